@@ -1,0 +1,36 @@
+"""ATP: sparsities in arithmetic progression, so that early blocks, whose errors grow, stay denser.
+
+    s_i = S + β (i - c)        i = 0 … L-1
+
+S target, β common difference per block, L number of blocks, c the mean index weighted by block size, which is
+(L-1)/2 for equal blocks and keeps the weighted mean at S for others. All s_i are in [0, 1] if and only if
+
+    -min(S / (L-1-c), (1-S) / c)  <=  β  <=  min(S / c, (1-S) / (L-1-c))
+
+which is |β| <= 2 min(S, 1-S) / (L-1) for equal blocks.
+
+Source: Huang et al., "Determining Layer-wise Sparsity for Large Language Models Through a Theoretical Perspective",
+ICML 2025, section 3.3. The paper searches 0 < β on a grid of 0.002.
+"""
+
+from atp_tune.allocations.budget import Budget
+
+ROUNDING = 1e-9
+
+
+def bounds(budget: Budget) -> dict[str, tuple[float, float]]:
+    """The admissible interval of `beta`; (0, 0) for a single block, which has nothing to share out."""
+    below, above = budget.centre, len(budget.sizes) - 1 - budget.centre
+    if below <= 0 or above <= 0:
+        return {"beta": (0.0, 0.0)}
+    zeros, kept = budget.target, 1 - budget.target
+    return {"beta": (-min(zeros / above, kept / below), min(zeros / below, kept / above))}
+
+
+def sparsities(budget: Budget, beta: float) -> tuple[float, ...]:
+    """One sparsity per block; ValueError where one would leave [0, 1]."""
+    low, high = bounds(budget)["beta"]
+    if not low - ROUNDING <= beta <= high + ROUNDING:
+        raise ValueError(f"β = {beta:g} is outside the admissible interval [{low:.6g}, {high:.6g}]")
+    line = (budget.target + beta * (i - budget.centre) for i in range(len(budget.sizes)))
+    return tuple(min(1.0, max(0.0, s)) for s in line)

@@ -1,0 +1,131 @@
+"""The dense checkpoint: its blocks, their linears, and where the weights lie. Nothing here is ever written to.
+
+Two residencies. Where the weights fit, all of them lie on the compute device. Where they don't, the blocks stay in
+host memory and a block's tensors are copied to the device when they are asked for, so that one block, the shell
+(embeddings, final norm, head) and the activations are all that the device must hold.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from atp_tune.devices import free_memory
+from atp_tune.errors import UserError
+
+FITS = 0.7  # of the free device memory may be weights; the rest is for activations
+
+Residency = Literal["device", "host"]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One prunable weight matrix: the module's path in its block, and whether the weight is stored [in, out]."""
+
+    name: str
+    out_features: int
+    in_features: int
+    transposed: bool
+
+    @property
+    def key(self) -> str:
+        """Name of the weight within the block."""
+        return f"{self.name}.weight"
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return self.out_features * self.in_features
+
+    def matrix(self, stored: Tensor) -> Tensor:
+        """View [out, in] of the weight as it is stored; applied to a matrix, the other way round."""
+        return stored.T if self.transposed else stored
+
+
+class Checkpoint:
+    """A model in evaluation mode, seen as a list of blocks; weights are read, never written."""
+
+    def __init__(self, model: nn.Module, device: torch.device, residency: Residency | None = None) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.device = device
+        self.blocks_name, self.blocks = find_blocks(model)
+        self.linears = [find_linears(block) for block in self.blocks]
+        self.residency = residency or self._choose()
+        self._place()
+
+    @classmethod
+    def load(cls, folder: Path, dtype: torch.dtype, device: torch.device) -> "Checkpoint":
+        """Loads a folder of safetensors; UserError where transformers cannot."""
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        except (ValueError, OSError, KeyError, ImportError) as error:
+            raise UserError(f"model {folder}: transformers cannot load it: {str(error).splitlines()[0]}") from error
+        return cls(model, device)
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of prunable weights of each block."""
+        return tuple(sum(linear.size for linear in linears) for linears in self.linears)
+
+    @property
+    def config(self) -> Any:
+        """The model's Hugging Face configuration."""
+        return self.model.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format in which the model is computed."""
+        return next(self.blocks.parameters()).dtype
+
+    def weights(self, index: int) -> dict[str, Tensor]:
+        """All tensors of a block (parameters and buffers) on the compute device, by their name in the block."""
+        block = self.blocks[index]
+        tensors = {**dict(block.named_parameters()), **dict(block.named_buffers())}
+        return {name: tensor.detach().to(self.device, non_blocking=True) for name, tensor in tensors.items()}
+
+    def key(self, index: int, linear: Linear) -> str:
+        """Name of a linear's weight within the whole model."""
+        return f"{self.blocks_name}.{index}.{linear.key}"
+
+    def _choose(self) -> Residency:
+        needed = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return "device" if self.device.type == "cpu" or needed <= FITS * free_memory(self.device) else "host"
+
+    def _place(self) -> None:
+        if self.residency == "device":
+            self.model.to(self.device)
+            return
+        in_blocks = {id(tensor) for tensor in (*self.blocks.parameters(), *self.blocks.buffers())}
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            if id(tensor) not in in_blocks:
+                tensor.data = tensor.data.to(self.device)
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and list of the model's blocks: the `nn.ModuleList` with the most parameters; UserError if there is none."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise UserError(f"model {type(model).__name__}: has no list of blocks; only transformer models can be pruned")
+    name, blocks = max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
+    if any(p.dim() > 2 for p in blocks.parameters()):
+        kind = type(model).__name__
+        raise UserError(f"model {kind}: has mixture-of-experts blocks, which cannot be pruned yet; take a dense model")
+    return name, blocks
+
+
+def find_linears(block: nn.Module) -> list[Linear]:
+    """The prunable linears of a block in the order of its modules: `nn.Linear` and its kin, and GPT-2's `Conv1D`."""
+    found = []
+    for name, module in block.named_modules():
+        if isinstance(module, nn.Linear):
+            found.append(Linear(name, *module.weight.shape, transposed=False))
+        elif isinstance(module, Conv1D):
+            found.append(Linear(name, *reversed(module.weight.shape), transposed=True))
+    if not found:
+        raise UserError(f"model block {type(block).__name__}: has no linear that can be pruned")
+    return found

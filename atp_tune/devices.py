@@ -1,0 +1,87 @@
+"""What a device is, how much memory it has free, and in which number format it multiplies fast."""
+
+import os
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from atp_tune.errors import UserError
+
+GIB = 1024**3
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a study's `device` key; `auto` takes CUDA, then MPS, then the CPU; UserError if it is not here."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    device = torch.device(name)
+    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[device.type]
+    if (device.index or 0) >= here:
+        raise UserError(f"device: {name} is not on this machine ({here} of its kind); try --device cpu or auto")
+    return device
+
+
+def find_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The number format of a study's `model.dtype` key; `auto` is bf16 where the device multiplies it fast."""
+    if name != "auto":
+        return DTYPES[name]
+    return torch.bfloat16 if multiplies_bf16_fast(device) else torch.float32
+
+
+def multiplies_bf16_fast(device: torch.device) -> bool:
+    """Whether bf16 matrices multiply about twice as fast as float32 ones or better."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    if device.type == "cpu":
+        return {"avx512_bf16", "amx_bf16"} & _cpu_flags() != set()
+    return False
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return set(next((line.split(":", 1)[1] for line in lines if line.startswith("flags")), "").split())
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself, for the record of a trial."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.get_num_threads()} threads)"
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had on the device now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        meminfo = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return pages // 2
+    available = next((line for line in meminfo if line.startswith("MemAvailable")), None)
+    return int(available.split()[1]) * 1024 if available else pages // 2
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: by tensors on a CUDA device, by the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on whichever device."""
+    text = str(error).lower()
+    signs = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(sign in text for sign in signs)
+    )

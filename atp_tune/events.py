@@ -1,0 +1,50 @@
+"""What a run reports while it goes on: plain values that the command line draws and tests can read."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from atp_tune.plan import Plan
+
+
+@dataclass(frozen=True)
+class Note:
+    """One line that a person should read."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class TrialStarted:
+    """A trial begins; `plan` is None for what is measured beside the trials (dense, final report)."""
+
+    title: str
+    plan: Plan | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """Part `done` of `total` of a phase (prune, evaluate, …) of what was started last."""
+
+    phase: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class TrialEnded:
+    """A trial has its value (perplexity), or None and the reason."""
+
+    number: int
+    value: float | None
+    reason: str | None
+    best: float | None
+    done: int
+    total: int
+
+
+Event = Note | TrialStarted | Step | TrialEnded
+Watch = Callable[[Event], None]
+
+
+def unwatched(event: Event) -> None:
+    """For callers that do not want to know."""

