@@ -24,7 +24,9 @@ def cache_dir(kind: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cache folder {folder}: {error.strerror}; set ATP_TUNE_CACHE to a folder that can be written") from None
+        raise UserError(
+            f"cache folder {folder}: {error.strerror}; set ATP_TUNE_CACHE to a folder that can be written"
+        ) from None
     return folder
 
 

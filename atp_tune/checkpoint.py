@@ -122,10 +122,10 @@ def find_linears(block: nn.Module) -> list[Linear]:
     """The prunable linears of a block in the order of its modules: `nn.Linear` and its kin, and GPT-2's `Conv1D`."""
     found = []
     for name, module in block.named_modules():
-        if isinstance(module, nn.Linear):
-            found.append(Linear(name, *module.weight.shape, transposed=False))
-        elif isinstance(module, Conv1D):
-            found.append(Linear(name, *reversed(module.weight.shape), transposed=True))
+        if isinstance(module, nn.Linear | Conv1D):
+            transposed = isinstance(module, Conv1D)
+            rows, columns = module.weight.T.shape if transposed else module.weight.shape
+            found.append(Linear(name, rows, columns, transposed))
     if not found:
         raise UserError(f"model block {type(block).__name__}: has no linear that can be pruned")
     return found

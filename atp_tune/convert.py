@@ -1,37 +1,63 @@
-"""Checkpoints that cannot be memory-mapped, as folders of safetensors: GGUF files and pickled `.bin` weights."""
+"""Checkpoints that cannot be memory-mapped, as folders of safetensors: GGUF files and `.bin` weights."""
 
 import functools
 import io
+import json
+import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
-from atp_tune.cache import folder_atomically
+from atp_tune.cache import folder_atomically, sha256_of
 from atp_tune.errors import UserError
 
+_ORIGIN = "origin.json"
 _WEIGHTS = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.safetensors*")
 
 
 def gguf_to_folder(file: Path, target: Path) -> None:
-    """Writes the folder `target`: float32 safetensors, config and tokenizer of a GGUF file.
+    """Writes the folder `target`: float32 safetensors, config, tokenizer and origin of a GGUF file.
 
     Errors: UserError where transformers cannot read the file or misses weights in it.
     """
     # Alone in a folder: transformers would prefer a tokenizer.json that lies beside it.
     with tempfile.TemporaryDirectory(prefix="atp_tune.") as alone:
         (Path(alone) / file.name).symlink_to(file.resolve())
-        _written(file, target, functools.partial(_save_gguf, Path(alone).resolve(), file.name))
+        with _written(file, target) as folder:
+            _save_gguf(Path(alone).resolve(), file.name, folder)
+            (folder / _ORIGIN).write_text(json.dumps({"file": file.name, "sha256": sha256_of(file)}))
 
 
 def bin_to_folder(source: Path, target: Path) -> None:
-    """Writes the folder `target`: the `.bin` weights of `source` as safetensors, all other small files as they are.
+    """Writes the folder `target`: the `.bin` weights of `source` as safetensors, small files as they are.
 
     Pickles are read with `weights_only`. Errors: UserError where transformers cannot read the folder.
     """
-    _written(source, target, functools.partial(_save_bin, source))
+    with _written(source, target) as folder:
+        _save_bin(source, folder)
+
+
+def gguf_content(folder: Path) -> str:
+    """SHA-256 of the GGUF file that a folder was made from."""
+    return str(json.loads((folder / _ORIGIN).read_text())["sha256"])
+
+
+@contextmanager
+def quiet(*libraries: str) -> Iterator[None]:
+    """Keeps progress bars and warnings of libraries off the terminal; what matters comes as an exception."""
+    loggers = [logging.getLogger(name) for name in libraries]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def one_line(error: Exception, limit: int = 200) -> str:
@@ -40,21 +66,26 @@ def one_line(error: Exception, limit: int = 200) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def _written(source: Path, target: Path, save: Callable[[Path], None]) -> None:
-    with folder_atomically(target) as folder, _transformers_silenced():
+@contextmanager
+def _written(source: Path, target: Path) -> Iterator[Path]:
+    """Yields the folder that becomes `target`; errors of transformers become one line about `source`."""
+    import transformers.utils.logging  # noqa: F401  (its log handler keeps the real stderr)
+
+    with folder_atomically(target) as folder, quiet("transformers"):
         try:
-            save(folder)
+            yield folder
         except UserError:
             raise
         except Exception as error:  # a parser of foreign files fails in any way it likes
-            raise UserError(f"model.source: transformers cannot convert {source}: {one_line(error)}") from error
+            reason = one_line(error)
+            raise UserError(f"model.source: transformers cannot convert {source}: {reason}") from error
         for file in folder.iterdir():
             file.chmod(0o644)  # transformers writes weights that only their owner can read
 
 
 def _save_gguf(folder: Path, name: str, target: Path) -> None:
-    import torch  # noqa: PLC0415
-    from transformers import AutoTokenizer  # noqa: PLC0415
+    import torch
+    from transformers import AutoTokenizer
 
     with _gguf_parsed_once():
         model = _complete_model(folder, gguf_file=name, dtype=torch.float32, **_dequantized())
@@ -76,11 +107,12 @@ def _save_bin(source: Path, target: Path) -> None:
 
 def _complete_model(folder: Path, **settings: Any) -> Any:
     """The model of a folder; transformers would fill missing weights with random numbers and only log it."""
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+    from transformers import AutoModelForCausalLM
 
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         str(folder), local_files_only=True, output_loading_info=True, **settings
     )
+    model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"model.source: the file lacks {len(missing)} weights, the first is {missing[0]}")
     return model
@@ -88,7 +120,7 @@ def _complete_model(folder: Path, **settings: Any) -> Any:
 
 def _dequantized() -> dict[str, Any]:
     """Asks transformers 5.2x for plain weights; before that it never kept GGUF weights packed."""
-    import transformers  # noqa: PLC0415
+    import transformers
 
     config = getattr(transformers, "GgufConfig", None)
     return {} if config is None else {"quantization_config": config(dequantize=True)}
@@ -96,8 +128,8 @@ def _dequantized() -> dict[str, Any]:
 
 @contextmanager
 def _gguf_parsed_once() -> Iterator[None]:
-    """Remembers what transformers does again: 3 parses of a file, and one table of names a submodule (25 s → 11 s)."""
-    import gguf  # noqa: PLC0415
+    """Remembers what transformers does again and again: 3 parses, and a table of names for each submodule."""
+    import gguf
 
     kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
     for name, original in kept.items():
@@ -107,16 +139,3 @@ def _gguf_parsed_once() -> Iterator[None]:
     finally:
         for name, original in kept.items():
             setattr(gguf, name, original)
-
-
-@contextmanager
-def _transformers_silenced() -> Iterator[None]:
-    from transformers.utils import logging  # noqa: PLC0415  (first, so that its log handler keeps the real stderr)
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with redirect_stderr(io.StringIO()):  # its progress bars have no common switch
-            yield
-    finally:
-        logging.set_verbosity(verbosity)

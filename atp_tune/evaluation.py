@@ -1,15 +1,12 @@
-"""Window NLLs of a model given as weights per block.
+"""Window NLLs of a model that is given as weights per block.
 
-Windows go through in groups, always the same ones, so that trials can be compared group by group. Blocks that are all
-at hand let each group go through the whole model by itself; blocks that come one at a time (a model larger than
-memory) are met by all groups at once.
+Blocks are met once, in order, so they may come one at a time, as a model larger than memory does.
 
 ids token ids [windows, tokens]; NLL nats per token, mean over the tokens - 1 predicted positions of a window.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 
-import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -23,17 +20,10 @@ Block = tuple[int, dict[str, Tensor]]  # index, tensors by name
 def group_nlls(
     replay: Replay, batch: BatchSize, heads: BatchSize, blocks: Iterable[Block], groups: Sequence[Tensor]
 ) -> Iterator[list[float]]:
-    """Window NLLs of each group of ids; `batch` sizes the blocks' batches, `heads` those of the logits."""
-    if isinstance(blocks, Sequence):
-        for ids in groups:
-            yield from _together(replay, batch, heads, blocks, [ids])
-    else:
-        yield from _together(replay, batch, heads, blocks, groups)
+    """Window NLLs of each group of ids, after all groups went through the blocks together.
 
-
-def _together(
-    replay: Replay, batch: BatchSize, heads: BatchSize, blocks: Iterable[Block], groups: Sequence[Tensor]
-) -> Iterator[list[float]]:
+    `batch` sizes the batches of the blocks, `heads` those of the logits.
+    """
     states = [replay.embed(ids).clone() for ids in groups]
     for index, weights in blocks:
         for hidden in states:

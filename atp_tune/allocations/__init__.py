@@ -6,6 +6,7 @@ An allocation is one module with two functions and one row of `ALLOCATIONS`:
     sparsities(budget, **values)    one sparsity per block, in [0, 1], whose weighted mean is the target
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 from atp_tune.allocations import atp, uniform
@@ -17,13 +18,12 @@ __all__ = ["ALLOCATIONS", "Allocation", "Budget"]
 class Allocation(Protocol):
     """What every module of this package offers."""
 
-    @staticmethod
-    def bounds(budget: Budget) -> dict[str, tuple[float, float]]:
+    def bounds(self, budget: Budget) -> dict[str, tuple[float, float]]:
         """The interval of each parameter in which all sparsities are in [0, 1]."""
 
-    @staticmethod
-    def sparsities(budget: Budget, **parameters: float) -> tuple[float, ...]:
-        """One sparsity per block; ValueError outside the bounds."""
+    @property
+    def sparsities(self) -> Callable[..., tuple[float, ...]]:
+        """From a budget and the parameters: one sparsity per block; ValueError outside the bounds."""
 
 
 ALLOCATIONS: dict[str, Allocation] = {

@@ -82,6 +82,7 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
         damped.diagonal().add_(damping * 10**power * mean)
         lower, wrong = torch.linalg.cholesky_ex(damped)
         if not wrong:
+            upper: Tensor
             upper, wrong = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not wrong:
                 return upper

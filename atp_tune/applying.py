@@ -1,0 +1,102 @@
+"""From a plan to a sparse checkpoint on disk, and the proof that the folder holds what was promised."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from atp_tune.bench import Bench, Setup
+from atp_tune.config import Config
+from atp_tune.errors import UserError
+from atp_tune.events import TrialStarted, Watch
+from atp_tune.perplexity import Perplexity, perplexity
+from atp_tune.plan import Plan
+from atp_tune.shards import Shards, check_free, sparse_folder
+from atp_tune.space import make_space
+from atp_tune.study import Model
+from atp_tune.studyfile import StudyFile
+
+
+def apply(config: Config, base: Path, out: Path, device: str, watch: Watch) -> Perplexity:
+    """Prunes as a configuration says into the folder `out`; the report perplexity of what was written.
+
+    UserError if something is at `out`, or if the model is not the one that the configuration was found for.
+    """
+    check_free(out)
+    ref = config.model
+    model = Model(source=ref.id, revision=ref.revision, sha256=ref.sha256, dtype=ref.dtype)
+    texts = {"calibration": config.calibration, "report": config.texts.report}
+    setup = Setup(model, config.prune, texts, base, device)
+    bench = Bench.open(setup, watch)
+    write_sparse(bench, _plan(config, bench), out, config.to_json())
+    del bench  # its memory is wanted for the folder that is loaded next
+    return measure_folder(setup, out, watch)
+
+
+def prune_once(
+    file: StudyFile, parameters: dict[str, float], out: Path | None, watch: Watch
+) -> tuple[Plan, Perplexity]:
+    """One plan without a study: prunes, writes if there is an `out`, and measures on the report text."""
+    if out is not None:
+        check_free(out)
+    study = file.study
+    texts = {"calibration": study.texts.calibration, "report": study.report_text}
+    setup = Setup(study.model, study.prune, texts, file.folder, study.device)
+    bench = Bench.open(setup, watch)
+    plan = _only_plan(file, bench, parameters)
+    if out is not None:
+        write_sparse(bench, plan, out, study.model_dump_json(indent=2))
+        del bench
+        return plan, measure_folder(setup, out, watch)
+    watch(TrialStarted("pruning", plan))
+    pruned = ((block.index, block.weights) for block in bench.prune(plan))
+    return plan, perplexity(bench.all_nlls(pruned, "report"))
+
+
+def _only_plan(file: StudyFile, bench: Bench, parameters: dict[str, float]) -> Plan:
+    space = make_space(file.study, bench.checkpoint.sizes)
+    choice = {"pruner": file.study.prune.pruners[0], "allocation": file.study.allocation.names[0]}
+    try:
+        return space.plan({**choice, **parameters})
+    except ValueError as error:
+        raise UserError(f"--beta: {error}") from None
+
+
+def _plan(config: Config, bench: Bench) -> Plan:
+    if bench.folder.content != config.model.fingerprint:
+        raise UserError(
+            f"model.fingerprint: {config.model.id} is {bench.folder.content[:12]}… here, the configuration was found "
+            f"for {config.model.fingerprint[:12]}…; give it the model of the study"
+        )
+    blocks = len(bench.checkpoint.blocks)
+    if len(config.block_sparsities) != blocks:
+        raise UserError(f"block_sparsities: {len(config.block_sparsities)} values for a model of {blocks} blocks")
+    return Plan(config.pruner, config.allocation.name, config.block_sparsities)
+
+
+def write_sparse(bench: Bench, plan: Plan, out: Path, provenance: str) -> None:
+    """Prunes and writes the sparse checkpoint, with `atp_tune.json` saying how it came about."""
+    checkpoint = bench.checkpoint
+    shards = Shards(bench.folder.path, str(checkpoint.model.base_model_prefix))
+    names = {checkpoint.key(i, linear) for i, linears in enumerate(checkpoint.linears) for linear in linears}
+    bench.watch(TrialStarted(f"writing {out}", plan))
+    with sparse_folder(bench.folder.path, out) as folder:
+        shards.write(folder, names, _pruned(bench, plan))
+        (folder / "atp_tune.json").write_text(provenance, encoding="utf-8")
+
+
+def _pruned(bench: Bench, plan: Plan) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Parameter name, dense and pruned weight of each linear, as the pass comes to it."""
+    for block in bench.prune(plan):
+        dense = bench.checkpoint.weights(block.index)
+        for linear in bench.checkpoint.linears[block.index]:
+            yield bench.checkpoint.key(block.index, linear), dense[linear.key], block.weights[linear.key]
+
+
+def measure_folder(setup: Setup, out: Path, watch: Watch) -> Perplexity:
+    """Perplexity on the report text of a written folder, loaded as anybody would load it."""
+    model = setup.model.model_copy(update={"source": str(out.absolute()), "sha256": None, "revision": None})
+    bench = Bench.open(replace(setup, model=model), watch)
+    watch(TrialStarted(f"checking {out}", None))
+    return perplexity(bench.all_nlls(bench.dense(), "report"))

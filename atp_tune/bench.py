@@ -1,0 +1,176 @@
+"""The bench: all that is loaded once per process and used by every trial.
+
+Dense checkpoint, the three texts as token windows, and what is measured on the dense model alone: the hidden states
+of the error curve and, where a study asks for them, the statistics of all inputs.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from atp_tune.allocations import Budget
+from atp_tune.batching import BatchSize
+from atp_tune.checkpoint import Checkpoint
+from atp_tune.devices import find_device, find_dtype, free_memory
+from atp_tune.errors import UserError
+from atp_tune.evaluation import Block, group_nlls
+from atp_tune.events import Note, Step, Watch, unwatched
+from atp_tune.models import ModelFolder, resolve
+from atp_tune.plan import Plan
+from atp_tune.prune_pass import BlockStatistics, Pass, PrunedBlock, advance, measure
+from atp_tune.pruners import Statistics, make_pruner
+from atp_tune.replay import Replay
+from atp_tune.study import Model, Prune, Text
+from atp_tune.windows import Windows, check_disjoint, token_windows
+
+CURVE_TOKENS = 4096  # of the calibration text, for the error curve
+GROUPS = 8  # of search windows, between which a stopper may end a trial
+HEAD_BYTES = 12  # per logit: bf16 or float32 logits, their float32 copy and its log-softmax
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a bench is made of: model, settings of the pruners, texts by role, and where relative paths start."""
+
+    model: Model
+    prune: Prune
+    texts: dict[str, Text]
+    base: Path
+    device: str
+
+
+class Bench:
+    """A dense checkpoint and its texts, ready to prune and measure any plan."""
+
+    def __init__(
+        self,
+        folder: ModelFolder,
+        checkpoint: Checkpoint,
+        windows: dict[str, Windows],
+        prune: Prune,
+        watch: Watch,
+    ) -> None:
+        self.folder = folder
+        self.checkpoint = checkpoint
+        self.windows = windows
+        self.prune_settings = prune
+        self.watch = watch
+        self.replay = Replay(checkpoint)
+        self._ids = {role: torch.from_numpy(w.ids).to(checkpoint.device) for role, w in windows.items()}
+        tokens = max(ids.shape[1] for ids in self._ids.values())
+        self._batch = self._batch_size(tokens, self._bytes_per_token())
+        self._heads = self._batch_size(tokens, HEAD_BYTES * int(checkpoint.config.get_text_config().vocab_size))
+        self._statistics: dict[type[Statistics], list[BlockStatistics]] = {}
+
+    @classmethod
+    def open(cls, setup: Setup, watch: Watch = unwatched) -> "Bench":
+        """Resolves the model and the texts and loads them; UserError for what cannot be had."""
+        device = find_device(setup.device)
+        folder = resolve(setup.model, setup.base, lambda text: watch(Note(text)))
+        windows = {role: _windows(role, text, folder.path, setup.base) for role, text in setup.texts.items()}
+        check_disjoint(windows)
+        checkpoint = Checkpoint.load(folder.path, find_dtype(setup.model.dtype, device), device)
+        return cls(folder, checkpoint, windows, setup.prune, watch)
+
+    def budget(self, target: float) -> Budget:
+        """What an allocation shares out over this checkpoint."""
+        return Budget(target, self.checkpoint.sizes)
+
+    def contents(self) -> dict[str, str]:
+        """What decides a value beside the study file: SHA-256 of model and windows, and the number format."""
+        texts = {f"texts.{role}.content": windows.content for role, windows in self.windows.items()}
+        return {"model.content": self.folder.content, "model.dtype": str(self.checkpoint.dtype)[6:], **texts}
+
+    @torch.inference_mode()
+    def prune(self, plan: Plan) -> Iterator[PrunedBlock]:
+        """Prunes block after block as the plan says; the dense checkpoint stays as it is."""
+        settings = {"sparsegpt": self.prune_settings.sparsegpt.model_dump()}.get(plan.pruner)
+        pruner = make_pruner(plan.pruner, settings)
+        dense = self._dense_statistics(pruner.measures) if self._measures_dense(pruner.measures) else None
+        calibration = self._ids["calibration"]
+        follow = calibration if dense is None and pruner.measures else calibration[: self._curve_windows]
+        work = Pass(self.replay, self._batch, pruner, self._dense_states, dense)
+        for block in work.run(plan.sparsities, self.replay.embed(follow).clone()):
+            yield block
+            self._step("prune", block.index + 1)
+
+    @torch.inference_mode()
+    def nlls(self, blocks: Iterable[Block], role: str, groups: int = 1) -> Iterator[list[float]]:
+        """Window NLLs of one text, group by group, of a model given as blocks; kept in memory if they fit."""
+        parts = self._ids[role].tensor_split(min(groups, len(self._ids[role])))
+        if len(parts) == 1 or not self._can_keep():
+            yield from group_nlls(self.replay, self._batch, self._heads, self._counted(blocks), parts)
+            return
+        kept = list(blocks)
+        for part in parts:
+            yield from group_nlls(self.replay, self._batch, self._heads, self._counted(kept), [part])
+
+    def all_nlls(self, blocks: Iterable[Block], role: str) -> list[float]:
+        """Window NLLs of one text of a model given as blocks."""
+        return list(chain.from_iterable(self.nlls(blocks, role)))
+
+    def dense(self) -> Iterator[Block]:
+        """The dense model as blocks."""
+        return ((index, self.checkpoint.weights(index)) for index in range(len(self.checkpoint.blocks)))
+
+    @cached_property
+    def _curve_windows(self) -> int:
+        windows, tokens = self._ids["calibration"].shape
+        return int(min(windows, max(1, CURVE_TOKENS // tokens)))
+
+    @cached_property
+    def _dense_states(self) -> list[Tensor]:
+        """Hidden states [few, tokens, width] after each dense block, in host memory."""
+        hidden = self.replay.embed(self._ids["calibration"][: self._curve_windows]).clone()
+        states = []
+        for index, weights in self.dense():
+            advance(self.replay, self._batch, index, weights, hidden)
+            states.append(hidden.cpu().clone())
+        return states
+
+    def _measures_dense(self, kind: type[Statistics] | None) -> bool:
+        return kind is not None and self.prune_settings.statistics == "dense"
+
+    def _dense_statistics(self, kind: type[Statistics] | None) -> list[BlockStatistics]:
+        """Statistics of every linear's inputs in the dense model, measured once for each kind."""
+        assert kind is not None
+        if kind not in self._statistics:
+            hidden, gathered = self.replay.embed(self._ids["calibration"]).clone(), []
+            for index, weights in self.dense():
+                gathered.append(measure(self.replay, self._batch, index, weights, hidden, kind))
+                advance(self.replay, self._batch, index, weights, hidden)
+                self._step("measure", index + 1)
+            self._statistics[kind] = gathered
+        return self._statistics[kind]
+
+    def _counted(self, blocks: Iterable[Block]) -> Iterator[Block]:
+        for index, weights in blocks:
+            yield index, weights
+            self._step("evaluate", index + 1)
+
+    def _step(self, phase: str, done: int) -> None:
+        self.watch(Step(phase, done, len(self.checkpoint.blocks)))
+
+    def _can_keep(self) -> bool:
+        needed = sum(self.checkpoint.sizes) * self.checkpoint.dtype.itemsize
+        return self.checkpoint.residency == "device" and needed < 0.5 * free_memory(self.checkpoint.device)
+
+    def _batch_size(self, tokens: int, bytes_per_token: int) -> BatchSize:
+        return BatchSize(self.checkpoint.device, tokens, bytes_per_token, lambda text: self.watch(Note(text)))
+
+    def _bytes_per_token(self) -> int:
+        """Rough size of one block's activations: every linear's input and output once, twice over."""
+        widths = [linear.in_features + linear.out_features for linear in self.checkpoint.linears[0]]
+        return 2 * sum(widths) * self.checkpoint.dtype.itemsize
+
+
+def _windows(role: str, text: Text, tokenizer: Path, base: Path) -> Windows:
+    try:
+        return token_windows(text, tokenizer, base)
+    except UserError as error:
+        raise UserError(f"texts.{role}: {error}") from None

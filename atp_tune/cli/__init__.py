@@ -1,0 +1,15 @@
+"""The command line: the only part that prints. Heavy imports wait until a command needs them."""
+
+import sys
+
+from atp_tune.cli.app import app
+from atp_tune.errors import TrialError, UserError
+
+
+def main() -> None:
+    """Runs the command line; bad input ends in one line on stderr and exit code 2."""
+    try:
+        app()
+    except (UserError, TrialError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,172 @@
+"""Commands and their options; each hands over to a function of the package and prints what comes back."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from atp_tune.studyfile import StudyFile
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False
+)
+
+StudyName = Annotated[str, typer.Option("--study", metavar="NAME", help="Name in `studies/`, or path of a .toml file.")]
+StudyLabel = Annotated[
+    str | None,
+    typer.Option("--study-name", metavar="NAME", help="Keep the trials under another name in the storage."),
+]
+Storage = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="Optuna storage URL; default: NAME.db beside the study file."),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key: `--set texts.search.windows=8`."),
+]
+Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="auto, cpu, mps, cuda or cuda:N.")]
+
+
+@app.callback(invoke_without_command=True)
+def run(
+    context: typer.Context,
+    study: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name in `studies/`, or path of a .toml file.")
+    ] = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="Total for the study, over all runs.")] = None,
+    timeout: Annotated[
+        float | None, typer.Option(min=0, metavar="SECONDS", help="Start no trial after this time.")
+    ] = None,
+    storage: Storage = None,
+    study_name: StudyLabel = None,
+    device: Device = None,
+    set_: Overrides = None,
+) -> None:
+    """Find how to share out sparsity over the blocks of a language model, and prune it.
+
+    `python tune.py --study smol` tunes a real 30-block Llama on a laptop: each trial prunes the dense checkpoint as
+    Optuna proposes and measures perplexity. Results are stored at once; the same command again goes on where it was.
+
+    `python tune.py status --study smol` shows the trials, `… apply --config studies/smol.best.json --out DIR` writes
+    the sparse checkpoint.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    if study is None:
+        raise typer.BadParameter("which one? For example --study smol; `studies` lists them", param_hint="--study")
+    from atp_tune.cli.running import run_study
+
+    if trials is not None:
+        set_ = [*(set_ or []), f"search.trials={trials}"]
+    run_study(_load(study, storage, device, set_), study_name, timeout)
+
+
+@app.command()
+def status(study: StudyName, storage: Storage = None, study_name: StudyLabel = None, set_: Overrides = None) -> None:
+    """Show a study's trials, the best and the spread; also while it runs.
+
+    Example: `python tune.py status --study smol`
+    """
+    from atp_tune.cli.tables import show_status
+
+    file = _load(study, storage, None, set_)
+    show_status(_stored(file, study_name), file)
+
+
+@app.command()
+def export(
+    study: StudyName,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: NAME.best.json beside the study.")] = None,
+    storage: Storage = None,
+    study_name: StudyLabel = None,
+    set_: Overrides = None,
+) -> None:
+    """Write the best configuration so far as one JSON file, from which `apply` prunes.
+
+    Example: `python tune.py export --study smol --out best.json`
+    """
+    from atp_tune.summary import best_config
+
+    file = _load(study, storage, None, set_)
+    target = out or file.best_path
+    best_config(file, _stored(file, study_name), target).write(target)
+    print(target)
+
+
+@app.command()
+def apply(
+    config: Annotated[Path, typer.Option(metavar="FILE", help="A configuration written by a run or by `export`.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the sparse checkpoint; must not exist.")],
+    device: Device = None,
+) -> None:
+    """Prune as a configuration says, into a folder that `from_pretrained` loads, and measure it again.
+
+    Example: `python tune.py apply --config studies/smol.best.json --out smol-sparse`
+    """
+    from atp_tune.cli.running import run_apply
+
+    run_apply(config, out, device or "auto")
+
+
+@app.command()
+def prune(
+    model: Annotated[str | None, typer.Option(metavar="MODEL", help="Hub id, folder or .gguf file.")] = None,
+    pruner: Annotated[str | None, typer.Option(help="magnitude, wanda or sparsegpt.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Share of zeros, as in 0.7.")] = None,
+    beta: Annotated[float, typer.Option(help="Common difference per block; 0 is uniform.")] = 0.0,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder for the sparse checkpoint; must not exist.")
+    ] = None,
+    study: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Take model, texts and settings from a study.")
+    ] = None,
+    device: Device = None,
+    set_: Overrides = None,
+) -> None:
+    """Prune once, without a search, and print the perplexity on the report text.
+
+    Calibration is C4 and the report text WikiText-2 test, as in the papers, unless `--study` or `--set` says else.
+
+    Examples: `python tune.py prune --model meta-llama/Llama-2-7b-hf --pruner wanda --sparsity 0.7 --beta 0.004 --out
+    DIR` or `python tune.py prune --study smol --beta 0.004`
+    """
+    from atp_tune.cli.running import run_prune
+
+    options = {"model.source": model, "prune.pruners": pruner and [pruner], "sparsity": sparsity}
+    named = [f"{key}={value}" for key, value in options.items() if value is not None]
+    base = study or str(Path(__file__).parents[1] / "prune.toml")
+    run_prune(_load(base, None, device, [*named, *(set_ or [])]), beta, out)
+
+
+@app.command()
+def studies() -> None:
+    """List the studies that can be run by name, with their state.
+
+    Example: `python tune.py studies`
+    """
+    from atp_tune.cli.tables import show_studies
+
+    show_studies()
+
+
+def _load(study: str, storage: str | None, device: str | None, set_: list[str] | None) -> "StudyFile":
+    from atp_tune.studyfile import load
+
+    options: dict[str, Any] = {"storage": storage, "device": device}
+    named = [f"{key}={value}" for key, value in options.items() if value is not None]
+    return load(study, [*(set_ or []), *named])
+
+
+def _stored(file: "StudyFile", study_name: str | None) -> Any:
+    from atp_tune.errors import UserError
+    from atp_tune.storage import find_study, open_storage
+
+    db = open_storage(file.storage_url, create=False)
+    study = find_study(db, study_name or file.name) if db else None
+    if study is None:
+        raise UserError(
+            f"study {study_name or file.name}: has no trials yet; run: {Path(sys.argv[0]).name} --study {file.name}"
+        )
+    return study

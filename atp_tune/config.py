@@ -1,0 +1,120 @@
+"""The best configuration: one JSON file that says how to prune the model again, and what to expect of it.
+
+The format is published (`atp_tune.config/1`): keys are added under the same number, never renamed or removed.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from atp_tune.cache import write_atomically
+from atp_tune.errors import UserError
+from atp_tune.perplexity import Perplexity
+from atp_tune.study import Prune, Share, Text
+
+FORMAT: Literal["atp_tune.config/1"] = "atp_tune.config/1"
+
+
+class Part(BaseModel):
+    """A table of the file: unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelRef(Part):
+    """The dense checkpoint, and the SHA-256 that names its content."""
+
+    id: str
+    revision: str | None
+    sha256: str | None = None
+    fingerprint: str
+    dtype: Literal["float32", "bfloat16", "float16"]
+
+
+class AllocationRef(Part):
+    """How the sparsities came about; `beta` is null for allocations without it."""
+
+    name: str
+    beta: float | None
+
+
+class Sparsity(Part):
+    """Share of zeros over all linears of all blocks: asked for, and counted."""
+
+    target: Share
+    realised: Share
+
+
+class Scores(Part):
+    """Perplexities on the search text and, once measured, on the report text."""
+
+    search: Perplexity | None
+    report: Perplexity | None
+
+
+class Baselines(Part):
+    """The dense model, and the same pruner with the uniform allocation."""
+
+    dense: Scores
+    uniform: Scores
+
+
+class Texts(Part):
+    """The texts that were searched and reported on; with the paper's protocol they are the same."""
+
+    search: Text
+    report: Text
+
+
+class Config(Part):
+    """The best configuration of a study."""
+
+    format: Literal["atp_tune.config/1"] = FORMAT
+    study: str
+    trial: int
+    model: ModelRef
+    pruner: Literal["magnitude", "wanda", "sparsegpt"]
+    prune: Prune = Field(description="settings of the pruners, and where their statistics come from")
+    allocation: AllocationRef
+    block_sparsities: tuple[Share, ...] = Field(min_length=1)
+    sparsity: Sparsity
+    perplexity: Scores
+    baselines: Baselines
+    calibration: Text
+    texts: Texts
+    seed: int
+    versions: dict[str, str]
+    folder: str = Field(".", description="where relative paths of model and texts start, seen from this file")
+
+    def to_json(self) -> str:
+        """The file's text: two spaces, keys in the order of the model."""
+        return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
+
+    def write(self, path: Path) -> None:
+        """Writes the file so that it is there whole or not at all; UserError where that is not possible."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, self.to_json().encode())
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}; choose another place with --out FILE") from None
+
+
+def read_config(path: Path) -> Config:
+    """Reads a configuration; UserError in one line for whatever is wrong with it."""
+    try:
+        return Config.model_validate(_parse(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "file"
+        raise UserError(f"{path}: {key}: {first['msg']}; is it a configuration of atp_tune ({FORMAT})?") from None
+
+
+def _parse(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; write one with: python tune.py export --study NAME") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({str(error).splitlines()[0]})") from None

@@ -1,0 +1,118 @@
+"""The objective: what one Optuna trial does. Here, and only here, torch and Optuna meet.
+
+plan        ← the space, as the sampler proposes
+weights     ← dense weights, pruned block by block as the plan says
+NLLs        ← windows of the search text, group by group, until the stopper ends a hopeless trial
+perplexity  ← exp(mean NLL)
+"""
+
+import math
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from optuna import Trial
+from optuna.trial import FrozenTrial, TrialState
+
+from atp_tune.bench import GROUPS, Bench
+from atp_tune.devices import is_out_of_memory
+from atp_tune.errors import TrialError
+from atp_tune.events import Note, TrialStarted, Watch
+from atp_tune.perplexity import perplexity
+from atp_tune.plan import Plan
+from atp_tune.process import identity
+from atp_tune.record import Record
+from atp_tune.space import Space
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Perplexity on the search text of the plan that a trial proposes; TrialError where there is none."""
+
+    bench: Bench
+    space: Space
+    stops: bool  # the study has a stopper
+    watch: Watch
+
+    def __call__(self, trial: Trial) -> float:
+        with reasons(trial):
+            set_attributes(trial, identity())
+            plan = self.space.suggest(trial)
+            self.watch(TrialStarted(f"trial {trial.number}", plan))
+            set_attributes(trial, {"sparsities": plan.sparsities})
+            earlier = find_measured(trial)
+            return self._repeat(trial, earlier) if earlier else self._measure(trial, plan)
+
+    def _measure(self, trial: Trial, plan: Plan) -> float:
+        record = Record(self.bench.checkpoint.device)
+        blocks = record.follow(self.bench.prune(plan), self.bench.checkpoint.sizes)
+        for group, nlls in enumerate(self.bench.nlls(blocks, "search", GROUPS if self.stops else 1)):
+            record.nlls += nlls
+            if self.stops and is_hopeless(trial, group, nlls):
+                set_attributes(trial, record.close())
+                return estimate(trial, record.nlls)
+        result = perplexity(record.nlls)
+        if not math.isfinite(result.value):
+            raise TrialError(f"perplexity is {result.value}: the pruned model's numbers overflow or are not defined")
+        set_attributes(trial, {**record.close(), "stderr": result.stderr})
+        return result.value
+
+    def _repeat(self, trial: Trial, earlier: FrozenTrial) -> float:
+        if earlier.state == TrialState.FAIL:
+            raise TrialError(f"failed before, as trial {earlier.number}: {earlier.user_attrs['failure']}")
+        self.watch(Note(f"trial {trial.number}: measured before, as trial {earlier.number}"))
+        set_attributes(trial, {**earlier.user_attrs, **identity(), "repeats": earlier.number})
+        assert earlier.value is not None
+        return earlier.value
+
+
+def set_attributes(trial: Trial, attributes: dict[str, object]) -> None:
+    """Stores user attributes of a trial, each as soon as it is known."""
+    for name, value in attributes.items():
+        trial.set_user_attr(name, value)
+
+
+def find_measured(trial: Trial) -> FrozenTrial | None:
+    """An earlier trial with the same parameters that has a full measurement or failed by itself, if there is one."""
+    for other in trial.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL)):
+        ended = other.state == TrialState.COMPLETE or "failure" in other.user_attrs
+        if ended and other.params == trial.params and "stopped_after" not in other.user_attrs:
+            return other
+    return None
+
+
+def is_hopeless(trial: Trial, group: int, nlls: list[float]) -> bool:
+    """Reports a group's mean NLL (nats per token) and asks the stopper whether to go on."""
+    trial.report(statistics.fmean(nlls), group)
+    return trial.should_prune()
+
+
+def estimate(trial: Trial, nlls: list[float]) -> float:
+    """Perplexity of a stopped trial, comparable with the full ones: the best trial's mean NLL over all windows, plus
+    the mean difference from it on the windows seen. A mean over those windows alone would be of an easier text.
+    """
+    best = trial.study.best_trial.user_attrs["nlls"]
+    difference = statistics.fmean(own - other for own, other in zip(nlls, best, strict=False))
+    trial.set_user_attr("stopped_after", len(nlls))
+    return perplexity([statistics.fmean(best) + difference]).value
+
+
+@contextmanager
+def reasons(trial: Trial) -> Iterator[None]:
+    """Stores why a trial gives no value: `failure` if it is its own, `lost` if it can be run again."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        trial.set_user_attr("lost", "interrupted")
+        raise
+    except (TrialError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, TrialError) and not is_out_of_memory(error):
+            raise
+        reason = str(error) if isinstance(error, TrialError) else "out of memory"
+        trial.set_user_attr("failure", reason)
+        raise TrialError(reason) from error
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

@@ -1,0 +1,48 @@
+"""What is written down of a trial beside its value: the names of the user attributes and how they are gathered."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from atp_tune.devices import device_name, peak_memory
+from atp_tune.evaluation import Block
+from atp_tune.process import versions
+from atp_tune.prune_pass import PrunedBlock, Timer
+
+
+class Record:
+    """Follows one plan through pruning and evaluation, and adds up what the trial's attributes say."""
+
+    def __init__(self, device: Any) -> None:
+        self.nlls: list[float] = []
+        self.errors: list[float] = []
+        self.seconds: dict[str, float] = {}
+        self.peak_bytes: dict[str, int] = {}
+        self._zeros = self._weights = 0
+        self._device = device
+        self._timer = Timer()
+
+    def follow(self, pruned: Iterator[PrunedBlock], sizes: tuple[int, ...]) -> Iterator[Block]:
+        """Hands on each pruned block after taking down its zeros, its error and its seconds."""
+        for block in pruned:
+            self.errors.append(round(block.error, 6))
+            self._zeros += sum(block.zeros.values())
+            self._weights += sizes[block.index]
+            for phase, seconds in block.seconds.items():
+                self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+            self.peak_bytes["prune"] = peak_memory(self._device)
+            yield block.index, block.weights
+
+    def close(self) -> dict[str, Any]:
+        """The user attributes of the trial; what was not pruning counts as evaluation."""
+        self._timer.lap("all")
+        self.seconds["evaluate"] = self._timer.seconds["all"] - sum(self.seconds.values())
+        self.peak_bytes["evaluate"] = peak_memory(self._device)
+        return {
+            "realised": self._zeros / self._weights,
+            "errors": self.errors,
+            "nlls": self.nlls,
+            "seconds": {phase: round(seconds, 3) for phase, seconds in self.seconds.items()},
+            "peak_bytes": self.peak_bytes,
+            "device": device_name(self._device),
+            "versions": versions(),
+        }

@@ -1,0 +1,162 @@
+"""Where trials are kept: Optuna's storage, the study in it, and the facts that its values depend on."""
+
+import json
+import warnings
+from collections.abc import Mapping
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.exceptions import ExperimentalWarning
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+from atp_tune.errors import UserError
+from atp_tune.process import is_dead
+
+HEARTBEAT = 15  # seconds between signs of life of a running trial
+GRACE = 60  # seconds without one after which a trial counts as lost
+RETRIES = 2  # of a trial whose process died
+BUSY = 60  # seconds that a writer waits for SQLite's lock
+
+Facts = Mapping[str, Any]
+
+
+def open_storage(address: str, create: bool) -> RDBStorage | None:
+    """The storage behind a URL; None if it is a SQLite file that does not exist and may not be made."""
+    url = _url(address)
+    if url.drivername.startswith("sqlite"):
+        file = Path(url.database or "")
+        if not file.exists() and not create:
+            return None
+        _check_writable(file)
+    try:
+        return _rdb(address, url)
+    except (SQLAlchemyError, ImportError, RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"storage {url.render_as_string(hide_password=True)}: {reason}") from None
+
+
+def _url(address: str) -> URL:
+    try:
+        return make_url(address)
+    except (ArgumentError, ValueError):
+        raise UserError("storage: not a storage URL; write sqlite:///FILE.db, for example") from None
+
+
+def _check_writable(file: Path) -> None:
+    """SQLite says 'unable to open database file' for everything; this says what is wrong."""
+    if file.is_dir():
+        raise UserError(f"storage {file}: is a folder; name a file, as in sqlite:///{file}/study.db")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        existed = file.exists()
+        file.open("ab").close()
+        if not existed:
+            file.unlink()
+    except OSError as error:
+        raise UserError(f"storage {file}: {error.strerror}; name another with --storage sqlite:///FILE.db") from None
+
+
+def _rdb(address: str, url: URL) -> RDBStorage:
+    wait = {"connect_args": {"timeout": BUSY}} if url.drivername.startswith("sqlite") else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return RDBStorage(
+            address,
+            engine_kwargs=wait,
+            heartbeat_interval=HEARTBEAT,
+            grace_period=GRACE,
+            heartbeat_stale_trial_callback=queue_again,
+        )
+
+
+def find_study(storage: RDBStorage, name: str) -> optuna.Study | None:
+    """The study of that name, if the storage has it."""
+    try:
+        return optuna.load_study(study_name=name, storage=storage)
+    except KeyError:
+        return None
+
+
+def create_study(storage: RDBStorage, name: str, facts: Facts) -> optuna.Study:
+    """The study of that name with its facts, made if need be; UserError if it was made with others."""
+    study = find_study(storage, name)
+    if study is None:
+        study = optuna.create_study(study_name=name, storage=storage, direction="minimize")
+        study.set_user_attr("fingerprint", dict(facts))
+    check_facts(study, facts)
+    return study
+
+
+def check_facts(study: optuna.Study, facts: Facts, partly: bool = False) -> None:
+    """UserError if a fact differs from what the study was made with; the keys are named.
+
+    `partly`: only the facts of the study file are known yet, not the contents, which take the model to find out.
+    """
+    stored = dict(study.user_attrs.get("fingerprint", {}))
+    if partly:
+        stored = {key: value for key, value in stored.items() if key in facts or not _is_content(key)}
+    differing = [key for key in sorted({*facts, *stored}) if facts.get(key) != stored.get(key)]
+    if differing:
+        shown = "; ".join(f"{key} is {_shown(facts, key)}, was {_shown(stored, key)}" for key in differing[:3])
+        more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise UserError(
+            f"study {study.study_name}: {shown}{more}. Put it back, or start another study with --study-name NAME"
+        )
+
+
+def _is_content(key: str) -> bool:
+    return key.endswith(".content") or key == "model.dtype"
+
+
+def _shown(facts: Facts, key: str) -> str:
+    return json.dumps(facts[key], ensure_ascii=False) if key in facts else "not set"
+
+
+def recover(study: optuna.Study) -> list[int]:
+    """Ends the RUNNING trials whose process on this host is dead and queues them again; their numbers."""
+    lost = []
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if is_dead(trial.user_attrs):
+            study._storage.set_trial_user_attr(trial._trial_id, "lost", "its process died")
+            study.tell(trial.number, state=TrialState.FAIL)
+            queue_again(study, study.trials[trial.number])
+            lost.append(trial.number)
+    return lost
+
+
+def queue_again(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Queues a lost trial with the same parameters, unless it was lost more than `RETRIES` times."""
+    trial = copy(trial)
+    trial.user_attrs = {}  # they tell of the process that was lost
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        RetryHeartbeatStaleTrialCallback(RETRIES)(study, trial)
+
+
+def counts(trial: FrozenTrial) -> bool:
+    """Whether a trial counts towards the study's total: it has a value, or failed by itself."""
+    return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or (
+        trial.state == TrialState.FAIL and "failure" in trial.user_attrs
+    )
+
+
+def counted(study: optuna.Study) -> int:
+    """Number of trials that count towards the total."""
+    return sum(counts(trial) for trial in study.get_trials(deepcopy=False))
+
+
+def running(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that run now, here or elsewhere."""
+    return study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+
+
+def best_trial(study: optuna.Study) -> FrozenTrial | None:
+    """The trial with the lowest perplexity among those measured in full, if there is one."""
+    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    full = [trial for trial in done if "stopped_after" not in trial.user_attrs and trial.value is not None]
+    return min(full, key=lambda trial: trial.value or 0.0, default=None)

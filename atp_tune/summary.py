@@ -1,0 +1,122 @@
+"""What a study has found, read from its storage alone: no torch, no model, also while it runs."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from atp_tune import storage
+from atp_tune.config import AllocationRef, Baselines, Config, ModelRef, Scores, Sparsity, Texts
+from atp_tune.errors import UserError
+from atp_tune.perplexity import Perplexity, perplexity
+from atp_tune.studyfile import StudyFile
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A study's numbers: dense, uniform and best, each on the search and on the report text."""
+
+    name: str
+    trials: list[FrozenTrial]
+    total: int | None
+    done: int
+    dense: Scores
+    uniform: Scores
+    best: Scores
+    best_trial: FrozenTrial | None
+
+    @property
+    def gain(self) -> float | None:
+        """How much lower the best perplexity is than uniform's, on the report text if it is measured; a share."""
+        for before, after in (
+            (self.uniform.report, self.best.report),
+            (self.uniform.search, self.best.search),
+        ):
+            if before and after:
+                return 1 - after.value / before.value
+        return None
+
+
+def summarise(study: optuna.Study) -> Summary:
+    """The summary of a study as it stands."""
+    best = storage.best_trial(study)
+    reports = study.user_attrs.get("reports", {})
+    uniform = uniform_of(study, best)
+    return Summary(
+        name=study.study_name,
+        trials=study.get_trials(deepcopy=False),
+        total=study.user_attrs.get("total"),
+        done=storage.counted(study),
+        dense=Scores(search=_stored(study.user_attrs.get("dense")), report=_stored(reports.get("dense"))),
+        uniform=_scores(uniform, reports),
+        best=_scores(best, reports),
+        best_trial=best,
+    )
+
+
+def uniform_of(study: optuna.Study, best: FrozenTrial | None) -> FrozenTrial | None:
+    """The uniform trial with the best trial's pruner."""
+    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    pruner = best.params["pruner"] if best else None
+    matching = (trial for trial in done if trial.params["pruner"] == pruner and is_uniform(trial))
+    return next(matching, None)
+
+
+def is_uniform(trial: FrozenTrial) -> bool:
+    """Whether all blocks got the same sparsity."""
+    return len(set(trial.user_attrs.get("sparsities", ()))) == 1
+
+
+def score_of(trial: FrozenTrial) -> Perplexity | None:
+    """Search perplexity of a trial with its error; None if it has no value."""
+    if trial.value is None:
+        return None
+    return Perplexity(value=trial.value, stderr=trial.user_attrs.get("stderr", 0.0))
+
+
+def best_config(file: StudyFile, study: optuna.Study, out: Path) -> Config:
+    """The configuration of the best trial so far, to be written to `out`; UserError if no trial has a value."""
+    summary, best = summarise(study), storage.best_trial(study)
+    if best is None:
+        raise UserError(f"study {study.study_name}: no trial has a value yet; run: python tune.py --study {file.name}")
+    spec, facts = file.study, study.user_attrs["fingerprint"]
+    return Config(
+        study=study.study_name,
+        trial=best.number,
+        model=_model_ref(spec.model.source, spec.model.revision, spec.model.sha256, facts),
+        pruner=best.params["pruner"],
+        prune=spec.prune,
+        allocation=AllocationRef(name=best.params["allocation"], beta=best.params.get("beta")),
+        block_sparsities=tuple(best.user_attrs["sparsities"]),
+        sparsity=Sparsity(target=spec.sparsity, realised=best.user_attrs["realised"]),
+        perplexity=summary.best,
+        baselines=Baselines(dense=summary.dense, uniform=summary.uniform),
+        calibration=spec.texts.calibration,
+        texts=Texts(search=spec.texts.search, report=spec.report_text),
+        seed=spec.search.seed,
+        versions=best.user_attrs["versions"],
+        folder=os.path.relpath(file.folder.resolve(), out.parent.resolve()),
+    )
+
+
+def _model_ref(source: str, revision: str | None, sha256: str | None, facts: dict[str, Any]) -> ModelRef:
+    return ModelRef(
+        id=source,
+        revision=revision,
+        sha256=sha256,
+        fingerprint=facts["model.content"],
+        dtype=facts["model.dtype"],
+    )
+
+
+def _scores(trial: FrozenTrial | None, reports: dict[str, list[float]]) -> Scores:
+    if trial is None:
+        return Scores(search=None, report=None)
+    return Scores(search=score_of(trial), report=_stored(reports.get(str(trial.number))))
+
+
+def _stored(nlls: list[float] | None) -> Perplexity | None:
+    return perplexity(nlls) if nlls else None

@@ -1,0 +1,189 @@
+"""Running a study: made or resumed, driven to its total, and closed with the numbers on the report text."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic, sleep
+from typing import TYPE_CHECKING
+
+import optuna
+from optuna.exceptions import ExperimentalWarning
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from atp_tune import storage
+from atp_tune.errors import TrialError
+from atp_tune.events import Note, TrialEnded, TrialStarted, Watch
+from atp_tune.samplers import make_sampler, make_stopper, total_trials
+from atp_tune.space import Space, make_space
+from atp_tune.studyfile import StudyFile, facts
+from atp_tune.summary import best_config, uniform_of
+
+if TYPE_CHECKING:
+    from atp_tune.bench import Bench
+
+POLL = 2  # seconds between looks at a trial that runs elsewhere
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of the command: the study file, the study's name, and how many seconds to go on at most."""
+
+    file: StudyFile
+    name: str
+    timeout: float | None
+    watch: Watch
+
+    def note(self, text: str) -> None:
+        """Tells one line."""
+        self.watch(Note(text))
+
+
+def tune(run: Run) -> optuna.Study:
+    """Makes or resumes the study and drives it to its total; KeyboardInterrupt leaves it ready to resume.
+
+    A study that is complete is returned at once, without loading torch or the model. UserError for bad input.
+    """
+    db = storage.open_storage(run.file.storage_url, create=True)
+    assert db is not None
+    known = facts(run.file.study, run.file.folder)
+    study = storage.find_study(db, run.name)
+    if study is not None:
+        storage.check_facts(study, known, partly=True)
+        if is_complete(study, run.file):
+            return study
+    return _work(run, db)
+
+
+def is_complete(study: optuna.Study, file: StudyFile) -> bool:
+    """Whether the total is reached, nothing runs, and the final numbers belong to the best trial."""
+    sizes, best = study.user_attrs.get("sizes"), storage.best_trial(study)
+    if sizes is None or storage.running(study):
+        return False
+    total = total_trials(file.study.search, make_space(file.study, tuple(sizes)))
+    return storage.counted(study) >= total and (best is None or not _unreported(study))
+
+
+def _work(run: Run, db: RDBStorage) -> optuna.Study:
+    bench = open_bench(run)
+    space = make_space(run.file.study, bench.checkpoint.sizes)
+    total = total_trials(run.file.study.search, space)
+    study = storage.create_study(db, run.name, {**facts(run.file.study, run.file.folder), **bench.contents()})
+    _describe(study, bench, total)
+    study.sampler = make_sampler(run.file.study.search, space, run.file.study.search.seed + len(study.trials))
+    study.pruner = make_stopper(run.file.study.search)
+    for params in space.uniform():
+        study.enqueue_trial(params, skip_if_exists=True)
+    _measure_dense(run, study, bench)
+    _drive(run, study, bench, space, total)
+    if storage.counted(study) >= total:
+        report(run, study, bench, space)
+    return study
+
+
+def open_bench(run: Run) -> "Bench":
+    """Loads the model and the texts; the report text only where it is not the search text."""
+    from atp_tune.bench import Bench, Setup
+
+    run.note("loading the model and the texts")
+    spec = run.file.study
+    texts = {"calibration": spec.texts.calibration, "search": spec.texts.search}
+    if spec.texts.report is not None:
+        texts["report"] = spec.texts.report
+    return Bench.open(Setup(spec.model, spec.prune, texts, run.file.folder, spec.device), run.watch)
+
+
+def _describe(study: optuna.Study, bench: "Bench", total: int) -> None:
+    for name, value in (("sizes", list(bench.checkpoint.sizes)), ("total", total)):
+        if study.user_attrs.get(name) != value:
+            study.set_user_attr(name, value)
+
+
+def _measure_dense(run: Run, study: optuna.Study, bench: "Bench") -> None:
+    if "dense" not in study.user_attrs:
+        run.watch(TrialStarted("dense model", None))
+        study.set_user_attr("dense", bench.all_nlls(bench.dense(), "search"))
+
+
+def _drive(run: Run, study: optuna.Study, bench: "Bench", space: Space, total: int) -> None:
+    """Runs trials until the total is reached or the time is up; trials that run elsewhere count as theirs."""
+    from atp_tune.objective import Objective
+
+    objective = Objective(bench, space, run.file.study.search.stopper != "none", run.watch)
+    end = None if run.timeout is None else monotonic() + run.timeout
+    while end is None or monotonic() < end:
+        for number in storage.recover(study):
+            run.note(f"trial {number} was lost with its process: it is run again")
+        elsewhere = storage.running(study)
+        remaining = total - storage.counted(study) - len(elsewhere)
+        if remaining > 0:
+            _optimise(run, study, objective, remaining, total, end)
+        elif elsewhere:
+            _wait(run, study, elsewhere[0])
+        else:
+            return
+
+
+def _optimise(
+    run: Run,
+    study: optuna.Study,
+    objective: Callable[[optuna.Trial], float],
+    n_trials: int,
+    total: int,
+    end: float | None,
+) -> None:
+    def ended(study: optuna.Study, trial: FrozenTrial) -> None:
+        best, done = storage.best_trial(study), storage.counted(study)
+        reason = trial.user_attrs.get("failure") if trial.state == TrialState.FAIL else None
+        run.watch(TrialEnded(trial.number, trial.value, reason, best.value if best else None, done, total))
+
+    timeout = None if end is None else end - monotonic()
+    try:
+        study.optimize(objective, n_trials=n_trials, timeout=timeout, catch=(TrialError,), callbacks=[ended])
+    except KeyboardInterrupt:
+        for trial in study.get_trials(states=(TrialState.FAIL,))[-1:]:
+            if trial.user_attrs.get("lost") == "interrupted":
+                storage.queue_again(study, trial)
+        raise
+
+
+def _wait(run: Run, study: optuna.Study, trial: FrozenTrial) -> None:
+    """Gives a trial that runs elsewhere the time to end, or to show no sign of life."""
+    where = trial.user_attrs.get("host", "another machine")
+    run.note(f"waiting for trial {trial.number}, which {where} runs (or was running when it stopped)")
+    while any(other.number == trial.number for other in storage.running(study)):
+        sleep(POLL)
+        storage.recover(study)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            optuna.storages.fail_stale_trials(study)
+
+
+def _unreported(study: optuna.Study) -> list[str]:
+    """What has no numbers on the report text yet: `dense`, and numbers of the best and the uniform trial."""
+    best = storage.best_trial(study)
+    trials = [trial for trial in (uniform_of(study, best), best) if trial is not None]
+    wanted = dict.fromkeys(["dense", *(str(trial.number) for trial in trials)])
+    return [name for name in wanted if name not in study.user_attrs.get("reports", {})]
+
+
+def report(run: Run, study: optuna.Study, bench: "Bench", space: Space) -> None:
+    """Measures dense, uniform and best on the report text, each once, and writes the best configuration."""
+    for name in _unreported(study):
+        nlls = _report_nlls(run, study, bench, space, name)
+        study.set_user_attr("reports", {**study.user_attrs.get("reports", {}), name: nlls})
+    if storage.best_trial(study) is not None:
+        best_config(run.file, study, run.file.best_path).write(run.file.best_path)
+
+
+def _report_nlls(run: Run, study: optuna.Study, bench: "Bench", space: Space, name: str) -> list[float]:
+    """Window NLLs on the report text; with the paper's protocol these are the ones of the search."""
+    dense = name == "dense"
+    trial = None if dense else study.trials[int(name)]
+    if run.file.study.texts.report is None:
+        nlls: list[float] = study.user_attrs["dense"] if trial is None else trial.user_attrs["nlls"]
+        return nlls
+    plan = None if trial is None else space.plan(trial.params)
+    run.watch(TrialStarted(f"report: {'dense model' if dense else f'trial {name}'}", plan))
+    pruned = None if plan is None else ((block.index, block.weights) for block in bench.prune(plan))
+    return bench.all_nlls(pruned or bench.dense(), "report")

@@ -1,0 +1,178 @@
+"""Token windows of a text, drawn as the field draws them and kept in the cache by content.
+
+random: the C4 loader of Wanda and SparseGPT (`get_c4`). consecutive: their WikiText-2 convention
+(`get_wikitext2`, `eval_ppl`), all documents joined by blank lines, tokenised in one go, cut without overlap.
+"""
+
+import hashlib
+import io
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from atp_tune.cache import cache_dir, sha256_of, sha256_of_json, write_atomically
+from atp_tune.convert import one_line
+from atp_tune.errors import UserError
+from atp_tune.models import Note, silent
+from atp_tune.study import Text
+from atp_tune.texts import documents, source_content
+
+Encode = Callable[[str], list[int]]
+
+_FORMAT = 1  # counted up when the same settings come to other windows
+# config.json names the tokenizer's class where nothing else does.
+_TOKENIZER = (
+    "config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+)
+_CHARACTERS_PER_TOKEN = 8  # more than any usual text has
+_MARGIN = 1024  # tokens: a cut text is tokenised differently only near the cut
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Windows of one length: `ids` int64 [windows, tokens], and the SHA-256 of ids and shape."""
+
+    ids: np.ndarray
+    content: str
+
+
+def token_windows(text: Text, folder: Path, base: Path, note: Note = silent) -> Windows:
+    """The windows of a study's text with the tokenizer in `folder`; relative paths start at `base`.
+
+    A second call reads them from the cache and loads neither text nor tokenizer. Errors: UserError in one
+    line that starts with the key of the text.
+    """
+    stored = cache_dir("windows") / f"{_key(text, folder, base)}.npy"
+    if stored.is_file():
+        ids = np.load(stored)
+    else:
+        note(f"reading and tokenising {text.source}")
+        ids = _DRAWS[text.draw](documents(text, base), _encoder(folder), text)
+        packed = io.BytesIO()
+        np.save(packed, ids)
+        write_atomically(stored, packed.getvalue())
+    return Windows(ids, hashlib.sha256(f"{ids.shape}".encode() + ids.astype("<i8").tobytes()).hexdigest())
+
+
+def check_disjoint(named: dict[str, Windows]) -> None:
+    """Raises a UserError if two roles share a window, token by token."""
+    seen: dict[bytes, str] = {}
+    for role, windows in named.items():
+        rows = [row.tobytes() for row in windows.ids]
+        for index, row in enumerate(rows):
+            if row in seen:
+                other = seen[row]
+                raise UserError(
+                    f"texts.{role}: window {index} is also in texts.{other}; give them other texts or parts"
+                )
+        seen |= dict.fromkeys(rows, role)
+
+
+def _key(text: Text, folder: Path, base: Path) -> str:
+    files = {file.name: sha256_of(file) for pattern in _TOKENIZER for file in folder.glob(pattern)}
+    return sha256_of_json(
+        {
+            "format": _FORMAT,
+            "text": text.model_dump(),
+            "content": source_content(text, base),
+            "tokenizer": files,
+            "libraries": [version("transformers"), version("tokenizers")],
+        }
+    )
+
+
+def _encoder(folder: Path) -> Encode:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # whatever the many tokenizers raise
+        raise UserError(f"the tokenizer in {folder} cannot be loaded: {one_line(error)}") from error
+    # verbose=False: texts longer than the model's context are meant, and cut into windows later
+    return lambda text: list(tokenizer(text, verbose=False).input_ids)
+
+
+def _random(found: Sequence[str], encode: Encode, text: Text) -> np.ndarray:
+    """Draws documents until one is longer than a window, then where the window starts: the order of Wanda."""
+    generator = random.Random(text.seed)
+    encoded = lru_cache(maxsize=32)(lambda index: encode(found[index]))
+    short: dict[int, int] = {}
+    rows = []
+    for _ in range(text.windows or 0):
+        ids = _long_document(generator, encoded, len(found), text.tokens, short)
+        start = generator.randint(0, len(ids) - text.tokens - 1)
+        rows.append(ids[start : start + text.tokens])
+    return np.array(rows, np.int64)
+
+
+def _long_document(
+    generator: random.Random,
+    encoded: Callable[[int], list[int]],
+    count: int,
+    tokens: int,
+    short: dict[int, int],
+) -> list[int]:
+    """Ids of the first drawn document with more than `tokens`; `short` keeps the lengths of the others."""
+    while len(short) < count:
+        index = generator.randint(0, count - 1)
+        if index in short:
+            continue
+        if len(ids := encoded(index)) > tokens:
+            return ids
+        short[index] = len(ids)
+    raise UserError(
+        f"tokens: none of the {count} documents is longer than {tokens} tokens, the longest has "
+        f'{max(short.values())}; lower tokens, or set draw = "consecutive"'
+    )
+
+
+def _consecutive(found: Sequence[str], encode: Encode, text: Text) -> np.ndarray:
+    ids = _head(found, encode, None if text.windows is None else text.windows * text.tokens)
+    count = len(ids) // text.tokens
+    if count < (text.windows or 1):
+        asked = "one window" if text.windows is None else f"{text.windows} windows"
+        raise UserError(
+            f"windows: {text.source} has {len(ids)} tokens, that is {count} windows of {text.tokens}; "
+            f"{asked} cannot be cut, lower windows or tokens"
+        )
+    count = text.windows or count
+    return np.array(ids[: count * text.tokens], np.int64).reshape(count, text.tokens)
+
+
+def _head(found: Sequence[str], encode: Encode, needed: int | None) -> list[int]:
+    """Ids of the joined documents: all, or at least the first `needed`, read no further than that takes."""
+    if needed is None:
+        return encode("\n\n".join(found))
+    characters = (needed + _MARGIN) * _CHARACTERS_PER_TOKEN
+    while True:
+        head, whole = _first_characters(found, characters)
+        ids = encode(head)
+        if whole or len(ids) >= needed + _MARGIN:
+            return ids
+        characters *= 4
+
+
+def _first_characters(found: Sequence[str], count: int) -> tuple[str, bool]:
+    """The first `count` characters of the joined documents, and whether that is all of them."""
+    pieces: list[str] = []
+    length = 0
+    for document in found:
+        pieces.append(document)
+        length += len(document) + 2
+        if length > count + 2:
+            return "\n\n".join(pieces)[:count], False
+    return "\n\n".join(pieces), True
+
+
+_DRAWS = {"random": _random, "consecutive": _consecutive}

@@ -1,0 +1,126 @@
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from atp_tune.study import Allocation, Model, Search, Study, Text
+from atp_tune.studyfile import _PATTERNS, _keys, _table
+
+
+def raw(**changes: Any) -> dict[str, Any]:
+    texts = {
+        "calibration": {"source": "c4"},
+        "search": {"source": "wikitext2", "split": "validation"},
+        "report": {"source": "wikitext2", "split": "test"},
+    }
+    base = {"sparsity": 0.5, "model": {"source": "org/name"}, "texts": texts, "search": {"trials": 1}}
+    return base | changes
+
+
+def field_of(key: str) -> Any:
+    *tables, name = key.split(".")
+    table: type[BaseModel] | None = Study
+    for part in tables:
+        assert table
+        table = _table(table, part)
+    assert table
+    return table.model_fields[name]
+
+
+def test_defaults() -> None:
+    study = Study.model_validate(raw())
+    assert study.protocol == "held-out"
+    assert study.prune.pruners == ("wanda",)
+    assert study.allocation.names == ("atp",)
+    assert study.report_text is study.texts.report
+
+
+def test_frozen() -> None:
+    study = Study.model_validate(raw())
+    with pytest.raises(ValidationError):
+        study.sparsity = 0.1  # type: ignore[misc]
+
+
+def test_round_trip_through_json() -> None:
+    study = Study.model_validate(raw())
+    assert Study.model_validate_json(study.model_dump_json()) == study
+
+
+def test_paper_protocol_reports_on_the_search_text() -> None:
+    data = raw(protocol="paper")
+    with pytest.raises(ValidationError, match="leave it out"):
+        Study.model_validate(data)
+    del data["texts"]["report"]
+    study = Study.model_validate(data)
+    assert study.report_text is study.texts.search
+
+
+def test_held_out_protocol_needs_a_report_text() -> None:
+    data = raw()
+    del data["texts"]["report"]
+    with pytest.raises(ValidationError, match=r"texts\.report: is needed"):
+        Study.model_validate(data)
+
+
+@pytest.mark.parametrize("role", ["calibration", "search", "report"])
+@pytest.mark.parametrize("other", ["calibration", "search", "report"])
+def test_roles_never_share_a_text(role: str, other: str) -> None:
+    data = raw()
+    data["texts"][role] = data["texts"][other]
+    if role == other:
+        Study.model_validate(data)
+        return
+    with pytest.raises(ValidationError, match="reads the same documents"):
+        Study.model_validate(data)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "overlap"),
+    [
+        ((0, 0.5), (0.5, 1), False),
+        ((0, 0.5), (0.4, 1), True),
+        ((0, 1), (0.4, 0.6), True),
+        ((0.5, 1), (0, 0.5), False),
+    ],
+)
+def test_overlap_of_parts(one: tuple[float, float], other: tuple[float, float], overlap: bool) -> None:
+    first, second = Text(source="c4", part=one), Text(source="c4", part=other)
+    assert first.overlaps(second) is second.overlaps(first) is overlap
+    assert not first.overlaps(Text(source="c4", part=other, split="validation"))
+
+
+@pytest.mark.parametrize(
+    ("table", "values", "message"),
+    [
+        (Model, {"source": "pypi:a"}, "source: must pin a wheel"),
+        (Model, {"source": "pypi:a==1"}, "sha256: is needed"),
+        (Allocation, {"beta": [1, 0]}, "beta: the interval"),
+        (Text, {"source": "c4", "draw": "random"}, "windows: a random draw"),
+        (Text, {"source": "c4", "part": [0.5, 0.5]}, "part: "),
+        (Search, {}, "trials: is needed with the sampler gp"),
+        (Search, {"sampler": "tpe"}, "trials: is needed with the sampler tpe"),
+    ],
+)
+def test_rules_between_keys_name_their_key(table: type[BaseModel], values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        table.model_validate(values)
+    (details,) = caught.value.errors()
+    text = str(details["ctx"]["error"])
+    assert text.startswith(message)
+    assert text.partition(":")[0] in table.model_fields
+
+
+def test_grid_needs_no_number_of_trials() -> None:
+    assert Search(sampler="grid").trials is None
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "mps", "cuda", "cuda:3"])
+def test_devices(device: str) -> None:
+    assert Study.model_validate(raw(device=device)).device == device
+
+
+@pytest.mark.parametrize("key", list(_keys()))
+def test_every_pattern_has_its_own_words(key: str) -> None:
+    field = field_of(key)
+    patterns = [part for part in field.metadata if getattr(part, "pattern", None)]
+    assert bool(patterns) == (key in _PATTERNS)

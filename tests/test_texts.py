@@ -1,0 +1,285 @@
+import gzip
+import json
+import random
+import shutil
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from atp_tune.errors import UserError
+from atp_tune.study import Text
+from atp_tune.texts import Column, documents, hub_arguments, source_content
+
+
+def message(text: Text, base: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        documents(text, base)
+    assert "\n" not in str(caught.value)
+    return str(caught.value).replace(str(base), "BASE")
+
+
+def jsonl(path: Path, *rows: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def test_a_txt_file_is_one_document(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Grüße\n\nzwei", encoding="utf-8")
+    assert documents(Text(source="file:a.txt"), tmp_path) == ["Grüße\n\nzwei"]
+    assert documents(Text(source=f"file:{tmp_path}/a.txt"), Path("/elsewhere")) == ["Grüße\n\nzwei"]
+
+
+def test_a_path_may_start_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("x")
+    assert documents(Text(source="file:~/a.txt"), Path("/elsewhere")) == ["x"]
+
+
+def test_jsonl_and_parquet_hold_a_document_a_row(tmp_path: Path) -> None:
+    jsonl(tmp_path / "a.jsonl", {"body": "one", "n": 1}, {"body": "two"})
+    with (tmp_path / "a.jsonl").open("a") as stream:
+        stream.write("\n")
+    table = pyarrow.table({"n": [1, 2, 3], "body": ["one", None, "two"]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert documents(Text(source="file:a.jsonl", column="body"), tmp_path) == ["one", "two"]
+    assert documents(Text(source="file:a.parquet", column="body"), tmp_path) == ["one", "", "two"]
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "some_texts"
+    (folder / "data").mkdir(parents=True)
+    lines = [
+        'WORDS = "one"',
+        'LIST = ["a", "b"]',
+        'PAIR = ("a", "b")',
+        'BY_KEY = {"z": "last", "a": "first"}',
+        "N = 3",
+    ]
+    (folder / "__init__.py").write_text("\n".join(lines))
+    (folder / "data" / "long.txt").write_text("from a file")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "some_texts", raising=False)
+
+
+@pytest.mark.usefixtures("package")
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("some_texts:WORDS", ["one"]),
+        ("some_texts:LIST", ["a", "b"]),
+        ("some_texts:PAIR", ["a", "b"]),
+        ("some_texts:BY_KEY", ["first", "last"]),
+        ("some_texts/data/long.txt", ["from a file"]),
+    ],
+)
+def test_a_package_holds_documents(name: str, expected: list[str], tmp_path: Path) -> None:
+    assert documents(Text(source=f"package:{name}"), tmp_path) == expected
+
+
+def test_the_standard_library_holds_a_real_text(tmp_path: Path) -> None:
+    found = documents(Text(source="package:pydoc_data.topics:topics"), tmp_path)
+    assert len(found) > 70
+    assert sum(map(len, found)) > 400_000
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_part_holds_the_documents_that_start_in_it(seed: int, tmp_path: Path) -> None:
+    generator = random.Random(seed)
+    rows = ["x" * generator.choice([0, 1, 3, 50]) + str(n) * (n % 3 > 0) for n in range(generator.randint(2, 40))]
+    rows.append("end")
+    jsonl(tmp_path / "a.jsonl", *({"text": row} for row in rows))
+    cuts = sorted({0.0, 1.0, *(generator.choice([0.1, 0.29, 0.57, generator.random()]) for _ in range(2))})
+    together = []
+    for part in pairwise(cuts):
+        offset, expected = 0, []
+        for row in rows:
+            if part[0] <= offset / sum(map(len, rows)) < part[1]:
+                expected.append(row)
+            offset += len(row)
+        if any(expected):
+            assert documents(Text(source="file:a.jsonl", part=part), tmp_path) == expected
+        together += expected
+    assert together == rows
+
+
+def test_an_identity_follows_the_content(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.txt").write_text("one")
+    first, same = (source_content(Text(source=f"file:{name}.txt"), tmp_path) for name in "ab")
+    (tmp_path / "b.txt").write_text("other")
+    assert first == same != source_content(Text(source="file:b.txt"), tmp_path)
+
+
+@pytest.mark.usefixtures("package")
+def test_an_identity_of_a_package_is_its_text(tmp_path: Path) -> None:
+    names = ("some_texts:LIST", "some_texts:PAIR", "some_texts:WORDS")
+    first, same, other = (source_content(Text(source=f"package:{name}"), tmp_path) for name in names)
+    assert first == same != other
+
+
+def test_an_identity_of_a_hub_dataset_is_its_address(tmp_path: Path) -> None:
+    address = {"source": "hub:org/set", "split": "train"}
+    changes = ({}, {"split": "test"}, {"revision": "v1"}, {"config": "en"}, {"source": "hub:org/other"})
+    found = {source_content(Text(**{**address, **change}), tmp_path) for change in changes}
+    assert len(found) == len(changes)
+    assert source_content(Text(**address, tokens=7, seed=3), tmp_path) in found
+
+
+def test_the_names_of_the_field_become_arguments() -> None:
+    train, valid = "en/c4-train.00000-of-01024.json.gz", "en/c4-validation.00000-of-00008.json.gz"
+    c4 = {"path": "allenai/c4", "verification_mode": "no_checks"}
+    assert hub_arguments(Text(source="c4")) == c4 | {
+        "split": "train", "data_files": {"train": train}, "revision": None
+    }  # fmt: skip
+    assert hub_arguments(Text(source="c4", split="validation", revision="abc")) == c4 | {
+        "split": "validation", "data_files": {"validation": valid}, "revision": "abc"
+    }  # fmt: skip
+    assert hub_arguments(Text(source="wikitext2", split="test")) == {
+        "path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test", "revision": None
+    }  # fmt: skip
+    assert hub_arguments(Text(source="hub:org/set", config="de", split="train[:10]", revision="v1")) == {
+        "path": "org/set", "name": "de", "split": "train[:10]", "revision": "v1"
+    }  # fmt: skip
+
+
+def test_a_hub_dataset_stays_on_disk(hub: tuple[Path, list[str]], tmp_path: Path) -> None:
+    rows = ["one", None, "", *(f"text {n}" for n in range(2500))]
+    jsonl(hub[0] / "datasets/org/set/train.jsonl", *({"text": row, "n": 1} for row in rows))
+    found = documents(Text(source="hub:org/set", split="train"), tmp_path)
+    assert isinstance(found, Column)
+    assert list(found) == [row or "" for row in rows]
+    assert (found[0], found[1], found[-1], len(found)) == ("one", "", "text 2499", 2503)
+    assert list(found[1:4]) == ["", "", "text 0"]
+    half = documents(Text(source="hub:org/set", split="train", part=(0.5, 1)), tmp_path)
+    assert isinstance(half, Column)
+    assert 1000 < len(half) < 1400
+    assert list(half) == list(found)[-len(half) :]
+
+
+def test_c4_downloads_one_file(hub: tuple[Path, list[str]], tmp_path: Path) -> None:
+    folder = hub[0] / "datasets/allenai/c4/en"
+    folder.mkdir(parents=True)
+    splits = {
+        "features": [{"name": "text", "dtype": "string"}],
+        "splits": [{"name": "train", "num_examples": 99}],
+    }
+    card = f"---\nconfigs:\n- config_name: en\n  data_files: en/*.json.gz\ndataset_info:\n- {json.dumps(splits)}\n---\n"
+    (folder.parent / "README.md").write_text(card)
+    for name in ("train.00000-of-01024", "train.00001-of-01024", "validation.00000-of-00008"):
+        row = {"text": name, "timestamp": "2019-04-25T12:57:54Z", "url": "http://x"}
+        (folder / f"c4-{name}.json.gz").write_bytes(gzip.compress(json.dumps(row).encode()))
+    assert list(documents(Text(source="c4"), tmp_path)) == ["train.00000-of-01024"]
+    assert {path for path in hub[1] if path.endswith("00001-of-01024.json.gz")} == set()
+    assert list(documents(Text(source="c4", split="validation"), tmp_path)) == ["validation.00000-of-00008"]
+
+
+def test_wikitext2_reads_its_split(hub: tuple[Path, list[str]], tmp_path: Path) -> None:
+    folder = hub[0] / "datasets/Salesforce/wikitext/wikitext-2-raw-v1"
+    folder.mkdir(parents=True)
+    files = "\n".join(f"  - split: {name}\n    path: wikitext-2-raw-v1/{name}-*" for name in ("train", "test"))
+    (folder.parent / "README.md").write_text(
+        f"---\nconfigs:\n- config_name: wikitext-2-raw-v1\n  data_files:\n{files}\n---\n"
+    )
+    for name in ("train", "test"):
+        table = pyarrow.table({"text": ["", f" = {name} = \n"]})
+        pyarrow.parquet.write_table(table, folder / f"{name}-00000-of-00001.parquet")
+    assert list(documents(Text(source="wikitext2", split="test"), tmp_path)) == ["", " = test = \n"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"source": "hub:org/no"}, "source: the hub shows you no dataset org/no (or not this revision); see URL/org/no"),
+        ({"source": "hub:org/closed"}, "source: org/closed is gated; ask for access at URL/org/closed, then run `hf auth login`"),
+        ({"split": "dev"}, "source: org/set cannot be loaded: ValueError: Unknown split \"dev\". Should be one of ['train']."),
+        ({"config": "de"}, "source: org/set cannot be loaded: ValueError: BuilderConfig 'de' not found. Available: ['default']"),
+        ({"column": "body"}, 'column: hub:org/set has no "body"; it has text, n'),
+        ({"column": "n"}, 'column: "n" of hub:org/set holds no text'),
+        ({"revision": "v9"}, "source: the hub shows you no dataset org/set (or not this revision); see URL/org/set"),
+    ],
+)  # fmt: skip
+def test_hub_errors(settings: dict[str, str], expected: str, hub: tuple[Path, list[str]], tmp_path: Path) -> None:
+    jsonl(hub[0] / "datasets/org/set/train.jsonl", {"text": "one", "n": 1})
+    jsonl(hub[0] / "datasets/org/closed/GATED", {})
+    text = Text(**{"source": "hub:org/set", "split": "train", **settings})
+    assert message(text, tmp_path).replace("https://huggingface.co/datasets", "URL") == expected
+
+
+def test_without_a_network(hub: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jsonl(hub[0] / "datasets/org/set/train.jsonl", {"text": "one"})
+    text = Text(source="hub:org/set", split="train")
+    assert list(documents(text, tmp_path)) == ["one"]
+    shutil.rmtree(hub[0] / "datasets")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    assert list(documents(text, tmp_path)) == ["one"]
+    other = Text(source="hub:org/other", split="train")
+    assert message(other, tmp_path) == (
+        "source: org/other is not in the cache, and the hub is out of reach; connect once"
+    )
+
+
+def test_a_folder_never_hides_a_hub_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jsonl(tmp_path / "org/set/train.jsonl", {"text": "local"})
+    monkeypatch.chdir(tmp_path)
+    assert message(Text(source="hub:org/set", split="train"), tmp_path) == (
+        "source: org/set is a folder here and would be read instead of the hub; change folder"
+    )
+
+
+KNOWN = "c4, wikitext2, hub:ORG/NAME, file:PATH, package:MODULE:ATTRIBUTE or package:MODULE/FILE.txt"
+
+
+@pytest.mark.usefixtures("package")
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"source": "ptb"}, f'source: "ptb" is none of {KNOWN}'),
+        ({"source": "c4:en"}, f'source: "c4:en" is none of {KNOWN}'),
+        ({"source": "hub:set"}, f'source: "hub:set" is none of {KNOWN}'),
+        ({"source": "file:"}, f'source: "file:" is none of {KNOWN}'),
+        ({"source": "hub:org/set"}, "split: hub:org/set needs one, such as train, validation or test"),
+        ({"source": "wikitext2"}, "split: wikitext2 needs train, validation or test"),
+        ({"source": "c4", "split": "test"}, 'split: c4 has train and validation, not "test"'),
+        ({"source": "c4", "config": "de"}, "config: c4 is always en; for another one use hub:allenai/c4"),
+        ({"source": "wikitext2", "split": "test", "config": "x"},
+         "config: wikitext2 is always wikitext-2-raw-v1; for another one use hub:Salesforce/wikitext"),
+        ({"source": "file:a.txt", "split": "test"}, "split: only a hub dataset has one, file:a.txt has not; leave it out"),
+        ({"source": "file:no.txt"}, "source: there is no file BASE/no.txt"),
+        ({"source": "file:a.csv"}, "source: BASE/a.csv is none of *.txt, *.jsonl, *.parquet"),
+        ({"source": "file:empty.txt"}, 'source: "file:empty.txt" holds no text'),
+        ({"source": "file:latin.txt"}, "source: BASE/latin.txt is not UTF-8 text (invalid start byte at byte 2)"),
+        ({"source": "file:a.txt", "part": (0.5, 1)}, "part: none of the 1 documents of file:a.txt starts in [0.5, 1.0)"),
+        ({"source": "file:empty.txt", "part": (0.5, 1)}, 'source: "file:empty.txt" holds no text'),
+        ({"source": "file:a.jsonl", "column": "body"}, 'column: line 1 of BASE/a.jsonl has no "body"; it has text, n'),
+        ({"source": "file:a.jsonl", "column": "n"}, 'column: "n" in line 1 of BASE/a.jsonl is no text'),
+        ({"source": "file:list.jsonl"}, "source: line 1 of BASE/list.jsonl is no JSON object"),
+        ({"source": "file:half.jsonl"},
+         "source: line 2 of BASE/half.jsonl is not JSON: Expecting ':' delimiter: line 2 column 1 (char 8)"),
+        ({"source": "file:a.parquet", "column": "body"}, 'column: BASE/a.parquet has no "body"; it has text, n'),
+        ({"source": "file:a.parquet", "column": "n"}, 'column: "n" of BASE/a.parquet holds no text'),
+        ({"source": "file:no.parquet"}, "source: BASE/no.parquet is no Parquet file: "),
+        ({"source": "package:absent:TEXT"}, "source: package:absent:TEXT needs the module absent; is it installed?"),
+        ({"source": "package:some_texts:NO"}, "source: module some_texts has no NO"),
+        ({"source": "package:some_texts:N"}, "source: package:some_texts:N is neither a str nor a list, tuple or dict of str"),
+        ({"source": "package:some_texts"}, "source: package:some_texts is no text; give package:MODULE:ATTRIBUTE or …/FILE.txt"),
+        ({"source": "package:some_texts/no.txt"},
+         "source: package:some_texts/no.txt is no text; give package:MODULE:ATTRIBUTE or …/FILE.txt"),
+    ],
+)  # fmt: skip
+def test_errors_are_one_line(settings: dict[str, object], expected: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes("Grüße, all".encode("latin-1"))
+    jsonl(tmp_path / "a.jsonl", {"text": "one", "n": 1})
+    jsonl(tmp_path / "list.jsonl", ["text"])
+    (tmp_path / "half.jsonl").write_text('{"text": "one"}\n{"text"\n')
+    (tmp_path / "no.parquet").write_bytes(b"PAR1 not")
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one"], "n": [1]}), tmp_path / "a.parquet")
+    found = message(Text(**settings), tmp_path)
+    assert found == expected or (expected.endswith(": ") and found.startswith(expected))
