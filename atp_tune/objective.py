@@ -37,6 +37,7 @@ class Objective:
     watch: Watch
 
     def __call__(self, trial: Trial) -> float:
+        """Measures one trial and stores its attributes as they become known."""
         with reasons(trial):
             set_attributes(trial, identity())
             plan = self.space.suggest(trial)

@@ -139,7 +139,7 @@ def measure(
 
 
 def relative_error(hidden: Tensor, dense: Tensor) -> float:
-    """‖H - D‖ / ‖D‖ (Frobenius, float32) over the first windows of hidden, as many as dense [few, tokens, width] has."""
+    """‖H - D‖ / ‖D‖ (Frobenius, float32) over the windows that dense [few, tokens, width] has."""
     reference = dense.to(hidden.device).float()
     difference = hidden[: len(dense)].float() - reference
     return float(torch.linalg.vector_norm(difference) / torch.linalg.vector_norm(reference))

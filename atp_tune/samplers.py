@@ -1,15 +1,21 @@
 """How Optuna proposes and stops: the sampler and the stopper of a study."""
 
+import math
 import warnings
+from typing import Any
 
+import optuna
+from optuna import Study
+from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner, NopPruner, WilcoxonPruner
 from optuna.samplers import BaseSampler, GPSampler, GridSampler, RandomSampler, TPESampler
+from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.space import Space
 from atp_tune.study import Search
 
-STARTS = 4  # trials before a model of the objective is fitted: plenty for one or two parameters
+STARTS = 3  # trials before a model of the objective is fitted: plenty for one or two parameters
 
 
 def make_sampler(search: Search, space: Space, seed: int) -> BaseSampler:
@@ -18,13 +24,50 @@ def make_sampler(search: Search, space: Space, seed: int) -> BaseSampler:
         warnings.simplefilter("ignore", ExperimentalWarning)
         match search.sampler:
             case "gp":
-                return GPSampler(seed=seed, n_startup_trials=STARTS, deterministic_objective=True)
+                return LogSampler(GPSampler(seed=seed, n_startup_trials=STARTS))
             case "tpe":
                 return TPESampler(seed=seed, n_startup_trials=STARTS, multivariate=True)
             case "grid":
                 return GridSampler(space.grid(search.step), seed=seed)
             case "random":
                 return RandomSampler(seed=seed)
+
+
+class LogSampler(BaseSampler):
+    """Lets a sampler see log perplexity (nats per token), while the study keeps perplexity.
+
+    Perplexity explodes where β is too large: fitted as it is, one such trial flattens the valley that matters.
+    """
+
+    def __init__(self, inner: BaseSampler) -> None:
+        self._inner = inner
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """As the inner sampler does."""
+        return self._inner.infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """What the inner sampler proposes in a study in memory that holds the logarithms."""
+        if not search_space:
+            return {}
+        shadow = optuna.create_study(sampler=self._inner)
+        states = (TrialState.COMPLETE, TrialState.RUNNING)
+        others = study.get_trials(deepcopy=False, states=states)
+        shadow.add_trials([_logged(other) for other in others if other.number != trial.number])
+        return shadow.ask(fixed_distributions=search_space).params
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """As the inner sampler does."""
+        return self._inner.sample_independent(study, trial, param_name, param_distribution)
+
+
+def _logged(trial: FrozenTrial) -> FrozenTrial:
+    value = None if trial.value is None else math.log(trial.value)
+    return optuna.create_trial(state=trial.state, value=value, params=trial.params, distributions=trial.distributions)
 
 
 def make_stopper(search: Search) -> BasePruner:

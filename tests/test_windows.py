@@ -1,0 +1,273 @@
+import json
+import pydoc_data.topics
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from atp_tune.errors import UserError
+from atp_tune.study import Text
+from atp_tune.windows import Windows, check_disjoint, token_windows
+
+TOPICS = [pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics)]
+TOPICS_SOURCE = "package:pydoc_data.topics:topics"
+
+
+def saved_tokenizer(folder: Path, words: bool) -> Path:
+    """A tokenizer that puts <s> first: byte-level BPE over words, or BPE over the whole text as Llama 2 has it."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    if words:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+    else:
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")
+        tokenizer.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
+    special = ["<unk>", "<s>"]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False, max_token_length=12)
+    tokenizer.train_from_iterator(TOPICS[:30], trainer)
+    if not words:
+        tokenizer.pre_tokenizer = None  # type: ignore[assignment]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>", model_max_length=16)
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved_tokenizer(tmp_path_factory.mktemp("words"), words=True)
+
+
+@pytest.fixture(scope="session")
+def unsplit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved_tokenizer(tmp_path_factory.mktemp("unsplit"), words=False)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on neither texts nor tokenizers can be read."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a cache hit reads nothing")
+
+    monkeypatch.setattr("atp_tune.windows.documents", refuse)
+    monkeypatch.setattr("atp_tune.windows._encoder", refuse)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", refuse)
+
+
+def write(path: Path, *texts: str) -> str:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return f"file:{path.name}"
+
+
+def wanda(texts: list[str], folder: Path, windows: int, tokens: int, seed: int) -> list[list[int]]:
+    """The C4 loader of Wanda and SparseGPT, as they wrote it down."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    random.seed(seed)
+    drawn = []
+    for _ in range(windows):
+        while True:
+            i = random.randint(0, len(texts) - 1)
+            ids = tokenizer(texts[i], verbose=False).input_ids
+            if len(ids) > tokens:
+                break
+        i = random.randint(0, len(ids) - tokens - 1)
+        drawn.append(ids[i : i + tokens])
+    return drawn
+
+
+@pytest.mark.parametrize(("seed", "tokens"), [(0, 64), (1, 64), (0, 700)])
+def test_random_is_the_loader_of_wanda(seed: int, tokens: int, folder: Path, tmp_path: Path) -> None:
+    text = Text(source=TOPICS_SOURCE, draw="random", windows=17, tokens=tokens, seed=seed)
+    found = token_windows(text, folder, tmp_path)
+    assert found.ids.dtype == np.int64
+    assert found.ids.tolist() == wanda(TOPICS, folder, 17, tokens, seed)
+
+
+def test_random_takes_a_document_only_if_it_is_longer(folder: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = ["to be", "print the value", TOPICS[0][:400]]
+    longest = len(tokenizer(texts[2], verbose=False).input_ids)
+    source = write(tmp_path / "a.jsonl", *texts)
+    fits = Text(source=source, draw="random", windows=3, tokens=longest - 1)
+    first = tokenizer(texts[2], verbose=False).input_ids[: longest - 1]
+    assert token_windows(fits, folder, tmp_path).ids.tolist() == [first] * 3
+    with pytest.raises(UserError) as caught:
+        token_windows(fits.model_copy(update={"tokens": longest}), folder, tmp_path)
+    assert str(caught.value) == (
+        f"tokens: none of the 3 documents is longer than {longest} tokens, the longest has {longest}; "
+        'lower tokens, or set draw = "consecutive"'
+    )
+
+
+@pytest.mark.parametrize("tokens", [7, 64, 1000])
+@pytest.mark.parametrize("part", [(0.0, 1.0), (0.9, 1.0)])
+def test_consecutive_is_the_convention_of_wikitext(
+    tokens: int, part: tuple[float, float], folder: Path, tmp_path: Path
+) -> None:
+    total, offset, texts = sum(map(len, TOPICS)), 0, []
+    for topic in TOPICS:
+        if part[0] <= offset / total < part[1]:
+            texts.append(topic)
+        offset += len(topic)
+    ids = AutoTokenizer.from_pretrained(folder)("\n\n".join(texts), verbose=False).input_ids
+    expected = [ids[i * tokens : (i + 1) * tokens] for i in range(len(ids) // tokens)]
+    found = token_windows(Text(source=TOPICS_SOURCE, tokens=tokens, part=part), folder, tmp_path)
+    assert found.ids.dtype == np.int64
+    assert found.ids.tolist() == expected
+
+
+@pytest.mark.parametrize("windows", [1, 9, 150])
+@pytest.mark.parametrize("name", ["folder", "unsplit"])
+def test_the_first_windows_are_those_of_the_whole(
+    windows: int, name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    folder = request.getfixturevalue(name)
+    ids = AutoTokenizer.from_pretrained(folder)("\n\n".join(TOPICS), verbose=False).input_ids
+    found = token_windows(Text(source=TOPICS_SOURCE, windows=windows, tokens=128), folder, tmp_path)
+    assert found.ids.ravel().tolist() == ids[: windows * 128]
+
+
+def test_few_windows_tokenise_little_of_a_huge_text(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from atp_tune import windows
+
+    real, seen = windows._encoder, []
+
+    def counting(folder: Path) -> windows.Encode:
+        encode = real(folder)
+        return lambda text: (seen.append(len(text)), encode(text))[1]
+
+    monkeypatch.setattr(windows, "_encoder", counting)
+    text = Text(source=write(tmp_path / "a.jsonl", *TOPICS * 3), windows=2, tokens=32)
+    token_windows(text, folder, tmp_path)
+    assert sum(seen) < 20_000 < sum(map(len, TOPICS))
+
+
+def test_a_text_with_few_tokens_a_character_is_read_further(folder: Path, tmp_path: Path) -> None:
+    words = sorted(AutoTokenizer.from_pretrained(folder).get_vocab(), key=len)
+    long = (words[-1].replace("Ġ", " ").replace("Ċ", "\n") * 9 + "\n") * 4000
+    text = Text(source=write(tmp_path / "a.jsonl", long), windows=40, tokens=32)
+    ids = AutoTokenizer.from_pretrained(folder)(long, verbose=False).input_ids
+    assert len(long) / len(ids) > 8
+    assert token_windows(text, folder, tmp_path).ids.ravel().tolist() == ids[: 40 * 32]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"tokens": 8, "windows": 5},
+         "windows: file:a.jsonl has 21 tokens, that is 2 windows of 8; 5 windows cannot be cut, "
+         "lower windows or tokens"),
+        ({"tokens": 22},
+         "windows: file:a.jsonl has 21 tokens, that is 0 windows of 22; one window cannot be cut, "
+         "lower windows or tokens"),
+    ],
+)  # fmt: skip
+def test_too_few_windows(settings: dict[str, int], expected: str, folder: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", "a" * 9, "b" * 9)
+    with pytest.raises(UserError) as caught:
+        token_windows(Text(source=source, **settings), folder, tmp_path)
+    assert str(caught.value) == expected
+
+
+@pytest.mark.parametrize("draw", ["random", "consecutive"])
+def test_a_second_call_reads_nothing(draw: str, folder: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    text = Text(source=TOPICS_SOURCE, draw=draw, windows=3, tokens=32)
+    notes: list[str] = []
+    first = token_windows(text, folder, tmp_path, notes.append)
+    request.getfixturevalue("poisoned")
+    second = token_windows(text, folder, tmp_path, notes.append)
+    assert np.array_equal(first.ids, second.ids)
+    assert first.content == second.content
+    assert notes == [f"reading and tokenising {TOPICS_SOURCE}"]
+
+
+def test_a_second_call_imports_no_transformers(folder: Path, cache: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", *TOPICS[:3])
+    token_windows(Text(source=source, tokens=32), folder, tmp_path)
+    script = (
+        "import sys; from pathlib import Path; from atp_tune import study, windows\n"
+        f"text = study.Text(source={source!r}, tokens=32)\n"
+        f"windows.token_windows(text, Path({str(folder)!r}), Path({str(tmp_path)!r}))\n"
+        "print([name for name in ('torch', 'transformers', 'datasets', 'optuna') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_a_hub_dataset_in_the_cache_needs_no_hub(
+    hub: tuple[Path, list[str]], folder: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    (hub[0] / "datasets/org/set").mkdir(parents=True)
+    write(hub[0] / "datasets/org/set/train.jsonl", *TOPICS[:9])
+    text = Text(source="hub:org/set", split="train", draw="random", windows=4, tokens=32)
+    first = token_windows(text, folder, tmp_path)
+    assert first.ids.tolist() == wanda(TOPICS[:9], folder, 4, 32, 0)
+    shutil.rmtree(hub[0])
+    hub[1].clear()
+    request.getfixturevalue("poisoned")
+    assert token_windows(text, folder, tmp_path).content == first.content
+    assert hub[1] == []
+
+
+@pytest.mark.usefixtures("cache")
+def test_every_setting_and_file_counts(folder: Path, unsplit: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", *TOPICS[:5])
+    base = {"source": source, "draw": "random", "windows": 3, "tokens": 32}
+    changes: list[dict[str, object]] = [
+        {}, {"seed": 1}, {"windows": 2}, {"tokens": 16}, {"draw": "consecutive"}, {"part": (0.5, 1)}
+    ]  # fmt: skip
+    contents = [token_windows(Text(**{**base, **change}), folder, tmp_path).content for change in changes]
+    contents.append(token_windows(Text(**base), unsplit, tmp_path).content)
+    write(tmp_path / "a.jsonl", *TOPICS[5:10])
+    contents.append(token_windows(Text(**base), folder, tmp_path).content)
+    assert len(set(contents)) == len(changes) + 2
+
+
+def test_the_tokenizer_counts_by_content(folder: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    text = Text(source=TOPICS_SOURCE, windows=1, tokens=32)
+    first = token_windows(text, folder, tmp_path)
+    request.getfixturevalue("poisoned")
+    assert token_windows(text, tmp_path / "copy", tmp_path).content == first.content
+
+
+def test_content_names_ids_and_shape() -> None:
+    from atp_tune import windows
+
+    ids = np.arange(12)
+    shapes = {windows._windows(ids.reshape(shape)).content for shape in ((3, 4), (4, 3), (2, 6))}
+    assert len(shapes) == 3
+
+
+def test_long_texts_give_no_warning(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for draw in ("random", "consecutive"):
+        text = Text(source=TOPICS_SOURCE, draw=draw, windows=2, tokens=64)
+        assert token_windows(text, folder, tmp_path).ids.shape == (2, 64)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"^the tokenizer in .*/empty cannot be loaded: \w+: .+$"):
+        token_windows(Text(source=TOPICS_SOURCE), tmp_path / "empty", tmp_path)
+
+
+def test_roles_share_no_window() -> None:
+    def windows(*rows: list[int]) -> Windows:
+        return Windows(np.array(rows), "")
+
+    one = windows([1, 2], [3, 4])
+    check_disjoint({"calibration": one, "search": windows([2, 1], [4, 3]), "report": windows([1, 2, 3])})
+    check_disjoint({"calibration": windows([1, 2], [1, 2])})
+    with pytest.raises(UserError) as caught:
+        check_disjoint({"calibration": one, "search": windows([5, 6]), "report": windows([7, 8], [3, 4])})
+    assert str(caught.value) == ("texts.report: window 1 is also in texts.calibration; give them other texts or parts")
