@@ -77,6 +77,11 @@ class Bench:
         checkpoint = Checkpoint.load(folder.path, find_dtype(setup.model.dtype, device), device)
         return cls(folder, checkpoint, windows, setup.prune, watch)
 
+    @property
+    def batch_windows(self) -> int:
+        """Windows that go through a block at a time."""
+        return self._batch.windows
+
     def budget(self, target: float) -> Budget:
         """What an allocation shares out over this checkpoint."""
         return Budget(target, self.checkpoint.sizes)

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as hf_logging
 
+from atp_tune.convert import one_line
 from atp_tune.devices import free_memory
 from atp_tune.errors import UserError
 
@@ -61,10 +64,16 @@ class Checkpoint:
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype, device: torch.device) -> "Checkpoint":
         """Loads a folder of safetensors; UserError where transformers cannot."""
+        hf_logging.disable_progress_bar()
+        options = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-        except (ValueError, OSError, KeyError, ImportError) as error:
-            raise UserError(f"model {folder}: transformers cannot load it: {str(error).splitlines()[0]}") from error
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+        except (ValueError, OSError, KeyError, ImportError, SafetensorError) as error:
+            raise UserError(f"model {folder}: transformers cannot load it: {one_line(error)}") from error
+        model, found = loaded  # transformers fills what is missing with random numbers, and only logs it
+        wrong = sorted(found["missing_keys"]) + [key for key, *_ in found["mismatched_keys"]]
+        if wrong:
+            raise UserError(f"model {folder}: has no {wrong[0]} of the shape that its config says; download it again")
         return cls(model, device)
 
     @cached_property

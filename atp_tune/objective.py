@@ -57,7 +57,7 @@ class Objective:
         result = perplexity(record.nlls)
         if not math.isfinite(result.value):
             raise TrialError(f"perplexity is {result.value}: the pruned model's numbers overflow or are not defined")
-        set_attributes(trial, {**record.close(), "stderr": result.stderr})
+        set_attributes(trial, {**record.close(), "stderr": result.stderr, "batch_windows": self.bench.batch_windows})
         return result.value
 
     def _repeat(self, trial: Trial, earlier: FrozenTrial) -> float:

@@ -25,8 +25,10 @@ class Perplexity(BaseModel):
 
 
 def perplexity(nlls: Sequence[float]) -> Perplexity:
-    """Perplexity of window NLLs [n] in nats per token; infinite where exp overflows."""
+    """Perplexity of window NLLs [n] in nats per token; infinite where exp overflows or an NLL is not a number."""
     mean = statistics.fmean(nlls)
-    value = math.exp(mean) if mean < 700 else math.inf
+    if not mean < 700:
+        return Perplexity(value=math.inf, stderr=math.inf)
+    value = math.exp(mean)
     spread = statistics.stdev(nlls) if len(nlls) > 1 else 0.0
     return Perplexity(value=value, stderr=value * spread / math.sqrt(len(nlls)))

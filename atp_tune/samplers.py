@@ -52,11 +52,12 @@ class LogSampler(BaseSampler):
         """What the inner sampler proposes in a study in memory that holds the logarithms."""
         if not search_space:
             return {}
-        shadow = optuna.create_study(sampler=self._inner)
+        shadow = optuna.create_study()
         states = (TrialState.COMPLETE, TrialState.RUNNING)
         others = study.get_trials(deepcopy=False, states=states)
         shadow.add_trials([_logged(other) for other in others if other.number != trial.number])
-        return shadow.ask(fixed_distributions=search_space).params
+        shadow.ask()  # stands for the trial: the inner sampler writes to it
+        return self._inner.sample_relative(shadow, shadow.trials[-1], search_space)
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution

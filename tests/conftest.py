@@ -1,11 +1,16 @@
 """Every test has a cache of its own and one thread."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from localhub import serve
+
+if TYPE_CHECKING:
+    from tinystudy import CommandLine
 
 torch.set_num_threads(1)
 
@@ -33,3 +38,46 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path,
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
         monkeypatch.setattr(datasets.config, "HF_MODULES_CACHE", cache)
         yield root, asked
+
+
+@pytest.fixture(scope="session")
+def tiny_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, its texts and the study tiny.toml; to be read only."""
+    from tinystudy import make_place
+
+    return make_place(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_done(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a finished study of two pruners whose best is not uniform; to be read only."""
+    from tinystudy import run
+
+    place = tmp_path_factory.mktemp("done") / "tiny"
+    shutil.copytree(tiny_place, place)
+    toml = (place / "tiny.toml").read_text().replace("trials = 3", "trials = 6").replace("= 0.6", "= 0.5")
+    tables = '\n[prune]\npruners = ["wanda", "magnitude"]\n\n[allocation]\nbeta = [0.0, 0.1]\n'
+    (place / "tiny.toml").write_text(toml + tables)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATP_TUNE_CACHE", str(place.parent / "cache"))
+        run(place)
+    return place
+
+
+@pytest.fixture
+def place(tiny_place: Path, tmp_path: Path) -> Path:
+    """A copy of `tiny_place` for one test."""
+    return Path(shutil.copytree(tiny_place, tmp_path / "tiny"))
+
+
+@pytest.fixture
+def done(tiny_done: Path, tmp_path: Path) -> Path:
+    """A copy of `tiny_done` for one test."""
+    return Path(shutil.copytree(tiny_done, tmp_path / "done"))
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> "CommandLine":
+    from tinystudy import CommandLine
+
+    return CommandLine(capsys, monkeypatch)

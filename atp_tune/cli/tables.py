@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from atp_tune.summary import Summary
 
 console = Console(soft_wrap=True)
+WRAPPED = ("remark", "what")  # columns that may take several lines
 TOLERANCE = 0.001  # relative difference of perplexities that rounding may make
 
 
@@ -63,7 +64,7 @@ def show_status(study: "optuna.Study", file: "StudyFile") -> None:
     from atp_tune.summary import summarise
 
     summary = summarise(study)
-    table = _table(None, "trial", "state", "pruner", "β", "perplexity", "realised", "seconds", "remark")
+    table = _table(None, "trial", "state", "pruner", "β", "perplexity", "zeros", "s", "remark")
     for trial in summary.trials:
         table.add_row(*_row(trial, trial == summary.best_trial))
     console.print(table)
@@ -85,7 +86,7 @@ def _row(trial: "FrozenTrial", is_best: bool) -> list[str]:
         trial.params.get("pruner", ""),
         "" if beta is None else f"{beta:.5f}",
         value,
-        f"{attrs['realised']:.4f}" if "realised" in attrs else "",
+        f"{attrs['realised']:.2%}" if "realised" in attrs else "",
         f"{sum(attrs['seconds'].values()):.0f}" if "seconds" in attrs else "",
         "best" if is_best else _remark(attrs),
     ]
@@ -149,7 +150,7 @@ def _state(file: "StudyFile") -> str:
 def _table(title: str | None, *columns: str) -> Table:
     table = Table(title=title, box=box.SIMPLE, title_justify="left")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column not in WRAPPED)
     return table
 
 

@@ -1,0 +1,140 @@
+"""Tiny random models of the families that the engine must run, and a bench over them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from atp_tune.bench import Bench
+from atp_tune.checkpoint import Checkpoint, Residency
+from atp_tune.events import Watch, unwatched
+from atp_tune.models import ModelFolder
+from atp_tune.study import Prune
+from atp_tune.windows import Windows
+
+CPU = torch.device("cpu")
+VOCABULARY = 97
+TOKENS = 13
+
+SPECIAL: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
+BASE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    **SPECIAL,
+}
+GEMMA: dict[str, Any] = {**BASE, "head_dim": 6, "sliding_window": 5}
+MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+FALCON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    **SPECIAL,
+}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {**BASE, "attention_bias": True}),
+    "llama-tied": ("llama", {**BASE, "tie_word_embeddings": True}),
+    "mistral": ("mistral", {**BASE, "sliding_window": 5}),
+    "qwen2": ("qwen2", BASE),
+    "qwen3": ("qwen3", {**BASE, "head_dim": 6}),
+    "gemma2": ("gemma2", GEMMA),
+    "gemma3": ("gemma3_text", {**GEMMA, "layer_types": MIXED}),
+    "phi3": ("phi3", {**BASE, "pad_token_id": 0}),
+    "olmo2": ("olmo2", {**BASE, "pad_token_id": 0}),
+    "opt": (
+        "opt",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 24,
+            "ffn_dim": 40,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+            "word_embed_proj_dim": 24,
+            **SPECIAL,
+            "pad_token_id": 1,
+        },
+    ),
+    "gpt2": (
+        "gpt2",
+        {"vocab_size": VOCABULARY, "n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 64, **SPECIAL},
+    ),
+    "gpt_neox": ("gpt_neox", {**BASE, "num_hidden_layers": 3}),
+    "falcon": ("falcon", {**FALCON, "multi_query": True, "alibi": False}),
+    "falcon-alibi": ("falcon", {**FALCON, "multi_query": False, "alibi": True, "parallel_attn": False}),
+    "falcon-new": ("falcon", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "bloom": ("bloom", {"vocab_size": VOCABULARY, "hidden_size": 24, "n_layer": 3, "n_head": 4, **SPECIAL}),
+}
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", {**BASE, "num_hidden_layers": 2, "num_local_experts": 4}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            **BASE,
+            "num_hidden_layers": 2,
+            "num_experts": 4,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+        },
+    ),
+}
+
+
+def tiny(family: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A model with weights so large that every block changes what comes out; the same at every call."""
+    kind, settings = (FAMILIES | MIXTURES)[family]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 1.5 / parameter.shape[-1] ** 0.5)
+            else:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.to(dtype).eval()
+
+
+def checkpoint_of(model: nn.Module, residency: Residency | None = None) -> Checkpoint:
+    return Checkpoint(model, CPU, residency)
+
+
+def random_ids(windows: int, tokens: int = TOKENS, seed: int = 0) -> Tensor:
+    return torch.randint(VOCABULARY, (windows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def bench_of(
+    model: nn.Module,
+    prune: Prune | None = None,
+    watch: Watch = unwatched,
+    folder: Path = Path(),
+    residency: Residency | None = None,
+) -> Bench:
+    """A bench over random windows: 5 of calibration, 7 of search, 3 of report."""
+    windows = {"calibration": 5, "search": 7, "report": 3}
+    texts = {
+        role: Windows(random_ids(count, TOKENS, seed).numpy(), f"{role} text")
+        for seed, (role, count) in enumerate(windows.items())
+    }
+    checkpoint = checkpoint_of(model, residency)
+    return Bench(ModelFolder(folder, "content", "tiny"), checkpoint, texts, prune or Prune(), watch)
+
+
+def copy_of(model: Any) -> dict[str, Tensor]:
+    """A model's tensors as they are now."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal byte by byte, so that -0 is not 0 and NaN is itself."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))

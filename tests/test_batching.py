@@ -1,0 +1,93 @@
+import pytest
+import torch
+from families import CPU
+
+from atp_tune import batching
+from atp_tune.batching import BatchSize
+from atp_tune.errors import TrialError
+
+CUDA = torch.device("cuda")
+
+
+def batch_of(windows: int, notes: list[str], monkeypatch: pytest.MonkeyPatch) -> BatchSize:
+    monkeypatch.setattr(batching, "TOKENS", {"cpu": windows})
+    batch = BatchSize(CPU, 1, 1, notes.append)
+    assert batch.windows == windows
+    return batch
+
+
+@pytest.mark.parametrize(
+    ("device", "free", "tokens", "windows"),
+    [
+        (CPU, 10**12, 2048, 1),
+        (CPU, 10**12, 512, 4),
+        (CPU, 10**12, 5000, 1),  # never less than one
+        (CUDA, 10**12, 2048, 16),
+        (CUDA, 2048 * 1000 * 20, 2048, 4),  # 0.3 of memory fits 6 windows
+        (CUDA, 2048 * 1000 * 27, 2048, 8),
+        (CUDA, 0, 2048, 1),
+    ],
+)
+def test_the_largest_power_of_two_that_fits_and_is_fast(
+    device: torch.device, free: int, tokens: int, windows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, "free_memory", lambda device: free)
+    assert BatchSize(device, tokens, 1000, print).windows == windows
+
+
+def test_a_step_that_fits_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    assert batch_of(8, notes, monkeypatch).attempt(lambda windows: ("done", windows)) == ("done", 8)
+    assert notes == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("MPS backend out of memory"),
+    ],
+)
+def test_halved_until_it_fits_and_said_once(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    batch, tried = batch_of(16, notes, monkeypatch), []
+
+    def step(windows: int) -> int:
+        tried.append(windows)
+        if windows > 2:
+            raise error
+        return windows
+
+    assert batch.attempt(step) == 2
+    assert tried == [16, 8, 4, 2]
+    assert batch.attempt(step) == 2
+    assert tried == [16, 8, 4, 2, 2]
+    assert notes == ["memory ran out: going on with 8 windows at a time"]
+
+
+def test_one_window_that_does_not_fit_fails_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    batch = batch_of(4, notes, monkeypatch)
+
+    def step(windows: int) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for _ in range(2):
+        with pytest.raises(TrialError, match="out of memory with one window at a time"):
+            batch.attempt(step)
+    assert len(notes) == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("out of memory")])
+def test_other_errors_are_not_about_memory(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    batch = batch_of(4, notes, monkeypatch)
+
+    def step(windows: int) -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        batch.attempt(step)
+    assert batch.windows == 4 and notes == []

@@ -1,0 +1,210 @@
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from families import CPU, FAMILIES, MIXTURES, checkpoint_of, copy_of, same_bits, tiny
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from atp_tune import checkpoint as module
+from atp_tune.checkpoint import Checkpoint, find_blocks, find_linears
+from atp_tune.errors import UserError
+
+BLOCKS = {
+    "opt": "model.decoder.layers",
+    "gpt2": "transformer.h",
+    "gpt_neox": "gpt_neox.layers",
+    "falcon": "transformer.h",
+    "falcon-alibi": "transformer.h",
+    "falcon-new": "transformer.h",
+    "bloom": "transformer.h",
+}
+# [out, in] of the linears that are not the same in every family
+SHAPES = {
+    "llama": {"self_attn.k_proj": (12, 24), "mlp.down_proj": (24, 40)},
+    "gpt2": {"attn.c_attn": (72, 24), "attn.c_proj": (24, 24), "mlp.c_fc": (96, 24), "mlp.c_proj": (24, 96)},
+    "phi3": {"self_attn.qkv_proj": (48, 24), "mlp.gate_up_proj": (80, 24)},
+    "falcon": {"self_attention.query_key_value": (36, 24), "mlp.dense_4h_to_h": (24, 96)},
+    "opt": {"fc1": (40, 24), "fc2": (24, 40)},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_matrix_of_a_block_is_a_linear_and_nothing_else(family: str) -> None:
+    checkpoint = checkpoint_of(tiny(family))
+    assert checkpoint.blocks_name == BLOCKS.get(family, "model.layers")
+    for block, linears, size in zip(checkpoint.blocks, checkpoint.linears, checkpoint.sizes, strict=True):
+        matrices = {name: p for name, p in block.named_parameters() if p.dim() == 2}
+        assert [linear.key for linear in linears] == list(matrices)
+        assert size == sum(p.numel() for p in matrices.values()) == sum(linear.size for linear in linears)
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_shapes_are_out_by_in(family: str) -> None:
+    linears = {linear.name: linear for linear in checkpoint_of(tiny(family)).linears[0]}
+    for name, shape in SHAPES[family].items():
+        assert (linears[name].out_features, linears[name].in_features) == shape
+        weight = torch.zeros(shape[::-1] if family == "gpt2" else shape)
+        assert linears[name].matrix(weight).shape == shape
+        assert linears[name].matrix(linears[name].matrix(weight)).shape == weight.shape
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_mixtures_of_experts_are_refused(family: str) -> None:
+    with pytest.raises(UserError, match="mixture-of-experts blocks, which cannot be pruned yet") as error:
+        checkpoint_of(tiny(family))
+    assert len(str(error.value).splitlines()) == 1
+    assert str(error.value).startswith("model ")
+
+
+def test_a_model_without_blocks_is_refused() -> None:
+    with pytest.raises(UserError, match="has no list of blocks"):
+        find_blocks(nn.Sequential(nn.Linear(3, 3)))
+
+
+def test_a_block_without_linears_is_refused() -> None:
+    with pytest.raises(UserError, match="model block Sequential: has no linear"):
+        find_linears(nn.Sequential(nn.LayerNorm(3), nn.Conv1d(3, 3, 1)))
+
+
+def test_the_list_with_the_most_parameters_is_taken() -> None:
+    model = nn.Module()
+    model.few = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)])
+    model.many = nn.ModuleList([nn.Linear(9, 9)])
+    assert find_blocks(model) == ("many", model.many)
+
+
+def test_kin_of_linear_count_and_are_found_in_order() -> None:
+    class Kin(nn.Linear):
+        pass
+
+    block = nn.ModuleDict({"b": Conv1D(5, 3), "a": nn.ModuleList([Kin(4, 2)]), "norm": nn.LayerNorm(3)})
+    assert [(x.name, x.out_features, x.in_features, x.transposed) for x in find_linears(block)] == [
+        ("b", 5, 3, True),
+        ("a.0", 2, 4, False),
+    ]
+
+
+def test_weights_are_all_tensors_of_a_block() -> None:
+    model = tiny("llama")
+    model.model.layers[1].register_buffer("table", torch.ones(3))
+    checkpoint = checkpoint_of(model)
+    weights = checkpoint.weights(1)
+    assert set(weights) == {name for name, _ in model.model.layers[1].named_parameters()} | {"table"}
+    assert all(same_bits(tensor, model.model.layers[1].state_dict()[name]) for name, tensor in weights.items())
+    assert not any(tensor.requires_grad for tensor in weights.values())
+
+
+def test_keys_are_the_model_s_own_names() -> None:
+    checkpoint = checkpoint_of(tiny("opt"))
+    names = dict(checkpoint.model.named_parameters())
+    for index, linears in enumerate(checkpoint.linears):
+        for linear in linears:
+            assert names[checkpoint.key(index, linear)].shape == (linear.out_features, linear.in_features)
+
+
+def test_the_model_evaluates_and_keeps_no_gradients() -> None:
+    model = tiny("gpt2").train()
+    checkpoint_of(model)
+    assert not any(module.training for module in model.modules())
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(("free", "residency"), [(10**9, "device"), (10**4, "host")])
+def test_blocks_stay_on_the_host_where_weights_do_not_fit(
+    free: int, residency: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "free_memory", lambda device: free)
+    monkeypatch.setattr(Checkpoint, "_place", lambda self: None)
+    assert Checkpoint(tiny("llama"), torch.device("cuda")).residency == residency
+
+
+def test_the_host_keeps_blocks_and_the_device_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: set[int] = set()
+    original = torch.Tensor.to
+
+    def to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        moved.add(tensor.data_ptr())
+        return original(tensor, *args, **kwargs)
+
+    def places(module: nn.Module) -> set[int]:
+        return {tensor.data_ptr() for tensor in (*module.parameters(), *module.buffers())}
+
+    model = tiny("llama-tied")
+    model.model.layers[0].register_buffer("table", torch.ones(3))
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    checkpoint = checkpoint_of(model, "host")
+    blocks = [places(block) for block in checkpoint.blocks]
+    assert moved == places(model) - set().union(*blocks)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    moved.clear()
+    checkpoint.weights(0)
+    assert moved == blocks[0]
+
+
+def test_on_the_cpu_weights_always_lie_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "free_memory", lambda device: 0)
+    assert checkpoint_of(tiny("llama")).residency == "device"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_load(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = tiny("llama-tied")
+    model.save_pretrained(tmp_path)
+    checkpoint = Checkpoint.load(tmp_path, dtype, CPU)
+    assert checkpoint.dtype == dtype
+    saved = copy_of(model)
+    assert all(same_bits(tensor, saved[name].to(dtype)) for name, tensor in copy_of(checkpoint.model).items())
+
+
+def _break(folder: Path, how: str) -> None:
+    file, key = folder / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    tensors, metadata = load_file(file), {"format": "pt"}
+    match how:
+        case "missing":
+            del tensors[key]
+            save_file(tensors, file, metadata)
+        case "shape":
+            save_file({**tensors, key: tensors[key][:, :5].clone()}, file, metadata)
+        case "corrupt":
+            file.write_bytes(b"nonsense")
+        case "cut":
+            file.write_bytes(file.read_bytes()[:-100])
+        case "none":
+            file.unlink()
+        case "config":
+            (folder / "config.json").write_text("{")
+        case "family":
+            (folder / "config.json").write_text('{"model_type": "nothing"}')
+        case "vision":
+            config = {"model_type": "vit", "architectures": ["ViTModel"]}
+            (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("how", ["missing", "shape", "corrupt", "cut", "none", "config", "family", "vision"])
+def test_what_cannot_be_loaded_is_one_line(tmp_path: Path, how: str) -> None:
+    tiny("llama").save_pretrained(tmp_path)
+    _break(tmp_path, how)
+    with pytest.raises(UserError) as error:
+        Checkpoint.load(tmp_path, torch.float32, CPU)
+    assert str(error.value).startswith(f"model {tmp_path}: ")
+    assert len(str(error.value).splitlines()) == 1
+    if how in {"missing", "shape"}:
+        assert "has no model.layers.1.mlp.up_proj.weight of the shape" in str(error.value)
+
+
+def test_config_and_dtype() -> None:
+    checkpoint = checkpoint_of(tiny("gpt2", torch.float16))
+    assert checkpoint.config.n_layer == 3
+    assert checkpoint.dtype == torch.float16
+
+
+def test_shapes_are_the_weights_own() -> None:
+    """Whatever a module calls its features."""
+    odd = nn.Linear(4, 6)
+    odd.in_features = odd.out_features = SimpleNamespace()  # type: ignore[assignment]
+    assert [(x.out_features, x.in_features) for x in find_linears(nn.Sequential(odd))] == [(6, 4)]

@@ -1,0 +1,122 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from atp_tune import devices
+from atp_tune.devices import find_device, find_dtype, free_memory, is_out_of_memory, peak_memory
+from atp_tune.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes the machine have so many CUDA devices, and MPS or not."""
+
+    def make(cuda: int, mps: bool) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+    return make
+
+
+@pytest.mark.parametrize(("cuda", "mps", "found"), [(2, True, "cuda"), (0, True, "mps"), (0, False, "cpu")])
+def test_auto_takes_the_fastest(cuda: int, mps: bool, found: str, machine: Any) -> None:
+    machine(cuda, mps)
+    assert find_device("auto") == torch.device(found)
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda", "cuda:0", "cuda:1", "mps"])
+def test_a_device_by_name(name: str, machine: Any) -> None:
+    machine(2, True)
+    assert find_device(name) == torch.device(name)
+
+
+@pytest.mark.parametrize(("name", "cuda"), [("cuda", 0), ("cuda:0", 0), ("cuda:2", 2), ("mps", 2)])
+def test_a_device_that_is_not_here(name: str, cuda: int, machine: Any) -> None:
+    machine(cuda, False)
+    with pytest.raises(UserError, match=f"^device: {name} is not on this machine .*; try --device cpu or auto$"):
+        find_device(name)
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_a_dtype_by_name(name: str) -> None:
+    assert find_dtype(name, CPU) == getattr(torch, name)
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [
+        ("fpu avx2 avx512f", torch.float32),
+        ("fpu avx512_bf16", torch.bfloat16),
+        ("amx_bf16 fpu", torch.bfloat16),
+        ("fpu not_avx512_bf16_at_all", torch.float32),
+    ],
+)
+def test_auto_is_bf16_where_the_cpu_has_it(flags: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda self: f"processor\t: 0\nflags\t\t: {flags}\nflags\t: other")
+    assert find_dtype("auto", CPU) == dtype
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
+def test_auto_is_bf16_where_the_gpu_has_it(
+    capability: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert find_dtype("auto", torch.device("cuda")) == dtype
+
+
+def test_auto_is_float32_elsewhere() -> None:
+    assert find_dtype("auto", torch.device("mps")) == torch.float32
+
+
+def test_no_cpuinfo(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(path: Path) -> str:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    assert find_dtype("auto", CPU) == torch.float32
+    assert free_memory(CPU) > 0
+
+
+def test_free_memory_is_what_the_kernel_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda self: "MemTotal: 9 kB\nMemAvailable:    1234 kB\n")
+    assert free_memory(CPU) == 1234 * 1024
+
+
+def test_free_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5, 9))
+    assert free_memory(torch.device("cuda")) == 5
+
+
+def test_peak_memory_is_in_bytes() -> None:
+    assert 50 * 1024**2 < peak_memory(CPU) < 1024**4
+
+
+def test_the_name_of_the_cpu_says_its_threads() -> None:
+    assert devices.device_name(CPU) == f"cpu ({torch.get_num_threads()} threads)"
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("any text"), True),
+        (MemoryError(), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"), True),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4 bytes."), True),
+        (RuntimeError("shapes do not match"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_says_that_memory_ran_out(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) == expected
+
+
+def test_what_torch_raises_for_too_much_memory_is_known() -> None:
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**62, dtype=torch.uint8)
+    assert is_out_of_memory(error.value)

@@ -1,0 +1,112 @@
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+from families import CPU
+from torch import Tensor, nn
+
+from atp_tune.checkpoint import find_linears
+from atp_tune.errors import TrialError
+from atp_tune.gathering import AllHeard, Gathering
+from atp_tune.pruners.statistics import Hessian, InputNorms
+
+
+class Block(nn.Module):
+    """Attention-like: a, b read one tensor, c another, d a copy of the first with the same values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c, self.d = nn.Linear(5, 4), nn.Linear(5, 5), nn.Linear(4, 3), nn.Linear(5, 2)
+        self.ended = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.a(x) + self.b(x)[..., :4]
+        total = self.c(first).sum() + self.d(x.clone()).sum()
+        self.ended += 1
+        return total
+
+
+def gather(block: nn.Module, kind: Any, batches: list[Tensor]) -> dict[str, Any]:
+    gathering = Gathering(find_linears(block), kind)
+    with gathering.listening(block), torch.inference_mode():
+        for x in batches:
+            gathering.start()
+            with suppress(AllHeard):
+                block(x)
+    return gathering.result()
+
+
+def batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(windows, 3, 5, generator=generator) for windows in (2, 1, 4)]
+
+
+def test_linears_that_read_the_same_tensor_share_statistics() -> None:
+    found = gather(Block(), InputNorms, batches())
+    assert found["a"] is found["b"]
+    assert len({id(found[name]) for name in "acd"}) == 3
+
+
+@pytest.mark.parametrize(("kind", "value"), [(InputNorms, InputNorms.norms), (Hessian, Hessian.matrix)])
+def test_statistics_are_of_all_inputs(kind: Any, value: Any) -> None:
+    block, x = Block(), torch.cat(batches()).reshape(-1, 5)
+    found = gather(block, kind, batches())
+    inner = (block.a(x) + block.b(x)[:, :4]).detach()
+    for name, inputs in (("a", x), ("b", x), ("c", inner), ("d", x)):
+        expected = kind(inputs.shape[1], CPU)
+        expected.add(inputs)
+        torch.testing.assert_close(value(found[name]), value(expected))
+
+
+def test_shared_inputs_are_taken_in_once() -> None:
+    class Counting(InputNorms):
+        added = 0
+
+        def add(self, x: Tensor) -> None:
+            Counting.added += 1
+            super().add(x)
+
+    gather(Block(), Counting, batches())
+    assert Counting.added == 3 * len(batches())  # of a and b, of c, of d
+
+
+def test_a_block_ends_when_its_last_linear_has_its_input() -> None:
+    block = Block()
+    gather(block, InputNorms, batches())
+    assert block.ended == 0
+
+
+def test_listening_ends() -> None:
+    block = Block()
+    gather(block, InputNorms, batches())
+    assert torch.isfinite(block(batches()[0]))
+    assert block.ended == 1
+    assert not any(module._forward_pre_hooks for module in block.modules())
+
+
+def test_listening_ends_with_an_error_too() -> None:
+    block = Block()
+    with pytest.raises(RuntimeError), Gathering(find_linears(block), InputNorms).listening(block):
+        block(torch.randn(2, 9))
+    assert not any(module._forward_pre_hooks for module in block.modules())
+
+
+def test_the_input_is_passed_on_as_it_is() -> None:
+    """A pre-hook that returns a value would put it in the input's place."""
+    block, seen = Block(), []
+    block.a.register_forward_hook(lambda module, args, output: seen.append(output))
+    x = batches()[0]
+    expected = block.a(x)
+    gather(block, InputNorms, [x])
+    assert torch.equal(seen[-1], expected)
+
+
+def test_a_linear_that_is_never_run() -> None:
+    class Lazy(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x).new_ones(5))
+
+    with pytest.raises(TrialError, match="linear c was not run by its block"):
+        gather(Lazy(), InputNorms, batches())

@@ -1,0 +1,339 @@
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import naive
+import pytest
+import torch
+from families import CPU, FAMILIES, TOKENS, bench_of, checkpoint_of, copy_of, random_ids, same_bits, tiny
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from atp_tune import batching, bench
+from atp_tune.allocations import Budget, atp
+from atp_tune.batching import BatchSize
+from atp_tune.bench import Bench
+from atp_tune.errors import TrialError
+from atp_tune.plan import Plan, make_plan
+from atp_tune.prune_pass import Pass, PrunedBlock, advance, measure, relative_error
+from atp_tune.pruners import PRUNERS, make_pruner
+from atp_tune.pruners.statistics import Hessian, InputNorms
+from atp_tune.replay import Replay
+from atp_tune.study import Prune, SparseGPT
+
+PruneMatrix = Callable[[Tensor, Tensor, float], Tensor]  # weight [out, in], x [tokens, in], sparsity
+TARGET = 0.55
+
+
+def atp_plan(bench: Bench, pruner: str) -> Plan:
+    budget = bench.budget(TARGET)
+    beta = 0.8 * atp.bounds(budget)["beta"][1]
+    return make_plan(pruner, "atp", budget, {"beta": beta})
+
+
+def naive_pass(model: Any, work: Bench, plan: Plan, prune: PruneMatrix, dense: bool = False) -> Any:
+    """A copy of the model, pruned block after block in its full forward; and the error curve."""
+    ids, blocks = random_ids(5, TOKENS, seed=0), work.checkpoint.blocks_name
+    pruned, errors = copy.deepcopy(model), []
+    states = naive.states_of(model, work.checkpoint.blocks, ids)
+    for index, sparsity in enumerate(plan.sparsities):
+        names = [f"{blocks}.{index}.{linear.name}" for linear in work.checkpoint.linears[index]]
+        inputs = naive.inputs_of(model if dense else pruned, names, ids)
+        for name in names:
+            module = pruned.get_submodule(name)
+            with torch.no_grad():
+                stored = module.weight.T if isinstance(module, Conv1D) else module.weight
+                stored.copy_(prune(stored.clone(), inputs[name], sparsity))
+        after = naive.states_of(pruned, pruned.get_submodule(blocks), ids)[index]
+        errors.append(float((after - states[index]).norm() / states[index].norm()))
+    return pruned, errors
+
+
+def wanda(weight: Tensor, x: Tensor, sparsity: float) -> Tensor:
+    return weight.masked_fill(naive.wanda_mask(weight, x, sparsity), 0)
+
+
+def magnitude(weight: Tensor, x: Tensor, sparsity: float) -> Tensor:
+    return weight.masked_fill(naive.magnitude_mask(weight, sparsity), 0)
+
+
+def check_same_weights(pruned: list[PrunedBlock], expected: Any, work: Bench) -> None:
+    """All tensors of all blocks, bit by bit."""
+    found = expected.state_dict()
+    assert len(pruned) == len(work.checkpoint.blocks)
+    for block in pruned:
+        for name, tensor in block.weights.items():
+            assert same_bits(tensor, found[f"{work.checkpoint.blocks_name}.{block.index}.{name}"]), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_wanda_with_atp_in_every_family(family: str) -> None:
+    model = tiny(family)
+    before, work = copy_of(model), bench_of(model)
+    plan = atp_plan(work, "wanda")
+    pruned = list(work.prune(plan))
+
+    expected, errors = naive_pass(model, work, plan, wanda)
+    check_same_weights(pruned, expected, work)
+    assert [block.error for block in pruned] == pytest.approx(errors, rel=1e-4)
+
+    for block, sparsity, linears in zip(pruned, plan.sparsities, work.checkpoint.linears, strict=True):
+        counts = {x.name: x.out_features * int(x.in_features * sparsity) for x in linears}
+        assert block.zeros == counts
+        assert {x.name: int((block.weights[x.key] == 0).sum()) for x in linears} == counts
+    realised = sum(sum(block.zeros.values()) for block in pruned) / sum(work.checkpoint.sizes)
+    assert TARGET - 1 / 24 < realised <= TARGET  # at most one weight per row of 24 or more is lost to the floor
+
+    after = model.state_dict()
+    assert all(same_bits(tensor, after[name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sparsegpt_in_every_family(family: str) -> None:
+    model = tiny(family)
+    before = copy_of(model)
+    work = bench_of(model, Prune(sparsegpt=SparseGPT(damping=0.02, columns=16)))
+    plan = atp_plan(work, "sparsegpt")
+    pruned = list(work.prune(plan))
+    for block, sparsity, linears in zip(pruned, plan.sparsities, work.checkpoint.linears, strict=True):
+        for x in linears:
+            widths = [min(16, x.in_features - start) for start in range(0, x.in_features, 16)]
+            assert block.zeros[x.name] == sum(int(x.out_features * width * sparsity) for width in widths)
+            assert block.weights[x.key].isfinite().all()
+    assert all(0 < block.error < 2 for block in pruned)
+    after = model.state_dict()
+    assert all(same_bits(tensor, after[name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
+def test_magnitude_measures_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("atp_tune.prune_pass.measure", None)
+    model = tiny(family)
+    work = bench_of(model)
+    plan = atp_plan(work, "magnitude")
+    pruned = list(work.prune(plan))
+    expected, errors = naive_pass(model, work, plan, magnitude)
+    check_same_weights(pruned, expected, work)
+    assert [block.error for block in pruned] == pytest.approx(errors, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_sparsegpt_is_its_naive_pass(family: str) -> None:
+    def prune(weight: Tensor, x: Tensor, sparsity: float) -> Tensor:
+        return naive.sparsegpt(weight, x, sparsity, 0.05, 32)[0].float()
+
+    model = tiny(family)
+    work = bench_of(model, Prune(sparsegpt=SparseGPT(damping=0.05, columns=32)))
+    plan = Plan("sparsegpt", "atp", (0.4, 0.6, 0.5, 0.5)[: len(work.checkpoint.blocks)])
+    expected = naive_pass(model, work, plan, prune)[0].state_dict()
+    for block in work.prune(plan):
+        for linear in work.checkpoint.linears[block.index]:
+            found = block.weights[linear.key]
+            wanted = expected[work.checkpoint.key(block.index, linear)]
+            assert torch.equal(found == 0, wanted == 0)
+            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "bloom"])
+def test_dense_statistics_are_of_the_dense_model(family: str) -> None:
+    model = tiny(family)
+    work = bench_of(model, Prune(statistics="dense"))
+    plan = atp_plan(work, "wanda")
+    expected, errors = naive_pass(model, work, plan, wanda, dense=True)
+    first, second = list(work.prune(plan)), list(work.prune(plan))
+    for pruned in (first, second):  # statistics are measured by the first and kept
+        check_same_weights(pruned, expected, work)
+        assert [block.error for block in pruned] == pytest.approx(errors, rel=1e-4)
+    sequential = list(bench_of(model).prune(plan))
+    assert not all(
+        torch.equal(a.weights[x.key], b.weights[x.key])
+        for a, b in zip(first, sequential, strict=True)
+        for x in work.checkpoint.linears[a.index]
+    )
+
+
+def test_dense_statistics_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[Any] = []
+    original = bench.measure
+    monkeypatch.setattr(bench, "measure", lambda *args: measured.append(args[-1]) or original(*args))
+    work = bench_of(tiny("llama"), Prune(statistics="dense", pruners=("wanda", "sparsegpt", "magnitude")))
+    for pruner in ("wanda", "wanda", "sparsegpt", "sparsegpt", "magnitude", "wanda"):
+        list(work.prune(atp_plan(work, pruner)))
+    assert measured == [InputNorms] * 4 + [Hessian] * 4
+
+
+def test_the_error_curve_is_of_the_first_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "CURVE_TOKENS", 2 * TOKENS + 1)
+    model = tiny("llama")
+    for prune in (Prune(), Prune(statistics="dense")):
+        work = bench_of(model, prune)
+        pruned = list(work.prune(atp_plan(work, "wanda")))
+        other = copy.deepcopy(model)
+        ids = random_ids(5, TOKENS, seed=0)[:2]
+        for block in pruned:
+            other.model.layers[block.index].load_state_dict(block.weights)
+            after = naive.states_of(other, other.model.layers, ids)[block.index]
+            dense = naive.states_of(model, model.model.layers, ids)[block.index]
+            assert block.error == pytest.approx(float((after - dense).norm() / dense.norm()), rel=1e-4)
+
+
+def test_nothing_pruned_is_no_error() -> None:
+    model = tiny("llama")
+    for block in bench_of(model).prune(Plan("wanda", "uniform", (0.0,) * 4)):
+        assert block.error == 0
+        assert sum(block.zeros.values()) == 0
+        dense = model.model.layers[block.index].state_dict()
+        assert all(same_bits(tensor, dense[name]) for name, tensor in block.weights.items())
+
+
+def test_everything_pruned() -> None:
+    work = bench_of(tiny("llama"))
+    for block in work.prune(Plan("wanda", "uniform", (1.0,) * 4)):
+        assert sum(block.zeros.values()) == work.checkpoint.sizes[block.index]
+
+
+def test_the_relative_error() -> None:
+    hidden, dense = torch.tensor([[[3.0, 5.0]], [[9.0, 9.0]]]), torch.tensor([[[3.0, 4.0]]])
+    assert relative_error(hidden, dense) == pytest.approx(1 / 5)
+    assert relative_error(hidden.bfloat16(), dense) == pytest.approx(1 / 5)
+
+
+@pytest.mark.parametrize("pruner", PRUNERS)
+def test_the_same_plan_gives_the_same_weights(pruner: str) -> None:
+    work = bench_of(tiny("llama"))
+    first, second = (list(work.prune(atp_plan(work, pruner))) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert a.error == b.error
+        assert all(same_bits(tensor, b.weights[name]) for name, tensor in a.weights.items())
+
+
+@pytest.mark.parametrize("pruner", PRUNERS)
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2"])
+def test_blocks_on_the_host_are_pruned_alike(family: str, pruner: str) -> None:
+    one, other = bench_of(tiny(family), residency="device"), bench_of(tiny(family), residency="host")
+    plan = atp_plan(one, pruner)
+    for a, b in zip(one.prune(plan), other.prune(plan), strict=True):
+        assert a.error == b.error and a.zeros == b.zeros
+        assert all(same_bits(tensor, b.weights[name]) for name, tensor in a.weights.items())
+
+
+def work_of(model: Any, windows: int) -> tuple[Replay, BatchSize, Tensor]:
+    replay = Replay(checkpoint_of(model))
+    batch = BatchSize(CPU, TOKENS, 1, print)
+    batch.windows = windows
+    with torch.inference_mode():
+        return replay, batch, replay.embed(random_ids(7)).clone()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon-alibi", "mistral"])
+@pytest.mark.parametrize(("kind", "value"), [(InputNorms, InputNorms.norms), (Hessian, Hessian.matrix)])
+@torch.inference_mode()
+def test_statistics_do_not_depend_on_the_batch_size(family: str, kind: Any, value: Any) -> None:
+    model, found = tiny(family), []
+    for windows in (8, 1, 2, 3):
+        replay, batch, hidden = work_of(model, windows)
+        weights = replay.checkpoint.weights(0)
+        found.append({name: value(s) for name, s in measure(replay, batch, 0, weights, hidden, kind).items()})
+        full = naive.inputs_of(
+            model, [f"{replay.checkpoint.blocks_name}.0.{x.name}" for x in replay.checkpoint.linears[0]], random_ids(7)
+        )
+        for linear in replay.checkpoint.linears[0]:
+            x = full[f"{replay.checkpoint.blocks_name}.0.{linear.name}"]
+            expected = naive.hessian(x).float() if kind is Hessian else x.square().sum(0).sqrt()
+            torch.testing.assert_close(found[-1][linear.name], expected, rtol=1e-4, atol=1e-5)
+    for other in found[1:]:
+        for name, tensor in other.items():
+            torch.testing.assert_close(tensor, found[0][name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+@torch.inference_mode()
+def test_hidden_states_move_on_batch_by_batch(family: str) -> None:
+    model = tiny(family)
+    dense = naive.states_of(model, checkpoint_of(model).blocks, random_ids(7))
+    for windows in (1, 2, 3, 7, 8):
+        replay, batch, hidden = work_of(model, windows)
+        for index in range(2):
+            advance(replay, batch, index, replay.checkpoint.weights(index), hidden)
+            torch.testing.assert_close(hidden, dense[index], rtol=1e-4, atol=1e-5)
+
+
+def limit_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """From here on a block with more than `most` windows is too much."""
+    original = Replay.run
+
+    def run(self: Replay, index: int, weights: dict[str, Tensor], hidden: Tensor) -> Tensor:
+        if len(hidden) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return original(self, index, weights, hidden)
+
+    monkeypatch.setattr(Replay, "run", run)
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+@pytest.mark.parametrize("prune", [Prune(), Prune(statistics="dense")])
+def test_memory_that_runs_out_changes_no_result(prune: Prune, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, events = tiny("llama"), []
+    plan = atp_plan(bench_of(model), "wanda")
+    expected = list(bench_of(model, prune).prune(plan))
+    limit_memory(monkeypatch, most)
+    work = bench_of(model, prune, watch=events.append)
+    assert work.batch_windows >= 5
+    for a, b in zip(work.prune(plan), expected, strict=True):
+        assert a.error == pytest.approx(b.error, rel=1e-4)
+        assert all(same_bits(tensor, b.weights[name]) for name, tensor in a.weights.items())
+    assert work.batch_windows == {1: 1, 2: 2, 3: 2}[most]
+    assert len([event for event in events if "memory ran out" in str(event)]) == 1
+
+
+def test_one_window_that_does_not_fit_fails_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = bench_of(tiny("llama"))
+    limit_memory(monkeypatch, 0)
+    with pytest.raises(TrialError, match="out of memory with one window at a time"):
+        list(work.prune(atp_plan(work, "wanda")))
+
+
+def test_memory_that_runs_out_half_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was moved on before stays, and is not moved on again."""
+    monkeypatch.setattr(batching, "TOKENS", {"cpu": 4 * TOKENS})
+    model, calls = tiny("llama"), []
+    replay, batch, hidden = work_of(model, 4)
+    expected = naive.states_of(model, replay.checkpoint.blocks, random_ids(7))[0]
+    original = replay.run
+
+    def run(index: int, weights: dict[str, Tensor], rows: Tensor) -> Tensor:
+        calls.append(len(rows))
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(index, weights, rows)
+
+    monkeypatch.setattr(replay, "run", run)
+    with torch.inference_mode():
+        advance(replay, batch, 0, replay.checkpoint.weights(0), hidden)
+    assert calls == [4, 3, 2, 1]
+    torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_pass_knows_no_bench() -> None:
+    """The pass itself, with hidden states and dense states of our own."""
+    model = tiny("qwen2")
+    replay, batch, hidden = work_of(model, 4)
+    with torch.inference_mode():
+        states = naive.states_of(model, replay.checkpoint.blocks, random_ids(7))
+        work = Pass(replay, batch, make_pruner("wanda"), [state[:3] for state in states])
+        pruned = list(work.run((0.5,) * 4, hidden))
+    assert [block.index for block in pruned] == [0, 1, 2, 3]
+    assert all(set(block.seconds) == {"calibrate", "prune"} for block in pruned)
+    last = (hidden[:3] - states[-1][:3]).norm() / states[-1][:3].norm()
+    assert pruned[-1].error == pytest.approx(float(last), rel=1e-5)
+
+
+def test_a_bfloat16_model_is_pruned_in_bfloat16() -> None:
+    model = tiny("llama", torch.bfloat16)
+    for block in bench_of(model).prune(Plan("sparsegpt", "uniform", (0.5,) * 4)):
+        assert {tensor.dtype for tensor in block.weights.values()} == {torch.bfloat16}
+
+
+def test_budgets_hold_the_checkpoint_s_sizes() -> None:
+    work = bench_of(tiny("gpt2"))
+    assert work.budget(0.3) == Budget(0.3, (24 * 72 + 24 * 24 + 2 * 24 * 96,) * 3)

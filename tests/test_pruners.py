@@ -1,0 +1,281 @@
+from typing import Any, get_args
+
+import naive
+import pytest
+import torch
+from families import CPU, same_bits
+from torch import Tensor
+
+from atp_tune import study
+from atp_tune.errors import TrialError
+from atp_tune.pruners import PRUNERS, make_pruner
+from atp_tune.pruners.magnitude import Magnitude
+from atp_tune.pruners.sparsegpt import SparseGPT
+from atp_tune.pruners.statistics import Hessian, InputNorms, _inverse_factor
+from atp_tune.pruners.wanda import Wanda
+
+# [out, in]: one row, one column, wide, tall, and none a multiple of the blocks of columns below
+SHAPES = [(1, 1), (1, 23), (19, 1), (7, 10), (13, 29), (31, 17), (5, 100)]
+SPARSITIES = [0.0, 0.1, 0.29, 0.5, 0.7, 0.999, 1.0]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def problem(shape: tuple[int, int], seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Weight [out, in] and inputs [4·in + 5, in] that are somewhat correlated."""
+    generator = torch.Generator().manual_seed(1000 * shape[0] + shape[1] + seed)
+    out, width = shape
+    x = torch.randn(4 * width + 5, width, generator=generator)
+    mix = torch.eye(width) + 0.3 * torch.randn(width, width, generator=generator) / width**0.5
+    return torch.randn(out, width, generator=generator), x @ mix
+
+
+def tied_problem(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Weights from five values, and columns of inputs that are equal or never active; all sums are exact."""
+    generator = torch.Generator().manual_seed(shape[1])
+    weight = torch.randint(-2, 3, shape, generator=generator) / 4
+    few = torch.randint(-2, 3, (12, 3), generator=generator).float()
+    few[:, 2] = 0
+    return weight, few[:, torch.arange(shape[1]) % 3]
+
+
+def norms_of(x: Tensor, batches: int = 1) -> InputNorms:
+    norms = InputNorms(x.shape[1], CPU)
+    for part in x.tensor_split(batches):
+        norms.add(part)
+    return norms
+
+
+def hessian_of(x: Tensor, batches: int = 1) -> Hessian:
+    hessian = Hessian(x.shape[1], CPU)
+    for part in x.tensor_split(batches):
+        hessian.add(part)
+    return hessian
+
+
+def test_the_table_is_what_a_study_may_name() -> None:
+    assert set(PRUNERS) == set(get_args(study.PrunerName))
+
+
+def test_a_study_has_the_pruners_own_defaults() -> None:
+    assert make_pruner("sparsegpt", study.SparseGPT().model_dump()) == SparseGPT()
+
+
+def test_settings_reach_the_pruner() -> None:
+    assert make_pruner("sparsegpt", {"damping": 0.5, "columns": 3}) == SparseGPT(damping=0.5, columns=3)
+    with pytest.raises(KeyError):
+        make_pruner("none")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_wanda_is_its_double_loop(shape: tuple[int, int], sparsity: float, dtype: torch.dtype) -> None:
+    weight, x = problem(shape)
+    weight = weight.to(dtype)
+    pruned = Wanda().prune(weight, sparsity, norms_of(x, 3))
+    expected = weight.masked_fill(naive.wanda_mask(weight, x, sparsity), 0)
+    assert same_bits(pruned, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_wanda_with_ties_and_dead_inputs(shape: tuple[int, int], sparsity: float, dtype: torch.dtype) -> None:
+    weight, x = tied_problem(shape)
+    weight = weight.to(dtype)
+    pruned = Wanda().prune(weight, sparsity, norms_of(x))
+    expected = weight.masked_fill(naive.wanda_mask(weight, x, sparsity), 0)
+    assert same_bits(pruned, expected)
+
+
+@pytest.mark.parametrize(("width", "sparsity", "zeros"), [(10, 0.7, 7), (100, 0.29, 28), (100, 0.57, 56), (50, 0.5, 25)])
+def test_counts_are_floors_of_the_float_product(width: int, sparsity: float, zeros: int) -> None:
+    """As in the papers' code: 0.29 · 100 is 28.999999999999996, so 28."""
+    weight, x = problem((3, width))
+    pruned = Wanda().prune(weight, sparsity, norms_of(x))
+    assert (pruned == 0).sum(1).tolist() == [zeros] * 3
+    assert int((Magnitude().prune(weight[:1], sparsity, None) == 0).sum()) == zeros
+
+
+def test_dead_inputs_go_first() -> None:
+    weight, x = problem((4, 10))
+    x[:, [2, 5, 9]] = 0
+    pruned = Wanda().prune(weight, 0.3, norms_of(x))
+    assert torch.equal(pruned == 0, torch.zeros(4, 10, dtype=torch.bool).index_fill(1, torch.tensor([2, 5, 9]), True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("make", [problem, tied_problem])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_magnitude_is_its_sort(shape: tuple[int, int], make: Any, sparsity: float, dtype: torch.dtype) -> None:
+    weight = make(shape)[0].to(dtype)
+    pruned = Magnitude().prune(weight, sparsity, None)
+    assert same_bits(pruned, weight.masked_fill(naive.magnitude_mask(weight, sparsity), 0))
+
+
+@pytest.mark.parametrize("columns", [1, 4, 16, 128])
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 23), (19, 1), (7, 10), (13, 29), (9, 33)])
+def test_sparsegpt_is_the_dense_inverse(shape: tuple[int, int], sparsity: float, columns: int) -> None:
+    weight, x = problem(shape)
+    pruned = SparseGPT(columns=columns).prune(weight, sparsity, hessian_of(x, 3))
+    expected, mask = naive.sparsegpt(weight, x, sparsity, 0.01, columns)
+    assert torch.equal(pruned == 0, mask)
+    torch.testing.assert_close(pruned.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("damping", [1e-4, 0.01, 1.0])
+def test_sparsegpt_with_more_inputs_than_tokens(damping: float) -> None:
+    weight, x = problem((6, 20))
+    pruned = SparseGPT(damping, 8).prune(weight, 0.5, hessian_of(x[:12]))
+    expected, mask = naive.sparsegpt(weight, x[:12], 0.5, damping, 8)
+    assert torch.equal(pruned == 0, mask)
+    torch.testing.assert_close(pruned.double(), expected, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_sparsegpt_with_dead_inputs(sparsity: float) -> None:
+    weight, x = problem((6, 21))
+    x[:, [0, 7, 20]] = 0
+    pruned = SparseGPT(columns=8).prune(weight, sparsity, hessian_of(x))
+    expected, mask = naive.sparsegpt(weight, x, sparsity, 0.01, 8)
+    dead = torch.zeros(6, 21, dtype=torch.bool).index_fill(1, torch.tensor([0, 7, 20]), True)
+    assert torch.equal(pruned == 0, mask | dead)
+    torch.testing.assert_close(pruned.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_sparsegpt_breaks_ties_by_position(sparsity: float) -> None:
+    """Inputs that are all alike and not correlated: nothing is carried on, and the mask is one stable sort."""
+    weight = torch.randint(1, 3, (5, 11), generator=torch.Generator().manual_seed(0)).float()
+    pruned = SparseGPT(columns=4).prune(weight, sparsity, hessian_of(2 * torch.eye(11)))
+    expected, mask = naive.sparsegpt(weight, 2 * torch.eye(11), sparsity, 0.01, 4)
+    assert torch.equal(pruned == 0, mask)
+    assert torch.equal(pruned.double(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sparsegpt_computes_in_float32_whatever_the_weights_are(dtype: torch.dtype) -> None:
+    weight, x = problem((7, 30))
+    weight = weight.to(dtype)
+    pruned = SparseGPT(columns=8).prune(weight, 0.5, hessian_of(x))
+    assert same_bits(pruned, SparseGPT(columns=8).prune(weight.float(), 0.5, hessian_of(x)).to(dtype))
+    assert torch.equal(pruned == 0, naive.sparsegpt(weight, x, 0.5, 0.01, 8)[1])
+
+
+def test_sparsegpt_makes_up_for_errors() -> None:
+    """The outputs of the pruned linear are nearer to the dense ones than without the update."""
+    weight, x = problem((16, 32))
+    x += 2 * x[:, :1]
+    pruned = SparseGPT().prune(weight, 0.5, hessian_of(x))
+    without = weight.masked_fill(pruned == 0, 0)
+    assert (x @ (pruned - weight).T).norm() < 0.9 * (x @ (without - weight).T).norm()
+
+
+def test_sparsegpt_at_sparsity_0_and_1() -> None:
+    weight, x = problem((6, 20))
+    assert same_bits(SparseGPT().prune(weight, 0.0, hessian_of(x)), weight)
+    assert not SparseGPT().prune(weight, 1.0, hessian_of(x)).any()
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_what_is_given_stays_as_it_is(name: str) -> None:
+    weight, x = problem((6, 20))
+    x[:, 3] = 0
+    before, pruner = weight.clone(), make_pruner(name)
+    statistics = None if pruner.measures is None else pruner.measures(20, CPU)
+    if statistics is not None:
+        statistics.add(x)
+    first = pruner.prune(weight, 0.5, statistics)
+    assert same_bits(weight, before)
+    assert same_bits(pruner.prune(weight, 0.5, statistics), first)
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_a_transposed_view_is_a_matrix_like_any(name: str) -> None:
+    weight, x = problem((6, 20))
+    pruner = make_pruner(name)
+    statistics = None if pruner.measures is None else pruner.measures(20, CPU)
+    if statistics is not None:
+        statistics.add(x)
+    stored = weight.T.contiguous()
+    assert same_bits(pruner.prune(stored.T, 0.5, statistics), pruner.prune(weight, 0.5, statistics))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_input_norms(dtype: torch.dtype) -> None:
+    x = torch.randn(4, 6, 9, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[:, :, 4] = 0
+    norms = InputNorms(9, CPU)
+    norms.add(x[:3])
+    norms.add(x[3:])
+    assert norms.norms().dtype == torch.float32
+    expected = [sum(v * v for v in column) ** 0.5 for column in x.reshape(-1, 9).double().T.tolist()]
+    assert norms.norms().tolist() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_hessian(dtype: torch.dtype) -> None:
+    x = torch.randn(4, 6, 9, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[:, :, 4] = 0
+    hessian = Hessian(9, CPU)
+    hessian.add(x[:3])
+    hessian.add(x[3:])
+    assert hessian.matrix().dtype == torch.float32
+    torch.testing.assert_close(hessian.matrix().double(), naive.hessian(x.reshape(-1, 9)), rtol=1e-5, atol=1e-6)
+    assert hessian.dead().tolist() == [j == 4 for j in range(9)]
+
+
+def test_the_factor_is_of_the_inverse() -> None:
+    x = problem((1, 12))[1]
+    U = hessian_of(x).inverse_factor(0.01).double()
+    H = naive.hessian(x)
+    H += 0.01 * H.diagonal().mean() * torch.eye(12)
+    assert torch.equal(U, U.triu())
+    torch.testing.assert_close(U.T @ U, torch.linalg.inv(H), rtol=1e-4, atol=1e-5)
+
+
+def test_the_factor_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    hessian, calls = hessian_of(problem((1, 12))[1]), []
+    original = torch.cholesky_inverse
+    monkeypatch.setattr(torch, "cholesky_inverse", lambda lower: calls.append(1) or original(lower))
+    first = hessian.inverse_factor(0.01)
+    assert hessian.inverse_factor(0.01) is first and len(calls) == 1
+    assert not torch.equal(hessian.inverse_factor(0.1), first)
+    hessian.add(torch.randn(30, 12))
+    assert not torch.equal(hessian.inverse_factor(0.01), first)
+
+
+@pytest.mark.parametrize(("lowest", "damping"), [(0.05, 0.1), (0.5, 1.0), (5.0, 10.0), (50.0, 100.0)])
+def test_damping_is_raised_until_the_hessian_is_positive_definite(lowest: float, damping: float) -> None:
+    """A symmetric matrix with mean diagonal 1 and one eigenvalue of -lowest: 0.01 is not enough, `damping` is."""
+    axes = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
+    H = axes @ torch.diag(torch.tensor([-lowest, *[(8 + lowest) / 7] * 7], dtype=torch.float64)) @ axes.T
+    U = _inverse_factor(H.float(), 0.01).double()
+    torch.testing.assert_close(U.T @ U, torch.linalg.inv(H + damping * torch.eye(8)), rtol=1e-4, atol=1e-5)
+
+
+def test_one_token_is_a_hessian_of_rank_one() -> None:
+    x = torch.randn(1, 40, generator=torch.Generator().manual_seed(0))
+    assert torch.linalg.cholesky_ex((naive.hessian(x) + 1e-9 * torch.eye(40)).float()).info
+    assert hessian_of(x).inverse_factor(1e-9).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.full((5, 4), float("nan")),
+        torch.tensor([[1.0, float("nan"), 2.0]]),
+        torch.tensor([[1.0, float("inf"), 2.0]]),
+    ],
+)
+def test_a_hessian_that_is_not_a_number(x: Tensor) -> None:
+    with pytest.raises(TrialError, match="not positive definite, even with damping 100"):
+        SparseGPT().prune(torch.ones(2, x.shape[1]), 0.5, hessian_of(x))
+
+
+def test_damping_that_is_not_enough_when_raised() -> None:
+    x = torch.randn(1, 40, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(TrialError, match="even with damping 1e-26"):
+        hessian_of(x).inverse_factor(1e-30)

@@ -1,0 +1,154 @@
+from types import SimpleNamespace
+from typing import Any
+
+import naive
+import pytest
+import torch
+from families import FAMILIES, TOKENS, VOCABULARY, checkpoint_of, random_ids, tiny
+from torch import Tensor, nn
+
+from atp_tune.errors import UserError
+from atp_tune.replay import Reached, Replay, bypassed
+
+
+@torch.inference_mode()
+def replayed(replay: Replay, ids: Tensor) -> list[Tensor]:
+    """Hidden states before block 0 and after each block."""
+    states = [replay.embed(ids)]
+    for index in range(len(replay.checkpoint.blocks)):
+        states.append(replay.run(index, replay.checkpoint.weights(index), states[-1]))
+    return states
+
+
+@torch.inference_mode()
+def logits_of(model: Any, ids: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replay_is_the_model_to_the_last_bit(family: str) -> None:
+    model = tiny(family)
+    replay = Replay(checkpoint_of(model))
+    for windows, tokens in ((1, TOKENS), (3, TOKENS), (2, 7)):
+        ids = random_ids(windows, tokens, seed=windows)
+        states = replayed(replay, ids)
+        dense = naive.states_of(model, replay.checkpoint.blocks, ids)
+        assert [torch.equal(a, b) for a, b in zip(states[1:], dense, strict=True)] == [True] * len(dense)
+        with torch.inference_mode():
+            assert torch.equal(replay.logits(ids, states[-1]), logits_of(model, ids))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_replayed_block_uses_the_weights_that_it_is_given(family: str) -> None:
+    model, ids = tiny(family), random_ids(2)
+    replay = Replay(checkpoint_of(model))
+    other = {name: torch.rand_like(tensor) for name, tensor in replay.checkpoint.weights(1).items()}
+    states = replayed(replay, ids)
+    with torch.inference_mode():
+        after = replay.run(1, other, states[1])
+    with torch.no_grad():
+        replay.checkpoint.blocks[1].load_state_dict(other, strict=False)
+    assert torch.equal(after, naive.states_of(model, replay.checkpoint.blocks, ids)[1])
+    assert not torch.equal(after, states[2])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "bloom"])
+def test_bfloat16(family: str) -> None:
+    model, ids = tiny(family, torch.bfloat16), random_ids(3)
+    replay = Replay(checkpoint_of(model))
+    states = replayed(replay, ids)
+    assert states[-1].dtype == torch.bfloat16
+    with torch.inference_mode():
+        assert torch.equal(replay.logits(ids, states[-1]), logits_of(model, ids))
+
+
+def test_blocks_of_one_model_are_called_with_different_masks() -> None:
+    """With the arguments of block 0 for all blocks, gemma3 would come out differently."""
+    replay, hidden = Replay(checkpoint_of(tiny("gemma3"))), torch.randn(2, TOKENS, 24)
+    with torch.inference_mode():
+        calls = replay._calls_for(2, TOKENS)
+        args, kwargs = calls[0].with_hidden(hidden)
+        as_first = replay.checkpoint.blocks[1](*args, **kwargs)
+        assert not torch.allclose(replay.run(1, replay.checkpoint.weights(1), hidden), as_first)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon-alibi", "bloom", "opt"])
+def test_the_model_is_left_as_it_was(family: str) -> None:
+    model, ids = tiny(family), random_ids(2)
+    before = logits_of(model, ids)
+    replay = Replay(checkpoint_of(model))
+    with torch.inference_mode():
+        replay.logits(ids, replayed(replay, ids)[-1])
+    assert torch.equal(logits_of(model, ids), before)
+    assert not any("forward" in vars(block) for block in replay.checkpoint.blocks)
+
+
+def test_a_bypass_ends_with_an_error_too() -> None:
+    blocks = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    x = torch.ones(1, 2)
+    before = blocks[1](x)
+    with pytest.raises(Reached), bypassed(blocks, lambda index, *args: index):
+        assert [block(x) for block in blocks] == [0, 1]
+        raise Reached
+    assert torch.equal(blocks[1](x), before)
+
+
+def test_arguments_are_recorded_once_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    replay = Replay(checkpoint_of(model))
+    replayed(replay, random_ids(2))
+    calls: list[int] = []
+    original = model.forward
+    monkeypatch.setattr(model, "forward", lambda **kwargs: calls.append(1) or original(**kwargs))
+    replayed(replay, random_ids(2, seed=1))
+    assert len(calls) == 1  # the embedding
+    replayed(replay, random_ids(1))
+    assert len(calls) == 3  # the embedding, and arguments for a batch of one
+
+
+class Toy(nn.Module):
+    """A model that passes the hidden state by name, and what its blocks want beside it as a function of the tokens."""
+
+    def __init__(self, extra: Any, returns_tuple: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=VOCABULARY))
+        self.embedding = nn.Embedding(VOCABULARY, 6)
+        self.blocks = nn.ModuleList([ToyBlock(returns_tuple) for _ in range(3)])
+        self.extra, self.returns_tuple = extra, returns_tuple
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Any:
+        hidden = self.embedding(input_ids)
+        for block in self.blocks:
+            output = block(scale=self.extra(input_ids), hidden_states=hidden)
+            hidden = output[0] if self.returns_tuple else output
+            assert not self.returns_tuple or output[1] == "beside"
+        return SimpleNamespace(logits=hidden @ self.embedding.weight.T)
+
+
+class ToyBlock(nn.Module):
+    def __init__(self, returns_tuple: bool) -> None:
+        super().__init__()
+        self.linear, self.returns_tuple = nn.Linear(6, 6), returns_tuple
+
+    def forward(self, hidden_states: Tensor, scale: Any) -> Any:
+        after = hidden_states + self.linear(hidden_states) * scale
+        return (after, "beside") if self.returns_tuple else after
+
+
+@pytest.mark.parametrize("returns_tuple", [False, True])
+@pytest.mark.parametrize("extra", [lambda ids: 2.0, lambda ids: torch.full((ids.shape[0], 1, 1), 3.0)])
+def test_a_hidden_state_that_is_passed_by_name(extra: Any, returns_tuple: bool) -> None:
+    model, ids = Toy(extra, returns_tuple), random_ids(3)
+    replay = Replay(checkpoint_of(model))
+    states = replayed(replay, ids)
+    with torch.inference_mode():
+        assert torch.equal(replay.logits(ids, states[-1]), logits_of(model, ids))
+
+
+@pytest.mark.parametrize("extra", [lambda ids: ids[..., None].float(), lambda ids: int(ids[0, 0])])
+def test_blocks_that_are_told_the_tokens_are_refused(extra: Any) -> None:
+    replay = Replay(checkpoint_of(Toy(extra, False)))
+    with pytest.raises(UserError, match="model Toy: passes its blocks values that depend on the tokens"):
+        replayed(replay, random_ids(2))

@@ -1,0 +1,194 @@
+"""A study that runs in seconds: a tiny Llama that was trained for a moment, three local texts, and ways to run it."""
+
+import os
+import pydoc_data.topics
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic, sleep
+
+import optuna
+import pytest
+import torch
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from atp_tune.cli import main
+from atp_tune.cli.running import quiet
+from atp_tune.events import Watch, unwatched
+from atp_tune.studyfile import StudyFile, load
+from atp_tune.tuning import Run, tune
+
+TUNE = Path(__file__).parents[1] / "tune.py"
+BLOCKS, WIDTH, TOKENS = 4, 32, 32
+TOPICS = "\n\n".join(pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics))
+# A trial of a few tenths of a second, long enough to be killed in.
+LONG = ("texts.calibration.windows=150", "texts.search.windows=150")
+STUDY = f"""\
+description = "a tiny Llama"
+sparsity = 0.6
+device = "cpu"
+
+[model]
+source = "model"
+dtype = "float32"
+
+[texts.calibration]
+source = "file:calibration.txt"
+windows = 8
+tokens = {TOKENS}
+
+[texts.search]
+source = "file:search.txt"
+windows = 16
+tokens = {TOKENS}
+
+[texts.report]
+source = "file:report.txt"
+windows = 16
+tokens = {TOKENS}
+
+[search]
+trials = 3
+sampler = "random"
+"""
+
+
+@event.listens_for(Engine, "connect")
+def hurry(connection: sqlite3.Connection, _: object) -> None:
+    """SQLite need not wait for the disk in the process of the tests; processes that they start do."""
+    connection.execute("PRAGMA synchronous=OFF")
+
+
+def make_place(place: Path) -> Path:
+    """Fills a folder with the model, its texts and the study file."""
+    tokenizer = make_tokenizer()
+    make_model(tokenizer).save_pretrained(place / "model")
+    tokenizer.save_pretrained(place / "model")
+    for index, role in enumerate(("calibration", "search", "report")):
+        start = 100_000 + 20_000 * index
+        (place / f"{role}.txt").write_text(TOPICS[start : start + 20_000], encoding="utf-8")
+    (place / "tiny.toml").write_text(STUDY, encoding="utf-8")
+    return place
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([TOPICS[:50_000]], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, steps: int = 60) -> LlamaForCausalLM:
+    """Not quite random: after a few steps of training, weights that go make it worse."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=BLOCKS,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    ids = torch.tensor(tokenizer(TOPICS[:50_000]).input_ids)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        batch = torch.stack([ids[start : start + TOKENS] for start in torch.randint(len(ids) - TOKENS, (16,))])
+        optimizer.zero_grad()
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def study_file(place: Path, *overrides: str) -> StudyFile:
+    return load(str(place / "tiny.toml"), overrides)
+
+
+def run(
+    place: Path, *overrides: str, name: str = "tiny", timeout: float | None = None, watch: Watch = unwatched
+) -> optuna.Study:
+    """The study, driven to its total in this process."""
+    with quiet():
+        return tune(Run(study_file(place, *overrides), name, timeout, watch))
+
+
+def settings(*overrides: str) -> list[str]:
+    """Overrides as options of the command line."""
+    return [word for override in overrides for word in ("--set", override)]
+
+
+def start(*arguments: str | Path, cwd: Path | None = None) -> "subprocess.Popen[str]":
+    """`python tune.py …` in a process of its own."""
+    command = [sys.executable, str(TUNE), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=cwd, env=environment)
+
+
+@dataclass(frozen=True)
+class Answer:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line of an error, without its first word."""
+        assert self.code == 2
+        line = self.err.removesuffix("\n")
+        assert "\n" not in line
+        assert line.startswith("error: ")
+        return line.removeprefix("error: ")
+
+
+def finish(process: "subprocess.Popen[str]", seconds: float = 60) -> Answer:
+    out, err = process.communicate(timeout=seconds)
+    return Answer(process.returncode, out, err)
+
+
+def script(*arguments: str | Path, cwd: Path | None = None) -> Answer:
+    return finish(start(*arguments, cwd=cwd))
+
+
+class CommandLine:
+    """The command line in this process: what the script does, without the seconds of its imports."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self._capsys = capsys
+        self._monkeypatch = monkeypatch
+
+    def __call__(self, *arguments: str | Path) -> Answer:
+        self._monkeypatch.setattr(sys, "argv", ["tune.py", *map(str, arguments)])
+        self._capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = self._capsys.readouterr()
+        return Answer(int(ended.value.code or 0), captured.out, captured.err)
+
+
+def wait_for(database: Path, number: int, process: "subprocess.Popen[str]", seconds: float = 60) -> None:
+    """Returns when trial `number` has its plan and is being measured."""
+    end = monotonic() + seconds
+    while monotonic() < end:
+        assert process.poll() is None, process.communicate()
+        if _measures(database, number):
+            return
+        sleep(0.005)
+    raise AssertionError(f"trial {number} did not start in {seconds} s")
+
+
+def _measures(database: Path, number: int) -> bool:
+    query = (
+        "SELECT 1 FROM trials JOIN trial_user_attributes USING (trial_id) "
+        "WHERE number = ? AND state = 'RUNNING' AND key = 'sparsities'"
+    )
+    try:
+        with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+            return connection.execute(query, (number,)).fetchone() is not None
+    except sqlite3.OperationalError:  # the file or its tables are being made
+        return False
