@@ -64,7 +64,7 @@ class Checkpoint:
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype, device: torch.device) -> "Checkpoint":
         """Loads a folder of safetensors; UserError where transformers cannot."""
-        hf_logging.disable_progress_bar()
+        hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         options = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)

@@ -32,7 +32,7 @@ def open_storage(address: str, create: bool) -> RDBStorage | None:
         file = Path(url.database or "")
         if not file.exists() and not create:
             return None
-        _check_writable(file)
+        check_writable(address)
     try:
         return _rdb(address, url)
     except (SQLAlchemyError, ImportError, RuntimeError, OSError) as error:
@@ -47,8 +47,14 @@ def _url(address: str) -> URL:
         raise UserError("storage: not a storage URL; write sqlite:///FILE.db, for example") from None
 
 
-def _check_writable(file: Path) -> None:
-    """SQLite says 'unable to open database file' for everything; this says what is wrong."""
+def check_writable(address: str) -> None:
+    """UserError if a SQLite file cannot be written, saying why; SQLite itself says the same for everything."""
+    url = _url(address)
+    if not url.drivername.startswith("sqlite"):
+        return
+    if url.database in (None, "", ":memory:"):
+        raise UserError("storage: a database in memory is gone at the end; name a file, as in sqlite:///study.db")
+    file = Path(url.database)
     if file.is_dir():
         raise UserError(f"storage {file}: is a folder; name a file, as in sqlite:///{file}/study.db")
     try:

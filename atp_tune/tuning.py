@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import optuna
 from optuna.exceptions import ExperimentalWarning
-from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune import storage
@@ -44,15 +43,14 @@ def tune(run: Run) -> optuna.Study:
 
     A study that is complete is returned at once, without loading torch or the model. UserError for bad input.
     """
-    db = storage.open_storage(run.file.storage_url, create=True)
-    assert db is not None
-    known = facts(run.file.study, run.file.folder)
-    study = storage.find_study(db, run.name)
+    storage.check_writable(run.file.storage_url)
+    db = storage.open_storage(run.file.storage_url, create=False)
+    study = storage.find_study(db, run.name) if db else None
     if study is not None:
-        storage.check_facts(study, known, partly=True)
+        storage.check_facts(study, facts(run.file.study, run.file.folder), partly=True)
         if is_complete(study, run.file):
             return study
-    return _work(run, db)
+    return _work(run)
 
 
 def is_complete(study: optuna.Study, file: StudyFile) -> bool:
@@ -64,10 +62,12 @@ def is_complete(study: optuna.Study, file: StudyFile) -> bool:
     return storage.counted(study) >= total and (best is None or not _unreported(study))
 
 
-def _work(run: Run, db: RDBStorage) -> optuna.Study:
+def _work(run: Run) -> optuna.Study:
     bench = open_bench(run)
     space = make_space(run.file.study, bench.checkpoint.sizes)
     total = total_trials(run.file.study.search, space)
+    db = storage.open_storage(run.file.storage_url, create=True)
+    assert db is not None
     study = storage.create_study(db, run.name, {**facts(run.file.study, run.file.folder), **bench.contents()})
     _describe(study, bench, total)
     study.sampler = make_sampler(run.file.study.search, space, run.file.study.search.seed + len(study.trials))

@@ -260,6 +260,7 @@ def test_hidden_states_move_on_batch_by_batch(family: str) -> None:
 
 def limit_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     """From here on a block with more than `most` windows is too much."""
+    monkeypatch.setattr(batching.gc, "collect", int)  # takes longer than all else here
     original = Replay.run
 
     def run(self: Replay, index: int, weights: dict[str, Tensor], hidden: Tensor) -> Tensor:
@@ -296,6 +297,7 @@ def test_one_window_that_does_not_fit_fails_the_trial(monkeypatch: pytest.Monkey
 def test_memory_that_runs_out_half_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was moved on before stays, and is not moved on again."""
     monkeypatch.setattr(batching, "TOKENS", {"cpu": 4 * TOKENS})
+    monkeypatch.setattr(batching.gc, "collect", int)
     model, calls = tiny("llama"), []
     replay, batch, hidden = work_of(model, 4)
     expected = naive.states_of(model, replay.checkpoint.blocks, random_ids(7))[0]

@@ -1,6 +1,5 @@
 """Commands and their options; each hands over to a function of the package and prints what comes back."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -167,6 +166,6 @@ def _stored(file: "StudyFile", study_name: str | None) -> Any:
     study = find_study(db, study_name or file.name) if db else None
     if study is None:
         raise UserError(
-            f"study {study_name or file.name}: has no trials yet; run: {Path(sys.argv[0]).name} --study {file.name}"
+            f"study {study_name or file.name}: has no trials yet; run: python tune.py --study {file.name}"
         )
     return study

@@ -43,7 +43,8 @@ class Display:
 
     def close(self) -> None:
         """Takes the bars off the screen."""
-        self._bars.stop()
+        if self._bars.live.is_started:
+            self._bars.stop()
 
     def __call__(self, event: Event) -> None:
         """Draws one event."""

@@ -1,0 +1,107 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import CPU, TOKENS, VOCABULARY, bench_of, tiny
+
+from atp_tune import batching, bench
+from atp_tune.events import Step
+from atp_tune.plan import Plan
+from atp_tune.study import Prune
+
+UNIFORM = Plan("wanda", "uniform", (0.5,) * 4)
+
+
+def steps(events: list[Any]) -> list[tuple[str, int, int]]:
+    return [(event.phase, event.done, event.total) for event in events if isinstance(event, Step)]
+
+
+def test_what_decides_a_value_is_told() -> None:
+    work = bench_of(tiny("llama", torch.bfloat16))
+    assert work.contents() == {
+        "model.content": "content",
+        "model.dtype": "bfloat16",
+        "texts.calibration.content": "calibration text",
+        "texts.search.content": "search text",
+        "texts.report.content": "report text",
+    }
+
+
+def test_each_block_is_a_step() -> None:
+    events: list[Any] = []
+    work = bench_of(tiny("llama"), watch=events.append)
+    list(work.prune(UNIFORM))
+    assert steps(events) == [("prune", done, 4) for done in (1, 2, 3, 4)]
+    events.clear()
+    work.all_nlls(work.dense(), "report")
+    assert steps(events) == [("evaluate", done, 4) for done in (1, 2, 3, 4)]
+
+
+def test_dense_statistics_are_steps_once() -> None:
+    events: list[Any] = []
+    work = bench_of(tiny("llama"), Prune(statistics="dense"), watch=events.append)
+    list(work.prune(UNIFORM))
+    assert steps(events)[:4] == [("measure", done, 4) for done in (1, 2, 3, 4)]
+    events.clear()
+    list(work.prune(UNIFORM))
+    assert {phase for phase, *_ in steps(events)} == {"prune"}
+
+
+def test_pruning_and_evaluating_go_hand_in_hand() -> None:
+    """Block after block, so that no more than one pruned block need be held."""
+    events: list[Any] = []
+    work = bench_of(tiny("llama"), watch=events.append)
+    pruned = ((block.index, block.weights) for block in work.prune(UNIFORM))
+    streamed = work.all_nlls(pruned, "search")
+    assert [phase for phase, *_ in steps(events)] == ["evaluate", "prune"] * 4
+    assert streamed == work.all_nlls([(block.index, block.weights) for block in work.prune(UNIFORM)], "search")
+
+
+def test_settings_reach_sparsegpt(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    original = bench.make_pruner
+    monkeypatch.setattr(bench, "make_pruner", lambda *args: made.append(args) or original(*args))
+    work = bench_of(tiny("llama"), Prune.model_validate({"sparsegpt": {"damping": 0.5, "columns": 7}}))
+    for pruner in ("sparsegpt", "wanda"):
+        list(work.prune(Plan(pruner, "uniform", (0.5,) * 4)))
+    assert made == [("sparsegpt", {"damping": 0.5, "columns": 7}), ("wanda", None)]
+
+
+def test_batches_are_sized_for_blocks_and_for_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory for 0.3 · free bytes: 12 bytes a logit, and twice every linear's input and output in a block."""
+    model, widths = tiny("llama"), (24 + 24, 24 + 12, 24 + 12, 24 + 24, 24 + 40, 24 + 40, 40 + 24)
+    block, head = TOKENS * 2 * sum(widths) * 4, TOKENS * 12 * VOCABULARY
+    monkeypatch.setattr(batching, "free_memory", lambda device: int(4.1 * block / 0.3))
+    work = bench_of(model)
+    assert work.batch_windows == 4
+    monkeypatch.setattr(batching, "free_memory", lambda device: int(2.1 * head / 0.3))
+    assert bench_of(model)._heads.windows == 2
+
+
+def test_a_bench_opens_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`open` resolves, draws windows and loads, in the number format that is asked for."""
+    from atp_tune.models import ModelFolder
+    from atp_tune.study import Model, Text
+    from atp_tune.windows import Windows
+
+    tiny("llama").save_pretrained(tmp_path / "model")
+    ids = torch.arange(2 * TOKENS).view(2, TOKENS).numpy()
+    asked: list[Any] = []
+    folder = ModelFolder(tmp_path / "model", "sha", "model")
+    monkeypatch.setattr(bench, "resolve", lambda model, base, note: asked.append((model.source, base)) or folder)
+    monkeypatch.setattr(bench, "token_windows", lambda text, tokenizer, base: Windows(ids, "windows"))
+    setup = bench.Setup(
+        Model(source="model", dtype="bfloat16"), Prune(), {"calibration": Text(source="c4")}, tmp_path, "cpu"
+    )
+    work = bench.Bench.open(setup)
+    assert asked == [("model", tmp_path)]
+    assert work.checkpoint.dtype == torch.bfloat16 and work.checkpoint.device == CPU
+    assert len(list(work.prune(UNIFORM))) == 4
+
+
+@pytest.mark.parametrize(("free", "expected"), [(10**9, True), (0, False)])
+def test_blocks_are_kept_where_they_fit(free: int, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "free_memory", lambda device: free)
+    assert bench_of(tiny("llama"))._can_keep() == expected
+    assert not bench_of(tiny("llama"), residency="host")._can_keep()

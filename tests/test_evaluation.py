@@ -1,0 +1,169 @@
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import naive
+import pytest
+import torch
+from families import CPU, FAMILIES, TOKENS, bench_of, checkpoint_of, random_ids, tiny
+from torch import Tensor
+
+from atp_tune import batching
+from atp_tune.batching import BatchSize
+from atp_tune.errors import TrialError
+from atp_tune.evaluation import Block, group_nlls, head_nlls
+from atp_tune.perplexity import perplexity
+from atp_tune.plan import Plan
+from atp_tune.replay import Replay
+
+
+def dense_blocks(replay: Replay) -> Iterator[Block]:
+    return ((index, replay.checkpoint.weights(index)) for index in range(len(replay.checkpoint.blocks)))
+
+
+def batch_of(windows: int, notes: list[str] | None = None) -> BatchSize:
+    batch = BatchSize(CPU, TOKENS, 1, ([] if notes is None else notes).append)
+    batch.windows = windows
+    return batch
+
+
+@torch.inference_mode()
+def nlls_in(replay: Replay, groups: list[Tensor], batch: BatchSize, heads: BatchSize) -> list[list[float]]:
+    return list(group_nlls(replay, batch, heads, dense_blocks(replay), groups))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_perplexity_is_the_model_s_own_loss(family: str) -> None:
+    model, ids = tiny(family), random_ids(7)
+    own = naive.nlls_of(model, ids)
+    [nlls] = nlls_in(Replay(checkpoint_of(model)), [ids], batch_of(4), batch_of(4))
+    assert nlls == pytest.approx(own, rel=1e-5)
+    assert perplexity(nlls).value == pytest.approx(float(torch.tensor(own).mean().exp()), rel=1e-5)
+    assert max(own) > 1.001 * min(own)  # windows differ: a wrong one would show
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "gemma3"])
+def test_perplexity_of_a_pruned_model_is_its_own_loss(family: str) -> None:
+    model = tiny(family)
+    work = bench_of(model)
+    pruned = list(work.prune(Plan("sparsegpt", "uniform", (0.5,) * len(work.checkpoint.blocks))))
+    nlls = work.all_nlls(((block.index, block.weights) for block in pruned), "search")
+    other = copy.deepcopy(model)
+    for block in pruned:
+        blocks = other.get_submodule(work.checkpoint.blocks_name)
+        blocks[block.index].load_state_dict(block.weights)
+    assert nlls == pytest.approx(naive.nlls_of(other, random_ids(7, TOKENS, seed=1)), rel=1e-5)
+    assert nlls != pytest.approx(work.all_nlls(work.dense(), "search"), rel=1e-3)
+
+
+def test_two_tokens_are_enough() -> None:
+    model, ids = tiny("llama"), random_ids(3, 2)
+    [nlls] = nlls_in(Replay(checkpoint_of(model)), [ids], batch_of(2), batch_of(2))
+    assert nlls == pytest.approx(naive.nlls_of(model, ids), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_batch_sizes_do_not_matter(family: str) -> None:
+    replay, ids = Replay(checkpoint_of(tiny(family))), random_ids(7)
+    [expected] = nlls_in(replay, [ids], batch_of(8), batch_of(8))
+    for windows, heads in ((1, 1), (2, 8), (8, 2), (3, 4)):
+        [nlls] = nlls_in(replay, [ids], batch_of(windows), batch_of(heads))
+        assert nlls == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "falcon-alibi"])
+def test_groups_are_the_same_windows(family: str) -> None:
+    replay, ids = Replay(checkpoint_of(tiny(family))), random_ids(7)
+    [expected] = nlls_in(replay, [ids], batch_of(4), batch_of(4))
+    groups = nlls_in(replay, list(ids.split([3, 1, 2, 1])), batch_of(4), batch_of(4))
+    assert [len(group) for group in groups] == [3, 1, 2, 1]
+    assert [nll for group in groups for nll in group] == pytest.approx(expected, rel=1e-5)
+
+
+def test_blocks_are_met_once_and_in_order() -> None:
+    replay, met = Replay(checkpoint_of(tiny("llama"))), []
+
+    def blocks() -> Iterator[Block]:
+        for index, weights in dense_blocks(replay):
+            met.append(index)
+            yield index, weights
+
+    with torch.inference_mode():
+        list(group_nlls(replay, batch_of(1), batch_of(1), blocks(), random_ids(4).split(2)))
+    assert met == [0, 1, 2, 3]
+
+
+def test_the_bench_gives_groups_whether_or_not_it_keeps_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    work, events = bench_of(tiny("llama")), []
+    expected = work.all_nlls(work.dense(), "search")
+    for kept in (True, False):
+        monkeypatch.setattr(work, "_can_keep", lambda kept=kept: kept)
+        groups = list(work.nlls(work.dense(), "search", 3))
+        assert [len(group) for group in groups] == [3, 2, 2]
+        assert [nll for group in groups for nll in group] == pytest.approx(expected, rel=1e-5)
+        assert [len(group) for group in work.nlls(work.dense(), "search", 8)] == [1] * 7
+        assert events == []
+
+
+def test_the_first_group_comes_before_the_second_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    work, ran = bench_of(tiny("llama")), []
+    monkeypatch.setattr(work, "_can_keep", lambda: True)
+    original = work.replay.run
+    monkeypatch.setattr(work.replay, "run", lambda *args: ran.append(len(args[2])) or original(*args))
+    groups = work.nlls(work.dense(), "search", 3)
+    next(groups)
+    assert ran == [3] * 4
+    next(groups)
+    assert ran == [3] * 4 + [2] * 4
+
+
+def test_a_model_on_the_host_gives_the_same() -> None:
+    one, other = bench_of(tiny("gpt2"), residency="device"), bench_of(tiny("gpt2"), residency="host")
+    expected = one.all_nlls(one.dense(), "report")
+    assert other.all_nlls(other.dense(), "report") == expected
+    assert [nll for group in other.nlls(other.dense(), "report", 2) for nll in group] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_logits_that_do_not_fit_change_no_result(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching.gc, "collect", int)
+    replay, ids, notes = Replay(checkpoint_of(tiny("llama"))), random_ids(7), list[str]()
+    [expected] = nlls_in(replay, [ids], batch_of(8), batch_of(8))
+    original = replay.logits
+
+    def logits(ids: Tensor, hidden: Tensor) -> Tensor:
+        if len(hidden) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(ids, hidden)
+
+    monkeypatch.setattr(replay, "logits", logits)
+    batch, heads = batch_of(8, notes), batch_of(8, notes)
+    [nlls] = nlls_in(replay, [ids], batch, heads)
+    assert nlls == pytest.approx(expected, rel=1e-5)
+    assert (batch.windows, heads.windows) == (8, most)
+    assert len(notes) == 1
+
+
+def test_one_window_whose_logits_do_not_fit_fails_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching.gc, "collect", int)
+    replay, ids = Replay(checkpoint_of(tiny("llama"))), random_ids(2)
+
+    def logits(*args: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(replay, "logits", logits)
+    with torch.inference_mode(), pytest.raises(TrialError, match="with one window"):
+        head_nlls(replay, batch_of(2), ids, replay.embed(ids))
+
+
+def test_logits_of_a_bfloat16_model_are_summed_in_float32() -> None:
+    model, ids = tiny("llama", torch.bfloat16), random_ids(5)
+    [nlls] = nlls_in(Replay(checkpoint_of(model)), [ids], batch_of(1), batch_of(1))
+    with torch.inference_mode():
+        logits = torch.cat([model(input_ids=row[None]).logits for row in ids])
+    assert logits.dtype == torch.bfloat16
+    logs = logits[:, :-1].double().log_softmax(-1)
+    expected = [
+        -sum(float(logs[w, t, ids[w, t + 1]]) for t in range(TOKENS - 1)) / (TOKENS - 1) for w in range(len(ids))
+    ]
+    assert nlls == pytest.approx(expected, rel=1e-6)

@@ -1,0 +1,264 @@
+import json
+import stat
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import CPU, TOKENS, bench_of, checkpoint_of, random_ids, same_bits, tiny
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from atp_tune.applying import write_sparse
+from atp_tune.bench import Bench
+from atp_tune.checkpoint import Checkpoint
+from atp_tune.errors import UserError
+from atp_tune.plan import Plan
+from atp_tune.shards import Shards, check_free, sparse_folder
+
+PROVENANCE = '{"made": "by a test"}'
+
+
+def raw(folder: Path) -> dict[str, tuple[str, str, list[int], bytes]]:
+    """Each tensor of a folder, read without a library: file, number format, shape, bytes."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        content = file.read_bytes()
+        (length,) = struct.unpack("<Q", content[:8])
+        for key, entry in json.loads(content[8 : 8 + length]).items():
+            if key != "__metadata__":
+                start, end = (8 + length + offset for offset in entry["data_offsets"])
+                found[key] = (file.name, entry["dtype"], entry["shape"], content[start:end])
+    return found
+
+
+def metadata(file: Path) -> Any:
+    content = file.read_bytes()
+    return json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]]).get("__metadata__")
+
+
+def bench_over(folder: Path, dtype: torch.dtype = torch.float32) -> Bench:
+    """A bench over the folder as the engine would load it."""
+    return bench_of(Checkpoint.load(folder, dtype, CPU).model, folder=folder)
+
+
+def save(family: str, folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+    tiny(family, dtype).save_pretrained(folder, **options)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "notes").mkdir()
+    return folder
+
+
+def save_base(family: str, folder: Path) -> Path:
+    """The model without its head, so that names lack the prefix."""
+    model = tiny(family)
+    getattr(model, model.base_model_prefix).save_pretrained(folder)
+    return folder
+
+
+SOURCES: dict[str, Any] = {
+    "one shard": lambda folder: save("llama", folder),
+    "many shards": lambda folder: save("llama", folder, max_shard_size="20KB"),
+    "a shard per tensor": lambda folder: save("llama", folder, max_shard_size="1KB"),
+    "tied embeddings": lambda folder: save("llama-tied", folder, max_shard_size="20KB"),
+    "transposed": lambda folder: save("gpt2", folder, max_shard_size="30KB"),
+    "transposed, without prefix": lambda folder: save_base("gpt2", folder),
+    "without prefix": lambda folder: save_base("llama-tied", folder),
+    "opt": lambda folder: save("opt", folder),
+    "bloom": lambda folder: save("bloom", folder),
+    "falcon": lambda folder: save("falcon", folder),
+    "phi3": lambda folder: save("phi3", folder),
+    "fp16": lambda folder: save("llama", folder, torch.float16, max_shard_size="20KB"),
+    "bf16": lambda folder: save("gpt2", folder, torch.bfloat16),
+}
+
+
+def source_key(name: str, keys: Any, prefix: str) -> str:
+    return name if name in keys else name.removeprefix(f"{prefix}.")
+
+
+def pruned_keys(work: Bench, keys: Any) -> dict[str, tuple[int, str]]:
+    """Key in the source, block and name in the block of each linear."""
+    prefix = work.checkpoint.model.base_model_prefix
+    return {
+        source_key(work.checkpoint.key(index, x), keys, prefix): (index, x.key)
+        for index, linears in enumerate(work.checkpoint.linears)
+        for x in linears
+    }
+
+
+@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("source", SOURCES)
+def test_what_is_written(source: str, pruner: str, tmp_path: Path) -> None:
+    folder, out = SOURCES[source](tmp_path / "dense"), tmp_path / "sparse"
+    before, work = raw(folder), bench_over(folder)
+    plan = Plan(pruner, "uniform", (0.5,) * len(work.checkpoint.blocks))
+    write_sparse(work, plan, out, PROVENANCE)
+    after, blocks = raw(out), list(work.prune(plan))
+
+    linears = pruned_keys(work, before)
+    assert set(linears) <= set(before) == set(after)
+    for key in before:
+        if key not in linears:
+            assert after[key] == before[key], key  # file, number format, shape and every byte
+        assert after[key][:3] == before[key][:3]
+    found = {key: tensor for file in out.glob("*.safetensors") for key, tensor in load_file(file).items()}
+    dense = {key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
+    for key, (index, name) in linears.items():
+        sparse = blocks[index].weights[name]
+        assert same_bits(found[key], sparse.to(dense[key].dtype)), key
+        if pruner == "wanda":
+            assert same_bits(found[key], dense[key].masked_fill(sparse == 0, 0)), key
+    assert raw(folder) == before
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_anybody_can_load_what_is_written(source: str, tmp_path: Path) -> None:
+    folder, out = SOURCES[source](tmp_path / "dense"), tmp_path / "sparse"
+    work = bench_over(folder)
+    plan = Plan("wanda", "uniform", (0.6,) * len(work.checkpoint.blocks))
+    write_sparse(work, plan, out, PROVENANCE)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    loaded = checkpoint_of(model)
+    for block in work.prune(plan):
+        weights = loaded.weights(block.index)
+        for linear in loaded.linears[block.index]:
+            assert same_bits(weights[linear.key], block.weights[linear.key])
+    dense = work.checkpoint.model
+    ids = random_ids(2, TOKENS)
+    with torch.inference_mode():
+        for index, block in enumerate(work.prune(plan)):
+            work.checkpoint.blocks[index].load_state_dict(block.weights)
+        assert torch.equal(model(input_ids=ids).logits, dense(input_ids=ids).logits)
+
+
+def test_files_beside_the_weights(tmp_path: Path) -> None:
+    folder, out = SOURCES["many shards"](tmp_path / "dense"), tmp_path / "deep" / "sparse"
+    for name in ("pytorch_model.bin", "model.gguf", "old.pt"):
+        (folder / name).write_text("weights in another form")
+    plan = Plan("wanda", "uniform", (0.5,) * 4)
+    write_sparse(bench_over(folder), plan, out, PROVENANCE)
+    left_out = {"pytorch_model.bin", "model.gguf", "old.pt", "notes"}
+    names = {file.name for file in folder.iterdir()} - left_out
+    assert {file.name for file in out.iterdir()} == names | {"atp_tune.json"}
+    assert (out / "atp_tune.json").read_text() == PROVENANCE
+    for name in names:
+        if not name.endswith(".safetensors"):
+            assert (out / name).read_bytes() == (folder / name).read_bytes()
+        else:
+            assert metadata(out / name) == metadata(folder / name) == {"format": "pt"}
+    modes = {stat.S_IMODE(file.stat().st_mode) for file in out.iterdir()}
+    assert modes == {0o644}
+    assert [file.name for file in out.parent.iterdir()] == ["sparse"]
+
+
+def test_a_shard_without_linears_is_copied(tmp_path: Path) -> None:
+    folder, out = SOURCES["a shard per tensor"](tmp_path / "dense"), tmp_path / "sparse"
+    write_sparse(bench_over(folder), Plan("wanda", "uniform", (0.5,) * 4), out, PROVENANCE)
+    embedding = raw(folder)["model.embed_tokens.weight"][0]
+    assert (out / embedding).read_bytes() == (folder / embedding).read_bytes()
+
+
+def test_weights_that_were_not_pruned_keep_what_the_compute_format_loses(tmp_path: Path) -> None:
+    """float32 on disk, computed in bf16: what stays is the source's float32."""
+    folder, out = save("llama", tmp_path / "dense"), tmp_path / "sparse"
+    work, plan = bench_over(folder, torch.bfloat16), Plan("wanda", "uniform", (0.5,) * 4)
+    write_sparse(work, plan, out, PROVENANCE)
+    dense, sparse = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
+    for block in work.prune(plan):
+        for linear in work.checkpoint.linears[block.index]:
+            key = work.checkpoint.key(block.index, linear)
+            mask = block.weights[linear.key] == 0
+            assert same_bits(sparse[key], dense[key].masked_fill(mask, 0))
+            assert not torch.equal(dense[key], dense[key].bfloat16().float())
+
+
+def pairs(work: Bench) -> Any:
+    for index in range(len(work.checkpoint.blocks)):
+        for linear in work.checkpoint.linears[index]:
+            dense = work.checkpoint.weights(index)[linear.key]
+            yield work.checkpoint.key(index, linear), dense, torch.zeros_like(dense)
+
+
+def test_a_shard_is_written_as_soon_as_it_is_complete(tmp_path: Path) -> None:
+    folder = SOURCES["many shards"](tmp_path / "dense")
+    work, out = bench_over(folder), tmp_path / "out"
+    out.mkdir()
+    shards = Shards(folder, "model")
+    names = {name for name, *_ in pairs(work)}
+    seen: list[int] = []
+
+    def watched() -> Any:
+        for pair in pairs(work):
+            seen.append(len(list(out.glob("*.safetensors"))))
+            yield pair
+
+    shards.write(out, names, watched())
+    assert seen == sorted(seen) and seen[-1] > seen[0] + 1
+    assert len(list(out.glob("*.safetensors"))) == len(list(folder.glob("*.safetensors")))
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked"),
+    [
+        ("transformer.h.0.w", "transformer.h.0.w"),
+        ("h.0.w", "transformer.h.0.w"),
+        ("transformer.h.0.w", "h.0.w"),
+    ],
+)
+def test_names_with_and_without_the_prefix(stored: str, asked: str, tmp_path: Path) -> None:
+    save_file({stored: torch.zeros(2)}, tmp_path / "a.safetensors")
+    save_file({"other": torch.zeros(2)}, tmp_path / "b.safetensors")
+    assert Shards(tmp_path, "transformer").find(asked) == ("a.safetensors", stored)
+
+
+def test_a_name_that_the_source_does_not_have(tmp_path: Path) -> None:
+    save_file({"other": torch.zeros(2)}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="has no tensor for model.w; save it with this transformers version first"):
+        Shards(tmp_path, "model").find("model.w")
+
+
+def _changed(tensor: Tensor) -> Tensor:
+    other = tensor.clone()
+    other[0, 0] += 1
+    return other
+
+
+@pytest.mark.parametrize("change", [_changed, lambda tensor: tensor.T.contiguous()])
+def test_a_source_that_is_not_what_was_loaded(change: Any, tmp_path: Path) -> None:
+    folder, out = save("llama", tmp_path / "dense"), tmp_path / "sparse"
+    work = bench_over(folder)
+    key = "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, key: change(tensors[key])}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=f"{key} in model.safetensors is not what transformers loaded"):
+        write_sparse(work, Plan("wanda", "uniform", (0.5,) * 4), out, PROVENANCE)
+    assert not out.exists()
+    assert [file.name for file in tmp_path.iterdir()] == ["dense"]
+
+
+def test_a_folder_that_is_there(tmp_path: Path) -> None:
+    check_free(tmp_path / "new")
+    (tmp_path / "empty").mkdir()
+    check_free(tmp_path / "empty")
+    (tmp_path / "full" / "part").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    for name in ("full", "file"):
+        with pytest.raises(UserError, match="is there already; choose another folder or remove it"):
+            check_free(tmp_path / name)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written: "), sparse_folder(tmp_path, tmp_path / "file" / "out"):
+        pass
+
+
+def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
+    folder, out = save("llama", tmp_path / "dense"), tmp_path / "sparse"
+    out.mkdir()
+    check_free(out)
+    write_sparse(bench_over(folder), Plan("wanda", "uniform", (0.5,) * 4), out, PROVENANCE)
+    assert (out / "model.safetensors").exists()
