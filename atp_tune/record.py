@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from atp_tune.devices import device_name, peak_memory
+from atp_tune.devices import device_name, peak_memory, reset_peak_memory
 from atp_tune.evaluation import Block
 from atp_tune.process import versions
 from atp_tune.prune_pass import PrunedBlock, Timer
@@ -20,6 +20,7 @@ class Record:
         self._zeros = self._weights = 0
         self._device = device
         self._timer = Timer()
+        reset_peak_memory(device)
 
     def follow(self, pruned: Iterator[PrunedBlock], sizes: tuple[int, ...]) -> Iterator[Block]:
         """Hands on each pruned block after taking down its zeros, its error and its seconds."""

@@ -82,8 +82,7 @@ class StudyFile:
         """Optuna storage URL; relative SQLite paths are made absolute."""
         if self.study.storage is None:
             return f"sqlite:///{self.database}"
-        url = _SQLITE_FILE.fullmatch(self.study.storage)
-        return f"{url['scheme']}{self.database}{url['query']}" if url else self.study.storage
+        return absolute_storage(self.study.storage, self._home)
 
     @property
     def best_path(self) -> Path:
@@ -96,6 +95,12 @@ class StudyFile:
         """Absolute folder of the results: the study's own, or ./studies for one inside the package."""
         embedded = self.folder.resolve() == EMBEDDED.resolve()
         return HERE.absolute() if embedded else self.folder.absolute()
+
+
+def absolute_storage(address: str, folder: Path) -> str:
+    """A storage URL in which a relative SQLite path starts at `folder`."""
+    url = _SQLITE_FILE.fullmatch(address)
+    return f"{url['scheme']}{folder.absolute() / url['path']}{url['query']}" if url else address
 
 
 def load(name: str, overrides: Sequence[str] = ()) -> StudyFile:

@@ -151,9 +151,10 @@ def studies() -> None:
 
 
 def _load(study: str, storage: str | None, device: str | None, set_: list[str] | None) -> "StudyFile":
-    from atp_tune.studyfile import load
+    from atp_tune.studyfile import absolute_storage, load
 
-    options: dict[str, Any] = {"storage": storage, "device": device}
+    place = absolute_storage(storage, Path()) if storage else None
+    options: dict[str, Any] = {"storage": place, "device": device}
     named = [f"{key}={value}" for key, value in options.items() if value is not None]
     return load(study, [*(set_ or []), *named])
 
@@ -165,7 +166,5 @@ def _stored(file: "StudyFile", study_name: str | None) -> Any:
     db = open_storage(file.storage_url, create=False)
     study = find_study(db, study_name or file.name) if db else None
     if study is None:
-        raise UserError(
-            f"study {study_name or file.name}: has no trials yet; run: python tune.py --study {file.name}"
-        )
+        raise UserError(f"study {study_name or file.name}: has no trials yet; run: python tune.py --study {file.name}")
     return study

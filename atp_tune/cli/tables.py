@@ -88,16 +88,18 @@ def _row(trial: "FrozenTrial", is_best: bool) -> list[str]:
         value,
         f"{attrs['realised']:.2%}" if "realised" in attrs else "",
         f"{sum(attrs['seconds'].values()):.0f}" if "seconds" in attrs else "",
-        "best" if is_best else _remark(attrs),
+        "best" if is_best else _remark(trial),
     ]
 
 
-def _remark(attrs: dict[str, object]) -> str:
+def _remark(trial: "FrozenTrial") -> str:
+    attrs = trial.user_attrs
     if "repeats" in attrs:
         return f"as trial {attrs['repeats']}"
     if "stopped_after" in attrs:
         return f"stopped after {attrs['stopped_after']} windows"
-    return str(attrs.get("failure") or attrs.get("lost") or "")
+    unknown = "no sign of life: lost" if trial.state.name == "FAIL" else ""
+    return str(attrs.get("failure") or attrs.get("lost") or unknown)
 
 
 def show_applied(config: "Config", measured: "Perplexity", out: Path) -> None:

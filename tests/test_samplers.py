@@ -1,0 +1,177 @@
+import itertools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.pruners import NopPruner, WilcoxonPruner
+from optuna.samplers import BaseSampler, GPSampler, GridSampler, RandomSampler, TPESampler
+from optuna.trial import TrialState
+from test_space import SIZES, study_of
+
+from atp_tune.plan import Plan
+from atp_tune.samplers import STARTS, LogSampler, make_sampler, make_stopper, total_trials
+from atp_tune.space import Space, make_space
+from atp_tune.study import Search
+
+BOTH = {"pruners": ["wanda", "magnitude"]}
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    yield
+    optuna.logging.set_verbosity(before)
+
+
+def space_of(**changes: Any) -> Space:
+    return make_space(study_of(**changes), SIZES)
+
+
+def search_of(**changes: Any) -> Search:
+    return Search.model_validate({"trials": 1, **changes})
+
+
+def fake_perplexity(plan: Plan) -> float:
+    """A valley at β = 0.07 whose walls explode, as they do; magnitude is worse everywhere."""
+    distance = plan.parameters.get("beta", 0.0) - 0.07
+    return math.exp(3 + 150 * distance**2 + 3000 * max(0.0, distance) ** 3 + (plan.pruner == "magnitude"))
+
+
+def run(space: Space, sampler: BaseSampler, trials: int, storage: str | None = None) -> optuna.Study:
+    study = optuna.create_study(sampler=sampler, storage=storage)
+    for params in space.uniform():
+        study.enqueue_trial(params)
+    study.optimize(lambda trial: fake_perplexity(space.suggest(trial)), n_trials=trials)
+    return study
+
+
+def params_of(study: optuna.Study) -> list[dict[str, Any]]:
+    return [trial.params for trial in study.trials]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("gp", LogSampler), ("tpe", TPESampler), ("random", RandomSampler), ("grid", GridSampler)]
+)
+def test_a_sampler_by_name(name: str, kind: type[BaseSampler]) -> None:
+    assert type(make_sampler(search_of(sampler=name), space_of(), 0)) is kind
+
+
+@pytest.mark.parametrize("sampler", ["gp", "tpe", "random", "grid"])
+@pytest.mark.parametrize("prune", [{}, BOTH])
+def test_proposals_are_in_the_space_and_the_same_for_a_seed(sampler: str, prune: dict[str, Any]) -> None:
+    space = space_of(prune=prune)
+    search = search_of(sampler=sampler, step=0.03)
+    first, again, other = (run(space, make_sampler(search, space, seed), 8) for seed in (3, 3, 4))
+    assert params_of(first) == params_of(again) != params_of(other)
+    for trial in first.trials:
+        assert trial.state == TrialState.COMPLETE
+        assert trial.params["pruner"] in space.pruners
+        assert 0 <= trial.params["beta"] <= 0.2
+    starts = [trial.params for trial in first.trials[: len(space.pruners)]]
+    assert starts == space.uniform()
+
+
+@pytest.mark.parametrize("prune", [{}, BOTH])
+def test_the_gp_finds_the_valley(prune: dict[str, Any]) -> None:
+    space = space_of(prune=prune)
+    study = run(space, make_sampler(search_of(), space, 0), 14)
+    assert study.best_params["pruner"] == "wanda"
+    assert abs(study.best_params["beta"] - 0.07) < 0.01
+
+
+def test_the_gp_works_in_a_database_with_other_studies(tmp_path: Path) -> None:
+    """Studies in a database have numbers of their own, unlike studies in memory."""
+    space, url = space_of(prune=BOTH), f"sqlite:///{tmp_path}/studies.db"
+    optuna.create_study(storage=url)
+    study = run(space, make_sampler(search_of(), space, 0), 8, url)
+    assert params_of(study) == params_of(run(space, make_sampler(search_of(), space, 0), 8))
+
+
+def test_a_gp_study_goes_on_with_a_new_sampler(tmp_path: Path) -> None:
+    space, url = space_of(), f"sqlite:///{tmp_path}/studies.db"
+    study = run(space, make_sampler(search_of(), space, 0), 6, url)
+    resumed = optuna.load_study(study_name=study.study_name, storage=url, sampler=make_sampler(search_of(), space, 6))
+    resumed.optimize(lambda trial: fake_perplexity(space.suggest(trial)), n_trials=4)
+    betas = [trial.params["beta"] for trial in resumed.trials]
+    assert len(betas) == 10 and all(0 <= beta <= 0.2 for beta in betas)
+    assert min(abs(beta - 0.07) for beta in betas) < 0.02
+
+
+class Spy(BaseSampler):
+    """Remembers the trials that it is shown, and proposes the middle."""
+
+    def __init__(self) -> None:
+        self.shown: list[tuple[TrialState, float | None, dict[str, Any]]] = []
+        self.inner = RandomSampler(seed=0)
+
+    def infer_relative_search_space(self, study: Any, trial: Any) -> Any:
+        return {"beta": optuna.distributions.FloatDistribution(0, 0.2)} if len(study.trials) > 2 else {}
+
+    def sample_relative(self, study: Any, trial: Any, search_space: Any) -> Any:
+        others = [other for other in study.trials if other.number != trial.number]
+        self.shown = [(other.state, other.value, other.params) for other in others]
+        return {"beta": 0.1}
+
+    def sample_independent(self, *args: Any) -> Any:
+        return self.inner.sample_independent(*args)
+
+
+def test_the_sampler_inside_sees_logarithms_of_what_is_done_and_what_runs() -> None:
+    spy, space = Spy(), space_of()
+    study = optuna.create_study(sampler=LogSampler(spy))
+    done, failed, running = study.ask(), study.ask(), study.ask()
+    params = []
+    for trial, beta in ((done, 0.01), (failed, 0.02), (running, 0.03)):
+        trial.suggest_categorical("pruner", ["wanda"])
+        trial.suggest_categorical("allocation", ["atp"])
+        study.sampler.inner_beta = beta  # type: ignore[attr-defined]
+        trial.suggest_float("beta", 0, 0.2)
+        params.append(trial.params)
+    study.tell(done, math.e**2)
+    study.tell(failed, state=TrialState.FAIL)
+    assert space.suggest(study.ask()).parameters == {"beta": 0.1}
+    assert spy.shown == [(TrialState.COMPLETE, pytest.approx(2.0), params[0]), (TrialState.RUNNING, None, params[2])]
+    assert study.trials[0].value == pytest.approx(math.e**2)
+
+
+def test_the_first_trials_are_drawn_at_random() -> None:
+    """Until there are STARTS measured trials, the GP proposes what its independent sampler does."""
+    space = space_of()
+    study = run(space, make_sampler(search_of(), space, 5), STARTS)
+    plain = run(space, GPSampler(seed=5, n_startup_trials=STARTS), STARTS)
+    assert params_of(study) == params_of(plain)
+
+
+@pytest.mark.parametrize("prune", [{}, BOTH])
+def test_a_grid_is_visited_once_each(prune: dict[str, Any]) -> None:
+    space, search = space_of(prune=prune), search_of(trials=None, sampler="grid", step=0.05)
+    study = run(space, make_sampler(search, space, 0), total_trials(search, space))
+    expected = [
+        {"pruner": pruner, "allocation": "atp", "beta": beta}
+        for pruner, beta in itertools.product(space.pruners, (0.0, 0.05, 0.1, 0.15, 0.2))
+    ]
+    assert sorted(map(str, params_of(study))) == sorted(map(str, expected))
+
+
+@pytest.mark.parametrize(
+    ("search", "prune", "total"),
+    [
+        ({"trials": 7}, {}, 7),
+        ({"trials": 7, "sampler": "random"}, BOTH, 7),
+        ({"trials": None, "sampler": "grid", "step": 0.05}, {}, 5),
+        ({"trials": None, "sampler": "grid", "step": 0.05}, BOTH, 10),
+        ({"trials": 3, "sampler": "grid", "step": 0.05}, {}, 3),
+        ({"trials": 100, "sampler": "grid", "step": 0.05}, BOTH, 10),
+    ],
+)
+def test_the_total(search: dict[str, Any], prune: dict[str, Any], total: int) -> None:
+    assert total_trials(search_of(**search), space_of(prune=prune)) == total
+
+
+def test_a_stopper_by_name() -> None:
+    assert type(make_stopper(search_of(stopper="wilcoxon"))) is WilcoxonPruner
+    assert type(make_stopper(search_of(stopper="none"))) is NopPruner

@@ -1,0 +1,140 @@
+"""The real 135M Llama: parity on its first blocks, and the way from study to sparse checkpoint through the commands."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import naive
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from atp_tune.bench import Bench, Setup
+from atp_tune.perplexity import perplexity
+from atp_tune.plan import make_plan
+from atp_tune.studyfile import load
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
+SHORT = ["texts.calibration.windows=8", "texts.search.windows=6", "texts.report.windows=6"]
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture(scope="module")
+def smol_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def cache(smol_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """One cache for this file: the model is downloaded and converted once."""
+    monkeypatch.setenv("ATP_TUNE_CACHE", str(smol_cache))
+    return smol_cache
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def bench(two_threads: None) -> Bench:
+    file = load("smol", SHORT)
+    spec = file.study
+    texts = {"calibration": spec.texts.calibration, "search": spec.texts.search}
+    return Bench.open(Setup(spec.model, spec.prune, texts, file.folder, "cpu"))
+
+
+def names_of(block: int) -> dict[str, str]:
+    """Name in the block → name in the model."""
+    return {
+        f"{part}.{name}": f"model.layers.{block}.{part}.{name}"
+        for name in LINEARS
+        for part in (["self_attn"] if name[0] in "qkvo" else ["mlp"])
+    }
+
+
+def test_wanda_masks_of_the_first_blocks_equal_a_double_loop(bench: Bench) -> None:
+    plan = make_plan("wanda", "atp", bench.budget(0.6), {"beta": 0.008})
+    model = AutoModelForCausalLM.from_pretrained(bench.folder.path, dtype=torch.float32)
+    ids = torch.from_numpy(bench.windows["calibration"].ids)
+    for block in bench.prune(plan):
+        if block.index == 2:
+            break
+        inputs = naive.inputs_of(model, list(names_of(block.index).values()), ids)
+        for name, full in names_of(block.index).items():
+            dense = model.get_submodule(full).weight
+            mask = naive.wanda_mask(dense.detach(), inputs[full], plan.sparsities[block.index])
+            assert torch.equal(mask, block.weights[f"{name}.weight"] == 0), full
+            dense.data.masked_fill_(mask, 0)
+
+
+def test_sparsegpt_of_the_first_block_equals_brain_surgery(bench: Bench) -> None:
+    plan = make_plan("sparsegpt", "uniform", bench.budget(0.6), {})
+    model = AutoModelForCausalLM.from_pretrained(bench.folder.path, dtype=torch.float32)
+    name, full = "self_attn.k_proj", names_of(0)["self_attn.k_proj"]
+    x = naive.inputs_of(model, [full], torch.from_numpy(bench.windows["calibration"].ids))[full]
+    weight, mask = naive.sparsegpt(model.get_submodule(full).weight.detach(), x, 0.6, 0.01, 128)
+    ours = next(iter(bench.prune(plan))).weights[f"{name}.weight"]
+    assert torch.equal(ours == 0, mask)
+    assert torch.allclose(ours.double(), weight, rtol=1e-3, atol=1e-5)
+
+
+def test_perplexity_equals_the_models_own_loss(bench: Bench) -> None:
+    model = AutoModelForCausalLM.from_pretrained(bench.folder.path, dtype=torch.float32)
+    expected = naive.nlls_of(model, torch.from_numpy(bench.windows["search"].ids))
+    assert bench.all_nlls(bench.dense(), "search") == pytest.approx(expected, rel=1e-5)
+
+
+def run(*arguments: str) -> str:
+    command = [sys.executable, str(ROOT / "tune.py"), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=900).stdout
+
+
+def test_from_study_to_sparse_checkpoint(tmp_path: Path) -> None:
+    study = tmp_path / "smol.toml"
+    study.write_text((ROOT / "studies" / "smol.toml").read_text())
+    overrides = [word for key in SHORT for word in ("--set", key)]
+    printed = run("--study", str(study), "--trials", "3", *overrides)
+    assert "[3/3]" in printed and "uniform, wanda" in printed
+    best = json.loads((tmp_path / "smol.best.json").read_text())
+    assert best["model"]["dtype"] in ("float32", "bfloat16")
+    out = tmp_path / "sparse"
+    run("apply", "--config", str(tmp_path / "smol.best.json"), "--out", str(out))
+    assert_zeros(out, best["block_sparsities"])
+    assert_perplexity(out, best)
+
+
+def assert_zeros(out: Path, sparsities: list[float]) -> None:
+    """Zeros per row, counted from the safetensors alone."""
+    tensors = load_file(out / "model.safetensors")
+    for block, sparsity in enumerate(sparsities):
+        for full in names_of(block).values():
+            weight = tensors[f"{full}.weight"]
+            assert ((weight == 0).sum(1) == int(weight.shape[1] * sparsity)).all(), full
+
+
+def assert_perplexity(out: Path, best: dict) -> None:  # type: ignore[type-arg]
+    """Plain transformers come to the perplexity that the file promises."""
+    import pydoc_data.topics
+
+    tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForCausalLM.from_pretrained(out)
+    documents = [pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics)]
+    total, start, part = sum(map(len, documents)), 0, []
+    for document in documents:
+        if start / total >= best["texts"]["report"]["part"][0]:
+            part.append(document)
+        start += len(document)
+    tokens = best["texts"]["report"]["tokens"]
+    ids = torch.tensor(tokenizer("\n\n".join(part)).input_ids)
+    windows = ids[: 6 * tokens].view(6, tokens)
+    measured = perplexity(naive.nlls_of(model, windows)).value
+    promised = best["perplexity"]["report"]["value"]
+    assert abs(measured / promised - 1) < 0.001

@@ -1,0 +1,128 @@
+from collections.abc import Mapping
+from typing import Any
+
+import optuna
+import pytest
+
+from atp_tune.allocations import Budget
+from atp_tune.errors import UserError
+from atp_tune.space import Space, make_space
+from atp_tune.study import Study
+
+SIZES = (100,) * 5  # at sparsity 0.6 the bound of β is 0.2
+
+
+def study_of(**changes: Any) -> Study:
+    texts = {"calibration": {"source": "a"}, "search": {"source": "b"}, "report": {"source": "c"}}
+    base = {"sparsity": 0.6, "model": {"source": "x"}, "texts": texts, "search": {"trials": 1}}
+    return Study.model_validate(base | changes)
+
+
+class Fixed:
+    """A trial that takes what it is told, and remembers what it was asked."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.values, self.asked = values, dict[str, Any]()
+
+    def suggest_categorical(self, name: str, choices: Any) -> Any:
+        self.asked[name] = tuple(choices)
+        return self.values[name]
+
+    def suggest_float(self, name: str, low: float, high: float) -> float:
+        self.asked[name] = (low, high)
+        return float(self.values[name])
+
+
+def test_auto_is_from_uniform_to_the_bound() -> None:
+    assert make_space(study_of(), SIZES).intervals == {"atp": {"beta": (0.0, pytest.approx(0.2))}}
+
+
+@pytest.mark.parametrize("beta", [(0.0, 0.1), (-0.2, 0.2), (-0.1, 0.0), (0.0, 0.0)])
+def test_an_interval_inside_the_bound_is_taken(beta: tuple[float, float]) -> None:
+    space = make_space(study_of(allocation={"beta": beta}, sparsity=0.5), SIZES)
+    assert space.intervals == {"atp": {"beta": beta}}
+
+
+@pytest.mark.parametrize("beta", [(0.0, 0.2001), (-0.2001, 0.1), (-1.0, 1.0)])
+def test_an_interval_outside_the_bound(beta: tuple[float, float]) -> None:
+    with pytest.raises(UserError) as error:
+        make_space(study_of(allocation={"beta": beta}), SIZES)
+    text = str(error.value)
+    assert text.startswith(f"allocation.beta: [{beta[0]:g}, {beta[1]:g}] leaves the admissible interval [-0.2, 0.2]")
+    assert 'of 5 blocks at sparsity 0.6; narrow it, or write beta = "auto"' in text
+    assert len(text.splitlines()) == 1
+
+
+def test_bounds_of_blocks_that_differ() -> None:
+    space = make_space(study_of(), (100, 100, 400))
+    assert space.intervals["atp"]["beta"][1] == pytest.approx(0.4 / (2 - 1.5))
+
+
+def test_a_suggestion_is_a_plan_and_its_parameters_give_it_again() -> None:
+    space = make_space(study_of(prune={"pruners": ["wanda", "sparsegpt"]}), SIZES)
+    values = {"pruner": "sparsegpt", "allocation": "atp", "beta": 0.1}
+    trial = Fixed(values)
+    plan = space.suggest(trial)
+    assert trial.asked == {"pruner": ("wanda", "sparsegpt"), "allocation": ("atp",), "beta": space.intervals["atp"]["beta"]}
+    assert plan.sparsities == pytest.approx((0.4, 0.5, 0.6, 0.7, 0.8))
+    assert (plan.pruner, plan.allocation, plan.parameters) == ("sparsegpt", "atp", {"beta": 0.1})
+    assert space.plan(values) == plan
+
+
+def test_uniform_has_no_parameters() -> None:
+    space = make_space(study_of(allocation={"names": ["uniform", "atp"]}), SIZES)
+    trial = Fixed({"pruner": "wanda", "allocation": "uniform"})
+    assert space.suggest(trial).sparsities == (0.6,) * 5
+    assert trial.asked == {"pruner": ("wanda",), "allocation": ("uniform", "atp")}
+    assert space.plan({"pruner": "wanda", "allocation": "uniform", "beta": 0.1}).parameters == {}
+
+
+@pytest.mark.parametrize("names", [["atp"], ["uniform"], ["uniform", "atp"], ["atp", "uniform"]])
+def test_every_study_starts_uniform_once_for_each_pruner(names: list[str]) -> None:
+    study = study_of(allocation={"names": names}, prune={"pruners": ["wanda", "magnitude"]})
+    space = make_space(study, SIZES)
+    plans = [space.plan(params) for params in space.uniform()]
+    assert [plan.pruner for plan in plans] == ["wanda", "magnitude"]
+    assert {plan.sparsities for plan in plans} == {(0.6,) * 5}
+    asked = optuna.create_study()
+    for params in space.uniform():
+        asked.enqueue_trial(params)
+        assert space.suggest(asked.ask()).sparsities == (0.6,) * 5
+
+
+@pytest.mark.parametrize(
+    ("step", "values"),
+    [
+        (0.05, [0.05, 0.1, 0.15, 0.2]),
+        (0.03, [0.03, 0.06, 0.09, 0.12, 0.15, 0.18]),
+        (0.2, [0.2]),
+        (0.11, [0.11]),
+    ],
+)
+def test_the_grid_goes_to_the_bound(step: float, values: list[float]) -> None:
+    space = make_space(study_of(), SIZES)
+    grid = space.grid(step)
+    assert grid == {"pruner": ["wanda"], "allocation": ["atp"], "beta": values}
+    assert all(space.plan({"pruner": "wanda", "allocation": "atp", "beta": beta}) for beta in values)
+
+
+def test_the_paper_s_grid_of_an_80_block_model() -> None:
+    space = make_space(study_of(sparsity=0.7), (64,) * 80)
+    assert space.grid(0.002)["beta"] == [0.002, 0.004, 0.006]
+
+
+def test_a_step_beyond_the_bound() -> None:
+    with pytest.raises(UserError, match=r"^search.step: 0.21 is larger than the bound of beta, 0.2$"):
+        make_space(study_of(), SIZES).grid(0.21)
+
+
+def test_one_block() -> None:
+    space = make_space(study_of(), (100,))
+    assert space.intervals == {"atp": {"beta": (0.0, 0.0)}}
+    assert [space.plan(params).sparsities for params in space.uniform()] == [(0.6,)]
+    assert space.suggest(optuna.create_study().ask()).sparsities == (0.6,)
+
+
+def test_a_space_can_be_made_without_a_study() -> None:
+    space = Space(Budget(0.5, (1, 1)), ("wanda",), {"uniform": {}})
+    assert space.grid(0.1) == {"pruner": ["wanda"], "allocation": ["uniform"]}
