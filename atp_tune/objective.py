@@ -25,6 +25,7 @@ from atp_tune.plan import Plan
 from atp_tune.process import identity
 from atp_tune.record import Record
 from atp_tune.space import Space
+from atp_tune.storage import best_trial
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class Objective:
         blocks = record.follow(self.bench.prune(plan), self.bench.checkpoint.sizes)
         for group, nlls in enumerate(self.bench.nlls(blocks, "search", GROUPS if self.stops else 1)):
             record.nlls += nlls
-            if self.stops and is_hopeless(trial, group, nlls):
+            hopeless = self.stops and is_hopeless(trial, group, nlls)
+            if hopeless and len(set(plan.sparsities)) > 1:  # uniform is what the best is compared with: never stopped
                 set_attributes(trial, record.close())
                 return estimate(trial, record.nlls)
         result = perplexity(record.nlls)
@@ -94,10 +96,12 @@ def estimate(trial: Trial, nlls: list[float]) -> float:
     """Perplexity of a stopped trial, comparable with the full ones: the best trial's mean NLL over all windows, plus
     the mean difference from it on the windows seen. A mean over those windows alone would be of an easier text.
     """
-    best = trial.study.best_trial.user_attrs["nlls"]
-    difference = statistics.fmean(own - other for own, other in zip(nlls, best, strict=False))
+    best = best_trial(trial.study)
+    assert best is not None
+    full = best.user_attrs["nlls"]
+    difference = statistics.fmean(own - other for own, other in zip(nlls, full, strict=False))
     trial.set_user_attr("stopped_after", len(nlls))
-    return perplexity([statistics.fmean(best) + difference]).value
+    return perplexity([statistics.fmean(full) + difference]).value
 
 
 @contextmanager

@@ -23,10 +23,11 @@ def is_dead(identity: Mapping[str, Any]) -> bool:
     if identity.get("host") != platform.node() or "pid" not in identity:
         return False
     try:
-        began: float = psutil.Process(identity["pid"]).create_time()
+        process = psutil.Process(identity["pid"])
+        began, state = process.create_time(), process.status()
     except psutil.NoSuchProcess:
         return True
-    return abs(began - float(identity["process_started"])) > 1
+    return state == psutil.STATUS_ZOMBIE or abs(began - float(identity["process_started"])) > 1
 
 
 def versions() -> dict[str, str]:

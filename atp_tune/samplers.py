@@ -1,6 +1,8 @@
 """How Optuna proposes and stops: the sampler and the stopper of a study."""
 
+import itertools
 import math
+import random
 import warnings
 from typing import Any
 
@@ -9,10 +11,10 @@ from optuna import Study
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner, NopPruner, WilcoxonPruner
-from optuna.samplers import BaseSampler, GPSampler, GridSampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
-from atp_tune.space import Space
+from atp_tune.space import Params, Space
 from atp_tune.study import Search
 
 STARTS = 3  # trials before a model of the objective is fitted: plenty for one or two parameters
@@ -27,9 +29,7 @@ def make_sampler(search: Search, space: Space, seed: int) -> BaseSampler:
                 return LogSampler(GPSampler(seed=seed, n_startup_trials=STARTS))
             case "tpe":
                 return TPESampler(seed=seed, n_startup_trials=STARTS, multivariate=True)
-            case "grid":
-                return GridSampler(space.grid(search.step), seed=seed)
-            case "random":
+            case "grid" | "random":  # all points of a grid are among the first trials
                 return RandomSampler(seed=seed)
 
 
@@ -73,7 +73,23 @@ def _logged(trial: FrozenTrial) -> FrozenTrial:
 
 def make_stopper(search: Search) -> BasePruner:
     """What ends hopeless trials early; trials are compared group by group of windows."""
-    return WilcoxonPruner() if search.stopper == "wilcoxon" else NopPruner()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return WilcoxonPruner() if search.stopper == "wilcoxon" else NopPruner()
+
+
+def first_trials(search: Search, space: Space) -> list[Params]:
+    """What a study asks for before its sampler does: uniform for each pruner, then the points of a grid, shuffled.
+
+    They are queued in the storage, because Optuna's GridSampler loses points over a resume, and ends in a KeyError
+    where trials were queued beside a grid of one point.
+    """
+    points: list[Params] = []
+    if search.sampler == "grid":
+        grid = space.grid(search.step)
+        points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+        random.Random(search.seed).shuffle(points)
+    return [*space.uniform(), *points]
 
 
 def total_trials(search: Search, space: Space) -> int:
@@ -81,7 +97,5 @@ def total_trials(search: Search, space: Space) -> int:
     if search.sampler != "grid":
         assert search.trials is not None
         return search.trials
-    points = 1
-    for values in space.grid(search.step).values():
-        points *= len(values)
-    return min(search.trials or points + len(space.pruners), points + len(space.pruners))
+    all_points = len(first_trials(search, space))
+    return min(search.trials or all_points, all_points)

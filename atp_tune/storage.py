@@ -4,7 +4,9 @@ import json
 import warnings
 from collections.abc import Mapping
 from copy import copy
+from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import optuna
@@ -12,7 +14,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DatabaseError, SQLAlchemyError
 
 from atp_tune.errors import UserError
 from atp_tune.process import is_dead
@@ -34,7 +36,10 @@ def open_storage(address: str, create: bool) -> RDBStorage | None:
             return None
         check_writable(address)
     try:
-        return _rdb(address, url)
+        try:
+            return _rdb(address, url)
+        except DatabaseError:  # another process may have made the tables at the same moment
+            return _rdb(address, url)
     except (SQLAlchemyError, ImportError, RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"storage {url.render_as_string(hide_password=True)}: {reason}") from None
@@ -59,10 +64,10 @@ def check_writable(address: str) -> None:
         raise UserError(f"storage {file}: is a folder; name a file, as in sqlite:///{file}/study.db")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        existed = file.exists()
-        file.open("ab").close()
-        if not existed:
-            file.unlink()
+        if file.exists():
+            file.open("ab").close()
+        else:  # never touch the file itself: another process may be making it right now
+            TemporaryFile(dir=file.parent).close()
     except OSError as error:
         raise UserError(f"storage {file}: {error.strerror}; name another with --storage sqlite:///FILE.db") from None
 
@@ -90,12 +95,16 @@ def find_study(storage: RDBStorage, name: str) -> optuna.Study | None:
 
 def create_study(storage: RDBStorage, name: str, facts: Facts) -> optuna.Study:
     """The study of that name with its facts, made if need be; UserError if it was made with others."""
-    study = find_study(storage, name)
-    if study is None:
-        study = optuna.create_study(study_name=name, storage=storage, direction="minimize")
+    study = optuna.create_study(study_name=name, storage=storage, direction="minimize", load_if_exists=True)
+    if is_new(study):
         study.set_user_attr("fingerprint", dict(facts))
     check_facts(study, facts)
     return study
+
+
+def is_new(study: optuna.Study) -> bool:
+    """Whether a study has a name and nothing else: its process is about to write its facts, or died before it did."""
+    return "fingerprint" not in study.user_attrs and not study.get_trials(deepcopy=False)
 
 
 def check_facts(study: optuna.Study, facts: Facts, partly: bool = False) -> None:
@@ -127,12 +136,18 @@ def recover(study: optuna.Study) -> list[int]:
     """Ends the RUNNING trials whose process on this host is dead and queues them again; their numbers."""
     lost = []
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if is_dead(trial.user_attrs):
+        if is_dead(trial.user_attrs) or _is_nameless(trial):
             study._storage.set_trial_user_attr(trial._trial_id, "lost", "its process died")
             study.tell(trial.number, state=TrialState.FAIL)
             queue_again(study, study.trials[trial.number])
             lost.append(trial.number)
     return lost
+
+
+def _is_nameless(trial: FrozenTrial) -> bool:
+    """Whether a trial's process did not say for `GRACE` seconds who it is, which takes it milliseconds."""
+    began = trial.datetime_start
+    return "host" not in trial.user_attrs and began is not None and (datetime.now() - began).total_seconds() > GRACE
 
 
 def queue_again(study: optuna.Study, trial: FrozenTrial) -> None:

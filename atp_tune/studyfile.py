@@ -84,11 +84,10 @@ class StudyFile:
             return f"sqlite:///{self.database}"
         return absolute_storage(self.study.storage, self._home)
 
-    @property
-    def best_path(self) -> Path:
-        """The JSON file of the best configuration, beside the database."""
+    def best_of(self, name: str) -> Path:
+        """The JSON file of the best configuration of the study of that name, beside the database."""
         folder = self.database.parent if self.database else self._home
-        return folder / f"{self.name}.best.json"
+        return folder / f"{name.replace('/', '_')}.best.json"
 
     @property
     def _home(self) -> Path:

@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from atp_tune import storage
 from atp_tune.errors import TrialError
 from atp_tune.events import Note, TrialEnded, TrialStarted, Watch
-from atp_tune.samplers import make_sampler, make_stopper, total_trials
+from atp_tune.samplers import first_trials, make_sampler, make_stopper, total_trials
 from atp_tune.space import Space, make_space
 from atp_tune.studyfile import StudyFile, facts
 from atp_tune.summary import best_config, uniform_of
@@ -46,7 +46,7 @@ def tune(run: Run) -> optuna.Study:
     storage.check_writable(run.file.storage_url)
     db = storage.open_storage(run.file.storage_url, create=False)
     study = storage.find_study(db, run.name) if db else None
-    if study is not None:
+    if study is not None and not storage.is_new(study):
         storage.check_facts(study, facts(run.file.study, run.file.folder), partly=True)
         if is_complete(study, run.file):
             return study
@@ -72,7 +72,7 @@ def _work(run: Run) -> optuna.Study:
     _describe(study, bench, total)
     study.sampler = make_sampler(run.file.study.search, space, run.file.study.search.seed + len(study.trials))
     study.pruner = make_stopper(run.file.study.search)
-    for params in space.uniform():
+    for params in first_trials(run.file.study.search, space)[:total]:
         study.enqueue_trial(params, skip_if_exists=True)
     _measure_dense(run, study, bench)
     _drive(run, study, bench, space, total)
@@ -136,6 +136,8 @@ def _optimise(
         best, done = storage.best_trial(study), storage.counted(study)
         reason = trial.user_attrs.get("failure") if trial.state == TrialState.FAIL else None
         run.watch(TrialEnded(trial.number, trial.value, reason, best.value if best else None, done, total))
+        if done + len(storage.running(study)) >= total:  # other processes have done, or do, the rest
+            study.stop()
 
     timeout = None if end is None else end - monotonic()
     try:
@@ -173,7 +175,8 @@ def report(run: Run, study: optuna.Study, bench: "Bench", space: Space) -> None:
         nlls = _report_nlls(run, study, bench, space, name)
         study.set_user_attr("reports", {**study.user_attrs.get("reports", {}), name: nlls})
     if storage.best_trial(study) is not None:
-        best_config(run.file, study, run.file.best_path).write(run.file.best_path)
+        out = run.file.best_of(run.name)
+        best_config(run.file, study, out).write(out)
 
 
 def _report_nlls(run: Run, study: optuna.Study, bench: "Bench", space: Space, name: str) -> list[float]:

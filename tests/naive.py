@@ -12,7 +12,7 @@ def lowest_mask(rows: list[list[Any]], count: int) -> Tensor:
     """The first `count` of a stable sort of each row."""
     mask = torch.zeros(len(rows), len(rows[0]), dtype=torch.bool)
     for i, scores in enumerate(rows):
-        for j in sorted(range(len(scores)), key=lambda j: scores[j])[:count]:  # noqa: B023 - used at once
+        for j in sorted(range(len(scores)), key=lambda j: scores[j])[:count]:
             mask[i, j] = True
     return mask
 

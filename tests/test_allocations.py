@@ -1,4 +1,5 @@
 import inspect
+import itertools
 import math
 import random
 from typing import get_args
@@ -14,7 +15,9 @@ CASES = 200
 def budgets() -> list[Budget]:
     generator = random.Random(0)
     return [
-        Budget(generator.uniform(0.02, 0.98), tuple(generator.randint(1, 5000) for _ in range(generator.randint(2, 40))))
+        Budget(
+            generator.uniform(0.02, 0.98), tuple(generator.randint(1, 5000) for _ in range(generator.randint(2, 40)))
+        )
         for _ in range(CASES)
     ]
 
@@ -90,7 +93,7 @@ def test_sparsities_meet_the_target_in_order_and_stay_shares() -> None:
         assert weighted(budget, sparsities) == pytest.approx(budget.target, abs=1e-12)
         assert budget.mean(sparsities) == pytest.approx(budget.target, abs=1e-12)
         assert all(0 <= s <= 1 for s in sparsities)
-        steps = [after - before for before, after in zip(sparsities, sparsities[1:], strict=False)]
+        steps = [after - before for before, after in itertools.pairwise(sparsities)]
         assert steps == pytest.approx([beta] * len(steps), abs=1e-12)
 
 
@@ -98,7 +101,7 @@ def test_sparsities_meet_the_target_in_order_and_stay_shares() -> None:
 def test_at_the_bound_one_end_is_dense_or_empty(side: int) -> None:
     for budget in budgets():
         sparsities = atp.sparsities(budget, atp.bounds(budget)["beta"][side])
-        assert min(min(sparsities), 1 - max(sparsities)) == pytest.approx(0, abs=1e-12)
+        assert min(*sparsities, 1 - max(sparsities)) == pytest.approx(0, abs=1e-12)
         assert all(0 <= s <= 1 for s in sparsities)
         assert weighted(budget, sparsities) == pytest.approx(budget.target, abs=1e-12)
 

@@ -10,6 +10,7 @@ CUDA = torch.device("cuda")
 
 
 def batch_of(windows: int, notes: list[str], monkeypatch: pytest.MonkeyPatch) -> BatchSize:
+    monkeypatch.setattr(batching.gc, "collect", int)  # takes longer than all else here
     monkeypatch.setattr(batching, "TOKENS", {"cpu": windows})
     batch = BatchSize(CPU, 1, 1, notes.append)
     assert batch.windows == windows
@@ -80,7 +81,9 @@ def test_one_window_that_does_not_fit_fails_the_trial(monkeypatch: pytest.Monkey
     assert len(notes) == 1
 
 
-@pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("out of memory")])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("out of memory")]
+)
 def test_other_errors_are_not_about_memory(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     notes: list[str] = []
     batch = batch_of(4, notes, monkeypatch)

@@ -121,7 +121,9 @@ def test_a_model_on_the_host_gives_the_same() -> None:
     one, other = bench_of(tiny("gpt2"), residency="device"), bench_of(tiny("gpt2"), residency="host")
     expected = one.all_nlls(one.dense(), "report")
     assert other.all_nlls(other.dense(), "report") == expected
-    assert [nll for group in other.nlls(other.dense(), "report", 2) for nll in group] == pytest.approx(expected, rel=1e-5)
+    assert [nll for group in other.nlls(other.dense(), "report", 2) for nll in group] == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("most", [1, 2])

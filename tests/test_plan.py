@@ -11,7 +11,7 @@ def test_a_plan_is_an_allocation_at_its_parameters() -> None:
 
 
 def test_a_plan_out_of_bounds() -> None:
-    with pytest.raises(ValueError, match="β = 0.6 is outside the admissible interval"):
+    with pytest.raises(ValueError, match=r"β = 0\.6 is outside the admissible interval"):
         make_plan("wanda", "atp", Budget(0.5, (4, 4, 4)), {"beta": 0.6})
 
 

@@ -7,12 +7,12 @@ from typing import Any
 import optuna
 import pytest
 from optuna.pruners import NopPruner, WilcoxonPruner
-from optuna.samplers import BaseSampler, GPSampler, GridSampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import TrialState
 from test_space import SIZES, study_of
 
 from atp_tune.plan import Plan
-from atp_tune.samplers import STARTS, LogSampler, make_sampler, make_stopper, total_trials
+from atp_tune.samplers import STARTS, LogSampler, first_trials, make_sampler, make_stopper, total_trials
 from atp_tune.space import Space, make_space
 from atp_tune.study import Search
 
@@ -54,18 +54,18 @@ def params_of(study: optuna.Study) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("gp", LogSampler), ("tpe", TPESampler), ("random", RandomSampler), ("grid", GridSampler)]
+    ("name", "kind"), [("gp", LogSampler), ("tpe", TPESampler), ("random", RandomSampler), ("grid", RandomSampler)]
 )
 def test_a_sampler_by_name(name: str, kind: type[BaseSampler]) -> None:
     assert type(make_sampler(search_of(sampler=name), space_of(), 0)) is kind
 
 
-@pytest.mark.parametrize("sampler", ["gp", "tpe", "random", "grid"])
+@pytest.mark.parametrize("sampler", ["gp", "tpe", "random"])
 @pytest.mark.parametrize("prune", [{}, BOTH])
 def test_proposals_are_in_the_space_and_the_same_for_a_seed(sampler: str, prune: dict[str, Any]) -> None:
     space = space_of(prune=prune)
-    search = search_of(sampler=sampler, step=0.03)
-    first, again, other = (run(space, make_sampler(search, space, seed), 8) for seed in (3, 3, 4))
+    search = search_of(sampler=sampler)
+    first, again, other = (run(space, make_sampler(search, space, seed), STARTS + 2) for seed in (3, 3, 4))
     assert params_of(first) == params_of(again) != params_of(other)
     for trial in first.trials:
         assert trial.state == TrialState.COMPLETE
@@ -78,7 +78,7 @@ def test_proposals_are_in_the_space_and_the_same_for_a_seed(sampler: str, prune:
 @pytest.mark.parametrize("prune", [{}, BOTH])
 def test_the_gp_finds_the_valley(prune: dict[str, Any]) -> None:
     space = space_of(prune=prune)
-    study = run(space, make_sampler(search_of(), space, 0), 14)
+    study = run(space, make_sampler(search_of(), space, 0), 10)
     assert study.best_params["pruner"] == "wanda"
     assert abs(study.best_params["beta"] - 0.07) < 0.01
 
@@ -87,17 +87,17 @@ def test_the_gp_works_in_a_database_with_other_studies(tmp_path: Path) -> None:
     """Studies in a database have numbers of their own, unlike studies in memory."""
     space, url = space_of(prune=BOTH), f"sqlite:///{tmp_path}/studies.db"
     optuna.create_study(storage=url)
-    study = run(space, make_sampler(search_of(), space, 0), 8, url)
-    assert params_of(study) == params_of(run(space, make_sampler(search_of(), space, 0), 8))
+    study = run(space, make_sampler(search_of(), space, 0), STARTS + 2, url)
+    assert params_of(study) == params_of(run(space, make_sampler(search_of(), space, 0), STARTS + 2))
 
 
 def test_a_gp_study_goes_on_with_a_new_sampler(tmp_path: Path) -> None:
     space, url = space_of(), f"sqlite:///{tmp_path}/studies.db"
-    study = run(space, make_sampler(search_of(), space, 0), 6, url)
-    resumed = optuna.load_study(study_name=study.study_name, storage=url, sampler=make_sampler(search_of(), space, 6))
+    study = run(space, make_sampler(search_of(), space, 0), 4, url)
+    resumed = optuna.load_study(study_name=study.study_name, storage=url, sampler=make_sampler(search_of(), space, 4))
     resumed.optimize(lambda trial: fake_perplexity(space.suggest(trial)), n_trials=4)
     betas = [trial.params["beta"] for trial in resumed.trials]
-    assert len(betas) == 10 and all(0 <= beta <= 0.2 for beta in betas)
+    assert len(betas) == 8 and all(0 <= beta <= 0.2 for beta in betas)
     assert min(abs(beta - 0.07) for beta in betas) < 0.02
 
 
@@ -123,18 +123,16 @@ class Spy(BaseSampler):
 def test_the_sampler_inside_sees_logarithms_of_what_is_done_and_what_runs() -> None:
     spy, space = Spy(), space_of()
     study = optuna.create_study(sampler=LogSampler(spy))
-    done, failed, running = study.ask(), study.ask(), study.ask()
-    params = []
-    for trial, beta in ((done, 0.01), (failed, 0.02), (running, 0.03)):
-        trial.suggest_categorical("pruner", ["wanda"])
-        trial.suggest_categorical("allocation", ["atp"])
-        study.sampler.inner_beta = beta  # type: ignore[attr-defined]
-        trial.suggest_float("beta", 0, 0.2)
-        params.append(trial.params)
+    done, failed, running = trials = study.ask(), study.ask(), study.ask()
+    for trial in trials:
+        space.suggest(trial)
     study.tell(done, math.e**2)
     study.tell(failed, state=TrialState.FAIL)
     assert space.suggest(study.ask()).parameters == {"beta": 0.1}
-    assert spy.shown == [(TrialState.COMPLETE, pytest.approx(2.0), params[0]), (TrialState.RUNNING, None, params[2])]
+    assert spy.shown == [
+        (TrialState.COMPLETE, pytest.approx(2.0), done.params),
+        (TrialState.RUNNING, None, running.params),
+    ]
     assert study.trials[0].value == pytest.approx(math.e**2)
 
 
@@ -149,12 +147,25 @@ def test_the_first_trials_are_drawn_at_random() -> None:
 @pytest.mark.parametrize("prune", [{}, BOTH])
 def test_a_grid_is_visited_once_each(prune: dict[str, Any]) -> None:
     space, search = space_of(prune=prune), search_of(trials=None, sampler="grid", step=0.05)
-    study = run(space, make_sampler(search, space, 0), total_trials(search, space))
+    study = optuna.create_study(sampler=make_sampler(search, space, 0))
+    for params in first_trials(search, space):
+        study.enqueue_trial(params)
+    study.optimize(lambda trial: fake_perplexity(space.suggest(trial)), n_trials=total_trials(search, space))
+    assert params_of(study)[: len(space.pruners)] == space.uniform()
     expected = [
         {"pruner": pruner, "allocation": "atp", "beta": beta}
         for pruner, beta in itertools.product(space.pruners, (0.0, 0.05, 0.1, 0.15, 0.2))
     ]
     assert sorted(map(str, params_of(study))) == sorted(map(str, expected))
+
+
+def test_a_grid_is_shuffled_by_the_seed_of_the_study() -> None:
+    space = space_of(prune=BOTH)
+    one, again, other = (first_trials(search_of(sampler="grid", step=0.02, seed=seed), space) for seed in (0, 0, 1))
+    assert one == again != other
+    assert one[:2] == other[:2] == space.uniform()
+    assert sorted(map(str, one)) == sorted(map(str, other))
+    assert [params["beta"] for params in one[2:]] != sorted(params["beta"] for params in one[2:])
 
 
 @pytest.mark.parametrize(

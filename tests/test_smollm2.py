@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from atp_tune.bench import Bench, Setup
 from atp_tune.perplexity import perplexity
 from atp_tune.plan import make_plan
+from atp_tune.pruners.sparsegpt import SparseGPT
+from atp_tune.pruners.statistics import Hessian
 from atp_tune.studyfile import load
 
 pytestmark = pytest.mark.slow
@@ -76,15 +78,25 @@ def test_wanda_masks_of_the_first_blocks_equal_a_double_loop(bench: Bench) -> No
             dense.data.masked_fill_(mask, 0)
 
 
-def test_sparsegpt_of_the_first_block_equals_brain_surgery(bench: Bench) -> None:
-    plan = make_plan("sparsegpt", "uniform", bench.budget(0.6), {})
+def sparsegpt_by_us(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    hessian = Hessian(weight.shape[1], weight.device)
+    hessian.add(x)
+    return SparseGPT().prune(weight, 0.6, hessian)
+
+
+def test_sparsegpt_of_the_first_block_equals_brain_surgery(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the last mask bit in float64; in float32 near-ties turn over (10 of 110,592 weights were seen)."""
     model = AutoModelForCausalLM.from_pretrained(bench.folder.path, dtype=torch.float32)
-    name, full = "self_attn.k_proj", names_of(0)["self_attn.k_proj"]
+    full = names_of(0)["self_attn.k_proj"]
     x = naive.inputs_of(model, [full], torch.from_numpy(bench.windows["calibration"].ids))[full]
-    weight, mask = naive.sparsegpt(model.get_submodule(full).weight.detach(), x, 0.6, 0.01, 128)
-    ours = next(iter(bench.prune(plan))).weights[f"{name}.weight"]
-    assert torch.equal(ours == 0, mask)
-    assert torch.allclose(ours.double(), weight, rtol=1e-3, atol=1e-5)
+    dense = model.get_submodule(full).weight.detach()
+    weight, mask = naive.sparsegpt(dense, x, 0.6, 0.01, 128)
+    assert int(((sparsegpt_by_us(x, dense) == 0) != mask).sum()) < 1e-3 * mask.numel()
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    exact = sparsegpt_by_us(x.double(), dense.double())
+    assert torch.equal(exact == 0, mask)
+    assert torch.allclose(exact, weight, rtol=0, atol=1e-9)
 
 
 def test_perplexity_equals_the_models_own_loss(bench: Bench) -> None:

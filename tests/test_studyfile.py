@@ -373,7 +373,7 @@ def test_study_file_is_frozen(folder: Path) -> None:
 def test_results(storage: str | None, url: str, best: str, folder: Path) -> None:
     loaded = load("x.toml", [f"storage={storage}"] if storage else [])
     assert loaded.storage_url == url.format(folder)
-    assert loaded.best_path == Path(best.format(folder))
+    assert loaded.best_of(loaded.name) == Path(best.format(folder))
 
 
 def test_embedded_study_keeps_its_results_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,7 +383,7 @@ def test_embedded_study_keeps_its_results_here(folder: Path, monkeypatch: pytest
     loaded = load("y")
     assert loaded.folder == folder / "installed"
     assert loaded.storage_url == f"sqlite:///{folder}/studies/y.db"
-    assert loaded.best_path == folder / "studies" / "y.best.json"
+    assert loaded.best_of(loaded.name) == folder / "studies" / "y.best.json"
 
 
 # Facts

@@ -89,7 +89,7 @@ def export(
     from atp_tune.summary import best_config
 
     file = _load(study, storage, None, set_)
-    target = out or file.best_path
+    target = out or file.best_of(study_name or file.name)
     best_config(file, _stored(file, study_name), target).write(target)
     print(target)
 

@@ -51,10 +51,11 @@ def _show_gain(summary: "Summary") -> None:
 
 
 def _show_next(summary: "Summary", file: "StudyFile") -> None:
-    if summary.best.report is not None and file.best_path.exists():
-        console.print(f"best configuration: {_short(file.best_path)}", highlight=False)
+    best = file.best_of(summary.name)
+    if summary.best.report is not None and best.exists():
+        console.print(f"best configuration: {_short(best)}", highlight=False)
         console.print(
-            f"sparse checkpoint:  python tune.py apply --config {_short(file.best_path)} --out {summary.name}-sparse",
+            f"sparse checkpoint:  python tune.py apply --config {_short(best)} --out {summary.name}-sparse",
             highlight=False,
         )
 

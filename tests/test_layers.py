@@ -1,0 +1,232 @@
+"""What the modules of the package may import, and how their code is written: read from the source, not run."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import atp_tune
+
+ROOT = Path(atp_tune.__file__).parent
+REPO = ROOT.parent
+LONGEST = 50  # lines of a function's body
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def module_name(path: Path) -> str:
+    parts = ["atp_tune", *path.relative_to(ROOT).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(path): path for path in sorted(ROOT.rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
+
+
+def test_there_is_something_to_check() -> None:
+    assert len(FILES) > 30
+    for name in ("atp_tune", "atp_tune.objective", "atp_tune.pruners", "atp_tune.pruners.wanda", "atp_tune.cli.app"):
+        assert name in FILES
+
+
+# Imports
+
+
+def is_type_checking(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+
+
+def top_level(tree: ast.Module) -> Iterator[ast.stmt]:
+    """Statements that run on import: also in `if` and `try` and class bodies, not in functions or TYPE_CHECKING."""
+    waiting: list[ast.AST] = list(tree.body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, Function | ast.Lambda) or (isinstance(node, ast.stmt) and is_type_checking(node)):
+            continue
+        if isinstance(node, ast.stmt):
+            yield node
+        waiting += ast.iter_child_nodes(node)
+
+
+def imported(nodes: Iterator[ast.AST], module: str) -> set[str]:
+    """Full names of modules that import statements name; `from a import b` names `a` and, if it is one, `a.b`."""
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} imports by a relative name"
+            assert node.module is not None
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names if f"{node.module}.{alias.name}" in FILES}
+    return found
+
+
+ANYWHERE = {name: imported(ast.walk(tree), name) for name, tree in TREES.items()}
+ON_IMPORT = {name: imported(top_level(tree), name) for name, tree in TREES.items()}
+
+
+def with_parents(name: str) -> set[str]:
+    """Importing a.b.c runs a and a.b too."""
+    parts = name.split(".")
+    return {".".join(parts[: k + 1]) for k in range(len(parts))}
+
+
+def reached(module: str) -> dict[str, str]:
+    """All modules that importing `module` imports through the package's own modules, and through which."""
+    through: dict[str, str] = {}
+    waiting = sorted(with_parents(module))
+    seen = set(waiting)
+    while waiting:
+        here = waiting.pop()
+        for name in ON_IMPORT[here]:
+            for part in with_parents(name) if name in FILES else {name}:
+                through.setdefault(part, here)
+                if part in FILES and part not in seen:
+                    seen.add(part)
+                    waiting.append(part)
+    return through
+
+
+def libraries(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+def test_the_helpers_see_what_they_should() -> None:
+    source = """
+import a.b
+if TYPE_CHECKING:
+    import hidden
+try:
+    from c import d
+except ImportError:
+    import e
+class F:
+    import g
+    def h(self):
+        import i
+"""
+    tree = ast.parse(source)
+    assert imported(top_level(tree), "x") == {"a.b", "c", "e", "g"}
+    assert imported(ast.walk(tree), "x") == {"a.b", "hidden", "c", "e", "g", "i"}
+    assert "atp_tune.pruners.selection" in reached("atp_tune.objective")
+    assert {"torch", "optuna", "transformers"} <= libraries(set(reached("atp_tune.objective")))
+
+
+def test_torch_and_optuna_meet_in_the_objective_alone() -> None:
+    both = {name for name, names in ANYWHERE.items() if {"torch", "optuna"} <= libraries(names)}
+    assert both == {"atp_tune.objective"}
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.split(".")[1:2] in (["pruners"], ["allocations"])])
+def test_the_tensor_core_knows_no_study(name: str) -> None:
+    libs = libraries(ANYWHERE[name])
+    assert not libs & {"optuna", "pydantic", "transformers", "typer", "rich"}
+    if ".allocations" in name:
+        assert "torch" not in libs
+    own = {imported for imported in ANYWHERE[name] if imported.startswith("atp_tune")}
+    kind = ".".join(name.split(".")[:2])
+    assert {x for x in own if not x.startswith(kind)} <= {"atp_tune.errors"}
+
+
+LIGHT = [
+    "summary",
+    "config",
+    "storage",
+    "studyfile",
+    "study",
+    "tuning",
+    "samplers",
+    "space",
+    "plan",
+    "events",
+    "errors",
+]
+
+
+@pytest.mark.parametrize("name", [*(f"atp_tune.{name}" for name in LIGHT), *(n for n in FILES if ".cli" in n)])
+def test_reports_and_exports_need_no_torch(name: str) -> None:
+    heavy = {lib: via for lib, via in reached(name).items() if lib.split(".")[0] in {"torch", "transformers"}}
+    assert not heavy
+
+
+@pytest.mark.parametrize("name", ["atp_tune", "atp_tune.cli", "atp_tune.cli.app", "atp_tune.__main__"])
+def test_help_needs_no_library_but_its_own(name: str) -> None:
+    heavy = {"torch", "transformers", "optuna", "pydantic", "datasets", "numpy", "sqlalchemy", "plotly", "safetensors"}
+    assert not {lib: via for lib, via in reached(name).items() if lib.split(".")[0] in heavy}
+
+
+@pytest.mark.parametrize("options", [["--help"], ["prune", "--help"]])
+def test_help_imports_neither_torch_nor_optuna(options: list[str]) -> None:
+    # pydantic is left out: typer itself imports it to read options
+    script = (
+        "import runpy, sys\n"
+        f"sys.argv = ['tune.py', *{options}]\n"
+        "try:\n"
+        "    runpy.run_path('tune.py', run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    assert not end.code, end.code\n"
+        "found = {'torch', 'optuna', 'transformers', 'datasets', 'numpy'} & set(sys.modules)\n"
+        "assert not found, found\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout
+
+
+# Code
+
+
+def functions(tree: ast.Module) -> Iterator[Function]:
+    return (node for node in ast.walk(tree) if isinstance(node, Function))
+
+
+def public(body: list[ast.stmt], inside: str = "") -> Iterator[tuple[str, Function | ast.ClassDef]]:
+    """Functions and classes without an underscore, and those in such classes; not the ones inside functions."""
+    for node in body:
+        if isinstance(node, Function | ast.ClassDef) and not node.name.startswith("_"):
+            yield inside + node.name, node
+            if isinstance(node, ast.ClassDef):
+                yield from public(node.body, f"{inside}{node.name}.")
+
+
+def test_only_the_command_line_prints() -> None:
+    def prints(node: ast.AST) -> bool:
+        if not isinstance(node, ast.Call):
+            return False
+        name = ast.unparse(node.func)
+        return name in {"print", "typer.echo", "click.echo", "sys.stdout.write", "sys.stderr.write", "console.print"}
+
+    found = {name for name, tree in TREES.items() if any(map(prints, ast.walk(tree)))}
+    assert "atp_tune.cli" in found  # or the search is broken
+    assert {name for name in found if not name.startswith("atp_tune.cli")} == set()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_is_public_says_what_it_does(name: str) -> None:
+    assert ast.get_docstring(TREES[name]), f"{name} has no docstring"
+    assert [what for what, node in public(TREES[name].body) if not ast.get_docstring(node)] == []
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_functions_are_typed(name: str) -> None:
+    untyped = []
+    for function in functions(TREES[name]):
+        given = function.args
+        arguments = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+        bare = [a.arg for a in arguments if a is not None and a.annotation is None and a.arg not in {"self", "cls"}]
+        if bare or function.returns is None:
+            untyped.append((function.name, bare))
+    assert untyped == []
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_functions_fit_on_a_screen(name: str) -> None:
+    def lines(function: Function) -> int:
+        body = function.body[1:] if ast.get_docstring(function) else function.body
+        return (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+
+    assert [(f.name, lines(f)) for f in functions(TREES[name]) if lines(f) > LONGEST] == []
