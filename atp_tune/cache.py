@@ -31,12 +31,15 @@ def cache_dir(kind: str) -> Path:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 (hex) of a file's bytes; computed again only if its size or time of change differ."""
+    """SHA-256 (hex) of a file's bytes; computed again only if its size or a time of change differs.
+
+    The inode's time too: archives and copies give another file of the same size the same time of modification.
+    """
     real = path.resolve()
     if len(real.name) == 64 and set(real.name) <= set("0123456789abcdef"):
         return real.name  # a Hugging Face cache names its large files by their SHA-256
     stat = real.stat()
-    key = hashlib.sha256(f"{real}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()
+    key = hashlib.sha256(f"{real}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}".encode()).hexdigest()
     memo = cache_dir("hashes") / key
     if memo.exists():
         return memo.read_text()

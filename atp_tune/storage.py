@@ -7,6 +7,7 @@ from copy import copy
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryFile
+from time import sleep
 from typing import Any
 
 import optuna
@@ -14,7 +15,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DatabaseError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, SQLAlchemyError
 
 from atp_tune.errors import UserError
 from atp_tune.process import is_dead
@@ -23,6 +24,7 @@ HEARTBEAT = 15  # seconds between signs of life of a running trial
 GRACE = 60  # seconds without one after which a trial counts as lost
 RETRIES = 2  # of a trial whose process died
 BUSY = 60  # seconds that a writer waits for SQLite's lock
+PAUSES = (0.1, 0.5, 2.0)  # seconds between attempts to make the tables of a new database
 
 Facts = Mapping[str, Any]
 
@@ -36,10 +38,7 @@ def open_storage(address: str, create: bool) -> RDBStorage | None:
             return None
         check_writable(address)
     try:
-        try:
-            return _rdb(address, url)
-        except DatabaseError:  # another process may have made the tables at the same moment
-            return _rdb(address, url)
+        return _patiently(address, url)
     except (SQLAlchemyError, ImportError, RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"storage {url.render_as_string(hide_password=True)}: {reason}") from None
@@ -70,6 +69,18 @@ def check_writable(address: str) -> None:
             TemporaryFile(dir=file.parent).close()
     except OSError as error:
         raise UserError(f"storage {file}: {error.strerror}; name another with --storage sqlite:///FILE.db") from None
+
+
+def _patiently(address: str, url: URL) -> RDBStorage:
+    """Tries again where the tables were not there and others were making them at the same moment."""
+    for pause in PAUSES:
+        try:
+            return _rdb(address, url)
+        except DatabaseError as error:
+            if not isinstance(error, IntegrityError) and "already exists" not in str(error):
+                raise
+            sleep(pause)
+    return _rdb(address, url)
 
 
 def _rdb(address: str, url: URL) -> RDBStorage:

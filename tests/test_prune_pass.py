@@ -14,6 +14,7 @@ from atp_tune.allocations import Budget, atp
 from atp_tune.batching import BatchSize
 from atp_tune.bench import Bench
 from atp_tune.errors import TrialError
+from atp_tune.gathering import Gathering
 from atp_tune.plan import Plan, make_plan
 from atp_tune.prune_pass import Pass, PrunedBlock, advance, measure, relative_error
 from atp_tune.pruners import PRUNERS, make_pruner
@@ -167,7 +168,10 @@ def test_the_error_curve_is_of_the_first_windows(monkeypatch: pytest.MonkeyPatch
     model = tiny("llama")
     for prune in (Prune(), Prune(statistics="dense")):
         work = bench_of(model, prune)
-        pruned = list(work.prune(atp_plan(work, "wanda")))
+        plan = atp_plan(work, "wanda")
+        pruned = list(work.prune(plan))
+        expected = naive_pass(model, work, plan, wanda, dense=prune.statistics == "dense")[0]
+        check_same_weights(pruned, expected, work)  # whose statistics are of all windows
         other = copy.deepcopy(model)
         ids = random_ids(5, TOKENS, seed=0)[:2]
         for block in pruned:
@@ -244,6 +248,21 @@ def test_statistics_do_not_depend_on_the_batch_size(family: str, kind: Any, valu
     for other in found[1:]:
         for name, tensor in other.items():
             torch.testing.assert_close(tensor, found[0][name], rtol=1e-4, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_measuring_ends_each_batch_early_and_holds_no_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    replay, batch, hidden = work_of(tiny("llama"), 2)
+    ended: list[int] = []
+    held: list[int] = []
+    for rows in (hidden[:2], hidden[:1]):  # so that what the blocks are called with is known
+        replay.run(0, replay.checkpoint.weights(0), rows)
+    replay.checkpoint.blocks[0].register_forward_hook(lambda module, args, output: ended.append(1))
+    original = Gathering._hear
+    monkeypatch.setattr(Gathering, "_hear", lambda self, *args: held.append(len(self._heard)) or original(self, *args))
+    measure(replay, batch, 0, replay.checkpoint.weights(0), hidden, InputNorms)
+    assert ended == []
+    assert max(held) == 3  # the inputs of q, k and v; of o; of gate and up; before that of down
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom"])

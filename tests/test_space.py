@@ -110,6 +110,14 @@ def test_the_grid_goes_to_the_bound(step: float, values: list[float]) -> None:
     assert all(space.plan({"pruner": "wanda", "allocation": "atp", "beta": beta}) for beta in values)
 
 
+def test_a_bound_that_floats_miss_is_on_the_grid() -> None:
+    """(1 - 0.9) / 2 is a little less than 0.05."""
+    space = make_space(study_of(sparsity=0.9), SIZES)
+    assert space.intervals["atp"]["beta"][1] < 0.05
+    assert space.grid(0.01)["beta"] == [0.01, 0.02, 0.03, 0.04, 0.05]
+    assert space.plan({"pruner": "wanda", "allocation": "atp", "beta": 0.05}).sparsities[-1] == 1.0
+
+
 def test_the_paper_s_grid_of_an_80_block_model() -> None:
     space = make_space(study_of(sparsity=0.7), (64,) * 80)
     assert space.grid(0.002)["beta"] == [0.002, 0.004, 0.006]

@@ -164,6 +164,7 @@ class CommandLine:
 
     def __call__(self, *arguments: str | Path) -> Answer:
         self._monkeypatch.setattr(sys, "argv", ["tune.py", *map(str, arguments)])
+        self._monkeypatch.setenv("COLUMNS", "200")
         self._capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             main()

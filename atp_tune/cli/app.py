@@ -1,5 +1,6 @@
 """Commands and their options; each hands over to a function of the package and prints what comes back."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False
 )
+
+BARE = Path(__file__).parents[1] / "prune.toml"  # what `prune` starts from without a study
 
 StudyName = Annotated[str, typer.Option("--study", metavar="NAME", help="Name in `studies/`, or path of a .toml file.")]
 StudyLabel = Annotated[
@@ -86,11 +89,15 @@ def export(
 
     Example: `python tune.py export --study smol --out best.json`
     """
+    from atp_tune.storage import check_facts
+    from atp_tune.studyfile import facts
     from atp_tune.summary import best_config
 
     file = _load(study, storage, None, set_)
+    stored = _stored(file, study_name)
+    check_facts(stored, facts(file.study, file.folder), partly=True)
     target = out or file.best_of(study_name or file.name)
-    best_config(file, _stored(file, study_name), target).write(target)
+    best_config(file, stored, target).write(target)
     print(target)
 
 
@@ -133,10 +140,14 @@ def prune(
     """
     from atp_tune.cli.running import run_prune
 
+    if model is not None and Path(model).expanduser().exists():
+        model = str(Path(model).expanduser().absolute())
     options = {"model.source": model, "prune.pruners": pruner and [pruner], "sparsity": sparsity}
     named = [f"{key}={value}" for key, value in options.items() if value is not None]
-    base = study or str(Path(__file__).parents[1] / "prune.toml")
-    run_prune(_load(base, None, device, [*named, *(set_ or [])]), beta, out)
+    file = _load(study or str(BARE), None, device, [*named, *(set_ or [])])
+    if study is None:  # relative paths start where the user stands
+        file = replace(file, path=Path("prune.toml"))
+    run_prune(file, beta, out)
 
 
 @app.command()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from atp_tune.studyfile import StudyFile
     from atp_tune.summary import Summary
 
-console = Console(soft_wrap=True)
+console = Console(soft_wrap=True, markup=False)  # paths and reasons may hold brackets
 WRAPPED = ("remark", "what")  # columns that may take several lines
 TOLERANCE = 0.001  # relative difference of perplexities that rounding may make
 
@@ -45,7 +45,8 @@ def _best_label(best: "FrozenTrial") -> str:
 def _show_gain(summary: "Summary") -> None:
     if summary.gain is not None:
         text = "report" if summary.best.report else "search"
-        console.print(f"best is {summary.gain:.1%} below uniform on the {text} text", highlight=False)
+        side = "below" if summary.gain >= 0 else "above"
+        console.print(f"best is {abs(summary.gain):.1%} {side} uniform on the {text} text", highlight=False)
     if summary.total is not None and summary.done < summary.total:
         console.print(f"{summary.done} of {summary.total} trials are done", highlight=False)
 
@@ -80,13 +81,14 @@ def show_status(study: "optuna.Study", file: "StudyFile") -> None:
 
 def _row(trial: "FrozenTrial", is_best: bool) -> list[str]:
     attrs, beta = trial.user_attrs, trial.params.get("beta")
-    value = "" if trial.value is None else f"{trial.value:.2f} ± {attrs.get('stderr', 0.0):.2f}"
+    value = "" if trial.value is None else f"{trial.value:.2f}"
+    error = f" ± {attrs['stderr']:.2f}" if value and "stderr" in attrs else ""
     return [
         str(trial.number),
         trial.state.name.lower(),
         trial.params.get("pruner", ""),
         "" if beta is None else f"{beta:.5f}",
-        value,
+        value + error,
         f"{attrs['realised']:.2%}" if "realised" in attrs else "",
         f"{sum(attrs['seconds'].values()):.0f}" if "seconds" in attrs else "",
         "best" if is_best else _remark(trial),
@@ -128,10 +130,9 @@ def show_studies() -> None:
     for path in known():
         try:
             file = load(str(path))
+            table.add_row(path.stem, _state(file), file.study.description)
         except UserError as error:
             table.add_row(path.stem, "invalid", str(error))
-        else:
-            table.add_row(path.stem, _state(file), file.study.description)
     console.print(table)
 
 

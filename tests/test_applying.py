@@ -1,0 +1,267 @@
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+import torch
+from byhand import ByHand
+from safetensors.torch import load_file, save_file
+from tinystudy import BLOCKS, quiet, study_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from atp_tune.applying import apply, prune_once
+from atp_tune.bench import Bench
+from atp_tune.config import Config, read_config
+from atp_tune.errors import TrialError, UserError
+from atp_tune.events import Event, TrialStarted, unwatched
+from atp_tune.perplexity import Perplexity
+from atp_tune.plan import Plan
+from atp_tune.study import Study
+
+
+@pytest.fixture(autouse=True)
+def without_warnings() -> Iterator[None]:
+    with quiet():
+        yield
+
+
+@pytest.fixture
+def config(done: Path) -> Config:
+    return read_config(done / "tiny.best.json")
+
+
+def applied(config: Config, place: Path, out: Path) -> Perplexity:
+    return apply(config, place / config.folder, out, "cpu", unwatched)
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        found |= load_file(shard)
+    return found
+
+
+def block_of(name: str) -> int | None:
+    """Index of the block whose linear a tensor is, by its name alone."""
+    parts = name.split(".")
+    return int(parts[2]) if parts[1] == "layers" and parts[-2].endswith("_proj") else None
+
+
+def same_bytes(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+def message(call: Callable[[], object]) -> str:
+    with pytest.raises(UserError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def check_zeros(folder: Path, source: Path, pruner: str, sparsities: tuple[float, ...]) -> None:
+    """Zeros as promised, counted in the files; what was not pruned is the source's, byte for byte."""
+    before, after = tensors(source), tensors(folder)
+    assert before.keys() == after.keys()
+    pruned = [name for name in before if block_of(name) is not None]
+    assert len(pruned) == 7 * BLOCKS
+    for name in before:
+        block = block_of(name)
+        if block is None:
+            assert same_bytes(before[name], after[name])
+            continue
+        zeros = (after[name] == 0).sum(1)
+        if pruner == "wanda":
+            assert set(zeros.tolist()) == {int(after[name].shape[1] * sparsities[block])}
+        else:
+            assert int(zeros.sum()) == int(after[name].numel() * sparsities[block])
+        if pruner != "sparsegpt":
+            kept = after[name] != 0
+            assert torch.equal(after[name][kept], before[name][kept])
+
+
+# --- apply
+
+
+@pytest.mark.parametrize("pruner", ["wanda", "magnitude", "sparsegpt"])
+def test_a_sparse_checkpoint_is_what_the_configuration_says(
+    pruner: str, done: Path, config: Config, tmp_path: Path
+) -> None:
+    sparsities = (0.4, 0.47, 0.53, 0.6)
+    config = config.model_copy(update={"pruner": pruner, "block_sparsities": sparsities})
+    measured = applied(config, done, tmp_path / "out")
+    check_zeros(tmp_path / "out", done / "model", pruner, sparsities)
+    assert measured.value == pytest.approx(math.exp(fmean(ByHand(done, tmp_path / "out").nlls("report"))), rel=1e-5)
+
+
+def test_it_loads_as_any_checkpoint_and_keeps_the_promise(done: Path, config: Config, tmp_path: Path) -> None:
+    measured = applied(config, done, tmp_path / "new" / "out")
+    assert config.perplexity.report
+    assert measured.value == pytest.approx(config.perplexity.report.value, rel=1e-3)
+    out = tmp_path / "new" / "out"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    ids = tokenizer("The quick brown fox", return_tensors="pt").input_ids
+    assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, ids.shape[1] + 4)
+    by_hand = ByHand(done, out)
+    assert math.exp(fmean(by_hand.nlls("report"))) == pytest.approx(config.perplexity.report.value, rel=1e-3)
+    assert by_hand.zeros() == pytest.approx(config.sparsity.realised)
+    check_zeros(out, done / "model", config.pruner, config.block_sparsities)
+    assert {file.name for file in out.iterdir()} == {
+        "atp_tune.json", *(file.name for file in (done / "model").iterdir())
+    }  # fmt: skip
+    assert read_config(out / "atp_tune.json") == config
+    assert [file.name for file in out.parent.iterdir()] == ["out"]
+
+
+def test_a_checkpoint_in_shards_stays_in_shards(done: Path, config: Config, tmp_path: Path) -> None:
+    source = done / "model"
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    (source / "model.safetensors").unlink()
+    model.save_pretrained(source, max_shard_size="40KB")
+    shards = sorted(file.name for file in source.glob("*.safetensors"))
+    assert len(shards) > 2
+    file = study_file(done, "prune.pruners=['wanda']", "model.dtype=bfloat16")
+    plan, _ = prune_once(file, {"beta": 0.04}, tmp_path / "out", unwatched)
+    assert sorted(file.name for file in (tmp_path / "out").glob("*.safetensors")) == shards
+    check_zeros(tmp_path / "out", source, "wanda", plan.sparsities)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
+
+
+def test_only_the_file_and_the_model_are_needed(done: Path, tmp_path: Path) -> None:
+    """No database, no study file: the JSON moved elsewhere says where its relative paths start."""
+    for file in ("tiny.db", "tiny.toml", "search.txt"):
+        (done / file).unlink()
+    config = read_config(done / "tiny.best.json")
+    assert config.perplexity.report
+    assert applied(config, done, tmp_path / "out").value == pytest.approx(config.perplexity.report.value, rel=1e-3)
+
+
+def test_the_same_again_is_the_same(done: Path, config: Config, tmp_path: Path) -> None:
+    applied(config, done, tmp_path / "one")
+    applied(config, done, tmp_path / "two")
+    one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    assert all(same_bytes(one[name], two[name]) for name in one)
+
+
+def test_an_empty_folder_is_free(done: Path, config: Config, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    applied(config, done, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+# --- what is refused, with nothing left behind
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_is_there_is_not_overwritten(kind: str, done: Path, config: Config, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    if kind == "folder":
+        out.mkdir()
+    (out / "mine" if kind == "folder" else out).write_text("mine")
+    events: list[Event] = []
+    said = message(lambda: apply(config, done, out, "cpu", events.append))
+    assert said == f"--out {out}: is there already; choose another folder or remove it"
+    assert (out / "mine" if kind == "folder" else out).read_text() == "mine"
+    assert events == []  # asked before any work
+
+
+def edit_weights(place: Path) -> None:
+    file = place / "model" / "model.safetensors"
+    edited = load_file(file)
+    edited["model.norm.weight"][0] += 1
+    save_file(edited, file, metadata={"format": "pt"})
+
+
+def test_another_model_is_refused(done: Path, config: Config, tmp_path: Path) -> None:
+    edit_weights(done)
+    said = message(lambda: applied(config, done, tmp_path / "out"))
+    assert said.startswith("model.fingerprint: model is ")
+    assert said.endswith(
+        f"… here, the configuration was found for {config.model.fingerprint[:12]}…; give it the model of the study"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_number_of_blocks_is_refused(done: Path, config: Config, tmp_path: Path) -> None:
+    config = config.model_copy(update={"block_sparsities": (0.5,) * 3})
+    said = message(lambda: applied(config, done, tmp_path / "out"))
+    assert said == "block_sparsities: 3 values for a model of 4 blocks"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_cannot_be_written(done: Path, config: Config, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    said = message(lambda: applied(config, done, tmp_path / "file" / "out"))
+    assert said.startswith(f"--out {tmp_path / 'file' / 'out'}: cannot be written: ")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_model_that_is_gone(done: Path, config: Config, tmp_path: Path) -> None:
+    shutil.rmtree(done / "model")
+    assert 'model.source: "model" is no folder' in message(lambda: applied(config, done, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("error", [TrialError("no"), KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_a_failure_half_way_leaves_nothing(
+    error: BaseException, done: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(bench: Bench, plan: Plan) -> Iterator[Any]:
+        for block in prune(bench, plan):
+            if block.index == 2:
+                raise error
+            yield block
+
+    prune, before = Bench.prune, sorted(tmp_path.iterdir())
+    monkeypatch.setattr(Bench, "prune", half)
+    with pytest.raises(UserError if isinstance(error, OSError) else type(error)):
+        applied(config, done, tmp_path / "out")
+    assert [file for file in sorted(tmp_path.iterdir()) if file.name != "cache"] == [
+        file for file in before if file.name != "cache"
+    ]
+
+
+# --- prune, without a study
+
+
+def test_prune_once_equals_the_trial(done: Path, config: Config) -> None:
+    assert config.allocation.beta is not None
+    assert config.perplexity.report
+    file = study_file(done, f"prune.pruners=['{config.pruner}']")
+    plan, measured = prune_once(file, {"beta": config.allocation.beta}, None, unwatched)
+    assert plan.sparsities == config.block_sparsities
+    assert (plan.pruner, plan.allocation) == (config.pruner, "atp")
+    assert measured.value == pytest.approx(config.perplexity.report.value, rel=1e-6)
+    assert measured.stderr == pytest.approx(config.perplexity.report.stderr, rel=1e-4)
+
+
+def test_prune_once_writes_what_it_measures(done: Path, tmp_path: Path) -> None:
+    events: list[Event] = []
+    file = study_file(done)
+    plan, measured = prune_once(file, {"beta": 0.05}, tmp_path / "out", events.append)
+    check_zeros(tmp_path / "out", done / "model", "wanda", plan.sparsities)
+    assert measured.value == pytest.approx(prune_once(file, {"beta": 0.05}, None, unwatched)[1].value, rel=1e-6)
+    titles = [event.title for event in events if isinstance(event, TrialStarted)]
+    assert titles == [f"writing {tmp_path / 'out'}", f"checking {tmp_path / 'out'}"]
+    provenance = (tmp_path / "out" / "atp_tune.json").read_text()
+    assert Study.model_validate_json(provenance) == file.study
+
+
+def test_prune_once_of_a_uniform_allocation(done: Path) -> None:
+    file = study_file(done, "allocation.names=['uniform']", "sparsity=0.25")
+    plan, _ = prune_once(file, {}, None, unwatched)
+    assert plan.sparsities == (0.25,) * BLOCKS
+
+
+def test_prune_once_refuses_a_beta_that_is_not_admissible(done: Path) -> None:
+    said = message(lambda: prune_once(study_file(done), {"beta": 0.4}, None, unwatched))
+    assert said == "--beta: β = 0.4 is outside the admissible interval [-0.333333, 0.333333]"
+
+
+def test_prune_once_does_not_overwrite(done: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.write_text("mine")
+    said = message(lambda: prune_once(study_file(done), {"beta": 0.0}, out, unwatched))
+    assert said == f"--out {out}: is there already; choose another folder or remove it"

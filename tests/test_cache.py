@@ -1,0 +1,172 @@
+import hashlib
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from atp_tune.cache import cache_dir, folder_atomically, sha256_of, sha256_of_json, write_atomically
+from atp_tune.errors import UserError
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- where it lies
+
+
+def test_the_environment_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_dir("windows") == tmp_path / "cache" / "windows"
+    monkeypatch.delenv("ATP_TUNE_CACHE")
+    assert cache_dir("windows") == tmp_path / "xdg" / "atp_tune" / "windows"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cache_dir("windows") == tmp_path / "home" / ".cache" / "atp_tune" / "windows"
+    assert cache_dir("windows").is_dir()
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ATP_TUNE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError) as caught:
+        cache_dir("models")
+    assert str(caught.value) == (
+        f"cache folder {tmp_path}/file/models: Not a directory; set ATP_TUNE_CACHE to a folder that can be written"
+    )
+
+
+# --- hashes
+
+
+def test_sha256_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc" * 100_000)
+    assert sha256_of(tmp_path / "a") == digest(b"abc" * 100_000)
+
+
+def test_a_hash_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    first = sha256_of(tmp_path / "a")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    monkeypatch.setattr(hashlib, "file_digest", refuse)
+    assert sha256_of(tmp_path / "a") == first
+    assert sha256_of(tmp_path / "link") == first
+
+
+def test_a_changed_file_has_a_new_hash(tmp_path: Path) -> None:
+    file = tmp_path / "a"
+    file.write_bytes(b"abc")
+    sha256_of(file)
+    before = file.stat()
+    file.write_bytes(b"abd")  # as long as before
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert sha256_of(file) == digest(b"abd")
+    file.write_bytes(b"abcd")  # as old as before
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert sha256_of(file) == digest(b"abcd")
+
+
+def test_another_file_in_its_place_has_its_own_hash(tmp_path: Path) -> None:
+    """Same path, size and time, as `cp -p` or an unpacked archive makes it."""
+    file = tmp_path / "a"
+    file.write_bytes(b"abc")
+    sha256_of(file)
+    before = file.stat()
+    (tmp_path / "b").write_bytes(b"abd")
+    os.utime(tmp_path / "b", ns=(before.st_atime_ns, before.st_mtime_ns))
+    (tmp_path / "b").replace(file)
+    assert sha256_of(file) == digest(b"abd")
+
+
+def test_a_blob_of_the_hub_is_named_by_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blob = tmp_path / digest(b"x")
+    blob.write_bytes(b"x")
+    (tmp_path / "model.safetensors").symlink_to(blob)
+    monkeypatch.setattr(hashlib, "file_digest", refuse)
+    assert sha256_of(tmp_path / "model.safetensors") == digest(b"x")
+
+
+def test_sha256_of_json_knows_no_order_of_keys() -> None:
+    assert sha256_of_json({"a": 1, "b": [2]}) == sha256_of_json({"b": [2], "a": 1})
+    assert sha256_of_json({"a": 1}) != sha256_of_json({"a": 1.5})
+
+
+# --- files and folders, whole or not at all
+
+
+def test_a_file_is_written_with_the_rights_of_a_file(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"new"
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o644
+
+
+@pytest.mark.parametrize("step", ["os.fsync", "pathlib.Path.replace", "pathlib.Path.chmod"])
+def test_a_file_that_cannot_be_written_stays_as_it_was(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").write_bytes(b"old")
+    with monkeypatch.context() as patch:
+        patch.setattr(step, refuse)
+        with pytest.raises(OSError, match="No space left"):
+            write_atomically(tmp_path / "a", b"new")
+    assert names(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"old"
+
+
+def test_the_old_file_is_there_until_the_new_one_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def fsync(handle: int) -> None:
+        seen.append((tmp_path / "a").read_bytes())
+        os_fsync(handle)
+
+    os_fsync = os.fsync
+    (tmp_path / "a").write_bytes(b"old")
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_atomically(tmp_path / "a", b"new")
+    assert seen == [b"old"]
+
+
+def test_a_folder_appears_at_the_end(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "folder"
+    with folder_atomically(out) as folder:
+        (folder / "file").write_text("x")
+        assert not out.exists()
+        assert folder.parent == out.parent
+    assert names(out.parent) == ["folder"]
+    assert names(out) == ["file"]
+    assert stat.S_IMODE(out.stat().st_mode) == 0o755
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
+def test_a_folder_whose_making_fails_leaves_nothing_behind(tmp_path: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)), folder_atomically(tmp_path / "a") as folder:
+        (folder / "file").write_text("x")
+        raise error
+    assert names(tmp_path) == []
+
+
+def test_a_folder_that_another_process_made_first_is_kept(tmp_path: Path) -> None:
+    with folder_atomically(tmp_path / "a") as folder:
+        (folder / "file").write_text("second")
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "file").write_text("first")
+    assert names(tmp_path) == ["a"]
+    assert (tmp_path / "a" / "file").read_text() == "first"
+
+
+def test_a_file_where_the_folder_should_be_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("mine")
+    with pytest.raises(OSError, match="Not a directory"), folder_atomically(tmp_path / "a"):
+        pass
+    assert names(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_text() == "mine"

@@ -1,0 +1,206 @@
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from atp_tune.config import (
+    FORMAT,
+    AllocationRef,
+    Baselines,
+    Config,
+    ModelRef,
+    Scores,
+    Sparsity,
+    Texts,
+    read_config,
+)
+from atp_tune.errors import UserError
+from atp_tune.perplexity import Perplexity
+from atp_tune.study import Prune, SparseGPT, Text
+
+GOLDEN = Path(__file__).parent / "golden" / "config.json"
+
+
+def scores(search: float, report: float | None) -> Scores:
+    return Scores(
+        search=Perplexity(value=search, stderr=0.5),
+        report=None if report is None else Perplexity(value=report, stderr=0.25),
+    )
+
+
+def config(**changes: Any) -> Config:
+    made = Config(
+        study="smöl",
+        trial=7,
+        model=ModelRef(id="org/name", revision="main", sha256=None, fingerprint="ab" * 32, dtype="bfloat16"),
+        pruner="sparsegpt",
+        prune=Prune(pruners=("wanda", "sparsegpt"), statistics="dense", sparsegpt=SparseGPT(damping=0.02, columns=64)),
+        allocation=AllocationRef(name="atp", beta=0.0125),
+        block_sparsities=(0.575, 0.6, 0.625),
+        sparsity=Sparsity(target=0.6, realised=0.5995),
+        perplexity=scores(12.5, 13.25),
+        baselines=Baselines(dense=scores(8.0, 8.5), uniform=scores(14.0, None)),
+        calibration=Text(source="c4", split="train", draw="random", windows=128, seed=3),
+        texts=Texts(
+            search=Text(source="wikitext2", split="validation", tokens=1024),
+            report=Text(source="file:texts/ünïcode.txt", part=(0.25, 1.0)),
+        ),
+        seed=0,
+        versions={"atp_tune": "0.1.0", "torch": "2.6.0"},
+        folder="../studies",
+    )
+    return made.model_copy(update=changes)
+
+
+def message(path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        read_config(path)
+    assert "\n" not in str(caught.value)
+    return str(caught.value).replace(str(path), "FILE")
+
+
+def edited(path: Path, **changes: Any) -> Path:
+    path.write_text(json.dumps({**json.loads(GOLDEN.read_text(encoding="utf-8")), **changes}))
+    return path
+
+
+# --- the format, which is published
+
+
+def test_the_format_is_the_golden_file(tmp_path: Path) -> None:
+    """A change of these bytes is a change of the format: add keys, never rename or remove any."""
+    config().write(tmp_path / "best.json")
+    assert (tmp_path / "best.json").read_bytes() == GOLDEN.read_bytes()
+
+
+def test_the_golden_file_reads_as_it_was_written() -> None:
+    assert read_config(GOLDEN) == config()
+    assert read_config(GOLDEN).format == FORMAT == "atp_tune.config/1"
+
+
+def test_numbers_survive_to_the_last_bit(tmp_path: Path) -> None:
+    sparsities = (0.1 + 0.2, 1 / 3, 0.6 - 1e-16, 0.0, 1.0)
+    config(block_sparsities=sparsities).write(tmp_path / "best.json")
+    assert read_config(tmp_path / "best.json").block_sparsities == sparsities
+
+
+def test_what_an_older_version_wrote_still_reads(tmp_path: Path) -> None:
+    content = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    del content["folder"], content["model"]["sha256"]
+    (tmp_path / "old.json").write_text(json.dumps(content))
+    read = read_config(tmp_path / "old.json")
+    assert (read.folder, read.model.sha256) == (".", None)
+
+
+def test_values_never_change() -> None:
+    with pytest.raises(ValidationError):
+        config().trial = 8  # type: ignore[misc]
+
+
+# --- files that are none
+
+
+ADVICE = "is it a configuration of atp_tune (atp_tune.config/1)?"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"colour": 1}, f"FILE: colour: Extra inputs are not permitted; {ADVICE}"),
+        ({"format": "atp_tune.config/2"}, f"FILE: format: Input should be 'atp_tune.config/1'; {ADVICE}"),
+        ({"pruner": "magic"}, f"FILE: pruner: Input should be 'magnitude', 'wanda' or 'sparsegpt'; {ADVICE}"),
+        ({"block_sparsities": [0.5, 1.5]},
+         f"FILE: block_sparsities.1: Input should be less than or equal to 1; {ADVICE}"),
+        ({"block_sparsities": [0.5, None]}, f"FILE: block_sparsities.1: Input should be a valid number; {ADVICE}"),
+        ({"block_sparsities": []},
+         f"FILE: block_sparsities: Tuple should have at least 1 item after validation, not 0; {ADVICE}"),
+        ({"model": {}}, f"FILE: model.id: Field required; {ADVICE}"),
+        ({"sparsity": {"target": 0.6, "realised": -1}},
+         f"FILE: sparsity.realised: Input should be greater than or equal to 0; {ADVICE}"),
+    ],
+)  # fmt: skip
+def test_a_wrong_key_is_named(changes: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    assert message(edited(tmp_path / "best.json", **changes)) == expected
+
+
+@pytest.mark.parametrize("value", ["[]", "1", "null", '"text"'])
+def test_json_that_is_no_table(value: str, tmp_path: Path) -> None:
+    (tmp_path / "best.json").write_text(value)
+    assert message(tmp_path / "best.json").startswith("FILE: file: Input should be a valid dictionary")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"not json", b"\xff\xfe\x00", b'{"format": ', b"[" * 100_000, b"\x00" * 10, GOLDEN.read_bytes()[:-20]],
+    ids=["empty", "words", "binary", "half", "deep", "zeros", "cut"],
+)
+def test_garbage(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "best.json").write_bytes(content)
+    assert message(tmp_path / "best.json").startswith("FILE: not JSON (")
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    expected = "FILE: {}; write one with: python tune.py export --study NAME"
+    assert message(tmp_path / "no.json") == expected.format("No such file or directory")
+    assert message(tmp_path) == expected.format("Is a directory")
+
+
+# --- written whole or not at all
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("step", ["os.fsync", "pathlib.Path.replace"])
+def test_a_disk_that_is_full_keeps_the_old_file(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "best" / "best.json"
+    config().write(place)
+    with monkeypatch.context() as patch:
+        patch.setattr(step, refuse)
+        with pytest.raises(UserError) as caught:
+            config(trial=8).write(place)
+    assert str(caught.value) == f"{place}: No space left on device; choose another place with --out FILE"
+    assert [file.name for file in place.parent.iterdir()] == ["best.json"]
+    assert read_config(place) == config()
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError) as caught:
+        config().write(tmp_path / "file" / "best.json")
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith("; choose another place with --out FILE")
+
+
+def test_a_folder_in_its_place(tmp_path: Path) -> None:
+    (tmp_path / "best.json").mkdir()
+    with pytest.raises(UserError, match="Is a directory; choose another place with --out FILE"):
+        config().write(tmp_path / "best.json")
+    assert [file.name for file in tmp_path.iterdir() if file.name != "cache"] == ["best.json"]
+
+
+def test_a_reader_never_sees_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # as fast as can be, so that there is much to see
+    path = tmp_path / "best.json"
+    long, short = config(block_sparsities=(0.5,) * 5000), config()
+    short.write(path)
+    stop, seen = threading.Event(), set()
+
+    def read() -> None:
+        while not stop.is_set():
+            seen.add(path.read_bytes())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for _ in range(100):
+        long.write(path)
+        short.write(path)
+    stop.set()
+    reader.join()
+    assert seen <= {long.to_json().encode(), short.to_json().encode()}
+    assert seen

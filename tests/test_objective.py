@@ -1,0 +1,269 @@
+import ast
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from optuna.pruners import WilcoxonPruner
+from optuna.trial import TrialState
+from tinystudy import quiet, study_file
+
+import atp_tune
+from atp_tune.bench import Bench
+from atp_tune.errors import TrialError
+from atp_tune.events import Event, Step, TrialStarted, unwatched
+from atp_tune.objective import Objective, estimate, find_measured, is_hopeless, reasons
+from atp_tune.process import identity
+from atp_tune.space import Space, make_space
+from atp_tune.tuning import Run, open_bench
+
+PARAMS = {"pruner": "wanda", "allocation": "atp", "beta": 0.1}
+
+
+@pytest.fixture(autouse=True)
+def without_warnings() -> Iterator[None]:
+    with quiet():
+        yield
+
+
+@pytest.fixture(scope="module")
+def bench(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATP_TUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return open_bench(Run(study_file(tiny_place), "tiny", None, unwatched))
+
+
+@pytest.fixture(scope="module")
+def space(tiny_place: Path, bench: Bench) -> Space:
+    return make_space(study_file(tiny_place).study, bench.checkpoint.sizes)
+
+
+@pytest.fixture
+def study() -> optuna.Study:
+    return optuna.create_study()
+
+
+def ask(study: optuna.Study, space: Space, **params: Any) -> optuna.Trial:
+    """A running trial of these parameters, which the objective may suggest again."""
+    study.enqueue_trial({**PARAMS, **params})
+    trial = study.ask()
+    space.suggest(trial)
+    return trial
+
+
+def done(study: optuna.Study, space: Space, value: float | None, attributes: dict[str, Any], **params: Any) -> None:
+    trial = ask(study, space, **params)
+    for name, attribute in attributes.items():
+        trial.set_user_attr(name, attribute)
+    study.tell(trial, value, TrialState.COMPLETE if value is not None else TrialState.FAIL)
+
+
+# --- one trial
+
+
+def test_a_trial_is_perplexity_on_the_search_text(bench: Bench, space: Space, study: optuna.Study) -> None:
+    trial = ask(study, space)
+    value = Objective(bench, space, False, unwatched)(trial)
+    pruned = ((block.index, block.weights) for block in bench.prune(space.plan(PARAMS)))
+    nlls = bench.all_nlls(pruned, "search")
+    assert value == math.exp(fmean(nlls))
+    assert trial.user_attrs["nlls"] == nlls
+
+
+def test_groups_do_not_change_the_value(bench: Bench, space: Space, study: optuna.Study) -> None:
+    plain = Objective(bench, space, False, unwatched)(ask(study, space))
+    grouped = Objective(bench, space, True, unwatched)(ask(optuna.create_study(), space))
+    assert grouped == pytest.approx(plain, rel=1e-6)
+
+
+def test_attributes_are_stored_as_soon_as_they_are_known(bench: Bench, space: Space, study: optuna.Study) -> None:
+    """A process that dies leaves behind who it was and what it was doing."""
+    trial, seen = ask(study, space), {}
+
+    def watch(event: Event) -> None:
+        if isinstance(event, TrialStarted | Step):
+            seen.setdefault(type(event), dict(study.trials[0].user_attrs))
+
+    Objective(bench, space, False, watch)(trial)
+    assert seen[TrialStarted] == identity()
+    Objective(Bench(bench.folder, bench.checkpoint, bench.windows, bench.prune_settings, watch), space, False, watch)(
+        ask(study, space, beta=0.05)
+    )
+    assert set(study.trials[1].user_attrs) > {"sparsities", "host"}
+
+
+def test_a_model_whose_numbers_are_none_fails(bench: Bench, space: Space, study: optuna.Study) -> None:
+    class Broken:
+        checkpoint, batch_windows = bench.checkpoint, bench.batch_windows
+
+        def prune(self, plan: Any) -> Any:
+            return bench.prune(plan)
+
+        def nlls(self, blocks: Any, role: str, groups: int) -> Any:
+            yield [*list(bench.nlls(blocks, role, groups))[0][:-1], math.nan]
+
+    trial = ask(study, space)
+    with pytest.raises(
+        TrialError, match=r"^perplexity is inf: the pruned model's numbers overflow or are not defined$"
+    ):
+        Objective(Broken(), space, False, unwatched)(trial)  # type: ignore[arg-type]
+    assert trial.user_attrs["failure"].startswith("perplexity is inf")
+    assert trial.params == PARAMS
+    assert len(trial.user_attrs["sparsities"]) == 4
+
+
+# --- what was measured before
+
+
+def test_a_measured_pair_is_found(space: Space, study: optuna.Study) -> None:
+    done(study, space, 5.0, {"nlls": [1.0]})
+    found = find_measured(ask(study, space))
+    assert found
+    assert found.number == 0
+    assert find_measured(ask(study, space, beta=0.2)) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "attributes", "found"),
+    [
+        (5.0, {}, True),
+        (5.0, {"stopped_after": 2}, False),
+        (None, {"failure": "out of memory"}, True),
+        (None, {"lost": "its process died"}, False),
+        (None, {}, False),
+    ],
+)
+def test_what_counts_as_measured(
+    space: Space, study: optuna.Study, value: float | None, attributes: dict[str, Any], found: bool
+) -> None:
+    done(study, space, value, attributes)
+    assert (find_measured(ask(study, space)) is not None) == found
+
+
+def test_a_trial_that_runs_is_not_measured(space: Space, study: optuna.Study) -> None:
+    ask(study, space)
+    assert find_measured(ask(study, space)) is None
+
+
+def test_a_third_time_is_answered_by_the_first(bench: Bench, space: Space, study: optuna.Study) -> None:
+    objective = Objective(bench, space, False, unwatched)
+    for _ in range(3):
+        study.enqueue_trial(PARAMS)
+        study.optimize(objective, n_trials=1)
+    assert [trial.user_attrs.get("repeats") for trial in study.trials] == [None, 0, 0]
+    assert len({trial.value for trial in study.trials}) == 1
+
+
+# --- stopping
+
+
+def test_a_group_is_reported_as_its_mean(space: Space, study: optuna.Study) -> None:
+    trial = ask(study, space)
+    assert is_hopeless(trial, 3, [1.0, 2.0, 6.0]) is False
+    assert study.trials[0].intermediate_values == {3: 3.0}
+
+
+def test_an_estimate_is_the_best_mean_and_the_difference(space: Space, study: optuna.Study) -> None:
+    """The windows that were seen are easy ones: a mean over them alone would be the lowest perplexity of all."""
+    done(study, space, math.exp(2.0), {"nlls": [1.0, 1.5, 2.5, 3.0]})
+    trial = ask(study, space, beta=0.2)
+    assert estimate(trial, [1.25, 1.75]) == pytest.approx(math.exp(2.0 + 0.25))
+    assert trial.user_attrs["stopped_after"] == 2
+
+
+def test_an_estimate_is_never_made_from_an_estimate(space: Space, study: optuna.Study) -> None:
+    """One that happens to lie below the best is no trial to compare with: it has seen a part of the windows."""
+    done(study, space, math.exp(2.0), {"nlls": [1.0, 1.5, 2.5, 3.0]})
+    done(study, space, math.exp(1.9), {"nlls": [1.1, 1.2], "stopped_after": 2}, beta=0.05)
+    assert study.best_trial.number == 1
+    assert estimate(ask(study, space, beta=0.2), [1.5, 2.0]) == pytest.approx(math.exp(2.5))
+
+
+def test_trials_are_stopped_at_the_same_groups_as_they_are_reported(
+    bench: Bench, space: Space, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = optuna.create_study(pruner=WilcoxonPruner())
+    objective = Objective(bench, space, True, unwatched)
+    for beta in (0.0, 0.26):
+        study.enqueue_trial({**PARAMS, "beta": beta})
+    study.optimize(objective, n_trials=2)
+    uniform, hopeless = study.trials
+    assert list(uniform.intermediate_values) == list(range(8))
+    groups = len(hopeless.intermediate_values)
+    assert 2 <= groups < 8
+    assert hopeless.user_attrs["stopped_after"] == 2 * groups == len(hopeless.user_attrs["nlls"])
+    difference = fmean(
+        own - other for own, other in zip(hopeless.user_attrs["nlls"], uniform.user_attrs["nlls"], strict=False)
+    )
+    assert hopeless.value == pytest.approx(math.exp(fmean(uniform.user_attrs["nlls"]) + difference))
+    assert hopeless.state == TrialState.COMPLETE
+    assert {"realised", "errors", "seconds", "versions"} <= set(hopeless.user_attrs)
+
+
+# --- why there is no value
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (TrialError("Hessian not positive definite"), "Hessian not positive definite"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "out of memory"),
+        (MemoryError(), "out of memory"),
+    ],
+    ids=["its own", "cuda", "cpu", "python"],
+)
+def test_a_failure_is_stored(space: Space, study: optuna.Study, error: Exception, reason: str) -> None:
+    trial = ask(study, space)
+    with pytest.raises(TrialError) as caught, reasons(trial):
+        raise error
+    assert str(caught.value) == reason
+    assert caught.value.__cause__ is error
+    assert trial.user_attrs == {"failure": reason}
+
+
+def test_an_interruption_is_stored(space: Space, study: optuna.Study) -> None:
+    trial = ask(study, space)
+    with pytest.raises(KeyboardInterrupt), reasons(trial):
+        raise KeyboardInterrupt
+    assert trial.user_attrs == {"lost": "interrupted"}
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes"), ValueError("memory"), SystemExit(1)], ids=repr)
+def test_a_bug_is_neither(space: Space, study: optuna.Study, error: BaseException) -> None:
+    trial = ask(study, space)
+    with pytest.raises(type(error)) as caught, reasons(trial):
+        raise error
+    assert caught.value is error
+    assert trial.user_attrs == {}
+
+
+# --- the seam
+
+
+def imported(path: Path) -> set[str]:
+    """Packages that a module imports, wherever in it; what only type checkers see does not count."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typing_only = [
+        node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
+    hidden = {inner for node in typing_only for inner in ast.walk(node)}
+    names = []
+    for node in ast.walk(tree):
+        if node in hidden:
+            continue
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names.append(node.module or "")
+    return {name.partition(".")[0] for name in names}
+
+
+def test_torch_and_optuna_meet_here_and_nowhere_else() -> None:
+    modules = sorted(Path(atp_tune.__file__).parent.rglob("*.py"))
+    assert len(modules) > 30
+    assert [path.name for path in modules if {"torch", "optuna"} <= imported(path)] == ["objective.py"]

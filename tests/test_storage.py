@@ -1,0 +1,347 @@
+import json
+import os
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.storages import RDBStorage
+from optuna.trial import TrialState
+from sqlalchemy.exc import IntegrityError, OperationalError
+from tinystudy import quiet
+
+from atp_tune import storage
+from atp_tune.errors import UserError
+from atp_tune.process import identity
+from atp_tune.storage import (
+    best_trial,
+    check_facts,
+    check_writable,
+    counted,
+    create_study,
+    find_study,
+    is_new,
+    open_storage,
+    queue_again,
+    recover,
+    running,
+)
+
+FACTS = {"sparsity": 0.5, "prune.pruners": ["wanda"], "model.content": "ab", "model.dtype": "float32"}
+DEAD = {**identity(), "process_started": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def without_warnings() -> Iterator[None]:
+    with quiet():
+        yield
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "study.db"
+
+
+@pytest.fixture
+def db(file: Path) -> RDBStorage:
+    made = open_storage(f"sqlite:///{file}", create=True)
+    assert made
+    return made
+
+
+@pytest.fixture
+def study(db: RDBStorage) -> optuna.Study:
+    return create_study(db, "s", FACTS)
+
+
+def add(study: optuna.Study, value: float | None = None, state: TrialState | None = None, **attributes: Any) -> int:
+    """A trial of one parameter; without value and state it runs."""
+    study.enqueue_trial({"beta": len(study.trials) / 100})
+    trial = study.ask()
+    trial.suggest_float("beta", 0, 1)
+    for name, attribute in attributes.items():
+        trial.set_user_attr(name, attribute)
+    if value is not None or state is not None:
+        study.tell(trial, value, state)
+    return trial.number
+
+
+def states(study: optuna.Study) -> list[str]:
+    return [trial.state.name for trial in study.trials]
+
+
+def message(address: str, create: bool = True) -> str:
+    with pytest.raises(UserError) as caught:
+        open_storage(address, create)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- opening
+
+
+def test_a_file_that_is_not_there_is_made_only_if_asked_for(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "study.db"
+    assert open_storage(f"sqlite:///{file}", create=False) is None
+    assert not file.parent.exists()
+    assert open_storage(f"sqlite:///{file}", create=True)
+    assert file.exists()
+    assert open_storage(f"sqlite:///{file}", create=False)
+
+
+def test_looking_whether_a_file_can_be_written_leaves_nothing(file: Path) -> None:
+    check_writable(f"sqlite:///{file}")
+    assert list(file.parent.iterdir()) == []
+
+
+def test_looking_does_not_touch_what_another_process_makes_meanwhile(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exists(path: Path) -> bool:
+        found = path in before
+        if path == file and not found:  # right after the look, another process makes its database
+            before.append(file)
+            file.write_text("precious")
+        return found
+
+    before: list[Path] = []
+    monkeypatch.setattr(Path, "exists", exists)
+    check_writable(f"sqlite:///{file}")
+    assert file.read_text() == "precious"
+
+
+def test_a_folder_is_no_storage(tmp_path: Path) -> None:
+    assert message(f"sqlite:///{tmp_path}") == (
+        f"storage {tmp_path}: is a folder; name a file, as in sqlite:///{tmp_path}/study.db"
+    )
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("")
+    assert message(f"sqlite:///{tmp_path}/text/study.db") == (
+        f"storage {tmp_path}/text/study.db: File exists; name another with --storage sqlite:///FILE.db"
+    )
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anything")
+def test_a_file_without_the_right_to_write(file: Path) -> None:
+    file.write_bytes(b"")
+    file.chmod(0o444)
+    assert message(f"sqlite:///{file}") == (
+        f"storage {file}: Permission denied; name another with --storage sqlite:///FILE.db"
+    )
+
+
+@pytest.mark.parametrize("address", ["sqlite://", "sqlite:///", "sqlite:///:memory:"])
+def test_memory_is_no_storage(address: str) -> None:
+    with pytest.raises(UserError, match=r"in memory is gone at the end; name a file, as in sqlite:///study\.db"):
+        check_writable(address)
+
+
+@pytest.mark.parametrize("address", ["", "study.db", "studies/x", "://", "sqlite//x"])
+def test_no_url(address: str) -> None:
+    assert message(address) == "storage: not a storage URL; write sqlite:///FILE.db, for example"
+
+
+def test_a_file_that_is_no_database(file: Path) -> None:
+    file.write_text("no database" * 1000)
+    assert message(f"sqlite:///{file}").startswith(f"storage sqlite:///{file}: (sqlite3.DatabaseError) file is not a")
+    assert file.read_text() == "no database" * 1000
+
+
+def test_a_database_of_another_optuna(file: Path, db: RDBStorage) -> None:
+    with sqlite3.connect(file) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = 'v9.9.9'")
+    connection.close()
+    assert message(f"sqlite:///{file}").startswith(f"storage sqlite:///{file}: The runtime optuna version 5")
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        ("postgresql://me:secret@localhost/x", "Failed to import DB access module"),
+        ("nosuch://me:secret@localhost/x", "Can't load plugin: sqlalchemy.dialects:nosuch"),
+    ],
+)
+def test_a_database_that_this_python_cannot_reach_without_its_password(address: str, reason: str) -> None:
+    said = message(address)
+    assert said.startswith(f"storage {address.replace('secret', '***')}: {reason}")
+
+
+def test_tables_that_another_process_makes_at_the_same_moment(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rdb(*arguments: Any) -> RDBStorage:
+        tries.append(arguments)
+        if len(tries) < 3:
+            raise errors[len(tries) - 1]
+        return made(*arguments)
+
+    made, tries = storage._rdb, []  # type: ignore[var-annotated]
+    errors = [
+        OperationalError("CREATE TABLE", None, Exception("table studies already exists")),
+        IntegrityError("INSERT", None, Exception("UNIQUE constraint failed")),
+    ]
+    monkeypatch.setattr(storage, "_rdb", rdb)
+    monkeypatch.setattr(storage, "PAUSES", (0.0, 0.0))
+    assert open_storage(f"sqlite:///{file}", create=True)
+    assert len(tries) == 3
+    tries.clear()
+    errors[0] = OperationalError("SELECT", None, Exception("no such table"))
+    assert "no such table" in message(f"sqlite:///{file}")
+    assert len(tries) == 1
+
+
+# --- the study in it
+
+
+def test_a_study_keeps_the_facts_it_was_made_with(db: RDBStorage, study: optuna.Study) -> None:
+    assert study.user_attrs == {"fingerprint": FACTS}
+    assert study.direction.name == "MINIMIZE"
+    found = find_study(db, "s")
+    assert found
+    assert found.user_attrs == study.user_attrs
+    assert create_study(db, "s", FACTS).user_attrs == study.user_attrs
+    assert find_study(db, "other") is None
+
+
+def test_a_study_without_facts_is_new_until_it_has_trials(db: RDBStorage) -> None:
+    bare = optuna.create_study(study_name="bare", storage=db)
+    assert is_new(bare)
+    assert not is_new(create_study(db, "bare", FACTS))
+    strange = optuna.create_study(study_name="strange", storage=db)
+    add(strange, 1.0)
+    assert not is_new(strange)
+    with pytest.raises(UserError, match=r'^study strange: model.content is "ab", was not set; .*; and 1 more\. Put it'):
+        create_study(db, "strange", FACTS)
+
+
+def refusal(study: optuna.Study, facts: dict[str, Any], partly: bool = False) -> str:
+    with pytest.raises(UserError) as caught:
+        check_facts(study, facts, partly)
+    text = str(caught.value)
+    assert "\n" not in text
+    end = ". Put it back, or start another study with --study-name NAME"
+    assert text.startswith("study s: ")
+    assert text.endswith(end)
+    return text.removeprefix("study s: ").removesuffix(end)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sparsity": 0.6}, "sparsity is 0.6, was 0.5"),
+        ({"prune.pruners": ["wanda", "magnitude"]}, 'prune.pruners is ["wanda", "magnitude"], was ["wanda"]'),
+        ({"model.content": "cd"}, 'model.content is "cd", was "ab"'),
+        ({"model.dtype": "bfloat16"}, 'model.dtype is "bfloat16", was "float32"'),
+        ({"texts.search.config": "ü"}, 'texts.search.config is "ü", was not set'),
+        ({"a": 1, "b": 2, "c": True, "d": 4, "e": 5},
+         "a is 1, was not set; b is 2, was not set; c is true, was not set; and 2 more"),
+    ],
+)  # fmt: skip
+def test_a_fact_that_differs_is_named(study: optuna.Study, changes: dict[str, Any], said: str) -> None:
+    assert refusal(study, {**FACTS, **changes}) == said
+
+
+def test_a_fact_that_is_gone_is_named(study: optuna.Study) -> None:
+    assert refusal(study, {key: value for key, value in FACTS.items() if key != "sparsity"}) == (
+        "sparsity is not set, was 0.5"
+    )
+
+
+def test_contents_may_be_unknown_as_yet(study: optuna.Study) -> None:
+    known = {key: value for key, value in FACTS.items() if not key.startswith("model")}
+    check_facts(study, known, partly=True)
+    assert refusal(study, known) == 'model.content is not set, was "ab"; model.dtype is not set, was "float32"'
+    assert refusal(study, {**known, "model.dtype": "bfloat16"}, partly=True) == (
+        'model.dtype is "bfloat16", was "float32"'
+    )
+    assert refusal(study, {**known, "sparsity": 0.6}, partly=True) == "sparsity is 0.6, was 0.5"
+
+
+def test_facts_are_equal_after_the_way_through_the_database(study: optuna.Study) -> None:
+    for value in (0.1 + 0.2, 1e-300, 10**15, "ü\n", True, [0.1, 0.2], ["a"]):
+        stored = json.loads(json.dumps(value))
+        assert stored == value
+        study.set_user_attr("fingerprint", {"key": value})
+        check_facts(study, {"key": value})
+
+
+# --- trials that are lost, that run, that count
+
+
+def test_a_trial_whose_process_is_dead_is_queued_again(study: optuna.Study) -> None:
+    number = add(study, **DEAD, sparsities=[0.5])
+    add(study, **identity())
+    add(study, host="elsewhere", pid=1, process_started=0.0)
+    add(study)
+    assert recover(study) == [number]
+    assert states(study) == ["FAIL", "RUNNING", "RUNNING", "RUNNING", "WAITING"]
+    lost, again = study.trials[0], study.trials[4]
+    assert lost.user_attrs == {**DEAD, "sparsities": [0.5], "lost": "its process died"}
+    assert again.params == lost.params
+    assert again.user_attrs == {}
+    assert recover(study) == []
+    assert study.ask().suggest_float("beta", 0, 1) == lost.params["beta"]
+
+
+def test_a_trial_that_never_said_who_runs_it_is_lost_after_a_while(
+    study: optuna.Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(study)
+    assert recover(study) == []
+    monkeypatch.setattr(storage, "GRACE", -1)
+    add(study, **identity())
+    assert recover(study) == [0]
+    assert states(study) == ["FAIL", "RUNNING", "WAITING"]
+
+
+def test_a_trial_is_queued_again_twice(study: optuna.Study) -> None:
+    numbers = [add(study, **DEAD)]
+    for _ in range(3):
+        recover(study)
+        if study.get_trials(states=(TrialState.WAITING,)):
+            trial = study.ask()
+            trial.suggest_float("beta", 0, 1)
+            for name, value in DEAD.items():
+                trial.set_user_attr(name, value)
+            numbers.append(trial.number)
+    assert numbers == [0, 1, 2]
+    assert states(study) == ["FAIL"] * 3
+    assert {trial.params["beta"] for trial in study.trials} == {0.0}
+
+
+def test_a_trial_that_was_lost_before_it_had_parameters_gets_those_it_was_queued_with(study: optuna.Study) -> None:
+    study.enqueue_trial({"beta": 0.7})
+    trial = study.ask()
+    study.tell(trial, state=TrialState.FAIL)
+    queue_again(study, study.trials[0])
+    assert study.ask().suggest_float("beta", 0, 1) == 0.7
+
+
+def test_what_counts(study: optuna.Study) -> None:
+    add(study, 1.0)
+    add(study, 2.0, stopped_after=4)
+    add(study, state=TrialState.FAIL, failure="out of memory")
+    assert counted(study) == 3
+    add(study, state=TrialState.FAIL, lost="interrupted")
+    add(study, state=TrialState.FAIL)
+    assert [trial.number for trial in running(study)] == []
+    number = add(study)
+    study.enqueue_trial({"beta": 0.5})
+    assert counted(study) == 3
+    assert [trial.number for trial in running(study)] == [number]
+
+
+def test_the_best_is_the_lowest_of_those_measured_in_full(study: optuna.Study) -> None:
+    assert best_trial(study) is None
+    add(study, state=TrialState.FAIL, failure="no")
+    add(study)
+    assert best_trial(study) is None
+    add(study, 3.0)
+    add(study, 2.0)
+    add(study, 1.0, stopped_after=2)
+    add(study, 2.0, repeats=3)
+    best = best_trial(study)
+    assert best
+    assert best.number == 3

@@ -1,0 +1,164 @@
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.trial import TrialState
+from tinystudy import quiet, study_file
+
+from atp_tune import storage
+from atp_tune.errors import UserError
+from atp_tune.perplexity import perplexity
+from atp_tune.summary import best_config, is_uniform, score_of, summarise, uniform_of
+
+DISTRIBUTIONS = {
+    "pruner": CategoricalDistribution(("wanda", "magnitude")),
+    "allocation": CategoricalDistribution(("atp",)),
+    "beta": FloatDistribution(0, 1),
+}
+
+
+@pytest.fixture(autouse=True)
+def without_warnings() -> Iterator[None]:
+    with quiet():
+        yield
+
+
+@pytest.fixture
+def study() -> optuna.Study:
+    made = optuna.create_study(study_name="s")
+    made.set_user_attr("fingerprint", {"model.content": "ab" * 32, "model.dtype": "float32"})
+    made.set_user_attr("total", 9)
+    return made
+
+
+def add(study: optuna.Study, beta: float, value: float | None, pruner: str = "wanda", **attributes: Any) -> None:
+    sparsities = [0.6 - beta, 0.6, 0.6 + beta]
+    trial = optuna.create_trial(
+        state=TrialState.FAIL if value is None else TrialState.COMPLETE,
+        value=value,
+        params={"pruner": pruner, "allocation": "atp", "beta": beta},
+        distributions=DISTRIBUTIONS,
+        user_attrs={"sparsities": sparsities, "stderr": 0.5, **attributes},
+    )
+    study.add_trial(trial)
+
+
+def stored(place: Path) -> optuna.Study:
+    db = storage.open_storage(study_file(place).storage_url, create=False)
+    assert db
+    found = storage.find_study(db, "tiny")
+    assert found
+    return found
+
+
+def test_a_study_that_has_just_begun(study: optuna.Study) -> None:
+    summary = summarise(study)
+    assert (summary.name, summary.total, summary.done, summary.trials) == ("s", 9, 0, [])
+    for scores in (summary.dense, summary.uniform, summary.best):
+        assert scores.search is None
+        assert scores.report is None
+    assert summary.best_trial is None
+    assert summary.gain is None
+
+
+def test_dense_uniform_and_best(study: optuna.Study) -> None:
+    study.set_user_attr("dense", [1.0, 2.0])
+    add(study, 0.0, 10.0)
+    add(study, 0.0, 11.0, "magnitude")
+    add(study, 0.1, 8.0, "magnitude")
+    add(study, 0.2, None, failure="no")
+    summary = summarise(study)
+    assert summary.best_trial
+    assert summary.best_trial.number == 2
+    assert summary.done == 4
+    assert summary.dense.search == perplexity([1.0, 2.0])
+    assert summary.uniform.search
+    assert summary.uniform.search.value == 11  # of the best trial's pruner
+    assert summary.best.search
+    assert (summary.best.search.value, summary.best.search.stderr) == (8.0, 0.5)
+    assert summary.gain == pytest.approx(1 - 8 / 11)
+    study.set_user_attr("reports", {"dense": [1.5, 2.5], "1": [2.0, 3.0], "2": [2.0, 2.5]})
+    summary = summarise(study)
+    assert summary.dense.report == perplexity([1.5, 2.5])
+    assert summary.best.report == perplexity([2.0, 2.5])
+    assert summary.gain == pytest.approx(1 - math.exp(2.25 - 2.5))
+
+
+def test_an_estimate_is_not_the_best(study: optuna.Study) -> None:
+    add(study, 0.0, 10.0)
+    add(study, 0.1, 9.0, stopped_after=2)
+    summary = summarise(study)
+    assert summary.best_trial
+    assert summary.best_trial.number == 0
+    assert summary.done == 2
+    assert summary.gain == 0
+
+
+def test_uniform_of(study: optuna.Study) -> None:
+    add(study, 0.0, None, failure="no")
+    add(study, 0.1, 9.0)
+    assert uniform_of(study, study.trials[1]) is None
+    add(study, 0.0, 10.0, "magnitude")
+    assert uniform_of(study, study.trials[1]) is None
+    add(study, 0.0, 10.0)
+    found = uniform_of(study, study.trials[1])
+    assert found
+    assert found.number == 3
+    assert uniform_of(study, None) is None
+    assert [is_uniform(trial) for trial in study.trials] == [True, False, True, True]
+
+
+def test_score_of(study: optuna.Study) -> None:
+    add(study, 0.0, None, failure="no")
+    add(study, 0.1, 9.0)
+    assert score_of(study.trials[0]) is None
+    assert str(score_of(study.trials[1])) == "9.00 ± 0.50"
+
+
+def test_a_real_study(done: Path) -> None:
+    study = stored(done)
+    summary = summarise(study)
+    best = summary.best_trial
+    assert best
+    assert summary.done == summary.total == len(summary.trials) == 6
+    assert best.value == min(t.value for t in study.trials if t.value)
+    assert summary.best.search
+    assert summary.best.search.value == best.value
+    nlls = best.user_attrs["nlls"]
+    assert summary.best.search.stderr == pytest.approx(best.value * stdev(nlls) / len(nlls) ** 0.5)
+    assert summary.dense.search
+    assert summary.dense.search.value == pytest.approx(math.exp(fmean(study.user_attrs["dense"])))
+    assert summary.gain is not None
+
+
+def test_the_configuration_of_the_best(done: Path, tmp_path: Path) -> None:
+    file, study = study_file(done), stored(done)
+    best = storage.best_trial(study)
+    assert best
+    config = best_config(file, study, tmp_path / "out" / "best.json")
+    assert (config.study, config.trial, config.seed) == ("tiny", best.number, 0)
+    assert config.model.id == "model"
+    assert config.model.fingerprint == study.user_attrs["fingerprint"]["model.content"]
+    assert config.model.dtype == "float32"
+    assert (config.pruner, config.allocation.name) == (best.params["pruner"], "atp")
+    assert config.allocation.beta == best.params["beta"]
+    assert config.block_sparsities == tuple(best.user_attrs["sparsities"])
+    assert (config.sparsity.target, config.sparsity.realised) == (0.5, best.user_attrs["realised"])
+    assert config.calibration == file.study.texts.calibration
+    assert (config.texts.search, config.texts.report) == (file.study.texts.search, file.study.texts.report)
+    assert config.versions == best.user_attrs["versions"]
+    assert config.perplexity == summarise(study).best
+    assert config.baselines.uniform == summarise(study).uniform
+    assert config.folder == "../done"  # where the study's relative paths start, seen from the file
+
+
+def test_no_value_is_no_configuration(done: Path, study: optuna.Study) -> None:
+    add(study, 0.1, None, failure="no")
+    with pytest.raises(UserError) as caught:
+        best_config(study_file(done), study, done / "x.json")
+    assert str(caught.value) == "study s: no trial has a value yet; run: python tune.py --study tiny"
