@@ -56,9 +56,11 @@ def prune_once(
 
 def _only_plan(file: StudyFile, bench: Bench, parameters: dict[str, float]) -> Plan:
     space = make_space(file.study, bench.checkpoint.sizes)
-    choice = {"pruner": file.study.prune.pruners[0], "allocation": file.study.allocation.names[0]}
+    fitting = [name for name, intervals in space.intervals.items() if intervals.keys() == parameters.keys()]
+    if not fitting:
+        raise UserError(f"--beta: the allocation {file.study.allocation.names[0]} has no β; leave it out")
     try:
-        return space.plan({**choice, **parameters})
+        return space.plan({"pruner": file.study.prune.pruners[0], "allocation": fitting[0], **parameters})
     except ValueError as error:
         raise UserError(f"--beta: {error}") from None
 

@@ -108,7 +108,8 @@ def read_config(path: Path) -> Config:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "file"
-        raise UserError(f"{path}: {key}: {first['msg']}; is it a configuration of atp_tune ({FORMAT})?") from None
+        rule = "is needed" if first["type"] == "missing" else first["msg"]
+        raise UserError(f"{path}: {key}: {rule}; is it a configuration of atp_tune ({FORMAT})?") from None
 
 
 def _parse(path: Path) -> Any:
@@ -117,4 +118,6 @@ def _parse(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; write one with: python tune.py export --study NAME") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({str(error).splitlines()[0]})") from None
+        raise UserError(
+            f"{path}: not JSON ({str(error).splitlines()[0]}); write one with: python tune.py export --study NAME"
+        ) from None

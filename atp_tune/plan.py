@@ -15,6 +15,8 @@ class Plan:
     parameters: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
+        if len(set(self.sparsities)) == 1:
+            return f"{self.pruner} uniform"
         values = " ".join(f"{'β' if name == 'beta' else name}={value:.5f}" for name, value in self.parameters.items())
         return f"{self.pruner} {self.allocation} {values}".rstrip()
 

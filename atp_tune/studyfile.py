@@ -1,6 +1,6 @@
 """Study files: finds them by name, reads them, and says in one line what is wrong with them.
 
-Errors: every mistake is a `UserError` like `FILE: KEY: RULE, got VALUE; did you mean NAME? (and 2 more)`;
+Errors: every mistake is a `UserError` like `FILE: KEY: RULE, got VALUE; did you mean NAME? (and 2 more mistakes)`;
 FILE is `FILE with --set KEY=VALUE` where an override is the cause. `atp_tune.study` says what the keys mean.
 """
 
@@ -246,7 +246,8 @@ def _invalid(
     place, text = _worded(*next(iter(mistakes.items())))
     causes = [override for override, keys in changed if _within(place, keys) or _within(keys, place)]
     origin = " with --set ".join([str(path), *causes])
-    more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
+    others = len(mistakes) - 1
+    more = f" (and {others} more mistake{'s' if others > 1 else ''})" if others else ""
     return _error(f"{origin}: {text}{more}")
 
 

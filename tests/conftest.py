@@ -65,13 +65,19 @@ def tiny_done(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture
-def place(tiny_place: Path, tmp_path: Path) -> Path:
+def windows(tiny_done: Path, cache: Path) -> None:
+    """A cache that knows the token windows of the tiny study."""
+    shutil.copytree(tiny_done.parent / "cache" / "windows", cache / "windows")
+
+
+@pytest.fixture
+def place(tiny_place: Path, tmp_path: Path, windows: None) -> Path:
     """A copy of `tiny_place` for one test."""
     return Path(shutil.copytree(tiny_place, tmp_path / "tiny"))
 
 
 @pytest.fixture
-def done(tiny_done: Path, tmp_path: Path) -> Path:
+def done(tiny_done: Path, tmp_path: Path, windows: None) -> Path:
     """A copy of `tiny_done` for one test."""
     return Path(shutil.copytree(tiny_done, tmp_path / "done"))
 

@@ -255,6 +255,11 @@ def test_prune_once_of_a_uniform_allocation(done: Path) -> None:
     assert plan.sparsities == (0.25,) * BLOCKS
 
 
+def test_prune_once_takes_the_allocation_that_has_a_beta(done: Path) -> None:
+    plan, _ = prune_once(study_file(done, "allocation.names=['uniform', 'atp']"), {"beta": 0.1}, None, unwatched)
+    assert (plan.allocation, plan.parameters) == ("atp", {"beta": 0.1})
+
+
 def test_prune_once_refuses_a_beta_that_is_not_admissible(done: Path) -> None:
     said = message(lambda: prune_once(study_file(done), {"beta": 0.4}, None, unwatched))
     assert said == "--beta: β = 0.4 is outside the admissible interval [-0.333333, 0.333333]"

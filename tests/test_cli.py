@@ -42,15 +42,15 @@ def spied(*arguments: str | Path) -> tuple[str, set[str]]:
 
 def test_a_run_can_be_watched_and_is_not_done_twice(place: Path, command: CommandLine) -> None:
     study = place / "tiny.toml"
-    process = start("--study", study, *settings(*LONG, "search.trials=6"))
+    process = start("--study", study, *settings(*LONG, "search.trials=9"))
     wait_for(place / "tiny.db", 1, process)
     watched = command("status", "--study", study)
-    while not re.search(r"[1-5] +running +wanda ", watched.out):  # it may have been between two trials
+    while not re.search(r"[1-8] +running +wanda ", watched.out):  # it may have been between two trials
         assert process.poll() is None
         watched = command("status", "--study", study)
     assert watched.code == 0
     assert re.search(r"0 +complete +wanda +0\.00000 ", watched.out)
-    assert re.search(r"[1-5] of 6 trials are done", watched.out)
+    assert re.search(r"[1-8] of 9 trials are done", watched.out)
     assert command("export", "--study", study, *settings(*LONG), "--out", place / "early.json").code == 0
     assert read_config(place / "early.json").perplexity.report is None
 
@@ -58,13 +58,13 @@ def test_a_run_can_be_watched_and_is_not_done_twice(place: Path, command: Comman
     assert (answer.code, answer.err) == (0, "")
     lines = answer.out.splitlines()
     assert lines[:2] == ["loading the model and the texts", "dense model"]
-    trial = re.compile(r"\[\d/6\] trial \d: wanda atp β=0\.\d{5}: perplexity \d+\.\d\d in \d+ s ")
-    assert len([line for line in lines if trial.match(line)]) == 6
+    trial = re.compile(r"\[\d/9\] trial \d: wanda (?:uniform|atp β=0\.\d{5}): perplexity \d+\.\d\d in \d+ s ")
+    assert len([line for line in lines if trial.match(line)]) == 9
     assert "best is " in answer.out
     assert f"python tune.py apply --config {place / 'tiny.best.json'} --out tiny-sparse" in answer.out
 
     before, began = (place / "tiny.db").read_bytes(), monotonic()
-    output, imported = spied("--study", study, *settings(*LONG, "search.trials=6"))
+    output, imported = spied("--study", study, *settings(*LONG, "search.trials=9"))
     assert monotonic() - began < 5
     assert imported == {"optuna"}
     assert (place / "tiny.db").read_bytes() == before
@@ -110,6 +110,14 @@ def test_a_second_ctrl_c_ends_at_once(place: Path) -> None:
     study = run(place, *LONG)
     assert storage.counted(study) == 3
     assert not storage.running(study)
+
+
+@pytest.mark.slow
+def test_bad_input_as_a_process(place: Path) -> None:
+    for arguments in (["--study", "nosuch"], ["status", "--study", place / "tiny.toml"], ["prune", "--model", "no"]):
+        answer = finish(start(*arguments))
+        assert answer.error
+        assert answer.out in {"", "loading the model and the texts\n"}
 
 
 # --- help
@@ -187,9 +195,8 @@ def test_ctrl_c(place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPat
         signal.signal(signal.SIGINT, handler)
     assert answer.code == 130
     assert answer.err == ""
-    assert answer.out.splitlines()[-1] == (
-        f"stopped: finished trials are in {place / 'tiny.db'}; the same command goes on, the trial that was cut off first"
-    )
+    said = f"stopped: finished trials are in {place / 'tiny.db'}; the same command goes on from there"
+    assert answer.out.splitlines()[-1] == said
     again = command("--study", place / "tiny.toml")
     assert again.code == 0
     assert [t.state.name for t in stored(place).trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
@@ -214,7 +221,7 @@ def test_failures_are_told(place: Path, command: CommandLine, monkeypatch: pytes
     answer = command("--study", place / "tiny.toml", "--set", "prune.pruners=['sparsegpt']", "--trials", "2")
     assert answer.code == 0
     reason = "Hessian not positive definite, even with damping 100"
-    assert f"trial 0: sparsegpt atp β=0.00000: failed: {reason}" in answer.out
+    assert f"trial 0: sparsegpt uniform: failed: {reason}" in answer.out
     assert "no best yet" in answer.out
     shown = command("status", "--study", place / "tiny.toml")
     assert shown.code == 0
@@ -251,9 +258,9 @@ def test_status_shows_every_trial_and_the_summary(done: Path, command: CommandLi
 
 
 def test_status_of_what_repeats_and_what_was_stopped(place: Path, command: CommandLine) -> None:
-    study = run(place, "search.stopper=wilcoxon", "search.trials=12")
+    study = run(place, "search.stopper=wilcoxon", "search.trials=6")
     study.enqueue_trial(study.trials[0].params)
-    run(place, "search.stopper=wilcoxon", "search.trials=13")
+    run(place, "search.stopper=wilcoxon", "search.trials=7")
     answer = command("status", "--study", place / "tiny.toml")
     assert "as trial 0" in answer.out
     assert re.search(r"stopped after \d+ windows", answer.out)
@@ -356,7 +363,7 @@ def test_prune_with_a_study(done: Path, command: CommandLine, tmp_path: Path) ->
     )
     assert f"sparse checkpoint: {tmp_path / 'out'}" in answer.out
     answer = command("prune", "--study", done / "tiny.toml", "--sparsity", "0.3", "--pruner", "magnitude")
-    assert "magnitude atp β=0.00000, sparsity 0.3: perplexity" in answer.out
+    assert "magnitude uniform, sparsity 0.3: perplexity" in answer.out
 
 
 def test_prune_without_a_study_starts_from_where_the_user_stands(
@@ -473,9 +480,11 @@ STUDY = ["--study", "tiny.toml"]
         (None, ["export", *STUDY], "has no trials yet"),
         (None, ["apply", "--config", "no.json", "--out", "out"], "no.json: No such file or directory; write one with"),
         (None, ["apply", "--config", "tiny.toml", "--out", "out"], "tiny.toml: not JSON"),
-        (write("c.json", "{}"), ["apply", "--config", "c.json", "--out", "out"], "c.json: study: Field required"),
+        (write("c.json", "{}"), ["apply", "--config", "c.json", "--out", "out"], "c.json: study: is needed"),
         (None, ["prune", *STUDY, "--beta", "9"], "--beta: β = 9 is outside the admissible interval"),
         (None, ["prune", *STUDY, "--beta", "nan"], "--beta: β = nan is outside the admissible interval"),
+        (None, ["prune", *STUDY, "--beta", "0.1", "--set", "allocation.names=['uniform']"],
+         "--beta: the allocation uniform has no β; leave it out"),
         (None, ["prune", *STUDY, "--pruner", "magic"], "must be one of magnitude, wanda, sparsegpt"),
         (None, ["prune", *STUDY, "--sparsity", "70"], "sparsity: must be less than 1, got 70"),
         (None, ["prune", *STUDY, "--out", "model"], "--out model: is there already"),

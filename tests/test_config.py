@@ -118,7 +118,7 @@ ADVICE = "is it a configuration of atp_tune (atp_tune.config/1)?"
         ({"block_sparsities": [0.5, None]}, f"FILE: block_sparsities.1: Input should be a valid number; {ADVICE}"),
         ({"block_sparsities": []},
          f"FILE: block_sparsities: Tuple should have at least 1 item after validation, not 0; {ADVICE}"),
-        ({"model": {}}, f"FILE: model.id: Field required; {ADVICE}"),
+        ({"model": {}}, f"FILE: model.id: is needed; {ADVICE}"),
         ({"sparsity": {"target": 0.6, "realised": -1}},
          f"FILE: sparsity.realised: Input should be greater than or equal to 0; {ADVICE}"),
     ],
@@ -197,7 +197,7 @@ def test_a_reader_never_sees_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     reader = threading.Thread(target=read)
     reader.start()
-    for _ in range(100):
+    for _ in range(30):
         long.write(path)
         short.write(path)
     stop.set()

@@ -104,7 +104,7 @@ def test_a_model_whose_numbers_are_none_fails(bench: Bench, space: Space, study:
             return bench.prune(plan)
 
         def nlls(self, blocks: Any, role: str, groups: int) -> Any:
-            yield [*list(bench.nlls(blocks, role, groups))[0][:-1], math.nan]
+            yield [*next(iter(bench.nlls(blocks, role, groups)))[:-1], math.nan]
 
     trial = ask(study, space)
     with pytest.raises(

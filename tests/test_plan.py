@@ -16,5 +16,5 @@ def test_a_plan_out_of_bounds() -> None:
 
 
 def test_a_plan_says_what_it_is() -> None:
-    assert str(Plan("wanda", "atp", (0.5,), {"beta": 0.0123456})) == "wanda atp β=0.01235"
+    assert str(Plan("wanda", "atp", (0.4, 0.6), {"beta": 0.0123456})) == "wanda atp β=0.01235"
     assert str(Plan("magnitude", "uniform", (0.5,))) == "magnitude uniform"

@@ -93,17 +93,17 @@ REPLACED = [  # what stands in GOOD, what stands there instead, the message
     ("sparsity = 0.6", 'sparsity = "much"', 'sparsity: must be a number, got "much"'),
     ("sparsity = 0.6", "sparsity = {a = 1}", "sparsity: must be a number, got a table"),
     ("sparsity = 0.6", "", "sparsity: is needed"),
-    ("sparsity = 0.6", "sparsty = 0.6", "sparsty: unknown key; did you mean sparsity? (and 1 more)"),
+    ("sparsity = 0.6", "sparsty = 0.6", "sparsty: unknown key; did you mean sparsity? (and 1 more mistake)"),
     (
         "sparsity = 0.6",
         "sparsity = 2\ntrials = 5",
-        "trials: unknown key; did you mean search.trials? (and 1 more)",
+        "trials: unknown key; did you mean search.trials? (and 1 more mistake)",
     ),
     (
         "sparsity = 0.6",
         'sparsity = 2\n"a\\nb" = 5',
         r'"a\nb": unknown key; known here are description, protocol, sparsity, model, prune, allocation, '
-        "texts, search, storage, device (and 1 more)",
+        "texts, search, storage, device (and 1 more mistake)",
     ),
     ("pruners =", "pruner =", "prune.pruner: unknown key; did you mean prune.pruners?"),
     (
@@ -121,7 +121,7 @@ REPLACED = [  # what stands in GOOD, what stands there instead, the message
     (
         '["wanda"]',
         '["wanda", 7, "spargpt"]',
-        "prune.pruners[1]: must be one of magnitude, wanda, sparsegpt, got 7 (and 1 more)",
+        "prune.pruners[1]: must be one of magnitude, wanda, sparsegpt, got 7 (and 1 more mistake)",
     ),
     ("[0, 0.01]", "[0.02, 0.01]", "allocation.beta: the interval [0.02, 0.01] runs backwards"),
     ("[0, 0.01]", '"atuo"', 'allocation.beta: must be auto or be a list, got "atuo"; did you mean auto?'),
@@ -174,7 +174,7 @@ def test_wrong_value_or_key(old: str, new: str, expected: str) -> None:
         ("a = '\x01'", r"line 1, column 6: found invalid character '\x01'"),
         (b"a = 1\nb = '\xff'", "line 2: is not UTF-8 text"),
         ("a = " + "[" * 5000, "values are nested too deeply"),
-        ("", "sparsity: is needed (and 3 more)"),
+        ("", "sparsity: is needed (and 3 more mistakes)"),
     ],
     ids=range(7),
 )

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, sleep
 
+import alembic.script
 import optuna
 import pytest
 import torch
+from alembic.config import Config
+from alembic.script import ScriptDirectory
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -28,7 +31,7 @@ TUNE = Path(__file__).parents[1] / "tune.py"
 BLOCKS, WIDTH, TOKENS = 4, 32, 32
 TOPICS = "\n\n".join(pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics))
 # A trial of a few tenths of a second, long enough to be killed in.
-LONG = ("texts.calibration.windows=150", "texts.search.windows=150")
+LONG = ("texts.calibration.windows=250", "texts.search.windows=250")
 STUDY = f"""\
 description = "a tiny Llama"
 sparsity = 0.6
@@ -57,6 +60,22 @@ tokens = {TOKENS}
 trials = 3
 sampler = "random"
 """
+
+
+class Migrations(ScriptDirectory):
+    """Optuna reads its fifteen migrations each time that it opens a database; in the tests it does so once."""
+
+    known: dict[str, ScriptDirectory] = {}  # noqa: RUF012
+
+    @classmethod
+    def from_config(cls, config: Config) -> ScriptDirectory:
+        place = config.get_main_option("script_location") or ""
+        if place not in cls.known:
+            cls.known[place] = ScriptDirectory.from_config(config)
+        return cls.known[place]
+
+
+alembic.script.ScriptDirectory = Migrations  # type: ignore[misc]
 
 
 @event.listens_for(Engine, "connect")

@@ -104,7 +104,7 @@ def export(
 @app.command()
 def apply(
     config: Annotated[Path, typer.Option(metavar="FILE", help="A configuration written by a run or by `export`.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the sparse checkpoint; must not exist.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the sparse checkpoint; new or empty.")],
     device: Device = None,
 ) -> None:
     """Prune as a configuration says, into a folder that `from_pretrained` loads, and measure it again.
@@ -123,7 +123,7 @@ def prune(
     sparsity: Annotated[float | None, typer.Option(help="Share of zeros, as in 0.7.")] = None,
     beta: Annotated[float, typer.Option(help="Common difference per block; 0 is uniform.")] = 0.0,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder for the sparse checkpoint; must not exist.")
+        Path | None, typer.Option(metavar="DIR", help="Folder for the sparse checkpoint; new or empty.")
     ] = None,
     study: Annotated[
         str | None, typer.Option(metavar="NAME", help="Take model, texts and settings from a study.")
@@ -135,11 +135,14 @@ def prune(
 
     Calibration is C4 and the report text WikiText-2 test, as in the papers, unless `--study` or `--set` says else.
 
-    Examples: `python tune.py prune --model meta-llama/Llama-2-7b-hf --pruner wanda --sparsity 0.7 --beta 0.004 --out
-    DIR` or `python tune.py prune --study smol --beta 0.004`
+    Example: `python tune.py prune --study smol --beta 0.004`
+
+    Example: `python tune.py prune --model meta-llama/Llama-2-7b-hf --sparsity 0.7 --beta 0.004 --out DIR`
     """
     from atp_tune.cli.running import run_prune
 
+    if model is None and study is None:
+        raise typer.BadParameter("which model? Or --study NAME, to take a study's", param_hint="--model")
     if model is not None and Path(model).expanduser().exists():
         model = str(Path(model).expanduser().absolute())
     options = {"model.source": model, "prune.pruners": pruner and [pruner], "sparsity": sparsity}

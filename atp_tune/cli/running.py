@@ -27,8 +27,7 @@ def run_study(file: StudyFile, name: str | None, timeout: float | None) -> None:
             second_one_ends_at_once()
             display.close()
             console.print(
-                f"stopped: finished trials are in {file.database or 'the storage'}; "
-                f"the same command goes on, the trial that was cut off first"
+                f"stopped: finished trials are in {file.database or 'the storage'}; the same command goes on from there"
             )
             sys.exit(130)
     show_summary(summarise(study), file)
@@ -48,7 +47,7 @@ def run_prune(file: StudyFile, beta: float, out: Path | None) -> None:
     """Prunes once, and prints plan and perplexity."""
     from atp_tune.applying import prune_once
 
-    parameters = {"beta": beta} if "atp" in file.study.allocation.names else {}
+    parameters = {"beta": beta} if beta or "atp" in file.study.allocation.names else {}
     with quiet(), Display() as display:
         plan, measured = prune_once(file, parameters, out, display)
     console.print(f"{plan}, sparsity {file.study.sparsity:g}: perplexity {measured} on the report text")
