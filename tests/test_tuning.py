@@ -179,6 +179,7 @@ def test_going_on_draws_what_was_not_drawn(place: Path) -> None:
     assert distinct([t.params for t in study.trials]) == 7
 
 
+@pytest.mark.slow
 def test_the_same_seed_draws_the_same(place: Path) -> None:
     one, two = (run(place, "search.trials=2", name=name) for name in ("one", "two"))
     other = run(place, "search.trials=2", "search.seed=1", name="other")
@@ -344,6 +345,7 @@ def test_an_interrupted_trial_is_queued_first(place: Path) -> None:
     assert study.trials[1].params == study.trials[2].params == study.trials[3].params
 
 
+@pytest.mark.slow
 def test_a_trial_that_is_lost_too_often_is_given_up(place: Path) -> None:
     for number in (1, 2, 3):
         with pytest.raises(KeyboardInterrupt):
@@ -386,7 +388,7 @@ def test_a_trial_of_another_machine_is_waited_for_and_then_run_again(place: Path
 
 
 @pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("beat", [True, False])
+@pytest.mark.parametrize("beat", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_process_that_died_before_it_said_who_it_is(place: Path, beat: bool) -> None:
     study = run(place, "search.trials=2")
     add_running(study, {}, beat)
@@ -532,16 +534,11 @@ def test_a_hessian_that_cannot_be_inverted_fails_its_pruner_alone(place: Path, m
     assert set(study.user_attrs["reports"]) == {"dense", "1", str(best.number)}
 
 
-@pytest.mark.parametrize(
-    "error",
-    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[enforce] can't allocate memory"), MemoryError()],
-    ids=type,
-)
-def test_memory_that_runs_out_fails_the_trial(place: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_memory_that_runs_out_fails_the_trial(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def prune_but(bench: Bench, plan: Plan) -> Iterator[Any]:
         if plan.parameters["beta"] > 0 and not raised:
             raised.append(plan)
-            raise error
+            raise torch.OutOfMemoryError("CUDA out of memory")
         yield from prune(bench, plan)
 
     raised: list[Plan] = []
@@ -674,7 +671,9 @@ def test_a_stopped_pair_is_measured_again_if_asked_for(place: Path) -> None:
 # --- samplers
 
 
-@pytest.mark.parametrize("sampler", ["gp", "tpe"])  # random is what the other tests run
+@pytest.mark.parametrize(
+    "sampler", ["gp", pytest.param("tpe", marks=pytest.mark.slow)]
+)  # random is what the other tests run
 def test_samplers(place: Path, sampler: str) -> None:
     study = run(place, f"search.sampler={sampler}", "search.trials=5", BOTH)
     assert states(study) == ["COMPLETE"] * 5
@@ -696,7 +695,7 @@ def asked(study: optuna.Study) -> list[tuple[str, float]]:
     return sorted((t.params["pruner"], t.params["beta"]) for t in study.trials if t.state == TrialState.COMPLETE)
 
 
-@pytest.mark.parametrize("pruners", [["wanda"], ["wanda", "magnitude"]], ids=len)
+@pytest.mark.parametrize("pruners", [pytest.param(["wanda"], marks=pytest.mark.slow), ["wanda", "magnitude"]], ids=len)
 def test_a_grid_is_its_points_and_uniform(place: Path, monkeypatch: pytest.MonkeyPatch, pruners: list[str]) -> None:
     without_total(place)
     study = run(place, *GRID, f"prune.pruners={pruners}")
@@ -727,6 +726,7 @@ def test_a_grid_of_fewer_trials_than_points(place: Path) -> None:
     assert distinct([t.params for t in study.trials if t.state == TrialState.COMPLETE]) == 3
 
 
+@pytest.mark.slow
 def test_a_grid_of_more_trials_than_points_ends_with_them(place: Path) -> None:
     assert storage.counted(run(place, *GRID, "search.trials=99")) == 5
 
