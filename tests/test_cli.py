@@ -7,13 +7,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 
 import pytest
 from tinystudy import LONG, CommandLine, finish, run, settings, start, study_file, wait_for
 
 from atp_tune import storage
-from atp_tune.cli.running import second_one_ends_at_once
+from atp_tune.cli.running import interruptible
 from atp_tune.config import read_config
 from atp_tune.events import Event, Step
 
@@ -205,12 +205,32 @@ def test_ctrl_c(place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_second_one_ends_at_once() -> None:
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        second_one_ends_at_once()
+    before = signal.getsignal(signal.SIGINT)
+    with interruptible():
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_ctrl_c_does_not_break_a_transaction(tmp_path: Path) -> None:
+    """Sent while SQLAlchemy runs a statement, it is raised after it; the database is not left locked."""
+    import sqlalchemy
+
+    engine = sqlalchemy.create_engine(f"sqlite:///{tmp_path}/some.db")
+    done = list[str]()
+
+    def interrupt(*args: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        done.append("statement")
+
+    sqlalchemy.event.listen(engine, "before_cursor_execute", interrupt)
+    with interruptible(), pytest.raises(KeyboardInterrupt):
+        with engine.begin() as connection:
+            connection.execute(sqlalchemy.text("create table t (x integer)"))
+        done.append("transaction")
+        sleep(5)
+    assert done == ["statement", "transaction"]
 
 
 def test_failures_are_told(place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,7 +166,12 @@ class Answer:
 
 
 def finish(process: "subprocess.Popen[str]", seconds: float = 60) -> Answer:
-    out, err = process.communicate(timeout=seconds)
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise
     return Answer(process.returncode, out, err)
 
 

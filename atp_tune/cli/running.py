@@ -4,14 +4,19 @@ import os
 import signal
 import sys
 import warnings
+from _thread import interrupt_main
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Timer
+from types import FrameType
 
 from atp_tune.cli.display import Display
 from atp_tune.cli.tables import console, show_applied, show_summary
 from atp_tune.config import read_config
 from atp_tune.studyfile import StudyFile
+
+SOON = 0.02  # seconds until an interruption that would break a transaction is tried again
 
 
 def run_study(file: StudyFile, name: str | None, timeout: float | None) -> None:
@@ -19,12 +24,11 @@ def run_study(file: StudyFile, name: str | None, timeout: float | None) -> None:
     from atp_tune.summary import summarise
     from atp_tune.tuning import Run, tune
 
-    with quiet(), Display() as display:
+    with quiet(), interruptible(), Display() as display:
         run = Run(file, name or file.name, timeout, display)
         try:
             study = tune(run)
         except KeyboardInterrupt:
-            second_one_ends_at_once()
             display.close()
             console.print(
                 f"stopped: finished trials are in {file.database or 'the storage'}; the same command goes on from there"
@@ -69,6 +73,33 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def second_one_ends_at_once() -> None:
-    """From here on Ctrl-C ends the process without further ado."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt once, and never within a transaction; the next one ends the process.
+
+    Raised in the middle of SQLAlchemy's work it would leave the database locked, and Optuna's threads waiting for it.
+    """
+
+    def first(signum: int, frame: FrameType | None) -> None:
+        if in_transaction(frame):
+            Timer(SOON, interrupt_main).start()
+            return
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if console.is_terminal:
+            console.show_cursor()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, first)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def in_transaction(frame: FrameType | None) -> bool:
+    """Whether a stack runs through the database."""
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith(("sqlalchemy.", "optuna.storages.")):
+            return True
+        frame = frame.f_back
+    return False
