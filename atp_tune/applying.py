@@ -55,7 +55,7 @@ def prune_once(
 
 
 def _only_plan(file: StudyFile, bench: Bench, parameters: dict[str, float]) -> Plan:
-    space = make_space(file.study, bench.checkpoint.sizes)
+    space = make_space(file.study, bench.budget(file.study.sparsity))
     fitting = [name for name, intervals in space.intervals.items() if intervals.keys() == parameters.keys()]
     if not fitting:
         raise UserError(f"--beta: the allocation {file.study.allocation.names[0]} has no β; leave it out")

@@ -84,7 +84,7 @@ class Bench:
 
     def budget(self, target: float) -> Budget:
         """What an allocation shares out over this checkpoint."""
-        return Budget(target, self.checkpoint.sizes)
+        return Budget(target, self.checkpoint.sizes, self.checkpoint.shapes)
 
     def contents(self) -> dict[str, str]:
         """What decides a value beside the study file: SHA-256 of model and windows, and the number format."""
@@ -100,7 +100,7 @@ class Bench:
         calibration = self._ids["calibration"]
         follow = calibration if dense is None and pruner.measures else calibration[: self._curve_windows]
         work = Pass(self.replay, self._batch, pruner, self._dense_states, dense)
-        for block in work.run(plan.sparsities, self.replay.embed(follow).clone()):
+        for block in work.run(plan, self.replay.embed(follow).clone()):
             yield block
             self._step("prune", block.index + 1)
 

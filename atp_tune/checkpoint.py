@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
+from atp_tune.allocations import Shape
 from atp_tune.convert import one_line
 from atp_tune.devices import free_memory
 from atp_tune.errors import UserError
@@ -81,6 +82,14 @@ class Checkpoint:
         """Number of prunable weights of each block."""
         return tuple(sum(linear.size for linear in linears) for linears in self.linears)
 
+    @cached_property
+    def shapes(self) -> tuple[tuple[Shape, ...], ...]:
+        """Shape of each linear of each block, as an allocation sees it."""
+        return tuple(
+            tuple(Shape(linear.out_features, linear.in_features, is_attention(linear.name)) for linear in linears)
+            for linears in self.linears
+        )
+
     @property
     def config(self) -> Any:
         """The model's Hugging Face configuration."""
@@ -125,6 +134,11 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         kind = type(model).__name__
         raise UserError(f"model {kind}: has mixture-of-experts blocks, which cannot be pruned yet; take a dense model")
     return name, blocks
+
+
+def is_attention(name: str) -> bool:
+    """Whether a linear belongs to its block's attention, by the module that it is in: attn or attention."""
+    return "attn" in name or "attention" in name
 
 
 def find_linears(block: nn.Module) -> list[Linear]:

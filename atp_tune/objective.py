@@ -43,7 +43,7 @@ class Objective:
             set_attributes(trial, identity())
             plan = self.space.suggest(trial)
             self.watch(TrialStarted(f"trial {trial.number}", plan))
-            set_attributes(trial, {"sparsities": plan.sparsities})
+            set_attributes(trial, planned(plan))
             earlier = find_measured(trial)
             return self._repeat(trial, earlier) if earlier else self._measure(trial, plan)
 
@@ -53,7 +53,7 @@ class Objective:
         for group, nlls in enumerate(self.bench.nlls(blocks, "search", GROUPS if self.stops else 1)):
             record.nlls += nlls
             hopeless = self.stops and is_hopeless(trial, group, nlls)
-            if hopeless and len(set(plan.sparsities)) > 1:  # uniform is what the best is compared with: never stopped
+            if hopeless and not plan.is_uniform:  # uniform is what the best is compared with: never stopped
                 set_attributes(trial, record.close())
                 return estimate(trial, record.nlls)
         result = perplexity(record.nlls)
@@ -69,6 +69,12 @@ class Objective:
         set_attributes(trial, {**earlier.user_attrs, **identity(), "repeats": earlier.number})
         assert earlier.value is not None
         return earlier.value
+
+
+def planned(plan: Plan) -> dict[str, object]:
+    """The sparsities of a plan as user attributes: per block, and per linear where they differ within a block."""
+    linears = {"linear_sparsities": plan.linear_sparsities} if plan.linear_sparsities else {}
+    return {"sparsities": plan.sparsities, **linears}
 
 
 def set_attributes(trial: Trial, attributes: dict[str, object]) -> None:

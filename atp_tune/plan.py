@@ -1,26 +1,47 @@
 """A plan: everything that a trial decides, and that `apply` needs to do it again."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from atp_tune.allocations import ALLOCATIONS, Budget
+from atp_tune.allocations import ALLOCATIONS, Budget, LinearSparsities
+
+SYMBOLS = {"beta": "β", "gamma": "γ", "lam": "λ", "epsilon": "ε"}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A pruner and one sparsity per block (share of zeros, first block first), with how they came about."""
+    """A pruner and one sparsity per block (share of zeros, first block first), with how they came about.
+
+    `linear_sparsities` holds one per linear of each block where they differ within blocks.
+    """
 
     pruner: str
     allocation: str
     sparsities: tuple[float, ...]
     parameters: dict[str, float] = field(default_factory=dict)
+    linear_sparsities: LinearSparsities | None = None
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether every linear gets the same sparsity."""
+        return self.linear_sparsities is None and len(set(self.sparsities)) == 1
+
+    def of(self, index: int, linears: int) -> tuple[float, ...]:
+        """The sparsity of each of the linears of block `index`."""
+        return self.linear_sparsities[index] if self.linear_sparsities else (self.sparsities[index],) * linears
 
     def __str__(self) -> str:
-        if len(set(self.sparsities)) == 1:
+        if self.is_uniform:
             return f"{self.pruner} uniform"
-        values = " ".join(f"{'β' if name == 'beta' else name}={value:.5f}" for name, value in self.parameters.items())
+        values = " ".join(f"{SYMBOLS.get(name, name)}={value:.5f}" for name, value in self.parameters.items())
         return f"{self.pruner} {self.allocation} {values}".rstrip()
 
 
 def make_plan(pruner: str, allocation: str, budget: Budget, parameters: dict[str, float]) -> Plan:
     """The plan of one allocation at given parameters; ValueError where they are not admissible."""
-    return Plan(pruner, allocation, ALLOCATIONS[allocation].sparsities(budget, **parameters), parameters)
+    budget = replace(budget, score="magnitude" if pruner == "magnitude" else "wanda")
+    shared = ALLOCATIONS[allocation].sparsities(budget, **parameters)
+    blocks = tuple(s for s in shared if not isinstance(s, tuple))
+    if blocks:
+        return Plan(pruner, allocation, blocks, parameters)
+    linears = tuple(s for s in shared if isinstance(s, tuple))
+    return Plan(pruner, allocation, budget.block_means(linears), parameters, linears)

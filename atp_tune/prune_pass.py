@@ -21,6 +21,7 @@ from torch import Tensor
 from atp_tune.batching import BatchSize
 from atp_tune.checkpoint import Linear
 from atp_tune.gathering import AllHeard, Gathering
+from atp_tune.plan import Plan
 from atp_tune.pruners import Pruner, Statistics
 from atp_tune.replay import Replay
 
@@ -40,7 +41,7 @@ class PrunedBlock:
 
 @dataclass
 class Pass:
-    """The pass for one pruner: what it needs beside the plan's sparsities and the hidden states that enter."""
+    """The pass for one pruner: what it needs beside the plan and the hidden states that enter."""
 
     replay: Replay
     batch: BatchSize
@@ -48,16 +49,15 @@ class Pass:
     dense_states: list[Tensor]  # [L] hidden states [few, tokens, width] after each block of the dense model
     dense_statistics: list[BlockStatistics] | None = None
 
-    def run(self, sparsities: tuple[float, ...], hidden: Tensor) -> Iterator[PrunedBlock]:
+    def run(self, plan: Plan, hidden: Tensor) -> Iterator[PrunedBlock]:
         """Prunes block after block; `hidden` [windows, tokens, width] is overwritten as it moves on."""
-        for index, sparsity in enumerate(sparsities):
+        for index, linears in enumerate(self.replay.checkpoint.linears):
             timer = Timer()
             weights = self.replay.checkpoint.weights(index)
             statistics = self._statistics(index, weights, hidden)
             timer.lap("calibrate")
-            weights, zeros = prune_block(
-                self.replay.checkpoint.linears[index], weights, statistics, self.pruner, sparsity
-            )
+            sparsities = plan.of(index, len(linears))
+            weights, zeros = prune_block(linears, weights, statistics, self.pruner, sparsities)
             timer.lap("prune")
             advance(self.replay, self.batch, index, weights, hidden)
             error = relative_error(hidden, self.dense_states[index])
@@ -103,11 +103,11 @@ def prune_block(
     weights: dict[str, Tensor],
     statistics: BlockStatistics,
     pruner: Pruner,
-    sparsity: float,
+    sparsities: tuple[float, ...],
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """A block's tensors with each linear pruned to one sparsity, and the number of zeros in each."""
+    """A block's tensors with each linear pruned to its sparsity, and the number of zeros in each."""
     pruned, zeros = dict(weights), {}
-    for linear in linears:
+    for linear, sparsity in zip(linears, sparsities, strict=True):
         dense = linear.matrix(weights[linear.key])
         sparse = pruner.prune(dense, sparsity, statistics.get(linear.name))
         pruned[linear.key] = linear.matrix(sparse).contiguous()

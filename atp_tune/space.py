@@ -60,9 +60,8 @@ class Space:
         return values
 
 
-def make_space(study: Study, sizes: tuple[int, ...]) -> Space:
-    """The space of a study for a model whose blocks have these numbers of weights; UserError for a β out of bounds."""
-    budget = Budget(study.sparsity, sizes)
+def make_space(study: Study, budget: Budget) -> Space:
+    """The space of a study that shares out this budget; UserError for a β out of bounds."""
     intervals = {str(name): _intervals(study, name, budget) for name in study.allocation.names}
     return Space(budget, study.prune.pruners, intervals)
 

@@ -66,8 +66,9 @@ def uniform_of(study: optuna.Study, best: FrozenTrial | None) -> FrozenTrial | N
 
 
 def is_uniform(trial: FrozenTrial) -> bool:
-    """Whether all blocks got the same sparsity."""
-    return len(set(trial.user_attrs.get("sparsities", ()))) == 1
+    """Whether all linears of all blocks got the same sparsity."""
+    attrs = trial.user_attrs
+    return "linear_sparsities" not in attrs and len(set(attrs.get("sparsities", ()))) == 1
 
 
 def score_of(trial: FrozenTrial) -> Perplexity | None:

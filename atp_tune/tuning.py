@@ -11,6 +11,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune import storage
+from atp_tune.allocations import Budget
 from atp_tune.errors import TrialError
 from atp_tune.events import Note, TrialEnded, TrialStarted, Watch
 from atp_tune.samplers import first_trials, make_sampler, make_stopper, total_trials
@@ -58,13 +59,13 @@ def is_complete(study: optuna.Study, file: StudyFile) -> bool:
     sizes, best = study.user_attrs.get("sizes"), storage.best_trial(study)
     if sizes is None or storage.running(study):
         return False
-    total = total_trials(file.study.search, make_space(file.study, tuple(sizes)))
+    total = total_trials(file.study.search, make_space(file.study, Budget(file.study.sparsity, tuple(sizes))))
     return storage.counted(study) >= total and (best is None or not _unreported(study))
 
 
 def _work(run: Run) -> optuna.Study:
     bench = open_bench(run)
-    space = make_space(run.file.study, bench.checkpoint.sizes)
+    space = make_space(run.file.study, bench.budget(run.file.study.sparsity))
     total = total_trials(run.file.study.search, space)
     db = storage.open_storage(run.file.storage_url, create=True)
     assert db is not None

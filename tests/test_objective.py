@@ -39,7 +39,8 @@ def bench(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 @pytest.fixture(scope="module")
 def space(tiny_place: Path, bench: Bench) -> Space:
-    return make_space(study_file(tiny_place).study, bench.checkpoint.sizes)
+    study = study_file(tiny_place).study
+    return make_space(study, bench.budget(study.sparsity))
 
 
 @pytest.fixture

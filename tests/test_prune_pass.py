@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from atp_tune import batching, bench
-from atp_tune.allocations import Budget, atp
+from atp_tune.allocations import Budget, Shape, atp
 from atp_tune.batching import BatchSize
 from atp_tune.bench import Bench
 from atp_tune.errors import TrialError
@@ -342,7 +342,7 @@ def test_a_pass_knows_no_bench() -> None:
     with torch.inference_mode():
         states = naive.states_of(model, replay.checkpoint.blocks, random_ids(7))
         work = Pass(replay, batch, make_pruner("wanda"), [state[:3] for state in states])
-        pruned = list(work.run((0.5,) * 4, hidden))
+        pruned = list(work.run(Plan("wanda", "uniform", (0.5,) * 4), hidden))
     assert [block.index for block in pruned] == [0, 1, 2, 3]
     assert all(set(block.seconds) == {"calibrate", "prune"} for block in pruned)
     last = (hidden[:3] - states[-1][:3]).norm() / states[-1][:3].norm()
@@ -357,4 +357,6 @@ def test_a_bfloat16_model_is_pruned_in_bfloat16() -> None:
 
 def test_budgets_hold_the_checkpoint_s_sizes() -> None:
     work = bench_of(tiny("gpt2"))
-    assert work.budget(0.3) == Budget(0.3, (24 * 72 + 24 * 24 + 2 * 24 * 96,) * 3)
+    assert work.budget(0.3).sizes == (24 * 72 + 24 * 24 + 2 * 24 * 96,) * 3
+    shapes = (Shape(72, 24, True), Shape(24, 24, True), Shape(96, 24, False), Shape(24, 96, False))
+    assert work.budget(0.3) == Budget(0.3, work.budget(0.3).sizes, (shapes,) * 3)

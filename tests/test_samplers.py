@@ -9,11 +9,11 @@ import pytest
 from optuna.pruners import NopPruner, WilcoxonPruner
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import TrialState
-from test_space import SIZES, study_of
+from test_space import SIZES, space_for, study_of
 
 from atp_tune.plan import Plan
 from atp_tune.samplers import STARTS, LogSampler, first_trials, make_sampler, make_stopper, total_trials
-from atp_tune.space import Space, make_space
+from atp_tune.space import Space
 from atp_tune.study import Search
 
 BOTH = {"pruners": ["wanda", "magnitude"]}
@@ -28,7 +28,7 @@ def quiet() -> Iterator[None]:
 
 
 def space_of(**changes: Any) -> Space:
-    return make_space(study_of(**changes), SIZES)
+    return space_for(study_of(**changes), SIZES)
 
 
 def search_of(**changes: Any) -> Search:

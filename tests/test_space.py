@@ -18,6 +18,10 @@ def study_of(**changes: Any) -> Study:
     return Study.model_validate(base | changes)
 
 
+def space_for(study: Study, sizes: tuple[int, ...]) -> Space:
+    return make_space(study, Budget(study.sparsity, sizes))
+
+
 class Fixed:
     """A trial that takes what it is told, and remembers what it was asked."""
 
@@ -34,19 +38,19 @@ class Fixed:
 
 
 def test_auto_is_from_uniform_to_the_bound() -> None:
-    assert make_space(study_of(), SIZES).intervals == {"atp": {"beta": (0.0, pytest.approx(0.2))}}
+    assert space_for(study_of(), SIZES).intervals == {"atp": {"beta": (0.0, pytest.approx(0.2))}}
 
 
 @pytest.mark.parametrize("beta", [(0.0, 0.1), (-0.2, 0.2), (-0.1, 0.0), (0.0, 0.0)])
 def test_an_interval_inside_the_bound_is_taken(beta: tuple[float, float]) -> None:
-    space = make_space(study_of(allocation={"beta": beta}, sparsity=0.5), SIZES)
+    space = space_for(study_of(allocation={"beta": beta}, sparsity=0.5), SIZES)
     assert space.intervals == {"atp": {"beta": beta}}
 
 
 @pytest.mark.parametrize("beta", [(0.0, 0.2001), (-0.2001, 0.1), (-1.0, 1.0)])
 def test_an_interval_outside_the_bound(beta: tuple[float, float]) -> None:
     with pytest.raises(UserError) as error:
-        make_space(study_of(allocation={"beta": beta}), SIZES)
+        space_for(study_of(allocation={"beta": beta}), SIZES)
     text = str(error.value)
     assert text.startswith(f"allocation.beta: [{beta[0]:g}, {beta[1]:g}] leaves the admissible interval [-0.2, 0.2]")
     assert 'of 5 blocks at sparsity 0.6; narrow it, or write beta = "auto"' in text
@@ -54,12 +58,12 @@ def test_an_interval_outside_the_bound(beta: tuple[float, float]) -> None:
 
 
 def test_bounds_of_blocks_that_differ() -> None:
-    space = make_space(study_of(), (100, 100, 400))
+    space = space_for(study_of(), (100, 100, 400))
     assert space.intervals["atp"]["beta"][1] == pytest.approx(min(0.6 / 1.5, 0.4 / 0.5))
 
 
 def test_a_suggestion_is_a_plan_and_its_parameters_give_it_again() -> None:
-    space = make_space(study_of(prune={"pruners": ["wanda", "sparsegpt"]}), SIZES)
+    space = space_for(study_of(prune={"pruners": ["wanda", "sparsegpt"]}), SIZES)
     values = {"pruner": "sparsegpt", "allocation": "atp", "beta": 0.1}
     trial = Fixed(values)
     plan = space.suggest(trial)
@@ -74,7 +78,7 @@ def test_a_suggestion_is_a_plan_and_its_parameters_give_it_again() -> None:
 
 
 def test_uniform_has_no_parameters() -> None:
-    space = make_space(study_of(allocation={"names": ["uniform", "atp"]}), SIZES)
+    space = space_for(study_of(allocation={"names": ["uniform", "atp"]}), SIZES)
     trial = Fixed({"pruner": "wanda", "allocation": "uniform"})
     assert space.suggest(trial).sparsities == (0.6,) * 5
     assert trial.asked == {"pruner": ("wanda",), "allocation": ("uniform", "atp")}
@@ -84,7 +88,7 @@ def test_uniform_has_no_parameters() -> None:
 @pytest.mark.parametrize("names", [["atp"], ["uniform"], ["uniform", "atp"], ["atp", "uniform"]])
 def test_every_study_starts_uniform_once_for_each_pruner(names: list[str]) -> None:
     study = study_of(allocation={"names": names}, prune={"pruners": ["wanda", "magnitude"]})
-    space = make_space(study, SIZES)
+    space = space_for(study, SIZES)
     plans = [space.plan(params) for params in space.uniform()]
     assert [plan.pruner for plan in plans] == ["wanda", "magnitude"]
     assert {plan.sparsities for plan in plans} == {(0.6,) * 5}
@@ -104,7 +108,7 @@ def test_every_study_starts_uniform_once_for_each_pruner(names: list[str]) -> No
     ],
 )
 def test_the_grid_goes_to_the_bound(step: float, values: list[float]) -> None:
-    space = make_space(study_of(), SIZES)
+    space = space_for(study_of(), SIZES)
     grid = space.grid(step)
     assert grid == {"pruner": ["wanda"], "allocation": ["atp"], "beta": values}
     assert all(space.plan({"pruner": "wanda", "allocation": "atp", "beta": beta}) for beta in values)
@@ -112,24 +116,24 @@ def test_the_grid_goes_to_the_bound(step: float, values: list[float]) -> None:
 
 def test_a_bound_that_floats_miss_is_on_the_grid() -> None:
     """(1 - 0.9) / 2 is a little less than 0.05."""
-    space = make_space(study_of(sparsity=0.9), SIZES)
+    space = space_for(study_of(sparsity=0.9), SIZES)
     assert space.intervals["atp"]["beta"][1] < 0.05
     assert space.grid(0.01)["beta"] == [0.01, 0.02, 0.03, 0.04, 0.05]
     assert space.plan({"pruner": "wanda", "allocation": "atp", "beta": 0.05}).sparsities[-1] == 1.0
 
 
 def test_the_paper_s_grid_of_an_80_block_model() -> None:
-    space = make_space(study_of(sparsity=0.7), (64,) * 80)
+    space = space_for(study_of(sparsity=0.7), (64,) * 80)
     assert space.grid(0.002)["beta"] == [0.002, 0.004, 0.006]
 
 
 def test_a_step_beyond_the_bound() -> None:
     with pytest.raises(UserError, match=r"^search.step: 0.21 is larger than the bound of beta, 0.2$"):
-        make_space(study_of(), SIZES).grid(0.21)
+        space_for(study_of(), SIZES).grid(0.21)
 
 
 def test_one_block() -> None:
-    space = make_space(study_of(), (100,))
+    space = space_for(study_of(), (100,))
     assert space.intervals == {"atp": {"beta": (0.0, 0.0)}}
     assert [space.plan(params).sparsities for params in space.uniform()] == [(0.6,)]
     assert space.suggest(optuna.create_study().ask()).sparsities == (0.6,)

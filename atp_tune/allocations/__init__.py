@@ -3,16 +3,17 @@
 An allocation is one module with two functions and one row of `ALLOCATIONS`:
 
     bounds(budget)                  the admissible interval of each of its parameters
-    sparsities(budget, **values)    one sparsity per block, in [0, 1], whose weighted mean is the target
+    sparsities(budget, **values)    one sparsity per block, or per linear of each block, in [0, 1], whose weighted
+                                    mean is the target
 """
 
 from collections.abc import Callable
 from typing import Protocol
 
 from atp_tune.allocations import atp, uniform
-from atp_tune.allocations.budget import Budget
+from atp_tune.allocations.budget import Budget, Evidence, LinearSparsities, Shape, Sparsities
 
-__all__ = ["ALLOCATIONS", "Allocation", "Budget"]
+__all__ = ["ALLOCATIONS", "Allocation", "Budget", "Evidence", "LinearSparsities", "Shape", "Sparsities"]
 
 
 class Allocation(Protocol):
@@ -22,8 +23,8 @@ class Allocation(Protocol):
         """The interval of each parameter in which all sparsities are in [0, 1]."""
 
     @property
-    def sparsities(self) -> Callable[..., tuple[float, ...]]:
-        """From a budget and the parameters: one sparsity per block; ValueError outside the bounds."""
+    def sparsities(self) -> Callable[..., Sparsities]:
+        """From a budget and the parameters: the sparsities; ValueError outside the bounds."""
 
 
 ALLOCATIONS: dict[str, Allocation] = {

@@ -1,14 +1,52 @@
-"""The budget that an allocation shares out."""
+"""The budget that an allocation shares out, and all that it may know of the dense model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+Score = Literal["magnitude", "wanda"]
+LinearSparsities = tuple[tuple[float, ...], ...]  # one per linear of each block
+Sparsities = tuple[float, ...] | LinearSparsities  # one per block, where its linears do not differ
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One linear: outputs, inputs, and whether it belongs to the block's attention (else to its MLP)."""
+
+    rows: int
+    columns: int
+    attention: bool
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return self.rows * self.columns
+
+
+class Evidence(Protocol):
+    """What is measured on the dense model, when an allocation asks for it; each is measured once."""
+
+    def outlier_ratios(self, threshold: float) -> tuple[float, ...]:
+        """For each block the share of its Wanda scores above `threshold` times their mean."""
+
+    def tail_exponents(self) -> tuple[tuple[float, ...], ...]:
+        """For each linear of each block the exponent α of the tail of its eigenvalue spectrum."""
+
+    def global_sparsities(self, target: float, score: Score) -> LinearSparsities:
+        """For each linear of each block the share of its scores among the model's `target` lowest."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Target S (share of zeros over all linears, in [0, 1]) and the number of prunable weights of each block."""
+    """Target S (share of zeros over all linears, in [0, 1]) and the number of prunable weights of each block.
+
+    `linears` are the shapes behind the sizes, `evidence` what can be measured, `score` what the pruner ranks by.
+    """
 
     target: float
     sizes: tuple[int, ...]
+    linears: tuple[tuple[Shape, ...], ...] = ()
+    evidence: Evidence | None = field(default=None, compare=False)
+    score: Score = "wanda"
 
     @property
     def centre(self) -> float:
@@ -18,3 +56,10 @@ class Budget:
     def mean(self, sparsities: tuple[float, ...]) -> float:
         """Weighted mean of one sparsity per block: the share of zeros that they make."""
         return sum(s * size for s, size in zip(sparsities, self.sizes, strict=True)) / sum(self.sizes)
+
+    def block_means(self, sparsities: LinearSparsities) -> tuple[float, ...]:
+        """Sparsity of each block, from those of its linears."""
+        return tuple(
+            sum(s * shape.size for s, shape in zip(row, shapes, strict=True)) / sum(shape.size for shape in shapes)
+            for row, shapes in zip(sparsities, self.linears, strict=True)
+        )
