@@ -74,7 +74,11 @@ def _plan(config: Config, bench: Bench) -> Plan:
     blocks = len(bench.checkpoint.blocks)
     if len(config.block_sparsities) != blocks:
         raise UserError(f"block_sparsities: {len(config.block_sparsities)} values for a model of {blocks} blocks")
-    return Plan(config.pruner, config.allocation.name, config.block_sparsities)
+    found = config.linear_sparsities
+    if found is not None and [len(row) for row in found] != [len(row) for row in bench.checkpoint.linears]:
+        raise UserError("linear_sparsities: not one value for each linear of the model's blocks")
+    name, values = config.allocation.name, config.allocation.parameters
+    return Plan(config.pruner, name, config.block_sparsities, values, found)
 
 
 def write_sparse(bench: Bench, plan: Plan, out: Path, provenance: str) -> None:

@@ -86,7 +86,10 @@ class Checkpoint:
     def shapes(self) -> tuple[tuple[Shape, ...], ...]:
         """Shape of each linear of each block, as an allocation sees it."""
         return tuple(
-            tuple(Shape(linear.out_features, linear.in_features, is_attention(linear.name)) for linear in linears)
+            tuple(
+                Shape(linear.out_features, linear.in_features, is_attention(linear.name), is_value(linear.name))
+                for linear in linears
+            )
             for linears in self.linears
         )
 
@@ -139,6 +142,11 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def is_attention(name: str) -> bool:
     """Whether a linear belongs to its block's attention, by the module that it is in: attn or attention."""
     return "attn" in name or "attention" in name
+
+
+def is_value(name: str) -> bool:
+    """Whether a linear is the value projection of its attention and nothing else."""
+    return name.rpartition(".")[2] in ("v_proj", "value")
 
 
 def find_linears(block: nn.Module) -> list[Linear]:

@@ -34,10 +34,11 @@ class ModelRef(Part):
 
 
 class AllocationRef(Part):
-    """How the sparsities came about; `beta` is null for allocations without it."""
+    """How the sparsities came about; `beta` is null for allocations without it, `parameters` holds all."""
 
     name: str
     beta: float | None
+    parameters: dict[str, float] = {}
 
 
 class Sparsity(Part):
@@ -79,6 +80,9 @@ class Config(Part):
     prune: Prune = Field(description="settings of the pruners, and where their statistics come from")
     allocation: AllocationRef
     block_sparsities: tuple[Share, ...] = Field(min_length=1)
+    linear_sparsities: tuple[tuple[Share, ...], ...] | None = Field(
+        None, description="one per linear of each block, where they differ within blocks"
+    )
     sparsity: Sparsity
     perplexity: Scores
     baselines: Baselines

@@ -24,6 +24,28 @@ class Perplexity(BaseModel):
         return f"{self.value:.2f} ± {self.stderr:.2f}"
 
 
+class Change(BaseModel):
+    """Relative change from one perplexity to another, and its standard error over paired windows."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    value: float
+    stderr: float
+
+    def __str__(self) -> str:
+        return f"{self.value:+.1%} ± {self.stderr:.1%}"
+
+
+def change(before: Sequence[float], after: Sequence[float]) -> Change:
+    """Relative change of perplexity between NLLs [n] of the same windows.
+
+    The windows' own spread, which both share, falls out of the differences: the error is that of the comparison, and
+    much smaller than the errors of the two perplexities.
+    """
+    ratio = perplexity([new - old for old, new in zip(before, after, strict=True)])
+    return Change(value=ratio.value - 1, stderr=ratio.stderr)
+
+
 def perplexity(nlls: Sequence[float]) -> Perplexity:
     """Perplexity of window NLLs [n] in nats per token; infinite where exp overflows or an NLL is not a number."""
     mean = statistics.fmean(nlls)

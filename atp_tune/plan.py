@@ -3,8 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 from atp_tune.allocations import ALLOCATIONS, Budget, LinearSparsities
-
-SYMBOLS = {"beta": "β", "gamma": "γ", "lam": "λ", "epsilon": "ε"}
+from atp_tune.allocations.budget import SYMBOLS
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,15 @@ class Plan:
     def __str__(self) -> str:
         if self.is_uniform:
             return f"{self.pruner} uniform"
-        values = " ".join(f"{SYMBOLS.get(name, name)}={value:.5f}" for name, value in self.parameters.items())
-        return f"{self.pruner} {self.allocation} {values}".rstrip()
+        return f"{self.pruner} {self.allocation} {shown(self.parameters)}".rstrip()
+
+
+def shown(parameters: dict[str, float]) -> str:
+    """Parameters as people read them: β=0.00569 γ=-0.12."""
+    formats = {"beta": ".5f"}
+    return " ".join(
+        f"{SYMBOLS.get(name, name)}={value:{formats.get(name, '.3g')}}" for name, value in parameters.items()
+    )
 
 
 def make_plan(pruner: str, allocation: str, budget: Budget, parameters: dict[str, float]) -> Plan:

@@ -1,14 +1,14 @@
 """How Optuna proposes and stops: the sampler and the stopper of a study."""
 
-import itertools
 import math
 import random
 import warnings
+from collections import Counter
 from typing import Any
 
 import optuna
 from optuna import Study
-from optuna.distributions import BaseDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner, NopPruner, WilcoxonPruner
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from atp_tune.space import Params, Space
 from atp_tune.study import Search
 
-STARTS = 3  # trials before a model of the objective is fitted: plenty for one or two parameters
+STARTS = 3  # measured points of an allocation before a model of it is fitted: plenty for one to three parameters
 
 
 def make_sampler(search: Search, space: Space, seed: int) -> BaseSampler:
@@ -26,38 +26,58 @@ def make_sampler(search: Search, space: Space, seed: int) -> BaseSampler:
         warnings.simplefilter("ignore", ExperimentalWarning)
         match search.sampler:
             case "gp":
-                return LogSampler(GPSampler(seed=seed, n_startup_trials=STARTS))
+                return BranchSampler(GPSampler(seed=seed, n_startup_trials=STARTS), space)
             case "tpe":
-                return TPESampler(seed=seed, n_startup_trials=STARTS, multivariate=True)
+                return BranchSampler(TPESampler(seed=seed, n_startup_trials=STARTS, multivariate=True), space)
             case "grid" | "random":  # all points of a grid are among the first trials
                 return RandomSampler(seed=seed)
 
 
-class LogSampler(BaseSampler):
-    """Lets a sampler see log perplexity (nats per token), while the study keeps perplexity.
+class BranchSampler(BaseSampler):
+    """Chooses an allocation, and lets a sampler propose its parameters from what is known of this allocation.
 
-    Perplexity explodes where β is too large: fitted as it is, one such trial flattens the valley that matters.
+    Each allocation has parameters of its own, which samplers of one fixed space, like the GP, cannot mix. Every other
+    trial goes to the allocation with the fewest trials, the others to the one that leads: all get a fair try, and the
+    winner most of the work. Uniform is a point of ATP, and ATP a face of the curve: what was measured there counts.
+
+    The sampler sees log perplexity (nats per token), while the study keeps perplexity. Perplexity explodes where β is
+    too large: fitted as it is, one such trial flattens the valley that matters.
     """
 
-    def __init__(self, inner: BaseSampler) -> None:
+    def __init__(self, inner: BaseSampler, space: Space) -> None:
         self._inner = inner
+        self._space = space
+        self._branch = ""
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """As the inner sampler does."""
-        return self._inner.infer_relative_search_space(study, trial)
+        """Pruner, allocation and the parameters of the allocation whose turn it is."""
+        self._branch = whose_turn(_others(study, trial), self._space)
+        floats = {name: FloatDistribution(*ends) for name, ends in self._space.intervals[self._branch].items()}
+        return {
+            "pruner": CategoricalDistribution(self._space.pruners),
+            "allocation": CategoricalDistribution(tuple(self._space.intervals)),
+            **floats,
+        }
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """What the inner sampler proposes in a study in memory that holds the logarithms."""
-        if not search_space:
-            return {}
+        """What the inner sampler proposes in a study in memory that holds this allocation's trials alone."""
+        own = {name: kind for name, kind in search_space.items() if name != "allocation"}
+        open_ones = {name: kind for name, kind in own.items() if not kind.single()}
         shadow = optuna.create_study()
-        states = (TrialState.COMPLETE, TrialState.RUNNING)
-        others = study.get_trials(deepcopy=False, states=states)
-        shadow.add_trials([_logged(other) for other in others if other.number != trial.number])
+        for other in _others(study, trial):
+            if params := self._space.within(other.params, self._branch):
+                shadow.add_trial(_logged(other, {name: params[name] for name in own}, own))
         shadow.ask()  # stands for the trial: the inner sampler writes to it
-        return self._inner.sample_relative(shadow, shadow.trials[-1], search_space)
+        found = self._inner.sample_relative(shadow, shadow.trials[-1], open_ones)
+        for name, kind in open_ones.items():
+            if name not in found:
+                found[name] = self._inner.sample_independent(shadow, shadow.trials[-1], name, kind)
+        return {
+            "allocation": self._branch,
+            **{name: found[name] if name in found else _only(own[name]) for name in own},
+        }
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -66,9 +86,37 @@ class LogSampler(BaseSampler):
         return self._inner.sample_independent(study, trial, param_name, param_distribution)
 
 
-def _logged(trial: FrozenTrial) -> FrozenTrial:
+def _only(kind: BaseDistribution) -> Any:
+    """The value of a distribution that has one."""
+    return kind.low if isinstance(kind, FloatDistribution) else kind.choices[0]  # type: ignore[attr-defined]
+
+
+def _others(study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
+    states = (TrialState.COMPLETE, TrialState.RUNNING)
+    others = study.get_trials(deepcopy=False, states=states)
+    return [other for other in others if other.number != trial.number and "allocation" in other.params]
+
+
+def _logged(trial: FrozenTrial, params: Params, distributions: dict[str, BaseDistribution]) -> FrozenTrial:
     value = None if trial.value is None else math.log(trial.value)
-    return optuna.create_trial(state=trial.state, value=value, params=trial.params, distributions=trial.distributions)
+    return optuna.create_trial(state=trial.state, value=value, params=params, distributions=distributions)
+
+
+def whose_turn(trials: list[FrozenTrial], space: Space) -> str:
+    """The allocation of the next trial: by turns the one with the fewest trials and the one that leads.
+
+    Allocations without parameters have one point for each pruner, which is measured at the start.
+    """
+    open_ones = [name for name in space.intervals if space.is_open(name)]
+    if not open_ones:
+        return next(iter(space.intervals))
+    tried = Counter(trial.params["allocation"] for trial in trials)
+    fewest = min(open_ones, key=lambda name: tried[name])
+    done = [trial for trial in trials if trial.value is not None and trial.params["allocation"] in open_ones]
+    if len(trials) % 2 == 0 or not done:
+        return fewest
+    best: str = min(done, key=lambda trial: trial.value or math.inf).params["allocation"]
+    return best
 
 
 def make_stopper(search: Search) -> BasePruner:
@@ -79,23 +127,23 @@ def make_stopper(search: Search) -> BasePruner:
 
 
 def first_trials(search: Search, space: Space) -> list[Params]:
-    """What a study asks for before its sampler does: uniform for each pruner, then the points of a grid, shuffled.
+    """What a study asks for before its sampler does: uniform for each pruner, then where each allocation begins, or
+    the points of a grid, shuffled.
 
     They are queued in the storage, because Optuna's GridSampler loses points over a resume, and ends in a KeyError
     where trials were queued beside a grid of one point.
     """
-    points: list[Params] = []
-    if search.sampler == "grid":
-        grid = space.grid(search.step)
-        points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-        random.Random(search.seed).shuffle(points)
+    if search.sampler != "grid":
+        return [*space.uniform(), *space.starts()]
+    points = space.grid(search.step)
+    random.Random(search.seed).shuffle(points)
     return [*space.uniform(), *points]
 
 
 def total_trials(search: Search, space: Space) -> int:
-    """Trials of the whole study: as asked, and on a grid no more than it has points (and uniform, per pruner)."""
-    if search.sampler != "grid":
-        assert search.trials is not None
-        return search.trials
-    all_points = len(first_trials(search, space))
-    return min(search.trials or all_points, all_points)
+    """Trials of the whole study: as asked, but no more than there are points, on a grid or without parameters."""
+    points = len(first_trials(search, space))
+    if search.sampler == "grid" or not any(map(space.is_open, space.intervals)):
+        return min(search.trials or points, points)
+    assert search.trials is not None
+    return search.trials

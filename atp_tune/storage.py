@@ -187,8 +187,13 @@ def running(study: optuna.Study) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
 
-def best_trial(study: optuna.Study) -> FrozenTrial | None:
-    """The trial with the lowest perplexity among those measured in full, if there is one."""
+def measured(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials that were measured in full, the lowest perplexity first."""
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     full = [trial for trial in done if "stopped_after" not in trial.user_attrs and trial.value is not None]
-    return min(full, key=lambda trial: trial.value or 0.0, default=None)
+    return sorted(full, key=lambda trial: trial.value or 0.0)
+
+
+def best_trial(study: optuna.Study) -> FrozenTrial | None:
+    """The trial with the lowest perplexity among those measured in full, if there is one."""
+    return next(iter(measured(study)), None)

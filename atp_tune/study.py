@@ -4,13 +4,13 @@ Symbols: S target sparsity in (0, 1), the share of zeros over all linears of all
 progression, per block. `atp_tune.studyfile` reads and reports; this module only holds the meaning of each key.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Share = Annotated[float, Field(ge=0, le=1)]
 PrunerName = Literal["magnitude", "wanda", "sparsegpt"]
-AllocationName = Literal["uniform", "atp"]
+AllocationName = Literal["uniform", "atp", "curve"]
 
 
 class Part(BaseModel):
@@ -58,15 +58,18 @@ class Allocation(Part):
     """How the target is shared out over blocks, and what the search may vary."""
 
     names: tuple[AllocationName, ...] = Field(("atp",), min_length=1)
-    beta: Literal["auto"] | tuple[float, float] = Field(
-        "auto", description="interval of the common difference; auto: from 0 to the admissible bound"
+    beta: Literal["auto", "both"] | tuple[float, float] = Field(
+        "auto",
+        description="interval of the common difference; auto: from 0 to the admissible bound; both: negative too",
     )
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
-        if self.beta != "auto" and self.beta[0] > self.beta[1]:
+        if isinstance(self.beta, str):
+            return self
+        if self.beta[0] > self.beta[1]:
             raise ValueError(f"beta: the interval [{self.beta[0]}, {self.beta[1]}] runs backwards")
-        if self.beta != "auto" and not self.beta[0] <= 0 <= self.beta[1]:
+        if not self.beta[0] <= 0 <= self.beta[1]:
             raise ValueError(f"beta: [{self.beta[0]}, {self.beta[1]}] must hold 0, the uniform allocation")
         return self
 
@@ -142,6 +145,13 @@ class Study(Part):
     search: Search
     storage: str | None = Field(None, description="Optuna storage URL; default: NAME.db beside the study file")
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+
+    @field_validator("allocation", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        """`allocation = "atp"` and `allocation = ["atp", "owl"]` are short for its table of names."""
+        names = [value] if isinstance(value, str) else value
+        return {"names": names} if isinstance(names, list | tuple) else value
 
     @model_validator(mode="after")
     def _roles(self) -> Self:

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -11,8 +11,21 @@ from optuna.trial import FrozenTrial, TrialState
 from atp_tune import storage
 from atp_tune.config import AllocationRef, Baselines, Config, ModelRef, Scores, Sparsity, Texts
 from atp_tune.errors import UserError
-from atp_tune.perplexity import Perplexity, perplexity
+from atp_tune.perplexity import Change, Perplexity, change, perplexity
 from atp_tune.studyfile import StudyFile
+
+
+@dataclass(frozen=True)
+class Rank:
+    """The best trial of one allocation, and how its perplexity changes from uniform's with the same pruner.
+
+    `against` is paired by windows, on the report text if both are measured there, else on the search text.
+    """
+
+    trial: FrozenTrial
+    scores: Scores
+    against: Change | None
+    on: Literal["search", "report"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +40,7 @@ class Summary:
     uniform: Scores
     best: Scores
     best_trial: FrozenTrial | None
+    ranks: list[Rank]
 
     @property
     def gain(self) -> float | None:
@@ -54,7 +68,31 @@ def summarise(study: optuna.Study) -> Summary:
         uniform=_scores(uniform, reports),
         best=_scores(best, reports),
         best_trial=best,
+        ranks=[_rank(study, trial) for trial in best_of_each(study)],
     )
+
+
+def best_of_each(study: optuna.Study) -> list[FrozenTrial]:
+    """The best trial of each allocation, the best first; trials where all sparsities are equal count as uniform."""
+    best: dict[str, FrozenTrial] = {}
+    for trial in storage.measured(study):
+        best.setdefault(allocation_of(trial), trial)
+    return list(best.values())
+
+
+def allocation_of(trial: FrozenTrial) -> str:
+    """Name of a trial's allocation."""
+    return "uniform" if is_uniform(trial) else str(trial.params["allocation"])
+
+
+def _rank(study: optuna.Study, trial: FrozenTrial) -> Rank:
+    reports, uniform = study.user_attrs.get("reports", {}), uniform_of(study, trial)
+    own, base = reports.get(str(trial.number)), reports.get(str(uniform.number)) if uniform else None
+    on: Literal["search", "report"] = "report" if own and base else "search"
+    if on == "search":
+        own, base = trial.user_attrs.get("nlls"), uniform.user_attrs.get("nlls") if uniform else None
+    against = change(base, own) if own and base and uniform is not trial and len(own) == len(base) else None
+    return Rank(trial, _scores(trial, reports), against, on)
 
 
 def uniform_of(study: optuna.Study, best: FrozenTrial | None) -> FrozenTrial | None:
@@ -69,6 +107,11 @@ def is_uniform(trial: FrozenTrial) -> bool:
     """Whether all linears of all blocks got the same sparsity."""
     attrs = trial.user_attrs
     return "linear_sparsities" not in attrs and len(set(attrs.get("sparsities", ()))) == 1
+
+
+def parameters_of(trial: FrozenTrial) -> dict[str, float]:
+    """The parameters of a trial's allocation."""
+    return {name: value for name, value in trial.params.items() if name not in ("pruner", "allocation")}
 
 
 def score_of(trial: FrozenTrial) -> Perplexity | None:
@@ -90,8 +133,11 @@ def best_config(file: StudyFile, study: optuna.Study, out: Path) -> Config:
         model=_model_ref(spec.model.source, spec.model.revision, spec.model.sha256, facts),
         pruner=best.params["pruner"],
         prune=spec.prune,
-        allocation=AllocationRef(name=best.params["allocation"], beta=best.params.get("beta")),
+        allocation=AllocationRef(
+            name=best.params["allocation"], beta=best.params.get("beta"), parameters=parameters_of(best)
+        ),
         block_sparsities=tuple(best.user_attrs["sparsities"]),
+        linear_sparsities=best.user_attrs.get("linear_sparsities"),
         sparsity=Sparsity(target=spec.sparsity, realised=best.user_attrs["realised"]),
         perplexity=summary.best,
         baselines=Baselines(dense=summary.dense, uniform=summary.uniform),

@@ -7,12 +7,20 @@ from typing import Any
 import optuna
 import pytest
 from optuna.pruners import NopPruner, WilcoxonPruner
-from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, GPSampler, RandomSampler
 from optuna.trial import TrialState
 from test_space import SIZES, space_for, study_of
 
 from atp_tune.plan import Plan
-from atp_tune.samplers import STARTS, LogSampler, first_trials, make_sampler, make_stopper, total_trials
+from atp_tune.samplers import (
+    STARTS,
+    BranchSampler,
+    first_trials,
+    make_sampler,
+    make_stopper,
+    total_trials,
+    whose_turn,
+)
 from atp_tune.space import Space
 from atp_tune.study import Search
 
@@ -54,7 +62,8 @@ def params_of(study: optuna.Study) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("gp", LogSampler), ("tpe", TPESampler), ("random", RandomSampler), ("grid", RandomSampler)]
+    ("name", "kind"),
+    [("gp", BranchSampler), ("tpe", BranchSampler), ("random", RandomSampler), ("grid", RandomSampler)],
 )
 def test_a_sampler_by_name(name: str, kind: type[BaseSampler]) -> None:
     assert type(make_sampler(search_of(sampler=name), space_of(), 0)) is kind
@@ -101,6 +110,52 @@ def test_a_gp_study_goes_on_with_a_new_sampler(tmp_path: Path) -> None:
     assert min(abs(beta - 0.07) for beta in betas) < 0.02
 
 
+FLAT = {"gamma": 0.0, "ends": 0.0, "split": 0.0, "value": 0.0}
+MIXED = {"names": ["atp", "curve", "uniform"]}
+
+
+def mixed_perplexity(plan: Plan) -> float:
+    """Curve's valley is deeper than ATP's: at γ = -0.1."""
+    gamma = plan.parameters.get("gamma", 0.0)
+    return fake_perplexity(plan) * math.exp(20 * (gamma + 0.1) ** 2)
+
+
+@pytest.mark.parametrize("sampler", ["gp", "tpe"])
+def test_a_mixed_space_gives_each_allocation_its_parameters(sampler: str) -> None:
+    space = space_of(allocation=MIXED, prune=BOTH)
+    search = search_of(sampler=sampler)
+    study = optuna.create_study(sampler=make_sampler(search, space, 0))
+    for params in first_trials(search, space):
+        study.enqueue_trial(params)
+    study.optimize(lambda trial: mixed_perplexity(space.suggest(trial)), n_trials=24)
+    tried = [trial.params["allocation"] for trial in study.trials]
+    assert tried.count("curve") >= 6 and tried.count("atp") >= 4
+    for trial in study.trials:
+        assert set(trial.params) == {"pruner", "allocation", *space.intervals[trial.params["allocation"]]}
+    assert study.best_params["allocation"] == "curve"
+    assert study.best_value < mixed_perplexity(space.plan({"pruner": "wanda", "allocation": "atp", "beta": 0.07}))
+
+
+def test_turns_go_to_the_fewest_and_to_the_leader() -> None:
+    space = space_of(allocation=MIXED)
+    points = [("atp", 10.0), ("atp", 9.0), ("curve", 8.0), ("uniform", 7.0), ("uniform", 7.0), ("uniform", 7.0)]
+    values = {"pruner": "wanda", "beta": 0.1, **FLAT}
+    study = optuna.create_study()
+    for name, value in points:
+        names = {"pruner", "allocation", *space.intervals[name]}
+        fixed = {key: values[key] for key in names - {"allocation"}} | {"allocation": name}
+        study.enqueue_trial(fixed)
+        trial = study.ask()
+        space.suggest(trial)
+        study.tell(trial, value)
+    assert whose_turn(study.trials, space) == "curve"  # six are done: the fewest of those with parameters
+    assert whose_turn(study.trials[:5], space) == "curve"  # the leader of those with parameters
+    assert whose_turn(study.trials[:2], space) == "curve"
+    assert whose_turn(study.trials[:1], space) == "atp"
+    assert whose_turn([], space) == "atp"
+    assert whose_turn([], space_of(allocation={"names": ["uniform"]})) == "uniform"
+
+
 class Spy(BaseSampler):
     """Remembers the trials that it is shown, and proposes the middle."""
 
@@ -120,9 +175,13 @@ class Spy(BaseSampler):
         return self.inner.sample_independent(*args)
 
 
+def without_allocation(trial: optuna.Trial) -> dict[str, Any]:
+    return {name: value for name, value in trial.params.items() if name != "allocation"}
+
+
 def test_the_sampler_inside_sees_logarithms_of_what_is_done_and_what_runs() -> None:
     spy, space = Spy(), space_of()
-    study = optuna.create_study(sampler=LogSampler(spy))
+    study = optuna.create_study(sampler=BranchSampler(spy, space))
     done, failed, running = trials = study.ask(), study.ask(), study.ask()
     for trial in trials:
         space.suggest(trial)
@@ -130,8 +189,8 @@ def test_the_sampler_inside_sees_logarithms_of_what_is_done_and_what_runs() -> N
     study.tell(failed, state=TrialState.FAIL)
     assert space.suggest(study.ask()).parameters == {"beta": 0.1}
     assert spy.shown == [
-        (TrialState.COMPLETE, pytest.approx(2.0), done.params),
-        (TrialState.RUNNING, None, running.params),
+        (TrialState.COMPLETE, pytest.approx(2.0), without_allocation(done)),
+        (TrialState.RUNNING, None, without_allocation(running)),
     ]
     assert study.trials[0].value == pytest.approx(math.e**2)
 
@@ -140,8 +199,23 @@ def test_the_first_trials_are_drawn_at_random() -> None:
     """Until there are STARTS measured trials, the GP proposes what its independent sampler does."""
     space = space_of()
     study = run(space, make_sampler(search_of(), space, 5), STARTS)
-    plain = run(space, GPSampler(seed=5, n_startup_trials=STARTS), STARTS)
-    assert params_of(study) == params_of(plain)
+    plain = optuna.create_study(sampler=GPSampler(seed=5, n_startup_trials=STARTS))
+    plain.optimize(lambda trial: trial.suggest_float("beta", *space.intervals["atp"]["beta"]), n_trials=STARTS - 1)
+    assert [p["beta"] for p in params_of(study)[1:]] == [p["beta"] for p in params_of(plain)]
+
+
+def test_measurements_on_atp_count_for_the_curve() -> None:
+    """The GP of curve starts from them: nothing is drawn at random after STARTS trials of ATP."""
+    space = space_of(allocation={"names": ["atp", "curve"]})
+    spy = Spy()
+    study = optuna.create_study(sampler=BranchSampler(spy, space))
+    for beta in (0.0, 0.1, 0.15, 0.2):
+        study.enqueue_trial({"pruner": "wanda", "allocation": "atp", "beta": beta})
+        trial = study.ask()
+        study.tell(trial, fake_perplexity(space.suggest(trial)))
+    space.suggest(study.ask())
+    own = {"pruner": "wanda", **FLAT}
+    assert [params for _, _, params in spy.shown] == [{**own, "beta": beta} for beta in (0.0, 0.1, 0.15, 0.2)]
 
 
 @pytest.mark.parametrize("prune", [{}, BOTH])

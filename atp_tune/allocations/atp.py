@@ -15,8 +15,6 @@ ICML 2025, section 3.3. The paper searches 0 < β on a grid of 0.002.
 
 from atp_tune.allocations.budget import Budget
 
-ROUNDING = 1e-9
-
 
 def bounds(budget: Budget) -> dict[str, tuple[float, float]]:
     """The admissible interval of `beta`; (0, 0) for a single block, which has nothing to share out."""
@@ -27,10 +25,13 @@ def bounds(budget: Budget) -> dict[str, tuple[float, float]]:
     return {"beta": (-min(zeros / above, kept / below), min(zeros / below, kept / above))}
 
 
+def starts(budget: Budget) -> list[dict[str, float]]:
+    """Where a search begins: half the bound, the middle of the increasing progressions."""
+    return [{"beta": bounds(budget)["beta"][1] / 2}]
+
+
 def sparsities(budget: Budget, beta: float) -> tuple[float, ...]:
     """One sparsity per block; ValueError where one would leave [0, 1]."""
-    low, high = bounds(budget)["beta"]
-    if not low - ROUNDING <= beta <= high + ROUNDING:
-        raise ValueError(f"β = {beta:g} is outside the admissible interval [{low:.6g}, {high:.6g}]")
+    budget.check(bounds(budget), beta=beta)
     line = (budget.target + beta * (i - budget.centre) for i in range(len(budget.sizes)))
     return tuple(min(1.0, max(0.0, s)) for s in line)

@@ -3,6 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+ROUNDING = 1e-9  # by which a parameter may miss its interval
+# As the papers and the docstrings write them.
+SYMBOLS = {"beta": "β", "gamma": "γ", "split": "δ", "ends": "φ", "value": "ν", "lam": "λ", "epsilon": "ε"}
+
 Score = Literal["magnitude", "wanda"]
 LinearSparsities = tuple[tuple[float, ...], ...]  # one per linear of each block
 Sparsities = tuple[float, ...] | LinearSparsities  # one per block, where its linears do not differ
@@ -10,11 +14,14 @@ Sparsities = tuple[float, ...] | LinearSparsities  # one per block, where its li
 
 @dataclass(frozen=True)
 class Shape:
-    """One linear: outputs, inputs, and whether it belongs to the block's attention (else to its MLP)."""
+    """One linear: outputs, inputs, whether it belongs to the block's attention (else to its MLP), and whether it is
+    the value projection there.
+    """
 
     rows: int
     columns: int
     attention: bool
+    value: bool = False
 
     @property
     def size(self) -> int:
@@ -52,6 +59,14 @@ class Budget:
     def centre(self) -> float:
         """Mean block index, weighted by size: (L-1)/2 where all blocks are alike."""
         return sum(i * size for i, size in enumerate(self.sizes)) / sum(self.sizes)
+
+    def check(self, bounds: dict[str, tuple[float, float]], **values: float) -> None:
+        """ValueError if a value is outside its interval, or not a number."""
+        for name, value in values.items():
+            low, high = bounds[name]
+            if not low - ROUNDING <= value <= high + ROUNDING:
+                symbol = SYMBOLS.get(name, name)
+                raise ValueError(f"{symbol} = {value:g} is outside the admissible interval [{low:.6g}, {high:.6g}]")
 
     def mean(self, sparsities: tuple[float, ...]) -> float:
         """Weighted mean of one sparsity per block: the share of zeros that they make."""

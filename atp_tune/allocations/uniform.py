@@ -8,6 +8,11 @@ def bounds(budget: Budget) -> dict[str, tuple[float, float]]:
     return {}
 
 
+def starts(budget: Budget) -> list[dict[str, float]]:
+    """Its only point."""
+    return [{}]
+
+
 def sparsities(budget: Budget) -> tuple[float, ...]:
     """One sparsity per block, all equal to the target S."""
     return (budget.target,) * len(budget.sizes)

@@ -32,21 +32,41 @@ def show_summary(summary: "Summary", file: "StudyFile") -> None:
         table.add_row(_best_label(best), *_cells(summary.best))
     console.print(table)
     console.print("perplexity ± standard error over windows", style="dim", highlight=False)
+    if len(summary.ranks) > 2:  # with two it is uniform and the best, as above
+        _show_ranks(summary)
     _show_gain(summary)
     if best is not None:
         _show_next(summary, file)
 
 
 def _best_label(best: "FrozenTrial") -> str:
-    beta = best.params.get("beta")
-    return f"best, {best.params['pruner']}" + (f" β={beta:.5f}" if beta is not None else "") + f" (trial {best.number})"
+    return f"best, {_named(best)} (trial {best.number})"
+
+
+def _named(trial: "FrozenTrial") -> str:
+    from atp_tune.plan import shown
+    from atp_tune.summary import parameters_of
+
+    return f"{trial.params['pruner']} {trial.params['allocation']} {shown(parameters_of(trial))}".rstrip()
+
+
+def _show_ranks(summary: "Summary") -> None:
+    """The best of each allocation, compared with uniform window by window."""
+    table = _table(None, "trial", "best of each allocation", "search text", "report text", "against uniform")
+    for rank in summary.ranks:
+        against = "" if rank.against is None else f"{rank.against}" + (" (search)" if rank.on == "search" else "")
+        table.add_row(str(rank.trial.number), _named(rank.trial), *_cells(rank.scores), against)
+    console.print(table)
+    console.print("against uniform: same pruner, same windows; the error is that of the difference", style="dim")
 
 
 def _show_gain(summary: "Summary") -> None:
     if summary.gain is not None:
         text = "report" if summary.best.report else "search"
         side = "below" if summary.gain >= 0 else "above"
-        console.print(f"best is {abs(summary.gain):.1%} {side} uniform on the {text} text", highlight=False)
+        paired = summary.ranks[0].against
+        error = f" ± {paired.stderr:.1%}" if paired and paired.stderr else ""
+        console.print(f"best is {abs(summary.gain):.1%}{error} {side} uniform on the {text} text", highlight=False)
     if summary.total is not None and summary.done < summary.total:
         console.print(f"{summary.done} of {summary.total} trials are done", highlight=False)
 
@@ -66,7 +86,7 @@ def show_status(study: "optuna.Study", file: "StudyFile") -> None:
     from atp_tune.summary import summarise
 
     summary = summarise(study)
-    table = _table(None, "trial", "state", "pruner", "β", "perplexity", "zeros", "s", "remark")
+    table = _table(None, "trial", "state", "plan", "perplexity", "zeros", "s", "remark")
     for trial in summary.trials:
         table.add_row(*_row(trial, trial == summary.best_trial))
     console.print(table)
@@ -80,14 +100,13 @@ def show_status(study: "optuna.Study", file: "StudyFile") -> None:
 
 
 def _row(trial: "FrozenTrial", is_best: bool) -> list[str]:
-    attrs, beta = trial.user_attrs, trial.params.get("beta")
+    attrs = trial.user_attrs
     value = "" if trial.value is None else f"{trial.value:.2f}"
     error = f" ± {attrs['stderr']:.2f}" if value and "stderr" in attrs else ""
     return [
         str(trial.number),
         trial.state.name.lower(),
-        trial.params.get("pruner", ""),
-        "" if beta is None else f"{beta:.5f}",
+        _named(trial) if "allocation" in trial.params else trial.params.get("pruner", ""),
         value + error,
         f"{attrs['realised']:.2%}" if "realised" in attrs else "",
         f"{sum(attrs['seconds'].values()):.0f}" if "seconds" in attrs else "",
