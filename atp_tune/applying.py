@@ -55,14 +55,24 @@ def prune_once(
 
 
 def _only_plan(file: StudyFile, bench: Bench, parameters: dict[str, float]) -> Plan:
+    """The plan of the study's first allocation that has these parameters, the others at their defaults."""
+    names = file.study.allocation.names
     space = make_space(file.study, bench.budget(file.study.sparsity))
-    fitting = [name for name, intervals in space.intervals.items() if intervals.keys() == parameters.keys()]
+    fitting = [name for name in names if parameters.keys() <= space.intervals[name].keys()]
     if not fitting:
-        raise UserError(f"--beta: the allocation {file.study.allocation.names[0]} has no β; leave it out")
+        unknown = next(name for name in parameters if name not in space.intervals[names[0]])
+        known = ", ".join(space.intervals[names[0]]) or "none"
+        raise UserError(f"{_option(unknown)}: the allocation {names[0]} has no {unknown}; its parameters: {known}")
+    point = {**space.defaults(fitting[0]), **parameters}
     try:
-        return space.plan({"pruner": file.study.prune.pruners[0], "allocation": fitting[0], **parameters})
+        return space.plan({"pruner": file.study.prune.pruners[0], "allocation": fitting[0], **point})
     except ValueError as error:
-        raise UserError(f"--beta: {error}") from None
+        wrong = next(iter(parameters), "beta")
+        raise UserError(f"{_option(wrong)}: {error}") from None
+
+
+def _option(parameter: str) -> str:
+    return "--beta" if parameter == "beta" else f"--parameter {parameter}"
 
 
 def _plan(config: Config, bench: Bench) -> Plan:

@@ -69,6 +69,12 @@ class Space:
         known = [*self.uniform(), *points]
         return [point for point in points if not any(self._repeats(point, other) for other in known)]
 
+    def defaults(self, allocation: str) -> dict[str, float]:
+        """An allocation's parameters where nothing is asked for: all 0 if that is uniform, else the authors'."""
+        if allocation in NEUTRAL:
+            return dict.fromkeys(self.intervals[allocation], 0.0)
+        return self._starts(allocation)[0]
+
     def within(self, params: Params, allocation: str) -> Params | None:
         """A point of one allocation as a point of another that holds it; None if that does not."""
         own = params["allocation"]

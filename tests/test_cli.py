@@ -49,7 +49,7 @@ def test_a_run_can_be_watched_and_is_not_done_twice(place: Path, command: Comman
         assert process.poll() is None
         watched = command("status", "--study", study)
     assert watched.code == 0
-    assert re.search(r"0 +complete +wanda +0\.00000 ", watched.out)
+    assert re.search(r"0 +complete +wanda uniform ", watched.out)
     assert re.search(r"[1-8] of 9 trials are done", watched.out)
     assert command("export", "--study", study, *settings(*LONG), "--out", place / "early.json").code == 0
     assert read_config(place / "early.json").perplexity.report is None
@@ -270,7 +270,9 @@ def test_status_shows_every_trial_and_the_summary(done: Path, command: CommandLi
     answer = command("status", "--study", done / "tiny.toml")
     assert answer.code == 0
     for trial in stored(done).trials:
-        row = rf"{trial.number} +complete +{trial.params['pruner']} +{trial.params['beta']:.5f} +{trial.value:.2f} ±"
+        row = (
+            rf"{trial.number} +complete +{trial.params['pruner']} atp β={trial.params['beta']:.5f} +{trial.value:.2f} ±"
+        )
         assert re.search(row, answer.out)
     assert "spread: " in answer.out
     assert re.search(r"dense +\d+\.\d\d ± \d\.\d\d +\d+\.\d\d ±", answer.out)
@@ -504,7 +506,12 @@ STUDY = ["--study", "tiny.toml"]
         (None, ["prune", *STUDY, "--beta", "9"], "--beta: β = 9 is outside the admissible interval"),
         (None, ["prune", *STUDY, "--beta", "nan"], "--beta: β = nan is outside the admissible interval"),
         (None, ["prune", *STUDY, "--beta", "0.1", "--set", "allocation.names=['uniform']"],
-         "--beta: the allocation uniform has no β; leave it out"),
+         "--beta: the allocation uniform has no beta; its parameters: none"),
+        (None, ["prune", *STUDY, "--allocation", "curve", "--parameter", "gama=0.1"],
+         "--parameter gama: the allocation curve has no gama; its parameters: beta, gamma, ends, split, value"),
+        (None, ["prune", *STUDY, "--allocation", "curve", "--parameter", "gamma=1"],
+         "--parameter gamma: γ = 1 is outside the admissible interval [-0.25, 0.25]"),
+        (None, ["prune", *STUDY, "--allocation", "alp"], "allocation.names.0: must be one of uniform, atp, "),
         (None, ["prune", *STUDY, "--pruner", "magic"], "must be one of magnitude, wanda, sparsegpt"),
         (None, ["prune", *STUDY, "--sparsity", "70"], "sparsity: must be less than 1, got 70"),
         (None, ["prune", *STUDY, "--out", "model"], "--out model: is there already"),
@@ -539,6 +546,7 @@ def test_bad_input_is_one_line(
         (["status"], "Missing option"),
         (["apply", "--config", "x.json"], "Missing option"),
         (["prune", "--beta", "x"], "Input should be a valid number"),
+        (["prune", "--study", "x", "--parameter", "gamma"], '"gamma" is not NAME=NUMBER'),
     ],
     ids=str,
 )

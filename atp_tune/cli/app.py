@@ -121,7 +121,13 @@ def prune(
     model: Annotated[str | None, typer.Option(metavar="MODEL", help="Hub id, folder or .gguf file.")] = None,
     pruner: Annotated[str | None, typer.Option(help="magnitude, wanda or sparsegpt.")] = None,
     sparsity: Annotated[float | None, typer.Option(help="Share of zeros, as in 0.7.")] = None,
-    beta: Annotated[float, typer.Option(help="Common difference per block; 0 is uniform.")] = 0.0,
+    allocation: Annotated[
+        str | None, typer.Option(help="uniform, atp, curve, owl, alphapruning, er, erk or global; default: atp.")
+    ] = None,
+    beta: Annotated[float | None, typer.Option(help="Common difference per block; 0 is uniform.")] = None,
+    parameter: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Another parameter of the allocation.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder for the sparse checkpoint; new or empty.")
     ] = None,
@@ -137,6 +143,8 @@ def prune(
 
     Example: `python tune.py prune --study smol --beta 0.004`
 
+    Example: `python tune.py prune --study smol --allocation owl --parameter lam=0.08`
+
     Example: `python tune.py prune --model meta-llama/Llama-2-7b-hf --sparsity 0.7 --beta 0.004 --out DIR`
     """
     from atp_tune.cli.running import run_prune
@@ -145,12 +153,15 @@ def prune(
         raise typer.BadParameter("which model? Or --study NAME, to take a study's", param_hint="--model")
     if model is not None and Path(model).expanduser().exists():
         model = str(Path(model).expanduser().absolute())
-    options = {"model.source": model, "prune.pruners": pruner and [pruner], "sparsity": sparsity}
+    names = allocation and [allocation]
+    options = {
+        "model.source": model, "prune.pruners": pruner and [pruner], "allocation.names": names, "sparsity": sparsity,
+    }  # fmt: skip
     named = [f"{key}={value}" for key, value in options.items() if value is not None]
     file = _load(study or str(BARE), None, device, [*named, *(set_ or [])])
     if study is None:  # relative paths start where the user stands
         file = replace(file, path=Path("prune.toml"))
-    run_prune(file, beta, out)
+    run_prune(file, _parameters(beta, parameter), out)
 
 
 @app.command()
@@ -162,6 +173,17 @@ def studies() -> None:
     from atp_tune.cli.tables import show_studies
 
     show_studies()
+
+
+def _parameters(beta: float | None, others: list[str] | None) -> dict[str, float]:
+    values = {} if beta is None else {"beta": beta}
+    for text in others or []:
+        name, _, value = text.partition("=")
+        try:
+            values[name] = float(value)
+        except ValueError:
+            raise typer.BadParameter(f'"{text}" is not NAME=NUMBER', param_hint="--parameter") from None
+    return values
 
 
 def _load(study: str, storage: str | None, device: str | None, set_: list[str] | None) -> "StudyFile":

@@ -47,11 +47,10 @@ def run_apply(config: Path, out: Path, device: str) -> None:
     show_applied(read, measured, out)
 
 
-def run_prune(file: StudyFile, beta: float, out: Path | None) -> None:
+def run_prune(file: StudyFile, parameters: dict[str, float], out: Path | None) -> None:
     """Prunes once, and prints plan and perplexity."""
     from atp_tune.applying import prune_once
 
-    parameters = {"beta": beta} if beta or "atp" in file.study.allocation.names else {}
     with quiet(), Display() as display:
         plan, measured = prune_once(file, parameters, out, display)
     console.print(f"{plan}, sparsity {file.study.sparsity:g}: perplexity {measured} on the report text")

@@ -45,8 +45,10 @@ def _best_label(best: "FrozenTrial") -> str:
 
 def _named(trial: "FrozenTrial") -> str:
     from atp_tune.plan import shown
-    from atp_tune.summary import parameters_of
+    from atp_tune.summary import is_uniform, parameters_of
 
+    if is_uniform(trial):
+        return f"{trial.params['pruner']} uniform"
     return f"{trial.params['pruner']} {trial.params['allocation']} {shown(parameters_of(trial))}".rstrip()
 
 
