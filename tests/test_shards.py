@@ -71,6 +71,13 @@ SOURCES: dict[str, Any] = {
     "falcon": lambda folder: save("falcon", folder),
     "phi3": lambda folder: save("phi3", folder),
     "fp16": lambda folder: save("llama", folder, torch.float16, max_shard_size="20KB"),
+    "mixtral": lambda folder: save("mixtral", folder, max_shard_size="20KB"),
+    "qwen2_moe": lambda folder: save("qwen2_moe", folder),
+    "experts in some blocks": lambda folder: save("qwen3_moe-mixed", folder, max_shard_size="40KB"),
+    "olmoe in bf16": lambda folder: save("olmoe", folder, torch.bfloat16, max_shard_size="20KB"),
+    "experts together": lambda folder: save("qwen3_moe", folder, save_original_format=False),
+    "experts without prefix": lambda folder: save_base("mixtral", folder),
+    "gpt_oss": lambda folder: save("gpt_oss", folder),
     "bf16": lambda folder: save("gpt2", folder, torch.bfloat16),
 }
 
