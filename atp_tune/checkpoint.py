@@ -63,6 +63,8 @@ class Checkpoint:
 
     def __init__(self, model: nn.Module, device: torch.device, residency: Residency | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
+        if getattr(getattr(model, "config", None), "output_router_logits", False):
+            self.config.output_router_logits = False  # for the loss in training; bypassed blocks have none to give
         self.device = device
         self.blocks_name, self.blocks = find_blocks(model)
         self.linears = [find_linears(block) for block in self.blocks]
@@ -156,23 +158,22 @@ def find_linears(block: nn.Module) -> list[Linear]:
     What decides on experts is not pruned. UserError if there is no linear, or a weight of a kind that is not known.
     """
     mixtures = {name: module for name, module in block.named_modules() if holds_experts(module)}
-    gates = {_beside(name): module for name, module in mixtures.items()}
+    experts = {name: _expert_linears(name, module) for name, module in mixtures.items()}
+    beside = {_holder(name): module for name, module in mixtures.items()}
     found: list[Linear] = []
     for name, module in block.named_modules():
-        if name in mixtures:
-            found += _expert_linears(name, module)
-        elif isinstance(module, nn.Linear | Conv1D):
-            experts = gates.get(_beside(name))
-            if experts is None or not is_gate(module, experts):
-                transposed = isinstance(module, Conv1D)
-                rows, columns = module.weight.T.shape if transposed else module.weight.shape
-                found.append(Linear(name, rows, columns, transposed))
+        if name in experts:
+            found += experts[name]
+        elif isinstance(module, nn.Linear | Conv1D) and not is_gate(module, beside.get(_holder(name))):
+            transposed = isinstance(module, Conv1D)
+            rows, columns = module.weight.T.shape if transposed else module.weight.shape
+            found.append(Linear(name, rows, columns, transposed))
     if not found:
         raise UserError(f"model block {type(block).__name__}: has no linear that can be pruned")
     return found
 
 
-def _beside(name: str) -> str:
+def _holder(name: str) -> str:
     """Path of the module that holds a module."""
     return name.rpartition(".")[0]
 

@@ -29,9 +29,7 @@ def expert_weights(module: Any) -> tuple[str, str]:
     up = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
     if deep != {up: 3, "down_proj": 3} or not all(hasattr(module, said) for said in SAYS):
         kind, name = type(module).__name__, next(iter(deep))
-        raise UserError(
-            f"model module {kind}: {name} has {deep[name]} dimensions and is no experts' weight as known here"
-        )
+        raise UserError(f"model module {kind}: {name} has {deep[name]} dimensions in a form that is not known")
     return up, "down_proj"
 
 
@@ -41,8 +39,8 @@ def expert_name(path: str, weight: str, expert: int) -> str:
 
 
 def is_gate(linear: Any, experts: Any) -> bool:
-    """Whether a linear beside an experts module decides on experts: it gives one number for each, or one for all."""
-    return isinstance(linear, nn.Linear) and linear.weight.shape[0] in {1, experts.num_experts}
+    """Whether a linear beside an experts module (None: beside none) gives a number for each expert, or one for all."""
+    return experts is not None and linear.weight.shape[0] in {1, experts.num_experts}
 
 
 def routed_inputs(module: Any, hidden: Tensor, chosen: Tensor) -> Iterator[tuple[str, int, Tensor]]:

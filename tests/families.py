@@ -85,7 +85,7 @@ QWEN: dict[str, Any] = {
 MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {**MIXTURE, "num_local_experts": 4}),
     "qwen2_moe": ("qwen2_moe", QWEN),
-    "qwen2_moe-mixed": ("qwen2_moe", {**QWEN, "decoder_sparse_step": 2}),
+    "qwen2_moe-mixed": ("qwen2_moe", {**QWEN, "decoder_sparse_step": 2, "tie_word_embeddings": True}),
     "qwen3_moe": ("qwen3_moe", {**QWEN, "norm_topk_prob": True}),
     "qwen3_moe-mixed": ("qwen3_moe", {**QWEN, "mlp_only_layers": [0, 2]}),
     "olmoe": ("olmoe", {**MIXTURE, "num_experts": 5}),
