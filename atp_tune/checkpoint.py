@@ -22,7 +22,7 @@ from atp_tune.allocations import Shape
 from atp_tune.convert import one_line
 from atp_tune.devices import free_memory
 from atp_tune.errors import UserError
-from atp_tune.experts import expert_name, expert_weights, holds_experts, is_gate
+from atp_tune.experts import expert_name, expert_weights, find_gates, holds_experts
 
 FITS = 0.7  # of the free device memory may be weights; the rest is for activations
 
@@ -157,25 +157,18 @@ def find_linears(block: nn.Module) -> list[Linear]:
 
     What decides on experts is not pruned. UserError if there is no linear, or a weight of a kind that is not known.
     """
-    mixtures = {name: module for name, module in block.named_modules() if holds_experts(module)}
-    experts = {name: _expert_linears(name, module) for name, module in mixtures.items()}
-    beside = {_holder(name): module for name, module in mixtures.items()}
-    found: list[Linear] = []
+    experts = {name: _expert_linears(name, module) for name, module in block.named_modules() if holds_experts(module)}
+    gates, found = find_gates(block), []
     for name, module in block.named_modules():
         if name in experts:
             found += experts[name]
-        elif isinstance(module, nn.Linear | Conv1D) and not is_gate(module, beside.get(_holder(name))):
+        elif isinstance(module, nn.Linear | Conv1D) and module not in gates:
             transposed = isinstance(module, Conv1D)
             rows, columns = module.weight.T.shape if transposed else module.weight.shape
             found.append(Linear(name, rows, columns, transposed))
     if not found:
         raise UserError(f"model block {type(block).__name__}: has no linear that can be pruned")
     return found
-
-
-def _holder(name: str) -> str:
-    """Path of the module that holds a module."""
-    return name.rpartition(".")[0]
 
 
 def _expert_linears(path: str, module: nn.Module) -> list[Linear]:

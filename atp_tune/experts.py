@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from atp_tune.errors import UserError
 
-SAYS = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gate")
+SAYS = ("num_experts", "has_bias", "is_transposed", "_apply_gate")
 
 
 def holds_experts(module: nn.Module) -> bool:
@@ -38,9 +38,19 @@ def expert_name(path: str, weight: str, expert: int) -> str:
     return f"{path}.{weight}[{expert}]"
 
 
-def is_gate(linear: Any, experts: Any) -> bool:
-    """Whether a linear beside an experts module (None: beside none) gives a number for each expert, or one for all."""
-    return experts is not None and linear.weight.shape[0] in {1, experts.num_experts}
+def find_gates(block: nn.Module) -> set[nn.Module]:
+    """The linears that decide on experts: beside an experts module, or alone in a module beside it, a router's.
+
+    Their outputs are one for each expert, or one alone, the weight of an expert that all tokens share.
+    """
+    gates: set[nn.Module] = set()
+    for holder in block.modules():
+        counts = {child.num_experts for child in holder.children() if holds_experts(child)}
+        for child in holder.children() if counts else ():
+            linears = [module for module in child.modules() if isinstance(module, nn.Linear)]
+            if len(linears) == 1 and linears[0].weight.shape[0] in {1, *counts}:
+                gates.add(linears[0])
+    return gates
 
 
 def routed_inputs(module: Any, hidden: Tensor, chosen: Tensor) -> Iterator[tuple[str, int, Tensor]]:
@@ -60,5 +70,5 @@ def _inner(module: Any, up: str, expert: int, rows: Tensor) -> Tensor:
     weight = getattr(module, up)[expert]
     bias = getattr(module, f"{up}_bias")[expert] if module.has_bias else None
     wide = nn.functional.linear(rows, weight.T if module.is_transposed else weight, bias)
-    inner: Tensor = module._apply_gate(wide) if module.has_gate else module.act_fn(wide)
+    inner: Tensor = module._apply_gate(wide) if up == "gate_up_proj" else module.act_fn(wide)
     return inner

@@ -82,6 +82,21 @@ QWEN: dict[str, Any] = {
     "shared_expert_intermediate_size": 20,
     "head_dim": 6,
 }
+DEEPSEEK: dict[str, Any] = {
+    **MIXTURE,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 16,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 6,
+    "v_head_dim": 6,
+}
 MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {**MIXTURE, "num_local_experts": 4}),
     "qwen2_moe": ("qwen2_moe", QWEN),
@@ -89,6 +104,8 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("qwen3_moe", {**QWEN, "norm_topk_prob": True}),
     "qwen3_moe-mixed": ("qwen3_moe", {**QWEN, "mlp_only_layers": [0, 2]}),
     "olmoe": ("olmoe", {**MIXTURE, "num_experts": 5}),
+    "deepseek_v3": ("deepseek_v3", DEEPSEEK),
+    "hunyuan_v1_moe": ("hunyuan_v1_moe", {**MIXTURE, "num_experts": 4, "moe_topk": 2, "head_dim": 6}),
     "gpt_oss": ("gpt_oss", {**MIXTURE, "num_local_experts": 4, "head_dim": 6, "sliding_window": 5}),
 }
 ALL = FAMILIES | MIXTURES
