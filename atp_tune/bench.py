@@ -170,7 +170,7 @@ class Bench:
 
     def _bytes_per_token(self) -> int:
         """Rough size of a block's activations: input and output of every linear that a token meets, twice over."""
-        chosen = int(getattr(self.checkpoint.config.get_text_config(), "num_experts_per_tok", 1))
+        chosen = int(getattr(self.checkpoint.config.get_text_config(), "num_experts_per_tok", None) or 1)
 
         def width(linears: list[Linear]) -> int:
             met = {x.key: (x.in_features + x.out_features) * (1 if x.expert is None else chosen) for x in linears}

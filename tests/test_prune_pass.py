@@ -349,9 +349,10 @@ def test_a_pass_knows_no_bench() -> None:
     assert pruned[-1].error == pytest.approx(float(last), rel=1e-5)
 
 
-def test_a_bfloat16_model_is_pruned_in_bfloat16() -> None:
-    model = tiny("llama", torch.bfloat16)
-    for block in bench_of(model).prune(Plan("sparsegpt", "uniform", (0.5,) * 4)):
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_bfloat16_model_is_pruned_in_bfloat16(family: str) -> None:
+    work = bench_of(tiny(family, torch.bfloat16))
+    for block in work.prune(Plan("sparsegpt", "uniform", (0.5,) * len(work.checkpoint.blocks))):
         assert {tensor.dtype for tensor in block.weights.values()} == {torch.bfloat16}
 
 
