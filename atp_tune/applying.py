@@ -95,7 +95,8 @@ def write_sparse(bench: Bench, plan: Plan, out: Path, provenance: str) -> None:
     """Prunes and writes the sparse checkpoint, with `atp_tune.json` saying how it came about."""
     checkpoint = bench.checkpoint
     shards = Shards(bench.folder.path, str(checkpoint.model.base_model_prefix))
-    names = {checkpoint.key(i, linear) for i, linears in enumerate(checkpoint.linears) for linear in linears}
+    keys = {checkpoint.key(i, linear) for i, linears in enumerate(checkpoint.linears) for linear in linears}
+    names = {name for key in keys for name in checkpoint.as_saved(key, checkpoint.model.get_parameter(key).to("meta"))}
     bench.watch(TrialStarted(f"writing {out}", plan))
     with sparse_folder(bench.folder.path, out) as folder:
         shards.write(folder, names, _pruned(bench, plan))
@@ -103,11 +104,16 @@ def write_sparse(bench: Bench, plan: Plan, out: Path, provenance: str) -> None:
 
 
 def _pruned(bench: Bench, plan: Plan) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Parameter name, dense and pruned weight of each linear, as the pass comes to it."""
+    """Name on disk, dense and pruned weight of all that is pruned, as the pass comes to it."""
+    checkpoint = bench.checkpoint
     for block in bench.prune(plan):
-        dense = bench.checkpoint.weights(block.index)
-        for linear in bench.checkpoint.linears[block.index]:
-            yield bench.checkpoint.key(block.index, linear), dense[linear.key], block.weights[linear.key]
+        dense = checkpoint.weights(block.index)
+        linears = {linear.key: linear for linear in checkpoint.linears[block.index]}
+        for key, linear in linears.items():
+            name = checkpoint.key(block.index, linear)
+            saved = checkpoint.as_saved(name, block.weights[key].cpu())
+            for part, was in checkpoint.as_saved(name, dense[key].cpu()).items():
+                yield part, was, saved[part]
 
 
 def measure_folder(setup: Setup, out: Path, watch: Watch) -> Perplexity:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from atp_tune.allocations import Budget
 from atp_tune.batching import BatchSize
-from atp_tune.checkpoint import Checkpoint
+from atp_tune.checkpoint import Checkpoint, Linear
 from atp_tune.devices import find_device, find_dtype, free_memory
 from atp_tune.errors import UserError
 from atp_tune.evaluation import Block, group_nlls
@@ -169,9 +169,14 @@ class Bench:
         return BatchSize(self.checkpoint.device, tokens, bytes_per_token, lambda text: self.watch(Note(text)))
 
     def _bytes_per_token(self) -> int:
-        """Rough size of one block's activations: every linear's input and output once, twice over."""
-        widths = [linear.in_features + linear.out_features for linear in self.checkpoint.linears[0]]
-        return 2 * sum(widths) * self.checkpoint.dtype.itemsize
+        """Rough size of a block's activations: input and output of every linear that a token meets, twice over."""
+        chosen = int(getattr(self.checkpoint.config.get_text_config(), "num_experts_per_tok", None) or 1)
+
+        def width(linears: list[Linear]) -> int:
+            met = {x.key: (x.in_features + x.out_features) * (1 if x.expert is None else chosen) for x in linears}
+            return sum(met.values())
+
+        return 2 * max(map(width, self.checkpoint.linears)) * self.checkpoint.dtype.itemsize
 
 
 def _windows(role: str, text: Text, tokenizer: Path, base: Path) -> Windows:

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
@@ -21,6 +22,7 @@ from atp_tune.allocations import Shape
 from atp_tune.convert import one_line
 from atp_tune.devices import free_memory
 from atp_tune.errors import UserError
+from atp_tune.experts import expert_name, expert_weights, find_gates, holds_experts
 
 FITS = 0.7  # of the free device memory may be weights; the rest is for activations
 
@@ -29,17 +31,21 @@ Residency = Literal["device", "host"]
 
 @dataclass(frozen=True)
 class Linear:
-    """One prunable weight matrix: the module's path in its block, and whether the weight is stored [in, out]."""
+    """One prunable weight matrix: the module's path in its block, and whether the weight is stored [in, out].
+
+    An expert's matrix is one of many in a tensor of three dimensions; its name ends in its place there, `[expert]`.
+    """
 
     name: str
     out_features: int
     in_features: int
     transposed: bool
+    expert: int | None = None
 
     @property
     def key(self) -> str:
-        """Name of the weight within the block."""
-        return f"{self.name}.weight"
+        """Name within the block of the tensor that holds the weight."""
+        return f"{self.name}.weight" if self.expert is None else self.name.removesuffix(f"[{self.expert}]")
 
     @property
     def size(self) -> int:
@@ -47,8 +53,9 @@ class Linear:
         return self.out_features * self.in_features
 
     def matrix(self, stored: Tensor) -> Tensor:
-        """View [out, in] of the weight as it is stored; applied to a matrix, the other way round."""
-        return stored.T if self.transposed else stored
+        """View [out, in] of the weight in the tensor that holds it."""
+        own = stored if self.expert is None else stored[self.expert]
+        return own.T if self.transposed else own
 
 
 class Checkpoint:
@@ -56,6 +63,8 @@ class Checkpoint:
 
     def __init__(self, model: nn.Module, device: torch.device, residency: Residency | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
+        if getattr(getattr(model, "config", None), "output_router_logits", False):
+            self.config.output_router_logits = False  # for the loss in training; bypassed blocks have none to give
         self.device = device
         self.blocks_name, self.blocks = find_blocks(model)
         self.linears = [find_linears(block) for block in self.blocks]
@@ -110,8 +119,14 @@ class Checkpoint:
         return {name: tensor.detach().to(self.device, non_blocking=True) for name, tensor in tensors.items()}
 
     def key(self, index: int, linear: Linear) -> str:
-        """Name of a linear's weight within the whole model."""
+        """Name within the whole model of the tensor that holds a linear's weight."""
         return f"{self.blocks_name}.{index}.{linear.key}"
+
+    def as_saved(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """What a folder holds in the place of a parameter, by its names there: the experts one by one, say."""
+        model: Any = self.model
+        saved: dict[str, Tensor] = revert_weight_conversion(model, {name: tensor})
+        return saved
 
     def _choose(self) -> Residency:
         needed = sum(p.numel() * p.element_size() for p in self.model.parameters())
@@ -132,11 +147,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     if not lists:
         raise UserError(f"model {type(model).__name__}: has no list of blocks; only transformer models can be pruned")
-    name, blocks = max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
-    if any(p.dim() > 2 for p in blocks.parameters()):
-        kind = type(model).__name__
-        raise UserError(f"model {kind}: has mixture-of-experts blocks, which cannot be pruned yet; take a dense model")
-    return name, blocks
+    return max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
 
 
 def is_attention(name: str) -> bool:
@@ -150,13 +161,31 @@ def is_value(name: str) -> bool:
 
 
 def find_linears(block: nn.Module) -> list[Linear]:
-    """The prunable linears of a block in the order of its modules: `nn.Linear` and its kin, and GPT-2's `Conv1D`."""
-    found = []
+    """The prunable linears of a block in the order of its modules: `nn.Linear` and its kin, GPT-2's `Conv1D`, experts.
+
+    What decides on experts is not pruned. UserError if there is no linear, or a weight of a kind that is not known.
+    """
+    experts = {name: _expert_linears(name, module) for name, module in block.named_modules() if holds_experts(module)}
+    gates, found = find_gates(block), []
     for name, module in block.named_modules():
-        if isinstance(module, nn.Linear | Conv1D):
+        if name in experts:
+            found += experts[name]
+        elif isinstance(module, nn.Linear | Conv1D) and module not in gates:
             transposed = isinstance(module, Conv1D)
             rows, columns = module.weight.T.shape if transposed else module.weight.shape
             found.append(Linear(name, rows, columns, transposed))
     if not found:
         raise UserError(f"model block {type(block).__name__}: has no linear that can be pruned")
+    return found
+
+
+def _expert_linears(path: str, module: nn.Module) -> list[Linear]:
+    found = []
+    for weight in expert_weights(module):
+        experts, *shape = getattr(module, weight).shape
+        rows, columns = shape[::-1] if module.is_transposed else shape
+        found += [
+            Linear(expert_name(path, weight, expert), rows, columns, bool(module.is_transposed), expert)
+            for expert in range(experts)
+        ]
     return found

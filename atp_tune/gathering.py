@@ -1,6 +1,6 @@
 """Listening to the inputs of a block's linears while the block runs."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from atp_tune.checkpoint import Linear
 from atp_tune.errors import TrialError
+from atp_tune.experts import expert_name, routed_inputs
 from atp_tune.pruners import Statistics
 
 
@@ -23,6 +24,7 @@ class Gathering:
         self._linears = linears
         self._kind = kind
         self._by_name: dict[str, Statistics] = {}
+        self._run: set[str] = set()
         self._heard: list[tuple[Tensor, Statistics]] = []
         self._count = 0
 
@@ -37,7 +39,11 @@ class Gathering:
         handles = [
             block.get_submodule(linear.name).register_forward_pre_hook(partial(self._hear, linear))
             for linear in self._linears
+            if linear.expert is None
         ]
+        for path, linears in self._mixtures().items():
+            hook = partial(self._hear_experts, path, linears)
+            handles.append(block.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
         try:
             yield
         finally:
@@ -46,20 +52,46 @@ class Gathering:
                 handle.remove()
 
     def result(self) -> dict[str, Statistics]:
-        """Statistics of each linear by name; TrialError if one was never run."""
-        silent = [linear.name for linear in self._linears if linear.name not in self._by_name]
+        """Statistics of each linear by name, but for experts that got no token; TrialError if one was never run."""
+        silent = [linear.name for linear in self._linears if linear.name not in self._run]
         if silent:
             raise TrialError(f"linear {silent[0]} was not run by its block, so its inputs are not known")
         return self._by_name
+
+    def _mixtures(self) -> dict[str, dict[str, Linear]]:
+        """The experts' linears by name, for each path of a module that holds them."""
+        found: dict[str, dict[str, Linear]] = {}
+        for linear in self._linears:
+            if linear.expert is not None:
+                found.setdefault(linear.key.rpartition(".")[0], {})[linear.name] = linear
+        return found
 
     def _hear(self, linear: Linear, module: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0]
         known = next((statistics for tensor, statistics in self._heard if tensor is x), None)
         if known is None:
-            known = self._by_name.get(linear.name) or self._kind(linear.in_features, x.device)
-            known.add(x)
+            known = self._take_in(linear, x)
             self._heard.append((x, known))
         self._by_name[linear.name] = known
-        self._count += 1
+        self._ran({linear.name})
+
+    def _hear_experts(
+        self, path: str, linears: dict[str, Linear], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        hidden, chosen = (*args, *kwargs.values())[:2]
+        for weight, expert, x in routed_inputs(module, hidden, chosen):
+            linear = linears[expert_name(path, weight, expert)]
+            self._by_name[linear.name] = self._take_in(linear, x)
+        self._ran(linears.keys())
+
+    def _take_in(self, linear: Linear, x: Tensor) -> Statistics:
+        """The linear's own statistics, with these inputs added."""
+        statistics = self._by_name.get(linear.name) or self._kind(linear.in_features, x.device)
+        statistics.add(x)
+        return statistics
+
+    def _ran(self, names: Collection[str]) -> None:
+        self._run.update(names)
+        self._count += len(names)
         if self._count == len(self._linears):
             raise AllHeard

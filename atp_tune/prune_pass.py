@@ -22,7 +22,7 @@ from atp_tune.batching import BatchSize
 from atp_tune.checkpoint import Linear
 from atp_tune.gathering import AllHeard, Gathering
 from atp_tune.plan import Plan
-from atp_tune.pruners import Pruner, Statistics
+from atp_tune.pruners import Pruner, Statistics, make_pruner
 from atp_tune.replay import Replay
 
 BlockStatistics = Mapping[str, Statistics]
@@ -37,6 +37,7 @@ class PrunedBlock:
     zeros: dict[str, int]
     error: float  # ‖H - H_dense‖ / ‖H_dense‖ after this block, on the windows of the error curve
     seconds: dict[str, float]
+    unheard: tuple[str, ...] = ()  # experts that got no token, and so were pruned by magnitude
 
 
 @dataclass
@@ -57,12 +58,13 @@ class Pass:
             statistics = self._statistics(index, weights, hidden)
             timer.lap("calibrate")
             sparsities = plan.of(index, len(linears))
+            unheard = tuple(x.name for x in linears if is_unheard(x, statistics, self.pruner))
             weights, zeros = prune_block(linears, weights, statistics, self.pruner, sparsities)
             timer.lap("prune")
             advance(self.replay, self.batch, index, weights, hidden)
             error = relative_error(hidden, self.dense_states[index])
             timer.lap("calibrate")
-            yield PrunedBlock(index, weights, zeros, error, timer.seconds)
+            yield PrunedBlock(index, weights, zeros, error, timer.seconds, unheard)
 
     def _statistics(self, index: int, weights: dict[str, Tensor], hidden: Tensor) -> BlockStatistics:
         if self.dense_statistics is not None:
@@ -106,13 +108,26 @@ def prune_block(
     sparsities: tuple[float, ...],
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
     """A block's tensors with each linear pruned to its sparsity, and the number of zeros in each."""
-    pruned, zeros = dict(weights), {}
+    keys, zeros = {linear.key for linear in linears}, {}
+    pruned = weights | {key: torch.empty_like(weights[key], memory_format=torch.contiguous_format) for key in keys}
     for linear, sparsity in zip(linears, sparsities, strict=True):
-        dense = linear.matrix(weights[linear.key])
-        sparse = pruner.prune(dense, sparsity, statistics.get(linear.name))
-        pruned[linear.key] = linear.matrix(sparse).contiguous()
+        dense, known = linear.matrix(weights[linear.key]), statistics.get(linear.name)
+        rule = unmeasured(pruner) if is_unheard(linear, statistics, pruner) else pruner
+        sparse = rule.prune(dense, sparsity, known)
+        linear.matrix(pruned[linear.key]).copy_(sparse)
         zeros[linear.name] = int((sparse == 0).sum())
     return pruned, zeros
+
+
+def is_unheard(linear: Linear, statistics: BlockStatistics, pruner: Pruner) -> bool:
+    """Whether a pruner that measures has nothing of this linear: an expert that no token was sent to."""
+    return pruner.measures is not None and linear.name not in statistics
+
+
+def unmeasured(pruner: Pruner) -> Pruner:
+    """What stands in for a pruner where there are no inputs: magnitude, in the same groups if the pruner has any."""
+    group = getattr(pruner, "group", None)
+    return make_pruner("magnitude", None if group is None else {"group": group})
 
 
 def measure(

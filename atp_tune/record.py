@@ -17,6 +17,7 @@ class Record:
         self.errors: list[float] = []
         self.seconds: dict[str, float] = {}
         self.peak_bytes: dict[str, int] = {}
+        self.unheard: list[str] = []
         self._zeros = self._weights = 0
         self._device = device
         self._timer = Timer()
@@ -26,6 +27,7 @@ class Record:
         """Hands on each pruned block after taking down its zeros, its error and its seconds."""
         for block in pruned:
             self.errors.append(round(block.error, 6))
+            self.unheard += [f"{block.index}.{name}" for name in block.unheard]
             self._zeros += sum(block.zeros.values())
             self._weights += sizes[block.index]
             for phase, seconds in block.seconds.items():
@@ -46,4 +48,5 @@ class Record:
             "peak_bytes": self.peak_bytes,
             "device": device_name(self._device),
             "versions": versions(),
+            **({"unheard": self.unheard} if self.unheard else {}),
         }

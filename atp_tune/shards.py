@@ -29,7 +29,7 @@ class Shards:
         self._keys = {shard.name: _keys(shard) for shard in sorted(source.glob("*.safetensors"))}
 
     def find(self, name: str) -> tuple[str, str]:
-        """Shard and key of a model's parameter; UserError if the source has it under no name that is known."""
+        """Shard and key of a tensor, whose name may lack the prefix; UserError if the source does not have it."""
         names = (name, name.removeprefix(f"{self._prefix}."), f"{self._prefix}.{name}")
         for shard, keys in self._keys.items():
             for key in names:
@@ -38,7 +38,7 @@ class Shards:
         raise UserError(f"model {self._source}: has no tensor for {name}; save it with this transformers version first")
 
     def write(self, out: Path, names: set[str], pruned: Iterator[tuple[str, Tensor, Tensor]]) -> None:
-        """Writes all shards into `out`; `pruned` yields parameter name, dense and pruned weight for each of `names`."""
+        """Writes all shards into `out`; `pruned` yields name, dense and pruned weight for each of `names`."""
         places = {name: self.find(name) for name in names}
         waiting = {shard: {key for where, key in places.values() if where == shard} for shard in self._keys}
         ready: dict[str, dict[str, Tensor]] = {shard: {} for shard in self._keys}

@@ -74,24 +74,46 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon-new": ("falcon", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
     "bloom": ("bloom", {"vocab_size": VOCABULARY, "hidden_size": 24, "n_layer": 3, "n_head": 4, **SPECIAL}),
 }
-MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
-    "mixtral": ("mixtral", {**BASE, "num_hidden_layers": 2, "num_local_experts": 4}),
-    "qwen2_moe": (
-        "qwen2_moe",
-        {
-            **BASE,
-            "num_hidden_layers": 2,
-            "num_experts": 4,
-            "moe_intermediate_size": 16,
-            "shared_expert_intermediate_size": 16,
-        },
-    ),
+MIXTURE: dict[str, Any] = {**BASE, "num_hidden_layers": 3, "num_experts_per_tok": 2, "pad_token_id": 0}
+QWEN: dict[str, Any] = {
+    **MIXTURE,
+    "num_experts": 4,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 20,
+    "head_dim": 6,
 }
+DEEPSEEK: dict[str, Any] = {
+    **MIXTURE,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 16,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 6,
+    "v_head_dim": 6,
+}
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", {**MIXTURE, "num_local_experts": 4}),
+    "qwen2_moe": ("qwen2_moe", QWEN),
+    "qwen2_moe-mixed": ("qwen2_moe", {**QWEN, "decoder_sparse_step": 2, "tie_word_embeddings": True}),
+    "qwen3_moe": ("qwen3_moe", {**QWEN, "norm_topk_prob": True}),
+    "qwen3_moe-mixed": ("qwen3_moe", {**QWEN, "mlp_only_layers": [0, 2]}),
+    "olmoe": ("olmoe", {**MIXTURE, "num_experts": 5}),
+    "deepseek_v3": ("deepseek_v3", DEEPSEEK),
+    "hunyuan_v1_moe": ("hunyuan_v1_moe", {**MIXTURE, "num_experts": 4, "moe_topk": 2, "head_dim": 6}),
+    "gpt_oss": ("gpt_oss", {**MIXTURE, "num_local_experts": 4, "head_dim": 6, "sliding_window": 5}),
+}
+ALL = FAMILIES | MIXTURES
 
 
 def tiny(family: str, dtype: torch.dtype = torch.float32) -> Any:
     """A model with weights so large that every block changes what comes out; the same at every call."""
-    kind, settings = (FAMILIES | MIXTURES)[family]
+    kind, settings = ALL[family]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
     with torch.no_grad():

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 
 def lowest_mask(rows: list[list[Any]], count: int) -> Tensor:
@@ -67,22 +68,61 @@ def sparsegpt(weight: Tensor, x: Tensor, sparsity: float, damping: float, column
     return W, masks
 
 
+def weight_of(model: nn.Module, name: str) -> Tensor:
+    """View [out, in] of the weight of a linear; `module.weight[3]` is that of the fourth expert."""
+    if not name.endswith("]"):
+        module: Any = model.get_submodule(name)
+        return module.weight.T if isinstance(module, Conv1D) else module.weight
+    path, expert = name[:-1].split("[")
+    matrix = model.get_parameter(path)[int(expert)]
+    return matrix.T if type(model).__name__ == "GptOssForCausalLM" else matrix
+
+
 def inputs_of(model: nn.Module, names: list[str], ids: Tensor) -> dict[str, Tensor]:
-    """Inputs [tokens, in] of the modules of that name, in one forward of the whole model."""
+    """Inputs [tokens, in] of the linears of that name, in one forward of the whole model."""
     heard: dict[str, Tensor] = {}
 
     def hear(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            heard[name] = args[0].reshape(-1, args[0].shape[-1]).clone()
+            if len(args) == 3:  # hidden states, chosen experts, their weights
+                heard.update(expert_inputs(module, name, args[0], args[1]))
+            else:
+                heard[name] = args[0].reshape(-1, args[0].shape[-1]).clone()
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(hear(name)) for name in names]
+    paths = {name.rpartition(".")[0] if name.endswith("]") else name for name in names}
+    handles = [model.get_submodule(path).register_forward_pre_hook(hear(path)) for path in paths]
     with torch.inference_mode():
         model(input_ids=ids, use_cache=False)
     for handle in handles:
         handle.remove()
+    return {name: heard[name] for name in names}
+
+
+def expert_inputs(experts: Any, path: str, hidden: Tensor, chosen: Tensor) -> dict[str, Tensor]:
+    """Inputs [tokens, in] of each expert's two matrices: token by token, to each expert that was chosen for it."""
+    rows: list[list[Tensor]] = [[] for _ in range(experts.num_experts)]
+    for token, favourites in zip(hidden, chosen.tolist(), strict=True):
+        for expert in favourites:
+            rows[expert].append(token)
+    heard = {}
+    for expert, tokens in enumerate(rows):
+        between = [between_of(experts, expert, token) for token in tokens]
+        inner = experts.down_proj.numel() // len(rows) // hidden.shape[1]
+        heard[f"{path}.gate_up_proj[{expert}]"] = torch.stack(tokens) if tokens else hidden[:0]
+        heard[f"{path}.down_proj[{expert}]"] = torch.stack(between) if tokens else torch.zeros(0, inner)
     return heard
+
+
+def between_of(experts: Any, expert: int, token: Tensor) -> Tensor:
+    """What the expert's second matrix gets for a token, by the formula of the family."""
+    if type(experts).__name__ == "GptOssExperts":
+        both = token @ experts.gate_up_proj[expert] + experts.gate_up_proj_bias[expert]
+        gate, up = both[::2].clamp(max=7), both[1::2].clamp(-7, 7)
+        return gate / (1 + torch.exp(-1.702 * gate)) * (up + 1)
+    gate, up = (experts.gate_up_proj[expert] @ token).chunk(2)
+    return gate / (1 + torch.exp(-gate)) * up
 
 
 def states_of(model: Any, blocks: nn.ModuleList, ids: Tensor) -> list[Tensor]:

@@ -3,6 +3,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import naive
 import pytest
 import torch
 from families import CPU, FAMILIES, MIXTURES, checkpoint_of, copy_of, same_bits, tiny
@@ -53,12 +54,65 @@ def test_shapes_are_out_by_in(family: str) -> None:
         assert linears[name].matrix(linears[name].matrix(weight)).shape == weight.shape
 
 
+# [out, in] of the experts' linears, and how many experts
+EXPERTS = {
+    "mixtral": (4, (80, 24), (24, 40)),
+    "qwen2_moe": (4, (32, 24), (24, 16)),
+    "qwen3_moe-mixed": (4, (32, 24), (24, 16)),
+    "olmoe": (5, (80, 24), (24, 40)),
+    "gpt_oss": (4, (80, 24), (24, 40)),
+}
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_every_expert_has_two_linears(family: str) -> None:
+    count, up, down = EXPERTS[family]
+    checkpoint = checkpoint_of(tiny(family))
+    path, linears = "mlp.experts", {linear.name: linear for linear in checkpoint.linears[1]}
+    found = [name for name in linears if "experts" in name]
+    assert found == [f"{path}.{weight}[{e}]" for weight in ("gate_up_proj", "down_proj") for e in range(count)]
+    for name, linear in linears.items():
+        weight = naive.weight_of(checkpoint.model, f"model.layers.1.{name}")
+        view = linear.matrix(checkpoint.weights(1)[linear.key])
+        assert view.data_ptr() == weight.data_ptr() and torch.equal(view, weight)
+        assert view.shape == weight.shape == (linear.out_features, linear.in_features)
+        assert linear.size == weight.numel()
+        if name in found:
+            assert (linear.out_features, linear.in_features) == (up if "gate_up" in name else down)
+
+
 @pytest.mark.parametrize("family", MIXTURES)
-def test_mixtures_of_experts_are_refused(family: str) -> None:
-    with pytest.raises(UserError, match="mixture-of-experts blocks, which cannot be pruned yet") as error:
-        checkpoint_of(tiny(family))
+def test_all_of_a_mixture_is_pruned_but_what_chooses_experts(family: str) -> None:
+    checkpoint = checkpoint_of(tiny(family))
+    for block, linears, size in zip(checkpoint.blocks, checkpoint.linears, checkpoint.sizes, strict=True):
+        weights = {name: p for name, p in block.named_parameters() if p.dim() > 1 and not name.endswith("_bias")}
+        gates = {name for name in weights if ".gate." in name or ".router." in name or "shared_expert_gate" in name}
+        assert {linear.key for linear in linears} == weights.keys() - gates
+        assert size == sum(p.numel() for name, p in weights.items() if name not in gates)
+        assert bool(gates) == any(linear.expert is not None for linear in linears)
+
+
+def test_blocks_with_and_without_experts() -> None:
+    sizes = checkpoint_of(tiny("qwen3_moe-mixed")).sizes
+    assert sizes[0] == sizes[2] != sizes[1]
+
+
+class OtherExperts(nn.Module):
+    """Experts kept and run in a way of their own."""
+
+    def __init__(self, **said: bool) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = nn.Parameter(torch.ones(2, 6, 4)), nn.Parameter(torch.ones(2, 4, 3))
+        for name, value in said.items():
+            setattr(self, name, value)
+
+
+@pytest.mark.parametrize("module", [OtherExperts(), OtherExperts(has_gate=False), nn.Conv1d(3, 3, 1)])
+def test_weights_of_a_form_that_is_not_known_are_refused(module: nn.Module) -> None:
+    with pytest.raises(UserError, match="has 3 dimensions in a form that is not known") as error:
+        find_linears(nn.Sequential(nn.Linear(4, 4), module))
+    assert str(error.value).startswith(f"model module {type(module).__name__}: ")
     assert len(str(error.value).splitlines()) == 1
-    assert str(error.value).startswith("model ")
 
 
 def test_a_model_without_blocks_is_refused() -> None:
@@ -68,7 +122,7 @@ def test_a_model_without_blocks_is_refused() -> None:
 
 def test_a_block_without_linears_is_refused() -> None:
     with pytest.raises(UserError, match="model block Sequential: has no linear"):
-        find_linears(nn.Sequential(nn.LayerNorm(3), nn.Conv1d(3, 3, 1)))
+        find_linears(nn.Sequential(nn.LayerNorm(3), nn.Embedding(3, 3)))
 
 
 def test_the_list_with_the_most_parameters_is_taken() -> None:
@@ -152,8 +206,9 @@ def test_on_the_cpu_weights_always_lie_where_they_are(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_load(tmp_path: Path, dtype: torch.dtype) -> None:
-    model = tiny("llama-tied")
+@pytest.mark.parametrize("family", ["llama-tied", "mixtral", "qwen2_moe-mixed"])
+def test_load(family: str, tmp_path: Path, dtype: torch.dtype) -> None:
+    model = tiny(family)
     model.save_pretrained(tmp_path)
     checkpoint = Checkpoint.load(tmp_path, dtype, CPU)
     assert checkpoint.dtype == dtype

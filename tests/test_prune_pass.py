@@ -5,9 +5,8 @@ from typing import Any
 import naive
 import pytest
 import torch
-from families import CPU, FAMILIES, TOKENS, bench_of, checkpoint_of, copy_of, random_ids, same_bits, tiny
+from families import ALL, CPU, MIXTURES, TOKENS, bench_of, checkpoint_of, copy_of, random_ids, same_bits, tiny
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from atp_tune import batching, bench
 from atp_tune.allocations import Budget, Shape, atp
@@ -41,10 +40,10 @@ def naive_pass(model: Any, work: Bench, plan: Plan, prune: PruneMatrix, dense: b
         names = [f"{blocks}.{index}.{linear.name}" for linear in work.checkpoint.linears[index]]
         inputs = naive.inputs_of(model if dense else pruned, names, ids)
         for name in names:
-            module = pruned.get_submodule(name)
+            rule = prune if len(inputs[name]) else magnitude  # an expert without a token
             with torch.no_grad():
-                stored = module.weight.T if isinstance(module, Conv1D) else module.weight
-                stored.copy_(prune(stored.clone(), inputs[name], sparsity))
+                weight = naive.weight_of(pruned, name)
+                weight.copy_(rule(weight.clone(), inputs[name], sparsity))
         after = naive.states_of(pruned, pruned.get_submodule(blocks), ids)[index]
         errors.append(float((after - states[index]).norm() / states[index].norm()))
     return pruned, errors
@@ -67,7 +66,7 @@ def check_same_weights(pruned: list[PrunedBlock], expected: Any, work: Bench) ->
             assert same_bits(tensor, found[f"{work.checkpoint.blocks_name}.{block.index}.{name}"]), name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_wanda_with_atp_in_every_family(family: str) -> None:
     model = tiny(family)
     before, work = copy_of(model), bench_of(model)
@@ -79,17 +78,18 @@ def test_wanda_with_atp_in_every_family(family: str) -> None:
     assert [block.error for block in pruned] == pytest.approx(errors, rel=1e-4)
 
     for block, sparsity, linears in zip(pruned, plan.sparsities, work.checkpoint.linears, strict=True):
+        assert block.unheard == ()
         counts = {x.name: x.out_features * int(x.in_features * sparsity) for x in linears}
         assert block.zeros == counts
-        assert {x.name: int((block.weights[x.key] == 0).sum()) for x in linears} == counts
+        assert {x.name: int((x.matrix(block.weights[x.key]) == 0).sum()) for x in linears} == counts
     realised = sum(sum(block.zeros.values()) for block in pruned) / sum(work.checkpoint.sizes)
-    assert TARGET - 1 / 24 < realised <= TARGET  # at most one weight per row of 24 or more is lost to the floor
+    assert TARGET - 1 / 16 < realised <= TARGET  # at most one weight per row of 16 or more is lost to the floor
 
     after = model.state_dict()
     assert all(same_bits(tensor, after[name]) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_sparsegpt_in_every_family(family: str) -> None:
     model = tiny(family)
     before = copy_of(model)
@@ -106,7 +106,7 @@ def test_sparsegpt_in_every_family(family: str) -> None:
     assert all(same_bits(tensor, after[name]) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "qwen2_moe", "gpt_oss"])
 def test_magnitude_measures_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("atp_tune.prune_pass.measure", None)
     model = tiny(family)
@@ -118,7 +118,7 @@ def test_magnitude_measures_nothing(family: str, monkeypatch: pytest.MonkeyPatch
     assert [block.error for block in pruned] == pytest.approx(errors, rel=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", *MIXTURES])
 def test_sparsegpt_is_its_naive_pass(family: str) -> None:
     def prune(weight: Tensor, x: Tensor, sparsity: float) -> Tensor:
         return naive.sparsegpt(weight, x, sparsity, 0.05, 32)[0].float()
@@ -129,13 +129,13 @@ def test_sparsegpt_is_its_naive_pass(family: str) -> None:
     expected = naive_pass(model, work, plan, prune)[0].state_dict()
     for block in work.prune(plan):
         for linear in work.checkpoint.linears[block.index]:
-            found = block.weights[linear.key]
-            wanted = expected[work.checkpoint.key(block.index, linear)]
+            found = linear.matrix(block.weights[linear.key])
+            wanted = linear.matrix(expected[work.checkpoint.key(block.index, linear)])
             assert torch.equal(found == 0, wanted == 0)
             torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "bloom"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "bloom", "qwen3_moe"])
 def test_dense_statistics_are_of_the_dense_model(family: str) -> None:
     model = tiny(family)
     work = bench_of(model, Prune(statistics="dense"))
@@ -212,7 +212,7 @@ def test_the_same_plan_gives_the_same_weights(pruner: str) -> None:
 
 
 @pytest.mark.parametrize("pruner", PRUNERS)
-@pytest.mark.parametrize("family", ["llama-tied", "gpt2"])
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2", "qwen2_moe-mixed"])
 def test_blocks_on_the_host_are_pruned_alike(family: str, pruner: str) -> None:
     one, other = bench_of(tiny(family), residency="device"), bench_of(tiny(family), residency="host")
     plan = atp_plan(one, pruner)
@@ -229,7 +229,7 @@ def work_of(model: Any, windows: int) -> tuple[Replay, BatchSize, Tensor]:
         return replay, batch, replay.embed(random_ids(7)).clone()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon-alibi", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon-alibi", "mistral", *MIXTURES])
 @pytest.mark.parametrize(("kind", "value"), [(InputNorms, InputNorms.norms), (Hessian, Hessian.matrix)])
 @torch.inference_mode()
 def test_statistics_do_not_depend_on_the_batch_size(family: str, kind: Any, value: Any) -> None:
@@ -349,9 +349,10 @@ def test_a_pass_knows_no_bench() -> None:
     assert pruned[-1].error == pytest.approx(float(last), rel=1e-5)
 
 
-def test_a_bfloat16_model_is_pruned_in_bfloat16() -> None:
-    model = tiny("llama", torch.bfloat16)
-    for block in bench_of(model).prune(Plan("sparsegpt", "uniform", (0.5,) * 4)):
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_bfloat16_model_is_pruned_in_bfloat16(family: str) -> None:
+    work = bench_of(tiny(family, torch.bfloat16))
+    for block in work.prune(Plan("sparsegpt", "uniform", (0.5,) * len(work.checkpoint.blocks))):
         assert {tensor.dtype for tensor in block.weights.values()} == {torch.bfloat16}
 
 

@@ -4,7 +4,7 @@ from typing import Any
 import naive
 import pytest
 import torch
-from families import FAMILIES, TOKENS, VOCABULARY, checkpoint_of, random_ids, tiny
+from families import ALL, TOKENS, VOCABULARY, checkpoint_of, random_ids, tiny
 from torch import Tensor, nn
 
 from atp_tune.errors import UserError
@@ -26,7 +26,7 @@ def logits_of(model: Any, ids: Tensor) -> Tensor:
     return logits
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_replay_is_the_model_to_the_last_bit(family: str) -> None:
     model = tiny(family)
     replay = Replay(checkpoint_of(model))
@@ -39,7 +39,7 @@ def test_replay_is_the_model_to_the_last_bit(family: str) -> None:
             assert torch.equal(replay.logits(ids, states[-1]), logits_of(model, ids))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_a_replayed_block_uses_the_weights_that_it_is_given(family: str) -> None:
     model, ids = tiny(family), random_ids(2)
     replay = Replay(checkpoint_of(model))

@@ -71,6 +71,13 @@ SOURCES: dict[str, Any] = {
     "falcon": lambda folder: save("falcon", folder),
     "phi3": lambda folder: save("phi3", folder),
     "fp16": lambda folder: save("llama", folder, torch.float16, max_shard_size="20KB"),
+    "mixtral": lambda folder: save("mixtral", folder, max_shard_size="20KB"),
+    "qwen2_moe": lambda folder: save("qwen2_moe", folder),
+    "experts in some blocks": lambda folder: save("qwen3_moe-mixed", folder, max_shard_size="40KB"),
+    "olmoe in bf16": lambda folder: save("olmoe", folder, torch.bfloat16, max_shard_size="20KB"),
+    "experts together": lambda folder: save("qwen3_moe", folder, save_original_format=False),
+    "experts without prefix": lambda folder: save_base("qwen2_moe-mixed", folder),
+    "gpt_oss": lambda folder: save("gpt_oss", folder),
     "bf16": lambda folder: save("gpt2", folder, torch.bfloat16),
 }
 
@@ -79,14 +86,24 @@ def source_key(name: str, keys: Any, prefix: str) -> str:
     return name if name in keys else name.removeprefix(f"{prefix}.")
 
 
-def pruned_keys(work: Bench, keys: Any) -> dict[str, tuple[int, str]]:
-    """Key in the source, block and name in the block of each linear."""
-    prefix = work.checkpoint.model.base_model_prefix
-    return {
-        source_key(work.checkpoint.key(index, x), keys, prefix): (index, x.key)
-        for index, linears in enumerate(work.checkpoint.linears)
-        for x in linears
-    }
+def pruned_keys(work: Bench, keys: Any) -> dict[str, tuple[int, str, Any]]:
+    """Key in the source, block, name in the block and place in that tensor of each matrix."""
+    checkpoint, found = work.checkpoint, {}
+    for index, linears in enumerate(checkpoint.linears):
+        for x in linears:
+            key = source_key(checkpoint.key(index, x), keys, checkpoint.model.base_model_prefix)
+            if x.expert is None or key in keys:
+                found[key] = index, x.key, slice(None)
+                continue
+            mixtral = checkpoint.config.model_type == "mixtral"
+            half = x.out_features // 2
+            halves = {"gate_proj": slice(half), "up_proj": slice(half, None)}
+            for part, rows in (halves if "gate_up" in key else {"down_proj": slice(None)}).items():
+                name = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}[part] if mixtral else part
+                stem = f"{checkpoint.blocks_name}.{index}.{'block_sparse_moe' if mixtral else 'mlp'}.experts.{x.expert}"
+                one = source_key(f"{stem}.{name}.weight", keys, checkpoint.model.base_model_prefix)
+                found[one] = index, x.key, (x.expert, rows)
+    return found
 
 
 @pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
@@ -106,8 +123,8 @@ def test_what_is_written(source: str, pruner: str, tmp_path: Path) -> None:
         assert after[key][:3] == before[key][:3]
     found = {key: tensor for file in out.glob("*.safetensors") for key, tensor in load_file(file).items()}
     dense = {key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
-    for key, (index, name) in linears.items():
-        sparse = blocks[index].weights[name]
+    for key, (index, name, place) in linears.items():
+        sparse = blocks[index].weights[name][place]
         assert same_bits(found[key], sparse.to(dense[key].dtype)), key
         if pruner == "wanda":
             assert same_bits(found[key], dense[key].masked_fill(sparse == 0, 0)), key

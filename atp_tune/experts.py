@@ -1,0 +1,74 @@
+"""Experts of a mixture: the one place that knows how transformers 5 keeps and runs them.
+
+An experts module holds two 3-D parameters, W_up [experts, wide, width] and W_down [experts, width, inner]; where it
+says `is_transposed`, the last two dimensions are swapped. For the tokens X_e that the router sends to e:
+
+    H_e = gate(X_e W_up[e]ᵀ + b_up[e])    X_e [tokens of e, width], H_e [tokens of e, inner] the inputs of W_down[e]
+
+`gate` is the module's own. Source: `use_experts_implementation` in `transformers.integrations.moe`.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from atp_tune.errors import UserError
+
+SAYS = ("num_experts", "has_bias", "is_transposed", "_apply_gate")
+
+
+def holds_experts(module: nn.Module) -> bool:
+    """Whether a module has parameters of its own of more than two dimensions."""
+    return any(parameter.dim() > 2 for parameter in module.parameters(recurse=False))
+
+
+def expert_weights(module: Any) -> tuple[str, str]:
+    """Names of an experts module's W_up and W_down; UserError if it keeps its experts in another way."""
+    deep = {name: parameter.dim() for name, parameter in module.named_parameters(recurse=False) if parameter.dim() > 2}
+    up = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
+    if deep != {up: 3, "down_proj": 3} or not all(hasattr(module, said) for said in SAYS):
+        kind, name = type(module).__name__, next(iter(deep))
+        raise UserError(f"model module {kind}: {name} has {deep[name]} dimensions in a form that is not known")
+    return up, "down_proj"
+
+
+def expert_name(path: str, weight: str, expert: int) -> str:
+    """What one expert's matrix is called as a linear of its block, `mlp.experts.down_proj[3]`, say."""
+    return f"{path}.{weight}[{expert}]"
+
+
+def find_gates(block: nn.Module) -> set[nn.Module]:
+    """The linears that decide on experts: beside an experts module, or alone in a module beside it, a router's.
+
+    Their outputs are one for each expert, or one alone, the weight of an expert that all tokens share.
+    """
+    gates: set[nn.Module] = set()
+    for holder in block.modules():
+        counts = {child.num_experts for child in holder.children() if holds_experts(child)}
+        for child in holder.children() if counts else ():
+            linears = [module for module in child.modules() if isinstance(module, nn.Linear)]
+            if len(linears) == 1 and linears[0].weight.shape[0] in {1, *counts}:
+                gates.add(linears[0])
+    return gates
+
+
+def routed_inputs(module: Any, hidden: Tensor, chosen: Tensor) -> Iterator[tuple[str, int, Tensor]]:
+    """Name of a weight, expert and inputs [tokens, in] of each expert that has a token, with the module's weights.
+
+    hidden [tokens, width] and the chosen experts [tokens, k] are what the module is called with.
+    """
+    up, down = expert_weights(module)
+    for expert in range(module.num_experts):
+        rows = hidden[(chosen == expert).any(-1)]
+        if len(rows):
+            yield up, expert, rows
+            yield down, expert, _inner(module, up, expert, rows)
+
+
+def _inner(module: Any, up: str, expert: int, rows: Tensor) -> Tensor:
+    weight = getattr(module, up)[expert]
+    bias = getattr(module, f"{up}_bias")[expert] if module.has_bias else None
+    wide = nn.functional.linear(rows, weight.T if module.is_transposed else weight, bias)
+    inner: Tensor = module._apply_gate(wide) if up == "gate_up_proj" else module.act_fn(wide)
+    return inner

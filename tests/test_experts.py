@@ -1,0 +1,241 @@
+"""Mixtures of experts: who hears what, experts that hear nothing, and the way from a study to a sparse folder."""
+
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import naive
+import pytest
+import torch
+from families import MIXTURES, TOKENS, bench_of, random_ids, same_bits, tiny
+from safetensors.torch import load_file
+from test_prune_pass import check_same_weights, magnitude, naive_pass, wanda
+from tinystudy import make_tokenizer, run, study_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from atp_tune.applying import prune_once
+from atp_tune.checkpoint import find_linears
+from atp_tune.errors import TrialError
+from atp_tune.events import unwatched
+from atp_tune.experts import routed_inputs
+from atp_tune.gathering import AllHeard, Gathering
+from atp_tune.plan import Plan
+from atp_tune.prune_pass import unmeasured
+from atp_tune.pruners import PRUNERS, Statistics, make_pruner
+from atp_tune.pruners.statistics import InputNorms
+from atp_tune.study import Prune
+
+# --- who hears what
+
+
+def heard_by(block: nn.Module, batches: list[Tensor]) -> dict[str, Any]:
+    """Statistics of the mixture of a block, called as the block calls it."""
+    gathering = Gathering(find_linears(block), InputNorms)
+    with gathering.listening(block), torch.inference_mode():
+        for x in batches:
+            gathering.start()
+            with suppress(AllHeard):
+                block(x)
+    return gathering.result()
+
+
+def mixture(family: str = "qwen2_moe") -> Any:
+    return tiny(family).model.layers[1].mlp
+
+
+def test_each_expert_hears_its_tokens_over_all_batches() -> None:
+    batches = [torch.randn(2, TOKENS, 24), torch.randn(1, 1, 24)]  # two experts hear nothing of the second
+    block, found = mixture(), heard_by(mixture(), batches)
+    flat = torch.cat([x.reshape(-1, 24) for x in batches])
+    chosen = block.gate(flat)[-1]
+    inputs = naive.expert_inputs(block.experts, "experts", flat, chosen)
+    assert set(inputs) < set(found)
+    for name, x in inputs.items():
+        torch.testing.assert_close(found[name].norms(), x.norm(dim=0))
+    torch.testing.assert_close(found["shared_expert.up_proj"].norms(), flat.norm(dim=0))
+    assert len({id(found[name]) for name in inputs}) == len(inputs)
+    assert found["shared_expert.up_proj"] is found["shared_expert.gate_proj"]
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_mixture_ends_when_all_is_heard(family: str) -> None:
+    """Also where some experts got no token; the experts' own work is done only where something is run after it."""
+    block, worked = tiny(family).model.layers[1].mlp, []
+    block.experts.register_forward_hook(lambda *args: worked.append("experts"))
+    block.register_forward_hook(lambda *args: worked.append("block"))
+    heard_by(block, [torch.randn(1, 1, 24), torch.randn(3, TOKENS, 24)])
+    assert worked == (["experts"] * 2 if family == "deepseek_v3" else [])
+    assert not any(module._forward_pre_hooks for module in block.modules())
+
+
+def test_experts_without_tokens_have_no_statistics() -> None:
+    block, x = mixture("mixtral"), torch.randn(1, 1, 24)
+    chosen = set(block.gate(x)[-1].flatten().tolist())
+    found = heard_by(block, [x])
+    assert set(found) == {f"experts.{weight}[{e}]" for e in chosen for weight in ("gate_up_proj", "down_proj")}
+
+
+def test_experts_that_their_block_never_runs() -> None:
+    block = mixture("mixtral")
+    block.forward = lambda hidden_states: hidden_states
+    with pytest.raises(TrialError, match=r"linear experts.gate_up_proj\[0\] was not run by its block"):
+        heard_by(block, [torch.randn(1, 2, 24)])
+
+
+def test_arguments_by_name() -> None:
+    block, x = mixture("gpt_oss"), torch.randn(5, 24)
+    _, weights, chosen = block.router(x)
+    gathering = Gathering(find_linears(block), InputNorms)
+    with gathering.listening(block), suppress(AllHeard), torch.inference_mode():
+        block.experts(hidden_states=x, router_indices=chosen, routing_weights=weights)
+    for name, inputs in naive.expert_inputs(block.experts, "experts", x, chosen).items():
+        if len(inputs):
+            torch.testing.assert_close(gathering.result()[name].norms(), inputs.norm(dim=0))
+
+
+def test_experts_without_a_gate() -> None:
+    """Nemotron's: W_up alone, and the activation."""
+    experts: Any = nn.Module()
+    experts.up_proj, experts.down_proj = nn.Parameter(torch.randn(2, 5, 4)), nn.Parameter(torch.randn(2, 4, 5))
+    experts.num_experts, experts.has_gate, experts.has_bias, experts.is_transposed = 2, False, False, False
+    experts.act_fn, experts._apply_gate = torch.relu, None
+    names = [linear.name for linear in find_linears(nn.ModuleDict({"experts": experts}))]
+    assert names == ["experts.up_proj[0]", "experts.up_proj[1]", "experts.down_proj[0]", "experts.down_proj[1]"]
+    x = torch.randn(3, 4)
+    (up, _, rows), (down, expert, inner) = list(routed_inputs(experts, x, torch.tensor([[1], [0], [1]])))[2:]
+    assert (up, down, expert) == ("up_proj", "down_proj", 1)
+    assert torch.equal(rows, x[[0, 2]])
+    torch.testing.assert_close(inner, torch.relu(x[[0, 2]] @ experts.up_proj[1].T))
+
+
+# --- experts that hear nothing
+
+
+def silence(model: Any, index: int = 1) -> Any:
+    """The model with an expert of block `index` that never is among the first two: expert 2."""
+    mlp = model.model.layers[index].mlp
+    with torch.no_grad():
+        if hasattr(mlp, "router"):
+            mlp.router.bias[2] = -1e4
+            return model
+        center, one, other = torch.randn(3, mlp.gate.weight.shape[1])
+        mlp.gate.weight.copy_(torch.stack([center + one, center - one, center, center + other, center - other]))
+    return model
+
+
+@pytest.mark.parametrize("statistics", ["sequential", "dense"])
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+def test_an_expert_that_no_token_is_sent_to_is_pruned_by_magnitude(family: str, statistics: Any) -> None:
+    model = silence(tiny(family))
+    work, plan = bench_of(model, Prune(statistics=statistics)), Plan("wanda", "atp", (0.4, 0.5, 0.6))
+    pruned = list(work.prune(plan))
+    names = ("mlp.experts.gate_up_proj[2]", "mlp.experts.down_proj[2]")
+    assert [block.unheard for block in pruned] == [(), names, ()]
+    check_same_weights(pruned, naive_pass(model, work, plan, wanda, dense=statistics == "dense")[0], work)
+    for linear in work.checkpoint.linears[1]:
+        if linear.name in names:
+            dense = naive.weight_of(model, f"model.layers.1.{linear.name}")
+            assert same_bits(linear.matrix(pruned[1].weights[linear.key]), magnitude(dense, dense, 0.5))
+            assert pruned[1].zeros[linear.name] == int(linear.size * 0.5)
+
+
+def test_what_measures_nothing_misses_nothing() -> None:
+    model = silence(tiny("olmoe"))
+    assert all(block.unheard == () for block in bench_of(model).prune(Plan("magnitude", "uniform", (0.5,) * 3)))
+
+
+def test_magnitude_stands_in_with_the_pruner_s_own_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True)
+    class Grouped:
+        group: str = "matrix"
+        measures: ClassVar[type[Statistics] | None] = InputNorms
+
+        def prune(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:
+            return weight
+
+    assert unmeasured(make_pruner("wanda")) == make_pruner("magnitude")
+    monkeypatch.setitem(PRUNERS, "magnitude", Grouped)
+    assert unmeasured(Grouped("row")) == Grouped("row")
+
+
+# --- the whole way
+
+
+def test_activations_are_of_the_experts_that_a_token_meets() -> None:
+    """In the largest block: attention, the expert that all tokens share, and 2 of 4 experts."""
+    work = bench_of(tiny("qwen2_moe-mixed"))
+    attention = (24 + 24) + 2 * (24 + 12) + (24 + 24)
+    experts, shared = 2 * ((24 + 32) + (16 + 24)), 3 * (24 + 20)
+    assert work._bytes_per_token() == 2 * 4 * (attention + experts + shared)
+
+
+def test_a_tensor_of_experts_is_not_written_to_and_lies_apart() -> None:
+    model = tiny("mixtral")
+    for block in bench_of(model).prune(Plan("wanda", "uniform", (0.5,) * 3)):
+        experts = model.model.layers[block.index].mlp.experts
+        for name in ("gate_up_proj", "down_proj"):
+            tensor = block.weights[f"mlp.experts.{name}"]
+            assert tensor.is_contiguous() and tensor.shape == getattr(experts, name).shape
+            assert tensor.data_ptr() != getattr(experts, name).data_ptr()
+
+
+@pytest.fixture
+def mixed(place: Path) -> Path:
+    """The tiny study with a mixture in which one expert is never asked."""
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "olmoe", vocab_size=len(tokenizer), hidden_size=32, intermediate_size=20, num_hidden_layers=3, num_experts=5,
+        num_attention_heads=4, num_experts_per_tok=2, bos_token_id=0, eos_token_id=0, pad_token_id=None,
+    )  # fmt: skip
+    model = silence(AutoModelForCausalLM.from_config(config)).eval()
+    for file in (place / "model").glob("*.safetensors"):
+        file.unlink()
+    model.save_pretrained(place / "model", max_shard_size="60KB")
+    return place
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    return {key: tensor for file in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(file).items()}
+
+
+def test_a_study_of_a_mixture(mixed: Path) -> None:
+    study = run(mixed, "sparsity=0.5", "prune.pruners=['wanda', 'magnitude']", "search.trials=4")
+    trials = study.get_trials(deepcopy=False)
+    silent = ["1.mlp.experts.gate_up_proj[2]", "1.mlp.experts.down_proj[2]"]
+    assert {trial.params["pruner"] for trial in trials} == {"wanda", "magnitude"}
+    for trial in trials:
+        assert trial.user_attrs.get("unheard") == (silent if trial.params["pruner"] == "wanda" else None)
+        assert 0.45 < trial.user_attrs["realised"] <= 0.5
+
+
+@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
+def test_a_sparse_folder_of_a_mixture(pruner: str, mixed: Path, tmp_path: Path) -> None:
+    file, out = study_file(mixed, f"prune.pruners=['{pruner}']", "sparsity=0.5"), tmp_path / "out"
+    plan, written = prune_once(file, {"beta": 0.1}, out, unwatched)
+    _, measured = prune_once(file, {"beta": 0.1}, None, unwatched)
+    assert written.value == pytest.approx(measured.value, rel=1e-6)
+    before, after = tensors(mixed / "model"), tensors(out)
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        if not key.endswith("_proj.weight"):
+            assert same_bits(after[key], tensor), key
+            continue
+        index, silent = int(key.split(".")[2]), ".1.mlp.experts.2." in key
+        zeros = int((after[key] == 0).sum())
+        if pruner == "wanda" and not silent:
+            assert zeros == tensor.shape[0] * int(tensor.shape[1] * plan.sparsities[index])
+        elif ".experts." not in key or ".down_proj." in key:
+            assert zeros == int(tensor.numel() * plan.sparsities[index])
+    assert sum(".experts." in key for key in after) == 3 * 5 * 3
+
+
+def test_router_logits_are_not_asked_for() -> None:
+    """Some checkpoints have `output_router_logits` in their config, from their training."""
+    model = tiny("mixtral")
+    expected = naive.nlls_of(model, random_ids(3, seed=2))
+    model.config.output_router_logits = True
+    work = bench_of(model)
+    assert work.all_nlls(work.dense(), "report") == pytest.approx(expected, rel=1e-5)
