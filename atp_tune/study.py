@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Share = Annotated[float, Field(ge=0, le=1)]
 PrunerName = Literal["magnitude", "wanda", "sparsegpt"]
-AllocationName = Literal["uniform", "atp"]
+AllocationName = Literal["uniform", "atp", "owl", "alphapruning", "er", "erk", "global"]
 
 
 class Part(BaseModel):

@@ -10,7 +10,7 @@ An allocation is one module with two functions and one row of `ALLOCATIONS`:
 from collections.abc import Callable
 from typing import Protocol
 
-from atp_tune.allocations import atp, uniform
+from atp_tune.allocations import alphapruning, atp, er, global_, owl, uniform
 from atp_tune.allocations.budget import Budget, Evidence, LinearSparsities, Shape, Sparsities
 
 __all__ = ["ALLOCATIONS", "Allocation", "Budget", "Evidence", "LinearSparsities", "Shape", "Sparsities"]
@@ -30,4 +30,9 @@ class Allocation(Protocol):
 ALLOCATIONS: dict[str, Allocation] = {
     "uniform": uniform,
     "atp": atp,
+    "owl": owl,
+    "alphapruning": alphapruning,
+    "er": er,
+    "erk": er,
+    "global": global_,
 }
