@@ -188,7 +188,7 @@ def tail_exponent(spectrum: Tensor) -> float:
         return math.nan
     logs = spectrum.log()
     low, high = near_peak(logs)
-    starts = ((spectrum >= low) & (spectrum <= high))[:-1].nonzero().flatten()
+    starts = ((spectrum >= low) & (spectrum <= high)).nonzero().flatten()
     excess = logs.flip(0).cumsum(0).flip(0)[starts] - (total - starts) * logs[starts]
     starts, excess = starts[excess > 0], excess[excess > 0]
     if not len(starts):
