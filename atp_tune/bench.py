@@ -6,7 +6,7 @@ of the error curve and, where a study asks for them, the statistics of all input
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 
@@ -20,10 +20,12 @@ from atp_tune.devices import find_device, find_dtype, free_memory
 from atp_tune.errors import UserError
 from atp_tune.evaluation import Block, group_nlls
 from atp_tune.events import Note, Step, Watch, unwatched
+from atp_tune.evidence import Cache, DenseEvidence
 from atp_tune.models import ModelFolder, resolve
 from atp_tune.plan import Plan
 from atp_tune.prune_pass import BlockStatistics, Pass, PrunedBlock, advance, measure
 from atp_tune.pruners import Statistics, make_pruner
+from atp_tune.pruners.statistics import InputNorms
 from atp_tune.replay import Replay
 from atp_tune.study import Model, Prune, Text
 from atp_tune.windows import Windows, check_disjoint, token_windows
@@ -66,6 +68,7 @@ class Bench:
         self._batch = self._batch_size(tokens, self._bytes_per_token())
         self._heads = self._batch_size(tokens, HEAD_BYTES * int(checkpoint.config.get_text_config().vocab_size))
         self._statistics: dict[type[Statistics], list[BlockStatistics]] = {}
+        self._evidence: Cache = {}
 
     @classmethod
     def open(cls, setup: Setup, watch: Watch = unwatched) -> "Bench":
@@ -83,8 +86,10 @@ class Bench:
         return self._batch.windows
 
     def budget(self, target: float) -> Budget:
-        """What an allocation shares out over this checkpoint."""
-        return Budget(target, self.checkpoint.sizes, self.checkpoint.shapes)
+        """What an allocation shares out over this checkpoint; what it asks for is measured once for all budgets."""
+        norms, step = partial(self._dense_statistics, InputNorms), partial(self._step, "measure")
+        evidence = DenseEvidence(self.checkpoint, norms, self._evidence, step)  # not kept here: it holds this bench
+        return Budget(target, self.checkpoint.sizes, self.checkpoint.shapes, evidence)
 
     def contents(self) -> dict[str, str]:
         """What decides a value beside the study file: SHA-256 of model and windows, and the number format."""
@@ -166,7 +171,8 @@ class Bench:
         return self.checkpoint.residency == "device" and needed < 0.5 * free_memory(self.checkpoint.device)
 
     def _batch_size(self, tokens: int, bytes_per_token: int) -> BatchSize:
-        return BatchSize(self.checkpoint.device, tokens, bytes_per_token, lambda text: self.watch(Note(text)))
+        watch = self.watch  # alone: with `self` in it the bench would hold itself, and its memory outlive it
+        return BatchSize(self.checkpoint.device, tokens, bytes_per_token, lambda text: watch(Note(text)))
 
     def _bytes_per_token(self) -> int:
         """Rough size of a block's activations: input and output of every linear that a token meets, twice over."""

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 Share = Annotated[float, Field(ge=0, le=1)]
 PrunerName = Literal["magnitude", "wanda", "sparsegpt"]
-AllocationName = Literal["uniform", "atp", "curve"]
+AllocationName = Literal["uniform", "atp", "curve", "owl", "alphapruning", "er", "erk", "global"]
 
 
 class Part(BaseModel):

@@ -2,11 +2,14 @@ import inspect
 import itertools
 import math
 import random
-from typing import get_args
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
+import naive_allocations as naive
 import pytest
 
-from atp_tune.allocations import ALLOCATIONS, Budget, atp, uniform
+from atp_tune.allocations import ALLOCATIONS, Budget, LinearSparsities, Shape, alphapruning, atp, er, owl, uniform
+from atp_tune.allocations.sharing import proportional
 from atp_tune.study import AllocationName
 
 CASES = 200
@@ -133,3 +136,177 @@ def test_one_block_has_nothing_to_share_out() -> None:
 def test_not_a_number_is_not_admissible() -> None:
     with pytest.raises(ValueError, match="outside"):
         atp.sparsities(Budget(0.5, (1, 1)), math.nan)
+
+
+# Rivals
+
+
+@dataclass(frozen=True)
+class Given:
+    """Evidence that is made up."""
+
+    ratios: tuple[float, ...] = ()
+    exponents: tuple[tuple[float, ...], ...] = ()
+    shares: LinearSparsities = ()
+
+    def outlier_ratios(self, threshold: float) -> tuple[float, ...]:
+        return tuple(ratio / threshold for ratio in self.ratios)
+
+    def tail_exponents(self) -> tuple[tuple[float, ...], ...]:
+        return self.exponents
+
+    def global_sparsities(self, target: float, score: str) -> LinearSparsities:
+        return self.shares
+
+
+def measured_budgets() -> list[Budget]:
+    """Blocks of one to five linears of any shape, with evidence as wild as it may be."""
+    generator = random.Random(2)
+
+    def budget() -> Budget:
+        linears = tuple(
+            tuple(
+                Shape(generator.randint(1, 90), generator.randint(1, 90), False) for _ in range(generator.randint(1, 5))
+            )
+            for _ in range(generator.randint(1, 30))
+        )
+        evidence = Given(
+            tuple(generator.expovariate(50) for _ in linears),
+            tuple(tuple(1 + generator.expovariate(0.3) for _ in block) for block in linears),
+        )
+        target = generator.choice([generator.random(), generator.random() ** 9, 1 - generator.random() ** 9, 0.0, 1.0])
+        return Budget(target, tuple(sum(s.size for s in block) for block in linears), linears, evidence)
+
+    return [budget() for _ in range(CASES)]
+
+
+def drawn(budget: Budget, name: str, generator: random.Random) -> dict[str, float]:
+    """Parameters anywhere in their intervals, ends included."""
+    return {
+        parameter: generator.choice([low, high, generator.uniform(low, high)])
+        for parameter, (low, high) in ALLOCATIONS[name].bounds(budget).items()
+    }
+
+
+def by_linear(budget: Budget, sparsities: Any) -> list[tuple[float, int]]:
+    """Sparsity and size of each linear, however they are given."""
+    rows = [
+        s if isinstance(s, tuple) else (s,) * len(block) for s, block in zip(sparsities, budget.linears, strict=True)
+    ]
+    return [
+        (s, shape.size)
+        for row, block in zip(rows, budget.linears, strict=True)
+        for s, shape in zip(row, block, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("name", [name for name in ALLOCATIONS if name != "global"])
+def test_every_allocation_meets_every_target_with_shares(name: str) -> None:
+    generator = random.Random(3)
+    for budget in measured_budgets():
+        given = by_linear(budget, ALLOCATIONS[name].sparsities(budget, **drawn(budget, name, generator)))
+        assert all(0 <= s <= 1 for s, _ in given)
+        assert math.fsum(s * size for s, size in given) / sum(budget.sizes) == pytest.approx(budget.target, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ALLOCATIONS)
+def test_outside_an_interval(name: str) -> None:
+    for budget in measured_budgets()[:20]:
+        bounds = ALLOCATIONS[name].bounds(budget)
+        inside = {parameter: high for parameter, (_, high) in bounds.items()}
+        for parameter, (low, high) in bounds.items():
+            for value in (low - 1e-6, high + 1e-6, math.inf, math.nan):
+                with pytest.raises(ValueError, match="is outside the admissible interval"):
+                    ALLOCATIONS[name].sparsities(budget, **inside | {parameter: value})
+
+
+@pytest.mark.parametrize("name", ["owl", "alphapruning", "global"])
+def test_what_is_measured_needs_a_model(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}: needs a model to measure"):
+        ALLOCATIONS[name].sparsities(Budget(0.5, (3, 4)))
+
+
+def test_owl_is_the_formula() -> None:
+    generator = random.Random(4)
+    for budget in measured_budgets():
+        if len(budget.sizes) == 1:
+            continue
+        values = drawn(budget, "owl", generator)
+        ratios = [ratio / values["M"] for ratio in budget.evidence.ratios]  # type: ignore[union-attr]
+        expected = naive.owl(ratios, budget.sizes, budget.target, values["lam"])
+        assert owl.sparsities(budget, **values) == pytest.approx(expected, abs=1e-12)
+
+
+def test_owl_of_a_few_blocks() -> None:
+    """By hand: n = 1, 0, 0.5 with mean 0.5; the most outliers, the densest."""
+    budget = Budget(0.7, (10, 10, 10), evidence=Given((0.09, 0.01, 0.05)))
+    assert owl.sparsities(budget) == pytest.approx((0.62, 0.78, 0.7), abs=1e-12)
+    assert owl.sparsities(budget, M=3.0, lam=0.15) == pytest.approx((0.55, 0.85, 0.7), abs=1e-12)
+
+
+@pytest.mark.parametrize(("target", "high"), [(0.5, 0.2), (0.7, 0.15), (0.9, 0.05), (0.1, 0.05), (1.0, 0.0)])
+def test_the_bound_of_lambda(target: float, high: float) -> None:
+    bounds = owl.bounds(Budget(target, (1, 10**9)))
+    assert bounds == {"M": (3.0, 10.0), "lam": (0.0, pytest.approx(high))}
+    extreme = Budget(target, (1, 10**9), evidence=Given((1.0, 0.0)))
+    assert all(0 <= s <= 1 for s in owl.sparsities(extreme, lam=bounds["lam"][1]))
+
+
+@pytest.mark.parametrize("name", ["owl", "alphapruning"])
+def test_blocks_that_do_not_differ_get_the_target(name: str) -> None:
+    budget = Budget(0.6, (1, 20, 3), evidence=Given((0.02,) * 3, ((2.0, 4.0), (3.0,), (4.0, 2.0))))
+    assert ALLOCATIONS[name].sparsities(budget) == (0.6, 0.6, 0.6)
+
+
+def test_alphapruning_is_the_map_with_a_cap() -> None:
+    generator, capped = random.Random(5), 0
+    for budget in measured_budgets():
+        if len(budget.sizes) == 1 or budget.target in (0, 1):
+            continue
+        epsilon = generator.uniform(0, 0.5)
+        exponents = budget.evidence.exponents  # type: ignore[union-attr]
+        expected = naive.alphapruning(exponents, budget.sizes, budget.target, epsilon)
+        assert alphapruning.sparsities(budget, epsilon) == pytest.approx(expected, abs=1e-12)
+        capped += max(expected) == 1
+    assert capped > 10  # or the cap was not tried
+
+
+def test_alphapruning_of_a_few_blocks() -> None:
+    """By hand: w = 0.7, 1.3, 1.0 and c = 0.6; at 0.9 the second block is full and c = 1.7 / 1.7."""
+    evidence = Given(exponents=((1.0, 3.0), (6.0, 6.0), (4.0, 4.0)))
+    budget = Budget(0.6, (10, 10, 10), evidence=evidence)
+    assert alphapruning.sparsities(budget) == pytest.approx((0.42, 0.78, 0.6), abs=1e-12)
+    assert alphapruning.sparsities(replace(budget, target=0.9)) == pytest.approx((0.7, 1.0, 1.0), abs=1e-12)
+
+
+def test_erdos_renyi_by_bisection() -> None:
+    dense = 0
+    for budget in measured_budgets():
+        if budget.target in (0, 1):
+            continue
+        shapes = [(shape.rows, shape.columns) for block in budget.linears for shape in block]
+        found = [s for s, _ in by_linear(budget, er.sparsities(budget))]
+        assert found == pytest.approx(naive.er(shapes, budget.target), abs=1e-12)
+        dense += min(found) == 0 < max(found)
+    assert dense > 10  # or linears at the bound were not tried
+
+
+def test_erdos_renyi_of_a_few_linears() -> None:
+    """By hand: (r + c) / (r c) = 3/4 and 5/16 on 8 and 64 weights keep 6 c + 20 c = 26 c of 72."""
+    budget = Budget(1 - 26 / 72, (72,), ((Shape(2, 4, True), Shape(4, 16, False)),))
+    assert er.sparsities(budget) == (pytest.approx((0.25, 0.6875), abs=1e-12),)
+    fuller = replace(budget, target=1 - 40 / 72)  # the first would keep more than it has
+    assert er.sparsities(fuller) == (pytest.approx((0.0, 0.5), abs=1e-12),)
+    assert ALLOCATIONS["erk"] is ALLOCATIONS["er"]
+
+
+def test_global_is_what_was_measured() -> None:
+    budget = Budget(0.5, (3, 4), evidence=Given(shares=((0.5,), (0.25, 1.0))))
+    assert ALLOCATIONS["global"].sparsities(budget) == ((0.5,), (0.25, 1.0))
+
+
+def test_shares_in_proportion() -> None:
+    assert proportional([1, 3], [2, 2], 0.5) == (0.25, 0.75)
+    assert proportional([1, 9], [2, 2], 0.75) == (0.5, 1.0)
+    assert proportional([1, 9, 2], [1, 1, 1], 1.0) == (1.0, 1.0, 1.0)
+    assert proportional([1, 9], [1, 1], 0.0) == (0.0, 0.0)

@@ -11,7 +11,7 @@ An allocation is one module with two functions and one row of `ALLOCATIONS`:
 from collections.abc import Callable
 from typing import Protocol
 
-from atp_tune.allocations import atp, curve, uniform
+from atp_tune.allocations import alphapruning, atp, curve, er, global_, owl, uniform
 from atp_tune.allocations.budget import Budget, Evidence, LinearSparsities, Shape, Sparsities
 
 __all__ = ["ALLOCATIONS", "Allocation", "Budget", "Evidence", "LinearSparsities", "Shape", "Sparsities"]
@@ -35,4 +35,9 @@ ALLOCATIONS: dict[str, Allocation] = {
     "uniform": uniform,
     "atp": atp,
     "curve": curve,
+    "owl": owl,
+    "alphapruning": alphapruning,
+    "er": er,
+    "erk": er,
+    "global": global_,
 }

@@ -1,0 +1,40 @@
+"""OWL: blocks with more outliers among their scores stay denser.
+
+    r_i = share of the block's Wanda scores |W_jk| ‖X_k‖ above M times their mean       all its linears together
+    n_i = (r_i - min r) / (max r - min r)
+    s_i = S - 2λ (n_i - n̄)                                                              i = 0 … L-1
+
+S target, M threshold, λ (`lam`) half the width that the sparsities span, X the inputs in the dense model, n̄ the mean of
+n weighted by block size, which keeps the weighted mean at S. Since n_i - n̄ is in [-1, 1], all s_i are in [0, 1] for
+every λ <= min(S, 1-S) / 2, whatever the ratios are. λ = 0, and ratios that are all equal, make it uniform.
+
+Source: Yin et al., "Outlier Weighed Layerwise Sparsity (OWL): A Missing Secret Sauce for Pruning LLMs to High
+Sparsity", ICML 2024; github.com/luuyin/OWL. Their script takes M = 5 and λ = 0.08, the defaults here; the
+intervals are the values that they try. Other than their code: n̄ is weighted (theirs counts blocks, which is the same
+where all are of one size); λ has a bound (theirs puts sparsities below 0 to 0.01 and so leaves the target); scores are
+float32, their mean float64 (theirs are both float16).
+"""
+
+from atp_tune.allocations.budget import Budget
+from atp_tune.allocations.sharing import evidence, spread
+
+THRESHOLDS = (3.0, 10.0)
+WIDEST = 0.2
+
+
+def bounds(budget: Budget) -> dict[str, tuple[float, float]]:
+    """The intervals of `M` and of `lam`, which at high and at low targets is narrowed to keep sparsities in [0, 1]."""
+    return {"M": THRESHOLDS, "lam": (0.0, min(WIDEST, budget.target / 2, (1 - budget.target) / 2))}
+
+
+def starts(budget: Budget) -> list[dict[str, float]]:
+    """The authors' defaults, with λ inside its interval."""
+    return [{"M": 5.0, "lam": min(0.08, bounds(budget)["lam"][1])}]
+
+
+def sparsities(budget: Budget, M: float = 5.0, lam: float = 0.08) -> tuple[float, ...]:
+    """One sparsity per block; ValueError for parameters outside their intervals."""
+    budget.check(bounds(budget), M=M, lam=lam)
+    levels = spread(evidence(budget, "owl").outlier_ratios(M))
+    middle = budget.mean(levels)
+    return tuple(min(1.0, max(0.0, budget.target - 2 * lam * (level - middle))) for level in levels)

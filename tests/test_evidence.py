@@ -1,0 +1,252 @@
+import gc
+import math
+import weakref
+from typing import Any
+
+import naive_allocations as naive
+import numpy as np
+import pytest
+import torch
+from families import bench_of, copy_of, random_ids, tiny
+
+from atp_tune import evidence
+from atp_tune.allocations import ALLOCATIONS, Evidence
+from atp_tune.bench import Bench
+from atp_tune.errors import TrialError
+from atp_tune.events import Step
+from atp_tune.plan import make_plan
+
+FAMILIES = ["llama", "gpt2", "opt"]
+IDS = random_ids(5)  # the calibration windows of a tiny bench
+
+
+def evidence_of(work: Bench) -> Evidence:
+    found = work.budget(0.5).evidence
+    assert found is not None
+    return found
+
+
+def rounded(family: str) -> Any:
+    """A model whose weights are multiples of 1/8, so that many scores are equal."""
+    model = tiny(family)
+    for parameter in model.parameters():
+        parameter.data = (parameter.data * 8).round() / 8
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outlier_ratios_equal_a_double_loop(family: str) -> None:
+    model = tiny(family)
+    work = bench_of(model)
+    scores = naive.scores(model, work.checkpoint, IDS, "wanda")
+    for threshold in (1.0, 2.5, 3.0, 3.7182818):
+        found = evidence_of(work).outlier_ratios(threshold)
+        assert found == naive.outlier_ratios(scores, threshold)
+        assert len(set(found)) > 1  # or the comparison says little
+    assert evidence_of(work).outlier_ratios(1e9) == (0.0,) * len(work.checkpoint.blocks)
+
+
+def test_the_outliers_are_of_the_dense_model() -> None:
+    """Also after a trial has pruned, and with blocks in host memory."""
+    model = tiny("llama")
+    work, before = bench_of(model), copy_of(model)
+    list(work.prune(make_plan("wanda", "uniform", work.budget(0.7), {})))
+    ratios = evidence_of(work).outlier_ratios(3)
+    assert ratios == evidence_of(bench_of(tiny("llama"), residency="host")).outlier_ratios(3)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_score_at_the_threshold_is_no_outlier() -> None:
+    """Compared in float64: float32 would round the threshold up to the score, or down below it."""
+    scores = torch.tensor([[0.1, 0.3]])
+    mean = float(scores.double().mean())
+    at = float(scores[0, 1].double()) / mean
+    exact = [
+        threshold
+        for threshold in (at, np.nextafter(at, 0), np.nextafter(at, 9))
+        if threshold * mean != float(scores[0, 1])
+    ]
+    assert len(exact) >= 1
+    for threshold in exact:
+        assert evidence.outlier_ratio([scores], threshold) == (0.5 if threshold * mean < float(scores[0, 1]) else 0.0)
+    assert evidence.outlier_ratio([torch.ones(3, 5), torch.ones(2, 2)], 1.0) == 0
+
+
+@pytest.mark.parametrize("value", [0.1, 0.3, 1 / 3, 1e-30, 2.0, 16777217.0])
+def test_the_float32_below(value: float) -> None:
+    below = evidence.float32_below(value)
+    after = float(np.nextafter(np.float32(below), np.float32(np.inf)))
+    assert below == float(np.float32(below)) and below <= value < after
+
+
+# Exponents
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exponents_equal_a_fit_by_search(family: str) -> None:
+    model = tiny(family)
+    work = bench_of(model)
+    found = evidence_of(work).tail_exponents()
+    for exponents, block in zip(found, naive.linears_of(work.checkpoint), strict=True):
+        expected = [naive.tail_exponent(naive.spectrum(naive.matrix(model, *linear))) for linear in block]
+        assert exponents == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_exponents_of_heavy_tails(scale: float) -> None:
+    """Small eigenvalues leave the lower side open, large ones close it: both ways of the authors' bound."""
+    generator = np.random.default_rng(0)
+    for exponent in (1.5, 2.5, 4.0):
+        values = sorted(float(x) for x in scale * (generator.pareto(exponent - 1, 400) + 1))
+        found = evidence.tail_exponent(torch.tensor(values, dtype=torch.float64))
+        assert found == pytest.approx(naive.tail_exponent(values), rel=1e-6)
+        assert found == pytest.approx(exponent, rel=0.25)
+
+
+def test_more_candidates_than_are_compared_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.rand(60, generator=torch.Generator().manual_seed(0), dtype=torch.float64).sort().values
+    whole = evidence.tail_exponent(values)
+    monkeypatch.setattr(evidence, "CHUNK", 7)
+    assert evidence.tail_exponent(values) == whole
+
+
+@pytest.mark.parametrize("shape", [(7, 23), (23, 7), (11, 11)])
+def test_eigenvalues_are_squared_singular_values(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    assert evidence.eigenvalues(weight).tolist() == pytest.approx(naive.spectrum(weight), rel=1e-9)
+
+
+def test_zeros_are_no_eigenvalues() -> None:
+    weight = torch.randn(9, 2, generator=torch.Generator().manual_seed(1)) @ torch.randn(2, 9)
+    assert len(evidence.eigenvalues(weight)) in (2, 3)  # float32 rounding of the product may count as a third
+    assert len(evidence.eigenvalues(torch.zeros(3, 4))) == 0
+
+
+@pytest.mark.parametrize("values", [[], [1.0], [2.0, 2.0, 2.0]])
+def test_a_spectrum_without_a_tail(values: list[float]) -> None:
+    assert math.isnan(evidence.tail_exponent(torch.tensor(values, dtype=torch.float64)))
+
+
+def test_a_dead_linear_ends_the_trial() -> None:
+    model = tiny("llama")
+    model.model.layers[2].mlp.up_proj.weight.data.zero_()
+    with pytest.raises(TrialError, match=r"linear mlp\.up_proj of block 2: its spectrum has no tail"):
+        evidence_of(bench_of(model)).tail_exponents()
+
+
+# Global
+
+
+@pytest.mark.parametrize("target", [0.0, 0.001, 0.37, 0.5, 0.93, 1.0])
+@pytest.mark.parametrize("score", ["magnitude", "wanda"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_global_equals_a_sort_of_all_scores(family: str, score: Any, target: float) -> None:
+    model = tiny(family)
+    work = bench_of(model)
+    mask = naive.global_mask(naive.scores(model, work.checkpoint, IDS, score), target)
+    expected = tuple(tuple(sum(part) / len(part) for part in block) for block in mask)
+    found = evidence_of(work).global_sparsities(target, score)
+    assert [pytest.approx(block, abs=1e-15) for block in expected] == list(found)
+
+
+@pytest.mark.parametrize("target", [0.2, 0.61])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_magnitude_takes_the_lowest_of_the_model(family: str, target: float) -> None:
+    """To the last weight, with many that are equal: no share may be rounded to one weight less."""
+    model = rounded(family)
+    work = bench_of(model)
+    mask = naive.global_mask(naive.scores(model, work.checkpoint, IDS, "magnitude"), target)
+    plan = make_plan("magnitude", "global", work.budget(target), {})
+    for block in work.prune(plan):
+        for linear, gone in zip(work.checkpoint.linears[block.index], mask[block.index], strict=True):
+            dense = linear.matrix(work.checkpoint.weights(block.index)[linear.key])
+            wanted = dense.masked_fill(torch.tensor(gone).view(dense.shape), 0)
+            assert torch.equal(linear.matrix(block.weights[linear.key]), wanted)
+
+
+def test_scores_that_differ_in_their_last_bits_alone() -> None:
+    """Both halves of the bit patterns matter, also across the border of the upper one."""
+    patterns = torch.tensor([0, 1, 2, 65535, 65536, 65537, 131071, 131072, 2**30, 2**30 + 1, 2**30 + 1, 2**31 - 2**23])
+    shuffled = patterns[torch.randperm(len(patterns), generator=torch.Generator().manual_seed(0))].to(torch.int32)
+    scores = [[shuffled[:4].view(torch.float32), shuffled[4:5].view(torch.float32)], [shuffled[5:].view(torch.float32)]]
+    flat = shuffled.tolist()
+    for count in range(len(flat) + 1):
+        gone = sorted(range(len(flat)), key=lambda j: flat[j])[:count]
+        expected = [[sum(j < 4 for j in gone), sum(j == 4 for j in gone)], [sum(j > 4 for j in gone)]]
+        assert evidence.lowest_counts(lambda: iter(scores), count) == expected
+
+
+def test_a_share_gives_its_count_again() -> None:
+    assert int(49 * (1 / 49)) == 0  # the rounding that is meant
+    for size in range(1, 200):
+        for count in range(size + 1):
+            share = evidence.share(count, size)
+            assert int(size * share) == count and 0 <= share <= 1 and share == pytest.approx(count / size, rel=1e-15)
+
+
+# Once per bench
+
+
+def test_all_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    work, reads = bench_of(tiny("llama")), list[int]()
+    original = work.checkpoint.weights
+    monkeypatch.setattr(work.checkpoint, "weights", lambda index: reads.append(index) or original(index))
+
+    def ask() -> tuple[int, ...]:
+        counts = []
+        for call in (
+            lambda: evidence_of(work).outlier_ratios(3),
+            lambda: evidence_of(work).outlier_ratios(4.5),
+            lambda: evidence_of(work).tail_exponents(),
+            lambda: evidence_of(work).global_sparsities(0.5, "wanda"),
+            lambda: evidence_of(work).global_sparsities(0.5, "magnitude"),
+        ):
+            reads.clear()
+            call()
+            counts.append(len(reads) // 4)
+        return tuple(counts)
+
+    assert ask() == (2, 1, 1, 3, 3)  # sweeps: one for the norms, one for a threshold, three for a global threshold
+    assert ask() == (0,) * 5
+
+
+def test_each_block_is_a_step() -> None:
+    events: list[Any] = []
+    evidence_of(bench_of(tiny("gpt2"), watch=events.append)).tail_exponents()
+    assert events == [Step("measure", done, 3) for done in (1, 2, 3)]
+
+
+def test_nothing_is_measured_before_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = bench_of(tiny("llama"))
+    monkeypatch.setattr(work.checkpoint, "weights", lambda index: pytest.fail("read"))
+    budget = work.budget(0.5)
+    for allocation in ALLOCATIONS.values():
+        allocation.bounds(budget)
+    ALLOCATIONS["er"].sparsities(budget)
+
+
+@pytest.mark.parametrize("allocation", ["owl", "alphapruning", "er", "erk", "global"])
+def test_a_bench_is_freed_with_its_last_name(allocation: str) -> None:
+    """At once, not when the garbage collector comes by: its memory is wanted for what is loaded next."""
+    gc.collect()
+    gc.disable()
+    try:
+        work = bench_of(tiny("llama"))
+        plan = make_plan("wanda", allocation, work.budget(0.5), {})
+        list(work.prune(plan))
+        alive, weights = weakref.ref(work), weakref.ref(work.checkpoint)
+        del work
+        assert alive() is None and weights() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("allocation", ["owl", "alphapruning", "er", "global"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plan_meets_the_target(family: str, allocation: str) -> None:
+    work = bench_of(tiny(family))
+    budget = work.budget(0.6)
+    plan = make_plan("wanda", allocation, budget, {})
+    assert budget.mean(plan.sparsities) == pytest.approx(0.6, abs=1 / sum(budget.sizes))
+    assert not plan.is_uniform
+    assert len(list(work.prune(plan))) == len(work.checkpoint.blocks)
