@@ -65,7 +65,10 @@ def test_settings_reach_sparsegpt(monkeypatch: pytest.MonkeyPatch) -> None:
     work = bench_of(tiny("llama"), Prune.model_validate({"sparsegpt": {"damping": 0.5, "columns": 7}}))
     for pruner in ("sparsegpt", "wanda"):
         list(work.prune(Plan(pruner, "uniform", (0.5,) * 4)))
-    assert made == [("sparsegpt", {"damping": 0.5, "columns": 7}), ("wanda", None)]
+    assert made == [
+        ("sparsegpt", {"damping": 0.5, "columns": 7, "group": None}),
+        ("wanda", {"compare": "row", "group": None}),
+    ]
 
 
 def test_batches_are_sized_for_blocks_and_for_logits(monkeypatch: pytest.MonkeyPatch) -> None:

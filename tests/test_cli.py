@@ -505,7 +505,7 @@ STUDY = ["--study", "tiny.toml"]
         (None, ["prune", *STUDY, "--beta", "nan"], "--beta: β = nan is outside the admissible interval"),
         (None, ["prune", *STUDY, "--beta", "0.1", "--set", "allocation.names=['uniform']"],
          "--beta: the allocation uniform has no β; leave it out"),
-        (None, ["prune", *STUDY, "--pruner", "magic"], "must be one of magnitude, wanda, sparsegpt"),
+        (None, ["prune", *STUDY, "--pruner", "magic"], "must be one of magnitude, wanda, sparsegpt, dsnot, alps"),
         (None, ["prune", *STUDY, "--sparsity", "70"], "sparsity: must be less than 1, got 70"),
         (None, ["prune", *STUDY, "--out", "model"], "--out model: is there already"),
         (None, ["prune", *STUDY, "--model", "nosuch"], 'model.source: "nosuch" is no folder'),
