@@ -112,7 +112,8 @@ ADVICE = "is it a configuration of atp_tune (atp_tune.config/1)?"
     [
         ({"colour": 1}, f"FILE: colour: Extra inputs are not permitted; {ADVICE}"),
         ({"format": "atp_tune.config/2"}, f"FILE: format: Input should be 'atp_tune.config/1'; {ADVICE}"),
-        ({"pruner": "magic"}, f"FILE: pruner: Input should be 'magnitude', 'wanda', 'sparsegpt', 'dsnot' or 'alps'; {ADVICE}"),
+        ({"pruner": "magic"},
+         f"FILE: pruner: Input should be 'magnitude', 'wanda', 'sparsegpt', 'dsnot' or 'alps'; {ADVICE}"),
         ({"block_sparsities": [0.5, 1.5]},
          f"FILE: block_sparsities.1: Input should be less than or equal to 1; {ADVICE}"),
         ({"block_sparsities": [0.5, None]}, f"FILE: block_sparsities.1: Input should be a valid number; {ADVICE}"),
