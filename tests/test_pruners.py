@@ -13,7 +13,7 @@ from atp_tune.pruners.alps import ALPS
 from atp_tune.pruners.dsnot import DSnoT
 from atp_tune.pruners.magnitude import Magnitude
 from atp_tune.pruners.sparsegpt import SparseGPT
-from atp_tune.pruners.statistics import Hessian, InputMoments, InputNorms, _inverse_factor
+from atp_tune.pruners.statistics import Hessian, InputMoments, InputNorms, Scaled, _inverse_factor
 from atp_tune.pruners.wanda import Wanda
 
 # [out, in]: one row, one column, wide, tall, and none a multiple of the blocks of columns below
@@ -289,6 +289,21 @@ def test_alps_is_its_dense_inverse(shape: tuple[int, int], sparsity: float) -> N
     assert torch.equal(pruned == 0, mask)
     assert int(mask.sum()) == int(weight.numel() * sparsity)
     torch.testing.assert_close(pruned.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("group", [None, 8])
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("shape", [(24, 37), (30, 64), (20, 96)])
+def test_the_admm_of_alps_in_float64(shape: tuple[int, int], sparsity: float, group: int | None) -> None:
+    """To the last bit, over enough iterations that float32 might have turned one."""
+    weight, x = (part.double() for part in problem(shape))
+    gram = x.T @ x + 0.01 * x.square().sum(0).mean() * torch.eye(shape[1])
+    scales = gram.diagonal().sqrt()
+    matrix = gram / torch.outer(scales, scales)
+    scaled = Scaled(scales, matrix, *torch.linalg.eigh(matrix))
+    pruner = ALPS(group=group)
+    mask = pruner._smallest(pruner._admm(weight * scales, scaled, sparsity), sparsity)
+    assert torch.equal(mask, naive.alps(weight, x, sparsity, group)[1])
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)
