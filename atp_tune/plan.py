@@ -23,7 +23,9 @@ class Plan:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether every linear gets the same sparsity."""
+        """Whether every linear gets the same sparsity, as far as the pattern lets it."""
+        if self.allocation == "uniform" or (self.parameters and not any(self.parameters.values())):
+            return True
         return self.linear_sparsities is None and len(set(self.sparsities)) == 1
 
     def of(self, index: int, linears: int) -> tuple[float, ...]:

@@ -20,6 +20,13 @@ def test_a_plan_keeps_to_the_pattern() -> None:
     assert third.sparsities == (1 / 3, 1 / 3)
 
 
+def test_uniform_is_uniform_though_the_pattern_rounds() -> None:
+    for allocation, parameters in (("uniform", {}), ("atp", {"beta": 0.0})):
+        plan = make_plan("wanda", allocation, Budget(0.55, (4, 4, 4)), parameters, parse("mixed:8"))
+        assert plan.is_uniform and len(set(plan.sparsities)) == 2
+    assert not make_plan("wanda", "atp", Budget(0.55, (4, 4, 4)), {"beta": 0.2}, parse("mixed:8")).is_uniform
+
+
 def test_linears_are_rounded_all_together(monkeypatch: pytest.MonkeyPatch) -> None:
     class Given:
         @staticmethod

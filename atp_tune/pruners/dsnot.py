@@ -15,12 +15,12 @@ magnitude. Then at most `cycles` times, in each row where |ε_i| > `threshold`:
 A weight is moved once at most. In groups of M inputs the weight to prune is the lowest of the initial score in the
 group of the one that grows, of whatever sign, and a row ends where ε_i would change its sign.
 
-Source: Zhang et al., "Dynamic Sparse No Training: Training-Free Fine-tuning for Sparse LLMs", ICLR 2024, equations 4
-to 6, and the authors' code for groups and the defaults. Here differs: a row without candidates ends, where theirs goes
-on with weights that were swapped, or were never pruned, and loses count; an input with μ_j = 0 moves nothing (theirs
-divides by its variance); the variance is of all tokens, not the mean over windows of the variance within one; T is
-fixed, theirs is the length of a window, 2048; ties go by position. Theirs leaves the MLP at the initial mask by
-default (`skip_layer`); a pruner here does not know where its linear is, and refines every one.
+Source: Zhang et al., "Dynamic Sparse No Training: Training-Free Fine-tuning for Sparse LLMs", ICLR 2024, section 3, and
+the authors' code for groups and the defaults. The masks are theirs, bit for bit, but for this: a row without candidates
+ends, where theirs goes on with weights that were swapped, or were never pruned, and loses count; an input with μ_j = 0
+moves nothing (theirs divides by its variance); the variance is of all tokens, not the mean over windows of the variance
+within one; T is fixed, theirs is the length of a window, 2048; ties go by position. Theirs leaves the MLP at the
+initial mask by default (`skip_layer`); a pruner here does not know where its linear is, and refines every one.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,9 @@ TOKENS = 2048
 
 
 class Swaps(NamedTuple):
-    """Queues of swaps for one sign of the error, the first that are made first; K a number of swaps."""
+    """The K swaps that a row would make while its error has one sign, in their order; those of the other sign don't
+    touch their weights (in groups they might, but there the sign never changes).
+    """
 
     grow: Tensor  # [out, K] columns
     prune: Tensor  # [out, K] columns
