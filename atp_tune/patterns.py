@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-SLACK = 1e-9  # of a product M·s that is a whole number but for its rounding
+SLACK = 1e-9  # a smaller remainder is but the rounding of a product M·s
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Pattern:
         if self.sparsity is not None:
             return (self.sparsity,) * len(sparsities)
         exact = [s * self.group for s in sparsities]
-        counts = [int(n + SLACK) for n in exact]
-        rests = [max(n - count, 0.0) for n, count in zip(exact, counts, strict=True)]
+        counts = [int(n) for n in exact]
+        rests = [n - count for n, count in zip(exact, counts, strict=True)]
         missing = sum(rest * size for rest, size in zip(rests, sizes, strict=True))
         for i in sorted(range(len(rests)), key=lambda i: (round(rests[i], 9), i), reverse=True):
             if rests[i] > SLACK and abs(missing - sizes[i]) < abs(missing):

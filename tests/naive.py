@@ -194,6 +194,7 @@ def alps(
             rho /= 5
             if changed:
                 D, V = W.masked_fill(smallest(W), 0), torch.zeros_like(W)
+        rho = min(rho, 1e6)
     mask = smallest(B)
     rows = [gradients(b.masked_fill(m, 0), ~m, w, H) for b, m, w in zip(B, mask, W, strict=True)]
     return torch.stack(rows) / scales, mask
