@@ -51,6 +51,7 @@ def test_largest_remainders_go_up() -> None:
 def test_blocks_that_would_overshoot_stay_down() -> None:
     assert parse("mixed:2").round((0.45, 0.2), (100, 1)) == (0.5, 0.0)
     assert parse("mixed:2").round((0.2, 0.3), (100, 1)) == (0.0, 0.5)
+    assert parse("mixed:2").round((0.2, 1.0), (100, 1)) == (0.0, 1.0)  # exact already, though one more would be nearer
 
 
 @pytest.mark.parametrize("group", [2, 4, 8])
