@@ -18,7 +18,7 @@ of conjugate gradients, for all rows at once, preconditioned by diag H, which th
 Source: Meng et al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models",
 NeurIPS 2024, algorithms 1 and 2, and the authors' code for ρ and the scaling. Here differs: the number of zeros is
 rounded down, theirs to the nearest; the inverse is made from the spectrum in float32, theirs in float64; the gradients
-run their steps (their residual counts pruned entries too, so that their tolerance is never met); theirs gives back
+run their steps (their residual counts pruned entries too, so that their tolerance is hardly ever met); theirs gives back
 its start where the last iteration of all asked for a new one.
 """
 
