@@ -15,10 +15,10 @@ place. Until one of the first two happens ρ is too large and shrinks to a fifth
 The end is a mask that does not change, or hardly (0.03 %) after 30 iterations. P(B) is refined on its mask by `steps`
 of conjugate gradients, for all rows at once, preconditioned by diag H, which the scaling amounts to.
 
-Source: Meng et al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models",
-NeurIPS 2024, algorithms 1 and 2, and the authors' code for ρ and the scaling. Here differs: the number of zeros is
-rounded down, theirs to the nearest; the inverse is made from the spectrum in float32, theirs in float64; the gradients
-run their steps (their residual counts pruned entries too, so that their tolerance is hardly ever met); theirs gives back
+Source: Meng et al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models", NeurIPS
+2024, algorithms 1 and 2, and the authors' code for ρ and the scaling. Here differs: the number of zeros is rounded
+down, theirs to the nearest; the inverse is made from the spectrum in float32, theirs in float64; the gradients run
+their steps (their residual counts pruned entries too, so that their tolerance is hardly ever met); theirs gives back
 its start where the last iteration of all asked for a new one.
 """
 

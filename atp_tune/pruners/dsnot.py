@@ -16,10 +16,11 @@ A weight is moved once at most. In groups of M inputs the weight to prune is the
 group of the one that grows, of whatever sign, and a row ends where ε_i would change its sign.
 
 Source: Zhang et al., "Dynamic Sparse No Training: Training-Free Fine-tuning for Sparse LLMs", ICLR 2024, section 3, and
-the authors' code for groups and the defaults. Here differs: a row without candidates ends, where theirs goes on with weights that were swapped, or were never pruned, and loses count; an input with μ_j = 0
-moves nothing (theirs divides by its variance); the variance is of all tokens, not the mean over windows of the variance
-within one; T is fixed, theirs is the length of a window, 2048; ties go by position. Theirs leaves the MLP at the
-initial mask by default (`skip_layer`); a pruner here does not know where its linear is, and refines every one.
+the authors' code for groups and the defaults. Here differs: a row without candidates ends, where theirs goes on with
+weights that were swapped, or were never pruned, and loses count; an input with μ_j = 0 moves nothing (theirs divides by
+its variance); the variance is of all tokens, not the mean over windows of the variance within one; T is fixed, theirs
+is the length of a window, 2048; ties go by position. Theirs leaves the MLP at the initial mask by default
+(`skip_layer`); a pruner here does not know where its linear is, and refines every one.
 """
 
 from dataclasses import dataclass
