@@ -99,8 +99,7 @@ class Bench:
     @torch.inference_mode()
     def prune(self, plan: Plan) -> Iterator[PrunedBlock]:
         """Prunes block after block as the plan says; the dense checkpoint stays as it is."""
-        settings = {"sparsegpt": self.prune_settings.sparsegpt.model_dump()}.get(plan.pruner)
-        pruner = make_pruner(plan.pruner, settings)
+        pruner = make_pruner(plan.pruner, self.prune_settings.settings(plan.pruner))
         dense = self._dense_statistics(pruner.measures) if self._measures_dense(pruner.measures) else None
         calibration = self._ids["calibration"]
         follow = calibration if dense is None and pruner.measures else calibration[: self._curve_windows]

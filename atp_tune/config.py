@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from atp_tune.cache import write_atomically
 from atp_tune.errors import UserError
 from atp_tune.perplexity import Perplexity
-from atp_tune.study import Prune, Share, Text
+from atp_tune.study import Prune, PrunerName, Share, Text
 
 FORMAT: Literal["atp_tune.config/1"] = "atp_tune.config/1"
 
@@ -76,7 +76,7 @@ class Config(Part):
     study: str
     trial: int
     model: ModelRef
-    pruner: Literal["magnitude", "wanda", "sparsegpt"]
+    pruner: PrunerName
     prune: Prune = Field(description="settings of the pruners, and where their statistics come from")
     allocation: AllocationRef
     block_sparsities: tuple[Share, ...] = Field(min_length=1)

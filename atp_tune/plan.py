@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 
 from atp_tune.allocations import ALLOCATIONS, Budget, LinearSparsities
 from atp_tune.allocations.budget import SYMBOLS
+from atp_tune.patterns import Pattern
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,9 @@ class Plan:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether every linear gets the same sparsity."""
+        """Whether every linear gets the same sparsity, as far as the pattern lets it."""
+        if self.allocation == "uniform" or (self.parameters and not any(self.parameters.values())):
+            return True
         return self.linear_sparsities is None and len(set(self.sparsities)) == 1
 
     def of(self, index: int, linears: int) -> tuple[float, ...]:
@@ -42,12 +45,25 @@ def shown(parameters: dict[str, float]) -> str:
     )
 
 
-def make_plan(pruner: str, allocation: str, budget: Budget, parameters: dict[str, float]) -> Plan:
-    """The plan of one allocation at given parameters; ValueError where they are not admissible."""
+def make_plan(
+    pruner: str, allocation: str, budget: Budget, parameters: dict[str, float], pattern: Pattern | None = None
+) -> Plan:
+    """The plan of one allocation at given parameters, rounded to what the pattern can make.
+
+    ValueError where the parameters are not admissible.
+    """
+    pattern = pattern or Pattern()
     budget = replace(budget, score="magnitude" if pruner == "magnitude" else "wanda")
     shared = ALLOCATIONS[allocation].sparsities(budget, **parameters)
     blocks = tuple(s for s in shared if not isinstance(s, tuple))
     if blocks:
-        return Plan(pruner, allocation, blocks, parameters)
-    linears = tuple(s for s in shared if isinstance(s, tuple))
+        return Plan(pruner, allocation, pattern.round(blocks, budget.sizes), parameters)
+    linears = _rounded(tuple(s for s in shared if isinstance(s, tuple)), budget, pattern)
     return Plan(pruner, allocation, budget.block_means(linears), parameters, linears)
+
+
+def _rounded(linears: LinearSparsities, budget: Budget, pattern: Pattern) -> LinearSparsities:
+    """Sparsities of linears rounded all together, whatever block they are in."""
+    sizes = [shape.size for shapes in budget.linears for shape in shapes]
+    rounded = iter(pattern.round([s for block in linears for s in block], sizes))
+    return tuple(tuple(next(rounded) for _ in block) for block in linears)

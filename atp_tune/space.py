@@ -1,10 +1,11 @@
 """The space that a study searches: which pruners and allocations, and the interval of each parameter."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from atp_tune.allocations import ALLOCATIONS, Budget
 from atp_tune.errors import UserError
+from atp_tune.patterns import Pattern, parse
 from atp_tune.plan import Plan, make_plan
 from atp_tune.study import Study
 
@@ -32,6 +33,7 @@ class Space:
     budget: Budget
     pruners: tuple[str, ...]
     intervals: dict[str, dict[str, Interval]]
+    pattern: Pattern = field(default_factory=Pattern)
 
     def is_open(self, allocation: str) -> bool:
         """Whether an allocation has anything to search, beside the one point where it begins."""
@@ -43,13 +45,13 @@ class Space:
         allocation = trial.suggest_categorical("allocation", tuple(self.intervals))
         intervals = self.intervals[allocation]
         values = {name: trial.suggest_float(name, *interval) for name, interval in intervals.items()}
-        return make_plan(pruner, allocation, self.budget, values)
+        return make_plan(pruner, allocation, self.budget, values, self.pattern)
 
     def plan(self, params: Params) -> Plan:
         """The plan of a stored trial's parameters."""
         names = self.intervals[params["allocation"]]
         values = {name: float(params[name]) for name in names}
-        return make_plan(params["pruner"], params["allocation"], self.budget, values)
+        return make_plan(params["pruner"], params["allocation"], self.budget, values, self.pattern)
 
     def uniform(self) -> list[Params]:
         """Parameters of the uniform allocation, once for each pruner: the trials that every study starts with."""
@@ -127,7 +129,8 @@ def make_space(study: Study, budget: Budget) -> Space:
     names = study.allocation.names
     if not set(names) & set(NEUTRAL):
         names = ("uniform", *names)
-    return Space(budget, study.prune.pruners, {str(name): _intervals(study, name, budget) for name in names})
+    intervals = {str(name): _intervals(study, name, budget) for name in names}
+    return Space(budget, study.prune.pruners, intervals, parse(study.prune.pattern))
 
 
 def _intervals(study: Study, allocation: str, budget: Budget) -> dict[str, Interval]:

@@ -4,12 +4,15 @@ Symbols: S target sparsity in (0, 1), the share of zeros over all linears of all
 progression, per block. `atp_tune.studyfile` reads and reports; this module only holds the meaning of each key.
 """
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from atp_tune.patterns import parse
+
 Share = Annotated[float, Field(ge=0, le=1)]
-PrunerName = Literal["magnitude", "wanda", "sparsegpt"]
+PrunerName = Literal["magnitude", "wanda", "sparsegpt", "dsnot", "alps"]
 AllocationName = Literal["uniform", "atp", "curve", "owl", "alphapruning", "er", "erk", "global"]
 
 
@@ -37,6 +40,14 @@ class Model(Part):
         return self
 
 
+class Wanda(Part):
+    """Settings of Wanda (Sun et al. 2024)."""
+
+    compare: Literal["row", "row-variant"] = Field(
+        "row", description="the lowest scores of each row, or the smallest cumulated shares of their rows' scores"
+    )
+
+
 class SparseGPT(Part):
     """Settings of SparseGPT (Frantar & Alistarh 2023)."""
 
@@ -44,14 +55,49 @@ class SparseGPT(Part):
     columns: int = Field(128, ge=1, description="columns per block, in which one mask is chosen")
 
 
+class DSnoT(Part):
+    """Settings of DSnoT (Zhang et al. 2024)."""
+
+    initial: Literal["wanda", "magnitude"] = Field("wanda", description="what chooses the mask to start from")
+    cycles: int = Field(50, ge=0, description="swaps per row at most")
+    threshold: float = Field(0.1, ge=0, description="error per row, over 2048 tokens, that is left alone")
+    power: float = Field(1.0, ge=0, description="of the variance that the worth of a pruned weight is divided by")
+
+
+class ALPS(Part):
+    """Settings of ALPS (Meng et al. 2024)."""
+
+    damping: float = Field(0.01, gt=0, description="added to the Hessian's diagonal, as a share of its mean")
+    rho: float = Field(0.1, gt=0, description="penalty that ADMM starts with")
+    iterations: int = Field(300, ge=1, description="of ADMM at most")
+    steps: int = Field(10, ge=0, description="of conjugate gradients on the final mask")
+
+
 class Prune(Part):
-    """How weights are chosen: the pruners to compare and where their statistics come from."""
+    """How weights are chosen: the pruners to compare, where their statistics come from, and where zeros may stand."""
 
     pruners: tuple[PrunerName, ...] = Field(("wanda",), min_length=1)
     statistics: Literal["sequential", "dense"] = Field(
         "sequential", description="inputs of a block measured with the blocks before it pruned, or all dense"
     )
     sparsegpt: SparseGPT = SparseGPT()
+    pattern: str = Field("unstructured", description="unstructured, N:M (zeros in each M inputs) or mixed:M")
+    wanda: Wanda = Wanda()
+    dsnot: DSnoT = DSnoT()
+    alps: ALPS = ALPS()
+
+    @model_validator(mode="after")
+    def _patterned(self) -> Self:
+        try:
+            parse(self.pattern)
+        except ValueError as error:
+            raise ValueError(f"pattern: {error}") from None
+        return self
+
+    def settings(self, pruner: str) -> dict[str, Any]:
+        """Settings of the pruner of that name: its table, if it has one, and the pattern's group."""
+        table = getattr(self, pruner, None)
+        return {**(table.model_dump() if isinstance(table, Part) else {}), "group": parse(self.pattern).group}
 
 
 class Allocation(Part):
@@ -172,6 +218,19 @@ class Study(Part):
                 raise ValueError(
                     f"texts.{role}: reads the same documents as texts.{name}; give it another split or part"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _regular(self) -> Self:
+        pattern = parse(self.prune.pattern)
+        if pattern.group is None or pattern.sparsity is None:
+            return self
+        if not math.isclose(self.sparsity, pattern.sparsity, abs_tol=1e-6) or self.allocation.names != ("uniform",):
+            only = f"{pattern.sparsity:.6g}"
+            raise ValueError(
+                f"prune.pattern: {self.prune.pattern} makes {only} zeros in every block; set sparsity = {only} and "
+                f'allocation.names = ["uniform"], or pattern = "mixed:{max(8, pattern.group)}"'
+            )
         return self
 
     @property

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from atp_tune.errors import UserError
-from atp_tune.study import Study
+from atp_tune.study import Prune, Study
 
 Fact: TypeAlias = str | int | float | bool | list[str] | list[float]
 KeyPath: TypeAlias = tuple[str | int, ...]
@@ -26,6 +26,8 @@ HERE = Path("studies")
 EMBEDDED = Path(__file__).parent / "studies"
 # They say how long, where and on what a study runs, not what it computes.
 NOT_FACTS = frozenset({"description", "storage", "device", "search.trials"})
+# Keys younger than the first studies: they are facts only where they are not at their defaults, so that those resume.
+LATER = ("prune.pattern", "prune.wanda.", "prune.dsnot.", "prune.alps.")
 
 _SQLITE_FILE = re.compile(r"(?P<scheme>sqlite(\+\w+)?:///)(?P<path>(?!:memory:|file:)[^?]+)(?P<query>.*)")
 _PATTERNS = {
@@ -143,6 +145,8 @@ def facts(study: Study, folder: Path = Path()) -> dict[str, Fact]:
     """
     flat = dict(_flat(study.model_dump(mode="json")))
     hidden = {key for key, value in flat.items() if value is None} | NOT_FACTS
+    defaults = dict(_flat(Prune().model_dump(mode="json"), "prune."))
+    hidden |= {key for key, value in flat.items() if key.startswith(LATER) and value == defaults[key]}
     if study.model.dtype == "auto":
         hidden.add("model.dtype")
     if is_local(study.model.source, folder):

@@ -104,8 +104,10 @@ def uniform_of(study: optuna.Study, best: FrozenTrial | None) -> FrozenTrial | N
 
 
 def is_uniform(trial: FrozenTrial) -> bool:
-    """Whether all linears of all blocks got the same sparsity."""
-    attrs = trial.user_attrs
+    """Whether all linears of all blocks got the same sparsity, or were to get it and the pattern had to round."""
+    attrs, numbers = trial.user_attrs, [value for value in trial.params.values() if not isinstance(value, str)]
+    if trial.params.get("allocation") == "uniform" or (numbers and not any(numbers)):
+        return True
     return "linear_sparsities" not in attrs and len(set(attrs.get("sparsities", ()))) == 1
 
 

@@ -17,7 +17,7 @@ from atp_tune.events import Note, TrialEnded, TrialStarted, Watch
 from atp_tune.samplers import first_trials, make_sampler, make_stopper, total_trials
 from atp_tune.space import Space, make_space
 from atp_tune.studyfile import StudyFile, facts
-from atp_tune.summary import best_config, best_of_each, uniform_of
+from atp_tune.summary import best_config, best_of_each, is_uniform, uniform_of
 
 if TYPE_CHECKING:
     from atp_tune.bench import Bench
@@ -165,6 +165,7 @@ def _wait(run: Run, study: optuna.Study, trial: FrozenTrial) -> None:
 def _unreported(study: optuna.Study) -> list[str]:
     """What has no numbers on the report text yet: `dense`, and the best trial of each allocation with its uniform."""
     ranked = best_of_each(study)
+    ranked = [trial for trial in ranked if trial is ranked[0] or not is_uniform(trial)]
     trials = [trial for best in ranked for trial in (uniform_of(study, best), best) if trial is not None]
     wanted = dict.fromkeys(["dense", *(str(trial.number) for trial in trials)])
     return [name for name in wanted if name not in study.user_attrs.get("reports", {})]

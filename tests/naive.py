@@ -18,13 +18,35 @@ def lowest_mask(rows: list[list[Any]], count: int) -> Tensor:
     return mask
 
 
-def wanda_mask(weight: Tensor, x: Tensor, sparsity: float) -> Tensor:
+def groups_mask(rows: list[list[Any]], sparsity: float, group: int) -> Tensor:
+    """In each row, group after group of columns, the share that is asked for, rounded down."""
+    parts = []
+    for start in range(0, len(rows[0]), group):
+        part = [row[start : start + group] for row in rows]
+        parts.append(lowest_mask(part, math.floor(len(part[0]) * sparsity + 1e-9)))
+    return torch.cat(parts, 1)
+
+
+def wanda_scores(weight: Tensor, x: Tensor) -> list[list[Any]]:
     """weight [out, in], x [tokens, in]: |W_ij| times the norm of input j, in float32."""
     norms = [np.float32(math.sqrt(math.fsum(v * v for v in column))) for column in x.double().T.tolist()]
-    scores = [
-        [np.float32(abs(w)) * norm for w, norm in zip(row, norms, strict=True)] for row in weight.double().tolist()
-    ]
-    return lowest_mask(scores, int(weight.shape[1] * sparsity))
+    return [[np.float32(abs(w)) * norm for w, norm in zip(row, norms, strict=True)] for row in weight.double().tolist()]
+
+
+def wanda_variant_mask(weight: Tensor, x: Tensor, sparsity: float) -> Tensor:
+    """The smallest of all rows' cumulated shares, each in float32."""
+    shares = []
+    for scores in wanda_scores(weight, x):
+        total, row = 0.0, [np.float32(0)] * len(scores)
+        for j in sorted(range(len(scores)), key=lambda j: scores[j]):
+            total += float(scores[j])
+            row[j] = np.float32(total)
+        shares += [share / np.float32(total) if share > 0 else share for share in row]
+    return lowest_mask([shares], int(weight.numel() * sparsity)).reshape(weight.shape)
+
+
+def wanda_mask(weight: Tensor, x: Tensor, sparsity: float) -> Tensor:
+    return lowest_mask(wanda_scores(weight, x), int(weight.shape[1] * sparsity))
 
 
 def magnitude_mask(weight: Tensor, sparsity: float) -> Tensor:
@@ -44,7 +66,9 @@ def hessian(x: Tensor) -> Tensor:
     return total
 
 
-def sparsegpt(weight: Tensor, x: Tensor, sparsity: float, damping: float, columns: int) -> tuple[Tensor, Tensor]:
+def sparsegpt(
+    weight: Tensor, x: Tensor, sparsity: float, damping: float, columns: int, group: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Optimal brain surgery, column after column, with the inverse of what remains of the Hessian made afresh.
 
     Pruned weight in float64, and mask.
@@ -57,9 +81,14 @@ def sparsegpt(weight: Tensor, x: Tensor, sparsity: float, damping: float, column
     for start in range(0, width, columns):
         stop = min(start + columns, width)
         pivots = {j: float(torch.linalg.inv(H[j:, j:])[0, 0]) for j in range(start, stop)}
-        scores = [float(W[i, j]) ** 2 / pivots[j] for i in range(out) for j in range(start, stop)]
-        masks[:, start:stop] = lowest_mask([scores], int(len(scores) * sparsity)).reshape(out, stop - start)
+        if group is None:
+            scores = [float(W[i, j]) ** 2 / pivots[j] for i in range(out) for j in range(start, stop)]
+            masks[:, start:stop] = lowest_mask([scores], int(len(scores) * sparsity)).reshape(out, stop - start)
         for j in range(start, stop):
+            if group is not None and j % group == 0:
+                part = range(j, min(j + group, width))
+                rows = [[float(W[i, k]) ** 2 / pivots[k] for k in part] for i in range(out)]
+                masks[:, j : j + group] = groups_mask(rows, sparsity, group)
             inverse = torch.linalg.inv(H[j:, j:])
             for i in range(out):
                 if masks[i, j]:
@@ -76,6 +105,122 @@ def weight_of(model: nn.Module, name: str) -> Tensor:
     path, expert = name[:-1].split("[")
     matrix = model.get_parameter(path)[int(expert)]
     return matrix.T if type(model).__name__ == "GptOssForCausalLM" else matrix
+
+
+def dsnot_mask(
+    weight: Tensor, x: Tensor, sparsity: float, initial: str, group: int | None, **settings: float
+) -> Tensor:
+    """Row by row, swap by swap; moments by `fsum` over all tokens."""
+    columns = x.double().T.tolist()
+    means = [math.fsum(column) / len(column) for column in columns]
+    variances = [math.fsum((v - m) ** 2 for v in c) / len(c) for c, m in zip(columns, means, strict=True)]
+    scores = wanda_scores(weight, x)
+    first = scores if initial == "wanda" else weight.double().abs().tolist()
+    mask = groups_mask(first, sparsity, group) if group else lowest_mask(first, int(weight.shape[1] * sparsity))
+    for i, row in enumerate(weight.double().tolist()):
+        effects = [2048 * w * m for w, m in zip(row, means, strict=True)]
+        order = first[i] if group else scores[i]
+        dsnot_row(mask[i], effects, variances, order, group, **settings)
+    return mask
+
+
+def dsnot_row(
+    gone: Tensor,
+    effects: list[float],
+    variances: list[float],
+    scores: list[Any],
+    group: int | None,
+    cycles: int = 50,
+    threshold: float = 0.1,
+    power: float = 1.0,
+) -> None:
+    start, free = gone.tolist(), set(range(len(effects)))
+    error = math.fsum(e for e, g in zip(effects, start, strict=True) if g)
+    sign = math.copysign(1, error)
+    for _ in range(cycles):
+        if abs(error) <= threshold:
+            return
+        growing = [j for j in sorted(free) if start[j] and effects[j] * error > 0]
+        if not growing:
+            return
+        grow = max(growing, key=lambda j: abs(effects[j]) / variances[j] ** power if variances[j] else math.inf)
+        free.remove(grow)
+        if group:
+            leaving = [j for j in sorted(free) if not start[j] and j // group == grow // group]
+            if not leaving:
+                continue
+        else:
+            leaving = [j for j in sorted(free) if not start[j] and effects[j] * error < 0]
+            if not leaving:
+                return
+        leave = min(leaving, key=lambda j: scores[j])
+        after = error + effects[leave] - effects[grow]
+        if group and after * sign <= 0:
+            return
+        free.remove(leave)
+        gone[grow], gone[leave], error = False, True, after
+
+
+def alps(
+    weight: Tensor, x: Tensor, sparsity: float, group: int | None = None, damping: float = 0.01, rho: float = 0.1
+) -> tuple[Tensor, Tensor]:
+    """ADMM with dense inverses, then conjugate gradients row by row, all in float64. Pruned weight, and mask."""
+    H = sum((torch.outer(row, row) for row in x.double()), torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64))
+    eye = torch.eye(len(H), dtype=torch.float64)
+    H = H + damping * H.diagonal().mean() * eye
+    scales = H.diagonal().sqrt()
+    scales[scales == 0] = 1
+    H = H / torch.outer(scales, scales)
+    W = weight.double() * scales
+
+    def smallest(B: Tensor) -> Tensor:
+        squares = B.square()
+        if group is not None:
+            return groups_mask(squares.tolist(), sparsity, group)
+        return lowest_mask([squares.flatten().tolist()], int(B.numel() * sparsity)).reshape(B.shape)
+
+    last = smallest(W)
+    if last.all() or not last.any():
+        return weight.double().masked_fill(last, 0), last
+    kept, begun = int((~last).sum()), False
+    B, D, V = W, W.masked_fill(last, 0), torch.zeros_like(W)
+    for i in range(300):
+        B = (W @ H - V + rho * D) @ torch.linalg.inv(H + rho * eye)
+        mask = smallest((V + rho * B) / rho)
+        D = ((V + rho * B) / rho).masked_fill(mask, 0)
+        V = V + rho * (B - D)
+        if (i + 1) % 3 != 0:
+            continue
+        changed = int((mask != last).sum())
+        last = mask
+        if (changed == 0 and begun) or (i >= 30 and changed / kept < 0.0003):
+            break
+        if changed / kept > 0.1:
+            begun, rho = True, 1.3 * rho
+        elif changed / kept > 0.005:
+            begun, rho = True, 1.2 * rho
+        elif begun:
+            rho *= 1.1
+        else:
+            rho /= 5
+            if changed:
+                D, V = W.masked_fill(smallest(W), 0), torch.zeros_like(W)
+        rho = min(rho, 1e6)
+    mask = smallest(B)
+    rows = [gradients(b.masked_fill(m, 0), ~m, w, H) for b, m, w in zip(B, mask, W, strict=True)]
+    return torch.stack(rows) / scales, mask
+
+
+def gradients(b: Tensor, kept: Tensor, w: Tensor, H: Tensor, steps: int = 10) -> Tensor:
+    r = kept * (H @ (w - b))
+    p = r
+    for _ in range(steps):
+        if float(r @ r) == 0:
+            return b
+        alpha = (r @ r) / (p @ H @ p)
+        b, new = b + alpha * p, r - alpha * (kept * (H @ p))
+        p, r = new + (new @ new) / (r @ r) * p, new
+    return b
 
 
 def inputs_of(model: nn.Module, names: list[str], ids: Tensor) -> dict[str, Tensor]:

@@ -65,7 +65,21 @@ def test_settings_reach_sparsegpt(monkeypatch: pytest.MonkeyPatch) -> None:
     work = bench_of(tiny("llama"), Prune.model_validate({"sparsegpt": {"damping": 0.5, "columns": 7}}))
     for pruner in ("sparsegpt", "wanda"):
         list(work.prune(Plan(pruner, "uniform", (0.5,) * 4)))
-    assert made == [("sparsegpt", {"damping": 0.5, "columns": 7}), ("wanda", None)]
+    assert made == [
+        ("sparsegpt", {"damping": 0.5, "columns": 7, "group": None}),
+        ("wanda", {"compare": "row", "group": None}),
+    ]
+
+
+def test_blocks_keep_to_the_pattern_of_the_study() -> None:
+    work = bench_of(tiny("llama"), Prune(pattern="mixed:8"))
+    sparsities = (0.375, 0.5, 0.625, 0.875)
+    for block in work.prune(Plan("wanda", "atp", sparsities, {"beta": 0.1})):
+        linears = work.checkpoint.linears[block.index]
+        for linear in linears:
+            zeros = (linear.matrix(block.weights[linear.key]) == 0).reshape(-1, 8).sum(1)
+            assert set(zeros.tolist()) == {8 * sparsities[block.index]}
+        assert linears
 
 
 def test_batches_are_sized_for_blocks_and_for_logits(monkeypatch: pytest.MonkeyPatch) -> None:

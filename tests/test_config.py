@@ -39,7 +39,7 @@ def config(**changes: Any) -> Config:
         model=ModelRef(id="org/name", revision="main", sha256=None, fingerprint="ab" * 32, dtype="bfloat16"),
         pruner="sparsegpt",
         prune=Prune(pruners=("wanda", "sparsegpt"), statistics="dense", sparsegpt=SparseGPT(damping=0.02, columns=64)),
-        allocation=AllocationRef(name="atp", beta=0.0125),
+        allocation=AllocationRef(name="atp", beta=0.0125, parameters={"beta": 0.0125}),
         block_sparsities=(0.575, 0.6, 0.625),
         sparsity=Sparsity(target=0.6, realised=0.5995),
         perplexity=scores(12.5, 13.25),
@@ -112,7 +112,8 @@ ADVICE = "is it a configuration of atp_tune (atp_tune.config/1)?"
     [
         ({"colour": 1}, f"FILE: colour: Extra inputs are not permitted; {ADVICE}"),
         ({"format": "atp_tune.config/2"}, f"FILE: format: Input should be 'atp_tune.config/1'; {ADVICE}"),
-        ({"pruner": "magic"}, f"FILE: pruner: Input should be 'magnitude', 'wanda' or 'sparsegpt'; {ADVICE}"),
+        ({"pruner": "magic"},
+         f"FILE: pruner: Input should be 'magnitude', 'wanda', 'sparsegpt', 'dsnot' or 'alps'; {ADVICE}"),
         ({"block_sparsities": [0.5, 1.5]},
          f"FILE: block_sparsities.1: Input should be less than or equal to 1; {ADVICE}"),
         ({"block_sparsities": [0.5, None]}, f"FILE: block_sparsities.1: Input should be a valid number; {ADVICE}"),

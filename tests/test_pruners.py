@@ -9,9 +9,11 @@ from torch import Tensor
 from atp_tune import study
 from atp_tune.errors import TrialError
 from atp_tune.pruners import PRUNERS, make_pruner
+from atp_tune.pruners.alps import ALPS
+from atp_tune.pruners.dsnot import DSnoT
 from atp_tune.pruners.magnitude import Magnitude
 from atp_tune.pruners.sparsegpt import SparseGPT
-from atp_tune.pruners.statistics import Hessian, InputNorms, _inverse_factor
+from atp_tune.pruners.statistics import Hessian, InputMoments, InputNorms, Scaled, _inverse_factor
 from atp_tune.pruners.wanda import Wanda
 
 # [out, in]: one row, one column, wide, tall, and none a multiple of the blocks of columns below
@@ -52,12 +54,28 @@ def hessian_of(x: Tensor, batches: int = 1) -> Hessian:
     return hessian
 
 
+def moments_of(x: Tensor, batches: int = 1) -> InputMoments:
+    moments = InputMoments(x.shape[1], CPU)
+    for part in x.tensor_split(batches):
+        moments.add(part)
+    return moments
+
+
+def pruned_by(pruner: Any, weight: Tensor, x: Tensor, sparsity: float) -> Tensor:
+    statistics = None if pruner.measures is None else pruner.measures(x.shape[1], CPU)
+    if statistics is not None:
+        statistics.add(x)
+    pruned: Tensor = pruner.prune(weight, sparsity, statistics)
+    return pruned
+
+
 def test_the_table_is_what_a_study_may_name() -> None:
     assert set(PRUNERS) == set(get_args(study.PrunerName))
 
 
 def test_a_study_has_the_pruners_own_defaults() -> None:
-    assert make_pruner("sparsegpt", study.SparseGPT().model_dump()) == SparseGPT()
+    for name in PRUNERS:
+        assert make_pruner(name, study.Prune().settings(name)) == make_pruner(name), name
 
 
 def test_settings_reach_the_pruner() -> None:
@@ -179,6 +197,202 @@ def test_sparsegpt_at_sparsity_0_and_1() -> None:
     assert not SparseGPT().prune(weight, 1.0, hessian_of(x)).any()
 
 
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("make", [problem, tied_problem])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_variant_of_wanda_is_its_loop(shape: tuple[int, int], make: Any, sparsity: float) -> None:
+    dense, x = make(shape)
+    for dtype in DTYPES:
+        weight = dense.to(dtype)
+        pruned = Wanda("row-variant").prune(weight, sparsity, norms_of(x))
+        assert same_bits(pruned, weight.masked_fill(naive.wanda_variant_mask(weight, x, sparsity), 0)), dtype
+
+
+def test_the_variant_of_wanda_is_where_the_bisection_leads() -> None:
+    """One threshold for the share of every row, and as many zeros as were asked for."""
+    weight, x = problem((13, 40))
+    weight[:4, 5:] /= 50  # rows with few large scores
+    gone = Wanda("row-variant").prune(weight, 0.5, norms_of(x)) == 0
+    scores = (weight.abs() * norms_of(x).norms()).double()
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        alpha = (low + high) / 2
+        ordered = scores.sort(1).values
+        reached = (ordered.cumsum(1) <= alpha * scores.sum(1, keepdim=True)).sum(1, keepdim=True)
+        mask = scores <= torch.where(reached > 0, ordered.gather(1, (reached - 1).clamp(min=0)), -1)
+        low, high = (low, alpha) if mask.sum() > 260 else (alpha, high)
+    assert int(gone.sum()) == 260
+    assert torch.equal(gone, mask)
+    assert gone[:4].sum() > 1.3 * 4 * 20
+
+
+@pytest.mark.parametrize("initial", ["wanda", "magnitude"])
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dsnot_is_its_loop(shape: tuple[int, int], sparsity: float, initial: Any) -> None:
+    dense, x = problem(shape)
+    for dtype in DTYPES:
+        for shift in (0.0, 0.01):
+            weight = dense.to(dtype)
+            pruned = DSnoT(initial).prune(weight, sparsity, moments_of(x + shift))
+            mask = naive.dsnot_mask(weight, x + shift, sparsity, initial, None)
+            assert same_bits(pruned, weight.masked_fill(mask, 0)), dtype
+            assert set((pruned == 0).sum(1).tolist()) == {int(shape[1] * sparsity)}
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dsnot_with_ties_and_dead_inputs(shape: tuple[int, int], sparsity: float) -> None:
+    weight, x = tied_problem(shape)
+    x = torch.cat([x, x[:4]])  # 16 tokens, so that means are exact too
+    for group in (None, 4):
+        pruned = DSnoT(group=group).prune(weight, sparsity, moments_of(x))
+        mask = naive.dsnot_mask(weight, x, sparsity, "wanda", group)
+        assert same_bits(pruned, weight.masked_fill(mask, 0)), group
+
+
+@pytest.mark.parametrize(
+    "settings", [{"cycles": 0}, {"cycles": 2}, {"threshold": 30.0}, {"power": 0.0}, {"power": 2.0}]
+)
+@pytest.mark.parametrize("group", [None, 8])
+def test_settings_of_dsnot(settings: dict[str, Any], group: int | None) -> None:
+    weight, x = problem((13, 29))
+    pruned = DSnoT(group=group, **settings).prune(weight, 0.5, moments_of(x))
+    assert torch.equal(pruned == 0, naive.dsnot_mask(weight, x, 0.5, "wanda", group, **settings))
+    others = DSnoT(group=group).prune(weight, 0.5, moments_of(x))
+    assert not torch.equal(pruned, others)
+
+
+def test_dsnot_in_groups_goes_by_the_score_of_its_initial_mask() -> None:
+    weight, x = problem((13, 40))
+    x *= torch.linspace(0.2, 2, 40)
+    pruned = DSnoT("magnitude", group=8).prune(weight, 0.5, moments_of(x))
+    assert torch.equal(pruned == 0, naive.dsnot_mask(weight, x, 0.5, "magnitude", 8))
+
+
+def test_dsnot_with_a_constant_input() -> None:
+    """Its variance is 0: it is the first to grow."""
+    weight, x = problem((20, 30))
+    x[:, 4] = 0.5
+    pruned = DSnoT().prune(weight, 0.5, moments_of(x))
+    assert torch.equal(pruned == 0, naive.dsnot_mask(weight, x, 0.5, "wanda", None))
+
+
+def test_dsnot_lowers_the_mean_error() -> None:
+    weight, x = problem((16, 64))
+    x += 0.3
+    error = [
+        (((pruned_by(pruner, weight, x, 0.6) - weight) @ x.T).mean(1)).abs().mean() for pruner in (DSnoT(), Wanda())
+    ]
+    assert error[0] < 0.5 * error[1]
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 23), (19, 1), (7, 10), (13, 29)])
+def test_alps_is_its_dense_inverse(shape: tuple[int, int], sparsity: float) -> None:
+    weight, x = problem(shape)
+    pruned = ALPS().prune(weight, sparsity, hessian_of(x, 3))
+    expected, mask = naive.alps(weight, x, sparsity)
+    assert torch.equal(pruned == 0, mask)
+    assert int(mask.sum()) == int(weight.numel() * sparsity)
+    torch.testing.assert_close(pruned.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("rho", [0.1, 4.0, 60.0, 1e7])
+@pytest.mark.parametrize("group", [None, 8])
+@pytest.mark.parametrize("sparsity", [0.3, 0.7])
+@pytest.mark.parametrize("shape", [(24, 37), (30, 64)])
+def test_the_admm_of_alps_in_float64(shape: tuple[int, int], sparsity: float, group: int | None, rho: float) -> None:
+    """To the last bit, over enough iterations that float32 might have turned one; also from a ρ that is too large."""
+    weight, x = (part.double() for part in problem(shape))
+    gram = x.T @ x + 0.01 * x.square().sum(0).mean() * torch.eye(shape[1])
+    scales = gram.diagonal().sqrt()
+    matrix = gram / torch.outer(scales, scales)
+    scaled = Scaled(scales, matrix, *torch.linalg.eigh(matrix))
+    pruner = ALPS(rho=rho, group=group)
+    mask = pruner._smallest(pruner._admm(weight * scales, scaled, sparsity), sparsity)
+    assert torch.equal(mask, naive.alps(weight, x, sparsity, group, rho=rho)[1])
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_alps_with_dead_inputs(sparsity: float) -> None:
+    weight, x = problem((6, 21))
+    x[:, [0, 7, 20]] = 0
+    pruned = ALPS().prune(weight, sparsity, hessian_of(x))
+    expected, mask = naive.alps(weight, x, sparsity)
+    assert torch.equal(pruned == 0, mask)
+    torch.testing.assert_close(pruned.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_alps_with_nothing_but_dead_inputs_is_magnitude() -> None:
+    weight, x = problem((6, 21))
+    pruned = ALPS().prune(weight, 0.5, hessian_of(0 * x))
+    torch.testing.assert_close(pruned, Magnitude().prune(weight, 0.5, None))
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_alps_with_ties_has_the_zeros_that_were_asked_for(shape: tuple[int, int], sparsity: float) -> None:
+    weight, x = tied_problem(shape)
+    weight[weight == 0] = 0.25
+    assert int((ALPS().prune(weight, sparsity, hessian_of(x)) == 0).sum()) == int(weight.numel() * sparsity)
+
+
+def test_alps_is_nearer_than_the_others() -> None:
+    """The layer-wise error on correlated inputs, against pruners that choose over as many weights."""
+    weight, x = problem((40, 64))
+    x += x[:, :1] + x.roll(1, 1)
+    for sparsity in (0.5, 0.7, 0.9):
+        for group in (None, 8):
+            pruners = [kind(group=group) for kind in (ALPS, SparseGPT, Wanda)]
+            errors = [(x @ (pruned_by(p, weight, x, sparsity) - weight).T).norm() for p in pruners]
+            assert errors[0] < 0.95 * errors[1] < errors[2], (sparsity, group)
+
+
+def test_alps_refuses_what_is_not_a_number() -> None:
+    with pytest.raises(TrialError, match="Hessian not finite"):
+        ALPS().prune(torch.ones(2, 3), 0.5, hessian_of(torch.tensor([[1.0, float("nan"), 2.0]])))
+
+
+GROUPED: list[tuple[float, int]] = [(0.5, 4), (0.5, 8), (0.25, 4), (0.75, 8), (0.7, 10), (0.0, 4), (1.0, 8), (0.375, 8)]
+
+
+@pytest.mark.parametrize(("sparsity", "group"), GROUPED)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 8), (19, 3), (7, 24), (13, 29)])
+@pytest.mark.parametrize("name", PRUNERS)
+def test_groups(name: str, shape: tuple[int, int], sparsity: float, group: int) -> None:
+    """As many zeros in every group as asked for, and where the most literal form has them."""
+    weight, x = problem(shape)
+    gone = pruned_by(make_pruner(name, {"group": group}), weight, x, sparsity) == 0
+    for start in range(0, shape[1], group):
+        part = gone[:, start : start + group]
+        assert set(part.sum(1).tolist()) == {int(part.shape[1] * sparsity + 1e-6)}
+    expected = {
+        "magnitude": lambda: naive.groups_mask(weight.abs().tolist(), sparsity, group),
+        "wanda": lambda: naive.groups_mask(naive.wanda_scores(weight, x), sparsity, group),
+        "sparsegpt": lambda: naive.sparsegpt(weight, x, sparsity, 0.01, 128 // group * group, group)[1],
+        "dsnot": lambda: naive.dsnot_mask(weight, x, sparsity, "wanda", group),
+        "alps": lambda: naive.alps(weight, x, sparsity, group)[1],
+    }[name]()
+    assert torch.equal(gone, expected)
+
+
+def test_the_variant_of_wanda_is_wanda_in_groups() -> None:
+    weight, x = problem((13, 29))
+    expected = Wanda(group=4).prune(weight, 0.5, norms_of(x))
+    assert same_bits(Wanda("row-variant", 4).prune(weight, 0.5, norms_of(x)), expected)
+
+
+@pytest.mark.parametrize("columns", [1, 4, 10, 128])
+def test_sparsegpt_chooses_a_group_when_its_turn_comes(columns: int) -> None:
+    """Whatever the blocks of columns are: they carry errors, and do not cut groups."""
+    weight, x = problem((9, 30))
+    pruned = SparseGPT(columns=columns, group=4).prune(weight, 0.5, hessian_of(x))
+    expected, mask = naive.sparsegpt(weight, x, 0.5, 0.01, 12, 4)
+    assert torch.equal(pruned == 0, mask)
+    torch.testing.assert_close(pruned.double(), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", PRUNERS)
 def test_what_is_given_stays_as_it_is(name: str) -> None:
     weight, x = problem((6, 20))
@@ -213,6 +427,39 @@ def test_input_norms(dtype: torch.dtype) -> None:
     assert norms.norms().dtype == torch.float32
     expected = [sum(v * v for v in column) ** 0.5 for column in x.reshape(-1, 9).double().T.tolist()]
     assert norms.norms().tolist() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_input_moments(dtype: torch.dtype) -> None:
+    """Also where the variance is a millionth of the squared mean."""
+    x = torch.randn(6, 50, 9, generator=torch.Generator().manual_seed(0))
+    x[:, :, 3] = 1000 + x[:, :, 3] * (1 if dtype == torch.float32 else 50)
+    x[:, :, 4], x[:, :, 5] = 0, 0.5
+    x = x.to(dtype)
+    moments = InputMoments(9, CPU)
+    for part in (x[:3], x[:0], x[3:5], x[5:]):
+        moments.add(part)
+    flat = x.reshape(-1, 9).double()
+    torch.testing.assert_close(moments.norms().double(), flat.norm(dim=0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(moments.means().double(), flat.mean(0), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(moments.variances().double(), flat.var(0, correction=0), rtol=1e-4, atol=0)
+    assert InputMoments(2, CPU).variances().tolist() == [0, 0]
+
+
+def test_the_scaled_hessian_and_its_spectrum(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = problem((1, 12))[1]
+    x[:, 5] = 0
+    hessian = hessian_of(x)
+    scaled = hessian.scaled(0.01)
+    H = 2 * x.double().T @ x.double() / len(x)
+    H += 0.01 * H.diagonal().mean() * torch.eye(12)
+    torch.testing.assert_close(scaled.scales.double() ** 2, H.diagonal(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(scaled.matrix.double() * scaled.scales * scaled.scales[:, None], H, rtol=1e-5, atol=1e-6)
+    inverse = torch.linalg.inv(scaled.matrix.double() + 0.3 * torch.eye(12))
+    torch.testing.assert_close(scaled.inverse(0.3).double(), inverse, rtol=1e-4, atol=1e-5)
+    assert hessian.scaled(0.01) is scaled
+    hessian.add(x)
+    assert hessian.scaled(0.01) is not scaled
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

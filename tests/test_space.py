@@ -142,3 +142,9 @@ def test_one_block() -> None:
 def test_a_space_can_be_made_without_a_study() -> None:
     space = Space(Budget(0.5, (1, 1)), ("wanda",), {"uniform": {}})
     assert space.grid(0.1) == []
+
+
+def test_a_space_holds_the_pattern_of_its_study() -> None:
+    space = space_for(study_of(prune={"pattern": "mixed:4"}), SIZES)
+    values = {"pruner": "wanda", "allocation": "atp", "beta": 0.1}
+    assert space.plan(values).sparsities == space.suggest(Fixed(values)).sparsities == (0.5, 0.5, 0.5, 0.75, 0.75)

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from atp_tune.study import Allocation, Model, Search, Study, Text
+from atp_tune.study import Allocation, Model, Prune, Search, Study, Text
 from atp_tune.studyfile import _PATTERNS, _keys, _table
 
 
@@ -95,6 +95,11 @@ def test_overlap_of_parts(one: tuple[float, float], other: tuple[float, float], 
         (Model, {"source": "pypi:a"}, "source: must pin a wheel"),
         (Model, {"source": "pypi:a==1"}, "sha256: is needed"),
         (Allocation, {"beta": [1, 0]}, "beta: the interval"),
+        (
+            Prune,
+            {"pattern": "4:2"},
+            "pattern: must be unstructured, N:M with N < M as in 2:4, or mixed:M as in mixed:8, got",
+        ),
         (Text, {"source": "c4", "draw": "random"}, "windows: a random draw"),
         (Text, {"source": "c4", "part": [0.5, 0.5]}, "part: "),
         (Search, {}, "trials: is needed with the sampler gp"),
@@ -108,6 +113,34 @@ def test_rules_between_keys_name_their_key(table: type[BaseModel], values: dict[
     text = str(details["ctx"]["error"])
     assert text.startswith(message)
     assert text.partition(":")[0] in table.model_fields
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:8"])
+def test_a_fixed_pattern_leaves_nothing_to_share_out(pattern: str) -> None:
+    uniform = {"names": ["uniform"]}
+    assert Study.model_validate(raw(prune={"pattern": pattern}, allocation=uniform)).prune.pattern == pattern
+    for changes in ({"allocation": {"names": ["uniform", "atp"]}}, {"allocation": uniform, "sparsity": 0.6}, {}):
+        with pytest.raises(ValidationError) as caught:
+            Study.model_validate(raw(prune={"pattern": pattern}, **changes))
+        (details,) = caught.value.errors()
+        assert str(details["ctx"]["error"]) == (
+            f"prune.pattern: {pattern} makes 0.5 zeros in every block; set sparsity = 0.5 and "
+            'allocation.names = ["uniform"], or pattern = "mixed:8"'
+        )
+
+
+def test_patterns_that_leave_freedom() -> None:
+    for pattern in ("unstructured", "mixed:8"):
+        assert Study.model_validate(raw(prune={"pattern": pattern}, sparsity=0.55)).prune.pattern == pattern
+    third = raw(prune={"pattern": "1:3"}, allocation={"names": ["uniform"]}, sparsity=0.333333)
+    assert Study.model_validate(third).prune.settings("magnitude") == {"group": 3}
+
+
+def test_settings_of_a_pruner_are_its_table_and_the_group() -> None:
+    prune = Prune.model_validate({"pattern": "mixed:8", "alps": {"rho": 0.5}})
+    assert prune.settings("magnitude") == {"group": 8}
+    assert prune.settings("wanda") == {"compare": "row", "group": 8}
+    assert prune.settings("alps") == {"damping": 0.01, "rho": 0.5, "iterations": 300, "steps": 10, "group": 8}
 
 
 def test_grid_needs_no_number_of_trials() -> None:

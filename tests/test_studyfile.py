@@ -109,19 +109,19 @@ REPLACED = [  # what stands in GOOD, what stands there instead, the message
     (
         "pruners =",
         "qqq =",
-        "prune.qqq: unknown key; known here are pruners, statistics, sparsegpt",
+        "prune.qqq: unknown key; known here are pruners, statistics, sparsegpt, pattern, wanda, dsnot, alps",
     ),
     (
         '["wanda"]',
         '["wandda"]',
-        'prune.pruners[0]: must be one of magnitude, wanda, sparsegpt, got "wandda"; did you mean wanda?',
+        'prune.pruners[0]: must be one of magnitude, wanda, sparsegpt, dsnot, alps, got "wandda"; did you mean wanda?',
     ),
     ('["wanda"]', '"wanda"', 'prune.pruners: must be a list, got "wanda"'),
     ('["wanda"]', "[]", "prune.pruners: must hold at least 1 value, got []"),
     (
         '["wanda"]',
         '["wanda", 7, "spargpt"]',
-        "prune.pruners[1]: must be one of magnitude, wanda, sparsegpt, got 7 (and 1 more mistake)",
+        "prune.pruners[1]: must be one of magnitude, wanda, sparsegpt, dsnot, alps, got 7 (and 1 more mistake)",
     ),
     ("[0, 0.01]", "[0.02, 0.01]", "allocation.beta: the interval [0.02, 0.01] runs backwards"),
     ("[0, 0.01]", '"atuo"', 'allocation.beta: must be one of auto, both or be a list, got "atuo"; did you mean auto?'),
@@ -413,6 +413,22 @@ def test_facts_say_what_not_how_long() -> None:
     elsewhere = ["search.trials=99", "device=cpu", "storage=sqlite://", "description=z"]
     assert facts(load("x.toml", elsewhere).study) == base
     assert facts(load("x.toml", ["search.seed=9"]).study) != base
+
+
+def test_facts_of_young_keys_are_those_that_differ_from_their_defaults() -> None:
+    """So that a study which was made before they were there goes on."""
+    base = facts(load("x.toml").study)
+    assert {key for key in base if key.startswith("prune.")} == {
+        "prune.pruners",
+        "prune.statistics",
+        "prune.sparsegpt.damping",
+        "prune.sparsegpt.columns",
+    }
+    changed = facts(
+        load("x.toml", ["prune.pattern=mixed:8", "prune.wanda.compare=row-variant", "prune.alps.rho=1"]).study
+    )
+    others = {"prune.pattern": "mixed:8", "prune.wanda.compare": "row-variant", "prune.alps.rho": 1.0}
+    assert changed == {**base, **others}
 
 
 def test_facts_leave_out_local_sources(folder: Path) -> None:

@@ -43,7 +43,7 @@ def add(study: optuna.Study, beta: float, value: float | None, pruner: str = "wa
         value=value,
         params={"pruner": pruner, "allocation": "atp", "beta": beta},
         distributions=DISTRIBUTIONS,
-        user_attrs={"sparsities": sparsities, "stderr": 0.5, **attributes},
+        user_attrs={"sparsities": sparsities, "stderr": 0.5} | attributes,
     )
     study.add_trial(trial)
 
@@ -111,6 +111,12 @@ def test_uniform_of(study: optuna.Study) -> None:
     assert found.number == 3
     assert uniform_of(study, None) is None
     assert [is_uniform(trial) for trial in study.trials] == [True, False, True, True]
+
+
+def test_uniform_stays_uniform_where_the_pattern_rounds(study: optuna.Study) -> None:
+    add(study, 0.0, 10.0, sparsities=[0.5, 0.625, 0.625])
+    add(study, 0.1, 9.0, sparsities=[0.5, 0.625, 0.625])
+    assert [is_uniform(trial) for trial in study.trials] == [True, False]
 
 
 def test_score_of(study: optuna.Study) -> None:

@@ -119,7 +119,7 @@ def apply(
 @app.command()
 def prune(
     model: Annotated[str | None, typer.Option(metavar="MODEL", help="Hub id, folder or .gguf file.")] = None,
-    pruner: Annotated[str | None, typer.Option(help="magnitude, wanda or sparsegpt.")] = None,
+    pruner: Annotated[str | None, typer.Option(help="magnitude, wanda, sparsegpt, dsnot or alps.")] = None,
     sparsity: Annotated[float | None, typer.Option(help="Share of zeros, as in 0.7.")] = None,
     allocation: Annotated[
         str | None, typer.Option(help="uniform, atp, curve, owl, alphapruning, er, erk or global; default: atp.")

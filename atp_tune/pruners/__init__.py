@@ -8,6 +8,8 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
+from atp_tune.pruners.alps import ALPS
+from atp_tune.pruners.dsnot import DSnoT
 from atp_tune.pruners.magnitude import Magnitude
 from atp_tune.pruners.sparsegpt import SparseGPT
 from atp_tune.pruners.statistics import Statistics
@@ -17,7 +19,10 @@ __all__ = ["PRUNERS", "Pruner", "Statistics", "make_pruner"]
 
 
 class Pruner(Protocol):
-    """What every pruner offers; its fields are its settings."""
+    """What every pruner offers; its fields are its settings.
+
+    All have the field `group`, None or M: then ⌊M·s⌋ weights of every M consecutive inputs of a row go.
+    """
 
     measures: ClassVar[type[Statistics] | None]
 
@@ -29,6 +34,8 @@ PRUNERS: dict[str, type[Pruner]] = {
     "magnitude": Magnitude,
     "wanda": Wanda,
     "sparsegpt": SparseGPT,
+    "dsnot": DSnoT,
+    "alps": ALPS,
 }
 
 

@@ -5,18 +5,18 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from atp_tune.pruners.selection import lowest
+from atp_tune.pruners.selection import lowest_in_matrix
 from atp_tune.pruners.statistics import Statistics
 
 
 @dataclass(frozen=True)
 class Magnitude:
-    """Zeroes the ⌊out·in·s⌋ smallest weights of the matrix (Han et al. 2015)."""
+    """Zeroes the ⌊out·in·s⌋ smallest weights of the matrix (Han et al. 2015), or the ⌊M·s⌋ smallest of each group."""
+
+    group: int | None = None
 
     measures: ClassVar[type[Statistics] | None] = None
 
     def prune(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:
         """Pruned copy of weight [out, in] at a sparsity in [0, 1]."""
-        scores = weight.float().abs().reshape(1, -1)
-        mask = lowest(scores, int(weight.numel() * sparsity)).reshape(weight.shape)
-        return weight.masked_fill(mask, 0)
+        return weight.masked_fill(lowest_in_matrix(weight.float().abs(), sparsity, self.group), 0)

@@ -7,7 +7,10 @@ mask is chosen over all rows, the ⌊out·B·s⌋ lowest W_ij² / U_jj². Then f
 
 U_jj² is the j-th pivot of the inverse after the columns to the left are done (Frantar & Alistarh 2023, section 3.3).
 The authors' code takes one weight more per block (`<=` its threshold), and cannot run at sparsity 1; here the number
-is exact. Source: "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", ICML 2023, algorithm 1.
+is exact. In groups of M columns the ⌊M·s⌋ lowest of each row go, chosen when the group's turn comes, with the weights
+as updated so far; B is then rounded down to whole groups.
+
+Source: "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", ICML 2023, algorithm 1.
 """
 
 from dataclasses import dataclass
@@ -16,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from atp_tune.pruners.selection import lowest
+from atp_tune.pruners.selection import lowest_in_matrix, lowest_in_rows
 from atp_tune.pruners.statistics import Hessian, Statistics
 
 
@@ -26,6 +29,7 @@ class SparseGPT:
 
     damping: float = 0.01
     columns: int = 128
+    group: int | None = None
 
     measures: ClassVar[type[Statistics] | None] = Hessian
 
@@ -34,21 +38,26 @@ class SparseGPT:
         assert isinstance(statistics, Hessian)
         W = weight.float().masked_fill(statistics.dead(), 0)
         U = statistics.inverse_factor(self.damping)
-        for start in range(0, W.shape[1], self.columns):
-            here = slice(start, start + self.columns)
-            W[:, here], errors = _prune_columns(W[:, here], U[here, here], sparsity)
+        width = self.columns if self.group is None else max(self.columns // self.group, 1) * self.group
+        for start in range(0, W.shape[1], width):
+            here = slice(start, start + width)
+            W[:, here], errors = _prune_columns(W[:, here], U[here, here], sparsity, self.group)
             W[:, here.stop :] -= errors @ U[here, here.stop :]
         return W.to(weight.dtype)
 
 
-def _prune_columns(W: Tensor, U: Tensor, sparsity: float) -> tuple[Tensor, Tensor]:
+def _prune_columns(W: Tensor, U: Tensor, sparsity: float, group: int | None) -> tuple[Tensor, Tensor]:
     """One block of columns W [out, B] with its part U [B, B]: pruned weights, and errors [out, B] to carry on."""
     pivots = U.diagonal()
-    scores = (W / pivots).square()
-    mask = lowest(scores.reshape(1, -1), int(scores.numel() * sparsity)).reshape(W.shape)
-    columns, gone = W.T.contiguous(), mask.T.contiguous()
+    columns = W.T.contiguous()
+    gone = torch.empty_like(columns, dtype=torch.bool)
+    if group is None:
+        gone[:] = lowest_in_matrix((W / pivots).square(), sparsity).T
     errors = torch.empty_like(columns)
     for j, pivot in enumerate(pivots.tolist()):
+        if group is not None and j % group == 0:
+            here = slice(j, j + group)
+            gone[here] = lowest_in_rows((columns[here].T / pivots[here]).square(), sparsity, group).T
         torch.mul(columns[j], gone[j], out=errors[j]).div_(pivot)
         columns[j + 1 :].addr_(U[j, j + 1 :], errors[j], alpha=-1)
     return columns.masked_fill_(gone, 0).T, errors.T

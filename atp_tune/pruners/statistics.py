@@ -4,7 +4,7 @@ X inputs [tokens, in] of one linear over all calibration tokens. Linears that re
 value, say) share one object, and what it derives from X is computed once for all of them.
 """
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +39,57 @@ class InputNorms:
         return self._squares.sqrt()
 
 
+class InputMoments:
+    """Norm ‖X_j‖₂, mean and variance of each input j over all tokens, in float32.
+
+    Batches are merged by their means and squared deviations, so that a small variance beside a large mean survives.
+    """
+
+    def __init__(self, inputs: int, device: torch.device) -> None:
+        self._norms = InputNorms(inputs, device)
+        self._means = torch.zeros(inputs, dtype=torch.float32, device=device)
+        self._deviations = torch.zeros_like(self._means)
+        self._tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Takes in inputs [..., in] of any float dtype."""
+        flat = x.reshape(-1, x.shape[-1]).float()
+        if not len(flat):
+            return
+        self._norms.add(flat)
+        before, new = self._tokens, len(flat)
+        self._tokens += new
+        variances, means = torch.var_mean(flat, dim=0, correction=0)
+        shift = means - self._means
+        self._means += shift * (new / self._tokens)
+        self._deviations += variances * new + shift.square() * (before * new / self._tokens)
+
+    def norms(self) -> Tensor:
+        """The norms [in]."""
+        return self._norms.norms()
+
+    def means(self) -> Tensor:
+        """The means [in]."""
+        return self._means
+
+    def variances(self) -> Tensor:
+        """The variances [in], over all tokens."""
+        return self._deviations / max(1, self._tokens)
+
+
+class Scaled(NamedTuple):
+    """H̃_jk = H_jk / (d_j d_k) with d_j = √H_jj, so that its diagonal is 1, and H̃ = Q diag(λ) Qᵀ; float32."""
+
+    scales: Tensor  # d [in]
+    matrix: Tensor  # H̃ [in, in]
+    values: Tensor  # λ [in]
+    vectors: Tensor  # Q [in, in]
+
+    def inverse(self, rho: float) -> Tensor:
+        """(H̃ + ρI)⁻¹ [in, in]."""
+        return (self.vectors / (self.values + rho)) @ self.vectors.T
+
+
 class Hessian:
     """H = 2 Xᵀ X / n of the layer-wise squared error, float32 [in, in], n tokens, and the factor of its inverse."""
 
@@ -46,6 +97,7 @@ class Hessian:
         self._gram = torch.zeros(inputs, inputs, dtype=torch.float32, device=device)
         self._tokens = 0
         self._factors: dict[float, Tensor] = {}
+        self._scaled: dict[float, Scaled] = {}
 
     def add(self, x: Tensor) -> None:
         """Takes in inputs [..., in] of any float dtype."""
@@ -53,6 +105,7 @@ class Hessian:
         self._gram.addmm_(flat.T, flat)
         self._tokens += flat.shape[0]
         self._factors.clear()
+        self._scaled.clear()
 
     def matrix(self) -> Tensor:
         """H [in, in]; an input that was never active gets 1 on the diagonal, so that H can be inverted."""
@@ -73,6 +126,28 @@ class Hessian:
         if damping not in self._factors:
             self._factors[damping] = _inverse_factor(self.matrix(), damping)
         return self._factors[damping]
+
+    def scaled(self, damping: float) -> Scaled:
+        """H + damping · mean(diag H) · I, scaled and with its spectrum, computed once per damping; here an input that
+        was never active has nothing but the damping on the diagonal. TrialError where H is not finite.
+        """
+        if damping not in self._scaled:
+            hessian = self.matrix()
+            hessian.diagonal().masked_fill_(self.dead(), 0)
+            self._scaled[damping] = _scaled(hessian, damping)
+        return self._scaled[damping]
+
+
+def _scaled(hessian: Tensor, damping: float) -> Scaled:
+    if not hessian.isfinite().all():
+        raise TrialError("Hessian not finite: the model's activations overflow; try dtype = bfloat16 or float32")
+    hessian.diagonal().add_(damping * hessian.diagonal().mean())
+    scales = hessian.diagonal().sqrt()
+    scales = torch.where(scales > 0, scales, 1)
+    matrix = hessian / scales / scales[:, None]
+    wide = matrix.cpu() if matrix.device.type == "mps" else matrix  # it has no float64
+    values, vectors = (part.float().to(matrix.device) for part in torch.linalg.eigh(wide.double()))
+    return Scaled(scales, matrix, values.clamp_(min=0), vectors)
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:

@@ -2,23 +2,38 @@
 
     score_ij = |W_ij| · ‖X_j‖₂
 
-W weight [out, in], X inputs [tokens, in]. The ⌊in·s⌋ lowest scores of each row (output) go.
+W weight [out, in], X inputs [tokens, in]. Which scores are compared with each other is a setting:
 
-Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", ICLR 2024, equation 1.
+`row`: the ⌊in·s⌋ lowest scores of each row (output) go.
+`row-variant`: with the scores of a row in ascending order, a weight's share is the sum of the scores up to its own,
+over the row's sum. The ⌊out·in·s⌋ smallest shares of the matrix go, so rows with few large scores lose more weights.
+The authors bisect a threshold α on that share until the matrix is within 0.001 of one sparsity, the model's; here each
+linear meets its own, exactly, which is where that bisection leads. A row without any score goes first, as theirs does.
+
+In groups of M inputs both are the same, the ⌊M·s⌋ lowest of each group: shares rise with the scores of a row.
+
+Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", ICLR 2024, equation 1; the
+variant is `use_variant` of their code.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
-from atp_tune.pruners.selection import lowest
+from atp_tune.pruners.selection import lowest_in_matrix, lowest_in_rows
 from atp_tune.pruners.statistics import InputNorms, Statistics
+
+Compare = Literal["row", "row-variant"]
 
 
 @dataclass(frozen=True)
 class Wanda:
     """Zeroes the lowest scores of each row; weights that stay are not changed."""
+
+    compare: Compare = "row"
+    group: int | None = None
 
     measures: ClassVar[type[Statistics] | None] = InputNorms
 
@@ -26,4 +41,16 @@ class Wanda:
         """Pruned copy of weight [out, in] at a sparsity in [0, 1]; statistics are its `InputNorms`."""
         assert isinstance(statistics, InputNorms)
         scores = weight.float().abs() * statistics.norms()
-        return weight.masked_fill(lowest(scores, int(weight.shape[1] * sparsity)), 0)
+        if self.compare == "row" or self.group is not None:
+            mask = lowest_in_rows(scores, sparsity, self.group)
+        else:
+            mask = lowest_in_matrix(_shares(scores), sparsity)
+        return weight.masked_fill(mask, 0)
+
+
+def _shares(scores: Tensor) -> Tensor:
+    """For each score [out, in] the sum of its row up to it, in ascending order, as a share of the row's sum."""
+    ordered, order = scores.sort(dim=1, stable=True)
+    sums = ordered.cumsum(1)
+    shares = torch.where(sums > 0, sums / sums[:, -1:], 0)
+    return torch.empty_like(scores).scatter_(1, order, shares)

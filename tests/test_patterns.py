@@ -1,0 +1,77 @@
+import itertools
+import random
+
+import pytest
+
+from atp_tune.patterns import Pattern, parse
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern", "sparsity"),
+    [
+        ("unstructured", Pattern(), None),
+        ("2:4", Pattern(4, 2), 0.5),
+        ("4:8", Pattern(8, 4), 0.5),
+        ("1:3", Pattern(3, 1), 1 / 3),
+        ("mixed:8", Pattern(8), None),
+        ("mixed:2", Pattern(2), None),
+    ],
+)
+def test_names(text: str, pattern: Pattern, sparsity: float | None) -> None:
+    assert parse(text) == pattern
+    assert parse(text).sparsity == sparsity
+
+
+@pytest.mark.parametrize(
+    "text", ["", "4:2", "2:2", "0:4", "2:0", "2:4:8", "mixed", "mixed:1", "mixed:0", "mixed:-8", " 2:4", "2:4\n", "n:m"]
+)
+def test_what_is_no_pattern(text: str) -> None:
+    with pytest.raises(ValueError, match="must be unstructured, N:M with N < M as in 2:4, or mixed:M"):
+        parse(text)
+
+
+def mean(sparsities: tuple[float, ...], sizes: tuple[int, ...]) -> float:
+    return sum(s * size for s, size in zip(sparsities, sizes, strict=True)) / sum(sizes)
+
+
+def test_unstructured_leaves_sparsities_as_they_are() -> None:
+    assert Pattern().round((0.1, 0.77), (3, 4)) == (0.1, 0.77)
+
+
+def test_a_fixed_pattern_has_one_sparsity() -> None:
+    assert Pattern(3, 1).round((0.3, 0.333333), (3, 4)) == (1 / 3, 1 / 3)
+
+
+def test_largest_remainders_go_up() -> None:
+    assert parse("mixed:8").round((0.40, 0.45, 0.50, 0.55, 0.60), (7,) * 5) == (0.375, 0.5, 0.5, 0.5, 0.625)
+    assert parse("mixed:4").round((0.4,) * 5, (7,) * 5) == (0.25, 0.25, 0.5, 0.5, 0.5)
+    assert parse("mixed:10").round((0.7, 0.3, 1.0, 0.0), (5, 6, 7, 8)) == (0.7, 0.3, 1.0, 0.0)
+
+
+def test_blocks_that_would_overshoot_stay_down() -> None:
+    assert parse("mixed:2").round((0.45, 0.2), (100, 1)) == (0.5, 0.0)
+    assert parse("mixed:2").round((0.2, 0.3), (100, 1)) == (0.0, 0.5)
+    assert parse("mixed:2").round((0.2, 1.0), (100, 1)) == (0.0, 1.0)  # exact already, though one more would be nearer
+
+
+@pytest.mark.parametrize("group", [2, 4, 8])
+def test_no_rounding_of_equal_blocks_is_nearer(group: int) -> None:
+    """Against all ways to round each block up or down."""
+    draw = random.Random(group)
+    for _ in range(50):
+        exact = tuple(draw.random() for _ in range(6))
+        rounded = parse(f"mixed:{group}").round(exact, (5,) * 6)
+        ways = itertools.product(*[(int(s * group) / group, (int(s * group) + 1) / group) for s in exact])
+        best = min(abs(mean(way, (5,) * 6) - mean(exact, (5,) * 6)) for way in ways)
+        assert abs(mean(rounded, (5,) * 6) - mean(exact, (5,) * 6)) == pytest.approx(best)
+        assert all(abs(a - b) < 1 / group and (a * group).is_integer() for a, b in zip(rounded, exact, strict=True))
+
+
+def test_unequal_blocks_stay_near_the_target() -> None:
+    draw = random.Random(0)
+    for _ in range(200):
+        sizes = tuple(draw.randint(1, 50) for _ in range(10))
+        exact = tuple(draw.random() for _ in range(10))
+        rounded = parse("mixed:8").round(exact, sizes)
+        assert all(0 <= s <= 1 for s in rounded)
+        assert abs(mean(rounded, sizes) - mean(exact, sizes)) <= max(sizes) / 8 / sum(sizes)
