@@ -69,6 +69,7 @@ class BranchSampler(BaseSampler):
         for other in _others(study, trial):
             if params := self._space.within(other.params, self._branch):
                 shadow.add_trial(_logged(other, {name: params[name] for name in own}, own))
+        open_ones = around_best(shadow, open_ones)
         shadow.ask()  # stands for the trial: the inner sampler writes to it
         found = self._inner.sample_relative(shadow, shadow.trials[-1], open_ones)
         for name, kind in open_ones.items():
@@ -84,6 +85,25 @@ class BranchSampler(BaseSampler):
     ) -> Any:
         """As the inner sampler does."""
         return self._inner.sample_independent(study, trial, param_name, param_distribution)
+
+
+def around_best(study: Study, kinds: dict[str, BaseDistribution]) -> dict[str, BaseDistribution]:
+    """The intervals, narrowed around the best point where there are more than two of them.
+
+    A dozen trials cannot explore five dimensions, whose corners are all hopeless and which a GP would all try. So
+    proposals reach from the best point at most 1 / (2 √n) of each interval, n measured points.
+    """
+    intervals = {name: kind for name, kind in kinds.items() if isinstance(kind, FloatDistribution)}
+    done = [trial for trial in study.trials if trial.value is not None]
+    if len(intervals) <= 2 or not done:
+        return kinds
+    best, reach = min(done, key=lambda trial: trial.value or 0.0).params, 0.5 / math.sqrt(len(done))
+    return kinds | {name: _near(best[name], kind, reach) for name, kind in intervals.items()}
+
+
+def _near(value: float, kind: FloatDistribution, reach: float) -> FloatDistribution:
+    width = reach * (kind.high - kind.low)
+    return FloatDistribution(max(kind.low, value - width), min(kind.high, value + width))
 
 
 def _only(kind: BaseDistribution) -> Any:

@@ -27,12 +27,16 @@ POLL = 2  # seconds between looks at a trial that runs elsewhere
 
 @dataclass(frozen=True)
 class Run:
-    """One call of the command: the study file, the study's name, and how many seconds to go on at most."""
+    """One call of the command: the study file, the study's name, and how many seconds to go on at most.
+
+    A `bench` that is open already, with this model and these texts, spares loading them.
+    """
 
     file: StudyFile
     name: str
     timeout: float | None
     watch: Watch
+    bench: "Bench | None" = None
 
     def note(self, text: str) -> None:
         """Tells one line."""
@@ -64,7 +68,7 @@ def is_complete(study: optuna.Study, file: StudyFile) -> bool:
 
 
 def _work(run: Run) -> optuna.Study:
-    bench = open_bench(run)
+    bench = run.bench or open_bench(run)
     space = make_space(run.file.study, bench.budget(run.file.study.sparsity))
     total = total_trials(run.file.study.search, space)
     db = storage.open_storage(run.file.storage_url, create=True)

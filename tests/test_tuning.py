@@ -25,6 +25,7 @@ from atp_tune.config import read_config
 from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Event, Note, Step, TrialEnded, TrialStarted
 from atp_tune.plan import Plan
+from atp_tune.summary import allocation_of, summarise
 
 BOTH = "prune.pruners=['wanda', 'magnitude']"
 
@@ -448,7 +449,7 @@ def edit_text(place: Path) -> None:
         (["search.sampler=tpe"], 'search.sampler is "tpe", was "random"'),
         (["search.stopper=wilcoxon"], 'search.stopper is "wilcoxon", was "none"'),
         (["allocation.beta=[0, 0.01]"], "allocation.beta is [0.0, 0.01], was [0.0, 0.1]"),
-        (["sparsity=0.6", "search.seed=9"], "search.seed is 9, was 0; sparsity is 0.6, was 0.5"),
+        (["sparsity=0.6", "search.seed=9"], "search.seed is 9, was 2; sparsity is 0.6, was 0.5"),
     ],
 )
 def test_other_settings_are_refused(done: Path, overrides: list[str], said: str) -> None:
@@ -531,7 +532,9 @@ def test_a_hessian_that_cannot_be_inverted_fails_its_pruner_alone(place: Path, m
     best = storage.best_trial(study)
     assert best
     assert best.params["pruner"] == "wanda"
-    assert set(study.user_attrs["reports"]) == {"dense", "1", str(best.number)}
+    reports = set(study.user_attrs["reports"])
+    assert reports >= {"dense", "1", str(best.number)}
+    assert all(study.trials[int(number)].params["pruner"] == "wanda" for number in reports - {"dense"})
 
 
 def test_memory_that_runs_out_fails_the_trial(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -746,6 +749,41 @@ def paper(place: Path) -> None:
     (place / "tiny.toml").write_text(toml)
 
 
+def test_the_best_of_each_allocation_is_reported_and_ranked(place: Path) -> None:
+    """Uniform, ATP, the curve and OWL in one study: each with its own parameters, all compared with uniform."""
+    study = run(place, "allocation=['atp', 'curve', 'owl']", "search.trials=9", "search.sampler=gp")
+    assert states(study) == ["COMPLETE"] * 9
+    for trial in study.trials:
+        names = {"atp": {"beta"}, "owl": {"M", "lam"}}.get(trial.params["allocation"])
+        if names is not None:
+            assert set(trial.params) == {"pruner", "allocation"} | names
+    ranks = summarise(study).ranks
+    assert {allocation_of(rank.trial) for rank in ranks} == {"uniform", "atp", "curve", "owl"}
+    values = [rank.trial.value or 0 for rank in ranks]
+    assert values == sorted(values)
+    for rank in ranks:
+        if allocation_of(rank.trial) == "uniform":
+            continue
+        own, base = (study.user_attrs["reports"][str(t.number)] for t in (rank.trial, study.trials[0]))
+        assert rank.on == "report" and rank.against
+        assert rank.against.value == pytest.approx(math.exp(fmean(own) - fmean(base)) - 1)
+    best = ranks[0].trial
+    config = read_config(place / "tiny.best.json")
+    assert config.allocation.parameters == {k: v for k, v in best.params.items() if k not in ("pruner", "allocation")}
+
+
+def test_a_split_within_the_block_is_carried_to_the_configuration(place: Path) -> None:
+    study = run(place, "allocation=curve", "search.trials=3", "sparsity=0.5")
+    trial = study.trials[2]  # where the curve begins beside ATP's middle
+    rows = trial.user_attrs["linear_sparsities"]
+    assert [len(row) for row in rows] == [7] * BLOCKS
+    assert all(row[2] < row[0] == row[1] == row[6] for row in rows)  # the value projection is denser
+    assert trial.user_attrs["realised"] == pytest.approx(0.5, abs=0.02)
+    assert trial.user_attrs["sparsities"] == pytest.approx(
+        [(row[0] * (7680 - 512) + row[2] * 512) / 7680 for row in rows], abs=1e-9
+    )
+
+
 def test_the_papers_protocol_reports_the_search_text_without_measuring_again(place: Path) -> None:
     paper(place)
     events: list[Event] = []
@@ -754,11 +792,9 @@ def test_the_papers_protocol_reports_the_search_text_without_measuring_again(pla
     best = storage.best_trial(study)
     assert best
     reports = study.user_attrs["reports"]
-    assert reports == {
-        "dense": study.user_attrs["dense"],
-        "0": study.trials[0].user_attrs["nlls"],
-        str(best.number): best.user_attrs["nlls"],
-    }
+    assert reports.keys() >= {"dense", "0", str(best.number)}
+    assert reports.pop("dense") == study.user_attrs["dense"]
+    assert all(nlls == study.trials[int(number)].user_attrs["nlls"] for number, nlls in reports.items())
     config = read_config(place / "tiny.best.json")
     assert config.perplexity.report == config.perplexity.search
     assert config.texts.report == config.texts.search

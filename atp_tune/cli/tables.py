@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from atp_tune.summary import Summary
 
 console = Console(soft_wrap=True, markup=False)  # paths and reasons may hold brackets
-WRAPPED = ("remark", "what")  # columns that may take several lines
+WRAPPED = ("", "remark", "what", "plan", "best of each allocation")  # columns that may take several lines
 TOLERANCE = 0.001  # relative difference of perplexities that rounding may make
 
 
