@@ -80,7 +80,8 @@ def page(options: argparse.Namespace, bench: Bench, found: dict[tuple[float, str
     search, report = (perplexity(nlls) for nlls in (dense.user_attrs["dense"], dense.user_attrs["reports"]["dense"]))
     parts = [
         "# Allocations compared\n",
-        f"Written by `python benchmarks/allocations.py`. SmolLM2-135M-Instruct, {str(bench.checkpoint.dtype)[6:]}, torch "
+        "Written by `python benchmarks/allocations.py`. SmolLM2-135M-Instruct, "
+        f"{str(bench.checkpoint.dtype).removeprefix('torch.')}, torch "
         f"{torch.__version__.partition('+')[0]} on {platform.machine()} CPU, texts of `studies/smol.toml`; up to "
         f"{options.trials} trials a line, uniform included; allocations without parameters have one point. Dense: "
         f"{search} on the search text, {report} on the report text.\n",

@@ -778,7 +778,7 @@ def test_a_split_within_the_block_is_carried_to_the_configuration(place: Path) -
     rows = trial.user_attrs["linear_sparsities"]
     assert [len(row) for row in rows] == [7] * BLOCKS
     assert all(row[2] < row[0] == row[1] == row[6] for row in rows)  # the value projection is denser
-    assert trial.user_attrs["realised"] == pytest.approx(0.5, abs=0.02)
+    assert trial.user_attrs["realised"] == pytest.approx(0.5, abs=0.03)  # whole weights of rows of 32
     assert trial.user_attrs["sparsities"] == pytest.approx(
         [(row[0] * (7680 - 512) + row[2] * 512) / 7680 for row in rows], abs=1e-9
     )
