@@ -21,12 +21,12 @@ from statistics import fmean
 from atp_tune.allocations.budget import Budget
 from atp_tune.allocations.sharing import evidence, proportional, spread
 
-WIDEST = 0.5
+WIDTHS = (0.2, 0.5)
 
 
 def bounds(budget: Budget) -> dict[str, tuple[float, float]]:
-    """The interval of `epsilon`: from uniform to the widest that the authors use."""
-    return {"epsilon": (0.0, WIDEST)}
+    """The interval of `epsilon`: the values that the authors use."""
+    return {"epsilon": WIDTHS}
 
 
 def starts(budget: Budget) -> list[dict[str, float]]:
@@ -35,8 +35,8 @@ def starts(budget: Budget) -> list[dict[str, float]]:
 
 
 def sparsities(budget: Budget, epsilon: float = 0.3) -> tuple[float, ...]:
-    """One sparsity per block; ValueError for an ε outside its interval."""
-    budget.check(bounds(budget), epsilon=epsilon)
+    """One sparsity per block; ValueError for an ε outside [0, 1]."""
+    budget.check({"epsilon": (0.0, 1.0)}, epsilon=epsilon)
     exponents = [fmean(block) for block in evidence(budget, "alphapruning").tail_exponents()]
     if min(exponents) == max(exponents):
         return (budget.target,) * len(budget.sizes)

@@ -15,16 +15,23 @@ where all are of one size); λ has a bound (theirs puts sparsities below 0 to 0.
 float32, their mean float64 (theirs are both float16).
 """
 
+import math
+
 from atp_tune.allocations.budget import Budget
 from atp_tune.allocations.sharing import evidence, spread
 
 THRESHOLDS = (3.0, 10.0)
-WIDEST = 0.2
+WIDTHS = (0.02, 0.2)
 
 
 def bounds(budget: Budget) -> dict[str, tuple[float, float]]:
-    """The intervals of `M` and of `lam`, which at high and at low targets is narrowed to keep sparsities in [0, 1]."""
-    return {"M": THRESHOLDS, "lam": (0.0, min(WIDEST, budget.target / 2, (1 - budget.target) / 2))}
+    """The authors' intervals of `M` and of `lam`, this one narrowed where it would leave [0, 1]."""
+    low, high = (min(width, _highest(budget)) for width in WIDTHS)
+    return {"M": THRESHOLDS, "lam": (low, high)}
+
+
+def _highest(budget: Budget) -> float:
+    return min(budget.target, 1 - budget.target) / 2
 
 
 def starts(budget: Budget) -> list[dict[str, float]]:
@@ -33,8 +40,8 @@ def starts(budget: Budget) -> list[dict[str, float]]:
 
 
 def sparsities(budget: Budget, M: float = 5.0, lam: float = 0.08) -> tuple[float, ...]:
-    """One sparsity per block; ValueError for parameters outside their intervals."""
-    budget.check(bounds(budget), M=M, lam=lam)
+    """One sparsity per block; ValueError for M < 0, and for λ outside [0, min(S, 1-S) / 2]."""
+    budget.check({"M": (0.0, math.inf), "lam": (0.0, _highest(budget))}, M=M, lam=lam)
     levels = spread(evidence(budget, "owl").outlier_ratios(M))
     middle = budget.mean(levels)
     return tuple(min(1.0, max(0.0, budget.target - 2 * lam * (level - middle))) for level in levels)
