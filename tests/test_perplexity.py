@@ -4,7 +4,7 @@ import statistics
 import pytest
 from pydantic import ValidationError
 
-from atp_tune.perplexity import Perplexity, perplexity
+from atp_tune.perplexity import Perplexity, change, perplexity
 
 
 def test_the_exponential_of_the_mean() -> None:
@@ -46,3 +46,16 @@ def test_as_a_person_reads_it() -> None:
 def test_it_does_not_change() -> None:
     with pytest.raises(ValidationError):
         perplexity([1.0]).value = 2.0  # type: ignore[misc]
+
+
+def test_a_change_is_paired_by_windows() -> None:
+    """Windows differ a lot, the two models by the same little in each: the change is known much better than either."""
+    before = [1.0, 3.0, 2.0, 4.0]
+    after = [nll + 0.1 + 0.001 * k for k, nll in enumerate(before)]
+    found = change(before, after)
+    assert found.value == pytest.approx(math.exp(0.1015) - 1)
+    assert found.stderr == pytest.approx(math.exp(0.1015) * statistics.stdev([0.0, 0.001, 0.002, 0.003]) / 2)
+    assert found.stderr < 0.01 * perplexity(before).stderr / perplexity(before).value
+    assert str(found) == "+10.7% ± 0.1%"
+    with pytest.raises(ValueError, match="zip"):
+        change(before, after[:3])

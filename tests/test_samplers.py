@@ -6,6 +6,7 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.pruners import NopPruner, WilcoxonPruner
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler
 from optuna.trial import TrialState
@@ -15,6 +16,7 @@ from atp_tune.plan import Plan
 from atp_tune.samplers import (
     STARTS,
     BranchSampler,
+    around_best,
     first_trials,
     make_sampler,
     make_stopper,
@@ -154,6 +156,20 @@ def test_turns_go_to_the_fewest_and_to_the_leader() -> None:
     assert whose_turn(study.trials[:1], space) == "atp"
     assert whose_turn([], space) == "atp"
     assert whose_turn([], space_of(allocation={"names": ["uniform"]})) == "uniform"
+
+
+def test_proposals_stay_near_the_best_where_parameters_are_many() -> None:
+    kinds = {name: FloatDistribution(0, 1) for name in "abc"} | {"pruner": CategoricalDistribution(("x", "y"))}
+    study = optuna.create_study()
+    assert around_best(study, kinds) == kinds
+    for number, value in enumerate((3.0, 1.0, 2.0, 4.0)):
+        params = {**dict.fromkeys("abc", 0.2 * number), "pruner": "x"}
+        study.add_trial(optuna.create_trial(value=value, params=params, distributions=kinds))
+    near = around_best(study, kinds)  # 0.2 is the best of four: a quarter of the interval to either side
+    assert near["pruner"] == kinds["pruner"]
+    assert all((near[name].low, near[name].high) == (0.0, pytest.approx(0.45)) for name in "abc")
+    two = {name: kinds[name] for name in "ab"}
+    assert around_best(study, two) == two
 
 
 class Spy(BaseSampler):

@@ -47,6 +47,64 @@ def test_an_interval_inside_the_bound_is_taken(beta: tuple[float, float]) -> Non
     assert space.intervals == {"atp": {"beta": beta}}
 
 
+def test_both_signs_are_the_whole_admissible_interval() -> None:
+    space = space_for(study_of(allocation={"beta": "both"}), SIZES)
+    assert space.intervals == {"atp": {"beta": (pytest.approx(-0.2), pytest.approx(0.2))}}
+    assert space.plan({"pruner": "wanda", "allocation": "atp", "beta": -0.1}).sparsities[0] == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("short", ["curve", ["atp", "curve"]])
+def test_names_are_short_for_the_table(short: Any) -> None:
+    names = (short,) if isinstance(short, str) else tuple(short)
+    assert study_of(allocation=short).allocation.names == names
+    assert tuple(space_for(study_of(allocation=short), SIZES).intervals) == names
+
+
+def test_uniform_is_in_every_space() -> None:
+    space = space_for(study_of(allocation=["er"]), SIZES)
+    assert tuple(space.intervals) == ("uniform", "er")
+    assert space.uniform() == [{"pruner": "wanda", "allocation": "uniform"}]
+    assert not any(map(space.is_open, space.intervals))
+
+
+def test_where_each_allocation_begins() -> None:
+    names = ["uniform", "atp", "curve", "owl", "alphapruning", "er", "global"]
+    space = space_for(study_of(allocation=names, prune={"pruners": ["wanda", "magnitude"]}), SIZES)
+    starts = space.starts()
+    assert [(s["allocation"], s["pruner"]) for s in starts] == [
+        (name, pruner)
+        for name in ("atp", "curve", "owl", "alphapruning", "er", "global")
+        for pruner in ("wanda", "magnitude")
+    ]
+    assert starts[0]["beta"] == pytest.approx(0.1)  # half the bound
+    assert starts[2]["ends"] == pytest.approx(-0.2)
+    assert (starts[4]["M"], starts[4]["lam"]) == (5.0, 0.08)
+    assert starts[6]["epsilon"] == 0.3
+    alone = space_for(study_of(allocation=["curve"]), SIZES).starts()
+    assert [start["ends"] for start in alone] == [0.0, pytest.approx(-0.2)]  # ATP's middle first
+
+
+def test_points_of_one_allocation_in_another() -> None:
+    space = space_for(study_of(allocation=["uniform", "atp", "curve", "owl"]), SIZES)
+    point = {"pruner": "wanda", "allocation": "atp", "beta": 0.1}
+    flat = {"gamma": 0.0, "ends": 0.0, "split": 0.0, "value": 0.0}
+    assert space.within(point, "atp") == point
+    assert space.within(point, "curve") == {"pruner": "wanda", "allocation": "curve", "beta": 0.1, **flat}
+    assert space.within({"pruner": "wanda", "allocation": "uniform"}, "curve") == {
+        "pruner": "wanda", "allocation": "curve", "beta": 0.0, **flat,
+    }  # fmt: skip
+    assert space.within({**point, "allocation": "curve", **flat}, "atp") is None
+    assert space.within(point, "owl") is None
+    assert space.within({"pruner": "wanda", "allocation": "owl", "M": 5.0, "lam": 0.1}, "curve") is None
+
+
+def test_a_grid_is_of_beta_alone() -> None:
+    with pytest.raises(UserError, match="a grid has steps of β alone, curve has more"):
+        space_for(study_of(allocation=["atp", "curve"]), SIZES).grid(0.1)
+    points = space_for(study_of(allocation=["uniform", "atp", "er"]), SIZES).grid(0.1)
+    assert [(p["allocation"], p.get("beta")) for p in points] == [("atp", 0.1), ("atp", 0.2), ("er", None)]
+
+
 @pytest.mark.parametrize("beta", [(0.0, 0.2001), (-0.2001, 0.1), (-1.0, 1.0)])
 def test_an_interval_outside_the_bound(beta: tuple[float, float]) -> None:
     with pytest.raises(UserError) as error:
