@@ -67,7 +67,8 @@ class BranchSampler(BaseSampler):
         open_ones = {name: kind for name, kind in own.items() if not kind.single()}
         shadow = optuna.create_study()
         for other in _others(study, trial):
-            if params := self._space.within(other.params, self._branch):
+            params = self._space.within(other.params, self._branch) or {}
+            if own.keys() <= params.keys():  # another process may not have drawn all of its trial's yet
                 shadow.add_trial(_logged(other, {name: params[name] for name in own}, own))
         open_ones = around_best(shadow, open_ones)
         shadow.ask()  # stands for the trial: the inner sampler writes to it

@@ -386,6 +386,28 @@ def test_prune_with_a_study(done: Path, command: CommandLine, tmp_path: Path) ->
     assert "magnitude uniform, sparsity 0.3: perplexity" in answer.out
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--allocation", "owl"], "wanda owl M=5 λ=0.08"),
+        (["--allocation", "owl", "--parameter", "lam=0.1", "--parameter", "M=3"], "wanda owl M=3 λ=0.1"),
+        (["--allocation", "alphapruning", "--pruner", "dsnot"], "dsnot alphapruning ε=0.3"),
+        (["--allocation", "er", "--pruner", "alps"], "alps er"),
+        (["--allocation", "global", "--pruner", "magnitude"], "magnitude global"),
+        (["--allocation", "curve", "--beta", "0.02", "--parameter", "value=-0.2"], "β=0.02000 γ=0 φ=0 δ=0 ν=-0.2"),
+        (["--allocation", "curve"], "wanda uniform"),
+        (["--allocation", "uniform", "--set", "prune.pattern=4:8", "--pruner", "sparsegpt"], "sparsegpt uniform"),
+        (["--beta", "0.1", "--set", "prune.pattern=mixed:8"], "wanda atp β=0.10000"),
+        (["--set", "prune.wanda.compare=row-variant"], "wanda uniform"),
+    ],
+    ids=str,
+)
+def test_prune_with_every_allocation(options: list[str], said: str, done: Path, command: CommandLine) -> None:
+    answer = command("prune", "--study", done / "tiny.toml", *options)
+    assert (answer.code, answer.err) == (0, "")
+    assert re.search(rf"{re.escape(said)}, sparsity 0\.5: perplexity \d+\.\d\d ±", answer.out)
+
+
 def test_prune_without_a_study_starts_from_where_the_user_stands(
     place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
