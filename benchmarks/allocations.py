@@ -14,15 +14,15 @@ from pathlib import Path
 
 import optuna
 import torch
+from optuna.trial import FrozenTrial
 
-from atp_tune import storage
 from atp_tune.bench import Bench
 from atp_tune.cli.running import quiet
 from atp_tune.events import Event, TrialEnded
 from atp_tune.perplexity import change, perplexity
 from atp_tune.plan import shown
 from atp_tune.studyfile import StudyFile, load
-from atp_tune.summary import is_uniform, parameters_of
+from atp_tune.summary import best_of_each, is_uniform, parameters_of
 from atp_tune.tuning import Run, open_bench, tune
 
 ROOT = Path(__file__).parents[1]
@@ -104,26 +104,37 @@ def table(studies: dict[str, optuna.Study]) -> str:
 
 
 def row(name: str, study: optuna.Study, studies: dict[str, optuna.Study]) -> list[str]:
-    """The best trial of one study; where uniform is the best of it, that is said."""
-    best = storage.best_trial(study)
+    """The best trial of one study, uniform left out where the line is another allocation's."""
+    best = best_of(name, study)
     if best is None:
         return [name, "no trial has a value", *[""] * (len(COLUMNS) - 2)]
-    report = report_of(study)
-    against = [
-        str(change(report_of(studies[other]), report)) if other in studies and other != name else ""
-        for other in ("uniform", "atp")
-    ]
-    parameters = "uniform is best" if is_uniform(best) and name != "uniform" else shown(parameters_of(best))
+    report = report_of(study, best)
+    against = [""] * 2
+    for k, other in enumerate(("uniform", "atp")):
+        rival = best_of(other, studies[other]) if other in studies and other != name else None
+        if rival is not None:
+            against[k] = str(change(report_of(studies[other], rival), report))
     score = f"{best.value:.2f} ± {best.user_attrs['stderr']:.2f}"
     seconds = sum(sum(trial.user_attrs.get("seconds", {}).values()) for trial in study.trials)
-    return [name, parameters, score, str(perplexity(report)), *against, str(len(study.trials)), f"{seconds:.0f}"]
+    return [
+        name,
+        shown(parameters_of(best)),
+        score,
+        str(perplexity(report)),
+        *against,
+        str(len(study.trials)),
+        f"{seconds:.0f}",
+    ]
 
 
-def report_of(study: optuna.Study) -> list[float]:
-    """Window NLLs of the best trial on the report text."""
-    best = storage.best_trial(study)
-    assert best is not None
-    nlls: list[float] = study.user_attrs["reports"][str(best.number)]
+def best_of(name: str, study: optuna.Study) -> FrozenTrial | None:
+    """The best trial of the line's own allocation."""
+    return next((trial for trial in best_of_each(study) if name == "uniform" or not is_uniform(trial)), None)
+
+
+def report_of(study: optuna.Study, trial: FrozenTrial) -> list[float]:
+    """Window NLLs of a trial on the report text."""
+    nlls: list[float] = study.user_attrs["reports"][str(trial.number)]
     return nlls
 
 
