@@ -16,6 +16,7 @@ import optuna
 import torch
 from optuna.trial import FrozenTrial
 
+from atp_tune import storage
 from atp_tune.bench import Bench
 from atp_tune.cli.running import quiet
 from atp_tune.events import Event, TrialEnded
@@ -23,34 +24,56 @@ from atp_tune.perplexity import change, perplexity
 from atp_tune.plan import shown
 from atp_tune.studyfile import StudyFile, load
 from atp_tune.summary import best_of_each, is_uniform, parameters_of
-from atp_tune.tuning import Run, open_bench, tune
+from atp_tune.tuning import Run, is_complete, open_bench, tune
 
 ROOT = Path(__file__).parents[1]
+Line = tuple[float, str, str]  # target, pruner, allocation
+
+TARGETS = (0.5, 0.6, 0.7)
+PRUNERS = ("wanda", "sparsegpt", "magnitude")
 ALLOCATIONS = ("uniform", "atp", "curve", "owl", "alphapruning", "er", "global")
 COLUMNS = ("allocation", "best parameters", "search", "report", "report, against uniform", "against atp", "trials", "s")
 
 
 def main() -> None:
-    """Runs what is missing and writes the tables."""
+    """Runs what is missing and writes the tables, anew after every line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--targets", type=float, nargs="+", default=[0.5, 0.6, 0.7])
-    parser.add_argument("--pruners", nargs="+", default=["wanda", "sparsegpt", "magnitude"])
+    parser.add_argument("--targets", type=float, nargs="+", default=TARGETS)
+    parser.add_argument("--pruners", nargs="+", default=PRUNERS)
     parser.add_argument("--trials", type=int, default=16)
     parser.add_argument("--database", type=Path, default=ROOT / "build" / "allocations.db")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results.md")
+    parser.add_argument("--write-only", action="store_true", help="run nothing: write what the database has")
     options = parser.parse_args()
-    bench, found = None, {}
     with quiet():
-        for target, pruner, name in itertools.product(options.targets, options.pruners, ALLOCATIONS):
-            file = study_file(options, target, pruner, name)
-            bench = bench or open_bench(Run(file, name, None, told))
-            found[target, pruner, name] = run(file, f"{target:g}-{pruner}-{name}", bench)
+        files = {line: study_file(options, line) for line in itertools.product(TARGETS, PRUNERS, ALLOCATIONS)}
+        found = {line: study for line, file in files.items() if (study := complete(file, line))}
+        bench = open_bench(Run(next(iter(files.values())), "", None, told))
+        for line, file in files.items():
+            if line in found or options.write_only or line[0] not in options.targets or line[1] not in options.pruners:
+                continue
+            print(name_of(line), flush=True)
+            found[line] = tune(Run(file, name_of(line), None, told, bench))
             options.out.write_text(page(options, bench, found), encoding="utf-8")
+        options.out.write_text(page(options, bench, found), encoding="utf-8")
     print(options.out)
 
 
-def study_file(options: argparse.Namespace, target: float, pruner: str, name: str) -> StudyFile:
+def name_of(line: Line) -> str:
+    """The study's name in the database."""
+    return f"{line[0]:g}-{line[1]}-{line[2]}"
+
+
+def complete(file: StudyFile, line: Line) -> optuna.Study | None:
+    """The line's study, if it has come to its end."""
+    db = storage.open_storage(file.storage_url, create=False)
+    study = storage.find_study(db, name_of(line)) if db else None
+    return study if study is not None and is_complete(study, file) else None
+
+
+def study_file(options: argparse.Namespace, line: Line) -> StudyFile:
     """The study of one line: `smol` with another target, pruner and allocation."""
+    target, pruner, name = line
     overrides = {
         "sparsity": target,
         "prune.pruners": f"['{pruner}']",
@@ -61,12 +84,6 @@ def study_file(options: argparse.Namespace, target: float, pruner: str, name: st
     return load("smol", [f"{key}={value}" for key, value in overrides.items()])
 
 
-def run(file: StudyFile, name: str, bench: Bench) -> optuna.Study:
-    """The study, driven to its end; its best.json is left beside the database."""
-    print(name, flush=True)
-    return tune(Run(file, name, None, told, bench))
-
-
 def told(event: Event) -> None:
     """One line a trial."""
     if isinstance(event, TrialEnded):
@@ -74,7 +91,7 @@ def told(event: Event) -> None:
         print(f"  [{event.done}/{event.total}] {value}", flush=True)
 
 
-def page(options: argparse.Namespace, bench: Bench, found: dict[tuple[float, str, str], optuna.Study]) -> str:
+def page(options: argparse.Namespace, bench: Bench, found: dict[Line, optuna.Study]) -> str:
     """The whole of docs/results.md."""
     dense = next(iter(found.values()))
     search, report = (perplexity(nlls) for nlls in (dense.user_attrs["dense"], dense.user_attrs["reports"]["dense"]))
@@ -90,8 +107,11 @@ def page(options: argparse.Namespace, bench: Bench, found: dict[tuple[float, str
         "the search, on a machine that was not idle.\n",
         (ROOT / "docs" / "results.notes.md").read_text(encoding="utf-8"),
     ]
-    for target, pruner in dict.fromkeys((target, pruner) for target, pruner, _ in found):
-        lines = {name: study for (t, p, name), study in found.items() if (t, p) == (target, pruner)}
+    for target, pruner in itertools.product(TARGETS, PRUNERS):
+        lines = {name: found[target, pruner, name] for name in ALLOCATIONS if (target, pruner, name) in found}
+        if not lines:
+            parts += [f"## {target:.0%}, {pruner}\n", "Not run yet: the command at the top goes on.\n"]
+            continue
         parts += [f"## {target:.0%}, {pruner}\n", table(lines)]
     return "\n".join(parts)
 
