@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from atp_tune.cache import write_atomically
 from atp_tune.errors import UserError
 from atp_tune.perplexity import Perplexity
-from atp_tune.study import Prune, PrunerName, Share, Text
+from atp_tune.study import AllocationName, Prune, PrunerName, Share, Text
 
 FORMAT: Literal["atp_tune.config/1"] = "atp_tune.config/1"
 
@@ -36,7 +36,7 @@ class ModelRef(Part):
 class AllocationRef(Part):
     """How the sparsities came about; `beta` is null for allocations without it, `parameters` holds all."""
 
-    name: str
+    name: AllocationName
     beta: float | None
     parameters: dict[str, float] = {}
 

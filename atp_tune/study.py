@@ -48,6 +48,12 @@ class Wanda(Part):
     )
 
 
+def _once(names: tuple[str, ...], key: str) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f'{key}: holds "{name}" {names.count(name)} times')
+
+
 class SparseGPT(Part):
     """Settings of SparseGPT (Frantar & Alistarh 2023)."""
 
@@ -88,6 +94,7 @@ class Prune(Part):
 
     @model_validator(mode="after")
     def _patterned(self) -> Self:
+        _once(self.pruners, "pruners")
         try:
             parse(self.pattern)
         except ValueError as error:
@@ -111,6 +118,7 @@ class Allocation(Part):
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
+        _once(self.names, "names")
         if isinstance(self.beta, str):
             return self
         if self.beta[0] > self.beta[1]:
@@ -196,8 +204,10 @@ class Study(Part):
     @classmethod
     def _named(cls, value: Any) -> Any:
         """`allocation = "atp"` and `allocation = ["atp", "owl"]` are short for its table of names."""
-        names = [value] if isinstance(value, str) else value
-        return {"names": names} if isinstance(names, list | tuple) else value
+        value = {"names": value} if isinstance(value, str | list | tuple) else value
+        if isinstance(value, dict) and isinstance(value.get("names"), str):
+            return {**value, "names": [value["names"]]}
+        return value
 
     @model_validator(mode="after")
     def _roles(self) -> Self:
@@ -229,7 +239,7 @@ class Study(Part):
             only = f"{pattern.sparsity:.6g}"
             raise ValueError(
                 f"prune.pattern: {self.prune.pattern} makes {only} zeros in every block; set sparsity = {only} and "
-                f'allocation.names = ["uniform"], or pattern = "mixed:{max(8, pattern.group)}"'
+                f'allocation = "uniform" (prune: --allocation uniform), or pattern = "mixed:{max(8, pattern.group)}"'
             )
         return self
 

@@ -227,6 +227,8 @@ def _override(data: dict[str, Any], override: str, path: Path) -> KeyPath:
     *tables, key = keys = tuple(part.strip() for part in dotted.split("."))
     if not equals or not all(keys):
         raise _error(f"{path} with --set {override}: must have the form key.path=value")
+    if tables == ["allocation"] and isinstance(data.get("allocation"), str | list):  # short for its table of names
+        data["allocation"] = {"names": data["allocation"]}
     for depth, name in enumerate(tables, start=1):
         data = data.setdefault(name, {})
         if not isinstance(data, dict):

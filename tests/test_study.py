@@ -125,7 +125,7 @@ def test_a_fixed_pattern_leaves_nothing_to_share_out(pattern: str) -> None:
         (details,) = caught.value.errors()
         assert str(details["ctx"]["error"]) == (
             f"prune.pattern: {pattern} makes 0.5 zeros in every block; set sparsity = 0.5 and "
-            'allocation.names = ["uniform"], or pattern = "mixed:8"'
+            'allocation = "uniform" (prune: --allocation uniform), or pattern = "mixed:8"'
         )
 
 

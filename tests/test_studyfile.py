@@ -455,3 +455,19 @@ def test_is_not_local(source: str, folder: Path) -> None:
 def test_is_local_text() -> None:
     assert is_local_text("file:a.txt")
     assert not is_local_text("wikitext2")
+
+
+def test_the_short_form_of_allocation_takes_overrides_of_its_table(folder: Path) -> None:
+    path = REPO / "studies" / "smol-allocations.toml"
+    study = load(str(path), ["allocation.beta=both"]).study
+    assert study.allocation.beta == "both"
+    assert study.allocation.names[:2] == ("atp", "curve")
+    assert load("smol", ["allocation=owl", "allocation.beta=both"]).study.allocation.names == ("owl",)
+    assert load("smol", ["allocation.names=owl"]).study.allocation.names == ("owl",)
+
+
+@pytest.mark.parametrize("key", ["allocation.names", "prune.pruners"])
+def test_a_name_that_is_there_twice(key: str, folder: Path) -> None:
+    name = "wanda" if "pruners" in key else "owl"
+    with pytest.raises(UserError, match=rf'{key}: holds "{name}" 2 times'):
+        load("smol", [f"{key}=['{name}', '{name}']"])

@@ -126,7 +126,7 @@ def prune(
     ] = None,
     beta: Annotated[float | None, typer.Option(help="Common difference per block; 0 is uniform.")] = None,
     parameter: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Another parameter of the allocation.")
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Another parameter, as in γ=-0.1 or gamma=-0.1.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder for the sparse checkpoint; new or empty.")
@@ -151,6 +151,9 @@ def prune(
 
     if model is None and study is None:
         raise typer.BadParameter("which model? Or --study NAME, to take a study's", param_hint="--model")
+    values = _parameters(beta, parameter)
+    if allocation in ("atp", "curve") and not values:
+        raise typer.BadParameter(f"{allocation} without any is uniform; for example --beta 0.004", param_hint="--beta")
     if model is not None and Path(model).expanduser().exists():
         model = str(Path(model).expanduser().absolute())
     names = allocation and [allocation]
@@ -161,7 +164,7 @@ def prune(
     file = _load(study or str(BARE), None, device, [*named, *(set_ or [])])
     if study is None:  # relative paths start where the user stands
         file = replace(file, path=Path("prune.toml"))
-    run_prune(file, _parameters(beta, parameter), out)
+    run_prune(file, values, out)
 
 
 @app.command()
@@ -176,9 +179,15 @@ def studies() -> None:
 
 
 def _parameters(beta: float | None, others: list[str] | None) -> dict[str, float]:
+    from atp_tune.allocations.budget import SYMBOLS
+
+    names = {symbol: name for name, symbol in SYMBOLS.items()}
     values = {} if beta is None else {"beta": beta}
     for text in others or []:
-        name, _, value = text.partition("=")
+        symbol, _, value = text.partition("=")
+        name = names.get(symbol, symbol)
+        if name in values:
+            raise typer.BadParameter(f"{symbol} is given twice", param_hint="--parameter")
         try:
             values[name] = float(value)
         except ValueError:
@@ -202,5 +211,8 @@ def _stored(file: "StudyFile", study_name: str | None) -> Any:
     db = open_storage(file.storage_url, create=False)
     study = find_study(db, study_name or file.name) if db else None
     if study is None:
-        raise UserError(f"study {study_name or file.name}: has no trials yet; run: python tune.py --study {file.name}")
+        other = f" --study-name {study_name}" if study_name else ""
+        raise UserError(
+            f"study {study_name or file.name}: has no trials yet; run: python tune.py --study {file.name}{other}"
+        )
     return study

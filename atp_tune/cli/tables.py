@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from atp_tune.summary import Summary
 
 console = Console(soft_wrap=True, markup=False)  # paths and reasons may hold brackets
-WRAPPED = ("", "remark", "what", "plan", "best of each allocation")  # columns that may take several lines
+WRAPPED = ("remark", "what", "plan", "best of")  # columns that may take several lines
 TOLERANCE = 0.001  # relative difference of perplexities that rounding may make
 
 
@@ -29,18 +29,16 @@ def show_summary(summary: "Summary", file: "StudyFile") -> None:
     best = summary.best_trial
     if best is not None:
         table.add_row(f"uniform, {best.params['pruner']}", *_cells(summary.uniform))
-        table.add_row(_best_label(best), *_cells(summary.best))
+        table.add_row(f"best (trial {best.number})", *_cells(summary.best))
     console.print(table)
     console.print("perplexity ± standard error over windows", style="dim", highlight=False)
+    if best is not None:
+        console.print(f"best: {_named(best)}", highlight=False)
     if len(summary.ranks) > 2:  # with two it is uniform and the best, as above
         _show_ranks(summary)
     _show_gain(summary)
     if best is not None:
         _show_next(summary, file)
-
-
-def _best_label(best: "FrozenTrial") -> str:
-    return f"best, {_named(best)} (trial {best.number})"
 
 
 def _named(trial: "FrozenTrial") -> str:
@@ -54,16 +52,23 @@ def _named(trial: "FrozenTrial") -> str:
 
 def _show_ranks(summary: "Summary") -> None:
     """The best of each allocation, compared with uniform window by window."""
-    table = _table(None, "trial", "best of each allocation", "search text", "report text", "against uniform")
+    from atp_tune.summary import allocation_of
+
+    table = _table(None, "best of", "trial", "search text", "report text", "against uniform")
     for rank in summary.ranks:
         against = "" if rank.against is None else f"{rank.against}" + (" (search)" if rank.on == "search" else "")
-        table.add_row(str(rank.trial.number), _named(rank.trial), *_cells(rank.scores), against)
+        label = f"{rank.trial.params['pruner']} {allocation_of(rank.trial)}"
+        table.add_row(label, str(rank.trial.number), *_cells(rank.scores), against)
     console.print(table)
     console.print("against uniform: same pruner, same windows; the error is that of the difference", style="dim")
 
 
 def _show_gain(summary: "Summary") -> None:
-    if summary.gain is not None:
+    from atp_tune.summary import is_uniform
+
+    if summary.best_trial is not None and is_uniform(summary.best_trial):
+        console.print("no trial is better than uniform", highlight=False)
+    elif summary.gain is not None:
         text = "report" if summary.best.report else "search"
         side = "below" if summary.gain >= 0 else "above"
         paired = summary.ranks[0].against
