@@ -86,12 +86,13 @@ def allocation_of(trial: FrozenTrial) -> str:
 
 
 def _rank(study: optuna.Study, trial: FrozenTrial) -> Rank:
-    reports, uniform = study.user_attrs.get("reports", {}), uniform_of(study, trial)
+    reports = study.user_attrs.get("reports", {})
+    uniform = None if is_uniform(trial) else uniform_of(study, trial)
     own, base = reports.get(str(trial.number)), reports.get(str(uniform.number)) if uniform else None
     on: Literal["search", "report"] = "report" if own and base else "search"
     if on == "search":
         own, base = trial.user_attrs.get("nlls"), uniform.user_attrs.get("nlls") if uniform else None
-    against = change(base, own) if own and base and uniform is not trial and len(own) == len(base) else None
+    against = change(base, own) if own and base and len(own) == len(base) else None
     return Rank(trial, _scores(trial, reports), against, on)
 
 

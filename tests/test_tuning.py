@@ -763,6 +763,7 @@ def test_the_best_of_each_allocation_is_reported_and_ranked(place: Path) -> None
     assert values == sorted(values)
     for rank in ranks:
         if allocation_of(rank.trial) == "uniform":
+            assert rank.against is None
             continue
         own, base = (study.user_attrs["reports"][str(t.number)] for t in (rank.trial, study.trials[0]))
         assert rank.on == "report" and rank.against
