@@ -10,6 +10,7 @@ import pytest
 import torch
 from families import MIXTURES, TOKENS, bench_of, random_ids, same_bits, tiny
 from safetensors.torch import load_file
+from test_gathering import gather
 from test_prune_pass import check_same_weights, magnitude, naive_pass, wanda
 from tinystudy import make_tokenizer, run, study_file
 from torch import Tensor, nn
@@ -32,13 +33,7 @@ from atp_tune.study import Prune
 
 def heard_by(block: nn.Module, batches: list[Tensor]) -> dict[str, Any]:
     """Statistics of the mixture of a block, called as the block calls it."""
-    gathering = Gathering(find_linears(block), InputNorms)
-    with gathering.listening(block), torch.inference_mode():
-        for x in batches:
-            gathering.start()
-            with suppress(AllHeard):
-                block(x)
-    return gathering.result()
+    return gather(block, InputNorms, batches)
 
 
 def mixture(family: str = "qwen2_moe") -> Any:
