@@ -137,6 +137,17 @@ def known() -> list[Path]:
     return [found[name] for name in sorted(found)]
 
 
+def settings(file: StudyFile) -> dict[str, Any]:
+    """What a study file and its overrides set, as JSON; not the storage, whose URL may hold a password."""
+    values = file.study.model_dump(mode="json", exclude_unset=True, exclude={"storage", "device"})
+    return {"name": file.name, "path": str(file.path.absolute()), "settings": values}
+
+
+def from_settings(stored: dict[str, Any]) -> StudyFile:
+    """The study file that `settings` were taken from, as it was then."""
+    return StudyFile(stored["name"], Path(stored["path"]), Study.model_validate(stored["settings"]))
+
+
 def facts(study: Study, folder: Path = Path()) -> dict[str, Fact]:
     """What decides the value of a trial, by dotted key: two studies with equal facts can share their trials.
 

@@ -12,7 +12,7 @@ from atp_tune import storage
 from atp_tune.config import AllocationRef, Baselines, Config, ModelRef, Scores, Sparsity, Texts
 from atp_tune.errors import UserError
 from atp_tune.perplexity import Change, Perplexity, change, perplexity
-from atp_tune.studyfile import StudyFile
+from atp_tune.studyfile import StudyFile, from_settings
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,10 @@ class Rank:
 
 @dataclass(frozen=True)
 class Summary:
-    """A study's numbers: dense, uniform and best, each on the search and on the report text."""
+    """A study's numbers: dense, uniform and best, each on the search and on the report text.
+
+    `made_from`: its study file with all overrides, None where an early version made it; `sizes`: weights per block.
+    """
 
     name: str
     trials: list[FrozenTrial]
@@ -41,6 +44,8 @@ class Summary:
     best: Scores
     best_trial: FrozenTrial | None
     ranks: list[Rank]
+    made_from: StudyFile | None
+    sizes: tuple[int, ...]
 
     @property
     def gain(self) -> float | None:
@@ -59,6 +64,7 @@ def summarise(study: optuna.Study) -> Summary:
     best = storage.best_trial(study)
     reports = study.user_attrs.get("reports", {})
     uniform = uniform_of(study, best)
+    made = study.user_attrs.get("made_from")
     return Summary(
         name=study.study_name,
         trials=study.get_trials(deepcopy=False),
@@ -69,6 +75,8 @@ def summarise(study: optuna.Study) -> Summary:
         best=_scores(best, reports),
         best_trial=best,
         ranks=[_rank(study, trial) for trial in best_of_each(study)],
+        made_from=from_settings(made) if made else None,
+        sizes=tuple(study.user_attrs.get("sizes", ())),
     )
 
 

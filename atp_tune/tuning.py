@@ -16,7 +16,7 @@ from atp_tune.errors import TrialError
 from atp_tune.events import Note, TrialEnded, TrialStarted, Watch
 from atp_tune.samplers import first_trials, make_sampler, make_stopper, total_trials
 from atp_tune.space import Space, make_space
-from atp_tune.studyfile import StudyFile, facts
+from atp_tune.studyfile import StudyFile, facts, settings
 from atp_tune.summary import best_config, best_of_each, is_uniform, uniform_of
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def _work(run: Run) -> optuna.Study:
     db = storage.open_storage(run.file.storage_url, create=True)
     assert db is not None
     study = storage.create_study(db, run.name, {**facts(run.file.study, run.file.folder), **bench.contents()})
-    _describe(study, bench, total)
+    _describe(study, run.file, bench, total)
     study.sampler = make_sampler(run.file.study.search, space, run.file.study.search.seed + len(study.trials))
     study.pruner = make_stopper(run.file.study.search)
     for params in first_trials(run.file.study.search, space)[:total]:
@@ -98,8 +98,9 @@ def open_bench(run: Run) -> "Bench":
     return Bench.open(Setup(spec.model, spec.prune, texts, run.file.folder, spec.device), run.watch)
 
 
-def _describe(study: optuna.Study, bench: "Bench", total: int) -> None:
-    for name, value in (("sizes", list(bench.checkpoint.sizes)), ("total", total)):
+def _describe(study: optuna.Study, file: StudyFile, bench: "Bench", total: int) -> None:
+    attributes = {"sizes": list(bench.checkpoint.sizes), "total": total, "made_from": settings(file)}
+    for name, value in attributes.items():
         if study.user_attrs.get(name) != value:
             study.set_user_attr(name, value)
 

@@ -6,7 +6,17 @@ import pytest
 
 from atp_tune import studyfile
 from atp_tune.errors import UserError
-from atp_tune.studyfile import StudyFile, facts, find, is_local, is_local_text, known, load
+from atp_tune.studyfile import (
+    StudyFile,
+    facts,
+    find,
+    from_settings,
+    is_local,
+    is_local_text,
+    known,
+    load,
+    settings,
+)
 
 REPO = Path(__file__).parents[1]
 SHIPPED = sorted((REPO / "studies").rglob("*.toml"))
@@ -471,3 +481,13 @@ def test_a_name_that_is_there_twice(key: str, folder: Path) -> None:
     name = "wanda" if "pruners" in key else "owl"
     with pytest.raises(UserError, match=rf'{key}: holds "{name}" 2 times'):
         load("smol", [f"{key}=['{name}', '{name}']"])
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_settings_hold_the_whole_study(path: Path) -> None:
+    file = load(str(path), ["search.trials=7", "storage=postgresql://me:secret@host/db"])
+    stored = json.loads(json.dumps(settings(file)))
+    assert "secret" not in str(stored)
+    again = from_settings(stored)
+    assert again.study == file.study.model_copy(update={"storage": None, "device": "auto"})
+    assert (again.name, again.folder) == (file.name, file.folder.absolute())
