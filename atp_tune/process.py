@@ -11,6 +11,8 @@ import psutil
 from atp_tune import __version__
 
 PACKAGES = ("torch", "transformers", "optuna")
+HEARTBEAT = 15  # seconds between signs of life of a running trial
+GRACE = 60  # seconds without one after which a trial counts as lost
 
 
 def identity() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import math
 import random
+import statistics
 import warnings
 from collections import Counter
 from typing import Any
@@ -17,6 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from atp_tune.space import Params, Space
 from atp_tune.study import Search
 
+GRID = 40  # steps of β in which a belief is written down
 STARTS = 3  # measured points of an allocation before a model of it is fitted: plenty for one to three parameters
 
 
@@ -73,6 +75,8 @@ class BranchSampler(BaseSampler):
         open_ones = around_best(shadow, open_ones)
         shadow.ask()  # stands for the trial: the inner sampler writes to it
         found = self._inner.sample_relative(shadow, shadow.trials[-1], open_ones)
+        if self._branch == "atp" and found and isinstance(self._inner, GPSampler):
+            study.set_user_attr("belief", belief(self._inner, shadow, open_ones, self._space.pruners))
         for name, kind in open_ones.items():
             if name not in found:
                 found[name] = self._inner.sample_independent(shadow, shadow.trials[-1], name, kind)
@@ -86,6 +90,42 @@ class BranchSampler(BaseSampler):
     ) -> Any:
         """As the inner sampler does."""
         return self._inner.sample_independent(study, trial, param_name, param_distribution)
+
+
+def belief(
+    sampler: GPSampler, study: Study, kinds: dict[str, BaseDistribution], pruners: tuple[str, ...]
+) -> dict[str, Any]:
+    """What the sampler's GP holds of perplexity against β, for each pruner: mean, and two standard deviations around.
+
+    `study` is the one that the GP was fitted to: its values are log perplexities. `before` is how many there were.
+    """
+    from optuna._gp.search_space import SearchSpace
+    from torch import from_numpy, no_grad
+
+    assert sampler._gprs_cache_list is not None
+    values = [trial.value for trial in study.trials if trial.value is not None]
+    mean, spread = statistics.fmean(values), statistics.pstdev(values)
+    curves = {}
+    for pruner in pruners:
+        points = [_at(beta, pruner, kinds) for beta in _grid(kinds["beta"])]
+        with no_grad():
+            inputs = from_numpy(SearchSpace(kinds).get_normalized_params(points))
+            means, variances = sampler._gprs_cache_list[0].posterior(inputs)
+        middle, width = mean - spread * means.numpy(), 2 * spread * variances.sqrt().numpy()
+        lines = {"mean": middle, "low": middle - width, "high": middle + width}  # the GP sees them upside down
+        betas = [round(point.params["beta"], 8) for point in points]
+        curves[pruner] = {"beta": betas} | {name: [round(math.exp(v), 3) for v in line] for name, line in lines.items()}
+    return {"before": len(values), "curves": curves}
+
+
+def _grid(kind: BaseDistribution) -> list[float]:
+    assert isinstance(kind, FloatDistribution)
+    return [kind.low + (kind.high - kind.low) * k / GRID for k in range(GRID + 1)]
+
+
+def _at(beta: float, pruner: str, kinds: dict[str, BaseDistribution]) -> FrozenTrial:
+    params = {name: pruner if name == "pruner" else beta for name in kinds}
+    return optuna.create_trial(value=0.0, params=params, distributions=kinds)
 
 
 def around_best(study: Study, kinds: dict[str, BaseDistribution]) -> dict[str, BaseDistribution]:

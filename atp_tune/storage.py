@@ -8,29 +8,42 @@ from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryFile
 from time import sleep
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
-from optuna.exceptions import ExperimentalWarning
-from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, SQLAlchemyError
 
 from atp_tune.errors import UserError
-from atp_tune.process import is_dead
+from atp_tune.process import GRACE, HEARTBEAT, is_dead
 
-HEARTBEAT = 15  # seconds between signs of life of a running trial
-GRACE = 60  # seconds without one after which a trial counts as lost
 RETRIES = 2  # of a trial whose process died
 BUSY = 60  # seconds that a writer waits for SQLite's lock
 PAUSES = (0.1, 0.5, 2.0)  # seconds between attempts to make the tables of a new database
 
 Facts = Mapping[str, Any]
+Database = TypeVar("Database", bound=RDBStorage)
 
 
-def open_storage(address: str, create: bool) -> RDBStorage | None:
+def open_storage(address: str, create: bool) -> BaseStorage | None:
     """The storage behind a URL; None if it is a SQLite file that does not exist and may not be made."""
+    if is_remote(address):
+        from atp_tune.remote import connect
+
+        return connect(address)
+    return open_database(address, create, RDBStorage)
+
+
+def is_remote(address: str) -> bool:
+    """Whether a storage URL names a server of trials, `tune.py serve` on some machine."""
+    return address.startswith(("grpc://", "grpcs://"))
+
+
+def open_database(address: str, create: bool, kind: type[Database]) -> Database | None:
+    """The same for a database, as the given kind of storage."""
     url = _url(address)
     if url.drivername.startswith("sqlite"):
         file = Path(url.database or "")
@@ -38,7 +51,7 @@ def open_storage(address: str, create: bool) -> RDBStorage | None:
             return None
         check_writable(address)
     try:
-        return _patiently(address, url)
+        return _patiently(address, url, kind)
     except (SQLAlchemyError, ImportError, RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"storage {url.render_as_string(hide_password=True)}: {reason}") from None
@@ -53,8 +66,7 @@ def _url(address: str) -> URL:
 
 def check_writable(address: str) -> None:
     """UserError if a SQLite file cannot be written, saying why; SQLite itself says the same for everything."""
-    url = _url(address)
-    if not url.drivername.startswith("sqlite"):
+    if is_remote(address) or not (url := _url(address)).drivername.startswith("sqlite"):
         return
     if url.database in (None, "", ":memory:"):
         raise UserError("storage: a database in memory is gone at the end; name a file, as in sqlite:///study.db")
@@ -71,23 +83,23 @@ def check_writable(address: str) -> None:
         raise UserError(f"storage {file}: {error.strerror}; name another with --storage sqlite:///FILE.db") from None
 
 
-def _patiently(address: str, url: URL) -> RDBStorage:
+def _patiently(address: str, url: URL, kind: type[Database]) -> Database:
     """Tries again where the tables were not there and others were making them at the same moment."""
     for pause in PAUSES:
         try:
-            return _rdb(address, url)
+            return _rdb(address, url, kind)
         except DatabaseError as error:
             if not isinstance(error, IntegrityError) and "already exists" not in str(error):
                 raise
             sleep(pause)
-    return _rdb(address, url)
+    return _rdb(address, url, kind)
 
 
-def _rdb(address: str, url: URL) -> RDBStorage:
+def _rdb(address: str, url: URL, kind: type[Database]) -> Database:
     wait = {"connect_args": {"timeout": BUSY}} if url.drivername.startswith("sqlite") else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
-        return RDBStorage(
+        return kind(
             address,
             engine_kwargs=wait,
             heartbeat_interval=HEARTBEAT,
@@ -96,7 +108,7 @@ def _rdb(address: str, url: URL) -> RDBStorage:
         )
 
 
-def find_study(storage: RDBStorage, name: str) -> optuna.Study | None:
+def find_study(storage: BaseStorage, name: str) -> optuna.Study | None:
     """The study of that name, if the storage has it."""
     try:
         return optuna.load_study(study_name=name, storage=storage)
@@ -104,10 +116,13 @@ def find_study(storage: RDBStorage, name: str) -> optuna.Study | None:
         return None
 
 
-def create_study(storage: RDBStorage, name: str, facts: Facts) -> optuna.Study:
+def create_study(storage: BaseStorage, name: str, facts: Facts) -> optuna.Study:
     """The study of that name with its facts, made if need be; UserError if it was made with others."""
     study = optuna.create_study(study_name=name, storage=storage, direction="minimize", load_if_exists=True)
     if is_new(study):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            study.set_metric_names(["perplexity"])  # for the axes of Optuna's plots
         study.set_user_attr("fingerprint", dict(facts))
     check_facts(study, facts)
     return study
@@ -147,12 +162,19 @@ def recover(study: optuna.Study) -> list[int]:
     """Ends the RUNNING trials whose process on this host is dead and queues them again; their numbers."""
     lost = []
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if is_dead(trial.user_attrs) or _is_nameless(trial):
-            study._storage.set_trial_user_attr(trial._trial_id, "lost", "its process died")
-            study.tell(trial.number, state=TrialState.FAIL)
+        if (is_dead(trial.user_attrs) or _is_nameless(trial)) and _fail(study, trial):
             queue_again(study, study.trials[trial.number])
             lost.append(trial.number)
     return lost
+
+
+def _fail(study: optuna.Study, trial: FrozenTrial) -> bool:
+    """Ends a trial whose process died; False where another process has done so."""
+    try:
+        study._storage.set_trial_user_attr(trial._trial_id, "lost", "its process died")
+        return study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+    except UpdateFinishedTrialError:
+        return False
 
 
 def _is_nameless(trial: FrozenTrial) -> bool:
@@ -180,6 +202,15 @@ def counts(trial: FrozenTrial) -> bool:
 def counted(study: optuna.Study) -> int:
     """Number of trials that count towards the total."""
     return sum(counts(trial) for trial in study.get_trials(deepcopy=False))
+
+
+def is_surplus(study: optuna.Study, number: int, total: int) -> bool:
+    """Whether the total is reached without this trial: two workers may both begin what they take for the last one.
+
+    Numbers are given out one by one, so that all workers agree on which trials are too many.
+    """
+    before = study.get_trials(deepcopy=False)[:number]
+    return sum(counts(trial) or trial.state == TrialState.RUNNING for trial in before) >= total
 
 
 def running(study: optuna.Study) -> list[FrozenTrial]:

@@ -7,13 +7,14 @@ from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
 import optuna
-from optuna.exceptions import ExperimentalWarning
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune import storage
 from atp_tune.allocations import Budget
 from atp_tune.errors import TrialError
 from atp_tune.events import Note, TrialEnded, TrialStarted, Watch
+from atp_tune.process import GRACE
 from atp_tune.samplers import first_trials, make_sampler, make_stopper, total_trials
 from atp_tune.space import Space, make_space
 from atp_tune.studyfile import StudyFile, facts, settings
@@ -141,18 +142,54 @@ def _optimise(
     def ended(study: optuna.Study, trial: FrozenTrial) -> None:
         best, done = storage.best_trial(study), storage.counted(study)
         reason = trial.user_attrs.get("failure") if trial.state == TrialState.FAIL else None
-        run.watch(TrialEnded(trial.number, trial.value, reason, best.value if best else None, done, total))
+        if trial.value is not None or reason:
+            run.watch(TrialEnded(trial.number, trial.value, reason, best.value if best else None, done, total))
         if done + len(storage.running(study)) >= total:  # other processes have done, or do, the rest
             study.stop()
 
     timeout = None if end is None else end - monotonic()
+    attempt = Attempt(objective, total)
     try:
-        study.optimize(objective, n_trials=n_trials, timeout=timeout, catch=(TrialError,), callbacks=[ended])
+        study.optimize(attempt, n_trials=n_trials, timeout=timeout, catch=(TrialError,), callbacks=[ended])
     except KeyboardInterrupt:
         for trial in study.get_trials(states=(TrialState.FAIL,))[-1:]:
             if trial.user_attrs.get("lost") == "interrupted":
                 storage.queue_again(study, trial)
         raise
+    except (UpdateFinishedTrialError, ValueError, AssertionError):
+        if not attempt.is_lost(study):
+            raise
+        run.note(f"trial {attempt.number} gave no sign of life for {GRACE} s: it is run again")
+
+
+class Attempt:
+    """Calls the objective unless other workers have reached the total, and knows afterwards whether they took its trial
+    for lost while it ran: Optuna has no error of its own for telling such a trial, what it raises looks like a bug.
+    """
+
+    def __init__(self, objective: Callable[[optuna.Trial], float], total: int) -> None:
+        self.number = -1
+        self._objective = objective
+        self._total = total
+        self._is_bug = False
+
+    def __call__(self, trial: optuna.Trial) -> float:
+        """The objective's value."""
+        self.number, self._is_bug = trial.number, True
+        try:
+            if storage.is_surplus(trial.study, trial.number, self._total):
+                trial.set_user_attr("lost", "not needed: other workers reached the total")
+                raise TrialError("not needed")
+            value = self._objective(trial)
+        except (TrialError, UpdateFinishedTrialError):
+            self._is_bug = False
+            raise
+        self._is_bug = False
+        return value
+
+    def is_lost(self, study: optuna.Study) -> bool:
+        """Whether the last trial was ended by somebody else."""
+        return self.number >= 0 and not self._is_bug and study.trials[self.number].state.is_finished()
 
 
 def _wait(run: Run, study: optuna.Study, trial: FrozenTrial) -> None:

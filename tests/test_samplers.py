@@ -276,3 +276,28 @@ def test_the_total(search: dict[str, Any], prune: dict[str, Any], total: int) ->
 def test_a_stopper_by_name() -> None:
     assert type(make_stopper(search_of(stopper="wilcoxon"))) is WilcoxonPruner
     assert type(make_stopper(search_of(stopper="none"))) is NopPruner
+
+
+@pytest.mark.parametrize("pruners", [("wanda",), ("wanda", "magnitude")])
+def test_belief_is_what_the_gp_holds(pruners: tuple[str, ...]) -> None:
+    """Where the GP has seen a valley without noise, its belief goes through the points, and is surest there."""
+    space = space_of(prune={"pruners": pruners})
+    study = optuna.create_study(sampler=make_sampler(Search(trials=12), space, 0))
+    high = space.intervals["atp"]["beta"][1]
+
+    def valley(trial: optuna.Trial) -> float:
+        plan = space.suggest(trial)
+        return math.exp(3 + 4 * (plan.parameters["beta"] / high - 0.4) ** 2)
+
+    study.optimize(valley, n_trials=12)
+    held = study.user_attrs["belief"]
+    assert held["before"] == 11
+    assert set(held["curves"]) == set(pruners)
+    curve = held["curves"]["wanda"]
+    assert (len(curve["beta"]), curve["beta"][0]) == (41, 0)
+    assert curve["beta"][-1] == pytest.approx(high, abs=1e-8)
+    assert all(low <= mean <= top for low, mean, top in zip(curve["low"], curve["mean"], curve["high"], strict=True))
+    truth = [math.exp(3 + 4 * (beta / high - 0.4) ** 2) for beta in curve["beta"]]
+    near = [k for k, beta in enumerate(curve["beta"]) if abs(beta / high - 0.4) < 0.1]
+    assert near
+    assert [curve["mean"][k] for k in near] == pytest.approx([truth[k] for k in near], rel=0.05)

@@ -23,6 +23,7 @@ from atp_tune.storage import (
     create_study,
     find_study,
     is_new,
+    is_surplus,
     open_storage,
     queue_again,
     recover,
@@ -345,3 +346,14 @@ def test_the_best_is_the_lowest_of_those_measured_in_full(study: optuna.Study) -
     best = best_trial(study)
     assert best
     assert best.number == 3
+
+
+def test_all_workers_agree_on_which_trials_are_too_many() -> None:
+    """Of a total of 3: lost trials do not count, running ones do, and so only the last one here is surplus."""
+    study = optuna.create_study()
+    failed, lost = {"failure": "inf"}, {"lost": "its process died"}
+    states = (TrialState.COMPLETE, TrialState.FAIL, TrialState.FAIL, TrialState.RUNNING, TrialState.RUNNING)
+    for state, attrs in zip(states, ({}, lost, failed, {}, {}), strict=True):
+        value = 1.0 if state == TrialState.COMPLETE else None
+        study.add_trial(optuna.create_trial(state=state, value=value, user_attrs=attrs))
+    assert [is_surplus(study, number, 3) for number in range(5)] == [False, False, False, False, True]

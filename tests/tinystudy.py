@@ -2,9 +2,11 @@
 
 import os
 import pydoc_data.topics
+import socket
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,12 +143,17 @@ def settings(*overrides: str) -> list[str]:
     return [word for override in overrides for word in ("--set", override)]
 
 
-def start(*arguments: str | Path, cwd: Path | None = None) -> "subprocess.Popen[str]":
+def start(
+    *arguments: str | Path,
+    cwd: Path | None = None,
+    before: tuple[str, ...] = (),
+    environment: Mapping[str, str] | None = None,
+) -> "subprocess.Popen[str]":
     """`python tune.py …` in a process of its own."""
-    command = [sys.executable, str(TUNE), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    command = [*before, sys.executable, str(TUNE), *map(str, arguments)]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **(environment or {})}
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=cwd, env=environment)
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=cwd, env=variables)
 
 
 @dataclass(frozen=True)
@@ -194,6 +201,20 @@ class CommandLine:
             main()
         captured = self._capsys.readouterr()
         return Answer(int(ended.value.code or 0), captured.out, captured.err)
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:
+    end = monotonic() + seconds
+    while not condition():
+        assert monotonic() < end
+        sleep(0.05)
+
+
+def free_port() -> int:
+    """A port that nobody listens on, for now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def wait_for(database: Path, number: int, process: "subprocess.Popen[str]", seconds: float = 60) -> None:

@@ -1,5 +1,6 @@
 """The command line: the only part that prints. Heavy imports wait until a command needs them."""
 
+import os
 import sys
 
 from atp_tune.cli.app import app
@@ -8,6 +9,7 @@ from atp_tune.errors import TrialError, UserError
 
 def main() -> None:
     """Runs the command line; bad input ends in one line on stderr and exit code 2."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its C code writes to stderr what we say in one line
     try:
         app()
     except (UserError, TrialError) as error:

@@ -1,5 +1,6 @@
 """What the long commands do around the work: progress, interruption, and the words at the end."""
 
+import logging
 import os
 import signal
 import sys
@@ -10,12 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Timer
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from atp_tune.cli.display import Display
-from atp_tune.cli.tables import console, show_applied, show_summary
+from atp_tune.cli.tables import console, show_applied, show_served, show_summary
 from atp_tune.config import read_config
 from atp_tune.studyfile import StudyFile
 
+if TYPE_CHECKING:
+    from atp_tune.serving.serve import Service
+
+STOPS = (signal.SIGINT, signal.SIGTERM)
 SOON = 0.02  # seconds until an interruption that would break a transaction is tried again
 
 
@@ -58,6 +64,21 @@ def run_prune(file: StudyFile, parameters: dict[str, float], out: Path | None) -
         console.print(f"sparse checkpoint: {out}")
 
 
+def run_serve(service: "Service") -> None:
+    """Serves until Ctrl-C or SIGTERM, and says where."""
+    from atp_tune.serving.serve import serve
+
+    told: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: told.append(number)) for number in STOPS}
+    try:
+        with quiet():
+            serve(service, lambda: bool(told), lambda served: show_served(service, served), console.print)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    console.print("stopped: all that was sent is stored")
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silences what libraries log for their developers; errors still come through as exceptions."""
@@ -67,9 +88,22 @@ def quiet() -> Iterator[None]:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    own, words = logging.getLogger("atp_tune"), Words()
+    own.addHandler(words)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        own.removeHandler(words)
+
+
+class Words(logging.Handler):
+    """Prints what the package has to say beside the events of a run, a line at a time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints one line."""
+        console.print(record.getMessage(), highlight=False)
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """Tables for people: trials, summary, studies. Needs neither torch nor a model."""
 
+import ipaddress
+import socket
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 
     from atp_tune.config import Config, Scores
     from atp_tune.perplexity import Perplexity
+    from atp_tune.serving.serve import Served, Service
     from atp_tune.studyfile import StudyFile
     from atp_tune.summary import Summary
 
@@ -147,6 +150,24 @@ def show_applied(config: "Config", measured: "Perplexity", out: Path) -> None:
         console.print("warning: they differ by more than 0.1 %; another device or number format?", style="yellow")
 
 
+def show_served(service: "Service", served: "Served") -> None:
+    """What is served, where people look, and how workers join."""
+    names = served.studies if len(served.studies) <= 5 else [*served.studies[:4], f"… {len(served.studies)} studies"]
+    studies = ", ".join(names) or "no study yet"
+    host = service.listen if service.listen not in ("0.0.0.0", "::") else socket.gethostname()
+    name = f"[{host}]" if ":" in host else host
+    console.print(f"serving {without_password(service.address)}: {studies}", highlight=False)
+    console.print(f"dashboard:    http://{name}:{served.port}", highlight=False)
+    join = f"python tune.py --study NAME --storage grpc://{name}:{served.grpc_port}"
+    console.print(f"workers join: {join}", highlight=False)
+    if not is_loopback(service.listen):
+        console.print(
+            "warning: neither has a login: whoever reaches these ports can change and delete studies; "
+            "docs/serving.md shows a proxy with TLS and a token", style="yellow",
+        )  # fmt: skip
+    console.print("Ctrl-C stops", style="dim")
+
+
 def show_studies() -> None:
     """Every study that can be run by name, and how far it is."""
     from atp_tune.errors import UserError
@@ -193,3 +214,18 @@ def _short(path: Path) -> Path:
         return path.relative_to(Path.cwd())
     except ValueError:
         return path
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def without_password(address: str) -> str:
+    """A storage URL as it may be shown."""
+    from sqlalchemy.engine import make_url
+
+    return make_url(address).render_as_string(hide_password=True)

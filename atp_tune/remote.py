@@ -1,0 +1,175 @@
+"""Trials that a server keeps: Optuna's gRPC storage proxy, as a worker sees it over a network that may fail.
+
+`grpc://HOST:PORT` speaks to `tune.py serve` directly, `grpcs://HOST:PORT` through a reverse proxy with TLS, to which
+the token in $ATP_TUNE_TOKEN is shown. Whatever is sent while the server cannot be reached is sent again until it
+answers: a worker that has computed for an hour does not lose the result to a cable.
+
+Errors: UserError where nobody answers at the start, ConnectionError where nobody has for `PATIENCE` seconds.
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from time import monotonic, sleep
+from typing import Any
+from urllib.parse import urlsplit
+
+import grpc
+import optuna
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+from optuna.storages import GrpcStorageProxy
+from optuna.storages._grpc.auto_generated import api_pb2_grpc
+from optuna.storages._grpc.client import GrpcClientCache
+from optuna.storages._heartbeat import BaseHeartbeat
+from optuna.trial import FrozenTrial, TrialState
+
+from atp_tune.errors import UserError
+from atp_tune.process import HEARTBEAT
+
+PORT = 13000  # of `serve`, and of Optuna
+FIRST = 10  # seconds in which a server must answer at the start
+DEADLINE = 30  # seconds for one request
+PATIENCE = 3600  # seconds of silence after which a worker gives up
+PAUSES = (0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between attempts; the last one again and again
+ALIVE = "alive"  # the trial's system attribute that tells the server of a sign of life
+
+AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+CHANNEL = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 10_000),  # a cut cable says nothing: without this it is waited for a quarter hour
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+)
+
+log = logging.getLogger(__name__)
+
+
+def connect(address: str) -> "RemoteStorage":
+    """The storage behind a grpc:// URL; UserError in one line if it is not one or nobody answers."""
+    try:
+        url = urlsplit(address)
+        host, port = url.hostname, url.port or (443 if url.scheme == "grpcs" else PORT)
+    except ValueError:
+        host, port = None, 0
+    if not host or url.path.strip("/") or url.username or url.password:
+        raise UserError("storage: not a server's URL; write grpc://HOST:13000, or grpcs://HOST:443 behind TLS")
+    name = f"[{host}]" if ":" in host else host
+    token = os.environ.get("ATP_TUNE_TOKEN") if url.scheme == "grpcs" else None  # never in the clear
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        storage = RemoteStorage(name, port, token, url.scheme)
+    storage.check()
+    return storage
+
+
+class RemoteStorage(GrpcStorageProxy, BaseHeartbeat):
+    """Optuna's client of a storage server, with patience and with signs of life from running trials."""
+
+    def __init__(self, host: str, port: int, token: str | None, scheme: str) -> None:
+        self._token = token
+        self._scheme = scheme
+        super().__init__(host=host, port=port)
+
+    @property
+    def address(self) -> str:
+        """The server, as in the URL."""
+        return f"{self._scheme}://{self._host}:{self._port}"
+
+    def check(self) -> None:
+        """UserError if the server does not answer soon, or refuses."""
+        self._patience.seconds = FIRST
+        try:
+            self.get_all_studies()
+        except grpc.RpcError as error:
+            raise UserError(f"storage {self.address}: {_reason(error, self._scheme)}") from None
+        self._patience.seconds = PATIENCE
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        """As Optuna's; a trial that was told already, with an answer that got lost, is no error."""
+        try:
+            return super().set_trial_state_values(trial_id, state, values)
+        except UpdateFinishedTrialError:
+            trial = self.get_trial(trial_id)
+            if (trial.state, trial.values) != (state, list(values) if values else None):
+                raise
+            return True
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        """Tells the server that the trial is still at work; a server that is away or has given it up is no error."""
+        try:
+            self.set_trial_system_attr(trial_id, ALIVE, True)
+        except (grpc.RpcError, UpdateFinishedTrialError, KeyError):
+            log.debug("no heartbeat for trial id %d", trial_id)
+
+    def _get_stale_trial_ids(self, study_id: int) -> list[int]:
+        return []  # the server sees to them, by its own clock
+
+    def get_heartbeat_interval(self) -> int:
+        """Seconds between signs of life of a running trial."""
+        return HEARTBEAT
+
+    def get_heartbeat_stale_trial_callback(self) -> Callable[[optuna.Study, FrozenTrial], None] | None:
+        """None: the server queues lost trials again."""
+        return None
+
+    def _setup(self) -> None:
+        self._patience = Patience(self.address, self._token)
+        self._channel = grpc.intercept_channel(self._open(), self._patience)
+        self._stub = api_pb2_grpc.StorageServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._cache = GrpcClientCache(self._stub)
+
+    def _open(self) -> grpc.Channel:
+        target = f"{self._host}:{self._port}"
+        if self._scheme == "grpcs":
+            return grpc.secure_channel(target, grpc.ssl_channel_credentials(), options=CHANNEL)
+        return grpc.insecure_channel(target, options=CHANNEL)
+
+
+class Patience(grpc.UnaryUnaryClientInterceptor):
+    """Sends a request again while the server is away, and says so once; shows the token with each request."""
+
+    def __init__(self, address: str, token: str | None) -> None:
+        self.seconds: float = PATIENCE
+        self._address = address
+        self._metadata = [("authorization", f"Bearer {token}")] if token else []
+        self._is_away = False
+
+    def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
+        """The answer to a request, or the last error after `seconds` of trying."""
+        details = _Details(details.method, DEADLINE, [*(details.metadata or ()), *self._metadata])
+        end, attempt = monotonic() + self.seconds, 0
+        while True:
+            call = continuation(details, request)
+            if call.code() not in AWAY:
+                self._tell(is_away=False)
+            if call.code() not in AWAY or monotonic() >= end:
+                return call
+            self._tell(is_away=self.seconds > FIRST)
+            sleep(PAUSES[min(attempt, len(PAUSES) - 1)])
+            attempt += 1
+
+    def _tell(self, is_away: bool) -> None:
+        if is_away and not self._is_away:
+            log.warning("%s does not answer; trying again, nothing is lost", self._address)
+        elif self._is_away and not is_away:
+            log.warning("%s answers again", self._address)
+        self._is_away = is_away
+
+
+class _Details(grpc.ClientCallDetails):
+    def __init__(self, method: str, timeout: float, metadata: list[tuple[str, str | bytes]]) -> None:
+        self.method, self.timeout, self.metadata = method, timeout, tuple(metadata)
+        self.credentials = self.wait_for_ready = self.compression = None
+
+
+def _reason(error: grpc.RpcError, scheme: str) -> str:
+    code, words = error.code(), " ".join(str(error.details()).split())[:200]
+    if code in AWAY and "handshake" in words.lower():
+        return f"no TLS that can be trusted ({words}); see docs/serving.md"
+    if code in AWAY:
+        tls = "" if "refused" in words or scheme == "grpcs" else " (or, where TLS is in front of it, write grpcs://)"
+        return f"nobody answers; start it on that machine with: python tune.py serve --listen 0.0.0.0{tls}"
+    if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+        return "refuses; set ATP_TUNE_TOKEN to the token that its proxy asks for"
+    return f"is no server of trials ({code.name.lower()}: {words})"

@@ -1,0 +1,38 @@
+"""Which storage `serve` serves: the named one, a study's, or the one that was changed last."""
+
+from pathlib import Path
+
+from atp_tune.errors import UserError
+from atp_tune.serving.serve import Service
+from atp_tune.studyfile import absolute_storage, known, load
+
+
+def choose(
+    study: str | None, storage: str | None, listen: str, port: int, grpc_port: int, artifacts: Path | None
+) -> Service:
+    """The service that was asked for; UserError if it is not clear which."""
+    if storage is not None:
+        address = absolute_storage(storage, Path())
+    else:
+        address = load(study).storage_url if study is not None else f"sqlite:///{_newest()}"
+    return Service(address, listen, port, grpc_port, artifacts or _beside(address))
+
+
+def _newest() -> Path:
+    databases = []
+    for path in known():
+        try:
+            database = load(str(path)).database
+        except UserError:  # an invalid study file is no reason not to serve the others
+            continue
+        if database is not None and database.exists():
+            databases.append(database)
+    if not databases:
+        raise UserError("serve: no study has a database yet; run one, as in: python tune.py --study smol")
+    return max(databases, key=lambda database: database.stat().st_mtime)
+
+
+def _beside(address: str) -> Path:
+    """The folder of artifacts: NAME.artifacts beside NAME.db, or ./artifacts for a database elsewhere."""
+    scheme, _, path = address.partition(":///")
+    return Path(path.partition("?")[0]).with_suffix(".artifacts") if scheme.startswith("sqlite") else Path("artifacts")

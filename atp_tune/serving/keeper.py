@@ -1,0 +1,88 @@
+"""What a server does for its studies without being asked: lost trials run again, artifacts stay current."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import optuna
+from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upload_artifact
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.storages import BaseStorage
+from optuna.trial import TrialState
+
+from atp_tune import storage as trials
+from atp_tune.cache import write_atomically
+from atp_tune.summary import best_config, summarise
+
+CONFIG, REPORT = "best.json", "report.html"
+
+
+class Keeper:
+    """Looks after all studies of a storage; `artifacts` is the folder of the files that the dashboard offers."""
+
+    def __init__(self, storage: BaseStorage, artifacts: Path, tell: Callable[[str], None]) -> None:
+        self._storage = storage
+        self._folder = artifacts
+        self._tell = tell
+        self._seen: dict[int, object] = {}
+
+    def turn(self) -> None:
+        """One look at every study; what goes wrong with it is told, and tried again the next time."""
+        try:
+            self._look()
+        except (OSError, StorageInternalError) as error:
+            self._tell(f"warning: {str(error).splitlines()[0]}")
+
+    def _look(self) -> None:
+        for name in optuna.get_all_study_names(self._storage):
+            study = trials.find_study(self._storage, name)
+            if study is not None and "fingerprint" in study.user_attrs:
+                self._recover(study)
+                self._attach(study)
+
+    def _recover(self, study: optuna.Study) -> None:
+        """Queues trials again that gave no sign of life: the workers of other machines cannot see that themselves."""
+        before = trials.running(study)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            optuna.storages.fail_stale_trials(study)
+        after = study.get_trials(deepcopy=False)
+        for trial in before:
+            ended = after[trial.number]
+            if ended.state == TrialState.FAIL and "failure" not in ended.user_attrs:
+                self._tell(f"{study.study_name}: trial {trial.number} gave no sign of life; it is queued again")
+
+    def _attach(self, study: optuna.Study) -> None:
+        """The best configuration and the report, whenever there is another best, or its final numbers."""
+        best = trials.best_trial(study)
+        state = best and (best.number, len(study.user_attrs.get("reports", ())))
+        if best is None or self._seen.get(study._study_id) == state:
+            return
+        for name, content in _files(study).items():
+            self._put(study, name, content)
+        self._seen[study._study_id] = state
+
+    def _put(self, study: optuna.Study, name: str, content: bytes) -> None:
+        """Attaches a file, in the place of an earlier one of that name."""
+        known = [meta for meta in get_all_artifact_meta(study) if meta.filename == name]
+        if known:
+            write_atomically(self._folder / known[0].artifact_id, content)
+            return
+        file = self._folder / name
+        write_atomically(file, content)
+        try:
+            upload_artifact(
+                artifact_store=FileSystemArtifactStore(self._folder), file_path=str(file), study_or_trial=study
+            )
+        finally:
+            file.unlink()
+
+
+def _files(study: optuna.Study) -> dict[str, bytes]:
+    summary = summarise(study)
+    files = {}
+    if summary.made_from is not None:
+        config = best_config(summary.made_from, study, Path(CONFIG))
+        absolute = config.model_copy(update={"folder": str(summary.made_from.folder)})  # it may be loaded anywhere
+        files[CONFIG] = absolute.to_json().encode()
+    return files

@@ -1,0 +1,191 @@
+"""The words of the dashboard: a note for each study and trial (Markdown), and what is worth a column."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+from atp_tune.config import Scores
+from atp_tune.plan import shown
+from atp_tune.summary import Rank, Summary, allocation_of, is_uniform, parameters_of
+
+OWN = "*Above: atp_tune, always current. Below: your own notes, which are kept.*"
+GAP = "&emsp;"  # the dashboard draws tables without space between columns
+Attributes = Mapping[str, Any]
+
+
+def with_own_words(ours: str, written: str) -> str:
+    """Our note above the part of a stored note that people wrote."""
+    _, mark, theirs = written.rpartition(OWN)
+    return f"{ours}\n\n---\n\n{OWN}\n\n{(theirs if mark else written).strip()}".rstrip() + "\n"
+
+
+def study_note(summary: Summary) -> str:
+    """What is tuned, what was found, and the commands that come next."""
+    parts = [_what(summary), _scores(summary), _gain(summary), _state(summary), _commands(summary)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _what(summary: Summary) -> str:
+    file = summary.made_from
+    if file is None:
+        return f"## {summary.name}"
+    spec = file.study
+    names = ", ".join(spec.allocation.names)
+    pruners = ", ".join(spec.prune.pruners)
+    lines = [
+        f"## {summary.name}: {spec.sparsity:.0%} of the weights of {_code(spec.model.source)} go",
+        spec.description,
+        f"Searched: how to share the zeros out over {len(summary.sizes)} blocks ({names}; {pruners}; "
+        f"pattern {spec.prune.pattern}). The objective is perplexity on the search text; lower is better.",
+    ]
+    return "\n\n".join(line for line in lines if line)
+
+
+def _scores(summary: Summary) -> str:
+    rows = [("dense", summary.dense, "")]
+    rows += [(_label(rank, summary), rank.scores, _change(rank)) for rank in summary.ranks]
+    if not any(is_uniform(rank.trial) for rank in summary.ranks) and summary.uniform.search:
+        rows.insert(1, ("uniform", summary.uniform, ""))
+    lines = [f"| | {GAP}search text | {GAP}report text | {GAP}against uniform |", "|---|---:|---:|---:|"]
+    lines += [f"| {name} | {GAP}{_cells(scores)} | {GAP}{change} |" for name, scores, change in rows]
+    return "\n".join(lines)
+
+
+def _label(rank: Rank, summary: Summary) -> str:
+    best = "**best** " if rank.trial == summary.best_trial else ""
+    return f"{best}{_plan(rank.trial)} (trial {rank.trial.number})"
+
+
+def _plan(trial: FrozenTrial) -> str:
+    return f"{trial.params['pruner']} {allocation_of(trial)} {shown(_own_parameters(trial))}".rstrip()
+
+
+def _own_parameters(trial: FrozenTrial) -> dict[str, float]:
+    return {} if is_uniform(trial) else parameters_of(trial)
+
+
+def _change(rank: Rank) -> str:
+    return f"{rank.against} ({rank.on} text)" if rank.against else ""
+
+
+def _cells(scores: Scores) -> str:
+    return f" | {GAP}".join(str(score) if score else "–" for score in (scores.search, scores.report))
+
+
+def _gain(summary: Summary) -> str:
+    if summary.best_trial is None:
+        return "No trial has a value yet."
+    if is_uniform(summary.best_trial):
+        return "No trial is better than uniform so far."
+    if summary.gain is None:
+        return ""
+    text, side = "report" if summary.best.report else "search", "below" if summary.gain >= 0 else "above"
+    size = f"{abs(summary.gain):.1%} {side} uniform on the {text} text"
+    return f"**The best is {size}.** ± is the standard error over windows; changes are paired window by window."
+
+
+def _state(summary: Summary) -> str:
+    counts = {state: sum(trial.state == state for trial in summary.trials) for state in TrialState}
+    total = f" of {summary.total}" if summary.total else ""
+    running = f", {counts[TrialState.RUNNING]} running" if counts[TrialState.RUNNING] else ""
+    failed = f", {counts[TrialState.FAIL]} failed or lost" if counts[TrialState.FAIL] else ""
+    return f"{summary.done}{total} trials are done{running}{failed}."
+
+
+def _commands(summary: Summary) -> str:
+    file = summary.made_from
+    if file is None:
+        return ""
+    other = "" if summary.name == file.name else f" --study-name {summary.name}"
+    lines = [
+        f"python tune.py --study {file.name}{other}    # go on, on this machine",
+        f"python tune.py --study {file.name}{other} --storage grpc://HOST:13000    # help, from another",
+        "python tune.py apply --config best.json --out DIR    # the sparse checkpoint",
+    ]
+    best = "`best.json` and the report are among this study's artifacts." if summary.best_trial else ""
+    return f"Study file: {_code(str(file.path))}. {best}\n\n```\n" + "\n".join(lines) + "\n```"
+
+
+def _code(text: str) -> str:
+    """Text that Markdown leaves as it is."""
+    return "`" + text.replace("`", "'") + "`"
+
+
+def trial_note(trial: FrozenTrial, summary: Summary) -> str:
+    """Plan, sparsity, times, and why a trial has no value."""
+    attrs = trial.user_attrs
+    parts = [
+        f"### {_plan(trial)}" if "allocation" in trial.params else "### no plan yet",
+        _why(trial),
+        _measured(trial, summary),
+        _sparsities(attrs),
+        _costs(attrs),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _why(trial: FrozenTrial) -> str:
+    attrs = trial.user_attrs
+    if "failure" in attrs:
+        return f"**Failed:** {_code(str(attrs['failure']))}"
+    if "lost" in attrs:
+        return f"**Lost:** {attrs['lost']}; it was queued again."
+    if trial.state == TrialState.FAIL:
+        return "**Lost:** no sign of life; it was queued again."
+    if "stopped_after" in attrs:
+        return f"Stopped after {attrs['stopped_after']} windows, as hopeless; the value is an estimate."
+    if "repeats" in attrs:
+        return f"The same parameters as trial {attrs['repeats']}: not measured again."
+    return "Runs now." if trial.state == TrialState.RUNNING else ""
+
+
+def _measured(trial: FrozenTrial, summary: Summary) -> str:
+    if trial.value is None:
+        return ""
+    uniform = summary.uniform.search
+    against = f", {trial.value / uniform.value - 1:+.1%} against uniform" if uniform else ""
+    return f"Perplexity on the search text {trial.value:.2f} ± {trial.user_attrs.get('stderr', 0):.2f}{against}."
+
+
+def _sparsities(attrs: Attributes) -> str:
+    plan = attrs.get("sparsities")
+    if not plan:
+        return ""
+    counted = f" Zeros counted: {attrs['realised']:.3%}." if "realised" in attrs else ""
+    ends = f"first block {plan[0]:.1%}, last block {plan[-1]:.1%}, from {min(plan):.1%} to {max(plan):.1%}"
+    return f"Sparsity: {ends}.{counted}"
+
+
+def _costs(attrs: Attributes) -> str:
+    phases = attrs.get("seconds")
+    if not phases:
+        return ""
+    parts = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in phases.items())
+    peak = max(attrs.get("peak_bytes", {"": 0}).values())
+    return f"{sum(phases.values()):.1f} s: {parts}. Peak memory {peak / 1e9:.2f} GB on {attrs.get('device', '?')}."
+
+
+def columns(trial: FrozenTrial) -> dict[str, Any]:
+    """A trial's attributes for the dashboard's table: numbers that sort, no long lists."""
+    attrs, shown_ones = trial.user_attrs, {}
+    if "stderr" in attrs:
+        shown_ones["± stderr"] = round(attrs["stderr"], 2)
+    if "realised" in attrs:
+        shown_ones["zeros %"] = round(100 * attrs["realised"], 2)
+    if "seconds" in attrs:
+        shown_ones["seconds"] = round(sum(attrs["seconds"].values()), 1)
+    if attrs.get("peak_bytes"):
+        shown_ones["peak GB"] = round(max(attrs["peak_bytes"].values()) / 1e9, 2)
+    for name in ("device", "host"):
+        if name in attrs:
+            shown_ones[name] = attrs[name]
+    why = _why(trial).replace("*", "").replace("`", "")
+    return {**shown_ones, **({"remark": why} if why else {})}
+
+
+def facts_of(attrs: Attributes) -> dict[str, Any]:
+    """A study's attributes for the dashboard: what it was made with, no long lists."""
+    known = dict(attrs.get("fingerprint", {}))
+    names = ("model.source", "model.dtype", "sparsity", "protocol", "texts.search.source", "texts.report.source")
+    return {**{name: known[name] for name in names if name in known}, "trials": attrs.get("total", "not known yet")}

@@ -1,0 +1,75 @@
+"""Serving a storage: both servers and the keeper, until they are told to stop."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic, sleep
+
+import optuna
+from optuna.artifacts import FileSystemArtifactStore
+from optuna.storages import get_storage
+
+from atp_tune.errors import UserError
+from atp_tune.serving.keeper import Keeper
+from atp_tune.serving.servers import ServedDatabase, dashboard, proxy
+from atp_tune.serving.view import make_view
+from atp_tune.storage import is_remote, open_database
+
+TURN = 2  # seconds between the keeper's looks
+LOOK = 0.1  # seconds between looks at whether it is time to stop
+
+
+@dataclass(frozen=True)
+class Service:
+    """What is to be served: a storage URL, the address to listen on, two ports, and the folder of artifacts."""
+
+    address: str
+    listen: str
+    port: int
+    grpc_port: int
+    artifacts: Path
+
+
+@dataclass(frozen=True)
+class Served:
+    """What is being served: the names of the studies, and the ports."""
+
+    studies: list[str]
+    port: int
+    grpc_port: int
+
+
+def serve(
+    service: Service, is_told_to_stop: Callable[[], bool], ready: Callable[[Served], None], tell: Callable[[str], None]
+) -> None:
+    """Serves until told to stop, and lets requests in progress end; UserError where a port or file cannot be had.
+
+    The keeper tells its news, one line each.
+    """
+    if is_remote(service.address):
+        raise UserError("serve: a server's URL is for workers; serve the database itself, as in sqlite:///FILE.db")
+    database = open_database(service.address, True, ServedDatabase)
+    assert database is not None
+    storage = get_storage(database)  # with Optuna's cache of finished trials
+    store = FileSystemArtifactStore(_folder(service.artifacts))
+    keeper = Keeper(database, service.artifacts, tell)
+    view = make_view(service.address, storage)
+    with (
+        proxy(storage, service.listen, service.grpc_port) as grpc_port,
+        dashboard(view, store, service.listen, service.port) as port,
+    ):
+        ready(Served(optuna.get_all_study_names(storage), port, grpc_port))
+        turn = 0.0
+        while not is_told_to_stop():
+            if monotonic() >= turn:
+                keeper.turn()
+                turn = monotonic() + TURN
+            sleep(LOOK)
+
+
+def _folder(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--artifacts {path}: {error.strerror}; name a folder that can be written") from None
+    return path

@@ -1,0 +1,175 @@
+"""Workers and a server in this process, over real gRPC and a real SQLite file."""
+
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from time import sleep
+
+import optuna
+import pytest
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import get_storage
+from optuna.trial import TrialState
+from tinystudy import CommandLine, run
+
+from atp_tune import remote, storage
+from atp_tune.errors import UserError
+from atp_tune.events import Event, Note, TrialStarted
+from atp_tune.remote import RemoteStorage, connect
+from atp_tune.serving.servers import ServedDatabase, proxy
+
+
+class Server:
+    """A server that can be stopped and started again on the same port."""
+
+    def __init__(self, database: Path) -> None:
+        served = storage.open_database(f"sqlite:///{database}", True, ServedDatabase)
+        assert served is not None
+        self.database = served
+        self.port = 0
+        self._running = ExitStack()
+        self.start()
+
+    @property
+    def address(self) -> str:
+        return f"grpc://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        self.port = self._running.enter_context(proxy(get_storage(self.database), "127.0.0.1", self.port))
+
+    def stop(self) -> None:
+        self._running.close()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    server = Server(tmp_path / "served.db")
+    yield server
+    server.stop()
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "FIRST", 1)
+    monkeypatch.setattr(remote, "PAUSES", (0.05,))
+
+
+def started(server: Server) -> tuple[optuna.Study, optuna.Trial]:
+    study = optuna.create_study(study_name="s", storage=connect(server.address))
+    return study, study.ask()
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat of storage")  # the tests ask and tell by hand
+
+
+@pytest.mark.parametrize(
+    "address", ["grpc://", "grpc://host:port", "grpc://host:99999", "grpc://host/path", "grpc://me:secret@host:1"]
+)
+def test_an_address_that_is_none(address: str) -> None:
+    with pytest.raises(UserError, match="write grpc://HOST:13000") as caught:
+        storage.open_storage(address, create=False)
+    assert "secret" not in str(caught.value)
+
+
+def test_nobody_answers(place: Path, command: CommandLine) -> None:
+    answer = command("--study", place / "tiny.toml", "--storage", "grpc://127.0.0.1:1")
+    assert answer.error == (
+        "storage grpc://127.0.0.1:1: nobody answers; start it on that machine with: "
+        "python tune.py serve --listen 0.0.0.0"
+    )
+
+
+def test_a_study_is_the_same_over_a_server(place: Path, server: Server) -> None:
+    here = run(place, name="here")
+    there = run(place, f"storage={server.address}", name="there")
+    assert [(t.params, t.value) for t in there.trials] == [(t.params, t.value) for t in here.trials]
+    stored = storage.find_study(server.database, "there")
+    assert stored is not None
+    assert [t.user_attrs["nlls"] for t in stored.trials] == [t.user_attrs["nlls"] for t in here.trials]
+    assert stored.user_attrs["reports"] == here.user_attrs["reports"]
+    assert {t.state for t in stored.trials} == {TrialState.COMPLETE}
+
+
+def test_another_study_under_the_same_name_is_refused(place: Path, server: Server, command: CommandLine) -> None:
+    run(place, f"storage={server.address}")
+    answer = command("--study", place / "tiny.toml", "--storage", server.address, "--set", "sparsity=0.5")
+    assert "sparsity is 0.5, was 0.6" in answer.error
+
+
+def test_requests_wait_for_a_server_that_comes_back(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    study, trial = started(server)
+    server.stop()
+    with caplog.at_level(logging.WARNING, "atp_tune"), ThreadPoolExecutor() as pool:
+        sent = pool.submit(study.tell, trial, 2.5)
+        sleep(0.3)
+        assert not sent.done()
+        server.start()
+        sent.result(timeout=20)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{server.address} does not answer; trying again, nothing is lost",
+        f"{server.address} answers again",
+    ]
+    stored = storage.find_study(server.database, "s")
+    assert stored is not None
+    assert stored.trials[0].value == 2.5
+
+
+def test_a_worker_gives_up_in_the_end(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "PATIENCE", 0.3)
+    study, trial = started(server)
+    server.stop()
+    with pytest.raises(remote.grpc.RpcError):
+        study.tell(trial, 2.5)
+    server.start()
+
+
+def test_a_value_whose_answer_was_lost_is_no_error(server: Server) -> None:
+    study, trial = started(server)
+    there = study._storage
+    assert there.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [1.5])
+    assert there.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [1.5])
+    with pytest.raises(UpdateFinishedTrialError):
+        there.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [1.6])
+
+
+def test_signs_of_life_reach_the_database(server: Server) -> None:
+    study, trial = started(server)
+    there = study._storage
+    assert isinstance(there, RemoteStorage)
+    assert optuna.storages._heartbeat.is_heartbeat_enabled(there)
+    there.record_heartbeat(trial._trial_id)
+    with server.database.engine.connect() as connection:
+        beats = connection.exec_driver_sql("SELECT trial_id FROM trial_heartbeats").fetchall()
+    assert beats == [(trial._trial_id,)]
+    assert remote.ALIVE not in server.database.get_trial(trial._trial_id)._system_attrs
+    study.tell(trial, 1.0)
+    there.record_heartbeat(trial._trial_id)  # its thread may be a moment late
+    server.stop()
+    there._patience.seconds = 0.1
+    there.record_heartbeat(trial._trial_id)
+    server.start()
+
+
+def test_a_trial_that_was_taken_for_lost_is_run_again(place: Path, server: Server) -> None:
+    """As after a network that was away for longer than the server waits for a sign of life."""
+    notes: list[str] = []
+
+    def watch(event: Event) -> None:
+        match event:
+            case Note(text):
+                notes.append(text)
+            case TrialStarted("trial 1", _):
+                study = storage.find_study(server.database, "tiny")
+                assert study is not None
+                study.tell(1, state=TrialState.FAIL)
+                storage.queue_again(study, study.trials[1])
+
+    study = run(place, f"storage={server.address}", watch=watch)
+    assert "trial 1 gave no sign of life for 60 s: it is run again" in notes
+    assert storage.counted(study) == 3
+    assert [t.state for t in study.trials].count(TrialState.FAIL) == 1
+    again = study.trials[2]
+    assert again.params == study.trials[1].params
+    assert again.state == TrialState.COMPLETE

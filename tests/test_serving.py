@@ -1,0 +1,283 @@
+"""The dashboard's server over real HTTP, on the finished tiny study and on one that runs."""
+
+import json
+import shutil
+import signal
+import socket
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from time import sleep
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+from tinystudy import CommandLine, finish, run, start, study_file, wait_until
+
+from atp_tune import storage
+from atp_tune.config import read_config
+from atp_tune.errors import UserError
+from atp_tune.serving.choosing import choose
+from atp_tune.serving.notes import OWN, with_own_words
+from atp_tune.serving.serve import Served, Service, serve
+
+
+@dataclass
+class Dashboard:
+    """What a browser would ask for."""
+
+    port: int
+    told: list[str]
+
+    def get(self, path: str) -> bytes:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=20) as answer:
+            return bytes(answer.read())
+
+    def studies(self) -> dict[str, int]:
+        listed = json.loads(self.get("/api/studies"))["study_summaries"]
+        return {study["study_name"]: study["study_id"] for study in listed}
+
+    def study(self, name: str) -> Any:
+        return json.loads(self.get(f"/api/studies/{self.studies()[name]}?after=0"))
+
+    def write_note(self, name: str, body: str, version: int, trial: int | None = None) -> None:
+        path = f"/api/studies/{self.studies()[name]}" + (f"/{trial}" if trial is not None else "") + "/note"
+        content = json.dumps({"body": body, "version": version}).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}", content, {"Content-Type": "application/json"}, method="PUT"
+        )
+        urllib.request.urlopen(request, timeout=20).close()
+
+
+@contextmanager
+def served(database: Path) -> Iterator[Dashboard]:
+    stop: list[bool] = []
+    ready: list[Served] = []
+    told: list[str] = []
+    service = Service(f"sqlite:///{database}", "127.0.0.1", 0, 0, database.with_suffix(".artifacts"))
+    thread = Thread(target=serve, args=(service, lambda: bool(stop), ready.append, told.append))
+    thread.start()
+    try:
+        wait_until(lambda: bool(ready) or not thread.is_alive())
+        yield Dashboard(ready[0].port, told)
+    finally:
+        stop.append(True)
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+@pytest.fixture
+def dashboard(done: Path) -> Iterator[Dashboard]:
+    with served(done / "tiny.db") as dashboard:
+        yield dashboard
+
+
+def test_the_note_of_a_study(dashboard: Dashboard, done: Path) -> None:
+    body = dashboard.study("tiny")["note"]["body"]
+    study = storage.find_study(open_db(done), "tiny")
+    assert study is not None
+    best = storage.best_trial(study)
+    assert best is not None
+    assert body.startswith("## tiny: 50% of the weights of `model` go")
+    assert f"(trial {best.number}) | &emsp;{best.value:.2f} ± {best.user_attrs['stderr']:.2f} |" in body
+    assert "6 of 6 trials are done." in body
+    assert "below uniform on the report text" in body
+    assert "tiny.toml`" in body
+    assert "python tune.py apply --config best.json --out DIR" in body
+
+
+def open_db(place: Path) -> optuna.storages.BaseStorage:
+    db = storage.open_storage(f"sqlite:///{place / 'tiny.db'}", create=False)
+    assert db is not None
+    return db
+
+
+def test_columns_are_numbers_and_short(dashboard: Dashboard) -> None:
+    study = dashboard.study("tiny")
+    columns = {attr["key"]: attr["sortable"] for attr in study["union_user_attrs"]}
+    assert columns == {
+        "± stderr": True, "zeros %": True, "seconds": True, "peak GB": True, "device": False, "host": False
+    }  # fmt: skip
+    assert all(len(attr["value"]) < 60 for trial in study["trials"] for attr in trial["user_attrs"])
+    assert all(len(attr["value"]) < 60 for attr in study["user_attrs"])
+
+
+def test_notes_of_trials(dashboard: Dashboard) -> None:
+    notes = [trial["note"]["body"] for trial in dashboard.study("tiny")["trials"]]
+    assert notes[0].startswith("### wanda uniform\n")
+    assert notes[1].startswith("### magnitude uniform\n")
+    assert all("Perplexity on the search text" in note and "Peak memory" in note for note in notes)
+    assert all("first block" in note for note in notes)
+
+
+def test_figures_are_drawn_and_the_database_is_left_alone(dashboard: Dashboard, done: Path) -> None:
+    figures = {
+        figure["id"]: json.loads(figure["graph_object"]) for figure in dashboard.study("tiny")["plotly_graph_objects"]
+    }
+    assert set(figures) == {"perplexity", "sparsity", "error", "seconds"}
+    assert all(figure["data"] for figure in figures.values())
+    db = open_db(done)
+    stored = db.get_study_system_attrs(db.get_study_id_from_name("tiny"))
+    assert not [key for key in stored if key.startswith("dashboard:")]
+    assert set(db.get_all_studies()[0].user_attrs) > {"fingerprint", "dense", "reports"}
+    assert "nlls" in db.get_all_trials(db.get_study_id_from_name("tiny"))[0].user_attrs
+
+
+def test_own_words_are_kept_below_ours(dashboard: Dashboard) -> None:
+    note = dashboard.study("tiny")["note"]
+    dashboard.write_note("tiny", note["body"] + "\nAsk Ada about trial 4.\n", note["version"] + 1)
+    again = dashboard.study("tiny")["note"]
+    assert again["body"].count("## tiny:") == 1
+    assert again["body"].endswith("Ask Ada about trial 4.\n")
+    assert again["version"] > note["version"]
+    dashboard.write_note("tiny", again["body"].replace("4", "5"), again["version"] + 1)
+    assert dashboard.study("tiny")["note"]["body"].endswith("Ask Ada about trial 5.\n")
+
+
+def test_own_words_for_a_trial(dashboard: Dashboard) -> None:
+    trial = dashboard.study("tiny")["trials"][2]
+    body, version = trial["note"]["body"], trial["note"]["version"]
+    dashboard.write_note("tiny", body + "\nodd\n", version + 1, trial["trial_id"])
+    notes = [trial["note"]["body"] for trial in dashboard.study("tiny")["trials"]]
+    assert [note.endswith("\nodd\n") for note in notes] == [False, False, True, False, False, False]
+
+
+@pytest.mark.parametrize("written", ["", "mine", f"old\n\n---\n\n{OWN}\n\nmine", f"{OWN}mine\n"])
+def test_ours_is_there_once(written: str) -> None:
+    note = with_own_words("## ours", written)
+    assert note.count(OWN) == 1
+    assert note == with_own_words("## ours", note)
+    assert note.endswith("mine\n") or not written
+    assert "old" not in note
+
+
+def test_artifacts_are_current_and_there_once(dashboard: Dashboard, done: Path, tmp_path: Path) -> None:
+    wait_until(lambda: dashboard.study("tiny")["artifacts"])
+    study = dashboard.study("tiny")
+    names = {artifact["filename"]: artifact["artifact_id"] for artifact in study["artifacts"]}
+    assert set(names) == {"best.json", "report.html"}
+    content = dashboard.get(f"/artifacts/{dashboard.studies()['tiny']}/{names['best.json']}")
+    (tmp_path / "elsewhere.json").write_bytes(content)
+    found = read_config(tmp_path / "elsewhere.json")
+    beside = read_config(done / "tiny.best.json")
+    assert found.model_copy(update={"folder": ""}) == beside.model_copy(update={"folder": ""})
+    assert (Path(found.folder) / "model").is_dir()
+    assert b"<html" in dashboard.get(f"/artifacts/{dashboard.studies()['tiny']}/{names['report.html']}")
+    run(done, "search.trials=9")
+    wait_until(lambda: dashboard.study("tiny")["note"]["body"].count("9 of 9"))
+    assert len(dashboard.study("tiny")["artifacts"]) == 2
+
+
+def test_a_study_that_runs_is_followed(place: Path) -> None:
+    worker = start("--study", place / "tiny.toml", "--set", "search.trials=12")
+    wait_until((place / "tiny.db").exists, 60)
+    versions = set()
+    with served(place / "tiny.db") as dashboard:
+        wait_until(lambda: "tiny" in dashboard.studies())
+        while worker.poll() is None:
+            study = dashboard.study("tiny")
+            versions.add(study["note"]["version"])
+            sleep(0.1)
+        assert "12 of 12 trials are done." in dashboard.study("tiny")["note"]["body"]
+        assert len(dashboard.study("tiny")["trials"]) == 12
+    assert finish(worker).code == 0
+    assert len(versions) > 1
+
+
+def test_an_empty_database_and_a_failed_trial(tmp_path: Path) -> None:
+    with served(tmp_path / "new.db") as dashboard:
+        assert dashboard.studies() == {}
+        study = optuna.create_study(study_name="odd", storage=f"sqlite:///{tmp_path / 'new.db'}")
+        trial = study.ask()
+        trial.set_user_attr("failure", "perplexity is inf `here`")
+        study.tell(trial, state=TrialState.FAIL)
+        odd = dashboard.study("odd")
+        assert "No trial has a value yet." in odd["note"]["body"]
+        assert "**Failed:** `perplexity is inf 'here'`" in odd["trials"][0]["note"]["body"]
+        assert odd["trials"][0]["user_attrs"] == [{"key": "remark", "value": "Failed: perplexity is inf 'here'"}]
+
+
+def test_a_worker_without_signs_of_life_loses_its_trial(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "GRACE", 1)
+    study = storage.find_study(open_db(done), "tiny")
+    assert study is not None
+    study.enqueue_trial(study.trials[3].params)
+    with pytest.warns(UserWarning, match="Heartbeat"):
+        trial = study.ask()
+    study._storage.record_heartbeat(trial._trial_id)  # type: ignore[attr-defined]
+    with served(done / "tiny.db") as dashboard:
+        wait_until(lambda: dashboard.told)
+        assert dashboard.told == ["tiny: trial 6 gave no sign of life; it is queued again"]
+    again = study.get_trials()[7]
+    assert again.state == TrialState.WAITING
+    assert again.system_attrs["fixed_params"] == study.trials[3].params
+
+
+def test_the_command_says_what_it_serves_and_stops_cleanly(done: Path) -> None:
+    server = start("serve", "--study", done / "tiny.toml", "--port", "0", "--grpc-port", "0")
+    assert server.stdout is not None
+    lines = [server.stdout.readline() for _ in range(4)]
+    assert lines[0] == f"serving sqlite:///{done / 'tiny.db'}: tiny\n"
+    assert lines[1].startswith("dashboard:    http://127.0.0.1:")
+    assert lines[2].startswith("workers join: python tune.py --study NAME --storage grpc://127.0.0.1:")
+    assert b"<html" in urllib.request.urlopen(lines[1].split()[1] + "/dashboard", timeout=20).read().lower()
+    server.send_signal(signal.SIGTERM)
+    answer = finish(server)
+    assert (answer.code, answer.out, answer.err) == (0, "stopped: all that was sent is stored\n", "")
+
+
+def test_listening_to_all_warns(done: Path) -> None:
+    server = start("serve", "--study", done / "tiny.toml", "--port", "0", "--grpc-port", "0", "--listen", "0.0.0.0")
+    assert server.stdout is not None
+    lines = "".join(server.stdout.readline() for _ in range(5))
+    server.send_signal(signal.SIGINT)
+    assert "warning: neither has a login" in lines
+    assert finish(server).code == 0
+
+
+@pytest.mark.parametrize("option", ["--port", "--grpc-port"])
+def test_a_port_in_use(option: str, done: Path, command: CommandLine) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        ports = {"--port": "0", "--grpc-port": "0", option: str(port)}
+        words = [word for pair in ports.items() for word in pair]
+        answer = command("serve", "--study", done / "tiny.toml", *words)
+    assert answer.error == f"127.0.0.1:{port}: Address already in use; choose another port with {option} N"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--listen", "no.such.host.invalid"], "write an address of this machine"),
+        (["--listen", "192.0.2.1"], "Cannot assign requested address"),
+        (["--storage", "grpc://host:1"], "serve the database itself"),
+        (["--storage", "nonsense"], "not a storage URL"),
+        (["--artifacts", "/dev/null/x"], "name a folder that can be written"),
+    ],
+)
+def test_what_cannot_be_served(options: list[str], words: str, done: Path, command: CommandLine) -> None:
+    given = options if "--storage" in options else ["--study", str(done / "tiny.toml"), *options]
+    assert words in command("serve", "--port", "0", "--grpc-port", "0", *given).error
+
+
+def test_the_newest_database_is_served(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    nothing = None, None, "127.0.0.1", 0, 0, None
+    (tmp_path / "studies").mkdir()
+    with pytest.raises(UserError, match="no study has a database yet"):
+        choose(*nothing)
+    for name in ("old", "new"):
+        shutil.copy(done / "tiny.toml", tmp_path / "studies" / f"{name}.toml")
+        (tmp_path / "studies" / f"{name}.db").touch()
+        sleep(0.02)
+    service = choose(*nothing)
+    assert service.address == f"sqlite:///{tmp_path / 'studies' / 'new.db'}"
+    assert service.artifacts == tmp_path / "studies" / "new.artifacts"
+    assert choose(None, "postgresql://u@h/d", "127.0.0.1", 0, 0, None).artifacts == Path("artifacts")
+    assert study_file(done).storage_url == choose(str(done / "tiny.toml"), None, "", 0, 0, None).address
