@@ -29,7 +29,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key: `--set texts.search.windows=8`."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, and nothing else.")]
+Json = Annotated[bool, typer.Option("--json", metavar="", help="One JSON document on stdout, and nothing else.")]
 Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="auto, cpu, mps, cuda or cuda:N.")]
 
 
@@ -70,7 +70,7 @@ def run(
 @app.command()
 def status(
     study: StudyName,
-    watch: Annotated[bool, typer.Option("--watch", help="Draw again until the study is complete.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", metavar="", help="Draw again until the study is complete.")] = False,
     every: Annotated[
         float | None, typer.Option(min=0.1, metavar="SECONDS", help="Between two looks of `--watch`; default: 2.")
     ] = None,
@@ -81,9 +81,9 @@ def status(
 ) -> None:
     """Show a study's trials, the best and the spread; also while it runs.
 
-    `--watch` waits for a study that is not there yet, and Ctrl-C ends it with exit code 130. In a pipe it prints a new
-    block, with `--json` a new line with a whole document, when a trial began or ended. The document's keys are in
-    `atp_tune/status.py`.
+    `--watch` waits for a study that is not there yet, and Ctrl-C ends it with exit code 130. In a pipe it prints, each
+    time that a trial began or ended, what changed; with `--json` one line that holds the whole document. The
+    document's keys are in `atp_tune/status.py`.
 
     Example: `python tune.py status --study smol --watch`
     """
@@ -103,7 +103,8 @@ def export(
     study: StudyName,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: NAME.best.json beside the study.")] = None,
     json: Annotated[
-        bool, typer.Option("--json", help="Print the configuration instead; a file is written only with `--out`.")
+        bool,
+        typer.Option("--json", metavar="", help="Print the configuration; a file is written only with `--out`."),
     ] = False,
     storage: Storage = None,
     study_name: StudyLabel = None,

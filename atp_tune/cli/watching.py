@@ -1,5 +1,6 @@
 """`status`: a study looked at once, or again and again: on a screen, in a pipe, or as a JSON document per change."""
 
+import signal
 import sys
 from collections.abc import Iterator
 from datetime import datetime
@@ -19,7 +20,7 @@ from atp_tune import storage
 from atp_tune.cli.running import interruptible
 from atp_tune.cli.tables import console, progress_line, show_status, trials_table
 from atp_tune.errors import UserError
-from atp_tune.status import Status, status_of, to_json
+from atp_tune.status import Status, Trial, status_of, to_json
 from atp_tune.studyfile import StudyFile
 from atp_tune.summary import Summary, summarise
 
@@ -128,7 +129,11 @@ class Documents(Changes):
 
 
 class Blocks(Changes):
-    """A pipe or a file: the whole table per change."""
+    """A pipe or a file: per change the trials that changed; the first block has all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known: dict[int, Trial] = {}
 
     def wait(self, text: str) -> None:
         """Says so once."""
@@ -136,11 +141,15 @@ class Blocks(Changes):
             console.print(text, highlight=False)
 
     def show(self, summary: Summary) -> None:
-        """Prints the table and the line of progress; of a complete study nothing, as its summary follows."""
+        """Prints trials and the line of progress; of a complete study nothing, as its summary follows."""
         status = status_of(summary, datetime.now())
-        if self.is_new(status) and not summary.complete:
-            console.print(trials_table(summary, summary.trials))
-            console.print(progress_line(status), highlight=False)
+        if summary.complete or not self.is_new(status):
+            return
+        changed = {trial.number for trial in status.trials if self._known.get(trial.number) != trial}
+        self._known = {trial.number: trial for trial in status.trials}
+        if changed:
+            console.print(trials_table(summary, [trial for trial in summary.trials if trial.number in changed]))
+        console.print(progress_line(status), highlight=False)
 
 
 class Screen:
@@ -157,6 +166,8 @@ class Screen:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is KeyboardInterrupt:  # another one now would leave the terminal without its own screen and cursor
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._live.stop()
         if kind is KeyboardInterrupt and self._last is not None:
             console.print(fitting(self._last, datetime.now()))
