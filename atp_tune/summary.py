@@ -52,17 +52,6 @@ class Summary:
     reports: dict[int, Perplexity]
     complete: bool
 
-    @property
-    def gain(self) -> float | None:
-        """How much lower the best perplexity is than uniform's, on the report text if it is measured; a share."""
-        for before, after in (
-            (self.uniform.report, self.best.report),
-            (self.uniform.search, self.best.search),
-        ):
-            if before and after:
-                return 1 - after.value / before.value
-        return None
-
 
 def summarise(study: optuna.Study) -> Summary:
     """The summary of a study as it stands."""
