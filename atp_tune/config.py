@@ -4,10 +4,11 @@ The format is published (`atp_tune.config/1`): keys are added under the same num
 """
 
 import json
+import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
 
 from atp_tune.cache import write_atomically
 from atp_tune.errors import UserError
@@ -15,6 +16,13 @@ from atp_tune.perplexity import Perplexity
 from atp_tune.study import AllocationName, Prune, PrunerName, Share, Text
 
 FORMAT: Literal["atp_tune.config/1"] = "atp_tune.config/1"
+
+
+def _finite(score: Perplexity | None) -> Perplexity | None:
+    return score if score and math.isfinite(score.value + score.stderr) else None
+
+
+Score = Annotated[Perplexity | None, PlainSerializer(_finite)]  # JSON has no infinity: it is written as null
 
 
 class Part(BaseModel):
@@ -51,8 +59,8 @@ class Sparsity(Part):
 class Scores(Part):
     """Perplexities on the search text and, once measured, on the report text."""
 
-    search: Perplexity | None
-    report: Perplexity | None
+    search: Score
+    report: Score
 
 
 class Baselines(Part):
@@ -94,7 +102,7 @@ class Config(Part):
 
     def to_json(self) -> str:
         """The file's text: two spaces, keys in the order of the model."""
-        return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
+        return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     def write(self, path: Path) -> None:
         """Writes the file so that it is there whole or not at all; UserError where that is not possible."""

@@ -33,9 +33,11 @@ class Summary:
     """A study's numbers: dense, uniform and best, each on the search and on the report text.
 
     `made_from`: its study file with all overrides, None where an early version made it; `sizes`: weights per block.
+    `uniform` has the best trial's pruner, `uniforms` are of all; `reports`: perplexity on the report text by trial.
     """
 
     name: str
+    sparsity: float | None
     trials: list[FrozenTrial]
     total: int | None
     done: int
@@ -46,17 +48,9 @@ class Summary:
     ranks: list[Rank]
     made_from: StudyFile | None
     sizes: tuple[int, ...]
-
-    @property
-    def gain(self) -> float | None:
-        """How much lower the best perplexity is than uniform's, on the report text if it is measured; a share."""
-        for before, after in (
-            (self.uniform.report, self.best.report),
-            (self.uniform.search, self.best.search),
-        ):
-            if before and after:
-                return 1 - after.value / before.value
-        return None
+    uniforms: list[FrozenTrial]
+    reports: dict[int, Perplexity]
+    complete: bool
 
 
 def summarise(study: optuna.Study) -> Summary:
@@ -67,6 +61,7 @@ def summarise(study: optuna.Study) -> Summary:
     made = study.user_attrs.get("made_from")
     return Summary(
         name=study.study_name,
+        sparsity=study.user_attrs.get("fingerprint", {}).get("sparsity"),
         trials=study.get_trials(deepcopy=False),
         total=study.user_attrs.get("total"),
         done=storage.counted(study),
@@ -77,7 +72,36 @@ def summarise(study: optuna.Study) -> Summary:
         ranks=[_rank(study, trial) for trial in best_of_each(study)],
         made_from=from_settings(made) if made else None,
         sizes=tuple(study.user_attrs.get("sizes", ())),
+        uniforms=_uniforms(study),
+        reports={int(name): perplexity(nlls) for name, nlls in reports.items() if name != "dense" and nlls},
+        complete=_is_complete(study),
     )
+
+
+def _is_complete(study: optuna.Study) -> bool:
+    """Whether the total of its last run is reached, nothing runs, and the final numbers belong to the best trial."""
+    total = study.user_attrs.get("total")
+    if total is None or storage.counted(study) < total or storage.running(study):
+        return False
+    return storage.best_trial(study) is None or not unreported(study)
+
+
+def unreported(study: optuna.Study) -> list[str]:
+    """What has no numbers on the report text yet: `dense`, and the best trial of each allocation with its uniform."""
+    ranked = best_of_each(study)
+    ranked = [trial for trial in ranked if trial is ranked[0] or not is_uniform(trial)]
+    trials = [trial for best in ranked for trial in (uniform_of(study, best), best) if trial is not None]
+    wanted = dict.fromkeys(["dense", *(str(trial.number) for trial in trials)])
+    return [name for name in wanted if name not in study.user_attrs.get("reports", {})]
+
+
+def _uniforms(study: optuna.Study) -> list[FrozenTrial]:
+    """The uniform trial of each pruner that has one, in the order of trials."""
+    found: dict[str, FrozenTrial] = {}
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+        if is_uniform(trial):
+            found.setdefault(trial.params["pruner"], trial)
+    return list(found.values())
 
 
 def best_of_each(study: optuna.Study) -> list[FrozenTrial]:

@@ -18,7 +18,7 @@ from atp_tune.process import GRACE
 from atp_tune.samplers import first_trials, make_sampler, make_stopper, total_trials
 from atp_tune.space import Space, make_space
 from atp_tune.studyfile import StudyFile, facts, settings
-from atp_tune.summary import best_config, best_of_each, is_uniform, uniform_of
+from atp_tune.summary import best_config, unreported
 
 if TYPE_CHECKING:
     from atp_tune.bench import Bench
@@ -65,7 +65,7 @@ def is_complete(study: optuna.Study, file: StudyFile) -> bool:
     if sizes is None or storage.running(study):
         return False
     total = total_trials(file.study.search, make_space(file.study, Budget(file.study.sparsity, tuple(sizes))))
-    return storage.counted(study) >= total and (best is None or not _unreported(study))
+    return storage.counted(study) >= total and (best is None or not unreported(study))
 
 
 def _work(run: Run) -> optuna.Study:
@@ -204,18 +204,9 @@ def _wait(run: Run, study: optuna.Study, trial: FrozenTrial) -> None:
             optuna.storages.fail_stale_trials(study)
 
 
-def _unreported(study: optuna.Study) -> list[str]:
-    """What has no numbers on the report text yet: `dense`, and the best trial of each allocation with its uniform."""
-    ranked = best_of_each(study)
-    ranked = [trial for trial in ranked if trial is ranked[0] or not is_uniform(trial)]
-    trials = [trial for best in ranked for trial in (uniform_of(study, best), best) if trial is not None]
-    wanted = dict.fromkeys(["dense", *(str(trial.number) for trial in trials)])
-    return [name for name in wanted if name not in study.user_attrs.get("reports", {})]
-
-
 def report(run: Run, study: optuna.Study, bench: "Bench", space: Space) -> None:
     """Measures dense, uniform and the best of each allocation on the report text, once, and writes the best down."""
-    for name in _unreported(study):
+    for name in unreported(study):
         nlls = _report_nlls(run, study, bench, space, name)
         study.set_user_attr("reports", {**study.user_attrs.get("reports", {}), name: nlls})
     if storage.best_trial(study) is not None:

@@ -134,6 +134,7 @@ def test_the_tensor_core_knows_no_study(name: str) -> None:
 
 LIGHT = [
     "summary",
+    "status",
     "config",
     "storage",
     "studyfile",

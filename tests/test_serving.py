@@ -83,7 +83,7 @@ def test_the_note_of_a_study(dashboard: Dashboard, done: Path) -> None:
     best = storage.best_trial(study)
     assert best is not None
     assert body.startswith("## tiny: 50% of the weights of `model` go")
-    assert f"(trial {best.number}) | &emsp;{best.value:.2f} ± {best.user_attrs['stderr']:.2f} |" in body
+    assert f", trial {best.number} | &emsp;{best.value:.2f} ± {best.user_attrs['stderr']:.2f} |" in body
     assert "6 of 6 trials are done." in body
     assert "below uniform on the report text" in body
     assert "tiny.toml`" in body
@@ -197,8 +197,8 @@ def test_an_empty_database_and_a_failed_trial(tmp_path: Path) -> None:
         study.tell(trial, state=TrialState.FAIL)
         odd = dashboard.study("odd")
         assert "No trial has a value yet." in odd["note"]["body"]
-        assert "**Failed:** `perplexity is inf 'here'`" in odd["trials"][0]["note"]["body"]
-        assert odd["trials"][0]["user_attrs"] == [{"key": "remark", "value": "Failed: perplexity is inf 'here'"}]
+        assert "**No value:** `perplexity is inf 'here'`." in odd["trials"][0]["note"]["body"]
+        assert odd["trials"][0]["user_attrs"] == [{"key": "remark", "value": "perplexity is inf `here`"}]
 
 
 def test_a_worker_without_signs_of_life_loses_its_trial(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,7 +63,6 @@ def test_a_study_that_has_just_begun(study: optuna.Study) -> None:
         assert scores.search is None
         assert scores.report is None
     assert summary.best_trial is None
-    assert summary.gain is None
 
 
 def test_dense_uniform_and_best(study: optuna.Study) -> None:
@@ -81,12 +80,10 @@ def test_dense_uniform_and_best(study: optuna.Study) -> None:
     assert summary.uniform.search.value == 11  # of the best trial's pruner
     assert summary.best.search
     assert (summary.best.search.value, summary.best.search.stderr) == (8.0, 0.5)
-    assert summary.gain == pytest.approx(1 - 8 / 11)
     study.set_user_attr("reports", {"dense": [1.5, 2.5], "1": [2.0, 3.0], "2": [2.0, 2.5]})
     summary = summarise(study)
     assert summary.dense.report == perplexity([1.5, 2.5])
     assert summary.best.report == perplexity([2.0, 2.5])
-    assert summary.gain == pytest.approx(1 - math.exp(2.25 - 2.5))
 
 
 def test_an_estimate_is_not_the_best(study: optuna.Study) -> None:
@@ -96,7 +93,6 @@ def test_an_estimate_is_not_the_best(study: optuna.Study) -> None:
     assert summary.best_trial
     assert summary.best_trial.number == 0
     assert summary.done == 2
-    assert summary.gain == 0
 
 
 def test_uniform_of(study: optuna.Study) -> None:
@@ -139,7 +135,6 @@ def test_a_real_study(done: Path) -> None:
     assert summary.best.search.stderr == pytest.approx(best.value * stdev(nlls) / len(nlls) ** 0.5)
     assert summary.dense.search
     assert summary.dense.search.value == pytest.approx(math.exp(fmean(study.user_attrs["dense"])))
-    assert summary.gain is not None
 
 
 def test_the_configuration_of_the_best(done: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from atp_tune.status import Listed
     from atp_tune.studyfile import StudyFile
 
 app = typer.Typer(
@@ -28,6 +29,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key: `--set texts.search.windows=8`."),
 ]
+Json = Annotated[bool, typer.Option("--json", metavar="", help="One JSON document on stdout, and nothing else.")]
 Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="auto, cpu, mps, cuda or cuda:N.")]
 
 
@@ -66,15 +68,34 @@ def run(
 
 
 @app.command()
-def status(study: StudyName, storage: Storage = None, study_name: StudyLabel = None, set_: Overrides = None) -> None:
+def status(
+    study: StudyName,
+    watch: Annotated[bool, typer.Option("--watch", metavar="", help="Draw again until the study is complete.")] = False,
+    every: Annotated[
+        float | None, typer.Option(min=0.1, metavar="SECONDS", help="Between two looks of `--watch`; default: 2.")
+    ] = None,
+    json: Json = False,
+    storage: Storage = None,
+    study_name: StudyLabel = None,
+    set_: Overrides = None,
+) -> None:
     """Show a study's trials, the best and the spread; also while it runs.
 
-    Example: `python tune.py status --study smol`
+    `--watch` waits for a study that is not there yet, and Ctrl-C ends it with exit code 130. In a pipe it prints, each
+    time that a trial began or ended, what changed; with `--json` one line that holds the whole document. The
+    document's keys are in `atp_tune/status.py`.
+
+    Example: `python tune.py status --study smol --watch`
     """
-    from atp_tune.cli.tables import show_status
+    if every is not None and not watch:
+        raise typer.BadParameter("only with --watch", param_hint="--every")
+    from atp_tune.cli import watching
 
     file = _load(study, storage, None, set_)
-    show_status(_stored(file, study_name), file)
+    if watch:
+        watching.watch(file, study_name or file.name, every or 2, json)
+    else:
+        watching.show_once(_stored(file, study_name), file, json)
 
 
 @app.command()
@@ -106,6 +127,10 @@ def serve(
 def export(
     study: StudyName,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: NAME.best.json beside the study.")] = None,
+    json: Annotated[
+        bool,
+        typer.Option("--json", metavar="", help="Print the configuration; a file is written only with `--out`."),
+    ] = False,
     storage: Storage = None,
     study_name: StudyLabel = None,
     set_: Overrides = None,
@@ -121,9 +146,12 @@ def export(
     file = _load(study, storage, None, set_)
     stored = _stored(file, study_name)
     check_facts(stored, facts(file.study, file.folder), partly=True)
-    target = out or file.best_of(study_name or file.name)
-    best_config(file, stored, target).write(target)
-    print(target)
+    printed = Path("stdout")  # relative paths of what is printed start where the user stands
+    target = out or (printed if json else file.best_of(study_name or file.name))
+    config = best_config(file, stored, target)
+    if target is not printed:
+        config.write(target)
+    print(config.to_json() if json else f"{target}\n", end="")
 
 
 @app.command()
@@ -193,14 +221,33 @@ def prune(
 
 
 @app.command()
-def studies() -> None:
+def studies(json: Json = False) -> None:
     """List the studies that can be run by name, with their state.
 
     Example: `python tune.py studies`
     """
     from atp_tune.cli.tables import show_studies
+    from atp_tune.status import to_json
+    from atp_tune.studyfile import known
 
-    show_studies()
+    found = [_listed(path) for path in known()]
+    print(to_json(found)) if json else show_studies(found)
+
+
+def _listed(path: Path) -> "Listed":
+    from atp_tune.errors import UserError
+    from atp_tune.status import invalid, listed
+    from atp_tune.storage import find_study, open_storage
+    from atp_tune.studyfile import load
+    from atp_tune.summary import summarise
+
+    try:
+        file = load(str(path))
+        db = open_storage(file.storage_url, create=False) if file.database else None
+        study = find_study(db, file.name) if db else None
+        return listed(file, summarise(study) if study else None)
+    except UserError as error:
+        return invalid(path, str(error))
 
 
 def _parameters(beta: float | None, others: list[str] | None) -> dict[str, float]:

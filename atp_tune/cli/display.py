@@ -12,7 +12,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from atp_tune.cli.tables import console
+from atp_tune.cli.tables import console, duration
 from atp_tune.events import Event, Note, Step, TrialEnded, TrialStarted
 
 
@@ -76,7 +76,7 @@ class Display:
         value = f"perplexity {event.value:.2f}" if event.value is not None else f"failed: {event.reason}"
         best = f"best {event.best:.2f}" if event.best is not None else "no best yet"
         left = (now - self._first) / self._ended * (event.total - event.done)
-        eta = f", {_minutes(left)} left" if event.done < event.total and not console.is_terminal else ""
+        eta = f", {duration(left)} left" if event.done < event.total and not console.is_terminal else ""
         console.print(
             f"[{event.done}/{event.total}] trial {event.number}: {self._plan}: {value} in {now - self._began:.0f} s "
             f"({best}{eta})",
@@ -89,7 +89,3 @@ class Display:
             total=event.total,
             visible=True,
         )
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

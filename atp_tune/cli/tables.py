@@ -1,8 +1,9 @@
-"""Tables for people: trials, summary, studies. Needs neither torch nor a model."""
+"""What people see of a study: trials, progress, summary, studies. Needs neither torch nor a model."""
 
 import ipaddress
 import socket
 import statistics
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,72 +12,81 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    import optuna
     from optuna.trial import FrozenTrial
 
     from atp_tune.config import Config, Scores
     from atp_tune.perplexity import Perplexity
     from atp_tune.serving.serve import Served, Service
+    from atp_tune.status import Listed, Running, Status
     from atp_tune.studyfile import StudyFile
-    from atp_tune.summary import Summary
+    from atp_tune.summary import Rank, Summary
 
 console = Console(soft_wrap=True, markup=False)  # paths and reasons may hold brackets
-WRAPPED = ("remark", "what", "plan", "best of")  # columns that may take several lines
+WRAPPED = ("remark", "what", "plan")  # columns that may take several lines
+WIDE = 1000  # columns: no line of a Markdown table is broken
 TOLERANCE = 0.001  # relative difference of perplexities that rounding may make
 
 
 def show_summary(summary: "Summary", file: "StudyFile") -> None:
-    """Dense, uniform and best side by side, and the commands that come next."""
-    table = _table(f"{summary.name}: {file.study.sparsity:.0%} sparsity", "", "search text", "report text")
-    table.add_row("dense", *_cells(summary.dense))
+    """Dense, uniform and the best of each allocation as one Markdown table, and the commands that come next."""
+    from atp_tune.status import method_of
+
+    sparsity = summary.sparsity or file.study.sparsity
+    console.print(f"{summary.name}: {sparsity:.0%} sparsity\n", highlight=False)
+    console.print(_markdown(_results(summary)), highlight=False)
+    console.print(
+        "\n±: standard error over windows; against uniform: same pruner, same windows, error of the difference",
+        style="dim", highlight=False,
+    )  # fmt: skip
     best = summary.best_trial
     if best is not None:
-        table.add_row(f"uniform, {best.params['pruner']}", *_cells(summary.uniform))
-        table.add_row(f"best (trial {best.number})", *_cells(summary.best))
-    console.print(table)
-    console.print("perplexity ± standard error over windows", style="dim", highlight=False)
-    if best is not None:
-        console.print(f"best: {_named(best)}", highlight=False)
-    if len(summary.ranks) > 2:  # with two it is uniform and the best, as above
-        _show_ranks(summary)
-    _show_gain(summary)
+        console.print(f"best: trial {best.number}, {method_of(best)}", highlight=False)
+    _show_rest(summary)
     if best is not None:
         _show_next(summary, file)
 
 
-def _named(trial: "FrozenTrial") -> str:
-    from atp_tune.plan import shown
-    from atp_tune.summary import is_uniform, parameters_of
+def _results(summary: "Summary") -> Table:
+    from atp_tune.config import Scores
+    from atp_tune.status import method_of
+    from atp_tune.summary import is_uniform, score_of
 
-    if is_uniform(trial):
-        return f"{trial.params['pruner']} uniform"
-    return f"{trial.params['pruner']} {trial.params['allocation']} {shown(parameters_of(trial))}".rstrip()
-
-
-def _show_ranks(summary: "Summary") -> None:
-    """The best of each allocation, compared with uniform window by window."""
-    from atp_tune.summary import allocation_of
-
-    table = _table(None, "best of", "trial", "search text", "report text", "against uniform")
+    table = Table(box=box.MARKDOWN, header_style="")
+    for column in ("method", "sparsity", "search perplexity", "report perplexity", "against uniform"):
+        table.add_column(column, no_wrap=True)
+    table.add_row("dense", "0%", *_cells(summary.dense), "–")
+    for trial in summary.uniforms:
+        scores = Scores(search=score_of(trial), report=summary.reports.get(trial.number))
+        table.add_row(method_of(trial), _zeros(trial), *_cells(scores), "–")
     for rank in summary.ranks:
-        against = "" if rank.against is None else f"{rank.against}" + (" (search)" if rank.on == "search" else "")
-        label = f"{rank.trial.params['pruner']} {allocation_of(rank.trial)}"
-        table.add_row(label, str(rank.trial.number), *_cells(rank.scores), against)
-    console.print(table)
-    console.print("against uniform: same pruner, same windows; the error is that of the difference", style="dim")
+        if not is_uniform(rank.trial):
+            table.add_row(method_of(rank.trial), _zeros(rank.trial), *_cells(rank.scores), _against(rank))
+    return table
 
 
-def _show_gain(summary: "Summary") -> None:
+def _against(rank: "Rank") -> str:
+    if rank.against is None:
+        return "–"
+    return f"{rank.against}" + (" (search)" if rank.on == "search" else "")
+
+
+def _zeros(trial: "FrozenTrial") -> str:
+    return f"{trial.user_attrs['realised']:.2%}" if "realised" in trial.user_attrs else "–"
+
+
+def _markdown(table: Table) -> str:
+    """A table as text for a Markdown document: each row is one line, however narrow the terminal is."""
+    wide = Console(width=WIDE, file=StringIO())
+    with wide.capture() as captured:
+        wide.print(table)
+    return "\n".join(line.strip() for line in captured.get().splitlines() if line.strip())
+
+
+def _show_rest(summary: "Summary") -> None:
     from atp_tune.summary import is_uniform
 
     if summary.best_trial is not None and is_uniform(summary.best_trial):
         console.print("no trial is better than uniform", highlight=False)
-    elif summary.gain is not None:
-        text = "report" if summary.best.report else "search"
-        side = "below" if summary.gain >= 0 else "above"
-        paired = summary.ranks[0].against
-        error = f" ± {paired.stderr:.1%}" if paired and paired.stderr else ""
-        console.print(f"best is {abs(summary.gain):.1%}{error} {side} uniform on the {text} text", highlight=False)
     if summary.total is not None and summary.done < summary.total:
         console.print(f"{summary.done} of {summary.total} trials are done", highlight=False)
 
@@ -91,15 +101,9 @@ def _show_next(summary: "Summary", file: "StudyFile") -> None:
         )
 
 
-def show_status(study: "optuna.Study", file: "StudyFile") -> None:
+def show_status(summary: "Summary", file: "StudyFile") -> None:
     """All trials of a study, then its summary."""
-    from atp_tune.summary import summarise
-
-    summary = summarise(study)
-    table = _table(None, "trial", "state", "plan", "perplexity", "zeros", "s", "remark")
-    for trial in summary.trials:
-        table.add_row(*_row(trial, trial == summary.best_trial))
-    console.print(table)
+    console.print(trials_table(summary, summary.trials))
     values = [trial.value for trial in summary.trials if trial.value is not None]
     if len(values) > 1:
         console.print(
@@ -109,29 +113,59 @@ def show_status(study: "optuna.Study", file: "StudyFile") -> None:
     show_summary(summary, file)
 
 
+def trials_table(summary: "Summary", trials: "list[FrozenTrial]") -> Table:
+    """Some of a study's trials, one a row."""
+    best = summary.best_trial
+    table = _table("trial", "state", "plan", "perplexity", "zeros", "s", "remark")
+    for trial in trials:
+        table.add_row(*_row(trial, best is not None and trial.number == best.number))
+    return table
+
+
 def _row(trial: "FrozenTrial", is_best: bool) -> list[str]:
+    from atp_tune.status import plan_of, remark_of
+
     attrs = trial.user_attrs
     value = "" if trial.value is None else f"{trial.value:.2f}"
     error = f" ± {attrs['stderr']:.2f}" if value and "stderr" in attrs else ""
     return [
         str(trial.number),
         trial.state.name.lower(),
-        _named(trial) if "allocation" in trial.params else trial.params.get("pruner", ""),
+        plan_of(trial),
         value + error,
         f"{attrs['realised']:.2%}" if "realised" in attrs else "",
         f"{sum(attrs['seconds'].values()):.0f}" if "seconds" in attrs else "",
-        "best" if is_best else _remark(trial),
+        "best" if is_best else remark_of(trial),
     ]
 
 
-def _remark(trial: "FrozenTrial") -> str:
-    attrs = trial.user_attrs
-    if "repeats" in attrs:
-        return f"as trial {attrs['repeats']}"
-    if "stopped_after" in attrs:
-        return f"stopped after {attrs['stopped_after']} windows"
-    unknown = "no sign of life: lost" if trial.state.name == "FAIL" else ""
-    return str(attrs.get("failure") or attrs.get("lost") or unknown)
+def progress_line(status: "Status") -> str:
+    """How far a study is, in one line: trials, best, what runs and for how long, time left."""
+    done = f"[{status.done}/{status.total}]" if status.total else f"[{status.done}]"
+    best, score = "no best yet", status.best and status.best.search
+    if status.best and score:
+        best = f"best {score.value:.2f} (trial {status.best.trial})"
+    running = [_runs(one) for one in status.running] or [_idle(status)]
+    left = [] if status.seconds_left is None else [f"about {duration(status.seconds_left)} left"]
+    return f"{done} {', '.join([best, *running, *left])}"
+
+
+def _runs(one: "Running") -> str:
+    return f"trial {one.trial} " + ("was lost with its process" if one.lost else f"runs for {duration(one.seconds)}")
+
+
+def _idle(status: "Status") -> str:
+    if status.complete:
+        return "complete"
+    measured = status.total is not None and status.done >= status.total
+    return "the report text is not measured yet" if measured else "no trial runs"
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it, in one unit."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def show_applied(config: "Config", measured: "Perplexity", out: Path) -> None:
@@ -168,38 +202,23 @@ def show_served(service: "Service", served: "Served") -> None:
     console.print("Ctrl-C stops", style="dim")
 
 
-def show_studies() -> None:
+def show_studies(studies: "list[Listed]") -> None:
     """Every study that can be run by name, and how far it is."""
-    from atp_tune.errors import UserError
-    from atp_tune.studyfile import known, load
-
-    table = _table(None, "study", "state", "what")
-    for path in known():
-        try:
-            file = load(str(path))
-            table.add_row(path.stem, _state(file), file.study.description)
-        except UserError as error:
-            table.add_row(path.stem, "invalid", str(error))
+    table = _table("study", "state", "what")
+    for study in studies:
+        table.add_row(study.name, _state(study), study.error or study.description)
     console.print(table)
 
 
-def _state(file: "StudyFile") -> str:
-    if file.database is None or not file.database.exists():
-        return "not started" if file.database else "see status"
-    from atp_tune.storage import find_study, open_storage
-    from atp_tune.summary import summarise
-
-    db = open_storage(file.storage_url, create=False)
-    study = find_study(db, file.name) if db else None
-    if study is None:
-        return "not started"
-    summary = summarise(study)
-    best = f", best {summary.best_trial.value:.2f}" if summary.best_trial else ""
-    return f"{summary.done} of {summary.total or file.study.search.trials} trials{best}"
+def _state(study: "Listed") -> str:
+    if study.state in ("complete", "unfinished"):
+        best = f", best {study.best.value:.2f}" if study.best else ""
+        return f"{study.done} of {study.total} trials{best}"
+    return "see status" if study.state == "unknown" else study.state
 
 
-def _table(title: str | None, *columns: str) -> Table:
-    table = Table(title=title, box=box.SIMPLE, title_justify="left")
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE)
     for column in columns:
         table.add_column(column, overflow="fold", no_wrap=column not in WRAPPED)
     return table

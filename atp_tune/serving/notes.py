@@ -6,8 +6,8 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.config import Scores
-from atp_tune.plan import shown
-from atp_tune.summary import Rank, Summary, allocation_of, is_uniform, parameters_of
+from atp_tune.status import method_of, plan_of, remark_of
+from atp_tune.summary import Rank, Summary, is_uniform
 
 OWN = "*Above: atp_tune, always current. Below: your own notes, which are kept.*"
 GAP = "&emsp;"  # the dashboard draws tables without space between columns
@@ -54,15 +54,7 @@ def _scores(summary: Summary) -> str:
 
 def _label(rank: Rank, summary: Summary) -> str:
     best = "**best** " if rank.trial == summary.best_trial else ""
-    return f"{best}{_plan(rank.trial)} (trial {rank.trial.number})"
-
-
-def _plan(trial: FrozenTrial) -> str:
-    return f"{trial.params['pruner']} {allocation_of(trial)} {shown(_own_parameters(trial))}".rstrip()
-
-
-def _own_parameters(trial: FrozenTrial) -> dict[str, float]:
-    return {} if is_uniform(trial) else parameters_of(trial)
+    return f"{best}{method_of(rank.trial)}, trial {rank.trial.number}"
 
 
 def _change(rank: Rank) -> str:
@@ -76,13 +68,13 @@ def _cells(scores: Scores) -> str:
 def _gain(summary: Summary) -> str:
     if summary.best_trial is None:
         return "No trial has a value yet."
-    if is_uniform(summary.best_trial):
-        return "No trial is better than uniform so far."
-    if summary.gain is None:
-        return ""
-    text, side = "report" if summary.best.report else "search", "below" if summary.gain >= 0 else "above"
-    size = f"{abs(summary.gain):.1%} {side} uniform on the {text} text"
-    return f"**The best is {size}.** ± is the standard error over windows; changes are paired window by window."
+    errors = "± is the standard error over windows, that of a change is paired window by window."
+    against = summary.ranks[0].against
+    if is_uniform(summary.best_trial) or against is None:
+        return f"No trial is better than uniform so far. {errors}"
+    side = "below" if against.value < 0 else "above"
+    size = f"{abs(against.value):.1%} ± {against.stderr:.1%} {side} uniform on the {summary.ranks[0].on} text"
+    return f"**The best is {size}.** {errors}"
 
 
 def _state(summary: Summary) -> str:
@@ -115,29 +107,19 @@ def _code(text: str) -> str:
 def trial_note(trial: FrozenTrial, summary: Summary) -> str:
     """Plan, sparsity, times, and why a trial has no value."""
     attrs = trial.user_attrs
-    parts = [
-        f"### {_plan(trial)}" if "allocation" in trial.params else "### no plan yet",
-        _why(trial),
-        _measured(trial, summary),
-        _sparsities(attrs),
-        _costs(attrs),
-    ]
+    title = f"### {plan_of(trial)}" if "allocation" in trial.params else "### no plan yet"
+    parts = [title, _why(trial), _measured(trial, summary), _sparsities(attrs), _costs(attrs)]
     return "\n\n".join(part for part in parts if part)
 
 
 def _why(trial: FrozenTrial) -> str:
-    attrs = trial.user_attrs
-    if "failure" in attrs:
-        return f"**Failed:** {_code(str(attrs['failure']))}"
-    if "lost" in attrs:
-        return f"**Lost:** {attrs['lost']}; it was queued again."
-    if trial.state == TrialState.FAIL:
-        return "**Lost:** no sign of life; it was queued again."
-    if "stopped_after" in attrs:
-        return f"Stopped after {attrs['stopped_after']} windows, as hopeless; the value is an estimate."
-    if "repeats" in attrs:
-        return f"The same parameters as trial {attrs['repeats']}: not measured again."
-    return "Runs now." if trial.state == TrialState.RUNNING else ""
+    if trial.state == TrialState.RUNNING:
+        return "Runs now."
+    remark = remark_of(trial)
+    if trial.state != TrialState.FAIL:
+        return f"Remark: {remark}." if remark else ""
+    again = "" if "failure" in trial.user_attrs else " It was queued again."
+    return f"**No value:** {_code(remark)}.{again}"
 
 
 def _measured(trial: FrozenTrial, summary: Summary) -> str:
@@ -180,8 +162,8 @@ def columns(trial: FrozenTrial) -> dict[str, Any]:
     for name in ("device", "host"):
         if name in attrs:
             shown_ones[name] = attrs[name]
-    why = _why(trial).replace("*", "").replace("`", "")
-    return {**shown_ones, **({"remark": why} if why else {})}
+    remark = remark_of(trial)
+    return {**shown_ones, **({"remark": remark} if remark else {})}
 
 
 def facts_of(attrs: Attributes) -> dict[str, Any]:

@@ -1,0 +1,253 @@
+"""What `status` and `studies` say, as values: JSON documents for programs, from which the screen takes its words too.
+
+The format is published (`atp_tune.status/1`): keys are added under the same number, never renamed or removed. What is
+not known yet, or is not finite, is null. Perplexities are on the search text unless they are called `report`.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Literal
+
+from optuna.trial import FrozenTrial
+from pydantic import PlainSerializer
+
+from atp_tune.config import Part, Score, Scores
+from atp_tune.plan import shown
+from atp_tune.process import is_dead
+from atp_tune.storage import counts
+from atp_tune.studyfile import StudyFile
+from atp_tune.summary import Rank, Summary, allocation_of, is_uniform, parameters_of, score_of
+
+FORMAT: Literal["atp_tune.status/1"] = "atp_tune.status/1"
+
+Number = Annotated[float | None, PlainSerializer(lambda x: x if x is not None and math.isfinite(x) else None)]
+State = Literal["not started", "unfinished", "complete", "unknown", "invalid"]
+
+
+class Running(Part):
+    """A trial that runs now; `lost` says that its process on this host is gone, and nothing runs it."""
+
+    trial: int
+    plan: str
+    seconds: float
+    host: str | None
+    lost: bool
+
+
+class Against(Part):
+    """Relative change from uniform's perplexity with the same pruner, paired by windows of one text."""
+
+    value: Number
+    stderr: Number
+    on: Literal["search", "report"]
+
+
+class Best(Part):
+    """The best trial of one allocation."""
+
+    trial: int
+    pruner: str
+    allocation: str
+    parameters: dict[str, float]
+    search: Score
+    report: Score
+    change: Against | None
+
+
+class Trial(Part):
+    """One trial, in Optuna's states and with all that Optuna chose (`params`), `plan` says the same for people.
+
+    `value` and `stderr` are its perplexity on the search text, `realised` is the share of zeros that was counted.
+    """
+
+    number: int
+    state: str
+    params: dict[str, float | str]
+    plan: str
+    value: Number
+    stderr: Number
+    report: Score
+    realised: float | None
+    seconds: float | None
+    remark: str | None
+
+
+class Status(Part):
+    """A study as it stands; `uniform` has the best trial's pruner, `best` is the first of `ranks`."""
+
+    format: Literal["atp_tune.status/1"] = FORMAT
+    study: str
+    sparsity: float | None
+    done: int
+    total: int | None
+    complete: bool
+    seconds_left: float | None
+    running: tuple[Running, ...]
+    dense: Scores
+    uniform: Scores
+    best: Best | None
+    ranks: tuple[Best, ...]
+    trials: tuple[Trial, ...]
+
+    def without_clock(self) -> "Status":
+        """The same without what changes while nothing happens."""
+        running = tuple(one.model_copy(update={"seconds": 0.0}) for one in self.running)
+        return self.model_copy(update={"running": running, "seconds_left": None})
+
+
+class Listed(Part):
+    """One study that can be run by name; `unknown` is the state of one whose database is not a file."""
+
+    name: str
+    state: State
+    done: int
+    total: int | None
+    best: Score
+    description: str
+    path: str
+    error: str | None
+
+
+def to_json(what: Part | Sequence[Part], indent: int | None = 2) -> str:
+    """One JSON document without a line break at the end; with `indent` None it is one line."""
+    dumped = what.model_dump(mode="json") if isinstance(what, Part) else [part.model_dump(mode="json") for part in what]
+    return json.dumps(dumped, indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def status_of(summary: Summary, now: datetime) -> Status:
+    """The status of a study at a moment of local time."""
+    running = tuple(_running(trial, now) for trial in summary.trials if trial.state.name == "RUNNING")
+    ranks = tuple(_best(rank) for rank in summary.ranks)
+    return Status(
+        study=summary.name,
+        sparsity=summary.sparsity,
+        done=summary.done,
+        total=summary.total,
+        complete=summary.complete,
+        seconds_left=seconds_left(summary, running),
+        running=running,
+        dense=summary.dense,
+        uniform=summary.uniform,
+        best=ranks[0] if ranks else None,
+        ranks=ranks,
+        trials=tuple(_trial(summary, trial) for trial in summary.trials),
+    )
+
+
+def seconds_left(summary: Summary, running: Iterable[Running]) -> float | None:
+    """Until the total is reached, at the mean pace of the measured trials and as many at a time as run now.
+
+    None where nothing is measured or nothing runs; the numbers on the report text come after it.
+    """
+    took = [seconds for trial in summary.trials if (seconds := _duration(trial)) is not None]
+    alive = [one.seconds for one in running if not one.lost]
+    if summary.total is None or not took or not alive:
+        return None
+    mean = fmean(took)
+    work = (summary.total - summary.done) * mean - sum(min(seconds, mean) for seconds in alive)
+    return max(0.0, work / len(alive))
+
+
+def _duration(trial: FrozenTrial) -> float | None:
+    """Seconds that a trial took from first to last; None for one that was not measured, or was measured before."""
+    if trial.value is None or trial.duration is None or "repeats" in trial.user_attrs or not counts(trial):
+        return None
+    return trial.duration.total_seconds()
+
+
+def _running(trial: FrozenTrial, now: datetime) -> Running:
+    began = trial.datetime_start or now
+    return Running(
+        trial=trial.number,
+        plan=plan_of(trial),
+        seconds=round(max(0.0, (now - began).total_seconds()), 1),
+        host=trial.user_attrs.get("host"),
+        lost=is_dead(trial.user_attrs),
+    )
+
+
+def _best(rank: Rank) -> Best:
+    against = rank.against and Against(value=rank.against.value, stderr=rank.against.stderr, on=rank.on)
+    return Best(
+        trial=rank.trial.number,
+        pruner=rank.trial.params["pruner"],
+        allocation=allocation_of(rank.trial),
+        parameters=parameters_of(rank.trial),
+        search=rank.scores.search,
+        report=rank.scores.report,
+        change=against,
+    )
+
+
+def _trial(summary: Summary, trial: FrozenTrial) -> Trial:
+    attrs = trial.user_attrs
+    return Trial(
+        number=trial.number,
+        state=trial.state.name.lower(),
+        params=trial.params,
+        plan=plan_of(trial),
+        value=trial.value,
+        stderr=None if trial.value is None else attrs.get("stderr"),
+        report=summary.reports.get(trial.number),
+        realised=attrs.get("realised"),
+        seconds=round(sum(attrs["seconds"].values()), 3) if "seconds" in attrs else None,
+        remark=remark_of(trial) or None,
+    )
+
+
+def plan_of(trial: FrozenTrial) -> str:
+    """A trial's plan in a few words: `wanda atp β=0.00569`; as much of it as is drawn yet."""
+    pruner = str(trial.params.get("pruner", ""))
+    if "allocation" not in trial.params:
+        return pruner
+    if is_uniform(trial):
+        return f"{pruner} uniform"
+    return f"{pruner} {trial.params['allocation']} {shown(parameters_of(trial))}".rstrip()
+
+
+def method_of(trial: FrozenTrial) -> str:
+    """A trial's plan as a paper names it: `wanda + atp (β = 0.00569)`."""
+    allocation = allocation_of(trial)
+    parameters = "" if allocation == "uniform" else shown(parameters_of(trial))
+    listed = ", ".join(part.replace("=", " = ") for part in parameters.split())
+    return f"{trial.params['pruner']} + {allocation}" + (f" ({listed})" if listed else "")
+
+
+def remark_of(trial: FrozenTrial) -> str:
+    """Why a trial is no measurement of its own, or has no value; empty for the usual one."""
+    attrs = trial.user_attrs
+    if "repeats" in attrs:
+        return f"as trial {attrs['repeats']}"
+    if "stopped_after" in attrs:
+        return f"stopped after {attrs['stopped_after']} windows"
+    unknown = "no sign of life: lost" if trial.state.name == "FAIL" else ""
+    return str(attrs.get("failure") or attrs.get("lost") or unknown)
+
+
+def listed(file: StudyFile, summary: Summary | None) -> Listed:
+    """A study of the list, with what its storage holds of it; a database that is no file is not looked into."""
+    state: State = "not started" if file.database else "unknown"
+    if summary is not None:
+        state = "complete" if summary.complete else "unfinished"
+    best = summary.best_trial if summary else None
+    return Listed(
+        name=file.name,
+        state=state,
+        done=summary.done if summary else 0,
+        total=(summary.total if summary else None) or file.study.search.trials,
+        best=score_of(best) if best else None,
+        description=file.study.description,
+        path=str(file.path),
+        error=None,
+    )
+
+
+def invalid(path: Path, error: str) -> Listed:
+    """A study of the list that cannot be read."""
+    return Listed(
+        name=path.stem, state="invalid", done=0, total=None, best=None, description="", path=str(path), error=error
+    )

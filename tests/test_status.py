@@ -1,0 +1,505 @@
+"""`status`, `export` and `studies` for programs and for those who wait: JSON, `--watch`, screens and pipes."""
+
+import json
+import math
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from io import StringIO
+from pathlib import Path
+from time import sleep
+from typing import Any
+
+import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.trial import TrialState, create_trial
+from rich.console import Console
+from tinystudy import LONG, TUNE, CommandLine, finish, run, settings, start, study_file
+
+from atp_tune import process, storage
+from atp_tune.cli import tables, watching
+from atp_tune.cli.running import quiet
+from atp_tune.config import read_config
+from atp_tune.errors import UserError
+from atp_tune.perplexity import Perplexity
+from atp_tune.status import Status, method_of, status_of, to_json
+from atp_tune.summary import Summary, summarise
+
+NOW = datetime(2026, 1, 1, 12)
+DISTRIBUTIONS = {
+    "pruner": CategoricalDistribution(("wanda", "magnitude")),
+    "allocation": CategoricalDistribution(("atp", "curve", "er")),
+    "beta": FloatDistribution(0, 1),
+}
+
+
+@pytest.fixture(autouse=True)
+def without_warnings() -> Iterator[None]:
+    with quiet():
+        yield
+
+
+@pytest.fixture
+def study() -> optuna.Study:
+    made = optuna.create_study(study_name="s")
+    made.set_user_attr("fingerprint", {"sparsity": 0.7})
+    made.set_user_attr("total", 9)
+    return made
+
+
+def add(
+    study: optuna.Study,
+    beta: float,
+    value: float | None = None,
+    state: TrialState = TrialState.COMPLETE,
+    seconds: float = 100,
+    **attributes: Any,
+) -> None:
+    """A trial that began `seconds` before `NOW`, and ended then if it has."""
+    params: dict[str, Any] = {"pruner": "wanda", "allocation": "atp", "beta": beta}
+    waiting = state == TrialState.WAITING
+    trial = create_trial(
+        state=state,
+        value=value,
+        params={} if waiting else params,
+        distributions={} if waiting else DISTRIBUTIONS,
+        user_attrs={"sparsities": [0.6 - beta, 0.6 + beta], **attributes},
+    )
+    trial.datetime_start = None if waiting else NOW - timedelta(seconds=seconds)
+    trial.datetime_complete = NOW if state.is_finished() else None
+    study.add_trial(trial)
+
+
+def document(study: optuna.Study) -> dict[str, Any]:
+    text = to_json(status_of(summarise(study), NOW))
+    assert "Infinity" not in text
+    assert "NaN" not in text
+    parsed: dict[str, Any] = json.loads(text)
+    return parsed
+
+
+def words(study: optuna.Study) -> str:
+    return tables.progress_line(status_of(summarise(study), NOW))
+
+
+def stored(place: Path) -> optuna.Study:
+    db = storage.open_storage(study_file(place).storage_url, create=False)
+    assert db
+    found = storage.find_study(db, "tiny")
+    assert found
+    return found
+
+
+# --- the document
+
+
+def test_the_document_of_a_finished_study(done: Path, command: CommandLine) -> None:
+    answer = command("status", "--study", done / "tiny.toml", "--json")
+    assert (answer.code, answer.err) == (0, "")
+    says, summary = json.loads(answer.out), summarise(stored(done))
+    assert summary.best_trial
+    assert says["format"] == "atp_tune.status/1"
+    assert (says["study"], says["sparsity"], says["done"], says["total"]) == ("tiny", 0.5, 6, 6)
+    assert (says["complete"], says["running"], says["seconds_left"]) == (True, [], None)
+    assert says["dense"] == summary.dense.model_dump()
+    assert says["uniform"] == summary.uniform.model_dump()
+    assert says["best"] == says["ranks"][0]
+    best = says["best"]
+    assert best["trial"] == summary.best_trial.number
+    assert {"pruner": best["pruner"], "allocation": "atp", **best["parameters"]} == summary.best_trial.params
+    assert {"search": best["search"], "report": best["report"]} == summary.best.model_dump()
+    assert summary.ranks[0].against
+    assert best["change"] == {**summary.ranks[0].against.model_dump(), "on": "report"}
+    assert [trial["number"] for trial in says["trials"]] == list(range(6))
+    trial = says["trials"][best["trial"]]
+    assert trial["state"] == "complete"
+    assert trial["params"] == summary.best_trial.params
+    assert {"value": trial["value"], "stderr": trial["stderr"]} == best["search"]
+    assert trial["report"] == best["report"]
+    assert trial["realised"] == summary.best_trial.user_attrs["realised"]
+    assert trial["seconds"] == pytest.approx(sum(summary.best_trial.user_attrs["seconds"].values()))
+    assert trial["remark"] is None
+
+
+def test_the_keys_that_are_promised(study: optuna.Study) -> None:
+    add(study, 0.1, 8.0, stderr=0.5)
+    says = document(study)
+    assert list(says) == [
+        "format", "study", "sparsity", "done", "total", "complete", "seconds_left", "running", "dense", "uniform",
+        "best", "ranks", "trials",
+    ]  # fmt: skip
+    assert list(says["best"]) == ["trial", "pruner", "allocation", "parameters", "search", "report", "change"]
+    assert list(says["trials"][0]) == [
+        "number", "state", "params", "plan", "value", "stderr", "report", "realised", "seconds", "remark",
+    ]  # fmt: skip
+
+
+def test_a_study_that_has_just_begun(study: optuna.Study) -> None:
+    add(study, 0.0, state=TrialState.WAITING)
+    says = document(study)
+    assert (says["done"], says["best"], says["ranks"]) == (0, None, [])
+    assert says["dense"] == says["uniform"] == {"search": None, "report": None}
+    assert says["trials"][0]["state"] == "waiting"
+
+
+def test_what_is_not_finite_is_null(study: optuna.Study) -> None:
+    study.set_user_attr("dense", [1e9])
+    study.set_user_attr("reports", {"dense": [math.inf], "0": [2.0, 2000.0], "1": [1.0, 1.0]})
+    add(study, 0.0, 10.0, nlls=[2.0, 2.0])
+    add(study, 0.1, 9.0, nlls=[1.0, 1.0])
+    add(study, 0.2, math.inf, stopped_after=8)
+    says = document(study)
+    assert says["dense"] == {"search": None, "report": None}
+    assert says["uniform"]["report"] is None
+    assert says["best"]["change"] == {"value": -1.0, "stderr": 0.0, "on": "report"}
+    assert says["trials"][2]["value"] is None
+    assert says["trials"][2]["remark"] == "stopped after 8 windows"
+
+
+def test_a_lost_process_is_named(study: optuna.Study) -> None:
+    add(study, 0.1, state=TrialState.RUNNING, seconds=35, host="elsewhere", pid=1)
+    add(study, 0.1, state=TrialState.RUNNING, seconds=7, **{**process.identity(), "process_started": 0.0})
+    elsewhere, lost = document(study)["running"]
+    assert elsewhere == {
+        "trial": 0, "plan": "wanda atp β=0.10000", "seconds": 35.0, "host": "elsewhere", "lost": False,
+    }  # fmt: skip
+    assert lost["lost"]
+    assert words(study) == "[0/9] no best yet, trial 0 runs for 35 s, trial 1 was lost with its process"
+
+
+def test_time_left(study: optuna.Study) -> None:
+    """Three measured trials of 100, 200 and 300 s; a repeat costs nothing, and a failure does not tell the pace."""
+    for seconds in (100, 200, 300):
+        add(study, 0.1, 10.0, seconds=seconds)
+    add(study, 0.1, 10.0, seconds=1, repeats=0)
+    add(study, 0.2, state=TrialState.FAIL, seconds=1, failure="no")
+    assert document(study)["seconds_left"] is None
+    assert words(study) == "[5/9] best 10.00 (trial 0), no trial runs"
+    add(study, 0.3, state=TrialState.RUNNING, seconds=50)
+    assert document(study)["seconds_left"] == pytest.approx(4 * 200 - 50)
+    assert words(study) == "[5/9] best 10.00 (trial 0), trial 5 runs for 50 s, about 12 min left"
+    add(study, 0.3, state=TrialState.RUNNING, seconds=500)
+    assert document(study)["seconds_left"] == pytest.approx((4 * 200 - 50 - 200) / 2)
+
+
+def test_the_report_is_awaited(study: optuna.Study) -> None:
+    study.set_user_attr("total", 1)
+    add(study, 0.0, 10.0)
+    assert words(study) == "[1/1] best 10.00 (trial 0), the report text is not measured yet"
+    assert not document(study)["complete"]
+    study.set_user_attr("reports", {"dense": [1.0], "0": [2.0]})
+    assert document(study)["complete"]
+
+
+def test_without_a_total(study: optuna.Study) -> None:
+    bare = optuna.create_study(study_name="early")
+    add(bare, 0.0, 10.0)
+    assert words(bare) == "[1] best 10.00 (trial 0), no trial runs"
+    assert not document(bare)["complete"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0, "0 s"), (89.4, "89 s"), (90, "2 min"), (5000, "83 min"), (9000, "2.5 h")]
+)
+def test_durations(seconds: float, said: str) -> None:
+    assert tables.duration(seconds) == said
+
+
+# --- export and studies
+
+
+def test_export_prints_the_configuration_and_writes_none(
+    done: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    written = read_config(done / "tiny.best.json")
+    (done / "tiny.best.json").unlink()
+    answer = command("export", "--study", done / "tiny.toml", "--json")
+    assert (answer.code, answer.err) == (0, "")
+    assert not list(tmp_path.glob("**/*.best.json"))
+    (tmp_path / "some.json").write_text(answer.out)
+    config = read_config(tmp_path / "some.json")
+    assert (tmp_path / config.folder).resolve() == done.resolve()
+    assert config.model_copy(update={"folder": "."}) == written
+
+
+def test_export_prints_what_it_writes(done: Path, command: CommandLine, tmp_path: Path) -> None:
+    answer = command("export", "--study", done / "tiny.toml", "--json", "--out", tmp_path / "a" / "b.json")
+    assert answer.out == (tmp_path / "a" / "b.json").read_text()
+
+
+def test_a_configuration_without_a_finite_report_is_json(done: Path) -> None:
+    config = read_config(done / "tiny.best.json")
+    endless = config.perplexity.model_copy(update={"report": Perplexity(value=math.inf, stderr=math.inf)})
+    written = config.model_copy(update={"perplexity": endless}).to_json()
+    assert json.loads(written)["perplexity"]["report"] is None
+    (done / "some.json").write_text(written)
+    assert read_config(done / "some.json").perplexity.search == config.perplexity.search
+
+
+def test_studies(done: Path, command: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(done, tmp_path / "studies")
+    (tmp_path / "studies" / "broken.toml").write_text("sparsity = ")
+    (tmp_path / "studies" / "far.toml").write_text(
+        'storage = "mysql://h/d"\n' + (done / "tiny.toml").read_text().replace("a tiny Llama", "far")
+    )
+    answer = command("studies", "--json")
+    assert (answer.code, answer.err) == (0, "")
+    found = {study["name"]: study for study in json.loads(answer.out)}
+    best = summarise(stored(done)).best.search
+    assert best
+    assert found["tiny"] == {
+        "name": "tiny", "state": "complete", "done": 6, "total": 6, "best": best.model_dump(),
+        "description": "a tiny Llama", "path": "studies/tiny.toml", "error": None,
+    }  # fmt: skip
+    assert (found["broken"]["state"], found["broken"]["best"]) == ("invalid", None)
+    assert found["broken"]["error"].startswith("studies/broken.toml: line 1: ")
+    assert (found["far"]["state"], found["far"]["description"]) == ("unknown", "far")
+    assert (found["smol"]["state"], found["smol"]["done"]) == ("not started", 0)
+
+
+@pytest.mark.parametrize("arguments", [["status", "--json"], ["status"], ["export", "--json"]], ids=str)
+def test_a_study_that_is_not_there(arguments: list[str], place: Path, command: CommandLine) -> None:
+    answer = command(*arguments, "--study", place / "tiny.toml")
+    assert answer.error == "study tiny: has no trials yet; run: python tune.py --study tiny"
+    assert answer.out == ""
+
+
+# --- watching
+
+
+def test_a_watch_ends_with_the_study(place: Path, command: CommandLine) -> None:
+    """It waits for the study, tells what changes, and gives the summary; beside it one that writes JSON lines."""
+    options = ("status", "--study", place / "tiny.toml", "--watch", "--every", "0.1")
+    lines = start(*options, "--json")
+    runs = start("--study", place / "tiny.toml", *settings(*LONG, "search.trials=6"))
+    watched = command(*options)
+    assert (watched.code, watched.err) == (0, "")
+    assert watched.out.startswith("study tiny: has no trials yet; waiting for it\n")
+    assert watched.out.count("waiting for it") == 1
+    told = re.findall(r"^\[(\d)/6\] (?:no best yet|best \d+\.\d\d \(trial \d\)), ", watched.out, re.M)
+    assert told == sorted(told)
+    assert len(set(told)) > 1
+    assert re.search(r"trial \d runs for \d+ s", watched.out)
+    assert re.search(r"\n\| dense  .*\n\| wanda \+ uniform .*\n\| wanda \+ atp \(β = ", watched.out)
+    assert watched.out.count("spread: ") == 1
+    assert finish(runs).code == 0
+    answer = finish(lines)
+    assert (answer.code, answer.err) == (0, "study tiny: has no trials yet; waiting for it\n")
+    documents = [json.loads(line) for line in answer.out.splitlines()]
+    assert len(documents) > 2
+    assert [each["complete"] for each in documents] == [False] * (len(documents) - 1) + [True]
+    assert (documents[-1]["done"], documents[-1]["study"]) == (6, "tiny")
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_ctrl_c_ends_a_watch(exists: bool, place: Path) -> None:
+    if exists:
+        run(place, timeout=0)
+    process = start("status", "--study", place / "tiny.toml", "--watch", "--every", "0.1")
+    assert process.stdout
+    first = process.stdout.readline()
+    sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    answer = finish(process, 10)
+    assert (answer.code, answer.err) == (130, "")
+    assert first.startswith("study tiny: has no trials yet" if not exists else " ")
+
+
+def test_nothing_is_said_twice(place: Path, capsys: pytest.CaptureFixture[str], study: optuna.Study) -> None:
+    """The clock alone is no change; a new trial is, and then it alone is shown."""
+    view = watching.Blocks()
+    add(study, 0.0, 10.0)
+    add(study, 0.1, state=TrialState.RUNNING)
+    view.show(summarise(study))
+    assert re.search(r"(?s) 0 +complete .* 1 +running .*\[1/9\] best", capsys.readouterr().out)
+    view.show(summarise(study))
+    assert capsys.readouterr().out == ""
+    add(study, 0.2, 9.0)
+    view.show(summarise(study))
+    said = capsys.readouterr().out
+    assert re.search(r" 2 +complete .*best", said)
+    assert "running" not in said
+
+
+def test_a_study_that_goes_while_it_is_watched(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(place, timeout=0)
+    looks = watching.looks(study_file(place), "tiny", 0)
+    assert next(looks)
+    optuna.delete_study(study_name="tiny", storage=study_file(place).storage_url)
+    with pytest.raises(UserError, match="study tiny: cannot be read any more: it is gone"):
+        next(looks)
+
+
+def test_every_needs_watch(command: CommandLine) -> None:
+    answer = command("status", "--study", "smol", "--every", "1")
+    assert answer.code == 2
+    assert "only with --watch" in answer.err
+
+
+# --- screens
+
+
+def screen(monkeypatch: pytest.MonkeyPatch, width: int, height: int) -> Console:
+    made = Console(file=StringIO(), width=width, height=height, force_terminal=True, soft_wrap=True, markup=False)
+    monkeypatch.setattr(watching, "console", made)
+    monkeypatch.setattr(tables, "console", made)
+    return made
+
+
+def drawn(console: Console, summary: Summary) -> list[str]:
+    lines = console.render_lines(watching.fitting(summary, NOW), pad=False)
+    return ["".join(segment.text for segment in line).rstrip() for line in lines]
+
+
+def numbers(lines: list[str]) -> list[int]:
+    return [int(found[1]) for line in lines if (found := re.match(r" +(\d+) +[a-z]", line))]
+
+
+def test_a_small_screen_shows_the_best_and_the_last(study: optuna.Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    study.set_user_attr("total", 60)
+    for number in range(39):
+        add(study, 0.001 * number, 8.0 if number == 3 else 10.0, stderr=0.5)
+    add(study, 0.5, state=TrialState.RUNNING, seconds=35)
+    for _ in range(20):
+        add(study, 0.0, state=TrialState.WAITING)
+    summary = summarise(study)
+    lines = drawn(screen(monkeypatch, 80, 24), summary)
+    assert len(lines) == 24
+    assert numbers(lines) == [3, *range(23, 40)]
+    assert re.search("3 +complete .* best$", lines[3])
+    assert lines[-2:] == [
+        "and 22 earlier and 20 waiting",
+        "[39/60] best 8.00 (trial 3), trial 39 runs for 35 s, about 34 min left",
+    ]
+    assert numbers(drawn(screen(monkeypatch, 200, 50), summary)) == list(range(40))
+    assert numbers(drawn(screen(monkeypatch, 200, 100), summary)) == list(range(60))
+
+
+@pytest.mark.parametrize("height", [2, 5, 6, 8])
+def test_a_tiny_screen_keeps_the_line_of_progress(
+    height: int, study: optuna.Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(9):
+        add(study, 0.001 * number, 10.0 - number)
+    lines = drawn(screen(monkeypatch, 80, height), summarise(study))
+    assert len(lines) <= height
+    assert lines[-1].startswith("[9/9] best 2.00 (trial 8), ")
+
+
+def test_a_terminal_has_its_screen_back_at_the_end(done: Path) -> None:
+    """On a terminal of 80 columns: the alternate screen is left, and the table after it is whole Markdown."""
+    process, ours = on_terminal("status", "--study", done / "tiny.toml", "--watch", "--every", "0.1")
+    written = b"".join(read(ours)).decode()
+    assert process.wait(20) == 0
+    watched, _, after = written.partition("\x1b[?1049l")
+    assert "\x1b[?1049h" in watched
+    assert "[6/6] best " in watched
+    assert "Traceback" not in written
+    assert re.search(r"\r\n\| dense .*\|\r\n\| \w+ \+ uniform .*\|\r\n", after)
+
+
+def read(descriptor: int) -> Iterator[bytes]:
+    """What comes until the other side closes, which Linux calls an input/output error."""
+    try:
+        while chunk := os.read(descriptor, 4096):
+            yield chunk
+    except OSError:
+        os.close(descriptor)
+
+
+def test_ctrl_c_on_a_terminal_leaves_what_was_seen(done: Path) -> None:
+    stored(done).set_user_attr("total", 50)
+    process, ours = on_terminal("status", "--study", done / "tiny.toml", "--watch", "--every", "0.1")
+    seen, sent = b"", False
+    for chunk in read(ours):
+        seen += chunk
+        if not sent and seen.count(b"[6/50]") == 2:
+            process.send_signal(signal.SIGINT)
+            sent = True
+    assert process.wait(20) == 130
+    assert b"Traceback" not in seen
+    assert b"[6/50] best " in seen.partition(b"\x1b[?1049l")[2]
+
+
+def on_terminal(*arguments: str | Path) -> tuple["subprocess.Popen[bytes]", int]:
+    """A command on a terminal of 80 columns and 24 rows, and where what it writes can be read."""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80", "LINES": "24", "TERM": "xterm"}
+    command = [sys.executable, str(TUNE), *map(str, arguments)]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    return process, ours
+
+
+# --- the table for a paper
+
+
+def test_the_summary_is_one_markdown_table(study: optuna.Study, monkeypatch: pytest.MonkeyPatch, done: Path) -> None:
+    """Whole at 40 columns, every row one line with the same number of cells, and nothing around it."""
+    study.set_user_attr("dense", [1.0, 1.2])
+    add(study, 0.0, 10.0, nlls=[2.0, 2.6], stderr=0.5, realised=0.6999)
+    add(study, 0.1, 9.0, nlls=[1.9, 2.5], stderr=0.4, realised=0.7)
+    for allocation, value in (("curve", 8.0), ("er", 12.0)):
+        trial = create_trial(
+            value=value,
+            params={"pruner": "wanda", "allocation": allocation, "beta": 0.25},
+            distributions=DISTRIBUTIONS,
+            user_attrs={"sparsities": [0.5, 0.7], "nlls": [1.8, 2.4], "stderr": 0.25},
+        )
+        study.add_trial(trial)
+    other = create_trial(
+        value=11.0, params={"pruner": "magnitude", "allocation": "atp", "beta": 0.0}, distributions=DISTRIBUTIONS
+    )
+    study.add_trial(other)
+    console = screen(monkeypatch, 40, 10)
+    tables.show_summary(summarise(study), study_file(done))
+    assert isinstance(console.file, StringIO)
+    text = re.sub(r"\x1b\[[0-9;]*m", "", console.file.getvalue())
+    title, table, rest = text.split("\n\n", 2)
+    assert title == "s: 70% sparsity"  # of the study, whatever the study file says now
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert all(line == line.strip() and line.startswith("|") and line.endswith("|") for line in table.splitlines())
+    assert cells[0] == ["method", "sparsity", "search perplexity", "report perplexity", "against uniform"]
+    assert all(set(cell) == {"-"} for cell in cells[1])
+    assert cells[2:] == [
+        ["dense", "0%", "3.00 ± 0.30", "–", "–"],
+        ["wanda + uniform", "69.99%", "10.00 ± 0.50", "–", "–"],
+        ["magnitude + uniform", "–", "11.00 ± 0.00", "–", "–"],
+        ["wanda + curve (β = 0.25000)", "–", "8.00 ± 0.25", "–", "-18.1% ± 0.0% (search)"],
+        ["wanda + atp (β = 0.10000)", "70.00%", "9.00 ± 0.40", "–", "-9.5% ± 0.0% (search)"],
+        ["wanda + er (β = 0.25000)", "–", "12.00 ± 0.25", "–", "-18.1% ± 0.0% (search)"],
+    ]
+    assert rest.startswith("±: standard error over windows; ")
+    assert "\nbest: trial 2, wanda + curve (β = 0.25000)\n5 of 9 trials are done\n" in rest
+
+
+def test_no_trial_is_better_than_uniform(study: optuna.Study, done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    add(study, 0.0, 10.0)
+    add(study, 0.1, 11.0)
+    tables.show_summary(summarise(study), study_file(done))
+    assert "\nbest: trial 0, wanda + uniform\nno trial is better than uniform\n" in capsys.readouterr().out
+
+
+def test_methods() -> None:
+    params = {"pruner": "wanda", "allocation": "er"}
+    kinds: dict[str, Any] = {name: DISTRIBUTIONS[name] for name in params}
+    assert method_of(create_trial(value=1.0, params=params, distributions=kinds)) == "wanda + er"
+
+
+def test_the_clock_is_no_change(study: optuna.Study) -> None:
+    add(study, 0.1, 10.0)
+    add(study, 0.1, state=TrialState.RUNNING)
+    summary = summarise(study)
+    early, late = (status_of(summary, NOW + timedelta(seconds=seconds)) for seconds in (0, 9))
+    assert isinstance(early, Status)
+    assert early != late
+    assert early.without_clock() == late.without_clock()
