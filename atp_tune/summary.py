@@ -12,6 +12,7 @@ from atp_tune import storage
 from atp_tune.config import AllocationRef, Baselines, Config, ModelRef, Scores, Sparsity, Texts
 from atp_tune.errors import UserError
 from atp_tune.perplexity import Change, Perplexity, change, perplexity
+from atp_tune.plan import shown
 from atp_tune.studyfile import StudyFile, from_settings
 
 
@@ -32,7 +33,8 @@ class Rank:
 class Summary:
     """A study's numbers: dense, uniform and best, each on the search and on the report text.
 
-    `made_from`: its study file with all overrides, None where an early version made it; `sizes`: weights per block.
+    `made_from`: its study file with all overrides, None where an early version made it; `sizes`: weights per block;
+    `belief`: what the GP held the perplexity over β to be, None where no GP was asked.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Summary:
     ranks: list[Rank]
     made_from: StudyFile | None
     sizes: tuple[int, ...]
+    belief: dict[str, Any] | None = None
 
     @property
     def gain(self) -> float | None:
@@ -77,6 +80,7 @@ def summarise(study: optuna.Study) -> Summary:
         ranks=[_rank(study, trial) for trial in best_of_each(study)],
         made_from=from_settings(made) if made else None,
         sizes=tuple(study.user_attrs.get("sizes", ())),
+        belief=study.user_attrs.get("belief"),
     )
 
 
@@ -91,6 +95,26 @@ def best_of_each(study: optuna.Study) -> list[FrozenTrial]:
 def allocation_of(trial: FrozenTrial) -> str:
     """Name of a trial's allocation."""
     return "uniform" if is_uniform(trial) else str(trial.params["allocation"])
+
+
+def named(trial: FrozenTrial) -> str:
+    """The plan of a trial as people read it; as much of it as a trial that has just begun knows."""
+    if "allocation" not in trial.params:
+        return str(trial.params.get("pruner", ""))
+    if is_uniform(trial):
+        return f"{trial.params['pruner']} uniform"
+    return f"{trial.params['pruner']} {trial.params['allocation']} {shown(parameters_of(trial))}".rstrip()
+
+
+def remark(trial: FrozenTrial) -> str:
+    """What else there is to say of a trial: that it repeats another, was stopped, or why it failed."""
+    attrs = trial.user_attrs
+    if "repeats" in attrs:
+        return f"as trial {attrs['repeats']}"
+    if "stopped_after" in attrs:
+        return f"stopped after {attrs['stopped_after']} windows"
+    unknown = "no sign of life: lost" if trial.state == TrialState.FAIL else ""
+    return str(attrs.get("failure") or attrs.get("lost") or unknown)
 
 
 def _rank(study: optuna.Study, trial: FrozenTrial) -> Rank:

@@ -24,6 +24,8 @@ TOLERANCE = 0.001  # relative difference of perplexities that rounding may make
 
 def show_summary(summary: "Summary", file: "StudyFile") -> None:
     """Dense, uniform and best side by side, and the commands that come next."""
+    from atp_tune.summary import named
+
     table = _table(f"{summary.name}: {file.study.sparsity:.0%} sparsity", "", "search text", "report text")
     table.add_row("dense", *_cells(summary.dense))
     best = summary.best_trial
@@ -33,21 +35,12 @@ def show_summary(summary: "Summary", file: "StudyFile") -> None:
     console.print(table)
     console.print("perplexity ± standard error over windows", style="dim", highlight=False)
     if best is not None:
-        console.print(f"best: {_named(best)}", highlight=False)
+        console.print(f"best: {named(best)}", highlight=False)
     if len(summary.ranks) > 2:  # with two it is uniform and the best, as above
         _show_ranks(summary)
     _show_gain(summary)
     if best is not None:
         _show_next(summary, file)
-
-
-def _named(trial: "FrozenTrial") -> str:
-    from atp_tune.plan import shown
-    from atp_tune.summary import is_uniform, parameters_of
-
-    if is_uniform(trial):
-        return f"{trial.params['pruner']} uniform"
-    return f"{trial.params['pruner']} {trial.params['allocation']} {shown(parameters_of(trial))}".rstrip()
 
 
 def _show_ranks(summary: "Summary") -> None:
@@ -107,28 +100,20 @@ def show_status(study: "optuna.Study", file: "StudyFile") -> None:
 
 
 def _row(trial: "FrozenTrial", is_best: bool) -> list[str]:
+    from atp_tune.summary import named, remark
+
     attrs = trial.user_attrs
     value = "" if trial.value is None else f"{trial.value:.2f}"
     error = f" ± {attrs['stderr']:.2f}" if value and "stderr" in attrs else ""
     return [
         str(trial.number),
         trial.state.name.lower(),
-        _named(trial) if "allocation" in trial.params else trial.params.get("pruner", ""),
+        named(trial),
         value + error,
         f"{attrs['realised']:.2%}" if "realised" in attrs else "",
         f"{sum(attrs['seconds'].values()):.0f}" if "seconds" in attrs else "",
-        "best" if is_best else _remark(trial),
+        "best" if is_best else remark(trial),
     ]
-
-
-def _remark(trial: "FrozenTrial") -> str:
-    attrs = trial.user_attrs
-    if "repeats" in attrs:
-        return f"as trial {attrs['repeats']}"
-    if "stopped_after" in attrs:
-        return f"stopped after {attrs['stopped_after']} windows"
-    unknown = "no sign of life: lost" if trial.state.name == "FAIL" else ""
-    return str(attrs.get("failure") or attrs.get("lost") or unknown)
 
 
 def show_applied(config: "Config", measured: "Perplexity", out: Path) -> None:
