@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import copy
 from datetime import datetime
 from pathlib import Path
@@ -220,9 +220,15 @@ def running(study: optuna.Study) -> list[FrozenTrial]:
 
 def measured(study: optuna.Study) -> list[FrozenTrial]:
     """The trials that were measured in full, the lowest perplexity first."""
-    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    full = [trial for trial in done if "stopped_after" not in trial.user_attrs and trial.value is not None]
-    return sorted(full, key=lambda trial: trial.value or 0.0)
+    return ranked(study.get_trials(deepcopy=False))
+
+
+def ranked(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """Those of the trials that were measured in full, the lowest perplexity first."""
+    done = (trial for trial in trials if trial.state == TrialState.COMPLETE and trial.value is not None)
+    return sorted(
+        (trial for trial in done if "stopped_after" not in trial.user_attrs), key=lambda trial: trial.value or 0.0
+    )
 
 
 def best_trial(study: optuna.Study) -> FrozenTrial | None:

@@ -88,8 +88,12 @@ class StudyFile:
 
     def best_of(self, name: str) -> Path:
         """The JSON file of the best configuration of the study of that name, beside the database."""
+        return self.beside(f"{name}.best.json")
+
+    def beside(self, name: str) -> Path:
+        """The place of a file beside the database, whatever the name holds."""
         folder = self.database.parent if self.database else self._home
-        return folder / f"{name.replace('/', '_')}.best.json"
+        return folder / name.replace("/", "_")
 
     @property
     def _home(self) -> Path:

@@ -12,6 +12,7 @@ from atp_tune import storage
 from atp_tune.config import AllocationRef, Baselines, Config, ModelRef, Scores, Sparsity, Texts
 from atp_tune.errors import UserError
 from atp_tune.perplexity import Change, Perplexity, change, perplexity
+from atp_tune.plan import shown
 from atp_tune.studyfile import StudyFile, from_settings
 
 
@@ -34,6 +35,7 @@ class Summary:
 
     `made_from`: its study file with all overrides, None where an early version made it; `sizes`: weights per block.
     `uniform` has the best trial's pruner, `uniforms` are of all; `reports`: perplexity on the report text by trial.
+    `belief`: what the GP holds of perplexity against β, None where no GP was asked.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Summary:
     uniforms: list[FrozenTrial]
     reports: dict[int, Perplexity]
     complete: bool
+    belief: dict[str, Any] | None = None
 
 
 def summarise(study: optuna.Study) -> Summary:
@@ -75,6 +78,7 @@ def summarise(study: optuna.Study) -> Summary:
         uniforms=_uniforms(study),
         reports={int(name): perplexity(nlls) for name, nlls in reports.items() if name != "dense" and nlls},
         complete=_is_complete(study),
+        belief=study.user_attrs.get("belief"),
     )
 
 
@@ -115,6 +119,26 @@ def best_of_each(study: optuna.Study) -> list[FrozenTrial]:
 def allocation_of(trial: FrozenTrial) -> str:
     """Name of a trial's allocation."""
     return "uniform" if is_uniform(trial) else str(trial.params["allocation"])
+
+
+def named(trial: FrozenTrial) -> str:
+    """The plan of a trial as people read it; as much of it as a trial that has just begun knows."""
+    if "allocation" not in trial.params:
+        return str(trial.params.get("pruner", ""))
+    if is_uniform(trial):
+        return f"{trial.params['pruner']} uniform"
+    return f"{trial.params['pruner']} {trial.params['allocation']} {shown(parameters_of(trial))}".rstrip()
+
+
+def remark(trial: FrozenTrial) -> str:
+    """What else there is to say of a trial: that it repeats another, was stopped, or why it failed."""
+    attrs = trial.user_attrs
+    if "repeats" in attrs:
+        return f"as trial {attrs['repeats']}"
+    if "stopped_after" in attrs:
+        return f"stopped after {attrs['stopped_after']} windows"
+    unknown = "no sign of life: lost" if trial.state == TrialState.FAIL else ""
+    return str(attrs.get("failure") or attrs.get("lost") or unknown)
 
 
 def _rank(study: optuna.Study, trial: FrozenTrial) -> Rank:

@@ -1,0 +1,39 @@
+"""How the error of the hidden states grows from block to block: for uniform, the best and the worst plan."""
+
+from math import isfinite
+
+import plotly.graph_objects as go
+from optuna.trial import FrozenTrial
+
+from atp_tune.figures.style import BEST, UNIFORM, WORST, log_axis, new_figure, rounded
+from atp_tune.figures.trials import best_of, role, told, uniform_of, worst_of
+from atp_tune.summary import Summary
+
+
+def draw(summary: Summary) -> go.Figure | None:
+    """Relative error after each block on a log axis; None while no trial has one."""
+    best, uniform, worst = best_of(summary), uniform_of(summary), worst_of(summary)
+    shown = [
+        ("worst", None if worst == uniform else worst, WORST, "dot"),
+        ("uniform", None if uniform == best else uniform, UNIFORM, "solid"),
+        ("best", best, BEST, "solid"),
+    ]
+    figure = new_figure("Error of the hidden states after each block", "block", "error, relative to the dense model")
+    for name, trial, colour, dash in shown:
+        if trial is not None and any(_errors(trial)):
+            figure.add_scatter(
+                y=_errors(trial), name=role(name, trial), mode="lines+markers", marker={"size": 5},
+                line={"color": colour, "width": 2.5 if name == "best" else 1.75, "dash": dash},
+                hovertemplate=f"block %{{x}}: %{{y:.4f}}<br>{told(trial)}<extra></extra>",
+            )  # fmt: skip
+    values = [error for trace in figure.data for error in trace.y if error is not None]
+    if not values:
+        return None
+    figure.update_yaxes(log_axis(min(values), max(values)))
+    return figure
+
+
+def _errors(trial: FrozenTrial) -> list[float | None]:
+    """Errors per block; None where a log axis has no place for one, as after a block left dense."""
+    errors = trial.user_attrs.get("errors") or []
+    return [rounded([e], 4)[0] if isinstance(e, float) and e > 0 and isfinite(e) else None for e in errors]

@@ -1,0 +1,35 @@
+"""How the search went: the perplexity of each trial, and the best so far."""
+
+from itertools import accumulate
+
+import plotly.graph_objects as go
+
+from atp_tune.figures import view
+from atp_tune.figures.style import BEST, INK, UNIFORM, faint, level, new_figure, rounded
+from atp_tune.figures.trials import finite, told, value_of
+from atp_tune.summary import Summary
+
+
+def draw(summary: Summary) -> go.Figure | None:
+    """Perplexity against trial number; None while no trial is measured."""
+    done = sorted(finite(summary.trials), key=lambda trial: trial.number)
+    if not done:
+        return None
+    seen = view.view_of(done, None)
+    figure = new_figure("How the search went", "trial", "perplexity, search text")
+    shown = [trial for trial in done if not seen.hides(trial)]
+    figure.add_scatter(
+        x=[trial.number for trial in shown], y=rounded(map(value_of, shown)), name="each trial", mode="markers",
+        marker={"color": faint(INK, 0.6), "size": 6}, text=[told(trial) for trial in shown],
+        hovertemplate="%{text}<extra></extra>",
+    )  # fmt: skip
+    figure.add_scatter(
+        x=[trial.number for trial in done], y=rounded(accumulate(map(value_of, done), min)), name="best so far",
+        mode="lines", line={"color": BEST, "width": 2.5, "shape": "hv"},
+        hovertemplate="best so far %{y:.2f}<extra></extra>",
+    )  # fmt: skip
+    if summary.uniform.search:
+        value = summary.uniform.search.value
+        level(figure, value, f"uniform {value:.2f}{seen.arrow(value)}", UNIFORM)
+    view.apply(seen, figure, [f"trial {trial.number}: {value_of(trial):.0f} ↑" for trial in done if seen.hides(trial)])
+    return figure

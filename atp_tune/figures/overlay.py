@@ -1,0 +1,51 @@
+"""Several studies in one figure."""
+
+from collections.abc import Sequence
+from html import escape
+
+import plotly.graph_objects as go
+
+from atp_tune.figures import view
+from atp_tune.figures.style import CYCLE, error_bars, log_axis, new_figure, rounded
+from atp_tune.figures.trials import best_of, finite, told, value_of
+from atp_tune.summary import Summary
+
+DASHES = ("solid", "dash", "dot", "dashdot")  # the colours come again, with another dash or symbol
+MARKS = ("circle", "diamond", "square", "triangle-down")
+
+
+def sparsities(summaries: Sequence[Summary]) -> go.Figure | None:
+    """The sparsities of the best plan of each study; None where fewer than two have one."""
+    figure = new_figure("Sparsity of each block, best plans", "block", "sparsity (share of zeros)")
+    for k, summary in enumerate(summaries):
+        best = best_of(summary)
+        if best is not None and best.user_attrs.get("sparsities"):
+            figure.add_scatter(
+                y=rounded(best.user_attrs["sparsities"], 4), name=escape(summary.name), mode="lines",
+                line={"color": CYCLE[k % len(CYCLE)], "dash": DASHES[k // len(CYCLE) % 4], "width": 2, "shape": "hvh"},
+                hovertemplate=f"block %{{x}}: %{{y:.4f}}<br>{told(best)}<extra></extra>",
+            )  # fmt: skip
+    return figure if len(figure.data) > 1 else None
+
+
+def perplexities(summaries: Sequence[Summary]) -> go.Figure | None:
+    """Perplexity against β of several studies of one model and text; None where fewer than two have trials with β."""
+    drawn = [
+        (k, summary, [t for t in finite(summary.trials) if "beta" in t.params]) for k, summary in enumerate(summaries)
+    ]
+    drawn = [(k, summary, trials) for k, summary, trials in drawn if trials]
+    if len(drawn) < 2:
+        return None
+    figure = new_figure("Perplexity against β", "β, common difference per block", "perplexity, search text")
+    views = [view.view_of(trials, None) for _, _, trials in drawn]
+    for (k, summary, trials), seen in zip(drawn, views, strict=True):
+        shown = sorted((t for t in trials if not seen.hides(t)), key=lambda t: float(t.params["beta"]))
+        colour = CYCLE[k % len(CYCLE)]
+        figure.add_scatter(
+            x=rounded(t.params["beta"] for t in shown), y=rounded(map(value_of, shown)), name=escape(summary.name),
+            mode="markers", marker={"color": colour, "size": 8, "symbol": MARKS[k // len(CYCLE) % 4]},
+            error_y=error_bars(shown, colour),
+            text=[told(t) for t in shown], hovertemplate="%{text}<extra></extra>",
+        )  # fmt: skip
+    figure.update_yaxes(log_axis(min(seen.low for seen in views), max(seen.high for seen in views)))
+    return figure

@@ -1,0 +1,199 @@
+"""Perplexity against β: every measured trial, what the search believed, and the lines to compare with."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from html import escape
+from itertools import groupby
+from typing import Any
+
+import plotly.graph_objects as go
+from optuna.trial import FrozenTrial
+
+from atp_tune.allocations import Budget, atp
+from atp_tune.figures import belief, view
+from atp_tune.figures.style import (
+    DENSE,
+    INK,
+    SYMBOLS,
+    UNIFORM,
+    axis,
+    colour_of,
+    error_bars,
+    level,
+    new_figure,
+    rounded,
+)
+from atp_tune.figures.trials import finite, role, told, value_of
+from atp_tune.figures.view import View
+from atp_tune.summary import Summary, is_uniform
+
+NEAR = 0.6  # of the width of the data: a bound farther off is told, not drawn
+
+
+@dataclass(frozen=True)
+class Panels:
+    """Two panels side by side: trials over their β, and by allocation where it has none."""
+
+    over_beta: list[FrozenTrial]
+    others: list[FrozenTrial]
+
+
+def draw(summary: Summary) -> go.Figure | None:
+    """Perplexity on the search text against β; None while no trial is measured."""
+    done = finite(summary.trials)
+    if not done:
+        return None
+    dense = summary.dense.search.value if summary.dense.search else None
+    seen, panels = view.view_of(done, dense), split(done)
+    title = "Perplexity against β" if panels.over_beta else "Perplexity of each allocation"
+    figure = new_figure(title, "", "perplexity, search text").update_layout(height=440)
+    _set_axes(figure, panels, bounds_of(summary))
+    if panels.over_beta:
+        belief.add(figure, summary.belief)
+    _add_trials(figure, panels, seen)
+    _add_lines(figure, summary, seen, dense)
+    _mark(figure, done[0], panels)
+    view.apply(seen, figure, [f"{_place(t, panels)}: {value_of(t):.0f} ↑" for t in done if seen.hides(t)])
+    return figure
+
+
+def split(trials: list[FrozenTrial]) -> Panels:
+    """Which trials stand over a β; uniform does at 0, if any other has one."""
+    if not any("beta" in trial.params for trial in trials):
+        return Panels([], trials)
+    over_beta = [trial for trial in trials if _has_beta(trial)]
+    return Panels(over_beta, [trial for trial in trials if not _has_beta(trial)])
+
+
+def bounds_of(summary: Summary) -> tuple[float, float] | None:
+    """The admissible interval of β, where the study says enough to know it."""
+    if summary.made_from is None or not summary.sizes:
+        return None
+    found = atp.bounds(Budget(summary.made_from.study.sparsity, summary.sizes))["beta"]
+    return found if found[1] > 0 else None
+
+
+def _set_axes(figure: go.Figure, panels: Panels, bounds: tuple[float, float] | None) -> None:
+    names = sorted({_allocation(trial) for trial in panels.others})
+    strip = min(0.4, 0.06 + 0.07 * len(names)) if names and panels.over_beta else float(bool(names))
+    end = 1 - strip - (0.03 if strip else 0)
+    if names:
+        listed = {"type": "category", "categoryarray": names, "range": [-0.6, len(names) - 0.4], "tickangle": -45}
+        figure.update_layout(
+            xaxis2=axis("" if panels.over_beta else "allocation", **listed, domain=[1 - strip, 1], anchor="y")
+        )
+    if panels.over_beta:
+        figure.update_xaxes(domain=[0, end], selector={"domain": None})
+        _set_betas(figure, [_beta(trial) for trial in panels.over_beta], bounds)
+    else:
+        figure.update_xaxes(visible=False, selector={"domain": None})
+
+
+def _set_betas(figure: go.Figure, betas: list[float], bounds: tuple[float, float] | None) -> None:
+    """The axis of β, and the admissible bounds as lines where they do not squeeze the data."""
+    low, high = min(betas), max(betas)
+    span, title = high - low, "β, common difference per block"
+    drawn = [bound for bound in bounds or () if (bound > 0 or low < 0) and _is_near(bound, low, high)]
+    for k, bound in enumerate(sorted(drawn, reverse=True)):
+        figure.add_shape(
+            type="line", x0=bound, x1=bound, y0=0, y1=1, xref="x", yref="paper", layer="below",
+            name=f"admissible bound ±{bound:.4f}" if len(drawn) > 1 else f"admissible bound {bound:.4f}",
+            showlegend=not k, line={"color": INK, "width": 1.5, "dash": "longdashdot"},
+        )  # fmt: skip
+    if bounds and not drawn:
+        title += f" (admissible up to {bounds[1]:.4f})"
+    low, high = min([low, *drawn]), max([high, *drawn])
+    pad = 0.04 * (high - low) or span or 0.01
+    figure.update_layout(xaxis_title_text=title, xaxis_range=[low - pad, high + pad])
+
+
+def _is_near(bound: float, low: float, high: float) -> bool:
+    return low == high or low - NEAR * (high - low) <= bound <= high + NEAR * (high - low)
+
+
+def _add_trials(figure: go.Figure, panels: Panels, seen: View) -> None:
+    """One trace per pruner (and allocation with β, if there are several), and one more in the other panel."""
+    several = len({_allocation(trial) for trial in panels.over_beta if not is_uniform(trial)}) > 1
+    named = set()
+    for axis_name, trials, apart in (("x", panels.over_beta, several), ("x2", panels.others, False)):
+        for (pruner, allocation), group in _grouped(trials, apart):
+            shown = [trial for trial in group if not seen.hides(trial)]
+            name = f"{pruner}, {allocation}" if allocation else pruner
+            figure.add_scatter(
+                x=[_position(trial, axis_name) for trial in shown], y=rounded(map(value_of, shown)),
+                name=escape(name), legendgroup=name, showlegend=axis_name == "x" or pruner not in named,
+                xaxis=axis_name, **_look(pruner, allocation or "atp", shown),
+            )  # fmt: skip
+            named.add(pruner)
+            _add_hidden(figure, [trial for trial in group if seen.hides(trial)], axis_name, seen)
+
+
+def _grouped(trials: list[FrozenTrial], apart: bool) -> Iterator[tuple[tuple[str, str], list[FrozenTrial]]]:
+    def key(trial: FrozenTrial) -> tuple[str, str]:
+        return str(trial.params.get("pruner", "")), _allocation(trial) if apart else ""
+
+    for name, group in groupby(sorted(trials, key=key), key=key):
+        yield name, sorted(group, key=_beta)
+
+
+def _look(pruner: str, allocation: str, trials: list[FrozenTrial]) -> dict[str, Any]:
+    """Markers with error bars, and the boxes over them."""
+    colour = colour_of(pruner)
+    return {
+        "mode": "markers",
+        "marker": {"color": colour, "size": 8, "symbol": SYMBOLS.get(allocation, "circle")},
+        "error_y": error_bars(trials, colour),
+        "text": [told(trial) for trial in trials],
+        "hovertemplate": "%{text}<extra></extra>",
+    }
+
+
+def _add_hidden(figure: go.Figure, trials: list[FrozenTrial], axis_name: str, seen: View) -> None:
+    """Trials above the view, as arrows at its upper end."""
+    if trials:
+        figure.add_scatter(
+            x=[_position(trial, axis_name) for trial in trials], y=[seen.high] * len(trials), mode="markers",
+            marker={"color": colour_of(str(trials[0].params.get("pruner"))), "size": 11, "symbol": "triangle-up"},
+            text=[told(trial) for trial in trials], hovertemplate="%{text}<extra></extra>", showlegend=False,
+            xaxis=axis_name, name="off the scale",
+        )  # fmt: skip
+
+
+def _add_lines(figure: go.Figure, summary: Summary, seen: View, dense: float | None) -> None:
+    uniform, best = summary.uniform.search, summary.best_trial
+    if uniform and best:
+        several = len({trial.params.get("pruner") for trial in summary.trials}) > 1
+        name = f"uniform, {best.params.get('pruner')}" if several else "uniform"
+        level(figure, uniform.value, f"{name} {uniform.value:.2f}{seen.arrow(uniform.value)}", UNIFORM)
+    if dense is not None:
+        level(figure, dense, f"dense {dense:.2f}{seen.arrow(dense)}", DENSE, "dot")
+
+
+def _mark(figure: go.Figure, best: FrozenTrial, panels: Panels) -> None:
+    """A ring around the best trial."""
+    axis_name = "x" if panels.over_beta and _has_beta(best) else "x2"
+    figure.add_scatter(
+        x=[_position(best, axis_name)], y=rounded([value_of(best)]), mode="markers", xaxis=axis_name,
+        marker={"symbol": "circle-open", "size": 17, "color": INK, "line": {"width": 2}},
+        name=role("best", best), hoverinfo="skip",
+    )  # fmt: skip
+
+
+def _position(trial: FrozenTrial, axis_name: str) -> float | str:
+    return rounded([_beta(trial)])[0] if axis_name == "x" else _allocation(trial)
+
+
+def _place(trial: FrozenTrial, panels: Panels) -> str:
+    return f"β = {_beta(trial):.4f}" if panels.over_beta and _has_beta(trial) else _allocation(trial)
+
+
+def _has_beta(trial: FrozenTrial) -> bool:
+    return "beta" in trial.params or is_uniform(trial)
+
+
+def _beta(trial: FrozenTrial) -> float:
+    return float(trial.params.get("beta", 0.0))
+
+
+def _allocation(trial: FrozenTrial) -> str:
+    return escape(str(trial.params.get("allocation", "atp" if "beta" in trial.params else "uniform")))

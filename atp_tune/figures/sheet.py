@@ -1,0 +1,79 @@
+"""Several figures in one picture, drawn by a Chrome or Chromium through kaleido."""
+
+import asyncio
+from base64 import b64encode
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import plotly.graph_objects as go
+
+from atp_tune.errors import UserError
+
+WIDTH, HEIGHT = 640, 440  # px of a figure
+COLUMNS = 2
+SCALE = 2  # px of a PNG per px of the layout
+PAGE, TEXT = "#ffffff", "#24292f"
+NEEDS = "pip install 'atp-tune[png]' and a Chrome or Chromium, found in PATH or named by BROWSER_PATH"
+
+
+def png(figures: Sequence[go.Figure]) -> bytes:
+    """All figures on white, two in a row; UserError of one line where nothing can draw them."""
+    return _drawn(figures, "png")
+
+
+def svg(figures: Sequence[go.Figure]) -> str:
+    """The same as SVG."""
+    return _drawn(figures, "svg").decode()
+
+
+def _drawn(figures: Sequence[go.Figure], kind: str) -> bytes:
+    if find_spec("kaleido") is None:
+        raise UserError(f"a picture needs kaleido: {NEEDS}")
+    try:
+        return asyncio.run(_draw(figures, kind))
+    except Exception as error:  # kaleido and its browser driver have no common class of errors
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise UserError(f"a picture could not be drawn ({reason.rstrip('.')}); it needs: {NEEDS}") from None
+
+
+async def _draw(figures: Sequence[go.Figure], kind: str) -> bytes:
+    import kaleido
+
+    async with kaleido.Kaleido() as browser:
+        cells = [await _draw_one(browser, _for_paper(figure), "svg") for figure in figures]
+        picture = _sheet([cell.decode() for cell in cells])
+        return picture.encode() if kind == "svg" else await _draw_one(browser, _frame(picture, len(cells)), "png")
+
+
+async def _draw_one(browser: Any, figure: go.Figure, kind: str) -> bytes:
+    size = {"width": figure.layout.width, "height": figure.layout.height, "scale": SCALE if kind == "png" else 1}
+    return bytes(await browser.calc_fig(figure.to_dict(), opts={"format": kind, **size}))
+
+
+def _for_paper(figure: go.Figure) -> go.Figure:
+    return go.Figure(figure).update_layout(font_color=TEXT, width=WIDTH, height=HEIGHT)
+
+
+def _size(count: int) -> tuple[int, int]:
+    return min(count, COLUMNS) * WIDTH, -(-count // COLUMNS) * HEIGHT
+
+
+def _sheet(cells: list[str]) -> str:
+    """SVGs of one size, two in a row, as one."""
+    width, height = _size(len(cells))
+    page = f'<rect width="100%" height="100%" fill="{PAGE}"/>'
+    box = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
+    places = [(index % COLUMNS * WIDTH, index // COLUMNS * HEIGHT) for index in range(len(cells))]
+    moved = [f'<g transform="translate({x},{y})">{cell}</g>' for (x, y), cell in zip(places, cells, strict=True)]
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {box}>{page}{"".join(moved)}</svg>'
+
+
+def _frame(picture: str, count: int) -> go.Figure:
+    """A figure that holds nothing but an SVG: so the browser makes a PNG of it."""
+    width, height = _size(count)
+    source = f"data:image/svg+xml;base64,{b64encode(picture.encode()).decode()}"
+    place = {"xref": "paper", "yref": "paper", "x": 0, "y": 1, "sizex": 1, "sizey": 1, "sizing": "stretch"}
+    bare = {"template": "none", "margin": dict.fromkeys("lrtb", 0), "images": [{"source": source, **place}]}
+    hidden = {"xaxis": {"visible": False}, "yaxis": {"visible": False}}
+    return go.Figure(layout={**bare, **hidden, "width": width, "height": height})

@@ -1,0 +1,30 @@
+"""How the best plan shares the zeros out over the blocks, beside uniform and the second best."""
+
+import plotly.graph_objects as go
+
+from atp_tune.figures.style import BEST, INK, SECOND, UNIFORM, level, new_figure, rounded
+from atp_tune.figures.trials import best_of, role, second_of, told, uniform_of
+from atp_tune.summary import Summary
+
+
+def draw(summary: Summary) -> go.Figure | None:
+    """Sparsity against block, in steps; None while no trial has one."""
+    best, uniform, second = best_of(summary), uniform_of(summary), second_of(summary)
+    shown = [
+        ("second best", second, SECOND, "dot"),
+        ("uniform", uniform, UNIFORM, "solid"),
+        ("best", best, BEST, "solid"),
+    ]
+    figure = new_figure("Sparsity of each block", "block", "sparsity (share of zeros)")
+    for name, trial, colour, dash in shown:
+        if trial is None or not trial.user_attrs.get("sparsities"):
+            continue
+        figure.add_scatter(
+            y=rounded(trial.user_attrs["sparsities"], 4), name=role(name, trial), mode="lines",
+            line={"color": colour, "width": 2.5 if name == "best" else 1.75, "dash": dash, "shape": "hvh"},
+            hovertemplate=f"block %{{x}}: %{{y:.4f}}<br>{told(trial)}<extra></extra>",
+        )  # fmt: skip
+    if summary.made_from is not None:
+        target = summary.made_from.study.sparsity
+        level(figure, target, f"target {target:g}", INK, "dot")
+    return figure if figure.data else None

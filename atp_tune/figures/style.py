@@ -1,0 +1,84 @@
+"""How all figures look: readable on a light and on a dark page, without a template, so that they stay small."""
+
+from collections.abc import Iterable
+from math import log10
+from typing import Any
+
+import plotly.graph_objects as go
+from optuna.trial import FrozenTrial
+
+FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
+# At least 3:1 against white and against #14171c, and told apart without seeing red or green.
+INK, BLUE, ORANGE, GREEN, PURPLE, GOLD, PINK = (
+    "#76808c", "#2f7fd9", "#d1580f", "#14946c", "#a566c4", "#a97800", "#d6498a",
+)  # fmt: skip
+GRID, LINE = "rgba(128,136,148,0.22)", "rgba(128,136,148,0.55)"
+BEST, UNIFORM, SECOND, WORST, DENSE = BLUE, ORANGE, GREEN, PURPLE, INK
+CYCLE = (BLUE, GREEN, GOLD, PURPLE, PINK, ORANGE, INK)
+PRUNERS = {"wanda": BLUE, "sparsegpt": GREEN, "magnitude": GOLD, "dsnot": PURPLE, "alps": PINK}
+SYMBOLS = {"atp": "circle", "curve": "diamond", "uniform": "square"}
+SMALL = 11  # px, of what is written into a figure
+TICKS = [digit * 10.0**power for power in range(-6, 7) for digit in (1, 2, 5)]
+
+
+def new_figure(title: str, x: str, y: str) -> go.Figure:
+    """An empty figure with the axes that all figures share; its legend lies below, off the data."""
+    return go.Figure(
+        layout={
+            "template": "none",
+            "title": {"text": title, "x": 0, "xref": "paper", "y": 1, "yanchor": "top", "pad": {"t": 10}},
+            "title_font_size": 15,
+            "font": {"family": FONT, "size": 12, "color": INK},
+            "paper_bgcolor": "rgba(0,0,0,0)",
+            "plot_bgcolor": "rgba(0,0,0,0)",
+            "height": 400,
+            "margin": {"l": 60, "r": 14, "t": 44, "b": 44},
+            "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0, "xanchor": "left"},
+            "hoverlabel": {"font": {"family": FONT}, "align": "left"},
+            "xaxis": axis(x),
+            "yaxis": axis(y),
+        }
+    )
+
+
+def axis(title: str, **more: Any) -> dict[str, Any]:
+    """An axis with its title, a faint grid and no line at zero."""
+    look = {"gridcolor": GRID, "linecolor": LINE, "tickcolor": LINE, "zeroline": False, "automargin": True}
+    return {"title": {"text": title, "standoff": 8}, **look, **more}
+
+
+def log_axis(low: float, high: float) -> dict[str, Any]:
+    """A log axis from `low` to `high`, with ticks at 1, 2 and 5 where Plotly's own would be hard to read."""
+    pad = 0.04 * log10(high / low) or 0.1
+    ticks = {"tickmode": "array", "tickvals": TICKS} if high / low > 5 else {}
+    return {"type": "log", "range": [log10(low) - pad, log10(high) + pad], "tickformat": "~g", **ticks}
+
+
+def level(figure: go.Figure, y: float, name: str, colour: str, dash: str = "dash") -> None:
+    """A horizontal line over the whole width, with its name in the legend."""
+    figure.add_shape(
+        type="line", x0=0, x1=1, y0=y, y1=y, xref="paper", yref="y", layer="below", name=name, showlegend=True,
+        line={"color": colour, "width": 1.5, "dash": dash},
+    )  # fmt: skip
+
+
+def colour_of(pruner: str) -> str:
+    """The colour of a pruner, the same in all figures."""
+    return PRUNERS.get(pruner, INK)
+
+
+def error_bars(trials: Iterable[FrozenTrial], colour: str) -> dict[str, Any]:
+    """The standard errors of trials, as fine bars."""
+    errors = rounded((trial.user_attrs.get("stderr") or 0.0 for trial in trials), 4)
+    return {"array": errors, "color": faint(colour, 0.4), "thickness": 1.2, "width": 0}
+
+
+def faint(colour: str, opacity: float) -> str:
+    """A colour `#rrggbb` as one that lets the page through."""
+    red, green, blue = (int(colour[k : k + 2], 16) for k in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{opacity:g})"
+
+
+def rounded(values: Any, digits: int = 5) -> list[float]:
+    """Numbers with as many digits as a figure can show: its file stays small."""
+    return [float(f"{value:.{digits}g}") for value in values]
