@@ -5,16 +5,21 @@ import signal
 import sys
 import warnings
 from _thread import interrupt_main
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from threading import Timer
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from atp_tune.cli.display import Display
 from atp_tune.cli.tables import console, show_applied, show_summary
 from atp_tune.config import read_config
 from atp_tune.studyfile import StudyFile
+
+if TYPE_CHECKING:
+    import optuna
 
 SOON = 0.02  # seconds until an interruption that would break a transaction is tried again
 
@@ -35,6 +40,15 @@ def run_study(file: StudyFile, name: str | None, timeout: float | None) -> None:
             )
             sys.exit(130)
     show_summary(summarise(study), file)
+
+
+def run_report(studies: Sequence["optuna.Study"], kind: str, out: Path) -> None:
+    """Writes a report of studies as they stand."""
+    from atp_tune.report import gather, write
+
+    now = datetime.now()
+    with quiet():
+        write([gather(study, now) for study in studies], kind, out)
 
 
 def run_apply(config: Path, out: Path, device: str) -> None:

@@ -18,6 +18,7 @@ from atp_tune.figures.style import (
     UNIFORM,
     axis,
     colour_of,
+    error_bars,
     level,
     new_figure,
     rounded,
