@@ -118,7 +118,7 @@ def best_of_each(study: optuna.Study) -> list[FrozenTrial]:
 
 def allocation_of(trial: FrozenTrial) -> str:
     """Name of a trial's allocation."""
-    return "uniform" if is_uniform(trial) else str(trial.params["allocation"])
+    return "uniform" if is_uniform(trial) else str(trial.params.get("allocation", "atp"))
 
 
 def named(trial: FrozenTrial) -> str:
@@ -155,8 +155,8 @@ def _rank(study: optuna.Study, trial: FrozenTrial) -> Rank:
 def uniform_of(study: optuna.Study, best: FrozenTrial | None) -> FrozenTrial | None:
     """The uniform trial with the best trial's pruner."""
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    pruner = best.params["pruner"] if best else None
-    matching = (trial for trial in done if trial.params["pruner"] == pruner and is_uniform(trial))
+    pruner = best.params.get("pruner") if best else None
+    matching = (trial for trial in done if trial.params.get("pruner") == pruner and is_uniform(trial))
     return next(matching, None)
 
 

@@ -111,7 +111,8 @@ def test_notes_of_trials(dashboard: Dashboard) -> None:
     assert notes[0].startswith("### wanda uniform\n")
     assert notes[1].startswith("### magnitude uniform\n")
     assert all("Perplexity on the search text" in note and "Peak memory" in note for note in notes)
-    assert all("first block" in note for note in notes)
+    assert "Sparsity: 50.0% in every block." in notes[0]
+    assert all("first block" in note for note in notes[2:])
 
 
 def test_figures_are_drawn_and_the_database_is_left_alone(dashboard: Dashboard, done: Path) -> None:

@@ -155,6 +155,41 @@ def export(
 
 
 @app.command()
+def report(
+    study: Annotated[
+        list[str], typer.Option("--study", metavar="NAME", help="Name or path of a study; several are compared.")
+    ],
+    study_name: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--study-name", metavar="NAME", help="Name in the storage; one for each study, or several of one."
+        ),
+    ] = None,
+    format_: Annotated[
+        str | None, typer.Option("--format", metavar="FORMAT", help="html, md, json, png or latex; default: html.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Default: NAME.report.html beside the study.")
+    ] = None,
+    storage: Storage = None,
+    set_: Overrides = None,
+) -> None:
+    """Write a report with figures, from the storage alone; also while the study runs.
+
+    Example: `python tune.py report --study smol`
+    """
+    from atp_tune.cli.running import run_report
+    from atp_tune.report import kind_of, name_of
+
+    kind = kind_of(format_, out)
+    found = [(_load(one, storage, None, set_), name) for one, name in _paired(study, study_name or [])]
+    names = [name or file.name for file, name in found]
+    target = out or found[0][0].beside(name_of(names, kind))
+    run_report([_stored(file, name) for file, name in found], kind, target)
+    print(target)
+
+
+@app.command()
 def apply(
     config: Annotated[Path, typer.Option(metavar="FILE", help="A configuration written by a run or by `export`.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the sparse checkpoint; new or empty.")],
@@ -265,6 +300,17 @@ def _parameters(beta: float | None, others: list[str] | None) -> dict[str, float
         except ValueError:
             raise typer.BadParameter(f'"{text}" is not NAME=NUMBER', param_hint="--parameter") from None
     return values
+
+
+def _paired(studies: list[str], names: list[str]) -> list[tuple[str, str | None]]:
+    """Studies with their names in the storage: none, one for each, or several of one study file."""
+    from atp_tune.errors import UserError
+
+    if len(studies) == 1 and names:
+        return [(studies[0], name) for name in names]
+    if names and len(names) != len(studies):
+        raise UserError(f"--study-name: must be given once for each --study, got {len(names)} for {len(studies)}")
+    return [(study, names[index] if names else None) for index, study in enumerate(studies)]
 
 
 def _load(study: str, storage: str | None, device: str | None, set_: list[str] | None) -> "StudyFile":

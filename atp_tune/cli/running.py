@@ -6,8 +6,9 @@ import signal
 import sys
 import warnings
 from _thread import interrupt_main
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from threading import Timer
 from types import FrameType
@@ -19,6 +20,8 @@ from atp_tune.config import read_config
 from atp_tune.studyfile import StudyFile
 
 if TYPE_CHECKING:
+    import optuna
+
     from atp_tune.serving.serve import Service
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
@@ -41,6 +44,15 @@ def run_study(file: StudyFile, name: str | None, timeout: float | None) -> None:
             )
             sys.exit(130)
     show_summary(summarise(study), file)
+
+
+def run_report(studies: Sequence["optuna.Study"], kind: str, out: Path) -> None:
+    """Writes a report of studies as they stand."""
+    from atp_tune.report import gather, write
+
+    now = datetime.now()
+    with quiet():
+        write([gather(study, now) for study in studies], kind, out)
 
 
 def run_apply(config: Path, out: Path, device: str) -> None:

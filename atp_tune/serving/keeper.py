@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 import optuna
@@ -12,6 +13,7 @@ from optuna.trial import TrialState
 
 from atp_tune import storage as trials
 from atp_tune.cache import write_atomically
+from atp_tune.report import gather, html
 from atp_tune.summary import best_config, summarise
 
 CONFIG, REPORT = "best.json", "report.html"
@@ -80,7 +82,7 @@ class Keeper:
 
 def _files(study: optuna.Study) -> dict[str, bytes]:
     summary = summarise(study)
-    files = {}
+    files = {REPORT: html.make([gather(study, datetime.now())])}
     if summary.made_from is not None:
         config = best_config(summary.made_from, study, Path(CONFIG))
         absolute = config.model_copy(update={"folder": str(summary.made_from.folder)})  # it may be loaded anywhere

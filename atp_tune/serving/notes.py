@@ -125,7 +125,7 @@ def _why(trial: FrozenTrial) -> str:
 def _measured(trial: FrozenTrial, summary: Summary) -> str:
     if trial.value is None:
         return ""
-    uniform = summary.uniform.search
+    uniform = None if is_uniform(trial) else summary.uniform.search
     against = f", {trial.value / uniform.value - 1:+.1%} against uniform" if uniform else ""
     return f"Perplexity on the search text {trial.value:.2f} ± {trial.user_attrs.get('stderr', 0):.2f}{against}."
 
@@ -135,8 +135,9 @@ def _sparsities(attrs: Attributes) -> str:
     if not plan:
         return ""
     counted = f" Zeros counted: {attrs['realised']:.3%}." if "realised" in attrs else ""
-    ends = f"first block {plan[0]:.1%}, last block {plan[-1]:.1%}, from {min(plan):.1%} to {max(plan):.1%}"
-    return f"Sparsity: {ends}.{counted}"
+    ends = f"from {min(plan):.1%} to {max(plan):.1%}, first block {plan[0]:.1%}, last block {plan[-1]:.1%}"
+    every = f"{plan[0]:.1%} in every block"
+    return f"Sparsity: {ends if min(plan) < max(plan) else every}.{counted}"
 
 
 def _costs(attrs: Attributes) -> str:

@@ -1,0 +1,49 @@
+"""Reports of one or several studies: a page, Markdown, JSON, a picture or a LaTeX table.
+
+They are made from the storage alone, without torch and the model, also while a study runs.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from atp_tune.cache import write_atomically
+from atp_tune.errors import UserError
+from atp_tune.report import html, latex, machine, markdown, picture
+from atp_tune.report.contents import Contents, gather
+
+__all__ = ["ENDINGS", "Contents", "gather", "kind_of", "name_of", "write"]
+
+ENDINGS = {"html": "html", "md": "md", "json": "json", "png": "png", "latex": "tex"}
+_MAKERS: dict[str, Callable[[Sequence[Contents]], bytes]] = {
+    "html": html.make,
+    "md": markdown.make,
+    "json": machine.make,
+    "png": picture.make,
+    "latex": latex.make,
+}
+
+
+def kind_of(given: str | None, out: Path | None) -> str:
+    """The format that was asked for: by name, else by the ending of the file, else html."""
+    if given is None:
+        ending = out.suffix.removeprefix(".").lower() if out else ""
+        return next((kind for kind, known in ENDINGS.items() if known == ending), "html")
+    if given not in ENDINGS:
+        raise UserError(f"--format {given}: must be one of {', '.join(ENDINGS)}")
+    return given
+
+
+def name_of(studies: Sequence[str], kind: str) -> str:
+    """The name of the file for a report of these studies."""
+    more = f"+{len(studies) - 2}-more" if len(studies) > 2 else ""
+    return f"{'+'.join(studies[:2])}{more}.report.{ENDINGS[kind]}"
+
+
+def write(studies: Sequence[Contents], kind: str, out: Path) -> None:
+    """Writes the report so that it is there whole or not at all; UserError where that is not possible."""
+    content = _MAKERS[kind](studies)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, content)
+    except OSError as error:
+        raise UserError(f"{out}: {error.strerror}; choose another place with --out FILE") from None

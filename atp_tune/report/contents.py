@@ -1,0 +1,131 @@
+"""What a report says of one study, gathered once from its storage."""
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from math import isfinite
+from typing import Any
+
+import optuna
+import tomli_w
+from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+from optuna.trial import FrozenTrial, TrialState
+
+from atp_tune.figures.seconds import spent
+from atp_tune.storage import ranked
+from atp_tune.studyfile import settings
+from atp_tune.summary import Summary, is_uniform, summarise
+
+ENOUGH = 10  # measured trials, from which on the importance of a parameter means something
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A study's summary, the facts that its values depend on, and how much each parameter matters (shares)."""
+
+    summary: Summary
+    facts: dict[str, Any]
+    importance: dict[str, float]
+    made: datetime
+
+    @property
+    def target(self) -> float | None:
+        """The sparsity that was asked for."""
+        made = self.summary.made_from
+        return made.study.sparsity if made else self.facts.get("sparsity")
+
+    @property
+    def realised(self) -> float | None:
+        """The share of zeros that was counted in the best trial."""
+        best = self.summary.best_trial
+        return best.user_attrs.get("realised") if best else None
+
+    @property
+    def description(self) -> str:
+        """What the study file says that it is."""
+        made = self.summary.made_from
+        return made.study.description if made else ""
+
+    @property
+    def seconds(self) -> float:
+        """Time of all trials."""
+        return sum(sum(spent(trial).values()) for trial in self.summary.trials)
+
+    @property
+    def devices(self) -> str:
+        """Where trials ran."""
+        return _several(trial.user_attrs.get("device") for trial in self.summary.trials)
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Versions of the libraries, all that there were."""
+        found = [trial.user_attrs.get("versions") or {} for trial in self.summary.trials]
+        names = dict.fromkeys(name for versions in found for name in versions)
+        return {name: _several(versions.get(name) for versions in found) for name in names}
+
+    @property
+    def study_file(self) -> str | None:
+        """The study file with all overrides, as TOML; None where an early version made the study."""
+        made = self.summary.made_from
+        return tomli_w.dumps(_without_none(settings(made)["settings"]), multiline_strings=False) if made else None
+
+    def count(self, *states: TrialState) -> int:
+        """Number of trials in these states."""
+        return sum(trial.state in states for trial in self.summary.trials)
+
+    @property
+    def state(self) -> str:
+        """How far the study is, in words."""
+        summary = self.summary
+        of = f" of {summary.total}" if summary.total is not None else ""
+        parts = [f"{summary.done}{of} trials done"]
+        stopped = sum("stopped_after" in trial.user_attrs for trial in summary.trials)
+        counts = ((self.count(TrialState.RUNNING), "running"), (self.count(TrialState.FAIL), "failed"))
+        return ", ".join(parts + [f"{count} {what}" for count, what in (*counts, (stopped, "stopped early")) if count])
+
+    @property
+    def verdict(self) -> str:
+        """The change against uniform in one sentence, with the error of the difference where it is known."""
+        summary = self.summary
+        if summary.best_trial is None:
+            return "No trial has been measured yet."
+        if is_uniform(summary.best_trial):
+            return "No trial is better than uniform."
+        paired = summary.ranks[0].against if summary.ranks else None
+        if paired is None:
+            return "Uniform has not been measured yet."
+        error = f" ± {paired.stderr:.1%}" if paired.stderr else ""
+        side, text = "below" if paired.value <= 0 else "above", summary.ranks[0].on
+        return f"The best plan’s perplexity is {abs(paired.value):.1%}{error} {side} uniform’s on the {text} text."
+
+
+def gather(study: optuna.Study, made: datetime) -> Contents:
+    """All that a report says of a study as it stands."""
+    summary = summarise(study)
+    return Contents(summary, dict(study.user_attrs.get("fingerprint", {})), _importance(study, summary.trials), made)
+
+
+def _importance(study: optuna.Study, trials: list[FrozenTrial]) -> dict[str, float]:
+    """Shares by parameter, the largest first; empty with too few trials, or where nothing was varied."""
+    done = ranked(trials)
+    if len(done) < ENOUGH or len({tuple(sorted(trial.params.items(), key=str)) for trial in done}) < 2:
+        return {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # experimental, and complains of conditional parameters
+        try:
+            found = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
+        except (ValueError, RuntimeError):
+            return {}
+    return dict(sorted(((name, share) for name, share in found.items() if isfinite(share)), key=lambda pair: -pair[1]))
+
+
+def _several(values: Iterable[Any]) -> str:
+    return ", ".join(dict.fromkeys(str(value) for value in values if value))
+
+
+def _without_none(value: Any) -> Any:
+    """TOML has no null: a key without a value is left out."""
+    if isinstance(value, dict):
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    return value

@@ -1,0 +1,86 @@
+"""The report as one page that needs nothing else: figures, tables and how to do it again."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+import atp_tune
+from atp_tune import figures
+from atp_tune.figures import history, overlay
+from atp_tune.report import tables
+from atp_tune.report.contents import Contents
+
+HERE = Path(__file__).parent
+SAME = ("model.content", "texts.search.content")  # facts without which perplexities are not to be compared
+
+
+def make(studies: Sequence[Contents]) -> bytes:
+    """The page of one study, or of several with a comparison first."""
+    places = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page = places.get_template("page.html.jinja").render(
+        studies=[_section(contents, index) for index, contents in enumerate(studies)],
+        made=max(contents.made for contents in studies),
+        comparison=tables.comparison(studies) if len(studies) > 1 else None,
+        overlays=_drawn(overlays(studies)),
+        version=atp_tune.__version__,
+        style=_own("page.css"),
+        script=_own("page.js"),
+        plotly=Markup(get_plotlyjs()),
+    )
+    return page.encode()
+
+
+def overlays(studies: Sequence[Contents]) -> dict[str, go.Figure]:
+    """Figures of all studies together, where there are several; perplexities only of one model and text."""
+    if len(studies) < 2:
+        return {}
+    summaries = [contents.summary for contents in studies]
+    comparable = len({tuple(contents.facts.get(key) for key in SAME) for contents in studies}) == 1
+    found = {
+        "perplexities": overlay.perplexities(summaries) if comparable else None,
+        "sparsities": overlay.sparsities(summaries),
+    }
+    return {name: figure for name, figure in found.items() if figure is not None}
+
+
+def _section(contents: Contents, index: int) -> dict[str, Any]:
+    summary = contents.summary
+    drawn = figures.draw(summary)
+    went = history.draw(summary)
+    return {
+        "id": f"study-{index + 1}",
+        "contents": contents,
+        "summary": summary,
+        "figures": _drawn({**drawn, **({"history": went} if went else {})}),
+        "headline": tables.headline(summary),
+        "ranks": tables.ranks(summary) if len(summary.ranks) > 1 else None,
+        "importance": sorted(contents.importance.items(), key=lambda pair: -pair[1]),
+        "trials": tables.trials(summary),
+        "fingerprint": tables.fingerprint(contents),
+        "commands": tables.commands(summary),
+        "file_name": f"{tables.plain_name(summary.name)}.toml",
+    }
+
+
+def _drawn(made: Mapping[str, go.Figure]) -> dict[str, tuple[str, Markup]]:
+    """Titles and data of figures; the page sets the titles itself."""
+    return {name: (figure.layout.title.text, _data(figure)) for name, figure in made.items()}
+
+
+def _data(figure: go.Figure) -> Markup:
+    """A figure's JSON, which cannot end the script element that holds it, whatever a study is called."""
+    plain = go.Figure(figure).update_layout(title=None)
+    if plain.layout.margin.t == 44:
+        plain.update_layout(margin_t=12)
+    else:
+        plain.update_layout(margin_t=plain.layout.margin.t - 28)
+    return Markup(plain.to_json().replace("<", "\\u003c"))
+
+
+def _own(name: str) -> Markup:
+    return Markup((HERE / name).read_text(encoding="utf-8"))

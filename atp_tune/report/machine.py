@@ -1,0 +1,113 @@
+"""The report for programs: a published JSON format (`atp_tune.report/1`); keys are added, never renamed or removed.
+
+    format, made            `atp_tune.report/1`; local time, ISO 8601
+    studies[]
+      name, description     of the study
+      sparsity              target and realised (share of zeros, null if unknown)
+      state                 done, total, running, failed: numbers of trials
+      dense, uniform, best  search and report: {value, stderr} of a perplexity, or null
+      best_trial            its number, or null
+      change                {value, stderr, on}: the best against uniform, relative and paired by windows; or null
+      ranks[]               the best of each allocation: trial, pruner, allocation, search, report, change
+      importance            parameter → share of 1; empty with too few trials
+      trials[]              number, state, plan, pruner, allocation, parameters, perplexity, realised, sparsities,
+                            linear_sparsities, errors, seconds (phase → s), device, remark
+      seconds, devices      of all trials
+      study_file            name and settings, as the study was made; or null
+      fingerprint, versions what the values depend on
+
+Numbers that are not finite are null.
+"""
+
+import json
+from collections.abc import Sequence
+from math import isfinite
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+from atp_tune.config import Scores
+from atp_tune.report.contents import Contents
+from atp_tune.studyfile import settings
+from atp_tune.summary import Rank, allocation_of, named, parameters_of, remark, score_of
+
+FORMAT = "atp_tune.report/1"
+
+
+def make(studies: Sequence[Contents]) -> bytes:
+    """The JSON document."""
+    made = max((contents.made for contents in studies), default=None)
+    document = {
+        "format": FORMAT,
+        "made": made.isoformat(timespec="seconds") if made else None,
+        "studies": [_study(contents) for contents in studies],
+    }
+    return (json.dumps(finite(document), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _study(contents: Contents) -> dict[str, Any]:
+    summary = contents.summary
+    return {
+        "name": summary.name,
+        "description": contents.description,
+        "sparsity": {"target": contents.target, "realised": contents.realised},
+        "state": {
+            "done": summary.done,
+            "total": summary.total,
+            "running": contents.count(TrialState.RUNNING),
+            "failed": contents.count(TrialState.FAIL),
+        },
+        **{name: _scores(getattr(summary, name)) for name in ("dense", "uniform", "best")},
+        "best_trial": summary.best_trial.number if summary.best_trial else None,
+        "change": _change(summary.ranks[0]) if summary.ranks else None,
+        "ranks": [_rank(rank) for rank in summary.ranks],
+        "importance": contents.importance,
+        "trials": [_trial(trial) for trial in summary.trials],
+        "seconds": contents.seconds,
+        "devices": contents.devices,
+        "study_file": settings(summary.made_from) if summary.made_from else None,
+        "fingerprint": contents.facts,
+        "versions": contents.versions,
+    }
+
+
+def _rank(rank: Rank) -> dict[str, Any]:
+    own = {
+        "trial": rank.trial.number,
+        "pruner": rank.trial.params.get("pruner"),
+        "allocation": allocation_of(rank.trial),
+    }
+    return {**own, **_scores(rank.scores), "change": _change(rank)}
+
+
+def _change(rank: Rank) -> dict[str, Any] | None:
+    return {**rank.against.model_dump(), "on": rank.on} if rank.against else None
+
+
+def _scores(scores: Scores) -> dict[str, Any]:
+    return scores.model_dump()
+
+
+def _trial(trial: FrozenTrial) -> dict[str, Any]:
+    score, attrs = score_of(trial), trial.user_attrs
+    kept = ("realised", "sparsities", "linear_sparsities", "errors", "seconds", "device")
+    return {
+        "number": trial.number,
+        "state": trial.state.name.lower(),
+        "plan": named(trial),
+        "pruner": trial.params.get("pruner"),
+        "allocation": trial.params.get("allocation"),
+        "parameters": parameters_of(trial),
+        "perplexity": score.model_dump() if score else None,
+        **{key: attrs.get(key) for key in kept},
+        "remark": remark(trial),
+    }
+
+
+def finite(value: Any) -> Any:
+    """The same with null where a number is infinite or none at all, which JSON cannot hold."""
+    if isinstance(value, float):
+        return value if isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    return [finite(inner) for inner in value] if isinstance(value, list | tuple) else value

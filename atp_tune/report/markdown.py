@@ -1,0 +1,53 @@
+"""The report as Markdown tables."""
+
+import re
+from collections.abc import Sequence
+
+from atp_tune.report import tables
+from atp_tune.report.contents import Contents
+from atp_tune.report.tables import Table
+
+
+def make(studies: Sequence[Contents]) -> bytes:
+    """One document: the comparison where there are several studies, then each."""
+    parts = ["# Comparison", table(tables.comparison(studies))] if len(studies) > 1 else []
+    for contents in studies:
+        parts += _study(contents)
+    return ("\n\n".join(parts) + "\n").encode()
+
+
+def _study(contents: Contents) -> list[str]:
+    summary = contents.summary
+    parts = [f"# {escaped(summary.name)}", escaped(contents.description), escaped(contents.verdict)]
+    parts.append(f"{contents.state}; as of {contents.made:%Y-%m-%d %H:%M}. {_sparsity(contents)}".strip())
+    parts += [table(tables.headline(summary)), "± is the standard error over windows."]
+    if len(summary.ranks) > 1:
+        parts += ["## Allocations", table(tables.ranks(summary))]
+    if contents.importance:
+        parts += ["## Importance", table(tables.importance(contents))]
+    parts += ["## Trials", table(tables.trials(summary)), "## How to reproduce"]
+    parts += [f"```sh\n{command}\n```" for command in ["\n".join(c for _, c in tables.commands(summary))]]
+    if contents.study_file is not None:
+        fence = "`" * (3 + max(map(len, re.findall("`+", contents.study_file)), default=0))
+        parts.append(f"{fence}toml\n{contents.study_file}{fence}")
+    return [part for part in [*parts, table(tables.fingerprint(contents))] if part]
+
+
+def _sparsity(contents: Contents) -> str:
+    if contents.target is None:
+        return ""
+    counted = f", {contents.realised:.4f} counted" if contents.realised is not None else ""
+    return f"Sparsity {contents.target:g}{counted}."
+
+
+def table(made: Table) -> str:
+    """A table with its numbers to the right."""
+    rules = [":--" if column in made.words else "--:" for column in range(len(made.head))]
+    rows = [[f"**{cell}**" if cell and index == made.best else cell for cell in map(escaped, row)]
+            for index, row in enumerate(made.rows)]  # fmt: skip
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (map(escaped, made.head), rules, *rows))
+
+
+def escaped(text: str) -> str:
+    """Text that stands for itself, in one line."""
+    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(text.split()))

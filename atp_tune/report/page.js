@@ -1,0 +1,59 @@
+"use strict";
+const PAPER = 660; // px of a figure's width in print: A4 less its margins
+const root = document.documentElement;
+const plots = [...document.querySelectorAll(".plot")];
+const touch = matchMedia("(pointer: coarse)").matches; // there a drag scrolls the page
+const colour = (name) => getComputedStyle(root).getPropertyValue(name).trim();
+
+function look(layout) {
+  const changes = {
+    "font.color": colour("--soft"),
+    "hoverlabel.bgcolor": colour("--raised"), "hoverlabel.bordercolor": colour("--rule"),
+    "hoverlabel.font.color": colour("--ink"),
+  };
+  for (const axis of Object.keys(layout).filter((key) => /^[xy]axis\d*$/.test(key))) {
+    changes[`${axis}.gridcolor`] = colour("--grid");
+    changes[`${axis}.linecolor`] = changes[`${axis}.tickcolor`] = colour("--axis");
+  }
+  return changes;
+}
+
+function put(layout, changes) {
+  for (const [path, value] of Object.entries(changes)) {
+    const keys = path.split("."), last = keys.pop();
+    keys.reduce((place, key) => (place[key] ??= {}), layout)[last] = value;
+  }
+}
+
+function draw(plot) {
+  const figure = JSON.parse(plot.querySelector("script").textContent);
+  put(figure.layout, { ...look(figure.layout), dragmode: touch ? false : "zoom" });
+  plot.replaceChildren();
+  Plotly.newPlot(plot, figure.data, figure.layout, {
+    responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"],
+  });
+}
+
+const drawn = () => plots.filter((plot) => plot.layout);
+const restyle = () => drawn().forEach((plot) => Plotly.relayout(plot, look(plot.layout)));
+
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", restyle);
+addEventListener("beforeprint", () => {
+  root.classList.add("on-paper");
+  plots.filter((plot) => !plot.layout).forEach(draw);
+  document.querySelectorAll("details").forEach((details) => { details.open = true; });
+  drawn().forEach((plot) => Plotly.relayout(plot, { ...look(plot.layout), width: PAPER }));
+});
+addEventListener("afterprint", () => {
+  root.classList.remove("on-paper");
+  drawn().forEach((plot) => Plotly.relayout(plot, { ...look(plot.layout), width: null, autosize: true }));
+});
+
+let next = 0; // one after the other, so that the page answers from the start
+(function step() {
+  if (next < plots.length) {
+    const plot = plots[next++];
+    if (!plot.layout) draw(plot);
+    setTimeout(step, 0);
+  }
+})();

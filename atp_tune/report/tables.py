@@ -1,0 +1,146 @@
+"""The tables of a report, as text: each format shows the same ones."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from optuna.trial import FrozenTrial
+
+from atp_tune.allocations.budget import SYMBOLS
+from atp_tune.config import Scores
+from atp_tune.figures.seconds import spent
+from atp_tune.report.contents import Contents
+from atp_tune.summary import Summary, allocation_of, is_uniform, named, remark, score_of
+
+NOTHING = "–"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under a head; `words` are the columns of text, the others hold numbers; `best` is a row."""
+
+    head: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    words: tuple[int, ...] = (0,)
+    best: int | None = None
+
+
+def headline(summary: Summary) -> Table:
+    """Dense, uniform and best on both texts."""
+    rows = [("dense", *_cells(summary.dense))]
+    best = summary.best_trial
+    if best is not None:
+        rows.append((f"uniform, {best.params.get('pruner', '')}", *_cells(summary.uniform)))
+        rows.append((f"best, {named(best)} (trial {best.number})", *_cells(summary.best)))
+    return Table(("perplexity", "search text", "report text"), rows, best=2 if best else None)
+
+
+def ranks(summary: Summary) -> Table:
+    """The best of each allocation, compared with uniform window by window."""
+    rows = []
+    for rank in summary.ranks:
+        against = NOTHING if rank.against is None else f"{rank.against}" + (" (search)" if rank.on == "search" else "")
+        name = f"{rank.trial.params.get('pruner', '')} {allocation_of(rank.trial)}"
+        rows.append((name, str(rank.trial.number), *_cells(rank.scores), against))
+    return Table(("best of", "trial", "search text", "report text", "against uniform"), rows, best=0 if rows else None)
+
+
+def importance(contents: Contents) -> Table:
+    """How much of the good trials' difference from the others is due to each parameter."""
+    shares = contents.importance.items()
+    return Table(("parameter", "share"), [(symbol(name), f"{share:.0%}") for name, share in shares])
+
+
+def trials(summary: Summary) -> Table:
+    """Every trial."""
+    rows = [_row(trial) for trial in summary.trials]
+    numbers = [trial.number for trial in summary.trials]
+    best = numbers.index(summary.best_trial.number) if summary.best_trial else None
+    head = ("trial", "plan", "perplexity", "±", "zeros", "time (s)", "state", "remark")
+    return Table(head, rows, (1, 6, 7), best)
+
+
+def comparison(studies: Sequence[Contents]) -> Table:
+    """One row per study."""
+    head = ("study", "sparsity", "dense", "uniform", "best", "against uniform", "best plan", "trials", "time", "device")
+    return Table(head, [_study_row(contents) for contents in studies], (0, 6, 9))
+
+
+def fingerprint(contents: Contents) -> Table:
+    """The facts that the values depend on, the versions and the devices."""
+    rows = [(key, _plain(value)) for key, value in sorted(contents.facts.items())]
+    rows += [(f"version of {name}", version) for name, version in contents.versions.items()]
+    return Table(("key", "value"), [*rows, ("device", contents.devices or NOTHING)], (0, 1))
+
+
+def commands(summary: Summary) -> list[tuple[str, str]]:
+    """What each command does, and the command."""
+    stored = summary.made_from is not None
+    study = shlex.quote(f"{plain_name(summary.name)}.toml" if stored else summary.name)
+    config, folder = (shlex.quote(plain_name(summary.name) + end) for end in (".best.json", "-sparse"))
+    return [
+        ("run, or go on", f"python tune.py --study {study}"),
+        ("look", f"python tune.py status --study {study}"),
+        ("best configuration", f"python tune.py export --study {study} --out {config}"),
+        ("sparse checkpoint", f"python tune.py apply --config {config} --out {folder}"),
+    ]
+
+
+def plain_name(name: str) -> str:
+    """A study's name as a file's."""
+    return name.replace("/", "_")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: `48 s`, `12 min`, `3.4 h`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def symbol(name: str) -> str:
+    """A parameter as the papers write it, with its name."""
+    return f"{SYMBOLS[name]} ({name})" if name in SYMBOLS else name
+
+
+def _row(trial: FrozenTrial) -> tuple[str, ...]:
+    attrs, score = trial.user_attrs, score_of(trial)
+    return (
+        str(trial.number),
+        named(trial),
+        f"{score.value:.2f}" if score else "",
+        f"{attrs['stderr']:.2f}" if score and "stderr" in attrs else "",
+        f"{attrs['realised']:.4f}" if "realised" in attrs else "",
+        f"{sum(spent(trial).values()):.1f}" if spent(trial) else "",
+        trial.state.name.lower(),
+        remark(trial),
+    )
+
+
+def _study_row(contents: Contents) -> tuple[str, ...]:
+    summary = contents.summary
+    on_report = summary.best.report is not None
+    dense, uniform, best = (
+        (scores.report if on_report else scores.search) for scores in (summary.dense, summary.uniform, summary.best)
+    )
+    paired = summary.ranks[0].against if summary.ranks and not is_uniform(summary.ranks[0].trial) else None
+    return (
+        summary.name,
+        NOTHING if contents.target is None else f"{contents.target:g}",
+        *(str(score or NOTHING) for score in (dense, uniform)),
+        f"{best or NOTHING}" + ("" if on_report or not best else " (search)"),
+        str(paired or NOTHING),
+        named(summary.best_trial) if summary.best_trial else NOTHING,
+        f"{summary.done}" + (f"/{summary.total}" if summary.total else ""),
+        duration(contents.seconds),
+        contents.devices or NOTHING,
+    )
+
+
+def _cells(scores: Scores) -> tuple[str, str]:
+    return str(scores.search or NOTHING), str(scores.report or NOTHING)
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

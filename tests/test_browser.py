@@ -1,0 +1,100 @@
+"""What a person sees in a real browser: the dashboard of a served study, and its report, from disk and offline."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+from test_serving import Dashboard, served
+from tinystudy import wait_until
+
+pytestmark = pytest.mark.slow
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """CI has one; elsewhere a test that cannot run is skipped."""
+    found = next((path for name in NAMES if (path := shutil.which(name))), None)
+    if found is None and "CI" not in os.environ:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    assert found, "no Chromium here"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """A page of a screen's size; the test fails if anything is written to the console as an error."""
+    page = browser.new_page(viewport={"width": 1400, "height": 1000})
+    errors: list[str] = []
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    yield page
+    page.close()
+    assert not errors
+
+
+@pytest.fixture
+def dashboard(done: Path) -> Iterator[Dashboard]:
+    with served(done / "tiny.db") as dashboard:
+        yield dashboard
+
+
+def address(dashboard: Dashboard, path: str = "") -> str:
+    return f"http://127.0.0.1:{dashboard.port}/dashboard/studies/{dashboard.studies()['tiny']}{path}"
+
+
+def traces(page: Page, title: str) -> int:
+    """Number of SVG traces in the figure of that title."""
+    plot = page.locator(".js-plotly-plot", has_text=title)
+    expect(plot).to_be_visible(timeout=20_000)
+    return plot.locator("g.trace").count()
+
+
+def test_the_list_leads_to_the_study(page: Page, dashboard: Dashboard) -> None:
+    page.goto(f"http://127.0.0.1:{dashboard.port}")
+    page.get_by_role("link", name="tiny").first.click()
+    expect(page.get_by_text("Hyperparameter Importance", exact=True).first).to_be_visible(timeout=20_000)
+    assert "/dashboard/studies/" in page.url
+
+
+def test_the_note_is_shown(page: Page, dashboard: Dashboard) -> None:
+    page.goto(address(dashboard, "/note"))
+    expect(page.get_by_role("heading", name="tiny: 50% of the weights of model go")).to_be_visible(timeout=20_000)
+    expect(page.get_by_role("cell", name="dense")).to_be_visible()
+    expect(page.get_by_text("6 of 6 trials are done.")).to_be_visible()
+
+
+def test_each_figure_is_drawn(page: Page, dashboard: Dashboard) -> None:
+    figures = [json.loads(figure["graph_object"]) for figure in dashboard.study("tiny")["plotly_graph_objects"]]
+    assert len(figures) == 4
+    page.goto(address(dashboard))
+    for figure in figures:
+        drawn = [trace for trace in figure["data"] if trace.get("visible", True) is True]
+        assert traces(page, figure["layout"]["title"]["text"]) >= len(drawn) > 0
+
+
+def test_the_table_of_trials_has_columns_for_people(page: Page, dashboard: Dashboard) -> None:
+    page.goto(address(dashboard, "/smartSelection"))
+    header = page.locator("thead th", has_text="User Attribute")
+    expect(header).to_have_count(6, timeout=20_000)
+    own = [" ".join(words.split()).removeprefix("User Attribute ") for words in header.all_inner_texts()]
+    assert own == ["± stderr", "zeros %", "seconds", "peak GB", "device", "host"]
+
+
+def test_the_artifacts_download(page: Page, dashboard: Dashboard, done: Path) -> None:
+    wait_until(lambda: len(dashboard.study("tiny")["artifacts"]) == 2)
+    page.goto(address(dashboard))
+    link = page.locator('a[download="best.json"]')
+    expect(link).to_be_visible(timeout=20_000)
+    with page.expect_download() as download:
+        link.click()
+    file = download.value.path()
+    assert download.value.suggested_filename == "best.json"
+    assert json.loads(file.read_text())["trial"] == json.loads((done / "tiny.best.json").read_text())["trial"]
