@@ -82,9 +82,9 @@ def test_each_figure_is_drawn(page: Page, dashboard: Dashboard) -> None:
 
 def test_the_table_of_trials_has_columns_for_people(page: Page, dashboard: Dashboard) -> None:
     page.goto(address(dashboard, "/smartSelection"))
-    header = page.locator("thead th", has_text="User Attribute")
+    header = page.locator("thead th", has_text="UserAttribute")
     expect(header).to_have_count(6, timeout=20_000)
-    own = [" ".join(words.split()).removeprefix("User Attribute ") for words in header.all_inner_texts()]
+    own = [words.splitlines()[0].removeprefix("UserAttribute ") for words in header.all_inner_texts()]
     assert own == ["± stderr", "zeros %", "seconds", "peak GB", "device", "host"]
 
 
