@@ -100,18 +100,17 @@ def belief(
     `study` is the one that the GP was fitted to: its values are log perplexities. `before` is how many there were.
     """
     from optuna._gp.search_space import SearchSpace
-    from torch import from_numpy, no_grad
 
     assert sampler._gprs_cache_list is not None
+    gp = sampler._gprs_cache_list[0]
     values = [trial.value for trial in study.trials if trial.value is not None]
     mean, spread = statistics.fmean(values), statistics.pstdev(values)
     curves = {}
     for pruner in pruners:
         points = [_at(beta, pruner, kinds) for beta in _grid(kinds["beta"])]
-        with no_grad():
-            inputs = from_numpy(SearchSpace(kinds).get_normalized_params(points))
-            means, variances = sampler._gprs_cache_list[0].posterior(inputs)
-        middle, width = mean - spread * means.numpy(), 2 * spread * variances.sqrt().numpy()
+        inputs = gp._X_train.new_tensor(SearchSpace(kinds).get_normalized_params(points))
+        means, variances = (tensor.detach().numpy() for tensor in gp.posterior(inputs))
+        middle, width = mean - spread * means, 2 * spread * variances**0.5
         lines = {"mean": middle, "low": middle - width, "high": middle + width}  # the GP sees them upside down
         betas = [round(point.params["beta"], 8) for point in points]
         curves[pruner] = {"beta": betas} | {name: [round(math.exp(v), 3) for v in line] for name, line in lines.items()}

@@ -98,3 +98,60 @@ def test_the_artifacts_download(page: Page, dashboard: Dashboard, done: Path) ->
     file = download.value.path()
     assert download.value.suggested_filename == "best.json"
     assert json.loads(file.read_text())["trial"] == json.loads((done / "tiny.best.json").read_text())["trial"]
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_report_needs_no_network(
+    browser: Browser, done: Path, command: CommandLine, width: int, scheme: Literal["light", "dark"]
+) -> None:
+    assert command("report", "--study", done / "tiny.toml").code == 0
+    with opened(browser, done / "tiny.report.html", width, scheme) as page:
+        plots = page.locator(".js-plotly-plot")
+        expect(plots).to_have_count(5)  # the four figures, and the history
+        assert all(plot.locator("g.trace, g.bars path").count() > 0 for plot in plots.all())
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert all((box := plot.bounding_box()) and box["x"] + box["width"] <= width for plot in plots.all())
+        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        shades = [int(number) for number in re.findall(r"\d+", background)[:3]]
+        assert (sum(shades) > 600) == (scheme == "light"), background
+        tick = page.locator(".xtick text").first
+        ink = [int(number) for number in re.findall(r"\d+", tick.evaluate("e => getComputedStyle(e).fill"))[:3]]
+        assert abs(sum(ink) - sum(shades)) > 150, (ink, shades)
+
+
+def test_two_studies_in_one_report(browser: Browser, done: Path, command: CommandLine) -> None:
+    run(done, "allocation='curve'", name="curve")
+    assert command("report", "--study", done / "tiny.toml", "--study", done / "tiny.toml").code == 2
+    shutil.copy(done / "tiny.toml", done / "other.toml")
+    run(done, f"storage=sqlite:///{done / 'other.db'}", name="other")
+    answer = command("report", "--study", done / "tiny.toml", "--study", done / "other.toml")
+    assert answer.code == 0, answer.err
+    with opened(browser, Path(answer.out.split()[-1]), 1400, "light") as page:
+        assert page.locator(".js-plotly-plot").count() == 12
+        expect(page.get_by_role("cell", name="other").first).to_be_visible()
+
+
+def test_five_hundred_trials_open_soon(browser: Browser, tmp_path: Path) -> None:
+    """Not timed to the second, as machines differ: benchmarks/report.py is."""
+    study = many_trials(tmp_path / "many.db", 500)
+    (tmp_path / "many.html").write_bytes(html.make([gather(study, datetime.now())]))
+    began = monotonic()
+    with opened(browser, tmp_path / "many.html", 1400, "light") as page:
+        expect(page.locator(".js-plotly-plot")).to_have_count(5)
+        assert page.locator("table tr").count() > 500
+    assert monotonic() - began < 20
+
+
+@contextmanager
+def opened(browser: Browser, file: Path, width: int, scheme: Literal["light", "dark"]) -> Iterator[Page]:
+    """A report from disk with the network cut; whatever it asks the network for, or complains of, is an error."""
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True)
+    page, errors = context.new_page(), list[str]()
+    page.on("request", lambda request: errors.append(request.url) if not request.url.startswith(LOCAL) else None)
+    page.on("console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(file.as_uri())
+    yield page
+    context.close()
+    assert not errors

@@ -133,6 +133,11 @@ def test_the_tensor_core_knows_no_study(name: str) -> None:
 
 
 LIGHT = [
+    "figures",
+    "remote",
+    "report",
+    "serving.choosing",
+    "serving.serve",
     "summary",
     "status",
     "config",
