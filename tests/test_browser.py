@@ -2,16 +2,25 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
+from time import monotonic
+from typing import Literal
 
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+from synthetic import long_study
 from test_serving import Dashboard, served
-from tinystudy import wait_until
+from tinystudy import CommandLine, run, wait_until
+
+from atp_tune.report import gather, html
 
 pytestmark = pytest.mark.slow
+LOCAL = ("file:", "data:", "blob:")
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
@@ -71,6 +80,14 @@ def test_the_note_is_shown(page: Page, dashboard: Dashboard) -> None:
     expect(page.get_by_text("6 of 6 trials are done.")).to_be_visible()
 
 
+def test_an_open_page_follows_the_study(page: Page, dashboard: Dashboard, done: Path) -> None:
+    """Nobody reloads it: the note and the figures change when the study has gone on."""
+    page.goto(address(dashboard, "/note"))
+    expect(page.get_by_text("6 of 6 trials are done.")).to_be_visible(timeout=20_000)
+    run(done, "search.trials=8")
+    expect(page.get_by_text("8 of 8 trials are done.")).to_be_visible(timeout=40_000)
+
+
 def test_each_figure_is_drawn(page: Page, dashboard: Dashboard) -> None:
     figures = [json.loads(figure["graph_object"]) for figure in dashboard.study("tiny")["plotly_graph_objects"]]
     assert len(figures) == 4
@@ -121,8 +138,6 @@ def test_the_report_needs_no_network(
 
 
 def test_two_studies_in_one_report(browser: Browser, done: Path, command: CommandLine) -> None:
-    run(done, "allocation='curve'", name="curve")
-    assert command("report", "--study", done / "tiny.toml", "--study", done / "tiny.toml").code == 2
     shutil.copy(done / "tiny.toml", done / "other.toml")
     run(done, f"storage=sqlite:///{done / 'other.db'}", name="other")
     answer = command("report", "--study", done / "tiny.toml", "--study", done / "other.toml")
@@ -134,7 +149,7 @@ def test_two_studies_in_one_report(browser: Browser, done: Path, command: Comman
 
 def test_five_hundred_trials_open_soon(browser: Browser, tmp_path: Path) -> None:
     """Not timed to the second, as machines differ: benchmarks/report.py is."""
-    study = many_trials(tmp_path / "many.db", 500)
+    study = long_study(tmp_path / "many.db", 500)
     (tmp_path / "many.html").write_bytes(html.make([gather(study, datetime.now())]))
     began = monotonic()
     with opened(browser, tmp_path / "many.html", 1400, "light") as page:
