@@ -143,7 +143,7 @@ def test_two_studies_in_one_report(browser: Browser, done: Path, command: Comman
     answer = command("report", "--study", done / "tiny.toml", "--study", done / "other.toml")
     assert answer.code == 0, answer.err
     with opened(browser, Path(answer.out.split()[-1]), 1400, "light") as page:
-        assert page.locator(".js-plotly-plot").count() == 12
+        expect(page.locator(".js-plotly-plot")).to_have_count(12)
         expect(page.get_by_role("cell", name="other").first).to_be_visible()
 
 
