@@ -119,7 +119,8 @@ def belief(
 
 def _grid(kind: BaseDistribution) -> list[float]:
     assert isinstance(kind, FloatDistribution)
-    return [kind.low + (kind.high - kind.low) * k / GRID for k in range(GRID + 1)]
+    steps = [kind.low + (kind.high - kind.low) * k / GRID for k in range(GRID)]
+    return [*steps, kind.high]  # exactly: a sum may end a bit above it, which Optuna refuses
 
 
 def _at(beta: float, pruner: str, kinds: dict[str, BaseDistribution]) -> FrozenTrial:

@@ -16,6 +16,7 @@ from atp_tune.plan import Plan
 from atp_tune.samplers import (
     STARTS,
     BranchSampler,
+    _grid,
     around_best,
     first_trials,
     make_sampler,
@@ -276,6 +277,13 @@ def test_the_total(search: dict[str, Any], prune: dict[str, Any], total: int) ->
 def test_a_stopper_by_name() -> None:
     assert type(make_stopper(search_of(stopper="wilcoxon"))) is WilcoxonPruner
     assert type(make_stopper(search_of(stopper="none"))) is NopPruner
+
+
+@pytest.mark.parametrize("high", [0.8 / 29, 1.2 / 39, 0.1])
+def test_the_grid_of_a_belief_stays_within_its_interval(high: float) -> None:
+    grid = _grid(FloatDistribution(0, high))
+    assert (grid[0], grid[-1]) == (0, high)
+    assert grid == sorted(grid)
 
 
 @pytest.mark.parametrize("pruners", [("wanda",), ("wanda", "magnitude")])
