@@ -66,6 +66,7 @@ class DashboardView(RDBStorage):
 
 def _in_columns(trial: FrozenTrial) -> FrozenTrial:
     trial.user_attrs = columns(trial)
+    trial.values = trial.values and [round(value, 4) for value in trial.values]  # the page prints all that there are
     return trial
 
 
