@@ -1,5 +1,6 @@
 "use strict";
 const PAPER = 660; // px of a figure's width in print: A4 less its margins
+const SHORTER = 0.82; // of its height: two on a page
 const root = document.documentElement;
 const plots = [...document.querySelectorAll(".plot")];
 const touch = matchMedia("(pointer: coarse)").matches; // there a drag scrolls the page
@@ -42,11 +43,15 @@ addEventListener("beforeprint", () => {
   root.classList.add("on-paper");
   plots.filter((plot) => !plot.layout).forEach(draw);
   document.querySelectorAll("details").forEach((details) => { details.open = true; });
-  drawn().forEach((plot) => Plotly.relayout(plot, { ...look(plot.layout), width: PAPER }));
+  drawn().forEach((plot) => Plotly.relayout(plot, {
+    ...look(plot.layout), width: PAPER, height: SHORTER * plot.layout.height,
+  }));
 });
 addEventListener("afterprint", () => {
   root.classList.remove("on-paper");
-  drawn().forEach((plot) => Plotly.relayout(plot, { ...look(plot.layout), width: null, autosize: true }));
+  drawn().forEach((plot) => Plotly.relayout(plot, {
+    ...look(plot.layout), width: null, height: plot.layout.height / SHORTER, autosize: true,
+  }));
 });
 
 let next = 0; // one after the other, so that the page answers from the start

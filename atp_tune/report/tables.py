@@ -63,8 +63,8 @@ def trials(summary: Summary) -> Table:
 
 def comparison(studies: Sequence[Contents]) -> Table:
     """One row per study."""
-    head = ("study", "sparsity", "dense", "uniform", "best", "against uniform", "best plan", "trials", "time", "device")
-    return Table(head, [_study_row(contents) for contents in studies], (0, 6, 9))
+    head = ("study", "sparsity", "dense", "uniform", "best", "against uniform", "trials", "time", "device")
+    return Table(head, [_study_row(contents) for contents in studies], (0, 8))
 
 
 def fingerprint(contents: Contents) -> Table:
@@ -131,7 +131,6 @@ def _study_row(contents: Contents) -> tuple[str, ...]:
         *(str(score or NOTHING) for score in (dense, uniform)),
         f"{best or NOTHING}" + ("" if on_report or not best else " (search)"),
         str(paired or NOTHING),
-        named(summary.best_trial) if summary.best_trial else NOTHING,
         f"{summary.done}" + (f"/{summary.total}" if summary.total else ""),
         duration(contents.seconds),
         contents.devices or NOTHING,
