@@ -100,7 +100,7 @@ def _set_betas(figure: go.Figure, betas: list[float], bounds: tuple[float, float
     for k, bound in enumerate(sorted(drawn, reverse=True)):
         figure.add_shape(
             type="line", x0=bound, x1=bound, y0=0, y1=1, xref="x", yref="paper", layer="below",
-            name=f"admissible bound{' ±' if len(drawn) > 1 else ' '}{bound:.4f}",
+            name=f"admissible bound{' ±' if len(drawn) > 1 else ' '}{abs(bound):.4f}",
             showlegend=not k, line={"color": INK, "width": 1.5, "dash": "longdashdot"},
         )  # fmt: skip
     if bounds and not drawn:
