@@ -16,11 +16,11 @@ from optuna.trial import FrozenTrial
 from pydantic import PlainSerializer
 
 from atp_tune.config import Part, Score, Scores
-from atp_tune.plan import shown
 from atp_tune.process import is_dead
 from atp_tune.storage import counts
 from atp_tune.studyfile import StudyFile
-from atp_tune.summary import Rank, Summary, allocation_of, is_uniform, parameters_of, score_of
+from atp_tune.summary import Rank, Summary, allocation_of, parameters_of, score_of
+from atp_tune.wording import plan_of, remark_of
 
 FORMAT: Literal["atp_tune.status/1"] = "atp_tune.status/1"
 
@@ -197,35 +197,6 @@ def _trial(summary: Summary, trial: FrozenTrial) -> Trial:
         seconds=round(sum(attrs["seconds"].values()), 3) if "seconds" in attrs else None,
         remark=remark_of(trial) or None,
     )
-
-
-def plan_of(trial: FrozenTrial) -> str:
-    """A trial's plan in a few words: `wanda atp β=0.00569`; as much of it as is drawn yet."""
-    pruner = str(trial.params.get("pruner", ""))
-    if "allocation" not in trial.params:
-        return pruner
-    if is_uniform(trial):
-        return f"{pruner} uniform"
-    return f"{pruner} {trial.params['allocation']} {shown(parameters_of(trial))}".rstrip()
-
-
-def method_of(trial: FrozenTrial) -> str:
-    """A trial's plan as a paper names it: `wanda + atp (β = 0.00569)`."""
-    allocation = allocation_of(trial)
-    parameters = "" if allocation == "uniform" else shown(parameters_of(trial))
-    listed = ", ".join(part.replace("=", " = ") for part in parameters.split())
-    return f"{trial.params['pruner']} + {allocation}" + (f" ({listed})" if listed else "")
-
-
-def remark_of(trial: FrozenTrial) -> str:
-    """Why a trial is no measurement of its own, or has no value; empty for the usual one."""
-    attrs = trial.user_attrs
-    if "repeats" in attrs:
-        return f"as trial {attrs['repeats']}"
-    if "stopped_after" in attrs:
-        return f"stopped after {attrs['stopped_after']} windows"
-    unknown = "no sign of life: lost" if trial.state.name == "FAIL" else ""
-    return str(attrs.get("failure") or attrs.get("lost") or unknown)
 
 
 def listed(file: StudyFile, summary: Summary | None) -> Listed:

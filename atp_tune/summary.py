@@ -12,7 +12,6 @@ from atp_tune import storage
 from atp_tune.config import AllocationRef, Baselines, Config, ModelRef, Scores, Sparsity, Texts
 from atp_tune.errors import UserError
 from atp_tune.perplexity import Change, Perplexity, change, perplexity
-from atp_tune.plan import shown
 from atp_tune.studyfile import StudyFile, from_settings
 
 
@@ -119,26 +118,6 @@ def best_of_each(study: optuna.Study) -> list[FrozenTrial]:
 def allocation_of(trial: FrozenTrial) -> str:
     """Name of a trial's allocation."""
     return "uniform" if is_uniform(trial) else str(trial.params.get("allocation", "atp"))
-
-
-def named(trial: FrozenTrial) -> str:
-    """The plan of a trial as people read it; as much of it as a trial that has just begun knows."""
-    if "allocation" not in trial.params:
-        return str(trial.params.get("pruner", ""))
-    if is_uniform(trial):
-        return f"{trial.params['pruner']} uniform"
-    return f"{trial.params['pruner']} {trial.params['allocation']} {shown(parameters_of(trial))}".rstrip()
-
-
-def remark(trial: FrozenTrial) -> str:
-    """What else there is to say of a trial: that it repeats another, was stopped, or why it failed."""
-    attrs = trial.user_attrs
-    if "repeats" in attrs:
-        return f"as trial {attrs['repeats']}"
-    if "stopped_after" in attrs:
-        return f"stopped after {attrs['stopped_after']} windows"
-    unknown = "no sign of life: lost" if trial.state == TrialState.FAIL else ""
-    return str(attrs.get("failure") or attrs.get("lost") or unknown)
 
 
 def _rank(study: optuna.Study, trial: FrozenTrial) -> Rank:

@@ -30,9 +30,12 @@ def made_up(
 ) -> FrozenTrial:
     """A trial whose perplexity is lowest at β = 0.006 and explodes towards the bound; `more` are its attributes."""
     draw = random.Random(f"{beta} {pruner} {allocation} {more.get('lam')}")
-    slope = beta or 0.0
-    level = 60 * (1 + 900 * (slope - 0.006) ** 2) * (50 if slope > 0.025 else 1) * (0.9 if pruner == "sparsegpt" else 1)
-    nlls = [math.log(level) + draw.gauss(0, 0.2) for _ in range(WINDOWS)]
+    slope = 0.02 * more.get("lam", 0.0) if beta is None else beta
+    level = (
+        60 * (1 + 5000 * (slope - 0.006) ** 2) * (50 if slope > 0.025 else 1) * (0.9 if pruner == "sparsegpt" else 1)
+    )
+    text = random.Random(0)  # windows that are hard are so for all trials
+    nlls = [math.log(level) + text.gauss(0, 0.2) + draw.gauss(0, 0.02) for _ in range(WINDOWS)]
     params: dict[str, Any] = {"pruner": pruner, "allocation": allocation}
     if beta is not None:
         params["beta"] = beta
@@ -89,7 +92,7 @@ def long_study(database: Path, trials: int, name: str = "made-up") -> optuna.Stu
             made.append(made_up(draw.uniform(0, BOUND), pruner))
     study.add_trials(made)
     grid = [BOUND * k / 100 for k in range(101)]
-    mean = [60 * (1 + 900 * (beta - 0.006) ** 2) for beta in grid]
+    mean = [60 * (1 + 5000 * (beta - 0.006) ** 2) for beta in grid]
     curve = {"beta": grid, "mean": mean, "low": [0.9 * m for m in mean], "high": [1.1 * m for m in mean]}
     study.set_user_attr("belief", {"before": trials, "curves": {"wanda": curve}})
     return study

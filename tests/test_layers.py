@@ -153,7 +153,10 @@ LIGHT = [
 ]
 
 
-@pytest.mark.parametrize("name", [*(f"atp_tune.{name}" for name in LIGHT), *(n for n in FILES if ".cli" in n)])
+REPORTS = [name for name in FILES if name.split(".")[1:2] in (["cli"], ["figures"], ["report"])]
+
+
+@pytest.mark.parametrize("name", [*(f"atp_tune.{name}" for name in LIGHT), *REPORTS])
 def test_reports_and_exports_need_no_torch(name: str) -> None:
     heavy = {lib: via for lib, via in reached(name).items() if lib.split(".")[0] in {"torch", "transformers"}}
     assert not heavy

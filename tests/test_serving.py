@@ -18,7 +18,7 @@ import pytest
 from optuna.trial import TrialState
 from tinystudy import CommandLine, finish, run, start, study_file, wait_until
 
-from atp_tune import storage
+from atp_tune import storage, studyfile
 from atp_tune.config import read_config
 from atp_tune.errors import UserError
 from atp_tune.serving.choosing import choose
@@ -269,6 +269,7 @@ def test_what_cannot_be_served(options: list[str], words: str, done: Path, comma
 
 def test_the_newest_database_is_served(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(studyfile, "_folders", lambda: (Path("studies"),))
     nothing = None, None, "127.0.0.1", 0, 0, None
     (tmp_path / "studies").mkdir()
     with pytest.raises(UserError, match="no study has a database yet"):

@@ -29,8 +29,9 @@ from atp_tune.cli.running import quiet
 from atp_tune.config import read_config
 from atp_tune.errors import UserError
 from atp_tune.perplexity import Perplexity
-from atp_tune.status import Status, method_of, status_of, to_json
+from atp_tune.status import Status, status_of, to_json
 from atp_tune.summary import Summary, summarise
+from atp_tune.wording import method_of
 
 NOW = datetime(2026, 1, 1, 12)
 DISTRIBUTIONS = {
@@ -251,6 +252,7 @@ def test_studies(done: Path, command: CommandLine, tmp_path: Path, monkeypatch: 
     (tmp_path / "studies" / "far.toml").write_text(
         'storage = "mysql://h/d"\n' + (done / "tiny.toml").read_text().replace("a tiny Llama", "far")
     )
+    shutil.copy(done / "tiny.toml", tmp_path / "studies" / "new.toml")
     answer = command("studies", "--json")
     assert (answer.code, answer.err) == (0, "")
     found = {study["name"]: study for study in json.loads(answer.out)}
@@ -263,7 +265,8 @@ def test_studies(done: Path, command: CommandLine, tmp_path: Path, monkeypatch: 
     assert (found["broken"]["state"], found["broken"]["best"]) == ("invalid", None)
     assert found["broken"]["error"].startswith("studies/broken.toml: line 1: ")
     assert (found["far"]["state"], found["far"]["description"]) == ("unknown", "far")
-    assert (found["smol"]["state"], found["smol"]["done"]) == ("not started", 0)
+    assert (found["new"]["state"], found["new"]["done"]) == ("not started", 0)
+    assert "smol" in found
 
 
 @pytest.mark.parametrize("arguments", [["status", "--json"], ["status"], ["export", "--json"]], ids=str)

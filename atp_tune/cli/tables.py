@@ -29,7 +29,7 @@ TOLERANCE = 0.001  # relative difference of perplexities that rounding may make
 
 def show_summary(summary: "Summary", file: "StudyFile") -> None:
     """Dense, uniform and the best of each allocation as one Markdown table, and the commands that come next."""
-    from atp_tune.status import method_of
+    from atp_tune.wording import method_of
 
     sparsity = summary.sparsity or file.study.sparsity
     console.print(f"{summary.name}: {sparsity:.0%} sparsity\n", highlight=False)
@@ -48,8 +48,8 @@ def show_summary(summary: "Summary", file: "StudyFile") -> None:
 
 def _results(summary: "Summary") -> Table:
     from atp_tune.config import Scores
-    from atp_tune.status import method_of
     from atp_tune.summary import is_uniform, score_of
+    from atp_tune.wording import method_of
 
     table = Table(box=box.MARKDOWN, header_style="")
     for column in ("method", "sparsity", "search perplexity", "report perplexity", "against uniform"):
@@ -123,7 +123,7 @@ def trials_table(summary: "Summary", trials: "list[FrozenTrial]") -> Table:
 
 
 def _row(trial: "FrozenTrial", is_best: bool) -> list[str]:
-    from atp_tune.status import plan_of, remark_of
+    from atp_tune.wording import plan_of, remark_of
 
     attrs = trial.user_attrs
     value = "" if trial.value is None else f"{trial.value:.2f}"

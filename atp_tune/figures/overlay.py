@@ -30,10 +30,8 @@ def sparsities(summaries: Sequence[Summary]) -> go.Figure | None:
 
 def perplexities(summaries: Sequence[Summary]) -> go.Figure | None:
     """Perplexity against β of several studies of one model and text; None where fewer than two have trials with β."""
-    drawn = [
-        (k, summary, [t for t in finite(summary.trials) if "beta" in t.params]) for k, summary in enumerate(summaries)
-    ]
-    drawn = [(k, summary, trials) for k, summary, trials in drawn if trials]
+    found = [[t for t in finite(summary.trials) if "beta" in t.params] for summary in summaries]
+    drawn = [(k, summary, found[k]) for k, summary in enumerate(summaries) if found[k]]
     if len(drawn) < 2:
         return None
     figure = new_figure("Perplexity against β", "β, common difference per block", "perplexity, search text")

@@ -27,6 +27,7 @@ from atp_tune.figures.trials import finite, role, told, value_of
 from atp_tune.figures.view import View
 from atp_tune.summary import Summary, is_uniform
 
+PLAIN, LEGEND, LABELS = 380, 22, 70  # px of height: the plot, a row of its legend, slanted names below it
 NEAR = 0.6  # of the width of the data: a bound farther off is told, not drawn
 
 
@@ -46,13 +47,15 @@ def draw(summary: Summary) -> go.Figure | None:
     dense = summary.dense.search.value if summary.dense.search else None
     seen, panels = view.view_of(done, dense), split(done)
     title = "Perplexity against β" if panels.over_beta else "Perplexity of each allocation"
-    figure = new_figure(title, "", "perplexity, search text").update_layout(height=440)
+    figure = new_figure(title, "", "perplexity, search text")
     _set_axes(figure, panels, bounds_of(summary))
     if panels.over_beta:
         belief.add(figure, summary.belief)
     _add_trials(figure, panels, seen)
     _add_lines(figure, summary, seen, dense)
     _mark(figure, done[0], panels)
+    entries = sum(item.showlegend is not False for item in (*figure.data, *figure.layout.shapes))
+    figure.update_layout(height=PLAIN + LEGEND * -(-entries // 3) + LABELS * bool(panels.over_beta and panels.others))
     view.apply(seen, figure, [f"{_place(t, panels)}: {value_of(t):.0f} ↑" for t in done if seen.hides(t)])
     return figure
 
@@ -78,26 +81,26 @@ def _set_axes(figure: go.Figure, panels: Panels, bounds: tuple[float, float] | N
     strip = min(0.4, 0.06 + 0.07 * len(names)) if names and panels.over_beta else float(bool(names))
     end = 1 - strip - (0.03 if strip else 0)
     if names:
-        listed = {"type": "category", "categoryarray": names, "range": [-0.6, len(names) - 0.4], "tickangle": -45}
+        listed = {"type": "category", "categoryarray": names, "range": [-0.6, len(names) - 0.4], "tickangle": -90}
         figure.update_layout(
             xaxis2=axis("" if panels.over_beta else "allocation", **listed, domain=[1 - strip, 1], anchor="y")
         )
     if panels.over_beta:
         figure.update_xaxes(domain=[0, end], selector={"domain": None})
-        _set_betas(figure, [_beta(trial) for trial in panels.over_beta], bounds)
+        _set_betas(figure, [_beta(trial) for trial in panels.over_beta], bounds, not names)
     else:
         figure.update_xaxes(visible=False, selector={"domain": None})
 
 
-def _set_betas(figure: go.Figure, betas: list[float], bounds: tuple[float, float] | None) -> None:
+def _set_betas(figure: go.Figure, betas: list[float], bounds: tuple[float, float] | None, alone: bool) -> None:
     """The axis of β, and the admissible bounds as lines where they do not squeeze the data."""
     low, high = min(betas), max(betas)
-    span, title = high - low, "β, common difference per block"
+    span, title = high - low, "β, common difference per block" if alone else "β, difference per block"
     drawn = [bound for bound in bounds or () if (bound > 0 or low < 0) and _is_near(bound, low, high)]
     for k, bound in enumerate(sorted(drawn, reverse=True)):
         figure.add_shape(
             type="line", x0=bound, x1=bound, y0=0, y1=1, xref="x", yref="paper", layer="below",
-            name=f"admissible bound ±{bound:.4f}" if len(drawn) > 1 else f"admissible bound {bound:.4f}",
+            name=f"admissible bound{' ±' if len(drawn) > 1 else ' '}{abs(bound):.4f}",
             showlegend=not k, line={"color": INK, "width": 1.5, "dash": "longdashdot"},
         )  # fmt: skip
     if bounds and not drawn:

@@ -12,7 +12,7 @@ def draw(summary: Summary) -> go.Figure | None:
     best, uniform, second = best_of(summary), uniform_of(summary), second_of(summary)
     shown = [
         ("second best", second, SECOND, "dot"),
-        ("uniform", uniform, UNIFORM, "solid"),
+        ("uniform", None if uniform == best else uniform, UNIFORM, "solid"),
         ("best", best, BEST, "solid"),
     ]
     figure = new_figure("Sparsity of each block", "block", "sparsity (share of zeros)")

@@ -6,7 +6,8 @@ from math import isfinite
 from optuna.trial import FrozenTrial
 
 from atp_tune.storage import ranked
-from atp_tune.summary import Summary, is_uniform, named, score_of
+from atp_tune.summary import Summary, is_uniform, score_of
+from atp_tune.wording import plan_of
 
 
 def finite(trials: list[FrozenTrial]) -> list[FrozenTrial]:
@@ -47,7 +48,7 @@ def worst_of(summary: Summary) -> FrozenTrial | None:
 
 def told(trial: FrozenTrial) -> str:
     """Number, plan and perplexity of a trial in two lines, for a box over its point."""
-    return f"trial {trial.number}: {escape(named(trial))}<br>perplexity {score_of(trial)}"
+    return f"trial {trial.number}: {escape(plan_of(trial))}<br>perplexity {score_of(trial)}"
 
 
 def role(name: str, trial: FrozenTrial) -> str:

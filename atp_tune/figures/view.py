@@ -51,6 +51,6 @@ def apply(view: View, figure: go.Figure, labels: list[str]) -> None:
     lines = labels[:NAMED] + ([f"and {len(labels) - NAMED} more ↑"] if len(labels) > NAMED else [])
     figure.update_layout(margin_t=44 + 14 * len(lines))
     figure.add_annotation(
-        text="<br>".join(lines), x=1, y=1, xref="paper", yref="paper", xanchor="right", yanchor="bottom",
-        align="right", showarrow=False, font={"size": SMALL},
+        text="<br>".join(lines), x=0, y=1, xref="paper", yref="paper", xanchor="left", yanchor="bottom",
+        align="left", showarrow=False, font={"size": SMALL},
     )  # fmt: skip

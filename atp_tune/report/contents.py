@@ -1,5 +1,6 @@
 """What a report says of one study, gathered once from its storage."""
 
+import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ class Contents:
     def study_file(self) -> str | None:
         """The study file with all overrides, as TOML; None where an early version made the study."""
         made = self.summary.made_from
-        return tomli_w.dumps(_without_none(settings(made)["settings"]), multiline_strings=False) if made else None
+        return toml(settings(made)["settings"]) if made else None
 
     def count(self, *states: TrialState) -> int:
         """Number of trials in these states."""
@@ -95,7 +96,7 @@ class Contents:
         paired = summary.ranks[0].against if summary.ranks else None
         if paired is None:
             return "Uniform has not been measured yet."
-        error = f" ± {paired.stderr:.1%}" if paired.stderr else ""
+        error = f"\u00a0±\u00a0{paired.stderr:.1%}" if paired.stderr else ""
         side, text = "below" if paired.value <= 0 else "above", summary.ranks[0].on
         return f"The best plan’s perplexity is {abs(paired.value):.1%}{error} {side} uniform’s on the {text} text."
 
@@ -107,9 +108,11 @@ def gather(study: optuna.Study, made: datetime) -> Contents:
 
 
 def _importance(study: optuna.Study, trials: list[FrozenTrial]) -> dict[str, float]:
-    """Shares by parameter, the largest first; empty with too few trials, or where nothing was varied."""
+    """Shares by parameter that was varied, the largest first; empty with too few trials."""
     done = ranked(trials)
-    if len(done) < ENOUGH or len({tuple(sorted(trial.params.items(), key=str)) for trial in done}) < 2:
+    varied = {name for trial in done for name in trial.params}
+    varied = {name for name in varied if len({trial.params.get(name) for trial in done}) > 1}
+    if len(done) < ENOUGH or not varied:
         return {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # experimental, and complains of conditional parameters
@@ -117,7 +120,14 @@ def _importance(study: optuna.Study, trials: list[FrozenTrial]) -> dict[str, flo
             found = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
         except (ValueError, RuntimeError):
             return {}
-    return dict(sorted(((name, share) for name, share in found.items() if isfinite(share)), key=lambda pair: -pair[1]))
+    shares = [(name, share) for name, share in found.items() if name in varied and isfinite(share)]
+    return dict(sorted(shares, key=lambda pair: -pair[1]))
+
+
+def toml(table: dict[str, Any]) -> str:
+    """TOML with each list in one line."""
+    text = tomli_w.dumps(_without_none(table), indent=1)
+    return re.sub(r"\[\n((?: .*,\n)+)\]", lambda lines: f"[{' '.join(lines[1].split(chr(10) + ' '))[1:-2]}]", text)
 
 
 def _several(values: Iterable[Any]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import plotly.graph_objects as go
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
+from plotly.io.json import to_json_plotly
 from plotly.offline import get_plotlyjs
 
 import atp_tune
@@ -15,6 +16,7 @@ from atp_tune.figures import history, overlay
 from atp_tune.report import tables
 from atp_tune.report.contents import Contents
 
+TITLE = 32  # px that a figure keeps for its own title
 HERE = Path(__file__).parent
 SAME = ("model.content", "texts.search.content")  # facts without which perplexities are not to be compared
 
@@ -27,12 +29,13 @@ def make(studies: Sequence[Contents]) -> bytes:
         made=max(contents.made for contents in studies),
         comparison=tables.comparison(studies) if len(studies) > 1 else None,
         overlays=_drawn(overlays(studies)),
+        symbol=tables.symbol,
         version=atp_tune.__version__,
         style=_own("page.css"),
         script=_own("page.js"),
         plotly=Markup(get_plotlyjs()),
     )
-    return page.encode()
+    return (page.strip() + "\n").encode()
 
 
 def overlays(studies: Sequence[Contents]) -> dict[str, go.Figure]:
@@ -74,12 +77,10 @@ def _drawn(made: Mapping[str, go.Figure]) -> dict[str, tuple[str, Markup]]:
 
 def _data(figure: go.Figure) -> Markup:
     """A figure's JSON, which cannot end the script element that holds it, whatever a study is called."""
-    plain = go.Figure(figure).update_layout(title=None)
-    if plain.layout.margin.t == 44:
-        plain.update_layout(margin_t=12)
-    else:
-        plain.update_layout(margin_t=plain.layout.margin.t - 28)
-    return Markup(plain.to_json().replace("<", "\\u003c"))
+    plain = figure.to_dict()
+    del plain["layout"]["title"]
+    plain["layout"]["margin"]["t"] -= TITLE
+    return Markup(to_json_plotly(plain).replace("<", "\\u003c"))
 
 
 def _own(name: str) -> Markup:

@@ -29,7 +29,8 @@ from optuna.trial import FrozenTrial, TrialState
 from atp_tune.config import Scores
 from atp_tune.report.contents import Contents
 from atp_tune.studyfile import settings
-from atp_tune.summary import Rank, allocation_of, named, parameters_of, remark, score_of
+from atp_tune.summary import Rank, allocation_of, parameters_of, score_of
+from atp_tune.wording import plan_of, remark_of
 
 FORMAT = "atp_tune.report/1"
 
@@ -94,13 +95,13 @@ def _trial(trial: FrozenTrial) -> dict[str, Any]:
     return {
         "number": trial.number,
         "state": trial.state.name.lower(),
-        "plan": named(trial),
+        "plan": plan_of(trial),
         "pruner": trial.params.get("pruner"),
         "allocation": trial.params.get("allocation"),
         "parameters": parameters_of(trial),
         "perplexity": score.model_dump() if score else None,
         **{key: attrs.get(key) for key in kept},
-        "remark": remark(trial),
+        "remark": remark_of(trial),
     }
 
 

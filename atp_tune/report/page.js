@@ -1,5 +1,6 @@
 "use strict";
 const PAPER = 660; // px of a figure's width in print: A4 less its margins
+const SHORTER = 0.82; // of its height: two on a page
 const root = document.documentElement;
 const plots = [...document.querySelectorAll(".plot")];
 const touch = matchMedia("(pointer: coarse)").matches; // there a drag scrolls the page
@@ -28,9 +29,12 @@ function put(layout, changes) {
 function draw(plot) {
   const figure = JSON.parse(plot.querySelector("script").textContent);
   put(figure.layout, { ...look(figure.layout), dragmode: touch ? false : "zoom" });
+  plot.dataset.height = figure.layout.height; // kept by the element: Plotly forgets a layout's on resizing
+  plot.style.height = `${figure.layout.height}px`;
+  delete figure.layout.height;
   plot.replaceChildren();
   Plotly.newPlot(plot, figure.data, figure.layout, {
-    responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"],
+    responsive: true, displaylogo: false, modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
   });
 }
 
@@ -42,11 +46,18 @@ addEventListener("beforeprint", () => {
   root.classList.add("on-paper");
   plots.filter((plot) => !plot.layout).forEach(draw);
   document.querySelectorAll("details").forEach((details) => { details.open = true; });
-  drawn().forEach((plot) => Plotly.relayout(plot, { ...look(plot.layout), width: PAPER }));
+  for (const plot of drawn()) {
+    const height = SHORTER * plot.dataset.height;
+    plot.style.height = `${height}px`;
+    Plotly.relayout(plot, { ...look(plot.layout), width: PAPER, height });
+  }
 });
 addEventListener("afterprint", () => {
   root.classList.remove("on-paper");
-  drawn().forEach((plot) => Plotly.relayout(plot, { ...look(plot.layout), width: null, autosize: true }));
+  for (const plot of drawn()) {
+    plot.style.height = `${plot.dataset.height}px`;
+    Plotly.relayout(plot, { ...look(plot.layout), width: null, height: null, autosize: true });
+  }
 });
 
 let next = 0; // one after the other, so that the page answers from the start

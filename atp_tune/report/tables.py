@@ -11,7 +11,8 @@ from atp_tune.allocations.budget import SYMBOLS
 from atp_tune.config import Scores
 from atp_tune.figures.seconds import spent
 from atp_tune.report.contents import Contents
-from atp_tune.summary import Summary, allocation_of, is_uniform, named, remark, score_of
+from atp_tune.summary import Summary, allocation_of, is_uniform, score_of
+from atp_tune.wording import plan_of, remark_of
 
 NOTHING = "–"
 
@@ -32,7 +33,7 @@ def headline(summary: Summary) -> Table:
     best = summary.best_trial
     if best is not None:
         rows.append((f"uniform, {best.params.get('pruner', '')}", *_cells(summary.uniform)))
-        rows.append((f"best, {named(best)} (trial {best.number})", *_cells(summary.best)))
+        rows.append((f"best, {plan_of(best)} (trial {best.number})", *_cells(summary.best)))
     return Table(("perplexity", "search text", "report text"), rows, best=2 if best else None)
 
 
@@ -63,8 +64,8 @@ def trials(summary: Summary) -> Table:
 
 def comparison(studies: Sequence[Contents]) -> Table:
     """One row per study."""
-    head = ("study", "sparsity", "dense", "uniform", "best", "against uniform", "best plan", "trials", "time", "device")
-    return Table(head, [_study_row(contents) for contents in studies], (0, 6, 9))
+    head = ("study", "sparsity", "dense", "uniform", "best", "against uniform", "trials", "time", "device")
+    return Table(head, [_study_row(contents) for contents in studies], (0, 8))
 
 
 def fingerprint(contents: Contents) -> Table:
@@ -108,13 +109,13 @@ def _row(trial: FrozenTrial) -> tuple[str, ...]:
     attrs, score = trial.user_attrs, score_of(trial)
     return (
         str(trial.number),
-        named(trial),
+        plan_of(trial),
         f"{score.value:.2f}" if score else "",
         f"{attrs['stderr']:.2f}" if score and "stderr" in attrs else "",
         f"{attrs['realised']:.4f}" if "realised" in attrs else "",
         f"{sum(spent(trial).values()):.1f}" if spent(trial) else "",
         trial.state.name.lower(),
-        remark(trial),
+        remark_of(trial),
     )
 
 
@@ -131,7 +132,6 @@ def _study_row(contents: Contents) -> tuple[str, ...]:
         *(str(score or NOTHING) for score in (dense, uniform)),
         f"{best or NOTHING}" + ("" if on_report or not best else " (search)"),
         str(paired or NOTHING),
-        named(summary.best_trial) if summary.best_trial else NOTHING,
         f"{summary.done}" + (f"/{summary.total}" if summary.total else ""),
         duration(contents.seconds),
         contents.devices or NOTHING,

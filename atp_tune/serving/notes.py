@@ -6,8 +6,8 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.config import Scores
-from atp_tune.status import method_of, plan_of, remark_of
 from atp_tune.summary import Rank, Summary, is_uniform
+from atp_tune.wording import method_of, plan_of, remark_of
 
 OWN = "*Above: atp_tune, always current. Below: your own notes, which are kept.*"
 GAP = "&emsp;"  # the dashboard draws tables without space between columns
