@@ -371,3 +371,8 @@ def test_a_browser_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPat
     with pytest.raises(UserError) as caught:
         sheet.svg([go.Figure()])
     assert str(caught.value) == f"a picture could not be drawn (no browser); it needs: {sheet.NEEDS}"
+
+
+def test_a_long_name_does_not_push_the_figure_away() -> None:
+    assert overlay.label("short") == "short"
+    assert overlay.label("x" * 100) == "x" * 39 + "…"

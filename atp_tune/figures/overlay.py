@@ -10,8 +10,14 @@ from atp_tune.figures.style import CYCLE, error_bars, log_axis, new_figure, roun
 from atp_tune.figures.trials import best_of, finite, told, value_of
 from atp_tune.summary import Summary
 
+LONGEST = 40  # letters of a name in a legend
 DASHES = ("solid", "dash", "dot", "dashdot")  # the colours come again, with another dash or symbol
 MARKS = ("circle", "diamond", "square", "triangle-down")
+
+
+def label(name: str) -> str:
+    """A study's name that a legend has room for."""
+    return escape(name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…")
 
 
 def sparsities(summaries: Sequence[Summary]) -> go.Figure | None:
@@ -21,7 +27,7 @@ def sparsities(summaries: Sequence[Summary]) -> go.Figure | None:
         best = best_of(summary)
         if best is not None and best.user_attrs.get("sparsities"):
             figure.add_scatter(
-                y=rounded(best.user_attrs["sparsities"], 4), name=escape(summary.name), mode="lines",
+                y=rounded(best.user_attrs["sparsities"], 4), name=label(summary.name), mode="lines",
                 line={"color": CYCLE[k % len(CYCLE)], "dash": DASHES[k // len(CYCLE) % 4], "width": 2, "shape": "hvh"},
                 hovertemplate=f"block %{{x}}: %{{y:.4f}}<br>{told(best)}<extra></extra>",
             )  # fmt: skip
@@ -40,7 +46,7 @@ def perplexities(summaries: Sequence[Summary]) -> go.Figure | None:
         shown = sorted((t for t in trials if not seen.hides(t)), key=lambda t: float(t.params["beta"]))
         colour = CYCLE[k % len(CYCLE)]
         figure.add_scatter(
-            x=rounded(t.params["beta"] for t in shown), y=rounded(map(value_of, shown)), name=escape(summary.name),
+            x=rounded(t.params["beta"] for t in shown), y=rounded(map(value_of, shown)), name=label(summary.name),
             mode="markers", marker={"color": colour, "size": 8, "symbol": MARKS[k // len(CYCLE) % 4]},
             error_y=error_bars(shown, colour),
             text=[told(t) for t in shown], hovertemplate="%{text}<extra></extra>",

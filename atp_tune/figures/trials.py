@@ -26,10 +26,11 @@ def best_of(summary: Summary) -> FrozenTrial | None:
 
 
 def uniform_of(summary: Summary) -> FrozenTrial | None:
-    """The uniform trial of the best trial's pruner."""
+    """The first uniform trial of the best trial's pruner, as the summary has it."""
     best = best_of(summary)
     pruner = best.params.get("pruner") if best else None
-    return next((t for t in finite(summary.trials) if is_uniform(t) and t.params.get("pruner") == pruner), None)
+    found = (t for t in finite(summary.trials) if is_uniform(t) and t.params.get("pruner") == pruner)
+    return min(found, key=lambda trial: trial.number, default=None)
 
 
 def second_of(summary: Summary) -> FrozenTrial | None:
