@@ -10,6 +10,7 @@ import torch
 from localhub import serve
 
 if TYPE_CHECKING:
+    import optuna
     from tinystudy import CommandLine
 
 torch.set_num_threads(1)
@@ -62,6 +63,16 @@ def tiny_done(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         patch.setenv("ATP_TUNE_CACHE", str(place.parent / "cache"))
         run(place)
     return place
+
+
+@pytest.fixture(scope="session")
+def long(tmp_path_factory: pytest.TempPathFactory) -> "optuna.Study":
+    """A made-up study of 500 trials in a real SQLite file; to be read only."""
+    from synthetic import long_study
+    from tinystudy import quiet
+
+    with quiet():
+        return long_study(tmp_path_factory.mktemp("long") / "long.db", 500)
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from pathlib import Path
 from time import monotonic
 from typing import Literal
 
+import optuna
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
-from synthetic import long_study
 from test_serving import Dashboard, served
 from tinystudy import CommandLine, run, wait_until
 
@@ -147,10 +147,9 @@ def test_two_studies_in_one_report(browser: Browser, done: Path, command: Comman
         expect(page.get_by_role("cell", name="other").first).to_be_visible()
 
 
-def test_five_hundred_trials_open_soon(browser: Browser, tmp_path: Path) -> None:
+def test_five_hundred_trials_open_soon(browser: Browser, tmp_path: Path, long: optuna.Study) -> None:
     """Not timed to the second, as machines differ: benchmarks/report.py is."""
-    study = long_study(tmp_path / "many.db", 500)
-    (tmp_path / "many.html").write_bytes(html.make([gather(study, datetime.now())]))
+    (tmp_path / "many.html").write_bytes(html.make([gather(long, datetime.now())]))
     began = monotonic()
     with opened(browser, tmp_path / "many.html", 1400, "light") as page:
         expect(page.locator(".js-plotly-plot")).to_have_count(5)

@@ -7,7 +7,7 @@ import optuna
 import plotly.graph_objects as go
 import pytest
 from optuna.trial import TrialState, create_trial
-from synthetic import BLOCKS, BOUND, long_study, made_up, new_study
+from synthetic import BLOCKS, BOUND, made_up, new_study
 from test_summary import stored
 from tinystudy import quiet
 
@@ -18,7 +18,7 @@ from atp_tune.figures.belief import add
 from atp_tune.figures.style import CYCLE, TICKS, faint, log_axis, rounded
 from atp_tune.figures.trials import second_of
 from atp_tune.figures.view import view_of
-from atp_tune.summary import Summary, summarise
+from atp_tune.summary import summarise
 
 KEYS = ["perplexity", "sparsity", "error", "seconds"]
 
@@ -309,20 +309,14 @@ def test_several_studies_in_one_figure(tmp_path: Path) -> None:
 # Size and style
 
 
-@pytest.fixture(scope="module")
-def long(tmp_path_factory: pytest.TempPathFactory) -> Summary:
-    with quiet():
-        return summarise(long_study(tmp_path_factory.mktemp("long") / "long.db", 500))
-
-
 @pytest.mark.parametrize("key", KEYS)
-def test_a_long_study_stays_small(long: Summary, key: str) -> None:
-    text = figures.FIGURES[key](long).to_json()
+def test_a_long_study_stays_small(long: optuna.Study, key: str) -> None:
+    text = figures.FIGURES[key](summarise(long)).to_json()
     assert len(text) < 150_000
 
 
-def test_pages_shine_through(long: Summary) -> None:
-    for figure in figures.draw(long).values():
+def test_pages_shine_through(long: optuna.Study) -> None:
+    for figure in figures.draw(summarise(long)).values():
         assert figure.layout.paper_bgcolor == figure.layout.plot_bgcolor == "rgba(0,0,0,0)"
         assert figure.layout.width is None
         assert figure.layout.yaxis.title.text

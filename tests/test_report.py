@@ -10,7 +10,7 @@ from typing import Any
 import optuna
 import pytest
 from optuna.trial import TrialState, create_trial
-from synthetic import long_study, made_up, new_study
+from synthetic import made_up, new_study
 from test_summary import stored
 from tinystudy import Answer, CommandLine, quiet
 
@@ -102,8 +102,8 @@ def test_a_real_study(done: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_a_long_study(tmp_path: Path, kind: str) -> None:
-    contents = gather(long_study(tmp_path / "long.db", 500), NOW)
+def test_a_long_study(long: optuna.Study, kind: str) -> None:
+    contents = gather(long, NOW)
     made = MAKERS[kind]([contents])
     assert contents.summary.done == 500
     assert len(made) < 6_000_000

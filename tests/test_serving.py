@@ -173,6 +173,7 @@ def test_artifacts_are_current_and_there_once(dashboard: Dashboard, done: Path, 
     assert len(dashboard.study("tiny")["artifacts"]) == 2
 
 
+@pytest.mark.slow
 def test_a_study_that_runs_is_followed(place: Path) -> None:
     worker = start("--study", place / "tiny.toml", "--set", "search.trials=12")
     wait_until((place / "tiny.db").exists, 60)
@@ -184,7 +185,7 @@ def test_a_study_that_runs_is_followed(place: Path) -> None:
             versions.add(study["note"]["version"])
             sleep(0.1)
         assert "12 of 12 trials are done." in dashboard.study("tiny")["note"]["body"]
-        assert len(dashboard.study("tiny")["trials"]) == 12
+        wait_until(lambda: len(dashboard.study("tiny")["trials"]) == 12)
     assert finish(worker).code == 0
     assert len(versions) > 1
 

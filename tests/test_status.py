@@ -279,6 +279,7 @@ def test_a_study_that_is_not_there(arguments: list[str], place: Path, command: C
 # --- watching
 
 
+@pytest.mark.slow
 def test_a_watch_ends_with_the_study(place: Path, command: CommandLine) -> None:
     """It waits for the study, tells what changes, and gives the summary; beside it one that writes JSON lines."""
     options = ("status", "--study", place / "tiny.toml", "--watch", "--every", "0.1")
