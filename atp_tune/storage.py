@@ -54,7 +54,12 @@ def open_database(address: str, create: bool, kind: type[Database]) -> Database 
         return _patiently(address, url, kind)
     except (SQLAlchemyError, ImportError, RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"storage {url.render_as_string(hide_password=True)}: {reason}") from None
+        raise UserError(f"storage {without_password(address)}: {reason}") from None
+
+
+def without_password(address: str) -> str:
+    """A storage URL as it may be shown."""
+    return make_url(address).render_as_string(hide_password=True)
 
 
 def _url(address: str) -> URL:

@@ -87,6 +87,7 @@ def test_the_note_of_a_study(dashboard: Dashboard, done: Path) -> None:
     assert "6 of 6 trials are done." in body
     assert "below uniform on the report text" in body
     assert "tiny.toml`" in body
+    assert f"Database: `sqlite:///{done / 'tiny.db'}`" in body
     assert "python tune.py apply --config best.json --out DIR" in body
 
 

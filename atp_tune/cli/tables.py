@@ -186,6 +186,8 @@ def show_applied(config: "Config", measured: "Perplexity", out: Path) -> None:
 
 def show_served(service: "Service", served: "Served") -> None:
     """What is served, where people look, and how workers join."""
+    from atp_tune.storage import without_password
+
     names = served.studies if len(served.studies) <= 5 else [*served.studies[:4], f"… {len(served.studies)} studies"]
     studies = ", ".join(names) or "no study yet"
     host = service.listen if service.listen not in ("0.0.0.0", "::") else socket.gethostname()
@@ -241,10 +243,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def without_password(address: str) -> str:
-    """A storage URL as it may be shown."""
-    from sqlalchemy.engine import make_url
-
-    return make_url(address).render_as_string(hide_password=True)

@@ -20,9 +20,10 @@ def with_own_words(ours: str, written: str) -> str:
     return f"{ours}\n\n---\n\n{OWN}\n\n{(theirs if mark else written).strip()}".rstrip() + "\n"
 
 
-def study_note(summary: Summary) -> str:
-    """What is tuned, what was found, and the commands that come next."""
-    parts = [_what(summary), _scores(summary), _gain(summary), _state(summary), _commands(summary)]
+def study_note(summary: Summary, address: str) -> str:
+    """What is tuned, what was found, where the files are (`address` is the storage's), and the commands that follow."""
+    files = _files(summary, address)
+    parts = [_what(summary), _scores(summary), _gain(summary), _state(summary), files, _commands(summary)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -95,8 +96,13 @@ def _commands(summary: Summary) -> str:
         f"python tune.py --study {file.name}{other} --storage grpc://HOST:13000    # help, from another",
         "python tune.py apply --config best.json --out DIR    # the sparse checkpoint",
     ]
-    best = "`best.json` and the report are among this study's artifacts." if summary.best_trial else ""
-    return f"Study file: {_code(str(file.path))}. {best}\n\n```\n" + "\n".join(lines) + "\n```"
+    return "```\n" + "\n".join(lines) + "\n```"
+
+
+def _files(summary: Summary, address: str) -> str:
+    file = f" Study file: {_code(str(summary.made_from.path))}." if summary.made_from else ""
+    best = " `best.json` and `report.html` are among this study's artifacts." if summary.best_trial else ""
+    return f"Database: {_code(address)}.{file}{best}"
 
 
 def _code(text: str) -> str:

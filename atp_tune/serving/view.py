@@ -18,7 +18,7 @@ from optuna_dashboard import get_note, save_note, save_plotly_graph_object
 
 from atp_tune.figures import draw
 from atp_tune.serving.notes import columns, facts_of, study_note, trial_note, with_own_words
-from atp_tune.storage import open_database
+from atp_tune.storage import open_database, without_password
 from atp_tune.summary import Summary, summarise
 
 DASHBOARD = "dashboard:"  # what its attributes begin with
@@ -29,7 +29,7 @@ def make_view(address: str, storage: BaseStorage) -> "DashboardView":
     """The view of a database that exists; `storage` is the same one as it is."""
     view = open_database(address, False, DashboardView)
     assert view is not None
-    view.additions = Additions(storage)
+    view.additions = Additions(storage, without_password(address))
     return view
 
 
@@ -99,8 +99,9 @@ class Later(Mapping[str, Any]):
 class Additions:
     """Notes and figures of studies, made anew when a study has changed; any thread may ask."""
 
-    def __init__(self, storage: BaseStorage) -> None:
+    def __init__(self, storage: BaseStorage, address: str) -> None:
         self._storage = storage
+        self._address = address
         self._lock = Lock()
         self._made: dict[int, tuple[object, Attributes]] = {}
         self._changes = 0
@@ -120,7 +121,7 @@ class Additions:
         return _figures(summary) | self._notes(study, summary, stored)
 
     def _notes(self, study: Study, summary: Summary, stored: Attributes) -> dict[str, Any]:
-        notes = self._note(study, study_note(summary), stored, "")
+        notes = self._note(study, study_note(summary, self._address), stored, "")
         for trial in summary.trials:
             owner = SimpleNamespace(storage=study._storage, study=study, _trial_id=trial._trial_id)
             notes |= self._note(cast(Trial, owner), trial_note(trial, summary), stored, f"{trial._trial_id}:")
