@@ -4,7 +4,9 @@ import math
 import random
 import statistics
 import warnings
+import zlib
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import optuna
@@ -16,27 +18,69 @@ from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.space import Params, Space
+from atp_tune.storage import counts
 from atp_tune.study import Search
 
 GRID = 40  # steps of β in which a belief is written down
 STARTS = 3  # measured points of an allocation before a model of it is fitted: plenty for one to three parameters
 
 
-def make_sampler(search: Search, space: Space, seed: int) -> BaseSampler:
-    """The sampler of a study; `seed` grows with the trials that are there, so that a resume does not repeat draws."""
+def make_sampler(search: Search, space: Space) -> BaseSampler:
+    """The sampler of a study.
+
+    What it proposes depends on the study's seed, the trial's place and the trials that are there, not on the process:
+    a study that was interrupted goes on as if it had not been, and workers draw apart from each other.
+    """
+    match search.sampler:
+        case "gp":
+            return BranchSampler(lambda seed: GPSampler(seed=seed, n_startup_trials=STARTS), space, search.seed)
+        case "tpe":
+            return BranchSampler(_tpe, space, search.seed)
+        case "grid" | "random":  # all points of a grid are among the first trials
+            return SeededSampler(search.seed)
+
+
+def _tpe(seed: int) -> TPESampler:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
-        match search.sampler:
-            case "gp":
-                return BranchSampler(GPSampler(seed=seed, n_startup_trials=STARTS), space)
-            case "tpe":
-                return BranchSampler(TPESampler(seed=seed, n_startup_trials=STARTS, multivariate=True), space)
-            case "grid" | "random":  # all points of a grid are among the first trials
-                return RandomSampler(seed=seed)
+        return TPESampler(seed=seed, n_startup_trials=STARTS, multivariate=True, constant_liar=True)
+
+
+def seed_of(seed: int, study: Study, trial: FrozenTrial, name: str = "") -> int:
+    """A seed for one trial, or one parameter of it, by its place: its number, but for the trials that were lost."""
+    before = study.get_trials(deepcopy=False)[: trial.number]
+    place = sum(counts(other) or not other.state.is_finished() for other in before)
+    return zlib.crc32(f"{seed} {place} {name}".encode())
+
+
+class SeededSampler(BaseSampler):
+    """Random proposals by the study's seed, the trial's place and the parameter's name."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """Nothing: each parameter is drawn on its own."""
+        return {}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """A uniform draw."""
+        sampler = RandomSampler(seed=seed_of(self._seed, study, trial, param_name))
+        return sampler.sample_independent(study, trial, param_name, param_distribution)
 
 
 class BranchSampler(BaseSampler):
     """Chooses an allocation, and lets a sampler propose its parameters from what is known of this allocation.
+
+    `make` gives the sampler inside for a seed, a new one for each trial.
 
     Each allocation has parameters of its own, which samplers of one fixed space, like the GP, cannot mix. Every other
     trial goes to the allocation with the fewest trials, the others to the one that leads: all get a fair try, and the
@@ -46,9 +90,10 @@ class BranchSampler(BaseSampler):
     too large: fitted as it is, one such trial flattens the valley that matters.
     """
 
-    def __init__(self, inner: BaseSampler, space: Space) -> None:
-        self._inner = inner
+    def __init__(self, make: Callable[[int], BaseSampler], space: Space, seed: int) -> None:
+        self._make = make
         self._space = space
+        self._seed = seed
         self._branch = ""
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -74,12 +119,13 @@ class BranchSampler(BaseSampler):
                 shadow.add_trial(_logged(other, {name: params[name] for name in own}, own))
         open_ones = around_best(shadow, open_ones)
         shadow.ask()  # stands for the trial: the inner sampler writes to it
-        found = self._inner.sample_relative(shadow, shadow.trials[-1], open_ones)
-        if self._branch == "atp" and found and isinstance(self._inner, GPSampler):
-            study.set_user_attr("belief", belief(self._inner, shadow, open_ones, self._space.pruners))
+        inner = self._make(seed_of(self._seed, study, trial))
+        found = inner.sample_relative(shadow, shadow.trials[-1], open_ones)
+        if self._branch == "atp" and found and isinstance(inner, GPSampler):
+            study.set_user_attr("belief", belief(inner, shadow, open_ones, self._space.pruners))
         for name, kind in open_ones.items():
             if name not in found:
-                found[name] = self._inner.sample_independent(shadow, shadow.trials[-1], name, kind)
+                found[name] = inner.sample_independent(shadow, shadow.trials[-1], name, kind)
         return {
             "allocation": self._branch,
             **{name: found[name] if name in found else _only(own[name]) for name in own},
@@ -89,7 +135,8 @@ class BranchSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         """As the inner sampler does."""
-        return self._inner.sample_independent(study, trial, param_name, param_distribution)
+        inner = self._make(seed_of(self._seed, study, trial, param_name))
+        return inner.sample_independent(study, trial, param_name, param_distribution)
 
 
 def belief(

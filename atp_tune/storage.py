@@ -209,6 +209,16 @@ def counted(study: optuna.Study) -> int:
     return sum(counts(trial) for trial in study.get_trials(deepcopy=False))
 
 
+def is_repetition(study: optuna.Study, number: int) -> bool:
+    """Whether a queued trial is one that an earlier one has measured or measures now: two workers that begin a study
+    at the same moment both queue its first trials, and two that miss a dead worker both queue its trial again.
+    """
+    *before, trial = study.get_trials(deepcopy=False)[: number + 1]
+    queued = trial.system_attrs.get("fixed_params")
+    same = (other for other in before if queued in (other.params, other.system_attrs.get("fixed_params")))
+    return bool(queued) and any(other.state in (TrialState.RUNNING, TrialState.COMPLETE) for other in same)
+
+
 def is_surplus(study: optuna.Study, number: int, total: int) -> bool:
     """Whether the total is reached without this trial: two workers may both begin what they take for the last one.
 

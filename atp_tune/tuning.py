@@ -30,7 +30,8 @@ POLL = 2  # seconds between looks at a trial that runs elsewhere
 class Run:
     """One call of the command: the study file, the study's name, and how many seconds to go on at most.
 
-    A `bench` that is open already, with this model and these texts, spares loading them.
+    A `bench` that is open already, with this model and these texts, spares loading them. Of several workers one
+    `reports`: it measures the report text and writes the best configuration when the total is reached.
     """
 
     file: StudyFile
@@ -38,6 +39,7 @@ class Run:
     timeout: float | None
     watch: Watch
     bench: "Bench | None" = None
+    reports: bool = True
 
     def note(self, text: str) -> None:
         """Tells one line."""
@@ -49,14 +51,23 @@ def tune(run: Run) -> optuna.Study:
 
     A study that is complete is returned at once, without loading torch or the model. UserError for bad input.
     """
+    return completed(run) or _work(run)
+
+
+def completed(run: Run) -> optuna.Study | None:
+    """The study if it is complete; UserError if it was made with other facts, or cannot be stored."""
     storage.check_writable(run.file.storage_url)
+    study = begun(run)
+    if study is None or storage.is_new(study):
+        return None
+    storage.check_facts(study, facts(run.file.study, run.file.folder), partly=True)
+    return study if is_complete(study, run.file) else None
+
+
+def begun(run: Run) -> optuna.Study | None:
+    """The study as it stands, if there is one."""
     db = storage.open_storage(run.file.storage_url, create=False)
-    study = storage.find_study(db, run.name) if db else None
-    if study is not None and not storage.is_new(study):
-        storage.check_facts(study, facts(run.file.study, run.file.folder), partly=True)
-        if is_complete(study, run.file):
-            return study
-    return _work(run)
+    return storage.find_study(db, run.name) if db else None
 
 
 def is_complete(study: optuna.Study, file: StudyFile) -> bool:
@@ -76,13 +87,13 @@ def _work(run: Run) -> optuna.Study:
     assert db is not None
     study = storage.create_study(db, run.name, {**facts(run.file.study, run.file.folder), **bench.contents()})
     _describe(study, run.file, bench, total)
-    study.sampler = make_sampler(run.file.study.search, space, run.file.study.search.seed + len(study.trials))
+    study.sampler = make_sampler(run.file.study.search, space)
     study.pruner = make_stopper(run.file.study.search)
     for params in first_trials(run.file.study.search, space)[:total]:
         study.enqueue_trial(params, skip_if_exists=True)
     _measure_dense(run, study, bench)
     _drive(run, study, bench, space, total)
-    if storage.counted(study) >= total:
+    if run.reports and storage.counted(study) >= total:
         report(run, study, bench, space)
     return study
 
@@ -177,15 +188,23 @@ class Attempt:
         """The objective's value."""
         self.number, self._is_bug = trial.number, True
         try:
-            if storage.is_surplus(trial.study, trial.number, self._total):
-                trial.set_user_attr("lost", "not needed: other workers reached the total")
-                raise TrialError("not needed")
+            self._check_need(trial)
             value = self._objective(trial)
         except (TrialError, UpdateFinishedTrialError):
             self._is_bug = False
             raise
         self._is_bug = False
         return value
+
+    def _check_need(self, trial: optuna.Trial) -> None:
+        reason = ""
+        if storage.is_surplus(trial.study, trial.number, self._total):
+            reason = "not needed: other workers reached the total"
+        elif storage.is_repetition(trial.study, trial.number):
+            reason = "not needed: queued twice"
+        if reason:
+            trial.set_user_attr("lost", reason)
+            raise TrialError(reason)
 
     def is_lost(self, study: optuna.Study) -> bool:
         """Whether the last trial was ended by somebody else."""

@@ -16,11 +16,13 @@ from atp_tune.plan import Plan
 from atp_tune.samplers import (
     STARTS,
     BranchSampler,
+    SeededSampler,
     _grid,
     around_best,
     first_trials,
     make_sampler,
     make_stopper,
+    seed_of,
     total_trials,
     whose_turn,
 )
@@ -66,18 +68,18 @@ def params_of(study: optuna.Study) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("gp", BranchSampler), ("tpe", BranchSampler), ("random", RandomSampler), ("grid", RandomSampler)],
+    [("gp", BranchSampler), ("tpe", BranchSampler), ("random", SeededSampler), ("grid", SeededSampler)],
 )
 def test_a_sampler_by_name(name: str, kind: type[BaseSampler]) -> None:
-    assert type(make_sampler(search_of(sampler=name), space_of(), 0)) is kind
+    assert type(make_sampler(search_of(sampler=name), space_of())) is kind
 
 
 @pytest.mark.parametrize("sampler", ["gp", "tpe", "random"])
 @pytest.mark.parametrize("prune", [{}, BOTH])
 def test_proposals_are_in_the_space_and_the_same_for_a_seed(sampler: str, prune: dict[str, Any]) -> None:
     space = space_of(prune=prune)
-    search = search_of(sampler=sampler)
-    first, again, other = (run(space, make_sampler(search, space, seed), STARTS + 2) for seed in (3, 3, 4))
+    searches = (search_of(sampler=sampler, seed=seed) for seed in (3, 3, 4))
+    first, again, other = (run(space, make_sampler(search, space), STARTS + 2) for search in searches)
     assert params_of(first) == params_of(again) != params_of(other)
     for trial in first.trials:
         assert trial.state == TrialState.COMPLETE
@@ -90,7 +92,7 @@ def test_proposals_are_in_the_space_and_the_same_for_a_seed(sampler: str, prune:
 @pytest.mark.parametrize("prune", [{}, BOTH])
 def test_the_gp_finds_the_valley(prune: dict[str, Any]) -> None:
     space = space_of(prune=prune)
-    study = run(space, make_sampler(search_of(), space, 0), 10)
+    study = run(space, make_sampler(search_of(), space), 10)
     assert study.best_params["pruner"] == "wanda"
     assert abs(study.best_params["beta"] - 0.07) < 0.01
 
@@ -99,14 +101,14 @@ def test_the_gp_works_in_a_database_with_other_studies(tmp_path: Path) -> None:
     """Studies in a database have numbers of their own, unlike studies in memory."""
     space, url = space_of(prune=BOTH), f"sqlite:///{tmp_path}/studies.db"
     optuna.create_study(storage=url)
-    study = run(space, make_sampler(search_of(), space, 0), STARTS + 2, url)
-    assert params_of(study) == params_of(run(space, make_sampler(search_of(), space, 0), STARTS + 2))
+    study = run(space, make_sampler(search_of(), space), STARTS + 2, url)
+    assert params_of(study) == params_of(run(space, make_sampler(search_of(), space), STARTS + 2))
 
 
 def test_a_gp_study_goes_on_with_a_new_sampler(tmp_path: Path) -> None:
     space, url = space_of(), f"sqlite:///{tmp_path}/studies.db"
-    study = run(space, make_sampler(search_of(), space, 0), 4, url)
-    resumed = optuna.load_study(study_name=study.study_name, storage=url, sampler=make_sampler(search_of(), space, 4))
+    study = run(space, make_sampler(search_of(), space), 4, url)
+    resumed = optuna.load_study(study_name=study.study_name, storage=url, sampler=make_sampler(search_of(), space))
     resumed.optimize(lambda trial: fake_perplexity(space.suggest(trial)), n_trials=4)
     betas = [trial.params["beta"] for trial in resumed.trials]
     assert len(betas) == 8 and all(0 <= beta <= 0.2 for beta in betas)
@@ -127,7 +129,7 @@ def mixed_perplexity(plan: Plan) -> float:
 def test_a_mixed_space_gives_each_allocation_its_parameters(sampler: str) -> None:
     space = space_of(allocation=MIXED, prune=BOTH)
     search = search_of(sampler=sampler)
-    study = optuna.create_study(sampler=make_sampler(search, space, 0))
+    study = optuna.create_study(sampler=make_sampler(search, space))
     for params in first_trials(search, space):
         study.enqueue_trial(params)
     study.optimize(lambda trial: mixed_perplexity(space.suggest(trial)), n_trials=24)
@@ -198,7 +200,7 @@ def without_allocation(trial: optuna.Trial) -> dict[str, Any]:
 
 def test_the_sampler_inside_sees_logarithms_of_what_is_done_and_what_runs() -> None:
     spy, space = Spy(), space_of()
-    study = optuna.create_study(sampler=BranchSampler(spy, space))
+    study = optuna.create_study(sampler=BranchSampler(lambda seed: spy, space, 0))
     done, failed, running = trials = study.ask(), study.ask(), study.ask()
     for trial in trials:
         space.suggest(trial)
@@ -213,19 +215,50 @@ def test_the_sampler_inside_sees_logarithms_of_what_is_done_and_what_runs() -> N
 
 
 def test_the_first_trials_are_drawn_at_random() -> None:
-    """Until there are STARTS measured trials, the GP proposes what its independent sampler does."""
+    """Until there are STARTS measured trials, the GP proposes what its random sampler does for the trial's seed."""
     space = space_of()
-    study = run(space, make_sampler(search_of(), space, 5), STARTS)
-    plain = optuna.create_study(sampler=GPSampler(seed=5, n_startup_trials=STARTS))
-    plain.optimize(lambda trial: trial.suggest_float("beta", *space.intervals["atp"]["beta"]), n_trials=STARTS - 1)
-    assert [p["beta"] for p in params_of(study)[1:]] == [p["beta"] for p in params_of(plain)]
+    study = run(space, make_sampler(search_of(seed=5), space), STARTS)
+    low, high = space.intervals["atp"]["beta"]
+    for trial in study.trials[1:]:
+        plain = optuna.create_study(sampler=GPSampler(seed=seed_of(5, study, trial), n_startup_trials=STARTS))
+        assert plain.ask().suggest_float("beta", low, high) == trial.params["beta"]
+
+
+@pytest.mark.parametrize("sampler", ["gp", "tpe", "random"])
+def test_a_trial_that_was_lost_changes_no_proposal(sampler: str) -> None:
+    space, search = space_of(), search_of(sampler=sampler)
+    undisturbed = run(space, make_sampler(search, space), 8)
+    study = run(space, make_sampler(search, space), 5)
+    lost = study.ask()
+    space.suggest(lost)
+    study.tell(lost, state=TrialState.FAIL)
+    study.enqueue_trial(lost.params)  # as storage.queue_again does
+    study.sampler = make_sampler(search, space)
+    study.optimize(lambda trial: fake_perplexity(space.suggest(trial)), n_trials=3)
+    done = study.get_trials(states=(TrialState.COMPLETE,))
+    assert [trial.params for trial in done] == params_of(undisturbed)
+
+
+def test_workers_draw_apart_from_each_other() -> None:
+    """Trials that run are known to the next one, whoever runs it."""
+    space = space_of()
+    for sampler in ("gp", "tpe", "random"):
+        study = run(space, make_sampler(search_of(sampler=sampler), space), 5)
+        running = []
+        for _ in range(6):
+            study.sampler = make_sampler(search_of(sampler=sampler), space)  # as another process has it
+            trial = study.ask()
+            running.append(space.suggest(trial).parameters["beta"])
+        assert len(set(running)) == 6
+        if sampler == "gp":
+            assert max(running) - min(running) > 0.002
 
 
 def test_measurements_on_atp_count_for_the_curve() -> None:
     """The GP of curve starts from them: nothing is drawn at random after STARTS trials of ATP."""
     space = space_of(allocation={"names": ["atp", "curve"]})
     spy = Spy()
-    study = optuna.create_study(sampler=BranchSampler(spy, space))
+    study = optuna.create_study(sampler=BranchSampler(lambda seed: spy, space, 0))
     for beta in (0.0, 0.1, 0.15, 0.2):
         study.enqueue_trial({"pruner": "wanda", "allocation": "atp", "beta": beta})
         trial = study.ask()
@@ -238,7 +271,7 @@ def test_measurements_on_atp_count_for_the_curve() -> None:
 @pytest.mark.parametrize("prune", [{}, BOTH])
 def test_a_grid_is_visited_once_each(prune: dict[str, Any]) -> None:
     space, search = space_of(prune=prune), search_of(trials=None, sampler="grid", step=0.05)
-    study = optuna.create_study(sampler=make_sampler(search, space, 0))
+    study = optuna.create_study(sampler=make_sampler(search, space))
     for params in first_trials(search, space):
         study.enqueue_trial(params)
     study.optimize(lambda trial: fake_perplexity(space.suggest(trial)), n_trials=total_trials(search, space))
@@ -290,7 +323,7 @@ def test_the_grid_of_a_belief_stays_within_its_interval(high: float) -> None:
 def test_belief_is_what_the_gp_holds(pruners: tuple[str, ...]) -> None:
     """Where the GP has seen a valley without noise, its belief goes through the points, and is surest there."""
     space = space_of(prune={"pruners": pruners})
-    study = optuna.create_study(sampler=make_sampler(Search(trials=12), space, 0))
+    study = optuna.create_study(sampler=make_sampler(Search(trials=12), space))
     high = space.intervals["atp"]["beta"][1]
 
     def valley(trial: optuna.Trial) -> float:

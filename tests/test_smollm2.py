@@ -131,7 +131,7 @@ def test_from_study_to_sparse_checkpoint(tmp_path: Path) -> None:
     study.write_text((ROOT / "studies" / "smol.toml").read_text())
     overrides = [word for key in SHORT for word in ("--set", key)]
     printed = run("--study", str(study), "--trials", "3", *overrides)
-    assert "[3/3]" in printed and "uniform, wanda" in printed
+    assert "[3/3]" in printed and "| wanda + uniform " in printed
     best = json.loads((tmp_path / "smol.best.json").read_text())
     out = tmp_path / "sparse"
     run("apply", "--config", str(tmp_path / "smol.best.json"), "--out", str(out))

@@ -23,6 +23,7 @@ from atp_tune.storage import (
     create_study,
     find_study,
     is_new,
+    is_repetition,
     is_surplus,
     open_storage,
     queue_again,
@@ -357,3 +358,17 @@ def test_all_workers_agree_on_which_trials_are_too_many() -> None:
         value = 1.0 if state == TrialState.COMPLETE else None
         study.add_trial(optuna.create_trial(state=state, value=value, user_attrs=attrs))
     assert [is_surplus(study, number, 3) for number in range(5)] == [False, False, False, False, True]
+
+
+def test_what_is_queued_twice_is_measured_once() -> None:
+    study = optuna.create_study()
+    for beta in (0.0, 0.1, 0.0, 0.1, 0.2):
+        study.enqueue_trial({"beta": beta})
+    study.ask().suggest_float("beta", 0, 1)  # runs
+    study.tell(study.ask(), state=TrialState.FAIL)  # lost before it drew anything
+    assert [is_repetition(study, number) for number in range(5)] == [False, False, True, False, False]
+    study.tell(0, 1.0)
+    assert is_repetition(study, 2)
+    assert not is_repetition(study, study.ask().number + 2)
+    study.enqueue_trial({})
+    assert not is_repetition(study, 5)

@@ -46,6 +46,12 @@ def run(
     storage: Storage = None,
     study_name: StudyLabel = None,
     device: Device = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that run trials: a CUDA device each, or a share of the CPU.")
+    ] = None,
+    devices: Annotated[
+        str | None, typer.Option(metavar="LIST", help="One process for each, as in `cuda:0,cuda:1`.")
+    ] = None,
     set_: Overrides = None,
 ) -> None:
     """Find how to share out sparsity over the blocks of a language model, and prune it.
@@ -64,7 +70,11 @@ def run(
 
     if trials is not None:
         set_ = [*(set_ or []), f"search.trials={trials}"]
-    run_study(_load(study, storage, device, set_), study_name, timeout)
+    file = _load(study, storage, device, set_)
+    names = _devices(file.study.device, workers, devices)
+    for name in names:  # so that a mistake is told before anything runs
+        _load(study, storage, name, set_)
+    run_study(file, study_name, timeout, names)
 
 
 @app.command()
@@ -283,6 +293,16 @@ def _listed(path: Path) -> "Listed":
         return listed(file, summarise(study) if study else None)
     except UserError as error:
         return invalid(path, str(error))
+
+
+def _devices(device: str, workers: int | None, devices: str | None) -> list[str]:
+    """The device of each worker."""
+    if devices is None:
+        return [device] * (workers or 1)
+    listed = [name.strip() for name in devices.split(",") if name.strip()]
+    if not listed or (workers is not None and workers != len(listed)):
+        raise typer.BadParameter(f"names {len(listed)} devices, --workers {workers}", param_hint="--devices")
+    return listed
 
 
 def _parameters(beta: float | None, others: list[str] | None) -> dict[str, float]:

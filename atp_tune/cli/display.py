@@ -1,4 +1,4 @@
-"""Progress of a run: two bars on a terminal, plain lines elsewhere."""
+"""Progress of a run: bars on a terminal, one for the trials and one for each worker; plain lines elsewhere."""
 
 from time import monotonic
 from types import TracebackType
@@ -17,23 +17,22 @@ from atp_tune.events import Event, Note, Step, TrialEnded, TrialStarted
 
 
 class Display:
-    """Draws events; a context manager, and what a run takes as its `watch`."""
+    """Draws the progress of a whole run; a context manager, and what a run of one process takes as its `watch`."""
 
     def __init__(self) -> None:
-        self._bars = Progress(
+        self.bars = Progress(
             TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn("ETA"), TimeRemainingColumn(), console=console, transient=True,
         )  # fmt: skip
-        self._trials = self._bars.add_task("trials", total=None, visible=False)
-        self._steps = self._bars.add_task("", total=None, visible=False)
-        self._title = ""
-        self._plan = ""
-        self._began = self._first = monotonic()
+        self._trials = self.bars.add_task("trials", total=None, visible=False)
+        self._first = monotonic()
         self._ended = 0
+        self._notes: set[str] = set()
+        self._only: Line | None = None
 
     def __enter__(self) -> "Display":
         if console.is_terminal:
-            self._bars.start()
+            self.bars.start()
         return self
 
     def __exit__(
@@ -43,49 +42,65 @@ class Display:
 
     def close(self) -> None:
         """Takes the bars off the screen."""
-        if self._bars.live.is_started:
-            self._bars.stop()
+        if self.bars.live.is_started:
+            self.bars.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Draws an event of the only process."""
+        self._only = self._only or Line(self)
+        self._only(event)
+
+    def note(self, text: str) -> None:
+        """Prints a line, once: several workers may say the same."""
+        if text not in self._notes:
+            console.print(text, highlight=False)
+        self._notes.add(text)
+
+    def end(self, event: TrialEnded, plan: str, seconds: float) -> None:
+        """Prints what a trial came to, and moves the bar of the trials."""
+        self._ended += 1
+        value = f"perplexity {event.value:.2f}" if event.value is not None else f"failed: {event.reason}"
+        best = f"best {event.best:.2f}" if event.best is not None else "no best yet"
+        left = (monotonic() - self._first) / self._ended * (event.total - event.done)
+        eta = f", {duration(left)} left" if event.done < event.total and not console.is_terminal else ""
+        console.print(
+            f"[{event.done}/{event.total}] trial {event.number}: {plan}: {value} in {seconds:.0f} s ({best}{eta})",
+            highlight=False, markup=False,
+        )  # fmt: skip
+        self.bars.update(
+            self._trials, description=f"trials ({best})", completed=event.done, total=event.total, visible=True
+        )
+
+
+class Line:
+    """Draws the progress of one process: what that takes as its `watch`."""
+
+    def __init__(self, display: Display, name: str = "") -> None:
+        self._display = display
+        self._name = name
+        self._bar = display.bars.add_task("", total=None, visible=False)
+        self._title = self._plan = ""
+        self._began = monotonic()
 
     def __call__(self, event: Event) -> None:
         """Draws one event."""
         match event:
             case Note(text):
-                console.print(text, highlight=False)
+                self._display.note(text)
             case TrialStarted(title, plan):
                 self._start(title, str(plan) if plan else "")
             case Step(phase, done, total):
-                self._bars.update(
-                    self._steps,
-                    description=f"{self._title}: {phase}",
-                    completed=done,
-                    total=total,
-                    visible=True,
-                )
+                title = f"{self._name}{self._title}: {phase}"
+                self._display.bars.update(self._bar, description=title, completed=done, total=total, visible=True)
             case TrialEnded():
-                self._end(event)
+                self._display.end(event, self._plan, monotonic() - self._began)
+
+    def hide(self) -> None:
+        """Takes the bar away: nothing more comes."""
+        self._display.bars.update(self._bar, visible=False)
 
     def _start(self, title: str, plan: str) -> None:
         self._title, self._plan, self._began = title, plan, monotonic()
-        self._bars.reset(self._steps, description=title, visible=True)
+        self._display.bars.reset(self._bar, description=f"{self._name}{title}", visible=True)
         if not console.is_terminal and not title.startswith("trial"):
             console.print(f"{title} {plan}".rstrip(), highlight=False)
-
-    def _end(self, event: TrialEnded) -> None:
-        self._ended += 1
-        now = monotonic()
-        value = f"perplexity {event.value:.2f}" if event.value is not None else f"failed: {event.reason}"
-        best = f"best {event.best:.2f}" if event.best is not None else "no best yet"
-        left = (now - self._first) / self._ended * (event.total - event.done)
-        eta = f", {duration(left)} left" if event.done < event.total and not console.is_terminal else ""
-        console.print(
-            f"[{event.done}/{event.total}] trial {event.number}: {self._plan}: {value} in {now - self._began:.0f} s "
-            f"({best}{eta})",
-            highlight=False, markup=False,
-        )  # fmt: skip
-        self._bars.update(
-            self._trials,
-            description=f"trials ({best})",
-            completed=event.done,
-            total=event.total,
-            visible=True,
-        )

@@ -6,7 +6,7 @@ import signal
 import sys
 import warnings
 from _thread import interrupt_main
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -23,27 +23,43 @@ if TYPE_CHECKING:
     import optuna
 
     from atp_tune.serving.serve import Service
+    from atp_tune.tuning import Run
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 SOON = 0.02  # seconds until an interruption that would break a transaction is tried again
 
 
-def run_study(file: StudyFile, name: str | None, timeout: float | None) -> None:
-    """Runs or resumes a study with progress; the summary at the end, also of what is left after Ctrl-C."""
+def run_study(file: StudyFile, name: str | None, timeout: float | None, devices: Sequence[str]) -> None:
+    """Runs or resumes a study with progress; the summary at the end, also of what is left after Ctrl-C.
+
+    One process for each of the `devices`, this one if there is one.
+    """
     from atp_tune.summary import summarise
-    from atp_tune.tuning import Run, tune
+    from atp_tune.tuning import Run
 
     with quiet(), interruptible(), Display() as display:
         run = Run(file, name or file.name, timeout, display)
         try:
-            study = tune(run)
+            study = _driven(run, devices, display)
         except KeyboardInterrupt:
             display.close()
             console.print(
                 f"stopped: finished trials are in {file.database or 'the storage'}; the same command goes on from there"
             )
             sys.exit(130)
-    show_summary(summarise(study), file)
+    if study is not None:
+        show_summary(summarise(study), file)
+
+
+def _driven(run: "Run", devices: Sequence[str], display: Display) -> "optuna.Study | None":
+    from atp_tune.cli.workers import run_workers
+    from atp_tune.tuning import begun, completed, tune
+
+    if len(devices) == 1:
+        return tune(run)
+    if completed(run) is None:
+        run_workers((run.file, run.name, run.timeout), devices, display)
+    return begun(run)
 
 
 def run_report(studies: Sequence["optuna.Study"], kind: str, out: Path) -> None:
@@ -92,15 +108,18 @@ def run_serve(service: "Service") -> None:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Silences what libraries log for their developers; errors still come through as exceptions."""
+def quiet(tell: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Silences what libraries log for their developers; errors still come through as exceptions.
+
+    What the package itself has to say beside the events of a run goes to `tell`, by default onto the screen.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    own, words = logging.getLogger("atp_tune"), Words()
+    own, words = logging.getLogger("atp_tune"), Words(tell or console.print)
     own.addHandler(words)
     try:
         with warnings.catch_warnings():
@@ -111,11 +130,15 @@ def quiet() -> Iterator[None]:
 
 
 class Words(logging.Handler):
-    """Prints what the package has to say beside the events of a run, a line at a time."""
+    """Hands on what the package logs, a line at a time."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        super().__init__()
+        self._tell = tell
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Prints one line."""
-        console.print(record.getMessage(), highlight=False)
+        """Hands on one line."""
+        self._tell(record.getMessage())
 
 
 @contextmanager
@@ -142,9 +165,9 @@ def interruptible() -> Iterator[None]:
 
 
 def in_transaction(frame: FrameType | None) -> bool:
-    """Whether a stack runs through the database."""
+    """Whether a stack runs through the database, or through a callback of Python's that swallows exceptions."""
     while frame is not None:
-        if frame.f_globals.get("__name__", "").startswith(("sqlalchemy.", "optuna.storages.")):
+        if frame.f_globals.get("__name__", "").startswith(("sqlalchemy.", "optuna.storages.", "weakref")):
             return True
         frame = frame.f_back
     return False

@@ -1,0 +1,116 @@
+"""Several processes that run one study on this machine."""
+
+import signal
+import subprocess
+from pathlib import Path
+
+import optuna
+import psutil
+import pytest
+from optuna.trial import TrialState
+from tinystudy import LONG, CommandLine, finish, run, settings, start, wait_for, wait_until
+
+from atp_tune import storage
+
+TOTAL = 30  # long enough for the second worker to load its model
+
+
+def begin(place: Path, *more: str) -> "subprocess.Popen[str]":
+    return start("--study", place / "tiny.toml", *settings(*LONG, f"search.trials={TOTAL}"), *more)
+
+
+def trials(place: Path) -> list[optuna.trial.FrozenTrial]:
+    db = storage.open_storage(f"sqlite:///{place / 'tiny.db'}", create=False)
+    study = storage.find_study(db, "tiny") if db else None
+    return study.get_trials() if study else []
+
+
+def measured(place: Path) -> list[optuna.trial.FrozenTrial]:
+    return [trial for trial in trials(place) if trial.state == TrialState.COMPLETE]
+
+
+def workers_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
+    return [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+
+
+def check_whole(place: Path) -> None:
+    """Exactly the total, nothing twice, nothing left over, and the final numbers are there."""
+    whole = measured(place)
+    assert len(whole) == TOTAL
+    assert len({str(trial.params) for trial in whole}) == TOTAL
+    assert not [trial for trial in trials(place) if not trial.state.is_finished()]
+    assert (place / "tiny.best.json").exists()
+
+
+@pytest.mark.slow
+def test_three_workers_share_a_study(place: Path) -> None:
+    answer = finish(begin(place, "--workers", "3"), 120)
+    assert answer.code == 0, answer.err
+    check_whole(place)
+    assert len({trial.user_attrs["pid"] for trial in measured(place)}) > 1
+    assert answer.out.count("loading the model and the texts") == 1
+    assert answer.out.count("| wanda + uniform ") == 1
+    assert f"[{TOTAL}/{TOTAL}]" in answer.out
+    values = {str(trial.params): trial.value for trial in measured(place)}
+    alone = run(place, *LONG, f"search.trials={TOTAL}", name="alone")
+    assert {str(trial.params): trial.value for trial in alone.trials} == pytest.approx(values, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_all_and_loses_nothing(place: Path) -> None:
+    process = begin(place, "--devices", "cpu,cpu")
+    wait_for(place / "tiny.db", 3, process)
+    process.send_signal(signal.SIGINT)
+    answer = finish(process)
+    assert (answer.code, answer.err) == (130, "")
+    assert "stopped: finished trials are in" in answer.out
+    assert not [trial for trial in trials(place) if trial.state == TrialState.RUNNING]
+    assert finish(begin(place), 120).code == 0
+    check_whole(place)
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_started_again(place: Path) -> None:
+    process = begin(place, "--workers", "2")
+    wait_for(place / "tiny.db", 2, process)
+    wait_until(lambda: len(workers_of(process)) == 2)
+    workers_of(process)[0].kill()
+    answer = finish(process, 120)
+    assert answer.code == 0, answer.err
+    assert "died (exit code -9): it is started again" in answer.out
+    check_whole(place)
+
+
+@pytest.mark.slow
+def test_workers_do_not_outlive_their_parent(place: Path) -> None:
+    process = begin(place, "--workers", "2")
+    wait_for(place / "tiny.db", 2, process)
+    wait_until(lambda: len(workers_of(process)) == 2)
+    children = workers_of(process)
+    process.kill()
+    process.communicate()
+    assert not psutil.wait_procs(children, 30)[1]
+    assert finish(begin(place), 120).code == 0
+    check_whole(place)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--devices", "cpu,gpu"], "device"),
+        (["--devices", "cpu,cpu", "--workers", "3"], "names 2 devices, --workers 3"),
+        (["--devices", ","], "names 0 devices"),
+        (["--workers", "0"], "--workers"),
+    ],
+)
+def test_devices_that_are_none(options: list[str], words: str, place: Path, command: CommandLine) -> None:
+    answer = command("--study", place / "tiny.toml", *options)
+    assert answer.code == 2
+    assert words in answer.err
+    assert not (place / "tiny.db").exists()
+
+
+@pytest.mark.slow
+def test_a_device_that_is_not_here(place: Path) -> None:
+    answer = finish(begin(place, "--devices", "cpu,cuda:7"))
+    assert "device: cuda:7 is not on this machine" in answer.error
