@@ -36,11 +36,12 @@ class Keeper:
             self._tell(f"warning: {str(error).splitlines()[0]}")
 
     def _look(self) -> None:
+        attached = False
         for name in optuna.get_all_study_names(self._storage):
             study = trials.find_study(self._storage, name)
             if study is not None and "fingerprint" in study.user_attrs:
                 self._recover(study)
-                self._attach(study)
+                attached = attached or self._attach(study)  # one a turn: a report takes half a second, and 5 MB
 
     def _recover(self, study: optuna.Study) -> None:
         """Queues trials again that gave no sign of life: the workers of other machines cannot see that themselves."""
@@ -54,15 +55,16 @@ class Keeper:
             if ended.state == TrialState.FAIL and "failure" not in ended.user_attrs:
                 self._tell(f"{study.study_name}: trial {trial.number} gave no sign of life; it is queued again")
 
-    def _attach(self, study: optuna.Study) -> None:
+    def _attach(self, study: optuna.Study) -> bool:
         """The best configuration and the report, whenever there is another best, or its final numbers."""
         best = trials.best_trial(study)
         state = best and (best.number, len(study.user_attrs.get("reports", ())))
         if best is None or self._seen.get(study._study_id) == state:
-            return
+            return False
         for name, content in _files(study).items():
             self._put(study, name, content)
         self._seen[study._study_id] = state
+        return True
 
     def _put(self, study: optuna.Study, name: str, content: bytes) -> None:
         """Attaches a file, in the place of an earlier one of that name."""

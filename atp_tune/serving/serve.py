@@ -52,7 +52,7 @@ def serve(
     assert database is not None
     storage = get_storage(database)  # with Optuna's cache of finished trials
     store = FileSystemArtifactStore(_folder(service.artifacts))
-    keeper = Keeper(database, service.artifacts, tell)
+    keeper = Keeper(storage, service.artifacts, tell)
     view = make_view(service.address, storage)
     with (
         proxy(storage, service.listen, service.grpc_port) as grpc_port,
