@@ -236,7 +236,7 @@ def test_the_belief_is_a_line_and_a_band(study: optuna.Study) -> None:
     band, line = figure.data[:2]
     assert list(band.y) == [70.0, 80.0, 60.0, 50.0]
     assert list(line.y) == CURVE["mean"]
-    assert "before trial 2" in line.hovertemplate
+    assert "after 2 trials" in line.hovertemplate
 
 
 @pytest.mark.parametrize(

@@ -37,5 +37,5 @@ def _add_curve(figure: go.Figure, pruner: str, curve: dict[str, list[float]], be
     )  # fmt: skip
     figure.add_scatter(
         x=beta, y=curve["mean"], mode="lines", line={"color": colour, "width": 1.2}, legendgroup=f"belief {pruner}",
-        name=f"GP{known}, {pruner} (± 2 sd)", hovertemplate=f"β = %{{x:.4f}}: %{{y:.2f}} believed{known}<extra></extra>",
+        name=f"GP{known}, {pruner} (± 2 sd)", hovertemplate=f"β = %{{x:.4f}}: %{{y:.2f}}{known}<extra></extra>",
     )  # fmt: skip
