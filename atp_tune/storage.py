@@ -11,21 +11,21 @@ from time import sleep
 from typing import Any, TypeVar
 
 import optuna
-from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
-from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
+from optuna.storages import BaseStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, SQLAlchemyError
 
+from atp_tune.database import Database, PatientDatabase, engine_options, reason_of, with_driver, without_password
 from atp_tune.errors import UserError
 from atp_tune.process import GRACE, HEARTBEAT, is_dead
 
 RETRIES = 2  # of a trial whose process died
-BUSY = 60  # seconds that a writer waits for SQLite's lock
 PAUSES = (0.1, 0.5, 2.0)  # seconds between attempts to make the tables of a new database
 
 Facts = Mapping[str, Any]
-Database = TypeVar("Database", bound=RDBStorage)
+Kind = TypeVar("Kind", bound=Database)
 
 
 def open_storage(address: str, create: bool) -> BaseStorage | None:
@@ -34,7 +34,7 @@ def open_storage(address: str, create: bool) -> BaseStorage | None:
         from atp_tune.remote import connect
 
         return connect(address)
-    return open_database(address, create, RDBStorage)
+    return open_database(address, create, PatientDatabase)
 
 
 def is_remote(address: str) -> bool:
@@ -42,8 +42,9 @@ def is_remote(address: str) -> bool:
     return address.startswith(("grpc://", "grpcs://"))
 
 
-def open_database(address: str, create: bool, kind: type[Database]) -> Database | None:
+def open_database(address: str, create: bool, kind: type[Kind]) -> Kind | None:
     """The same for a database, as the given kind of storage."""
+    address = with_driver(address)
     url = _url(address)
     if url.drivername.startswith("sqlite"):
         file = Path(url.database or "")
@@ -52,14 +53,8 @@ def open_database(address: str, create: bool, kind: type[Database]) -> Database 
         check_writable(address)
     try:
         return _patiently(address, url, kind)
-    except (SQLAlchemyError, ImportError, RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"storage {without_password(address)}: {reason}") from None
-
-
-def without_password(address: str) -> str:
-    """A storage URL as it may be shown."""
-    return make_url(address).render_as_string(hide_password=True)
+    except (SQLAlchemyError, StorageInternalError, ImportError, RuntimeError, OSError) as error:
+        raise UserError(f"storage {without_password(address)}: {reason_of(error)}") from None
 
 
 def _url(address: str) -> URL:
@@ -88,7 +83,7 @@ def check_writable(address: str) -> None:
         raise UserError(f"storage {file}: {error.strerror}; name another with --storage sqlite:///FILE.db") from None
 
 
-def _patiently(address: str, url: URL, kind: type[Database]) -> Database:
+def _patiently(address: str, url: URL, kind: type[Kind]) -> Kind:
     """Tries again where the tables were not there and others were making them at the same moment."""
     for pause in PAUSES:
         try:
@@ -100,13 +95,12 @@ def _patiently(address: str, url: URL, kind: type[Database]) -> Database:
     return _rdb(address, url, kind)
 
 
-def _rdb(address: str, url: URL, kind: type[Database]) -> Database:
-    wait = {"connect_args": {"timeout": BUSY}} if url.drivername.startswith("sqlite") else {}
+def _rdb(address: str, url: URL, kind: type[Kind]) -> Kind:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         return kind(
-            address,
-            engine_kwargs=wait,
+            address.replace("{", "{{").replace("}", "}}"),  # Optuna takes it for a template
+            engine_kwargs=engine_options(url),
             heartbeat_interval=HEARTBEAT,
             grace_period=GRACE,
             heartbeat_stale_trial_callback=queue_again,

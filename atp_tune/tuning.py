@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import optuna
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune import storage
 from atp_tune.allocations import Budget
-from atp_tune.errors import TrialError
+from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Note, TrialEnded, TrialStarted, Watch
 from atp_tune.process import GRACE
 from atp_tune.samplers import first_trials, make_sampler, make_stopper, total_trials
@@ -56,7 +57,7 @@ def tune(run: Run) -> optuna.Study:
         storage.check_facts(study, facts(run.file.study, run.file.folder), partly=True)
         if is_complete(study, run.file):
             return study
-    return _work(run)
+    return _work(run, db)
 
 
 def is_complete(study: optuna.Study, file: StudyFile) -> bool:
@@ -68,11 +69,11 @@ def is_complete(study: optuna.Study, file: StudyFile) -> bool:
     return storage.counted(study) >= total and (best is None or not unreported(study))
 
 
-def _work(run: Run) -> optuna.Study:
+def _work(run: Run, opened: BaseStorage | None) -> optuna.Study:
     bench = run.bench or open_bench(run)
     space = make_space(run.file.study, bench.budget(run.file.study.sparsity))
     total = total_trials(run.file.study.search, space)
-    db = storage.open_storage(run.file.storage_url, create=True)
+    db = opened or storage.open_storage(run.file.storage_url, create=True)  # opened: no outage can end the run now
     assert db is not None
     study = storage.create_study(db, run.name, {**facts(run.file.study, run.file.folder), **bench.contents()})
     _describe(study, run.file, bench, total)
@@ -156,6 +157,8 @@ def _optimise(
             if trial.user_attrs.get("lost") == "interrupted":
                 storage.queue_again(study, trial)
         raise
+    except UnboundLocalError as error:  # Optuna's own, where a trial can neither be told nor read
+        raise error.__context__ if isinstance(error.__context__, UserError) else error from None
     except (UpdateFinishedTrialError, ValueError, AssertionError):
         if not attempt.is_lost(study):
             raise

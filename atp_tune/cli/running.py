@@ -142,9 +142,12 @@ def interruptible() -> Iterator[None]:
 
 
 def in_transaction(frame: FrameType | None) -> bool:
-    """Whether a stack runs through the database."""
+    """Whether a stack runs through the database, and does not wait for it to come back."""
     while frame is not None:
-        if frame.f_globals.get("__name__", "").startswith(("sqlalchemy.", "optuna.storages.")):
+        module = frame.f_globals.get("__name__", "")
+        if module.startswith(("sqlalchemy.", "optuna.storages.")):
             return True
+        if module == "atp_tune.patience":
+            return False
         frame = frame.f_back
     return False
