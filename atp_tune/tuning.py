@@ -11,7 +11,7 @@ from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from atp_tune import storage
+from atp_tune import mounts, storage
 from atp_tune.allocations import Budget
 from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Note, TrialEnded, TrialStarted, Watch
@@ -51,6 +51,8 @@ def tune(run: Run) -> optuna.Study:
     A study that is complete is returned at once, without loading torch or the model. UserError for bad input.
     """
     storage.check_writable(run.file.storage_url)
+    if warning := mounts.warning(run.file.storage_url):
+        run.note(warning)
     db = storage.open_storage(run.file.storage_url, create=False)
     study = storage.find_study(db, run.name) if db else None
     if study is not None and not storage.is_new(study):

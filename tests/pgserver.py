@@ -91,7 +91,9 @@ def running() -> Iterator[PostgreSQL]:
     if not program("initdb") and "CI" not in os.environ:
         pytest.skip("needs postgresql")
     assert program("initdb")
-    with tempfile.TemporaryDirectory(prefix="pg", ignore_cleanup_errors=True) as folder:  # its path is short enough for a socket
+    with tempfile.TemporaryDirectory(
+        prefix="pg", ignore_cleanup_errors=True
+    ) as folder:  # its path is short enough for a socket
         server = PostgreSQL(Path(folder))
         try:
             yield server
