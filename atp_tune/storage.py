@@ -107,6 +107,12 @@ def _rdb(address: str, url: URL, kind: type[Kind]) -> Kind:
         )
 
 
+def artifacts_of(address: str) -> Path:
+    """The folder of artifacts: NAME.artifacts beside NAME.db, or ./artifacts for a database elsewhere."""
+    scheme, _, path = address.partition(":///")
+    return Path(path.partition("?")[0]).with_suffix(".artifacts") if scheme.startswith("sqlite") else Path("artifacts")
+
+
 def find_study(storage: BaseStorage, name: str) -> optuna.Study | None:
     """The study of that name, if the storage has it."""
     try:
@@ -137,16 +143,20 @@ def check_facts(study: optuna.Study, facts: Facts, partly: bool = False) -> None
 
     `partly`: only the facts of the study file are known yet, not the contents, which take the model to find out.
     """
+    if differing := differences(study, facts, partly):
+        raise UserError(
+            f"study {study.study_name}: {differing}. Put it back, or start another study with --study-name NAME"
+        )
+
+
+def differences(study: optuna.Study, facts: Facts, partly: bool = False) -> str:
+    """The facts that are not as the study was made with, with both values; "" if there are none."""
     stored = dict(study.user_attrs.get("fingerprint", {}))
     if partly:
         stored = {key: value for key, value in stored.items() if key in facts or not _is_content(key)}
     differing = [key for key in sorted({*facts, *stored}) if facts.get(key) != stored.get(key)]
-    if differing:
-        shown = "; ".join(f"{key} is {_shown(facts, key)}, was {_shown(stored, key)}" for key in differing[:3])
-        more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
-        raise UserError(
-            f"study {study.study_name}: {shown}{more}. Put it back, or start another study with --study-name NAME"
-        )
+    shown = "; ".join(f"{key} is {_shown(facts, key)}, was {_shown(stored, key)}" for key in differing[:3])
+    return shown + (f"; and {len(differing) - 3} more" if len(differing) > 3 else "")
 
 
 def _is_content(key: str) -> bool:

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from atp_tune.cli.display import Display
-from atp_tune.cli.tables import console, show_applied, show_served, show_summary
+from atp_tune.cli.tables import console, show_applied, show_merged, show_served, show_summary
 from atp_tune.config import read_config
 from atp_tune.studyfile import StudyFile
 
@@ -74,6 +74,15 @@ def run_prune(file: StudyFile, parameters: dict[str, float], out: Path | None) -
     console.print(f"{plan}, sparsity {file.study.sparsity:g}: perplexity {measured} on the report text")
     if out is not None:
         console.print(f"sparse checkpoint: {out}")
+
+
+def run_merge(places: Sequence[str], out: Path, name: str | None) -> None:
+    """Unites storages of one study, and says what each of them gave."""
+    from atp_tune.merging import merge
+
+    with quiet():
+        merged = merge(places, out, name)
+    show_merged(merged, out)
 
 
 def run_serve(service: "Service") -> None:

@@ -74,7 +74,7 @@ class _Handler(WSGIRequestHandler):
 def proxy(storage: BaseStorage, host: str, port: int) -> Iterator[int]:
     """Optuna's storage proxy on a port (0: any), which is yielded; requests in progress are answered before it ends."""
     check_free(host, port, "--grpc-port")
-    server = grpc.server(ThreadPoolExecutor(THREADS), interceptors=(Relay(),), options=PINGS)
+    server = grpc.server(ThreadPoolExecutor(THREADS), interceptors=[Relay()], options=PINGS)
     service = OptunaStorageProxyService(storage)
     api_pb2_grpc.add_StorageServiceServicer_to_server(service, server)  # type: ignore[no-untyped-call]
     bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
@@ -85,7 +85,7 @@ def proxy(storage: BaseStorage, host: str, port: int) -> Iterator[int]:
         server.stop(LAST_REQUESTS).wait()
 
 
-class Relay(grpc.ServerInterceptor):  # type: ignore[misc]
+class Relay(grpc.ServerInterceptor):
     """Tells a worker that the database behind the server is away as if the server were: it asks again."""
 
     def intercept_service(self, continuation: Any, details: Any) -> Any:
