@@ -362,7 +362,6 @@ def test_two_workers_share_a_total_in_postgresql(place: Path, postgres: PostgreS
     assert [answer.code for answer in answers] == [0, 0], answers
     study = stored(address)
     assert storage.counted(study) == 8
-    print([(t.number, t.params, t.user_attrs.get("repeats"), t.user_attrs.get("pid")) for t in study.trials])
     assert len({t.user_attrs["pid"] for t in study.trials if storage.counts(t)}) == 2
 
 
