@@ -42,6 +42,8 @@ class Objective:
         with reasons(trial):
             set_attributes(trial, identity())
             plan = self.space.suggest(trial)
+        give_way(trial)
+        with reasons(trial):
             self.watch(TrialStarted(f"trial {trial.number}", plan))
             set_attributes(trial, planned(plan))
             earlier = find_measured(trial)
@@ -90,6 +92,20 @@ def find_measured(trial: Trial) -> FrozenTrial | None:
         if ended and other.params == trial.params and "stopped_after" not in other.user_attrs:
             return other
     return None
+
+
+def give_way(trial: Trial) -> None:
+    """TrialError, which does not count, if another worker has begun the same: both began with one seed.
+
+    Where a trial has nothing to choose, all are the same, and the total alone says how many there are.
+    """
+    if all(kind.single() for kind in trial.distributions.values()):
+        return
+    for other in trial.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if other.number < trial.number and other.params == trial.params:
+            trial.study.sampler.reseed_rng()
+            trial.set_user_attr("lost", f"not needed: another worker runs the same, as trial {other.number}")
+            raise TrialError("not needed")
 
 
 def is_hopeless(trial: Trial, group: int, nlls: list[float]) -> bool:

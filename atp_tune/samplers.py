@@ -51,6 +51,10 @@ class BranchSampler(BaseSampler):
         self._space = space
         self._branch = ""
 
+    def reseed_rng(self) -> None:
+        """Draws apart from those of other processes from now on."""
+        self._inner.reseed_rng()
+
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Pruner, allocation and the parameters of the allocation whose turn it is."""
         self._branch = whose_turn(_others(study, trial), self._space)

@@ -171,16 +171,16 @@ def recover(study: optuna.Study) -> list[int]:
     """Ends the RUNNING trials whose process on this host is dead and queues them again; their numbers."""
     lost = []
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if (is_dead(trial.user_attrs) or _is_nameless(trial)) and _fail(study, trial):
+        if (is_dead(trial.user_attrs) or _is_nameless(trial)) and _fail(study, trial, "its process died"):
             queue_again(study, study.trials[trial.number])
             lost.append(trial.number)
     return lost
 
 
-def _fail(study: optuna.Study, trial: FrozenTrial) -> bool:
-    """Ends a trial whose process died; False where another process has done so."""
+def _fail(study: optuna.Study, trial: FrozenTrial, reason: str) -> bool:
+    """Ends a trial that nobody will; False where another process has done so."""
     try:
-        study._storage.set_trial_user_attr(trial._trial_id, "lost", "its process died")
+        study._storage.set_trial_user_attr(trial._trial_id, "lost", reason)
         return study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
     except UpdateFinishedTrialError:
         return False
@@ -190,6 +190,21 @@ def _is_nameless(trial: FrozenTrial) -> bool:
     """Whether a trial's process did not say for `GRACE` seconds who it is, which takes it milliseconds."""
     began = trial.datetime_start
     return "host" not in trial.user_attrs and began is not None and (datetime.now() - began).total_seconds() > GRACE
+
+
+def queue(study: optuna.Study, points: Iterable[dict[str, Any]]) -> None:
+    """Queues the points that the study has not tried; of those that several workers queue at once, the first stay."""
+    before, known = len(study.get_trials(deepcopy=False)), list[Any]()
+    for params in points:
+        study.enqueue_trial(params, skip_if_exists=True)
+    for trial in study.get_trials(deepcopy=False):
+        wanted = trial.system_attrs.get("fixed_params")
+        is_new = (
+            trial.number >= before and trial.state == TrialState.WAITING and "failed_trial" not in trial.system_attrs
+        )
+        if is_new and wanted in known:
+            _fail(study, trial, "not needed: another worker queued the same")
+        known.append(wanted)
 
 
 def queue_again(study: optuna.Study, trial: FrozenTrial) -> None:

@@ -81,8 +81,7 @@ def _work(run: Run, opened: BaseStorage | None) -> optuna.Study:
     _describe(study, run.file, bench, total)
     study.sampler = make_sampler(run.file.study.search, space, run.file.study.search.seed + len(study.trials))
     study.pruner = make_stopper(run.file.study.search)
-    for params in first_trials(run.file.study.search, space)[:total]:
-        study.enqueue_trial(params, skip_if_exists=True)
+    storage.queue(study, first_trials(run.file.study.search, space)[:total])
     _measure_dense(run, study, bench)
     _drive(run, study, bench, space, total)
     if storage.counted(study) >= total:

@@ -362,6 +362,7 @@ def test_two_workers_share_a_total_in_postgresql(place: Path, postgres: PostgreS
     assert [answer.code for answer in answers] == [0, 0], answers
     study = stored(address)
     assert storage.counted(study) == 8
+    assert len({str(t.params) for t in study.trials if storage.counts(t)}) >= 7
     assert len({t.user_attrs["pid"] for t in study.trials if storage.counts(t)}) == 2
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import optuna
 import pytest
 import torch
+from optuna.distributions import CategoricalDistribution
 from optuna.pruners import WilcoxonPruner
 from optuna.trial import TrialState
 from tinystudy import quiet, study_file
@@ -16,9 +17,11 @@ import atp_tune
 from atp_tune.bench import Bench
 from atp_tune.errors import TrialError
 from atp_tune.events import Event, Step, TrialStarted, unwatched
-from atp_tune.objective import Objective, estimate, find_measured, is_hopeless, reasons
+from atp_tune.objective import Objective, estimate, find_measured, give_way, is_hopeless, reasons
 from atp_tune.process import identity
+from atp_tune.samplers import make_sampler
 from atp_tune.space import Space, make_space
+from atp_tune.study import Search
 from atp_tune.tuning import Run, open_bench
 
 PARAMS = {"pruner": "wanda", "allocation": "atp", "beta": 0.1}
@@ -148,6 +151,32 @@ def test_what_counts_as_measured(
 def test_a_trial_that_runs_is_not_measured(space: Space, study: optuna.Study) -> None:
     ask(study, space)
     assert find_measured(ask(study, space)) is None
+
+
+def test_a_trial_gives_way_to_one_that_runs_already(bench: Bench, space: Space, study: optuna.Study) -> None:
+    first, second = ask(study, space), ask(study, space)
+    with pytest.raises(TrialError, match="not needed"):
+        Objective(bench, space, False, unwatched)(second)
+    stored = study.trials[1].user_attrs
+    assert stored["lost"] == "not needed: another worker runs the same, as trial 0"
+    assert "failure" not in stored
+    assert Objective(bench, space, False, unwatched)(first) > 1
+
+
+@pytest.mark.parametrize("sampler", ["gp", "tpe"])
+def test_samplers_of_allocations_can_be_reseeded(sampler: Any, space: Space) -> None:
+    made = make_sampler(Search(sampler=sampler, trials=9), space, 0)
+    inner = made._inner  # type: ignore[attr-defined]
+    before = inner._rng.rng.random()
+    again = make_sampler(Search(sampler=sampler, trials=9), space, 0)
+    again.reseed_rng()
+    assert again._inner._rng.rng.random() != before  # type: ignore[attr-defined]
+
+
+def test_trials_without_a_choice_do_not_give_way(study: optuna.Study) -> None:
+    for _ in range(2):
+        trial = study.ask({"pruner": CategoricalDistribution(("wanda",))})
+    give_way(trial)
 
 
 def test_a_third_time_is_answered_by_the_first(bench: Bench, space: Space, study: optuna.Study) -> None:

@@ -25,6 +25,7 @@ from atp_tune.storage import (
     is_new,
     is_surplus,
     open_storage,
+    queue,
     queue_again,
     recover,
     running,
@@ -269,6 +270,38 @@ def test_facts_are_equal_after_the_way_through_the_database(study: optuna.Study)
 
 
 # --- trials that are lost, that run, that count
+
+
+def test_what_two_workers_queue_at_once_is_queued_once(
+    study: optuna.Study, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = [{"beta": 0.1}, {"beta": 0.2}]
+    other = open_storage(f"sqlite:///{file}", create=False)
+    assert other
+    twin, enqueue = find_study(other, "s"), optuna.Study.enqueue_trial
+    assert twin
+
+    def interleaved(self: optuna.Study, params: Any, **options: Any) -> None:
+        enqueue(self, params)  # neither has seen what the other queues
+        enqueue(twin, params)
+
+    monkeypatch.setattr(optuna.Study, "enqueue_trial", interleaved)
+    queue(study, points)
+    monkeypatch.undo()
+    queue(study, points)
+    queued = [t.system_attrs["fixed_params"] for t in study.trials if t.state == TrialState.WAITING]
+    assert queued == points
+    assert states(study) == ["WAITING", "FAIL", "WAITING", "FAIL"]
+    assert counted(study) == 0
+
+
+def test_a_lost_trial_that_waits_is_no_twin(study: optuna.Study) -> None:
+    queue(study, [{"beta": 0.1}])
+    trial = study.ask()
+    study.tell(trial, state=TrialState.FAIL)
+    queue_again(study, study.trials[0])
+    queue(study, [{"beta": 0.1}])
+    assert states(study) == ["FAIL", "WAITING"]
 
 
 def test_a_trial_whose_process_is_dead_is_queued_again(study: optuna.Study) -> None:
