@@ -31,9 +31,11 @@ from atp_tune.process import GRACE
 BUSY = 60  # seconds that a writer waits for SQLite's lock
 # One connection stays open, others while threads need them: 90 workers fit into the 100 that PostgreSQL allows.
 POOL = {"pool_pre_ping": True, "pool_size": 1, "max_overflow": 15}
-# libpq's: a cut cable says nothing; without these it is waited for a quarter of an hour.
+# libpq's: a cut cable says nothing; without these we would wait for a quarter of an hour, and the server would keep the
+# locks of a worker whose machine is gone for two hours.
 LIBPQ = {
-    "connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
+    "options": f"-c idle_in_transaction_session_timeout={GRACE}s", "connect_timeout": 10,
+    "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
     "tcp_user_timeout": 30_000,
 }  # fmt: skip
 YOUNG = f"SELECT now() - pg_postmaster_start_time() < interval '{GRACE} seconds'"

@@ -281,6 +281,18 @@ def test_workers_of_a_server_whose_database_is_away_wait(frail: PostgreSQL) -> N
     assert stored(served.url, "s").trials[0].value == 2.5
 
 
+def test_a_worker_that_is_gone_keeps_no_lock(postgres: PostgreSQL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its machine says nothing any more, in the middle of a transaction."""
+    monkeypatch.setitem(database.LIBPQ, "options", database.LIBPQ["options"].replace("=60s", "=1s"))  # type: ignore[union-attr]
+    address = postgres.new()
+    study = storage.create_study(opened(address), "s", {})
+    with opened(address).engine.connect() as gone:
+        gone.exec_driver_sql("SELECT * FROM studies FOR UPDATE")
+        with ThreadPoolExecutor() as pool:
+            assert pool.submit(study.ask).result(timeout=20).number == 0
+        gone.invalidate()
+
+
 @pytest.mark.slow
 def test_a_server_killed_in_the_middle_of_a_trial_costs_nothing(place: Path, frail: PostgreSQL) -> None:
     address, overrides = frail.new(), (*LONG, "search.trials=5")
