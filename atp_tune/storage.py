@@ -11,21 +11,22 @@ from time import sleep
 from typing import Any, TypeVar
 
 import optuna
-from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
-from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
+from optuna.storages import BaseStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, SQLAlchemyError
 
+from atp_tune.database import Database, PatientDatabase, engine_options, reason_of, with_driver, without_password
 from atp_tune.errors import UserError
 from atp_tune.process import GRACE, HEARTBEAT, is_dead
 
+START = "start"  # attribute of the trials that a study begins with
 RETRIES = 2  # of a trial whose process died
-BUSY = 60  # seconds that a writer waits for SQLite's lock
 PAUSES = (0.1, 0.5, 2.0)  # seconds between attempts to make the tables of a new database
 
 Facts = Mapping[str, Any]
-Database = TypeVar("Database", bound=RDBStorage)
+Kind = TypeVar("Kind", bound=Database)
 
 
 def open_storage(address: str, create: bool) -> BaseStorage | None:
@@ -34,7 +35,7 @@ def open_storage(address: str, create: bool) -> BaseStorage | None:
         from atp_tune.remote import connect
 
         return connect(address)
-    return open_database(address, create, RDBStorage)
+    return open_database(address, create, PatientDatabase)
 
 
 def is_remote(address: str) -> bool:
@@ -42,8 +43,9 @@ def is_remote(address: str) -> bool:
     return address.startswith(("grpc://", "grpcs://"))
 
 
-def open_database(address: str, create: bool, kind: type[Database]) -> Database | None:
+def open_database(address: str, create: bool, kind: type[Kind]) -> Kind | None:
     """The same for a database, as the given kind of storage."""
+    address = with_driver(address)
     url = _url(address)
     if url.drivername.startswith("sqlite"):
         file = Path(url.database or "")
@@ -52,14 +54,8 @@ def open_database(address: str, create: bool, kind: type[Database]) -> Database 
         check_writable(address)
     try:
         return _patiently(address, url, kind)
-    except (SQLAlchemyError, ImportError, RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"storage {without_password(address)}: {reason}") from None
-
-
-def without_password(address: str) -> str:
-    """A storage URL as it may be shown."""
-    return make_url(address).render_as_string(hide_password=True)
+    except (SQLAlchemyError, StorageInternalError, ImportError, RuntimeError, OSError) as error:
+        raise UserError(f"storage {without_password(address)}: {reason_of(error)}") from None
 
 
 def _url(address: str) -> URL:
@@ -88,7 +84,7 @@ def check_writable(address: str) -> None:
         raise UserError(f"storage {file}: {error.strerror}; name another with --storage sqlite:///FILE.db") from None
 
 
-def _patiently(address: str, url: URL, kind: type[Database]) -> Database:
+def _patiently(address: str, url: URL, kind: type[Kind]) -> Kind:
     """Tries again where the tables were not there and others were making them at the same moment."""
     for pause in PAUSES:
         try:
@@ -100,17 +96,22 @@ def _patiently(address: str, url: URL, kind: type[Database]) -> Database:
     return _rdb(address, url, kind)
 
 
-def _rdb(address: str, url: URL, kind: type[Database]) -> Database:
-    wait = {"connect_args": {"timeout": BUSY}} if url.drivername.startswith("sqlite") else {}
+def _rdb(address: str, url: URL, kind: type[Kind]) -> Kind:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         return kind(
-            address,
-            engine_kwargs=wait,
+            address.replace("{", "{{").replace("}", "}}"),  # Optuna takes it for a template
+            engine_kwargs=engine_options(url),
             heartbeat_interval=HEARTBEAT,
             grace_period=GRACE,
             heartbeat_stale_trial_callback=queue_again,
         )
+
+
+def artifacts_of(address: str) -> Path:
+    """The folder of artifacts: NAME.artifacts beside NAME.db, or ./artifacts for a database elsewhere."""
+    scheme, _, path = address.partition(":///")
+    return Path(path.partition("?")[0]).with_suffix(".artifacts") if scheme.startswith("sqlite") else Path("artifacts")
 
 
 def find_study(storage: BaseStorage, name: str) -> optuna.Study | None:
@@ -143,16 +144,20 @@ def check_facts(study: optuna.Study, facts: Facts, partly: bool = False) -> None
 
     `partly`: only the facts of the study file are known yet, not the contents, which take the model to find out.
     """
+    if differing := differences(study, facts, partly):
+        raise UserError(
+            f"study {study.study_name}: {differing}. Put it back, or start another study with --study-name NAME"
+        )
+
+
+def differences(study: optuna.Study, facts: Facts, partly: bool = False) -> str:
+    """The facts that are not as the study was made with, with both values; "" if there are none."""
     stored = dict(study.user_attrs.get("fingerprint", {}))
     if partly:
         stored = {key: value for key, value in stored.items() if key in facts or not _is_content(key)}
     differing = [key for key in sorted({*facts, *stored}) if facts.get(key) != stored.get(key)]
-    if differing:
-        shown = "; ".join(f"{key} is {_shown(facts, key)}, was {_shown(stored, key)}" for key in differing[:3])
-        more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
-        raise UserError(
-            f"study {study.study_name}: {shown}{more}. Put it back, or start another study with --study-name NAME"
-        )
+    shown = "; ".join(f"{key} is {_shown(facts, key)}, was {_shown(stored, key)}" for key in differing[:3])
+    return shown + (f"; and {len(differing) - 3} more" if len(differing) > 3 else "")
 
 
 def _is_content(key: str) -> bool:
@@ -210,13 +215,15 @@ def counted(study: optuna.Study) -> int:
 
 
 def is_repetition(study: optuna.Study, number: int) -> bool:
-    """Whether a queued trial is one that an earlier one has measured or measures now: two workers that begin a study
-    at the same moment both queue its first trials, and two that miss a dead worker both queue its trial again.
+    """Whether a trial that the program queued is one that an earlier one has measured or measures now: two workers that
+    begin a study at the same moment both queue its first trials, and two that miss a dead worker both queue its trial.
     """
     *before, trial = study.get_trials(deepcopy=False)[: number + 1]
+    if START not in trial.user_attrs and "failed_trial" not in trial.system_attrs:
+        return False  # a person may ask for the same again
     queued = trial.system_attrs.get("fixed_params")
     same = (other for other in before if queued in (other.params, other.system_attrs.get("fixed_params")))
-    return bool(queued) and any(other.state in (TrialState.RUNNING, TrialState.COMPLETE) for other in same)
+    return any(other.state in (TrialState.RUNNING, TrialState.COMPLETE) for other in same)
 
 
 def is_surplus(study: optuna.Study, number: int, total: int) -> bool:

@@ -10,9 +10,9 @@ import optuna
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from atp_tune import storage
+from atp_tune import mounts, storage
 from atp_tune.allocations import Budget
-from atp_tune.errors import TrialError
+from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Note, TrialEnded, TrialStarted, Watch
 from atp_tune.process import GRACE
 from atp_tune.samplers import first_trials, make_sampler, make_stopper, total_trials
@@ -57,6 +57,8 @@ def tune(run: Run) -> optuna.Study:
 def completed(run: Run) -> optuna.Study | None:
     """The study if it is complete; UserError if it was made with other facts, or cannot be stored."""
     storage.check_writable(run.file.storage_url)
+    if warning := mounts.warning(run.file.storage_url):
+        run.note(warning)
     study = begun(run)
     if study is None or storage.is_new(study):
         return None
@@ -90,7 +92,7 @@ def _work(run: Run) -> optuna.Study:
     study.sampler = make_sampler(run.file.study.search, space)
     study.pruner = make_stopper(run.file.study.search)
     for params in first_trials(run.file.study.search, space)[:total]:
-        study.enqueue_trial(params, skip_if_exists=True)
+        study.enqueue_trial(params, {storage.START: True}, skip_if_exists=True)
     _measure_dense(run, study, bench)
     _drive(run, study, bench, space, total)
     if run.reports and storage.counted(study) >= total:
@@ -167,6 +169,8 @@ def _optimise(
             if trial.user_attrs.get("lost") == "interrupted":
                 storage.queue_again(study, trial)
         raise
+    except UnboundLocalError as error:  # Optuna's own, where a trial can neither be told nor read
+        raise error.__context__ if isinstance(error.__context__, UserError) else error from None
     except (UpdateFinishedTrialError, ValueError, AssertionError):
         if not attempt.is_lost(study):
             raise

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from atp_tune.cli.display import Display
-from atp_tune.cli.tables import console, show_applied, show_served, show_summary
+from atp_tune.cli.tables import console, show_applied, show_merged, show_served, show_summary
 from atp_tune.config import read_config
 from atp_tune.studyfile import StudyFile
 
@@ -92,6 +92,15 @@ def run_prune(file: StudyFile, parameters: dict[str, float], out: Path | None) -
         console.print(f"sparse checkpoint: {out}")
 
 
+def run_merge(places: Sequence[str], out: Path, name: str | None) -> None:
+    """Unites storages of one study, and says what each of them gave."""
+    from atp_tune.merging import merge
+
+    with quiet():
+        merged = merge(places, out, name)
+    show_merged(merged, out)
+
+
 def run_serve(service: "Service") -> None:
     """Serves until Ctrl-C or SIGTERM, and says where."""
     from atp_tune.serving.serve import serve
@@ -165,9 +174,14 @@ def interruptible() -> Iterator[None]:
 
 
 def in_transaction(frame: FrameType | None) -> bool:
-    """Whether a stack runs through the database, or through a callback of Python's that swallows exceptions."""
+    """Whether a stack runs through the database and does not wait for it to come back, or through a callback of a weak
+    reference, where Python swallows exceptions.
+    """
     while frame is not None:
-        if frame.f_globals.get("__name__", "").startswith(("sqlalchemy.", "optuna.storages.", "weakref")):
+        module = frame.f_globals.get("__name__", "")
+        if module.startswith(("sqlalchemy.", "optuna.storages.", "weakref")):
             return True
+        if module == "atp_tune.patience":
+            return False
         frame = frame.f_back
     return False

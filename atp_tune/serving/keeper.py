@@ -13,6 +13,7 @@ from optuna.trial import TrialState
 
 from atp_tune import storage as trials
 from atp_tune.cache import write_atomically
+from atp_tune.database import reason_of
 from atp_tune.report import gather, html
 from atp_tune.summary import best_config, summarise
 
@@ -27,13 +28,18 @@ class Keeper:
         self._folder = artifacts
         self._tell = tell
         self._seen: dict[int, object] = {}
+        self._trouble = ""
 
     def turn(self) -> None:
-        """One look at every study; what goes wrong with it is told, and tried again the next time."""
+        """One look at every study; what goes wrong with it is told once, and tried again the next time."""
         try:
             self._look()
+            trouble = ""
         except (OSError, StorageInternalError) as error:
-            self._tell(f"warning: {str(error).splitlines()[0]}")
+            trouble = f"warning: {reason_of(error)}"
+        if trouble and trouble != self._trouble:
+            self._tell(trouble)
+        self._trouble = trouble
 
     def _look(self) -> None:
         attached = False
