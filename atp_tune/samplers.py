@@ -5,6 +5,7 @@ import random
 import statistics
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import optuna
@@ -16,6 +17,7 @@ from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.space import Params, Space
+from atp_tune.storage import place_of
 from atp_tune.study import Search
 
 GRID = 40  # steps of β in which a belief is written down
@@ -23,9 +25,9 @@ STARTS = 3  # measured points of an allocation before a model of it is fitted: p
 
 
 def make_sampler(search: Search, space: Space, seed: int) -> BaseSampler:
-    """The sampler of a study; `seed` grows with the trials that are there, so that a resume does not repeat draws."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
+    """The sampler of a study."""
+
+    def make(seed: int) -> BaseSampler:
         match search.sampler:
             case "gp":
                 return BranchSampler(GPSampler(seed=seed, n_startup_trials=STARTS), space)
@@ -33,6 +35,44 @@ def make_sampler(search: Search, space: Space, seed: int) -> BaseSampler:
                 return BranchSampler(TPESampler(seed=seed, n_startup_trials=STARTS, multivariate=True), space)
             case "grid" | "random":  # all points of a grid are among the first trials
                 return RandomSampler(seed=seed)
+
+    return SteadySampler(make, seed)
+
+
+class SteadySampler(BaseSampler):
+    """A sampler that is made anew for each trial, with a seed of its own.
+
+    What it proposes depends on the study's trials alone, not on the processes that ran them: a study that was killed
+    and resumed goes the way of one that was not, and no two workers draw the same.
+    """
+
+    def __init__(self, make: Callable[[int], BaseSampler], seed: int) -> None:
+        self._make = make
+        self._seed = seed
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """As the sampler does."""
+        return self._of(study, trial).infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """As the sampler does."""
+        sampler = self._of(study, trial)
+        sampler.infer_relative_search_space(study, trial)
+        return sampler.sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """As the sampler does, with a seed for each parameter: some may be drawn already."""
+        return self._of(study, trial, param_name).sample_independent(study, trial, param_name, param_distribution)
+
+    def _of(self, study: Study, trial: FrozenTrial, name: str = "") -> BaseSampler:
+        seed = random.Random(f"{self._seed} {place_of(study, trial)} {name}").getrandbits(32)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            return self._make(seed)
 
 
 class BranchSampler(BaseSampler):

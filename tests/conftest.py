@@ -56,7 +56,7 @@ def tiny_done(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
     place = tmp_path_factory.mktemp("done") / "tiny"
     shutil.copytree(tiny_place, place)
-    toml = (place / "tiny.toml").read_text().replace("trials = 3", "trials = 6\nseed = 2").replace("= 0.6", "= 0.5")
+    toml = (place / "tiny.toml").read_text().replace("trials = 3", "trials = 6\nseed = 6").replace("= 0.6", "= 0.5")
     tables = '\n[prune]\npruners = ["wanda", "magnitude"]\n\n[allocation]\nbeta = [0.0, 0.1]\n'
     (place / "tiny.toml").write_text(toml + tables)
     with pytest.MonkeyPatch.context() as patch:

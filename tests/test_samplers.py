@@ -8,7 +8,7 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.pruners import NopPruner, WilcoxonPruner
-from optuna.samplers import BaseSampler, GPSampler, RandomSampler
+from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import TrialState
 from test_space import SIZES, space_for, study_of
 
@@ -16,6 +16,7 @@ from atp_tune.plan import Plan
 from atp_tune.samplers import (
     STARTS,
     BranchSampler,
+    SteadySampler,
     _grid,
     around_best,
     first_trials,
@@ -25,6 +26,7 @@ from atp_tune.samplers import (
     whose_turn,
 )
 from atp_tune.space import Space
+from atp_tune.storage import queue_again
 from atp_tune.study import Search
 
 BOTH = {"pruners": ["wanda", "magnitude"]}
@@ -69,7 +71,9 @@ def params_of(study: optuna.Study) -> list[dict[str, Any]]:
     [("gp", BranchSampler), ("tpe", BranchSampler), ("random", RandomSampler), ("grid", RandomSampler)],
 )
 def test_a_sampler_by_name(name: str, kind: type[BaseSampler]) -> None:
-    assert type(make_sampler(search_of(sampler=name), space_of(), 0)) is kind
+    sampler = make_sampler(search_of(sampler=name), space_of(), 0)
+    assert isinstance(sampler, SteadySampler)
+    assert type(sampler._make(0)) is kind
 
 
 @pytest.mark.parametrize("sampler", ["gp", "tpe", "random"])
@@ -213,12 +217,37 @@ def test_the_sampler_inside_sees_logarithms_of_what_is_done_and_what_runs() -> N
 
 
 def test_the_first_trials_are_drawn_at_random() -> None:
-    """Until there are STARTS measured trials, the GP proposes what its independent sampler does."""
-    space = space_of()
-    study = run(space, make_sampler(search_of(), space, 5), STARTS)
-    plain = optuna.create_study(sampler=GPSampler(seed=5, n_startup_trials=STARTS))
-    plain.optimize(lambda trial: trial.suggest_float("beta", *space.intervals["atp"]["beta"]), n_trials=STARTS - 1)
-    assert [p["beta"] for p in params_of(study)[1:]] == [p["beta"] for p in params_of(plain)]
+    """Until there are STARTS measured trials, values make no difference to what the GP proposes."""
+    space, betas = space_of(), []
+    for sign in (1, -1):
+        study = optuna.create_study(sampler=make_sampler(search_of(), space, 5))
+
+        def value(trial: optuna.Trial, sign: int = sign) -> float:
+            return math.exp(sign * space.suggest(trial).parameters["beta"])
+
+        study.optimize(value, n_trials=STARTS + 1)
+        betas.append([params["beta"] for params in params_of(study)])
+    assert betas[0][:STARTS] == betas[1][:STARTS]
+    assert betas[0][STARTS] != betas[1][STARTS]
+
+
+@pytest.mark.parametrize("sampler", ["gp", "tpe", "random"])
+def test_what_is_lost_and_queued_again_changes_no_proposal(sampler: str) -> None:
+    """Trial 2 is lost before it has parameters, a later one with one of its two: the rest is drawn all the same."""
+    space, search = space_of(prune=BOTH), search_of(sampler=sampler)
+    plain = run(space, make_sampler(search, space, 0), 9)
+    study = run(space, make_sampler(search, space, 0), 2)
+    for drawn in ((), ("pruner",)):
+        study.sampler = make_sampler(search, space, 0)  # another process
+        lost = study.ask()
+        for name in drawn:
+            lost.suggest_categorical(name, space.pruners)
+        study.tell(lost, state=TrialState.FAIL)
+        queue_again(study, study.trials[-1])
+        study.optimize(lambda trial: fake_perplexity(space.suggest(trial)), n_trials=3)
+    study.optimize(lambda trial: fake_perplexity(space.suggest(trial)), n_trials=1)
+    done = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
+    assert [(trial.params, trial.value) for trial in done] == [(trial.params, trial.value) for trial in plain.trials]
 
 
 def test_measurements_on_atp_count_for_the_curve() -> None:

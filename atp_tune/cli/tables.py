@@ -186,7 +186,7 @@ def show_applied(config: "Config", measured: "Perplexity", out: Path) -> None:
 
 def show_served(service: "Service", served: "Served") -> None:
     """What is served, where people look, and how workers join."""
-    from atp_tune.storage import without_password
+    from atp_tune.database import without_password
 
     names = served.studies if len(served.studies) <= 5 else [*served.studies[:4], f"… {len(served.studies)} studies"]
     studies = ", ".join(names) or "no study yet"

@@ -11,11 +11,12 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import grpc
 from optuna.artifacts import FileSystemArtifactStore
-from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages import BaseStorage
 from optuna.storages._grpc.auto_generated import api_pb2_grpc
 from optuna.storages._grpc.servicer import OptunaStorageProxyService
 from optuna_dashboard import wsgi
 
+from atp_tune.database import Database
 from atp_tune.errors import UserError
 from atp_tune.remote import ALIVE
 
@@ -30,7 +31,7 @@ PINGS = (
 )
 
 
-class ServedDatabase(RDBStorage):
+class ServedDatabase(Database):
     """A database that takes the heartbeats of trials on other machines, by its own clock."""
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
