@@ -378,7 +378,8 @@ def test_signs_of_life(study: optuna.Study, db: RDBStorage, file: Path, monkeypa
     """A process on this host that lives and is silent keeps its trial; one elsewhere does not."""
     elsewhere = {"host": "elsewhere", "pid": 1, "process_started": 0.0}
     for attributes in (identity(), elsewhere):
-        db.record_heartbeat(study.trials[add(study, **attributes)]._trial_id)
+        number = add(study, **attributes)
+        db.record_heartbeat(study.trials[number]._trial_id)
     assert recover(study) == []
     beat(file, "+1 hour")  # the clock was set back since
     now = database.monotonic()

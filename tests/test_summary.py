@@ -142,7 +142,7 @@ def test_the_configuration_of_the_best(done: Path, tmp_path: Path) -> None:
     best = storage.best_trial(study)
     assert best
     config = best_config(file, study, tmp_path / "out" / "best.json")
-    assert (config.study, config.trial, config.seed) == ("tiny", best.number, 2)
+    assert (config.study, config.trial, config.seed) == ("tiny", best.number, 6)
     assert config.model.id == "model"
     assert config.model.fingerprint == study.user_attrs["fingerprint"]["model.content"]
     assert config.model.dtype == "float32"

@@ -82,8 +82,8 @@ def test_attributes_of_a_trial(done: Path) -> None:
     for trial in study.trials:
         attrs = trial.user_attrs
         assert set(attrs) == {
-            "host", "pid", "process_started", "booted", "sparsities", "realised", "errors", "nlls", "seconds", "peak_bytes",
-            "device", "versions", "stderr", "batch_windows",
+            "host", "pid", "process_started", "booted", "sparsities", "realised", "errors", "nlls", "seconds",
+            "peak_bytes", "device", "versions", "stderr", "batch_windows",
         }  # fmt: skip
         assert (attrs["host"], attrs["pid"]) == (os.uname().nodename, os.getpid())
         assert len(attrs["sparsities"]) == len(attrs["errors"]) == BLOCKS
