@@ -103,6 +103,7 @@ def check_whole(file: Path) -> None:
     """UserError if a SQLite file is damaged: it is looked through before anything is written to it."""
     try:
         with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=rw", uri=True, timeout=BUSY)) as connection:
+            connection.text_factory = lambda text: text.decode(errors="replace")  # it quotes what it finds
             found = str(connection.execute("PRAGMA quick_check(1)").fetchone()[0])
     except sqlite3.OperationalError:  # no damage: opening it in earnest will say what it is
         return

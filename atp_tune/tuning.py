@@ -56,6 +56,7 @@ def tune(run: Run) -> optuna.Study:
     if study is not None and not storage.is_new(study):
         storage.check_facts(study, facts(run.file.study, run.file.folder), partly=True)
         if is_complete(study, run.file):
+            _write_best(run, study)
             return study
     return _work(run)
 
@@ -237,9 +238,17 @@ def report(run: Run, study: optuna.Study, bench: "Bench", space: Space) -> None:
     for name in unreported(study):
         nlls = _report_nlls(run, study, bench, space, name)
         study.set_user_attr("reports", {**study.user_attrs.get("reports", {}), name: nlls})
-    if storage.best_trial(study) is not None:
-        out = run.file.best_of(run.name)
-        best_config(run.file, study, out).write(out)
+    _write_best(run, study)
+
+
+def _write_best(run: Run, study: optuna.Study) -> None:
+    """Writes the best configuration down, unless it is there: a run may have been killed just before it was."""
+    if storage.best_trial(study) is None:
+        return
+    out = run.file.best_of(run.name)
+    config = best_config(run.file, study, out)
+    if not out.exists() or out.read_bytes() != config.to_json().encode():
+        config.write(out)
 
 
 def _report_nlls(run: Run, study: optuna.Study, bench: "Bench", space: Space, name: str) -> list[float]:
