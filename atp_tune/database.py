@@ -14,21 +14,24 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from time import monotonic
 from typing import Any
 
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
+from optuna.storages._rdb.models import TrialHeartbeatModel, TrialModel
 from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.trial import TrialState
-from sqlalchemy import event
-from sqlalchemy.engine import URL, make_url
+from sqlalchemy import event, func, select
+from sqlalchemy.engine import URL, ExceptionContext, make_url
 from sqlalchemy.exc import DBAPIError, OperationalError, PendingRollbackError, SQLAlchemyError
 
+from atp_tune.damage import BUSY, way_out
+from atp_tune.errors import UserError
 from atp_tune.patience import Patience, is_told
-from atp_tune.process import GRACE
+from atp_tune.process import GRACE, is_alive
 
-BUSY = 60  # seconds that a writer waits for SQLite's lock
 # One connection stays open, others while threads need them: 90 workers fit into the 100 that PostgreSQL allows.
 POOL = {"pool_pre_ping": True, "pool_size": 1, "max_overflow": 15}
 # libpq's: a cut cable says nothing; without these we would wait for a quarter of an hour, and the server would keep the
@@ -39,7 +42,7 @@ LIBPQ = {
     "tcp_user_timeout": 30_000,
 }  # fmt: skip
 YOUNG = f"SELECT now() - pg_postmaster_start_time() < interval '{GRACE} seconds'"
-WAITS = ("is locked", "is full")  # what SQLite says where it is worth trying again
+WAITS = ("is locked",)  # what SQLite says where it is worth trying again
 HINTS = {
     "No module named 'psycopg": "install it with: pip install 'psycopg[binary]', and write postgresql+psycopg://",
     "authentication failed": "put the right user and password into the URL, or the password into PGPASSWORD",
@@ -111,16 +114,24 @@ class Away:
 
 
 class Database(RDBStorage):
-    """Optuna's storage, exact where several workers take trials from a queue or a server has been away."""
+    """Optuna's storage, exact where several workers take trials from a queue or a server has been away.
+
+    It says in one line what is wrong with a file or a disk, and does not give up trials that live.
+    """
 
     def __init__(self, url: str, *arguments: Any, **options: Any) -> None:
         self._failed = -math.inf  # when the database last failed to answer
+        self._seen: dict[int, tuple[datetime, float]] = {}  # signs of life from the future, and when they were seen
         super().__init__(url, *arguments, **options)
         event.listen(self.engine, "handle_error", self._note)
 
-    def _note(self, context: Any) -> None:
+    def _note(self, context: ExceptionContext) -> None:
+        """Raises what is wrong with a file or a disk in one line; remembers when a server did not answer."""
         if context.is_disconnect or isinstance(context.sqlalchemy_exception, OperationalError):
             self._failed = monotonic()
+        error = context.original_exception
+        if way := way_out(error, self.url):
+            raise UserError(f"storage {without_password(self.url)}: {str(error).splitlines()[0]}; {way}") from None
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         """As Optuna's, which asks for a lock here that SQLite ignores: two workers would take the same trial."""
@@ -130,10 +141,36 @@ class Database(RDBStorage):
             session.connection().exec_driver_sql("BEGIN IMMEDIATE")
             return super().set_trial_state_values(trial_id, state, values)
 
+    def record_heartbeat(self, trial_id: int) -> None:
+        """As Optuna's; one that fails does not end the thread of heartbeats: the next one may be heard."""
+        try:
+            super().record_heartbeat(trial_id)
+        except (UserError, StorageInternalError, SQLAlchemyError) as error:
+            log.debug("no heartbeat for trial id %d: %s", trial_id, reason_of(error))
+
     def _get_stale_trial_ids(self, study_id: int) -> list[int]:
-        """As Optuna's; none soon after an outage, in which living workers could not give a sign of life."""
-        stale = super()._get_stale_trial_ids(study_id)
+        """Trials without a sign of life for the grace period, but for those whose process lives on this host.
+
+        One that is suspended, or busy for long in a call that holds Python's lock, has not lost its trial. None soon
+        after an outage, in which living workers could not give a sign of life.
+        """
+        running = (TrialModel.study_id == study_id) & (TrialModel.state == TrialState.RUNNING)
+        beats = select(TrialHeartbeatModel.trial_id, TrialHeartbeatModel.heartbeat, func.now()).join(TrialModel)
+        with self.engine.connect() as connection:
+            rows = connection.execute(beats.where(running)).all()
+        assert self.grace_period is not None
+        found = [(trial, self._silence(trial, beat, now.replace(tzinfo=None))) for trial, beat, now in rows]
+        silent = [trial for trial, seconds in found if seconds > self.grace_period]
+        stale = [trial for trial in silent if not is_alive(self.get_trial(trial).user_attrs)]
         return [] if stale and (monotonic() - self._failed < GRACE or self._is_young()) else stale
+
+    def _silence(self, trial: int, beat: datetime, now: datetime) -> float:
+        """Seconds since a sign of life; if it lies in the future, as after a clock was set back, since it was seen."""
+        if beat <= now:
+            return (now - beat).total_seconds()
+        if trial not in self._seen or self._seen[trial][0] != beat:
+            self._seen[trial] = beat, monotonic()
+        return monotonic() - self._seen[trial][1]
 
     def _is_young(self) -> bool:
         """Whether the server was started so recently that a worker may not have found it again."""
@@ -159,13 +196,6 @@ class PatientDatabase(Database):
             if not is_told(self.get_trial(trial_id), state, values):
                 raise
             return True
-
-    def record_heartbeat(self, trial_id: int) -> None:
-        """Tells that the trial is still at work; a database that is away is no error, the next one comes soon."""
-        try:
-            super().record_heartbeat(trial_id)
-        except (StorageInternalError, SQLAlchemyError) as error:
-            log.debug("no heartbeat for trial id %d: %s", trial_id, reason_of(error))
 
     def _ask(self, call: Callable[[], Any]) -> Any:
         def attempt() -> Any:

@@ -82,8 +82,8 @@ def test_attributes_of_a_trial(done: Path) -> None:
     for trial in study.trials:
         attrs = trial.user_attrs
         assert set(attrs) - {"start"} == {
-            "host", "pid", "process_started", "sparsities", "realised", "errors", "nlls", "seconds", "peak_bytes",
-            "device", "versions", "stderr", "batch_windows",
+            "host", "pid", "process_started", "booted", "sparsities", "realised", "errors", "nlls", "seconds",
+            "peak_bytes", "device", "versions", "stderr", "batch_windows",
         }  # fmt: skip
         assert (attrs["host"], attrs["pid"]) == (os.uname().nodename, os.getpid())
         assert len(attrs["sparsities"]) == len(attrs["errors"]) == BLOCKS
@@ -495,11 +495,25 @@ def test_another_name_lives_beside_it(done: Path) -> None:
 # --- trials that fail
 
 
-def test_a_model_with_nan_fails_every_trial_and_ends(place: Path) -> None:
+def test_a_model_with_nan_is_refused_before_a_trial_runs(place: Path) -> None:
+    put_nan(place)
+    with pytest.raises(UserError, match=r"^model.source: the perplexity of the dense model model is not finite: .*"):
+        run(place)
+    assert states(reopen(place)) == ["WAITING"] * 2
+
+
+def put_nan(place: Path) -> None:
     file = place / "model" / "model.safetensors"
     tensors = load_file(file)
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_plans_without_a_finite_perplexity_fail_and_the_study_ends(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_nan(place)
+    monkeypatch.setattr(tuning, "_measure_dense", lambda *_: None)  # which would refuse it
     reasons: list[str | None] = []
     pruners = "prune.pruners=['magnitude', 'wanda', 'sparsegpt']"
     overrides = (pruners, "search.trials=4")

@@ -1,19 +1,18 @@
 """What a server does for its studies without being asked: lost trials run again, artifacts stay current."""
 
-import warnings
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
 import optuna
 from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upload_artifact
-from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage
-from optuna.trial import TrialState
 
 from atp_tune import storage as trials
 from atp_tune.cache import write_atomically
 from atp_tune.database import reason_of
+from atp_tune.errors import UserError
 from atp_tune.report import gather, html
 from atp_tune.summary import best_config, summarise
 
@@ -35,7 +34,7 @@ class Keeper:
         try:
             self._look()
             trouble = ""
-        except (OSError, StorageInternalError) as error:
+        except (OSError, StorageInternalError, UserError) as error:
             trouble = f"warning: {reason_of(error)}"
         if trouble and trouble != self._trouble:
             self._tell(trouble)
@@ -50,16 +49,10 @@ class Keeper:
                 attached = attached or self._attach(study)  # one a turn: a report takes half a second, and 5 MB
 
     def _recover(self, study: optuna.Study) -> None:
-        """Queues trials again that gave no sign of life: the workers of other machines cannot see that themselves."""
-        before = trials.running(study)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            optuna.storages.fail_stale_trials(study)
-        after = study.get_trials(deepcopy=False)
-        for trial in before:
-            ended = after[trial.number]
-            if ended.state == TrialState.FAIL and "failure" not in ended.user_attrs:
-                self._tell(f"{study.study_name}: trial {trial.number} gave no sign of life; it is queued again")
+        """Queues lost trials again: the workers of other machines cannot see themselves that nobody runs them."""
+        for number in trials.recover(study):
+            reason = study.trials[number].user_attrs.get("lost", "gave no sign of life")
+            self._tell(f"{study.study_name}: trial {number}: {reason}; it is queued again")
 
     def _attach(self, study: optuna.Study) -> bool:
         """The best configuration and the report, whenever there is another best, or its final numbers."""
