@@ -60,9 +60,11 @@ class Command:
     `inject` is called in that process before the command begins.
     """
 
-    def __init__(self, folder: Path, *arguments: str | Path, inject: Inject | None = None) -> None:
+    def __init__(self, *arguments: str | Path, inject: Inject | None = None) -> None:
+        folder = Path(os.environ["ATP_TUNE_CACHE"]).parent
         self._out, self._err = folder / "stdout.txt", folder / "stderr.txt"
-        self._out.unlink(missing_ok=True)
+        for file in (self._out, self._err):
+            file.write_text("")
         variables = {"ATP_TUNE_CACHE": os.environ["ATP_TUNE_CACHE"], "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
         words = [str(argument) for argument in arguments]
         self._process = CONTEXT.Process(target=preloaded.run, args=(words, variables, self._out, self._err, inject))
@@ -80,7 +82,7 @@ class Command:
 
     @property
     def said(self) -> str:
-        return self._out.read_text() if self._out.exists() else ""
+        return self._out.read_text()
 
     def kill(self) -> Answer:
         os.kill(self.pid, signal.SIGKILL)
