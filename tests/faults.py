@@ -88,7 +88,7 @@ class Command:
         os.kill(self.pid, signal.SIGKILL)
         return self.finish()
 
-    def finish(self, seconds: float = 120) -> Answer:
+    def finish(self, seconds: float = 600) -> Answer:
         self._process.join(seconds)
         if self._process.is_alive():
             self._process.kill()
@@ -127,9 +127,10 @@ def stored(place: Path, name: str = "tiny", database: Path | None = None) -> opt
 
 
 def measured(study: optuna.Study) -> list[tuple[dict[str, Any], float]]:
-    """Parameters and values of what was measured, in the order of trials."""
+    """Parameters and values of what was measured; what was queued again came later than it would have."""
     done = (trial for trial in study.trials if trial.state == TrialState.COMPLETE)
-    return [(trial.params, trial.value or 0.0) for trial in done if "repeats" not in trial.user_attrs]
+    found = [(trial.params, trial.value or 0.0) for trial in done if "repeats" not in trial.user_attrs]
+    return sorted(found, key=json.dumps)
 
 
 def check_equal(study: optuna.Study, undisturbed: optuna.Study, total: int) -> None:
