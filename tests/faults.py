@@ -60,9 +60,11 @@ class Command:
     `inject` is called in that process before the command begins.
     """
 
-    def __init__(self, folder: Path, *arguments: str | Path, inject: Inject | None = None) -> None:
+    def __init__(self, *arguments: str | Path, inject: Inject | None = None) -> None:
+        folder = Path(os.environ["ATP_TUNE_CACHE"]).parent
         self._out, self._err = folder / "stdout.txt", folder / "stderr.txt"
-        self._out.unlink(missing_ok=True)
+        for file in (self._out, self._err):
+            file.write_text("")
         variables = {"ATP_TUNE_CACHE": os.environ["ATP_TUNE_CACHE"], "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
         words = [str(argument) for argument in arguments]
         self._process = CONTEXT.Process(target=preloaded.run, args=(words, variables, self._out, self._err, inject))
@@ -80,13 +82,13 @@ class Command:
 
     @property
     def said(self) -> str:
-        return self._out.read_text() if self._out.exists() else ""
+        return self._out.read_text()
 
     def kill(self) -> Answer:
         os.kill(self.pid, signal.SIGKILL)
         return self.finish()
 
-    def finish(self, seconds: float = 120) -> Answer:
+    def finish(self, seconds: float = 600) -> Answer:
         self._process.join(seconds)
         if self._process.is_alive():
             self._process.kill()
@@ -125,9 +127,10 @@ def stored(place: Path, name: str = "tiny", database: Path | None = None) -> opt
 
 
 def measured(study: optuna.Study) -> list[tuple[dict[str, Any], float]]:
-    """Parameters and values of what was measured, in the order of trials."""
+    """Parameters and values of what was measured; what was queued again came later than it would have."""
     done = (trial for trial in study.trials if trial.state == TrialState.COMPLETE)
-    return [(trial.params, trial.value or 0.0) for trial in done if "repeats" not in trial.user_attrs]
+    found = [(trial.params, trial.value or 0.0) for trial in done if "repeats" not in trial.user_attrs]
+    return sorted(found, key=json.dumps)
 
 
 def check_equal(study: optuna.Study, undisturbed: optuna.Study, total: int) -> None:

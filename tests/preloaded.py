@@ -77,6 +77,11 @@ def in_phase(phase: str, action: Callable[[], None]) -> None:
     at_call(*PHASES[phase], action)
 
 
+def kill_in_the_first_trial() -> None:
+    """Whichever it is: one that was queued again comes first."""
+    at_call(prune_pass, "measure", 1, kill)
+
+
 def kill_at_rename() -> None:
     """The process is killed in the moment in which best.json is to get its name."""
 
