@@ -75,9 +75,9 @@ class Bench:
         """Resolves the model and the texts and loads them; UserError for what cannot be had."""
         device = find_device(setup.device)
         folder = resolve(setup.model, setup.base, lambda text: watch(Note(text)))
-        windows = {role: _windows(role, text, folder.path, setup.base) for role, text in setup.texts.items()}
+        windows = {role: _windows(role, text, folder, setup.base) for role, text in setup.texts.items()}
         check_disjoint(windows)
-        checkpoint = Checkpoint.load(folder.path, find_dtype(setup.model.dtype, device), device)
+        checkpoint = Checkpoint.load(folder.path, find_dtype(setup.model.dtype, device), device, folder.trusted)
         return cls(folder, checkpoint, windows, setup.prune, watch)
 
     @property
@@ -184,8 +184,8 @@ class Bench:
         return 2 * max(map(width, self.checkpoint.linears)) * self.checkpoint.dtype.itemsize
 
 
-def _windows(role: str, text: Text, tokenizer: Path, base: Path) -> Windows:
+def _windows(role: str, text: Text, tokenizer: ModelFolder, base: Path) -> Windows:
     try:
-        return token_windows(text, tokenizer, base)
+        return token_windows(text, tokenizer.path, base, trusted=tokenizer.trusted)
     except UserError as error:
         raise UserError(f"texts.{role}: {error}") from None

@@ -25,9 +25,9 @@ KeyPath: TypeAlias = tuple[str | int, ...]
 HERE = Path("studies")
 EMBEDDED = Path(__file__).parent / "studies"
 # They say how long, where and on what a study runs, not what it computes.
-NOT_FACTS = frozenset({"description", "storage", "device", "search.trials"})
+NOT_FACTS = frozenset({"description", "storage", "device", "search.trials", "model.allow_pickle"})
 # Keys younger than the first studies: they are facts only where they are not at their defaults, so that those resume.
-LATER = ("prune.pattern", "prune.wanda.", "prune.dsnot.", "prune.alps.")
+LATER = ("prune.pattern", "prune.wanda.", "prune.dsnot.", "prune.alps.", "model.trust_remote_code")
 
 _SQLITE_FILE = re.compile(r"(?P<scheme>sqlite(\+\w+)?:///)(?P<path>(?!:memory:|file:)[^?]+)(?P<query>.*)")
 _PATTERNS = {
@@ -55,6 +55,8 @@ _RULES = {  # pydantic's type of error → the rule, with the fields of its cont
     "too_short": "must hold at least {min_length} value",
     "too_long": "must hold at most {max_length} values",
     "model_type": "must be a table",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
 }
 
 
@@ -160,7 +162,7 @@ def facts(study: Study, folder: Path = Path()) -> dict[str, Fact]:
     """
     flat = dict(_flat(study.model_dump(mode="json")))
     hidden = {key for key, value in flat.items() if value is None} | NOT_FACTS
-    defaults = dict(_flat(Prune().model_dump(mode="json"), "prune."))
+    defaults = {**dict(_flat(Prune().model_dump(mode="json"), "prune.")), "model.trust_remote_code": False}
     hidden |= {key for key, value in flat.items() if key.startswith(LATER) and value == defaults[key]}
     if study.model.dtype == "auto":
         hidden.add("model.dtype")

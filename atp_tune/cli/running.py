@@ -6,7 +6,7 @@ import signal
 import sys
 import warnings
 from _thread import interrupt_main
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -55,13 +55,13 @@ def run_report(studies: Sequence["optuna.Study"], kind: str, out: Path) -> None:
         write([gather(study, now) for study in studies], kind, out)
 
 
-def run_apply(config: Path, out: Path, device: str) -> None:
+def run_apply(config: Path, out: Path, device: str, allowed: Mapping[str, bool]) -> None:
     """Writes the sparse checkpoint of a configuration, and compares its perplexity with the file's."""
     read = read_config(config)
     from atp_tune.applying import apply
 
     with quiet(), Display() as display:
-        measured = apply(read, config.parent / read.folder, out, device, display)
+        measured = apply(read, config.parent / read.folder, out, device, display, allowed)
     show_applied(read, measured, out)
 
 
