@@ -81,6 +81,11 @@ class Bench:
         return cls(folder, checkpoint, windows, setup.prune, watch)
 
     @property
+    def dtype(self) -> str:
+        """Name of the number format in which all is computed."""
+        return str(self.checkpoint.dtype).removeprefix("torch.")
+
+    @property
     def batch_windows(self) -> int:
         """Windows that go through a block at a time."""
         return self._batch.windows
@@ -94,7 +99,7 @@ class Bench:
     def contents(self) -> dict[str, str]:
         """What decides a value beside the study file: SHA-256 of model and windows, and the number format."""
         texts = {f"texts.{role}.content": windows.content for role, windows in self.windows.items()}
-        return {"model.content": self.folder.content, "model.dtype": str(self.checkpoint.dtype)[6:], **texts}
+        return {"model.content": self.folder.content, "model.dtype": self.dtype, **texts}
 
     @torch.inference_mode()
     def prune(self, plan: Plan) -> Iterator[PrunedBlock]:

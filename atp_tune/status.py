@@ -195,7 +195,7 @@ def _trial(summary: Summary, trial: FrozenTrial) -> Trial:
         report=summary.reports.get(trial.number),
         realised=attrs.get("realised"),
         seconds=round(sum(attrs["seconds"].values()), 3) if "seconds" in attrs else None,
-        remark=remark_of(trial) or None,
+        remark=remark_of(trial, summary) or None,
     )
 
 

@@ -1,6 +1,7 @@
 """Where trials are kept: Optuna's storage, the study in it, and the facts that its values depend on."""
 
 import json
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from copy import copy
@@ -22,6 +23,8 @@ from atp_tune.process import GRACE, HEARTBEAT, is_dead
 
 RETRIES = 2  # of a trial whose process died
 BUSY = 60  # seconds that a writer waits for SQLite's lock
+DTYPE = "model.dtype"
+MIX = "--allow-device-change"
 PAUSES = (0.1, 0.5, 2.0)  # seconds between attempts to make the tables of a new database
 
 Facts = Mapping[str, Any]
@@ -121,15 +124,18 @@ def find_study(storage: BaseStorage, name: str) -> optuna.Study | None:
         return None
 
 
-def create_study(storage: BaseStorage, name: str, facts: Facts) -> optuna.Study:
-    """The study of that name with its facts, made if need be; UserError if it was made with others."""
+def create_study(storage: BaseStorage, name: str, facts: Facts, any_dtype: bool = False) -> optuna.Study:
+    """The study of that name with its facts, made if need be; UserError if it was made with others.
+
+    `any_dtype`: another number format is none.
+    """
     study = optuna.create_study(study_name=name, storage=storage, direction="minimize", load_if_exists=True)
     if is_new(study):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             study.set_metric_names(["perplexity"])  # for the axes of Optuna's plots
         study.set_user_attr("fingerprint", dict(facts))
-    check_facts(study, facts)
+    check_facts(study, facts, any_dtype=any_dtype)
     return study
 
 
@@ -138,25 +144,51 @@ def is_new(study: optuna.Study) -> bool:
     return "fingerprint" not in study.user_attrs and not study.get_trials(deepcopy=False)
 
 
-def check_facts(study: optuna.Study, facts: Facts, partly: bool = False) -> None:
+def check_facts(study: optuna.Study, facts: Facts, partly: bool = False, any_dtype: bool = False) -> None:
     """UserError if a fact differs from what the study was made with; the keys are named.
 
     `partly`: only the facts of the study file are known yet, not the contents, which take the model to find out.
+    `any_dtype`: where nothing else differs, the number format may.
     """
     stored = dict(study.user_attrs.get("fingerprint", {}))
     if partly:
         stored = {key: value for key, value in stored.items() if key in facts or not _is_content(key)}
     differing = [key for key in sorted({*facts, *stored}) if facts.get(key) != stored.get(key)]
+    if differing == [DTYPE] and any_dtype:
+        return
     if differing:
         shown = "; ".join(f"{key} is {_shown(facts, key)}, was {_shown(stored, key)}" for key in differing[:3])
         more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+        mix = f", or mix them in this one with {MIX}" if differing == [DTYPE] else ""
         raise UserError(
-            f"study {study.study_name}: {shown}{more}. Put it back, or start another study with --study-name NAME"
+            f"study {study.study_name}: {shown}{more}. Put it back, or start another study with --study-name NAME{mix}"
         )
 
 
+def check_device(study: optuna.Study, here: str) -> None:
+    """UserError if a device, as trials record it, is of another kind than the one on which the study began."""
+    began, kind = device_of(study), device_kind(here)
+    if began is not None and began != kind:
+        raise UserError(
+            f"study {study.study_name}: its trials ran on {began}, here is {kind}. Go on there, start another study "
+            f"with --study-name NAME, or mix them in this one with {MIX}"
+        )
+
+
+def device_of(study: optuna.Study) -> str | None:
+    """The kind of device on which a study began: that of its first measured trial."""
+    known = [trial for trial in measured(study) if "device" in trial.user_attrs]
+    first = min(known, key=lambda trial: trial.number, default=None)
+    return first and device_kind(first.user_attrs["device"])
+
+
+def device_kind(name: str) -> str:
+    """A device's name without the number of its threads, which decides no value."""
+    return re.sub(r" \(\d+ threads\)$", "", name)
+
+
 def _is_content(key: str) -> bool:
-    return key.endswith(".content") or key == "model.dtype"
+    return key.endswith(".content") or key == DTYPE
 
 
 def _shown(facts: Facts, key: str) -> str:

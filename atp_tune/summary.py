@@ -1,7 +1,8 @@
 """What a study has found, read from its storage alone: no torch, no model, also while it runs."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +35,8 @@ class Summary:
 
     `made_from`: its study file with all overrides, None where an early version made it; `sizes`: weights per block.
     `uniform` has the best trial's pruner, `uniforms` are of all; `reports`: perplexity on the report text by trial.
-    `belief`: what the GP holds of perplexity against β, None where no GP was asked.
+    `belief`: what the GP holds of perplexity against β, None where no GP was asked. `unlike`: trials that ran on
+    another device or in another number format than the one in which the study began, and which.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Summary:
     reports: dict[int, Perplexity]
     complete: bool
     belief: dict[str, Any] | None = None
+    unlike: Mapping[int, str] = field(default_factory=dict)
 
 
 def summarise(study: optuna.Study) -> Summary:
@@ -78,7 +81,19 @@ def summarise(study: optuna.Study) -> Summary:
         reports={int(name): perplexity(nlls) for name, nlls in reports.items() if name != "dense" and nlls},
         complete=_is_complete(study),
         belief=study.user_attrs.get("belief"),
+        unlike=_unlike(study),
     )
+
+
+def _unlike(study: optuna.Study) -> dict[int, str]:
+    began, dtype = storage.device_of(study), study.user_attrs.get("fingerprint", {}).get(storage.DTYPE)
+    found = {}
+    for trial in study.get_trials(deepcopy=False):
+        device, own = storage.device_kind(trial.user_attrs.get("device", began or "")), trial.user_attrs.get("dtype")
+        parts = [f"on {device}"] * (began not in (None, device)) + [f"in {own}"] * (own not in (None, dtype))
+        if parts:
+            found[trial.number] = " ".join(parts)
+    return found
 
 
 def _is_complete(study: optuna.Study) -> bool:
@@ -168,7 +183,7 @@ def best_config(file: StudyFile, study: optuna.Study, out: Path) -> Config:
     return Config(
         study=study.study_name,
         trial=best.number,
-        model=_model_ref(spec.model.source, spec.model.revision, spec.model.sha256, facts),
+        model=_model_ref(spec.model.source, spec.model.revision, spec.model.sha256, {**facts, **_dtype_of(best)}),
         pruner=best.params["pruner"],
         prune=spec.prune,
         allocation=AllocationRef(
@@ -185,6 +200,11 @@ def best_config(file: StudyFile, study: optuna.Study, out: Path) -> Config:
         versions=best.user_attrs["versions"],
         folder=os.path.relpath(file.folder.resolve(), out.parent.resolve()),
     )
+
+
+def _dtype_of(trial: FrozenTrial) -> dict[str, str]:
+    """The fact that a trial knows better than its study."""
+    return {storage.DTYPE: trial.user_attrs["dtype"]} if "dtype" in trial.user_attrs else {}
 
 
 def _model_ref(source: str, revision: str | None, sha256: str | None, facts: dict[str, Any]) -> ModelRef:

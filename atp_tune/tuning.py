@@ -30,7 +30,8 @@ POLL = 2  # seconds between looks at a trial that runs elsewhere
 class Run:
     """One call of the command: the study file, the study's name, and how many seconds to go on at most.
 
-    A `bench` that is open already, with this model and these texts, spares loading them.
+    A `bench` that is open already, with this model and these texts, spares loading them. `mix`: another device or
+    number format than the one on which the study began is no reason to refuse.
     """
 
     file: StudyFile
@@ -38,6 +39,7 @@ class Run:
     timeout: float | None
     watch: Watch
     bench: "Bench | None" = None
+    mix: bool = False
 
     def note(self, text: str) -> None:
         """Tells one line."""
@@ -53,10 +55,18 @@ def tune(run: Run) -> optuna.Study:
     db = storage.open_storage(run.file.storage_url, create=False)
     study = storage.find_study(db, run.name) if db else None
     if study is not None and not storage.is_new(study):
-        storage.check_facts(study, facts(run.file.study, run.file.folder), partly=True)
+        storage.check_facts(study, facts(run.file.study, run.file.folder), partly=True, any_dtype=run.mix)
         if is_complete(study, run.file):
             return study
+        if not run.mix:
+            storage.check_device(study, _device(run))
     return _work(run)
+
+
+def _device(run: Run) -> str:
+    from atp_tune.devices import device_name, find_device
+
+    return device_name(run.bench.checkpoint.device if run.bench else find_device(run.file.study.device))
 
 
 def is_complete(study: optuna.Study, file: StudyFile) -> bool:
@@ -74,7 +84,8 @@ def _work(run: Run) -> optuna.Study:
     total = total_trials(run.file.study.search, space)
     db = storage.open_storage(run.file.storage_url, create=True)
     assert db is not None
-    study = storage.create_study(db, run.name, {**facts(run.file.study, run.file.folder), **bench.contents()})
+    known = {**facts(run.file.study, run.file.folder), **bench.contents()}
+    study = storage.create_study(db, run.name, known, run.mix)
     _describe(study, run.file, bench, total)
     study.sampler = make_sampler(run.file.study.search, space, run.file.study.search.seed + len(study.trials))
     study.pruner = make_stopper(run.file.study.search)

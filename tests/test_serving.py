@@ -101,7 +101,8 @@ def test_columns_are_numbers_and_short(dashboard: Dashboard) -> None:
     study = dashboard.study("tiny")
     columns = {attr["key"]: attr["sortable"] for attr in study["union_user_attrs"]}
     assert columns == {
-        "± stderr": True, "zeros %": True, "seconds": True, "peak GB": True, "device": False, "host": False
+        "± stderr": True, "zeros %": True, "seconds": True, "peak GB": True, "device": False, "dtype": False,
+        "host": False,
     }  # fmt: skip
     assert all(len(attr["value"]) < 60 for trial in study["trials"] for attr in trial["user_attrs"])
     assert all(len(attr["value"]) < 60 for attr in study["user_attrs"])

@@ -46,6 +46,14 @@ def run(
     storage: Storage = None,
     study_name: StudyLabel = None,
     device: Device = None,
+    allow_device_change: Annotated[
+        bool,
+        typer.Option(
+            "--allow-device-change",
+            metavar="",
+            help="Go on though the study began on another device or in another dtype.",
+        ),
+    ] = False,
     set_: Overrides = None,
 ) -> None:
     """Find how to share out sparsity over the blocks of a language model, and prune it.
@@ -64,7 +72,7 @@ def run(
 
     if trials is not None:
         set_ = [*(set_ or []), f"search.trials={trials}"]
-    run_study(_load(study, storage, device, set_), study_name, timeout)
+    run_study(_load(study, storage, device, set_), study_name, timeout, allow_device_change)
 
 
 @app.command()

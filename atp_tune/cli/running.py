@@ -28,13 +28,13 @@ STOPS = (signal.SIGINT, signal.SIGTERM)
 SOON = 0.02  # seconds until an interruption that would break a transaction is tried again
 
 
-def run_study(file: StudyFile, name: str | None, timeout: float | None) -> None:
+def run_study(file: StudyFile, name: str | None, timeout: float | None, mix: bool = False) -> None:
     """Runs or resumes a study with progress; the summary at the end, also of what is left after Ctrl-C."""
     from atp_tune.summary import summarise
     from atp_tune.tuning import Run, tune
 
     with quiet(), interruptible(), Display() as display:
-        run = Run(file, name or file.name, timeout, display)
+        run = Run(file, name or file.name, timeout, display, mix=mix)
         try:
             study = tune(run)
         except KeyboardInterrupt:

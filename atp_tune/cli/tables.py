@@ -29,7 +29,7 @@ TOLERANCE = 0.001  # relative difference of perplexities that rounding may make
 
 def show_summary(summary: "Summary", file: "StudyFile") -> None:
     """Dense, uniform and the best of each allocation as one Markdown table, and the commands that come next."""
-    from atp_tune.wording import method_of
+    from atp_tune.wording import method_of, mixture_of
 
     sparsity = summary.sparsity or file.study.sparsity
     console.print(f"{summary.name}: {sparsity:.0%} sparsity\n", highlight=False)
@@ -42,6 +42,8 @@ def show_summary(summary: "Summary", file: "StudyFile") -> None:
     if best is not None:
         console.print(f"best: trial {best.number}, {method_of(best)}", highlight=False)
     _show_rest(summary)
+    if mixture := mixture_of(summary):
+        console.print(mixture, highlight=False)
     if best is not None:
         _show_next(summary, file)
 
@@ -115,15 +117,19 @@ def show_status(summary: "Summary", file: "StudyFile") -> None:
 
 def trials_table(summary: "Summary", trials: "list[FrozenTrial]") -> Table:
     """Some of a study's trials, one a row."""
+    from atp_tune.wording import remark_of
+
     best = summary.best_trial
     table = _table("trial", "state", "plan", "perplexity", "zeros", "s", "remark")
     for trial in trials:
-        table.add_row(*_row(trial, best is not None and trial.number == best.number))
+        is_best = best is not None and trial.number == best.number
+        words = ("best" if is_best else "", remark_of(trial, summary))
+        table.add_row(*_row(trial, "; ".join(word for word in words if word)))
     return table
 
 
-def _row(trial: "FrozenTrial", is_best: bool) -> list[str]:
-    from atp_tune.wording import plan_of, remark_of
+def _row(trial: "FrozenTrial", remark: str) -> list[str]:
+    from atp_tune.wording import plan_of
 
     attrs = trial.user_attrs
     value = "" if trial.value is None else f"{trial.value:.2f}"
@@ -135,7 +141,7 @@ def _row(trial: "FrozenTrial", is_best: bool) -> list[str]:
         value + error,
         f"{attrs['realised']:.2%}" if "realised" in attrs else "",
         f"{sum(attrs['seconds'].values()):.0f}" if "seconds" in attrs else "",
-        "best" if is_best else remark_of(trial),
+        remark,
     ]
 
 

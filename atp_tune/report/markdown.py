@@ -20,6 +20,7 @@ def _study(contents: Contents) -> list[str]:
     summary = contents.summary
     parts = [f"# {escaped(summary.name)}", escaped(contents.description), escaped(contents.verdict)]
     parts.append(f"{contents.state}; as of {contents.made:%Y-%m-%d %H:%M}. {_sparsity(contents)}".strip())
+    parts.append(escaped(contents.mixture))
     parts += [table(tables.headline(summary)), "± is the standard error over windows."]
     if len(summary.ranks) > 1:
         parts += ["## Allocations", table(tables.ranks(summary))]

@@ -55,7 +55,7 @@ def importance(contents: Contents) -> Table:
 
 def trials(summary: Summary) -> Table:
     """Every trial."""
-    rows = [_row(trial) for trial in summary.trials]
+    rows = [_row(trial, summary) for trial in summary.trials]
     numbers = [trial.number for trial in summary.trials]
     best = numbers.index(summary.best_trial.number) if summary.best_trial else None
     head = ("trial", "plan", "perplexity", "±", "zeros", "time (s)", "state", "remark")
@@ -105,7 +105,7 @@ def symbol(name: str) -> str:
     return f"{SYMBOLS[name]} ({name})" if name in SYMBOLS else name
 
 
-def _row(trial: FrozenTrial) -> tuple[str, ...]:
+def _row(trial: FrozenTrial, summary: Summary) -> tuple[str, ...]:
     attrs, score = trial.user_attrs, score_of(trial)
     return (
         str(trial.number),
@@ -115,7 +115,7 @@ def _row(trial: FrozenTrial) -> tuple[str, ...]:
         f"{attrs['realised']:.4f}" if "realised" in attrs else "",
         f"{sum(spent(trial).values()):.1f}" if spent(trial) else "",
         trial.state.name.lower(),
-        remark_of(trial),
+        remark_of(trial, summary),
     )
 
 

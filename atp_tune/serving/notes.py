@@ -7,7 +7,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.config import Scores
 from atp_tune.summary import Rank, Summary, is_uniform
-from atp_tune.wording import method_of, plan_of, remark_of
+from atp_tune.wording import method_of, mixture_of, plan_of, remark_of
 
 OWN = "*Above: atp_tune, always current. Below: your own notes, which are kept.*"
 GAP = "&emsp;"  # the dashboard draws tables without space between columns
@@ -23,7 +23,15 @@ def with_own_words(ours: str, written: str) -> str:
 def study_note(summary: Summary, address: str) -> str:
     """What is tuned, what was found, where the files are (`address` is the storage's), and the commands that follow."""
     files = _files(summary, address)
-    parts = [_what(summary), _scores(summary), _gain(summary), _state(summary), files, _commands(summary)]
+    parts = [
+        _what(summary),
+        _scores(summary),
+        _gain(summary),
+        _state(summary),
+        mixture_of(summary),
+        files,
+        _commands(summary),
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -114,14 +122,14 @@ def trial_note(trial: FrozenTrial, summary: Summary) -> str:
     """Plan, sparsity, times, and why a trial has no value."""
     attrs = trial.user_attrs
     title = f"### {plan_of(trial)}" if "allocation" in trial.params else "### no plan yet"
-    parts = [title, _why(trial), _measured(trial, summary), _sparsities(attrs), _costs(attrs)]
+    parts = [title, _why(trial, summary), _measured(trial, summary), _sparsities(attrs), _costs(attrs)]
     return "\n\n".join(part for part in parts if part)
 
 
-def _why(trial: FrozenTrial) -> str:
+def _why(trial: FrozenTrial, summary: Summary) -> str:
     if trial.state == TrialState.RUNNING:
         return "Runs now."
-    remark = remark_of(trial)
+    remark = remark_of(trial, summary)
     if trial.state != TrialState.FAIL:
         return f"Remark: {remark}." if remark else ""
     again = "" if "failure" in trial.user_attrs else " It was queued again."
@@ -166,7 +174,7 @@ def columns(trial: FrozenTrial) -> dict[str, Any]:
         shown_ones["seconds"] = round(sum(attrs["seconds"].values()), 1)
     if attrs.get("peak_bytes"):
         shown_ones["peak GB"] = round(max(attrs["peak_bytes"].values()) / 1e9, 2)
-    for name in ("device", "host"):
+    for name in ("device", "dtype", "host"):
         if name in attrs:
             shown_ones[name] = attrs[name]
     remark = remark_of(trial)
