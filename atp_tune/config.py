@@ -126,7 +126,9 @@ def read_config(path: Path) -> Config:
 
 def _parse(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError for half a character
+        return value
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; write one with: python tune.py export --study NAME") from None
     except (ValueError, RecursionError) as error:

@@ -6,6 +6,7 @@ not known yet, or is not finite, is null. Perplexities are on the search text un
 
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -115,7 +116,8 @@ class Listed(Part):
 def to_json(what: Part | Sequence[Part], indent: int | None = 2) -> str:
     """One JSON document without a line break at the end; with `indent` None it is one line."""
     dumped = what.model_dump(mode="json") if isinstance(what, Part) else [part.model_dump(mode="json") for part in what]
-    return json.dumps(dumped, indent=indent, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(dumped, indent=indent, ensure_ascii=False, allow_nan=False)
+    return re.sub("[\x7f-\x9f]", lambda control: f"\\u{ord(control[0]):04x}", text)  # a terminal acts on them
 
 
 def status_of(summary: Summary, now: datetime) -> Status:
@@ -174,7 +176,7 @@ def _best(rank: Rank) -> Best:
     against = rank.against and Against(value=rank.against.value, stderr=rank.against.stderr, on=rank.on)
     return Best(
         trial=rank.trial.number,
-        pruner=rank.trial.params["pruner"],
+        pruner=rank.trial.params.get("pruner", ""),
         allocation=allocation_of(rank.trial),
         parameters=parameters_of(rank.trial),
         search=rank.scores.search,

@@ -20,6 +20,7 @@ from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, SQLAlch
 
 from atp_tune.errors import UserError
 from atp_tune.process import GRACE, HEARTBEAT, is_dead
+from atp_tune.stored import CheckedStudy
 
 RETRIES = 2  # of a trial whose process died
 BUSY = 60  # seconds that a writer waits for SQLite's lock
@@ -119,7 +120,7 @@ def _rdb(address: str, url: URL, kind: type[Database]) -> Database:
 def find_study(storage: BaseStorage, name: str) -> optuna.Study | None:
     """The study of that name, if the storage has it."""
     try:
-        return optuna.load_study(study_name=name, storage=storage)
+        return CheckedStudy(name, storage)
     except KeyError:
         return None
 
@@ -135,6 +136,7 @@ def create_study(storage: BaseStorage, name: str, facts: Facts, any_dtype: bool 
             warnings.simplefilter("ignore", ExperimentalWarning)
             study.set_metric_names(["perplexity"])  # for the axes of Optuna's plots
         study.set_user_attr("fingerprint", dict(facts))
+    study = CheckedStudy(name, study._storage)
     check_facts(study, facts, any_dtype=any_dtype)
     return study
 
@@ -179,7 +181,7 @@ def device_of(study: optuna.Study) -> str | None:
     """The kind of device on which a study began: that of its first measured trial."""
     known = [trial for trial in measured(study) if "device" in trial.user_attrs]
     first = min(known, key=lambda trial: trial.number, default=None)
-    return first and device_kind(first.user_attrs["device"])
+    return device_kind(first.user_attrs["device"]) if first else None
 
 
 def device_kind(name: str) -> str:

@@ -131,7 +131,7 @@ def find(name: str) -> Path:
             return path
     names = [path.stem for path in known()]
     near = _did_you_mean(Path(name).stem if is_path else name, names)
-    raise _error(f"{name}: no such study; known are {', '.join(names) or 'none'}{near}")
+    raise UserError(f"{name}: no such study; known are {', '.join(names) or 'none'}{near}")
 
 
 def known() -> list[Path]:
@@ -150,8 +150,12 @@ def settings(file: StudyFile) -> dict[str, Any]:
 
 
 def from_settings(stored: dict[str, Any]) -> StudyFile:
-    """The study file that `settings` were taken from, as it was then."""
-    return StudyFile(stored["name"], Path(stored["path"]), Study.model_validate(stored["settings"]))
+    """The study file that `settings` were taken from, as it was then; ValueError, KeyError, TypeError if none."""
+    name, path = stored["name"], stored["path"]
+    if not isinstance(name, str) or "\0" in path:
+        raise ValueError("no name, or no path")
+    json.dumps(stored, ensure_ascii=False).encode()  # UnicodeEncodeError, a ValueError, for half a character
+    return StudyFile(name, Path(path), Study.model_validate(stored["settings"]))
 
 
 def facts(study: Study, folder: Path = Path()) -> dict[str, Fact]:
@@ -210,12 +214,12 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise _error(f"{path}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise _error(f"{path}: line {line}: is not UTF-8 text") from None
+        raise UserError(f"{path}: line {line}: is not UTF-8 text") from None
     return _parse(path, text)
 
 
@@ -226,7 +230,7 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
         reason = "values are nested too deeply"
     except ValueError as error:  # more than TOMLDecodeError: an integer of 5000 digits, for one
         reason = _syntax(str(error), lines=text.count("\n") + 1)
-    raise _error(f"{path}: {reason}")
+    raise UserError(f"{path}: {reason}")
 
 
 def _syntax(message: str, lines: int) -> str:
@@ -243,13 +247,13 @@ def _override(data: dict[str, Any], override: str, path: Path) -> KeyPath:
     dotted, equals, value = override.partition("=")
     *tables, key = keys = tuple(part.strip() for part in dotted.split("."))
     if not equals or not all(keys):
-        raise _error(f"{path} with --set {override}: must have the form key.path=value")
+        raise UserError(f"{path} with --set {override}: must have the form key.path=value")
     if tables == ["allocation"] and isinstance(data.get("allocation"), str | list):  # short for its table of names
         data["allocation"] = {"names": data["allocation"]}
     for depth, name in enumerate(tables, start=1):
         data = data.setdefault(name, {})
         if not isinstance(data, dict):
-            raise _error(f"{path} with --set {override}: {_dotted(keys[:depth])}: is not a table")
+            raise UserError(f"{path} with --set {override}: {_dotted(keys[:depth])}: is not a table")
     data[key] = _toml_value(value.strip())
     return keys
 
@@ -271,7 +275,7 @@ def _invalid(
     origin = " with --set ".join([str(path), *causes])
     others = len(mistakes) - 1
     more = f" (and {others} more mistake{'s' if others > 1 else ''})" if others else ""
-    return _error(f"{origin}: {text}{more}")
+    return UserError(f"{origin}: {text}{more}")
 
 
 def _mistakes(error: ValidationError) -> dict[KeyPath, list[ErrorDetails]]:
@@ -385,9 +389,3 @@ def _shown(value: object) -> str:
 def _did_you_mean(value: object, names: Sequence[str]) -> str:
     near = get_close_matches(value.lower(), names, n=1) if isinstance(value, str) else []
     return f"; did you mean {near[0]}?" if near else ""
-
-
-def _error(text: str) -> UserError:
-    """One line whatever the file holds: line breaks and other control characters are escaped."""
-    escaped = (char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-    return UserError("".join(escaped))

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
+from pydantic import ValidationError
 
 from atp_tune import storage
 from atp_tune.config import AllocationRef, Baselines, Config, ModelRef, Scores, Sparsity, Texts
@@ -63,7 +64,6 @@ def summarise(study: optuna.Study) -> Summary:
     best = storage.best_trial(study)
     reports = study.user_attrs.get("reports", {})
     uniform = uniform_of(study, best)
-    made = study.user_attrs.get("made_from")
     return Summary(
         name=study.study_name,
         sparsity=study.user_attrs.get("fingerprint", {}).get("sparsity"),
@@ -75,7 +75,7 @@ def summarise(study: optuna.Study) -> Summary:
         best=_scores(best, reports),
         best_trial=best,
         ranks=[_rank(study, trial) for trial in best_of_each(study)],
-        made_from=from_settings(made) if made else None,
+        made_from=made_from(study.user_attrs.get("made_from")),
         sizes=tuple(study.user_attrs.get("sizes", ())),
         uniforms=_uniforms(study),
         reports={int(name): perplexity(nlls) for name, nlls in reports.items() if name != "dense" and nlls},
@@ -83,6 +83,14 @@ def summarise(study: optuna.Study) -> Summary:
         belief=study.user_attrs.get("belief"),
         unlike=_unlike(study),
     )
+
+
+def made_from(stored: Any) -> StudyFile | None:
+    """The study file that a study was made from; None where this version cannot read what is stored of it."""
+    try:
+        return from_settings(stored)
+    except (ValidationError, KeyError, TypeError, ValueError):
+        return None
 
 
 def _unlike(study: optuna.Study) -> dict[int, str]:
@@ -118,7 +126,7 @@ def _uniforms(study: optuna.Study) -> list[FrozenTrial]:
     found: dict[str, FrozenTrial] = {}
     for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         if is_uniform(trial):
-            found.setdefault(trial.params["pruner"], trial)
+            found.setdefault(trial.params.get("pruner", ""), trial)
     return list(found.values())
 
 
@@ -175,11 +183,21 @@ def score_of(trial: FrozenTrial) -> Perplexity | None:
 
 
 def best_config(file: StudyFile, study: optuna.Study, out: Path) -> Config:
-    """The configuration of the best trial so far, to be written to `out`; UserError if no trial has a value."""
-    summary, best = summarise(study), storage.best_trial(study)
+    """The configuration of the best trial so far, to be written to `out`; UserError if there is none."""
+    best = storage.best_trial(study)
     if best is None:
         raise UserError(f"study {study.study_name}: no trial has a value yet; run: python tune.py --study {file.name}")
-    spec, facts = file.study, study.user_attrs["fingerprint"]
+    try:
+        return _config(file, study, best, out)
+    except (KeyError, ValidationError):
+        raise UserError(
+            f"study {study.study_name}: of trial {best.number}, the best, is not stored what a configuration needs; "
+            "start another study with --study-name NAME"
+        ) from None
+
+
+def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) -> Config:
+    summary, spec, facts = summarise(study), file.study, study.user_attrs["fingerprint"]
     return Config(
         study=study.study_name,
         trial=best.number,

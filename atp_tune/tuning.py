@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune import storage
 from atp_tune.allocations import Budget
-from atp_tune.errors import TrialError
+from atp_tune.errors import TrialError, UserError, printable
 from atp_tune.events import Note, TrialEnded, TrialStarted, Watch
 from atp_tune.process import GRACE
 from atp_tune.samplers import first_trials, make_sampler, make_stopper, total_trials
@@ -23,6 +23,7 @@ from atp_tune.summary import best_config, unreported
 if TYPE_CHECKING:
     from atp_tune.bench import Bench
 
+LONGEST = 200  # bytes of a study's name, from which files are named
 POLL = 2  # seconds between looks at a trial that runs elsewhere
 
 
@@ -51,6 +52,7 @@ def tune(run: Run) -> optuna.Study:
 
     A study that is complete is returned at once, without loading torch or the model. UserError for bad input.
     """
+    check_name(run.name)
     storage.check_writable(run.file.storage_url)
     db = storage.open_storage(run.file.storage_url, create=False)
     study = storage.find_study(db, run.name) if db else None
@@ -61,6 +63,15 @@ def tune(run: Run) -> optuna.Study:
         if not run.mix:
             storage.check_device(study, _device(run))
     return _work(run)
+
+
+def check_name(name: str) -> None:
+    """UserError for a study's name that files and terminals cannot bear."""
+    if not name or printable(name) != name or len(name.encode()) > LONGEST:
+        shown = name if len(name) <= 40 else f"{name[:39]}…"
+        raise UserError(
+            f"study {shown}: its name must have 1 to {LONGEST} bytes, all printable; choose --study-name NAME"
+        )
 
 
 def _device(run: Run) -> str:

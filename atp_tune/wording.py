@@ -21,7 +21,7 @@ def method_of(trial: FrozenTrial) -> str:
     allocation = allocation_of(trial)
     parameters = "" if allocation == "uniform" else shown(parameters_of(trial))
     listed = ", ".join(part.replace("=", " = ") for part in parameters.split())
-    return f"{trial.params['pruner']} + {allocation}" + (f" ({listed})" if listed else "")
+    return f"{trial.params.get('pruner', '')} + {allocation}" + (f" ({listed})" if listed else "")
 
 
 def remark_of(trial: FrozenTrial, summary: Summary | None = None) -> str:

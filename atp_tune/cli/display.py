@@ -13,6 +13,7 @@ from rich.progress import (
 )
 
 from atp_tune.cli.tables import console, duration
+from atp_tune.errors import printable
 from atp_tune.events import Event, Note, Step, TrialEnded, TrialStarted
 
 
@@ -56,7 +57,7 @@ class Display:
             case Step(phase, done, total):
                 self._bars.update(
                     self._steps,
-                    description=f"{self._title}: {phase}",
+                    description=printable(f"{self._title}: {phase}"),
                     completed=done,
                     total=total,
                     visible=True,
@@ -66,7 +67,7 @@ class Display:
 
     def _start(self, title: str, plan: str) -> None:
         self._title, self._plan, self._began = title, plan, monotonic()
-        self._bars.reset(self._steps, description=title, visible=True)
+        self._bars.reset(self._steps, description=printable(title), visible=True)
         if not console.is_terminal and not title.startswith("trial"):
             console.print(f"{title} {plan}".rstrip(), highlight=False)
 

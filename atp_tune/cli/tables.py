@@ -5,11 +5,14 @@ import socket
 import statistics
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from atp_tune.errors import printable
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -21,10 +24,20 @@ if TYPE_CHECKING:
     from atp_tune.studyfile import StudyFile
     from atp_tune.summary import Rank, Summary
 
-console = Console(soft_wrap=True, markup=False)  # paths and reasons may hold brackets
 WRAPPED = ("remark", "what", "plan")  # columns that may take several lines
 WIDE = 1000  # columns: no line of a Markdown table is broken
 TOLERANCE = 0.001  # relative difference of perplexities that rounding may make
+
+
+class Terminal(Console):
+    """A console on which nothing that a study or a file is called can move the cursor or change colours."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """As rich does, each line made printable first."""
+        return super().render_str("\n".join(map(printable, text.split("\n"))), **options)
+
+
+console = Terminal(soft_wrap=True, markup=False)  # paths and reasons may hold brackets
 
 
 def show_summary(summary: "Summary", file: "StudyFile") -> None:
@@ -32,7 +45,7 @@ def show_summary(summary: "Summary", file: "StudyFile") -> None:
     from atp_tune.wording import method_of, mixture_of
 
     sparsity = summary.sparsity or file.study.sparsity
-    console.print(f"{summary.name}: {sparsity:.0%} sparsity\n", highlight=False)
+    console.print(f"{printable(summary.name)}: {sparsity:.0%} sparsity\n", highlight=False)
     console.print(_markdown(_results(summary)), highlight=False)
     console.print(
         "\n±: standard error over windows; against uniform: same pruner, same windows, error of the difference",
@@ -98,7 +111,7 @@ def _show_next(summary: "Summary", file: "StudyFile") -> None:
     if summary.best.report is not None and best.exists():
         console.print(f"best configuration: {_short(best)}", highlight=False)
         console.print(
-            f"sparse checkpoint:  python tune.py apply --config {_short(best)} --out {summary.name}-sparse",
+            f"sparse checkpoint:  python tune.py apply --config {_short(best)} --out {printable(summary.name)}-sparse",
             highlight=False,
         )
 
@@ -195,7 +208,7 @@ def show_served(service: "Service", served: "Served") -> None:
     from atp_tune.storage import without_password
 
     names = served.studies if len(served.studies) <= 5 else [*served.studies[:4], f"… {len(served.studies)} studies"]
-    studies = ", ".join(names) or "no study yet"
+    studies = ", ".join(map(printable, names)) or "no study yet"
     host = service.listen if service.listen not in ("0.0.0.0", "::") else socket.gethostname()
     name = f"[{host}]" if ":" in host else host
     console.print(f"serving {without_password(service.address)}: {studies}", highlight=False)

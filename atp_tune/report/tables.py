@@ -9,6 +9,7 @@ from optuna.trial import FrozenTrial
 
 from atp_tune.allocations.budget import SYMBOLS
 from atp_tune.config import Scores
+from atp_tune.errors import printable
 from atp_tune.figures.seconds import spent
 from atp_tune.report.contents import Contents
 from atp_tune.summary import Summary, allocation_of, is_uniform, score_of
@@ -78,7 +79,7 @@ def fingerprint(contents: Contents) -> Table:
 def commands(summary: Summary) -> list[tuple[str, str]]:
     """What each command does, and the command."""
     stored = summary.made_from is not None
-    study = shlex.quote(f"{plain_name(summary.name)}.toml" if stored else summary.name)
+    study = shlex.quote(f"{plain_name(summary.name)}.toml" if stored else printable(summary.name))
     config, folder = (shlex.quote(plain_name(summary.name) + end) for end in (".best.json", "-sparse"))
     return [
         ("run, or go on", f"python tune.py --study {study}"),
@@ -90,7 +91,7 @@ def commands(summary: Summary) -> list[tuple[str, str]]:
 
 def plain_name(name: str) -> str:
     """A study's name as a file's."""
-    return name.replace("/", "_")
+    return printable(name).replace("/", "_")
 
 
 def duration(seconds: float) -> str:

@@ -1,5 +1,6 @@
 """What a server does for its studies without being asked: lost trials run again, artifacts stay current."""
 
+import re
 import warnings
 from collections.abc import Callable
 from datetime import datetime
@@ -13,7 +14,9 @@ from optuna.trial import TrialState
 
 from atp_tune import storage as trials
 from atp_tune.cache import write_atomically
+from atp_tune.errors import UserError
 from atp_tune.report import gather, html
+from atp_tune.stored import readable
 from atp_tune.summary import best_config, summarise
 
 CONFIG, REPORT = "best.json", "report.html"
@@ -27,6 +30,7 @@ class Keeper:
         self._folder = artifacts
         self._tell = tell
         self._seen: dict[int, object] = {}
+        self._told: dict[str, str] = {}
 
     def turn(self) -> None:
         """One look at every study; what goes wrong with it is told, and tried again the next time."""
@@ -38,9 +42,19 @@ class Keeper:
     def _look(self) -> None:
         for name in optuna.get_all_study_names(self._storage):
             study = trials.find_study(self._storage, name)
-            if study is not None and "fingerprint" in study.user_attrs:
-                self._recover(study)
-                self._attach(study)
+            if study is None:
+                continue
+            try:
+                self._keep(study)
+            except UserError as error:
+                if self._told.get(name) != str(error):
+                    self._tell(f"warning: {error}")
+                self._told[name] = str(error)
+
+    def _keep(self, study: optuna.Study) -> None:
+        if "fingerprint" in study.user_attrs:
+            self._recover(study)
+            self._attach(study)
 
     def _recover(self, study: optuna.Study) -> None:
         """Queues trials again that gave no sign of life: the workers of other machines cannot see that themselves."""
@@ -66,9 +80,9 @@ class Keeper:
 
     def _put(self, study: optuna.Study, name: str, content: bytes) -> None:
         """Attaches a file, in the place of an earlier one of that name."""
-        known = [meta for meta in get_all_artifact_meta(study) if meta.filename == name]
-        if known:
-            write_atomically(self._folder / known[0].artifact_id, content)
+        known = _artifact(study, name)
+        if known is not None:
+            write_atomically(self._folder / known, content)
             return
         file = self._folder / name
         write_atomically(file, content)
@@ -78,6 +92,15 @@ class Keeper:
             )
         finally:
             file.unlink()
+
+
+def _artifact(study: optuna.Study, name: str) -> str | None:
+    """The id of a study's file of that name; only one that Optuna could have made, as it names a file of the folder."""
+    with readable(study.study_name):
+        known = [meta.artifact_id for meta in get_all_artifact_meta(study) if meta.filename == name]
+    return next(
+        (str(id_) for id_ in known if re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", str(id_))), None
+    )
 
 
 def _files(study: optuna.Study) -> dict[str, bytes]:
