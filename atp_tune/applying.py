@@ -14,7 +14,6 @@ from atp_tune.perplexity import Perplexity, perplexity
 from atp_tune.plan import Plan
 from atp_tune.shards import Shards, check_free, sparse_folder
 from atp_tune.space import make_space
-from atp_tune.study import Model
 from atp_tune.studyfile import StudyFile
 
 
@@ -27,8 +26,7 @@ def apply(
     UserError if something is at `out`, or if the model is not the one that the configuration was found for.
     """
     check_free(out)
-    ref = config.model
-    model = Model(source=ref.id, revision=ref.revision, sha256=ref.sha256, dtype=ref.dtype, **(allowed or {}))
+    model = config.model.model(allowed)
     texts = {"calibration": config.calibration, "report": config.texts.report}
     setup = Setup(model, config.prune, texts, base, device)
     bench = Bench.open(setup, watch)
@@ -49,7 +47,7 @@ def prune_once(
     bench = Bench.open(setup, watch)
     plan = _only_plan(file, bench, parameters)
     if out is not None:
-        write_sparse(bench, plan, out, study.model_dump_json(indent=2))
+        write_sparse(bench, plan, out, study.model_dump_json(indent=2, exclude={"storage"}))
         del bench
         return plan, measure_folder(setup, out, watch)
     watch(TrialStarted("pruning", plan))

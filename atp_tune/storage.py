@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, SQLAlchemyError
 
-from atp_tune.errors import UserError
+from atp_tune.errors import UserError, is_text, without_secrets
 from atp_tune.process import GRACE, HEARTBEAT, is_dead
 from atp_tune.stored import CheckedStudy
 
@@ -63,12 +63,14 @@ def open_database(address: str, create: bool, kind: type[Database]) -> Database 
 
 def without_password(address: str) -> str:
     """A storage URL as it may be shown."""
-    return make_url(address).render_as_string(hide_password=True)
+    return without_secrets(address)
 
 
 def _url(address: str) -> URL:
     try:
-        return make_url(address)
+        if is_text(address):
+            return make_url(address)
+        raise ValueError(address)
     except (ArgumentError, ValueError):
         raise UserError("storage: not a storage URL; write sqlite:///FILE.db, for example") from None
 

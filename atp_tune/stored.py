@@ -135,7 +135,7 @@ def _is_ours(trial: FrozenTrial) -> bool:
         all(_is(WORDS, value) for value in names.values())
         and all(_is(WORDS, name) for name in trial.params)
         and all(_is(NUMBER, value) and isfinite(value) for value in numbers)
-        and len(values) <= 1
+        and (trial.values is None or len(values) == 1)
         and all(value > 0 for value in values)
     )
 

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from atp_tune.errors import UserError
+from atp_tune.errors import UserError, is_text, without_secrets
 from atp_tune.study import Prune, Study
 
 Fact: TypeAlias = str | int | float | bool | list[str] | list[float]
@@ -244,6 +244,8 @@ def _syntax(message: str, lines: int) -> str:
 
 def _override(data: dict[str, Any], override: str, path: Path) -> KeyPath:
     """Writes one `key.path=value` into the data and gives back the key's path."""
+    if not is_text(override):
+        raise UserError(f"{path} with --set {override}: is not UTF-8 text")
     dotted, equals, value = override.partition("=")
     *tables, key = keys = tuple(part.strip() for part in dotted.split("."))
     if not equals or not all(keys):
@@ -380,7 +382,7 @@ def _shown(value: object) -> str:
     if isinstance(value, dict):
         return "a table"
     try:
-        text = json.dumps(value, ensure_ascii=False, default=str)
+        text = without_secrets(json.dumps(value, ensure_ascii=False, default=str))
     except (ValueError, RecursionError):
         return "a value too large to show"
     return text if len(text) <= 60 else f"{text[:59]}…"

@@ -1,6 +1,5 @@
 """What people see of a study: trials, progress, summary, studies. Needs neither torch nor a model."""
 
-import ipaddress
 import socket
 import statistics
 from io import StringIO
@@ -205,6 +204,7 @@ def show_applied(config: "Config", measured: "Perplexity", out: Path) -> None:
 
 def show_served(service: "Service", served: "Served") -> None:
     """What is served, where people look, and how workers join."""
+    from atp_tune.serving.servers import is_loopback
     from atp_tune.storage import without_password
 
     names = served.studies if len(served.studies) <= 5 else [*served.studies[:4], f"… {len(served.studies)} studies"]
@@ -254,11 +254,3 @@ def _short(path: Path) -> Path:
         return path.relative_to(Path.cwd())
     except ValueError:
         return path
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

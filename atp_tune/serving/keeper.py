@@ -19,6 +19,7 @@ from atp_tune.report import gather, html
 from atp_tune.stored import readable
 from atp_tune.summary import best_config, summarise
 
+UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")  # what Optuna calls an artifact
 CONFIG, REPORT = "best.json", "report.html"
 
 
@@ -98,9 +99,7 @@ def _artifact(study: optuna.Study, name: str) -> str | None:
     """The id of a study's file of that name; only one that Optuna could have made, as it names a file of the folder."""
     with readable(study.study_name):
         known = [meta.artifact_id for meta in get_all_artifact_meta(study) if meta.filename == name]
-    return next(
-        (str(id_) for id_ in known if re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", str(id_))), None
-    )
+    return next((str(made) for made in known if UUID.fullmatch(str(made))), None)
 
 
 def _files(study: optuna.Study) -> dict[str, bytes]:

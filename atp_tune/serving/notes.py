@@ -164,7 +164,8 @@ def _costs(attrs: Attributes) -> str:
         return ""
     parts = ", ".join(f"{escaped(phase)} {seconds:.1f} s" for phase, seconds in phases.items())
     peak = max(attrs.get("peak_bytes", {}).values(), default=0)
-    return f"{sum(phases.values()):.1f} s: {parts}. Peak memory {peak / 1e9:.2f} GB on {escaped(attrs.get('device', '?'))}."
+    device = escaped(attrs.get("device", "?"))
+    return f"{sum(phases.values()):.1f} s: {parts}. Peak memory {peak / 1e9:.2f} GB on {device}."
 
 
 def columns(trial: FrozenTrial) -> dict[str, Any]:
