@@ -5,6 +5,7 @@ The format is published (`atp_tune.config/1`): keys are added under the same num
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -26,6 +27,12 @@ from atp_tune.perplexity import Perplexity
 from atp_tune.study import AllocationName, Model, Prune, PrunerName, Share, Text
 
 FORMAT: Literal["atp_tune.config/1"] = "atp_tune.config/1"
+
+
+def dumps(value: Any, indent: int | None) -> str:
+    """JSON that a terminal shows and does not act on."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    return re.sub("[\x7f-\x9f]", lambda control: f"\\u{ord(control[0]):04x}", text)
 
 
 def _finite(score: Perplexity | None) -> Perplexity | None:
@@ -133,7 +140,7 @@ class Config(Part):
 
     def to_json(self) -> str:
         """The file's text: two spaces, keys in the order of the model."""
-        return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        return dumps(self.model_dump(mode="json"), 2) + "\n"
 
     def write(self, path: Path) -> None:
         """Writes the file so that it is there whole or not at all; UserError where that is not possible."""

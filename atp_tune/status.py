@@ -4,9 +4,7 @@ The format is published (`atp_tune.status/1`): keys are added under the same num
 not known yet, or is not finite, is null. Perplexities are on the search text unless they are called `report`.
 """
 
-import json
 import math
-import re
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Annotated, Literal
 from optuna.trial import FrozenTrial
 from pydantic import PlainSerializer
 
-from atp_tune.config import Part, Score, Scores
+from atp_tune.config import Part, Score, Scores, dumps
 from atp_tune.process import is_dead
 from atp_tune.storage import counts
 from atp_tune.studyfile import StudyFile
@@ -116,8 +114,7 @@ class Listed(Part):
 def to_json(what: Part | Sequence[Part], indent: int | None = 2) -> str:
     """One JSON document without a line break at the end; with `indent` None it is one line."""
     dumped = what.model_dump(mode="json") if isinstance(what, Part) else [part.model_dump(mode="json") for part in what]
-    text = json.dumps(dumped, indent=indent, ensure_ascii=False, allow_nan=False)
-    return re.sub("[\x7f-\x9f]", lambda control: f"\\u{ord(control[0]):04x}", text)  # a terminal acts on them
+    return dumps(dumped, indent)
 
 
 def status_of(summary: Summary, now: datetime) -> Status:

@@ -309,12 +309,12 @@ def other_addresses() -> list[str]:
     ]
 
 
-def test_by_default_only_this_machine_is_let_in(done: Path, command: CommandLine) -> None:
+def test_by_default_only_this_machine_is_let_in(done: Path) -> None:
     with served(done / "tiny.db") as dashboard:
         for port in (dashboard.port, dashboard.grpc_port):
             socket.create_connection(("127.0.0.1", port), timeout=5).close()
             for address in other_addresses():
-                with pytest.raises(OSError, match="refused|unreachable"):
+                with pytest.raises(OSError, match=r"refused|unreachable"):
                     socket.create_connection((address, port), timeout=5)
 
 

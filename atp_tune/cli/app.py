@@ -147,6 +147,7 @@ def export(
 
     Example: `python tune.py export --study smol --out best.json`
     """
+    from atp_tune.errors import printable
     from atp_tune.storage import check_facts
     from atp_tune.studyfile import facts
     from atp_tune.summary import best_config
@@ -159,7 +160,7 @@ def export(
     config = best_config(file, stored, target)
     if target is not printed:
         config.write(target)
-    print(config.to_json() if json else f"{target}\n", end="")
+    print(config.to_json() if json else f"{printable(str(target))}\n", end="")
 
 
 @app.command()
@@ -187,6 +188,7 @@ def report(
     Example: `python tune.py report --study smol`
     """
     from atp_tune.cli.running import run_report
+    from atp_tune.errors import printable
     from atp_tune.report import kind_of, name_of
 
     kind = kind_of(format_, out)
@@ -194,7 +196,7 @@ def report(
     names = [name or file.name for file, name in found]
     target = out or found[0][0].beside(name_of(names, kind))
     run_report([_stored(file, name) for file, name in found], kind, target)
-    print(target)
+    print(printable(str(target)))
 
 
 @app.command()

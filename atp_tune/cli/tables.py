@@ -108,9 +108,10 @@ def _show_rest(summary: "Summary") -> None:
 def _show_next(summary: "Summary", file: "StudyFile") -> None:
     best = file.best_of(summary.name)
     if summary.best.report is not None and best.exists():
-        console.print(f"best configuration: {_short(best)}", highlight=False)
+        config = printable(str(_short(best)))
+        console.print(f"best configuration: {config}", highlight=False)
         console.print(
-            f"sparse checkpoint:  python tune.py apply --config {_short(best)} --out {printable(summary.name)}-sparse",
+            f"sparse checkpoint:  python tune.py apply --config {config} --out {printable(summary.name)}-sparse",
             highlight=False,
         )
 
