@@ -1,6 +1,6 @@
 """From a plan to a sparse checkpoint on disk, and the proof that the folder holds what was promised."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,18 +14,19 @@ from atp_tune.perplexity import Perplexity, perplexity
 from atp_tune.plan import Plan
 from atp_tune.shards import Shards, check_free, sparse_folder
 from atp_tune.space import make_space
-from atp_tune.study import Model
 from atp_tune.studyfile import StudyFile
 
 
-def apply(config: Config, base: Path, out: Path, device: str, watch: Watch) -> Perplexity:
+def apply(
+    config: Config, base: Path, out: Path, device: str, watch: Watch, allowed: Mapping[str, bool] | None = None
+) -> Perplexity:
     """Prunes as a configuration says into the folder `out`; the report perplexity of what was written.
 
+    `allowed`: keys of `study.Model` that a configuration, which may be a stranger's, cannot set.
     UserError if something is at `out`, or if the model is not the one that the configuration was found for.
     """
     check_free(out)
-    ref = config.model
-    model = Model(source=ref.id, revision=ref.revision, sha256=ref.sha256, dtype=ref.dtype)
+    model = config.model.model(allowed)
     texts = {"calibration": config.calibration, "report": config.texts.report}
     setup = Setup(model, config.prune, texts, base, device)
     bench = Bench.open(setup, watch)
@@ -46,7 +47,7 @@ def prune_once(
     bench = Bench.open(setup, watch)
     plan = _only_plan(file, bench, parameters)
     if out is not None:
-        write_sparse(bench, plan, out, study.model_dump_json(indent=2))
+        write_sparse(bench, plan, out, study.model_dump_json(indent=2, exclude={"storage"}))
         del bench
         return plan, measure_folder(setup, out, watch)
     watch(TrialStarted("pruning", plan))

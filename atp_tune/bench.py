@@ -75,10 +75,15 @@ class Bench:
         """Resolves the model and the texts and loads them; UserError for what cannot be had."""
         device = find_device(setup.device)
         folder = resolve(setup.model, setup.base, lambda text: watch(Note(text)))
-        windows = {role: _windows(role, text, folder.path, setup.base) for role, text in setup.texts.items()}
+        windows = {role: _windows(role, text, folder, setup.base) for role, text in setup.texts.items()}
         check_disjoint(windows)
-        checkpoint = Checkpoint.load(folder.path, find_dtype(setup.model.dtype, device), device)
+        checkpoint = Checkpoint.load(folder.path, find_dtype(setup.model.dtype, device), device, folder.trusted)
         return cls(folder, checkpoint, windows, setup.prune, watch)
+
+    @property
+    def dtype(self) -> str:
+        """Name of the number format in which all is computed."""
+        return str(self.checkpoint.dtype).removeprefix("torch.")
 
     @property
     def batch_windows(self) -> int:
@@ -94,7 +99,7 @@ class Bench:
     def contents(self) -> dict[str, str]:
         """What decides a value beside the study file: SHA-256 of model and windows, and the number format."""
         texts = {f"texts.{role}.content": windows.content for role, windows in self.windows.items()}
-        return {"model.content": self.folder.content, "model.dtype": str(self.checkpoint.dtype)[6:], **texts}
+        return {"model.content": self.folder.content, "model.dtype": self.dtype, **texts}
 
     @torch.inference_mode()
     def prune(self, plan: Plan) -> Iterator[PrunedBlock]:
@@ -191,8 +196,8 @@ class Bench:
         return 2 * max(map(width, self.checkpoint.linears)) * self.checkpoint.dtype.itemsize
 
 
-def _windows(role: str, text: Text, tokenizer: Path, base: Path) -> Windows:
+def _windows(role: str, text: Text, tokenizer: ModelFolder, base: Path) -> Windows:
     try:
-        return token_windows(text, tokenizer, base)
+        return token_windows(text, tokenizer.path, base, trusted=tokenizer.trusted)
     except UserError as error:
         raise UserError(f"texts.{role}: {error}") from None

@@ -72,12 +72,14 @@ class Checkpoint:
         self._place()
 
     @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype, device: torch.device) -> "Checkpoint":
-        """Loads a folder of safetensors; UserError where transformers cannot."""
+    def load(cls, folder: Path, dtype: torch.dtype, device: torch.device, trusted: bool = False) -> "Checkpoint":
+        """Loads a folder of safetensors; UserError where transformers cannot. `trusted`: code in it may run."""
         hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         options = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, trust_remote_code=trusted, **options
+            )
         except (ValueError, OSError, KeyError, ImportError, SafetensorError) as error:
             raise UserError(f"model {folder}: transformers cannot load it: {one_line(error)}") from error
         model, found = loaded  # transformers fills what is missing with random numbers, and only logs it

@@ -5,24 +5,49 @@ The format is published (`atp_tune.config/1`): keys are added under the same num
 
 import json
 import math
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
 
 from atp_tune.cache import write_atomically
 from atp_tune.errors import UserError
 from atp_tune.perplexity import Perplexity
-from atp_tune.study import AllocationName, Prune, PrunerName, Share, Text
+from atp_tune.study import AllocationName, Model, Prune, PrunerName, Share, Text
 
 FORMAT: Literal["atp_tune.config/1"] = "atp_tune.config/1"
+
+
+def dumps(value: Any, indent: int | None) -> str:
+    """JSON that a terminal shows and does not act on."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    return re.sub("[\x7f-\x9f]", lambda control: f"\\u{ord(control[0]):04x}", text)
 
 
 def _finite(score: Perplexity | None) -> Perplexity | None:
     return score if score and math.isfinite(score.value + score.stderr) else None
 
 
-Score = Annotated[Perplexity | None, PlainSerializer(_finite)]  # JSON has no infinity: it is written as null
+def _positive(score: Perplexity | None) -> Perplexity | None:
+    if score and not (score.value > 0 and score.stderr >= 0):
+        raise ValueError("must be a perplexity")
+    return score
+
+
+Score = Annotated[
+    Perplexity | None, AfterValidator(_positive), PlainSerializer(_finite)
+]  # JSON has no infinity: it is written as null
 
 
 class Part(BaseModel):
@@ -40,13 +65,26 @@ class ModelRef(Part):
     fingerprint: str
     dtype: Literal["float32", "bfloat16", "float16"]
 
+    @model_validator(mode="after")
+    def _loadable(self) -> Self:
+        self.model()
+        return self
+
+    def model(self, allowed: Mapping[str, bool] | None = None) -> Model:
+        """The model as a study would name it, with the keys that a configuration cannot set; ValueError if none."""
+        keys = {"source": self.id, "revision": self.revision, "sha256": self.sha256, "dtype": self.dtype}
+        try:
+            return Model.model_validate({**keys, **(allowed or {})})
+        except ValidationError as error:
+            raise ValueError(error.errors()[0]["msg"]) from None
+
 
 class AllocationRef(Part):
     """How the sparsities came about; `beta` is null for allocations without it, `parameters` holds all."""
 
     name: AllocationName
-    beta: float | None
-    parameters: dict[str, float] = {}
+    beta: FiniteFloat | None
+    parameters: dict[str, FiniteFloat] = {}
 
 
 class Sparsity(Part):
@@ -102,7 +140,7 @@ class Config(Part):
 
     def to_json(self) -> str:
         """The file's text: two spaces, keys in the order of the model."""
-        return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        return dumps(self.model_dump(mode="json"), 2) + "\n"
 
     def write(self, path: Path) -> None:
         """Writes the file so that it is there whole or not at all; UserError where that is not possible."""
@@ -126,7 +164,9 @@ def read_config(path: Path) -> Config:
 
 def _parse(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError for half a character
+        return value
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; write one with: python tune.py export --study NAME") from None
     except (ValueError, RecursionError) as error:

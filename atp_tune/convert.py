@@ -13,9 +13,10 @@ from typing import Any
 
 from atp_tune.cache import folder_atomically, sha256_of
 from atp_tune.errors import UserError
+from atp_tune.trust import ASK_CODE, small_files
 
 _ORIGIN = "origin.json"
-_WEIGHTS = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.safetensors*")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
 
 
 def gguf_to_folder(file: Path, target: Path) -> None:
@@ -31,13 +32,14 @@ def gguf_to_folder(file: Path, target: Path) -> None:
             (folder / _ORIGIN).write_text(json.dumps({"file": file.name, "sha256": sha256_of(file)}))
 
 
-def bin_to_folder(source: Path, target: Path) -> None:
+def bin_to_folder(source: Path, target: Path, trusted: bool) -> None:
     """Writes the folder `target`: the `.bin` weights of `source` as safetensors, small files as they are.
 
-    Pickles are read with `weights_only`. Errors: UserError where transformers cannot read the folder.
+    Pickles are read with `weights_only`; `trusted`: code in the folder may run. Errors: UserError where transformers
+    cannot read the folder.
     """
     with _written(source, target) as folder:
-        _save_bin(source, folder)
+        _save_bin(source, folder, trusted)
 
 
 def gguf_content(folder: Path) -> str:
@@ -61,7 +63,9 @@ def quiet(*libraries: str) -> Iterator[None]:
 
 
 def one_line(error: Exception, limit: int = 200) -> str:
-    """The type and message of somebody else's error on one line."""
+    """The type and message of somebody else's error on one line; what to do where it is code that was not run."""
+    if "trust_remote_code" in str(error):
+        return f"it needs code of its own, which is not run; read it, then allow it with {ASK_CODE}"
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
@@ -88,8 +92,10 @@ def _save_gguf(folder: Path, name: str, target: Path) -> None:
     from transformers import AutoTokenizer
 
     with _gguf_parsed_once():
-        model = _complete_model(folder, gguf_file=name, dtype=torch.float32, **_dequantized())
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), gguf_file=name, local_files_only=True)
+        options = {"gguf_file": name, "trust_remote_code": False, **_dequantized()}
+        model = _complete_model(folder, dtype=torch.float32, **options)
+        options = {"gguf_file": name, "local_files_only": True, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
     if hasattr(model.config, "quantization_config"):  # save_pretrained refuses what looks quantised
         del model.config.quantization_config
     model.hf_quantizer = None
@@ -97,11 +103,11 @@ def _save_gguf(folder: Path, name: str, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def _save_bin(source: Path, target: Path) -> None:
-    _complete_model(source, dtype="auto", use_safetensors=False, weights_only=True).save_pretrained(target)
-    for file in source.iterdir():
-        small = file.is_file() and not any(file.match(pattern) for pattern in _WEIGHTS)
-        if small and not (target / file.name).exists():
+def _save_bin(source: Path, target: Path, trusted: bool) -> None:
+    options = {"use_safetensors": False, "weights_only": True, "trust_remote_code": trusted}
+    _complete_model(source, dtype="auto", **options).save_pretrained(target)
+    for file in small_files(source, WEIGHTS):
+        if not file.name.endswith(".index.json") and not (target / file.name).exists():
             shutil.copyfile(file, target / file.name)
 
 

@@ -3,7 +3,6 @@
 What is not safetensors yet is converted once into the cache, so that weights can be memory-mapped.
 """
 
-import json
 import re
 import shutil
 import subprocess
@@ -16,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from huggingface_hub import errors, snapshot_download
 
-from atp_tune import convert, study
+from atp_tune import convert, study, trust
 from atp_tune.cache import cache_dir, sha256_of, sha256_of_json
 from atp_tune.errors import UserError
 
@@ -25,7 +24,6 @@ Note = Callable[[str], None]
 _PINNED = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?==[A-Za-z0-9][A-Za-z0-9.!+_-]*")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
-_BIN = "pytorch_model*.bin"
 _INSTEAD = "or give a .gguf path with --set model.source=PATH"
 
 
@@ -34,13 +32,14 @@ class ModelFolder:
     """A local folder that `AutoModelForCausalLM.from_pretrained(path)` loads from safetensors.
 
     `content` is the SHA-256 that names weights and config, whatever machine or library made the folder; `id`
-    is the study's name for it; `revision` the commit of a hub model.
+    is the study's name for it; `revision` the commit of a hub model. `trusted`: its own code may run.
     """
 
     path: Path
     content: str
     id: str
     revision: str | None = None
+    trusted: bool = False
     stamps: dict[str, tuple[int, int, int]] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -73,7 +72,7 @@ def resolve(model: study.Model, base: Path, note: Note = silent) -> ModelFolder:
         return _from_wheel(model, note)
     path = base / Path(model.source).expanduser()
     if path.is_dir():
-        return _from_folder(path, model.source, None, note)
+        return _from_folder(path, model, None, note)
     if path.suffix == ".gguf":
         return _from_gguf(path, model.source, note)
     if _HUB_ID.fullmatch(model.source):
@@ -152,41 +151,34 @@ def _convert_gguf(file: Path, target: Path, note: Note) -> None:
     convert.gguf_to_folder(file, target)
 
 
-def _from_folder(path: Path, name: str, revision: str | None, note: Note) -> ModelFolder:
+def _from_folder(path: Path, model: study.Model, revision: str | None, note: Note) -> ModelFolder:
     if not (path / "config.json").is_file():
         raise UserError(f"model.source: {path} holds no config.json; is it the folder of a checkpoint?")
-    _check_shards(path)
-    for pattern in ("*.safetensors", _BIN):
-        if weights := sorted(path.glob(pattern)):
-            break
-    else:
-        raise UserError(f"model.source: {path} holds no *.safetensors and no {_BIN}; where are its weights?")
-    content = sha256_of_json({file.name: sha256_of(file) for file in [*weights, path / "config.json"]})
-    if pattern == _BIN:
+    weights = trust.find_weights(path, model.allow_pickle)
+    trust.check_code(path, model.trust_remote_code)
+    code = sorted(path.glob(trust.CODE)) if model.trust_remote_code else []
+    content = sha256_of_json({file.name: sha256_of(file) for file in [*weights, path / "config.json", *code]})
+    if weights[0].suffix == ".bin":
         target = cache_dir("models") / content
         if not target.is_dir():
-            note(f"converting {name} to safetensors, once")
-            convert.bin_to_folder(path, target)
+            note(f"converting {model.source} to safetensors, once")
+            convert.bin_to_folder(path, target, model.trust_remote_code)
         path = target
-    return ModelFolder(path, content, name, revision)
-
-
-def _check_shards(path: Path) -> None:
-    index = path / "model.safetensors.index.json"
-    if not index.is_file():
-        return
-    shards = set(json.loads(index.read_text())["weight_map"].values())
-    if missing := sorted(name for name in shards if not (path / name).is_file()):
-        lack = f"{len(missing)} of {len(shards)} weight files, {missing[0]} first"
-        raise UserError(f"model.source: {path} lacks {lack}; copy or download it again")
+    return ModelFolder(path, content, model.source, revision, model.trust_remote_code)
 
 
 def _from_hub(model: study.Model, note: Note) -> ModelFolder:
     note(f"looking up {model.source} on the hub, downloading what is missing")
-    path = _snapshot(model, ["*.safetensors", *_SMALL_FILES])
+    small = [*_SMALL_FILES, trust.CODE] if model.trust_remote_code else _SMALL_FILES
+    path = _snapshot(model, ["*.safetensors", *small])
     if not any(path.glob("*.safetensors")):
-        path = _snapshot(model, [_BIN, *_SMALL_FILES])
-    return _from_folder(path, model.source, path.name, note)
+        if not model.allow_pickle:
+            raise UserError(
+                f"model.source: {model.source} has no safetensors on the hub; "
+                f"if it has .bin weights, which are pickles, allow them with {trust.ASK_PICKLE}"
+            )
+        path = _snapshot(model, [trust.PICKLES, *small])
+    return _from_folder(path, model, path.name, note)
 
 
 def _snapshot(model: study.Model, patterns: list[str]) -> Path:

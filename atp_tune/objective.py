@@ -48,7 +48,7 @@ class Objective:
             return self._repeat(trial, earlier) if earlier else self._measure(trial, plan)
 
     def _measure(self, trial: Trial, plan: Plan) -> float:
-        record = Record(self.bench.checkpoint.device)
+        record = Record(self.bench.checkpoint.device, self.bench.dtype)
         blocks = record.follow(self.bench.prune(plan), self.bench.checkpoint.sizes)
         for group, nlls in enumerate(self.bench.nlls(blocks, "search", GROUPS if self.stops else 1)):
             record.nlls += nlls

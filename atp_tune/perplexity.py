@@ -52,5 +52,7 @@ def perplexity(nlls: Sequence[float]) -> Perplexity:
     if not mean < 700:
         return Perplexity(value=math.inf, stderr=math.inf)
     value = math.exp(mean)
+    if not value:  # of a difference from an infinite NLL, which has no spread
+        return Perplexity(value=0, stderr=0)
     spread = statistics.stdev(nlls) if len(nlls) > 1 else 0.0
     return Perplexity(value=value, stderr=value * spread / math.sqrt(len(nlls)))

@@ -12,7 +12,7 @@ from atp_tune.prune_pass import PrunedBlock, Timer
 class Record:
     """Follows one plan through pruning and evaluation, and adds up what the trial's attributes say."""
 
-    def __init__(self, device: Any) -> None:
+    def __init__(self, device: Any, dtype: str) -> None:
         self.nlls: list[float] = []
         self.errors: list[float] = []
         self.seconds: dict[str, float] = {}
@@ -20,6 +20,7 @@ class Record:
         self.unheard: list[str] = []
         self._zeros = self._weights = 0
         self._device = device
+        self._dtype = dtype
         self._timer = Timer()
         reset_peak_memory(device)
 
@@ -47,6 +48,7 @@ class Record:
             "seconds": {phase: round(seconds, 3) for phase, seconds in self.seconds.items()},
             "peak_bytes": self.peak_bytes,
             "device": device_name(self._device),
+            "dtype": self._dtype,
             "versions": versions(),
             **({"unheard": self.unheard} if self.unheard else {}),
         }

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from atp_tune.cache import folder_atomically
+from atp_tune.convert import WEIGHTS
 from atp_tune.errors import UserError
-
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
+from atp_tune.trust import small_files
 
 
 class Shards:
@@ -68,7 +68,7 @@ class Shards:
 
 def check_free(out: Path) -> None:
     """UserError if something is at `out` already; asked before any work is done."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise UserError(f"--out {out}: is there already; choose another folder or remove it")
 
 
@@ -77,9 +77,8 @@ def sparse_folder(source: Path, out: Path) -> Iterator[Path]:
     """Yields a temporary folder with everything of the source but its weights; it becomes `out` at the end."""
     try:
         with folder_atomically(out) as folder:
-            for file in source.iterdir():
-                if file.is_file() and file.suffix not in WEIGHTS:
-                    shutil.copyfile(file, folder / file.name)
+            for file in small_files(source, WEIGHTS):
+                shutil.copyfile(file, folder / file.name)
             yield folder
     except (OSError, SafetensorError) as error:
         raise UserError(f"--out {out}: cannot be written: {error}") from None

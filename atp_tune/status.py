@@ -4,7 +4,6 @@ The format is published (`atp_tune.status/1`): keys are added under the same num
 not known yet, or is not finite, is null. Perplexities are on the search text unless they are called `report`.
 """
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from datetime import datetime
@@ -15,7 +14,7 @@ from typing import Annotated, Literal
 from optuna.trial import FrozenTrial
 from pydantic import PlainSerializer
 
-from atp_tune.config import Part, Score, Scores
+from atp_tune.config import Part, Score, Scores, dumps
 from atp_tune.process import is_dead
 from atp_tune.storage import counts
 from atp_tune.studyfile import StudyFile
@@ -115,7 +114,7 @@ class Listed(Part):
 def to_json(what: Part | Sequence[Part], indent: int | None = 2) -> str:
     """One JSON document without a line break at the end; with `indent` None it is one line."""
     dumped = what.model_dump(mode="json") if isinstance(what, Part) else [part.model_dump(mode="json") for part in what]
-    return json.dumps(dumped, indent=indent, ensure_ascii=False, allow_nan=False)
+    return dumps(dumped, indent)
 
 
 def status_of(summary: Summary, now: datetime) -> Status:
@@ -177,7 +176,7 @@ def _best(rank: Rank) -> Best:
     against = rank.against and Against(value=rank.against.value, stderr=rank.against.stderr, on=rank.on)
     return Best(
         trial=rank.trial.number,
-        pruner=rank.trial.params["pruner"],
+        pruner=rank.trial.params.get("pruner", ""),
         allocation=allocation_of(rank.trial),
         parameters=parameters_of(rank.trial),
         search=rank.scores.search,
@@ -198,7 +197,7 @@ def _trial(summary: Summary, trial: FrozenTrial) -> Trial:
         report=summary.reports.get(trial.number),
         realised=attrs.get("realised"),
         seconds=round(sum(attrs["seconds"].values()), 3) if "seconds" in attrs else None,
-        remark=remark_of(trial) or None,
+        remark=remark_of(trial, summary) or None,
     )
 
 

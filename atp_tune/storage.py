@@ -1,6 +1,7 @@
 """Where trials are kept: Optuna's storage, the study in it, and the facts that its values depend on."""
 
 import json
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from datetime import datetime
@@ -19,13 +20,16 @@ from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, SQLAlch
 
 from atp_tune.damage import check_whole, way_out
 from atp_tune.database import Database, PatientDatabase, engine_options, reason_of, with_driver, without_password
-from atp_tune.errors import UserError
+from atp_tune.errors import UserError, is_text
 from atp_tune.process import GRACE, HEARTBEAT, is_dead
+from atp_tune.stored import CheckedStudy
 
 START = "start"  # attribute of the trials that a study begins with
 RETRIES = 2  # of a trial whose process died
 INTERRUPTED = "interrupted"  # what the attribute `lost` says after Ctrl-C
 SURPLUS = "not needed: other workers reached the total, or have it"
+DTYPE = "model.dtype"
+MIX = "--allow-device-change"
 PAUSES = (0.1, 0.5, 2.0)  # seconds between attempts to make the tables of a new database
 
 Facts = Mapping[str, Any]
@@ -70,7 +74,9 @@ def open_database(address: str, create: bool, kind: type[Kind]) -> Kind | None:
 
 def _url(address: str) -> URL:
     try:
-        return make_url(address)
+        if is_text(address):
+            return make_url(address)
+        raise ValueError(address)
     except (ArgumentError, ValueError):
         raise UserError("storage: not a storage URL; write sqlite:///FILE.db, for example") from None
 
@@ -132,20 +138,24 @@ def artifacts_of(address: str) -> Path:
 def find_study(storage: BaseStorage, name: str) -> optuna.Study | None:
     """The study of that name, if the storage has it."""
     try:
-        return optuna.load_study(study_name=name, storage=storage)
+        return CheckedStudy(name, storage)
     except KeyError:
         return None
 
 
-def create_study(storage: BaseStorage, name: str, facts: Facts) -> optuna.Study:
-    """The study of that name with its facts, made if need be; UserError if it was made with others."""
+def create_study(storage: BaseStorage, name: str, facts: Facts, any_dtype: bool = False) -> optuna.Study:
+    """The study of that name with its facts, made if need be; UserError if it was made with others.
+
+    `any_dtype`: another number format is none.
+    """
     study = optuna.create_study(study_name=name, storage=storage, direction="minimize", load_if_exists=True)
     if is_new(study):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             study.set_metric_names(["perplexity"])  # for the axes of Optuna's plots
         study.set_user_attr("fingerprint", dict(facts))
-    check_facts(study, facts)
+    study = CheckedStudy(name, study._storage)
+    check_facts(study, facts, any_dtype=any_dtype)
     return study
 
 
@@ -154,29 +164,60 @@ def is_new(study: optuna.Study) -> bool:
     return "fingerprint" not in study.user_attrs and not study.get_trials(deepcopy=False)
 
 
-def check_facts(study: optuna.Study, facts: Facts, partly: bool = False) -> None:
+def check_facts(study: optuna.Study, facts: Facts, partly: bool = False, any_dtype: bool = False) -> None:
     """UserError if a fact differs from what the study was made with; the keys are named.
 
     `partly`: only the facts of the study file are known yet, not the contents, which take the model to find out.
+    `any_dtype`: where nothing else differs, the number format may.
     """
-    if differing := differences(study, facts, partly):
+    differing = differences(study, facts, partly)
+    is_dtype = list(_differing(study, facts, partly)) == [DTYPE]
+    if differing and not (is_dtype and any_dtype):
+        mix = f", or mix them in this one with {MIX}" if is_dtype else ""
         raise UserError(
-            f"study {study.study_name}: {differing}. Put it back, or start another study with --study-name NAME"
+            f"study {study.study_name}: {differing}. Put it back, or start another study with --study-name NAME{mix}"
         )
 
 
 def differences(study: optuna.Study, facts: Facts, partly: bool = False) -> str:
     """The facts that are not as the study was made with, with both values; "" if there are none."""
+    found = _differing(study, facts, partly)
+    shown = "; ".join(f"{key} is {here}, was {there}" for key, (here, there) in list(found.items())[:3])
+    return shown + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
+
+
+def _differing(study: optuna.Study, facts: Facts, partly: bool) -> dict[str, tuple[str, str]]:
     stored = dict(study.user_attrs.get("fingerprint", {}))
     if partly:
         stored = {key: value for key, value in stored.items() if key in facts or not _is_content(key)}
-    differing = [key for key in sorted({*facts, *stored}) if facts.get(key) != stored.get(key)]
-    shown = "; ".join(f"{key} is {_shown(facts, key)}, was {_shown(stored, key)}" for key in differing[:3])
-    return shown + (f"; and {len(differing) - 3} more" if len(differing) > 3 else "")
+    keys = [key for key in sorted({*facts, *stored}) if facts.get(key) != stored.get(key)]
+    return {key: (_shown(facts, key), _shown(stored, key)) for key in keys}
+
+
+def check_device(study: optuna.Study, here: str) -> None:
+    """UserError if a device, as trials record it, is of another kind than the one on which the study began."""
+    began, kind = device_of(study), device_kind(here)
+    if began is not None and began != kind:
+        raise UserError(
+            f"study {study.study_name}: its trials ran on {began}, here is {kind}. Go on there, start another study "
+            f"with --study-name NAME, or mix them in this one with {MIX}"
+        )
+
+
+def device_of(study: optuna.Study) -> str | None:
+    """The kind of device on which a study began: that of its first measured trial."""
+    known = [trial for trial in measured(study) if "device" in trial.user_attrs]
+    first = min(known, key=lambda trial: trial.number, default=None)
+    return device_kind(first.user_attrs["device"]) if first else None
+
+
+def device_kind(name: str) -> str:
+    """A device's name without the number of its threads, which decides no value."""
+    return re.sub(r" \(\d+ threads\)$", "", name)
 
 
 def _is_content(key: str) -> bool:
-    return key.endswith(".content") or key == "model.dtype"
+    return key.endswith(".content") or key == DTYPE
 
 
 def _shown(facts: Facts, key: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from atp_tune.errors import UserError
+from atp_tune.errors import UserError, is_text, without_secrets
 from atp_tune.study import Prune, Study
 
 Fact: TypeAlias = str | int | float | bool | list[str] | list[float]
@@ -25,9 +25,9 @@ KeyPath: TypeAlias = tuple[str | int, ...]
 HERE = Path("studies")
 EMBEDDED = Path(__file__).parent / "studies"
 # They say how long, where and on what a study runs, not what it computes.
-NOT_FACTS = frozenset({"description", "storage", "device", "search.trials"})
+NOT_FACTS = frozenset({"description", "storage", "device", "search.trials", "model.allow_pickle"})
 # Keys younger than the first studies: they are facts only where they are not at their defaults, so that those resume.
-LATER = ("prune.pattern", "prune.wanda.", "prune.dsnot.", "prune.alps.")
+LATER = ("prune.pattern", "prune.wanda.", "prune.dsnot.", "prune.alps.", "model.trust_remote_code")
 
 _SQLITE_FILE = re.compile(r"(?P<scheme>sqlite(\+\w+)?:///)(?P<path>(?!:memory:|file:)[^?]+)(?P<query>.*)")
 _PATTERNS = {
@@ -55,6 +55,8 @@ _RULES = {  # pydantic's type of error → the rule, with the fields of its cont
     "too_short": "must hold at least {min_length} value",
     "too_long": "must hold at most {max_length} values",
     "model_type": "must be a table",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
 }
 
 
@@ -129,7 +131,7 @@ def find(name: str) -> Path:
             return path
     names = [path.stem for path in known()]
     near = _did_you_mean(Path(name).stem if is_path else name, names)
-    raise _error(f"{name}: no such study; known are {', '.join(names) or 'none'}{near}")
+    raise UserError(f"{name}: no such study; known are {', '.join(names) or 'none'}{near}")
 
 
 def known() -> list[Path]:
@@ -148,8 +150,12 @@ def settings(file: StudyFile) -> dict[str, Any]:
 
 
 def from_settings(stored: dict[str, Any]) -> StudyFile:
-    """The study file that `settings` were taken from, as it was then."""
-    return StudyFile(stored["name"], Path(stored["path"]), Study.model_validate(stored["settings"]))
+    """The study file that `settings` were taken from, as it was then; ValueError, KeyError, TypeError if none."""
+    name, path = stored["name"], stored["path"]
+    if not isinstance(name, str) or "\0" in path:
+        raise ValueError("no name, or no path")
+    json.dumps(stored, ensure_ascii=False).encode()  # UnicodeEncodeError, a ValueError, for half a character
+    return StudyFile(name, Path(path), Study.model_validate(stored["settings"]))
 
 
 def facts(study: Study, folder: Path = Path()) -> dict[str, Fact]:
@@ -160,7 +166,7 @@ def facts(study: Study, folder: Path = Path()) -> dict[str, Fact]:
     """
     flat = dict(_flat(study.model_dump(mode="json")))
     hidden = {key for key, value in flat.items() if value is None} | NOT_FACTS
-    defaults = dict(_flat(Prune().model_dump(mode="json"), "prune."))
+    defaults = {**dict(_flat(Prune().model_dump(mode="json"), "prune.")), "model.trust_remote_code": False}
     hidden |= {key for key, value in flat.items() if key.startswith(LATER) and value == defaults[key]}
     if study.model.dtype == "auto":
         hidden.add("model.dtype")
@@ -208,12 +214,12 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise _error(f"{path}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise _error(f"{path}: line {line}: is not UTF-8 text") from None
+        raise UserError(f"{path}: line {line}: is not UTF-8 text") from None
     return _parse(path, text)
 
 
@@ -224,7 +230,7 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
         reason = "values are nested too deeply"
     except ValueError as error:  # more than TOMLDecodeError: an integer of 5000 digits, for one
         reason = _syntax(str(error), lines=text.count("\n") + 1)
-    raise _error(f"{path}: {reason}")
+    raise UserError(f"{path}: {reason}")
 
 
 def _syntax(message: str, lines: int) -> str:
@@ -238,16 +244,18 @@ def _syntax(message: str, lines: int) -> str:
 
 def _override(data: dict[str, Any], override: str, path: Path) -> KeyPath:
     """Writes one `key.path=value` into the data and gives back the key's path."""
+    if not is_text(override):
+        raise UserError(f"{path} with --set {override}: is not UTF-8 text")
     dotted, equals, value = override.partition("=")
     *tables, key = keys = tuple(part.strip() for part in dotted.split("."))
     if not equals or not all(keys):
-        raise _error(f"{path} with --set {override}: must have the form key.path=value")
+        raise UserError(f"{path} with --set {override}: must have the form key.path=value")
     if tables == ["allocation"] and isinstance(data.get("allocation"), str | list):  # short for its table of names
         data["allocation"] = {"names": data["allocation"]}
     for depth, name in enumerate(tables, start=1):
         data = data.setdefault(name, {})
         if not isinstance(data, dict):
-            raise _error(f"{path} with --set {override}: {_dotted(keys[:depth])}: is not a table")
+            raise UserError(f"{path} with --set {override}: {_dotted(keys[:depth])}: is not a table")
     data[key] = _toml_value(value.strip())
     return keys
 
@@ -269,7 +277,7 @@ def _invalid(
     origin = " with --set ".join([str(path), *causes])
     others = len(mistakes) - 1
     more = f" (and {others} more mistake{'s' if others > 1 else ''})" if others else ""
-    return _error(f"{origin}: {text}{more}")
+    return UserError(f"{origin}: {text}{more}")
 
 
 def _mistakes(error: ValidationError) -> dict[KeyPath, list[ErrorDetails]]:
@@ -374,7 +382,7 @@ def _shown(value: object) -> str:
     if isinstance(value, dict):
         return "a table"
     try:
-        text = json.dumps(value, ensure_ascii=False, default=str)
+        text = without_secrets(json.dumps(value, ensure_ascii=False, default=str))
     except (ValueError, RecursionError):
         return "a value too large to show"
     return text if len(text) <= 60 else f"{text[:59]}…"
@@ -383,9 +391,3 @@ def _shown(value: object) -> str:
 def _did_you_mean(value: object, names: Sequence[str]) -> str:
     near = get_close_matches(value.lower(), names, n=1) if isinstance(value, str) else []
     return f"; did you mean {near[0]}?" if near else ""
-
-
-def _error(text: str) -> UserError:
-    """One line whatever the file holds: line breaks and other control characters are escaped."""
-    escaped = (char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-    return UserError("".join(escaped))

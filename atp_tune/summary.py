@@ -1,12 +1,14 @@
 """What a study has found, read from its storage alone: no torch, no model, also while it runs."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
+from pydantic import ValidationError
 
 from atp_tune import storage
 from atp_tune.config import AllocationRef, Baselines, Config, ModelRef, Scores, Sparsity, Texts
@@ -34,7 +36,8 @@ class Summary:
 
     `made_from`: its study file with all overrides, None where an early version made it; `sizes`: weights per block.
     `uniform` has the best trial's pruner, `uniforms` are of all; `reports`: perplexity on the report text by trial.
-    `belief`: what the GP holds of perplexity against β, None where no GP was asked.
+    `belief`: what the GP holds of perplexity against β, None where no GP was asked. `unlike`: trials that ran on
+    another device or in another number format than the one in which the study began, and which.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Summary:
     reports: dict[int, Perplexity]
     complete: bool
     belief: dict[str, Any] | None = None
+    unlike: Mapping[int, str] = field(default_factory=dict)
 
 
 def summarise(study: optuna.Study) -> Summary:
@@ -60,7 +64,6 @@ def summarise(study: optuna.Study) -> Summary:
     best = storage.best_trial(study)
     reports = study.user_attrs.get("reports", {})
     uniform = uniform_of(study, best)
-    made = study.user_attrs.get("made_from")
     return Summary(
         name=study.study_name,
         sparsity=study.user_attrs.get("fingerprint", {}).get("sparsity"),
@@ -72,13 +75,33 @@ def summarise(study: optuna.Study) -> Summary:
         best=_scores(best, reports),
         best_trial=best,
         ranks=[_rank(study, trial) for trial in best_of_each(study)],
-        made_from=from_settings(made) if made else None,
+        made_from=made_from(study.user_attrs.get("made_from")),
         sizes=tuple(study.user_attrs.get("sizes", ())),
         uniforms=_uniforms(study),
         reports={int(name): perplexity(nlls) for name, nlls in reports.items() if name != "dense" and nlls},
         complete=_is_complete(study),
         belief=study.user_attrs.get("belief"),
+        unlike=_unlike(study),
     )
+
+
+def made_from(stored: Any) -> StudyFile | None:
+    """The study file that a study was made from; None where this version cannot read what is stored of it."""
+    try:
+        return from_settings(stored)
+    except (ValidationError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _unlike(study: optuna.Study) -> dict[int, str]:
+    began, dtype = storage.device_of(study), study.user_attrs.get("fingerprint", {}).get(storage.DTYPE)
+    found = {}
+    for trial in study.get_trials(deepcopy=False):
+        device, own = storage.device_kind(trial.user_attrs.get("device", began or "")), trial.user_attrs.get("dtype")
+        parts = [f"on {device}"] * (began not in (None, device)) + [f"in {own}"] * (own not in (None, dtype))
+        if parts:
+            found[trial.number] = " ".join(parts)
+    return found
 
 
 def _is_complete(study: optuna.Study) -> bool:
@@ -103,7 +126,7 @@ def _uniforms(study: optuna.Study) -> list[FrozenTrial]:
     found: dict[str, FrozenTrial] = {}
     for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         if is_uniform(trial):
-            found.setdefault(trial.params["pruner"], trial)
+            found.setdefault(trial.params.get("pruner", ""), trial)
     return list(found.values())
 
 
@@ -160,15 +183,25 @@ def score_of(trial: FrozenTrial) -> Perplexity | None:
 
 
 def best_config(file: StudyFile, study: optuna.Study, out: Path) -> Config:
-    """The configuration of the best trial so far, to be written to `out`; UserError if no trial has a value."""
-    summary, best = summarise(study), storage.best_trial(study)
+    """The configuration of the best trial so far, to be written to `out`; UserError if there is none."""
+    best = storage.best_trial(study)
     if best is None:
         raise UserError(f"study {study.study_name}: no trial has a value yet; run: python tune.py --study {file.name}")
-    spec, facts = file.study, study.user_attrs["fingerprint"]
+    try:
+        return _config(file, study, best, out)
+    except (KeyError, ValidationError):
+        raise UserError(
+            f"study {study.study_name}: of trial {best.number}, the best, is not stored what a configuration needs; "
+            "start another study with --study-name NAME"
+        ) from None
+
+
+def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) -> Config:
+    summary, spec, facts = summarise(study), file.study, study.user_attrs["fingerprint"]
     return Config(
         study=study.study_name,
         trial=best.number,
-        model=_model_ref(spec.model.source, spec.model.revision, spec.model.sha256, facts),
+        model=_model_ref(spec.model.source, spec.model.revision, spec.model.sha256, {**facts, **_dtype_of(best)}),
         pruner=best.params["pruner"],
         prune=spec.prune,
         allocation=AllocationRef(
@@ -185,6 +218,11 @@ def best_config(file: StudyFile, study: optuna.Study, out: Path) -> Config:
         versions=best.user_attrs["versions"],
         folder=os.path.relpath(file.folder.resolve(), out.parent.resolve()),
     )
+
+
+def _dtype_of(trial: FrozenTrial) -> dict[str, str]:
+    """The fact that a trial knows better than its study."""
+    return {storage.DTYPE: trial.user_attrs["dtype"]} if "dtype" in trial.user_attrs else {}
 
 
 def _model_ref(source: str, revision: str | None, sha256: str | None, facts: dict[str, Any]) -> ModelRef:

@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune import mounts, storage
 from atp_tune.allocations import Budget
-from atp_tune.errors import TrialError, UserError
+from atp_tune.errors import TrialError, UserError, printable
 from atp_tune.events import Note, TrialEnded, TrialStarted, Watch
 from atp_tune.perplexity import perplexity
 from atp_tune.process import GRACE, versions
@@ -24,6 +24,7 @@ from atp_tune.summary import best_config, unreported
 if TYPE_CHECKING:
     from atp_tune.bench import Bench
 
+LONGEST = 200  # bytes of a study's name, from which files are named
 POLL = 2  # seconds between looks at a trial that runs elsewhere
 
 
@@ -32,7 +33,8 @@ class Run:
     """One call of the command: the study file, the study's name, and how many seconds to go on at most.
 
     A `bench` that is open already, with this model and these texts, spares loading them. Of several workers one
-    `reports`: it measures the report text and writes the best configuration when the total is reached.
+    `reports`: it measures the report text and writes the best configuration when the total is reached. `mix`: another
+    device or number format than the one on which the study began is no reason to refuse.
     """
 
     file: StudyFile
@@ -41,6 +43,7 @@ class Run:
     watch: Watch
     bench: "Bench | None" = None
     reports: bool = True
+    mix: bool = False
 
     def note(self, text: str) -> None:
         """Tells one line."""
@@ -57,14 +60,17 @@ def tune(run: Run) -> optuna.Study:
 
 def completed(run: Run) -> optuna.Study | None:
     """The study if it is complete; UserError if it was made with other facts, or cannot be stored."""
+    check_name(run.name)
     storage.check_writable(run.file.storage_url)
     if warning := mounts.warning(run.file.storage_url):
         run.note(warning)
     study = begun(run)
     if study is None or storage.is_new(study):
         return None
-    storage.check_facts(study, facts(run.file.study, run.file.folder), partly=True)
+    storage.check_facts(study, facts(run.file.study, run.file.folder), partly=True, any_dtype=run.mix)
     if not is_complete(study, run.file):
+        if not run.mix:
+            storage.check_device(study, _device(run))
         return None
     _write_best(run, study)
     return study
@@ -74,6 +80,21 @@ def begun(run: Run) -> optuna.Study | None:
     """The study as it stands, if there is one."""
     db = storage.open_storage(run.file.storage_url, create=False)
     return storage.find_study(db, run.name) if db else None
+
+
+def check_name(name: str) -> None:
+    """UserError for a study's name that files and terminals cannot bear."""
+    if not name or printable(name) != name or len(name.encode()) > LONGEST:
+        shown = name if len(name) <= 40 else f"{name[:39]}…"
+        raise UserError(
+            f"study {shown}: its name must have 1 to {LONGEST} bytes, all printable; choose --study-name NAME"
+        )
+
+
+def _device(run: Run) -> str:
+    from atp_tune.devices import device_name, find_device
+
+    return device_name(run.bench.checkpoint.device if run.bench else find_device(run.file.study.device))
 
 
 def is_complete(study: optuna.Study, file: StudyFile) -> bool:
@@ -91,7 +112,8 @@ def _work(run: Run) -> optuna.Study:
     total = total_trials(run.file.study.search, space)
     db = storage.open_storage(run.file.storage_url, create=True)
     assert db is not None
-    study = storage.create_study(db, run.name, {**facts(run.file.study, run.file.folder), **bench.contents()})
+    known = {**facts(run.file.study, run.file.folder), **bench.contents()}
+    study = storage.create_study(db, run.name, known, run.mix)
     _describe(study, run.file, bench, total)
     _compare_versions(run, study)
     study.sampler = make_sampler(run.file.study.search, space)

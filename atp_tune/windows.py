@@ -21,6 +21,7 @@ from atp_tune.errors import UserError
 from atp_tune.models import Note, silent
 from atp_tune.study import Text
 from atp_tune.texts import documents, source_content
+from atp_tune.trust import CODE
 
 Encode = Callable[[str], list[int]]
 
@@ -47,18 +48,20 @@ class Windows:
     content: str
 
 
-def token_windows(text: Text, folder: Path, base: Path, note: Note = silent) -> Windows:
-    """The windows of a study's text with the tokenizer in `folder`; relative paths start at `base`.
+def token_windows(text: Text, folder: Path, base: Path, note: Note = silent, trusted: bool = False) -> Windows:
+    """The windows of a study's text with the tokenizer in `folder`, whose code may run if it is trusted.
+
+    Relative paths start at `base`.
 
     A second call reads them from the cache and loads neither text nor tokenizer. Errors: UserError in one
     line that starts with the key of the text.
     """
-    stored = cache_dir("windows") / f"{_key(text, folder, base)}.npy"
+    stored = cache_dir("windows") / f"{_key(text, folder, base, trusted)}.npy"
     if stored.is_file():
-        ids = np.load(stored)
+        ids = np.load(stored, allow_pickle=False)
     else:
         note(f"reading and tokenising {text.source}")
-        ids = _DRAWS[text.draw](documents(text, base), _encoder(folder), text)
+        ids = _DRAWS[text.draw](documents(text, base), _encoder(folder, trusted), text)
         packed = io.BytesIO()
         np.save(packed, ids)
         keep(stored, packed.getvalue())
@@ -83,8 +86,9 @@ def _windows(ids: np.ndarray) -> Windows:
     return Windows(ids, hashlib.sha256(f"{ids.shape}".encode() + ids.astype("<i8").tobytes()).hexdigest())
 
 
-def _key(text: Text, folder: Path, base: Path) -> str:
-    files = {file.name: sha256_of(file) for pattern in _TOKENIZER for file in folder.glob(pattern)}
+def _key(text: Text, folder: Path, base: Path, trusted: bool) -> str:
+    patterns = (*_TOKENIZER, CODE) if trusted else _TOKENIZER
+    files = {file.name: sha256_of(file) for pattern in patterns for file in folder.glob(pattern)}
     return sha256_of_json(
         {
             "format": _FORMAT,
@@ -96,11 +100,11 @@ def _key(text: Text, folder: Path, base: Path) -> str:
     )
 
 
-def _encoder(folder: Path) -> Encode:
+def _encoder(folder: Path, trusted: bool) -> Encode:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trusted)
     except Exception as error:  # whatever the many tokenizers raise
         raise UserError(f"the tokenizer in {folder} cannot be loaded: {one_line(error)}") from error
     # verbose=False: texts longer than the model's context are meant, and cut into windows later

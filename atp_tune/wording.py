@@ -4,7 +4,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.plan import shown
 from atp_tune.storage import RETRIES, is_given_up
-from atp_tune.summary import allocation_of, is_uniform, parameters_of
+from atp_tune.summary import Summary, allocation_of, is_uniform, parameters_of
 
 
 def plan_of(trial: FrozenTrial) -> str:
@@ -22,11 +22,30 @@ def method_of(trial: FrozenTrial) -> str:
     allocation = allocation_of(trial)
     parameters = "" if allocation == "uniform" else shown(parameters_of(trial))
     listed = ", ".join(part.replace("=", " = ") for part in parameters.split())
-    return f"{trial.params['pruner']} + {allocation}" + (f" ({listed})" if listed else "")
+    return f"{trial.params.get('pruner', '')} + {allocation}" + (f" ({listed})" if listed else "")
 
 
-def remark_of(trial: FrozenTrial) -> str:
-    """Why a trial is no measurement of its own, or has no value; empty for the usual one."""
+def remark_of(trial: FrozenTrial, summary: Summary | None = None) -> str:
+    """What is unusual about a trial: why it has no value of its own, and where it ran if others of its study did not.
+
+    The latter takes the summary. Empty for the usual trial.
+    """
+    unlike = summary.unlike.get(trial.number, "") if summary else ""
+    return "; ".join(part for part in (_reason(trial), unlike) if part)
+
+
+def mixture_of(summary: Summary) -> str:
+    """One sentence for a study whose trials ran on several devices or in several number formats; else empty."""
+    if not summary.unlike:
+        return ""
+    others = ", ".join(dict.fromkeys(summary.unlike.values()))
+    return (
+        f"{len(summary.unlike)} of {len(summary.trials)} trials ran {others}: perplexities of different devices differ "
+        "in the last digits, those of different number formats by per cents."
+    )
+
+
+def _reason(trial: FrozenTrial) -> str:
     attrs = trial.user_attrs
     if "repeats" in attrs:
         return f"as trial {attrs['repeats']}"

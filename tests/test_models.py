@@ -197,7 +197,7 @@ def test_bin_weights_are_converted_once(
     pickled: Path, tmp_path: Path, request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str]
 ) -> None:
     notes: list[str] = []
-    model = study.Model(source="pickled")
+    model = study.Model(source="pickled", allow_pickle=True)
     found = resolve(model, tmp_path, notes.append)
     assert capfd.readouterr() == ("", "")
     check_same_model(found)
@@ -212,7 +212,7 @@ def test_bin_weights_are_converted_once(
 def test_bin_weights_keep_their_dtype(pickled: Path, tmp_path: Path) -> None:
     tiny().to(torch.bfloat16).config.save_pretrained(pickled)
     torch.save(tiny().to(torch.bfloat16).state_dict(), pickled / "pytorch_model.bin")
-    found = resolve(study.Model(source="pickled"), tmp_path)
+    found = resolve(study.Model(source="pickled", allow_pickle=True), tmp_path)
     assert AutoModelForCausalLM.from_pretrained(found.path).dtype == torch.bfloat16
 
 
@@ -349,7 +349,7 @@ def test_a_hub_model_without_safetensors_is_converted(
     hub: tuple[Path, list[str]], pickled: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(pickled, hub[0] / "models/org/old")
-    found = resolve(study.Model(source="org/old"), tmp_path)
+    found = resolve(study.Model(source="org/old", allow_pickle=True), tmp_path)
     check_same_model(found)
     assert found.revision == "c0ffee" + "0" * 34
 
@@ -423,7 +423,7 @@ def test_a_pickle_that_runs_code_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"x": Evil()}, pickled / "pytorch_model.bin")
-    assert message(study.Model(source="pickled"), tmp_path).startswith(
+    assert message(study.Model(source="pickled", allow_pickle=True), tmp_path).startswith(
         "model.source: transformers cannot convert BASE/pickled: "
     )
     assert not (tmp_path / "evil").exists()
@@ -436,7 +436,7 @@ def test_missing_weights_are_never_made_up(pickled: Path, cache: Path, tmp_path:
     torch.save(weights, pickled / "pytorch_model.bin")
     write_gguf(tmp_path / "gap.gguf", without=name)
     for source in ("pickled", "gap.gguf"):
-        assert message(study.Model(source=source), tmp_path) == (
+        assert message(study.Model(source=source, allow_pickle=True), tmp_path) == (
             f"model.source: the file lacks 1 weights, the first is {name}"
         )
     assert list((cache / "models").iterdir()) == []

@@ -257,7 +257,7 @@ def test_the_keys_of_the_json(found: optuna.Study) -> None:
     assert [rank["allocation"] for rank in study["ranks"]] == ["atp", "uniform"]
     assert list(study["trials"][0]) == [
         "number", "state", "plan", "pruner", "allocation", "parameters", "perplexity", "realised", "sparsities",
-        "linear_sparsities", "errors", "seconds", "device", "remark",
+        "linear_sparsities", "errors", "seconds", "device", "dtype", "remark",
     ]  # fmt: skip
     assert study["trials"][1]["parameters"] == {"beta": 0.006}
     assert study["trials"][3]["remark"] == "no"

@@ -1,6 +1,8 @@
 """The dashboard's server over real HTTP, on the finished tiny study and on one that runs."""
 
+import http.client
 import json
+import re
 import shutil
 import signal
 import socket
@@ -14,6 +16,7 @@ from time import sleep
 from typing import Any
 
 import optuna
+import psutil
 import pytest
 from optuna.trial import TrialState
 from tinystudy import CommandLine, finish, run, start, study_file, wait_until
@@ -32,6 +35,7 @@ class Dashboard:
 
     port: int
     told: list[str]
+    grpc_port: int = 0
 
     def get(self, path: str) -> bytes:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=20) as answer:
@@ -52,18 +56,26 @@ class Dashboard:
         )
         urllib.request.urlopen(request, timeout=20).close()
 
+    def ask_for(self, host: str) -> int:
+        """The status of the page for a browser that took this machine for `host`."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        connection.request("GET", "/api/studies", headers={"Host": host})
+        status = connection.getresponse().status
+        connection.close()
+        return status
+
 
 @contextmanager
-def served(database: Path) -> Iterator[Dashboard]:
+def served(database: Path, listen: str = "127.0.0.1") -> Iterator[Dashboard]:
     stop: list[bool] = []
     ready: list[Served] = []
     told: list[str] = []
-    service = Service(f"sqlite:///{database}", "127.0.0.1", 0, 0, database.with_suffix(".artifacts"))
+    service = Service(f"sqlite:///{database}", listen, 0, 0, database.with_suffix(".artifacts"))
     thread = Thread(target=serve, args=(service, lambda: bool(stop), ready.append, told.append))
     thread.start()
     try:
         wait_until(lambda: bool(ready) or not thread.is_alive())
-        yield Dashboard(ready[0].port, told)
+        yield Dashboard(ready[0].port, told, ready[0].grpc_port)
     finally:
         stop.append(True)
         thread.join(30)
@@ -101,7 +113,8 @@ def test_columns_are_numbers_and_short(dashboard: Dashboard) -> None:
     study = dashboard.study("tiny")
     columns = {attr["key"]: attr["sortable"] for attr in study["union_user_attrs"]}
     assert columns == {
-        "± stderr": True, "zeros %": True, "seconds": True, "peak GB": True, "device": False, "host": False
+        "± stderr": True, "zeros %": True, "seconds": True, "peak GB": True, "device": False, "dtype": False,
+        "host": False,
     }  # fmt: skip
     assert all(len(attr["value"]) < 60 for trial in study["trials"] for attr in trial["user_attrs"])
     assert all(len(attr["value"]) < 60 for attr in study["user_attrs"])
@@ -285,3 +298,44 @@ def test_the_newest_database_is_served(done: Path, tmp_path: Path, monkeypatch: 
     assert service.artifacts == tmp_path / "studies" / "new.artifacts"
     assert choose(None, "postgresql://u@h/d", "127.0.0.1", 0, 0, None).artifacts == Path("artifacts")
     assert study_file(done).storage_url == choose(str(done / "tiny.toml"), None, "", 0, 0, None).address
+
+
+def other_addresses() -> list[str]:
+    """Addresses of this machine that are not the one that is served by default."""
+    found = [address.address for each in psutil.net_if_addrs().values() for address in each]
+    return [
+        "127.0.0.2",
+        *(address for address in found if re.fullmatch(r"[0-9.]+", address) and address != "127.0.0.1"),
+    ]
+
+
+def test_by_default_only_this_machine_is_let_in(done: Path) -> None:
+    with served(done / "tiny.db") as dashboard:
+        for port in (dashboard.port, dashboard.grpc_port):
+            socket.create_connection(("127.0.0.1", port), timeout=5).close()
+            for address in other_addresses():
+                with pytest.raises(OSError, match=r"refused|unreachable"):
+                    socket.create_connection((address, port), timeout=5)
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:8080", 200),  # what nginx passes on
+        ("localhost:9000", 200),  # through a tunnel
+        ("LOCALHOST", 200),
+        ("[::1]:8080", 200),
+        ("evil.example:8080", 403),
+        ("127.0.0.1.evil.example", 403),
+        ("localhost.evil.example", 403),
+        ("", 403),
+        ("[", 403),
+    ],
+)
+def test_a_page_of_a_stranger_does_not_reach_the_dashboard(host: str, status: int, dashboard: Dashboard) -> None:
+    assert dashboard.ask_for(host) == status
+
+
+def test_other_names_reach_a_dashboard_that_listens_to_others(done: Path) -> None:
+    with served(done / "tiny.db", "0.0.0.0") as dashboard:
+        assert dashboard.ask_for("server.example:8080") == 200

@@ -229,6 +229,7 @@ def refusal(study: optuna.Study, facts: dict[str, Any], partly: bool = False) ->
         check_facts(study, facts, partly)
     text = str(caught.value)
     assert "\n" not in text
+    text = text.removesuffix(", or mix them in this one with --allow-device-change")
     end = ". Put it back, or start another study with --study-name NAME"
     assert text.startswith("study s: ")
     assert text.endswith(end)

@@ -83,7 +83,7 @@ def test_attributes_of_a_trial(done: Path) -> None:
         attrs = trial.user_attrs
         assert set(attrs) - {"start"} == {
             "host", "pid", "process_started", "booted", "sparsities", "realised", "errors", "nlls", "seconds",
-            "peak_bytes", "device", "versions", "stderr", "batch_windows",
+            "peak_bytes", "device", "dtype", "versions", "stderr", "batch_windows",
         }  # fmt: skip
         assert (attrs["host"], attrs["pid"]) == (os.uname().nodename, os.getpid())
         assert len(attrs["sparsities"]) == len(attrs["errors"]) == BLOCKS
@@ -455,7 +455,8 @@ def edit_text(place: Path) -> None:
 def test_other_settings_are_refused(done: Path, overrides: list[str], said: str) -> None:
     with pytest.raises(UserError) as caught:
         run(done, *overrides)
-    assert str(caught.value) == f"study tiny: {said}. Put it back, or start another study with --study-name NAME"
+    text = str(caught.value).removesuffix(", or mix them in this one with --allow-device-change")
+    assert text == f"study tiny: {said}. Put it back, or start another study with --study-name NAME"
 
 
 @pytest.mark.parametrize(

@@ -141,8 +141,8 @@ def test_few_windows_tokenise_little_of_a_huge_text(
 
     real, seen = windows._encoder, []
 
-    def counting(folder: Path) -> windows.Encode:
-        encode = real(folder)
+    def counting(folder: Path, trusted: bool) -> windows.Encode:
+        encode = real(folder, trusted)
         return lambda text: (seen.append(len(text)), encode(text))[1]
 
     monkeypatch.setattr(windows, "_encoder", counting)

@@ -132,11 +132,16 @@ def study_file(place: Path, *overrides: str) -> StudyFile:
 
 
 def run(
-    place: Path, *overrides: str, name: str = "tiny", timeout: float | None = None, watch: Watch = unwatched
+    place: Path,
+    *overrides: str,
+    name: str = "tiny",
+    timeout: float | None = None,
+    watch: Watch = unwatched,
+    mix: bool = False,
 ) -> optuna.Study:
     """The study, driven to its total in this process."""
     with quiet():
-        return tune(Run(study_file(place, *overrides), name, timeout, watch))
+        return tune(Run(study_file(place, *overrides), name, timeout, watch, mix=mix))
 
 
 def settings(*overrides: str) -> list[str]:

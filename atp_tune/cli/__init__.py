@@ -4,7 +4,7 @@ import os
 import sys
 
 from atp_tune.cli.app import app
-from atp_tune.errors import TrialError, UserError
+from atp_tune.errors import TrialError, UserError, printable
 
 
 def main() -> None:
@@ -13,5 +13,5 @@ def main() -> None:
     try:
         app()
     except (UserError, TrialError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)

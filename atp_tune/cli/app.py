@@ -52,6 +52,14 @@ def run(
     devices: Annotated[
         str | None, typer.Option(metavar="LIST", help="One process for each, as in `cuda:0,cuda:1`.")
     ] = None,
+    allow_device_change: Annotated[
+        bool,
+        typer.Option(
+            "--allow-device-change",
+            metavar="",
+            help="Go on though the study began on another device or in another dtype.",
+        ),
+    ] = False,
     set_: Overrides = None,
 ) -> None:
     """Find how to share out sparsity over the blocks of a language model, and prune it.
@@ -74,7 +82,7 @@ def run(
     names = _devices(file.study.device, workers, devices)
     for name in names:  # so that a mistake is told before anything runs
         _load(study, storage, name, set_)
-    run_study(file, study_name, timeout, names)
+    run_study(file, study_name, timeout, names, allow_device_change)
 
 
 @app.command()
@@ -166,6 +174,7 @@ def export(
 
     Example: `python tune.py export --study smol --out best.json`
     """
+    from atp_tune.errors import printable
     from atp_tune.storage import check_facts
     from atp_tune.studyfile import facts
     from atp_tune.summary import best_config
@@ -178,7 +187,7 @@ def export(
     config = best_config(file, stored, target)
     if target is not printed:
         config.write(target)
-    print(config.to_json() if json else f"{target}\n", end="")
+    print(config.to_json() if json else f"{printable(str(target))}\n", end="")
 
 
 @app.command()
@@ -206,6 +215,7 @@ def report(
     Example: `python tune.py report --study smol`
     """
     from atp_tune.cli.running import run_report
+    from atp_tune.errors import printable
     from atp_tune.report import kind_of, name_of
 
     kind = kind_of(format_, out)
@@ -213,7 +223,7 @@ def report(
     names = [name or file.name for file, name in found]
     target = out or found[0][0].beside(name_of(names, kind))
     run_report([_stored(file, name) for file, name in found], kind, target)
-    print(target)
+    print(printable(str(target)))
 
 
 @app.command()
@@ -221,6 +231,12 @@ def apply(
     config: Annotated[Path, typer.Option(metavar="FILE", help="A configuration written by a run or by `export`.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the sparse checkpoint; new or empty.")],
     device: Device = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", metavar="", help="Read a model's .bin weights, which are pickles.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", metavar="", help="Run the Python code in a model's folder.")
+    ] = False,
 ) -> None:
     """Prune as a configuration says, into a folder that `from_pretrained` loads, and measure it again.
 
@@ -228,7 +244,8 @@ def apply(
     """
     from atp_tune.cli.running import run_apply
 
-    run_apply(config, out, device or "auto")
+    allowed = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    run_apply(config, out, device or "auto", allowed)
 
 
 @app.command()

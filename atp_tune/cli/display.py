@@ -13,6 +13,7 @@ from rich.progress import (
 )
 
 from atp_tune.cli.tables import console, duration
+from atp_tune.errors import printable
 from atp_tune.events import Event, Note, Step, TrialEnded, TrialStarted
 
 
@@ -90,7 +91,7 @@ class Line:
             case TrialStarted(title, plan):
                 self._start(title, str(plan) if plan else "")
             case Step(phase, done, total):
-                title = f"{self._name}{self._title}: {phase}"
+                title = printable(f"{self._name}{self._title}: {phase}")
                 self._display.bars.update(self._bar, description=title, completed=done, total=total, visible=True)
             case TrialEnded():
                 self._display.end(event, self._plan, monotonic() - self._began)
@@ -101,6 +102,6 @@ class Line:
 
     def _start(self, title: str, plan: str) -> None:
         self._title, self._plan, self._began = title, plan, monotonic()
-        self._display.bars.reset(self._bar, description=f"{self._name}{title}", visible=True)
+        self._display.bars.reset(self._bar, description=printable(f"{self._name}{title}"), visible=True)
         if not console.is_terminal and not title.startswith("trial"):
             console.print(f"{title} {plan}".rstrip(), highlight=False)

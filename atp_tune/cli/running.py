@@ -6,7 +6,7 @@ import signal
 import sys
 import warnings
 from _thread import interrupt_main
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -29,7 +29,9 @@ STOPS = (signal.SIGINT, signal.SIGTERM)
 SOON = 0.02  # seconds until an interruption that would break a transaction is tried again
 
 
-def run_study(file: StudyFile, name: str | None, timeout: float | None, devices: Sequence[str]) -> None:
+def run_study(
+    file: StudyFile, name: str | None, timeout: float | None, devices: Sequence[str], mix: bool = False
+) -> None:
     """Runs or resumes a study with progress; the summary at the end, also of what is left after Ctrl-C.
 
     One process for each of the `devices`, this one if there is one.
@@ -38,7 +40,7 @@ def run_study(file: StudyFile, name: str | None, timeout: float | None, devices:
     from atp_tune.tuning import Run
 
     with quiet(), interruptible(), Display() as display:
-        run = Run(file, name or file.name, timeout, display)
+        run = Run(file, name or file.name, timeout, display, mix=mix)
         try:
             study = _driven(run, devices, display)
         except KeyboardInterrupt:
@@ -58,7 +60,7 @@ def _driven(run: "Run", devices: Sequence[str], display: Display) -> "optuna.Stu
     if len(devices) == 1:
         return tune(run)
     if completed(run) is None:
-        run_workers((run.file, run.name, run.timeout), devices, display)
+        run_workers((run.file, run.name, run.timeout, run.mix), devices, display)
     return begun(run)
 
 
@@ -71,13 +73,13 @@ def run_report(studies: Sequence["optuna.Study"], kind: str, out: Path) -> None:
         write([gather(study, now) for study in studies], kind, out)
 
 
-def run_apply(config: Path, out: Path, device: str) -> None:
+def run_apply(config: Path, out: Path, device: str, allowed: Mapping[str, bool]) -> None:
     """Writes the sparse checkpoint of a configuration, and compares its perplexity with the file's."""
     read = read_config(config)
     from atp_tune.applying import apply
 
     with quiet(), Display() as display:
-        measured = apply(read, config.parent / read.folder, out, device, display)
+        measured = apply(read, config.parent / read.folder, out, device, display, allowed)
     show_applied(read, measured, out)
 
 

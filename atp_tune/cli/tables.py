@@ -1,15 +1,17 @@
 """What people see of a study: trials, progress, summary, studies. Needs neither torch nor a model."""
 
-import ipaddress
 import socket
 import statistics
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from atp_tune.errors import printable
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -22,18 +24,28 @@ if TYPE_CHECKING:
     from atp_tune.studyfile import StudyFile
     from atp_tune.summary import Rank, Summary
 
-console = Console(soft_wrap=True, markup=False)  # paths and reasons may hold brackets
 WRAPPED = ("remark", "what", "plan")  # columns that may take several lines
 WIDE = 1000  # columns: no line of a Markdown table is broken
 TOLERANCE = 0.001  # relative difference of perplexities that rounding may make
 
 
+class Terminal(Console):
+    """A console on which nothing that a study or a file is called can move the cursor or change colours."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """As rich does, each line made printable first."""
+        return super().render_str("\n".join(map(printable, text.split("\n"))), **options)
+
+
+console = Terminal(soft_wrap=True, markup=False)  # paths and reasons may hold brackets
+
+
 def show_summary(summary: "Summary", file: "StudyFile") -> None:
     """Dense, uniform and the best of each allocation as one Markdown table, and the commands that come next."""
-    from atp_tune.wording import method_of
+    from atp_tune.wording import method_of, mixture_of
 
     sparsity = summary.sparsity or file.study.sparsity
-    console.print(f"{summary.name}: {sparsity:.0%} sparsity\n", highlight=False)
+    console.print(f"{printable(summary.name)}: {sparsity:.0%} sparsity\n", highlight=False)
     console.print(_markdown(_results(summary)), highlight=False)
     console.print(
         "\n±: standard error over windows; against uniform: same pruner, same windows, error of the difference",
@@ -43,6 +55,8 @@ def show_summary(summary: "Summary", file: "StudyFile") -> None:
     if best is not None:
         console.print(f"best: trial {best.number}, {method_of(best)}", highlight=False)
     _show_rest(summary)
+    if mixture := mixture_of(summary):
+        console.print(mixture, highlight=False)
     if best is not None:
         _show_next(summary, file)
 
@@ -95,9 +109,10 @@ def _show_rest(summary: "Summary") -> None:
 def _show_next(summary: "Summary", file: "StudyFile") -> None:
     best = file.best_of(summary.name)
     if summary.best.report is not None and best.exists():
-        console.print(f"best configuration: {_short(best)}", highlight=False)
+        config = printable(str(_short(best)))
+        console.print(f"best configuration: {config}", highlight=False)
         console.print(
-            f"sparse checkpoint:  python tune.py apply --config {_short(best)} --out {summary.name}-sparse",
+            f"sparse checkpoint:  python tune.py apply --config {config} --out {printable(summary.name)}-sparse",
             highlight=False,
         )
 
@@ -116,15 +131,19 @@ def show_status(summary: "Summary", file: "StudyFile") -> None:
 
 def trials_table(summary: "Summary", trials: "list[FrozenTrial]") -> Table:
     """Some of a study's trials, one a row."""
+    from atp_tune.wording import remark_of
+
     best = summary.best_trial
     table = _table("trial", "state", "plan", "perplexity", "zeros", "s", "remark")
     for trial in trials:
-        table.add_row(*_row(trial, best is not None and trial.number == best.number))
+        is_best = best is not None and trial.number == best.number
+        words = ("best" if is_best else "", remark_of(trial, summary))
+        table.add_row(*_row(trial, "; ".join(word for word in words if word)))
     return table
 
 
-def _row(trial: "FrozenTrial", is_best: bool) -> list[str]:
-    from atp_tune.wording import plan_of, remark_of
+def _row(trial: "FrozenTrial", remark: str) -> list[str]:
+    from atp_tune.wording import plan_of
 
     attrs = trial.user_attrs
     value = "" if trial.value is None else f"{trial.value:.2f}"
@@ -136,7 +155,7 @@ def _row(trial: "FrozenTrial", is_best: bool) -> list[str]:
         value + error,
         f"{attrs['realised']:.2%}" if "realised" in attrs else "",
         f"{sum(attrs['seconds'].values()):.0f}" if "seconds" in attrs else "",
-        "best" if is_best else remark_of(trial),
+        remark,
     ]
 
 
@@ -188,9 +207,10 @@ def show_applied(config: "Config", measured: "Perplexity", out: Path) -> None:
 def show_served(service: "Service", served: "Served") -> None:
     """What is served, where people look, and how workers join."""
     from atp_tune.database import without_password
+    from atp_tune.serving.servers import is_loopback
 
     names = served.studies if len(served.studies) <= 5 else [*served.studies[:4], f"… {len(served.studies)} studies"]
-    studies = ", ".join(names) or "no study yet"
+    studies = ", ".join(map(printable, names)) or "no study yet"
     host = service.listen if service.listen not in ("0.0.0.0", "::") else socket.gethostname()
     name = f"[{host}]" if ":" in host else host
     console.print(f"serving {without_password(service.address)}: {studies}", highlight=False)
@@ -255,11 +275,3 @@ def _short(path: Path) -> Path:
         return path.relative_to(Path.cwd())
     except ValueError:
         return path
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

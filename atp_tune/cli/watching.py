@@ -19,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from atp_tune import storage
 from atp_tune.cli.running import interruptible
 from atp_tune.cli.tables import console, progress_line, show_status, trials_table
-from atp_tune.errors import UserError
+from atp_tune.errors import UserError, printable
 from atp_tune.status import Status, Trial, status_of, to_json
 from atp_tune.studyfile import StudyFile
 from atp_tune.summary import Summary, summarise
@@ -214,4 +214,4 @@ def _hidden(summary: Summary, trials: list[FrozenTrial]) -> str:
 
 
 def _line(text: str, style: str = "") -> Text:
-    return Text(text, style=style, no_wrap=False, overflow="fold")
+    return Text(printable(text), style=style, no_wrap=False, overflow="fold")

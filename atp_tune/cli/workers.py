@@ -23,7 +23,7 @@ from atp_tune.studyfile import StudyFile
 RESTARTS = 2  # of one worker
 PATIENCE = 60  # seconds that workers have to stop after Ctrl-C
 
-Job = tuple[StudyFile, str, float | None]  # study file, name of the study, seconds to go on at most
+Job = tuple[StudyFile, str, float | None, bool]  # study file, the study's name, seconds to go on at most, any device
 
 
 def run_workers(job: Job, devices: Sequence[str], display: Display) -> None:
@@ -121,12 +121,12 @@ def _work(job: Job, index: int, devices: Sequence[str], news: Connection) -> Non
     Thread(target=_stop_with_the_parent, daemon=True).start()
     from atp_tune.tuning import Run, tune
 
-    file, name, timeout = job
+    file, name, timeout, mix = job
     with quiet(lambda text: news.send(Note(text))), interruptible(), suppress(KeyboardInterrupt):
         try:
             chosen = choose_device(devices[index], index, len(devices))
             study = file.study.model_copy(update={"device": chosen})
-            tune(Run(replace(file, study=study), name, timeout, news.send, reports=index == 0))
+            tune(Run(replace(file, study=study), name, timeout, news.send, reports=index == 0, mix=mix))
         except (UserError, TrialError) as error:
             news.send(str(error))
 

@@ -17,6 +17,7 @@ from atp_tune.figures.seconds import spent
 from atp_tune.storage import ranked
 from atp_tune.studyfile import settings
 from atp_tune.summary import Summary, is_uniform, summarise
+from atp_tune.wording import mixture_of
 
 ENOUGH = 10  # measured trials, from which on the importance of a parameter means something
 
@@ -57,6 +58,11 @@ class Contents:
     def devices(self) -> str:
         """Where trials ran."""
         return _several(trial.user_attrs.get("device") for trial in self.summary.trials)
+
+    @property
+    def mixture(self) -> str:
+        """What to mind where trials ran on several devices or in several number formats."""
+        return mixture_of(self.summary)
 
     @property
     def versions(self) -> dict[str, str]:

@@ -11,7 +11,7 @@
       ranks[]               the best of each allocation: trial, pruner, allocation, search, report, change
       importance            parameter → share of 1; empty with too few trials
       trials[]              number, state, plan, pruner, allocation, parameters, perplexity, realised, sparsities,
-                            linear_sparsities, errors, seconds (phase → s), device, remark
+                            linear_sparsities, errors, seconds (phase → s), device, dtype, remark
       seconds, devices      of all trials
       study_file            name and settings, as the study was made; or null
       fingerprint, versions what the values depend on
@@ -29,7 +29,7 @@ from optuna.trial import FrozenTrial, TrialState
 from atp_tune.config import Scores
 from atp_tune.report.contents import Contents
 from atp_tune.studyfile import settings
-from atp_tune.summary import Rank, allocation_of, parameters_of, score_of
+from atp_tune.summary import Rank, Summary, allocation_of, parameters_of, score_of
 from atp_tune.wording import plan_of, remark_of
 
 FORMAT = "atp_tune.report/1"
@@ -63,7 +63,7 @@ def _study(contents: Contents) -> dict[str, Any]:
         "change": _change(summary.ranks[0]) if summary.ranks else None,
         "ranks": [_rank(rank) for rank in summary.ranks],
         "importance": contents.importance,
-        "trials": [_trial(trial) for trial in summary.trials],
+        "trials": [_trial(trial, summary) for trial in summary.trials],
         "seconds": contents.seconds,
         "devices": contents.devices,
         "study_file": settings(summary.made_from) if summary.made_from else None,
@@ -89,9 +89,9 @@ def _scores(scores: Scores) -> dict[str, Any]:
     return scores.model_dump()
 
 
-def _trial(trial: FrozenTrial) -> dict[str, Any]:
+def _trial(trial: FrozenTrial, summary: Summary) -> dict[str, Any]:
     score, attrs = score_of(trial), trial.user_attrs
-    kept = ("realised", "sparsities", "linear_sparsities", "errors", "seconds", "device")
+    kept = ("realised", "sparsities", "linear_sparsities", "errors", "seconds", "device", "dtype")
     return {
         "number": trial.number,
         "state": trial.state.name.lower(),
@@ -101,7 +101,7 @@ def _trial(trial: FrozenTrial) -> dict[str, Any]:
         "parameters": parameters_of(trial),
         "perplexity": score.model_dump() if score else None,
         **{key: attrs.get(key) for key in kept},
-        "remark": remark_of(trial),
+        "remark": remark_of(trial, summary),
     }
 
 

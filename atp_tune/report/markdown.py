@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 
+from atp_tune.errors import printable
 from atp_tune.report import tables
 from atp_tune.report.contents import Contents
 from atp_tune.report.tables import Table
@@ -20,16 +21,16 @@ def _study(contents: Contents) -> list[str]:
     summary = contents.summary
     parts = [f"# {escaped(summary.name)}", escaped(contents.description), escaped(contents.verdict)]
     parts.append(f"{contents.state}; as of {contents.made:%Y-%m-%d %H:%M}. {_sparsity(contents)}".strip())
+    parts.append(escaped(contents.mixture))
     parts += [table(tables.headline(summary)), "± is the standard error over windows."]
     if len(summary.ranks) > 1:
         parts += ["## Allocations", table(tables.ranks(summary))]
     if contents.importance:
         parts += ["## Importance", table(tables.importance(contents))]
     parts += ["## Trials", table(tables.trials(summary)), "## How to reproduce"]
-    parts += [f"```sh\n{command}\n```" for command in ["\n".join(c for _, c in tables.commands(summary))]]
+    parts.append(fenced("sh", "\n".join(command for _, command in tables.commands(summary))))
     if contents.study_file is not None:
-        fence = "`" * (3 + max(map(len, re.findall("`+", contents.study_file)), default=0))
-        parts.append(f"{fence}toml\n{contents.study_file}{fence}")
+        parts.append(fenced("toml", contents.study_file))
     return [part for part in [*parts, table(tables.fingerprint(contents))] if part]
 
 
@@ -49,5 +50,11 @@ def table(made: Table) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text that stands for itself, in one line."""
-    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(text.split()))
+    """Text that stands for itself, in one line: no markup, no HTML, no formula, no entity."""
+    return re.sub(r"([\\`*_{}\[\]<>|#$&~])", r"\\\1", printable(" ".join(text.split())))
+
+
+def fenced(language: str, text: str) -> str:
+    """Lines that are shown as they are, whatever they hold."""
+    fence = "`" * (3 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text.rstrip(chr(10))}\n{fence}"

@@ -9,6 +9,7 @@ from optuna.trial import FrozenTrial
 
 from atp_tune.allocations.budget import SYMBOLS
 from atp_tune.config import Scores
+from atp_tune.errors import printable
 from atp_tune.figures.seconds import spent
 from atp_tune.report.contents import Contents
 from atp_tune.summary import Summary, allocation_of, is_uniform, score_of
@@ -55,7 +56,7 @@ def importance(contents: Contents) -> Table:
 
 def trials(summary: Summary) -> Table:
     """Every trial."""
-    rows = [_row(trial) for trial in summary.trials]
+    rows = [_row(trial, summary) for trial in summary.trials]
     numbers = [trial.number for trial in summary.trials]
     best = numbers.index(summary.best_trial.number) if summary.best_trial else None
     head = ("trial", "plan", "perplexity", "±", "zeros", "time (s)", "state", "remark")
@@ -78,7 +79,7 @@ def fingerprint(contents: Contents) -> Table:
 def commands(summary: Summary) -> list[tuple[str, str]]:
     """What each command does, and the command."""
     stored = summary.made_from is not None
-    study = shlex.quote(f"{plain_name(summary.name)}.toml" if stored else summary.name)
+    study = shlex.quote(f"{plain_name(summary.name)}.toml" if stored else printable(summary.name))
     config, folder = (shlex.quote(plain_name(summary.name) + end) for end in (".best.json", "-sparse"))
     return [
         ("run, or go on", f"python tune.py --study {study}"),
@@ -90,7 +91,7 @@ def commands(summary: Summary) -> list[tuple[str, str]]:
 
 def plain_name(name: str) -> str:
     """A study's name as a file's."""
-    return name.replace("/", "_")
+    return printable(name).replace("/", "_")
 
 
 def duration(seconds: float) -> str:
@@ -105,7 +106,7 @@ def symbol(name: str) -> str:
     return f"{SYMBOLS[name]} ({name})" if name in SYMBOLS else name
 
 
-def _row(trial: FrozenTrial) -> tuple[str, ...]:
+def _row(trial: FrozenTrial, summary: Summary) -> tuple[str, ...]:
     attrs, score = trial.user_attrs, score_of(trial)
     return (
         str(trial.number),
@@ -115,7 +116,7 @@ def _row(trial: FrozenTrial) -> tuple[str, ...]:
         f"{attrs['realised']:.4f}" if "realised" in attrs else "",
         f"{sum(spent(trial).values()):.1f}" if spent(trial) else "",
         trial.state.name.lower(),
-        remark_of(trial),
+        remark_of(trial, summary),
     )
 
 

@@ -1,5 +1,6 @@
 """What a server does for its studies without being asked: lost trials run again, artifacts stay current."""
 
+import re
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -14,8 +15,10 @@ from atp_tune.cache import write_atomically
 from atp_tune.database import reason_of
 from atp_tune.errors import UserError
 from atp_tune.report import gather, html
+from atp_tune.stored import readable
 from atp_tune.summary import best_config, summarise
 
+UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")  # what Optuna calls an artifact
 CONFIG, REPORT = "best.json", "report.html"
 
 
@@ -28,6 +31,7 @@ class Keeper:
         self._tell = tell
         self._seen: dict[int, object] = {}
         self._trouble = ""
+        self._told: dict[str, str] = {}
 
     def turn(self) -> None:
         """One look at every study; what goes wrong with it is told once, and tried again the next time."""
@@ -44,9 +48,15 @@ class Keeper:
         attached = False
         for name in optuna.get_all_study_names(self._storage):
             study = trials.find_study(self._storage, name)
-            if study is not None and "fingerprint" in study.user_attrs:
+            if study is None or "fingerprint" not in study.user_attrs:
+                continue
+            try:
                 self._recover(study)
                 attached = attached or self._attach(study)  # one a turn: a report takes half a second, and 5 MB
+            except UserError as error:
+                if self._told.get(name) != str(error):
+                    self._tell(f"warning: {error}")
+                self._told[name] = str(error)
 
     def _recover(self, study: optuna.Study) -> None:
         """Queues lost trials again: the workers of other machines cannot see themselves that nobody runs them."""
@@ -67,9 +77,9 @@ class Keeper:
 
     def _put(self, study: optuna.Study, name: str, content: bytes) -> None:
         """Attaches a file, in the place of an earlier one of that name."""
-        known = [meta for meta in get_all_artifact_meta(study) if meta.filename == name]
-        if known:
-            write_atomically(self._folder / known[0].artifact_id, content)
+        known = _artifact(study, name)
+        if known is not None:
+            write_atomically(self._folder / known, content)
             return
         file = self._folder / name
         write_atomically(file, content)
@@ -79,6 +89,13 @@ class Keeper:
             )
         finally:
             file.unlink()
+
+
+def _artifact(study: optuna.Study, name: str) -> str | None:
+    """The id of a study's file of that name; only one that Optuna could have made, as it names a file of the folder."""
+    with readable(study.study_name):
+        known = [meta.artifact_id for meta in get_all_artifact_meta(study) if meta.filename == name]
+    return next((str(made) for made in known if UUID.fullmatch(str(made))), None)
 
 
 def _files(study: optuna.Study) -> dict[str, bytes]:

@@ -1,13 +1,16 @@
 """The words of the dashboard: a note for each study and trial (Markdown), and what is worth a column."""
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.config import Scores
+from atp_tune.errors import printable
+from atp_tune.report.markdown import escaped, fenced
 from atp_tune.summary import Rank, Summary, is_uniform
-from atp_tune.wording import method_of, plan_of, remark_of
+from atp_tune.wording import method_of, mixture_of, plan_of, remark_of
 
 OWN = "*Above: atp_tune, always current. Below: your own notes, which are kept.*"
 GAP = "&emsp;"  # the dashboard draws tables without space between columns
@@ -28,22 +31,30 @@ def own_words(written: str) -> str:
 def study_note(summary: Summary, address: str) -> str:
     """What is tuned, what was found, where the files are (`address` is the storage's), and the commands that follow."""
     files = _files(summary, address)
-    parts = [_what(summary), _scores(summary), _gain(summary), _state(summary), files, _commands(summary)]
+    parts = [
+        _what(summary),
+        _scores(summary),
+        _gain(summary),
+        _state(summary),
+        escaped(mixture_of(summary)),
+        files,
+        _commands(summary),
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
 def _what(summary: Summary) -> str:
     file = summary.made_from
     if file is None:
-        return f"## {summary.name}"
+        return f"## {escaped(summary.name)}"
     spec = file.study
     names = ", ".join(spec.allocation.names)
     pruners = ", ".join(spec.prune.pruners)
     lines = [
-        f"## {summary.name}: {spec.sparsity:.0%} of the weights of {_code(spec.model.source)} go",
-        spec.description,
+        f"## {escaped(summary.name)}: {spec.sparsity:.0%} of the weights of {_code(spec.model.source)} go",
+        escaped(spec.description),
         f"Searched: how to share the zeros out over {len(summary.sizes)} blocks ({names}; {pruners}; "
-        f"pattern {spec.prune.pattern}). The objective is perplexity on the search text; lower is better.",
+        f"pattern {escaped(spec.prune.pattern)}). The objective is perplexity on the search text; lower is better.",
     ]
     return "\n\n".join(line for line in lines if line)
 
@@ -60,7 +71,7 @@ def _scores(summary: Summary) -> str:
 
 def _label(rank: Rank, summary: Summary) -> str:
     best = "**best** " if rank.trial == summary.best_trial else ""
-    return f"{best}{method_of(rank.trial)}, trial {rank.trial.number}"
+    return f"{best}{escaped(method_of(rank.trial))}, trial {rank.trial.number}"
 
 
 def _change(rank: Rank) -> str:
@@ -95,13 +106,14 @@ def _commands(summary: Summary) -> str:
     file = summary.made_from
     if file is None:
         return ""
-    other = "" if summary.name == file.name else f" --study-name {summary.name}"
+    study = shlex.quote(printable(file.name))
+    other = "" if summary.name == file.name else f" --study-name {shlex.quote(printable(summary.name))}"
     lines = [
-        f"python tune.py --study {file.name}{other}    # go on, on this machine",
-        f"python tune.py --study {file.name}{other} --storage grpc://HOST:13000    # help, from another",
+        f"python tune.py --study {study}{other}    # go on, on this machine",
+        f"python tune.py --study {study}{other} --storage grpc://HOST:13000    # help, from another",
         "python tune.py apply --config best.json --out DIR    # the sparse checkpoint",
     ]
-    return "```\n" + "\n".join(lines) + "\n```"
+    return fenced("", "\n".join(lines))
 
 
 def _files(summary: Summary, address: str) -> str:
@@ -112,23 +124,23 @@ def _files(summary: Summary, address: str) -> str:
 
 def _code(text: str) -> str:
     """Text that Markdown leaves as it is."""
-    return "`" + text.replace("`", "'") + "`"
+    return "`" + printable(text).replace("`", "'") + "`"
 
 
 def trial_note(trial: FrozenTrial, summary: Summary) -> str:
     """Plan, sparsity, times, and why a trial has no value."""
     attrs = trial.user_attrs
-    title = f"### {plan_of(trial)}" if "allocation" in trial.params else "### no plan yet"
-    parts = [title, _why(trial), _measured(trial, summary), _sparsities(attrs), _costs(attrs)]
+    title = f"### {escaped(plan_of(trial))}" if "allocation" in trial.params else "### no plan yet"
+    parts = [title, _why(trial, summary), _measured(trial, summary), _sparsities(attrs), _costs(attrs)]
     return "\n\n".join(part for part in parts if part)
 
 
-def _why(trial: FrozenTrial) -> str:
+def _why(trial: FrozenTrial, summary: Summary) -> str:
     if trial.state == TrialState.RUNNING:
         return "Runs now."
-    remark = remark_of(trial)
+    remark = remark_of(trial, summary)
     if trial.state != TrialState.FAIL:
-        return f"Remark: {remark}." if remark else ""
+        return f"Remark: {escaped(remark)}." if remark else ""
     again = "" if "failure" in trial.user_attrs else " It was queued again."
     return f"**No value:** {_code(remark)}.{again}"
 
@@ -155,9 +167,10 @@ def _costs(attrs: Attributes) -> str:
     phases = attrs.get("seconds")
     if not phases:
         return ""
-    parts = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in phases.items())
-    peak = max(attrs.get("peak_bytes", {"": 0}).values())
-    return f"{sum(phases.values()):.1f} s: {parts}. Peak memory {peak / 1e9:.2f} GB on {attrs.get('device', '?')}."
+    parts = ", ".join(f"{escaped(phase)} {seconds:.1f} s" for phase, seconds in phases.items())
+    peak = max(attrs.get("peak_bytes", {}).values(), default=0)
+    device = escaped(attrs.get("device", "?"))
+    return f"{sum(phases.values()):.1f} s: {parts}. Peak memory {peak / 1e9:.2f} GB on {device}."
 
 
 def columns(trial: FrozenTrial) -> dict[str, Any]:
@@ -171,7 +184,7 @@ def columns(trial: FrozenTrial) -> dict[str, Any]:
         shown_ones["seconds"] = round(sum(attrs["seconds"].values()), 1)
     if attrs.get("peak_bytes"):
         shown_ones["peak GB"] = round(max(attrs["peak_bytes"].values()) / 1e9, 2)
-    for name in ("device", "host"):
+    for name in ("device", "dtype", "host"):
         if name in attrs:
             shown_ones[name] = attrs[name]
     remark = remark_of(trial)

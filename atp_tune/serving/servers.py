@@ -1,9 +1,11 @@
 """The two servers of `tune.py serve`: the dashboard over HTTP, and Optuna's storage proxy over gRPC for workers."""
 
+import re
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from ipaddress import ip_address
 from socketserver import ThreadingMixIn
 from threading import Thread
 from typing import Any
@@ -49,7 +51,8 @@ def dashboard(storage: BaseStorage, artifacts: FileSystemArtifactStore, host: st
     check_free(host, port, "--port")
     server_class = type("Server", (_Server,), {"address_family": _family(host)})
     server: WSGIServer
-    with make_server(host, port, wsgi(storage, artifacts), server_class, _Handler) as server:
+    app = wsgi(storage, artifacts)
+    with make_server(host, port, _local(app) if is_loopback(host) else app, server_class, _Handler) as server:
         thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, name="dashboard")
         thread.start()
         try:
@@ -57,6 +60,35 @@ def dashboard(storage: BaseStorage, artifacts: FileSystemArtifactStore, host: st
         finally:
             server.shutdown()
             thread.join()
+
+
+def _local(app: Any) -> Any:
+    """The same for requests to an address or to localhost alone.
+
+    A stranger's page whose name leads to this machine would otherwise reach it through the user's browser.
+    """
+
+    def answer(environ: dict[str, Any], start_response: Any) -> Any:
+        name = re.sub(r":\d*$", "", environ.get("HTTP_HOST", "")).strip("[]")
+        if name.lower() == "localhost" or _is_address(name):
+            return app(environ, start_response)
+        start_response("403 Forbidden", [("Content-Type", "text/plain")])
+        return [b"ask for localhost; behind a proxy, pass on its Host as docs/nginx.conf does\n"]
+
+    return answer
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    return host == "localhost" or (_is_address(host) and ip_address(host).is_loopback)
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 class _Server(ThreadingMixIn, WSGIServer):

@@ -20,6 +20,7 @@ from atp_tune.database import Database, without_password
 from atp_tune.figures import draw
 from atp_tune.serving.notes import columns, facts_of, study_note, trial_note, with_own_words
 from atp_tune.storage import open_database
+from atp_tune.stored import CheckedStudy
 from atp_tune.summary import Summary, summarise
 
 DASHBOARD = "dashboard:"  # what its attributes begin with
@@ -110,7 +111,7 @@ class Additions:
     def of(self, study_id: int, stored: Attributes) -> Attributes:
         """System attributes that hold the notes and figures of one study, in the dashboard's format."""
         with self._lock:
-            study = optuna.load_study(study_name=self._storage.get_study_name_from_id(study_id), storage=self._storage)
+            study = CheckedStudy(self._storage.get_study_name_from_id(study_id), self._storage)
             state = _state(study, stored)
             if study_id not in self._made or self._made[study_id][0] != state:
                 self._changes += 1

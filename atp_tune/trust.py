@@ -1,0 +1,105 @@
+"""What a model folder may hold that came from a stranger: nothing is run or read outside it unless a study says so.
+
+Errors: UserError in one line that names the key which allows it, where one does.
+"""
+
+import json
+from pathlib import Path, PurePath
+from typing import Any
+
+from atp_tune.errors import UserError
+
+PICKLES = "pytorch_model*.bin"
+CODE = "*.py"  # what `model.trust_remote_code` runs, and what decides values beside weights and config
+_CONFIGS = ("config.json", "tokenizer_config.json")
+_KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation")
+ASK_PICKLE = "model.allow_pickle = true (--set model.allow_pickle=true; apply: --allow-pickle)"
+ASK_CODE = "model.trust_remote_code = true (--set model.trust_remote_code=true; apply: --trust-remote-code)"
+
+
+def find_weights(folder: Path, allow_pickle: bool) -> list[Path]:
+    """The weight files of a folder: safetensors, or pickles where there are no others and the study allows them."""
+    _check_shards(folder)
+    if weights := sorted(folder.glob("*.safetensors")):
+        return weights
+    pickles = sorted(folder.glob(PICKLES))
+    if not pickles:
+        raise UserError(f"model.source: {folder} holds no *.safetensors and no {PICKLES}; where are its weights?")
+    if not allow_pickle:
+        raise UserError(
+            f"model.source: {folder} has its weights in pickles only ({pickles[0].name}); "
+            f"take safetensors, or allow them with {ASK_PICKLE}"
+        )
+    return pickles
+
+
+def _check_shards(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    places = read_table(index).get("weight_map")
+    shards = set(places.values()) if isinstance(places, dict) and all(map(_is_name, places.values())) else None
+    if shards is None:
+        raise UserError(f"model.source: {index} names weights that are no *.safetensors of its folder; do not use it")
+    if missing := sorted(name for name in shards if not (folder / name).is_file()):
+        lack = f"{len(missing)} of {len(shards)} weight files, {missing[0]} first"
+        raise UserError(f"model.source: {folder} lacks {lack}; copy or download it again")
+
+
+def _is_name(value: Any) -> bool:
+    """Whether an entry of an index is a file of the index's own folder."""
+    return isinstance(value, str) and value.endswith(".safetensors") and PurePath(value).name == value
+
+
+def check_code(folder: Path, trusted: bool) -> None:
+    """UserError if a model comes with code that it needs and that is not allowed, or with code from elsewhere."""
+    configs = [read_table(folder / name) for name in _CONFIGS if (folder / name).is_file()]
+    foreign = next((name for config in configs for name in _classes(config) if "--" in name), None)
+    if trusted and foreign is not None:
+        raise UserError(
+            f"model.source: {folder} wants code of another repository ({foreign.partition('--')[0]}); "
+            "only code in the model's own folder is run"
+        )
+    if not trusted and _needs_code(configs[0]):
+        raise UserError(
+            f"model.source: {folder} needs code of its own, which is not run; read it, then allow it with {ASK_CODE}"
+        )
+
+
+def _needs_code(config: dict[str, Any]) -> bool:
+    from transformers import CONFIG_MAPPING
+
+    kernels = any("/" in str(config.get(key)) for key in _KERNELS)
+    return kernels or (bool(list(_classes(config))) and str(config.get("model_type")) not in CONFIG_MAPPING)
+
+
+def _classes(config: dict[str, Any]) -> list[str]:
+    """The classes that `auto_map` names: `FILE.CLASS`, or `REPOSITORY--FILE.CLASS`."""
+    found = config.get("auto_map")
+    values = list(found.values()) if isinstance(found, dict) else [found]
+    return [name for value in values for name in (value if isinstance(value, list) else [value]) if name]
+
+
+def small_files(folder: Path, weights: tuple[str, ...]) -> list[Path]:
+    """The files of a folder without its weights (by suffix); UserError for a link that leads out of it.
+
+    A hub's cache keeps files as links into the folder `blobs` two levels up.
+    """
+    home, blobs = folder.resolve(), folder.resolve().parents[1:2]
+    found = [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix not in weights]
+    for file in found:
+        inside = (home, *(place / "blobs" for place in blobs))
+        if file.is_symlink() and not any(file.resolve().is_relative_to(place) for place in inside):
+            raise UserError(f"model.source: {file} is a link to {file.resolve()}, outside its folder; copy the file")
+    return found
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """A JSON object; UserError if the file holds none."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        table = None
+    if not isinstance(table, dict):
+        raise UserError(f"model.source: {path} is no JSON object; download the model again")
+    return table

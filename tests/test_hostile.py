@@ -1,0 +1,186 @@
+"""Names and databases of strangers: they reach no file outside their folder, no terminal, and no page."""
+
+import json
+import re
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+from test_serving import served
+from tinystudy import CommandLine, run
+
+from atp_tune import storage
+from atp_tune.errors import UserError, printable
+from atp_tune.report.markdown import escaped, fenced
+from atp_tune.stored import FOREIGN
+from atp_tune.summary import summarise
+
+ESCAPES = "\x1b[2J\x9b31m\u202e"
+HTML = "<img src=x onerror=alert(1)>"
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("name", ["../../x", "/tmp/x", "..", ".", "-x", "a b", "a/../../b", "~", "é", "x" * 200])
+def test_a_name_stays_in_its_folder(name: str, place: Path, command: CommandLine) -> None:
+    before = files(place.parent)
+    answer = command("--study", place / "tiny.toml", f"--study-name={name}", "--trials", "1")
+    assert answer.code == 0, answer.err
+    for kind in ("html", "md"):
+        assert command("report", "--study", place / "tiny.toml", f"--study-name={name}", "--format", kind).code == 0
+    plain = name.replace("/", "_")
+    made = {
+        f"tiny/{end}" for end in ("tiny.db", *(f"{plain}{x}" for x in (".best.json", ".report.html", ".report.md")))
+    }
+    assert {path for path in files(place.parent) - before if not path.startswith("cache")} == made
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "a\x1b[2Jb", "x" * 201, "a\udcff", "\u202e", "a\tb"])
+def test_a_name_that_no_study_gets(name: str, place: Path, command: CommandLine) -> None:
+    with pytest.raises(UserError, match="its name must have 1 to 200 bytes, all printable") as caught:
+        run(place, name=name)
+    assert str(caught.value).isprintable()
+    assert not (place / "tiny.db").exists()
+
+
+def test_a_report_is_written_where_it_was_asked_for_or_not_at_all(done: Path, command: CommandLine) -> None:
+    words = ("report", "--study", done / "tiny.toml", "--out")
+    before = files(done)
+    for out in (done, done / "tiny.toml" / "x.html", done / ("x" * 300), "/proc/x.html"):
+        assert command(*words, out).error.endswith("choose another place with --out FILE")
+    assert files(done) == before
+
+
+# A database that somebody hands over
+
+
+def change(database: Path, query: str, *values: Any) -> None:
+    with closing(sqlite3.connect(database)) as connection:
+        assert connection.execute(query, values).rowcount
+        connection.commit()
+
+
+def study_of(done: Path, name: str = "tiny") -> optuna.Study:
+    db = storage.open_storage(f"sqlite:///{done / 'tiny.db'}", create=False)
+    assert db is not None
+    study = storage.find_study(db, name)
+    assert study is not None
+    return study
+
+
+@pytest.fixture
+def hostile(done: Path) -> Path:
+    """A study whose name, attributes and parameters act on terminals, Markdown and HTML."""
+    name = f"a{ESCAPES}`{HTML}\n# b|$x$"
+    change(done / "tiny.db", "UPDATE studies SET study_name = ?", name)
+    words = json.dumps(f"{ESCAPES}{HTML}\n\n# `x` | y")
+    change(done / "tiny.db", "UPDATE trial_user_attributes SET value_json = ? WHERE key IN ('device', 'host')", words)
+    change(done / "tiny.db", "UPDATE trials SET state = 'FAIL' WHERE number = 5")
+    change(
+        done / "tiny.db",
+        "UPDATE trial_user_attributes SET key = 'failure', value_json = ? WHERE key = 'errors'",
+        words,
+    )
+    made = study_of(done, name).user_attrs["made_from"]
+    made["settings"]["description"] = json.loads(words)
+    made["name"] = f"{HTML}\n```"
+    study_of(done, name).set_user_attr("made_from", made)
+    return done
+
+
+def name_in(place: Path) -> str:
+    with closing(sqlite3.connect(place / "tiny.db")) as connection:
+        return str(connection.execute("SELECT study_name FROM studies").fetchone()[0])
+
+
+def test_a_terminal_shows_it_and_does_not_act_on_it(hostile: Path, command: CommandLine) -> None:
+    words = ("--study", hostile / "tiny.toml", "--study-name", name_in(hostile))
+    for answer in (command("status", *words), command("status", *words, "--json"), command("export", *words)):
+        shown = answer.out + answer.err
+        assert shown
+        assert not {char for char in shown if not char.isprintable()} - {"\n", "\u202e"}
+    assert "\\x1b[2J" in command("status", *words).out
+    assert "\n# b" not in command("status", *words).out
+
+
+def test_the_dashboard_shows_it_as_text(hostile: Path) -> None:
+    with served(hostile / "tiny.db") as dashboard:
+        (found,) = dashboard.studies()
+        shown = dashboard.study(found)
+    notes = [shown["note"]["body"], *(trial["note"]["body"] for trial in shown["trials"])]
+    for note in notes:
+        without_code = re.sub(r"(`{3,})\n.*?\n\1|`[^`\n]*`", "", note.replace("\\`", ""), flags=re.DOTALL)
+        assert "\x1b" not in note
+        assert not re.search(r"(?<!\\)<", without_code)
+        assert "\n# " not in note.replace("\n# b|$x$", "")
+    assert sum("onerror" in note for note in notes) > 1
+
+
+def test_a_markdown_report_shows_it_as_text(hostile: Path, command: CommandLine) -> None:
+    out = hostile / "r.md"
+    words = ("report", "--study", hostile / "tiny.toml", "--study-name", name_in(hostile), "--out", out)
+    assert command(*words).code == 0
+    text = re.sub(r"(`{3,})\w*\n.*?\n\1", "", out.read_text(), flags=re.DOTALL)
+    assert "onerror" in text
+    assert not re.search(r"(?<!\\)<", text)
+
+
+def test_words_of_markdown() -> None:
+    assert escaped("a*b* $x$ &lt; ~c~\n# d") == r"a\*b\* \$x\$ \&lt; \~c\~ \# d"
+    assert fenced("sh", "a\n```\nb\n") == "``````sh\na\n```\nb\n``````"
+    assert printable("a\x1b\u202e\xa0é") == "a\\x1b\\u202e\xa0é"
+
+
+def test_an_artifact_stays_in_its_folder(done: Path) -> None:
+    meta = {"artifact_id": "../../planted", "filename": "best.json", "mimetype": "text/plain", "encoding": None}
+    study = study_of(done)
+    study._storage.set_study_system_attr(study._study_id, "artifacts:x", json.dumps(meta))
+    before = files(done.parent)
+    with served(done / "tiny.db") as dashboard:
+        dashboard.study("tiny")
+    new = {path for path in files(done.parent) - before if not path.startswith("cache")}
+    assert new
+    assert all(re.fullmatch(r"done/tiny\.artifacts(/[0-9a-f-]{36})?", path) for path in new)
+
+
+@pytest.mark.parametrize("value", ["[]", "5", '{"name": 1}', '{"name": "x", "path": "a\\u0000", "settings": {}}',
+                                   '{"name": "x", "path": "y", "settings": {"sparsity": 7, "new": 1}}'])  # fmt: skip
+def test_a_study_file_of_another_version_is_left_out(value: str, done: Path, command: CommandLine) -> None:
+    change(done / "tiny.db", "UPDATE study_user_attributes SET value_json = ? WHERE key = 'made_from'", value)
+    assert summarise(study_of(done)).made_from is None
+    for words in (("status",), ("export",), ("report", "--out", done / "r.html")):
+        assert command(*words, "--study", done / "tiny.toml").code == 0
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "UPDATE trial_user_attributes SET value_json = '{' WHERE key = 'nlls'",
+        "UPDATE study_user_attributes SET value_json = '' WHERE key = 'dense'",
+        "UPDATE trial_params SET distribution_json = '{}'",
+        'UPDATE trial_params SET distribution_json = \'{"name": "Evil", "attributes": {}}\'',
+        "UPDATE trial_values SET value = NULL",
+        "UPDATE trials SET state = 'NONSENSE'",
+    ],
+)
+def test_what_optuna_cannot_read_is_one_line(query: str, done: Path, command: CommandLine) -> None:
+    change(done / "tiny.db", query)
+    for words in (("status",), ("export",), ("report", "--out", done / "r.html"), ()):
+        assert command(*words, "--study", done / "tiny.toml").error.startswith("study tiny: ")
+
+
+def test_a_trial_that_is_not_of_a_study_has_failed(done: Path) -> None:
+    change(done / "tiny.db", "UPDATE trial_values SET value = -5 WHERE trial_id = 3")
+    change(done / "tiny.db", "UPDATE trial_user_attributes SET value_json = 7 WHERE trial_id = 4 AND key = 'nlls'")
+    study = study_of(done)
+    assert study.trials[2].state == TrialState.FAIL
+    assert study.trials[2].user_attrs == {"failure": FOREIGN}
+    assert study.trials[3].value is not None
+    assert "nlls" not in study.trials[3].user_attrs
+    assert [trial.number for trial in study.get_trials(states=(TrialState.FAIL,))] == [2]

@@ -1,0 +1,111 @@
+"""Resuming a study on another device or in another number format: by name only, and shown."""
+
+import json
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from test_serving import served
+from tinystudy import CommandLine, run
+
+from atp_tune import storage
+from atp_tune.config import read_config
+from atp_tune.errors import UserError
+from atp_tune.summary import summarise
+from atp_tune.wording import mixture_of, remark_of
+
+GPU = "NVIDIA H100 80GB HBM3"
+
+
+@pytest.fixture
+def began(place: Path) -> Path:
+    """A study of three trials, of which two are measured in float32 on the CPU."""
+    run(place, "search.trials=2")
+    return place
+
+
+def on_gpu(place: Path) -> None:
+    """As if the trials so far had been measured on a GPU."""
+    with closing(sqlite3.connect(place / "tiny.db")) as connection:
+        query = "UPDATE trial_user_attributes SET value_json = ? WHERE key = 'device'"
+        assert connection.execute(query, (json.dumps(GPU),)).rowcount == 2
+        connection.commit()
+
+
+def test_another_number_format(began: Path, command: CommandLine) -> None:
+    words = ["--study", str(began / "tiny.toml"), "--set", "model.dtype=bfloat16"]
+    assert command(*words).error == (
+        'study tiny: model.dtype is "bfloat16", was "float32". Put it back, or start another study with '
+        "--study-name NAME, or mix them in this one with --allow-device-change"
+    )
+    assert command(*words, "--allow-device-change").code == 0
+    study = storage.find_study(open_db(began), "tiny")
+    assert study is not None
+    assert [trial.user_attrs["dtype"] for trial in study.trials] == ["float32", "float32", "bfloat16"]
+    assert study.user_attrs["fingerprint"]["model.dtype"] == "float32"
+    best = storage.best_trial(study)
+    assert best is not None
+    assert read_config(began / "tiny.best.json").model.dtype == best.user_attrs["dtype"]
+    command("report", "--study", began / "tiny.toml", "--format", "json", "--out", began / "r.json")
+    trials = json.loads((began / "r.json").read_text())["studies"][0]["trials"]
+    assert [trial["remark"] for trial in trials] == ["", "", "in bfloat16"]
+
+
+def open_db(place: Path) -> storage.BaseStorage:
+    db = storage.open_storage(f"sqlite:///{place / 'tiny.db'}", create=False)
+    assert db is not None
+    return db
+
+
+def test_any_other_difference_is_refused_all_the_same(began: Path) -> None:
+    with pytest.raises(UserError, match=r"model.dtype is \"bfloat16\", was \"float32\"; sparsity is 0.5") as caught:
+        run(began, "model.dtype=bfloat16", "sparsity=0.5", mix=True)
+    assert "--allow-device-change" not in str(caught.value)
+
+
+def test_another_device(began: Path, command: CommandLine) -> None:
+    on_gpu(began)
+    words = ["--study", str(began / "tiny.toml")]
+    assert command(*words).error == (
+        f"study tiny: its trials ran on {GPU}, here is cpu. Go on there, start another study with --study-name NAME, "
+        "or mix them in this one with --allow-device-change"
+    )
+    answer = command(*words, "--allow-device-change")
+    sentence = (
+        "1 of 3 trials ran on cpu: perplexities of different devices differ in the last digits, "
+        "those of different number formats by per cents."
+    )
+    assert answer.code == 0
+    assert sentence in answer.out
+    assert "on cpu" in command("status", *words).out
+    for kind in ("html", "md"):
+        command("report", *words, "--out", began / f"r.{kind}")
+        assert sentence in (began / f"r.{kind}").read_text()
+    with served(began / "tiny.db") as dashboard:
+        shown = dashboard.study("tiny")
+    assert sentence in shown["note"]["body"]
+    assert [("Remark: on cpu." in trial["note"]["body"]) for trial in shown["trials"]] == [False, False, True]
+
+
+def test_a_complete_study_is_shown_anywhere(began: Path, command: CommandLine) -> None:
+    on_gpu(began)
+    assert command("--study", began / "tiny.toml", "--trials", "2").code == 0
+
+
+def test_threads_are_no_other_device() -> None:
+    kinds = {storage.device_kind(name) for name in ("cpu (2 threads)", "cpu (64 threads)", "cpu")}
+    assert kinds == {"cpu"}
+    assert storage.device_kind(GPU) == GPU
+
+
+def test_trials_of_before_have_no_remark(began: Path) -> None:
+    """Early trials did not record their number format."""
+    with closing(sqlite3.connect(began / "tiny.db")) as connection:
+        connection.execute("DELETE FROM trial_user_attributes WHERE key = 'dtype'")
+        connection.commit()
+    study = storage.find_study(open_db(began), "tiny")
+    assert study is not None
+    summary = summarise(study)
+    assert mixture_of(summary) == ""
+    assert [remark_of(trial, summary) for trial in summary.trials] == ["", ""]

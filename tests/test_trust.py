@@ -1,0 +1,245 @@
+"""Model folders of strangers: real folders, loaded by transformers itself."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_models import checkpoint, message, pickled, tiny  # noqa: F401
+from tinystudy import CommandLine, run
+from transformers import LlamaForCausalLM
+
+from atp_tune import study, trust
+from atp_tune.checkpoint import Checkpoint
+from atp_tune.convert import one_line
+from atp_tune.errors import UserError
+from atp_tune.models import resolve
+from atp_tune.studyfile import facts, load
+
+CODE = """\
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+
+(Path(__file__).parent / "marker").touch()
+Path({marker!r}).touch()
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def change(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.fixture
+def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that is there once a model's own code has run; transformers copies the code to its cache first."""
+    import transformers.dynamic_module_utils
+
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    return tmp_path / "ran"
+
+
+@pytest.fixture
+def with_code(place: Path, marker: Path) -> Path:
+    """The tiny study, whose model is of a type that only its own code knows."""
+    (place / "model" / "modeling_own.py").write_text(CODE.format(marker=str(marker)))
+    classes = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
+    change(place / "model" / "config.json", model_type="own", auto_map=classes)
+    return place
+
+
+def test_code_is_not_run(with_code: Path, marker: Path, command: CommandLine) -> None:
+    answer = command("--study", with_code / "tiny.toml")
+    assert answer.error == (
+        f"model.source: {with_code}/model needs code of its own, which is not run; read it, then allow it with "
+        "model.trust_remote_code = true (--set model.trust_remote_code=true; apply: --trust-remote-code)"
+    )
+    assert not marker.exists()
+
+
+def test_code_is_run_where_the_study_says_so(
+    with_code: Path, marker: Path, command: CommandLine, tmp_path: Path
+) -> None:
+    done = run(with_code, "model.trust_remote_code=true")
+    assert marker.exists()
+    assert done.user_attrs["fingerprint"]["model.trust_remote_code"] is True
+    assert len([trial for trial in done.trials if trial.value]) == 3
+    marker.unlink()
+    words = ("apply", "--config", with_code / "tiny.best.json", "--out", tmp_path / "sparse")
+    assert "needs code of its own" in command(*words).error
+    assert not (tmp_path / "sparse").exists()
+    assert command(*words, "--trust-remote-code").code == 0
+    assert (tmp_path / "sparse" / "modeling_own.py").is_file()
+
+
+def test_code_beside_a_known_model_is_not_needed(place: Path, marker: Path) -> None:
+    (place / "model" / "modeling_own.py").write_text(CODE.format(marker=str(marker)))
+    change(place / "model" / "config.json", auto_map={"AutoModelForCausalLM": "modeling_own.OwnModel"})
+    loaded = Checkpoint.load(place / "model", torch.float32, torch.device("cpu"))
+    assert type(loaded.model) is LlamaForCausalLM
+    assert not marker.exists()
+
+
+def test_trusted_code_is_part_of_the_content(with_code: Path) -> None:
+    model = study.Model(source="model", trust_remote_code=True)
+    before = resolve(model, with_code)
+    with (with_code / "model" / "modeling_own.py").open("a") as stream:
+        stream.write("# changed\n")
+    assert before.trusted
+    assert resolve(model, with_code).content != before.content
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_code_of_another_repository_is_never_run(name: str, with_code: Path) -> None:
+    change(with_code / "model" / name, auto_map={"AutoConfig": "evil/code--own.Config", "AutoTokenizer": [None, "a.B"]})
+    model = study.Model(source="model", trust_remote_code=True)
+    assert message(model, with_code) == (
+        "model.source: BASE/model wants code of another repository (evil/code); "
+        "only code in the model's own folder is run"
+    )
+
+
+def test_kernels_of_a_hub_are_code(place: Path) -> None:
+    change(place / "model" / "config.json", attn_implementation="evil/kernel")
+    assert "needs code of its own" in message(study.Model(source="model"), place)
+
+
+def test_a_tokenizer_with_code(place: Path, marker: Path, command: CommandLine) -> None:
+    (place / "model" / "own.py").write_text(CODE.format(marker=str(marker)))
+    change(
+        place / "model" / "tokenizer_config.json",
+        tokenizer_class="OwnTokenizer", auto_map={"AutoTokenizer": ["own.OwnTokenizer", None]},
+    )  # fmt: skip
+    command("--study", place / "tiny.toml")
+    assert not marker.exists()
+
+
+def test_the_words_for_code_that_transformers_refuses() -> None:
+    error = ValueError("Please pass the argument `trust_remote_code=True`\nto allow it")
+    assert one_line(error).endswith(f"allow it with {trust.ASK_CODE}")
+
+
+def test_the_keys_are_no_facts_at_their_defaults(place: Path) -> None:
+    path = str(place / "tiny.toml")
+    before = facts(load(path).study, place)
+    assert not [key for key in before if "pickle" in key or "trust" in key]
+    assert facts(load(path, ["model.allow_pickle=true"]).study, place) == before
+    trusting = facts(load(path, ["model.trust_remote_code=true"]).study, place)
+    assert trusting == {**before, "model.trust_remote_code": True}
+    with pytest.raises(UserError, match='allow_pickle: must be true or false, got "maybe"'):
+        load(path, ["model.allow_pickle=maybe"])
+
+
+# Weights
+
+
+def test_pickles_are_refused(pickled: Path, cache: Path, tmp_path: Path) -> None:  # noqa: F811
+    assert message(study.Model(source="pickled"), tmp_path) == (
+        "model.source: BASE/pickled has its weights in pickles only (pytorch_model.bin); take safetensors, or allow "
+        "them with model.allow_pickle = true (--set model.allow_pickle=true; apply: --allow-pickle)"
+    )
+    assert not (cache / "models").exists()
+
+
+def test_pickles_of_a_hub_are_refused_before_they_are_downloaded(
+    hub: tuple[Path, list[str]],
+    pickled: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    shutil.copytree(pickled, hub[0] / "models/org/old")
+    assert message(study.Model(source="org/old"), tmp_path) == (
+        "model.source: org/old has no safetensors on the hub; if it has .bin weights, which are pickles, allow them "
+        "with model.allow_pickle = true (--set model.allow_pickle=true; apply: --allow-pickle)"
+    )
+    assert not [path for path in hub[1] if path.endswith(".bin")]
+
+
+def test_safetensors_of_another_name_do_not_let_pickles_in(pickled: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Transformers falls back to pytorch_model.bin where model.safetensors is not there."""
+    (pickled / "extra.safetensors").write_bytes(b"\x02\x00\x00\x00\x00\x00\x00\x00{}")
+    folder = resolve(study.Model(source="pickled"), tmp_path)
+    with pytest.raises(UserError, match="transformers cannot load it"):
+        Checkpoint.load(folder.path, torch.float32, torch.device("cpu"))
+
+
+BAD_PLACES: list[Any] = [
+    "../../etc/passwd", "/etc/passwd", "sub/a.safetensors", "../model/a.safetensors", "pytorch_model.bin", "..", "",
+    7, None, ["a.safetensors"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", BAD_PLACES)
+def test_an_index_names_weights_of_its_own_folder_only(place: Any, checkpoint: Path, tmp_path: Path) -> None:  # noqa: F811
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    shards = {"weight_map": {"x": "model.safetensors", "y": place}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(shards))
+    assert message(study.Model(source="model"), tmp_path) == (
+        "model.source: BASE/model/model.safetensors.index.json names weights that are no *.safetensors of its folder; "
+        "do not use it"
+    )
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"weight_map": []}', "[" * 100_000, "\udcff"])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "model.safetensors.index.json"])
+def test_files_that_hold_no_object(name: str, content: str, checkpoint: Path, tmp_path: Path) -> None:  # noqa: F811
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    (folder / name).write_text(content, errors="surrogateescape")
+    if content == '{"weight_map": []}' and "index" not in name:
+        pytest.skip("an object")
+    found = message(study.Model(source="model"), tmp_path)
+    assert found.startswith("model.source: BASE/model/" + name)
+
+
+# Links
+
+
+def test_links_out_of_the_folder_are_not_copied(place: Path, command: CommandLine, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("s3cret")
+    (place / "model" / "notes.txt").symlink_to(secret)
+    words = ("prune", "--study", place / "tiny.toml", "--beta", "0.01", "--out", tmp_path / "sparse")
+    answer = command(*words)
+    assert answer.error == (
+        f"model.source: {place}/model/notes.txt is a link to {secret}, outside its folder; copy the file"
+    )
+    assert not list(tmp_path.rglob("sparse*"))
+
+
+def test_links_of_a_hub_cache_are_files(checkpoint: Path, tmp_path: Path) -> None:  # noqa: F811
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "c0ffee"
+    shutil.copytree(checkpoint, blobs)
+    snapshot.mkdir(parents=True)
+    for blob in blobs.iterdir():
+        (snapshot / blob.name).symlink_to(f"../../blobs/{blob.name}")
+    assert {file.name for file in trust.small_files(snapshot, (".safetensors",))} == {
+        file.name for file in blobs.iterdir() if file.suffix != ".safetensors"
+    }
+
+
+@pytest.mark.parametrize("kind", ["file", "full", "link", "dangling"])
+def test_nothing_is_written_over(kind: str, done: Path, command: CommandLine, tmp_path: Path) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    other.mkdir()
+    (other / "mine").write_text("mine")
+    match kind:
+        case "file":
+            out.write_text("mine")
+        case "full":
+            shutil.copytree(other, out)
+        case "link":
+            out.symlink_to(other)
+        case "dangling":
+            out.symlink_to(tmp_path / "nowhere")
+    answer = command("apply", "--config", done / "tiny.best.json", "--out", out)
+    assert answer.error == f"--out {out}: is there already; choose another folder or remove it"
+    assert [file.name for file in other.iterdir()] == ["mine"]
+    assert not (tmp_path / "nowhere").exists()
