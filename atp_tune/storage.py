@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import optuna
 from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage
-from optuna.storages._heartbeat import BaseHeartbeat
+from optuna.storages._heartbeat import is_heartbeat_enabled
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, SQLAlchemyError
@@ -229,7 +229,7 @@ def recover(study: optuna.Study) -> list[int]:
     not live to queue; their numbers.
     """
     db = study._storage
-    silent = db._get_stale_trial_ids(study._study_id) if isinstance(db, BaseHeartbeat) else []
+    silent: list[int] = db._get_stale_trial_ids(study._study_id) if is_heartbeat_enabled(db) else []  # type: ignore[attr-defined]
     for trial in running(study):
         if trial._trial_id in silent or is_dead(trial.user_attrs) or _is_nameless(trial):
             _fail(study, trial, "gave no sign of life" if trial._trial_id in silent else "its process died")

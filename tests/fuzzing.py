@@ -12,7 +12,6 @@ from collections.abc import Callable
 from copy import deepcopy
 from datetime import datetime
 from functools import cache
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -265,12 +264,9 @@ def draw(study: optuna.Study) -> None:
 
 
 def check_screen(show: Callable[[], None]) -> None:
-    before, tables.console.file = tables.console.file, StringIO()
-    try:
+    with tables.console.capture() as captured:
         show()
-        shown = tables.console.file.getvalue()
-    finally:
-        tables.console.file = before
+    shown = captured.get()
     assert not {char for char in shown if not char.isprintable()} - {"\n", "\u00a0"}
 
 

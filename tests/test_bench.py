@@ -104,7 +104,7 @@ def test_a_bench_opens_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     asked: list[Any] = []
     folder = ModelFolder(tmp_path / "model", "sha", "model")
     monkeypatch.setattr(bench, "resolve", lambda model, base, note: asked.append((model.source, base)) or folder)
-    monkeypatch.setattr(bench, "token_windows", lambda text, tokenizer, base: Windows(ids, "windows"))
+    monkeypatch.setattr(bench, "token_windows", lambda *_, **options: Windows(ids, "windows"))
     setup = bench.Setup(
         Model(source="model", dtype="bfloat16"), Prune(), {"calibration": Text(source="c4")}, tmp_path, "cpu"
     )

@@ -174,7 +174,7 @@ def test_trials_that_have_not_ended_stay_where_they_are(tmp_path: Path, command:
 
 
 def test_every_part_of_a_trial_is_kept(tmp_path: Path) -> None:
-    trial = made_up(0.001, state=TrialState.COMPLETE, stopped_after=2, linear_sparsities={"q": [0.5]})
+    trial = made_up(0.001, state=TrialState.COMPLETE, stopped_after=2, linear_sparsities=[[0.5]])
     trial.intermediate_values = {0: 2.5, 3: float("inf")}
     before = made(tmp_path / "a.db", trial)
     made(tmp_path / "b.db", made_up(0.0))
