@@ -1,6 +1,7 @@
 """Faults that really happen, and what they leave of a study: docs/reliability.md has the table."""
 
 import json
+import math
 import os
 import random
 import re
@@ -160,15 +161,42 @@ def test_kill_9_at_random_moments(place: Path) -> None:
     loading = other.finish()
     pace = (monotonic() - began - loading) / total
     tiny, rng = Tiny(place, *overrides), random.Random(0)
-    for _ in range(30):
-        command, end = tiny.start(), monotonic() + rng.uniform(loading / 2, loading + 4 * pace)
+    for k in range(30):
+        early = k % 3 == 0  # while it loads, else some time after it has begun to write
         known = tiny.ended() if tiny.has("SELECT 1 FROM trials") and is_at_risk(tiny.study) else -1
-        assert command.kill_when(lambda: is_past(end) and tiny.ended() > known)  # noqa: B023
+        moment = Moment(tiny, rng.uniform(0, loading) if early else rng.uniform(0, 3 * pace), early)
+        assert tiny.start().kill_when(lambda: moment.is_now() and (known < 0 or tiny.ended() > known))  # noqa: B023
     seconds = tiny.finish()
     check_equal(tiny.study, other.study, total)
     hit = sum("lost" in trial.user_attrs for trial in tiny.study.trials)
     assert hit > 5
     ROWS.add(f"kill -9 at random moments of one study of {total} trials", 30, seconds=seconds)
+
+
+class Moment:
+    """Some seconds from now, or from when a run has written something of a trial."""
+
+    def __init__(self, tiny: Tiny, delay: float, is_early: bool) -> None:
+        self._tiny, self._delay = tiny, delay
+        self._rows = self._count()
+        self._since = monotonic() if is_early else math.inf
+
+    def is_now(self) -> bool:
+        if math.isinf(self._since) and self._count() > self._rows:
+            self._since = monotonic()
+        return monotonic() > self._since + self._delay
+
+    def _count(self) -> int:
+        low, high = 0, 1
+        while self._has(high):
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._has(middle) else (low, middle)
+        return low
+
+    def _has(self, rows: int) -> bool:
+        return self._tiny.has("SELECT 1 FROM trial_user_attributes LIMIT 1 OFFSET ?", rows - 1)
 
 
 def is_at_risk(study: optuna.Study) -> bool:
