@@ -30,8 +30,9 @@ POLL = 2  # seconds between looks at a trial that runs elsewhere
 class Run:
     """One call of the command: the study file, the study's name, and how many seconds to go on at most.
 
-    A `bench` that is open already, with this model and these texts, spares loading them. Of several workers one
-    `reports`: it measures the report text and writes the best configuration when the total is reached.
+    A `bench` that is open already, with this model and these texts, spares loading them. When the total is reached,
+    a run that `reports` measures the report text, and one that `writes` writes the best configuration here. Of several
+    workers one reports, and none writes: that is left to the process that started them.
     """
 
     file: StudyFile
@@ -40,6 +41,7 @@ class Run:
     watch: Watch
     bench: "Bench | None" = None
     reports: bool = True
+    writes: bool = True
 
     def note(self, text: str) -> None:
         """Tells one line."""
@@ -95,6 +97,8 @@ def _work(run: Run) -> optuna.Study:
     _drive(run, study, bench, space, total)
     if run.reports and storage.counted(study) >= total:
         report(run, study, bench, space)
+        if run.writes:
+            write_best(run, study)
     return study
 
 
@@ -224,10 +228,14 @@ def _wait(run: Run, study: optuna.Study, trial: FrozenTrial) -> None:
 
 
 def report(run: Run, study: optuna.Study, bench: "Bench", space: Space) -> None:
-    """Measures dense, uniform and the best of each allocation on the report text, once, and writes the best down."""
+    """Measures dense, uniform and the best of each allocation on the report text, once."""
     for name in unreported(study):
         nlls = _report_nlls(run, study, bench, space, name)
         study.set_user_attr("reports", {**study.user_attrs.get("reports", {}), name: nlls})
+
+
+def write_best(run: Run, study: optuna.Study) -> None:
+    """Writes the best configuration, if there is one, beside the database."""
     if storage.best_trial(study) is not None:
         out = run.file.best_of(run.name)
         best_config(run.file, study, out).write(out)
