@@ -188,10 +188,15 @@ def _is_nameless(trial: FrozenTrial) -> bool:
     return "host" not in trial.user_attrs and began is not None and (datetime.now() - began).total_seconds() > GRACE
 
 
-def queue_again(study: optuna.Study, trial: FrozenTrial) -> None:
-    """Queues a lost trial with the same parameters, unless it was lost more than `RETRIES` times."""
+def queue_again(study: optuna.Study, trial: FrozenTrial, interrupted: bool = False) -> None:
+    """Queues a lost trial with the same parameters, unless it was lost more than `RETRIES` times.
+
+    One that was `interrupted` is queued however often that happens: it may be preempted again and again.
+    """
     trial = copy(trial)
     trial.user_attrs = {}  # they tell of the process that was lost
+    if interrupted:
+        trial.system_attrs = {key: value for key, value in trial.system_attrs.items() if key != "retry_history"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         RetryHeartbeatStaleTrialCallback(RETRIES)(study, trial)

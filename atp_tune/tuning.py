@@ -167,9 +167,7 @@ def _optimise(
     try:
         study.optimize(attempt, n_trials=n_trials, timeout=timeout, catch=(TrialError,), callbacks=[ended])
     except KeyboardInterrupt:
-        for trial in study.get_trials(states=(TrialState.FAIL,))[-1:]:
-            if trial.user_attrs.get("lost") == "interrupted":
-                storage.queue_again(study, trial)
+        attempt.queue_again(study)
         raise
     except (UpdateFinishedTrialError, ValueError, AssertionError):
         if not attempt.is_lost(study):
@@ -209,6 +207,14 @@ class Attempt:
         if reason:
             trial.set_user_attr("lost", reason)
             raise TrialError(reason)
+
+    def queue_again(self, study: optuna.Study) -> None:
+        """Queues the last trial again if it was interrupted, however early."""
+        trial = study.trials[self.number] if self.number >= 0 else None
+        if trial is None or trial.state != TrialState.FAIL or "failure" in trial.user_attrs:
+            return
+        if trial.user_attrs.get("lost", "interrupted") == "interrupted":
+            storage.queue_again(study, trial, interrupted=True)
 
     def is_lost(self, study: optuna.Study) -> bool:
         """Whether the last trial was ended by somebody else."""

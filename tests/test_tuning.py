@@ -349,11 +349,51 @@ def test_an_interrupted_trial_is_queued_first(place: Path) -> None:
 @pytest.mark.slow
 def test_a_trial_that_is_lost_too_often_is_given_up(place: Path) -> None:
     for number in (1, 2, 3):
+        kill_in(place, number, *LONG)
+    study = run(place, *LONG)
+    assert states(study) == ["COMPLETE", "FAIL", "FAIL", "FAIL", "COMPLETE", "COMPLETE"]
+    assert distinct(measured(study)) == 3
+
+
+@pytest.mark.slow
+def test_a_trial_that_is_interrupted_often_is_not(place: Path) -> None:
+    for number in (1, 2, 3, 4):
         with pytest.raises(KeyboardInterrupt):
             run(place, watch=interrupt_at(number))
     study = run(place)
-    assert states(study) == ["COMPLETE", "FAIL", "FAIL", "FAIL", "COMPLETE", "COMPLETE"]
-    assert distinct(measured(study)) == 3
+    assert states(study) == ["COMPLETE", *["FAIL"] * 4, "COMPLETE", "COMPLETE"]
+    assert study.trials[5].params == study.trials[1].params
+
+
+def test_of_two_interrupted_workers_each_queues_its_own_trial(place: Path) -> None:
+    """Slurm sends its signal to all at once."""
+
+    def watch(event: Event) -> None:
+        if isinstance(event, TrialStarted) and event.title == "trial 1":
+            reopen(place).add_trial(
+                optuna.trial.create_trial(state=TrialState.FAIL, user_attrs={"lost": "interrupted"})
+            )
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(place, watch=watch)
+    study = reopen(place)
+    assert states(study) == ["COMPLETE", "FAIL", "FAIL", "WAITING"]
+    assert study.trials[3].params == study.trials[1].params
+
+
+def test_interrupted_before_it_said_who_runs_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> bool:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "is_surplus", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(place)
+    assert states(reopen(place))[0] == "FAIL"
+    study = run(place)
+    assert len(measured(study)) == 3
+    assert {trial.params["beta"] for trial in measured(study)} > {0.0}
 
 
 def add_running(study: optuna.Study, attributes: dict[str, Any], beat: bool = True) -> None:

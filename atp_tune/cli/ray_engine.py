@@ -30,7 +30,9 @@ def run_on_ray(job: Job, display: Display, count: int | None, address: str) -> N
     """Runs the study in `count` tasks of the cluster, by default one for each of its GPUs."""
     _connect(address)
     try:
-        _check_reach(job.file)
+        hosts = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
+        if job.file.database is not None and len(hosts) > 1:
+            raise UserError(_out_of_reach(job.file))
         kind, there = _room(job.file.study.device)
         count = count or max(1, there)
         if count > there:
@@ -61,14 +63,11 @@ def _connect(address: str) -> None:
     signal.signal(signal.SIGTERM, terminate)  # Ray's own would exit at once
 
 
-def _check_reach(file: StudyFile) -> None:
-    """UserError if a node cannot open the storage."""
-    hosts = sorted({str(node["NodeManagerAddress"]) for node in ray.nodes() if node["Alive"]})  # type: ignore[no-untyped-call]
-    if file.database is not None and len(hosts) > 1:
-        raise UserError(
-            f"storage {file.database}: a file of this machine, and the cluster has {len(hosts)}; start `python tune.py "
-            f"serve --study {file.name} --listen 0.0.0.0` here and add --storage grpc://HOST:13000, or use PostgreSQL"
-        )
+def _out_of_reach(file: StudyFile) -> str:
+    return (
+        f"storage {file.database}: a file of one machine, and the cluster has several; start `python tune.py serve "
+        f"--study {file.name} --listen 0.0.0.0` there and add --storage grpc://HOST:13000, or use PostgreSQL"
+    )
 
 
 def _room(device: str) -> tuple[str, int]:
@@ -108,11 +107,12 @@ class Task(Worker):
         super().__init__(index, display)
         self.task: Any = None
         self._job, self._news = job, news
+        self._home = ray.util.get_node_ip_address()
         self._needs = {"num_gpus": 1, "num_cpus": 0} if kind == "GPU" else {"num_cpus": 1}
 
     def launch(self) -> None:
         """Hands the task to the cluster."""
-        self.task = _work.options(**self._needs).remote(self._job, self.index, self._news)
+        self.task = _work.options(**self._needs).remote(self._job, self.index, self._news, self._home)
 
     def ask_to_stop(self) -> None:
         """Raises KeyboardInterrupt there."""
@@ -155,8 +155,10 @@ _NEWS: Any = ray.remote(num_cpus=0, max_restarts=-1)(News)
 
 
 @ray.remote(max_retries=0, max_calls=1, scheduling_strategy="SPREAD")
-def _work(job: Job, index: int, news: Any) -> str | None:
+def _work(job: Job, index: int, news: Any, home: str) -> str | None:
     """The task of one worker: a run whose events go to the actor."""
+    if job.file.database is not None and ray.util.get_node_ip_address() != home:  # a host that came later
+        return _out_of_reach(job.file)
     sent: list[Any] = []
 
     def tell(event: Event) -> None:
