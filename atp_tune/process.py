@@ -22,7 +22,7 @@ def identity() -> dict[str, Any]:
 
 def is_dead(identity: Mapping[str, Any]) -> bool:
     """Whether the process ran on this host and is gone; False for what cannot be known from here."""
-    if identity.get("host") != platform.node() or "pid" not in identity:
+    if identity.get("host") != platform.node() or not {"pid", "process_started"} <= set(identity):
         return False
     try:
         process = psutil.Process(identity["pid"])

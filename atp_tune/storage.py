@@ -185,7 +185,11 @@ def _fail(study: optuna.Study, trial: FrozenTrial) -> bool:
 def _is_nameless(trial: FrozenTrial) -> bool:
     """Whether a trial's process did not say for `GRACE` seconds who it is, which takes it milliseconds."""
     began = trial.datetime_start
-    return "host" not in trial.user_attrs and began is not None and (datetime.now() - began).total_seconds() > GRACE
+    return (
+        "process_started" not in trial.user_attrs
+        and began is not None
+        and (datetime.now() - began).total_seconds() > GRACE
+    )
 
 
 def queue_again(study: optuna.Study, trial: FrozenTrial, interrupted: bool = False) -> None:

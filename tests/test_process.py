@@ -55,6 +55,12 @@ def test_a_process_that_was_killed_but_not_fetched_is_dead(child: Child) -> None
     assert is_dead(known)
 
 
+@pytest.mark.parametrize("key", ["pid", "process_started"])
+def test_a_process_that_has_not_said_all_is_not_known_to_be_dead(key: str) -> None:
+    """The attributes of a trial are stored one by one, while others look."""
+    assert not is_dead({name: value for name, value in identity().items() if name != key})
+
+
 def test_another_process_with_the_same_id_is_another(child: Child) -> None:
     known = identity_of(child)
     assert is_dead({**known, "process_started": psutil.Process(child.pid).create_time() - 3600})

@@ -14,7 +14,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 from test_network import HERE, THERE, Namespace, namespace, serving  # noqa: F401
-from tinystudy import LONG, CommandLine, finish, free_port, run, settings, start, wait_for
+from tinystudy import LONG, CommandLine, finish, free_port, run, settings, start, wait_for, wait_until
 
 from atp_tune import storage
 
@@ -157,9 +157,14 @@ def test_two_hosts(place: Path, namespace: Namespace) -> None:  # noqa: F811
     node = ["--num-cpus=1", f"--object-store-memory={STORE}", "--disable-usage-stats"]
     head = [f"--port={cluster.rpartition(':')[2]}", f"--node-ip-address={HERE}", "--include-dashboard=false"]
     with (
-        ray_start("--head", *head, *node),
+        ray_start(cluster, 1, "--head", *head, *node),
         ray_start(
-            f"--address={cluster}", f"--node-ip-address={THERE}", *node, before=("ip", "netns", "exec", namespace.name)
+            cluster,
+            2,
+            f"--address={cluster}",
+            f"--node-ip-address={THERE}",
+            *node,
+            before=("ip", "netns", "exec", namespace.name),
         ),
     ):
         words = ["--study", place / "tiny.toml", *settings(*LONG, f"search.trials={TOTAL}"), "--engine", "ray"]
@@ -175,16 +180,24 @@ def test_two_hosts(place: Path, namespace: Namespace) -> None:  # noqa: F811
 
 
 @contextmanager
-def ray_start(*options: str, before: tuple[str, ...] = ()) -> Iterator[None]:
-    """A node in a process of its own."""
+def ray_start(cluster: str, count: int, *options: str, before: tuple[str, ...] = ()) -> Iterator[None]:
+    """A node in a process of its own; then the cluster has `count`."""
     program = Path(sys.executable).parent / "ray"
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen([*before, str(program), "start", "--block", *options], **quiet)  # type: ignore[call-overload]
     try:
+        wait_until(lambda: nodes(cluster) == count, 60)
         yield
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(60)
+
+
+def nodes(cluster: str) -> int:
+    program = Path(sys.executable).parent / "ray"
+    words = [str(program), "status", "--address", cluster]
+    said = subprocess.run(words, capture_output=True, text=True, check=False).stdout
+    return said.count(" node_")
 
 
 def test_without_ray(place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import ray
+from ray._private.services import canonicalize_bootstrap_address_or_die
 from ray.exceptions import GetTimeoutError, NodeDiedError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -30,8 +31,7 @@ def run_on_ray(job: Job, display: Display, count: int | None, address: str) -> N
     """Runs the study in `count` tasks of the cluster, by default one for each of its GPUs."""
     _connect(address)
     try:
-        hosts = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
-        if job.file.database is not None and len(hosts) > 1:
+        if job.file.database is not None and len(set(_hosts().values())) > 1:
             raise UserError(_out_of_reach(job.file))
         kind, there = _room(job.file.study.device)
         count = count or max(1, there)
@@ -49,14 +49,11 @@ def run_on_ray(job: Job, display: Display, count: int | None, address: str) -> N
 def _connect(address: str) -> None:
     """Joins the cluster as a driver, quietly; UserError in one line."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    if address == "auto":
-        address = os.environ.get("RAY_ADDRESS", address)
     terminate = signal.getsignal(signal.SIGTERM)
     try:
-        if address != "auto":  # Ray itself would try for minutes
-            host, _, port = address.rpartition(":")
-            socket.create_connection((host, int(port)), ANSWER).close()
-        ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL)
+        host, _, port = canonicalize_bootstrap_address_or_die(address).rpartition(":")
+        socket.create_connection((host, int(port)), ANSWER).close()  # Ray itself would try for minutes
+        ray.init(f"{host}:{port}", log_to_driver=False, logging_level=logging.CRITICAL)
     except (OSError, ValueError, RuntimeError) as error:
         how = "start it with `ray start --head`, join it with `ray start --address HOST:6379`, here too"
         raise UserError(f"ray: no cluster at {address} ({str(error).splitlines()[0]}); {how}") from None
@@ -68,6 +65,17 @@ def _out_of_reach(file: StudyFile) -> str:
         f"storage {file.database}: a file of one machine, and the cluster has several; start `python tune.py serve "
         f"--study {file.name} --listen 0.0.0.0` there and add --storage grpc://HOST:13000, or use PostgreSQL"
     )
+
+
+def _hosts() -> dict[str, str]:
+    """The address of each node that lives."""
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in nodes if node["Alive"]}
+
+
+def _host() -> str:
+    """The address of this process's node."""
+    return _hosts()[ray.get_runtime_context().get_node_id()]
 
 
 def _room(device: str) -> tuple[str, int]:
@@ -107,7 +115,7 @@ class Task(Worker):
         super().__init__(index, display)
         self.task: Any = None
         self._job, self._news = job, news
-        self._home = ray.util.get_node_ip_address()
+        self._home = _host()
         self._needs = {"num_gpus": 1, "num_cpus": 0} if kind == "GPU" else {"num_cpus": 1}
 
     def launch(self) -> None:
@@ -157,7 +165,7 @@ _NEWS: Any = ray.remote(num_cpus=0, max_restarts=-1)(News)
 @ray.remote(max_retries=0, max_calls=1, scheduling_strategy="SPREAD")
 def _work(job: Job, index: int, news: Any, home: str) -> str | None:
     """The task of one worker: a run whose events go to the actor."""
-    if job.file.database is not None and ray.util.get_node_ip_address() != home:  # a host that came later
+    if job.file.database is not None and _host() != home:  # a host that came later
         return _out_of_reach(job.file)
     sent: list[Any] = []
 
