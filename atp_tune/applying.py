@@ -100,6 +100,7 @@ def write_sparse(bench: Bench, plan: Plan, out: Path, provenance: str) -> None:
     bench.watch(TrialStarted(f"writing {out}", plan))
     with sparse_folder(bench.folder.path, out) as folder:
         shards.write(folder, names, _pruned(bench, plan))
+        bench.folder.check_unchanged()
         (folder / "atp_tune.json").write_text(provenance, encoding="utf-8")
 
 

@@ -4,7 +4,7 @@ Dense checkpoint, the three texts as token windows, and what is measured on the 
 of the error curve and, where a study asks for them, the statistics of all inputs.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
@@ -110,8 +110,15 @@ class Bench:
 
     @torch.inference_mode()
     def nlls(self, blocks: Iterable[Block], role: str, groups: int = 1) -> Iterator[list[float]]:
-        """Window NLLs of one text, group by group, of a model given as blocks; kept in memory if they fit."""
-        parts = self._ids[role].tensor_split(min(groups, len(self._ids[role])))
+        """Window NLLs of one text, group by group, of a model given as blocks; kept in memory if they fit.
+
+        UserError if the model's files were changed meanwhile: weights that are memory-mapped change with them.
+        """
+        for nlls in self._nlls(blocks, self._ids[role].tensor_split(min(groups, len(self._ids[role])))):
+            self.folder.check_unchanged()
+            yield nlls
+
+    def _nlls(self, blocks: Iterable[Block], parts: Sequence[Tensor]) -> Iterator[list[float]]:
         if len(parts) == 1 or not self._can_keep():
             yield from group_nlls(self.replay, self._batch, self._heads, self._counted(blocks), parts)
             return

@@ -7,11 +7,15 @@ files, remembered by path, size and time of change). Everything in it can be del
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 from atp_tune.errors import UserError
 
@@ -45,8 +49,18 @@ def sha256_of(path: Path) -> str:
         return memo.read_text()
     with real.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    write_atomically(memo, digest.encode())
+    keep(memo, digest.encode())
     return digest
+
+
+def keep(path: Path, content: bytes) -> None:
+    """Writes a file of the cache; UserError where that is not possible."""
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        raise UserError(
+            f"cache folder {path.parent}: {error.strerror}; make room, or set ATP_TUNE_CACHE to another folder"
+        ) from None
 
 
 def sha256_of_json(value: object) -> str:
@@ -55,8 +69,8 @@ def sha256_of_json(value: object) -> str:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that other processes see the old content or the new, never half of it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Writes a file so that other processes, and whoever comes after a power cut, see the old content or the new."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path))
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(content)
@@ -67,16 +81,23 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+    _sweep(path)
 
 
 @contextmanager
 def folder_atomically(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder beside `path`, renamed to it when the body ends without an error."""
+    """Yields a temporary folder beside `path`, renamed to it when the body ends without an error.
+
+    What it holds is on the disk before it gets its name: after a power cut there is the whole folder or none.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    _sweep(path)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=_prefix(path)))
     temporary.chmod(0o755)
     try:
         yield temporary
+        for file in [*temporary.iterdir(), temporary]:
+            _sync(file)
         try:
             temporary.rename(path)
         except OSError:
@@ -84,3 +105,26 @@ def folder_atomically(path: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _prefix(path: Path) -> str:
+    """What the temporary names of this process for `path` begin with."""
+    return f".{path.name}.{platform.node()}-{os.getpid()}-"
+
+
+def _sweep(path: Path) -> None:
+    """Removes what processes of this host that were killed while they wrote `path` have left."""
+    left = re.compile(re.escape(f".{path.name}.{platform.node()}-") + r"(\d+)-\w+")
+    for entry in path.parent.iterdir():
+        found = left.fullmatch(entry.name)
+        if found and not psutil.pid_exists(int(found[1])):
+            with suppress(OSError):  # another process sweeps too, or they are another user's
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

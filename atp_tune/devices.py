@@ -3,6 +3,8 @@
 import os
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -91,3 +93,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and any(sign in text for sign in signs)
     )
+
+
+@contextmanager
+def memory_for(what: str) -> Iterator[None]:
+    """UserError in one line where memory runs out in what is no trial."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"{what}: out of memory; what is stored is safe, and the same command goes on: free some, or take a larger "
+            "device with --device"
+        ) from None

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import errors, snapshot_download
@@ -41,6 +41,23 @@ class ModelFolder:
     content: str
     id: str
     revision: str | None = None
+    stamps: dict[str, tuple[int, int, int]] = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stamps", self._stamps())
+
+    def check_unchanged(self) -> None:
+        """UserError if a file that `content` is of was changed since: what is computed from both is of no model."""
+        if self._stamps() != self.stamps:
+            raise UserError(
+                f"model.source: the files of {self.id} were changed while they were in use; nothing was stored of it. "
+                "Put them back and run the same command again, or start another study with --study-name NAME"
+            )
+
+    def _stamps(self) -> dict[str, tuple[int, int, int]]:
+        files = [file for file in self.path.glob("*") if file.suffix == ".safetensors" or file.name == "config.json"]
+        found = {file.name: file.stat() for file in files if file.exists()}
+        return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in found.items()}
 
 
 def silent(message: str) -> None:

@@ -25,7 +25,7 @@ from atp_tune.plan import Plan
 from atp_tune.process import identity
 from atp_tune.record import Record
 from atp_tune.space import Space
-from atp_tune.storage import best_trial
+from atp_tune.storage import INTERRUPTED, best_trial, counts
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ class Objective:
 
     def _repeat(self, trial: Trial, earlier: FrozenTrial) -> float:
         if earlier.state == TrialState.FAIL:
-            raise TrialError(f"failed before, as trial {earlier.number}: {earlier.user_attrs['failure']}")
+            reason = earlier.user_attrs.get("failure", "its process died each time")
+            raise TrialError(f"failed before, as trial {earlier.number}: {reason}")
         self.watch(Note(f"trial {trial.number}: measured before, as trial {earlier.number}"))
         set_attributes(trial, {**earlier.user_attrs, **identity(), "repeats": earlier.number})
         assert earlier.value is not None
@@ -86,8 +87,7 @@ def set_attributes(trial: Trial, attributes: dict[str, object]) -> None:
 def find_measured(trial: Trial) -> FrozenTrial | None:
     """An earlier trial with the same parameters that has a full measurement or failed by itself, if there is one."""
     for other in trial.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL)):
-        ended = other.state == TrialState.COMPLETE or "failure" in other.user_attrs
-        if ended and other.params == trial.params and "stopped_after" not in other.user_attrs:
+        if counts(other) and other.params == trial.params and "stopped_after" not in other.user_attrs:
             return other
     return None
 
@@ -116,7 +116,7 @@ def reasons(trial: Trial) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        trial.set_user_attr("lost", "interrupted")
+        trial.set_user_attr("lost", INTERRUPTED)
         raise
     except (TrialError, RuntimeError, MemoryError) as error:
         if not isinstance(error, TrialError) and not is_out_of_memory(error):

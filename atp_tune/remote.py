@@ -2,9 +2,9 @@
 
 `grpc://HOST:PORT` speaks to `tune.py serve` directly, `grpcs://HOST:PORT` through a reverse proxy with TLS, to which
 the token in $ATP_TUNE_TOKEN is shown. Whatever is sent while the server cannot be reached is sent again until it
-answers: a worker that has computed for an hour does not lose the result to a cable.
+answers.
 
-Errors: UserError where nobody answers at the start, ConnectionError where nobody has for `PATIENCE` seconds.
+Errors: UserError where nobody answers at the start, or has for as long as `patience` lasts.
 """
 
 import logging
@@ -25,13 +25,13 @@ from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.errors import UserError
+from atp_tune.patience import Patience, is_told
 from atp_tune.process import HEARTBEAT
 
 PORT = 13000  # of `serve`, and of Optuna
 FIRST = 10  # seconds in which a server must answer at the start
 DEADLINE = 30  # seconds for one request
-PATIENCE = 3600  # seconds of silence after which a worker gives up
-PAUSES = (0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between attempts; the last one again and again
+PAUSE = 0.5  # seconds between attempts at the start
 ALIVE = "alive"  # the trial's system attribute that tells the server of a sign of life
 
 AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
@@ -78,20 +78,22 @@ class RemoteStorage(GrpcStorageProxy, BaseHeartbeat):
 
     def check(self) -> None:
         """UserError if the server does not answer soon, or refuses."""
-        self._patience.seconds = FIRST
-        try:
-            self.get_all_studies()
-        except grpc.RpcError as error:
-            raise UserError(f"storage {self.address}: {_reason(error, self._scheme)}") from None
-        self._patience.seconds = PATIENCE
+        end = monotonic() + FIRST
+        while not self._interceptor.is_known:
+            try:
+                self.get_all_studies()
+                self._interceptor.is_known = True
+            except grpc.RpcError as error:
+                if error.code() not in AWAY or monotonic() >= end:
+                    raise UserError(f"storage {self.address}: {_reason(error, self._scheme)}") from None
+                sleep(PAUSE)
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         """As Optuna's; a trial that was told already, with an answer that got lost, is no error."""
         try:
             return super().set_trial_state_values(trial_id, state, values)
         except UpdateFinishedTrialError:
-            trial = self.get_trial(trial_id)
-            if (trial.state, trial.values) != (state, list(values) if values else None):
+            if not is_told(self.get_trial(trial_id), state, values):
                 raise
             return True
 
@@ -99,7 +101,7 @@ class RemoteStorage(GrpcStorageProxy, BaseHeartbeat):
         """Tells the server that the trial is still at work; a server that is away or has given it up is no error."""
         try:
             self.set_trial_system_attr(trial_id, ALIVE, True)
-        except (grpc.RpcError, UpdateFinishedTrialError, KeyError):
+        except (grpc.RpcError, UserError, UpdateFinishedTrialError, KeyError):
             log.debug("no heartbeat for trial id %d", trial_id)
 
     def _get_stale_trial_ids(self, study_id: int) -> list[int]:
@@ -114,8 +116,8 @@ class RemoteStorage(GrpcStorageProxy, BaseHeartbeat):
         return None
 
     def _setup(self) -> None:
-        self._patience = Patience(self.address, self._token)
-        self._channel = grpc.intercept_channel(self._open(), self._patience)
+        self._interceptor = Interceptor(self.address, self._token)
+        self._channel = grpc.intercept_channel(self._open(), self._interceptor)
         self._stub = api_pb2_grpc.StorageServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._cache = GrpcClientCache(self._stub)
 
@@ -126,35 +128,23 @@ class RemoteStorage(GrpcStorageProxy, BaseHeartbeat):
         return grpc.insecure_channel(target, options=CHANNEL)
 
 
-class Patience(grpc.UnaryUnaryClientInterceptor):
-    """Sends a request again while the server is away, and says so once; shows the token with each request."""
+class Interceptor(grpc.UnaryUnaryClientInterceptor):
+    """Sends a request again while the server is away, once it has answered; shows the token with each request."""
 
     def __init__(self, address: str, token: str | None) -> None:
-        self.seconds: float = PATIENCE
-        self._address = address
+        self.is_known = False  # to be a server of trials: until then, no answer is an answer
+        self._patience = Patience(address)
         self._metadata = [("authorization", f"Bearer {token}")] if token else []
-        self._is_away = False
 
     def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
-        """The answer to a request, or the last error after `seconds` of trying."""
+        """The answer to a request; UserError if there is none for as long as patience lasts."""
         details = _Details(details.method, DEADLINE, [*(details.metadata or ()), *self._metadata])
-        end, attempt = monotonic() + self.seconds, 0
-        while True:
-            call = continuation(details, request)
-            if call.code() not in AWAY:
-                self._tell(is_away=False)
-            if call.code() not in AWAY or monotonic() >= end:
-                return call
-            self._tell(is_away=self.seconds > FIRST)
-            sleep(PAUSES[min(attempt, len(PAUSES) - 1)])
-            attempt += 1
-
-    def _tell(self, is_away: bool) -> None:
-        if is_away and not self._is_away:
-            log.warning("%s does not answer; trying again, nothing is lost", self._address)
-        elif self._is_away and not is_away:
-            log.warning("%s answers again", self._address)
-        self._is_away = is_away
+        if not self.is_known:
+            return continuation(details, request)
+        return self._patience.ask(
+            lambda: continuation(details, request),
+            lambda call: "does not answer" if call.code() in AWAY else "",
+        )
 
 
 class _Details(grpc.ClientCallDetails):

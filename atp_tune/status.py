@@ -153,10 +153,13 @@ def seconds_left(summary: Summary, running: Iterable[Running]) -> float | None:
 
 
 def _duration(trial: FrozenTrial) -> float | None:
-    """Seconds that a trial took from first to last; None for one that was not measured, or was measured before."""
+    """Seconds that a trial took from first to last; None for one that was not measured, or was measured before, or
+    while the clock was set back.
+    """
     if trial.value is None or trial.duration is None or "repeats" in trial.user_attrs or not counts(trial):
         return None
-    return trial.duration.total_seconds()
+    seconds = trial.duration.total_seconds()
+    return seconds if seconds >= 0 else None
 
 
 def _running(trial: FrozenTrial, now: datetime) -> Running:

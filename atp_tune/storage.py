@@ -3,7 +3,6 @@
 import json
 import warnings
 from collections.abc import Iterable, Mapping
-from copy import copy
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -11,21 +10,26 @@ from time import sleep
 from typing import Any, TypeVar
 
 import optuna
-from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
-from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
+from optuna.storages import BaseStorage
+from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, SQLAlchemyError
 
+from atp_tune.damage import check_whole, way_out
+from atp_tune.database import Database, PatientDatabase, engine_options, reason_of, with_driver, without_password
 from atp_tune.errors import UserError
 from atp_tune.process import GRACE, HEARTBEAT, is_dead
 
+START = "start"  # attribute of the trials that a study begins with
 RETRIES = 2  # of a trial whose process died
-BUSY = 60  # seconds that a writer waits for SQLite's lock
+INTERRUPTED = "interrupted"  # what the attribute `lost` says after Ctrl-C
+SURPLUS = "not needed: other workers reached the total, or have it"
 PAUSES = (0.1, 0.5, 2.0)  # seconds between attempts to make the tables of a new database
 
 Facts = Mapping[str, Any]
-Database = TypeVar("Database", bound=RDBStorage)
+Kind = TypeVar("Kind", bound=Database)
 
 
 def open_storage(address: str, create: bool) -> BaseStorage | None:
@@ -34,7 +38,7 @@ def open_storage(address: str, create: bool) -> BaseStorage | None:
         from atp_tune.remote import connect
 
         return connect(address)
-    return open_database(address, create, RDBStorage)
+    return open_database(address, create, PatientDatabase)
 
 
 def is_remote(address: str) -> bool:
@@ -42,24 +46,26 @@ def is_remote(address: str) -> bool:
     return address.startswith(("grpc://", "grpcs://"))
 
 
-def open_database(address: str, create: bool, kind: type[Database]) -> Database | None:
+def open_database(address: str, create: bool, kind: type[Kind]) -> Kind | None:
     """The same for a database, as the given kind of storage."""
+    address = with_driver(address)
     url = _url(address)
     if url.drivername.startswith("sqlite"):
-        file = Path(url.database or "")
-        if not file.exists() and not create:
+        check_is_file(url)
+        file = Path(str(url.database))
+        is_there = file.exists() and file.stat().st_size > 0  # an empty file is one that was about to be made
+        if not is_there and not create:
             return None
-        check_writable(address)
+        if create:
+            check_writable(address)
+        if is_there:
+            check_whole(file)
     try:
         return _patiently(address, url, kind)
-    except (SQLAlchemyError, ImportError, RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except (SQLAlchemyError, StorageInternalError, ImportError, RuntimeError, OSError) as error:
+        way = way_out(error, address)
+        reason = reason_of(error) + (f"; {way}" if way else "")
         raise UserError(f"storage {without_password(address)}: {reason}") from None
-
-
-def without_password(address: str) -> str:
-    """A storage URL as it may be shown."""
-    return make_url(address).render_as_string(hide_password=True)
 
 
 def _url(address: str) -> URL:
@@ -73,11 +79,8 @@ def check_writable(address: str) -> None:
     """UserError if a SQLite file cannot be written, saying why; SQLite itself says the same for everything."""
     if is_remote(address) or not (url := _url(address)).drivername.startswith("sqlite"):
         return
-    if url.database in (None, "", ":memory:"):
-        raise UserError("storage: a database in memory is gone at the end; name a file, as in sqlite:///study.db")
-    file = Path(url.database)
-    if file.is_dir():
-        raise UserError(f"storage {file}: is a folder; name a file, as in sqlite:///{file}/study.db")
+    check_is_file(url)
+    file = Path(str(url.database))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.exists():
@@ -88,7 +91,15 @@ def check_writable(address: str) -> None:
         raise UserError(f"storage {file}: {error.strerror}; name another with --storage sqlite:///FILE.db") from None
 
 
-def _patiently(address: str, url: URL, kind: type[Database]) -> Database:
+def check_is_file(url: URL) -> None:
+    """UserError if a SQLite database is in memory, or would be where a folder is."""
+    if url.database in (None, "", ":memory:"):
+        raise UserError("storage: a database in memory is gone at the end; name a file, as in sqlite:///study.db")
+    if Path(url.database).is_dir():
+        raise UserError(f"storage {url.database}: is a folder; name a file, as in sqlite:///{url.database}/study.db")
+
+
+def _patiently(address: str, url: URL, kind: type[Kind]) -> Kind:
     """Tries again where the tables were not there and others were making them at the same moment."""
     for pause in PAUSES:
         try:
@@ -100,17 +111,22 @@ def _patiently(address: str, url: URL, kind: type[Database]) -> Database:
     return _rdb(address, url, kind)
 
 
-def _rdb(address: str, url: URL, kind: type[Database]) -> Database:
-    wait = {"connect_args": {"timeout": BUSY}} if url.drivername.startswith("sqlite") else {}
+def _rdb(address: str, url: URL, kind: type[Kind]) -> Kind:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         return kind(
-            address,
-            engine_kwargs=wait,
+            address.replace("{", "{{").replace("}", "}}"),  # Optuna takes it for a template
+            engine_kwargs=engine_options(url),
             heartbeat_interval=HEARTBEAT,
             grace_period=GRACE,
             heartbeat_stale_trial_callback=queue_again,
         )
+
+
+def artifacts_of(address: str) -> Path:
+    """The folder of artifacts: NAME.artifacts beside NAME.db, or ./artifacts for a database elsewhere."""
+    scheme, _, path = address.partition(":///")
+    return Path(path.partition("?")[0]).with_suffix(".artifacts") if scheme.startswith("sqlite") else Path("artifacts")
 
 
 def find_study(storage: BaseStorage, name: str) -> optuna.Study | None:
@@ -143,16 +159,20 @@ def check_facts(study: optuna.Study, facts: Facts, partly: bool = False) -> None
 
     `partly`: only the facts of the study file are known yet, not the contents, which take the model to find out.
     """
+    if differing := differences(study, facts, partly):
+        raise UserError(
+            f"study {study.study_name}: {differing}. Put it back, or start another study with --study-name NAME"
+        )
+
+
+def differences(study: optuna.Study, facts: Facts, partly: bool = False) -> str:
+    """The facts that are not as the study was made with, with both values; "" if there are none."""
     stored = dict(study.user_attrs.get("fingerprint", {}))
     if partly:
         stored = {key: value for key, value in stored.items() if key in facts or not _is_content(key)}
     differing = [key for key in sorted({*facts, *stored}) if facts.get(key) != stored.get(key)]
-    if differing:
-        shown = "; ".join(f"{key} is {_shown(facts, key)}, was {_shown(stored, key)}" for key in differing[:3])
-        more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
-        raise UserError(
-            f"study {study.study_name}: {shown}{more}. Put it back, or start another study with --study-name NAME"
-        )
+    shown = "; ".join(f"{key} is {_shown(facts, key)}, was {_shown(stored, key)}" for key in differing[:3])
+    return shown + (f"; and {len(differing) - 3} more" if len(differing) > 3 else "")
 
 
 def _is_content(key: str) -> bool:
@@ -164,52 +184,81 @@ def _shown(facts: Facts, key: str) -> str:
 
 
 def recover(study: optuna.Study) -> list[int]:
-    """Ends the RUNNING trials whose process on this host is dead and queues them again; their numbers."""
-    lost = []
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if (is_dead(trial.user_attrs) or _is_nameless(trial)) and _fail(study, trial):
-            queue_again(study, study.trials[trial.number])
-            lost.append(trial.number)
-    return lost
+    """Ends the RUNNING trials that nobody runs any more, and queues them again, and those that a process ended and did
+    not live to queue; their numbers.
+    """
+    db = study._storage
+    silent = db._get_stale_trial_ids(study._study_id) if isinstance(db, BaseHeartbeat) else []
+    for trial in running(study):
+        if trial._trial_id in silent or is_dead(trial.user_attrs) or _is_nameless(trial):
+            _fail(study, trial, "gave no sign of life" if trial._trial_id in silent else "its process died")
+    trials = study.get_trials(deepcopy=False)
+    queued = {number for trial in trials for number in _history(trial)}
+    orphans = [trial for trial in trials if is_lost(trial) and trial.number not in queued]
+    for trial in orphans:
+        queue_again(study, trial)
+    return [trial.number for trial in orphans]
 
 
-def _fail(study: optuna.Study, trial: FrozenTrial) -> bool:
-    """Ends a trial whose process died; False where another process has done so."""
+def _fail(study: optuna.Study, trial: FrozenTrial, reason: str) -> None:
+    """Ends a trial whose process died, unless another process has done so."""
     try:
-        study._storage.set_trial_user_attr(trial._trial_id, "lost", "its process died")
-        return study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        study._storage.set_trial_user_attr(trial._trial_id, "lost", reason)
+        study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
     except UpdateFinishedTrialError:
-        return False
+        return
 
 
 def _is_nameless(trial: FrozenTrial) -> bool:
     """Whether a trial's process did not say for `GRACE` seconds who it is, which takes it milliseconds."""
     began = trial.datetime_start
-    return (
-        "process_started" not in trial.user_attrs
-        and began is not None
-        and (datetime.now() - began).total_seconds() > GRACE
+    named = "process_started" in trial.user_attrs
+    return not named and began is not None and abs((datetime.now() - began).total_seconds()) > GRACE
+
+
+def queue_again(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Queues a lost trial with the same parameters."""
+    history, deaths = [*_history(trial), trial.number], _deaths(trial)
+    attributes = {**trial.system_attrs, "failed_trial": history[0], "retry_history": history, "deaths": deaths}
+    again = optuna.create_trial(
+        state=TrialState.WAITING, params=trial.params, distributions=trial.distributions, system_attrs=attributes
     )
+    study.add_trial(again)
 
 
-def queue_again(study: optuna.Study, trial: FrozenTrial, interrupted: bool = False) -> None:
-    """Queues a lost trial with the same parameters, unless it was lost more than `RETRIES` times.
+def _history(trial: FrozenTrial) -> list[int]:
+    """Numbers of the lost trials that this one takes the place of, under Optuna's name for them."""
+    history: list[int] = trial.system_attrs.get("retry_history", [])
+    return history
 
-    One that was `interrupted` is queued however often that happens: it may be preempted again and again.
-    """
-    trial = copy(trial)
-    trial.user_attrs = {}  # they tell of the process that was lost
-    if interrupted:
-        trial.system_attrs = {key: value for key, value in trial.system_attrs.items() if key != "retry_history"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        RetryHeartbeatStaleTrialCallback(RETRIES)(study, trial)
+
+def place_of(study: optuna.Study, trial: FrozenTrial) -> int:
+    """The number that a trial would have if none had been lost; what is queued again keeps the place of the first."""
+    first = next(iter(_history(trial)), trial.number)
+    return sum(not _history(other) for other in study.get_trials(deepcopy=False)[:first])
+
+
+def _deaths(trial: FrozenTrial) -> int:
+    """How often a process died with these parameters, this trial's among them; a person's Ctrl-C is none."""
+    died = trial.state == TrialState.FAIL and trial.user_attrs.get("lost") != INTERRUPTED
+    return int(trial.system_attrs.get("deaths", 0)) + died
+
+
+def is_given_up(trial: FrozenTrial) -> bool:
+    """Whether a trial was lost more than `RETRIES` times: whatever kills its process would go on for ever."""
+    return trial.state == TrialState.FAIL and "failure" not in trial.user_attrs and _deaths(trial) > RETRIES
+
+
+def is_lost(trial: FrozenTrial) -> bool:
+    """Whether a trial was ended without a value and not by itself, and is to be run again."""
+    own = "failure" in trial.user_attrs or trial.user_attrs.get("lost") == SURPLUS
+    return trial.state == TrialState.FAIL and not own and not is_given_up(trial)
 
 
 def counts(trial: FrozenTrial) -> bool:
-    """Whether a trial counts towards the study's total: it has a value, or failed by itself."""
+    """Whether a trial counts towards the study's total: it has a value, failed by itself, or was given up."""
     return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or (
-        trial.state == TrialState.FAIL and "failure" in trial.user_attrs
+        trial.state == TrialState.FAIL and ("failure" in trial.user_attrs or is_given_up(trial))
     )
 
 
@@ -219,21 +268,25 @@ def counted(study: optuna.Study) -> int:
 
 
 def is_repetition(study: optuna.Study, number: int) -> bool:
-    """Whether a queued trial is one that an earlier one has measured or measures now: two workers that begin a study
-    at the same moment both queue its first trials, and two that miss a dead worker both queue its trial again.
+    """Whether a trial is one that the study begins with, and an earlier one has measured or measures it: two workers
+    that begin a study at the same moment both queue its first trials.
     """
     *before, trial = study.get_trials(deepcopy=False)[: number + 1]
     queued = trial.system_attrs.get("fixed_params")
     same = (other for other in before if queued in (other.params, other.system_attrs.get("fixed_params")))
-    return bool(queued) and any(other.state in (TrialState.RUNNING, TrialState.COMPLETE) for other in same)
+    return START in trial.user_attrs and any(other.state in (TrialState.RUNNING, TrialState.COMPLETE) for other in same)
 
 
 def is_surplus(study: optuna.Study, number: int, total: int) -> bool:
-    """Whether the total is reached without this trial: two workers may both begin what they take for the last one.
+    """Whether the total is reached without this trial, or another takes the place of the same lost one: two workers may
+    both begin what they take for the last one, and both queue what a third one has lost.
 
     Numbers are given out one by one, so that all workers agree on which trials are too many.
     """
-    before = study.get_trials(deepcopy=False)[:number]
+    trials = study.get_trials(deepcopy=False)
+    before, history = trials[:number], _history(trials[number])
+    if history and any(history == _history(trial) for trial in before):
+        return True
     return sum(counts(trial) or trial.state == TrialState.RUNNING for trial in before) >= total
 
 

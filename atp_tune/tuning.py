@@ -1,20 +1,21 @@
 """Running a study: made or resumed, driven to its total, and closed with the numbers on the report text."""
 
-import warnings
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
 import optuna
-from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from atp_tune import storage
+from atp_tune import mounts, storage
 from atp_tune.allocations import Budget
-from atp_tune.errors import TrialError
+from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Note, TrialEnded, TrialStarted, Watch
-from atp_tune.process import GRACE
+from atp_tune.perplexity import perplexity
+from atp_tune.process import GRACE, versions
 from atp_tune.samplers import first_trials, make_sampler, make_stopper, total_trials
 from atp_tune.space import Space, make_space
 from atp_tune.studyfile import StudyFile, facts, settings
@@ -59,11 +60,16 @@ def tune(run: Run) -> optuna.Study:
 def completed(run: Run) -> optuna.Study | None:
     """The study if it is complete; UserError if it was made with other facts, or cannot be stored."""
     storage.check_writable(run.file.storage_url)
+    if warning := mounts.warning(run.file.storage_url):
+        run.note(warning)
     study = begun(run)
     if study is None or storage.is_new(study):
         return None
     storage.check_facts(study, facts(run.file.study, run.file.folder), partly=True)
-    return study if is_complete(study, run.file) else None
+    if not is_complete(study, run.file):
+        return None
+    _write_best(run, study)
+    return study
 
 
 def begun(run: Run) -> optuna.Study | None:
@@ -89,29 +95,30 @@ def _work(run: Run) -> optuna.Study:
     assert db is not None
     study = storage.create_study(db, run.name, {**facts(run.file.study, run.file.folder), **bench.contents()})
     _describe(study, run.file, bench, total)
+    _compare_versions(run, study)
     study.sampler = make_sampler(run.file.study.search, space)
     study.pruner = make_stopper(run.file.study.search)
     for params in first_trials(run.file.study.search, space)[:total]:
-        study.enqueue_trial(params, skip_if_exists=True)
+        study.enqueue_trial(params, {storage.START: True}, skip_if_exists=True)
     _measure_dense(run, study, bench)
     _drive(run, study, bench, space, total)
     if run.reports and storage.counted(study) >= total:
         report(run, study, bench, space)
-        if run.writes:
-            write_best(run, study)
     return study
 
 
 def open_bench(run: Run) -> "Bench":
     """Loads the model and the texts; the report text only where it is not the search text."""
     from atp_tune.bench import Bench, Setup
+    from atp_tune.devices import memory_for
 
     run.note("loading the model and the texts")
     spec = run.file.study
     texts = {"calibration": spec.texts.calibration, "search": spec.texts.search}
     if spec.texts.report is not None:
         texts["report"] = spec.texts.report
-    return Bench.open(Setup(spec.model, spec.prune, texts, run.file.folder, spec.device), run.watch)
+    with memory_for("loading"):
+        return Bench.open(Setup(spec.model, spec.prune, texts, run.file.folder, spec.device), run.watch)
 
 
 def _describe(study: optuna.Study, file: StudyFile, bench: "Bench", total: int) -> None:
@@ -121,10 +128,32 @@ def _describe(study: optuna.Study, file: StudyFile, bench: "Bench", total: int) 
             study.set_user_attr(name, value)
 
 
+def _compare_versions(run: Run, study: optuna.Study) -> None:
+    """Notes that earlier trials were measured by other versions: allowed, but it may show in a value's last digits."""
+    own = versions()
+    for trial in study.get_trials(deepcopy=False):
+        other = trial.user_attrs.get("versions", own)
+        if other != own:
+            names = [name for name in own if other.get(name) != own[name]]
+            was, now = (", ".join(f"{name} {all_.get(name, '?')}" for name in names) for all_ in (other, own))
+            run.note(f"trial {trial.number} was measured with {was}; now it is {now}: last digits may differ")
+            return
+
+
 def _measure_dense(run: Run, study: optuna.Study, bench: "Bench") -> None:
-    if "dense" not in study.user_attrs:
-        run.watch(TrialStarted("dense model", None))
-        study.set_user_attr("dense", bench.all_nlls(bench.dense(), "search"))
+    from atp_tune.devices import memory_for
+
+    if "dense" in study.user_attrs:
+        return
+    run.watch(TrialStarted("dense model", None))
+    with memory_for("dense model"):
+        nlls = bench.all_nlls(bench.dense(), "search")
+    if not math.isfinite(perplexity(nlls).value):
+        raise UserError(
+            f"model.source: the perplexity of the dense model {run.file.study.model.source} is not finite: its weights "
+            "hold NaN, or overflow in this number format; give another model, or set model.dtype, and --study-name NAME"
+        )
+    study.set_user_attr("dense", nlls)
 
 
 def _drive(run: Run, study: optuna.Study, bench: "Bench", space: Space, total: int) -> None:
@@ -134,8 +163,7 @@ def _drive(run: Run, study: optuna.Study, bench: "Bench", space: Space, total: i
     objective = Objective(bench, space, run.file.study.search.stopper != "none", run.watch)
     end = None if run.timeout is None else monotonic() + run.timeout
     while end is None or monotonic() < end:
-        for number in storage.recover(study):
-            run.note(f"trial {number} was lost with its process: it is run again")
+        _recover(run, study)
         elsewhere = storage.running(study)
         remaining = total - storage.counted(study) - len(elsewhere)
         if remaining > 0:
@@ -144,6 +172,11 @@ def _drive(run: Run, study: optuna.Study, bench: "Bench", space: Space, total: i
             _wait(run, study, elsewhere[0])
         else:
             return
+
+
+def _recover(run: Run, study: optuna.Study) -> None:
+    for number in storage.recover(study):
+        run.note(f"trial {number} was lost with its process: it is run again")
 
 
 def _optimise(
@@ -159,17 +192,22 @@ def _optimise(
         reason = trial.user_attrs.get("failure") if trial.state == TrialState.FAIL else None
         if trial.value is not None or reason:
             run.watch(TrialEnded(trial.number, trial.value, reason, best.value if best else None, done, total))
-        if done + len(storage.running(study)) >= total:  # other processes have done, or do, the rest
+        _recover(run, study)
+        is_late = end is not None and monotonic() >= end  # Optuna's own timeout goes by a clock that may be set
+        if is_late or done + len(storage.running(study)) >= total:  # other processes have done, or do, the rest
             study.stop()
 
-    timeout = None if end is None else end - monotonic()
     attempt = Attempt(objective, total)
     try:
-        study.optimize(attempt, n_trials=n_trials, timeout=timeout, catch=(TrialError,), callbacks=[ended])
+        study.optimize(attempt, n_trials=n_trials, catch=(TrialError,), callbacks=[ended])
     except KeyboardInterrupt:
-        attempt.queue_again(study)
+        storage.recover(study)
         raise
-    except (UpdateFinishedTrialError, ValueError, AssertionError):
+    except UnboundLocalError as error:  # Optuna's own, where a trial can neither be told nor read
+        raise error.__context__ if isinstance(error.__context__, UserError) else error from None
+    except (UpdateFinishedTrialError, ValueError, AssertionError) as error:
+        if isinstance(error.__context__, UserError):  # the storage took neither the value nor the failure
+            raise error.__context__ from None
         if not attempt.is_lost(study):
             raise
         run.note(f"trial {attempt.number} gave no sign of life for {GRACE} s: it is run again")
@@ -199,22 +237,10 @@ class Attempt:
         return value
 
     def _check_need(self, trial: optuna.Trial) -> None:
-        reason = ""
-        if storage.is_surplus(trial.study, trial.number, self._total):
-            reason = "not needed: other workers reached the total"
-        elif storage.is_repetition(trial.study, trial.number):
-            reason = "not needed: queued twice"
-        if reason:
-            trial.set_user_attr("lost", reason)
-            raise TrialError(reason)
-
-    def queue_again(self, study: optuna.Study) -> None:
-        """Queues the last trial again if it was interrupted, however early."""
-        trial = study.trials[self.number] if self.number >= 0 else None
-        if trial is None or trial.state != TrialState.FAIL or "failure" in trial.user_attrs:
-            return
-        if trial.user_attrs.get("lost", "interrupted") == "interrupted":
-            storage.queue_again(study, trial, interrupted=True)
+        study, number = trial.study, trial.number
+        if storage.is_surplus(study, number, self._total) or storage.is_repetition(study, number):
+            trial.set_user_attr("lost", storage.SURPLUS)
+            raise TrialError("not needed")
 
     def is_lost(self, study: optuna.Study) -> bool:
         """Whether the last trial was ended by somebody else."""
@@ -227,34 +253,39 @@ def _wait(run: Run, study: optuna.Study, trial: FrozenTrial) -> None:
     run.note(f"waiting for trial {trial.number}, which {where} runs (or was running when it stopped)")
     while any(other.number == trial.number for other in storage.running(study)):
         sleep(POLL)
-        storage.recover(study)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            optuna.storages.fail_stale_trials(study)
+        _recover(run, study)
 
 
 def report(run: Run, study: optuna.Study, bench: "Bench", space: Space) -> None:
-    """Measures dense, uniform and the best of each allocation on the report text, once."""
+    """Measures dense, uniform and the best of each allocation on the report text, once, and writes the best down."""
     for name in unreported(study):
         nlls = _report_nlls(run, study, bench, space, name)
         study.set_user_attr("reports", {**study.user_attrs.get("reports", {}), name: nlls})
+    _write_best(run, study)
 
 
-def write_best(run: Run, study: optuna.Study) -> None:
-    """Writes the best configuration, if there is one, beside the database."""
-    if storage.best_trial(study) is not None:
-        out = run.file.best_of(run.name)
-        best_config(run.file, study, out).write(out)
+def _write_best(run: Run, study: optuna.Study) -> None:
+    """Writes the best configuration down, unless it is there: a run may have been killed just before it was."""
+    if not run.writes or storage.best_trial(study) is None:
+        return
+    out = run.file.best_of(run.name)
+    config = best_config(run.file, study, out)
+    if not out.exists() or out.read_bytes() != config.to_json().encode():
+        config.write(out)
 
 
 def _report_nlls(run: Run, study: optuna.Study, bench: "Bench", space: Space, name: str) -> list[float]:
     """Window NLLs on the report text; with the paper's protocol these are the ones of the search."""
+    from atp_tune.devices import memory_for
+
     dense = name == "dense"
     trial = None if dense else study.trials[int(name)]
     if run.file.study.texts.report is None:
         nlls: list[float] = study.user_attrs["dense"] if trial is None else trial.user_attrs["nlls"]
         return nlls
     plan = None if trial is None else space.plan(trial.params)
-    run.watch(TrialStarted(f"report: {'dense model' if dense else f'trial {name}'}", plan))
+    title = f"report: {'dense model' if dense else f'trial {name}'}"
+    run.watch(TrialStarted(title, plan))
     pruned = None if plan is None else ((block.index, block.weights) for block in bench.prune(plan))
-    return bench.all_nlls(pruned or bench.dense(), "report")
+    with memory_for(title):
+        return bench.all_nlls(pruned or bench.dense(), "report")

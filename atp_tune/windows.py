@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from atp_tune.cache import cache_dir, sha256_of, sha256_of_json, write_atomically
+from atp_tune.cache import cache_dir, keep, sha256_of, sha256_of_json
 from atp_tune.convert import one_line
 from atp_tune.errors import UserError
 from atp_tune.models import Note, silent
@@ -61,7 +61,7 @@ def token_windows(text: Text, folder: Path, base: Path, note: Note = silent) -> 
         ids = _DRAWS[text.draw](documents(text, base), _encoder(folder), text)
         packed = io.BytesIO()
         np.save(packed, ids)
-        write_atomically(stored, packed.getvalue())
+        keep(stored, packed.getvalue())
     return _windows(ids)
 
 

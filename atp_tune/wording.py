@@ -3,6 +3,7 @@
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.plan import shown
+from atp_tune.storage import RETRIES, is_given_up
 from atp_tune.summary import allocation_of, is_uniform, parameters_of
 
 
@@ -31,5 +32,6 @@ def remark_of(trial: FrozenTrial) -> str:
         return f"as trial {attrs['repeats']}"
     if "stopped_after" in attrs:
         return f"stopped after {attrs['stopped_after']} windows"
-    unknown = "no sign of life: lost" if trial.state == TrialState.FAIL else ""
-    return str(attrs.get("failure") or attrs.get("lost") or unknown)
+    unknown = "gave no sign of life" if trial.state == TrialState.FAIL else ""
+    reason = str(attrs.get("failure") or attrs.get("lost") or unknown)
+    return f"{reason}, {RETRIES + 1} times: given up" if is_given_up(trial) else reason

@@ -11,6 +11,7 @@ from localhub import serve
 
 if TYPE_CHECKING:
     import optuna
+    from pgserver import PostgreSQL
     from tinystudy import CommandLine
 
 torch.set_num_threads(1)
@@ -73,6 +74,15 @@ def long(tmp_path_factory: pytest.TempPathFactory) -> "optuna.Study":
 
     with quiet():
         return long_study(tmp_path_factory.mktemp("long") / "long.db", 500)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> "Iterator[PostgreSQL]":
+    """A PostgreSQL server for all tests."""
+    from pgserver import running
+
+    with running() as server:
+        yield server
 
 
 @pytest.fixture

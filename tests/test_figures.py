@@ -15,7 +15,7 @@ from atp_tune import figures
 from atp_tune.errors import UserError
 from atp_tune.figures import history, overlay, sheet
 from atp_tune.figures.belief import add
-from atp_tune.figures.style import CYCLE, TICKS, faint, log_axis, rounded
+from atp_tune.figures.style import CYCLE, FINE, TICKS, faint, log_axis, rounded
 from atp_tune.figures.trials import second_of
 from atp_tune.figures.view import view_of
 from atp_tune.summary import summarise
@@ -227,11 +227,16 @@ def test_the_belief_is_a_line_and_a_band(study: optuna.Study) -> None:
     summary = summarise(study)
     assert summary.belief is not None
     figure = figures.draw(summary)["perplexity"]
-    assert names(figure)[:4] == ["band", "belief, wanda", "band", "belief, sparsegpt"]
+    assert names(figure)[:4] == [
+        "band",
+        "GP after 2 trials, wanda (± 2 sd)",
+        "band",
+        "GP after 2 trials, sparsegpt (± 2 sd)",
+    ]
     band, line = figure.data[:2]
     assert list(band.y) == [70.0, 80.0, 60.0, 50.0]
     assert list(line.y) == CURVE["mean"]
-    assert "before trial 2" in line.hovertemplate
+    assert "after 2 trials" in line.hovertemplate
 
 
 @pytest.mark.parametrize(
@@ -258,9 +263,9 @@ def test_sparsities_of_best_second_and_uniform(study: optuna.Study) -> None:
         [made_up(0.0), made_up(0.006), made_up(0.006, "sparsegpt"), made_up(0.009), made_up(0.0, "sparsegpt")]
     )
     figure = drawn(study)["sparsity"]
-    assert names(figure) == ["second best (trial 3)", "uniform (trial 4)", "best (trial 2)"]
+    assert names(figure) == ["best (trial 2)", "second best (trial 3)", "uniform (trial 4)"]
     assert [len(trace.y) for trace in figure.data] == [BLOCKS] * 3
-    assert lines(figure) == ["target 0.6"]
+    assert lines(figure) == []  # uniform is the target in every block
     second = second_of(summarise(study))
     assert second is not None
     assert second.number == 3  # trial 1 has the sparsities of the best
@@ -269,7 +274,7 @@ def test_sparsities_of_best_second_and_uniform(study: optuna.Study) -> None:
 def test_errors_of_best_uniform_and_worst(study: optuna.Study) -> None:
     study.add_trials([made_up(0.0), made_up(0.006), made_up(0.02)])
     figure = drawn(study)["error"]
-    assert names(figure) == ["worst (trial 2)", "uniform (trial 0)", "best (trial 1)"]
+    assert names(figure) == ["best (trial 1)", "uniform (trial 0)", "worst (trial 2)"]
     assert figure.layout.yaxis.type == "log"
 
 
@@ -337,7 +342,8 @@ def test_colours_stand_out_on_light_and_dark(colour: str, page: str) -> None:
 
 def test_axes_and_numbers() -> None:
     assert "tickvals" not in log_axis(50, 80)
-    assert log_axis(10, 300)["tickvals"] == TICKS
+    assert log_axis(10, 100)["tickvals"] == FINE
+    assert log_axis(10, 400)["tickvals"] == TICKS
     assert log_axis(5, 5)["range"][0] < log_axis(5, 5)["range"][1]
     assert rounded([0.123456789, 1234567.0]) == [0.12346, 1234600.0]
     assert faint("#102030", 0.5) == "rgba(16,32,48,0.5)"

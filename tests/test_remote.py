@@ -14,7 +14,7 @@ from optuna.storages import get_storage
 from optuna.trial import TrialState
 from tinystudy import CommandLine, run
 
-from atp_tune import remote, storage
+from atp_tune import patience, remote, storage
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Note, TrialStarted
 from atp_tune.remote import RemoteStorage, connect
@@ -53,7 +53,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "FIRST", 1)
-    monkeypatch.setattr(remote, "PAUSES", (0.05,))
+    monkeypatch.setattr(patience, "PAUSES", (0.05,))
 
 
 def started(server: Server) -> tuple[optuna.Study, optuna.Trial]:
@@ -117,10 +117,10 @@ def test_requests_wait_for_a_server_that_comes_back(server: Server, caplog: pyte
 
 
 def test_a_worker_gives_up_in_the_end(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "PATIENCE", 0.3)
+    monkeypatch.setattr(patience, "PATIENCE", 0.3)
     study, trial = started(server)
     server.stop()
-    with pytest.raises(remote.grpc.RpcError):
+    with pytest.raises(UserError, match=r"does not answer, for 0 minutes now\. What was told before is stored"):
         study.tell(trial, 2.5)
     server.start()
 
@@ -134,7 +134,7 @@ def test_a_value_whose_answer_was_lost_is_no_error(server: Server) -> None:
         there.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [1.6])
 
 
-def test_signs_of_life_reach_the_database(server: Server) -> None:
+def test_signs_of_life_reach_the_database(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     study, trial = started(server)
     there = study._storage
     assert isinstance(there, RemoteStorage)
@@ -147,7 +147,7 @@ def test_signs_of_life_reach_the_database(server: Server) -> None:
     study.tell(trial, 1.0)
     there.record_heartbeat(trial._trial_id)  # its thread may be a moment late
     server.stop()
-    there._patience.seconds = 0.1
+    monkeypatch.setattr(patience, "PATIENCE", 0.1)
     there.record_heartbeat(trial._trial_id)
     server.start()
 

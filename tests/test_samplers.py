@@ -27,6 +27,7 @@ from atp_tune.samplers import (
     whose_turn,
 )
 from atp_tune.space import Space
+from atp_tune.storage import queue_again
 from atp_tune.study import Search
 
 BOTH = {"pruners": ["wanda", "magnitude"]}
@@ -232,7 +233,7 @@ def test_a_trial_that_was_lost_changes_no_proposal(sampler: str) -> None:
     lost = study.ask()
     space.suggest(lost)
     study.tell(lost, state=TrialState.FAIL)
-    study.enqueue_trial(lost.params)  # as storage.queue_again does
+    queue_again(study, study.trials[5])
     study.sampler = make_sampler(search, space)
     study.optimize(lambda trial: fake_perplexity(space.suggest(trial)), n_trials=3)
     done = study.get_trials(states=(TrialState.COMPLETE,))

@@ -214,7 +214,7 @@ def test_a_worker_without_signs_of_life_loses_its_trial(done: Path, monkeypatch:
     study._storage.record_heartbeat(trial._trial_id)  # type: ignore[attr-defined]
     with served(done / "tiny.db") as dashboard:
         wait_until(lambda: dashboard.told)
-        assert dashboard.told == ["tiny: trial 6 gave no sign of life; it is queued again"]
+        assert dashboard.told == ["tiny: trial 6: gave no sign of life; it is queued again"]
     again = study.get_trials()[7]
     assert again.state == TrialState.WAITING
     assert again.system_attrs["fixed_params"] == study.trials[3].params

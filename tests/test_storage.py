@@ -2,6 +2,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import IntegrityError, OperationalError
 from tinystudy import quiet
 
-from atp_tune import storage
+from atp_tune import database, storage
 from atp_tune.errors import UserError
 from atp_tune.process import identity
 from atp_tune.storage import (
+    START,
     best_trial,
     check_facts,
     check_writable,
@@ -30,6 +32,7 @@ from atp_tune.storage import (
     recover,
     running,
 )
+from atp_tune.wording import remark_of
 
 FACTS = {"sparsity": 0.5, "prune.pruners": ["wanda"], "model.content": "ab", "model.dtype": "float32"}
 DEAD = {**identity(), "process_started": 0.0}
@@ -149,7 +152,10 @@ def test_no_url(address: str) -> None:
 
 def test_a_file_that_is_no_database(file: Path) -> None:
     file.write_text("no database" * 1000)
-    assert message(f"sqlite:///{file}").startswith(f"storage sqlite:///{file}: (sqlite3.DatabaseError) file is not a")
+    assert message(f"sqlite:///{file}") == (
+        f"storage {file}: is damaged (file is not a database); put a copy in its place, or save what can be read with "
+        f"`sqlite3 {file} .recover | sqlite3 NEW.db` and go on with --storage sqlite:///NEW.db"
+    )
     assert file.read_text() == "no database" * 1000
 
 
@@ -163,7 +169,7 @@ def test_a_database_of_another_optuna(file: Path, db: RDBStorage) -> None:
 @pytest.mark.parametrize(
     ("address", "reason"),
     [
-        ("postgresql://me:secret@localhost/x", "Failed to import DB access module"),
+        ("mysql://me:secret@localhost/x", "No module named 'MySQLdb'"),
         ("nosuch://me:secret@localhost/x", "Can't load plugin: sqlalchemy.dialects:nosuch"),
     ],
 )
@@ -310,7 +316,85 @@ def test_a_trial_is_queued_again_twice(study: optuna.Study) -> None:
             numbers.append(trial.number)
     assert numbers == [0, 1, 2]
     assert states(study) == ["FAIL"] * 3
+    assert counted(study) == 1
+    assert [remark_of(trial) for trial in study.trials] == ["its process died"] * 2 + [
+        "its process died, 3 times: given up"
+    ]
     assert {trial.params["beta"] for trial in study.trials} == {0.0}
+
+
+def test_ctrl_c_is_no_death(study: optuna.Study) -> None:
+    add(study, state=TrialState.FAIL, lost="interrupted")
+    for number in range(5):
+        assert recover(study) == [number]
+        trial = study.ask()
+        trial.suggest_float("beta", 0, 1)
+        trial.set_user_attr("lost", "interrupted")
+        study.tell(trial, state=TrialState.FAIL)
+    assert counted(study) == 0
+
+
+def test_what_a_process_ended_and_did_not_live_to_queue_is_queued(study: optuna.Study) -> None:
+    """Between a trial's end and its place in the queue lies a moment in which a process can be killed."""
+    add(study, state=TrialState.FAIL, lost="its process died")
+    add(study, state=TrialState.FAIL)  # an error that nobody expected
+    add(study, state=TrialState.FAIL, failure="out of memory")
+    add(study, state=TrialState.FAIL, lost=storage.SURPLUS)
+    assert recover(study) == [0, 1]
+    assert recover(study) == []
+    assert states(study)[4:] == ["WAITING"] * 2
+
+
+def test_of_two_that_take_the_place_of_one_the_second_is_too_many(study: optuna.Study) -> None:
+    add(study, state=TrialState.FAIL, lost="its process died")
+    for _ in range(2):  # two processes at the same moment
+        queue_again(study, study.trials[0])
+    for _ in range(2):
+        study.ask()
+    assert [is_surplus(study, number, 9) for number in range(3)] == [False, False, True]
+
+
+@pytest.mark.parametrize("last", [0, 1, 2, 3])
+def test_a_process_killed_while_it_says_who_it_is_leaves_a_trial_that_is_found(
+    study: optuna.Study, last: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(study, **dict(list(DEAD.items())[: last + 1]))
+    assert recover(study) == ([0] if last >= 2 else [])
+    monkeypatch.setattr(storage, "GRACE", -1)
+    assert recover(study) == ([] if last >= 2 else [0])
+
+
+def test_a_clock_that_was_set_back_does_not_hide_a_trial_without_a_name(study: optuna.Study, file: Path) -> None:
+    add(study)
+    with closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute("UPDATE trials SET datetime_start = datetime('now', 'localtime', '+1 hour')")
+    assert recover(study) == [0]
+
+
+def beat(file: Path, when: str) -> None:
+    with closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute("UPDATE trial_heartbeats SET heartbeat = datetime('now', ?)", (when,))
+
+
+def test_signs_of_life(study: optuna.Study, db: RDBStorage, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process on this host that lives and is silent keeps its trial; one elsewhere does not."""
+    elsewhere = {"host": "elsewhere", "pid": 1, "process_started": 0.0}
+    for attributes in (identity(), elsewhere):
+        number = add(study, **attributes)
+        db.record_heartbeat(study.trials[number]._trial_id)
+    assert recover(study) == []
+    beat(file, "+1 hour")  # the clock was set back since
+    now = database.monotonic()
+    monkeypatch.setattr(database, "monotonic", lambda: now)
+    assert recover(study) == []
+    monkeypatch.setattr(database, "monotonic", lambda: now + 61)
+    assert recover(study) == [1]
+    number = add(study, **elsewhere)
+    db.record_heartbeat(study.trials[number]._trial_id)
+    beat(file, "-61 seconds")
+    assert recover(study) == [number]
+    assert study.trials[number].user_attrs["lost"] == "gave no sign of life"
+    assert study.trials[0].state == TrialState.RUNNING
 
 
 def test_a_trial_that_was_lost_before_it_had_parameters_gets_those_it_was_queued_with(study: optuna.Study) -> None:
@@ -363,12 +447,12 @@ def test_all_workers_agree_on_which_trials_are_too_many() -> None:
 def test_what_is_queued_twice_is_measured_once() -> None:
     study = optuna.create_study()
     for beta in (0.0, 0.1, 0.0, 0.1, 0.2):
-        study.enqueue_trial({"beta": beta})
+        study.enqueue_trial({"beta": beta}, {START: True})
     study.ask().suggest_float("beta", 0, 1)  # runs
     study.tell(study.ask(), state=TrialState.FAIL)  # lost before it drew anything
     assert [is_repetition(study, number) for number in range(5)] == [False, False, True, False, False]
     study.tell(0, 1.0)
     assert is_repetition(study, 2)
     assert not is_repetition(study, study.ask().number + 2)
-    study.enqueue_trial({})
+    study.enqueue_trial({"beta": 0.0})  # by a person
     assert not is_repetition(study, 5)

@@ -81,9 +81,9 @@ def test_attributes_of_a_trial(done: Path) -> None:
     study = reopen(done)
     for trial in study.trials:
         attrs = trial.user_attrs
-        assert set(attrs) == {
-            "host", "pid", "process_started", "sparsities", "realised", "errors", "nlls", "seconds", "peak_bytes",
-            "device", "versions", "stderr", "batch_windows",
+        assert set(attrs) - {"start"} == {
+            "host", "pid", "process_started", "booted", "sparsities", "realised", "errors", "nlls", "seconds",
+            "peak_bytes", "device", "versions", "stderr", "batch_windows",
         }  # fmt: skip
         assert (attrs["host"], attrs["pid"]) == (os.uname().nodename, os.getpid())
         assert len(attrs["sparsities"]) == len(attrs["errors"]) == BLOCKS
@@ -317,9 +317,9 @@ def test_two_processes_share_one_total(place: Path) -> None:
     answers = [finish(process) for process in [start(*command), start(*command)]]
     assert [answer.code for answer in answers] == [0, 0], answers
     study = reopen(place)
-    assert set(states(study)) == {"COMPLETE"}
-    assert 8 <= len(study.trials) <= 9  # both may start the last one at the same moment
-    assert len({t.user_attrs["pid"] for t in study.trials}) == 2
+    assert storage.counted(study) == 8
+    assert len({str(params) for params in measured(study)}) >= 7  # both may begin their first draw at the same moment
+    assert len({t.user_attrs["pid"] for t in study.trials if storage.counts(t)}) == 2
     assert study.user_attrs["reports"]
 
 
@@ -349,51 +349,11 @@ def test_an_interrupted_trial_is_queued_first(place: Path) -> None:
 @pytest.mark.slow
 def test_a_trial_that_is_lost_too_often_is_given_up(place: Path) -> None:
     for number in (1, 2, 3):
-        kill_in(place, number, *LONG)
-    study = run(place, *LONG)
-    assert states(study) == ["COMPLETE", "FAIL", "FAIL", "FAIL", "COMPLETE", "COMPLETE"]
-    assert distinct(measured(study)) == 3
-
-
-@pytest.mark.slow
-def test_a_trial_that_is_interrupted_often_is_not(place: Path) -> None:
-    for number in (1, 2, 3, 4):
         with pytest.raises(KeyboardInterrupt):
             run(place, watch=interrupt_at(number))
     study = run(place)
-    assert states(study) == ["COMPLETE", *["FAIL"] * 4, "COMPLETE", "COMPLETE"]
-    assert study.trials[5].params == study.trials[1].params
-
-
-def test_of_two_interrupted_workers_each_queues_its_own_trial(place: Path) -> None:
-    """Slurm sends its signal to all at once."""
-
-    def watch(event: Event) -> None:
-        if isinstance(event, TrialStarted) and event.title == "trial 1":
-            reopen(place).add_trial(
-                optuna.trial.create_trial(state=TrialState.FAIL, user_attrs={"lost": "interrupted"})
-            )
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(place, watch=watch)
-    study = reopen(place)
-    assert states(study) == ["COMPLETE", "FAIL", "FAIL", "WAITING"]
-    assert study.trials[3].params == study.trials[1].params
-
-
-def test_interrupted_before_it_said_who_runs_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: object) -> bool:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(storage, "is_surplus", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            run(place)
-    assert states(reopen(place))[0] == "FAIL"
-    study = run(place)
-    assert len(measured(study)) == 3
-    assert 0.0 in [params["beta"] for params in measured(study)]
+    assert states(study) == ["COMPLETE", "FAIL", "FAIL", "FAIL", "COMPLETE", "COMPLETE"]
+    assert distinct(measured(study)) == 3
 
 
 def add_running(study: optuna.Study, attributes: dict[str, Any], beat: bool = True) -> None:
@@ -535,11 +495,25 @@ def test_another_name_lives_beside_it(done: Path) -> None:
 # --- trials that fail
 
 
-def test_a_model_with_nan_fails_every_trial_and_ends(place: Path) -> None:
+def test_a_model_with_nan_is_refused_before_a_trial_runs(place: Path) -> None:
+    put_nan(place)
+    with pytest.raises(UserError, match=r"^model.source: the perplexity of the dense model model is not finite: .*"):
+        run(place)
+    assert states(reopen(place)) == ["WAITING"] * 2
+
+
+def put_nan(place: Path) -> None:
     file = place / "model" / "model.safetensors"
     tensors = load_file(file)
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_plans_without_a_finite_perplexity_fail_and_the_study_ends(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_nan(place)
+    monkeypatch.setattr(tuning, "_measure_dense", lambda *_: None)  # which would refuse it
     reasons: list[str | None] = []
     pruners = "prune.pruners=['magnitude', 'wanda', 'sparsegpt']"
     overrides = (pruners, "search.trials=4")

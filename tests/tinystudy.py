@@ -81,9 +81,10 @@ alembic.script.ScriptDirectory = Migrations  # type: ignore[misc]
 
 
 @event.listens_for(Engine, "connect")
-def hurry(connection: sqlite3.Connection, _: object) -> None:
+def hurry(connection: object, _: object) -> None:
     """SQLite need not wait for the disk in the process of the tests; processes that they start do."""
-    connection.execute("PRAGMA synchronous=OFF")
+    if isinstance(connection, sqlite3.Connection):
+        connection.execute("PRAGMA synchronous=OFF")
 
 
 def make_place(place: Path) -> Path:

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from atp_tune.cli.display import Display
-from atp_tune.cli.tables import console, show_applied, show_served, show_summary
+from atp_tune.cli.tables import console, show_applied, show_merged, show_served, show_summary
 from atp_tune.config import read_config
 from atp_tune.studyfile import StudyFile
 
@@ -55,16 +55,14 @@ def run_study(file: StudyFile, name: str | None, timeout: float | None, crew: "C
 
 def _driven(run: "Run", crew: "Crew | None", display: Display) -> "optuna.Study | None":
     from atp_tune.cli.crew import Job
-    from atp_tune.tuning import begun, completed, is_complete, tune, write_best
+    from atp_tune.tuning import begun, completed, tune
 
     if crew is None:
         return tune(run)
     study = completed(run)
     if study is None:
         crew(Job(run.file, run.name, None if run.timeout is None else time() + run.timeout), display)
-        study = begun(run)
-        if study is not None and is_complete(study, run.file):
-            write_best(run, study)
+        study = completed(run) or begun(run)
     return study
 
 
@@ -96,6 +94,15 @@ def run_prune(file: StudyFile, parameters: dict[str, float], out: Path | None) -
     console.print(f"{plan}, sparsity {file.study.sparsity:g}: perplexity {measured} on the report text")
     if out is not None:
         console.print(f"sparse checkpoint: {out}")
+
+
+def run_merge(places: Sequence[str], out: Path, name: str | None) -> None:
+    """Unites storages of one study, and says what each of them gave."""
+    from atp_tune.merging import merge
+
+    with quiet():
+        merged = merge(places, out, name)
+    show_merged(merged, out)
 
 
 def run_serve(service: "Service") -> None:
@@ -175,9 +182,14 @@ def interruptible(*stops: signal.Signals) -> Iterator[None]:
 
 
 def in_transaction(frame: FrameType | None) -> bool:
-    """Whether a stack runs through the database, or through a callback of Python's that swallows exceptions."""
+    """Whether a stack runs through the database and does not wait for it to come back, or through a callback of a weak
+    reference, where Python swallows exceptions.
+    """
     while frame is not None:
-        if frame.f_globals.get("__name__", "").startswith(("sqlalchemy.", "optuna.storages.", "weakref")):
+        module = frame.f_globals.get("__name__", "")
+        if module.startswith(("sqlalchemy.", "optuna.storages.", "weakref")):
             return True
+        if module == "atp_tune.patience":
+            return False
         frame = frame.f_back
     return False

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
     from atp_tune.config import Config, Scores
+    from atp_tune.merging import Merged
     from atp_tune.perplexity import Perplexity
     from atp_tune.serving.serve import Served, Service
     from atp_tune.status import Listed, Running, Status
@@ -186,7 +187,7 @@ def show_applied(config: "Config", measured: "Perplexity", out: Path) -> None:
 
 def show_served(service: "Service", served: "Served") -> None:
     """What is served, where people look, and how workers join."""
-    from atp_tune.storage import without_password
+    from atp_tune.database import without_password
 
     names = served.studies if len(served.studies) <= 5 else [*served.studies[:4], f"… {len(served.studies)} studies"]
     studies = ", ".join(names) or "no study yet"
@@ -202,6 +203,25 @@ def show_served(service: "Service", served: "Served") -> None:
             "docs/serving.md shows a proxy with TLS and a token", style="yellow",
         )  # fmt: skip
     console.print("Ctrl-C stops", style="dim")
+
+
+def show_merged(merged: "Merged", out: Path) -> None:
+    """What each storage gave to a study, and how to go on with it."""
+    from atp_tune.summary import summarise
+
+    for share in merged.shares:
+        known = f", {share.known} of them known already" if share.known else ""
+        left = f"; {share.unfinished} that run or wait are left out" if share.unfinished else ""
+        console.print(f"{share.address}: {_trials(share.trials)}{known}{left}", highlight=False)
+    found = summarise(merged.study)
+    console.print(f"{out}: {_trials(len(found.trials))}, {found.done} of {found.total} done", highlight=False)
+    file = found.made_from.name if found.made_from else "NAME"
+    other = "" if found.name == file else f" --study-name {found.name}"
+    console.print(f"go on: python tune.py --study {file}{other} --storage sqlite:///{out}", highlight=False)
+
+
+def _trials(number: int) -> str:
+    return f"{number} trial" + "s" * (number != 1)
 
 
 def show_studies(studies: "list[Listed]") -> None:

@@ -29,7 +29,7 @@ def _is_whole(curve: Any) -> bool:
 
 def _add_curve(figure: go.Figure, pruner: str, curve: dict[str, list[float]], before: Any) -> None:
     colour, beta = colour_of(pruner), curve["beta"]
-    known = f" before trial {before}" if isinstance(before, int) else ""
+    known = f" after {before} trials" if isinstance(before, int) else ""
     figure.add_scatter(
         x=beta + beta[::-1], y=curve["high"] + curve["low"][::-1], fill="toself", fillcolor=faint(colour, 0.14),
         line={"width": 0, "color": colour}, mode="lines", hoverinfo="skip", showlegend=False,
@@ -37,5 +37,5 @@ def _add_curve(figure: go.Figure, pruner: str, curve: dict[str, list[float]], be
     )  # fmt: skip
     figure.add_scatter(
         x=beta, y=curve["mean"], mode="lines", line={"color": colour, "width": 1.2}, legendgroup=f"belief {pruner}",
-        name=f"belief, {pruner}", hovertemplate=f"β = %{{x:.4f}}: %{{y:.2f}} believed{known}<extra></extra>",
+        name=f"GP{known}, {pruner} (± 2 sd)", hovertemplate=f"β = %{{x:.4f}}: %{{y:.2f}}{known}<extra></extra>",
     )  # fmt: skip

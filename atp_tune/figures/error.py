@@ -14,9 +14,9 @@ def draw(summary: Summary) -> go.Figure | None:
     """Relative error after each block on a log axis; None while no trial has one."""
     best, uniform, worst = best_of(summary), uniform_of(summary), worst_of(summary)
     shown = [
-        ("worst", None if worst == uniform else worst, WORST, "dot"),
-        ("uniform", None if uniform == best else uniform, UNIFORM, "solid"),
         ("best", best, BEST, "solid"),
+        ("uniform", None if uniform == best else uniform, UNIFORM, "solid"),
+        ("worst", None if worst == uniform else worst, WORST, "dot"),
     ]
     figure = new_figure("Error of the hidden states after each block", "block", "error, relative to the dense model")
     for name, trial, colour, dash in shown:
@@ -30,7 +30,8 @@ def draw(summary: Summary) -> go.Figure | None:
     if not values:
         return None
     figure.update_yaxes(log_axis(min(values), max(values)))
-    return figure
+    blocks = max(len(trace.y) for trace in figure.data)
+    return figure.update_layout(legend_traceorder="normal", xaxis_range=[-0.5, blocks - 0.5])
 
 
 def _errors(trial: FrozenTrial) -> list[float | None]:

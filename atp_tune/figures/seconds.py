@@ -25,6 +25,8 @@ def draw(summary: Summary) -> go.Figure | None:
                 marker={"color": CYCLE[k % len(CYCLE)], "line": {"width": 0}},
                 hovertemplate=f"trial %{{x}}: {phase} %{{y:.3g}} s<extra></extra>",
             )  # fmt: skip
+    if len(timed) < 10:
+        figure.update_xaxes(dtick=1)
     return figure if figure.data else None
 
 

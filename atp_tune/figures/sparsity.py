@@ -11,9 +11,9 @@ def draw(summary: Summary) -> go.Figure | None:
     """Sparsity against block, in steps; None while no trial has one."""
     best, uniform, second = best_of(summary), uniform_of(summary), second_of(summary)
     shown = [
+        ("best", best, BEST, "solid"),
         ("second best", second, SECOND, "dot"),
         ("uniform", None if uniform == best else uniform, UNIFORM, "solid"),
-        ("best", best, BEST, "solid"),
     ]
     figure = new_figure("Sparsity of each block", "block", "sparsity (share of zeros)")
     for name, trial, colour, dash in shown:
@@ -24,7 +24,15 @@ def draw(summary: Summary) -> go.Figure | None:
             line={"color": colour, "width": 2.5 if name == "best" else 1.75, "dash": dash, "shape": "hvh"},
             hovertemplate=f"block %{{x}}: %{{y:.4f}}<br>{told(trial)}<extra></extra>",
         )  # fmt: skip
-    if summary.made_from is not None:
+    if not figure.data:
+        return None
+    if uniform is None and summary.made_from is not None:  # uniform is the target in every block
         target = summary.made_from.study.sparsity
         level(figure, target, f"target {target:g}", INK, "dot")
-    return figure if figure.data else None
+    values = [value for trace in figure.data for value in trace.y]
+    margin = max(0.02, 0.05 * (max(values) - min(values)))
+    blocks = max(len(trace.y) for trace in figure.data)
+    return figure.update_layout(
+        legend_traceorder="normal", xaxis_range=[-0.5, blocks - 0.5],
+        yaxis_range=[max(0, min(values) - margin), min(1, max(values) + margin)],
+    )  # fmt: skip

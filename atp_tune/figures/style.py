@@ -19,6 +19,7 @@ PRUNERS = {"wanda": BLUE, "sparsegpt": GREEN, "magnitude": GOLD, "dsnot": PURPLE
 SYMBOLS = {"atp": "circle", "curve": "diamond", "uniform": "square"}
 SMALL = 11  # px, of what is written into a figure
 TICKS = [digit * 10.0**power for power in range(-6, 7) for digit in (1, 2, 5)]
+FINE = [float(f"{digit}e{power}") for power in range(-6, 7) for digit in (1, 1.5, 2, 3, 4, 5, 6, 8)]
 
 
 def new_figure(title: str, x: str, y: str) -> go.Figure:
@@ -50,7 +51,8 @@ def axis(title: str, **more: Any) -> dict[str, Any]:
 def log_axis(low: float, high: float) -> dict[str, Any]:
     """A log axis from `low` to `high`, with ticks at 1, 2 and 5 where Plotly's own would be hard to read."""
     pad = 0.04 * log10(high / low) or 0.1
-    ticks = {"tickmode": "array", "tickvals": TICKS} if high / low > 5 else {}
+    wide = {"tickmode": "array", "tickvals": TICKS if high / low > 30 else FINE}
+    ticks = wide if high / low > 2 else {}
     return {"type": "log", "range": [log10(low) - pad, log10(high) + pad], "tickformat": "~g", **ticks}
 
 
@@ -70,7 +72,7 @@ def colour_of(pruner: str) -> str:
 def error_bars(trials: Iterable[FrozenTrial], colour: str) -> dict[str, Any]:
     """The standard errors of trials, as fine bars."""
     errors = rounded((trial.user_attrs.get("stderr") or 0.0 for trial in trials), 4)
-    return {"array": errors, "color": faint(colour, 0.4), "thickness": 1.2, "width": 0}
+    return {"array": errors, "color": faint(colour, 0.6), "thickness": 1.2, "width": 0}
 
 
 def faint(colour: str, opacity: float) -> str:

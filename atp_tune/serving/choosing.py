@@ -4,6 +4,7 @@ from pathlib import Path
 
 from atp_tune.errors import UserError
 from atp_tune.serving.serve import Service
+from atp_tune.storage import artifacts_of
 from atp_tune.studyfile import absolute_storage, known, load
 
 
@@ -15,7 +16,7 @@ def choose(
         address = absolute_storage(storage, Path())
     else:
         address = load(study).storage_url if study is not None else f"sqlite:///{_newest()}"
-    return Service(address, listen, port, grpc_port, artifacts or _beside(address))
+    return Service(address, listen, port, grpc_port, artifacts or artifacts_of(address))
 
 
 def _newest() -> Path:
@@ -30,9 +31,3 @@ def _newest() -> Path:
     if not databases:
         raise UserError("serve: no study has a database yet; run one, as in: python tune.py --study smol")
     return max(databases, key=lambda database: database.stat().st_mtime)
-
-
-def _beside(address: str) -> Path:
-    """The folder of artifacts: NAME.artifacts beside NAME.db, or ./artifacts for a database elsewhere."""
-    scheme, _, path = address.partition(":///")
-    return Path(path.partition("?")[0]).with_suffix(".artifacts") if scheme.startswith("sqlite") else Path("artifacts")

@@ -1,18 +1,18 @@
 """What a server does for its studies without being asked: lost trials run again, artifacts stay current."""
 
-import warnings
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
 import optuna
 from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upload_artifact
-from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage
-from optuna.trial import TrialState
 
 from atp_tune import storage as trials
 from atp_tune.cache import write_atomically
+from atp_tune.database import reason_of
+from atp_tune.errors import UserError
 from atp_tune.report import gather, html
 from atp_tune.summary import best_config, summarise
 
@@ -27,42 +27,43 @@ class Keeper:
         self._folder = artifacts
         self._tell = tell
         self._seen: dict[int, object] = {}
+        self._trouble = ""
 
     def turn(self) -> None:
-        """One look at every study; what goes wrong with it is told, and tried again the next time."""
+        """One look at every study; what goes wrong with it is told once, and tried again the next time."""
         try:
             self._look()
-        except (OSError, StorageInternalError) as error:
-            self._tell(f"warning: {str(error).splitlines()[0]}")
+            trouble = ""
+        except (OSError, StorageInternalError, UserError) as error:
+            trouble = f"warning: {reason_of(error)}"
+        if trouble and trouble != self._trouble:
+            self._tell(trouble)
+        self._trouble = trouble
 
     def _look(self) -> None:
+        attached = False
         for name in optuna.get_all_study_names(self._storage):
             study = trials.find_study(self._storage, name)
             if study is not None and "fingerprint" in study.user_attrs:
                 self._recover(study)
-                self._attach(study)
+                attached = attached or self._attach(study)  # one a turn: a report takes half a second, and 5 MB
 
     def _recover(self, study: optuna.Study) -> None:
-        """Queues trials again that gave no sign of life: the workers of other machines cannot see that themselves."""
-        before = trials.running(study)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            optuna.storages.fail_stale_trials(study)
-        after = study.get_trials(deepcopy=False)
-        for trial in before:
-            ended = after[trial.number]
-            if ended.state == TrialState.FAIL and "failure" not in ended.user_attrs:
-                self._tell(f"{study.study_name}: trial {trial.number} gave no sign of life; it is queued again")
+        """Queues lost trials again: the workers of other machines cannot see themselves that nobody runs them."""
+        for number in trials.recover(study):
+            reason = study.trials[number].user_attrs.get("lost", "gave no sign of life")
+            self._tell(f"{study.study_name}: trial {number}: {reason}; it is queued again")
 
-    def _attach(self, study: optuna.Study) -> None:
+    def _attach(self, study: optuna.Study) -> bool:
         """The best configuration and the report, whenever there is another best, or its final numbers."""
         best = trials.best_trial(study)
         state = best and (best.number, len(study.user_attrs.get("reports", ())))
         if best is None or self._seen.get(study._study_id) == state:
-            return
+            return False
         for name, content in _files(study).items():
             self._put(study, name, content)
         self._seen[study._study_id] = state
+        return True
 
     def _put(self, study: optuna.Study, name: str, content: bytes) -> None:
         """Attaches a file, in the place of an earlier one of that name."""

@@ -16,8 +16,13 @@ Attributes = Mapping[str, Any]
 
 def with_own_words(ours: str, written: str) -> str:
     """Our note above the part of a stored note that people wrote."""
+    return f"{ours}\n\n---\n\n{OWN}\n\n{own_words(written)}".rstrip() + "\n"
+
+
+def own_words(written: str) -> str:
+    """The part of a stored note that people wrote."""
     _, mark, theirs = written.rpartition(OWN)
-    return f"{ours}\n\n---\n\n{OWN}\n\n{(theirs if mark else written).strip()}".rstrip() + "\n"
+    return (theirs if mark else written).strip()
 
 
 def study_note(summary: Summary, address: str) -> str:

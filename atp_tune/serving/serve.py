@@ -9,6 +9,7 @@ import optuna
 from optuna.artifacts import FileSystemArtifactStore
 from optuna.storages import get_storage
 
+from atp_tune import mounts
 from atp_tune.errors import UserError
 from atp_tune.serving.keeper import Keeper
 from atp_tune.serving.servers import ServedDatabase, dashboard, proxy
@@ -50,9 +51,11 @@ def serve(
         raise UserError("serve: a server's URL is for workers; serve the database itself, as in sqlite:///FILE.db")
     database = open_database(service.address, True, ServedDatabase)
     assert database is not None
+    if warning := mounts.warning(service.address):
+        tell(warning)
     storage = get_storage(database)  # with Optuna's cache of finished trials
     store = FileSystemArtifactStore(_folder(service.artifacts))
-    keeper = Keeper(database, service.artifacts, tell)
+    keeper = Keeper(storage, service.artifacts, tell)
     view = make_view(service.address, storage)
     with (
         proxy(storage, service.listen, service.grpc_port) as grpc_port,

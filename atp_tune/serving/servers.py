@@ -1,7 +1,7 @@
 """The two servers of `tune.py serve`: the dashboard over HTTP, and Optuna's storage proxy over gRPC for workers."""
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from socketserver import ThreadingMixIn
@@ -11,11 +11,13 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import grpc
 from optuna.artifacts import FileSystemArtifactStore
-from optuna.storages import BaseStorage, RDBStorage
+from optuna.exceptions import StorageInternalError
+from optuna.storages import BaseStorage
 from optuna.storages._grpc.auto_generated import api_pb2_grpc
 from optuna.storages._grpc.servicer import OptunaStorageProxyService
 from optuna_dashboard import wsgi
 
+from atp_tune.database import Database, is_away, reason_of
 from atp_tune.errors import UserError
 from atp_tune.remote import ALIVE
 
@@ -30,7 +32,7 @@ PINGS = (
 )
 
 
-class ServedDatabase(RDBStorage):
+class ServedDatabase(Database):
     """A database that takes the heartbeats of trials on other machines, by its own clock."""
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
@@ -72,7 +74,7 @@ class _Handler(WSGIRequestHandler):
 def proxy(storage: BaseStorage, host: str, port: int) -> Iterator[int]:
     """Optuna's storage proxy on a port (0: any), which is yielded; requests in progress are answered before it ends."""
     check_free(host, port, "--grpc-port")
-    server = grpc.server(ThreadPoolExecutor(THREADS), options=PINGS)
+    server = grpc.server(ThreadPoolExecutor(THREADS), interceptors=[Relay()], options=PINGS)
     service = OptunaStorageProxyService(storage)
     api_pb2_grpc.add_StorageServiceServicer_to_server(service, server)  # type: ignore[no-untyped-call]
     bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
@@ -81,6 +83,23 @@ def proxy(storage: BaseStorage, host: str, port: int) -> Iterator[int]:
         yield bound
     finally:
         server.stop(LAST_REQUESTS).wait()
+
+
+class Relay(grpc.ServerInterceptor):
+    """Tells a worker that the database behind the server is away as if the server were: it asks again."""
+
+    def intercept_service(self, continuation: Any, details: Any) -> Any:
+        """The handler of a request, so wrapped."""
+        handler = continuation(details)
+        return handler and handler._replace(unary_unary=lambda *asked: self._answer(handler.unary_unary, *asked))
+
+    def _answer(self, answer: Callable[..., Any], request: Any, context: grpc.ServicerContext) -> Any:
+        try:
+            return answer(request, context)
+        except StorageInternalError as error:
+            if not is_away(error):
+                raise
+            context.abort(grpc.StatusCode.UNAVAILABLE, f"the database: {reason_of(error)}")
 
 
 def check_free(host: str, port: int, option: str) -> None:

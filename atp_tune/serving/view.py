@@ -10,15 +10,16 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import optuna
-from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, Trial, TrialState
 from optuna_dashboard import get_note, save_note, save_plotly_graph_object
 
+from atp_tune.database import Database, without_password
 from atp_tune.figures import draw
 from atp_tune.serving.notes import columns, facts_of, study_note, trial_note, with_own_words
-from atp_tune.storage import open_database, without_password
+from atp_tune.storage import open_database
 from atp_tune.summary import Summary, summarise
 
 DASHBOARD = "dashboard:"  # what its attributes begin with
@@ -33,7 +34,7 @@ def make_view(address: str, storage: BaseStorage) -> "DashboardView":
     return view
 
 
-class DashboardView(RDBStorage):
+class DashboardView(Database):
     """A database whose studies have notes and figures, and whose attributes fit a table's columns."""
 
     additions: "Additions"

@@ -1,0 +1,52 @@
+"""What is wrong with a SQLite file or the disk under it, and what to do, in one line.
+
+It is said where the database says so, in place of what SQLAlchemy and Optuna make of it.
+"""
+
+import shlex
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+from sqlalchemy.engine import make_url
+
+from atp_tune.errors import UserError
+
+BUSY = 60  # seconds that a writer waits for SQLite's lock
+
+_GO_ON = "what is stored is safe, and the same command goes on"
+_MEND = (
+    "put a copy in its place, or save what can be read with `sqlite3 {file} .recover | sqlite3 NEW.db` "
+    "and go on with --storage sqlite:///NEW.db"
+)
+WAYS = {  # SQLite's words → what to do
+    "is full": f"make room on the disk: {_GO_ON}",
+    "disk i/o error": f"look after the disk: {_GO_ON}",
+    "readonly": "name another with --storage sqlite:///FILE.db",
+    "unable to open": "name another with --storage sqlite:///FILE.db",
+    "malformed": _MEND,
+    "not a database": _MEND,
+    "could not decode": _MEND,
+}
+
+
+def way_out(error: BaseException, address: str) -> str | None:
+    """What to do where a database says this; None where it is not known."""
+    way = next((way for sign, way in WAYS.items() if sign in str(error).lower()), None)
+    return way and way.format(file=shlex.quote(str(make_url(address).database)))
+
+
+def check_whole(file: Path) -> None:
+    """UserError if a SQLite file is damaged: it is looked through before anything is written to it."""
+    try:
+        with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=rw", uri=True, timeout=BUSY)) as connection:
+            connection.text_factory = lambda text: text.decode(errors="replace")  # it quotes what it finds
+            found = str(connection.execute("PRAGMA quick_check(1)").fetchone()[0])
+    except sqlite3.OperationalError:  # no damage: opening it in earnest will say what it is
+        return
+    except sqlite3.DatabaseError as error:
+        found = str(error)
+    if found != "ok":
+        raise UserError(
+            f"storage {file}: is damaged ({' '.join(found.split())}); {_MEND.format(file=shlex.quote(str(file)))}"
+        )

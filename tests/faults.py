@@ -1,0 +1,189 @@
+"""What the tests of faults are made of: commands that start fast and can be killed, small disks, and the table."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+
+import optuna
+import preloaded
+import pytest
+from optuna.trial import TrialState
+from tinystudy import Answer, study_file
+
+from atp_tune import storage
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "reliability.md"
+BEGIN, END = "<!-- written by tests/test_faults.py: -->\n", "<!-- : written by tests/test_faults.py -->"
+HEAD = [
+    "| fault | times injected | trials lost | measured twice | same result as undisturbed | recovery, seconds |",
+    "|---|---:|---:|---:|---|---:|",
+]
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["preloaded"])
+
+Inject = Callable[[], None]
+
+
+class Rows:
+    """The table of docs/reliability.md: tests add rows, which replace earlier ones of the same fault."""
+
+    def __init__(self) -> None:
+        self.made: dict[str, str] = {}
+
+    def add(
+        self, fault: str, times: int, lost: int = 0, twice: int = 0, same: str = "yes", seconds: float | None = None
+    ) -> None:
+        took = "–" if seconds is None else f"{seconds:.1f}"
+        self.made[fault] = f"| {fault} | {times} | {lost} | {twice} | {same} | {took} |"
+
+    def write(self, document: Path) -> None:
+        text = document.read_text(encoding="utf-8")
+        before, _, rest = text.partition(BEGIN)
+        inside, _, after = rest.partition(END)
+        known = {line.split(" | ")[0].removeprefix("| "): line for line in inside.splitlines()[2:] if line}
+        lines = [*HEAD, *{**known, **self.made}.values()]
+        document.write_text(f"{before}{BEGIN}" + "\n".join(lines) + f"\n{END}{after}", encoding="utf-8")
+
+
+class Command:
+    """`python tune.py …` in a process of its own, forked from one that has imported everything.
+
+    `inject` is called in that process before the command begins.
+    """
+
+    def __init__(self, *arguments: str | Path, inject: Inject | None = None) -> None:
+        folder = Path(os.environ["ATP_TUNE_CACHE"]).parent
+        self._out, self._err = folder / "stdout.txt", folder / "stderr.txt"
+        for file in (self._out, self._err):
+            file.write_text("")
+        variables = {"ATP_TUNE_CACHE": os.environ["ATP_TUNE_CACHE"], "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+        words = [str(argument) for argument in arguments]
+        self._process = CONTEXT.Process(target=preloaded.run, args=(words, variables, self._out, self._err, inject))
+        self.began = monotonic()
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    @property
+    def lives(self) -> bool:
+        return self._process.is_alive()
+
+    @property
+    def said(self) -> str:
+        return self._out.read_text()
+
+    def kill(self) -> Answer:
+        os.kill(self.pid, signal.SIGKILL)
+        return self.finish()
+
+    def finish(self, seconds: float = 600) -> Answer:
+        self._process.join(seconds)
+        if self._process.is_alive():
+            self._process.kill()
+            raise AssertionError(f"did not end in {seconds} s: {self.said}")
+        code = self._process.exitcode
+        assert code is not None
+        return Answer(code, self.said, self._err.read_text())
+
+    def kill_when(self, condition: Callable[[], object], pause: float = 0.002) -> bool:
+        """Kills it as soon as a condition holds; False if it ended before."""
+        while not condition():
+            if not self.lives:
+                return False
+            sleep(pause)
+        return self.kill().code == -signal.SIGKILL
+
+
+# --- looking at a study from outside
+
+
+def has(database: Path, query: str, *values: object) -> bool:
+    """Whether a query has a row; not while the file or its tables are being made."""
+    try:
+        with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+            return connection.execute(query, values).fetchone() is not None
+    except sqlite3.OperationalError:
+        return False
+
+
+def stored(place: Path, name: str = "tiny", database: Path | None = None) -> optuna.Study:
+    db = storage.open_storage(f"sqlite:///{database}" if database else study_file(place).storage_url, create=False)
+    assert db is not None
+    study = storage.find_study(db, name)
+    assert study is not None
+    return study
+
+
+def measured(study: optuna.Study) -> list[tuple[dict[str, Any], float]]:
+    """Parameters and values of what was measured; what was queued again came later than it would have."""
+    done = (trial for trial in study.trials if trial.state == TrialState.COMPLETE)
+    found = [(trial.params, trial.value or 0.0) for trial in done if "repeats" not in trial.user_attrs]
+    return sorted(found, key=json.dumps)
+
+
+def check_equal(study: optuna.Study, undisturbed: optuna.Study, total: int) -> None:
+    """Nothing is lost, nothing measured twice, and all numbers are those of an undisturbed run."""
+    assert storage.counted(study) == total
+    assert not {TrialState.RUNNING, TrialState.WAITING} & {trial.state for trial in study.trials}
+    found = measured(study)
+    assert len({json.dumps(params, sort_keys=True) for params, _ in found}) == len(found)
+    assert found == measured(undisturbed)
+    assert reports(study) == reports(undisturbed)
+
+
+def reports(study: optuna.Study) -> dict[str, list[float]]:
+    """Window NLLs on the report text by the parameters of their trial."""
+    found = study.user_attrs["reports"]
+    names = {name: "dense" if name == "dense" else json.dumps(study.trials[int(name)].params) for name in found}
+    return {names[name]: found[name] for name in found}
+
+
+def check_best(file: Path, other: Path) -> None:
+    """Two best.json are equal but for the number of the trial and where and when they were made."""
+    one, two = (json.loads(path.read_text()) for path in (file, other))
+    for key in ("trial", "folder", "study"):
+        one.pop(key), two.pop(key)
+    assert one == two
+
+
+# --- disks
+
+
+@contextmanager
+def disk(folder: Path, size: str) -> Iterator[Path]:
+    """A small disk of its own, mounted on a folder; only root can do it."""
+    folder.mkdir()
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        if "CI" in os.environ:
+            raise
+        pytest.skip("needs the right to mount a file system")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill(folder: Path, leave: int) -> Path:
+    """Fills a disk with one file, but for so many bytes."""
+    filler = folder / "filler"
+    with filler.open("wb") as stream:
+        stream.write(bytes(max(0, shutil.disk_usage(folder).free - leave)))
+    return filler
+
+
+def names(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir()}

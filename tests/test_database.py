@@ -1,0 +1,391 @@
+"""Trials in real databases: a PostgreSQL server that is killed, and SQLite with many workers."""
+
+import json
+import logging
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.abc import MetaPathFinder
+from operator import methodcaller
+from pathlib import Path
+from time import sleep
+
+import optuna
+import psycopg
+import pytest
+from optuna.storages import get_storage
+from optuna.trial import TrialState
+from pgserver import URL_PASSWORD, PostgreSQL
+from pgserver import running as running_server
+from tinystudy import LONG, CommandLine, finish, quiet, run, settings, start, wait_until
+
+from atp_tune import database, patience, storage
+from atp_tune.database import PatientDatabase, is_away, without_password
+from atp_tune.errors import UserError
+from atp_tune.remote import connect
+from atp_tune.serving.keeper import Keeper
+from atp_tune.serving.notes import study_note
+from atp_tune.serving.servers import ServedDatabase, proxy
+from atp_tune.serving.view import make_view
+from atp_tune.summary import summarise
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def without_warnings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(patience, "PAUSES", (0.05, 0.2))
+    with quiet():
+        yield
+
+
+@pytest.fixture
+def frail() -> Iterator[PostgreSQL]:
+    """A server of this test alone, to be killed."""
+    with running_server() as server:
+        yield server
+
+
+def opened(address: str) -> PatientDatabase:
+    db = storage.open_storage(address, create=True)
+    assert isinstance(db, PatientDatabase)
+    return db
+
+
+def stored(address: str, name: str = "tiny") -> optuna.Study:
+    study = storage.find_study(opened(address), name)
+    assert study is not None
+    return study
+
+
+def measured(study: optuna.Study) -> list[tuple[object, ...]]:
+    return [(t.number, t.params, t.value, t.user_attrs["nlls"]) for t in study.trials if t.state == TrialState.COMPLETE]
+
+
+def refusal(address: str) -> str:
+    with pytest.raises(UserError) as caught:
+        storage.open_storage(address, create=True)
+    assert "\n" not in str(caught.value)
+    return str(caught.value).replace(without_password(address), "URL")
+
+
+# --- PostgreSQL
+
+
+def test_a_study_is_the_same_in_postgresql(place: Path, postgres: PostgreSQL) -> None:
+    here, address = run(place), postgres.new()
+    there = run(place, f"storage={address}")
+    assert [(t.params, t.value) for t in there.trials] == [(t.params, t.value) for t in here.trials]
+    again = stored(address.replace("+psycopg", ""))
+    assert measured(again) == measured(here)
+    assert again.user_attrs["reports"] == here.user_attrs["reports"]
+
+
+def test_every_command_works_on_postgresql_and_none_shows_the_password(
+    place: Path, postgres: PostgreSQL, command: CommandLine
+) -> None:
+    address = postgres.new()
+    words = ["--study", place / "tiny.toml", "--storage", address]
+    said = []
+    for name in ([], ["status"], ["status", "--json"], ["export"], ["report"], ["report", "--format", "md"]):
+        answer = command(*name, *words)
+        assert answer.code == 0, answer.err
+        said.append(answer.out + answer.err)
+    assert command("apply", "--config", place / "tiny.best.json", "--out", place / "sparse").code == 0
+    study = stored(address)
+    attributes = study.user_attrs | study._storage.get_study_system_attrs(study._study_id)
+    said += [str(attributes), str([(t.user_attrs, t.system_attrs) for t in study.trials])]
+    said += [path.read_text(errors="replace") for path in place.glob("*.*")]
+    said.append(study_note(summarise(study), without_password(address)))
+    assert "***" in said[-1]
+    for text in said:
+        assert URL_PASSWORD not in text
+
+
+def test_a_dashboard_of_postgresql_keeps_the_password(place: Path, postgres: PostgreSQL, tmp_path: Path) -> None:
+    address = postgres.new()
+    run(place, f"storage={address}")
+    served = storage.open_database(address, False, ServedDatabase)
+    assert served is not None
+    Keeper(served, tmp_path, print).turn()
+    assert len([path for path in tmp_path.iterdir() if path.is_file()]) == 2
+    shown = json.dumps(dict(make_view(address, get_storage(served)).get_all_studies()[0].system_attrs))
+    assert "tuner:***@" in shown
+    assert URL_PASSWORD not in shown
+
+
+def test_what_cannot_be_opened_is_said_in_one_line(postgres: PostgreSQL) -> None:
+    failed = f'connection failed: connection to server at "127.0.0.1", port {postgres.port} failed: '
+    assert refusal(postgres.url("nosuch")) == (
+        f'storage URL: {failed}FATAL:  database "nosuch" does not exist; make it with: createdb NAME'
+    )
+    assert refusal(postgres.url("postgres", "wrong")) == (
+        f'storage URL: {failed}FATAL:  password authentication failed for user "tuner"; put the right user and '
+        "password into the URL, or the password into PGPASSWORD"
+    )
+    assert refusal("postgresql+psycopg://me:secret@127.0.0.1:1/x").endswith(
+        "port 1 failed: Connection refused; does the server run there?"
+    )
+    assert "secret" not in refusal("postgresql+psycopg://me@127.0.0.1:1/x?password=secret")
+
+
+class Without(MetaPathFinder):
+    """A Python without a package."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name == self._name:
+            raise ModuleNotFoundError(f"No module named '{name}'")
+
+
+def test_a_missing_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "psycopg"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Without("psycopg"), *sys.meta_path])
+    said = refusal("postgresql+psycopg://me:secret@127.0.0.1:1/x")
+    assert "; install it with: pip install 'psycopg[binary]', and write postgresql+psycopg://" in said
+    assert "secret" not in said
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("postgresql://me:secret@h/x", "postgresql://me:***@h/x"),
+        ("postgresql://me@h/x?sslpassword=secret", "postgresql://me@h/x?sslpassword=%2A%2A%2A"),
+        ("sqlite:////a b/x.db", "sqlite:////a b/x.db"),
+    ],
+)
+def test_how_a_url_is_shown(address: str, shown: str) -> None:
+    assert without_password(address) == shown
+
+
+def test_a_file_name_is_no_template(tmp_path: Path) -> None:
+    opened(f"sqlite:///{tmp_path}/{{a}}.db")
+    assert (tmp_path / "{a}.db").exists()
+
+
+# --- a server that is away
+
+
+def killed(server: PostgreSQL) -> None:
+    server.kill()
+    wait_until(lambda: refused(server))
+
+
+def refused(server: PostgreSQL) -> bool:
+    try:
+        psycopg.connect(server.url("postgres").replace("+psycopg", "")).close()
+    except psycopg.OperationalError:
+        return True
+    return False
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat of storage")  # the tests ask and tell by hand
+
+
+def test_calls_wait_for_a_server_that_was_killed(frail: PostgreSQL, caplog: pytest.LogCaptureFixture) -> None:
+    address = frail.new()
+    study = storage.create_study(opened(address), "s", {"sparsity": 0.5})
+    trial = study.ask()
+    killed(frail)
+    with caplog.at_level(logging.WARNING, "atp_tune"), ThreadPoolExecutor() as pool:
+        told = pool.submit(lambda: (trial.suggest_float("beta", 0, 1), trial.set_user_attr("a", 1)))
+        sleep(0.5)
+        assert not told.done()
+        frail.start()
+        beta, _ = told.result(timeout=60)
+    first, last = [record.getMessage() for record in caplog.records if record.name.startswith("atp_tune")]
+    assert first.startswith(f"storage {without_password(address)}: ")
+    assert first.endswith("; trying again, nothing is lost")
+    assert last == f"storage {without_password(address)}: answers again"
+    killed(frail)
+    with ThreadPoolExecutor() as pool:
+        ended = pool.submit(study.tell, trial, 2.5)
+        frail.start()
+        ended.result(timeout=60)
+    found = stored(address, "s").trials
+    assert [(t.params, t.value, t.user_attrs) for t in found] == [({"beta": beta}, 2.5, {"a": 1})]
+
+
+def test_no_trial_is_taken_for_lost_soon_after_an_outage(frail: PostgreSQL, monkeypatch: pytest.MonkeyPatch) -> None:
+    db = opened(frail.new())
+    study = storage.create_study(db, "s", {})
+    trial = study.ask()
+    db.record_heartbeat(trial._trial_id)
+    killed(frail)
+    db.record_heartbeat(trial._trial_id)  # Optuna's thread would end with an error of this
+    frail.start()
+    with db.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE trial_heartbeats SET heartbeat = heartbeat - interval '1 hour'")
+    assert db._get_stale_trial_ids(study._study_id) == []  # it has seen the outage itself
+    other = opened(db.url)
+    assert other._get_stale_trial_ids(study._study_id) == []  # the server says so
+    monkeypatch.setattr(database, "YOUNG", "SELECT false")
+    assert other._get_stale_trial_ids(study._study_id) == [trial._trial_id]
+
+
+def test_a_worker_gives_up_in_one_line(
+    place: Path, frail: PostgreSQL, monkeypatch: pytest.MonkeyPatch, command: CommandLine
+) -> None:
+    address = frail.new()
+    suggest = optuna.Trial.suggest_float
+
+    def kill(self: optuna.Trial, *arguments: object, **options: object) -> float:
+        if self.number == 1:
+            killed(frail)
+            monkeypatch.setattr(patience, "PATIENCE", 0.3)
+        return suggest(self, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(optuna.Trial, "suggest_float", kill)
+    answer = command("--study", place / "tiny.toml", "--storage", address)
+    frail.start()
+    assert answer.error.endswith(
+        "for 0 minutes now. What was told before is stored; the same command goes on from there"
+    )
+
+
+def test_the_end_of_a_trial_whose_answer_was_lost_is_no_error(postgres: PostgreSQL) -> None:
+    study = storage.create_study(opened(postgres.new()), "s", {})
+    trial = study.ask()
+    for _ in range(2):
+        assert study._storage.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [1.5])
+    with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
+        study._storage.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [1.6])
+
+
+def test_a_mistake_is_no_outage(postgres: PostgreSQL) -> None:
+    db = opened(postgres.new())
+    study = storage.create_study(db, "s", {})
+    with pytest.raises(optuna.exceptions.StorageInternalError) as caught:
+        study.set_user_attr("k" * 3000, 1)
+    assert not is_away(caught.value)
+
+
+def test_workers_of_a_server_whose_database_is_away_wait(frail: PostgreSQL) -> None:
+    served = storage.open_database(frail.new(), True, ServedDatabase)
+    assert served is not None
+    with proxy(get_storage(served), "127.0.0.1", 0) as port:
+        study = optuna.create_study(study_name="s", storage=connect(f"grpc://127.0.0.1:{port}"))
+        trial = study.ask()
+        killed(frail)
+        with ThreadPoolExecutor() as pool:
+            told = pool.submit(study.tell, trial, 2.5)
+            sleep(0.5)
+            assert not told.done()
+            frail.start()
+            told.result(timeout=60)
+    assert stored(served.url, "s").trials[0].value == 2.5
+
+
+def test_a_worker_that_is_gone_keeps_no_lock(postgres: PostgreSQL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its machine says nothing any more, in the middle of a transaction."""
+    monkeypatch.setitem(database.LIBPQ, "options", database.LIBPQ["options"].replace("=60s", "=1s"))  # type: ignore[union-attr]
+    address = postgres.new()
+    study = storage.create_study(opened(address), "s", {})
+    with opened(address).engine.connect() as gone:
+        gone.exec_driver_sql("SELECT * FROM studies FOR UPDATE")
+        with ThreadPoolExecutor() as pool:
+            assert pool.submit(study.ask).result(timeout=20).number == 0
+        gone.invalidate()
+
+
+@pytest.mark.slow
+def test_a_server_killed_in_the_middle_of_a_trial_costs_nothing(place: Path, frail: PostgreSQL) -> None:
+    address, overrides = frail.new(), (*LONG, "search.trials=5")
+    worker = start("--study", place / "tiny.toml", "--storage", address, *settings(*overrides))
+    for number in (1, 3):
+        wait_until(lambda number=number: runs(address, number), 60)  # type: ignore[misc]
+        killed(frail)
+        sleep(1)
+        frail.start()
+    answer = finish(worker, 120)
+    assert answer.code == 0, answer.err
+    assert answer.out.count("; trying again, nothing is lost") == answer.out.count("answers again") == 2
+    assert URL_PASSWORD not in answer.out + answer.err
+    study = stored(address)
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 5
+    assert measured(study) == measured(run(place, *overrides))
+
+
+def runs(address: str, number: int) -> bool:
+    study = storage.find_study(opened(address), "tiny")
+    trials = study.trials[number:] if study else []
+    return bool(trials) and trials[0].state == TrialState.RUNNING and "sparsities" in trials[0].user_attrs
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_worker_that_waits(place: Path, frail: PostgreSQL) -> None:
+    address = frail.new()
+    worker = start("--study", place / "tiny.toml", "--storage", address, *settings(*LONG, "search.trials=50"))
+    wait_until(lambda: runs(address, 1), 60)
+    killed(frail)
+    sleep(2)
+    worker.send_signal(signal.SIGINT)
+    sleep(1)
+    worker.send_signal(signal.SIGINT)
+    assert finish(worker, 20).code in (130, -signal.SIGINT)
+    frail.start()
+
+
+# --- many workers
+
+
+WORKER = """
+import sys, optuna
+from atp_tune.cli.running import quiet
+from atp_tune.storage import create_study, is_surplus, open_storage
+with quiet():
+    study = create_study(open_storage(sys.argv[1], True), "s", {"sparsity": 0.5})
+    study.sampler = optuna.samplers.RandomSampler()
+    def objective(trial):
+        trial.set_user_attr("pid", 1)
+        return trial.suggest_float("beta", 0, 1)
+    study.optimize(objective, int(sys.argv[2]))
+"""
+
+
+def together(address: str, workers: int, trials: int) -> list[str]:
+    """What workers that start at the same moment say on stderr."""
+    command = [sys.executable, "-c", WORKER, address, str(trials)]
+    started = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(workers)]
+    return [process.communicate(timeout=300)[1] for process in started]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["postgresql", "sqlite"])
+def test_eight_workers_on_an_empty_database(kind: str, postgres: PostgreSQL, tmp_path: Path) -> None:
+    """They make the tables, the study and its trials at the same moments."""
+    address = postgres.new() if kind == "postgresql" else f"sqlite:///{tmp_path}/many.db"
+    assert together(address, 8, 25) == [""] * 8
+    trials = stored(address, "s").trials
+    assert [t.number for t in trials] == list(range(200))
+    assert {t.state for t in trials} == {TrialState.COMPLETE}
+
+
+@pytest.mark.slow
+def test_two_workers_share_a_total_in_postgresql(place: Path, postgres: PostgreSQL) -> None:
+    address = postgres.new()
+    words = ("--study", place / "tiny.toml", "--storage", address, *settings(*LONG, "search.trials=8"))
+    answers = [finish(worker, 120) for worker in [start(*words), start(*words)]]
+    assert [answer.code for answer in answers] == [0, 0], answers
+    study = stored(address)
+    assert storage.counted(study) == 8
+    assert len({str(t.params) for t in study.trials if storage.counts(t)}) >= 7
+    assert len({t.user_attrs["pid"] for t in study.trials if storage.counts(t)}) == 2
+
+
+@pytest.mark.parametrize("kind", ["postgresql", "sqlite"])
+def test_a_queued_trial_is_taken_once(kind: str, postgres: PostgreSQL, tmp_path: Path) -> None:
+    address = postgres.new() if kind == "postgresql" else f"sqlite:///{tmp_path}/queue.db"
+    study = storage.create_study(opened(address), "s", {})
+    workers = [opened(address) for _ in range(4)]
+    for turn in range(20):
+        study.enqueue_trial({"beta": turn / 20})
+        take = methodcaller("set_trial_state_values", study.trials[-1]._trial_id, TrialState.RUNNING)
+        with ThreadPoolExecutor() as pool:
+            taken = list(pool.map(take, workers))
+        assert sorted(taken) == [False, False, False, True]

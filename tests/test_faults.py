@@ -1,0 +1,531 @@
+"""Faults that really happen, and what they leave of a study: docs/reliability.md has the table."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from faults import DOCUMENT, Command, Rows, check_best, check_equal, disk, fill, has, measured, names, stored
+from optuna.exceptions import ExperimentalWarning
+from optuna.trial import TrialState
+from preloaded import PHASES, TOTAL, in_phase, kill, kill_at_rename, kill_at_write, kill_in_the_first_trial
+from safetensors.torch import load_file, save_file
+from test_network import needs
+from tinystudy import CommandLine, run, settings
+
+from atp_tune import evaluation, storage, tuning
+from atp_tune.bench import Bench
+from atp_tune.events import Event, Note, TrialStarted
+from atp_tune.process import identity, versions
+
+ROWS = Rows()
+LONG = ("texts.calibration.windows=250", "texts.search.windows=250", f"search.trials={TOTAL}")
+RUNS = "SELECT 1 FROM trials JOIN trial_user_attributes USING (trial_id) WHERE state = 'RUNNING' AND key = 'sparsities'"
+slow = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def table() -> Iterator[None]:
+    yield
+    if os.environ.get("ATP_TUNE_WRITE_DOCS") == "1":
+        ROWS.write(DOCUMENT)
+
+
+class Tiny:
+    """The tiny study in a folder, run by commands that can be killed."""
+
+    def __init__(self, place: Path, *overrides: str) -> None:
+        self.place = place
+        self.database = place / "tiny.db"
+        self._options = ("--study", place / "tiny.toml", *settings(*overrides))
+
+    def start(self, inject: Callable[[], None] | None = None) -> Command:
+        return Command(*self._options, inject=inject)
+
+    def finish(self) -> float:
+        """Runs it to its end; seconds until the first trial, or the report, was stored."""
+        before = self.ended()
+        command = self.start()
+        while command.lives and self.ended() == before:
+            sleep(0.01)
+        seconds = monotonic() - command.began
+        answer = command.finish()
+        assert (answer.code, answer.err) == (0, ""), answer
+        return seconds
+
+    def ended(self) -> int:
+        if not has(self.database, "SELECT 1 FROM trials"):
+            return 0
+        study = stored(self.place)
+        return len(measured(study)) + len(study.user_attrs.get("reports", ()))
+
+    def has(self, query: str, *values: object) -> bool:
+        return has(self.database, query, *values)
+
+    @property
+    def study(self) -> optuna.Study:
+        return stored(self.place)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """The same study without a fault; to be read only."""
+    place = tmp_path_factory.mktemp("undisturbed") / "tiny"
+    shutil.copytree(tiny_place, place)
+    tiny = Tiny(place, *LONG)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATP_TUNE_CACHE", str(place.parent / "cache"))
+        tiny.finish()
+    return tiny
+
+
+@pytest.fixture
+def tiny(place: Path) -> Tiny:
+    return Tiny(place, *LONG)
+
+
+def check_same(tiny: Tiny, undisturbed: Tiny) -> None:
+    check_equal(tiny.study, undisturbed.study, TOTAL)
+    check_best(tiny.place / "tiny.best.json", undisturbed.place / "tiny.best.json")
+
+
+# --- kill -9
+
+
+@slow
+@pytest.mark.parametrize("phase", PHASES)
+def test_kill_9_in_a_phase(phase: str, tiny: Tiny, undisturbed: Tiny) -> None:
+    assert tiny.start(partial(in_phase, phase, kill)).finish().code == -signal.SIGKILL
+    assert "tiny.best.json" not in names(tiny.place)
+    seconds = tiny.finish()
+    check_same(tiny, undisturbed)
+    ROWS.add(f"kill -9 while {phase}" if "ing" in phase else f"kill -9 in {phase}", 1, seconds=seconds)
+
+
+@slow
+def test_kill_9_while_best_json_is_written(tiny: Tiny, undisturbed: Tiny) -> None:
+    assert tiny.start(kill_at_rename).finish().code == -signal.SIGKILL
+    left = {name for name in names(tiny.place) if name.startswith(".tiny.best.json")}
+    assert len(left) == 1
+    assert "tiny.best.json" not in names(tiny.place)
+    seconds = tiny.finish()
+    assert not left & names(tiny.place)
+    check_same(tiny, undisturbed)
+    ROWS.add("kill -9 while exporting best.json", 1, seconds=seconds)
+
+
+@slow
+def test_kill_9_while_the_database_writes(tiny: Tiny, undisturbed: Tiny) -> None:
+    """SQLite's journal is there while a transaction is written: whoever comes next rolls it back."""
+    journal, times, hot = tiny.place / "tiny.db-journal", 0, 0
+    rng = random.Random(0)
+    while times < 6:
+        command, end = tiny.start(), monotonic() + 0.3 + rng.random()
+        if command.kill_when(lambda: is_past(end) and journal.exists(), pause=0):  # noqa: B023
+            times += 1
+            hot += journal.exists()
+        else:
+            break
+    assert hot > 0
+    seconds = tiny.finish()
+    check_same(tiny, undisturbed)
+    ROWS.add("kill -9 while SQLite writes (its journal left behind)", times, seconds=seconds)
+
+
+def is_past(end: float) -> bool:
+    return monotonic() > end
+
+
+@slow
+def test_kill_9_at_random_moments(place: Path) -> None:
+    """Each of 30 runs is killed after a random delay; no trial is hit three times, which would end it."""
+    total = 40
+    overrides = (*LONG[:2], f"search.trials={total}")
+    other = Tiny(Path(shutil.copytree(place, place.parent / "other")), *overrides)
+    began = monotonic()
+    loading = other.finish()
+    pace = (monotonic() - began - loading) / total
+    tiny, rng = Tiny(place, *overrides), random.Random(0)
+    for _ in range(30):
+        command, end = tiny.start(), monotonic() + rng.uniform(loading / 2, loading + 4 * pace)
+        known = tiny.ended() if tiny.has("SELECT 1 FROM trials") and is_at_risk(tiny.study) else -1
+        assert command.kill_when(lambda: is_past(end) and tiny.ended() > known)  # noqa: B023
+    seconds = tiny.finish()
+    check_equal(tiny.study, other.study, total)
+    hit = sum("lost" in trial.user_attrs for trial in tiny.study.trials)
+    assert hit > 5
+    ROWS.add(f"kill -9 at random moments of one study of {total} trials", 30, seconds=seconds)
+
+
+def is_at_risk(study: optuna.Study) -> bool:
+    """Whether one more kill may be a trial's third."""
+    open_ones = [trial for trial in study.trials if not trial.state.is_finished()]
+    return any(
+        trial.system_attrs.get("deaths", 0) + (trial.state == TrialState.RUNNING) >= storage.RETRIES
+        for trial in open_ones
+    )
+
+
+# --- the power is cut
+
+
+def cut_at_every_write(start: Callable[[Callable[[], None]], Command], folder: Path, check: Callable[[], None]) -> int:
+    """Kills a command at its first write below a folder, its second and so on, until it comes through; how often."""
+    for number in range(1, 40):
+        answer = start(partial(kill_at_write, number, str(folder))).finish()
+        if answer.code == 0:
+            return number - 1
+        assert answer.code == -signal.SIGKILL, answer
+        check()
+    raise AssertionError("it writes without end")
+
+
+@slow
+def test_export_is_cut_at_every_write(done: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out" / "best.json"
+    out.parent.mkdir()
+    words = ("export", "--study", done / "tiny.toml", "--out", out)
+    times = cut_at_every_write(
+        lambda inject: Command(*words, inject=inject), out.parent, lambda: assert_not(out.exists())
+    )
+    assert times >= 3
+    assert names(out.parent) == {"best.json"}
+    check_best(out, done / "tiny.best.json")
+    ROWS.add("power cut at every write of `export`", times)
+
+
+@slow
+def test_apply_is_cut_at_every_write(done: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    words = ("apply", "--config", done / "tiny.best.json", "--device", "cpu", "--out", folder / "sparse")
+    times = cut_at_every_write(
+        lambda inject: Command(*words, inject=inject), folder, lambda: assert_not((folder / "sparse").exists())
+    )
+    assert times >= 5
+    assert names(folder) == {"sparse"}
+    assert (folder / "sparse" / "atp_tune.json").read_text() == (done / "tiny.best.json").read_text()
+    ROWS.add("power cut at every write of `apply`", times)
+
+
+def assert_not(condition: bool) -> None:
+    assert not condition
+
+
+# --- disks
+
+
+@slow
+def test_the_disk_is_full_while_the_database_grows(place: Path, tmp_path: Path, undisturbed: Tiny) -> None:
+    with disk(tmp_path / "disk", "4m") as folder:
+        shutil.copytree(place, folder / "tiny")
+        tiny, times = Tiny(folder / "tiny", *LONG), 0
+        for room in (0, 30_000, 130_000, 170_000, 210_000, 250_000):
+            filler = fill(folder, max(0, room - (tiny.database.stat().st_size if tiny.database.exists() else 0)))
+            answer = tiny.start().finish()
+            filler.unlink()
+            if answer.code == 0:
+                break
+            assert "disk" in answer.error or "No space left" in answer.error
+            assert not (tiny.place / "tiny.best.json").exists()
+            times += 1
+        assert times >= 3
+        seconds = tiny.finish()
+        check_same(tiny, undisturbed)
+    ROWS.add("disk full while the database writes", times, seconds=seconds)
+
+
+def test_the_disk_is_full_for_exports_and_reports(done: Path, tmp_path: Path, command: CommandLine) -> None:
+    best = (done / "tiny.best.json").read_bytes()
+    with disk(tmp_path / "disk", "16m") as folder:
+        place = Path(shutil.copytree(done, folder / "tiny"))
+        study, config = ("--study", place / "tiny.toml"), ("--config", place / "tiny.best.json", "--device", "cpu")
+        (place / "tiny.best.json").write_bytes(best)
+        for words, name in (
+            (("export", *study, "--out", place / "new.json"), "new.json"),
+            (("report", *study, "--out", place / "new.html"), "new.html"),
+            (("apply", *config, "--out", place / "sparse"), "sparse"),
+        ):
+            filler, before = fill(folder, 0), names(place)
+            answer = command(*words)
+            assert "No space left on device" in answer.error
+            assert names(place) == before
+            filler.unlink()
+            answer = command(*words)
+            assert answer.code == 0, answer
+            assert names(place) == {*before, name}
+            shutil.rmtree(place / name) if name == "sparse" else (place / name).unlink()
+        assert (place / "tiny.best.json").read_bytes() == best
+    ROWS.add("disk full for `export`, `report` and `apply`", 3)
+
+
+def test_a_folder_that_is_read_only(done: Path, tmp_path: Path, command: CommandLine) -> None:
+    with disk(tmp_path / "disk", "4m") as folder:
+        place = Path(shutil.copytree(done, folder / "tiny"))
+        (place / "tiny.best.json").unlink()
+        subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+        study = ("--study", place / "tiny.toml")
+        assert command(*study, "--trials", "9").error == (
+            f"storage {place / 'tiny.db'}: Read-only file system; name another with --storage sqlite:///FILE.db"
+        )
+        for name, ending in (("export", "best.json"), ("report", "report.html")):
+            answer = command(name, *study)
+            expected = f"{place}/tiny.{ending}: Read-only file system; choose another place with --out FILE"
+            assert answer.error == expected
+            assert command(name, *study, "--out", tmp_path / ending).code == 0
+        assert command("status", *study).code == 0
+        answer = command(*study, "--trials", "1", "--storage", f"sqlite:///{tmp_path}/new.db")
+        assert answer.code == 0, answer
+    ROWS.add("study folder read-only, for a run, `export`, `report`, `status`", 4)
+
+
+# --- a damaged database
+
+DAMAGE: dict[str, Callable[[bytearray], bytes | bytearray]] = {
+    "header": lambda file: bytearray(b"x" * 100) + file[100:],
+    "page of the schema": lambda file: file[:100] + bytes(3000) + file[3100:],
+    "middle": lambda file: file[:4096] + random.Random(0).randbytes(len(file) - 3 * 4096) + file[-2 * 4096 :],
+    "truncated": lambda file: file[: len(file) // 2],
+    "truncated within a page": lambda file: file[: len(file) - 5000],
+    "text": lambda file: b"number,value\n0,47.1\n" * 100,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_database_is_one_line_and_left_alone(damage: str, done: Path, command: CommandLine) -> None:
+    database = done / "tiny.db"
+    database.write_bytes(DAMAGE[damage](bytearray(database.read_bytes())))
+    before, there = database.read_bytes(), names(done)
+    study = ("--study", done / "tiny.toml")
+    for words in ((), ("status",), ("export",), ("report",), ("serve", "--port", "0", "--grpc-port", "0")):
+        error = command(*words, *study).error
+        assert error.startswith(f"storage {database}: ")
+        assert f"sqlite3 {database} .recover | sqlite3 NEW.db" in error
+        assert database.read_bytes() == before
+    assert names(done) - there <= {"tiny.artifacts"}
+    ROWS.add("database damaged (header, schema, middle, truncated twice, text), 5 commands each", 5 * len(DAMAGE))
+
+
+@slow
+def test_the_way_to_recover_that_is_named_recovers(done: Path, command: CommandLine) -> None:
+    """A page of an index is gone: what is in the tables is read, and the study goes on in another file."""
+    needs("sqlite3")
+    database, before = done / "tiny.db", measured(stored(done))
+    with closing(sqlite3.connect(database)) as connection:
+        query = "SELECT rootpage FROM sqlite_master WHERE type = 'index' AND tbl_name = 'trial_user_attributes'"
+        page = connection.execute(query).fetchone()[0]
+    file = bytearray(database.read_bytes())
+    file[(page - 1) * 4096 : page * 4096] = bytes(4096)
+    database.write_bytes(file)
+    found = re.search(r"`(.*)`", command("status", "--study", done / "tiny.toml").error)
+    assert found
+    subprocess.run(found[1], shell=True, check=True, cwd=done)
+    answer = command("--study", done / "tiny.toml", "--storage", f"sqlite:///{done}/NEW.db", "--trials", "7")
+    assert answer.code == 0, answer
+    assert [row in measured(stored(done, database=done / "NEW.db")) for row in before] == [True] * 6
+    ROWS.add("an index destroyed, and recovered as the message says", 1)
+
+
+def test_an_empty_file_is_a_database_that_was_about_to_be_made(place: Path, command: CommandLine) -> None:
+    (place / "tiny.db").touch()
+    for name in ("status", "export", "report"):
+        assert "has no trials yet" in command(name, "--study", place / "tiny.toml").error
+        assert (place / "tiny.db").stat().st_size == 0
+    assert command("--study", place / "tiny.toml", "--trials", "1").code == 0
+
+
+# --- the model
+
+
+def test_a_model_that_changes_while_it_is_used_is_not_mixed(
+    place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def change(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:  # the dense model, trial 0, trial 1
+            file.write_bytes(other)
+        return nlls(*arguments, **options)
+
+    file, calls = place / "model" / "model.safetensors", list[int]()
+    good, nlls = file.read_bytes(), evaluation.head_nlls
+    other = good[:-4] + bytes(4)
+    monkeypatch.setattr(evaluation, "head_nlls", change)
+    study = ("--study", place / "tiny.toml")
+    said = "model.source: the files of model were changed while they were in use; nothing was stored of it. "
+    assert command(*study).error.startswith(said)
+    assert [trial.value is None for trial in stored(place).trials] == [False, True]
+    assert "model.content is " in command(*study).error
+    file.write_bytes(good)
+    assert command(*study).code == 0
+    undisturbed = run(place, name="undisturbed")
+    check_equal(stored(place), undisturbed, 3)
+    ROWS.add("model file changed while a study runs, and between runs", 2)
+
+
+def test_a_model_of_nan_is_refused_before_a_trial(place: Path, command: CommandLine) -> None:
+    file = place / "model" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    error = command("--study", place / "tiny.toml").error
+    assert error.startswith("model.source: the perplexity of the dense model model is not finite: its weights hold NaN")
+    assert all(trial.state == TrialState.WAITING for trial in stored(place).trials)
+    ROWS.add("NaN in the weights: refused before a trial runs", 1, same="–")
+
+
+# --- memory
+
+
+@pytest.mark.parametrize("kind", ["cuda", "host"])
+@pytest.mark.parametrize("phase", ["calibration", "pruning", "evaluation"])
+def test_memory_runs_out_in_a_trial(phase: str, kind: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trial fails with the reason, the others are measured."""
+
+    def raises() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory") if kind == "cuda" else MemoryError()
+
+    owner, name, _ = PHASES[phase]
+    monkeypatch.setattr(owner, name, getattr(owner, name))  # and put back afterwards
+    watched = {"trial 1": raises}
+    whole = getattr(owner, name)
+    title: list[str] = [""]
+
+    def instead(*arguments: Any, **options: Any) -> Any:
+        watched.get(title[0], lambda: None)()
+        return whole(*arguments, **options)
+
+    def watch(event: Event) -> None:
+        if isinstance(event, TrialStarted):
+            title[0] = event.title
+
+    monkeypatch.setattr(owner, name, instead)
+    study = run(place, watch=watch)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "COMPLETE"]
+    assert str(study.trials[1].user_attrs["failure"]).startswith("out of memory")
+    assert study.user_attrs["reports"]
+    ROWS.add("memory runs out in calibration, pruning, evaluation", 6, same="that trial fails, the study goes on")
+
+
+def test_memory_runs_out_in_the_report(place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def report_fails(bench: Bench, blocks: Any, role: str) -> list[float]:
+        if role == "report":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(bench, blocks, role)
+
+    whole = Bench.all_nlls
+    study = ("--study", place / "tiny.toml")
+    with monkeypatch.context() as patch:
+        patch.setattr(Bench, "all_nlls", report_fails)
+        assert command(*study).error.startswith("report: dense model: out of memory; what is stored is safe")
+    assert len(measured(stored(place))) == 3
+    assert command(*study).code == 0
+    check_equal(stored(place), run(place, name="undisturbed"), 3)
+    ROWS.add("memory runs out in the report", 1)
+
+
+GROWTH = """
+import os, sys
+import psutil, torch
+sys.path.insert(0, sys.argv[1])
+from tinystudy import Path, run
+from atp_tune.events import TrialEnded
+torch.set_num_threads(1)
+sizes = []
+run(Path(sys.argv[2]), "search.trials=100", watch=lambda e: isinstance(e, TrialEnded) and sizes.append(
+    psutil.Process().memory_info().rss))
+print("sizes", sizes[19], sizes[99])
+"""
+
+
+@slow
+def test_memory_is_flat(place: Path) -> None:
+    words = [sys.executable, "-c", GROWTH, str(Path(__file__).parent), str(place)]
+    said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    early, late = (int(size) / 1e6 for size in said.rpartition("sizes ")[2].split())
+    assert late - early < 15
+    ROWS.add(f"100 trials in one process: {early:.0f} MB after the 20th, {late:.0f} MB after the last", 1)
+
+
+# --- clocks, versions, busy processes
+
+
+def test_a_clock_that_was_set_back(place: Path, command: CommandLine) -> None:
+    """All times that are stored lie an hour ahead: a trial that is alive is kept, one that is dead is run again."""
+    run(place, "search.trials=1")
+    study = stored(place)
+    study.enqueue_trial({"pruner": "wanda", "allocation": "atp", "beta": 0.05})
+    with pytest.warns(UserWarning, match="Heartbeat"):
+        lost = study.ask()
+    moved = {"process_started": identity()["process_started"] + 3600, "booted": identity()["booted"] + 3600}
+    for name, value in {**identity(), "pid": 2**22, **moved}.items():
+        lost.set_user_attr(name, value)
+    study._storage.record_heartbeat(lost._trial_id)  # type: ignore[attr-defined]
+    with closing(sqlite3.connect(place / "tiny.db")) as connection, connection:
+        connection.execute("UPDATE trials SET datetime_start = datetime('now', 'localtime', '+1 hour')")
+        connection.execute("UPDATE trial_heartbeats SET heartbeat = datetime('now', '+1 hour')")
+    document = json.loads(command("status", "--study", place / "tiny.toml", "--json").out)
+    assert document["running"][0]["seconds"] == 0
+    began = monotonic()
+    assert command("--study", place / "tiny.toml").code == 0
+    assert storage.counted(stored(place)) == 3
+    ROWS.add("clock set back by an hour", 1, seconds=monotonic() - began)
+
+
+def test_another_version_is_noted(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(place, "search.trials=1")
+    notes: list[str] = []
+    monkeypatch.setattr(tuning, "versions", lambda: {**versions(), "atp_tune": "9.9", "torch": "8.8"})
+    run(place, watch=lambda event: notes.append(event.text) if isinstance(event, Note) else None)
+    assert f"trial 0 was measured with atp_tune {versions()['atp_tune']}, torch {versions()['torch']}; " in notes[1]
+    assert "now it is atp_tune 9.9, torch 8.8" in notes[1]
+    ROWS.add("two versions of the program on one study: allowed, and said", 1)
+
+
+def test_a_trial_that_is_silent_but_alive_is_not_taken(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process is stopped for longer than the grace period: another one on this host waits for it."""
+    monkeypatch.setattr(storage, "GRACE", 1)
+    monkeypatch.setattr(tuning, "POLL", 0.1)
+    monkeypatch.setattr(storage, "HEARTBEAT", 1)
+    tiny = Tiny(place, *LONG)
+    command = tiny.start()
+    while not tiny.has(RUNS):
+        sleep(0.002)
+    os.kill(command.pid, signal.SIGSTOP)
+    sleep(3)
+    assert storage.recover(tiny.study) == []
+    with pytest.warns(ExperimentalWarning):
+        optuna.storages.fail_stale_trials(tiny.study)  # what Optuna does before each trial
+    assert tiny.has(RUNS)
+    os.kill(command.pid, signal.SIGCONT)
+    assert command.finish().code == 0
+    assert all(trial.state == TrialState.COMPLETE for trial in tiny.study.trials)
+    ROWS.add("process stopped for three times the grace period", 1)
+
+
+@slow
+def test_a_trial_that_kills_its_process_each_time_is_given_up(place: Path) -> None:
+    """The third death counts, or the study would try for ever; the total is reached without it."""
+    one = Tiny(place, *LONG, "search.trials=1")
+    for _ in range(storage.RETRIES + 1):
+        assert one.start(kill_in_the_first_trial).finish().code == -signal.SIGKILL
+    tiny = Tiny(place, *LONG)
+    tiny.finish()
+    study = tiny.study
+    assert storage.counted(study) == TOTAL
+    assert len(measured(study)) == TOTAL - 1
+    assert sum(storage.is_given_up(trial) for trial in study.trials) == 1
+    ROWS.add("a trial that kills its process three times", 3, same="that trial counts as failed, the study goes on")

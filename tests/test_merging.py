@@ -1,0 +1,285 @@
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import optuna
+import pytest
+from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upload_artifact
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+from optuna_dashboard import get_note, save_note
+from pgserver import PostgreSQL
+from synthetic import DISTRIBUTIONS, made_up, new_study
+from tinystudy import CommandLine, quiet, run, study_file
+
+from atp_tune import storage
+from atp_tune.errors import UserError
+from atp_tune.merging import Merged, merge
+from atp_tune.serving.keeper import Keeper
+from atp_tune.serving.notes import with_own_words
+from atp_tune.summary import summarise
+
+
+@pytest.fixture(autouse=True)
+def without_warnings() -> Iterator[None]:
+    with quiet():
+        yield
+
+
+def united(out: Path, *files: Path, name: str | None = None) -> Merged:
+    return merge([str(file) for file in files], out, name)
+
+
+def same(trial: FrozenTrial) -> tuple[Any, ...]:
+    """All of a trial but its number and id."""
+    return (
+        trial.state, trial.values, trial.params, trial.distributions, trial.user_attrs, trial.system_attrs,
+        trial.intermediate_values, trial.datetime_start, trial.datetime_complete,
+    )  # fmt: skip
+
+
+def refusal(out: Path, *files: Path, name: str | None = None) -> str:
+    before = {file: file.read_bytes() for file in files if file.is_file()}
+    with pytest.raises(UserError) as caught:
+        united(out, *files, name=name)
+    assert {file: file.read_bytes() for file in before} == before
+    assert "\n" not in str(caught.value)
+    assert [path for path in out.parent.iterdir() if path.name.startswith(".")] == []
+    return str(caught.value)
+
+
+def owner(study: optuna.Study, trial: FrozenTrial) -> optuna.Trial:
+    return cast(optuna.Trial, SimpleNamespace(storage=study._storage, study=study, _trial_id=trial._trial_id))
+
+
+def test_a_study_and_its_copy_are_the_study(done: Path, tmp_path: Path) -> None:
+    shutil.copyfile(done / "tiny.db", tmp_path / "copy.db")
+    merged = united(tmp_path / "new" / "out.db", done / "tiny.db", tmp_path / "copy.db")
+    before = study_of(done / "tiny.db")
+    assert [share.known for share in merged.shares] == [0, 6]
+    assert [(t.number, *same(t)) for t in merged.study.trials] == [(t.number, *same(t)) for t in before.trials]
+    assert merged.study.user_attrs == before.user_attrs
+    assert summarise(merged.study) == summarise_as(before, merged.study)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out.db"]
+
+
+def summarise_as(study: optuna.Study, other: optuna.Study) -> Any:
+    """The summary of a study, with the other's ids of its trials."""
+    for trial, twin in zip(study.get_trials(deepcopy=False), other.get_trials(deepcopy=False), strict=True):
+        trial._trial_id = twin._trial_id
+    return summarise(study)
+
+
+def study_of(file: Path, name: str = "tiny") -> optuna.Study:
+    return optuna.load_study(study_name=name, storage=f"sqlite:///{file}")
+
+
+def test_three_machines_that_went_on_from_a_copy(place: Path, tmp_path: Path, command: CommandLine) -> None:
+    run(place, "search.trials=2")
+    files = [place / "tiny.db"]
+    for index in (1, 2):
+        files.append(tmp_path / f"{index}.db")
+        shutil.copyfile(place / "tiny.db", files[-1])
+    for index, file in enumerate(files):
+        run(place, f"search.trials={3 + index}", f"storage=sqlite:///{file}")
+    answer = command("merge", *files, "--out", tmp_path / "out.db")
+    assert answer.out.splitlines() == [
+        f"{files[0]}: 3 trials",
+        f"{files[1]}: 4 trials, 2 of them known already",
+        f"{files[2]}: 5 trials, 2 of them known already",
+        f"{tmp_path / 'out.db'}: 8 trials, 8 of 8 done",
+        f"go on: python tune.py --study tiny --storage sqlite:///{tmp_path / 'out.db'}",
+    ]
+    study = study_of(tmp_path / "out.db")
+    begins = [trial.datetime_start for trial in study.trials]
+    assert begins == sorted(begins, key=str)
+    assert [trial.number for trial in study.trials] == list(range(8))
+    sources = [study_of(file) for file in files]
+    for source in sources:
+        for name, nlls in source.user_attrs["reports"].items():
+            if name != "dense":
+                twin = next(t for t in study.trials if same(t) == same(source.trials[int(name)]))
+                assert study.user_attrs["reports"][str(twin.number)] == nlls
+    best = min((trial for source in sources for trial in source.trials), key=lambda trial: trial.value or 0)
+    assert storage.best_trial(study) is not None
+    assert study.best_value == best.value
+
+
+def test_a_merged_study_goes_on(place: Path, tmp_path: Path, command: CommandLine) -> None:
+    words = ["--study", place / "tiny.toml", "--storage"]
+    for index in range(2):  # with one seed both would try the same points
+        run(place, f"storage=sqlite:///{place}/{index}.db", f"search.seed={index}")
+    out = place / "out.db"
+    united(out, place / "0.db", place / "1.db")
+    assert command("status", *words, f"sqlite:///{out}").code == 0
+    assert command(*words, f"sqlite:///{out}", "--trials", "8").code == 0
+    study = study_of(out)
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 8
+    assert len({str(trial.params) for trial in study.trials}) == 6  # both began with uniform and half the bound
+    for name in ("report", "export"):
+        assert command(name, *words, f"sqlite:///{out}").code == 0
+
+
+# --- made up studies
+
+
+def made(file: Path, *trials: FrozenTrial, **attributes: Any) -> optuna.Study:
+    study = new_study(file)
+    study.add_trials(trials)
+    for name, value in attributes.items():
+        study.set_user_attr(name, value)
+    return study
+
+
+def test_what_names_trials_by_number_follows(tmp_path: Path) -> None:
+    first, second = made_up(0.0), made_up(0.001)
+    failed = made_up(0.02, state=TrialState.FAIL, failure="out of memory")
+    again = made_up(0.02, state=TrialState.FAIL, failure="failed before, as trial 0: out of memory")
+    lost = made_up(0.003, state=TrialState.FAIL, lost="its process died")
+    retried = made_up(0.003)
+    retried.system_attrs = {"failed_trial": 2, "retry_history": [2]}
+    repeated = made_up(0.003, repeats=3)
+    belief = {"before": 4, "curves": {}}
+    made(tmp_path / "a.db", first, second, belief={"before": 2, "curves": {}}, reports={"dense": [1.0], "1": [1.5]})
+    made(tmp_path / "b.db", failed, again, lost, retried, repeated, belief=belief, reports={"dense": [2.0], "3": [2.5]})
+    study = united(tmp_path / "out.db", tmp_path / "b.db", tmp_path / "a.db").study
+    assert [trial.params["beta"] for trial in study.trials] == [0.0, 0.001, 0.02, 0.02, 0.003, 0.003, 0.003]
+    assert study.user_attrs["reports"] == {"dense": [2.0], "1": [1.5], "5": [2.5]}
+    assert study.user_attrs["belief"] == belief
+    assert study.trials[3].user_attrs["failure"] == "failed before, as trial 2: out of memory"
+    assert study.trials[5].system_attrs == {"failed_trial": 4, "retry_history": [4]}
+    assert study.trials[6].user_attrs["repeats"] == 5
+    assert study.user_attrs["total"] == 16
+
+
+def test_the_total_grows_with_the_trials(tmp_path: Path) -> None:
+    made(tmp_path / "a.db", made_up(0.0), made_up(0.1, state=TrialState.FAIL, lost="its process died"), total=1)
+    made(tmp_path / "b.db", made_up(0.001), made_up(0.1, state=TrialState.FAIL, failure="inf"), total=2)
+    assert united(tmp_path / "out.db", tmp_path / "a.db", tmp_path / "b.db").study.user_attrs["total"] == 3
+
+
+def test_trials_that_have_not_ended_stay_where_they_are(tmp_path: Path, command: CommandLine) -> None:
+    waiting = optuna.create_trial(
+        state=TrialState.WAITING, params={"beta": 0.1}, distributions={"beta": DISTRIBUTIONS["beta"]}
+    )
+    running = optuna.create_trial(state=TrialState.RUNNING)
+    made(tmp_path / "a.db", made_up(0.0), running, waiting, made_up(0.002))
+    made(tmp_path / "b.db", made_up(0.001))
+    answer = command("merge", tmp_path / "a.db", tmp_path / "b.db", "--out", tmp_path / "out.db")
+    assert answer.out.splitlines()[0] == f"{tmp_path / 'a.db'}: 2 trials; 2 that run or wait are left out"
+    study = study_of(tmp_path / "out.db", "made-up")
+    assert [trial.params["beta"] for trial in study.trials] == [0.0, 0.002, 0.001]
+
+
+def test_every_part_of_a_trial_is_kept(tmp_path: Path) -> None:
+    trial = made_up(0.001, state=TrialState.COMPLETE, stopped_after=2, linear_sparsities={"q": [0.5]})
+    trial.intermediate_values = {0: 2.5, 3: float("inf")}
+    before = made(tmp_path / "a.db", trial)
+    made(tmp_path / "b.db", made_up(0.0))
+    study = united(tmp_path / "out.db", tmp_path / "a.db", tmp_path / "b.db").study
+    assert same(study.trials[0]) == same(before.trials[0])
+    assert list(study.trials[0].params) == list(trial.params)
+
+
+def test_notes_are_kept_from_all(tmp_path: Path) -> None:
+    study = made(tmp_path / "a.db", made_up(0.0))
+    save_note(study, with_own_words("ours, old", "Ada was here."))
+    save_note(owner(study, study.trials[0]), "the first")
+    shutil.copyfile(tmp_path / "a.db", tmp_path / "b.db")
+    other = study_of(tmp_path / "b.db", "made-up")
+    other.add_trial(made_up(0.001))
+    save_note(other, with_own_words("ours, newer", "So was Bob."))
+    save_note(owner(other, other.trials[1]), "the second")
+    found = united(tmp_path / "out.db", tmp_path / "a.db", tmp_path / "b.db").study
+    assert get_note(found) == "Ada was here.\n\nSo was Bob."
+    assert [get_note(owner(found, trial)) for trial in found.trials] == ["the first", "the second"]
+
+
+def test_artifacts_come_along(done: Path, tmp_path: Path) -> None:
+    (tmp_path / "sketch.txt").write_text("of the study")
+    (tmp_path / "trial.txt").write_text("of a trial")
+    files = [done / "tiny.db", tmp_path / "other.db"]
+    shutil.copyfile(*files)
+    for file in files:
+        folder = file.with_suffix(".artifacts")
+        folder.mkdir()
+        Keeper(RDBStorage(f"sqlite:///{file}"), folder, print).turn()
+    study, store = study_of(files[1]), FileSystemArtifactStore(files[1].with_suffix(".artifacts"))
+    upload_artifact(artifact_store=store, file_path=str(tmp_path / "sketch.txt"), study_or_trial=study)
+    study.enqueue_trial({})
+    trial = study.ask()
+    upload_artifact(artifact_store=store, file_path=str(tmp_path / "trial.txt"), study_or_trial=trial)
+    study.tell(trial, 99.0)
+    (files[1].with_suffix(".artifacts") / "stray").write_text("of nobody")
+    study.set_user_attr("note", "an attribute of my own")
+    found = united(tmp_path / "out.db", files[1], files[0]).study
+    (own,), (of_trial,) = get_all_artifact_meta(found), get_all_artifact_meta(found.trials[-1], storage=found._storage)
+    folder = tmp_path / "out.artifacts"
+    assert (own.filename, (folder / own.artifact_id).read_text()) == ("sketch.txt", "of the study")
+    assert (of_trial.filename, (folder / of_trial.artifact_id).read_text()) == ("trial.txt", "of a trial")
+    assert len(list(folder.iterdir())) == 2
+    assert found.metric_names == ["perplexity"]
+    assert found.user_attrs["note"] == "an attribute of my own"
+
+
+# --- what is refused
+
+
+def test_other_facts_are_named(tmp_path: Path) -> None:
+    made(tmp_path / "a.db", made_up(0.0))
+    study = made(tmp_path / "b.db", made_up(0.0))
+    study.set_user_attr("fingerprint", {**study.user_attrs["fingerprint"], "sparsity": 0.7, "prune.damping": 1})
+    said = refusal(tmp_path / "out.db", tmp_path / "a.db", tmp_path / "b.db")
+    assert said == (
+        f"merge: {tmp_path / 'b.db'} holds another study than {tmp_path / 'a.db'}: "
+        "prune.damping is 1, was not set; sparsity is 0.7, was 0.6"
+    )
+    assert not (tmp_path / "out.db").exists()
+
+
+def test_which_study(tmp_path: Path) -> None:
+    for file, names in (("a.db", ("one", "two")), ("b.db", ("two", "one", "three")), ("c.db", ("three",))):
+        for name in names:
+            new_study(tmp_path / file, name).add_trial(made_up(0.0))
+    a, b, c, out = (tmp_path / name for name in ("a.db", "b.db", "c.db", "out.db"))
+    assert refusal(out, a, b) == (
+        f"merge: which study? Name one that all have with --study NAME; {a} holds one, two; {b} holds two, one, three"
+    )
+    assert "c.db holds three" in refusal(out, a, c)
+    assert "a.db holds one, two" in refusal(out, a, b, name="three")
+    assert united(tmp_path / "out.db", a, b, name="two").study.study_name == "two"
+    assert united(tmp_path / "other.db", b, c).study.study_name == "three"
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    for name in "ab":
+        made(tmp_path / f"{name}.db", made_up(0.0))
+    a, b = tmp_path / "a.db", tmp_path / "b.db"
+    assert refusal(a, a, b) == f"--out {a}: {a} exists; name a new file"
+    (tmp_path / "out.artifacts").mkdir()
+    assert "out.artifacts exists" in refusal(tmp_path / "out.db", a, b)
+    assert refusal(tmp_path / "new.db", a, tmp_path / "c.db") == (f"merge: {tmp_path / 'c.db'}: no such file")
+    assert not (tmp_path / "c.db").exists()
+    with pytest.raises(UserError, match=r"^--out .*out\.db: "):
+        united(a / "out.db", a, b)
+
+
+def test_a_study_of_others(tmp_path: Path) -> None:
+    made(tmp_path / "a.db", made_up(0.0))
+    optuna.create_study(study_name="made-up", storage=f"sqlite:///{tmp_path / 'b.db'}")
+    assert refusal(tmp_path / "out.db", tmp_path / "a.db", tmp_path / "b.db") == (
+        f"merge: {tmp_path / 'b.db'}: study made-up has no trials of atp_tune yet"
+    )
+
+
+def test_a_storage_url(place: Path, postgres: PostgreSQL, command: CommandLine) -> None:
+    address = postgres.new()
+    run(place, f"storage={address}")
+    run(place, "search.trials=2")
+    answer = command("merge", place / "tiny.db", address, "--out", place / "out.db")
+    assert answer.code == 0, answer.err
+    assert "tuner:***@" in answer.out
+    assert len(study_of(place / "out.db").trials) == 5
+    assert study_file(place).database != place / "out.db"
