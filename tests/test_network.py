@@ -86,6 +86,7 @@ def namespace() -> Iterator[Namespace]:
         ip("link", "set", f"{name}h", "up")
         ip("-n", name, "addr", "add", f"{THERE}/24", "dev", f"{name}w")
         ip("-n", name, "link", "set", f"{name}w", "up")
+        ip("-n", name, "link", "set", "lo", "up")
         yield Namespace(name, f"{name}h")
     finally:
         ip("netns", "delete", name)
