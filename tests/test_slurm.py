@@ -144,8 +144,10 @@ def test_an_array_runs_a_study(how: str, place: Path, slurm: Path) -> None:
     assert len(whole) == TOTAL, logs(place)
     assert not [trial for trial in trials(place) if not trial.state.is_finished()]
     interrupted = [trial for trial in trials(place) if trial.user_attrs.get("lost") == "interrupted"]
-    assert bool(interrupted) == ("stopped: finished trials are in" in logs(place)) == (how != "undisturbed")
-    assert all(trial.params in [other.params for other in whole] for trial in interrupted)
+    assert ("stopped: finished trials are in" in logs(place)) == (how != "undisturbed")
+    assert "Traceback" not in logs(place)
+    proposed = [trial.params for trial in interrupted if "beta" in trial.params]
+    assert all(params in [trial.params for trial in whole] for params in proposed)
     assert len({trial.user_attrs["pid"] for trial in whole}) > 1
 
 
@@ -157,4 +159,4 @@ def test_a_cancelled_array_does_not_come_back(place: Path, slurm: Path) -> None:
         said("scancel", job)
         wait_until(lambda: said("squeue", "-h") == "", 60)
         assert not in_state(place, TrialState.RUNNING), logs(place)
-        assert in_state(place, TrialState.WAITING)
+        assert len(in_state(place, TrialState.COMPLETE)) < TOTAL

@@ -187,7 +187,7 @@ def in_transaction(frame: FrameType | None) -> bool:
     """
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
-        if module.startswith(("sqlalchemy.", "optuna.storages.", "weakref")):
+        if module.startswith(("sqlalchemy.", "optuna.storages.", "optuna.study._tell", "weakref")):
             return True
         if module == "atp_tune.patience":
             return False
