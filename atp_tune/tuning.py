@@ -32,9 +32,10 @@ POLL = 2  # seconds between looks at a trial that runs elsewhere
 class Run:
     """One call of the command: the study file, the study's name, and how many seconds to go on at most.
 
-    A `bench` that is open already, with this model and these texts, spares loading them. Of several workers one
-    `reports`: it measures the report text and writes the best configuration when the total is reached. `mix`: another
-    device or number format than the one on which the study began is no reason to refuse.
+    A `bench` that is open already, with this model and these texts, spares loading them. When the total is reached,
+    a run that `reports` measures the report text, and one that `writes` writes the best configuration here. Of several
+    workers one reports, and none writes: that is left to the process that started them. `mix`: another device or number
+    format than the one on which the study began is no reason to refuse.
     """
 
     file: StudyFile
@@ -43,6 +44,7 @@ class Run:
     watch: Watch
     bench: "Bench | None" = None
     reports: bool = True
+    writes: bool = True
     mix: bool = False
 
     def note(self, text: str) -> None:
@@ -286,7 +288,7 @@ def report(run: Run, study: optuna.Study, bench: "Bench", space: Space) -> None:
 
 def _write_best(run: Run, study: optuna.Study) -> None:
     """Writes the best configuration down, unless it is there: a run may have been killed just before it was."""
-    if storage.best_trial(study) is None:
+    if not run.writes or storage.best_trial(study) is None:
         return
     out = run.file.best_of(run.name)
     config = best_config(run.file, study, out)

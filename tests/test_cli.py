@@ -213,6 +213,15 @@ def test_the_second_one_ends_at_once() -> None:
     assert signal.getsignal(signal.SIGINT) == before
 
 
+def test_sigterm_is_ctrl_c_and_a_second_one_is_nothing() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with interruptible():
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_ctrl_c_does_not_break_a_transaction(tmp_path: Path) -> None:
     """Sent while SQLAlchemy runs a statement, it is raised after it; the database is not left locked."""
     import sqlalchemy

@@ -34,9 +34,11 @@ def needs(*programs: str) -> None:
 
 
 @contextmanager
-def serving(place: Path, host: str, port: int, grpc_port: int) -> "Iterator[subprocess.Popen[str]]":
+def serving(
+    place: Path, host: str, port: int, grpc_port: int, database: str = "served.db"
+) -> "Iterator[subprocess.Popen[str]]":
     words = ["--listen", host, "--port", str(port), "--grpc-port", str(grpc_port)]
-    server = start("serve", "--study", place / "tiny.toml", "--storage", f"sqlite:///{place / 'served.db'}", *words)
+    server = start("serve", "--study", place / "tiny.toml", "--storage", f"sqlite:///{place / database}", *words)
     assert server.stdout is not None
     try:
         while "Ctrl-C stops" not in (line := server.stdout.readline()):
@@ -84,6 +86,7 @@ def namespace() -> Iterator[Namespace]:
         ip("link", "set", f"{name}h", "up")
         ip("-n", name, "addr", "add", f"{THERE}/24", "dev", f"{name}w")
         ip("-n", name, "link", "set", f"{name}w", "up")
+        ip("-n", name, "link", "set", "lo", "up")
         yield Namespace(name, f"{name}h")
     finally:
         ip("netns", "delete", name)

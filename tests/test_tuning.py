@@ -297,8 +297,9 @@ def test_killed_again_and_again_it_still_ends(place: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_a_trial(place: Path) -> None:
-    code, output = kill_in(place, 1, *LONG, "search.trials=4", by=signal.SIGINT)
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_in_a_trial(by: signal.Signals, place: Path) -> None:
+    code, output = kill_in(place, 1, *LONG, "search.trials=4", by=by)
     assert code == 130
     assert f"stopped: finished trials are in {place / 'tiny.db'}" in output
     assert "Traceback" not in output

@@ -70,6 +70,22 @@ def test_ctrl_c_stops_all_and_loses_nothing(place: Path) -> None:
 
 
 @pytest.mark.slow
+def test_sigterm_to_every_process_stops_all_and_loses_nothing(place: Path) -> None:
+    """As Slurm sends it, twice."""
+    process = begin(place, "--workers", "2")
+    wait_for(place / "tiny.db", 3, process)
+    for _ in range(2):
+        for each in [*workers_of(process), process]:
+            each.send_signal(signal.SIGTERM)
+    answer = finish(process)
+    assert (answer.code, answer.err) == (130, "")
+    assert "died" not in answer.out
+    assert not [trial for trial in trials(place) if trial.state == TrialState.RUNNING]
+    assert finish(begin(place), 120).code == 0
+    check_whole(place)
+
+
+@pytest.mark.slow
 def test_a_worker_that_dies_is_started_again(place: Path) -> None:
     process = begin(place, "--workers", "2")
     wait_for(place / "tiny.db", 2, process)

@@ -1,12 +1,15 @@
 """Commands and their options; each hands over to a function of the package and prints what comes back."""
 
 from dataclasses import replace
+from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from atp_tune.cli.crew import Crew
     from atp_tune.status import Listed
     from atp_tune.studyfile import StudyFile
 
@@ -31,6 +34,13 @@ Overrides = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", metavar="", help="One JSON document on stdout, and nothing else.")]
 Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="auto, cpu, mps, cuda or cuda:N.")]
+
+
+class Engine(StrEnum):
+    """What runs the workers of a study."""
+
+    process = "process"
+    ray = "ray"
 
 
 @app.callback(invoke_without_command=True)
@@ -60,6 +70,12 @@ def run(
             help="Go on though the study began on another device or in another dtype.",
         ),
     ] = False,
+    engine: Annotated[
+        Engine, typer.Option(metavar="ENGINE", help="process: workers run here; ray: on a Ray cluster, one per GPU.")
+    ] = Engine.process,
+    ray_address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="The cluster; default: the one that this machine is in.")
+    ] = None,
     set_: Overrides = None,
 ) -> None:
     """Find how to share out sparsity over the blocks of a language model, and prune it.
@@ -82,7 +98,8 @@ def run(
     names = _devices(file.study.device, workers, devices)
     for name in names:  # so that a mistake is told before anything runs
         _load(study, storage, name, set_)
-    run_study(file, study_name, timeout, names, allow_device_change)
+    crew = _crew(engine, names, workers, devices, ray_address)
+    run_study(file, study_name, timeout, crew, allow_device_change)
 
 
 @app.command()
@@ -337,6 +354,31 @@ def _devices(device: str, workers: int | None, devices: str | None) -> list[str]
     if not listed or (workers is not None and workers != len(listed)):
         raise typer.BadParameter(f"names {len(listed)} devices, --workers {workers}", param_hint="--devices")
     return listed
+
+
+def _crew(
+    engine: Engine, names: list[str], workers: int | None, devices: str | None, address: str | None
+) -> "Crew | None":
+    """Who runs the trials; None for this process alone."""
+    if engine == Engine.ray:
+        if devices is not None:
+            raise typer.BadParameter("Ray chooses them; write --workers N", param_hint="--devices")
+        return _on_ray(workers, address)
+    if address is not None:
+        raise typer.BadParameter("only with --engine ray", param_hint="--ray-address")
+    from atp_tune.cli.workers import run_workers
+
+    return partial(run_workers, devices=names) if len(names) > 1 else None
+
+
+def _on_ray(workers: int | None, address: str | None) -> "Crew":
+    from atp_tune.errors import UserError
+
+    try:
+        from atp_tune.cli.ray_engine import run_on_ray
+    except ModuleNotFoundError as error:
+        raise UserError(f"--engine ray: {error}; install it with: pip install 'atp-tune[ray]'") from None
+    return partial(run_on_ray, count=workers, address=address or "auto")
 
 
 def _parameters(beta: float | None, others: list[str] | None) -> dict[str, float]:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from threading import Timer
+from time import time
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from atp_tune.studyfile import StudyFile
 if TYPE_CHECKING:
     import optuna
 
+    from atp_tune.cli.crew import Crew
     from atp_tune.serving.serve import Service
     from atp_tune.tuning import Run
 
@@ -30,11 +32,11 @@ SOON = 0.02  # seconds until an interruption that would break a transaction is t
 
 
 def run_study(
-    file: StudyFile, name: str | None, timeout: float | None, devices: Sequence[str], mix: bool = False
+    file: StudyFile, name: str | None, timeout: float | None, crew: "Crew | None" = None, mix: bool = False
 ) -> None:
-    """Runs or resumes a study with progress; the summary at the end, also of what is left after Ctrl-C.
+    """Runs or resumes a study with progress, in this process or by a crew; the summary at the end.
 
-    One process for each of the `devices`, this one if there is one.
+    Ctrl-C and SIGTERM stop it, and the trial that ran is queued again.
     """
     from atp_tune.summary import summarise
     from atp_tune.tuning import Run
@@ -42,7 +44,7 @@ def run_study(
     with quiet(), interruptible(), Display() as display:
         run = Run(file, name or file.name, timeout, display, mix=mix)
         try:
-            study = _driven(run, devices, display)
+            study = _driven(run, crew, display)
         except KeyboardInterrupt:
             display.close()
             console.print(
@@ -53,15 +55,17 @@ def run_study(
         show_summary(summarise(study), file)
 
 
-def _driven(run: "Run", devices: Sequence[str], display: Display) -> "optuna.Study | None":
-    from atp_tune.cli.workers import run_workers
+def _driven(run: "Run", crew: "Crew | None", display: Display) -> "optuna.Study | None":
+    from atp_tune.cli.crew import Job
     from atp_tune.tuning import begun, completed, tune
 
-    if len(devices) == 1:
+    if crew is None:
         return tune(run)
-    if completed(run) is None:
-        run_workers((run.file, run.name, run.timeout, run.mix), devices, display)
-    return begun(run)
+    study = completed(run)
+    if study is None:
+        crew(Job(run.file, run.name, None if run.timeout is None else time() + run.timeout, run.mix), display)
+        study = completed(run) or begun(run)
+    return study
 
 
 def run_report(studies: Sequence["optuna.Study"], kind: str, out: Path) -> None:
@@ -153,26 +157,30 @@ class Words(logging.Handler):
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt once, and never within a transaction; the next one ends the process.
+def interruptible(*stops: signal.Signals) -> Iterator[None]:
+    """Ctrl-C or SIGTERM raises KeyboardInterrupt once, never within a transaction; the next Ctrl-C ends the process.
 
     Raised in the middle of SQLAlchemy's work it would leave the database locked, and Optuna's threads waiting for it.
+    A second SIGTERM does nothing: Slurm sends several.
     """
+    stops = stops or STOPS
 
     def first(signum: int, frame: FrameType | None) -> None:
         if in_transaction(frame):
             Timer(SOON, interrupt_main).start()
             return
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        for stop in stops:
+            signal.signal(stop, signal.SIG_DFL if stop == signal.SIGINT else signal.SIG_IGN)
         if console.is_terminal:
             console.show_cursor()
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, first)
+    before = {stop: signal.signal(stop, first) for stop in stops}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for stop, handler in before.items():
+            signal.signal(stop, handler)
 
 
 def in_transaction(frame: FrameType | None) -> bool:
@@ -181,7 +189,7 @@ def in_transaction(frame: FrameType | None) -> bool:
     """
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
-        if module.startswith(("sqlalchemy.", "optuna.storages.", "weakref")):
+        if module.startswith(("sqlalchemy.", "optuna.storages.", "optuna.study._tell", "weakref")):
             return True
         if module == "atp_tune.patience":
             return False

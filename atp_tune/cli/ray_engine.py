@@ -1,0 +1,178 @@
+"""Workers that are tasks of a Ray cluster, one per GPU: `--engine ray`.
+
+A worker whose node dies is started again where there is room. Events come back through an actor beside this process;
+nobody waits for it, so that a run goes on without a display where it is lost.
+"""
+
+import logging
+import os
+import signal
+import socket
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray._private.services import canonicalize_bootstrap_address_or_die
+from ray.exceptions import GetTimeoutError, NodeDiedError, RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from atp_tune.cli.crew import PATIENCE, Job, Worker, run_crew, work
+from atp_tune.cli.display import Display
+from atp_tune.errors import UserError
+from atp_tune.events import Event, Note
+from atp_tune.studyfile import StudyFile
+
+ANSWER = 5  # seconds in which the cluster's address, or the actor of the news, must answer
+POLL = 0.3  # seconds between two looks at the news
+
+
+def run_on_ray(job: Job, display: Display, count: int | None, address: str) -> None:
+    """Runs the study in `count` tasks of the cluster, by default one for each of its GPUs."""
+    _connect(address)
+    try:
+        if job.file.database is not None and len(set(_hosts().values())) > 1:
+            raise UserError(_out_of_reach(job.file))
+        kind, there = _room(job.file.study.device)
+        count = count or max(1, there)
+        if count > there:
+            display(Note(f"the cluster has {there} {kind}s for {count} workers: the others wait until there are more"))
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        news = _NEWS.options(scheduling_strategy=here).remote()
+        job = replace(job, file=_for_travel(job.file))
+        workers: list[Task] = [Task(index, display, job, kind, news) for index in range(count)]
+        run_crew(workers, lambda alive: _listen(alive, workers, news))
+    finally:
+        ray.shutdown()
+
+
+def _connect(address: str) -> None:
+    """Joins the cluster as a driver, quietly; UserError in one line."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    terminate = signal.getsignal(signal.SIGTERM)
+    try:
+        host, _, port = canonicalize_bootstrap_address_or_die(address).rpartition(":")
+        socket.create_connection((host, int(port)), ANSWER).close()  # Ray itself would try for minutes
+        ray.init(f"{host}:{port}", log_to_driver=False, logging_level=logging.CRITICAL)
+    except (OSError, ValueError, RuntimeError) as error:
+        how = "start it with `ray start --head`, join it with `ray start --address HOST:6379`, here too"
+        raise UserError(f"ray: no cluster at {address} ({str(error).splitlines()[0]}); {how}") from None
+    signal.signal(signal.SIGTERM, terminate)  # Ray's own would exit at once
+
+
+def _out_of_reach(file: StudyFile) -> str:
+    return (
+        f"storage {file.database}: a file of one machine, and the cluster has several; start `python tune.py serve "
+        f"--study {file.name} --listen 0.0.0.0` there and add --storage grpc://HOST:13000, or use PostgreSQL"
+    )
+
+
+def _hosts() -> dict[str, str]:
+    """The address of each node that lives."""
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in nodes if node["Alive"]}
+
+
+def _host() -> str:
+    """The address of this process's node."""
+    return _hosts()[ray.get_runtime_context().get_node_id()]
+
+
+def _room(device: str) -> tuple[str, int]:
+    """What a worker takes one of, and how many the cluster has."""
+    there = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    kind = "GPU" if device.startswith("cuda") or (device == "auto" and there.get("GPU", 0) >= 1) else "CPU"
+    return kind, int(there.get(kind, 0))
+
+
+def _for_travel(file: StudyFile) -> StudyFile:
+    """The same study file where the current folder is another."""
+    study = file.study.model_copy(update={"storage": file.storage_url})
+    return replace(file, path=file.path.absolute(), study=study)
+
+
+def _listen(alive: "Sequence[Task]", workers: "Sequence[Task]", news: Any) -> None:
+    """Draws what has come, then sees who has ended."""
+    by_task = {worker.task: worker for worker in alive}
+    ended, _ = ray.wait(list(by_task), timeout=POLL)
+    for index, event in _taken(news):
+        workers[index].hear(event)
+    for task in ended:
+        by_task[task].end()
+
+
+def _taken(news: Any) -> list[tuple[int, Event]]:
+    try:
+        return ray.get(news.take.remote(), timeout=ANSWER)  # type: ignore[no-any-return]
+    except (RayActorError, GetTimeoutError):  # Ray starts the actor again
+        return []
+
+
+class Task(Worker):
+    """One task, on one GPU or CPU."""
+
+    def __init__(self, index: int, display: Display, job: Job, kind: str, news: Any) -> None:
+        super().__init__(index, display)
+        self.task: Any = None
+        self._job, self._news = job, news
+        self._home = _host()
+        self._needs = {"num_gpus": 1, "num_cpus": 0} if kind == "GPU" else {"num_cpus": 1}
+
+    def launch(self) -> None:
+        """Hands the task to the cluster."""
+        self.task = _work.options(**self._needs).remote(self._job, self.index, self._news, self._home)
+
+    def ask_to_stop(self) -> None:
+        """Raises KeyboardInterrupt there."""
+        ray.cancel(self.task, force=False)
+
+    def wait(self) -> None:
+        """Waits for the task; Ray kills what is left when this process ends."""
+        ray.wait([self.task], timeout=PATIENCE)
+
+    def end(self) -> None:
+        """Takes the answer."""
+        try:
+            error = ray.get(self.task)
+        except RayTaskError:  # a bug, with its traceback
+            self.is_alive = False
+            raise
+        except RayError as death:
+            self.died(type(death).__name__, counts=not isinstance(death, NodeDiedError))
+        else:
+            self.ended(error)
+
+
+class News:
+    """The events of all workers, until this process takes them."""
+
+    def __init__(self) -> None:
+        self._events: list[tuple[int, Event]] = []
+
+    def put(self, index: int, event: Event) -> None:
+        """Adds an event of a worker."""
+        self._events.append((index, event))
+
+    def take(self) -> list[tuple[int, Event]]:
+        """What has come since the last time."""
+        events, self._events = self._events, []
+        return events
+
+
+_NEWS: Any = ray.remote(num_cpus=0, max_restarts=-1)(News)
+
+
+@ray.remote(max_retries=0, max_calls=1, scheduling_strategy="SPREAD")
+def _work(job: Job, index: int, news: Any, home: str) -> str | None:
+    """The task of one worker: a run whose events go to the actor."""
+    if job.file.database is not None and _host() != home:  # a host that came later
+        return _out_of_reach(job.file)
+    sent: list[Any] = []
+
+    def tell(event: Event) -> None:
+        sent[:] = [news.put.remote(index, event)]
+
+    error = work(job, index, job.file.study.device, tell)
+    if sent:
+        ray.wait(sent, timeout=ANSWER)  # the last event is not lost with this process
+    return error

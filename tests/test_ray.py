@@ -1,0 +1,214 @@
+"""Workers on a Ray cluster: two nodes with raylets of their own on this machine, and two that only a network joins."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import sleep
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+from test_network import HERE, THERE, Namespace, namespace, serving  # noqa: F401
+from tinystudy import LONG, CommandLine, finish, free_port, run, settings, start, wait_for
+
+from atp_tune import storage
+
+TOTAL = 30  # long enough for the second worker to load its model
+STORE = 80_000_000  # bytes of a node's object store; Ray wants at least 75 MB
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A head without room for work; nodes with one CPU each are added by the tests."""
+    if "CI" not in os.environ:
+        pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    from ray.cluster_utils import Cluster
+
+    logging.getLogger("ray").setLevel(logging.CRITICAL)
+    made = Cluster(True, head_node_args={"num_cpus": 0, "object_store_memory": STORE, "include_dashboard": False})
+    try:
+        yield made
+    finally:
+        made.shutdown()
+
+
+def add_node(cluster: Any, **resources: int) -> Any:
+    return cluster.add_node(object_store_memory=STORE, **(resources or {"num_cpus": 1}))
+
+
+def begin(place: Path, cluster: Any, *more: str) -> "subprocess.Popen[str]":
+    words = ["--engine", "ray", "--ray-address", cluster.address, *settings(*LONG, f"search.trials={TOTAL}"), *more]
+    return start("--study", place / "tiny.toml", *words)
+
+
+def trials(place: Path) -> list[optuna.trial.FrozenTrial]:
+    db = storage.open_storage(f"sqlite:///{place / 'tiny.db'}", create=False)
+    study = storage.find_study(db, "tiny") if db else None
+    return study.get_trials() if study else []
+
+
+def measured(place: Path) -> list[optuna.trial.FrozenTrial]:
+    return [trial for trial in trials(place) if trial.state == TrialState.COMPLETE]
+
+
+def check_whole(place: Path) -> None:
+    """Exactly the total, nothing twice, nothing left over, and the final numbers are there."""
+    whole = measured(place)
+    assert len(whole) == TOTAL
+    assert not [trial for trial in whole if "repeats" in trial.user_attrs]
+    assert not [trial for trial in trials(place) if not trial.state.is_finished()]
+    assert (place / "tiny.best.json").exists()
+
+
+@pytest.mark.slow
+def test_two_nodes_share_a_study(place: Path, cluster: Any) -> None:
+    add_node(cluster)
+    add_node(cluster)
+    answer = finish(begin(place, cluster, "--workers", "2"), 180)
+    assert (answer.code, answer.err) == (0, "")
+    check_whole(place)
+    assert len({trial.user_attrs["pid"] for trial in measured(place)}) == 2
+    assert answer.out.count("loading the model and the texts") == 1
+    assert f"[{TOTAL}/{TOTAL}]" in answer.out
+    assert "the others wait" not in answer.out
+    values = {str(trial.params): trial.value for trial in measured(place)}
+    alone = run(place, *LONG, f"search.trials={TOTAL}", name="alone")
+    assert {str(trial.params): trial.value for trial in alone.trials} == pytest.approx(values, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_in_a_trial(place: Path, cluster: Any) -> None:
+    """The only node dies, another comes: Ray's words for it do not matter, the trial is run again."""
+    node = add_node(cluster)
+    process = begin(place, cluster)
+    wait_for(place / "tiny.db", 3, process, 120)
+    cluster.remove_node(node, allow_graceful=False)
+    lost = [trial for trial in trials(place) if trial.state == TrialState.RUNNING]
+    add_node(cluster)
+    answer = finish(process, 180)
+    assert (answer.code, answer.err) == (0, "")
+    assert "worker 0 died (" in answer.out
+    assert "it is started again" in answer.out
+    check_whole(place)
+    assert len(lost) == 1
+    assert f"trial {lost[0].number} was lost with its process: it is run again" in answer.out
+    assert [trial.state for trial in trials(place) if trial.params == lost[0].params] == [
+        TrialState.FAIL,
+        TrialState.COMPLETE,
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_all_and_loses_nothing(by: signal.Signals, place: Path, cluster: Any) -> None:
+    add_node(cluster, num_cpus=2)
+    process = begin(place, cluster, "--workers", "2")
+    wait_for(place / "tiny.db", 3, process, 120)
+    process.send_signal(by)
+    answer = finish(process)
+    assert (answer.code, answer.err) == (130, "")
+    assert "stopped: finished trials are in" in answer.out
+    assert "died" not in answer.out
+    assert not [trial for trial in trials(place) if trial.state == TrialState.RUNNING]
+    interrupted = [trial for trial in trials(place) if trial.user_attrs.get("lost") == "interrupted"]
+    queued = [trial.params for trial in trials(place) if trial.state == TrialState.WAITING]
+    assert interrupted
+    assert all(trial.params in queued for trial in interrupted)
+
+
+@pytest.mark.slow
+def test_more_workers_than_gpus(place: Path, cluster: Any) -> None:
+    add_node(cluster, num_cpus=1, num_gpus=1)
+    answer = finish(begin(place, cluster, "--workers", "2", "--device", "auto"), 180)
+    assert (answer.code, answer.err) == (0, "")
+    assert "the cluster has 1 GPUs for 2 workers: the others wait until there are more" in answer.out
+    check_whole(place)
+    assert len({trial.user_attrs["pid"] for trial in measured(place)}) == 1
+
+
+@pytest.mark.slow
+def test_an_error_of_a_worker(place: Path, cluster: Any) -> None:
+    add_node(cluster)
+    answer = finish(begin(place, cluster, "--set", "texts.search.windows=100000"), 120)
+    assert "windows" in answer.error
+
+
+@pytest.mark.slow
+def test_no_cluster(place: Path, command: CommandLine) -> None:
+    pytest.importorskip("ray")
+    address = f"127.0.0.1:{free_port()}"
+    for words in (address, "nonsense", "ray://127.0.0.1:1"):
+        answer = command("--study", place / "tiny.toml", "--engine", "ray", "--ray-address", words)
+        assert answer.error.startswith(f"ray: no cluster at {words} (")
+    assert not (place / "tiny.db").exists()
+
+
+@pytest.mark.slow
+def test_two_hosts(place: Path, namespace: Namespace) -> None:  # noqa: F811
+    """The other host is a network namespace: it has an address of its own."""
+    cluster = f"{HERE}:{free_port()}"
+    node = ["--num-cpus=1", f"--object-store-memory={STORE}", "--disable-usage-stats"]
+    head = [f"--port={cluster.rpartition(':')[2]}", f"--node-ip-address={HERE}", "--include-dashboard=false"]
+    with (
+        ray_start("--head", *head, *node),
+        ray_start(
+            f"--address={cluster}",
+            f"--node-ip-address={THERE}",
+            *node,
+            before=("ip", "netns", "exec", namespace.name),
+        ),
+    ):
+        words = ["--study", place / "tiny.toml", *settings(*LONG, f"search.trials={TOTAL}"), "--engine", "ray"]
+        words += ["--ray-address", cluster, "--workers", "2"]
+        answer = finish(start(*words), 60)  # whether the other host is there yet or comes when the task starts
+        assert "a file of one machine, and the cluster has several; start `python tune.py serve" in answer.error
+        port = free_port()
+        with serving(place, HERE, free_port(), port, "tiny.db"):
+            answer = finish(start(*words, "--storage", f"grpc://{HERE}:{port}"), 180)
+        assert (answer.code, answer.err) == (0, "")
+        check_whole(place)
+        assert len({trial.user_attrs["pid"] for trial in measured(place)}) == 2
+
+
+@contextmanager
+def ray_start(*options: str, before: tuple[str, ...] = ()) -> Iterator[None]:
+    """A node in a process of its own."""
+    program = Path(sys.executable).parent / "ray"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([*before, str(program), "start", "--block", *options], **quiet)  # type: ignore[call-overload]
+    try:
+        sleep(10)  # a node says nothing that could be waited for
+        yield
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def test_without_ray(place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "atp_tune.cli.ray_engine", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    answer = command("--study", place / "tiny.toml", "--engine", "ray")
+    assert answer.error.endswith("install it with: pip install 'atp-tune[ray]'")
+    assert not (place / "tiny.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--engine", "ray", "--devices", "cpu,cpu"], "Ray chooses them; write --workers N"),
+        (["--ray-address", "auto"], "only with --engine ray"),
+        (["--engine", "slurm"], "'process', 'ray'"),
+    ],
+)
+def test_options_that_do_not_fit(options: list[str], words: str, place: Path, command: CommandLine) -> None:
+    answer = command("--study", place / "tiny.toml", *options)
+    assert answer.code == 2
+    assert words in answer.err

@@ -1,0 +1,163 @@
+"""docs/slurm.sh under a real Slurm of one node, with its own controller, daemon and munge in a folder of the test."""
+
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+from test_network import needs, serving
+from tinystudy import LONG, free_port, settings, wait_until
+
+from atp_tune import storage
+
+pytestmark = pytest.mark.slow
+SCRIPT = Path(__file__).parents[1] / "docs" / "slurm.sh"
+TOTAL = 30
+CONF = """\
+ClusterName=atp
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={control}
+SlurmdPort={daemon}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+CredType=cred/munge
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+MpiDefault=none
+SwitchType=switch/none
+ReturnToService=2
+GresTypes=gpu
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SchedulerParameters=requeue_delay=1,sched_interval=1,bf_interval=1
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} Gres=gpu:2 State=UNKNOWN
+PartitionName=low Nodes=ALL Default=YES State=UP PriorityTier=1
+PartitionName=high Nodes=ALL State=UP PriorityTier=2
+"""
+
+
+@contextmanager
+def running(command: list[str]) -> Iterator[None]:
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of a Slurm cluster of one node, which claims to have two GPUs."""
+    needs("slurmctld", "slurmd", "munged", "sbatch")
+    if os.geteuid() != 0 and "CI" not in os.environ:
+        pytest.skip("needs root")
+    folder = tmp_path / "slurm"
+    for name in ("state", "spool"):
+        (folder / name).mkdir(parents=True)
+    host = platform.node().split(".")[0]
+    conf = CONF.format(host=host, folder=folder, control=free_port(), daemon=free_port(), cpus=os.cpu_count())
+    (folder / "slurm.conf").write_text(conf)
+    (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
+    (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-1]\n")
+    for name in ("gpu0", "gpu1"):
+        (folder / name).touch()
+    (folder / "munge.key").write_bytes(os.urandom(1024))
+    (folder / "munge.key").chmod(0o600)
+    monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PATH", os.environ["PATH"] + ":/usr/sbin")
+    with ExitStack() as daemons:
+        for command in commands(folder):
+            daemons.enter_context(running(command))
+        wait_until(lambda: said("sinfo", "-h", "-p", "low", "-o", "%t") == "idle", 60)
+        yield folder
+        said("scancel", "-u", "root")
+        wait_until(lambda: said("squeue", "-h") == "", 60)
+
+
+def commands(folder: Path) -> list[list[str]]:
+    files = {"key-file": "munge.key", "socket": "munge.socket", "pid-file": "munge.pid", "log-file": "munge.log"}
+    options = [f"--{option}={folder / name}" for option, name in files.items()]
+    munged = ["munged", "--force", "--foreground", f"--seed-file={folder / 'munge.seed'}", *options]
+    return [munged, ["slurmctld", "-D"], ["slurmd", "-D"]]
+
+
+def said(*command: str) -> str:
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    return answer.stdout.strip()
+
+
+def submit(place: Path, port: int, *more: str) -> str:
+    """Two tasks of the script; the number of the job."""
+    sizes = ["--array=0-1", "--cpus-per-task=1", f"--output={place}/%x-%A_%a.log"]
+    study = [str(place / "tiny.toml"), f"grpc://127.0.0.1:{port}", *settings(*LONG, f"search.trials={TOTAL}"), *more]
+    command = ["sbatch", "--parsable", *sizes, str(SCRIPT), *study]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=SCRIPT.parents[1]).stdout.strip()
+
+
+def trials(place: Path) -> list[optuna.trial.FrozenTrial]:
+    db = storage.open_storage(f"sqlite:///{place / 'served.db'}", create=False)
+    study = storage.find_study(db, "tiny") if db else None
+    return study.get_trials() if study else []
+
+
+def in_state(place: Path, state: TrialState) -> list[optuna.trial.FrozenTrial]:
+    return [trial for trial in trials(place) if trial.state == state]
+
+
+def logs(place: Path) -> str:
+    return "\n".join(path.read_text() for path in sorted(place.glob("atp-tune-*.log")))
+
+
+def done(place: Path) -> bool:
+    return len(in_state(place, TrialState.COMPLETE)) >= TOTAL and said("squeue", "-h") == ""
+
+
+@pytest.mark.parametrize("how", ["undisturbed", "time is up", "preempted"])
+def test_an_array_runs_a_study(how: str, place: Path, slurm: Path) -> None:
+    port = free_port()
+    with serving(place, "127.0.0.1", free_port(), port):
+        job = submit(place, port)
+        wait_until(lambda: len(in_state(place, TrialState.COMPLETE)) > 5, 120)
+        if how == "time is up":  # what --signal does then
+            said("scancel", "--signal=TERM", job)
+        elif how == "preempted":
+            subprocess.run(["srun", "-p", "high", "-n", str(os.cpu_count()), "sleep", "1"], check=True)
+        wait_until(lambda: done(place), 240)
+    whole = in_state(place, TrialState.COMPLETE)
+    assert len(whole) == TOTAL, logs(place)
+    assert not [trial for trial in trials(place) if not trial.state.is_finished()]
+    interrupted = [trial for trial in trials(place) if trial.user_attrs.get("lost") == "interrupted"]
+    assert ("stopped: finished trials are in" in logs(place)) == (how != "undisturbed")
+    assert "Traceback" not in logs(place)
+    proposed = [trial.params for trial in interrupted if "beta" in trial.params]
+    assert all(params in [trial.params for trial in whole] for params in proposed)
+    assert len({trial.user_attrs["pid"] for trial in whole}) > 1
+
+
+def test_a_cancelled_array_does_not_come_back(place: Path, slurm: Path) -> None:
+    port = free_port()
+    with serving(place, "127.0.0.1", free_port(), port):
+        job = submit(place, port)
+        wait_until(lambda: len(in_state(place, TrialState.COMPLETE)) > 2, 120)
+        said("scancel", job)
+        wait_until(lambda: said("squeue", "-h") == "", 60)
+        begun = [trial for trial in in_state(place, TrialState.RUNNING) if trial.user_attrs]
+        assert not begun, logs(place)  # one without a word of its process is queued again after a minute
+        assert len(in_state(place, TrialState.COMPLETE)) < TOTAL
