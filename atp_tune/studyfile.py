@@ -29,6 +29,9 @@ NOT_FACTS = frozenset({"description", "storage", "device", "search.trials", "mod
 # Keys younger than the first studies: they are facts only where they are not at their defaults, so that those resume.
 LATER = ("prune.pattern", "prune.wanda.", "prune.dsnot.", "prune.alps.", "model.trust_remote_code")
 
+PLACES = ("storage=", "device=")  # overrides that say where, not what
+TRIALS = "search.trials="
+
 _SQLITE_FILE = re.compile(r"(?P<scheme>sqlite(\+\w+)?:///)(?P<path>(?!:memory:|file:)[^?]+)(?P<query>.*)")
 _PATTERNS = {
     "model.sha256": "must be 64 hexadecimal digits in lower case",
@@ -62,11 +65,17 @@ _RULES = {  # pydantic's type of error → the rule, with the fields of its cont
 
 @dataclass(frozen=True)
 class StudyFile:
-    """A study, its name and the file that it was read from."""
+    """A study, its name, the file that it was read from, and what overrides it (but for where it is stored and run)."""
 
     name: str
     path: Path
     study: Study
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def sets_trials(self) -> bool:
+        """Whether the total was asked for by an override, as `--trials` does."""
+        return any(override.startswith(TRIALS) for override in self.overrides)
 
     @property
     def folder(self) -> Path:
@@ -119,7 +128,8 @@ def load(name: str, overrides: Sequence[str] = ()) -> StudyFile:
         study = Study.model_validate(data)
     except ValidationError as error:
         raise _invalid(path, _mistakes(error), changed) from None
-    return StudyFile(path.stem, path, study)
+    own = tuple(override for override in overrides if not override.startswith(PLACES))
+    return StudyFile(path.stem, path, study, own)
 
 
 def find(name: str) -> Path:
@@ -146,7 +156,8 @@ def known() -> list[Path]:
 def settings(file: StudyFile) -> dict[str, Any]:
     """What a study file and its overrides set, as JSON; not the storage, whose URL may hold a password."""
     values = file.study.model_dump(mode="json", exclude_unset=True, exclude={"storage", "device"})
-    return {"name": file.name, "path": str(file.path.absolute()), "settings": values}
+    overrides = [override for override in file.overrides if json.dumps(override, ensure_ascii=False).isprintable()]
+    return {"name": file.name, "path": str(file.path.absolute()), "settings": values, "overrides": overrides}
 
 
 def from_settings(stored: dict[str, Any]) -> StudyFile:
@@ -155,7 +166,10 @@ def from_settings(stored: dict[str, Any]) -> StudyFile:
     if not isinstance(name, str) or "\0" in path:
         raise ValueError("no name, or no path")
     json.dumps(stored, ensure_ascii=False).encode()  # UnicodeEncodeError, a ValueError, for half a character
-    return StudyFile(name, Path(path), Study.model_validate(stored["settings"]))
+    overrides = stored.get("overrides", [])
+    if not isinstance(overrides, list) or not all(isinstance(override, str) for override in overrides):
+        raise ValueError("no overrides")
+    return StudyFile(name, Path(path), Study.model_validate(stored["settings"]), tuple(overrides))
 
 
 def facts(study: Study, folder: Path = Path()) -> dict[str, Fact]:

@@ -56,6 +56,13 @@ class Summary:
     reports: dict[int, Perplexity]
     complete: bool
     belief: dict[str, Any] | None = None
+
+    @property
+    def text(self) -> Literal["search", "report"]:
+        """The text on which dense, uniform and best are to be compared: report once all that there are have it."""
+        scores = [self.dense, *(part for part in (self.uniform, self.best) if part.search or part.report)]
+        return "report" if all(part.report for part in scores) else "search"
+
     unlike: Mapping[int, str] = field(default_factory=dict)
 
 

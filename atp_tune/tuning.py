@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
@@ -18,8 +18,8 @@ from atp_tune.perplexity import perplexity
 from atp_tune.process import GRACE, versions
 from atp_tune.samplers import first_trials, make_sampler, make_stopper, total_trials
 from atp_tune.space import Space, make_space
-from atp_tune.studyfile import StudyFile, facts, settings
-from atp_tune.summary import best_config, unreported
+from atp_tune.studyfile import TRIALS, StudyFile, facts, settings
+from atp_tune.summary import best_config, made_from, unreported
 
 if TYPE_CHECKING:
     from atp_tune.bench import Bench
@@ -70,12 +70,24 @@ def completed(run: Run) -> optuna.Study | None:
     if study is None or storage.is_new(study):
         return None
     storage.check_facts(study, facts(run.file.study, run.file.folder), partly=True, any_dtype=run.mix)
+    run = adopting(run, study)
     if not is_complete(study, run.file):
         if not run.mix:
             storage.check_device(study, _device(run))
         return None
     _write_best(run, study)
     return study
+
+
+def adopting(run: Run, study: optuna.Study) -> Run:
+    """The run with the total that the study was last asked for, unless this command asks for one itself."""
+    made = made_from(study.user_attrs.get("made_from"))
+    if made is None or run.file.sets_trials or not made.sets_trials:
+        return run
+    search = run.file.study.search.model_copy(update={"trials": made.study.search.trials})
+    spec = run.file.study.model_copy(update={"search": search})
+    asked = tuple(override for override in made.overrides if override.startswith(TRIALS))
+    return replace(run, file=replace(run.file, study=spec, overrides=(*run.file.overrides, *asked)))
 
 
 def begun(run: Run) -> optuna.Study | None:
@@ -109,10 +121,13 @@ def is_complete(study: optuna.Study, file: StudyFile) -> bool:
 
 
 def _work(run: Run) -> optuna.Study:
+    db = storage.open_storage(run.file.storage_url, create=False)  # before the model, in which time it may go away
+    before = storage.find_study(db, run.name) if db else None
+    run = adopting(run, before) if before else run
     bench = run.bench or open_bench(run)
     space = make_space(run.file.study, bench.budget(run.file.study.sparsity))
     total = total_trials(run.file.study.search, space)
-    db = storage.open_storage(run.file.storage_url, create=True)
+    db = db or storage.open_storage(run.file.storage_url, create=True)
     assert db is not None
     known = {**facts(run.file.study, run.file.folder), **bench.contents()}
     study = storage.create_study(db, run.name, known, run.mix)
@@ -123,7 +138,7 @@ def _work(run: Run) -> optuna.Study:
     for params in first_trials(run.file.study.search, space)[:total]:
         study.enqueue_trial(params, {storage.START: True}, skip_if_exists=True)
     _measure_dense(run, study, bench)
-    _drive(run, study, bench, space, total)
+    total = _drive(run, study, bench, space, total)
     if run.reports and storage.counted(study) >= total:
         report(run, study, bench, space)
     return study
@@ -178,14 +193,18 @@ def _measure_dense(run: Run, study: optuna.Study, bench: "Bench") -> None:
     study.set_user_attr("dense", nlls)
 
 
-def _drive(run: Run, study: optuna.Study, bench: "Bench", space: Space, total: int) -> None:
-    """Runs trials until the total is reached or the time is up; trials that run elsewhere count as theirs."""
+def _drive(run: Run, study: optuna.Study, bench: "Bench", space: Space, total: int) -> int:
+    """Runs trials until the total is reached or the time is up; trials that run elsewhere count as theirs.
+
+    The total that was reached, or is to be: another run may ask for another one meanwhile.
+    """
     from atp_tune.objective import Objective
 
     objective = Objective(bench, space, run.file.study.search.stopper != "none", run.watch)
     end = None if run.timeout is None else monotonic() + run.timeout
     while end is None or monotonic() < end:
         _recover(run, study)
+        total = study.user_attrs.get("total", total)
         elsewhere = storage.running(study)
         remaining = total - storage.counted(study) - len(elsewhere)
         if remaining > 0:
@@ -193,7 +212,8 @@ def _drive(run: Run, study: optuna.Study, bench: "Bench", space: Space, total: i
         elif elsewhere:
             _wait(run, study, elsewhere[0])
         else:
-            return
+            break
+    return total
 
 
 def _recover(run: Run, study: optuna.Study) -> None:

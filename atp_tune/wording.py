@@ -1,5 +1,7 @@
 """A trial in a few words, the same on the screen, in notes, figures and reports."""
 
+import shlex
+
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.plan import shown
@@ -54,3 +56,14 @@ def _reason(trial: FrozenTrial) -> str:
     unknown = "gave no sign of life" if trial.state == TrialState.FAIL else ""
     reason = str(attrs.get("failure") or attrs.get("lost") or unknown)
     return f"{reason}, {RETRIES + 1} times: given up" if is_given_up(trial) else reason
+
+
+def command_of(summary: Summary, *more: str) -> str:
+    """The command that goes on with a study, with all that it was last run with; its study file must be known."""
+    file = summary.made_from
+    assert file is not None
+    words = ["--study", file.name, *(["--study-name", summary.name] if summary.name != file.name else [])]
+    for override in file.overrides:
+        key, _, value = override.partition("=")
+        words += ["--trials", value] if key == "search.trials" else ["--set", override]
+    return shlex.join(["python", "tune.py", *words, *more])

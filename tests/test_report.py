@@ -325,7 +325,6 @@ def test_names_of_files() -> None:
         (None, None, "html"),
         (None, "x.md", "md"),
         (None, "x.TEX", "latex"),
-        (None, "x.doc", "html"),
         ("json", "x.md", "json"),
     ],
 )
@@ -391,3 +390,8 @@ def test_the_picture_is_drawn_where_there_is_a_browser(found: optuna.Study, tmp_
     except UserError as error:
         pytest.skip(str(error))
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_ending_that_is_no_format() -> None:
+    with pytest.raises(UserError, match=r"--out x\.pdf: its ending must be one of html, md, json, png, tex"):
+        report.kind_of(None, Path("x.pdf"))

@@ -101,6 +101,7 @@ def test_the_note_of_a_study(dashboard: Dashboard, done: Path) -> None:
     assert "tiny.toml`" in body
     assert f"Database: `sqlite:///{done / 'tiny.db'}`" in body
     assert "python tune.py apply --config best.json --out DIR" in body
+    assert re.search(r"python tune.py --study tiny --storage grpc://127.0.0.1:\d+ ", body)
 
 
 def open_db(place: Path) -> optuna.storages.BaseStorage:
@@ -133,7 +134,7 @@ def test_figures_are_drawn_and_the_database_is_left_alone(dashboard: Dashboard, 
     figures = {
         figure["id"]: json.loads(figure["graph_object"]) for figure in dashboard.study("tiny")["plotly_graph_objects"]
     }
-    assert set(figures) == {"perplexity", "sparsity", "error", "seconds"}
+    assert list(figures) == ["perplexity", "sparsity", "error", "seconds"]
     assert all(figure["data"] for figure in figures.values())
     db = open_db(done)
     stored = db.get_study_system_attrs(db.get_study_id_from_name("tiny"))
@@ -271,7 +272,8 @@ def test_a_port_in_use(option: str, done: Path, command: CommandLine) -> None:
     ("options", "words"),
     [
         (["--listen", "no.such.host.invalid"], "write an address of this machine"),
-        (["--listen", "192.0.2.1"], "Cannot assign requested address"),
+        (["--listen", "192.0.2.1"], "--listen 192.0.2.1: Cannot assign requested address; write an address of this"),
+        (["--storage", "sqlite:////no/such/folder/x.db"], "its folder is not there"),
         (["--storage", "grpc://host:1"], "serve the database itself"),
         (["--storage", "nonsense"], "not a storage URL"),
         (["--artifacts", "/dev/null/x"], "name a folder that can be written"),

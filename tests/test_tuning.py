@@ -820,3 +820,25 @@ def test_the_papers_protocol_reports_the_search_text_without_measuring_again(pla
 def test_quiet_lets_errors_through() -> None:
     with pytest.raises(UserError), quiet():
         raise UserError("no")
+
+
+def test_a_total_that_was_asked_for_stays(place: Path) -> None:
+    """A worker that joins, or a later run, asks for no other total than `--trials` did; the file counts without it."""
+    run(place, "search.trials=4")
+    assert len(run(place).trials) == 4
+    assert run(place).user_attrs["total"] == 4
+    assert len(run(place, "search.trials=5").trials) == 5
+    run(place, name="other")
+    toml = (place / "tiny.toml").read_text().replace("trials = 3", "trials = 6")
+    (place / "tiny.toml").write_text(toml)
+    assert len(run(place, name="other").trials) == 6
+
+
+def test_a_run_follows_a_total_that_another_one_raises(place: Path) -> None:
+    def watch(event: Event) -> None:
+        if isinstance(event, TrialStarted) and event.title == "trial 2":
+            study = reopen(place)
+            study.set_user_attr("total", 5)
+
+    assert len(run(place, watch=watch).trials) == 5
+    assert reopen(place).user_attrs["reports"]

@@ -194,14 +194,16 @@ def export(
     from atp_tune.errors import printable
     from atp_tune.storage import check_facts
     from atp_tune.studyfile import facts
-    from atp_tune.summary import best_config
+    from atp_tune.summary import best_config, made_from
 
     file = _load(study, storage, None, set_)
     stored = _stored(file, study_name)
-    check_facts(stored, facts(file.study, file.folder), partly=True)
+    made = None if set_ else made_from(stored.user_attrs.get("made_from"))
+    if made is None:  # the study does not say what it was made with, or other settings are asked for
+        check_facts(stored, facts(file.study, file.folder), partly=True)
     printed = Path("stdout")  # relative paths of what is printed start where the user stands
     target = out or (printed if json else file.best_of(study_name or file.name))
-    config = best_config(file, stored, target)
+    config = best_config(made or file, stored, target)
     if target is not printed:
         config.write(target)
     print(config.to_json() if json else f"{printable(str(target))}\n", end="")

@@ -1,6 +1,5 @@
 """What people see of a study: trials, progress, summary, studies. Needs neither torch nor a model."""
 
-import socket
 import statistics
 from io import StringIO
 from pathlib import Path
@@ -207,12 +206,11 @@ def show_applied(config: "Config", measured: "Perplexity", out: Path) -> None:
 def show_served(service: "Service", served: "Served") -> None:
     """What is served, where people look, and how workers join."""
     from atp_tune.database import without_password
-    from atp_tune.serving.servers import is_loopback
+    from atp_tune.serving.servers import host_of, is_loopback
 
     names = served.studies if len(served.studies) <= 5 else [*served.studies[:4], f"… {len(served.studies)} studies"]
     studies = ", ".join(map(printable, names)) or "no study yet"
-    host = service.listen if service.listen not in ("0.0.0.0", "::") else socket.gethostname()
-    name = f"[{host}]" if ":" in host else host
+    name = host_of(service.listen)
     console.print(f"serving {without_password(service.address)}: {studies}", highlight=False)
     console.print(f"dashboard:    http://{name}:{served.port}", highlight=False)
     join = f"python tune.py --study NAME --storage grpc://{name}:{served.grpc_port}"

@@ -26,8 +26,10 @@ _MAKERS: dict[str, Callable[[Sequence[Contents]], bytes]] = {
 def kind_of(given: str | None, out: Path | None) -> str:
     """The format that was asked for: by name, else by the ending of the file, else html."""
     if given is None:
-        ending = out.suffix.removeprefix(".").lower() if out else ""
-        return next((kind for kind, known in ENDINGS.items() if known == ending), "html")
+        ending = out.suffix.removeprefix(".").lower() if out else "html"
+        if ending not in ENDINGS.values():
+            raise UserError(f"--out {out}: its ending must be one of {', '.join(ENDINGS.values())}, or give --format")
+        return next(kind for kind, known in ENDINGS.items() if known == ending)
     if given not in ENDINGS:
         raise UserError(f"--format {given}: must be one of {', '.join(ENDINGS)}")
     return given

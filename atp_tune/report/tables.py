@@ -64,9 +64,11 @@ def trials(summary: Summary) -> Table:
 
 
 def comparison(studies: Sequence[Contents]) -> Table:
-    """One row per study."""
-    head = ("study", "sparsity", "dense", "uniform", "best", "against uniform", "trials", "time", "device")
-    return Table(head, [_study_row(contents) for contents in studies], (0, 8))
+    """One row per study, all on one text: report, if each has been measured on it."""
+    on = "report" if all(contents.summary.text == "report" for contents in studies) else "search"
+    columns = (f"dense, {on} text", "uniform", "best", "against uniform")
+    head = ("study", "sparsity", *columns, "trials", "time", "device")
+    return Table(head, [_study_row(contents, on) for contents in studies], (0, 8))
 
 
 def fingerprint(contents: Contents) -> Table:
@@ -120,19 +122,15 @@ def _row(trial: FrozenTrial, summary: Summary) -> tuple[str, ...]:
     )
 
 
-def _study_row(contents: Contents) -> tuple[str, ...]:
+def _study_row(contents: Contents, on: str) -> tuple[str, ...]:
     summary = contents.summary
-    on_report = summary.best.report is not None
-    dense, uniform, best = (
-        (scores.report if on_report else scores.search) for scores in (summary.dense, summary.uniform, summary.best)
-    )
+    dense, uniform, best = (getattr(scores, on) for scores in (summary.dense, summary.uniform, summary.best))
     paired = summary.ranks[0].against if summary.ranks and not is_uniform(summary.ranks[0].trial) else None
     return (
         summary.name,
         NOTHING if contents.target is None else f"{contents.target:g}",
-        *(str(score or NOTHING) for score in (dense, uniform)),
-        f"{best or NOTHING}" + ("" if on_report or not best else " (search)"),
-        str(paired or NOTHING),
+        *(str(score or NOTHING) for score in (dense, uniform, best)),
+        f"{paired} ({summary.ranks[0].on})" if paired else NOTHING,
         f"{summary.done}" + (f"/{summary.total}" if summary.total else ""),
         duration(contents.seconds),
         contents.devices or NOTHING,

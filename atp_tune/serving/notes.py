@@ -1,6 +1,5 @@
 """The words of the dashboard: a note for each study and trial (Markdown), and what is worth a column."""
 
-import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ from atp_tune.config import Scores
 from atp_tune.errors import printable
 from atp_tune.report.markdown import escaped, fenced
 from atp_tune.summary import Rank, Summary, is_uniform
-from atp_tune.wording import method_of, mixture_of, plan_of, remark_of
+from atp_tune.wording import command_of, method_of, mixture_of, plan_of, remark_of
 
 OWN = "*Above: atp_tune, always current. Below: your own notes, which are kept.*"
 GAP = "&emsp;"  # the dashboard draws tables without space between columns
@@ -28,8 +27,11 @@ def own_words(written: str) -> str:
     return (theirs if mark else written).strip()
 
 
-def study_note(summary: Summary, address: str) -> str:
-    """What is tuned, what was found, where the files are (`address` is the storage's), and the commands that follow."""
+def study_note(summary: Summary, address: str, join: str = "grpc://HOST:13000") -> str:
+    """What is tuned, what was found, where the files are, and the commands that follow.
+
+    `address` is the storage's URL, `join` the one at which other machines reach it.
+    """
     files = _files(summary, address)
     parts = [
         _what(summary),
@@ -38,7 +40,7 @@ def study_note(summary: Summary, address: str) -> str:
         _state(summary),
         escaped(mixture_of(summary)),
         files,
-        _commands(summary),
+        _commands(summary, join),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -60,10 +62,10 @@ def _what(summary: Summary) -> str:
 
 
 def _scores(summary: Summary) -> str:
-    rows = [("dense", summary.dense, "")]
+    rows = [("dense", summary.dense, "–")]
     rows += [(_label(rank, summary), rank.scores, _change(rank)) for rank in summary.ranks]
     if not any(is_uniform(rank.trial) for rank in summary.ranks) and summary.uniform.search:
-        rows.insert(1, ("uniform", summary.uniform, ""))
+        rows.insert(1, ("uniform", summary.uniform, "–"))
     lines = [f"| | {GAP}search text | {GAP}report text | {GAP}against uniform |", "|---|---:|---:|---:|"]
     lines += [f"| {name} | {GAP}{_cells(scores)} | {GAP}{change} |" for name, scores, change in rows]
     return "\n".join(lines)
@@ -75,7 +77,7 @@ def _label(rank: Rank, summary: Summary) -> str:
 
 
 def _change(rank: Rank) -> str:
-    return f"{rank.against} ({rank.on} text)" if rank.against else ""
+    return f"{rank.against} ({rank.on} text)" if rank.against else "–"
 
 
 def _cells(scores: Scores) -> str:
@@ -102,18 +104,15 @@ def _state(summary: Summary) -> str:
     return f"{summary.done}{total} trials are done{running}{failed}."
 
 
-def _commands(summary: Summary) -> str:
-    file = summary.made_from
-    if file is None:
+def _commands(summary: Summary, join: str) -> str:
+    if summary.made_from is None:
         return ""
-    study = shlex.quote(printable(file.name))
-    other = "" if summary.name == file.name else f" --study-name {shlex.quote(printable(summary.name))}"
     lines = [
-        f"python tune.py --study {study}{other}    # go on, on this machine",
-        f"python tune.py --study {study}{other} --storage grpc://HOST:13000    # help, from another",
+        f"{command_of(summary)}    # go on, on this machine",
+        f"{command_of(summary, '--storage', join)}    # help, from another",
         "python tune.py apply --config best.json --out DIR    # the sparse checkpoint",
     ]
-    return fenced("", "\n".join(lines))
+    return fenced("", "\n".join(map(printable, lines)))
 
 
 def _files(summary: Summary, address: str) -> str:

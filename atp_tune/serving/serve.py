@@ -1,19 +1,20 @@
 """Serving a storage: both servers and the keeper, until they are told to stop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, sleep
 
 import optuna
 from optuna.artifacts import FileSystemArtifactStore
-from optuna.storages import get_storage
+from optuna.storages import BaseStorage, get_storage
 
 from atp_tune import mounts
 from atp_tune.errors import UserError
 from atp_tune.serving.keeper import Keeper
-from atp_tune.serving.servers import ServedDatabase, dashboard, proxy
-from atp_tune.serving.view import make_view
+from atp_tune.serving.servers import ServedDatabase, dashboard, host_of, proxy
+from atp_tune.serving.view import DashboardView, make_view
 from atp_tune.storage import is_remote, open_database
 
 TURN = 2  # seconds between the keeper's looks
@@ -49,6 +50,7 @@ def serve(
     """
     if is_remote(service.address):
         raise UserError("serve: a server's URL is for workers; serve the database itself, as in sqlite:///FILE.db")
+    _check_folder(service.address)
     database = open_database(service.address, True, ServedDatabase)
     assert database is not None
     if warning := mounts.warning(service.address):
@@ -56,9 +58,9 @@ def serve(
     storage = get_storage(database)  # with Optuna's cache of finished trials
     store = FileSystemArtifactStore(_folder(service.artifacts))
     keeper = Keeper(storage, service.artifacts, tell)
-    view = make_view(service.address, storage)
     with (
         proxy(storage, service.listen, service.grpc_port) as grpc_port,
+        _view(service, storage, grpc_port) as view,
         dashboard(view, store, service.listen, service.port) as port,
     ):
         ready(Served(optuna.get_all_study_names(storage), port, grpc_port))
@@ -68,6 +70,18 @@ def serve(
                 keeper.turn()
                 turn = monotonic() + TURN
             sleep(LOOK)
+
+
+def _check_folder(address: str) -> None:
+    """UserError if a SQLite file would be made in a folder that is not there: a slip of the keyboard."""
+    _, is_sqlite, path = address.partition("sqlite:///")
+    if is_sqlite and not Path(path.partition("?")[0]).parent.is_dir():
+        raise UserError(f"storage {path}: its folder is not there; name a file in one that is")
+
+
+@contextmanager
+def _view(service: Service, storage: BaseStorage, grpc_port: int) -> Iterator[DashboardView]:
+    yield make_view(service.address, storage, f"grpc://{host_of(service.listen)}:{grpc_port}")
 
 
 def _folder(path: Path) -> Path:

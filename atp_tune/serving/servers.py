@@ -1,5 +1,7 @@
 """The two servers of `tune.py serve`: the dashboard over HTTP, and Optuna's storage proxy over gRPC for workers."""
 
+import errno
+import json
 import re
 import socket
 from collections.abc import Callable, Iterator
@@ -21,8 +23,10 @@ from optuna_dashboard import wsgi
 
 from atp_tune.database import Database, is_away, reason_of
 from atp_tune.errors import UserError
+from atp_tune.figures import FIGURES
 from atp_tune.remote import ALIVE
 
+STUDY = re.compile(r"/api/studies/\d+")  # where the dashboard asks for a study and its figures
 THREADS = 16  # requests of workers that are answered at a time
 LAST_REQUESTS = 10  # seconds that requests in progress have to end when the server stops
 PINGS = (
@@ -51,7 +55,7 @@ def dashboard(storage: BaseStorage, artifacts: FileSystemArtifactStore, host: st
     check_free(host, port, "--port")
     server_class = type("Server", (_Server,), {"address_family": _family(host)})
     server: WSGIServer
-    app = wsgi(storage, artifacts)
+    app = _in_order(wsgi(storage, artifacts))
     with make_server(host, port, _local(app) if is_loopback(host) else app, server_class, _Handler) as server:
         thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, name="dashboard")
         thread.start()
@@ -74,6 +78,26 @@ def _local(app: Any) -> Any:
             return app(environ, start_response)
         start_response("403 Forbidden", [("Content-Type", "text/plain")])
         return [b"ask for localhost; behind a proxy, pass on its Host as docs/nginx.conf does\n"]
+
+    return answer
+
+
+def _in_order(app: Any) -> Any:
+    """The same with a study's figures in our order: the dashboard itself keeps them in a set."""
+
+    def answer(environ: dict[str, Any], start_response: Any) -> Any:
+        if not STUDY.fullmatch(environ.get("PATH_INFO", "")) or environ["REQUEST_METHOD"] != "GET":
+            return app(environ, start_response)
+        begun: list[Any] = []
+        body = b"".join(app(environ, lambda *arguments: begun.append(arguments)))
+        status, headers = begun[0][:2]
+        if status.startswith("200"):
+            study = json.loads(body)
+            study["plotly_graph_objects"].sort(key=lambda figure: [*FIGURES, figure["id"]].index(figure["id"]))
+            body = json.dumps(study).encode()
+        kept = [(name, value) for name, value in headers if name.lower() != "content-length"]
+        start_response(status, [*kept, ("Content-Length", str(len(body)))])
+        return [body]
 
     return answer
 
@@ -143,8 +167,16 @@ def check_free(host: str, port: int, option: str) -> None:
     except OSError as error:
         if isinstance(error, socket.gaierror):
             raise UserError(f"--listen {host}: {error.strerror}; write an address of this machine") from None
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise UserError(f"--listen {host}: {error.strerror}; write an address of this machine") from None
         raise UserError(f"{host}:{port}: {error.strerror}; choose another port with {option} N") from None
 
 
 def _family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def host_of(listen: str) -> str:
+    """What others call the address that is listened on, as URLs have it."""
+    host = listen if listen not in ("0.0.0.0", "::") else socket.gethostname()
+    return f"[{host}]" if ":" in host else host

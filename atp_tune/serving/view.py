@@ -27,11 +27,11 @@ DASHBOARD = "dashboard:"  # what its attributes begin with
 Attributes = Mapping[str, Any]
 
 
-def make_view(address: str, storage: BaseStorage) -> "DashboardView":
-    """The view of a database that exists; `storage` is the same one as it is."""
+def make_view(address: str, storage: BaseStorage, join: str = "grpc://HOST:13000") -> "DashboardView":
+    """The view of a database that exists; `storage` is the same one as it is, `join` where workers reach it."""
     view = open_database(address, False, DashboardView)
     assert view is not None
-    view.additions = Additions(storage, without_password(address))
+    view.additions = Additions(storage, without_password(address), join)
     return view
 
 
@@ -101,9 +101,10 @@ class Later(Mapping[str, Any]):
 class Additions:
     """Notes and figures of studies, made anew when a study has changed; any thread may ask."""
 
-    def __init__(self, storage: BaseStorage, address: str) -> None:
+    def __init__(self, storage: BaseStorage, address: str, join: str) -> None:
         self._storage = storage
         self._address = address
+        self._join = join
         self._lock = Lock()
         self._made: dict[int, tuple[object, Attributes]] = {}
         self._changes = 0
@@ -123,7 +124,7 @@ class Additions:
         return _figures(summary) | self._notes(study, summary, stored)
 
     def _notes(self, study: Study, summary: Summary, stored: Attributes) -> dict[str, Any]:
-        notes = self._note(study, study_note(summary, self._address), stored, "")
+        notes = self._note(study, study_note(summary, self._address, self._join), stored, "")
         for trial in summary.trials:
             owner = SimpleNamespace(storage=study._storage, study=study, _trial_id=trial._trial_id)
             notes |= self._note(cast(Trial, owner), trial_note(trial, summary), stored, f"{trial._trial_id}:")
