@@ -203,7 +203,7 @@ def export(
         check_facts(stored, facts(file.study, file.folder), partly=True)
     printed = Path("stdout")  # relative paths of what is printed start where the user stands
     target = out or (printed if json else file.best_of(study_name or file.name))
-    config = best_config(made or file, stored, target)
+    config = best_config(replace(made, path=file.path) if made else file, stored, target)
     if target is not printed:
         config.write(target)
     print(config.to_json() if json else f"{printable(str(target))}\n", end="")

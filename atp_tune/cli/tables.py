@@ -99,21 +99,35 @@ def _markdown(table: Table) -> str:
 def _show_rest(summary: "Summary") -> None:
     from atp_tune.summary import is_uniform
 
-    if summary.best_trial is not None and is_uniform(summary.best_trial):
+    others = any(trial.value is not None and not is_uniform(trial) for trial in summary.trials)
+    if summary.best_trial is not None and is_uniform(summary.best_trial) and others:
         console.print("no trial is better than uniform", highlight=False)
     if summary.total is not None and summary.done < summary.total:
         console.print(f"{summary.done} of {summary.total} trials are done", highlight=False)
+    elif summary.best_trial is not None and summary.best.report is None:
+        console.print("the report text is not measured yet: the same command goes on", highlight=False)
 
 
 def _show_next(summary: "Summary", file: "StudyFile") -> None:
     best = file.best_of(summary.name)
-    if summary.best.report is not None and best.exists():
+    if summary.best.report is not None and _is_of(best, summary.best_trial):
         config = printable(str(_short(best)))
         console.print(f"best configuration: {config}", highlight=False)
         console.print(
             f"sparse checkpoint:  python tune.py apply --config {config} --out {printable(summary.name)}-sparse",
             highlight=False,
         )
+
+
+def _is_of(file: Path, trial: "FrozenTrial | None") -> bool:
+    """Whether a configuration is there and of this trial: one of an earlier best may have been left."""
+    from atp_tune.config import read_config
+    from atp_tune.errors import UserError
+
+    try:
+        return trial is not None and file.exists() and read_config(file).trial == trial.number
+    except UserError:
+        return False
 
 
 def show_status(summary: "Summary", file: "StudyFile") -> None:

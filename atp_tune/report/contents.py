@@ -88,7 +88,9 @@ class Contents:
         of = f" of {summary.total}" if summary.total is not None else ""
         parts = [f"{summary.done}{of} trials done"]
         stopped = sum("stopped_after" in trial.user_attrs for trial in summary.trials)
-        counts = ((self.count(TrialState.RUNNING), "running"), (self.count(TrialState.FAIL), "failed"))
+        failed = sum("failure" in trial.user_attrs for trial in summary.trials)
+        lost = self.count(TrialState.FAIL) - failed
+        counts = ((self.count(TrialState.RUNNING), "running"), (failed, "failed"), (lost, "lost and run again"))
         return ", ".join(parts + [f"{count} {what}" for count, what in (*counts, (stopped, "stopped early")) if count])
 
     @property
