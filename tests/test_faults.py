@@ -523,6 +523,7 @@ def test_another_version_is_noted(place: Path, monkeypatch: pytest.MonkeyPatch) 
     ROWS.add("two versions of the program on one study: allowed, and said", 1)
 
 
+@slow
 def test_a_trial_that_is_silent_but_alive_is_not_taken(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its process is stopped for longer than the grace period: another one on this host waits for it."""
     monkeypatch.setattr(storage, "GRACE", 1)

@@ -50,7 +50,7 @@ def test_a_name_that_no_study_gets(name: str, place: Path, command: CommandLine)
 
 
 def test_a_report_is_written_where_it_was_asked_for_or_not_at_all(done: Path, command: CommandLine) -> None:
-    words = ("report", "--study", done / "tiny.toml", "--out")
+    words = ("report", "--study", done / "tiny.toml", "--format", "html", "--out")
     before = files(done)
     for out in (done, done / "tiny.toml" / "x.html", done / ("x" * 300), "/proc/x.html"):
         assert command(*words, out).error.endswith("choose another place with --out FILE")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tinystudy import CommandLine, run, study_file
 
-from atp_tune import storage
+from atp_tune import remote, storage
 from atp_tune.errors import UserError, without_secrets
 from atp_tune.serving.notes import study_note
 from atp_tune.summary import summarise
@@ -31,7 +31,10 @@ COMMANDS = [["--study"], ["status", "--study"], ["export", "--study"], ["report"
 
 @pytest.mark.parametrize("address", ADDRESSES)
 @pytest.mark.parametrize("words", COMMANDS, ids=lambda words: words[0])
-def test_no_command_prints_it(words: list[str], address: str, place: Path, command: CommandLine) -> None:
+def test_no_command_prints_it(
+    words: list[str], address: str, place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "FIRST", 0.3)
     answer = command(*words, place / "tiny.toml", "--storage", address)
     assert answer.code == 2
     assert MARKER not in answer.out + answer.err
