@@ -38,7 +38,7 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
+def page(browser: Browser, dashboard: Dashboard) -> Iterator[Page]:
     """A page of a screen's size; the test fails if anything is written to the console as an error."""
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
     errors: list[str] = []
@@ -100,9 +100,9 @@ def test_each_figure_is_drawn(page: Page, dashboard: Dashboard) -> None:
 def test_the_table_of_trials_has_columns_for_people(page: Page, dashboard: Dashboard) -> None:
     page.goto(address(dashboard, "/smartSelection"))
     header = page.locator("thead th", has_text="UserAttribute")
-    expect(header).to_have_count(6, timeout=20_000)
+    expect(header).to_have_count(7, timeout=20_000)
     own = [words.splitlines()[0].removeprefix("UserAttribute ") for words in header.all_inner_texts()]
-    assert own == ["± stderr", "zeros %", "seconds", "peak GB", "device", "host"]
+    assert own == ["± stderr", "zeros %", "seconds", "peak GB", "device", "dtype", "host"]
 
 
 def test_the_artifacts_download(page: Page, dashboard: Dashboard, done: Path) -> None:
