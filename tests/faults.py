@@ -139,7 +139,9 @@ def check_equal(study: optuna.Study, undisturbed: optuna.Study, total: int) -> N
     assert not {TrialState.RUNNING, TrialState.WAITING} & {trial.state for trial in study.trials}
     found = measured(study)
     assert len({json.dumps(params, sort_keys=True) for params, _ in found}) == len(found)
-    assert found == measured(undisturbed)
+    known = measured(undisturbed)
+    assert not [one for one in found if one not in known], (found, known)
+    assert found == known
     assert reports(study) == reports(undisturbed)
 
 
