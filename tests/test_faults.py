@@ -167,7 +167,12 @@ def test_kill_9_at_random_moments(place: Path) -> None:
         moment = Moment(tiny, rng.uniform(0, loading) if early else rng.uniform(0, 3 * pace), early)
         assert tiny.start().kill_when(lambda: moment.is_now() and (known < 0 or tiny.ended() > known))  # noqa: B023
     seconds = tiny.finish()
-    check_equal(tiny.study, other.study, total)
+    study, given_up = tiny.study, sum(storage.is_given_up(trial) for trial in tiny.study.trials)
+    if given_up:  # three kills met the same trial after all, which ends it
+        assert storage.counted(study) == total == len(measured(study)) + given_up
+        assert all(one in measured(other.study) for one in measured(study))
+    else:
+        check_equal(study, other.study, total)
     hit = sum("lost" in trial.user_attrs for trial in tiny.study.trials)
     assert hit > 5
     ROWS.add(f"kill -9 at random moments of one study of {total} trials", 30, seconds=seconds)
