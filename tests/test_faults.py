@@ -513,7 +513,7 @@ def test_a_clock_that_was_set_back(place: Path, command: CommandLine) -> None:
     document = json.loads(command("status", "--study", place / "tiny.toml", "--json").out)
     assert document["running"][0]["seconds"] == 0
     began = monotonic()
-    assert command("--study", place / "tiny.toml").code == 0
+    assert command("--study", place / "tiny.toml", "--trials", "3").code == 0
     assert storage.counted(stored(place)) == 3
     ROWS.add("clock set back by an hour", 1, seconds=monotonic() - began)
 
@@ -522,7 +522,7 @@ def test_another_version_is_noted(place: Path, monkeypatch: pytest.MonkeyPatch) 
     run(place, "search.trials=1")
     notes: list[str] = []
     monkeypatch.setattr(tuning, "versions", lambda: {**versions(), "atp_tune": "9.9", "torch": "8.8"})
-    run(place, watch=lambda event: notes.append(event.text) if isinstance(event, Note) else None)
+    run(place, "search.trials=3", watch=lambda event: notes.append(event.text) if isinstance(event, Note) else None)
     assert f"trial 0 was measured with atp_tune {versions()['atp_tune']}, torch {versions()['torch']}; " in notes[1]
     assert "now it is atp_tune 9.9, torch 8.8" in notes[1]
     ROWS.add("two versions of the program on one study: allowed, and said", 1)

@@ -34,7 +34,7 @@ def on_gpu(place: Path) -> None:
 
 
 def test_another_number_format(began: Path, command: CommandLine) -> None:
-    words = ["--study", str(began / "tiny.toml"), "--set", "model.dtype=bfloat16"]
+    words = ["--study", str(began / "tiny.toml"), "--trials", "3", "--set", "model.dtype=bfloat16"]
     assert command(*words).error == (
         'study tiny: model.dtype is "bfloat16", was "float32". Put it back, or start another study with '
         "--study-name NAME, or mix them in this one with --allow-device-change"
@@ -67,11 +67,11 @@ def test_any_other_difference_is_refused_all_the_same(began: Path) -> None:
 def test_another_device(began: Path, command: CommandLine) -> None:
     on_gpu(began)
     words = ["--study", str(began / "tiny.toml")]
-    assert command(*words).error == (
+    assert command(*words, "--trials", "3").error == (
         f"study tiny: its trials ran on {GPU}, here is cpu. Go on there, start another study with --study-name NAME, "
         "or mix them in this one with --allow-device-change"
     )
-    answer = command(*words, "--allow-device-change")
+    answer = command(*words, "--trials", "3", "--allow-device-change")
     sentence = (
         "1 of 3 trials ran on cpu: perplexities of different devices differ in the last digits, "
         "those of different number formats by per cents."

@@ -383,7 +383,7 @@ def test_a_trial_of_another_machine_is_waited_for_and_then_run_again(place: Path
     study = run(place, "search.trials=2")
     add_running(study, {"host": "elsewhere", "pid": 1, "process_started": 0.0})
     notes: list[Event] = []
-    study = run(place, watch=notes.append)
+    study = run(place, "search.trials=3", watch=notes.append)
     assert Note("waiting for trial 2, which elsewhere runs (or was running when it stopped)") in notes
     assert states(study) == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE"]
     assert study.trials[3].params == study.trials[2].params
@@ -394,7 +394,7 @@ def test_a_trial_of_another_machine_is_waited_for_and_then_run_again(place: Path
 def test_a_process_that_died_before_it_said_who_it_is(place: Path, beat: bool) -> None:
     study = run(place, "search.trials=2")
     add_running(study, {}, beat)
-    study = run(place)
+    study = run(place, "search.trials=3")
     assert states(study) == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE"]
 
 
