@@ -58,7 +58,10 @@ class Pass:
     in_one_pass: bool = False
 
     def run(self, plan: Plan, hidden: Tensor) -> Iterator[PrunedBlock]:
-        """Prunes block after block; `hidden` [windows, tokens, width] is overwritten as it moves on."""
+        """Prunes block after block; `hidden` [windows, tokens, width] is overwritten as it moves on.
+
+        No windows where neither the pruner nor an error curve asks for them.
+        """
         for index, linears in enumerate(self.replay.checkpoint.linears):
             timer, weights = Timer(), self.replay.checkpoint.weights(index)
             sparsities = plan.of(index, len(linears))
