@@ -19,17 +19,20 @@ from torch import Tensor
 
 from atp_tune.allocations import Budget
 from atp_tune.batching import BatchSize
+from atp_tune.cache import cache_dir, sha256_of_json
 from atp_tune.checkpoint import Checkpoint, Linear
 from atp_tune.devices import find_device, find_dtype, free_memory
 from atp_tune.errors import UserError
 from atp_tune.evaluation import POSITIONS, Block, group_nlls
 from atp_tune.events import Note, Step, Watch, unwatched
 from atp_tune.evidence import Cache, DenseEvidence
+from atp_tune.keeping import Kept, is_room, keep_all
 from atp_tune.models import ModelFolder, resolve
 from atp_tune.plan import Plan
-from atp_tune.prune_pass import BlockStatistics, Pass, PrunedBlock, advance, measure
-from atp_tune.pruners import Statistics, make_pruner
-from atp_tune.pruners.statistics import InputNorms
+from atp_tune.process import versions
+from atp_tune.prune_pass import BlockStatistics, Pass, PrunedBlock, advance, measure_and_advance
+from atp_tune.pruners import Pruner, Statistics, make_pruner
+from atp_tune.pruners.statistics import Hessian
 from atp_tune.replay import Replay
 from atp_tune.study import Model, Prune, Text
 from atp_tune.windows import Windows, check_disjoint, thinned, token_windows
@@ -72,7 +75,7 @@ class Bench:
         self._batch = self._batch_size(tokens, self._bytes_per_token())
         vocabulary = int(checkpoint.config.get_text_config().vocab_size)
         self._heads = self._batch_size(min(tokens, POSITIONS), HEAD_BYTES * vocabulary)
-        self._statistics: dict[type[Statistics], list[BlockStatistics]] = {}
+        self._statistics: dict[str, Sequence[BlockStatistics]] = {}
         self._evidence: Cache = {}
         self._follows = True  # the error of the hidden states through all blocks, also where nothing else asks for them
 
@@ -110,7 +113,7 @@ class Bench:
 
     def budget(self, target: float) -> Budget:
         """What an allocation shares out over this checkpoint; what it asks for is measured once for all budgets."""
-        norms, step = partial(self._dense_statistics, InputNorms), partial(self._step, "measure")
+        norms, step = partial(self._dense_statistics, make_pruner("wanda")), partial(self._step, "measure")
         evidence = DenseEvidence(self.checkpoint, norms, self._evidence, step)  # not kept here: it holds this bench
         return Budget(target, self.checkpoint.sizes, self.checkpoint.shapes, evidence)
 
@@ -123,10 +126,10 @@ class Bench:
     def prune(self, plan: Plan) -> Iterator[PrunedBlock]:
         """Prunes block after block as the plan says; the dense checkpoint stays as it is."""
         pruner = make_pruner(plan.pruner, self.prune_settings.settings(plan.pruner))
-        dense = self._dense_statistics(pruner.measures) if self._measures_dense(pruner.measures) else None
-        in_one_pass = self.prune_settings.statistics == "sequential"
+        way = self.prune_settings.statistics
+        dense = self._dense_statistics(pruner) if pruner.measures and way == "dense" else None
         states = self._dense_states if self._follows else None
-        work = Pass(self.replay, self._batch, pruner, states, dense, in_one_pass)
+        work = Pass(self.replay, self._batch, pruner, states, dense, in_one_pass=way == "sequential")
         calibration = self._ids["calibration"]
         measured = len(calibration) if dense is None and pruner.measures else 0
         follow = calibration[: max(measured, self._curve_windows if self._follows else 0)]
@@ -176,20 +179,40 @@ class Bench:
             states.append(hidden.cpu().clone())
         return states
 
-    def _measures_dense(self, kind: type[Statistics] | None) -> bool:
-        return kind is not None and self.prune_settings.statistics == "dense"
-
-    def _dense_statistics(self, kind: type[Statistics] | None) -> list[BlockStatistics]:
-        """Statistics of every linear's inputs in the dense model, measured once for each kind."""
+    def _dense_statistics(self, pruner: Pruner) -> Sequence[BlockStatistics]:
+        """Statistics of every linear's inputs in the dense model, measured once for each kind, and kept on the disk."""
+        kind = pruner.measures
         assert kind is not None
-        if kind not in self._statistics:
-            hidden, gathered = self.replay.embed(self._ids["calibration"]).clone(), []
-            for index, weights in self.dense():
-                gathered.append(measure(self.replay, self._batch, index, weights, hidden, kind))
-                advance(self.replay, self._batch, index, weights, hidden)
-                self._step("measure", index + 1)
-            self._statistics[kind] = gathered
-        return self._statistics[kind]
+        key = self._key_of(pruner, kind)
+        if key not in self._statistics:
+            self._statistics[key] = self._kept(cache_dir("statistics") / key, pruner, kind)
+        return self._statistics[key]
+
+    def _key_of(self, pruner: Pruner, kind: type[Statistics]) -> str:
+        contents = {name: value for name, value in self.contents().items() if not name.startswith("texts.")}
+        text, prepared = self.windows["calibration"].content, kind is Hessian and repr(pruner)
+        return sha256_of_json([contents, text, kind.__name__, prepared, self.checkpoint.device.type, versions()])
+
+    def _kept(self, folder: Path, pruner: Pruner, kind: type[Statistics]) -> Sequence[BlockStatistics]:
+        if not folder.is_dir():
+            needed = sum(kind.bytes_for(x.in_features) for linears in self.checkpoint.linears for x in linears)
+            if not is_room(folder.parent, needed):
+                return list(self._measured(pruner, kind))
+            try:
+                keep_all(folder, self._measured(pruner, kind))
+            except OSError as error:
+                self.watch(Note(f"cache folder {folder.parent}: {error}; dense statistics are kept in memory"))
+                return list(self._measured(pruner, kind))
+        return Kept(folder, kind, len(self.checkpoint.blocks), self.checkpoint.device)
+
+    def _measured(self, pruner: Pruner, kind: type[Statistics]) -> Iterator[BlockStatistics]:
+        hidden = self.replay.embed(self._ids["calibration"]).clone()
+        for index, weights in self.dense():
+            found = measure_and_advance(self.replay, self._batch, index, weights, hidden, kind)
+            for statistics in set(found.values()):
+                pruner.prepare(statistics)
+            yield found
+            self._step("measure", index + 1)
 
     def _counted(self, blocks: Iterable[Block]) -> Iterator[Block]:
         for index, weights in blocks:

@@ -11,7 +11,7 @@ The blocks come one at a time and nothing of their size is kept, so that any mod
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -29,7 +29,7 @@ CHUNK = 256  # candidates that are compared at a time
 HALF = 16  # bits of a float32 that one pass over the scores tells apart
 
 T = TypeVar("T")
-Norms = Callable[[], list[Mapping[str, Statistics]]]
+Norms = Callable[[], Sequence[Mapping[str, Statistics]]]
 Cache = dict[tuple[object, ...], Any]
 Sweep = Callable[[], Iterator[list[Tensor]]]
 

@@ -208,6 +208,27 @@ def measure(
     return batch.attempt(step)
 
 
+def measure_and_advance(
+    replay: Replay,
+    batch: BatchSize,
+    index: int,
+    weights: dict[str, Tensor],
+    hidden: Tensor,
+    kind: type[Statistics],
+) -> BlockStatistics:
+    """Both in one pass, for a block that is not pruned; hidden [windows, tokens, width] is overwritten."""
+    block, linears = replay.checkpoint.blocks[index], replay.checkpoint.linears[index]
+
+    def step(windows: int) -> BlockStatistics:
+        gathering = Gathering(linears, kind, lambda found: None)
+        with gathering.listening(block):
+            after = [replay.run(index, weights, rows) for rows in torch.split(hidden, windows)]
+        torch.cat(after, out=hidden)
+        return gathering.result()
+
+    return batch.attempt(step)
+
+
 def relative_error(hidden: Tensor, dense: Tensor) -> float:
     """‖H - D‖ / ‖D‖ (Frobenius, float32) over the windows that dense [few, tokens, width] has."""
     reference = dense.to(hidden.device).float()

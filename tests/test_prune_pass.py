@@ -154,11 +154,12 @@ def test_dense_statistics_are_of_the_dense_model(family: str) -> None:
 
 def test_dense_statistics_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[Any] = []
-    original = bench.measure
-    monkeypatch.setattr(bench, "measure", lambda *args: measured.append(args[-1]) or original(*args))
-    work = bench_of(tiny("llama"), Prune(statistics="dense", pruners=("wanda", "sparsegpt", "magnitude")))
-    for pruner in ("wanda", "wanda", "sparsegpt", "sparsegpt", "magnitude", "wanda"):
-        list(work.prune(atp_plan(work, pruner)))
+    original = bench.measure_and_advance
+    monkeypatch.setattr(bench, "measure_and_advance", lambda *args: measured.append(args[-1]) or original(*args))
+    for _ in range(2):  # the second bench finds what the first has kept
+        work = bench_of(tiny("llama"), Prune(statistics="dense", pruners=("wanda", "sparsegpt", "magnitude")))
+        for pruner in ("wanda", "wanda", "sparsegpt", "sparsegpt", "magnitude", "wanda"):
+            list(work.prune(atp_plan(work, pruner)))
     assert measured == [InputNorms] * 4 + [Hessian] * 4
 
 

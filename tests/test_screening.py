@@ -79,8 +79,8 @@ def test_dense_statistics_are_measured_once(place: Path, monkeypatch: pytest.Mon
     from atp_tune import bench
 
     calls: list[int] = []
-    original = bench.measure
-    monkeypatch.setattr(bench, "measure", lambda *args: calls.append(1) or original(*args))
+    original = bench.measure_and_advance
+    monkeypatch.setattr(bench, "measure_and_advance", lambda *args: calls.append(1) or original(*args))
     run(place, *INSIDE)
     assert len(calls) == BLOCKS
 

@@ -26,6 +26,9 @@ class Pruner(Protocol):
 
     measures: ClassVar[type[Statistics] | None]
 
+    def prepare(self, statistics: Statistics) -> None:
+        """Computes what depends on the statistics alone, so that it is kept with them."""
+
     def prune(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:
         """Pruned copy of weight [out, in] at a sparsity in [0, 1], in the weight's dtype."""
 

@@ -47,6 +47,9 @@ class ALPS:
 
     measures: ClassVar[type[Statistics] | None] = Hessian
 
+    def prepare(self, statistics: Statistics) -> None:
+        """Nothing."""
+
     def prune(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:
         """Pruned copy of weight [out, in] at a sparsity in [0, 1]; statistics are its `Hessian`."""
         assert isinstance(statistics, Hessian)

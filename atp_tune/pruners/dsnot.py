@@ -58,6 +58,9 @@ class DSnoT:
 
     measures: ClassVar[type[Statistics] | None] = InputMoments
 
+    def prepare(self, statistics: Statistics) -> None:
+        """Nothing."""
+
     def prune(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:
         """Pruned copy of weight [out, in] at a sparsity in [0, 1]; statistics are its `InputMoments`."""
         assert isinstance(statistics, InputMoments)

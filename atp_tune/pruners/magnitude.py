@@ -17,6 +17,9 @@ class Magnitude:
 
     measures: ClassVar[type[Statistics] | None] = None
 
+    def prepare(self, statistics: Statistics) -> None:
+        """Nothing."""
+
     def prune(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:
         """Pruned copy of weight [out, in] at a sparsity in [0, 1]."""
         return zeroed(weight, lowest_in_matrix(weight.float().abs(), sparsity, self.group))

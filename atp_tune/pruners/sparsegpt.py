@@ -42,6 +42,11 @@ class SparseGPT:
 
     measures: ClassVar[type[Statistics] | None] = Hessian
 
+    def prepare(self, statistics: Statistics) -> None:
+        """Factorises the Hessian."""
+        assert isinstance(statistics, Hessian)
+        statistics.factor(self.damping)
+
     def prune(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:
         """Pruned copy of weight [out, in] at a sparsity in [0, 1]; statistics are its `Hessian`."""
         assert isinstance(statistics, Hessian)

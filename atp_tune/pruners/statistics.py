@@ -4,7 +4,7 @@ X inputs [tokens, in] of one linear over all calibration tokens. Linears that re
 value, say) share one object, and what it derives from X is computed once for all of them.
 """
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -23,6 +23,17 @@ class Statistics(Protocol):
     def add(self, x: Tensor) -> None:
         """Takes in inputs [..., in] of any float dtype."""
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What is to be kept of it, where it is kept."""
+
+    @classmethod
+    def restored(cls, tensors: dict[str, Tensor]) -> Self:
+        """What was kept, to be asked and no more added to."""
+
+    @staticmethod
+    def bytes_for(inputs: int) -> int:
+        """Bytes of what is kept of a linear with so many inputs, at most."""
+
 
 class InputNorms:
     """‖X_j‖₂ of each input j over all tokens, in float32."""
@@ -34,6 +45,22 @@ class InputNorms:
         """Takes in inputs [..., in] of any float dtype."""
         flat = x.reshape(-1, x.shape[-1]).float()
         self._squares += torch.linalg.vector_norm(flat, dim=0).square()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums of squares [in]."""
+        return {"squares": self._squares}
+
+    @staticmethod
+    def bytes_for(inputs: int) -> int:
+        """Bytes of what is kept of a linear with so many inputs, at most."""
+        return 4 * inputs
+
+    @classmethod
+    def restored(cls, tensors: dict[str, Tensor]) -> Self:
+        """From its `tensors`."""
+        found = cls.__new__(cls)
+        found._squares = tensors["squares"]
+        return found
 
     def norms(self) -> Tensor:
         """The norms [in]."""
@@ -64,6 +91,25 @@ class InputMoments:
         shift = means - self._means
         self._means += shift * (new / self._tokens)
         self._deviations += variances * new + shift.square() * (before * new / self._tokens)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Sums of squares, means and sums of squared deviations [in], and the number of tokens."""
+        tokens = torch.tensor(self._tokens)
+        return {**self._norms.tensors(), "means": self._means, "deviations": self._deviations, "tokens": tokens}
+
+    @staticmethod
+    def bytes_for(inputs: int) -> int:
+        """Bytes of what is kept of a linear with so many inputs, at most."""
+        return 12 * inputs + 8
+
+    @classmethod
+    def restored(cls, tensors: dict[str, Tensor]) -> Self:
+        """From its `tensors`."""
+        found = cls.__new__(cls)
+        found._norms = InputNorms.restored(tensors)
+        found._means, found._deviations = tensors["means"], tensors["deviations"]
+        found._tokens = int(tensors["tokens"])
+        return found
 
     def norms(self) -> Tensor:
         """The norms [in]."""
@@ -120,6 +166,24 @@ class Hessian:
         self._factors.clear()
         self._scaled.clear()
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The sum Xᵀ X [in, in] and the number of tokens, and the factors that were asked for."""
+        factors = {f"factor {damping!r}": factor for damping, factor in self._factors.items()}
+        return {"gram": self._gram, "tokens": torch.tensor(self._tokens), **factors}
+
+    @staticmethod
+    def bytes_for(inputs: int) -> int:
+        """Bytes of what is kept of a linear with so many inputs, at most."""
+        return 8 * inputs**2 + 8
+
+    @classmethod
+    def restored(cls, tensors: dict[str, Tensor]) -> Self:
+        """From its `tensors`."""
+        found = cls.__new__(cls)
+        found._gram, found._tokens, found._scaled = tensors["gram"], int(tensors["tokens"]), {}
+        found._factors = {float(name.split()[1]): part for name, part in tensors.items() if name.startswith("factor")}
+        return found
+
     def matrix(self) -> Tensor:
         """H [in, in]; an input that was never active gets 1 on the diagonal, so that H can be inverted."""
         hessian = self._gram.triu().mul_(2 / max(1, self._tokens))
@@ -173,7 +237,7 @@ def _factor(hessian: Tensor, damping: float) -> Tensor:
         lower: Tensor
         lower, wrong = torch.linalg.cholesky_ex(reversed_)
         if not wrong and lower.diagonal().isfinite().all():
-            return lower.flip(0, 1)
+            return lower.flip(0, 1).contiguous()  # as it is when it was kept and read: products round alike
     raise TrialError(f"Hessian not positive definite, even with damping {damping * 10**DAMPING_RAISES:g}")
 
 

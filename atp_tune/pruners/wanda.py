@@ -37,6 +37,9 @@ class Wanda:
 
     measures: ClassVar[type[Statistics] | None] = InputNorms
 
+    def prepare(self, statistics: Statistics) -> None:
+        """Nothing."""
+
     def prune(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:
         """Pruned copy of weight [out, in] at a sparsity in [0, 1]; statistics are its `InputNorms`."""
         assert isinstance(statistics, InputNorms)
