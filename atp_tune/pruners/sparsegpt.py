@@ -16,7 +16,7 @@ W - Ŵ = E U, Ŵ the pruned weight, and so E = (W - Ŵ) R. What the blocks to th
     - E[:, :a] U[:a, a:b] = (W - Ŵ)[:, :a] R[:a, a:b] U[a:b, a:b]        since (R U)[:a, a:b] = 0
 
 and U[a:b, a:b] = R[a:b, a:b]⁻¹ is a triangle of B columns. R costs one Cholesky factorisation (`Hessian.factor`), a
-quarter of what U costs, and each weight is written once and not once per block.
+quarter of the operations of U, and each weight is written once and not once per block.
 
 Source: "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", ICML 2023, algorithm 1.
 """
