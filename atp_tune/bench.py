@@ -77,7 +77,9 @@ class Bench:
         folder = resolve(setup.model, setup.base, lambda text: watch(Note(text)))
         windows = {role: _windows(role, text, folder, setup.base) for role, text in setup.texts.items()}
         check_disjoint(windows)
-        checkpoint = Checkpoint.load(folder.path, find_dtype(setup.model.dtype, device), device, folder.trusted)
+        dtype, named = find_dtype(setup.model.dtype, device), setup.model.residency
+        residency = None if named == "auto" else named
+        checkpoint = Checkpoint.load(folder.path, dtype, device, folder.trusted, residency)
         return cls(folder, checkpoint, windows, setup.prune, watch)
 
     @property

@@ -25,7 +25,7 @@ KeyPath: TypeAlias = tuple[str | int, ...]
 HERE = Path("studies")
 EMBEDDED = Path(__file__).parent / "studies"
 # They say how long, where and on what a study runs, not what it computes.
-NOT_FACTS = frozenset({"description", "storage", "device", "search.trials", "model.allow_pickle"})
+NOT_FACTS = frozenset({"description", "storage", "device", "search.trials", "model.allow_pickle", "model.residency"})
 # Keys younger than the first studies: they are facts only where they are not at their defaults, so that those resume.
 LATER = ("prune.pattern", "prune.wanda.", "prune.dsnot.", "prune.alps.", "model.trust_remote_code")
 
