@@ -2,6 +2,9 @@
 
 Dense checkpoint, the three texts as token windows, and what is measured on the dense model alone: the hidden states
 of the error curve and, where a study asks for them, the statistics of all inputs.
+
+Windows are evaluated in the same batches whether or not a stopper looks at each group of them, and trials come to the
+same bits with and without one.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +21,7 @@ from atp_tune.batching import BatchSize
 from atp_tune.checkpoint import Checkpoint, Linear
 from atp_tune.devices import find_device, find_dtype, free_memory
 from atp_tune.errors import UserError
-from atp_tune.evaluation import Block, group_nlls
+from atp_tune.evaluation import POSITIONS, Block, group_nlls
 from atp_tune.events import Note, Step, Watch, unwatched
 from atp_tune.evidence import Cache, DenseEvidence
 from atp_tune.models import ModelFolder, resolve
@@ -66,7 +69,8 @@ class Bench:
         self._ids = {role: torch.from_numpy(w.ids).to(checkpoint.device) for role, w in windows.items()}
         tokens = max(ids.shape[1] for ids in self._ids.values())
         self._batch = self._batch_size(tokens, self._bytes_per_token())
-        self._heads = self._batch_size(tokens, HEAD_BYTES * int(checkpoint.config.get_text_config().vocab_size))
+        vocabulary = int(checkpoint.config.get_text_config().vocab_size)
+        self._heads = self._batch_size(min(tokens, POSITIONS), HEAD_BYTES * vocabulary)
         self._statistics: dict[type[Statistics], list[BlockStatistics]] = {}
         self._evidence: Cache = {}
 
@@ -120,23 +124,25 @@ class Bench:
         dense = self._dense_statistics(pruner.measures) if self._measures_dense(pruner.measures) else None
         calibration = self._ids["calibration"]
         follow = calibration if dense is None and pruner.measures else calibration[: self._curve_windows]
-        work = Pass(self.replay, self._batch, pruner, self._dense_states, dense)
+        in_one_pass = self.prune_settings.statistics == "sequential"
+        work = Pass(self.replay, self._batch, pruner, self._dense_states, dense, in_one_pass)
         for block in work.run(plan, self.replay.embed(follow).clone()):
             yield block
             self._step("prune", block.index + 1)
 
     @torch.inference_mode()
-    def nlls(self, blocks: Iterable[Block], role: str, groups: int = 1) -> Iterator[list[float]]:
-        """Window NLLs of one text, group by group, of a model given as blocks; kept in memory if they fit.
+    def nlls(self, blocks: Iterable[Block], role: str, one_by_one: bool = False) -> Iterator[list[float]]:
+        """Window NLLs of one text, group by group, of a model given as blocks.
 
+        `one_by_one`: a group is computed when it is asked for, if the blocks fit into memory meanwhile.
         UserError if the model's files were changed meanwhile: weights that are memory-mapped change with them.
         """
-        for nlls in self._nlls(blocks, self._ids[role].tensor_split(min(groups, len(self._ids[role])))):
+        for nlls in self._nlls(blocks, self._ids[role].tensor_split(min(GROUPS, len(self._ids[role]))), one_by_one):
             self.folder.check_unchanged()
             yield nlls
 
-    def _nlls(self, blocks: Iterable[Block], parts: Sequence[Tensor]) -> Iterator[list[float]]:
-        if len(parts) == 1 or not self._can_keep():
+    def _nlls(self, blocks: Iterable[Block], parts: Sequence[Tensor], one_by_one: bool) -> Iterator[list[float]]:
+        if not one_by_one or not self._can_keep():
             yield from group_nlls(self.replay, self._batch, self._heads, self._counted(blocks), parts)
             return
         kept = list(blocks)

@@ -53,17 +53,16 @@ def find_gates(block: nn.Module) -> set[nn.Module]:
     return gates
 
 
-def routed_inputs(module: Any, hidden: Tensor, chosen: Tensor) -> Iterator[tuple[str, int, Tensor]]:
-    """Name of a weight, expert and inputs [tokens, in] of each expert that has a token, with the module's weights.
+def expert_inputs(module: Any, weight: str, hidden: Tensor, chosen: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Expert and inputs [tokens, in] of W_up or W_down for each expert that has a token, with the module's weights.
 
     hidden [tokens, width] and the chosen experts [tokens, k] are what the module is called with.
     """
-    up, down = expert_weights(module)
+    up, _ = expert_weights(module)
     for expert in range(module.num_experts):
         rows = hidden[(chosen == expert).any(-1)]
         if len(rows):
-            yield up, expert, rows
-            yield down, expert, _inner(module, up, expert, rows)
+            yield expert, rows if weight == up else _inner(module, up, expert, rows)
 
 
 def _inner(module: Any, up: str, expert: int, rows: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from optuna import Trial
 from optuna.trial import FrozenTrial, TrialState
 
-from atp_tune.bench import GROUPS, Bench
+from atp_tune.bench import Bench
 from atp_tune.devices import is_out_of_memory
 from atp_tune.errors import TrialError
 from atp_tune.events import Note, TrialStarted, Watch
@@ -50,7 +50,7 @@ class Objective:
     def _measure(self, trial: Trial, plan: Plan) -> float:
         record = Record(self.bench.checkpoint.device, self.bench.dtype)
         blocks = record.follow(self.bench.prune(plan), self.bench.checkpoint.sizes)
-        for group, nlls in enumerate(self.bench.nlls(blocks, "search", GROUPS if self.stops else 1)):
+        for group, nlls in enumerate(self.bench.nlls(blocks, "search", self.stops)):
             record.nlls += nlls
             hopeless = self.stops and is_hopeless(trial, group, nlls)
             if hopeless and not plan.is_uniform:  # uniform is what the best is compared with: never stopped

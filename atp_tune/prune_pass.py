@@ -6,13 +6,15 @@ For block i = 0 … L-1, with H the hidden states that enter it (calibration win
     2. prune each linear to the block's sparsity s_i
     3. H ← block_i(H) with the pruned weights
 
-so that block i is measured with blocks 0 … i-1 already pruned (the papers' way). With statistics gathered once on the
-dense model, step 1 is left out and only the few windows of the error curve are run on.
+so that block i is measured with blocks 0 … i-1 already pruned (the papers' way, statistics "block"). In one pass
+(statistics "sequential") the three are one for each linear: see `standing`. With statistics gathered once on the dense
+model ("dense") step 1 is left out, and only the few windows of the error curve, if any, are run on.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 
 import torch
@@ -20,10 +22,11 @@ from torch import Tensor
 
 from atp_tune.batching import BatchSize
 from atp_tune.checkpoint import Linear
-from atp_tune.gathering import AllHeard, Gathering
+from atp_tune.gathering import AllHeard, Gathering, ending
 from atp_tune.plan import Plan
 from atp_tune.pruners import Pruner, Statistics, make_pruner
 from atp_tune.replay import Replay
+from atp_tune.standing import prune_standing
 
 BlockStatistics = Mapping[str, Statistics]
 
@@ -35,36 +38,51 @@ class PrunedBlock:
     index: int
     weights: dict[str, Tensor]
     zeros: dict[str, int]
-    error: float  # ‖H - H_dense‖ / ‖H_dense‖ after this block, on the windows of the error curve
+    error: float | None  # ‖H - H_dense‖ / ‖H_dense‖ after this block, on the windows of the error curve
     seconds: dict[str, float]
     unheard: tuple[str, ...] = ()  # experts that got no token, and so were pruned by magnitude
 
 
 @dataclass
 class Pass:
-    """The pass for one pruner: what it needs beside the plan and the hidden states that enter."""
+    """The pass for one pruner: what it needs beside the plan and the hidden states that enter.
+
+    `dense_states` [L] are hidden states [few, tokens, width] after each block of the dense model, for the error curve.
+    """
 
     replay: Replay
     batch: BatchSize
     pruner: Pruner
-    dense_states: list[Tensor]  # [L] hidden states [few, tokens, width] after each block of the dense model
-    dense_statistics: list[BlockStatistics] | None = None
+    dense_states: Sequence[Tensor] | None
+    dense_statistics: Sequence[BlockStatistics] | None = None
+    in_one_pass: bool = False
 
     def run(self, plan: Plan, hidden: Tensor) -> Iterator[PrunedBlock]:
         """Prunes block after block; `hidden` [windows, tokens, width] is overwritten as it moves on."""
         for index, linears in enumerate(self.replay.checkpoint.linears):
-            timer = Timer()
-            weights = self.replay.checkpoint.weights(index)
-            statistics = self._statistics(index, weights, hidden)
-            timer.lap("calibrate")
+            timer, weights = Timer(), self.replay.checkpoint.weights(index)
             sparsities = plan.of(index, len(linears))
-            unheard = tuple(x.name for x in linears if is_unheard(x, statistics, self.pruner))
-            weights, zeros = prune_block(linears, weights, statistics, self.pruner, sparsities)
-            timer.lap("prune")
-            advance(self.replay, self.batch, index, weights, hidden)
-            error = relative_error(hidden, self.dense_states[index])
+            if self.in_one_pass and self.pruner.measures is not None:
+                pruned = self._prune_standing(index, weights, hidden, sparsities, timer)
+            else:
+                pruned = self._measure_and_prune(index, weights, hidden, sparsities, timer)
+                advance(self.replay, self.batch, index, pruned.weights, hidden)
+            error = None if self.dense_states is None else relative_error(hidden, self.dense_states[index])
+            zeros = pruned.zeros()
             timer.lap("calibrate")
-            yield PrunedBlock(index, weights, zeros, error, timer.seconds, unheard)
+            yield PrunedBlock(index, pruned.weights, zeros, error, timer.seconds, tuple(pruned.unheard))
+
+    def _measure_and_prune(
+        self, index: int, weights: dict[str, Tensor], hidden: Tensor, sparsities: tuple[float, ...], timer: "Timer"
+    ) -> "Pruning":
+        linears = self.replay.checkpoint.linears[index]
+        statistics = self._statistics(index, weights, hidden)
+        timer.lap("calibrate")
+        pruning = Pruning(linears, weights, self.pruner, sparsities)
+        for linear in linears:
+            pruning.prune(linear, statistics.get(linear.name))
+        timer.lap("prune")
+        return pruning
 
     def _statistics(self, index: int, weights: dict[str, Tensor], hidden: Tensor) -> BlockStatistics:
         if self.dense_statistics is not None:
@@ -72,6 +90,64 @@ class Pass:
         if self.pruner.measures is None:
             return {}
         return measure(self.replay, self.batch, index, weights, hidden, self.pruner.measures)
+
+    def _prune_standing(
+        self, index: int, weights: dict[str, Tensor], hidden: Tensor, sparsities: tuple[float, ...], timer: "Timer"
+    ) -> "Pruning":
+        """All three steps in one pass over the hidden states, which move on."""
+        kind, block = self.pruner.measures, self.replay.checkpoint.blocks[index]
+        linears = self.replay.checkpoint.linears[index]
+        assert kind is not None
+
+        def step(windows: int) -> Pruning:
+            pruning = Pruning(linears, weights, self.pruner, sparsities)
+
+            def prune(linear: Linear, statistics: Statistics | None) -> None:
+                timer.lap("calibrate")
+                pruning.prune(linear, statistics)
+                timer.lap("prune")
+
+            runs = [partial(self.replay.step, index, rows) for rows in torch.split(hidden, windows)]
+            after = self.replay.within(
+                index, pruning.weights, lambda: prune_standing(block, linears, kind, runs, prune)
+            )
+            torch.cat(after, out=hidden)
+            return pruning
+
+        return self.batch.attempt(step)
+
+
+class Pruning:
+    """A block's tensors, in which its linears are pruned one by one; the dense weights stay as they are."""
+
+    def __init__(
+        self, linears: list[Linear], weights: dict[str, Tensor], pruner: Pruner, sparsities: tuple[float, ...]
+    ) -> None:
+        keys = {linear.key for linear in linears}
+        room = {key: torch.empty_like(weights[key], memory_format=torch.contiguous_format) for key in keys}
+        self.weights = weights | room
+        self.unheard: list[str] = []
+        self._dense = weights
+        self._pruner = pruner
+        self._sparsities = dict(zip((linear.name for linear in linears), sparsities, strict=True))
+        self._kept: dict[str, Tensor] = {}
+        self._sizes = {linear.name: linear.size for linear in linears}
+
+    def prune(self, linear: Linear, statistics: Statistics | None) -> None:
+        """Prunes one linear to its sparsity: an expert that no token was sent to by magnitude."""
+        rule = self._pruner
+        if statistics is None and rule.measures is not None:
+            rule = unmeasured(rule)
+            self.unheard.append(linear.name)
+        sparse = rule.prune(linear.matrix(self._dense[linear.key]), self._sparsities[linear.name], statistics)
+        linear.matrix(self.weights[linear.key]).copy_(sparse)
+        self._kept[linear.name] = sparse.count_nonzero()
+
+    def zeros(self) -> dict[str, int]:
+        """Number of zeros in each linear; one wait for the device, not one for each."""
+        kept = torch.stack(list(self._kept.values())).tolist()
+        counts = dict(zip(self._kept, kept, strict=True))
+        return {name: size - counts[name] for name, size in self._sizes.items()}
 
 
 class Timer:
@@ -100,30 +176,6 @@ def advance(replay: Replay, batch: BatchSize, index: int, weights: dict[str, Ten
         start += batch.attempt(step)
 
 
-def prune_block(
-    linears: list[Linear],
-    weights: dict[str, Tensor],
-    statistics: BlockStatistics,
-    pruner: Pruner,
-    sparsities: tuple[float, ...],
-) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """A block's tensors with each linear pruned to its sparsity, and the number of zeros in each."""
-    keys, zeros = {linear.key for linear in linears}, {}
-    pruned = weights | {key: torch.empty_like(weights[key], memory_format=torch.contiguous_format) for key in keys}
-    for linear, sparsity in zip(linears, sparsities, strict=True):
-        dense, known = linear.matrix(weights[linear.key]), statistics.get(linear.name)
-        rule = unmeasured(pruner) if is_unheard(linear, statistics, pruner) else pruner
-        sparse = rule.prune(dense, sparsity, known)
-        linear.matrix(pruned[linear.key]).copy_(sparse)
-        zeros[linear.name] = int((sparse == 0).sum())
-    return pruned, zeros
-
-
-def is_unheard(linear: Linear, statistics: BlockStatistics, pruner: Pruner) -> bool:
-    """Whether a pruner that measures has nothing of this linear: an expert that no token was sent to."""
-    return pruner.measures is not None and linear.name not in statistics
-
-
 def unmeasured(pruner: Pruner) -> Pruner:
     """What stands in for a pruner where there are no inputs: magnitude, in the same groups if the pruner has any."""
     group = getattr(pruner, "group", None)
@@ -142,10 +194,10 @@ def measure(
     block = replay.checkpoint.blocks[index]
 
     def step(windows: int) -> BlockStatistics:
-        gathering = Gathering(replay.checkpoint.linears[index], kind)
+        linears = replay.checkpoint.linears[index]
+        gathering = Gathering(linears, kind, ending(linears))
         with gathering.listening(block):
             for rows in torch.split(hidden, windows):
-                gathering.start()
                 with suppress(AllHeard):
                     replay.run(index, weights, rows)
         return gathering.result()

@@ -27,7 +27,7 @@ class Record:
     def follow(self, pruned: Iterator[PrunedBlock], sizes: tuple[int, ...]) -> Iterator[Block]:
         """Hands on each pruned block after taking down its zeros, its error and its seconds."""
         for block in pruned:
-            self.errors.append(round(block.error, 6))
+            self.errors += [] if block.error is None else [round(block.error, 6)]
             self.unheard += [f"{block.index}.{name}" for name in block.unheard]
             self._zeros += sum(block.zeros.values())
             self._weights += sizes[block.index]

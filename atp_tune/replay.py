@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from atp_tune.checkpoint import Checkpoint
 from atp_tune.errors import UserError
 
 StandIn = Callable[..., Any]
+T = TypeVar("T")
 HIDDEN = "hidden_states"
 
 
@@ -55,9 +56,19 @@ class Replay:
 
     def run(self, index: int, weights: dict[str, Tensor], hidden: Tensor) -> Tensor:
         """Hidden states after block `index`, computed with these weights."""
+        return self.within(index, weights, lambda: self.step(index, hidden))
+
+    def within(self, index: int, weights: dict[str, Tensor], body: Callable[[], T]) -> T:
+        """Result of `body()`, in which block `index` has these weights."""
+        named = {f"block.{name}": tensor for name, tensor in weights.items()}
+        result: T = torch.func.functional_call(_Within(self.checkpoint.blocks[index], body), named, ())
+        return result
+
+    def step(self, index: int, hidden: Tensor) -> Tensor:
+        """Hidden states after block `index`, with the weights that it has now."""
         call = self._calls_for(hidden.shape[0], hidden.shape[1])[index]
         args, kwargs = call.with_hidden(hidden)
-        output: Any = torch.func.functional_call(self.checkpoint.blocks[index], weights, args, kwargs)
+        output: Any = self.checkpoint.blocks[index](*args, **kwargs)
         after: Tensor = output[0] if isinstance(output, tuple) else output
         return after
 
@@ -120,6 +131,15 @@ class Replay:
             self._forward(ids)
         output: Any = torch.func.functional_call(self.checkpoint.blocks[0], self.checkpoint.weights(0), *arguments[0])
         return tuple(output[1:]) if isinstance(output, tuple) else None
+
+
+class _Within(nn.Module):
+    """Gives `functional_call` a body that runs a block more than once."""
+
+    def __init__(self, block: nn.Module, body: Callable[[], Any]) -> None:
+        super().__init__()
+        self.block = block
+        self.forward = body
 
 
 class Reached(Exception):  # noqa: N818 - a signal, not an error

@@ -88,8 +88,9 @@ class Prune(Part):
     """How weights are chosen: the pruners to compare, where their statistics come from, and where zeros may stand."""
 
     pruners: tuple[PrunerName, ...] = Field(("wanda",), min_length=1)
-    statistics: Literal["sequential", "dense"] = Field(
-        "sequential", description="inputs of a block measured with the blocks before it pruned, or all dense"
+    statistics: Literal["block", "sequential", "dense"] = Field(
+        "block",
+        description="inputs measured with the blocks before pruned, with all linears before pruned too, or all dense",
     )
     sparsegpt: SparseGPT = SparseGPT()
     pattern: str = Field("unstructured", description="unstructured, N:M (zeros in each M inputs) or mixed:M")

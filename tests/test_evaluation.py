@@ -8,10 +8,10 @@ import torch
 from families import CPU, FAMILIES, TOKENS, bench_of, checkpoint_of, random_ids, tiny
 from torch import Tensor
 
-from atp_tune import batching
+from atp_tune import batching, bench, evaluation
 from atp_tune.batching import BatchSize
 from atp_tune.errors import TrialError
-from atp_tune.evaluation import Block, group_nlls, head_nlls
+from atp_tune.evaluation import Block, group_nlls, head_nlls, token_nlls
 from atp_tune.perplexity import perplexity
 from atp_tune.plan import Plan
 from atp_tune.replay import Replay
@@ -98,19 +98,22 @@ def test_the_bench_gives_groups_whether_or_not_it_keeps_the_blocks(monkeypatch: 
     expected = work.all_nlls(work.dense(), "search")
     for kept in (True, False):
         monkeypatch.setattr(work, "_can_keep", lambda kept=kept: kept)
-        groups = list(work.nlls(work.dense(), "search", 3))
-        assert [len(group) for group in groups] == [3, 2, 2]
-        assert [nll for group in groups for nll in group] == pytest.approx(expected, rel=1e-5)
-        assert [len(group) for group in work.nlls(work.dense(), "search", 8)] == [1] * 7
+        for most, sizes in ((3, [3, 2, 2]), (8, [1] * 7)):
+            monkeypatch.setattr(bench, "GROUPS", most)
+            groups = list(work.nlls(work.dense(), "search", one_by_one=True))
+            assert [len(group) for group in groups] == sizes
+            assert [nll for group in groups for nll in group] == pytest.approx(expected, rel=1e-5)
+            assert list(work.nlls(work.dense(), "search")) == groups  # to the last bit: the batches are the same
         assert events == []
 
 
 def test_the_first_group_comes_before_the_second_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     work, ran = bench_of(tiny("llama")), []
     monkeypatch.setattr(work, "_can_keep", lambda: True)
+    monkeypatch.setattr(bench, "GROUPS", 3)
     original = work.replay.run
     monkeypatch.setattr(work.replay, "run", lambda *args: ran.append(len(args[2])) or original(*args))
-    groups = work.nlls(work.dense(), "search", 3)
+    groups = work.nlls(work.dense(), "search", one_by_one=True)
     next(groups)
     assert ran == [3] * 4
     next(groups)
@@ -121,9 +124,7 @@ def test_a_model_on_the_host_gives_the_same() -> None:
     one, other = bench_of(tiny("gpt2"), residency="device"), bench_of(tiny("gpt2"), residency="host")
     expected = one.all_nlls(one.dense(), "report")
     assert other.all_nlls(other.dense(), "report") == expected
-    assert [nll for group in other.nlls(other.dense(), "report", 2) for nll in group] == pytest.approx(
-        expected, rel=1e-5
-    )
+    assert [nll for group in other.nlls(other.dense(), "report", True) for nll in group] == expected
 
 
 @pytest.mark.parametrize("most", [1, 2])
@@ -169,3 +170,32 @@ def test_logits_of_a_bfloat16_model_are_summed_in_float32() -> None:
         -sum(float(logs[w, t, ids[w, t + 1]]) for t in range(TOKENS - 1)) / (TOKENS - 1) for w in range(len(ids))
     ]
     assert nlls == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_slices_of_positions_change_no_result(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norm and head work position by position, in every family; 5 and 1 leave a shorter slice and none."""
+    replay, ids = Replay(checkpoint_of(tiny(family))), random_ids(3)
+    [expected] = nlls_in(replay, [ids], batch_of(4), batch_of(4))
+    for positions in (5, 1, TOKENS - 1):
+        monkeypatch.setattr(evaluation, "POSITIONS", positions)
+        [nlls] = nlls_in(replay, [ids], batch_of(4), batch_of(4))
+        assert nlls == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("cached", [1, 97 * 3, 1 << 22])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nlls_of_tokens_are_cross_entropies(cached: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "CACHED", cached)
+    logits, targets = 30 * torch.randn(10, 97).to(dtype), torch.randint(97, (10,))
+    before = logits.clone()
+    expected = torch.nn.functional.cross_entropy(logits.double(), targets, reduction="none")
+    torch.testing.assert_close(token_nlls(logits, targets).double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(logits, before)
+
+
+def test_logits_that_are_not_finite_show() -> None:
+    logits = torch.tensor([[1.0, torch.nan], [1.0, torch.inf], [1.0, -torch.inf]])
+    assert token_nlls(logits, torch.zeros(3, dtype=torch.long)).tolist() == pytest.approx(
+        [torch.nan, torch.nan, 0.0], nan_ok=True
+    )

@@ -20,8 +20,8 @@ from atp_tune.applying import prune_once
 from atp_tune.checkpoint import find_linears
 from atp_tune.errors import TrialError
 from atp_tune.events import unwatched
-from atp_tune.experts import routed_inputs
-from atp_tune.gathering import AllHeard, Gathering
+from atp_tune.experts import expert_inputs
+from atp_tune.gathering import AllHeard, Gathering, ending
 from atp_tune.plan import Plan
 from atp_tune.prune_pass import unmeasured
 from atp_tune.pruners import PRUNERS, Statistics, make_pruner
@@ -82,7 +82,7 @@ def test_experts_that_their_block_never_runs() -> None:
 def test_arguments_by_name() -> None:
     block, x = mixture("gpt_oss"), torch.randn(5, 24)
     _, weights, chosen = block.router(x)
-    gathering = Gathering(find_linears(block), InputNorms)
+    gathering = Gathering(find_linears(block), InputNorms, ending(find_linears(block)))
     with gathering.listening(block), suppress(AllHeard), torch.inference_mode():
         block.experts(hidden_states=x, router_indices=chosen, routing_weights=weights)
     for name, inputs in naive.expert_inputs(block.experts, "experts", x, chosen).items():
@@ -99,8 +99,9 @@ def test_experts_without_a_gate() -> None:
     names = [linear.name for linear in find_linears(nn.ModuleDict({"experts": experts}))]
     assert names == ["experts.up_proj[0]", "experts.up_proj[1]", "experts.down_proj[0]", "experts.down_proj[1]"]
     x = torch.randn(3, 4)
-    (up, _, rows), (down, expert, inner) = list(routed_inputs(experts, x, torch.tensor([[1], [0], [1]])))[2:]
-    assert (up, down, expert) == ("up_proj", "down_proj", 1)
+    chosen = torch.tensor([[1], [0], [1]])
+    (expert, rows), (other, inner) = (list(expert_inputs(experts, w, x, chosen))[1] for w in ("up_proj", "down_proj"))
+    assert expert == other == 1
     assert torch.equal(rows, x[[0, 2]])
     torch.testing.assert_close(inner, torch.relu(x[[0, 2]] @ experts.up_proj[1].T))
 
@@ -120,7 +121,7 @@ def silence(model: Any, index: int = 1) -> Any:
     return model
 
 
-@pytest.mark.parametrize("statistics", ["sequential", "dense"])
+@pytest.mark.parametrize("statistics", ["block", "dense"])
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
 def test_an_expert_that_no_token_is_sent_to_is_pruned_by_magnitude(family: str, statistics: Any) -> None:
     model = silence(tiny(family))

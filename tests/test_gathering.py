@@ -1,5 +1,6 @@
 from contextlib import suppress
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from atp_tune.checkpoint import find_linears
 from atp_tune.errors import TrialError
-from atp_tune.gathering import AllHeard, Gathering
+from atp_tune.gathering import AllHeard, Gathering, ending
 from atp_tune.pruners.statistics import Hessian, InputNorms
 
 
@@ -29,10 +30,10 @@ class Block(nn.Module):
 
 
 def gather(block: nn.Module, kind: Any, batches: list[Tensor]) -> dict[str, Any]:
-    gathering = Gathering(find_linears(block), kind)
+    linears = find_linears(block)
+    gathering = Gathering(linears, kind, ending(linears))
     with gathering.listening(block), torch.inference_mode():
         for x in batches:
-            gathering.start()
             with suppress(AllHeard):
                 block(x)
     return gathering.result()
@@ -88,7 +89,7 @@ def test_listening_ends() -> None:
 
 def test_listening_ends_with_an_error_too() -> None:
     block = Block()
-    with pytest.raises(RuntimeError), Gathering(find_linears(block), InputNorms).listening(block):
+    with pytest.raises(RuntimeError), Gathering(find_linears(block), InputNorms, list).listening(block):
         block(torch.randn(2, 9))
     assert not any(module._forward_pre_hooks for module in block.modules())
 
@@ -101,6 +102,17 @@ def test_the_input_is_passed_on_as_it_is() -> None:
     expected = block.a(x)
     gather(block, InputNorms, [x])
     assert torch.equal(seen[-1], expected)
+
+
+def test_no_input_is_kept_alive() -> None:
+    block, seen = Block(), list[ref[Tensor]]()
+    block.c.register_forward_pre_hook(lambda module, args: seen.append(ref(args[0])))
+    gathering = Gathering(find_linears(block), InputNorms, lambda found: None)
+    with gathering.listening(block), torch.inference_mode():
+        for x in batches():
+            block(x)
+            assert seen[-1]() is None
+    assert set(gathering.result()) == set("abcd")
 
 
 def test_a_linear_that_is_never_run() -> None:

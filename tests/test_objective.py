@@ -104,8 +104,8 @@ def test_a_model_whose_numbers_are_none_fails(bench: Bench, space: Space, study:
         def prune(self, plan: Any) -> Any:
             return bench.prune(plan)
 
-        def nlls(self, blocks: Any, role: str, groups: int) -> Any:
-            yield [*next(iter(bench.nlls(blocks, role, groups)))[:-1], math.nan]
+        def nlls(self, blocks: Any, role: str, one_by_one: bool) -> Any:
+            yield [*next(iter(bench.nlls(blocks, role, one_by_one)))[:-1], math.nan]
 
     trial = ask(study, space)
     with pytest.raises(

@@ -1,0 +1,197 @@
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import naive
+import pytest
+import torch
+from families import ALL, MIXTURES, TOKENS, bench_of, checkpoint_of, random_ids, same_bits, tiny
+from test_experts import silence
+from test_prune_pass import atp_plan, check_same_weights, magnitude, wanda, work_of
+from torch import Tensor, nn
+
+from atp_tune.checkpoint import find_linears
+from atp_tune.errors import TrialError
+from atp_tune.plan import Plan
+from atp_tune.prune_pass import Pass
+from atp_tune.pruners import PRUNERS, make_pruner
+from atp_tune.pruners.statistics import InputNorms
+from atp_tune.replay import Replay
+from atp_tune.standing import prune_standing
+from atp_tune.study import Prune
+
+PruneMatrix = Callable[[Tensor, Tensor, float], Tensor]
+ONE_PASS = Prune(statistics="sequential")
+
+
+def order_of(model: Any, block: str, ids: Tensor) -> list[str]:
+    """Names in the model of the linears of a block, in the order in which they multiply."""
+    linears, met = find_linears(model.get_submodule(block)), list[str]()
+    plain = {x.name for x in linears if x.expert is None}
+    paths = {x.key.rpartition(".")[0] for x in linears if x.expert is not None}
+    hooks = [
+        model.get_submodule(f"{block}.{name}").register_forward_pre_hook(lambda *_, name=name: met.append(name))
+        for name in (*plain, *paths)
+    ]
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    experts = {path: [x.name for x in linears if x.key.rpartition(".")[0] == path] for path in paths}
+    return [f"{block}.{name}" for found in met for name in experts.get(found, [found])]
+
+
+def naive_pass(model: Any, work: Any, plan: Plan, prune: PruneMatrix) -> Any:
+    """A copy of the model, pruned linear after linear, with a full forward of the copy before each."""
+    ids, pruned = random_ids(5, TOKENS, seed=0), copy.deepcopy(model)
+    for index, sparsity in enumerate(plan.sparsities):
+        for name in order_of(model, f"{work.checkpoint.blocks_name}.{index}", ids):
+            x = naive.inputs_of(pruned, [name], ids)[name]
+            with torch.no_grad():
+                weight = naive.weight_of(pruned, name)
+                weight.copy_((prune if len(x) else magnitude)(weight.clone(), x, sparsity))
+    return pruned
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_each_linear_is_measured_behind_all_that_is_pruned(family: str) -> None:
+    model = tiny(family)
+    before, work = copy.deepcopy(model).state_dict(), bench_of(model, ONE_PASS)
+    plan = atp_plan(work, "wanda")
+    pruned, sparse = list(work.prune(plan)), naive_pass(model, work, plan, wanda)
+    check_same_weights(pruned, sparse, work)
+    assert all(same_bits(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+    ids = random_ids(5, TOKENS, seed=0)
+    blocks = work.checkpoint.blocks_name
+    for block in pruned:  # the hidden states that move on are those behind the pruned block
+        after = naive.states_of(sparse, sparse.get_submodule(blocks), ids)[block.index]
+        dense = naive.states_of(model, model.get_submodule(blocks), ids)[block.index]
+        assert block.error == pytest.approx(float((after - dense).norm() / dense.norm()), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+def test_an_expert_that_no_token_is_sent_to(family: str) -> None:
+    model = silence(tiny(family))
+    work, plan = bench_of(model, ONE_PASS), Plan("wanda", "atp", (0.4, 0.5, 0.6))
+    pruned = list(work.prune(plan))
+    names = ("mlp.experts.gate_up_proj[2]", "mlp.experts.down_proj[2]")
+    assert [block.unheard for block in pruned] == [(), names, ()]
+    check_same_weights(pruned, naive_pass(model, work, plan, wanda), work)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "olmoe"])
+def test_sparsegpt_in_one_pass(family: str) -> None:
+    def prune(weight: Tensor, x: Tensor, sparsity: float) -> Tensor:
+        return naive.sparsegpt(weight, x, sparsity, 0.01, 128)[0].float()
+
+    model = tiny(family)
+    work = bench_of(model, ONE_PASS)
+    plan = Plan("sparsegpt", "atp", (0.4, 0.6, 0.5, 0.5)[: len(work.checkpoint.blocks)])
+    expected = naive_pass(model, work, plan, prune).state_dict()
+    for block in work.prune(plan):
+        for linear in work.checkpoint.linears[block.index]:
+            found = linear.matrix(block.weights[linear.key])
+            wanted = linear.matrix(expected[work.checkpoint.key(block.index, linear)])
+            assert torch.equal(found == 0, wanted == 0)
+            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("pruner", [name for name in PRUNERS if name != "magnitude"])
+def test_statistics_differ_from_those_of_whole_blocks(pruner: str) -> None:
+    one, other = (bench_of(tiny("llama"), Prune(statistics=way)) for way in ("sequential", "block"))
+    plan = Plan(pruner, "uniform", (0.5,) * 4)
+    first, second = (next(iter(work.prune(plan))) for work in (one, other))
+    assert torch.equal(first.weights["self_attn.q_proj.weight"], second.weights["self_attn.q_proj.weight"])
+    assert not torch.equal(first.weights["mlp.down_proj.weight"], second.weights["mlp.down_proj.weight"])
+
+
+def test_magnitude_measures_nothing_here_either() -> None:
+    one, other = (bench_of(tiny("llama"), Prune(statistics=way)) for way in ("sequential", "block"))
+    plan = Plan("magnitude", "uniform", (0.5,) * 4)
+    for a, b in zip(one.prune(plan), other.prune(plan), strict=True):
+        assert a.error == b.error
+        assert all(same_bits(tensor, b.weights[name]) for name, tensor in a.weights.items())
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "bloom", *MIXTURES])
+@torch.inference_mode()
+def test_batches_do_not_matter_and_each_block_runs_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, found, original = Plan("wanda", "uniform", (0.5,) * 4), [], Replay.step
+    for windows in (8, 1, 3):
+        replay, batch, hidden = work_of(tiny(family), windows)
+        ran: list[int] = []
+        monkeypatch.setattr(
+            Replay, "step", lambda self, index, rows, ran=ran: ran.append(len(rows)) or original(self, index, rows)
+        )
+        work = Pass(replay, batch, make_pruner("wanda"), None, in_one_pass=True)
+        found.append(list(work.run(plan, hidden)))
+        assert sum(ran) == 7 * len(replay.checkpoint.blocks)
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            for name, tensor in a.weights.items():
+                torch.testing.assert_close(b.weights[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+class Pair(nn.Module):
+    """Two linears; the second is left out where the first number of the input is negative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        after: Tensor = self.a(x)
+        return after if x.flatten()[0] < 0 else self.b(after)
+
+
+def prune_pair(block: nn.Module, batches: list[Tensor]) -> list[str]:
+    met: list[str] = []
+    runs = [lambda x=x: block(x) for x in batches]
+    prune_standing(block, find_linears(block), InputNorms, runs, lambda linear, statistics: met.append(linear.name))
+    return met
+
+
+def test_batches_that_part_are_an_error() -> None:
+    block, x = Pair(), torch.ones(2, 3)
+    assert prune_pair(block, [x, x]) == ["a", "b"]
+    with pytest.raises(TrialError, match=r'different orders; set statistics = "block"$'):
+        prune_pair(block, [x, -x])
+    with pytest.raises(TrialError, match="linear b was not run by its block"):
+        prune_pair(block, [-x, -x])
+
+
+def test_an_error_in_one_batch_ends_all() -> None:
+    ended: list[int] = []
+
+    class Watched(Pair):
+        def forward(self, x: Tensor) -> Tensor:
+            try:
+                return super().forward(x)
+            finally:
+                ended.append(len(x))
+
+    block = Watched()
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        prune_pair(block, [torch.ones(2, 3), torch.ones(4, 3), torch.ones(2, 5)])
+    assert sorted(ended) == [2, 2, 4]
+    assert not any(module._forward_pre_hooks for module in block.modules())
+
+
+def test_a_linear_that_runs_twice_is_pruned_once() -> None:
+    class Twice(Pair):
+        def forward(self, x: Tensor) -> Tensor:
+            again: Tensor = self.a(self.b(self.a(x)))
+            return again
+
+    assert prune_pair(Twice(), [torch.ones(2, 3)] * 2) == ["a", "b"]
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = tiny("llama")
+    work = bench_of(model, ONE_PASS)
+    list(work.prune(atp_plan(work, "wanda")))
+    ids = random_ids(2)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, tiny("llama")(input_ids=ids).logits)
+    assert checkpoint_of(model).weights(0).keys() == dict(model.model.layers[0].named_parameters()).keys()
