@@ -101,11 +101,6 @@ class Bench:
         """How many windows go through a block, and through the head, at a time."""
         return self._batch, self._heads
 
-    @property
-    def curve_tokens(self) -> int:
-        """Tokens of the calibration text that the error curve is measured on."""
-        return int(self._curve_windows * self._ids["calibration"].shape[1])
-
     def budget(self, target: float) -> Budget:
         """What an allocation shares out over this checkpoint; what it asks for is measured once for all budgets."""
         norms, step = partial(self._dense_statistics, InputNorms), partial(self._step, "measure")

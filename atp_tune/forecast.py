@@ -2,8 +2,9 @@
 
 N calibration tokens, E search tokens, R report tokens, C tokens of the error curve. A trial sends through every block
 
-    block by block      N to listen to inputs, N to run on, E to evaluate
-    dense statistics    C to run on, E to evaluate; N twice, once for all trials
+    block         N to listen to inputs, N to run on, E to evaluate
+    sequential    N to listen and run on at once, E to evaluate
+    dense         C to run on, E to evaluate; N twice, once for all trials
 
 The document (`atp_tune.plan/1`) is published: keys are added under the same number, never renamed or removed.
 """
@@ -47,25 +48,28 @@ def passes(statistics: str, measures: bool, tokens: Tokens, evaluated: int) -> P
     """What a trial sends through the blocks; `measures`: its pruner wants statistics."""
     if not measures or statistics == "dense":
         return Passes(listen=0, run=tokens.curve, evaluate=evaluated)
-    return Passes(listen=tokens.calibration, run=tokens.calibration, evaluate=evaluated)
+    listen = tokens.calibration if statistics == "block" else 0
+    return Passes(listen=listen, run=tokens.calibration, evaluate=evaluated)
 
 
 @dataclass(frozen=True)
 class PrunerRate:
-    """Seconds of a pruner in one block: to listen, per token (0 where it does not), and to prune."""
+    """Seconds of a pruner in one block: for each token that runs on, with listening to it, and to prune."""
 
-    listen: float
+    calibrate: float
     prune: float
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a probe has measured, in seconds: loading; one block per token of each text; embedding and head per token;
-    a block's way to the device; each pruner. `work`: bytes taken at most beside weights and states.
+    """What a probe has measured, in seconds: loading; one block per token of each text, and per token of what is
+    measured once on the dense model; embedding and head per token; a block's way to the device; each pruner.
+    `work`: bytes taken at most beside weights and states.
     """
 
     load: float
     run: dict[str, float]
+    dense: float
     ends: float
     fetch: float
     pruners: dict[str, PrunerRate]
@@ -88,7 +92,7 @@ class Seconds(Part):
 def trial_seconds(rates: Rates, pruner: str, cost: Passes, blocks: int, role: str = "search") -> Seconds:
     """One trial, evaluated on the text of that role. Where blocks are copied, the slower of both sets the pace."""
     own = rates.pruners[pruner]
-    calibrate = cost.listen * own.listen + cost.run * rates.run["calibration"]
+    calibrate = cost.run * own.calibrate
     evaluate = cost.evaluate * rates.run[role]
     stall = max(0.0, rates.fetch - calibrate - own.prune - evaluate)
     return Seconds(
@@ -258,8 +262,7 @@ def whole(
     if rates is None:
         return Whole(trials=trials, done=done, tokens=through, seconds=None, seconds_left=None)
     each = _mean([trial_seconds(rates, pruner, cost, blocks).total for pruner, cost in costs.items()])
-    listen = max(rate.listen for rate in rates.pruners.values())
-    before = rates.load + blocks * (tokens.curve + once) * rates.run["calibration"] + blocks * once * listen
+    before = rates.load + blocks * (tokens.curve * rates.run["calibration"] + once * rates.dense)
     dense = dense_seconds(rates, tokens.search, blocks, "search")
     after = _report_seconds(rates, costs, tokens, blocks, rows)
     left = 0.0 if done >= trials else before + (0 if done else dense) + (trials - done) * each + after

@@ -15,8 +15,9 @@ from atp_tune.bench import Bench
 from atp_tune.devices import peak_memory, reset_peak_memory
 from atp_tune.evaluation import head_nlls
 from atp_tune.forecast import PrunerRate, Rates
-from atp_tune.prune_pass import BlockStatistics, advance, measure, prune_block
-from atp_tune.pruners import Pruner, make_pruner
+from atp_tune.plan import Plan
+from atp_tune.prune_pass import Pass, advance
+from atp_tune.pruners import PRUNERS, make_pruner
 
 T = TypeVar("T")
 PATIENCE = 15.0  # seconds after which no further block is probed
@@ -37,6 +38,11 @@ class Clock:
         self._wait()
         self._found.setdefault(name, []).append(perf_counter() - began)
         return result
+
+    def add(self, phases: dict[str, float], name: str) -> None:
+        """Takes in the seconds of phases that something else has timed, under their names and this one."""
+        for phase, seconds in phases.items():
+            self._found.setdefault(f"{phase} {name}", []).append(seconds)
 
     def mean(self, name: str) -> float:
         """Seconds on average; 0 where nothing of that name was timed."""
@@ -69,12 +75,14 @@ def probe(bench: Bench, pruners: tuple[str, ...], sparsity: float, load: float) 
                 _probe_block(bench, clock, index, batches, pruners, sparsity)
         ends = _probe_ends(bench)
     tokens = {role: batch.shape[0] * batch.shape[1] for role, batch in batches.items()}
-    found = {
-        name: PrunerRate(clock.mean(f"listen {name}") / tokens["calibration"], clock.mean(f"prune {name}"))
-        for name in pruners
-    }
     run = {role: clock.mean(f"run {role}") / tokens[role] for role in batches}
-    return Rates(load, run, ends, clock.mean("fetch"), found, taken[0])
+    each = {name: clock.mean(f"calibrate {name}") / tokens["calibration"] for name in pruners}
+    measures = {name for name in pruners if PRUNERS[name].measures is not None}
+    dense = max((each[name] for name in measures), default=2 * run["calibration"])
+    if bench.prune_settings.statistics == "dense":
+        each = dict.fromkeys(pruners, run["calibration"])
+    found = {name: PrunerRate(each[name], clock.mean(f"prune {name}")) for name in pruners}
+    return Rates(load, run, dense, ends, clock.mean("fetch"), found, taken[0])
 
 
 def _batch(bench: Bench, role: str) -> Tensor:
@@ -90,24 +98,19 @@ def _probe_block(
     bench: Bench, clock: Clock, index: int, batches: dict[str, Tensor], pruners: tuple[str, ...], sparsity: float
 ) -> None:
     weights = clock.time("fetch", partial(bench.checkpoint.weights, index))
-    linears, batch = bench.checkpoint.linears[index], batches["calibration"]
     for name in pruners:
-        pruner = make_pruner(name, bench.prune_settings.settings(name))
-        statistics = _listen(bench, clock, index, weights, batch, name, pruner)
-        shares = (sparsity,) * len(linears)
-        clock.time(f"prune {name}", partial(prune_block, linears, weights, statistics, pruner, shares))
+        clock.add(_pruned(bench, index, batches["calibration"].clone(), name, sparsity), name)
     for role, hidden in batches.items():
         moved = hidden.clone()
         clock.time(f"run {role}", partial(advance, bench.replay, bench.batches[0], index, weights, moved))
 
 
-def _listen(
-    bench: Bench, clock: Clock, index: int, weights: dict[str, Tensor], batch: Tensor, name: str, pruner: Pruner
-) -> BlockStatistics:
-    kind = pruner.measures
-    if kind is None:
-        return {}
-    return clock.time(f"listen {name}", partial(measure, bench.replay, bench.batches[0], index, weights, batch, kind))
+def _pruned(bench: Bench, index: int, hidden: Tensor, name: str, sparsity: float) -> dict[str, float]:
+    """Seconds by phase of a block in a trial, as its record has them; statistics of the dense model are of a block."""
+    pruner = make_pruner(name, bench.prune_settings.settings(name))
+    in_one_pass = bench.prune_settings.statistics == "sequential"
+    plan = Plan(name, "uniform", (sparsity,) * len(bench.checkpoint.blocks))
+    return Pass(bench.replay, bench.batches[0], pruner, None, None, in_one_pass).step(plan, index, hidden).seconds
 
 
 def _probe_ends(bench: Bench) -> float:

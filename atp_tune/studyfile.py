@@ -28,7 +28,10 @@ EMBEDDED = Path(__file__).parent / "studies"
 NOT_FACTS = frozenset({"description", "storage", "device", "search.trials", "model.allow_pickle", "model.residency"})
 # Keys younger than the first studies: they are facts only where they are not at their defaults, so that those resume.
 # What studies hold of values that were renamed: "block" was "sequential" before there was another order of measuring.
-FORMER = {"prune.statistics": {"block": "sequential", "sequential": "sequential within blocks"}}
+FORMER = {
+    "prune.statistics=block": "sequential",
+    "prune.statistics=sequential": "sequential within blocks",
+}
 LATER = ("prune.pattern", "prune.wanda.", "prune.dsnot.", "prune.alps.", "model.trust_remote_code")
 
 PLACES = ("storage=", "device=")  # overrides that say where, not what
@@ -189,7 +192,7 @@ def facts(study: Study, folder: Path = Path()) -> dict[str, Fact]:
     if is_local(study.model.source, folder):
         hidden.add("model.source")
     hidden |= {f"texts.{role}.source" for role, text in study.texts if text and is_local_text(text.source)}
-    return {key: FORMER.get(key, {}).get(value, value) for key, value in flat.items() if key not in hidden}
+    return {key: FORMER.get(f"{key}={value}", value) for key, value in flat.items() if key not in hidden}
 
 
 def is_local(source: str, folder: Path = Path()) -> bool:

@@ -23,30 +23,32 @@ TOKENS = Tokens(calibration=1000, search=300, report=200, curve=100)
 RATES = Rates(
     load=5.0,
     run={"calibration": 0.001, "search": 0.002, "report": 0.003},
+    dense=0.004,
     ends=0.01,
     fetch=0.0,
-    pruners={"wanda": PrunerRate(0.0005, 0.25), "magnitude": PrunerRate(0, 0.125)},
+    pruners={"wanda": PrunerRate(0.0015, 0.25), "magnitude": PrunerRate(0.001, 0.125)},
     work=7,
 )
 
 
 def test_tokens_of_a_trial() -> None:
-    assert passes("sequential", True, TOKENS, 300) == Passes(listen=1000, run=1000, evaluate=300)
+    assert passes("block", True, TOKENS, 300) == Passes(listen=1000, run=1000, evaluate=300)
+    assert passes("sequential", True, TOKENS, 300) == Passes(listen=0, run=1000, evaluate=300)
     assert passes("dense", True, TOKENS, 300) == Passes(listen=0, run=100, evaluate=300)
-    assert passes("sequential", False, TOKENS, 300) == Passes(listen=0, run=100, evaluate=300)
-    assert passes("sequential", True, TOKENS, 300).total == 2300
+    assert passes("block", False, TOKENS, 300) == Passes(listen=0, run=100, evaluate=300)
+    assert passes("block", True, TOKENS, 300).total == 2300
 
 
 def test_seconds_of_a_trial_are_those_of_its_passes() -> None:
-    found = trial_seconds(RATES, "wanda", passes("sequential", True, TOKENS, 300), blocks=4)
-    assert found.calibrate == pytest.approx(4 * (1000 * 0.0005 + 1000 * 0.001))
+    found = trial_seconds(RATES, "wanda", passes("block", True, TOKENS, 300), blocks=4)
+    assert found.calibrate == pytest.approx(4 * 1000 * 0.0015)
     assert found.prune == 1.0
     assert found.evaluate == pytest.approx(4 * 300 * 0.002 + 300 * 0.01)
     assert found.total == pytest.approx(6 + 1 + 5.4)
 
 
 def test_a_block_takes_as_long_as_its_work_or_its_way() -> None:
-    cost = passes("sequential", True, TOKENS, 300)
+    cost = passes("block", True, TOKENS, 300)
     work = 1.5 + 0.25 + 0.6
     for fetch in (1.0, 10.0):
         found = trial_seconds(replace(RATES, fetch=fetch), "wanda", cost, blocks=4)
@@ -55,7 +57,7 @@ def test_a_block_takes_as_long_as_its_work_or_its_way() -> None:
 
 
 def test_the_whole_is_the_sum_of_its_parts() -> None:
-    costs = {"wanda": passes("sequential", True, TOKENS, 300), "magnitude": passes("sequential", False, TOKENS, 300)}
+    costs = {"wanda": passes("block", True, TOKENS, 300), "magnitude": passes("block", False, TOKENS, 300)}
     trials = [trial_seconds(RATES, name, cost, 4).total for name, cost in costs.items()]
     report = [
         trial_seconds(RATES, name, cost.model_copy(update={"evaluate": 200}), 4, "report").total
@@ -78,12 +80,12 @@ def test_the_whole_is_the_sum_of_its_parts() -> None:
 def test_what_is_measured_once_on_the_dense_model() -> None:
     costs = {"wanda": passes("dense", True, TOKENS, 300)}
     one, other = (whole(RATES, 10, 0, costs, TOKENS, 4, once=once, rows=0) for once in (0, 1000))
-    assert (one.seconds or 0) + 4 * 1000 * (0.001 + 0.0005) == pytest.approx(other.seconds)
+    assert (one.seconds or 0) + 4 * 1000 * 0.004 == pytest.approx(other.seconds)
     assert (one.tokens or 0) + 2000 == other.tokens
 
 
 def test_without_a_probe_tokens_are_known_and_seconds_not() -> None:
-    costs = {"wanda": passes("sequential", True, TOKENS, 300)}
+    costs = {"wanda": passes("block", True, TOKENS, 300)}
     found = whole(None, 10, 0, costs, TOKENS, 4, once=0, rows=0)
     assert (found.tokens, found.seconds, found.seconds_left) == (23400, None, None)
     assert whole(RATES, None, 0, costs, TOKENS, 4, once=0, rows=0).seconds is None
