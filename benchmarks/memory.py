@@ -3,13 +3,14 @@
     python benchmarks/memory.py          three random Llamas of 0.1, 0.3 and 0.8 GB; about two minutes
     python benchmarks/memory.py --tiny   the same of a few MB, in seconds
 
-Each model is written as safetensors into a temporary folder; each measurement loads, prunes and evaluates it once, in
-a process of its own. On the CPU `anonymous` are the pages that only this process has: weights that were copied or
-converted, states, activations. `mapped` are pages of files, which the system drops where it wants the memory. Both are
-the most above what the process had before it loaded the model. On CUDA `device` is the most that tensors took there.
+Each model is written in float32 as safetensors into a temporary folder; each measurement loads it, prunes and evaluates
+it once, in a process of its own; "converted" computes in bfloat16. Memory is what only this process has (anonymous
+pages, above those before the model was loaded). Weights that are mapped from files are not in it: the system drops such
+pages where it wants the memory. `loading` is its peak until the model is there, `trial` its peak after that, above what
+lies at rest: states, activations, a pruned block and, where blocks are copied, the copies. `copies` is how much larger
+that is than with the weights on the device, in blocks. On CUDA `device` is the most that tensors took there.
 
-Limits: host memory 1.1 times the checkpoint, device memory two blocks, the shell (embeddings, norm, head), the states
-and the activations of one batch. Where the CPU is the device too, both limits are one.
+Limits: loading at most 1.1 times the weights, copies at most two blocks.
 """
 
 import argparse
@@ -34,10 +35,10 @@ from atp_tune.study import Prune
 from atp_tune.windows import Windows
 
 MB = 1e6
-SIZES = {"0.1 GB": (512, 1408, 12), "0.3 GB": (768, 2048, 20), "0.8 GB": (1024, 2816, 31)}  # width, inner, blocks
+SIZES = {"0.1 GB": (512, 1408, 7), "0.3 GB": (768, 2048, 10), "0.8 GB": (1024, 2816, 15)}  # width, inner, blocks
 TINY = {"1 MB": (64, 160, 4)}
-WAYS = ("device", "host", "disk", "device, converted", "disk, converted")
-WINDOWS, TOKENS, VOCABULARY = 4, 128, 4096
+WAYS = ("device", "host", "disk", "device, converted", "host, converted", "disk, converted")
+WINDOWS, TOKENS, VOCABULARY = 4, 64, 1024
 
 
 def write_model(folder: Path, width: int, inner: int, blocks: int) -> int:
@@ -51,29 +52,27 @@ def write_model(folder: Path, width: int, inner: int, blocks: int) -> int:
 
 
 class Peak:
-    """Looks every few milliseconds at what a process has, and keeps the most of each kind of page."""
+    """Looks every few milliseconds at the anonymous memory of this process, and keeps the most."""
 
     def __init__(self) -> None:
-        self._before = self._pages()
-        self.most = dict.fromkeys(self._before, 0)
+        self.most = self.start = anonymous()
         self._ended = threading.Event()
         threading.Thread(target=self._look, daemon=True).start()
 
     def _look(self) -> None:
-        while not self._ended.wait(0.003):
-            for kind, size in self._pages().items():
-                self.most[kind] = max(self.most[kind], size - self._before[kind])
+        while not self._ended.wait(0.002):
+            self.most = max(self.most, anonymous())
 
-    def end(self) -> dict[str, int]:
-        """The most of each kind, in bytes above what there was at the start."""
+    def end(self) -> int:
+        """The most above what there was at the start, in bytes."""
         self._ended.set()
-        return self.most
+        return self.most - self.start
 
-    def _pages(self) -> dict[str, int]:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        fields = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)
-                  if name in ("RssAnon", "RssFile")}  # fmt: skip
-        return {"anonymous": fields["RssAnon"], "mapped": fields["RssFile"]}
+
+def anonymous() -> int:
+    """Bytes that only this process has."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
 def measure(folder: Path, way: str) -> dict[str, Any]:
@@ -87,16 +86,17 @@ def measure(folder: Path, way: str) -> dict[str, Any]:
     reset_peak_memory(device)
     peak = Peak()
     checkpoint = Checkpoint.load(folder, dtype, device, residency=residency)  # type: ignore[arg-type]
-    loading = dict(peak.most)
+    found = {"loading": peak.end()}
+    peak = Peak()
     work(folder, checkpoint)
-    found: dict[str, Any] = {**peak.end(), "loading": loading["anonymous"]}
+    found["trial"] = peak.end()
     if device.type == "cuda":
         found["device"] = torch.cuda.max_memory_allocated(device)
-    found["weights"] = bytes_of(checkpoint.model.parameters())
-    found["block"] = bytes_of(checkpoint.blocks[0].parameters())
-    found["shell"] = found["weights"] - bytes_of(checkpoint.blocks.parameters())
-    found["states"] = 4 * WINDOWS * TOKENS * checkpoint.config.hidden_size * dtype.itemsize
-    return found
+    return {
+        **found,
+        "weights": bytes_of(checkpoint.model.parameters()),
+        "block": bytes_of(checkpoint.blocks[0].parameters()),
+    }
 
 
 def work(folder: Path, checkpoint: Checkpoint) -> None:
@@ -122,14 +122,11 @@ def in_process(folder: Path, way: str) -> dict[str, Any]:
     return found
 
 
-def row(name: str, way: str, found: dict[str, Any]) -> str:
-    """A line of the table; `host`: anonymous memory over the checkpoint; `held`: of it, what is no weight at rest."""
-    weights = found["weights"]
-    resting = weights - found["shell"] if way.startswith("host") else 0
-    cells = [
-        name, way, *(f"{found[key] / MB:.1f}" for key in ("weights", "block", "loading", "anonymous", "mapped")),
-        f"{found['anonymous'] / weights:.2f}", f"{(found['anonymous'] - resting) / found['block']:.1f}",
-    ]  # fmt: skip
+def row(name: str, way: str, found: dict[str, Any], resident: dict[str, Any]) -> str:
+    """A line of the table; `resident`: the same with the weights on the device."""
+    copies = (found["trial"] - resident["trial"]) / found["block"]
+    cells = [name, way, *(f"{found[key] / MB:.1f}" for key in ("weights", "block", "loading"))]
+    cells += [f"{found['loading'] / found['weights']:.2f}", f"{found['trial'] / MB:.1f}", f"{copies:.1f}"]
     if "device" in found:
         cells.append(f"{found['device'] / MB:.1f}")
     return f"| {' | '.join(cells)} |"
@@ -144,14 +141,17 @@ def main() -> None:
     if asked.measure:
         print(json.dumps(measure(Path(asked.measure[0]), asked.measure[1])))
         return
-    heads = ["model", "way", "weights", "block", "loading", "anonymous", "mapped", "× weights", "beside rest, blocks"]
+    heads = ["model", "weights lie", "weights", "block", "loading", "× weights", "trial", "copies"]
     heads += ["device"] * torch.cuda.is_available()
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}", flush=True)
     for name, shape in (TINY if asked.tiny else SIZES).items():
         with tempfile.TemporaryDirectory() as folder:
             write_model(Path(folder), *shape)
+            found: dict[str, Any] = {}
             for way in WAYS:
-                print(row(name, way, in_process(Path(folder), way)), flush=True)
+                found[way] = in_process(Path(folder), way)
+                resident = found[way.replace("host", "device").replace("disk", "device")]
+                print(row(name, way, found[way], resident), flush=True)
 
 
 if __name__ == "__main__":

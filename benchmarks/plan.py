@@ -1,6 +1,6 @@
 """What `plan` foretells of a study against what it then takes: seconds of a trial and of the study, memory at the peak.
 
-    python benchmarks/plan.py            SmolLM2-135M, the first trials of `smol`
+    python benchmarks/plan.py            SmolLM2-135M, the first trials of `smol`, its report text shortened
     python benchmarks/plan.py NAME       any other study
 
 Both in one process each, one after the other, on an otherwise idle machine: the ratio is measured over foretold.
@@ -14,7 +14,8 @@ import tempfile
 from pathlib import Path
 from time import perf_counter
 
-TRIALS = 3
+TRIALS = 2
+SHORT = ("texts.report.windows=8",) if len(sys.argv) < 2 else ()
 
 RUN = """
 import json, sys
@@ -40,7 +41,7 @@ def main() -> None:
     """Foretells, measures, and prints both with their ratio."""
     name = sys.argv[1] if len(sys.argv) > 1 else "smol"
     with tempfile.TemporaryDirectory() as folder:
-        sets = [f"storage=sqlite:///{Path(folder) / 'bench.db'}", f"search.trials={TRIALS}"]
+        sets = [f"storage=sqlite:///{Path(folder) / 'bench.db'}", f"search.trials={TRIALS}", *SHORT]
         options = [word for text in sets for word in ("--set", text)]
         foretold = json.loads(process("tune.py", "plan", "--study", name, "--json", *options)[0])
         printed, wall = process("-c", RUN, name, *sets)
