@@ -8,6 +8,7 @@ same bits with and without one.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
@@ -31,7 +32,7 @@ from atp_tune.pruners import Statistics, make_pruner
 from atp_tune.pruners.statistics import InputNorms
 from atp_tune.replay import Replay
 from atp_tune.study import Model, Prune, Text
-from atp_tune.windows import Windows, check_disjoint, token_windows
+from atp_tune.windows import Windows, check_disjoint, thinned, token_windows
 
 CURVE_TOKENS = 4096  # of the calibration text, for the error curve
 GROUPS = 8  # of search windows, between which a stopper may end a trial
@@ -73,6 +74,7 @@ class Bench:
         self._heads = self._batch_size(min(tokens, POSITIONS), HEAD_BYTES * vocabulary)
         self._statistics: dict[type[Statistics], list[BlockStatistics]] = {}
         self._evidence: Cache = {}
+        self._follows = True  # the error of the hidden states through all blocks, also where nothing else asks for them
 
     @classmethod
     def open(cls, setup: Setup, watch: Watch = unwatched) -> "Bench":
@@ -85,6 +87,18 @@ class Bench:
         residency = None if named == "auto" else named
         checkpoint = Checkpoint.load(folder.path, dtype, device, folder.trusted, residency)
         return cls(folder, checkpoint, windows, setup.prune, watch)
+
+    def screening(self, every: int) -> "Bench":
+        """The same bench with dense statistics, every so many-th window of the search text, and no error curve.
+
+        Model, statistics and evidence are shared.
+        """
+        other = copy(self)
+        other.prune_settings = self.prune_settings.model_copy(update={"statistics": "dense"})
+        other.windows = {**self.windows, "search": thinned(self.windows["search"], every)}
+        other._ids = {**self._ids, "search": self._ids["search"][::every]}
+        other._follows = False
+        return other
 
     @property
     def dtype(self) -> str:
@@ -117,11 +131,13 @@ class Bench:
         """Prunes block after block as the plan says; the dense checkpoint stays as it is."""
         pruner = make_pruner(plan.pruner, self.prune_settings.settings(plan.pruner))
         dense = self._dense_statistics(pruner.measures) if self._measures_dense(pruner.measures) else None
-        calibration = self._ids["calibration"]
-        follow = calibration if dense is None and pruner.measures else calibration[: self._curve_windows]
         in_one_pass = self.prune_settings.statistics == "sequential"
-        work = Pass(self.replay, self._batch, pruner, self._dense_states, dense, in_one_pass)
-        for block in work.run(plan, self.replay.embed(follow).clone()):
+        states = self._dense_states if self._follows else None
+        work = Pass(self.replay, self._batch, pruner, states, dense, in_one_pass)
+        calibration = self._ids["calibration"]
+        measured = len(calibration) if dense is None and pruner.measures else 0
+        follow = calibration[: max(measured, self._curve_windows if self._follows else 0)]
+        for block in work.run(plan, self.replay.embed(follow).clone() if len(follow) else follow):
             yield block
             self._step("prune", block.index + 1)
 

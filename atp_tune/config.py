@@ -138,6 +138,15 @@ class Config(Part):
     versions: dict[str, str]
     folder: str = Field(".", description="where relative paths of model and texts start, seen from this file")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, value: Any) -> Any:
+        """Files that are older than `every` call "sequential" what is "block" now."""
+        match value:
+            case {"calibration": {"source": _, **text}, "prune": {"statistics": "sequential", **rest}}:
+                return value if "every" in text else {**value, "prune": {**rest, "statistics": "block"}}
+        return value
+
     def to_json(self) -> str:
         """The file's text: two spaces, keys in the order of the model."""
         return dumps(self.model_dump(mode="json"), 2) + "\n"

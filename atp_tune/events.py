@@ -32,7 +32,7 @@ class Step:
 
 @dataclass(frozen=True)
 class TrialEnded:
-    """A trial has its value (perplexity), or None and the reason."""
+    """A trial has its value (perplexity), or None and the reason; `what` it is, a trial or a screening of points."""
 
     number: int
     value: float | None
@@ -40,6 +40,7 @@ class TrialEnded:
     best: float | None
     done: int
     total: int
+    what: str = "trial"
 
 
 Event = Note | TrialStarted | Step | TrialEnded

@@ -58,7 +58,10 @@ class Pass:
     in_one_pass: bool = False
 
     def run(self, plan: Plan, hidden: Tensor) -> Iterator[PrunedBlock]:
-        """Prunes block after block; `hidden` [windows, tokens, width] is overwritten as it moves on."""
+        """Prunes block after block; `hidden` [windows, tokens, width] is overwritten as it moves on.
+
+        No windows where neither the pruner nor an error curve asks for them.
+        """
         for index in range(len(self.replay.checkpoint.linears)):
             yield self.step(plan, index, hidden)
 

@@ -97,25 +97,16 @@ class BranchSampler(BaseSampler):
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Pruner, allocation and the parameters of the allocation whose turn it is."""
         self._branch = whose_turn(_others(study, trial), self._space)
-        floats = {name: FloatDistribution(*ends) for name, ends in self._space.intervals[self._branch].items()}
-        return {
-            "pruner": CategoricalDistribution(self._space.pruners),
-            "allocation": CategoricalDistribution(tuple(self._space.intervals)),
-            **floats,
-        }
+        allocations = CategoricalDistribution(tuple(self._space.intervals))
+        return {"allocation": allocations, **kinds_of(self._space, self._branch)}
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """What the inner sampler proposes in a study in memory that holds this allocation's trials alone."""
         own = {name: kind for name, kind in search_space.items() if name != "allocation"}
-        open_ones = {name: kind for name, kind in own.items() if not kind.single()}
-        shadow = optuna.create_study()
-        for other in _others(study, trial):
-            params = self._space.within(other.params, self._branch) or {}
-            if own.keys() <= params.keys():  # another process may not have drawn all of its trial's yet
-                shadow.add_trial(_logged(other, {name: params[name] for name in own}, own))
-        open_ones = around_best(shadow, open_ones)
+        shadow = branch_study(_others(study, trial), self._space, self._branch, own)
+        open_ones = around_best(shadow, {name: kind for name, kind in own.items() if not kind.single()})
         shadow.ask()  # stands for the trial: the inner sampler writes to it
         inner = self._make(seed_of(self._seed, study, trial))
         found = inner.sample_relative(shadow, shadow.trials[-1], open_ones)
@@ -135,6 +126,24 @@ class BranchSampler(BaseSampler):
         """As the inner sampler does."""
         inner = self._make(seed_of(self._seed, study, trial, param_name))
         return inner.sample_independent(study, trial, param_name, param_distribution)
+
+
+def kinds_of(space: Space, branch: str) -> dict[str, BaseDistribution]:
+    """Distributions of the pruner and of an allocation's parameters."""
+    floats = {name: FloatDistribution(*ends) for name, ends in space.intervals[branch].items()}
+    return {"pruner": CategoricalDistribution(space.pruners), **floats}
+
+
+def branch_study(
+    trials: list[FrozenTrial], space: Space, branch: str, kinds: dict[str, BaseDistribution]
+) -> optuna.Study:
+    """A study in memory of the trials that are points of one allocation, with log perplexities as values."""
+    shadow = optuna.create_study()
+    for trial in trials:
+        params = space.within(trial.params, branch) or {}
+        if kinds.keys() <= params.keys():  # another process may not have drawn all of its trial's yet
+            shadow.add_trial(_logged(trial, {name: params[name] for name in kinds}, kinds))
+    return shadow
 
 
 def belief(
@@ -198,8 +207,7 @@ def _only(kind: BaseDistribution) -> Any:
 
 
 def _others(study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
-    states = (TrialState.COMPLETE, TrialState.RUNNING)
-    others = study.get_trials(deepcopy=False, states=states)
+    others = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING))
     return [other for other in others if other.number != trial.number and "allocation" in other.params]
 
 
@@ -232,13 +240,15 @@ def make_stopper(search: Search) -> BasePruner:
         return WilcoxonPruner() if search.stopper == "wilcoxon" else NopPruner()
 
 
-def first_trials(search: Search, space: Space) -> list[Params]:
-    """What a study asks for before its sampler does: uniform for each pruner, then where each allocation begins, or
-    the points of a grid, shuffled.
+def first_trials(search: Search, space: Space, screened: list[Params] | None = None) -> list[Params]:
+    """What a study asks for before its sampler does: uniform for each pruner, then what was `screened`, or else where
+    each allocation begins, or the points of a grid, shuffled.
 
     They are queued in the storage, because Optuna's GridSampler loses points over a resume, and ends in a KeyError
     where trials were queued beside a grid of one point.
     """
+    if screened is not None:
+        return [*space.uniform(), *screened]
     if search.sampler != "grid":
         return [*space.uniform(), *space.starts()]
     points = space.grid(search.step)
@@ -247,7 +257,13 @@ def first_trials(search: Search, space: Space) -> list[Params]:
 
 
 def total_trials(search: Search, space: Space) -> int:
-    """Trials of the whole study: as asked, but no more than there are points, on a grid or without parameters."""
+    """Trials of the whole study: as asked, but no more than there are points, on a grid or without parameters.
+
+    A study that screens has, unless it is asked for more, uniform and the points that are confirmed.
+    """
+    if search.screen is not None:
+        points = len(space.uniform()) + search.screen.confirm
+        return min(search.trials or points, points) if search.sampler == "grid" else search.trials or points
     points = len(first_trials(search, space))
     if search.sampler == "grid" or not any(map(space.is_open, space.intervals)):
         return min(search.trials or points, points)

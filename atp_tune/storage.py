@@ -308,6 +308,19 @@ def counted(study: optuna.Study) -> int:
     return sum(counts(trial) for trial in study.get_trials(deepcopy=False))
 
 
+def settle(study: optuna.Study, asked: int) -> None:
+    """Lowers the total of a study that was asked for so many trials to those that it has, and those that run."""
+    have = counted(study) + len(running(study))
+    study.set_user_attr("settled", [asked, have])
+    study.set_user_attr("total", have)
+
+
+def total_of(study: optuna.Study, asked: int) -> int:
+    """The total of a study that is asked for so many trials: fewer, if it settled before; more go on."""
+    limit, have = study.user_attrs.get("settled", (0, 0))
+    return int(have) if asked <= limit else asked
+
+
 def is_repetition(study: optuna.Study, number: int) -> bool:
     """Whether a trial is one that the study begins with, and an earlier one has measured or measures it: two workers
     that begin a study at the same moment both queue its first trials.

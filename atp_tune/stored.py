@@ -38,6 +38,7 @@ Words = Annotated[str, AfterValidator(_written)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Size = Annotated[int, Field(ge=1, lt=2**63)]
 Amount = Annotated[float, Field(ge=0, lt=1e15)]
+Total = Annotated[int, Field(ge=0, lt=10**9)]
 Nlls = Annotated[list[Annotated[float, AfterValidator(_nll)]], Field(min_length=1)]
 Shares = Annotated[list[Share], Field(min_length=1)]
 Role = Annotated[str, Field(pattern=r"^(dense|[0-9]{1,9})$")]
@@ -68,7 +69,8 @@ TRIAL = _kinds(
 STUDY = _kinds(
     {
         "sizes": Annotated[list[Size], Field(min_length=1)],
-        "total": Annotated[int, Field(ge=0, lt=10**9)],
+        "total": Total,
+        "settled": Annotated[list[Total], Field(min_length=2, max_length=2)],
         "dense": Nlls,
         "reports": dict[Role, Nlls],
         "fingerprint": dict[Words, Words | int | float | bool | list[Words] | list[float]],

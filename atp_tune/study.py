@@ -150,6 +150,7 @@ class Text(Part):
         description="consecutive: joined, cut without overlap; random: from long documents, seeded",
     )
     windows: int | None = Field(None, ge=1, description="how many; all where draw is consecutive and this is left out")
+    every: int = Field(1, ge=1, description="of these, the first and every so many-th after it is used")
     tokens: int = Field(2048, ge=2, description="tokens per window")
     seed: int = Field(0, ge=0, description="of the random draw")
 
@@ -176,19 +177,41 @@ class Texts(Part):
     report: Text | None = Field(None, description='left out with protocol = "paper": the search text reports')
 
 
+class Screen(Part):
+    """A cheaper study before the study: on statistics of the dense model and a part of the search text.
+
+    It ranks points well near the optimum, where it need not find their values: the best are measured in full.
+    """
+
+    trials: int = Field(ge=1, description="points that are screened, over all runs; a grid is screened whole")
+    every: int = Field(4, ge=1, description="of the search windows, the first and every so many-th after it")
+    confirm: int = Field(2, ge=1, description="how many of the best begin the study, after uniform")
+
+
 class Search(Part):
     """How Optuna looks for the best plan."""
 
-    trials: int | None = Field(None, ge=1, description="total over all runs; a grid may leave it out")
+    trials: int | None = Field(
+        None, ge=1, description="total over all runs; a grid may leave it out, and so may a study that screens"
+    )
     sampler: Literal["gp", "tpe", "grid", "random"] = "gp"
     seed: int = Field(0, ge=0)
     step: float = Field(0.002, gt=0, description="distance between the β of a grid")
     stopper: Literal["none", "wilcoxon"] = Field("none", description="ends hopeless trials early")
+    settle: bool = Field(False, description="end the study when no better trial is to be told from the best")
+    screen: Screen | None = Field(None, description='look for points where it is cheap first; "none" does not')
+
+    @field_validator("screen", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return None if value == "none" else value
 
     @model_validator(mode="after")
     def _counted(self) -> Self:
-        if self.trials is None and self.sampler != "grid":
+        if self.trials is None and self.sampler != "grid" and self.screen is None:
             raise ValueError(f"trials: is needed with the sampler {self.sampler}")
+        if self.settle and self.sampler in ("grid", "random"):
+            raise ValueError(f'settle: {self.sampler} does not propose by what is known; take "gp" or "tpe"')
         return self
 
 

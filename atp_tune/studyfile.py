@@ -7,8 +7,8 @@ FILE is `FILE with --set KEY=VALUE` where an override is the cause. `atp_tune.st
 import json
 import re
 import tomllib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
@@ -25,7 +25,10 @@ KeyPath: TypeAlias = tuple[str | int, ...]
 HERE = Path("studies")
 EMBEDDED = Path(__file__).parent / "studies"
 # They say how long, where and on what a study runs, not what it computes.
-NOT_FACTS = frozenset({"description", "storage", "device", "search.trials", "model.allow_pickle", "model.residency"})
+NOT_FACTS = (
+    "description", "storage", "device", "search.trials", "search.settle", "search.screen", "model.allow_pickle",
+    "model.residency",
+)  # fmt: skip
 # Keys younger than the first studies: they are facts only where they are not at their defaults, so that those resume.
 # What studies hold of values that were renamed: "block" was "sequential" before there was another order of measuring.
 FORMER = {
@@ -137,6 +140,15 @@ def load(name: str, overrides: Sequence[str] = ()) -> StudyFile:
     return StudyFile(path.stem, path, study, own)
 
 
+def overridden(file: StudyFile, changes: Mapping[str, str | int]) -> StudyFile:
+    """The study file with other values at some dotted keys, as overrides would set them."""
+    data = file.study.model_dump(mode="json", exclude_unset=True)
+    overrides = [f"{key}={value}" for key, value in changes.items()]
+    for override in overrides:
+        _override(data, override, file.path)
+    return replace(file, study=Study.model_validate(data), overrides=(*file.overrides, *overrides))
+
+
 def find(name: str) -> Path:
     """The file of a study: a path as it is, a bare name from ./studies, the repository or the package."""
     is_path = name.endswith(".toml") or "/" in name or "\\" in name
@@ -184,7 +196,8 @@ def facts(study: Study, folder: Path = Path()) -> dict[str, Fact]:
     elsewhere. Relative sources are looked up in `folder`, the study's.
     """
     flat = dict(_flat(study.model_dump(mode="json")))
-    hidden = {key for key, value in flat.items() if value is None} | NOT_FACTS
+    hidden = {key for key, value in flat.items() if value is None or key.startswith(NOT_FACTS)}
+    hidden |= {key for key, value in flat.items() if key.endswith(".every") and value == 1}  # younger than studies are
     defaults = {**dict(_flat(Prune().model_dump(mode="json"), "prune.")), "model.trust_remote_code": False}
     hidden |= {key for key, value in flat.items() if key.startswith(LATER) and value == defaults[key]}
     if study.model.dtype == "auto":

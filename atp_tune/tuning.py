@@ -17,12 +17,16 @@ from atp_tune.events import Note, TrialEnded, TrialStarted, Watch
 from atp_tune.perplexity import perplexity
 from atp_tune.process import GRACE, versions
 from atp_tune.samplers import first_trials, make_sampler, make_stopper, total_trials
-from atp_tune.space import Space, make_space
+from atp_tune.screening import SUFFIX, confirmed, is_screening, renamed, screening_file
+from atp_tune.settling import has_settled
+from atp_tune.space import Params, Space, make_space
+from atp_tune.study import Screen
 from atp_tune.studyfile import TRIALS, StudyFile, facts, settings
 from atp_tune.summary import best_config, made_from, unreported
 
 if TYPE_CHECKING:
     from atp_tune.bench import Bench
+    from atp_tune.objective import Objective
 
 LONGEST = 200  # bytes of a study's name, from which files are named
 POLL = 2  # seconds between looks at a trial that runs elsewhere
@@ -117,7 +121,8 @@ def is_complete(study: optuna.Study, file: StudyFile) -> bool:
     if sizes is None or storage.running(study):
         return False
     total = total_trials(file.study.search, make_space(file.study, Budget(file.study.sparsity, tuple(sizes))))
-    return storage.counted(study) >= total and (best is None or not unreported(study))
+    done = storage.counted(study) >= storage.total_of(study, total)
+    return done and (best is None or is_screening(study.study_name) or not unreported(study))
 
 
 def _work(run: Run) -> optuna.Study:
@@ -125,23 +130,41 @@ def _work(run: Run) -> optuna.Study:
     before = storage.find_study(db, run.name) if db else None
     run = adopting(run, before) if before else run
     bench = run.bench or open_bench(run)
-    space = make_space(run.file.study, bench.budget(run.file.study.sparsity))
-    total = total_trials(run.file.study.search, space)
+    search, space = run.file.study.search, make_space(run.file.study, bench.budget(run.file.study.sparsity))
+    total = total_trials(search, space)
     db = db or storage.open_storage(run.file.storage_url, create=True)
     assert db is not None
     known = {**facts(run.file.study, run.file.folder), **bench.contents()}
     study = storage.create_study(db, run.name, known, run.mix)
     _describe(study, run.file, bench, total)
     _compare_versions(run, study)
-    study.sampler = make_sampler(run.file.study.search, space)
-    study.pruner = make_stopper(run.file.study.search)
-    for params in first_trials(run.file.study.search, space)[:total]:
+    study.sampler = make_sampler(search, space)
+    study.pruner = make_stopper(search)
+    run, screened = (run, None) if search.screen is None else _screen(run, search.screen, bench, space)
+    for params in first_trials(search, space, screened)[:total]:
         study.enqueue_trial(params, {storage.START: True}, skip_if_exists=True)
     _measure_dense(run, study, bench)
     total = _drive(run, study, bench, space, total)
     if run.reports and storage.counted(study) >= total:
         report(run, study, bench, space)
     return study
+
+
+def _screen(run: Run, screen: Screen, bench: "Bench", space: Space) -> tuple[Run, list[Params]]:
+    """Runs the screening, or goes on with it: the points that it leaves to be confirmed, and the run with the time that
+    is left. There are no points before it is complete.
+    """
+    began, file = monotonic(), screening_file(run.file, screen)
+    inner = replace(
+        run, file=file, name=run.name + SUFFIX, watch=renamed(run.watch), reports=False, writes=False,
+        bench=bench.screening(screen.every),
+    )  # fmt: skip
+    study = begun(inner)
+    if study is None or not is_complete(study, file):
+        study = _work(inner)
+    if run.timeout is not None:
+        run = replace(run, timeout=max(0.0, run.timeout - (monotonic() - began)))
+    return run, confirmed(study, space, screen.confirm) if is_complete(study, file) else []
 
 
 def open_bench(run: Run) -> "Bench":
@@ -159,6 +182,7 @@ def open_bench(run: Run) -> "Bench":
 
 
 def _describe(study: optuna.Study, file: StudyFile, bench: "Bench", total: int) -> None:
+    total = storage.total_of(study, total)
     attributes = {"sizes": list(bench.checkpoint.sizes), "total": total, "made_from": settings(file)}
     for name, value in attributes.items():
         if study.user_attrs.get(name) != value:
@@ -224,7 +248,7 @@ def _recover(run: Run, study: optuna.Study) -> None:
 def _optimise(
     run: Run,
     study: optuna.Study,
-    objective: Callable[[optuna.Trial], float],
+    objective: "Objective",
     n_trials: int,
     total: int,
     end: float | None,
@@ -235,6 +259,10 @@ def _optimise(
         if trial.value is not None or reason:
             run.watch(TrialEnded(trial.number, trial.value, reason, best.value if best else None, done, total))
         _recover(run, study)
+        if run.file.study.search.settle and done < total and has_settled(study, objective.space):
+            storage.settle(study, total)
+            run.note(f"settled after {done} of {total}: a better one could not be told from the best")
+            study.stop()
         is_late = end is not None and monotonic() >= end  # Optuna's own timeout goes by a clock that may be set
         if is_late or done + len(storage.running(study)) >= total:  # other processes have done, or do, the rest
             study.stop()

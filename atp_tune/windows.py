@@ -61,11 +61,16 @@ def token_windows(text: Text, folder: Path, base: Path, note: Note = silent, tru
         ids = np.load(stored, allow_pickle=False)
     else:
         note(f"reading and tokenising {text.source}")
-        ids = _DRAWS[text.draw](documents(text, base), _encoder(folder, trusted), text)
+        ids = _DRAWS[text.draw](documents(text, base), _encoder(folder, trusted), text)[:: text.every]
         packed = io.BytesIO()
         np.save(packed, ids)
         keep(stored, packed.getvalue())
     return _windows(ids)
+
+
+def thinned(windows: Windows, every: int) -> Windows:
+    """The first window and every so many-th after it: what `every` in a study's text leaves."""
+    return _windows(np.ascontiguousarray(windows.ids[::every]))
 
 
 def check_disjoint(named: dict[str, Windows]) -> None:

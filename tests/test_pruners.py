@@ -12,8 +12,9 @@ from atp_tune.pruners import PRUNERS, make_pruner
 from atp_tune.pruners.alps import ALPS
 from atp_tune.pruners.dsnot import DSnoT
 from atp_tune.pruners.magnitude import Magnitude
+from atp_tune.pruners.selection import lowest_in_matrix, lowest_in_rows
 from atp_tune.pruners.sparsegpt import SparseGPT
-from atp_tune.pruners.statistics import Hessian, InputMoments, InputNorms, Scaled, _inverse_factor
+from atp_tune.pruners.statistics import Hessian, InputMoments, InputNorms, Scaled, _factor, widens
 from atp_tune.pruners.wanda import Wanda
 
 # [out, in]: one row, one column, wide, tall, and none a multiple of the blocks of columns below
@@ -180,6 +181,31 @@ def test_sparsegpt_computes_in_float32_whatever_the_weights_are(dtype: torch.dty
     pruned = SparseGPT(columns=8).prune(weight, 0.5, hessian_of(x))
     assert same_bits(pruned, SparseGPT(columns=8).prune(weight.float(), 0.5, hessian_of(x)).to(dtype))
     assert torch.equal(pruned == 0, naive.sparsegpt(weight, x, 0.5, 0.01, 8)[1])
+
+
+@pytest.mark.parametrize("columns", [40, 128])
+@pytest.mark.parametrize("group", [None, 4])
+@pytest.mark.parametrize("shape", [(50, 300), (7, 129), (600, 130)])
+def test_sparsegpt_column_by_column(shape: tuple[int, int], group: int | None, columns: int) -> None:
+    """Over several blocks and strips of columns, with U itself and no blocks of updates, as the paper writes it."""
+    weight, x = problem(shape)
+    x[:, 5] = 0
+    pruned = SparseGPT(columns=columns, group=group).prune(weight, 0.5, hessian_of(x))
+    H = naive.hessian(x)
+    H += 0.01 * H.diagonal().mean() * torch.eye(shape[1])
+    U = torch.linalg.cholesky(torch.linalg.inv(H), upper=True)
+    W, gone = weight.double(), torch.zeros(shape, dtype=torch.bool)
+    W[:, 5] = 0
+    for j in range(shape[1]):
+        if j % (group or columns) == 0:
+            here = slice(j, j + (group or columns))
+            scores = (W[:, here] / U.diagonal()[here]).square()
+            gone[:, here] = (lowest_in_matrix if group is None else lowest_in_rows)(scores, 0.5, group)
+        W[:, j:] -= torch.outer(W[:, j] * gone[:, j] / U[j, j], U[j, j:])
+    W[gone] = 0
+    dead = torch.arange(shape[1]) == 5
+    assert torch.equal(pruned == 0, gone | dead)
+    torch.testing.assert_close(pruned.double(), W, rtol=1e-4, atol=1e-5)
 
 
 def test_sparsegpt_makes_up_for_errors() -> None:
@@ -474,24 +500,50 @@ def test_hessian(dtype: torch.dtype) -> None:
     assert hessian.dead().tolist() == [j == 4 for j in range(9)]
 
 
-def test_the_factor_is_of_the_inverse() -> None:
+@pytest.mark.parametrize("shape", [(1, 3), (1, 255), (1, 256), (1, 257), (1, 520)])
+def test_a_hessian_in_panels(shape: tuple[int, int]) -> None:
+    x = problem(shape)[1]
+    matrix = hessian_of(x, 3).matrix()
+    torch.testing.assert_close(matrix.double(), naive.hessian(x), rtol=1e-5, atol=1e-5)
+    assert torch.equal(matrix, matrix.T)
+    assert torch.equal(hessian_of(x, 3).matrix(), matrix)
+
+
+def test_what_is_summed_up_without_a_copy_in_float32() -> None:
+    """A device has to multiply bf16 into float32; the CPU's product of bf16 matrices is rounded to bf16."""
+    cuda = torch.device("cuda")
+    assert not widens(CPU, torch.bfloat16) and not widens(cuda, torch.float32)
+    assert widens(cuda, torch.bfloat16) == widens(cuda, torch.float16) == hasattr(torch.ops.aten.mm, "dtype")
+
+
+def test_a_hessian_of_wide_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of a GPU with a product that the CPU has not."""
+    monkeypatch.setattr("atp_tune.pruners.statistics.widens", lambda device, dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(torch.ops.aten.mm, "dtype", lambda a, b, dtype: a.to(dtype) @ b.to(dtype), raising=False)
+    x = problem((1, 300))[1].bfloat16()
+    torch.testing.assert_close(hessian_of(x, 2).matrix(), hessian_of(x.float(), 2).matrix())
+
+
+def test_the_factor() -> None:
     x = problem((1, 12))[1]
-    U = hessian_of(x).inverse_factor(0.01).double()
+    R = hessian_of(x).factor(0.01).double()
     H = naive.hessian(x)
     H += 0.01 * H.diagonal().mean() * torch.eye(12)
-    assert torch.equal(U, U.triu())
-    torch.testing.assert_close(U.T @ U, torch.linalg.inv(H), rtol=1e-4, atol=1e-5)
+    assert torch.equal(R, R.triu())
+    torch.testing.assert_close(R @ R.T, H, rtol=1e-5, atol=1e-6)
+    U = torch.linalg.cholesky(torch.linalg.inv(H), upper=True)
+    torch.testing.assert_close(torch.linalg.inv(R), U, rtol=1e-5, atol=1e-6)
 
 
 def test_the_factor_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     hessian, calls = hessian_of(problem((1, 12))[1]), []
-    original = torch.cholesky_inverse
-    monkeypatch.setattr(torch, "cholesky_inverse", lambda lower: calls.append(1) or original(lower))
-    first = hessian.inverse_factor(0.01)
-    assert hessian.inverse_factor(0.01) is first and len(calls) == 1
-    assert not torch.equal(hessian.inverse_factor(0.1), first)
+    original = torch.linalg.cholesky_ex
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda matrix: calls.append(1) or original(matrix))
+    first = hessian.factor(0.01)
+    assert hessian.factor(0.01) is first and len(calls) == 1
+    assert not torch.equal(hessian.factor(0.1), first)
     hessian.add(torch.randn(30, 12))
-    assert not torch.equal(hessian.inverse_factor(0.01), first)
+    assert not torch.equal(hessian.factor(0.01), first)
 
 
 @pytest.mark.parametrize(("lowest", "damping"), [(0.05, 0.1), (0.5, 1.0), (5.0, 10.0), (50.0, 100.0)])
@@ -499,14 +551,14 @@ def test_damping_is_raised_until_the_hessian_is_positive_definite(lowest: float,
     """A symmetric matrix with mean diagonal 1 and one eigenvalue of -lowest: 0.01 is not enough, `damping` is."""
     axes = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
     H = axes @ torch.diag(torch.tensor([-lowest, *[(8 + lowest) / 7] * 7], dtype=torch.float64)) @ axes.T
-    U = _inverse_factor(H.float(), 0.01).double()
-    torch.testing.assert_close(U.T @ U, torch.linalg.inv(H + damping * torch.eye(8)), rtol=1e-4, atol=1e-5)
+    R = _factor(H.float(), 0.01).double()
+    torch.testing.assert_close(R @ R.T, H + damping * torch.eye(8), rtol=1e-4, atol=1e-5)
 
 
 def test_one_token_is_a_hessian_of_rank_one() -> None:
     x = torch.randn(1, 40, generator=torch.Generator().manual_seed(0))
     assert torch.linalg.cholesky_ex((naive.hessian(x) + 1e-9 * torch.eye(40)).float()).info
-    assert hessian_of(x).inverse_factor(1e-9).isfinite().all()
+    assert hessian_of(x).factor(1e-9).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -525,4 +577,4 @@ def test_a_hessian_that_is_not_a_number(x: Tensor) -> None:
 def test_damping_that_is_not_enough_when_raised() -> None:
     x = torch.randn(1, 40, generator=torch.Generator().manual_seed(0))
     with pytest.raises(TrialError, match="even with damping 1e-26"):
-        hessian_of(x).inverse_factor(1e-30)
+        hessian_of(x).factor(1e-30)

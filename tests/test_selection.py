@@ -3,10 +3,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from families import same_bits
 from naive import groups_mask, lowest_mask
 from torch import Tensor
 
-from atp_tune.pruners.selection import lowest, lowest_in_matrix, lowest_in_rows
+from atp_tune.pruners import selection
+from atp_tune.pruners.selection import lowest, lowest_in_matrix, lowest_in_rows, ranks, zeroed
 
 
 def scores(seed: int, values: int | None) -> Tensor:
@@ -79,3 +81,106 @@ def test_without_groups_over_rows_or_the_matrix() -> None:
     s = torch.tensor([[4.0, 3.0, 9.0], [1.0, 0.0, 2.0]])
     assert lowest_in_rows(s, 0.5).tolist() == [[False, True, False], [False, True, False]]
     assert lowest_in_matrix(s, 0.5).tolist() == [[False] * 3, [True] * 3]
+
+
+def by_sorting(s: Tensor, count: int) -> Tensor:
+    order = s.argsort(dim=1, stable=True)[:, :count]
+    return torch.zeros_like(s, dtype=torch.bool).scatter_(1, order, True)
+
+
+def large(values: int | None, shape: tuple[int, int] = (700, 577)) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    if values is None:
+        return torch.randn(shape, generator=generator)
+    return torch.randint(values, shape, generator=generator).float()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("values", [None, 50])
+def test_many_rows_in_threads(values: int | None, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    s = large(values)
+    for count in (1, 345, 576):
+        assert torch.equal(lowest(s, count), by_sorting(s, count)), count
+        assert torch.equal(ranks(s) < count, by_sorting(s, count)), count
+
+
+@pytest.mark.parametrize("order", ["random", "ascending", "descending", "a sample that misleads"])
+@pytest.mark.parametrize("values", [None, 2, 50])
+def test_a_large_matrix_is_selected_by_a_sample(values: int | None, order: str) -> None:
+    """Also where the sample's strides meet other scores than there are, and nothing lies between its two."""
+    s = large(values).flatten()
+    if order == "a sample that misleads":
+        s[:: s.numel() // 4096] = 1e9
+    elif order != "random":
+        s = s.sort(descending=order == "descending").values
+    s = s.reshape(700, 577)
+    for sparsity in (1e-6, 1e-5, 0.29, 0.5, 0.7, 0.999, 0.999999):
+        count = int(s.numel() * sparsity)
+        expected = by_sorting(s.reshape(1, -1), count).reshape(s.shape)
+        assert torch.equal(lowest_in_matrix(s, sparsity), expected), sparsity
+
+
+@pytest.mark.parametrize("values", [None, 3])
+def test_a_transposed_matrix_stays_one(values: int | None) -> None:
+    s = large(values, (60, 41)).T
+    mask = lowest_in_matrix(s, 0.3)
+    assert torch.equal(mask, lowest_mask([s.flatten().tolist()], int(s.numel() * 0.3)).reshape(s.shape))
+    assert values or mask.T.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_formats(dtype: torch.dtype) -> None:
+    s = large(None, (9, 400)).to(dtype)
+    assert torch.equal(lowest(s, 123), by_sorting(s, 123))
+    assert torch.equal(lowest_in_matrix(s, 0.4), by_sorting(s.reshape(1, -1), 1440).reshape(s.shape))
+
+
+def test_what_is_not_finite() -> None:
+    """NaN is the highest score; a threshold that is NaN takes nothing, as before numpy selected."""
+    nan, inf = float("nan"), float("inf")
+    s = torch.tensor([[nan, 1.0, -inf, inf, 0.0, 2.0]])
+    for rows in (s, s.expand(2, -1)):
+        assert lowest(rows, 2)[0].nonzero().flatten().tolist() == [2, 4]
+        assert lowest(rows, 5)[0].nonzero().flatten().tolist() == [1, 2, 3, 4, 5]
+        assert not lowest(torch.full_like(rows, nan), 3).any()
+    many = torch.cat([torch.full((300,), nan), torch.full((300,), inf), torch.arange(9400.0)]).reshape(10, -1)
+    assert torch.equal(lowest_in_matrix(many, 0.5), many < 5000)
+    mask = lowest_in_matrix(many, 0.95)  # and 100 of the infinite ones
+    assert int(mask.sum()) == 9500 and not many[mask].isnan().any()
+
+
+@pytest.mark.parametrize("values", [None, 1, 2, 3, 10])
+def test_ranks_are_places_in_a_stable_sort(values: int | None) -> None:
+    for seed in range(20):
+        s = scores(seed, values)
+        places = ranks(s)
+        assert places.dtype == torch.int16
+        for sparsity in (0.0, 0.1, 0.29, 0.5, 0.7, 0.999, 1.0):
+            expected = lowest_mask(s.tolist(), int(s.shape[1] * sparsity))
+            assert torch.equal(places < int(s.shape[1] * sparsity), expected), (seed, sparsity)
+
+
+def test_ranks_of_signs_infinities_and_wide_rows() -> None:
+    s = torch.tensor([[0.0, -0.0, float("inf"), -1.0, 0.0, -float("inf"), 1e-42, -1e-42, float("nan")]])
+    assert ranks(s).tolist() == [[3, 4, 7, 1, 5, 0, 6, 2, 8]]
+    s = torch.arange(40_000.0).flip(0)[None]
+    assert torch.equal(ranks(s), torch.arange(40_000, dtype=torch.int32).flip(0)[None])
+    assert torch.equal(ranks(s.bfloat16()) < 300, by_sorting(s.bfloat16(), 300))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_zeroed_is_masked_fill(dtype: torch.dtype) -> None:
+    nan, inf = float("nan"), float("inf")
+    weight = torch.tensor([[1.0, -2.0, nan, inf], [-0.0, -inf, nan, -3.0]]).to(dtype)
+    for gone in (torch.tensor([[True, True, True, True], [True, True, False, False]]), weight > 0, weight < 0):
+        assert same_bits(zeroed(weight, gone), weight.masked_fill(gone, 0))
+        assert same_bits(zeroed(weight.T, gone.T), weight.T.masked_fill(gone.T, 0))
+
+
+def test_without_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for formats that it does not know."""
+    s = large(20, (30, 40))
+    monkeypatch.setattr(selection, "_for_numpy", lambda scores: False)
+    assert torch.equal(lowest_in_matrix(s, 0.4), by_sorting(s.reshape(1, -1), 480).reshape(s.shape))
+    assert torch.equal(lowest(s, 13), by_sorting(s, 13))

@@ -28,6 +28,7 @@ class Display:
         self._trials = self.bars.add_task("trials", total=None, visible=False)
         self._first = monotonic()
         self._ended = 0
+        self._what = "trial"
         self._notes: set[str] = set()
         self._only: Line | None = None
 
@@ -59,17 +60,17 @@ class Display:
 
     def end(self, event: TrialEnded, plan: str, seconds: float) -> None:
         """Prints what a trial came to, and moves the bar of the trials."""
+        if event.what != self._what:
+            self._what, self._first, self._ended = event.what, monotonic() - seconds, 0
         self._ended += 1
         value = f"perplexity {event.value:.2f}" if event.value is not None else f"failed: {event.reason}"
         best = f"best {event.best:.2f}" if event.best is not None else "no best yet"
         left = (monotonic() - self._first) / self._ended * (event.total - event.done)
         eta = f", {duration(left)} left" if event.done < event.total and not console.is_terminal else ""
-        console.print(
-            f"[{event.done}/{event.total}] trial {event.number}: {plan}: {value} in {seconds:.0f} s ({best}{eta})",
-            highlight=False, markup=False,
-        )  # fmt: skip
+        title = f"[{event.done}/{event.total}] {event.what} {event.number}: {plan}"
+        console.print(f"{title}: {value} in {seconds:.0f} s ({best}{eta})", highlight=False, markup=False)
         self.bars.update(
-            self._trials, description=f"trials ({best})", completed=event.done, total=event.total, visible=True
+            self._trials, description=f"{event.what}s ({best})", completed=event.done, total=event.total, visible=True
         )
 
 
@@ -103,5 +104,5 @@ class Line:
     def _start(self, title: str, plan: str) -> None:
         self._title, self._plan, self._began = title, plan, monotonic()
         self._display.bars.reset(self._bar, description=printable(f"{self._name}{title}"), visible=True)
-        if not console.is_terminal and not title.startswith("trial"):
+        if not console.is_terminal and not title.startswith(("trial", "screening")):
             console.print(f"{title} {plan}".rstrip(), highlight=False)

@@ -28,7 +28,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from atp_tune.pruners.selection import lowest_in_matrix
+from atp_tune.pruners.selection import lowest_in_matrix, zeroed
 from atp_tune.pruners.statistics import Hessian, Scaled, Statistics
 
 CHECK, SETTLED = 3, 30  # iterations between looks at the mask, and before hardly any change is none
@@ -54,10 +54,10 @@ class ALPS:
         W = weight.float() * scaled.scales
         mask = self._smallest(W, sparsity)
         if mask.all() or not mask.any():
-            return weight.masked_fill(mask, 0)
+            return zeroed(weight, mask)
         B = self._admm(W, scaled, sparsity)
         mask = self._smallest(B, sparsity)
-        B = _refine(B.masked_fill(mask, 0), mask, W, scaled.matrix, self.steps)
+        B = _refine(zeroed(B, mask), mask, W, scaled.matrix, self.steps)
         return (B / scaled.scales).to(weight.dtype)
 
     def _smallest(self, B: Tensor, sparsity: float) -> Tensor:
@@ -68,12 +68,12 @@ class ALPS:
         target, rho, inverse = W @ scaled.matrix, self.rho, scaled.inverse(self.rho)
         last = self._smallest(W, sparsity)
         kept, begun = int((~last).sum()), False
-        B, D, V = W, W.masked_fill(last, 0), torch.zeros_like(W)
+        B, D, V = W, zeroed(W, last), torch.zeros_like(W)
         for i in range(1, self.iterations + 1):
             B = (target - V + rho * D) @ inverse
             sums = B + V / rho
             mask = self._smallest(sums, sparsity)
-            D = sums.masked_fill(mask, 0)
+            D = zeroed(sums, mask)
             V = rho * (sums - D)
             if i % CHECK:
                 continue
@@ -83,7 +83,7 @@ class ALPS:
             factor = _growth(changed / kept, begun)
             begun = begun or factor > 1
             if changed and not begun:
-                D, V = W.masked_fill(self._smallest(W, sparsity), 0), torch.zeros_like(W)
+                D, V = zeroed(W, self._smallest(W, sparsity)), torch.zeros_like(W)
             rho = min(rho * factor, LARGEST)
             inverse = scaled.inverse(rho)
         return B

@@ -29,7 +29,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from atp_tune.pruners.selection import lowest_in_rows
+from atp_tune.pruners.selection import lowest_in_rows, zeroed
 from atp_tune.pruners.statistics import InputMoments, Statistics
 
 TOKENS = 2048
@@ -70,7 +70,7 @@ class DSnoT:
         order = scores if self.group is None else initial
         sides = [self._swaps(sign * effects, worth, order, gone) for sign in (-1, 1)]
         self._follow((effects * gone).sum(1), sides, gone)
-        return weight.masked_fill(gone, 0)
+        return zeroed(weight, gone)
 
     def _swaps(self, effects: Tensor, worth: Tensor, scores: Tensor, gone: Tensor) -> Swaps:
         """Swaps for an error > 0; with the signs of the effects turned around, those for an error < 0."""

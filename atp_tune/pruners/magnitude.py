@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from atp_tune.pruners.selection import lowest_in_matrix
+from atp_tune.pruners.selection import lowest_in_matrix, zeroed
 from atp_tune.pruners.statistics import Statistics
 
 
@@ -19,4 +19,4 @@ class Magnitude:
 
     def prune(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:
         """Pruned copy of weight [out, in] at a sparsity in [0, 1]."""
-        return weight.masked_fill(lowest_in_matrix(weight.float().abs(), sparsity, self.group), 0)
+        return zeroed(weight, lowest_in_matrix(weight.float().abs(), sparsity, self.group))

@@ -2,12 +2,28 @@
 
 M is a group: so many consecutive columns (inputs) of one row. In groups the product M·s is rounded down with a little
 slack, so that a share N/M gives N whatever the floats make of it; a last, smaller group is rounded down too.
+
+Nothing is sorted to find a threshold, but for a whole matrix on an accelerator. On the CPU numpy selects in each row,
+in as many threads as torch uses. In a whole matrix the threshold is first enclosed between two order statistics of a
+sample, then selected among the few scores between them (Floyd & Rivest, "Expected time bounds for selection", 1975);
+which sample it is decides the time and never the answer. An accelerator selects a row at a time, which leaves most of
+it idle where there is one row: there all are sorted.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 SLACK = 1e-9
+SAMPLE = 4096  # scores that enclose the threshold of a matrix
+WORTH_A_THREAD = 2**17  # scores
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+
+Floats = NDArray[np.floating[Any]]
 
 
 def lowest(scores: Tensor, count: int) -> Tensor:
@@ -15,16 +31,9 @@ def lowest(scores: Tensor, count: int) -> Tensor:
 
     The same mask as the first `count` indices of a stable sort, in linear time and without its index tensor.
     """
-    if count <= 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    if count >= scores.shape[1]:
-        return torch.ones_like(scores, dtype=torch.bool)
-    threshold = scores.kthvalue(count, dim=1, keepdim=True).values
-    mask = scores <= threshold
-    if int(mask.sum()) != count * scores.shape[0]:
-        below, tied = scores < threshold, scores == threshold
-        mask = below | (tied & (tied.cumsum(1) <= count - below.sum(1, keepdim=True)))
-    return mask
+    if count <= 0 or count >= scores.shape[1]:
+        return torch.full_like(scores, count > 0, dtype=torch.bool)
+    return _up_to(_thresholds(scores, count), scores, count)
 
 
 def lowest_in_rows(scores: Tensor, sparsity: float, group: int | None = None) -> Tensor:
@@ -39,7 +48,114 @@ def lowest_in_rows(scores: Tensor, sparsity: float, group: int | None = None) ->
 
 
 def lowest_in_matrix(scores: Tensor, sparsity: float, group: int | None = None) -> Tensor:
-    """Mask [rows, columns] of the ⌊rows·columns·s⌋ lowest scores of all, or of the ⌊M·s⌋ lowest of each group."""
+    """Mask [rows, columns] of the ⌊rows·columns·s⌋ lowest scores of all, or of the ⌊M·s⌋ lowest of each group.
+
+    The mask lies in memory as the scores do, also where they are a transposed view.
+    """
     if group is not None:
         return lowest_in_rows(scores, sparsity, group)
-    return lowest(scores.reshape(1, -1), int(scores.numel() * sparsity)).reshape(scores.shape)
+    count = int(scores.numel() * sparsity)
+    if count <= 0 or count >= scores.numel():
+        return torch.full_like(scores, count > 0, dtype=torch.bool)
+    stored = scores.T if scores.T.is_contiguous() else scores
+    threshold = _threshold(stored.reshape(-1), count)
+    mask = scores <= threshold
+    if int(mask.sum()) == count:
+        return mask
+    return _up_to(threshold[None, None], scores.reshape(1, -1), count).reshape(scores.shape)
+
+
+def ranks(scores: Tensor) -> Tensor:
+    """Each score's place [rows, columns] in a stable sort of its row: `ranks(s) < count` is `lowest(s, count)`.
+
+    int16 where that is enough, else int32. A row with NaN differs: here they come last, as in a sort, while `lowest`
+    takes nothing if its threshold is NaN. Costs more than one `lowest`, and each further mask is one comparison.
+    """
+    rows, columns = scores.shape
+    kind = torch.int16 if columns <= 2**15 else torch.int32
+    if scores.device.type != "cpu":
+        order = scores.argsort(dim=1, stable=True)
+        places = torch.arange(columns, dtype=kind, device=scores.device).expand(rows, -1)
+        return torch.empty_like(order, dtype=kind).scatter_(1, order, places)
+    found = np.empty((rows, columns), dtype=np.int16 if kind == torch.int16 else np.int32)
+    _in_threads(_rank, scores.float().numpy(force=True), found)
+    return torch.from_numpy(found)
+
+
+def zeroed(weight: Tensor, gone: Tensor) -> Tensor:
+    """Copy of the weight with 0 where `gone`, as `masked_fill` makes, whose CPU kernel takes 20 times as long."""
+    if weight.device.type != "cpu":
+        return weight.masked_fill(gone, 0)
+    bits = weight.view(INTEGERS[weight.element_size()])
+    return bits.mul(~gone).view(weight.dtype)
+
+
+def _up_to(thresholds: Tensor, scores: Tensor, count: int) -> Tensor:
+    """Mask of the `count` lowest of each row, given the `count`-th lowest [rows, 1]."""
+    mask = scores <= thresholds
+    if int(mask.sum()) != count * scores.shape[0]:
+        below, tied = scores < thresholds, scores == thresholds
+        mask = below | (tied & (tied.cumsum(1) <= count - below.sum(1, keepdim=True)))
+    return mask
+
+
+def _thresholds(scores: Tensor, count: int) -> Tensor:
+    """The `count`-th lowest score [rows, 1] of each row; NaN is the highest."""
+    if len(scores) == 1:
+        return _threshold(scores.reshape(-1), count)[None, None]
+    if not _for_numpy(scores):
+        return scores.kthvalue(count, dim=1, keepdim=True).values
+    found = torch.empty(len(scores), 1, dtype=scores.dtype)
+
+    def select(part: Floats, result: Floats) -> None:
+        result[:, 0] = np.partition(part, count - 1, axis=1)[:, count - 1]
+
+    _in_threads(select, scores.numpy(force=True), found.numpy())
+    return found
+
+
+def _threshold(scores: Tensor, count: int) -> Tensor:
+    """The `count`-th lowest of the scores [n], a tensor without dimensions; NaN is the highest."""
+    if _for_numpy(scores):
+        return torch.tensor(_select(scores.numpy(force=True), count), dtype=scores.dtype)
+    if scores.device.type == "cpu":
+        return scores.kthvalue(count).values
+    return scores.sort().values[count - 1]
+
+
+def _select(scores: Floats, count: int) -> float:
+    """The `count`-th lowest of the scores [n], among those that a sample encloses; else among all."""
+    step, share = max(1, len(scores) // SAMPLE), count / len(scores)
+    sample = np.sort(scores[::step])
+    slack = 4 * (share * (1 - share) * len(sample)) ** 0.5 + 2  # standard errors of a sample's order statistic
+    ends = [min(max(int(share * len(sample) + side * slack), 0), len(sample) - 1) for side in (-1, 1)]
+    low, high = sample[ends[0]], sample[ends[1]]
+    between = scores[np.flatnonzero((scores >= low) & (scores <= high))]
+    left = count - int(np.count_nonzero(scores < low))
+    if not 0 < left <= len(between):
+        between, left = scores, count
+    return float(np.partition(between, left - 1)[left - 1])
+
+
+def _for_numpy(scores: Tensor) -> bool:
+    return scores.device.type == "cpu" and scores.dtype in {torch.float32, torch.float64}
+
+
+def _in_threads(work: Any, array: NDArray[Any], result: NDArray[Any]) -> None:
+    """Calls work(part, its result) for as many parts of the rows as torch has threads; numpy lets the others run."""
+    count = min(torch.get_num_threads(), array.size // WORTH_A_THREAD, len(array))
+    if count <= 1:
+        work(array, result)
+        return
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(work, np.array_split(array, count), np.array_split(result, count)))
+
+
+def _rank(scores: Floats, result: NDArray[Any]) -> None:
+    """Ranks of each row: sorts one integer of score and column, so that equals keep their order in an unstable sort."""
+    bits = (scores + np.float32(0)).view(np.int32)  # -0 + 0 is 0
+    bits = np.where(np.isnan(scores), np.int32(2**31 - 1), bits ^ ((bits >> 31) & np.int32(2**31 - 1)))
+    keys = bits.astype(np.int64) << 32 | np.arange(scores.shape[1])
+    keys.sort(axis=1)
+    columns = keys & (2**32 - 1)
+    np.put_along_axis(result, columns, np.arange(scores.shape[1], dtype=result.dtype)[None], axis=1)

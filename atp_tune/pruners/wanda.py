@@ -22,7 +22,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from atp_tune.pruners.selection import lowest_in_matrix, lowest_in_rows
+from atp_tune.pruners.selection import lowest_in_matrix, lowest_in_rows, zeroed
 from atp_tune.pruners.statistics import InputNorms, Statistics
 
 Compare = Literal["row", "row-variant"]
@@ -40,12 +40,17 @@ class Wanda:
     def prune(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:
         """Pruned copy of weight [out, in] at a sparsity in [0, 1]; statistics are its `InputNorms`."""
         assert isinstance(statistics, InputNorms)
-        scores = weight.float().abs() * statistics.norms()
+        scores = self.scores(weight, statistics)
         if self.compare == "row" or self.group is not None:
             mask = lowest_in_rows(scores, sparsity, self.group)
         else:
             mask = lowest_in_matrix(_shares(scores), sparsity)
-        return weight.masked_fill(mask, 0)
+        return zeroed(weight, mask)
+
+    @staticmethod
+    def scores(weight: Tensor, statistics: InputNorms) -> Tensor:
+        """The scores [out, in] of weight [out, in], in float32."""
+        return weight.abs().float().mul_(statistics.norms())
 
 
 def _shares(scores: Tensor) -> Tensor:

@@ -1,0 +1,63 @@
+"""When a study has settled: no better trial is to be expected that could be told from the best.
+
+Two numbers in nats per token, so that a difference d is a change of perplexity by e^d - 1:
+
+    regret    how much lower the log perplexity could still be: of a Gaussian process over the trials of an allocation,
+              the best value that its lower bound allows, against the upper bound at the best trials
+    noise     the standard error with which the best is told from uniform, over paired windows; where the two are not
+              there yet, nothing has settled
+
+Settled is a study in which the regret of every allocation is below the noise. A gain that a further trial may bring is
+then smaller than the error of the very comparison that the study is made for.
+
+Source: Makarova et al., "Automatic Termination for Hyperparameter Optimization", AutoML 2022, as `RegretBoundEvaluator`
+in Optuna, which bounds the regret; there the noise is that of cross-validation.
+"""
+
+import math
+import warnings
+
+import optuna
+from optuna.exceptions import ExperimentalWarning
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from atp_tune.perplexity import change
+from atp_tune.samplers import STARTS, branch_study, kinds_of
+from atp_tune.space import Space
+from atp_tune.storage import best_trial
+from atp_tune.summary import uniform_of
+
+LEAST = STARTS + 2  # measured points of an allocation, below which a model of it says little
+
+
+def has_settled(study: optuna.Study, space: Space) -> bool:
+    """Whether a further trial of any allocation is expected to gain less than the noise."""
+    noise = noise_of(study)
+    trials = [trial for trial in study.get_trials(deepcopy=False) if trial.state == TrialState.COMPLETE]
+    return noise is not None and all(
+        regret_of(trials, space, branch) < noise for branch in space.intervals if space.is_open(branch)
+    )
+
+
+def noise_of(study: optuna.Study) -> float | None:
+    """Standard error of the mean difference between the best trial's window NLLs and uniform's, in nats per token."""
+    best = best_trial(study)
+    uniform = uniform_of(study, best)
+    own, base = (trial.user_attrs.get("nlls", []) if trial else [] for trial in (best, uniform))
+    if uniform is best or len(own) != len(base) or len(own) < 2:
+        return None
+    paired = change(base, own)
+    return paired.stderr / (1 + paired.value)
+
+
+def regret_of(trials: list[FrozenTrial], space: Space, branch: str) -> float:
+    """Bound of the regret in one allocation, in nats per token; infinite where too few trials say anything of it."""
+    from optuna.terminator import RegretBoundEvaluator
+
+    points = branch_study(trials, space, branch, kinds_of(space, branch)).trials
+    if len(points) < LEAST:
+        return math.inf
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return RegretBoundEvaluator(min_n_trials=LEAST, seed=0).evaluate(points, StudyDirection.MINIMIZE)

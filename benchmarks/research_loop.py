@@ -1,0 +1,95 @@
+"""One β as the research scripts do it: load, two calibration passes, masks by sorting, evaluation window by window.
+
+    python benchmarks/research_loop.py FOLDER SPARSITY BETA search|report      window NLLs on one line
+    python benchmarks/research_loop.py FOLDER prepare                          model and windows of smol into FOLDER
+
+Written from the description of Wanda's and ATP's procedure, for a Llama; `search_cost.py` runs it for each β.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+
+@torch.no_grad()
+def loop(work: Path, sparsity: float, beta: float, role: str) -> list[float]:
+    """Window NLLs of the pruned model."""
+    dtype = getattr(torch, (work / "dtype").read_text())
+    model = AutoModelForCausalLM.from_pretrained((work / "model").read_text(), dtype=dtype)
+    calibration, text = (torch.from_numpy(np.load(work / f"{name}.npy")) for name in ("calibration", role))
+    body, blocks = model.model, len(model.model.layers)
+    hidden = torch.cat([body.embed_tokens(window[None]) for window in calibration])
+    after = torch.zeros_like(hidden)
+    rotary = body.rotary_emb(hidden[:1], torch.arange(calibration.shape[1])[None])
+    for i, block in enumerate(body.layers):
+        share = sparsity + beta * (i - (blocks - 1) / 2)
+        squares = gather(block, hidden, rotary)
+        for name, linear in linears(block):
+            scores = linear.weight.abs() * squares[name].sqrt()
+            lowest = torch.sort(scores, dim=-1, stable=True)[1][:, : int(scores.shape[1] * share)]
+            linear.weight.data.scatter_(1, lowest, 0)
+        for j in range(len(hidden)):
+            after[j] = block(hidden[j : j + 1], position_embeddings=rotary)
+        hidden, after = after, hidden
+    return [evaluate(model, window[None]) for window in text]
+
+
+def linears(block: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """The linears of a block by name."""
+    return [(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+
+
+def gather(block: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """Mean squares of each linear's inputs, window by window, in float32."""
+    squares = {name: torch.zeros(linear.in_features) for name, linear in linears(block)}
+
+    def hook(name: str):
+        def add(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+            squares[name] += torch.norm(args[0].reshape(-1, args[0].shape[-1]).T.float(), p=2, dim=1) ** 2
+
+        return add
+
+    handles = [linear.register_forward_hook(hook(name)) for name, linear in linears(block)]
+    for j in range(len(hidden)):
+        block(hidden[j : j + 1], position_embeddings=rotary)
+    for handle in handles:
+        handle.remove()
+    return squares
+
+
+def evaluate(model: nn.Module, window: Tensor) -> float:
+    """NLL of a window from the model's full logits, nats per token."""
+    logits = model(window).logits
+    loss = nn.functional.cross_entropy(logits[0, :-1].float(), window[0, 1:])
+    return float(loss)
+
+
+def prepare(work: Path) -> None:
+    """Writes where the model of smol lies, its number format and its windows."""
+    from atp_tune.bench import Bench, Setup
+    from atp_tune.studyfile import load
+
+    study = (file := load("smol")).study
+    texts = {"calibration": study.texts.calibration, "search": study.texts.search, "report": study.report_text}
+    bench = Bench.open(Setup(study.model, study.prune, texts, file.folder, "cpu"))
+    (work / "model").write_text(str(bench.folder.path))
+    (work / "dtype").write_text(bench.dtype)
+    for role, windows in bench.windows.items():
+        np.save(work / f"{role}.npy", windows.ids)
+
+
+def main() -> None:
+    """Prints the window NLLs, or prepares."""
+    work = Path(sys.argv[1])
+    if sys.argv[2] == "prepare":
+        prepare(work)
+        return
+    print(*loop(work, float(sys.argv[2]), float(sys.argv[3]), sys.argv[4]))
+
+
+if __name__ == "__main__":
+    main()

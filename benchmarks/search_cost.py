@@ -1,0 +1,164 @@
+"""What a search costs: the paper's procedure against `tune.py`, with each lever alone and with all of them.
+
+    python benchmarks/search_cost.py                        50 and 60 %, about 25 minutes on 2 cores
+    python benchmarks/search_cost.py --sparsity 0.6 --rows paper off all
+
+The paper's search is a shell loop: for each β of the grid 0.002, 0.004, … a process loads the checkpoint, passes the
+calibration text twice (dense, then pruned) at one window a time, sorts every row for its mask, evaluates window by
+window, and prints a perplexity; the least is chosen. It is written here as plainly as that, on the same model, texts,
+number format and threads; it is spared its tokenisation. `tune.py` is run as a person would run it.
+
+`to the choice` is the wall time until the last search trial ended, process start and model loading included; `all` is
+the whole command, which also measures dense, uniform and best on the report text (the paper's loop does not). Tokens
+are those of the calibration and search texts that pass through all blocks until the choice. The report perplexity is
+that of the chosen point, measured as the row measures; the change is from the paper's choice, over paired windows.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from time import perf_counter
+
+import optuna
+
+from atp_tune.perplexity import change, perplexity
+from atp_tune.studyfile import load
+from atp_tune.summary import summarise
+
+HERE = Path(__file__).parent
+STEP = 0.002
+GRID = ("search.sampler=grid", f"search.step={STEP}")
+SCREEN = ("search.sampler=gp", "search.screen.trials=9", "search.screen.every=4", "search.screen.confirm=2")
+LEVERS = {
+    "off": GRID,
+    "sequential": (*GRID, "prune.statistics=sequential"),
+    "stopper": (*GRID, "search.stopper=wilcoxon"),
+    "settle": ("search.sampler=gp", "search.settle=true"),
+    "screen": SCREEN,
+    "all": (*SCREEN, "prune.statistics=sequential", "search.stopper=wilcoxon"),
+}
+
+
+@dataclass
+class Row:
+    """One way to search."""
+
+    name: str
+    to_choice: float  # seconds
+    all: float
+    tokens: float
+    beta: float
+    trials: str
+    report: list[float]  # window NLLs
+
+
+def paper(sparsity: float, work: Path) -> Row:
+    """The loop of the research scripts, a process for each β."""
+    blocks, command = 30, [sys.executable, str(HERE / "research_loop.py"), str(work), str(sparsity)]
+    bound = 2 * min(sparsity, 1 - sparsity) / (blocks - 1)
+    betas = [round(STEP * k, 10) for k in range(1, int(bound / STEP + 1e-9) + 1)]
+    began, found = perf_counter(), {}
+    for beta in betas:
+        nlls = _nlls([*command, str(beta), "search"])
+        found[beta] = perplexity(nlls).value
+        print(f"  paper β={beta:g}: {found[beta]:.2f}", file=sys.stderr, flush=True)
+    seconds = perf_counter() - began
+    best = min(found, key=lambda beta: found[beta])
+    N, E = _tokens()
+    report = _nlls([*command, str(best), "report"])
+    return Row("paper", seconds, seconds, len(betas) * (2 * N + E), best, str(len(betas)), report)
+
+
+def _nlls(command: Sequence[str]) -> list[float]:
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return [float(word) for word in done.stdout.split()]
+
+
+def ours(name: str, sparsity: float, work: Path) -> Row:
+    """One command of `tune.py` with some levers."""
+    storage, label = f"sqlite:///{work}/search.db", f"{name}-{sparsity:g}"
+    grid = int(2 * min(sparsity, 1 - sparsity) / 29 / STEP + 1e-9)
+    overrides = [f"sparsity={sparsity}", *LEVERS[name]]
+    overrides += [f"search.trials={grid + 1}"] if name not in {"screen", "all"} else ["search.trials=3"]
+    sets = [word for override in overrides for word in ("--set", override)]
+    command = [sys.executable, "tune.py", "--study", "smol", "--storage", storage, "--study-name", label, *sets]
+    began, started = datetime.now(), perf_counter()
+    subprocess.run(command, check=True, cwd=HERE.parent, stdout=sys.stderr)
+    seconds = perf_counter() - started
+    study = optuna.load_study(study_name=label, storage=storage)
+    last = max(trial.datetime_complete for trial in study.trials if trial.datetime_complete)
+    summary = summarise(study)
+    best = summary.best_trial
+    assert best is not None
+    report = study.user_attrs["reports"][str(best.number)]
+    trials, tokens = _work(study, label, storage)
+    return Row(name, (last - began).total_seconds(), seconds, tokens, best.params["beta"], trials, report)
+
+
+def _work(study: optuna.Study, label: str, storage: str) -> tuple[str, float]:
+    """Trials, in full, stopped and screened, and tokens through the model until the choice, the dense model's too."""
+    N, E = _tokens()
+    passes = 1 if "sequential" in str(study.user_attrs["made_from"]["overrides"]) else 2
+    tokens, shown = float(E), f"{len(study.trials)}"
+    stopped = sum("stopped_after" in trial.user_attrs for trial in study.trials)
+    for trial in study.trials:
+        tokens += passes * N + E * len(trial.user_attrs["nlls"]) / len(study.user_attrs["dense"])
+    if f"{label}.screen" in optuna.get_all_study_names(storage):
+        screened = optuna.load_study(study_name=f"{label}.screen", storage=storage)
+        part = E * len(screened.user_attrs["dense"]) / len(study.user_attrs["dense"])
+        tokens += N + part * (1 + len(screened.trials))
+        shown += f" + {len(screened.trials)} screened"
+    return shown + (f", {stopped} stopped" if stopped else ""), tokens
+
+
+def _tokens() -> tuple[int, int]:
+    texts = load("smol").study.texts
+    calibration, search = ((text.windows or 0) * text.tokens for text in (texts.calibration, texts.search))
+    return calibration, search
+
+
+def prepare(work: Path) -> None:
+    """Model folder and windows for the plain loop, and warm caches for all."""
+    command = [sys.executable, str(HERE / "research_loop.py"), str(work), "prepare"]
+    subprocess.run(command, check=True)
+
+
+def table(rows: list[Row], sparsity: float) -> str:
+    """Markdown, one line a row."""
+    first = rows[0]
+    head = (
+        f"**{sparsity:.0%}**\n\n| search | to the choice s | times faster | all s | tokens | trials | β | "
+        "report perplexity | against the paper's choice |\n|---|---|---|---|---|---|---|---|---|"
+    )
+    lines = [
+        f"| {row.name} | {row.to_choice:.0f} | {first.to_choice / row.to_choice:.1f} | {row.all:.0f} | "
+        f"{row.tokens:,.0f} | {row.trials} | {row.beta:.4g} | {perplexity(row.report)} | "
+        f"{'–' if row is first else change(first.report, row.report)} |"
+        for row in rows
+    ]
+    return "\n".join([head, *lines, ""])
+
+
+def main() -> None:
+    """Prints a table for each sparsity."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.6])
+    parser.add_argument("--rows", nargs="+", default=["paper", *LEVERS], choices=["paper", *LEVERS])
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        prepare(work)
+        print(f"{os.cpu_count()} cores\n")
+        for sparsity in asked.sparsity:
+            rows = [paper(sparsity, work) if name == "paper" else ours(name, sparsity, work) for name in asked.rows]
+            print(table(rows, sparsity), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from test_space import SIZES, space_for, study_of
+from test_tuning import reopen, states, without_bench
+from tinystudy import BLOCKS, LONG, finish, run, settings, start, study_file, wait_for
+
+from atp_tune import tuning
+from atp_tune.bench import Bench
+from atp_tune.errors import UserError
+from atp_tune.events import TrialEnded, TrialStarted
+from atp_tune.prune_pass import Pass
+from atp_tune.screening import APART, confirmed, is_near, screening_file
+from atp_tune.storage import counted, measured
+from atp_tune.study import Screen
+
+SCREEN = ("search.screen.trials=5", "search.screen.every=3", "search.screen.confirm=2")
+INSIDE = ("search.sampler=gp", *SCREEN)
+
+
+def test_a_study_is_screened_before_it_begins(place: Path) -> None:
+    events: list[Any] = []
+    study = run(place, *INSIDE, watch=events.append)
+    screened = reopen(place, "tiny.screen")
+    assert states(screened) == ["COMPLETE"] * 5
+    assert [len(t.user_attrs["nlls"]) for t in screened.trials] == [6] * 5  # of 16 windows the first, fourth, …
+    assert all(t.user_attrs["errors"] == [] for t in screened.trials)
+    best = [
+        t.params
+        for t in measured(screened)
+        if any(t.user_attrs["sparsities"][0] != s for s in t.user_attrs["sparsities"])
+    ]
+    assert study.trials[0].params["beta"] == 0.0
+    assert study.trials[1].params == best[0]
+    assert states(study) == ["COMPLETE"] * 3
+    assert study.user_attrs["total"] == 3
+    titles = [event.title for event in events if isinstance(event, TrialStarted)]
+    assert titles[:7] == ["dense model", *(f"screening {k}" for k in range(5)), "dense model"]
+    assert [event.what for event in events if isinstance(event, TrialEnded)] == ["screening"] * 5 + ["trial"] * 3
+
+
+def test_trials_that_are_confirmed_are_measured_as_any_other(place: Path) -> None:
+    confirmed_one = run(place, *INSIDE).trials[1]
+    again = run(place, "search.trials=1", "search.sampler=random", name="other")
+    again.enqueue_trial(confirmed_one.params)
+    other = run(place, "search.trials=2", "search.sampler=random", name="other").trials[1]
+    assert other.params == confirmed_one.params
+    assert other.user_attrs["nlls"] == confirmed_one.user_attrs["nlls"]
+    assert other.user_attrs["errors"] == confirmed_one.user_attrs["errors"]
+
+
+def test_a_screening_is_what_its_keys_say(place: Path) -> None:
+    """`--set` with the keys of the screening gives the same study, value for value."""
+    run(place, *INSIDE)
+    by_keys = ("prune.statistics=dense", "texts.search.every=3", "search.trials=5", "search.sampler=gp")
+    twin = run(place, *by_keys, name="twin")
+    screened = reopen(place, "tiny.screen")
+    assert [t.params for t in twin.trials] == [t.params for t in screened.trials]
+    assert [t.value for t in twin.trials] == pytest.approx([t.value for t in screened.trials], rel=1e-6)
+    assert twin.user_attrs["fingerprint"] == screened.user_attrs["fingerprint"]
+
+
+def test_it_runs_no_calibration_pass(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[tuple[str, int]] = []
+    original = Pass.run
+
+    def run_pass(self: Pass, plan: Any, hidden: Any) -> Any:
+        entered.append(("dense" if self.dense_statistics is not None else "block", len(hidden)))
+        return original(self, plan, hidden)
+
+    monkeypatch.setattr(Pass, "run", run_pass)
+    run(place, *INSIDE)
+    assert entered == [("dense", 0)] * 5 + [("block", 8)] * 5  # three trials and two reports
+
+
+def test_dense_statistics_are_measured_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from atp_tune import bench
+
+    calls: list[int] = []
+    original = bench.measure
+    monkeypatch.setattr(bench, "measure", lambda *args: calls.append(1) or original(*args))
+    run(place, *INSIDE)
+    assert len(calls) == BLOCKS
+
+
+@pytest.mark.parametrize("pruners", [["wanda", "magnitude"], ["sparsegpt"]])
+@pytest.mark.parametrize("allocation", [["atp"], ["atp", "owl"], ["curve"]])
+def test_every_pruner_and_allocation_can_be_screened(place: Path, pruners: list[str], allocation: list[str]) -> None:
+    space = (f"prune.pruners={pruners}", f"allocation={allocation}", "allocation.beta=auto")
+    study = run(place, *INSIDE, *space, "search.screen.trials=8", f"search.trials={len(pruners) + 2}")
+    first = study.trials[len(pruners)].params
+    best = measured(reopen(place, "tiny.screen"))
+    assert first in [t.params for t in best]
+    assert counted(study) == len(pruners) + 2
+
+
+def test_a_complete_screening_is_not_run_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(place, *INSIDE)
+    before = reopen(place, "tiny.screen").trials
+    more = run(place, *INSIDE, "search.trials=5")
+    assert states(more) == ["COMPLETE"] * 5
+    assert reopen(place, "tiny.screen").trials == before
+    without_bench(monkeypatch)
+    assert states(run(place, *INSIDE, "search.trials=5")) == ["COMPLETE"] * 5
+
+
+def test_a_larger_screening_goes_on(place: Path) -> None:
+    run(place, *INSIDE)
+    first = [t.params for t in reopen(place, "tiny.screen").trials]
+    study = run(place, *INSIDE, "search.screen.trials=7", "search.trials=6")
+    assert [t.params for t in reopen(place, "tiny.screen").trials][:5] == first
+    assert len(reopen(place, "tiny.screen").trials) == 7
+    assert states(study) == ["COMPLETE"] * 6
+
+
+def test_time_that_is_up_while_screening(place: Path) -> None:
+    ended: list[TrialEnded] = []
+    study = run(place, *INSIDE, timeout=0, watch=lambda event: isinstance(event, TrialEnded) and ended.append(event))
+    assert not ended and [t.state.name for t in study.trials] == ["WAITING"]
+    study = run(place, *INSIDE)
+    assert states(study) == ["COMPLETE"] * 3
+    assert study.trials[1].params in [t.params for t in reopen(place, "tiny.screen").trials]
+
+
+def test_a_screening_that_was_killed_goes_on(place: Path) -> None:
+    words = ("--study", place / "tiny.toml", *settings(*INSIDE, "search.screen.trials=40", "texts.search.windows=250"))
+    process = start(*words)
+    wait_for(place / "tiny.db", 3, process)
+    process.kill()
+    process.communicate()
+    assert reopen(place, "tiny.screen").trials and not reopen(place).trials
+    again = finish(start(*words, *settings("search.screen.trials=6")))
+    assert again.code == 0, again.err
+    assert [t.state.name for t in reopen(place).trials] == ["COMPLETE"] * 3
+
+
+def test_two_workers_share_a_screening(place: Path) -> None:
+    words = ("--study", place / "tiny.toml", "--workers", "2", *settings(*INSIDE, *LONG, "search.screen.trials=24"))
+    answer = finish(start(*words))
+    assert answer.code == 0, answer.err
+    screened, study = reopen(place, "tiny.screen"), reopen(place)
+    assert counted(screened) == 24 and counted(study) == 3
+    assert len({t.user_attrs["pid"] for t in screened.trials}) == 2
+    assert len({str(t.params) for t in screened.trials if t.state.name == "COMPLETE"}) == 24
+
+
+def test_a_grid_is_screened_whole(place: Path) -> None:
+    words = ("search.sampler=grid", "search.step=0.03", *SCREEN, "search.screen.trials=99")
+    study = run(place, *words)
+    assert counted(reopen(place, "tiny.screen")) == 9  # uniform and 0.03, …, 0.24
+    assert counted(study) == 3
+
+
+def test_a_main_study_of_other_facts_is_refused_before_anything_is_screened(place: Path) -> None:
+    run(place)
+    with pytest.raises(UserError, match=r"search.sampler is \"gp\", was \"random\""):
+        run(place, *INSIDE)
+    with pytest.raises(AssertionError):
+        reopen(place, "tiny.screen")
+
+
+def test_a_command_that_a_user_types(place: Path, command: Any) -> None:
+    answer = command("--study", place / "tiny.toml", *settings(*INSIDE))
+    assert answer.code == 0
+    lines = answer.out.splitlines()
+    assert any(line.startswith("[5/5] screening 4: wanda atp") for line in lines)
+    assert any(line.startswith("[1/3] trial 0: wanda uniform") for line in lines)
+    status = command("status", "--study", place / "tiny.toml", "--study-name", "tiny.screen", *settings(*INSIDE))
+    assert status.code == 0 and "wanda atp" in status.out
+
+
+@pytest.mark.parametrize(
+    ("override", "error"),
+    [
+        ("search.screen.trials=0", "search.screen.trials: must be at least 1, got 0"),
+        ("search.screen.every=0", "search.screen.every: must be at least 1, got 0"),
+        ("search.screen=3", "search.screen: must be a table, got 3"),
+        ("search.screen.windows=3", "search.screen.windows: unknown key; did you mean"),
+    ],
+)
+def test_mistakes(place: Path, override: str, error: str) -> None:
+    with pytest.raises(UserError) as raised:
+        study_file(place, "search.screen.trials=5", override)
+    assert error in str(raised.value)
+
+
+def test_a_file_without_a_screening(place: Path) -> None:
+    file = study_file(place, *SCREEN)
+    assert screening_file(file, Screen(trials=5)).study.search.screen is None
+    assert study_file(place, *SCREEN, "search.screen=none").study.search.screen is None
+    assert file.study.search.screen == Screen(trials=5, every=3, confirm=2)
+
+
+def test_a_bench_for_screening_shares_all_but_the_text(place: Path) -> None:
+    bench = tuning.open_bench(tuning.Run(study_file(place), "tiny", None, lambda event: None))
+    other = bench.screening(4)
+    assert isinstance(other, Bench)
+    assert other.checkpoint is bench.checkpoint and other.replay is bench.replay
+    nlls = bench.all_nlls(bench.dense(), "search")
+    assert other.all_nlls(other.dense(), "search") == pytest.approx(nlls[::4], rel=1e-5)
+    assert len(other.windows["search"].ids) == 4 and len(bench.windows["search"].ids) == 16
+    assert other.contents().keys() == bench.contents().keys()
+    assert bench.prune_settings.statistics == "block"
+
+
+# --- which points are confirmed
+
+
+def screening_of(points: list[tuple[float, float]]) -> optuna.Study:
+    study = optuna.create_study()
+    for beta, value in points:
+        params = {"pruner": "wanda", "allocation": "atp", "beta": beta}
+        kinds = {
+            "pruner": optuna.distributions.CategoricalDistribution(["wanda"]),
+            "allocation": optuna.distributions.CategoricalDistribution(["atp"]),
+            "beta": optuna.distributions.FloatDistribution(0, 0.2),
+        }
+        study.add_trial(optuna.create_trial(value=value, params=params, distributions=kinds))
+    return study
+
+
+def test_the_best_are_confirmed_some_way_apart() -> None:
+    space = space_for(study_of(), SIZES)
+    near = 0.2 * APART
+    points = [(0.0, 1.0), (0.1, 3.0), (0.1 + near / 2, 2.0), (0.15, 5.0), (0.05, 4.0), (0.1 - near, 3.5)]
+    found = confirmed(screening_of(points), space, 3)
+    assert [point["beta"] for point in found] == [0.1 + near / 2, 0.1 - near, 0.05]
+    assert [point["beta"] for point in confirmed(screening_of(points[:2]), space, 3)] == [0.1]
+
+
+def test_near_points() -> None:
+    space = space_for(study_of(allocation=["atp", "owl"], prune={"pruners": ["wanda", "sparsegpt"]}), SIZES)
+    point = {"pruner": "wanda", "allocation": "atp", "beta": 0.1}
+    assert is_near(point, point, space)
+    assert not is_near(point, {**point, "pruner": "sparsegpt"}, space)
+    assert not is_near(point, {"pruner": "wanda", "allocation": "owl", "threshold": 5.0, "lam": 0.1}, space)
