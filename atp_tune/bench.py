@@ -86,7 +86,9 @@ class Bench:
         folder = resolve(setup.model, setup.base, lambda text: watch(Note(text)))
         windows = {role: _windows(role, text, folder, setup.base) for role, text in setup.texts.items()}
         check_disjoint(windows)
-        checkpoint = Checkpoint.load(folder.path, find_dtype(setup.model.dtype, device), device, folder.trusted)
+        dtype, named = find_dtype(setup.model.dtype, device), setup.model.residency
+        residency = None if named == "auto" else named
+        checkpoint = Checkpoint.load(folder.path, dtype, device, folder.trusted, residency)
         return cls(folder, checkpoint, windows, setup.prune, watch)
 
     def screening(self, every: int) -> "Bench":
@@ -110,6 +112,11 @@ class Bench:
     def batch_windows(self) -> int:
         """Windows that go through a block at a time."""
         return self._batch.windows
+
+    @property
+    def batches(self) -> tuple[BatchSize, BatchSize]:
+        """How many windows go through a block, and through the head, at a time."""
+        return self._batch, self._heads
 
     def budget(self, target: float) -> Budget:
         """What an allocation shares out over this checkpoint; what it asks for is measured once for all budgets."""

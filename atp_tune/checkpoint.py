@@ -1,14 +1,16 @@
 """The dense checkpoint: its blocks, their linears, and where the weights lie. Nothing here is ever written to.
 
-Two residencies. Where the weights fit, all of them lie on the compute device. Where they don't, the blocks stay in
-host memory and a block's tensors are copied to the device when they are asked for, so that one block, the shell
+Three residencies. Where the weights fit, all of them lie on the compute device. Where they don't, the blocks lie in
+host memory, pinned for CUDA, and where they don't fit there either they stay on disk, memory-mapped. Then a block's
+tensors are copied to the device, the next one's while it computes (`streaming`), so that two blocks, the shell
 (embeddings, final norm, head) and the activations are all that the device must hold.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,14 +21,13 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
 from atp_tune.allocations import Shape
+from atp_tune.buffers import mapped_files, move_into, on_disk, pinned, plain
 from atp_tune.convert import one_line
-from atp_tune.devices import free_memory
+from atp_tune.devices import device_limit, free_memory, host_memory
 from atp_tune.errors import UserError
 from atp_tune.experts import expert_name, expert_weights, find_gates, holds_experts
-
-FITS = 0.7  # of the free device memory may be weights; the rest is for activations
-
-Residency = Literal["device", "host"]
+from atp_tune.residency import Free, Residency, choose
+from atp_tune.streaming import Stream, Tensors
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,10 @@ class Linear:
 class Checkpoint:
     """A model in evaluation mode, seen as a list of blocks; weights are read, never written."""
 
-    def __init__(self, model: nn.Module, device: torch.device, residency: Residency | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, device: torch.device, residency: Residency | None = None, ahead: bool = True
+    ) -> None:
+        """`residency`: None chooses; `ahead`: whether the next block is copied while one is used."""
         self.model = model.eval().requires_grad_(False)
         if getattr(getattr(model, "config", None), "output_router_logits", False):
             self.config.output_router_logits = False  # for the loss in training; bypassed blocks have none to give
@@ -69,10 +73,17 @@ class Checkpoint:
         self.blocks_name, self.blocks = find_blocks(model)
         self.linears = [find_linears(block) for block in self.blocks]
         self.residency = residency or self._choose()
-        self._place()
+        self._stream = self._place(ahead)
 
     @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype, device: torch.device, trusted: bool = False) -> "Checkpoint":
+    def load(
+        cls,
+        folder: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        trusted: bool = False,
+        residency: Residency | None = None,
+    ) -> "Checkpoint":
         """Loads a folder of safetensors; UserError where transformers cannot. `trusted`: code in it may run."""
         hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         options = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -86,7 +97,7 @@ class Checkpoint:
         wrong = sorted(found["missing_keys"]) + [key for key, *_ in found["mismatched_keys"]]
         if wrong:
             raise UserError(f"model {folder}: has no {wrong[0]} of the shape that its config says; download it again")
-        return cls(model, device)
+        return cls(model, device, residency)
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -114,11 +125,12 @@ class Checkpoint:
         """Number format in which the model is computed."""
         return next(self.blocks.parameters()).dtype
 
-    def weights(self, index: int) -> dict[str, Tensor]:
-        """All tensors of a block (parameters and buffers) on the compute device, by their name in the block."""
-        block = self.blocks[index]
-        tensors = {**dict(block.named_parameters()), **dict(block.named_buffers())}
-        return {name: tensor.detach().to(self.device, non_blocking=True) for name, tensor in tensors.items()}
+    def weights(self, index: int) -> Tensors:
+        """All tensors of a block (parameters and buffers) on the compute device, by their name in the block.
+
+        They may be kept as long as one likes, and are not to be written to.
+        """
+        return tensors_of(self.blocks[index]) if self._stream is None else self._stream.get(index)
 
     def key(self, index: int, linear: Linear) -> str:
         """Name within the whole model of the tensor that holds a linear's weight."""
@@ -131,17 +143,45 @@ class Checkpoint:
         return saved
 
     def _choose(self) -> Residency:
-        needed = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        return "device" if self.device.type == "cpu" or needed <= FITS * free_memory(self.device) else "host"
+        mapped, inside = mapped_files(), list(self.blocks.parameters())
+        there = mapped.bytes_beside(inside)  # already in memory of our own, which the blocks may keep
+        bounded = self.device.type != "cpu" or device_limit() is not None
+        free = Free(free_memory(self.device), host_memory() + there, bounded)
+        return choose(bytes_of(self.model.parameters()), bytes_of(inside), free)
 
-    def _place(self) -> None:
+    def _place(self, ahead: bool) -> Stream | None:
+        """Moves tensors to where they are to lie; the stream of blocks where that is not the device."""
         if self.residency == "device":
             self.model.to(self.device)
-            return
+            return None
+        for block in self.blocks:
+            self._settle([*block.parameters(), *block.buffers()])
         in_blocks = {id(tensor) for tensor in (*self.blocks.parameters(), *self.blocks.buffers())}
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             if id(tensor) not in in_blocks:
                 tensor.data = tensor.data.to(self.device)
+        return Stream([tensors_of(block) for block in self.blocks], self.device, ahead)
+
+    def _settle(self, block: list[Tensor]) -> None:
+        """Moves what does not lie where the residency says: to a mapped file, to pinned memory, out of mapped files."""
+        mapped = mapped_files()
+        if self.residency == "disk":
+            move_into(on_disk, [tensor for tensor in block if not mapped.holds(tensor)])
+        elif self.device.type == "cuda":
+            move_into(pinned, [tensor for tensor in block if not tensor.is_pinned()])
+        else:
+            move_into(plain, [tensor for tensor in block if mapped.holds(tensor)])
+
+
+def tensors_of(block: nn.Module) -> Tensors:
+    """Parameters and buffers of a block by name, without gradients."""
+    tensors = {**dict(block.named_parameters()), **dict(block.named_buffers())}
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -1,6 +1,7 @@
 """What a device is, how much memory it has free, and in which number format it multiplies fast."""
 
 import os
+import re
 import resource
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import torch
 from atp_tune.errors import UserError
 
 GIB = 1024**3
+LIMIT = "ATP_TUNE_DEVICE_MEMORY"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -60,9 +62,27 @@ def device_name(device: torch.device) -> str:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be had on the device now."""
+    """Bytes that can be had on the device now, within the limit of `ATP_TUNE_DEVICE_MEMORY` if there is one."""
+    limit = device_limit()
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        free = torch.cuda.mem_get_info(device)[0]
+        return free if limit is None else max(0, min(free, limit - torch.cuda.memory_allocated(device)))
+    return host_memory() if limit is None else min(host_memory(), limit)
+
+
+def device_limit() -> int | None:
+    """Bytes that `ATP_TUNE_DEVICE_MEMORY` leaves of the compute device, as in `2GiB`; UserError if it is no size."""
+    text = os.environ.get(LIMIT, "").strip()
+    if not text:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?", text)
+    if not found:
+        raise UserError(f'{LIMIT}: must be a size like 2GiB or 500MB, got "{text}"')
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** " kMGT".index(found[2] or " "))
+
+
+def host_memory() -> int:
+    """Bytes of host memory that can be had now, without driving anything out but the page cache."""
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         meminfo = Path("/proc/meminfo").read_text().splitlines()

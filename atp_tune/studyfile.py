@@ -26,7 +26,8 @@ HERE = Path("studies")
 EMBEDDED = Path(__file__).parent / "studies"
 # They say how long, where and on what a study runs, not what it computes.
 NOT_FACTS = (
-    "description", "storage", "device", "search.trials", "search.settle", "search.screen", "model.allow_pickle"
+    "description", "storage", "device", "search.trials", "search.settle", "search.screen", "model.allow_pickle",
+    "model.residency",
 )  # fmt: skip
 # Keys younger than the first studies: they are facts only where they are not at their defaults, so that those resume.
 # What studies hold of values that were renamed: "block" was "sequential" before there was another order of measuring.

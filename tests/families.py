@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from atp_tune.bench import Bench
-from atp_tune.checkpoint import Checkpoint, Residency
+from atp_tune.checkpoint import Checkpoint
 from atp_tune.events import Watch, unwatched
 from atp_tune.models import ModelFolder
+from atp_tune.residency import Residency
 from atp_tune.study import Prune
 from atp_tune.windows import Windows
 

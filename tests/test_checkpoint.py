@@ -12,8 +12,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from atp_tune import checkpoint as module
+from atp_tune.buffers import Mapped, mapped_files
 from atp_tune.checkpoint import Checkpoint, find_blocks, find_linears
 from atp_tune.errors import UserError
+from atp_tune.residency import Residency
 
 BLOCKS = {
     "opt": "model.decoder.layers",
@@ -168,16 +170,29 @@ def test_the_model_evaluates_and_keeps_no_gradients() -> None:
     assert not any(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize(("free", "residency"), [(10**9, "device"), (10**4, "host")])
-def test_blocks_stay_on_the_host_where_weights_do_not_fit(
-    free: int, residency: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("device", "host", "residency"),
+    [(10**9, 10**9, "device"), (10**4, 10**9, "host"), (10**4, 10**4, "disk"), (10**9, 10**4, "device")],
+)
+def test_weights_lie_in_the_first_place_where_they_fit(
+    device: int, host: int, residency: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "free_memory", lambda device: free)
-    monkeypatch.setattr(Checkpoint, "_place", lambda self: None)
+    monkeypatch.setattr(module, "free_memory", lambda device_: device)
+    monkeypatch.setattr(module, "host_memory", lambda: host)
+    monkeypatch.setattr(module, "mapped_files", lambda: Mapped(((0, 2**63),)))
+    monkeypatch.setattr(Checkpoint, "_place", lambda self, ahead: None)
     assert Checkpoint(tiny("llama"), torch.device("cuda")).residency == residency
 
 
-def test_the_host_keeps_blocks_and_the_device_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_that_are_in_host_memory_already_fit_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "free_memory", lambda device: 10**4)
+    monkeypatch.setattr(module, "host_memory", lambda: 10**5)
+    monkeypatch.setattr(Checkpoint, "_place", lambda self, ahead: None)
+    assert Checkpoint(tiny("llama"), torch.device("cuda")).residency == "host"
+
+
+@pytest.mark.parametrize("residency", ["host", "disk"])
+def test_the_device_keeps_all_but_the_blocks(residency: Residency, monkeypatch: pytest.MonkeyPatch) -> None:
     moved: set[int] = set()
     original = torch.Tensor.to
 
@@ -191,18 +206,46 @@ def test_the_host_keeps_blocks_and_the_device_all_else(monkeypatch: pytest.Monke
     model = tiny("llama-tied")
     model.model.layers[0].register_buffer("table", torch.ones(3))
     monkeypatch.setattr(torch.Tensor, "to", to)
-    checkpoint = checkpoint_of(model, "host")
+    checkpoint = checkpoint_of(model, residency)
     blocks = [places(block) for block in checkpoint.blocks]
     assert moved == places(model) - set().union(*blocks)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    moved.clear()
-    checkpoint.weights(0)
-    assert moved == blocks[0]
+    copies = {tensor.data_ptr() for tensor in checkpoint.weights(0).values()}
+    assert not copies & set().union(*blocks)
 
 
-def test_on_the_cpu_weights_always_lie_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_the_cpu_weights_lie_where_they_are_unless_it_plays_a_small_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "free_memory", lambda device: 0)
     assert checkpoint_of(tiny("llama")).residency == "device"
+    monkeypatch.setenv("ATP_TUNE_DEVICE_MEMORY", "10kB")
+    assert checkpoint_of(tiny("llama")).residency == "host"
+
+
+@pytest.mark.parametrize(("residency", "mapped"), [("device", True), ("host", False), ("disk", True)])
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
+def test_blocks_lie_where_the_residency_says(
+    family: str, residency: Residency, mapped: bool, tmp_path: Path, cache: Path
+) -> None:
+    """In float32 as saved; what transformers puts together is mapped from a file without a name."""
+    tiny(family).save_pretrained(tmp_path)
+    checkpoint = Checkpoint.load(tmp_path, torch.float32, CPU, residency=residency)
+    files = mapped_files()
+    for block in checkpoint.blocks:
+        for name, tensor in block.named_parameters():
+            if family != "mixtral" or residency != "device" or "experts" not in name:
+                assert files.holds(tensor) == mapped, name
+    assert not list(cache.glob("blocks/*"))
+    saved = copy_of(tiny(family))
+    assert all(same_bits(tensor, saved[name]) for name, tensor in copy_of(checkpoint.model).items())
+
+
+def test_disk_also_holds_for_blocks_that_were_converted(tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path)
+    checkpoint = Checkpoint.load(tmp_path, torch.bfloat16, CPU, residency="disk")
+    files, saved = mapped_files(), copy_of(tiny("llama"))
+    for name, tensor in checkpoint.blocks.named_parameters(prefix=checkpoint.blocks_name):
+        assert files.holds(tensor)
+        assert same_bits(tensor, saved[name].to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

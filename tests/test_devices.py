@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from atp_tune import devices
-from atp_tune.devices import find_device, find_dtype, free_memory, is_out_of_memory, peak_memory
+from atp_tune.devices import device_limit, find_device, find_dtype, free_memory, is_out_of_memory, peak_memory
 from atp_tune.errors import UserError
 
 CPU = torch.device("cpu")
@@ -120,3 +120,29 @@ def test_what_torch_raises_for_too_much_memory_is_known() -> None:
     with pytest.raises(RuntimeError) as error:
         torch.empty(2**62, dtype=torch.uint8)
     assert is_out_of_memory(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("2GiB", 2 * 1024**3), ("1.5 kB", 1500), ("500MB", 5 * 10**8), ("10", 10), ("3Mi", 3 * 1024**2), ("", None)],
+)
+def test_a_device_may_be_given_less_memory(text: str, size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATP_TUNE_DEVICE_MEMORY", text)
+    assert device_limit() == size
+    monkeypatch.setattr(devices, "host_memory", lambda: 10**12)
+    assert free_memory(CPU) == (size or 10**12)
+
+
+def test_a_limit_counts_what_a_gpu_holds_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATP_TUNE_DEVICE_MEMORY", "100B")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))
+    for held, free in ((30, 70), (200, 0)):
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device, held=held: held)
+        assert free_memory(torch.device("cuda")) == free
+
+
+@pytest.mark.parametrize("text", ["much", "-1GB", "2 GiB or so", "1e9"])
+def test_a_limit_that_is_no_size_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATP_TUNE_DEVICE_MEMORY", text)
+    with pytest.raises(UserError, match=r"^ATP_TUNE_DEVICE_MEMORY: must be a size like 2GiB or 500MB, got"):
+        free_memory(CPU)

@@ -134,8 +134,12 @@ def test_the_tensor_core_knows_no_study(name: str) -> None:
 
 LIGHT = [
     "figures",
+    "forecast",
+    "headers",
+    "planning",
     "remote",
     "report",
+    "residency",
     "serving.choosing",
     "serving.serve",
     "summary",

@@ -15,10 +15,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atp_tune.bench import Bench, Setup
+from atp_tune.events import unwatched
 from atp_tune.perplexity import perplexity
 from atp_tune.plan import make_plan
+from atp_tune.planning import foresee
 from atp_tune.pruners.sparsegpt import SparseGPT
 from atp_tune.pruners.statistics import Hessian
+from atp_tune.record import Record
 from atp_tune.studyfile import load
 
 pytestmark = pytest.mark.slow
@@ -105,6 +108,18 @@ def test_perplexity_equals_the_models_own_loss(bench: Bench) -> None:
     model = AutoModelForCausalLM.from_pretrained(bench.folder.path, dtype=torch.float32)
     expected = naive.nlls_of(model, torch.from_numpy(bench.windows["search"].ids))
     assert bench.all_nlls(bench.dense(), "search") == pytest.approx(expected, rel=1e-5)
+
+
+def test_plan_foretells_a_trial(bench: Bench) -> None:
+    """Within what other work on the machine allows; benchmarks/plan.py compares on an idle one."""
+    found = foresee(load("smol", [*SHORT, "device=cpu"]), "smol", unwatched)
+    plan = make_plan("wanda", "atp", bench.budget(0.6), {"beta": 0.004})
+    list(bench.prune(plan))  # what is measured once is not a trial's
+    record = Record(bench.checkpoint.device, bench.dtype)
+    blocks = record.follow(bench.prune(plan), bench.checkpoint.sizes)
+    record.nlls = bench.all_nlls(blocks, "search")
+    assert found.trial[0].seconds is not None
+    assert 0.5 < found.trial[0].seconds.total / sum(record.close()["seconds"].values()) < 2
 
 
 def test_the_grid_of_the_paper_equals_a_loop_of_prune(tmp_path: Path) -> None:

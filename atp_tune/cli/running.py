@@ -16,8 +16,9 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from atp_tune.cli.display import Display
-from atp_tune.cli.tables import console, show_applied, show_merged, show_served, show_summary
+from atp_tune.cli.tables import console, show_applied, show_forecast, show_merged, show_served, show_summary
 from atp_tune.config import read_config
+from atp_tune.events import unwatched
 from atp_tune.studyfile import StudyFile
 
 if TYPE_CHECKING:
@@ -66,6 +67,16 @@ def _driven(run: "Run", crew: "Crew | None", display: Display) -> "optuna.Study 
         crew(Job(run.file, run.name, None if run.timeout is None else time() + run.timeout, run.mix), display)
         study = completed(run) or begun(run)
     return study
+
+
+def run_plan(file: StudyFile, name: str | None, json: bool) -> None:
+    """Shows what a study will cost; with `json` as one document, and nothing else."""
+    from atp_tune.planning import foresee
+    from atp_tune.status import to_json
+
+    with quiet(), Display() as display:
+        found = foresee(file, name or file.name, unwatched if json else display)
+    console.print(to_json(found), highlight=False) if json else show_forecast(found)
 
 
 def run_report(studies: Sequence["optuna.Study"], kind: str, out: Path) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
     from atp_tune.config import Config, Scores
+    from atp_tune.forecast import Forecast, Memory, Whole
     from atp_tune.merging import Merged
     from atp_tune.perplexity import Perplexity
     from atp_tune.serving.serve import Served, Service
@@ -215,6 +216,52 @@ def show_applied(config: "Config", measured: "Perplexity", out: Path) -> None:
     )
     if abs(change) > TOLERANCE:
         console.print("warning: they differ by more than 0.1 %; another device or number format?", style="yellow")
+
+
+def show_forecast(found: "Forecast") -> None:
+    """What a study will cost: a trial of each pruner, the whole, memory, and what stands in the way."""
+    where = {"device": "on the device", "host": "in host memory, two blocks on the device", "disk": "on disk, mapped"}
+    weights = found.weights
+    console.print(f"{printable(found.study)}: {found.device}, {found.dtype}\n", highlight=False)
+    table = _table("trial", "tokens", "calibrate", "prune", "evaluate", "seconds")
+    for trial in found.trial:
+        times = trial.seconds
+        parts = (times.calibrate, times.prune, times.evaluate, times.total) if times else (None,) * 4
+        seconds = ["–" if part is None else f"{part:.1f}" for part in parts]
+        table.add_row(trial.pruner, f"{trial.tokens.total:,}", *seconds)
+    console.print(table)
+    for line in (
+        f"study:   {_study_cost(found.whole)}",
+        f"weights: {_gib(weights.bytes)} in {weights.blocks} blocks of up to {_gib(weights.largest_block)}, "
+        f"{where[weights.residency]}",
+        f"memory:  {_memory(found.memory)}",
+    ):
+        console.print(line, highlight=False)
+    for problem in found.problems:
+        console.print(f"does not fit: {problem}", style="yellow", highlight=False)
+
+
+def _study_cost(whole: "Whole") -> str:
+    """Trials, tokens and time of a study in one line."""
+    if whole.trials is None:
+        return "not known how many trials"
+    tokens = "" if whole.tokens is None else f", {whole.tokens:,} tokens through the model"
+    time = "" if whole.seconds is None else f", about {duration(whole.seconds)}"
+    left = "" if not whole.done or whole.seconds_left is None else f" ({duration(whole.seconds_left)} left)"
+    done = f"{whole.done} of " if whole.done else ""
+    return f"{done}{_trials(whole.trials)}{tokens}{time}{left}"
+
+
+def _memory(memory: "Memory") -> str:
+    """Peaks of host and device in one line."""
+    host = f"host {_gib(memory.host)} of {_gib(memory.host_free)} ({_gib(memory.loading)} while loading)"
+    if memory.device is None or memory.device_free is None:
+        return host
+    return f"{host}, device {_gib(memory.device)} of {_gib(memory.device_free)}"
+
+
+def _gib(size: int) -> str:
+    return f"{size / 1024**3:.2f} GiB"
 
 
 def show_served(service: "Service", served: "Served") -> None:

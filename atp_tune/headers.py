@@ -1,0 +1,54 @@
+"""What the headers of a folder of safetensors say of a model before it is loaded: its tensors, and its blocks."""
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from atp_tune.errors import UserError
+
+LONGEST = 100 * 2**20  # bytes of a header, as safetensors itself has it
+NUMBERED = re.compile(r"(?P<list>.*?)\.(?P<index>\d+)\.")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of values in a model's tensors: of all, and of each block; bytes that they take in the files."""
+
+    total: int
+    blocks: tuple[int, ...]
+    bytes: int
+
+    @property
+    def shell(self) -> int:
+        """Values outside the blocks: embeddings, final norm, head."""
+        return self.total - sum(self.blocks)
+
+
+def read_sizes(folder: Path) -> Sizes:
+    """The sizes of a model in a folder; UserError where a file has no header or no block is named."""
+    tensors = {name: entry for file in sorted(folder.glob("*.safetensors")) for name, entry in _header(file).items()}
+    counts = {name: prod(entry["shape"]) for name, entry in tensors.items()}
+    lists: dict[str, Counter[int]] = {}
+    for name, count in counts.items():
+        if found := NUMBERED.match(name):
+            lists.setdefault(found["list"], Counter())[int(found["index"])] += count
+    if not lists:
+        raise UserError(f"model {folder}: its files name no blocks; only transformer models can be pruned")
+    blocks = max(lists.values(), key=lambda sizes: sizes.total())
+    stored = sum(end - start for start, end in (entry["data_offsets"] for entry in tensors.values()))
+    return Sizes(sum(counts.values()), tuple(blocks[index] for index in sorted(blocks)), stored)
+
+
+def _header(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        text = stream.read(min(length, LONGEST))
+    try:
+        header = json.loads(text)
+        return {name: entry for name, entry in header.items() if name != "__metadata__"}
+    except (ValueError, AttributeError):
+        raise UserError(f"model {file}: is no safetensors file; download it again") from None

@@ -1,0 +1,183 @@
+"""What `plan` does: a study's sizes read, its model probed, its cost foretold; nothing is stored."""
+
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from atp_tune import forecast, storage
+from atp_tune.events import Note, Watch
+from atp_tune.forecast import Bytes, Forecast, Passes, Rates, Tokens, Trial, Weights, Whole
+from atp_tune.headers import Sizes, read_sizes
+from atp_tune.residency import Free, Residency, choose
+from atp_tune.samplers import total_trials
+from atp_tune.space import make_space
+from atp_tune.study import Study
+from atp_tune.studyfile import StudyFile
+
+if TYPE_CHECKING:
+    from atp_tune.bench import Bench, Setup
+    from atp_tune.models import ModelFolder
+
+MEASURED = ("owl", "global")  # allocations that want the norms of all inputs of the dense model
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known before the model is loaded; `width` of a hidden state, `kinds` of statistics on the dense model."""
+
+    study: Study
+    sizes: Sizes
+    tokens: Tokens
+    windows: int
+    width: int
+    itemsize: int
+    free: Free
+    apart: bool
+    costs: dict[str, Passes]
+    kinds: int
+    process: int
+
+    def residency(self) -> Residency:
+        """Where the weights will lie."""
+        named = self.study.model.residency
+        size = self.itemsize
+        chosen = choose(self.sizes.total * size, sum(self.sizes.blocks) * size, self.free)
+        return chosen if named == "auto" else named
+
+    def held(self, work: int) -> Bytes:
+        """What will lie in memory."""
+        return forecast.bytes_of(self.sizes, self.itemsize, self.width, self.tokens, work, self.process)
+
+
+def foresee(file: StudyFile, name: str, watch: Watch) -> Forecast:
+    """What a study will cost. The model is loaded and probed for some seconds, unless it does not fit into memory.
+
+    UserError for bad input, and for a model or texts that cannot be had.
+    """
+    from atp_tune.bench import Bench
+    from atp_tune.devices import device_name, find_device, find_dtype, memory_for
+    from atp_tune.models import resolve
+
+    setup = _setup(file)
+    device = find_device(setup.device)
+    dtype = find_dtype(setup.model.dtype, device)
+    watch(Note("loading the model and the texts"))
+    folder = resolve(setup.model, setup.base, lambda text: watch(Note(text)))
+    known = _known(file.study, setup, folder, device, dtype.itemsize)
+    done, bench, rates = _done(file, name), None, None
+    if not forecast.problems(known.held(0), _memory(known, known.residency(), 0), known.residency(), known.windows):
+        with memory_for("loading"):
+            began = perf_counter()
+            bench = Bench.open(setup, watch)
+            rates = _probed(bench, file.study, perf_counter() - began)
+    format_ = str(dtype).removeprefix("torch.")
+    return _forecast(known, name, device_name(device), format_, done, bench, rates)
+
+
+def _setup(file: StudyFile) -> "Setup":
+    from atp_tune.bench import Setup
+
+    spec = file.study
+    report = {} if spec.texts.report is None else {"report": spec.texts.report}
+    texts = {"calibration": spec.texts.calibration, "search": spec.texts.search, **report}
+    return Setup(spec.model, spec.prune, texts, file.folder, spec.device)
+
+
+def _known(study: Study, setup: "Setup", folder: "ModelFolder", device: Any, itemsize: int) -> Known:
+    from transformers import AutoConfig
+
+    from atp_tune.bench import CURVE_TOKENS
+    from atp_tune.devices import device_limit, free_memory, host_memory
+    from atp_tune.windows import token_windows
+
+    texts = setup.texts.items()
+    ids = {role: token_windows(text, folder.path, setup.base, trusted=folder.trusted).ids for role, text in texts}
+    windows, length = ids["calibration"].shape
+    curve = min(windows, max(1, CURVE_TOKENS // length)) * length
+    report = ids["report"].size if "report" in ids else 0
+    tokens = Tokens(ids["calibration"].size, ids["search"].size, report, curve)
+    config = AutoConfig.from_pretrained(folder.path, trust_remote_code=folder.trusted, local_files_only=True)
+    width = int(config.get_text_config().hidden_size)
+    bounded = device.type != "cpu" or device_limit() is not None
+    free = Free(free_memory(device), host_memory(), bounded)
+    return Known(
+        study, read_sizes(folder.path), tokens, windows, width, itemsize, free, device.type == "cuda",
+        _costs(study, tokens), _kinds(study), psutil.Process().memory_info().rss,
+    )  # fmt: skip
+
+
+def _costs(study: Study, tokens: Tokens) -> dict[str, Passes]:
+    from atp_tune.pruners import PRUNERS
+
+    prune = study.prune
+    return {
+        name: forecast.passes(prune.statistics, PRUNERS[name].measures is not None, tokens, tokens.search)
+        for name in prune.pruners
+    }
+
+
+def _kinds(study: Study) -> int:
+    """How many kinds of statistics are measured once, on the dense model."""
+    from atp_tune.pruners import PRUNERS
+
+    if study.prune.statistics == "dense":
+        return len({PRUNERS[name].measures for name in study.prune.pruners} - {None})
+    return int(any(name in MEASURED for name in study.allocation.names))
+
+
+def _done(file: StudyFile, name: str) -> int:
+    db = storage.open_storage(file.storage_url, create=False)
+    study = storage.find_study(db, name) if db else None
+    return storage.counted(study) if study else 0
+
+
+def _probed(bench: "Bench", study: Study, load: float) -> Rates:
+    from atp_tune.probe import probe
+
+    bench.watch(Note("probing: one batch of each text in three blocks"))
+    return probe(bench, study.prune.pruners, study.sparsity, load)
+
+
+def _memory(known: Known, residency: Residency, work: int) -> forecast.Memory:
+    return forecast.memory(known.held(work), residency, known.free, known.apart)
+
+
+def _forecast(
+    known: Known, name: str, device: str, dtype: str, done: int, bench: "Bench | None", rates: Rates | None
+) -> Forecast:
+    residency = bench.checkpoint.residency if bench else known.residency()
+    work = rates.work if rates else 0
+    if known.study.search.stopper != "none" and residency == "device":  # all pruned blocks are kept between groups
+        work += known.held(0).blocks
+    held, needed = known.held(work), _memory(known, residency, work)
+    blocks = len(known.sizes.blocks)
+    trials = tuple(
+        Trial(
+            pruner=pruner,
+            tokens=cost,
+            seconds=forecast.trial_seconds(rates, pruner, cost, blocks) if rates else None,
+        )
+        for pruner, cost in known.costs.items()
+    )
+    return Forecast(
+        study=name,
+        device=device,
+        dtype=dtype,
+        weights=Weights(bytes=held.total, blocks=blocks, largest_block=held.largest, residency=residency),
+        memory=needed,
+        trial=trials,
+        whole=_whole(known, done, bench, rates),
+        problems=forecast.problems(held, needed, residency, known.windows),
+    )
+
+
+def _whole(known: Known, done: int, bench: "Bench | None", rates: Rates | None) -> Whole:
+    study, trials = known.study, known.study.search.trials
+    if bench is not None:
+        trials = total_trials(study.search, make_space(study, bench.budget(study.sparsity)))
+    allocations = len(set(study.allocation.names) - {"uniform"})
+    rows = 0 if study.texts.report is None else max(1, allocations + min(allocations, len(study.prune.pruners)))
+    once = known.kinds * known.tokens.calibration
+    return forecast.whole(rates, trials, done, known.costs, known.tokens, len(known.sizes.blocks), once, rows)

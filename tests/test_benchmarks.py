@@ -1,0 +1,74 @@
+"""The benchmarks that run in seconds on a small model: their code is the one that runs on large ones."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def benchmark(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for their annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+def rows(text: str) -> list[list[str]]:
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")
+    ]
+
+
+def test_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = benchmark("gpu")
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny"])
+    gpu.main()
+    found = rows(capsys.readouterr().out)
+    ways = [("7B, tiny", "resident"), ("70B, tiny", "resident"), ("70B, tiny", "streamed")]
+    assert [(row[0], row[1]) for row in found[1:4]] == ways
+    assert [row[0] for row in found[5:]] == ["resident", "streamed, copied ahead", "streamed, copied when asked for"]
+    assert all("×" in row[2] and "×" in row[3] and "×" in row[5] for row in found[1:4])
+
+
+def test_gpu_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    gpu = benchmark("gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    with pytest.raises(SystemExit, match="no CUDA device here"):
+        gpu.main()
+
+
+def test_blocks_of_the_large_shape_share_memory() -> None:
+    import torch
+
+    gpu = benchmark("gpu")
+    model = gpu.make_model(gpu.TINY[1], 2, torch.device("cpu"))
+    places = [block.mlp.up_proj.weight.data_ptr() for block in model.model.layers]
+    assert len(places) == 6
+    assert len(set(places)) == 2
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
+@pytest.mark.slow
+def test_memory(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a model large enough to be told from what libraries take: host memory at rest and while a trial runs."""
+    memory = benchmark("memory")
+    monkeypatch.setattr(memory, "SIZES", {"0.1 GB": memory.SIZES["0.1 GB"]})
+    monkeypatch.setattr(sys, "argv", ["memory.py"])
+    memory.main()
+    head, *measured = rows(capsys.readouterr().out)
+    for row in measured:
+        found = dict(zip(head, row, strict=True))
+        assert float(found["× weights"]) < 1.1
+        assert float(found["copies"]) < 2.3  # two, and what the allocator takes
+        if found["weights lie"] in ("device", "disk"):
+            assert float(found["loading"]) < 0.1 * float(found["weights"])
+    assert len(measured) == 6

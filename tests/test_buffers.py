@@ -1,0 +1,97 @@
+import gc
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import same_bits
+
+from atp_tune import buffers
+from atp_tune.buffers import Mapped, mapped_files, move_into, on_disk, plain
+from atp_tune.errors import UserError
+
+
+@pytest.mark.parametrize("buffer", [plain, on_disk])
+def test_tensors_lie_side_by_side_with_their_values(buffer: Any) -> None:
+    tensors = [torch.randn(3, 5), torch.arange(7, dtype=torch.int8), torch.randn(2, 3, 4).bfloat16(), torch.ones(0)]
+    strided = torch.randn(4, 6).T
+    before = [tensor.clone() for tensor in tensors]
+    place = strided.data_ptr()
+    move_into(buffer, [*tensors, strided])
+    assert all(map(same_bits, tensors, before))
+    assert strided.data_ptr() == place  # what is not contiguous stays as it is
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors[:3]}) == 1
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors)
+
+
+def test_nothing_is_moved_where_there_is_nothing() -> None:
+    move_into(lambda size: pytest.fail("asked for memory"), [])
+    move_into(lambda size: pytest.fail("asked for memory"), [torch.ones(0)])
+
+
+def test_memory_goes_back_when_the_last_tensor_goes(cache: Path) -> None:
+    tensor = torch.randn(1000)
+    move_into(on_disk, [tensor])
+    view = tensor[5:]
+    assert mapped_files().holds(view)
+    assert not list(cache.glob("blocks/*"))
+    del tensor
+    gc.collect()
+    assert f"{cache}/blocks" in Path("/proc/self/maps").read_text()
+    del view
+    gc.collect()
+    assert f"{cache}/blocks" not in Path("/proc/self/maps").read_text()
+
+
+def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match=r"^model.residency: .*blocks: No space left on device; 2.0 GiB are wanted$"):
+        on_disk(2 * 1024**3)
+
+
+def test_where_the_system_has_no_reservation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "posix_fallocate")
+    assert len(on_disk(5000)) == 5000
+
+
+def test_ranges() -> None:
+    tensor = torch.ones(4)
+    start = tensor.data_ptr()
+    assert Mapped(((5, 9), (start - 8, start + 8))).holds(tensor)
+    assert not Mapped(((5, 9), (start + 8, start + 16))).holds(tensor)
+    assert not Mapped(()).holds(tensor)
+    assert Mapped(((start, start + 8),)).bytes_beside([tensor, torch.ones(3)]) == 12
+    assert not mapped_files().holds(tensor)
+
+
+def test_pinned_memory_is_registered_and_let_go(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    calls: list[Any] = []
+
+    class Runtime:
+        answer = 0
+
+        def cudaHostRegister(self, place: int, size: int, flags: int) -> int:  # noqa: N802 - CUDA's name
+            calls.append((place, size))
+            return self.answer
+
+        def cudaHostUnregister(self, place: int) -> None:  # noqa: N802
+            calls.append(place)
+
+    runtime = Runtime()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    memory = buffers.pinned(5000)
+    place = memory.data_ptr()
+    assert place % 4096 == 0
+    view = memory[:10]
+    del memory
+    assert calls == [(place, 5000)]
+    del view
+    assert calls == [(place, 5000), place]
+    runtime.answer = 2
+    assert len(buffers.pinned(100)) == 100
+    assert len(calls) == 3
+    assert "cannot be pinned (CUDA error 2)" in caplog.text

@@ -1,0 +1,155 @@
+from dataclasses import replace
+
+import pytest
+
+from atp_tune.forecast import (
+    Bytes,
+    Passes,
+    PrunerRate,
+    Rates,
+    Tokens,
+    bytes_of,
+    dense_seconds,
+    memory,
+    passes,
+    problems,
+    trial_seconds,
+    whole,
+)
+from atp_tune.headers import Sizes
+from atp_tune.residency import Free
+
+TOKENS = Tokens(calibration=1000, search=300, report=200, curve=100)
+RATES = Rates(
+    load=5.0,
+    run={"calibration": 0.001, "search": 0.002, "report": 0.003},
+    dense=0.004,
+    ends=0.01,
+    fetch=0.0,
+    pruners={"wanda": PrunerRate(0.0015, 0.25), "magnitude": PrunerRate(0.001, 0.125)},
+    work=7,
+)
+
+
+def test_tokens_of_a_trial() -> None:
+    assert passes("block", True, TOKENS, 300) == Passes(listen=1000, run=1000, evaluate=300)
+    assert passes("sequential", True, TOKENS, 300) == Passes(listen=0, run=1000, evaluate=300)
+    assert passes("dense", True, TOKENS, 300) == Passes(listen=0, run=100, evaluate=300)
+    assert passes("block", False, TOKENS, 300) == Passes(listen=0, run=100, evaluate=300)
+    assert passes("block", True, TOKENS, 300).total == 2300
+
+
+def test_seconds_of_a_trial_are_those_of_its_passes() -> None:
+    found = trial_seconds(RATES, "wanda", passes("block", True, TOKENS, 300), blocks=4)
+    assert found.calibrate == pytest.approx(4 * 1000 * 0.0015)
+    assert found.prune == 1.0
+    assert found.evaluate == pytest.approx(4 * 300 * 0.002 + 300 * 0.01)
+    assert found.total == pytest.approx(6 + 1 + 5.4)
+
+
+def test_a_block_takes_as_long_as_its_work_or_its_way() -> None:
+    cost = passes("block", True, TOKENS, 300)
+    work = 1.5 + 0.25 + 0.6
+    for fetch in (1.0, 10.0):
+        found = trial_seconds(replace(RATES, fetch=fetch), "wanda", cost, blocks=4)
+        assert found.total == pytest.approx(4 * max(fetch, work) + 3)
+    assert dense_seconds(replace(RATES, fetch=10.0), 300, 4, "search") == pytest.approx(40 + 3)
+
+
+def test_the_whole_is_the_sum_of_its_parts() -> None:
+    costs = {"wanda": passes("block", True, TOKENS, 300), "magnitude": passes("block", False, TOKENS, 300)}
+    trials = [trial_seconds(RATES, name, cost, 4).total for name, cost in costs.items()]
+    report = [
+        trial_seconds(RATES, name, cost.model_copy(update={"evaluate": 200}), 4, "report").total
+        for name, cost in costs.items()
+    ]
+    found = whole(RATES, 10, 0, costs, TOKENS, 4, once=0, rows=2)
+    dense = dense_seconds(RATES, 300, 4, "search") + dense_seconds(RATES, 200, 4, "report")
+    curve = 4 * 100 * 0.001
+    assert found.seconds == pytest.approx(5 + curve + dense + 5 * sum(trials) + sum(report))
+    assert found.seconds_left == found.seconds
+    assert found.tokens == 5 * (2300 + 400) + 300 + 100 + 200 + 2 * (1050 + 200)
+    half = whole(RATES, 10, 6, costs, TOKENS, 4, once=0, rows=2)
+    assert half.seconds == found.seconds
+    assert half.seconds_left == pytest.approx(
+        5 + curve + dense - dense_seconds(RATES, 300, 4, "search") + 2 * sum(trials) + sum(report)
+    )
+    assert whole(RATES, 10, 10, costs, TOKENS, 4, once=0, rows=2).seconds_left == 0
+
+
+def test_what_is_measured_once_on_the_dense_model() -> None:
+    costs = {"wanda": passes("dense", True, TOKENS, 300)}
+    one, other = (whole(RATES, 10, 0, costs, TOKENS, 4, once=once, rows=0) for once in (0, 1000))
+    assert (one.seconds or 0) + 4 * 1000 * 0.004 == pytest.approx(other.seconds)
+    assert (one.tokens or 0) + 2000 == other.tokens
+
+
+def test_without_a_probe_tokens_are_known_and_seconds_not() -> None:
+    costs = {"wanda": passes("block", True, TOKENS, 300)}
+    found = whole(None, 10, 0, costs, TOKENS, 4, once=0, rows=0)
+    assert (found.tokens, found.seconds, found.seconds_left) == (23400, None, None)
+    assert whole(RATES, None, 0, costs, TOKENS, 4, once=0, rows=0).seconds is None
+
+
+SIZES = Sizes(total=1000, blocks=(100, 300, 200, 300), bytes=4000)
+
+
+def held(**changes: int) -> Bytes:
+    return replace(bytes_of(SIZES, 2, 8, TOKENS, work=50, process=10), **changes)
+
+
+def test_bytes() -> None:
+    found = held()
+    assert (found.total, found.blocks, found.largest, found.files, found.converts) == (2000, 1800, 600, 4000, True)
+    assert (found.calibration, found.search, found.dense) == (16000, 4800, 4 * 1600)
+    assert found.states == 4800 + 2 * 16000
+    assert not bytes_of(SIZES, 4, 8, TOKENS, 0, 0).converts
+
+
+@pytest.mark.parametrize(
+    ("residency", "device", "host"), [("device", 2000, 0), ("host", 200 + 1200, 1800), ("disk", 1400, 0)]
+)
+def test_memory_by_residency(residency: str, device: int, host: int) -> None:
+    free = Free(10**6, 10**6)
+    found = memory(held(), residency, free, apart=True)  # type: ignore[arg-type]
+    assert found.device == device + 36800 + 50
+    assert found.host == 10 + host + 6400
+    assert found.loading == 10 + 2000 + 4000
+    same = memory(held(), residency, Free(10**6, 10**6, bounded=False), apart=False)  # type: ignore[arg-type]
+    assert (same.host, same.device) == (found.host + device + 36800 + 50, None)
+
+
+def lines(free: Free, residency: str = "device", **changes: int) -> tuple[str, ...]:
+    own = held(**changes)
+    return problems(own, memory(own, residency, free, apart=True), residency, windows=10)  # type: ignore[arg-type]
+
+
+G = 1024**3
+
+
+def test_what_fits_is_no_problem() -> None:
+    assert lines(Free(10**6, 10**6)) == ()
+
+
+@pytest.mark.parametrize(
+    ("free", "changes", "residency", "said"),
+    [
+        (Free(9 * G, 9 * G), {"total": 10 * G, "blocks": 9 * G, "largest": G, "converts": False}, "device",
+         'device memory: 10.0 GiB are needed, 9.0 GiB are free; set model.residency = "auto"'),
+        (Free(4 * G, 9 * G), {"calibration": 5 * G}, "device",
+         "device memory: 10.0 GiB are needed, 4.0 GiB are free; set texts.calibration.windows = 3"),
+        (Free(4 * G, 9 * G), {"work": 5 * G}, "device",
+         "device memory: 5.0 GiB are needed, 4.0 GiB are free; take shorter windows or a larger device"),
+        (Free(4 * G, G), {"blocks": 2 * G, "converts": False}, "host",
+         'host memory: 2.0 GiB are needed, 1.0 GiB are free; set model.residency = "disk"'),
+        (Free(4 * G, G), {"dense": 2 * G}, "disk",
+         "host memory: 2.0 GiB are needed, 1.0 GiB are free; free some, or take a smaller model"),
+        (Free(4 * G, G), {"total": 2 * G}, "device",
+         "host memory: 2.0 GiB are needed, 1.0 GiB are free; loading converts the weights: give the model in the "
+         "number format that it is computed in, or set model.dtype to its own"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_one_line_with_a_way_out(
+    free: Free, changes: dict[str, int], residency: str, said: str
+) -> None:
+    assert lines(free, residency, **changes) == (said,)

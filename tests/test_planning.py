@@ -1,0 +1,99 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from tinystudy import CommandLine, run, settings, study_file
+
+from atp_tune import planning, storage
+from atp_tune.events import unwatched
+from atp_tune.planning import foresee
+
+
+def test_a_study_is_foretold(place: Path) -> None:
+    found = foresee(study_file(place), "tiny", unwatched)
+    (trial,) = found.trial
+    assert (trial.pruner, trial.tokens.total) == ("wanda", 2 * 256 + 512)
+    assert found.whole.trials == 3
+    assert found.whole.tokens == 3 * 1024 + 512 + 256 + 2 * (512 + 512) + 512
+    assert trial.seconds is not None
+    assert min(trial.seconds.calibrate, trial.seconds.prune, trial.seconds.evaluate) > 0
+    assert found.whole.seconds == found.whole.seconds_left
+    assert found.weights.residency == "device"
+    assert found.weights.blocks == 4
+    assert found.memory.device is None
+    assert found.problems == ()
+    assert not list(place.glob("*.db"))
+
+
+def test_what_was_foretold_and_what_was(place: Path) -> None:
+    """Tokens exactly; seconds within what a machine with other work allows."""
+    more = ("texts.calibration.windows=64", "texts.search.windows=64", "texts.report.windows=64")
+    found = foresee(study_file(place, *more), "tiny", unwatched)
+    study = run(place, *more)
+    measured = sorted(sum(trial.user_attrs["seconds"].values()) for trial in study.trials)[1]
+    assert found.trial[0].seconds is not None
+    assert 0.2 < found.trial[0].seconds.total / measured < 5
+
+
+def test_trials_that_are_done_count(done: Path) -> None:
+    found = foresee(study_file(done), "tiny", unwatched)
+    assert (found.whole.trials, found.whole.done, found.whole.seconds_left) == (6, 6, 0.0)
+    assert {trial.pruner for trial in found.trial} == {"wanda", "magnitude"}
+
+
+@pytest.mark.parametrize("residency", ["device", "host", "disk"])
+def test_where_weights_will_lie(place: Path, residency: str) -> None:
+    found = foresee(study_file(place, f"model.residency={residency}"), "tiny", unwatched)
+    assert found.weights.residency == residency
+
+
+def test_a_small_device_makes_weights_stay_on_the_host(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATP_TUNE_DEVICE_MEMORY", "200kB")
+    found = foresee(study_file(place), "tiny", unwatched)
+    assert found.weights.residency == "host"
+    assert found.memory.device_free == 200_000
+    assert found.memory.device is not None
+    assert run(place).best_value > 0
+
+
+def test_what_does_not_fit_is_not_loaded(place: Path, monkeypatch: pytest.MonkeyPatch, command: CommandLine) -> None:
+    monkeypatch.setenv("ATP_TUNE_DEVICE_MEMORY", "20kB")
+    monkeypatch.setattr(planning, "_probed", lambda *args: pytest.fail("loaded"))
+    answer = command("plan", "--study", place / "tiny.toml")
+    assert answer.code == 0
+    assert "does not fit: device memory: " in answer.out
+    assert "2,048" not in answer.out
+    assert "1,024" in answer.out
+
+
+def test_the_command(place: Path, command: CommandLine) -> None:
+    answer = command("plan", "--study", place / "tiny.toml", *settings("prune.pruners=['wanda', 'sparsegpt']"))
+    assert answer.code == 0, answer.err
+    for word in ("wanda", "sparsegpt", "3 trials", "tokens through the model", "in 4 blocks", "on the device", "host "):
+        assert word in answer.out
+    answer = command("plan", "--study", place / "tiny.toml", "--json", "--study-name", "other")
+    document = json.loads(answer.out)
+    assert (document["format"], document["study"]) == ("atp_tune.plan/1", "other")
+    assert answer.err == ""
+
+
+def test_statistics_of_the_dense_model_are_counted_once(place: Path) -> None:
+    found = foresee(study_file(place, "prune.statistics=dense", "prune.pruners=['wanda','sparsegpt']"), "t", unwatched)
+    assert {trial.tokens.listen for trial in found.trial} == {0}
+    plain = foresee(study_file(place, "prune.pruners=['magnitude']"), "t", unwatched)
+    assert (found.whole.tokens or 0) - (plain.whole.tokens or 0) == 2 * 2 * 256
+    owl = foresee(study_file(place, "allocation=['owl']", "prune.pruners=['magnitude']"), "t", unwatched)
+    assert (owl.whole.tokens or 0) - (plain.whole.tokens or 0) == 2 * 256
+
+
+def test_a_model_with_no_weights_is_one_line(place: Path, command: CommandLine) -> None:
+    shutil.rmtree(place / "model")
+    assert command("plan", "--study", place / "tiny.toml").error.startswith("model.source: ")
+
+
+def test_nothing_is_stored(done: Path) -> None:
+    before = (done / "tiny.db").read_bytes()
+    foresee(study_file(done), "tiny", unwatched)
+    assert (done / "tiny.db").read_bytes() == before
+    assert storage.open_storage(study_file(done).storage_url, create=False) is not None

@@ -1,0 +1,17 @@
+import pytest
+
+from atp_tune.residency import Free, choose
+
+
+@pytest.mark.parametrize(
+    ("total", "blocks", "free", "where"),
+    [
+        (70, 60, Free(100, 0), "device"),
+        (71, 60, Free(100, 100), "host"),
+        (71, 70, Free(100, 100), "host"),
+        (80, 71, Free(100, 100), "disk"),
+        (10**6, 10**6, Free(0, 0, bounded=False), "device"),
+    ],
+)
+def test_the_first_place_where_they_fit(total: int, blocks: int, free: Free, where: str) -> None:
+    assert choose(total, blocks, free) == where

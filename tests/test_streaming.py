@@ -1,0 +1,229 @@
+import gc
+import threading
+import weakref
+from time import monotonic, sleep
+from typing import Any
+
+import pytest
+import torch
+from families import ALL, CPU, bench_of, checkpoint_of, same_bits, tiny
+from torch import Tensor
+
+from atp_tune import streaming
+from atp_tune.plan import Plan
+from atp_tune.residency import Residency
+from atp_tune.streaming import Stream, Tensors, Wanted
+
+BLOCKS: list[Tensors] = [{"a": torch.full((50, 4), float(i)), "norm": torch.arange(4) + i} for i in range(5)]
+
+
+class Watched:
+    """Keeps count of the copies that are alive, and of the most there were."""
+
+    def __init__(self) -> None:
+        self.order: list[float] = []
+        self.threads: set[str] = set()
+        self.alive = self.most = 0
+        self.fails: dict[float, BaseException] = {}
+
+    def __call__(self, device: torch.device, tensor: Tensor) -> Tensor:
+        if tensor.dim() == 1:
+            return tensor.clone()
+        number = float(tensor[0, 0])
+        self.order.append(number)
+        self.threads.add(threading.current_thread().name)
+        if number in self.fails:
+            raise self.fails.pop(number)
+        copy = tensor.clone()
+        self.alive += 1
+        self.most = max(self.most, self.alive)
+        weakref.finalize(copy.untyped_storage(), self.gone)
+        return copy
+
+    def gone(self) -> None:
+        self.alive -= 1
+
+
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch) -> Watched:
+    watched = Watched()
+    monkeypatch.setattr(streaming, "copy_to", watched)
+    return watched
+
+
+@pytest.fixture
+def stream(copies: Watched) -> Stream:
+    return Stream(BLOCKS, CPU)
+
+
+def until(condition: Any) -> None:
+    end = monotonic() + 10
+    while not condition():
+        assert monotonic() < end
+        sleep(0.001)
+
+
+def check(found: Tensors, index: int) -> None:
+    assert found.keys() == BLOCKS[index].keys()
+    assert all(same_bits(tensor, BLOCKS[index][name]) for name, tensor in found.items())
+    assert not any(tensor.data_ptr() == BLOCKS[index][name].data_ptr() for name, tensor in found.items())
+
+
+def test_blocks_come_in_order_again_and_again(stream: Stream, copies: Watched) -> None:
+    for index in [*range(5), *range(5), 0, 1]:
+        found = stream.get(index)
+        check(found, index)
+    assert copies.threads == {"atp_tune blocks"}
+    until(lambda: copies.order == [*range(5), *range(5), 0, 1, 2])
+
+
+def test_the_next_is_copied_while_one_is_held(stream: Stream, copies: Watched) -> None:
+    held = stream.get(3)
+    until(lambda: copies.order == [3, 4])
+    check(held, 3)
+    held = stream.get(4)
+    until(lambda: copies.order == [3, 4, 0])
+
+
+def test_any_order_is_correct(stream: Stream) -> None:
+    for index in (4, 4, 0, 3, 2, 1, 1, 2, 0, 4):
+        check(stream.get(index), index)
+
+
+def test_no_more_than_two_are_alive(stream: Stream, copies: Watched) -> None:
+    for index in [*range(5)] * 4:
+        block = stream.get(index)
+        sleep(0.002)
+        assert copies.alive <= 2
+        del block
+    assert copies.most == 2
+
+
+def test_no_more_than_two_are_alive_where_norms_are_kept(stream: Stream, copies: Watched) -> None:
+    kept = []
+    for index in [*range(5)] * 4:
+        block = stream.get(index)
+        kept.append(block["norm"])
+        sleep(0.002)
+    assert copies.most == 2
+    until(lambda: len(copies.order) == 21)
+
+
+def test_a_view_keeps_a_copy_alive(stream: Stream, copies: Watched) -> None:
+    view = stream.get(0)["a"].T[:2]
+    until(lambda: copies.order == [0, 1])
+    other = stream.get(1)
+    sleep(0.02)
+    assert copies.order == [0, 1]  # two are held: there is no room for a third
+    del other
+    until(lambda: copies.order == [0, 1, 2])
+    assert bool((view == 0).all())
+
+
+def test_what_is_kept_is_never_written_to(stream: Stream, copies: Watched) -> None:
+    kept = [stream.get(index) for index in [*range(5), *range(5)]]
+    assert copies.order == [0, 1, *range(2, 5), *range(5)]  # nothing ahead once two were held
+    for place, block in enumerate(kept):
+        check(block, place % 5)
+
+
+def test_without_copying_ahead(copies: Watched) -> None:
+    stream = Stream(BLOCKS, CPU, ahead=False)
+    for index in (0, 1, 2):
+        check(stream.get(index), index)
+    sleep(0.01)
+    assert copies.order == [0, 1, 2]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), KeyError("x"), SystemExit(3)])
+@pytest.mark.parametrize("index", [0, 1])
+def test_an_error_surfaces_as_itself_and_the_stream_goes_on(
+    stream: Stream, copies: Watched, error: BaseException, index: int
+) -> None:
+    """Of a copy that is waited for, and of one made ahead."""
+    copies.fails[index] = error
+    if index:
+        check(stream.get(0), 0)
+    with pytest.raises(type(error)) as raised:
+        stream.get(index)
+    assert raised.value is error
+    del error, raised
+    check(stream.get(index), index)
+    check(stream.get(index + 1), index + 1)
+
+
+def test_an_error_of_a_copy_that_nobody_wants_is_forgotten(stream: Stream, copies: Watched) -> None:
+    copies.fails[1] = MemoryError()
+    check(stream.get(0), 0)
+    until(lambda: len(copies.order) == 2)
+    check(stream.get(3), 3)
+
+
+def test_the_thread_ends_with_the_checkpoint() -> None:
+    gc.collect()
+    before = {thread.ident for thread in threading.enumerate()}
+    checkpoint = checkpoint_of(tiny("llama"), "host")
+    checkpoint.weights(0)
+    (new,) = [thread for thread in threading.enumerate() if thread.ident not in before]
+    assert new.daemon
+    del checkpoint
+    gc.collect()
+    assert not new.is_alive()
+
+
+def test_a_consumer_that_was_interrupted_leaves_nothing_behind(stream: Stream, copies: Watched) -> None:
+    """As by Ctrl-C while it waits: the block that it never got is not counted as held."""
+    wanted = Wanted(2, None)
+    stream._requests.put(wanted)
+    del wanted
+    until(lambda: copies.order == [2, 3])
+    for index in (3, 4):
+        check(stream.get(index), index)
+    until(lambda: copies.order == [2, 3, 4, 0])
+
+
+def test_strides_stay_as_they_are() -> None:
+    stream = Stream([{"w": torch.randn(6, 4).T}], CPU)
+    assert stream.get(0)["w"].stride() == (1, 4)
+
+
+def values(family: str, residency: Residency, pruner: str = "wanda") -> tuple[list[Tensors], list[float]]:
+    bench = bench_of(tiny(family), residency=residency)
+    assert bench.checkpoint.residency == residency
+    blocks = len(bench.checkpoint.blocks)
+    pruned = list(bench.prune(Plan(pruner, "uniform", (0.5,) * blocks)))
+    nlls = bench.all_nlls(((block.index, block.weights) for block in pruned), "search")
+    return [block.weights for block in pruned], [*nlls, *bench.all_nlls(bench.dense(), "report")]
+
+
+@pytest.mark.parametrize("residency", ["host", "disk"])
+@pytest.mark.parametrize("family", ALL)
+def test_where_weights_lie_changes_no_bit(family: str, residency: Residency) -> None:
+    resident, nlls = values(family, "device")
+    streamed, others = values(family, residency)
+    assert nlls == others
+    for one, other in zip(resident, streamed, strict=True):
+        assert one.keys() == other.keys()
+        assert all(same_bits(tensor, other[name]) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize("residency", ["host", "disk"])
+def test_sparsegpt_changes_no_bit_either(residency: Residency) -> None:
+    resident, nlls = values("llama", "device", "sparsegpt")
+    streamed, others = values("llama", residency, "sparsegpt")
+    assert nlls == others
+    assert all(same_bits(one[name], other[name]) for one, other in zip(resident, streamed, strict=True) for name in one)
+
+
+def test_a_trial_holds_two_blocks_and_copies_each_once(copies: Watched) -> None:
+    model = tiny("llama")
+    bench = bench_of(model, residency="host")
+    size = bench.checkpoint.linears[0]
+    list(bench.prune(Plan("wanda", "uniform", (0.5,) * 4)))  # what is measured once for all trials
+    copies.order.clear()
+    copies.most = copies.alive
+    pruned = ((block.index, block.weights) for block in bench.prune(Plan("wanda", "uniform", (0.5,) * 4)))
+    bench.all_nlls(pruned, "search")
+    matrices = len(size)
+    assert copies.most <= 2 * matrices
+    until(lambda: len(copies.order) in (4 * matrices, 5 * matrices))
