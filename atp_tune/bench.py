@@ -21,7 +21,7 @@ from atp_tune.allocations import Budget
 from atp_tune.batching import BatchSize
 from atp_tune.cache import cache_dir, sha256_of_json
 from atp_tune.checkpoint import Checkpoint, Linear
-from atp_tune.devices import find_device, find_dtype, free_memory
+from atp_tune.devices import find_device, find_dtype, free_memory, reuse_freed_memory
 from atp_tune.errors import UserError
 from atp_tune.evaluation import POSITIONS, Block, group_nlls
 from atp_tune.events import Note, Step, Watch, unwatched
@@ -83,6 +83,8 @@ class Bench:
     def open(cls, setup: Setup, watch: Watch = unwatched) -> "Bench":
         """Resolves the model and the texts and loads them; UserError for what cannot be had."""
         device = find_device(setup.device)
+        if device.type == "cpu":
+            reuse_freed_memory()
         folder = resolve(setup.model, setup.base, lambda text: watch(Note(text)))
         windows = {role: _windows(role, text, folder, setup.base) for role, text in setup.texts.items()}
         check_disjoint(windows)
@@ -146,12 +148,14 @@ class Bench:
 
     @torch.inference_mode()
     def nlls(self, blocks: Iterable[Block], role: str, one_by_one: bool = False) -> Iterator[list[float]]:
-        """Window NLLs of one text, group by group, of a model given as blocks.
+        """Window NLLs of one text, part by part, of a model given as blocks; at most `GROUPS` parts.
 
-        `one_by_one`: a group is computed when it is asked for, if the blocks fit into memory meanwhile.
+        `one_by_one`: a part is computed when it is asked for, if the blocks fit into memory meanwhile.
         UserError if the model's files were changed meanwhile: weights that are memory-mapped change with them.
         """
-        for nlls in self._nlls(blocks, self._ids[role].tensor_split(min(GROUPS, len(self._ids[role]))), one_by_one):
+        ids = self._ids[role]
+        parts = ids.tensor_split(min(GROUPS, -(-len(ids) // self._batch.windows)))  # no smaller than a batch
+        for nlls in self._nlls(blocks, parts, one_by_one):
             self.folder.check_unchanged()
             yield nlls
 

@@ -16,7 +16,7 @@ import torch
 from optuna import Trial
 from optuna.trial import FrozenTrial, TrialState
 
-from atp_tune.bench import Bench
+from atp_tune.bench import GROUPS, Bench
 from atp_tune.devices import is_out_of_memory
 from atp_tune.errors import TrialError
 from atp_tune.events import Note, TrialStarted, Watch
@@ -50,9 +50,10 @@ class Objective:
     def _measure(self, trial: Trial, plan: Plan) -> float:
         record = Record(self.bench.checkpoint.device, self.bench.dtype)
         blocks = record.follow(self.bench.prune(plan), self.bench.checkpoint.sizes)
-        for group, nlls in enumerate(self.bench.nlls(blocks, "search", self.stops)):
+        windows = len(self.bench.windows["search"].ids)
+        for nlls in self.bench.nlls(blocks, "search", self.stops):
             record.nlls += nlls
-            hopeless = self.stops and is_hopeless(trial, group, nlls)
+            hopeless = self.stops and is_hopeless(trial, record.nlls, len(nlls), windows)
             if hopeless and not plan.is_uniform:  # uniform is what the best is compared with: never stopped
                 set_attributes(trial, record.close())
                 return estimate(trial, record.nlls)
@@ -92,9 +93,15 @@ def find_measured(trial: Trial) -> FrozenTrial | None:
     return None
 
 
-def is_hopeless(trial: Trial, group: int, nlls: list[float]) -> bool:
-    """Reports a group's mean NLL (nats per token) and asks the stopper whether to go on."""
-    trial.report(statistics.fmean(nlls), group)
+def is_hopeless(trial: Trial, nlls: list[float], new: int, windows: int) -> bool:
+    """Reports the mean NLL (nats per token) of each group of windows that the `new` ones complete, and asks the
+    stopper whether to go on. The groups are the same in all trials, whatever comes at a time.
+    """
+    size = -(-windows // GROUPS)
+    for group in range((len(nlls) - new) // size, -(-len(nlls) // size)):
+        part = nlls[group * size : (group + 1) * size]
+        if len(part) == size or len(nlls) == windows:
+            trial.report(statistics.fmean(part), group)
     return trial.should_prune()
 
 

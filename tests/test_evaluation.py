@@ -98,8 +98,9 @@ def test_the_bench_gives_groups_whether_or_not_it_keeps_the_blocks(monkeypatch: 
     expected = work.all_nlls(work.dense(), "search")
     for kept in (True, False):
         monkeypatch.setattr(work, "_can_keep", lambda kept=kept: kept)
-        for most, sizes in ((3, [3, 2, 2]), (8, [1] * 7)):
+        for most, batch, sizes in ((3, 1, [3, 2, 2]), (8, 1, [1] * 7), (8, 4, [4, 3]), (8, 8, [7])):
             monkeypatch.setattr(bench, "GROUPS", most)
+            monkeypatch.setattr(work._batch, "windows", batch)
             groups = list(work.nlls(work.dense(), "search", one_by_one=True))
             assert [len(group) for group in groups] == sizes
             assert [nll for group in groups for nll in group] == pytest.approx(expected, rel=1e-5)
@@ -110,7 +111,7 @@ def test_the_bench_gives_groups_whether_or_not_it_keeps_the_blocks(monkeypatch: 
 def test_the_first_group_comes_before_the_second_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     work, ran = bench_of(tiny("llama")), []
     monkeypatch.setattr(work, "_can_keep", lambda: True)
-    monkeypatch.setattr(bench, "GROUPS", 3)
+    monkeypatch.setattr(work._batch, "windows", 3)
     original = work.replay.run
     monkeypatch.setattr(work.replay, "run", lambda *args: ran.append(len(args[2])) or original(*args))
     groups = work.nlls(work.dense(), "search", one_by_one=True)

@@ -162,10 +162,24 @@ def test_a_third_time_is_answered_by_the_first(bench: Bench, space: Space, study
 # --- stopping
 
 
-def test_a_group_is_reported_as_its_mean(space: Space, study: optuna.Study) -> None:
+def test_groups_are_reported_as_their_means_whatever_comes_at_a_time(space: Space, study: optuna.Study) -> None:
+    """18 windows are 6 groups of 3."""
+    nlls = [float(k * k) for k in range(18)]
+    for parts in ([18], [3] * 6, [4, 4, 4, 4, 2], [1] * 18, [17, 1]):
+        trial, seen = ask(study, space), 0
+        for new in parts:
+            seen += new
+            assert is_hopeless(trial, nlls[:seen], new, 18) is False
+            assert len(study.trials[-1].intermediate_values) == seen // 3
+        expected = {k: fmean(nlls[3 * k : 3 * k + 3]) for k in range(6)}
+        assert study.trials[-1].intermediate_values == expected
+
+
+def test_the_last_group_may_be_smaller(space: Space, study: optuna.Study) -> None:
     trial = ask(study, space)
-    assert is_hopeless(trial, 3, [1.0, 2.0, 6.0]) is False
-    assert study.trials[0].intermediate_values == {3: 3.0}
+    is_hopeless(trial, [1.0] * 9, 9, 10)
+    is_hopeless(trial, [1.0] * 8 + [3.0, 5.0], 1, 10)
+    assert study.trials[0].intermediate_values == {0: 1.0, 1: 1.0, 2: 1.0, 3: 1.0, 4: 4.0}
 
 
 def test_an_estimate_is_the_best_mean_and_the_difference(space: Space, study: optuna.Study) -> None:
@@ -187,6 +201,7 @@ def test_an_estimate_is_never_made_from_an_estimate(space: Space, study: optuna.
 def test_trials_are_stopped_at_the_same_groups_as_they_are_reported(
     bench: Bench, space: Space, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(bench._batch, "windows", 2)
     study = optuna.create_study(pruner=WilcoxonPruner())
     objective = Objective(bench, space, True, unwatched)
     for beta in (0.0, 0.26):

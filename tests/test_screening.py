@@ -137,9 +137,9 @@ def test_a_screening_that_was_killed_goes_on(place: Path) -> None:
 
 
 def test_two_workers_share_a_screening(place: Path) -> None:
-    words = ("--study", place / "tiny.toml", "--workers", "2", *settings(*INSIDE, *LONG, "search.screen.trials=24"))
-    answer = finish(start(*words))
-    assert answer.code == 0, answer.err
+    words = ("--study", place / "tiny.toml", *settings(*INSIDE, *LONG, "search.screen.trials=24"))
+    answers = [finish(process) for process in [start(*words), start(*words)]]
+    assert [answer.code for answer in answers] == [0, 0], answers
     screened, study = reopen(place, "tiny.screen"), reopen(place)
     assert counted(screened) == 24 and counted(study) == 3
     assert len({t.user_attrs["pid"] for t in screened.trials}) == 2

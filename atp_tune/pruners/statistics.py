@@ -43,8 +43,8 @@ class InputNorms:
 
     def add(self, x: Tensor) -> None:
         """Takes in inputs [..., in] of any float dtype."""
-        flat = x.reshape(-1, x.shape[-1]).float()
-        self._squares += torch.linalg.vector_norm(flat, dim=0).square()
+        flat = x.reshape(-1, x.shape[-1]).to(torch.float32, copy=True)
+        self._squares += flat.mul_(flat).sum(0)  # in place: a quarter of the time of vector_norm along this dimension
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums of squares [in]."""
