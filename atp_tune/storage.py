@@ -125,7 +125,7 @@ def _rdb(address: str, url: URL, kind: type[Kind]) -> Kind:
             engine_kwargs=engine_options(url),
             heartbeat_interval=HEARTBEAT,
             grace_period=GRACE,
-            heartbeat_stale_trial_callback=queue_again,
+            heartbeat_stale_trial_callback=queue_lost,
         )
 
 
@@ -255,6 +255,12 @@ def _is_nameless(trial: FrozenTrial) -> bool:
     began = trial.datetime_start
     named = "process_started" in trial.user_attrs
     return not named and began is not None and abs((datetime.now() - began).total_seconds()) > GRACE
+
+
+def queue_lost(study: optuna.Study, trial: FrozenTrial) -> None:
+    """What Optuna calls with a trial that it ended for want of a sign of life: queued again, unless it is given up."""
+    if is_lost(trial):
+        queue_again(study, trial)
 
 
 def queue_again(study: optuna.Study, trial: FrozenTrial) -> None:

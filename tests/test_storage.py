@@ -17,6 +17,7 @@ from atp_tune import database, storage
 from atp_tune.errors import UserError
 from atp_tune.process import identity
 from atp_tune.storage import (
+    RETRIES,
     START,
     best_trial,
     check_facts,
@@ -396,6 +397,21 @@ def test_signs_of_life(study: optuna.Study, db: RDBStorage, file: Path, monkeypa
     assert recover(study) == [number]
     assert study.trials[number].user_attrs["lost"] == "gave no sign of life"
     assert study.trials[0].state == TrialState.RUNNING
+
+
+def test_what_optuna_itself_finds_silent_is_given_up_too(study: optuna.Study, db: RDBStorage, file: Path) -> None:
+    """Before each trial Optuna ends those without a sign of life: they come again twice, and no more."""
+    elsewhere = {"host": "elsewhere", "pid": 1, "process_started": 0.0}
+    add(study, **elsewhere)
+    for number in range(RETRIES + 1):
+        db.record_heartbeat(study.trials[number]._trial_id)
+        beat(file, "-61 seconds")
+        optuna.storages.fail_stale_trials(study)
+        if number < RETRIES:
+            study.ask()
+    assert states(study) == ["FAIL"] * (RETRIES + 1)
+    assert counted(study) == 1
+    assert recover(study) == []
 
 
 def test_a_trial_that_was_lost_before_it_had_parameters_gets_those_it_was_queued_with(study: optuna.Study) -> None:
