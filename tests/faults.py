@@ -110,9 +110,9 @@ class Command:
 
 
 def has(database: Path, query: str, *values: object) -> bool:
-    """Whether a query has a row; not while the file or its tables are being made."""
+    """Whether a query has a row; not while the file or its tables are being made, or a writer keeps it locked."""
     try:
-        with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+        with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=0.5)) as connection:
             return connection.execute(query, values).fetchone() is not None
     except sqlite3.OperationalError:
         return False

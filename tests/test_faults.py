@@ -152,9 +152,11 @@ def is_past(end: float) -> bool:
 
 
 @slow
-@pytest.mark.xfail(strict=False, reason="differs from the undisturbed run in some runs; the cause is not found yet")
 def test_kill_9_at_random_moments(place: Path) -> None:
-    """Each of 30 runs is killed after a random delay; no trial is hit three times, which would end it."""
+    """Each of 30 runs is killed at a random moment; no trial is hit three times, which would end it by design.
+
+    A run may end one trial before it is killed, so that a machine that is suddenly faster does not reach the total.
+    """
     total = 40
     overrides = (*LONG[:2], f"search.trials={total}")
     other = Tiny(Path(shutil.copytree(place, place.parent / "other")), *overrides)
@@ -164,54 +166,54 @@ def test_kill_9_at_random_moments(place: Path) -> None:
     tiny, rng = Tiny(place, *overrides), random.Random(0)
     for k in range(30):
         early = k % 3 == 0  # while it loads, else some time after it has begun to write
-        known = tiny.ended() if tiny.has("SELECT 1 FROM trials") and is_at_risk(tiny.study) else -1
-        moment = Moment(tiny, rng.uniform(0, loading) if early else rng.uniform(0, 3 * pace), early)
-        assert tiny.start().kill_when(lambda: moment.is_now() and (known < 0 or tiny.ended() > known))  # noqa: B023
+        moment = Moment(tiny, rng.uniform(0, loading) if early else rng.uniform(0, 1.5 * pace), early)
+        command = tiny.start()
+        assert command.kill_when(lambda: moment.is_now() and is_no_third(tiny, command))  # noqa: B023
     seconds = tiny.finish()
-    study, given_up = tiny.study, sum(storage.is_given_up(trial) for trial in tiny.study.trials)
-    if given_up:  # three kills met the same trial after all, which ends it
-        assert storage.counted(study) == total == len(measured(study)) + given_up
-        assert all(one in measured(other.study) for one in measured(study))
-    else:
-        check_equal(study, other.study, total)
-    hit = sum("lost" in trial.user_attrs for trial in tiny.study.trials)
-    assert hit > 5
+    check_equal(tiny.study, other.study, total)
+    assert sum("lost" in trial.user_attrs for trial in tiny.study.trials) > 5
     ROWS.add(f"kill -9 at random moments of one study of {total} trials", 30, seconds=seconds)
 
 
 class Moment:
-    """Some seconds from now, or from when a run has written something of a trial."""
+    """Some seconds from now, or from when a run has written something of a trial; at the latest when it ends one."""
 
     def __init__(self, tiny: Tiny, delay: float, is_early: bool) -> None:
         self._tiny, self._delay = tiny, delay
-        self._rows = self._count()
+        self._rows, self._ended = self._count(WRITTEN), self._count(ENDED)
         self._since = monotonic() if is_early else math.inf
 
     def is_now(self) -> bool:
-        if math.isinf(self._since) and self._count() > self._rows:
+        if math.isinf(self._since) and self._tiny.has(WRITTEN, self._rows):
             self._since = monotonic()
-        return monotonic() > self._since + self._delay
+        return monotonic() > self._since + self._delay or self._tiny.has(ENDED, self._ended)
 
-    def _count(self) -> int:
+    def _count(self, query: str) -> int:
         low, high = 0, 1
-        while self._has(high):
+        while self._tiny.has(query, high - 1):
             low, high = high, 2 * high
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if self._has(middle) else (low, middle)
+            low, high = (middle, high) if self._tiny.has(query, middle - 1) else (low, middle)
         return low
 
-    def _has(self, rows: int) -> bool:
-        return self._tiny.has("SELECT 1 FROM trial_user_attributes LIMIT 1 OFFSET ?", rows - 1)
+
+WRITTEN = "SELECT 1 FROM trial_user_attributes LIMIT 1 OFFSET ?"
+ENDED = "SELECT 1 FROM trials WHERE state = 'COMPLETE' LIMIT 1 OFFSET ?"
+SPARED = """SELECT 1 WHERE NOT EXISTS (
+    SELECT 1 FROM trials JOIN trial_system_attributes USING (trial_id)
+    WHERE state IN ('RUNNING', ?) AND key = 'deaths' AND CAST(value_json AS INTEGER) >= ?)"""
 
 
-def is_at_risk(study: optuna.Study) -> bool:
-    """Whether one more kill may be a trial's third."""
-    open_ones = [trial for trial in study.trials if not trial.state.is_finished()]
-    return any(
-        trial.system_attrs.get("deaths", 0) + (trial.state == TrialState.RUNNING) >= storage.RETRIES
-        for trial in open_ones
-    )
+def is_no_third(tiny: Tiny, command: Command) -> bool:
+    """Whether the death of a process would not be a trial's third one; where it may be, it is stopped for the look."""
+    if not tiny.database.exists() or tiny.has(SPARED, "WAITING", storage.RETRIES - 1):
+        return True
+    os.kill(command.pid, signal.SIGSTOP)
+    if tiny.has(SPARED, "RUNNING", storage.RETRIES):
+        return True
+    os.kill(command.pid, signal.SIGCONT)
+    return False
 
 
 # --- the power is cut
