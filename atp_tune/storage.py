@@ -3,7 +3,7 @@
 import json
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -230,15 +230,21 @@ def recover(study: optuna.Study) -> list[int]:
     """
     db = study._storage
     silent: list[int] = db._get_stale_trial_ids(study._study_id) if is_heartbeat_enabled(db) else []  # type: ignore[attr-defined]
-    for trial in running(study):
-        if trial._trial_id in silent or is_dead(trial.user_attrs) or _is_nameless(trial):
-            _fail(study, trial, "gave no sign of life" if trial._trial_id in silent else "its process died")
     trials = study.get_trials(deepcopy=False)
+    dead = [trial for trial in trials if trial.state == TrialState.RUNNING and _is_left(trial, silent)]
+    for trial in dead:
+        _fail(study, trial, "gave no sign of life" if trial._trial_id in silent else "its process died")
+    trials = study.get_trials(deepcopy=False) if dead else trials
     queued = {number for trial in trials for number in _history(trial)}
     orphans = [trial for trial in trials if is_lost(trial) and trial.number not in queued]
     for trial in orphans:
         queue_again(study, trial)
     return [trial.number for trial in orphans]
+
+
+def _is_left(trial: FrozenTrial, silent: Container[int]) -> bool:
+    """Whether nobody runs a trial any more that is said to run."""
+    return trial._trial_id in silent or is_dead(trial.user_attrs) or _is_nameless(trial)
 
 
 def _fail(study: optuna.Study, trial: FrozenTrial, reason: str) -> None:
@@ -314,23 +320,22 @@ def counted(study: optuna.Study) -> int:
     return sum(counts(trial) for trial in study.get_trials(deepcopy=False))
 
 
-def is_repetition(study: optuna.Study, number: int) -> bool:
+def is_repetition(trials: Sequence[FrozenTrial], number: int) -> bool:
     """Whether a trial is one that the study begins with, and an earlier one has measured or measures it: two workers
     that begin a study at the same moment both queue its first trials.
     """
-    *before, trial = study.get_trials(deepcopy=False)[: number + 1]
+    before, trial = trials[:number], trials[number]
     queued = trial.system_attrs.get("fixed_params")
     same = (other for other in before if queued in (other.params, other.system_attrs.get("fixed_params")))
     return START in trial.user_attrs and any(other.state in (TrialState.RUNNING, TrialState.COMPLETE) for other in same)
 
 
-def is_surplus(study: optuna.Study, number: int, total: int) -> bool:
+def is_surplus(trials: Sequence[FrozenTrial], number: int, total: int) -> bool:
     """Whether the total is reached without this trial, or another takes the place of the same lost one: two workers may
     both begin what they take for the last one, and both queue what a third one has lost.
 
     Numbers are given out one by one, so that all workers agree on which trials are too many.
     """
-    trials = study.get_trials(deepcopy=False)
     before, history = trials[:number], _history(trials[number])
     if history and any(history == _history(trial) for trial in before):
         return True

@@ -230,7 +230,8 @@ def _optimise(
     end: float | None,
 ) -> None:
     def ended(study: optuna.Study, trial: FrozenTrial) -> None:
-        best, done = storage.best_trial(study), storage.counted(study)
+        trials = study.get_trials(deepcopy=False)  # once: a study of many workers is long, and its trials are short
+        best, done = next(iter(storage.ranked(trials)), None), sum(map(storage.counts, trials))
         reason = trial.user_attrs.get("failure") if trial.state == TrialState.FAIL else None
         if trial.value is not None or reason:
             run.watch(TrialEnded(trial.number, trial.value, reason, best.value if best else None, done, total))
@@ -279,8 +280,8 @@ class Attempt:
         return value
 
     def _check_need(self, trial: optuna.Trial) -> None:
-        study, number = trial.study, trial.number
-        if storage.is_surplus(study, number, self._total) or storage.is_repetition(study, number):
+        trials, number = trial.study.get_trials(deepcopy=False), trial.number
+        if storage.is_surplus(trials, number, self._total) or storage.is_repetition(trials, number):
             trial.set_user_attr("lost", storage.SURPLUS)
             raise TrialError("not needed")
 

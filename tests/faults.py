@@ -7,7 +7,7 @@ import shutil
 import signal
 import sqlite3
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from time import monotonic, sleep
@@ -104,6 +104,20 @@ class Command:
                 return False
             sleep(pause)
         return self.kill().code == -signal.SIGKILL
+
+
+def curve(values: Sequence[float], title: str) -> str:
+    """A line over the numbers of the values, from 0 up, as SVG."""
+    top, width, height = max(values), 480, 120
+    across, up = width / (len(values) - 1), height / top
+    points = " ".join(f"{k * across:.1f},{height - value * up:.1f}" for k, value in enumerate(values))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-6 -6 {width + 12} {height + 30}" font-family="sans-serif" '
+        f'font-size="11" fill="#888">\n<path d="M0,0V{height}H{width}" fill="none" stroke="#888"/>\n'
+        f'<polyline points="{points}" fill="none" stroke="#1f77b4" stroke-width="1.5"/>\n'
+        f'<text x="4" y="{height - top * up + 14:.0f}">{values[0]:.0f} → {values[-1]:.0f}</text>\n'
+        f'<text x="0" y="{height + 18}">{title}</text>\n</svg>\n'
+    )
 
 
 # --- looking at a study from outside

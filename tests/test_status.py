@@ -31,7 +31,7 @@ from atp_tune.errors import UserError
 from atp_tune.perplexity import Perplexity
 from atp_tune.status import Status, status_of, to_json
 from atp_tune.summary import Summary, summarise
-from atp_tune.wording import method_of
+from atp_tune.wording import duration, method_of
 
 NOW = datetime(2026, 1, 1, 12)
 DISTRIBUTIONS = {
@@ -210,7 +210,7 @@ def test_without_a_total(study: optuna.Study) -> None:
     ("seconds", "said"), [(0, "0 s"), (89.4, "89 s"), (90, "2 min"), (5000, "83 min"), (9000, "2.5 h")]
 )
 def test_durations(seconds: float, said: str) -> None:
-    assert tables.duration(seconds) == said
+    assert duration(seconds) == said
 
 
 # --- export and studies

@@ -353,7 +353,7 @@ def test_of_two_that_take_the_place_of_one_the_second_is_too_many(study: optuna.
         queue_again(study, study.trials[0])
     for _ in range(2):
         study.ask()
-    assert [is_surplus(study, number, 9) for number in range(3)] == [False, False, True]
+    assert [is_surplus(study.trials, number, 9) for number in range(3)] == [False, False, True]
 
 
 @pytest.mark.parametrize("last", [0, 1, 2, 3])
@@ -458,7 +458,7 @@ def test_all_workers_agree_on_which_trials_are_too_many() -> None:
     for state, attrs in zip(states, ({}, lost, failed, {}, {}), strict=True):
         value = 1.0 if state == TrialState.COMPLETE else None
         study.add_trial(optuna.create_trial(state=state, value=value, user_attrs=attrs))
-    assert [is_surplus(study, number, 3) for number in range(5)] == [False, False, False, False, True]
+    assert [is_surplus(study.trials, number, 3) for number in range(5)] == [False, False, False, False, True]
 
 
 def test_what_is_queued_twice_is_measured_once() -> None:
@@ -467,9 +467,9 @@ def test_what_is_queued_twice_is_measured_once() -> None:
         study.enqueue_trial({"beta": beta}, {START: True})
     study.ask().suggest_float("beta", 0, 1)  # runs
     study.tell(study.ask(), state=TrialState.FAIL)  # lost before it drew anything
-    assert [is_repetition(study, number) for number in range(5)] == [False, False, True, False, False]
+    assert [is_repetition(study.trials, number) for number in range(5)] == [False, False, True, False, False]
     study.tell(0, 1.0)
-    assert is_repetition(study, 2)
-    assert not is_repetition(study, study.ask().number + 2)
+    assert is_repetition(study.trials, 2)
+    assert not is_repetition(study.trials, study.ask().number + 2)
     study.enqueue_trial({"beta": 0.0})  # by a person
-    assert not is_repetition(study, 5)
+    assert not is_repetition(study.trials, 5)

@@ -12,7 +12,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from atp_tune.cli.tables import console, duration
+from atp_tune.cli.tables import console
 from atp_tune.errors import printable
 from atp_tune.events import Event, Note, Step, TrialEnded, TrialStarted
 
@@ -59,6 +59,8 @@ class Display:
 
     def end(self, event: TrialEnded, plan: str, seconds: float) -> None:
         """Prints what a trial came to, and moves the bar of the trials."""
+        from atp_tune.wording import duration
+
         self._ended += 1
         value = f"perplexity {event.value:.2f}" if event.value is not None else f"failed: {event.reason}"
         best = f"best {event.best:.2f}" if event.best is not None else "no best yet"
