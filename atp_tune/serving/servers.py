@@ -25,7 +25,7 @@ from atp_tune.damage import may_pass
 from atp_tune.database import Database, is_away, reason_of
 from atp_tune.errors import UserError
 from atp_tune.figures import FIGURES
-from atp_tune.remote import ALIVE, DATABASE
+from atp_tune.remote import ALIVE, BROKEN, DATABASE
 
 STUDY = re.compile(r"/api/studies/\d+")  # where the dashboard asks for a study and its figures
 THREADS = 16  # requests of workers that are answered at a time
@@ -160,7 +160,7 @@ class Relay(grpc.ServerInterceptor):
                 raise
             context.abort(grpc.StatusCode.UNAVAILABLE, f"{DATABASE}{reason_of(error)}")
         except UserError as error:
-            code = grpc.StatusCode.UNAVAILABLE if may_pass(error) else grpc.StatusCode.FAILED_PRECONDITION
+            code = grpc.StatusCode.UNAVAILABLE if may_pass(error) else BROKEN
             context.abort(code, f"{DATABASE}{error}")
 
 
