@@ -52,7 +52,7 @@ TRIAL = _kinds(
         **dict.fromkeys(("device", "dtype", "host", "failure", "lost"), Words),
         **dict.fromkeys(("repeats", "stopped_after", "batch_windows"), Count),
         "pid": Annotated[int, Field(ge=0, lt=2**31)],
-        "process_started": Amount,
+        **dict.fromkeys(("process_started", "booted"), Amount),
         "stderr": Annotated[float, Field(ge=0)],
         "realised": Share,
         "errors": list[float],
