@@ -17,7 +17,7 @@ import optuna
 import preloaded
 import pytest
 from optuna.trial import TrialState
-from tinystudy import Answer, study_file
+from tinystudy import Answer
 
 from atp_tune import storage
 
@@ -130,14 +130,6 @@ def has(database: Path, query: str, *values: object) -> bool:
             return connection.execute(query, values).fetchone() is not None
     except sqlite3.OperationalError:
         return False
-
-
-def stored(place: Path, name: str = "tiny", database: Path | None = None) -> optuna.Study:
-    db = storage.open_storage(f"sqlite:///{database}" if database else study_file(place).storage_url, create=False)
-    assert db is not None
-    study = storage.find_study(db, name)
-    assert study is not None
-    return study
 
 
 def measured(study: optuna.Study) -> list[tuple[dict[str, Any], float]]:

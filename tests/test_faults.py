@@ -20,13 +20,13 @@ from typing import Any
 import optuna
 import pytest
 import torch
-from faults import DOCUMENT, Command, Rows, check_best, check_equal, curve, disk, fill, has, measured, names, stored
+from faults import DOCUMENT, Command, Rows, check_best, check_equal, curve, disk, fill, has, measured, names
 from optuna.exceptions import ExperimentalWarning
 from optuna.trial import TrialState
 from preloaded import PHASES, TOTAL, in_phase, kill, kill_at_rename, kill_at_write, kill_in_the_first_trial
 from safetensors.torch import load_file, save_file
 from test_network import needs, serving
-from tinystudy import CommandLine, finish, free_port, run, settings, start, wait_for, wait_until
+from tinystudy import CommandLine, finish, free_port, run, settings, start, stored, wait_for, wait_until
 
 from atp_tune import evaluation, storage, tuning
 from atp_tune.bench import Bench

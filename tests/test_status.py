@@ -21,9 +21,9 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 from rich.console import Console
-from tinystudy import LONG, TUNE, CommandLine, finish, run, settings, start, study_file
+from tinystudy import LONG, TUNE, CommandLine, finish, run, settings, start, stored, study_file
 
-from atp_tune import process, storage
+from atp_tune import process
 from atp_tune.cli import tables, watching
 from atp_tune.cli.running import quiet
 from atp_tune.config import read_config
@@ -88,14 +88,6 @@ def document(study: optuna.Study) -> dict[str, Any]:
 
 def words(study: optuna.Study) -> str:
     return tables.progress_line(status_of(summarise(study), NOW))
-
-
-def stored(place: Path) -> optuna.Study:
-    db = storage.open_storage(study_file(place).storage_url, create=False)
-    assert db
-    found = storage.find_study(db, "tiny")
-    assert found
-    return found
 
 
 # --- the document
