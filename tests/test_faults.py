@@ -40,7 +40,7 @@ RUNS = "SELECT 1 FROM trials JOIN trial_user_attributes USING (trial_id) WHERE s
 slow = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def table() -> Iterator[None]:
     yield
     if WRITES:
@@ -166,8 +166,10 @@ def test_kill_9_at_random_moments(place: Path) -> None:
     pace = (monotonic() - began - loading) / total
     tiny, rng = Tiny(place, *overrides), random.Random(0)
     for k in range(30):
-        early = k % 3 == 0  # while it loads, else some time after it has begun to write
-        moment = Moment(tiny, rng.uniform(0, loading) if early else rng.uniform(0, 1.5 * pace), early)
+        if k % 3 == 0:  # while it loads
+            moment = Moment(tiny, 0, rng.uniform(0, loading))
+        else:  # in a trial: as it says who it is, as it computes, as it writes the results down
+            moment = Moment(tiny, rng.choice((1, 5, 10)), rng.uniform(0, pace / 3))
         command = tiny.start()
         assert command.kill_when(lambda: moment.is_now() and is_no_third(tiny, command))  # noqa: B023
     seconds = tiny.finish()
@@ -177,15 +179,15 @@ def test_kill_9_at_random_moments(place: Path) -> None:
 
 
 class Moment:
-    """Some seconds from now, or from when a run has written something of a trial; at the latest when it ends one."""
+    """Some seconds after a run has written so many attributes of trials; at the latest when it ends a trial."""
 
-    def __init__(self, tiny: Tiny, delay: float, is_early: bool) -> None:
+    def __init__(self, tiny: Tiny, writes: int, delay: float) -> None:
         self._tiny, self._delay = tiny, delay
-        self._rows, self._ended = self._count(WRITTEN), self._count(ENDED)
-        self._since = monotonic() if is_early else math.inf
+        self._rows, self._ended = self._count(WRITTEN) + writes, self._count(ENDED)
+        self._since = math.inf if writes else monotonic()
 
     def is_now(self) -> bool:
-        if math.isinf(self._since) and self._tiny.has(WRITTEN, self._rows):
+        if math.isinf(self._since) and self._tiny.has(WRITTEN, self._rows - 1):
             self._since = monotonic()
         return monotonic() > self._since + self._delay or self._tiny.has(ENDED, self._ended)
 
