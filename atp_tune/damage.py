@@ -30,6 +30,11 @@ WAYS = {  # SQLite's words → what to do
 }
 
 
+def may_pass(error: BaseException) -> bool:
+    """Whether a disk is full or fails: somebody may mend that while programs wait."""
+    return any(sign in str(error).lower() for sign in ("is full", "disk i/o error"))
+
+
 def way_out(error: BaseException, address: str) -> str | None:
     """What to do where a database says this; None where it is not known."""
     way = next((way for sign, way in WAYS.items() if sign in str(error).lower()), None)

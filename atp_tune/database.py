@@ -31,6 +31,7 @@ from atp_tune.damage import BUSY, way_out
 from atp_tune.errors import UserError
 from atp_tune.patience import Patience, is_told
 from atp_tune.process import GRACE, is_alive
+from atp_tune.stored import unreadable
 
 # One connection stays open, others while threads need them: 90 workers fit into the 100 that PostgreSQL allows.
 POOL = {"pool_pre_ping": True, "pool_size": 1, "max_overflow": 15}
@@ -154,15 +155,22 @@ class Database(RDBStorage):
         One that is suspended, or busy for long in a call that holds Python's lock, has not lost its trial. None soon
         after an outage, in which living workers could not give a sign of life.
         """
-        running = (TrialModel.study_id == study_id) & (TrialModel.state == TrialState.RUNNING)
-        beats = select(TrialHeartbeatModel.trial_id, TrialHeartbeatModel.heartbeat, func.now()).join(TrialModel)
-        with self.engine.connect() as connection:
-            rows = connection.execute(beats.where(running)).all()
+        rows = self._signs_of_life(study_id)
         assert self.grace_period is not None
         found = [(trial, self._silence(trial, beat, now.replace(tzinfo=None))) for trial, beat, now in rows]
         silent = [trial for trial, seconds in found if seconds > self.grace_period]
         stale = [trial for trial in silent if not is_alive(self.get_trial(trial).user_attrs)]
         return [] if stale and (monotonic() - self._failed < GRACE or self._is_young()) else stale
+
+    def _signs_of_life(self, study_id: int) -> list[tuple[int, datetime, datetime]]:
+        """Id of each running trial, when it last gave a sign of life, and what time the database has."""
+        running = (TrialModel.study_id == study_id) & (TrialModel.state == TrialState.RUNNING)
+        beats = select(TrialHeartbeatModel.trial_id, TrialHeartbeatModel.heartbeat, func.now()).join(TrialModel)
+        try:
+            with self.engine.connect() as connection:
+                return [(trial, beat, now) for trial, beat, now in connection.execute(beats.where(running))]
+        except (ValueError, TypeError) as error:  # SQLite keeps anything where a time should be
+            raise unreadable(self.get_study_name_from_id(study_id), error) from None
 
     def _silence(self, trial: int, beat: datetime, now: datetime) -> float:
         """Seconds since a sign of life; if it lies in the future, as after a clock was set back, since it was seen."""

@@ -32,8 +32,10 @@ PORT = 13000  # of `serve`, and of Optuna
 FIRST = 10  # seconds in which a server must answer at the start
 DEADLINE = 30  # seconds for one request
 PAUSE = 0.5  # seconds between attempts at the start
+DATABASE = "its database: "  # what a server says of it, and not of the way to it
 ALIVE = "alive"  # the trial's system attribute that tells the server of a sign of life
 
+BROKEN = grpc.StatusCode.FAILED_PRECONDITION
 AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 CHANNEL = (
     ("grpc.max_receive_message_length", -1),
@@ -133,6 +135,7 @@ class Interceptor(grpc.UnaryUnaryClientInterceptor):
 
     def __init__(self, address: str, token: str | None) -> None:
         self.is_known = False  # to be a server of trials: until then, no answer is an answer
+        self._name = address
         self._patience = Patience(address)
         self._metadata = [("authorization", f"Bearer {token}")] if token else []
 
@@ -141,10 +144,10 @@ class Interceptor(grpc.UnaryUnaryClientInterceptor):
         details = _Details(details.method, DEADLINE, [*(details.metadata or ()), *self._metadata])
         if not self.is_known:
             return continuation(details, request)
-        return self._patience.ask(
-            lambda: continuation(details, request),
-            lambda call: "does not answer" if call.code() in AWAY else "",
-        )
+        call = self._patience.ask(lambda: continuation(details, request), _absence)
+        if call.code() == BROKEN and (words := _words(call)).startswith(DATABASE):  # Optuna has a use for the code too
+            raise UserError(f"{self._name}: {words}")
+        return call
 
 
 class _Details(grpc.ClientCallDetails):
@@ -153,8 +156,20 @@ class _Details(grpc.ClientCallDetails):
         self.credentials = self.wait_for_ready = self.compression = None
 
 
+def _absence(call: Any) -> str:
+    """What a server that is away, or whose database is, is said to do; empty for an answer."""
+    if call.code() not in AWAY:
+        return ""
+    words = _words(call)
+    return f"says of {words}" if words.startswith(DATABASE) else "does not answer"
+
+
+def _words(call: Any) -> str:
+    return " ".join(str(call.details()).split())[:300]
+
+
 def _reason(error: grpc.RpcError, scheme: str) -> str:
-    code, words = error.code(), " ".join(str(error.details()).split())[:200]
+    code, words = error.code(), _words(error)[:200]
     if code in AWAY and "handshake" in words.lower():
         return f"no TLS that can be trusted ({words}); see docs/serving.md"
     if code in AWAY:

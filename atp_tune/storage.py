@@ -3,7 +3,7 @@
 import json
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -125,7 +125,7 @@ def _rdb(address: str, url: URL, kind: type[Kind]) -> Kind:
             engine_kwargs=engine_options(url),
             heartbeat_interval=HEARTBEAT,
             grace_period=GRACE,
-            heartbeat_stale_trial_callback=queue_again,
+            heartbeat_stale_trial_callback=queue_lost,
         )
 
 
@@ -230,15 +230,21 @@ def recover(study: optuna.Study) -> list[int]:
     """
     db = study._storage
     silent: list[int] = db._get_stale_trial_ids(study._study_id) if is_heartbeat_enabled(db) else []  # type: ignore[attr-defined]
-    for trial in running(study):
-        if trial._trial_id in silent or is_dead(trial.user_attrs) or _is_nameless(trial):
-            _fail(study, trial, "gave no sign of life" if trial._trial_id in silent else "its process died")
     trials = study.get_trials(deepcopy=False)
+    dead = [trial for trial in trials if trial.state == TrialState.RUNNING and _is_left(trial, silent)]
+    for trial in dead:
+        _fail(study, trial, "gave no sign of life" if trial._trial_id in silent else "its process died")
+    trials = study.get_trials(deepcopy=False) if dead else trials
     queued = {number for trial in trials for number in _history(trial)}
     orphans = [trial for trial in trials if is_lost(trial) and trial.number not in queued]
     for trial in orphans:
         queue_again(study, trial)
     return [trial.number for trial in orphans]
+
+
+def _is_left(trial: FrozenTrial, silent: Container[int]) -> bool:
+    """Whether nobody runs a trial any more that is said to run."""
+    return trial._trial_id in silent or is_dead(trial.user_attrs) or _is_nameless(trial)
 
 
 def _fail(study: optuna.Study, trial: FrozenTrial, reason: str) -> None:
@@ -255,6 +261,12 @@ def _is_nameless(trial: FrozenTrial) -> bool:
     began = trial.datetime_start
     named = "process_started" in trial.user_attrs
     return not named and began is not None and abs((datetime.now() - began).total_seconds()) > GRACE
+
+
+def queue_lost(study: optuna.Study, trial: FrozenTrial) -> None:
+    """What Optuna calls with a trial that it ended for want of a sign of life: queued again, unless it is given up."""
+    if is_lost(trial):
+        queue_again(study, trial)
 
 
 def queue_again(study: optuna.Study, trial: FrozenTrial) -> None:
@@ -321,23 +333,22 @@ def total_of(study: optuna.Study, asked: int) -> int:
     return int(have) if asked <= limit else asked
 
 
-def is_repetition(study: optuna.Study, number: int) -> bool:
+def is_repetition(trials: Sequence[FrozenTrial], number: int) -> bool:
     """Whether a trial is one that the study begins with, and an earlier one has measured or measures it: two workers
     that begin a study at the same moment both queue its first trials.
     """
-    *before, trial = study.get_trials(deepcopy=False)[: number + 1]
+    before, trial = trials[:number], trials[number]
     queued = trial.system_attrs.get("fixed_params")
     same = (other for other in before if queued in (other.params, other.system_attrs.get("fixed_params")))
     return START in trial.user_attrs and any(other.state in (TrialState.RUNNING, TrialState.COMPLETE) for other in same)
 
 
-def is_surplus(study: optuna.Study, number: int, total: int) -> bool:
+def is_surplus(trials: Sequence[FrozenTrial], number: int, total: int) -> bool:
     """Whether the total is reached without this trial, or another takes the place of the same lost one: two workers may
     both begin what they take for the last one, and both queue what a third one has lost.
 
     Numbers are given out one by one, so that all workers agree on which trials are too many.
     """
-    trials = study.get_trials(deepcopy=False)
     before, history = trials[:number], _history(trials[number])
     if history and any(history == _history(trial) for trial in before):
         return True

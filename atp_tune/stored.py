@@ -53,7 +53,7 @@ TRIAL = _kinds(
         **dict.fromkeys(("device", "dtype", "host", "failure", "lost"), Words),
         **dict.fromkeys(("repeats", "stopped_after", "batch_windows"), Count),
         "pid": Annotated[int, Field(ge=0, lt=2**31)],
-        "process_started": Amount,
+        **dict.fromkeys(("process_started", "booted"), Amount),
         "stderr": Annotated[float, Field(ge=0)],
         "realised": Share,
         "errors": list[float],
@@ -75,6 +75,9 @@ STUDY = _kinds(
         "reports": dict[Role, Nlls],
         "fingerprint": dict[Words, Words | int | float | bool | list[Words] | list[float]],
     }
+)
+SYSTEM = _kinds(
+    {"fixed_params": dict[Words, Any], "deaths": Count, "failed_trial": Count, "retry_history": list[Count]}
 )
 FACTS = _kinds({"sparsity": Share, "model.content": Words, "model.dtype": Words})
 WORDS, NUMBER = TypeAdapter(Words), TypeAdapter(float)
@@ -115,14 +118,14 @@ class CheckedStudy(optuna.Study):
 
 def checked_trial(trial: FrozenTrial) -> FrozenTrial:
     """The trial itself, or a copy without what is not of its kind."""
-    attrs = checked(trial.user_attrs, TRIAL)
-    if _is_ours(trial):
-        if len(attrs) == len(trial.user_attrs):
-            return trial
-        trial = copy(trial)
-        trial.user_attrs = attrs
+    user, system = checked(trial.user_attrs, TRIAL), checked(trial.system_attrs, SYSTEM)
+    is_ours = _is_ours(trial)
+    if is_ours and (len(user), len(system)) == (len(trial.user_attrs), len(trial.system_attrs)):
         return trial
     trial = copy(trial)
+    trial.user_attrs, trial.system_attrs = user, system
+    if is_ours:
+        return trial
     trial.state, trial.values = TrialState.FAIL, None
     trial._params, trial._distributions, trial.user_attrs = {}, {}, {"failure": FOREIGN}
     return trial
@@ -163,5 +166,10 @@ def readable(name: str, is_new: bool = False) -> Iterator[None]:
     except UNREADABLE as error:
         if isinstance(error, KeyError) and (is_new or GONE in str(error)):
             raise
-        reason = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:200]
-        raise UserError(f"study {name}: Optuna cannot read what is stored ({reason}); take a copy of before") from None
+        raise unreadable(name, error) from None
+
+
+def unreadable(name: str, error: Exception) -> UserError:
+    """What is said of a study in whose rows Optuna meets something that no program of ours has written."""
+    reason = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:200]
+    return UserError(f"study {name}: Optuna cannot read what is stored ({reason}); take a copy of before")

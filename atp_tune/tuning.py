@@ -1,6 +1,7 @@
 """Running a study: made or resumed, driven to its total, and closed with the numbers on the report text."""
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from time import monotonic, sleep
@@ -15,11 +16,12 @@ from atp_tune.allocations import Budget
 from atp_tune.errors import TrialError, UserError, printable
 from atp_tune.events import Note, TrialEnded, TrialStarted, Watch
 from atp_tune.perplexity import perplexity
-from atp_tune.process import GRACE, versions
+from atp_tune.process import GRACE, identity, is_alive, versions
 from atp_tune.samplers import first_trials, make_sampler, make_stopper, total_trials
 from atp_tune.screening import SUFFIX, confirmed, is_screening, renamed, screening_file
 from atp_tune.settling import has_settled
 from atp_tune.space import Params, Space, make_space
+from atp_tune.stored import TRIAL, checked
 from atp_tune.study import Screen
 from atp_tune.studyfile import TRIALS, StudyFile, facts, settings
 from atp_tune.summary import best_config, made_from, unreported
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from atp_tune.objective import Objective
 
 LONGEST = 200  # bytes of a study's name, from which files are named
+REPORTER = "reporter"  # system attribute of a study: the process that measures the report text
 POLL = 2  # seconds between looks at a trial that runs elsewhere
 
 
@@ -254,7 +257,8 @@ def _optimise(
     end: float | None,
 ) -> None:
     def ended(study: optuna.Study, trial: FrozenTrial) -> None:
-        best, done = storage.best_trial(study), storage.counted(study)
+        trials = study.get_trials(deepcopy=False)  # once: a study of many workers is long, and its trials are short
+        best, done = next(iter(storage.ranked(trials)), None), sum(map(storage.counts, trials))
         reason = trial.user_attrs.get("failure") if trial.state == TrialState.FAIL else None
         if trial.value is not None or reason:
             run.watch(TrialEnded(trial.number, trial.value, reason, best.value if best else None, done, total))
@@ -307,8 +311,8 @@ class Attempt:
         return value
 
     def _check_need(self, trial: optuna.Trial) -> None:
-        study, number = trial.study, trial.number
-        if storage.is_surplus(study, number, self._total) or storage.is_repetition(study, number):
+        trials, number = trial.study.get_trials(deepcopy=False), trial.number
+        if storage.is_surplus(trials, number, self._total) or storage.is_repetition(trials, number):
             trial.set_user_attr("lost", storage.SURPLUS)
             raise TrialError("not needed")
 
@@ -328,10 +332,33 @@ def _wait(run: Run, study: optuna.Study, trial: FrozenTrial) -> None:
 
 def report(run: Run, study: optuna.Study, bench: "Bench", space: Space) -> None:
     """Measures dense, uniform and the best of each allocation on the report text, once, and writes the best down."""
-    for name in unreported(study):
-        nlls = _report_nlls(run, study, bench, space, name)
-        study.set_user_attr("reports", {**study.user_attrs.get("reports", {}), name: nlls})
+    _wait_for_reporter(run, study)
+    if missing := unreported(study):
+        study._storage.set_study_system_attr(study._study_id, REPORTER, identity())
+    try:
+        for name in missing:
+            nlls = _report_nlls(run, study, bench, space, name)
+            study.set_user_attr("reports", {**study.user_attrs.get("reports", {}), name: nlls})
+    finally:
+        if missing:
+            study._storage.set_study_system_attr(study._study_id, REPORTER, None)
     _write_best(run, study)
+
+
+def _wait_for_reporter(run: Run, study: optuna.Study) -> None:
+    """Leaves the report text to another process of this host that measures it: two may end a study together."""
+    told = False
+    while unreported(study) and _is_reported(study):
+        if not told:
+            run.note("waiting for the numbers on the report text, which another process measures")
+        told = True
+        sleep(POLL)
+
+
+def _is_reported(study: optuna.Study) -> bool:
+    """Whether another process of this host measures the report text; what others do cannot be known from here."""
+    other = study._storage.get_study_system_attrs(study._study_id).get(REPORTER)
+    return isinstance(other, dict) and other.get("pid") != os.getpid() and is_alive(checked(other, TRIAL))
 
 
 def _write_best(run: Run, study: optuna.Study) -> None:

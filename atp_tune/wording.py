@@ -27,6 +27,13 @@ def method_of(trial: FrozenTrial) -> str:
     return f"{trial.params.get('pruner', '')} + {allocation}" + (f" ({listed})" if listed else "")
 
 
+def duration(seconds: float) -> str:
+    """A time as people say it, in one unit: `48 s`, `12 min`, `3.4 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
 def remark_of(trial: FrozenTrial, summary: Summary | None = None) -> str:
     """What is unusual about a trial: why it has no value of its own, and where it ran if others of its study did not.
 

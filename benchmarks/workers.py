@@ -14,6 +14,7 @@ from time import perf_counter
 from uuid import uuid4
 
 import optuna
+from optuna.trial import TrialState
 
 from atp_tune import storage
 from atp_tune.cli.running import quiet
@@ -38,7 +39,9 @@ def work(address: str, name: str, total: int) -> None:
         return beta
 
     def ended(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-        if storage.counted(study) + len(storage.running(study)) >= total:
+        storage.recover(study)
+        trials = study.get_trials(deepcopy=False)
+        if sum(storage.counts(trial) or trial.state == TrialState.RUNNING for trial in trials) >= total:
             study.stop()
 
     while (left := total - storage.counted(study)) > 0:

@@ -1,5 +1,6 @@
 """Every test has a cache of its own and one thread."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from tinystudy import CommandLine
 
 torch.set_num_threads(1)
+os.environ.pop("COLUMNS", None)  # xdist sets it, and what the tests set themselves would count no more
 
 
 @pytest.fixture(autouse=True)

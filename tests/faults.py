@@ -7,7 +7,7 @@ import shutil
 import signal
 import sqlite3
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from time import monotonic, sleep
@@ -17,7 +17,7 @@ import optuna
 import preloaded
 import pytest
 from optuna.trial import TrialState
-from tinystudy import Answer, study_file
+from tinystudy import Answer
 
 from atp_tune import storage
 
@@ -106,24 +106,30 @@ class Command:
         return self.kill().code == -signal.SIGKILL
 
 
+def curve(values: Sequence[float], title: str) -> str:
+    """A line over the numbers of the values, from 0 up, as SVG."""
+    top, width, height = max(values), 480, 120
+    across, up = width / (len(values) - 1), height / top
+    points = " ".join(f"{k * across:.1f},{height - value * up:.1f}" for k, value in enumerate(values))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-6 -6 {width + 12} {height + 30}" font-family="sans-serif" '
+        f'font-size="11" fill="#888">\n<path d="M0,0V{height}H{width}" fill="none" stroke="#888"/>\n'
+        f'<polyline points="{points}" fill="none" stroke="#1f77b4" stroke-width="1.5"/>\n'
+        f'<text x="4" y="{height - top * up + 14:.0f}">{values[0]:.0f} → {values[-1]:.0f}</text>\n'
+        f'<text x="0" y="{height + 18}">{title}</text>\n</svg>\n'
+    )
+
+
 # --- looking at a study from outside
 
 
 def has(database: Path, query: str, *values: object) -> bool:
-    """Whether a query has a row; not while the file or its tables are being made."""
+    """Whether a query has a row; not while the file or its tables are being made, or a writer keeps it locked."""
     try:
-        with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+        with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=0.5)) as connection:
             return connection.execute(query, values).fetchone() is not None
     except sqlite3.OperationalError:
         return False
-
-
-def stored(place: Path, name: str = "tiny", database: Path | None = None) -> optuna.Study:
-    db = storage.open_storage(f"sqlite:///{database}" if database else study_file(place).storage_url, create=False)
-    assert db is not None
-    study = storage.find_study(db, name)
-    assert study is not None
-    return study
 
 
 def measured(study: optuna.Study) -> list[tuple[dict[str, Any], float]]:

@@ -547,7 +547,7 @@ STUDY = ["--study", "tiny.toml"]
         (None, ["prune", "--model", "nosuch"], 'model.source: "nosuch" is no folder'),
         (None, ["prune", *STUDY, "--out", "search.txt/out"], "--out search.txt/out: cannot be written"),
     ],
-    ids=str,
+    ids=lambda value: value.__qualname__ if callable(value) else str(value),  # the same in each process of xdist
 )  # fmt: skip
 def test_bad_input_is_one_line(
     edit: Edit | None, arguments: list[str], expected: str, place: Path, command: CommandLine,

@@ -337,7 +337,7 @@ def test_ctrl_c_ends_a_worker_that_waits(place: Path, frail: PostgreSQL) -> None
 WORKER = """
 import sys, optuna
 from atp_tune.cli.running import quiet
-from atp_tune.storage import create_study, is_surplus, open_storage
+from atp_tune.storage import create_study, open_storage
 with quiet():
     study = create_study(open_storage(sys.argv[1], True), "s", {"sparsity": 0.5})
     study.sampler = optuna.samplers.RandomSampler()

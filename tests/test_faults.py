@@ -20,13 +20,13 @@ from typing import Any
 import optuna
 import pytest
 import torch
-from faults import DOCUMENT, Command, Rows, check_best, check_equal, disk, fill, has, measured, names, stored
+from faults import DOCUMENT, Command, Rows, check_best, check_equal, curve, disk, fill, has, measured, names
 from optuna.exceptions import ExperimentalWarning
 from optuna.trial import TrialState
 from preloaded import PHASES, TOTAL, in_phase, kill, kill_at_rename, kill_at_write, kill_in_the_first_trial
 from safetensors.torch import load_file, save_file
-from test_network import needs
-from tinystudy import CommandLine, run, settings
+from test_network import needs, serving
+from tinystudy import CommandLine, finish, free_port, run, settings, start, stored, wait_for, wait_until
 
 from atp_tune import evaluation, storage, tuning
 from atp_tune.bench import Bench
@@ -34,15 +34,16 @@ from atp_tune.events import Event, Note, TrialStarted
 from atp_tune.process import identity, versions
 
 ROWS = Rows()
+WRITES = os.environ.get("ATP_TUNE_WRITE_DOCS") == "1"
 LONG = ("texts.calibration.windows=250", "texts.search.windows=250", f"search.trials={TOTAL}")
 RUNS = "SELECT 1 FROM trials JOIN trial_user_attributes USING (trial_id) WHERE state = 'RUNNING' AND key = 'sparsities'"
 slow = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def table() -> Iterator[None]:
     yield
-    if os.environ.get("ATP_TUNE_WRITE_DOCS") == "1":
+    if WRITES:
         ROWS.write(DOCUMENT)
 
 
@@ -152,9 +153,11 @@ def is_past(end: float) -> bool:
 
 
 @slow
-@pytest.mark.xfail(strict=False, reason="differs from the undisturbed run in some runs; the cause is not found yet")
 def test_kill_9_at_random_moments(place: Path) -> None:
-    """Each of 30 runs is killed after a random delay; no trial is hit three times, which would end it."""
+    """Each of 30 runs is killed at a random moment; no trial is hit three times, which would end it by design.
+
+    A run may end one trial before it is killed, so that a machine that is suddenly faster does not reach the total.
+    """
     total = 40
     overrides = (*LONG[:2], f"search.trials={total}")
     other = Tiny(Path(shutil.copytree(place, place.parent / "other")), *overrides)
@@ -163,55 +166,57 @@ def test_kill_9_at_random_moments(place: Path) -> None:
     pace = (monotonic() - began - loading) / total
     tiny, rng = Tiny(place, *overrides), random.Random(0)
     for k in range(30):
-        early = k % 3 == 0  # while it loads, else some time after it has begun to write
-        known = tiny.ended() if tiny.has("SELECT 1 FROM trials") and is_at_risk(tiny.study) else -1
-        moment = Moment(tiny, rng.uniform(0, loading) if early else rng.uniform(0, 3 * pace), early)
-        assert tiny.start().kill_when(lambda: moment.is_now() and (known < 0 or tiny.ended() > known))  # noqa: B023
+        if k % 3 == 0:  # while it loads
+            moment = Moment(tiny, 0, rng.uniform(0, loading))
+        else:  # in a trial: as it says who it is, as it computes, as it writes the results down
+            moment = Moment(tiny, rng.choice((1, 5, 10)), rng.uniform(0, pace / 3))
+        command = tiny.start()
+        assert command.kill_when(lambda: moment.is_now() and is_no_third(tiny, command))  # noqa: B023
     seconds = tiny.finish()
-    study, given_up = tiny.study, sum(storage.is_given_up(trial) for trial in tiny.study.trials)
-    if given_up:  # three kills met the same trial after all, which ends it
-        assert storage.counted(study) == total == len(measured(study)) + given_up
-        assert all(one in measured(other.study) for one in measured(study))
-    else:
-        check_equal(study, other.study, total)
-    hit = sum("lost" in trial.user_attrs for trial in tiny.study.trials)
-    assert hit > 5
+    check_equal(tiny.study, other.study, total)
+    assert sum("lost" in trial.user_attrs for trial in tiny.study.trials) > 5
     ROWS.add(f"kill -9 at random moments of one study of {total} trials", 30, seconds=seconds)
 
 
 class Moment:
-    """Some seconds from now, or from when a run has written something of a trial."""
+    """Some seconds after a run has written so many attributes of trials; at the latest when it ends a trial."""
 
-    def __init__(self, tiny: Tiny, delay: float, is_early: bool) -> None:
+    def __init__(self, tiny: Tiny, writes: int, delay: float) -> None:
         self._tiny, self._delay = tiny, delay
-        self._rows = self._count()
-        self._since = monotonic() if is_early else math.inf
+        self._rows, self._ended = self._count(WRITTEN) + writes, self._count(ENDED)
+        self._since = math.inf if writes else monotonic()
 
     def is_now(self) -> bool:
-        if math.isinf(self._since) and self._count() > self._rows:
+        if math.isinf(self._since) and self._tiny.has(WRITTEN, self._rows - 1):
             self._since = monotonic()
-        return monotonic() > self._since + self._delay
+        return monotonic() > self._since + self._delay or self._tiny.has(ENDED, self._ended)
 
-    def _count(self) -> int:
+    def _count(self, query: str) -> int:
         low, high = 0, 1
-        while self._has(high):
+        while self._tiny.has(query, high - 1):
             low, high = high, 2 * high
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if self._has(middle) else (low, middle)
+            low, high = (middle, high) if self._tiny.has(query, middle - 1) else (low, middle)
         return low
 
-    def _has(self, rows: int) -> bool:
-        return self._tiny.has("SELECT 1 FROM trial_user_attributes LIMIT 1 OFFSET ?", rows - 1)
+
+WRITTEN = "SELECT 1 FROM trial_user_attributes LIMIT 1 OFFSET ?"
+ENDED = "SELECT 1 FROM trials WHERE state = 'COMPLETE' LIMIT 1 OFFSET ?"
+SPARED = """SELECT 1 WHERE NOT EXISTS (
+    SELECT 1 FROM trials JOIN trial_system_attributes USING (trial_id)
+    WHERE state IN ('RUNNING', ?) AND key = 'deaths' AND CAST(value_json AS INTEGER) >= ?)"""
 
 
-def is_at_risk(study: optuna.Study) -> bool:
-    """Whether one more kill may be a trial's third."""
-    open_ones = [trial for trial in study.trials if not trial.state.is_finished()]
-    return any(
-        trial.system_attrs.get("deaths", 0) + (trial.state == TrialState.RUNNING) >= storage.RETRIES
-        for trial in open_ones
-    )
+def is_no_third(tiny: Tiny, command: Command) -> bool:
+    """Whether the death of a process would not be a trial's third one; where it may be, it is stopped for the look."""
+    if not tiny.database.exists() or tiny.has(SPARED, "WAITING", storage.RETRIES - 1):
+        return True
+    os.kill(command.pid, signal.SIGSTOP)
+    if tiny.has(SPARED, "RUNNING", storage.RETRIES):
+        return True
+    os.kill(command.pid, signal.SIGCONT)
+    return False
 
 
 # --- the power is cut
@@ -281,6 +286,29 @@ def test_the_disk_is_full_while_the_database_grows(place: Path, tmp_path: Path, 
         seconds = tiny.finish()
         check_same(tiny, undisturbed)
     ROWS.add("disk full while the database writes", times, seconds=seconds)
+
+
+@slow
+def test_the_disk_of_a_server_is_full(place: Path, tmp_path: Path, undisturbed: Tiny) -> None:
+    """A worker on the network waits until there is room on the server's disk, and goes on with what it has computed."""
+    with disk(tmp_path / "disk", "4m") as folder:
+        there, port = Path(shutil.copytree(place, folder / "tiny")), free_port()
+        with serving(there, "127.0.0.1", free_port(), port, "tiny.db"):
+            options = ("--study", place / "tiny.toml", *settings(*LONG), "--storage", f"grpc://127.0.0.1:{port}")
+            worker = Command(*options)
+            wait_until(lambda: has(there / "tiny.db", RUNS), 120)
+            filler = fill(folder, 0)
+            wait_until(lambda: "its database: " in worker.said, 120)
+            assert "is full; make room on the disk" in worker.said
+            assert "trying again, nothing is lost" in worker.said
+            began, ended = monotonic(), len(measured(stored(there)))
+            filler.unlink()
+            wait_until(lambda: len(measured(stored(there))) > ended, 120)
+            seconds = monotonic() - began
+            answer = worker.finish()
+            assert (answer.code, answer.err) == (0, ""), answer
+        check_equal(stored(there), undisturbed.study, TOTAL)
+    ROWS.add("disk full under a gRPC server while a worker elsewhere measures", 1, seconds=seconds)
 
 
 def test_the_disk_is_full_for_exports_and_reports(done: Path, tmp_path: Path, command: CommandLine) -> None:
@@ -471,6 +499,42 @@ def test_memory_runs_out_in_the_report(place: Path, command: CommandLine, monkey
     ROWS.add("memory runs out in the report", 1)
 
 
+LIMITED = """
+import resource, sys
+from pathlib import Path
+import psutil, torch
+sys.path.insert(0, sys.argv[1])
+import preloaded
+from tinystudy import run
+from atp_tune.events import TrialEnded, TrialStarted
+torch.set_num_threads(1)
+
+def watch(event):
+    if isinstance(event, TrialStarted) and event.title == "trial 1":
+        limit(psutil.Process().memory_info().vms + 3_000_000)
+    if isinstance(event, TrialEnded):
+        limit(resource.RLIM_INFINITY)
+
+def limit(size):
+    resource.setrlimit(resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
+
+study = run(Path(sys.argv[2]), *sys.argv[3:], watch=watch)
+print("states", *(trial.state.name for trial in study.trials), study.trials[1].user_attrs.get("failure"))
+"""
+
+
+@slow
+def test_memory_runs_out_for_real(place: Path) -> None:
+    """The system gives the process no more than it has while one trial runs."""
+    words = [sys.executable, "-c", LIMITED, str(Path(__file__).parent), str(place), *LONG[:2]]
+    at_once = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}  # what is freed goes back, and is asked for
+    answer = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **at_once}, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.splitlines()[-1] == "states COMPLETE FAIL COMPLETE out of memory"
+    assert stored(place).user_attrs["reports"]
+    ROWS.add("no more memory from the system (RLIMIT_AS) in a trial", 1, same="that trial fails, the study goes on")
+
+
 GROWTH = """
 import os, sys
 import psutil, torch
@@ -481,7 +545,7 @@ torch.set_num_threads(1)
 sizes = []
 run(Path(sys.argv[2]), "search.trials=100", watch=lambda e: isinstance(e, TrialEnded) and sizes.append(
     psutil.Process().memory_info().rss))
-print("sizes", sizes[19], sizes[99])
+print("sizes", *sizes)
 """
 
 
@@ -489,12 +553,43 @@ print("sizes", sizes[19], sizes[99])
 def test_memory_is_flat(place: Path) -> None:
     words = [sys.executable, "-c", GROWTH, str(Path(__file__).parent), str(place)]
     said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-    early, late = (int(size) / 1e6 for size in said.rpartition("sizes ")[2].split())
-    assert late - early < 15
-    ROWS.add(f"100 trials in one process: {early:.0f} MB after the 20th, {late:.0f} MB after the last", 1)
+    sizes = [int(size) / 1e6 for size in said.rpartition("sizes ")[2].split()]
+    assert len(sizes) == 100
+    early, late = sizes[19], sizes[-1]
+    if WRITES:
+        (DOCUMENT.parent / "memory.svg").write_text(curve(sizes, "resident memory, MB, after each of 100 trials"))
+    assert late - early < 5
+    same = f"yes; {late - early:+.1f} MB from the 20th trial to the last"
+    ROWS.add("100 trials in one process: [memory](memory.svg) stays flat", 1, same=same)
 
 
 # --- clocks, versions, busy processes
+
+
+@slow
+def test_the_clock_is_set_back_while_a_trial_runs(place: Path, tmp_path: Path, undisturbed: Tiny) -> None:
+    """By an hour under a process that runs; it is killed, and the next one has the right time again: an hour later."""
+    library = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
+    if library is None and "CI" not in os.environ:
+        pytest.skip("needs libfaketime")
+    clock = tmp_path / "clock"
+    clock.write_text("+0")
+    variables = {
+        "LD_PRELOAD": str(library), "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }  # fmt: skip
+    words = ("--study", place / "tiny.toml", *settings(*LONG))
+    process, tiny = start(*words, environment=variables), Tiny(place, *LONG)
+    wait_for(place / "tiny.db", 1, process)
+    clock.write_text("-3600s")
+    wait_for(place / "tiny.db", 3, process)
+    process.kill()
+    finish(process)
+    moved = [trial.datetime_start for trial in tiny.study.trials[1:4] if trial.datetime_start]
+    assert moved[0] > moved[-1]
+    seconds = tiny.finish()
+    check_same(tiny, undisturbed)
+    ROWS.add("clock set back by an hour while a trial runs, then a kill, and the clock put right", 1, seconds=seconds)
 
 
 def test_a_clock_that_was_set_back(place: Path, command: CommandLine) -> None:
@@ -516,7 +611,7 @@ def test_a_clock_that_was_set_back(place: Path, command: CommandLine) -> None:
     began = monotonic()
     assert command("--study", place / "tiny.toml", "--trials", "3").code == 0
     assert storage.counted(stored(place)) == 3
-    ROWS.add("clock set back by an hour", 1, seconds=monotonic() - began)
+    ROWS.add("all stored times an hour ahead, as after a clock was set back", 1, seconds=monotonic() - began)
 
 
 def test_another_version_is_noted(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 """Names and databases of strangers: they reach no file outside their folder, no terminal, and no page."""
 
 import json
+import os
+import random
 import re
 import sqlite3
 from contextlib import closing
@@ -9,6 +11,7 @@ from typing import Any
 
 import optuna
 import pytest
+from fuzzing import Choices
 from optuna.trial import TrialState
 from test_serving import served
 from tinystudy import CommandLine, run
@@ -19,6 +22,7 @@ from atp_tune.report.markdown import escaped, fenced
 from atp_tune.stored import FOREIGN
 from atp_tune.summary import summarise
 
+SEEDS = int(os.environ.get("ATP_TUNE_FUZZ_RUNS", "25"))  # runs on damaged databases
 ESCAPES = "\x1b[2J\x9b31m\u202e"
 HTML = "<img src=x onerror=alert(1)>"
 
@@ -184,3 +188,67 @@ def test_a_trial_that_is_not_of_a_study_has_failed(done: Path) -> None:
     assert study.trials[3].value is not None
     assert "nlls" not in study.trials[3].user_attrs
     assert [trial.number for trial in study.get_trials(states=(TrialState.FAIL,))] == [2]
+
+
+CELLS = {  # table → columns that a run reads
+    "study_user_attributes": ("key", "value_json"),
+    "study_system_attributes": ("key", "value_json"),
+    "trial_user_attributes": ("key", "value_json"),
+    "trial_system_attributes": ("key", "value_json"),
+    "trial_params": ("param_name", "param_value", "distribution_json"),
+    "trial_values": ("value", "value_type"),
+    "trials": ("state", "number", "datetime_start", "datetime_complete"),
+    "trial_heartbeats": ("heartbeat",),
+}
+
+
+def put_junk(database: Path, choose: Choices) -> None:
+    """One cell of a study's database becomes what no program of ours would write there."""
+    table = list(CELLS)[choose(len(CELLS))]
+    column = CELLS[table][choose(len(CELLS[table]))]
+    value = choose.junk()
+    is_json = column == "value_json" or not isinstance(value, str | int | float | None)
+    with closing(sqlite3.connect(database)) as connection, connection:
+        rows = connection.execute(f"SELECT rowid FROM {table} ORDER BY rowid").fetchall()
+        if rows:
+            try:
+                connection.execute(
+                    f"UPDATE {table} SET {column} = ? WHERE rowid = ?",
+                    (json.dumps(value) if is_json else value, *rows[choose(len(rows))]),
+                )
+            except (sqlite3.IntegrityError, OverflowError, UnicodeEncodeError):  # the database itself refuses it
+                return
+
+
+@pytest.fixture
+def open_study(done: Path) -> Path:
+    """A finished study that was asked for one trial more, which another machine runs, and for one that waits."""
+    study = study_of(done)
+    best = storage.measured(study)[0]
+    for state, beta in ((TrialState.RUNNING, 0.03), (TrialState.WAITING, 0.04)):
+        params = {**best.params, "beta": beta}
+        gone = {"host": "here", "pid": 1, "process_started": 1.0}
+        queued = {"fixed_params": params, "deaths": 1, "retry_history": [1]}
+        trial = optuna.create_trial(
+            state=state, params=params, distributions=best.distributions, user_attrs=gone, system_attrs=queued
+        )
+        study.add_trial(trial)
+    study._storage.record_heartbeat(study.trials[-2]._trial_id)  # type: ignore[attr-defined]
+    change(done / "tiny.db", "UPDATE trial_heartbeats SET heartbeat = datetime('now', '-1 hour')")
+    return done
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_a_run_on_a_damaged_database_ends_well_or_in_one_line(
+    seed: int, open_study: Path, command: CommandLine
+) -> None:
+    choose = Choices(random.Random(seed).randbytes(64))
+    for _ in range(1 + choose(3)):
+        put_junk(open_study / "tiny.db", choose)
+    before = files(open_study.parent)
+    answer = command("--study", open_study / "tiny.toml", "--trials", "8")
+    assert answer.code in (0, 2)
+    assert answer.code == 0 or answer.error.isprintable()
+    new = {path for path in files(open_study.parent) - before if not path.startswith("cache")}
+    assert new <= {"done/tiny.artifacts"}

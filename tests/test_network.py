@@ -16,9 +16,7 @@ from time import sleep
 import optuna
 import pytest
 from optuna.trial import TrialState
-from tinystudy import LONG, Answer, finish, free_port, run, settings, start, study_file, wait_for, wait_until
-
-from atp_tune import storage
+from tinystudy import LONG, Answer, finish, free_port, run, settings, start, stored, study_file, wait_for, wait_until
 
 pytestmark = pytest.mark.slow
 DOCS = Path(__file__).parents[1] / "docs"
@@ -93,11 +91,7 @@ def namespace() -> Iterator[Namespace]:
 
 
 def trials(place: Path) -> list[optuna.trial.FrozenTrial]:
-    db = storage.open_storage(f"sqlite:///{place / 'served.db'}", create=False)
-    assert db is not None
-    study = storage.find_study(db, "tiny")
-    assert study is not None
-    return study.trials
+    return stored(place, database=place / "served.db").trials
 
 
 def test_a_worker_elsewhere_outlives_a_cut_cable(place: Path, namespace: Namespace) -> None:

@@ -11,15 +11,12 @@ from pathlib import Path
 from time import sleep
 from typing import Any
 
-import optuna
 import pytest
+from crews import TOTAL, check_whole, measured, trials
 from optuna.trial import TrialState
 from test_network import HERE, THERE, Namespace, namespace, serving  # noqa: F401
 from tinystudy import LONG, CommandLine, finish, free_port, run, settings, start, wait_for
 
-from atp_tune import storage
-
-TOTAL = 30  # long enough for the second worker to load its model
 STORE = 80_000_000  # bytes of a node's object store; Ray wants at least 75 MB
 
 
@@ -47,25 +44,6 @@ def add_node(cluster: Any, **resources: int) -> Any:
 def begin(place: Path, cluster: Any, *more: str) -> "subprocess.Popen[str]":
     words = ["--engine", "ray", "--ray-address", cluster.address, *settings(*LONG, f"search.trials={TOTAL}"), *more]
     return start("--study", place / "tiny.toml", *words)
-
-
-def trials(place: Path) -> list[optuna.trial.FrozenTrial]:
-    db = storage.open_storage(f"sqlite:///{place / 'tiny.db'}", create=False)
-    study = storage.find_study(db, "tiny") if db else None
-    return study.get_trials() if study else []
-
-
-def measured(place: Path) -> list[optuna.trial.FrozenTrial]:
-    return [trial for trial in trials(place) if trial.state == TrialState.COMPLETE]
-
-
-def check_whole(place: Path) -> None:
-    """Exactly the total, nothing twice, nothing left over, and the final numbers are there."""
-    whole = measured(place)
-    assert len(whole) == TOTAL
-    assert not [trial for trial in whole if "repeats" in trial.user_attrs]
-    assert not [trial for trial in trials(place) if not trial.state.is_finished()]
-    assert (place / "tiny.best.json").exists()
 
 
 @pytest.mark.slow

@@ -134,6 +134,24 @@ def test_a_value_whose_answer_was_lost_is_no_error(server: Server) -> None:
         there.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [1.6])
 
 
+def test_a_server_says_what_is_wrong_with_its_database(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What may pass is waited for; what will not ends the worker in one line."""
+    said = ["storage x.db: database or disk is full; make room", "storage x.db: is damaged; put a copy in its place"]
+    left = [*said]
+
+    def fails(*_: object) -> None:
+        raise UserError(left.pop(0))
+
+    study, _ = started(server)
+    monkeypatch.setattr(server.database, "set_study_user_attr", fails)
+    with caplog.at_level(logging.WARNING, "atp_tune"), pytest.raises(UserError) as caught:
+        study.set_user_attr("a", 1)
+    assert str(caught.value) == f"{server.address}: its database: {said[1]}"
+    assert f"says of its database: {said[0]}; trying again, nothing is lost" in caplog.text
+
+
 def test_signs_of_life_reach_the_database(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     study, trial = started(server)
     there = study._storage

@@ -168,11 +168,6 @@ def test_commands_survive_a_shell(study: optuna.Study, tmp_path: Path) -> None:
     assert command == """python tune.py --study 'a b_c'"'"'$(x).toml'"""
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(0, "0 s"), (119, "119 s"), (600, "10 min"), (9000, "2.5 h")])
-def test_durations(seconds: float, said: str) -> None:
-    assert tables.duration(seconds) == said
-
-
 # The page
 
 

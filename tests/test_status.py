@@ -21,9 +21,9 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 from rich.console import Console
-from tinystudy import LONG, TUNE, CommandLine, finish, run, settings, start, study_file
+from tinystudy import LONG, TUNE, CommandLine, finish, run, settings, start, stored, study_file
 
-from atp_tune import process, storage
+from atp_tune import process
 from atp_tune.cli import tables, watching
 from atp_tune.cli.running import quiet
 from atp_tune.config import read_config
@@ -31,7 +31,7 @@ from atp_tune.errors import UserError
 from atp_tune.perplexity import Perplexity
 from atp_tune.status import Status, status_of, to_json
 from atp_tune.summary import Summary, summarise
-from atp_tune.wording import method_of
+from atp_tune.wording import duration, method_of
 
 NOW = datetime(2026, 1, 1, 12)
 DISTRIBUTIONS = {
@@ -88,14 +88,6 @@ def document(study: optuna.Study) -> dict[str, Any]:
 
 def words(study: optuna.Study) -> str:
     return tables.progress_line(status_of(summarise(study), NOW))
-
-
-def stored(place: Path) -> optuna.Study:
-    db = storage.open_storage(study_file(place).storage_url, create=False)
-    assert db
-    found = storage.find_study(db, "tiny")
-    assert found
-    return found
 
 
 # --- the document
@@ -210,7 +202,7 @@ def test_without_a_total(study: optuna.Study) -> None:
     ("seconds", "said"), [(0, "0 s"), (89.4, "89 s"), (90, "2 min"), (5000, "83 min"), (9000, "2.5 h")]
 )
 def test_durations(seconds: float, said: str) -> None:
-    assert tables.duration(seconds) == said
+    assert duration(seconds) == said
 
 
 # --- export and studies

@@ -17,6 +17,7 @@ from atp_tune import database, storage
 from atp_tune.errors import UserError
 from atp_tune.process import identity
 from atp_tune.storage import (
+    RETRIES,
     START,
     best_trial,
     check_facts,
@@ -352,7 +353,7 @@ def test_of_two_that_take_the_place_of_one_the_second_is_too_many(study: optuna.
         queue_again(study, study.trials[0])
     for _ in range(2):
         study.ask()
-    assert [is_surplus(study, number, 9) for number in range(3)] == [False, False, True]
+    assert [is_surplus(study.trials, number, 9) for number in range(3)] == [False, False, True]
 
 
 @pytest.mark.parametrize("last", [0, 1, 2, 3])
@@ -396,6 +397,21 @@ def test_signs_of_life(study: optuna.Study, db: RDBStorage, file: Path, monkeypa
     assert recover(study) == [number]
     assert study.trials[number].user_attrs["lost"] == "gave no sign of life"
     assert study.trials[0].state == TrialState.RUNNING
+
+
+def test_what_optuna_itself_finds_silent_is_given_up_too(study: optuna.Study, db: RDBStorage, file: Path) -> None:
+    """Before each trial Optuna ends those without a sign of life: they come again twice, and no more."""
+    elsewhere = {"host": "elsewhere", "pid": 1, "process_started": 0.0}
+    add(study, **elsewhere)
+    for number in range(RETRIES + 1):
+        db.record_heartbeat(study.trials[number]._trial_id)
+        beat(file, "-61 seconds")
+        optuna.storages.fail_stale_trials(study)
+        if number < RETRIES:
+            study.ask()
+    assert states(study) == ["FAIL"] * (RETRIES + 1)
+    assert counted(study) == 1
+    assert recover(study) == []
 
 
 def test_a_trial_that_was_lost_before_it_had_parameters_gets_those_it_was_queued_with(study: optuna.Study) -> None:
@@ -442,7 +458,7 @@ def test_all_workers_agree_on_which_trials_are_too_many() -> None:
     for state, attrs in zip(states, ({}, lost, failed, {}, {}), strict=True):
         value = 1.0 if state == TrialState.COMPLETE else None
         study.add_trial(optuna.create_trial(state=state, value=value, user_attrs=attrs))
-    assert [is_surplus(study, number, 3) for number in range(5)] == [False, False, False, False, True]
+    assert [is_surplus(study.trials, number, 3) for number in range(5)] == [False, False, False, False, True]
 
 
 def test_what_is_queued_twice_is_measured_once() -> None:
@@ -451,9 +467,9 @@ def test_what_is_queued_twice_is_measured_once() -> None:
         study.enqueue_trial({"beta": beta}, {START: True})
     study.ask().suggest_float("beta", 0, 1)  # runs
     study.tell(study.ask(), state=TrialState.FAIL)  # lost before it drew anything
-    assert [is_repetition(study, number) for number in range(5)] == [False, False, True, False, False]
+    assert [is_repetition(study.trials, number) for number in range(5)] == [False, False, True, False, False]
     study.tell(0, 1.0)
-    assert is_repetition(study, 2)
-    assert not is_repetition(study, study.ask().number + 2)
+    assert is_repetition(study.trials, 2)
+    assert not is_repetition(study.trials, study.ask().number + 2)
     study.enqueue_trial({"beta": 0.0})  # by a person
-    assert not is_repetition(study, 5)
+    assert not is_repetition(study.trials, 5)

@@ -8,7 +8,7 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
-from tinystudy import quiet, study_file
+from tinystudy import quiet, stored, study_file
 
 from atp_tune import storage
 from atp_tune.errors import UserError
@@ -46,14 +46,6 @@ def add(study: optuna.Study, beta: float, value: float | None, pruner: str = "wa
         user_attrs={"sparsities": sparsities, "stderr": 0.5} | attributes,
     )
     study.add_trial(trial)
-
-
-def stored(place: Path) -> optuna.Study:
-    db = storage.open_storage(study_file(place).storage_url, create=False)
-    assert db
-    found = storage.find_study(db, "tiny")
-    assert found
-    return found
 
 
 def test_a_study_that_has_just_begun(study: optuna.Study) -> None:

@@ -3,6 +3,8 @@ import os
 import shutil
 import signal
 import sqlite3
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import closing
@@ -11,6 +13,7 @@ from statistics import fmean
 from typing import Any
 
 import optuna
+import psutil
 import pytest
 import torch
 from byhand import ByHand
@@ -25,7 +28,8 @@ from atp_tune.config import read_config
 from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Event, Note, Step, TrialEnded, TrialStarted
 from atp_tune.plan import Plan
-from atp_tune.summary import allocation_of, summarise
+from atp_tune.process import identity
+from atp_tune.summary import allocation_of, summarise, unreported
 
 BOTH = "prune.pruners=['wanda', 'magnitude']"
 
@@ -231,6 +235,34 @@ def test_a_better_best_is_reported_too(done: Path) -> None:
     after = run(done).user_attrs["reports"]
     assert set(after) == {*reports, "6"}
     assert read_config(done / "tiny.best.json").trial == 6
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_of_two_that_end_a_study_one_measures_the_report_text(
+    dies: bool, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one waits for its numbers, and measures them itself if it dies."""
+    with quiet():
+        study = tuning.tune(tuning.Run(study_file(place), "tiny", None, lambda _: None, reports=False))
+    assert unreported(study)
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    begun = psutil.Process(other.pid).create_time()
+    reporter = {**identity(), "pid": other.pid, "process_started": begun}
+    study._storage.set_study_system_attr(study._study_id, tuning.REPORTER, reporter)
+
+    def ends(_: float) -> None:
+        if not dies:
+            study.set_user_attr("reports", {name: [1.0, 2.0] for name in unreported(study)})
+        other.communicate()
+
+    monkeypatch.setattr(tuning, "sleep", ends)
+    events: list[Event] = []
+    run(place, watch=events.append)
+    notes = [event.text for event in events if isinstance(event, Note)]
+    assert "waiting for the numbers on the report text, which another process measures" in notes
+    assert dies == any(isinstance(event, TrialStarted) and event.title.startswith("report: ") for event in events)
+    assert not unreported(reopen(place))
+    assert (place / "tiny.best.json").exists()
 
 
 def test_events_tell_of_every_trial(place: Path) -> None:

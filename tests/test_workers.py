@@ -4,42 +4,19 @@ import signal
 import subprocess
 from pathlib import Path
 
-import optuna
 import psutil
 import pytest
+from crews import TOTAL, check_whole, measured, trials
 from optuna.trial import TrialState
 from tinystudy import LONG, CommandLine, finish, run, settings, start, wait_for, wait_until
-
-from atp_tune import storage
-
-TOTAL = 30  # long enough for the second worker to load its model
 
 
 def begin(place: Path, *more: str) -> "subprocess.Popen[str]":
     return start("--study", place / "tiny.toml", *settings(*LONG, f"search.trials={TOTAL}"), *more)
 
 
-def trials(place: Path) -> list[optuna.trial.FrozenTrial]:
-    db = storage.open_storage(f"sqlite:///{place / 'tiny.db'}", create=False)
-    study = storage.find_study(db, "tiny") if db else None
-    return study.get_trials() if study else []
-
-
-def measured(place: Path) -> list[optuna.trial.FrozenTrial]:
-    return [trial for trial in trials(place) if trial.state == TrialState.COMPLETE]
-
-
 def workers_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
     return [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
-
-
-def check_whole(place: Path) -> None:
-    """Exactly the total, nothing twice, nothing left over, and the final numbers are there."""
-    whole = measured(place)
-    assert len(whole) == TOTAL
-    assert len({str(trial.params) for trial in whole}) == TOTAL
-    assert not [trial for trial in trials(place) if not trial.state.is_finished()]
-    assert (place / "tiny.best.json").exists()
 
 
 @pytest.mark.slow

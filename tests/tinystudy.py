@@ -23,6 +23,7 @@ from sqlalchemy.engine import Engine
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from atp_tune import storage
 from atp_tune.cli import main
 from atp_tune.cli.running import quiet
 from atp_tune.events import Watch, unwatched
@@ -129,6 +130,15 @@ def make_model(tokenizer: PreTrainedTokenizerFast, steps: int = 60) -> LlamaForC
 
 def study_file(place: Path, *overrides: str) -> StudyFile:
     return load(str(place / "tiny.toml"), overrides)
+
+
+def stored(place: Path, name: str = "tiny", database: Path | None = None) -> optuna.Study:
+    """The study as its storage has it, or another file."""
+    db = storage.open_storage(f"sqlite:///{database}" if database else study_file(place).storage_url, create=False)
+    assert db is not None
+    study = storage.find_study(db, name)
+    assert study is not None
+    return study
 
 
 def run(

@@ -12,7 +12,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from atp_tune.cli.tables import console, duration
+from atp_tune.cli.tables import console
 from atp_tune.errors import printable
 from atp_tune.events import Event, Note, Step, TrialEnded, TrialStarted
 
@@ -60,6 +60,8 @@ class Display:
 
     def end(self, event: TrialEnded, plan: str, seconds: float) -> None:
         """Prints what a trial came to, and moves the bar of the trials."""
+        from atp_tune.wording import duration
+
         if event.what != self._what:
             self._what, self._first, self._ended = event.what, monotonic() - seconds, 0
         self._ended += 1

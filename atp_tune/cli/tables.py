@@ -175,6 +175,8 @@ def _row(trial: "FrozenTrial", remark: str) -> list[str]:
 
 def progress_line(status: "Status") -> str:
     """How far a study is, in one line: trials, best, what runs and for how long, time left."""
+    from atp_tune.wording import duration
+
     done = f"[{status.done}/{status.total}]" if status.total else f"[{status.done}]"
     best, score = "no best yet", status.best and status.best.search
     if status.best and score:
@@ -185,6 +187,8 @@ def progress_line(status: "Status") -> str:
 
 
 def _runs(one: "Running") -> str:
+    from atp_tune.wording import duration
+
     return f"trial {one.trial} " + ("was lost with its process" if one.lost else f"runs for {duration(one.seconds)}")
 
 
@@ -193,13 +197,6 @@ def _idle(status: "Status") -> str:
         return "complete"
     measured = status.total is not None and status.done >= status.total
     return "the report text is not measured yet" if measured else "no trial runs"
-
-
-def duration(seconds: float) -> str:
-    """A time as people say it, in one unit."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def show_applied(config: "Config", measured: "Perplexity", out: Path) -> None:

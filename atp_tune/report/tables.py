@@ -13,7 +13,7 @@ from atp_tune.errors import printable
 from atp_tune.figures.seconds import spent
 from atp_tune.report.contents import Contents
 from atp_tune.summary import Summary, allocation_of, is_uniform, score_of
-from atp_tune.wording import plan_of, remark_of
+from atp_tune.wording import duration, plan_of, remark_of
 
 NOTHING = "–"
 
@@ -94,13 +94,6 @@ def commands(summary: Summary) -> list[tuple[str, str]]:
 def plain_name(name: str) -> str:
     """A study's name as a file's."""
     return printable(name).replace("/", "_")
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them: `48 s`, `12 min`, `3.4 h`."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def symbol(name: str) -> str:

@@ -21,10 +21,11 @@ from optuna.storages._grpc.auto_generated import api_pb2_grpc
 from optuna.storages._grpc.servicer import OptunaStorageProxyService
 from optuna_dashboard import wsgi
 
+from atp_tune.damage import may_pass
 from atp_tune.database import Database, is_away, reason_of
 from atp_tune.errors import UserError
 from atp_tune.figures import FIGURES
-from atp_tune.remote import ALIVE
+from atp_tune.remote import ALIVE, BROKEN, DATABASE
 
 STUDY = re.compile(r"/api/studies/\d+")  # where the dashboard asks for a study and its figures
 THREADS = 16  # requests of workers that are answered at a time
@@ -142,7 +143,9 @@ def proxy(storage: BaseStorage, host: str, port: int) -> Iterator[int]:
 
 
 class Relay(grpc.ServerInterceptor):
-    """Tells a worker that the database behind the server is away as if the server were: it asks again."""
+    """Tells a worker that the database behind the server is away, or its disk full, as if the server were away: it asks
+    again. Where that would not help it tells what is wrong.
+    """
 
     def intercept_service(self, continuation: Any, details: Any) -> Any:
         """The handler of a request, so wrapped."""
@@ -155,7 +158,10 @@ class Relay(grpc.ServerInterceptor):
         except StorageInternalError as error:
             if not is_away(error):
                 raise
-            context.abort(grpc.StatusCode.UNAVAILABLE, f"the database: {reason_of(error)}")
+            context.abort(grpc.StatusCode.UNAVAILABLE, f"{DATABASE}{reason_of(error)}")
+        except UserError as error:
+            code = grpc.StatusCode.UNAVAILABLE if may_pass(error) else BROKEN
+            context.abort(code, f"{DATABASE}{error}")
 
 
 def check_free(host: str, port: int, option: str) -> None:
