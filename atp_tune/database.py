@@ -12,7 +12,7 @@ is back. Which calls may have been committed although the answer was lost, and w
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from time import monotonic
@@ -20,7 +20,7 @@ from typing import Any
 
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
-from optuna.storages._rdb.models import TrialHeartbeatModel, TrialModel
+from optuna.storages._rdb.models import TrialHeartbeatModel, TrialModel, TrialUserAttributeModel
 from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.trial import TrialState
 from sqlalchemy import event, func, select
@@ -51,13 +51,13 @@ HINTS = {
     "does not exist": "make it with: createdb NAME",
     "refused": "does the server run there?",
 }
-# All of Optuna's calls of one transaction but two, which have more to say when they are made again.
+# All calls of one transaction, Optuna's and ours, but two, which have more to say when they are made again.
 CALLS = (
     "create_new_study", "get_all_studies", "get_study_directions", "get_study_id_from_name", "get_study_name_from_id",
     "get_study_system_attrs", "get_study_user_attrs", "set_study_system_attr", "set_study_user_attr",
     "_create_new_trial", "get_trial", "_get_trials", "_get_best_trial_id", "get_trial_id_from_study_id_trial_number",
     "_set_trial_param", "set_trial_intermediate_value", "set_trial_system_attr", "set_trial_user_attr",
-    "_get_stale_trial_ids",
+    "set_trial_user_attrs", "_get_stale_trial_ids",
 )  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -141,6 +141,12 @@ class Database(RDBStorage):
         with _create_scoped_session(self.scoped_session) as session:
             session.connection().exec_driver_sql("BEGIN IMMEDIATE")
             return super().set_trial_state_values(trial_id, state, values)
+
+    def set_trial_user_attrs(self, trial_id: int, attributes: Mapping[str, Any]) -> None:
+        """Stores several attributes in one transaction: each one costs a wait for the disk."""
+        with _create_scoped_session(self.scoped_session, True) as session:
+            for key, value in attributes.items():
+                self._set_trial_attr_without_commit(session, TrialUserAttributeModel, trial_id, key, value)
 
     def record_heartbeat(self, trial_id: int) -> None:
         """As Optuna's; one that fails does not end the thread of heartbeats: the next one may be heard."""

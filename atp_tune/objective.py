@@ -25,7 +25,7 @@ from atp_tune.plan import Plan
 from atp_tune.process import identity
 from atp_tune.record import Record
 from atp_tune.space import Space
-from atp_tune.storage import INTERRUPTED, best_trial, counts
+from atp_tune.storage import INTERRUPTED, best_trial, counts, set_attributes
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class Objective:
         for nlls in self.bench.nlls(blocks, "search", self.stops):
             record.nlls += nlls
             hopeless = self.stops and is_hopeless(trial, record.nlls, len(nlls), windows)
-            if hopeless and not plan.is_uniform:  # uniform is what the best is compared with: never stopped
+            to_come = len(record.nlls) < windows
+            if hopeless and to_come and not plan.is_uniform:  # uniform is what the best is compared with: never stopped
                 set_attributes(trial, record.close())
                 return estimate(trial, record.nlls)
         result = perplexity(record.nlls)
@@ -77,12 +78,6 @@ def planned(plan: Plan) -> dict[str, object]:
     """The sparsities of a plan as user attributes: per block, and per linear where they differ within a block."""
     linears = {"linear_sparsities": plan.linear_sparsities} if plan.linear_sparsities else {}
     return {"sparsities": plan.sparsities, **linears}
-
-
-def set_attributes(trial: Trial, attributes: dict[str, object]) -> None:
-    """Stores user attributes of a trial, each as soon as it is known."""
-    for name, value in attributes.items():
-        trial.set_user_attr(name, value)
 
 
 def find_measured(trial: Trial) -> FrozenTrial | None:

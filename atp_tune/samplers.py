@@ -7,6 +7,8 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable
+from datetime import datetime
+from time import monotonic, sleep
 from typing import Any
 
 import optuna
@@ -22,6 +24,8 @@ from atp_tune.storage import place_of
 from atp_tune.study import Search
 
 GRID = 40  # steps of β in which a belief is written down
+PATIENCE = 5  # seconds that a trial waits for what others propose
+LOOK = 0.02  # seconds between looks at them
 STARTS = 3  # measured points of an allocation before a model of it is fitted: plenty for one to three parameters
 
 
@@ -96,6 +100,7 @@ class BranchSampler(BaseSampler):
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Pruner, allocation and the parameters of the allocation whose turn it is."""
+        wait_for_earlier(study, trial, self._space)
         self._branch = whose_turn(_others(study, trial), self._space)
         allocations = CategoricalDistribution(tuple(self._space.intervals))
         return {"allocation": allocations, **kinds_of(self._space, self._branch)}
@@ -126,6 +131,28 @@ class BranchSampler(BaseSampler):
         """As the inner sampler does."""
         inner = self._make(seed_of(self._seed, study, trial, param_name))
         return inner.sample_independent(study, trial, param_name, param_distribution)
+
+
+def wait_for_earlier(study: Study, trial: FrozenTrial, space: Space) -> None:
+    """Waits until the earlier trials that run have drawn their points, as they do in milliseconds: workers that propose
+    at the same moment, and so from the same trials, would propose the same point. At most `PATIENCE` seconds.
+    """
+    end = monotonic() + PATIENCE
+    while monotonic() < end and any(_is_drawing(other, space) for other in _earlier(study, trial)):
+        sleep(LOOK)
+
+
+def _earlier(study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    return [other for other in running if other.number < trial.number]
+
+
+def _is_drawing(trial: FrozenTrial, space: Space) -> bool:
+    """Whether a trial that began just now lacks parameters yet; one that has lacked them for long has died."""
+    allocation, began = trial.params.get("allocation"), trial.datetime_start
+    if allocation in space.intervals and space.intervals[allocation].keys() <= trial.params.keys():
+        return False
+    return began is not None and abs((datetime.now() - began).total_seconds()) < PATIENCE
 
 
 def kinds_of(space: Space, branch: str) -> dict[str, BaseDistribution]:

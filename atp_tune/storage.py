@@ -224,6 +224,17 @@ def _shown(facts: Facts, key: str) -> str:
     return json.dumps(facts[key], ensure_ascii=False) if key in facts else "not set"
 
 
+def set_attributes(trial: optuna.Trial, attributes: Mapping[str, Any]) -> None:
+    """Stores user attributes of a running trial: all of them or none, where the storage is a database."""
+    db = getattr(trial.storage, "_backend", trial.storage)  # behind Optuna's cache
+    if not isinstance(db, Database):
+        for name, value in attributes.items():
+            trial.set_user_attr(name, value)
+        return
+    db.set_trial_user_attrs(trial._trial_id, attributes)
+    trial._cached_frozen_trial.user_attrs.update(attributes)  # as `set_user_attr` does
+
+
 def recover(study: optuna.Study) -> list[int]:
     """Ends the RUNNING trials that nobody runs any more, and queues them again, and those that a process ended and did
     not live to queue; their numbers.

@@ -10,7 +10,7 @@ from pathlib import Path
 from time import monotonic, sleep
 
 import pytest
-from tinystudy import LONG, CommandLine, finish, run, settings, start, study_file, wait_for
+from tinystudy import LONG, CommandLine, few_at_a_time, finish, run, settings, start, study_file, wait_for
 
 from atp_tune import storage
 from atp_tune.cli.running import interruptible
@@ -285,7 +285,10 @@ def test_status_shows_every_trial_and_the_summary(done: Path, command: CommandLi
     assert re.search(r"\n\| dense +\| 0% +\| \d+\.\d\d ± \d\.\d\d +\| \d+\.\d\d ±", answer.out)
 
 
-def test_status_of_what_repeats_and_what_was_stopped(place: Path, command: CommandLine) -> None:
+def test_status_of_what_repeats_and_what_was_stopped(
+    place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few_at_a_time(monkeypatch)
     study = run(place, "search.stopper=wilcoxon", "search.trials=6")
     study.enqueue_trial(study.trials[0].params)
     run(place, "search.stopper=wilcoxon", "search.trials=7")

@@ -257,6 +257,21 @@ def test_the_end_of_a_trial_whose_answer_was_lost_is_no_error(postgres: PostgreS
         study._storage.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [1.6])
 
 
+@pytest.mark.parametrize("kind", ["postgresql", "sqlite"])
+def test_attributes_are_stored_together_or_not_at_all(kind: str, postgres: PostgreSQL, tmp_path: Path) -> None:
+    address = postgres.new() if kind == "postgresql" else f"sqlite:///{tmp_path}/s.db"
+    study = storage.create_study(opened(address), "s", {})
+    trial = study.ask()
+    storage.set_attributes(trial, {"a": 1, "b": [1.5]})
+    storage.set_attributes(trial, {"b": [2.5]})
+    with pytest.raises(TypeError):
+        storage.set_attributes(trial, {"c": 1, "d": object()})
+    assert trial.user_attrs == stored(address, "s").trials[0].user_attrs == {"a": 1, "b": [2.5]}
+    study.tell(trial, 1.0)
+    with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
+        storage.set_attributes(trial, {"a": 2})
+
+
 def test_a_mistake_is_no_outage(postgres: PostgreSQL) -> None:
     db = opened(postgres.new())
     study = storage.create_study(db, "s", {})
@@ -374,7 +389,7 @@ def test_two_workers_share_a_total_in_postgresql(place: Path, postgres: PostgreS
     assert [answer.code for answer in answers] == [0, 0], answers
     study = stored(address)
     assert storage.counted(study) == 8
-    assert len({str(t.params) for t in study.trials if storage.counts(t)}) >= 7
+    assert len({str(t.params) for t in study.trials if storage.counts(t)}) == 8
     assert len({t.user_attrs["pid"] for t in study.trials if storage.counts(t)}) == 2
 
 

@@ -99,7 +99,7 @@ def test_attributes_are_stored_as_soon_as_they_are_known(bench: Bench, space: Sp
 
 def test_a_model_whose_numbers_are_none_fails(bench: Bench, space: Space, study: optuna.Study) -> None:
     class Broken:
-        checkpoint, batch_windows, dtype = bench.checkpoint, bench.batch_windows, bench.dtype
+        checkpoint, batch_windows, dtype, windows = bench.checkpoint, bench.batch_windows, bench.dtype, bench.windows
 
         def prune(self, plan: Any) -> Any:
             return bench.prune(plan)

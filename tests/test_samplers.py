@@ -1,7 +1,10 @@
 import itertools
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
+from time import sleep
 from typing import Any
 
 import optuna
@@ -12,6 +15,7 @@ from optuna.samplers import BaseSampler, GPSampler, RandomSampler
 from optuna.trial import TrialState
 from test_space import SIZES, space_for, study_of
 
+from atp_tune import samplers
 from atp_tune.plan import Plan
 from atp_tune.samplers import (
     STARTS,
@@ -24,6 +28,7 @@ from atp_tune.samplers import (
     make_stopper,
     seed_of,
     total_trials,
+    wait_for_earlier,
     whose_turn,
 )
 from atp_tune.space import Space
@@ -253,6 +258,44 @@ def test_workers_draw_apart_from_each_other() -> None:
         assert len(set(running)) == 6
         if sampler == "gp":
             assert max(running) - min(running) > 0.002
+
+
+def test_workers_that_propose_at_the_same_moment_draw_apart(tmp_path: Path) -> None:
+    """The second waits until the first has stored its point."""
+    space = space_of()
+    sampler = make_sampler(search_of(sampler="gp"), space)
+    run(space, sampler, 8, f"sqlite:///{tmp_path}/s.db")
+
+    def propose(_: int) -> float:
+        study = optuna.load_study(study_name=None, sampler=sampler, storage=f"sqlite:///{tmp_path}/s.db")
+        together.wait()
+        return space.suggest(study.ask()).parameters["beta"]
+
+    for _ in range(3):
+        together = Barrier(2)
+        with ThreadPoolExecutor() as pool:
+            first, second = pool.map(propose, range(2))
+        assert abs(first - second) > 1e-6
+
+
+def test_nobody_waits_for_a_trial_that_has_drawn_or_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    space, naps = space_of(), list[float]()
+    monkeypatch.setattr(samplers, "sleep", naps.append)
+    monkeypatch.setattr(samplers, "PATIENCE", 0.2)
+    study = optuna.create_study(sampler=RandomSampler())
+
+    def wait_for_those_before(number: int) -> list[float]:
+        naps.clear()
+        wait_for_earlier(study, study.trials[number], space)
+        return list(naps)
+
+    space.suggest(study.ask())
+    study.ask()
+    assert not wait_for_those_before(1)
+    study.ask()
+    assert set(wait_for_those_before(2)) == {samplers.LOOK}  # the one before has drawn nothing yet
+    sleep(0.2)  # so long that it must have died
+    assert not wait_for_those_before(2)
 
 
 def test_measurements_on_atp_count_for_the_curve() -> None:

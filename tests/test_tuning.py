@@ -19,7 +19,7 @@ import torch
 from byhand import ByHand
 from optuna.trial import TrialState
 from safetensors.torch import load_file, save_file
-from tinystudy import BLOCKS, LONG, finish, run, settings, start, study_file, wait_for
+from tinystudy import BLOCKS, LONG, few_at_a_time, finish, run, settings, start, study_file, wait_for
 
 from atp_tune import storage, tuning
 from atp_tune.bench import Bench
@@ -669,7 +669,8 @@ def test_a_failed_pair_is_not_measured_again(place: Path, monkeypatch: pytest.Mo
 # --- trials that are stopped
 
 
-def test_hopeless_trials_are_stopped_and_never_the_best(place: Path) -> None:
+def test_hopeless_trials_are_stopped_and_never_the_best(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few_at_a_time(monkeypatch)
     plain = run(place, "search.trials=8", name="plain")
     study = run(place, "search.trials=8", "search.stopper=wilcoxon", name="stopping")
     stopped = [t for t in study.trials if "stopped_after" in t.user_attrs]
@@ -702,15 +703,25 @@ def test_reports_are_made_for_the_same_groups_without_a_stopper(place: Path) -> 
     assert all(not t.intermediate_values for t in run(place).trials)
 
 
-def test_uniform_is_never_stopped(place: Path) -> None:
+def test_a_trial_that_has_seen_all_windows_is_not_stopped(place: Path) -> None:
+    """All windows fit into one batch here: nothing is left to be spared, so the value is the whole text's."""
+    study = run(place, "search.trials=8", "search.stopper=wilcoxon")
+    plain = run(place, "search.trials=8", name="plain")
+    assert not any("stopped_after" in t.user_attrs for t in study.trials)
+    assert [t.value for t in study.trials] == [t.value for t in plain.trials]
+
+
+def test_uniform_is_never_stopped(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is what the best is compared with, on both texts: a part of its windows would not do."""
+    few_at_a_time(monkeypatch)
     study = run(place, BOTH, "sparsity=0.8", "search.stopper=wilcoxon")
     assert study.trials[1].value > study.trials[0].value  # type: ignore[operator]
     assert "stopped_after" not in study.trials[1].user_attrs
     assert len(study.trials[1].user_attrs["nlls"]) == 16
 
 
-def test_a_stopped_pair_is_measured_again_if_asked_for(place: Path) -> None:
+def test_a_stopped_pair_is_measured_again_if_asked_for(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few_at_a_time(monkeypatch)
     overrides = ("search.stopper=wilcoxon",)
     study = run(place, "search.trials=6", *overrides)
     stopped = next(t for t in study.trials if "stopped_after" in t.user_attrs)

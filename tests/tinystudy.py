@@ -23,7 +23,7 @@ from sqlalchemy.engine import Engine
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from atp_tune import storage
+from atp_tune import batching, storage
 from atp_tune.cli import main
 from atp_tune.cli.running import quiet
 from atp_tune.events import Watch, unwatched
@@ -254,3 +254,8 @@ def _measures(database: Path, number: int) -> bool:
             return connection.execute(query, (number,)).fetchone() is not None
     except sqlite3.OperationalError:  # the file or its tables are being made
         return False
+
+
+def few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of a tiny study's 16 windows: a stopper comes to word after each batch."""
+    monkeypatch.setitem(batching.TOKENS, "cpu", 2 * TOKENS)

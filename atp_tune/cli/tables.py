@@ -240,6 +240,8 @@ def show_forecast(found: "Forecast") -> None:
 
 def _study_cost(whole: "Whole") -> str:
     """Trials, tokens and time of a study in one line."""
+    from atp_tune.wording import duration
+
     if whole.trials is None:
         return "not known how many trials"
     tokens = "" if whole.tokens is None else f", {whole.tokens:,} tokens through the model"
