@@ -25,6 +25,7 @@ from atp_tune.checkpoint import Linear
 from atp_tune.gathering import AllHeard, Gathering, ending
 from atp_tune.plan import Plan
 from atp_tune.pruners import Pruner, Statistics, make_pruner
+from atp_tune.pruners.selection import nonzeros
 from atp_tune.replay import Replay
 from atp_tune.standing import prune_standing
 
@@ -149,7 +150,7 @@ class Pruning:
             self.unheard.append(linear.name)
         sparse = rule.prune(linear.matrix(self._dense[linear.key]), self._sparsities[linear.name], statistics)
         linear.matrix(self.weights[linear.key]).copy_(sparse)
-        self._kept[linear.name] = sparse.count_nonzero()
+        self._kept[linear.name] = nonzeros(sparse)
 
     def zeros(self) -> dict[str, int]:
         """Number of zeros in each linear; one wait for the device, not one for each."""

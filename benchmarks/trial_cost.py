@@ -54,7 +54,8 @@ class Floor:
         ids = self.bench._ids
         calibration = self._text(ids["calibration"], len(ids["calibration"]), self.shapes)
         measuring = self._text(ids["calibration"], len(ids["calibration"]), self.shapes[:-1])
-        group = -(-len(ids["search"]) // GROUPS)
+        windows = len(ids["search"])
+        group = -(-windows // min(GROUPS, -(-windows // self.bench.batch_windows)))
         search = self._text(ids["search"], group, self.shapes)
         passes = {"block": measuring + calibration, "sequential": calibration, "dense": 0.0}[statistics]
         blocks = len(self.bench.checkpoint.blocks)

@@ -8,7 +8,7 @@ from naive import groups_mask, lowest_mask
 from torch import Tensor
 
 from atp_tune.pruners import selection
-from atp_tune.pruners.selection import lowest, lowest_in_matrix, lowest_in_rows, ranks, zeroed
+from atp_tune.pruners.selection import lowest, lowest_in_matrix, lowest_in_rows, nonzeros, ranks, zeroed
 
 
 def scores(seed: int, values: int | None) -> Tensor:
@@ -184,3 +184,10 @@ def test_without_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "_for_numpy", lambda scores: False)
     assert torch.equal(lowest_in_matrix(s, 0.4), by_sorting(s.reshape(1, -1), 480).reshape(s.shape))
     assert torch.equal(lowest(s, 13), by_sorting(s, 13))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_nonzeros_counts_what_is_not_zero_by_value(dtype: torch.dtype) -> None:
+    tiny = torch.finfo(dtype).smallest_normal
+    weight = torch.tensor([[0.0, -0.0, float("nan"), float("inf")], [tiny, -tiny, 1.0, -3.0]]).to(dtype)
+    assert int(nonzeros(weight)) == int(nonzeros(weight.T)) == 6
