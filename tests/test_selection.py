@@ -189,5 +189,5 @@ def test_without_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_nonzeros_counts_what_is_not_zero_by_value(dtype: torch.dtype) -> None:
     tiny = torch.finfo(dtype).smallest_normal
-    weight = torch.tensor([[0.0, -0.0, float("nan"), float("inf")], [tiny, -tiny, 1.0, -3.0]]).to(dtype)
+    weight = torch.tensor([[0.0, -0.0, float("nan"), float("inf")], [tiny, -tiny, 1.0, -3.0]], dtype=dtype)
     assert int(nonzeros(weight)) == int(nonzeros(weight.T)) == 6
