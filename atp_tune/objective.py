@@ -51,11 +51,11 @@ class Objective:
         record = Record(self.bench.checkpoint.device, self.bench.dtype)
         blocks = record.follow(self.bench.prune(plan), self.bench.checkpoint.sizes)
         windows = len(self.bench.windows["search"].ids)
-        for nlls in self.bench.nlls(blocks, "search", self.stops):
+        stops = self.stops and not plan.is_uniform  # what the best is compared with is never stopped
+        for nlls in self.bench.nlls(blocks, "search", stops):
             record.nlls += nlls
             hopeless = self.stops and is_hopeless(trial, record.nlls, len(nlls), windows)
-            to_come = len(record.nlls) < windows
-            if hopeless and to_come and not plan.is_uniform:  # uniform is what the best is compared with: never stopped
+            if stops and hopeless and len(record.nlls) < windows:
                 set_attributes(trial, record.close())
                 return estimate(trial, record.nlls)
         result = perplexity(record.nlls)

@@ -267,15 +267,13 @@ def make_stopper(search: Search) -> BasePruner:
         return WilcoxonPruner() if search.stopper == "wilcoxon" else NopPruner()
 
 
-def first_trials(search: Search, space: Space, screened: list[Params] | None = None) -> list[Params]:
-    """What a study asks for before its sampler does: uniform for each pruner, then what was `screened`, or else where
-    each allocation begins, or the points of a grid, shuffled.
+def first_trials(search: Search, space: Space) -> list[Params]:
+    """What a study asks for before its sampler does: uniform for each pruner, then where each allocation begins, or the
+    points of a grid, shuffled.
 
     They are queued in the storage, because Optuna's GridSampler loses points over a resume, and ends in a KeyError
     where trials were queued beside a grid of one point.
     """
-    if screened is not None:
-        return [*space.uniform(), *screened]
     if search.sampler != "grid":
         return [*space.uniform(), *space.starts()]
     points = space.grid(search.step)

@@ -32,7 +32,6 @@ def screening_file(file: StudyFile, screen: Screen) -> StudyFile:
         "texts.search.every": screen.every,
         "search.trials": screen.trials,
         "search.stopper": "none",
-        "search.settle": "false",
         "search.screen": "none",
     }
     return overridden(file, changes)
@@ -47,6 +46,14 @@ def renamed(watch: Watch) -> Watch:
         watch(replace(event, what="screening") if isinstance(event, TrialEnded) else event)
 
     return hear
+
+
+def begins_with(points: list[Params], space: Space, total: int) -> list[Params]:
+    """What a screened study asks for before its sampler does: the points to be confirmed, then uniform for each pruner,
+    which the best is compared with and the search does not wait for.
+    """
+    uniform = space.uniform()
+    return [*points[: max(0, total - len(uniform))], *uniform][:total]
 
 
 def confirmed(study: optuna.Study, space: Space, count: int) -> list[Params]:

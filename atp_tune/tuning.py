@@ -18,7 +18,7 @@ from atp_tune.events import Note, TrialEnded, TrialStarted, Watch
 from atp_tune.perplexity import perplexity
 from atp_tune.process import GRACE, identity, is_alive, versions
 from atp_tune.samplers import first_trials, make_sampler, make_stopper, total_trials
-from atp_tune.screening import SUFFIX, confirmed, is_screening, renamed, screening_file
+from atp_tune.screening import SUFFIX, begins_with, confirmed, is_screening, renamed, screening_file
 from atp_tune.settling import has_settled
 from atp_tune.space import Params, Space, make_space
 from atp_tune.stored import TRIAL, checked
@@ -143,19 +143,25 @@ def _work(run: Run) -> optuna.Study:
     _compare_versions(run, study)
     study.sampler = make_sampler(search, space)
     study.pruner = make_stopper(search)
-    run, screened = (run, None) if search.screen is None else _screen(run, search.screen, bench, space)
-    for params in first_trials(search, space, screened)[:total]:
+    if search.screen is None:
+        _measure_dense(run, study, bench)
+        first = first_trials(search, space)[:total]
+    else:
+        run, points = _screen(run, search.screen, bench, space)
+        first = begins_with(points, space, total)
+    for params in first:
         study.enqueue_trial(params, {storage.START: True}, skip_if_exists=True)
-    _measure_dense(run, study, bench)
     total = _drive(run, study, bench, space, total)
     if run.reports and storage.counted(study) >= total:
+        _measure_dense(run, study, bench)
         report(run, study, bench, space)
     return study
 
 
 def _screen(run: Run, screen: Screen, bench: "Bench", space: Space) -> tuple[Run, list[Params]]:
     """Runs the screening, or goes on with it: the points that it leaves to be confirmed, and the run with the time that
-    is left. There are no points before it is complete.
+    is left. There are no points before it is complete. It has measured the dense model, on its part of the text, so
+    that the main study need not do so before its search.
     """
     began, file = monotonic(), screening_file(run.file, screen)
     inner = replace(

@@ -1,7 +1,7 @@
 """One β as the research scripts do it: load, two calibration passes, masks by sorting, evaluation window by window.
 
     python benchmarks/research_loop.py FOLDER SPARSITY BETA search|report      window NLLs on one line
-    python benchmarks/research_loop.py FOLDER prepare                          model and windows of smol into FOLDER
+    python benchmarks/research_loop.py FOLDER prepare [KEY=VALUE …]            model and windows of smol into FOLDER
 
 Written from the description of Wanda's and ATP's procedure, for a Llama; `search_cost.py` runs it for each β.
 """
@@ -68,12 +68,12 @@ def evaluate(model: nn.Module, window: Tensor) -> float:
     return float(loss)
 
 
-def prepare(work: Path) -> None:
-    """Writes where the model of smol lies, its number format and its windows."""
+def prepare(work: Path, changes: list[str]) -> None:
+    """Writes where the model of smol lies, its number format and its windows, some keys of the study changed."""
     from atp_tune.bench import Bench, Setup
     from atp_tune.studyfile import load
 
-    study = (file := load("smol")).study
+    study = (file := load("smol", changes)).study
     texts = {"calibration": study.texts.calibration, "search": study.texts.search, "report": study.report_text}
     bench = Bench.open(Setup(study.model, study.prune, texts, file.folder, "cpu"))
     (work / "model").write_text(str(bench.folder.path))
@@ -86,7 +86,7 @@ def main() -> None:
     """Prints the window NLLs, or prepares."""
     work = Path(sys.argv[1])
     if sys.argv[2] == "prepare":
-        prepare(work)
+        prepare(work, sys.argv[3:])
         return
     print(*loop(work, float(sys.argv[2]), float(sys.argv[3]), sys.argv[4]))
 

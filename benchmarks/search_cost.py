@@ -1,32 +1,36 @@
 """What a search costs: the paper's procedure against `tune.py`, with each lever alone and with all of them.
 
-    python benchmarks/search_cost.py                        50 and 60 %, about 25 minutes on 2 cores
-    python benchmarks/search_cost.py --sparsity 0.6 --rows paper off all
+    python benchmarks/search_cost.py                            50 and 60 %, about 15 minutes on 2 cores
+    python benchmarks/search_cost.py --scale 4 --rows paper all   four times the text to calibrate on and to search on
 
 The paper's search is a shell loop: for each β of the grid 0.002, 0.004, … a process loads the checkpoint, passes the
 calibration text twice (dense, then pruned) at one window a time, sorts every row for its mask, evaluates window by
 window, and prints a perplexity; the least is chosen. It is written here as plainly as that, on the same model, texts,
 number format and threads; it is spared its tokenisation. `tune.py` is run as a person would run it.
 
-`to the choice` is the wall time until the last search trial ended, process start and model loading included; `all` is
+`to the choice` is the wall time until the last trial of a β ended, process start and model loading included; `all` is
 the whole command, which also measures dense, uniform and best on the report text (the paper's loop does not). Tokens
 are those of the calibration and search texts that pass through all blocks until the choice. The report perplexity is
 that of the chosen point, measured as the row measures; the change is from the paper's choice, over paired windows.
+Dense statistics that an earlier run left in the cache are removed first.
 """
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
 import optuna
 
+from atp_tune.cache import cache_dir
 from atp_tune.perplexity import change, perplexity
 from atp_tune.studyfile import load
 from atp_tune.summary import summarise
@@ -34,14 +38,15 @@ from atp_tune.summary import summarise
 HERE = Path(__file__).parent
 STEP = 0.002
 GRID = ("search.sampler=grid", f"search.step={STEP}")
-SCREEN = ("search.sampler=gp", "search.screen.trials=9", "search.screen.every=4", "search.screen.confirm=2")
+PART = 4  # windows of the search text that a screening looks at
+SCREEN = ("search.sampler=gp", "search.screen.trials=9", "search.screen.confirm=2")
 LEVERS = {
     "off": GRID,
     "sequential": (*GRID, "prune.statistics=sequential"),
     "stopper": (*GRID, "search.stopper=wilcoxon"),
     "settle": ("search.sampler=gp", "search.settle=true"),
     "screen": SCREEN,
-    "all": (*SCREEN, "prune.statistics=sequential", "search.stopper=wilcoxon"),
+    "all": (*SCREEN, "search.settle=true", "prune.statistics=sequential", "search.stopper=wilcoxon"),
 }
 
 
@@ -58,7 +63,13 @@ class Row:
     report: list[float]  # window NLLs
 
 
-def paper(sparsity: float, work: Path) -> Row:
+def texts(scale: int) -> dict[str, int]:
+    """The settings of smol's texts, so many times as long."""
+    found = load("smol").study.texts
+    return {f"texts.{role}.windows": scale * (getattr(found, role).windows or 0) for role in ("calibration", "search")}
+
+
+def paper(sparsity: float, work: Path, scale: int) -> Row:
     """The loop of the research scripts, a process for each β."""
     blocks, command = 30, [sys.executable, str(HERE / "research_loop.py"), str(work), str(sparsity)]
     bound = 2 * min(sparsity, 1 - sparsity) / (blocks - 1)
@@ -70,7 +81,7 @@ def paper(sparsity: float, work: Path) -> Row:
         print(f"  paper β={beta:g}: {found[beta]:.2f}", file=sys.stderr, flush=True)
     seconds = perf_counter() - began
     best = min(found, key=lambda beta: found[beta])
-    N, E = _tokens()
+    N, E = _tokens(scale)
     report = _nlls([*command, str(best), "report"])
     return Row("paper", seconds, seconds, len(betas) * (2 * N + E), best, str(len(betas)), report)
 
@@ -80,52 +91,59 @@ def _nlls(command: Sequence[str]) -> list[float]:
     return [float(word) for word in done.stdout.split()]
 
 
-def ours(name: str, sparsity: float, work: Path) -> Row:
+def ours(name: str, sparsity: float, work: Path, scale: int) -> Row:
     """One command of `tune.py` with some levers."""
     storage, label = f"sqlite:///{work}/search.db", f"{name}-{sparsity:g}"
     grid = int(2 * min(sparsity, 1 - sparsity) / 29 / STEP + 1e-9)
-    overrides = [f"sparsity={sparsity}", *LEVERS[name]]
-    overrides += [f"search.trials={grid + 1}"] if name not in {"screen", "all"} else ["search.trials=3"]
+    sizes = texts(scale)
+    overrides = [f"sparsity={sparsity}", *LEVERS[name], *(f"{key}={value}" for key, value in sizes.items())]
+    if name in {"screen", "all"}:
+        overrides += ["search.trials=3", f"search.screen.every={sizes['texts.search.windows'] // PART}"]
+    else:
+        overrides += [f"search.trials={grid + 1}"]
     sets = [word for override in overrides for word in ("--set", override)]
     command = [sys.executable, "tune.py", "--study", "smol", "--storage", storage, "--study-name", label, *sets]
+    shutil.rmtree(cache_dir("statistics"), ignore_errors=True)
     began, started = datetime.now(), perf_counter()
     subprocess.run(command, check=True, cwd=HERE.parent, stdout=sys.stderr)
     seconds = perf_counter() - started
     study = optuna.load_study(study_name=label, storage=storage)
-    last = max(trial.datetime_complete for trial in study.trials if trial.datetime_complete)
+    last = max(trial.datetime_complete for trial in study.trials if trial.datetime_complete and trial.params["beta"])
     summary = summarise(study)
     best = summary.best_trial
     assert best is not None
     report = study.user_attrs["reports"][str(best.number)]
-    trials, tokens = _work(study, label, storage)
+    trials, tokens = _work(study, label, storage, scale)
     return Row(name, (last - began).total_seconds(), seconds, tokens, best.params["beta"], trials, report)
 
 
-def _work(study: optuna.Study, label: str, storage: str) -> tuple[str, float]:
+def _work(study: optuna.Study, label: str, storage: str, scale: int) -> tuple[str, float]:
     """Trials, in full, stopped and screened, and tokens through the model until the choice, the dense model's too."""
-    N, E = _tokens()
+    N, E = _tokens(scale)
     passes = 1 if "sequential" in str(study.user_attrs["made_from"]["overrides"]) else 2
-    tokens, shown = float(E), f"{len(study.trials)}"
+    windows, shown, tokens = len(study.user_attrs["dense"]), f"{len(study.trials)}", 0.0
     stopped = sum("stopped_after" in trial.user_attrs for trial in study.trials)
-    for trial in study.trials:
-        tokens += passes * N + E * len(trial.user_attrs["nlls"]) / len(study.user_attrs["dense"])
     if f"{label}.screen" in optuna.get_all_study_names(storage):
         screened = optuna.load_study(study_name=f"{label}.screen", storage=storage)
-        part = E * len(screened.user_attrs["dense"]) / len(study.user_attrs["dense"])
-        tokens += N + part * (1 + len(screened.trials))
+        tokens += N + E * len(screened.user_attrs["dense"]) / windows * (1 + len(screened.trials))
         shown += f" + {len(screened.trials)} screened"
+        measured = [trial for trial in study.trials if trial.params["beta"]]  # uniform comes after the choice
+    else:
+        measured, tokens = study.trials, float(E)
+    tokens += sum(passes * N + E * len(trial.user_attrs["nlls"]) / windows for trial in measured)
     return shown + (f", {stopped} stopped" if stopped else ""), tokens
 
 
-def _tokens() -> tuple[int, int]:
-    texts = load("smol").study.texts
-    calibration, search = ((text.windows or 0) * text.tokens for text in (texts.calibration, texts.search))
+def _tokens(scale: int) -> tuple[int, int]:
+    found = load("smol").study.texts
+    calibration, search = (scale * (text.windows or 0) * text.tokens for text in (found.calibration, found.search))
     return calibration, search
 
 
-def prepare(work: Path) -> None:
+def prepare(work: Path, scale: int) -> None:
     """Model folder and windows for the plain loop, and warm caches for all."""
-    command = [sys.executable, str(HERE / "research_loop.py"), str(work), "prepare"]
+    sizes = [f"{key}={value}" for key, value in texts(scale).items()]
+    command = [sys.executable, str(HERE / "research_loop.py"), str(work), "prepare", *sizes]
     subprocess.run(command, check=True)
 
 
@@ -150,13 +168,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.6])
     parser.add_argument("--rows", nargs="+", default=["paper", *LEVERS], choices=["paper", *LEVERS])
+    parser.add_argument("--scale", type=int, default=1, help="times smol's texts to calibrate on and to search on")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        prepare(work)
-        print(f"{os.cpu_count()} cores\n")
+        prepare(work, asked.scale)
+        print("{} cores, {:,} tokens to calibrate, {:,} to search\n".format(os.cpu_count(), *_tokens(asked.scale)))
         for sparsity in asked.sparsity:
-            rows = [paper(sparsity, work) if name == "paper" else ours(name, sparsity, work) for name in asked.rows]
+            ways = [paper if name == "paper" else partial(ours, name) for name in asked.rows]
+            rows = [way(sparsity, work, asked.scale) for way in ways]
             print(table(rows, sparsity), flush=True)
 
 
