@@ -5,11 +5,13 @@ N calibration tokens, E search tokens, R report tokens, C tokens of the error cu
     block         N to listen to inputs, N to run on, E to evaluate
     sequential    N to listen and run on at once, E to evaluate
     dense         C to run on, E to evaluate; N twice, once for all trials
+    screening     a part of E to evaluate; N twice, once for all trials
 
 The document (`atp_tune.plan/1`) is published: keys are added under the same number, never renamed or removed.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -122,7 +124,8 @@ class Memory(Part):
 @dataclass(frozen=True)
 class Bytes:
     """What lies in memory: weights in all, of the blocks, of the largest block, and as the files hold them; whether
-    loading converts them; hidden states of calibration and search; dense states; work; the process itself.
+    loading converts them; hidden states of calibration and search; dense states; work; the process itself; what all
+    calibration windows hold in the middle of a block, where they stand before each linear.
     """
 
     total: int
@@ -135,11 +138,12 @@ class Bytes:
     dense: int
     work: int
     process: int
+    standing: int = 0
 
     @property
     def states(self) -> int:
         """Hidden states at their peak: those of calibration exist twice for a moment, beside those of the search."""
-        return max(self.search + 2 * self.calibration, 2 * self.search)
+        return max(self.search + 2 * self.calibration + self.standing, 2 * self.search)
 
 
 def memory(held: Bytes, residency: Residency, free: Free, apart: bool) -> Memory:
@@ -174,12 +178,13 @@ class Trial(Part):
 
 
 class Whole(Part):
-    """The whole study: its total of trials (null where it is not known), those done; seconds of all and of what is
-    left, with loading, the dense model, and the report text.
+    """The whole study: its total of trials (null where it is not known), those done, and those of the screening before
+    it; seconds of all and of what is left, with loading, the dense model, the screening, and the report text.
     """
 
     trials: int | None
     done: int
+    screened: int = 0
     tokens: int | None
     seconds: float | None
     seconds_left: float | None
@@ -233,9 +238,34 @@ def _host_advice(held: Bytes, residency: Residency, own: int, needed: Memory, wi
 
 def _fewer(held: Bytes, over: int, windows: int) -> str:
     """The number of calibration windows with which it would fit, if there is one."""
-    each = 2 * held.calibration / windows
+    each = (2 * held.calibration + held.standing) / windows
     fitting = windows - math.ceil(over / each) if each else 0
     return f"set texts.calibration.windows = {fitting}" if fitting > 0 else ""
+
+
+@dataclass(frozen=True)
+class Screening:
+    """What comes before a study: its trials and those done, tokens that each evaluates, and tokens sent through the
+    dense blocks to listen and to run on, once for all.
+    """
+
+    trials: int
+    done: int
+    evaluated: int
+    once: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens through the blocks in all, the dense model's among them."""
+        return (self.trials + 1) * self.evaluated + 2 * self.once
+
+    def seconds(self, rates: Rates, pruners: Iterable[str], blocks: int) -> tuple[float, float]:
+        """Seconds of all of it, and of what is left."""
+        cost = Passes(listen=0, run=0, evaluate=self.evaluated)
+        each = _mean([trial_seconds(rates, pruner, cost, blocks).total for pruner in pruners])
+        before = blocks * self.once * rates.dense + dense_seconds(rates, self.evaluated, blocks, "search")
+        left = max(0, self.trials - self.done)
+        return before + self.trials * each, (0 if self.done else before) + left * each
 
 
 def whole(
@@ -247,12 +277,35 @@ def whole(
     blocks: int,
     once: int,
     rows: int,
+    screening: Screening | None = None,
 ) -> Whole:
     """The study in all. Trials are shared out evenly over the pruners; none is taken to end early.
 
     `once`: tokens sent through the dense blocks to listen and to run on, once for all trials; `rows`: plans that are
     measured on the report text (of the dense model once more), 0 where the search text reports.
     """
+    found = _whole(rates, trials, done, costs, tokens, blocks, once, rows)
+    if screening is None:
+        return found
+    found = found.model_copy(update={"screened": screening.trials})
+    if found.tokens is not None:
+        found = found.model_copy(update={"tokens": found.tokens + screening.tokens})
+    if rates is None or found.seconds is None or found.seconds_left is None:
+        return found
+    seconds, left = screening.seconds(rates, costs, blocks)
+    return found.model_copy(update={"seconds": found.seconds + seconds, "seconds_left": found.seconds_left + left})
+
+
+def _whole(
+    rates: Rates | None,
+    trials: int | None,
+    done: int,
+    costs: dict[str, Passes],
+    tokens: Tokens,
+    blocks: int,
+    once: int,
+    rows: int,
+) -> Whole:
     if trials is None:
         return Whole(trials=None, done=done, tokens=None, seconds=None, seconds_left=None)
     sent = _mean([cost.total for cost in costs.values()])

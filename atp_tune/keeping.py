@@ -39,6 +39,8 @@ class Kept(Sequence[BlockStatistics]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[k] for k in range(*index.indices(self._blocks))]
+        if not 0 <= index < self._blocks:
+            raise IndexError(index)
         if index not in self._small:
             file = place_of(self._folder, index)
             found = _read(file, self._kind, self._device)

@@ -51,7 +51,7 @@ class Objective:
         record = Record(self.bench.checkpoint.device, self.bench.dtype)
         blocks = record.follow(self.bench.prune(plan), self.bench.checkpoint.sizes)
         windows = len(self.bench.windows["search"].ids)
-        stops = self.stops and not plan.is_uniform  # what the best is compared with is never stopped
+        stops = self.stops and not plan.is_uniform and best_trial(trial.study) is not None  # uniform is its measure
         for nlls in self.bench.nlls(blocks, "search", stops):
             record.nlls += nlls
             hopeless = self.stops and is_hopeless(trial, record.nlls, len(nlls), windows)

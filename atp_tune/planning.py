@@ -1,6 +1,6 @@
 """What `plan` does: a study's sizes read, its model probed, its cost foretold; nothing is stored."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -8,10 +8,11 @@ import psutil
 
 from atp_tune import forecast, storage
 from atp_tune.events import Note, Watch
-from atp_tune.forecast import Bytes, Forecast, Passes, Rates, Tokens, Trial, Weights, Whole
+from atp_tune.forecast import Bytes, Forecast, Passes, Rates, Screening, Tokens, Trial, Weights, Whole
 from atp_tune.headers import Sizes, read_sizes
 from atp_tune.residency import Free, Residency, choose
 from atp_tune.samplers import total_trials
+from atp_tune.screening import SUFFIX
 from atp_tune.space import make_space
 from atp_tune.study import Study
 from atp_tune.studyfile import StudyFile
@@ -25,7 +26,9 @@ MEASURED = ("owl", "global")  # allocations that want the norms of all inputs of
 
 @dataclass(frozen=True)
 class Known:
-    """What is known before the model is loaded; `width` of a hidden state, `kinds` of statistics on the dense model."""
+    """What is known before the model is loaded; `width` of a hidden state, `kinds` of statistics on the dense model,
+    `screened`: trials of the screening that are done.
+    """
 
     study: Study
     sizes: Sizes
@@ -38,6 +41,8 @@ class Known:
     costs: dict[str, Passes]
     kinds: int
     process: int
+    search_windows: int
+    screened: int
 
     def residency(self) -> Residency:
         """Where the weights will lie."""
@@ -65,7 +70,7 @@ def foresee(file: StudyFile, name: str, watch: Watch) -> Forecast:
     dtype = find_dtype(setup.model.dtype, device)
     watch(Note("loading the model and the texts"))
     folder = resolve(setup.model, setup.base, lambda text: watch(Note(text)))
-    known = _known(file.study, setup, folder, device, dtype.itemsize)
+    known = _known(file.study, setup, folder, device, dtype.itemsize, _done(file, name + SUFFIX))
     done, bench, rates = _done(file, name), None, None
     if not forecast.problems(known.held(0), _memory(known, known.residency(), 0), known.residency(), known.windows):
         with memory_for("loading"):
@@ -85,7 +90,7 @@ def _setup(file: StudyFile) -> "Setup":
     return Setup(spec.model, spec.prune, texts, file.folder, spec.device)
 
 
-def _known(study: Study, setup: "Setup", folder: "ModelFolder", device: Any, itemsize: int) -> Known:
+def _known(study: Study, setup: "Setup", folder: "ModelFolder", device: Any, itemsize: int, screened: int) -> Known:
     from transformers import AutoConfig
 
     from atp_tune.bench import CURVE_TOKENS
@@ -104,7 +109,7 @@ def _known(study: Study, setup: "Setup", folder: "ModelFolder", device: Any, ite
     free = Free(free_memory(device), host_memory(), bounded)
     return Known(
         study, read_sizes(folder.path), tokens, windows, width, itemsize, free, device.type == "cuda",
-        _costs(study, tokens), _kinds(study), psutil.Process().memory_info().rss,
+        _costs(study, tokens), _kinds(study), psutil.Process().memory_info().rss, len(ids["search"]), screened,
     )  # fmt: skip
 
 
@@ -120,11 +125,16 @@ def _costs(study: Study, tokens: Tokens) -> dict[str, Passes]:
 
 def _kinds(study: Study) -> int:
     """How many kinds of statistics are measured once, on the dense model."""
+    if study.prune.statistics == "dense":
+        return dense_kinds(study)
+    return int(any(name in MEASURED for name in study.allocation.names))
+
+
+def dense_kinds(study: Study) -> int:
+    """How many kinds of statistics the pruners of a study want of the dense model."""
     from atp_tune.pruners import PRUNERS
 
-    if study.prune.statistics == "dense":
-        return len({PRUNERS[name].measures for name in study.prune.pruners} - {None})
-    return int(any(name in MEASURED for name in study.allocation.names))
+    return len({PRUNERS[name].measures for name in study.prune.pruners} - {None})
 
 
 def _done(file: StudyFile, name: str) -> int:
@@ -151,7 +161,12 @@ def _forecast(
     work = rates.work if rates else 0
     if known.study.search.stopper != "none" and residency == "device":  # all pruned blocks are kept between groups
         work += known.held(0).blocks
-    held, needed = known.held(work), _memory(known, residency, work)
+    if bench is not None:
+        work += _rank_bytes(known.study, bench)
+    held = known.held(work)
+    if bench is not None and known.study.prune.statistics == "sequential":
+        held = replace(held, standing=known.tokens.calibration * bench.standing_bytes_per_token)
+    needed = forecast.memory(held, residency, known.free, known.apart)
     blocks = len(known.sizes.blocks)
     trials = tuple(
         Trial(
@@ -173,6 +188,17 @@ def _forecast(
     )
 
 
+def _rank_bytes(study: Study, bench: "Bench") -> int:
+    """Bytes of the ranks that are kept where trials are pruned by the dense model's statistics."""
+    from atp_tune.pruners import make_pruner
+    from atp_tune.ranking import BYTES, can_rank
+
+    if study.prune.statistics != "dense" and study.search.screen is None:
+        return 0
+    pruners = [make_pruner(name, study.prune.settings(name)) for name in study.prune.pruners]
+    return BYTES * sum(bench.checkpoint.sizes) if any(can_rank(x, bench.checkpoint) for x in pruners) else 0
+
+
 def _whole(known: Known, done: int, bench: "Bench | None", rates: Rates | None) -> Whole:
     study, trials = known.study, known.study.search.trials
     if bench is not None:
@@ -180,4 +206,15 @@ def _whole(known: Known, done: int, bench: "Bench | None", rates: Rates | None) 
     allocations = len(set(study.allocation.names) - {"uniform"})
     rows = 0 if study.texts.report is None else max(1, allocations + min(allocations, len(study.prune.pruners)))
     once = known.kinds * known.tokens.calibration
-    return forecast.whole(rates, trials, done, known.costs, known.tokens, len(known.sizes.blocks), once, rows)
+    return forecast.whole(
+        rates, trials, done, known.costs, known.tokens, len(known.sizes.blocks), once, rows, _screening(known)
+    )
+
+
+def _screening(known: Known) -> Screening | None:
+    """The study's screening, as far as it is not done."""
+    screen, tokens = known.study.search.screen, known.tokens
+    if screen is None:
+        return None
+    part = tokens.search // known.search_windows * -(-known.search_windows // screen.every)
+    return Screening(screen.trials, known.screened, part, dense_kinds(known.study) * tokens.calibration)

@@ -185,7 +185,7 @@ class Screen(Part):
 
     trials: int = Field(ge=1, description="points that are screened, over all runs; a grid is screened whole")
     every: int = Field(4, ge=1, description="of the search windows, the first and every so many-th after it")
-    confirm: int = Field(2, ge=1, description="how many of the best begin the study, after uniform")
+    confirm: int = Field(2, ge=1, description="how many of the best begin the study, before uniform")
 
 
 class Search(Part):

@@ -12,15 +12,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 @torch.no_grad()
 def loop(work: Path, sparsity: float, beta: float, role: str) -> list[float]:
     """Window NLLs of the pruned model."""
     dtype = getattr(torch, (work / "dtype").read_text())
-    model = AutoModelForCausalLM.from_pretrained((work / "model").read_text(), dtype=dtype)
-    calibration, text = (torch.from_numpy(np.load(work / f"{name}.npy")) for name in ("calibration", role))
+    folder = (work / "model").read_text()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    calibration, text = (windows(work, folder, name) for name in ("calibration", role))
     body, blocks = model.model, len(model.model.layers)
     hidden = torch.cat([body.embed_tokens(window[None]) for window in calibration])
     after = torch.zeros_like(hidden)
@@ -36,6 +37,20 @@ def loop(work: Path, sparsity: float, beta: float, role: str) -> list[float]:
             after[j] = block(hidden[j : j + 1], position_embeddings=rotary)
         hidden, after = after, hidden
     return [evaluate(model, window[None]) for window in text]
+
+
+def windows(work: Path, folder: str, role: str) -> Tensor:
+    """Tokenises a text, as each process does, and cuts it; where windows are drawn at random, they are the study's."""
+    ids, drawn = (
+        AutoTokenizer.from_pretrained(folder)((work / f"{role}.txt").read_text()).input_ids,
+        work / f"{role}.npy",
+    )
+    found = np.load(drawn)
+    if role == "calibration":
+        return torch.from_numpy(found)
+    cut = torch.tensor(ids[: found.size]).view(found.shape)
+    assert torch.equal(cut, torch.from_numpy(found))
+    return cut
 
 
 def linears(block: nn.Module) -> list[tuple[str, nn.Linear]]:
@@ -72,14 +87,16 @@ def prepare(work: Path, changes: list[str]) -> None:
     """Writes where the model of smol lies, its number format and its windows, some keys of the study changed."""
     from atp_tune.bench import Bench, Setup
     from atp_tune.studyfile import load
+    from atp_tune.texts import documents
 
     study = (file := load("smol", changes)).study
     texts = {"calibration": study.texts.calibration, "search": study.texts.search, "report": study.report_text}
     bench = Bench.open(Setup(study.model, study.prune, texts, file.folder, "cpu"))
     (work / "model").write_text(str(bench.folder.path))
     (work / "dtype").write_text(bench.dtype)
-    for role, windows in bench.windows.items():
-        np.save(work / f"{role}.npy", windows.ids)
+    for role, drawn in bench.windows.items():
+        np.save(work / f"{role}.npy", drawn.ids)
+        (work / f"{role}.txt").write_text("\n\n".join(documents(texts[role], file.folder)))
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from atp_tune.forecast import (
     Passes,
     PrunerRate,
     Rates,
+    Screening,
     Tokens,
     bytes_of,
     dense_seconds,
@@ -84,6 +85,22 @@ def test_what_is_measured_once_on_the_dense_model() -> None:
     assert (one.tokens or 0) + 2000 == other.tokens
 
 
+def test_a_screening_comes_on_top() -> None:
+    costs = {"wanda": passes("block", True, TOKENS, 300)}
+    screening = Screening(trials=6, done=0, evaluated=75, once=1000)
+    plain = whole(RATES, 3, 0, costs, TOKENS, 4, once=0, rows=1)
+    found = whole(RATES, 3, 0, costs, TOKENS, 4, once=0, rows=1, screening=screening)
+    assert found.screened == 6 and plain.screened == 0
+    assert (found.tokens or 0) - (plain.tokens or 0) == 7 * 75 + 2 * 1000
+    trial = 4 * 0.25 + 75 * (4 * 0.002 + 0.01)
+    once = 4 * 1000 * 0.004 + dense_seconds(RATES, 75, 4, "search")
+    assert (found.seconds or 0) - (plain.seconds or 0) == pytest.approx(once + 6 * trial)
+    assert found.seconds_left == found.seconds
+    late = whole(RATES, 3, 0, costs, TOKENS, 4, once=0, rows=1, screening=replace(screening, done=4))
+    assert (late.seconds_left or 0) - (plain.seconds_left or 0) == pytest.approx(2 * trial)
+    assert whole(None, 3, 0, costs, TOKENS, 4, once=0, rows=1, screening=screening).seconds is None
+
+
 def test_without_a_probe_tokens_are_known_and_seconds_not() -> None:
     costs = {"wanda": passes("block", True, TOKENS, 300)}
     found = whole(None, 10, 0, costs, TOKENS, 4, once=0, rows=0)
@@ -103,6 +120,7 @@ def test_bytes() -> None:
     assert (found.total, found.blocks, found.largest, found.files, found.converts) == (2000, 1800, 600, 4000, True)
     assert (found.calibration, found.search, found.dense) == (16000, 4800, 4 * 1600)
     assert found.states == 4800 + 2 * 16000
+    assert held(standing=500).states == found.states + 500
     assert not bytes_of(SIZES, 4, 8, TOKENS, 0, 0).converts
 
 
@@ -138,6 +156,8 @@ def test_what_fits_is_no_problem() -> None:
          'device memory: 10.0 GiB are needed, 9.0 GiB are free; set model.residency = "auto"'),
         (Free(4 * G, 9 * G), {"calibration": 5 * G}, "device",
          "device memory: 10.0 GiB are needed, 4.0 GiB are free; set texts.calibration.windows = 3"),
+        (Free(4 * G, 9 * G), {"calibration": 2 * G, "standing": 4 * G}, "device",
+         "device memory: 8.0 GiB are needed, 4.0 GiB are free; set texts.calibration.windows = 4"),
         (Free(4 * G, 9 * G), {"work": 5 * G}, "device",
          "device memory: 5.0 GiB are needed, 4.0 GiB are free; take shorter windows or a larger device"),
         (Free(4 * G, G), {"blocks": 2 * G, "converts": False}, "host",

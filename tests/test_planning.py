@@ -87,6 +87,31 @@ def test_statistics_of_the_dense_model_are_counted_once(place: Path) -> None:
     assert (owl.whole.tokens or 0) - (plain.whole.tokens or 0) == 2 * 256
 
 
+def test_a_screening_is_foretold(place: Path, command: CommandLine) -> None:
+    words = ("search.screen.trials=5", "search.screen.every=3", "search.sampler=gp")
+    plain = foresee(study_file(place), "tiny", unwatched)
+    found = foresee(study_file(place, *words), "tiny", unwatched)
+    assert (found.whole.trials, found.whole.screened) == (3, 5)
+    assert (found.whole.tokens or 0) - (plain.whole.tokens or 0) == (5 + 1) * 6 * 32 + 2 * 256
+    assert (found.whole.seconds or 0) > 0
+    assert found.memory.host > plain.memory.host  # ranks of weights
+    assert (
+        "3 trials after 5 trials of screening" in command("plan", "--study", place / "tiny.toml", *settings(*words)).out
+    )
+    run(place, *words, timeout=0)
+    run(place, *words)
+    assert foresee(study_file(place, *words), "tiny", unwatched).whole.seconds_left == 0
+
+
+def test_what_stands_in_the_middle_of_a_block_is_stated(place: Path) -> None:
+    plain, found = (
+        foresee(study_file(place, f"prune.statistics={way}", "device=cpu"), "tiny", unwatched)
+        for way in ("block", "sequential")
+    )
+    assert found.trial[0].tokens.total == plain.trial[0].tokens.total - 256
+    assert found.memory.host != plain.memory.host
+
+
 def test_a_model_with_no_weights_is_one_line(place: Path, command: CommandLine) -> None:
     shutil.rmtree(place / "model")
     assert command("plan", "--study", place / "tiny.toml").error.startswith("model.source: ")

@@ -248,7 +248,8 @@ def _study_cost(whole: "Whole") -> str:
     time = "" if whole.seconds is None else f", about {duration(whole.seconds)}"
     left = "" if not whole.done or whole.seconds_left is None else f" ({duration(whole.seconds_left)} left)"
     done = f"{whole.done} of " if whole.done else ""
-    return f"{done}{_trials(whole.trials)}{tokens}{time}{left}"
+    screened = f" after {_trials(whole.screened)} of screening" if whole.screened else ""
+    return f"{done}{_trials(whole.trials)}{screened}{tokens}{time}{left}"
 
 
 def _memory(memory: "Memory") -> str:

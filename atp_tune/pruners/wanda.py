@@ -22,7 +22,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from atp_tune.pruners.selection import lowest_in_matrix, lowest_in_rows, zeroed
+from atp_tune.pruners.selection import lowest_in_matrix, lowest_in_rows, ranks, zeroed
 from atp_tune.pruners.statistics import InputNorms, Statistics
 
 Compare = Literal["row", "row-variant"]
@@ -42,7 +42,9 @@ class Wanda:
 
     def prune(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:
         """Pruned copy of weight [out, in] at a sparsity in [0, 1]; statistics are its `InputNorms`."""
-        assert isinstance(statistics, InputNorms)
+        if isinstance(statistics, Ranks) and self.compare == "row" and self.group is None:
+            return zeroed(weight, statistics.lowest(sparsity))
+        assert statistics is not None
         scores = self.scores(weight, statistics)
         if self.compare == "row" or self.group is not None:
             mask = lowest_in_rows(scores, sparsity, self.group)
@@ -51,9 +53,27 @@ class Wanda:
         return zeroed(weight, mask)
 
     @staticmethod
-    def scores(weight: Tensor, statistics: InputNorms) -> Tensor:
-        """The scores [out, in] of weight [out, in], in float32."""
+    def scores(weight: Tensor, statistics: Statistics) -> Tensor:
+        """The scores [out, in] of weight [out, in], in float32; statistics are its `InputNorms`."""
+        assert isinstance(statistics, InputNorms)
         return weight.abs().float().mul_(statistics.norms())
+
+
+class Ranks(InputNorms):
+    """The norms, and by them each weight's place in its row, which is all that comparing rows asks for."""
+
+    places: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, statistics: Statistics) -> "Ranks":
+        """Of weight [out, in], by its scores."""
+        found = cls.restored(statistics.tensors())
+        found.places = ranks(Wanda.scores(weight, statistics))
+        return found
+
+    def lowest(self, sparsity: float) -> Tensor:
+        """Mask [out, in] of the ⌊in·s⌋ lowest scores of each row."""
+        return self.places < int(self.places.shape[1] * sparsity)
 
 
 def _shares(scores: Tensor) -> Tensor:
