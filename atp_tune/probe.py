@@ -1,5 +1,6 @@
 """A few seconds of a trial's work, timed: what one micro-batch costs in three blocks foretells a study's cost."""
 
+import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -24,7 +25,7 @@ PATIENCE = 15.0  # seconds after which no further block is probed
 
 
 class Clock:
-    """Seconds by name, each the mean over all times that something of that name was timed."""
+    """Seconds by name, each the median of all times that something of that name was timed."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -44,10 +45,9 @@ class Clock:
         for phase, seconds in phases.items():
             self._found.setdefault(f"{phase} {name}", []).append(seconds)
 
-    def mean(self, name: str) -> float:
-        """Seconds on average; 0 where nothing of that name was timed."""
-        times = self._found.get(name, [])
-        return sum(times) / len(times) if times else 0.0
+    def typical(self, name: str) -> float:
+        """Seconds as a rule; 0 where nothing of that name was timed."""
+        return statistics.median(self._found.get(name, [0.0]))
 
     def forget(self) -> None:
         """Starts anew, after what was only to warm up."""
@@ -60,7 +60,7 @@ class Clock:
 
 @torch.inference_mode()
 def probe(bench: Bench, pruners: tuple[str, ...], sparsity: float, load: float) -> Rates:
-    """Times each pruner of a study in the first, middle and last block, each text in them, and the head.
+    """Times each pruner of a study in the first, middle and last block, each text in them, twice, and the head.
 
     `load`: seconds that opening the bench took. Blocks are taken as alike; a mixture's first tokens stand for all.
     """
@@ -70,19 +70,19 @@ def probe(bench: Bench, pruners: tuple[str, ...], sparsity: float, load: float) 
         _probe_block(bench, clock, 0, batches, pruners, sparsity)  # loads libraries, fills caches
         clock.forget()
         began = perf_counter()
-        for index in dict.fromkeys((0, last // 2, last)):
+        for index in 2 * list(dict.fromkeys((0, last // 2, last))):
             if index == 0 or perf_counter() - began < PATIENCE:
                 _probe_block(bench, clock, index, batches, pruners, sparsity)
         ends = _probe_ends(bench)
     tokens = {role: batch.shape[0] * batch.shape[1] for role, batch in batches.items()}
-    run = {role: clock.mean(f"run {role}") / tokens[role] for role in batches}
-    each = {name: clock.mean(f"calibrate {name}") / tokens["calibration"] for name in pruners}
+    run = {role: clock.typical(f"run {role}") / tokens[role] for role in batches}
+    each = {name: clock.typical(f"calibrate {name}") / tokens["calibration"] for name in pruners}
     measures = {name for name in pruners if PRUNERS[name].measures is not None}
     dense = max((each[name] for name in measures), default=2 * run["calibration"])
     if bench.prune_settings.statistics == "dense":
         each = dict.fromkeys(pruners, run["calibration"])
-    found = {name: PrunerRate(each[name], clock.mean(f"prune {name}")) for name in pruners}
-    return Rates(load, run, dense, ends, clock.mean("fetch"), found, taken[0])
+    found = {name: PrunerRate(each[name], clock.typical(f"prune {name}")) for name in pruners}
+    return Rates(load, run, dense, ends, clock.typical("fetch"), found, taken[0])
 
 
 def _batch(bench: Bench, role: str) -> Tensor:
@@ -117,11 +117,12 @@ def _probe_ends(bench: Bench) -> float:
     """Seconds per token of embedding and head, on search windows, or on those of the report."""
     heads, clock = bench.batches[1], Clock(bench.checkpoint.device)
     ids = _ids(bench, "search" if "search" in bench.windows else "report", heads.windows)
-    for _ in range(2):
-        clock.forget()  # the first time is to warm up
+    for turn in range(4):
+        if turn == 1:
+            clock.forget()  # the first time is to warm up
         hidden = clock.time("embed", partial(bench.replay.embed, ids))
         clock.time("head", partial(head_nlls, bench.replay, heads, ids, hidden))
-    return (clock.mean("embed") + clock.mean("head")) / ids.numel()
+    return (clock.typical("embed") + clock.typical("head")) / ids.numel()
 
 
 @contextmanager
