@@ -11,6 +11,7 @@ it idle where there is one row: there all are sorted.
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch import Tensor
 SLACK = 1e-9
 SAMPLE = 4096  # scores that enclose the threshold of a matrix
 WORTH_A_THREAD = 2**17  # scores
+PARTS = 4  # of the rows for each thread
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 Floats = NDArray[np.floating[Any]]
@@ -160,13 +162,32 @@ def _for_numpy(scores: Tensor) -> bool:
 
 
 def _in_threads(work: Any, *arrays: NDArray[Any]) -> None:
-    """Calls work(…) on as many parts of the rows as torch has threads; numpy lets the others run."""
-    count = min(torch.get_num_threads(), arrays[0].size // WORTH_A_THREAD, len(arrays[0]))
-    if count <= 1:
+    """Calls work(…) on parts of the rows, in this thread and in as many others as torch has more; numpy lets them run.
+
+    Each takes the next part when it is done with one: for some milliseconds after their last product torch's own
+    threads wait for more work without leaving their cores, and until then those here may not get any.
+    """
+    threads = min(torch.get_num_threads(), arrays[0].size // WORTH_A_THREAD, len(arrays[0]))
+    if threads <= 1:
         work(*arrays)
         return
-    with ThreadPoolExecutor(count) as pool:
-        list(pool.map(work, *(np.array_split(array, count) for array in arrays)))
+    pieces = min(PARTS * threads, len(arrays[0]))
+    parts = iter(list(zip(*(np.array_split(array, pieces) for array in arrays), strict=True)))
+
+    def run() -> None:
+        for part in parts:
+            work(*part)
+
+    others = [_pool(threads - 1).submit(run) for _ in range(threads - 1)]
+    run()
+    for other in others:
+        if not other.cancel():  # it had begun
+            other.result()
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)
 
 
 def _rank(scores: Floats, result: NDArray[Any]) -> None:
