@@ -3,15 +3,16 @@
     python benchmarks/trial_cost.py                 SmolLM2-135M with Wanda and SparseGPT, every way of statistics
     python benchmarks/trial_cost.py --growth        0.5 to 4 times the tokens, and 6, 12 and 30 blocks
 
-The floor counts the matrix products that a trial cannot do without: each linear on each token that passes it, scores
-and values of attention, and the head, each timed alone in the shapes, number format and batches of the trial. What a
-trial takes beyond it is masks, norms, rotations, activations, softmax and the interpreter. Floor and trial are
-measured in turn; ratios are medians of pairs.
+The floor is the matrix products that a trial cannot do without, done alone: each block's linears on each token that
+passes them, scores and values of attention, and the head, in the shapes, number format and batches of the trial. What a
+trial takes beyond it is masks, norms, rotations, activations, NLLs and the interpreter. Floor and trial are measured in
+turn; ratios are medians of pairs.
 """
 
 import argparse
 import statistics
 from collections.abc import Callable
+from functools import cache
 from time import perf_counter
 
 import torch
@@ -19,8 +20,9 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from atp_tune.bench import GROUPS, Bench, Setup
+from atp_tune.bench import Bench, Setup
 from atp_tune.checkpoint import Checkpoint
+from atp_tune.evaluation import POSITIONS
 from atp_tune.events import unwatched
 from atp_tune.plan import make_plan
 from atp_tune.record import Record
@@ -28,6 +30,7 @@ from atp_tune.study import Prune
 from atp_tune.studyfile import load
 from atp_tune.windows import Windows
 
+Batches = list[tuple[int, int]]  # windows and tokens of each
 PAIRS = 5
 BETA = 0.006
 
@@ -40,42 +43,52 @@ def seconds_of(call: Callable[[], object]) -> float:
 
 
 class Floor:
-    """Seconds of the matrix products of one batch of windows through a block, and of the head."""
+    """The matrix products of a trial and nothing else, block by block with each block's own weights."""
 
     def __init__(self, bench: Bench) -> None:
         config = bench.checkpoint.config
         self.bench, self.dtype = bench, bench.checkpoint.dtype
         self.heads, self.width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
-        self.shapes = [(x.in_features, x.out_features) for x in bench.checkpoint.linears[0]]
-        self.head = config.hidden_size, config.vocab_size
+        self.head = torch.randn(config.vocab_size, config.hidden_size).to(self.dtype)
 
     def seconds(self, statistics: str) -> float:
         """Seconds of a trial: calibration as the statistics say, search, head."""
-        ids = self.bench._ids
-        calibration = self._text(ids["calibration"], len(ids["calibration"]), self.shapes)
-        measuring = self._text(ids["calibration"], len(ids["calibration"]), self.shapes[:-1])
-        windows = len(ids["search"])
-        group = -(-windows // min(GROUPS, -(-windows // self.bench.batch_windows)))
-        search = self._text(ids["search"], group, self.shapes)
-        passes = {"block": measuring + calibration, "sequential": calibration, "dense": 0.0}[statistics]
-        blocks = len(self.bench.checkpoint.blocks)
-        return blocks * (passes + search) + self._products(ids["search"].numel(), group * 256, [self.head])
+        measuring, running = {"block": (1, 1), "sequential": (0, 1), "dense": (0, 0)}[statistics]
+        texts = self._batches("calibration"), self._batches("search")
+        return seconds_of(lambda: self._multiply(*texts, measuring, running))
 
-    def _text(self, ids: Tensor, group: int, shapes: list[tuple[int, int]]) -> float:
-        windows, tokens = ids.shape
-        batch = min(self.bench.batch_windows, group)
-        q = torch.randn(batch, self.heads, tokens, self.width, dtype=self.dtype)
-        attention = min(seconds_of(lambda: scaled_dot_product_attention(q, q, q, is_causal=True)) for _ in range(3)) * (
-            windows / batch
-        )
-        return attention + self._products(ids.numel(), batch * tokens, shapes)
+    def _batches(self, role: str) -> list[tuple[int, int]]:
+        """Windows and tokens of each batch."""
+        windows, tokens = self.bench._ids[role].shape
+        size = self.bench.batch_windows
+        return [(min(size, windows - start), tokens) for start in range(0, windows, size)]
 
-    def _products(self, tokens: int, batch: int, shapes: list[tuple[int, int]]) -> float:
-        total = 0.0
-        for inputs, outputs in shapes:
-            x, w = torch.randn(batch, inputs).to(self.dtype), torch.randn(outputs, inputs).to(self.dtype)
-            total += min(seconds_of(lambda x=x, w=w: linear(x, w)) for _ in range(3)) * (tokens / batch)
-        return total
+    def _multiply(self, calibration: Batches, search: Batches, measuring: int, running: int) -> None:
+        for index, linears in enumerate(self.bench.checkpoint.linears):
+            weights = [linear.matrix(self.bench.checkpoint.weights(index)[linear.key]) for linear in linears]
+            for batches, used in (
+                (measuring * calibration, weights[:-1]),
+                (running * calibration, weights),
+                (search, weights),
+            ):
+                for windows, tokens in batches:
+                    q = self._random((windows, self.heads, tokens, self.width))
+                    scaled_dot_product_attention(q, q, q, is_causal=True)
+                    for weight in used:
+                        linear(self._random((windows * tokens, weight.shape[1])), weight)
+        for windows, tokens in search:
+            for start in range(0, tokens - 1, POSITIONS):
+                rows = windows * min(POSITIONS, tokens - 1 - start)
+                linear(self._random((rows, self.head.shape[1])), self.head)
+
+    def _random(self, shape: tuple[int, ...]) -> Tensor:
+        """The same numbers each time: drawing them is no product."""
+        return _random(shape, self.dtype)
+
+
+@cache
+def _random(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape).to(dtype)
 
 
 @torch.inference_mode()

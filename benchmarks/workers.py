@@ -31,11 +31,10 @@ def work(address: str, name: str, total: int) -> None:
     study.sampler = optuna.samplers.RandomSampler()
 
     def objective(trial: optuna.Trial) -> float:
-        for key, value in identity().items():
-            trial.set_user_attr(key, value)
+        storage.set_attributes(trial, identity())
         beta = trial.suggest_float("beta", 0, 1)
-        for key in ("sparsities", "errors", "nlls", "seconds"):
-            trial.set_user_attr(key, [beta] * 32)
+        storage.set_attributes(trial, {"sparsities": [beta] * 32})
+        storage.set_attributes(trial, dict.fromkeys(("errors", "nlls", "seconds"), [beta] * 32))
         return beta
 
     def ended(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
