@@ -277,35 +277,12 @@ def whole(
     blocks: int,
     once: int,
     rows: int,
-    screening: Screening | None = None,
 ) -> Whole:
     """The study in all. Trials are shared out evenly over the pruners; none is taken to end early.
 
     `once`: tokens sent through the dense blocks to listen and to run on, once for all trials; `rows`: plans that are
     measured on the report text (of the dense model once more), 0 where the search text reports.
     """
-    found = _whole(rates, trials, done, costs, tokens, blocks, once, rows)
-    if screening is None:
-        return found
-    found = found.model_copy(update={"screened": screening.trials})
-    if found.tokens is not None:
-        found = found.model_copy(update={"tokens": found.tokens + screening.tokens})
-    if rates is None or found.seconds is None or found.seconds_left is None:
-        return found
-    seconds, left = screening.seconds(rates, costs, blocks)
-    return found.model_copy(update={"seconds": found.seconds + seconds, "seconds_left": found.seconds_left + left})
-
-
-def _whole(
-    rates: Rates | None,
-    trials: int | None,
-    done: int,
-    costs: dict[str, Passes],
-    tokens: Tokens,
-    blocks: int,
-    once: int,
-    rows: int,
-) -> Whole:
     if trials is None:
         return Whole(trials=None, done=done, tokens=None, seconds=None, seconds_left=None)
     sent = _mean([cost.total for cost in costs.values()])
@@ -321,6 +298,17 @@ def _whole(
     left = 0.0 if done >= trials else before + (0 if done else dense) + (trials - done) * each + after
     seconds = before + dense + trials * each + after
     return Whole(trials=trials, done=done, tokens=through, seconds=seconds, seconds_left=left)
+
+
+def screened(found: Whole, screening: Screening, rates: Rates | None, pruners: Iterable[str], blocks: int) -> Whole:
+    """The study with its screening before it."""
+    more: dict[str, float] = {"screened": screening.trials}
+    if found.tokens is not None:
+        more["tokens"] = found.tokens + screening.tokens
+    if rates is not None and found.seconds is not None and found.seconds_left is not None:
+        seconds, left = screening.seconds(rates, pruners, blocks)
+        more |= {"seconds": found.seconds + seconds, "seconds_left": found.seconds_left + left}
+    return found.model_copy(update=more)
 
 
 def _report_seconds(rates: Rates, costs: dict[str, Passes], tokens: Tokens, blocks: int, rows: int) -> float:

@@ -6,6 +6,7 @@ Hessians, which are larger than the weights, need room for one block in memory.
 
 import json
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -22,12 +23,15 @@ SHARE = 0.5  # of the free disk may be taken
 SMALL = 1 << 20  # bytes of a block's file: it stays in memory once it is read
 
 
-class Kept(Sequence[BlockStatistics]):
-    """Statistics of all blocks, read when they are asked for."""
+class PerBlock(Sequence[BlockStatistics], ABC):
+    """Statistics of all blocks, each found when it is asked for."""
 
-    def __init__(self, folder: Path, kind: type[Statistics], blocks: int, device: torch.device) -> None:
-        self._folder, self._kind, self._blocks, self._device = folder, kind, blocks, device
-        self._small: dict[int, BlockStatistics] = {}
+    def __init__(self, blocks: int) -> None:
+        self._blocks = blocks
+
+    @abstractmethod
+    def of(self, index: int) -> BlockStatistics:
+        """Those of a block that there is."""
 
     def __len__(self) -> int:
         return self._blocks
@@ -37,10 +41,20 @@ class Kept(Sequence[BlockStatistics]):
     @overload
     def __getitem__(self, index: slice) -> Sequence[BlockStatistics]: ...
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[k] for k in range(*index.indices(self._blocks))]
-        if not 0 <= index < self._blocks:
-            raise IndexError(index)
+        found = range(self._blocks)[index]  # IndexError where there is none
+        return self.of(found) if isinstance(found, int) else [self.of(each) for each in found]
+
+
+class Kept(PerBlock):
+    """Statistics that are read from the disk."""
+
+    def __init__(self, folder: Path, kind: type[Statistics], blocks: int, device: torch.device) -> None:
+        super().__init__(blocks)
+        self._folder, self._kind, self._device = folder, kind, device
+        self._small: dict[int, BlockStatistics] = {}
+
+    def of(self, index: int) -> BlockStatistics:
+        """Those of a block, from its file."""
         if index not in self._small:
             file = place_of(self._folder, index)
             found = _read(file, self._kind, self._device)

@@ -14,7 +14,7 @@ from atp_tune.residency import Free, Residency, choose
 from atp_tune.samplers import total_trials
 from atp_tune.screening import SUFFIX
 from atp_tune.space import make_space
-from atp_tune.study import Study
+from atp_tune.study import Screen, Study
 from atp_tune.studyfile import StudyFile
 
 if TYPE_CHECKING:
@@ -206,15 +206,14 @@ def _whole(known: Known, done: int, bench: "Bench | None", rates: Rates | None) 
     allocations = len(set(study.allocation.names) - {"uniform"})
     rows = 0 if study.texts.report is None else max(1, allocations + min(allocations, len(study.prune.pruners)))
     once = known.kinds * known.tokens.calibration
-    return forecast.whole(
-        rates, trials, done, known.costs, known.tokens, len(known.sizes.blocks), once, rows, _screening(known)
-    )
+    blocks = len(known.sizes.blocks)
+    found = forecast.whole(rates, trials, done, known.costs, known.tokens, blocks, once, rows)
+    if study.search.screen is None:
+        return found
+    return forecast.screened(found, _screening(known, study.search.screen), rates, known.costs, blocks)
 
 
-def _screening(known: Known) -> Screening | None:
-    """The study's screening, as far as it is not done."""
-    screen, tokens = known.study.search.screen, known.tokens
-    if screen is None:
-        return None
+def _screening(known: Known, screen: Screen) -> Screening:
+    tokens = known.tokens
     part = tokens.search // known.search_windows * -(-known.search_windows // screen.every)
     return Screening(screen.trials, known.screened, part, dense_kinds(known.study) * tokens.calibration)

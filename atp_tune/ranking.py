@@ -5,10 +5,10 @@ with the plan. Selecting them anew takes a screening trial as long as the evalua
 """
 
 from collections.abc import Sequence
-from typing import Any, overload
 
 from atp_tune.checkpoint import Checkpoint
 from atp_tune.devices import free_memory
+from atp_tune.keeping import PerBlock
 from atp_tune.prune_pass import BlockStatistics
 from atp_tune.pruners import Pruner
 from atp_tune.pruners.wanda import Ranks, Wanda
@@ -17,27 +17,20 @@ SHARE = 0.3  # of the free memory may be taken
 BYTES = 2  # of a rank, in rows of up to 32,768 weights; twice as many beyond
 
 
-class Ranked(Sequence[BlockStatistics]):
+class Ranked(PerBlock):
     """Statistics of all blocks: as they are when a block is asked for first, as ranks of its weights from then on.
 
     A plan that is pruned once has no use for ranks, which take as long to find as two or three masks.
     """
 
     def __init__(self, statistics: Sequence[BlockStatistics], checkpoint: Checkpoint) -> None:
+        super().__init__(len(statistics))
         self._statistics = statistics
         self._checkpoint = checkpoint
         self._ranks: dict[int, BlockStatistics | None] = {}
 
-    def __len__(self) -> int:
-        return len(self._statistics)
-
-    @overload
-    def __getitem__(self, index: int) -> BlockStatistics: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[BlockStatistics]: ...
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[k] for k in range(*index.indices(len(self)))]
+    def of(self, index: int) -> BlockStatistics:
+        """Those of a block."""
         if index not in self._ranks:
             plain = self._statistics[index]
             self._ranks[index] = None

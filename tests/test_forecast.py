@@ -14,6 +14,7 @@ from atp_tune.forecast import (
     memory,
     passes,
     problems,
+    screened,
     trial_seconds,
     whole,
 )
@@ -89,16 +90,17 @@ def test_a_screening_comes_on_top() -> None:
     costs = {"wanda": passes("block", True, TOKENS, 300)}
     screening = Screening(trials=6, done=0, evaluated=75, once=1000)
     plain = whole(RATES, 3, 0, costs, TOKENS, 4, once=0, rows=1)
-    found = whole(RATES, 3, 0, costs, TOKENS, 4, once=0, rows=1, screening=screening)
+    found = screened(plain, screening, RATES, costs, 4)
     assert found.screened == 6 and plain.screened == 0
     assert (found.tokens or 0) - (plain.tokens or 0) == 7 * 75 + 2 * 1000
     trial = 4 * 0.25 + 75 * (4 * 0.002 + 0.01)
     once = 4 * 1000 * 0.004 + dense_seconds(RATES, 75, 4, "search")
     assert (found.seconds or 0) - (plain.seconds or 0) == pytest.approx(once + 6 * trial)
     assert found.seconds_left == found.seconds
-    late = whole(RATES, 3, 0, costs, TOKENS, 4, once=0, rows=1, screening=replace(screening, done=4))
+    late = screened(plain, replace(screening, done=4), RATES, costs, 4)
     assert (late.seconds_left or 0) - (plain.seconds_left or 0) == pytest.approx(2 * trial)
-    assert whole(None, 3, 0, costs, TOKENS, 4, once=0, rows=1, screening=screening).seconds is None
+    unknown = screened(whole(None, 3, 0, costs, TOKENS, 4, once=0, rows=1), screening, None, costs, 4)
+    assert unknown.seconds is None and unknown.tokens == found.tokens
 
 
 def test_without_a_probe_tokens_are_known_and_seconds_not() -> None:
