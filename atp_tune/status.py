@@ -6,6 +6,7 @@ not known yet, or is not finite, is null. Perplexities are on the search text un
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from statistics import fmean
@@ -75,6 +76,14 @@ class Trial(Part):
     remark: str | None
 
 
+class Screening(Part):
+    """The study that looked, or looks, for points before this one began: its name, trials done, and their total."""
+
+    study: str
+    done: int
+    total: int | None
+
+
 class Status(Part):
     """A study as it stands; `uniform` has the best trial's pruner, `best` is the first of `ranks`."""
 
@@ -91,6 +100,7 @@ class Status(Part):
     best: Best | None
     ranks: tuple[Best, ...]
     trials: tuple[Trial, ...]
+    screening: Screening | None = None
 
     def without_clock(self) -> "Status":
         """The same without what changes while nothing happens."""
@@ -134,6 +144,7 @@ def status_of(summary: Summary, now: datetime) -> Status:
         best=ranks[0] if ranks else None,
         ranks=ranks,
         trials=tuple(_trial(summary, trial) for trial in summary.trials),
+        screening=summary.screening and Screening(**asdict(summary.screening)),
     )
 
 

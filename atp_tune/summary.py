@@ -14,6 +14,7 @@ from atp_tune import storage
 from atp_tune.config import AllocationRef, Baselines, Config, ModelRef, Scores, Sparsity, Texts
 from atp_tune.errors import UserError
 from atp_tune.perplexity import Change, Perplexity, change, perplexity
+from atp_tune.screening import SUFFIX, is_screening
 from atp_tune.studyfile import StudyFile, from_settings
 
 
@@ -31,13 +32,23 @@ class Rank:
 
 
 @dataclass(frozen=True)
+class Screening:
+    """How far the screening is that comes before a study: its name, trials done, and their total."""
+
+    study: str
+    done: int
+    total: int | None
+
+
+@dataclass(frozen=True)
 class Summary:
     """A study's numbers: dense, uniform and best, each on the search and on the report text.
 
     `made_from`: its study file with all overrides, None where an early version made it; `sizes`: weights per block.
     `uniform` has the best trial's pruner, `uniforms` are of all; `reports`: perplexity on the report text by trial.
     `belief`: what the GP holds of perplexity against β, None where no GP was asked. `unlike`: trials that ran on
-    another device or in another number format than the one in which the study began, and which.
+    another device or in another number format than the one in which the study began, and which. `screening`: how far
+    the one before the study is, if it has one.
     """
 
     name: str
@@ -64,6 +75,7 @@ class Summary:
         return "report" if all(part.report for part in scores) else "search"
 
     unlike: Mapping[int, str] = field(default_factory=dict)
+    screening: Screening | None = None
 
 
 def summarise(study: optuna.Study) -> Summary:
@@ -89,7 +101,15 @@ def summarise(study: optuna.Study) -> Summary:
         complete=_is_complete(study),
         belief=study.user_attrs.get("belief"),
         unlike=_unlike(study),
+        screening=_screening(study),
     )
+
+
+def _screening(study: optuna.Study) -> Screening | None:
+    if is_screening(study.study_name):
+        return None
+    other = storage.find_study(study._storage, study.study_name + SUFFIX)
+    return None if other is None else Screening(other.study_name, storage.counted(other), other.user_attrs.get("total"))
 
 
 def made_from(stored: Any) -> StudyFile | None:
@@ -120,7 +140,11 @@ def _is_complete(study: optuna.Study) -> bool:
 
 
 def unreported(study: optuna.Study) -> list[str]:
-    """What has no numbers on the report text yet: `dense`, and the best trial of each allocation with its uniform."""
+    """What has no numbers on the report text yet: `dense`, and the best trial of each allocation with its uniform.
+    A screening reports nothing.
+    """
+    if is_screening(study.study_name):
+        return []
     ranked = best_of_each(study)
     ranked = [trial for trial in ranked if trial is ranked[0] or not is_uniform(trial)]
     trials = [trial for best in ranked for trial in (uniform_of(study, best), best) if trial is not None]

@@ -18,7 +18,7 @@ from atp_tune.events import Note, TrialEnded, TrialStarted, Watch
 from atp_tune.perplexity import perplexity
 from atp_tune.process import GRACE, identity, is_alive, versions
 from atp_tune.samplers import first_trials, make_sampler, make_stopper, total_trials
-from atp_tune.screening import SUFFIX, begins_with, confirmed, is_screening, renamed, screening_file
+from atp_tune.screening import SUFFIX, begins_with, confirmed, renamed, screening_file
 from atp_tune.settling import has_settled
 from atp_tune.space import Params, Space, make_space
 from atp_tune.stored import TRIAL, checked
@@ -125,7 +125,7 @@ def is_complete(study: optuna.Study, file: StudyFile) -> bool:
         return False
     total = total_trials(file.study.search, make_space(file.study, Budget(file.study.sparsity, tuple(sizes))))
     done = storage.counted(study) >= storage.total_of(study, total)
-    return done and (best is None or is_screening(study.study_name) or not unreported(study))
+    return done and (best is None or not unreported(study))
 
 
 def _work(run: Run) -> optuna.Study:

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,26 @@ def test_time_that_is_up_while_screening(place: Path) -> None:
     study = run(place, *INSIDE)
     assert states(study) == ["COMPLETE"] * 3
     assert study.trials[0].params in [t.params for t in reopen(place, "tiny.screen").trials]
+
+
+def test_how_far_a_screening_is(place: Path, command: Any) -> None:
+    def stop(event: Any) -> None:
+        if isinstance(event, TrialStarted) and event.title == "screening 3":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(place, *INSIDE, watch=stop)
+    words = ("--study", place / "tiny.toml", *settings(*INSIDE))
+    answer = command("status", *words)
+    assert "screening: 3 of 5 trials are done; they are the study tiny.screen" in answer.out
+    assert json.loads(command("status", *words, "--json").out)["screening"] == {
+        "study": "tiny.screen", "done": 3, "total": 5,
+    }  # fmt: skip
+    run(place, *INSIDE)
+    assert "screening: " not in command("status", *words).out
+    of_screening = command("status", *words, "--study-name", "tiny.screen")
+    assert "report text" not in of_screening.out.replace("report perplexity", "")
+    assert json.loads(command("status", *words, "--study-name", "tiny.screen", "--json").out)["complete"]
 
 
 def test_a_study_without_uniform_can_be_looked_at_and_taken_home(place: Path, command: Any) -> None:

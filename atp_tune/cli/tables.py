@@ -103,9 +103,16 @@ def _show_rest(summary: "Summary") -> None:
     others = any(trial.value is not None and not is_uniform(trial) for trial in summary.trials)
     if summary.best_trial is not None and is_uniform(summary.best_trial) and others:
         console.print("no trial is better than uniform", highlight=False)
+    screening = summary.screening
+    if screening is not None and not summary.trials:
+        console.print(
+            f"screening: {screening.done} of {screening.total} trials are done; "
+            f"they are the study {printable(screening.study)}",
+            highlight=False,
+        )
     if summary.total is not None and summary.done < summary.total:
         console.print(f"{summary.done} of {summary.total} trials are done", highlight=False)
-    elif summary.best_trial is not None and summary.best.report is None:
+    elif not summary.complete and summary.best_trial is not None and summary.best.report is None:
         console.print("the report text is not measured yet: the same command goes on", highlight=False)
 
 
@@ -181,9 +188,15 @@ def progress_line(status: "Status") -> str:
     best, score = "no best yet", status.best and status.best.search
     if status.best and score:
         best = f"best {score.value:.2f} (trial {status.best.trial})"
-    running = [_runs(one) for one in status.running] or [_idle(status)]
+    running = [_runs(one) for one in status.running] or [_screens(status) or _idle(status)]
     left = [] if status.seconds_left is None else [f"about {duration(status.seconds_left)} left"]
     return f"{done} {', '.join([best, *running, *left])}"
+
+
+def _screens(status: "Status") -> str:
+    """How far the screening is, until the study's own trials begin."""
+    found = status.screening
+    return f"screening: {found.done} of {found.total} trials" if found and not status.trials else ""
 
 
 def _runs(one: "Running") -> str:
