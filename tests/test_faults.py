@@ -506,8 +506,10 @@ import psutil, torch
 sys.path.insert(0, sys.argv[1])
 import preloaded
 from tinystudy import run
+from atp_tune import bench
 from atp_tune.events import TrialEnded, TrialStarted
 torch.set_num_threads(1)
+bench.reuse_freed_memory = lambda: None  # else a trial finds what the one before has freed
 
 def watch(event):
     if isinstance(event, TrialStarted) and event.title == "trial 1":
