@@ -23,6 +23,7 @@ from atp_tune.database import Database, PatientDatabase, engine_options, reason_
 from atp_tune.errors import UserError, is_text
 from atp_tune.process import GRACE, HEARTBEAT, is_dead
 from atp_tune.stored import CheckedStudy
+from atp_tune.studyfile import NOW
 
 START = "start"  # attribute of the trials that a study begins with
 RETRIES = 2  # of a trial whose process died
@@ -221,7 +222,10 @@ def _is_content(key: str) -> bool:
 
 
 def _shown(facts: Facts, key: str) -> str:
-    return json.dumps(facts[key], ensure_ascii=False) if key in facts else "not set"
+    if key not in facts:
+        return "not set"
+    value = NOW.get(facts[key], facts[key]) if key == "prune.statistics" else facts[key]
+    return json.dumps(value, ensure_ascii=False)
 
 
 def set_attributes(trial: optuna.Trial, attributes: Mapping[str, Any]) -> None:

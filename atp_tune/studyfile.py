@@ -35,6 +35,7 @@ FORMER = {
     "prune.statistics=block": "sequential",
     "prune.statistics=sequential": "sequential within blocks",
 }
+NOW = {former: key.partition("=")[2] for key, former in FORMER.items()}  # what a stored value is called now
 LATER = ("prune.pattern", "prune.wanda.", "prune.dsnot.", "prune.alps.", "model.trust_remote_code")
 
 PLACES = ("storage=", "device=")  # overrides that say where, not what

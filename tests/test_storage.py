@@ -253,6 +253,13 @@ def test_a_fact_that_differs_is_named(study: optuna.Study, changes: dict[str, An
     assert refusal(study, {**FACTS, **changes}) == said
 
 
+def test_values_that_were_renamed_are_called_as_they_are_now(db: RDBStorage) -> None:
+    """A study keeps the words of the version that made it: what is "block" now was "sequential"."""
+    study = create_study(db, "renamed", {"prune.statistics": "sequential within blocks"})
+    with pytest.raises(UserError, match=r'prune.statistics is "block", was "sequential"\.'):
+        check_facts(study, {"prune.statistics": "sequential"})
+
+
 def test_a_fact_that_is_gone_is_named(study: optuna.Study) -> None:
     assert refusal(study, {key: value for key, value in FACTS.items() if key != "sparsity"}) == (
         "sparsity is not set, was 0.5"
