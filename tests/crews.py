@@ -5,7 +5,9 @@ from pathlib import Path
 from optuna.trial import FrozenTrial, TrialState
 from tinystudy import stored
 
-TOTAL = 30  # long enough for the second worker to load its model
+# Together long enough for the second worker to load its model, also where a core is fast.
+TOTAL = 30
+LONG = ("texts.calibration.source=file:long.txt", "texts.calibration.windows=2000", "texts.search.windows=250")
 
 
 def trials(place: Path) -> list[FrozenTrial]:

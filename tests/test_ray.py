@@ -12,10 +12,10 @@ from time import sleep
 from typing import Any
 
 import pytest
-from crews import TOTAL, check_whole, measured, trials
+from crews import LONG, TOTAL, check_whole, measured, trials
 from optuna.trial import TrialState
 from test_network import HERE, THERE, Namespace, namespace, serving  # noqa: F401
-from tinystudy import LONG, CommandLine, finish, free_port, run, settings, start, wait_for
+from tinystudy import CommandLine, finish, free_port, run, settings, start, wait_for
 
 STORE = 80_000_000  # bytes of a node's object store; Ray wants at least 75 MB
 
@@ -69,13 +69,13 @@ def test_a_node_that_dies_in_a_trial(place: Path, cluster: Any) -> None:
     process = begin(place, cluster)
     wait_for(place / "tiny.db", 3, process, 120)
     cluster.remove_node(node, allow_graceful=False)
-    lost = [trial for trial in trials(place) if trial.state == TrialState.RUNNING]
     add_node(cluster)
     answer = finish(process, 180)
     assert (answer.code, answer.err) == (0, "")
     assert "worker 0 died (" in answer.out
     assert "it is started again" in answer.out
     check_whole(place)
+    lost = [trial for trial in trials(place) if trial.state == TrialState.FAIL]
     assert len(lost) == 1
     assert f"trial {lost[0].number} was lost with its process: it is run again" in answer.out
     assert [trial.state for trial in trials(place) if trial.params == lost[0].params] == [

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import optuna
 import pytest
+from crews import LONG, TOTAL
 from optuna.trial import TrialState
 from test_network import needs, serving
-from tinystudy import LONG, free_port, settings, wait_until
+from tinystudy import free_port, settings, wait_until
 
 from atp_tune import storage
 
 pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parents[1] / "docs" / "slurm.sh"
-TOTAL = 30
+
 CONF = """\
 ClusterName=atp
 SlurmctldHost={host}(127.0.0.1)

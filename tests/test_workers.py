@@ -6,9 +6,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from crews import TOTAL, check_whole, measured, trials
+from crews import LONG, TOTAL, check_whole, measured, trials
 from optuna.trial import TrialState
-from tinystudy import LONG, CommandLine, finish, run, settings, start, wait_for, wait_until
+from tinystudy import CommandLine, finish, run, settings, start, wait_for, wait_until
 
 
 def begin(place: Path, *more: str) -> "subprocess.Popen[str]":

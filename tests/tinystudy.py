@@ -2,6 +2,7 @@
 
 import os
 import pydoc_data.topics
+import select
 import socket
 import sqlite3
 import subprocess
@@ -96,6 +97,7 @@ def make_place(place: Path) -> Path:
     for index, role in enumerate(("calibration", "search", "report")):
         start = 100_000 + 20_000 * index
         (place / f"{role}.txt").write_text(TOPICS[start : start + 20_000], encoding="utf-8")
+    (place / "long.txt").write_text(TOPICS[160_000:], encoding="utf-8")
     (place / "tiny.toml").write_text(STUDY, encoding="utf-8")
     return place
 
@@ -186,6 +188,19 @@ class Answer:
         assert "\n" not in line
         assert line.startswith("error: ")
         return line.removeprefix("error: ")
+
+
+def hear(process: "subprocess.Popen[str]", words: str, seconds: float = 60) -> str:
+    """What a process prints until these words come; `finish` gives the rest."""
+    assert process.stdout is not None
+    heard, over = "", monotonic() + seconds
+    while words not in heard:
+        assert monotonic() < over, heard
+        if select.select([process.stdout], [], [], 1)[0]:
+            said = os.read(process.stdout.fileno(), 1 << 16).decode()
+            assert said, f"ended: {heard}"
+            heard += said
+    return heard
 
 
 def finish(process: "subprocess.Popen[str]", seconds: float = 60) -> Answer:

@@ -1,0 +1,78 @@
+"""Prunes once, without a search."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from atp_tune.cli.options import Device, Overrides, load_study
+
+BARE = Path(__file__).parents[2] / "prune.toml"  # what `prune` starts from without a study
+
+
+def prune(
+    model: Annotated[str | None, typer.Option(metavar="MODEL", help="Hub id, folder or .gguf file.")] = None,
+    pruner: Annotated[str | None, typer.Option(help="magnitude, wanda, sparsegpt, dsnot or alps.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Share of zeros, as in 0.7.")] = None,
+    allocation: Annotated[
+        str | None, typer.Option(help="uniform, atp, curve, owl, alphapruning, er, erk or global; default: atp.")
+    ] = None,
+    beta: Annotated[float | None, typer.Option(help="Common difference per block; 0 is uniform.")] = None,
+    parameter: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Another parameter, as in γ=-0.1 or gamma=-0.1.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder for the sparse checkpoint; new or empty.")
+    ] = None,
+    study: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Take model, texts and settings from a study.")
+    ] = None,
+    device: Device = None,
+    set_: Overrides = None,
+) -> None:
+    """Prune once, without a search, and print the perplexity on the report text.
+
+    Calibration is C4 and the report text WikiText-2 test, as in the papers, unless `--study` or `--set` says else.
+
+    Example: `python tune.py prune --study smol --beta 0.004`
+
+    Example: `python tune.py prune --study smol --allocation owl --parameter lam=0.08`
+
+    Example: `python tune.py prune --model meta-llama/Llama-2-7b-hf --sparsity 0.7 --beta 0.004 --out DIR`
+    """
+    from atp_tune.cli.running import run_prune
+
+    if model is None and study is None:
+        raise typer.BadParameter("which model? Or --study NAME, to take a study's", param_hint="--model")
+    values = _parameters(beta, parameter)
+    if allocation in ("atp", "curve") and not values:
+        raise typer.BadParameter(f"{allocation} without any is uniform; for example --beta 0.004", param_hint="--beta")
+    if model is not None and Path(model).expanduser().exists():
+        model = str(Path(model).expanduser().absolute())
+    names = allocation and [allocation]
+    options = {
+        "model.source": model, "prune.pruners": pruner and [pruner], "allocation.names": names, "sparsity": sparsity,
+    }  # fmt: skip
+    named = [f"{key}={value}" for key, value in options.items() if value is not None]
+    file = load_study(study or str(BARE), None, device, [*named, *(set_ or [])])
+    if study is None:  # relative paths start where the user stands
+        file = replace(file, path=Path("prune.toml"))
+    run_prune(file, values, out)
+
+
+def _parameters(beta: float | None, others: list[str] | None) -> dict[str, float]:
+    from atp_tune.allocations.budget import SYMBOLS
+
+    names = {symbol: name for name, symbol in SYMBOLS.items()}
+    values = {} if beta is None else {"beta": beta}
+    for text in others or []:
+        symbol, _, value = text.partition("=")
+        name = names.get(symbol, symbol)
+        if name in values:
+            raise typer.BadParameter(f"{symbol} is given twice", param_hint="--parameter")
+        try:
+            values[name] = float(value)
+        except ValueError:
+            raise typer.BadParameter(f'"{text}" is not NAME=NUMBER', param_hint="--parameter") from None
+    return values

@@ -1,0 +1,54 @@
+"""Writes a report."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from atp_tune.cli.options import Overrides, Storage, load_study, stored_study
+
+
+def report(
+    study: Annotated[
+        list[str], typer.Option("--study", metavar="NAME", help="Name or path of a study; several are compared.")
+    ],
+    study_name: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--study-name", metavar="NAME", help="Name in the storage; one for each study, or several of one."
+        ),
+    ] = None,
+    format_: Annotated[
+        str | None, typer.Option("--format", metavar="FORMAT", help="html, md, json, png or latex; default: html.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Default: NAME.report.html beside the study.")
+    ] = None,
+    storage: Storage = None,
+    set_: Overrides = None,
+) -> None:
+    """Write a report with figures, from the storage alone; also while the study runs.
+
+    Example: `python tune.py report --study smol`
+    """
+    from atp_tune.cli.running import run_report
+    from atp_tune.errors import printable
+    from atp_tune.report import kind_of, name_of
+
+    kind = kind_of(format_, out)
+    found = [(load_study(one, storage, None, set_), name) for one, name in _paired(study, study_name or [])]
+    names = [name or file.name for file, name in found]
+    target = out or found[0][0].beside(name_of(names, kind))
+    run_report([stored_study(file, name) for file, name in found], kind, target)
+    print(printable(str(target)))
+
+
+def _paired(studies: list[str], names: list[str]) -> list[tuple[str, str | None]]:
+    """Studies with their names in the storage: none, one for each, or several of one study file."""
+    from atp_tune.errors import UserError
+
+    if len(studies) == 1 and names:
+        return [(studies[0], name) for name in names]
+    if names and len(names) != len(studies):
+        raise UserError(f"--study-name: must be given once for each --study, got {len(names)} for {len(studies)}")
+    return [(study, names[index] if names else None) for index, study in enumerate(studies)]

@@ -1,0 +1,112 @@
+"""The command without a name: runs a study."""
+
+from enum import StrEnum
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from atp_tune.cli.options import Device, Overrides, Storage, StudyLabel, load_study
+
+if TYPE_CHECKING:
+    from atp_tune.cli.crew import Crew
+
+
+class Engine(StrEnum):
+    """What runs the workers of a study."""
+
+    process = "process"
+    ray = "ray"
+
+
+def run(
+    context: typer.Context,
+    study: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name in `studies/`, or path of a .toml file.")
+    ] = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="Total for the study, over all runs.")] = None,
+    timeout: Annotated[
+        float | None, typer.Option(min=0, metavar="SECONDS", help="Start no trial after this time.")
+    ] = None,
+    storage: Storage = None,
+    study_name: StudyLabel = None,
+    device: Device = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that run trials: a CUDA device each, or a share of the CPU.")
+    ] = None,
+    devices: Annotated[
+        str | None, typer.Option(metavar="LIST", help="One process for each, as in `cuda:0,cuda:1`.")
+    ] = None,
+    allow_device_change: Annotated[
+        bool,
+        typer.Option(
+            "--allow-device-change",
+            metavar="",
+            help="Go on though the study began on another device or in another dtype.",
+        ),
+    ] = False,
+    engine: Annotated[
+        Engine, typer.Option(metavar="ENGINE", help="process: workers run here; ray: on a Ray cluster, one per GPU.")
+    ] = Engine.process,
+    ray_address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="The cluster; default: the one that this machine is in.")
+    ] = None,
+    set_: Overrides = None,
+) -> None:
+    """Find how to share out sparsity over the blocks of a language model, and prune it.
+
+    `python tune.py --study smol` tunes a real 30-block Llama on a laptop: each trial prunes the dense checkpoint as
+    Optuna proposes and measures perplexity. Results are stored at once; the same command again goes on where it was.
+
+    `python tune.py status --study smol` shows the trials, `… apply --config studies/smol.best.json --out DIR` writes
+    the sparse checkpoint.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    if study is None:
+        raise typer.BadParameter("which one? For example --study smol; `studies` lists them", param_hint="--study")
+    from atp_tune.cli.running import run_study
+
+    if trials is not None:
+        set_ = [*(set_ or []), f"search.trials={trials}"]
+    file = load_study(study, storage, device, set_)
+    names = _devices(file.study.device, workers, devices)
+    for name in names:  # so that a mistake is told before anything runs
+        load_study(study, storage, name, set_)
+    crew = _crew(engine, names, workers, devices, ray_address)
+    run_study(file, study_name, timeout, crew, allow_device_change)
+
+
+def _devices(device: str, workers: int | None, devices: str | None) -> list[str]:
+    """The device of each worker."""
+    if devices is None:
+        return [device] * (workers or 1)
+    listed = [name.strip() for name in devices.split(",") if name.strip()]
+    if not listed or (workers is not None and workers != len(listed)):
+        raise typer.BadParameter(f"names {len(listed)} devices, --workers {workers}", param_hint="--devices")
+    return listed
+
+
+def _crew(
+    engine: Engine, names: list[str], workers: int | None, devices: str | None, address: str | None
+) -> "Crew | None":
+    """Who runs the trials; None for this process alone."""
+    if engine == Engine.ray:
+        if devices is not None:
+            raise typer.BadParameter("Ray chooses them; write --workers N", param_hint="--devices")
+        return _on_ray(workers, address)
+    if address is not None:
+        raise typer.BadParameter("only with --engine ray", param_hint="--ray-address")
+    from atp_tune.cli.workers import run_workers
+
+    return partial(run_workers, devices=names) if len(names) > 1 else None
+
+
+def _on_ray(workers: int | None, address: str | None) -> "Crew":
+    from atp_tune.errors import UserError
+
+    try:
+        from atp_tune.cli.ray_engine import run_on_ray
+    except ModuleNotFoundError as error:
+        raise UserError(f"--engine ray: {error}; install it with: pip install 'atp-tune[ray]'") from None
+    return partial(run_on_ray, count=workers, address=address or "auto")

@@ -1,0 +1,50 @@
+"""What several commands share: options, and how they find a study."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from atp_tune.studyfile import StudyFile
+
+StudyName = Annotated[str, typer.Option("--study", metavar="NAME", help="Name in `studies/`, or path of a .toml file.")]
+StudyLabel = Annotated[
+    str | None,
+    typer.Option("--study-name", metavar="NAME", help="Keep the trials under another name in the storage."),
+]
+Storage = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="Optuna storage URL; default: NAME.db beside the study file."),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key: `--set texts.search.windows=8`."),
+]
+Json = Annotated[bool, typer.Option("--json", metavar="", help="One JSON document on stdout, and nothing else.")]
+Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="auto, cpu, mps, cuda or cuda:N.")]
+
+
+def load_study(study: str, storage: str | None, device: str | None, set_: list[str] | None) -> "StudyFile":
+    """A study file by name or path, with options as overrides; UserError for what is wrong in it."""
+    from atp_tune.studyfile import absolute_storage, load
+
+    place = absolute_storage(storage, Path()) if storage else None
+    options: dict[str, Any] = {"storage": place, "device": device}
+    named = [f"{key}={value}" for key, value in options.items() if value is not None]
+    return load(study, [*(set_ or []), *named])
+
+
+def stored_study(file: "StudyFile", study_name: str | None) -> Any:
+    """The Optuna study of a study file; UserError if it has no trials yet."""
+    from atp_tune.errors import UserError
+    from atp_tune.storage import find_study, open_storage
+
+    db = open_storage(file.storage_url, create=False)
+    study = find_study(db, study_name or file.name) if db else None
+    if study is None:
+        other = f" --study-name {study_name}" if study_name else ""
+        raise UserError(
+            f"study {study_name or file.name}: has no trials yet; run: python tune.py --study {file.name}{other}"
+        )
+    return study
