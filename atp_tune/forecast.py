@@ -170,8 +170,9 @@ class Weights(Part):
 
 
 class Trial(Part):
-    """One trial of a pruner; seconds are null where nothing could be measured."""
+    """One trial of a pruner, in the study or in its screening; seconds are null where nothing could be measured."""
 
+    what: Literal["trial", "screening"] = "trial"
     pruner: str
     tokens: Passes
     seconds: Seconds | None
@@ -255,14 +256,18 @@ class Screening:
     once: int
 
     @property
+    def cost(self) -> Passes:
+        """What one of its trials sends through the blocks."""
+        return Passes(listen=0, run=0, evaluate=self.evaluated)
+
+    @property
     def tokens(self) -> int:
         """Tokens through the blocks in all, the dense model's among them."""
         return (self.trials + 1) * self.evaluated + 2 * self.once
 
     def seconds(self, rates: Rates, pruners: Iterable[str], blocks: int) -> tuple[float, float]:
         """Seconds of all of it, and of what is left."""
-        cost = Passes(listen=0, run=0, evaluate=self.evaluated)
-        each = _mean([trial_seconds(rates, pruner, cost, blocks).total for pruner in pruners])
+        each = _mean([trial_seconds(rates, pruner, self.cost, blocks).total for pruner in pruners])
         before = blocks * self.once * rates.dense + dense_seconds(rates, self.evaluated, blocks, "search")
         left = max(0, self.trials - self.done)
         return before + self.trials * each, (0 if self.done else before) + left * each

@@ -21,7 +21,7 @@ class Perplexity(BaseModel):
     stderr: float
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} ± {self.stderr:.2f}"
+        return f"{self.value:.2f} ± {self.stderr:.2f}" if self.stderr else f"{self.value:.2f}"
 
 
 class Change(BaseModel):

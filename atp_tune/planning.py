@@ -1,9 +1,11 @@
 """What `plan` does: a study's sizes read, its model probed, its cost foretold; nothing is stored."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import optuna
 import psutil
 
 from atp_tune import forecast, storage
@@ -14,7 +16,7 @@ from atp_tune.residency import Free, Residency, choose
 from atp_tune.samplers import total_trials
 from atp_tune.screening import SUFFIX
 from atp_tune.space import make_space
-from atp_tune.study import Screen, Study
+from atp_tune.study import Study
 from atp_tune.studyfile import StudyFile
 
 if TYPE_CHECKING:
@@ -26,11 +28,13 @@ MEASURED = ("owl", "global")  # allocations that want the norms of all inputs of
 
 @dataclass(frozen=True)
 class Known:
-    """What is known before the model is loaded; `width` of a hidden state, `kinds` of statistics on the dense model,
-    `screened`: trials of the screening that are done.
+    """What is known before the model is loaded; `width` of a hidden state, `kinds` of statistics on the dense model;
+    the study and its screening as they are stored, if they are.
     """
 
     study: Study
+    main: optuna.Study | None
+    before: optuna.Study | None
     sizes: Sizes
     tokens: Tokens
     windows: int
@@ -42,7 +46,6 @@ class Known:
     kinds: int
     process: int
     search_windows: int
-    screened: int
 
     def residency(self) -> Residency:
         """Where the weights will lie."""
@@ -70,15 +73,15 @@ def foresee(file: StudyFile, name: str, watch: Watch) -> Forecast:
     dtype = find_dtype(setup.model.dtype, device)
     watch(Note("loading the model and the texts"))
     folder = resolve(setup.model, setup.base, lambda text: watch(Note(text)))
-    known = _known(file.study, setup, folder, device, dtype.itemsize, _done(file, name + SUFFIX))
-    done, bench, rates = _done(file, name), None, None
+    known = _known(file, name, setup, folder, device, dtype.itemsize)
+    bench, rates = None, None
     if not forecast.problems(known.held(0), _memory(known, known.residency(), 0), known.residency(), known.windows):
         with memory_for("loading"):
             began = perf_counter()
             bench = Bench.open(setup, watch)
             rates = _probed(bench, file.study, perf_counter() - began)
     format_ = str(dtype).removeprefix("torch.")
-    return _forecast(known, name, device_name(device), format_, done, bench, rates)
+    return _forecast(known, name, device_name(device), format_, bench, rates)
 
 
 def _setup(file: StudyFile) -> "Setup":
@@ -90,14 +93,14 @@ def _setup(file: StudyFile) -> "Setup":
     return Setup(spec.model, spec.prune, texts, file.folder, spec.device)
 
 
-def _known(study: Study, setup: "Setup", folder: "ModelFolder", device: Any, itemsize: int, screened: int) -> Known:
+def _known(file: StudyFile, name: str, setup: "Setup", folder: "ModelFolder", device: Any, itemsize: int) -> Known:
     from transformers import AutoConfig
 
     from atp_tune.bench import CURVE_TOKENS
     from atp_tune.devices import device_limit, free_memory, host_memory
     from atp_tune.windows import token_windows
 
-    texts = setup.texts.items()
+    study, texts = file.study, setup.texts.items()
     ids = {role: token_windows(text, folder.path, setup.base, trusted=folder.trusted).ids for role, text in texts}
     windows, length = ids["calibration"].shape
     curve = min(windows, max(1, CURVE_TOKENS // length)) * length
@@ -108,8 +111,9 @@ def _known(study: Study, setup: "Setup", folder: "ModelFolder", device: Any, ite
     bounded = device.type != "cpu" or device_limit() is not None
     free = Free(free_memory(device), host_memory(), bounded)
     return Known(
-        study, read_sizes(folder.path), tokens, windows, width, itemsize, free, device.type == "cuda",
-        _costs(study, tokens), _kinds(study), psutil.Process().memory_info().rss, len(ids["search"]), screened,
+        study, _stored(file, name), _stored(file, name + SUFFIX), read_sizes(folder.path), tokens, windows, width,
+        itemsize, free, device.type == "cuda", _costs(study, tokens), _kinds(study),
+        psutil.Process().memory_info().rss, len(ids["search"]),
     )  # fmt: skip
 
 
@@ -137,10 +141,16 @@ def dense_kinds(study: Study) -> int:
     return len({PRUNERS[name].measures for name in study.prune.pruners} - {None})
 
 
-def _done(file: StudyFile, name: str) -> int:
+def _stored(file: StudyFile, name: str) -> optuna.Study | None:
     db = storage.open_storage(file.storage_url, create=False)
-    study = storage.find_study(db, name) if db else None
-    return storage.counted(study) if study else 0
+    return storage.find_study(db, name) if db else None
+
+
+def _progress(study: optuna.Study | None, asked: int) -> tuple[int, int]:
+    """Trials that are done, and those of the whole study, which may have settled before it had as many as were asked
+    for.
+    """
+    return (storage.counted(study), storage.total_of(study, asked)) if study else (0, asked)
 
 
 def _probed(bench: "Bench", study: Study, load: float) -> Rates:
@@ -154,9 +164,7 @@ def _memory(known: Known, residency: Residency, work: int) -> forecast.Memory:
     return forecast.memory(known.held(work), residency, known.free, known.apart)
 
 
-def _forecast(
-    known: Known, name: str, device: str, dtype: str, done: int, bench: "Bench | None", rates: Rates | None
-) -> Forecast:
+def _forecast(known: Known, name: str, device: str, dtype: str, bench: "Bench | None", rates: Rates | None) -> Forecast:
     residency = bench.checkpoint.residency if bench else known.residency()
     work = rates.work if rates else 0
     if known.study.search.stopper != "none" and residency == "device":  # all pruned blocks are kept between groups
@@ -168,24 +176,26 @@ def _forecast(
         held = replace(held, standing=known.tokens.calibration * bench.standing_bytes_per_token)
     needed = forecast.memory(held, residency, known.free, known.apart)
     blocks = len(known.sizes.blocks)
-    trials = tuple(
-        Trial(
-            pruner=pruner,
-            tokens=cost,
-            seconds=forecast.trial_seconds(rates, pruner, cost, blocks) if rates else None,
-        )
-        for pruner, cost in known.costs.items()
-    )
     return Forecast(
         study=name,
         device=device,
         dtype=dtype,
         weights=Weights(bytes=held.total, blocks=blocks, largest_block=held.largest, residency=residency),
         memory=needed,
-        trial=trials,
-        whole=_whole(known, done, bench, rates),
+        trial=tuple(_trials(known, rates)),
+        whole=_whole(known, bench, rates),
         problems=forecast.problems(held, needed, residency, known.windows),
     )
+
+
+def _trials(known: Known, rates: Rates | None) -> Iterator[Trial]:
+    def trial(what: Literal["trial", "screening"], pruner: str, cost: Passes) -> Trial:
+        seconds = forecast.trial_seconds(rates, pruner, cost, len(known.sizes.blocks)) if rates else None
+        return Trial(what=what, pruner=pruner, tokens=cost, seconds=seconds)
+
+    yield from (trial("trial", pruner, cost) for pruner, cost in known.costs.items())
+    if screening := _screening(known):
+        yield from (trial("screening", pruner, screening.cost) for pruner in known.costs)
 
 
 def _rank_bytes(study: Study, bench: "Bench") -> int:
@@ -199,21 +209,24 @@ def _rank_bytes(study: Study, bench: "Bench") -> int:
     return BYTES * sum(bench.checkpoint.sizes) if any(can_rank(x, bench.checkpoint) for x in pruners) else 0
 
 
-def _whole(known: Known, done: int, bench: "Bench | None", rates: Rates | None) -> Whole:
+def _whole(known: Known, bench: "Bench | None", rates: Rates | None) -> Whole:
     study, trials = known.study, known.study.search.trials
     if bench is not None:
         trials = total_trials(study.search, make_space(study, bench.budget(study.sparsity)))
+    done, trials = (0, None) if trials is None else _progress(known.main, trials)
     allocations = len(set(study.allocation.names) - {"uniform"})
     rows = 0 if study.texts.report is None else max(1, allocations + min(allocations, len(study.prune.pruners)))
     once = known.kinds * known.tokens.calibration
     blocks = len(known.sizes.blocks)
     found = forecast.whole(rates, trials, done, known.costs, known.tokens, blocks, once, rows)
-    if study.search.screen is None:
-        return found
-    return forecast.screened(found, _screening(known, study.search.screen), rates, known.costs, blocks)
+    screening = _screening(known)
+    return forecast.screened(found, screening, rates, known.costs, blocks) if screening else found
 
 
-def _screening(known: Known, screen: Screen) -> Screening:
-    tokens = known.tokens
+def _screening(known: Known) -> Screening | None:
+    screen, tokens = known.study.search.screen, known.tokens
+    if screen is None:
+        return None
+    done, trials = _progress(known.before, screen.trials)
     part = tokens.search // known.search_windows * -(-known.search_windows // screen.every)
-    return Screening(screen.trials, known.screened, part, dense_kinds(known.study) * tokens.calibration)
+    return Screening(trials, done, part, dense_kinds(known.study) * tokens.calibration)

@@ -6,7 +6,7 @@ import statistics
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from time import monotonic, sleep
 from typing import Any
@@ -29,19 +29,23 @@ LOOK = 0.02  # seconds between looks at them
 STARTS = 3  # measured points of an allocation before a model of it is fitted: plenty for one to three parameters
 
 
-def make_sampler(search: Search, space: Space) -> BaseSampler:
-    """The sampler of a study.
+def make_sampler(search: Search, space: Space, screened: Sequence[FrozenTrial] = ()) -> BaseSampler:
+    """The sampler of a study; `screened`: trials of the screening before it, if there was one.
 
     What it proposes depends on the study's seed, the trial's place and the trials that are there, not on the process:
     a study that was interrupted goes on as if it had not been, and workers draw apart from each other.
     """
     match search.sampler:
         case "gp":
-            return BranchSampler(lambda seed: GPSampler(seed=seed, n_startup_trials=STARTS), space, search.seed)
+            return BranchSampler(_gp, space, search.seed, screened)
         case "tpe":
-            return BranchSampler(_tpe, space, search.seed)
+            return BranchSampler(_tpe, space, search.seed, screened)
         case "grid" | "random":  # all points of a grid are among the first trials
             return SeededSampler(search.seed)
+
+
+def _gp(seed: int) -> GPSampler:
+    return GPSampler(seed=seed, n_startup_trials=STARTS)
 
 
 def _tpe(seed: int) -> TPESampler:
@@ -89,13 +93,17 @@ class BranchSampler(BaseSampler):
     winner most of the work. Uniform is a point of ATP, and ATP a face of the curve: what was measured there counts.
 
     The sampler sees log perplexity (nats per token), while the study keeps perplexity. Perplexity explodes where β is
-    too large: fitted as it is, one such trial flattens the valley that matters.
+    too large: fitted as it is, one such trial flattens the valley that matters. Points that were screened are seen
+    too, moved to the level of those that were confirmed.
     """
 
-    def __init__(self, make: Callable[[int], BaseSampler], space: Space, seed: int) -> None:
+    def __init__(
+        self, make: Callable[[int], BaseSampler], space: Space, seed: int, screened: Sequence[FrozenTrial] = ()
+    ) -> None:
         self._make = make
         self._space = space
         self._seed = seed
+        self._screened = screened
         self._branch = ""
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -110,7 +118,8 @@ class BranchSampler(BaseSampler):
     ) -> dict[str, Any]:
         """What the inner sampler proposes in a study in memory that holds this allocation's trials alone."""
         own = {name: kind for name, kind in search_space.items() if name != "allocation"}
-        shadow = branch_study(_others(study, trial), self._space, self._branch, own)
+        others = _others(study, trial)
+        shadow = branch_study([*others, *levelled(self._screened, others)], self._space, self._branch, own)
         open_ones = around_best(shadow, {name: kind for name, kind in own.items() if not kind.single()})
         shadow.ask()  # stands for the trial: the inner sampler writes to it
         inner = self._make(seed_of(self._seed, study, trial))
@@ -171,6 +180,24 @@ def branch_study(
         if kinds.keys() <= params.keys():  # another process may not have drawn all of its trial's yet
             shadow.add_trial(_logged(trial, {name: params[name] for name in kinds}, kinds))
     return shadow
+
+
+def levelled(screened: Sequence[FrozenTrial], trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """The trials of a screening that have not been measured in full, as if they had been: their log perplexities moved
+    by the mean difference at the points where both are known; none where there is no such point.
+    """
+    known = {str(trial.params): trial.value for trial in trials}
+    values = [(known.get(str(trial.params)), trial.value) for trial in screened]
+    moves = [math.log(full) - math.log(part) for full, part in values if full is not None and part is not None]
+    if not moves:
+        return []
+    factor = math.exp(statistics.fmean(moves))
+    new = [trial for trial in screened if str(trial.params) not in known and trial.value is not None]
+    return [
+        optuna.create_trial(value=factor * trial.value, params=trial.params, distributions=trial.distributions)
+        for trial in new
+        if trial.value is not None
+    ]
 
 
 def belief(

@@ -6,13 +6,13 @@ a part of an evaluation, without a pass over the calibration text. Its perplexit
 but near the optimum it ranks points alike; the best of them begin the main study, which measures them in full.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
-import optuna
+from optuna.trial import FrozenTrial
 
-from atp_tune.events import Event, TrialEnded, TrialStarted, Watch
+from atp_tune.events import Event, Note, TrialEnded, TrialStarted, Watch
 from atp_tune.space import Params, Space
-from atp_tune.storage import measured
 from atp_tune.study import Screen
 from atp_tune.studyfile import StudyFile, overridden
 
@@ -41,6 +41,8 @@ def renamed(watch: Watch) -> Watch:
     """A watch to which the trials of a screening are called so."""
 
     def hear(event: Event) -> None:
+        if isinstance(event, Note):
+            event = Note(f"screening: {event.text}")
         if isinstance(event, TrialStarted):
             event = replace(event, title=event.title.replace("trial", "screening", 1))
         watch(replace(event, what="screening") if isinstance(event, TrialEnded) else event)
@@ -56,10 +58,12 @@ def begins_with(points: list[Params], space: Space, total: int) -> list[Params]:
     return [*points[: max(0, total - len(uniform))], *uniform][:total]
 
 
-def confirmed(study: optuna.Study, space: Space, count: int) -> list[Params]:
-    """Parameters of the best trials of a screening, each some way apart from the better ones, uniform left out."""
+def confirmed(screened: Sequence[FrozenTrial], space: Space, count: int) -> list[Params]:
+    """Parameters of the best trials of a screening [best first], each some way apart from the better ones, uniform left
+    out.
+    """
     uniform, chosen = space.uniform(), list[Params]()
-    for trial in measured(study):
+    for trial in screened:
         others = [*uniform, *chosen]
         if len(chosen) < count and not any(is_near(trial.params, other, space) for other in others):
             chosen.append(trial.params)

@@ -209,7 +209,9 @@ class Search(Part):
     @model_validator(mode="after")
     def _counted(self) -> Self:
         if self.trials is None and self.sampler != "grid" and self.screen is None:
-            raise ValueError(f"trials: is needed with the sampler {self.sampler}")
+            raise ValueError(f"trials: is needed with the sampler {self.sampler} where no points are screened")
+        if self.screen and self.sampler != "grid" and self.screen.confirm > self.screen.trials:
+            raise ValueError(f"screen.confirm: must be at most search.screen.trials, {self.screen.trials}")
         if self.settle and self.sampler in ("grid", "random"):
             raise ValueError(f'settle: {self.sampler} does not propose by what is known; take "gp" or "tpe"')
         return self
@@ -257,6 +259,13 @@ class Study(Part):
                 raise ValueError(
                     f"texts.{role}: reads the same documents as texts.{name}; give it another split or part"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _screened(self) -> Self:
+        windows, screen = self.texts.search.windows, self.search.screen
+        if screen and windows and screen.every >= windows:
+            raise ValueError(f"search.screen.every: leaves one of {windows} windows; must be less than that")
         return self
 
     @model_validator(mode="after")

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from atp_tune.errors import UserError, is_text, without_secrets
-from atp_tune.study import Prune, Study
+from atp_tune.study import Prune, Screen, Study
 
 Fact: TypeAlias = str | int | float | bool | list[str] | list[float]
 KeyPath: TypeAlias = tuple[str | int, ...]
@@ -26,17 +26,20 @@ HERE = Path("studies")
 EMBEDDED = Path(__file__).parent / "studies"
 # They say how long, where and on what a study runs, not what it computes.
 NOT_FACTS = (
-    "description", "storage", "device", "search.trials", "search.settle", "search.screen", "model.allow_pickle",
+    "description", "storage", "device", "search.trials", "search.settle", "search.screen.trials", "model.allow_pickle",
     "model.residency",
 )  # fmt: skip
-# Keys younger than the first studies: they are facts only where they are not at their defaults, so that those resume.
 # What studies hold of values that were renamed: "block" was "sequential" before there was another order of measuring.
 FORMER = {
     "prune.statistics=block": "sequential",
     "prune.statistics=sequential": "sequential within blocks",
 }
 NOW = {former: key.partition("=")[2] for key, former in FORMER.items()}  # what a stored value is called now
-LATER = ("prune.pattern", "prune.wanda.", "prune.dsnot.", "prune.alps.", "model.trust_remote_code")
+# Keys younger than the first studies: they are facts only where they are not at their defaults, so that those resume.
+LATER = (
+    "prune.pattern", "prune.wanda.", "prune.dsnot.", "prune.alps.", "model.trust_remote_code", "search.screen.",
+    "texts.calibration.every", "texts.search.every", "texts.report.every",
+)  # fmt: skip
 
 PLACES = ("storage=", "device=")  # overrides that say where, not what
 TRIALS = "search.trials="
@@ -198,9 +201,7 @@ def facts(study: Study, folder: Path = Path()) -> dict[str, Fact]:
     """
     flat = dict(_flat(study.model_dump(mode="json")))
     hidden = {key for key, value in flat.items() if value is None or key.startswith(NOT_FACTS)}
-    hidden |= {key for key, value in flat.items() if key.endswith(".every") and value == 1}  # younger than studies are
-    defaults = {**dict(_flat(Prune().model_dump(mode="json"), "prune.")), "model.trust_remote_code": False}
-    hidden |= {key for key, value in flat.items() if key.startswith(LATER) and value == defaults[key]}
+    hidden |= {key for key, value in flat.items() if key.startswith(LATER) and value == DEFAULTS[key]}
     if study.model.dtype == "auto":
         hidden.add("model.dtype")
     if is_local(study.model.source, folder):
@@ -424,3 +425,11 @@ def _shown(value: object) -> str:
 def _did_you_mean(value: object, names: Sequence[str]) -> str:
     near = get_close_matches(value.lower(), names, n=1) if isinstance(value, str) else []
     return f"; did you mean {near[0]}?" if near else ""
+
+
+DEFAULTS = {
+    **dict(_flat(Prune().model_dump(mode="json"), "prune.")),
+    **dict(_flat(Screen(trials=1).model_dump(mode="json"), "search.screen.")),
+    "model.trust_remote_code": False,
+    **{f"texts.{role}.every": 1 for role in ("calibration", "search", "report")},
+}

@@ -20,7 +20,7 @@ from atp_tune.process import GRACE, identity, is_alive, versions
 from atp_tune.samplers import first_trials, make_sampler, make_stopper, total_trials
 from atp_tune.screening import SUFFIX, begins_with, confirmed, renamed, screening_file
 from atp_tune.settling import has_settled
-from atp_tune.space import Params, Space, make_space
+from atp_tune.space import Space, make_space
 from atp_tune.stored import TRIAL, checked
 from atp_tune.study import Screen
 from atp_tune.studyfile import TRIALS, StudyFile, facts, settings
@@ -141,14 +141,14 @@ def _work(run: Run) -> optuna.Study:
     study = storage.create_study(db, run.name, known, run.mix)
     _describe(study, run.file, bench, total)
     _compare_versions(run, study)
-    study.sampler = make_sampler(search, space)
     study.pruner = make_stopper(search)
     if search.screen is None:
         _measure_dense(run, study, bench)
-        first = first_trials(search, space)[:total]
+        first, screened = first_trials(search, space)[:total], list[FrozenTrial]()
     else:
-        run, points = _screen(run, search.screen, bench, space)
-        first = begins_with(points, space, total)
+        run, screened = _screen(run, search.screen, bench)
+        first = begins_with(confirmed(screened, space, search.screen.confirm), space, total)
+    study.sampler = make_sampler(search, space, screened)
     for params in first:
         study.enqueue_trial(params, {storage.START: True}, skip_if_exists=True)
     total = _drive(run, study, bench, space, total)
@@ -158,10 +158,10 @@ def _work(run: Run) -> optuna.Study:
     return study
 
 
-def _screen(run: Run, screen: Screen, bench: "Bench", space: Space) -> tuple[Run, list[Params]]:
-    """Runs the screening, or goes on with it: the points that it leaves to be confirmed, and the run with the time that
-    is left. There are no points before it is complete. It has measured the dense model, on its part of the text, so
-    that the main study need not do so before its search.
+def _screen(run: Run, screen: Screen, bench: "Bench") -> tuple[Run, list[FrozenTrial]]:
+    """Runs the screening, or goes on with it: the run with the time that is left, and the measured points, best first,
+    none before it is complete. It has measured the dense model, on its part of the text, so that the main study need
+    not do so before its search.
     """
     began, file = monotonic(), screening_file(run.file, screen)
     inner = replace(
@@ -173,7 +173,7 @@ def _screen(run: Run, screen: Screen, bench: "Bench", space: Space) -> tuple[Run
         study = _work(inner)
     if run.timeout is not None:
         run = replace(run, timeout=max(0.0, run.timeout - (monotonic() - began)))
-    return run, confirmed(study, space, screen.confirm) if is_complete(study, file) else []
+    return run, storage.measured(study) if is_complete(study, file) else []
 
 
 def open_bench(run: Run) -> "Bench":
@@ -329,7 +329,7 @@ class Attempt:
 
 def _wait(run: Run, study: optuna.Study, trial: FrozenTrial) -> None:
     """Gives a trial that runs elsewhere the time to end, or to show no sign of life."""
-    where = trial.user_attrs.get("host", "another machine")
+    where = trial.user_attrs.get("host", "another process")
     run.note(f"waiting for trial {trial.number}, which {where} runs (or was running when it stopped)")
     while any(other.number == trial.number for other in storage.running(study)):
         sleep(POLL)

@@ -3,11 +3,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tinystudy import CommandLine, run, settings, study_file
+from tinystudy import CommandLine, run, settings, stored, study_file
 
 from atp_tune import planning, storage
 from atp_tune.events import unwatched
 from atp_tune.planning import foresee
+from atp_tune.storage import counted
 
 
 def test_a_study_is_foretold(place: Path) -> None:
@@ -101,6 +102,16 @@ def test_a_screening_is_foretold(place: Path, command: CommandLine) -> None:
     run(place, *words, timeout=0)
     run(place, *words)
     assert foresee(study_file(place, *words), "tiny", unwatched).whole.seconds_left == 0
+
+
+def test_a_screening_has_a_row_and_counts_as_far_as_it_went(place: Path) -> None:
+    words = ("search.screen.trials=30", "search.screen.every=3", "search.sampler=gp", "search.settle=true")
+    run(place, *words)
+    settled = counted(stored(place, "tiny.screen"))
+    assert settled < 30
+    found = foresee(study_file(place, *words), "tiny", unwatched)
+    assert (found.whole.screened, found.whole.seconds_left) == (settled, 0)
+    assert [(row.what, row.tokens.total) for row in found.trial] == [("trial", 2 * 256 + 512), ("screening", 6 * 32)]
 
 
 def test_what_stands_in_the_middle_of_a_block_is_stated(place: Path) -> None:

@@ -11,8 +11,9 @@ from tinystudy import BLOCKS, LONG, finish, run, settings, start, study_file, wa
 from atp_tune import tuning
 from atp_tune.bench import Bench
 from atp_tune.errors import UserError
-from atp_tune.events import TrialEnded, TrialStarted
+from atp_tune.events import Note, TrialEnded, TrialStarted
 from atp_tune.prune_pass import Pass
+from atp_tune.samplers import levelled
 from atp_tune.screening import APART, confirmed, is_near, screening_file
 from atp_tune.storage import counted, measured
 from atp_tune.study import Screen
@@ -219,6 +220,8 @@ def test_a_command_that_a_user_types(place: Path, command: Any) -> None:
     [
         ("search.screen.trials=0", "search.screen.trials: must be at least 1, got 0"),
         ("search.screen.every=0", "search.screen.every: must be at least 1, got 0"),
+        ("search.screen.confirm=6", "search.screen.confirm: must be at most search.screen.trials, 5"),
+        ("search.screen.every=16", "search.screen.every: leaves one of 16 windows; must be less than that"),
         ("search.screen=3", "search.screen: must be a table, got 3"),
         ("search.screen.windows=3", "search.screen.windows: unknown key; did you mean"),
     ],
@@ -248,6 +251,37 @@ def test_a_bench_for_screening_shares_all_but_the_text(place: Path) -> None:
     assert bench.prune_settings.statistics == "block"
 
 
+def test_a_study_that_goes_on_knows_what_was_screened(place: Path) -> None:
+    """Perplexities of the screening, at the level of the main study's, stand beside its own in the sampler's model."""
+    run(place, *INSIDE, "search.screen.trials=9", "search.trials=5")
+    study = reopen(place)
+    assert study.user_attrs["belief"]["before"] == 4 + 9 - 3  # two were confirmed, and uniform is in both
+
+
+def test_levels() -> None:
+    part, full = screening_of([(0.1, 30.0), (0.05, 33.0), (0.15, 60.0)]), screening_of([(0.1, 40.0), (0.02, 50.0)])
+    found = levelled(measured(part), measured(full))
+    assert [(t.params["beta"], t.value) for t in found] == [(0.05, pytest.approx(44.0)), (0.15, pytest.approx(80.0))]
+    assert levelled(measured(part), measured(screening_of([(0.02, 50.0)]))) == []
+    assert levelled([], measured(full)) == []
+
+
+def test_other_keys_of_a_screening_are_refused(place: Path) -> None:
+    """By the keys that a user wrote, whether the screening is complete or not; more points are no other keys."""
+    run(place, *INSIDE)
+    for key, text in (("every=2", "every is 2, was 3"), ("confirm=1", "confirm is 1, was not set")):
+        with pytest.raises(UserError, match=f"study tiny: search.screen.{text}"):
+            run(place, *INSIDE, f"search.screen.{key}")
+    run(place, *INSIDE, "search.screen.trials=6")
+
+
+def test_what_a_screening_says_is_said_of_it(place: Path) -> None:
+    notes: list[str] = []
+    watch = lambda event: isinstance(event, Note) and notes.append(event.text)  # noqa: E731
+    run(place, *INSIDE, "search.settle=true", "search.screen.trials=30", watch=watch)
+    assert any(note.startswith("screening: settled after") for note in notes), notes
+
+
 # --- which points are confirmed
 
 
@@ -268,9 +302,9 @@ def test_the_best_are_confirmed_some_way_apart() -> None:
     space = space_for(study_of(), SIZES)
     near = 0.2 * APART
     points = [(0.0, 1.0), (0.1, 3.0), (0.1 + near / 2, 2.0), (0.15, 5.0), (0.05, 4.0), (0.1 - near, 3.5)]
-    found = confirmed(screening_of(points), space, 3)
+    found = confirmed(measured(screening_of(points)), space, 3)
     assert [point["beta"] for point in found] == [0.1 + near / 2, 0.1 - near, 0.05]
-    assert [point["beta"] for point in confirmed(screening_of(points[:2]), space, 3)] == [0.1]
+    assert [point["beta"] for point in confirmed(measured(screening_of(points[:2])), space, 3)] == [0.1]
 
 
 def test_near_points() -> None:

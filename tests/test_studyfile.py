@@ -165,7 +165,7 @@ REPLACED = [  # what stands in GOOD, what stands there instead, the message
         '"org/name"\nsha256 = "ABC"',
         'model.sha256: must be 64 hexadecimal digits in lower case, got "ABC"',
     ),
-    ("trials = 5", "", "search.trials: is needed with the sampler gp"),
+    ("trials = 5", "", "search.trials: is needed with the sampler gp where no points are screened"),
 ]
 
 

@@ -68,7 +68,8 @@ class Display:
         value = f"perplexity {event.value:.2f}" if event.value is not None else f"failed: {event.reason}"
         best = f"best {event.best:.2f}" if event.best is not None else "no best yet"
         left = (monotonic() - self._first) / self._ended * (event.total - event.done)
-        eta = f", {duration(left)} left" if event.done < event.total and not console.is_terminal else ""
+        rest = " of screening left" if event.what == "screening" else " left"
+        eta = f", {duration(left)}{rest}" if event.done < event.total and not console.is_terminal else ""
         title = f"[{event.done}/{event.total}] {event.what} {event.number}: {plan}"
         console.print(f"{title}: {value} in {seconds:.0f} s ({best}{eta})", highlight=False, markup=False)
         self.bars.update(

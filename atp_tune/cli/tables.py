@@ -238,7 +238,8 @@ def show_forecast(found: "Forecast") -> None:
         times = trial.seconds
         parts = (times.calibrate, times.prune, times.evaluate, times.total) if times else (None,) * 4
         seconds = ["–" if part is None else f"{part:.1f}" for part in parts]
-        table.add_row(trial.pruner, f"{trial.tokens.total:,}", *seconds)
+        name = trial.pruner if trial.what == "trial" else f"screening {trial.pruner}"
+        table.add_row(name, f"{trial.tokens.total:,}", *seconds)
     console.print(table)
     for line in (
         f"study:   {_study_cost(found.whole)}",
