@@ -16,6 +16,7 @@ from pydantic import (
     ConfigDict,
     Field,
     FiniteFloat,
+    JsonValue,
     PlainSerializer,
     ValidationError,
     model_validator,
@@ -48,6 +49,14 @@ def _positive(score: Perplexity | None) -> Perplexity | None:
 Score = Annotated[
     Perplexity | None, AfterValidator(_positive), PlainSerializer(_finite)
 ]  # JSON has no infinity: it is written as null
+
+
+def _storable(found: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    json.dumps(found, ensure_ascii=False, allow_nan=False).encode()  # ValueError for NaN and half a character
+    return found
+
+
+Found = Annotated[dict[str, JsonValue], AfterValidator(_storable)]
 
 
 class Part(BaseModel):
@@ -137,6 +146,8 @@ class Config(Part):
     seed: int
     versions: dict[str, str]
     folder: str = Field(".", description="where relative paths of model and texts start, seen from this file")
+    zero_shot: Found | None = Field(None, description="what `evaluate` found, see `attaching`")
+    speed: Found | None = Field(None, description="what `speedup` found, see `attaching`")
 
     @model_validator(mode="before")
     @classmethod

@@ -28,6 +28,7 @@ from optuna.trial import FrozenTrial, Trial
 from optuna_dashboard import get_note, save_note
 
 from atp_tune import storage
+from atp_tune.attaching import KINDS
 from atp_tune.database import PatientDatabase, without_password
 from atp_tune.errors import UserError
 from atp_tune.serving.keeper import CONFIG, REPORT
@@ -216,17 +217,17 @@ def _last_first(sources: Sequence[Source], numbers: Sequence[Numbers]) -> list[t
 
 def _user_attrs(sources: Sequence[Source], kept: Sequence[FrozenTrial], numbers: Sequence[Numbers]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
-    reports: dict[str, Any] = {}
+    by_trial: dict[str, dict[str, Any]] = {}
     for source, own in _last_first(sources, numbers):
         merged |= source.study.user_attrs
         names = {"dense": "dense"} | {str(old): str(new) for old, new in own.items()}
-        stored = source.study.user_attrs.get("reports", {})
-        reports |= {names[name]: nlls for name, nlls in stored.items() if name in names}
+        for key in ("reports", *KINDS):
+            stored = source.study.user_attrs.get(key, {})
+            by_trial.setdefault(key, {}).update({names[name]: value for name, value in stored.items() if name in names})
     beliefs = [source.study.user_attrs.get("belief") for source in sources]
     totals = [source.study.user_attrs.get("total", 0) for source in sources]
     merged["total"] = max(sum(storage.counts(trial) for trial in kept), *totals)
-    if reports:
-        merged["reports"] = reports
+    merged |= {key: values for key, values in by_trial.items() if values}
     if any(beliefs):
         merged["belief"] = max((belief for belief in beliefs if belief), key=lambda belief: int(belief["before"]))
     return merged

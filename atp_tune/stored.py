@@ -15,6 +15,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
+from atp_tune.config import Found
 from atp_tune.errors import UserError
 from atp_tune.study import Share
 
@@ -73,6 +74,7 @@ STUDY = _kinds(
         "settled": Annotated[list[Total], Field(min_length=2, max_length=2)],
         "dense": Nlls,
         "reports": dict[Role, Nlls],
+        **dict.fromkeys(("zero_shot", "speed"), dict[Role, Found]),
         "fingerprint": dict[Words, Words | int | float | bool | list[Words] | list[float]],
     }
 )

@@ -11,6 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 from pydantic import ValidationError
 
 from atp_tune import storage
+from atp_tune.attaching import with_attached
 from atp_tune.config import AllocationRef, Baselines, Config, ModelRef, Scores, Sparsity, Texts
 from atp_tune.errors import UserError
 from atp_tune.perplexity import Change, Perplexity, change, perplexity
@@ -219,7 +220,7 @@ def best_config(file: StudyFile, study: optuna.Study, out: Path) -> Config:
     if best is None:
         raise UserError(f"study {study.study_name}: no trial has a value yet; run: python tune.py --study {file.name}")
     try:
-        return _config(file, study, best, out)
+        return with_attached(_config(file, study, best, out), study, out)
     except (KeyError, ValidationError):
         raise UserError(
             f"study {study.study_name}: of trial {best.number}, the best, is not stored what a configuration needs; "

@@ -142,11 +142,15 @@ def test_what_names_trials_by_number_follows(tmp_path: Path) -> None:
     retried.system_attrs = {"failed_trial": 2, "retry_history": [2]}
     repeated = made_up(0.003, repeats=3)
     belief = {"before": 4, "curves": {}}
-    made(tmp_path / "a.db", first, second, belief={"before": 2, "curves": {}}, reports={"dense": [1.0], "1": [1.5]})
-    made(tmp_path / "b.db", failed, again, lost, retried, repeated, belief=belief, reports={"dense": [2.0], "3": [2.5]})
+    of_a = {"reports": {"dense": [1.0], "1": [1.5]}, "speed": {"0": {"x": 1}, "1": {"x": 2}}}
+    of_b = {"reports": {"dense": [2.0], "3": [2.5]}, "speed": {"3": {"x": 3}}, "zero_shot": {"4": {"x": 4}}}
+    made(tmp_path / "a.db", first, second, belief={"before": 2, "curves": {}}, **of_a)
+    made(tmp_path / "b.db", failed, again, lost, retried, repeated, belief=belief, **of_b)
     study = united(tmp_path / "out.db", tmp_path / "b.db", tmp_path / "a.db").study
     assert [trial.params["beta"] for trial in study.trials] == [0.0, 0.001, 0.02, 0.02, 0.003, 0.003, 0.003]
     assert study.user_attrs["reports"] == {"dense": [2.0], "1": [1.5], "5": [2.5]}
+    assert study.user_attrs["speed"] == {"0": {"x": 1}, "1": {"x": 2}, "5": {"x": 3}}
+    assert study.user_attrs["zero_shot"] == {"6": {"x": 4}}
     assert study.user_attrs["belief"] == belief
     assert study.trials[3].user_attrs["failure"] == "failed before, as trial 2: out of memory"
     assert study.trials[5].system_attrs == {"failed_trial": 4, "retry_history": [4]}

@@ -1,0 +1,141 @@
+import json
+import shutil
+import sqlite3
+from pathlib import Path
+
+import pytest
+from tinystudy import CommandLine, run, stored, study_file
+
+from atp_tune.attaching import attach, attached, study_of
+from atp_tune.config import Config, read_config
+from atp_tune.errors import UserError
+from atp_tune.summary import best_config
+
+FOUND = {"tokens_per_second": {"dense": 10.5, "sparse": 11}, "engine": "torch"}
+
+
+def best_of(place: Path) -> tuple[Path, Config]:
+    return place / "tiny.best.json", read_config(place / "tiny.best.json")
+
+
+def test_what_was_found_is_in_the_file_and_on_the_study(done: Path) -> None:
+    path, config = best_of(done)
+    assert attach(path, config, "speed", FOUND) == [str(path), "study tiny"]
+    assert read_config(path) == config.model_copy(update={"speed": FOUND})
+    assert stored(done).user_attrs["speed"] == {str(config.trial): FOUND}
+    assert attached(stored(done), config.trial) == {"speed": FOUND}
+    assert attached(stored(done), config.trial + 1) == {}
+
+
+def test_what_is_written_again_keeps_it(done: Path, command: CommandLine) -> None:
+    path, config = best_of(done)
+    attach(path, config, "speed", FOUND)
+    attach(path, config, "zero_shot", {"tasks": []})
+    path.unlink()
+    command("export", "--study", done / "tiny.toml")
+    found = read_config(path)
+    assert (found.speed, found.zero_shot) == (FOUND, {"tasks": []})
+    path.unlink()
+    run(done)  # is complete, and writes its best down
+    assert read_config(path) == found
+
+
+def test_a_file_keeps_what_its_study_does_not_know(done: Path) -> None:
+    path, config = best_of(done)
+    (done / "tiny.db").rename(done / "away.not")
+    assert attach(path, config, "speed", FOUND) == [str(path)]
+    (done / "away.not").rename(done / "tiny.db")
+    assert best_config(study_file(done), stored(done), path).speed == FOUND
+    assert best_config(study_file(done), stored(done), done / "other.json").speed is None
+
+
+def test_another_best_does_not_inherit_it(done: Path) -> None:
+    path, config = best_of(done)
+    other = config.model_copy(update={"trial": config.trial - 1, "speed": FOUND})
+    other.write(path)
+    assert best_config(study_file(done), stored(done), path).speed is None
+
+
+def test_a_file_that_has_changed_meanwhile(done: Path) -> None:
+    """Others may attach to it, or write the next best into it, while something is measured."""
+    path, config = best_of(done)
+    attach(path, config, "zero_shot", {"tasks": []})
+    attach(path, config, "speed", FOUND)
+    assert read_config(path).zero_shot == {"tasks": []}
+    next_best = config.model_copy(update={"trial": config.trial + 1})
+    next_best.write(path)
+    assert attach(path, config, "speed", {"new": 1}) == ["study tiny"]
+    assert read_config(path) == next_best
+    assert attached(stored(done), config.trial)["speed"] == {"new": 1}
+
+
+def test_a_disk_that_is_full_keeps_the_old_file(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, config = best_of(done)
+    before = path.read_bytes()
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", refuse)
+    with pytest.raises(UserError, match="No space left on device"):
+        attach(path, config, "speed", FOUND)
+    assert path.read_bytes() == before
+
+
+# --- where the study is
+
+
+def test_a_study_is_found_beside_the_file_and_beside_its_study_file(done: Path, tmp_path: Path) -> None:
+    path, config = best_of(done)
+    (done / "tiny.db").rename(done / "label.db")  # as a study with another name in the storage
+    assert study_of(path, config) is not None
+    elsewhere = tmp_path / "out" / "best.json"
+    best_config(study_file(done), study_of(path, config) or stored(done), elsewhere).write(elsewhere)
+    assert study_of(elsewhere, read_config(elsewhere)) is not None
+    shutil.copyfile(path, tmp_path / "out" / "moved.json")
+    assert study_of(tmp_path / "out" / "moved.json", config) is None
+
+
+def test_a_storage_by_name(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, config = best_of(done)
+    monkeypatch.chdir(tmp_path)
+    (done / "tiny.db").rename(tmp_path / "moved.db")
+    assert attach(path, config, "speed", FOUND, "sqlite:///moved.db") == [str(path), "study tiny"]
+    with pytest.raises(UserError) as caught:
+        study_of(path, config, "sqlite:///none.db")
+    assert str(caught.value) == (
+        f"--storage sqlite:///none.db: has no study tiny whose trial {config.trial} is that of {path}"
+    )
+
+
+@pytest.mark.parametrize("changed", [{"trial": 99}, {"block_sparsities": (0.5,) * 4}, {"pruner": "alps"}])
+def test_another_study_of_the_same_name_is_left_alone(done: Path, changed: dict[str, object]) -> None:
+    path, config = best_of(done)
+    assert study_of(path, config.model_copy(update=changed)) is None
+
+
+def test_databases_of_others_are_left_as_they_are(done: Path) -> None:
+    path, config = best_of(done)
+    (done / "tiny.db").unlink()
+    with sqlite3.connect(done / "a.db") as database:
+        database.execute("CREATE TABLE mine (x)")
+    (done / "b.db").write_bytes(b"no database")
+    (done / "c.db").mkdir()
+    before = (done / "a.db").read_bytes()
+    assert study_of(path, config) is None
+    assert (done / "a.db").read_bytes() == before
+    assert (done / "b.db").read_bytes() == b"no database"
+
+
+# --- what strangers may have stored
+
+
+@pytest.mark.parametrize("value", [3, "x", {"0": 3}, {"x": {}}, {"0": {"speed": "\ud800"}}, {"0": {"x": float("nan")}}])
+def test_what_is_not_of_its_kind_is_as_if_it_were_not_there(done: Path, value: object) -> None:
+    path, config = best_of(done)
+    study = stored(done)
+    text = json.dumps(value).replace('"0"', f'"{config.trial}"')
+    study.set_user_attr("speed", json.loads(text))
+    assert best_config(study_file(done), stored(done), done / "new.json").speed is None
+    assert attach(path, config, "speed", FOUND) == [str(path), "study tiny"]
+    assert attached(stored(done), config.trial) == {"speed": FOUND}
