@@ -7,11 +7,14 @@ from pathlib import Path
 from torch import Tensor
 
 from atp_tune.bench import Bench, Setup
-from atp_tune.config import Config
+from atp_tune.card import ABOUT, Dense, describe
+from atp_tune.checkpoint import Checkpoint
+from atp_tune.config import AllocationRef, Baselines, Config, ModelRef, Scores, Sparsity, Texts, read_config
 from atp_tune.errors import UserError
 from atp_tune.events import TrialStarted, Watch
 from atp_tune.perplexity import Perplexity, perplexity
 from atp_tune.plan import Plan
+from atp_tune.process import versions
 from atp_tune.shards import Shards, check_free, sparse_folder
 from atp_tune.space import make_space
 from atp_tune.studyfile import StudyFile
@@ -30,9 +33,9 @@ def apply(
     texts = {"calibration": config.calibration, "report": config.texts.report}
     setup = Setup(model, config.prune, texts, base, device)
     bench = Bench.open(setup, watch)
-    write_sparse(bench, _plan(config, bench), out, config.to_json())
+    dense = write_sparse(bench, _plan(config, bench), out, config.seen_from(base, out))
     del bench  # its memory is wanted for the folder that is loaded next
-    return measure_folder(setup, out, watch)
+    return _measured(setup, out, dense, watch)
 
 
 def prune_once(
@@ -47,9 +50,9 @@ def prune_once(
     bench = Bench.open(setup, watch)
     plan = _only_plan(file, bench, parameters)
     if out is not None:
-        write_sparse(bench, plan, out, study.model_dump_json(indent=2, exclude={"storage"}))
+        dense = write_sparse(bench, plan, out, _config(file, bench, plan).seen_from(file.folder, out))
         del bench
-        return plan, measure_folder(setup, out, watch)
+        return plan, _measured(setup, out, dense, watch)
     watch(TrialStarted("pruning", plan))
     pruned = ((block.index, block.weights) for block in bench.prune(plan))
     return plan, perplexity(bench.all_nlls(pruned, "report"))
@@ -92,23 +95,61 @@ def _plan(config: Config, bench: Bench) -> Plan:
     return Plan(config.pruner, name, config.block_sparsities, values, found)
 
 
-def write_sparse(bench: Bench, plan: Plan, out: Path, provenance: str) -> None:
-    """Prunes and writes the sparse checkpoint, with `atp_tune.json` saying how it came about."""
-    checkpoint = bench.checkpoint
+def _config(file: StudyFile, bench: Bench, plan: Plan) -> Config:
+    """One plan as a configuration: what it takes to make its folder again, with nothing measured."""
+    study, nothing = file.study, Scores(search=None, report=None)
+    return Config(
+        study=file.name,
+        trial=None,
+        model=ModelRef(
+            id=study.model.source, revision=study.model.revision, sha256=study.model.sha256,
+            fingerprint=bench.folder.content, dtype=bench.dtype,
+        ),
+        pruner=plan.pruner,
+        prune=study.prune,
+        allocation=AllocationRef(
+            name=plan.allocation, beta=plan.parameters.get("beta"), parameters=plan.parameters
+        ),
+        block_sparsities=plan.sparsities,
+        linear_sparsities=plan.linear_sparsities,
+        sparsity=Sparsity(target=study.sparsity, realised=study.sparsity),
+        perplexity=nothing,
+        baselines=Baselines(dense=nothing, uniform=nothing),
+        calibration=study.texts.calibration,
+        texts=Texts(search=study.texts.search, report=study.report_text),
+        seed=study.search.seed,
+        versions=versions(),
+    )  # fmt: skip
+
+
+def write_sparse(bench: Bench, plan: Plan, out: Path, config: Config) -> Dense:
+    """Prunes and writes the sparse checkpoint, which says what it is: the configuration, with the zeros counted."""
+    checkpoint, zeros = bench.checkpoint, list[int]()
     shards = Shards(bench.folder.path, str(checkpoint.model.base_model_prefix))
     keys = {checkpoint.key(i, linear) for i, linears in enumerate(checkpoint.linears) for linear in linears}
     names = {name for key in keys for name in checkpoint.as_saved(key, checkpoint.model.get_parameter(key).to("meta"))}
     bench.watch(TrialStarted(f"writing {out}", plan))
+    dense = Dense(bench.folder.path, bench.folder.revision)
     with sparse_folder(bench.folder.path, out) as folder:
-        shards.write(folder, names, _pruned(bench, plan))
+        shards.write(folder, names, _pruned(bench, plan, zeros))
         bench.folder.check_unchanged()
-        (folder / "atp_tune.json").write_text(provenance, encoding="utf-8")
+        describe(folder, _counted(config, checkpoint, sum(zeros)), dense)
+    return dense
 
 
-def _pruned(bench: Bench, plan: Plan) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name on disk, dense and pruned weight of all that is pruned, as the pass comes to it."""
+def _counted(config: Config, checkpoint: Checkpoint, zeros: int) -> Config:
+    """The configuration with what is known of the model now: the share of zeros, and the names that it was found in."""
+    realised = Sparsity(target=config.sparsity.target, realised=zeros / sum(checkpoint.sizes))
+    linears = checkpoint.linear_names if config.linear_sparsities else None
+    known = {"blocks": checkpoint.blocks_name, "linears": linears}
+    return config.model_copy(update={"sparsity": realised, **known})
+
+
+def _pruned(bench: Bench, plan: Plan, zeros: list[int]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name on disk, dense and pruned weight of all that is pruned, as the pass comes to it; zeros are counted."""
     checkpoint = bench.checkpoint
     for block in bench.prune(plan):
+        zeros.append(sum(block.zeros.values()))
         dense = checkpoint.weights(block.index)
         linears = {linear.key: linear for linear in checkpoint.linears[block.index]}
         for key, linear in linears.items():
@@ -116,6 +157,15 @@ def _pruned(bench: Bench, plan: Plan) -> Iterator[tuple[str, Tensor, Tensor]]:
             saved = checkpoint.as_saved(name, block.weights[key].cpu())
             for part, was in checkpoint.as_saved(name, dense[key].cpu()).items():
                 yield part, was, saved[part]
+
+
+def _measured(setup: Setup, out: Path, dense: Dense, watch: Watch) -> Perplexity:
+    """Measures a written folder, which says so then."""
+    measured = measure_folder(setup, out, watch)
+    config = read_config(out / ABOUT)
+    scores = config.perplexity.model_copy(update={"report": measured})
+    describe(out, config.model_copy(update={"perplexity": scores}), dense)
+    return measured
 
 
 def measure_folder(setup: Setup, out: Path, watch: Watch) -> Perplexity:

@@ -63,6 +63,15 @@ def keep(path: Path, content: bytes) -> None:
         ) from None
 
 
+def write_out(path: Path, content: bytes) -> None:
+    """Writes a file that a user asked for, and its folder; UserError where that is not possible."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; choose another place with --out FILE") from None
+
+
 def sha256_of_json(value: object) -> str:
     """SHA-256 (hex) of a JSON value, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -104,6 +104,11 @@ class Checkpoint:
         """Number of prunable weights of each block."""
         return tuple(sum(linear.size for linear in linears) for linears in self.linears)
 
+    @property
+    def linear_names(self) -> list[list[str]]:
+        """Names of the linears of each block, within their block."""
+        return [[linear.name for linear in linears] for linears in self.linears]
+
     @cached_property
     def shapes(self) -> tuple[tuple[Shape, ...], ...]:
         """Shape of each linear of each block, as an allocation sees it."""

@@ -5,6 +5,7 @@ The format is published (`atp_tune.config/1`): keys are added under the same num
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from atp_tune.cache import write_atomically
+from atp_tune.cache import write_out
 from atp_tune.errors import UserError
 from atp_tune.perplexity import Perplexity
 from atp_tune.study import AllocationName, Model, Prune, PrunerName, Share, Text
@@ -129,7 +130,7 @@ class Config(Part):
 
     format: Literal["atp_tune.config/1"] = FORMAT
     study: str
-    trial: int
+    trial: int | None = Field(description="null for one plan without a search")
     model: ModelRef
     pruner: PrunerName
     prune: Prune = Field(description="settings of the pruners, and where their statistics come from")
@@ -137,6 +138,10 @@ class Config(Part):
     block_sparsities: tuple[Share, ...] = Field(min_length=1)
     linear_sparsities: tuple[tuple[Share, ...], ...] | None = Field(
         None, description="one per linear of each block, where they differ within blocks"
+    )
+    blocks: str | None = Field(None, description="name of the list of blocks in the model, as in model.layers")
+    linears: tuple[tuple[str, ...], ...] | None = Field(
+        None, description="names within their block of what `linear_sparsities` are of"
     )
     sparsity: Sparsity
     perplexity: Scores
@@ -158,17 +163,24 @@ class Config(Part):
                 return value if "every" in text else {**value, "prune": {**rest, "statistics": "block"}}
         return value
 
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        """Names of linears are of the sparsities of linears."""
+        if self.linears and [len(row) for row in self.linears] != [len(row) for row in self.linear_sparsities or ()]:
+            raise ValueError("linears: not one name for each of linear_sparsities")
+        return self
+
+    def seen_from(self, base: Path, place: Path) -> Self:
+        """The same for a file in the folder `place`, where relative paths start at `base`."""
+        return self.model_copy(update={"folder": os.path.relpath(base.resolve(), place.resolve())})
+
     def to_json(self) -> str:
         """The file's text: two spaces, keys in the order of the model."""
         return dumps(self.model_dump(mode="json"), 2) + "\n"
 
     def write(self, path: Path) -> None:
         """Writes the file so that it is there whole or not at all; UserError where that is not possible."""
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, self.to_json().encode())
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}; choose another place with --out FILE") from None
+        write_out(path, self.to_json().encode())
 
 
 def read_config(path: Path) -> Config:

@@ -43,6 +43,13 @@ def read_sizes(folder: Path) -> Sizes:
     return Sizes(sum(counts.values()), tuple(blocks[index] for index in sorted(blocks)), stored)
 
 
+def places(file: Path) -> dict[str, int]:
+    """Where in a file each tensor's bytes begin; UserError where it has no header."""
+    with file.open("rb") as stream:
+        data = 8 + int.from_bytes(stream.read(8), "little")
+    return {name: data + entry["data_offsets"][0] for name, entry in _header(file).items()}
+
+
 def _header(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")

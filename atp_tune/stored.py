@@ -70,6 +70,8 @@ TRIAL = _kinds(
 STUDY = _kinds(
     {
         "sizes": Annotated[list[Size], Field(min_length=1)],
+        "blocks": Words,
+        "linears": list[list[Words]],
         "total": Total,
         "settled": Annotated[list[Total], Field(min_length=2, max_length=2)],
         "dense": Nlls,

@@ -1,6 +1,5 @@
 """What a study has found, read from its storage alone: no torch, no model, also while it runs."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -230,6 +229,7 @@ def best_config(file: StudyFile, study: optuna.Study, out: Path) -> Config:
 
 def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) -> Config:
     summary, spec, facts = summarise(study), file.study, study.user_attrs["fingerprint"]
+    linears = best.user_attrs.get("linear_sparsities")
     return Config(
         study=study.study_name,
         trial=best.number,
@@ -240,7 +240,9 @@ def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) 
             name=best.params["allocation"], beta=best.params.get("beta"), parameters=parameters_of(best)
         ),
         block_sparsities=tuple(best.user_attrs["sparsities"]),
-        linear_sparsities=best.user_attrs.get("linear_sparsities"),
+        linear_sparsities=linears,
+        blocks=study.user_attrs.get("blocks"),
+        linears=study.user_attrs.get("linears") if linears else None,
         sparsity=Sparsity(target=spec.sparsity, realised=best.user_attrs["realised"]),
         perplexity=summary.best,
         baselines=Baselines(dense=summary.dense, uniform=summary.uniform),
@@ -248,8 +250,7 @@ def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) 
         texts=Texts(search=spec.texts.search, report=spec.report_text),
         seed=spec.search.seed,
         versions=best.user_attrs["versions"],
-        folder=os.path.relpath(file.folder.resolve(), out.parent.resolve()),
-    )
+    ).seen_from(file.folder, out.parent)
 
 
 def _dtype_of(trial: FrozenTrial) -> dict[str, str]:

@@ -192,7 +192,11 @@ def open_bench(run: Run) -> "Bench":
 
 def _describe(study: optuna.Study, file: StudyFile, bench: "Bench", total: int) -> None:
     total = storage.total_of(study, total)
-    attributes = {"sizes": list(bench.checkpoint.sizes), "total": total, "made_from": settings(file)}
+    model = bench.checkpoint
+    attributes = {
+        "sizes": list(model.sizes), "blocks": model.blocks_name, "linears": model.linear_names,
+        "total": total, "made_from": settings(file),
+    }  # fmt: skip
     for name, value in attributes.items():
         if study.user_attrs.get(name) != value:
             study.set_user_attr(name, value)

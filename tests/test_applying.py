@@ -20,7 +20,6 @@ from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Event, TrialStarted, unwatched
 from atp_tune.perplexity import Perplexity
 from atp_tune.plan import Plan
-from atp_tune.study import Study
 
 
 @pytest.fixture(autouse=True)
@@ -110,9 +109,13 @@ def test_it_loads_as_any_checkpoint_and_keeps_the_promise(done: Path, config: Co
     assert by_hand.zeros() == pytest.approx(config.sparsity.realised)
     check_zeros(out, done / "model", config.pruner, config.block_sparsities)
     assert {file.name for file in out.iterdir()} == {
-        "atp_tune.json", *(file.name for file in (done / "model").iterdir())
+        "atp_tune.json", "README.md", *(file.name for file in (done / "model").iterdir())
     }  # fmt: skip
-    assert read_config(out / "atp_tune.json") == config
+    about = read_config(out / "atp_tune.json")
+    assert about.perplexity.report == measured
+    scores = about.perplexity.model_copy(update={"report": config.perplexity.report})
+    assert about.model_copy(update={"perplexity": scores, "folder": config.folder}) == config
+    assert (out / about.folder).resolve() == done
     assert [file.name for file in out.parent.iterdir()] == ["out"]
 
 
@@ -245,8 +248,16 @@ def test_prune_once_writes_what_it_measures(done: Path, tmp_path: Path) -> None:
     assert measured.value == pytest.approx(prune_once(file, {"beta": 0.05}, None, unwatched)[1].value, rel=1e-6)
     titles = [event.title for event in events if isinstance(event, TrialStarted)]
     assert titles == [f"writing {tmp_path / 'out'}", f"checking {tmp_path / 'out'}"]
-    provenance = (tmp_path / "out" / "atp_tune.json").read_text()
-    assert Study.model_validate_json(provenance) == file.study
+
+
+def test_what_was_pruned_once_is_made_again_from_its_folder(done: Path, tmp_path: Path) -> None:
+    _, measured = prune_once(study_file(done), {"beta": 0.05}, tmp_path / "one", unwatched)
+    about = read_config(tmp_path / "one" / "atp_tune.json")
+    assert (about.trial, about.perplexity.report) == (None, measured)
+    again = apply(about, tmp_path / "one" / about.folder, tmp_path / "two", "cpu", unwatched)
+    assert again == measured
+    one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    assert all(same_bytes(one[name], two[name]) for name in one)
 
 
 def test_prune_once_of_a_uniform_allocation(done: Path) -> None:

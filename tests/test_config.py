@@ -41,6 +41,7 @@ def config(**changes: Any) -> Config:
         prune=Prune(pruners=("wanda", "sparsegpt"), statistics="dense", sparsegpt=SparseGPT(damping=0.02, columns=64)),
         allocation=AllocationRef(name="atp", beta=0.0125, parameters={"beta": 0.0125}),
         block_sparsities=(0.575, 0.6, 0.625),
+        blocks="model.layers",
         sparsity=Sparsity(target=0.6, realised=0.5995),
         perplexity=scores(12.5, 13.25),
         baselines=Baselines(dense=scores(8.0, 8.5), uniform=scores(14.0, None)),
@@ -90,10 +91,12 @@ def test_numbers_survive_to_the_last_bit(tmp_path: Path) -> None:
 
 def test_what_an_older_version_wrote_still_reads(tmp_path: Path) -> None:
     content = json.loads(GOLDEN.read_text(encoding="utf-8"))
-    del content["folder"], content["model"]["sha256"], content["zero_shot"], content["speed"]
+    younger = ("zero_shot", "speed", "blocks", "linears")
+    del content["folder"], content["model"]["sha256"]
+    content = {key: value for key, value in content.items() if key not in younger}
     (tmp_path / "old.json").write_text(json.dumps(content))
     read = read_config(tmp_path / "old.json")
-    assert (read.folder, read.model.sha256) == (".", None)
+    assert (read.folder, read.model.sha256, read.blocks) == (".", None, None)
 
 
 def test_values_never_change() -> None:

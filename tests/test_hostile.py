@@ -18,7 +18,7 @@ from tinystudy import CommandLine, run
 
 from atp_tune import storage
 from atp_tune.errors import UserError, printable
-from atp_tune.report.markdown import escaped, fenced
+from atp_tune.markup import escaped, fenced
 from atp_tune.stored import FOREIGN
 from atp_tune.summary import summarise
 

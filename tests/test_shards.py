@@ -1,4 +1,5 @@
 import json
+import re
 import stat
 import struct
 from pathlib import Path
@@ -7,18 +8,19 @@ from typing import Any
 import pytest
 import torch
 from families import CPU, TOKENS, bench_of, checkpoint_of, random_ids, same_bits, tiny
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_config import config
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from atp_tune.applying import write_sparse
 from atp_tune.bench import Bench
 from atp_tune.checkpoint import Checkpoint
+from atp_tune.config import read_config
 from atp_tune.errors import UserError
 from atp_tune.plan import Plan
 from atp_tune.shards import Shards, check_free, sparse_folder
-
-PROVENANCE = '{"made": "by a test"}'
 
 
 def raw(folder: Path) -> dict[str, tuple[str, str, list[int], bytes]]:
@@ -112,7 +114,7 @@ def test_what_is_written(source: str, pruner: str, tmp_path: Path) -> None:
     folder, out = SOURCES[source](tmp_path / "dense"), tmp_path / "sparse"
     before, work = raw(folder), bench_over(folder)
     plan = Plan(pruner, "uniform", (0.5,) * len(work.checkpoint.blocks))
-    write_sparse(work, plan, out, PROVENANCE)
+    write_sparse(work, plan, out, config())
     after, blocks = raw(out), list(work.prune(plan))
 
     linears = pruned_keys(work, before)
@@ -136,7 +138,7 @@ def test_anybody_can_load_what_is_written(source: str, tmp_path: Path) -> None:
     folder, out = SOURCES[source](tmp_path / "dense"), tmp_path / "sparse"
     work = bench_over(folder)
     plan = Plan("wanda", "uniform", (0.6,) * len(work.checkpoint.blocks))
-    write_sparse(work, plan, out, PROVENANCE)
+    write_sparse(work, plan, out, config())
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     loaded = checkpoint_of(model)
     for block in work.prune(plan):
@@ -156,11 +158,11 @@ def test_files_beside_the_weights(tmp_path: Path) -> None:
     for name in ("pytorch_model.bin", "model.gguf", "old.pt"):
         (folder / name).write_text("weights in another form")
     plan = Plan("wanda", "uniform", (0.5,) * 4)
-    write_sparse(bench_over(folder), plan, out, PROVENANCE)
+    write_sparse(bench_over(folder), plan, out, config())
     left_out = {"pytorch_model.bin", "model.gguf", "old.pt", "notes"}
     names = {file.name for file in folder.iterdir()} - left_out
-    assert {file.name for file in out.iterdir()} == names | {"atp_tune.json"}
-    assert (out / "atp_tune.json").read_text() == PROVENANCE
+    assert {file.name for file in out.iterdir()} == names | {"atp_tune.json", "README.md"}
+    assert read_config(out / "atp_tune.json").pruner == config().pruner
     for name in names:
         if not name.endswith(".safetensors"):
             assert (out / name).read_bytes() == (folder / name).read_bytes()
@@ -173,7 +175,7 @@ def test_files_beside_the_weights(tmp_path: Path) -> None:
 
 def test_a_shard_without_linears_is_copied(tmp_path: Path) -> None:
     folder, out = SOURCES["a shard per tensor"](tmp_path / "dense"), tmp_path / "sparse"
-    write_sparse(bench_over(folder), Plan("wanda", "uniform", (0.5,) * 4), out, PROVENANCE)
+    write_sparse(bench_over(folder), Plan("wanda", "uniform", (0.5,) * 4), out, config())
     embedding = raw(folder)["model.embed_tokens.weight"][0]
     assert (out / embedding).read_bytes() == (folder / embedding).read_bytes()
 
@@ -182,7 +184,7 @@ def test_weights_that_were_not_pruned_keep_what_the_compute_format_loses(tmp_pat
     """float32 on disk, computed in bf16: what stays is the source's float32."""
     folder, out = save("llama", tmp_path / "dense"), tmp_path / "sparse"
     work, plan = bench_over(folder, torch.bfloat16), Plan("wanda", "uniform", (0.5,) * 4)
-    write_sparse(work, plan, out, PROVENANCE)
+    write_sparse(work, plan, out, config())
     dense, sparse = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
     for block in work.prune(plan):
         for linear in work.checkpoint.linears[block.index]:
@@ -199,22 +201,31 @@ def pairs(work: Bench) -> Any:
             yield work.checkpoint.key(index, linear), dense, torch.zeros_like(dense)
 
 
-def test_a_shard_is_written_as_soon_as_it_is_complete(tmp_path: Path) -> None:
-    folder = SOURCES["many shards"](tmp_path / "dense")
-    work, out = bench_over(folder), tmp_path / "out"
+def anonymous() -> int:
+    """Bytes that this process holds apart from mapped files."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+) kB", status)[1])  # type: ignore[index]
+
+
+def test_no_shard_is_held_in_memory(tmp_path: Path) -> None:
+    """Not even where a source spreads the tensors that are pruned together over all of its shards."""
+    out, size, count = tmp_path / "out", (1024, 1024), 8  # 4 MiB a tensor
     out.mkdir()
-    shards = Shards(folder, "model")
-    names = {name for name, *_ in pairs(work)}
-    seen: list[int] = []
+    for shard in range(count):
+        save_file({f"{block}.{shard}": torch.rand(size) for block in range(4)}, tmp_path / f"{shard}.safetensors")
+    names = [f"{block}.{shard}" for block in range(4) for shard in range(count)]
+    held = []
 
-    def watched() -> Any:
-        for pair in pairs(work):
-            seen.append(len(list(out.glob("*.safetensors"))))
-            yield pair
+    def pruned() -> Any:
+        for name in names:
+            with safe_open(tmp_path / f"{name[2:]}.safetensors", framework="pt") as tensors:
+                dense = tensors.get_tensor(name)
+            yield name, dense, torch.zeros_like(dense)
+            held.append(anonymous())
 
-    shards.write(out, names, watched())
-    assert seen == sorted(seen) and seen[-1] > seen[0] + 1
-    assert len(list(out.glob("*.safetensors"))) == len(list(folder.glob("*.safetensors")))
+    Shards(tmp_path, "model").write(out, set(names), pruned())
+    assert max(held) - held[0] < 16 * 2**20  # a shard
+    assert all(not tensor.any() for file in out.iterdir() for tensor in load_file(file).values())
 
 
 @pytest.mark.parametrize(
@@ -251,7 +262,7 @@ def test_a_source_that_is_not_what_was_loaded(change: Any, tmp_path: Path) -> No
     tensors = load_file(folder / "model.safetensors")
     save_file({**tensors, key: change(tensors[key])}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=f"{key} in model.safetensors is not what transformers loaded"):
-        write_sparse(work, Plan("wanda", "uniform", (0.5,) * 4), out, PROVENANCE)
+        write_sparse(work, Plan("wanda", "uniform", (0.5,) * 4), out, config())
     assert not out.exists()
     assert [file.name for file in tmp_path.iterdir()] == ["dense"]
 
@@ -277,5 +288,5 @@ def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
     folder, out = save("llama", tmp_path / "dense"), tmp_path / "sparse"
     out.mkdir()
     check_free(out)
-    write_sparse(bench_over(folder), Plan("wanda", "uniform", (0.5,) * 4), out, PROVENANCE)
+    write_sparse(bench_over(folder), Plan("wanda", "uniform", (0.5,) * 4), out, config())
     assert (out / "model.safetensors").exists()

@@ -107,7 +107,7 @@ def test_attributes_of_a_trial(done: Path) -> None:
 
 def test_attributes_of_the_study(done: Path) -> None:
     attrs = reopen(done).user_attrs
-    assert set(attrs) == {"fingerprint", "sizes", "total", "made_from", "dense", "reports"}
+    assert set(attrs) == {"fingerprint", "sizes", "blocks", "linears", "total", "made_from", "dense", "reports"}
     assert attrs["sizes"] == [7680] * BLOCKS  # q, o: 32²; k, v: 16 · 32; three of 48 · 32
     assert len(attrs["dense"]) == 16
     best = storage.best_trial(reopen(done))

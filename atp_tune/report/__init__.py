@@ -6,7 +6,7 @@ They are made from the storage alone, without torch and the model, also while a 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from atp_tune.cache import write_atomically
+from atp_tune.cache import write_out
 from atp_tune.errors import UserError
 from atp_tune.report import html, latex, machine, markdown, picture
 from atp_tune.report.contents import Contents, gather
@@ -43,9 +43,4 @@ def name_of(studies: Sequence[str], kind: str) -> str:
 
 def write(studies: Sequence[Contents], kind: str, out: Path) -> None:
     """Writes the report so that it is there whole or not at all; UserError where that is not possible."""
-    content = _MAKERS[kind](studies)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, content)
-    except OSError as error:
-        raise UserError(f"{out}: {error.strerror}; choose another place with --out FILE") from None
+    write_out(out, _MAKERS[kind](studies))

@@ -1,9 +1,8 @@
 """The report as Markdown tables."""
 
-import re
 from collections.abc import Sequence
 
-from atp_tune.errors import printable
+from atp_tune.markup import escaped, fenced
 from atp_tune.report import tables
 from atp_tune.report.contents import Contents
 from atp_tune.report.tables import Table
@@ -47,14 +46,3 @@ def table(made: Table) -> str:
     rows = [[f"**{cell}**" if cell and index == made.best else cell for cell in map(escaped, row)]
             for index, row in enumerate(made.rows)]  # fmt: skip
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (map(escaped, made.head), rules, *rows))
-
-
-def escaped(text: str) -> str:
-    """Text that stands for itself, in one line: no markup, no HTML, no formula, no entity."""
-    return re.sub(r"([\\`*_{}\[\]<>|#$&~])", r"\\\1", printable(" ".join(text.split())))
-
-
-def fenced(language: str, text: str) -> str:
-    """Lines that are shown as they are, whatever they hold."""
-    fence = "`" * (3 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}{language}\n{text.rstrip(chr(10))}\n{fence}"

@@ -7,7 +7,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.config import Scores
 from atp_tune.errors import printable
-from atp_tune.report.markdown import escaped, fenced
+from atp_tune.markup import escaped, fenced
 from atp_tune.summary import Rank, Summary, is_uniform
 from atp_tune.wording import command_of, method_of, mixture_of, plan_of, remark_of
 
