@@ -69,6 +69,8 @@ def is_same(one: Config, other: Config) -> bool:
 
 def study_of(path: Path, config: Config, address: str | None = None) -> optuna.Study | None:
     """The study that a configuration is of; None if none is found, UserError if it is not in the storage named."""
+    if config.trial is None:  # a plan that no search has found
+        return None
     if address is not None:
         study = _in_storage(absolute_storage(address, Path()), config)
         if study is None:
@@ -116,7 +118,7 @@ def with_attached(config: Config, study: optuna.Study, out: Path) -> Config:
     return _with(config, {**_in_file(config, out), **attached(study, config.trial)})
 
 
-def attached(study: optuna.Study, trial: int) -> dict[Key, Any]:
+def attached(study: optuna.Study, trial: int | None) -> dict[Key, Any]:
     """What a study knows of a trial beside its own numbers, as far as this version can read it."""
     known = {key: study.user_attrs.get(key) for key in KINDS}
     found = {key: value[str(trial)] for key, value in known.items() if isinstance(value, dict) and str(trial) in value}
