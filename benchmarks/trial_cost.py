@@ -2,6 +2,7 @@
 
     python benchmarks/trial_cost.py                 SmolLM2-135M with Wanda and SparseGPT, every way of statistics
     python benchmarks/trial_cost.py --growth        0.5 to 4 times the tokens, and 6, 12 and 30 blocks
+    python benchmarks/trial_cost.py --proportions   one calibration pass against two, by the sizes of the two texts
 
 The floor is the matrix products that a trial cannot do without, done alone: each block's linears on each token that
 passes them, scores and values of attention, and the head, in the shapes, number format and batches of the trial. What a
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from functools import cache
 from time import perf_counter
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
@@ -126,14 +128,30 @@ def smol() -> Bench:
     return Bench.open(Setup(file.study.model, file.study.prune, texts, file.folder, "cpu"))
 
 
-def resized(bench: Bench, tokens: float, blocks: int) -> Bench:
+def proportion(bench: Bench, calibration: int, search: int) -> None:
+    """Prints a row: both ways of statistics with texts of so many thousand tokens, in turn."""
+    pairs = []
+    sized = resized(bench, {"calibration": 1024 * calibration, "search": 1024 * search}, 30)
+    for _ in range(PAIRS + 1):
+        pair = []
+        for way in ("block", "sequential"):
+            sized.prune_settings = sized.prune_settings.model_copy(update={"statistics": way})
+            pair.append(sum(trial(sized, "wanda").values()))
+        pairs.append(pair)
+    block, sequential = (statistics.median(pair[k] for pair in pairs[1:]) for k in (0, 1))
+    ratios = sorted(pair[1] / pair[0] for pair in pairs[1:])
+    shown = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f})"
+    print(f"| {1024 * calibration:,} | {1024 * search:,} | {block:.2f} | {sequential:.2f} | {shown} |", flush=True)
+
+
+def resized(bench: Bench, tokens: dict[str, int], blocks: int) -> Bench:
     """A random model of the same shape with fewer blocks, and texts of another length."""
     config = AutoConfig.from_pretrained(bench.folder.path, num_hidden_layers=blocks)
     model = AutoModelForCausalLM.from_config(config).to(bench.checkpoint.dtype)
     texts = {}
     for role, windows in bench.windows.items():
-        count = int(len(windows.ids) * tokens)
-        texts[role] = Windows(windows.ids.repeat(4, axis=0)[:count], role)
+        count = tokens[role] // windows.ids.shape[1]
+        texts[role] = Windows(np.resize(windows.ids, (count, windows.ids.shape[1])), role)
     return Bench(bench.folder, Checkpoint(model, bench.checkpoint.device), texts, Prune(), unwatched)
 
 
@@ -141,14 +159,21 @@ def main() -> None:
     """Prints the table that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--growth", action="store_true", help="more tokens, more blocks")
+    parser.add_argument("--proportions", action="store_true", help="block and sequential, by the sizes of the texts")
     asked = parser.parse_args()
     bench = smol()
     print(f"{torch.get_num_threads()} threads, {bench.dtype}, batches of {bench.batch_windows} windows\n")
+    if asked.proportions:
+        print("| calibration tokens | search tokens | block s | sequential s | ratio |\n|---|---|---|---|---|")
+        for calibration, search in ((2, 4), (4, 5), (4, 4), (4, 2), (8, 2), (16, 2)):
+            proportion(bench, calibration, search)
+        return
     print("| trial | calibrate s | prune s | evaluate s | all s | floor s | times the floor |")
     print("|---|---|---|---|---|---|---|")
     if asked.growth:
         for tokens, blocks in ((0.5, 30), (1, 30), (2, 30), (4, 30), (1, 6), (1, 12)):
-            compare(resized(bench, tokens, blocks), "wanda", "block", f"{tokens:g}× tokens, {blocks} blocks")
+            sizes = {role: int(windows.ids.size * tokens) for role, windows in bench.windows.items()}
+            compare(resized(bench, sizes, blocks), "wanda", "block", f"{tokens:g}× tokens, {blocks} blocks")
         return
     for pruner, way in (
         ("wanda", "block"), ("wanda", "sequential"), ("wanda", "dense"), ("magnitude", "block"),
