@@ -197,7 +197,8 @@ def _renumbered(trial: FrozenTrial, numbers: Numbers) -> FrozenTrial:
 def _write(folder: Path, sources: Sequence[Source], kept: Sequence[FrozenTrial], numbers: Sequence[Numbers]) -> None:
     db = storage.open_storage(f"sqlite:///{folder.absolute() / 'new.db'}", create=True)
     assert isinstance(db, PatientDatabase)
-    study = optuna.create_study(study_name=sources[0].study.study_name, storage=db, direction="minimize")
+    first = sources[0].study
+    study = optuna.create_study(study_name=first.study_name, storage=db, directions=first.directions)
     ids = [study._storage.create_new_trial(study._study_id, trial) for trial in kept]
     for key, value in _user_attrs(sources, kept, numbers).items():
         study.set_user_attr(key, value)
@@ -216,17 +217,17 @@ def _last_first(sources: Sequence[Source], numbers: Sequence[Numbers]) -> list[t
 
 def _user_attrs(sources: Sequence[Source], kept: Sequence[FrozenTrial], numbers: Sequence[Numbers]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
-    reports: dict[str, Any] = {}
+    reports: dict[str, dict[str, Any]] = {"reports": {}, "report_kls": {}}
     for source, own in _last_first(sources, numbers):
         merged |= source.study.user_attrs
         names = {"dense": "dense"} | {str(old): str(new) for old, new in own.items()}
-        stored = source.study.user_attrs.get("reports", {})
-        reports |= {names[name]: nlls for name, nlls in stored.items() if name in names}
+        for key, found in reports.items():
+            stored = source.study.user_attrs.get(key, {})
+            found |= {names[name]: values for name, values in stored.items() if name in names}
     beliefs = [source.study.user_attrs.get("belief") for source in sources]
     totals = [source.study.user_attrs.get("total", 0) for source in sources]
     merged["total"] = max(sum(storage.counts(trial) for trial in kept), *totals)
-    if reports:
-        merged["reports"] = reports
+    merged |= {key: found for key, found in reports.items() if found}
     if any(beliefs):
         merged["belief"] = max((belief for belief in beliefs if belief), key=lambda belief: int(belief["before"]))
     return merged

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from atp_tune.bench import Bench
 from atp_tune.devices import peak_memory, reset_peak_memory
-from atp_tune.evaluation import head_nlls
+from atp_tune.evaluation import head_scores
 from atp_tune.forecast import PrunerRate, Rates
 from atp_tune.plan import Plan
 from atp_tune.prune_pass import Pass, advance
@@ -121,7 +121,7 @@ def _probe_ends(bench: Bench) -> float:
         if turn == 1:
             clock.forget()  # the first time is to warm up
         hidden = clock.time("embed", partial(bench.replay.embed, ids))
-        clock.time("head", partial(head_nlls, bench.replay, heads, ids, hidden))
+        clock.time("head", partial(head_scores, bench.replay, heads, ids, hidden))
     return (clock.typical("embed") + clock.typical("head")) / ids.numel()
 
 

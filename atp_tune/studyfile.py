@@ -36,7 +36,9 @@ FORMER = {
     "prune.statistics=sequential": "sequential within blocks",
 }
 NOW = {former: key.partition("=")[2] for key, former in FORMER.items()}  # what a stored value is called now
-LATER = ("prune.pattern", "prune.wanda.", "prune.dsnot.", "prune.alps.", "model.trust_remote_code")
+LATER = (
+    "prune.pattern", "prune.wanda.", "prune.dsnot.", "prune.alps.", "model.trust_remote_code", "search.objective",
+)  # fmt: skip
 
 PLACES = ("storage=", "device=")  # overrides that say where, not what
 TRIALS = "search.trials="
@@ -200,6 +202,7 @@ def facts(study: Study, folder: Path = Path()) -> dict[str, Fact]:
     hidden = {key for key, value in flat.items() if value is None or key.startswith(NOT_FACTS)}
     hidden |= {key for key, value in flat.items() if key.endswith(".every") and value == 1}  # younger than studies are
     defaults = {**dict(_flat(Prune().model_dump(mode="json"), "prune.")), "model.trust_remote_code": False}
+    defaults["search.objective"] = ["perplexity"]
     hidden |= {key for key, value in flat.items() if key.startswith(LATER) and value == defaults[key]}
     if study.model.dtype == "auto":
         hidden.add("model.dtype")

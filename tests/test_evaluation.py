@@ -11,7 +11,7 @@ from torch import Tensor
 from atp_tune import batching, bench, evaluation
 from atp_tune.batching import BatchSize
 from atp_tune.errors import TrialError
-from atp_tune.evaluation import Block, group_nlls, head_nlls, token_nlls
+from atp_tune.evaluation import Block, group_scores, head_scores, token_nlls
 from atp_tune.perplexity import perplexity
 from atp_tune.plan import Plan
 from atp_tune.replay import Replay
@@ -29,7 +29,7 @@ def batch_of(windows: int, notes: list[str] | None = None) -> BatchSize:
 
 @torch.inference_mode()
 def nlls_in(replay: Replay, groups: list[Tensor], batch: BatchSize, heads: BatchSize) -> list[list[float]]:
-    return list(group_nlls(replay, batch, heads, dense_blocks(replay), groups))
+    return [scores.nlls for scores in group_scores(replay, batch, heads, dense_blocks(replay), groups)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -89,7 +89,7 @@ def test_blocks_are_met_once_and_in_order() -> None:
             yield index, weights
 
     with torch.inference_mode():
-        list(group_nlls(replay, batch_of(1), batch_of(1), blocks(), random_ids(4).split(2)))
+        list(group_scores(replay, batch_of(1), batch_of(1), blocks(), random_ids(4).split(2)))
     assert met == [0, 1, 2, 3]
 
 
@@ -101,10 +101,10 @@ def test_the_bench_gives_groups_whether_or_not_it_keeps_the_blocks(monkeypatch: 
         for most, batch, sizes in ((3, 1, [3, 2, 2]), (8, 1, [1] * 7), (8, 4, [4, 3]), (8, 8, [7])):
             monkeypatch.setattr(bench, "GROUPS", most)
             monkeypatch.setattr(work._batch, "windows", batch)
-            groups = list(work.nlls(work.dense(), "search", one_by_one=True))
+            groups = [scores.nlls for scores in work.scores(work.dense(), "search", one_by_one=True)]
             assert [len(group) for group in groups] == sizes
             assert [nll for group in groups for nll in group] == pytest.approx(expected, rel=1e-5)
-            assert list(work.nlls(work.dense(), "search")) == groups  # to the last bit: the batches are the same
+            assert [scores.nlls for scores in work.scores(work.dense(), "search")] == groups  # to the last bit: the batches are the same
         assert events == []
 
 
@@ -114,7 +114,7 @@ def test_the_first_group_comes_before_the_second_is_computed(monkeypatch: pytest
     monkeypatch.setattr(work._batch, "windows", 3)
     original = work.replay.run
     monkeypatch.setattr(work.replay, "run", lambda *args: ran.append(len(args[2])) or original(*args))
-    groups = work.nlls(work.dense(), "search", one_by_one=True)
+    groups = work.scores(work.dense(), "search", one_by_one=True)
     next(groups)
     assert ran == [3] * 4
     next(groups)
@@ -125,7 +125,7 @@ def test_a_model_on_the_host_gives_the_same() -> None:
     one, other = bench_of(tiny("gpt2"), residency="device"), bench_of(tiny("gpt2"), residency="host")
     expected = one.all_nlls(one.dense(), "report")
     assert other.all_nlls(other.dense(), "report") == expected
-    assert [nll for group in other.nlls(other.dense(), "report", True) for nll in group] == expected
+    assert [nll for scores in other.scores(other.dense(), "report", True) for nll in scores.nlls] == expected
 
 
 @pytest.mark.parametrize("most", [1, 2])
@@ -157,7 +157,7 @@ def test_one_window_whose_logits_do_not_fit_fails_the_trial(monkeypatch: pytest.
 
     monkeypatch.setattr(replay, "logits", logits)
     with torch.inference_mode(), pytest.raises(TrialError, match="with one window"):
-        head_nlls(replay, batch_of(2), ids, replay.embed(ids))
+        head_scores(replay, batch_of(2), ids, replay.embed(ids))
 
 
 def test_logits_of_a_bfloat16_model_are_summed_in_float32() -> None:
