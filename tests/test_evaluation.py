@@ -10,10 +10,12 @@ from torch import Tensor
 
 from atp_tune import batching, bench, evaluation
 from atp_tune.batching import BatchSize
+from atp_tune.bench import Bench
 from atp_tune.errors import TrialError
-from atp_tune.evaluation import Block, group_scores, head_scores, token_nlls
+from atp_tune.evaluation import Block, group_scores, head_scores, token_kls, token_nlls
 from atp_tune.perplexity import perplexity
 from atp_tune.plan import Plan
+from atp_tune.prune_pass import PrunedBlock
 from atp_tune.replay import Replay
 
 
@@ -48,12 +50,77 @@ def test_perplexity_of_a_pruned_model_is_its_own_loss(family: str) -> None:
     work = bench_of(model)
     pruned = list(work.prune(Plan("sparsegpt", "uniform", (0.5,) * len(work.checkpoint.blocks))))
     nlls = work.all_nlls(((block.index, block.weights) for block in pruned), "search")
-    other = copy.deepcopy(model)
-    for block in pruned:
-        blocks = other.get_submodule(work.checkpoint.blocks_name)
-        blocks[block.index].load_state_dict(block.weights)
+    other = pruned_copy(model, work, pruned)
     assert nlls == pytest.approx(naive.nlls_of(other, random_ids(7, TOKENS, seed=1)), rel=1e-5)
     assert nlls != pytest.approx(work.all_nlls(work.dense(), "search"), rel=1e-3)
+
+
+def pruned_copy(model: Any, work: Bench, pruned: list[PrunedBlock]) -> Any:
+    other = copy.deepcopy(model)
+    blocks = other.get_submodule(work.checkpoint.blocks_name)
+    for block in pruned:
+        blocks[block.index].load_state_dict(block.weights)
+    return other
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "gemma3", "olmoe"])
+def test_kl_is_that_of_the_models_own_logits(family: str) -> None:
+    model = tiny(family)
+    work = bench_of(model)
+    pruned = list(work.prune(Plan("wanda", "uniform", (0.5,) * len(work.checkpoint.blocks))))
+    kls = work.all_scores(((block.index, block.weights) for block in pruned), "search", kl=True).kls
+    expected = naive.kls_of(model, pruned_copy(model, work, pruned), random_ids(7, TOKENS, seed=1))
+    assert kls == pytest.approx(expected, rel=1e-5, abs=1e-8)
+    assert max(kls) > 1.001 * min(kls) > 0
+
+
+@pytest.mark.parametrize("batch", [1, 4, 8])
+def test_kl_of_the_dense_model_is_zero(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = bench_of(tiny("llama"))
+    monkeypatch.setattr(work._batch, "windows", batch)
+    assert work.all_scores(work.dense(), "search", kl=True).kls == [0.0] * 7
+    assert work.all_scores(work.dense(), "search").kls == []
+
+
+def test_kl_does_not_change_with_batches_slices_and_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = bench_of(tiny("llama"))
+    pruned = [(b.index, b.weights) for b in work.prune(Plan("wanda", "uniform", (0.5,) * 4))]
+    expected, nlls = work.all_scores(pruned, "search", kl=True).kls, work.all_nlls(pruned, "search")
+    for windows, heads, positions, cached in (
+        (1, 1, 256, 1),
+        (2, 8, 5, 1 << 22),
+        (8, 2, 1, 97 * 3),
+        (3, 4, 7, 1 << 22),
+    ):
+        monkeypatch.setattr(work._batch, "windows", windows)
+        monkeypatch.setattr(work._heads, "windows", heads)
+        monkeypatch.setattr(evaluation, "POSITIONS", positions)
+        monkeypatch.setattr(evaluation, "CACHED", cached)
+        for one_by_one in (False, True):  # parts other than those in which the dense states were computed
+            parts = list(work.scores(pruned, "search", one_by_one, kl=True))
+            assert [kl for part in parts for kl in part.kls] == pytest.approx(expected, rel=1e-4)
+            assert [nll for part in parts for nll in part.nlls] == pytest.approx(nlls, rel=1e-5)
+
+
+def test_the_dense_model_is_run_once_for_all_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    work, ran = bench_of(tiny("llama")), []
+    original = evaluation.advance
+    monkeypatch.setattr(evaluation, "advance", lambda *args: ran.append(1) or original(*args))
+    for _ in range(3):
+        work.all_scores(work.dense(), "search", kl=True)
+    assert len(ran) == (1 + 3) * 4 * len(work._parts("search"))
+
+
+@pytest.mark.parametrize("cached", [1, 97 * 3, 1 << 22])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kls_of_tokens_are_sums_over_words(cached: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "CACHED", cached)
+    dense, logits = (5 * torch.randn(10, 97).to(dtype) for _ in range(2))
+    p, q = dense.double().softmax(1), logits.double().softmax(1)
+    expected = [sum(float(p[t, v] * (p[t, v] / q[t, v]).log()) for v in range(97)) for t in range(10)]
+    assert token_kls(dense, logits).tolist() == pytest.approx(expected, rel=1e-5)
+    assert token_kls(dense, dense).tolist() == [0.0] * 10
+    assert token_kls(dense, torch.full_like(dense, torch.nan)).isnan().all()
 
 
 def test_two_tokens_are_enough() -> None:
@@ -104,7 +171,9 @@ def test_the_bench_gives_groups_whether_or_not_it_keeps_the_blocks(monkeypatch: 
             groups = [scores.nlls for scores in work.scores(work.dense(), "search", one_by_one=True)]
             assert [len(group) for group in groups] == sizes
             assert [nll for group in groups for nll in group] == pytest.approx(expected, rel=1e-5)
-            assert [scores.nlls for scores in work.scores(work.dense(), "search")] == groups  # to the last bit: the batches are the same
+            assert [
+                scores.nlls for scores in work.scores(work.dense(), "search")
+            ] == groups  # to the last bit: the batches are the same
         assert events == []
 
 
