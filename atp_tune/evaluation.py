@@ -94,7 +94,8 @@ def window_scores(replay: Replay, ids: Tensor, hidden: Tensor, dense: Tensor | N
 
 def token_kls(dense: Tensor, logits: Tensor) -> Tensor:
     """KL(p ‖ q) [tokens] in float32 of logits [tokens, vocabulary], p of the dense ones; never negative."""
-    rows = max(1, (CACHED // 2 if logits.device.type == "cpu" else COMPARED) // logits.shape[1])
+    most = CACHED // 8 if logits.device.type == "cpu" else COMPARED  # of this size there are four at a time
+    rows = max(1, most // logits.shape[1])
     kls = []
     for one, other in zip(torch.split(dense, rows), torch.split(logits, rows), strict=True):
         p, q = one.float().log_softmax(1), other.float().log_softmax(1)

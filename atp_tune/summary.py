@@ -289,7 +289,7 @@ def best_config(file: StudyFile, study: optuna.Study, out: Path, number: int | N
         return _config(file, study, best, out)
     except (KeyError, ValidationError):
         raise UserError(
-            f"study {study.study_name}: of trial {best.number}, the best, is not stored what a configuration needs; "
+            f"study {study.study_name}: of trial {best.number} is not stored what a configuration needs; "
             "start another study with --study-name NAME"
         ) from None
 
