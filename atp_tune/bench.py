@@ -23,7 +23,7 @@ from atp_tune.cache import cache_dir, sha256_of_json
 from atp_tune.checkpoint import Checkpoint, Linear
 from atp_tune.devices import find_device, find_dtype, free_memory, reuse_freed_memory
 from atp_tune.errors import UserError
-from atp_tune.evaluation import POSITIONS, Block, group_nlls
+from atp_tune.evaluation import POSITIONS, Block, WindowScores, final_states, group_scores
 from atp_tune.events import Note, Step, Watch, unwatched
 from atp_tune.evidence import Cache, DenseEvidence
 from atp_tune.keeping import Kept, is_room, keep_all
@@ -79,6 +79,7 @@ class Bench:
         self._statistics: dict[str, Sequence[BlockStatistics]] = {}
         self._ranked: dict[str, Ranked] = {}
         self._evidence: Cache = {}
+        self._finals: dict[str, list[Tensor]] = {}
         self._follows = True  # the error of the hidden states through all blocks, also where nothing else asks for them
 
     @classmethod
@@ -104,6 +105,7 @@ class Bench:
         other.prune_settings = self.prune_settings.model_copy(update={"statistics": "dense"})
         other.windows = {**self.windows, "search": thinned(self.windows["search"], every)}
         other._ids = {**self._ids, "search": self._ids["search"][::every]}
+        other._finals = {}
         other._follows = False
         return other
 
@@ -149,29 +151,59 @@ class Bench:
             self._step("prune", block.index + 1)
 
     @torch.inference_mode()
-    def nlls(self, blocks: Iterable[Block], role: str, one_by_one: bool = False) -> Iterator[list[float]]:
-        """Window NLLs of one text, part by part, of a model given as blocks; at most `GROUPS` parts.
+    def scores(
+        self, blocks: Iterable[Block], role: str, one_by_one: bool = False, kl: bool = False
+    ) -> Iterator[WindowScores]:
+        """Scores of the windows of one text, part by part, of a model given as blocks; at most `GROUPS` parts.
 
-        `one_by_one`: a part is computed when it is asked for, if the blocks fit into memory meanwhile.
-        UserError if the model's files were changed meanwhile: weights that are memory-mapped change with them.
+        `one_by_one`: a part is computed when it is asked for, if the blocks fit into memory meanwhile. `kl`: the dense
+        model is compared with. UserError if the model's files were changed meanwhile: weights that are memory-mapped
+        change with them.
         """
-        ids = self._ids[role]
-        parts = ids.tensor_split(min(GROUPS, -(-len(ids) // self._batch.windows)))  # no smaller than a batch
-        for nlls in self._nlls(blocks, parts, one_by_one):
+        parts = self._parts(role)
+        dense = self._final_states(role) if kl else []
+        for scores in self._scores(blocks, parts, dense, one_by_one):
             self.folder.check_unchanged()
-            yield nlls
+            yield scores
 
-    def _nlls(self, blocks: Iterable[Block], parts: Sequence[Tensor], one_by_one: bool) -> Iterator[list[float]]:
+    def _parts(self, role: str) -> Sequence[Tensor]:
+        """The windows of a text in parts that are no smaller than a batch."""
+        ids = self._ids[role]
+        return ids.tensor_split(min(GROUPS, -(-len(ids) // self._batch.windows)))
+
+    def _scores(
+        self, blocks: Iterable[Block], parts: Sequence[Tensor], dense: Sequence[Tensor], one_by_one: bool
+    ) -> Iterator[WindowScores]:
         if not one_by_one or not self._can_keep():
-            yield from group_nlls(self.replay, self._batch, self._heads, self._counted(blocks), parts)
+            yield from group_scores(self.replay, self._batch, self._heads, self._counted(blocks), parts, dense)
             return
         kept = list(blocks)
-        for part in parts:
-            yield from group_nlls(self.replay, self._batch, self._heads, self._counted(kept), [part])
+        for index, part in enumerate(parts):
+            own = dense[index : index + 1]
+            yield from group_scores(self.replay, self._batch, self._heads, self._counted(kept), [part], own)
+
+    def _final_states(self, role: str) -> Sequence[Tensor]:
+        """Hidden states [windows, tokens, width] that leave the dense model, in host memory, for each part of a text.
+
+        They are computed once, in the batches of a trial: the dense model is at a distance of 0 from itself.
+        """
+        parts = self._parts(role)
+        if role not in self._finals:
+            found = final_states(self.replay, self._batch, self._counted(self.dense()), parts)
+            self._finals[role] = [hidden.cpu() for hidden in found]
+        known = self._finals[role]
+        if [len(hidden) for hidden in known] == [len(ids) for ids in parts]:
+            return known
+        return torch.split(torch.cat(known), [len(ids) for ids in parts])  # memory ran out: batches are smaller now
+
+    def all_scores(self, blocks: Iterable[Block], role: str, kl: bool = False) -> WindowScores:
+        """Scores of all windows of one text of a model given as blocks."""
+        found = list(self.scores(blocks, role, kl=kl))
+        return WindowScores(*(list(chain.from_iterable(lists)) for lists in zip(*found, strict=True)))
 
     def all_nlls(self, blocks: Iterable[Block], role: str) -> list[float]:
         """Window NLLs of one text of a model given as blocks."""
-        return list(chain.from_iterable(self.nlls(blocks, role)))
+        return self.all_scores(blocks, role).nlls
 
     def dense(self) -> Iterator[Block]:
         """The dense model as blocks."""

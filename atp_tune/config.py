@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from atp_tune.cache import write_out
+from atp_tune.divergence import Divergence
 from atp_tune.errors import UserError
 from atp_tune.perplexity import Perplexity
 from atp_tune.study import AllocationName, Model, Prune, PrunerName, Share, Text
@@ -58,6 +59,19 @@ def _storable(found: dict[str, JsonValue]) -> dict[str, JsonValue]:
 
 
 Found = Annotated[dict[str, JsonValue], AfterValidator(_storable)]
+
+
+def _at_least_zero(score: Divergence | None) -> Divergence | None:
+    if score and not (score.value >= 0 and score.stderr >= 0):
+        raise ValueError("must be a divergence")
+    return score
+
+
+def _finite_kl(score: Divergence | None) -> Divergence | None:
+    return score if score and math.isfinite(score.value + score.stderr) else None
+
+
+KL = Annotated[Divergence | None, AfterValidator(_at_least_zero), PlainSerializer(_finite_kl)]
 
 
 class Part(BaseModel):
@@ -111,6 +125,20 @@ class Scores(Part):
     report: Score
 
 
+class Divergences(Part):
+    """KL divergences from the dense model (nats per token) on the search text and, once measured, the report text."""
+
+    search: KL
+    report: KL
+
+
+class BothDivergences(Part):
+    """Those of the plan itself, and of the same pruner with the uniform allocation."""
+
+    best: Divergences
+    uniform: Divergences | None
+
+
 class Baselines(Part):
     """The dense model, and the same pruner with the uniform allocation."""
 
@@ -146,6 +174,7 @@ class Config(Part):
     sparsity: Sparsity
     perplexity: Scores
     baselines: Baselines
+    kl: BothDivergences | None = Field(None, description="where the study minimised it")
     calibration: Text
     texts: Texts
     seed: int

@@ -32,7 +32,9 @@ class Step:
 
 @dataclass(frozen=True)
 class TrialEnded:
-    """A trial has its value (perplexity), or None and the reason; `what` it is, a trial or a screening of points."""
+    """A trial has its values (perplexity, and `kl` if the study minimises it), or None and the reason; `what` it is, a
+    trial or a screening of points. Of `best` and `best_kl` the one by which trials are compared is there.
+    """
 
     number: int
     value: float | None
@@ -41,6 +43,8 @@ class TrialEnded:
     done: int
     total: int
     what: str = "trial"
+    kl: float | None = None
+    best_kl: float | None = None
 
 
 Event = Note | TrialStarted | Step | TrialEnded

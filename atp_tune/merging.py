@@ -198,7 +198,8 @@ def _renumbered(trial: FrozenTrial, numbers: Numbers) -> FrozenTrial:
 def _write(folder: Path, sources: Sequence[Source], kept: Sequence[FrozenTrial], numbers: Sequence[Numbers]) -> None:
     db = storage.open_storage(f"sqlite:///{folder.absolute() / 'new.db'}", create=True)
     assert isinstance(db, PatientDatabase)
-    study = optuna.create_study(study_name=sources[0].study.study_name, storage=db, direction="minimize")
+    first = sources[0].study
+    study = optuna.create_study(study_name=first.study_name, storage=db, directions=first.directions)
     ids = [study._storage.create_new_trial(study._study_id, trial) for trial in kept]
     for key, value in _user_attrs(sources, kept, numbers).items():
         study.set_user_attr(key, value)
@@ -221,7 +222,7 @@ def _user_attrs(sources: Sequence[Source], kept: Sequence[FrozenTrial], numbers:
     for source, own in _last_first(sources, numbers):
         merged |= source.study.user_attrs
         names = {"dense": "dense"} | {str(old): str(new) for old, new in own.items()}
-        for key in ("reports", *KINDS):
+        for key in ("reports", "report_kls", *KINDS):
             stored = source.study.user_attrs.get(key, {})
             by_trial.setdefault(key, {}).update({names[name]: value for name, value in stored.items() if name in names})
     beliefs = [source.study.user_attrs.get("belief") for source in sources]

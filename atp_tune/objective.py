@@ -4,6 +4,7 @@ plan        ← the space, as the sampler proposes
 weights     ← dense weights, pruned block by block as the plan says
 NLLs        ← windows of the search text, group by group, until the stopper ends a hopeless trial
 perplexity  ← exp(mean NLL)
+KL          ← mean over windows, from the dense model, where the study minimises it
 """
 
 import math
@@ -25,19 +26,20 @@ from atp_tune.plan import Plan
 from atp_tune.process import identity
 from atp_tune.record import Record
 from atp_tune.space import Space
-from atp_tune.storage import INTERRUPTED, best_trial, counts, set_attributes
+from atp_tune.storage import INTERRUPTED, PERPLEXITY, best_trial, counts, set_attributes
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Perplexity on the search text of the plan that a trial proposes; TrialError where there is none."""
+    """Values on the search text of the plan that a trial proposes, one a goal; TrialError where there are none."""
 
     bench: Bench
     space: Space
     stops: bool  # the study has a stopper
     watch: Watch
+    goals: tuple[str, ...] = PERPLEXITY
 
-    def __call__(self, trial: Trial) -> float:
+    def __call__(self, trial: Trial) -> tuple[float, ...]:
         """Measures one trial and stores its attributes as they become known."""
         with reasons(trial):
             set_attributes(trial, identity())
@@ -47,31 +49,34 @@ class Objective:
             earlier = find_measured(trial)
             return self._repeat(trial, earlier) if earlier else self._measure(trial, plan)
 
-    def _measure(self, trial: Trial, plan: Plan) -> float:
+    def _measure(self, trial: Trial, plan: Plan) -> tuple[float, ...]:
         record = Record(self.bench.checkpoint.device, self.bench.dtype)
         blocks = record.follow(self.bench.prune(plan), self.bench.checkpoint.sizes)
         windows = len(self.bench.windows["search"].ids)
         stops = self.stops and not plan.is_uniform and best_trial(trial.study) is not None  # uniform is its measure
-        for nlls in self.bench.nlls(blocks, "search", stops):
+        for nlls, kls in self.bench.scores(blocks, "search", stops, "kl" in self.goals):
             record.nlls += nlls
-            hopeless = self.stops and is_hopeless(trial, record.nlls, len(nlls), windows)
+            record.kls += kls
+            hopeless = self.stops and is_hopeless(trial, record.kls or record.nlls, len(nlls), windows)
             if stops and hopeless and len(record.nlls) < windows:
                 set_attributes(trial, record.close())
-                return estimate(trial, record.nlls)
-        result = perplexity(record.nlls)
-        if not math.isfinite(result.value):
-            raise TrialError(f"perplexity is {result.value}: the pruned model's numbers overflow or are not defined")
-        set_attributes(trial, {**record.close(), "stderr": result.stderr, "batch_windows": self.bench.batch_windows})
-        return result.value
+                return (estimate(trial, record.kls or record.nlls, "kls" if record.kls else "nlls"),)
+        results = [record.result(goal) for goal in self.goals]
+        for goal, result in zip(self.goals, results, strict=True):
+            if not math.isfinite(result.value):
+                raise TrialError(f"{goal} is {result.value}: the pruned model's numbers overflow or are not defined")
+        error = {"stderr": results[0].stderr}
+        set_attributes(trial, {**record.close(), **error, "batch_windows": self.bench.batch_windows})
+        return tuple(result.value for result in results)
 
-    def _repeat(self, trial: Trial, earlier: FrozenTrial) -> float:
+    def _repeat(self, trial: Trial, earlier: FrozenTrial) -> tuple[float, ...]:
         if earlier.state == TrialState.FAIL:
             reason = earlier.user_attrs.get("failure", "its process died each time")
             raise TrialError(f"failed before, as trial {earlier.number}: {reason}")
         self.watch(Note(f"trial {trial.number}: measured before, as trial {earlier.number}"))
         set_attributes(trial, {**earlier.user_attrs, **identity(), "repeats": earlier.number})
-        assert earlier.value is not None
-        return earlier.value
+        assert earlier.values is not None
+        return tuple(earlier.values)
 
 
 def planned(plan: Plan) -> dict[str, object]:
@@ -89,7 +94,7 @@ def find_measured(trial: Trial) -> FrozenTrial | None:
 
 
 def is_hopeless(trial: Trial, nlls: list[float], new: int, windows: int) -> bool:
-    """Reports the mean NLL (nats per token) of each group of windows that the `new` ones complete, and asks the
+    """Reports the mean NLL or KL (nats per token) of each group of windows that the `new` ones complete, and asks the
     stopper whether to go on. The groups are the same in all trials, whatever comes at a time.
     """
     size = -(-windows // GROUPS)
@@ -100,16 +105,17 @@ def is_hopeless(trial: Trial, nlls: list[float], new: int, windows: int) -> bool
     return trial.should_prune()
 
 
-def estimate(trial: Trial, nlls: list[float]) -> float:
-    """Perplexity of a stopped trial, comparable with the full ones: the best trial's mean NLL over all windows, plus
+def estimate(trial: Trial, seen: list[float], kind: str = "nlls") -> float:
+    """Value of a stopped trial, comparable with the full ones: the best trial's mean NLL or KL over all windows, plus
     the mean difference from it on the windows seen. A mean over those windows alone would be of an easier text.
     """
     best = best_trial(trial.study)
     assert best is not None
-    full = best.user_attrs["nlls"]
-    difference = statistics.fmean(own - other for own, other in zip(nlls, full, strict=False))
-    trial.set_user_attr("stopped_after", len(nlls))
-    return perplexity([statistics.fmean(full) + difference]).value
+    full = best.user_attrs[kind]
+    difference = statistics.fmean(own - other for own, other in zip(seen, full, strict=False))
+    trial.set_user_attr("stopped_after", len(seen))
+    mean = statistics.fmean(full) + difference
+    return max(0.0, mean) if kind == "kls" else perplexity([mean]).value
 
 
 @contextmanager

@@ -56,7 +56,11 @@ class Known:
 
     def held(self, work: int) -> Bytes:
         """What will lie in memory."""
-        return forecast.bytes_of(self.sizes, self.itemsize, self.width, self.tokens, work, self.process)
+        found = forecast.bytes_of(self.sizes, self.itemsize, self.width, self.tokens, work, self.process)
+        if "kl" not in self.study.search.objective:
+            return found
+        finals = (self.tokens.search + self.tokens.report) * self.width * self.itemsize
+        return replace(found, dense=found.dense + finals)
 
 
 def foresee(file: StudyFile, name: str, watch: Watch) -> Forecast:
@@ -157,7 +161,7 @@ def _probed(bench: "Bench", study: Study, load: float) -> Rates:
     from atp_tune.probe import probe
 
     bench.watch(Note("probing: one batch of each text in three blocks"))
-    return probe(bench, study.prune.pruners, study.sparsity, load)
+    return probe(bench, study.prune.pruners, study.sparsity, load, "kl" in study.search.objective)
 
 
 def _memory(known: Known, residency: Residency, work: int) -> forecast.Memory:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from atp_tune.bench import Bench
 from atp_tune.devices import peak_memory, reset_peak_memory
-from atp_tune.evaluation import head_nlls
+from atp_tune.evaluation import head_scores
 from atp_tune.forecast import PrunerRate, Rates
 from atp_tune.plan import Plan
 from atp_tune.prune_pass import Pass, advance
@@ -59,10 +59,11 @@ class Clock:
 
 
 @torch.inference_mode()
-def probe(bench: Bench, pruners: tuple[str, ...], sparsity: float, load: float) -> Rates:
+def probe(bench: Bench, pruners: tuple[str, ...], sparsity: float, load: float, kl: bool = False) -> Rates:
     """Times each pruner of a study in the first, middle and last block, each text in them, twice, and the head.
 
-    `load`: seconds that opening the bench took. Blocks are taken as alike; a mixture's first tokens stand for all.
+    `load`: seconds that opening the bench took; `kl`: trials are compared with the dense model. Blocks are taken as
+    alike; a mixture's first tokens stand for all.
     """
     clock, last = Clock(bench.checkpoint.device), len(bench.checkpoint.blocks) - 1
     batches = {role: _batch(bench, role) for role in bench.windows}
@@ -73,7 +74,7 @@ def probe(bench: Bench, pruners: tuple[str, ...], sparsity: float, load: float) 
         for index in 2 * list(dict.fromkeys((0, last // 2, last))):
             if index == 0 or perf_counter() - began < PATIENCE:
                 _probe_block(bench, clock, index, batches, pruners, sparsity)
-        ends = _probe_ends(bench)
+        ends = _probe_ends(bench, kl)
     tokens = {role: batch.shape[0] * batch.shape[1] for role, batch in batches.items()}
     run = {role: clock.typical(f"run {role}") / tokens[role] for role in batches}
     each = {name: clock.typical(f"calibrate {name}") / tokens["calibration"] for name in pruners}
@@ -113,7 +114,7 @@ def _pruned(bench: Bench, index: int, hidden: Tensor, name: str, sparsity: float
     return Pass(bench.replay, bench.batches[0], pruner, None, None, in_one_pass).step(plan, index, hidden).seconds
 
 
-def _probe_ends(bench: Bench) -> float:
+def _probe_ends(bench: Bench, kl: bool) -> float:
     """Seconds per token of embedding and head, on search windows, or on those of the report."""
     heads, clock = bench.batches[1], Clock(bench.checkpoint.device)
     ids = _ids(bench, "search" if "search" in bench.windows else "report", heads.windows)
@@ -121,7 +122,7 @@ def _probe_ends(bench: Bench) -> float:
         if turn == 1:
             clock.forget()  # the first time is to warm up
         hidden = clock.time("embed", partial(bench.replay.embed, ids))
-        clock.time("head", partial(head_nlls, bench.replay, heads, ids, hidden))
+        clock.time("head", partial(head_scores, bench.replay, heads, ids, hidden, hidden if kl else None))
     return (clock.typical("embed") + clock.typical("head")) / ids.numel()
 
 

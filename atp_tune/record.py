@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from atp_tune.devices import device_name, peak_memory, reset_peak_memory
+from atp_tune.divergence import Divergence, divergence
 from atp_tune.evaluation import Block
+from atp_tune.perplexity import Perplexity, perplexity
 from atp_tune.process import versions
 from atp_tune.prune_pass import PrunedBlock, Timer
 
@@ -14,6 +16,7 @@ class Record:
 
     def __init__(self, device: Any, dtype: str) -> None:
         self.nlls: list[float] = []
+        self.kls: list[float] = []  # where the dense model is compared with
         self.errors: list[float] = []
         self.seconds: dict[str, float] = {}
         self.peak_bytes: dict[str, int] = {}
@@ -36,6 +39,10 @@ class Record:
             self.peak_bytes["prune"] = peak_memory(self._device)
             yield block.index, block.weights
 
+    def result(self, goal: str) -> Perplexity | Divergence:
+        """What a trial came to in one of the two."""
+        return divergence(self.kls) if goal == "kl" else perplexity(self.nlls)
+
     def close(self) -> dict[str, Any]:
         """The user attributes of the trial; what was not pruning counts as evaluation."""
         self._timer.lap("all")
@@ -50,5 +57,6 @@ class Record:
             "device": device_name(self._device),
             "dtype": self._dtype,
             "versions": versions(),
+            **({"kls": self.kls} if self.kls else {}),
             **({"unheard": self.unheard} if self.unheard else {}),
         }

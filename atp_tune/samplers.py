@@ -20,12 +20,13 @@ from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.space import Params, Space
-from atp_tune.storage import place_of
+from atp_tune.storage import place_of, values_of
 from atp_tune.study import Search
 
 GRID = 40  # steps of β in which a belief is written down
 PATIENCE = 5  # seconds that a trial waits for what others propose
 LOOK = 0.02  # seconds between looks at them
+LEAST = 1e-6  # nats per token: no KL is taken to be less where its log is wanted
 STARTS = 3  # measured points of an allocation before a model of it is fitted: plenty for one to three parameters
 
 
@@ -92,9 +93,9 @@ class BranchSampler(BaseSampler):
     trial goes to the allocation with the fewest trials, the others to the one that leads: all get a fair try, and the
     winner most of the work. Uniform is a point of ATP, and ATP a face of the curve: what was measured there counts.
 
-    The sampler sees log perplexity (nats per token), while the study keeps perplexity. Perplexity explodes where β is
-    too large: fitted as it is, one such trial flattens the valley that matters. Points that were screened are seen
-    too, moved to the level of those that were confirmed.
+    The sampler sees logs of the values: of perplexity (nats per token) or of KL. Perplexity explodes where β is too
+    large: fitted as it is, one such trial flattens the valley that matters. Points that were screened are seen too,
+    moved to the level of those that were confirmed.
     """
 
     def __init__(
@@ -119,12 +120,13 @@ class BranchSampler(BaseSampler):
         """What the inner sampler proposes in a study in memory that holds this allocation's trials alone."""
         own = {name: kind for name, kind in search_space.items() if name != "allocation"}
         others = _others(study, trial)
-        shadow = branch_study([*others, *levelled(self._screened, others)], self._space, self._branch, own)
+        known, count = [*others, *levelled(self._screened, others)], len(study.directions)
+        shadow = branch_study(known, self._space, self._branch, own, count)
         open_ones = around_best(shadow, {name: kind for name, kind in own.items() if not kind.single()})
         shadow.ask()  # stands for the trial: the inner sampler writes to it
         inner = self._make(seed_of(self._seed, study, trial))
         found = inner.sample_relative(shadow, shadow.trials[-1], open_ones)
-        if self._branch == "atp" and found and isinstance(inner, GPSampler):
+        if self._branch == "atp" and found and isinstance(inner, GPSampler) and len(study.directions) == 1:
             study.set_user_attr("belief", belief(inner, shadow, open_ones, self._space.pruners))
         for name, kind in open_ones.items():
             if name not in found:
@@ -171,10 +173,10 @@ def kinds_of(space: Space, branch: str) -> dict[str, BaseDistribution]:
 
 
 def branch_study(
-    trials: list[FrozenTrial], space: Space, branch: str, kinds: dict[str, BaseDistribution]
+    trials: list[FrozenTrial], space: Space, branch: str, kinds: dict[str, BaseDistribution], goals: int = 1
 ) -> optuna.Study:
-    """A study in memory of the trials that are points of one allocation, with log perplexities as values."""
-    shadow = optuna.create_study()
+    """A study in memory of the trials that are points of one allocation, with the logs of their values."""
+    shadow = optuna.create_study(directions=["minimize"] * goals)
     for trial in trials:
         params = space.within(trial.params, branch) or {}
         if kinds.keys() <= params.keys():  # another process may not have drawn all of its trial's yet
@@ -186,6 +188,8 @@ def levelled(screened: Sequence[FrozenTrial], trials: Sequence[FrozenTrial]) -> 
     """The trials of a screening that have not been measured in full, as if they had been: their log perplexities moved
     by the mean difference at the points where both are known; none where there is no such point.
     """
+    if not screened:
+        return []
     known = {str(trial.params): trial.value for trial in trials}
     values = [(known.get(str(trial.params)), trial.value) for trial in screened]
     moves = [math.log(full) - math.log(part) for full, part in values if full is not None and part is not None]
@@ -203,9 +207,9 @@ def levelled(screened: Sequence[FrozenTrial], trials: Sequence[FrozenTrial]) -> 
 def belief(
     sampler: GPSampler, study: Study, kinds: dict[str, BaseDistribution], pruners: tuple[str, ...]
 ) -> dict[str, Any]:
-    """What the sampler's GP holds of perplexity against β, for each pruner: mean, and two standard deviations around.
+    """What the sampler's GP holds of the value against β, for each pruner: mean, and two standard deviations around.
 
-    `study` is the one that the GP was fitted to: its values are log perplexities. `before` is how many there were.
+    `study` is the one that the GP was fitted to: its values are logs. `before` is how many there were.
     """
     from optuna._gp.search_space import SearchSpace
 
@@ -243,10 +247,10 @@ def around_best(study: Study, kinds: dict[str, BaseDistribution]) -> dict[str, B
     proposals reach from the best point at most 1 / (2 √n) of each interval, n measured points.
     """
     intervals = {name: kind for name, kind in kinds.items() if isinstance(kind, FloatDistribution)}
-    done = [trial for trial in study.trials if trial.value is not None]
+    done = [trial for trial in study.trials if trial.values is not None]
     if len(intervals) <= 2 or not done:
         return kinds
-    best, reach = min(done, key=lambda trial: trial.value or 0.0).params, 0.5 / math.sqrt(len(done))
+    best, reach = min(done, key=values_of).params, 0.5 / math.sqrt(len(done))
     return kinds | {name: _near(best[name], kind, reach) for name, kind in intervals.items()}
 
 
@@ -266,8 +270,8 @@ def _others(study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
 
 
 def _logged(trial: FrozenTrial, params: Params, distributions: dict[str, BaseDistribution]) -> FrozenTrial:
-    value = None if trial.value is None else math.log(trial.value)
-    return optuna.create_trial(state=trial.state, value=value, params=params, distributions=distributions)
+    logs = None if trial.values is None else [math.log(max(value, LEAST)) for value in trial.values]
+    return optuna.create_trial(state=trial.state, values=logs, params=params, distributions=distributions)
 
 
 def whose_turn(trials: list[FrozenTrial], space: Space) -> str:
@@ -280,10 +284,10 @@ def whose_turn(trials: list[FrozenTrial], space: Space) -> str:
         return next(iter(space.intervals))
     tried = Counter(trial.params["allocation"] for trial in trials)
     fewest = min(open_ones, key=lambda name: tried[name])
-    done = [trial for trial in trials if trial.value is not None and trial.params["allocation"] in open_ones]
+    done = [trial for trial in trials if trial.values is not None and trial.params["allocation"] in open_ones]
     if len(trials) % 2 == 0 or not done:
         return fewest
-    best: str = min(done, key=lambda trial: trial.value or math.inf).params["allocation"]
+    best: str = min(done, key=values_of).params["allocation"]
     return best
 
 

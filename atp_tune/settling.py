@@ -1,8 +1,8 @@
 """When a study has settled: no better trial is to be expected that could be told from the best.
 
-Two numbers in nats per token, so that a difference d is a change of perplexity by e^d - 1:
+Two differences of logs, of perplexity (so in nats per token) or of KL; a difference d is a change by e^d - 1:
 
-    regret    how much lower the log perplexity could still be: of a Gaussian process over the trials of an allocation,
+    regret    how much lower the log could still be: of a Gaussian process over the trials of an allocation,
               the best value that its lower bound allows, against the upper bound at the best trials
     noise     the standard error with which the best is told from uniform, over paired windows; where the two are not
               there yet, nothing has settled
@@ -22,6 +22,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from atp_tune.divergence import relative
 from atp_tune.perplexity import change
 from atp_tune.samplers import STARTS, branch_study, kinds_of
 from atp_tune.space import Space
@@ -41,18 +42,19 @@ def has_settled(study: optuna.Study, space: Space) -> bool:
 
 
 def noise_of(study: optuna.Study) -> float | None:
-    """Standard error of the mean difference between the best trial's window NLLs and uniform's, in nats per token."""
+    """Standard error of the log of the best trial's value over uniform's, by paired windows."""
     best = best_trial(study)
     uniform = uniform_of(study, best)
-    own, base = (trial.user_attrs.get("nlls", []) if trial else [] for trial in (best, uniform))
+    kind = "kls" if best and "kls" in best.user_attrs else "nlls"
+    own, base = (trial.user_attrs.get(kind, []) if trial else [] for trial in (best, uniform))
     if uniform is best or len(own) != len(base) or len(own) < 2:
         return None
-    paired = change(base, own)
-    return paired.stderr / (1 + paired.value)
+    paired = relative(base, own) if kind == "kls" else change(base, own)
+    return paired.stderr / (1 + paired.value) if paired and paired.value > -1 else None
 
 
 def regret_of(trials: list[FrozenTrial], space: Space, branch: str) -> float:
-    """Bound of the regret in one allocation, in nats per token; infinite where too few trials say anything of it."""
+    """Bound of the regret in one allocation, as a difference of logs; infinite where too few trials say enough."""
     from optuna.terminator import RegretBoundEvaluator
 
     points = branch_study(trials, space, branch, kinds_of(space, branch)).trials

@@ -15,9 +15,9 @@ from typing import Annotated, Literal
 from optuna.trial import FrozenTrial
 from pydantic import PlainSerializer
 
-from atp_tune.config import Part, Score, Scores, dumps
+from atp_tune.config import Divergences, Part, Score, Scores, dumps
 from atp_tune.process import is_dead
-from atp_tune.storage import counts
+from atp_tune.storage import PERPLEXITY, counts
 from atp_tune.studyfile import StudyFile
 from atp_tune.summary import Rank, Summary, allocation_of, parameters_of, score_of
 from atp_tune.wording import plan_of, remark_of
@@ -47,7 +47,7 @@ class Against(Part):
 
 
 class Best(Part):
-    """The best trial of one allocation."""
+    """The best trial of one allocation; `kl` and `kl_change`: the same of its KL divergence from the dense model."""
 
     trial: int
     pruner: str
@@ -56,12 +56,15 @@ class Best(Part):
     search: Score
     report: Score
     change: Against | None
+    kl: Divergences | None = None
+    kl_change: Against | None = None
 
 
 class Trial(Part):
     """One trial, in Optuna's states and with all that Optuna chose (`params`), `plan` says the same for people.
 
-    `value` and `stderr` are its perplexity on the search text, `realised` is the share of zeros that was counted.
+    `value` and `stderr` are its perplexity on the search text, `realised` is the share of zeros that was counted. `kl`:
+    its KL divergence from the dense model, null where the study does not minimise that.
     """
 
     number: int
@@ -74,6 +77,7 @@ class Trial(Part):
     realised: float | None
     seconds: float | None
     remark: str | None
+    kl: Divergences | None = None
 
 
 class Screening(Part):
@@ -85,7 +89,11 @@ class Screening(Part):
 
 
 class Status(Part):
-    """A study as it stands; `uniform` has the best trial's pruner, `best` is the first of `ranks`."""
+    """A study as it stands; `uniform` has the best trial's pruner, `best` is the first of `ranks`.
+
+    `objective`: what it minimises, `perplexity`, `kl` or both; `front`: of both, the numbers of the trials that no
+    other beats in one without losing in the other, the lowest perplexity first, which is `best`.
+    """
 
     format: Literal["atp_tune.status/1"] = FORMAT
     study: str
@@ -101,6 +109,8 @@ class Status(Part):
     ranks: tuple[Best, ...]
     trials: tuple[Trial, ...]
     screening: Screening | None = None
+    objective: tuple[str, ...] = PERPLEXITY
+    front: tuple[int, ...] = ()
 
     def without_clock(self) -> "Status":
         """The same without what changes while nothing happens."""
@@ -130,7 +140,7 @@ def to_json(what: Part | Sequence[Part], indent: int | None = 2) -> str:
 def status_of(summary: Summary, now: datetime) -> Status:
     """The status of a study at a moment of local time."""
     running = tuple(_running(trial, now) for trial in summary.trials if trial.state.name == "RUNNING")
-    ranks = tuple(_best(rank) for rank in summary.ranks)
+    ranks = tuple(_best(rank, summary) for rank in summary.ranks)
     return Status(
         study=summary.name,
         sparsity=summary.sparsity,
@@ -145,6 +155,8 @@ def status_of(summary: Summary, now: datetime) -> Status:
         ranks=ranks,
         trials=tuple(_trial(summary, trial) for trial in summary.trials),
         screening=summary.screening and Screening(**asdict(summary.screening)),
+        objective=summary.goals,
+        front=tuple(trial.number for trial in summary.front),
     )
 
 
@@ -166,7 +178,7 @@ def _duration(trial: FrozenTrial) -> float | None:
     """Seconds that a trial took from first to last; None for one that was not measured, or was measured before, or
     while the clock was set back.
     """
-    if trial.value is None or trial.duration is None or "repeats" in trial.user_attrs or not counts(trial):
+    if trial.values is None or trial.duration is None or "repeats" in trial.user_attrs or not counts(trial):
         return None
     seconds = trial.duration.total_seconds()
     return seconds if seconds >= 0 else None
@@ -183,8 +195,11 @@ def _running(trial: FrozenTrial, now: datetime) -> Running:
     )
 
 
-def _best(rank: Rank) -> Best:
-    against = rank.against and Against(value=rank.against.value, stderr=rank.against.stderr, on=rank.on)
+def _best(rank: Rank, summary: Summary) -> Best:
+    against, kl_against = (
+        change and Against(value=change.value, stderr=change.stderr, on=rank.on)
+        for change in (rank.against, rank.kl_against)
+    )
     return Best(
         trial=rank.trial.number,
         pruner=rank.trial.params.get("pruner", ""),
@@ -193,22 +208,25 @@ def _best(rank: Rank) -> Best:
         search=rank.scores.search,
         report=rank.scores.report,
         change=against,
+        kl=summary.kls.get(rank.trial.number),
+        kl_change=kl_against,
     )
 
 
 def _trial(summary: Summary, trial: FrozenTrial) -> Trial:
-    attrs = trial.user_attrs
+    attrs, score = trial.user_attrs, score_of(trial)
     return Trial(
         number=trial.number,
         state=trial.state.name.lower(),
         params=trial.params,
         plan=plan_of(trial),
-        value=trial.value,
-        stderr=None if trial.value is None else attrs.get("stderr"),
+        value=score.value if score else None,
+        stderr=score.stderr if score and ("stderr" in attrs or "kls" in attrs) else None,
         report=summary.reports.get(trial.number),
         realised=attrs.get("realised"),
         seconds=round(sum(attrs["seconds"].values()), 3) if "seconds" in attrs else None,
         remark=remark_of(trial, summary) or None,
+        kl=summary.kls.get(trial.number),
     )
 
 

@@ -14,6 +14,7 @@ import optuna
 from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.storages._heartbeat import is_heartbeat_enabled
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, SQLAlchemyError
@@ -22,7 +23,7 @@ from atp_tune.damage import check_whole, way_out
 from atp_tune.database import Database, PatientDatabase, engine_options, reason_of, with_driver, without_password
 from atp_tune.errors import UserError, is_text
 from atp_tune.process import GRACE, HEARTBEAT, is_dead
-from atp_tune.stored import CheckedStudy
+from atp_tune.stored import CheckedStudy, readable
 from atp_tune.studyfile import NOW
 
 START = "start"  # attribute of the trials that a study begins with
@@ -30,6 +31,8 @@ RETRIES = 2  # of a trial whose process died
 INTERRUPTED = "interrupted"  # what the attribute `lost` says after Ctrl-C
 SURPLUS = "not needed: other workers reached the total, or have it"
 DTYPE = "model.dtype"
+OBJECTIVE = "search.objective"
+PERPLEXITY = ("perplexity",)  # the objective of studies that are older than the key
 MIX = "--allow-device-change"
 PAUSES = (0.1, 0.5, 2.0)  # seconds between attempts to make the tables of a new database
 
@@ -149,15 +152,25 @@ def create_study(storage: BaseStorage, name: str, facts: Facts, any_dtype: bool 
 
     `any_dtype`: another number format is none.
     """
-    study = optuna.create_study(study_name=name, storage=storage, direction="minimize", load_if_exists=True)
+    goals = goals_of(facts)
+    minimise = [StudyDirection.MINIMIZE] * len(goals)
+    study = optuna.create_study(study_name=name, storage=storage, directions=minimise, load_if_exists=True)
     if is_new(study):
+        if len(study.directions) != len(goals):  # its process died before it wrote its facts
+            raise UserError(f"study {name}: was begun with another {OBJECTIVE}; start another with --study-name NAME")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
-            study.set_metric_names(["perplexity"])  # for the axes of Optuna's plots
+            study.set_metric_names(list(goals))  # for the axes of Optuna's plots
         study.set_user_attr("fingerprint", dict(facts))
     study = CheckedStudy(name, study._storage)
     check_facts(study, facts, any_dtype=any_dtype)
     return study
+
+
+def goals_of(facts: Facts) -> tuple[str, ...]:
+    """What a study of these facts minimises, in the order of its trials' values."""
+    found = facts.get(OBJECTIVE)
+    return tuple(found) if found in (["kl"], ["perplexity", "kl"]) else PERPLEXITY
 
 
 def is_new(study: optuna.Study) -> bool:
@@ -376,18 +389,31 @@ def running(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def measured(study: optuna.Study) -> list[FrozenTrial]:
-    """The trials that were measured in full, the lowest perplexity first."""
+    """The trials that were measured in full, the best first."""
     return ranked(study.get_trials(deepcopy=False))
 
 
 def ranked(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
-    """Those of the trials that were measured in full, the lowest perplexity first."""
-    done = (trial for trial in trials if trial.state == TrialState.COMPLETE and trial.value is not None)
-    return sorted(
-        (trial for trial in done if "stopped_after" not in trial.user_attrs), key=lambda trial: trial.value or 0.0
-    )
+    """Those of the trials that were measured in full, the lowest value first; of two values the first counts."""
+    done = (trial for trial in trials if trial.state == TrialState.COMPLETE and trial.values is not None)
+    return sorted((trial for trial in done if "stopped_after" not in trial.user_attrs), key=values_of)
+
+
+def values_of(trial: FrozenTrial) -> list[float]:
+    """A trial's values, none where it has none: Optuna's own property fails where there are two."""
+    return trial.values or []
+
+
+def front_of(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials of a study of several objectives that no other beats in one value without losing in another (the
+    Pareto front), the lowest perplexity first; none of a study that has one.
+    """
+    if len(study.directions) == 1:
+        return []
+    with readable(study.study_name):
+        return [trial for trial in ranked(study.best_trials) if "repeats" not in trial.user_attrs]
 
 
 def best_trial(study: optuna.Study) -> FrozenTrial | None:
-    """The trial with the lowest perplexity among those measured in full, if there is one."""
+    """The best trial among those measured in full, if there is one: the lowest value, of two values the first."""
     return next(iter(measured(study)), None)

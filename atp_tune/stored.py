@@ -41,6 +41,7 @@ Size = Annotated[int, Field(ge=1, lt=2**63)]
 Amount = Annotated[float, Field(ge=0, lt=1e15)]
 Total = Annotated[int, Field(ge=0, lt=10**9)]
 Nlls = Annotated[list[Annotated[float, AfterValidator(_nll)]], Field(min_length=1)]
+Kls = Annotated[list[Amount], Field(min_length=1)]
 Shares = Annotated[list[Share], Field(min_length=1)]
 Role = Annotated[str, Field(pattern=r"^(dense|[0-9]{1,9})$")]
 
@@ -59,6 +60,7 @@ TRIAL = _kinds(
         "realised": Share,
         "errors": list[float],
         "nlls": Nlls,
+        "kls": Kls,
         "sparsities": Shares,
         "linear_sparsities": Annotated[list[Shares], Field(min_length=1)],
         "seconds": dict[Words, Amount],
@@ -77,6 +79,7 @@ STUDY = _kinds(
         "dense": Nlls,
         "reports": dict[Role, Nlls],
         **dict.fromkeys(("zero_shot", "speed"), dict[Role, Found]),
+        "report_kls": dict[Role, Kls],
         "fingerprint": dict[Words, Words | int | float | bool | list[Words] | list[float]],
     }
 )
@@ -114,16 +117,16 @@ class CheckedStudy(optuna.Study):
         known, result = self._checked.get(trial._trial_id, (None, None))
         if result is not None and known is trial:
             return result
-        result = checked_trial(trial)
+        result = checked_trial(trial, len(self.directions))
         if trial.state.is_finished():
             self._checked[trial._trial_id] = trial, result
         return result
 
 
-def checked_trial(trial: FrozenTrial) -> FrozenTrial:
-    """The trial itself, or a copy without what is not of its kind."""
+def checked_trial(trial: FrozenTrial, values: int = 1) -> FrozenTrial:
+    """The trial itself, or a copy without what is not of its kind; `values`: how many its study minimises."""
     user, system = checked(trial.user_attrs, TRIAL), checked(trial.system_attrs, SYSTEM)
-    is_ours = _is_ours(trial)
+    is_ours = _is_ours(trial, values, "kls" in user)
     if is_ours and (len(user), len(system)) == (len(trial.user_attrs), len(trial.system_attrs)):
         return trial
     trial = copy(trial)
@@ -135,8 +138,8 @@ def checked_trial(trial: FrozenTrial) -> FrozenTrial:
     return trial
 
 
-def _is_ours(trial: FrozenTrial) -> bool:
-    """Whether a trial's parameters and value are of the kinds that a study draws and measures."""
+def _is_ours(trial: FrozenTrial, count: int, may_be_zero: bool) -> bool:
+    """Whether a trial's parameters and values are of the kinds that a study draws and measures."""
     names = {name: value for name, value in trial.params.items() if name in ("pruner", "allocation")}
     numbers = [value for name, value in trial.params.items() if name not in names]
     values = trial.values or []
@@ -144,8 +147,8 @@ def _is_ours(trial: FrozenTrial) -> bool:
         all(_is(WORDS, value) for value in names.values())
         and all(_is(WORDS, name) for name in trial.params)
         and all(_is(NUMBER, value) and isfinite(value) for value in numbers)
-        and (trial.values is None or len(values) == 1)
-        and all(value > 0 for value in values)
+        and (trial.values is None or len(values) == count)
+        and all(value > 0 or (value == 0 and may_be_zero) for value in values)
     )
 
 

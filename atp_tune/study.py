@@ -5,13 +5,14 @@ progression, per block. `atp_tune.studyfile` reads and reports; this module only
 """
 
 import math
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from atp_tune.patterns import parse
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Objective = Literal["perplexity", "kl"]
 PrunerName = Literal["magnitude", "wanda", "sparsegpt", "dsnot", "alps"]
 AllocationName = Literal["uniform", "atp", "curve", "owl", "alphapruning", "er", "erk", "global"]
 
@@ -194,6 +195,9 @@ class Search(Part):
     trials: int | None = Field(
         None, ge=1, description="total over all runs; a grid may leave it out, and so may a study that screens"
     )
+    objective: tuple[Objective, ...] = Field(
+        ("perplexity",), min_length=1, description="what is minimised; kl: divergence from the dense predictions"
+    )
     sampler: Literal["gp", "tpe", "grid", "random"] = "gp"
     seed: int = Field(0, ge=0)
     step: float = Field(0.002, gt=0, description="distance between the β of a grid")
@@ -206,6 +210,17 @@ class Search(Part):
     def _none(cls, value: Any) -> Any:
         return None if value == "none" else value
 
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("objective")
+    @classmethod
+    def _in_order(cls, value: tuple[Objective, ...]) -> tuple[Objective, ...]:
+        """Each once, perplexity first: the order in which the study has a trial's values."""
+        return tuple(name for name in get_args(Objective) if name in value)
+
     @model_validator(mode="after")
     def _counted(self) -> Self:
         if self.trials is None and self.sampler != "grid" and self.screen is None:
@@ -214,6 +229,11 @@ class Search(Part):
             raise ValueError(f"screen.confirm: must be at most search.screen.trials, {self.screen.trials}")
         if self.settle and self.sampler in ("grid", "random"):
             raise ValueError(f'settle: {self.sampler} does not propose by what is known; take "gp" or "tpe"')
+        given = {"stopper": self.stopper != "none", "settle": self.settle, "screen": self.screen is not None}
+        if len(self.objective) > 1 and any(given.values()):
+            first, *others = [key for key, is_given in given.items() if is_given]
+            listed = " and ".join(["it", *(f"search.{key}" for key in others)])
+            raise ValueError(f"{first}: compares by one value; leave {listed} out, or give search.objective one name")
         return self
 
 

@@ -38,7 +38,7 @@ NOW = {former: key.partition("=")[2] for key, former in FORMER.items()}  # what 
 # Keys younger than the first studies: they are facts only where they are not at their defaults, so that those resume.
 LATER = (
     "prune.pattern", "prune.wanda.", "prune.dsnot.", "prune.alps.", "model.trust_remote_code", "search.screen.",
-    "texts.calibration.every", "texts.search.every", "texts.report.every",
+    "search.objective", "texts.calibration.every", "texts.search.every", "texts.report.every",
 )  # fmt: skip
 
 PLACES = ("storage=", "device=")  # overrides that say where, not what
@@ -431,5 +431,6 @@ DEFAULTS = {
     **dict(_flat(Prune().model_dump(mode="json"), "prune.")),
     **dict(_flat(Screen(trials=1).model_dump(mode="json"), "search.screen.")),
     "model.trust_remote_code": False,
+    "search.objective": ["perplexity"],
     **{f"texts.{role}.every": 1 for role in ("calibration", "search", "report")},
 }

@@ -1,6 +1,6 @@
 """What a study has found, read from its storage alone: no torch, no model, also while it runs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +11,18 @@ from pydantic import ValidationError
 
 from atp_tune import storage
 from atp_tune.attaching import with_attached
-from atp_tune.config import AllocationRef, Baselines, Config, ModelRef, Scores, Sparsity, Texts
+from atp_tune.config import (
+    AllocationRef,
+    Baselines,
+    BothDivergences,
+    Config,
+    Divergences,
+    ModelRef,
+    Scores,
+    Sparsity,
+    Texts,
+)
+from atp_tune.divergence import Divergence, divergence, relative
 from atp_tune.errors import UserError
 from atp_tune.perplexity import Change, Perplexity, change, perplexity
 from atp_tune.screening import SUFFIX, is_screening
@@ -22,13 +33,15 @@ from atp_tune.studyfile import StudyFile, from_settings
 class Rank:
     """The best trial of one allocation, and how its perplexity changes from uniform's with the same pruner.
 
-    `against` is paired by windows, on the report text if both are measured there, else on the search text.
+    `against` is paired by windows, on the report text if both are measured there, else on the search text;
+    `kl_against` is the same of its KL divergence from the dense model, where the study minimises that.
     """
 
     trial: FrozenTrial
     scores: Scores
     against: Change | None
     on: Literal["search", "report"]
+    kl_against: Change | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +61,8 @@ class Summary:
     `uniform` has the best trial's pruner, `uniforms` are of all; `reports`: perplexity on the report text by trial.
     `belief`: what the GP holds of perplexity against β, None where no GP was asked. `unlike`: trials that ran on
     another device or in another number format than the one in which the study began, and which. `screening`: how far
-    the one before the study is, if it has one.
+    the one before the study is, if it has one. `goals`: what it minimises; `kls`: KL divergences by trial, if that is
+    among them; `front`: of two goals, the trials that no other beats in one without losing in the other.
     """
 
     name: str
@@ -76,6 +90,14 @@ class Summary:
 
     unlike: Mapping[int, str] = field(default_factory=dict)
     screening: Screening | None = None
+    goals: tuple[str, ...] = storage.PERPLEXITY
+    kls: Mapping[int, Divergences] = field(default_factory=dict)
+    front: Sequence[FrozenTrial] = ()
+    uniform_trial: FrozenTrial | None = None
+
+    def kl(self, trial: FrozenTrial | None) -> Divergences:
+        """KL divergences of a trial on both texts, as far as they are known."""
+        return self.kls.get(trial.number if trial else -1, Divergences(search=None, report=None))
 
 
 def summarise(study: optuna.Study) -> Summary:
@@ -102,7 +124,21 @@ def summarise(study: optuna.Study) -> Summary:
         belief=study.user_attrs.get("belief"),
         unlike=_unlike(study),
         screening=_screening(study),
+        goals=storage.goals_of(study.user_attrs.get("fingerprint", {})),
+        kls=_kls(study),
+        front=storage.front_of(study),
+        uniform_trial=uniform,
     )
+
+
+def _kls(study: optuna.Study) -> dict[int, Divergences]:
+    reports = study.user_attrs.get("report_kls", {})
+    found = {trial.number: (kl_of(trial), reports.get(str(trial.number))) for trial in study.get_trials(deepcopy=False)}
+    return {
+        number: Divergences(search=search, report=divergence(report) if report else None)
+        for number, (search, report) in found.items()
+        if search
+    }
 
 
 def _screening(study: optuna.Study) -> Screening | None:
@@ -182,7 +218,17 @@ def _rank(study: optuna.Study, trial: FrozenTrial) -> Rank:
     if on == "search":
         own, base = trial.user_attrs.get("nlls"), uniform.user_attrs.get("nlls") if uniform else None
     against = change(base, own) if own and base and len(own) == len(base) else None
-    return Rank(trial, _scores(trial, reports), against, on)
+    return Rank(trial, _scores(trial, reports), against, on, _kl_against(study, trial, uniform, on))
+
+
+def _kl_against(study: optuna.Study, trial: FrozenTrial, uniform: FrozenTrial | None, on: str) -> Change | None:
+    if uniform is None:
+        return None
+    reports = study.user_attrs.get("report_kls", {})
+    own, base = (
+        reports.get(str(one.number)) if on == "report" else one.user_attrs.get("kls") for one in (trial, uniform)
+    )
+    return relative(base, own) if own and base and len(own) == len(base) else None
 
 
 def uniform_of(study: optuna.Study, best: FrozenTrial | None) -> FrozenTrial | None:
@@ -207,22 +253,43 @@ def parameters_of(trial: FrozenTrial) -> dict[str, float]:
 
 
 def score_of(trial: FrozenTrial) -> Perplexity | None:
-    """Search perplexity of a trial with its error; None if it has no value."""
-    if trial.value is None:
+    """Search perplexity of a trial with its error; None if it has none, as one that was stopped on its way to a KL."""
+    if trial.values is None:
         return None
-    return Perplexity(value=trial.value, stderr=trial.user_attrs.get("stderr", 0.0))
+    if "kls" not in trial.user_attrs:
+        return Perplexity(value=trial.values[0], stderr=trial.user_attrs.get("stderr", 0.0))
+    nlls = trial.user_attrs.get("nlls")
+    return perplexity(nlls) if nlls and "stopped_after" not in trial.user_attrs else None
 
 
-def best_config(file: StudyFile, study: optuna.Study, out: Path) -> Config:
-    """The configuration of the best trial so far, to be written to `out`; UserError if there is none."""
+def kl_of(trial: FrozenTrial) -> Divergence | None:
+    """KL divergence of a trial on the search text; None if its study does not minimise it."""
+    if trial.values is None or "kls" not in trial.user_attrs:
+        return None
+    return Divergence(value=trial.values[-1], stderr=divergence(trial.user_attrs["kls"]).stderr)
+
+
+def is_by_kl(trial: FrozenTrial) -> bool:
+    """Whether a trial's KL divergence is its only value."""
+    return len(storage.values_of(trial)) == 1 and "kls" in trial.user_attrs
+
+
+def best_config(file: StudyFile, study: optuna.Study, out: Path, number: int | None = None) -> Config:
+    """The configuration of the best trial so far, or the one of that number, to be written to `out`; UserError if there
+    is none.
+    """
     best = storage.best_trial(study)
+    if number is not None and best is not None:
+        best = next((trial for trial in storage.measured(study) if trial.number == number), None)
+        if best is None:
+            raise UserError(f"study {study.study_name}: trial {number} is not measured in full; `status` lists all")
     if best is None:
         raise UserError(f"study {study.study_name}: no trial has a value yet; run: python tune.py --study {file.name}")
     try:
         return with_attached(_config(file, study, best, out), study, out)
     except (KeyError, ValidationError):
         raise UserError(
-            f"study {study.study_name}: of trial {best.number}, the best, is not stored what a configuration needs; "
+            f"study {study.study_name}: of trial {best.number} is not stored what a configuration needs; "
             "start another study with --study-name NAME"
         ) from None
 
@@ -230,6 +297,7 @@ def best_config(file: StudyFile, study: optuna.Study, out: Path) -> Config:
 def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) -> Config:
     summary, spec, facts = summarise(study), file.study, study.user_attrs["fingerprint"]
     linears = best.user_attrs.get("linear_sparsities")
+    uniform, reports = uniform_of(study, best), study.user_attrs.get("reports", {})
     return Config(
         study=study.study_name,
         trial=best.number,
@@ -244,13 +312,20 @@ def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) 
         blocks=study.user_attrs.get("blocks"),
         linears=study.user_attrs.get("linears") if linears else None,
         sparsity=Sparsity(target=spec.sparsity, realised=best.user_attrs["realised"]),
-        perplexity=summary.best,
-        baselines=Baselines(dense=summary.dense, uniform=summary.uniform),
+        perplexity=_scores(best, reports),
+        baselines=Baselines(dense=summary.dense, uniform=_scores(uniform, reports)),
+        kl=_both(summary, best, uniform),
         calibration=spec.texts.calibration,
         texts=Texts(search=spec.texts.search, report=spec.report_text),
         seed=spec.search.seed,
         versions=best.user_attrs["versions"],
     ).seen_from(file.folder, out.parent)
+
+
+def _both(summary: Summary, best: FrozenTrial, uniform: FrozenTrial | None) -> BothDivergences | None:
+    if best.number not in summary.kls:
+        return None
+    return BothDivergences(best=summary.kl(best), uniform=summary.kls.get(uniform.number) if uniform else None)
 
 
 def _dtype_of(trial: FrozenTrial) -> dict[str, str]:

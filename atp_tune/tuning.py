@@ -24,7 +24,7 @@ from atp_tune.space import Space, make_space
 from atp_tune.stored import TRIAL, checked
 from atp_tune.study import Screen
 from atp_tune.studyfile import TRIALS, StudyFile, facts, settings
-from atp_tune.summary import best_config, made_from, unreported
+from atp_tune.summary import best_config, is_by_kl, kl_of, made_from, score_of, unreported
 
 if TYPE_CHECKING:
     from atp_tune.bench import Bench
@@ -237,7 +237,8 @@ def _drive(run: Run, study: optuna.Study, bench: "Bench", space: Space, total: i
     """
     from atp_tune.objective import Objective
 
-    objective = Objective(bench, space, run.file.study.search.stopper != "none", run.watch)
+    search = run.file.study.search
+    objective = Objective(bench, space, search.stopper != "none", run.watch, search.objective)
     end = None if run.timeout is None else monotonic() + run.timeout
     while end is None or monotonic() < end:
         _recover(run, study)
@@ -270,8 +271,8 @@ def _optimise(
         trials = study.get_trials(deepcopy=False)  # once: a study of many workers is long, and its trials are short
         best, done = next(iter(storage.ranked(trials)), None), sum(map(storage.counts, trials))
         reason = trial.user_attrs.get("failure") if trial.state == TrialState.FAIL else None
-        if trial.value is not None or reason:
-            run.watch(TrialEnded(trial.number, trial.value, reason, best.value if best else None, done, total))
+        if trial.values is not None or reason:
+            run.watch(_ended(trial, reason, best, done, total))
         _recover(run, study)
         if run.file.study.search.settle and done < total and has_settled(study, objective.space):
             storage.settle(study, total)
@@ -297,19 +298,29 @@ def _optimise(
         run.note(f"trial {attempt.number} gave no sign of life for {GRACE} s: it is run again")
 
 
+def _ended(trial: FrozenTrial, reason: str | None, best: FrozenTrial | None, done: int, total: int) -> TrialEnded:
+    """What is told of a trial: what it came to, and the best."""
+    value, kl = (found.value if found else None for found in (score_of(trial), kl_of(trial)))
+    best_value, best_kl = (of(best) if best else None for of in (score_of, kl_of))
+    return TrialEnded(
+        trial.number, value, reason, best_value.value if best_value else None, done, total,
+        kl=kl, best_kl=best_kl.value if best and best_kl and is_by_kl(best) else None,
+    )  # fmt: skip
+
+
 class Attempt:
     """Calls the objective unless other workers have reached the total, and knows afterwards whether they took its trial
     for lost while it ran: Optuna has no error of its own for telling such a trial, what it raises looks like a bug.
     """
 
-    def __init__(self, objective: Callable[[optuna.Trial], float], total: int) -> None:
+    def __init__(self, objective: Callable[[optuna.Trial], tuple[float, ...]], total: int) -> None:
         self.number = -1
         self._objective = objective
         self._total = total
         self._is_bug = False
 
-    def __call__(self, trial: optuna.Trial) -> float:
-        """The objective's value."""
+    def __call__(self, trial: optuna.Trial) -> tuple[float, ...]:
+        """The objective's values."""
         self.number, self._is_bug = trial.number, True
         try:
             self._check_need(trial)
@@ -347,7 +358,9 @@ def report(run: Run, study: optuna.Study, bench: "Bench", space: Space) -> None:
         study._storage.set_study_system_attr(study._study_id, REPORTER, identity())
     try:
         for name in missing:
-            nlls = _report_nlls(run, study, bench, space, name)
+            nlls, kls = _report_scores(run, study, bench, space, name)
+            if kls:  # first: what has NLLs is not measured again
+                study.set_user_attr("report_kls", {**study.user_attrs.get("report_kls", {}), name: kls})
             study.set_user_attr("reports", {**study.user_attrs.get("reports", {}), name: nlls})
     finally:
         if missing:
@@ -381,18 +394,23 @@ def _write_best(run: Run, study: optuna.Study) -> None:
         config.write(out)
 
 
-def _report_nlls(run: Run, study: optuna.Study, bench: "Bench", space: Space, name: str) -> list[float]:
-    """Window NLLs on the report text; with the paper's protocol these are the ones of the search."""
+def _report_scores(
+    run: Run, study: optuna.Study, bench: "Bench", space: Space, name: str
+) -> tuple[list[float], list[float]]:
+    """Window NLLs on the report text, and KLs if the study minimises them; with the paper's protocol the search's."""
     from atp_tune.devices import memory_for
 
     dense = name == "dense"
     trial = None if dense else study.trials[int(name)]
     if run.file.study.texts.report is None:
-        nlls: list[float] = study.user_attrs["dense"] if trial is None else trial.user_attrs["nlls"]
-        return nlls
+        if trial is None:
+            return study.user_attrs["dense"], []
+        return trial.user_attrs["nlls"], trial.user_attrs.get("kls", [])
     plan = None if trial is None else space.plan(trial.params)
     title = f"report: {'dense model' if dense else f'trial {name}'}"
     run.watch(TrialStarted(title, plan))
     pruned = None if plan is None else ((block.index, block.weights) for block in bench.prune(plan))
     with memory_for(title):
-        return bench.all_nlls(pruned or bench.dense(), "report")
+        return bench.all_scores(
+            pruned or bench.dense(), "report", kl="kl" in run.file.study.search.objective and not dense
+        )

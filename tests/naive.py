@@ -284,6 +284,16 @@ def states_of(model: Any, blocks: nn.ModuleList, ids: Tensor) -> list[Tensor]:
     return [*states[1 : len(blocks)], *last]
 
 
+def kls_of(dense: Any, model: Any, ids: Tensor) -> list[float]:
+    """KL from the dense model's next-token distribution to the other's, all of it in float64, mean over a window."""
+    found = []
+    for row in ids:
+        with torch.inference_mode():
+            p, q = (m(input_ids=row[None]).logits[0, :-1].double().log_softmax(1) for m in (dense, model))
+        found.append(sum(float((p[t].exp() * (p[t] - q[t])).sum()) for t in range(len(p))) / len(p))
+    return found
+
+
 def nlls_of(model: Any, ids: Tensor) -> list[float]:
     """The model's own loss, window by window."""
     with torch.inference_mode():

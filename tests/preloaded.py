@@ -65,11 +65,11 @@ def at_call(owner: Any, name: str, number: int, action: Callable[[], None]) -> N
 
 PHASES: dict[str, tuple[Any, str, int]] = {  # what is called in it, and how often before the fault
     "loading": (Checkpoint, "load", 1),
-    "measuring the dense model": (evaluation, "head_nlls", 1),
+    "measuring the dense model": (evaluation, "head_scores", 1),
     "calibration": (prune_pass, "measure", 10),
     "pruning": (Wanda, "prune", 31),
-    "evaluation": (evaluation, "head_nlls", 4),
-    "report": (evaluation, "head_nlls", TOTAL + 3),
+    "evaluation": (evaluation, "head_scores", 4),
+    "report": (evaluation, "head_scores", TOTAL + 3),
 }
 
 

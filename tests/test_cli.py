@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from time import monotonic, sleep
+from time import sleep
 
 import pytest
 from tinystudy import LONG, CommandLine, few_at_a_time, finish, run, settings, start, study_file, wait_for
@@ -63,9 +63,8 @@ def test_a_run_can_be_watched_and_is_not_done_twice(place: Path, command: Comman
     assert re.search(r"\nbest: trial \d, wanda \+ ", answer.out)
     assert f"python tune.py apply --config {place / 'tiny.best.json'} --out tiny-sparse" in answer.out
 
-    before, began = (place / "tiny.db").read_bytes(), monotonic()
+    before = (place / "tiny.db").read_bytes()
     output, imported = spied("--study", study, *settings(*LONG, "search.trials=9"))
-    assert monotonic() - began < 5
     assert imported == {"optuna"}
     assert (place / "tiny.db").read_bytes() == before
     assert output.splitlines()[0] == "tiny: 60% sparsity"

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from atp_tune import batching, bench, evaluation
 from atp_tune.batching import BatchSize
+from atp_tune.bench import Bench
 from atp_tune.errors import TrialError
-from atp_tune.evaluation import Block, group_nlls, head_nlls, token_nlls
+from atp_tune.evaluation import Block, group_scores, head_scores, token_kls, token_nlls
 from atp_tune.perplexity import perplexity
 from atp_tune.plan import Plan
+from atp_tune.prune_pass import PrunedBlock
 from atp_tune.replay import Replay
 
 
@@ -29,7 +31,7 @@ def batch_of(windows: int, notes: list[str] | None = None) -> BatchSize:
 
 @torch.inference_mode()
 def nlls_in(replay: Replay, groups: list[Tensor], batch: BatchSize, heads: BatchSize) -> list[list[float]]:
-    return list(group_nlls(replay, batch, heads, dense_blocks(replay), groups))
+    return [scores.nlls for scores in group_scores(replay, batch, heads, dense_blocks(replay), groups)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -48,12 +50,77 @@ def test_perplexity_of_a_pruned_model_is_its_own_loss(family: str) -> None:
     work = bench_of(model)
     pruned = list(work.prune(Plan("sparsegpt", "uniform", (0.5,) * len(work.checkpoint.blocks))))
     nlls = work.all_nlls(((block.index, block.weights) for block in pruned), "search")
-    other = copy.deepcopy(model)
-    for block in pruned:
-        blocks = other.get_submodule(work.checkpoint.blocks_name)
-        blocks[block.index].load_state_dict(block.weights)
+    other = pruned_copy(model, work, pruned)
     assert nlls == pytest.approx(naive.nlls_of(other, random_ids(7, TOKENS, seed=1)), rel=1e-5)
     assert nlls != pytest.approx(work.all_nlls(work.dense(), "search"), rel=1e-3)
+
+
+def pruned_copy(model: Any, work: Bench, pruned: list[PrunedBlock]) -> Any:
+    other = copy.deepcopy(model)
+    blocks = other.get_submodule(work.checkpoint.blocks_name)
+    for block in pruned:
+        blocks[block.index].load_state_dict(block.weights)
+    return other
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "gemma3", "olmoe"])
+def test_kl_is_that_of_the_models_own_logits(family: str) -> None:
+    model = tiny(family)
+    work = bench_of(model)
+    pruned = list(work.prune(Plan("wanda", "uniform", (0.5,) * len(work.checkpoint.blocks))))
+    kls = work.all_scores(((block.index, block.weights) for block in pruned), "search", kl=True).kls
+    expected = naive.kls_of(model, pruned_copy(model, work, pruned), random_ids(7, TOKENS, seed=1))
+    assert kls == pytest.approx(expected, rel=1e-5, abs=1e-8)
+    assert max(kls) > 1.001 * min(kls) > 0
+
+
+@pytest.mark.parametrize("batch", [1, 4, 8])
+def test_kl_of_the_dense_model_is_zero(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = bench_of(tiny("llama"))
+    monkeypatch.setattr(work._batch, "windows", batch)
+    assert work.all_scores(work.dense(), "search", kl=True).kls == [0.0] * 7
+    assert work.all_scores(work.dense(), "search").kls == []
+
+
+def test_kl_does_not_change_with_batches_slices_and_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = bench_of(tiny("llama"))
+    pruned = [(b.index, b.weights) for b in work.prune(Plan("wanda", "uniform", (0.5,) * 4))]
+    expected, nlls = work.all_scores(pruned, "search", kl=True).kls, work.all_nlls(pruned, "search")
+    for windows, heads, positions, cached in (
+        (1, 1, 256, 1),
+        (2, 8, 5, 1 << 22),
+        (8, 2, 1, 97 * 3),
+        (3, 4, 7, 1 << 22),
+    ):
+        monkeypatch.setattr(work._batch, "windows", windows)
+        monkeypatch.setattr(work._heads, "windows", heads)
+        monkeypatch.setattr(evaluation, "POSITIONS", positions)
+        monkeypatch.setattr(evaluation, "CACHED", cached)
+        for one_by_one in (False, True):  # parts other than those in which the dense states were computed
+            parts = list(work.scores(pruned, "search", one_by_one, kl=True))
+            assert [kl for part in parts for kl in part.kls] == pytest.approx(expected, rel=1e-4)
+            assert [nll for part in parts for nll in part.nlls] == pytest.approx(nlls, rel=1e-5)
+
+
+def test_the_dense_model_is_run_once_for_all_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    work, ran = bench_of(tiny("llama")), []
+    original = evaluation.advance
+    monkeypatch.setattr(evaluation, "advance", lambda *args: ran.append(1) or original(*args))
+    for _ in range(3):
+        work.all_scores(work.dense(), "search", kl=True)
+    assert len(ran) == (1 + 3) * 4 * len(work._parts("search"))
+
+
+@pytest.mark.parametrize("cached", [1, 97 * 3, 1 << 22])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kls_of_tokens_are_sums_over_words(cached: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "CACHED", cached)
+    dense, logits = (5 * torch.randn(10, 97).to(dtype) for _ in range(2))
+    p, q = dense.double().softmax(1), logits.double().softmax(1)
+    expected = [sum(float(p[t, v] * (p[t, v] / q[t, v]).log()) for v in range(97)) for t in range(10)]
+    assert token_kls(dense, logits).tolist() == pytest.approx(expected, rel=1e-5)
+    assert token_kls(dense, dense).tolist() == [0.0] * 10
+    assert token_kls(dense, torch.full_like(dense, torch.nan)).isnan().all()
 
 
 def test_two_tokens_are_enough() -> None:
@@ -89,7 +156,7 @@ def test_blocks_are_met_once_and_in_order() -> None:
             yield index, weights
 
     with torch.inference_mode():
-        list(group_nlls(replay, batch_of(1), batch_of(1), blocks(), random_ids(4).split(2)))
+        list(group_scores(replay, batch_of(1), batch_of(1), blocks(), random_ids(4).split(2)))
     assert met == [0, 1, 2, 3]
 
 
@@ -101,10 +168,12 @@ def test_the_bench_gives_groups_whether_or_not_it_keeps_the_blocks(monkeypatch: 
         for most, batch, sizes in ((3, 1, [3, 2, 2]), (8, 1, [1] * 7), (8, 4, [4, 3]), (8, 8, [7])):
             monkeypatch.setattr(bench, "GROUPS", most)
             monkeypatch.setattr(work._batch, "windows", batch)
-            groups = list(work.nlls(work.dense(), "search", one_by_one=True))
+            groups = [scores.nlls for scores in work.scores(work.dense(), "search", one_by_one=True)]
             assert [len(group) for group in groups] == sizes
             assert [nll for group in groups for nll in group] == pytest.approx(expected, rel=1e-5)
-            assert list(work.nlls(work.dense(), "search")) == groups  # to the last bit: the batches are the same
+            assert [
+                scores.nlls for scores in work.scores(work.dense(), "search")
+            ] == groups  # to the last bit: the batches are the same
         assert events == []
 
 
@@ -114,7 +183,7 @@ def test_the_first_group_comes_before_the_second_is_computed(monkeypatch: pytest
     monkeypatch.setattr(work._batch, "windows", 3)
     original = work.replay.run
     monkeypatch.setattr(work.replay, "run", lambda *args: ran.append(len(args[2])) or original(*args))
-    groups = work.nlls(work.dense(), "search", one_by_one=True)
+    groups = work.scores(work.dense(), "search", one_by_one=True)
     next(groups)
     assert ran == [3] * 4
     next(groups)
@@ -125,7 +194,7 @@ def test_a_model_on_the_host_gives_the_same() -> None:
     one, other = bench_of(tiny("gpt2"), residency="device"), bench_of(tiny("gpt2"), residency="host")
     expected = one.all_nlls(one.dense(), "report")
     assert other.all_nlls(other.dense(), "report") == expected
-    assert [nll for group in other.nlls(other.dense(), "report", True) for nll in group] == expected
+    assert [nll for scores in other.scores(other.dense(), "report", True) for nll in scores.nlls] == expected
 
 
 @pytest.mark.parametrize("most", [1, 2])
@@ -157,7 +226,7 @@ def test_one_window_whose_logits_do_not_fit_fails_the_trial(monkeypatch: pytest.
 
     monkeypatch.setattr(replay, "logits", logits)
     with torch.inference_mode(), pytest.raises(TrialError, match="with one window"):
-        head_nlls(replay, batch_of(2), ids, replay.embed(ids))
+        head_scores(replay, batch_of(2), ids, replay.embed(ids))
 
 
 def test_logits_of_a_bfloat16_model_are_summed_in_float32() -> None:

@@ -423,9 +423,9 @@ def test_a_model_that_changes_while_it_is_used_is_not_mixed(
         return nlls(*arguments, **options)
 
     file, calls = place / "model" / "model.safetensors", list[int]()
-    good, nlls = file.read_bytes(), evaluation.head_nlls
+    good, nlls = file.read_bytes(), evaluation.head_scores
     other = good[:-4] + bytes(4)
-    monkeypatch.setattr(evaluation, "head_nlls", change)
+    monkeypatch.setattr(evaluation, "head_scores", change)
     study = ("--study", place / "tiny.toml")
     said = "model.source: the files of model were changed while they were in use; nothing was stored of it. "
     assert command(*study).error.startswith(said)
@@ -483,15 +483,15 @@ def test_memory_runs_out_in_a_trial(phase: str, kind: str, place: Path, monkeypa
 
 
 def test_memory_runs_out_in_the_report(place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def report_fails(bench: Bench, blocks: Any, role: str) -> list[float]:
+    def report_fails(bench: Bench, blocks: Any, role: str, kl: bool = False) -> Any:
         if role == "report":
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return whole(bench, blocks, role)
+        return whole(bench, blocks, role, kl)
 
-    whole = Bench.all_nlls
+    whole = Bench.all_scores
     study = ("--study", place / "tiny.toml")
     with monkeypatch.context() as patch:
-        patch.setattr(Bench, "all_nlls", report_fails)
+        patch.setattr(Bench, "all_scores", report_fails)
         assert command(*study).error.startswith("report: dense model: out of memory; what is stored is safe")
     assert len(measured(stored(place))) == 3
     assert command(*study).code == 0

@@ -15,6 +15,7 @@ from tinystudy import quiet, study_file
 import atp_tune
 from atp_tune.bench import Bench
 from atp_tune.errors import TrialError
+from atp_tune.evaluation import WindowScores
 from atp_tune.events import Event, Step, TrialStarted, unwatched
 from atp_tune.objective import Objective, estimate, find_measured, is_hopeless, reasons
 from atp_tune.process import identity
@@ -68,7 +69,7 @@ def done(study: optuna.Study, space: Space, value: float | None, attributes: dic
 
 def test_a_trial_is_perplexity_on_the_search_text(bench: Bench, space: Space, study: optuna.Study) -> None:
     trial = ask(study, space)
-    value = Objective(bench, space, False, unwatched)(trial)
+    [value] = Objective(bench, space, False, unwatched)(trial)
     pruned = ((block.index, block.weights) for block in bench.prune(space.plan(PARAMS)))
     nlls = bench.all_nlls(pruned, "search")
     assert value == math.exp(fmean(nlls))
@@ -104,8 +105,9 @@ def test_a_model_whose_numbers_are_none_fails(bench: Bench, space: Space, study:
         def prune(self, plan: Any) -> Any:
             return bench.prune(plan)
 
-        def nlls(self, blocks: Any, role: str, one_by_one: bool) -> Any:
-            yield [*next(iter(bench.nlls(blocks, role, one_by_one)))[:-1], math.nan]
+        def scores(self, blocks: Any, role: str, one_by_one: bool, kl: bool) -> Any:
+            scores = next(iter(bench.scores(blocks, role, one_by_one)))
+            yield WindowScores([*scores.nlls[:-1], math.nan], [])
 
     trial = ask(study, space)
     with pytest.raises(

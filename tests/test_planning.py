@@ -1,9 +1,10 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tinystudy import CommandLine, run, settings, stored, study_file
+from tinystudy import TOKENS, WIDTH, CommandLine, run, settings, stored, study_file
 
 from atp_tune import planning, storage
 from atp_tune.events import unwatched
@@ -35,6 +36,17 @@ def test_what_was_foretold_and_what_was(place: Path) -> None:
     measured = sorted(sum(trial.user_attrs["seconds"].values()) for trial in study.trials)[1]
     assert found.trial[0].seconds is not None
     assert 0.2 < found.trial[0].seconds.total / measured < 5
+
+
+def test_the_dense_states_that_kl_compares_with_are_counted(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[planning.Known] = []
+    original = planning._memory
+    monkeypatch.setattr(planning, "_memory", lambda known, *more: seen.append(known) or original(known, *more))
+    for keys in ((), ("search.objective=kl",)):
+        assert foresee(study_file(place, *keys), "t", unwatched).trial[0].seconds
+    plain, kl = (known.held(0) for known in seen)
+    assert kl.dense - plain.dense == (16 + 16) * TOKENS * WIDTH * 4
+    assert replace(kl, dense=0, process=0) == replace(plain, dense=0, process=0)
 
 
 def test_trials_that_are_done_count(done: Path) -> None:

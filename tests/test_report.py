@@ -242,7 +242,8 @@ def test_the_keys_of_the_json(found: optuna.Study) -> None:
     (study,) = read["studies"]
     assert list(study) == [
         "name", "description", "sparsity", "state", "dense", "uniform", "best", "best_trial", "change", "ranks",
-        "importance", "trials", "seconds", "devices", "study_file", "fingerprint", "versions",
+        "objective", "front", "kl", "importance", "trials", "seconds", "devices", "study_file", "fingerprint",
+        "versions",
     ]  # fmt: skip
     assert study["state"] == {"done": 4, "total": 16, "running": 0, "failed": 1}
     assert study["best"]["search"] == {"value": found.trials[1].value, "stderr": 3.5}
@@ -252,7 +253,7 @@ def test_the_keys_of_the_json(found: optuna.Study) -> None:
     assert [rank["allocation"] for rank in study["ranks"]] == ["atp", "uniform"]
     assert list(study["trials"][0]) == [
         "number", "state", "plan", "pruner", "allocation", "parameters", "perplexity", "realised", "sparsities",
-        "linear_sparsities", "errors", "seconds", "device", "dtype", "remark",
+        "linear_sparsities", "errors", "seconds", "device", "dtype", "remark", "kl",
     ]  # fmt: skip
     assert study["trials"][1]["parameters"] == {"beta": 0.006}
     assert study["trials"][3]["remark"] == "no"

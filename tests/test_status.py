@@ -126,11 +126,14 @@ def test_the_keys_that_are_promised(study: optuna.Study) -> None:
     says = document(study)
     assert list(says) == [
         "format", "study", "sparsity", "done", "total", "complete", "seconds_left", "running", "dense", "uniform",
-        "best", "ranks", "trials", "screening",
+        "best", "ranks", "trials", "screening", "objective", "front",
     ]  # fmt: skip
-    assert list(says["best"]) == ["trial", "pruner", "allocation", "parameters", "search", "report", "change"]
+    assert list(says["best"]) == [
+        "trial", "pruner", "allocation", "parameters", "search", "report", "change", "kl", "kl_change",
+    ]  # fmt: skip
+    assert (says["objective"], says["front"], says["best"]["kl"]) == (["perplexity"], [], None)
     assert list(says["trials"][0]) == [
-        "number", "state", "params", "plan", "value", "stderr", "report", "realised", "seconds", "remark",
+        "number", "state", "params", "plan", "value", "stderr", "report", "realised", "seconds", "remark", "kl",
     ]  # fmt: skip
 
 

@@ -65,8 +65,11 @@ class Display:
         if event.what != self._what:
             self._what, self._first, self._ended = event.what, monotonic() - seconds, 0
         self._ended += 1
-        value = f"perplexity {event.value:.2f}" if event.value is not None else f"failed: {event.reason}"
+        values = [] if event.value is None else [f"perplexity {event.value:.2f}"]
+        values += [] if event.kl is None else [f"KL {event.kl:.4f}"]
+        value = ", ".join(values) or f"failed: {event.reason}"
         best = f"best {event.best:.2f}" if event.best is not None else "no best yet"
+        best = f"best KL {event.best_kl:.4f}" if event.best_kl is not None else best
         left = (monotonic() - self._first) / self._ended * (event.total - event.done)
         rest = " of screening left" if event.what == "screening" else " left"
         eta = f", {duration(left)}{rest}" if event.done < event.total and not console.is_terminal else ""

@@ -15,10 +15,10 @@ from atp_tune.errors import printable
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-    from atp_tune.config import Config, Scores
+    from atp_tune.config import Config, Divergences, Scores
     from atp_tune.forecast import Forecast, Memory, Whole
     from atp_tune.merging import Merged
-    from atp_tune.perplexity import Perplexity
+    from atp_tune.perplexity import Change, Perplexity
     from atp_tune.serving.serve import Served, Service
     from atp_tune.status import Listed, Running, Status
     from atp_tune.studyfile import StudyFile
@@ -53,7 +53,10 @@ def show_summary(summary: "Summary", file: "StudyFile") -> None:
     )  # fmt: skip
     best = summary.best_trial
     if best is not None:
-        console.print(f"best: trial {best.number}, {method_of(best)}", highlight=False)
+        lowest = ", the lowest perplexity of the front; `export --trial N` takes another" if summary.front else ""
+        console.print(f"best: trial {best.number}, {method_of(best)}{lowest}", highlight=False)
+    if summary.front:
+        console.print(f"\nPareto front\n\n{_markdown(_front(summary))}\n", highlight=False)
     _show_rest(summary)
     if mixture := mixture_of(summary):
         console.print(mixture, highlight=False)
@@ -69,20 +72,39 @@ def _results(summary: "Summary") -> Table:
     table = Table(box=box.MARKDOWN, header_style="")
     for column in ("method", "sparsity", "search perplexity", "report perplexity", "against uniform"):
         table.add_column(column, no_wrap=True)
-    table.add_row("dense", "0%", *_cells(summary.dense), "–")
+    has_kl = "kl" in summary.goals
+    for column in ("search KL", "report KL", "KL against uniform") if has_kl else ():
+        table.add_column(column, no_wrap=True)
+    table.add_row("dense", "0%", *_cells(summary.dense), "–", *(("0", "0", "–") if has_kl else ()))
     for trial in summary.uniforms:
         scores = Scores(search=score_of(trial), report=summary.reports.get(trial.number))
-        table.add_row(method_of(trial), _zeros(trial), *_cells(scores), "–")
+        kls = (*_cells(summary.kl(trial)), "–") if has_kl else ()
+        table.add_row(method_of(trial), _zeros(trial), *_cells(scores), "–", *kls)
     for rank in summary.ranks:
         if not is_uniform(rank.trial):
-            table.add_row(method_of(rank.trial), _zeros(rank.trial), *_cells(rank.scores), _against(rank))
+            kls = (*_cells(summary.kl(rank.trial)), _change(rank.kl_against, rank)) if has_kl else ()
+            change = _change(rank.against, rank)
+            table.add_row(method_of(rank.trial), _zeros(rank.trial), *_cells(rank.scores), change, *kls)
     return table
 
 
-def _against(rank: "Rank") -> str:
-    if rank.against is None:
+def _change(against: "Change | None", rank: "Rank") -> str:
+    if against is None:
         return "–"
-    return f"{rank.against}" + (" (search)" if rank.on == "search" else "")
+    return f"{against}" + (" (search)" if rank.on == "search" else "")
+
+
+def _front(summary: "Summary") -> Table:
+    """The trials of the Pareto front, on the search text."""
+    from atp_tune.summary import score_of
+    from atp_tune.wording import method_of
+
+    table = Table(box=box.MARKDOWN, header_style="")
+    for column in ("trial", "method", "search perplexity", "search KL"):
+        table.add_column(column, no_wrap=True)
+    for trial in summary.front:
+        table.add_row(str(trial.number), method_of(trial), str(score_of(trial)), str(summary.kl(trial).search))
+    return table
 
 
 def _zeros(trial: "FrozenTrial") -> str:
@@ -100,7 +122,7 @@ def _markdown(table: Table) -> str:
 def _show_rest(summary: "Summary") -> None:
     from atp_tune.summary import is_uniform
 
-    others = any(trial.value is not None and not is_uniform(trial) for trial in summary.trials)
+    others = any(trial.values is not None and not is_uniform(trial) for trial in summary.trials)
     if summary.best_trial is not None and is_uniform(summary.best_trial) and others:
         console.print("no trial is better than uniform", highlight=False)
     screening = summary.screening
@@ -140,8 +162,10 @@ def _is_of(file: Path, trial: "FrozenTrial | None") -> bool:
 
 def show_status(summary: "Summary", file: "StudyFile") -> None:
     """All trials of a study, then its summary."""
+    from atp_tune.summary import score_of
+
     console.print(trials_table(summary, summary.trials))
-    values = [trial.value for trial in summary.trials if trial.value is not None]
+    values = [score.value for trial in summary.trials if (score := score_of(trial)) is not None]
     if len(values) > 1:
         console.print(
             f"spread: {min(values):.2f} to {max(values):.2f}, median {statistics.median(values):.2f}",
@@ -155,20 +179,24 @@ def trials_table(summary: "Summary", trials: "list[FrozenTrial]") -> Table:
     from atp_tune.wording import remark_of
 
     best = summary.best_trial
-    table = _table("trial", "state", "plan", "perplexity", "zeros", "s", "remark")
+    has_kl = "kl" in summary.goals
+    table = _table("trial", "state", "plan", "perplexity", *(["KL"] if has_kl else []), "zeros", "s", "remark")
     for trial in trials:
         is_best = best is not None and trial.number == best.number
         words = ("best" if is_best else "", remark_of(trial, summary))
-        table.add_row(*_row(trial, "; ".join(word for word in words if word)))
+        row = _row(trial, "; ".join(word for word in words if word))
+        kl = summary.kl(trial).search
+        table.add_row(*row[:4], *([f"{kl.value:.4f}" if kl else ""] if has_kl else []), *row[4:])
     return table
 
 
 def _row(trial: "FrozenTrial", remark: str) -> list[str]:
+    from atp_tune.summary import score_of
     from atp_tune.wording import plan_of
 
-    attrs = trial.user_attrs
-    value = "" if trial.value is None else f"{trial.value:.2f}"
-    error = f" ± {attrs['stderr']:.2f}" if value and "stderr" in attrs else ""
+    attrs, score = trial.user_attrs, score_of(trial)
+    value = "" if score is None else f"{score.value:.2f}"
+    error = f" ± {score.stderr:.2f}" if score and "stderr" in attrs else ""
     return [
         str(trial.number),
         trial.state.name.lower(),
@@ -187,7 +215,9 @@ def progress_line(status: "Status") -> str:
     done = f"[{status.done}/{status.total}]" if status.total else f"[{status.done}]"
     best, score = "no best yet", status.best and status.best.search
     if status.best and score:
-        best = f"best {score.value:.2f} (trial {status.best.trial})"
+        kl = status.best.kl and status.best.kl.search
+        value = f"KL {kl.value:.4f}" if kl and status.objective == ("kl",) else f"{score.value:.2f}"
+        best = f"best {value} (trial {status.best.trial})"
     running = [_runs(one) for one in status.running] or [_screens(status) or _idle(status)]
     left = [] if status.seconds_left is None else [f"about {duration(status.seconds_left)} left"]
     return f"{done} {', '.join([best, *running, *left])}"
@@ -339,7 +369,7 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _cells(scores: "Scores") -> list[str]:
+def _cells(scores: "Scores | Divergences") -> list[str]:
     return [str(score) if score else "–" for score in (scores.search, scores.report)]
 
 

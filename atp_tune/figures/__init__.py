@@ -5,13 +5,14 @@ Each figure is one module with a `draw(summary)` that gives None where there are
 
 import plotly.graph_objects as go
 
-from atp_tune.figures import error, perplexity, seconds, sparsity
+from atp_tune.figures import error, front, perplexity, seconds, sparsity
 from atp_tune.summary import Summary
 
 __all__ = ["FIGURES", "draw"]
 
 FIGURES = {
     "perplexity": perplexity.draw,
+    "front": front.draw,
     "sparsity": sparsity.draw,
     "error": error.draw,
     "seconds": seconds.draw,

@@ -36,7 +36,8 @@ def sparsities(summaries: Sequence[Summary]) -> go.Figure | None:
 
 def perplexities(summaries: Sequence[Summary]) -> go.Figure | None:
     """Perplexity against β of several studies of one model and text; None where fewer than two have trials with β."""
-    found = [[t for t in finite(summary.trials) if "beta" in t.params] for summary in summaries]
+    by_perplexity = [finite(summary.trials) if "perplexity" in summary.goals else [] for summary in summaries]
+    found = [[t for t in trials if "beta" in t.params] for trials in by_perplexity]
     drawn = [(k, summary, found[k]) for k, summary in enumerate(summaries) if found[k]]
     if len(drawn) < 2:
         return None

@@ -1,4 +1,4 @@
-"""Perplexity against β: every measured trial, what the search believed, and the lines to compare with."""
+"""Perplexity, or KL, against β: every measured trial, what the search believed, and the lines to compare with."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from atp_tune.figures.style import (
     new_figure,
     rounded,
 )
-from atp_tune.figures.trials import finite, role, told, value_of
+from atp_tune.figures.trials import finite, measure_of, role, told, uniform_value, value_of, written
 from atp_tune.figures.view import View
 from atp_tune.summary import Summary, is_uniform
 
@@ -40,14 +40,16 @@ class Panels:
 
 
 def draw(summary: Summary) -> go.Figure | None:
-    """Perplexity on the search text against β; None while no trial is measured."""
+    """What is minimised, on the search text, against β; None while no trial is measured."""
     done = finite(summary.trials)
     if not done:
         return None
-    dense = summary.dense.search.value if summary.dense.search else None
+    measure = measure_of(summary)
+    dense = summary.dense.search.value if summary.dense.search and measure == "perplexity" else None
     seen, panels = view.view_of(done, dense), split(done)
-    title = "Perplexity against β" if panels.over_beta else "Perplexity of each allocation"
-    figure = new_figure(title, "", "perplexity, search text")
+    name = measure[0].upper() + measure[1:]
+    title = f"{name} against β" if panels.over_beta else f"{name} of each allocation"
+    figure = new_figure(title, "", f"{measure}, search text")
     _set_axes(figure, panels, bounds_of(summary))
     if panels.over_beta:
         belief.add(figure, summary.belief)
@@ -163,11 +165,11 @@ def _add_hidden(figure: go.Figure, trials: list[FrozenTrial], axis_name: str, se
 
 
 def _add_lines(figure: go.Figure, summary: Summary, seen: View, dense: float | None) -> None:
-    uniform, best = summary.uniform.search, summary.best_trial
-    if uniform and best:
+    uniform, best = uniform_value(summary), summary.best_trial
+    if uniform is not None and best:
         several = len({trial.params.get("pruner") for trial in summary.trials}) > 1
         name = f"uniform, {best.params.get('pruner')}" if several else "uniform"
-        level(figure, uniform.value, f"{name} {uniform.value:.2f}{seen.arrow(uniform.value)}", UNIFORM)
+        level(figure, uniform, f"{name} {written(uniform, summary)}{seen.arrow(uniform)}", UNIFORM)
     if dense is not None:
         level(figure, dense, f"dense {dense:.2f}{seen.arrow(dense)}", DENSE, "dot")
 

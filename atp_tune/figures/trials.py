@@ -5,19 +5,37 @@ from math import isfinite
 
 from optuna.trial import FrozenTrial
 
-from atp_tune.storage import ranked
-from atp_tune.summary import Summary, is_uniform, score_of
+from atp_tune.storage import ranked, values_of
+from atp_tune.summary import Summary, is_uniform, kl_of, score_of
 from atp_tune.wording import plan_of
 
 
 def finite(trials: list[FrozenTrial]) -> list[FrozenTrial]:
-    """The measured trials, the lowest perplexity first; not those whose perplexity no axis can show."""
+    """The measured trials, the lowest value first; not those whose value no axis can show."""
     return [trial for trial in ranked(trials) if isfinite(value_of(trial)) and value_of(trial) > 0]
 
 
 def value_of(trial: FrozenTrial) -> float:
-    """Search perplexity of a measured trial."""
-    return float("nan") if trial.value is None else trial.value
+    """What trials are compared by, on the search text: perplexity, or KL where the study minimises that alone."""
+    return values_of(trial)[0] if trial.values else float("nan")
+
+
+def measure_of(summary: Summary) -> str:
+    """What that value is called."""
+    return "KL divergence" if summary.goals == ("kl",) else "perplexity"
+
+
+def written(value: float, summary: Summary) -> str:
+    """Such a value with as many digits as it has."""
+    return f"{value:.4f}" if summary.goals == ("kl",) else f"{value:.2f}"
+
+
+def uniform_value(summary: Summary) -> float | None:
+    """The value of uniform."""
+    if summary.goals == ("kl",):
+        uniform = uniform_of(summary)
+        return value_of(uniform) if uniform else None
+    return summary.uniform.search.value if summary.uniform.search else None
 
 
 def best_of(summary: Summary) -> FrozenTrial | None:
@@ -42,14 +60,16 @@ def second_of(summary: Summary) -> FrozenTrial | None:
 
 
 def worst_of(summary: Summary) -> FrozenTrial | None:
-    """The trial with the highest perplexity, if there are others."""
+    """The trial with the highest value, if there are others."""
     done = finite(summary.trials)
     return done[-1] if len(done) > 1 else None
 
 
 def told(trial: FrozenTrial) -> str:
-    """Number, plan and perplexity of a trial in two lines, for a box over its point."""
-    return f"trial {trial.number}: {escape(plan_of(trial))}<br>perplexity {score_of(trial)}"
+    """Number, plan and values of a trial in two lines, for a box over its point."""
+    kl = kl_of(trial)
+    more = f", KL {kl}" if kl else ""
+    return f"trial {trial.number}: {escape(plan_of(trial))}<br>perplexity {score_of(trial)}{more}"
 
 
 def role(name: str, trial: FrozenTrial) -> str:

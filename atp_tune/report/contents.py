@@ -14,7 +14,7 @@ from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.figures.seconds import spent
-from atp_tune.storage import ranked
+from atp_tune.storage import ranked, values_of
 from atp_tune.studyfile import settings
 from atp_tune.summary import Summary, is_uniform, summarise
 from atp_tune.wording import mixture_of
@@ -101,12 +101,15 @@ class Contents:
             return "No trial has been measured yet."
         if is_uniform(summary.best_trial):
             return "No trial is better than uniform."
-        paired = summary.ranks[0].against if summary.ranks else None
+        by_kl = summary.goals == ("kl",)
+        rank = summary.ranks[0] if summary.ranks else None
+        paired = (rank.kl_against if by_kl else rank.against) if rank else None
         if paired is None:
             return "Uniform has not been measured yet."
         error = f"\u00a0±\u00a0{paired.stderr:.1%}" if paired.stderr else ""
         side, text = "below" if paired.value <= 0 else "above", summary.ranks[0].on
-        return f"The best plan’s perplexity is {abs(paired.value):.1%}{error} {side} uniform’s on the {text} text."
+        what = "KL divergence" if by_kl else "perplexity"
+        return f"The best plan’s {what} is {abs(paired.value):.1%}{error} {side} uniform’s on the {text} text."
 
 
 def gather(study: optuna.Study, made: datetime) -> Contents:
@@ -125,7 +128,8 @@ def _importance(study: optuna.Study, trials: list[FrozenTrial]) -> dict[str, flo
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # experimental, and complains of conditional parameters
         try:
-            found = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
+            evaluator = PedAnovaImportanceEvaluator()
+            found = get_param_importances(study, evaluator=evaluator, target=lambda trial: values_of(trial)[0])
         except (ValueError, RuntimeError):
             return {}
     shares = [(name, share) for name, share in found.items() if name in varied and isfinite(share)]

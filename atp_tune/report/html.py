@@ -61,6 +61,7 @@ def _section(contents: Contents, index: int) -> dict[str, Any]:
         "summary": summary,
         "figures": _drawn({**drawn, **({"history": went} if went else {})}),
         "headline": tables.headline(summary),
+        "front": tables.front(summary) if summary.front else None,
         "ranks": tables.ranks(summary) if len(summary.ranks) > 1 else None,
         "importance": sorted(contents.importance.items(), key=lambda pair: -pair[1]),
         "trials": tables.trials(summary),

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from atp_tune.config import Divergences, Scores
+from atp_tune.divergence import Divergence
 from atp_tune.perplexity import Change, Perplexity
 from atp_tune.report.contents import Contents
 from atp_tune.summary import Rank, allocation_of, is_uniform, parameters_of
@@ -16,16 +18,19 @@ _SPECIAL = {
 
 def make(studies: Sequence[Contents]) -> bytes:
     r"""One table of all studies; it needs \usepackage{booktabs}."""
-    rows = "\n\\midrule\n".join("\n".join(_rows(contents, len(studies) > 1)) for contents in studies)
+    has_kl = any("kl" in contents.summary.goals for contents in studies)
+    rows = "\n\\midrule\n".join("\n".join(_rows(contents, len(studies) > 1, has_kl)) for contents in studies)
     names = ", ".join(escaped(contents.summary.name) for contents in studies)
+    what, columns = ("Perplexity and KL divergence", "llrrrrr") if has_kl else ("Perplexity", "llrrr")
+    more = " & KL, search text & KL, report text" if has_kl else ""
     return f"""\
 % \\usepackage{{booktabs}}
 \\begin{{table}}
 \\centering
-\\caption{{Perplexity (standard error over windows) of {names}.}}
-\\begin{{tabular}}{{llrrr}}
+\\caption{{{what} (standard error over windows) of {names}.}}
+\\begin{{tabular}}{{{columns}}}
 \\toprule
-Pruner & Allocation & Search text & Report text & Against uniform \\\\
+Pruner & Allocation & Search text & Report text & Against uniform{more} \\\\
 \\midrule
 {rows}
 \\bottomrule
@@ -34,34 +39,40 @@ Pruner & Allocation & Search text & Report text & Against uniform \\\\
 """.encode()
 
 
-def _rows(contents: Contents, titled: bool) -> list[str]:
+def _rows(contents: Contents, titled: bool, has_kl: bool) -> list[str]:
     summary, sparsity = contents.summary, contents.target
     rows = []
     if titled:
         at = f", sparsity {sparsity:g}" if sparsity is not None else ""
-        rows.append(f"\\multicolumn{{5}}{{l}}{{{escaped(summary.name + at)}}} \\\\")
-    rows.append(_row("", "dense", summary.dense.search, summary.dense.report, None))
+        rows.append(f"\\multicolumn{{{7 if has_kl else 5}}}{{l}}{{{escaped(summary.name + at)}}} \\\\")
+    rows.append(_row("", "dense", summary.dense, None, ["0", "0"] if has_kl else []))
     best = summary.best_trial
     if best is not None:
         pruner = escaped(str(best.params.get("pruner", "")))
-        rows.append(_row(pruner, "uniform", summary.uniform.search, summary.uniform.report, None))
-    return rows + [_rank(rank) for rank in summary.ranks if not is_uniform(rank.trial)]
+        kls = _kls(summary.kl(summary.uniform_trial), has_kl)
+        rows.append(_row(pruner, "uniform", summary.uniform, None, kls))
+    others = (rank for rank in summary.ranks if not is_uniform(rank.trial))
+    return rows + [_rank(rank, _kls(summary.kl(rank.trial), has_kl)) for rank in others]
 
 
-def _rank(rank: Rank) -> str:
+def _rank(rank: Rank, kls: list[str]) -> str:
     beta = parameters_of(rank.trial).get("beta")
     name = escaped(allocation_of(rank.trial)) + (f" ($\\beta={beta:.4f}$)" if beta is not None else "")
     pruner = escaped(str(rank.trial.params.get("pruner", "")))
-    return _row(pruner, name, rank.scores.search, rank.scores.report, rank.against)
+    return _row(pruner, name, rank.scores, rank.against, kls)
 
 
-def _row(pruner: str, name: str, search: Perplexity | None, report: Perplexity | None, against: Change | None) -> str:
+def _row(pruner: str, name: str, scores: Scores, against: Change | None, kls: list[str]) -> str:
     change = f"${100 * against.value:+.1f} \\pm {100 * against.stderr:.1f}\\,\\%$" if against else "--"
-    return " & ".join((pruner, name, _score(search), _score(report), change)) + r" \\"
+    return " & ".join((pruner, name, _score(scores.search), _score(scores.report), change, *kls)) + r" \\"
 
 
-def _score(score: Perplexity | None) -> str:
-    return f"${score.value:.2f} \\pm {score.stderr:.2f}$" if score else "--"
+def _kls(found: Divergences, has_kl: bool) -> list[str]:
+    return [_score(found.search, 4), _score(found.report, 4)] if has_kl else []
+
+
+def _score(score: Perplexity | Divergence | None, digits: int = 2) -> str:
+    return f"${score.value:.{digits}f} \\pm {score.stderr:.{digits}f}$" if score else "--"
 
 
 def escaped(text: str) -> str:

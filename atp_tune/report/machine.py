@@ -9,6 +9,9 @@
       best_trial            its number, or null
       change                {value, stderr, on}: the best against uniform, relative and paired by windows; or null
       ranks[]               the best of each allocation: trial, pruner, allocation, search, report, change
+      objective, front      what is minimised; of two, the numbers of the trials on the Pareto front
+      kl                    uniform and best: search and report: {value, stderr} of a KL divergence, or null; null where
+                            the study does not minimise it. ranks[] have `kl` and `kl_change`, trials[] have `kl`
       importance            parameter → share of 1; empty with too few trials
       trials[]              number, state, plan, pruner, allocation, parameters, perplexity, realised, sparsities,
                             linear_sparsities, errors, seconds (phase → s), device, dtype, remark
@@ -61,7 +64,10 @@ def _study(contents: Contents) -> dict[str, Any]:
         **{name: _scores(getattr(summary, name)) for name in ("dense", "uniform", "best")},
         "best_trial": summary.best_trial.number if summary.best_trial else None,
         "change": _change(summary.ranks[0]) if summary.ranks else None,
-        "ranks": [_rank(rank) for rank in summary.ranks],
+        "ranks": [_rank(rank, summary) for rank in summary.ranks],
+        "objective": list(summary.goals),
+        "front": [trial.number for trial in summary.front],
+        "kl": _both(summary),
         "importance": contents.importance,
         "trials": [_trial(trial, summary) for trial in summary.trials],
         "seconds": contents.seconds,
@@ -72,13 +78,26 @@ def _study(contents: Contents) -> dict[str, Any]:
     }
 
 
-def _rank(rank: Rank) -> dict[str, Any]:
+def _both(summary: Summary) -> dict[str, Any] | None:
+    if "kl" not in summary.goals:
+        return None
+    trials = {"uniform": summary.uniform_trial, "best": summary.best_trial}
+    return {name: summary.kl(trial).model_dump() for name, trial in trials.items()}
+
+
+def _rank(rank: Rank, summary: Summary) -> dict[str, Any]:
     own = {
         "trial": rank.trial.number,
         "pruner": rank.trial.params.get("pruner"),
         "allocation": allocation_of(rank.trial),
     }
-    return {**own, **_scores(rank.scores), "change": _change(rank)}
+    kl_change = {**rank.kl_against.model_dump(), "on": rank.on} if rank.kl_against else None
+    kl = _kl(rank.trial, summary)
+    return {**own, **_scores(rank.scores), "change": _change(rank), "kl": kl, "kl_change": kl_change}
+
+
+def _kl(trial: FrozenTrial, summary: Summary) -> dict[str, Any] | None:
+    return summary.kl(trial).model_dump() if trial.number in summary.kls else None
 
 
 def _change(rank: Rank) -> dict[str, Any] | None:
@@ -102,6 +121,7 @@ def _trial(trial: FrozenTrial, summary: Summary) -> dict[str, Any]:
         "perplexity": score.model_dump() if score else None,
         **{key: attrs.get(key) for key in kept},
         "remark": remark_of(trial, summary),
+        "kl": _kl(trial, summary),
     }
 
 

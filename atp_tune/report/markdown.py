@@ -7,6 +7,9 @@ from atp_tune.report import tables
 from atp_tune.report.contents import Contents
 from atp_tune.report.tables import Table
 
+_NOTE = "± is the standard error over windows."
+_KL = " KL: from the dense model's next-token distribution to the pruned one's, nats per token."
+
 
 def make(studies: Sequence[Contents]) -> bytes:
     """One document: the comparison where there are several studies, then each."""
@@ -21,7 +24,9 @@ def _study(contents: Contents) -> list[str]:
     parts = [f"# {escaped(summary.name)}", escaped(contents.description), escaped(contents.verdict)]
     parts.append(f"{contents.state}; as of {contents.made:%Y-%m-%d %H:%M}. {_sparsity(contents)}".strip())
     parts.append(escaped(contents.mixture))
-    parts += [table(tables.headline(summary)), "± is the standard error over windows."]
+    parts += [table(tables.headline(summary)), _NOTE + (_KL if "kl" in summary.goals else "")]
+    if summary.front:
+        parts += ["## Pareto front", table(tables.front(summary))]
     if len(summary.ranks) > 1:
         parts += ["## Allocations", table(tables.ranks(summary))]
     if contents.importance:

@@ -8,9 +8,10 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from atp_tune.allocations.budget import SYMBOLS
-from atp_tune.config import Scores
+from atp_tune.config import Divergences, Scores
 from atp_tune.errors import printable
 from atp_tune.figures.seconds import spent
+from atp_tune.perplexity import Change
 from atp_tune.report.contents import Contents
 from atp_tune.summary import Summary, allocation_of, is_uniform, score_of
 from atp_tune.wording import duration, plan_of, remark_of
@@ -30,22 +31,35 @@ class Table:
 
 def headline(summary: Summary) -> Table:
     """Dense, uniform and best on both texts."""
-    rows = [("dense", *_cells(summary.dense))]
-    best = summary.best_trial
+    has_kl, best = "kl" in summary.goals, summary.best_trial
+    rows = [("dense", *_cells(summary.dense), *(("0", "0") if has_kl else ()))]
     if best is not None:
-        rows.append((f"uniform, {best.params.get('pruner', '')}", *_cells(summary.uniform)))
-        rows.append((f"best, {plan_of(best)} (trial {best.number})", *_cells(summary.best)))
-    return Table(("perplexity", "search text", "report text"), rows, best=2 if best else None)
+        kls = [_cells(summary.kl(trial)) if has_kl else () for trial in (summary.uniform_trial, best)]
+        rows.append((f"uniform, {best.params.get('pruner', '')}", *_cells(summary.uniform), *kls[0]))
+        rows.append((f"best, {plan_of(best)} (trial {best.number})", *_cells(summary.best), *kls[1]))
+    head = ("perplexity", "search text", "report text", *(("KL, search text", "KL, report text") if has_kl else ()))
+    return Table(head, rows, best=2 if best else None)
+
+
+def front(summary: Summary) -> Table:
+    """The Pareto front on the search text: trials that no other beats in one value without losing in the other."""
+    rows = [
+        (str(trial.number), plan_of(trial), str(score_of(trial)), str(summary.kl(trial).search))
+        for trial in summary.front
+    ]
+    return Table(("trial", "plan", "perplexity", "KL"), rows, (1,), best=0 if rows else None)
 
 
 def ranks(summary: Summary) -> Table:
     """The best of each allocation, compared with uniform window by window."""
-    rows = []
+    has_kl, rows = "kl" in summary.goals, []
     for rank in summary.ranks:
-        against = NOTHING if rank.against is None else f"{rank.against}" + (" (search)" if rank.on == "search" else "")
         name = f"{rank.trial.params.get('pruner', '')} {allocation_of(rank.trial)}"
-        rows.append((name, str(rank.trial.number), *_cells(rank.scores), against))
-    return Table(("best of", "trial", "search text", "report text", "against uniform"), rows, best=0 if rows else None)
+        kls = (*_cells(summary.kl(rank.trial)), _change(rank.kl_against, rank.on)) if has_kl else ()
+        rows.append((name, str(rank.trial.number), *_cells(rank.scores), _change(rank.against, rank.on), *kls))
+    head = ("best of", "trial", "search text", "report text", "against uniform")
+    more = ("KL, search text", "KL, report text", "KL against uniform") if has_kl else ()
+    return Table((*head, *more), rows, best=0 if rows else None)
 
 
 def importance(contents: Contents) -> Table:
@@ -56,11 +70,13 @@ def importance(contents: Contents) -> Table:
 
 def trials(summary: Summary) -> Table:
     """Every trial."""
-    rows = [_row(trial, summary) for trial in summary.trials]
+    has_kl = "kl" in summary.goals
+    rows = [_row(trial, summary, has_kl) for trial in summary.trials]
     numbers = [trial.number for trial in summary.trials]
     best = numbers.index(summary.best_trial.number) if summary.best_trial else None
-    head = ("trial", "plan", "perplexity", "±", "zeros", "time (s)", "state", "remark")
-    return Table(head, rows, (1, 6, 7), best)
+    kl = ("KL",) if has_kl else ()
+    head = ("trial", "plan", "perplexity", "±", *kl, "zeros", "time (s)", "state", "remark")
+    return Table(head, rows, (1, len(head) - 2, len(head) - 1), best)
 
 
 def comparison(studies: Sequence[Contents]) -> Table:
@@ -101,13 +117,14 @@ def symbol(name: str) -> str:
     return f"{SYMBOLS[name]} ({name})" if name in SYMBOLS else name
 
 
-def _row(trial: FrozenTrial, summary: Summary) -> tuple[str, ...]:
+def _row(trial: FrozenTrial, summary: Summary, has_kl: bool) -> tuple[str, ...]:
     attrs, score = trial.user_attrs, score_of(trial)
     return (
         str(trial.number),
         plan_of(trial),
         f"{score.value:.2f}" if score else "",
-        f"{attrs['stderr']:.2f}" if score and "stderr" in attrs else "",
+        f"{score.stderr:.2f}" if score and "stderr" in attrs else "",
+        *((str(summary.kl(trial).search or ""),) if has_kl else ()),
         f"{attrs['realised']:.4f}" if "realised" in attrs else "",
         f"{sum(spent(trial).values()):.1f}" if spent(trial) else "",
         trial.state.name.lower(),
@@ -130,7 +147,11 @@ def _study_row(contents: Contents, on: str) -> tuple[str, ...]:
     )
 
 
-def _cells(scores: Scores) -> tuple[str, str]:
+def _change(against: Change | None, on: str) -> str:
+    return NOTHING if against is None else f"{against}" + (" (search)" if on == "search" else "")
+
+
+def _cells(scores: Scores | Divergences) -> tuple[str, str]:
     return str(scores.search or NOTHING), str(scores.report or NOTHING)
 
 

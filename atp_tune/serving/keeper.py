@@ -65,9 +65,10 @@ class Keeper:
             self._tell(f"{study.study_name}: trial {number}: {reason}; it is queued again")
 
     def _attach(self, study: optuna.Study) -> bool:
-        """The best configuration and the report, whenever there is another best, or its final numbers."""
+        """The best configuration and the report, whenever there is another best or front, or final numbers."""
         best = trials.best_trial(study)
-        state = best and (best.number, len(study.user_attrs.get("reports", ())))
+        front = [trial.number for trial in trials.front_of(study)]
+        state = best and (best.number, len(study.user_attrs.get("reports", ())), front)
         if best is None or self._seen.get(study._study_id) == state:
             return False
         for name, content in _files(study).items():

@@ -5,10 +5,10 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from atp_tune.config import Scores
+from atp_tune.config import Divergences, Scores
 from atp_tune.errors import printable
 from atp_tune.markup import escaped, fenced
-from atp_tune.summary import Rank, Summary, is_uniform
+from atp_tune.summary import Rank, Summary, is_uniform, score_of
 from atp_tune.wording import command_of, method_of, mixture_of, plan_of, remark_of
 
 OWN = "*Above: atp_tune, always current. Below: your own notes, which are kept.*"
@@ -56,9 +56,15 @@ def _what(summary: Summary) -> str:
         f"## {escaped(summary.name)}: {spec.sparsity:.0%} of the weights of {_code(spec.model.source)} go",
         escaped(spec.description),
         f"Searched: how to share the zeros out over {len(summary.sizes)} blocks ({names}; {pruners}; "
-        f"pattern {escaped(spec.prune.pattern)}). The objective is perplexity on the search text; lower is better.",
+        f"pattern {escaped(spec.prune.pattern)}). The objective is {_objective(summary)} on the search text; lower is "
+        "better.",
     ]
     return "\n\n".join(line for line in lines if line)
+
+
+def _objective(summary: Summary) -> str:
+    names = {"kl": "KL divergence from the dense model (nats per token)"}
+    return " and ".join(names.get(goal, goal) for goal in summary.goals)
 
 
 def _scores(summary: Summary) -> str:
@@ -68,7 +74,22 @@ def _scores(summary: Summary) -> str:
         rows.insert(1, ("uniform", summary.uniform, "–"))
     lines = [f"| | {GAP}search text | {GAP}report text | {GAP}against uniform |", "|---|---:|---:|---:|"]
     lines += [f"| {name} | {GAP}{_cells(scores)} | {GAP}{change} |" for name, scores, change in rows]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_kls(summary)])
+
+
+def _kls(summary: Summary) -> list[str]:
+    """A table of KL divergences, where the study minimises them; of two goals, of the Pareto front too."""
+    if "kl" not in summary.goals:
+        return []
+    lines = ["", f"| KL from the dense model | {GAP}search text | {GAP}report text |", "|---|---:|---:|"]
+    shown = [rank.trial for rank in summary.ranks]
+    shown += [summary.uniform_trial] if summary.uniform_trial and summary.uniform_trial not in shown else []
+    shown += [trial for trial in summary.front if trial not in shown]
+    for trial in shown:
+        on_front = " (Pareto front)" if trial in summary.front else ""
+        name = f"{escaped(method_of(trial))}, trial {trial.number}{on_front}"
+        lines.append(f"| {name} | {GAP}{_cells(summary.kl(trial))} |")
+    return lines
 
 
 def _label(rank: Rank, summary: Summary) -> str:
@@ -80,7 +101,7 @@ def _change(rank: Rank) -> str:
     return f"{rank.against} ({rank.on} text)" if rank.against else "–"
 
 
-def _cells(scores: Scores) -> str:
+def _cells(scores: Scores | Divergences) -> str:
     return f" | {GAP}".join(str(score) if score else "–" for score in (scores.search, scores.report))
 
 
@@ -88,11 +109,13 @@ def _gain(summary: Summary) -> str:
     if summary.best_trial is None:
         return "No trial has a value yet."
     errors = "± is the standard error over windows, that of a change is paired window by window."
-    against = summary.ranks[0].against
+    rank, by_kl = summary.ranks[0], summary.goals == ("kl",)
+    against = rank.kl_against if by_kl else rank.against
     if is_uniform(summary.best_trial) or against is None:
         return f"No trial is better than uniform so far. {errors}"
     side = "below" if against.value < 0 else "above"
-    size = f"{abs(against.value):.1%} ± {against.stderr:.1%} {side} uniform on the {summary.ranks[0].on} text"
+    what = " in KL" if by_kl else ""
+    size = f"{abs(against.value):.1%} ± {against.stderr:.1%} {side} uniform{what} on the {rank.on} text"
     return f"**The best is {size}.** {errors}"
 
 
@@ -145,11 +168,11 @@ def _why(trial: FrozenTrial, summary: Summary) -> str:
 
 
 def _measured(trial: FrozenTrial, summary: Summary) -> str:
-    if trial.value is None:
-        return ""
+    score, kl = score_of(trial), summary.kl(trial).search
     uniform = None if is_uniform(trial) else summary.uniform.search
-    against = f", {trial.value / uniform.value - 1:+.1%} against uniform" if uniform else ""
-    return f"Perplexity on the search text {trial.value:.2f} ± {trial.user_attrs.get('stderr', 0):.2f}{against}."
+    against = f", {score.value / uniform.value - 1:+.1%} against uniform" if score and uniform else ""
+    parts = [f"Perplexity on the search text {score}{against}."] if score else []
+    return " ".join([*parts, *([f"KL divergence from the dense model {kl}."] if kl else [])])
 
 
 def _sparsities(attrs: Attributes) -> str:

@@ -10,6 +10,7 @@ from atp_tune.cli.options import Overrides, Storage, StudyLabel, load_study, sto
 
 if TYPE_CHECKING:
     from atp_tune.config import Config
+    from atp_tune.studyfile import StudyFile
 
 PRINTED = Path("stdout")  # relative paths of what is printed start where the user stands
 
@@ -32,6 +33,9 @@ def export(
         bool,
         typer.Option("--json", metavar="", help="Print the configuration; a file is written only with `--out`."),
     ] = False,
+    trial: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="This trial, measured in full; default: the best.")
+    ] = None,
     storage: Storage = None,
     study_name: StudyLabel = None,
     set_: Overrides = None,
@@ -41,7 +45,11 @@ def export(
     `llm-compressor` is a recipe for its `oneshot`; `yaml` and `csv` are the sparsities by block, or by linear where
     they differ within blocks, for code of your own.
 
+    A study of two objectives has no single best: without `--trial` it is the lowest perplexity of the Pareto front.
+
     Example: `python tune.py export --study smol --out best.json`
+
+    Example: `python tune.py export --study smol --trial 3 --out third.json`
 
     Example: `python tune.py export --config best.json --format llm-compressor`
     """
@@ -51,6 +59,8 @@ def export(
     if (study is None) == (config is None):
         raise typer.BadParameter("give it or --config FILE, one of them", param_hint="--study")
     kind = kind_of("json" if json and format_ is None else format_, out)
+    if config is not None and trial is not None:
+        raise typer.BadParameter("only with --study", param_hint="--trial")
     if json and kind != "json":
         raise typer.BadParameter(f"prints the configuration; leave out --format {kind}", param_hint="--json")
     ending = FORMATS[kind].ending
@@ -58,27 +68,27 @@ def export(
         target = out or (PRINTED if json else config.with_name(f"{config.name.removesuffix('.json')}{ending}"))
         found = _moved(config, target)
     else:
-        target, found = _best(str(study), study_name, storage, set_, out or (PRINTED if json else None), ending)
+        file = load_study(str(study), storage, None, set_)
+        name = study_name or file.name
+        usual = file.best_of(name) if trial is None else file.beside(f"{name}.trial-{trial}.json")
+        target = out or (PRINTED if json else usual.with_suffix(ending))
+        found = _of_study(file, study_name, bool(set_), target, trial)
     if target is not PRINTED:
         write(found, kind, target)
     print(found.to_json() if json else f"{printable(str(target))}\n", end="")
 
 
-def _best(
-    study: str, name: str | None, storage: str | None, set_: list[str] | None, out: Path | None, ending: str
-) -> "tuple[Path, Config]":
-    """Where the best configuration of a study goes, and what it is."""
+def _of_study(file: "StudyFile", name: str | None, overridden: bool, target: Path, trial: int | None) -> "Config":
+    """The best configuration of a study, or that of a trial; `overridden`: other settings are asked for."""
     from atp_tune.storage import check_facts
     from atp_tune.studyfile import facts
     from atp_tune.summary import best_config, made_from
 
-    file = load_study(study, storage, None, set_)
     stored = stored_study(file, name)
-    made = None if set_ else made_from(stored.user_attrs.get("made_from"))
+    made = None if overridden else made_from(stored.user_attrs.get("made_from"))
     if made is None:  # the study does not say what it was made with, or other settings are asked for
         check_facts(stored, facts(file.study, file.folder), partly=True)
-    target = out or file.best_of(name or file.name).with_suffix(ending)
-    return target, best_config(replace(made, path=file.path) if made else file, stored, target)
+    return best_config(replace(made, path=file.path) if made else file, stored, target, trial)
 
 
 def _moved(config: Path, target: Path) -> "Config":
