@@ -122,7 +122,9 @@ def _tasks(config: Config) -> Iterator[dict[str, Any]]:
 
 
 def _zero_shot(config: Config) -> Any:
-    return getattr(config, "zero_shot", None)
+    """The scores, where this version can read them."""
+    found = getattr(config, "zero_shot", None)
+    return found if hasattr(found, "tasks") else None
 
 
 def _measure(score: Any) -> str:
