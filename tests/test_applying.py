@@ -1,17 +1,22 @@
 import math
+import os
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean
+from time import sleep
 from typing import Any
 
 import pytest
 import torch
 from byhand import ByHand
 from safetensors.torch import load_file, save_file
-from tinystudy import BLOCKS, quiet, study_file
+from tinystudy import BLOCKS, quiet, settings, study_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from atp_tune.applying import apply, prune_once
 from atp_tune.bench import Bench
@@ -281,3 +286,56 @@ def test_prune_once_does_not_overwrite(done: Path, tmp_path: Path) -> None:
     out.write_text("mine")
     said = message(lambda: prune_once(study_file(done), {"beta": 0.0}, out, unwatched))
     assert said == f"--out {out}: is there already; choose another folder or remove it"
+
+
+# --- memory
+
+
+MANY = 28  # blocks
+# What the C library keeps of freed memory for the next tensor is bounded, and not the model's.
+LEAN = "import atp_tune.bench as b, atp_tune.cli as c; b.reuse_freed_memory = lambda: False; c.main()"
+
+
+def large(place: Path) -> int:
+    """Puts a model of random bf16 numbers in six shards in the place of the tiny one; bytes of a block."""
+    shape = LlamaConfig.from_pretrained(place / "model")
+    shape.update({"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": MANY, "head_dim": 256})
+    torch.manual_seed(0)
+    model = LlamaForCausalLM._from_config(shape, dtype=torch.bfloat16)
+    (place / "model" / "model.safetensors").unlink()
+    model.save_pretrained(place / "model", max_shard_size="120MB")
+    return sum(tensor.numel() * 2 for tensor in model.model.layers[0].parameters())
+
+
+def anonymous(process: int) -> int:
+    """Bytes that a process holds apart from mapped files; 0 where it is gone."""
+    try:
+        found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
+    except OSError:
+        return 0
+    return 1024 * int(found[1]) if found else 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("residency", ["disk", "auto"])
+def test_a_large_folder_is_written_in_the_memory_of_a_few_blocks(residency: str, place: Path, tmp_path: Path) -> None:
+    """Written and measured again: the model is not in memory, it lies in mapped files."""
+    block, out = large(place), tmp_path / "sparse"
+    few = ["texts.calibration.windows=2", "texts.report.windows=2", "model.dtype=bfloat16"]
+    words = ["prune", "--study", place / "tiny.toml", "--beta", "0.01", "--out", out]
+    words += settings(f"model.residency={residency}", *few)
+    heard, held = tmp_path / "heard", {"writing": [0], "checking": [0]}
+    with heard.open("wb") as file:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
+        process = subprocess.Popen([sys.executable, "-c", LEAN, *words], stdout=file, env=environment)
+        while process.poll() is None:
+            phase = "checking" if b"checking" in heard.read_bytes() else "writing"
+            if b"writing" in heard.read_bytes():
+                held[phase].append(anonymous(process.pid))
+            sleep(0.01)
+    assert process.returncode == 0, heard.read_text()
+    assert len(list(out.glob("*.safetensors"))) >= 5
+    assert len(held["checking"]) > 10
+    began = held["writing"][1]
+    grown = {phase: max(sizes) - began for phase, sizes in held.items()}
+    assert all(sizes < 9 * block < MANY * block / 3 for sizes in grown.values()), (grown, began)

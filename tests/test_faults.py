@@ -21,6 +21,7 @@ import optuna
 import pytest
 import torch
 from faults import DOCUMENT, Command, Rows, check_best, check_equal, curve, disk, fill, has, measured, names
+from huggingface_hub import ModelCard
 from optuna.exceptions import ExperimentalWarning
 from optuna.trial import TrialState
 from preloaded import PHASES, TOTAL, in_phase, kill, kill_at_rename, kill_at_write, kill_in_the_first_trial
@@ -30,6 +31,7 @@ from tinystudy import CommandLine, finish, free_port, run, settings, start, stor
 
 from atp_tune import evaluation, storage, tuning
 from atp_tune.bench import Bench
+from atp_tune.config import read_config
 from atp_tune.events import Event, Note, TrialStarted
 from atp_tune.process import identity, versions
 
@@ -252,12 +254,25 @@ def test_apply_is_cut_at_every_write(done: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
     words = ("apply", "--config", done / "tiny.best.json", "--device", "cpu", "--out", folder / "sparse")
-    times = cut_at_every_write(
-        lambda inject: Command(*words, inject=inject), folder, lambda: assert_not((folder / "sparse").exists())
-    )
-    assert times >= 5
+    whole: list[Path] = []
+
+    def check() -> None:
+        """There is no folder, or a whole one that has yet to say what was measured of it."""
+        if (folder / "sparse").exists():
+            whole.append((folder / "sparse").rename(tmp_path / f"whole{len(whole)}"))
+
+    times = cut_at_every_write(lambda inject: Command(*words, inject=inject), folder, check)
+    assert times >= 15
+    assert len(whole) >= 5
     assert names(folder) == {"sparse"}
-    assert (folder / "sparse" / "atp_tune.json").read_text() == (done / "tiny.best.json").read_text()
+    files = {path.name: path.read_bytes() for path in (folder / "sparse").iterdir()}
+    about = read_config(folder / "sparse" / "atp_tune.json")
+    for place in whole:
+        found = {path.name: path.read_bytes() for path in place.iterdir() if not path.name.startswith(".")}
+        assert found.keys() == files.keys()
+        assert all(found[name] == files[name] for name in files if name not in ("atp_tune.json", "README.md"))
+        assert read_config(place / "atp_tune.json").block_sparsities == about.block_sparsities
+        assert ModelCard.load(place / "README.md").data.library_name == "transformers"
     ROWS.add("power cut at every write of `apply`", times)
 
 

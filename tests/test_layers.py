@@ -145,6 +145,8 @@ LIGHT = [
     "summary",
     "status",
     "config",
+    "exporting",
+    "card",
     "storage",
     "studyfile",
     "study",

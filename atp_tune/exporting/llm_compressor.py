@@ -33,7 +33,7 @@ HEAD = """\
 # {pruner} at {sparsity:.4g}, allocation {allocation}: {study}, found by atp_tune
 # from llmcompressor import oneshot
 # oneshot(model=MODEL, recipe=THIS_FILE, dataset=DATA, num_calibration_samples={windows}, max_seq_length={tokens},
-#         {arguments})
+#         precision="{dtype}", {arguments})
 """
 
 
@@ -98,7 +98,8 @@ def _head(config: Config) -> str:
     return HEAD.format(
         pruner=config.pruner, sparsity=config.sparsity.target, allocation=config.allocation.name,
         study="a plan" if config.trial is None else f"trial {config.trial}",
-        windows=text.windows or "ALL", tokens=text.tokens, arguments=ARGUMENTS[config.prune.statistics],
+        windows=text.windows or "ALL", tokens=text.tokens, dtype=config.model.dtype,
+        arguments=ARGUMENTS[config.prune.statistics],
     )  # fmt: skip
 
 

@@ -1,0 +1,26 @@
+"""Runs llm-compressor in an environment of its own: MODEL WINDOWS.npy JOBS.json.
+
+A job has a recipe, the file for the weights, and arguments of `oneshot`.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from llmcompressor import oneshot  # type: ignore[import-not-found]
+from llmcompressor.core import reset_session  # type: ignore[import-not-found]
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader
+
+model, windows, jobs = sys.argv[1:]
+torch.set_num_threads(1)
+rows = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in torch.from_numpy(np.load(windows))]
+for job in json.loads(Path(jobs).read_text()):
+    reset_session()
+    data = DataLoader(rows, batch_size=1)  # type: ignore[arg-type]
+    options = {"num_calibration_samples": len(rows), **job["arguments"]}
+    pruned = oneshot(model=model, recipe=job["recipe"], dataset=data, **options)
+    weights = {name: tensor.contiguous() for name, tensor in pruned.named_parameters()}
+    save_file(weights, job["out"])

@@ -1,0 +1,238 @@
+"""What a sparse folder says of itself, to programs and on the hub's page."""
+
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+from test_config import config, scores
+from tinystudy import BLOCKS, CommandLine
+
+from atp_tune.card import Dense, model_card
+from atp_tune.config import Baselines, Config, Texts, read_config
+from atp_tune.study import Prune, Text
+
+REPORT = "file:ünïcode.txt, part 0.25 to 1, all windows of 2048 tokens"
+BROKEN = ["no card", "---\n[1, 2]\n---\n", "---\nlicense: {a: 1}\n---\n", "---\n: :\n---"]
+COMMIT = "c0ffee" * 7
+DENSE_CARD = """---
+license: other
+license_name: someone-s-own
+license_link: LICENSE
+language: [en, de]
+model-index: [{name: dense, results: 7}]
+tags: [conversational]
+---
+# The dense model
+"""
+
+
+def card(changed: Config | None = None, revision: str | None = COMMIT, folder: Path = Path("nowhere")) -> ModelCard:
+    return model_card(changed or config(), Dense(folder, revision))
+
+
+def body(made: ModelCard) -> str:
+    return str(made.text)
+
+
+# --- the front matter
+
+
+def test_the_front_matter_is_the_hub_s() -> None:
+    made = config(texts=Texts(search=Text(source="c4"), report=Text(source="wikitext2", split="test")))
+    found = yaml.safe_load(str(card(made)).split("---")[1])
+    assert found == {
+        "base_model": "org/name",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["atp-tune", "sparse", "pruned", "sparsegpt", "atp"],
+        "model-index": [
+            {
+                "name": "name at 60.0% sparsity",
+                "results": [
+                    {
+                        "task": {"type": "text-generation"},
+                        "dataset": {
+                            "type": "Salesforce/wikitext", "name": "wikitext2", "config": "wikitext-2-raw-v1",
+                            "split": "test",
+                        },
+                        "metrics": [
+                            {"type": "perplexity", "value": 13.25, "name": "perplexity, 2048 tokens a window"}
+                        ],
+                    }
+                ],
+            }
+        ],
+    }  # fmt: skip
+
+
+def test_it_reads_as_it_was_written(tmp_path: Path) -> None:
+    made = card()
+    made.save(tmp_path / "README.md")
+    read = ModelCard.load(tmp_path / "README.md")
+    assert read.data.to_dict() == made.data.to_dict()
+    (result,) = read.data.eval_results
+    assert (result.metric_type, result.metric_value) == ("perplexity", 13.25)
+    assert (result.dataset_type, result.dataset_name) == (
+        "text",
+        REPORT,
+    )
+
+
+@pytest.mark.parametrize("text", [DENSE_CARD, *BROKEN])
+def test_what_the_dense_model_s_card_gives(text: str, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(text)
+    found = card(folder=tmp_path).data.to_dict()
+    kept = {key: found[key] for key in found if key.startswith("l") and key != "library_name"}
+    expected = {
+        "license": "other",
+        "license_name": "someone-s-own",
+        "license_link": "LICENSE",
+        "language": ["en", "de"],
+    }
+    assert kept == (expected if text == DENSE_CARD else {})
+    assert found["tags"][0] == "atp-tune"
+    assert ("licence asks for" in body(card(folder=tmp_path))) == (text != DENSE_CARD)
+
+
+def test_folders_of_the_machine_are_not_told(tmp_path: Path) -> None:
+    """A base model is named where the hub has it."""
+    model = config().model.model_copy(update={"id": "/home/me/secret/llama-x.gguf", "revision": None})
+    made = card(config(model=model), revision=None)
+    assert "base_model" not in made.data.to_dict()
+    assert "secret" not in str(made)
+    assert "texts/" not in str(made)
+    assert "llama-x at 60.0% sparsity" in body(made)
+
+
+# --- the page
+
+
+def rows(made: ModelCard, head: str) -> list[list[str]]:
+    """The cells of the table below a line."""
+    lines = body(made).split(head)[1].splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+
+
+def test_perplexities_side_by_side() -> None:
+    made = card(config(baselines=Baselines(dense=scores(8.0, 8.5), uniform=scores(14.0, 14.5))))
+    assert rows(made, "## What it is worth")[2:5] == [
+        ["dense", "8.50 ± 0.25"],
+        ["sparsegpt, uniform", "14.50 ± 0.25"],
+        ["**this model** (sparsegpt, atp β=0.01250)", "13.25 ± 0.25"],
+    ]
+    assert REPORT in body(made)
+
+
+def test_zero_shot_scores() -> None:
+    measures = {"dense": (0.7, 0.02), "uniform": (0.5, None), "best": (0.61234, 0.02)}
+    found = {name: SimpleNamespace(value=value, stderr=stderr) for name, (value, stderr) in measures.items()}
+    task = SimpleNamespace(
+        task="arc_easy", metric="acc", num_fewshot=0, scores={name: {"acc": one} for name, one in found.items()}
+    )
+    made = card(config(zero_shot=SimpleNamespace(tasks=(task,), mean={"dense": found["dense"]})))
+    assert rows(made, "± is the standard error")[:4] == [
+        ["zero-shot", "dense", "uniform", "**this model**"],
+        [":--", "--:", "--:", "--:"],
+        ["arc\\_easy, acc", "70.0% ± 2.0%", "50.0%", "61.2% ± 2.0%"],
+        ["mean", "70.0% ± 2.0%", "–", "–"],
+    ]
+    result = made.data.eval_results[1]
+    assert (result.dataset_type, result.metric_type, result.metric_value) == ("arc_easy", "acc", 0.6123)
+
+
+def test_what_is_not_measured_is_not_told() -> None:
+    none = scores(1.0, None)
+    made = card(config(perplexity=none, baselines=Baselines(dense=none, uniform=none)))
+    assert "model-index" not in made.data.to_dict()
+    assert "± is" not in body(made)
+    infinite = config().perplexity.report.model_copy(update={"value": float("inf"), "stderr": float("inf")})  # type: ignore[union-attr]
+    made = card(config(perplexity=none.model_copy(update={"report": infinite})))
+    assert "model-index" not in made.data.to_dict()
+
+
+@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt", "alps"])
+def test_what_became_of_the_weights_that_stay(pruner: str) -> None:
+    assert ("changed to make up" in body(card(config(pruner=pruner)))) == (pruner != "wanda")
+
+
+def test_a_text_that_was_searched_on_is_confessed() -> None:
+    text = Text(source="wikitext2", split="test")
+    assert "on this same text" in body(card(config(texts=Texts(search=text, report=text))))
+    assert "on this same text" not in body(card())
+
+
+def test_it_says_that_zeros_gain_nothing() -> None:
+    assert "By themselves they make nothing smaller and nothing faster" in body(card())
+
+
+def test_zeros_by_block() -> None:
+    bars = re.findall(r"block +(\d+) +([\d.]+)% +(█+)", body(card()))
+    assert [(int(index), float(share), len(bar)) for index, share, bar in bars] == [
+        (0, 57.5, 23),
+        (1, 60, 24),
+        (2, 62.5, 25),
+    ]
+
+
+@pytest.mark.parametrize("name", ["a|b", "<script>alert(1)</script>", "`x`", "[a](http://b)", "# head", "{{ 7 * 7 }}"])
+def test_names_of_others_are_only_names(name: str) -> None:
+    """In a Markdown renderer that lets HTML through, as the hub's does."""
+    model = config().model.model_copy(update={"id": name.replace("/", "")})
+    made = card(config(study=name, model=model, prune=Prune()), revision=None)
+    shown = MarkdownIt("commonmark").enable("table").render(body(made))
+    assert "<script>" not in shown
+    assert "http://b</a>" not in shown and 'href="http://b"' not in shown
+    assert "49" not in shown.replace("0.49", "")
+    cells = re.findall(r"<tr>(.*?)</tr>", shown, re.DOTALL)
+    assert {row.count("<td") for row in cells} <= {0, 2, 3}
+
+
+# --- the folder
+
+
+def test_apply_says_what_it_measured(done: Path, command: CommandLine, tmp_path: Path) -> None:
+    (done / "model" / "README.md").write_text(DENSE_CARD)
+    worse = read_config(done / "tiny.best.json")
+    promised = worse.perplexity.report
+    assert promised
+    off = worse.perplexity.model_copy(update={"report": promised.model_copy(update={"value": promised.value * 1.5})})
+    worse.model_copy(update={"perplexity": off}).write(done / "worse.json")
+    assert command("apply", "--config", done / "worse.json", "--out", tmp_path / "sparse").code == 0
+    made = ModelCard.load(tmp_path / "sparse" / "README.md")
+    assert made.data.license == "other"
+    (result,) = made.data.eval_results
+    assert result.metric_value == pytest.approx(promised.value, rel=1e-3)
+    assert rows(made, "## What it is worth")[4][1] == str(
+        read_config(tmp_path / "sparse" / "atp_tune.json").perplexity.report
+    )
+    assert len(re.findall("block +[0-9]+ ", body(made))) == BLOCKS
+
+
+def test_a_plan_without_a_search_has_a_card_too(done: Path, command: CommandLine, tmp_path: Path) -> None:
+    words = ["prune", "--study", done / "tiny.toml", "--beta", "0.05", "--out", tmp_path / "sparse"]
+    assert command(*words).code == 0
+    made = ModelCard.load(tmp_path / "sparse" / "README.md")
+    assert ["found by", "no search"] in rows(made, "## How it was made")
+    assert len(rows(made, "## What it is worth")[:3]) == 3
+    assert made.data.eval_results[0].metric_value > 1
+
+
+def test_the_hub_s_page_is_the_folder_s_card(
+    done: Path, command: CommandLine, tmp_path: Path, hub: tuple[Path, Any]
+) -> None:
+    """Once uploaded it is what transformers finds, so that its own push leaves it as it is."""
+    from transformers.utils.hub import create_and_tag_model_card
+
+    assert command("apply", "--config", done / "tiny.best.json", "--out", tmp_path / "sparse").code == 0
+    shutil.copytree(tmp_path / "sparse", hub[0] / "models" / "org" / "sparse")
+    kept = create_and_tag_model_card("org/sparse")
+    assert str(kept) == str(ModelCard.load(tmp_path / "sparse" / "README.md"))
+    assert huggingface_hub.metadata_load(tmp_path / "sparse" / "README.md")["tags"][:2] == ["atp-tune", "sparse"]

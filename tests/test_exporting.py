@@ -1,0 +1,285 @@
+"""`export` in formats of others, and that what they do with it is what `apply` does."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import venv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from byhand import ByHand
+from safetensors.torch import load_file
+from test_config import config
+from tinystudy import BLOCKS, CommandLine, quiet, study_file
+from torch import Tensor
+
+from atp_tune.applying import prune_once
+from atp_tune.config import Config, read_config
+from atp_tune.errors import UserError
+from atp_tune.events import unwatched
+from atp_tune.exporting import FORMATS, kind_of, llm_compressor
+from atp_tune.exporting.tables import as_csv, as_yaml
+from atp_tune.study import Prune, SparseGPT, Wanda
+from atp_tune.windows import token_windows
+
+DOCS = Path(__file__).parents[1] / "docs" / "formats.md"
+NAMES = (("attn.q", "mlp.up"), ("attn.q", "mlp.up"), ("mlp.up",))
+BY_LINEAR = {"linear_sparsities": ((0.5, 0.6), (0.55, 0.65), (0.7,)), "linears": NAMES}
+
+
+def error(call: Callable[[], object]) -> str:
+    with pytest.raises(UserError) as caught:
+        call()
+    return str(caught.value)
+
+
+def recipe(**changes: Any) -> Any:
+    """The modifiers of a recipe, as another program reads it."""
+    return list(yaml.safe_load(llm_compressor.make(config(**changes)))["sparsity_stage"].values())
+
+
+# --- the command
+
+
+@pytest.mark.parametrize(
+    ("given", "out", "kind"),
+    [
+        (None, None, "json"), (None, "best", "json"), (None, "a.csv", "csv"), (None, "a.YAML", "yaml"),
+        (None, "a.recipe.yaml", "llm-compressor"), ("csv", "a.json", "csv"), ("json", "a.yaml", "json"),
+    ],
+)  # fmt: skip
+def test_which_format_is_meant(given: str | None, out: str | None, kind: str) -> None:
+    assert kind_of(given, Path(out) if out else None) == kind
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_study_and_its_configuration_give_the_same_file(kind: str, done: Path, command: CommandLine) -> None:
+    ending = FORMATS[kind].ending
+    best, made = (done / "tiny.best.json").read_bytes(), done / f"tiny.best{ending}"
+    assert command("export", "--study", done / "tiny.toml", "--format", kind).out == f"{made}\n"
+    one = made.read_bytes()
+    made.unlink()
+    (done / "tiny.best.json").write_bytes(best)
+    assert command("export", "--config", done / "tiny.best.json", "--format", kind).out == f"{made}\n"
+    assert made.read_bytes() == one
+    (done / "sub").mkdir()
+    out = done / "sub" / f"x{ending}"
+    assert command("export", "--config", done / "tiny.best.json", "--out", out).out == f"{out}\n"
+    assert out.read_bytes() == one or (kind == "json" and read_config(out).folder == "..")
+
+
+def test_a_configuration_from_elsewhere_is_printed(done: Path, command: CommandLine, tmp_path: Path) -> None:
+    shown = json.loads(command("export", "--config", done / "tiny.best.json", "--json").out)
+    assert shown == json.loads((done / "tiny.best.json").read_text()) | {"folder": os.path.relpath(done)}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "--study"), (["--study", "a", "--config", "b"], "--study"),
+        (["--config", "b", "--json", "--format", "csv"], "--json"),
+        (["--config", "b", "--format", "onnx"], "--format onnx"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_asked_for(words: list[str], said: str, command: CommandLine) -> None:
+    answer = command("export", *words)
+    assert answer.code == 2
+    assert said in answer.err
+
+
+def test_nothing_is_written_that_cannot_be_said(done: Path, command: CommandLine) -> None:
+    found = read_config(done / "tiny.best.json").model_copy(update={"pruner": "alps"})
+    found.write(done / "alps.json")
+    answer = command("export", "--config", done / "alps.json", "--format", "llm-compressor")
+    assert answer.error == (
+        "--format llm-compressor: pruner = alps: llm-compressor has a modifier for wanda and sparsegpt alone; "
+        "`apply` writes the folder"
+    )
+    assert not (done / "alps.recipe.yaml").exists()
+
+
+def test_a_study_of_single_linears_knows_their_names(done: Path, command: CommandLine, tmp_path: Path) -> None:
+    toml = (done / "tiny.toml").read_text().replace("beta = [0.0, 0.1]", 'names = ["curve"]')
+    (done / "curve.toml").write_text(toml.replace('"wanda", ', "").replace("= 0.5", "= 0.8"))
+    assert command("--study", done / "curve.toml").code == 0
+    assert command("export", "--study", done / "curve.toml", "--format", "csv").code == 0
+    rows = list(csv.DictReader((done / "curve.best.csv").read_text().splitlines()))
+    names = [name for name, _ in ByHand(done).model.model.named_modules() if name.endswith("_proj")]
+    assert [row["module"] for row in rows] == [f"model.{name}" for name in names]
+    found = read_config(done / "curve.best.json").linear_sparsities
+    assert found
+    assert [float(row["sparsity"]) for row in rows] == [value for block in found for value in block]
+
+
+# --- tables
+
+
+def test_tables_by_block() -> None:
+    assert as_csv(config()) == (
+        "block,module,sparsity\n0,model.layers.0,0.575\n1,model.layers.1,0.6\n2,model.layers.2,0.625\n"
+    )
+    found = yaml.safe_load(as_yaml(config()))
+    assert (found["study"], found["pruner"], found["sparsity"]["target"]) == ("smöl", "sparsegpt", 0.6)
+    assert found["modules"] == [
+        {"block": index, "module": f"model.layers.{index}", "sparsity": value}
+        for index, value in enumerate((0.575, 0.6, 0.625))
+    ]
+
+
+def test_tables_by_linear() -> None:
+    lines = as_csv(config(**BY_LINEAR)).splitlines()
+    assert lines[1:3] == ["0,model.layers.0.attn.q,0.5", "0,model.layers.0.mlp.up,0.6"]
+    assert lines[5:] == ["2,model.layers.2.mlp.up,0.7"]
+
+
+@pytest.mark.parametrize("make", [as_csv, as_yaml, llm_compressor.make])
+@pytest.mark.parametrize(
+    ("missing", "what"), [({"blocks": None}, "blocks"), ({**BY_LINEAR, "linears": None}, "linears")]
+)
+def test_files_of_earlier_versions_have_no_names(make: Callable[[Config], str], missing: Any, what: str) -> None:
+    assert error(lambda: make(config(**missing))).startswith(f"{what}: the configuration does not say what the model")
+
+
+# --- recipes
+
+
+def test_a_recipe_by_block() -> None:
+    text = llm_compressor.make(config())
+    assert 'pipeline="sequential", propagate_error=False' in text.splitlines()[3]
+    assert recipe() == [
+        {
+            "SparseGPTModifier": {
+                "sparsity": [0.575, 0.6, 0.625], "mask_structure": "0:0", "targets": [r"re:model\.layers\.\d+$"],
+                "block_size": 64, "dampening_frac": 0.02,
+            }
+        }
+    ]  # fmt: skip
+    pattern = recipe()[0]["SparseGPTModifier"]["targets"][0].removeprefix("re:")
+    assert re.match(pattern, "model.layers.11")
+    assert not re.match(pattern, "model.layers.1.mlp")
+
+
+def test_a_recipe_by_linear_and_by_number() -> None:
+    (one,) = recipe(pruner="wanda", **BY_LINEAR)
+    assert one["WandaPruningModifier"]["sparsity"] == [0.5, 0.6, 0.55, 0.65, 0.7]
+    assert one["WandaPruningModifier"]["targets"][-1] == "model.layers.2.mlp.up"
+    mixed = recipe(pruner="wanda", prune=Prune(pattern="mixed:4"), block_sparsities=(0.5, 0.0, 0.5, 0.75))
+    assert [modifier["WandaPruningModifier"] for modifier in mixed] == [
+        {"sparsity": 0.5, "mask_structure": "2:4", "targets": ["model.layers.0", "model.layers.2"]},
+        {"sparsity": 0.75, "mask_structure": "3:4", "targets": ["model.layers.3"]},
+    ]
+    groups = recipe(prune=Prune(pattern="2:4", sparsegpt=SparseGPT(columns=30)), block_sparsities=(0.5,) * 3)
+    assert groups[0]["SparseGPTModifier"]["block_size"] == 28
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"pruner": "magnitude"}, "pruner = magnitude: llm-compressor has a modifier for wanda and sparsegpt alone"),
+        ({"pruner": "wanda", "prune": Prune(wanda=Wanda(compare="row-variant"))}, "compares scores of a row"),
+        ({"block_sparsities": (0.5, 1.0, 0.6)}, "cannot zero a whole matrix by SparseGPT"),
+        ({**BY_LINEAR, "linears": (("a[0]", "a[1]"), *NAMES[1:])}, "has no name for a single expert"),
+    ],
+)
+def test_what_a_recipe_cannot_say(changes: Any, reason: str) -> None:
+    assert reason in error(lambda: llm_compressor.make(config(**changes)))
+
+
+# --- what others do with it
+
+
+def example() -> str:
+    """The code of docs/formats.md that reads a table."""
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL) if "csv" in block]
+    assert len(blocks) == 1
+    assert len(blocks[0].splitlines()) <= 12
+    return blocks[0]
+
+
+@pytest.mark.parametrize("allocation", ["atp", "er"])
+def test_the_example_of_the_docs(allocation: str, done: Path, tmp_path: Path, command: CommandLine) -> None:
+    """Its rows lose what magnitude pruning by hand takes from each row."""
+    file = study_file(done, f"allocation.names=['{allocation}']", "prune.pruners=['magnitude']")
+    with quiet():
+        plan, _ = prune_once(file, {"beta": 0.05} if allocation == "atp" else {}, tmp_path / "sparse", unwatched)
+    about = tmp_path / "sparse" / "atp_tune.json"
+    assert command("export", "--config", about, "--out", tmp_path / "best.csv").code == 0
+    code = example().replace("smol.best.csv", str(tmp_path / "best.csv")).replace("DENSE", str(done / "model"))
+    names: dict[str, Any] = {}
+    exec(code, names)  # the docs' own words
+    by_hand, found = ByHand(done), names["model"].model.layers
+    for block in range(BLOCKS):
+        sparsities = plan.of(block, 7)
+        modules = [module for module in found[block].modules() if isinstance(module, torch.nn.Linear)]
+        for dense, linear, sparsity in zip(by_hand.linears(block), modules, sparsities, strict=True):
+            for row, original in zip(linear.weight, dense.weight, strict=True):
+                gone = original.abs().argsort(stable=True)[: int(len(row) * sparsity)]
+                assert torch.equal(row, original.index_fill(0, gone, 0))
+
+
+WAYS: dict[str, tuple[dict[str, float], list[str], dict[str, Any]]] = {
+    "wanda": ({"beta": 0.05}, [], {}),
+    "wanda, dense statistics": ({"beta": 0.05}, ["prune.statistics=dense"], {"propagate_error": False}),
+    "wanda, sequential": ({"beta": 0.05}, ["prune.statistics=sequential"], {"sequential_targets": ["Linear"]}),
+    "wanda, curve": ({"beta": 0.03, "split": 0.05}, ["allocation.names=['curve']"], {}),
+    "wanda, er": ({}, ["allocation.names=['er']"], {}),
+    "wanda, 2:4": ({}, ["allocation.names=['uniform']", "prune.pattern=2:4", "sparsity=0.5"], {}),
+    "wanda, mixed:8": ({"beta": 0.1}, ["prune.pattern=mixed:8"], {}),
+    "sparsegpt": ({"beta": 0.05}, ["prune.pruners=['sparsegpt']", "prune.sparsegpt.columns=16"], {}),
+    "sparsegpt, mixed:8": ({"beta": 0.1}, ["prune.pruners=['sparsegpt']", "prune.pattern=mixed:8"], {}),
+}
+
+
+def llmcompressor_python(folder: Path) -> Path:
+    """A Python that has llm-compressor: the one that is named, or a new environment, since it pins what we don't."""
+    if named := os.environ.get("ATP_TUNE_LLMCOMPRESSOR"):
+        return Path(named)
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "-q", "llmcompressor>=0.14"], check=True, stdout=sys.stderr)
+    return python
+
+
+@pytest.mark.slow
+def test_llm_compressor_prunes_as_apply_does(done: Path, tmp_path: Path, command: CommandLine) -> None:
+    jobs, windows = [], tmp_path / "windows.npy"
+    for way, (parameters, overrides, arguments) in WAYS.items():
+        file, out = study_file(done, "prune.pruners=['wanda']", *overrides), tmp_path / way
+        with quiet():
+            prune_once(file, parameters, out, unwatched)
+        assert command("export", "--config", out / "atp_tune.json", "--format", "llm-compressor").code == 0
+        made = out / "atp_tune.recipe.yaml"
+        assert all(f"{key}={value}".replace("'", '"') in made.read_text() for key, value in arguments.items())
+        options = {"pipeline": "sequential", **arguments}
+        jobs.append({"recipe": str(made), "out": str(tmp_path / f"{way}.theirs"), "arguments": options})
+        np.save(windows, token_windows(file.study.texts.calibration, done / "model", done).ids)
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    words = [Path(__file__).with_name("llmcompress.py"), done / "model", windows, tmp_path / "jobs.json"]
+    ran = subprocess.run([llmcompressor_python(tmp_path / "venv"), *words], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    for way in WAYS:
+        ours, theirs = load_file(tmp_path / way / "model.safetensors"), load_file(tmp_path / f"{way}.theirs")
+        pruned = [name for name in ours if name.endswith("_proj.weight")]
+        assert len(pruned) == 7 * BLOCKS
+        for name in pruned:
+            check_same(way, ours[name], theirs[name])
+
+
+def check_same(way: str, ours: Tensor, theirs: Tensor) -> None:
+    """Wanda: the same weights. SparseGPT: one zero more in each block of columns, in groups the same zeros."""
+    if way.startswith("wanda"):
+        assert torch.equal(ours, theirs)
+    elif way.endswith("8"):
+        assert torch.equal(ours == 0, theirs == 0)
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+    else:
+        columns = [(part == 0).sum() for part in theirs.split(16, 1)]
+        assert columns == [(part == 0).sum() + 1 for part in ours.split(16, 1)]
