@@ -32,8 +32,10 @@ class MaskedLinear(LoraLinear):
         """W + M ⊙ s B A in W's own shape and format."""
         weight: Any = self.get_base_layer().weight
         with torch.autocast(weight.device.type, enabled=False):
-            tuned: Tensor = (weight.float() + self.get_delta_weight(ADAPTER)).to(weight.dtype)
-        return torch.where(weight == 0, weight, tuned)
+            fixed = weight.float()
+            mask = fixed.sign().abs()  # several times as fast as a comparison
+            tuned: Tensor = (fixed + mask * self.get_delta_weight(ADAPTER)).to(weight.dtype)
+        return tuned
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Outputs [..., out] of inputs [..., in]."""
@@ -51,17 +53,17 @@ class Adapters:
         """`seed` draws A; B is zero, so that the model starts as it was pruned."""
         self._checkpoint = checkpoint
         found = [(i, x) for i, linears in enumerate(checkpoint.linears) for x in linears if x.expert is None]
-        names = [checkpoint.key(i, linear) for i, linear in found]
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=[name.removesuffix(".weight") for name in names])
+        places = [f"{i}.{linear.name}" for i, linear in found]
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=places)
         config._register_custom_module({nn.Linear: MaskedLinear, Conv1D: MaskedLinear})
         with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            inject_adapter_in_model(config, checkpoint.model, ADAPTER)
+            torch.manual_seed(seed)  # blocks alone: of some whole models peft rewrites what is asked for
+            inject_adapter_in_model(config, checkpoint.blocks, ADAPTER)
         self._layers: dict[str, Any] = {}
-        for name, (_, linear) in zip(names, found, strict=True):
-            layer: Any = checkpoint.model.get_submodule(name.removesuffix(".weight"))
+        for place, (i, linear) in zip(places, found, strict=True):
+            layer: Any = checkpoint.blocks.get_submodule(place)
             layer.fan_in_fan_out = linear.transposed
-            self._layers[name] = layer
+            self._layers[checkpoint.key(i, linear)] = layer
 
     @property
     def names(self) -> set[str]:

@@ -58,13 +58,13 @@ class Trainer:
         self._optimizer.zero_grad()
         loss = self._loss(batch)
         if not loss.isfinite():
-            raise UserError(f"finetune: the loss is {float(loss)} at step {done + 1}; lower --learning-rate")
+            raise UserError(f"finetune: the loss is {loss.item()} at step {done + 1}; lower --learning-rate")
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self._parameters.values(), 1.0)
         for group in self._optimizer.param_groups:
             group["lr"] = rate(done, settings)
         self._optimizer.step()
-        self.losses.append(float(loss))
+        self.losses.append(loss.item())
         return self.losses[-1]
 
     def _loss(self, batch: Tensor) -> Tensor:
