@@ -15,6 +15,7 @@ from torch import Tensor
 
 from atp_tune.applying import folder_nlls
 from atp_tune.bench import Setup
+from atp_tune.card import amend, words
 from atp_tune.checkpoint import Checkpoint
 from atp_tune.devices import device_name, find_device, memory_for, peak_memory, reset_peak_memory
 from atp_tune.errors import UserError
@@ -144,6 +145,7 @@ def _run(job: Job) -> Finetuned:
             seconds=seconds, memory=memory, device=device_name(device), versions=versions(),
         )  # fmt: skip
         (folder / FINETUNED).write_text(done.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        amend(folder, "Fine-tuned after pruning", _said(done))
     job.part.unlink(missing_ok=True)
     return done
 
@@ -179,3 +181,14 @@ def _write(trainer: "Trainer", checkpoint: Checkpoint, job: Job, folder: Path) -
     Shards(job.folder.path, str(checkpoint.model.base_model_prefix)).write(folder, trainer.adapters.names, counted())
     job.folder.check_unchanged()
     return Zeros(**zeros)
+
+
+def _said(done: Finetuned) -> str:
+    """What a model card says of it."""
+    settings = ", ".join(f"{key} {value:g}" for key, value in done.settings.model_dump().items())
+    zeros = done.zeros
+    return (
+        f"The weights that are not zero were trained with LoRA on {words(done.text)} ({settings}). {zeros.after:,} of "
+        f"{zeros.weights:,} weights are zero, {zeros.before:,} were before. Perplexity on {words(done.report)}: "
+        f"{done.before} before, {done.after} after ({done.change}). All else on this card is of the model before that."
+    )

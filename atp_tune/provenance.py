@@ -1,6 +1,5 @@
 """What lies beside the weights of a sparse checkpoint: how it was pruned, and how it was fine-tuned after that."""
 
-import json
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +7,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from atp_tune.config import Config
+from atp_tune.config import read_config
 from atp_tune.errors import UserError
 from atp_tune.perplexity import Change, Perplexity
-from atp_tune.study import Study, Text
+from atp_tune.study import Text
 
-DType = Literal["auto", "float32", "bfloat16", "float16"]
-PRUNED, FINETUNED = "atp_tune.json", "atp_tune.finetune.json"
+ABOUT, FINETUNED = "atp_tune.json", "atp_tune.finetune.json"
 
 
 @dataclass(frozen=True)
@@ -24,41 +22,18 @@ class Origin:
     calibration: Text
     search: Text
     report: Text
-    dtype: DType
+    dtype: Literal["float32", "bfloat16", "float16"]
     dense: Perplexity | None  # of the dense model on the report text
 
 
 def origin(folder: Path) -> Origin | None:
-    """What `apply` (a configuration) or `prune` (a study) wrote down in a folder; None if neither made it.
-
-    UserError if the file is there and is neither.
-    """
-    file = folder / PRUNED
+    """What `apply` or `prune` wrote down in a folder; None if neither made it, UserError if it is something else."""
+    file = folder / ABOUT
     if not file.is_file():
         return None
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-        return _of_config(value, folder) if "format" in value else _of_study(value)
-    except (ValueError, TypeError, RecursionError, ValidationError):
-        raise UserError(f"{file}: is no configuration or study of atp_tune; remove it, then give --text") from None
-
-
-def _of_config(value: object, folder: Path) -> Origin:
-    made = Config.model_validate(value)
-    base, texts, dense = folder / made.folder, made.texts, made.baselines.dense.report
-    return _origin(base, (made.calibration, texts.search, texts.report), made.model.dtype, dense)
-
-
-def _of_study(value: object) -> Origin:
-    """A study does not say where its relative paths start: they do where the user stands."""
-    made = Study.model_validate(value)
-    texts = (made.texts.calibration, made.texts.search, made.report_text)
-    return _origin(Path(), texts, made.model.dtype, None)
-
-
-def _origin(base: Path, texts: tuple[Text, Text, Text], dtype: DType, dense: Perplexity | None) -> Origin:
-    calibration, search, report = (rooted(text, base) for text in texts)
-    return Origin(calibration, search, report, dtype, dense)
+    made = read_config(file)
+    texts = (rooted(text, folder / made.folder) for text in (made.calibration, made.texts.search, made.texts.report))
+    return Origin(*texts, made.model.dtype, made.baselines.dense.report)
 
 
 def rooted(text: Text, base: Path) -> Text:

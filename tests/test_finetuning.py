@@ -23,7 +23,7 @@ from atp_tune.errors import UserError
 from atp_tune.events import Event, Note, unwatched
 from atp_tune.finetuning import finetune
 from atp_tune.perplexity import change, perplexity
-from atp_tune.provenance import FINETUNED, PRUNED, Finetuned, Settings, origin, read_text, rooted
+from atp_tune.provenance import ABOUT, FINETUNED, Finetuned, Settings, origin, read_text, rooted
 from atp_tune.study import Text
 from atp_tune.training import order
 
@@ -100,7 +100,20 @@ def test_the_folder_says_what_was_done(place: Path) -> None:
     assert len(written["losses"]) == 6
     assert written["losses"][-1] < written["losses"][0]
     assert written["dense"]["value"] == read_config(place / "tiny.best.json").baselines.dense.report.value  # type: ignore[union-attr]
-    assert (place / "out" / PRUNED).read_bytes() == (place / "sparse" / PRUNED).read_bytes()
+    assert (place / "out" / ABOUT).read_bytes() == (place / "sparse" / ABOUT).read_bytes()
+
+
+def test_the_card_says_it_and_no_old_metric(place: Path) -> None:
+    before = (place / "sparse" / "README.md").read_text()
+    done = run(place)
+    card = (place / "out" / "README.md").read_text()
+    assert "model-index" in before
+    assert "model-index" not in card
+    assert "license" not in before or "license" in card
+    text, _, section = card.partition("## Fine-tuned after pruning")
+    assert before.partition("# model")[2].strip() in text
+    assert f"{done.before} before, {done.after} after ({done.change})" in section
+    assert str(place) not in card
 
 
 def test_windows_are_those_of_the_text_in_the_order_of_the_seed(place: Path) -> None:
@@ -116,7 +129,8 @@ def test_windows_are_those_of_the_text_in_the_order_of_the_seed(place: Path) -> 
 
 
 def test_a_folder_that_says_nothing_holds_out_a_part(place: Path) -> None:
-    (place / "sparse" / PRUNED).unlink()
+    (place / "sparse" / ABOUT).unlink()
+    (place / "sparse" / "README.md").unlink()
     (place / "many.jsonl").write_text("".join(json.dumps({"text": f"{n} " * 40}) + "\n" for n in range(100)))
     done = run(place, f"file:{place / 'many.jsonl'}", steps=2)
     assert (done.text.part, done.report.part) == ((0.0, 0.9), (0.9, 1.0))
@@ -124,11 +138,9 @@ def test_a_folder_that_says_nothing_holds_out_a_part(place: Path) -> None:
     check_kept(place / "sparse", place / "out")
 
 
-def test_a_study_says_it_too(place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`prune --out` writes the study; its relative paths start where the user stands."""
-    monkeypatch.chdir(place)
-    assert command("prune", "--study", "tiny.toml", "--beta", "0.05", "--out", "once").code == 0
-    assert command("finetune", "--model", "once", "--out", "tuned", *SHORT).code == 0
+def test_what_was_pruned_without_a_search_is_tuned_too(place: Path, command: CommandLine) -> None:
+    assert command("prune", "--study", place / "tiny.toml", "--beta", "0.05", "--out", place / "once").code == 0
+    assert command("finetune", "--model", place / "once", "--out", place / "tuned", *SHORT).code == 0
     check_kept(place / "once", place / "tuned")
 
 
@@ -256,15 +268,14 @@ def test_a_copy_of_the_report_text_is_found_out(place: Path, tokens: int) -> Non
 
 
 def test_a_text_is_needed_where_nothing_says_one(place: Path) -> None:
-    (place / "sparse" / PRUNED).unlink()
+    (place / "sparse" / ABOUT).unlink()
     assert refused(place).startswith("--text: is needed, the folder does not say how it was pruned; ")
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": "atp_tune.config/1"}', '"text"', "{}"])
 def test_a_record_that_is_none(content: str, place: Path) -> None:
-    (place / "sparse" / PRUNED).write_text(content)
-    said = refused(place)
-    assert said == f"{place / 'sparse' / PRUNED}: is no configuration or study of atp_tune; remove it, then give --text"
+    (place / "sparse" / ABOUT).write_text(content)
+    assert refused(place).startswith(f"{place / 'sparse' / ABOUT}: ")
 
 
 def test_texts_that_are_gone_are_named_by_their_option(place: Path) -> None:
