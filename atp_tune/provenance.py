@@ -32,8 +32,9 @@ def origin(folder: Path) -> Origin | None:
     if not file.is_file():
         return None
     made = read_config(file)
-    texts = (rooted(text, folder / made.folder) for text in (made.calibration, made.texts.search, made.texts.report))
-    return Origin(*texts, made.model.dtype, made.baselines.dense.report)
+    base, texts, dense = folder / made.folder, made.texts, made.baselines.dense.report
+    calibration, search, report = (rooted(text, base) for text in (made.calibration, texts.search, texts.report))
+    return Origin(calibration, search, report, made.model.dtype, dense)
 
 
 def rooted(text: Text, base: Path) -> Text:
