@@ -155,7 +155,6 @@ def _train(trainer: "Trainer", job: Job) -> None:
     from atp_tune.training import facts_of
 
     facts, total = facts_of(job.settings, model=job.folder.content, text=job.windows.content), job.settings.steps
-    job.out.parent.mkdir(parents=True, exist_ok=True)
     if job.part.exists():
         trainer.restore(job.part, facts)
         job.watch(Note(f"goes on after step {len(trainer.losses)} of {total}"))

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from atp_tune.cache import write_atomically
+from atp_tune.cache import write_out
 from atp_tune.checkpoint import Checkpoint
 from atp_tune.devices import GIB, find_dtype, free_memory
 from atp_tune.errors import UserError
@@ -73,12 +73,12 @@ class Trainer:
         return nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
 
     def save(self, path: Path, facts: dict[str, str]) -> None:
-        """Writes adapters, moments and losses; `facts` say what the file is of. OSError where it cannot."""
+        """Writes adapters, moments and losses; `facts` say what the file is of. UserError where it cannot."""
         tensors = {"losses": torch.tensor(self.losses, dtype=torch.float64)}
         for name, parameter in self._parameters.items():
             tensors[name] = parameter.detach()
             tensors |= {f"{name} {moment}": self._optimizer.state[parameter][moment] for moment in MOMENTS}
-        write_atomically(path, save({name: tensor.cpu() for name, tensor in tensors.items()}, facts))
+        write_out(path, save({name: tensor.cpu() for name, tensor in tensors.items()}, facts))
 
     @torch.no_grad()
     def restore(self, path: Path, facts: dict[str, str]) -> None:
