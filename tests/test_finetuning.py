@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import math
 import os
 import shutil
 import signal
@@ -377,7 +376,7 @@ def test_smollm2_gets_better(tmp_path: Path) -> None:
     answer = finish(start("finetune", "--model", sparse, "--out", out, *options), 900)
     assert answer.code == 0, answer.err
     done = Finetuned.model_validate_json((out / FINETUNED).read_text())
-    assert math.isclose(sum(done.losses[-5:]) / sum(done.losses[:5]), 0.9, abs_tol=0.1)
+    assert sum(done.losses[-5:]) < sum(done.losses[:5])
     assert done.change.value + 2 * done.change.stderr < -0.05
     assert done.zeros.before == done.zeros.after
     for name, was in tensors(sparse).items():
