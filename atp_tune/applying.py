@@ -170,7 +170,12 @@ def _measured(setup: Setup, out: Path, dense: Dense, watch: Watch) -> Perplexity
 
 def measure_folder(setup: Setup, out: Path, watch: Watch) -> Perplexity:
     """Perplexity on the report text of a written folder, loaded as anybody would load it."""
-    model = setup.model.model_copy(update={"source": str(out.absolute()), "sha256": None, "revision": None})
+    return perplexity(folder_nlls(setup, out, watch, f"checking {out}"))
+
+
+def folder_nlls(setup: Setup, folder: Path, watch: Watch, title: str) -> list[float]:
+    """Window NLLs of the same."""
+    model = setup.model.model_copy(update={"source": str(folder.absolute()), "sha256": None, "revision": None})
     bench = Bench.open(replace(setup, model=model), watch)
-    watch(TrialStarted(f"checking {out}", None))
-    return perplexity(bench.all_nlls(bench.dense(), "report"))
+    watch(TrialStarted(title, None))
+    return bench.all_nlls(bench.dense(), "report")

@@ -58,6 +58,18 @@ def model_card(config: Config, dense: Dense) -> ModelCard:
     return card
 
 
+def amend(folder: Path, heading: str, said: str) -> None:
+    """Adds a section to a folder's card, if it has one; it then states no metrics, which were those before that."""
+    file = folder / CARD
+    if not file.is_file():
+        return
+    with quiet("huggingface_hub"):
+        card = ModelCard.load(file, ignore_metadata_errors=True)
+    card.data.eval_results = None
+    card.text = f"{card.text.rstrip()}\n\n## {heading}\n\n{escaped(said)}\n"
+    write_out(file, str(card).encode())
+
+
 def _values(config: Config, dense: Dense) -> dict[str, Any]:
     """What the template shows."""
     return {
@@ -67,7 +79,7 @@ def _values(config: Config, dense: Dense) -> dict[str, Any]:
         "allocation": _allocation(config),
         "uniform": config.linear_sparsities is None and len(set(config.block_sparsities)) == 1,
         "scores": list(_scores(config)),
-        "report": escaped(_named(config.texts.report)),
+        "report": escaped(words(config.texts.report)),
         "same_text": config.texts.report == config.texts.search,
         "models": list(MODELS.values()),
         "tasks": list(_tasks(config)),
@@ -158,14 +170,14 @@ def _dataset(text: Text) -> dict[str, Any]:
     try:
         found = hub_arguments(text)
     except (KeyError, UserError):  # a file or a module: no data set of the hub
-        return {"dataset_type": "text", "dataset_name": _named(text)}
+        return {"dataset_type": "text", "dataset_name": words(text)}
     return {
         "dataset_type": found["path"], "dataset_name": text.source.removeprefix("hub:"),
         "dataset_config": found.get("name"), "dataset_split": found["split"], "dataset_revision": found["revision"],
     }  # fmt: skip
 
 
-def _named(text: Text) -> str:
+def words(text: Text) -> str:
     """A text in a few words, without folders."""
     kind, _, rest = text.source.partition(":")
     source = f"{kind}:{Path(rest).name}" if kind == "file" else text.source
@@ -187,14 +199,14 @@ def _facts(config: Config, dense: Dense) -> dict[str, str]:
     settings = {key: value for key, value in config.prune.settings(config.pruner).items() if value is not None}
     listed = "".join(f", {key} = {value}" for key, value in settings.items())
     commit = f"commit {dense.revision}" if dense.revision else f"content {config.model.fingerprint[:12]}…"
-    searched = {} if config.trial is None else {"searched on": _named(config.texts.search)}
+    searched = {} if config.trial is None else {"searched on": words(config.texts.search)}
     return {
         "dense model": f"{_source(config, dense)}, {commit}",
         "pruner": f"{config.pruner}{listed}",
         "pattern of zeros": config.prune.pattern,
         "statistics": f"{config.prune.statistics}, in {config.model.dtype}",
         "allocation": _allocation(config),
-        "calibration": _named(config.calibration),
+        "calibration": words(config.calibration),
         "found by": "no search" if config.trial is None else f"study {config.study}, trial {config.trial}",
         **searched,
         "seed": str(config.seed),

@@ -68,6 +68,15 @@ def token_windows(text: Text, folder: Path, base: Path, note: Note = silent, tru
     return _windows(ids)
 
 
+def first_windows(text: Text, folder: Path, base: Path, most: int, trusted: bool = False) -> Windows:
+    """The first windows of a consecutive text, at most so many: all where it is shorter; UserError if it has none."""
+    ids = _head(documents(text, base), _encoder(folder, trusted), most * text.tokens)
+    count = min(most, len(ids) // text.tokens)
+    if count == 0:
+        raise UserError(f"tokens: {text.source} has {len(ids)} tokens, not one window of {text.tokens}; lower tokens")
+    return _windows(np.array(ids[: count * text.tokens], np.int64).reshape(count, text.tokens))
+
+
 def thinned(windows: Windows, every: int) -> Windows:
     """The first window and every so many-th after it: what `every` in a study's text leaves."""
     return _windows(np.ascontiguousarray(windows.ids[::every]))
@@ -85,6 +94,12 @@ def check_disjoint(named: dict[str, Windows]) -> None:
                     f"texts.{role}: window {index} is also in texts.{other}; give them other texts or parts"
                 )
         seen |= dict.fromkeys(rows, role)
+
+
+def recut(windows: Windows, tokens: int) -> Windows:
+    """The same tokens in shorter windows, to be compared with those of another text."""
+    per = windows.ids.shape[1] // tokens * tokens
+    return _windows(np.ascontiguousarray(windows.ids[:, :per]).reshape(-1, tokens))
 
 
 def _windows(ids: np.ndarray) -> Windows:

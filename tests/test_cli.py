@@ -18,7 +18,7 @@ from atp_tune.config import read_config
 from atp_tune.events import Event, Step, TrialStarted
 
 ROLES = ("calibration", "search", "report")
-COMMANDS = ["", "status", "export", "apply", "prune", "studies", "merge"]
+COMMANDS = ["", "status", "export", "apply", "prune", "finetune", "studies", "merge"]
 # Prints which of the heavy libraries the command line imported.
 SPY = """
 import atexit, sys

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from atp_tune.errors import UserError
 from atp_tune.study import Text
-from atp_tune.windows import Windows, check_disjoint, token_windows
+from atp_tune.windows import Windows, check_disjoint, first_windows, recut, token_windows
 
 TOPICS = [pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics)]
 TOPICS_SOURCE = "package:pydoc_data.topics:topics"
@@ -271,3 +271,23 @@ def test_roles_share_no_window() -> None:
     with pytest.raises(UserError) as caught:
         check_disjoint({"calibration": one, "search": windows([5, 6]), "report": windows([7, 8], [3, 4])})
     assert str(caught.value) == ("texts.report: window 1 is also in texts.calibration; give them other texts or parts")
+
+
+@pytest.mark.parametrize("most", [1, 3, 10_000])
+def test_at_most_so_many_windows_are_the_first_of_all(most: int, folder: Path, tmp_path: Path) -> None:
+    text = Text(source=write(tmp_path / "a.jsonl", *TOPICS[:9]), tokens=50)
+    whole = token_windows(text, folder, tmp_path).ids
+    found = first_windows(text, folder, tmp_path, most).ids
+    assert len(found) == min(most, len(whole))
+    assert np.array_equal(found, whole[:most])
+
+
+def test_not_one_window(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^tokens: file:a\.jsonl has \d+ tokens, not one window of 500; lower tokens$"):
+        first_windows(Text(source=write(tmp_path / "a.jsonl", "short"), tokens=500), folder, tmp_path, 3)
+
+
+def test_shorter_windows_of_the_same_tokens() -> None:
+    windows = Windows(np.arange(20).reshape(2, 10), "")
+    assert recut(windows, 4).ids.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [10, 11, 12, 13], [14, 15, 16, 17]]
+    assert recut(windows, 10).ids.tolist() == windows.ids.tolist()

@@ -16,7 +16,15 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from atp_tune.cli.display import Display
-from atp_tune.cli.tables import console, show_applied, show_forecast, show_merged, show_served, show_summary
+from atp_tune.cli.tables import (
+    console,
+    show_applied,
+    show_finetuned,
+    show_forecast,
+    show_merged,
+    show_served,
+    show_summary,
+)
 from atp_tune.config import read_config
 from atp_tune.events import unwatched
 from atp_tune.studyfile import StudyFile
@@ -25,7 +33,9 @@ if TYPE_CHECKING:
     import optuna
 
     from atp_tune.cli.crew import Crew
+    from atp_tune.provenance import Settings
     from atp_tune.serving.serve import Service
+    from atp_tune.study import Text
     from atp_tune.tuning import Run
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
@@ -107,6 +117,22 @@ def run_prune(file: StudyFile, parameters: dict[str, float], out: Path | None) -
     console.print(f"{plan}, sparsity {file.study.sparsity:g}: perplexity {measured} on the report text")
     if out is not None:
         console.print(f"sparse checkpoint: {out}")
+
+
+def run_finetune(
+    model: Path, out: Path, text: "Text | None", report: "Text | None", settings: "Settings", device: str
+) -> None:
+    """Fine-tunes a sparse folder, and prints what it was worth; Ctrl-C and SIGTERM leave a file to go on from."""
+    from atp_tune.finetuning import finetune
+
+    with quiet(), interruptible(), Display() as display:
+        try:
+            done = finetune(model, out, text, report, settings, device, display)
+        except KeyboardInterrupt:
+            display.close()
+            console.print(f"stopped: the same command goes on from what is in {out}.part, if a step was written down")
+            sys.exit(130)
+    show_finetuned(done, out)
 
 
 def run_merge(places: Sequence[str], out: Path, name: str | None) -> None:

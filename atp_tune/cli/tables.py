@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from atp_tune.forecast import Forecast, Memory, Whole
     from atp_tune.merging import Merged
     from atp_tune.perplexity import Change, Perplexity
+    from atp_tune.provenance import Finetuned
     from atp_tune.serving.serve import Served, Service
     from atp_tune.status import Listed, Running, Status
     from atp_tune.studyfile import StudyFile
@@ -256,6 +257,25 @@ def show_applied(config: "Config", measured: "Perplexity", out: Path) -> None:
     )
     if abs(change) > TOLERANCE:
         console.print("warning: they differ by more than 0.1 %; another device or number format?", style="yellow")
+
+
+def show_finetuned(done: "Finetuned", out: Path) -> None:
+    """Perplexity before and after fine-tuning as a Markdown table, zeros, and what it took."""
+    from atp_tune.wording import duration
+
+    table = Table(box=box.MARKDOWN, header_style="")
+    for column in ("model", "zeros", "report perplexity", "against pruned"):
+        table.add_column(column, no_wrap=True)
+    if done.dense:
+        table.add_row("dense", "", str(done.dense), "–")
+    table.add_row("pruned", f"{done.zeros.before:,}", str(done.before), "–")
+    table.add_row("fine-tuned", f"{done.zeros.after:,}", str(done.after), str(done.change))
+    console.print(_markdown(table), highlight=False)
+    trained = f"{done.settings.steps} steps on {done.windows} windows of {printable(done.text.source)}"
+    console.print(
+        f"\n{trained}: {duration(done.seconds)}, {_gib(done.memory)} at most on {done.device}", highlight=False
+    )
+    console.print(f"sparse checkpoint: {out}", highlight=False)
 
 
 def show_forecast(found: "Forecast") -> None:

@@ -1,0 +1,383 @@
+"""`finetune`, as a user types it: on a folder that `apply` has written from the tiny study."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from byhand import ByHand
+from safetensors.torch import load_file, save_file
+from test_applying import block_of, same_bytes, tensors
+from tinystudy import TOKENS, CommandLine, finish, script, start
+
+from atp_tune import finetuning
+from atp_tune.applying import apply
+from atp_tune.config import read_config
+from atp_tune.errors import UserError
+from atp_tune.events import Event, Note, unwatched
+from atp_tune.finetuning import finetune
+from atp_tune.perplexity import change, perplexity
+from atp_tune.provenance import ABOUT, FINETUNED, Finetuned, Settings, origin, read_text, rooted
+from atp_tune.study import Text
+from atp_tune.training import order
+
+SHORT = ("--steps", "6", "--batch", "4", "--tokens", str(TOKENS), "--learning-rate", "0.01")
+SETTINGS = Settings(steps=6, rank=4, alpha=8, learning_rate=0.01, tokens=TOKENS, batch=4, seed=0)
+
+
+@pytest.fixture(scope="module")
+def tiny_sparse(tiny_done: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The finished tiny study with the folder `sparse` beside it; to be read only."""
+    place = Path(shutil.copytree(tiny_done, tmp_path_factory.mktemp("sparse") / "place"))
+    config = read_config(place / "tiny.best.json")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATP_TUNE_CACHE", str(place.parent / "cache"))
+        apply(config, place, place / "sparse", "cpu", unwatched)
+    return place
+
+
+@pytest.fixture
+def place(tiny_sparse: Path, tmp_path: Path, windows: None) -> Path:
+    return Path(shutil.copytree(tiny_sparse, tmp_path / "place"))
+
+
+def run(place: Path, text: str | None = None, report: str | None = None, **settings: Any) -> Finetuned:
+    named = [value and read_text("--text", value, TOKENS) for value in (text, report)]
+    changed = SETTINGS.model_copy(update=settings)
+    return finetune(place / "sparse", place / "out", named[0] or None, named[1] or None, changed, "cpu", unwatched)
+
+
+def check_kept(before: Path, after: Path) -> None:
+    """Zeros are the same zeros, linears have changed elsewhere, and all the rest is equal byte by byte."""
+    old, new = tensors(before), tensors(after)
+    assert old.keys() == new.keys()
+    for name, was in old.items():
+        if block_of(name) is None:
+            assert same_bytes(was, new[name])
+            continue
+        assert torch.equal(was == 0, new[name] == 0)
+        assert same_bytes(was[was == 0], new[name][was == 0])
+        assert not torch.equal(was, new[name])
+
+
+def test_a_sparse_folder_is_tuned_and_keeps_its_zeros(place: Path, command: CommandLine) -> None:
+    longer = (*SHORT, "--steps", "30", "--learning-rate", "0.003", "--text", f"file:{place / 'long.txt'}")
+    answer = command("finetune", "--model", place / "sparse", "--out", place / "out", *longer)
+    assert (answer.code, answer.err) == (0, "")
+    check_kept(place / "sparse", place / "out")
+    before, after = (ByHand(place, place / name).nlls("report") for name in ("sparse", "out"))
+    done = Finetuned.model_validate_json((place / "out" / FINETUNED).read_text())
+    assert done.before.value == pytest.approx(perplexity(before).value, rel=1e-5)
+    assert done.after.value == pytest.approx(perplexity(after).value, rel=1e-5)
+    assert done.change.value == pytest.approx(change(before, after).value, rel=1e-3)
+    assert done.change.value < 0
+    assert done.zeros.before == done.zeros.after
+    assert done.zeros.before / done.zeros.weights == pytest.approx(ByHand(place, place / "out").zeros())
+    zeros = f"{done.zeros.before:,}"
+    assert f"| pruned     | {zeros} | {done.before}" in answer.out
+    assert f"| fine-tuned | {zeros} | {done.after}" in answer.out
+    assert "step 20 of 30: loss " in answer.out
+    assert sorted(file.name for file in place.iterdir() if "out" in file.name) == ["out"]
+    assert {file.name for file in (place / "out").iterdir()} == {
+        FINETUNED, *(file.name for file in (place / "sparse").iterdir())
+    }  # fmt: skip
+
+
+def test_the_folder_says_what_was_done(place: Path) -> None:
+    done = run(place)
+    written = json.loads((place / "out" / FINETUNED).read_text())
+    assert Finetuned.model_validate(written) == done
+    assert written["format"] == "atp_tune.finetune/1"
+    assert written["text"]["source"] == f"file:{place / 'calibration.txt'}"
+    assert written["report"]["source"] == f"file:{place / 'report.txt'}"
+    assert written["settings"] == SETTINGS.model_dump()
+    assert len(written["losses"]) == 6
+    assert written["losses"][-1] < written["losses"][0]
+    assert written["dense"]["value"] == read_config(place / "tiny.best.json").baselines.dense.report.value  # type: ignore[union-attr]
+    assert (place / "out" / ABOUT).read_bytes() == (place / "sparse" / ABOUT).read_bytes()
+
+
+def test_the_card_says_it_and_no_old_metric(place: Path) -> None:
+    before = (place / "sparse" / "README.md").read_text()
+    done = run(place)
+    card = (place / "out" / "README.md").read_text()
+    assert "model-index" in before
+    assert "model-index" not in card
+    assert "license" not in before or "license" in card
+    text, _, section = card.partition("## Fine-tuned after pruning")
+    assert before.partition("# model")[2].strip() in text
+    assert f"{done.before} before, {done.after} after ({done.change})" in section
+    assert str(place) not in card
+
+
+def test_windows_are_those_of_the_text_in_the_order_of_the_seed(place: Path) -> None:
+    """The first loss is that of the sparse model on the first batch, by hand."""
+    done = run(place, steps=1)
+    by_hand = ByHand(place, place / "sparse")
+    ids = by_hand.tokenizer((place / "calibration.txt").read_text(), verbose=False).input_ids
+    rows = torch.tensor(ids[: 4 * TOKENS]).reshape(4, TOKENS)[order(4, SETTINGS.model_copy(update={"steps": 1}))]
+    assert done.windows == 4
+    with torch.no_grad():
+        expected = float(by_hand.model(input_ids=rows, labels=rows).loss)
+    assert done.losses[0] == pytest.approx(expected, rel=1e-2)  # bfloat16 where it is fast
+
+
+def test_a_folder_that_says_nothing_holds_out_a_part(place: Path) -> None:
+    (place / "sparse" / ABOUT).unlink()
+    (place / "sparse" / "README.md").unlink()
+    (place / "many.jsonl").write_text("".join(json.dumps({"text": f"{n} " * 40}) + "\n" for n in range(100)))
+    done = run(place, f"file:{place / 'many.jsonl'}", steps=2)
+    assert (done.text.part, done.report.part) == ((0.0, 0.9), (0.9, 1.0))
+    assert done.dense is None
+    check_kept(place / "sparse", place / "out")
+
+
+def test_what_was_pruned_without_a_search_is_tuned_too(place: Path, command: CommandLine) -> None:
+    assert command("prune", "--study", place / "tiny.toml", "--beta", "0.05", "--out", place / "once").code == 0
+    assert command("finetune", "--model", place / "once", "--out", place / "tuned", *SHORT).code == 0
+    check_kept(place / "once", place / "tuned")
+
+
+def test_it_can_be_tuned_again(place: Path, command: CommandLine) -> None:
+    run(place)
+    answer = command("finetune", "--model", place / "out", "--out", place / "again", *SHORT, "--seed", "1")
+    assert answer.code == 0
+    check_kept(place / "sparse", place / "again")
+
+
+def test_zeros_of_either_sign_stay(place: Path) -> None:
+    file = place / "sparse" / "model.safetensors"
+    edited = load_file(file)
+    name = "model.layers.1.mlp.up_proj.weight"
+    edited[name] = torch.where(edited[name] == 0, -edited[name], edited[name])
+    save_file(edited, file, metadata={"format": "pt"})
+    assert torch.signbit(edited[name][edited[name] == 0]).any()
+    run(place, steps=2)
+    check_kept(place / "sparse", place / "out")
+
+
+# --- a run that is cut off
+
+
+def interrupted(place: Path, after: int) -> None:
+    def watch(event: Event) -> None:
+        if isinstance(event, Note) and event.text.startswith(f"step {after} of"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(place / "sparse", place / "out", None, None, SETTINGS, "cpu", watch)
+
+
+def test_it_goes_on_where_it_was_cut_off(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetuning, "SAVED", 2)
+    whole = run(place)
+    shutil.move(place / "out", place / "whole")
+    interrupted(place, after=4)
+    assert not (place / "out").exists()
+    assert (place / "out.part").is_file()
+    notes: list[Event] = []
+    again = finetune(place / "sparse", place / "out", None, None, SETTINGS, "cpu", notes.append)
+    assert Note("goes on after step 4 of 6") in notes
+    assert again.losses == whole.losses
+    one, other = tensors(place / "whole"), tensors(place / "out")
+    assert all(same_bytes(one[name], other[name]) for name in one)
+    assert not (place / "out.part").exists()
+
+
+def test_other_options_do_not_go_on_from_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetuning, "SAVED", 2)
+    interrupted(place, after=2)
+    with pytest.raises(
+        UserError, match=r"out\.part: was begun with another learning-rate; give the same options again"
+    ):
+        run(place, learning_rate=0.02)
+    with pytest.raises(UserError, match=r"out\.part: was begun with another text; "):
+        run(place, f"file:{place / 'long.txt'}")
+
+
+def test_ctrl_c_says_how_to_go_on(place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetuning, "SAVED", 2)
+    save = finetuning.folder_nlls
+
+    def interrupt(*arguments: Any) -> list[float]:
+        if (place / "out.part").exists():
+            os.kill(os.getpid(), signal.SIGINT)
+        return save(*arguments)
+
+    monkeypatch.setattr(finetuning, "folder_nlls", interrupt)
+    answer = command("finetune", "--model", place / "sparse", "--out", place / "out", *SHORT)
+    assert answer.code == 130
+    assert f"stopped: the same command goes on from what is in {place / 'out'}.part" in answer.out
+    assert not (place / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on_to_the_same_weights(place: Path) -> None:
+    options = ("finetune", "--model", place / "sparse", *SHORT, "--steps", "400")
+    whole = script(*options, "--out", place / "whole")
+    assert whole.code == 0, whole.err
+    process = start(*options, "--out", place / "out")
+    while not (place / "out.part").exists():
+        assert process.poll() is None, process.communicate()
+    process.kill()
+    process.communicate()
+    assert not (place / "out").exists()
+    answer = finish(start(*options, "--out", place / "out"), 120)
+    assert answer.code == 0, answer.err
+    assert "goes on after step " in answer.out
+    one, other = tensors(place / "whole"), tensors(place / "out")
+    assert all(same_bytes(one[name], other[name]) for name in one)
+    assert not list(place.glob(".*")) and not (place / "out.part").exists()
+
+
+# --- what is refused, with nothing left behind
+
+
+def refused(place: Path, *arguments: Any, **settings: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        run(place, *arguments, **settings)
+    assert not [file.name for file in place.iterdir() if file.name.startswith(("out", "."))]
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("role", "name"), [("search", "search"), ("report", "report")])
+def test_the_texts_that_measure_are_not_trained_on(role: str, name: str, place: Path) -> None:
+    source = f"file:{place / f'{name}.txt'}"
+    assert refused(place, source) == (
+        f"--text: {source} shares documents with the {role} text; give another source, split or part"
+    )
+
+
+def test_the_folders_report_text_is_kept_when_another_measures(place: Path) -> None:
+    source = f"file:{place / 'report.txt'}"
+    assert "shares documents with the study's report text" in refused(place, source, f"file:{place / 'long.txt'}")
+
+
+@pytest.mark.parametrize("tokens", [TOKENS, 4 * TOKENS])
+def test_a_copy_of_the_report_text_is_found_out(place: Path, tokens: int) -> None:
+    shutil.copyfile(place / "report.txt", place / "copy.txt")
+    said = refused(place, f"file:{place / 'copy.txt'}", tokens=tokens)
+    assert said.startswith("--text: ")
+    assert said.endswith(f"windows of file:{place / 'copy.txt'} are in the report text too; give another source")
+
+
+def test_a_text_is_needed_where_nothing_says_one(place: Path) -> None:
+    (place / "sparse" / ABOUT).unlink()
+    assert refused(place).startswith("--text: is needed, the folder does not say how it was pruned; ")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": "atp_tune.config/1"}', '"text"', "{}"])
+def test_a_record_that_is_none(content: str, place: Path) -> None:
+    (place / "sparse" / ABOUT).write_text(content)
+    assert refused(place).startswith(f"{place / 'sparse' / ABOUT}: ")
+
+
+def test_texts_that_are_gone_are_named_by_their_option(place: Path) -> None:
+    (place / "calibration.txt").unlink()
+    assert refused(place) == f"--text: source: there is no file {place / 'calibration.txt'}"
+    (place / "report.txt").unlink()
+    text = f"file:{place / 'long.txt'}"
+    assert refused(place, text) == f"--report-text: source: there is no file {place / 'report.txt'}"
+
+
+def test_a_text_shorter_than_a_window(place: Path) -> None:
+    (place / "short.txt").write_text("short")
+    assert "--text: tokens: " in refused(place, f"file:{place / 'short.txt'}")
+
+
+def test_what_is_there_is_not_overwritten(place: Path, command: CommandLine) -> None:
+    (place / "mine").write_text("mine")
+    answer = command("finetune", "--model", place / "sparse", "--out", place / "mine", *SHORT)
+    assert answer.error == f"--out {place / 'mine'}: is there already; choose another folder or remove it"
+
+
+def test_a_model_that_is_no_folder(place: Path, command: CommandLine) -> None:
+    answer = command("finetune", "--model", place / "none", "--out", place / "out")
+    assert answer.error.startswith(f"--model {place / 'none'}: is no folder; write one with: python tune.py apply")
+
+
+def test_without_peft_it_says_what_to_install(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        finetuning, "find_spec", lambda name: None if name == "peft" else importlib.util.find_spec(name)
+    )
+    assert refused(place) == "finetune: needs peft; install it with: pip install 'atp-tune[finetune]'"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--steps", "0"),
+        ("--rank", "0"),
+        ("--alpha", "0"),
+        ("--learning-rate", "-1"),
+        ("--learning-rate", "nan"),
+        ("--tokens", "1"),
+        ("--batch", "0"),
+        ("--seed", "-1"),
+    ],
+)
+def test_options_that_make_no_sense(options: tuple[str, str], place: Path, command: CommandLine) -> None:
+    answer = command("finetune", "--model", place / "sparse", "--out", place / "out", *options)
+    assert answer.code == 2
+    assert f"'{options[0]}'" in answer.err or options[0] in answer.err
+    assert not (place / "out").exists()
+
+
+# --- texts on the command line
+
+
+def test_a_text_is_a_source_or_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert read_text("--text", "hub:ORG/NAME", 64) == Text(source="hub:ORG/NAME", tokens=64)
+    assert read_text("--text", "file:a.txt", 64).source == f"file:{tmp_path / 'a.txt'}"
+    table = read_text("--text", '{source = "hub:ORG/NAME", split = "train", part = [0, 0.5], tokens = 8}', 64)
+    assert table == Text(source="hub:ORG/NAME", split="train", part=(0, 0.5), tokens=8)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("{", "--text: { is no table: "),
+        ("{split = 'train'}", "--text: source: "),
+        ("{source = 'c4', windws = 3}", "--text: windws: "),
+        ("{source = 'c4', part = [1, 0]}", "--text: text: "),
+    ],
+)
+def test_a_table_with_a_mistake(value: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read_text("--text", value, 64)
+    assert str(caught.value).startswith(said)
+    assert "\n" not in str(caught.value)
+
+
+def test_paths_start_where_the_configuration_was(place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`apply` writes down where they start, seen from the folder; so that may be read from anywhere."""
+    monkeypatch.chdir(tmp_path)
+    found = origin(place / "sparse")
+    assert found is not None
+    assert found.calibration.source == f"file:{place / 'calibration.txt'}"
+    assert rooted(Text(source="c4"), place).source == "c4"
+
+
+# --- the real model
+
+
+@pytest.mark.slow
+def test_smollm2_gets_better(tmp_path: Path) -> None:
+    sparse, out = tmp_path / "sparse", tmp_path / "out"
+    fewer = [word for key in ("texts.calibration.windows=8", "texts.report.windows=6") for word in ("--set", key)]
+    assert finish(start("prune", "--study", "smol", "--beta", "0.008", "--out", sparse, *fewer), 600).code == 0
+    options = ("--steps", "20", "--batch", "2", "--tokens", "128", "--learning-rate", "0.001")
+    answer = finish(start("finetune", "--model", sparse, "--out", out, *options), 900)
+    assert answer.code == 0, answer.err
+    done = Finetuned.model_validate_json((out / FINETUNED).read_text())
+    assert sum(done.losses[-5:]) < sum(done.losses[:5])
+    assert done.change.value + 2 * done.change.stderr < -0.05
+    assert done.zeros.before == done.zeros.after
+    for name, was in tensors(sparse).items():
+        assert torch.equal(was == 0, tensors(out)[name] == 0) if block_of(name) is not None else True

@@ -1,0 +1,185 @@
+"""The training against a naive one: a plain model, its weights summed by hand, Adam and the clip written out."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from families import checkpoint_of, random_ids
+from safetensors.torch import save_file
+from test_lora import with_zeros
+from torch import Tensor
+from torch.func import functional_call
+
+from atp_tune import training
+from atp_tune.errors import UserError
+from atp_tune.provenance import Settings
+from atp_tune.training import Trainer, bytes_needed, order, rate, stored_format
+
+SETTINGS = Settings(steps=5, rank=2, alpha=3, learning_rate=0.02, tokens=13, batch=2, seed=3)
+FACTS = {"rank": "2"}
+
+
+@pytest.fixture(autouse=True)
+def without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every machine, so that it is compared in float32."""
+    monkeypatch.setattr(training, "find_dtype", lambda name, device: torch.float32)
+
+
+def trainer(settings: Settings = SETTINGS, family: str = "llama") -> Trainer:
+    return Trainer(checkpoint_of(with_zeros(family)), random_ids(7), settings)
+
+
+def naive(parameters: dict[str, Tensor], steps: int) -> list[float]:
+    """Trains in place as the head of the module says; the loss of each step."""
+    model = with_zeros("llama")
+    weights = {name: w.detach() for name, w in model.named_parameters()}
+    generator = torch.Generator().manual_seed(SETTINGS.seed)
+    rows = torch.cat([torch.randperm(7, generator=generator) for _ in range(2)])
+    m, v = ({name: torch.zeros_like(p) for name, p in parameters.items()} for _ in range(2))
+    losses = []
+    for step in range(steps):
+        ids = random_ids(7)[rows[2 * step : 2 * step + 2]]
+        leaves = {name: p.clone().requires_grad_() for name, p in parameters.items()}
+        summed = dict(weights)
+        for name in {name.rpartition(".")[0] for name in leaves}:
+            update = leaves[f"{name}.lora_B"] @ leaves[f"{name}.lora_A"] * 3 / 2
+            summed[name] = weights[name] + update * (weights[name] != 0)
+        logits = functional_call(model, summed, kwargs={"input_ids": ids}).logits
+        nll = -logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])
+        loss = nll.mean()
+        gradients = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+        norm = math.sqrt(sum(float((g**2).sum()) for g in gradients.values()))
+        lr = 0.02 if step == 0 else 0.02 * (1 + math.cos(math.pi * (step - 1) / 4)) / 2
+        for name in parameters:
+            g = gradients[name] * min(1, 1 / (norm + 1e-6))
+            m[name] = 0.9 * m[name] + 0.1 * g
+            v[name] = 0.999 * v[name] + 0.001 * g * g
+            parameters[name] -= (
+                lr * (m[name] / (1 - 0.9 ** (step + 1))) / ((v[name] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+            )
+        losses.append(loss.item())
+    return losses
+
+
+def values(trained: Trainer) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in trained._parameters.items()}
+
+
+def test_steps_are_those_of_plain_torch() -> None:
+    ours = trainer()
+    parameters = values(ours)
+    expected = naive(parameters, steps=3)
+    assert [ours.step() for _ in range(3)] == pytest.approx(expected, rel=1e-5)
+    for name, value in values(ours).items():
+        assert torch.allclose(value, parameters[name], rtol=1e-3, atol=2e-5), name
+    assert ours.losses == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_lowers_the_loss(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "find_dtype", lambda name, device: dtype)
+    ours = trainer(SETTINGS.model_copy(update={"steps": 12, "batch": 7}))
+    losses = [ours.step() for _ in range(12)]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+# --- a run that was cut off
+
+
+def test_it_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    whole, half, rest = trainer(), trainer(), trainer()
+    for _ in range(5):
+        whole.step()
+    for _ in range(2):
+        half.step()
+    half.save(tmp_path / "part", FACTS)
+    half.step()  # lost
+    rest.restore(tmp_path / "part", FACTS)
+    for _ in range(3):
+        rest.step()
+    assert rest.losses == whole.losses
+    for name, value in values(rest).items():
+        assert torch.equal(value, values(whole)[name]), name
+
+
+def test_a_file_of_other_options_is_refused(tmp_path: Path) -> None:
+    ours, path = trainer(), tmp_path / "part"
+    ours.step()
+    ours.save(path, FACTS)
+    with pytest.raises(UserError) as caught:
+        trainer().restore(path, {"rank": "4"})
+    assert str(caught.value) == f"{path}: was begun with another rank; give the same options again, or remove it"
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense that is longer than a header"])
+def test_a_file_of_something_else_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "part"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        trainer().restore(path, FACTS)
+    assert str(caught.value) == f"{path}: is not what an earlier run has left; remove it"
+
+
+# --- order and rate
+
+
+def test_every_window_comes_once_before_any_comes_again() -> None:
+    found = order(5, SETTINGS.model_copy(update={"steps": 7, "batch": 2})).tolist()
+    assert len(found) == 14
+    assert sorted(found[:5]) == sorted(found[5:10]) == list(range(5))
+    assert found[:5] != found[5:10]
+    assert order(5, SETTINGS).tolist() == order(5, SETTINGS).tolist()
+    assert order(500, SETTINGS).tolist() != order(500, SETTINGS.model_copy(update={"seed": 4})).tolist()
+
+
+def test_the_rate_rises_then_falls_to_nothing() -> None:
+    settings = SETTINGS.model_copy(update={"steps": 100, "learning_rate": 1.0})
+    rates = [rate(done, settings) for done in range(100)]
+    assert rates[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert 0 < rates[-1] < 0.001
+    assert rate(0, SETTINGS.model_copy(update={"steps": 1})) == SETTINGS.learning_rate
+
+
+# --- what does not fit
+
+
+def test_blocks_are_recomputed_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    roomy = trainer()
+    checkpoint = checkpoint_of(with_zeros("llama"))
+    needed = bytes_needed(checkpoint, SETTINGS, recompute=False)
+    assert bytes_needed(checkpoint, SETTINGS, recompute=True) < needed
+    monkeypatch.setattr(training, "free_memory", lambda device: needed)
+    tight = trainer()
+    assert "partial" in str(tight._model.model.layers[0].forward)
+    assert "partial" not in str(roomy._model.model.layers[0].forward)
+    assert [tight.step() for _ in range(3)] == [roomy.step() for _ in range(3)]
+
+
+def test_too_little_memory_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "free_memory", lambda device: 1000)
+    with pytest.raises(
+        UserError, match=r"^finetune: needs about 0\.0 GiB beside the weights, 0\.0 GiB are free; lower"
+    ):
+        trainer()
+
+
+def test_windows_longer_than_the_model_are_refused() -> None:
+    with pytest.raises(UserError, match=r"^--tokens 65: the model has 64 positions; lower it$"):
+        trainer(SETTINGS.model_copy(update={"tokens": 65}))
+
+
+def test_a_loss_that_is_no_number_is_said() -> None:
+    ours = trainer(SETTINGS.model_copy(update={"learning_rate": 1e30}))
+    with pytest.raises(UserError, match=r"^finetune: the loss is (nan|inf) at step \d; lower --learning-rate$"):
+        for _ in range(5):
+            ours.step()
+
+
+def test_weights_are_held_in_a_format_that_rounds_none(tmp_path: Path) -> None:
+    half, full = torch.ones(2, dtype=torch.bfloat16), torch.ones(2)
+    save_file({"a": half}, tmp_path / "1.safetensors")
+    assert stored_format(tmp_path) == torch.bfloat16
+    save_file({"b": full}, tmp_path / "2.safetensors")
+    assert stored_format(tmp_path) == torch.float32
