@@ -185,14 +185,15 @@ def branch_study(
 
 
 def levelled(screened: Sequence[FrozenTrial], trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """The trials of a screening that have not been measured in full, as if they had been: their log perplexities moved
-    by the mean difference at the points where both are known; none where there is no such point.
+    """The trials of a screening that have not been measured in full, as if they had been: the logs of their values
+    moved by the mean difference at the points where both are known; none where there is no such point.
     """
     if not screened:
         return []
     known = {str(trial.params): trial.value for trial in trials}
     values = [(known.get(str(trial.params)), trial.value) for trial in screened]
-    moves = [math.log(full) - math.log(part) for full, part in values if full is not None and part is not None]
+    both = [(full, part) for full, part in values if full is not None and part is not None]
+    moves = [math.log(max(full, LEAST) / max(part, LEAST)) for full, part in both]
     if not moves:
         return []
     factor = math.exp(statistics.fmean(moves))
