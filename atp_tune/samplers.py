@@ -94,8 +94,8 @@ class BranchSampler(BaseSampler):
     winner most of the work. Uniform is a point of ATP, and ATP a face of the curve: what was measured there counts.
 
     The sampler sees logs of the values: of perplexity (nats per token) or of KL. Perplexity explodes where β is too
-    large: fitted as it is, one such trial flattens the valley that matters. Points that were screened are seen
-    too, moved to the level of those that were confirmed.
+    large: fitted as it is, one such trial flattens the valley that matters. Points that were screened are seen too,
+    moved to the level of those that were confirmed.
     """
 
     def __init__(
@@ -119,8 +119,9 @@ class BranchSampler(BaseSampler):
     ) -> dict[str, Any]:
         """What the inner sampler proposes in a study in memory that holds this allocation's trials alone."""
         own = {name: kind for name, kind in search_space.items() if name != "allocation"}
-        others, goals = _others(study, trial), len(study.directions)
-        shadow = branch_study([*others, *levelled(self._screened, others)], self._space, self._branch, own, goals)
+        others = _others(study, trial)
+        known, count = [*others, *levelled(self._screened, others)], len(study.directions)
+        shadow = branch_study(known, self._space, self._branch, own, count)
         open_ones = around_best(shadow, {name: kind for name, kind in own.items() if not kind.single()})
         shadow.ask()  # stands for the trial: the inner sampler writes to it
         inner = self._make(seed_of(self._seed, study, trial))
@@ -184,10 +185,10 @@ def branch_study(
 
 
 def levelled(screened: Sequence[FrozenTrial], trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """The trials of a screening that have not been measured in full, as if they had been: their values' logs moved by
-    the mean difference at the points where both are known; none where there is no such point.
+    """The trials of a screening that have not been measured in full, as if they had been: the logs of their values
+    moved by the mean difference at the points where both are known; none where there is no such point.
     """
-    if not screened:  # as where trials have two values
+    if not screened:
         return []
     known = {str(trial.params): trial.value for trial in trials}
     values = [(known.get(str(trial.params)), trial.value) for trial in screened]

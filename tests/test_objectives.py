@@ -23,6 +23,7 @@ from atp_tune.errors import UserError
 from atp_tune.events import TrialEnded
 from atp_tune.merging import merge
 from atp_tune.report import gather, write
+from atp_tune.samplers import levelled
 from atp_tune.screening import SUFFIX
 from atp_tune.serving.notes import study_note, trial_note
 from atp_tune.settling import noise_of, regret_of
@@ -141,6 +142,12 @@ def test_a_study_of_kl_is_screened(place: Path) -> None:
     assert [len(kls) for kls in windows_of(screened, "kls")] == [4] * len(windows_of(screened, "kls"))
     assert all(trial.value == fmean(trial.user_attrs["kls"]) for trial in screened.trials)
     assert len(study.trials[0].user_attrs["kls"]) == 16
+
+
+def test_a_kl_of_zero_has_a_level_too() -> None:
+    points = [optuna.create_trial(value=value) for value in (0.0, 0.2)]
+    assert levelled(points, points) == []  # all of them are known
+    assert levelled(points[1:], points[:1]) == []
 
 
 # --- two values
