@@ -46,7 +46,7 @@ def show_summary(summary: "Summary", file: "StudyFile") -> None:
 
     sparsity = summary.sparsity or file.study.sparsity
     console.print(f"{printable(summary.name)}: {sparsity:.0%} sparsity\n", highlight=False)
-    console.print(_markdown(_results(summary)), highlight=False)
+    console.print(markdown(_results(summary)), highlight=False)
     console.print(
         "\n±: standard error over windows; against uniform: same pruner, same windows, error of the difference",
         style="dim", highlight=False,
@@ -111,7 +111,7 @@ def _zeros(trial: "FrozenTrial") -> str:
     return f"{trial.user_attrs['realised']:.2%}" if "realised" in trial.user_attrs else "–"
 
 
-def _markdown(table: Table) -> str:
+def markdown(table: Table) -> str:
     """A table as text for a Markdown document: each row is one line, however narrow the terminal is."""
     wide = Console(width=WIDE, file=StringIO())
     with wide.capture() as captured:
