@@ -153,6 +153,7 @@ class Texts(Part):
     report: Text
 
 
+Compared = Literal["dense", "uniform", "best", "model"]  # the last one is a folder's, alone
 SHARES = ("acc", "acc_norm", "exact_match")  # metrics that are accuracies; tables show the first one that a task has
 
 
@@ -174,7 +175,7 @@ class TaskScores(Part):
     num_fewshot: int
     version: str
     metric: str
-    scores: dict[str, dict[str, Measure]]
+    scores: dict[Compared, dict[str, Measure]]
     best_minus_uniform: Measure | None = None
 
 
@@ -185,13 +186,13 @@ class ZeroShot(Part):
     """
 
     tasks: tuple[TaskScores, ...]
-    mean: dict[str, Measure]
+    mean: dict[Compared, Measure]
     mean_best_minus_uniform: Measure | None = None
     missing: dict[str, str] = {}
     limit: int | None = None
     dtype: str
     device: str
-    seconds: dict[str, float]
+    seconds: dict[Compared, FiniteFloat]
     versions: dict[str, str]
 
 

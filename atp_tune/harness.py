@@ -64,6 +64,8 @@ def find_tasks(asked: Sequence[str], watch: Watch) -> Tasks:
 
     UserError for unknown names, and where none is left.
     """
+    if not asked:
+        raise UserError("--tasks: names no task")
     paths = [_path(name) for name in asked if _is_path(name)]
     named = [name for name in asked if not _is_path(name)]
     wanted = list(dict.fromkeys(each for name in named for each in (SEVEN if name == ALL_SEVEN else (name,))))
@@ -71,9 +73,11 @@ def find_tasks(asked: Sequence[str], watch: Watch) -> Tasks:
         manager = TaskManager(include_path=[path for path in paths if path.is_dir()], include_defaults=bool(named))
         _check_names(wanted, manager.all_tasks)
         wanted += [spec for path in paths for spec in (_inside(path, manager) if path.is_dir() else [str(path)])]
-        loaded, missing = _load(manager, wanted, watch)
+        loaded, missing = _load(manager, wanted)
     if not loaded:
         raise UserError(_none_left(missing))
+    for name, reason in missing.items():
+        watch(Note(f"{name}: left out, {reason}"))
     rows = dict.fromkeys(row for task in loaded for row in _rows(task))
     return Tasks(loaded, tuple(rows), missing, manager)
 
@@ -114,7 +118,7 @@ def _is_in(file: Path | None, folder: Path) -> bool:
     return file is not None and file.resolve().is_relative_to(folder.resolve())
 
 
-def _load(manager: TaskManager, names: Sequence[str], watch: Watch) -> tuple[list[Any], dict[str, str]]:
+def _load(manager: TaskManager, names: Sequence[str]) -> tuple[list[Any], dict[str, str]]:
     loaded: list[Any] = []
     missing: dict[str, str] = {}
     with _hub_or_cache():
@@ -124,7 +128,6 @@ def _load(manager: TaskManager, names: Sequence[str], watch: Watch) -> tuple[lis
                 _check_text_alone(found["tasks"])
             except Exception as error:  # whatever readers, network and a task's own code raise
                 missing[name] = OUT_OF_REACH if isinstance(error, ConnectionError) else one_line(error)
-                watch(Note(f"{name}: left out, {missing[name]}"))
                 continue
             loaded += [found["groups"][name]] if name in found["groups"] else found["tasks"].values()
     return loaded, missing

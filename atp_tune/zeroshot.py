@@ -20,7 +20,7 @@ from torch import Tensor
 from atp_tune.applying import plan_of
 from atp_tune.bench import Bench, Setup
 from atp_tune.checkpoint import Checkpoint
-from atp_tune.config import SHARES, Config, Measure, TaskScores, ZeroShot, read_config
+from atp_tune.config import SHARES, Compared, Config, Measure, TaskScores, ZeroShot, read_config
 from atp_tune.devices import device_name, find_device, find_dtype, free_memory, host_memory, memory_for
 from atp_tune.errors import UserError
 from atp_tune.events import Note, TrialStarted, Watch
@@ -58,10 +58,10 @@ class Scorer:
         self._harness = _harness()
         watch(Note("reading the tasks"))
         self._tasks = self._harness.find_tasks(asked.tasks, watch)
-        self._results: dict[str, dict[str, Any]] = {}
-        self._seconds: dict[str, float] = {}
+        self._results: dict[Compared, dict[str, Any]] = {}
+        self._seconds: dict[Compared, float] = {}
 
-    def score(self, name: str, replay: Replay, folder: ModelFolder, weights_of: Callable[[int], Weights]) -> None:
+    def score(self, name: Compared, replay: Replay, folder: ModelFolder, weights_of: Callable[[int], Weights]) -> None:
         """Scores one model under a name."""
         asked, began = self._asked, perf_counter()
         tokenizer = load_tokenizer(folder.path, folder.trusted)
@@ -71,7 +71,7 @@ class Scorer:
             )
         self._seconds[name] = round(perf_counter() - began, 1)
 
-    def repeat(self, name: str, other: str) -> None:
+    def repeat(self, name: Compared, other: Compared) -> None:
         """Gives one model the scores of another that is the same."""
         self._results[name], self._seconds[name] = self._results[other], 0.0
 
@@ -110,12 +110,13 @@ def evaluate(config: Config, base: Path, asked: Asked, watch: Watch, allowed: Ma
     uniform = make_plan(best.pruner, "uniform", bench.budget(config.sparsity.target), {}, parse(config.prune.pattern))
     watch(TrialStarted("dense", None))
     scorer.score("dense", bench.replay, bench.folder, bench.checkpoint.weights)
-    for name, plan in (("uniform", uniform), ("best", best)):
-        if name == "best" and best.is_uniform and best.sparsities == uniform.sparsities:
-            scorer.repeat(name, "uniform")
-            continue
-        watch(TrialStarted(name, plan))
-        scorer.score(name, bench.replay, bench.folder, pruned(bench, plan))
+    watch(TrialStarted("uniform", uniform))
+    scorer.score("uniform", bench.replay, bench.folder, pruned(bench, uniform))
+    if (best.sparsities, best.linear_sparsities) == (uniform.sparsities, uniform.linear_sparsities):
+        scorer.repeat("best", "uniform")
+    else:
+        watch(TrialStarted("best", best))
+        scorer.score("best", bench.replay, bench.folder, pruned(bench, best))
     return scorer.zero_shot(bench.checkpoint)
 
 
@@ -166,11 +167,12 @@ def pruned(bench: Bench, plan: Plan) -> Callable[[int], Weights]:
     return weights_of
 
 
-def compared(name: str, results: Mapping[str, Any]) -> TaskScores:
+def compared(name: str, results: Mapping[Compared, Any]) -> TaskScores:
     """The scores of several models on one task; best and uniform paired by items, where both are there."""
     first = next(iter(results.values()))
     metric = next((share for share in SHARES if share in first.scores), next(iter(first.scores), ""))
-    paired = [results[model].each.get(metric, []) for model in ("best", "uniform") if model in results]
+    pair: tuple[Compared, Compared] = ("best", "uniform")
+    paired = [results[model].each.get(metric, []) for model in pair if model in results]
     return TaskScores(
         task=name,
         items=first.items,

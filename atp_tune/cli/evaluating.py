@@ -68,9 +68,4 @@ def _show(found: "ZeroShot", json: bool) -> None:
     for row in made.rows:
         table.add_row(*row)
     console.print(markdown(table), highlight=False)
-    console.print(
-        f"\n±: standard error over items; {sum(found.seconds.values()):.0f} s on {found.device}, {found.dtype}",
-        style="dim", highlight=False,
-    )  # fmt: skip
-    for name, reason in found.missing.items():
-        console.print(f"left out: {name}, {reason}", highlight=False)
+    console.print(f"\n{tables.zero_shot_note(found)}", style="dim", highlight=False)

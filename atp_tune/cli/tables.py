@@ -15,7 +15,7 @@ from atp_tune.errors import printable
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-    from atp_tune.config import Config, Divergences, Scores
+    from atp_tune.config import Config, Divergences, Scores, ZeroShot
     from atp_tune.forecast import Forecast, Memory, Whole
     from atp_tune.merging import Merged
     from atp_tune.perplexity import Change, Perplexity
@@ -58,6 +58,8 @@ def show_summary(summary: "Summary", file: "StudyFile") -> None:
     if summary.front:
         console.print(f"\nPareto front\n\n{_markdown(_front(summary))}\n", highlight=False)
     _show_rest(summary)
+    if summary.zero_shot is not None and summary.zero_shot.mean:
+        console.print(f"zero-shot accuracy: {_means(summary.zero_shot)}", highlight=False)
     if mixture := mixture_of(summary):
         console.print(mixture, highlight=False)
     if best is not None:
@@ -86,6 +88,12 @@ def _results(summary: "Summary") -> Table:
             change = _change(rank.against, rank)
             table.add_row(method_of(rank.trial), _zeros(rank.trial), *_cells(rank.scores), change, *kls)
     return table
+
+
+def _means(found: "ZeroShot") -> str:
+    """The mean accuracy of each model in one line."""
+    means = ", ".join(f"{name} {mean.value:.1%}" for name, mean in found.mean.items())
+    return f"{means} (mean of {len(found.tasks)} tasks; the report has them)"
 
 
 def _change(against: "Change | None", rank: "Rank") -> str:

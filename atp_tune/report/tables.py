@@ -74,12 +74,22 @@ def zero_shot(found: ZeroShot) -> Table:
     paired = any(task.best_minus_uniform for task in found.tasks)
     rows = []
     for task in found.tasks:
-        scores = (_measure(task.scores[model].get(task.metric), task.metric) for model in models)
+        scores = (_measure(task.scores.get(model, {}).get(task.metric), task.metric) for model in models)
         rows.append((_task(task), str(task.items), *scores, *[_points(task.best_minus_uniform, task.metric)] * paired))
     if len(rows) > 1 and found.mean:
-        means = (_measure(found.mean[model]) for model in models)
+        means = (_measure(found.mean.get(model)) for model in models)
         rows.append(("mean", "", *means, *[_points(found.mean_best_minus_uniform)] * paired))
     return Table(("task", "items", *models, *["best − uniform"] * paired), rows)
+
+
+def zero_shot_note(found: ZeroShot) -> str:
+    """What the numbers of that table are of."""
+    limit = "" if found.limit is None else f", the first {found.limit} items of each task at most"
+    missing = f"; left out: {', '.join(found.missing)}" if found.missing else ""
+    return (
+        f"±: standard error over items; best − uniform: item by item; lm-eval {found.versions.get('lm_eval', '')} in "
+        f"{found.dtype} on {found.device}{limit}{missing}."
+    )
 
 
 def _task(task: TaskScores) -> str:
