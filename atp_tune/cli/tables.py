@@ -56,7 +56,7 @@ def show_summary(summary: "Summary", file: "StudyFile") -> None:
         lowest = ", the lowest perplexity of the front; `export --trial N` takes another" if summary.front else ""
         console.print(f"best: trial {best.number}, {method_of(best)}{lowest}", highlight=False)
     if summary.front:
-        console.print(f"\nPareto front\n\n{_markdown(_front(summary))}\n", highlight=False)
+        console.print(f"\nPareto front\n\n{markdown(_front(summary))}\n", highlight=False)
     _show_rest(summary)
     if summary.zero_shot is not None and summary.zero_shot.mean:
         console.print(f"zero-shot accuracy: {_means(summary.zero_shot)}", highlight=False)
