@@ -86,10 +86,9 @@ def zero_shot_note(found: ZeroShot) -> str:
     """What the numbers of that table are of."""
     limit = "" if found.limit is None else f", the first {found.limit} items of each task at most"
     missing = f"; left out: {', '.join(found.missing)}" if found.missing else ""
-    return (
-        f"±: standard error over items; best − uniform: item by item; lm-eval {found.versions.get('lm_eval', '')} in "
-        f"{found.dtype} on {found.device}{limit}{missing}."
-    )
+    paired = "; best − uniform: item by item" if "best" in found.seconds else ""
+    where = f"lm-eval {found.versions.get('lm_eval', '')}, {found.dtype}, {found.device}"
+    return f"±: standard error over items{paired}; {where}{limit}{missing}"
 
 
 def _task(task: TaskScores) -> str:
