@@ -34,9 +34,8 @@ def run_evaluate(config: Path, asked: "Asked", storage: str | None, json: bool, 
         places = attach(config, read, "zero_shot", found, storage)
     _show(found, json)
     if not json:
-        console.print(
-            f"stored in {' and on '.join(places) or 'no place: ' + str(config) + ' is of another trial by now'}"
-        )
+        where = " and on ".join(places) or f"no place: {config} is of another trial by now"
+        console.print(f"stored in {where}", highlight=False)
 
 
 def run_evaluate_folder(folder: Path, asked: "Asked", json: bool, allowed: Mapping[str, bool]) -> None:
