@@ -19,6 +19,7 @@ from torch import Tensor
 
 from atp_tune.applying import plan_of
 from atp_tune.bench import Bench, Setup
+from atp_tune.card import ABOUT
 from atp_tune.checkpoint import Checkpoint
 from atp_tune.config import SHARES, Compared, Config, Measure, TaskScores, ZeroShot, read_config
 from atp_tune.devices import device_name, find_device, find_dtype, free_memory, host_memory, memory_for
@@ -125,7 +126,7 @@ def evaluate_folder(folder: Path, asked: Asked, watch: Watch, allowed: Mapping[s
     if not folder.is_dir():
         raise UserError(f"--model {folder}: there is no such folder")
     scorer = Scorer(asked, watch)
-    origin = folder / "atp_tune.json"
+    origin = folder / ABOUT
     dtype = _dtype(origin)
     found = resolve(Model.model_validate({"source": str(folder.absolute()), "dtype": dtype, **allowed}), Path())
     device = find_device(asked.device)
