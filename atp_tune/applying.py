@@ -33,7 +33,7 @@ def apply(
     texts = {"calibration": config.calibration, "report": config.texts.report}
     setup = Setup(model, config.prune, texts, base, device)
     bench = Bench.open(setup, watch)
-    dense = write_sparse(bench, _plan(config, bench), out, config.seen_from(base, out))
+    dense = write_sparse(bench, plan_of(config, bench), out, config.seen_from(base, out))
     del bench  # its memory is wanted for the folder that is loaded next
     return _measured(setup, out, dense, watch)
 
@@ -79,7 +79,8 @@ def _option(parameter: str) -> str:
     return "--beta" if parameter == "beta" else f"--parameter {parameter}"
 
 
-def _plan(config: Config, bench: Bench) -> Plan:
+def plan_of(config: Config, bench: Bench) -> Plan:
+    """The plan of a configuration; UserError if the bench's model is not the one that it was found for."""
     if bench.folder.content != config.model.fingerprint:
         raise UserError(
             f"model.fingerprint: {config.model.id} is {bench.folder.content[:12]}… here, the configuration was found "

@@ -16,13 +16,13 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from atp_tune import storage
 from atp_tune.cache import write_atomically
-from atp_tune.config import Config, Found, read_config
+from atp_tune.config import Config, Found, ZeroShot, read_config
 from atp_tune.database import without_password
 from atp_tune.errors import UserError
 from atp_tune.studyfile import absolute_storage
 
 Key = Literal["zero_shot", "speed"]
-KINDS: dict[Key, TypeAdapter[Any]] = {"zero_shot": TypeAdapter(Found), "speed": TypeAdapter(Found)}
+KINDS: dict[Key, TypeAdapter[Any]] = {"zero_shot": TypeAdapter(ZeroShot), "speed": TypeAdapter(Found)}
 
 
 def attach(

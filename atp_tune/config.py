@@ -153,6 +153,49 @@ class Texts(Part):
     report: Text
 
 
+Compared = Literal["dense", "uniform", "best", "model"]  # the last one is a folder's, alone
+SHARES = ("acc", "acc_norm", "exact_match")  # metrics that are accuracies; tables show the first one that a task has
+
+
+class Measure(Part):
+    """A mean over items with its standard error, where there is one."""
+
+    value: FiniteFloat
+    stderr: FiniteFloat | None
+
+
+class TaskScores(Part):
+    """One task of lm-eval: the scores of each model by metric, and the metric that tables show.
+
+    `best_minus_uniform` is of that metric, paired by items.
+    """
+
+    task: str
+    items: int
+    num_fewshot: int
+    version: str
+    metric: str
+    scores: dict[Compared, dict[str, Measure]]
+    best_minus_uniform: Measure | None = None
+
+
+class ZeroShot(Part):
+    """Scores of the models dense, uniform and best (or of one folder) on tasks of lm-eval.
+
+    `mean` is over the tasks whose metric is an accuracy; `missing` says which tasks could not be run, and why.
+    """
+
+    tasks: tuple[TaskScores, ...]
+    mean: dict[Compared, Measure]
+    mean_best_minus_uniform: Measure | None = None
+    missing: dict[str, str] = {}
+    limit: int | None = None
+    dtype: str
+    device: str
+    seconds: dict[Compared, FiniteFloat]
+    versions: dict[str, str]
+
+
 class Config(Part):
     """The best configuration of a study."""
 
@@ -180,7 +223,7 @@ class Config(Part):
     seed: int
     versions: dict[str, str]
     folder: str = Field(".", description="where relative paths of model and texts start, seen from this file")
-    zero_shot: Found | None = Field(None, description="what `evaluate` found, see `attaching`")
+    zero_shot: ZeroShot | None = Field(None, description="what `evaluate` found, see `attaching`")
     speed: Found | None = Field(None, description="what `speedup` found, see `attaching`")
 
     @model_validator(mode="before")

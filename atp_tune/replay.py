@@ -64,6 +64,18 @@ class Replay:
         result: T = torch.func.functional_call(_Within(self.checkpoint.blocks[index], body), named, ())
         return result
 
+    @contextmanager
+    def whole(self, weights_of: Callable[[int], dict[str, Tensor]]) -> Iterator[nn.Module]:
+        """The model itself for programs that run it as a whole; its blocks compute with the weights given for them."""
+        blocks = self.checkpoint.blocks
+
+        def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
+            own = partial(type(blocks[index]).forward, blocks[index], *args, **kwargs)
+            return self.within(index, weights_of(index), own)
+
+        with bypassed(blocks, stand_in):
+            yield self.checkpoint.model
+
     def step(self, index: int, hidden: Tensor) -> Tensor:
         """Hidden states after block `index`, with the weights that it has now."""
         call = self._calls_for(hidden.shape[0], hidden.shape[1])[index]

@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 from pydantic import ValidationError
 
 from atp_tune import storage
-from atp_tune.attaching import with_attached
+from atp_tune.attaching import attached, with_attached
 from atp_tune.config import (
     AllocationRef,
     Baselines,
@@ -21,6 +21,7 @@ from atp_tune.config import (
     Scores,
     Sparsity,
     Texts,
+    ZeroShot,
 )
 from atp_tune.divergence import Divergence, divergence, relative
 from atp_tune.errors import UserError
@@ -63,6 +64,7 @@ class Summary:
     another device or in another number format than the one in which the study began, and which. `screening`: how far
     the one before the study is, if it has one. `goals`: what it minimises; `kls`: KL divergences by trial, if that is
     among them; `front`: of two goals, the trials that no other beats in one without losing in the other.
+    `zero_shot`: what `evaluate` found of the best trial, where it has been.
     """
 
     name: str
@@ -94,6 +96,7 @@ class Summary:
     kls: Mapping[int, Divergences] = field(default_factory=dict)
     front: Sequence[FrozenTrial] = ()
     uniform_trial: FrozenTrial | None = None
+    zero_shot: ZeroShot | None = None
 
     def kl(self, trial: FrozenTrial | None) -> Divergences:
         """KL divergences of a trial on both texts, as far as they are known."""
@@ -128,6 +131,7 @@ def summarise(study: optuna.Study) -> Summary:
         kls=_kls(study),
         front=storage.front_of(study),
         uniform_trial=uniform,
+        zero_shot=_zero_shot(study, best),
     )
 
 
@@ -139,6 +143,11 @@ def _kls(study: optuna.Study) -> dict[int, Divergences]:
         for number, (search, report) in found.items()
         if search
     }
+
+
+def _zero_shot(study: optuna.Study, best: FrozenTrial | None) -> ZeroShot | None:
+    found = attached(study, best.number).get("zero_shot") if best else None
+    return found if found is None else ZeroShot.model_validate(found)
 
 
 def _screening(study: optuna.Study) -> Screening | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -120,13 +121,18 @@ def _key(text: Text, folder: Path, base: Path, trusted: bool) -> str:
     )
 
 
-def _encoder(folder: Path, trusted: bool) -> Encode:
+def load_tokenizer(folder: Path, trusted: bool) -> Any:
+    """The tokenizer in a folder; UserError if it cannot be loaded. `trusted`: code in it may run."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trusted)
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trusted)
     except Exception as error:  # whatever the many tokenizers raise
         raise UserError(f"the tokenizer in {folder} cannot be loaded: {one_line(error)}") from error
+
+
+def _encoder(folder: Path, trusted: bool) -> Encode:
+    tokenizer = load_tokenizer(folder, trusted)
     # verbose=False: texts longer than the model's context are meant, and cut into windows later
     return lambda text: list(tokenizer(text, verbose=False).input_ids)
 

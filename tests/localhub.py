@@ -36,6 +36,9 @@ class Hub(BaseHTTPRequestHandler):
         self.asked.append("/".join(parts))
         api = parts[0] == "api"
         parts = parts[1:] if api else parts
+        if parts == [""]:  # somebody asks whether there is a hub at all
+            self.refuse(404, "EntryNotFound")
+            return
         kind = parts.pop(0) if parts[0] in ("models", "datasets") else "models"
         repository, action, rest = self.root / kind / parts[0] / parts[1], parts[2:3], parts[3:]
         if not repository.is_dir():

@@ -7,10 +7,11 @@ import pytest
 from tinystudy import CommandLine, run, stored, study_file
 
 from atp_tune.attaching import attach, attached, study_of
-from atp_tune.config import Config, read_config
+from atp_tune.config import Config, ZeroShot, read_config
 from atp_tune.errors import UserError
 from atp_tune.summary import best_config
 
+SCORES = ZeroShot(tasks=(), mean={}, dtype="float32", device="cpu", seconds={"dense": 1.0}, versions={"torch": "2.6.0"})
 FOUND = {"tokens_per_second": {"dense": 10.5, "sparse": 11}, "engine": "torch"}
 
 
@@ -30,11 +31,11 @@ def test_what_was_found_is_in_the_file_and_on_the_study(done: Path) -> None:
 def test_what_is_written_again_keeps_it(done: Path, command: CommandLine) -> None:
     path, config = best_of(done)
     attach(path, config, "speed", FOUND)
-    attach(path, config, "zero_shot", {"tasks": []})
+    attach(path, config, "zero_shot", SCORES)
     path.unlink()
     command("export", "--study", done / "tiny.toml")
     found = read_config(path)
-    assert (found.speed, found.zero_shot) == (FOUND, {"tasks": []})
+    assert (found.speed, found.zero_shot) == (FOUND, SCORES)
     path.unlink()
     run(done)  # is complete, and writes its best down
     assert read_config(path) == found
@@ -59,9 +60,9 @@ def test_another_best_does_not_inherit_it(done: Path) -> None:
 def test_a_file_that_has_changed_meanwhile(done: Path) -> None:
     """Others may attach to it, or write the next best into it, while something is measured."""
     path, config = best_of(done)
-    attach(path, config, "zero_shot", {"tasks": []})
+    attach(path, config, "zero_shot", SCORES)
     attach(path, config, "speed", FOUND)
-    assert read_config(path).zero_shot == {"tasks": []}
+    assert read_config(path).zero_shot == SCORES
     next_best = config.model_copy(update={"trial": config.trial + 1})
     next_best.write(path)
     assert attach(path, config, "speed", {"new": 1}) == ["study tiny"]

@@ -2,7 +2,20 @@
 
 import typer
 
-from atp_tune.cli.commands import apply, export, finetune, merge, plan, prune, report, serve, status, studies, tune
+from atp_tune.cli.commands import (
+    apply,
+    evaluate,
+    export,
+    finetune,
+    merge,
+    plan,
+    prune,
+    report,
+    serve,
+    status,
+    studies,
+    tune,
+)
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False
@@ -16,6 +29,7 @@ app.command()(merge.merge)
 app.command()(export.export)
 app.command()(report.report)
 app.command()(apply.apply)
+app.command()(evaluate.evaluate)
 app.command()(prune.prune)
 app.command()(finetune.finetune)
 app.command()(studies.studies)

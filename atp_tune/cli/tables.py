@@ -15,7 +15,7 @@ from atp_tune.errors import printable
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-    from atp_tune.config import Config, Divergences, Scores
+    from atp_tune.config import Config, Divergences, Scores, ZeroShot
     from atp_tune.forecast import Forecast, Memory, Whole
     from atp_tune.merging import Merged
     from atp_tune.perplexity import Change, Perplexity
@@ -47,7 +47,7 @@ def show_summary(summary: "Summary", file: "StudyFile") -> None:
 
     sparsity = summary.sparsity or file.study.sparsity
     console.print(f"{printable(summary.name)}: {sparsity:.0%} sparsity\n", highlight=False)
-    console.print(_markdown(_results(summary)), highlight=False)
+    console.print(markdown(_results(summary)), highlight=False)
     console.print(
         "\n±: standard error over windows; against uniform: same pruner, same windows, error of the difference",
         style="dim", highlight=False,
@@ -57,8 +57,10 @@ def show_summary(summary: "Summary", file: "StudyFile") -> None:
         lowest = ", the lowest perplexity of the front; `export --trial N` takes another" if summary.front else ""
         console.print(f"best: trial {best.number}, {method_of(best)}{lowest}", highlight=False)
     if summary.front:
-        console.print(f"\nPareto front\n\n{_markdown(_front(summary))}\n", highlight=False)
+        console.print(f"\nPareto front\n\n{markdown(_front(summary))}\n", highlight=False)
     _show_rest(summary)
+    if summary.zero_shot is not None and summary.zero_shot.mean:
+        console.print(f"zero-shot accuracy: {_means(summary.zero_shot)}", highlight=False)
     if mixture := mixture_of(summary):
         console.print(mixture, highlight=False)
     if best is not None:
@@ -89,6 +91,12 @@ def _results(summary: "Summary") -> Table:
     return table
 
 
+def _means(found: "ZeroShot") -> str:
+    """The mean accuracy of each model in one line."""
+    means = ", ".join(f"{name} {mean.value:.1%}" for name, mean in found.mean.items())
+    return f"{means} (mean of {len(found.tasks)} tasks; the report has them)"
+
+
 def _change(against: "Change | None", rank: "Rank") -> str:
     if against is None:
         return "–"
@@ -112,7 +120,7 @@ def _zeros(trial: "FrozenTrial") -> str:
     return f"{trial.user_attrs['realised']:.2%}" if "realised" in trial.user_attrs else "–"
 
 
-def _markdown(table: Table) -> str:
+def markdown(table: Table) -> str:
     """A table as text for a Markdown document: each row is one line, however narrow the terminal is."""
     wide = Console(width=WIDE, file=StringIO())
     with wide.capture() as captured:
@@ -270,7 +278,7 @@ def show_finetuned(done: "Finetuned", out: Path) -> None:
         table.add_row("dense", "", str(done.dense), "–")
     table.add_row("pruned", f"{done.zeros.before:,}", str(done.before), "–")
     table.add_row("fine-tuned", f"{done.zeros.after:,}", str(done.after), str(done.change))
-    console.print(_markdown(table), highlight=False)
+    console.print(markdown(table), highlight=False)
     trained = f"{done.settings.steps} steps on {done.windows} windows of {printable(done.text.source)}"
     console.print(
         f"\n{trained}: {duration(done.seconds)}, {_gib(done.memory)} at most on {done.device}", highlight=False

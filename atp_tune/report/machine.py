@@ -12,6 +12,7 @@
       objective, front      what is minimised; of two, the numbers of the trials on the Pareto front
       kl                    uniform and best: search and report: {value, stderr} of a KL divergence, or null; null where
                             the study does not minimise it. ranks[] have `kl` and `kl_change`, trials[] have `kl`
+      zero_shot             what `evaluate` found of the best trial, as in its configuration; or null
       importance            parameter → share of 1; empty with too few trials
       trials[]              number, state, plan, pruner, allocation, parameters, perplexity, realised, sparsities,
                             linear_sparsities, errors, seconds (phase → s), device, dtype, remark
@@ -68,6 +69,7 @@ def _study(contents: Contents) -> dict[str, Any]:
         "objective": list(summary.goals),
         "front": [trial.number for trial in summary.front],
         "kl": _both(summary),
+        "zero_shot": summary.zero_shot.model_dump() if summary.zero_shot else None,
         "importance": contents.importance,
         "trials": [_trial(trial, summary) for trial in summary.trials],
         "seconds": contents.seconds,

@@ -29,6 +29,9 @@ def _study(contents: Contents) -> list[str]:
         parts += ["## Pareto front", table(tables.front(summary))]
     if len(summary.ranks) > 1:
         parts += ["## Allocations", table(tables.ranks(summary))]
+    if summary.zero_shot:
+        made = tables.zero_shot(summary.zero_shot)
+        parts += ["## Zero-shot accuracy", table(made), escaped(tables.zero_shot_note(summary.zero_shot))]
     if contents.importance:
         parts += ["## Importance", table(tables.importance(contents))]
     parts += ["## Trials", table(tables.trials(summary)), "## How to reproduce"]

@@ -8,7 +8,7 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from atp_tune.allocations.budget import SYMBOLS
-from atp_tune.config import Divergences, Scores
+from atp_tune.config import SHARES, Divergences, Measure, Scores, TaskScores, ZeroShot
 from atp_tune.errors import printable
 from atp_tune.figures.seconds import spent
 from atp_tune.perplexity import Change
@@ -66,6 +66,50 @@ def importance(contents: Contents) -> Table:
     """How much of the good trials' difference from the others is due to each parameter."""
     shares = contents.importance.items()
     return Table(("parameter", "share"), [(symbol(name), f"{share:.0%}") for name, share in shares])
+
+
+def zero_shot(found: ZeroShot) -> Table:
+    """Each model on each task, the mean of the accuracies, and best and uniform paired by items."""
+    models = list(found.seconds)
+    paired = any(task.best_minus_uniform for task in found.tasks)
+    rows = []
+    for task in found.tasks:
+        scores = (_measure(task.scores.get(model, {}).get(task.metric), task.metric) for model in models)
+        rows.append((_task(task), str(task.items), *scores, *[_points(task.best_minus_uniform, task.metric)] * paired))
+    if len(rows) > 1 and found.mean:
+        means = (_measure(found.mean.get(model)) for model in models)
+        rows.append(("mean", "", *means, *[_points(found.mean_best_minus_uniform)] * paired))
+    return Table(("task", "items", *models, *["best − uniform"] * paired), rows)
+
+
+def zero_shot_note(found: ZeroShot) -> str:
+    """What the numbers of that table are of."""
+    limit = "" if found.limit is None else f", the first {found.limit} items of each task at most"
+    missing = f"; left out: {', '.join(found.missing)}" if found.missing else ""
+    paired = "; best − uniform: item by item" if "best" in found.seconds else ""
+    where = f"lm-eval {found.versions.get('lm_eval', '')}, {found.dtype}, {found.device}"
+    return f"±: standard error over items{paired}; {where}{limit}{missing}"
+
+
+def _task(task: TaskScores) -> str:
+    shots = f" ({task.num_fewshot}-shot)" if task.num_fewshot else ""
+    return task.task + shots + ("" if task.metric == "acc" else f" [{task.metric}]")
+
+
+def _measure(found: Measure | None, metric: str = SHARES[0]) -> str:
+    if found is None:
+        return NOTHING
+    style = ".1%" if metric in SHARES else ".4g"
+    return f"{found.value:{style}}" + ("" if found.stderr is None else f" ± {found.stderr:{style}}")
+
+
+def _points(found: Measure | None, metric: str = SHARES[0]) -> str:
+    """A difference, in points where the metric is a share."""
+    if found is None or found.stderr is None:
+        return NOTHING
+    if metric not in SHARES:
+        return f"{found.value:+.4g} ± {found.stderr:.4g}"
+    return f"{100 * found.value:+.1f} ± {100 * found.stderr:.1f} points"
 
 
 def trials(summary: Summary) -> Table:
