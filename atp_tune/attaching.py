@@ -19,10 +19,11 @@ from atp_tune.cache import write_atomically
 from atp_tune.config import Config, Found, read_config
 from atp_tune.database import without_password
 from atp_tune.errors import UserError
+from atp_tune.speed.result import Speed
 from atp_tune.studyfile import absolute_storage
 
 Key = Literal["zero_shot", "speed"]
-KINDS: dict[Key, TypeAdapter[Any]] = {"zero_shot": TypeAdapter(Found), "speed": TypeAdapter(Found)}
+KINDS: dict[Key, TypeAdapter[Any]] = {"zero_shot": TypeAdapter(Found), "speed": TypeAdapter(Speed)}
 
 
 def attach(

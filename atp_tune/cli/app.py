@@ -2,7 +2,9 @@
 
 import typer
 
-from atp_tune.cli.commands import apply, export, finetune, merge, plan, prune, report, serve, status, studies, tune
+from atp_tune.cli.commands import (
+    apply, export, finetune, merge, plan, prune, report, serve, speedup, status, studies, tune
+)  # fmt: skip
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False
@@ -18,4 +20,5 @@ app.command()(report.report)
 app.command()(apply.apply)
 app.command()(prune.prune)
 app.command()(finetune.finetune)
+app.command()(speedup.speedup)
 app.command()(studies.studies)
