@@ -9,6 +9,7 @@ from rich.table import Table
 from atp_tune.cli.display import Display
 from atp_tune.cli.running import quiet
 from atp_tune.cli.tables import console, markdown, markdown_table
+from atp_tune.config import read_config
 from atp_tune.speed.result import PHASES, Measured, Phase, Sizes, Speed
 
 PLAIN = (
@@ -39,16 +40,14 @@ def run_speedup(
     with quiet(), Display() as display:
         from atp_tune.attaching import attach
         from atp_tune.speed.measuring import measure
-        from atp_tune.speed.pair import of_config, of_folder
+        from atp_tune.speed.pair import about, find_pair
         from atp_tune.speed.rates import Task
 
-        if config is not None:
-            pair = of_config(config, device, display, allowed)
-        else:
-            assert model is not None
-            pair = of_folder(model, display, allowed)
+        path = about(model) if model is not None else config or Path()
+        read = read_config(path)
+        pair = find_pair(read, path.parent / read.folder, model, device, display, allowed)
         found = measure(pair, engine, Task(tokens=task[0], runs=task[1]), device, display)
-        places = attach(pair.path, pair.config, "speed", found, storage)
+        places = attach(path, read, "speed", found, storage)
     show_speed(found)
     console.print(f"kept in {', '.join(places)}", highlight=False)
 
@@ -57,12 +56,22 @@ def show_speed(found: Speed) -> None:
     """Bytes, zeros and rates as Markdown tables."""
     for table in (_sizes(found.sizes), _zeros(found.zeros), rates_table(found)):
         console.print(markdown(table), "\n", highlight=False, sep="")
-    console.print(
-        "tokens per second: median (lowest to highest) of the runs, in which dense and sparse took turns", style="dim"
+    for line in summary_of(found):
+        console.print(line, style="dim", highlight=False)
+    console.print(PLAIN)
+
+
+def summary_of(found: Speed) -> Iterator[str]:
+    """What was measured, and on what: a line for all engines, and one for each."""
+    row = found.engines[0]
+    yield (
+        f"tokens per second, median (lowest to highest) of {len(row.decode.dense)} runs in which dense and sparse took "
+        f"turns; prefill: a prompt of {row.tokens} tokens; decode: the {row.steps} tokens after it, one at a time"
     )
     for row in found.engines:
-        console.print(f"{row.name}: {_about(row)}", highlight=False)
-    console.print(PLAIN)
+        cores = "" if row.cores is None else f", {row.cores} core" + "s" * (row.cores != 1)
+        exact = "" if row.logits is None else f"; logits are transformers' within {row.logits:.0e} of the largest"
+        yield f"{row.name}: version {row.version} on {row.device}{cores}{exact}"
 
 
 def _sizes(sizes: Sizes) -> Table:
@@ -102,13 +111,6 @@ def _rates(found: Speed, row: Measured, phase: Phase) -> Iterator[str]:
 def _spread(values: tuple[float, ...], digits: str) -> str:
     low, middle, high = (format(value, digits) for value in (min(values), median(values), max(values)))
     return f"{middle} ({low} to {high})"
-
-
-def _about(row: Measured) -> str:
-    cores = "" if row.cores is None else f", {row.cores} core" + "s" * (row.cores != 1)
-    exact = "" if row.logits is None else f"; logits as transformers' within {row.logits:.0e} of the largest"
-    prompt = f"a prompt of {row.tokens} tokens, then {row.steps} one at a time, {len(row.decode.dense)} runs"
-    return f"version {row.version} on {row.device}{cores}; {prompt}{exact}"
 
 
 def _megabytes(size: int) -> str:

@@ -51,7 +51,7 @@ class Decoder(nn.Module):
             seen = scores.softmax(-1) @ value
             states = states + block.self_attn.o_proj(seen.transpose(1, 2).flatten(2))
             states = states + block.mlp(block.post_attention_layernorm(states))
-        return self.head(self.inner.norm(states[:, -1:])), *present
+        return self.head(self.inner.norm(states)[:, -1:]), *present
 
     def _project(self, attention: Any, inputs: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value [1, heads, T, width], turned by position."""

@@ -61,7 +61,7 @@ class DeepSparse:
 def opened(pair: Pair, task: Task, watch: Watch) -> AbstractContextManager[Engine]:
     """Both models in float32; UserError at once where DeepSparse is not there or cannot have the model."""
     check_onnx()
-    check_family(AutoConfig.from_pretrained(pair.dense.path), capacity(task))
+    check_family(AutoConfig.from_pretrained(pair.dense), capacity(task))
     return _compiled(python_of(), pair, task, watch)
 
 

@@ -41,7 +41,7 @@ def setup(watch: Watch) -> Path:
     watch(Note(LICENCE))
     if not _python_in(home).exists():
         python = find_python()
-        watch(Note(f"installing DeepSparse {VERSION} for Python {python.name.removeprefix('python')} into {home}"))
+        watch(Note(f"installing DeepSparse {VERSION} by {python} into {home}"))
         with folder_atomically(home) as folder:
             _run([str(python), "-m", "venv", str(folder)])
             quiet = ["--quiet", "--no-input", "--disable-pip-version-check"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging as hf_logging
 
 from atp_tune.checkpoint import Checkpoint
 from atp_tune.devices import cpu_name, device_name, find_dtype
@@ -62,6 +63,7 @@ def opened(
     pair: Pair, task: Task, device: torch.device, dtype: torch.dtype, name: str = "torch", change: Change | None = None
 ) -> Iterator[Engine]:
     """Both models on the device; `change` is done to the sparse one."""
+    hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it warns of each argument that it renames
     models: dict[Side, Checkpoint] = {side: pair.load(side, dtype, device) for side in SIDES}
     if change is not None:
         change(models["sparse"])

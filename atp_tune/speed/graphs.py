@@ -29,8 +29,8 @@ def check_onnx() -> None:
 
 
 def capacity(task: Task) -> int:
-    """Positions of the decode graph: DeepSparse's own cache leaves the last one out."""
-    return task.tokens + task.steps + 1
+    """Positions of the decode graph: a power of two, since DeepSparse's own cache doubles and overruns any other."""
+    return 1 << (task.tokens + task.steps).bit_length()
 
 
 def export(model: Any, task: Task, folder: Path) -> Mapping[Phase, Path]:

@@ -38,7 +38,7 @@ def measure(pair: Pair, engine: str, task: Task, device: str, watch: Watch) -> S
     first = list(opening()) if engine != "torch" else []
     with memory_for("speedup"):
         watch(TrialStarted("compressing the weight files", None))
-        found = sizes(pair.dense.path, pair.sparse, watch)
+        found = sizes(pair.dense, pair.sparse, watch)
         zeros = zeros_by_kind(pair.load("sparse", torch.float32, torch.device("cpu")))
         rows = [measured(each, "torch", task, watch) for each in _torch(pair, task, place, watch)]
         rows += [measured(each, engine, task, watch) for each in first]

@@ -21,9 +21,8 @@ CAPABILITY = (8, 0)  # of the first GPUs with sparse tensor cores
 
 def opened(pair: Pair, task: Task, device: torch.device) -> AbstractContextManager[Engine]:
     """Both models in bf16; UserError where the zeros are not 2:4 or the card is not there."""
-    pattern = pair.config.prune.pattern
-    if pattern != "2:4":
-        raise UserError(f'--engine {NAME}: needs zeros in the pattern "2:4", those of this model are {pattern}')
+    if pair.pattern != "2:4":
+        raise UserError(f'--engine {NAME}: needs zeros in the pattern "2:4", those of this model are {pair.pattern}')
     check_device(device)
     return eager.opened(pair, task, device, torch.bfloat16, NAME, compress)
 
