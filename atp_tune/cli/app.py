@@ -3,8 +3,19 @@
 import typer
 
 from atp_tune.cli.commands import (
-    apply, export, finetune, merge, plan, prune, report, serve, speedup, status, studies, tune
-)  # fmt: skip
+    apply,
+    export,
+    finetune,
+    merge,
+    plan,
+    prune,
+    report,
+    serve,
+    speedup,
+    status,
+    studies,
+    tune,
+)
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False

@@ -57,7 +57,7 @@ def show_summary(summary: "Summary", file: "StudyFile") -> None:
         lowest = ", the lowest perplexity of the front; `export --trial N` takes another" if summary.front else ""
         console.print(f"best: trial {best.number}, {method_of(best)}{lowest}", highlight=False)
     if summary.front:
-        console.print(f"\nPareto front\n\n{_markdown(_front(summary))}\n", highlight=False)
+        console.print(f"\nPareto front\n\n{markdown(_front(summary))}\n", highlight=False)
     _show_rest(summary)
     if mixture := mixture_of(summary):
         console.print(mixture, highlight=False)
@@ -275,7 +275,7 @@ def show_finetuned(done: "Finetuned", out: Path) -> None:
         table.add_row("dense", "", str(done.dense), "–")
     table.add_row("pruned", f"{done.zeros.before:,}", str(done.before), "–")
     table.add_row("fine-tuned", f"{done.zeros.after:,}", str(done.after), str(done.change))
-    console.print(_markdown(table), highlight=False)
+    console.print(markdown(table), highlight=False)
     trained = f"{done.settings.steps} steps on {done.windows} windows of {printable(done.text.source)}"
     console.print(
         f"\n{trained}: {duration(done.seconds)}, {_gib(done.memory)} at most on {done.device}", highlight=False
