@@ -28,14 +28,20 @@ def apply(
     `allowed`: keys of `study.Model` that a configuration, which may be a stranger's, cannot set.
     UserError if something is at `out`, or if the model is not the one that the configuration was found for.
     """
+    setup, dense = write_applied(config, base, out, device, watch, allowed)
+    return _measured(setup, out, dense, watch)
+
+
+def write_applied(
+    config: Config, base: Path, out: Path, device: str, watch: Watch, allowed: Mapping[str, bool] | None = None
+) -> tuple[Setup, Dense]:
+    """The same without the measurement; what it was made with, and from."""
     check_free(out)
     model = config.model.model(allowed)
     texts = {"calibration": config.calibration, "report": config.texts.report}
     setup = Setup(model, config.prune, texts, base, device)
-    bench = Bench.open(setup, watch)
-    dense = write_sparse(bench, plan_of(config, bench), out, config.seen_from(base, out))
-    del bench  # its memory is wanted for the folder that is loaded next
-    return _measured(setup, out, dense, watch)
+    bench = Bench.open(setup, watch)  # its memory is free again where this ends
+    return setup, write_sparse(bench, plan_of(config, bench), out, config.seen_from(base, out))
 
 
 def prune_once(

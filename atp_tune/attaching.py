@@ -16,13 +16,14 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from atp_tune import storage
 from atp_tune.cache import write_atomically
-from atp_tune.config import Config, Found, ZeroShot, read_config
+from atp_tune.config import Config, ZeroShot, read_config
 from atp_tune.database import without_password
 from atp_tune.errors import UserError
+from atp_tune.speed.result import Speed
 from atp_tune.studyfile import absolute_storage
 
 Key = Literal["zero_shot", "speed"]
-KINDS: dict[Key, TypeAdapter[Any]] = {"zero_shot": TypeAdapter(ZeroShot), "speed": TypeAdapter(Found)}
+KINDS: dict[Key, TypeAdapter[Any]] = {"zero_shot": TypeAdapter(ZeroShot), "speed": TypeAdapter(Speed)}
 
 
 def attach(

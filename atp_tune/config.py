@@ -27,6 +27,7 @@ from atp_tune.cache import write_out
 from atp_tune.divergence import Divergence
 from atp_tune.errors import UserError
 from atp_tune.perplexity import Perplexity
+from atp_tune.speed.result import Speed
 from atp_tune.study import AllocationName, Model, Prune, PrunerName, Share, Text
 
 FORMAT: Literal["atp_tune.config/1"] = "atp_tune.config/1"
@@ -224,7 +225,7 @@ class Config(Part):
     versions: dict[str, str]
     folder: str = Field(".", description="where relative paths of model and texts start, seen from this file")
     zero_shot: ZeroShot | None = Field(None, description="what `evaluate` found, see `attaching`")
-    speed: Found | None = Field(None, description="what `speedup` found, see `attaching`")
+    speed: Speed | None = Field(None, description="what `speedup` found, see `attaching`")
 
     @model_validator(mode="before")
     @classmethod

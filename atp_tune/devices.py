@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import platform
 import re
 import resource
 import sys
@@ -45,16 +46,26 @@ def multiplies_bf16_fast(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     if device.type == "cpu":
-        return {"avx512_bf16", "amx_bf16"} & _cpu_flags() != set()
+        return {"avx512_bf16", "amx_bf16"} & cpu_flags() != set()
     return False
 
 
-def _cpu_flags() -> set[str]:
+def cpu_flags() -> set[str]:
+    """What the CPU can do, as Linux calls it: avx2, avx512f, …; empty where that is not known."""
+    return set(_cpuinfo("flags").split())
+
+
+def cpu_name() -> str:
+    """What the CPU calls itself."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo(key: str) -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return set()
-    return set(next((line.split(":", 1)[1] for line in lines if line.startswith("flags")), "").split())
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), "")
 
 
 def device_name(device: torch.device) -> str:

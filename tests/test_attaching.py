@@ -9,10 +9,17 @@ from tinystudy import CommandLine, run, stored, study_file
 from atp_tune.attaching import attach, attached, study_of
 from atp_tune.config import Config, ZeroShot, read_config
 from atp_tune.errors import UserError
+from atp_tune.speed.result import Speed
 from atp_tune.summary import best_config
 
 SCORES = ZeroShot(tasks=(), mean={}, dtype="float32", device="cpu", seconds={"dense": 1.0}, versions={"torch": "2.6.0"})
-FOUND = {"tokens_per_second": {"dense": 10.5, "sparse": 11}, "engine": "torch"}
+FOUND = {
+    "sizes": {"dense": 9, "sparse": 9, "dense_zstd": 8, "sparse_zstd": 5},
+    "zeros": {"self_attn.q_proj": 0.5},
+    "engines": [],
+}
+NEWER = {**FOUND, "zeros": {"self_attn.q_proj": 0.75}}
+SPEED = Speed.model_validate(FOUND)
 
 
 def best_of(place: Path) -> tuple[Path, Config]:
@@ -22,7 +29,7 @@ def best_of(place: Path) -> tuple[Path, Config]:
 def test_what_was_found_is_in_the_file_and_on_the_study(done: Path) -> None:
     path, config = best_of(done)
     assert attach(path, config, "speed", FOUND) == [str(path), "study tiny"]
-    assert read_config(path) == config.model_copy(update={"speed": FOUND})
+    assert read_config(path) == config.model_copy(update={"speed": SPEED})
     assert stored(done).user_attrs["speed"] == {str(config.trial): FOUND}
     assert attached(stored(done), config.trial) == {"speed": FOUND}
     assert attached(stored(done), config.trial + 1) == {}
@@ -35,7 +42,7 @@ def test_what_is_written_again_keeps_it(done: Path, command: CommandLine) -> Non
     path.unlink()
     command("export", "--study", done / "tiny.toml")
     found = read_config(path)
-    assert (found.speed, found.zero_shot) == (FOUND, SCORES)
+    assert (found.speed, found.zero_shot) == (SPEED, SCORES)
     path.unlink()
     run(done)  # is complete, and writes its best down
     assert read_config(path) == found
@@ -46,13 +53,13 @@ def test_a_file_keeps_what_its_study_does_not_know(done: Path) -> None:
     (done / "tiny.db").rename(done / "away.not")
     assert attach(path, config, "speed", FOUND) == [str(path)]
     (done / "away.not").rename(done / "tiny.db")
-    assert best_config(study_file(done), stored(done), path).speed == FOUND
+    assert best_config(study_file(done), stored(done), path).speed == SPEED
     assert best_config(study_file(done), stored(done), done / "other.json").speed is None
 
 
 def test_another_best_does_not_inherit_it(done: Path) -> None:
     path, config = best_of(done)
-    other = config.model_copy(update={"trial": config.trial - 1, "speed": FOUND})
+    other = config.model_copy(update={"trial": config.trial - 1, "speed": SPEED})
     other.write(path)
     assert best_config(study_file(done), stored(done), path).speed is None
 
@@ -65,9 +72,9 @@ def test_a_file_that_has_changed_meanwhile(done: Path) -> None:
     assert read_config(path).zero_shot == SCORES
     next_best = config.model_copy(update={"trial": config.trial + 1})
     next_best.write(path)
-    assert attach(path, config, "speed", {"new": 1}) == ["study tiny"]
+    assert attach(path, config, "speed", NEWER) == ["study tiny"]
     assert read_config(path) == next_best
-    assert attached(stored(done), config.trial)["speed"] == {"new": 1}
+    assert attached(stored(done), config.trial)["speed"] == NEWER
 
 
 def test_a_disk_that_is_full_keeps_the_old_file(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +138,17 @@ def test_databases_of_others_are_left_as_they_are(done: Path) -> None:
 # --- what strangers may have stored
 
 
-@pytest.mark.parametrize("value", [3, "x", {"0": 3}, {"x": {}}, {"0": {"speed": "\ud800"}}, {"0": {"x": float("nan")}}])
+@pytest.mark.parametrize(
+    "value",
+    [
+        3,
+        "x",
+        {"0": 3},
+        {"x": {}},
+        {"0": {**FOUND, "zeros": {"\ud800": 0.5}}},
+        {"0": {**FOUND, "zeros": {"x": float("nan")}}},
+    ],
+)
 def test_what_is_not_of_its_kind_is_as_if_it_were_not_there(done: Path, value: object) -> None:
     path, config = best_of(done)
     study = stored(done)

@@ -72,3 +72,44 @@ def test_memory(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
         if found["weights lie"] in ("device", "disk"):
             assert float(found["loading"]) < 0.1 * float(found["weights"])
     assert len(measured) == 6
+
+
+def test_speedup_shows_its_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tables between the marks are those of the runs, and the rest of the page stays."""
+    from atp_tune.speed.result import Measured, Rates, Sizes, Speed
+
+    speedup = benchmark("speedup")
+    page, runs = tmp_path / "speedup.md", tmp_path / "speedup" / "runs.jsonl"
+    page.write_text(f"before\n{speedup.MARKS[0]}\nold\n{speedup.MARKS[1]}\nafter\n")
+    monkeypatch.setattr(speedup, "PAGE", page)
+    monkeypatch.setattr(speedup, "RUNS", runs)
+    monkeypatch.setattr(sys, "argv", ["speedup.py", "--show"])
+    rates = Rates(dense=(10.0, 20.0, 30.0), sparse=(20.0, 20.0, 20.0))
+    row = Measured(
+        engine="torch", version="2", dtype="float32", device="a CPU", cores=2, tokens=8, steps=4, logits=None,
+        prefill=rates, decode=rates,
+    )  # fmt: skip
+    found = Speed(sizes=Sizes(dense=1, sparse=1, dense_zstd=1, sparse_zstd=1), zeros={}, engines=(row,))
+    speedup.keep("a model", found)
+    assert speedup.known() == {"a model": found}
+    speedup.main()
+    text = page.read_text()
+    assert text.startswith(f"before\n{speedup.MARKS[0]}\n\n### a model\n\n| engine")
+    assert text.endswith(f"\n\n{speedup.MARKS[1]}\nafter\n")
+    assert "old" not in text
+    head, prefill, decode = rows(text)
+    assert prefill[2:] == ["20.0 (10.0 to 30.0)", "20.0 (20.0 to 20.0)", "1.00 (0.67 to 2.00)×", "1.00×"]
+    assert decode[1] == "decode"
+    assert head[-1] == "sparse / torch's best dense"
+
+
+def test_random_llama_has_zeros_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    speedup = benchmark("speedup")
+    small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    monkeypatch.setattr(speedup, "WIDE", {**speedup.WIDE, **small, "vocab_size": 32})
+    dense, sparse = speedup.random_llama(0.0), speedup.random_llama(0.7)
+    weight, other = (model.model.layers[0].mlp.up_proj.weight for model in (dense, sparse))
+    assert float((other == 0).float().mean()) == pytest.approx(0.7, abs=0.03)
+    assert bool((weight[other != 0] == other[other != 0]).all())

@@ -152,6 +152,7 @@ LIGHT = [
     "study",
     "tuning",
     "samplers",
+    "speed.result",
     "space",
     "plan",
     "events",

@@ -12,6 +12,7 @@ from atp_tune.cli.commands import (
     prune,
     report,
     serve,
+    speedup,
     status,
     studies,
     tune,
@@ -32,4 +33,5 @@ app.command()(apply.apply)
 app.command()(evaluate.evaluate)
 app.command()(prune.prune)
 app.command()(finetune.finetune)
+app.command()(speedup.speedup)
 app.command()(studies.studies)

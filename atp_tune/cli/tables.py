@@ -72,12 +72,9 @@ def _results(summary: "Summary") -> Table:
     from atp_tune.summary import is_uniform, score_of
     from atp_tune.wording import method_of
 
-    table = Table(box=box.MARKDOWN, header_style="")
-    for column in ("method", "sparsity", "search perplexity", "report perplexity", "against uniform"):
-        table.add_column(column, no_wrap=True)
     has_kl = "kl" in summary.goals
-    for column in ("search KL", "report KL", "KL against uniform") if has_kl else ():
-        table.add_column(column, no_wrap=True)
+    kl = ("search KL", "report KL", "KL against uniform") if has_kl else ()
+    table = markdown_table("method", "sparsity", "search perplexity", "report perplexity", "against uniform", *kl)
     table.add_row("dense", "0%", *_cells(summary.dense), "–", *(("0", "0", "–") if has_kl else ()))
     for trial in summary.uniforms:
         scores = Scores(search=score_of(trial), report=summary.reports.get(trial.number))
@@ -118,6 +115,14 @@ def _front(summary: "Summary") -> Table:
 
 def _zeros(trial: "FrozenTrial") -> str:
     return f"{trial.user_attrs['realised']:.2%}" if "realised" in trial.user_attrs else "–"
+
+
+def markdown_table(*columns: str) -> Table:
+    """An empty table for a Markdown document, see `markdown`."""
+    table = Table(box=box.MARKDOWN, header_style="")
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    return table
 
 
 def markdown(table: Table) -> str:

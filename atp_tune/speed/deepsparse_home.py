@@ -1,0 +1,89 @@
+"""DeepSparse's own environment: in the user's cache, made when asked for, with an older Python if need be.
+
+Version 1.8.0 is the last that runs (1.9.0 is an empty stub). It is proprietary, for evaluation only, and no longer
+developed, so it is never a dependency.
+"""
+
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from atp_tune.cache import cache_dir, folder_atomically
+from atp_tune.devices import cpu_flags
+from atp_tune.errors import UserError
+from atp_tune.events import Note, Watch
+
+VERSION = "1.8.0"
+PACKAGES = (f"deepsparse=={VERSION}", "numpy<2")  # it needs onnx < 1.15 itself, which needs numpy 1
+PYTHONS = ("3.11", "3.10", "3.9", "3.8")
+LICENCE = (
+    "DeepSparse is proprietary: its Community License allows evaluation, not production; read LICENSE in it. It is no "
+    "longer developed. It is kept apart from what else is installed, and told not to report its use."
+)
+SETUP = "python tune.py speedup --engine deepsparse --setup"
+
+
+def python_of() -> Path:
+    """The environment's Python; UserError in one line where DeepSparse cannot run, or is not there yet."""
+    check_machine()
+    python = _python_in(_home())
+    if not python.exists():
+        raise UserError(f"--engine deepsparse: is not installed; run: {SETUP}")
+    return python
+
+
+def setup(watch: Watch) -> Path:
+    """Makes the environment if it is not there; its folder. UserError if it cannot be made."""
+    check_machine()
+    home = _home()
+    watch(Note(LICENCE))
+    if not _python_in(home).exists():
+        python = find_python()
+        watch(Note(f"installing DeepSparse {VERSION} by {python} into {home}"))
+        with folder_atomically(home) as folder:
+            _run([str(python), "-m", "venv", str(folder)])
+            quiet = ["--quiet", "--no-input", "--disable-pip-version-check"]
+            _run([str(_python_in(folder)), "-m", "pip", "install", *quiet, *PACKAGES])
+    return home
+
+
+def check_machine() -> None:
+    """UserError where DeepSparse has no binaries for the system or no code for the CPU."""
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        raise UserError(
+            f"--engine deepsparse: runs on Linux on x86-64, this is {sys.platform} on {platform.machine()}; "
+            "--engine torch runs here"
+        )
+    if "avx2" not in cpu_flags():
+        raise UserError("--engine deepsparse: needs a CPU with AVX2 or AVX-512; --engine torch runs here")
+
+
+def find_python() -> Path:
+    """A Python that DeepSparse has binaries for: this one or an older one in PATH; UserError if there is none."""
+    own = ".".join(map(str, sys.version_info[:2]))
+    if own in PYTHONS:
+        return Path(sys.executable)
+    found = next(filter(None, (shutil.which(f"python{version}") for version in PYTHONS)), None)
+    if found is None:
+        raise UserError(
+            f"--engine deepsparse: needs Python {PYTHONS[-1]} to {PYTHONS[0]}, this is {own}; install python3.11 so "
+            f"that it is in PATH, then run: {SETUP}"
+        )
+    return Path(found)
+
+
+def _home() -> Path:
+    return cache_dir("engines") / f"deepsparse-{VERSION}"
+
+
+def _python_in(folder: Path) -> Path:
+    return folder / "bin" / "python"
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()] or ["no reason given"]
+        raise UserError(f"--engine deepsparse: cannot be installed: {said[-1]}; the network is needed once")

@@ -1,0 +1,45 @@
+"""`speedup`: sizes, zeros, then torch and the engine that was asked for."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+from atp_tune.devices import find_device, memory_for
+from atp_tune.events import TrialStarted, Watch
+from atp_tune.speed import deepsparse_engine, eager, semistructured
+from atp_tune.speed.pair import Pair
+from atp_tune.speed.rates import Opening, Task, measured
+from atp_tune.speed.result import Speed
+from atp_tune.speed.sizes import sizes, zeros_by_kind
+
+Open = Callable[[Pair, Task, torch.device, Watch], Iterator[Opening]]
+
+
+def _torch(pair: Pair, task: Task, device: torch.device, watch: Watch) -> Iterator[Opening]:
+    return (eager.opened(pair, task, device, dtype) for dtype in eager.dtypes(device))
+
+
+def _deepsparse(pair: Pair, task: Task, device: torch.device, watch: Watch) -> Iterator[Opening]:
+    yield deepsparse_engine.opened(pair, task, watch)
+
+
+def _semistructured(pair: Pair, task: Task, device: torch.device, watch: Watch) -> Iterator[Opening]:
+    yield semistructured.opened(pair, task, device)
+
+
+ENGINES: dict[str, Open] = {"torch": _torch, "deepsparse": _deepsparse, semistructured.NAME: _semistructured}
+
+
+def measure(pair: Pair, engine: str, task: Task, device: str, watch: Watch) -> Speed:
+    """All that is known of a pair of models; torch is measured with every engine, to be compared with."""
+    place = find_device("cpu" if engine == "deepsparse" else device)
+    opening = partial(ENGINES[engine], pair, task, place, watch)
+    first = list(opening()) if engine != "torch" else []
+    with memory_for("speedup"):
+        watch(TrialStarted("compressing the weight files", None))
+        found = sizes(pair.dense, pair.sparse, watch)
+        zeros = zeros_by_kind(pair.load("sparse", torch.float32, torch.device("cpu")))
+        rows = [measured(each, "torch", task, watch) for each in _torch(pair, task, place, watch)]
+        rows += [measured(each, engine, task, watch) for each in first]
+    return Speed(sizes=found, zeros=zeros, engines=tuple(rows))

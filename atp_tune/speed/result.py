@@ -1,0 +1,79 @@
+"""What `speedup` finds of a sparse model, as a configuration holds it: bytes, zeros, tokens per second of each run."""
+
+from statistics import median
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+Side = Literal["dense", "sparse"]
+Phase = Literal["prefill", "decode"]
+SIDES: tuple[Side, ...] = ("dense", "sparse")
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+Values = tuple[PositiveFloat, ...]
+
+
+class Table(BaseModel):
+    """A table of the file: unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Sizes(Table):
+    """Bytes of all weight files, as they are and compressed with zstd."""
+
+    dense: NonNegativeInt
+    sparse: NonNegativeInt
+    dense_zstd: NonNegativeInt
+    sparse_zstd: NonNegativeInt
+
+
+class Rates(Table):
+    """Tokens per second, run by run: the runs of both models took turns."""
+
+    dense: Values = Field(min_length=1)
+    sparse: Values = Field(min_length=1)
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """Sparse against dense, run by run."""
+        return tuple(sparse / dense for dense, sparse in zip(self.dense, self.sparse, strict=True))
+
+
+class Measured(Table):
+    """One engine: what it is, on what it ran, and its rates; `logits`: the largest difference to transformers'."""
+
+    engine: str
+    version: str
+    dtype: str
+    device: str
+    cores: PositiveInt | None
+    tokens: PositiveInt = Field(description="of the prompt")
+    steps: PositiveInt = Field(description="tokens of a run of decode, one at a time, after the prompt")
+    logits: float | None
+    prefill: Rates
+    decode: Rates
+
+    def rates(self, phase: Phase) -> Rates:
+        """Rates of one phase."""
+        return self.prefill if phase == "prefill" else self.decode
+
+    @property
+    def name(self) -> str:
+        """Engine and number format, which together are one row."""
+        return f"{self.engine}, {self.dtype}"
+
+
+class Speed(Table):
+    """Sizes, share of zeros by kind of linear, and a row for each engine; torch is always there."""
+
+    sizes: Sizes
+    zeros: dict[str, float]
+    engines: tuple[Measured, ...]
+
+    def torch_dense(self, phase: Phase) -> float:
+        """Tokens per second of the dense model in torch, in the number format in which it is fastest."""
+        return max(median(row.rates(phase).dense) for row in self.engines if row.engine == "torch")
+
+    def over_torch(self, row: Measured, phase: Phase) -> float:
+        """An engine's sparse model against torch's best dense one, by medians."""
+        return median(row.rates(phase).sparse) / self.torch_dense(phase)

@@ -1,0 +1,168 @@
+"""What zeros are worth in DeepSparse and in torch: the tables of docs/speedup.md, on an idle machine.
+
+    python tune.py speedup --engine deepsparse --setup   once
+    python benchmarks/speedup.py                         goes on where it was stopped; a quarter of an hour on 2 cores
+    python benchmarks/speedup.py --show                  measures nothing, writes the tables of the runs that are there
+    python benchmarks/speedup.py --csr                   CSR matrices of torch and scipy against dense ones; a minute
+
+SmolLM2-135M, Wanda, uniform, at 50, 60 and 70 %, and a random Llama 2048 wide whose zeros stand anywhere. Each line of
+docs/speedup/runs.jsonl is a model: what `tune.py speedup` would keep, all runs in it. The tables are written between
+the marks in docs/speedup.md.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterator
+from datetime import date
+from functools import partial
+from operator import matmul
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import torch
+from scipy.sparse import csr_array
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from atp_tune.applying import prune_once
+from atp_tune.cache import cache_dir, folder_atomically
+from atp_tune.card import ABOUT
+from atp_tune.cli.display import Display
+from atp_tune.cli.running import quiet
+from atp_tune.cli.speeding import rates_table, summary_of
+from atp_tune.cli.tables import markdown
+from atp_tune.config import read_config
+from atp_tune.devices import cpu_name
+from atp_tune.events import Watch
+from atp_tune.speed.measuring import measure
+from atp_tune.speed.pair import Pair, find_pair
+from atp_tune.speed.rates import Task
+from atp_tune.speed.result import Speed
+from atp_tune.studyfile import load
+
+ROOT = Path(__file__).parents[1]
+RUNS, PAGE = ROOT / "docs" / "speedup" / "runs.jsonl", ROOT / "docs" / "speedup.md"
+MARKS = ("<!-- measured: python benchmarks/speedup.py -->", "<!-- end -->")
+WIDE = {
+    "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 4, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 4096, "max_position_embeddings": 2048,
+}  # fmt: skip
+CSR = (5632, 2048)  # [out, in] of the linear that is multiplied by CSR
+
+
+def main() -> None:
+    """Measures what is missing, then writes the tables."""
+    options = parse()
+    if options.csr:
+        print("\n".join(csr()))
+        return
+    with quiet(), Display() as display:
+        task = Task(options.tokens, 32, options.runs)
+        for name, make in () if options.show else lines():
+            if name not in known():
+                keep(name, measure(make(display), "deepsparse", task, "cpu", display))
+    page = PAGE.read_text(encoding="utf-8")
+    inside = re.compile(f"(?<={re.escape(MARKS[0])}).*(?={re.escape(MARKS[1])})", re.DOTALL)
+    PAGE.write_text(inside.sub(lambda _: f"\n\n{tables()}\n\n", page), encoding="utf-8")
+    print(tables())
+
+
+def parse() -> argparse.Namespace:
+    """Options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--show", action="store_true")
+    parser.add_argument("--csr", action="store_true")
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--runs", type=int, default=7)
+    return parser.parse_args()
+
+
+def lines() -> Iterator[tuple[str, Callable[[Watch], Pair]]]:
+    """Name of each model, and what makes it."""
+    for percent in (50, 60, 70):
+        yield f"SmolLM2-135M, {percent} %", partial(smol, percent)
+    yield "random Llama, 4 blocks of width 2048, 70 %", partial(wide, 70)
+
+
+def smol(percent: int, watch: Watch) -> Pair:
+    """SmolLM2-135M by Wanda with the same sparsity everywhere."""
+    out = cache_dir("sparse") / f"smol-{percent}"
+    if not out.is_dir():
+        prune_once(load("smol", [f"sparsity={percent / 100}"]), {"beta": 0.0}, out, watch)
+    config = read_config(out / ABOUT)
+    return find_pair(config, out / config.folder, out, "cpu", watch, {})
+
+
+def wide(percent: int, watch: Watch) -> Pair:
+    """A random Llama, and the same with zeros anywhere in its linears."""
+    folders = {share: cache_dir("sparse") / f"wide-{share}" for share in (0, percent)}
+    for share, folder in folders.items():
+        if not folder.is_dir():
+            with folder_atomically(folder) as made:
+                random_llama(share / 100).save_pretrained(made)
+    return Pair(folders[0], folders[percent])
+
+
+@torch.no_grad()
+def random_llama(sparsity: float) -> LlamaForCausalLM:
+    """The same numbers each time, but for those that are zero."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**WIDE))
+    for name, weight in model.model.layers.named_parameters():
+        if name.endswith("proj.weight"):
+            weight.mul_(torch.rand_like(weight) >= sparsity)
+    return model
+
+
+def keep(name: str, found: Speed) -> None:
+    """Adds a line to the runs."""
+    RUNS.parent.mkdir(exist_ok=True)
+    line = {"model": name, "date": str(date.today()), "speed": found.model_dump(mode="json")}
+    with RUNS.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(line) + "\n")
+
+
+def known() -> dict[str, Speed]:
+    """What has been measured, by the name of the model."""
+    text = RUNS.read_text(encoding="utf-8") if RUNS.exists() else ""
+    return {line["model"]: Speed.model_validate(line["speed"]) for line in map(json.loads, text.splitlines())}
+
+
+def tables() -> str:
+    """Sizes and rates of each model, as Markdown."""
+    parts = []
+    for name, found in known().items():
+        parts += [f"### {name}", markdown(rates_table(found)), *summary_of(found)]
+    return "\n\n".join(parts)
+
+
+def csr() -> Iterator[str]:
+    """One linear as a dense and as a CSR matrix, in turns; in brackets how many times as fast as dense."""
+    yield f"{CSR[0]} × {CSR[1]}, float32, {cpu_name()}, {torch.get_num_threads()} threads, milliseconds, medians"
+    yield "\n| zeros | tokens | torch dense | torch CSR | scipy CSR |\n|---|---|---|---|---|"
+    for zeros in (0.5, 0.7, 0.9):
+        weight = torch.randn(CSR) * (torch.rand(CSR) >= zeros)
+        packed = weight.to_sparse_csr()
+        for tokens in (1, 512):
+            x = torch.randn(CSR[1], tokens)
+            other, y = csr_array(weight.numpy()), x.numpy()
+            ways = [partial(torch.mm, weight, x), partial(torch.mm, packed, x), partial(matmul, other, y)]
+            dense, *sparse = milliseconds(ways)
+            cells = (f"{own:.2f} ({dense / own:.2f}×)" for own in sparse)
+            yield f"| {zeros:.0%} | {tokens} | {dense:.2f} | {' | '.join(cells)} |"
+
+
+def milliseconds(ways: list[Callable[[], object]], rounds: int = 15) -> list[float]:
+    """Median of each way; they take turns, and the first round is not counted."""
+    taken: list[list[float]] = [[] for _ in ways]
+    for _ in range(rounds + 1):
+        for way, own in zip(ways, taken, strict=True):
+            began = perf_counter()
+            way()
+            own.append(1000 * (perf_counter() - began))
+    return [median(own[1:]) for own in taken]
+
+
+if __name__ == "__main__":
+    main()

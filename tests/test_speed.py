@@ -1,0 +1,419 @@
+"""Sizes, zeros, engines and the command `speedup`."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zstandard
+from safetensors.torch import load_file, save_file
+from tinystudy import CommandLine, quiet, settings, stored, study_file
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from atp_tune.applying import prune_once
+from atp_tune.card import ABOUT
+from atp_tune.checkpoint import Checkpoint
+from atp_tune.config import read_config
+from atp_tune.errors import UserError
+from atp_tune.events import Event, Step, unwatched
+from atp_tune.speed import deepsparse_home, eager, graphs, semistructured
+from atp_tune.speed.decoder import Decoder, check_family
+from atp_tune.speed.pair import Pair
+from atp_tune.speed.rates import About, Task, measured
+from atp_tune.speed.result import Measured, Phase, Rates, Side, Sizes, Speed
+from atp_tune.speed.sizes import sizes, zeros_by_kind
+
+SHAPE = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "initializer_range": 0.3,
+}  # fmt: skip
+FAMILIES: dict[str, Any] = {
+    "llama": LlamaConfig(**SHAPE),
+    "llama, not shared": LlamaConfig(**{**SHAPE, "num_key_value_heads": 4}),
+    "llama, scaled positions": LlamaConfig(
+        **SHAPE, rope_parameters={"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0}
+    ),
+    "mistral": MistralConfig(**SHAPE, head_dim=16, sliding_window=None),
+    "qwen2": Qwen2Config(**SHAPE),
+    "qwen3": Qwen3Config(**SHAPE, head_dim=16),
+}
+
+
+@pytest.fixture(autouse=True)
+def without_warnings() -> Iterator[None]:
+    with quiet():
+        yield
+
+
+def random_model(family: str) -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family]).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:  # norms and biases are 1 and 0 in a new model
+                parameter.normal_(1 if "norm" in name else 0, 0.3)
+    return model
+
+
+# --- the decoder and its graphs against transformers
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_the_decoder_is_the_model(family: str) -> None:
+    """The prompt at once, then token by token, with what is not there yet on the left."""
+    model, tokens, positions = random_model(family), 7, 12
+    decoder, ids = Decoder(model, positions), torch.randint(64, (1, positions))
+    wanted = model(ids).logits[0]
+    logits, *present = decoder(ids[:, :tokens], *list(graphs.example(decoder, tokens, tokens))[1:])
+    torch.testing.assert_close(logits[0, 0], wanted[tokens - 1], rtol=1e-4, atol=1e-5)
+    past = [torch.cat((kept.new_full((1, 4, positions - 1 - tokens, kept.shape[3]), 9.0), kept), 2) for kept in present]
+    for position in range(tokens, positions):
+        mask = (torch.arange(positions) >= positions - position - 1).long()[None]
+        given = ids[:, position : position + 1], mask, torch.tensor([[position]]), mask[:, None, None]
+        logits, *present = decoder(*given, *past)
+        torch.testing.assert_close(logits[0, 0], wanted[position], rtol=1e-4, atol=1e-5)
+        past = [kept[:, :, 1:] for kept in present]
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_the_graphs_are_the_model(phase: Phase, tmp_path: Path) -> None:
+    """Computed by onnx's own reference, with the names and shapes that DeepSparse looks for."""
+    from onnx import load
+    from onnx.reference import ReferenceEvaluator
+
+    model, task = random_model("llama"), Task(tokens=5, steps=2)
+    path = graphs.export(model, task, tmp_path)[phase]
+    graph = load(path)
+    kept = [f"{block}.{kind}" for block in range(2) for kind in ("key", "value")]
+    past = [f"past_key_values.{name}" for name in kept] if phase == "decode" else []
+    assert [one.name for one in graph.graph.input] == [*graphs.NAMES, *past]
+    assert [one.name for one in graph.graph.output] == ["logits", *(f"present.{name}" for name in kept)]
+    assert [one.version for one in graph.opset_import if not one.domain] == [14]
+    tokens, positions = (5, 5) if phase == "prefill" else (1, 8)  # 5 + 2 tokens, and one that is left out
+    given = [tensor.numpy() for tensor in graphs.example(Decoder(model, positions), tokens, positions)]
+    found = ReferenceEvaluator(graph).run(None, dict(zip([*graphs.NAMES, *past], given, strict=True)))
+    with torch.no_grad():
+        wanted = Decoder(model, positions)(*map(torch.from_numpy, given))
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other.numpy(), rtol=1e-4, atol=1e-5)
+    assert found[0].shape == (1, 1, 64)
+
+
+def test_other_families_are_refused() -> None:
+    with pytest.raises(UserError, match="opt is not exported, only llama, mistral, qwen2, qwen3; --engine torch"):
+        check_family(OPTConfig(), 8)
+    with pytest.raises(UserError, match="--tokens: 9 positions are more than the model's sliding window of 8"):
+        check_family(MistralConfig(**SHAPE, sliding_window=8), 9)
+    check_family(MistralConfig(**SHAPE, sliding_window=8), 8)
+
+
+# --- sizes and zeros
+
+
+def test_zeros_are_counted_by_kind(tmp_path: Path) -> None:
+    model = random_model("llama")
+    with torch.no_grad():
+        for index, block in enumerate(model.model.layers):
+            block.self_attn.q_proj.weight[: 8 * (index + 1)] = 0
+            block.mlp.down_proj.weight[0, 0] = -0.0
+    found = zeros_by_kind(Checkpoint(model, torch.device("cpu")))
+    assert list(found) == [
+        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
+        "mlp.down_proj",
+    ]  # fmt: skip
+    assert found.pop("self_attn.q_proj") == 0.375
+    assert found.pop("mlp.down_proj") == 1 / (32 * 48)
+    assert set(found.values()) == {0}
+
+
+def test_bytes_of_files_as_they_are_and_compressed(tmp_path: Path) -> None:
+    folders = [tmp_path / "dense", tmp_path / "sparse"]
+    weights = [torch.randn(300, 300), torch.randn(300, 300) * (torch.rand(300, 300) > 0.7)]
+    for folder, weight in zip(folders, weights, strict=True):
+        folder.mkdir()
+        for shard in ("a", "b"):
+            save_file({"weight": weight}, folder / f"{shard}.safetensors")
+        (folder / "tokenizer.json").write_text("{}")
+    events: list[Event] = []
+    found = sizes(*folders, events.append)
+    plain = [sum(len(file.read_bytes()) for file in folder.glob("*.safetensors")) for folder in folders]
+    packed = [
+        sum(len(zstandard.compress(file.read_bytes())) for file in folder.glob("*.safetensors")) for folder in folders
+    ]
+    assert (found.dense, found.sparse) == tuple(plain)
+    assert (found.dense_zstd, found.sparse_zstd) == pytest.approx(packed, rel=0.01)
+    assert found.sparse_zstd < 0.5 * found.dense_zstd
+    last = events[-1]
+    assert isinstance(last, Step)
+    assert last.done == last.total == sum(plain)
+
+
+# --- turns
+
+
+class Counting:
+    """An engine whose runs take 1, 2, 3, … seconds."""
+
+    about = About("counting", "1", "float32", "none", 2)
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Side, Phase]] = []
+
+    def seconds(self, side: Side, phase: Phase) -> float:
+        self.asked.append((side, phase))
+        return float(len(self.asked))
+
+
+def test_dense_and_sparse_take_turns_and_the_first_round_is_not_counted() -> None:
+    engine = Counting()
+
+    @contextmanager
+    def opening() -> Iterator[Counting]:
+        yield engine
+
+    found = measured(opening(), "counting", Task(tokens=100, steps=10, runs=2), unwatched)
+    once = [("dense", "prefill"), ("sparse", "prefill"), ("dense", "decode"), ("sparse", "decode")]
+    assert engine.asked == 3 * once
+    assert found.prefill == Rates(dense=(100 / 5, 100 / 9), sparse=(100 / 6, 100 / 10))
+    assert found.decode.dense == (10 / 7, 10 / 11)
+    assert found.prefill.ratios == pytest.approx((5 / 6, 9 / 10))
+
+
+def test_the_sparse_model_against_the_best_dense_one_in_torch() -> None:
+    def row(engine: str, dtype: str, dense: float) -> Measured:
+        rates = Rates(dense=(dense, 1, 100), sparse=(6, 6, 6))
+        own = {"engine": engine, "version": "1", "dtype": dtype, "device": "cpu", "cores": 2, "logits": None}
+        return Measured.model_validate({**own, "tokens": 1, "steps": 1, "prefill": rates, "decode": rates})
+
+    rows = (row("torch", "float32", 3), row("torch", "bfloat16", 4), row("other", "float32", 50))
+    found = Speed(sizes=Sizes(dense=1, sparse=1, dense_zstd=1, sparse_zstd=1), zeros={}, engines=rows)
+    assert found.over_torch(rows[2], "decode") == 1.5
+
+
+def test_torch_computes_each_side_with_its_own_weights(done: Path, tmp_path: Path) -> None:
+    """And a run of decode leaves the prompt's keys and values as they were."""
+    sparse = tmp_path / "sparse"
+    prune_once(study_file(done), {"beta": 0.0}, sparse, unwatched)
+    task, cpu = Task(tokens=6, steps=3, runs=1), torch.device("cpu")
+    with eager.opened(Pair(done / "model", sparse), task, cpu, torch.float32) as engine:
+        assert isinstance(engine, eager.Eager)
+        before = {side: cache.get_seq_length() for side, cache in engine._prompts.items()}
+        assert engine.seconds("sparse", "decode") > 0
+        assert engine.seconds("dense", "prefill") > 0
+        assert {side: cache.get_seq_length() for side, cache in engine._prompts.items()} == before
+        for side, folder in (("dense", done / "model"), ("sparse", sparse)):
+            wanted = AutoModelForCausalLM.from_pretrained(folder)(engine._ids[:, :6]).logits[:, -1:]
+            torch.testing.assert_close(engine._prefill(side).logits, wanted.detach())
+
+
+# --- 2:4
+
+
+def test_two_zeros_in_each_group_of_four_inputs() -> None:
+    weight = torch.ones(3, 8)
+    weight[:, ::2] = 0
+    semistructured.check_groups("q_proj", weight)
+    weight[1, 0] = 1
+    with pytest.raises(UserError, match="--engine semi-structured: q_proj is not 2:4 everywhere"):
+        semistructured.check_groups("q_proj", weight)
+    weight[1, 1] = 0  # another of the same group
+    semistructured.check_groups("q_proj", weight)
+    with pytest.raises(UserError, match="not 2:4"):
+        semistructured.check_groups("q_proj", torch.zeros(2, 6))
+
+
+@pytest.fixture
+def two_four(place: Path, tmp_path: Path) -> Path:
+    """A sparse folder in the pattern 2:4."""
+    overrides = ("prune.pattern='2:4'", "sparsity=0.5", "allocation='uniform'")
+    prune_once(study_file(place, *overrides), {}, tmp_path / "two_four", unwatched)
+    return tmp_path / "two_four"
+
+
+def test_what_is_pruned_in_2_4_has_two_zeros_in_each_group(two_four: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(two_four)
+    for name, module in model.model.layers.named_modules():
+        if isinstance(module, nn.Linear):
+            semistructured.check_groups(name, module.weight)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_semi_structured_without_a_card(two_four: Path, command: CommandLine) -> None:
+    assert command("speedup", "--model", two_four, "--engine", "semi-structured").error == (
+        "--engine semi-structured: needs an NVIDIA GPU of compute capability 8.0 or above, cpu has none"
+    )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_semi_structured_on_a_card(two_four: Path, command: CommandLine) -> None:
+    assert command("speedup", "--model", two_four, "--engine", "semi-structured", "--tokens", 8, "--runs", 1).code == 0
+
+
+def test_semi_structured_with_zeros_elsewhere(done: Path, command: CommandLine) -> None:
+    assert command("speedup", "--config", done / "tiny.best.json", "--engine", "semi-structured").error == (
+        '--engine semi-structured: needs zeros in the pattern "2:4", those of this model are unstructured'
+    )
+
+
+# --- the command
+
+
+def check_stored(found: Speed | None) -> None:
+    assert found is not None
+    assert found.sizes.dense == found.sizes.sparse > found.sizes.sparse_zstd
+    assert len(found.zeros) == 7
+    assert all(0.4 < share < 0.6 for share in found.zeros.values())
+    assert found.engines[0].name == "torch, float32"
+    assert len(found.engines[0].decode.dense) == len(found.engines[0].prefill.sparse) == 2
+
+
+def test_what_is_measured_is_shown_and_kept(done: Path, command: CommandLine, cache: Path) -> None:
+    path = done / "tiny.best.json"
+    config = read_config(path)
+    options = ("--tokens", 8, "--runs", 2, "--device", "cpu")
+    answer = command("speedup", "--config", path, *options)
+    assert answer.code == 0
+    assert "Zeros in a dense file make nothing smaller or faster by themselves" in answer.out
+    assert "| torch, float32" in answer.out
+    assert f"kept in {path}, study tiny" in answer.out
+    found = read_config(path)
+    check_stored(found.speed)
+    assert found.model_copy(update={"speed": None}) == config
+    kept = stored(done).user_attrs["speed"][str(config.trial)]
+    assert Speed.model_validate(kept) == found.speed
+    pruned = list((cache / "sparse").iterdir())
+    assert "writing" not in command("speedup", "--config", path, *options).out
+    assert list((cache / "sparse").iterdir()) == pruned
+
+
+def test_a_folder_that_apply_wrote(done: Path, command: CommandLine, tmp_path: Path) -> None:
+    out = tmp_path / "sparse"
+    command("apply", "--config", done / "tiny.best.json", "--out", out, "--device", "cpu")
+    answer = command("speedup", "--model", out, "--tokens", 8, "--runs", 2, "--device", "cpu")
+    assert answer.code == 0, answer.err
+    check_stored(read_config(out / ABOUT).speed)
+
+
+def test_what_is_given_must_be_one_of_two(done: Path, command: CommandLine) -> None:
+    for options in ([], ["--config", done / "tiny.best.json", "--model", done / "model"]):
+        answer = command("speedup", *options)
+        assert answer.code == 2
+        assert "give it or --model DIR, one of them" in answer.err
+    answer = command("speedup", "--setup")
+    assert answer.code == 2
+    assert "only with --engine deepsparse" in answer.err
+
+
+def test_a_folder_that_does_not_say_what_it_is(done: Path, command: CommandLine) -> None:
+    assert command("speedup", "--model", done / "model").error == (
+        f"--model {done / 'model'}: has no atp_tune.json; give a folder that `apply` wrote, or --config FILE"
+    )
+
+
+def test_another_dense_model(done: Path, command: CommandLine) -> None:
+    file = done / "model" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, file, metadata={"format": "pt"})
+    assert command("speedup", "--config", done / "tiny.best.json").error.startswith("model.fingerprint: ")
+
+
+@pytest.mark.parametrize(("library", "engine"), [("zstandard", "torch"), ("onnx", "deepsparse")])
+def test_a_library_that_is_not_installed(
+    library: str, engine: str, done: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (done / "tiny.best.json").read_text()
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.setattr(graphs, "find_spec", sys.modules.get)
+    answer = command("speedup", "--config", done / "tiny.best.json", "--engine", engine)
+    assert answer.error.endswith(f"{library} is not installed; run: pip install 'atp-tune[speed]'")
+    assert (done / "tiny.best.json").read_text() == before
+
+
+# --- DeepSparse
+
+
+def test_deepsparse_that_is_not_there(done: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deepsparse_home, "check_machine", lambda: None)
+    assert command("speedup", "--config", done / "tiny.best.json", "--engine", "deepsparse").error == (
+        "--engine deepsparse: is not installed; run: python tune.py speedup --engine deepsparse --setup"
+    )
+
+
+def test_machines_on_which_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deepsparse_home.platform, "machine", lambda: "arm64")
+    with pytest.raises(UserError, match=r"runs on Linux on x86-64, this is .* on arm64; --engine torch"):
+        deepsparse_home.check_machine()
+    monkeypatch.setattr(deepsparse_home.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(deepsparse_home, "cpu_flags", lambda: {"sse4_2"})
+    with pytest.raises(UserError, match="needs a CPU with AVX2 or AVX-512"):
+        deepsparse_home.check_machine()
+
+
+def test_a_python_that_it_has_binaries_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "version_info", (3, 11, 9))
+    assert deepsparse_home.find_python() == Path(sys.executable)
+    monkeypatch.setattr(sys, "version_info", (3, 14, 0))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"needs Python 3.8 to 3.11, this is 3.14; install python3.11 so that it is in"):
+        deepsparse_home.find_python()
+    older = tmp_path / "python3.9"
+    older.write_text("#!/bin/sh\n")
+    older.chmod(0o755)
+    assert deepsparse_home.find_python() == older
+
+
+def test_an_installation_that_fails_leaves_nothing(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deepsparse_home, "check_machine", lambda: None)
+    broken = tmp_path / "python3.11"
+    broken.write_text("#!/bin/sh\necho 'no venv here' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(deepsparse_home, "find_python", lambda: broken)
+    with pytest.raises(UserError, match="cannot be installed: no venv here; the network is needed once"):
+        deepsparse_home.setup(unwatched)
+    assert list((cache / "engines").iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("avx2" not in deepsparse_home.cpu_flags(), reason="DeepSparse needs AVX2")
+def test_deepsparse(done: Path, command: CommandLine, cache: Path) -> None:
+    """Installed as a user does; a tiny Llama at 70 %, whose logits agree, and a process that dies.
+
+    40 tokens and 32: at the 65th its cache grows, and it would overrun positions that are no power of two.
+    """
+    answer = command("speedup", "--engine", "deepsparse", "--setup")
+    assert answer.code == 0, answer.err
+    assert "proprietary" in answer.out
+    out = done.parent / "sparse"
+    command("prune", "--study", done / "tiny.toml", "--beta", 0, *settings("sparsity=0.7"), "--out", out)
+    answer = command("speedup", "--model", out, "--engine", "deepsparse", "--tokens", 40, "--runs", 2)
+    assert answer.code == 0, answer.err
+    found = read_config(out / ABOUT).speed
+    assert found is not None
+    row = found.engines[-1]
+    assert (row.name, row.version) == ("deepsparse, float32", "1.8.0")
+    assert row.logits is not None and row.logits < 1e-5
+    assert all(rate > 0 for rates in (row.prefill, row.decode) for rate in (*rates.dense, *rates.sparse))
+    assert [file.name for file in (cache / "engines").iterdir()] == ["deepsparse-1.8.0"]  # no graphs are left
+
+    (package,) = (cache / "engines" / "deepsparse-1.8.0" / "lib").glob("python3.*/site-packages/deepsparse")
+    (package / "engine.py").unlink()
+    said = command("speedup", "--model", out, "--engine", "deepsparse", "--tokens", 40, "--runs", 2).error
+    assert said.startswith("--engine deepsparse: its process has ended: ")
+    assert read_config(out / ABOUT).speed == found
