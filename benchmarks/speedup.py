@@ -2,6 +2,7 @@
 
     python tune.py speedup --engine deepsparse --setup   once
     python benchmarks/speedup.py                         goes on where it was stopped; a quarter of an hour on 2 cores
+    OMP_NUM_THREADS=1 python benchmarks/speedup.py       the same on one core, as lines of their own
     python benchmarks/speedup.py --show                  measures nothing, writes the tables of the runs that are there
     python benchmarks/speedup.py --csr                   CSR matrices of torch and scipy against dense ones; a minute
 
@@ -80,9 +81,10 @@ def parse() -> argparse.Namespace:
 
 def lines() -> Iterator[tuple[str, Callable[[Watch], Pair]]]:
     """Name of each model, and what makes it."""
+    threads = torch.get_num_threads()
     for percent in (50, 60, 70):
-        yield f"SmolLM2-135M, {percent} %", partial(smol, percent)
-    yield "random Llama, 4 blocks of width 2048, 70 %", partial(wide, 70)
+        yield f"SmolLM2-135M, {percent} %, threads: {threads}", partial(smol, percent)
+    yield f"random Llama, 4 blocks of width 2048, 70 %, threads: {threads}", partial(wide, 70)
 
 
 def smol(percent: int, watch: Watch) -> Pair:

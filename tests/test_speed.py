@@ -15,6 +15,7 @@ from tinystudy import CommandLine, quiet, settings, stored, study_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    GPT2Config,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
@@ -233,6 +234,12 @@ def test_two_zeros_in_each_group_of_four_inputs() -> None:
     semistructured.check_groups("q_proj", weight)
     with pytest.raises(UserError, match="not 2:4"):
         semistructured.check_groups("q_proj", torch.zeros(2, 6))
+
+
+def test_other_linears_are_not_compressed() -> None:
+    model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=2, n_positions=8))
+    with pytest.raises(UserError, match=r"attn.c_attn is no nn.Linear, and torch.sparse compresses no other"):
+        semistructured.compress(Checkpoint(model, torch.device("cpu")))
 
 
 @pytest.fixture

@@ -39,11 +39,12 @@ def check_device(device: torch.device) -> None:
 
 
 def compress(checkpoint: Checkpoint) -> None:
-    """Puts compressed weights in the place of the pruned linears' own."""
+    """Puts compressed weights in the place of the pruned linears' own; UserError for experts and GPT-2's linears."""
     for block, linears in zip(checkpoint.blocks, checkpoint.linears, strict=True):
         for linear in linears:
-            module = block.get_submodule(linear.name)
-            assert isinstance(module, nn.Linear)
+            module = None if linear.expert is not None else block.get_submodule(linear.name)
+            if not isinstance(module, nn.Linear):
+                raise UserError(f"--engine {NAME}: {linear.name} is no nn.Linear, and torch.sparse compresses no other")
             check_groups(linear.name, module.weight)
             module.weight = nn.Parameter(to_sparse_semi_structured(module.weight.detach()), requires_grad=False)
 
