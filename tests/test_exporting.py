@@ -7,8 +7,9 @@ import re
 import subprocess
 import sys
 import venv
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -238,18 +239,23 @@ WAYS: dict[str, tuple[dict[str, float], list[str], dict[str, Any]]] = {
 }
 
 
-def llmcompressor_python(folder: Path) -> Path:
+@pytest.fixture
+def llmcompressor() -> Iterator[Path]:
     """A Python that has llm-compressor: the one that is named, or a new environment, since it pins what we don't."""
     if named := os.environ.get("ATP_TUNE_LLMCOMPRESSOR"):
-        return Path(named)
-    venv.create(folder, with_pip=True)
-    python = folder / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "-q", "llmcompressor>=0.14"], check=True, stdout=sys.stderr)
-    return python
+        yield Path(named)
+        return
+    with TemporaryDirectory(dir="/var/tmp") as folder:  # 1.5 GB, too much for memory
+        venv.create(folder, with_pip=True)
+        python = Path(folder) / "bin" / "python"
+        subprocess.run([python, "-m", "pip", "install", "-q", "llmcompressor>=0.14"], check=True, stdout=sys.stderr)
+        yield python
 
 
 @pytest.mark.slow
-def test_llm_compressor_prunes_as_apply_does(done: Path, tmp_path: Path, command: CommandLine) -> None:
+def test_llm_compressor_prunes_as_apply_does(
+    done: Path, tmp_path: Path, command: CommandLine, llmcompressor: Path
+) -> None:
     jobs, windows = [], tmp_path / "windows.npy"
     for way, (parameters, overrides, arguments) in WAYS.items():
         file, out = study_file(done, "prune.pruners=['wanda']", *overrides), tmp_path / way
@@ -263,7 +269,7 @@ def test_llm_compressor_prunes_as_apply_does(done: Path, tmp_path: Path, command
         np.save(windows, token_windows(file.study.texts.calibration, done / "model", done).ids)
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     words = [Path(__file__).with_name("llmcompress.py"), done / "model", windows, tmp_path / "jobs.json"]
-    ran = subprocess.run([llmcompressor_python(tmp_path / "venv"), *words], capture_output=True, text=True, check=False)
+    ran = subprocess.run([llmcompressor, *words], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-3000:]
     for way in WAYS:
         ours, theirs = load_file(tmp_path / way / "model.safetensors"), load_file(tmp_path / f"{way}.theirs")
