@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 
 from atp_tune.allocations import ALLOCATIONS, Budget, LinearSparsities
 from atp_tune.allocations.budget import SYMBOLS
-from atp_tune.patterns import Pattern
+from atp_tune.spec.patterns import Pattern
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,15 @@ import optuna
 import torch
 from optuna.trial import FrozenTrial
 
-from atp_tune import storage
-from atp_tune.bench import Bench
 from atp_tune.cli.running import quiet
 from atp_tune.events import Event, TrialEnded
-from atp_tune.perplexity import change, perplexity
 from atp_tune.plan import shown
-from atp_tune.studyfile import StudyFile, load
-from atp_tune.summary import best_of_each, is_uniform, parameters_of
-from atp_tune.tuning import Run, is_complete, open_bench, tune
+from atp_tune.results.summary import best_of_each, is_uniform, parameters_of
+from atp_tune.scores.perplexity import change, perplexity
+from atp_tune.search.bench import Bench
+from atp_tune.search.tuning import Run, is_complete, open_bench, tune
+from atp_tune.spec.studyfile import StudyFile, load
+from atp_tune.trials import storage
 
 ROOT = Path(__file__).parents[1]
 Line = tuple[float, str, str]  # target, pruner, allocation

@@ -25,15 +25,15 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from atp_tune.bench import Bench
-from atp_tune.checkpoint import Checkpoint
-from atp_tune.devices import device_name, find_device, peak_memory, reset_peak_memory
-from atp_tune.models import ModelFolder
+from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.checkpoints.devices import device_name, find_device, peak_memory, reset_peak_memory
+from atp_tune.checkpoints.models import ModelFolder
+from atp_tune.checkpoints.residency import Residency
 from atp_tune.plan import Plan
-from atp_tune.record import Record
-from atp_tune.residency import Residency
-from atp_tune.study import Prune
-from atp_tune.windows import Windows
+from atp_tune.search.bench import Bench
+from atp_tune.search.record import Record
+from atp_tune.spec.study import Prune
+from atp_tune.texts.windows import Windows
 
 REPEATS = 10  # of each matmul of the floor
 BUDGET = 420  # seconds after which no further measurement begins

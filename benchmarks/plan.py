@@ -20,8 +20,8 @@ SHORT = ("texts.report.windows=8",) if len(sys.argv) < 2 else ()
 RUN = """
 import json, sys
 from atp_tune.cli.running import quiet
-from atp_tune.studyfile import load
-from atp_tune.tuning import Run, tune
+from atp_tune.spec.studyfile import load
+from atp_tune.search.tuning import Run, tune
 with quiet():
     study = tune(Run(load(sys.argv[1], sys.argv[2:]), "bench", None, lambda event: None))
 trials = [t.user_attrs for t in study.trials]

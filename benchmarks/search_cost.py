@@ -32,9 +32,9 @@ from time import perf_counter
 import optuna
 
 from atp_tune.cache import cache_dir
-from atp_tune.perplexity import change, perplexity
-from atp_tune.studyfile import load
-from atp_tune.summary import summarise
+from atp_tune.results.summary import summarise
+from atp_tune.scores.perplexity import change, perplexity
+from atp_tune.spec.studyfile import load
 
 HERE = Path(__file__).parent
 STEP = 0.002

@@ -26,21 +26,21 @@ import torch
 from scipy.sparse import csr_array
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from atp_tune.applying import prune_once
 from atp_tune.cache import cache_dir, folder_atomically
-from atp_tune.card import ABOUT
+from atp_tune.checkpoints.devices import cpu_name
 from atp_tune.cli.display import Display
 from atp_tune.cli.running import quiet
 from atp_tune.cli.speeding import rates_table, summary_of
 from atp_tune.cli.tables import markdown
-from atp_tune.config import read_config
-from atp_tune.devices import cpu_name
 from atp_tune.events import Watch
+from atp_tune.sparse.applying import prune_once
+from atp_tune.sparse.provenance import ABOUT
+from atp_tune.spec.config import read_config
+from atp_tune.spec.studyfile import load
 from atp_tune.speed.measuring import measure
 from atp_tune.speed.pair import Pair, find_pair
 from atp_tune.speed.rates import Task
 from atp_tune.speed.result import Speed
-from atp_tune.studyfile import load
 
 ROOT = Path(__file__).parents[1]
 RUNS, PAGE = ROOT / "docs" / "speedup" / "runs.jsonl", ROOT / "docs" / "speedup.md"

@@ -22,15 +22,15 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from atp_tune.bench import Bench, Setup
-from atp_tune.checkpoint import Checkpoint
-from atp_tune.evaluation import POSITIONS
+from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.events import unwatched
 from atp_tune.plan import make_plan
-from atp_tune.record import Record
-from atp_tune.study import Prune
-from atp_tune.studyfile import load
-from atp_tune.windows import Windows
+from atp_tune.scores.evaluation import POSITIONS
+from atp_tune.search.bench import Bench, Setup
+from atp_tune.search.record import Record
+from atp_tune.spec.study import Prune
+from atp_tune.spec.studyfile import load
+from atp_tune.texts.windows import Windows
 
 Batches = list[tuple[int, int]]  # windows and tokens of each
 PAIRS = 5

@@ -16,11 +16,11 @@ from uuid import uuid4
 import optuna
 from optuna.trial import TrialState
 
-from atp_tune import storage
 from atp_tune.cli.running import quiet
 from atp_tune.errors import TrialError
-from atp_tune.process import identity
-from atp_tune.tuning import Attempt
+from atp_tune.search.tuning import Attempt
+from atp_tune.trials import storage
+from atp_tune.trials.process import identity
 
 WORK = "work"  # the word by which this file calls itself
 

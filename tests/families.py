@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from atp_tune.bench import Bench
-from atp_tune.checkpoint import Checkpoint
+from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.checkpoints.models import ModelFolder
+from atp_tune.checkpoints.residency import Residency
 from atp_tune.events import Watch, unwatched
-from atp_tune.models import ModelFolder
-from atp_tune.residency import Residency
-from atp_tune.study import Prune
-from atp_tune.windows import Windows
+from atp_tune.search.bench import Bench
+from atp_tune.spec.study import Prune
+from atp_tune.texts.windows import Windows
 
 CPU = torch.device("cpu")
 VOCABULARY = 97

@@ -19,7 +19,7 @@ import pytest
 from optuna.trial import TrialState
 from tinystudy import Answer
 
-from atp_tune import storage
+from atp_tune.trials import storage
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "reliability.md"
 BEGIN, END = "<!-- written by tests/test_faults.py: -->\n", "<!-- : written by tests/test_faults.py -->"

@@ -21,17 +21,19 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 from synthetic import BOUND, made_up, new_study
 
-from atp_tune import figures, storage, studyfile
+from atp_tune import figures
 from atp_tune.cli import tables
-from atp_tune.config import read_config
 from atp_tune.errors import UserError
 from atp_tune.figures import overlay
-from atp_tune.perplexity import Perplexity
 from atp_tune.report import contents, latex, machine, markdown
+from atp_tune.results.status import status_of, to_json
+from atp_tune.results.summary import best_config, summarise
+from atp_tune.scores.perplexity import Perplexity
 from atp_tune.serving import notes
-from atp_tune.status import status_of, to_json
-from atp_tune.studyfile import StudyFile, facts, from_settings, settings
-from atp_tune.summary import best_config, summarise
+from atp_tune.spec import studyfile
+from atp_tune.spec.config import read_config
+from atp_tune.spec.studyfile import StudyFile, facts, from_settings, settings
+from atp_tune.trials import storage
 
 SMOL = Path(__file__).parents[1] / "studies" / "smol.toml"
 JUNK: list[Any] = [

@@ -13,15 +13,16 @@ from typing import Any
 import torch
 import transformers.models.llama.modeling_llama
 
-import atp_tune.applying
 import atp_tune.cli.running
-import atp_tune.objective
 import atp_tune.report
-import atp_tune.tuning
-from atp_tune import evaluation, prune_pass
-from atp_tune.checkpoint import Checkpoint
+import atp_tune.search.objective
+import atp_tune.search.tuning
+import atp_tune.sparse.applying
+from atp_tune.blocks import prune_pass
+from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.cli import main
 from atp_tune.pruners.wanda import Wanda
+from atp_tune.scores import evaluation
 
 __all__ = ["atp_tune", "transformers"]
 torch.set_num_threads(1)

@@ -10,7 +10,7 @@ import pytest
 
 from atp_tune.allocations import ALLOCATIONS, Budget, LinearSparsities, Shape, alphapruning, atp, er, owl, uniform
 from atp_tune.allocations.sharing import proportional
-from atp_tune.study import AllocationName
+from atp_tune.spec.study import AllocationName
 
 CASES = 200
 

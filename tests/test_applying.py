@@ -18,13 +18,13 @@ from tinystudy import BLOCKS, quiet, settings, study_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from atp_tune.applying import apply, prune_once
-from atp_tune.bench import Bench
-from atp_tune.config import Config, read_config
 from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Event, TrialStarted, unwatched
-from atp_tune.perplexity import Perplexity
 from atp_tune.plan import Plan
+from atp_tune.scores.perplexity import Perplexity
+from atp_tune.search.bench import Bench
+from atp_tune.sparse.applying import apply, prune_once
+from atp_tune.spec.config import Config, read_config
 
 
 @pytest.fixture(autouse=True)
@@ -293,7 +293,7 @@ def test_prune_once_does_not_overwrite(done: Path, tmp_path: Path) -> None:
 
 MANY = 28  # blocks
 # What the C library keeps of freed memory for the next tensor is bounded, and not the model's.
-LEAN = "import atp_tune.bench as b, atp_tune.cli as c; b.reuse_freed_memory = lambda: False; c.main()"
+LEAN = "import atp_tune.search.bench as b, atp_tune.cli as c; b.reuse_freed_memory = lambda: False; c.main()"
 
 
 def large(place: Path) -> int:

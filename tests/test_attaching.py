@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from tinystudy import CommandLine, run, stored, study_file
 
-from atp_tune.attaching import attach, attached, study_of
-from atp_tune.config import Config, ZeroShot, read_config
 from atp_tune.errors import UserError
+from atp_tune.results.attaching import attach, attached, study_of
+from atp_tune.results.summary import best_config
+from atp_tune.spec.config import Config, ZeroShot, read_config
 from atp_tune.speed.result import Speed
-from atp_tune.summary import best_config
 
 SCORES = ZeroShot(tasks=(), mean={}, dtype="float32", device="cpu", seconds={"dense": 1.0}, versions={"torch": "2.6.0"})
 FOUND = {

@@ -2,8 +2,8 @@ import pytest
 import torch
 from families import CPU
 
-from atp_tune import batching
-from atp_tune.batching import BatchSize
+from atp_tune.blocks import batching
+from atp_tune.blocks.batching import BatchSize
 from atp_tune.errors import TrialError
 
 CUDA = torch.device("cuda")

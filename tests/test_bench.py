@@ -5,10 +5,11 @@ import pytest
 import torch
 from families import CPU, TOKENS, VOCABULARY, bench_of, tiny
 
-from atp_tune import batching, bench
+from atp_tune.blocks import batching
 from atp_tune.events import Step
 from atp_tune.plan import Plan
-from atp_tune.study import Prune
+from atp_tune.search import bench
+from atp_tune.spec.study import Prune
 
 UNIFORM = Plan("wanda", "uniform", (0.5,) * 4)
 
@@ -95,9 +96,9 @@ def test_batches_are_sized_for_blocks_and_for_logits(monkeypatch: pytest.MonkeyP
 
 def test_a_bench_opens_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`open` resolves, draws windows and loads, in the number format that is asked for."""
-    from atp_tune.models import ModelFolder
-    from atp_tune.study import Model, Text
-    from atp_tune.windows import Windows
+    from atp_tune.checkpoints.models import ModelFolder
+    from atp_tune.spec.study import Model, Text
+    from atp_tune.texts.windows import Windows
 
     tiny("llama").save_pretrained(tmp_path / "model")
     ids = torch.arange(2 * TOKENS).view(2, TOKENS).numpy()

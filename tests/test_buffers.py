@@ -7,8 +7,8 @@ import pytest
 import torch
 from families import same_bits
 
-from atp_tune import buffers
-from atp_tune.buffers import Mapped, mapped_files, move_into, on_disk, plain
+from atp_tune.checkpoints import buffers
+from atp_tune.checkpoints.buffers import Mapped, mapped_files, move_into, on_disk, plain
 from atp_tune.errors import UserError
 
 

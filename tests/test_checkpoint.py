@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from atp_tune import checkpoint as module
-from atp_tune.buffers import Mapped, mapped_files
-from atp_tune.checkpoint import Checkpoint, find_blocks, find_linears
+from atp_tune.checkpoints import checkpoint as module
+from atp_tune.checkpoints.buffers import Mapped, mapped_files
+from atp_tune.checkpoints.checkpoint import Checkpoint, find_blocks, find_linears
+from atp_tune.checkpoints.residency import Residency
 from atp_tune.errors import UserError
-from atp_tune.residency import Residency
 
 BLOCKS = {
     "opt": "model.decoder.layers",

@@ -12,10 +12,10 @@ from time import sleep
 import pytest
 from tinystudy import LONG, CommandLine, few_at_a_time, finish, run, settings, start, study_file, wait_for
 
-from atp_tune import storage
 from atp_tune.cli.running import interruptible
-from atp_tune.config import read_config
 from atp_tune.events import Event, Step, TrialStarted
+from atp_tune.spec.config import read_config
+from atp_tune.trials import storage
 
 ROLES = ("calibration", "search", "report")
 COMMANDS = ["", "status", "export", "apply", "prune", "finetune", "studies", "merge"]

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from atp_tune.config import (
+from atp_tune.errors import UserError
+from atp_tune.scores.perplexity import Perplexity
+from atp_tune.spec.config import (
     FORMAT,
     AllocationRef,
     Baselines,
@@ -18,9 +20,7 @@ from atp_tune.config import (
     Texts,
     read_config,
 )
-from atp_tune.errors import UserError
-from atp_tune.perplexity import Perplexity
-from atp_tune.study import Prune, SparseGPT, Text
+from atp_tune.spec.study import Prune, SparseGPT, Text
 
 GOLDEN = Path(__file__).parent / "golden" / "config.json"
 

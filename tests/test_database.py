@@ -21,15 +21,15 @@ from pgserver import URL_PASSWORD, PostgreSQL
 from pgserver import running as running_server
 from tinystudy import LONG, CommandLine, finish, hear, quiet, run, settings, start, wait_until
 
-from atp_tune import database, patience, storage
-from atp_tune.database import PatientDatabase, is_away, without_password
 from atp_tune.errors import UserError
-from atp_tune.remote import connect
+from atp_tune.results.summary import summarise
 from atp_tune.serving.keeper import Keeper
 from atp_tune.serving.notes import study_note
 from atp_tune.serving.servers import ServedDatabase, proxy
 from atp_tune.serving.view import make_view
-from atp_tune.summary import summarise
+from atp_tune.trials import database, patience, storage
+from atp_tune.trials.database import PatientDatabase, is_away, without_password
+from atp_tune.trials.remote import connect
 
 TESTS = Path(__file__).parent
 
@@ -354,7 +354,7 @@ def test_ctrl_c_ends_a_worker_that_waits(place: Path, frail: PostgreSQL) -> None
 WORKER = """
 import sys, optuna
 from atp_tune.cli.running import quiet
-from atp_tune.storage import create_study, open_storage
+from atp_tune.trials.storage import create_study, open_storage
 with quiet():
     study = create_study(open_storage(sys.argv[1], True), "s", {"sparsity": 0.5})
     study.sampler = optuna.samplers.RandomSampler()

@@ -4,8 +4,15 @@ from typing import Any
 import pytest
 import torch
 
-from atp_tune import devices
-from atp_tune.devices import device_limit, find_device, find_dtype, free_memory, is_out_of_memory, peak_memory
+from atp_tune.checkpoints import devices
+from atp_tune.checkpoints.devices import (
+    device_limit,
+    find_device,
+    find_dtype,
+    free_memory,
+    is_out_of_memory,
+    peak_memory,
+)
 from atp_tune.errors import UserError
 
 CPU = torch.device("cpu")

@@ -8,15 +8,17 @@ import torch
 from families import CPU, FAMILIES, TOKENS, bench_of, checkpoint_of, random_ids, tiny
 from torch import Tensor
 
-from atp_tune import batching, bench, evaluation
-from atp_tune.batching import BatchSize
-from atp_tune.bench import Bench
+from atp_tune.blocks import batching
+from atp_tune.blocks.batching import BatchSize
+from atp_tune.blocks.prune_pass import PrunedBlock
+from atp_tune.blocks.replay import Replay
 from atp_tune.errors import TrialError
-from atp_tune.evaluation import Block, group_scores, head_scores, token_kls, token_nlls
-from atp_tune.perplexity import perplexity
 from atp_tune.plan import Plan
-from atp_tune.prune_pass import PrunedBlock
-from atp_tune.replay import Replay
+from atp_tune.scores import evaluation
+from atp_tune.scores.evaluation import Block, group_scores, head_scores, token_kls, token_nlls
+from atp_tune.scores.perplexity import perplexity
+from atp_tune.search import bench
+from atp_tune.search.bench import Bench
 
 
 def dense_blocks(replay: Replay) -> Iterator[Block]:

@@ -9,12 +9,12 @@ import pytest
 import torch
 from families import bench_of, copy_of, random_ids, tiny
 
-from atp_tune import evidence
 from atp_tune.allocations import ALLOCATIONS, Evidence
-from atp_tune.bench import Bench
+from atp_tune.blocks import evidence
 from atp_tune.errors import TrialError
 from atp_tune.events import Step
 from atp_tune.plan import make_plan
+from atp_tune.search.bench import Bench
 
 FAMILIES = ["llama", "gpt2", "opt"]
 IDS = random_ids(5)  # the calibration windows of a tiny bench

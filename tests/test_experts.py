@@ -16,17 +16,17 @@ from tinystudy import make_tokenizer, run, study_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from atp_tune.applying import prune_once
-from atp_tune.checkpoint import find_linears
+from atp_tune.blocks.gathering import AllHeard, Gathering, ending
+from atp_tune.blocks.prune_pass import unmeasured
+from atp_tune.checkpoints.checkpoint import find_linears
+from atp_tune.checkpoints.experts import expert_inputs
 from atp_tune.errors import TrialError
 from atp_tune.events import unwatched
-from atp_tune.experts import expert_inputs
-from atp_tune.gathering import AllHeard, Gathering, ending
 from atp_tune.plan import Plan
-from atp_tune.prune_pass import unmeasured
 from atp_tune.pruners import PRUNERS, Statistics, make_pruner
 from atp_tune.pruners.statistics import InputNorms
-from atp_tune.study import Prune
+from atp_tune.sparse.applying import prune_once
+from atp_tune.spec.study import Prune
 
 # --- who hears what
 

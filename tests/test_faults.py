@@ -29,11 +29,13 @@ from safetensors.torch import load_file, save_file
 from test_network import needs, serving
 from tinystudy import CommandLine, finish, free_port, run, settings, start, stored, wait_for, wait_until
 
-from atp_tune import evaluation, storage, tuning
-from atp_tune.bench import Bench
-from atp_tune.config import read_config
 from atp_tune.events import Event, Note, TrialStarted
-from atp_tune.process import identity, versions
+from atp_tune.scores import evaluation
+from atp_tune.search import tuning
+from atp_tune.search.bench import Bench
+from atp_tune.spec.config import read_config
+from atp_tune.trials import storage
+from atp_tune.trials.process import identity, versions
 
 ROWS = Rows()
 WRITES = os.environ.get("ATP_TUNE_WRITE_DOCS") == "1"
@@ -521,7 +523,7 @@ import psutil, torch
 sys.path.insert(0, sys.argv[1])
 import preloaded
 from tinystudy import run
-from atp_tune import bench
+from atp_tune.search import bench
 from atp_tune.events import TrialEnded, TrialStarted
 torch.set_num_threads(1)
 bench.reuse_freed_memory = lambda: None  # else a trial finds what the one before has freed

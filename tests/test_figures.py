@@ -18,7 +18,7 @@ from atp_tune.figures.belief import add
 from atp_tune.figures.style import CYCLE, FINE, TICKS, faint, log_axis, rounded
 from atp_tune.figures.trials import second_of
 from atp_tune.figures.view import view_of
-from atp_tune.summary import summarise
+from atp_tune.results.summary import summarise
 
 KEYS = ["perplexity", "sparsity", "error", "seconds"]
 

@@ -15,16 +15,16 @@ from safetensors.torch import load_file, save_file
 from test_applying import block_of, same_bytes, tensors
 from tinystudy import TOKENS, CommandLine, finish, script, start
 
-from atp_tune import finetuning
-from atp_tune.applying import apply
-from atp_tune.config import read_config
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Note, unwatched
-from atp_tune.finetuning import finetune
-from atp_tune.perplexity import change, perplexity
-from atp_tune.provenance import ABOUT, FINETUNED, Finetuned, Settings, origin, read_text, rooted
-from atp_tune.study import Text
-from atp_tune.training import order
+from atp_tune.scores.perplexity import change, perplexity
+from atp_tune.sparse import finetuning
+from atp_tune.sparse.applying import apply
+from atp_tune.sparse.finetuning import finetune
+from atp_tune.sparse.provenance import ABOUT, FINETUNED, Finetuned, Settings, origin, read_text, rooted
+from atp_tune.sparse.training import order
+from atp_tune.spec.config import read_config
+from atp_tune.spec.study import Text
 
 SHORT = ("--steps", "6", "--batch", "4", "--tokens", str(TOKENS), "--learning-rate", "0.01")
 SETTINGS = Settings(steps=6, rank=4, alpha=8, learning_rate=0.01, tokens=TOKENS, batch=4, seed=0)

@@ -2,7 +2,9 @@ from dataclasses import replace
 
 import pytest
 
-from atp_tune.forecast import (
+from atp_tune.checkpoints.headers import Sizes
+from atp_tune.checkpoints.residency import Free
+from atp_tune.cost.forecast import (
     Bytes,
     Passes,
     PrunerRate,
@@ -18,8 +20,6 @@ from atp_tune.forecast import (
     trial_seconds,
     whole,
 )
-from atp_tune.headers import Sizes
-from atp_tune.residency import Free
 
 TOKENS = Tokens(calibration=1000, search=300, report=200, curve=100)
 RATES = Rates(

@@ -5,8 +5,8 @@ import torch
 from families import ALL, checkpoint_of, tiny
 from safetensors.torch import save_file
 
+from atp_tune.checkpoints.headers import read_sizes
 from atp_tune.errors import UserError
-from atp_tune.headers import read_sizes
 
 
 @pytest.mark.parametrize("family", ALL)

@@ -16,11 +16,11 @@ from optuna.trial import TrialState
 from test_serving import served
 from tinystudy import CommandLine, run
 
-from atp_tune import storage
 from atp_tune.errors import UserError, printable
-from atp_tune.markup import escaped, fenced
-from atp_tune.stored import FOREIGN
-from atp_tune.summary import summarise
+from atp_tune.results.summary import summarise
+from atp_tune.sparse.markup import escaped, fenced
+from atp_tune.trials import storage
+from atp_tune.trials.stored import FOREIGN
 
 SEEDS = int(os.environ.get("ATP_TUNE_FUZZ_RUNS", "25"))  # runs on damaged databases
 ESCAPES = "\x1b[2J\x9b31m\u202e"

@@ -7,13 +7,14 @@ import torch
 from families import CPU, bench_of, same_bits, tiny
 from test_prune_pass import atp_plan
 
-from atp_tune import bench, keeping
+from atp_tune.blocks import keeping
+from atp_tune.blocks.keeping import Kept, is_room, keep_all, place_of
 from atp_tune.events import Note
-from atp_tune.keeping import Kept, is_room, keep_all, place_of
 from atp_tune.plan import Plan
 from atp_tune.pruners import PRUNERS
 from atp_tune.pruners.statistics import Hessian, InputMoments, InputNorms
-from atp_tune.study import Prune, SparseGPT
+from atp_tune.search import bench
+from atp_tune.spec.study import Prune, SparseGPT
 
 DENSE = Prune(statistics="dense")
 KINDS: dict[Any, Any] = {

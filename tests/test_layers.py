@@ -28,7 +28,13 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 
 def test_there_is_something_to_check() -> None:
     assert len(FILES) > 30
-    for name in ("atp_tune", "atp_tune.objective", "atp_tune.pruners", "atp_tune.pruners.wanda", "atp_tune.cli.app"):
+    for name in (
+        "atp_tune",
+        "atp_tune.search.objective",
+        "atp_tune.pruners",
+        "atp_tune.pruners.wanda",
+        "atp_tune.cli.app",
+    ):
         assert name in FILES
 
 
@@ -112,13 +118,13 @@ class F:
     tree = ast.parse(source)
     assert imported(top_level(tree), "x") == {"a.b", "c", "e", "g"}
     assert imported(ast.walk(tree), "x") == {"a.b", "hidden", "c", "e", "g", "i"}
-    assert "atp_tune.pruners.selection" in reached("atp_tune.objective")
-    assert {"torch", "optuna", "transformers"} <= libraries(set(reached("atp_tune.objective")))
+    assert "atp_tune.pruners.selection" in reached("atp_tune.search.objective")
+    assert {"torch", "optuna", "transformers"} <= libraries(set(reached("atp_tune.search.objective")))
 
 
 def test_torch_and_optuna_meet_in_the_objective_alone() -> None:
     both = {name for name, names in ANYWHERE.items() if {"torch", "optuna"} <= libraries(names)}
-    assert both == {"atp_tune.objective"}
+    assert both == {"atp_tune.search.objective"}
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.split(".")[1:2] in (["pruners"], ["allocations"])])
@@ -133,30 +139,30 @@ def test_the_tensor_core_knows_no_study(name: str) -> None:
 
 
 LIGHT = [
+    "checkpoints.headers",
+    "checkpoints.residency",
+    "cost.forecast",
+    "cost.planning",
+    "errors",
+    "events",
+    "exporting",
     "figures",
-    "forecast",
-    "headers",
-    "planning",
-    "remote",
+    "plan",
     "report",
-    "residency",
+    "results.status",
+    "results.summary",
+    "search.samplers",
+    "search.space",
+    "search.tuning",
     "serving.choosing",
     "serving.serve",
-    "summary",
-    "status",
-    "config",
-    "exporting",
-    "card",
-    "storage",
-    "studyfile",
-    "study",
-    "tuning",
-    "samplers",
+    "sparse.card",
+    "spec.config",
+    "spec.study",
+    "spec.studyfile",
     "speed.result",
-    "space",
-    "plan",
-    "events",
-    "errors",
+    "trials.remote",
+    "trials.storage",
 ]
 
 

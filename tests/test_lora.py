@@ -10,7 +10,7 @@ from families import checkpoint_of, copy_of, random_ids, same_bits, tiny
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from atp_tune.lora import Adapters, recompute_blocks
+from atp_tune.sparse.lora import Adapters, recompute_blocks
 
 
 def with_zeros(family: str, dtype: torch.dtype = torch.float32) -> Any:

@@ -14,12 +14,12 @@ from pgserver import PostgreSQL
 from synthetic import DISTRIBUTIONS, made_up, new_study
 from tinystudy import CommandLine, quiet, run, study_file
 
-from atp_tune import storage
 from atp_tune.errors import UserError
-from atp_tune.merging import Merged, merge
+from atp_tune.results.summary import summarise
 from atp_tune.serving.keeper import Keeper
 from atp_tune.serving.notes import with_own_words
-from atp_tune.summary import summarise
+from atp_tune.trials import storage
+from atp_tune.trials.merging import Merged, merge
 
 
 @pytest.fixture(autouse=True)

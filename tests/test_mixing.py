@@ -9,11 +9,11 @@ import pytest
 from test_serving import served
 from tinystudy import CommandLine, run
 
-from atp_tune import storage
-from atp_tune.config import read_config
 from atp_tune.errors import UserError
-from atp_tune.summary import summarise
-from atp_tune.wording import mixture_of, remark_of
+from atp_tune.results.summary import summarise
+from atp_tune.results.wording import mixture_of, remark_of
+from atp_tune.spec.config import read_config
+from atp_tune.trials import storage
 
 GPU = "NVIDIA H100 80GB HBM3"
 

@@ -13,10 +13,11 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from atp_tune import convert, models, study
 from atp_tune.cache import sha256_of_json
+from atp_tune.checkpoints import convert, models
+from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError
-from atp_tune.models import ModelFolder, resolve
+from atp_tune.spec import study
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 TOKENS = ["<|end|>", *ALPHABET, "th", "the", "Ġthe"]

@@ -5,9 +5,9 @@ import psutil
 import pytest
 from tinystudy import CommandLine, run, study_file
 
-from atp_tune import mounts
 from atp_tune.events import Event, Note
 from atp_tune.serving.serve import Service, serve
+from atp_tune.trials import mounts
 
 
 def mount(monkeypatch: pytest.MonkeyPatch, *table: tuple[str | Path, str]) -> None:

@@ -13,14 +13,14 @@ from optuna.trial import TrialState
 from tinystudy import quiet, study_file
 
 import atp_tune
-from atp_tune.bench import Bench
 from atp_tune.errors import TrialError
-from atp_tune.evaluation import WindowScores
 from atp_tune.events import Event, Step, TrialStarted, unwatched
-from atp_tune.objective import Objective, estimate, find_measured, is_hopeless, reasons
-from atp_tune.process import identity
-from atp_tune.space import Space, make_space
-from atp_tune.tuning import Run, open_bench
+from atp_tune.scores.evaluation import WindowScores
+from atp_tune.search.bench import Bench
+from atp_tune.search.objective import Objective, estimate, find_measured, is_hopeless, reasons
+from atp_tune.search.space import Space, make_space
+from atp_tune.search.tuning import Run, open_bench
+from atp_tune.trials.process import identity
 
 PARAMS = {"pruner": "wanda", "allocation": "atp", "beta": 0.1}
 

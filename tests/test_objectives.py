@@ -16,21 +16,22 @@ from optuna.trial import FrozenTrial, TrialState
 from tinystudy import CommandLine, few_at_a_time, quiet, run, settings, start, stored, study_file
 from tinystudy import finish as finished
 
-from atp_tune import figures, storage
+from atp_tune import figures
 from atp_tune.allocations import Budget
-from atp_tune.config import read_config
 from atp_tune.errors import UserError
 from atp_tune.events import TrialEnded
-from atp_tune.merging import merge
 from atp_tune.report import gather, write
-from atp_tune.samplers import levelled
-from atp_tune.screening import SUFFIX
+from atp_tune.results.status import status_of, to_json
+from atp_tune.results.summary import best_config, kl_of, score_of, summarise
+from atp_tune.search.samplers import levelled
+from atp_tune.search.screening import SUFFIX
+from atp_tune.search.settling import noise_of, regret_of
+from atp_tune.search.space import make_space
 from atp_tune.serving.notes import study_note, trial_note
-from atp_tune.settling import noise_of, regret_of
-from atp_tune.space import make_space
-from atp_tune.status import status_of, to_json
-from atp_tune.studyfile import facts
-from atp_tune.summary import best_config, kl_of, score_of, summarise
+from atp_tune.spec.config import read_config
+from atp_tune.spec.studyfile import facts
+from atp_tune.trials import storage
+from atp_tune.trials.merging import merge
 
 KL = "search.objective=kl"
 BOTH = 'search.objective=["kl", "perplexity"]'

@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from atp_tune.patterns import Pattern, parse
+from atp_tune.spec.patterns import Pattern, parse
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@ import pytest
 
 from atp_tune.allocations import ALLOCATIONS, Budget
 from atp_tune.allocations.budget import LinearSparsities, Shape
-from atp_tune.patterns import parse
 from atp_tune.plan import Plan, make_plan
+from atp_tune.spec.patterns import parse
 
 
 def test_a_plan_is_an_allocation_at_its_parameters() -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 from tinystudy import TOKENS, WIDTH, CommandLine, run, settings, stored, study_file
 
-from atp_tune import planning, storage
+from atp_tune.cost import planning
+from atp_tune.cost.planning import foresee
 from atp_tune.events import unwatched
-from atp_tune.planning import foresee
-from atp_tune.storage import counted
+from atp_tune.trials import storage
+from atp_tune.trials.storage import counted
 
 
 def test_a_study_is_foretold(place: Path) -> None:

@@ -8,17 +8,18 @@ import torch
 from families import ALL, CPU, MIXTURES, TOKENS, bench_of, checkpoint_of, copy_of, random_ids, same_bits, tiny
 from torch import Tensor
 
-from atp_tune import batching, bench
 from atp_tune.allocations import Budget, Shape, atp
-from atp_tune.batching import BatchSize
-from atp_tune.bench import Bench
+from atp_tune.blocks import batching
+from atp_tune.blocks.batching import BatchSize
+from atp_tune.blocks.prune_pass import Pass, PrunedBlock, advance, measure, relative_error
+from atp_tune.blocks.replay import Replay
 from atp_tune.errors import TrialError
 from atp_tune.plan import Plan, make_plan
-from atp_tune.prune_pass import Pass, PrunedBlock, advance, measure, relative_error
 from atp_tune.pruners import PRUNERS, make_pruner
 from atp_tune.pruners.statistics import Hessian, InputNorms
-from atp_tune.replay import Replay
-from atp_tune.study import Prune, SparseGPT
+from atp_tune.search import bench
+from atp_tune.search.bench import Bench
+from atp_tune.spec.study import Prune, SparseGPT
 
 PruneMatrix = Callable[[Tensor, Tensor, float], Tensor]  # weight [out, in], x [tokens, in], sparsity
 TARGET = 0.55
@@ -107,7 +108,7 @@ def test_sparsegpt_in_every_family(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "qwen2_moe", "gpt_oss"])
 def test_magnitude_measures_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("atp_tune.prune_pass.measure", None)
+    monkeypatch.setattr("atp_tune.blocks.prune_pass.measure", None)
     model = tiny(family)
     work = bench_of(model)
     plan = atp_plan(work, "magnitude")

@@ -6,7 +6,6 @@ import torch
 from families import CPU, same_bits
 from torch import Tensor
 
-from atp_tune import study
 from atp_tune.errors import TrialError
 from atp_tune.pruners import PRUNERS, make_pruner
 from atp_tune.pruners.alps import ALPS
@@ -16,6 +15,7 @@ from atp_tune.pruners.selection import lowest_in_matrix, lowest_in_rows
 from atp_tune.pruners.sparsegpt import SparseGPT
 from atp_tune.pruners.statistics import Hessian, InputMoments, InputNorms, Scaled, _factor, widens
 from atp_tune.pruners.wanda import Wanda
+from atp_tune.spec import study
 
 # [out, in]: one row, one column, wide, tall, and none a multiple of the blocks of columns below
 SHAPES = [(1, 1), (1, 23), (19, 1), (7, 10), (13, 29), (31, 17), (5, 100)]

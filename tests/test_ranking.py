@@ -5,13 +5,14 @@ import torch
 from families import FAMILIES, tiny
 from test_bench import bench_of
 
-from atp_tune import bench, ranking
+from atp_tune.blocks import ranking
+from atp_tune.blocks.ranking import Ranked, can_rank
 from atp_tune.plan import Plan
 from atp_tune.pruners import make_pruner
 from atp_tune.pruners.statistics import InputNorms
 from atp_tune.pruners.wanda import Ranks
-from atp_tune.ranking import Ranked, can_rank
-from atp_tune.study import Prune
+from atp_tune.search import bench
+from atp_tune.spec.study import Prune
 
 
 def pruned(work: bench.Bench, sparsity: float) -> list[dict[str, torch.Tensor]]:

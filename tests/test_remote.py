@@ -14,11 +14,11 @@ from optuna.storages import get_storage
 from optuna.trial import TrialState
 from tinystudy import CommandLine, run
 
-from atp_tune import patience, remote, storage
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Note, TrialStarted
-from atp_tune.remote import RemoteStorage, connect
 from atp_tune.serving.servers import ServedDatabase, proxy
+from atp_tune.trials import patience, remote, storage
+from atp_tune.trials.remote import RemoteStorage, connect
 
 
 class Server:

@@ -7,8 +7,8 @@ import torch
 from families import ALL, TOKENS, VOCABULARY, checkpoint_of, random_ids, tiny
 from torch import Tensor, nn
 
+from atp_tune.blocks.replay import Reached, Replay, bypassed
 from atp_tune.errors import UserError
-from atp_tune.replay import Reached, Replay, bypassed
 
 
 @torch.inference_mode()

@@ -18,7 +18,7 @@ from atp_tune import report
 from atp_tune.errors import UserError
 from atp_tune.report import html, latex, machine, markdown, tables
 from atp_tune.report.contents import gather, toml
-from atp_tune.studyfile import load, settings
+from atp_tune.spec.studyfile import load, settings
 
 NOW = datetime(2026, 1, 2, 3, 4, 5)
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"

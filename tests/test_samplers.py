@@ -15,9 +15,9 @@ from optuna.samplers import BaseSampler, GPSampler, RandomSampler
 from optuna.trial import TrialState
 from test_space import SIZES, space_for, study_of
 
-from atp_tune import samplers
 from atp_tune.plan import Plan
-from atp_tune.samplers import (
+from atp_tune.search import samplers
+from atp_tune.search.samplers import (
     STARTS,
     BranchSampler,
     SeededSampler,
@@ -31,9 +31,9 @@ from atp_tune.samplers import (
     wait_for_earlier,
     whose_turn,
 )
-from atp_tune.space import Space
-from atp_tune.storage import queue_again
-from atp_tune.study import Search
+from atp_tune.search.space import Space
+from atp_tune.spec.study import Search
+from atp_tune.trials.storage import queue_again
 
 BOTH = {"pruners": ["wanda", "magnitude"]}
 

@@ -8,15 +8,15 @@ from test_space import SIZES, space_for, study_of
 from test_tuning import reopen, states, without_bench
 from tinystudy import BLOCKS, LONG, finish, run, settings, start, study_file, wait_for
 
-from atp_tune import tuning
-from atp_tune.bench import Bench
+from atp_tune.blocks.prune_pass import Pass
 from atp_tune.errors import UserError
 from atp_tune.events import Note, TrialEnded, TrialStarted
-from atp_tune.prune_pass import Pass
-from atp_tune.samplers import levelled
-from atp_tune.screening import APART, confirmed, is_near, screening_file
-from atp_tune.storage import counted, measured
-from atp_tune.study import Screen
+from atp_tune.search import tuning
+from atp_tune.search.bench import Bench
+from atp_tune.search.samplers import levelled
+from atp_tune.search.screening import APART, confirmed, is_near, screening_file
+from atp_tune.spec.study import Screen
+from atp_tune.trials.storage import counted, measured
 
 SCREEN = ("search.screen.trials=5", "search.screen.every=3", "search.screen.confirm=2")
 INSIDE = ("search.sampler=gp", *SCREEN)
@@ -80,7 +80,7 @@ def test_it_runs_no_calibration_pass(place: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_dense_statistics_are_measured_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from atp_tune import bench
+    from atp_tune.search import bench
 
     calls: list[int] = []
     original = bench.measure_and_advance

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tinystudy import CommandLine, run, study_file
 
-from atp_tune import remote, storage
 from atp_tune.errors import UserError, without_secrets
+from atp_tune.results.summary import summarise
 from atp_tune.serving.notes import study_note
-from atp_tune.summary import summarise
+from atp_tune.trials import remote, storage
 
 MARKER = "s3cr3t-marker"
 ADDRESSES = [
@@ -53,7 +53,7 @@ def test_no_mistake_shows_it(override: str, place: Path, command: CommandLine) -
 def test_it_is_not_stored(place: Path) -> None:
     file = study_file(place, f"storage={ADDRESSES[0]}")
     study = run(place, "search.trials=1")
-    from atp_tune.studyfile import settings as stored
+    from atp_tune.spec.studyfile import settings as stored
 
     study.set_user_attr("made_from", stored(file))
     assert MARKER not in study_note(summarise(study), storage.without_password(file.storage_url))

@@ -21,12 +21,13 @@ import pytest
 from optuna.trial import TrialState
 from tinystudy import CommandLine, finish, run, start, study_file, wait_until
 
-from atp_tune import storage, studyfile
-from atp_tune.config import read_config
 from atp_tune.errors import UserError
 from atp_tune.serving.choosing import choose
 from atp_tune.serving.notes import OWN, with_own_words
 from atp_tune.serving.serve import Served, Service, serve
+from atp_tune.spec import studyfile
+from atp_tune.spec.config import read_config
+from atp_tune.trials import storage
 
 
 @dataclass

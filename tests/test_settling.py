@@ -9,14 +9,14 @@ from test_samplers import fake_perplexity, search_of, space_of
 from test_tuning import reopen, states
 from tinystudy import run
 
-from atp_tune import settling, tuning
 from atp_tune.errors import UserError
 from atp_tune.events import Note
-from atp_tune.samplers import make_sampler
-from atp_tune.settling import LEAST, has_settled, noise_of, regret_of
-from atp_tune.space import Space
-from atp_tune.storage import counted, total_of
-from atp_tune.study import Search
+from atp_tune.search import settling, tuning
+from atp_tune.search.samplers import make_sampler
+from atp_tune.search.settling import LEAST, has_settled, noise_of, regret_of
+from atp_tune.search.space import Space
+from atp_tune.spec.study import Search
+from atp_tune.trials.storage import counted, total_of
 
 GP = ("search.sampler=gp", "search.settle=true", "search.trials=30")
 

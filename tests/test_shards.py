@@ -14,13 +14,13 @@ from test_config import config
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from atp_tune.applying import write_sparse
-from atp_tune.bench import Bench
-from atp_tune.checkpoint import Checkpoint
-from atp_tune.config import read_config
+from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.errors import UserError
 from atp_tune.plan import Plan
-from atp_tune.shards import Shards, check_free, sparse_folder
+from atp_tune.search.bench import Bench
+from atp_tune.sparse.applying import write_sparse
+from atp_tune.sparse.shards import Shards, check_free, sparse_folder
+from atp_tune.spec.config import read_config
 
 
 def raw(folder: Path) -> dict[str, tuple[str, str, list[int], bytes]]:

@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 from test_network import needs, serving
 from tinystudy import free_port, settings, wait_until
 
-from atp_tune import storage
+from atp_tune.trials import storage
 
 pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parents[1] / "docs" / "slurm.sh"

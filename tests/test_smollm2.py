@@ -14,15 +14,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from atp_tune.bench import Bench, Setup
+from atp_tune.cost.planning import foresee
 from atp_tune.events import unwatched
-from atp_tune.perplexity import perplexity
 from atp_tune.plan import make_plan
-from atp_tune.planning import foresee
 from atp_tune.pruners.sparsegpt import SparseGPT
 from atp_tune.pruners.statistics import Hessian
-from atp_tune.record import Record
-from atp_tune.studyfile import load
+from atp_tune.scores.perplexity import perplexity
+from atp_tune.search.bench import Bench, Setup
+from atp_tune.search.record import Record
+from atp_tune.spec.studyfile import load
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]

@@ -6,8 +6,8 @@ import pytest
 
 from atp_tune.allocations import Budget
 from atp_tune.errors import UserError
-from atp_tune.space import Space, make_space
-from atp_tune.study import Study
+from atp_tune.search.space import Space, make_space
+from atp_tune.spec.study import Study
 
 SIZES = (100,) * 5  # at sparsity 0.6 the bound of β is 0.2
 

@@ -23,12 +23,12 @@ from transformers import (
     Qwen3Config,
 )
 
-from atp_tune.applying import prune_once
-from atp_tune.card import ABOUT
-from atp_tune.checkpoint import Checkpoint
-from atp_tune.config import read_config
+from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Step, unwatched
+from atp_tune.sparse.applying import prune_once
+from atp_tune.sparse.provenance import ABOUT
+from atp_tune.spec.config import read_config
 from atp_tune.speed import deepsparse_home, eager, graphs, semistructured
 from atp_tune.speed.decoder import Decoder, check_family
 from atp_tune.speed.pair import Pair

@@ -10,15 +10,15 @@ from test_experts import silence
 from test_prune_pass import atp_plan, check_same_weights, magnitude, wanda, work_of
 from torch import Tensor, nn
 
-from atp_tune.checkpoint import find_linears
+from atp_tune.blocks.prune_pass import Pass
+from atp_tune.blocks.replay import Replay
+from atp_tune.blocks.standing import prune_standing
+from atp_tune.checkpoints.checkpoint import find_linears
 from atp_tune.errors import TrialError
 from atp_tune.plan import Plan
-from atp_tune.prune_pass import Pass
 from atp_tune.pruners import PRUNERS, make_pruner
 from atp_tune.pruners.statistics import InputNorms
-from atp_tune.replay import Replay
-from atp_tune.standing import prune_standing
-from atp_tune.study import Prune
+from atp_tune.spec.study import Prune
 
 PruneMatrix = Callable[[Tensor, Tensor, float], Tensor]
 ONE_PASS = Prune(statistics="sequential")

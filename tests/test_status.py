@@ -23,15 +23,15 @@ from optuna.trial import TrialState, create_trial
 from rich.console import Console
 from tinystudy import LONG, TUNE, CommandLine, finish, run, settings, start, stored, study_file
 
-from atp_tune import process
 from atp_tune.cli import tables, watching
 from atp_tune.cli.running import quiet
-from atp_tune.config import read_config
 from atp_tune.errors import UserError
-from atp_tune.perplexity import Perplexity
-from atp_tune.status import Status, status_of, to_json
-from atp_tune.summary import Summary, summarise
-from atp_tune.wording import duration, method_of
+from atp_tune.results.status import Status, status_of, to_json
+from atp_tune.results.summary import Summary, summarise
+from atp_tune.results.wording import duration, method_of
+from atp_tune.scores.perplexity import Perplexity
+from atp_tune.spec.config import read_config
+from atp_tune.trials import process
 
 NOW = datetime(2026, 1, 1, 12)
 DISTRIBUTIONS = {

@@ -13,10 +13,11 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import IntegrityError, OperationalError
 from tinystudy import quiet
 
-from atp_tune import database, storage
 from atp_tune.errors import UserError
-from atp_tune.process import identity
-from atp_tune.storage import (
+from atp_tune.results.wording import remark_of
+from atp_tune.trials import database, storage
+from atp_tune.trials.process import identity
+from atp_tune.trials.storage import (
     RETRIES,
     START,
     best_trial,
@@ -33,7 +34,6 @@ from atp_tune.storage import (
     recover,
     running,
 )
-from atp_tune.wording import remark_of
 
 FACTS = {"sparsity": 0.5, "prune.pruners": ["wanda"], "model.content": "ab", "model.dtype": "float32"}
 DEAD = {**identity(), "process_started": 0.0}

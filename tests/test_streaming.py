@@ -9,10 +9,10 @@ import torch
 from families import ALL, CPU, bench_of, checkpoint_of, same_bits, tiny
 from torch import Tensor
 
-from atp_tune import streaming
+from atp_tune.checkpoints import streaming
+from atp_tune.checkpoints.residency import Residency
+from atp_tune.checkpoints.streaming import Stream, Tensors, Wanted
 from atp_tune.plan import Plan
-from atp_tune.residency import Residency
-from atp_tune.streaming import Stream, Tensors, Wanted
 
 BLOCKS: list[Tensors] = [{"a": torch.full((50, 4), float(i)), "norm": torch.arange(4) + i} for i in range(5)]
 

@@ -3,8 +3,8 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from atp_tune.study import Allocation, Model, Prune, Search, Study, Text
-from atp_tune.studyfile import _PATTERNS, _keys, _table
+from atp_tune.spec.study import Allocation, Model, Prune, Search, Study, Text
+from atp_tune.spec.studyfile import _PATTERNS, _keys, _table
 
 
 def raw(**changes: Any) -> dict[str, Any]:

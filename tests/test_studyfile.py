@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from atp_tune import studyfile
 from atp_tune.errors import UserError
-from atp_tune.studyfile import (
+from atp_tune.spec import studyfile
+from atp_tune.spec.studyfile import (
     StudyFile,
     facts,
     find,

@@ -10,10 +10,10 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
 from tinystudy import quiet, stored, study_file
 
-from atp_tune import storage
 from atp_tune.errors import UserError
-from atp_tune.perplexity import perplexity
-from atp_tune.summary import best_config, is_uniform, score_of, summarise, uniform_of
+from atp_tune.results.summary import best_config, is_uniform, score_of, summarise, uniform_of
+from atp_tune.scores.perplexity import perplexity
+from atp_tune.trials import storage
 
 DISTRIBUTIONS = {
     "pruner": CategoricalDistribution(("wanda", "magnitude")),

@@ -11,10 +11,10 @@ from test_lora import with_zeros
 from torch import Tensor
 from torch.func import functional_call
 
-from atp_tune import training
 from atp_tune.errors import UserError
-from atp_tune.provenance import Settings
-from atp_tune.training import Trainer, bytes_needed, order, rate, stored_format
+from atp_tune.sparse import training
+from atp_tune.sparse.provenance import Settings
+from atp_tune.sparse.training import Trainer, bytes_needed, order, rate, stored_format
 
 SETTINGS = Settings(steps=5, rank=2, alpha=3, learning_rate=0.02, tokens=13, batch=2, seed=3)
 FACTS = {"rank": "2"}

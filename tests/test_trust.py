@@ -11,12 +11,13 @@ from test_models import checkpoint, message, pickled, tiny  # noqa: F401
 from tinystudy import CommandLine, run
 from transformers import LlamaForCausalLM
 
-from atp_tune import study, trust
-from atp_tune.checkpoint import Checkpoint
-from atp_tune.convert import one_line
+from atp_tune.checkpoints import trust
+from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.checkpoints.convert import one_line
+from atp_tune.checkpoints.models import resolve
 from atp_tune.errors import UserError
-from atp_tune.models import resolve
-from atp_tune.studyfile import facts, load
+from atp_tune.spec import study
+from atp_tune.spec.studyfile import facts, load
 
 CODE = """\
 from pathlib import Path

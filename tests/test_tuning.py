@@ -21,15 +21,16 @@ from optuna.trial import TrialState
 from safetensors.torch import load_file, save_file
 from tinystudy import BLOCKS, LONG, few_at_a_time, finish, run, settings, start, study_file, wait_for
 
-from atp_tune import storage, tuning
-from atp_tune.bench import Bench
 from atp_tune.cli.running import quiet
-from atp_tune.config import read_config
 from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Event, Note, Step, TrialEnded, TrialStarted
 from atp_tune.plan import Plan
-from atp_tune.process import identity
-from atp_tune.summary import allocation_of, summarise, unreported
+from atp_tune.results.summary import allocation_of, summarise, unreported
+from atp_tune.search import tuning
+from atp_tune.search.bench import Bench
+from atp_tune.spec.config import read_config
+from atp_tune.trials import storage
+from atp_tune.trials.process import identity
 
 BOTH = "prune.pruners=['wanda', 'magnitude']"
 

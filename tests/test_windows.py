@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from atp_tune.errors import UserError
-from atp_tune.study import Text
-from atp_tune.windows import Windows, check_disjoint, first_windows, recut, token_windows
+from atp_tune.spec.study import Text
+from atp_tune.texts.windows import Windows, check_disjoint, first_windows, recut, token_windows
 
 TOPICS = [pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics)]
 TOPICS_SOURCE = "package:pydoc_data.topics:topics"
@@ -56,8 +56,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a cache hit reads nothing")
 
-    monkeypatch.setattr("atp_tune.windows.documents", refuse)
-    monkeypatch.setattr("atp_tune.windows._encoder", refuse)
+    monkeypatch.setattr("atp_tune.texts.windows.documents", refuse)
+    monkeypatch.setattr("atp_tune.texts.windows._encoder", refuse)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", refuse)
 
 
@@ -137,7 +137,7 @@ def test_the_first_windows_are_those_of_the_whole(
 def test_few_windows_tokenise_little_of_a_huge_text(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from atp_tune import windows
+    from atp_tune.texts.documents import windows
 
     real, seen = windows._encoder, []
 
@@ -194,7 +194,7 @@ def test_a_second_call_imports_no_transformers(folder: Path, cache: Path, tmp_pa
     source = write(tmp_path / "a.jsonl", *TOPICS[:3])
     token_windows(Text(source=source, tokens=32), folder, tmp_path)
     script = (
-        "import sys; from pathlib import Path; from atp_tune import study, windows\n"
+        "import sys; from pathlib import Path; from atp_tune.spec import study; from atp_tune.texts import windows\n"
         f"text = study.Text(source={source!r}, tokens=32)\n"
         f"windows.token_windows(text, Path({str(folder)!r}), Path({str(tmp_path)!r}))\n"
         "print([name for name in ('torch', 'transformers', 'datasets', 'optuna') if name in sys.modules])"
@@ -241,7 +241,7 @@ def test_the_tokenizer_counts_by_content(folder: Path, tmp_path: Path, request: 
 
 
 def test_content_names_ids_and_shape() -> None:
-    from atp_tune import windows
+    from atp_tune.texts.documents import windows
 
     ids = np.arange(12)
     shapes = {windows._windows(ids.reshape(shape)).content for shape in ((3, 4), (4, 3), (2, 6))}

@@ -14,11 +14,11 @@ import torch
 from tinystudy import CommandLine, finish, settings, start, stored
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from atp_tune import zeroshot
-from atp_tune.bench import Bench, Setup
-from atp_tune.config import Measure, read_config
 from atp_tune.events import Event, Step
-from atp_tune.zeroshot import Asked, difference, evaluate, mean, pruned
+from atp_tune.scores import zeroshot
+from atp_tune.scores.zeroshot import Asked, difference, evaluate, mean, pruned
+from atp_tune.search.bench import Bench, Setup
+from atp_tune.spec.config import Measure, read_config
 
 ROOT = Path(__file__).parents[1]
 OFFLINE_TASKS = ROOT / "scripts" / "offline-tasks"
@@ -304,8 +304,8 @@ def test_bad_input_is_one_line(
 
 
 def test_lm_eval_is_an_extra(done: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "atp_tune.harness", raising=False)
-    monkeypatch.delattr("atp_tune.harness", raising=False)
+    monkeypatch.delitem(sys.modules, "atp_tune.scores.harness", raising=False)
+    monkeypatch.delattr("atp_tune.scores.harness", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     answer = command("evaluate", "--model", done / "model")
     assert answer.error.startswith("evaluate: ")

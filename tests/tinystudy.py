@@ -24,12 +24,13 @@ from sqlalchemy.engine import Engine
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from atp_tune import batching, storage
+from atp_tune.blocks import batching
 from atp_tune.cli import main
 from atp_tune.cli.running import quiet
 from atp_tune.events import Watch, unwatched
-from atp_tune.studyfile import StudyFile, load
-from atp_tune.tuning import Run, tune
+from atp_tune.search.tuning import Run, tune
+from atp_tune.spec.studyfile import StudyFile, load
+from atp_tune.trials import storage
 
 TUNE = Path(__file__).parents[1] / "tune.py"
 BLOCKS, WIDTH, TOKENS = 4, 32, 32

@@ -16,7 +16,7 @@ from atp_tune.cli.display import Display, Line
 from atp_tune.cli.running import interruptible, quiet
 from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Event, Note, TrialEnded, TrialStarted, Watch
-from atp_tune.studyfile import StudyFile
+from atp_tune.spec.studyfile import StudyFile
 
 RESTARTS = 2  # of one worker, with no trial in between
 PATIENCE = 60  # seconds that workers have to stop after Ctrl-C
@@ -115,7 +115,7 @@ def run_crew(workers: Sequence[AnyWorker], listen: Callable[[Sequence[AnyWorker]
 
 def work(job: Job, index: int, device: str, tell: Watch) -> str | None:
     """What a worker does: a run whose events go to `tell`, until SIGINT; the reason if it could not run."""
-    from atp_tune.tuning import Run, tune
+    from atp_tune.search.tuning import Run, tune
 
     timeout = None if job.end is None else job.end - time()
     file = replace(job.file, study=job.file.study.model_copy(update={"device": device}))

@@ -15,20 +15,20 @@ from atp_tune.cli.tables import console, markdown
 from atp_tune.events import Watch, unwatched
 
 if TYPE_CHECKING:
-    from atp_tune.config import ZeroShot
-    from atp_tune.zeroshot import Asked
+    from atp_tune.scores.zeroshot import Asked
+    from atp_tune.spec.config import ZeroShot
 
 
 def run_evaluate(config: Path, asked: "Asked", storage: str | None, json: bool, allowed: Mapping[str, bool]) -> None:
     """Compares dense, uniform and best of a configuration, and stores their scores in it and on its study."""
-    from atp_tune.attaching import attach, study_of
-    from atp_tune.config import read_config
+    from atp_tune.results.attaching import attach, study_of
+    from atp_tune.spec.config import read_config
 
     read = read_config(config)
     with quiet():
         if storage is not None:
             study_of(config, read, storage)  # so that a mistake is told before anything runs
-        from atp_tune.zeroshot import evaluate
+        from atp_tune.scores.zeroshot import evaluate
 
         found = _watched(json, lambda watch: evaluate(read, config.parent / read.folder, asked, watch, allowed))
         places = attach(config, read, "zero_shot", found, storage)
@@ -41,7 +41,7 @@ def run_evaluate(config: Path, asked: "Asked", storage: str | None, json: bool, 
 def run_evaluate_folder(folder: Path, asked: "Asked", json: bool, allowed: Mapping[str, bool]) -> None:
     """Scores one model's folder."""
     with quiet():
-        from atp_tune.zeroshot import evaluate_folder
+        from atp_tune.scores.zeroshot import evaluate_folder
 
         found = _watched(json, lambda watch: evaluate_folder(folder, asked, watch, allowed))
     _show(found, json)
@@ -55,7 +55,7 @@ def _watched(json: bool, work: "Callable[[Watch], ZeroShot]") -> "ZeroShot":
 
 def _show(found: "ZeroShot", json: bool) -> None:
     from atp_tune.report import tables
-    from atp_tune.status import to_json
+    from atp_tune.results.status import to_json
 
     if json:
         console.print(to_json(found), highlight=False)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from atp_tune.studyfile import StudyFile
+    from atp_tune.spec.studyfile import StudyFile
 
 StudyName = Annotated[str, typer.Option("--study", metavar="NAME", help="Name in `studies/`, or path of a .toml file.")]
 StudyLabel = Annotated[
@@ -27,7 +27,7 @@ Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="auto, cpu, m
 
 def load_study(study: str, storage: str | None, device: str | None, set_: list[str] | None) -> "StudyFile":
     """A study file by name or path, with options as overrides; UserError for what is wrong in it."""
-    from atp_tune.studyfile import absolute_storage, load
+    from atp_tune.spec.studyfile import absolute_storage, load
 
     place = absolute_storage(storage, Path()) if storage else None
     options: dict[str, Any] = {"storage": place, "device": device}
@@ -38,7 +38,7 @@ def load_study(study: str, storage: str | None, device: str | None, set_: list[s
 def stored_study(file: "StudyFile", study_name: str | None) -> Any:
     """The Optuna study of a study file; UserError if it has no trials yet."""
     from atp_tune.errors import UserError
-    from atp_tune.storage import find_study, open_storage
+    from atp_tune.trials.storage import find_study, open_storage
 
     db = open_storage(file.storage_url, create=False)
     study = find_study(db, study_name or file.name) if db else None

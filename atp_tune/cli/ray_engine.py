@@ -21,7 +21,7 @@ from atp_tune.cli.crew import PATIENCE, Job, Worker, run_crew, work
 from atp_tune.cli.display import Display
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Note
-from atp_tune.studyfile import StudyFile
+from atp_tune.spec.studyfile import StudyFile
 
 ANSWER = 5  # seconds in which the cluster's address, or the actor of the news, must answer
 POLL = 0.3  # seconds between two looks at the news

@@ -25,18 +25,18 @@ from atp_tune.cli.tables import (
     show_served,
     show_summary,
 )
-from atp_tune.config import read_config
 from atp_tune.events import unwatched
-from atp_tune.studyfile import StudyFile
+from atp_tune.spec.config import read_config
+from atp_tune.spec.studyfile import StudyFile
 
 if TYPE_CHECKING:
     import optuna
 
     from atp_tune.cli.crew import Crew
-    from atp_tune.provenance import Settings
+    from atp_tune.search.tuning import Run
     from atp_tune.serving.serve import Service
-    from atp_tune.study import Text
-    from atp_tune.tuning import Run
+    from atp_tune.sparse.provenance import Settings
+    from atp_tune.spec.study import Text
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 SOON = 0.02  # seconds until an interruption that would break a transaction is tried again
@@ -49,8 +49,8 @@ def run_study(
 
     Ctrl-C and SIGTERM stop it, and the trial that ran is queued again.
     """
-    from atp_tune.summary import summarise
-    from atp_tune.tuning import Run
+    from atp_tune.results.summary import summarise
+    from atp_tune.search.tuning import Run
 
     with quiet(), interruptible(), Display() as display:
         run = Run(file, name or file.name, timeout, display, mix=mix)
@@ -68,7 +68,7 @@ def run_study(
 
 def _driven(run: "Run", crew: "Crew | None", display: Display) -> "optuna.Study | None":
     from atp_tune.cli.crew import Job
-    from atp_tune.tuning import begun, completed, tune
+    from atp_tune.search.tuning import begun, completed, tune
 
     if crew is None:
         return tune(run)
@@ -81,8 +81,8 @@ def _driven(run: "Run", crew: "Crew | None", display: Display) -> "optuna.Study 
 
 def run_plan(file: StudyFile, name: str | None, json: bool) -> None:
     """Shows what a study will cost; with `json` as one document, and nothing else."""
-    from atp_tune.planning import foresee
-    from atp_tune.status import to_json
+    from atp_tune.cost.planning import foresee
+    from atp_tune.results.status import to_json
 
     with quiet(), Display() as display:
         found = foresee(file, name or file.name, unwatched if json else display)
@@ -101,7 +101,7 @@ def run_report(studies: Sequence["optuna.Study"], kind: str, out: Path) -> None:
 def run_apply(config: Path, out: Path, device: str, allowed: Mapping[str, bool]) -> None:
     """Writes the sparse checkpoint of a configuration, and compares its perplexity with the file's."""
     read = read_config(config)
-    from atp_tune.applying import apply
+    from atp_tune.sparse.applying import apply
 
     with quiet(), Display() as display:
         measured = apply(read, config.parent / read.folder, out, device, display, allowed)
@@ -110,7 +110,7 @@ def run_apply(config: Path, out: Path, device: str, allowed: Mapping[str, bool])
 
 def run_prune(file: StudyFile, parameters: dict[str, float], out: Path | None) -> None:
     """Prunes once, and prints plan and perplexity."""
-    from atp_tune.applying import prune_once
+    from atp_tune.sparse.applying import prune_once
 
     with quiet(), Display() as display:
         plan, measured = prune_once(file, parameters, out, display)
@@ -123,7 +123,7 @@ def run_finetune(
     model: Path, out: Path, text: "Text | None", report: "Text | None", settings: "Settings", device: str
 ) -> None:
     """Fine-tunes a sparse folder, and prints what it was worth; Ctrl-C and SIGTERM leave a file to go on from."""
-    from atp_tune.finetuning import finetune
+    from atp_tune.sparse.finetuning import finetune
 
     with quiet(), interruptible(), Display() as display:
         try:
@@ -137,7 +137,7 @@ def run_finetune(
 
 def run_merge(places: Sequence[str], out: Path, name: str | None) -> None:
     """Unites storages of one study, and says what each of them gave."""
-    from atp_tune.merging import merge
+    from atp_tune.trials.merging import merge
 
     with quiet():
         merged = merge(places, out, name)
@@ -228,7 +228,7 @@ def in_transaction(frame: FrameType | None) -> bool:
         module = frame.f_globals.get("__name__", "")
         if module.startswith(("sqlalchemy.", "optuna.storages.", "optuna.study._tell", "weakref")):
             return True
-        if module == "atp_tune.patience":
+        if module == "atp_tune.trials.patience":
             return False
         frame = frame.f_back
     return False

@@ -9,7 +9,7 @@ from rich.table import Table
 from atp_tune.cli.display import Display
 from atp_tune.cli.running import quiet
 from atp_tune.cli.tables import console, markdown, markdown_table
-from atp_tune.config import read_config
+from atp_tune.spec.config import read_config
 from atp_tune.speed.result import PHASES, Measured, Phase, Sizes, Speed
 
 PLAIN = (
@@ -38,7 +38,7 @@ def run_speedup(
 ) -> None:
     """Measures, stores and shows; `task`: tokens of the prompt and number of runs."""
     with quiet(), Display() as display:
-        from atp_tune.attaching import attach
+        from atp_tune.results.attaching import attach
         from atp_tune.speed.measuring import measure
         from atp_tune.speed.pair import about, find_pair
         from atp_tune.speed.rates import Task

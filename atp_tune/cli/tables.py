@@ -15,15 +15,15 @@ from atp_tune.errors import printable
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-    from atp_tune.config import Config, Divergences, Scores, ZeroShot
-    from atp_tune.forecast import Forecast, Memory, Whole
-    from atp_tune.merging import Merged
-    from atp_tune.perplexity import Change, Perplexity
-    from atp_tune.provenance import Finetuned
+    from atp_tune.cost.forecast import Forecast, Memory, Whole
+    from atp_tune.results.status import Listed, Running, Status
+    from atp_tune.results.summary import Rank, Summary
+    from atp_tune.scores.perplexity import Change, Perplexity
     from atp_tune.serving.serve import Served, Service
-    from atp_tune.status import Listed, Running, Status
-    from atp_tune.studyfile import StudyFile
-    from atp_tune.summary import Rank, Summary
+    from atp_tune.sparse.provenance import Finetuned
+    from atp_tune.spec.config import Config, Divergences, Scores, ZeroShot
+    from atp_tune.spec.studyfile import StudyFile
+    from atp_tune.trials.merging import Merged
 
 WRAPPED = ("remark", "what", "plan")  # columns that may take several lines
 WIDE = 1000  # columns: no line of a Markdown table is broken
@@ -43,7 +43,7 @@ console = Terminal(soft_wrap=True, markup=False)  # paths and reasons may hold b
 
 def show_summary(summary: "Summary", file: "StudyFile") -> None:
     """Dense, uniform and the best of each allocation as one Markdown table, and the commands that come next."""
-    from atp_tune.wording import method_of, mixture_of
+    from atp_tune.results.wording import method_of, mixture_of
 
     sparsity = summary.sparsity or file.study.sparsity
     console.print(f"{printable(summary.name)}: {sparsity:.0%} sparsity\n", highlight=False)
@@ -68,9 +68,9 @@ def show_summary(summary: "Summary", file: "StudyFile") -> None:
 
 
 def _results(summary: "Summary") -> Table:
-    from atp_tune.config import Scores
-    from atp_tune.summary import is_uniform, score_of
-    from atp_tune.wording import method_of
+    from atp_tune.results.summary import is_uniform, score_of
+    from atp_tune.results.wording import method_of
+    from atp_tune.spec.config import Scores
 
     has_kl = "kl" in summary.goals
     kl = ("search KL", "report KL", "KL against uniform") if has_kl else ()
@@ -102,8 +102,8 @@ def _change(against: "Change | None", rank: "Rank") -> str:
 
 def _front(summary: "Summary") -> Table:
     """The trials of the Pareto front, on the search text."""
-    from atp_tune.summary import score_of
-    from atp_tune.wording import method_of
+    from atp_tune.results.summary import score_of
+    from atp_tune.results.wording import method_of
 
     table = Table(box=box.MARKDOWN, header_style="")
     for column in ("trial", "method", "search perplexity", "search KL"):
@@ -134,7 +134,7 @@ def markdown(table: Table) -> str:
 
 
 def _show_rest(summary: "Summary") -> None:
-    from atp_tune.summary import is_uniform
+    from atp_tune.results.summary import is_uniform
 
     others = any(trial.values is not None and not is_uniform(trial) for trial in summary.trials)
     if summary.best_trial is not None and is_uniform(summary.best_trial) and others:
@@ -165,8 +165,8 @@ def _show_next(summary: "Summary", file: "StudyFile") -> None:
 
 def _is_of(file: Path, trial: "FrozenTrial | None") -> bool:
     """Whether a configuration is there and of this trial: one of an earlier best may have been left."""
-    from atp_tune.config import read_config
     from atp_tune.errors import UserError
+    from atp_tune.spec.config import read_config
 
     try:
         return trial is not None and file.exists() and read_config(file).trial == trial.number
@@ -176,7 +176,7 @@ def _is_of(file: Path, trial: "FrozenTrial | None") -> bool:
 
 def show_status(summary: "Summary", file: "StudyFile") -> None:
     """All trials of a study, then its summary."""
-    from atp_tune.summary import score_of
+    from atp_tune.results.summary import score_of
 
     console.print(trials_table(summary, summary.trials))
     values = [score.value for trial in summary.trials if (score := score_of(trial)) is not None]
@@ -190,7 +190,7 @@ def show_status(summary: "Summary", file: "StudyFile") -> None:
 
 def trials_table(summary: "Summary", trials: "list[FrozenTrial]") -> Table:
     """Some of a study's trials, one a row."""
-    from atp_tune.wording import remark_of
+    from atp_tune.results.wording import remark_of
 
     best = summary.best_trial
     has_kl = "kl" in summary.goals
@@ -205,8 +205,8 @@ def trials_table(summary: "Summary", trials: "list[FrozenTrial]") -> Table:
 
 
 def _row(trial: "FrozenTrial", remark: str) -> list[str]:
-    from atp_tune.summary import score_of
-    from atp_tune.wording import plan_of
+    from atp_tune.results.summary import score_of
+    from atp_tune.results.wording import plan_of
 
     attrs, score = trial.user_attrs, score_of(trial)
     value = "" if score is None else f"{score.value:.2f}"
@@ -224,7 +224,7 @@ def _row(trial: "FrozenTrial", remark: str) -> list[str]:
 
 def progress_line(status: "Status") -> str:
     """How far a study is, in one line: trials, best, what runs and for how long, time left."""
-    from atp_tune.wording import duration
+    from atp_tune.results.wording import duration
 
     done = f"[{status.done}/{status.total}]" if status.total else f"[{status.done}]"
     best, score = "no best yet", status.best and status.best.search
@@ -244,7 +244,7 @@ def _screens(status: "Status") -> str:
 
 
 def _runs(one: "Running") -> str:
-    from atp_tune.wording import duration
+    from atp_tune.results.wording import duration
 
     return f"trial {one.trial} " + ("was lost with its process" if one.lost else f"runs for {duration(one.seconds)}")
 
@@ -274,7 +274,7 @@ def show_applied(config: "Config", measured: "Perplexity", out: Path) -> None:
 
 def show_finetuned(done: "Finetuned", out: Path) -> None:
     """Perplexity before and after fine-tuning as a Markdown table, zeros, and what it took."""
-    from atp_tune.wording import duration
+    from atp_tune.results.wording import duration
 
     table = Table(box=box.MARKDOWN, header_style="")
     for column in ("model", "zeros", "report perplexity", "against pruned"):
@@ -317,7 +317,7 @@ def show_forecast(found: "Forecast") -> None:
 
 def _study_cost(whole: "Whole") -> str:
     """Trials, tokens and time of a study in one line."""
-    from atp_tune.wording import duration
+    from atp_tune.results.wording import duration
 
     if whole.trials is None:
         return "not known how many trials"
@@ -343,8 +343,8 @@ def _gib(size: int) -> str:
 
 def show_served(service: "Service", served: "Served") -> None:
     """What is served, where people look, and how workers join."""
-    from atp_tune.database import without_password
     from atp_tune.serving.servers import host_of, is_loopback
+    from atp_tune.trials.database import without_password
 
     names = served.studies if len(served.studies) <= 5 else [*served.studies[:4], f"… {len(served.studies)} studies"]
     studies = ", ".join(map(printable, names)) or "no study yet"
@@ -363,7 +363,7 @@ def show_served(service: "Service", served: "Served") -> None:
 
 def show_merged(merged: "Merged", out: Path) -> None:
     """What each storage gave to a study, and how to go on with it."""
-    from atp_tune.summary import summarise
+    from atp_tune.results.summary import summarise
 
     for share in merged.shares:
         known = f", {share.known} of them known already" if share.known else ""

@@ -16,13 +16,13 @@ from rich.live import Live
 from rich.text import Text
 from sqlalchemy.exc import SQLAlchemyError
 
-from atp_tune import storage
 from atp_tune.cli.running import interruptible
 from atp_tune.cli.tables import console, progress_line, show_status, trials_table
 from atp_tune.errors import UserError, printable
-from atp_tune.status import Status, Trial, status_of, to_json
-from atp_tune.studyfile import StudyFile
-from atp_tune.summary import Summary, summarise
+from atp_tune.results.status import Status, Trial, status_of, to_json
+from atp_tune.results.summary import Summary, summarise
+from atp_tune.spec.studyfile import StudyFile
+from atp_tune.trials import storage
 
 
 def show_once(study: Study, file: StudyFile, as_json: bool) -> None:

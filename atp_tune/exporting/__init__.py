@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from atp_tune.cache import write_out
-from atp_tune.config import Config
 from atp_tune.errors import UserError
 from atp_tune.exporting import llm_compressor, tables
+from atp_tune.spec.config import Config
 
 __all__ = ["FORMATS", "kind_of", "write"]
 

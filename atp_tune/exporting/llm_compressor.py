@@ -19,10 +19,10 @@ from typing import Any
 
 import yaml
 
-from atp_tune.config import Config
 from atp_tune.errors import UserError
 from atp_tune.exporting.tables import blocks_of, rows
-from atp_tune.patterns import parse
+from atp_tune.spec.config import Config
+from atp_tune.spec.patterns import parse
 
 ARGUMENTS = {
     "block": 'pipeline="sequential"',

@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from atp_tune.config import Config
 from atp_tune.errors import UserError
+from atp_tune.spec.config import Config
 
 NAMELESS = "does not say what the model calls its {}, as files of earlier versions; `apply` it, and export --config {}"
 

@@ -6,7 +6,7 @@ Each figure is one module with a `draw(summary)` that gives None where there are
 import plotly.graph_objects as go
 
 from atp_tune.figures import error, front, perplexity, seconds, sparsity
-from atp_tune.summary import Summary
+from atp_tune.results.summary import Summary
 
 __all__ = ["FIGURES", "draw"]
 

@@ -7,7 +7,7 @@ from optuna.trial import FrozenTrial
 
 from atp_tune.figures.style import BEST, UNIFORM, WORST, log_axis, new_figure, rounded
 from atp_tune.figures.trials import best_of, role, told, uniform_of, worst_of
-from atp_tune.summary import Summary
+from atp_tune.results.summary import Summary
 
 
 def draw(summary: Summary) -> go.Figure | None:

@@ -5,7 +5,7 @@ from optuna.trial import FrozenTrial
 
 from atp_tune.figures.style import BEST, INK, UNIFORM, axis, faint, new_figure, rounded
 from atp_tune.figures.trials import finite, role, told, uniform_of
-from atp_tune.summary import Summary, kl_of, score_of
+from atp_tune.results.summary import Summary, kl_of, score_of
 
 
 def draw(summary: Summary) -> go.Figure | None:

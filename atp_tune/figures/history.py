@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 from atp_tune.figures import view
 from atp_tune.figures.style import BEST, INK, UNIFORM, faint, level, new_figure, rounded
 from atp_tune.figures.trials import finite, measure_of, told, uniform_value, value_of, written
-from atp_tune.summary import Summary
+from atp_tune.results.summary import Summary
 
 
 def draw(summary: Summary) -> go.Figure | None:

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from atp_tune.figures import view
 from atp_tune.figures.style import CYCLE, error_bars, log_axis, new_figure, rounded
 from atp_tune.figures.trials import best_of, finite, told, value_of
-from atp_tune.summary import Summary
+from atp_tune.results.summary import Summary
 
 LONGEST = 40  # letters of a name in a legend
 DASHES = ("solid", "dash", "dot", "dashdot")  # the colours come again, with another dash or symbol

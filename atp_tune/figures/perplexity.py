@@ -25,7 +25,7 @@ from atp_tune.figures.style import (
 )
 from atp_tune.figures.trials import finite, measure_of, role, told, uniform_value, value_of, written
 from atp_tune.figures.view import View
-from atp_tune.summary import Summary, is_uniform
+from atp_tune.results.summary import Summary, is_uniform
 
 PLAIN, LEGEND, LABELS = 380, 22, 70  # px of height: the plot, a row of its legend, slanted names below it
 NEAR = 0.6  # of the width of the data: a bound farther off is told, not drawn

@@ -4,7 +4,7 @@ import plotly.graph_objects as go
 from optuna.trial import FrozenTrial
 
 from atp_tune.figures.style import CYCLE, new_figure, rounded
-from atp_tune.summary import Summary
+from atp_tune.results.summary import Summary
 
 MEANINGS = {"calibrate": "calibrate (statistics)", "prune": "prune", "evaluate": "evaluate (perplexity)"}
 

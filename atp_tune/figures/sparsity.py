@@ -4,7 +4,7 @@ import plotly.graph_objects as go
 
 from atp_tune.figures.style import BEST, INK, SECOND, UNIFORM, level, new_figure, rounded
 from atp_tune.figures.trials import best_of, role, second_of, told, uniform_of
-from atp_tune.summary import Summary
+from atp_tune.results.summary import Summary
 
 
 def draw(summary: Summary) -> go.Figure | None:

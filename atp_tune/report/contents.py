@@ -14,10 +14,10 @@ from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.figures.seconds import spent
-from atp_tune.storage import ranked, values_of
-from atp_tune.studyfile import settings
-from atp_tune.summary import Summary, is_uniform, summarise
-from atp_tune.wording import mixture_of
+from atp_tune.results.summary import Summary, is_uniform, summarise
+from atp_tune.results.wording import mixture_of
+from atp_tune.spec.studyfile import settings
+from atp_tune.trials.storage import ranked, values_of
 
 ENOUGH = 10  # measured trials, from which on the importance of a parameter means something
 

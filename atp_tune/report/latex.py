@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from atp_tune.config import Divergences, Scores
-from atp_tune.divergence import Divergence
-from atp_tune.perplexity import Change, Perplexity
 from atp_tune.report.contents import Contents
-from atp_tune.summary import Rank, allocation_of, is_uniform, parameters_of
+from atp_tune.results.summary import Rank, allocation_of, is_uniform, parameters_of
+from atp_tune.scores.divergence import Divergence
+from atp_tune.scores.perplexity import Change, Perplexity
+from atp_tune.spec.config import Divergences, Scores
 
 _SPECIAL = {
     **{char: f"\\{char}" for char in "#$%&_{}"},

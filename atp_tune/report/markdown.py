@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from atp_tune.markup import escaped, fenced
 from atp_tune.report import tables
 from atp_tune.report.contents import Contents
 from atp_tune.report.tables import Table
+from atp_tune.sparse.markup import escaped, fenced
 
 _NOTE = "± is the standard error over windows."
 _KL = " KL: from the dense model's next-token distribution to the pruned one's, nats per token."

@@ -8,13 +8,13 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from atp_tune.allocations.budget import SYMBOLS
-from atp_tune.config import SHARES, Divergences, Measure, Scores, TaskScores, ZeroShot
 from atp_tune.errors import printable
 from atp_tune.figures.seconds import spent
-from atp_tune.perplexity import Change
 from atp_tune.report.contents import Contents
-from atp_tune.summary import Summary, allocation_of, is_uniform, score_of
-from atp_tune.wording import duration, plan_of, remark_of
+from atp_tune.results.summary import Summary, allocation_of, is_uniform, score_of
+from atp_tune.results.wording import duration, plan_of, remark_of
+from atp_tune.scores.perplexity import Change
+from atp_tune.spec.config import SHARES, Divergences, Measure, Scores, TaskScores, ZeroShot
 
 NOTHING = "–"
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from atp_tune.errors import UserError
 from atp_tune.serving.serve import Service
-from atp_tune.storage import artifacts_of
-from atp_tune.studyfile import absolute_storage, known, load
+from atp_tune.spec.studyfile import absolute_storage, known, load
+from atp_tune.trials.storage import artifacts_of
 
 
 def choose(

@@ -10,13 +10,13 @@ from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upl
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage
 
-from atp_tune import storage as trials
 from atp_tune.cache import write_atomically
-from atp_tune.database import reason_of
 from atp_tune.errors import UserError
 from atp_tune.report import gather, html
-from atp_tune.stored import readable
-from atp_tune.summary import best_config, summarise
+from atp_tune.results.summary import best_config, summarise
+from atp_tune.trials import storage as trials
+from atp_tune.trials.database import reason_of
+from atp_tune.trials.stored import readable
 
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")  # what Optuna calls an artifact
 CONFIG, REPORT = "best.json", "report.html"

@@ -5,11 +5,11 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from atp_tune.config import Divergences, Scores
 from atp_tune.errors import printable
-from atp_tune.markup import escaped, fenced
-from atp_tune.summary import Rank, Summary, is_uniform, score_of
-from atp_tune.wording import command_of, method_of, mixture_of, plan_of, remark_of
+from atp_tune.results.summary import Rank, Summary, is_uniform, score_of
+from atp_tune.results.wording import command_of, method_of, mixture_of, plan_of, remark_of
+from atp_tune.sparse.markup import escaped, fenced
+from atp_tune.spec.config import Divergences, Scores
 
 OWN = "*Above: atp_tune, always current. Below: your own notes, which are kept.*"
 GAP = "&emsp;"  # the dashboard draws tables without space between columns

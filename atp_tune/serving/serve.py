@@ -10,12 +10,12 @@ import optuna
 from optuna.artifacts import FileSystemArtifactStore
 from optuna.storages import BaseStorage, get_storage
 
-from atp_tune import mounts
 from atp_tune.errors import UserError
 from atp_tune.serving.keeper import Keeper
 from atp_tune.serving.servers import ServedDatabase, dashboard, host_of, proxy
 from atp_tune.serving.view import DashboardView, make_view
-from atp_tune.storage import is_remote, open_database
+from atp_tune.trials import mounts
+from atp_tune.trials.storage import is_remote, open_database
 
 TURN = 2  # seconds between the keeper's looks
 LOOK = 0.1  # seconds between looks at whether it is time to stop

@@ -21,11 +21,11 @@ from optuna.storages._grpc.auto_generated import api_pb2_grpc
 from optuna.storages._grpc.servicer import OptunaStorageProxyService
 from optuna_dashboard import wsgi
 
-from atp_tune.damage import may_pass
-from atp_tune.database import Database, is_away, reason_of
 from atp_tune.errors import UserError
 from atp_tune.figures import FIGURES
-from atp_tune.remote import ALIVE, BROKEN, DATABASE
+from atp_tune.trials.damage import may_pass
+from atp_tune.trials.database import Database, is_away, reason_of
+from atp_tune.trials.remote import ALIVE, BROKEN, DATABASE
 
 STUDY = re.compile(r"/api/studies/\d+")  # where the dashboard asks for a study and its figures
 THREADS = 16  # requests of workers that are answered at a time

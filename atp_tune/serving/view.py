@@ -16,12 +16,12 @@ from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, Trial, TrialState
 from optuna_dashboard import get_note, save_note, save_plotly_graph_object
 
-from atp_tune.database import Database, without_password
 from atp_tune.figures import draw
+from atp_tune.results.summary import Summary, summarise
 from atp_tune.serving.notes import columns, facts_of, study_note, trial_note, with_own_words
-from atp_tune.storage import open_database
-from atp_tune.stored import CheckedStudy
-from atp_tune.summary import Summary, summarise
+from atp_tune.trials.database import Database, without_password
+from atp_tune.trials.storage import open_database
+from atp_tune.trials.stored import CheckedStudy
 
 DASHBOARD = "dashboard:"  # what its attributes begin with
 Attributes = Mapping[str, Any]

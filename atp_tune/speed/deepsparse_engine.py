@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from atp_tune.cache import cache_dir
-from atp_tune.devices import cpu_name
+from atp_tune.checkpoints.devices import cpu_name
 from atp_tune.errors import UserError
 from atp_tune.events import Step, Watch
 from atp_tune.speed.decoder import check_family

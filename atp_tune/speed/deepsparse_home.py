@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from atp_tune.cache import cache_dir, folder_atomically
-from atp_tune.devices import cpu_flags
+from atp_tune.checkpoints.devices import cpu_flags
 from atp_tune.errors import UserError
 from atp_tune.events import Note, Watch
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers.utils import logging as hf_logging
 
-from atp_tune.checkpoint import Checkpoint
-from atp_tune.devices import cpu_name, device_name, find_dtype
+from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.checkpoints.devices import cpu_name, device_name, find_dtype
 from atp_tune.speed.pair import Pair
 from atp_tune.speed.rates import About, Engine, Task
 from atp_tune.speed.result import SIDES, Phase, Side

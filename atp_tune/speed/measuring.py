@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from atp_tune.devices import find_device, memory_for
+from atp_tune.checkpoints.devices import find_device, memory_for
 from atp_tune.events import TrialStarted, Watch
 from atp_tune.speed import deepsparse_engine, eager, semistructured
 from atp_tune.speed.pair import Pair

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 
-from atp_tune.applying import write_applied
 from atp_tune.cache import cache_dir, sha256_of_json
-from atp_tune.card import ABOUT
-from atp_tune.checkpoint import Checkpoint
-from atp_tune.config import Config
+from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.checkpoints.models import resolve
 from atp_tune.errors import UserError
 from atp_tune.events import Note, Watch
-from atp_tune.models import resolve
+from atp_tune.sparse.applying import write_applied
+from atp_tune.sparse.provenance import ABOUT
+from atp_tune.spec.config import Config
 from atp_tune.speed.result import Side
 
 DECIDES = ("model", "pruner", "prune", "allocation", "block_sparsities", "linear_sparsities", "calibration")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.sparse import to_sparse_semi_structured
 
-from atp_tune.checkpoint import Checkpoint
+from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.errors import UserError
 from atp_tune.speed import eager
 from atp_tune.speed.pair import Pair

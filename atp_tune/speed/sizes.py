@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from atp_tune.checkpoint import Checkpoint
+from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.errors import UserError
 from atp_tune.events import Step, Watch
 from atp_tune.pruners.selection import nonzeros

@@ -9,8 +9,8 @@ import typer
 from atp_tune.cli.options import Overrides, Storage, StudyLabel, load_study, stored_study
 
 if TYPE_CHECKING:
-    from atp_tune.config import Config
-    from atp_tune.studyfile import StudyFile
+    from atp_tune.spec.config import Config
+    from atp_tune.spec.studyfile import StudyFile
 
 PRINTED = Path("stdout")  # relative paths of what is printed start where the user stands
 
@@ -80,9 +80,9 @@ def export(
 
 def _of_study(file: "StudyFile", name: str | None, overridden: bool, target: Path, trial: int | None) -> "Config":
     """The best configuration of a study, or that of a trial; `overridden`: other settings are asked for."""
-    from atp_tune.storage import check_facts
-    from atp_tune.studyfile import facts
-    from atp_tune.summary import best_config, made_from
+    from atp_tune.results.summary import best_config, made_from
+    from atp_tune.spec.studyfile import facts
+    from atp_tune.trials.storage import check_facts
 
     stored = stored_study(file, name)
     made = None if overridden else made_from(stored.user_attrs.get("made_from"))
@@ -93,7 +93,7 @@ def _of_study(file: "StudyFile", name: str | None, overridden: bool, target: Pat
 
 def _moved(config: Path, target: Path) -> "Config":
     """A configuration in a file, as it reads from another folder."""
-    from atp_tune.config import read_config
+    from atp_tune.spec.config import read_config
 
     found = read_config(config)
     return found.seen_from(config.parent / found.folder, target.parent)

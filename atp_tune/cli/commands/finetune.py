@@ -42,7 +42,7 @@ def finetune(
     Example: `python tune.py finetune --model DIR --out DIR2 --text '{source = "hub:ORG/NAME", split = "train"}'`
     """
     from atp_tune.cli.running import run_finetune
-    from atp_tune.provenance import Settings, read_text
+    from atp_tune.sparse.provenance import Settings, read_text
 
     if not 0 < learning_rate < float("inf"):
         raise typer.BadParameter("must be greater than 0", param_hint="--learning-rate")

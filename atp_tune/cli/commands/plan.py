@@ -14,7 +14,7 @@ def plan(
     """Tell what a study will cost, before anything long runs: tokens, seconds, memory, and what does not fit.
 
     The model is loaded, and a batch of each text goes through three blocks; nothing is stored. The keys of the JSON
-    document are in `atp_tune/forecast.py`.
+    document are in `atp_tune/cost/forecast.py`.
 
     Example: `python tune.py plan --study smol`
     """

@@ -8,7 +8,7 @@ import typer
 
 from atp_tune.cli.options import Device, Overrides, load_study
 
-BARE = Path(__file__).parents[2] / "prune.toml"  # what `prune` starts from without a study
+BARE = Path(__file__).parents[2] / "spec" / "prune.toml"  # what `prune` starts from without a study
 
 
 def prune(

@@ -22,7 +22,7 @@ def status(
 
     `--watch` waits for a study that is not there yet, and Ctrl-C ends it with exit code 130. In a pipe it prints, each
     time that a trial began or ended, what changed; with `--json` one line that holds the whole document. The
-    document's keys are in `atp_tune/status.py`.
+    document's keys are in `atp_tune/results/status.py`.
 
     Example: `python tune.py status --study smol --watch`
     """

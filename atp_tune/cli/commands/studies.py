@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from atp_tune.cli.options import Json
 
 if TYPE_CHECKING:
-    from atp_tune.status import Listed
+    from atp_tune.results.status import Listed
 
 
 def studies(json: Json = False) -> None:
@@ -15,8 +15,8 @@ def studies(json: Json = False) -> None:
     Example: `python tune.py studies`
     """
     from atp_tune.cli.tables import show_studies
-    from atp_tune.status import to_json
-    from atp_tune.studyfile import known
+    from atp_tune.results.status import to_json
+    from atp_tune.spec.studyfile import known
 
     found = [_listed(path) for path in known()]
     print(to_json(found)) if json else show_studies(found)
@@ -24,10 +24,10 @@ def studies(json: Json = False) -> None:
 
 def _listed(path: Path) -> "Listed":
     from atp_tune.errors import UserError
-    from atp_tune.status import invalid, listed
-    from atp_tune.storage import find_study, open_storage
-    from atp_tune.studyfile import load
-    from atp_tune.summary import summarise
+    from atp_tune.results.status import invalid, listed
+    from atp_tune.results.summary import summarise
+    from atp_tune.spec.studyfile import load
+    from atp_tune.trials.storage import find_study, open_storage
 
     try:
         file = load(str(path))

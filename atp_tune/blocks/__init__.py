@@ -1,0 +1,1 @@
+"""What is done block by block: running, measuring, pruning."""

@@ -1,0 +1,54 @@
+"""How many windows go through the model at a time: sized from free memory, halved when memory runs out.
+
+Sizes are powers of two, so that a little more or less free memory changes nothing: the order of sums in a batch
+decides the last bits of the hidden states, and at high sparsity those decide near-ties between scores and so, block
+after block, about 1 % of perplexity (docs/log.md).
+"""
+
+import gc
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from atp_tune.checkpoints.devices import free_memory, is_out_of_memory
+from atp_tune.errors import TrialError
+
+T = TypeVar("T")
+Note = Callable[[str], None]
+SHARE = 0.3  # of free memory for one batch's activations
+TOKENS = {"cpu": 2048}  # per batch: more does not run faster (elsewhere ELSEWHERE)
+ELSEWHERE = 32768
+
+
+class BatchSize:
+    """Windows per batch. A step that runs out of memory is tried again with half, and that is said once."""
+
+    def __init__(self, device: torch.device, tokens: int, bytes_per_token: int, note: Note) -> None:
+        fitting = SHARE * free_memory(device) / (tokens * bytes_per_token)
+        fast = TOKENS.get(device.type, ELSEWHERE) // tokens
+        most = max(1, min(int(fitting), fast))
+        self.windows = 1 << (most.bit_length() - 1)
+        self._note = note
+        self._said = False
+
+    def attempt(self, step: Callable[[int], T]) -> T:
+        """Result of `step(windows)`; TrialError where not even one window fits."""
+        while True:
+            try:
+                return step(self.windows)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            self._halve()
+
+    def _halve(self) -> None:
+        if self.windows == 1:
+            raise TrialError("out of memory with one window at a time; use shorter windows or a larger device")
+        self.windows //= 2
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if not self._said:
+            self._note(f"memory ran out: going on with {self.windows} windows at a time")
+            self._said = True

@@ -1,0 +1,242 @@
+"""The pass over the blocks: measure inputs → prune → run on, one block at a time.
+
+For block i = 0 … L-1, with H the hidden states that enter it (calibration windows):
+
+    1. run the block dense on H and gather what the pruner wants to know of each linear's inputs
+    2. prune each linear to the block's sparsity s_i
+    3. H ← block_i(H) with the pruned weights
+
+so that block i is measured with blocks 0 … i-1 already pruned (the papers' way, statistics "block"). In one pass
+(statistics "sequential") the three are one for each linear: see `standing`. With statistics gathered once on the dense
+model ("dense") step 1 is left out, and only the few windows of the error curve, if any, are run on.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from atp_tune.blocks.batching import BatchSize
+from atp_tune.blocks.gathering import AllHeard, Gathering, ending
+from atp_tune.blocks.replay import Replay
+from atp_tune.blocks.standing import prune_standing
+from atp_tune.checkpoints.checkpoint import Linear
+from atp_tune.plan import Plan
+from atp_tune.pruners import Pruner, Statistics, make_pruner
+from atp_tune.pruners.selection import nonzeros
+
+BlockStatistics = Mapping[str, Statistics]
+
+
+@dataclass(frozen=True)
+class PrunedBlock:
+    """One block after pruning: all its tensors by name, zeros per linear, and what it cost."""
+
+    index: int
+    weights: dict[str, Tensor]
+    zeros: dict[str, int]
+    error: float | None  # ‖H - H_dense‖ / ‖H_dense‖ after this block, on the windows of the error curve
+    seconds: dict[str, float]
+    unheard: tuple[str, ...] = ()  # experts that got no token, and so were pruned by magnitude
+
+
+@dataclass
+class Pass:
+    """The pass for one pruner: what it needs beside the plan and the hidden states that enter.
+
+    `dense_states` [L] are hidden states [few, tokens, width] after each block of the dense model, for the error curve.
+    """
+
+    replay: Replay
+    batch: BatchSize
+    pruner: Pruner
+    dense_states: Sequence[Tensor] | None
+    dense_statistics: Sequence[BlockStatistics] | None = None
+    in_one_pass: bool = False
+
+    def run(self, plan: Plan, hidden: Tensor) -> Iterator[PrunedBlock]:
+        """Prunes block after block; `hidden` [windows, tokens, width] is overwritten as it moves on.
+
+        No windows where neither the pruner nor an error curve asks for them.
+        """
+        for index in range(len(self.replay.checkpoint.linears)):
+            yield self.step(plan, index, hidden)
+
+    def step(self, plan: Plan, index: int, hidden: Tensor) -> PrunedBlock:
+        """Prunes block `index`, and moves the hidden states through it."""
+        linears = self.replay.checkpoint.linears[index]
+        timer, weights = Timer(), self.replay.checkpoint.weights(index)
+        sparsities = plan.of(index, len(linears))
+        if self.in_one_pass and self.pruner.measures is not None:
+            pruned = self._prune_standing(index, weights, hidden, sparsities, timer)
+        else:
+            pruned = self._measure_and_prune(index, weights, hidden, sparsities, timer)
+            advance(self.replay, self.batch, index, pruned.weights, hidden)
+        error = None if self.dense_states is None else relative_error(hidden, self.dense_states[index])
+        zeros = pruned.zeros()
+        timer.lap("calibrate")
+        return PrunedBlock(index, pruned.weights, zeros, error, timer.seconds, tuple(pruned.unheard))
+
+    def _measure_and_prune(
+        self, index: int, weights: dict[str, Tensor], hidden: Tensor, sparsities: tuple[float, ...], timer: "Timer"
+    ) -> "Pruning":
+        linears = self.replay.checkpoint.linears[index]
+        statistics = self._statistics(index, weights, hidden)
+        timer.lap("calibrate")
+        pruning = Pruning(linears, weights, self.pruner, sparsities)
+        for linear in linears:
+            pruning.prune(linear, statistics.get(linear.name))
+        timer.lap("prune")
+        return pruning
+
+    def _statistics(self, index: int, weights: dict[str, Tensor], hidden: Tensor) -> BlockStatistics:
+        if self.dense_statistics is not None:
+            return self.dense_statistics[index]
+        if self.pruner.measures is None:
+            return {}
+        return measure(self.replay, self.batch, index, weights, hidden, self.pruner.measures)
+
+    def _prune_standing(
+        self, index: int, weights: dict[str, Tensor], hidden: Tensor, sparsities: tuple[float, ...], timer: "Timer"
+    ) -> "Pruning":
+        """All three steps in one pass over the hidden states, which move on."""
+        kind, block = self.pruner.measures, self.replay.checkpoint.blocks[index]
+        linears = self.replay.checkpoint.linears[index]
+        assert kind is not None
+
+        def step(windows: int) -> Pruning:
+            pruning = Pruning(linears, weights, self.pruner, sparsities)
+
+            def prune(linear: Linear, statistics: Statistics | None) -> None:
+                timer.lap("calibrate")
+                pruning.prune(linear, statistics)
+                timer.lap("prune")
+
+            runs = [partial(self.replay.step, index, rows) for rows in torch.split(hidden, windows)]
+            after = self.replay.within(
+                index, pruning.weights, lambda: prune_standing(block, linears, kind, runs, prune)
+            )
+            torch.cat(after, out=hidden)
+            return pruning
+
+        return self.batch.attempt(step)
+
+
+class Pruning:
+    """A block's tensors, in which its linears are pruned one by one; the dense weights stay as they are."""
+
+    def __init__(
+        self, linears: list[Linear], weights: dict[str, Tensor], pruner: Pruner, sparsities: tuple[float, ...]
+    ) -> None:
+        keys = {linear.key for linear in linears}
+        room = {key: torch.empty_like(weights[key], memory_format=torch.contiguous_format) for key in keys}
+        self.weights = weights | room
+        self.unheard: list[str] = []
+        self._dense = weights
+        self._pruner = pruner
+        self._sparsities = dict(zip((linear.name for linear in linears), sparsities, strict=True))
+        self._kept: dict[str, Tensor] = {}
+        self._sizes = {linear.name: linear.size for linear in linears}
+
+    def prune(self, linear: Linear, statistics: Statistics | None) -> None:
+        """Prunes one linear to its sparsity: an expert that no token was sent to by magnitude."""
+        rule = self._pruner
+        if statistics is None and rule.measures is not None:
+            rule = unmeasured(rule)
+            self.unheard.append(linear.name)
+        sparse = rule.prune(linear.matrix(self._dense[linear.key]), self._sparsities[linear.name], statistics)
+        linear.matrix(self.weights[linear.key]).copy_(sparse)
+        self._kept[linear.name] = nonzeros(sparse)
+
+    def zeros(self) -> dict[str, int]:
+        """Number of zeros in each linear; one wait for the device, not one for each."""
+        kept = torch.stack(list(self._kept.values())).tolist()
+        counts = dict(zip(self._kept, kept, strict=True))
+        return {name: size - counts[name] for name, size in self._sizes.items()}
+
+
+class Timer:
+    """Adds up the seconds of named phases."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """Counts the time since the last lap for this phase."""
+        now = perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+
+def advance(replay: Replay, batch: BatchSize, index: int, weights: dict[str, Tensor], hidden: Tensor) -> None:
+    """Replaces hidden states [windows, tokens, width] by those after block `index`, in place, batch by batch."""
+    start = 0
+    while start < len(hidden):
+
+        def step(windows: int, start: int = start) -> int:
+            hidden[start : start + windows] = replay.run(index, weights, hidden[start : start + windows])
+            return windows
+
+        start += batch.attempt(step)
+
+
+def unmeasured(pruner: Pruner) -> Pruner:
+    """What stands in for a pruner where there are no inputs: magnitude, in the same groups if the pruner has any."""
+    group = getattr(pruner, "group", None)
+    return make_pruner("magnitude", None if group is None else {"group": group})
+
+
+def measure(
+    replay: Replay,
+    batch: BatchSize,
+    index: int,
+    weights: dict[str, Tensor],
+    hidden: Tensor,
+    kind: type[Statistics],
+) -> BlockStatistics:
+    """Statistics of the inputs of each linear of block `index`, by name, over all windows of hidden."""
+    block = replay.checkpoint.blocks[index]
+
+    def step(windows: int) -> BlockStatistics:
+        linears = replay.checkpoint.linears[index]
+        gathering = Gathering(linears, kind, ending(linears))
+        with gathering.listening(block):
+            for rows in torch.split(hidden, windows):
+                with suppress(AllHeard):
+                    replay.run(index, weights, rows)
+        return gathering.result()
+
+    return batch.attempt(step)
+
+
+def measure_and_advance(
+    replay: Replay,
+    batch: BatchSize,
+    index: int,
+    weights: dict[str, Tensor],
+    hidden: Tensor,
+    kind: type[Statistics],
+) -> BlockStatistics:
+    """Both in one pass, for a block that is not pruned; hidden [windows, tokens, width] is overwritten."""
+    block, linears = replay.checkpoint.blocks[index], replay.checkpoint.linears[index]
+
+    def step(windows: int) -> BlockStatistics:
+        gathering = Gathering(linears, kind, lambda found: None)
+        with gathering.listening(block):
+            after = [replay.run(index, weights, rows) for rows in torch.split(hidden, windows)]
+        torch.cat(after, out=hidden)
+        return gathering.result()
+
+    return batch.attempt(step)
+
+
+def relative_error(hidden: Tensor, dense: Tensor) -> float:
+    """‖H - D‖ / ‖D‖ (Frobenius, float32) over the windows that dense [few, tokens, width] has."""
+    reference = dense.to(hidden.device).float()
+    difference = hidden[: len(dense)].float() - reference
+    return float(torch.linalg.vector_norm(difference) / torch.linalg.vector_norm(reference))

@@ -1,0 +1,187 @@
+"""Running a model block by block, with exactly what the model itself passes to each block.
+
+The model runs with its blocks bypassed: each block's forward is replaced by a stand-in that records its arguments
+and returns the hidden state unchanged. So embeddings, masks, rotary tables, final norm and head are the model's own
+code, whatever its family, and no name of them is known here. A block is then replayed with `functional_call` and any
+weights, dense or pruned.
+
+H hidden states [windows, tokens, width]; ids token ids [windows, tokens].
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.errors import UserError
+
+StandIn = Callable[..., Any]
+T = TypeVar("T")
+HIDDEN = "hidden_states"
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the model passes to one block besides the hidden state."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    by_name: bool  # the hidden state is passed as a keyword
+
+    def with_hidden(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with a hidden state put in."""
+        if self.by_name:
+            return self.args, {HIDDEN: hidden, **self.kwargs}
+        return (hidden, *self.args), self.kwargs
+
+
+class Replay:
+    """Embeds, runs single blocks and computes logits, through a model's own code."""
+
+    @torch.inference_mode()
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._calls: dict[tuple[int, int], list[Call]] = {}
+        self._rest = self._outputs_beside_hidden()
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Hidden states [windows, tokens, width] that enter block 0."""
+        return self._enter(ids)[0]
+
+    def run(self, index: int, weights: dict[str, Tensor], hidden: Tensor) -> Tensor:
+        """Hidden states after block `index`, computed with these weights."""
+        return self.within(index, weights, lambda: self.step(index, hidden))
+
+    def within(self, index: int, weights: dict[str, Tensor], body: Callable[[], T]) -> T:
+        """Result of `body()`, in which block `index` has these weights."""
+        named = {f"block.{name}": tensor for name, tensor in weights.items()}
+        result: T = torch.func.functional_call(_Within(self.checkpoint.blocks[index], body), named, ())
+        return result
+
+    @contextmanager
+    def whole(self, weights_of: Callable[[int], dict[str, Tensor]]) -> Iterator[nn.Module]:
+        """The model itself for programs that run it as a whole; its blocks compute with the weights given for them."""
+        blocks = self.checkpoint.blocks
+
+        def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
+            own = partial(type(blocks[index]).forward, blocks[index], *args, **kwargs)
+            return self.within(index, weights_of(index), own)
+
+        with bypassed(blocks, stand_in):
+            yield self.checkpoint.model
+
+    def step(self, index: int, hidden: Tensor) -> Tensor:
+        """Hidden states after block `index`, with the weights that it has now."""
+        call = self._calls_for(hidden.shape[0], hidden.shape[1])[index]
+        args, kwargs = call.with_hidden(hidden)
+        output: Any = self.checkpoint.blocks[index](*args, **kwargs)
+        after: Tensor = output[0] if isinstance(output, tuple) else output
+        return after
+
+    def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """Logits [windows, tokens, vocabulary] of the hidden states that leave the last block."""
+        last = len(self.checkpoint.blocks) - 1
+
+        def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
+            return self._wrap(hidden if index == last else _split(args, kwargs)[0])
+
+        with bypassed(self.checkpoint.blocks, stand_in):
+            logits: Tensor = self._forward(ids).logits
+        return logits
+
+    def _forward(self, ids: Tensor) -> Any:
+        return self.checkpoint.model(input_ids=ids, use_cache=False)
+
+    def _wrap(self, hidden: Tensor) -> Any:
+        """A block's output in the form that the model expects from it."""
+        return hidden if self._rest is None else (hidden, *self._rest)
+
+    def _enter(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
+        """Hidden states that enter block 0, and what each block is called with for these ids."""
+        recorded: list[tuple[Tensor, Call]] = []
+
+        def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
+            recorded.append(_split(args, kwargs))
+            if len(recorded) == len(self.checkpoint.blocks):
+                raise Reached  # the last block: what the model does after it is not wanted here
+            return self._wrap(recorded[-1][0])
+
+        with bypassed(self.checkpoint.blocks, stand_in), suppress(Reached):
+            self._forward(ids)
+        return recorded[0][0], [call for _, call in recorded]
+
+    def _calls_for(self, windows: int, tokens: int) -> list[Call]:
+        """The recorded calls for a batch of this shape; they must not depend on which tokens are in it."""
+        shape = (windows, tokens)
+        if shape not in self._calls:
+            ids = torch.arange(windows * tokens, device=self.checkpoint.device).view(shape) % self._vocabulary()
+            self._calls[shape] = self._enter(ids)[1]
+            if len(self._calls) == 1 and not _same(self._calls[shape], self._enter(ids.flip(1))[1]):
+                kind = type(self.checkpoint.model).__name__
+                raise UserError(f"model {kind}: passes its blocks values that depend on the tokens; not supported yet")
+        return self._calls[shape]
+
+    def _vocabulary(self) -> int:
+        return int(self.checkpoint.config.get_text_config().vocab_size)
+
+    def _outputs_beside_hidden(self) -> tuple[Any, ...] | None:
+        """What block 0 returns after the hidden state, by running it once; None if it returns a plain tensor."""
+        arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
+            arguments.append((args, kwargs))
+            raise Reached
+
+        ids = torch.zeros(1, 2, dtype=torch.long, device=self.checkpoint.device)
+        with bypassed(self.checkpoint.blocks, stand_in), suppress(Reached):
+            self._forward(ids)
+        output: Any = torch.func.functional_call(self.checkpoint.blocks[0], self.checkpoint.weights(0), *arguments[0])
+        return tuple(output[1:]) if isinstance(output, tuple) else None
+
+
+class _Within(nn.Module):
+    """Gives `functional_call` a body that runs a block more than once."""
+
+    def __init__(self, block: nn.Module, body: Callable[[], Any]) -> None:
+        super().__init__()
+        self.block = block
+        self.forward = body
+
+
+class Reached(Exception):  # noqa: N818 - a signal, not an error
+    """The model called the block that was waited for."""
+
+
+@contextmanager
+def bypassed(blocks: nn.ModuleList, stand_in: StandIn) -> Iterator[None]:
+    """While the body runs, `stand_in(index, *args, **kwargs)` answers in the place of each block."""
+    for index, block in enumerate(blocks):
+        block.forward = partial(stand_in, index)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
+    """Hidden state and the rest of a block's arguments."""
+    if args:
+        return args[0], Call(args[1:], kwargs, by_name=False)
+    rest = {name: value for name, value in kwargs.items() if name != HIDDEN}
+    return kwargs[HIDDEN], Call((), rest, by_name=True)
+
+
+def _same(one: list[Call], other: list[Call]) -> bool:
+    """Whether two recordings hold equal values."""
+    flat = [tree_flatten([(call.args, call.kwargs) for call in calls])[0] for calls in (one, other)]
+    return len(flat[0]) == len(flat[1]) and all(
+        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
+        for a, b in zip(*flat, strict=True)
+    )

@@ -1,0 +1,1 @@
+"""A dense checkpoint: found or fetched, judged, and its weights brought to where they are used."""

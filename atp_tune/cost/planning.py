@@ -1,0 +1,237 @@
+"""What `plan` does: a study's sizes read, its model probed, its cost foretold; nothing is stored."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Literal
+
+import optuna
+import psutil
+
+from atp_tune.checkpoints.headers import Sizes, read_sizes
+from atp_tune.checkpoints.residency import Free, Residency, choose
+from atp_tune.cost import forecast
+from atp_tune.cost.forecast import Bytes, Forecast, Passes, Rates, Screening, Tokens, Trial, Weights, Whole
+from atp_tune.events import Note, Watch
+from atp_tune.search.samplers import total_trials
+from atp_tune.search.screening import SUFFIX
+from atp_tune.search.space import make_space
+from atp_tune.spec.study import Study
+from atp_tune.spec.studyfile import StudyFile
+from atp_tune.trials import storage
+
+if TYPE_CHECKING:
+    from atp_tune.checkpoints.models import ModelFolder
+    from atp_tune.search.bench import Bench, Setup
+
+MEASURED = ("owl", "global")  # allocations that want the norms of all inputs of the dense model
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known before the model is loaded; `width` of a hidden state, `kinds` of statistics on the dense model;
+    the study and its screening as they are stored, if they are.
+    """
+
+    study: Study
+    main: optuna.Study | None
+    before: optuna.Study | None
+    sizes: Sizes
+    tokens: Tokens
+    windows: int
+    width: int
+    itemsize: int
+    free: Free
+    apart: bool
+    costs: dict[str, Passes]
+    kinds: int
+    process: int
+    search_windows: int
+
+    def residency(self) -> Residency:
+        """Where the weights will lie."""
+        named = self.study.model.residency
+        size = self.itemsize
+        chosen = choose(self.sizes.total * size, sum(self.sizes.blocks) * size, self.free)
+        return chosen if named == "auto" else named
+
+    def held(self, work: int) -> Bytes:
+        """What will lie in memory."""
+        found = forecast.bytes_of(self.sizes, self.itemsize, self.width, self.tokens, work, self.process)
+        if "kl" not in self.study.search.objective:
+            return found
+        finals = (self.tokens.search + self.tokens.report) * self.width * self.itemsize
+        return replace(found, dense=found.dense + finals)
+
+
+def foresee(file: StudyFile, name: str, watch: Watch) -> Forecast:
+    """What a study will cost. The model is loaded and probed for some seconds, unless it does not fit into memory.
+
+    UserError for bad input, and for a model or texts that cannot be had.
+    """
+    from atp_tune.checkpoints.devices import device_name, find_device, find_dtype, memory_for
+    from atp_tune.checkpoints.models import resolve
+    from atp_tune.search.bench import Bench
+
+    setup = _setup(file)
+    device = find_device(setup.device)
+    dtype = find_dtype(setup.model.dtype, device)
+    watch(Note("loading the model and the texts"))
+    folder = resolve(setup.model, setup.base, lambda text: watch(Note(text)))
+    known = _known(file, name, setup, folder, device, dtype.itemsize)
+    bench, rates = None, None
+    if not forecast.problems(known.held(0), _memory(known, known.residency(), 0), known.residency(), known.windows):
+        with memory_for("loading"):
+            began = perf_counter()
+            bench = Bench.open(setup, watch)
+            rates = _probed(bench, file.study, perf_counter() - began)
+    format_ = str(dtype).removeprefix("torch.")
+    return _forecast(known, name, device_name(device), format_, bench, rates)
+
+
+def _setup(file: StudyFile) -> "Setup":
+    from atp_tune.search.bench import Setup
+
+    spec = file.study
+    report = {} if spec.texts.report is None else {"report": spec.texts.report}
+    texts = {"calibration": spec.texts.calibration, "search": spec.texts.search, **report}
+    return Setup(spec.model, spec.prune, texts, file.folder, spec.device)
+
+
+def _known(file: StudyFile, name: str, setup: "Setup", folder: "ModelFolder", device: Any, itemsize: int) -> Known:
+    from transformers import AutoConfig
+
+    from atp_tune.checkpoints.devices import device_limit, free_memory, host_memory
+    from atp_tune.search.bench import CURVE_TOKENS
+    from atp_tune.texts.windows import token_windows
+
+    study, texts = file.study, setup.texts.items()
+    ids = {role: token_windows(text, folder.path, setup.base, trusted=folder.trusted).ids for role, text in texts}
+    windows, length = ids["calibration"].shape
+    curve = min(windows, max(1, CURVE_TOKENS // length)) * length
+    report = ids["report"].size if "report" in ids else 0
+    tokens = Tokens(ids["calibration"].size, ids["search"].size, report, curve)
+    config = AutoConfig.from_pretrained(folder.path, trust_remote_code=folder.trusted, local_files_only=True)
+    width = int(config.get_text_config().hidden_size)
+    bounded = device.type != "cpu" or device_limit() is not None
+    free = Free(free_memory(device), host_memory(), bounded)
+    return Known(
+        study, _stored(file, name), _stored(file, name + SUFFIX), read_sizes(folder.path), tokens, windows, width,
+        itemsize, free, device.type == "cuda", _costs(study, tokens), _kinds(study),
+        psutil.Process().memory_info().rss, len(ids["search"]),
+    )  # fmt: skip
+
+
+def _costs(study: Study, tokens: Tokens) -> dict[str, Passes]:
+    from atp_tune.pruners import PRUNERS
+
+    prune = study.prune
+    return {
+        name: forecast.passes(prune.statistics, PRUNERS[name].measures is not None, tokens, tokens.search)
+        for name in prune.pruners
+    }
+
+
+def _kinds(study: Study) -> int:
+    """How many kinds of statistics are measured once, on the dense model."""
+    if study.prune.statistics == "dense":
+        return dense_kinds(study)
+    return int(any(name in MEASURED for name in study.allocation.names))
+
+
+def dense_kinds(study: Study) -> int:
+    """How many kinds of statistics the pruners of a study want of the dense model."""
+    from atp_tune.pruners import PRUNERS
+
+    return len({PRUNERS[name].measures for name in study.prune.pruners} - {None})
+
+
+def _stored(file: StudyFile, name: str) -> optuna.Study | None:
+    db = storage.open_storage(file.storage_url, create=False)
+    return storage.find_study(db, name) if db else None
+
+
+def _progress(study: optuna.Study | None, asked: int) -> tuple[int, int]:
+    """Trials that are done, and those of the whole study, which may have settled before it had as many as were asked
+    for.
+    """
+    return (storage.counted(study), storage.total_of(study, asked)) if study else (0, asked)
+
+
+def _probed(bench: "Bench", study: Study, load: float) -> Rates:
+    from atp_tune.cost.probe import probe
+
+    bench.watch(Note("probing: one batch of each text in three blocks"))
+    return probe(bench, study.prune.pruners, study.sparsity, load, "kl" in study.search.objective)
+
+
+def _memory(known: Known, residency: Residency, work: int) -> forecast.Memory:
+    return forecast.memory(known.held(work), residency, known.free, known.apart)
+
+
+def _forecast(known: Known, name: str, device: str, dtype: str, bench: "Bench | None", rates: Rates | None) -> Forecast:
+    residency = bench.checkpoint.residency if bench else known.residency()
+    work = rates.work if rates else 0
+    if known.study.search.stopper != "none" and residency == "device":  # all pruned blocks are kept between groups
+        work += known.held(0).blocks
+    if bench is not None:
+        work += _rank_bytes(known.study, bench)
+    held = known.held(work)
+    if bench is not None and known.study.prune.statistics == "sequential":
+        held = replace(held, standing=known.tokens.calibration * bench.standing_bytes_per_token)
+    needed = forecast.memory(held, residency, known.free, known.apart)
+    blocks = len(known.sizes.blocks)
+    return Forecast(
+        study=name,
+        device=device,
+        dtype=dtype,
+        weights=Weights(bytes=held.total, blocks=blocks, largest_block=held.largest, residency=residency),
+        memory=needed,
+        trial=tuple(_trials(known, rates)),
+        whole=_whole(known, bench, rates),
+        problems=forecast.problems(held, needed, residency, known.windows),
+    )
+
+
+def _trials(known: Known, rates: Rates | None) -> Iterator[Trial]:
+    def trial(what: Literal["trial", "screening"], pruner: str, cost: Passes) -> Trial:
+        seconds = forecast.trial_seconds(rates, pruner, cost, len(known.sizes.blocks)) if rates else None
+        return Trial(what=what, pruner=pruner, tokens=cost, seconds=seconds)
+
+    yield from (trial("trial", pruner, cost) for pruner, cost in known.costs.items())
+    if screening := _screening(known):
+        yield from (trial("screening", pruner, screening.cost) for pruner in known.costs)
+
+
+def _rank_bytes(study: Study, bench: "Bench") -> int:
+    """Bytes of the ranks that are kept where trials are pruned by the dense model's statistics."""
+    from atp_tune.blocks.ranking import BYTES, can_rank
+    from atp_tune.pruners import make_pruner
+
+    if study.prune.statistics != "dense" and study.search.screen is None:
+        return 0
+    pruners = [make_pruner(name, study.prune.settings(name)) for name in study.prune.pruners]
+    return BYTES * sum(bench.checkpoint.sizes) if any(can_rank(x, bench.checkpoint) for x in pruners) else 0
+
+
+def _whole(known: Known, bench: "Bench | None", rates: Rates | None) -> Whole:
+    study, trials = known.study, known.study.search.trials
+    if bench is not None:
+        trials = total_trials(study.search, make_space(study, bench.budget(study.sparsity)))
+    done, trials = (0, None) if trials is None else _progress(known.main, trials)
+    allocations = len(set(study.allocation.names) - {"uniform"})
+    rows = 0 if study.texts.report is None else max(1, allocations + min(allocations, len(study.prune.pruners)))
+    once = known.kinds * known.tokens.calibration
+    blocks = len(known.sizes.blocks)
+    found = forecast.whole(rates, trials, done, known.costs, known.tokens, blocks, once, rows)
+    screening = _screening(known)
+    return forecast.screened(found, screening, rates, known.costs, blocks) if screening else found
+
+
+def _screening(known: Known) -> Screening | None:
+    screen, tokens = known.study.search.screen, known.tokens
+    if screen is None:
+        return None
+    done, trials = _progress(known.before, screen.trials)
+    part = tokens.search // known.search_windows * -(-known.search_windows // screen.every)
+    return Screening(trials, done, part, dense_kinds(known.study) * tokens.calibration)

@@ -1,0 +1,161 @@
+"""A few seconds of a trial's work, timed: what one micro-batch costs in three blocks foretells a study's cost."""
+
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import TypeVar
+
+import psutil
+import torch
+from torch import Tensor
+
+from atp_tune.blocks.prune_pass import Pass, advance
+from atp_tune.checkpoints.devices import peak_memory, reset_peak_memory
+from atp_tune.cost.forecast import PrunerRate, Rates
+from atp_tune.plan import Plan
+from atp_tune.pruners import PRUNERS, make_pruner
+from atp_tune.scores.evaluation import head_scores
+from atp_tune.search.bench import Bench
+
+T = TypeVar("T")
+PATIENCE = 15.0  # seconds after which no further block is probed
+
+
+class Clock:
+    """Seconds by name, each the median of all times that something of that name was timed."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._found: dict[str, list[float]] = {}
+
+    def time(self, name: str, work: Callable[[], T]) -> T:
+        """The result of some work, to the end of its last kernel."""
+        self._wait()
+        began = perf_counter()
+        result = work()
+        self._wait()
+        self._found.setdefault(name, []).append(perf_counter() - began)
+        return result
+
+    def add(self, phases: dict[str, float], name: str) -> None:
+        """Takes in the seconds of phases that something else has timed, under their names and this one."""
+        for phase, seconds in phases.items():
+            self._found.setdefault(f"{phase} {name}", []).append(seconds)
+
+    def typical(self, name: str) -> float:
+        """Seconds as a rule; 0 where nothing of that name was timed."""
+        return statistics.median(self._found.get(name, [0.0]))
+
+    def forget(self) -> None:
+        """Starts anew, after what was only to warm up."""
+        self._found.clear()
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+@torch.inference_mode()
+def probe(bench: Bench, pruners: tuple[str, ...], sparsity: float, load: float, kl: bool = False) -> Rates:
+    """Times each pruner of a study in the first, middle and last block, each text in them, twice, and the head.
+
+    `load`: seconds that opening the bench took; `kl`: trials are compared with the dense model. Blocks are taken as
+    alike; a mixture's first tokens stand for all.
+    """
+    clock, last = Clock(bench.checkpoint.device), len(bench.checkpoint.blocks) - 1
+    batches = {role: _batch(bench, role) for role in bench.windows}
+    with peak(bench.checkpoint.device) as taken:
+        _probe_block(bench, clock, 0, batches, pruners, sparsity)  # loads libraries, fills caches
+        clock.forget()
+        began = perf_counter()
+        for index in 2 * list(dict.fromkeys((0, last // 2, last))):
+            if index == 0 or perf_counter() - began < PATIENCE:
+                _probe_block(bench, clock, index, batches, pruners, sparsity)
+        ends = _probe_ends(bench, kl)
+    tokens = {role: batch.shape[0] * batch.shape[1] for role, batch in batches.items()}
+    run = {role: clock.typical(f"run {role}") / tokens[role] for role in batches}
+    each = {name: clock.typical(f"calibrate {name}") / tokens["calibration"] for name in pruners}
+    measures = {name for name in pruners if PRUNERS[name].measures is not None}
+    dense = max((each[name] for name in measures), default=2 * run["calibration"])
+    if bench.prune_settings.statistics == "dense":
+        each = dict.fromkeys(pruners, run["calibration"])
+    found = {name: PrunerRate(each[name], clock.typical(f"prune {name}")) for name in pruners}
+    return Rates(load, run, dense, ends, clock.typical("fetch"), found, taken[0])
+
+
+def _batch(bench: Bench, role: str) -> Tensor:
+    """Hidden states [windows, tokens, width] of one micro-batch of a text."""
+    return bench.replay.embed(_ids(bench, role, bench.batch_windows)).clone()
+
+
+def _ids(bench: Bench, role: str, windows: int) -> Tensor:
+    return torch.from_numpy(bench.windows[role].ids[:windows]).to(bench.checkpoint.device)
+
+
+def _probe_block(
+    bench: Bench, clock: Clock, index: int, batches: dict[str, Tensor], pruners: tuple[str, ...], sparsity: float
+) -> None:
+    weights = clock.time("fetch", partial(bench.checkpoint.weights, index))
+    for name in pruners:
+        clock.add(_pruned(bench, index, batches["calibration"].clone(), name, sparsity), name)
+    for role, hidden in batches.items():
+        moved = hidden.clone()
+        clock.time(f"run {role}", partial(advance, bench.replay, bench.batches[0], index, weights, moved))
+
+
+def _pruned(bench: Bench, index: int, hidden: Tensor, name: str, sparsity: float) -> dict[str, float]:
+    """Seconds by phase of a block in a trial, as its record has them; statistics of the dense model are of a block."""
+    pruner = make_pruner(name, bench.prune_settings.settings(name))
+    in_one_pass = bench.prune_settings.statistics == "sequential"
+    plan = Plan(name, "uniform", (sparsity,) * len(bench.checkpoint.blocks))
+    return Pass(bench.replay, bench.batches[0], pruner, None, None, in_one_pass).step(plan, index, hidden).seconds
+
+
+def _probe_ends(bench: Bench, kl: bool) -> float:
+    """Seconds per token of embedding and head, on search windows, or on those of the report."""
+    heads, clock = bench.batches[1], Clock(bench.checkpoint.device)
+    ids = _ids(bench, "search" if "search" in bench.windows else "report", heads.windows)
+    for turn in range(4):
+        if turn == 1:
+            clock.forget()  # the first time is to warm up
+        hidden = clock.time("embed", partial(bench.replay.embed, ids))
+        clock.time("head", partial(head_scores, bench.replay, heads, ids, hidden, hidden if kl else None))
+    return (clock.typical("embed") + clock.typical("head")) / ids.numel()
+
+
+@contextmanager
+def peak(device: torch.device) -> Iterator[list[int]]:
+    """A list that holds, after the body, the bytes that it took at most, but for files that it mapped.
+
+    On CUDA those of tensors there, else of the process; an upper bound where its peak cannot be counted anew.
+    """
+    taken: list[int] = []
+    if device.type == "cuda":
+        reset_peak_memory(device)
+        before, mapped = torch.cuda.memory_allocated(device), 0
+    else:
+        _reset_process_peak()
+        before, mapped = psutil.Process().memory_info().rss, mapped_bytes()
+    yield taken
+    files = 0 if device.type == "cuda" else mapped_bytes() - mapped
+    taken.append(max(0, peak_memory(device) - before - files))
+
+
+def _reset_process_peak() -> None:
+    """Starts counting the process's peak anew where the system lets it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def mapped_bytes() -> int:
+    """Bytes of mapped files that are in memory now; 0 where the system does not say."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssFile")), 0)

@@ -1,0 +1,255 @@
+"""What `status` and `studies` say, as values: JSON documents for programs, from which the screen takes its words too.
+
+The format is published (`atp_tune.status/1`): keys are added under the same number, never renamed or removed. What is
+not known yet, or is not finite, is null. Perplexities are on the search text unless they are called `report`.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Literal
+
+from optuna.trial import FrozenTrial
+from pydantic import PlainSerializer
+
+from atp_tune.results.summary import Rank, Summary, allocation_of, parameters_of, score_of
+from atp_tune.results.wording import plan_of, remark_of
+from atp_tune.spec.config import Divergences, Part, Score, Scores, dumps
+from atp_tune.spec.studyfile import StudyFile
+from atp_tune.trials.process import is_dead
+from atp_tune.trials.storage import PERPLEXITY, counts
+
+FORMAT: Literal["atp_tune.status/1"] = "atp_tune.status/1"
+
+Number = Annotated[float | None, PlainSerializer(lambda x: x if x is not None and math.isfinite(x) else None)]
+State = Literal["not started", "unfinished", "complete", "unknown", "invalid"]
+
+
+class Running(Part):
+    """A trial that runs now; `lost` says that its process on this host is gone, and nothing runs it."""
+
+    trial: int
+    plan: str
+    seconds: float
+    host: str | None
+    lost: bool
+
+
+class Against(Part):
+    """Relative change from uniform's perplexity with the same pruner, paired by windows of one text."""
+
+    value: Number
+    stderr: Number
+    on: Literal["search", "report"]
+
+
+class Best(Part):
+    """The best trial of one allocation; `kl` and `kl_change`: the same of its KL divergence from the dense model."""
+
+    trial: int
+    pruner: str
+    allocation: str
+    parameters: dict[str, float]
+    search: Score
+    report: Score
+    change: Against | None
+    kl: Divergences | None = None
+    kl_change: Against | None = None
+
+
+class Trial(Part):
+    """One trial, in Optuna's states and with all that Optuna chose (`params`), `plan` says the same for people.
+
+    `value` and `stderr` are its perplexity on the search text, `realised` is the share of zeros that was counted. `kl`:
+    its KL divergence from the dense model, null where the study does not minimise that.
+    """
+
+    number: int
+    state: str
+    params: dict[str, float | str]
+    plan: str
+    value: Number
+    stderr: Number
+    report: Score
+    realised: float | None
+    seconds: float | None
+    remark: str | None
+    kl: Divergences | None = None
+
+
+class Screening(Part):
+    """The study that looked, or looks, for points before this one began: its name, trials done, and their total."""
+
+    study: str
+    done: int
+    total: int | None
+
+
+class Status(Part):
+    """A study as it stands; `uniform` has the best trial's pruner, `best` is the first of `ranks`.
+
+    `objective`: what it minimises, `perplexity`, `kl` or both; `front`: of both, the numbers of the trials that no
+    other beats in one without losing in the other, the lowest perplexity first, which is `best`.
+    """
+
+    format: Literal["atp_tune.status/1"] = FORMAT
+    study: str
+    sparsity: float | None
+    done: int
+    total: int | None
+    complete: bool
+    seconds_left: float | None
+    running: tuple[Running, ...]
+    dense: Scores
+    uniform: Scores
+    best: Best | None
+    ranks: tuple[Best, ...]
+    trials: tuple[Trial, ...]
+    screening: Screening | None = None
+    objective: tuple[str, ...] = PERPLEXITY
+    front: tuple[int, ...] = ()
+
+    def without_clock(self) -> "Status":
+        """The same without what changes while nothing happens."""
+        running = tuple(one.model_copy(update={"seconds": 0.0}) for one in self.running)
+        return self.model_copy(update={"running": running, "seconds_left": None})
+
+
+class Listed(Part):
+    """One study that can be run by name; `unknown` is the state of one whose database is not a file."""
+
+    name: str
+    state: State
+    done: int
+    total: int | None
+    best: Score
+    description: str
+    path: str
+    error: str | None
+
+
+def to_json(what: Part | Sequence[Part], indent: int | None = 2) -> str:
+    """One JSON document without a line break at the end; with `indent` None it is one line."""
+    dumped = what.model_dump(mode="json") if isinstance(what, Part) else [part.model_dump(mode="json") for part in what]
+    return dumps(dumped, indent)
+
+
+def status_of(summary: Summary, now: datetime) -> Status:
+    """The status of a study at a moment of local time."""
+    running = tuple(_running(trial, now) for trial in summary.trials if trial.state.name == "RUNNING")
+    ranks = tuple(_best(rank, summary) for rank in summary.ranks)
+    return Status(
+        study=summary.name,
+        sparsity=summary.sparsity,
+        done=summary.done,
+        total=summary.total,
+        complete=summary.complete,
+        seconds_left=seconds_left(summary, running),
+        running=running,
+        dense=summary.dense,
+        uniform=summary.uniform,
+        best=ranks[0] if ranks else None,
+        ranks=ranks,
+        trials=tuple(_trial(summary, trial) for trial in summary.trials),
+        screening=summary.screening and Screening(**asdict(summary.screening)),
+        objective=summary.goals,
+        front=tuple(trial.number for trial in summary.front),
+    )
+
+
+def seconds_left(summary: Summary, running: Iterable[Running]) -> float | None:
+    """Until the total is reached, at the mean pace of the measured trials and as many at a time as run now.
+
+    None where nothing is measured or nothing runs; the numbers on the report text come after it.
+    """
+    took = [seconds for trial in summary.trials if (seconds := _duration(trial)) is not None]
+    alive = [one.seconds for one in running if not one.lost]
+    if summary.total is None or not took or not alive:
+        return None
+    mean = fmean(took)
+    work = (summary.total - summary.done) * mean - sum(min(seconds, mean) for seconds in alive)
+    return max(0.0, work / len(alive))
+
+
+def _duration(trial: FrozenTrial) -> float | None:
+    """Seconds that a trial took from first to last; None for one that was not measured, or was measured before, or
+    while the clock was set back.
+    """
+    if trial.values is None or trial.duration is None or "repeats" in trial.user_attrs or not counts(trial):
+        return None
+    seconds = trial.duration.total_seconds()
+    return seconds if seconds >= 0 else None
+
+
+def _running(trial: FrozenTrial, now: datetime) -> Running:
+    began = trial.datetime_start or now
+    return Running(
+        trial=trial.number,
+        plan=plan_of(trial),
+        seconds=round(max(0.0, (now - began).total_seconds()), 1),
+        host=trial.user_attrs.get("host"),
+        lost=is_dead(trial.user_attrs),
+    )
+
+
+def _best(rank: Rank, summary: Summary) -> Best:
+    against, kl_against = (
+        change and Against(value=change.value, stderr=change.stderr, on=rank.on)
+        for change in (rank.against, rank.kl_against)
+    )
+    return Best(
+        trial=rank.trial.number,
+        pruner=rank.trial.params.get("pruner", ""),
+        allocation=allocation_of(rank.trial),
+        parameters=parameters_of(rank.trial),
+        search=rank.scores.search,
+        report=rank.scores.report,
+        change=against,
+        kl=summary.kls.get(rank.trial.number),
+        kl_change=kl_against,
+    )
+
+
+def _trial(summary: Summary, trial: FrozenTrial) -> Trial:
+    attrs, score = trial.user_attrs, score_of(trial)
+    return Trial(
+        number=trial.number,
+        state=trial.state.name.lower(),
+        params=trial.params,
+        plan=plan_of(trial),
+        value=score.value if score else None,
+        stderr=score.stderr if score and ("stderr" in attrs or "kls" in attrs) else None,
+        report=summary.reports.get(trial.number),
+        realised=attrs.get("realised"),
+        seconds=round(sum(attrs["seconds"].values()), 3) if "seconds" in attrs else None,
+        remark=remark_of(trial, summary) or None,
+        kl=summary.kls.get(trial.number),
+    )
+
+
+def listed(file: StudyFile, summary: Summary | None) -> Listed:
+    """A study of the list, with what its storage holds of it; a database that is no file is not looked into."""
+    state: State = "not started" if file.database else "unknown"
+    if summary is not None:
+        state = "complete" if summary.complete else "unfinished"
+    best = summary.best_trial if summary else None
+    return Listed(
+        name=file.name,
+        state=state,
+        done=summary.done if summary else 0,
+        total=(summary.total if summary else None) or file.study.search.trials,
+        best=score_of(best) if best else None,
+        description=file.study.description,
+        path=str(file.path),
+        error=None,
+    )
+
+
+def invalid(path: Path, error: str) -> Listed:
+    """A study of the list that cannot be read."""
+    return Listed(
+        name=path.stem, state="invalid", done=0, total=None, best=None, description="", path=str(path), error=error
+    )

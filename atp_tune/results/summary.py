@@ -1,0 +1,362 @@
+"""What a study has found, read from its storage alone: no torch, no model, also while it runs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+from pydantic import ValidationError
+
+from atp_tune.errors import UserError
+from atp_tune.results.attaching import attached, with_attached
+from atp_tune.scores.divergence import Divergence, divergence, relative
+from atp_tune.scores.perplexity import Change, Perplexity, change, perplexity
+from atp_tune.search.screening import SUFFIX, is_screening
+from atp_tune.spec.config import (
+    AllocationRef,
+    Baselines,
+    BothDivergences,
+    Config,
+    Divergences,
+    ModelRef,
+    Scores,
+    Sparsity,
+    Texts,
+    ZeroShot,
+)
+from atp_tune.spec.studyfile import StudyFile, from_settings
+from atp_tune.trials import storage
+
+
+@dataclass(frozen=True)
+class Rank:
+    """The best trial of one allocation, and how its perplexity changes from uniform's with the same pruner.
+
+    `against` is paired by windows, on the report text if both are measured there, else on the search text;
+    `kl_against` is the same of its KL divergence from the dense model, where the study minimises that.
+    """
+
+    trial: FrozenTrial
+    scores: Scores
+    against: Change | None
+    on: Literal["search", "report"]
+    kl_against: Change | None = None
+
+
+@dataclass(frozen=True)
+class Screening:
+    """How far the screening is that comes before a study: its name, trials done, and their total."""
+
+    study: str
+    done: int
+    total: int | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A study's numbers: dense, uniform and best, each on the search and on the report text.
+
+    `made_from`: its study file with all overrides, None where an early version made it; `sizes`: weights per block.
+    `uniform` has the best trial's pruner, `uniforms` are of all; `reports`: perplexity on the report text by trial.
+    `belief`: what the GP holds of perplexity against β, None where no GP was asked. `unlike`: trials that ran on
+    another device or in another number format than the one in which the study began, and which. `screening`: how far
+    the one before the study is, if it has one. `goals`: what it minimises; `kls`: KL divergences by trial, if that is
+    among them; `front`: of two goals, the trials that no other beats in one without losing in the other.
+    `zero_shot`: what `evaluate` found of the best trial, where it has been.
+    """
+
+    name: str
+    sparsity: float | None
+    trials: list[FrozenTrial]
+    total: int | None
+    done: int
+    dense: Scores
+    uniform: Scores
+    best: Scores
+    best_trial: FrozenTrial | None
+    ranks: list[Rank]
+    made_from: StudyFile | None
+    sizes: tuple[int, ...]
+    uniforms: list[FrozenTrial]
+    reports: dict[int, Perplexity]
+    complete: bool
+    belief: dict[str, Any] | None = None
+
+    @property
+    def text(self) -> Literal["search", "report"]:
+        """The text on which dense, uniform and best are to be compared: report once all that there are have it."""
+        scores = [self.dense, *(part for part in (self.uniform, self.best) if part.search or part.report)]
+        return "report" if all(part.report for part in scores) else "search"
+
+    unlike: Mapping[int, str] = field(default_factory=dict)
+    screening: Screening | None = None
+    goals: tuple[str, ...] = storage.PERPLEXITY
+    kls: Mapping[int, Divergences] = field(default_factory=dict)
+    front: Sequence[FrozenTrial] = ()
+    uniform_trial: FrozenTrial | None = None
+    zero_shot: ZeroShot | None = None
+
+    def kl(self, trial: FrozenTrial | None) -> Divergences:
+        """KL divergences of a trial on both texts, as far as they are known."""
+        return self.kls.get(trial.number if trial else -1, Divergences(search=None, report=None))
+
+
+def summarise(study: optuna.Study) -> Summary:
+    """The summary of a study as it stands."""
+    best = storage.best_trial(study)
+    reports = study.user_attrs.get("reports", {})
+    uniform = uniform_of(study, best)
+    return Summary(
+        name=study.study_name,
+        sparsity=study.user_attrs.get("fingerprint", {}).get("sparsity"),
+        trials=study.get_trials(deepcopy=False),
+        total=study.user_attrs.get("total"),
+        done=storage.counted(study),
+        dense=Scores(search=_stored(study.user_attrs.get("dense")), report=_stored(reports.get("dense"))),
+        uniform=_scores(uniform, reports),
+        best=_scores(best, reports),
+        best_trial=best,
+        ranks=[_rank(study, trial) for trial in best_of_each(study)],
+        made_from=made_from(study.user_attrs.get("made_from")),
+        sizes=tuple(study.user_attrs.get("sizes", ())),
+        uniforms=_uniforms(study),
+        reports={int(name): perplexity(nlls) for name, nlls in reports.items() if name != "dense" and nlls},
+        complete=_is_complete(study),
+        belief=study.user_attrs.get("belief"),
+        unlike=_unlike(study),
+        screening=_screening(study),
+        goals=storage.goals_of(study.user_attrs.get("fingerprint", {})),
+        kls=_kls(study),
+        front=storage.front_of(study),
+        uniform_trial=uniform,
+        zero_shot=_zero_shot(study, best),
+    )
+
+
+def _kls(study: optuna.Study) -> dict[int, Divergences]:
+    reports = study.user_attrs.get("report_kls", {})
+    found = {trial.number: (kl_of(trial), reports.get(str(trial.number))) for trial in study.get_trials(deepcopy=False)}
+    return {
+        number: Divergences(search=search, report=divergence(report) if report else None)
+        for number, (search, report) in found.items()
+        if search
+    }
+
+
+def _zero_shot(study: optuna.Study, best: FrozenTrial | None) -> ZeroShot | None:
+    found = attached(study, best.number).get("zero_shot") if best else None
+    return found if found is None else ZeroShot.model_validate(found)
+
+
+def _screening(study: optuna.Study) -> Screening | None:
+    if is_screening(study.study_name):
+        return None
+    other = storage.find_study(study._storage, study.study_name + SUFFIX)
+    return None if other is None else Screening(other.study_name, storage.counted(other), other.user_attrs.get("total"))
+
+
+def made_from(stored: Any) -> StudyFile | None:
+    """The study file that a study was made from; None where this version cannot read what is stored of it."""
+    try:
+        return from_settings(stored)
+    except (ValidationError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _unlike(study: optuna.Study) -> dict[int, str]:
+    began, dtype = storage.device_of(study), study.user_attrs.get("fingerprint", {}).get(storage.DTYPE)
+    found = {}
+    for trial in study.get_trials(deepcopy=False):
+        device, own = storage.device_kind(trial.user_attrs.get("device", began or "")), trial.user_attrs.get("dtype")
+        parts = [f"on {device}"] * (began not in (None, device)) + [f"in {own}"] * (own not in (None, dtype))
+        if parts:
+            found[trial.number] = " ".join(parts)
+    return found
+
+
+def _is_complete(study: optuna.Study) -> bool:
+    """Whether the total of its last run is reached, nothing runs, and the final numbers belong to the best trial."""
+    total = study.user_attrs.get("total")
+    if total is None or storage.counted(study) < total or storage.running(study):
+        return False
+    return storage.best_trial(study) is None or not unreported(study)
+
+
+def unreported(study: optuna.Study) -> list[str]:
+    """What has no numbers on the report text yet: `dense`, and the best trial of each allocation with its uniform.
+    A screening reports nothing.
+    """
+    if is_screening(study.study_name):
+        return []
+    ranked = best_of_each(study)
+    ranked = [trial for trial in ranked if trial is ranked[0] or not is_uniform(trial)]
+    trials = [trial for best in ranked for trial in (uniform_of(study, best), best) if trial is not None]
+    wanted = dict.fromkeys(["dense", *(str(trial.number) for trial in trials)])
+    return [name for name in wanted if name not in study.user_attrs.get("reports", {})]
+
+
+def _uniforms(study: optuna.Study) -> list[FrozenTrial]:
+    """The uniform trial of each pruner that has one, in the order of trials."""
+    found: dict[str, FrozenTrial] = {}
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+        if is_uniform(trial):
+            found.setdefault(trial.params.get("pruner", ""), trial)
+    return list(found.values())
+
+
+def best_of_each(study: optuna.Study) -> list[FrozenTrial]:
+    """The best trial of each allocation, the best first; trials where all sparsities are equal count as uniform."""
+    best: dict[str, FrozenTrial] = {}
+    for trial in storage.measured(study):
+        best.setdefault(allocation_of(trial), trial)
+    return list(best.values())
+
+
+def allocation_of(trial: FrozenTrial) -> str:
+    """Name of a trial's allocation."""
+    return "uniform" if is_uniform(trial) else str(trial.params.get("allocation", "atp"))
+
+
+def _rank(study: optuna.Study, trial: FrozenTrial) -> Rank:
+    reports = study.user_attrs.get("reports", {})
+    uniform = None if is_uniform(trial) else uniform_of(study, trial)
+    own, base = reports.get(str(trial.number)), reports.get(str(uniform.number)) if uniform else None
+    on: Literal["search", "report"] = "report" if own and base else "search"
+    if on == "search":
+        own, base = trial.user_attrs.get("nlls"), uniform.user_attrs.get("nlls") if uniform else None
+    against = change(base, own) if own and base and len(own) == len(base) else None
+    return Rank(trial, _scores(trial, reports), against, on, _kl_against(study, trial, uniform, on))
+
+
+def _kl_against(study: optuna.Study, trial: FrozenTrial, uniform: FrozenTrial | None, on: str) -> Change | None:
+    if uniform is None:
+        return None
+    reports = study.user_attrs.get("report_kls", {})
+    own, base = (
+        reports.get(str(one.number)) if on == "report" else one.user_attrs.get("kls") for one in (trial, uniform)
+    )
+    return relative(base, own) if own and base and len(own) == len(base) else None
+
+
+def uniform_of(study: optuna.Study, best: FrozenTrial | None) -> FrozenTrial | None:
+    """The uniform trial with the best trial's pruner."""
+    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    pruner = best.params.get("pruner") if best else None
+    matching = (trial for trial in done if trial.params.get("pruner") == pruner and is_uniform(trial))
+    return next(matching, None)
+
+
+def is_uniform(trial: FrozenTrial) -> bool:
+    """Whether all linears of all blocks got the same sparsity, or were to get it and the pattern had to round."""
+    attrs, numbers = trial.user_attrs, [value for value in trial.params.values() if not isinstance(value, str)]
+    if trial.params.get("allocation") == "uniform" or (numbers and not any(numbers)):
+        return True
+    return "linear_sparsities" not in attrs and len(set(attrs.get("sparsities", ()))) == 1
+
+
+def parameters_of(trial: FrozenTrial) -> dict[str, float]:
+    """The parameters of a trial's allocation."""
+    return {name: value for name, value in trial.params.items() if name not in ("pruner", "allocation")}
+
+
+def score_of(trial: FrozenTrial) -> Perplexity | None:
+    """Search perplexity of a trial with its error; None if it has none, as one that was stopped on its way to a KL."""
+    if trial.values is None:
+        return None
+    if "kls" not in trial.user_attrs:
+        return Perplexity(value=trial.values[0], stderr=trial.user_attrs.get("stderr", 0.0))
+    nlls = trial.user_attrs.get("nlls")
+    return perplexity(nlls) if nlls and "stopped_after" not in trial.user_attrs else None
+
+
+def kl_of(trial: FrozenTrial) -> Divergence | None:
+    """KL divergence of a trial on the search text; None if its study does not minimise it."""
+    if trial.values is None or "kls" not in trial.user_attrs:
+        return None
+    return Divergence(value=trial.values[-1], stderr=divergence(trial.user_attrs["kls"]).stderr)
+
+
+def is_by_kl(trial: FrozenTrial) -> bool:
+    """Whether a trial's KL divergence is its only value."""
+    return len(storage.values_of(trial)) == 1 and "kls" in trial.user_attrs
+
+
+def best_config(file: StudyFile, study: optuna.Study, out: Path, number: int | None = None) -> Config:
+    """The configuration of the best trial so far, or the one of that number, to be written to `out`; UserError if there
+    is none.
+    """
+    best = storage.best_trial(study)
+    if number is not None and best is not None:
+        best = next((trial for trial in storage.measured(study) if trial.number == number), None)
+        if best is None:
+            raise UserError(f"study {study.study_name}: trial {number} is not measured in full; `status` lists all")
+    if best is None:
+        raise UserError(f"study {study.study_name}: no trial has a value yet; run: python tune.py --study {file.name}")
+    try:
+        return with_attached(_config(file, study, best, out), study, out)
+    except (KeyError, ValidationError):
+        raise UserError(
+            f"study {study.study_name}: of trial {best.number} is not stored what a configuration needs; "
+            "start another study with --study-name NAME"
+        ) from None
+
+
+def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) -> Config:
+    summary, spec, facts = summarise(study), file.study, study.user_attrs["fingerprint"]
+    linears = best.user_attrs.get("linear_sparsities")
+    uniform, reports = uniform_of(study, best), study.user_attrs.get("reports", {})
+    return Config(
+        study=study.study_name,
+        trial=best.number,
+        model=_model_ref(spec.model.source, spec.model.revision, spec.model.sha256, {**facts, **_dtype_of(best)}),
+        pruner=best.params["pruner"],
+        prune=spec.prune,
+        allocation=AllocationRef(
+            name=best.params["allocation"], beta=best.params.get("beta"), parameters=parameters_of(best)
+        ),
+        block_sparsities=tuple(best.user_attrs["sparsities"]),
+        linear_sparsities=linears,
+        blocks=study.user_attrs.get("blocks"),
+        linears=study.user_attrs.get("linears") if linears else None,
+        sparsity=Sparsity(target=spec.sparsity, realised=best.user_attrs["realised"]),
+        perplexity=_scores(best, reports),
+        baselines=Baselines(dense=summary.dense, uniform=_scores(uniform, reports)),
+        kl=_both(summary, best, uniform),
+        calibration=spec.texts.calibration,
+        texts=Texts(search=spec.texts.search, report=spec.report_text),
+        seed=spec.search.seed,
+        versions=best.user_attrs["versions"],
+    ).seen_from(file.folder, out.parent)
+
+
+def _both(summary: Summary, best: FrozenTrial, uniform: FrozenTrial | None) -> BothDivergences | None:
+    if best.number not in summary.kls:
+        return None
+    return BothDivergences(best=summary.kl(best), uniform=summary.kls.get(uniform.number) if uniform else None)
+
+
+def _dtype_of(trial: FrozenTrial) -> dict[str, str]:
+    """The fact that a trial knows better than its study."""
+    return {storage.DTYPE: trial.user_attrs["dtype"]} if "dtype" in trial.user_attrs else {}
+
+
+def _model_ref(source: str, revision: str | None, sha256: str | None, facts: dict[str, Any]) -> ModelRef:
+    return ModelRef(
+        id=source,
+        revision=revision,
+        sha256=sha256,
+        fingerprint=facts["model.content"],
+        dtype=facts["model.dtype"],
+    )
+
+
+def _scores(trial: FrozenTrial | None, reports: dict[str, list[float]]) -> Scores:
+    if trial is None:
+        return Scores(search=None, report=None)
+    return Scores(search=score_of(trial), report=_stored(reports.get(str(trial.number))))
+
+
+def _stored(nlls: list[float] | None) -> Perplexity | None:
+    return perplexity(nlls) if nlls else None

@@ -1,0 +1,261 @@
+"""lm-eval: its tasks, found and loaded before any model is, and what a model in memory scores on them.
+
+Tasks are asked for by their names or groups in lm-eval, by `zero-shot` for the seven of the papers' tables, and by the
+path of a YAML file or of a folder of them. What is not in the cache is fetched from the hub; where that is out of
+reach, which is found out once and in seconds, the cache is all there is.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub
+import torch
+from huggingface_hub import constants
+from lm_eval import simple_evaluate
+from lm_eval.api.group import Group
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._index import Kind
+from torch import nn
+
+from atp_tune.checkpoints.convert import one_line, quiet
+from atp_tune.errors import UserError
+from atp_tune.events import Note, Step, Watch
+from atp_tune.spec.config import Measure
+
+SEVEN = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+ALL_SEVEN = "zero-shot"
+LIBRARIES = ("lm_eval", "datasets", "huggingface_hub", "transformers")
+PATIENCE = 5.0  # seconds for the hub to answer at all
+BOOTSTRAPS = 1000  # for standard errors of metrics that are no means
+OUT_OF_REACH = "its data is not in the cache, and the hub is out of reach"
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Loaded tasks and groups of lm-eval, the names under which it gives their scores, and what could not be loaded."""
+
+    loaded: list[Any]
+    rows: tuple[str, ...]
+    missing: dict[str, str]
+    manager: TaskManager
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one model scores on one task: a mean of each metric, and the values of each item that it is of."""
+
+    items: int
+    num_fewshot: int
+    version: str
+    scores: dict[str, Measure]
+    each: dict[str, list[float]]
+
+
+def find_tasks(asked: Sequence[str], watch: Watch) -> Tasks:
+    """Loads the tasks that were asked for, with their data; each that cannot be run is noted, and left out.
+
+    UserError for unknown names, and where none is left.
+    """
+    if not asked:
+        raise UserError("--tasks: names no task")
+    paths = [_path(name) for name in asked if _is_path(name)]
+    named = [name for name in asked if not _is_path(name)]
+    wanted = list(dict.fromkeys(each for name in named for each in (SEVEN if name == ALL_SEVEN else (name,))))
+    with quiet(*LIBRARIES):
+        manager = TaskManager(include_path=[path for path in paths if path.is_dir()], include_defaults=bool(named))
+        _check_names(wanted, manager.all_tasks)
+        wanted += [spec for path in paths for spec in (_inside(path, manager) if path.is_dir() else [str(path)])]
+        loaded, missing = _load(manager, wanted)
+    if not loaded:
+        raise UserError(_none_left(missing))
+    for name, reason in missing.items():
+        watch(Note(f"{name}: left out, {reason}"))
+    rows = dict.fromkeys(row for task in loaded for row in _rows(task))
+    return Tasks(loaded, tuple(rows), missing, manager)
+
+
+def _is_path(name: str) -> bool:
+    return "/" in name or name.endswith((".yaml", ".yml"))
+
+
+def _path(name: str) -> Path:
+    path = Path(name).expanduser()
+    if not path.is_dir() and not (path.is_file() and path.suffix in (".yaml", ".yml")):
+        raise UserError(f"--tasks {name}: there is no such folder and no such .yaml file")
+    return path
+
+
+def _check_names(names: Iterable[str], known: Sequence[str]) -> None:
+    for name in names:
+        if name in known:
+            continue
+        near = get_close_matches(name, [*known, ALL_SEVEN], n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else "; `lm-eval ls tasks` lists them"
+        folder = f"; for the folder of that name write {name}/" if Path(name).is_dir() else ""
+        raise UserError(f"--tasks {name}: lm-eval has no such task or group{folder or hint}")
+
+
+def _inside(folder: Path, manager: TaskManager) -> list[str]:
+    """The groups of a folder, and its tasks that are in none of them."""
+    own = {name: entry for name, entry in manager.task_index.items() if _is_in(entry.yaml_path, folder)}
+    groups = [entry for entry in own.values() if entry.kind == Kind.GROUP]
+    members = {member for group in groups for member in (group.cfg or {}).get("task", []) if isinstance(member, str)}
+    found = [name for name in own if name not in members]
+    if not found:
+        raise UserError(f"--tasks {folder}: holds no task, that is no .yaml file with the keys task and dataset_path")
+    return found
+
+
+def _is_in(file: Path | None, folder: Path) -> bool:
+    return file is not None and file.resolve().is_relative_to(folder.resolve())
+
+
+def _load(manager: TaskManager, names: Sequence[str]) -> tuple[list[Any], dict[str, str]]:
+    loaded: list[Any] = []
+    missing: dict[str, str] = {}
+    with _hub_or_cache():
+        for name in names:
+            try:
+                found = manager.load([name])
+                _check_text_alone(found["tasks"])
+            except Exception as error:  # whatever readers, network and a task's own code raise
+                missing[name] = OUT_OF_REACH if isinstance(error, ConnectionError) else one_line(error)
+                continue
+            loaded += [found["groups"][name]] if name in found["groups"] else found["tasks"].values()
+    return loaded, missing
+
+
+def _check_text_alone(tasks: Mapping[str, Any]) -> None:
+    for task in tasks.values():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise ValueError("it runs code that the model writes")
+        if getattr(task, "MULTIMODAL", False):
+            raise ValueError("it needs more than text")
+
+
+def _none_left(missing: Mapping[str, str]) -> str:
+    reasons = set(missing.values())
+    if reasons == {OUT_OF_REACH}:
+        return (
+            f"--tasks: the hub is out of reach, and the cache has no data for {', '.join(missing)}; run this once "
+            "where there is a network and bring its HF_HOME along, or give tasks of your own: --tasks FOLDER/"
+        )
+    return "--tasks: none can be run: " + "; ".join(f"{name}: {reason}" for name, reason in missing.items())
+
+
+@contextmanager
+def _hub_or_cache() -> Iterator[None]:
+    """Leaves the hub alone while the body runs if it does not answer: its client would try for minutes."""
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    if not any(before) and not _answers(constants.ENDPOINT):
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
+def _answers(address: str) -> bool:
+    try:
+        huggingface_hub.get_session().head(address, timeout=PATIENCE)
+    except Exception:  # of whatever HTTP client the hub's library has by now
+        return False
+    return True
+
+
+def _rows(task: Any) -> list[str]:
+    """Names of the scores that stand for a task, for a group with a mean of its own, or for the tasks of another."""
+    if isinstance(task, Group) and not task.has_aggregation:
+        return [inner.task_name for inner in task.get_all_tasks()]
+    return [task.name if isinstance(task, Group) else task.task_name]
+
+
+def score(
+    model: nn.Module, tokenizer: Any, tasks: Tasks, limit: int | None, num_fewshot: int | None, batch: int, watch: Watch
+) -> dict[str, Result]:
+    """What a model of transformers, in memory, scores on each task; `batch` sequences go through it at a time.
+
+    Log-likelihoods are float32 sums of the logits' log-softmax, whatever the model computes in.
+    """
+    with quiet(*LIBRARIES):
+        lm = HFLM(
+            pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch, softmax_dtype=torch.float32,
+            prefix_token_id=_prefix(model, tokenizer),
+        )  # fmt: skip
+        Counter(watch).listen(lm)
+        found = simple_evaluate(
+            lm, tasks=tasks.loaded, task_manager=tasks.manager, limit=limit, num_fewshot=num_fewshot,
+            bootstrap_iters=BOOTSTRAPS,
+        )  # fmt: skip
+    return {row: _result(found, row) for row in tasks.rows}
+
+
+def _prefix(model: nn.Module, tokenizer: Any) -> int | None:
+    """What an empty context is; None where the tokenizer itself says it."""
+    config: Any = model.config
+    known = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    own = [config.bos_token_id, config.eos_token_id, 0]
+    return None if any(token is not None for token in known) else next(token for token in own if isinstance(token, int))
+
+
+class Counter:
+    """Stands where lm-eval's own cache of answers would, and so hears of each answer."""
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+        self._done = self._total = 0
+
+    def listen(self, lm: HFLM) -> None:
+        """Counts the answers of a model from now on."""
+        lm.set_cache_hook(self)
+        for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+            setattr(lm, kind, partial(self._begin, getattr(lm, kind)))
+
+    def add_partial(self, kind: str, request: Any, answer: Any) -> None:
+        """Hears of one answer."""
+        self._done += 1
+        self._watch(Step("answer", self._done, self._total))
+
+    def _begin(self, answer: Callable[[list[Any]], Any], requests: list[Any]) -> Any:
+        self._done, self._total = 0, len(requests)
+        return answer(requests)
+
+
+def _result(found: Mapping[str, Any], name: str) -> Result:
+    row, samples = found["results"][name], found["samples"].get(name, [])
+    keys = [key for key, value in row.items() if "," in key and "_stderr," not in key and _is_number(value)]
+    return Result(
+        items=row["sample_len"],
+        num_fewshot=found["n-shot"].get(name) or 0,
+        version=str(found["versions"].get(name)),
+        scores={_short(key): Measure(value=row[key], stderr=_stderr(row, key)) for key in keys},
+        each={_short(key): _each(samples, *key.split(",", 1)) for key in keys},
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _short(key: str) -> str:
+    """lm-eval's `metric,filter`, where there is no filter without it."""
+    return key.removesuffix(",none")
+
+
+def _stderr(row: Mapping[str, Any], key: str) -> float | None:
+    value = row.get(key.replace(",", "_stderr,", 1))
+    return value if _is_number(value) else None
+
+
+def _each(samples: Iterable[Mapping[str, Any]], metric: str, name: str) -> list[float]:
+    """The metric of each item; empty where it is no number of an item, but of all of them."""
+    own: list[Any] = [sample.get(metric) for sample in samples if sample["filter"] == name]
+    return [float(value) for value in own] if all(_is_number(value) for value in own) else []

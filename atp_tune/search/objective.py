@@ -1,0 +1,137 @@
+"""The objective: what one Optuna trial does. Here, and only here, torch and Optuna meet.
+
+plan        ← the space, as the sampler proposes
+weights     ← dense weights, pruned block by block as the plan says
+NLLs        ← windows of the search text, group by group, until the stopper ends a hopeless trial
+perplexity  ← exp(mean NLL)
+KL          ← mean over windows, from the dense model, where the study minimises it
+"""
+
+import math
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from optuna import Trial
+from optuna.trial import FrozenTrial, TrialState
+
+from atp_tune.checkpoints.devices import is_out_of_memory
+from atp_tune.errors import TrialError
+from atp_tune.events import Note, TrialStarted, Watch
+from atp_tune.plan import Plan
+from atp_tune.scores.perplexity import perplexity
+from atp_tune.search.bench import GROUPS, Bench
+from atp_tune.search.record import Record
+from atp_tune.search.space import Space
+from atp_tune.trials.process import identity
+from atp_tune.trials.storage import INTERRUPTED, PERPLEXITY, best_trial, counts, set_attributes
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Values on the search text of the plan that a trial proposes, one a goal; TrialError where there are none."""
+
+    bench: Bench
+    space: Space
+    stops: bool  # the study has a stopper
+    watch: Watch
+    goals: tuple[str, ...] = PERPLEXITY
+
+    def __call__(self, trial: Trial) -> tuple[float, ...]:
+        """Measures one trial and stores its attributes as they become known."""
+        with reasons(trial):
+            set_attributes(trial, identity())
+            plan = self.space.suggest(trial)
+            self.watch(TrialStarted(f"trial {trial.number}", plan))
+            set_attributes(trial, planned(plan))
+            earlier = find_measured(trial)
+            return self._repeat(trial, earlier) if earlier else self._measure(trial, plan)
+
+    def _measure(self, trial: Trial, plan: Plan) -> tuple[float, ...]:
+        record = Record(self.bench.checkpoint.device, self.bench.dtype)
+        blocks = record.follow(self.bench.prune(plan), self.bench.checkpoint.sizes)
+        windows = len(self.bench.windows["search"].ids)
+        stops = self.stops and not plan.is_uniform and best_trial(trial.study) is not None  # uniform is its measure
+        for nlls, kls in self.bench.scores(blocks, "search", stops, "kl" in self.goals):
+            record.nlls += nlls
+            record.kls += kls
+            hopeless = self.stops and is_hopeless(trial, record.kls or record.nlls, len(nlls), windows)
+            if stops and hopeless and len(record.nlls) < windows:
+                set_attributes(trial, record.close())
+                return (estimate(trial, record.kls or record.nlls, "kls" if record.kls else "nlls"),)
+        results = [record.result(goal) for goal in self.goals]
+        for goal, result in zip(self.goals, results, strict=True):
+            if not math.isfinite(result.value):
+                raise TrialError(f"{goal} is {result.value}: the pruned model's numbers overflow or are not defined")
+        error = {"stderr": results[0].stderr}
+        set_attributes(trial, {**record.close(), **error, "batch_windows": self.bench.batch_windows})
+        return tuple(result.value for result in results)
+
+    def _repeat(self, trial: Trial, earlier: FrozenTrial) -> tuple[float, ...]:
+        if earlier.state == TrialState.FAIL:
+            reason = earlier.user_attrs.get("failure", "its process died each time")
+            raise TrialError(f"failed before, as trial {earlier.number}: {reason}")
+        self.watch(Note(f"trial {trial.number}: measured before, as trial {earlier.number}"))
+        set_attributes(trial, {**earlier.user_attrs, **identity(), "repeats": earlier.number})
+        assert earlier.values is not None
+        return tuple(earlier.values)
+
+
+def planned(plan: Plan) -> dict[str, object]:
+    """The sparsities of a plan as user attributes: per block, and per linear where they differ within a block."""
+    linears = {"linear_sparsities": plan.linear_sparsities} if plan.linear_sparsities else {}
+    return {"sparsities": plan.sparsities, **linears}
+
+
+def find_measured(trial: Trial) -> FrozenTrial | None:
+    """An earlier trial with the same parameters that has a full measurement or failed by itself, if there is one."""
+    for other in trial.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL)):
+        if counts(other) and other.params == trial.params and "stopped_after" not in other.user_attrs:
+            return other
+    return None
+
+
+def is_hopeless(trial: Trial, nlls: list[float], new: int, windows: int) -> bool:
+    """Reports the mean NLL or KL (nats per token) of each group of windows that the `new` ones complete, and asks the
+    stopper whether to go on. The groups are the same in all trials, whatever comes at a time.
+    """
+    size = -(-windows // GROUPS)
+    for group in range((len(nlls) - new) // size, -(-len(nlls) // size)):
+        part = nlls[group * size : (group + 1) * size]
+        if len(part) == size or len(nlls) == windows:
+            trial.report(statistics.fmean(part), group)
+    return trial.should_prune()
+
+
+def estimate(trial: Trial, seen: list[float], kind: str = "nlls") -> float:
+    """Value of a stopped trial, comparable with the full ones: the best trial's mean NLL or KL over all windows, plus
+    the mean difference from it on the windows seen. A mean over those windows alone would be of an easier text.
+    """
+    best = best_trial(trial.study)
+    assert best is not None
+    full = best.user_attrs[kind]
+    difference = statistics.fmean(own - other for own, other in zip(seen, full, strict=False))
+    trial.set_user_attr("stopped_after", len(seen))
+    mean = statistics.fmean(full) + difference
+    return max(0.0, mean) if kind == "kls" else perplexity([mean]).value
+
+
+@contextmanager
+def reasons(trial: Trial) -> Iterator[None]:
+    """Stores why a trial gives no value: `failure` if it is its own, `lost` if it can be run again."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        trial.set_user_attr("lost", INTERRUPTED)
+        raise
+    except (TrialError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, TrialError) and not is_out_of_memory(error):
+            raise
+        reason = str(error) if isinstance(error, TrialError) else "out of memory"
+        trial.set_user_attr("failure", reason)
+        raise TrialError(reason) from error
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

@@ -1,0 +1,328 @@
+"""How Optuna proposes and stops: the sampler and the stopper of a study."""
+
+import math
+import random
+import statistics
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from time import monotonic, sleep
+from typing import Any
+
+import optuna
+from optuna import Study
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.exceptions import ExperimentalWarning
+from optuna.pruners import BasePruner, NopPruner, WilcoxonPruner
+from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
+from optuna.trial import FrozenTrial, TrialState
+
+from atp_tune.search.space import Params, Space
+from atp_tune.spec.study import Search
+from atp_tune.trials.storage import place_of, values_of
+
+GRID = 40  # steps of β in which a belief is written down
+PATIENCE = 5  # seconds that a trial waits for what others propose
+LOOK = 0.02  # seconds between looks at them
+LEAST = 1e-6  # nats per token: no KL is taken to be less where its log is wanted
+STARTS = 3  # measured points of an allocation before a model of it is fitted: plenty for one to three parameters
+
+
+def make_sampler(search: Search, space: Space, screened: Sequence[FrozenTrial] = ()) -> BaseSampler:
+    """The sampler of a study; `screened`: trials of the screening before it, if there was one.
+
+    What it proposes depends on the study's seed, the trial's place and the trials that are there, not on the process:
+    a study that was interrupted goes on as if it had not been, and workers draw apart from each other.
+    """
+    match search.sampler:
+        case "gp":
+            return BranchSampler(_gp, space, search.seed, screened)
+        case "tpe":
+            return BranchSampler(_tpe, space, search.seed, screened)
+        case "grid" | "random":  # all points of a grid are among the first trials
+            return SeededSampler(search.seed)
+
+
+def _gp(seed: int) -> GPSampler:
+    return GPSampler(seed=seed, n_startup_trials=STARTS)
+
+
+def _tpe(seed: int) -> TPESampler:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return TPESampler(seed=seed, n_startup_trials=STARTS, multivariate=True, constant_liar=True)
+
+
+def seed_of(seed: int, study: Study, trial: FrozenTrial, name: str = "") -> int:
+    """A seed for one trial, or one parameter of it, by its place: its number, had no trial been lost."""
+    return zlib.crc32(f"{seed} {place_of(study, trial)} {name}".encode())
+
+
+class SeededSampler(BaseSampler):
+    """Random proposals by the study's seed, the trial's place and the parameter's name."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """Nothing: each parameter is drawn on its own."""
+        return {}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """A uniform draw."""
+        sampler = RandomSampler(seed=seed_of(self._seed, study, trial, param_name))
+        return sampler.sample_independent(study, trial, param_name, param_distribution)
+
+
+class BranchSampler(BaseSampler):
+    """Chooses an allocation, and lets a sampler propose its parameters from what is known of this allocation.
+
+    `make` gives the sampler inside for a seed, a new one for each trial.
+
+    Each allocation has parameters of its own, which samplers of one fixed space, like the GP, cannot mix. Every other
+    trial goes to the allocation with the fewest trials, the others to the one that leads: all get a fair try, and the
+    winner most of the work. Uniform is a point of ATP, and ATP a face of the curve: what was measured there counts.
+
+    The sampler sees logs of the values: of perplexity (nats per token) or of KL. Perplexity explodes where β is too
+    large: fitted as it is, one such trial flattens the valley that matters. Points that were screened are seen too,
+    moved to the level of those that were confirmed.
+    """
+
+    def __init__(
+        self, make: Callable[[int], BaseSampler], space: Space, seed: int, screened: Sequence[FrozenTrial] = ()
+    ) -> None:
+        self._make = make
+        self._space = space
+        self._seed = seed
+        self._screened = screened
+        self._branch = ""
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """Pruner, allocation and the parameters of the allocation whose turn it is."""
+        wait_for_earlier(study, trial, self._space)
+        self._branch = whose_turn(_others(study, trial), self._space)
+        allocations = CategoricalDistribution(tuple(self._space.intervals))
+        return {"allocation": allocations, **kinds_of(self._space, self._branch)}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """What the inner sampler proposes in a study in memory that holds this allocation's trials alone."""
+        own = {name: kind for name, kind in search_space.items() if name != "allocation"}
+        others = _others(study, trial)
+        known, count = [*others, *levelled(self._screened, others)], len(study.directions)
+        shadow = branch_study(known, self._space, self._branch, own, count)
+        open_ones = around_best(shadow, {name: kind for name, kind in own.items() if not kind.single()})
+        shadow.ask()  # stands for the trial: the inner sampler writes to it
+        inner = self._make(seed_of(self._seed, study, trial))
+        found = inner.sample_relative(shadow, shadow.trials[-1], open_ones)
+        if self._branch == "atp" and found and isinstance(inner, GPSampler) and len(study.directions) == 1:
+            study.set_user_attr("belief", belief(inner, shadow, open_ones, self._space.pruners))
+        for name, kind in open_ones.items():
+            if name not in found:
+                found[name] = inner.sample_independent(shadow, shadow.trials[-1], name, kind)
+        return {
+            "allocation": self._branch,
+            **{name: found[name] if name in found else _only(own[name]) for name in own},
+        }
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """As the inner sampler does."""
+        inner = self._make(seed_of(self._seed, study, trial, param_name))
+        return inner.sample_independent(study, trial, param_name, param_distribution)
+
+
+def wait_for_earlier(study: Study, trial: FrozenTrial, space: Space) -> None:
+    """Waits until the earlier trials that run have drawn their points, as they do in milliseconds: workers that propose
+    at the same moment, and so from the same trials, would propose the same point. At most `PATIENCE` seconds.
+    """
+    end = monotonic() + PATIENCE
+    while monotonic() < end and any(_is_drawing(other, space) for other in _earlier(study, trial)):
+        sleep(LOOK)
+
+
+def _earlier(study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    return [other for other in running if other.number < trial.number]
+
+
+def _is_drawing(trial: FrozenTrial, space: Space) -> bool:
+    """Whether a trial that began just now lacks parameters yet; one that has lacked them for long has died."""
+    allocation, began = trial.params.get("allocation"), trial.datetime_start
+    if allocation in space.intervals and space.intervals[allocation].keys() <= trial.params.keys():
+        return False
+    return began is not None and abs((datetime.now() - began).total_seconds()) < PATIENCE
+
+
+def kinds_of(space: Space, branch: str) -> dict[str, BaseDistribution]:
+    """Distributions of the pruner and of an allocation's parameters."""
+    floats = {name: FloatDistribution(*ends) for name, ends in space.intervals[branch].items()}
+    return {"pruner": CategoricalDistribution(space.pruners), **floats}
+
+
+def branch_study(
+    trials: list[FrozenTrial], space: Space, branch: str, kinds: dict[str, BaseDistribution], goals: int = 1
+) -> optuna.Study:
+    """A study in memory of the trials that are points of one allocation, with the logs of their values."""
+    shadow = optuna.create_study(directions=["minimize"] * goals)
+    for trial in trials:
+        params = space.within(trial.params, branch) or {}
+        if kinds.keys() <= params.keys():  # another process may not have drawn all of its trial's yet
+            shadow.add_trial(_logged(trial, {name: params[name] for name in kinds}, kinds))
+    return shadow
+
+
+def levelled(screened: Sequence[FrozenTrial], trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """The trials of a screening that have not been measured in full, as if they had been: the logs of their values
+    moved by the mean difference at the points where both are known; none where there is no such point.
+    """
+    if not screened:
+        return []
+    known = {str(trial.params): trial.value for trial in trials}
+    values = [(known.get(str(trial.params)), trial.value) for trial in screened]
+    both = [(full, part) for full, part in values if full is not None and part is not None]
+    moves = [math.log(max(full, LEAST) / max(part, LEAST)) for full, part in both]
+    if not moves:
+        return []
+    factor = math.exp(statistics.fmean(moves))
+    new = [trial for trial in screened if str(trial.params) not in known and trial.value is not None]
+    return [
+        optuna.create_trial(value=factor * trial.value, params=trial.params, distributions=trial.distributions)
+        for trial in new
+        if trial.value is not None
+    ]
+
+
+def belief(
+    sampler: GPSampler, study: Study, kinds: dict[str, BaseDistribution], pruners: tuple[str, ...]
+) -> dict[str, Any]:
+    """What the sampler's GP holds of the value against β, for each pruner: mean, and two standard deviations around.
+
+    `study` is the one that the GP was fitted to: its values are logs. `before` is how many there were.
+    """
+    from optuna._gp.search_space import SearchSpace
+
+    assert sampler._gprs_cache_list is not None
+    gp = sampler._gprs_cache_list[0]
+    values = [trial.value for trial in study.trials if trial.value is not None]
+    mean, spread = statistics.fmean(values), statistics.pstdev(values)
+    curves = {}
+    for pruner in pruners:
+        points = [_at(beta, pruner, kinds) for beta in _grid(kinds["beta"])]
+        inputs = gp._X_train.new_tensor(SearchSpace(kinds).get_normalized_params(points))
+        means, variances = (tensor.detach().numpy() for tensor in gp.posterior(inputs))
+        middle, width = mean - spread * means, 2 * spread * variances**0.5
+        lines = {"mean": middle, "low": middle - width, "high": middle + width}  # the GP sees them upside down
+        betas = [round(point.params["beta"], 8) for point in points]
+        curves[pruner] = {"beta": betas} | {name: [round(math.exp(v), 3) for v in line] for name, line in lines.items()}
+    return {"before": len(values), "curves": curves}
+
+
+def _grid(kind: BaseDistribution) -> list[float]:
+    assert isinstance(kind, FloatDistribution)
+    steps = [kind.low + (kind.high - kind.low) * k / GRID for k in range(GRID)]
+    return [*steps, kind.high]  # exactly: a sum may end a bit above it, which Optuna refuses
+
+
+def _at(beta: float, pruner: str, kinds: dict[str, BaseDistribution]) -> FrozenTrial:
+    params = {name: pruner if name == "pruner" else beta for name in kinds}
+    return optuna.create_trial(value=0.0, params=params, distributions=kinds)
+
+
+def around_best(study: Study, kinds: dict[str, BaseDistribution]) -> dict[str, BaseDistribution]:
+    """The intervals, narrowed around the best point where there are more than two of them.
+
+    A dozen trials cannot explore five dimensions, whose corners are all hopeless and which a GP would all try. So
+    proposals reach from the best point at most 1 / (2 √n) of each interval, n measured points.
+    """
+    intervals = {name: kind for name, kind in kinds.items() if isinstance(kind, FloatDistribution)}
+    done = [trial for trial in study.trials if trial.values is not None]
+    if len(intervals) <= 2 or not done:
+        return kinds
+    best, reach = min(done, key=values_of).params, 0.5 / math.sqrt(len(done))
+    return kinds | {name: _near(best[name], kind, reach) for name, kind in intervals.items()}
+
+
+def _near(value: float, kind: FloatDistribution, reach: float) -> FloatDistribution:
+    width = reach * (kind.high - kind.low)
+    return FloatDistribution(max(kind.low, value - width), min(kind.high, value + width))
+
+
+def _only(kind: BaseDistribution) -> Any:
+    """The value of a distribution that has one."""
+    return kind.low if isinstance(kind, FloatDistribution) else kind.choices[0]  # type: ignore[attr-defined]
+
+
+def _others(study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
+    others = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING))
+    return [other for other in others if other.number != trial.number and "allocation" in other.params]
+
+
+def _logged(trial: FrozenTrial, params: Params, distributions: dict[str, BaseDistribution]) -> FrozenTrial:
+    logs = None if trial.values is None else [math.log(max(value, LEAST)) for value in trial.values]
+    return optuna.create_trial(state=trial.state, values=logs, params=params, distributions=distributions)
+
+
+def whose_turn(trials: list[FrozenTrial], space: Space) -> str:
+    """The allocation of the next trial: by turns the one with the fewest trials and the one that leads.
+
+    Allocations without parameters have one point for each pruner, which is measured at the start.
+    """
+    open_ones = [name for name in space.intervals if space.is_open(name)]
+    if not open_ones:
+        return next(iter(space.intervals))
+    tried = Counter(trial.params["allocation"] for trial in trials)
+    fewest = min(open_ones, key=lambda name: tried[name])
+    done = [trial for trial in trials if trial.values is not None and trial.params["allocation"] in open_ones]
+    if len(trials) % 2 == 0 or not done:
+        return fewest
+    best: str = min(done, key=values_of).params["allocation"]
+    return best
+
+
+def make_stopper(search: Search) -> BasePruner:
+    """What ends hopeless trials early; trials are compared group by group of windows."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return WilcoxonPruner() if search.stopper == "wilcoxon" else NopPruner()
+
+
+def first_trials(search: Search, space: Space) -> list[Params]:
+    """What a study asks for before its sampler does: uniform for each pruner, then where each allocation begins, or the
+    points of a grid, shuffled.
+
+    They are queued in the storage, because Optuna's GridSampler loses points over a resume, and ends in a KeyError
+    where trials were queued beside a grid of one point.
+    """
+    if search.sampler != "grid":
+        return [*space.uniform(), *space.starts()]
+    points = space.grid(search.step)
+    random.Random(search.seed).shuffle(points)
+    return [*space.uniform(), *points]
+
+
+def total_trials(search: Search, space: Space) -> int:
+    """Trials of the whole study: as asked, but no more than there are points, on a grid or without parameters.
+
+    A study that screens has, unless it is asked for more, uniform and the points that are confirmed.
+    """
+    if search.screen is not None:
+        points = len(space.uniform()) + search.screen.confirm
+        return min(search.trials or points, points) if search.sampler == "grid" else search.trials or points
+    points = len(first_trials(search, space))
+    if search.sampler == "grid" or not any(map(space.is_open, space.intervals)):
+        return min(search.trials or points, points)
+    assert search.trials is not None
+    return search.trials

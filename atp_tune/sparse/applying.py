@@ -1,0 +1,189 @@
+"""From a plan to a sparse checkpoint on disk, and the proof that the folder holds what was promised."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.errors import UserError
+from atp_tune.events import TrialStarted, Watch
+from atp_tune.plan import Plan
+from atp_tune.scores.perplexity import Perplexity, perplexity
+from atp_tune.search.bench import Bench, Setup
+from atp_tune.search.space import make_space
+from atp_tune.sparse.card import Dense, describe
+from atp_tune.sparse.provenance import ABOUT
+from atp_tune.sparse.shards import Shards, check_free, sparse_folder
+from atp_tune.spec.config import AllocationRef, Baselines, Config, ModelRef, Scores, Sparsity, Texts, read_config
+from atp_tune.spec.studyfile import StudyFile
+from atp_tune.trials.process import versions
+
+
+def apply(
+    config: Config, base: Path, out: Path, device: str, watch: Watch, allowed: Mapping[str, bool] | None = None
+) -> Perplexity:
+    """Prunes as a configuration says into the folder `out`; the report perplexity of what was written.
+
+    `allowed`: keys of `study.Model` that a configuration, which may be a stranger's, cannot set.
+    UserError if something is at `out`, or if the model is not the one that the configuration was found for.
+    """
+    setup, dense = write_applied(config, base, out, device, watch, allowed)
+    return _measured(setup, out, dense, watch)
+
+
+def write_applied(
+    config: Config, base: Path, out: Path, device: str, watch: Watch, allowed: Mapping[str, bool] | None = None
+) -> tuple[Setup, Dense]:
+    """The same without the measurement; what it was made with, and from."""
+    check_free(out)
+    model = config.model.model(allowed)
+    texts = {"calibration": config.calibration, "report": config.texts.report}
+    setup = Setup(model, config.prune, texts, base, device)
+    bench = Bench.open(setup, watch)  # its memory is free again where this ends
+    return setup, write_sparse(bench, plan_of(config, bench), out, config.seen_from(base, out))
+
+
+def prune_once(
+    file: StudyFile, parameters: dict[str, float], out: Path | None, watch: Watch
+) -> tuple[Plan, Perplexity]:
+    """One plan without a study: prunes, writes if there is an `out`, and measures on the report text."""
+    if out is not None:
+        check_free(out)
+    study = file.study
+    texts = {"calibration": study.texts.calibration, "report": study.report_text}
+    setup = Setup(study.model, study.prune, texts, file.folder, study.device)
+    bench = Bench.open(setup, watch)
+    plan = _only_plan(file, bench, parameters)
+    if out is not None:
+        dense = write_sparse(bench, plan, out, _config(file, bench, plan).seen_from(file.folder, out))
+        del bench
+        return plan, _measured(setup, out, dense, watch)
+    watch(TrialStarted("pruning", plan))
+    pruned = ((block.index, block.weights) for block in bench.prune(plan))
+    return plan, perplexity(bench.all_nlls(pruned, "report"))
+
+
+def _only_plan(file: StudyFile, bench: Bench, parameters: dict[str, float]) -> Plan:
+    """The plan of the study's first allocation that has these parameters, the others at their defaults."""
+    names = file.study.allocation.names
+    space = make_space(file.study, bench.budget(file.study.sparsity))
+    fitting = [name for name in names if parameters.keys() <= space.intervals[name].keys()]
+    if not fitting:
+        unknown = next(name for name in parameters if name not in space.intervals[names[0]])
+        known = ", ".join(space.intervals[names[0]]) or "none"
+        raise UserError(f"{_option(unknown)}: the allocation {names[0]} has no {unknown}; its parameters: {known}")
+    point = {**space.defaults(fitting[0]), **parameters}
+    try:
+        return space.plan({"pruner": file.study.prune.pruners[0], "allocation": fitting[0], **point})
+    except ValueError as error:
+        wrong = next(iter(parameters), "beta")
+        raise UserError(f"{_option(wrong)}: {error}") from None
+
+
+def _option(parameter: str) -> str:
+    return "--beta" if parameter == "beta" else f"--parameter {parameter}"
+
+
+def plan_of(config: Config, bench: Bench) -> Plan:
+    """The plan of a configuration; UserError if the bench's model is not the one that it was found for."""
+    if bench.folder.content != config.model.fingerprint:
+        raise UserError(
+            f"model.fingerprint: {config.model.id} is {bench.folder.content[:12]}… here, the configuration was found "
+            f"for {config.model.fingerprint[:12]}…; give it the model of the study"
+        )
+    blocks = len(bench.checkpoint.blocks)
+    if len(config.block_sparsities) != blocks:
+        raise UserError(f"block_sparsities: {len(config.block_sparsities)} values for a model of {blocks} blocks")
+    found = config.linear_sparsities
+    if found is not None and [len(row) for row in found] != [len(row) for row in bench.checkpoint.linears]:
+        raise UserError("linear_sparsities: not one value for each linear of the model's blocks")
+    name, values = config.allocation.name, config.allocation.parameters
+    return Plan(config.pruner, name, config.block_sparsities, values, found)
+
+
+def _config(file: StudyFile, bench: Bench, plan: Plan) -> Config:
+    """One plan as a configuration: what it takes to make its folder again, with nothing measured."""
+    study, nothing = file.study, Scores(search=None, report=None)
+    return Config(
+        study=file.name,
+        trial=None,
+        model=ModelRef(
+            id=study.model.source, revision=study.model.revision, sha256=study.model.sha256,
+            fingerprint=bench.folder.content, dtype=bench.dtype,
+        ),
+        pruner=plan.pruner,
+        prune=study.prune,
+        allocation=AllocationRef(
+            name=plan.allocation, beta=plan.parameters.get("beta"), parameters=plan.parameters
+        ),
+        block_sparsities=plan.sparsities,
+        linear_sparsities=plan.linear_sparsities,
+        sparsity=Sparsity(target=study.sparsity, realised=study.sparsity),
+        perplexity=nothing,
+        baselines=Baselines(dense=nothing, uniform=nothing),
+        calibration=study.texts.calibration,
+        texts=Texts(search=study.texts.search, report=study.report_text),
+        seed=study.search.seed,
+        versions=versions(),
+    )  # fmt: skip
+
+
+def write_sparse(bench: Bench, plan: Plan, out: Path, config: Config) -> Dense:
+    """Prunes and writes the sparse checkpoint, which says what it is: the configuration, with the zeros counted."""
+    checkpoint, zeros = bench.checkpoint, list[int]()
+    shards = Shards(bench.folder.path, str(checkpoint.model.base_model_prefix))
+    keys = {checkpoint.key(i, linear) for i, linears in enumerate(checkpoint.linears) for linear in linears}
+    names = {name for key in keys for name in checkpoint.as_saved(key, checkpoint.model.get_parameter(key).to("meta"))}
+    bench.watch(TrialStarted(f"writing {out}", plan))
+    dense = Dense(bench.folder.path, bench.folder.revision)
+    with sparse_folder(bench.folder.path, out) as folder:
+        shards.write(folder, names, _pruned(bench, plan, zeros))
+        bench.folder.check_unchanged()
+        describe(folder, _counted(config, checkpoint, sum(zeros)), dense)
+    return dense
+
+
+def _counted(config: Config, checkpoint: Checkpoint, zeros: int) -> Config:
+    """The configuration with what is known of the model now: the share of zeros, and the names that it was found in."""
+    realised = Sparsity(target=config.sparsity.target, realised=zeros / sum(checkpoint.sizes))
+    linears = checkpoint.linear_names if config.linear_sparsities else None
+    known = {"blocks": checkpoint.blocks_name, "linears": linears}
+    return config.model_copy(update={"sparsity": realised, **known})
+
+
+def _pruned(bench: Bench, plan: Plan, zeros: list[int]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name on disk, dense and pruned weight of all that is pruned, as the pass comes to it; zeros are counted."""
+    checkpoint = bench.checkpoint
+    for block in bench.prune(plan):
+        zeros.append(sum(block.zeros.values()))
+        dense = checkpoint.weights(block.index)
+        linears = {linear.key: linear for linear in checkpoint.linears[block.index]}
+        for key, linear in linears.items():
+            name = checkpoint.key(block.index, linear)
+            saved = checkpoint.as_saved(name, block.weights[key].cpu())
+            for part, was in checkpoint.as_saved(name, dense[key].cpu()).items():
+                yield part, was, saved[part]
+
+
+def _measured(setup: Setup, out: Path, dense: Dense, watch: Watch) -> Perplexity:
+    """Measures a written folder, which says so then."""
+    measured = measure_folder(setup, out, watch)
+    config = read_config(out / ABOUT)
+    scores = config.perplexity.model_copy(update={"report": measured})
+    describe(out, config.model_copy(update={"perplexity": scores}), dense)
+    return measured
+
+
+def measure_folder(setup: Setup, out: Path, watch: Watch) -> Perplexity:
+    """Perplexity on the report text of a written folder, loaded as anybody would load it."""
+    return perplexity(folder_nlls(setup, out, watch, f"checking {out}"))
+
+
+def folder_nlls(setup: Setup, folder: Path, watch: Watch, title: str) -> list[float]:
+    """Window NLLs of the same."""
+    model = setup.model.model_copy(update={"source": str(folder.absolute()), "sha256": None, "revision": None})
+    bench = Bench.open(replace(setup, model=model), watch)
+    watch(TrialStarted(title, None))
+    return bench.all_nlls(bench.dense(), "report")

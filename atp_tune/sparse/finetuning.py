@@ -1,0 +1,193 @@
+"""LoRA after pruning: from a sparse folder and a text to another folder, with the zeros where they were."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import fmean
+from time import monotonic
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.checkpoints.devices import device_name, find_device, memory_for, peak_memory, reset_peak_memory
+from atp_tune.checkpoints.models import ModelFolder, resolve
+from atp_tune.errors import UserError
+from atp_tune.events import Note, Step, TrialStarted, Watch
+from atp_tune.results.wording import duration
+from atp_tune.scores.perplexity import Perplexity, change, perplexity
+from atp_tune.search.bench import Setup
+from atp_tune.sparse.applying import folder_nlls
+from atp_tune.sparse.card import amend, words
+from atp_tune.sparse.provenance import FINETUNED, Finetuned, Origin, Settings, Zeros, origin
+from atp_tune.sparse.shards import Shards, check_free, sparse_folder
+from atp_tune.spec.study import Model, Prune, Text
+from atp_tune.texts.windows import Windows, first_windows, recut, token_windows
+from atp_tune.trials.process import versions
+
+if TYPE_CHECKING:
+    from atp_tune.sparse.training import Trainer
+
+HELD_OUT = 0.1  # of a text, for the report, where nothing else is named
+SAVED = 20  # steps after which what is trained is written down
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is fine-tuned into what and how; `report` measures it, on which `dense` is the dense model's perplexity."""
+
+    setup: Setup
+    folder: ModelFolder
+    out: Path
+    text: Text
+    windows: Windows
+    settings: Settings
+    dense: Perplexity | None
+    watch: Watch
+
+    @property
+    def part(self) -> Path:
+        """The file of a run that was cut off."""
+        return self.out.with_name(f"{self.out.name}.part")
+
+
+def finetune(
+    model: Path, out: Path, text: Text | None, report: Text | None, settings: Settings, device: str, watch: Watch
+) -> Finetuned:
+    """Fine-tunes the folder `model` into the folder `out`, and measures both on the report text.
+
+    A text that is None is the one that the folder was pruned with: calibration to train on, report to measure.
+    UserError if something is at `out`, or if the text to train on shares documents with the search or report text.
+    """
+    if find_spec("peft") is None:
+        raise UserError("finetune: needs peft; install it with: pip install 'atp-tune[finetune]'")
+    check_free(out)
+    if not model.is_dir():
+        raise UserError(f"--model {model}: is no folder; write one with: python tune.py apply --config FILE --out DIR")
+    made = origin(model)
+    text, report = choose(text, report, made)
+    named = Model(source=str(model.absolute()), dtype=made.dtype if made else "auto")
+    folder = resolve(named, Path(), lambda line: watch(Note(line)))
+    windows = read_windows(text, report, folder.path, settings)
+    dense = made.dense if made and made.report == report else None
+    setup = Setup(named, Prune(), {"report": report}, Path(), device)
+    with memory_for("finetune"):
+        return _run(Job(setup, folder, out, text, windows, settings, dense, watch))
+
+
+def choose(text: Text | None, report: Text | None, made: Origin | None) -> tuple[Text, Text]:
+    """The text to train on and the report text; UserError if there is none, or if they share documents."""
+    if made:
+        text, report = text or made.calibration, report or made.report
+    if text is None:
+        raise UserError(
+            "--text: is needed, the folder does not say how it was pruned; for example --text file:PATH.txt"
+        )
+    if report is None:
+        start, end = text.part
+        cut = end - HELD_OUT * (end - start)
+        text, report = (text.model_copy(update={"part": part}) for part in ((start, cut), (cut, end)))
+    kept = {"report": report} | ({"search": made.search, "study's report": made.report} if made else {})
+    for role, other in kept.items():
+        if text.overlaps(other):
+            raise UserError(
+                f"--text: {text.source} shares documents with the {role} text; give another source, split or part"
+            )
+    return text, report
+
+
+def read_windows(text: Text, report: Text, folder: Path, settings: Settings) -> Windows:
+    """The windows to train on, as many as the steps can use; UserError if the report text holds one of them."""
+    with _naming("--text"):
+        whole = text.model_copy(update={"tokens": settings.tokens})
+        found = first_windows(whole, folder, Path(), settings.steps * settings.batch)
+    with _naming("--report-text"):
+        measured = token_windows(report, folder, Path())
+    tokens = min(settings.tokens, report.tokens)
+    known = {row.tobytes() for row in recut(measured, tokens).ids}
+    if shared := sum(row.tobytes() in known for row in recut(found, tokens).ids):
+        raise UserError(f"--text: {shared} windows of {text.source} are in the report text too; give another source")
+    return found
+
+
+@contextmanager
+def _naming(option: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{option}: {error}") from None
+
+
+def _run(job: Job) -> Finetuned:
+    from atp_tune.sparse.training import Trainer, stored_format
+
+    before = folder_nlls(job.setup, job.folder.path, job.watch, f"checking {job.folder.path}")
+    device = find_device(job.setup.device)
+    reset_peak_memory(device)
+    checkpoint = Checkpoint.load(job.folder.path, stored_format(job.folder.path), device, residency="device")
+    trainer = Trainer(checkpoint, torch.from_numpy(job.windows.ids), job.settings)
+    job.watch(TrialStarted(f"fine-tuning {job.out}", None))
+    began = monotonic()
+    _train(trainer, job)
+    seconds, memory, losses = monotonic() - began, peak_memory(device), tuple(trainer.losses)
+    with sparse_folder(job.folder.path, job.out) as folder:
+        zeros = _write(trainer, checkpoint, job, folder)
+        del trainer, checkpoint
+        after = folder_nlls(job.setup, folder, job.watch, f"checking {job.out}")
+        done = Finetuned(
+            model=job.folder.path.name, fingerprint=job.folder.content, text=job.text, windows=len(job.windows.ids),
+            report=job.setup.texts["report"], settings=job.settings, dense=job.dense, losses=losses, zeros=zeros,
+            before=perplexity(before), after=perplexity(after), change=change(before, after),
+            seconds=seconds, memory=memory, device=device_name(device), versions=versions(),
+        )  # fmt: skip
+        (folder / FINETUNED).write_text(done.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        amend(folder, "Fine-tuned after pruning", _said(done))
+    job.part.unlink(missing_ok=True)
+    return done
+
+
+def _train(trainer: "Trainer", job: Job) -> None:
+    """All steps that are left, written down now and then."""
+    from atp_tune.sparse.training import facts_of
+
+    facts, total = facts_of(job.settings, model=job.folder.content, text=job.windows.content), job.settings.steps
+    if job.part.exists():
+        trainer.restore(job.part, facts)
+        job.watch(Note(f"goes on after step {len(trainer.losses)} of {total}"))
+    before, began = len(trainer.losses), monotonic()
+    for done in range(before + 1, total + 1):
+        loss = trainer.step()
+        job.watch(Step(f"loss {loss:.3f}", done, total))
+        if done % SAVED == 0 or done == total:
+            trainer.save(job.part, facts)
+            left = (monotonic() - began) / (done - before) * (total - done)
+            job.watch(Note(f"step {done} of {total}: loss {fmean(trainer.losses[-SAVED:]):.3f}, {duration(left)} left"))
+
+
+def _write(trainer: "Trainer", checkpoint: Checkpoint, job: Job, folder: Path) -> Zeros:
+    """Writes the weights with the adapters merged; their zeros before and after."""
+    zeros = Counter[str]()
+
+    def counted() -> Iterator[tuple[str, Tensor, Tensor]]:
+        for name, was, tuned in trainer.adapters.merged():
+            zeros.update(before=int((was == 0).sum()), after=int((tuned == 0).sum()), weights=was.numel())
+            yield name, was, tuned
+
+    Shards(job.folder.path, str(checkpoint.model.base_model_prefix)).write(folder, trainer.adapters.names, counted())
+    job.folder.check_unchanged()
+    return Zeros(**zeros)
+
+
+def _said(done: Finetuned) -> str:
+    """What a model card says of it."""
+    settings = ", ".join(f"{key} {value:g}" for key, value in done.settings.model_dump().items())
+    zeros = done.zeros
+    return (
+        f"The weights that are not zero were trained with LoRA on {words(done.text)} ({settings}). {zeros.after:,} of "
+        f"{zeros.weights:,} weights are zero, {zeros.before:,} were before. Perplexity on {words(done.report)}: "
+        f"{done.before} before, {done.after} after ({done.change}). All else on this card is of the model before that."
+    )

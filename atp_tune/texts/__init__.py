@@ -1,0 +1,1 @@
+"""Texts: sources as documents, documents as windows of token ids."""

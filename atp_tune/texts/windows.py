@@ -1,0 +1,212 @@
+"""Token windows of a text, drawn as the field draws them and kept in the cache by content.
+
+random: the C4 loader of Wanda and SparseGPT (`get_c4`). consecutive: their WikiText-2 convention
+(`get_wikitext2`, `eval_ppl`), all documents joined by blank lines, tokenised in one go, cut without overlap.
+"""
+
+import hashlib
+import io
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from atp_tune.cache import cache_dir, keep, sha256_of, sha256_of_json
+from atp_tune.checkpoints.convert import one_line
+from atp_tune.checkpoints.models import Note, silent
+from atp_tune.checkpoints.trust import CODE
+from atp_tune.errors import UserError
+from atp_tune.spec.study import Text
+from atp_tune.texts.documents import documents, source_content
+
+Encode = Callable[[str], list[int]]
+
+_FORMAT = 1  # counted up when the same settings come to other windows
+# config.json names the tokenizer's class where nothing else does.
+_TOKENIZER = (
+    "config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+)
+_CHARACTERS_PER_TOKEN = 8  # more than any usual text has
+_MARGIN = 1024  # tokens: a cut text is tokenised differently only near the cut
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Windows of one length: `ids` int64 [windows, tokens], and the SHA-256 of ids and shape."""
+
+    ids: np.ndarray
+    content: str
+
+
+def token_windows(text: Text, folder: Path, base: Path, note: Note = silent, trusted: bool = False) -> Windows:
+    """The windows of a study's text with the tokenizer in `folder`, whose code may run if it is trusted.
+
+    Relative paths start at `base`.
+
+    A second call reads them from the cache and loads neither text nor tokenizer. Errors: UserError in one
+    line that starts with the key of the text.
+    """
+    stored = cache_dir("windows") / f"{_key(text, folder, base, trusted)}.npy"
+    if stored.is_file():
+        ids = np.load(stored, allow_pickle=False)
+    else:
+        note(f"reading and tokenising {text.source}")
+        ids = _DRAWS[text.draw](documents(text, base), _encoder(folder, trusted), text)[:: text.every]
+        packed = io.BytesIO()
+        np.save(packed, ids)
+        keep(stored, packed.getvalue())
+    return _windows(ids)
+
+
+def first_windows(text: Text, folder: Path, base: Path, most: int, trusted: bool = False) -> Windows:
+    """The first windows of a consecutive text, at most so many: all where it is shorter; UserError if it has none."""
+    ids = _head(documents(text, base), _encoder(folder, trusted), most * text.tokens)
+    count = min(most, len(ids) // text.tokens)
+    if count == 0:
+        raise UserError(f"tokens: {text.source} has {len(ids)} tokens, not one window of {text.tokens}; lower tokens")
+    return _windows(np.array(ids[: count * text.tokens], np.int64).reshape(count, text.tokens))
+
+
+def thinned(windows: Windows, every: int) -> Windows:
+    """The first window and every so many-th after it: what `every` in a study's text leaves."""
+    return _windows(np.ascontiguousarray(windows.ids[::every]))
+
+
+def check_disjoint(named: dict[str, Windows]) -> None:
+    """Raises a UserError if two roles share a window, token by token."""
+    seen: dict[bytes, str] = {}
+    for role, windows in named.items():
+        rows = [row.tobytes() for row in windows.ids]
+        for index, row in enumerate(rows):
+            if row in seen:
+                other = seen[row]
+                raise UserError(
+                    f"texts.{role}: window {index} is also in texts.{other}; give them other texts or parts"
+                )
+        seen |= dict.fromkeys(rows, role)
+
+
+def recut(windows: Windows, tokens: int) -> Windows:
+    """The same tokens in shorter windows, to be compared with those of another text."""
+    per = windows.ids.shape[1] // tokens * tokens
+    return _windows(np.ascontiguousarray(windows.ids[:, :per]).reshape(-1, tokens))
+
+
+def _windows(ids: np.ndarray) -> Windows:
+    return Windows(ids, hashlib.sha256(f"{ids.shape}".encode() + ids.astype("<i8").tobytes()).hexdigest())
+
+
+def _key(text: Text, folder: Path, base: Path, trusted: bool) -> str:
+    patterns = (*_TOKENIZER, CODE) if trusted else _TOKENIZER
+    files = {file.name: sha256_of(file) for pattern in patterns for file in folder.glob(pattern)}
+    return sha256_of_json(
+        {
+            "format": _FORMAT,
+            "text": text.model_dump(),
+            "content": source_content(text, base),
+            "tokenizer": files,
+            "libraries": [version("transformers"), version("tokenizers")],
+        }
+    )
+
+
+def load_tokenizer(folder: Path, trusted: bool) -> Any:
+    """The tokenizer in a folder; UserError if it cannot be loaded. `trusted`: code in it may run."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trusted)
+    except Exception as error:  # whatever the many tokenizers raise
+        raise UserError(f"the tokenizer in {folder} cannot be loaded: {one_line(error)}") from error
+
+
+def _encoder(folder: Path, trusted: bool) -> Encode:
+    tokenizer = load_tokenizer(folder, trusted)
+    # verbose=False: texts longer than the model's context are meant, and cut into windows later
+    return lambda text: list(tokenizer(text, verbose=False).input_ids)
+
+
+def _random(found: Sequence[str], encode: Encode, text: Text) -> np.ndarray:
+    """Draws documents until one is longer than a window, then where the window starts: the order of Wanda."""
+    generator = random.Random(text.seed)
+    encoded = lru_cache(maxsize=32)(lambda index: encode(found[index]))
+    short: dict[int, int] = {}
+    rows = []
+    for _ in range(text.windows or 0):
+        ids = _long_document(generator, encoded, len(found), text.tokens, short)
+        start = generator.randint(0, len(ids) - text.tokens - 1)
+        rows.append(ids[start : start + text.tokens])
+    return np.array(rows, np.int64)
+
+
+def _long_document(
+    generator: random.Random,
+    encoded: Callable[[int], list[int]],
+    count: int,
+    tokens: int,
+    short: dict[int, int],
+) -> list[int]:
+    """Ids of the first drawn document with more than `tokens`; `short` keeps the lengths of the others."""
+    while len(short) < count:
+        index = generator.randint(0, count - 1)
+        if index in short:
+            continue
+        if len(ids := encoded(index)) > tokens:
+            return ids
+        short[index] = len(ids)
+    raise UserError(
+        f"tokens: none of the {count} documents is longer than {tokens} tokens, the longest has "
+        f'{max(short.values())}; lower tokens, or set draw = "consecutive"'
+    )
+
+
+def _consecutive(found: Sequence[str], encode: Encode, text: Text) -> np.ndarray:
+    ids = _head(found, encode, None if text.windows is None else text.windows * text.tokens)
+    count = len(ids) // text.tokens
+    if count < (text.windows or 1):
+        asked = "one window" if text.windows is None else f"{text.windows} windows"
+        raise UserError(
+            f"windows: {text.source} has {len(ids)} tokens, that is {count} windows of {text.tokens}; "
+            f"{asked} cannot be cut, lower windows or tokens"
+        )
+    count = text.windows or count
+    return np.array(ids[: count * text.tokens], np.int64).reshape(count, text.tokens)
+
+
+def _head(found: Sequence[str], encode: Encode, needed: int | None) -> list[int]:
+    """Ids of the joined documents: all, or at least the first `needed`, read no further than that takes."""
+    if needed is None:
+        return encode("\n\n".join(found))
+    characters = (needed + _MARGIN) * _CHARACTERS_PER_TOKEN
+    while True:
+        head, whole = _first_characters(found, characters)
+        ids = encode(head)
+        if whole or len(ids) >= needed + _MARGIN:
+            return ids
+        characters *= 4
+
+
+def _first_characters(found: Sequence[str], count: int) -> tuple[str, bool]:
+    """The first `count` characters of the joined documents, and whether that is all of them."""
+    pieces: list[str] = []
+    length = 0
+    for document in found:
+        pieces.append(document)
+        length += len(document) + 2
+        if length > count + 2:
+            return "\n\n".join(pieces)[:count], False
+    return "\n\n".join(pieces), True
+
+
+_DRAWS = {"random": _random, "consecutive": _consecutive}

@@ -1,0 +1,1 @@
+"""Where trials are kept: databases and servers, many workers, outages, lost processes, merging."""
