@@ -9,8 +9,8 @@ import optuna
 import pytest
 import torch
 from optuna.pruners import WilcoxonPruner
-from optuna.trial import TrialState
-from tinystudy import quiet, study_file
+from optuna.trial import FrozenTrial, TrialState
+from tinystudy import quiet, run, study_file
 
 import atp_tune
 from atp_tune.errors import TrialError
@@ -122,12 +122,17 @@ def test_a_model_whose_numbers_are_none_fails(bench: Bench, space: Space, study:
 # --- what was measured before
 
 
+def measured_before(study: optuna.Study, space: Space, **params: Any) -> FrozenTrial | None:
+    trial = ask(study, space, **params)
+    return find_measured(trial, space.plan(trial.params))
+
+
 def test_a_measured_pair_is_found(space: Space, study: optuna.Study) -> None:
     done(study, space, 5.0, {"nlls": [1.0]})
-    found = find_measured(ask(study, space))
+    found = measured_before(study, space)
     assert found
     assert found.number == 0
-    assert find_measured(ask(study, space, beta=0.2)) is None
+    assert measured_before(study, space, beta=0.2) is None
 
 
 @pytest.mark.parametrize(
@@ -144,12 +149,12 @@ def test_what_counts_as_measured(
     space: Space, study: optuna.Study, value: float | None, attributes: dict[str, Any], found: bool
 ) -> None:
     done(study, space, value, attributes)
-    assert (find_measured(ask(study, space)) is not None) == found
+    assert (measured_before(study, space) is not None) == found
 
 
 def test_a_trial_that_runs_is_not_measured(space: Space, study: optuna.Study) -> None:
     ask(study, space)
-    assert find_measured(ask(study, space)) is None
+    assert measured_before(study, space) is None
 
 
 def test_a_third_time_is_answered_by_the_first(bench: Bench, space: Space, study: optuna.Study) -> None:
@@ -159,6 +164,17 @@ def test_a_third_time_is_answered_by_the_first(bench: Bench, space: Space, study
         study.optimize(objective, n_trials=1)
     assert [trial.user_attrs.get("repeats") for trial in study.trials] == [None, 0, 0]
     assert len({trial.value for trial in study.trials}) == 1
+
+
+def test_points_that_a_pattern_rounds_to_one_plan_are_measured_once(place: Path) -> None:
+    words = ("prune.pattern=mixed:4", "search.sampler=random", "search.trials=8")
+    study = run(place, *words)
+    plans = [(t.params["pruner"], str(t.user_attrs["sparsities"])) for t in study.trials]
+    own = [plan for plan, trial in zip(plans, study.trials, strict=True) if "repeats" not in trial.user_attrs]
+    assert 1 < len(set(own)) == len(own) == len(set(plans)) < len(plans)
+    for trial in study.trials:
+        first = study.trials[trial.user_attrs.get("repeats", trial.number)]
+        assert (trial.value, trial.user_attrs["sparsities"]) == (first.value, first.user_attrs["sparsities"])
 
 
 # --- stopping

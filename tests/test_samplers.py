@@ -182,11 +182,12 @@ def test_proposals_stay_near_the_best_where_parameters_are_many() -> None:
 
 
 class Spy(BaseSampler):
-    """Remembers the trials that it is shown, and proposes the middle."""
+    """Remembers the trials that it is shown, and proposes another point each time."""
 
     def __init__(self) -> None:
         self.shown: list[tuple[TrialState, float | None, dict[str, Any]]] = []
         self.inner = RandomSampler(seed=0)
+        self.calls = 0
 
     def infer_relative_search_space(self, study: Any, trial: Any) -> Any:
         return {"beta": optuna.distributions.FloatDistribution(0, 0.2)} if len(study.trials) > 2 else {}
@@ -194,7 +195,8 @@ class Spy(BaseSampler):
     def sample_relative(self, study: Any, trial: Any, search_space: Any) -> Any:
         others = [other for other in study.trials if other.number != trial.number]
         self.shown = [(other.state, other.value, other.params) for other in others]
-        return {"beta": 0.1}
+        self.calls += 1
+        return {"beta": 0.02 * self.calls}
 
     def sample_independent(self, *args: Any) -> Any:
         return self.inner.sample_independent(*args)
@@ -212,7 +214,7 @@ def test_the_sampler_inside_sees_logarithms_of_what_is_done_and_what_runs() -> N
         space.suggest(trial)
     study.tell(done, math.e**2)
     study.tell(failed, state=TrialState.FAIL)
-    assert space.suggest(study.ask()).parameters == {"beta": 0.1}
+    assert space.suggest(study.ask()).parameters == {"beta": 0.08}
     assert spy.shown == [
         (TrialState.COMPLETE, pytest.approx(2.0), without_allocation(done)),
         (TrialState.RUNNING, None, without_allocation(running)),

@@ -59,6 +59,18 @@ def test_the_noise_is_that_of_the_comparison_with_uniform() -> None:
     assert noise_of(optuna.create_study()) is None
 
 
+def test_where_uniform_is_the_best_the_noise_is_that_of_the_first_other_point() -> None:
+    study = optuna.create_study()
+    kinds = {"beta": optuna.distributions.FloatDistribution(0, 0.2)}
+    for beta, value, spread in ((0.0, 20.0, 0.0), (0.1, 40.0, 0.03), (0.05, 30.0, 0.01)):
+        nlls = [math.log(value) + spread * sign for sign in (-1, 1) * 8]
+        attrs = {"nlls": nlls, "sparsities": [0.5 - beta, 0.5 + beta]}
+        trial = optuna.create_trial(value=value, params={"beta": beta}, distributions=kinds, user_attrs=attrs)
+        study.add_trial(trial)
+        expected = None if beta == 0 else pytest.approx(0.03 * math.sqrt(16 / 15) / 4, rel=1e-6)
+        assert noise_of(study) == expected
+
+
 def test_a_study_settles_sooner_where_the_noise_is_larger() -> None:
     space = space_of()
 

@@ -46,7 +46,7 @@ class Objective:
             plan = self.space.suggest(trial)
             self.watch(TrialStarted(f"trial {trial.number}", plan))
             set_attributes(trial, planned(plan))
-            earlier = find_measured(trial)
+            earlier = find_measured(trial, plan)
             return self._repeat(trial, earlier) if earlier else self._measure(trial, plan)
 
     def _measure(self, trial: Trial, plan: Plan) -> tuple[float, ...]:
@@ -81,16 +81,23 @@ class Objective:
 
 def planned(plan: Plan) -> dict[str, object]:
     """The sparsities of a plan as user attributes: per block, and per linear where they differ within a block."""
-    linears = {"linear_sparsities": plan.linear_sparsities} if plan.linear_sparsities else {}
-    return {"sparsities": plan.sparsities, **linears}
+    linears = {"linear_sparsities": list(map(list, plan.linear_sparsities))} if plan.linear_sparsities else {}
+    return {"sparsities": list(plan.sparsities), **linears}
 
 
-def find_measured(trial: Trial) -> FrozenTrial | None:
-    """An earlier trial with the same parameters that has a full measurement or failed by itself, if there is one."""
+def find_measured(trial: Trial, plan: Plan) -> FrozenTrial | None:
+    """An earlier trial of the same point, or plan, that has a full measurement or failed by itself, if there is one."""
     for other in trial.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL)):
-        if counts(other) and other.params == trial.params and "stopped_after" not in other.user_attrs:
+        same = other.params == trial.params or is_of(other, plan)
+        if same and counts(other) and "stopped_after" not in other.user_attrs:
             return other
     return None
+
+
+def is_of(trial: FrozenTrial, plan: Plan) -> bool:
+    """Whether a trial is of a plan: a pattern may round several points of the space to the same one."""
+    own = {key: trial.user_attrs[key] for key in ("sparsities", "linear_sparsities") if key in trial.user_attrs}
+    return trial.params.get("pruner") == plan.pruner and own == planned(plan)
 
 
 def is_hopeless(trial: Trial, nlls: list[float], new: int, windows: int) -> bool:

@@ -19,6 +19,7 @@ from optuna.pruners import BasePruner, NopPruner, WilcoxonPruner
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
+from atp_tune.search.apart import apart
 from atp_tune.search.space import Params, Space
 from atp_tune.spec.study import Search
 from atp_tune.trials.storage import place_of, values_of
@@ -95,7 +96,7 @@ class BranchSampler(BaseSampler):
 
     The sampler sees logs of the values: of perplexity (nats per token) or of KL. Perplexity explodes where β is too
     large: fitted as it is, one such trial flattens the valley that matters. Points that were screened are seen too,
-    moved to the level of those that were confirmed.
+    moved to the level of those that were confirmed. What it proposes is kept `apart` from all of these.
     """
 
     def __init__(
@@ -131,10 +132,9 @@ class BranchSampler(BaseSampler):
         for name, kind in open_ones.items():
             if name not in found:
                 found[name] = inner.sample_independent(shadow, shadow.trials[-1], name, kind)
-        return {
-            "allocation": self._branch,
-            **{name: found[name] if name in found else _only(own[name]) for name in own},
-        }
+        found = {name: found[name] if name in found else _only(own[name]) for name in own}
+        seed = seed_of(self._seed, study, trial, "apart")
+        return {"allocation": self._branch, **apart(found, shadow.trials[:-1], open_ones, seed)}
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution

@@ -1,0 +1,68 @@
+import itertools
+
+import optuna
+import pytest
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.trial import FrozenTrial, TrialState
+from test_samplers import search_of, space_of
+
+from atp_tune.search.apart import NEAR, REACH, apart, is_near
+from atp_tune.search.samplers import make_sampler
+
+KINDS: dict[str, BaseDistribution] = {
+    "pruner": CategoricalDistribution(("wanda", "magnitude")),
+    "beta": FloatDistribution(0, 0.2),
+}
+
+
+def known(*betas: float, pruner: str = "wanda", state: TrialState = TrialState.RUNNING) -> list[FrozenTrial]:
+    value = 1.0 if state == TrialState.COMPLETE else None
+    return [
+        optuna.create_trial(state=state, value=value, params={"pruner": pruner, "beta": beta}, distributions=KINDS)
+        for beta in betas
+    ]
+
+
+def test_a_new_point_stays_as_it_is() -> None:
+    point = {"pruner": "wanda", "beta": 0.1}
+    for trials in ([], known(0.1 + 0.2 * 1.01 * NEAR), known(0.1, pruner="magnitude")):
+        assert apart(point, trials, KINDS, 0) == point
+
+
+@pytest.mark.parametrize("state", [TrialState.RUNNING, TrialState.COMPLETE])
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.2])
+def test_a_known_point_gives_way_to_one_beside_it(beta: float, state: TrialState) -> None:
+    point = {"pruner": "wanda", "beta": beta}
+    trials = known(beta, state=state)
+    drawn = [apart(point, trials, KINDS, seed) for seed in range(20)]
+    assert drawn == [apart(point, trials, KINDS, seed) for seed in range(20)]
+    assert len({one["beta"] for one in drawn}) == 20
+    for one in drawn:
+        assert one["pruner"] == "wanda" and 0 <= one["beta"] <= 0.2
+        assert abs(one["beta"] - beta) / 0.2 > NEAR
+    assert sum(abs(one["beta"] - beta) <= 0.2 * REACH for one in drawn) >= 15  # most at the first draw
+
+
+def test_a_crowd_is_left_and_a_full_interval_ends_the_search() -> None:
+    point = {"pruner": "wanda", "beta": 0.0}
+    crowd = known(*(0.2 * NEAR * k for k in range(100)))
+    found = [apart(point, crowd, KINDS, seed)["beta"] for seed in range(20)]
+    assert all(beta > 0.2 * NEAR * 100 for beta in found)
+    full = known(*(0.2 * NEAR * k for k in range(501)))
+    assert 0 <= apart(point, full, KINDS, 0)["beta"] <= 0.2
+    alone = {"pruner": KINDS["pruner"]}
+    assert apart({"pruner": "wanda"}, known(0.1), alone, 0) == {"pruner": "wanda"}
+    assert is_near({"pruner": "wanda"}, {"pruner": "wanda", "beta": 0.1}, alone)
+
+
+@pytest.mark.parametrize("sampler", ["gp", "tpe"])
+def test_no_point_is_asked_for_twice_where_the_best_is_an_end(sampler: str) -> None:
+    """As uniform is for many models at low sparsity: perplexity rises with β from the start."""
+    space = space_of(allocation={"names": ["atp"], "beta": [0, 0.2]})
+    study = optuna.create_study(sampler=make_sampler(search_of(sampler=sampler), space))
+    for params in space.uniform():
+        study.enqueue_trial(params)
+    study.optimize(lambda trial: 50 + 100 * space.suggest(trial).parameters["beta"], n_trials=20)
+    betas = sorted(trial.params["beta"] for trial in study.trials)
+    assert betas[0] == 0
+    assert all(after - before > 0.2 * NEAR for before, after in itertools.pairwise(betas))
