@@ -22,7 +22,7 @@ from atp_tune.blocks.replay import Replay
 
 Block = tuple[int, dict[str, Tensor]]  # index, tensors by name
 POSITIONS = 256  # of each window, whose logits are computed at a time
-CACHED = 1 << 22  # logits in float32 at a time on a CPU (16 MB); elsewhere all of a slice
+CACHED = 1 << 17  # logits in float32 at a time for each thread of a CPU (512 KB); elsewhere all of a slice
 COMPARED = 1 << 28  # elsewhere, where two models are compared (1 GB)
 
 
@@ -94,8 +94,7 @@ def window_scores(replay: Replay, ids: Tensor, hidden: Tensor, dense: Tensor | N
 
 def token_kls(dense: Tensor, logits: Tensor) -> Tensor:
     """KL(p ‖ q) [tokens] in float32 of logits [tokens, vocabulary], p of the dense ones; never negative."""
-    most = CACHED // 8 if logits.device.type == "cpu" else COMPARED  # of this size there are four at a time
-    rows = max(1, most // logits.shape[1])
+    rows = rows_at_a_time(logits) or max(1, COMPARED // logits.shape[1])
     kls = []
     for one, other in zip(torch.split(dense, rows), torch.split(logits, rows), strict=True):
         p, q = one.float().log_softmax(1), other.float().log_softmax(1)
@@ -105,7 +104,7 @@ def token_kls(dense: Tensor, logits: Tensor) -> Tensor:
 
 def token_nlls(logits: Tensor, targets: Tensor) -> Tensor:
     """NLL [tokens] in float32 of logits z [tokens, vocabulary]: ln Σ exp(z - max z) - (z_target - max z)."""
-    rows = max(1, CACHED // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    rows = rows_at_a_time(logits) or len(logits)
     nlls = []
     for part, target in zip(torch.split(logits, rows), torch.split(targets, rows), strict=True):
         z = part.float()
@@ -113,3 +112,10 @@ def token_nlls(logits: Tensor, targets: Tensor) -> Tensor:
         picked = z.gather(1, target[:, None]).squeeze(1)
         nlls.append(z.exp_().sum(1).log_() - picked)
     return torch.cat(nlls)
+
+
+def rows_at_a_time(logits: Tensor) -> int | None:
+    """Rows of logits [tokens, vocabulary] that stay in a CPU's caches in float32; None elsewhere."""
+    if logits.device.type != "cpu":
+        return None
+    return torch.get_num_threads() * max(1, CACHED // logits.shape[1])
