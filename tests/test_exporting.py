@@ -5,7 +5,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import venv
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -248,7 +247,7 @@ def llmcompressor() -> Iterator[Path]:
     with TemporaryDirectory(dir="/var/tmp") as folder:  # 1.5 GB, too much for memory
         venv.create(folder, with_pip=True)
         python = Path(folder) / "bin" / "python"
-        subprocess.run([python, "-m", "pip", "install", "-q", "llmcompressor>=0.14"], check=True, stdout=sys.stderr)
+        subprocess.run([python, "-m", "pip", "install", "-q", "llmcompressor>=0.14"], check=True)
         yield python
 
 

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import sleep
 from typing import Any
@@ -62,13 +62,28 @@ def test_two_nodes_share_a_study(place: Path, cluster: Any) -> None:
     assert {str(trial.params): trial.value for trial in alone.trials} == pytest.approx(values, rel=1e-5)
 
 
+def stop_in_a_trial(place: Path) -> int:
+    """Stops the one worker while it runs a trial; its process id."""
+    while True:
+        [pid] = {trial.user_attrs["pid"] for trial in measured(place)}
+        os.kill(pid, signal.SIGSTOP)
+        now = [trial for trial in trials(place) if trial.state == TrialState.RUNNING]
+        if now and "sparsities" in now[0].user_attrs:
+            return int(pid)
+        os.kill(pid, signal.SIGCONT)
+        sleep(0.01)
+
+
 @pytest.mark.slow
 def test_a_node_that_dies_in_a_trial(place: Path, cluster: Any) -> None:
     """The only node dies, another comes: Ray's words for it do not matter, the trial is run again."""
     node = add_node(cluster)
     process = begin(place, cluster)
     wait_for(place / "tiny.db", 3, process, 120)
+    pid = stop_in_a_trial(place)
     cluster.remove_node(node, allow_graceful=False)
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
     add_node(cluster)
     answer = finish(process, 180)
     assert (answer.code, answer.err) == (0, "")
