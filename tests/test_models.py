@@ -115,7 +115,7 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a cache hit does no work")
 
     for name in ("models.subprocess.run", "convert.gguf_to_folder", "convert.bin_to_folder"):
-        monkeypatch.setattr(f"atp_tune.{name}", refuse)
+        monkeypatch.setattr(f"atp_tune.checkpoints.{name}", refuse)
 
 
 def wheel(folder: Path, files: dict[str, bytes]) -> str:

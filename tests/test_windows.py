@@ -137,7 +137,7 @@ def test_the_first_windows_are_those_of_the_whole(
 def test_few_windows_tokenise_little_of_a_huge_text(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from atp_tune.texts.documents import windows
+    from atp_tune.texts import windows
 
     real, seen = windows._encoder, []
 
@@ -241,7 +241,7 @@ def test_the_tokenizer_counts_by_content(folder: Path, tmp_path: Path, request: 
 
 
 def test_content_names_ids_and_shape() -> None:
-    from atp_tune.texts.documents import windows
+    from atp_tune.texts import windows
 
     ids = np.arange(12)
     shapes = {windows._windows(ids.reshape(shape)).content for shape in ((3, 4), (4, 3), (2, 6))}
