@@ -7,8 +7,8 @@
     python benchmarks/speedup.py --csr                   CSR matrices of torch and scipy against dense ones; a minute
 
 SmolLM2-135M, Wanda, uniform, at 50, 60 and 70 %, and a random Llama 2048 wide whose zeros stand anywhere. Each line of
-docs/speedup/runs.jsonl is a model: what `tune.py speedup` would keep, all runs in it. The tables are written between
-the marks in docs/speedup.md.
+docs/speedup/runs.jsonl is a model on a CPU: what `tune.py speedup` would keep, all runs in it. The tables are written
+between the marks in docs/speedup.md.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def main() -> None:
     with quiet(), Display() as display:
         task = Task(options.tokens, 32, options.runs)
         for name, make in () if options.show else lines():
-            if name not in known():
+            if (name, cpu_name()) not in known():
                 keep(name, measure(make(display), "deepsparse", task, "cpu", display))
     page = PAGE.read_text(encoding="utf-8")
     inside = re.compile(f"(?<={re.escape(MARKS[0])}).*(?={re.escape(MARKS[1])})", re.DOTALL)
@@ -125,17 +125,18 @@ def keep(name: str, found: Speed) -> None:
         stream.write(json.dumps(line) + "\n")
 
 
-def known() -> dict[str, Speed]:
-    """What has been measured, by the name of the model."""
+def known() -> dict[tuple[str, str], Speed]:
+    """What has been measured, by the name of the model and of the CPU."""
     text = RUNS.read_text(encoding="utf-8") if RUNS.exists() else ""
-    return {line["model"]: Speed.model_validate(line["speed"]) for line in map(json.loads, text.splitlines())}
+    lines = [(line["model"], Speed.model_validate(line["speed"])) for line in map(json.loads, text.splitlines())]
+    return {(name, found.engines[0].device): found for name, found in lines}
 
 
 def tables() -> str:
     """Sizes and rates of each model, as Markdown."""
     parts = []
-    for name, found in known().items():
-        parts += [f"### {name}", markdown(rates_table(found)), *summary_of(found)]
+    for (name, cpu), found in known().items():
+        parts += [f"### {name}, {cpu}", markdown(rates_table(found)), *summary_of(found)]
     return "\n\n".join(parts)
 
 

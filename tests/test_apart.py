@@ -63,6 +63,23 @@ def test_no_point_is_asked_for_twice_where_the_best_is_an_end(sampler: str) -> N
     for params in space.uniform():
         study.enqueue_trial(params)
     study.optimize(lambda trial: 50 + 100 * space.suggest(trial).parameters["beta"], n_trials=20)
+    check_apart(study)
+    assert study.best_params["beta"] == 0
+
+
+@pytest.mark.parametrize("sampler", ["gp", "tpe"])
+def test_no_point_that_failed_is_asked_for_again(sampler: str) -> None:
+    space = space_of(allocation={"names": ["atp"], "beta": [0, 0.2]})
+    study = optuna.create_study(sampler=make_sampler(search_of(sampler=sampler), space))
+    for _ in range(15):
+        trial = study.ask()
+        beta = space.suggest(trial).parameters["beta"]
+        trial.set_user_attr("failure", "as it had to")
+        study.tell(trial, 50 - beta if beta < 0.15 else None, None if beta < 0.15 else TrialState.FAIL)
+    assert any(trial.state == TrialState.FAIL for trial in study.trials)
+    check_apart(study)
+
+
+def check_apart(study: optuna.Study) -> None:
     betas = sorted(trial.params["beta"] for trial in study.trials)
-    assert betas[0] == 0
     assert all(after - before > 0.2 * NEAR for before, after in itertools.pairwise(betas))

@@ -93,10 +93,10 @@ def test_speedup_shows_its_runs(
     )  # fmt: skip
     found = Speed(sizes=Sizes(dense=1, sparse=1, dense_zstd=1, sparse_zstd=1), zeros={}, engines=(row,))
     speedup.keep("a model", found)
-    assert speedup.known() == {"a model": found}
+    assert speedup.known() == {("a model", "a CPU"): found}
     speedup.main()
     text = page.read_text()
-    assert text.startswith(f"before\n{speedup.MARKS[0]}\n\n### a model\n\n| engine")
+    assert text.startswith(f"before\n{speedup.MARKS[0]}\n\n### a model, a CPU\n\n| engine")
     assert text.endswith(f"\n\n{speedup.MARKS[1]}\nafter\n")
     assert "old" not in text
     head, prefill, decode = rows(text)

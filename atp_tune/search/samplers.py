@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 from atp_tune.search.apart import apart
 from atp_tune.search.space import Params, Space
 from atp_tune.spec.study import Search
-from atp_tune.trials.storage import place_of, values_of
+from atp_tune.trials.storage import counts, place_of, values_of
 
 GRID = 40  # steps of β in which a belief is written down
 PATIENCE = 5  # seconds that a trial waits for what others propose
@@ -133,8 +133,9 @@ class BranchSampler(BaseSampler):
             if name not in found:
                 found[name] = inner.sample_independent(shadow, shadow.trials[-1], name, kind)
         found = {name: found[name] if name in found else _only(own[name]) for name in own}
+        failed = branch_study(_failed(study), self._space, self._branch, own, count).trials
         seed = seed_of(self._seed, study, trial, "apart")
-        return {"allocation": self._branch, **apart(found, shadow.trials[:-1], open_ones, seed)}
+        return {"allocation": self._branch, **apart(found, [*shadow.trials[:-1], *failed], open_ones, seed)}
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -268,6 +269,12 @@ def _only(kind: BaseDistribution) -> Any:
 def _others(study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
     others = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING))
     return [other for other in others if other.number != trial.number and "allocation" in other.params]
+
+
+def _failed(study: Study) -> list[FrozenTrial]:
+    """Trials that have no value and will have none: a sampler knows nothing of them, and would ask for them again."""
+    failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+    return [trial for trial in failed if counts(trial) and "allocation" in trial.params]
 
 
 def _logged(trial: FrozenTrial, params: Params, distributions: dict[str, BaseDistribution]) -> FrozenTrial:
