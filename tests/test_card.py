@@ -17,6 +17,7 @@ from tinystudy import BLOCKS, CommandLine
 from atp_tune.sparse.card import Dense, model_card
 from atp_tune.spec.config import Baselines, Config, Texts, read_config
 from atp_tune.spec.study import Prune, Text
+from atp_tune.speed.result import Measured, Rates, Sizes, Speed
 
 REPORT = "file:ünïcode.txt, part 0.25 to 1, all windows of 2048 tokens"
 BROKEN = ["no card", "---\n[1, 2]\n---\n", "---\nlicense: {a: 1}\n---\n", "---\n: :\n---"]
@@ -146,6 +147,28 @@ def test_zero_shot_scores() -> None:
     ]
     result = made.data.eval_results[1]
     assert (result.dataset_type, result.metric_type, result.metric_value) == ("arc_easy", "acc", 0.6123)
+
+
+def test_size_and_speed_as_they_were_measured() -> None:
+    rates = {"prefill": Rates(dense=(10, 20, 30), sparse=(20, 40, 30)), "decode": Rates(dense=(5,), sparse=(4,))}
+    rows_of = [
+        Measured(engine=name, version="1", dtype="float32", device=device, cores=cores, tokens=8, steps=4,
+                 logits=None, prefill=rates["prefill"], decode=rates["decode"])
+        for name, device, cores in (("torch", "a_CPU", 2), ("semi-structured", "a GPU", None))
+    ]  # fmt: skip
+    sizes = Sizes(dense=9, sparse=9, dense_zstd=300_000_000, sparse_zstd=200_000_000)
+    made = card(config(speed=Speed(sizes=sizes, zeros={}, engines=tuple(rows_of))))
+    assert rows(made, "skips zeros. Measured:")[2:7] == [
+        ["weight files, zstd", "300 MB", "200 MB", "1.50× smaller"],
+        ["prefill, tokens per second: torch, float32, a\\_CPU, 2 cores", "20.0", "30.0", "2.00× as fast"],
+        ["decode, tokens per second: torch, float32, a\\_CPU, 2 cores", "5.0", "4.0", "0.80× as fast"],
+        ["prefill, tokens per second: semi-structured, float32, a GPU", "20.0", "30.0", "2.00× as fast"],
+        ["decode, tokens per second: semi-structured, float32, a GPU", "5.0", "4.0", "0.80× as fast"],
+    ]
+    assert "| |:--|" not in body(made)
+    page = MarkdownIt("commonmark").enable("table").render(body(made))
+    assert page.count("<table>") == 3
+    assert "Measured:" not in body(card())
 
 
 def test_what_is_not_measured_is_not_told() -> None:
