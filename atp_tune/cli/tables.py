@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from atp_tune.trials.merging import Merged
 
 WRAPPED = ("remark", "what", "plan")  # columns that may take several lines
+LEAST = len("φ=-0.0123456")  # columns of a plan, so that no parameter is broken
 WIDE = 1000  # columns: no line of a Markdown table is broken
 TOLERANCE = 0.001  # relative difference of perplexities that rounding may make
 
@@ -396,9 +397,10 @@ def _state(study: "Listed") -> str:
 
 
 def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE)
+    table = Table(box=box.SIMPLE, collapse_padding=True, pad_edge=False)
     for column in columns:
-        table.add_column(column, overflow="fold", no_wrap=column not in WRAPPED)
+        least = LEAST if column == "plan" else None
+        table.add_column(column, overflow="fold", no_wrap=column not in WRAPPED, min_width=least)
     return table
 
 
