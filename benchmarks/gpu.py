@@ -138,7 +138,7 @@ def dense_seconds(bench: Bench) -> float:
 def floor(bench: Bench, shape: Shape) -> dict[str, float]:
     """Seconds of the linears alone, by phase."""
     checkpoint, tokens = bench.checkpoint, shape.windows * shape.tokens
-    batch = bench.batch_windows * shape.tokens
+    batch = bench.batch("calibration").windows * shape.tokens
     block = {name: tensor for name, tensor in checkpoint.weights(0).items() if tensor.dim() == 2}
     each = {name: multiply(tensor, batch) * tokens / batch for name, tensor in block.items()}
     head = multiply(checkpoint.model.get_output_embeddings().weight, min(batch, 2048)) * tokens / min(batch, 2048)

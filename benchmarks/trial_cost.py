@@ -62,7 +62,7 @@ class Floor:
     def _batches(self, role: str) -> list[tuple[int, int]]:
         """Windows and tokens of each batch."""
         windows, tokens = self.bench._ids[role].shape
-        size = self.bench.batch_windows
+        size = self.bench.batch(role).windows
         return [(min(size, windows - start), tokens) for start in range(0, windows, size)]
 
     def _multiply(self, calibration: Batches, search: Batches, measuring: int, running: int) -> None:
@@ -162,7 +162,8 @@ def main() -> None:
     parser.add_argument("--proportions", action="store_true", help="block and sequential, by the sizes of the texts")
     asked = parser.parse_args()
     bench = smol()
-    print(f"{torch.get_num_threads()} threads, {bench.dtype}, batches of {bench.batch_windows} windows\n")
+    batches = " and ".join(str(bench.batch(role).windows) for role in ("calibration", "search"))
+    print(f"{torch.get_num_threads()} threads, {bench.dtype}, batches of {batches} windows\n")
     if asked.proportions:
         print("| calibration tokens | search tokens | block s | sequential s | ratio |\n|---|---|---|---|---|")
         for calibration, search in ((2, 4), (4, 5), (4, 4), (4, 2), (8, 2), (16, 2)):

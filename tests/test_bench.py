@@ -3,13 +3,15 @@ from typing import Any
 
 import pytest
 import torch
-from families import CPU, TOKENS, VOCABULARY, bench_of, tiny
+from families import CPU, TOKENS, VOCABULARY, bench_of, random_ids, same_bits, tiny
 
 from atp_tune.blocks import batching
-from atp_tune.events import Step
+from atp_tune.events import Step, unwatched
 from atp_tune.plan import Plan
 from atp_tune.search import bench
+from atp_tune.search.bench import Bench
 from atp_tune.spec.study import Prune
+from atp_tune.texts.windows import Windows
 
 UNIFORM = Plan("wanda", "uniform", (0.5,) * 4)
 
@@ -89,9 +91,25 @@ def test_batches_are_sized_for_blocks_and_for_logits(monkeypatch: pytest.MonkeyP
     block, head = TOKENS * 2 * sum(widths) * 4, TOKENS * 12 * VOCABULARY
     monkeypatch.setattr(batching, "free_memory", lambda device: int(4.1 * block / 0.3))
     work = bench_of(model)
-    assert work.batch_windows == 4
+    assert work.batch("calibration").windows == 4
     monkeypatch.setattr(batching, "free_memory", lambda device: int(2.1 * head / 0.3))
     assert bench_of(model)._heads.windows == 2
+
+
+def test_masks_depend_on_the_calibration_text_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial, `apply` and `evaluate` load other texts beside it, of other lengths."""
+    monkeypatch.setitem(batching.TOKENS, "cpu", 4 * TOKENS)
+    model = tiny("llama")
+    whole = bench_of(model)
+    calibration = whole.windows["calibration"]
+    longer = Windows(random_ids(2, 4 * TOKENS, seed=3).numpy(), "longer")
+    plan = Plan("wanda", "uniform", (0.5,) * 4)
+    for texts in ({"calibration": calibration}, {"calibration": calibration, "report": longer}):
+        other = Bench(whole.folder, whole.checkpoint, texts, Prune(), unwatched)
+        assert other.batch("calibration").windows == whole.batch("calibration").windows == 4
+        for one, two in zip(other.prune(plan), whole.prune(plan), strict=True):
+            assert all(same_bits(one.weights[name], two.weights[name]) for name in two.weights)
+    assert other.batch("report").windows == 1
 
 
 def test_a_bench_opens_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

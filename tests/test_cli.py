@@ -497,7 +497,7 @@ STUDY = ["--study", "tiny.toml"]
     [
         (None, ["--study", "nosuch"], "nosuch: no such study; known are"),
         (None, ["--study", "smoll"], "did you mean smol?"),
-        (None, ["--study", "no/such.toml"], "no/such.toml: no such study"),
+        (None, ["--study", "no/such.toml"], "no/such.toml: no such file"),
         (write("tiny.toml", "sparsity = "), STUDY, "tiny.toml: line 1: invalid value"),
         (write("tiny.toml", b"\xff"), STUDY, "tiny.toml: line 1: is not UTF-8 text"),
         (write("tiny.toml", "sparsity = 0.5"), STUDY, "tiny.toml: model: is needed"),

@@ -79,7 +79,7 @@ def test_kl_is_that_of_the_models_own_logits(family: str) -> None:
 @pytest.mark.parametrize("batch", [1, 4, 8])
 def test_kl_of_the_dense_model_is_zero(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     work = bench_of(tiny("llama"))
-    monkeypatch.setattr(work._batch, "windows", batch)
+    monkeypatch.setattr(work.batch("search"), "windows", batch)
     assert work.all_scores(work.dense(), "search", kl=True).kls == [0.0] * 7
     assert work.all_scores(work.dense(), "search").kls == []
 
@@ -94,7 +94,7 @@ def test_kl_does_not_change_with_batches_slices_and_parts(monkeypatch: pytest.Mo
         (8, 2, 1, 97 * 3),
         (3, 4, 7, 1 << 22),
     ):
-        monkeypatch.setattr(work._batch, "windows", windows)
+        monkeypatch.setattr(work.batch("search"), "windows", windows)
         monkeypatch.setattr(work._heads, "windows", heads)
         monkeypatch.setattr(evaluation, "POSITIONS", positions)
         monkeypatch.setattr(evaluation, "CACHED", cached)
@@ -169,7 +169,7 @@ def test_the_bench_gives_groups_whether_or_not_it_keeps_the_blocks(monkeypatch: 
         monkeypatch.setattr(work, "_can_keep", lambda kept=kept: kept)
         for most, batch, sizes in ((3, 1, [3, 2, 2]), (8, 1, [1] * 7), (8, 4, [4, 3]), (8, 8, [7])):
             monkeypatch.setattr(bench, "GROUPS", most)
-            monkeypatch.setattr(work._batch, "windows", batch)
+            monkeypatch.setattr(work.batch("search"), "windows", batch)
             groups = [scores.nlls for scores in work.scores(work.dense(), "search", one_by_one=True)]
             assert [len(group) for group in groups] == sizes
             assert [nll for group in groups for nll in group] == pytest.approx(expected, rel=1e-5)
@@ -182,7 +182,7 @@ def test_the_bench_gives_groups_whether_or_not_it_keeps_the_blocks(monkeypatch: 
 def test_the_first_group_comes_before_the_second_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     work, ran = bench_of(tiny("llama")), []
     monkeypatch.setattr(work, "_can_keep", lambda: True)
-    monkeypatch.setattr(work._batch, "windows", 3)
+    monkeypatch.setattr(work.batch("search"), "windows", 3)
     original = work.replay.run
     monkeypatch.setattr(work.replay, "run", lambda *args: ran.append(len(args[2])) or original(*args))
     groups = work.scores(work.dense(), "search", one_by_one=True)

@@ -78,6 +78,12 @@ def test_a_study_and_its_configuration_give_the_same_file(kind: str, done: Path,
     assert out.read_bytes() == one or (kind == "json" and read_config(out).folder == "..")
 
 
+def test_an_ending_that_no_format_has_is_refused() -> None:
+    said = error(lambda: kind_of(None, Path("x.xyz")))
+    assert said == "--out x.xyz: must end in one of .json, .recipe.yaml, .yaml, .csv, or give --format"
+    assert kind_of("json", Path("x.xyz")) == "json"
+
+
 def test_a_configuration_from_elsewhere_is_printed(done: Path, command: CommandLine, tmp_path: Path) -> None:
     shown = json.loads(command("export", "--config", done / "tiny.best.json", "--json").out)
     assert shown == json.loads((done / "tiny.best.json").read_text()) | {"folder": os.path.relpath(done)}

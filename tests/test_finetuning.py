@@ -109,9 +109,16 @@ def test_the_card_says_it_and_no_old_metric(place: Path) -> None:
     assert "model-index" in before
     assert "model-index" not in card
     assert "license" not in before or "license" in card
-    text, _, section = card.partition("## Fine-tuned after pruning")
-    assert before.partition("# model")[2].strip() in text
+    head, _, rest = card.partition("## Fine-tuned after pruning")
+    section, _, older = rest.partition("\n## ")
+    assert head.endswith(before.partition("---\n\n")[2].partition("## ")[0])
     assert f"{done.before} before, {done.after} after ({done.change})" in section
+    assert f"{done.windows} windows of {TOKENS} tokens" in section
+    assert "**this model**" in before
+    assert "**this model**" not in card
+    assert "the model before that" in older
+    assert "neither pruned nor fine-tuned" in older
+    assert older.count("\n## ") == before.count("\n## ") - 1
     assert str(place) not in card
 
 

@@ -100,7 +100,7 @@ def test_attributes_are_stored_as_soon_as_they_are_known(bench: Bench, space: Sp
 
 def test_a_model_whose_numbers_are_none_fails(bench: Bench, space: Space, study: optuna.Study) -> None:
     class Broken:
-        checkpoint, batch_windows, dtype, windows = bench.checkpoint, bench.batch_windows, bench.dtype, bench.windows
+        checkpoint, dtype, windows = bench.checkpoint, bench.dtype, bench.windows
 
         def prune(self, plan: Any) -> Any:
             return bench.prune(plan)
@@ -219,7 +219,7 @@ def test_an_estimate_is_never_made_from_an_estimate(space: Space, study: optuna.
 def test_trials_are_stopped_at_the_same_groups_as_they_are_reported(
     bench: Bench, space: Space, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench._batch, "windows", 2)
+    monkeypatch.setattr(bench.batch("search"), "windows", 2)
     study = optuna.create_study(pruner=WilcoxonPruner())
     objective = Objective(bench, space, True, unwatched)
     for beta in (0.0, 0.26):

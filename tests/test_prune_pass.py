@@ -295,11 +295,11 @@ def test_memory_that_runs_out_changes_no_result(prune: Prune, most: int, monkeyp
     expected = list(bench_of(model, prune).prune(plan))
     limit_memory(monkeypatch, most)
     work = bench_of(model, prune, watch=events.append)
-    assert work.batch_windows >= 5
+    assert work.batch("calibration").windows >= 5
     for a, b in zip(work.prune(plan), expected, strict=True):
         assert a.error == pytest.approx(b.error, rel=1e-4)
         assert all(same_bits(tensor, b.weights[name]) for name, tensor in a.weights.items())
-    assert work.batch_windows == {1: 1, 2: 2, 3: 2}[most]
+    assert work.batch("calibration").windows == {1: 1, 2: 2, 3: 2}[most]
     assert len([event for event in events if "memory ran out" in str(event)]) == 1
 
 

@@ -269,6 +269,12 @@ def test_semi_structured_on_a_card(two_four: Path, command: CommandLine) -> None
     assert command("speedup", "--model", two_four, "--engine", "semi-structured", "--tokens", 8, "--runs", 1).code == 0
 
 
+def test_a_prompt_longer_than_the_model(done: Path, command: CommandLine) -> None:
+    assert command("speedup", "--config", done / "tiny.best.json", "--tokens", "225").error == (
+        "--tokens 225: the model has 256 positions, of which 32 are for the tokens after the prompt; lower it"
+    )
+
+
 def test_semi_structured_with_zeros_elsewhere(done: Path, command: CommandLine) -> None:
     assert command("speedup", "--config", done / "tiny.best.json", "--engine", "semi-structured").error == (
         '--engine semi-structured: needs zeros in the pattern "2:4", those of this model are unstructured'

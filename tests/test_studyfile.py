@@ -2,6 +2,7 @@ import json
 import random
 from pathlib import Path
 
+import optuna
 import pytest
 
 from atp_tune.errors import UserError
@@ -227,10 +228,13 @@ def test_missing_study(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (folder / "studies" / f"{name}.toml").touch()
     listed = "no such study; known are llama70, smol"
     assert message("smoll") == f"smoll: {listed}; did you mean smol?"
-    assert message("a/lama70.toml") == f"a/lama70.toml: {listed}; did you mean llama70?"
+    assert message("a/lama70.toml") == "a/lama70.toml: no such file; did you mean llama70?"
     assert message("qqqqqq") == f"qqqqqq: {listed}"
     assert message("a\nb") == rf"a\nb: {listed}"
-    assert message("a\0b.toml") == rf"a\x00b.toml: {listed}"
+    assert message("a\0b.toml") == r"a\x00b.toml: no such file"
+    study = optuna.create_study(storage=f"sqlite:///{folder / 'studies' / 'smol.db'}", study_name="smol-kl")
+    assert message("smol-kl") == "smol-kl: is no study file, but trials: --study smol --study-name smol-kl"
+    assert message(study.study_name + "x").startswith(f"smol-klx: {listed}")
     assert message("a" * 5000).endswith("cannot be read: File name too long")
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 StudyName = Annotated[str, typer.Option("--study", metavar="NAME", help="Name in `studies/`, or path of a .toml file.")]
 StudyLabel = Annotated[
     str | None,
-    typer.Option("--study-name", metavar="NAME", help="Keep the trials under another name in the storage."),
+    typer.Option("--study-name", metavar="NAME", help="The name of the trials in the storage, if it is another."),
 ]
 Storage = Annotated[
     str | None,
@@ -19,7 +19,11 @@ Storage = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key: `--set texts.search.windows=8`."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a key of the study file (all: atp_tune/spec/study.py): `--set texts.search.windows=8`.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", metavar="", help="One JSON document on stdout, and nothing else.")]
 Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="auto, cpu, mps, cuda or cuda:N.")]

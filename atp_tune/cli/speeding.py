@@ -39,12 +39,13 @@ def run_speedup(
     """Measures, stores and shows; `task`: tokens of the prompt and number of runs."""
     with quiet(), Display() as display:
         from atp_tune.results.attaching import attach
-        from atp_tune.speed.measuring import measure
+        from atp_tune.speed.measuring import check, measure
         from atp_tune.speed.pair import about, find_pair
         from atp_tune.speed.rates import Task
 
         path = about(model) if model is not None else config or Path()
         read = read_config(path)
+        check(engine, read.prune.pattern, device)
         pair = find_pair(read, path.parent / read.folder, model, device, display, allowed)
         found = measure(pair, engine, Task(tokens=task[0], runs=task[1]), device, display)
         places = attach(path, read, "speed", found, storage)

@@ -270,7 +270,10 @@ def show_applied(config: "Config", measured: "Perplexity", out: Path) -> None:
         highlight=False,
     )
     if abs(change) > TOLERANCE:
-        console.print("warning: they differ by more than 0.1 %; another device or number format?", style="yellow")
+        console.print(
+            "warning: they differ by more than 0.1 %; another device, number format or number of threads?",
+            style="yellow",
+        )
 
 
 def show_finetuned(done: "Finetuned", out: Path) -> None:

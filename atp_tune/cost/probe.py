@@ -88,7 +88,7 @@ def probe(bench: Bench, pruners: tuple[str, ...], sparsity: float, load: float, 
 
 def _batch(bench: Bench, role: str) -> Tensor:
     """Hidden states [windows, tokens, width] of one micro-batch of a text."""
-    return bench.replay.embed(_ids(bench, role, bench.batch_windows)).clone()
+    return bench.replay.embed(_ids(bench, role, bench.batch(role).windows)).clone()
 
 
 def _ids(bench: Bench, role: str, windows: int) -> Tensor:
@@ -103,7 +103,7 @@ def _probe_block(
         clock.add(_pruned(bench, index, batches["calibration"].clone(), name, sparsity), name)
     for role, hidden in batches.items():
         moved = hidden.clone()
-        clock.time(f"run {role}", partial(advance, bench.replay, bench.batches[0], index, weights, moved))
+        clock.time(f"run {role}", partial(advance, bench.replay, bench.batch(role), index, weights, moved))
 
 
 def _pruned(bench: Bench, index: int, hidden: Tensor, name: str, sparsity: float) -> dict[str, float]:
@@ -111,12 +111,16 @@ def _pruned(bench: Bench, index: int, hidden: Tensor, name: str, sparsity: float
     pruner = make_pruner(name, bench.prune_settings.settings(name))
     in_one_pass = bench.prune_settings.statistics == "sequential"
     plan = Plan(name, "uniform", (sparsity,) * len(bench.checkpoint.blocks))
-    return Pass(bench.replay, bench.batches[0], pruner, None, None, in_one_pass).step(plan, index, hidden).seconds
+    return (
+        Pass(bench.replay, bench.batch("calibration"), pruner, None, None, in_one_pass)
+        .step(plan, index, hidden)
+        .seconds
+    )
 
 
 def _probe_ends(bench: Bench, kl: bool) -> float:
     """Seconds per token of embedding and head, on search windows, or on those of the report."""
-    heads, clock = bench.batches[1], Clock(bench.checkpoint.device)
+    heads, clock = bench.heads, Clock(bench.checkpoint.device)
     ids = _ids(bench, "search" if "search" in bench.windows else "report", heads.windows)
     for turn in range(4):
         if turn == 1:

@@ -32,10 +32,16 @@ FORMATS = {
 
 
 def kind_of(given: str | None, out: Path | None) -> str:
-    """The format that was asked for: by name, else by the first ending that the file's name has, else json."""
+    """The format that was asked for: by name, else by the first ending that the file's name has; json where the name
+    has none. UserError for others.
+    """
     if given is None:
         name = out.name.lower() if out else ""
-        return next((kind for kind, known in FORMATS.items() if name.endswith(known.ending)), "json")
+        found = next((kind for kind, known in FORMATS.items() if name.endswith(known.ending)), None)
+        if found is None and Path(name).suffix:
+            endings = ", ".join(known.ending for known in FORMATS.values())
+            raise UserError(f"--out {out}: must end in one of {endings}, or give --format")
+        return found or "json"
     if given not in FORMATS:
         raise UserError(f"--format {given}: must be one of {', '.join(FORMATS)}")
     return given

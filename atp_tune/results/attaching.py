@@ -4,9 +4,7 @@ A study has it as user attributes with the names of the file's keys, each a tabl
 found, as its `reports` are. So the file that is written next for the same trial has it too.
 """
 
-import sqlite3
 from collections.abc import Iterator, Mapping
-from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +15,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from atp_tune.cache import write_atomically
 from atp_tune.errors import UserError
 from atp_tune.spec.config import Config, ZeroShot, read_config
-from atp_tune.spec.studyfile import absolute_storage
+from atp_tune.spec.studyfile import absolute_storage, holds
 from atp_tune.speed.result import Speed
 from atp_tune.trials import storage
 from atp_tune.trials.database import without_password
@@ -88,16 +86,7 @@ def _databases(path: Path, config: Config) -> Iterator[Path]:
     """SQLite files that hold a study of this name, beside the configuration or where its study file lies."""
     folders = dict.fromkeys([path.absolute().parent, (path.absolute().parent / config.folder).resolve()])
     files = [file for folder in folders for file in sorted(folder.glob("*.db"))]
-    return (file for file in sorted(files, key=lambda file: file.stem != config.study) if _holds(file, config.study))
-
-
-def _holds(file: Path, study: str) -> bool:
-    """Whether a SQLite file has a study of that name; nothing is made in files of other programs."""
-    try:
-        with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as database:
-            return bool(database.execute("SELECT 1 FROM studies WHERE study_name = ?", (study,)).fetchone())
-    except sqlite3.Error:
-        return False
+    return (file for file in sorted(files, key=lambda file: file.stem != config.study) if holds(file, config.study))
 
 
 def _in_storage(address: str, config: Config) -> optuna.Study | None:

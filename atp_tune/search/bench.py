@@ -73,7 +73,9 @@ class Bench:
         self.replay = Replay(checkpoint)
         self._ids = {role: torch.from_numpy(w.ids).to(checkpoint.device) for role, w in windows.items()}
         tokens = max(ids.shape[1] for ids in self._ids.values())
-        self._batch = self._batch_size(tokens, self._bytes_per_token())
+        self._batches = {
+            role: self._batch_size(ids.shape[1], self._bytes_per_token()) for role, ids in self._ids.items()
+        }
         vocabulary = int(checkpoint.config.get_text_config().vocab_size)
         self._heads = self._batch_size(min(tokens, POSITIONS), HEAD_BYTES * vocabulary)
         self._statistics: dict[str, Sequence[BlockStatistics]] = {}
@@ -114,15 +116,18 @@ class Bench:
         """Name of the number format in which all is computed."""
         return str(self.checkpoint.dtype).removeprefix("torch.")
 
-    @property
-    def batch_windows(self) -> int:
-        """Windows that go through a block at a time."""
-        return self._batch.windows
+    def batch(self, role: str) -> BatchSize:
+        """How many windows of a text go through a block at a time.
+
+        Each text has its own, so that the masks depend on the calibration text alone: `apply` and `evaluate` load
+        other texts beside it than a trial does, and must come to the same weights.
+        """
+        return self._batches[role]
 
     @property
-    def batches(self) -> tuple[BatchSize, BatchSize]:
-        """How many windows go through a block, and through the head, at a time."""
-        return self._batch, self._heads
+    def heads(self) -> BatchSize:
+        """How many windows go through the head at a time."""
+        return self._heads
 
     def budget(self, target: float) -> Budget:
         """What an allocation shares out over this checkpoint; what it asks for is measured once for all budgets."""
@@ -142,7 +147,7 @@ class Bench:
         way = self.prune_settings.statistics
         dense = self._ready_statistics(pruner) if pruner.measures and way == "dense" else None
         states = self._dense_states if self._follows else None
-        work = Pass(self.replay, self._batch, pruner, states, dense, in_one_pass=way == "sequential")
+        work = Pass(self.replay, self._calibrated, pruner, states, dense, in_one_pass=way == "sequential")
         calibration = self._ids["calibration"]
         measured = len(calibration) if dense is None and pruner.measures else 0
         follow = calibration[: max(measured, self._curve_windows if self._follows else 0)]
@@ -162,25 +167,30 @@ class Bench:
         """
         parts = self._parts(role)
         dense = self._final_states(role) if kl else []
-        for scores in self._scores(blocks, parts, dense, one_by_one):
+        for scores in self._scores(self._batches[role], blocks, parts, dense, one_by_one):
             self.folder.check_unchanged()
             yield scores
 
     def _parts(self, role: str) -> Sequence[Tensor]:
         """The windows of a text in parts that are no smaller than a batch."""
         ids = self._ids[role]
-        return ids.tensor_split(min(GROUPS, -(-len(ids) // self._batch.windows)))
+        return ids.tensor_split(min(GROUPS, -(-len(ids) // self._batches[role].windows)))
 
     def _scores(
-        self, blocks: Iterable[Block], parts: Sequence[Tensor], dense: Sequence[Tensor], one_by_one: bool
+        self,
+        batch: BatchSize,
+        blocks: Iterable[Block],
+        parts: Sequence[Tensor],
+        dense: Sequence[Tensor],
+        one_by_one: bool,
     ) -> Iterator[WindowScores]:
         if not one_by_one or not self._can_keep():
-            yield from group_scores(self.replay, self._batch, self._heads, self._counted(blocks), parts, dense)
+            yield from group_scores(self.replay, batch, self._heads, self._counted(blocks), parts, dense)
             return
         kept = list(blocks)
         for index, part in enumerate(parts):
             own = dense[index : index + 1]
-            yield from group_scores(self.replay, self._batch, self._heads, self._counted(kept), [part], own)
+            yield from group_scores(self.replay, batch, self._heads, self._counted(kept), [part], own)
 
     def _final_states(self, role: str) -> Sequence[Tensor]:
         """Hidden states [windows, tokens, width] that leave the dense model, in host memory, for each part of a text.
@@ -189,7 +199,7 @@ class Bench:
         """
         parts = self._parts(role)
         if role not in self._finals:
-            found = final_states(self.replay, self._batch, self._counted(self.dense()), parts)
+            found = final_states(self.replay, self._batches[role], self._counted(self.dense()), parts)
             self._finals[role] = [hidden.cpu() for hidden in found]
         known = self._finals[role]
         if [len(hidden) for hidden in known] == [len(ids) for ids in parts]:
@@ -209,6 +219,10 @@ class Bench:
         """The dense model as blocks."""
         return ((index, self.checkpoint.weights(index)) for index in range(len(self.checkpoint.blocks)))
 
+    @property
+    def _calibrated(self) -> BatchSize:
+        return self._batches["calibration"]
+
     @cached_property
     def _curve_windows(self) -> int:
         windows, tokens = self._ids["calibration"].shape
@@ -220,7 +234,7 @@ class Bench:
         hidden = self.replay.embed(self._ids["calibration"][: self._curve_windows]).clone()
         states = []
         for index, weights in self.dense():
-            advance(self.replay, self._batch, index, weights, hidden)
+            advance(self.replay, self._calibrated, index, weights, hidden)
             states.append(hidden.cpu().clone())
         return states
 
@@ -262,7 +276,7 @@ class Bench:
     def _measured(self, pruner: Pruner, kind: type[Statistics]) -> Iterator[BlockStatistics]:
         hidden = self.replay.embed(self._ids["calibration"]).clone()
         for index, weights in self.dense():
-            found = measure_and_advance(self.replay, self._batch, index, weights, hidden, kind)
+            found = measure_and_advance(self.replay, self._calibrated, index, weights, hidden, kind)
             for statistics in set(found.values()):
                 pruner.prepare(statistics)
             yield found

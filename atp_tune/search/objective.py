@@ -66,7 +66,7 @@ class Objective:
             if not math.isfinite(result.value):
                 raise TrialError(f"{goal} is {result.value}: the pruned model's numbers overflow or are not defined")
         error = {"stderr": results[0].stderr}
-        set_attributes(trial, {**record.close(), **error, "batch_windows": self.bench.batch_windows})
+        set_attributes(trial, {**record.close(), **error, "batch_windows": self.bench.batch("calibration").windows})
         return tuple(result.value for result in results)
 
     def _repeat(self, trial: Trial, earlier: FrozenTrial) -> tuple[float, ...]:

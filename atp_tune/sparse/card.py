@@ -26,6 +26,8 @@ TEMPLATE = Path(__file__).with_name("card.md.jinja")
 LICENCE = ("license", "license_name", "license_link", "language")  # what the dense model's card says of its copies too
 UPDATES = ("sparsegpt", "alps")  # pruners that change the weights that stay
 MODELS: dict[Compared, str] = {"dense": "dense", "uniform": "uniform", "best": "**this model**"}  # in zero-shot scores
+EQUAL = "Every tensor that was not pruned is equal to the dense model's byte for byte."
+EQUAL_BEFORE = "Every tensor that was neither pruned nor fine-tuned is equal to the dense model's byte for byte."
 WIDTH = 40  # characters of a bar that stands for a whole block
 
 
@@ -62,14 +64,18 @@ def model_card(config: Config, dense: Dense) -> ModelCard:
 
 
 def amend(folder: Path, heading: str, said: str) -> None:
-    """Adds a section to a folder's card, if it has one; it then states no metrics, which were those before that."""
+    """Puts a section above the others of a folder's card, if it has one, which are then of the model before that: it
+    states no metrics, and says so where it spoke of this model.
+    """
     file = folder / CARD
     if not file.is_file():
         return
     with quiet("huggingface_hub"):
         card = ModelCard.load(file, ignore_metadata_errors=True)
     card.data.eval_results = None
-    card.text = f"{card.text.rstrip()}\n\n## {heading}\n\n{escaped(said)}\n"
+    head, mark, rest = card.text.partition("\n## ")
+    rest = rest.replace("**this model**", "the model before that").replace(EQUAL, EQUAL_BEFORE)
+    card.text = f"{head.rstrip()}\n\n## {heading}\n\n{escaped(said)}\n{mark}{rest}"
     write_out(file, str(card).encode())
 
 
@@ -88,6 +94,7 @@ def _values(config: Config, dense: Dense) -> dict[str, Any]:
         "tasks": list(_tasks(config)),
         "speed": list(_speed(config.speed)) if config.speed else [],
         "updated": config.pruner in UPDATES,
+        "equal": EQUAL,
         "chart": fenced("text", "\n".join(_bars(config))),
         "facts": {key: escaped(value) for key, value in _facts(config, dense).items()},
     }

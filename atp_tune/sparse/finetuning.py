@@ -186,8 +186,10 @@ def _said(done: Finetuned) -> str:
     """What a model card says of it."""
     settings = ", ".join(f"{key} {value:g}" for key, value in done.settings.model_dump().items())
     zeros = done.zeros
+    trained = done.text.model_copy(update={"windows": done.windows, "tokens": done.settings.tokens})
     return (
-        f"The weights that are not zero were trained with LoRA on {words(done.text)} ({settings}). {zeros.after:,} of "
+        f"The weights that are not zero were trained with LoRA on {words(trained)} ({settings}). {zeros.after:,} of "
         f"{zeros.weights:,} weights are zero, {zeros.before:,} were before. Perplexity on {words(done.report)}: "
-        f"{done.before} before, {done.after} after ({done.change}). All else on this card is of the model before that."
+        f"{done.before} before, {done.after} after ({done.change}). All below is of the model before that; "
+        f"{FINETUNED} has the rest."
     )

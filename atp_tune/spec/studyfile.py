@@ -6,8 +6,10 @@ FILE is `FILE with --set KEY=VALUE` where an override is the cause. `atp_tune.sp
 
 import json
 import re
+import sqlite3
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -162,8 +164,21 @@ def find(name: str) -> Path:
         if _exists(path):
             return path
     names = [path.stem for path in known()]
-    near = _did_you_mean(Path(name).stem if is_path else name, names)
-    raise UserError(f"{name}: no such study; known are {', '.join(names) or 'none'}{near}")
+    if is_path:
+        raise UserError(f"{name}: no such file{_did_you_mean(Path(name).stem, names)}")
+    for file in [file for folder in _folders() for file in sorted(folder.glob("*.db"))]:
+        if holds(file, name) and file.stem in names:
+            raise UserError(f"{name}: is no study file, but trials: --study {file.stem} --study-name {name}")
+    raise UserError(f"{name}: no such study; known are {', '.join(names) or 'none'}{_did_you_mean(name, names)}")
+
+
+def holds(file: Path, study: str) -> bool:
+    """Whether a SQLite file has trials of that name; nothing is made in files of other programs."""
+    try:
+        with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as database:
+            return bool(database.execute("SELECT 1 FROM studies WHERE study_name = ?", (study,)).fetchone())
+    except sqlite3.Error:
+        return False
 
 
 def known() -> list[Path]:

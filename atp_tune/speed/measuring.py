@@ -4,10 +4,14 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+from transformers import AutoConfig
 
 from atp_tune.checkpoints.devices import find_device, memory_for
+from atp_tune.errors import UserError
 from atp_tune.events import TrialStarted, Watch
 from atp_tune.speed import deepsparse_engine, eager, semistructured
+from atp_tune.speed.deepsparse_home import python_of
+from atp_tune.speed.graphs import check_onnx
 from atp_tune.speed.pair import Pair
 from atp_tune.speed.rates import Opening, Task, measured
 from atp_tune.speed.result import Speed
@@ -31,8 +35,29 @@ def _semistructured(pair: Pair, task: Task, device: torch.device, watch: Watch) 
 ENGINES: dict[str, Open] = {"torch": _torch, "deepsparse": _deepsparse, semistructured.NAME: _semistructured}
 
 
+def check(engine: str, pattern: str, device: str) -> None:
+    """UserError where an engine cannot run, or not with such zeros: before a model is pruned for it."""
+    if engine == "deepsparse":
+        check_onnx()
+        python_of()
+    if engine == semistructured.NAME:
+        semistructured.check(pattern, find_device(device))
+
+
+def check_positions(pair: Pair, task: Task) -> None:
+    """UserError where the prompt and the tokens after it are more than the model has positions."""
+    config = AutoConfig.from_pretrained(pair.dense, trust_remote_code=pair.trusted).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and task.tokens + task.steps > positions:
+        raise UserError(
+            f"--tokens {task.tokens}: the model has {positions} positions, of which {task.steps} are for the tokens "
+            "after the prompt; lower it"
+        )
+
+
 def measure(pair: Pair, engine: str, task: Task, device: str, watch: Watch) -> Speed:
     """All that is known of a pair of models; torch is measured with every engine, to be compared with."""
+    check_positions(pair, task)
     place = find_device("cpu" if engine == "deepsparse" else device)
     opening = partial(ENGINES[engine], pair, task, place, watch)
     first = list(opening()) if engine != "torch" else []

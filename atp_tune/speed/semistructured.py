@@ -21,10 +21,15 @@ CAPABILITY = (8, 0)  # of the first GPUs with sparse tensor cores
 
 def opened(pair: Pair, task: Task, device: torch.device) -> AbstractContextManager[Engine]:
     """Both models in bf16; UserError where the zeros are not 2:4 or the card is not there."""
-    if pair.pattern != "2:4":
-        raise UserError(f'--engine {NAME}: needs zeros in the pattern "2:4", those of this model are {pair.pattern}')
-    check_device(device)
+    check(pair.pattern, device)
     return eager.opened(pair, task, device, torch.bfloat16, NAME, compress)
+
+
+def check(pattern: str, device: torch.device) -> None:
+    """UserError where the zeros are not 2:4 or the card is not there."""
+    if pattern != "2:4":
+        raise UserError(f'--engine {NAME}: needs zeros in the pattern "2:4", those of this model are {pattern}')
+    check_device(device)
 
 
 def check_device(device: torch.device) -> None:

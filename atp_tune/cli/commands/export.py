@@ -25,7 +25,7 @@ def export(
     format_: Annotated[
         str | None,
         typer.Option(
-            "--format", metavar="FORMAT", help="json, llm-compressor, yaml or csv; default: by `--out`, json."
+            "--format", metavar="FORMAT", help="json, llm-compressor, yaml or csv; default: as `--out` ends, else json."
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: NAME.best.json beside the study.")] = None,

@@ -13,8 +13,13 @@ BARE = Path(__file__).parents[2] / "spec" / "prune.toml"  # what `prune` starts 
 
 def prune(
     model: Annotated[str | None, typer.Option(metavar="MODEL", help="Hub id, folder or .gguf file.")] = None,
-    pruner: Annotated[str | None, typer.Option(help="magnitude, wanda, sparsegpt, dsnot or alps.")] = None,
-    sparsity: Annotated[float | None, typer.Option(help="Share of zeros, as in 0.7.")] = None,
+    pruner: Annotated[
+        str | None,
+        typer.Option(help="magnitude, wanda, sparsegpt, dsnot or alps; default: the study's first, or wanda."),
+    ] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Share of zeros, as in 0.7, which is the default without a study.")
+    ] = None,
     allocation: Annotated[
         str | None, typer.Option(help="uniform, atp, curve, owl, alphapruning, er, erk or global; default: atp.")
     ] = None,

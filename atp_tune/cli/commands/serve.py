@@ -14,8 +14,8 @@ def serve(
     ] = None,
     storage: Storage = None,
     listen: Annotated[str, typer.Option(metavar="ADDRESS", help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the dashboard.")] = 8080,
-    grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="Where workers join.")] = 13000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the dashboard.")] = 8080,
+    grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="Port where workers join.")] = 13000,
     artifacts: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Files that the dashboard offers; default: beside the database.")
     ] = None,

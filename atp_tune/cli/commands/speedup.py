@@ -35,7 +35,7 @@ def speedup(
         bool, typer.Option("--setup", metavar="", help="Install DeepSparse first, apart from everything else.")
     ] = False,
     runs: Annotated[int, typer.Option(min=1, help="Times that dense and sparse take turns.")] = 5,
-    tokens: Annotated[int, typer.Option(min=4, help="Of the prompt.")] = 128,
+    tokens: Annotated[int, typer.Option(min=4, help="Tokens of the prompt.")] = 128,
     device: Device = None,
     storage: Storage = None,
     allow_pickle: Annotated[

@@ -11,7 +11,8 @@ def status(
     study: StudyName,
     watch: Annotated[bool, typer.Option("--watch", metavar="", help="Draw again until the study is complete.")] = False,
     every: Annotated[
-        float | None, typer.Option(min=0.1, metavar="SECONDS", help="Between two looks of `--watch`; default: 2.")
+        float | None,
+        typer.Option(min=0.1, metavar="SECONDS", help="Seconds between two looks of `--watch`; default: 2."),
     ] = None,
     json: Json = False,
     storage: Storage = None,
