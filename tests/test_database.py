@@ -15,6 +15,7 @@ from time import sleep
 import optuna
 import psycopg
 import pytest
+from crews import LONG as LASTING
 from optuna.storages import get_storage
 from optuna.trial import TrialState
 from pgserver import URL_PASSWORD, PostgreSQL
@@ -310,7 +311,7 @@ def test_a_worker_that_is_gone_keeps_no_lock(postgres: PostgreSQL, monkeypatch: 
 
 @pytest.mark.slow
 def test_a_server_killed_in_the_middle_of_a_trial_costs_nothing(place: Path, frail: PostgreSQL) -> None:
-    address, overrides = frail.new(), (*LONG, "search.trials=5")
+    address, overrides = frail.new(), (*LASTING, "search.trials=5")
     worker = start("--study", place / "tiny.toml", "--storage", address, *settings(*overrides))
     heard = ""
     for number in (1, 3):
