@@ -26,6 +26,12 @@ Overrides = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", metavar="", help="One JSON document on stdout, and nothing else.")]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", metavar="", help="Read a model's .bin weights, which are pickles.")
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", metavar="", help="Run the Python code in a model's folder.")
+]
 Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="auto, cpu, mps, cuda or cuda:N.")]
 
 

@@ -147,7 +147,7 @@ class Bench:
         way = self.prune_settings.statistics
         dense = self._ready_statistics(pruner) if pruner.measures and way == "dense" else None
         states = self._dense_states if self._follows else None
-        work = Pass(self.replay, self._calibrated, pruner, states, dense, in_one_pass=way == "sequential")
+        work = Pass(self.replay, self.batch("calibration"), pruner, states, dense, in_one_pass=way == "sequential")
         calibration = self._ids["calibration"]
         measured = len(calibration) if dense is None and pruner.measures else 0
         follow = calibration[: max(measured, self._curve_windows if self._follows else 0)]
@@ -167,14 +167,14 @@ class Bench:
         """
         parts = self._parts(role)
         dense = self._final_states(role) if kl else []
-        for scores in self._scores(self._batches[role], blocks, parts, dense, one_by_one):
+        for scores in self._scores(self.batch(role), blocks, parts, dense, one_by_one):
             self.folder.check_unchanged()
             yield scores
 
     def _parts(self, role: str) -> Sequence[Tensor]:
         """The windows of a text in parts that are no smaller than a batch."""
         ids = self._ids[role]
-        return ids.tensor_split(min(GROUPS, -(-len(ids) // self._batches[role].windows)))
+        return ids.tensor_split(min(GROUPS, -(-len(ids) // self.batch(role).windows)))
 
     def _scores(
         self,
@@ -199,7 +199,7 @@ class Bench:
         """
         parts = self._parts(role)
         if role not in self._finals:
-            found = final_states(self.replay, self._batches[role], self._counted(self.dense()), parts)
+            found = final_states(self.replay, self.batch(role), self._counted(self.dense()), parts)
             self._finals[role] = [hidden.cpu() for hidden in found]
         known = self._finals[role]
         if [len(hidden) for hidden in known] == [len(ids) for ids in parts]:
@@ -219,10 +219,6 @@ class Bench:
         """The dense model as blocks."""
         return ((index, self.checkpoint.weights(index)) for index in range(len(self.checkpoint.blocks)))
 
-    @property
-    def _calibrated(self) -> BatchSize:
-        return self._batches["calibration"]
-
     @cached_property
     def _curve_windows(self) -> int:
         windows, tokens = self._ids["calibration"].shape
@@ -234,7 +230,7 @@ class Bench:
         hidden = self.replay.embed(self._ids["calibration"][: self._curve_windows]).clone()
         states = []
         for index, weights in self.dense():
-            advance(self.replay, self._calibrated, index, weights, hidden)
+            advance(self.replay, self.batch("calibration"), index, weights, hidden)
             states.append(hidden.cpu().clone())
         return states
 
@@ -276,7 +272,7 @@ class Bench:
     def _measured(self, pruner: Pruner, kind: type[Statistics]) -> Iterator[BlockStatistics]:
         hidden = self.replay.embed(self._ids["calibration"]).clone()
         for index, weights in self.dense():
-            found = measure_and_advance(self.replay, self._calibrated, index, weights, hidden, kind)
+            found = measure_and_advance(self.replay, self.batch("calibration"), index, weights, hidden, kind)
             for statistics in set(found.values()):
                 pruner.prepare(statistics)
             yield found

@@ -5,19 +5,15 @@ from typing import Annotated
 
 import typer
 
-from atp_tune.cli.options import Device
+from atp_tune.cli.options import AllowPickle, Device, TrustRemoteCode
 
 
 def apply(
     config: Annotated[Path, typer.Option(metavar="FILE", help="A configuration written by a run or by `export`.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the sparse checkpoint; new or empty.")],
     device: Device = None,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", metavar="", help="Read a model's .bin weights, which are pickles.")
-    ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", metavar="", help="Run the Python code in a model's folder.")
-    ] = False,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Prune as a configuration says, into a folder that `from_pretrained` loads, and measure it again.
 

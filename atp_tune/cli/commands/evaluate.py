@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from atp_tune.cli.options import Device, Json
+from atp_tune.cli.options import AllowPickle, Device, Json, TrustRemoteCode
 
 
 def evaluate(
@@ -34,12 +34,8 @@ def evaluate(
         typer.Option(metavar="URL", help="Where the study is; default: NAME.db beside the configuration."),
     ] = None,
     json: Json = False,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", metavar="", help="Read a model's .bin weights, which are pickles.")
-    ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", metavar="", help="Run the Python code in a model's folder.")
-    ] = False,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Score models on tasks of lm-eval (`pip install 'atp-tune[eval]'`): zero-shot accuracy with its standard error.
 

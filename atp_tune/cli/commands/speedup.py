@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from atp_tune.cli.options import Device, Storage
+from atp_tune.cli.options import AllowPickle, Device, Storage, TrustRemoteCode
 
 
 class Engine(StrEnum):
@@ -38,12 +38,8 @@ def speedup(
     tokens: Annotated[int, typer.Option(min=4, help="Tokens of the prompt.")] = 128,
     device: Device = None,
     storage: Storage = None,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", metavar="", help="Read a model's .bin weights, which are pickles.")
-    ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", metavar="", help="Run the Python code in a model's folder.")
-    ] = False,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure what the zeros of a sparse model are worth here: bytes of its files, tokens per second.
 
