@@ -52,7 +52,7 @@ def test_a_crowd_is_left_and_a_full_interval_ends_the_search() -> None:
     assert 0 <= apart(point, full, KINDS, 0)["beta"] <= 0.2
     alone = {"pruner": KINDS["pruner"]}
     assert apart({"pruner": "wanda"}, known(0.1), alone, 0) == {"pruner": "wanda"}
-    assert is_near({"pruner": "wanda"}, {"pruner": "wanda", "beta": 0.1}, alone)
+    assert is_near({"pruner": "wanda"}, {"pruner": "wanda", "beta": 0.1}, alone, NEAR)
 
 
 @pytest.mark.parametrize("sampler", ["gp", "tpe"])

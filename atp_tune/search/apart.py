@@ -23,17 +23,17 @@ def apart(point: Params, trials: Sequence[FrozenTrial], kinds: dict[str, BaseDis
     drawn, reach, generator = point, REACH, random.Random(seed)
     intervals = {name: kind for name, kind in kinds.items() if isinstance(kind, FloatDistribution)}
     for _ in range(DRAWS if intervals else 0):
-        if not any(is_near(drawn, trial.params, kinds) for trial in trials):
+        if not any(is_near(drawn, trial.params, kinds, NEAR) for trial in trials):
             return drawn
         drawn = point | {name: _beside(point[name], kind, reach, generator) for name, kind in intervals.items()}
         reach *= 2
     return drawn
 
 
-def is_near(point: Params, other: Params, kinds: dict[str, BaseDistribution]) -> bool:
-    """Whether two points differ in numbers alone, and by less than can be told apart."""
+def is_near(point: Params, other: Params, kinds: dict[str, BaseDistribution], share: float) -> bool:
+    """Whether two points differ in numbers alone, and by no more than a share of each interval."""
     return all(
-        abs(point[name] - other[name]) <= NEAR * (kind.high - kind.low)
+        abs(point[name] - other[name]) <= share * (kind.high - kind.low)
         if isinstance(kind, FloatDistribution)
         else point[name] == other[name]
         for name, kind in kinds.items()

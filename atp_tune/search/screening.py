@@ -12,6 +12,8 @@ from dataclasses import replace
 from optuna.trial import FrozenTrial
 
 from atp_tune.events import Event, Note, TrialEnded, TrialStarted, Watch
+from atp_tune.search import apart
+from atp_tune.search.samplers import kinds_of
 from atp_tune.search.space import Params, Space
 from atp_tune.spec.study import Screen
 from atp_tune.spec.studyfile import StudyFile, overridden
@@ -73,7 +75,4 @@ def confirmed(screened: Sequence[FrozenTrial], space: Space, count: int) -> list
 def is_near(point: Params, other: Params, space: Space) -> bool:
     """Whether two points are of one pruner and allocation, and no parameter is more than `APART` apart."""
     moved = space.within(other, point["allocation"])
-    if moved is None or moved["pruner"] != point["pruner"]:
-        return False
-    intervals = space.intervals[point["allocation"]]
-    return all(abs(point[name] - moved[name]) <= APART * (high - low) for name, (low, high) in intervals.items())
+    return moved is not None and apart.is_near(point, moved, kinds_of(space, point["allocation"]), APART)
