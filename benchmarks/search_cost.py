@@ -8,8 +8,10 @@ passes the calibration text twice (dense, then pruned) at one window a time, sor
 window by window, and prints a perplexity; the least is chosen. It is written here as plainly as that, on the same
 model, texts, number format and threads. `tune.py` is run as a person would run it.
 
-`to the choice` is the wall time until the last trial of a β ended, process start and model loading included; `all` is
-the whole command, which also measures dense, uniform and best on the report text (the paper's loop does not). Tokens
+`to its β` is the wall time, process start and model loading included, until no more β can be chosen: a screening that
+hands on one point has chosen it, and what follows measures it. `to the choice` is the time until that is done too, the
+last trial of a β; `all` is the whole command, which also measures dense, uniform and best on the report text (the
+paper's loop does not). Tokens
 are those of the calibration and search texts that pass through all blocks until the choice. The report perplexity is
 that of the chosen point, measured as the row measures; the change is from the paper's choice, over paired windows.
 `at its β` is the change where the chosen β is pruned as the paper does, so that only the choice differs.
@@ -58,7 +60,8 @@ class Row:
     """One way to search."""
 
     name: str
-    to_choice: float  # seconds
+    to_beta: float  # seconds
+    to_choice: float
     all: float
     tokens: float
     beta: float
@@ -87,7 +90,7 @@ def paper(sparsity: float, work: Path, scale: int) -> Row:
     best = min(found, key=lambda beta: found[beta])
     N, E = _tokens(scale)
     report = _report(best, sparsity, work)
-    return Row("paper", seconds, seconds, len(betas) * (2 * N + E), best, str(len(betas)), report, report)
+    return Row("paper", seconds, seconds, seconds, len(betas) * (2 * N + E), best, str(len(betas)), report, report)
 
 
 def _report(beta: float, sparsity: float, work: Path) -> list[float]:
@@ -118,7 +121,8 @@ def ours(name: str, sparsity: float, work: Path, scale: int) -> Row:
     subprocess.run(command, check=True, cwd=HERE.parent, stdout=sys.stderr)
     seconds = perf_counter() - started
     study = optuna.load_study(study_name=label, storage=storage)
-    last = max(trial.datetime_complete for trial in study.trials if trial.datetime_complete and trial.params["beta"])
+    choice = max(trial.datetime_complete for trial in study.trials if trial.datetime_complete and trial.params["beta"])
+    known = _screened(label, storage) if "search.screen.confirm=1" in LEVERS[name] else choice
     summary = summarise(study)
     best = summary.best_trial
     assert best is not None
@@ -126,7 +130,14 @@ def ours(name: str, sparsity: float, work: Path, scale: int) -> Row:
     trials, tokens = _work(study, label, storage, scale)
     beta = best.params["beta"]
     as_paper = _report(beta, sparsity, work)
-    return Row(name, (last - began).total_seconds(), seconds, tokens, beta, trials, report, as_paper)
+    times = ((moment - began).total_seconds() for moment in (known, choice))
+    return Row(name, *times, seconds, tokens, beta, trials, report, as_paper)
+
+
+def _screened(label: str, storage: str) -> datetime:
+    """When the screening of a study ended."""
+    trials = optuna.load_study(study_name=f"{label}.screen", storage=storage).trials
+    return max(trial.datetime_complete for trial in trials if trial.datetime_complete)
 
 
 def _work(study: optuna.Study, label: str, storage: str, scale: int) -> tuple[str, float]:
@@ -163,12 +174,13 @@ def table(rows: list[Row], sparsity: float) -> str:
     """Markdown, one line a row."""
     first = rows[0]
     head = (
-        f"**{sparsity:.0%}**\n\n| search | to the choice s | times faster | all s | tokens | trials | β | "
-        "report perplexity | against the paper's choice | at its β |\n|---|---|---|---|---|---|---|---|---|---|"
+        f"**{sparsity:.0%}**\n\n| search | to its β s | times faster | to the choice s | times faster | all s | "
+        "tokens | trials | β | report perplexity | against the paper's choice | at its β |\n"
+        "|---|---|---|---|---|---|---|---|---|---|---|---|"
     )
     lines = [
-        f"| {row.name} | {row.to_choice:.0f} | {first.to_choice / row.to_choice:.1f} | {row.all:.0f} | "
-        f"{row.tokens:,.0f} | {row.trials} | {row.beta:.4g} | {perplexity(row.report)} | "
+        f"| {row.name} | {row.to_beta:.0f} | {first.to_beta / row.to_beta:.1f} | {row.to_choice:.0f} | "
+        f"{first.to_choice / row.to_choice:.1f} | {row.all:.0f} | {row.tokens:,.0f} | {row.trials} | {row.beta:.4g} | {perplexity(row.report)} | "
         f"{change(first.report, row.report)} | {change(first.report, row.as_paper)} |"
         for row in rows
     ]

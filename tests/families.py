@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
@@ -110,6 +110,50 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("gpt_oss", {**MIXTURE, "num_local_experts": 4, "head_dim": 6, "sliding_window": 5}),
 }
 ALL = FAMILIES | MIXTURES
+
+TEXT: dict[str, Any] = {key: value for key, value in BASE.items() if key not in SPECIAL} | {"pad_token_id": 0}
+TOWER: dict[str, Any] = {
+    "hidden_size": 64,  # so that the tower is larger than the language model
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+TURNED = {"rope_type": "default", "mrope_section": [1, 1, 1], "rope_theta": 10000.0}
+QWEN_TEXT: dict[str, Any] = {**TEXT, "rope_parameters": TURNED}
+QWEN_TOWER = {"depth": 3, "hidden_size": 64, "out_hidden_size": 24, "num_heads": 2, "patch_size": 8}
+QWEN_TOKENS = {"video_token_id": 95, "vision_start_token_id": 94, "vision_end_token_id": 93}
+CLIP, SIGLIP = {**TOWER, "model_type": "clip_vision_model"}, {**TOWER, "model_type": "siglip_vision_model"}
+# A language model's settings, a tower's, and the rest.
+MULTIMODAL: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "llava": ({**TEXT, "model_type": "llama"}, CLIP, {}),
+    "llava_next": ({**TEXT, "model_type": "mistral"}, CLIP, {}),
+    "llava_onevision": ({**TEXT, "model_type": "qwen2"}, SIGLIP, {}),
+    "gemma3": (
+        {**TEXT, "model_type": "gemma3_text", "head_dim": 6, "sliding_window": 5},
+        SIGLIP,
+        {"image_token_index": 96, "mm_tokens_per_image": 4},
+    ),
+    "paligemma": ({**TEXT, "model_type": "gemma", "head_dim": 6}, SIGLIP, {"projection_dim": 24}),
+    "idefics3": ({**TEXT, "model_type": "llama"}, TOWER, {"scale_factor": 1}),
+    "smolvlm": ({**TEXT, "model_type": "llama"}, TOWER, {"scale_factor": 1}),
+    "qwen2_vl": (QWEN_TEXT, {**QWEN_TOWER, "embed_dim": 64, "hidden_size": 24}, QWEN_TOKENS),
+    "qwen2_5_vl": (QWEN_TEXT, QWEN_TOWER, QWEN_TOKENS),
+    "qwen3_vl": ({**QWEN_TEXT, "head_dim": 6}, {**QWEN_TOWER, "deepstack_visual_indexes": [0]}, QWEN_TOKENS),
+    "internvl": ({**TEXT, "model_type": "qwen2"}, {**TOWER, "image_size": [16, 16], "patch_size": [8, 8]}, {}),
+    "mistral3": ({**TEXT, "model_type": "mistral", "head_dim": 6}, {**TOWER, "model_type": "pixtral"}, {}),
+    "aya_vision": ({**TEXT, "model_type": "cohere2"}, SIGLIP, {}),
+}
+
+
+def multimodal(family: str, **settings: Any) -> Any:
+    """A model that reads images beside text; `settings` of its language model come over the family's."""
+    text, tower, rest = MULTIMODAL[family]
+    tokens = {"image_token_id": VOCABULARY - 1} if "image_token_index" not in rest else {}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, text_config=text | settings, vision_config=tower, **tokens, **rest)
+    return AutoModelForImageTextToText.from_config(config).eval()
 
 
 def tiny(family: str, dtype: torch.dtype = torch.float32) -> Any:

@@ -289,7 +289,7 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path: Path, how: str) -> None:
     _break(tmp_path, how)
     with pytest.raises(UserError) as error:
         Checkpoint.load(tmp_path, torch.float32, CPU)
-    assert str(error.value).startswith(f"model {tmp_path}: ")
+    assert str(error.value).startswith((f"model {tmp_path}: ", f"model.source: {tmp_path}/config.json is no JSON"))
     assert len(str(error.value).splitlines()) == 1
     if how in {"missing", "shape"}:
         assert "has no model.layers.1.mlp.up_proj.weight of the shape" in str(error.value)

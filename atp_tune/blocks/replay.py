@@ -114,6 +114,9 @@ class Replay:
 
         with bypassed(self.checkpoint.blocks, stand_in), suppress(Reached):
             self._forward(ids)
+        if len(recorded) < len(self.checkpoint.blocks):
+            kind, ran = type(self.checkpoint.model).__name__, f"{len(recorded)} of {len(self.checkpoint.blocks)}"
+            raise UserError(f"model {kind}: runs {ran} blocks on a text, so it cannot be measured on one")
         return recorded[0][0], [call for _, call in recorded]
 
     def _calls_for(self, windows: int, tokens: int) -> list[Call]:

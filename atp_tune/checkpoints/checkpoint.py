@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
 from atp_tune.allocations import Shape
 from atp_tune.checkpoints.buffers import mapped_files, move_into, on_disk, pinned, plain
+from atp_tune.checkpoints.classes import auto_class, language_model
 from atp_tune.checkpoints.convert import one_line
 from atp_tune.checkpoints.devices import device_limit, free_memory, host_memory
 from atp_tune.checkpoints.experts import expert_name, expert_weights, find_gates, holds_experts
@@ -88,7 +88,7 @@ class Checkpoint:
         hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         options = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = auto_class(folder).from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, trust_remote_code=trusted, **options
             )
         except (ValueError, OSError, KeyError, ImportError, SafetensorError) as error:
@@ -190,8 +190,13 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the model's blocks: the `nn.ModuleList` with the most parameters; UserError if there is none."""
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    """Name and list of the model's blocks: the `nn.ModuleList` with the most parameters; UserError if there is none.
+
+    Of a model that reads images too it is one of its language model.
+    """
+    inside = set(language_model(model).modules())
+    named = ((name, module) for name, module in model.named_modules() if module in inside)
+    lists = [(name, module) for name, module in named if isinstance(module, nn.ModuleList)]
     if not lists:
         raise UserError(f"model {type(model).__name__}: has no list of blocks; only transformer models can be pruned")
     return max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))

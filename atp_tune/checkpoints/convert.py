@@ -113,9 +113,9 @@ def _save_bin(source: Path, target: Path, trusted: bool) -> None:
 
 def _complete_model(folder: Path, **settings: Any) -> Any:
     """The model of a folder; transformers would fill missing weights with random numbers and only log it."""
-    from transformers import AutoModelForCausalLM
+    from atp_tune.checkpoints.classes import auto_class
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = auto_class(folder).from_pretrained(
         str(folder), local_files_only=True, output_loading_info=True, **settings
     )
     model, info = loaded

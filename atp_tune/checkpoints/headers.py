@@ -11,6 +11,7 @@ from typing import Any
 from atp_tune.errors import UserError
 
 LONGEST = 100 * 2**20  # bytes of a header, as safetensors itself has it
+TOWERS = ("vision", "visual", "image", "audio", "speech")  # in the names of blocks that are no language model's
 NUMBERED = re.compile(r"(?P<list>.*?)\.(?P<index>\d+)\.")
 
 
@@ -38,7 +39,8 @@ def read_sizes(folder: Path) -> Sizes:
             lists.setdefault(found["list"], Counter())[int(found["index"])] += count
     if not lists:
         raise UserError(f"model {folder}: its files name no blocks; only transformer models can be pruned")
-    blocks = max(lists.values(), key=lambda sizes: sizes.total())
+    spoken = {name: sizes for name, sizes in lists.items() if not any(tower in name for tower in TOWERS)} or lists
+    blocks = max(spoken.values(), key=lambda sizes: sizes.total())
     stored = sum(end - start for start, end in (entry["data_offsets"] for entry in tensors.values()))
     return Sizes(sum(counts.values()), tuple(blocks[index] for index in sorted(blocks)), stored)
 

@@ -200,7 +200,7 @@ def score(
 
 def _prefix(model: nn.Module, tokenizer: Any) -> int | None:
     """What an empty context is; None where the tokenizer itself says it."""
-    config: Any = model.config
+    config: Any = model.config.get_text_config()  # type: ignore[operator,union-attr]
     known = [tokenizer.bos_token_id, tokenizer.eos_token_id]
     own = [config.bos_token_id, config.eos_token_id, 0]
     return None if any(token is not None for token in known) else next(token for token in own if isinstance(token, int))

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.checkpoints.classes import reads_images
 from atp_tune.errors import UserError
 from atp_tune.events import TrialStarted, Watch
 from atp_tune.plan import Plan
@@ -137,7 +138,7 @@ def write_sparse(bench: Bench, plan: Plan, out: Path, config: Config) -> Dense:
     keys = {checkpoint.key(i, linear) for i, linears in enumerate(checkpoint.linears) for linear in linears}
     names = {name for key in keys for name in checkpoint.as_saved(key, checkpoint.model.get_parameter(key).to("meta"))}
     bench.watch(TrialStarted(f"writing {out}", plan))
-    dense = Dense(bench.folder.path, bench.folder.revision)
+    dense = Dense(bench.folder.path, bench.folder.revision, reads_images(bench.folder.path))
     with sparse_folder(bench.folder.path, out) as folder:
         shards.write(folder, names, _pruned(bench, plan, zeros))
         bench.folder.check_unchanged()

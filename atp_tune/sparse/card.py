@@ -33,10 +33,14 @@ WIDTH = 40  # characters of a bar that stands for a whole block
 
 @dataclass(frozen=True)
 class Dense:
-    """Where a sparse checkpoint comes from: the dense model's folder, and its commit if it is the hub's."""
+    """Where a sparse checkpoint comes from: the dense model's folder, and its commit if it is the hub's.
+
+    `reads_images`: only its language model was pruned.
+    """
 
     folder: Path
     revision: str | None
+    reads_images: bool = False
 
 
 def describe(folder: Path, config: Config, dense: Dense) -> None:
@@ -52,7 +56,7 @@ def model_card(config: Config, dense: Dense) -> ModelCard:
     data = ModelCardData(
         base_model=None if dense.revision is None else config.model.id,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if dense.reads_images else "text-generation",
         tags=["atp-tune", "sparse", "pruned", config.pruner, config.allocation.name],
         model_name=name,
         eval_results=list(_results(config)) or None,
@@ -95,6 +99,7 @@ def _values(config: Config, dense: Dense) -> dict[str, Any]:
         "speed": list(_speed(config.speed)) if config.speed else [],
         "updated": config.pruner in UPDATES,
         "equal": EQUAL,
+        "reads_images": dense.reads_images,
         "chart": fenced("text", "\n".join(_bars(config))),
         "facts": {key: escaped(value) for key, value in _facts(config, dense).items()},
     }

@@ -1,0 +1,186 @@
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import naive
+import pytest
+import torch
+from families import CPU, FAMILIES, MULTIMODAL, TOKENS, bench_of, checkpoint_of, multimodal, random_ids, same_bits, tiny
+from safetensors.torch import load_file
+from tinystudy import CommandLine, make_tokenizer, settings
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, LlamaForCausalLM
+
+from atp_tune.blocks.replay import Replay
+from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.checkpoints.classes import auto_class, language_model, reads_images
+from atp_tune.checkpoints.headers import read_sizes
+from atp_tune.errors import UserError
+from atp_tune.plan import make_plan
+from atp_tune.sparse.shards import Shards
+
+IMAGE = 319  # the last token of the tiny tokenizer, which stands for a piece of an image
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_language_model_is_all_language_model(family: str) -> None:
+    model = tiny(family)
+    assert language_model(model) is model
+
+
+@pytest.mark.parametrize("family", MULTIMODAL)
+def test_blocks_are_those_of_the_language_model_however_large_the_tower(family: str) -> None:
+    model = multimodal(family)
+    checkpoint = checkpoint_of(model)
+    assert len(checkpoint.blocks) == 4
+    assert any(name in checkpoint.blocks_name for name in ("language_model.layers", "text_model.layers"))
+    assert parameters(model) > 2 * parameters(language_model(model))
+
+
+@pytest.mark.parametrize("family", MULTIMODAL)
+def test_replay_is_the_model_to_the_last_bit(family: str) -> None:
+    model, ids = multimodal(family), random_ids(3)
+    replay = Replay(checkpoint_of(model))
+    with torch.inference_mode():
+        hidden = replay.embed(ids)
+        for index, dense in enumerate(naive.states_of(model, replay.checkpoint.blocks, ids)):
+            hidden = replay.run(index, replay.checkpoint.weights(index), hidden)
+            assert torch.equal(hidden, dense)
+        assert torch.equal(replay.logits(ids, hidden), model(input_ids=ids, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("family", MULTIMODAL)
+def test_a_pruned_model_has_nlls_of_its_own_and_keeps_its_tower(family: str) -> None:
+    model = multimodal(family)
+    bench = bench_of(model)
+    plan = make_plan("wanda", "atp", bench.budget(0.5), {"beta": 0.05})
+    pruned = list(bench.prune(plan))
+    found = bench.all_nlls(((block.index, block.weights) for block in pruned), "search")
+    state = model.state_dict()
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    for block in pruned:
+        for linear in bench.checkpoint.linears[block.index]:
+            state[bench.checkpoint.key(block.index, linear)].copy_(block.weights[linear.key])
+    assert found == pytest.approx(naive.nlls_of(model, random_ids(7, TOKENS, seed=1)), rel=1e-5)
+    changed = {name for name in before if not same_bits(before[name], state[name])}
+    assert changed == {bench.checkpoint.key(i, x) for i, row in enumerate(bench.checkpoint.linears) for x in row}
+
+
+@pytest.mark.parametrize("family", MULTIMODAL)
+def test_a_folder_is_loaded_with_its_tower_and_says_its_blocks(family: str, tmp_path: Path) -> None:
+    model = multimodal(family)
+    model.save_pretrained(tmp_path)
+    assert reads_images(tmp_path)
+    checkpoint = Checkpoint.load(tmp_path, torch.float32, CPU)
+    assert type(checkpoint.model) is type(model)
+    assert parameters(checkpoint.model) == parameters(model)
+    sizes = read_sizes(tmp_path)
+    assert sizes.blocks == tuple(parameters(block) for block in checkpoint.blocks)
+    shards = Shards(tmp_path, str(model.base_model_prefix))
+    for index, linears in enumerate(checkpoint.linears):
+        for linear in linears:
+            name = checkpoint.key(index, linear)
+            for saved in checkpoint.as_saved(name, model.get_parameter(name)):
+                shard, key = shards.find(saved)
+                assert same_bits(load_file(tmp_path / shard)[key], model.get_parameter(name).detach())
+
+
+LANGUAGE, IMAGES = AutoModelForCausalLM, AutoModelForImageTextToText
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, LANGUAGE),
+        ({"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}, IMAGES),
+        ({"model_type": "llava"}, IMAGES),
+        ({"model_type": "llava", "architectures": None}, IMAGES),
+        ({"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}, IMAGES),
+        ({"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}, LANGUAGE),
+        ({"model_type": "mllama", "architectures": ["MllamaForCausalLM"]}, LANGUAGE),
+        ({"model_type": "mllama", "architectures": ["MllamaForConditionalGeneration"]}, IMAGES),
+        ({"model_type": "mllama"}, LANGUAGE),
+        ({"model_type": "llava", "auto_map": {"AutoModelForCausalLM": "code.Own"}}, LANGUAGE),
+        ({"model_type": "unheard-of"}, LANGUAGE),
+        ({}, LANGUAGE),
+    ],
+)
+def test_a_folder_says_which_class_it_is_of(config: dict[str, Any], expected: type, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert auto_class(tmp_path) is expected
+
+
+def test_without_a_configuration_it_is_a_language_model(tmp_path: Path) -> None:
+    assert auto_class(tmp_path) is LANGUAGE
+
+
+def test_a_broken_configuration_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[1")
+    with pytest.raises(UserError, match=r"config\.json is no JSON object"):
+        auto_class(tmp_path)
+
+
+def to_llava(place: Path) -> Any:
+    """Makes a LLaVA of the place's model: the same language model, with a tower in front; the LLaVA."""
+    small = LlamaForCausalLM.from_pretrained(place / "model")
+    text = small.config.to_dict() | {"dtype": None}
+    llava = multimodal("llava", **text)
+    llava.config.image_token_id = IMAGE
+    llava.model.language_model.load_state_dict(small.model.state_dict())
+    llava.lm_head.load_state_dict(small.lm_head.state_dict())
+    shutil.rmtree(place / "model")
+    llava.save_pretrained(place / "model")
+    make_tokenizer().save_pretrained(place / "model")
+    return llava
+
+
+def test_a_llava_is_tuned_as_its_language_model_and_applied_with_its_tower(
+    done: Path, tmp_path: Path, command: CommandLine
+) -> None:
+    language = json.loads((done / "tiny.best.json").read_text())
+    assert command("apply", "--config", done / "tiny.best.json", "--out", done / "sparse").code == 0
+    sparse = LlamaForCausalLM.from_pretrained(done / "sparse").state_dict()
+    place = tmp_path / "llava"
+    shutil.copytree(done, place, ignore=shutil.ignore_patterns("tiny.db*", "tiny.best*", "sparse"))
+    llava = to_llava(place)
+
+    assert command("--study", place / "tiny.toml").code == 0
+    own = json.loads((place / "tiny.best.json").read_text())
+    assert own["blocks"] == "model.language_model.layers"
+    for key in ("perplexity", "baselines", "allocation", "block_sparsities", "sparsity"):
+        assert own[key] == language[key], key
+
+    out = place / "sparse"
+    assert command("apply", "--config", place / "tiny.best.json", "--out", out).code == 0
+    pruned = AutoModelForImageTextToText.from_pretrained(out)
+    for name, tensor in pruned.state_dict().items():
+        part = name.removeprefix("model.language_model.")
+        expected = sparse[name if name == "lm_head.weight" else f"model.{part}"] if part != name else None
+        assert same_bits(tensor, llava.state_dict()[name] if expected is None else expected), name
+    card = (out / "README.md").read_text()
+    assert "pipeline_tag: image-text-to-text" in card
+    assert "the blocks of its language model" in card
+    assert "AutoModelForImageTextToText.from_pretrained" in card
+    ids = torch.tensor([[5, IMAGE, IMAGE, IMAGE, IMAGE, 7]])  # an image of 16 × 16 is 4 pieces of 8 × 8
+    with torch.inference_mode():
+        seen = pruned(input_ids=ids, pixel_values=torch.rand(1, 3, 16, 16)).logits
+        assert seen.shape == (1, 6, 320)
+        assert not torch.equal(seen, pruned(input_ids=ids, pixel_values=torch.rand(1, 3, 16, 16)).logits)
+
+
+@pytest.mark.parametrize(
+    "way", [("prune.statistics=sequential",), ("prune.pruners=['sparsegpt']",), ("model.residency=host",)]
+)
+def test_a_llava_goes_every_way(way: tuple[str, ...], done: Path, command: CommandLine) -> None:
+    options = settings(*way, "search.trials=2")
+    assert command("--study", done / "tiny.toml", "--study-name", "language", *options).code == 0
+    to_llava(done)
+    assert command("--study", done / "tiny.toml", "--study-name", "llava", *options).code == 0
+    language, llava = (json.loads((done / f"{name}.best.json").read_text()) for name in ("language", "llava"))
+    assert llava["perplexity"] == language["perplexity"]
+    assert llava["baselines"] == language["baselines"]
