@@ -180,8 +180,9 @@ def table(rows: list[Row], sparsity: float) -> str:
     )
     lines = [
         f"| {row.name} | {row.to_beta:.0f} | {first.to_beta / row.to_beta:.1f} | {row.to_choice:.0f} | "
-        f"{first.to_choice / row.to_choice:.1f} | {row.all:.0f} | {row.tokens:,.0f} | {row.trials} | {row.beta:.4g} | {perplexity(row.report)} | "
-        f"{change(first.report, row.report)} | {change(first.report, row.as_paper)} |"
+        f"{first.to_choice / row.to_choice:.1f} | {row.all:.0f} | {row.tokens:,.0f} | {row.trials} | "
+        f"{row.beta:.4g} | {perplexity(row.report)} | {change(first.report, row.report)} | "
+        f"{change(first.report, row.as_paper)} |"
         for row in rows
     ]
     return "\n".join([head, *lines, ""])

@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 from synthetic import BOUND, made_up, new_study
 
 from atp_tune import figures
-from atp_tune.cli import tables
+from atp_tune.cli import outcomes, tables, terminal
 from atp_tune.errors import UserError
 from atp_tune.figures import overlay
 from atp_tune.report import contents, latex, machine, markdown
@@ -160,7 +160,7 @@ def config(data: bytes) -> None:
     if read is not None:
         read.to_json().encode()
         read.model.model({"allow_pickle": False})
-        check_screen(lambda: tables.show_applied(read, Perplexity(value=20, stderr=1), path))
+        check_screen(lambda: outcomes.show_applied(read, Perplexity(value=20, stderr=1), path))
 
 
 def toml(data: bytes) -> None:
@@ -266,7 +266,7 @@ def draw(study: optuna.Study) -> None:
 
 
 def check_screen(show: Callable[[], None]) -> None:
-    with tables.console.capture() as captured:
+    with terminal.console.capture() as captured:
         show()
     shown = captured.get()
     assert not {char for char in shown if not char.isprintable()} - {"\n", "\u00a0"}

@@ -35,6 +35,37 @@ def test_what_was_found_is_in_the_file_and_on_the_study(done: Path) -> None:
     assert attached(stored(done), config.trial + 1) == {}
 
 
+MEASURED = {
+    **FOUND,
+    "engines": [
+        {
+            "engine": "torch", "version": "2.6", "dtype": "float32", "device": "a <CPU>", "cores": 2, "tokens": 8,
+            "steps": 4, "logits": None, "prefill": {"dense": [10, 20, 30], "sparse": [20, 40, 30]},
+            "decode": {"dense": [5], "sparse": [4]},
+        }
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["html", "md", "json"])
+def test_speed_is_shown_by_status_and_in_reports(kind: str, done: Path, command: CommandLine) -> None:
+    path, config = best_of(done)
+    report = ("report", "--study", done / "tiny.toml", "--out", done / f"report.{kind}")
+    assert command(*report).code == 0
+    assert "tokens per second" not in (done / f"report.{kind}").read_text()
+    attach(path, config, "speed", MEASURED)
+    assert command(*report).code == 0
+    text = (done / f"report.{kind}").read_text()
+    if kind == "json":
+        assert json.loads(text)["studies"][0]["speed"]["engines"][0]["decode"] == {"dense": [5], "sparse": [4]}
+    else:
+        for shown in ("Size and speed", "2.00× as fast", "0.80× as fast", "prefill, tokens per second: torch, float32"):
+            assert shown in text
+        assert "<CPU>" not in text
+    line = "sparse against dense: torch, float32 prefill 2.00×, torch, float32 decode 0.80× (the report has the rates)"
+    assert line in command("status", "--study", done / "tiny.toml").out
+
+
 def test_what_is_written_again_keeps_it(done: Path, command: CommandLine) -> None:
     path, config = best_of(done)
     attach(path, config, "speed", FOUND)

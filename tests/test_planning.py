@@ -50,6 +50,12 @@ def test_the_dense_states_that_kl_compares_with_are_counted(place: Path, monkeyp
     assert replace(kl, dense=0, process=0) == replace(plain, dense=0, process=0)
 
 
+def test_a_study_that_may_settle_is_foretold_at_most(place: Path, command: CommandLine) -> None:
+    options = settings("search.settle=true", "search.sampler=gp")
+    assert "study:   at most 3 trials, " in command("plan", "--study", place / "tiny.toml", *options).out
+    assert "study:   3 trials, " in command("plan", "--study", place / "tiny.toml").out
+
+
 def test_trials_that_are_done_count(done: Path) -> None:
     found = foresee(study_file(done), "tiny", unwatched)
     assert (found.whole.trials, found.whole.done, found.whole.seconds_left) == (6, 6, 0.0)

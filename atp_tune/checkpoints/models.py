@@ -30,7 +30,7 @@ _INSTEAD = "or give a .gguf path with --set model.source=PATH"
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A local folder that `AutoModelForCausalLM.from_pretrained(path)` loads from safetensors.
+    """A local folder of safetensors that `from_pretrained(path)` of its class loads (`classes`).
 
     `content` is the SHA-256 that names weights and config, whatever machine or library made the folder; `id`
     is the study's name for it; `revision` the commit of a hub model. `trusted`: its own code may run.

@@ -2,10 +2,14 @@
 
 import os
 import sys
+from typing import Any, NoReturn
+
+import typer
 
 from atp_tune.cli.app import app
 from atp_tune.errors import TrialError, UserError, printable
 
+UsageError: Any = typer.BadParameter.__mro__[1]  # of the click that typer brings along
 SPINS = "10000"  # of libgomp's wait for a thread, instead of millions: costs nothing on idle cores
 
 
@@ -15,7 +19,22 @@ def main() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:  # torch's threads wait for each other by spinning, for too long where
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # other jobs have the cores: several times as long a trial
     try:
-        app()
+        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+    except UsageError as error:
+        _end(_usage(error))
     except (UserError, TrialError) as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        sys.exit(2)
+        _end(str(error))
+
+
+def _end(message: str) -> NoReturn:
+    print(f"error: {printable(message)}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _usage(error: Any) -> str:
+    """What is wrong with the options, and where the right ones are."""
+    command = error.ctx.command_path if error.ctx else "tune.py"
+    message = " ".join(error.format_message().split()).replace("Value error, ", "")
+    return (
+        f"{message} See {command} --help" if message.endswith("?") else f"{message.rstrip('.')}; see {command} --help"
+    )

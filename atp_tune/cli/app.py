@@ -18,9 +18,7 @@ from atp_tune.cli.commands import (
     tune,
 )
 
-app = typer.Typer(
-    add_completion=False, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False
-)
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 
 app.callback(invoke_without_command=True)(tune.run)
 app.command()(status.status)

@@ -12,7 +12,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from atp_tune.cli.tables import console
+from atp_tune.cli.terminal import console
 from atp_tune.errors import printable
 from atp_tune.events import Event, Note, Step, TrialEnded, TrialStarted
 

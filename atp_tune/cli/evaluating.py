@@ -11,7 +11,7 @@ from rich.table import Table
 
 from atp_tune.cli.display import Display
 from atp_tune.cli.running import quiet
-from atp_tune.cli.tables import console, markdown
+from atp_tune.cli.terminal import console, markdown
 from atp_tune.events import Watch, unwatched
 
 if TYPE_CHECKING:

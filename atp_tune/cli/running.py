@@ -16,15 +16,10 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from atp_tune.cli.display import Display
-from atp_tune.cli.tables import (
-    console,
-    show_applied,
-    show_finetuned,
-    show_forecast,
-    show_merged,
-    show_served,
-    show_summary,
-)
+from atp_tune.cli.forecasting import show_forecast
+from atp_tune.cli.outcomes import show_applied, show_finetuned, show_merged, show_served
+from atp_tune.cli.tables import show_summary
+from atp_tune.cli.terminal import console
 from atp_tune.events import unwatched
 from atp_tune.spec.config import read_config
 from atp_tune.spec.studyfile import StudyFile

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from atp_tune.cli.display import Display
 from atp_tune.cli.running import quiet
-from atp_tune.cli.tables import console, markdown, markdown_table
+from atp_tune.cli.terminal import console, markdown, markdown_table
 from atp_tune.spec.config import read_config
 from atp_tune.speed.result import PHASES, Measured, Phase, Sizes, Speed
 

@@ -1,45 +1,23 @@
-"""What people see of a study: trials, progress, summary, studies. Needs neither torch nor a model."""
+"""What people see of a study: trials, progress, summary. Needs neither torch nor a model."""
 
 import statistics
-from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from rich import box
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
+from atp_tune.cli.terminal import console, markdown, markdown_table, table
 from atp_tune.errors import printable
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-    from atp_tune.cost.forecast import Forecast, Memory, Whole
-    from atp_tune.results.status import Listed, Running, Status
+    from atp_tune.results.status import Running, Status
     from atp_tune.results.summary import Rank, Summary
-    from atp_tune.scores.perplexity import Change, Perplexity
-    from atp_tune.serving.serve import Served, Service
-    from atp_tune.sparse.provenance import Finetuned
-    from atp_tune.spec.config import Config, Divergences, Scores, ZeroShot
+    from atp_tune.scores.perplexity import Change
+    from atp_tune.spec.config import Divergences, Scores, ZeroShot
     from atp_tune.spec.studyfile import StudyFile
-    from atp_tune.trials.merging import Merged
-
-WRAPPED = ("remark", "what", "plan")  # columns that may take several lines
-LEAST = len("φ=-0.0123456")  # columns of a plan, so that no parameter is broken
-WIDE = 1000  # columns: no line of a Markdown table is broken
-TOLERANCE = 0.001  # relative difference of perplexities that rounding may make
-
-
-class Terminal(Console):
-    """A console on which nothing that a study or a file is called can move the cursor or change colours."""
-
-    def render_str(self, text: str, **options: Any) -> Text:
-        """As rich does, each line made printable first."""
-        return super().render_str("\n".join(map(printable, text.split("\n"))), **options)
-
-
-console = Terminal(soft_wrap=True, markup=False)  # paths and reasons may hold brackets
+    from atp_tune.speed.result import Speed
 
 
 def show_summary(summary: "Summary", file: "StudyFile") -> None:
@@ -62,6 +40,8 @@ def show_summary(summary: "Summary", file: "StudyFile") -> None:
     _show_rest(summary)
     if summary.zero_shot is not None and summary.zero_shot.mean:
         console.print(f"zero-shot accuracy: {_means(summary.zero_shot)}", highlight=False)
+    if summary.speed is not None and summary.speed.engines:
+        console.print(f"sparse against dense: {_ratios(summary.speed)} (the report has the rates)", highlight=False)
     if mixture := mixture_of(summary):
         console.print(mixture, highlight=False)
     if best is not None:
@@ -95,6 +75,14 @@ def _means(found: "ZeroShot") -> str:
     return f"{means} (mean of {len(found.tasks)} tasks; the report has them)"
 
 
+def _ratios(found: "Speed") -> str:
+    """How much faster each engine is with the zeros, in one line."""
+    from atp_tune.speed.result import PHASES
+
+    rows = ((row.name, phase, row.rates(phase)) for row in found.engines for phase in PHASES)
+    return ", ".join(f"{name} {phase} {statistics.median(rates.ratios):.2f}×" for name, phase, rates in rows)
+
+
 def _change(against: "Change | None", rank: "Rank") -> str:
     if against is None:
         return "–"
@@ -106,32 +94,14 @@ def _front(summary: "Summary") -> Table:
     from atp_tune.results.summary import score_of
     from atp_tune.results.wording import method_of
 
-    table = Table(box=box.MARKDOWN, header_style="")
-    for column in ("trial", "method", "search perplexity", "search KL"):
-        table.add_column(column, no_wrap=True)
+    rows = markdown_table("trial", "method", "search perplexity", "search KL")
     for trial in summary.front:
-        table.add_row(str(trial.number), method_of(trial), str(score_of(trial)), str(summary.kl(trial).search))
-    return table
+        rows.add_row(str(trial.number), method_of(trial), str(score_of(trial)), str(summary.kl(trial).search))
+    return rows
 
 
 def _zeros(trial: "FrozenTrial") -> str:
     return f"{trial.user_attrs['realised']:.2%}" if "realised" in trial.user_attrs else "–"
-
-
-def markdown_table(*columns: str) -> Table:
-    """An empty table for a Markdown document, see `markdown`."""
-    table = Table(box=box.MARKDOWN, header_style="")
-    for column in columns:
-        table.add_column(column, no_wrap=True)
-    return table
-
-
-def markdown(table: Table) -> str:
-    """A table as text for a Markdown document: each row is one line, however narrow the terminal is."""
-    wide = Console(width=WIDE, file=StringIO())
-    with wide.capture() as captured:
-        wide.print(table)
-    return "\n".join(line.strip() for line in captured.get().splitlines() if line.strip())
 
 
 def _show_rest(summary: "Summary") -> None:
@@ -195,14 +165,14 @@ def trials_table(summary: "Summary", trials: "list[FrozenTrial]") -> Table:
 
     best = summary.best_trial
     has_kl = "kl" in summary.goals
-    table = _table("trial", "state", "plan", "perplexity", *(["KL"] if has_kl else []), "zeros", "s", "remark")
+    rows = table("trial", "state", "plan", "perplexity", *(["KL"] if has_kl else []), "zeros", "s", "remark")
     for trial in trials:
         is_best = best is not None and trial.number == best.number
         words = ("best" if is_best else "", remark_of(trial, summary))
         row = _row(trial, "; ".join(word for word in words if word))
         kl = summary.kl(trial).search
-        table.add_row(*row[:4], *([f"{kl.value:.4f}" if kl else ""] if has_kl else []), *row[4:])
-    return table
+        rows.add_row(*row[:4], *([f"{kl.value:.4f}" if kl else ""] if has_kl else []), *row[4:])
+    return rows
 
 
 def _row(trial: "FrozenTrial", remark: str) -> list[str]:
@@ -255,156 +225,6 @@ def _idle(status: "Status") -> str:
         return "complete"
     measured = status.total is not None and status.done >= status.total
     return "the report text is not measured yet" if measured else "no trial runs"
-
-
-def show_applied(config: "Config", measured: "Perplexity", out: Path) -> None:
-    """Where the sparse checkpoint is, and whether its perplexity is the one that was promised."""
-    console.print(f"sparse checkpoint: {out}", highlight=False)
-    promised = config.perplexity.report
-    if promised is None:
-        console.print(f"perplexity on the report text: {measured} (the configuration has none yet)", highlight=False)
-        return
-    change = measured.value / promised.value - 1
-    console.print(
-        f"perplexity on the report text: {measured}, the configuration says {promised} ({change:+.3%})",
-        highlight=False,
-    )
-    if abs(change) > TOLERANCE:
-        console.print(
-            "warning: they differ by more than 0.1 %; another device, number format or number of threads?",
-            style="yellow",
-        )
-
-
-def show_finetuned(done: "Finetuned", out: Path) -> None:
-    """Perplexity before and after fine-tuning as a Markdown table, zeros, and what it took."""
-    from atp_tune.results.wording import duration
-
-    table = Table(box=box.MARKDOWN, header_style="")
-    for column in ("model", "zeros", "report perplexity", "against pruned"):
-        table.add_column(column, no_wrap=True)
-    if done.dense:
-        table.add_row("dense", "", str(done.dense), "–")
-    table.add_row("pruned", f"{done.zeros.before:,}", str(done.before), "–")
-    table.add_row("fine-tuned", f"{done.zeros.after:,}", str(done.after), str(done.change))
-    console.print(markdown(table), highlight=False)
-    trained = f"{done.settings.steps} steps on {done.windows} windows of {printable(done.text.source)}"
-    console.print(
-        f"\n{trained}: {duration(done.seconds)}, {_gib(done.memory)} at most on {done.device}", highlight=False
-    )
-    console.print(f"sparse checkpoint: {out}", highlight=False)
-
-
-def show_forecast(found: "Forecast") -> None:
-    """What a study will cost: a trial of each pruner, the whole, memory, and what stands in the way."""
-    where = {"device": "on the device", "host": "in host memory, two blocks on the device", "disk": "on disk, mapped"}
-    weights = found.weights
-    console.print(f"{printable(found.study)}: {found.device}, {found.dtype}\n", highlight=False)
-    table = _table("trial", "tokens", "calibrate", "prune", "evaluate", "seconds")
-    for trial in found.trial:
-        times = trial.seconds
-        parts = (times.calibrate, times.prune, times.evaluate, times.total) if times else (None,) * 4
-        seconds = ["–" if part is None else f"{part:.1f}" for part in parts]
-        name = trial.pruner if trial.what == "trial" else f"screening {trial.pruner}"
-        table.add_row(name, f"{trial.tokens.total:,}", *seconds)
-    console.print(table)
-    for line in (
-        f"study:   {_study_cost(found.whole)}",
-        f"weights: {_gib(weights.bytes)} in {weights.blocks} blocks of up to {_gib(weights.largest_block)}, "
-        f"{where[weights.residency]}",
-        f"memory:  {_memory(found.memory)}",
-    ):
-        console.print(line, highlight=False)
-    for problem in found.problems:
-        console.print(f"does not fit: {problem}", style="yellow", highlight=False)
-
-
-def _study_cost(whole: "Whole") -> str:
-    """Trials, tokens and time of a study in one line."""
-    from atp_tune.results.wording import duration
-
-    if whole.trials is None:
-        return "not known how many trials"
-    tokens = "" if whole.tokens is None else f", {whole.tokens:,} tokens through the model"
-    time = "" if whole.seconds is None else f", about {duration(whole.seconds)}"
-    left = "" if not whole.done or whole.seconds_left is None else f" ({duration(whole.seconds_left)} left)"
-    done = f"{whole.done} of " if whole.done else ""
-    screened = f" after {_trials(whole.screened)} of screening" if whole.screened else ""
-    return f"{done}{_trials(whole.trials)}{screened}{tokens}{time}{left}"
-
-
-def _memory(memory: "Memory") -> str:
-    """Peaks of host and device in one line."""
-    host = f"host {_gib(memory.host)} of {_gib(memory.host_free)} ({_gib(memory.loading)} while loading)"
-    if memory.device is None or memory.device_free is None:
-        return host
-    return f"{host}, device {_gib(memory.device)} of {_gib(memory.device_free)}"
-
-
-def _gib(size: int) -> str:
-    return f"{size / 1024**3:.2f} GiB"
-
-
-def show_served(service: "Service", served: "Served") -> None:
-    """What is served, where people look, and how workers join."""
-    from atp_tune.serving.servers import host_of, is_loopback
-    from atp_tune.trials.database import without_password
-
-    names = served.studies if len(served.studies) <= 5 else [*served.studies[:4], f"… {len(served.studies)} studies"]
-    studies = ", ".join(map(printable, names)) or "no study yet"
-    name = host_of(service.listen)
-    console.print(f"serving {without_password(service.address)}: {studies}", highlight=False)
-    console.print(f"dashboard:    http://{name}:{served.port}", highlight=False)
-    join = f"python tune.py --study NAME --storage grpc://{name}:{served.grpc_port}"
-    console.print(f"workers join: {join}", highlight=False)
-    if not is_loopback(service.listen):
-        console.print(
-            "warning: neither has a login: whoever reaches these ports can change and delete studies; "
-            "docs/serving.md shows a proxy with TLS and a token", style="yellow",
-        )  # fmt: skip
-    console.print("Ctrl-C stops", style="dim")
-
-
-def show_merged(merged: "Merged", out: Path) -> None:
-    """What each storage gave to a study, and how to go on with it."""
-    from atp_tune.results.summary import summarise
-
-    for share in merged.shares:
-        known = f", {share.known} of them known already" if share.known else ""
-        left = f"; {share.unfinished} that run or wait are left out" if share.unfinished else ""
-        console.print(f"{share.address}: {_trials(share.trials)}{known}{left}", highlight=False)
-    found = summarise(merged.study)
-    console.print(f"{out}: {_trials(len(found.trials))}, {found.done} of {found.total} done", highlight=False)
-    file = found.made_from.name if found.made_from else "NAME"
-    other = "" if found.name == file else f" --study-name {found.name}"
-    console.print(f"go on: python tune.py --study {file}{other} --storage sqlite:///{out}", highlight=False)
-
-
-def _trials(number: int) -> str:
-    return f"{number} trial" + "s" * (number != 1)
-
-
-def show_studies(studies: "list[Listed]") -> None:
-    """Every study that can be run by name, and how far it is."""
-    table = _table("study", "state", "what")
-    for study in studies:
-        table.add_row(study.name, _state(study), study.error or study.description)
-    console.print(table)
-
-
-def _state(study: "Listed") -> str:
-    if study.state in ("complete", "unfinished"):
-        best = f", best {study.best.value:.2f}" if study.best else ""
-        return f"{study.done} of {study.total} trials{best}"
-    return "see status" if study.state == "unknown" else study.state
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE, collapse_padding=True, pad_edge=False)
-    for column in columns:
-        least = LEAST if column == "plan" else None
-        table.add_column(column, overflow="fold", no_wrap=column not in WRAPPED, min_width=least)
-    return table
 
 
 def _cells(scores: "Scores | Divergences") -> list[str]:

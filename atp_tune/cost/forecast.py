@@ -180,12 +180,14 @@ class Trial(Part):
 
 class Whole(Part):
     """The whole study: its total of trials (null where it is not known), those done, and those of the screening before
-    it; seconds of all and of what is left, with loading, the dense model, the screening, and the report text.
+    it; seconds of all and of what is left, with loading, the dense model, the screening, and the report text. A study
+    that settles may end before all of that.
     """
 
     trials: int | None
     done: int
     screened: int = 0
+    settles: bool = False
     tokens: int | None
     seconds: float | None
     seconds_left: float | None

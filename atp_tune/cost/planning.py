@@ -224,6 +224,7 @@ def _whole(known: Known, bench: "Bench | None", rates: Rates | None) -> Whole:
     once = known.kinds * known.tokens.calibration
     blocks = len(known.sizes.blocks)
     found = forecast.whole(rates, trials, done, known.costs, known.tokens, blocks, once, rows)
+    found = found.model_copy(update={"settles": study.search.settle})
     screening = _screening(known)
     return forecast.screened(found, screening, rates, known.costs, blocks) if screening else found
 

@@ -65,6 +65,7 @@ def _section(contents: Contents, index: int) -> dict[str, Any]:
         "front": tables.front(summary) if summary.front else None,
         "ranks": tables.ranks(summary) if len(summary.ranks) > 1 else None,
         "zero_shot": tables.zero_shot(summary.zero_shot) if summary.zero_shot else None,
+        "speed": tables.speed(summary.speed) if summary.speed else None,
         "importance": sorted(contents.importance.items(), key=lambda pair: -pair[1]),
         "trials": tables.trials(summary),
         "fingerprint": tables.fingerprint(contents),

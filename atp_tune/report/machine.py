@@ -13,6 +13,7 @@
       kl                    uniform and best: search and report: {value, stderr} of a KL divergence, or null; null where
                             the study does not minimise it. ranks[] have `kl` and `kl_change`, trials[] have `kl`
       zero_shot             what `evaluate` found of the best trial, as in its configuration; or null
+      speed                 what `speedup` found of it, likewise; or null
       importance            parameter → share of 1; empty with too few trials
       trials[]              number, state, plan, pruner, allocation, parameters, perplexity, realised, sparsities,
                             linear_sparsities, errors, seconds (phase → s), device, dtype, remark
@@ -70,6 +71,7 @@ def _study(contents: Contents) -> dict[str, Any]:
         "front": [trial.number for trial in summary.front],
         "kl": _both(summary),
         "zero_shot": summary.zero_shot.model_dump() if summary.zero_shot else None,
+        "speed": summary.speed.model_dump() if summary.speed else None,
         "importance": contents.importance,
         "trials": [_trial(trial, summary) for trial in summary.trials],
         "seconds": contents.seconds,

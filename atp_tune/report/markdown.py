@@ -32,6 +32,8 @@ def _study(contents: Contents) -> list[str]:
     if summary.zero_shot:
         made = tables.zero_shot(summary.zero_shot)
         parts += ["## Zero-shot accuracy", table(made), escaped(tables.zero_shot_note(summary.zero_shot))]
+    if summary.speed:
+        parts += ["## Size and speed", table(tables.speed(summary.speed))]
     if contents.importance:
         parts += ["## Importance", table(tables.importance(contents))]
     parts += ["## Trials", table(tables.trials(summary)), "## How to reproduce"]

@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from optuna.trial import FrozenTrial
@@ -15,6 +16,7 @@ from atp_tune.results.summary import Summary, allocation_of, is_uniform, score_o
 from atp_tune.results.wording import duration, plan_of, remark_of
 from atp_tune.scores.perplexity import Change
 from atp_tune.spec.config import SHARES, Divergences, Measure, Scores, TaskScores, ZeroShot
+from atp_tune.speed.result import PHASES, Speed
 
 NOTHING = "–"
 
@@ -89,6 +91,20 @@ def zero_shot_note(found: ZeroShot) -> str:
     paired = "; best − uniform: item by item" if "best" in found.seconds else ""
     where = f"lm-eval {found.versions.get('lm_eval', '')}, {found.dtype}, {found.device}"
     return f"±: standard error over items{paired}; {where}{limit}{missing}"
+
+
+def speed(found: Speed) -> Table:
+    """Bytes of the compressed weight files, and each engine's tokens per second with the zeros against without."""
+    sizes = found.sizes
+    smaller = f"{sizes.dense_zstd / max(1, sizes.sparse_zstd):.2f}× smaller"
+    rows = [("weight files, zstd, MB", f"{sizes.dense_zstd / 1e6:.0f}", f"{sizes.sparse_zstd / 1e6:.0f}", smaller)]
+    for row in found.engines:
+        where = f"{row.name}, {row.device}" + (f", {row.cores} cores" if row.cores else "")
+        for phase in PHASES:
+            rates = row.rates(phase)
+            dense, sparse = (f"{median(values):.1f}" for values in (rates.dense, rates.sparse))
+            rows.append((f"{phase}, tokens per second: {where}", dense, sparse, f"{median(rates.ratios):.2f}× as fast"))
+    return Table(("speed", "dense", "with zeros", "sparse against dense"), rows)
 
 
 def _task(task: TaskScores) -> str:

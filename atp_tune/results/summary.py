@@ -27,6 +27,7 @@ from atp_tune.spec.config import (
     ZeroShot,
 )
 from atp_tune.spec.studyfile import StudyFile, from_settings
+from atp_tune.speed.result import Speed
 from atp_tune.trials import storage
 
 
@@ -64,7 +65,7 @@ class Summary:
     another device or in another number format than the one in which the study began, and which. `screening`: how far
     the one before the study is, if it has one. `goals`: what it minimises; `kls`: KL divergences by trial, if that is
     among them; `front`: of two goals, the trials that no other beats in one without losing in the other.
-    `zero_shot`: what `evaluate` found of the best trial, where it has been.
+    `zero_shot` and `speed`: what `evaluate` and `speedup` found of the best trial, where they have been.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Summary:
     front: Sequence[FrozenTrial] = ()
     uniform_trial: FrozenTrial | None = None
     zero_shot: ZeroShot | None = None
+    speed: Speed | None = None
 
     def kl(self, trial: FrozenTrial | None) -> Divergences:
         """KL divergences of a trial on both texts, as far as they are known."""
@@ -108,6 +110,7 @@ def summarise(study: optuna.Study) -> Summary:
     best = storage.best_trial(study)
     reports = study.user_attrs.get("reports", {})
     uniform = uniform_of(study, best)
+    found = attached(study, best.number) if best else {}
     return Summary(
         name=study.study_name,
         sparsity=study.user_attrs.get("fingerprint", {}).get("sparsity"),
@@ -131,7 +134,8 @@ def summarise(study: optuna.Study) -> Summary:
         kls=_kls(study),
         front=storage.front_of(study),
         uniform_trial=uniform,
-        zero_shot=_zero_shot(study, best),
+        zero_shot=ZeroShot.model_validate(found["zero_shot"]) if "zero_shot" in found else None,
+        speed=Speed.model_validate(found["speed"]) if "speed" in found else None,
     )
 
 
@@ -143,11 +147,6 @@ def _kls(study: optuna.Study) -> dict[int, Divergences]:
         for number, (search, report) in found.items()
         if search
     }
-
-
-def _zero_shot(study: optuna.Study, best: FrozenTrial | None) -> ZeroShot | None:
-    found = attached(study, best.number).get("zero_shot") if best else None
-    return found if found is None else ZeroShot.model_validate(found)
 
 
 def _screening(study: optuna.Study) -> Screening | None:

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import yaml
@@ -14,11 +13,11 @@ from atp_tune.cache import write_out
 from atp_tune.checkpoints.convert import quiet
 from atp_tune.errors import UserError
 from atp_tune.plan import shown
+from atp_tune.report.tables import speed
 from atp_tune.sparse.markup import escaped, fenced
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import Compared, Config, Measure
 from atp_tune.spec.study import Text
-from atp_tune.speed.result import PHASES, Speed
 from atp_tune.texts.documents import hub_arguments
 
 CARD = "README.md"
@@ -96,7 +95,7 @@ def _values(config: Config, dense: Dense) -> dict[str, Any]:
         "same_text": config.texts.report == config.texts.search,
         "models": list(MODELS.values()),
         "tasks": list(_tasks(config)),
-        "speed": list(_speed(config.speed)) if config.speed else [],
+        "speed": [map(escaped, row) for row in speed(config.speed).rows] if config.speed else [],
         "updated": config.pruner in UPDATES,
         "equal": EQUAL,
         "reads_images": dense.reads_images,
@@ -147,19 +146,6 @@ def _tasks(config: Config) -> Iterator[dict[str, Any]]:
         yield {"name": escaped(f"{task.task}, {task.metric}"), "cells": [_measure(score) for score in scores]}
     if found.mean:
         yield {"name": "mean", "cells": [_measure(found.mean.get(model)) for model in MODELS]}
-
-
-def _speed(found: Speed) -> Iterator[tuple[str, ...]]:
-    """Bytes compressed, then tokens per second of each engine in each phase: dense, sparse, and their ratio."""
-    sizes = found.sizes
-    megabytes = (f"{size / 1e6:.0f} MB" for size in (sizes.dense_zstd, sizes.sparse_zstd))
-    yield ("weight files, zstd", *megabytes, f"{sizes.dense_zstd / max(1, sizes.sparse_zstd):.2f}× smaller")
-    for row in found.engines:
-        where = f"{row.name}, {row.device}" + (f", {row.cores} cores" if row.cores else "")
-        for phase in PHASES:
-            rates = row.rates(phase)
-            each = (f"{median(values):.1f}" for values in (rates.dense, rates.sparse))
-            yield (escaped(f"{phase}, tokens per second: {where}"), *each, f"{median(rates.ratios):.2f}× as fast")
 
 
 def _measure(measure: Measure | None) -> str:

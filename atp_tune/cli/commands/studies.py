@@ -14,7 +14,7 @@ def studies(json: Json = False) -> None:
 
     Example: `python tune.py studies`
     """
-    from atp_tune.cli.tables import show_studies
+    from atp_tune.cli.outcomes import show_studies
     from atp_tune.results.status import to_json
     from atp_tune.spec.studyfile import known
 

@@ -2,6 +2,7 @@
 
 from enum import StrEnum
 from functools import partial
+from importlib.metadata import version as installed
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,6 +18,12 @@ class Engine(StrEnum):
 
     process = "process"
     ray = "ray"
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"atp_tune {installed('atp_tune')}")
+        raise typer.Exit
 
 
 def run(
@@ -52,6 +59,9 @@ def run(
         str | None, typer.Option(metavar="HOST:PORT", help="The cluster; default: the one that this machine is in.")
     ] = None,
     set_: Overrides = None,
+    version: Annotated[
+        bool, typer.Option("--version", metavar="", is_eager=True, callback=_version, help="Print the version.")
+    ] = False,
 ) -> None:
     """Find how to share out sparsity over the blocks of a language model, and prune it.
 

@@ -1,0 +1,61 @@
+"""The console that all is printed to, and tables in the two forms that it shows them in."""
+
+from io import StringIO
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from atp_tune.errors import printable
+
+WRAPPED = ("remark", "what", "plan")  # columns that may take several lines
+LEAST = len("φ=-0.0123456")  # columns of a plan, so that no parameter is broken
+WIDE = 1000  # columns: no line of a Markdown table is broken
+
+
+class Terminal(Console):
+    """A console on which nothing that a study or a file is called can move the cursor or change colours."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """As rich does, each line made printable first."""
+        return super().render_str("\n".join(map(printable, text.split("\n"))), **options)
+
+
+console = Terminal(soft_wrap=True, markup=False)  # paths and reasons may hold brackets
+
+
+def table(*columns: str) -> Table:
+    """An empty table for the terminal."""
+    found = Table(box=box.SIMPLE, collapse_padding=True, pad_edge=False)
+    for column in columns:
+        least = LEAST if column == "plan" else None
+        found.add_column(column, overflow="fold", no_wrap=column not in WRAPPED, min_width=least)
+    return found
+
+
+def markdown_table(*columns: str) -> Table:
+    """An empty table for a Markdown document, see `markdown`."""
+    found = Table(box=box.MARKDOWN, header_style="")
+    for column in columns:
+        found.add_column(column, no_wrap=True)
+    return found
+
+
+def markdown(table: Table) -> str:
+    """A table as text for a Markdown document: each row is one line, however narrow the terminal is."""
+    wide = Console(width=WIDE, file=StringIO())
+    with wide.capture() as captured:
+        wide.print(table)
+    return "\n".join(line.strip() for line in captured.get().splitlines() if line.strip())
+
+
+def gib(size: int) -> str:
+    """Bytes in GiB."""
+    return f"{size / 1024**3:.2f} GiB"
+
+
+def trials(number: int) -> str:
+    """A number of trials."""
+    return f"{number} trial" + "s" * (number != 1)
