@@ -105,6 +105,8 @@ LANGUAGE, IMAGES = AutoModelForCausalLM, AutoModelForImageTextToText
         ({"model_type": "mllama", "architectures": ["MllamaForCausalLM"]}, LANGUAGE),
         ({"model_type": "mllama", "architectures": ["MllamaForConditionalGeneration"]}, IMAGES),
         ({"model_type": "mllama"}, LANGUAGE),
+        ({"model_type": "mllama", "architectures": 7}, LANGUAGE),
+        ({"model_type": ["llava"]}, LANGUAGE),
         ({"model_type": "llava", "auto_map": {"AutoModelForCausalLM": "code.Own"}}, LANGUAGE),
         ({"model_type": "unheard-of"}, LANGUAGE),
         ({}, LANGUAGE),

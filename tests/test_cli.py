@@ -12,6 +12,7 @@ from time import sleep
 import pytest
 from tinystudy import LONG, CommandLine, few_at_a_time, finish, run, settings, start, study_file, wait_for
 
+import atp_tune
 from atp_tune.cli.running import interruptible
 from atp_tune.events import Event, Step, TrialStarted
 from atp_tune.spec.config import read_config
@@ -130,8 +131,11 @@ def test_help_has_an_example(name: str, command: CommandLine) -> None:
 
 
 def test_nothing_shows_help(command: CommandLine) -> None:
-    answer = command()
-    assert "Usage" in answer.out + answer.err
+    assert "Usage" in command().out
+
+
+def test_the_version(command: CommandLine) -> None:
+    assert command("--version").out == f"atp_tune {atp_tune.__version__}\n"
 
 
 # --- a run

@@ -152,3 +152,19 @@ def test_blocks_that_are_told_the_tokens_are_refused(extra: Any) -> None:
     replay = Replay(checkpoint_of(Toy(extra, False)))
     with pytest.raises(UserError, match="model Toy: passes its blocks values that depend on the tokens"):
         replayed(replay, random_ids(2))
+
+
+class Skipping(Toy):
+    """A model that runs its last block on images alone."""
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Any:
+        hidden = self.embedding(input_ids)
+        for block in list(self.blocks)[:2]:
+            hidden = block(scale=1.0, hidden_states=hidden)
+        return SimpleNamespace(logits=hidden @ self.embedding.weight.T)
+
+
+def test_blocks_that_do_not_run_on_a_text_are_refused() -> None:
+    replay = Replay(checkpoint_of(Skipping(None, False)))
+    with pytest.raises(UserError, match="model Skipping: runs 2 of 3 blocks on a text"):
+        replay.embed(random_ids(2))

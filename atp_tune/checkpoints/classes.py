@@ -24,11 +24,11 @@ def reads_images(folder: Path) -> bool:
     """Whether a folder's model was saved as one that reads images beside text and that transformers knows."""
     file = folder / "config.json"
     config = read_table(file) if file.is_file() else {}
-    kind, saved_from = str(config.get("model_type")), config.get("architectures") or []
+    kind = str(config.get("model_type"))
     name = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind)
     if name is None or "auto_map" in config:
         return False
-    return name in saved_from or kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.get("architectures") == [name]
 
 
 def language_model(model: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
@@ -19,7 +20,7 @@ def main() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:  # torch's threads wait for each other by spinning, for too long where
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # other jobs have the cores: several times as long a trial
     try:
-        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+        sys.exit(app(sys.argv[1:] or ["--help"], prog_name=Path(sys.argv[0]).name, standalone_mode=False))
     except UsageError as error:
         _end(_usage(error))
     except (UserError, TrialError) as error:
@@ -35,6 +36,5 @@ def _usage(error: Any) -> str:
     """What is wrong with the options, and where the right ones are."""
     command = error.ctx.command_path if error.ctx else "tune.py"
     message = " ".join(error.format_message().split()).replace("Value error, ", "")
-    return (
-        f"{message} See {command} --help" if message.endswith("?") else f"{message.rstrip('.')}; see {command} --help"
-    )
+    see = " See" if message.endswith("?") else "; see"
+    return f"{message.rstrip('.')}{see} {command} --help"

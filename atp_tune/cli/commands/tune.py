@@ -2,11 +2,11 @@
 
 from enum import StrEnum
 from functools import partial
-from importlib.metadata import version as installed
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+import atp_tune
 from atp_tune.cli.options import Device, Overrides, Storage, StudyLabel, load_study
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class Engine(StrEnum):
 
 def _version(asked: bool) -> None:
     if asked:
-        print(f"atp_tune {installed('atp_tune')}")
+        print(f"atp_tune {atp_tune.__version__}")
         raise typer.Exit
 
 
