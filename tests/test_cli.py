@@ -350,9 +350,11 @@ def test_studies(done: Path, command: CommandLine, tmp_path: Path, monkeypatch: 
     shutil.copy(done / "tiny.toml", tmp_path / "studies" / "torn.toml")
     (tmp_path / "studies" / "torn.db").write_text("no database" * 1000)
     shutil.copy(done / "tiny.toml", tmp_path / "studies" / "waiting.toml")
+    assert command("--study", "tiny", "--study-name", "other", "--trials", "2", "--set", "sparsity=0.5").code == 0
     answer = command("studies")
     assert answer.code == 0
     assert re.search(r"tiny +6 of 6 trials, best \d+\.\d\d +a tiny Llama", answer.out)
+    assert re.search(r"other +2 of 2 trials, best \d+\.\d\d +--study tiny --study-name other", answer.out)
     assert re.search(r"broken +invalid ", answer.out)
     assert re.search(r"torn +invalid .*not a database", answer.out)
     assert re.search(r"waiting +not started ", answer.out)

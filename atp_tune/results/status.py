@@ -231,18 +231,22 @@ def _trial(summary: Summary, trial: FrozenTrial) -> Trial:
 
 
 def listed(file: StudyFile, summary: Summary | None) -> Listed:
-    """A study of the list, with what its storage holds of it; a database that is no file is not looked into."""
+    """A study of the list, with what its storage holds of it; a database that is no file is not looked into.
+
+    One with another name than its file's was made with `--study-name`.
+    """
+    name = summary.name if summary else file.name
     state: State = "not started" if file.database else "unknown"
     if summary is not None:
         state = "complete" if summary.complete else "unfinished"
     best = summary.best_trial if summary else None
     return Listed(
-        name=file.name,
+        name=name,
         state=state,
         done=summary.done if summary else 0,
         total=(summary.total if summary else None) or file.study.search.trials,
         best=score_of(best) if best else None,
-        description=file.study.description,
+        description=file.study.description if name == file.name else f"--study {file.name} --study-name {name}",
         path=str(file.path),
         error=None,
     )

@@ -147,6 +147,11 @@ def find_study(storage: BaseStorage, name: str) -> optuna.Study | None:
         return None
 
 
+def names_in(storage: BaseStorage) -> list[str]:
+    """The names of all studies that a storage has, in the order in which they were made."""
+    return [study.study_name for study in sorted(storage.get_all_studies(), key=lambda study: study._study_id)]
+
+
 def create_study(storage: BaseStorage, name: str, facts: Facts, any_dtype: bool = False) -> optuna.Study:
     """The study of that name with its facts, made if need be; UserError if it was made with others.
 

@@ -18,21 +18,26 @@ def studies(json: Json = False) -> None:
     from atp_tune.results.status import to_json
     from atp_tune.spec.studyfile import known
 
-    found = [_listed(path) for path in known()]
+    found = [study for path in known() for study in _listed(path)]
     print(to_json(found)) if json else show_studies(found)
 
 
-def _listed(path: Path) -> "Listed":
+def _listed(path: Path) -> "list[Listed]":
+    """A study file's own study, then those that it was run for under other names."""
     from atp_tune.errors import UserError
     from atp_tune.results.status import invalid, listed
     from atp_tune.results.summary import summarise
+    from atp_tune.search.screening import is_screening
     from atp_tune.spec.studyfile import load
-    from atp_tune.trials.storage import find_study, open_storage
+    from atp_tune.trials.storage import find_study, names_in, open_storage
 
     try:
         file = load(str(path))
         db = open_storage(file.storage_url, create=False) if file.database else None
-        study = find_study(db, file.name) if db else None
-        return listed(file, summarise(study) if study else None)
+        names = [name for name in names_in(db) if not is_screening(name)] if db else []
+        own = {name: summarise(study) for name in names if db and (study := find_study(db, name))}
+        first = listed(file, own.pop(file.name, None))
+        others = (found for found in own.values() if found.made_from and found.made_from.name == file.name)
+        return [first, *(listed(file, found) for found in others)]
     except UserError as error:
-        return invalid(path, str(error))
+        return [invalid(path, str(error))]
