@@ -59,10 +59,15 @@ def test_speed_is_shown_by_status_and_in_reports(kind: str, done: Path, command:
     if kind == "json":
         assert json.loads(text)["studies"][0]["speed"]["engines"][0]["decode"] == {"dense": [5], "sparse": [4]}
     else:
-        for shown in ("Size and speed", "2.00× as fast", "0.80× as fast", "prefill, tokens per second: torch, float32"):
+        for shown in (
+            "Size and speed",
+            "2.00 (1.00 to 2.00)× as fast",
+            "0.80 (0.80 to 0.80)× as fast",
+            "prefill, tokens per second: torch, float32",
+        ):
             assert shown in text
         assert "<CPU>" not in text
-    line = "sparse against dense: torch, float32 prefill 2.00×, torch, float32 decode 0.80× (the report has the rates)"
+    line = "tokens per second, sparse / dense: torch, float32: prefill 2.00×, decode 0.80× (the report has the range)"
     assert line in command("status", "--study", done / "tiny.toml").out
 
 

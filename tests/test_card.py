@@ -159,11 +159,16 @@ def test_size_and_speed_as_they_were_measured() -> None:
     sizes = Sizes(dense=9, sparse=9, dense_zstd=300_000_000, sparse_zstd=200_000_000)
     made = card(config(speed=Speed(sizes=sizes, zeros={}, engines=tuple(rows_of))))
     assert rows(made, "skips zeros. Measured:")[2:7] == [
-        ["weight files, zstd, MB", "300", "200", "1.50× smaller"],
-        ["prefill, tokens per second: torch, float32, a\\_CPU, 2 cores", "20.0", "30.0", "2.00× as fast"],
-        ["decode, tokens per second: torch, float32, a\\_CPU, 2 cores", "5.0", "4.0", "0.80× as fast"],
-        ["prefill, tokens per second: semi-structured, float32, a GPU", "20.0", "30.0", "2.00× as fast"],
-        ["decode, tokens per second: semi-structured, float32, a GPU", "5.0", "4.0", "0.80× as fast"],
+        ["weight files, zstd, MB", "300.0", "200.0", "1.50× smaller"],
+        [
+            "prefill, tokens per second: torch, float32, a\\_CPU, 2 cores",
+            "20.0",
+            "30.0",
+            "2.00 (1.00 to 2.00)× as fast",
+        ],
+        ["decode, tokens per second: torch, float32, a\\_CPU, 2 cores", "5.0", "4.0", "0.80 (0.80 to 0.80)× as fast"],
+        ["prefill, tokens per second: semi-structured, float32, a GPU", "20.0", "30.0", "2.00 (1.00 to 2.00)× as fast"],
+        ["decode, tokens per second: semi-structured, float32, a GPU", "5.0", "4.0", "0.80 (0.80 to 0.80)× as fast"],
     ]
     assert "| |:--|" not in body(made)
     page = MarkdownIt("commonmark").enable("table").render(body(made))

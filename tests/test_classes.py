@@ -168,6 +168,7 @@ def test_a_llava_is_tuned_as_its_language_model_and_applied_with_its_tower(
     assert "pipeline_tag: image-text-to-text" in card
     assert "the blocks of its language model" in card
     assert "AutoModelForImageTextToText.from_pretrained" in card
+    assert "tokenizer = AutoTokenizer.from_pretrained" in card  # the place has no processor of images
     ids = torch.tensor([[5, IMAGE, IMAGE, IMAGE, IMAGE, 7]])  # an image of 16 × 16 is 4 pieces of 8 × 8
     with torch.inference_mode():
         seen = pruned(input_ids=ids, pixel_values=torch.rand(1, 3, 16, 16)).logits

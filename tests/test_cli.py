@@ -303,7 +303,7 @@ def test_status_of_what_repeats_and_what_was_stopped(
 @pytest.mark.parametrize("name", ["status", "export"])
 def test_a_study_that_has_not_begun(name: str, place: Path, command: CommandLine) -> None:
     answer = command(name, "--study", place / "tiny.toml")
-    assert answer.error == "study tiny: has no trials yet; run: python tune.py --study tiny"
+    assert answer.error == f"study tiny: has no trials yet; run: python tune.py --study {place / 'tiny.toml'}"
     assert answer.out == ""
     assert not (place / "tiny.db").exists()
 

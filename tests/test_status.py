@@ -267,7 +267,7 @@ def test_studies(done: Path, command: CommandLine, tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize("arguments", [["status", "--json"], ["status"], ["export", "--json"]], ids=str)
 def test_a_study_that_is_not_there(arguments: list[str], place: Path, command: CommandLine) -> None:
     answer = command(*arguments, "--study", place / "tiny.toml")
-    assert answer.error == "study tiny: has no trials yet; run: python tune.py --study tiny"
+    assert answer.error == f"study tiny: has no trials yet; run: python tune.py --study {place / 'tiny.toml'}"
     assert answer.out == ""
 
 

@@ -1,5 +1,6 @@
 """What several commands share: options, and how they find a study."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,13 +49,14 @@ def load_study(study: str, storage: str | None, device: str | None, set_: list[s
 def stored_study(file: "StudyFile", study_name: str | None) -> Any:
     """The Optuna study of a study file; UserError if it has no trials yet."""
     from atp_tune.errors import UserError
+    from atp_tune.spec.studyfile import known
     from atp_tune.trials.storage import find_study, open_storage
 
     db = open_storage(file.storage_url, create=False)
     study = find_study(db, study_name or file.name) if db else None
     if study is None:
-        other = f" --study-name {study_name}" if study_name else ""
-        raise UserError(
-            f"study {study_name or file.name}: has no trials yet; run: python tune.py --study {file.name}{other}"
-        )
+        by_name = file.path.absolute() in [path.absolute() for path in known()]
+        other = ["--study-name", study_name] if study_name else []
+        command = shlex.join(["python", "tune.py", "--study", file.name if by_name else str(file.path), *other])
+        raise UserError(f"study {study_name or file.name}: has no trials yet; run: {command}")
     return study

@@ -1,5 +1,6 @@
 """What people see of a study: trials, progress, summary. Needs neither torch nor a model."""
 
+import shlex
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from atp_tune.scores.perplexity import Change
     from atp_tune.spec.config import Divergences, Scores, ZeroShot
     from atp_tune.spec.studyfile import StudyFile
-    from atp_tune.speed.result import Speed
+    from atp_tune.speed.result import Measured, Phase, Speed
 
 
 def show_summary(summary: "Summary", file: "StudyFile") -> None:
@@ -41,7 +42,9 @@ def show_summary(summary: "Summary", file: "StudyFile") -> None:
     if summary.zero_shot is not None and summary.zero_shot.mean:
         console.print(f"zero-shot accuracy: {_means(summary.zero_shot)}", highlight=False)
     if summary.speed is not None and summary.speed.engines:
-        console.print(f"sparse against dense: {_ratios(summary.speed)} (the report has the rates)", highlight=False)
+        console.print(
+            f"tokens per second, sparse / dense: {_ratios(summary.speed)} (the report has the range)", highlight=False
+        )
     if mixture := mixture_of(summary):
         console.print(mixture, highlight=False)
     if best is not None:
@@ -79,8 +82,10 @@ def _ratios(found: "Speed") -> str:
     """How much faster each engine is with the zeros, in one line."""
     from atp_tune.speed.result import PHASES
 
-    rows = ((row.name, phase, row.rates(phase)) for row in found.engines for phase in PHASES)
-    return ", ".join(f"{name} {phase} {statistics.median(rates.ratios):.2f}×" for name, phase, rates in rows)
+    def ratio(row: "Measured", phase: "Phase") -> str:
+        return f"{phase} {statistics.median(row.rates(phase).ratios):.2f}×"
+
+    return "; ".join(f"{row.name}: {', '.join(ratio(row, phase) for phase in PHASES)}" for row in found.engines)
 
 
 def _change(against: "Change | None", rank: "Rank") -> str:
@@ -126,12 +131,10 @@ def _show_rest(summary: "Summary") -> None:
 def _show_next(summary: "Summary", file: "StudyFile") -> None:
     best = file.best_of(summary.name)
     if summary.best.report is not None and _is_of(best, summary.best_trial):
-        config = printable(str(_short(best)))
+        config, out = printable(str(_short(best))), f"{printable(summary.name)}-sparse"
         console.print(f"best configuration: {config}", highlight=False)
-        console.print(
-            f"sparse checkpoint:  python tune.py apply --config {config} --out {printable(summary.name)}-sparse",
-            highlight=False,
-        )
+        command = shlex.join(["python", "tune.py", "apply", "--config", config, "--out", out])
+        console.print(f"sparse checkpoint:  {command}", highlight=False)
 
 
 def _is_of(file: Path, trial: "FrozenTrial | None") -> bool:

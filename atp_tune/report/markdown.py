@@ -7,6 +7,7 @@ from atp_tune.report.contents import Contents
 from atp_tune.report.tables import Table
 from atp_tune.sparse.markup import escaped, fenced
 
+_RATES = "Rates are medians; the last column is the median (lowest to highest) of the ratios, run by run."
 _NOTE = "± is the standard error over windows."
 _KL = " KL: from the dense model's next-token distribution to the pruned one's, nats per token."
 
@@ -33,7 +34,7 @@ def _study(contents: Contents) -> list[str]:
         made = tables.zero_shot(summary.zero_shot)
         parts += ["## Zero-shot accuracy", table(made), escaped(tables.zero_shot_note(summary.zero_shot))]
     if summary.speed:
-        parts += ["## Size and speed", table(tables.speed(summary.speed))]
+        parts += ["## Size and speed", table(tables.speed(summary.speed)), _RATES]
     if contents.importance:
         parts += ["## Importance", table(tables.importance(contents))]
     parts += ["## Trials", table(tables.trials(summary)), "## How to reproduce"]

@@ -16,6 +16,7 @@ from atp_tune.results.summary import Summary, allocation_of, is_uniform, score_o
 from atp_tune.results.wording import duration, plan_of, remark_of
 from atp_tune.scores.perplexity import Change
 from atp_tune.spec.config import SHARES, Divergences, Measure, Scores, TaskScores, ZeroShot
+from atp_tune.spec.studyfile import NOW
 from atp_tune.speed.result import PHASES, Speed
 
 NOTHING = "–"
@@ -94,16 +95,18 @@ def zero_shot_note(found: ZeroShot) -> str:
 
 
 def speed(found: Speed) -> Table:
-    """Bytes of the compressed weight files, and each engine's tokens per second with the zeros against without."""
+    """Bytes of the compressed weight files; tokens per second of each engine, dense and sparse; the runs' ratios."""
     sizes = found.sizes
     smaller = f"{sizes.dense_zstd / max(1, sizes.sparse_zstd):.2f}× smaller"
-    rows = [("weight files, zstd, MB", f"{sizes.dense_zstd / 1e6:.0f}", f"{sizes.sparse_zstd / 1e6:.0f}", smaller)]
+    rows = [("weight files, zstd, MB", f"{sizes.dense_zstd / 1e6:.1f}", f"{sizes.sparse_zstd / 1e6:.1f}", smaller)]
     for row in found.engines:
-        where = f"{row.name}, {row.device}" + (f", {row.cores} cores" if row.cores else "")
+        cores = f", {row.cores} core" + "s" * (row.cores != 1) if row.cores else ""
+        where = f"{row.name}, {row.device}{cores}"
         for phase in PHASES:
             rates = row.rates(phase)
             dense, sparse = (f"{median(values):.1f}" for values in (rates.dense, rates.sparse))
-            rows.append((f"{phase}, tokens per second: {where}", dense, sparse, f"{median(rates.ratios):.2f}× as fast"))
+            ratio = f"{median(rates.ratios):.2f} ({min(rates.ratios):.2f} to {max(rates.ratios):.2f})× as fast"
+            rows.append((f"{phase}, tokens per second: {where}", dense, sparse, ratio))
     return Table(("speed", "dense", "with zeros", "sparse against dense"), rows)
 
 
@@ -149,7 +152,10 @@ def comparison(studies: Sequence[Contents]) -> Table:
 
 def fingerprint(contents: Contents) -> Table:
     """The facts that the values depend on, the versions and the devices."""
-    rows = [(key, _plain(value)) for key, value in sorted(contents.facts.items())]
+    facts = dict(contents.facts)
+    if "prune.statistics" in facts:
+        facts["prune.statistics"] = NOW.get(facts["prune.statistics"], facts["prune.statistics"])
+    rows = [(key, _plain(value)) for key, value in sorted(facts.items())]
     rows += [(f"version of {name}", version) for name, version in contents.versions.items()]
     return Table(("key", "value"), [*rows, ("device", contents.devices or NOTHING)], (0, 1))
 

@@ -21,6 +21,7 @@ from atp_tune.spec.study import Text
 from atp_tune.texts.documents import hub_arguments
 
 CARD = "README.md"
+PROCESSOR = ("processor_config.json", "preprocessor_config.json")  # of what reads images and texts
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 LICENCE = ("license", "license_name", "license_link", "language")  # what the dense model's card says of its copies too
 UPDATES = ("sparsegpt", "alps")  # pruners that change the weights that stay
@@ -99,6 +100,7 @@ def _values(config: Config, dense: Dense) -> dict[str, Any]:
         "updated": config.pruner in UPDATES,
         "equal": EQUAL,
         "reads_images": dense.reads_images,
+        "reader": "AutoProcessor" if any((dense.folder / name).is_file() for name in PROCESSOR) else "AutoTokenizer",
         "chart": fenced("text", "\n".join(_bars(config))),
         "facts": {key: escaped(value) for key, value in _facts(config, dense).items()},
     }
