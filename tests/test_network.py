@@ -5,18 +5,31 @@ import os
 import shutil
 import ssl
 import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from time import sleep
 
 import optuna
 import pytest
 from optuna.trial import TrialState
-from tinystudy import LONG, Answer, finish, free_port, run, settings, start, stored, study_file, wait_for, wait_until
+from tinystudy import (
+    LONG,
+    Answer,
+    finish,
+    free_port,
+    hear,
+    run,
+    settings,
+    start,
+    stored,
+    study_file,
+    wait_for,
+    wait_until,
+)
 
 pytestmark = pytest.mark.slow
 DOCS = Path(__file__).parents[1] / "docs"
@@ -56,6 +69,12 @@ class Namespace:
 
     def worker(self, *words: str | Path) -> "subprocess.Popen[str]":
         return start(*words, before=("ip", "netns", "exec", self.name))
+
+    def wait_for(self, port: int) -> None:
+        """Returns when the server is reached from there: a cable that was just laid may carry nothing yet."""
+        knock = f"import socket; socket.create_connection(({HERE!r}, {port}), 1)"
+        command = ["ip", "netns", "exec", self.name, sys.executable, "-c", knock]
+        wait_until(lambda: subprocess.run(command, check=False, capture_output=True).returncode == 0, 60)
 
     def cut(self) -> None:
         ip("link", "set", self.cable, "down")
@@ -99,18 +118,18 @@ def test_a_worker_elsewhere_outlives_a_cut_cable(place: Path, namespace: Namespa
     overrides = (*LONG, "search.trials=5")
     with serving(place, HERE, free_port(), port):
         words = ("--study", place / "tiny.toml", "--storage", f"grpc://{HERE}:{port}")
+        namespace.wait_for(port)
         worker = namespace.worker(*words, *settings(*overrides))
         wait_for(place / "served.db", 2, worker)
         namespace.cut()
-        sleep(15)
+        heard = hear(worker, "does not answer; trying again, nothing is lost", 90)
         running = [trial.number for trial in trials(place) if trial.state == TrialState.RUNNING]
         assert worker.poll() is None
         namespace.mend()
         answer = finish(worker, 120)
     assert answer.code == 0, answer.err
     assert running == [2]
-    assert "does not answer; trying again, nothing is lost" in answer.out
-    assert "answers again" in answer.out
+    assert "answers again" in heard + answer.out
     undisturbed = run(place, *overrides, name="undisturbed")
     assert [(t.params, t.value) for t in trials(place)] == [(t.params, t.value) for t in undisturbed.trials]
 
@@ -120,6 +139,7 @@ def test_two_workers_share_a_study(place: Path, namespace: Namespace) -> None:
     with serving(place, HERE, free_port(), port):
         address = f"grpc://{HERE}:{port}"
         words = ["--study", str(place / "tiny.toml"), "--storage", address, *settings(*LONG, "search.trials=10")]
+        namespace.wait_for(port)
         workers = [namespace.worker(*words), start(*words)]
         answers = [finish(worker, 120) for worker in workers]
     assert [answer.code for answer in answers] == [0, 0], answers
