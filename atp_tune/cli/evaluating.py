@@ -6,12 +6,9 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich import box
-from rich.table import Table
-
 from atp_tune.cli.display import Display
 from atp_tune.cli.running import quiet
-from atp_tune.cli.terminal import console, markdown
+from atp_tune.cli.terminal import console, markdown, markdown_table
 from atp_tune.events import Watch, unwatched
 
 if TYPE_CHECKING:
@@ -61,9 +58,7 @@ def _show(found: "ZeroShot", json: bool) -> None:
         console.print(to_json(found), highlight=False)
         return
     made = tables.zero_shot(found)
-    table = Table(box=box.MARKDOWN, header_style="")
-    for column in made.head:
-        table.add_column(column, no_wrap=True)
+    table = markdown_table(*made.head)
     for row in made.rows:
         table.add_row(*row)
     console.print(markdown(table), highlight=False)

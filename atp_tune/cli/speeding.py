@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from statistics import median
 
 from rich.table import Table
 
@@ -10,7 +9,7 @@ from atp_tune.cli.display import Display
 from atp_tune.cli.running import quiet
 from atp_tune.cli.terminal import console, markdown, markdown_table
 from atp_tune.spec.config import read_config
-from atp_tune.speed.result import PHASES, Measured, Phase, Sizes, Speed
+from atp_tune.speed.result import PHASES, Measured, Phase, Sizes, Speed, spread
 
 PLAIN = (
     "Zeros in a dense file make nothing smaller or faster by themselves: the file keeps its bytes, and torch "
@@ -70,9 +69,8 @@ def summary_of(found: Speed) -> Iterator[str]:
         f"turns; prefill: a prompt of {row.tokens} tokens; decode: the {row.steps} tokens after it, one at a time"
     )
     for row in found.engines:
-        cores = "" if row.cores is None else f", {row.cores} core" + "s" * (row.cores != 1)
         exact = "" if row.logits is None else f"; logits are transformers' within {row.logits:.0e} of the largest"
-        yield f"{row.name}: version {row.version} on {row.device}{cores}{exact}"
+        yield f"{row.name}: version {row.version} on {row.where}{exact}"
 
 
 def _sizes(sizes: Sizes) -> Table:
@@ -104,14 +102,9 @@ def rates_table(found: Speed) -> Table:
 def _rates(found: Speed, row: Measured, phase: Phase) -> Iterator[str]:
     rates = row.rates(phase)
     yield from (row.name, phase)
-    yield from (_spread(values, ".1f") for values in (rates.dense, rates.sparse))
-    yield _spread(rates.ratios, ".2f") + "×"
+    yield from (spread(values, ".1f") for values in (rates.dense, rates.sparse))
+    yield spread(rates.ratios, ".2f") + "×"
     yield f"{found.over_torch(row, phase):.2f}×"
-
-
-def _spread(values: tuple[float, ...], digits: str) -> str:
-    low, middle, high = (format(value, digits) for value in (min(values), median(values), max(values)))
-    return f"{middle} ({low} to {high})"
 
 
 def _megabytes(size: int) -> str:

@@ -16,8 +16,8 @@ from atp_tune.results.summary import Summary, allocation_of, is_uniform, score_o
 from atp_tune.results.wording import duration, plan_of, remark_of
 from atp_tune.scores.perplexity import Change
 from atp_tune.spec.config import SHARES, Divergences, Measure, Scores, TaskScores, ZeroShot
-from atp_tune.spec.studyfile import NOW
-from atp_tune.speed.result import PHASES, Speed
+from atp_tune.spec.studyfile import called_now
+from atp_tune.speed.result import PHASES, Speed, spread
 
 NOTHING = "–"
 
@@ -100,13 +100,11 @@ def speed(found: Speed) -> Table:
     smaller = f"{sizes.dense_zstd / max(1, sizes.sparse_zstd):.2f}× smaller"
     rows = [("weight files, zstd, MB", f"{sizes.dense_zstd / 1e6:.1f}", f"{sizes.sparse_zstd / 1e6:.1f}", smaller)]
     for row in found.engines:
-        cores = f", {row.cores} core" + "s" * (row.cores != 1) if row.cores else ""
-        where = f"{row.name}, {row.device}{cores}"
         for phase in PHASES:
             rates = row.rates(phase)
             dense, sparse = (f"{median(values):.1f}" for values in (rates.dense, rates.sparse))
-            ratio = f"{median(rates.ratios):.2f} ({min(rates.ratios):.2f} to {max(rates.ratios):.2f})× as fast"
-            rows.append((f"{phase}, tokens per second: {where}", dense, sparse, ratio))
+            ratio = f"{spread(rates.ratios, '.2f')}× as fast"
+            rows.append((f"{phase}, tokens per second: {row.name}, {row.where}", dense, sparse, ratio))
     return Table(("speed", "dense", "with zeros", "sparse against dense"), rows)
 
 
@@ -152,10 +150,7 @@ def comparison(studies: Sequence[Contents]) -> Table:
 
 def fingerprint(contents: Contents) -> Table:
     """The facts that the values depend on, the versions and the devices."""
-    facts = dict(contents.facts)
-    if "prune.statistics" in facts:
-        facts["prune.statistics"] = NOW.get(facts["prune.statistics"], facts["prune.statistics"])
-    rows = [(key, _plain(value)) for key, value in sorted(facts.items())]
+    rows = [(key, _plain(called_now(key, value))) for key, value in sorted(contents.facts.items())]
     rows += [(f"version of {name}", version) for name, version in contents.versions.items()]
     return Table(("key", "value"), [*rows, ("device", contents.devices or NOTHING)], (0, 1))
 

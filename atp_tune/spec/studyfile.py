@@ -37,7 +37,7 @@ FORMER = {
     "prune.statistics=block": "sequential",
     "prune.statistics=sequential": "sequential within blocks",
 }
-NOW = {former: key.partition("=")[2] for key, former in FORMER.items()}  # what a stored value is called now
+_NOW = {former: key.partition("=")[2] for key, former in FORMER.items()}
 # Keys younger than the first studies: they are facts only where they are not at their defaults, so that those resume.
 LATER = (
     "prune.pattern", "prune.wanda.", "prune.dsnot.", "prune.alps.", "model.trust_remote_code", "search.screen.",
@@ -179,6 +179,11 @@ def holds(file: Path, study: str) -> bool:
             return bool(database.execute("SELECT 1 FROM studies WHERE study_name = ?", (study,)).fetchone())
     except sqlite3.Error:
         return False
+
+
+def called_now(key: str, value: Any) -> Any:
+    """What a stored fact is called in a study file of today."""
+    return _NOW.get(value, value) if key == "prune.statistics" else value
 
 
 def known() -> list[Path]:

@@ -62,6 +62,11 @@ class Measured(Table):
         """Engine and number format, which together are one row."""
         return f"{self.engine}, {self.dtype}"
 
+    @property
+    def where(self) -> str:
+        """The device, and how many of its cores."""
+        return self.device if self.cores is None else f"{self.device}, {self.cores} core" + "s" * (self.cores != 1)
+
 
 class Speed(Table):
     """Sizes, share of zeros by kind of linear, and a row for each engine; torch is always there."""
@@ -77,3 +82,9 @@ class Speed(Table):
     def over_torch(self, row: Measured, phase: Phase) -> float:
         """An engine's sparse model against torch's best dense one, by medians."""
         return median(row.rates(phase).sparse) / self.torch_dense(phase)
+
+
+def spread(values: tuple[float, ...], digits: str) -> str:
+    """The median of some runs, and their lowest and highest."""
+    low, middle, high = (format(value, digits) for value in (min(values), median(values), max(values)))
+    return f"{middle} ({low} to {high})"

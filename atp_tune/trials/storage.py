@@ -20,7 +20,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, SQLAlchemyError
 
 from atp_tune.errors import UserError, is_text
-from atp_tune.spec.studyfile import NOW
+from atp_tune.spec.studyfile import called_now
 from atp_tune.trials.damage import check_whole, way_out
 from atp_tune.trials.database import Database, PatientDatabase, engine_options, reason_of, with_driver, without_password
 from atp_tune.trials.process import GRACE, HEARTBEAT, is_dead
@@ -242,7 +242,7 @@ def _is_content(key: str) -> bool:
 def _shown(facts: Facts, key: str) -> str:
     if key not in facts:
         return "not set"
-    value = NOW.get(facts[key], facts[key]) if key == "prune.statistics" else facts[key]
+    value = called_now(key, facts[key])
     return json.dumps(value, ensure_ascii=False)
 
 
