@@ -135,7 +135,6 @@ MULTIMODAL: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         SIGLIP,
         {"image_token_index": 96, "mm_tokens_per_image": 4},
     ),
-    "paligemma": ({**TEXT, "model_type": "gemma", "head_dim": 6}, SIGLIP, {"projection_dim": 24}),
     "idefics3": ({**TEXT, "model_type": "llama"}, TOWER, {"scale_factor": 1}),
     "smolvlm": ({**TEXT, "model_type": "llama"}, TOWER, {"scale_factor": 1}),
     "qwen2_vl": (QWEN_TEXT, {**QWEN_TOWER, "embed_dim": 64, "hidden_size": 24}, QWEN_TOKENS),

@@ -109,6 +109,17 @@ class OtherExperts(nn.Module):
             setattr(self, name, value)
 
 
+def test_a_depthwise_convolution_and_a_stack_of_one_vector_are_no_linears() -> None:
+    class Recurrence(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(4, 4, 3, groups=4)
+            self.mix, self.decay = nn.Parameter(torch.ones(1, 1, 4)), nn.Parameter(torch.ones(4, 2))
+            self.x_proj, self.dt_proj = nn.Linear(4, 3), nn.Linear(2, 4)
+
+    assert [linear.name for linear in find_linears(Recurrence())] == ["x_proj"]
+
+
 @pytest.mark.parametrize("module", [OtherExperts(), OtherExperts(has_gate=False), nn.Conv1d(3, 3, 1)])
 def test_weights_of_a_form_that_is_not_known_are_refused(module: nn.Module) -> None:
     with pytest.raises(UserError, match="has 3 dimensions in a form that is not known") as error:
@@ -163,11 +174,26 @@ def test_keys_are_the_model_s_own_names() -> None:
             assert names[checkpoint.key(index, linear)].shape == (linear.out_features, linear.in_features)
 
 
-def test_the_model_evaluates_and_keeps_no_gradients() -> None:
-    model = tiny("gpt2").train()
-    checkpoint_of(model)
-    assert not any(module.training for module in model.modules())
-    assert not any(p.requires_grad for p in model.parameters())
+def test_the_model_evaluates_and_is_given_back_as_it_was() -> None:
+    model = tiny("mixtral").train()
+    model.model.layers[1].eval()
+    model.lm_head.weight.requires_grad_(False)
+    model.config.output_router_logits = True
+    modes = [module.training for module in model.modules()]
+    wanted = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(KeyError), checkpoint_of(model):
+        assert not any(module.training for module in model.modules())
+        assert not model.config.output_router_logits
+        raise KeyError
+    assert [module.training for module in model.modules()] == modes
+    assert [parameter.requires_grad for parameter in model.parameters()] == wanted
+    assert model.config.output_router_logits
+
+
+def test_a_model_that_is_loaded_keeps_no_gradients(tmp_path: Path) -> None:
+    tiny("gpt2").save_pretrained(tmp_path)
+    checkpoint = Checkpoint.load(tmp_path, torch.float32, CPU)
+    assert not any(parameter.requires_grad for parameter in checkpoint.model.parameters())
 
 
 @pytest.mark.parametrize(

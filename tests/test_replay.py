@@ -1,3 +1,4 @@
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,6 +9,7 @@ from families import ALL, TOKENS, VOCABULARY, checkpoint_of, random_ids, tiny
 from torch import Tensor, nn
 
 from atp_tune.blocks.replay import Reached, Replay, bypassed
+from atp_tune.blocks.verification import verified
 from atp_tune.errors import UserError
 
 
@@ -92,6 +94,26 @@ def test_a_bypass_ends_with_an_error_too() -> None:
         assert [block(x) for block in blocks] == [0, 1]
         raise Reached
     assert torch.equal(blocks[1](x), before)
+
+
+def test_a_forward_that_somebody_has_set_is_there_afterwards() -> None:
+    """As accelerate's hooks are, and gradient checkpointing."""
+    model, ids, calls = tiny("llama"), random_ids(2), list[int]()
+    for index, block in enumerate(model.model.layers):
+        block.forward = partial(
+            lambda index, own, *args, **kwargs: calls.append(index) or own(*args, **kwargs), index, block.forward
+        )
+    before = [block.forward for block in model.model.layers]
+    replay = verified(checkpoint_of(model))
+    with torch.inference_mode():
+        replay.logits(ids, replayed(replay, ids)[-1])
+    assert [block.forward for block in model.model.layers] == before
+    calls.clear()
+    logits_of(model, ids)
+    assert calls == [0, 1, 2, 3]
+    with replay.whole(replay.checkpoint.weights) as whole:
+        logits_of(whole, ids)
+    assert calls == [0, 1, 2, 3] * 2
 
 
 def test_arguments_are_recorded_once_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:

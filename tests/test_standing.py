@@ -195,3 +195,27 @@ def test_the_model_is_left_as_it_was() -> None:
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, tiny("llama")(input_ids=ids).logits)
     assert checkpoint_of(model).weights(0).keys() == dict(model.model.layers[0].named_parameters()).keys()
+
+
+class Mixed(nn.Module):
+    """A block that computes one linear under autocast, as a model's own code may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 6), nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = self.up(x)
+        return x + self.down(hidden.float())
+
+
+def test_a_setting_of_torch_around_a_linear_is_an_error_and_does_not_stay() -> None:
+    """In a greenlet that stops there it would hold for the other batches, and for the process."""
+    block, rows = Mixed(), torch.randn(2, 3, 8)
+    runs = [lambda row=row: block(row) for row in rows]
+    with pytest.raises(TrialError, match=r'changes settings of torch.*set statistics = "block"$'):
+        prune_standing(block, find_linears(block), InputNorms, runs, lambda linear, statistics: None)
+    assert not torch.is_autocast_enabled("cpu")
+    assert block(rows[0]).dtype == torch.float32
+    assert (nn.Linear(2, 2)(torch.ones(1, 2))).dtype == torch.float32

@@ -68,7 +68,7 @@ class Gathering:
         found: dict[str, dict[str, Linear]] = {}
         for linear in self._linears:
             if linear.expert is not None:
-                found.setdefault(linear.key.rpartition(".")[0], {})[linear.name] = linear
+                found.setdefault(linear.module, {})[linear.name] = linear
         return found
 
     def _hear(self, linear: Linear, module: nn.Module, args: tuple[Any, ...]) -> None:

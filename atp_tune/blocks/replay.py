@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -67,35 +67,33 @@ class Replay:
     @contextmanager
     def whole(self, weights_of: Callable[[int], dict[str, Tensor]]) -> Iterator[nn.Module]:
         """The model itself for programs that run it as a whole; its blocks compute with the weights given for them."""
-        blocks = self.checkpoint.blocks
+        own = [block.forward for block in self.checkpoint.blocks]
 
         def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
-            own = partial(type(blocks[index]).forward, blocks[index], *args, **kwargs)
-            return self.within(index, weights_of(index), own)
+            return self.within(index, weights_of(index), partial(own[index], *args, **kwargs))
 
-        with bypassed(blocks, stand_in):
+        with bypassed(self.checkpoint.blocks, stand_in):
             yield self.checkpoint.model
 
     def step(self, index: int, hidden: Tensor) -> Tensor:
         """Hidden states after block `index`, with the weights that it has now."""
         call = self._calls_for(hidden.shape[0], hidden.shape[1])[index]
         args, kwargs = call.with_hidden(hidden)
-        output: Any = self.checkpoint.blocks[index](*args, **kwargs)
-        after: Tensor = output[0] if isinstance(output, tuple) else output
-        return after
+        return hidden_of(self.checkpoint.blocks[index](*args, **kwargs))
 
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """Logits [windows, tokens, vocabulary] of the hidden states that leave the last block."""
         last = len(self.checkpoint.blocks) - 1
 
         def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
-            return self._wrap(hidden if index == last else _split(args, kwargs)[0])
+            return self._wrap(hidden if index == last else split(args, kwargs)[0])
 
         with bypassed(self.checkpoint.blocks, stand_in):
-            logits: Tensor = self._forward(ids).logits
+            logits: Tensor = self.forward(ids).logits
         return logits
 
-    def _forward(self, ids: Tensor) -> Any:
+    def forward(self, ids: Tensor) -> Any:
+        """The model's own output for ids, without a cache, so that recurrent states start anew in each window."""
         return self.checkpoint.model(input_ids=ids, use_cache=False)
 
     def _wrap(self, hidden: Tensor) -> Any:
@@ -107,30 +105,30 @@ class Replay:
         recorded: list[tuple[Tensor, Call]] = []
 
         def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
-            recorded.append(_split(args, kwargs))
+            recorded.append(split(args, kwargs))
             if len(recorded) == len(self.checkpoint.blocks):
                 raise Reached  # the last block: what the model does after it is not wanted here
             return self._wrap(recorded[-1][0])
 
         with bypassed(self.checkpoint.blocks, stand_in), suppress(Reached):
-            self._forward(ids)
+            self.forward(ids)
         if len(recorded) < len(self.checkpoint.blocks):
-            kind, ran = type(self.checkpoint.model).__name__, f"{len(recorded)} of {len(self.checkpoint.blocks)}"
-            raise UserError(f"model {kind}: runs {ran} blocks on a text, so it cannot be measured on one")
+            self._refuse_skipped(len(recorded))
         return recorded[0][0], [call for _, call in recorded]
 
     def _calls_for(self, windows: int, tokens: int) -> list[Call]:
         """The recorded calls for a batch of this shape; they must not depend on which tokens are in it."""
         shape = (windows, tokens)
         if shape not in self._calls:
-            ids = torch.arange(windows * tokens, device=self.checkpoint.device).view(shape) % self._vocabulary()
+            ids = torch.arange(windows * tokens, device=self.checkpoint.device).view(shape) % self.vocabulary()
             self._calls[shape] = self._enter(ids)[1]
             if len(self._calls) == 1 and not _same(self._calls[shape], self._enter(ids.flip(1))[1]):
                 kind = type(self.checkpoint.model).__name__
                 raise UserError(f"model {kind}: passes its blocks values that depend on the tokens; not supported yet")
         return self._calls[shape]
 
-    def _vocabulary(self) -> int:
+    def vocabulary(self) -> int:
+        """Number of token ids that the model embeds."""
         return int(self.checkpoint.config.get_text_config().vocab_size)
 
     def _outputs_beside_hidden(self) -> tuple[Any, ...] | None:
@@ -143,9 +141,15 @@ class Replay:
 
         ids = torch.zeros(1, 2, dtype=torch.long, device=self.checkpoint.device)
         with bypassed(self.checkpoint.blocks, stand_in), suppress(Reached):
-            self._forward(ids)
+            self.forward(ids)
+        if not arguments:
+            self._refuse_skipped(0)
         output: Any = torch.func.functional_call(self.checkpoint.blocks[0], self.checkpoint.weights(0), *arguments[0])
-        return tuple(output[1:]) if isinstance(output, tuple) else None
+        return tuple(output[1:]) if isinstance(output, tuple | list) else None
+
+    def _refuse_skipped(self, ran: int) -> NoReturn:
+        kind, blocks = type(self.checkpoint.model).__name__, len(self.checkpoint.blocks)
+        raise UserError(f"model {kind}: runs {ran} of {blocks} blocks on a text, so it cannot be measured on one")
 
 
 class _Within(nn.Module):
@@ -163,17 +167,30 @@ class Reached(Exception):  # noqa: N818 - a signal, not an error
 
 @contextmanager
 def bypassed(blocks: nn.ModuleList, stand_in: StandIn) -> Iterator[None]:
-    """While the body runs, `stand_in(index, *args, **kwargs)` answers in the place of each block."""
+    """While the body runs, `stand_in(index, *args, **kwargs)` answers in the place of each block.
+
+    A `forward` that somebody has set on a block, as accelerate's hooks are, is there again afterwards.
+    """
+    before = [vars(block).get("forward") for block in blocks]
     for index, block in enumerate(blocks):
         block.forward = partial(stand_in, index)
     try:
         yield
     finally:
-        for block in blocks:
-            del block.forward
+        for block, own in zip(blocks, before, strict=True):
+            if own is None:
+                del block.forward
+            else:
+                block.forward = own
 
 
-def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states in what a block returns."""
+    hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
+    return hidden
+
+
+def split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
     """Hidden state and the rest of a block's arguments."""
     if args:
         return args[0], Call(args[1:], kwargs, by_name=False)

@@ -17,7 +17,9 @@ group of linears.
 
 from collections.abc import Callable, Sequence
 from contextvars import copy_context
+from typing import Any
 
+import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
@@ -35,7 +37,8 @@ def prune_standing(
 ) -> list[Tensor]:
     """Results of the runs, batch by batch, with each linear pruned by `prune` while all of them stand before it.
 
-    TrialError if a linear was never reached, or if the batches do not meet the linears in one order.
+    TrialError if a linear was never reached, if the batches do not meet the linears in one order, or if the model has
+    changed a setting of torch for the time of a linear.
     """
     gathering = Gathering(linears, kind, getcurrent().switch)
     pruned: set[str] = set()
@@ -53,6 +56,7 @@ class _Walk:
     """Batches that stop together."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
+        self._before = thread_state()
         self._walkers = [greenlet(run) for run in runs]
         for walker in self._walkers:
             walker.gr_context = copy_context()
@@ -68,7 +72,7 @@ class _Walk:
 
     def next(self) -> Sequence[Linear] | None:
         """The linears before which all batches stand now; None when all have ended."""
-        found = [walker.switch() for walker in self._walkers]
+        found = [self._go_on(walker) for walker in self._walkers]
         if all(walker.dead for walker in self._walkers):
             self.results = found
             return None
@@ -76,3 +80,25 @@ class _Walk:
         if any(walker.dead or stop != first for walker, stop in zip(self._walkers, found, strict=True)):
             raise TrialError('batches meet the linears of a block in different orders; set statistics = "block"')
         return first
+
+    def _go_on(self, walker: greenlet) -> Any:
+        """Lets one batch run to where it stops; TrialError if it stops inside a setting of torch that it has changed.
+
+        Such settings belong to the thread, not to the greenlet: the other batches would be computed with them too.
+        """
+        stop = walker.switch()
+        if thread_state() != self._before:
+            raise TrialError(
+                "the model changes settings of torch, such as autocast, around a linear, which batches that stop there "
+                'would share; set statistics = "block"'
+            )
+        return stop
+
+
+def thread_state() -> tuple[object, ...]:
+    """The settings of torch that a model's code can change for a while and that hold for all that the thread does."""
+    accelerator = torch.accelerator.current_accelerator()
+    devices = ["cpu", *([] if accelerator is None else [accelerator.type])]
+    autocast = [(name, torch.is_autocast_enabled(name), torch.get_autocast_dtype(name)) for name in devices]
+    modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype())
+    return *autocast, *modes, torch.get_default_device()

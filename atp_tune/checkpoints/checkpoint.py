@@ -49,6 +49,11 @@ class Linear:
         return f"{self.name}.weight" if self.expert is None else self.name.removesuffix(f"[{self.expert}]")
 
     @property
+    def module(self) -> str:
+        """Path within the block of the module that multiplies by the weight."""
+        return self.key.rpartition(".")[0]
+
+    @property
     def size(self) -> int:
         """Number of weights."""
         return self.out_features * self.in_features
@@ -60,14 +65,21 @@ class Linear:
 
 
 class Checkpoint:
-    """A model in evaluation mode, seen as a list of blocks; weights are read, never written."""
+    """A model in evaluation mode, seen as a list of blocks; weights are read, never written.
+
+    As a context manager it gives a caller's model back as it was: `with Checkpoint(model, device) as checkpoint`.
+    """
 
     def __init__(
         self, model: nn.Module, device: torch.device, residency: Residency | None = None, ahead: bool = True
     ) -> None:
         """`residency`: None chooses; `ahead`: whether the next block is copied while one is used."""
-        self.model = model.eval().requires_grad_(False)
-        if getattr(getattr(model, "config", None), "output_router_logits", False):
+        tensors = (*model.parameters(), *model.buffers())
+        self._modes = [(module, module.training) for module in model.modules()]
+        self._places = [(tensor, tensor.device) for tensor in tensors]
+        self._gives_router_logits = bool(getattr(getattr(model, "config", None), "output_router_logits", False))
+        self.model = model.eval()
+        if self._gives_router_logits:
             self.config.output_router_logits = False  # for the loss in training; bypassed blocks have none to give
         self.device = device
         self.blocks_name, self.blocks = find_blocks(model)
@@ -97,7 +109,22 @@ class Checkpoint:
         wrong = sorted(found["missing_keys"]) + [key for key, *_ in found["mismatched_keys"]]
         if wrong:
             raise UserError(f"model {folder}: has no {wrong[0]} of the shape that its config says; download it again")
-        return cls(model, device, residency)
+        return cls(model.requires_grad_(False), device, residency)
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Gives the model back as it was: the mode of each module, its config, the device of each tensor."""
+        for module, training in self._modes:
+            module.training = training
+        if self._gives_router_logits:
+            self.config.output_router_logits = True
+        for tensor, device in self._places:
+            tensor.data = tensor.data.to(device)
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -212,17 +239,25 @@ def is_value(name: str) -> bool:
     return name.rpartition(".")[2] in ("v_proj", "value")
 
 
+def is_state_space(name: str) -> bool:
+    """Whether a linear is Mamba's Δ projection, a parameter of its recurrence: the model reads its weight, and may
+    never call it, so that its inputs are not known.
+    """
+    return name.rpartition(".")[2] == "dt_proj"
+
+
 def find_linears(block: nn.Module) -> list[Linear]:
     """The prunable linears of a block in the order of its modules: `nn.Linear` and its kin, GPT-2's `Conv1D`, experts.
 
-    What decides on experts is not pruned. UserError if there is no linear, or a weight of a kind that is not known.
+    What decides on experts, convolutions over tokens and what a recurrence is made of are not pruned. UserError if
+    there is no linear, or a weight of a kind that is not known.
     """
     experts = {name: _expert_linears(name, module) for name, module in block.named_modules() if holds_experts(module)}
     gates, found = find_gates(block), []
     for name, module in block.named_modules():
         if name in experts:
             found += experts[name]
-        elif isinstance(module, nn.Linear | Conv1D) and module not in gates:
+        elif isinstance(module, nn.Linear | Conv1D) and module not in gates and not is_state_space(name):
             transposed = isinstance(module, Conv1D)
             rows, columns = module.weight.T.shape if transposed else module.weight.shape
             found.append(Linear(name, rows, columns, transposed))

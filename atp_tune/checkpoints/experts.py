@@ -19,13 +19,25 @@ SAYS = ("num_experts", "has_bias", "is_transposed", "_apply_gate")
 
 
 def holds_experts(module: nn.Module) -> bool:
-    """Whether a module has parameters of its own of more than two dimensions."""
-    return any(parameter.dim() > 2 for parameter in module.parameters(recurse=False))
+    """Whether a module has stacked matrices of its own: parameters of more than two dimensions, two of them over 1.
+
+    A depthwise convolution has none, though its filters [channels, 1, width] lie in three dimensions.
+    """
+    return not is_depthwise(module) and any(map(_is_stack, module.parameters(recurse=False)))
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether a module is a convolution over the tokens that mixes no channels; a state-space block has one."""
+    return isinstance(module, nn.Conv1d) and module.groups == module.in_channels == module.out_channels
+
+
+def _is_stack(parameter: Tensor) -> bool:
+    return parameter.dim() > 2 and sum(size > 1 for size in parameter.shape) > 1
 
 
 def expert_weights(module: Any) -> tuple[str, str]:
     """Names of an experts module's W_up and W_down; UserError if it keeps its experts in another way."""
-    deep = {name: parameter.dim() for name, parameter in module.named_parameters(recurse=False) if parameter.dim() > 2}
+    deep = {name: parameter.dim() for name, parameter in module.named_parameters(recurse=False) if _is_stack(parameter)}
     up = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
     if deep != {up: 3, "down_proj": 3} or not all(hasattr(module, said) for said in SAYS):
         kind, name = type(module).__name__, next(iter(deep))

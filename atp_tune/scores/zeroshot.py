@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from atp_tune.blocks.replay import Replay
+from atp_tune.blocks.verification import verified
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import device_name, find_device, find_dtype, free_memory, host_memory, memory_for
 from atp_tune.checkpoints.models import ModelFolder, resolve
@@ -132,7 +133,7 @@ def evaluate_folder(folder: Path, asked: Asked, watch: Watch, allowed: Mapping[s
     device = find_device(asked.device)
     checkpoint = Checkpoint.load(found.path, find_dtype(dtype, device), device, found.trusted)
     watch(TrialStarted(str(folder), None))
-    scorer.score("model", Replay(checkpoint), found, checkpoint.weights)
+    scorer.score("model", verified(checkpoint), found, checkpoint.weights)
     return scorer.zero_shot(checkpoint)
 
 

@@ -23,7 +23,7 @@ from atp_tune.blocks.evidence import Cache, DenseEvidence
 from atp_tune.blocks.keeping import Kept, is_room, keep_all
 from atp_tune.blocks.prune_pass import BlockStatistics, Pass, PrunedBlock, advance, measure_and_advance
 from atp_tune.blocks.ranking import Ranked, can_rank
-from atp_tune.blocks.replay import Replay
+from atp_tune.blocks.verification import verified
 from atp_tune.cache import cache_dir, sha256_of_json
 from atp_tune.checkpoints.checkpoint import Checkpoint, Linear
 from atp_tune.checkpoints.devices import find_device, find_dtype, free_memory, reuse_freed_memory
@@ -70,7 +70,7 @@ class Bench:
         self.windows = windows
         self.prune_settings = prune
         self.watch = watch
-        self.replay = Replay(checkpoint)
+        self.replay = verified(checkpoint)
         self._ids = {role: torch.from_numpy(w.ids).to(checkpoint.device) for role, w in windows.items()}
         tokens = max(ids.shape[1] for ids in self._ids.values())
         self._batches = {
