@@ -1,5 +1,6 @@
 """Tiny random models of the families that the engine must run, and a bench over them."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -183,11 +184,12 @@ def bench_of(
     watch: Watch = unwatched,
     folder: Path = Path(),
     residency: Residency | None = None,
+    ids: Callable[[int, int, int], Tensor] | None = None,
 ) -> Bench:
-    """A bench over random windows: 5 of calibration, 7 of search, 3 of report."""
-    windows = {"calibration": 5, "search": 7, "report": 3}
+    """A bench over random windows, or those that `ids` draws: 5 of calibration, 7 of search, 3 of report."""
+    windows, draw = {"calibration": 5, "search": 7, "report": 3}, ids or random_ids
     texts = {
-        role: Windows(random_ids(count, TOKENS, seed).numpy(), f"{role} text")
+        role: Windows(draw(count, TOKENS, seed).numpy(), f"{role} text")
         for seed, (role, count) in enumerate(windows.items())
     }
     checkpoint = checkpoint_of(model, residency)

@@ -115,9 +115,21 @@ def test_a_depthwise_convolution_and_a_stack_of_one_vector_are_no_linears() -> N
             super().__init__()
             self.conv = nn.Conv1d(4, 4, 3, groups=4)
             self.mix, self.decay = nn.Parameter(torch.ones(1, 1, 4)), nn.Parameter(torch.ones(4, 2))
-            self.x_proj, self.dt_proj = nn.Linear(4, 3), nn.Linear(2, 4)
+            self.x_proj, self.dt_proj = nn.Linear(16, 12), nn.Linear(2, 4)
 
     assert [linear.name for linear in find_linears(Recurrence())] == ["x_proj"]
+
+
+def test_matrices_that_are_no_linears_and_hold_much_of_a_block_are_refused() -> None:
+    """As DBRX keeps its experts: all of them in one matrix of two dimensions."""
+
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w1 = nn.Parameter(torch.ones(8, 4))
+
+    with pytest.raises(UserError, match="model module Flat: w1 is a matrix in a form that is not known"):
+        find_linears(nn.Sequential(nn.Linear(4, 4), Flat()))
 
 
 @pytest.mark.parametrize("module", [OtherExperts(), OtherExperts(has_gate=False), nn.Conv1d(3, 3, 1)])

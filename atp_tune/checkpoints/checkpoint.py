@@ -29,6 +29,8 @@ from atp_tune.checkpoints.residency import Free, Residency, choose
 from atp_tune.checkpoints.streaming import Stream, Tensors
 from atp_tune.errors import UserError
 
+OTHERS = 0.25  # of the weights in a block's linears: what other matrices may hold, and stay dense
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -263,7 +265,29 @@ def find_linears(block: nn.Module) -> list[Linear]:
             found.append(Linear(name, rows, columns, transposed))
     if not found:
         raise UserError(f"model block {type(block).__name__}: has no linear that can be pruned")
+    _check_others(block, found, gates)
     return found
+
+
+def _check_others(block: nn.Module, found: list[Linear], gates: set[nn.Module]) -> None:
+    """UserError if other matrices than those of linears hold much of a block: it would be denser than it is said to be.
+
+    Routers and recurrences have a few: `OTHERS` of the block's weights at most.
+    """
+    known = {linear.key for linear in found} | {
+        f"{name}.weight" for name, module in block.named_modules() if module in gates
+    }
+    others = {
+        name: parameter.numel()
+        for name, parameter in block.named_parameters()
+        if name not in known
+        and sum(size > 1 for size in parameter.shape) > 1
+        and not is_state_space(name.rpartition(".")[0])
+    }
+    if sum(others.values()) > OTHERS * sum(linear.size for linear in found):
+        name = max(others, key=others.__getitem__)
+        kind = type(block.get_submodule(name.rpartition(".")[0])).__name__
+        raise UserError(f"model module {kind}: {name.rpartition('.')[2]} is a matrix in a form that is not known")
 
 
 def _expert_linears(path: str, module: nn.Module) -> list[Linear]:

@@ -1,0 +1,228 @@
+"""Every causal and image-text type that transformers knows, as a tiny random model: pruned right, or refused.
+
+This file writes `docs/families.md`: ATP_TUNE_WRITE_DOCS=1 python -m pytest tests/test_every_family.py -n 0
+"""
+
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import naive
+import pytest
+import torch
+import transformers
+from everytype import model_of, types
+from families import CPU, bench_of, same_bits
+from safetensors.torch import load_file
+from tinystudy import CommandLine, make_tokenizer, settings
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from atp_tune.blocks.verification import verified
+from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.errors import UserError
+from atp_tune.plan import make_plan
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "families.md"
+WRITES = os.environ.get("ATP_TUNE_WRITE_DOCS") == "1"
+LEAST = 110  # types that are to be equal
+HEAD = f"""# Model families
+
+Every causal and image-text type of transformers {transformers.__version__}, built as a tiny random model and run in float32 on a
+CPU by `tests/test_every_family.py`, which writes this table.
+
+- **equal**: running the model block by block gives its own logits to the last bit, for batches of several shapes, and after Wanda
+  at 50 % the windows' NLLs are those of the model with the same zeros in its own weights. The name is that of its list of blocks.
+- **refused**: one line and exit code 2 when the model is loaded, before anything is measured.
+- **not built**: no tiny model could be made, so nothing was seen.
+
+What a model is refused for is seen on the model itself whenever one is loaded: on one short text its replay, block by block, is
+compared with its own forward. So a model that is not in this table, or that comes with its own code, is checked alike.
+
+"""  # noqa: E501 - as long as the lines of the other documents
+
+
+class Seen(NamedTuple):
+    """What came of one type."""
+
+    result: str
+    why: str
+
+
+WORDS = re.compile(
+    r"^model (?!module)\w+: |^model (?=module)|; such a model cannot be pruned block by block$"
+)  # said of all
+SEEN: dict[str, Seen] = {}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def table() -> Iterator[None]:
+    yield
+    if WRITES:
+        DOCUMENT.write_text(written(SEEN))
+
+
+def written(seen: dict[str, Seen]) -> str:
+    """The document, from what was seen."""
+    counts = Counter(found.result for found in seen.values())
+    sums = ", ".join(f"{counts[result]} {result}" for result in ("equal", "refused", "not built"))
+    rows = [f"| {kind} | {found.result} | {found.why} |" for kind, found in sorted(seen.items())]
+    return "\n".join([f"{HEAD}{len(seen)} types: {sums}, 0 wrong.\n", "| type | | |", "|---|---|---|", *rows, ""])
+
+
+def known() -> dict[str, Seen]:
+    """The rows of the committed table, if it is of this version of transformers."""
+    text = DOCUMENT.read_text()
+    if f"transformers {transformers.__version__}," not in text:
+        return {}
+    return {
+        kind: Seen(result, why) for kind, result, why in re.findall(r"^\| (\S+) \| ([a-z ]+) \| (.*) \|$", text, re.M)
+    }
+
+
+@pytest.mark.parametrize("kind", types())
+@pytest.mark.filterwarnings("ignore")
+def test_a_type_is_pruned_right_or_refused(kind: str) -> None:
+    SEEN[kind] = found = see(kind)
+    rows = {} if WRITES else known()
+    assert found == rows.get(kind, found)
+
+
+def test_most_types_are_equal() -> None:
+    counts = Counter(found.result for found in known().values())
+    assert not known() or (counts["equal"] >= LEAST and sum(counts.values()) == len(types()))
+
+
+def see(kind: str) -> Seen:
+    """Builds a type and prunes it; AssertionError where a number is wrong."""
+    try:
+        model = model_of(kind)
+    except Exception as error:
+        return Seen("not built", reason(error))
+    try:
+        bench = bench_of(model, ids=text)
+    except UserError as error:
+        line = str(error)
+        assert line.isprintable()
+        return Seen("refused", WORDS.sub("", line))
+    check_logits(model, bench.replay)
+    check_pruned(model, bench)
+    linears = {linear.module.partition(".")[2] or linear.module for row in bench.checkpoint.linears for linear in row}
+    return Seen("equal", f"{bench.checkpoint.blocks_name}; {len(linears)} kinds of linears")
+
+
+def reason(error: Exception) -> str:
+    """The last line of an error, short."""
+    line = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
+    return f"{type(error).__name__}: {line[:100]}".replace("|", "/")
+
+
+def text(windows: int, tokens: int = 13, seed: int = 0) -> Tensor:
+    """Random ids that stand for no image."""
+    return torch.randint(3, 60, (windows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def check_logits(model: Any, replay: Any) -> None:
+    for windows, tokens in ((1, 13), (3, 13), (2, 7)):
+        ids = text(windows, tokens, seed=windows)
+        with torch.inference_mode():
+            hidden = replay.embed(ids)
+            for index in range(len(replay.checkpoint.blocks)):
+                hidden = replay.run(index, replay.checkpoint.weights(index), hidden)
+            own = model(input_ids=ids, use_cache=False).logits
+            assert own.isfinite().all()
+            assert torch.equal(replay.logits(ids, hidden), own)
+
+
+def check_pruned(model: Any, bench: Any) -> None:
+    """NLLs of the pruned blocks are those of the model with these weights; half of each block's linears is zero."""
+    pruned = list(bench.prune(make_plan("wanda", "uniform", bench.budget(0.5), {})))
+    found = bench.all_nlls(((block.index, block.weights) for block in pruned), "search")
+    own = dict(model.named_parameters(remove_duplicate=False))
+    for block in pruned:
+        for linear in bench.checkpoint.linears[block.index]:
+            weight = linear.matrix(block.weights[linear.key])
+            assert int((weight == 0).sum()) >= linear.out_features * (linear.in_features // 2)
+        with torch.no_grad():
+            for key in {linear.key for linear in bench.checkpoint.linears[block.index]}:
+                own[f"{bench.checkpoint.blocks_name}.{block.index}.{key}"].copy_(block.weights[key])
+    assert found == pytest.approx(naive.nlls_of(model, text(7, 13, seed=1)), rel=1e-5)
+
+
+HYBRIDS = {
+    "qwen3_next": (),
+    "qwen3_5_text": ("model.residency=host",),
+    "jamba": ("prune.statistics=sequential",),
+    "falcon_h1": ("prune.pruners=['sparsegpt']",),
+    "nemotron_h": ("prune.statistics=dense",),
+    "lfm2": ("model.residency=disk",),
+    "lfm3": ("prune.pruners=['magnitude']",),
+    "olmo_hybrid": ("prune.statistics=sequential", "model.residency=host"),
+    "mamba": ("search.objective=['perplexity', 'kl']",),
+}
+
+
+KEPT = r"conv(1d)?\.weight|dt_proj|A_log|\bD\b|norm|embed|lm_head|router|\bgate\.weight"
+
+
+def exchange(place: Path, kind: str) -> dict[str, Tensor]:
+    """Puts a model of another type into a place; its tensors as its folder holds them."""
+    vocabulary = {"vocab_size": 320} | ({"vocab_size_per_layer_input": 320} if kind == "gemma4_text" else {})
+    model, tokenizer = model_of(kind, **vocabulary), make_tokenizer()
+    shutil.rmtree(place / "model")
+    model.save_pretrained(place / "model")
+    tokenizer.save_pretrained(place / "model")
+    return load_file(place / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", HYBRIDS)
+@pytest.mark.filterwarnings("ignore")
+def test_a_hybrid_goes_from_its_folder_to_a_sparse_one(kind: str, place: Path, command: CommandLine) -> None:
+    dense = exchange(place, kind)
+    options = settings(*HYBRIDS[kind], "search.trials=2")
+    planned = command("plan", "--study", place / "tiny.toml", *options)
+    assert planned.code == 0, planned.err
+    answer = command("--study", place / "tiny.toml", *options)
+    assert answer.code == 0, answer.err
+    best = sorted(place.glob("*.best.json"))
+    source = ("apply", "--config", best[0]) if best else ("prune", "--study", place / "tiny.toml", *options)  # a front
+    applied = command(*source, "--out", place / "sparse")
+    assert applied.code == 0, applied.err
+    assert "warning" not in applied.err + applied.out
+    sparse = load_file(place / "sparse" / "model.safetensors")
+    assert sparse.keys() == dense.keys()
+    changed = {name for name in dense if not same_bits(dense[name], sparse[name])}
+    assert changed and all(sparse[name].count_nonzero() < 0.7 * sparse[name].numel() for name in changed)
+    assert [name for name in changed if re.search(KEPT, name)] == []
+    assert AutoModelForCausalLM.from_pretrained(place / "sparse").config.model_type == kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("bert", "predicts tokens from those that come later"),
+        ("hrm_text", "runs its blocks several times"),
+        ("hy_v4", "gives block 0 hidden states that are not"),
+        ("gemma4_text", "passes its blocks values that depend on the tokens"),
+        ("llama4_text", "gate_up_proj has 3 dimensions"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_refused_is_refused_by_the_command(kind: str, said: str, place: Path, command: CommandLine) -> None:
+    exchange(place, kind)
+    answer = command("--study", place / "tiny.toml")
+    assert said in answer.error  # one line, exit code 2
+    assert not list(place.glob("*.best.json"))
+
+
+def test_a_model_of_a_mixture_of_blocks_is_one_list() -> None:
+    """Attention, a recurrence, experts and a plain MLP in one list of blocks, each with linears of its own."""
+    checkpoint = Checkpoint(model_of("nemotron_h"), CPU)
+    names = [{linear.module for linear in row} for row in checkpoint.linears]
+    assert [bool(row) for row in names] == [True] * 4
+    assert len({tuple(sorted(row)) for row in names}) == 4
+    verified(checkpoint)
