@@ -201,6 +201,18 @@ def test_a_hybrid_goes_from_its_folder_to_a_sparse_one(kind: str, place: Path, c
     assert AutoModelForCausalLM.from_pretrained(place / "sparse").config.model_type == kind
 
 
+@pytest.mark.parametrize("kind", HYBRIDS)
+@pytest.mark.filterwarnings("ignore")
+def test_recurrent_states_start_anew_in_each_window(kind: str) -> None:
+    bench = bench_of(model_of(kind), ids=text)
+    first = bench.all_nlls(bench.dense(), "search")
+    assert bench.all_nlls(bench.dense(), "search") == first
+    bench._ids["search"] = bench._ids["search"].flip(0)
+    assert bench.all_nlls(bench.dense(), "search") == pytest.approx(first[::-1], rel=1e-5)
+    alone = [naive.nlls_of(bench.checkpoint.model, ids[None])[0] for ids in text(7, 13, seed=1)]
+    assert first == pytest.approx(alone, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
