@@ -25,6 +25,7 @@ from atp_tune.checkpoints.classes import auto_class, language_model
 from atp_tune.checkpoints.convert import one_line
 from atp_tune.checkpoints.devices import device_limit, free_memory, host_memory
 from atp_tune.checkpoints.experts import expert_name, expert_weights, find_gates, holds_experts
+from atp_tune.checkpoints.quantized import check_full, check_plain
 from atp_tune.checkpoints.residency import Free, Residency, choose
 from atp_tune.checkpoints.streaming import Stream, Tensors
 from atp_tune.errors import UserError
@@ -85,6 +86,7 @@ class Checkpoint:
         residency: Residency | None = None,
     ) -> "Checkpoint":
         """Loads a folder of safetensors; UserError where transformers cannot. `trusted`: code in it may run."""
+        check_full(folder)
         hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         options = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
@@ -226,6 +228,7 @@ def find_linears(block: nn.Module) -> list[Linear]:
             transposed = isinstance(module, Conv1D)
             rows, columns = module.weight.T.shape if transposed else module.weight.shape
             found.append(Linear(name, rows, columns, transposed))
+    check_plain(block, (linear.key for linear in found))
     if not found:
         raise UserError(f"model block {type(block).__name__}: has no linear that can be pruned")
     return found
