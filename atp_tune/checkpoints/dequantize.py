@@ -12,7 +12,7 @@ Formats v1.0, section 5; transformers' `integrations.finegrained_fp8` and `mxfp4
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,11 @@ class Stored:
         found: dict[str, str] = {}
         for name in self.places:
             module, _, last = name.rpartition(".")
-            beside = [f"{name}_scale_inv", f"{module}.scale", f"{module}.qscale_weight"]
+            beside = [f"{name}_scale_inv", f"{name}_scale", f"{module}.scale", f"{module}.qscale_weight"]
             if name.endswith("_blocks"):
                 beside = [f"{name.removesuffix('_blocks')}_scales"]
             elif last != "weight":
-                beside = beside[:1]
+                beside = beside[:2]
             scale = next((scale for scale in beside if scale in self.places), None)
             if scale is not None and self.places[name][1] not in FULL:
                 found[name] = scale
@@ -79,7 +79,7 @@ class Stored:
         for name, (_, kind) in self.places.items():
             if kind[:2] in ("F8", "F4", "F6", "I8", "U8") and name not in self.scales and name not in used:
                 raise UserError(f"model.source: {self.folder} has {name} as {kind} without its scales")
-            if name.endswith(("_scale_inv", ".qscale_weight")) and name not in used:
+            if name.endswith(("_scale_inv", "weight_scale", ".qscale_weight")) and name not in used:
                 raise UserError(f"model.source: {self.folder} has scales ({name}) without their weights")
 
 
@@ -111,11 +111,15 @@ def _full(stored: Stored, file: Path, config: dict[str, Any]) -> Iterator[tuple[
             yield name, stored.get(name)
             continue
         codes, scale = stored.get(name), stored.get(stored.scales[name])
+        read, dims = (from_mxfp4, 3) if name.endswith("_blocks") else (partial(from_fp8, table=table), 2)
         try:
-            full = from_mxfp4(codes, scale) if name.endswith("_blocks") else from_fp8(codes, scale, table)
+            if codes.dim() > dims and scale.dim():  # expert by expert: products in float32 are large
+                full = torch.stack([read(*one).to(dtype) for one in zip(codes, scale, strict=True)])
+            else:
+                full = read(codes, scale).to(dtype)
         except ValueError as error:
             raise UserError(f"model.source: {stored.folder} has {name} in a form that is not known: {error}") from None
-        yield name.removesuffix("_blocks"), full.to(dtype).contiguous()
+        yield name.removesuffix("_blocks"), full.contiguous()
 
 
 def from_fp8(codes: Tensor, scales: Tensor, table: dict[str, Any]) -> Tensor:
@@ -159,7 +163,7 @@ def _from_e2m1(packed: Tensor) -> Tensor:
 
 
 def _powers(exponents: Tensor) -> Tensor:
-    return torch.ldexp(torch.ones(()), exponents.int() - 127)
+    return torch.ldexp(torch.ones(exponents.shape), exponents.int() - 127)
 
 
 def _dtype(config: dict[str, Any]) -> torch.dtype:

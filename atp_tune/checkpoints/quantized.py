@@ -75,8 +75,8 @@ def without_quantization(config: dict[str, Any], depth: int = _DEPTH) -> dict[st
 def parts_of(config: dict[str, Any], depth: int = _DEPTH) -> Iterator[dict[str, Any]]:
     """A `config.json` and those of its parts, the language model of one that reads images, say."""
     yield config
-    for part in config.values():
-        if isinstance(part, dict) and depth:
+    for key, part in config.items():
+        if isinstance(part, dict) and depth and key not in _ELSEWHERE:
             yield from parts_of(part, depth - 1)
 
 
