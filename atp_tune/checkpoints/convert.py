@@ -7,6 +7,7 @@ import logging
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
@@ -133,12 +134,10 @@ def _save_dequantized(source: Path, target: Path, method: str, trusted: bool) ->
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     check_scaled(sorted(source.glob("*.safetensors")), str(source))
-    options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": trusted, "device_map": {"": "cpu"}}
-    later = method.startswith("bitsandbytes")  # its weights are loaded as they are first
-    if not later:
-        options["quantization_config"] = AUTO_QUANTIZATION_CONFIG_MAPPING[method](dequantize=True)
-    model = _complete_model(source, dtype="auto", whole=True, **options)
-    model = model.dequantize() if later else model
+    asked = AUTO_QUANTIZATION_CONFIG_MAPPING[method](dequantize=True)
+    options = {"use_safetensors": True, "trust_remote_code": trusted, "device_map": {"": "cpu"}}
+    with warnings.catch_warnings(action="ignore"):  # that most of what is asked for is in the folder's own config
+        model = _complete_model(source, dtype="auto", whole=True, quantization_config=asked, **options)
     check_plain(model, (name for name, _ in model.named_parameters()))
     model.save_pretrained(target)
     config = json.loads((target / "config.json").read_text())

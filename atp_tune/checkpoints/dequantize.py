@@ -1,12 +1,16 @@
-"""FP8 and MXFP4 weights in full numbers, one tensor at a time: a model of any size is read back on any machine.
+"""Quantized weights in full numbers, one tensor at a time: a model of any size is read back on any machine.
 
-    FP8     W[i, j] = Q[i, j] · S[i // a, j // b]         Q: float8; tiles a × b of `weight_block_size`, or S's own
-    MXFP8   the same, tiles of 1 × 32, with S = 2^(E − 127) for a byte E
-    MXFP4   W[.., 32 g + k, i] = F[Q[.., i, g, k]] · 2^(E[.., i, g] − 127)   Q: 4 bits, two a byte, the low ones first
+    FP8      W[i, j] = Q[i, j] S[i // a, j // b]            Q: float8; tiles a × b of `weight_block_size`, or S's own
+    MXFP8    the same, tiles of 1 × 32, with S = 2^(E − 127) for a byte E
+    MXFP4    W[.., 32 g + k, i] = F[Q[.., i, g, k]] 2^(E[.., i, g] − 127)     Q: 4 bits, two a byte, the low ones first
+    LLM.int8 W[i, j] = Q[i, j] S[i] / 127                   Q: int8; bitsandbytes, 8 bits
+    NF4, FP4 W[n] = M[Q[n]] A[n // b]                       Q: 4 bits, the high ones first; bitsandbytes, 4 bits
+             A[m] = N[B[m]] C[m // c] + o                   where A itself is stored in bytes B ("double" or nested)
 
-F are the sixteen numbers of E2M1. The last tiles of a row or column may be cut off. Products are in float32, and are
-stored in the config's dtype, bf16 where it names none. Sources: DeepSeek-V3, `fp8_cast_bf16.py`; OCP Microscaling
-Formats v1.0, section 5; transformers' `integrations.finegrained_fp8` and `mxfp4`, which keep names and shapes so.
+F are the sixteen numbers of E2M1, M and N tables of the file; n runs over a matrix row by row. The last tiles and
+blocks may be cut off. Products are in float32, and are stored in the config's dtype, bf16 where it names none. Sources:
+DeepSeek-V3, `fp8_cast_bf16.py`; OCP Microscaling Formats v1.0, section 5; transformers' `integrations.finegrained_fp8`
+and `mxfp4`, which keep names and shapes so; Dettmers et al., 2022 (LLM.int8) and 2023 (QLoRA), and `bitsandbytes`.
 """
 
 import json
@@ -52,20 +56,27 @@ class Stored:
         return {name: (file, entry["dtype"]) for file in self.files for name, entry in read_header(file).items()}
 
     @cached_property
-    def scales(self) -> dict[str, str]:
-        """Name of the scales of each quantized tensor."""
-        found: dict[str, str] = {}
+    def beside(self) -> dict[str, list[str]]:
+        """Names of what each quantized tensor is read with, its scales first."""
+        inner: dict[str, list[str]] = {}
         for name in self.places:
-            module, _, last = name.rpartition(".")
-            beside = [f"{name}_scale_inv", f"{name}_scale", f"{module}.scale", f"{module}.qscale_weight"]
-            if name.endswith("_blocks"):
-                beside = [f"{name.removesuffix('_blocks')}_scales"]
-            elif last != "weight":
-                beside = beside[:2]
-            scale = next((scale for scale in beside if scale in self.places), None)
-            if scale is not None and self.places[name][1] not in FULL:
-                found[name] = scale
-        return found
+            module, within, _ = name.partition(".weight.")
+            if within:
+                inner.setdefault(f"{module}.weight", []).append(name)
+        codes = (name for name, (_, kind) in self.places.items() if kind not in FULL)
+        found = {name: inner.get(name) or self._scales(name) for name in codes}
+        return {name: others for name, others in found.items() if others}
+
+    def _scales(self, name: str) -> list[str]:
+        module, _, last = name.rpartition(".")
+        if name.endswith("_blocks"):
+            names = [f"{name.removesuffix('_blocks')}_scales"]
+        else:
+            names = [f"{name}_scale_inv", f"{name}_scale"]
+            names += [f"{module}.{scale}" for scale in ("scale", "qscale_weight", "SCB") if last == "weight"]
+        found = [scale for scale in names if scale in self.places][:1]
+        form = f"{module}.weight_format"
+        return [*found, form] if found == [f"{module}.SCB"] and form in self.places else found
 
     def get(self, name: str) -> Tensor:
         """A tensor as it is stored."""
@@ -73,11 +84,16 @@ class Stored:
             tensor: Tensor = tensors.get_tensor(name)
         return tensor
 
+    @cached_property
+    def used(self) -> set[str]:
+        """Names of what other tensors are read with."""
+        return {other for others in self.beside.values() for other in others}
+
     def check(self) -> None:
         """UserError if codes have no scales, or scales no codes."""
-        used = set(self.scales.values())
+        used = self.used
         for name, (_, kind) in self.places.items():
-            if kind[:2] in ("F8", "F4", "F6", "I8", "U8") and name not in self.scales and name not in used:
+            if kind[:2] in ("F8", "F4", "F6", "I8", "U8") and name not in self.beside and name not in used:
                 raise UserError(f"model.source: {self.folder} has {name} as {kind} without its scales")
             if name.endswith(("_scale_inv", "weight_scale", ".qscale_weight")) and name not in used:
                 raise UserError(f"model.source: {self.folder} has scales ({name}) without their weights")
@@ -103,23 +119,33 @@ def dequantize_folder(source: Path, target: Path) -> None:
 def _full(stored: Stored, file: Path, config: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """Name and values of each tensor that a file holds when it is in full numbers."""
     table, dtype = quantization_of(config) or {}, _dtype(config)
-    scales = set(stored.scales.values())
     for name in read_header(file):
-        if name in scales or name.rpartition(".")[2] in _OF_ACTIVATIONS:
+        if name in stored.used or name.rpartition(".")[2] in _OF_ACTIVATIONS:
             continue
-        if name not in stored.scales:
+        if name not in stored.beside:
             yield name, stored.get(name)
             continue
-        codes, scale = stored.get(name), stored.get(stored.scales[name])
-        read, dims = (from_mxfp4, 3) if name.endswith("_blocks") else (partial(from_fp8, table=table), 2)
         try:
-            if codes.dim() > dims and scale.dim():  # expert by expert: products in float32 are large
-                full = torch.stack([read(*one).to(dtype) for one in zip(codes, scale, strict=True)])
-            else:
-                full = read(codes, scale).to(dtype)
-        except ValueError as error:
+            full = _dequantized(stored, name, table, dtype)
+        except (ValueError, KeyError) as error:
             raise UserError(f"model.source: {stored.folder} has {name} in a form that is not known: {error}") from None
         yield name.removesuffix("_blocks"), full.contiguous()
+
+
+def _dequantized(stored: Stored, name: str, table: dict[str, Any], dtype: torch.dtype) -> Tensor:
+    codes, first = stored.get(name), stored.beside[name][0]
+    if first.startswith(f"{name}."):
+        parts = {other.removeprefix(f"{name}."): stored.get(other) for other in stored.beside[name]}
+        return from_4bit(codes, parts).to(dtype)
+    scales = stored.get(first)
+    if first.endswith(".SCB"):
+        if any(stored.get(form).any() for form in stored.beside[name][1:]):
+            raise ValueError("sorted for one kind of GPU (weight_format)")
+        return (codes.float() * scales[:, None] / 127).to(dtype)
+    read, dims = (from_mxfp4, 3) if name.endswith("_blocks") else (partial(from_fp8, table=table), 2)
+    if codes.dim() > dims and scales.dim():  # expert by expert: products in float32 are large
+        return torch.stack([read(*one).to(dtype) for one in zip(codes, scales, strict=True)])
+    return read(codes, scales).to(dtype)
 
 
 def from_fp8(codes: Tensor, scales: Tensor, table: dict[str, Any]) -> Tensor:
@@ -145,6 +171,24 @@ def from_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
         raise ValueError(f"blocks {list(blocks.shape)}, scales {list(scales.shape)}")
     values = _from_e2m1(blocks) * _powers(scales)[..., None]
     return values.flatten(-2).transpose(-1, -2)
+
+
+def from_4bit(codes: Tensor, parts: dict[str, Tensor]) -> Tensor:
+    """W [out, in] in float32 of bitsandbytes' bytes and what it keeps beside them; KeyError where something lacks."""
+    state = next(tensor for name, tensor in parts.items() if name.startswith("quant_state."))
+    said = json.loads(bytes(state.tolist()))
+    scales = parts["absmax"]
+    if scales.dtype == torch.uint8:
+        bytes_ = parts["nested_quant_map"][scales.int()]
+        scales = _by_blocks(bytes_, parts["nested_absmax"], said["nested_blocksize"]) + said["nested_offset"]
+    packed = codes.flatten()
+    values = parts["quant_map"][torch.stack([packed >> 4, packed & 15], -1).int().flatten()]
+    shape = torch.Size(said["shape"])
+    return _by_blocks(values[: shape.numel()], scales, said["blocksize"]).reshape(shape)
+
+
+def _by_blocks(values: Tensor, scales: Tensor, block: int) -> Tensor:
+    return values * scales.repeat_interleave(block)[: len(values)]
 
 
 def _tile(size: int, count: int, block: int) -> int:

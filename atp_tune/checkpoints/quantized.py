@@ -17,11 +17,9 @@ from atp_tune.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
-BY_TENSOR = ("fp8", "mxfp8", "mxfp4")  # `dequantize` reads these one tensor at a time
+BY_TENSOR = ("fp8", "mxfp8", "mxfp4", "bitsandbytes_4bit", "bitsandbytes_8bit")  # `dequantize` reads these
 BY_MODEL = {  # transformers reads these, all of the model in memory, with a package of its own for some
     "compressed-tensors": "compressed_tensors",
-    "bitsandbytes_4bit": "bitsandbytes",
-    "bitsandbytes_8bit": "bitsandbytes",
     "metal": "transformers",
 }
 FULL = ("F64", "F32", "F16", "BF16")  # number formats, as headers call them, in which weights need no scale
@@ -29,7 +27,7 @@ _DEPTH = 2  # of parts in parts: a talker's language model is in two
 _INSTEAD = "give the checkpoint that it was made from"
 BESIDE = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # of GPTQ, AWQ, ModelOpt
 _ELSEWHERE = ("compression_config", "quantization")  # of early compressed-tensors, MLX
-_SCALES = ("weight_scale_inv", "weight_scale", "scale", "scales", "qscale_weight", "SCB", "weight.absmax")
+_SCALES = ("weight_scale_inv", "weight_scale", "scale", "scales", "qscale_weight", "SCB")
 
 
 def find_method(folder: Path, name: str) -> str | None:
