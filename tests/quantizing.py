@@ -165,7 +165,8 @@ def as_nf4(nested: bool) -> Callable[[Path, Tensors], Tensors]:
                 beside |= {"absmax": torch.tensor(places, dtype=torch.uint8), "nested_absmax": outer}
                 beside["nested_quant_map"] = table
                 said |= {"nested_blocksize": OUTER, "nested_dtype": "float32", "nested_offset": OFFSET}
-            codes = [int((torch.tensor(NF4) - x / most[n // BLOCK]).abs().argmin()) for n, x in enumerate(flat)]
+            near = flat / most.repeat_interleave(BLOCK)[: len(flat)]
+            codes = (near[:, None] - torch.tensor(NF4)).abs().argmin(-1).tolist()
             packed = [16 * high + low for high, low in zip(codes[0::2], codes[1::2], strict=True)]
             stored[name] = torch.tensor(packed, dtype=torch.uint8)[:, None]
             beside["quant_state.bitsandbytes__nf4"] = torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8)

