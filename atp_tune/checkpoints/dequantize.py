@@ -27,13 +27,12 @@ from torch import Tensor
 
 from atp_tune.checkpoints.devices import DTYPES
 from atp_tune.checkpoints.headers import read_header
-from atp_tune.checkpoints.quantized import FULL, parts_of, quantization_of, without_quantization
+from atp_tune.checkpoints.quantized import FULL, parts_of, quantization_of, scales_of, without_quantization
 from atp_tune.checkpoints.trust import read_table
 from atp_tune.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_FLOAT8 = ("F8_E4M3", "F8_E5M2")
 _OF_ACTIVATIONS = ("activation_scale", "input_scale")
 
 
@@ -68,15 +67,10 @@ class Stored:
         return {name: others for name, others in found.items() if others}
 
     def _scales(self, name: str) -> list[str]:
-        module, _, last = name.rpartition(".")
-        if name.endswith("_blocks"):
-            names = [f"{name.removesuffix('_blocks')}_scales"]
-        else:
-            names = [f"{name}_scale_inv", f"{name}_scale"]
-            names += [f"{module}.{scale}" for scale in ("scale", "qscale_weight", "SCB") if last == "weight"]
+        names = [f"{name.removesuffix('_blocks')}_scales"] if name.endswith("_blocks") else scales_of(name)
         found = [scale for scale in names if scale in self.places][:1]
-        form = f"{module}.weight_format"
-        return [*found, form] if found == [f"{module}.SCB"] and form in self.places else found
+        form = f"{name.rpartition('.')[0]}.weight_format"
+        return [*found, form] if found and found[0].endswith(".SCB") and form in self.places else found
 
     def get(self, name: str) -> Tensor:
         """A tensor as it is stored."""
@@ -93,7 +87,8 @@ class Stored:
         """UserError if codes have no scales, or scales no codes."""
         used = self.used
         for name, (_, kind) in self.places.items():
-            if kind[:2] in ("F8", "F4", "F6", "I8", "U8") and name not in self.beside and name not in used:
+            coded = kind[:2] in ("F8", "F4", "F6", "I8", "U8") or (kind not in FULL and name.endswith(".weight"))
+            if coded and name not in self.beside and name not in used:
                 raise UserError(f"model.source: {self.folder} has {name} as {kind} without its scales")
             if name.endswith(("_scale_inv", "weight_scale", ".qscale_weight")) and name not in used:
                 raise UserError(f"model.source: {self.folder} has scales ({name}) without their weights")
@@ -154,11 +149,14 @@ def from_fp8(codes: Tensor, scales: Tensor, table: dict[str, Any]) -> Tensor:
         if table.get("expert_dtype") != "fp4":
             raise ValueError("8-bit integers")
         values = _from_e2m1(codes.view(torch.uint8))
+    elif not codes.is_floating_point():
+        raise ValueError(f"codes of {str(codes.dtype).removeprefix('torch.')}")
     else:
         values = codes.float()
     scales = _powers(scales) if scales.dtype == torch.uint8 else scales.float()
     scales = scales.reshape(scales.shape + (1,) * (values.dim() - scales.dim()))
-    block = table.get("weight_block_size") or (0, 0)
+    usual = (1, 32) if table.get("quant_method") == "mxfp8" else (128, 128)
+    block = table.get("weight_block_size", usual) or (0, 0)
     for dim in (-2, -1):
         size, count = values.shape[dim], scales.shape[dim]
         scales = scales.repeat_interleave(_tile(size, count, block[dim]), dim).narrow(dim, 0, size)
