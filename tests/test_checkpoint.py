@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from atp_tune.checkpoints import checkpoint as module
 from atp_tune.checkpoints.buffers import Mapped, mapped_files
-from atp_tune.checkpoints.checkpoint import Checkpoint, find_blocks, find_linears
+from atp_tune.checkpoints.checkpoint import Checkpoint, find_blocks
+from atp_tune.checkpoints.linears import find_linears
 from atp_tune.checkpoints.residency import Residency
 from atp_tune.errors import UserError
 

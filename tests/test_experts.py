@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from atp_tune.blocks.gathering import AllHeard, Gathering, ending
 from atp_tune.blocks.prune_pass import unmeasured
-from atp_tune.checkpoints.checkpoint import find_linears
 from atp_tune.checkpoints.experts import expert_inputs
+from atp_tune.checkpoints.linears import find_linears
 from atp_tune.errors import TrialError
 from atp_tune.events import unwatched
 from atp_tune.plan import Plan

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from atp_tune.blocks.prune_pass import Pass
 from atp_tune.blocks.replay import Replay
 from atp_tune.blocks.standing import prune_standing
-from atp_tune.checkpoints.checkpoint import find_linears
+from atp_tune.checkpoints.linears import find_linears
 from atp_tune.errors import TrialError
 from atp_tune.plan import Plan
 from atp_tune.pruners import PRUNERS, make_pruner

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from atp_tune.allocations import LinearSparsities
 from atp_tune.allocations.budget import Score
-from atp_tune.checkpoints.checkpoint import Checkpoint, Linear
+from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.checkpoints.linears import Linear
 from atp_tune.errors import TrialError
 from atp_tune.pruners.statistics import InputNorms, Statistics
 

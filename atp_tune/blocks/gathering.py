@@ -8,8 +8,8 @@ from weakref import ref
 
 from torch import Tensor, nn
 
-from atp_tune.checkpoints.checkpoint import Linear
 from atp_tune.checkpoints.experts import expert_inputs, expert_name, expert_weights
+from atp_tune.checkpoints.linears import Linear
 from atp_tune.errors import TrialError
 from atp_tune.pruners import Statistics
 

@@ -24,7 +24,7 @@ from atp_tune.blocks.batching import BatchSize
 from atp_tune.blocks.gathering import AllHeard, Gathering, ending
 from atp_tune.blocks.replay import Replay
 from atp_tune.blocks.standing import prune_standing
-from atp_tune.checkpoints.checkpoint import Linear
+from atp_tune.checkpoints.linears import Linear
 from atp_tune.plan import Plan
 from atp_tune.pruners import Pruner, Statistics, make_pruner
 from atp_tune.pruners.selection import nonzeros

