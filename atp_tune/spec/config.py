@@ -148,10 +148,15 @@ class Baselines(Part):
 
 
 class Texts(Part):
-    """The texts that were searched and reported on; with the paper's protocol they are the same."""
+    """The texts that were searched and reported on; with the paper's protocol they are the same.
+
+    `bos`: the windows of these and of the calibration text begin with BOS; files without the key are older, and have
+    none.
+    """
 
     search: Text
     report: Text
+    bos: bool = False
 
 
 Compared = Literal["dense", "uniform", "best", "model"]  # the last one is a folder's, alone
