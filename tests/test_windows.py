@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -141,9 +142,9 @@ def test_few_windows_tokenise_little_of_a_huge_text(
 
     real, seen = windows._encoder, []
 
-    def counting(folder: Path, trusted: bool) -> windows.Encode:
-        encode = real(folder, trusted)
-        return lambda text: (seen.append(len(text)), encode(text))[1]
+    def counting(*given: Any) -> tuple[windows.Encode, list[int]]:
+        encode, first = real(*given)
+        return lambda text: (seen.append(len(text)), encode(text))[1], first
 
     monkeypatch.setattr(windows, "_encoder", counting)
     text = Text(source=write(tmp_path / "a.jsonl", *TOPICS * 3), windows=2, tokens=32)

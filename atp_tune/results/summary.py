@@ -330,7 +330,8 @@ def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) 
         baselines=Baselines(dense=summary.dense, uniform=_scores(uniform, reports)),
         kl=_both(summary, best, uniform),
         calibration=spec.texts.calibration,
-        texts=Texts(search=spec.texts.search, report=spec.report_text, bos=storage.has_bos(study)),
+        texts=Texts(search=spec.texts.search, report=spec.report_text),
+        bos=summary.bos,
         seed=spec.search.seed,
         versions=best.user_attrs["versions"],
     ).seen_from(file.folder, out.parent)

@@ -108,9 +108,10 @@ class Bench:
         return bench._asked(setup) if setup.bos is None else bench
 
     def _asked(self, setup: Setup) -> "Bench":
-        """The bench with BOS or without, as the dense model is better."""
+        """The bench with BOS or without, as the dense model is better; there may be no BOS to ask for."""
         self.bos_effect = compare(self, setup.texts["calibration"], setup.base)
-        self.watch(Note(f"texts.bos: {self.bos_effect or 'no BOS, the tokenizer has none that the model knows'}"))
+        if self.bos_effect is not None:
+            self.watch(Note(f"texts.bos: {self.bos_effect}"))
         if self.bos_effect is None or not self.bos_effect.taken:
             return self
         windows = _all_windows(setup, self.folder, bos=True)

@@ -42,7 +42,7 @@ def write_applied(
     check_free(out)
     model = config.model.model(allowed)
     texts = {"calibration": config.calibration, "report": config.texts.report}
-    setup = Setup(model, config.prune, texts, base, device, config.texts.bos)
+    setup = Setup(model, config.prune, texts, base, device, config.bos)
     bench = Bench.open(setup, watch)  # its memory is free again where this ends
     return setup, write_sparse(bench, plan_of(config, bench), out, config.seen_from(base, out))
 
@@ -135,7 +135,8 @@ def _config(file: StudyFile, bench: Bench, plan: Plan) -> Config:
         perplexity=nothing,
         baselines=Baselines(dense=nothing, uniform=nothing),
         calibration=study.texts.calibration,
-        texts=Texts(search=study.texts.search, report=study.report_text, bos=bench.bos),
+        texts=Texts(search=study.texts.search, report=study.report_text),
+        bos=bench.bos,
         seed=study.search.seed,
         versions=versions(),
     )  # fmt: skip

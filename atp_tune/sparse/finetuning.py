@@ -187,11 +187,11 @@ def _write(trainer: "Trainer", checkpoint: Checkpoint, job: Job, folder: Path) -
 def _said(done: Finetuned) -> str:
     """What a model card says of it."""
     settings = ", ".join(f"{key} {value:g}" for key, value in done.settings.model_dump().items())
-    zeros = done.zeros
+    zeros, bos = done.zeros, ", each beginning with BOS" if done.bos else ""
     trained = done.text.model_copy(update={"windows": done.windows, "tokens": done.settings.tokens})
     return (
-        f"The weights that are not zero were trained with LoRA on {words(trained)} ({settings}). {zeros.after:,} of "
-        f"{zeros.weights:,} weights are zero, {zeros.before:,} were before. Perplexity on {words(done.report)}: "
+        f"The weights that are not zero were trained with LoRA on {words(trained)}{bos} ({settings}). "
+        f"{zeros.after:,} of {zeros.weights:,} weights are zero, {zeros.before:,} were before. Perplexity on {words(done.report)}: "
         f"{done.before} before, {done.after} after ({done.change}). All below is of the model before that; "
         f"{FINETUNED} has the rest."
     )

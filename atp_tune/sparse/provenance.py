@@ -35,7 +35,7 @@ def origin(folder: Path) -> Origin | None:
     made = read_config(file)
     base, texts, dense = folder / made.folder, made.texts, made.baselines.dense.report
     calibration, search, report = (rooted(text, base) for text in (made.calibration, texts.search, texts.report))
-    return Origin(calibration, search, report, made.model.dtype, dense, texts.bos)
+    return Origin(calibration, search, report, made.model.dtype, dense, made.bos)
 
 
 def rooted(text: Text, base: Path) -> Text:

@@ -148,15 +148,10 @@ class Baselines(Part):
 
 
 class Texts(Part):
-    """The texts that were searched and reported on; with the paper's protocol they are the same.
-
-    `bos`: the windows of these and of the calibration text begin with BOS; files without the key are older, and have
-    none.
-    """
+    """The texts that were searched and reported on; with the paper's protocol they are the same."""
 
     search: Text
     report: Text
-    bos: bool = False
 
 
 Compared = Literal["dense", "uniform", "best", "model"]  # the last one is a folder's, alone
@@ -226,6 +221,7 @@ class Config(Part):
     kl: BothDivergences | None = Field(None, description="where the study minimised it")
     calibration: Text
     texts: Texts
+    bos: bool = Field(False, description="the windows of all texts begin with BOS; not in files without the key")
     seed: int
     versions: dict[str, str]
     folder: str = Field(".", description="where relative paths of model and texts start, seen from this file")
