@@ -6,10 +6,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import optuna
 import pytest
 import torch
 from test_applying import tensors
+from test_zeroshot import make_tasks
 from tinystudy import (
     BLOCKS,
     TOKENS,
@@ -37,7 +39,7 @@ from atp_tune.trials import storage
 
 BOS = 0
 MEASURED = r"texts\.bos: every window begins with <s>: dense perplexity [\d.]+ with it, [\d.]+ without "
-FEW = r"\(4 windows of 32 tokens of the calibration text\)"
+FEW = r"\(8 windows of 32 tokens of the calibration text\)"
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -157,13 +159,13 @@ def test_a_model_that_needs_bos_is_given_it(wanting: Path, command: CommandLine)
 
 def test_both_ways_are_measured_on_the_same_tokens(finished: Path) -> None:
     found = BosEffect.model_validate(reopen(finished).user_attrs["bos"])
-    windows = by_hand(finished, "calibration", bos=True, windows=4)
+    windows = by_hand(finished, "calibration", bos=True, windows=8)
     with_bos = perplexity(nlls(finished / "model", windows, counted=2))
     without = perplexity(nlls(finished / "model", windows[:, 1:], counted=1))
     assert found.with_bos.value == pytest.approx(with_bos.value, rel=1e-5)
     assert found.without.value == pytest.approx(without.value, rel=1e-5)
     assert found.without.stderr == pytest.approx(without.stderr, rel=1e-3)
-    assert (found.token, found.windows, found.tokens, found.taken) == ("<s>", 4, TOKENS, True)
+    assert (found.token, found.windows, found.tokens, found.taken) == ("<s>", 8, TOKENS, True)
 
 
 def test_a_model_that_does_not_need_it_is_not(place: Path, command: CommandLine) -> None:
@@ -212,6 +214,7 @@ def test_a_bos_beyond_the_vocabulary_is_none(place: Path, command: CommandLine) 
         ([0.1, 0.3], False),  # 0.2 against 12.7 · 0.1
         ([0.1, 0.2, 0.3], False),  # 0.2 against 4.30 · 0.058 = 0.25
         ([0.1], True),
+        ([0.0, 0.2, 0.3, 0.5, 0.0, 0.2, 0.3, 0.5], True),  # 0.25 against 2.365 · 0.068 = 0.16
         ([-1.0] * 4, False),
         ([float("nan")] * 4, False),
         ([0.5, float("inf"), 0.5, 0.5], False),
@@ -397,6 +400,41 @@ def test_a_text_to_train_on_is_compared_without_bos(finished: Path, command: Com
     short = ("--steps", "4", "--batch", "4", "--tokens", "32", "--text", f"file:{finished / 'copy.txt'}")
     answer = command("finetune", "--model", finished / "sparse", "--out", finished / "out", *short)
     assert "16 windows of file:" in answer.error
+
+
+def test_zero_shot_scores_are_of_these_masks(
+    finished: Path, tmp_path: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval")
+    opened, original = list[bench.Bench](), bench.Bench.open
+    monkeypatch.setattr(bench.Bench, "open", lambda *given: opened.append(original(*given)) or opened[-1])
+    task = make_tasks(tmp_path / "tasks", 4) / "far.yaml"
+    answer = command("evaluate", "--config", finished / "tiny.best.json", "--tasks", task, "--limit", "2")
+    assert (answer.code, answer.err) == (0, "")
+    known = torch.from_numpy(opened[0].windows["calibration"].ids)
+    assert torch.equal(known, by_hand(finished, "calibration", bos=True, windows=8))
+
+
+def test_a_plan_is_of_the_study_that_was_begun(finished: Path, cache: Path, command: CommandLine) -> None:
+    assert command("plan", "--study", finished / "tiny.toml").code == 0
+    windows = [np.load(file) for file in (cache / "windows").iterdir()]
+    assert len(windows) == 3
+    assert all((ids[:, 0] == BOS).all() for ids in windows)
+
+
+@pytest.mark.parametrize("residency", ["host", "disk"])
+def test_wherever_the_weights_lie(residency: str, wanting: Path, finished: Path) -> None:
+    run(wanting, f"model.residency={residency}", "search.trials=1")
+    assert reopen(wanting).user_attrs["bos"] == reopen(finished).user_attrs["bos"]
+
+
+def test_a_random_draw_is_asked_too(wanting: Path) -> None:
+    lines = [json.dumps({"text": part}) for part in (wanting / "calibration.txt").read_text().split("\n\n")]
+    (wanting / "calibration.jsonl").write_text("\n".join(lines))
+    changes = ("source=file:calibration.jsonl", "draw=random", "windows=2", "every=2")
+    run(wanting, *(f"texts.calibration.{change}" for change in changes), "search.trials=1")
+    found = BosEffect.model_validate(reopen(wanting).user_attrs["bos"])
+    assert (found.windows, found.taken) == (8, True)
 
 
 def test_the_recipe_says_what_it_cannot(finished: Path, command: CommandLine) -> None:

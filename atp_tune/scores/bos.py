@@ -7,7 +7,7 @@ it, and beyond doubt:
 
 over n windows of the calibration text, each with the same predicted tokens both ways: those after the text's first one,
 which nothing precedes without BOS. t is the 97.5 % quantile of Student's distribution with n − 1 degrees of freedom: a
-standard deviation of four windows is itself a guess. Of a single window, whose spread is unknown, the first rule
+standard deviation of a few windows is itself a guess. Of a single window, whose spread is unknown, the first rule
 decides.
 """
 
@@ -20,9 +20,9 @@ from pydantic import BaseModel, ConfigDict
 
 from atp_tune.scores.perplexity import Perplexity, perplexity
 
-WINDOWS, TOKENS = 4, 512  # at most, of the calibration text: enough to see an effect of some per cent, and soon done
+WINDOWS, TOKENS = 8, 512  # at most, of the calibration text: enough to see an effect of some per cent, and soon done
 LEAST = math.log(1.05)  # nats per token
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182}  # t by the number of windows
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # t by the number of windows
 
 
 class BosEffect(BaseModel):

@@ -191,7 +191,8 @@ def _said(done: Finetuned) -> str:
     trained = done.text.model_copy(update={"windows": done.windows, "tokens": done.settings.tokens})
     return (
         f"The weights that are not zero were trained with LoRA on {words(trained)}{bos} ({settings}). "
-        f"{zeros.after:,} of {zeros.weights:,} weights are zero, {zeros.before:,} were before. Perplexity on {words(done.report)}: "
+        f"{zeros.after:,} of {zeros.weights:,} weights are zero, {zeros.before:,} were before. "
+        f"Perplexity on {words(done.report)}: "
         f"{done.before} before, {done.after} after ({done.change}). All below is of the model before that; "
         f"{FINETUNED} has the rest."
     )
