@@ -25,6 +25,7 @@ def test_what_decides_a_value_is_told() -> None:
     assert work.contents() == {
         "model.content": "content",
         "model.dtype": "bfloat16",
+        "texts.bos": False,
         "texts.calibration.content": "calibration text",
         "texts.search.content": "search text",
         "texts.report.content": "report text",

@@ -126,7 +126,7 @@ def test_the_keys_that_are_promised(study: optuna.Study) -> None:
     says = document(study)
     assert list(says) == [
         "format", "study", "sparsity", "done", "total", "complete", "seconds_left", "running", "dense", "uniform",
-        "best", "ranks", "trials", "screening", "objective", "front",
+        "best", "ranks", "trials", "screening", "objective", "front", "bos",
     ]  # fmt: skip
     assert list(says["best"]) == [
         "trial", "pruner", "allocation", "parameters", "search", "report", "change", "kl", "kl_change",

@@ -5,15 +5,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from atp_tune.cache import sha256_of, sha256_of_json
 from atp_tune.errors import UserError
 from atp_tune.spec.study import Text
-from atp_tune.texts.windows import Windows, check_disjoint, first_windows, recut, token_windows
+from atp_tune.texts.documents import source_content
+from atp_tune.texts.windows import Windows, check_disjoint, first_windows, recut, thinned, token_windows
 
 TOPICS = [pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics)]
 TOPICS_SOURCE = "package:pydoc_data.topics:topics"
@@ -141,9 +144,9 @@ def test_few_windows_tokenise_little_of_a_huge_text(
 
     real, seen = windows._encoder, []
 
-    def counting(folder: Path, trusted: bool) -> windows.Encode:
-        encode = real(folder, trusted)
-        return lambda text: (seen.append(len(text)), encode(text))[1]
+    def counting(*given: Any) -> tuple[windows.Encode, list[int]]:
+        encode, first = real(*given)
+        return lambda text: (seen.append(len(text)), encode(text))[1], first
 
     monkeypatch.setattr(windows, "_encoder", counting)
     text = Text(source=write(tmp_path / "a.jsonl", *TOPICS * 3), windows=2, tokens=32)
@@ -291,3 +294,91 @@ def test_shorter_windows_of_the_same_tokens() -> None:
     windows = Windows(np.arange(20).reshape(2, 10), "")
     assert recut(windows, 4).ids.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [10, 11, 12, 13], [14, 15, 16, 17]]
     assert recut(windows, 10).ids.tolist() == windows.ids.tolist()
+
+
+# --- windows that begin with BOS
+
+BOS = 1
+
+
+@pytest.mark.parametrize("tokens", [2, 7, 64, 1000])
+@pytest.mark.parametrize("windows", [None, 3])
+def test_each_token_of_a_text_is_predicted_once(tokens: int, windows: int | None, folder: Path, tmp_path: Path) -> None:
+    text = Text(source=write(tmp_path / "a.jsonl", *TOPICS[:9]), tokens=tokens, windows=windows)
+    ids = AutoTokenizer.from_pretrained(folder)("\n\n".join(TOPICS[:9]), verbose=False).input_ids
+    assert ids[0] == BOS
+    found = token_windows(text, folder, tmp_path, bos=True)
+    count = (len(ids) - 1) // (tokens - 1) if windows is None else windows
+    assert found.bos
+    assert found.ids.dtype == np.int64
+    assert found.ids.shape == (count, tokens)
+    assert set(found.ids[:, 0]) == {BOS}
+    assert found.ids[:, 1:].ravel().tolist() == ids[1 : 1 + count * (tokens - 1)]
+
+
+def test_random_windows_are_of_the_same_documents(folder: Path, tmp_path: Path) -> None:
+    """The loader of Wanda, with room for BOS, and a tokenizer that adds none."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    generator, expected = random.Random(5), []
+    while len(expected) < 9:
+        ids = tokenizer(TOPICS[generator.randint(0, len(TOPICS) - 1)], verbose=False).input_ids[1:]
+        if len(ids) > 699:
+            start = generator.randint(0, len(ids) - 699 - 1)
+            expected.append([BOS, *ids[start : start + 699]])
+    text = Text(source=TOPICS_SOURCE, draw="random", windows=9, tokens=700, seed=5)
+    assert token_windows(text, folder, tmp_path, bos=True).ids.tolist() == expected
+    assert token_windows(text, folder, tmp_path).ids.tolist() == wanda(TOPICS, folder, 9, 700, 5)
+
+
+@pytest.mark.parametrize("most", [1, 3, 10_000])
+def test_the_first_ones_with_bos_are_the_first_of_all(most: int, folder: Path, tmp_path: Path) -> None:
+    text = Text(source=write(tmp_path / "a.jsonl", *TOPICS[:9]), tokens=50)
+    whole, few = token_windows(text, folder, tmp_path, bos=True), first_windows(text, folder, tmp_path, most, bos=True)
+    assert few.bos
+    assert np.array_equal(few.ids, whole.ids[:most])
+
+
+def test_two_bos_never_follow_each_other(folder: Path, tmp_path: Path) -> None:
+    """Not even where a text spells it, as one that was made by joining documents."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    joined = "<s>" + "<s>".join(TOPICS[:9])
+    assert tokenizer(joined, verbose=False).input_ids.count(BOS) == 10
+    texts = [write(tmp_path / "a.jsonl", joined), write(tmp_path / "b.jsonl", "".join(TOPICS[:9]))]
+    for draw in ("consecutive", "random"):
+        ids = token_windows(Text(source=texts[0], tokens=2, windows=900, draw=draw), folder, tmp_path, bos=True).ids
+        assert (ids == BOS).sum() == 900
+    first = token_windows(Text(source=texts[0], tokens=50, windows=2), folder, tmp_path, bos=True)
+    other = token_windows(Text(source=texts[1], tokens=50, windows=2), folder, tmp_path, bos=True)
+    assert first.ids.tolist() == other.ids.tolist()
+
+
+def test_without_bos_the_cache_of_before_is_read(folder: Path, cache: Path, tmp_path: Path) -> None:
+    from importlib.metadata import version
+
+    text = Text(source=write(tmp_path / "a.jsonl", *TOPICS[:3]), tokens=32)
+    patterns = ("config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt")
+    files = {file.name: sha256_of(file) for pattern in patterns for file in folder.glob(pattern)}
+    key = sha256_of_json(
+        {
+            "format": 1,
+            "text": text.model_dump(),
+            "content": source_content(text, tmp_path),
+            "tokenizer": files,
+            "libraries": [version("transformers"), version("tokenizers")],
+        }
+    )
+    token_windows(text, folder, tmp_path)
+    assert [path.name for path in (cache / "windows").iterdir()] == [f"{key}.npy"]
+    token_windows(text, folder, tmp_path, bos=True)
+    assert len(list((cache / "windows").iterdir())) == 2
+
+
+def test_windows_know_that_they_begin_with_bos(folder: Path, tmp_path: Path) -> None:
+    text = Text(source=write(tmp_path / "a.jsonl", *TOPICS[:3]), tokens=32)
+    first = token_windows(text, folder, tmp_path, bos=True)
+    again = token_windows(text, folder, tmp_path, bos=True)  # from the cache
+    assert (first.bos, again.bos, thinned(again, 2).bos) == (True, True, True)
+    assert first.content == again.content != token_windows(text, folder, tmp_path).content
+    cut = recut(first, 10)
+    assert not cut.bos
+    assert cut.ids.tolist() == [part.tolist() for row in first.ids for part in np.split(row[1:31], 3)]

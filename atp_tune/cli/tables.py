@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def show_summary(summary: "Summary", file: "StudyFile") -> None:
     """Dense, uniform and the best of each allocation as one Markdown table, and the commands that come next."""
-    from atp_tune.results.wording import method_of, mixture_of
+    from atp_tune.results.wording import beginning_of, method_of, mixture_of
 
     sparsity = summary.sparsity or file.study.sparsity
     console.print(f"{printable(summary.name)}: {sparsity:.0%} sparsity\n", highlight=False)
@@ -45,8 +45,9 @@ def show_summary(summary: "Summary", file: "StudyFile") -> None:
         console.print(
             f"tokens per second, sparse / dense: {_ratios(summary.speed)} (the report has the range)", highlight=False
         )
-    if mixture := mixture_of(summary):
-        console.print(mixture, highlight=False)
+    for remark in (beginning_of(summary), mixture_of(summary)):
+        if remark:
+            console.print(remark, highlight=False)
     if best is not None:
         _show_next(summary, file)
 

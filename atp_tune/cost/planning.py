@@ -73,7 +73,7 @@ def foresee(file: StudyFile, name: str, watch: Watch) -> Forecast:
     from atp_tune.checkpoints.models import resolve
     from atp_tune.search.bench import Bench
 
-    setup = _setup(file)
+    setup = _setup(file, name)
     device = find_device(setup.device)
     dtype = find_dtype(setup.model.dtype, device)
     watch(Note("loading the model and the texts"))
@@ -89,13 +89,17 @@ def foresee(file: StudyFile, name: str, watch: Watch) -> Forecast:
     return _forecast(known, name, device_name(device), format_, bench, rates)
 
 
-def _setup(file: StudyFile) -> "Setup":
+def _setup(file: StudyFile, name: str) -> "Setup":
+    """What the study's bench is made of. What BOS costs is nothing to speak of: it is not measured here, where it would
+    be.
+    """
     from atp_tune.search.bench import Setup
 
     spec = file.study
     report = {} if spec.texts.report is None else {"report": spec.texts.report}
     texts = {"calibration": spec.texts.calibration, "search": spec.texts.search, **report}
-    return Setup(spec.model, spec.prune, texts, file.folder, spec.device)
+    bos = bool(storage.bos_of(spec, _stored(file, name)))
+    return Setup(spec.model, spec.prune, texts, file.folder, spec.device, bos)
 
 
 def _known(file: StudyFile, name: str, setup: "Setup", folder: "ModelFolder", device: Any, itemsize: int) -> Known:
@@ -106,7 +110,8 @@ def _known(file: StudyFile, name: str, setup: "Setup", folder: "ModelFolder", de
     from atp_tune.texts.windows import token_windows
 
     study, texts = file.study, setup.texts.items()
-    ids = {role: token_windows(text, folder.path, setup.base, trusted=folder.trusted).ids for role, text in texts}
+    bos, trusted = bool(setup.bos), folder.trusted
+    ids = {role: token_windows(text, folder.path, setup.base, trusted=trusted, bos=bos).ids for role, text in texts}
     windows, length = ids["calibration"].shape
     curve = min(windows, max(1, CURVE_TOKENS // length)) * length
     report = ids["report"].size if "report" in ids else 0

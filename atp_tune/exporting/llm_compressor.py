@@ -34,7 +34,8 @@ HEAD = """\
 # from llmcompressor import oneshot
 # oneshot(model=MODEL, recipe=THIS_FILE, dataset=DATA, num_calibration_samples={windows}, max_seq_length={tokens},
 #         precision="{dtype}", {arguments})
-"""
+{bos}"""
+BOS = "# DATA must be tokenised already, each sample beginning with the BOS token: a recipe cannot ask for it\n"
 
 
 def make(config: Config) -> str:
@@ -99,7 +100,7 @@ def _head(config: Config) -> str:
         pruner=config.pruner, sparsity=config.sparsity.target, allocation=config.allocation.name,
         study="a plan" if config.trial is None else f"trial {config.trial}",
         windows=text.windows or "ALL", tokens=text.tokens, dtype=config.model.dtype,
-        arguments=ARGUMENTS[config.prune.statistics],
+        arguments=ARGUMENTS[config.prune.statistics], bos=BOS if config.bos else "",
     )  # fmt: skip
 
 

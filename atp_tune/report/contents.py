@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.figures.seconds import spent
 from atp_tune.results.summary import Summary, is_uniform, summarise
-from atp_tune.results.wording import mixture_of
+from atp_tune.results.wording import beginning_of, mixture_of
 from atp_tune.spec.studyfile import settings
 from atp_tune.trials.storage import ranked, values_of
 
@@ -63,6 +63,11 @@ class Contents:
     def mixture(self) -> str:
         """What to mind where trials ran on several devices or in several number formats."""
         return mixture_of(self.summary)
+
+    @property
+    def beginning(self) -> str:
+        """What to mind where windows begin with BOS."""
+        return beginning_of(self.summary)
 
     @property
     def versions(self) -> dict[str, str]:

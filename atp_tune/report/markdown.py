@@ -24,7 +24,7 @@ def _study(contents: Contents) -> list[str]:
     summary = contents.summary
     parts = [f"# {escaped(summary.name)}", escaped(contents.description), escaped(contents.verdict)]
     parts.append(f"{contents.state}; as of {contents.made:%Y-%m-%d %H:%M}. {_sparsity(contents)}".strip())
-    parts.append(escaped(contents.mixture))
+    parts += [escaped(contents.beginning), escaped(contents.mixture)]
     parts += [table(tables.headline(summary)), _NOTE + (_KL if "kl" in summary.goals else "")]
     if summary.front:
         parts += ["## Pareto front", table(tables.front(summary))]

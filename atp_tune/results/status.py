@@ -92,7 +92,8 @@ class Status(Part):
     """A study as it stands; `uniform` has the best trial's pruner, `best` is the first of `ranks`.
 
     `objective`: what it minimises, `perplexity`, `kl` or both; `front`: of both, the numbers of the trials that no
-    other beats in one without losing in the other, the lowest perplexity first, which is `best`.
+    other beats in one without losing in the other, the lowest perplexity first, which is `best`. `bos`: windows begin
+    with BOS.
     """
 
     format: Literal["atp_tune.status/1"] = FORMAT
@@ -111,6 +112,7 @@ class Status(Part):
     screening: Screening | None = None
     objective: tuple[str, ...] = PERPLEXITY
     front: tuple[int, ...] = ()
+    bos: bool = False
 
     def without_clock(self) -> "Status":
         """The same without what changes while nothing happens."""
@@ -157,6 +159,7 @@ def status_of(summary: Summary, now: datetime) -> Status:
         screening=summary.screening and Screening(**asdict(summary.screening)),
         objective=summary.goals,
         front=tuple(trial.number for trial in summary.front),
+        bos=summary.bos,
     )
 
 

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from atp_tune.errors import UserError
 from atp_tune.results.attaching import attached, with_attached
+from atp_tune.scores.bos import BosEffect
 from atp_tune.scores.divergence import Divergence, divergence, relative
 from atp_tune.scores.perplexity import Change, Perplexity, change, perplexity
 from atp_tune.search.screening import SUFFIX, is_screening
@@ -65,7 +66,8 @@ class Summary:
     another device or in another number format than the one in which the study began, and which. `screening`: how far
     the one before the study is, if it has one. `goals`: what it minimises; `kls`: KL divergences by trial, if that is
     among them; `front`: of two goals, the trials that no other beats in one without losing in the other.
-    `zero_shot` and `speed`: what `evaluate` and `speedup` found of the best trial, where they have been.
+    `zero_shot` and `speed`: what `evaluate` and `speedup` found of the best trial, where they have been. `bos`: whether
+    windows begin with BOS; `bos_effect`: what spoke for or against it, where it was measured.
     """
 
     name: str
@@ -99,6 +101,8 @@ class Summary:
     uniform_trial: FrozenTrial | None = None
     zero_shot: ZeroShot | None = None
     speed: Speed | None = None
+    bos: bool = False
+    bos_effect: BosEffect | None = None
 
     def kl(self, trial: FrozenTrial | None) -> Divergences:
         """KL divergences of a trial on both texts, as far as they are known."""
@@ -136,6 +140,8 @@ def summarise(study: optuna.Study) -> Summary:
         uniform_trial=uniform,
         zero_shot=ZeroShot.model_validate(found["zero_shot"]) if "zero_shot" in found else None,
         speed=Speed.model_validate(found["speed"]) if "speed" in found else None,
+        bos=storage.has_bos(study),
+        bos_effect=BosEffect.model_validate(study.user_attrs["bos"]) if "bos" in study.user_attrs else None,
     )
 
 
@@ -325,6 +331,7 @@ def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) 
         kl=_both(summary, best, uniform),
         calibration=spec.texts.calibration,
         texts=Texts(search=spec.texts.search, report=spec.report_text),
+        bos=summary.bos,
         seed=spec.search.seed,
         versions=best.user_attrs["versions"],
     ).seen_from(file.folder, out.parent)

@@ -54,6 +54,13 @@ def mixture_of(summary: Summary) -> str:
     )
 
 
+def beginning_of(summary: Summary) -> str:
+    """One sentence for a study whose windows begin with BOS; else empty."""
+    if not summary.bos:
+        return ""
+    return f"BOS: {summary.bos_effect or 'every window begins with it, as the study file asks'}."
+
+
 def _reason(trial: FrozenTrial) -> str:
     attrs = trial.user_attrs
     if "repeats" in attrs:

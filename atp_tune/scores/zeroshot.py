@@ -107,7 +107,8 @@ def evaluate(config: Config, base: Path, asked: Asked, watch: Watch, allowed: Ma
     """
     scorer = Scorer(asked, watch)
     texts = {"calibration": config.calibration}
-    bench = Bench.open(Setup(config.model.model(allowed), config.prune, texts, base, asked.device), watch)
+    setup = Setup(config.model.model(allowed), config.prune, texts, base, asked.device, config.bos)
+    bench = Bench.open(setup, watch)
     best = plan_of(config, bench)
     uniform = make_plan(best.pruner, "uniform", bench.budget(config.sparsity.target), {}, parse(config.prune.pattern))
     watch(TrialStarted("dense", None))

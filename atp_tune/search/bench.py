@@ -34,8 +34,11 @@ from atp_tune.events import Note, Step, Watch, unwatched
 from atp_tune.plan import Plan
 from atp_tune.pruners import Pruner, Statistics, make_pruner
 from atp_tune.pruners.statistics import Hessian
+from atp_tune.scores.bos import BosEffect
 from atp_tune.scores.evaluation import POSITIONS, Block, WindowScores, final_states, group_scores
+from atp_tune.search.bos import check_embedding, compare
 from atp_tune.spec.study import Model, Prune, Text
+from atp_tune.spec.studyfile import BOS
 from atp_tune.texts.windows import Windows, check_disjoint, thinned, token_windows
 from atp_tune.trials.process import versions
 
@@ -46,13 +49,17 @@ HEAD_BYTES = 12  # per logit: bf16 or float32 logits, their float32 copy and its
 
 @dataclass(frozen=True)
 class Setup:
-    """What a bench is made of: model, settings of the pruners, texts by role, and where relative paths start."""
+    """What a bench is made of: model, settings of the pruners, texts by role, and where relative paths start.
+
+    `bos`: windows begin with BOS; None where the dense model is to be asked, on the calibration text.
+    """
 
     model: Model
     prune: Prune
     texts: dict[str, Text]
     base: Path
     device: str
+    bos: bool | None = False
 
 
 class Bench:
@@ -70,6 +77,7 @@ class Bench:
         self.checkpoint = checkpoint
         self.windows = windows
         self.prune_settings = prune
+        self.bos_effect: BosEffect | None = None  # what spoke for or against BOS, where it was measured
         self.watch = watch
         self.replay = verified(checkpoint)
         self._ids = {role: torch.from_numpy(w.ids).to(checkpoint.device) for role, w in windows.items()}
@@ -92,12 +100,25 @@ class Bench:
         if device.type == "cpu":
             reuse_freed_memory()
         folder = resolve(setup.model, setup.base, lambda text: watch(Note(text)))
-        windows = {role: _windows(role, text, folder, setup.base) for role, text in setup.texts.items()}
-        check_disjoint(windows)
+        windows = _all_windows(setup, folder, bool(setup.bos))
         dtype, named = find_dtype(setup.model.dtype, device), setup.model.residency
         residency = None if named == "auto" else named
         checkpoint = Checkpoint.load(folder.path, dtype, device, folder.trusted, residency)
-        return cls(folder, checkpoint, windows, setup.prune, watch)
+        bench = cls(folder, checkpoint, windows, setup.prune, watch)
+        check_embedding(bench)
+        return bench._asked(setup) if setup.bos is None else bench
+
+    def _asked(self, setup: Setup) -> "Bench":
+        """The bench with BOS or without, as the dense model is better; there may be no BOS to ask for."""
+        self.bos_effect = compare(self, setup.texts["calibration"], setup.base)
+        if self.bos_effect is not None:
+            self.watch(Note(f"texts.bos: {self.bos_effect}"))
+        if self.bos_effect is None or not self.bos_effect.taken:
+            return self
+        windows = _all_windows(setup, self.folder, bos=True)
+        other = Bench(self.folder, self.checkpoint, windows, self.prune_settings, self.watch)
+        other.bos_effect = self.bos_effect
+        return other
 
     def screening(self, every: int) -> "Bench":
         """The same bench with dense statistics, every so many-th window of the search text, and no error curve.
@@ -111,6 +132,11 @@ class Bench:
         other._finals = {}
         other._follows = False
         return other
+
+    @property
+    def bos(self) -> bool:
+        """Whether its windows begin with BOS."""
+        return any(windows.bos for windows in self.windows.values())
 
     @property
     def dtype(self) -> str:
@@ -136,10 +162,10 @@ class Bench:
         evidence = DenseEvidence(self.checkpoint, norms, self._evidence, step)  # not kept here: it holds this bench
         return Budget(target, self.checkpoint.sizes, self.checkpoint.shapes, evidence)
 
-    def contents(self) -> dict[str, str]:
-        """What decides a value beside the study file: SHA-256 of model and windows, and the number format."""
+    def contents(self) -> dict[str, str | bool]:
+        """What decides a value beside the study file: SHA-256 of model and windows, the number format, and BOS."""
         texts = {f"texts.{role}.content": windows.content for role, windows in self.windows.items()}
-        return {"model.content": self.folder.content, "model.dtype": self.dtype, **texts}
+        return {"model.content": self.folder.content, "model.dtype": self.dtype, BOS: self.bos, **texts}
 
     @torch.inference_mode()
     def prune(self, plan: Plan) -> Iterator[PrunedBlock]:
@@ -312,8 +338,16 @@ class Bench:
         return {x.key: (x.in_features + x.out_features) * (1 if x.expert is None else chosen) for x in linears}
 
 
-def _windows(role: str, text: Text, tokenizer: ModelFolder, base: Path) -> Windows:
+def _all_windows(setup: Setup, tokenizer: ModelFolder, bos: bool) -> dict[str, Windows]:
+    """The windows of all texts, by role; UserError where two share one."""
+    windows = {role: _windows(role, text, tokenizer, setup.base, bos) for role, text in setup.texts.items()}
+    check_disjoint(windows)
+    return windows
+
+
+def _windows(role: str, text: Text, tokenizer: ModelFolder, base: Path, bos: bool) -> Windows:
     try:
-        return token_windows(text, tokenizer.path, base, trusted=tokenizer.trusted)
+        return token_windows(text, tokenizer.path, base, trusted=tokenizer.trusted, bos=bos)
     except UserError as error:
-        raise UserError(f"texts.{role}: {error}") from None
+        named = str(error) if str(error).startswith(BOS) else f"texts.{role}: {error}"
+        raise UserError(named) from None

@@ -132,7 +132,7 @@ def _work(run: Run) -> optuna.Study:
     db = storage.open_storage(run.file.storage_url, create=False)  # before the model, in which time it may go away
     before = storage.find_study(db, run.name) if db else None
     run = adopting(run, before) if before else run
-    bench = run.bench or open_bench(run)
+    bench = run.bench or open_bench(run, before)
     search, space = run.file.study.search, make_space(run.file.study, bench.budget(run.file.study.sparsity))
     total = total_trials(search, space)
     db = db or storage.open_storage(run.file.storage_url, create=True)
@@ -176,8 +176,10 @@ def _screen(run: Run, screen: Screen, bench: "Bench") -> tuple[Run, list[FrozenT
     return run, storage.measured(study) if is_complete(study, file) else []
 
 
-def open_bench(run: Run) -> "Bench":
-    """Loads the model and the texts; the report text only where it is not the search text."""
+def open_bench(run: Run, study: optuna.Study | None = None) -> "Bench":
+    """Loads the model and the texts, the report text only where it is not the search text; windows begin with BOS as in
+    the study, if it was begun.
+    """
     from atp_tune.checkpoints.devices import memory_for
     from atp_tune.search.bench import Bench, Setup
 
@@ -186,8 +188,9 @@ def open_bench(run: Run) -> "Bench":
     texts = {"calibration": spec.texts.calibration, "search": spec.texts.search}
     if spec.texts.report is not None:
         texts["report"] = spec.texts.report
+    bos = storage.bos_of(spec, study)
     with memory_for("loading"):
-        return Bench.open(Setup(spec.model, spec.prune, texts, run.file.folder, spec.device), run.watch)
+        return Bench.open(Setup(spec.model, spec.prune, texts, run.file.folder, spec.device, bos), run.watch)
 
 
 def _describe(study: optuna.Study, file: StudyFile, bench: "Bench", total: int) -> None:
@@ -197,6 +200,8 @@ def _describe(study: optuna.Study, file: StudyFile, bench: "Bench", total: int) 
         "sizes": list(model.sizes), "blocks": model.blocks_name, "linears": model.linear_names,
         "total": total, "made_from": settings(file),
     }  # fmt: skip
+    if bench.bos_effect is not None:
+        attributes["bos"] = bench.bos_effect.model_dump()
     for name, value in attributes.items():
         if study.user_attrs.get(name) != value:
             study.set_user_attr(name, value)

@@ -7,7 +7,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.errors import printable
 from atp_tune.results.summary import Rank, Summary, is_uniform, score_of
-from atp_tune.results.wording import command_of, method_of, mixture_of, plan_of, remark_of
+from atp_tune.results.wording import beginning_of, command_of, method_of, mixture_of, plan_of, remark_of
 from atp_tune.sparse.markup import escaped, fenced
 from atp_tune.spec.config import Divergences, Scores
 
@@ -38,6 +38,7 @@ def study_note(summary: Summary, address: str, join: str = "grpc://HOST:13000") 
         _scores(summary),
         _gain(summary),
         _state(summary),
+        escaped(beginning_of(summary)),
         escaped(mixture_of(summary)),
         files,
         _commands(summary, join),

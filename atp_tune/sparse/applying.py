@@ -19,6 +19,7 @@ from atp_tune.sparse.provenance import ABOUT
 from atp_tune.sparse.shards import Shards, check_free, sparse_folder
 from atp_tune.spec.config import AllocationRef, Baselines, Config, ModelRef, Scores, Sparsity, Texts, read_config
 from atp_tune.spec.studyfile import StudyFile
+from atp_tune.trials import storage
 from atp_tune.trials.process import versions
 
 
@@ -41,7 +42,7 @@ def write_applied(
     check_free(out)
     model = config.model.model(allowed)
     texts = {"calibration": config.calibration, "report": config.texts.report}
-    setup = Setup(model, config.prune, texts, base, device)
+    setup = Setup(model, config.prune, texts, base, device, config.bos)
     bench = Bench.open(setup, watch)  # its memory is free again where this ends
     return setup, write_sparse(bench, plan_of(config, bench), out, config.seen_from(base, out))
 
@@ -54,8 +55,9 @@ def prune_once(
         check_free(out)
     study = file.study
     texts = {"calibration": study.texts.calibration, "report": study.report_text}
-    setup = Setup(study.model, study.prune, texts, file.folder, study.device)
+    setup = Setup(study.model, study.prune, texts, file.folder, study.device, _bos(file))
     bench = Bench.open(setup, watch)
+    setup = replace(setup, bos=bench.bos)
     plan = _only_plan(file, bench, parameters)
     if out is not None:
         dense = write_sparse(bench, plan, out, _config(file, bench, plan).seen_from(file.folder, out))
@@ -64,6 +66,14 @@ def prune_once(
     watch(TrialStarted("pruning", plan))
     pruned = ((block.index, block.weights) for block in bench.prune(plan))
     return plan, perplexity(bench.all_nlls(pruned, "report"))
+
+
+def _bos(file: StudyFile) -> bool | None:
+    """Whether windows begin with BOS: as in the study of the file's name, if it was begun here."""
+    if file.study.bos is not None or file.database is None or not file.path.exists():
+        return file.study.bos
+    db = storage.open_storage(file.storage_url, create=False)
+    return storage.bos_of(file.study, storage.find_study(db, file.name) if db else None)
 
 
 def _only_plan(file: StudyFile, bench: Bench, parameters: dict[str, float]) -> Plan:
@@ -126,6 +136,7 @@ def _config(file: StudyFile, bench: Bench, plan: Plan) -> Config:
         baselines=Baselines(dense=nothing, uniform=nothing),
         calibration=study.texts.calibration,
         texts=Texts(search=study.texts.search, report=study.report_text),
+        bos=bench.bos,
         seed=study.search.seed,
         versions=versions(),
     )  # fmt: skip

@@ -93,6 +93,7 @@ def _values(config: Config, dense: Dense) -> dict[str, Any]:
         "uniform": config.linear_sparsities is None and len(set(config.block_sparsities)) == 1,
         "scores": list(_scores(config)),
         "report": escaped(words(config.texts.report)),
+        "bos": config.bos,
         "same_text": config.texts.report == config.texts.search,
         "models": list(MODELS.values()),
         "tasks": list(_tasks(config)),
@@ -163,7 +164,7 @@ def _results(config: Config) -> Iterator[EvalResult]:
         yield EvalResult(
             task_type="text-generation",
             metric_type="perplexity",
-            metric_name=f"perplexity, {text.tokens} tokens a window",
+            metric_name=f"perplexity, {text.tokens} tokens a window{', the first BOS' if config.bos else ''}",
             metric_value=round(score.value, 4),
             **_dataset(text),
         )
@@ -217,6 +218,7 @@ def _facts(config: Config, dense: Dense) -> dict[str, str]:
         "statistics": f"{config.prune.statistics}, in {config.model.dtype}",
         "allocation": _allocation(config),
         "calibration": words(config.calibration),
+        **({"BOS": "every window of every text begins with it"} if config.bos else {}),
         "found by": "no search" if config.trial is None else f"study {config.study}, trial {config.trial}",
         **searched,
         "seed": str(config.seed),

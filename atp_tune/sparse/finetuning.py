@@ -60,7 +60,8 @@ def finetune(
 ) -> Finetuned:
     """Fine-tunes the folder `model` into the folder `out`, and measures both on the report text.
 
-    A text that is None is the one that the folder was pruned with: calibration to train on, report to measure.
+    A text that is None is the one that the folder was pruned with: calibration to train on, report to measure. Windows
+    begin with BOS where they did so when it was pruned.
     UserError if something is at `out`, or if the text to train on shares documents with the search or report text.
     """
     if find_spec("peft") is None:
@@ -72,9 +73,10 @@ def finetune(
     text, report = choose(text, report, made)
     named = Model(source=str(model.absolute()), dtype=made.dtype if made else "auto")
     folder = resolve(named, Path(), lambda line: watch(Note(line)))
-    windows = read_windows(text, report, folder.path, settings)
+    bos = made is not None and made.bos
+    windows = read_windows(text, report, folder.path, settings, bos)
     dense = made.dense if made and made.report == report else None
-    setup = Setup(named, Prune(), {"report": report}, Path(), device)
+    setup = Setup(named, Prune(), {"report": report}, Path(), device, bos)
     with memory_for("finetune"):
         return _run(Job(setup, folder, out, text, windows, settings, dense, watch))
 
@@ -100,14 +102,14 @@ def choose(text: Text | None, report: Text | None, made: Origin | None) -> tuple
     return text, report
 
 
-def read_windows(text: Text, report: Text, folder: Path, settings: Settings) -> Windows:
+def read_windows(text: Text, report: Text, folder: Path, settings: Settings, bos: bool = False) -> Windows:
     """The windows to train on, as many as the steps can use; UserError if the report text holds one of them."""
     with _naming("--text"):
         whole = text.model_copy(update={"tokens": settings.tokens})
-        found = first_windows(whole, folder, Path(), settings.steps * settings.batch)
+        found = first_windows(whole, folder, Path(), settings.steps * settings.batch, bos=bos)
     with _naming("--report-text"):
-        measured = token_windows(report, folder, Path())
-    tokens = min(settings.tokens, report.tokens)
+        measured = token_windows(report, folder, Path(), bos=bos)
+    tokens = min(settings.tokens, report.tokens) - bos
     known = {row.tobytes() for row in recut(measured, tokens).ids}
     if shared := sum(row.tobytes() in known for row in recut(found, tokens).ids):
         raise UserError(f"--text: {shared} windows of {text.source} are in the report text too; give another source")
@@ -142,7 +144,7 @@ def _run(job: Job) -> Finetuned:
             model=job.folder.path.name, fingerprint=job.folder.content, text=job.text, windows=len(job.windows.ids),
             report=job.setup.texts["report"], settings=job.settings, dense=job.dense, losses=losses, zeros=zeros,
             before=perplexity(before), after=perplexity(after), change=change(before, after),
-            seconds=seconds, memory=memory, device=device_name(device), versions=versions(),
+            seconds=seconds, memory=memory, device=device_name(device), versions=versions(), bos=job.windows.bos,
         )  # fmt: skip
         (folder / FINETUNED).write_text(done.model_dump_json(indent=2) + "\n", encoding="utf-8")
         amend(folder, "Fine-tuned after pruning", _said(done))
@@ -185,11 +187,12 @@ def _write(trainer: "Trainer", checkpoint: Checkpoint, job: Job, folder: Path) -
 def _said(done: Finetuned) -> str:
     """What a model card says of it."""
     settings = ", ".join(f"{key} {value:g}" for key, value in done.settings.model_dump().items())
-    zeros = done.zeros
+    zeros, bos = done.zeros, ", each beginning with BOS" if done.bos else ""
     trained = done.text.model_copy(update={"windows": done.windows, "tokens": done.settings.tokens})
     return (
-        f"The weights that are not zero were trained with LoRA on {words(trained)} ({settings}). {zeros.after:,} of "
-        f"{zeros.weights:,} weights are zero, {zeros.before:,} were before. Perplexity on {words(done.report)}: "
+        f"The weights that are not zero were trained with LoRA on {words(trained)}{bos} ({settings}). "
+        f"{zeros.after:,} of {zeros.weights:,} weights are zero, {zeros.before:,} were before. "
+        f"Perplexity on {words(done.report)}: "
         f"{done.before} before, {done.after} after ({done.change}). All below is of the model before that; "
         f"{FINETUNED} has the rest."
     )

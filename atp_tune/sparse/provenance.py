@@ -24,6 +24,7 @@ class Origin:
     report: Text
     dtype: Literal["float32", "bfloat16", "float16"]
     dense: Perplexity | None  # of the dense model on the report text
+    bos: bool  # windows begin with BOS
 
 
 def origin(folder: Path) -> Origin | None:
@@ -34,7 +35,7 @@ def origin(folder: Path) -> Origin | None:
     made = read_config(file)
     base, texts, dense = folder / made.folder, made.texts, made.baselines.dense.report
     calibration, search, report = (rooted(text, base) for text in (made.calibration, texts.search, texts.report))
-    return Origin(calibration, search, report, made.model.dtype, dense)
+    return Origin(calibration, search, report, made.model.dtype, dense, made.bos)
 
 
 def rooted(text: Text, base: Path) -> Text:
@@ -86,7 +87,10 @@ class Zeros(BaseModel):
 
 
 class Finetuned(BaseModel):
-    """What `finetune` did: a published JSON format, to which keys are added under the same number."""
+    """What `finetune` did: a published JSON format, to which keys are added under the same number.
+
+    `bos`: all windows, of training too, begin with BOS.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -107,3 +111,4 @@ class Finetuned(BaseModel):
     memory: int
     device: str
     versions: dict[str, str]
+    bos: bool = False

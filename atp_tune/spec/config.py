@@ -221,6 +221,7 @@ class Config(Part):
     kl: BothDivergences | None = Field(None, description="where the study minimised it")
     calibration: Text
     texts: Texts
+    bos: bool = Field(False, description="the windows of all texts begin with BOS; not in files without the key")
     seed: int
     versions: dict[str, str]
     folder: str = Field(".", description="where relative paths of model and texts start, seen from this file")

@@ -7,7 +7,7 @@ progression, per block. `atp_tune.spec.studyfile` reads and reports; this module
 import math
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator, model_validator
 
 from atp_tune.spec.patterns import parse
 
@@ -176,6 +176,11 @@ class Texts(Part):
     calibration: Text
     search: Text
     report: Text | None = Field(None, description='left out with protocol = "paper": the search text reports')
+    bos: Literal["auto"] | StrictBool = Field(
+        "auto",
+        description="every window begins with BOS, whose prediction of the first token counts; auto: where the dense "
+        'model is much better with it (once, kept with the study), never with protocol = "paper"',
+    )
 
 
 class Screen(Part):
@@ -266,6 +271,8 @@ class Study(Part):
         if self.protocol == "paper":
             if report is not None:
                 raise ValueError('texts.report: protocol = "paper" reports on the search text; leave it out')
+            if self.texts.bos is True:
+                raise ValueError('texts.bos: protocol = "paper" measures as the papers do, without BOS; leave it out')
             return self
         if report is None:
             raise ValueError('texts.report: is needed (or ask for protocol = "paper", which tunes on the report text)')
@@ -300,6 +307,13 @@ class Study(Part):
                 f'allocation = "uniform" (prune: --allocation uniform), or pattern = "mixed:{max(8, pattern.group)}"'
             )
         return self
+
+    @property
+    def bos(self) -> bool | None:
+        """Whether windows begin with BOS; None where that is to be measured."""
+        if self.protocol == "paper":
+            return False
+        return None if self.texts.bos == "auto" else self.texts.bos
 
     @property
     def report_text(self) -> Text:

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from atp_tune.errors import UserError, is_text, without_secrets
-from atp_tune.spec.study import Prune, Screen, Study
+from atp_tune.spec.study import Prune, Screen, Study, Text
 
 Fact: TypeAlias = str | int | float | bool | list[str] | list[float]
 KeyPath: TypeAlias = tuple[str | int, ...]
@@ -44,6 +44,7 @@ LATER = (
     "search.objective", "texts.calibration.every", "texts.search.every", "texts.report.every",
 )  # fmt: skip
 
+BOS = "texts.bos"  # as it came out, where it was left to a measurement; studies without it are older, and have none
 PLACES = ("storage=", "device=")  # overrides that say where, not what
 TRIALS = "search.trials="
 
@@ -227,7 +228,11 @@ def facts(study: Study, folder: Path = Path()) -> dict[str, Fact]:
         hidden.add("model.dtype")
     if is_local(study.model.source, folder):
         hidden.add("model.source")
-    hidden |= {f"texts.{role}.source" for role, text in study.texts if text and is_local_text(text.source)}
+    texts = [(role, text) for role, text in study.texts if isinstance(text, Text)]
+    hidden |= {f"texts.{role}.source" for role, text in texts if is_local_text(text.source)}
+    flat[BOS] = study.bos
+    if study.bos is None:
+        hidden.add(BOS)
     return {key: FORMER.get(f"{key}={value}", value) for key, value in flat.items() if key not in hidden}
 
 

@@ -2,6 +2,12 @@
 
 random: the C4 loader of Wanda and SparseGPT (`get_c4`). consecutive: their WikiText-2 convention
 (`get_wikitext2`, `eval_ppl`), all documents joined by blank lines, tokenised in one go, cut without overlap.
+
+Without BOS (beginning-of-sequence token) windows are theirs to the last token: a tokenizer that puts a BOS before what
+it is given puts one before the joined text, or before each drawn document, and the window that starts there has it; no
+other has. With BOS every window of `tokens` ids is BOS and `tokens - 1` ids of the text, which has none of its own:
+consecutive windows are cut in strides of `tokens - 1`, so that each token of the text is predicted once. The first
+prediction, which has seen BOS alone, counts: an NLL is the mean over the `tokens - 1` positions after the first.
 """
 
 import hashlib
@@ -9,7 +15,7 @@ import io
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,44 +49,51 @@ _MARGIN = 1024  # tokens: a cut text is tokenised differently only near the cut
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """Windows of one length: `ids` int64 [windows, tokens], and the SHA-256 of ids and shape."""
+    """Windows of one length: `ids` int64 [windows, tokens], and the SHA-256 of ids and shape; `bos`: each begins with
+    BOS.
+    """
 
     ids: np.ndarray
     content: str
+    bos: bool = False
 
 
-def token_windows(text: Text, folder: Path, base: Path, note: Note = silent, trusted: bool = False) -> Windows:
+def token_windows(
+    text: Text, folder: Path, base: Path, note: Note = silent, trusted: bool = False, bos: bool = False
+) -> Windows:
     """The windows of a study's text with the tokenizer in `folder`, whose code may run if it is trusted.
 
-    Relative paths start at `base`.
+    Relative paths start at `base`. `bos`: each begins with BOS; UserError where the tokenizer has none.
 
     A second call reads them from the cache and loads neither text nor tokenizer. Errors: UserError in one
     line that starts with the key of the text.
     """
-    stored = cache_dir("windows") / f"{_key(text, folder, base, trusted)}.npy"
+    stored = cache_dir("windows") / f"{_key(text, folder, base, trusted, bos)}.npy"
     if stored.is_file():
         ids = np.load(stored, allow_pickle=False)
     else:
         note(f"reading and tokenising {text.source}")
-        ids = _DRAWS[text.draw](documents(text, base), _encoder(folder, trusted), text)[:: text.every]
+        encode, first = _encoder(folder, trusted, bos)
+        ids = _DRAWS[text.draw](documents(text, base), encode, text, first)[:: text.every]
         packed = io.BytesIO()
         np.save(packed, ids)
         keep(stored, packed.getvalue())
-    return _windows(ids)
+    return _windows(ids, bos)
 
 
-def first_windows(text: Text, folder: Path, base: Path, most: int, trusted: bool = False) -> Windows:
+def first_windows(text: Text, folder: Path, base: Path, most: int, trusted: bool = False, bos: bool = False) -> Windows:
     """The first windows of a consecutive text, at most so many: all where it is shorter; UserError if it has none."""
-    ids = _head(documents(text, base), _encoder(folder, trusted), most * text.tokens)
-    count = min(most, len(ids) // text.tokens)
+    encode, first = _encoder(folder, trusted, bos)
+    ids = _head(documents(text, base), encode, most * text.tokens)
+    count = min(most, len(ids) // (text.tokens - len(first)))
     if count == 0:
         raise UserError(f"tokens: {text.source} has {len(ids)} tokens, not one window of {text.tokens}; lower tokens")
-    return _windows(np.array(ids[: count * text.tokens], np.int64).reshape(count, text.tokens))
+    return _windows(_cut(ids, count, text.tokens, first), bos)
 
 
 def thinned(windows: Windows, every: int) -> Windows:
     """The first window and every so many-th after it: what `every` in a study's text leaves."""
-    return _windows(np.ascontiguousarray(windows.ids[::every]))
+    return _windows(np.ascontiguousarray(windows.ids[::every]), windows.bos)
 
 
 def check_disjoint(named: dict[str, Windows]) -> None:
@@ -98,16 +111,17 @@ def check_disjoint(named: dict[str, Windows]) -> None:
 
 
 def recut(windows: Windows, tokens: int) -> Windows:
-    """The same tokens in shorter windows, to be compared with those of another text."""
-    per = windows.ids.shape[1] // tokens * tokens
-    return _windows(np.ascontiguousarray(windows.ids[:, :per]).reshape(-1, tokens))
+    """The same tokens of the text, without BOS, in windows of so many, to be compared with those of another text."""
+    ids = windows.ids[:, int(windows.bos) :]
+    per = ids.shape[1] // tokens * tokens
+    return _windows(np.ascontiguousarray(ids[:, :per]).reshape(-1, tokens))
 
 
-def _windows(ids: np.ndarray) -> Windows:
-    return Windows(ids, hashlib.sha256(f"{ids.shape}".encode() + ids.astype("<i8").tobytes()).hexdigest())
+def _windows(ids: np.ndarray, bos: bool = False) -> Windows:
+    return Windows(ids, hashlib.sha256(f"{ids.shape}".encode() + ids.astype("<i8").tobytes()).hexdigest(), bos)
 
 
-def _key(text: Text, folder: Path, base: Path, trusted: bool) -> str:
+def _key(text: Text, folder: Path, base: Path, trusted: bool, bos: bool) -> str:
     patterns = (*_TOKENIZER, CODE) if trusted else _TOKENIZER
     files = {file.name: sha256_of(file) for pattern in patterns for file in folder.glob(pattern)}
     return sha256_of_json(
@@ -117,6 +131,7 @@ def _key(text: Text, folder: Path, base: Path, trusted: bool) -> str:
             "content": source_content(text, base),
             "tokenizer": files,
             "libraries": [version("transformers"), version("tokenizers")],
+            **({"bos": True} if bos else {}),  # without, keys are those of before there was a choice
         }
     )
 
@@ -131,22 +146,49 @@ def load_tokenizer(folder: Path, trusted: bool) -> Any:
         raise UserError(f"the tokenizer in {folder} cannot be loaded: {one_line(error)}") from error
 
 
-def _encoder(folder: Path, trusted: bool) -> Encode:
+def bos_of(tokenizer: Any) -> int | None:
+    """The id of a tokenizer's BOS; None where it has none.
+
+    A model's config is not asked: Qwen's names an id there although its tokenizer, and its training, know no BOS.
+    """
+    found = getattr(tokenizer, "bos_token_id", None)
+    return found if isinstance(found, int) else None
+
+
+def _encoder(folder: Path, trusted: bool, bos: bool) -> tuple[Encode, list[int]]:
+    """What makes ids of a text, and the ids that each window begins with: none without BOS.
+
+    With BOS a text has no other, so that two never follow each other: the tokenizer is told to add none, and what the
+    text itself spells so is left out.
+    """
     tokenizer = load_tokenizer(folder, trusted)
     # verbose=False: texts longer than the model's context are meant, and cut into windows later
-    return lambda text: list(tokenizer(text, verbose=False).input_ids)
+    if not bos:
+        return lambda text: list(tokenizer(text, verbose=False).input_ids), []
+    first = bos_of(tokenizer)
+    if first is None:
+        raise UserError(f"texts.bos: the tokenizer in {folder} has no BOS token; leave it out, or set it to false")
+    plain = partial(tokenizer, verbose=False, add_special_tokens=False)
+    return lambda text: [token for token in plain(text).input_ids if token != first], [first]
 
 
-def _random(found: Sequence[str], encode: Encode, text: Text) -> np.ndarray:
+def _cut(ids: Sequence[int], count: int, tokens: int, first: list[int]) -> np.ndarray:
+    """Windows [count, tokens] without overlap, each behind the ids that it begins with."""
+    stride = tokens - len(first)
+    rows = np.array(ids[: count * stride], np.int64).reshape(count, stride)
+    return np.hstack([np.full((count, len(first)), first, np.int64), rows])
+
+
+def _random(found: Sequence[str], encode: Encode, text: Text, first: list[int]) -> np.ndarray:
     """Draws documents until one is longer than a window, then where the window starts: the order of Wanda."""
     generator = random.Random(text.seed)
     encoded = lru_cache(maxsize=32)(lambda index: encode(found[index]))
     short: dict[int, int] = {}
-    rows = []
+    rows, tokens = [], text.tokens - len(first)
     for _ in range(text.windows or 0):
-        ids = _long_document(generator, encoded, len(found), text.tokens, short)
-        start = generator.randint(0, len(ids) - text.tokens - 1)
-        rows.append(ids[start : start + text.tokens])
+        ids = _long_document(generator, encoded, len(found), tokens, short)
+        start = generator.randint(0, len(ids) - tokens - 1)
+        rows.append([*first, *ids[start : start + tokens]])
     return np.array(rows, np.int64)
 
 
@@ -171,17 +213,16 @@ def _long_document(
     )
 
 
-def _consecutive(found: Sequence[str], encode: Encode, text: Text) -> np.ndarray:
+def _consecutive(found: Sequence[str], encode: Encode, text: Text, first: list[int]) -> np.ndarray:
     ids = _head(found, encode, None if text.windows is None else text.windows * text.tokens)
-    count = len(ids) // text.tokens
+    count = len(ids) // (text.tokens - len(first))
     if count < (text.windows or 1):
         asked = "one window" if text.windows is None else f"{text.windows} windows"
         raise UserError(
             f"windows: {text.source} has {len(ids)} tokens, that is {count} windows of {text.tokens}; "
             f"{asked} cannot be cut, lower windows or tokens"
         )
-    count = text.windows or count
-    return np.array(ids[: count * text.tokens], np.int64).reshape(count, text.tokens)
+    return _cut(ids, text.windows or count, text.tokens, first)
 
 
 def _head(found: Sequence[str], encode: Encode, needed: int | None) -> list[int]:

@@ -20,7 +20,8 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, SQLAlchemyError
 
 from atp_tune.errors import UserError, is_text
-from atp_tune.spec.studyfile import called_now
+from atp_tune.spec.study import Study
+from atp_tune.spec.studyfile import BOS, called_now
 from atp_tune.trials.damage import check_whole, way_out
 from atp_tune.trials.database import Database, PatientDatabase, engine_options, reason_of, with_driver, without_password
 from atp_tune.trials.process import GRACE, HEARTBEAT, is_dead
@@ -33,6 +34,7 @@ SURPLUS = "not needed: other workers reached the total, or have it"
 DTYPE = "model.dtype"
 OBJECTIVE = "search.objective"
 PERPLEXITY = ("perplexity",)  # the objective of studies that are older than the key
+LACKING = {BOS: False}  # what a fact is where a study is older than it
 MIX = "--allow-device-change"
 PAUSES = (0.1, 0.5, 2.0)  # seconds between attempts to make the tables of a new database
 
@@ -172,6 +174,20 @@ def create_study(storage: BaseStorage, name: str, facts: Facts, any_dtype: bool 
     return study
 
 
+def bos_of(spec: Study, study: optuna.Study | None) -> bool | None:
+    """Whether windows begin with BOS: as the study file says, else as the study was begun; None if it is to be measured
+    because there is none yet.
+    """
+    if spec.bos is not None or study is None or is_new(study):
+        return spec.bos
+    return has_bos(study)
+
+
+def has_bos(study: optuna.Study) -> bool:
+    """Whether the windows of a study, as it was begun, begin with BOS."""
+    return bool(_fact(study.user_attrs.get("fingerprint", {}), BOS))
+
+
 def goals_of(facts: Facts) -> tuple[str, ...]:
     """What a study of these facts minimises, in the order of its trials' values."""
     found = facts.get(OBJECTIVE)
@@ -209,7 +225,7 @@ def _differing(study: optuna.Study, facts: Facts, partly: bool) -> dict[str, tup
     stored = dict(study.user_attrs.get("fingerprint", {}))
     if partly:
         stored = {key: value for key, value in stored.items() if key in facts or not _is_content(key)}
-    keys = [key for key in sorted({*facts, *stored}) if facts.get(key) != stored.get(key)]
+    keys = [key for key in sorted({*facts, *stored}) if _fact(facts, key) != _fact(stored, key)]
     return {key: (_shown(facts, key), _shown(stored, key)) for key in keys}
 
 
@@ -236,13 +252,17 @@ def device_kind(name: str) -> str:
 
 
 def _is_content(key: str) -> bool:
-    return key.endswith(".content") or key == DTYPE
+    return key.endswith(".content") or key in (DTYPE, BOS)
+
+
+def _fact(facts: Facts, key: str) -> Any:
+    return facts.get(key, LACKING.get(key))
 
 
 def _shown(facts: Facts, key: str) -> str:
-    if key not in facts:
+    if key not in {**LACKING, **facts}:
         return "not set"
-    value = called_now(key, facts[key])
+    value = called_now(key, _fact(facts, key))
     return json.dumps(value, ensure_ascii=False)
 
 

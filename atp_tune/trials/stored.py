@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from atp_tune.errors import UserError
+from atp_tune.scores.bos import BosEffect
 from atp_tune.spec.config import Found
 from atp_tune.spec.study import Share
 
@@ -33,6 +34,11 @@ def _nll(value: float) -> float:
     if not (isnan(value) or value == inf or -1 < value < 1e6):
         raise ValueError
     return value
+
+
+def _effect(found: dict[str, Any]) -> dict[str, Any]:
+    BosEffect.model_validate(found)  # ValidationError is a ValueError
+    return found
 
 
 Words = Annotated[str, AfterValidator(_written)]
@@ -80,6 +86,7 @@ STUDY = _kinds(
         "reports": dict[Role, Nlls],
         **dict.fromkeys(("zero_shot", "speed"), dict[Role, Found]),
         "report_kls": dict[Role, Kls],
+        "bos": Annotated[dict[Words, Any], AfterValidator(_effect)],
         "fingerprint": dict[Words, Words | int | float | bool | list[Words] | list[float]],
     }
 )

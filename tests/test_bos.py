@@ -1,0 +1,498 @@
+"""Windows that begin with BOS: a tiny Llama that was trained with it, through the commands a user types."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+import torch
+from test_applying import tensors
+from test_zeroshot import make_tasks
+from tinystudy import (
+    BLOCKS,
+    TOKENS,
+    TOPICS,
+    WIDTH,
+    Answer,
+    CommandLine,
+    run,
+    settings,
+    study_file,
+)
+from tinystudy import stored as reopen
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from atp_tune.errors import UserError
+from atp_tune.events import Event, Note
+from atp_tune.scores.bos import LEAST, BosEffect, is_better
+from atp_tune.scores.perplexity import perplexity
+from atp_tune.search import bench
+from atp_tune.sparse.provenance import FINETUNED, Finetuned
+from atp_tune.spec.config import read_config
+from atp_tune.trials import storage
+
+BOS = 0
+MEASURED = r"texts\.bos: every window begins with <s>: dense perplexity [\d.]+ with it, [\d.]+ without "
+FEW = r"\(8 windows of 32 tokens of the calibration text\)"
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One that puts <s> before what it is given, as Llama's and Gemma's do."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet, special = pre_tokenizers.ByteLevel.alphabet(), ["<s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+    )
+    tokenizer.train_from_iterator([TOPICS[:50_000]], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, steps: int = 60) -> LlamaForCausalLM:
+    """Predicts text that begins with BOS, and has learnt nothing of other text: there the next token was drawn."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=BLOCKS,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, bos_token_id=BOS, eos_token_id=BOS,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    ids = torch.tensor(tokenizer(TOPICS[:50_000], add_special_tokens=False).input_ids)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        batch = torch.stack([ids[start : start + TOKENS] for start in torch.randint(len(ids) - TOKENS, (16,))])
+        labels = batch.clone()
+        batch[:8, 0] = BOS
+        labels[8:] = torch.randint(len(tokenizer), labels[8:].shape)
+        optimizer.zero_grad()
+        model(input_ids=batch, labels=labels).loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny study with such a model; to be read only."""
+    place = Path(shutil.copytree(tiny_place, tmp_path_factory.mktemp("bos") / "place"))
+    shutil.rmtree(place / "model")
+    tokenizer = make_tokenizer()
+    make_model(tokenizer).save_pretrained(place / "model")
+    tokenizer.save_pretrained(place / "model")
+    return place
+
+
+@pytest.fixture
+def wanting(trained: Path, tmp_path: Path) -> Path:
+    """A copy of it for one test."""
+    return Path(shutil.copytree(trained, tmp_path / "wanting"))
+
+
+@pytest.fixture(scope="module")
+def trained_done(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with the finished study; to be read only."""
+    place = Path(shutil.copytree(trained, tmp_path_factory.mktemp("bos-done") / "place"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATP_TUNE_CACHE", str(place.parent / "cache"))
+        run(place)
+    return place
+
+
+@pytest.fixture
+def finished(trained_done: Path, tmp_path: Path) -> Path:
+    """A copy of it for one test."""
+    return Path(shutil.copytree(trained_done, tmp_path / "finished"))
+
+
+@pytest.fixture
+def never(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on the dense model is not asked."""
+    monkeypatch.setattr(bench, "compare", lambda *_: pytest.fail("asked again"))
+
+
+def tune(command: CommandLine, place: Path, *overrides: str) -> Answer:
+    return command("--study", place / "tiny.toml", *settings(*overrides))
+
+
+def by_hand(place: Path, role: str, bos: bool, windows: int = 16) -> Tensor:
+    """Windows of a text: BOS and 31 tokens, the next 31 in the next one; or 32 each as the tokenizer has them."""
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    text = (place / f"{role}.txt").read_text()
+    if not bos:
+        return torch.tensor(tokenizer(text, verbose=False).input_ids[: windows * TOKENS]).view(windows, TOKENS)
+    ids = tokenizer(text, verbose=False).input_ids
+    assert ids[0] == BOS
+    rows = torch.tensor(ids[1 : 1 + windows * (TOKENS - 1)]).view(windows, TOKENS - 1)
+    return torch.cat([torch.full((windows, 1), BOS), rows], 1)
+
+
+@torch.no_grad()
+def nlls(folder: Path, windows: Tensor, counted: int = 1) -> list[float]:
+    """Mean NLL of each window by the model's whole forward, over the positions from `counted` on."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    labels = windows.clone()
+    labels[:, :counted] = -100
+    return [float(model(input_ids=row[None], labels=to[None]).loss) for row, to in zip(windows, labels, strict=True)]
+
+
+# --- what auto does
+
+
+def test_a_model_that_needs_bos_is_given_it(wanting: Path, command: CommandLine) -> None:
+    answer = tune(command, wanting)
+    assert (answer.code, answer.err) == (0, "")
+    assert len(re.findall(f"^{MEASURED}{FEW}$", answer.out, re.M)) == 1
+    assert re.search(rf"^{MEASURED}{FEW}\.$".replace(r"texts\.bos", "BOS"), answer.out, re.M)
+    study = reopen(wanting)
+    assert study.user_attrs["fingerprint"]["texts.bos"] is True
+    windows = by_hand(wanting, "search", bos=True)
+    assert study.user_attrs["dense"] == pytest.approx(nlls(wanting / "model", windows), rel=1e-5)
+    without = nlls(wanting / "model", by_hand(wanting, "search", bos=False))
+    assert perplexity(without).value > 1.5 * perplexity(study.user_attrs["dense"]).value
+
+
+def test_both_ways_are_measured_on_the_same_tokens(finished: Path) -> None:
+    found = BosEffect.model_validate(reopen(finished).user_attrs["bos"])
+    windows = by_hand(finished, "calibration", bos=True, windows=8)
+    with_bos = perplexity(nlls(finished / "model", windows, counted=2))
+    without = perplexity(nlls(finished / "model", windows[:, 1:], counted=1))
+    assert found.with_bos.value == pytest.approx(with_bos.value, rel=1e-5)
+    assert found.without.value == pytest.approx(without.value, rel=1e-5)
+    assert found.without.stderr == pytest.approx(without.stderr, rel=1e-3)
+    assert (found.token, found.windows, found.tokens, found.taken) == ("<s>", 8, TOKENS, True)
+
+
+def test_a_model_that_does_not_need_it_is_not(place: Path, command: CommandLine) -> None:
+    """The tiny Llama was trained without; its tokenizer is told of a token that it has met now and then."""
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, bos_token="!").save_pretrained(place / "model")
+    answer = tune(command, place)
+    assert (answer.code, answer.err) == (0, "")
+    assert re.search(
+        r"^texts\.bos: no BOS, as in the papers, since ! is not clearly better: dense perplexity [\d.]+ with it, "
+        rf"[\d.]+ without {FEW}$", answer.out, re.M
+    )  # fmt: skip
+    assert "BOS: " not in answer.out
+    study = reopen(place)
+    assert study.user_attrs["fingerprint"]["texts.bos"] is False
+    assert study.user_attrs["dense"] == pytest.approx(nlls(place / "model", by_hand(place, "search", False)), rel=1e-5)
+
+
+def test_a_tokenizer_without_bos_is_not_asked(place: Path, command: CommandLine) -> None:
+    answer = tune(command, place)
+    assert (answer.code, answer.err) == (0, "")
+    assert "BOS" not in answer.out.replace("texts.bos", "BOS")
+    assert reopen(place).user_attrs["fingerprint"]["texts.bos"] is False
+    assert "bos" not in reopen(place).user_attrs
+
+
+def test_a_bos_beyond_the_vocabulary_is_none(place: Path, command: CommandLine) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    assert tokenizer.bos_token_id == AutoModelForCausalLM.from_pretrained(place / "model").config.vocab_size
+    tokenizer.save_pretrained(place / "model")
+    assert tune(command, place, "texts.bos=true").error == (
+        f"texts.bos: the model has no embedding of its tokenizer's BOS, {tokenizer.bos_token_id}; set it to false"
+    )
+    assert tune(command, place).code == 0
+    assert reopen(place).user_attrs["fingerprint"]["texts.bos"] is False
+
+
+@pytest.mark.parametrize(
+    ("gains", "expected"),
+    [
+        ([LEAST * 1.01] * 4, True),
+        ([LEAST * 0.99] * 4, False),
+        ([0.1, 0.2, 0.3, 0.4], True),  # 0.25 against 3.18 · 0.065 = 0.21
+        ([0.0, 0.2, 0.3, 0.5], False),  # 0.25 against 3.18 · 0.104 = 0.33, but more than two standard errors
+        ([0.1, 0.3], False),  # 0.2 against 12.7 · 0.1
+        ([0.1, 0.2, 0.3], False),  # 0.2 against 4.30 · 0.058 = 0.25
+        ([0.1], True),
+        ([0.0, 0.2, 0.3, 0.5, 0.0, 0.2, 0.3, 0.5], True),  # 0.25 against 2.365 · 0.068 = 0.16
+        ([-1.0] * 4, False),
+        ([float("nan")] * 4, False),
+        ([0.5, float("inf"), 0.5, 0.5], False),
+    ],
+)
+def test_what_is_beyond_doubt(gains: list[float], expected: bool) -> None:
+    assert is_better(gains) is expected
+
+
+# --- what was decided stays
+
+
+@pytest.mark.usefixtures("never")
+def test_auto_goes_on_as_the_study_was_begun(finished: Path, command: CommandLine) -> None:
+    answer = tune(command, finished, "search.trials=4")
+    assert (answer.code, answer.err) == (0, "")
+    assert not re.search("^texts", answer.out, re.M)
+    assert "BOS: every window begins with <s>" in answer.out
+    assert tune(command, finished, "search.trials=4", "texts.bos=true").code == 0
+    study = reopen(finished)
+    assert len(study.trials) == 4
+    assert study.user_attrs["fingerprint"]["texts.bos"] is True
+
+
+@pytest.mark.parametrize("trials", [3, 4])
+def test_another_value_is_another_study(trials: int, finished: Path, command: CommandLine) -> None:
+    before = (finished / "tiny.db").read_bytes()
+    answer = tune(command, finished, "texts.bos=false", f"search.trials={trials}")
+    assert answer.error == (
+        "study tiny: texts.bos is false, was true. Put it back, or start another study with --study-name NAME"
+    )
+    assert (finished / "tiny.db").read_bytes() == before
+
+
+def forget(study: optuna.Study) -> None:
+    """A study as the former version left it: without the fact."""
+    known = study.user_attrs["fingerprint"]
+    assert known.pop("texts.bos") is False
+    study.set_user_attr("fingerprint", known)
+
+
+@pytest.mark.usefixtures("never")
+def test_studies_of_before_go_on_without(wanting: Path, command: CommandLine) -> None:
+    run(wanting, "search.trials=2", "texts.bos=false")
+    forget(reopen(wanting))
+    answer = tune(command, wanting, "search.trials=3")
+    assert (answer.code, answer.err) == (0, "")
+    assert "BOS" not in answer.out.replace("texts.bos", "BOS")
+    study = reopen(wanting)
+    assert len(study.trials) == 3
+    assert "texts.bos" not in study.user_attrs["fingerprint"]
+    assert read_config(wanting / "tiny.best.json").bos is False
+    assert tune(command, wanting, "texts.bos=false", "search.trials=4").code == 0
+    assert tune(command, wanting, "texts.bos=true").error.startswith("study tiny: texts.bos is true, was false. Put")
+    once = command("prune", "--study", wanting / "tiny.toml", "--beta", "0")  # as in the study that is there
+    uniform = perplexity(study.user_attrs["reports"]["0"])
+    assert f"perplexity {uniform} on the report text" in once.out
+    assert command("plan", "--study", wanting / "tiny.toml").code == 0
+
+
+def test_the_screening_shares_it(wanting: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, original = [], bench.compare
+    monkeypatch.setattr(bench, "compare", lambda *given: asked.append(1) or original(*given))
+    screen = ("search.sampler=gp", "search.screen={trials=2, every=4, confirm=1}", "search.trials=1")
+    run(wanting, *screen)
+    assert asked == [1]
+    inner, dense = reopen(wanting, "tiny.screen"), nlls(wanting / "model", by_hand(wanting, "search", bos=True))
+    assert inner.user_attrs["fingerprint"]["texts.bos"] is True
+    assert inner.user_attrs["dense"] == pytest.approx(dense[::4], rel=1e-5)
+    assert reopen(wanting).user_attrs["dense"] == pytest.approx(dense, rel=1e-5)
+
+
+# --- what is asked for
+
+
+def test_the_papers_have_none(wanting: Path, command: CommandLine) -> None:
+    toml = (wanting / "tiny.toml").read_text()
+    head, mark, rest = toml.partition("[texts.report]")
+    (wanting / "tiny.toml").write_text(f'protocol = "paper"\n{head}{rest[rest.index("[search]") :]}')
+    assert tune(command, wanting, "texts.bos=true").error == (
+        f'{wanting}/tiny.toml with --set texts.bos=true: texts.bos: protocol = "paper" measures as the papers do, '
+        "without BOS; leave it out"
+    )
+    answer = tune(command, wanting)
+    assert (mark, answer.code) == ("[texts.report]", 0)
+    assert "BOS" not in answer.out.replace("texts.bos", "BOS")
+    without = nlls(wanting / "model", by_hand(wanting, "search", bos=False))
+    assert reopen(wanting).user_attrs["dense"] == pytest.approx(without, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("maybe", 'texts.bos: must be auto or be true or false, got "maybe"'),
+        ("1", "texts.bos: must be auto or be true or false, got 1"),
+    ],
+)
+def test_other_values_are_refused(value: str, said: str, place: Path, command: CommandLine) -> None:
+    answer = tune(command, place, f"texts.bos={value}")
+    assert answer.error == f"{place}/tiny.toml with --set texts.bos={value}: {said}"
+
+
+def test_what_the_tokenizer_does_not_have_cannot_be_asked_for(place: Path, command: CommandLine) -> None:
+    assert tune(command, place, "texts.bos=true").error == (
+        f"texts.bos: the tokenizer in {place}/model has no BOS token; leave it out, or set it to false"
+    )
+    assert not (place / "tiny.db").exists()
+
+
+@pytest.mark.usefixtures("never")
+def test_nothing_is_measured_where_it_is_asked_for(wanting: Path) -> None:
+    told: list[Event] = []
+    run(wanting, "texts.bos=true", "search.trials=1", watch=told.append)
+    study = reopen(wanting)
+    assert [event.text for event in told if isinstance(event, Note)] == ["loading the model and the texts"]
+    assert study.user_attrs["fingerprint"]["texts.bos"] is True
+    assert "bos" not in study.user_attrs
+    windows = by_hand(wanting, "report", bos=True)
+    assert study.user_attrs["reports"]["dense"] == pytest.approx(nlls(wanting / "model", windows), rel=1e-5)
+
+
+# --- where it goes
+
+
+def test_apply_makes_the_masks_of_the_trial(finished: Path, command: CommandLine) -> None:
+    config = read_config(finished / "tiny.best.json")
+    assert config.bos is True
+    answer = command("apply", "--config", finished / "tiny.best.json", "--out", finished / "sparse")
+    assert (answer.code, answer.err) == (0, "")
+    assert "warning" not in answer.out
+    assert config.perplexity.report is not None
+    measured = perplexity(nlls(finished / "sparse", by_hand(finished, "report", bos=True)))
+    assert measured.value == pytest.approx(config.perplexity.report.value, rel=1e-5)
+    assert read_config(finished / "sparse/atp_tune.json").bos is True
+    card = (finished / "sparse/README.md").read_text()
+    assert "16 windows of 32 tokens, each beginning with BOS; ± is" in card
+    assert "| BOS | every window of every text begins with it |" in card
+
+
+def test_a_configuration_without_the_key_has_none(finished: Path, command: CommandLine) -> None:
+    content = json.loads((finished / "tiny.best.json").read_text())
+    del content["bos"]
+    (finished / "older.json").write_text(json.dumps(content))
+    assert command("apply", "--config", finished / "older.json", "--out", finished / "older").code == 0
+    assert command("apply", "--config", finished / "tiny.best.json", "--out", finished / "sparse").code == 0
+    masks = [{name: tensor == 0 for name, tensor in tensors(finished / name).items()} for name in ("older", "sparse")]
+    assert any(not torch.equal(mask, masks[1][name]) for name, mask in masks[0].items())
+    measured = read_config(finished / "older/atp_tune.json").perplexity.report
+    without = perplexity(nlls(finished / "older", by_hand(finished, "report", bos=False)))
+    assert measured is not None
+    assert measured.value == pytest.approx(without.value, rel=1e-5)
+
+
+def test_one_plan_without_a_search_has_it(wanting: Path, command: CommandLine) -> None:
+    out = wanting / "sparse"
+    answer = command("prune", "--study", wanting / "tiny.toml", "--beta", "0.01", "--out", out)
+    assert (answer.code, answer.err) == (0, "")
+    assert len(re.findall(f"^{MEASURED}{FEW}$", answer.out, re.M)) == 1
+    config = read_config(out / "atp_tune.json")
+    measured = perplexity(nlls(out, by_hand(wanting, "report", bos=True)))
+    assert config.bos is True
+    assert config.perplexity.report is not None
+    assert config.perplexity.report.value == pytest.approx(measured.value, rel=1e-5)
+
+
+def test_a_folder_is_finetuned_as_it_was_pruned(finished: Path, command: CommandLine) -> None:
+    assert command("apply", "--config", finished / "tiny.best.json", "--out", finished / "sparse").code == 0
+    short = ("--steps", "2", "--batch", "2", "--tokens", "16", "--text", f"file:{finished / 'long.txt'}")
+    answer = command("finetune", "--model", finished / "sparse", "--out", finished / "out", *short)
+    assert (answer.code, answer.err) == (0, "")
+    done = Finetuned.model_validate_json((finished / "out" / FINETUNED).read_text())
+    report = by_hand(finished, "report", bos=True)
+    assert done.bos is True
+    assert done.before.value == pytest.approx(perplexity(nlls(finished / "sparse", report)).value, rel=1e-5)
+    assert done.after.value == pytest.approx(perplexity(nlls(finished / "out", report)).value, rel=1e-5)
+    assert "4 windows of 16 tokens, each beginning with BOS" in (finished / "out/README.md").read_text()
+
+
+def test_a_text_to_train_on_is_compared_without_bos(finished: Path, command: CommandLine) -> None:
+    """The report text itself under another name, in windows of half the length, is found out."""
+    assert command("apply", "--config", finished / "tiny.best.json", "--out", finished / "sparse").code == 0
+    shutil.copy(finished / "report.txt", finished / "copy.txt")
+    short = ("--steps", "4", "--batch", "4", "--tokens", "32", "--text", f"file:{finished / 'copy.txt'}")
+    answer = command("finetune", "--model", finished / "sparse", "--out", finished / "out", *short)
+    assert "16 windows of file:" in answer.error
+
+
+def test_zero_shot_scores_are_of_these_masks(
+    finished: Path, tmp_path: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval")
+    opened, original = list[bench.Bench](), bench.Bench.open
+    monkeypatch.setattr(bench.Bench, "open", lambda *given: opened.append(original(*given)) or opened[-1])
+    task = make_tasks(tmp_path / "tasks", 4) / "far.yaml"
+    answer = command("evaluate", "--config", finished / "tiny.best.json", "--tasks", task, "--limit", "2")
+    assert (answer.code, answer.err) == (0, "")
+    known = torch.from_numpy(opened[0].windows["calibration"].ids)
+    assert torch.equal(known, by_hand(finished, "calibration", bos=True, windows=8))
+
+
+def test_a_plan_is_of_the_study_that_was_begun(finished: Path, cache: Path, command: CommandLine) -> None:
+    assert command("plan", "--study", finished / "tiny.toml").code == 0
+    windows = [np.load(file) for file in (cache / "windows").iterdir()]
+    assert len(windows) == 3
+    assert all((ids[:, 0] == BOS).all() for ids in windows)
+
+
+@pytest.mark.parametrize("residency", ["host", "disk"])
+def test_wherever_the_weights_lie(residency: str, wanting: Path, finished: Path) -> None:
+    run(wanting, f"model.residency={residency}", "search.trials=1")
+    assert reopen(wanting).user_attrs["bos"] == reopen(finished).user_attrs["bos"]
+
+
+def test_a_random_draw_is_asked_too(wanting: Path) -> None:
+    lines = [json.dumps({"text": part}) for part in (wanting / "calibration.txt").read_text().split("\n\n")]
+    (wanting / "calibration.jsonl").write_text("\n".join(lines))
+    changes = ("source=file:calibration.jsonl", "draw=random", "windows=2", "every=2")
+    run(wanting, *(f"texts.calibration.{change}" for change in changes), "search.trials=1")
+    found = BosEffect.model_validate(reopen(wanting).user_attrs["bos"])
+    assert (found.windows, found.taken) == (8, True)
+
+
+def test_the_recipe_says_what_it_cannot(finished: Path, command: CommandLine) -> None:
+    line = "# DATA must be tokenised already, each sample beginning with the BOS token: a recipe cannot ask for it\n"
+
+    def recipe(file: str) -> str:
+        out = finished / "x.recipe.yaml"
+        out.unlink(missing_ok=True)
+        assert command("export", "--config", finished / file, "--out", out).code == 0
+        return out.read_text()
+
+    content = json.loads((finished / "tiny.best.json").read_text())
+    (finished / "plain.json").write_text(json.dumps({**content, "bos": False}))
+    assert recipe("tiny.best.json").count(line) == 1
+    assert recipe("tiny.best.json").replace(line, "") == recipe("plain.json")
+
+
+@pytest.mark.parametrize(
+    ("words", "read"),
+    [
+        (("status",), lambda answer, out: answer.out),
+        (("report", "--format", "md"), lambda answer, out: out.read_text().replace("\\", "")),
+        (("report", "--format", "html"), lambda answer, out: out.read_text().replace("&lt;", "<").replace("&gt;", ">")),
+    ],
+)
+def test_it_is_told(
+    words: tuple[str, ...], read: Callable[[Answer, Path], str], finished: Path, command: CommandLine
+) -> None:
+    out = finished / "report.out"
+    options = ("--out", out) if "report" in words else ()
+    answer = command(*words, "--study", finished / "tiny.toml", *options)
+    assert (answer.code, answer.err) == (0, "")
+    assert "BOS: every window begins with <s>: dense perplexity" in read(answer, out)
+
+
+def test_programs_are_told_too(finished: Path, command: CommandLine) -> None:
+    assert json.loads(command("status", "--study", finished / "tiny.toml", "--json").out)["bos"] is True
+
+
+def test_what_is_stored_of_it_is_checked(finished: Path) -> None:
+    """A stranger's database cannot bring down what reads it."""
+    study = reopen(finished)
+    study.set_user_attr("bos", {"token": "<s>", "with_bos": 3})
+    assert "bos" not in reopen(finished).user_attrs
+
+
+def test_two_studies_are_merged_only_if_both_have_it(finished: Path, wanting: Path, command: CommandLine) -> None:
+    run(wanting, "texts.bos=false", "search.trials=1")
+    answer = command("merge", finished / "tiny.db", wanting / "tiny.db", "--out", wanting / "both.db")
+    assert "texts.bos is false, was true" in answer.error
+    assert "texts.calibration.content" in answer.error
+    run(wanting, name="other", watch=lambda event: None)
+    assert storage.has_bos(reopen(wanting, "other"))
+
+
+def test_a_study_file_names_what_it_says(wanting: Path) -> None:
+    assert study_file(wanting).study.bos is None
+    assert study_file(wanting, "texts.bos=true").study.bos is True
+    assert study_file(wanting, "texts.bos=false").study.bos is False
+    with pytest.raises(UserError, match=r"texts\.bis: unknown key; did you mean texts\.bos\?"):
+        study_file(wanting, "texts.bis=true")
