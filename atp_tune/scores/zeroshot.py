@@ -106,7 +106,8 @@ def evaluate(config: Config, base: Path, asked: Asked, watch: Watch, allowed: Ma
     """
     scorer = Scorer(asked, watch)
     texts = {"calibration": config.calibration}
-    bench = Bench.open(Setup(config.model.model(allowed), config.prune, texts, base, asked.device), watch)
+    setup = Setup(config.model.model(allowed), config.prune, texts, base, asked.device, config.batches)
+    bench = Bench.open(setup, watch)
     best = plan_of(config, bench)
     uniform = make_plan(best.pruner, "uniform", bench.budget(config.sparsity.target), {}, parse(config.prune.pattern))
     watch(TrialStarted("dense", None))
@@ -117,6 +118,7 @@ def evaluate(config: Config, base: Path, asked: Asked, watch: Watch, allowed: Ma
         scorer.repeat("best", "uniform")
     else:
         watch(TrialStarted("best", best))
+        bench.begin(config.batches)
         scorer.score("best", bench.replay, bench.folder, pruned(bench, best))
     return scorer.zero_shot(bench.checkpoint)
 

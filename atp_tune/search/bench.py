@@ -7,9 +7,9 @@ Windows are evaluated in the same batches whether or not a stopper looks at each
 same bits with and without one.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -35,7 +35,7 @@ from atp_tune.pruners import Pruner, Statistics, make_pruner
 from atp_tune.pruners.statistics import Hessian
 from atp_tune.scores.evaluation import POSITIONS, Block, WindowScores, final_states, group_scores
 from atp_tune.spec.study import Model, Prune, Text
-from atp_tune.texts.windows import Windows, check_disjoint, thinned, token_windows
+from atp_tune.texts.windows import Windows, check_disjoint, stretches, thinned, token_windows
 from atp_tune.trials.process import versions
 
 CURVE_TOKENS = 4096  # of the calibration text, for the error curve
@@ -45,13 +45,18 @@ HEAD_BYTES = 12  # per logit: bf16 or float32 logits, their float32 copy and its
 
 @dataclass(frozen=True)
 class Setup:
-    """What a bench is made of: model, settings of the pruners, texts by role, and where relative paths start."""
+    """What a bench is made of: model, settings of the pruners, texts by role, and where relative paths start.
+
+    `batches`: see `Bench.begin`; none where nothing was measured before. `draws`: of the calibration text.
+    """
 
     model: Model
     prune: Prune
     texts: dict[str, Text]
     base: Path
     device: str
+    batches: Mapping[str, int] = field(default_factory=dict)
+    draws: int = 1
 
 
 class Bench:
@@ -83,6 +88,7 @@ class Bench:
         self._evidence: Cache = {}
         self._finals: dict[str, list[Tensor]] = {}
         self._follows = True  # the error of the hidden states through all blocks, also where nothing else asks for them
+        self._draws: list[Windows] = []  # of the calibration text, after the first
 
     @classmethod
     def open(cls, setup: Setup, watch: Watch = unwatched) -> "Bench":
@@ -96,7 +102,13 @@ class Bench:
         dtype, named = find_dtype(setup.model.dtype, device), setup.model.residency
         residency = None if named == "auto" else named
         checkpoint = Checkpoint.load(folder.path, dtype, device, folder.trusted, residency)
-        return cls(folder, checkpoint, windows, setup.prune, watch)
+        bench = cls(folder, checkpoint, windows, setup.prune, watch)
+        bench.begin(setup.batches)
+        if setup.draws > 1:
+            bench._draws = _draws(setup.texts["calibration"], setup.draws, folder, setup.base)
+            for drawn in bench._draws:
+                check_disjoint({**windows, "calibration": drawn})
+        return bench
 
     def screening(self, every: int) -> "Bench":
         """The same bench with dense statistics, every so many-th window of the search text, and no error curve.
@@ -110,6 +122,32 @@ class Bench:
         other._finals = {}
         other._follows = False
         return other
+
+    def drawn(self, index: int) -> "Bench":
+        """The same bench with another draw of the calibration text, 1 being the one after its own, and no error curve.
+
+        What is measured on the dense model is measured anew.
+        """
+        other, drawn = copy(self), self._draws[index - 1]
+        other.windows = {**self.windows, "calibration": drawn}
+        other._ids = {**self._ids, "calibration": torch.from_numpy(drawn.ids).to(self.checkpoint.device)}
+        other._statistics, other._ranked, other._evidence = {}, {}, {}
+        other._follows = False
+        return other
+
+    @property
+    def batches(self) -> dict[str, int]:
+        """How many windows of each text go through a block at a time, and how many through the head (`heads`).
+
+        No more than the text has: larger sizes come to the same bits.
+        """
+        texts = {role: min(batch.windows, len(self._ids[role])) for role, batch in self._batches.items()}
+        return {**texts, "heads": self._heads.windows}
+
+    def begin(self, batches: Mapping[str, int]) -> None:
+        """Begins a trial in batches of these sizes, as `batches` gives them; what they do not name is left as it is."""
+        for name, batch in {**self._batches, "heads": self._heads}.items():
+            batch.begin(batches.get(name, batch.windows))
 
     @property
     def dtype(self) -> str:
@@ -255,7 +293,8 @@ class Bench:
     def _key_of(self, pruner: Pruner, kind: type[Statistics]) -> str:
         contents = {name: value for name, value in self.contents().items() if not name.startswith("texts.")}
         text, prepared = self.windows["calibration"].content, kind is Hessian and repr(pruner)
-        return sha256_of_json([contents, text, kind.__name__, prepared, self.checkpoint.device.type, versions()])
+        device, batch = self.checkpoint.device.type, self.batches["calibration"]
+        return sha256_of_json([contents, text, kind.__name__, prepared, device, batch, versions()])
 
     def _kept(self, folder: Path, pruner: Pruner, kind: type[Statistics]) -> Sequence[BlockStatistics]:
         if not folder.is_dir():
@@ -316,3 +355,21 @@ def _windows(role: str, text: Text, tokenizer: ModelFolder, base: Path) -> Windo
         return token_windows(text, tokenizer.path, base, trusted=tokenizer.trusted)
     except UserError as error:
         raise UserError(f"texts.{role}: {error}") from None
+
+
+def _draws(text: Text, count: int, tokenizer: ModelFolder, base: Path) -> list[Windows]:
+    """Windows of the draws of a calibration text after the first: of the seeds, or the stretches, that follow."""
+    if text.draw == "random":
+        others = [text.model_copy(update={"seed": text.seed + index}) for index in range(1, count)]
+        return [_windows("calibration", other, tokenizer, base) for other in others]
+    assert text.windows is not None
+    try:
+        whole = text.model_copy(update={"windows": count * text.windows, "every": 1})
+        found = _windows("calibration", whole, tokenizer, base)
+    except UserError as error:
+        reason = str(error).removeprefix("texts.calibration: ")
+        raise UserError(
+            f"texts.calibration.draws: {count} draws of {text.windows} windows follow each other in a text; {reason}, "
+            'or draws, or set draw = "random"'
+        ) from None
+    return [thinned(stretch, text.every) for stretch in stretches(found, count)[1:]]
