@@ -56,7 +56,7 @@ def forget(place: Path) -> None:
 
 def test_a_study_is_resumed_in_its_own_batches(began: Path, elsewhere: pytest.MonkeyPatch) -> None:
     assert stored(began).user_attrs["batches"] == {"calibration": 8, "search": 16, "report": 16, "heads": 64}
-    run(began)
+    run(began, "search.trials=3")
     assert [t.user_attrs["batch_windows"] for t in stored(began).trials][2:] == [8]
     assert sizes(began) == [(8, 16)] * 3
     assert summarise(stored(began)).unlike == {}
@@ -67,7 +67,7 @@ def test_a_study_of_an_earlier_version_is_resumed_in_the_batches_of_its_trials(
 ) -> None:
     forget(began)
     assert summarise(stored(began)).unlike == {}
-    run(began)
+    run(began, "search.trials=3")
     assert stored(began).user_attrs["batches"]["calibration"] == 8
     assert stored(began).trials[2].user_attrs["batch_windows"] == 8
     assert summarise(stored(began)).unlike == {}

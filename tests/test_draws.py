@@ -29,10 +29,10 @@ THREE = "texts.calibration.draws=3"
 
 
 @pytest.fixture
-def drawn(place: Path) -> Path:
-    """A study that is complete, with three draws."""
-    run(place, THREE)
-    return place
+def drawn(done: Path) -> Path:
+    """A study that is complete, with three draws; its best is not uniform."""
+    run(done, THREE)
+    return done
 
 
 def titles(events: list[Event]) -> list[str]:
@@ -48,7 +48,7 @@ def measured_anew(place: Path, trial: optuna.trial.FrozenTrial, **keys: Any) -> 
     ids = opened.windows["calibration"].ids[-8:]
     windows = {**opened.windows, "calibration": type(opened.windows["calibration"])(np.ascontiguousarray(ids), "other")}
     bench = Bench(opened.folder, opened.checkpoint, windows, spec.prune, unwatched)
-    plan = Plan("wanda", "atp", tuple(trial.user_attrs["sparsities"]), {"beta": trial.params["beta"]})
+    plan = Plan(trial.params["pruner"], "atp", tuple(trial.user_attrs["sparsities"]), {"beta": trial.params["beta"]})
     return bench.all_nlls(((block.index, block.weights) for block in bench.prune(plan)), "report")
 
 
@@ -97,10 +97,11 @@ def test_they_are_shown_beside_the_error_over_windows(drawn: Path, command: Comm
     value, change = f"{mean(values):.2f} ± {stdev(values):.2f}", f"{mean(changes):+.1%} ± {stdev(changes):.1%}"
     options = ["--study", drawn / "tiny.toml", *settings(THREE)]
     for answer in (command(*options), command("status", *options)):
-        head, row = (line for line in answer.out.splitlines() if "perplexity, 3 draws" in line or " + atp " in line)
+        table = [line for line in answer.out.splitlines() if line.startswith("|")]
+        head, row = (line for line in table if "3 draws" in line or " + atp " in line)
         assert head.index("perplexity, 3 draws") < head.index("against uniform, 3 draws")
-        assert f"| {value}" in row and f"| {change} |" in row
-        assert "over 3 draws: calibrated with other windows each time, mean ± standard deviation" in answer.out
+        assert f"| {value}" in row and f"| {change} " in row
+        assert "3 draws: report text, calibrated with other windows each time, mean ± standard dev" in answer.out
     document = json.loads(command("status", *options, "--json").out)
     assert document["complete"]
     assert document["best"]["draws"]["perplexities"] == pytest.approx(values)

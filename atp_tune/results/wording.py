@@ -6,7 +6,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.plan import shown
 from atp_tune.results.summary import Summary, allocation_of, is_uniform, parameters_of
-from atp_tune.scores.perplexity import reach_of
+from atp_tune.scores.perplexity import error_over, reach_of
 from atp_tune.trials.storage import RETRIES, is_given_up
 
 
@@ -47,14 +47,11 @@ def remark_of(trial: FrozenTrial, summary: Summary | None = None) -> str:
 def errors_of(summary: Summary) -> str:
     """What ± is: the standard error, over how many windows, and what makes a 95 % interval of it."""
     known = {role: count for role, count in summary.windows.items() if count > 1}
-    if len(set(known.values())) > 1:
-        counts = " and ".join(f"{count} {role}" for role, count in known.items())
-        factors = " and ".join(f"{reach_of(count):.2f}" for count in known.values())
-        return f"standard error over {counts} windows (× {factors} for 95 %)"
-    if known:
-        count = next(iter(known.values()))
-        return f"standard error over {count} windows (× {reach_of(count):.2f} for 95 %)"
-    return "standard error over windows"
+    if len(set(known.values())) < 2:
+        return error_over(next(iter(known.values()), None))
+    counts = " and ".join(f"{count} {role}" for role, count in known.items())
+    factors = " and ".join(f"{reach_of(count):.2f}" for count in known.values())
+    return f"standard error over {counts} windows (× {factors} for 95 %)"
 
 
 def draws_of(summary: Summary, trial: FrozenTrial | None) -> tuple[str, str]:
@@ -63,13 +60,7 @@ def draws_of(summary: Summary, trial: FrozenTrial | None) -> tuple[str, str]:
     Empty where it was not measured on them.
     """
     found = summary.over_draws.get(trial.number) if trial else None
-    if found is None:
-        return "", ""
-    change = found.change
-    return (
-        f"{found.perplexity.mean:.2f} ± {found.perplexity.sd:.2f}",
-        f"{change.mean:+.1%} ± {change.sd:.1%}" if change else "",
-    )
+    return (str(found), found.changed) if found else ("", "")
 
 
 def drawn(summary: Summary) -> int:
@@ -80,8 +71,8 @@ def drawn(summary: Summary) -> int:
 
 def draws_note(summary: Summary) -> str:
     """What the numbers over draws are; empty where there are none."""
-    draws = f"over {drawn(summary)} draws: calibrated with other windows each time, mean ± standard deviation"
-    return f"{draws} between draws, report text" if drawn(summary) else ""
+    how = "report text, calibrated with other windows each time, mean ± standard deviation"
+    return f"{drawn(summary)} draws: {how}" if drawn(summary) else ""
 
 
 def mixture_of(summary: Summary) -> str:

@@ -41,6 +41,14 @@ class OverDraws(BaseModel):
         """How many draws."""
         return len(self.perplexities)
 
+    def __str__(self) -> str:
+        return f"{self.perplexity.mean:.2f} ± {self.perplexity.sd:.2f}"
+
+    @property
+    def changed(self) -> str:
+        """The change from uniform in words; empty for uniform itself."""
+        return f"{self.change.mean:+.1%} ± {self.change.sd:.1%}" if self.change else ""
+
 
 def over_draws(nlls: Sequence[Sequence[float]], uniform: Sequence[Sequence[float]] | None) -> OverDraws | None:
     """Of window NLLs by draw, and uniform's of the same draws; None for a single draw, and where one is infinite."""

@@ -60,6 +60,13 @@ def perplexity(nlls: Sequence[float]) -> Perplexity:
     return Perplexity(value=value, stderr=value * spread / math.sqrt(len(nlls)))
 
 
+def error_over(windows: int | None) -> str:
+    """What ± is, over so many windows, and what makes a 95 % interval of it."""
+    if windows is None or windows < 2:
+        return "standard error over windows"
+    return f"standard error over {windows} windows (× {reach_of(windows):.2f} for 95 %)"
+
+
 def reach_of(windows: int) -> float:
     """By how much to multiply a standard error over so many windows (at least 2) for a 95 % interval: t(n - 1)."""
     from scipy.special import stdtrit
