@@ -37,6 +37,7 @@ from atp_tune.cache import cache_dir
 from atp_tune.results.summary import summarise
 from atp_tune.scores.perplexity import change, perplexity
 from atp_tune.spec.studyfile import load
+from atp_tune.trials.storage import find_study, open_storage
 
 HERE = Path(__file__).parent
 STEP = 0.002
@@ -120,7 +121,7 @@ def ours(name: str, sparsity: float, work: Path, scale: int) -> Row:
     began, started = datetime.now(), perf_counter()
     subprocess.run(command, check=True, cwd=HERE.parent, stdout=sys.stderr)
     seconds = perf_counter() - started
-    study = optuna.load_study(study_name=label, storage=storage)
+    study = _stored(label, storage)
     choice = max(trial.datetime_complete for trial in study.trials if trial.datetime_complete and trial.params["beta"])
     known = _screened(label, storage) if "search.screen.confirm=1" in LEVERS[name] else choice
     summary = summarise(study)
@@ -134,9 +135,16 @@ def ours(name: str, sparsity: float, work: Path, scale: int) -> Row:
     return Row(name, *times, seconds, tokens, beta, trials, report, as_paper)
 
 
+def _stored(name: str, address: str) -> optuna.Study:
+    db = open_storage(address, create=False)
+    study = find_study(db, name) if db else None
+    assert study is not None
+    return study
+
+
 def _screened(label: str, storage: str) -> datetime:
     """When the screening of a study ended."""
-    trials = optuna.load_study(study_name=f"{label}.screen", storage=storage).trials
+    trials = _stored(f"{label}.screen", storage).trials
     return max(trial.datetime_complete for trial in trials if trial.datetime_complete)
 
 
@@ -147,7 +155,7 @@ def _work(study: optuna.Study, label: str, storage: str, scale: int) -> tuple[st
     windows, shown, tokens = len(study.user_attrs["dense"]), f"{len(study.trials)}", 0.0
     stopped = sum("stopped_after" in trial.user_attrs for trial in study.trials)
     if f"{label}.screen" in optuna.get_all_study_names(storage):
-        screened = optuna.load_study(study_name=f"{label}.screen", storage=storage)
+        screened = _stored(f"{label}.screen", storage)
         tokens += N + E * len(screened.user_attrs["dense"]) / windows * (1 + len(screened.trials))
         shown += f" + {len(screened.trials)} screened"
         measured = [trial for trial in study.trials if trial.params["beta"]]  # uniform comes after the choice

@@ -94,3 +94,32 @@ def test_other_errors_are_not_about_memory(error: Exception, monkeypatch: pytest
     with pytest.raises(type(error)):
         batch.attempt(step)
     assert batch.windows == 4 and notes == []
+
+
+def test_a_trial_begins_with_the_size_of_its_study_and_says_so_if_it_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    notes: list[str] = []
+    batch = batch_of(16, notes, monkeypatch)
+
+    def step(windows: int) -> int:
+        if windows > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return windows
+
+    for _ in range(2):
+        batch.begin(8)
+        assert batch.windows == 8
+        assert batch.attempt(step) == 4
+    assert notes == ["memory ran out: going on with 4 windows at a time"] * 2
+
+
+def test_a_cpu_does_not_begin_with_more_than_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its system would end the process, where a GPU says that memory ran out."""
+    for device, expected in ((CPU, 4), (CUDA, 32)):
+        notes: list[str] = []
+        monkeypatch.setattr(batching, "free_memory", lambda device: 7 * 100 * 10)
+        batch = BatchSize(device, 100, 10, notes.append)
+        batch.begin(32)
+        assert batch.windows == expected
+        assert len(notes) == (expected < 32)

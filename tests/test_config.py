@@ -8,11 +8,13 @@ import pytest
 from pydantic import ValidationError
 
 from atp_tune.errors import UserError
+from atp_tune.scores.draws import OverDraws, Spread
 from atp_tune.scores.perplexity import Perplexity
 from atp_tune.spec.config import (
     FORMAT,
     AllocationRef,
     Baselines,
+    BothDraws,
     Config,
     ModelRef,
     Scores,
@@ -32,6 +34,12 @@ def scores(search: float, report: float | None) -> Scores:
     )
 
 
+DRAWN = OverDraws(
+    perplexities=(13.25, 13.5), perplexity=Spread(mean=13.375, sd=0.125), changes=(-0.25, -0.125),
+    change=Spread(mean=-0.1875, sd=0.0625),
+)  # fmt: skip
+
+
 def config(**changes: Any) -> Config:
     made = Config(
         study="smöl",
@@ -46,6 +54,8 @@ def config(**changes: Any) -> Config:
         perplexity=scores(12.5, 13.25),
         baselines=Baselines(dense=scores(8.0, 8.5), uniform=scores(14.0, None)),
         calibration=Text(source="c4", split="train", draw="random", windows=128, seed=3),
+        batches={"calibration": 8, "search": 16},
+        draws=BothDraws(best=DRAWN, uniform=None),
         texts=Texts(
             search=Text(source="wikitext2", split="validation", tokens=1024),
             report=Text(source="file:texts/ünïcode.txt", part=(0.25, 1.0)),
@@ -91,7 +101,7 @@ def test_numbers_survive_to_the_last_bit(tmp_path: Path) -> None:
 
 def test_what_an_older_version_wrote_still_reads(tmp_path: Path) -> None:
     content = json.loads(GOLDEN.read_text(encoding="utf-8"))
-    younger = ("zero_shot", "speed", "blocks", "linears")
+    younger = ("zero_shot", "speed", "blocks", "linears", "batches", "draws")
     del content["folder"], content["model"]["sha256"]
     content = {key: value for key, value in content.items() if key not in younger}
     (tmp_path / "old.json").write_text(json.dumps(content))

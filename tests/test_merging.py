@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 from optuna_dashboard import get_note, save_note
 from pgserver import PostgreSQL
 from synthetic import DISTRIBUTIONS, made_up, new_study
-from tinystudy import CommandLine, quiet, run, study_file
+from tinystudy import CommandLine, quiet, run, stored, study_file
 
 from atp_tune.errors import UserError
 from atp_tune.results.summary import summarise
@@ -73,7 +73,7 @@ def summarise_as(study: optuna.Study, other: optuna.Study) -> Any:
 
 
 def study_of(file: Path, name: str = "tiny") -> optuna.Study:
-    return optuna.load_study(study_name=name, storage=f"sqlite:///{file}")
+    return stored(file.parent, name, file)
 
 
 def test_three_machines_that_went_on_from_a_copy(place: Path, tmp_path: Path, command: CommandLine) -> None:

@@ -100,7 +100,8 @@ def test_attributes_are_stored_as_soon_as_they_are_known(bench: Bench, space: Sp
 
 def test_a_model_whose_numbers_are_none_fails(bench: Bench, space: Space, study: optuna.Study) -> None:
     class Broken:
-        checkpoint, dtype, windows = bench.checkpoint, bench.dtype, bench.windows
+        checkpoint, dtype, windows, begin = bench.checkpoint, bench.dtype, bench.windows, bench.begin
+        batch, batches = bench.batch, bench.batches
 
         def prune(self, plan: Any) -> Any:
             return bench.prune(plan)

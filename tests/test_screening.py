@@ -1,4 +1,6 @@
 import json
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -6,15 +8,17 @@ import optuna
 import pytest
 from test_space import SIZES, space_for, study_of
 from test_tuning import reopen, states, without_bench
-from tinystudy import BLOCKS, LONG, finish, run, settings, start, study_file, wait_for
+from tinystudy import BLOCKS, LONG, CommandLine, finish, run, settings, start, study_file, wait_for
 
 from atp_tune.blocks.prune_pass import Pass
 from atp_tune.errors import UserError
 from atp_tune.events import Note, TrialEnded, TrialStarted
+from atp_tune.results.summary import summarise, unreported
 from atp_tune.search import tuning
 from atp_tune.search.bench import Bench
 from atp_tune.search.samplers import levelled
-from atp_tune.search.screening import APART, confirmed, is_near, screening_file
+from atp_tune.search.screening import APART, confirmed, is_near, is_screening, screening_file
+from atp_tune.spec.config import read_config
 from atp_tune.spec.study import Screen
 from atp_tune.trials.storage import counted, measured
 
@@ -310,3 +314,47 @@ def test_near_points() -> None:
     assert is_near(point, point, space)
     assert not is_near(point, {**point, "pruner": "sparsegpt"}, space)
     assert not is_near(point, {"pruner": "wanda", "allocation": "owl", "threshold": 5.0, "lam": 0.1}, space)
+
+
+# --- what a screening is
+
+
+def test_a_study_that_a_person_calls_like_a_screening_is_reported(place: Path, command: CommandLine) -> None:
+    """A study is a screening if one was made for another; its name says nothing."""
+    words = ["--study", place / "tiny.toml", "--study-name", "mine.screen"]
+    assert command(*words).code == 0
+    assert set(reopen(place, "mine.screen").user_attrs["reports"]) > {"dense"}
+    assert read_config(place / "mine.screen.best.json").perplexity.report is not None
+    status = json.loads(command("status", *words, "--json").out)
+    assert status["complete"] and status["best"]["report"]
+    run(place, name="mine")
+    assert summarise(reopen(place, "mine")).screening is None
+
+
+def test_a_screening_of_before_is_one(place: Path) -> None:
+    """Earlier versions did not store what it is the screening of."""
+    run(place, *INSIDE)
+    assert reopen(place, "tiny.screen").user_attrs["screens"] == "tiny"
+    with closing(sqlite3.connect(place / "tiny.db")) as connection:
+        assert connection.execute("DELETE FROM study_user_attributes WHERE key = 'screens'").rowcount == 1
+        connection.commit()
+    screened = reopen(place, "tiny.screen")
+    assert is_screening(screened)
+    assert unreported(screened) == []
+    assert summarise(screened).complete
+    assert summarise(reopen(place)).screening is not None
+    before = screened.trials
+    run(place, *INSIDE, "search.trials=4")
+    assert reopen(place, "tiny.screen").trials == before
+
+
+def test_levels_do_not_depend_on_the_order_of_parameters() -> None:
+    """A database gives the parameters of a trial in the order in which it has them."""
+    distributions = {name: optuna.distributions.FloatDistribution(0, 1) for name in ("beta", "gamma")}
+
+    def trial(value: float, **params: float) -> optuna.trial.FrozenTrial:
+        return optuna.create_trial(value=value, params=params, distributions=distributions)
+
+    screened = [trial(10.0, beta=0.1, gamma=0.2), trial(12.0, beta=0.3, gamma=0.4)]
+    found = levelled(screened, [trial(20.0, gamma=0.2, beta=0.1)])
+    assert [(one.params, one.value) for one in found] == [({"beta": 0.3, "gamma": 0.4}, pytest.approx(24.0))]

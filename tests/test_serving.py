@@ -140,7 +140,7 @@ def test_figures_are_drawn_and_the_database_is_left_alone(dashboard: Dashboard, 
     db = open_db(done)
     stored = db.get_study_system_attrs(db.get_study_id_from_name("tiny"))
     assert not [key for key in stored if key.startswith("dashboard:")]
-    assert set(db.get_all_studies()[0].user_attrs) > {"fingerprint", "dense", "reports"}
+    assert set(db.get_all_studies()[0].user_attrs) > {"fingerprint", "dense", "reports:dense"}
     assert "nlls" in db.get_all_trials(db.get_study_id_from_name("tiny"))[0].user_attrs
 
 

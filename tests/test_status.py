@@ -126,10 +126,12 @@ def test_the_keys_that_are_promised(study: optuna.Study) -> None:
     says = document(study)
     assert list(says) == [
         "format", "study", "sparsity", "done", "total", "complete", "seconds_left", "running", "dense", "uniform",
-        "best", "ranks", "trials", "screening", "objective", "front", "bos",
+        "best", "ranks", "trials", "screening", "objective", "front",
+        "bos", "uniform_draws", "windows",
     ]  # fmt: skip
     assert list(says["best"]) == [
         "trial", "pruner", "allocation", "parameters", "search", "report", "change", "kl", "kl_change",
+        "draws",
     ]  # fmt: skip
     assert (says["objective"], says["front"], says["best"]["kl"]) == (["perplexity"], [], None)
     assert list(says["trials"][0]) == [
@@ -477,7 +479,7 @@ def test_the_summary_is_one_markdown_table(study: optuna.Study, monkeypatch: pyt
         ["wanda + atp (β = 0.10000)", "70.00%", "9.00 ± 0.40", "–", "-9.5% ± 0.0% (search)"],
         ["wanda + er (β = 0.25000)", "–", "12.00 ± 0.25", "–", "-18.1% ± 0.0% (search)"],
     ]
-    assert rest.startswith("±: standard error over windows; ")
+    assert rest.startswith("±: standard error over 2 windows (× 12.71 for 95 %); ")
     assert "\nbest: trial 2, wanda + curve (β = 0.25000)\n5 of 9 trials are done\n" in rest
 
 

@@ -92,7 +92,7 @@ def test_paper_twin_differs_only_in_protocol(path: Path) -> None:
     paper, held_out = load(str(path)).study, load(path.stem.removeprefix("paper-")).study
     assert (paper.sparsity, paper.model.source) == (held_out.sparsity, held_out.model.source)
     assert paper.prune == held_out.prune
-    assert paper.texts.calibration == held_out.texts.calibration
+    assert paper.texts.calibration.text == held_out.texts.calibration.text
     assert (paper.search.sampler, paper.search.step) == ("grid", 0.002)
 
 

@@ -142,7 +142,8 @@ def test_the_configuration_of_the_best(done: Path, tmp_path: Path) -> None:
     assert config.allocation.beta == best.params["beta"]
     assert config.block_sparsities == tuple(best.user_attrs["sparsities"])
     assert (config.sparsity.target, config.sparsity.realised) == (0.5, best.user_attrs["realised"])
-    assert config.calibration == file.study.texts.calibration
+    assert config.calibration == file.study.texts.calibration.text
+    assert config.batches == best.user_attrs["batches"]
     assert (config.texts.search, config.texts.report) == (file.study.texts.search, file.study.texts.report)
     assert config.versions == best.user_attrs["versions"]
     assert config.perplexity == summarise(study).best

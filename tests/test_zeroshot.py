@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from tinystudy import CommandLine, finish, settings, start, stored
+from tinystudy import TOKENS, CommandLine, finish, settings, start, stored
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from atp_tune.blocks import batching
+from atp_tune.blocks.prune_pass import Pass
 from atp_tune.events import Event, Step
 from atp_tune.scores import zeroshot
 from atp_tune.scores.zeroshot import Asked, difference, evaluate, mean, pruned
@@ -139,6 +141,19 @@ def test_progress_counts_every_answer_of_every_model(done: Path, tasks: Path) ->
     evaluate(config, done, Asked((f"{tasks}/far.yaml",), 3, None, 2, "cpu"), events.append, {})
     steps = [event for event in events if isinstance(event, Step) and event.phase == "answer"]
     assert [(step.done, step.total) for step in steps] == [(done, 12) for _ in range(3) for done in range(1, 13)]
+
+
+def test_it_prunes_in_the_batches_of_the_trial(done: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, seen, step = read_config(done / "tiny.best.json"), set(), Pass.step
+    monkeypatch.setitem(batching.TOKENS, "cpu", 2 * TOKENS)  # a machine whose own are smaller
+
+    def noted(self: Pass, *more: Any) -> Any:
+        seen.add(self.batch.windows)
+        return step(self, *more)
+
+    monkeypatch.setattr(Pass, "step", noted)
+    evaluate(config, done, Asked((f"{tasks}/far.yaml",), 1, None, 1, "cpu"), lambda _: None, {})
+    assert seen == {config.batches["calibration"]} == {8}
 
 
 def test_examples_before_each_item(done: Path, tasks: Path, command: CommandLine) -> None:

@@ -3,6 +3,11 @@
 Sizes are powers of two, so that a little more or less free memory changes nothing: the order of sums in a batch
 decides the last bits of the hidden states, and at high sparsity those decide near-ties between scores and so, block
 after block, about 1 % of perplexity (docs/log.md).
+
+For the same reason the sizes are a fact of the study: all its trials begin with those of its first one, wherever they
+run. A trial that runs out of memory goes on with half, and its record says so; the next one begins with the study's
+size again, since memory that another program took for a moment must not change all later trials. Where memory is short
+for good each trial pays for that with a step that fails.
 """
 
 import gc
@@ -22,15 +27,28 @@ ELSEWHERE = 32768
 
 
 class BatchSize:
-    """Windows per batch. A step that runs out of memory is tried again with half, and that is said once."""
+    """Windows per batch. A step that runs out of memory is tried again with half, and that is said once a trial."""
 
     def __init__(self, device: torch.device, tokens: int, bytes_per_token: int, note: Note) -> None:
-        fitting = SHARE * free_memory(device) / (tokens * bytes_per_token)
+        self._device = device
+        self._bytes = tokens * bytes_per_token
         fast = TOKENS.get(device.type, ELSEWHERE) // tokens
-        most = max(1, min(int(fitting), fast))
+        most = max(1, min(self._fitting(SHARE), fast))
         self.windows = 1 << (most.bit_length() - 1)
         self._note = note
         self._said = False
+
+    def begin(self, windows: int) -> None:
+        """Starts a trial with the size that its study has, halved until it fits where too much ends the process.
+
+        A GPU says that memory ran out; a CPU's system ends whoever asked for too much, or swaps.
+        """
+        self.windows, self._said = windows, False
+        while self._device.type == "cpu" and self.windows > max(1, self._fitting(1)):
+            self._halve()
+
+    def _fitting(self, share: float) -> int:
+        return int(share * free_memory(self._device) / self._bytes)
 
     def attempt(self, step: Callable[[int], T]) -> T:
         """Result of `step(windows)`; TrialError where not even one window fits."""

@@ -23,15 +23,14 @@ if TYPE_CHECKING:
 
 def show_summary(summary: "Summary", file: "StudyFile") -> None:
     """Dense, uniform and the best of each allocation as one Markdown table, and the commands that come next."""
-    from atp_tune.results.wording import beginning_of, method_of, mixture_of
+    from atp_tune.results.wording import beginning_of, draws_note, errors_of, method_of, mixture_of
 
     sparsity = summary.sparsity or file.study.sparsity
     console.print(f"{printable(summary.name)}: {sparsity:.0%} sparsity\n", highlight=False)
     console.print(markdown(_results(summary)), highlight=False)
-    console.print(
-        "\n±: standard error over windows; against uniform: same pruner, same windows, error of the difference",
-        style="dim", highlight=False,
-    )  # fmt: skip
+    paired = "against uniform: same pruner, same windows, error of the difference"
+    notes = [f"±: {errors_of(summary)}; {paired}", draws_note(summary)]
+    console.print("\n" + "\n".join(filter(None, notes)), style="dim", highlight=False)
     best = summary.best_trial
     if best is not None:
         lowest = ", the lowest perplexity of the front; `export --trial N` takes another" if summary.front else ""
@@ -54,23 +53,37 @@ def show_summary(summary: "Summary", file: "StudyFile") -> None:
 
 def _results(summary: "Summary") -> Table:
     from atp_tune.results.summary import is_uniform, score_of
-    from atp_tune.results.wording import method_of
+    from atp_tune.results.wording import drawn, method_of
     from atp_tune.spec.config import Scores
 
-    has_kl = "kl" in summary.goals
+    has_kl, draws = "kl" in summary.goals, drawn(summary)
     kl = ("search KL", "report KL", "KL against uniform") if has_kl else ()
-    table = markdown_table("method", "sparsity", "search perplexity", "report perplexity", "against uniform", *kl)
-    table.add_row("dense", "0%", *_cells(summary.dense), "–", *(("0", "0", "–") if has_kl else ()))
+    more = (f"perplexity, {draws} draws", f"against uniform, {draws} draws") if draws else ()
+    table = markdown_table(
+        "method", "sparsity", "search perplexity", "report perplexity", "against uniform", *more, *kl
+    )
+
+    def over(trial: "FrozenTrial | None") -> tuple[str, ...]:
+        return _over_draws(summary, trial) if draws else ()
+
+    table.add_row("dense", "0%", *_cells(summary.dense), "–", *over(None), *(("0", "0", "–") if has_kl else ()))
     for trial in summary.uniforms:
         scores = Scores(search=score_of(trial), report=summary.reports.get(trial.number))
         kls = (*_cells(summary.kl(trial)), "–") if has_kl else ()
-        table.add_row(method_of(trial), _zeros(trial), *_cells(scores), "–", *kls)
+        table.add_row(method_of(trial), _zeros(trial), *_cells(scores), "–", *over(trial), *kls)
     for rank in summary.ranks:
         if not is_uniform(rank.trial):
             kls = (*_cells(summary.kl(rank.trial)), _change(rank.kl_against, rank)) if has_kl else ()
             change = _change(rank.against, rank)
-            table.add_row(method_of(rank.trial), _zeros(rank.trial), *_cells(rank.scores), change, *kls)
+            cells = (*_cells(rank.scores), change, *over(rank.trial))
+            table.add_row(method_of(rank.trial), _zeros(rank.trial), *cells, *kls)
     return table
+
+
+def _over_draws(summary: "Summary", trial: "FrozenTrial | None") -> tuple[str, ...]:
+    from atp_tune.results.wording import draws_of
+
+    return tuple(cell or "–" for cell in draws_of(summary, trial))
 
 
 def _means(found: "ZeroShot") -> str:
@@ -127,6 +140,8 @@ def _show_rest(summary: "Summary") -> None:
         console.print(f"{summary.done} of {summary.total} trials are done", highlight=False)
     elif not summary.complete and summary.best_trial is not None and summary.best.report is None:
         console.print("the report text is not measured yet: the same command goes on", highlight=False)
+    elif not summary.complete and summary.best_trial is not None and summary.done == summary.total:
+        console.print("not all final numbers are measured yet: the same command goes on", highlight=False)
 
 
 def _show_next(summary: "Summary", file: "StudyFile") -> None:
@@ -227,8 +242,10 @@ def _runs(one: "Running") -> str:
 def _idle(status: "Status") -> str:
     if status.complete:
         return "complete"
-    measured = status.total is not None and status.done >= status.total
-    return "the report text is not measured yet" if measured else "no trial runs"
+    if status.total is None or status.done < status.total:
+        return "no trial runs"
+    lacks = status.best is None or status.best.report is None
+    return "the report text is not measured yet" if lacks else "not all final numbers are measured yet"
 
 
 def _cells(scores: "Scores | Divergences") -> list[str]:

@@ -180,8 +180,8 @@ class Trial(Part):
 
 class Whole(Part):
     """The whole study: its total of trials (null where it is not known), those done, and those of the screening before
-    it; seconds of all and of what is left, with loading, the dense model, the screening, and the report text. A study
-    that settles may end before all of that.
+    it; seconds of all and of what is left, with loading, the dense model, the screening, the report text, and other
+    draws of the calibration text. A study that settles may end before all of that.
     """
 
     trials: int | None
@@ -275,6 +275,27 @@ class Screening:
         return before + self.trials * each, (0 if self.done else before) + left * each
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """What other draws of the calibration text add: plans that are measured again, on the text of that role, and tokens
+    sent through the dense blocks to listen and to run on.
+    """
+
+    plans: int
+    role: Literal["search", "report"]
+    once: int
+
+    def evaluated(self, tokens: Tokens) -> int:
+        """Tokens that each evaluates."""
+        return tokens.report if self.role == "report" else tokens.search
+
+    def seconds(self, rates: Rates, costs: dict[str, Passes], tokens: Tokens, blocks: int) -> float:
+        """Seconds of all of it."""
+        evaluated = self.evaluated(tokens)
+        each = _mean(_again(rates, costs, evaluated, blocks, self.role))
+        return self.plans * each + blocks * self.once * rates.dense
+
+
 def whole(
     rates: Rates | None,
     trials: int | None,
@@ -284,24 +305,27 @@ def whole(
     blocks: int,
     once: int,
     rows: int,
+    drawn: Drawn = Drawn(0, "report", 0),
 ) -> Whole:
     """The study in all. Trials are shared out evenly over the pruners; none is taken to end early.
 
     `once`: tokens sent through the dense blocks to listen and to run on, once for all trials; `rows`: plans that are
-    measured on the report text (of the dense model once more), 0 where the search text reports.
+    measured on the report text (of the dense model once more), 0 where the search text reports; `drawn`: what other
+    draws of the calibration text add.
     """
     if trials is None:
         return Whole(trials=None, done=done, tokens=None, seconds=None, seconds_left=None)
     sent = _mean([cost.total for cost in costs.values()])
     calibrated = _mean([cost.total - cost.evaluate for cost in costs.values()])
     reported = rows * (calibrated + tokens.report) + (tokens.report if rows else 0)
-    through = round(trials * sent + tokens.search + tokens.curve + 2 * once + reported)
+    redrawn = drawn.plans * (calibrated + drawn.evaluated(tokens)) + 2 * drawn.once
+    through = round(trials * sent + tokens.search + tokens.curve + 2 * once + reported + redrawn)
     if rates is None:
         return Whole(trials=trials, done=done, tokens=through, seconds=None, seconds_left=None)
     each = _mean([trial_seconds(rates, pruner, cost, blocks).total for pruner, cost in costs.items()])
     before = rates.load + blocks * (tokens.curve * rates.run["calibration"] + once * rates.dense)
     dense = dense_seconds(rates, tokens.search, blocks, "search")
-    after = _report_seconds(rates, costs, tokens, blocks, rows)
+    after = _report_seconds(rates, costs, tokens, blocks, rows) + drawn.seconds(rates, costs, tokens, blocks)
     left = 0.0 if done >= trials else before + (0 if done else dense) + (trials - done) * each + after
     seconds = before + dense + trials * each + after
     return Whole(trials=trials, done=done, tokens=through, seconds=seconds, seconds_left=left)
@@ -321,11 +345,16 @@ def screened(found: Whole, screening: Screening, rates: Rates | None, pruners: I
 def _report_seconds(rates: Rates, costs: dict[str, Passes], tokens: Tokens, blocks: int, rows: int) -> float:
     if not rows:
         return 0.0
-    again = [
-        trial_seconds(rates, pruner, cost.model_copy(update={"evaluate": tokens.report}), blocks, "report").total
+    again = _again(rates, costs, tokens.report, blocks, "report")
+    return dense_seconds(rates, tokens.report, blocks, "report") + rows * _mean(again)
+
+
+def _again(rates: Rates, costs: dict[str, Passes], evaluated: int, blocks: int, role: str) -> list[float]:
+    """Seconds of a plan of each pruner, evaluated on so many tokens of a text."""
+    return [
+        trial_seconds(rates, pruner, cost.model_copy(update={"evaluate": evaluated}), blocks, role).total
         for pruner, cost in costs.items()
     ]
-    return dense_seconds(rates, tokens.report, blocks, "report") + rows * _mean(again)
 
 
 def _mean(values: "list[int] | list[float]") -> float:

@@ -11,7 +11,7 @@ import psutil
 from atp_tune.checkpoints.headers import Sizes, read_sizes
 from atp_tune.checkpoints.residency import Free, Residency, choose
 from atp_tune.cost import forecast
-from atp_tune.cost.forecast import Bytes, Forecast, Passes, Rates, Screening, Tokens, Trial, Weights, Whole
+from atp_tune.cost.forecast import Bytes, Drawn, Forecast, Passes, Rates, Screening, Tokens, Trial, Weights, Whole
 from atp_tune.events import Note, Watch
 from atp_tune.search.samplers import total_trials
 from atp_tune.search.screening import SUFFIX
@@ -98,8 +98,8 @@ def _setup(file: StudyFile, name: str) -> "Setup":
     spec = file.study
     report = {} if spec.texts.report is None else {"report": spec.texts.report}
     texts = {"calibration": spec.texts.calibration, "search": spec.texts.search, **report}
-    bos = bool(storage.bos_of(spec, _stored(file, name)))
-    return Setup(spec.model, spec.prune, texts, file.folder, spec.device, bos)
+    draws, bos = spec.texts.calibration.draws, bool(storage.bos_of(spec, _stored(file, name)))
+    return Setup(spec.model, spec.prune, texts, file.folder, spec.device, draws=draws, bos=bos)
 
 
 def _known(file: StudyFile, name: str, setup: "Setup", folder: "ModelFolder", device: Any, itemsize: int) -> Known:
@@ -225,13 +225,22 @@ def _whole(known: Known, bench: "Bench | None", rates: Rates | None) -> Whole:
         trials = total_trials(study.search, make_space(study, bench.budget(study.sparsity)))
     done, trials = (0, None) if trials is None else _progress(known.main, trials)
     allocations = len(set(study.allocation.names) - {"uniform"})
-    rows = 0 if study.texts.report is None else max(1, allocations + min(allocations, len(study.prune.pruners)))
+    plans = max(1, allocations + min(allocations, len(study.prune.pruners)))
+    rows = 0 if study.texts.report is None else plans
     once = known.kinds * known.tokens.calibration
     blocks = len(known.sizes.blocks)
-    found = forecast.whole(rates, trials, done, known.costs, known.tokens, blocks, once, rows)
+    found = forecast.whole(rates, trials, done, known.costs, known.tokens, blocks, once, rows, _drawn(known, plans))
     found = found.model_copy(update={"settles": study.search.settle})
     screening = _screening(known)
     return forecast.screened(found, screening, rates, known.costs, blocks) if screening else found
+
+
+def _drawn(known: Known, plans: int) -> Drawn:
+    """What the draws of the calibration text after the first add."""
+    study = known.study
+    more = study.texts.calibration.draws - 1
+    once = dense_kinds(study) * known.tokens.calibration if study.prune.statistics == "dense" else 0
+    return Drawn(more * plans, "search" if study.texts.report is None else "report", more * once)
 
 
 def _screening(known: Known) -> Screening | None:

@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.figures.seconds import spent
 from atp_tune.results.summary import Summary, is_uniform, summarise
-from atp_tune.results.wording import beginning_of, mixture_of
+from atp_tune.results.wording import beginning_of, drawn, draws_note, draws_of, errors_of, mixture_of
 from atp_tune.spec.studyfile import settings
 from atp_tune.trials.storage import ranked, values_of
 
@@ -99,6 +99,12 @@ class Contents:
         return ", ".join(parts + [f"{count} {what}" for count, what in (*counts, (stopped, "stopped early")) if count])
 
     @property
+    def errors(self) -> str:
+        """What ± is, and what the numbers over draws are, where there are some."""
+        draws = draws_note(self.summary)
+        return f"± is the {errors_of(self.summary)}" + (f"; {draws}" if draws else "") + "."
+
+    @property
     def verdict(self) -> str:
         """The change against uniform in one sentence, with the error of the difference where it is known."""
         summary = self.summary
@@ -114,7 +120,9 @@ class Contents:
         error = f"\u00a0±\u00a0{paired.stderr:.1%}" if paired.stderr else ""
         side, text = "below" if paired.value <= 0 else "above", summary.ranks[0].on
         what = "KL divergence" if by_kl else "perplexity"
-        return f"The best plan’s {what} is {abs(paired.value):.1%}{error} {side} uniform’s on the {text} text."
+        over = "" if by_kl else draws_of(summary, summary.best_trial)[1].replace(" ± ", "\u00a0±\u00a0")
+        draws = f" Over {drawn(summary)} draws of the calibration text it changes by {over}." if over else ""
+        return f"The best plan’s {what} is {abs(paired.value):.1%}{error} {side} uniform’s on the {text} text.{draws}"
 
 
 def gather(study: optuna.Study, made: datetime) -> Contents:

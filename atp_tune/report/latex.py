@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from atp_tune.report.contents import Contents
 from atp_tune.results.summary import Rank, allocation_of, is_uniform, parameters_of
+from atp_tune.results.wording import errors_of
 from atp_tune.scores.divergence import Divergence
 from atp_tune.scores.perplexity import Change, Perplexity
 from atp_tune.spec.config import Divergences, Scores
@@ -11,8 +12,8 @@ from atp_tune.spec.config import Divergences, Scores
 _SPECIAL = {
     **{char: f"\\{char}" for char in "#$%&_{}"},
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
-    ">": r"\textgreater{}", "–": "--", "’": "'", "±": r"$\pm$", "β": r"$\beta$", "γ": r"$\gamma$", "δ": r"$\delta$",
-    "φ": r"$\varphi$", "ν": r"$\nu$", "λ": r"$\lambda$", "ε": r"$\varepsilon$",
+    ">": r"\textgreater{}", "–": "--", "’": "'", "±": r"$\pm$", "×": r"$\times$", "β": r"$\beta$", "γ": r"$\gamma$",
+    "δ": r"$\delta$", "φ": r"$\varphi$", "ν": r"$\nu$", "λ": r"$\lambda$", "ε": r"$\varepsilon$",
 }  # fmt: skip
 
 
@@ -22,12 +23,13 @@ def make(studies: Sequence[Contents]) -> bytes:
     rows = "\n\\midrule\n".join("\n".join(_rows(contents, len(studies) > 1, has_kl)) for contents in studies)
     names = ", ".join(escaped(contents.summary.name) for contents in studies)
     what, columns = ("Perplexity and KL divergence", "llrrrrr") if has_kl else ("Perplexity", "llrrr")
+    errors = escaped(errors_of(studies[0].summary) if len(studies) == 1 else "standard error over windows")
     more = " & KL, search text & KL, report text" if has_kl else ""
     return f"""\
 % \\usepackage{{booktabs}}
 \\begin{{table}}
 \\centering
-\\caption{{{what} (standard error over windows) of {names}.}}
+\\caption{{{what} ($\\pm$: {errors}) of {names}.}}
 \\begin{{tabular}}{{{columns}}}
 \\toprule
 Pruner & Allocation & Search text & Report text & Against uniform{more} \\\\

@@ -14,6 +14,9 @@
                             the study does not minimise it. ranks[] have `kl` and `kl_change`, trials[] have `kl`
       zero_shot             what `evaluate` found of the best trial, as in its configuration; or null
       speed                 what `speedup` found of it, likewise; or null
+      draws                 uniform and best: perplexities on the report text by draw of the calibration text, and
+                            changes from uniform's, with mean and sd; or null. ranks[] have `draws` of their own
+      windows               how many the search and the report text have
       importance            parameter → share of 1; empty with too few trials
       trials[]              number, state, plan, pruner, allocation, parameters, perplexity, realised, sparsities,
                             linear_sparsities, errors, seconds (phase → s), device, dtype, remark
@@ -72,6 +75,8 @@ def _study(contents: Contents) -> dict[str, Any]:
         "kl": _both(summary),
         "zero_shot": summary.zero_shot.model_dump() if summary.zero_shot else None,
         "speed": summary.speed.model_dump() if summary.speed else None,
+        "draws": _both_draws(summary),
+        "windows": dict(summary.windows),
         "importance": contents.importance,
         "trials": [_trial(trial, summary) for trial in summary.trials],
         "seconds": contents.seconds,
@@ -89,6 +94,16 @@ def _both(summary: Summary) -> dict[str, Any] | None:
     return {name: summary.kl(trial).model_dump() for name, trial in trials.items()}
 
 
+def _both_draws(summary: Summary) -> dict[str, Any] | None:
+    trials = {"uniform": summary.uniform_trial, "best": summary.best_trial}
+    return {name: _draws(trial, summary) for name, trial in trials.items()} if summary.over_draws else None
+
+
+def _draws(trial: FrozenTrial | None, summary: Summary) -> dict[str, Any] | None:
+    found = summary.over_draws.get(trial.number) if trial else None
+    return found.model_dump() if found else None
+
+
 def _rank(rank: Rank, summary: Summary) -> dict[str, Any]:
     own = {
         "trial": rank.trial.number,
@@ -97,7 +112,8 @@ def _rank(rank: Rank, summary: Summary) -> dict[str, Any]:
     }
     kl_change = {**rank.kl_against.model_dump(), "on": rank.on} if rank.kl_against else None
     kl = _kl(rank.trial, summary)
-    return {**own, **_scores(rank.scores), "change": _change(rank), "kl": kl, "kl_change": kl_change}
+    draws = _draws(rank.trial, summary)
+    return {**own, **_scores(rank.scores), "change": _change(rank), "kl": kl, "kl_change": kl_change, "draws": draws}
 
 
 def _kl(trial: FrozenTrial, summary: Summary) -> dict[str, Any] | None:

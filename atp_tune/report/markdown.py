@@ -8,7 +8,6 @@ from atp_tune.report.tables import Table
 from atp_tune.sparse.markup import escaped, fenced
 
 _RATES = "Rates are medians; the last column is the median (lowest to highest) of the ratios, run by run."
-_NOTE = "± is the standard error over windows."
 _KL = " KL: from the dense model's next-token distribution to the pruned one's, nats per token."
 
 
@@ -25,7 +24,7 @@ def _study(contents: Contents) -> list[str]:
     parts = [f"# {escaped(summary.name)}", escaped(contents.description), escaped(contents.verdict)]
     parts.append(f"{contents.state}; as of {contents.made:%Y-%m-%d %H:%M}. {_sparsity(contents)}".strip())
     parts += [escaped(contents.beginning), escaped(contents.mixture)]
-    parts += [table(tables.headline(summary)), _NOTE + (_KL if "kl" in summary.goals else "")]
+    parts += [table(tables.headline(summary)), contents.errors + (_KL if "kl" in summary.goals else "")]
     if summary.front:
         parts += ["## Pareto front", table(tables.front(summary))]
     if len(summary.ranks) > 1:

@@ -13,7 +13,7 @@ from atp_tune.errors import printable
 from atp_tune.figures.seconds import spent
 from atp_tune.report.contents import Contents
 from atp_tune.results.summary import Summary, allocation_of, is_uniform, score_of
-from atp_tune.results.wording import duration, plan_of, remark_of
+from atp_tune.results.wording import drawn, draws_of, duration, plan_of, remark_of
 from atp_tune.scores.perplexity import Change
 from atp_tune.spec.config import SHARES, Divergences, Measure, Scores, TaskScores, ZeroShot
 from atp_tune.spec.studyfile import called_now
@@ -33,15 +33,21 @@ class Table:
 
 
 def headline(summary: Summary) -> Table:
-    """Dense, uniform and best on both texts."""
-    has_kl, best = "kl" in summary.goals, summary.best_trial
-    rows = [("dense", *_cells(summary.dense), *(("0", "0") if has_kl else ()))]
+    """Dense, uniform and best on both texts, and over the draws of the calibration text, if there are several."""
+    has_kl, best, draws = "kl" in summary.goals, summary.best_trial, drawn(summary)
+
+    def more(trial: FrozenTrial | None) -> tuple[str, ...]:
+        over = (draws_of(summary, trial)[0] or NOTHING,) if draws else ()
+        return (*over, *(_cells(summary.kl(trial)) if has_kl else ()))
+
+    rows = [("dense", *_cells(summary.dense), *((NOTHING,) if draws else ()), *(("0", "0") if has_kl else ()))]
     if best is not None:
-        kls = [_cells(summary.kl(trial)) if has_kl else () for trial in (summary.uniform_trial, best)]
-        rows.append((f"uniform, {best.params.get('pruner', '')}", *_cells(summary.uniform), *kls[0]))
-        rows.append((f"best, {plan_of(best)} (trial {best.number})", *_cells(summary.best), *kls[1]))
-    head = ("perplexity", "search text", "report text", *(("KL, search text", "KL, report text") if has_kl else ()))
-    return Table(head, rows, best=2 if best else None)
+        uniform = f"uniform, {best.params.get('pruner', '')}"
+        rows.append((uniform, *_cells(summary.uniform), *more(summary.uniform_trial)))
+        rows.append((f"best, {plan_of(best)} (trial {best.number})", *_cells(summary.best), *more(best)))
+    over = (f"report text, {draws} draws",) if draws else ()
+    kls = ("KL, search text", "KL, report text") if has_kl else ()
+    return Table(("perplexity", "search text", "report text", *over, *kls), rows, best=2 if best else None)
 
 
 def front(summary: Summary) -> Table:
@@ -55,14 +61,16 @@ def front(summary: Summary) -> Table:
 
 def ranks(summary: Summary) -> Table:
     """The best of each allocation, compared with uniform window by window."""
-    has_kl, rows = "kl" in summary.goals, []
+    has_kl, draws, rows = "kl" in summary.goals, drawn(summary), []
     for rank in summary.ranks:
         name = f"{rank.trial.params.get('pruner', '')} {allocation_of(rank.trial)}"
+        over = tuple(cell or NOTHING for cell in draws_of(summary, rank.trial)) if draws else ()
         kls = (*_cells(summary.kl(rank.trial)), _change(rank.kl_against, rank.on)) if has_kl else ()
-        rows.append((name, str(rank.trial.number), *_cells(rank.scores), _change(rank.against, rank.on), *kls))
+        rows.append((name, str(rank.trial.number), *_cells(rank.scores), _change(rank.against, rank.on), *over, *kls))
     head = ("best of", "trial", "search text", "report text", "against uniform")
+    over = (f"report text, {draws} draws", f"against uniform, {draws} draws") if draws else ()
     more = ("KL, search text", "KL, report text", "KL against uniform") if has_kl else ()
-    return Table((*head, *more), rows, best=0 if rows else None)
+    return Table((*head, *over, *more), rows, best=0 if rows else None)
 
 
 def importance(contents: Contents) -> Table:

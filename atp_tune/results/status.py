@@ -13,10 +13,11 @@ from statistics import fmean
 from typing import Annotated, Literal
 
 from optuna.trial import FrozenTrial
-from pydantic import PlainSerializer
+from pydantic import Field, PlainSerializer
 
 from atp_tune.results.summary import Rank, Summary, allocation_of, parameters_of, score_of
 from atp_tune.results.wording import plan_of, remark_of
+from atp_tune.scores.draws import OverDraws
 from atp_tune.spec.config import Divergences, Part, Score, Scores, dumps
 from atp_tune.spec.studyfile import StudyFile
 from atp_tune.trials.process import is_dead
@@ -47,7 +48,9 @@ class Against(Part):
 
 
 class Best(Part):
-    """The best trial of one allocation; `kl` and `kl_change`: the same of its KL divergence from the dense model."""
+    """The best trial of one allocation; `kl` and `kl_change`: the same of its KL divergence from the dense model;
+    `draws`: its perplexity on the report text, and the change, over several draws of the calibration text.
+    """
 
     trial: int
     pruner: str
@@ -58,6 +61,7 @@ class Best(Part):
     change: Against | None
     kl: Divergences | None = None
     kl_change: Against | None = None
+    draws: OverDraws | None = None
 
 
 class Trial(Part):
@@ -91,9 +95,10 @@ class Screening(Part):
 class Status(Part):
     """A study as it stands; `uniform` has the best trial's pruner, `best` is the first of `ranks`.
 
-    `objective`: what it minimises, `perplexity`, `kl` or both; `front`: of both, the numbers of the trials that no
-    other beats in one without losing in the other, the lowest perplexity first, which is `best`. `bos`: windows begin
-    with BOS.
+    `uniform_draws`: uniform over several draws of the calibration text, as `draws` of the others; `windows`: how many
+    the search and the report text have, over which errors are. `objective`: what it minimises, `perplexity`, `kl` or
+    both; `front`: of both, the numbers of the trials that no other beats in one without losing in the other, the lowest
+    perplexity first, which is `best`. `bos`: windows begin with BOS.
     """
 
     format: Literal["atp_tune.status/1"] = FORMAT
@@ -113,6 +118,8 @@ class Status(Part):
     objective: tuple[str, ...] = PERPLEXITY
     front: tuple[int, ...] = ()
     bos: bool = False
+    uniform_draws: OverDraws | None = None
+    windows: dict[str, int] = Field({})
 
     def without_clock(self) -> "Status":
         """The same without what changes while nothing happens."""
@@ -160,6 +167,8 @@ def status_of(summary: Summary, now: datetime) -> Status:
         objective=summary.goals,
         front=tuple(trial.number for trial in summary.front),
         bos=summary.bos,
+        uniform_draws=summary.over_draws.get(summary.uniform_trial.number) if summary.uniform_trial else None,
+        windows=dict(summary.windows),
     )
 
 
@@ -213,6 +222,7 @@ def _best(rank: Rank, summary: Summary) -> Best:
         change=against,
         kl=summary.kls.get(rank.trial.number),
         kl_change=kl_against,
+        draws=summary.over_draws.get(rank.trial.number),
     )
 
 

@@ -13,12 +13,14 @@ from atp_tune.errors import UserError
 from atp_tune.results.attaching import attached, with_attached
 from atp_tune.scores.bos import BosEffect
 from atp_tune.scores.divergence import Divergence, divergence, relative
+from atp_tune.scores.draws import OverDraws, over_draws
 from atp_tune.scores.perplexity import Change, Perplexity, change, perplexity
 from atp_tune.search.screening import SUFFIX, is_screening
 from atp_tune.spec.config import (
     AllocationRef,
     Baselines,
     BothDivergences,
+    BothDraws,
     Config,
     Divergences,
     ModelRef,
@@ -30,6 +32,8 @@ from atp_tune.spec.config import (
 from atp_tune.spec.studyfile import StudyFile, from_settings
 from atp_tune.speed.result import Speed
 from atp_tune.trials import storage
+
+BATCHED = ("calibration", "search")  # texts whose batches decide a trial's value
 
 
 @dataclass(frozen=True)
@@ -63,11 +67,12 @@ class Summary:
     `made_from`: its study file with all overrides, None where an early version made it; `sizes`: weights per block.
     `uniform` has the best trial's pruner, `uniforms` are of all; `reports`: perplexity on the report text by trial.
     `belief`: what the GP holds of perplexity against β, None where no GP was asked. `unlike`: trials that ran on
-    another device or in another number format than the one in which the study began, and which. `screening`: how far
-    the one before the study is, if it has one. `goals`: what it minimises; `kls`: KL divergences by trial, if that is
-    among them; `front`: of two goals, the trials that no other beats in one without losing in the other.
-    `zero_shot` and `speed`: what `evaluate` and `speedup` found of the best trial, where they have been. `bos`: whether
-    windows begin with BOS; `bos_effect`: what spoke for or against it, where it was measured.
+    another device, in another number format or in other batches than those in which the study began, and which.
+    `over_draws`: what trials come to over several draws of the calibration text; `windows`: how many each text has.
+    `screening`: how far the one before the study is, if it has one. `goals`: what it minimises; `kls`: KL divergences
+    by trial, if that is among them; `front`: of two goals, the trials that no other beats in one without losing in the
+    other. `zero_shot` and `speed`: what `evaluate` and `speedup` found of the best trial, where they have been. `bos`:
+    whether windows begin with BOS; `bos_effect`: what spoke for or against it, where it was measured.
     """
 
     name: str
@@ -103,6 +108,8 @@ class Summary:
     speed: Speed | None = None
     bos: bool = False
     bos_effect: BosEffect | None = None
+    over_draws: Mapping[int, OverDraws] = field(default_factory=dict)
+    windows: Mapping[str, int] = field(default_factory=dict)
 
     def kl(self, trial: FrozenTrial | None) -> Divergences:
         """KL divergences of a trial on both texts, as far as they are known."""
@@ -142,7 +149,19 @@ def summarise(study: optuna.Study) -> Summary:
         speed=Speed.model_validate(found["speed"]) if "speed" in found else None,
         bos=storage.has_bos(study),
         bos_effect=BosEffect.model_validate(study.user_attrs["bos"]) if "bos" in study.user_attrs else None,
+        over_draws=_over_draws(study),
+        windows=_windows(study),
     )
+
+
+def _windows(study: optuna.Study) -> dict[str, int]:
+    """How many windows each text has on which something is measured."""
+    best = storage.best_trial(study)
+    nlls = {
+        "search": study.user_attrs.get("dense") or (best.user_attrs.get("nlls") if best else None),
+        "report": next(iter(study.user_attrs.get("reports", {}).values()), None),
+    }
+    return {role: len(found) for role, found in nlls.items() if found}
 
 
 def _kls(study: optuna.Study) -> dict[int, Divergences]:
@@ -156,10 +175,12 @@ def _kls(study: optuna.Study) -> dict[int, Divergences]:
 
 
 def _screening(study: optuna.Study) -> Screening | None:
-    if is_screening(study.study_name):
+    if is_screening(study):
         return None
     other = storage.find_study(study._storage, study.study_name + SUFFIX)
-    return None if other is None else Screening(other.study_name, storage.counted(other), other.user_attrs.get("total"))
+    if other is None or not is_screening(other):
+        return None
+    return Screening(other.study_name, storage.counted(other), other.user_attrs.get("total"))
 
 
 def made_from(stored: Any) -> StudyFile | None:
@@ -171,11 +192,15 @@ def made_from(stored: Any) -> StudyFile | None:
 
 
 def _unlike(study: optuna.Study) -> dict[int, str]:
-    began, dtype = storage.device_of(study), study.user_attrs.get("fingerprint", {}).get(storage.DTYPE)
+    facts, began, batches = study.user_attrs.get("fingerprint", {}), storage.device_of(study), storage.batches_of(study)
     found = {}
     for trial in study.get_trials(deepcopy=False):
         device, own = storage.device_kind(trial.user_attrs.get("device", began or "")), trial.user_attrs.get("dtype")
-        parts = [f"on {device}"] * (began not in (None, device)) + [f"in {own}"] * (own not in (None, dtype))
+        parts = [f"on {device}"] * (began not in (None, device))
+        parts += [f"in {own}"] * (own not in (None, facts.get(storage.DTYPE)))
+        for role, windows in storage.batches_in(trial, facts).items():
+            if role in BATCHED and windows != batches.get(role, windows):
+                parts.append(f"in batches of {windows} {role} windows")
         if parts:
             found[trial.number] = " ".join(parts)
     return found
@@ -186,20 +211,64 @@ def _is_complete(study: optuna.Study) -> bool:
     total = study.user_attrs.get("total")
     if total is None or storage.counted(study) < total or storage.running(study):
         return False
-    return storage.best_trial(study) is None or not unreported(study)
+    return storage.best_trial(study) is None or not (unreported(study) or undrawn(study, _draws_of(study)))
+
+
+def _draws_of(study: optuna.Study) -> int:
+    """On how many draws of the calibration text the study was last asked to measure the best."""
+    made = made_from(study.user_attrs.get("made_from"))
+    return made.study.texts.calibration.draws if made else 1
 
 
 def unreported(study: optuna.Study) -> list[str]:
     """What has no numbers on the report text yet: `dense`, and the best trial of each allocation with its uniform.
     A screening reports nothing.
     """
-    if is_screening(study.study_name):
+    if is_screening(study):
         return []
+    return [name for name in ("dense", *_compared(study)) if name not in study.user_attrs.get("reports", {})]
+
+
+def undrawn(study: optuna.Study, draws: int) -> list[tuple[int, str]]:
+    """What is not measured yet of so many draws of the calibration text: draw after draw, the trials of the report; 0
+    is the draw of the study itself, with which the trials were measured.
+    """
+    if draws == 1 or is_screening(study):
+        return []
+    names, found = _compared(study), study.user_attrs.get("draws", {})
+    return [(draw, name) for draw in range(1, draws) for name in names if str(draw) not in found.get(name, {})]
+
+
+def final_numbers(study: optuna.Study) -> int:
+    """How many trials are measured on the report text, and on other draws of the calibration text."""
+    draws = study.user_attrs.get("draws", {})
+    return len(study.user_attrs.get("reports", {})) + sum(map(len, draws.values()))
+
+
+def _compared(study: optuna.Study) -> list[str]:
+    """Numbers of the best trial of each allocation and its uniform."""
     ranked = best_of_each(study)
     ranked = [trial for trial in ranked if trial is ranked[0] or not is_uniform(trial)]
     trials = [trial for best in ranked for trial in (uniform_of(study, best), best) if trial is not None]
-    wanted = dict.fromkeys(["dense", *(str(trial.number) for trial in trials)])
-    return [name for name in wanted if name not in study.user_attrs.get("reports", {})]
+    return list(dict.fromkeys(str(trial.number) for trial in trials))
+
+
+def _over_draws(study: optuna.Study) -> dict[int, OverDraws]:
+    """The trials of the report over the draws of the calibration text on which all of them are measured."""
+    reports, draws, names = study.user_attrs.get("reports", {}), study.user_attrs.get("draws", {}), _compared(study)
+    measured = {name: {"0": reports[name], **draws.get(name, {})} for name in names if name in reports}
+    if not measured or len(measured) < len(names):
+        return {}
+    common = sorted(set.intersection(*(set(found) for found in measured.values())), key=int)
+    nlls = {name: [found[draw] for draw in common] for name, found in measured.items()}
+    result = {}
+    for name in names:
+        trial = study.trials[int(name)]
+        uniform = None if is_uniform(trial) else uniform_of(study, trial)
+        found = over_draws(nlls[name], nlls[str(uniform.number)] if uniform else None)
+        if found is not None:
+            result[trial.number] = found
+    return result
 
 
 def _uniforms(study: optuna.Study) -> list[FrozenTrial]:
@@ -329,7 +398,9 @@ def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) 
         perplexity=_scores(best, reports),
         baselines=Baselines(dense=summary.dense, uniform=_scores(uniform, reports)),
         kl=_both(summary, best, uniform),
-        calibration=spec.texts.calibration,
+        calibration=spec.texts.calibration.text,
+        batches=storage.batches_in(best, facts),
+        draws=_both_draws(summary, best, uniform),
         texts=Texts(search=spec.texts.search, report=spec.report_text),
         bos=summary.bos,
         seed=spec.search.seed,
@@ -341,6 +412,14 @@ def _both(summary: Summary, best: FrozenTrial, uniform: FrozenTrial | None) -> B
     if best.number not in summary.kls:
         return None
     return BothDivergences(best=summary.kl(best), uniform=summary.kls.get(uniform.number) if uniform else None)
+
+
+def _both_draws(summary: Summary, best: FrozenTrial, uniform: FrozenTrial | None) -> BothDraws | None:
+    if best.number not in summary.over_draws:
+        return None
+    return BothDraws(
+        best=summary.over_draws[best.number], uniform=summary.over_draws.get(uniform.number) if uniform else None
+    )
 
 
 def _dtype_of(trial: FrozenTrial) -> dict[str, str]:

@@ -6,6 +6,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.plan import shown
 from atp_tune.results.summary import Summary, allocation_of, is_uniform, parameters_of
+from atp_tune.scores.perplexity import error_over, reach_of
 from atp_tune.trials.storage import RETRIES, is_given_up
 
 
@@ -43,14 +44,46 @@ def remark_of(trial: FrozenTrial, summary: Summary | None = None) -> str:
     return "; ".join(part for part in (_reason(trial), unlike) if part)
 
 
+def errors_of(summary: Summary) -> str:
+    """What ± is: the standard error, over how many windows, and what makes a 95 % interval of it."""
+    known = {role: count for role, count in summary.windows.items() if count > 1}
+    if len(set(known.values())) < 2:
+        return error_over(next(iter(known.values()), None))
+    counts = " and ".join(f"{count} {role}" for role, count in known.items())
+    factors = " and ".join(f"{reach_of(count):.2f}" for count in known.values())
+    return f"standard error over {counts} windows (× {factors} for 95 %)"
+
+
+def draws_of(summary: Summary, trial: FrozenTrial | None) -> tuple[str, str]:
+    """A trial's perplexity on the report text and its change from uniform over the draws of the calibration text.
+
+    Empty where it was not measured on them.
+    """
+    found = summary.over_draws.get(trial.number) if trial else None
+    return (str(found), found.changed) if found else ("", "")
+
+
+def drawn(summary: Summary) -> int:
+    """On how many draws of the calibration text the best was measured; 0 for its own alone."""
+    found = summary.over_draws.get(summary.best_trial.number) if summary.best_trial else None
+    return found.count if found else 0
+
+
+def draws_note(summary: Summary) -> str:
+    """What the numbers over draws are; empty where there are none."""
+    how = "report text, calibrated with other windows each time, mean ± standard deviation"
+    return f"{drawn(summary)} draws: {how}" if drawn(summary) else ""
+
+
 def mixture_of(summary: Summary) -> str:
     """One sentence for a study whose trials ran on several devices or in several number formats; else empty."""
     if not summary.unlike:
         return ""
     others = ", ".join(dict.fromkeys(summary.unlike.values()))
+    batches = ", those of different batches by about 1 %" if "batches" in others else ""
     return (
         f"{len(summary.unlike)} of {len(summary.trials)} trials ran {others}: perplexities of different devices differ "
-        "in the last digits, those of different number formats by per cents."
+        f"in the last digits, those of different number formats by per cents{batches}."
     )
 
 

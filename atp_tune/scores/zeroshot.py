@@ -107,7 +107,8 @@ def evaluate(config: Config, base: Path, asked: Asked, watch: Watch, allowed: Ma
     """
     scorer = Scorer(asked, watch)
     texts = {"calibration": config.calibration}
-    setup = Setup(config.model.model(allowed), config.prune, texts, base, asked.device, config.bos)
+    model = config.model.model(allowed)
+    setup = Setup(model, config.prune, texts, base, asked.device, batches=config.batches, bos=config.bos)
     bench = Bench.open(setup, watch)
     best = plan_of(config, bench)
     uniform = make_plan(best.pruner, "uniform", bench.budget(config.sparsity.target), {}, parse(config.prune.pattern))
@@ -119,6 +120,7 @@ def evaluate(config: Config, base: Path, asked: Asked, watch: Watch, allowed: Ma
         scorer.repeat("best", "uniform")
     else:
         watch(TrialStarted("best", best))
+        bench.begin(config.batches)
         scorer.score("best", bench.replay, bench.folder, pruned(bench, best))
     return scorer.zero_shot(bench.checkpoint)
 

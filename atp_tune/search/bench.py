@@ -7,9 +7,9 @@ Windows are evaluated in the same batches whether or not a stopper looks at each
 same bits with and without one.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -39,7 +39,7 @@ from atp_tune.scores.evaluation import POSITIONS, Block, WindowScores, final_sta
 from atp_tune.search.bos import check_embedding, compare
 from atp_tune.spec.study import Model, Prune, Text
 from atp_tune.spec.studyfile import BOS
-from atp_tune.texts.windows import Windows, check_disjoint, thinned, token_windows
+from atp_tune.texts.windows import Windows, check_disjoint, stretches, thinned, token_windows
 from atp_tune.trials.process import versions
 
 CURVE_TOKENS = 4096  # of the calibration text, for the error curve
@@ -51,7 +51,8 @@ HEAD_BYTES = 12  # per logit: bf16 or float32 logits, their float32 copy and its
 class Setup:
     """What a bench is made of: model, settings of the pruners, texts by role, and where relative paths start.
 
-    `bos`: windows begin with BOS; None where the dense model is to be asked, on the calibration text.
+    `batches`: see `Bench.begin`; none where nothing was measured before. `draws`: of the calibration text. `bos`:
+    windows begin with BOS; None where the dense model is to be asked, on the calibration text.
     """
 
     model: Model
@@ -59,6 +60,8 @@ class Setup:
     texts: dict[str, Text]
     base: Path
     device: str
+    batches: Mapping[str, int] = field(default_factory=dict)
+    draws: int = 1
     bos: bool | None = False
 
 
@@ -92,6 +95,7 @@ class Bench:
         self._evidence: Cache = {}
         self._finals: dict[str, list[Tensor]] = {}
         self._follows = True  # the error of the hidden states through all blocks, also where nothing else asks for them
+        self._draws: list[Windows] = []  # of the calibration text, after the first
 
     @classmethod
     def open(cls, setup: Setup, watch: Watch = unwatched) -> "Bench":
@@ -106,7 +110,13 @@ class Bench:
         checkpoint = Checkpoint.load(folder.path, dtype, device, folder.trusted, residency)
         bench = cls(folder, checkpoint, windows, setup.prune, watch)
         check_embedding(bench)
-        return bench._asked(setup) if setup.bos is None else bench
+        bench = bench._asked(setup) if setup.bos is None else bench
+        bench.begin(setup.batches)
+        if setup.draws > 1:
+            bench._draws = _draws(setup.texts["calibration"], setup.draws, folder, setup.base, bench.bos)
+            for drawn in bench._draws:
+                check_disjoint({**bench.windows, "calibration": drawn})
+        return bench
 
     def _asked(self, setup: Setup) -> "Bench":
         """The bench with BOS or without, as the dense model is better; there may be no BOS to ask for."""
@@ -132,6 +142,32 @@ class Bench:
         other._finals = {}
         other._follows = False
         return other
+
+    def drawn(self, index: int) -> "Bench":
+        """The same bench with another draw of the calibration text, 1 being the one after its own, and no error curve.
+
+        What is measured on the dense model is measured anew.
+        """
+        other, drawn = copy(self), self._draws[index - 1]
+        other.windows = {**self.windows, "calibration": drawn}
+        other._ids = {**self._ids, "calibration": torch.from_numpy(drawn.ids).to(self.checkpoint.device)}
+        other._statistics, other._ranked, other._evidence = {}, {}, {}
+        other._follows = False
+        return other
+
+    @property
+    def batches(self) -> dict[str, int]:
+        """How many windows of each text go through a block at a time, and how many through the head (`heads`).
+
+        No more than the text has: larger sizes come to the same bits.
+        """
+        texts = {role: min(batch.windows, len(self._ids[role])) for role, batch in self._batches.items()}
+        return {**texts, "heads": self._heads.windows}
+
+    def begin(self, batches: Mapping[str, int]) -> None:
+        """Begins a trial in batches of these sizes, as `batches` gives them; what they do not name is left as it is."""
+        for name, batch in {**self._batches, "heads": self._heads}.items():
+            batch.begin(batches.get(name, batch.windows))
 
     @property
     def bos(self) -> bool:
@@ -282,7 +318,8 @@ class Bench:
     def _key_of(self, pruner: Pruner, kind: type[Statistics]) -> str:
         contents = {name: value for name, value in self.contents().items() if not name.startswith("texts.")}
         text, prepared = self.windows["calibration"].content, kind is Hessian and repr(pruner)
-        return sha256_of_json([contents, text, kind.__name__, prepared, self.checkpoint.device.type, versions()])
+        device, batch = self.checkpoint.device.type, self.batches["calibration"]
+        return sha256_of_json([contents, text, kind.__name__, prepared, device, batch, versions()])
 
     def _kept(self, folder: Path, pruner: Pruner, kind: type[Statistics]) -> Sequence[BlockStatistics]:
         if not folder.is_dir():
@@ -351,3 +388,21 @@ def _windows(role: str, text: Text, tokenizer: ModelFolder, base: Path, bos: boo
     except UserError as error:
         named = str(error) if str(error).startswith(BOS) else f"texts.{role}: {error}"
         raise UserError(named) from None
+
+
+def _draws(text: Text, count: int, tokenizer: ModelFolder, base: Path, bos: bool) -> list[Windows]:
+    """Windows of the draws of a calibration text after the first: of the seeds, or the stretches, that follow."""
+    if text.draw == "random":
+        others = [text.model_copy(update={"seed": text.seed + index}) for index in range(1, count)]
+        return [_windows("calibration", other, tokenizer, base, bos) for other in others]
+    assert text.windows is not None
+    try:
+        whole = text.model_copy(update={"windows": count * text.windows, "every": 1})
+        found = _windows("calibration", whole, tokenizer, base, bos)
+    except UserError as error:
+        reason = str(error).removeprefix("texts.calibration: ")
+        raise UserError(
+            f"texts.calibration.draws: {count} draws of {text.windows} windows follow each other in a text; {reason}, "
+            'or draws, or set draw = "random"'
+        ) from None
+    return [thinned(stretch, text.every) for stretch in stretches(found, count)[1:]]

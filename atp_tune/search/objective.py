@@ -26,7 +26,7 @@ from atp_tune.search.bench import GROUPS, Bench
 from atp_tune.search.record import Record
 from atp_tune.search.space import Space
 from atp_tune.trials.process import identity
-from atp_tune.trials.storage import INTERRUPTED, PERPLEXITY, best_trial, counts, set_attributes
+from atp_tune.trials.storage import INTERRUPTED, PERPLEXITY, batches_of, best_trial, counts, set_attributes
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Objective:
             return self._repeat(trial, earlier) if earlier else self._measure(trial, plan)
 
     def _measure(self, trial: Trial, plan: Plan) -> tuple[float, ...]:
+        self.bench.begin(batches_of(trial.study))
         record = Record(self.bench.checkpoint.device, self.bench.dtype)
         blocks = record.follow(self.bench.prune(plan), self.bench.checkpoint.sizes)
         windows = len(self.bench.windows["search"].ids)
@@ -59,15 +60,19 @@ class Objective:
             record.kls += kls
             hopeless = self.stops and is_hopeless(trial, record.kls or record.nlls, len(nlls), windows)
             if stops and hopeless and len(record.nlls) < windows:
-                set_attributes(trial, record.close())
+                set_attributes(trial, {**record.close(), **self._batches()})
                 return (estimate(trial, record.kls or record.nlls, "kls" if record.kls else "nlls"),)
         results = [record.result(goal) for goal in self.goals]
         for goal, result in zip(self.goals, results, strict=True):
             if not math.isfinite(result.value):
                 raise TrialError(f"{goal} is {result.value}: the pruned model's numbers overflow or are not defined")
-        error = {"stderr": results[0].stderr}
-        set_attributes(trial, {**record.close(), **error, "batch_windows": self.bench.batch("calibration").windows})
+        set_attributes(trial, {**record.close(), **self._batches(), "stderr": results[0].stderr})
+        if best_trial(trial.study) is None:  # the first: memory may have run out, and the others need not meet that
+            trial.study.set_user_attr("batches", self.bench.batches)
         return tuple(result.value for result in results)
+
+    def _batches(self) -> dict[str, object]:
+        return {"batch_windows": self.bench.batch("calibration").windows, "batches": self.bench.batches}
 
     def _repeat(self, trial: Trial, earlier: FrozenTrial) -> tuple[float, ...]:
         if earlier.state == TrialState.FAIL:

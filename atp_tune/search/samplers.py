@@ -191,19 +191,24 @@ def levelled(screened: Sequence[FrozenTrial], trials: Sequence[FrozenTrial]) -> 
     """
     if not screened:
         return []
-    known = {str(trial.params): trial.value for trial in trials}
-    values = [(known.get(str(trial.params)), trial.value) for trial in screened]
+    known = {_point(trial): trial.value for trial in trials}
+    values = [(known.get(_point(trial)), trial.value) for trial in screened]
     both = [(full, part) for full, part in values if full is not None and part is not None]
     moves = [math.log(max(full, LEAST) / max(part, LEAST)) for full, part in both]
     if not moves:
         return []
     factor = math.exp(statistics.fmean(moves))
-    new = [trial for trial in screened if str(trial.params) not in known and trial.value is not None]
+    new = [trial for trial in screened if _point(trial) not in known and trial.value is not None]
     return [
         optuna.create_trial(value=factor * trial.value, params=trial.params, distributions=trial.distributions)
         for trial in new
         if trial.value is not None
     ]
+
+
+def _point(trial: FrozenTrial) -> tuple[tuple[str, Any], ...]:
+    """A trial's parameters in an order that no database decides."""
+    return tuple(sorted(trial.params.items()))
 
 
 def belief(

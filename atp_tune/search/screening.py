@@ -9,6 +9,7 @@ but near the optimum it ranks points alike; the best of them begin the main stud
 from collections.abc import Sequence
 from dataclasses import replace
 
+import optuna
 from optuna.trial import FrozenTrial
 
 from atp_tune.events import Event, Note, TrialEnded, TrialStarted, Watch
@@ -20,23 +21,28 @@ from atp_tune.spec.studyfile import StudyFile, overridden
 
 APART = 1 / 28  # of an interval: half a step of the paper's grid, 0.002, on 32 blocks at 70 %
 SUFFIX = ".screen"
+CHANGED = ("prune.statistics", "texts.search.every", "search.trials", "search.stopper", "search.screen")
 
 
-def is_screening(name: str) -> bool:
-    """Whether a study is the screening of another, by its name: it has nothing to report."""
-    return name.endswith(SUFFIX)
+def is_screening(study: optuna.Study) -> bool:
+    """Whether a study is the screening of another, and so has nothing to report.
+
+    It says so itself (`screens`, the other's name). One of an earlier version is known by the overrides that made it:
+    a name alone may be anybody's.
+    """
+    attrs = study.user_attrs
+    if "screens" in attrs:
+        return True
+    made = attrs.get("made_from")
+    overrides = made.get("overrides") if isinstance(made, dict) else None
+    given = [str(override).partition("=")[0] for override in overrides] if isinstance(overrides, list) else []
+    return study.study_name.endswith(SUFFIX) and given[-len(CHANGED) :] == list(CHANGED)
 
 
 def screening_file(file: StudyFile, screen: Screen) -> StudyFile:
     """The study file of the screening: what `--set` would make of the main one."""
-    changes: dict[str, str | int] = {
-        "prune.statistics": "dense",
-        "texts.search.every": screen.every,
-        "search.trials": screen.trials,
-        "search.stopper": "none",
-        "search.screen": "none",
-    }
-    return overridden(file, changes)
+    values: tuple[str | int, ...] = ("dense", screen.every, screen.trials, "none", "none")
+    return overridden(file, dict(zip(CHANGED, values, strict=True)))
 
 
 def renamed(watch: Watch) -> Watch:

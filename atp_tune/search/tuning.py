@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from atp_tune.allocations import Budget
 from atp_tune.errors import TrialError, UserError, printable
 from atp_tune.events import Note, TrialEnded, TrialStarted, Watch
-from atp_tune.results.summary import best_config, is_by_kl, kl_of, made_from, score_of, unreported
+from atp_tune.results.summary import best_config, is_by_kl, kl_of, made_from, score_of, undrawn, unreported
 from atp_tune.scores.perplexity import perplexity
 from atp_tune.search.samplers import first_trials, make_sampler, make_stopper, total_trials
 from atp_tune.search.screening import SUFFIX, begins_with, confirmed, renamed, screening_file
@@ -42,7 +42,8 @@ class Run:
     A `bench` that is open already, with this model and these texts, spares loading them. When the total is reached,
     a run that `reports` measures the report text, and one that `writes` writes the best configuration here. Of several
     workers one reports, and none writes: that is left to the process that started them. `mix`: another device or number
-    format than the one on which the study began is no reason to refuse.
+    format than the one on which the study began is no reason to refuse. `screens`: the study that this one is the
+    screening of.
     """
 
     file: StudyFile
@@ -53,6 +54,7 @@ class Run:
     reports: bool = True
     writes: bool = True
     mix: bool = False
+    screens: str | None = None
 
     def note(self, text: str) -> None:
         """Tells one line."""
@@ -125,7 +127,7 @@ def is_complete(study: optuna.Study, file: StudyFile) -> bool:
         return False
     total = total_trials(file.study.search, make_space(file.study, Budget(file.study.sparsity, tuple(sizes))))
     done = storage.counted(study) >= storage.total_of(study, total)
-    return done and (best is None or not unreported(study))
+    return done and (best is None or not (unreported(study) or undrawn(study, file.study.texts.calibration.draws)))
 
 
 def _work(run: Run) -> optuna.Study:
@@ -133,13 +135,15 @@ def _work(run: Run) -> optuna.Study:
     before = storage.find_study(db, run.name) if db else None
     run = adopting(run, before) if before else run
     bench = run.bench or open_bench(run, before)
+    batches = {**bench.batches, **(storage.batches_of(before) if before else {})}
+    bench.begin(batches)
     search, space = run.file.study.search, make_space(run.file.study, bench.budget(run.file.study.sparsity))
     total = total_trials(search, space)
     db = db or storage.open_storage(run.file.storage_url, create=True)
     assert db is not None
     known = {**facts(run.file.study, run.file.folder), **bench.contents()}
     study = storage.create_study(db, run.name, known, run.mix)
-    _describe(study, run.file, bench, total)
+    _describe(run, study, bench, total, batches)
     _compare_versions(run, study)
     study.pruner = make_stopper(search)
     if search.screen is None:
@@ -166,7 +170,7 @@ def _screen(run: Run, screen: Screen, bench: "Bench") -> tuple[Run, list[FrozenT
     began, file = monotonic(), screening_file(run.file, screen)
     inner = replace(
         run, file=file, name=run.name + SUFFIX, watch=renamed(run.watch), reports=False, writes=False,
-        bench=bench.screening(screen.every),
+        bench=bench.screening(screen.every), screens=run.name,
     )  # fmt: skip
     study = begun(inner)
     if study is None or not is_complete(study, file):
@@ -188,17 +192,20 @@ def open_bench(run: Run, study: optuna.Study | None = None) -> "Bench":
     texts = {"calibration": spec.texts.calibration, "search": spec.texts.search}
     if spec.texts.report is not None:
         texts["report"] = spec.texts.report
-    bos = storage.bos_of(spec, study)
+    draws, bos = spec.texts.calibration.draws, storage.bos_of(spec, study)
+    setup = Setup(spec.model, spec.prune, texts, run.file.folder, spec.device, draws=draws, bos=bos)
     with memory_for("loading"):
-        return Bench.open(Setup(spec.model, spec.prune, texts, run.file.folder, spec.device, bos), run.watch)
+        return Bench.open(setup, run.watch)
 
 
-def _describe(study: optuna.Study, file: StudyFile, bench: "Bench", total: int) -> None:
+def _describe(run: Run, study: optuna.Study, bench: "Bench", total: int, batches: dict[str, int]) -> None:
     total = storage.total_of(study, total)
     model = bench.checkpoint
     attributes = {
         "sizes": list(model.sizes), "blocks": model.blocks_name, "linears": model.linear_names,
-        "total": total, "made_from": settings(file),
+        "total": total, "made_from": settings(run.file),
+        **({} if "batches" in study.user_attrs else {"batches": batches}),
+        **({"screens": run.screens} if run.screens else {}),
     }  # fmt: skip
     if bench.bos_effect is not None:
         attributes["bos"] = bench.bos_effect.model_dump()
@@ -225,6 +232,7 @@ def _measure_dense(run: Run, study: optuna.Study, bench: "Bench") -> None:
     if "dense" in study.user_attrs:
         return
     run.watch(TrialStarted("dense model", None))
+    bench.begin(storage.batches_of(study))
     with memory_for("dense model"):
         nlls = bench.all_nlls(bench.dense(), "search")
     if not math.isfinite(perplexity(nlls).value):
@@ -357,26 +365,34 @@ def _wait(run: Run, study: optuna.Study, trial: FrozenTrial) -> None:
 
 
 def report(run: Run, study: optuna.Study, bench: "Bench", space: Space) -> None:
-    """Measures dense, uniform and the best of each allocation on the report text, once, and writes the best down."""
-    _wait_for_reporter(run, study)
-    if missing := unreported(study):
+    """Measures dense, uniform and the best of each allocation on the report text, once, those also on other draws of
+    the calibration text if there are to be some, and writes the best down.
+
+    Each measurement is stored at once, and by itself: two hosts may do this at the same moment.
+    """
+    draws = run.file.study.texts.calibration.draws
+    _wait_for_reporter(run, study, draws)
+    is_missing = bool(unreported(study) or undrawn(study, draws))
+    if is_missing:
         study._storage.set_study_system_attr(study._study_id, REPORTER, identity())
     try:
-        for name in missing:
+        for name in unreported(study):
             nlls, kls = _report_scores(run, study, bench, space, name)
             if kls:  # first: what has NLLs is not measured again
-                study.set_user_attr("report_kls", {**study.user_attrs.get("report_kls", {}), name: kls})
-            study.set_user_attr("reports", {**study.user_attrs.get("reports", {}), name: nlls})
+                study.set_user_attr(f"report_kls:{name}", kls)
+            study.set_user_attr(f"reports:{name}", nlls)
+        for draw, name in undrawn(study, draws):
+            study.set_user_attr(f"draws:{name}:{draw}", _drawn_nlls(run, study, bench, space, draw, name))
     finally:
-        if missing:
+        if is_missing:
             study._storage.set_study_system_attr(study._study_id, REPORTER, None)
     _write_best(run, study)
 
 
-def _wait_for_reporter(run: Run, study: optuna.Study) -> None:
+def _wait_for_reporter(run: Run, study: optuna.Study, draws: int) -> None:
     """Leaves the report text to another process of this host that measures it: two may end a study together."""
     told = False
-    while unreported(study) and _is_reported(study):
+    while (unreported(study) or undrawn(study, draws)) and _is_reported(study):
         if not told:
             run.note("waiting for the numbers on the report text, which another process measures")
         told = True
@@ -414,8 +430,28 @@ def _report_scores(
     plan = None if trial is None else space.plan(trial.params)
     title = f"report: {'dense model' if dense else f'trial {name}'}"
     run.watch(TrialStarted(title, plan))
+    _begin_as(study, trial, bench)
     pruned = None if plan is None else ((block.index, block.weights) for block in bench.prune(plan))
     with memory_for(title):
         return bench.all_scores(
             pruned or bench.dense(), "report", kl="kl" in run.file.study.search.objective and not dense
         )
+
+
+def _drawn_nlls(run: Run, study: optuna.Study, bench: "Bench", space: Space, draw: int, name: str) -> list[float]:
+    """Window NLLs of a trial's plan on the text that reports, pruned by another draw of the calibration text."""
+    from atp_tune.checkpoints.devices import memory_for
+
+    trial, draws = study.trials[int(name)], run.file.study.texts.calibration.draws
+    plan, title = space.plan(trial.params), f"draw {draw + 1} of {draws}: trial {name}"
+    run.watch(TrialStarted(title, plan))
+    _begin_as(study, trial, bench)
+    pruned = ((block.index, block.weights) for block in bench.drawn(draw).prune(plan))
+    with memory_for(title):
+        return bench.all_nlls(pruned, "search" if run.file.study.texts.report is None else "report")
+
+
+def _begin_as(study: optuna.Study, trial: FrozenTrial | None, bench: "Bench") -> None:
+    """Begins in the batches in which a trial was measured, which decide its mask, or in its study's."""
+    own = storage.batches_in(trial, study.user_attrs.get("fingerprint", {})) if trial else {}
+    bench.begin({**storage.batches_of(study), **own})

@@ -13,7 +13,7 @@ from optuna.storages import BaseStorage
 from atp_tune.cache import write_atomically
 from atp_tune.errors import UserError
 from atp_tune.report import gather, html
-from atp_tune.results.summary import best_config, summarise
+from atp_tune.results.summary import best_config, final_numbers, summarise
 from atp_tune.trials import storage as trials
 from atp_tune.trials.database import reason_of
 from atp_tune.trials.stored import readable
@@ -68,7 +68,7 @@ class Keeper:
         """The best configuration and the report, whenever there is another best or front, or final numbers."""
         best = trials.best_trial(study)
         front = [trial.number for trial in trials.front_of(study)]
-        state = best and (best.number, len(study.user_attrs.get("reports", ())), front)
+        state = best and (best.number, final_numbers(study), front)
         if best is None or self._seen.get(study._study_id) == state:
             return False
         for name, content in _files(study).items():

@@ -7,7 +7,17 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.errors import printable
 from atp_tune.results.summary import Rank, Summary, is_uniform, score_of
-from atp_tune.results.wording import beginning_of, command_of, method_of, mixture_of, plan_of, remark_of
+from atp_tune.results.wording import (
+    beginning_of,
+    command_of,
+    drawn,
+    draws_of,
+    errors_of,
+    method_of,
+    mixture_of,
+    plan_of,
+    remark_of,
+)
 from atp_tune.sparse.markup import escaped, fenced
 from atp_tune.spec.config import Divergences, Scores
 
@@ -109,7 +119,7 @@ def _cells(scores: Scores | Divergences) -> str:
 def _gain(summary: Summary) -> str:
     if summary.best_trial is None:
         return "No trial has a value yet."
-    errors = "± is the standard error over windows, that of a change is paired window by window."
+    errors = f"± is the {errors_of(summary)}, that of a change is paired window by window."
     rank, by_kl = summary.ranks[0], summary.goals == ("kl",)
     against = rank.kl_against if by_kl else rank.against
     if is_uniform(summary.best_trial) or against is None:
@@ -117,7 +127,9 @@ def _gain(summary: Summary) -> str:
     side = "below" if against.value < 0 else "above"
     what = " in KL" if by_kl else ""
     size = f"{abs(against.value):.1%} ± {against.stderr:.1%} {side} uniform{what} on the {rank.on} text"
-    return f"**The best is {size}.** {errors}"
+    over = "" if by_kl else draws_of(summary, summary.best_trial)[1]
+    draws = f" Over {drawn(summary)} draws of the calibration text it changes by {over} (mean ± standard deviation)."
+    return f"**The best is {size}.**{draws if over else ''} {errors}"
 
 
 def _state(summary: Summary) -> str:

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from optuna_dashboard import get_note, save_note, save_plotly_graph_object
 
 from atp_tune.figures import draw
-from atp_tune.results.summary import Summary, summarise
+from atp_tune.results.summary import Summary, final_numbers, summarise
 from atp_tune.serving.notes import columns, facts_of, study_note, trial_note, with_own_words
 from atp_tune.trials.database import Database, without_password
 from atp_tune.trials.storage import open_database
@@ -155,4 +155,4 @@ def _state(study: Study, stored: Attributes) -> object:
     trials = [(trial.state, len(trial.user_attrs)) for trial in study.get_trials(deepcopy=False)]
     attrs = study.user_attrs
     own = {key: value for key, value in stored.items() if key.startswith(DASHBOARD)}
-    return trials, attrs.get("total"), len(attrs.get("reports", ())), attrs.get("belief"), own
+    return trials, attrs.get("total"), final_numbers(study), attrs.get("belief"), own

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.classes import reads_images
 from atp_tune.errors import UserError
 from atp_tune.events import TrialStarted, Watch
@@ -42,7 +41,7 @@ def write_applied(
     check_free(out)
     model = config.model.model(allowed)
     texts = {"calibration": config.calibration, "report": config.texts.report}
-    setup = Setup(model, config.prune, texts, base, device, config.bos)
+    setup = Setup(model, config.prune, texts, base, device, batches=config.batches, bos=config.bos)
     bench = Bench.open(setup, watch)  # its memory is free again where this ends
     return setup, write_sparse(bench, plan_of(config, bench), out, config.seen_from(base, out))
 
@@ -55,7 +54,7 @@ def prune_once(
         check_free(out)
     study = file.study
     texts = {"calibration": study.texts.calibration, "report": study.report_text}
-    setup = Setup(study.model, study.prune, texts, file.folder, study.device, _bos(file))
+    setup = Setup(study.model, study.prune, texts, file.folder, study.device, bos=_bos(file))
     bench = Bench.open(setup, watch)
     setup = replace(setup, bos=bench.bos)
     plan = _only_plan(file, bench, parameters)
@@ -134,7 +133,8 @@ def _config(file: StudyFile, bench: Bench, plan: Plan) -> Config:
         sparsity=Sparsity(target=study.sparsity, realised=study.sparsity),
         perplexity=nothing,
         baselines=Baselines(dense=nothing, uniform=nothing),
-        calibration=study.texts.calibration,
+        calibration=study.texts.calibration.text,
+        batches=bench.batches,
         texts=Texts(search=study.texts.search, report=study.report_text),
         bos=bench.bos,
         seed=study.search.seed,
@@ -153,15 +153,19 @@ def write_sparse(bench: Bench, plan: Plan, out: Path, config: Config) -> Dense:
     with sparse_folder(bench.folder.path, out) as folder:
         shards.write(folder, names, _pruned(bench, plan, zeros))
         bench.folder.check_unchanged()
-        describe(folder, _counted(config, checkpoint, sum(zeros)), dense)
+        describe(folder, _counted(config, bench, sum(zeros)), dense)
     return dense
 
 
-def _counted(config: Config, checkpoint: Checkpoint, zeros: int) -> Config:
-    """The configuration with what is known of the model now: the share of zeros, and the names that it was found in."""
+def _counted(config: Config, bench: Bench, zeros: int) -> Config:
+    """The configuration with what is known of the model now: the share of zeros, the names that it was found in, and
+    the batches that fit.
+    """
+    checkpoint = bench.checkpoint
     realised = Sparsity(target=config.sparsity.target, realised=zeros / sum(checkpoint.sizes))
     linears = checkpoint.linear_names if config.linear_sparsities else None
-    known = {"blocks": checkpoint.blocks_name, "linears": linears}
+    batches = {**config.batches, "calibration": bench.batches["calibration"]}
+    known = {"blocks": checkpoint.blocks_name, "linears": linears, "batches": batches}
     return config.model_copy(update={"sparsity": realised, **known})
 
 

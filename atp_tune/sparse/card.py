@@ -14,6 +14,7 @@ from atp_tune.checkpoints.convert import quiet
 from atp_tune.errors import UserError
 from atp_tune.plan import shown
 from atp_tune.report.tables import speed
+from atp_tune.scores.perplexity import error_over
 from atp_tune.sparse.markup import escaped, fenced
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import Compared, Config, Measure
@@ -94,6 +95,8 @@ def _values(config: Config, dense: Dense) -> dict[str, Any]:
         "scores": list(_scores(config)),
         "report": escaped(words(config.texts.report)),
         "bos": config.bos,
+        "errors": error_over(_windows(config.texts.report)),
+        "draws": _draws(config),
         "same_text": config.texts.report == config.texts.search,
         "models": list(MODELS.values()),
         "tasks": list(_tasks(config)),
@@ -105,6 +108,20 @@ def _values(config: Config, dense: Dense) -> dict[str, Any]:
         "chart": fenced("text", "\n".join(_bars(config))),
         "facts": {key: escaped(value) for key, value in _facts(config, dense).items()},
     }
+
+
+def _windows(text: Text) -> int | None:
+    """How many windows a text has, where its settings say so."""
+    return text.windows and -(-text.windows // text.every)
+
+
+def _draws(config: Config) -> str:
+    """What this plan comes to with other draws of the calibration text, in a sentence."""
+    found = config.draws and config.draws.best
+    if not found:
+        return ""
+    against = f", {found.changed} against uniform" if found.change else ""
+    return f"Over {found.count} draws of the calibration text it is {found}{against} (mean ± standard deviation)."
 
 
 def _base(config: Config) -> str:

@@ -76,7 +76,7 @@ def finetune(
     bos = made is not None and made.bos
     windows = read_windows(text, report, folder.path, settings, bos)
     dense = made.dense if made and made.report == report else None
-    setup = Setup(named, Prune(), {"report": report}, Path(), device, bos)
+    setup = Setup(named, Prune(), {"report": report}, Path(), device, bos=bos)
     with memory_for("finetune"):
         return _run(Job(setup, folder, out, text, windows, settings, dense, watch))
 

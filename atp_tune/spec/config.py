@@ -26,6 +26,7 @@ from pydantic import (
 from atp_tune.cache import write_out
 from atp_tune.errors import UserError
 from atp_tune.scores.divergence import Divergence
+from atp_tune.scores.draws import OverDraws
 from atp_tune.scores.perplexity import Perplexity
 from atp_tune.spec.study import AllocationName, Model, Prune, PrunerName, Share, Text
 from atp_tune.speed.result import Speed
@@ -79,6 +80,9 @@ class Part(BaseModel):
     """A table of the file: unknown keys are errors, values never change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Batch = Annotated[int, Field(ge=1, le=2**20)]
 
 
 class ModelRef(Part):
@@ -138,6 +142,13 @@ class BothDivergences(Part):
 
     best: Divergences
     uniform: Divergences | None
+
+
+class BothDraws(Part):
+    """The plan itself over several draws of the calibration text, on the report text, and uniform with its pruner."""
+
+    best: OverDraws
+    uniform: OverDraws | None
 
 
 class Baselines(Part):
@@ -220,6 +231,10 @@ class Config(Part):
     baselines: Baselines
     kl: BothDivergences | None = Field(None, description="where the study minimised it")
     calibration: Text
+    batches: dict[str, Batch] = Field(
+        {}, description="windows of each text that went through a block at a time: they decide near-ties in the masks"
+    )
+    draws: BothDraws | None = Field(None, description="where the calibration text was drawn more than once")
     texts: Texts
     bos: bool = Field(False, description="the windows of all texts begin with BOS; not in files without the key")
     seed: int

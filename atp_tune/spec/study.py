@@ -170,10 +170,29 @@ class Text(Part):
         return same and self.part[0] < other.part[1] and other.part[0] < self.part[1]
 
 
+class Calibration(Text):
+    """The calibration text, and how often it is drawn."""
+
+    draws: int = Field(
+        1, ge=1, description="on how many draws of it best and uniform are measured at the end, the study's own first"
+    )
+
+    @model_validator(mode="after")
+    def _repeatable(self) -> Self:
+        if self.draws > 1 and self.windows is None:
+            raise ValueError("draws: need a number of windows, which the next draw follows; give windows")
+        return self
+
+    @property
+    def text(self) -> Text:
+        """The study's own draw."""
+        return Text.model_validate(self.model_dump(exclude={"draws"}))
+
+
 class Texts(Part):
     """Three texts, three roles; report is read only for the final numbers."""
 
-    calibration: Text
+    calibration: Calibration
     search: Text
     report: Text | None = Field(None, description='left out with protocol = "paper": the search text reports')
     bos: Literal["auto"] | StrictBool = Field(

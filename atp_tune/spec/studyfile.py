@@ -30,7 +30,7 @@ EMBEDDED = PACKAGE / "studies"
 # They say how long, where and on what a study runs, not what it computes.
 NOT_FACTS = (
     "description", "storage", "device", "search.trials", "search.settle", "search.screen.trials", "model.allow_pickle",
-    "model.residency",
+    "model.residency", "texts.calibration.draws",
 )  # fmt: skip
 # What studies hold of values that were renamed: "block" was "sequential" before there was another order of measuring.
 FORMER = {

@@ -96,6 +96,12 @@ def thinned(windows: Windows, every: int) -> Windows:
     return _windows(np.ascontiguousarray(windows.ids[::every]), windows.bos)
 
 
+def stretches(windows: Windows, count: int) -> list[Windows]:
+    """The same windows in so many parts of equal length, one after the other."""
+    size = len(windows.ids) // count
+    return [_windows(windows.ids[part * size : (part + 1) * size], windows.bos) for part in range(count)]
+
+
 def check_disjoint(named: dict[str, Windows]) -> None:
     """Raises a UserError if two roles share a window, token by token."""
     seen: dict[bytes, str] = {}
@@ -127,7 +133,7 @@ def _key(text: Text, folder: Path, base: Path, trusted: bool, bos: bool) -> str:
     return sha256_of_json(
         {
             "format": _FORMAT,
-            "text": text.model_dump(),
+            "text": text.model_dump(exclude={"draws"}),
             "content": source_content(text, base),
             "tokenizer": files,
             "libraries": [version("transformers"), version("tokenizers")],

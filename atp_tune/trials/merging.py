@@ -34,6 +34,7 @@ from atp_tune.serving.notes import own_words
 from atp_tune.spec.studyfile import absolute_storage
 from atp_tune.trials import storage
 from atp_tune.trials.database import PatientDatabase, without_password
+from atp_tune.trials.stored import TABLES
 
 Numbers: TypeAlias = Mapping[int, int]  # number of a trial in a storage → its new number
 
@@ -222,7 +223,7 @@ def _user_attrs(sources: Sequence[Source], kept: Sequence[FrozenTrial], numbers:
     for source, own in _last_first(sources, numbers):
         merged |= source.study.user_attrs
         names = {"dense": "dense"} | {str(old): str(new) for old, new in own.items()}
-        for key in ("reports", "report_kls", *KINDS):
+        for key in (*TABLES, *KINDS):
             stored = source.study.user_attrs.get(key, {})
             by_trial.setdefault(key, {}).update({names[name]: value for name, value in stored.items() if name in names})
     beliefs = [source.study.user_attrs.get("belief") for source in sources]

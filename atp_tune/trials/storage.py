@@ -251,6 +251,24 @@ def device_kind(name: str) -> str:
     return re.sub(r" \(\d+ threads\)$", "", name)
 
 
+def batches_of(study: optuna.Study) -> dict[str, int]:
+    """In what batches the trials of a study begin: the windows of each text that go through a block at a time.
+
+    They are those of its first measured trial, of which earlier versions stored the calibration text's; empty where
+    there is none.
+    """
+    facts, stored = study.user_attrs.get("fingerprint", {}), study.user_attrs.get("batches")
+    first = min(measured(study), key=lambda trial: trial.number, default=None) if stored is None else None
+    return dict(stored or (batches_in(first, facts) if first else {}))
+
+
+def batches_in(trial: FrozenTrial, facts: Facts) -> dict[str, int]:
+    """In what batches a trial ended; `facts` are those of its study."""
+    windows, most = trial.user_attrs.get("batch_windows"), facts.get("texts.calibration.windows")
+    former = {"calibration": min(windows, most) if isinstance(most, int) else windows} if windows else {}
+    return dict(trial.user_attrs.get("batches", former))
+
+
 def _is_content(key: str) -> bool:
     return key.endswith(".content") or key in (DTYPE, BOS)
 

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from atp_tune.errors import UserError
 from atp_tune.scores.bos import BosEffect
-from atp_tune.spec.config import Found
+from atp_tune.spec.config import Batch, Found
 from atp_tune.spec.study import Share
 
 GONE = "does not exist"  # in Optuna's KeyErrors
@@ -50,6 +50,9 @@ Nlls = Annotated[list[Annotated[float, AfterValidator(_nll)]], Field(min_length=
 Kls = Annotated[list[Amount], Field(min_length=1)]
 Shares = Annotated[list[Share], Field(min_length=1)]
 Role = Annotated[str, Field(pattern=r"^(dense|[0-9]{1,9})$")]
+Number = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Batches = dict[Words, Batch]
+TABLES = ("reports", "report_kls", "draws")  # of numbers by trial, whose rows are attributes of their own, see `folded`
 
 
 def _kinds(kinds: dict[str, Any]) -> dict[str, TypeAdapter[Any]]:
@@ -73,6 +76,7 @@ TRIAL = _kinds(
         "peak_bytes": dict[Words, Count],
         "versions": dict[Words, Words],
         "unheard": list[Words],
+        "batches": Batches,
     }
 )
 STUDY = _kinds(
@@ -87,6 +91,9 @@ STUDY = _kinds(
         **dict.fromkeys(("zero_shot", "speed"), dict[Role, Found]),
         "report_kls": dict[Role, Kls],
         "bos": Annotated[dict[Words, Any], AfterValidator(_effect)],
+        "draws": dict[Number, dict[Number, Nlls]],
+        "batches": Batches,
+        "screens": Words,
         "fingerprint": dict[Words, Words | int | float | bool | list[Words] | list[float]],
     }
 )
@@ -95,6 +102,31 @@ SYSTEM = _kinds(
 )
 FACTS = _kinds({"sparsity": Share, "model.content": Words, "model.dtype": Words})
 WORDS, NUMBER = TypeAdapter(Words), TypeAdapter(float)
+
+
+def folded(attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """The attributes with one table `reports` in the place of `reports:dense`, `reports:12` …, and so on.
+
+    Each row is stored by itself: two hosts that add to one table at the same moment would lose one of the two. Earlier
+    versions stored whole tables, to which the rows are added. A row that is not of its kind is as if it were not there.
+    """
+    found = dict(attrs)
+    for name in sorted(attrs):
+        table, *path = name.split(":")
+        if table in TABLES and path:
+            row = found.pop(name)
+            for part in reversed(path):
+                row = {part: row}
+            found[table] = _united(found.get(table, {}), checked({table: row}, STUDY).get(table, {}))
+    return found
+
+
+def _united(one: Any, other: Mapping[str, Any]) -> Any:
+    """A table with more rows, or with more in its rows."""
+    known = dict(one) if isinstance(one, dict) else {}
+    for key, value in other.items():
+        known[key] = _united(known.get(key), value) if isinstance(value, dict) else value
+    return known
 
 
 class CheckedStudy(optuna.Study):
@@ -109,7 +141,7 @@ class CheckedStudy(optuna.Study):
     def user_attrs(self) -> dict[str, Any]:
         """The study's attributes."""
         with readable(self.study_name):
-            attrs = checked(super().user_attrs, STUDY)
+            attrs = checked(folded(super().user_attrs), STUDY)
         if "fingerprint" in attrs:
             attrs["fingerprint"] = checked(attrs["fingerprint"], FACTS)
         return attrs

@@ -34,10 +34,10 @@ def _listed(path: Path) -> "list[Listed]":
     try:
         file = load(str(path))
         db = open_storage(file.storage_url, create=False) if file.database else None
-        names = [name for name in names_in(db) if not is_screening(name)] if db else []
-        own = {name: summarise(study) for name in names if db and (study := find_study(db, name))}
+        found = [find_study(db, name) for name in names_in(db)] if db else []
+        own = {study.study_name: summarise(study) for study in found if study and not is_screening(study)}
         first = listed(file, own.pop(file.name, None))
-        others = (found for found in own.values() if found.made_from and found.made_from.name == file.name)
-        return [first, *(listed(file, found) for found in others)]
+        others = (one for one in own.values() if one.made_from and one.made_from.name == file.name)
+        return [first, *(listed(file, one) for one in others)]
     except UserError as error:
         return [invalid(path, str(error))]

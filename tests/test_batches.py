@@ -1,0 +1,188 @@
+"""The batch size as a fact of a study: kept on resuming, on other machines, and by what is made of its best trial."""
+
+import json
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import same_bits
+from safetensors.torch import load_file
+from tinystudy import TOKENS, CommandLine, run, stored, study_file
+
+from atp_tune.blocks import batching, prune_pass
+from atp_tune.blocks.replay import Replay
+from atp_tune.events import unwatched
+from atp_tune.pruners import make_pruner
+from atp_tune.pruners.statistics import InputNorms
+from atp_tune.results.summary import summarise
+from atp_tune.search.bench import Bench, Setup
+from atp_tune.sparse.applying import apply
+from atp_tune.spec.config import read_config
+
+ELSEWHERE = 2  # windows of the tiny study's that go through a block at a time on a machine of less memory
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A machine whose own batches are smaller."""
+    monkeypatch.setitem(batching.TOKENS, "cpu", ELSEWHERE * TOKENS)
+    return monkeypatch
+
+
+@pytest.fixture
+def began(place: Path) -> Path:
+    """A study of which two trials are measured, in the batches of this machine: all 8 calibration windows at once."""
+    run(place, "search.trials=2")
+    return place
+
+
+def sizes(place: Path) -> list[tuple[int, int]]:
+    """Calibration and search windows at a time, trial by trial."""
+    return [(t.user_attrs["batches"]["calibration"], t.user_attrs["batches"]["search"]) for t in stored(place).trials]
+
+
+def forget(place: Path) -> None:
+    """As if an earlier version had made the study."""
+    with closing(sqlite3.connect(place / "tiny.db")) as connection:
+        for table in ("study", "trial"):
+            connection.execute(f"DELETE FROM {table}_user_attributes WHERE key = 'batches'")
+        connection.commit()
+
+
+def test_a_study_is_resumed_in_its_own_batches(began: Path, elsewhere: pytest.MonkeyPatch) -> None:
+    assert stored(began).user_attrs["batches"] == {"calibration": 8, "search": 16, "report": 16, "heads": 64}
+    run(began, "search.trials=3")
+    assert [t.user_attrs["batch_windows"] for t in stored(began).trials][2:] == [8]
+    assert sizes(began) == [(8, 16)] * 3
+    assert summarise(stored(began)).unlike == {}
+
+
+def test_a_study_of_an_earlier_version_is_resumed_in_the_batches_of_its_trials(
+    began: Path, elsewhere: pytest.MonkeyPatch
+) -> None:
+    forget(began)
+    assert summarise(stored(began)).unlike == {}
+    run(began, "search.trials=3")
+    assert stored(began).user_attrs["batches"]["calibration"] == 8
+    assert stored(began).trials[2].user_attrs["batch_windows"] == 8
+    assert summarise(stored(began)).unlike == {}
+
+
+def test_a_study_without_any_trial_takes_the_batches_of_this_machine(
+    place: Path, elsewhere: pytest.MonkeyPatch
+) -> None:
+    run(place)
+    assert sizes(place) == [(ELSEWHERE, ELSEWHERE)] * 3
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
+    """Numbers of calls to `measure`, one a block, in which memory runs out unless half the windows are taken."""
+    calls, chosen = [0], set[int]()
+    measure = prune_pass.measure
+
+    def failing(replay: Replay, batch: batching.BatchSize, *more: Any) -> Any:
+        calls[0] += 1
+        if calls[0] in chosen:
+            batch.attempt(lambda windows: raised() if windows > 4 else None)
+        return measure(replay, batch, *more)
+
+    def raised() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(prune_pass, "measure", failing)
+    yield chosen
+
+
+def test_memory_that_runs_out_in_one_trial_changes_that_one_alone(
+    place: Path, full: set[int], command: CommandLine
+) -> None:
+    full.add(5)  # the first of the four blocks of the second trial
+    answer = command("--study", place / "tiny.toml", "--trials", "3")
+    assert "memory ran out: going on with 4 windows at a time" in answer.out
+    assert sizes(place) == [(8, 16), (4, 16), (8, 16)]
+    remark = "in batches of 4 calibration windows"
+    assert summarise(stored(place)).unlike == {1: remark}
+    sentence = f"1 of 3 trials ran {remark}: perplexities of different devices differ in the last digits, those of "
+    sentence += "different number formats by per cents, those of different batches by about 1 %."
+    status = command("status", "--study", place / "tiny.toml").out
+    assert sentence in answer.out and sentence in status
+    assert status.count(remark) == 2  # in the trial's row too
+    document = json.loads(command("status", "--study", place / "tiny.toml", "--json").out)
+    assert [trial["remark"] for trial in document["trials"]] == [None, remark, None]
+    for kind in ("md", "html"):
+        command("report", "--study", place / "tiny.toml", "--format", kind, "--out", place / f"r.{kind}")
+        assert sentence in (place / f"r.{kind}").read_text()
+
+
+def test_a_study_whose_first_trial_ran_out_of_memory_has_its_size(place: Path, full: set[int]) -> None:
+    full.add(1)
+    run(place)
+    assert sizes(place) == [(4, 16)] * 3
+    assert stored(place).user_attrs["batches"]["calibration"] == 4
+    assert summarise(stored(place)).unlike == {}
+
+
+def calibrated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many windows went through a block at a time, of each block that is pruned from now on."""
+    seen, step = [], prune_pass.Pass.step
+
+    def noted(self: prune_pass.Pass, *more: Any) -> Any:
+        seen.append(min(self.batch.windows, 8))
+        return step(self, *more)
+
+    monkeypatch.setattr(prune_pass.Pass, "step", noted)
+    return seen
+
+
+def test_apply_takes_the_batches_of_the_trial(done: Path, tmp_path: Path, elsewhere: pytest.MonkeyPatch) -> None:
+    config = read_config(done / "tiny.best.json")
+    assert config.batches["calibration"] == 8
+    seen = calibrated(elsewhere)
+    apply(config, done, tmp_path / "out", "cpu", unwatched)
+    assert set(seen) == {8}
+    assert read_config(tmp_path / "out" / "atp_tune.json").batches == config.batches
+    shutil.rmtree(tmp_path / "out")
+    former = config.model_copy(update={"batches": {}})
+    seen.clear()
+    apply(former, done, tmp_path / "out", "cpu", unwatched)
+    assert set(seen) == {ELSEWHERE}  # nothing else is known
+    assert read_config(tmp_path / "out" / "atp_tune.json").batches == {"calibration": ELSEWHERE}
+
+
+def test_a_configuration_of_before_is_read(done: Path) -> None:
+    path = done / "tiny.best.json"
+    document = json.loads(path.read_text())
+    del document["batches"], document["draws"]
+    path.write_text(json.dumps(document))
+    found = read_config(path)
+    assert (found.batches, found.draws) == ({}, None)
+
+
+def test_what_another_machine_writes_is_equal_to_the_last_byte(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SparseGPT moves the weights that stay, by sums over all windows: their last bits show the batches."""
+    run(place, "prune.pruners=['sparsegpt']", "search.trials=2")
+    config = read_config(place / "tiny.best.json")
+    folders = {"here": config, "there": config, "former": config.model_copy(update={"batches": {}})}
+    for name, one in folders.items():
+        if name == "there":
+            monkeypatch.setitem(batching.TOKENS, "cpu", ELSEWHERE * TOKENS)
+        apply(one, place, place / name, "cpu", unwatched)
+    here, there, former = (load_file(place / name / "model.safetensors") for name in folders)
+    assert all(same_bits(here[name], there[name]) for name in here)
+    assert not all(same_bits(here[name], former[name]) for name in here)
+
+
+def test_dense_statistics_that_lie_on_the_disk_are_of_one_batch(done: Path) -> None:
+    spec = study_file(done).study
+    bench = Bench.open(Setup(spec.model, spec.prune, {"calibration": spec.texts.calibration}, done, "cpu"))
+    keys = set()
+    for windows in (8, 2):
+        bench.begin({"calibration": windows})
+        keys.add(bench._key_of(make_pruner("wanda"), InputNorms))
+    assert len(keys) == 2

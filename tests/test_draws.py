@@ -1,0 +1,338 @@
+"""Other draws of the calibration text: how much of a result is due to the one that was drawn."""
+
+import json
+import math
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from statistics import fmean, mean, stdev
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from tinystudy import TOKENS, CommandLine, run, settings, stored, study_file
+
+from atp_tune.cost.planning import foresee
+from atp_tune.errors import UserError
+from atp_tune.events import Event, TrialStarted, unwatched
+from atp_tune.plan import Plan
+from atp_tune.results.summary import summarise, undrawn
+from atp_tune.scores.draws import over_draws
+from atp_tune.scores.perplexity import perplexity, reach_of
+from atp_tune.search.bench import Bench, Setup
+from atp_tune.spec.config import read_config
+from atp_tune.spec.study import Calibration
+from atp_tune.texts.windows import token_windows
+
+THREE = "texts.calibration.draws=3"
+
+
+@pytest.fixture
+def drawn(done: Path) -> Path:
+    """A study that is complete, with three draws; its best is not uniform."""
+    run(done, THREE)
+    return done
+
+
+def titles(events: list[Event]) -> list[str]:
+    return [event.title for event in events if isinstance(event, TrialStarted)]
+
+
+def measured_anew(place: Path, trial: optuna.trial.FrozenTrial, **keys: Any) -> list[float]:
+    """Window NLLs on the report text of a trial's plan, with another calibration text of 8 windows: the last ones."""
+    spec = study_file(place).study
+    text = spec.texts.calibration.model_copy(update=keys)
+    texts = {"calibration": text, "report": spec.report_text}
+    opened = Bench.open(Setup(spec.model, spec.prune, texts, place, "cpu"))
+    ids = opened.windows["calibration"].ids[-8:]
+    windows = {**opened.windows, "calibration": type(opened.windows["calibration"])(np.ascontiguousarray(ids), "other")}
+    bench = Bench(opened.folder, opened.checkpoint, windows, spec.prune, unwatched)
+    plan = Plan(trial.params["pruner"], "atp", tuple(trial.user_attrs["sparsities"]), {"beta": trial.params["beta"]})
+    return bench.all_nlls(((block.index, block.weights) for block in bench.prune(plan)), "report")
+
+
+def test_best_and_uniform_are_measured_on_the_stretches_that_follow(drawn: Path) -> None:
+    study = stored(drawn)
+    summary = summarise(study)
+    assert summary.best_trial is not None and summary.uniform_trial is not None
+    draws = study.user_attrs["draws"]
+    assert draws.keys() == {str(summary.best_trial.number), str(summary.uniform_trial.number)}
+    for trial in (summary.best_trial, summary.uniform_trial):
+        for draw in (1, 2):
+            expected = measured_anew(drawn, trial, windows=8 * (draw + 1))
+            assert draws[str(trial.number)][str(draw)] == pytest.approx(expected, rel=1e-6)
+            assert expected != study.user_attrs["reports"][str(trial.number)]
+
+
+def test_a_random_draw_is_drawn_again_with_the_seeds_that_follow(place: Path) -> None:
+    lines = (place / "long.txt").read_text().split("\n\n")
+    rows = [json.dumps({"text": "\n\n".join(lines[k : k + 8])}) for k in range(0, len(lines), 8)]
+    (place / "calibration.jsonl").write_text("\n".join(rows))
+    keys = ("texts.calibration.source=file:calibration.jsonl", "texts.calibration.draw=random")
+    study = run(place, THREE, *keys, "texts.calibration.seed=5")
+    best = summarise(study).best_trial
+    assert best is not None
+    for draw in (1, 2):
+        text = {"source": "file:calibration.jsonl", "draw": "random", "seed": 5 + draw}
+        expected = measured_anew(place, best, **text)
+        assert study.user_attrs["draws"][str(best.number)][str(draw)] == pytest.approx(expected, rel=1e-6)
+
+
+def numbers(place: Path) -> tuple[list[float], list[float]]:
+    """Perplexities of the best, and its changes against uniform, by draw, from what is stored."""
+    study, summary = stored(place), summarise(stored(place))
+    assert summary.best_trial is not None and summary.uniform_trial is not None
+    found = []
+    for trial in (summary.best_trial, summary.uniform_trial):
+        name = str(trial.number)
+        draws = study.user_attrs["draws"][name]
+        found.append([fmean(nlls) for nlls in (study.user_attrs["reports"][name], draws["1"], draws["2"])])
+    own, base = found
+    return [math.exp(one) for one in own], [math.exp(one - two) - 1 for one, two in zip(own, base, strict=True)]
+
+
+def test_they_are_shown_beside_the_error_over_windows(drawn: Path, command: CommandLine) -> None:
+    values, changes = numbers(drawn)
+    value, change = f"{mean(values):.2f} ± {stdev(values):.2f}", f"{mean(changes):+.1%} ± {stdev(changes):.1%}"
+    options = ["--study", drawn / "tiny.toml", *settings(THREE)]
+    for answer in (command(*options), command("status", *options)):
+        table = [line for line in answer.out.splitlines() if line.startswith("|")]
+        head, row = (line for line in table if "3 draws" in line or " + atp " in line)
+        assert head.index("perplexity, 3 draws") < head.index("against uniform, 3 draws")
+        assert f"| {value}" in row and f"| {change} " in row
+        assert "3 draws: report text, calibrated with other windows each time, mean ± standard dev" in answer.out
+    document = json.loads(command("status", *options, "--json").out)
+    assert document["complete"]
+    assert document["best"]["draws"]["perplexities"] == pytest.approx(values)
+    assert document["best"]["draws"]["change"] == pytest.approx({"mean": mean(changes), "sd": stdev(changes)})
+    assert document["uniform_draws"]["change"] is None
+    config = read_config(drawn / "tiny.best.json")
+    assert config.draws is not None
+    assert config.draws.best.perplexity.mean == pytest.approx(mean(values))
+    for kind in ("md", "html", "json"):
+        command("report", *options, "--format", kind, "--out", drawn / f"r.{kind}")
+    assert json.loads((drawn / "r.json").read_text())["studies"][0]["draws"]["best"] == document["best"]["draws"]
+    for kind in ("md", "html"):
+        text = (drawn / f"r.{kind}").read_text().replace("\u00a0", " ")
+        assert value in text
+        assert f"Over 3 draws of the calibration text it changes by {change}." in text
+
+
+def test_a_study_that_is_complete_is_measured_on_more_draws(place: Path) -> None:
+    """The key decides no trial: nothing is run again, and one draw less is shown again as it was."""
+    run(place)
+    before = stored(place).trials
+    for draws, expected in ((2, [1]), (3, [2]), (3, [])):
+        events: list[Event] = []
+        study = run(place, f"texts.calibration.draws={draws}", watch=events.append)
+        told = [title for title in titles(events) if title.startswith("draw ")]
+        assert [title.partition(":")[0] for title in told] == [
+            f"draw {draw + 1} of {draws}" for draw in expected for _ in range(2)
+        ]
+        assert len(titles(events)) == len(told)
+        assert study.trials == before
+    assert "texts.calibration.draws" not in stored(place).user_attrs["fingerprint"]
+
+
+def test_what_was_measured_before_a_process_died_is_kept(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, calls = Bench.all_nlls, [0]
+
+    def dies(self: Bench, *more: Any) -> list[float]:
+        calls[0] += 1
+        if calls[0] == 5:  # the dense model before the search; then uniform and best with the second draw, and third
+            raise KeyboardInterrupt
+        return whole(self, *more)
+
+    monkeypatch.setattr(Bench, "all_nlls", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(place, THREE)
+    known = stored(place).user_attrs["draws"]
+    left = undrawn(stored(place), 3)
+    assert (sum(map(len, known.values())), len(left)) == (3, 1)
+    assert not summarise(stored(place)).complete
+    assert [found.count for found in summarise(stored(place)).over_draws.values()] == [2, 2]
+    monkeypatch.undo()
+    events: list[Event] = []
+    study = run(place, THREE, watch=events.append)
+    assert titles(events) == [f"draw 3 of 3: trial {left[0][1]}"]
+    assert {name: study.user_attrs["draws"][name]["1"] for name in known} == {n: k["1"] for n, k in known.items()}
+    assert summarise(study).complete
+
+
+def test_the_paper_s_protocol_is_measured_on_the_text_it_searches(place: Path) -> None:
+    toml = (place / "tiny.toml").read_text()
+    start, end = toml.index("[texts.report]"), toml.index("[search]")
+    (place / "tiny.toml").write_text('protocol = "paper"\n' + toml[:start] + toml[end:])
+    study = run(place, THREE)
+    assert all(len(nlls) == 16 for found in study.user_attrs["draws"].values() for nlls in found.values())
+    assert all(found.count == 3 for found in summarise(study).over_draws.values())
+
+
+def test_a_text_too_short_for_them_is_one_line_before_anything_runs(place: Path, command: CommandLine) -> None:
+    tokens = len(token_windows(Calibration(source="file:calibration.txt", tokens=2), place / "model", place).ids) * 2
+    answer = command("--study", place / "tiny.toml", *settings("texts.calibration.draws=100"))
+    have = answer.error.partition(" has ")[2].partition(" tokens")[0]
+    assert int(have) in (tokens, tokens + 1)
+    assert answer.error == (
+        "texts.calibration.draws: 100 draws of 8 windows follow each other in a text; windows: file:calibration.txt "
+        f"has {have} tokens, that is {int(have) // TOKENS} windows of {TOKENS}; 800 windows cannot be cut, lower "
+        'windows or tokens, or draws, or set draw = "random"'
+    )
+    assert not list(place.glob("*.db"))
+    assert command("plan", "--study", place / "tiny.toml", *settings("texts.calibration.draws=100")).code == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"draws": 0}, "draws"),
+        ({"draws": 2}, "need a number of windows, which the next draw follows; give windows"),
+    ],
+)
+def test_a_wrong_number_of_draws(settings: dict[str, Any], error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        Calibration(source="c4", **settings)
+
+
+def test_only_the_calibration_text_is_drawn_again(place: Path) -> None:
+    with pytest.raises(UserError, match=r"texts.search.draws: unknown key; did you mean texts.calibration.draws\?"):
+        study_file(place, "texts.search.draws=2")
+
+
+def test_windows_in_the_cache_are_those_of_before(place: Path, cache: Path) -> None:
+    """The number of draws is no part of what a text is."""
+    one, three = (study_file(place, f"texts.calibration.draws={n}").study.texts.calibration for n in (1, 3))
+    files = []
+    for text in (one, three, one.text):
+        token_windows(text, place / "model", place)
+        files.append(sorted(cache.rglob("*.npy")))
+    assert files[0] == files[1] == files[2] and files[0]
+
+
+def test_their_cost_is_foretold(place: Path) -> None:
+    """Two plans, each calibrated on 256 tokens twice and measured on 512 of the report text, on two more draws."""
+    one, three = (foresee(study_file(place, *keys), "tiny", unwatched).whole for keys in ((), (THREE,)))
+    assert one.tokens is not None and three.tokens is not None
+    assert three.tokens - one.tokens == 2 * 2 * (2 * 256 + 512)
+    dense = "prune.statistics=dense"
+    one, three = (foresee(study_file(place, dense, *keys), "tiny", unwatched).whole for keys in ((), (THREE,)))
+    assert one.tokens is not None and three.tokens is not None
+    assert three.tokens - one.tokens == 2 * 2 * (256 + 512) + 2 * 2 * 256  # the error curve; statistics, once a draw
+
+
+def test_spread_and_change_by_hand() -> None:
+    best, uniform = [[1.0, 2.0], [1.2, 2.2], [0.9, 2.0]], [[1.5, 2.5], [1.6, 2.7], [1.5, 2.4]]
+    found = over_draws(best, uniform)
+    assert found is not None and found.change is not None
+    values, changes = [math.exp(1.5), math.exp(1.7), math.exp(1.45)], [math.exp(-x) - 1 for x in (0.5, 0.45, 0.5)]
+    assert (found.count, found.perplexities) == (3, pytest.approx(tuple(values)))
+    assert (found.perplexity.mean, found.perplexity.sd) == pytest.approx((mean(values), stdev(values)))
+    assert (found.change.mean, found.change.sd) == pytest.approx((mean(changes), stdev(changes)))
+    assert over_draws(best[:1], uniform[:1]) is None
+    assert over_draws([[1.0], [math.inf]], None) is None
+
+
+# --- what ± is
+
+
+def test_the_reach_of_an_interval_is_student_s() -> None:
+    """Tables of t, 97.5 %."""
+    for windows, t in ((2, 12.706), (16, 2.131), (24, 2.069), (128, 1.979)):
+        assert reach_of(windows) == pytest.approx(t, abs=5e-4)
+
+
+def test_intervals_of_that_reach_hold_the_mean_as_often_as_they_say() -> None:
+    """1.96 standard errors of 5 windows would hold it in 88 %."""
+    rows = np.random.default_rng(0).normal(2.0, 0.1, (20_000, 5))
+    errors = rows.std(1, ddof=1) / 5**0.5
+    assert np.mean(abs(rows.mean(1) - 2.0) < reach_of(5) * errors) == pytest.approx(0.95, abs=0.005)
+    nlls = rows[0].tolist()
+    assert perplexity(nlls).stderr == pytest.approx(math.exp(fmean(nlls)) * errors[0])
+
+
+def test_the_legend_says_over_how_many_windows_and_how_far(done: Path, place: Path, command: CommandLine) -> None:
+    assert "±: standard error over 16 windows (× 2.13 for 95 %)" in command("--study", done / "tiny.toml").out
+    run(place, "texts.report.windows=24")
+    words = ["--study", place / "tiny.toml", *settings("texts.report.windows=24")]
+    legend = "standard error over 16 search and 24 report windows (× 2.13 and 2.07 for 95 %)"
+    assert f"±: {legend}" in command("status", *words).out
+    for kind in ("md", "html"):
+        command("report", *words, "--format", kind, "--out", place / f"r.{kind}")
+        assert legend in (place / f"r.{kind}").read_text()
+    command("report", *words, "--format", "latex", "--out", place / "r.tex")
+    assert legend.replace("×", r"$\times$").replace("%", r"\%") in (place / "r.tex").read_text()
+
+
+# --- what is stored of the report, row by row
+
+
+def raw(place: Path) -> dict[str, str]:
+    """The study's attributes as the database has them."""
+    with closing(sqlite3.connect(place / "tiny.db")) as connection:
+        return dict(connection.execute("SELECT key, value_json FROM study_user_attributes").fetchall())
+
+
+def test_two_hosts_that_end_a_study_together_lose_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other, written, set_attr = [], dict[str, list[float]](), optuna.Study.set_user_attr
+
+    def at_the_same_moment(self: optuna.Study, key: str, value: Any) -> None:
+        """What another host stores just before this one does, of a trial that this one does not measure."""
+        if key.startswith("report") and not other:
+            other.append(key)
+            theirs = key.partition(":")[0]
+            if theirs == key:  # a whole table
+                set_attr(stored(place), key, {"7": [1.5, 2.5]})
+            else:
+                set_attr(stored(place), f"{theirs}:7", [1.5, 2.5])
+        set_attr(self, key, value)
+
+    monkeypatch.setattr(optuna.Study, "set_user_attr", at_the_same_moment)
+    run(place)
+    written = stored(place).user_attrs["reports"]
+    assert written["7"] == [1.5, 2.5]
+    assert len(written) == 4
+
+
+def test_each_row_is_an_attribute_and_those_of_before_are_read(drawn: Path) -> None:
+    names = {name for name in raw(drawn) if name.startswith(("reports", "draws"))}
+    study = stored(drawn)
+    numbers = sorted(study.user_attrs["draws"])
+    assert names == {"reports:dense", *(f"reports:{n}" for n in numbers)} | {
+        f"draws:{n}:{draw}" for n in numbers for draw in (1, 2)
+    }
+    whole = {name: [1.0] * 16 for name in ("dense", *numbers)}
+    with closing(sqlite3.connect(drawn / "tiny.db")) as connection:
+        connection.execute("UPDATE study_user_attributes SET key = 'reports' WHERE key = 'reports:dense'")
+        connection.execute(
+            "UPDATE study_user_attributes SET value_json = ? WHERE key = 'reports'", (json.dumps(whole),)
+        )
+        connection.execute(f"DELETE FROM study_user_attributes WHERE key = 'reports:{numbers[0]}'")
+        connection.commit()
+    reports = stored(drawn).user_attrs["reports"]
+    assert reports["dense"] == reports[numbers[0]] == [1.0] * 16
+    assert reports[numbers[1]] == study.user_attrs["reports"][numbers[1]]
+
+
+def test_rows_that_are_not_of_their_kind_are_left_out(drawn: Path) -> None:
+    before, study = stored(drawn).user_attrs, stored(drawn)
+    for key in ("reports:x", "reports:1:2", "draws:1", "draws:1:x", "reports:", "draws:1:2:3"):
+        study.set_user_attr(key, [1.0])
+    for key, value in (("reports:0", "much"), ("draws:0:1", [-5.0]), ("draws:0:2", {}), ("report_kls:0", [-1])):
+        study.set_user_attr(key, value)
+    found = stored(drawn)
+    assert {key for key in found.user_attrs if ":" in key} == set()
+    assert set(found.user_attrs["reports"]) <= set(before["reports"])
+    assert summarise(found).trials
+
+
+def test_draws_follow_their_trials_into_a_merged_study(place: Path, tmp_path: Path, command: CommandLine) -> None:
+    for index in range(2):
+        run(place, THREE, f"storage=sqlite:///{place}/{index}.db", f"search.seed={index}")
+    assert command("merge", place / "0.db", place / "1.db", "--out", place / "out.db").code == 0
+    merged = stored(place, database=place / "out.db")
+    for index in range(2):
+        source = stored(place, database=place / f"{index}.db")
+        for name, found in source.user_attrs["draws"].items():
+            twin = next(t for t in merged.trials if t.datetime_start == source.trials[int(name)].datetime_start)
+            assert merged.user_attrs["draws"][str(twin.number)] == found
