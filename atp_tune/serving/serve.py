@@ -7,7 +7,6 @@ from pathlib import Path
 from time import monotonic, sleep
 
 import optuna
-from optuna.artifacts import FileSystemArtifactStore
 from optuna.storages import BaseStorage, get_storage
 
 from atp_tune.errors import UserError
@@ -15,6 +14,7 @@ from atp_tune.serving.keeper import Keeper
 from atp_tune.serving.servers import ServedDatabase, dashboard, host_of, proxy
 from atp_tune.serving.view import DashboardView, make_view
 from atp_tune.trials import mounts
+from atp_tune.trials.artifacts import Store
 from atp_tune.trials.storage import is_remote, open_database
 
 TURN = 2  # seconds between the keeper's looks
@@ -56,7 +56,7 @@ def serve(
     if warning := mounts.warning(service.address):
         tell(warning)
     storage = get_storage(database)  # with Optuna's cache of finished trials
-    store = FileSystemArtifactStore(_folder(service.artifacts))
+    store = Store(_folder(service.artifacts))
     keeper = Keeper(storage, service.artifacts, tell)
     with (
         proxy(storage, service.listen, service.grpc_port) as grpc_port,
