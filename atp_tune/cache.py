@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 
 from atp_tune.errors import UserError
+from atp_tune.paths import is_special
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -45,6 +46,8 @@ def sha256_of(path: Path) -> str:
     real = path.resolve()
     if _SHA256.fullmatch(real.name) and _is_blob(real):
         return real.name
+    if is_special(real):
+        raise UserError(f"{path}: is no file, and cannot be read; remove it")
     stat = real.stat()
     key = hashlib.sha256(f"{real}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}".encode()).hexdigest()
     memo = cache_dir("hashes") / key

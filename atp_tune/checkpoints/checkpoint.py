@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
@@ -23,7 +22,7 @@ from atp_tune.allocations import Shape
 from atp_tune.checkpoints.buffers import mapped_files, move_into, on_disk, pinned, plain
 from atp_tune.checkpoints.classes import auto_class, language_model
 from atp_tune.checkpoints.convert import one_line
-from atp_tune.checkpoints.devices import device_limit, free_memory, host_memory
+from atp_tune.checkpoints.devices import device_limit, free_memory, host_memory, is_out_of_memory
 from atp_tune.checkpoints.experts import expert_name, expert_weights, find_gates, holds_experts
 from atp_tune.checkpoints.residency import Free, Residency, choose
 from atp_tune.checkpoints.streaming import Stream, Tensors
@@ -91,7 +90,9 @@ class Checkpoint:
             loaded: Any = auto_class(folder).from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, trust_remote_code=trusted, **options
             )
-        except (ValueError, OSError, KeyError, ImportError, SafetensorError) as error:
+        except Exception as error:  # a parser of foreign files fails in any way it likes
+            if is_out_of_memory(error):
+                raise
             raise UserError(f"model {folder}: transformers cannot load it: {one_line(error)}") from error
         model, found = loaded  # transformers fills what is missing with random numbers, and only logs it
         wrong = sorted(found["missing_keys"]) + [key for key, *_ in found["mismatched_keys"]]

@@ -58,6 +58,16 @@ def _header(file: Path) -> dict[str, Any]:
         text = stream.read(min(length, LONGEST))
     try:
         header = json.loads(text)
-        return {name: entry for name, entry in header.items() if name != "__metadata__"}
-    except (ValueError, AttributeError):
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        if all(_is_entry(entry) for entry in entries.values()):
+            return entries
+        raise ValueError
+    except (ValueError, AttributeError, RecursionError):
         raise UserError(f"model {file}: is no safetensors file; download it again") from None
+
+
+def _is_entry(entry: Any) -> bool:
+    lists = [entry.get(key) for key in ("shape", "data_offsets")] if isinstance(entry, dict) else [None]
+    return all(isinstance(one, list) and all(type(n) is int and n >= 0 for n in one) for one in lists) and (
+        len(entry["data_offsets"]) == 2
+    )

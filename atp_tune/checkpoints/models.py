@@ -20,6 +20,7 @@ from huggingface_hub import errors, snapshot_download
 from atp_tune.cache import cache_dir, sha256_of, sha256_of_json
 from atp_tune.checkpoints import convert, trust
 from atp_tune.errors import UserError
+from atp_tune.paths import is_special, written
 from atp_tune.spec import study
 
 Note = Callable[[str], None]
@@ -73,8 +74,9 @@ def resolve(model: study.Model, base: Path, note: Note = silent) -> ModelFolder:
     """
     if model.source.startswith("pypi:"):
         return _from_wheel(model, note)
-    path = base / Path(model.source).expanduser()
+    path = written(model.source, base, "model.source")
     if path.is_dir():
+        check_files(path)
         return _from_folder(path, model, None, note)
     if path.suffix == ".gguf":
         return _from_gguf(path, model.source, note)
@@ -84,6 +86,12 @@ def resolve(model: study.Model, base: Path, note: Note = silent) -> ModelFolder:
         f'model.source: "{model.source}" is no folder; give a folder, a .gguf file, '
         "a hub id ORG/NAME or pypi:NAME==VERSION"
     )
+
+
+def check_files(folder: Path) -> None:
+    """UserError where reading a model's folder may never end."""
+    if found := next((file for file in sorted(folder.iterdir()) if is_special(file)), None):
+        raise UserError(f"model.source: {found} is no file, and cannot be read; remove it")
 
 
 def _from_wheel(model: study.Model, note: Note) -> ModelFolder:

@@ -125,7 +125,7 @@ def _is_readable(key: Key, value: Any) -> bool:
 
 def _in_file(config: Config, out: Path) -> dict[Key, Any]:
     try:
-        there = read_config(out) if out.exists() else None
+        there = read_config(out) if out.is_file() else None
     except UserError:
         return {}
     if there is None or not is_same(there, config):

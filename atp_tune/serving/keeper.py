@@ -46,7 +46,7 @@ class Keeper:
 
     def _look(self) -> None:
         attached = False
-        for name in optuna.get_all_study_names(self._storage):
+        for name in trials.names_in(self._storage):
             study = trials.find_study(self._storage, name)
             if study is None or "fingerprint" not in study.user_attrs:
                 continue

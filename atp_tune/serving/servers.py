@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import re
 import socket
 from collections.abc import Callable, Iterator
@@ -59,6 +60,7 @@ class ServedDatabase(Database):
 def dashboard(storage: BaseStorage, artifacts: Store, host: str, port: int) -> Iterator[int]:
     """Optuna's dashboard on a port (0: any), which is yielded; requests in progress are answered before it ends."""
     check_free(host, port, "--port")
+    logging.getLogger("optuna_dashboard").setLevel(logging.CRITICAL)  # the browser is told; the keeper tells it here
     server_class = type("Server", (_Server,), {"address_family": _family(host)})
     server: WSGIServer
     app = _apart(_in_order(wsgi(storage, artifacts)), artifacts)

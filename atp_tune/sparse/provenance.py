@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from atp_tune.errors import UserError
+from atp_tune.paths import written
 from atp_tune.scores.perplexity import Change, Perplexity
 from atp_tune.spec.config import read_config
 from atp_tune.spec.study import Text
@@ -41,7 +42,7 @@ def rooted(text: Text, base: Path) -> Text:
     """The same text, with the absolute path of its file."""
     if not text.source.startswith("file:"):
         return text
-    path = (base / Path(text.source.removeprefix("file:")).expanduser()).resolve()
+    path = written(text.source.removeprefix("file:"), base, "source").resolve()
     return text.model_copy(update={"source": f"file:{path}"})
 
 

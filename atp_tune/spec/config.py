@@ -59,6 +59,12 @@ def _storable(found: dict[str, JsonValue]) -> dict[str, JsonValue]:
     return found
 
 
+def _a_path(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("must be a path")
+    return text
+
+
 Found = Annotated[dict[str, JsonValue], AfterValidator(_storable)]
 
 
@@ -223,7 +229,9 @@ class Config(Part):
     texts: Texts
     seed: int
     versions: dict[str, str]
-    folder: str = Field(".", description="where relative paths of model and texts start, seen from this file")
+    folder: Annotated[str, AfterValidator(_a_path)] = Field(
+        ".", description="where relative paths of model and texts start, seen from this file"
+    )
     zero_shot: ZeroShot | None = Field(None, description="what `evaluate` found, see `attaching`")
     speed: Speed | None = Field(None, description="what `speedup` found, see `attaching`")
 

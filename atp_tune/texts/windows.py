@@ -36,6 +36,9 @@ _TOKENIZER = (
     "vocab*",
     "merges.txt",
     "*.model",
+    "*.tiktoken",
+    "*.spm",
+    "*.codes",
 )
 _CHARACTERS_PER_TOKEN = 8  # more than any usual text has
 _MARGIN = 1024  # tokens: a cut text is tokenised differently only near the cut
@@ -109,7 +112,8 @@ def _windows(ids: np.ndarray) -> Windows:
 
 def _key(text: Text, folder: Path, base: Path, trusted: bool) -> str:
     patterns = (*_TOKENIZER, CODE) if trusted else _TOKENIZER
-    files = {file.name: sha256_of(file) for pattern in patterns for file in folder.glob(pattern)}
+    found = (file for pattern in patterns for file in folder.glob(pattern))
+    files = {file.name: sha256_of(file) for file in found if file.exists() and not file.is_dir()}
     return sha256_of_json(
         {
             "format": _FORMAT,
@@ -133,8 +137,14 @@ def load_tokenizer(folder: Path, trusted: bool) -> Any:
 
 def _encoder(folder: Path, trusted: bool) -> Encode:
     tokenizer = load_tokenizer(folder, trusted)
-    # verbose=False: texts longer than the model's context are meant, and cut into windows later
-    return lambda text: list(tokenizer(text, verbose=False).input_ids)
+
+    def encode(text: str) -> list[int]:
+        try:  # verbose=False: texts longer than the model's context are meant, and cut into windows later
+            return list(tokenizer(text, verbose=False).input_ids)
+        except Exception as error:  # whatever the many tokenizers raise
+            raise UserError(f"the tokenizer in {folder} cannot read the text: {one_line(error)}") from error
+
+    return encode
 
 
 def _random(found: Sequence[str], encode: Encode, text: Text) -> np.ndarray:

@@ -129,8 +129,7 @@ def _names_in(place: str, address: str) -> list[str]:
     db = storage.open_storage(address, create=False)
     if db is None:
         raise UserError(f"merge: {place}: no such file")
-    with readable(f"in {place}"):
-        return optuna.get_all_study_names(db)
+    return storage.names_in(db)
 
 
 def _study_in(address: str, name: str) -> optuna.Study:
