@@ -30,7 +30,7 @@ SQL = "'; DROP TABLE studies; --"
 UUID = "01234567-89ab-cdef-0123-456789abcdef"
 DEEP = "[" * 100_000 + "]" * 100_000
 MINE = "open('evil', 'w').write('I was run')"
-SURE = "left out", "read as text", "not followed", "not run", "read"
+SURE = "left out", "not followed", "not run", "read as text", "taken as it is"
 
 Change = Callable[[Path], Any]
 
@@ -41,7 +41,7 @@ class Input:
 
     name: str
     change: Change
-    word: str = "read"
+    word: str = "taken as it is"
 
 
 class Evil:
@@ -203,7 +203,8 @@ DATABASE = [
     Input("folder of artifacts that is a link to ~", linked("tiny.artifacts", "~"), "not followed"),
     Input("artifact that is no JSON", attr(f"artifacts:{UUID}", "no JSON"), "left out"),
     Input("artifact that is a number", attr(f"artifacts:{UUID}", 5), "left out"),
-    Input("note without a beginning", both(attr("dashboard:note_ver", 1), attr("dashboard:note_str:3", "x")), "left out"),
+    Input("note without a beginning", both(
+        attr("dashboard:note_ver", 1), attr("dashboard:note_str:3", "x")), "left out"),
     Input("note by a version that is none", attr("dashboard:note_ver", "x"), "left out"),
     Input("markup and escapes as attributes", sql(
         "UPDATE trial_user_attributes SET value_json = ? WHERE key IN ('device', 'host')", json.dumps(MARKUP)),
@@ -211,7 +212,8 @@ DATABASE = [
     Input("markup as the study's description", _made_from(name=MARKUP), "read as text"),
     Input("a study file elsewhere", _made_from(path="/etc/passwd"), "read as text"),
     Input("SQL as a key", attr(SQL, SQL, "study_user"), "read as text"),
-    Input("SQL as a parameter", sql("UPDATE trial_params SET param_name = ? WHERE trial_id = 3 AND param_name = 'beta'", SQL), "left out"),
+    Input("SQL as a parameter", sql(
+        "UPDATE trial_params SET param_name = ? WHERE trial_id = 3 AND param_name = 'beta'", SQL), "left out"),
     Input("NaN and infinity", _all_of("trial_user_attributes", "[NaN, Infinity, -Infinity, 1e999]"), "left out"),
     Input("numbers of 5000 digits", _all_of("trial_user_attributes", "9" * 5000), "left out"),
     Input("attributes of another type", _all_of("study_user_attributes", '{"x": [1]}'), "left out"),
@@ -230,13 +232,13 @@ DATABASE = [
     Input("a table that is missing", sql("DROP TABLE trial_values"), "left out"),
     Input("a column that is missing", sql("ALTER TABLE trials RENAME COLUMN state TO other"), "left out"),
     Input("a view for a table", sql(
-        "ALTER TABLE trial_params RENAME TO x;;CREATE VIEW trial_params AS SELECT * FROM x"), "read"),
+        "ALTER TABLE trial_params RENAME TO x;;CREATE VIEW trial_params AS SELECT * FROM x")),
     Input("a trigger that deletes trials", sql(
-        "CREATE TRIGGER evil AFTER INSERT ON trial_user_attributes BEGIN DELETE FROM trials WHERE number = 0; END"),
-        "read"),
+        "CREATE TRIGGER evil AFTER INSERT ON trial_user_attributes BEGIN DELETE FROM trials WHERE number = 0; END")),
     Input("a failed trial that names no other", sql(
-        "UPDATE trials SET state = 'FAIL' WHERE number = 5;;INSERT INTO trial_user_attributes (trial_id, key, value_json)"
-        " VALUES (6, 'failure', '\"failed before, as trial 99: x\"')"), "read as text"),
+        "UPDATE trials SET state = 'FAIL' WHERE number = 5;;"
+        "INSERT INTO trial_user_attributes (trial_id, key, value_json) VALUES "
+        "(6, 'failure', '\"failed before, as trial 99: x\"')"), "read as text"),
     Input("a file that was cut off", _cut),
     Input("a file of random bytes", replaced("tiny.db", np.random.default_rng(0).bytes(50_000))),
     Input("an empty file", replaced("tiny.db", b""), "left out"),
@@ -270,7 +272,7 @@ def config(**values: Any) -> Change:
 
 def code(name: str) -> Change:
     """Code in the folder that its configuration asks for."""
-    table = {key: "evil.Evil" for key in ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")}
+    table = dict.fromkeys(("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"), "evil.Evil")
     return both(replaced("model/evil.py", MINE), edited(f"model/{name}", auto_map=table))
 
 
@@ -403,8 +405,8 @@ CONFIGURATION = [
     Input("sparsities of another model", best(block_sparsities=[0.5] * 999)),
     Input("sparsities of other linears", best(linear_sparsities=[[0.5]] * 4)),
     Input("names that are formulas and markup", best(
-        linear_sparsities=[[0.5] * 7] * 4, linears=[["=cmd|' /C calc'!A0", MARKUP, *"abcde"]] * 4, blocks="+1\n- x: &a"),
-        "read as text"),
+        linear_sparsities=[[0.5] * 7] * 4, linears=[["=cmd|' /C calc'!A0", MARKUP, *"abcde"]] * 4,
+        blocks="+1\n- x: &a"), "read as text"),
     Input("a study by a name with markup", best(study=MARKUP), "read as text"),
     Input("a study by a name that is a path", best(study="../../../x"), "read as text"),
     Input("a trial of 19 digits", best(trial=10**18), "read as text"),
@@ -456,7 +458,7 @@ STUDY = [
     Input("values of another type", toml("sparsity = 0.5", "sparsity = [0.5]")),
     Input("a sparsity that is NaN", toml("sparsity = 0.5", "sparsity = nan")),
     Input("10¹² windows", toml("windows = 8", "windows = 1_000_000_000_000")),
-    Input("10¹² trials", toml("trials = 6", "trials = 1_000_000_000_000"), "read"),
+    Input("10¹² trials", toml("trials = 6", "trials = 1_000_000_000_000")),
     Input("a description with markup", toml('description = "a tiny Llama"', f"description = {json.dumps(MARKUP)}"),
           "read as text"),
     Input("a model elsewhere", source("/etc")),

@@ -197,7 +197,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """
     inside = set(language_model(model).modules())
     named = ((name, module) for name, module in model.named_modules() if module in inside)
-    lists = [(name, module) for name, module in named if isinstance(module, nn.ModuleList)]
+    lists = [(name, module) for name, module in named if isinstance(module, nn.ModuleList) and len(module)]
     if not lists:
         raise UserError(f"model {type(model).__name__}: has no list of blocks; only transformer models can be pruned")
     return max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))

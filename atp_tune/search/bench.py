@@ -96,6 +96,8 @@ class Bench:
         dtype, named = find_dtype(setup.model.dtype, device), setup.model.residency
         residency = None if named == "auto" else named
         checkpoint = Checkpoint.load(folder.path, dtype, device, folder.trusted, residency)
+        for role, found in windows.items():
+            _check_known(role, found, checkpoint)
         return cls(folder, checkpoint, windows, setup.prune, watch)
 
     def screening(self, every: int) -> "Bench":
@@ -309,6 +311,15 @@ class Bench:
         """Inputs and outputs of each tensor of linears that a token meets."""
         chosen = int(getattr(self.checkpoint.config.get_text_config(), "num_experts_per_tok", None) or 1)
         return {x.key: (x.in_features + x.out_features) * (1 if x.expert is None else chosen) for x in linears}
+
+
+def _check_known(role: str, windows: Windows, checkpoint: Checkpoint) -> None:
+    """UserError if a text has tokens that the model does not know: its tokenizer is of another model."""
+    known, highest = len(checkpoint.model.get_input_embeddings().weight), int(windows.ids.max())  # type: ignore[operator]
+    if highest >= known:
+        raise UserError(
+            f"texts.{role}: the tokenizer makes token {highest} of it, the model knows {known}; take the model's own"
+        )
 
 
 def _windows(role: str, text: Text, tokenizer: ModelFolder, base: Path) -> Windows:

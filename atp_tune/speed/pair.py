@@ -8,6 +8,7 @@ import torch
 
 from atp_tune.cache import cache_dir, sha256_of_json
 from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.checkpoints.headers import check_claims
 from atp_tune.checkpoints.models import check_files, resolve
 from atp_tune.errors import UserError
 from atp_tune.events import Note, Watch
@@ -58,6 +59,7 @@ def find_pair(
         )
     if sparse is not None:
         check_files(sparse)
+        check_claims(sparse)
     else:
         sparse = cache_dir("sparse") / sha256_of_json(config.model_dump(mode="json", include=set(DECIDES)))
         if not sparse.is_dir():

@@ -60,7 +60,7 @@ def _is_meta(value: Any, name: str) -> bool:
 
 
 def file_names(attributes: Mapping[str, Any]) -> dict[str, str]:
-    """What the files of a study's artifacts are called, by the artifact's name, out of the study's system attributes."""
+    """What a study's artifacts are called, by their names in the folder, out of the study's system attributes."""
     own = {key: value for key, value in attributes.items() if key.startswith(OF_STUDY) and is_kept(key, value)}
     read = {key: json.loads(value) for key, value in own.items()}
     return {str(name_in(key)): meta["filename"] for key, meta in read.items() if meta}

@@ -50,7 +50,7 @@ def way_out(error: BaseException, address: str) -> str | None:
 
 
 def check_whole(file: Path) -> None:
-    """UserError if a SQLite file is damaged or another program's: it is looked through before anything is written to it.
+    """UserError if a SQLite file is damaged or another program's: it is looked through before anything is written.
 
     Optuna makes its tables in whatever it opens, also to read.
     """

@@ -5,8 +5,8 @@ numbers in the order in which they began; what names a trial by its number follo
 they are: they belong to the machine that they run on. Of what the storages say differently of the study itself, the
 first one's word is taken, and what people wrote in notes is kept from all.
 
-Left out: `best.json` and `report.html` of a dashboard, which `serve` writes anew, and what only a stranger's program can
-have written: artifacts by names that lead elsewhere, links, notes and attributes of another kind.
+Left out: `best.json` and `report.html` of a dashboard, which `serve` writes anew, and what only a stranger can have
+written: artifacts by names that lead elsewhere, links, notes and attributes of another kind.
 
 Errors: UserError where the storages hold different studies or what Optuna cannot read, or the new file exists.
 """
@@ -232,13 +232,10 @@ def _user_attrs(sources: Sequence[Source], kept: Sequence[FrozenTrial], numbers:
     merged["total"] = max(sum(storage.counts(trial) for trial in kept), *totals)
     merged |= {key: values for key, values in by_trial.items() if values}
     merged.pop("belief", None)
-    if known := [belief for belief in beliefs if _is_belief(belief)]:
+    known = [belief for belief in beliefs if isinstance(belief, dict) and isinstance(belief.get("before"), int)]
+    if known:
         merged["belief"] = max(known, key=lambda belief: int(belief["before"]))
     return merged
-
-
-def _is_belief(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("before"), int)
 
 
 def _system_attrs(sources: Sequence[Source], numbers: Sequence[Numbers], ids: Sequence[int]) -> dict[str, Any]:
@@ -255,7 +252,7 @@ def _system_attrs(sources: Sequence[Source], numbers: Sequence[Numbers], ids: Se
 
 
 def _kept_attrs(source: Source) -> dict[str, Any]:
-    """System attributes of a study, without artifacts that `serve` makes anew and those that Optuna cannot have made."""
+    """System attributes of a study without the artifacts that `serve` makes anew and those that Optuna did not make."""
     anew = {name for name, file in artifacts.file_names(source.attrs).items() if file in (CONFIG, REPORT)}
     kept = {key: value for key, value in source.attrs.items() if artifacts.is_kept(key, value)}
     return {key: value for key, value in kept.items() if artifacts.name_in(key) not in anew}
@@ -279,7 +276,7 @@ def _write_notes(
 
 def _note_of(owner: optuna.Study | Trial) -> str:
     try:
-        return get_note(owner)
+        return str(get_note(owner))
     except UNREADABLE:  # its parts are not as the dashboard writes them
         return ""
 
