@@ -30,6 +30,16 @@ def model_config(folder: Path, trusted: bool) -> Any:
         raise UserError(f"model {folder}: transformers cannot read its config.json: {one_line(error)}") from error
 
 
+def check_known(model: nn.Module, highest: int, what: str) -> None:
+    """UserError if a text has a token that a model does not know: its tokenizer is of another model."""
+    embeddings: Any = model
+    known = len(embeddings.get_input_embeddings().weight)
+    if highest >= known:
+        raise UserError(
+            f"{what}: the tokenizer makes token {highest} of it, the model knows {known}; take the model's own tokenizer"
+        )
+
+
 def reads_images(folder: Path) -> bool:
     """Whether a folder's model was saved as one that reads images beside text and that transformers knows."""
     file = folder / "config.json"

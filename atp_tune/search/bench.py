@@ -26,6 +26,7 @@ from atp_tune.blocks.ranking import Ranked, can_rank
 from atp_tune.blocks.replay import Replay
 from atp_tune.cache import cache_dir, sha256_of_json
 from atp_tune.checkpoints.checkpoint import Checkpoint, Linear
+from atp_tune.checkpoints.classes import check_known
 from atp_tune.checkpoints.devices import find_device, find_dtype, free_memory, reuse_freed_memory
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError
@@ -97,7 +98,7 @@ class Bench:
         residency = None if named == "auto" else named
         checkpoint = Checkpoint.load(folder.path, dtype, device, folder.trusted, residency)
         for role, found in windows.items():
-            _check_known(role, found, checkpoint)
+            check_known(checkpoint.model, int(found.ids.max()), f"texts.{role}")
         return cls(folder, checkpoint, windows, setup.prune, watch)
 
     def screening(self, every: int) -> "Bench":
@@ -311,15 +312,6 @@ class Bench:
         """Inputs and outputs of each tensor of linears that a token meets."""
         chosen = int(getattr(self.checkpoint.config.get_text_config(), "num_experts_per_tok", None) or 1)
         return {x.key: (x.in_features + x.out_features) * (1 if x.expert is None else chosen) for x in linears}
-
-
-def _check_known(role: str, windows: Windows, checkpoint: Checkpoint) -> None:
-    """UserError if a text has tokens that the model does not know: its tokenizer is of another model."""
-    known, highest = len(checkpoint.model.get_input_embeddings().weight), int(windows.ids.max())  # type: ignore[operator]
-    if highest >= known:
-        raise UserError(
-            f"texts.{role}: the tokenizer makes token {highest} of it, the model knows {known}; take the model's own"
-        )
 
 
 def _windows(role: str, text: Text, tokenizer: ModelFolder, base: Path) -> Windows:

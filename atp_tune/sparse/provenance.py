@@ -1,5 +1,6 @@
 """What lies beside the weights of a sparse checkpoint: how it was pruned, and how it was fine-tuned after that."""
 
+import os
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ def rooted(text: Text, base: Path) -> Text:
     """The same text, with the absolute path of its file."""
     if not text.source.startswith("file:"):
         return text
-    path = written(text.source.removeprefix("file:"), base, "source").resolve()
+    path = os.path.realpath(written(text.source.removeprefix("file:"), base, "source"))  # no error for a loop of links
     return text.model_copy(update={"source": f"file:{path}"})
 
 

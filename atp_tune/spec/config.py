@@ -253,7 +253,7 @@ class Config(Part):
 
     def seen_from(self, base: Path, place: Path) -> Self:
         """The same for a file in the folder `place`, where relative paths start at `base`."""
-        return self.model_copy(update={"folder": os.path.relpath(base.resolve(), place.resolve())})
+        return self.model_copy(update={"folder": os.path.relpath(os.path.realpath(base), os.path.realpath(place))})
 
     def to_json(self) -> str:
         """The file's text: two spaces, keys in the order of the model."""
