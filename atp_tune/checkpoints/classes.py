@@ -36,7 +36,7 @@ def check_known(model: nn.Module, highest: int, what: str) -> None:
     known = len(embeddings.get_input_embeddings().weight)
     if highest >= known:
         raise UserError(
-            f"{what}: the tokenizer makes token {highest} of it, the model knows {known}; take the model's own tokenizer"
+            f"{what}: the tokenizer makes token {highest} of it, the model knows {known}; take the model's own"
         )
 
 

@@ -199,7 +199,7 @@ def score(
     return {row: _result(found, row) for row in tasks.rows}
 
 
-class _Checked(HFLM):
+class _Checked(HFLM):  # type: ignore[misc]
     """lm-eval's model, which says in one line that its tokenizer is of another model."""
 
     def _model_call(self, inps: Tensor, *arguments: Any, **options: Any) -> Any:

@@ -120,12 +120,12 @@ def _source(config: Config, dense: Dense) -> str:
 def _licence(folder: Path) -> dict[str, Any]:
     """What the dense model's own card says of licence and language; nothing where it has none that can be read."""
     card = _card(folder / CARD)
-    found = card.data.to_dict() if card else {}
+    found: dict[str, Any] = card.data.to_dict() if card else {}
     return {key: found[key] for key in LICENCE if isinstance(found.get(key), str | list)}
 
 
-def _card(file: Path) -> ModelCard | None:
-    """A model card; None where there is none that can be read: it may be a stranger's."""
+def _card(file: Path) -> Any:
+    """A `ModelCard`; None where there is none that can be read: it may be a stranger's."""
     try:
         with quiet("huggingface_hub"):
             return ModelCard.load(file, ignore_metadata_errors=True)
