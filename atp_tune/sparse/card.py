@@ -76,7 +76,7 @@ def amend(folder: Path, heading: str, said: str) -> None:
     file = folder / CARD
     if not file.is_file():
         return
-    card = _card(file) or ModelCard(HEAD.sub("", file.read_text(errors="replace")), ignore_metadata_errors=True)
+    card: Any = _card(file) or ModelCard(HEAD.sub("", file.read_text(errors="replace")), ignore_metadata_errors=True)
     card.data.eval_results = None
     head, mark, rest = card.text.partition("\n## ")
     rest = rest.replace("**this model**", "the model before that").replace(EQUAL, EQUAL_BEFORE)
