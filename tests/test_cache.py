@@ -4,6 +4,7 @@ import stat
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from atp_tune.cache import cache_dir, folder_atomically, sha256_of, sha256_of_json, write_atomically
 from atp_tune.errors import UserError
@@ -87,12 +88,33 @@ def test_another_file_in_its_place_has_its_own_hash(tmp_path: Path) -> None:
     assert sha256_of(file) == digest(b"abd")
 
 
-def test_a_blob_of_the_hub_is_named_by_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blob = tmp_path / digest(b"x")
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def test_a_blob_of_the_hub_is_named_by_its_hash(
+    hub_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blob = hub_cache / "models--org--name" / "blobs" / digest(b"x")
+    blob.parent.mkdir(parents=True)
     blob.write_bytes(b"x")
     (tmp_path / "model.safetensors").symlink_to(blob)
     monkeypatch.setattr(hashlib, "file_digest", refuse)
     assert sha256_of(tmp_path / "model.safetensors") == digest(b"x")
+
+
+@pytest.mark.parametrize(
+    "folder", ["", "models--org--name/blobs", "hub/blobs", "hub/datasets--org--name/blobs", "hub/models--a/b/blobs"]
+)
+def test_another_file_of_such_a_name_is_hashed(folder: str, hub_cache: Path, tmp_path: Path) -> None:
+    """A stranger can call a file, or what a link leads to, as he likes."""
+    file = tmp_path / folder / digest(b"the model that everybody trusts")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(b"mine")
+    (tmp_path / "model.gguf").symlink_to(file)
+    assert sha256_of(file) == sha256_of(tmp_path / "model.gguf") == digest(b"mine")
 
 
 def test_sha256_of_json_knows_no_order_of_keys() -> None:

@@ -149,6 +149,15 @@ def test_tables_by_linear() -> None:
 
 
 @pytest.mark.parametrize("make", [as_csv, as_yaml, llm_compressor.make])
+@pytest.mark.parametrize("name", ["=1+1", "+1", "a\nb", "a,b", "@x", "- x: &a", ""])
+def test_a_name_that_no_module_has(make: Callable[[Config], str], name: str) -> None:
+    """A spreadsheet takes some for formulas."""
+    for changed in ({"blocks": name}, {**BY_LINEAR, "linears": ((name, "b"), *NAMES[1:])}):
+        with pytest.raises(UserError, match="is no name of a module of a model"):
+            make(config(**changed))
+
+
+@pytest.mark.parametrize("make", [as_csv, as_yaml, llm_compressor.make])
 @pytest.mark.parametrize(
     ("missing", "what"), [({"blocks": None}, "blocks"), ({**BY_LINEAR, "linears": None}, "linears")]
 )

@@ -1,11 +1,13 @@
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from families import ALL, checkpoint_of, tiny
 from safetensors.torch import save_file
 
-from atp_tune.checkpoints.headers import read_sizes
+from atp_tune.checkpoints.headers import check_claims, read_sizes
 from atp_tune.errors import UserError
 
 
@@ -37,3 +39,45 @@ def test_a_model_without_blocks(tmp_path: Path) -> None:
     save_file({"w": torch.ones(3)}, tmp_path / "a.safetensors")
     with pytest.raises(UserError, match="name no blocks"):
         read_sizes(tmp_path)
+
+
+def header(**entry: Any) -> bytes:
+    text = json.dumps({"a.0.w": entry}).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        header(), header(shape=5, data_offsets=[0, 4]), header(shape=[1], data_offsets=[0]),
+        header(shape=["x"], data_offsets=[0, 4]), header(shape=[-1], data_offsets=[0, 4]),
+        header(shape=[1], data_offsets=[-4, 0]), (200_000).to_bytes(8, "little") + b"[" * 200_000,
+    ],
+)  # fmt: skip
+def test_entries_of_another_kind_are_one_line(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"is no safetensors file; download it again$"):
+        read_sizes(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1e+09, but its files hold "),
+        ({"text_config": {"vocab_size": 10**12}}, "vocab_size is 1e+12, but its files hold "),
+    ],
+)
+def test_a_config_that_claims_more_than_there_is(changed: dict[str, Any], words: str, tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path)
+    check_claims(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changed))
+    with pytest.raises(UserError) as caught:
+        check_claims(tmp_path)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_a_config_that_claims_what_there_is(family: str, tmp_path: Path) -> None:
+    tiny(family).save_pretrained(tmp_path)
+    check_claims(tmp_path)

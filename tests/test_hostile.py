@@ -135,6 +135,15 @@ def test_a_markdown_report_shows_it_as_text(hostile: Path, command: CommandLine)
     assert not re.search(r"(?<!\\)<", text)
 
 
+def test_a_page_shows_it_as_text(hostile: Path, command: CommandLine) -> None:
+    out = hostile / "r.html"
+    words = ("report", "--study", hostile / "tiny.toml", "--study-name", name_in(hostile), "--out", out)
+    assert command(*words).code == 0
+    text = out.read_text()
+    assert "onerror" in text
+    assert "<img src=x" not in text
+
+
 def test_words_of_markdown() -> None:
     assert escaped("a*b* $x$ &lt; ~c~\n# d") == r"a\*b\* \$x\$ \&lt; \~c\~ \# d"
     assert fenced("sh", "a\n```\nb\n") == "``````sh\na\n```\nb\n``````"
@@ -188,6 +197,34 @@ def test_a_trial_that_is_not_of_a_study_has_failed(done: Path) -> None:
     assert study.trials[3].value is not None
     assert "nlls" not in study.trials[3].user_attrs
     assert [trial.number for trial in study.get_trials(states=(TrialState.FAIL,))] == [2]
+
+
+def test_the_database_of_another_program_is_left_as_it_is(done: Path, command: CommandLine) -> None:
+    """Also where a link leads to it: Optuna would make its tables there."""
+    with closing(sqlite3.connect(done / "other.db")) as connection, connection:
+        connection.execute("CREATE TABLE cookies (name TEXT)")
+    before = (done / "other.db").read_bytes()
+    (done / "tiny.db").unlink()
+    (done / "tiny.db").symlink_to(done / "other.db")
+    for words in (("status",), ("export",), ("report",), ()):
+        assert "is another program's database" in command(*words, "--study", done / "tiny.toml").error
+    assert (done / "other.db").read_bytes() == before
+
+
+def test_a_table_that_is_gone_is_not_made_anew(done: Path, command: CommandLine) -> None:
+    with closing(sqlite3.connect(done / "tiny.db")) as connection, connection:
+        connection.execute("DROP TABLE trial_values")
+    before = (done / "tiny.db").read_bytes()
+    assert "is damaged (no such table: trial_values)" in command("status", "--study", done / "tiny.toml").error
+    assert (done / "tiny.db").read_bytes() == before
+
+
+def test_a_pipe_is_not_waited_for(done: Path, command: CommandLine) -> None:
+    for name, words in (("tiny.db", "is no file"), ("tiny.toml", "cannot be read: Not a file")):
+        (done / name).unlink()
+        os.mkfifo(done / name)
+        for command_words in (("status",), ()):
+            assert words in command(*command_words, "--study", done / "tiny.toml").error
 
 
 CELLS = {  # table → columns that a run reads

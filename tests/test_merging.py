@@ -1,5 +1,8 @@
+import json
 import shutil
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -226,6 +229,114 @@ def test_artifacts_come_along(done: Path, tmp_path: Path) -> None:
     assert len(list(folder.iterdir())) == 2
     assert found.metric_names == ["perplexity"]
     assert found.user_attrs["note"] == "an attribute of my own"
+
+
+# --- databases of strangers
+
+NAME = "01234567-89ab-cdef-0123-456789abcdef"
+
+
+def meta_of(name: object, **changed: object) -> str:
+    return json.dumps({"artifact_id": name, "filename": "x", "mimetype": "text/html", "encoding": None, **changed})
+
+
+@pytest.mark.parametrize("kind", ["artifacts:", "dashboard:artifacts:1:", "of a trial"])
+def test_an_artifact_is_a_file_of_its_folder(kind: str, tmp_path: Path) -> None:
+    """Names that lead out of it, and links, whether or not what they lead to is there."""
+    home, folder = tmp_path / "home", tmp_path / "home" / "download" / "a" / "b"
+    files, secret = folder / "there.artifacts", tmp_path / "home" / "secret"
+    (files / "sub").mkdir(parents=True)
+    (home / "work").mkdir()
+    names = ["../../../../.bashrc", "../../../.bashrc", str(secret), "sub/x", "..", "", ".", f"{NAME}/../../../x", NAME]
+    for place in (*home.glob("*"), folder, folder.parent, home):
+        (place / ".bashrc").write_text("of a stranger" if place == folder else "mine")
+    secret.write_text("mine")
+    (files / NAME).symlink_to(secret)
+    (files / "sub" / "x").write_text("x")
+    study = made(folder / "there.db", made_up(0.0))
+    made(folder / "here.db", made_up(0.001))
+    for name in names:
+        if kind == "of a trial":
+            study._storage._backend.engine.dispose()  # type: ignore[attr-defined]
+            set_trial_attr(folder / "there.db", f"artifacts:{name}", meta_of(name))
+        else:
+            study._storage.set_study_system_attr(study._study_id, f"{kind}{name}", meta_of(name))
+    before = {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}
+    found = united(home / "work" / "both.db", folder / "here.db", folder / "there.db").study
+    assert {path: path.read_bytes() for path in before} == before
+    assert sorted(path.name for path in (home / "work").iterdir()) == [".bashrc", "both.db"]
+    attrs = found._storage.get_study_system_attrs(found._study_id)
+    kept = [key for keys in (attrs, *(trial.system_attrs for trial in found.trials)) for key in keys if "artif" in key]
+    assert [key.rpartition(":")[2] for key in kept] == [NAME]
+
+
+def set_trial_attr(database: Path, key: str, value: object) -> None:
+    with closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute(
+            "INSERT INTO trial_system_attributes (trial_id, key, value_json) VALUES (1, ?, ?)", (key, json.dumps(value))
+        )
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["no JSON", "[" * 100_000, "[1]", '"x"', "5", "{}", 5, [1], {"filename": "x"}, True, meta_of("other"),
+     meta_of(NAME, filename=5), meta_of(NAME, encoding=[])],
+)  # fmt: skip
+def test_what_is_said_of_an_artifact_may_be_anything(value: object, tmp_path: Path) -> None:
+    study = made(tmp_path / "a.db", made_up(0.0))
+    made(tmp_path / "b.db", made_up(0.001))
+    study._storage.set_study_system_attr(study._study_id, f"artifacts:{NAME}", value)
+    found = united(tmp_path / "out.db", tmp_path / "a.db", tmp_path / "b.db").study
+    assert not [key for key in found._storage.get_study_system_attrs(found._study_id) if "artifact" in key]
+
+
+def test_an_artifact_that_was_removed_stays_so(tmp_path: Path) -> None:
+    for file, value in (("a.db", "null"), ("b.db", meta_of(NAME))):
+        study = made(tmp_path / file, made_up(0.0))
+        study._storage.set_study_system_attr(study._study_id, f"artifacts:{NAME}", value)
+    found = united(tmp_path / "out.db", tmp_path / "a.db", tmp_path / "b.db").study
+    assert found._storage.get_study_system_attrs(found._study_id)[f"artifacts:{NAME}"] == "null"
+
+
+@pytest.mark.parametrize(
+    ("of", "key", "value"),
+    [
+        ("system", "dashboard:note_ver", "x"), ("system", "dashboard:note_ver", None), ("system", "belief", [1]),
+        ("user", "belief", [1]), ("user", "belief", {"before": "x"}), ("user", "belief", {"before": {}}),
+        ("user", "total", "many"), ("user", "reports", {"../x": [1.0]}), ("user", "speed", [5]),
+        ("system", "dashboard:artifacts:" + "9" * 5000 + ":x", "null"), ("system", "dashboard:artifacts:٣:x", "null"),
+    ],
+)  # fmt: skip
+def test_attributes_of_another_kind_are_left_out(of: str, key: str, value: object, tmp_path: Path) -> None:
+    study = made(tmp_path / "a.db", made_up(0.0))
+    made(tmp_path / "b.db", made_up(0.001))
+    db, number = study._storage, study._study_id
+    db.set_study_system_attr(number, "dashboard:note_str:7", "no first part")
+    (db.set_study_user_attr if of == "user" else db.set_study_system_attr)(number, key, value)
+    found = united(tmp_path / "out.db", tmp_path / "a.db", tmp_path / "b.db").study
+    assert len(found.trials) == 2
+    assert get_note(found) == ""
+
+
+def test_a_failure_may_name_any_trial(tmp_path: Path) -> None:
+    words = [f"failed before, as trial {number}: x" for number in ("7", "9" * 5000, "٣")]
+    trials = [made_up(k / 10, state=TrialState.FAIL, failure=text) for k, text in enumerate(words)]
+    made(tmp_path / "a.db", *trials)
+    made(tmp_path / "b.db", made_up(0.001))
+    study = united(tmp_path / "out.db", tmp_path / "a.db", tmp_path / "b.db").study
+    assert [trial.user_attrs.get("failure") for trial in study.trials][:3] == words
+
+
+@pytest.mark.parametrize("table", ["study_system_attributes", "study_user_attributes", "trial_system_attributes"])
+def test_what_optuna_cannot_read_is_one_line(table: str, tmp_path: Path) -> None:
+    study = made(tmp_path / "a.db", made_up(0.0))
+    made(tmp_path / "b.db", made_up(0.001))
+    study._storage.set_study_system_attr(study._study_id, "x", 1)
+    set_trial_attr(tmp_path / "a.db", "x", 1)
+    with closing(sqlite3.connect(tmp_path / "a.db")) as connection, connection:
+        connection.execute(f"UPDATE {table} SET value_json = '{{'")
+    assert "Optuna cannot read what is stored" in refusal(tmp_path / "out.db", tmp_path / "a.db", tmp_path / "b.db")
+    assert not (tmp_path / "out.db").exists()
 
 
 # --- what is refused

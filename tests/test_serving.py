@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import socket
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -187,6 +188,36 @@ def test_artifacts_are_current_and_there_once(dashboard: Dashboard, done: Path, 
     run(done, "search.trials=9")
     wait_until(lambda: dashboard.study("tiny")["note"]["body"].count("9 of 9"))
     assert len(dashboard.study("tiny")["artifacts"]) == 2
+
+
+def test_an_artifact_is_of_its_folder_and_acts_on_nothing(dashboard: Dashboard, done: Path, tmp_path: Path) -> None:
+    """A link in the folder is not followed, and a page in it is of another origin than the dashboard."""
+    wait_until(lambda: len(dashboard.study("tiny")["artifacts"]) == 2)
+    ids = [artifact["artifact_id"] for artifact in dashboard.study("tiny")["artifacts"]]
+    paths = [f"http://127.0.0.1:{dashboard.port}/artifacts/{dashboard.studies()['tiny']}/{name}" for name in ids]
+    with urllib.request.urlopen(paths[0], timeout=20) as answer:
+        rules = answer.headers["Content-Security-Policy"].split()
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert rules[0] == "sandbox"
+    assert "allow-same-origin" not in rules
+    (tmp_path / "secret").write_text("mine")
+    for name, path in zip(ids, paths, strict=True):
+        (done / "tiny.artifacts" / name).unlink()
+        (done / "tiny.artifacts" / name).symlink_to(tmp_path / "secret")
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(path, timeout=20)
+
+
+def test_what_lies_in_the_folder_of_artifacts_is_left_alone(done: Path, command: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "best.json").write_text("mine")
+    (done / "tiny.artifacts").symlink_to(tmp_path / "home")
+    words = ("serve", "--study", done / "tiny.toml", "--port", "0", "--grpc-port", "0")
+    assert f"is a link to {tmp_path / 'home'}, where files would be written" in command(*words).error
+    with served(done / "tiny.db") as dashboard:  # as with --artifacts
+        wait_until(lambda: len(dashboard.study("tiny")["artifacts"]) == 2)
+    assert (tmp_path / "home" / "best.json").read_text() == "mine"
+    assert len(list((tmp_path / "home").iterdir())) == 3
 
 
 @pytest.mark.slow

@@ -296,3 +296,30 @@ def test_errors_are_one_line(settings: dict[str, object], expected: str, tmp_pat
     pyarrow.parquet.write_table(pyarrow.table({"text": ["one"], "n": [1]}), tmp_path / "a.parquet")
     found = message(Text(**settings), tmp_path)
     assert found == expected or (expected.endswith(": ") and found.startswith(expected))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.jsonl", "[" * 100_000, "line 1 of BASE/a.jsonl is not JSON: "),
+        ("a.jsonl", '{"text": ' + "9" * 5000 + "}", "line 1 of BASE/a.jsonl is not JSON: "),
+        ("a.jsonl", r'{"text": "\ud800"}', 'column: "text" in line 1 of BASE/a.jsonl is no text'),
+        ("a.txt", Path("/proc/self/mem"), "source: BASE/a.txt cannot be read: "),
+        ("a.txt", Path("/dev/null"), "source: there is no file BASE/a.txt"),
+        ("a.txt", Path("a.txt"), "source: there is no file BASE/a.txt"),
+    ],
+)
+def test_texts_of_strangers(name: str, content: str | Path, expected: str, tmp_path: Path) -> None:
+    if isinstance(content, Path):
+        (tmp_path / name).symlink_to(content)
+    else:
+        (tmp_path / name).write_text(content)
+    assert expected in message(Text(source=f"file:{name}"), tmp_path)
+
+
+def test_a_broken_page_of_parquet(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["words " * 2000]}), tmp_path / "a.parquet")
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    content[4:60] = b"\xff" * 56
+    (tmp_path / "a.parquet").write_bytes(content)
+    assert message(Text(source="file:a.parquet"), tmp_path).startswith("source: BASE/a.parquet is no Parquet file: ")

@@ -365,5 +365,5 @@ def test_smollm2_dense_against_pruned(tmp_path: Path, monkeypatch: pytest.Monkey
     assert uniform.stderr
     assert dense.value - uniform.value > math.hypot(dense.stderr, uniform.stderr)
     assert uniform.value > 0.25  # better than chance: there is something left to tell apart
-    folder = Path("~/.cache/atp_tune/models").expanduser() / str(read_config(config).model.sha256)
+    folder = Path("~/.cache/atp_tune/models/wheel").expanduser() / str(read_config(config).model.sha256)
     assert dense.value == pytest.approx(naive_accuracy(folder, tmp_path / "tasks" / "far.test.jsonl"))

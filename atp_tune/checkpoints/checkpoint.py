@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as hf_logging
@@ -21,7 +20,7 @@ from atp_tune.allocations import Shape
 from atp_tune.checkpoints.buffers import mapped_files, move_into, on_disk, pinned, plain
 from atp_tune.checkpoints.classes import auto_class, language_model
 from atp_tune.checkpoints.convert import one_line
-from atp_tune.checkpoints.devices import device_limit, free_memory, host_memory
+from atp_tune.checkpoints.devices import device_limit, free_memory, host_memory, is_out_of_memory
 from atp_tune.checkpoints.linears import Linear, find_linears, is_attention, is_value
 from atp_tune.checkpoints.quantized import check_full
 from atp_tune.checkpoints.residency import Free, Residency, choose
@@ -69,7 +68,9 @@ class Checkpoint:
             loaded: Any = auto_class(folder).from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, trust_remote_code=trusted, **options
             )
-        except (ValueError, OSError, KeyError, ImportError, SafetensorError) as error:
+        except Exception as error:  # a parser of foreign files fails in any way it likes
+            if is_out_of_memory(error):
+                raise
             raise UserError(f"model {folder}: transformers cannot load it: {one_line(error)}") from error
         model, found = loaded  # transformers fills what is missing with random numbers, and only logs it
         wrong = sorted(found["missing_keys"]) + [key for key, *_ in found["mismatched_keys"]]
@@ -189,7 +190,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """
     inside = set(language_model(model).modules())
     named = ((name, module) for name, module in model.named_modules() if module in inside)
-    lists = [(name, module) for name, module in named if isinstance(module, nn.ModuleList)]
+    lists = [(name, module) for name, module in named if isinstance(module, nn.ModuleList) and len(module)]
     if not lists:
         raise UserError(f"model {type(model).__name__}: has no list of blocks; only transformer models can be pruned")
     return max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))

@@ -9,15 +9,35 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto import modeling_auto
 
+from atp_tune.checkpoints.convert import one_line
 from atp_tune.checkpoints.trust import read_table
+from atp_tune.errors import UserError
 
 
 def auto_class(folder: Path) -> Any:
     """The class whose `from_pretrained` loads a folder: of language models, or of those that read images too."""
     return AutoModelForImageTextToText if reads_images(folder) else AutoModelForCausalLM
+
+
+def model_config(folder: Path, trusted: bool) -> Any:
+    """What transformers makes of a folder's config.json; UserError where it cannot. `trusted`: its code may run."""
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trusted, local_files_only=True)
+    except Exception as error:  # whatever the many configurations raise
+        raise UserError(f"model {folder}: transformers cannot read its config.json: {one_line(error)}") from error
+
+
+def check_known(model: nn.Module, highest: int, what: str) -> None:
+    """UserError if a text has a token that a model does not know: its tokenizer is of another model."""
+    embeddings: Any = model
+    known = len(embeddings.get_input_embeddings().weight)
+    if highest >= known:
+        raise UserError(
+            f"{what}: the tokenizer makes token {highest} of it, the model knows {known}; take the model's own"
+        )
 
 
 def reads_images(folder: Path) -> bool:

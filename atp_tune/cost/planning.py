@@ -103,8 +103,7 @@ def _setup(file: StudyFile, name: str) -> "Setup":
 
 
 def _known(file: StudyFile, name: str, setup: "Setup", folder: "ModelFolder", device: Any, itemsize: int) -> Known:
-    from transformers import AutoConfig
-
+    from atp_tune.checkpoints.classes import model_config
     from atp_tune.checkpoints.devices import device_limit, free_memory, host_memory
     from atp_tune.search.bench import CURVE_TOKENS
     from atp_tune.texts.windows import token_windows
@@ -116,8 +115,7 @@ def _known(file: StudyFile, name: str, setup: "Setup", folder: "ModelFolder", de
     curve = min(windows, max(1, CURVE_TOKENS // length)) * length
     report = ids["report"].size if "report" in ids else 0
     tokens = Tokens(ids["calibration"].size, ids["search"].size, report, curve)
-    config = AutoConfig.from_pretrained(folder.path, trust_remote_code=folder.trusted, local_files_only=True)
-    width = int(config.get_text_config().hidden_size)
+    width = int(model_config(folder.path, folder.trusted).get_text_config().hidden_size)
     bounded = device.type != "cpu" or device_limit() is not None
     free = Free(free_memory(device), host_memory(), bounded)
     return Known(

@@ -7,6 +7,7 @@ sparsity  share of the weights that go, of each row or of the matrix, as the pru
 
 import csv
 import io
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,8 @@ from atp_tune.errors import UserError
 from atp_tune.spec.config import Config
 
 NAMELESS = "does not say what the model calls its {}, as files of earlier versions; `apply` it, and export --config {}"
+
+NAME = re.compile(r"\w+(\.\w+)*(\[\d+\])?")
 
 
 def as_csv(config: Config) -> str:
@@ -44,11 +47,18 @@ def rows(config: Config) -> Iterator[dict[str, Any]]:
     """Block, module and sparsity, first block first; UserError where the names are not known."""
     if config.linear_sparsities is None:
         for index, sparsity in enumerate(config.block_sparsities):
-            yield {"block": index, "module": f"{blocks_of(config)}.{index}", "sparsity": sparsity}
+            yield {"block": index, "module": _module(f"{blocks_of(config)}.{index}"), "sparsity": sparsity}
         return
     for index, (names, sparsities) in enumerate(zip(linears_of(config), config.linear_sparsities, strict=True)):
         for name, sparsity in zip(names, sparsities, strict=True):
-            yield {"block": index, "module": f"{blocks_of(config)}.{index}.{name}", "sparsity": sparsity}
+            yield {"block": index, "module": _module(f"{blocks_of(config)}.{index}.{name}"), "sparsity": sparsity}
+
+
+def _module(name: str) -> str:
+    """The name itself; UserError for one that no module has, and that a spreadsheet might take for a formula."""
+    if not NAME.fullmatch(name):
+        raise UserError(f"linears: {name} is no name of a module of a model")
+    return name
 
 
 def blocks_of(config: Config) -> str:

@@ -4,6 +4,7 @@ A study has it as user attributes with the names of the file's keys, each a tabl
 found, as its `reports` are. So the file that is written next for the same trial has it too.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -84,7 +85,7 @@ def study_of(path: Path, config: Config, address: str | None = None) -> optuna.S
 
 def _databases(path: Path, config: Config) -> Iterator[Path]:
     """SQLite files that hold a study of this name, beside the configuration or where its study file lies."""
-    folders = dict.fromkeys([path.absolute().parent, (path.absolute().parent / config.folder).resolve()])
+    folders = dict.fromkeys([path.absolute().parent, Path(os.path.realpath(path.absolute().parent / config.folder))])
     files = [file for folder in folders for file in sorted(folder.glob("*.db"))]
     return (file for file in sorted(files, key=lambda file: file.stem != config.study) if holds(file, config.study))
 
@@ -125,7 +126,7 @@ def _is_readable(key: Key, value: Any) -> bool:
 
 def _in_file(config: Config, out: Path) -> dict[Key, Any]:
     try:
-        there = read_config(out) if out.exists() else None
+        there = read_config(out) if out.is_file() else None
     except UserError:
         return {}
     if there is None or not is_same(there, config):

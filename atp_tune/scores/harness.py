@@ -23,8 +23,9 @@ from lm_eval.api.group import Group
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Kind
-from torch import nn
+from torch import Tensor, nn
 
+from atp_tune.checkpoints.classes import check_known
 from atp_tune.checkpoints.convert import one_line, quiet
 from atp_tune.errors import UserError
 from atp_tune.events import Note, Step, Watch
@@ -186,7 +187,7 @@ def score(
     Log-likelihoods are float32 sums of the logits' log-softmax, whatever the model computes in.
     """
     with quiet(*LIBRARIES):
-        lm = HFLM(
+        lm = _Checked(
             pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch, softmax_dtype=torch.float32,
             prefix_token_id=_prefix(model, tokenizer),
         )  # fmt: skip
@@ -196,6 +197,14 @@ def score(
             bootstrap_iters=BOOTSTRAPS,
         )  # fmt: skip
     return {row: _result(found, row) for row in tasks.rows}
+
+
+class _Checked(HFLM):  # type: ignore[misc]
+    """lm-eval's model, which says in one line that its tokenizer is of another model."""
+
+    def _model_call(self, inps: Tensor, *arguments: Any, **options: Any) -> Any:
+        check_known(self.model, int(inps.max()), "evaluate")
+        return super()._model_call(inps, *arguments, **options)
 
 
 def _prefix(model: nn.Module, tokenizer: Any) -> int | None:

@@ -142,7 +142,7 @@ def evaluate_folder(folder: Path, asked: Asked, watch: Watch, allowed: Mapping[s
 
 def _dtype(origin: Path) -> str:
     try:
-        return read_config(origin).model.dtype
+        return read_config(origin).model.dtype if origin.is_file() else "auto"
     except UserError:
         return "auto"
 

@@ -26,6 +26,7 @@ from atp_tune.blocks.ranking import Ranked, can_rank
 from atp_tune.blocks.verification import verified
 from atp_tune.cache import cache_dir, sha256_of_json
 from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.checkpoints.classes import check_known
 from atp_tune.checkpoints.devices import find_device, find_dtype, free_memory, reuse_freed_memory
 from atp_tune.checkpoints.linears import Linear
 from atp_tune.checkpoints.models import ModelFolder, resolve
@@ -111,6 +112,8 @@ class Bench:
         bench = cls(folder, checkpoint, windows, setup.prune, watch)
         check_embedding(bench)
         bench = bench._asked(setup) if setup.bos is None else bench
+        for role, found in bench.windows.items():
+            check_known(checkpoint.model, int(found.ids.max()), f"texts.{role}")
         bench.begin(setup.batches)
         if setup.draws > 1:
             bench._draws = _draws(setup.texts["calibration"], setup.draws, folder, setup.base, bench.bos)

@@ -16,7 +16,18 @@ def choose(
         address = absolute_storage(storage, Path())
     else:
         address = load(study).storage_url if study is not None else f"sqlite:///{_newest()}"
-    return Service(address, listen, port, grpc_port, artifacts or artifacts_of(address))
+    return Service(address, listen, port, grpc_port, artifacts or _beside(address))
+
+
+def _beside(address: str) -> Path:
+    """The folder of artifacts that belongs to a database; UserError for a link, which may be a stranger's."""
+    folder = artifacts_of(address)
+    if folder.is_symlink():
+        raise UserError(
+            f"{folder}: is a link to {folder.resolve()}, where files would be written; name that folder with "
+            "--artifacts DIR, or remove the link"
+        )
+    return folder
 
 
 def _newest() -> Path:

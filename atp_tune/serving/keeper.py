@@ -1,12 +1,12 @@
 """What a server does for its studies without being asked: lost trials run again, artifacts stay current."""
 
-import re
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import optuna
-from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upload_artifact
+from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage
 
@@ -14,11 +14,11 @@ from atp_tune.cache import write_atomically
 from atp_tune.errors import UserError
 from atp_tune.report import gather, html
 from atp_tune.results.summary import best_config, final_numbers, summarise
+from atp_tune.trials import artifacts
 from atp_tune.trials import storage as trials
 from atp_tune.trials.database import reason_of
 from atp_tune.trials.stored import readable
 
-UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")  # what Optuna calls an artifact
 CONFIG, REPORT = "best.json", "report.html"
 
 
@@ -46,7 +46,7 @@ class Keeper:
 
     def _look(self) -> None:
         attached = False
-        for name in optuna.get_all_study_names(self._storage):
+        for name in trials.names_in(self._storage):
             study = trials.find_study(self._storage, name)
             if study is None or "fingerprint" not in study.user_attrs:
                 continue
@@ -82,21 +82,19 @@ class Keeper:
         if known is not None:
             write_atomically(self._folder / known, content)
             return
-        file = self._folder / name
-        write_atomically(file, content)
-        try:
+        with TemporaryDirectory(prefix="atp_tune.") as place:  # not in the folder: a file there may have this name
+            file = Path(place) / name
+            file.write_bytes(content)
             upload_artifact(
                 artifact_store=FileSystemArtifactStore(self._folder), file_path=str(file), study_or_trial=study
             )
-        finally:
-            file.unlink()
 
 
 def _artifact(study: optuna.Study, name: str) -> str | None:
-    """The id of a study's file of that name; only one that Optuna could have made, as it names a file of the folder."""
+    """The artifact that is a study's file of that name."""
     with readable(study.study_name):
-        known = [meta.artifact_id for meta in get_all_artifact_meta(study) if meta.filename == name]
-    return next((str(made) for made in known if UUID.fullmatch(str(made))), None)
+        known = artifacts.file_names(study._storage.get_study_system_attrs(study._study_id))
+    return next((artifact for artifact, file in known.items() if file == name), None)
 
 
 def _files(study: optuna.Study) -> dict[str, bytes]:

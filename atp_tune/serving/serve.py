@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, sleep
 
-import optuna
-from optuna.artifacts import FileSystemArtifactStore
 from optuna.storages import BaseStorage, get_storage
 
 from atp_tune.errors import UserError
@@ -15,7 +13,8 @@ from atp_tune.serving.keeper import Keeper
 from atp_tune.serving.servers import ServedDatabase, dashboard, host_of, proxy
 from atp_tune.serving.view import DashboardView, make_view
 from atp_tune.trials import mounts
-from atp_tune.trials.storage import is_remote, open_database
+from atp_tune.trials.artifacts import Store
+from atp_tune.trials.storage import is_remote, names_in, open_database
 
 TURN = 2  # seconds between the keeper's looks
 LOOK = 0.1  # seconds between looks at whether it is time to stop
@@ -56,14 +55,14 @@ def serve(
     if warning := mounts.warning(service.address):
         tell(warning)
     storage = get_storage(database)  # with Optuna's cache of finished trials
-    store = FileSystemArtifactStore(_folder(service.artifacts))
+    store = Store(_folder(service.artifacts))
     keeper = Keeper(storage, service.artifacts, tell)
     with (
         proxy(storage, service.listen, service.grpc_port) as grpc_port,
         _view(service, storage, grpc_port) as view,
         dashboard(view, store, service.listen, service.port) as port,
     ):
-        ready(Served(optuna.get_all_study_names(storage), port, grpc_port))
+        ready(Served(names_in(storage), port, grpc_port))
         turn = 0.0
         while not is_told_to_stop():
             if monotonic() >= turn:

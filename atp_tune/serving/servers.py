@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import re
 import socket
 from collections.abc import Callable, Iterator
@@ -14,7 +15,6 @@ from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import grpc
-from optuna.artifacts import FileSystemArtifactStore
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage
 from optuna.storages._grpc.auto_generated import api_pb2_grpc
@@ -23,11 +23,17 @@ from optuna_dashboard import wsgi
 
 from atp_tune.errors import UserError
 from atp_tune.figures import FIGURES
+from atp_tune.trials.artifacts import Store
 from atp_tune.trials.damage import may_pass
 from atp_tune.trials.database import Database, is_away, reason_of
 from atp_tune.trials.remote import ALIVE, BROKEN, DATABASE
 
 STUDY = re.compile(r"/api/studies/\d+")  # where the dashboard asks for a study and its figures
+FILE = "/artifacts/"  # … for an artifact, by its name at the end
+APART = [  # a page among the artifacts is of another origin than the dashboard: it cannot delete studies
+    ("Content-Security-Policy", "sandbox allow-scripts allow-downloads allow-modals allow-popups"),
+    ("X-Content-Type-Options", "nosniff"),
+]
 THREADS = 16  # requests of workers that are answered at a time
 LAST_REQUESTS = 10  # seconds that requests in progress have to end when the server stops
 PINGS = (
@@ -51,12 +57,13 @@ class ServedDatabase(Database):
 
 
 @contextmanager
-def dashboard(storage: BaseStorage, artifacts: FileSystemArtifactStore, host: str, port: int) -> Iterator[int]:
+def dashboard(storage: BaseStorage, artifacts: Store, host: str, port: int) -> Iterator[int]:
     """Optuna's dashboard on a port (0: any), which is yielded; requests in progress are answered before it ends."""
     check_free(host, port, "--port")
+    logging.getLogger("optuna_dashboard").setLevel(logging.CRITICAL)  # the browser is told; the keeper tells it here
     server_class = type("Server", (_Server,), {"address_family": _family(host)})
     server: WSGIServer
-    app = _in_order(wsgi(storage, artifacts))
+    app = _apart(_in_order(wsgi(storage, artifacts)), artifacts)
     with make_server(host, port, _local(app) if is_loopback(host) else app, server_class, _Handler) as server:
         thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, name="dashboard")
         thread.start()
@@ -99,6 +106,21 @@ def _in_order(app: Any) -> Any:
         kept = [(name, value) for name, value in headers if name.lower() != "content-length"]
         start_response(status, [*kept, ("Content-Length", str(len(body)))])
         return [body]
+
+    return answer
+
+
+def _apart(app: Any, artifacts: Store) -> Any:
+    """The same with artifacts that act on nothing: they are a study's, and so may be a stranger's."""
+
+    def answer(environ: dict[str, Any], start_response: Any) -> Any:
+        path = environ.get("PATH_INFO", "")
+        if not path.startswith(FILE):
+            return app(environ, start_response)
+        if not artifacts.has(path.rpartition("/")[2]):
+            start_response("404 Not Found", [("Content-Type", "text/plain")])
+            return [b"no such artifact\n"]
+        return app(environ, lambda status, headers, *more: start_response(status, [*headers, *APART], *more))
 
     return answer
 

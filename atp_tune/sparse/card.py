@@ -1,5 +1,6 @@
 """What a sparse checkpoint says of itself: `atp_tune.json` for programs, a model card for people and the hub."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import isfinite
@@ -23,6 +24,7 @@ from atp_tune.texts.documents import hub_arguments
 
 CARD = "README.md"
 PROCESSOR = ("processor_config.json", "preprocessor_config.json")  # of what reads images and texts
+HEAD = re.compile(r"\A\s*---\n.*?\n---\n", re.DOTALL)  # of a card: what programs read
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 LICENCE = ("license", "license_name", "license_link", "language")  # what the dense model's card says of its copies too
 UPDATES = ("sparsegpt", "alps")  # pruners that change the weights that stay
@@ -75,8 +77,7 @@ def amend(folder: Path, heading: str, said: str) -> None:
     file = folder / CARD
     if not file.is_file():
         return
-    with quiet("huggingface_hub"):
-        card = ModelCard.load(file, ignore_metadata_errors=True)
+    card: Any = _card(file) or ModelCard(HEAD.sub("", file.read_text(errors="replace")), ignore_metadata_errors=True)
     card.data.eval_results = None
     head, mark, rest = card.text.partition("\n## ")
     rest = rest.replace("**this model**", "the model before that").replace(EQUAL, EQUAL_BEFORE)
@@ -136,12 +137,18 @@ def _source(config: Config, dense: Dense) -> str:
 
 def _licence(folder: Path) -> dict[str, Any]:
     """What the dense model's own card says of licence and language; nothing where it has none that can be read."""
+    card = _card(folder / CARD)
+    found: dict[str, Any] = card.data.to_dict() if card else {}
+    return {key: found[key] for key in LICENCE if isinstance(found.get(key), str | list)}
+
+
+def _card(file: Path) -> Any:
+    """A `ModelCard`; None where there is none that can be read: it may be a stranger's."""
     try:
         with quiet("huggingface_hub"):
-            found = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.to_dict()
-    except (OSError, ValueError, TypeError, yaml.YAMLError):
-        return {}
-    return {key: found[key] for key in LICENCE if isinstance(found.get(key), str | list)}
+            return ModelCard.load(file, ignore_metadata_errors=True)
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):
+        return None
 
 
 def _scores(config: Config) -> Iterator[dict[str, str]]:

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.checkpoints.convert import WEIGHTS
 from atp_tune.checkpoints.devices import device_name, find_device, memory_for, peak_memory, reset_peak_memory
 from atp_tune.checkpoints.models import ModelFolder, resolve
+from atp_tune.checkpoints.trust import small_files
 from atp_tune.errors import UserError
 from atp_tune.events import Note, Step, TrialStarted, Watch
 from atp_tune.results.wording import duration
@@ -73,6 +75,7 @@ def finetune(
     text, report = choose(text, report, made)
     named = Model(source=str(model.absolute()), dtype=made.dtype if made else "auto")
     folder = resolve(named, Path(), lambda line: watch(Note(line)))
+    small_files(folder.path, WEIGHTS)  # so that a link is told before anything runs
     bos = made is not None and made.bos
     windows = read_windows(text, report, folder.path, settings, bos)
     dense = made.dense if made and made.report == report else None

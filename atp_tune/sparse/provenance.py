@@ -1,5 +1,6 @@
 """What lies beside the weights of a sparse checkpoint: how it was pruned, and how it was fine-tuned after that."""
 
+import os
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from atp_tune.errors import UserError
+from atp_tune.paths import written
 from atp_tune.scores.perplexity import Change, Perplexity
 from atp_tune.spec.config import read_config
 from atp_tune.spec.study import Text
@@ -42,7 +44,7 @@ def rooted(text: Text, base: Path) -> Text:
     """The same text, with the absolute path of its file."""
     if not text.source.startswith("file:"):
         return text
-    path = (base / Path(text.source.removeprefix("file:")).expanduser()).resolve()
+    path = os.path.realpath(written(text.source.removeprefix("file:"), base, "source"))  # no error for a loop of links
     return text.model_copy(update={"source": f"file:{path}"})
 
 

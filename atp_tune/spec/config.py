@@ -60,6 +60,12 @@ def _storable(found: dict[str, JsonValue]) -> dict[str, JsonValue]:
     return found
 
 
+def _a_path(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("must be a path")
+    return text
+
+
 Found = Annotated[dict[str, JsonValue], AfterValidator(_storable)]
 
 
@@ -239,7 +245,9 @@ class Config(Part):
     bos: bool = Field(False, description="the windows of all texts begin with BOS; not in files without the key")
     seed: int
     versions: dict[str, str]
-    folder: str = Field(".", description="where relative paths of model and texts start, seen from this file")
+    folder: Annotated[str, AfterValidator(_a_path)] = Field(
+        ".", description="where relative paths of model and texts start, seen from this file"
+    )
     zero_shot: ZeroShot | None = Field(None, description="what `evaluate` found, see `attaching`")
     speed: Speed | None = Field(None, description="what `speedup` found, see `attaching`")
 
@@ -261,7 +269,7 @@ class Config(Part):
 
     def seen_from(self, base: Path, place: Path) -> Self:
         """The same for a file in the folder `place`, where relative paths start at `base`."""
-        return self.model_copy(update={"folder": os.path.relpath(base.resolve(), place.resolve())})
+        return self.model_copy(update={"folder": os.path.relpath(os.path.realpath(base), os.path.realpath(place))})
 
     def to_json(self) -> str:
         """The file's text: two spaces, keys in the order of the model."""

@@ -150,7 +150,9 @@ class Text(Part):
         "consecutive",
         description="consecutive: joined, cut without overlap; random: from long documents, seeded",
     )
-    windows: int | None = Field(None, ge=1, description="how many; all where draw is consecutive and this is left out")
+    windows: int | None = Field(
+        None, ge=1, le=1_000_000, description="how many; all where draw is consecutive and this is left out"
+    )
     every: int = Field(1, ge=1, description="of these, the first and every so many-th after it is used")
     tokens: int = Field(2048, ge=2, description="tokens per window")
     seed: int = Field(0, ge=0, description="of the random draw")

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from atp_tune.errors import UserError, is_text, without_secrets
+from atp_tune.paths import is_special
 from atp_tune.spec.study import Prune, Screen, Study, Text
 
 Fact: TypeAlias = str | int | float | bool | list[str] | list[float]
@@ -271,6 +272,8 @@ def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if is_special(path):
+        raise UserError(f"{path}: cannot be read: Not a file")
     try:
         content = path.read_bytes()
     except OSError as error:

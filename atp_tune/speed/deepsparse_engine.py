@@ -12,9 +12,9 @@ from typing import IO, Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from atp_tune.cache import cache_dir
+from atp_tune.checkpoints.classes import model_config
 from atp_tune.checkpoints.devices import cpu_name
 from atp_tune.errors import UserError
 from atp_tune.events import Step, Watch
@@ -61,7 +61,7 @@ class DeepSparse:
 def opened(pair: Pair, task: Task, watch: Watch) -> AbstractContextManager[Engine]:
     """Both models in float32; UserError at once where DeepSparse is not there or cannot have the model."""
     check_onnx()
-    check_family(AutoConfig.from_pretrained(pair.dense), capacity(task))
+    check_family(model_config(pair.dense, False), capacity(task))
     return _compiled(python_of(), pair, task, watch)
 
 

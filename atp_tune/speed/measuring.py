@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from transformers import AutoConfig
 
+from atp_tune.checkpoints.classes import model_config
 from atp_tune.checkpoints.devices import find_device, memory_for
 from atp_tune.errors import UserError
 from atp_tune.events import TrialStarted, Watch
@@ -46,7 +46,7 @@ def check(engine: str, pattern: str, device: str) -> None:
 
 def check_positions(pair: Pair, task: Task) -> None:
     """UserError where the prompt and the tokens after it are more than the model has positions."""
-    config = AutoConfig.from_pretrained(pair.dense, trust_remote_code=pair.trusted).get_text_config()
+    config = model_config(pair.dense, pair.trusted).get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and task.tokens + task.steps > positions:
         raise UserError(

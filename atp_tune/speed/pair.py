@@ -8,7 +8,8 @@ import torch
 
 from atp_tune.cache import cache_dir, sha256_of_json
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.models import resolve
+from atp_tune.checkpoints.headers import check_claims
+from atp_tune.checkpoints.models import check_files, resolve
 from atp_tune.errors import UserError
 from atp_tune.events import Note, Watch
 from atp_tune.sparse.applying import write_applied
@@ -56,7 +57,10 @@ def find_pair(
             f"model.fingerprint: {config.model.id} is {dense.content[:12]}… here, the configuration was found for "
             f"{config.model.fingerprint[:12]}…; give it the model of the study"
         )
-    if sparse is None:
+    if sparse is not None:
+        check_files(sparse)
+        check_claims(sparse)
+    else:
         sparse = cache_dir("sparse") / sha256_of_json(config.model_dump(mode="json", include=set(DECIDES)))
         if not sparse.is_dir():
             write_applied(config, base, sparse, device, watch, allowed)

@@ -16,7 +16,8 @@ import numpy as np
 
 from atp_tune.cache import sha256_of, sha256_of_json
 from atp_tune.checkpoints.convert import one_line, quiet
-from atp_tune.errors import UserError
+from atp_tune.errors import UserError, is_text
+from atp_tune.paths import written
 from atp_tune.spec.study import Text
 
 _KNOWN = "c4, wikitext2, hub:ORG/NAME, file:PATH, package:MODULE:ATTRIBUTE or package:MODULE/FILE.txt"
@@ -170,7 +171,7 @@ def _check_column(text: Text, names: Sequence[str], where: str = "") -> None:
 
 
 def _path(text: Text, base: Path) -> Path:
-    path = base / Path(text.source.removeprefix("file:")).expanduser()
+    path = written(text.source.removeprefix("file:"), base, "source")
     if path.suffix not in _READERS:
         raise UserError(f"source: {path} is none of {', '.join('*' + suffix for suffix in _READERS)}")
     if not path.is_file():
@@ -184,10 +185,20 @@ def _read_file(text: Text, base: Path) -> Sequence[str]:
         return _READERS[path.suffix](path, text)
     except UnicodeDecodeError as error:
         raise UserError(f"source: {path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise _unread(path, error) from None
 
 
 def _identify_file(text: Text, base: Path) -> str:
-    return sha256_of(_path(text, base))
+    path = _path(text, base)
+    try:
+        return sha256_of(path)
+    except OSError as error:
+        raise _unread(path, error) from None
+
+
+def _unread(path: Path, error: OSError) -> UserError:
+    return UserError(f"source: {path} cannot be read: {error.strerror or one_line(error)}; give another file")
 
 
 def _read_txt(path: Path, text: Text) -> list[str]:
@@ -206,13 +217,13 @@ def _read_jsonl(path: Path, text: Text) -> list[str]:
 def _jsonl_text(line: str, text: Text, where: str) -> str:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"source: {where} is not JSON: {error}") from None
     if not isinstance(row, dict):
         raise UserError(f"source: {where} is no JSON object")
     _check_column(text, list(row), where)
     value = row[text.column]
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not is_text(value.replace("\0", "")):
         raise UserError(f'column: "{text.column}" in {where} is no text')
     return value
 
@@ -226,7 +237,7 @@ def _read_parquet(path: Path, text: Text) -> list[str]:
         if str(schema.field(text.column).type) not in ("string", "large_string"):
             raise UserError(f'column: "{text.column}" of {path} holds no text')
         column = pyarrow.parquet.read_table(path, columns=[text.column])[text.column]
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"source: {path} is no Parquet file: {one_line(error)}") from None
     return [value or "" for value in column.to_pylist()]
 

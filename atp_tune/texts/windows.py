@@ -15,7 +15,7 @@ import io
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,9 @@ _TOKENIZER = (
     "vocab*",
     "merges.txt",
     "*.model",
+    "*.tiktoken",
+    "*.spm",
+    "*.codes",
 )
 _CHARACTERS_PER_TOKEN = 8  # more than any usual text has
 _MARGIN = 1024  # tokens: a cut text is tokenised differently only near the cut
@@ -129,7 +132,8 @@ def _windows(ids: np.ndarray, bos: bool = False) -> Windows:
 
 def _key(text: Text, folder: Path, base: Path, trusted: bool, bos: bool) -> str:
     patterns = (*_TOKENIZER, CODE) if trusted else _TOKENIZER
-    files = {file.name: sha256_of(file) for pattern in patterns for file in folder.glob(pattern)}
+    found = (file for pattern in patterns for file in folder.glob(pattern))
+    files = {file.name: sha256_of(file) for file in found if file.exists() and not file.is_dir()}
     return sha256_of_json(
         {
             "format": _FORMAT,
@@ -168,14 +172,18 @@ def _encoder(folder: Path, trusted: bool, bos: bool) -> tuple[Encode, list[int]]
     text itself spells so is left out.
     """
     tokenizer = load_tokenizer(folder, trusted)
-    # verbose=False: texts longer than the model's context are meant, and cut into windows later
-    if not bos:
-        return lambda text: list(tokenizer(text, verbose=False).input_ids), []
-    first = bos_of(tokenizer)
-    if first is None:
+    first = bos_of(tokenizer) if bos else None
+    if bos and first is None:
         raise UserError(f"texts.bos: the tokenizer in {folder} has no BOS token; leave it out, or set it to false")
-    plain = partial(tokenizer, verbose=False, add_special_tokens=False)
-    return lambda text: [token for token in plain(text).input_ids if token != first], [first]
+
+    def encode(text: str) -> list[int]:
+        try:  # verbose=False: texts longer than the model's context are meant, and cut into windows later
+            ids = list(tokenizer(text, verbose=False, **({"add_special_tokens": False} if bos else {})).input_ids)
+        except Exception as error:  # whatever the many tokenizers raise
+            raise UserError(f"the tokenizer in {folder} cannot read the text: {one_line(error)}") from error
+        return [token for token in ids if token != first] if bos else ids
+
+    return encode, [] if first is None else [first]
 
 
 def _cut(ids: Sequence[int], count: int, tokens: int, first: list[int]) -> np.ndarray:

@@ -27,7 +27,15 @@ WAYS = {  # SQLite's words → what to do
     "malformed": _MEND,
     "not a database": _MEND,
     "could not decode": _MEND,
+    "no such table": _MEND,
+    "no such column": _MEND,
 }
+
+
+OPTUNAS = {  # tables that its databases have had for long
+    "studies", "study_directions", "study_user_attributes", "study_system_attributes", "trials",
+    "trial_user_attributes", "trial_system_attributes", "trial_params", "trial_values", "version_info",
+}  # fmt: skip
 
 
 def may_pass(error: BaseException) -> bool:
@@ -42,15 +50,25 @@ def way_out(error: BaseException, address: str) -> str | None:
 
 
 def check_whole(file: Path) -> None:
-    """UserError if a SQLite file is damaged: it is looked through before anything is written to it."""
+    """UserError if a SQLite file is damaged or another program's: it is looked through before anything is written.
+
+    Optuna makes its tables in whatever it opens, also to read.
+    """
+    tables, is_made = set[str](), None
     try:
         with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=rw", uri=True, timeout=BUSY)) as connection:
             connection.text_factory = lambda text: text.decode(errors="replace")  # it quotes what it finds
             found = str(connection.execute("PRAGMA quick_check(1)").fetchone()[0])
+            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            is_made = "version_info" in tables and connection.execute("SELECT 1 FROM version_info").fetchone()
     except sqlite3.OperationalError:  # no damage: opening it in earnest will say what it is
         return
     except sqlite3.DatabaseError as error:
         found = str(error)
+    if found == "ok" and tables and not tables & OPTUNAS:
+        raise UserError(f"storage {file}: is another program's database; name another with --storage sqlite:///FILE.db")
+    if is_made and (missing := sorted(OPTUNAS - tables)):  # Optuna would make it anew, without what was in it
+        found = f"no such table: {missing[0]}"
     if found != "ok":
         raise UserError(
             f"storage {file}: is damaged ({' '.join(found.split())}); {_MEND.format(file=shlex.quote(str(file)))}"

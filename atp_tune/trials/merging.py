@@ -5,12 +5,12 @@ numbers in the order in which they began; what names a trial by its number follo
 they are: they belong to the machine that they run on. Of what the storages say differently of the study itself, the
 first one's word is taken, and what people wrote in notes is kept from all.
 
-Left out: `best.json` and `report.html` of a dashboard, which `serve` writes anew.
+Left out: `best.json` and `report.html` of a dashboard, which `serve` writes anew, and what only a stranger can have
+written: artifacts by names that lead elsewhere, links, notes and attributes of another kind.
 
-Errors: UserError where the storages hold different studies, or the new file exists.
+Errors: UserError where the storages hold different studies or what Optuna cannot read, or the new file exists.
 """
 
-import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,17 +32,15 @@ from atp_tune.results.attaching import KINDS
 from atp_tune.serving.keeper import CONFIG, REPORT
 from atp_tune.serving.notes import own_words
 from atp_tune.spec.studyfile import absolute_storage
-from atp_tune.trials import storage
+from atp_tune.trials import artifacts, storage
 from atp_tune.trials.database import PatientDatabase, without_password
-from atp_tune.trials.stored import TABLES
+from atp_tune.trials.stored import TABLES, UNREADABLE, readable
 
 Numbers: TypeAlias = Mapping[int, int]  # number of a trial in a storage → its new number
 
 NOTE = re.compile(r"dashboard:(\d+:)?note_(ver|str:\d+)")
-OF_TRIAL = re.compile(r"(dashboard:artifacts:)(\d+)(:.*)")
-ARTIFACT = "artifacts:"
 SEED = "search.seed"  # may differ: it decides which points are tried, not what a trial is worth
-AS_BEFORE = re.compile(r"(?<=^failed before, as trial )\d+")
+AS_BEFORE = re.compile(r"(?<=^failed before, as trial )[0-9]{1,9}(?![0-9])")
 
 
 @dataclass(frozen=True)
@@ -83,13 +81,14 @@ def merge(places: Sequence[str], out: Path, name: str | None) -> Merged:
     kept, numbers = _unite(sources)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+        name = sources[0].study.study_name
+        with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder, readable(name):
             _write(Path(folder), sources, kept, numbers)
             _check_new(out)
             _publish(Path(folder), out)
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}") from None
-    made = _study_in(absolute_storage(f"sqlite:///{out}", Path()), sources[0].study.study_name)
+    made = _study_in(absolute_storage(f"sqlite:///{out}", Path()), name)
     return Merged(made, list(_shares(sources, numbers)))
 
 
@@ -119,9 +118,10 @@ def _open(places: Sequence[str], name: str | None) -> list[Source]:
 
 def _source(place: str, address: str, name: str) -> Source:
     study = _study_in(address, name)
-    trials = study.get_trials(deepcopy=False)
+    with readable(name):
+        trials = study.get_trials(deepcopy=False)
+        attrs = study._storage.get_study_system_attrs(study._study_id)
     ended = [trial for trial in trials if trial.state.is_finished()]
-    attrs = study._storage.get_study_system_attrs(study._study_id)
     return Source(_shown(place), study, ended, len(trials) - len(ended), attrs, storage.artifacts_of(address))
 
 
@@ -129,7 +129,7 @@ def _names_in(place: str, address: str) -> list[str]:
     db = storage.open_storage(address, create=False)
     if db is None:
         raise UserError(f"merge: {place}: no such file")
-    return optuna.get_all_study_names(db)
+    return storage.names_in(db)
 
 
 def _study_in(address: str, name: str) -> optuna.Study:
@@ -187,7 +187,8 @@ def _renumbered(trial: FrozenTrial, numbers: Numbers) -> FrozenTrial:
     if user.get("repeats") in numbers:
         user["repeats"] = numbers[user["repeats"]]
     if "failure" in user:
-        user["failure"] = AS_BEFORE.sub(lambda found: str(numbers[int(found[0])]), user["failure"])
+        user["failure"] = AS_BEFORE.sub(lambda found: str(numbers.get(int(found[0]), found[0])), user["failure"])
+    system = {key: value for key, value in system.items() if artifacts.is_kept(key, value)}
     if system.get("failed_trial") in numbers:
         system["failed_trial"] = numbers[system["failed_trial"]]
     if "retry_history" in system:
@@ -230,8 +231,10 @@ def _user_attrs(sources: Sequence[Source], kept: Sequence[FrozenTrial], numbers:
     totals = [source.study.user_attrs.get("total", 0) for source in sources]
     merged["total"] = max(sum(storage.counts(trial) for trial in kept), *totals)
     merged |= {key: values for key, values in by_trial.items() if values}
-    if any(beliefs):
-        merged["belief"] = max((belief for belief in beliefs if belief), key=lambda belief: int(belief["before"]))
+    merged.pop("belief", None)
+    known = [belief for belief in beliefs if isinstance(belief, dict) and isinstance(belief.get("before"), int)]
+    if known:
+        merged["belief"] = max(known, key=lambda belief: int(belief["before"]))
     return merged
 
 
@@ -239,17 +242,20 @@ def _system_attrs(sources: Sequence[Source], numbers: Sequence[Numbers], ids: Se
     merged = {}
     for source, own in _last_first(sources, numbers):
         new_ids = {trial._trial_id: ids[own[trial.number]] for trial in source.trials}
-        for key, value in source.attrs.items():
-            found = OF_TRIAL.fullmatch(key)
-            if found and int(found[2]) in new_ids:
-                merged[f"{found[1]}{new_ids[int(found[2])]}{found[3]}"] = value
-            elif not found and not NOTE.fullmatch(key) and not _is_made_anew(key, value):
+        for key, value in _kept_attrs(source).items():
+            found = artifacts.OF_TRIAL.fullmatch(key)
+            if found and int(found["trial"]) in new_ids:
+                merged[f"{found['head']}{new_ids[int(found['trial'])]}{found['tail']}"] = value
+            elif not found and not NOTE.fullmatch(key):
                 merged[key] = value
     return merged
 
 
-def _is_made_anew(key: str, value: Any) -> bool:
-    return key.startswith(ARTIFACT) and (json.loads(value) or {}).get("filename") in (CONFIG, REPORT)
+def _kept_attrs(source: Source) -> dict[str, Any]:
+    """System attributes of a study without the artifacts that `serve` makes anew and those that Optuna did not make."""
+    anew = {name for name, file in artifacts.file_names(source.attrs).items() if file in (CONFIG, REPORT)}
+    kept = {key: value for key, value in source.attrs.items() if artifacts.is_kept(key, value)}
+    return {key: value for key, value in kept.items() if artifacts.name_in(key) not in anew}
 
 
 def _write_notes(
@@ -257,9 +263,9 @@ def _write_notes(
 ) -> None:
     notes: dict[int | None, dict[str, None]] = {}
     for source, own in zip(sources, numbers, strict=True):
-        notes.setdefault(None, {})[get_note(source.study)] = None
+        notes.setdefault(None, {})[_note_of(source.study)] = None
         for trial in source.trials:
-            body = get_note(_owner(source.study, trial._trial_id))
+            body = _note_of(_owner(source.study, trial._trial_id))
             notes.setdefault(own[trial.number], {})[body] = None
     for number, bodies in notes.items():
         written = [body for body in bodies if body]
@@ -268,24 +274,25 @@ def _write_notes(
             save_note(study if number is None else _owner(study, ids[number]), "\n\n".join(words))
 
 
+def _note_of(owner: optuna.Study | Trial) -> str:
+    try:
+        return str(get_note(owner))
+    except UNREADABLE:  # its parts are not as the dashboard writes them
+        return ""
+
+
 def _owner(study: optuna.Study, trial_id: int) -> Trial:
     """What the dashboard's functions for notes want of a trial."""
     return cast(Trial, SimpleNamespace(storage=study._storage, study=study, _trial_id=trial_id))
 
 
 def _copy_artifacts(source: Source, folder: Path) -> None:
-    for name in _artifacts(source):
-        if (source.artifacts / name).is_file():
+    """Copies the files that a study or its trials refer to, but for links and what is no artifact's name."""
+    keys = chain(_kept_attrs(source), *(trial.system_attrs for trial in source.trials))
+    for file in (artifacts.own_file(source.artifacts, artifacts.name_in(key)) for key in keys):
+        if file is not None:
             folder.mkdir(exist_ok=True)
-            shutil.copyfile(source.artifacts / name, folder / name)
-
-
-def _artifacts(source: Source) -> Iterator[str]:
-    """The names of the files that a study or its trials refer to."""
-    own = (key for key, value in source.attrs.items() if not _is_made_anew(key, value))
-    for key in chain(own, *(trial.system_attrs for trial in source.trials)):
-        if OF_TRIAL.fullmatch(key) or key.startswith(ARTIFACT):
-            yield key.rpartition(":")[2]
+            shutil.copyfile(file, folder / file.name)
 
 
 def _publish(folder: Path, out: Path) -> None:

@@ -20,6 +20,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, SQLAlchemyError
 
 from atp_tune.errors import UserError, is_text
+from atp_tune.paths import is_special
 from atp_tune.spec.study import Study
 from atp_tune.spec.studyfile import BOS, called_now
 from atp_tune.trials.damage import check_whole, way_out
@@ -107,6 +108,8 @@ def check_is_file(url: URL) -> None:
     """UserError if a SQLite database is in memory, or would be where a folder is."""
     if url.database in (None, "", ":memory:"):
         raise UserError("storage: a database in memory is gone at the end; name a file, as in sqlite:///study.db")
+    if is_special(Path(url.database)):
+        raise UserError(f"storage {url.database}: is no file; name another with --storage sqlite:///FILE.db")
     if Path(url.database).is_dir():
         raise UserError(f"storage {url.database}: is a folder; name a file, as in sqlite:///{url.database}/study.db")
 
@@ -151,7 +154,8 @@ def find_study(storage: BaseStorage, name: str) -> optuna.Study | None:
 
 def names_in(storage: BaseStorage) -> list[str]:
     """The names of all studies that a storage has, in the order in which they were made."""
-    return [study.study_name for study in sorted(storage.get_all_studies(), key=lambda study: study._study_id)]
+    with readable("in the storage"):
+        return [study.study_name for study in sorted(storage.get_all_studies(), key=lambda study: study._study_id)]
 
 
 def create_study(storage: BaseStorage, name: str, facts: Facts, any_dtype: bool = False) -> optuna.Study:

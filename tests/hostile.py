@@ -1,0 +1,621 @@
+"""What strangers may hand over: a home folder with things in it that are nobody's business, and inputs of each kind.
+
+An input changes a finished tiny study that was downloaded into that home. Its word says what becomes of it where a
+command goes on all the same; what is refused is seen by the test.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import sqlite3
+import struct
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+from safetensors.numpy import load_file, save_file
+
+ESCAPES = "\x1b[2J\x9b31m\u202e"
+MARKUP = f"{ESCAPES}<img src=x onerror=alert(1)>\n# `x` | $y$ \\input{{x}} </script>"
+SECRET = "the user's own words, which nobody else is to read"
+SQL = "'; DROP TABLE studies; --"
+UUID = "01234567-89ab-cdef-0123-456789abcdef"
+DEEP = "[" * 100_000 + "]" * 100_000
+MINE = "open('evil', 'w').write('I was run')"
+SURE = "left out", "not followed", "not run", "read as text", "taken as it is"
+
+Change = Callable[[Path], Any]
+
+
+@dataclass(frozen=True)
+class Input:
+    """Something hostile: its name in the table, what makes it of a study's folder, and what a command makes of it."""
+
+    name: str
+    change: Change
+    word: str = "taken as it is"
+
+
+class Evil:
+    """What a pickle runs when it is read."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("evil",)
+
+
+def make_home(home: Path, study: Path) -> Path:
+    """A user's home with a study in it that was downloaded; the study's folder."""
+    place = home / "download" / "a" / "study"
+    shutil.copytree(study, place, symlinks=True)
+    for name in (".bashrc", ".ssh/id_rsa", "notes.txt", "README.md", "work/notes.txt", "download/notes.txt"):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text(SECRET)
+    (home / "download" / ".bashrc").write_text("of a stranger")
+    with closing(sqlite3.connect(home / "other.db")) as connection, connection:
+        connection.execute("CREATE TABLE cookies (name TEXT)")
+    return place
+
+
+def tree(home: Path) -> dict[str, object]:
+    """All that lies in a folder: kinds, contents and where links lead."""
+    return {str(path.relative_to(home)): _content(path) for path in sorted(home.rglob("*"))}
+
+
+def _content(path: Path) -> object:
+    if path.is_symlink():
+        return "link", str(path.readlink())
+    kind = path.lstat().st_mode
+    return (kind, hashlib.sha256(path.read_bytes()).hexdigest()) if path.is_file() else kind
+
+
+# --- ways to change things
+
+
+def replaced(name: str, content: str | bytes) -> Change:
+    def change(place: Path) -> None:
+        _gone(place / name)
+        (place / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return change
+
+
+def edited(name: str, **values: Any) -> Change:
+    """Keys of a JSON file become other values; dots lead into tables."""
+
+    def change(place: Path) -> None:
+        document = json.loads((place / name).read_text())
+        for key, value in values.items():
+            *tables, last = key.split("__")
+            table = document
+            for step in tables:
+                table = table.setdefault(step, {})
+            table[last] = value
+        (place / name).write_text(json.dumps(document))
+
+    return change
+
+
+def linked(name: str, target: str) -> Change:
+    """A link; a target that begins with ~ lies in the user's home."""
+
+    def change(place: Path) -> None:
+        _gone(place / name)
+        (place / name).symlink_to(target.replace("~", str(place.parents[2])))
+
+    return change
+
+
+def fifo(name: str) -> Change:
+    def change(place: Path) -> None:
+        _gone(place / name)
+        os.mkfifo(place / name)
+
+    return change
+
+
+def folder(name: str) -> Change:
+    def change(place: Path) -> None:
+        _gone(place / name)
+        (place / name).mkdir()
+
+    return change
+
+
+def _gone(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def both(*changes: Change) -> Change:
+    def change(place: Path) -> None:
+        for one in changes:
+            one(place)
+
+    return change
+
+
+# --- databases
+
+
+def sql(query: str, *values: Any) -> Change:
+    def change(place: Path) -> None:
+        with closing(sqlite3.connect(place / "tiny.db")) as connection, connection:
+            connection.execute("PRAGMA writable_schema = 0")
+            for one in query.split(";;"):
+                connection.execute(one, values)
+
+    return change
+
+
+def attr(key: str, value: Any, table: str = "study_system") -> Change:
+    owner = table.partition("_")[0]
+    query = f"INSERT OR REPLACE INTO {table}_attributes ({owner}_id, key, value_json) VALUES (1, ?, ?)"
+    return sql(query, key, value.decode() if isinstance(value, bytes) else json.dumps(value))  # bytes: JSON as it is
+
+
+def artifact(name: str, table: str = "study_system", prefix: str = "artifacts:") -> Change:
+    meta = {"artifact_id": name, "filename": "best.json", "mimetype": "text/html", "encoding": None}
+    return attr(f"{prefix}{name}", json.dumps(meta), table)
+
+
+def _cut(place: Path) -> None:
+    with (place / "tiny.db").open("r+b") as stream:
+        stream.truncate(20_000)
+
+
+def _link_artifact(place: Path) -> None:
+    (place / "tiny.artifacts").mkdir()
+    (place / "tiny.artifacts" / UUID).symlink_to(place.parents[2] / ".ssh" / "id_rsa")
+    artifact(UUID)(place)
+
+
+def _all_of(table: str, value: str) -> Change:
+    return sql(f"UPDATE {table} SET value_json = ?", value)
+
+
+def _made_from(**values: Any) -> Change:
+    def change(place: Path) -> None:
+        query = "SELECT value_json FROM study_user_attributes WHERE key = 'made_from'"
+        with closing(sqlite3.connect(place / "tiny.db")) as connection, connection:
+            made = json.loads(connection.execute(query).fetchone()[0]) | values
+        attr("made_from", made, "study_user")(place)
+
+    return change
+
+
+DATABASE = [
+    Input("artifact by the name ../../../.bashrc", artifact("../../../.bashrc"), "left out"),
+    Input("a trial's artifact by that name", artifact("../../../.bashrc", "trial_system"), "left out"),
+    Input("the same as the dashboard stores it", artifact("../../../.bashrc", prefix="dashboard:artifacts:1:"),
+          "left out"),
+    Input("artifact by the name /etc/passwd", artifact("/etc/passwd"), "left out"),
+    Input("artifact that is a link to ~/.ssh", _link_artifact, "not followed"),
+    Input("folder of artifacts that is a link to ~", linked("tiny.artifacts", "~"), "not followed"),
+    Input("artifact that is no JSON", attr(f"artifacts:{UUID}", "no JSON"), "left out"),
+    Input("artifact that is a number", attr(f"artifacts:{UUID}", 5), "left out"),
+    Input("note without a beginning", both(
+        attr("dashboard:note_ver", 1), attr("dashboard:note_str:3", "x")), "left out"),
+    Input("note by a version that is none", attr("dashboard:note_ver", "x"), "left out"),
+    Input("markup and escapes as attributes", sql(
+        "UPDATE trial_user_attributes SET value_json = ? WHERE key IN ('device', 'host')", json.dumps(MARKUP)),
+        "read as text"),
+    Input("markup as the study's description", _made_from(name=MARKUP), "read as text"),
+    Input("a study file elsewhere", _made_from(path="/etc/passwd"), "read as text"),
+    Input("SQL as a key", attr(SQL, SQL, "study_user"), "read as text"),
+    Input("SQL as a parameter", sql(
+        "UPDATE trial_params SET param_name = ? WHERE trial_id = 3 AND param_name = 'beta'", SQL), "left out"),
+    Input("NaN and infinity", _all_of("trial_user_attributes", "[NaN, Infinity, -Infinity, 1e999]"), "left out"),
+    Input("numbers of 5000 digits", _all_of("trial_user_attributes", "9" * 5000), "left out"),
+    Input("attributes of another type", _all_of("study_user_attributes", '{"x": [1]}'), "left out"),
+    Input("a system attribute of another type", _all_of("trial_system_attributes", "7"), "left out"),
+    Input("JSON of 100,000 levels", attr("x", DEEP.encode(), "study_user"), "left out"),
+    Input("attributes that are no JSON", _all_of("study_user_attributes", "{"), "left out"),
+    Input("system attributes that are no JSON", _all_of("study_system_attributes", "{"), "left out"),
+    Input("values that are none", sql("UPDATE trial_values SET value = -5 WHERE trial_id = 2"), "left out"),
+    Input("a state that is none", sql("UPDATE trials SET state = 'NONSENSE'"), "left out"),
+    Input("times that are none", sql("UPDATE trials SET datetime_start = 'tomorrow'"), "left out"),
+    Input("a number of 19 digits", sql("UPDATE trials SET number = 9223372036854775807 WHERE number = 5"), "left out"),
+    Input("a distribution that is none", sql("UPDATE trial_params SET distribution_json = '{}'"), "left out"),
+    Input("distributions that differ", sql(
+        "UPDATE trial_params SET distribution_json = ? WHERE param_name = 'beta' AND trial_id = 3",
+        '{"name": "CategoricalDistribution", "attributes": {"choices": [0.1, 0.2]}}'), "left out"),
+    Input("a table that is missing", sql("DROP TABLE trial_values"), "left out"),
+    Input("a column that is missing", sql("ALTER TABLE trials RENAME COLUMN state TO other"), "left out"),
+    Input("a view for a table", sql(
+        "ALTER TABLE trial_params RENAME TO x;;CREATE VIEW trial_params AS SELECT * FROM x")),
+    Input("a trigger that deletes trials", sql(
+        "CREATE TRIGGER evil AFTER INSERT ON trial_user_attributes BEGIN DELETE FROM trials WHERE number = 0; END")),
+    Input("a failed trial that names no other", sql(
+        "UPDATE trials SET state = 'FAIL' WHERE number = 5;;"
+        "INSERT INTO trial_user_attributes (trial_id, key, value_json) VALUES "
+        "(6, 'failure', '\"failed before, as trial 99: x\"')"), "read as text"),
+    Input("a file that was cut off", _cut),
+    Input("a file of random bytes", replaced("tiny.db", np.random.default_rng(0).bytes(50_000))),
+    Input("an empty file", replaced("tiny.db", b""), "left out"),
+    Input("a folder", folder("tiny.db")),
+    Input("a pipe", fifo("tiny.db")),
+    Input("a link to another program's database", linked("tiny.db", "~/other.db")),
+]  # fmt: skip
+
+
+# --- model folders
+
+
+def tensors(header: str | bytes, data: bytes = bytes(64), length: int | None = None) -> Change:
+    """A safetensors file by its header."""
+    raw = header.encode() if isinstance(header, str) else header
+    return replaced("model/model.safetensors", struct.pack("<Q", len(raw) if length is None else length) + raw + data)
+
+
+def weights(change: Callable[[dict[str, Any]], Any]) -> Change:
+    def apply(place: Path) -> None:
+        found = load_file(place / "model/model.safetensors")
+        change(found)
+        save_file(found, place / "model/model.safetensors", {"format": "pt"})
+
+    return apply
+
+
+def config(**values: Any) -> Change:
+    return edited("model/config.json", **values)
+
+
+def code(name: str) -> Change:
+    """Code in the folder that its configuration asks for."""
+    table = dict.fromkeys(("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"), "evil.Evil")
+    return both(replaced("model/evil.py", MINE), edited(f"model/{name}", auto_map=table))
+
+
+def _vocabulary(place: Path) -> None:
+    file = place / "model" / "tokenizer.json"
+    document = json.loads(file.read_text())
+    document["model"]["vocab"] = {token: id + 10**6 * (id > 50) for token, id in document["model"]["vocab"].items()}
+    file.write_text(json.dumps(document))
+
+
+def _pickles(place: Path) -> None:
+    (place / "model" / "model.safetensors").unlink()
+    (place / "model" / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
+
+
+def index(**places: Any) -> Change:
+    return replaced("model/model.safetensors.index.json", json.dumps({"weight_map": places}))
+
+
+HEADER = '{"a": {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]}}'
+MODEL = [
+    Input("code of its own", both(code("config.json"), config(model_type="evil"))),
+    Input("code for a known type", code("config.json"), "not run"),
+    Input("code for the tokenizer", code("tokenizer_config.json"), "not run"),
+    Input("code of another repository", config(auto_map={"AutoConfig": "evil/repo--evil.Evil"}), "not run"),
+    Input("auto_map of another type", config(auto_map=[5, {}, None]), "not run"),
+    Input("a kernel of a repository", config(attn_implementation="evil/kernel")),
+    Input("a pickle that runs code", _pickles),
+    Input("a pickle beside safetensors", lambda place: (place / "model/pytorch_model.bin").write_bytes(
+        pickle.dumps(Evil())), "not run"),
+    Input("an index of weights in other folders", index(a="../../../../other.safetensors")),
+    Input("an index of absolute paths", index(a="/etc/x.safetensors")),
+    Input("an index of another type", index(a=[1], b={})),
+    Input("an index that is no JSON", replaced("model/model.safetensors.index.json", DEEP)),
+    Input("a header of 2⁶³ bytes", tensors(HEADER, length=2**63)),
+    Input("a header of 0 bytes", tensors("", length=0)),
+    Input("a header of 100,000 levels", tensors(DEEP)),
+    Input("a header of another type", tensors("[1, 2]")),
+    Input("entries of another type", tensors('{"a": 5, "b": []}')),
+    Input("shapes of 2⁶² values", tensors(HEADER.replace("[4, 4]", "[4611686018427387904, 4]"))),
+    Input("offsets behind the end", tensors(HEADER.replace("[0, 64]", "[0, 6400000000000]"))),
+    Input("offsets below zero", tensors(HEADER.replace("[0, 64]", "[-64, 0]"))),
+    Input("a number format that is none", tensors(HEADER.replace("F32", "EVIL"))),
+    Input("weights that were cut off", lambda place: os.truncate(place / "model/model.safetensors", 2000)),
+    Input("weights that are a pipe", fifo("model/model.safetensors")),
+    Input("weights that are NaN", weights(lambda found: [tensor.fill(np.nan) for tensor in found.values()])),
+    Input("weights that are infinite", weights(
+        lambda found: [t.fill(np.inf) for name, t in found.items() if "embed" in name])),
+    Input("weights of other shapes", weights(
+        lambda found: found.update({name: tensor[:1].copy() for name, tensor in found.items()}))),
+    Input("weights by other names", weights(lambda found: found.update({MARKUP: found.popitem()[1]}))),
+    Input("a config that is no JSON", replaced("model/config.json", "{")),
+    Input("a config of 100,000 levels", replaced("model/config.json", DEEP)),
+    Input("a config that is a list", replaced("model/config.json", "[]")),
+    Input("a config that is a pipe", fifo("model/config.json")),
+    Input("sizes that are words", config(hidden_size="x")),
+    Input("sizes below zero", config(hidden_size=-32)),
+    Input("sizes of 0", config(num_attention_heads=0)),
+    Input("sizes that are NaN", config(rms_norm_eps=float("nan"), hidden_size=float("nan"))),
+    Input("no blocks", config(num_hidden_layers=0)),
+    Input("10⁹ blocks", config(num_hidden_layers=10**9)),
+    Input("a vocabulary of 10¹² tokens", config(vocab_size=10**12)),
+    Input("a type that is a path", config(model_type="../../../../evil")),
+    Input("a type that is a list", config(model_type=["llama"])),
+    Input("settings of another type", config(rope_parameters=[1], quantization_config="evil")),
+    Input("a tokenizer that is no JSON", replaced("model/tokenizer.json", "{")),
+    Input("a tokenizer of 100,000 levels", replaced("model/tokenizer.json", DEEP)),
+    Input("tokens that the model lacks", _vocabulary),
+    Input("a tokenizer that is a link to ~/.ssh", linked("model/tokenizer.json", "~/.ssh/id_rsa")),
+    Input("a tokenizer's class that is none", edited("model/tokenizer_config.json", tokenizer_class="../../evil")),
+    Input("settings of the tokenizer of another type", replaced("model/tokenizer_config.json", "[1]")),
+    Input("a folder among the tokenizer's files", folder("model/tokenizer.extra"), "left out"),
+    Input("a pipe among the tokenizer's files", fifo("model/vocab.txt"), "left out"),
+    Input("a link to nothing among the tokenizer's files", linked("model/merges.txt", "nothing"), "left out"),
+    Input("a file by a name with escapes", replaced(f"model/tokenizer{ESCAPES}.json", "{}"), "read as text"),
+    Input("a file that is a link to ~/.bashrc", linked("model/notes.txt", "~/.bashrc"), "not followed"),
+    Input("a chat template that reaches for Python", replaced(
+        "model/chat_template.jinja", "{{ ''.__class__.__mro__[1].__subclasses__() }}"), "not run"),
+    Input("a card with Python in its head", replaced(
+        "model/README.md", f"---\nlicense: !!python/object/apply:os.mkdir [evil]\n---\n{MARKUP}"), "not run"),
+    Input("settings of generation of another type", replaced("model/generation_config.json", '{"do_sample": [1]}'),
+          "left out"),
+]  # fmt: skip
+
+
+# --- configurations
+
+
+def best(**values: Any) -> Change:
+    return edited("tiny.best.json", **values)
+
+
+def text_of(source: str, **values: Any) -> Change:
+    return best(calibration__source=source, **values)
+
+
+CONFIGURATION = [
+    Input("no JSON", replaced("tiny.best.json", "{")),
+    Input("no UTF-8", replaced("tiny.best.json", b'{"study": "\xff"}')),
+    Input("100,000 levels", replaced("tiny.best.json", DEEP)),
+    Input("a list", replaced("tiny.best.json", "[]")),
+    Input("a number of 5000 digits", replaced("tiny.best.json", "9" * 5000)),
+    Input("keys that allow pickles", best(model__allow_pickle=True, model__trust_remote_code=True)),
+    Input("a model elsewhere", best(model__id="/etc")),
+    Input("a model that is a file of the user", best(model__id="../../../.ssh/id_rsa")),
+    Input("a model of a user who is none", best(model__id="~nobody-at-all/x")),
+    Input("a model by a name with NUL", best(model__id="a\0b")),
+    Input("a model by a name of 5000 letters", best(model__id="x" * 5000)),
+    Input("a model by a name with escapes", best(model__id=f"{ESCAPES}/x")),
+    Input("a model of the hub", best(model__id="evil/model")),
+    Input("a wheel of another name", best(model__id="pypi:../evil==1", model__sha256="0" * 64)),
+    Input("an option of pip for a wheel", best(model__id="pypi:--index-url==http", model__sha256="0" * 64)),
+    Input("a fingerprint that is a path", best(model__fingerprint="../../../../x")),
+    Input("a folder with NUL", best(folder="a\0b")),
+    Input("a folder of 5000 letters", best(folder="x" * 5000)),
+    Input("a folder that is the root", best(folder="/")),
+    Input("a text that is ~/.ssh/id_rsa", text_of("file:~/.ssh/id_rsa")),
+    Input("a text of a user who is none", text_of("file:~nobody-at-all/x.txt")),
+    Input("a text by a name with NUL", text_of("file:a\0b.txt")),
+    Input("a text by a name of 5000 letters", text_of(f"file:{'x' * 5000}.txt")),
+    Input("a text of the hub", text_of("hub:evil/text", calibration__split="train")),
+    Input("a text that is the environment", text_of("package:os:environ")),
+    Input("a text of a module that is none", text_of("package:../evil:x")),
+    Input("a text of a name that is none", text_of("package:")),
+    Input("10¹² windows", best(calibration__windows=10**12)),
+    Input("10¹² windows at random", best(calibration__windows=10**12, calibration__draw="random")),
+    Input("windows of 10¹² tokens", best(calibration__tokens=10**12)),
+    Input("sparsities above 1", best(block_sparsities=[2] * 4)),
+    Input("sparsities that are NaN", best(block_sparsities=[float("nan")] * 4)),
+    Input("sparsities of another model", best(block_sparsities=[0.5] * 999)),
+    Input("sparsities of other linears", best(linear_sparsities=[[0.5]] * 4)),
+    Input("names that are formulas and markup", best(
+        linear_sparsities=[[0.5] * 7] * 4, linears=[["=cmd|' /C calc'!A0", MARKUP, *"abcde"]] * 4,
+        blocks="+1\n- x: &a"), "read as text"),
+    Input("a study by a name with markup", best(study=MARKUP), "read as text"),
+    Input("a study by a name that is a path", best(study="../../../x"), "read as text"),
+    Input("a trial of 19 digits", best(trial=10**18), "read as text"),
+    Input("a trial below zero", best(trial=-1), "read as text"),
+    Input("perplexities that are none", best(perplexity={"search": {"value": -1, "stderr": 0}, "report": None})),
+    Input("scores of another type", best(speed=[5], zero_shot={"tasks": 1})),
+    Input("versions that are markup", best(versions={MARKUP: MARKUP}), "read as text"),
+]  # fmt: skip
+
+
+# --- study files
+
+
+def toml(old: str, new: str) -> Change:
+    def change(place: Path) -> None:
+        text = (place / "tiny.toml").read_text()
+        assert old in text
+        (place / "tiny.toml").write_text(text.replace(old, new))
+
+    return change
+
+
+def source(value: str) -> Change:
+    return toml('source = "model"', f"source = {json.dumps(value)}")
+
+
+def calibration(value: str) -> Change:
+    return toml('"file:calibration.txt"', json.dumps(value))
+
+
+def stored(place: Path) -> None:
+    home = place.parents[2]
+    text = (place / "tiny.toml").read_text()
+    (place / "tiny.toml").write_text(f'storage = "sqlite:///{home}/other.db"\n{text}')
+
+
+STUDY = [
+    Input("no TOML", replaced("tiny.toml", "= = [")),
+    Input("no UTF-8", replaced("tiny.toml", b"description = '\xff'")),
+    Input("binary", replaced("tiny.toml", np.random.default_rng(0).bytes(5000))),
+    Input("100,000 levels", replaced("tiny.toml", f"x = {DEEP}")),
+    Input("a number of 5000 digits", replaced("tiny.toml", f"sparsity = {'9' * 5000}")),
+    Input("empty", replaced("tiny.toml", "")),
+    Input("a folder", folder("tiny.toml")),
+    Input("a pipe", fifo("tiny.toml")),
+    Input("a link to a device", linked("tiny.toml", "/dev/null")),
+    Input("a link to ~/.ssh", linked("tiny.toml", "~/.ssh/id_rsa")),
+    Input("keys with escapes", toml("sparsity =", f'"{MARKUP!r}" = 1\nsparsity =')),
+    Input("values of another type", toml("sparsity = 0.5", "sparsity = [0.5]")),
+    Input("a sparsity that is NaN", toml("sparsity = 0.5", "sparsity = nan")),
+    Input("10¹² windows", toml("windows = 8", "windows = 1_000_000_000_000")),
+    Input("10¹² trials", toml("trials = 6", "trials = 1_000_000_000_000")),
+    Input("a description with markup", toml('description = "a tiny Llama"', f"description = {json.dumps(MARKUP)}"),
+          "read as text"),
+    Input("a model elsewhere", source("/etc")),
+    Input("a model of a user who is none", source("~nobody-at-all/x")),
+    Input("a model by a name with NUL", source("a\0b")),
+    Input("a model by a name of 5000 letters", source("x" * 5000)),
+    Input("a model of the hub", source("evil/model")),
+    Input("a text that is ~/.ssh/id_rsa", calibration("file:~/.ssh/id_rsa")),
+    Input("a text of a user who is none", calibration("file:~nobody-at-all/x.txt")),
+    Input("a text by a name of 5000 letters", calibration(f"file:{'x' * 5000}.txt")),
+    Input("a text that is the environment", calibration("package:os:environ")),
+    Input("another program's database", stored),
+]  # fmt: skip
+
+
+# --- texts
+
+
+def text(content: str | bytes, ending: str = "txt") -> Change:
+    """The calibration text, under another ending too."""
+    return both(replaced(f"calibration.{ending}", content), renamed(ending))
+
+
+def renamed(ending: str) -> Change:
+    def change(place: Path) -> None:
+        for file in (place / "tiny.toml", place / "tiny.best.json", place / "sparse" / "atp_tune.json"):
+            if file.is_file():
+                file.write_text(file.read_text().replace("file:calibration.txt", f"file:calibration.{ending}"))
+
+    return change
+
+
+def parquet(values: list[Any], name: str = "text") -> Change:
+    def change(place: Path) -> None:
+        pyarrow.parquet.write_table(pyarrow.table({name: values}), place / "calibration.parquet")
+        renamed("parquet")(place)
+
+    return change
+
+
+def _broken_parquet(place: Path) -> None:
+    parquet(["words " * 2000])(place)
+    content = bytearray((place / "calibration.parquet").read_bytes())
+    content[20:60] = b"\xff" * 40
+    (place / "calibration.parquet").write_bytes(content)
+
+
+WORDS = "the other words of a text, " * 500
+TEXTS = [
+    Input("a pipe", fifo("calibration.txt")),
+    Input("a folder", folder("calibration.txt")),
+    Input("a link to a device", linked("calibration.txt", "/dev/null")),
+    Input("a link to /proc/self/mem", linked("calibration.txt", "/proc/self/mem")),
+    Input("a link to nothing", linked("calibration.txt", "nothing")),
+    Input("a link to itself", linked("calibration.txt", "calibration.txt")),
+    Input("empty", text("")),
+    Input("spaces", text(" \n" * 50)),
+    Input("no UTF-8", text(b"\xff\xfe" * 5000)),
+    Input("random bytes", text(np.random.default_rng(0).bytes(50_000))),
+    Input("NUL and escapes", text(f"\0{ESCAPES}" * 2000), "read as text"),
+    Input("markup", text(MARKUP * 500), "read as text"),
+    Input("names of special tokens", text("<|endoftext|><s></s>[MASK]" * 500), "read as text"),
+    Input("a line of 2 MB", text("x" * 2_000_000), "read as text"),
+    Input("lines that are no JSON", text("{", "jsonl")),
+    Input("lines of 100,000 levels", text(DEEP, "jsonl")),
+    Input("lines with numbers of 5000 digits", text('{"text": ' + "9" * 5000 + "}", "jsonl")),
+    Input("lines of another type", text("[1]\n5\n", "jsonl")),
+    Input("texts of another type", text('{"text": {"a": 1}}', "jsonl")),
+    Input("half a character", text(json.dumps({"text": "\ud800 " + WORDS}), "jsonl")),
+    Input("columns by names with escapes", text(json.dumps({ESCAPES: "x"}), "jsonl")),
+    Input("no Parquet file", text(b"PAR1" + bytes(500) + b"PAR1", "parquet")),
+    Input("a Parquet file with a broken page", _broken_parquet),
+    Input("a column of numbers", parquet([1, 2, 3])),
+    Input("a column by a name with escapes", parquet([WORDS], ESCAPES)),
+]  # fmt: skip
+
+
+# --- sparse folders
+
+
+def about(**values: Any) -> Change:
+    return edited("sparse/atp_tune.json", **values)
+
+
+def in_sparse(one: Input) -> Input:
+    """The same of the sparse folder as of a model's."""
+
+    def change(place: Path) -> None:
+        (place / "model").rename(place / "dense")
+        (place / "sparse").rename(place / "model")
+        try:
+            one.change(place)
+        finally:
+            (place / "model").rename(place / "sparse")
+            (place / "dense").rename(place / "model")
+
+    return Input(one.name, change, one.word)
+
+
+SPARSE = [
+    *map(in_sparse, MODEL),
+    Input("atp_tune.json that is no JSON", replaced("sparse/atp_tune.json", DEEP), "left out"),
+    Input("atp_tune.json that is a pipe", fifo("sparse/atp_tune.json"), "left out"),
+    Input("atp_tune.json that is a folder", folder("sparse/atp_tune.json"), "left out"),
+    Input("atp_tune.json that is a link to ~/.ssh", linked("sparse/atp_tune.json", "~/.ssh/id_rsa"), "left out"),
+    Input("atp_tune.json of another type", about(calibration=5), "left out"),
+    Input("a text that is ~/.ssh/id_rsa", about(calibration__source="file:~/.ssh/id_rsa"), "left out"),
+    Input("a folder with NUL", about(folder="a\0b"), "left out"),
+    Input("a dense model elsewhere", about(model__id="/etc"), "left out"),
+    Input("a dense model of a user who is none", about(model__id="~nobody-at-all/x"), "left out"),
+    Input("a study by a name with markup", about(study=MARKUP), "read as text"),
+]  # fmt: skip
+
+KINDS = {
+    "study file": STUDY,
+    "database": DATABASE,
+    "configuration": CONFIGURATION,
+    "model folder": MODEL,
+    "sparse folder": SPARSE,
+    "texts": TEXTS,
+}
+
+
+# --- the table
+
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "security.md"
+BEGIN, END = "<!-- written by tests/test_hostile_inputs.py: -->\n", "<!-- : written by tests/test_hostile_inputs.py -->"
+
+
+def known_cells(document: Path) -> dict[tuple[str, str], str]:
+    """The table's cells by command and kind of input."""
+    inside = document.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+    lines = [line.strip("|").split("|") for line in inside.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line] for line in lines]
+    return {
+        (row[0].strip("`"), kind): cell for row in rows[2:] for kind, cell in zip(rows[0][1:], row[1:], strict=True)
+    }
+
+
+def write_cells(document: Path, cells: dict[tuple[str, str], str], commands: list[str]) -> None:
+    """The table anew, and below it what the inputs are."""
+    text = document.read_text(encoding="utf-8")
+    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
+    head = [f"| command | {' | '.join(KINDS)} |", "|---|" + "---|" * len(KINDS)]
+    rows = [f"| `{name}` | {' | '.join(cells.get((name, kind), '') for kind in KINDS)} |" for name in commands]
+    document.write_text(f"{before}{BEGIN}" + "\n".join([*head, *rows, "", *listed()]) + f"\n{END}{after}", "utf-8")
+
+
+def listed() -> list[str]:
+    """What the inputs of each kind are, a line for each kind."""
+    own = {kind: inputs for kind, inputs in KINDS.items() if kind != "sparse folder"}
+    lines = [f"- {kind}, {len(inputs)}: {'; '.join(one.name for one in inputs)}" for kind, inputs in own.items()]
+    more = [one.name for one in SPARSE[len(MODEL) :]]
+    return [*lines, f"- sparse folder, {len(SPARSE)}: those of a model folder; {'; '.join(more)}"]
+
+
+def seen(words: list[str]) -> str:
+    """What a cell says of the inputs of a kind."""
+    order = ["refused", *SURE]
+    return ", ".join(sorted(set(words), key=order.index))

@@ -1,0 +1,285 @@
+"""Every command on what strangers may hand over: docs/security.md has the table, which these tests write.
+
+A command ends with 0, or with 2 and one line; it leaves the home in which all this lies as it was, but for its results.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Thread, Timer
+from typing import Any
+
+import hostile
+import pytest
+from hostile import DOCUMENT, KINDS, SECRET, Input, known_cells, make_home, seen, tree, write_cells
+from tinystudy import Answer, CommandLine
+
+from atp_tune.checkpoints.models import resolve
+from atp_tune.cli.app import app
+from atp_tune.events import unwatched
+from atp_tune.serving import serve
+from atp_tune.spec import studyfile
+from atp_tune.spec.config import read_config
+from atp_tune.spec.study import Model
+
+WRITES = os.environ.get("ATP_TUNE_WRITE_DOCS") == "1"
+LIMIT = 60  # seconds for a command
+NONE = "–"
+OUT = r"work/out(/.*)?"
+STUDY = "download/a/study"
+DATABASE = rf"{STUDY}/tiny\.db"
+BEST = rf"{STUDY}/tiny\.best\.json"
+TASK = """\
+task: tiny
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{q}}}}"
+doc_to_choice: ["a", "b"]
+doc_to_target: 0
+metric_list: [{{metric: acc}}]
+"""
+
+
+# command → what it may write, and the kinds of input that it reads with its options for them
+COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
+    "tune": (rf"{DATABASE}(-journal)?|{BEST}", dict.fromkeys(
+        ("study file", "database", "model folder", "texts"), "--study {study}/tiny.toml --trials 7")
+        | {"configuration": "--study {study}/tiny.toml"}),
+    "plan": ("", dict.fromkeys(("study file", "database", "model folder", "texts"), "--study {study}/tiny.toml")),
+    "status": ("", dict.fromkeys(("study file", "database"), "--study {study}/tiny.toml")),
+    "serve": (rf"{STUDY}/tiny\.artifacts(/[0-9a-f-]{{36}})?|{DATABASE}", dict.fromkeys(
+        ("study file", "database"), "--study {study}/tiny.toml --port 0 --grpc-port 0")),
+    "merge": (r"work/both\.db|work/both\.artifacts(/[0-9a-f-]{36})?", {
+        "database": "{home}/good.db {study}/tiny.db --out both.db --study tiny"}),
+    "export": (rf"{BEST}|work/out\.csv", {
+        **dict.fromkeys(("study file", "database"), "--study {study}/tiny.toml"),
+        "configuration": "--config {study}/tiny.best.json --out out.csv"}),
+    "report": (rf"{STUDY}/tiny\.report\.md", dict.fromkeys(
+        ("study file", "database"), "--study {study}/tiny.toml --format md")),
+    "apply": (OUT, dict.fromkeys(
+        ("configuration", "model folder", "texts"), "--config {study}/tiny.best.json --out out --device cpu")),
+    "evaluate": (rf"{BEST}|{DATABASE}", {
+        **dict.fromkeys(
+            ("configuration", "database", "model folder", "texts"), "--config {study}/tiny.best.json {task}"),
+        "sparse folder": "--model {study}/sparse {task}"}),
+    "prune": (OUT, dict.fromkeys(
+        ("study file", "model folder", "texts"), "--study {study}/tiny.toml --beta 0.01 --out out")),
+    "finetune": (OUT, dict.fromkeys(
+        ("sparse folder", "texts"), "--model {study}/sparse --out out --steps 1 --batch 1 --tokens 32 --device cpu")),
+    "speedup": (rf"{BEST}|{DATABASE}|{STUDY}/sparse/atp_tune\.json", {
+        **dict.fromkeys(("configuration", "database", "model folder", "texts"),
+                        "--config {study}/tiny.best.json --tokens 4 --runs 1 --device cpu"),
+        "sparse folder": "--model {study}/sparse --tokens 4 --runs 1 --device cpu"}),
+    "studies": ("", dict.fromkeys(("study file", "database"), "")),
+}  # fmt: skip
+FAST = {("status", "study file"), ("status", "database"), ("merge", "database"), ("export", "configuration")}
+CELLS = [(name, kind) for name, (_, kinds) in COMMANDS.items() for kind in KINDS if kind in kinds]
+
+
+class HangsError(BaseException):
+    """A command that does not end."""
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_done: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The finished tiny study with the folder that `apply` makes of it; to be read only."""
+    from atp_tune.sparse.applying import apply
+
+    place = Path(shutil.copytree(tiny_done, tmp_path_factory.mktemp("hostile") / "place"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATP_TUNE_CACHE", str(place.parent / "cache"))
+        apply(read_config(place / "tiny.best.json"), place, place / "sparse", "cpu", unwatched)
+    return place
+
+
+@contextmanager
+def limited(home: Path) -> Iterator[None]:
+    """Ends what waits for ever, for a pipe that nobody writes to, say."""
+
+    def stop(*_: object) -> None:
+        raise HangsError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    pipes = Timer(LIMIT - 10, lambda: [os.open(pipe, os.O_RDWR) for pipe in home.rglob("*") if pipe.is_fifo()])
+    pipes.start()  # what waits in C for somebody who writes into a pipe gets no signal
+    signal.alarm(LIMIT)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+        pipes.cancel()
+
+
+def visit(served: serve.Served, ended: list[bool]) -> None:
+    """Asks for what a browser would ask for."""
+
+    def get(path: str) -> Any:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{served.port}{path}", timeout=30) as answer:
+                return answer.read()
+        except urllib.error.HTTPError:
+            return b"{}"
+
+    try:
+        listed = json.loads(get("/api/studies")).get("study_summaries", [])
+        for study in listed:
+            shown = json.loads(get(f"/api/studies/{study['study_id']}?after=0"))
+            names = [one["artifact_id"] for one in shown.get("artifacts", [])]
+            for name in [*names, hostile.UUID, "..%2f..%2f..%2f.bashrc"]:
+                assert SECRET.encode() not in get(f"/artifacts/{study['study_id']}/{name}")
+    finally:
+        ended.append(True)
+
+
+@pytest.fixture
+def short_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`serve` ends when what it serves has been looked at."""
+    real = serve.serve
+
+    def short(service: serve.Service, _: object, ready: Callable[[serve.Served], None], tell: Any) -> None:
+        ended: list[bool] = []
+
+        def begun(served: serve.Served) -> None:
+            ready(served)
+            Thread(target=visit, args=(served, ended)).start()
+
+        real(service, lambda: bool(ended), begun, tell)
+
+    monkeypatch.setattr(serve, "serve", short)
+
+
+class Sandbox:
+    """A home for each input, in which a command is run on it."""
+
+    def __init__(self, finished: Path, tmp_path: Path, command: CommandLine, patch: pytest.MonkeyPatch) -> None:
+        self._model = tmp_path / "usual"
+        make_home(self._model, finished)
+        shutil.copyfile(finished / "tiny.db", self._model / "good.db")
+        self._home, self._command, self._patch = tmp_path / "home", command, patch
+        (tmp_path / "tmp").mkdir()
+        (tmp_path / "tasks").mkdir()
+        (tmp_path / "tasks" / "data.jsonl").write_text('{"q": "the"}\n{"q": "of"}\n')
+        (tmp_path / "tasks" / "tiny.yaml").write_text(TASK.format(data=tmp_path / "tasks" / "data.jsonl"))
+        self._task = f"--tasks {tmp_path}/tasks/tiny.yaml --device cpu"
+        patch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+        patch.setattr(studyfile, "_folders", lambda: (self._home / STUDY,))
+        patch.setenv("HOME", str(self._home))
+        patch.setenv("ATP_TUNE_CACHE", str(tmp_path / "cache"))
+
+    def run(self, name: str, kind: str, one: Input) -> str:
+        """What a command makes of an input: its word, or what is wrong."""
+        shutil.rmtree(self._home, ignore_errors=True)
+        shutil.copytree(self._model, self._home, symlinks=True)
+        place = self._home / STUDY
+        self._make_new(name, kind, place)
+        one.change(place)
+        self._make_fit(kind, place)
+        before = tree(self._home)
+        self._patch.chdir(self._home / "work")
+        allowed, options = COMMANDS[name][0], COMMANDS[name][1][kind]
+        words = options.format(study=place, home=self._home, task=self._task).split()
+        try:
+            with limited(self._home):
+                answer = self._command(*([] if name == "tune" else [name]), *words)
+        except (Exception, HangsError, pytest.fail.Exception) as error:  # what the user would see as a traceback
+            return f"{type(error).__name__}: {error}"[:300]
+        after = tree(self._home)
+        changed = {path for path in {*before, *after} if before.get(path) != after.get(path)}
+        return self._wrong(answer, {path for path in changed if not re.fullmatch(allowed, path)}) or (
+            "refused" if answer.code == 2 else one.word
+        )
+
+    def _make_new(self, name: str, kind: str, place: Path) -> None:
+        """A study that has to load its model and texts."""
+        if name in ("tune", "plan") and kind in ("model folder", "texts", "study file"):
+            for file in ("tiny.db", "tiny.best.json"):
+                (place / file).unlink()
+
+    def _make_fit(self, kind: str, place: Path) -> None:
+        """A stranger's configuration fits the stranger's model."""
+        if kind != "model folder" or not (place / "tiny.best.json").is_file():
+            return
+        try:
+            content = resolve(Model(source=str(place / "model")), Path()).content
+        except Exception:  # the command says what is wrong with it
+            return
+        hostile.best(model__fingerprint=content)(place)
+
+    def _wrong(self, answer: Answer, changed: set[str]) -> str:
+        if answer.code not in (0, 2):
+            return f"exit code {answer.code}"
+        lines = answer.err.splitlines()
+        if answer.code == 2 and not (len(lines) == 1 and lines[0].startswith("error: ") and shown(lines[0])):
+            return f"no line: {answer.err[:300]!r}"
+        if answer.code == 0 and (lines or not shown(answer.out.replace("\n", ""))):
+            return f"said {answer.err[:300]!r} {answer.out[-300:]!r}"
+        if SECRET in answer.out + answer.err:
+            return "the secret was printed"
+        if changed:
+            return f"changed {sorted(changed)}"
+        left = sorted(path.name for path in Path(tempfile.gettempdir()).iterdir())
+        return f"left {left} in the folder of temporary files" if left else ""
+
+
+def shown(line: str) -> bool:
+    return all(char.isprintable() or char == "\u00a0" for char in line)
+
+
+@pytest.fixture
+def sandbox(
+    finished: Path, tmp_path: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch, hub: object,
+    short_serve: None, cache: Path, windows: None,
+) -> Sandbox:  # fmt: skip
+    shutil.copytree(finished.parent / "cache" / "windows", cache / "windows", dirs_exist_ok=True)
+    return Sandbox(finished, tmp_path, command, monkeypatch)
+
+
+def check(name: str, kind: str, sandbox: Sandbox) -> None:
+    only = os.environ.get("ATP_TUNE_HOSTILE", "")
+    inputs = [one for one in KINDS[kind] if only in one.name]
+    said = {one.name: sandbox.run(name, kind, one) for one in inputs}
+    wrong = {one: words for one, words in said.items() if words not in ("refused", *hostile.SURE)}
+    assert not wrong, "\n".join(f"{one}: {words}" for one, words in wrong.items())
+    if only:
+        return
+    cell = seen(list(said.values()))
+    if WRITES:
+        write_cells(DOCUMENT, {**known_cells(DOCUMENT), **empty(), (name, kind): cell}, list(COMMANDS))
+    assert known_cells(DOCUMENT).get((name, kind)) == cell
+
+
+def empty() -> dict[tuple[str, str], str]:
+    """The cells of what a command does not read."""
+    return {(name, kind): NONE for name in COMMANDS for kind in KINDS if (name, kind) not in CELLS}
+
+
+@pytest.mark.parametrize(("name", "kind"), [cell for cell in CELLS if cell in FAST])
+def test_a_command_that_is_quick(name: str, kind: str, sandbox: Sandbox) -> None:
+    check(name, kind, sandbox)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "kind"), [cell for cell in CELLS if cell not in FAST])
+def test_a_command(name: str, kind: str, sandbox: Sandbox) -> None:
+    check(name, kind, sandbox)
+
+
+def test_the_table_has_every_command_and_every_input() -> None:
+    commands = {info.callback.__name__ for info in app.registered_commands if info.callback}
+    assert {*commands, "tune"} == set(COMMANDS)
+    cells = known_cells(DOCUMENT)
+    assert set(cells) == {(name, kind) for name in COMMANDS for kind in KINDS}
+    assert {cell: word for cell, word in cells.items() if word == NONE} == empty()
+    text = DOCUMENT.read_text(encoding="utf-8")
+    assert all(line in text for line in hostile.listed())

@@ -1,0 +1,36 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from atp_tune.errors import UserError
+from atp_tune.paths import is_special, written
+
+
+def test_a_path_starts_at_its_base_or_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert written("a/b.txt", tmp_path, "source") == tmp_path / "a" / "b.txt"
+    assert written("~/b.txt", tmp_path, "source") == tmp_path / "home" / "b.txt"
+    assert written("/b.txt", tmp_path, "source") == Path("/b.txt")
+    (tmp_path / "file").touch()
+    assert written("file/b.txt", tmp_path, "source") == tmp_path / "file" / "b.txt"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("~nobody-at-all/x", "home directory"), ("a\0b", "null byte"), ("x" * 5000, "File name too long")],
+)
+def test_what_no_file_can_be_called(text: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=reason) as caught:
+        written(text, tmp_path, "texts.search.source")
+    assert str(caught.value).startswith('texts.search.source: "')
+    assert len(str(caught.value)) < 300
+
+
+def test_what_is_neither_file_nor_folder(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    (tmp_path / "file").touch()
+    found = {name: is_special(tmp_path / name) for name in ("pipe", "link", "file", ".", "nothing", "a\0b")}
+    assert found == {"pipe": True, "link": True, "file": False, ".": False, "nothing": False, "a\0b": False}
+    assert is_special(Path("/dev/null"))
