@@ -397,7 +397,7 @@ def test_a_text_to_train_on_is_compared_without_bos(finished: Path, command: Com
     """The report text itself under another name, in windows of half the length, is found out."""
     assert command("apply", "--config", finished / "tiny.best.json", "--out", finished / "sparse").code == 0
     shutil.copy(finished / "report.txt", finished / "copy.txt")
-    short = ("--steps", "4", "--batch", "4", "--tokens", "32", "--text", f"file:{finished / 'copy.txt'}")
+    short = ("--steps", "4", "--batch", "4", "--tokens", "16", "--text", f"file:{finished / 'copy.txt'}")
     answer = command("finetune", "--model", finished / "sparse", "--out", finished / "out", *short)
     assert "16 windows of file:" in answer.error
 
@@ -477,8 +477,12 @@ def test_programs_are_told_too(finished: Path, command: CommandLine) -> None:
 def test_what_is_stored_of_it_is_checked(finished: Path) -> None:
     """A stranger's database cannot bring down what reads it."""
     study = reopen(finished)
-    study.set_user_attr("bos", {"token": "<s>", "with_bos": 3})
-    assert "bos" not in reopen(finished).user_attrs
+    known = study.user_attrs["bos"]
+    for strange in (3, {**known, "with_bos": 3}, {**known, "token": "\ud800"}):
+        study.set_user_attr("bos", strange)
+        assert "bos" not in reopen(finished).user_attrs
+    study.set_user_attr("bos", known)
+    assert reopen(finished).user_attrs["bos"] == known
 
 
 def test_two_studies_are_merged_only_if_both_have_it(finished: Path, wanting: Path, command: CommandLine) -> None:

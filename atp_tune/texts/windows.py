@@ -120,8 +120,11 @@ def check_disjoint(named: dict[str, Windows]) -> None:
 
 
 def recut(windows: Windows, tokens: int) -> Windows:
-    """The same tokens of the text, without BOS, in windows of so many, to be compared with those of another text."""
-    ids = windows.ids[:, int(windows.bos) :]
+    """The same tokens of the text, without BOS, in windows of so many, to be compared with those of another text.
+
+    With BOS windows of different lengths do not begin at the same places: they are put together again before the cut.
+    """
+    ids = windows.ids[:, 1:].reshape(1, -1) if windows.bos else windows.ids
     per = ids.shape[1] // tokens * tokens
     return _windows(np.ascontiguousarray(ids[:, :per]).reshape(-1, tokens))
 

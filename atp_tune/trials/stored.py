@@ -37,7 +37,7 @@ def _nll(value: float) -> float:
 
 
 def _effect(found: dict[str, Any]) -> dict[str, Any]:
-    BosEffect.model_validate(found)  # ValidationError is a ValueError
+    _written(BosEffect.model_validate(found).token)  # ValidationError is a ValueError
     return found
 
 
