@@ -228,11 +228,16 @@ def test_more_trials_go_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert study.user_attrs["settled"] == [41, 7]
 
 
-def test_a_real_study_settles(place: Path) -> None:
+def test_a_real_study_settles_and_so_does_one_that_was_interrupted(place: Path) -> None:
+    """Verdicts are no memory of a process: the study that went on in a new run ends with the very same trial."""
     study = run(place, *GP)
-    assert LEAST <= counted(study) < 40
+    assert LEAST + RUN - 1 <= counted(study) < 40
     assert all(trial.state == TrialState.COMPLETE for trial in study.trials)
     assert reopen(place).user_attrs["settled"] == [40, counted(study)]
+    run(place, *GP, f"search.trials={counted(study) - 1}", name="again")
+    again = run(place, *GP, name="again")
+    assert [trial.params for trial in again.trials] == [trial.params for trial in study.trials]
+    assert again.user_attrs["settled"] == [40, counted(study)]
 
 
 def test_the_total_of_a_study() -> None:
