@@ -34,7 +34,7 @@ from time import perf_counter
 import optuna
 
 from atp_tune.cache import cache_dir
-from atp_tune.results.summary import summarise
+from atp_tune.results.summary import made_from, summarise
 from atp_tune.scores.perplexity import change, perplexity
 from atp_tune.spec.studyfile import load
 from atp_tune.trials.storage import find_study, open_storage
@@ -44,7 +44,8 @@ STEP = 0.002
 GRID = ("search.sampler=grid", f"search.step={STEP}")
 PART = 8  # windows of the search text that a screening looks at
 SCREEN = ("search.sampler=gp", "search.screen.trials=9")
-REST = ("search.settle=true", "prune.statistics=sequential", "search.stopper=wilcoxon")
+FAST = "smol-fast"
+REST = ("prune.statistics=sequential", "search.stopper=wilcoxon")
 LEVERS = {
     "off": GRID,
     "sequential": (*GRID, "prune.statistics=sequential"),
@@ -53,6 +54,7 @@ LEVERS = {
     "screen": (*SCREEN, "search.screen.confirm=1"),
     "all": (*SCREEN, "search.screen.confirm=1", *REST),
     "all-2": (*SCREEN, "search.screen.confirm=2", *REST),
+    FAST: (),  # the study of that name as it is: `all-2`, screened on a quarter of the search text
 }
 
 
@@ -113,10 +115,11 @@ def ours(name: str, sparsity: float, work: Path, scale: int) -> Row:
         confirm = int(next(key for key in LEVERS[name] if "confirm" in key)[-1])
         every = sizes["texts.search.windows"] // PART
         overrides += [f"search.screen.every={every}", f"search.trials={confirm + 1}"]
-    else:
+    elif name != FAST:
         overrides += [f"search.trials={grid + 1}"]
     sets = [word for override in overrides for word in ("--set", override)]
-    command = [sys.executable, "tune.py", "--study", "smol", "--storage", storage, "--study-name", label, *sets]
+    file = name if name == FAST else "smol"
+    command = [sys.executable, "tune.py", "--study", file, "--storage", storage, "--study-name", label, *sets]
     shutil.rmtree(cache_dir("statistics"), ignore_errors=True)
     began, started = datetime.now(), perf_counter()
     subprocess.run(command, check=True, cwd=HERE.parent, stdout=sys.stderr)
@@ -151,7 +154,8 @@ def _screened(label: str, storage: str) -> datetime:
 def _work(study: optuna.Study, label: str, storage: str, scale: int) -> tuple[str, float]:
     """Trials, in full, stopped and screened, and tokens through the model until the choice, the dense model's too."""
     N, E = _tokens(scale)
-    passes = 1 if "sequential" in str(study.user_attrs["made_from"]["overrides"]) else 2
+    made = made_from(study.user_attrs["made_from"])
+    passes = 1 if made and made.study.prune.statistics == "sequential" else 2
     windows, shown, tokens = len(study.user_attrs["dense"]), f"{len(study.trials)}", 0.0
     stopped = sum("stopped_after" in trial.user_attrs for trial in study.trials)
     if f"{label}.screen" in optuna.get_all_study_names(storage):

@@ -18,7 +18,7 @@ from atp_tune.results.summary import best_config, is_by_kl, kl_of, made_from, sc
 from atp_tune.scores.perplexity import perplexity
 from atp_tune.search.samplers import first_trials, make_sampler, make_stopper, total_trials
 from atp_tune.search.screening import SUFFIX, begins_with, confirmed, renamed, screening_file
-from atp_tune.search.settling import has_settled
+from atp_tune.search.settling import GAIN, has_settled
 from atp_tune.search.space import Space, make_space
 from atp_tune.spec.study import Screen
 from atp_tune.spec.studyfile import TRIALS, StudyFile, facts, settings
@@ -289,7 +289,7 @@ def _optimise(
         _recover(run, study)
         if run.file.study.search.settle and done < total and has_settled(study, objective.space):
             storage.settle(study, total)
-            run.note(f"settled after {done} of {total}: a better one could not be told from the best")
+            run.note(f"settled after {done} of {total}: a better point is expected to gain less than {GAIN:.0%}")
             study.stop()
         is_late = end is not None and monotonic() >= end  # Optuna's own timeout goes by a clock that may be set
         if is_late or done + len(storage.running(study)) >= total:  # other processes have done, or do, the rest

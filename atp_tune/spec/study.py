@@ -228,7 +228,10 @@ class Search(Part):
     seed: int = Field(0, ge=0)
     step: float = Field(0.002, gt=0, description="distance between the β of a grid")
     stopper: Literal["none", "wilcoxon"] = Field("none", description="ends hopeless trials early")
-    settle: bool = Field(False, description="end the study when no better trial is to be told from the best")
+    settle: bool = Field(
+        False,
+        description="end the study when a better point would gain less than 2% on the search text, at 90% confidence",
+    )
     screen: Screen | None = Field(None, description='look for points where it is cheap first; "none" does not')
 
     @field_validator("screen", mode="before")

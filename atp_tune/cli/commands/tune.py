@@ -68,8 +68,8 @@ def run(
     `python tune.py --study smol` tunes a real 30-block Llama on a laptop: each trial prunes the dense checkpoint as
     Optuna proposes and measures perplexity. Results are stored at once; the same command again goes on where it was.
 
-    `--study smol-fast` is the same search with every lever for speed (`search.screen`, `search.stopper`,
-    `search.settle`, `prune.statistics`), which the README explains. `plan` tells first what a study will cost.
+    `--study smol-fast` is the same search with the levers for speed (`search.screen`, `search.stopper`,
+    `prune.statistics`), which the README explains. `plan` tells first what a study will cost.
 
     `python tune.py status --study smol` shows the trials, `… apply --config studies/smol.best.json --out DIR` writes
     the sparse checkpoint.
