@@ -1,4 +1,4 @@
-"""A few seconds of a trial's work, timed: what one micro-batch costs in three blocks foretells a study's cost."""
+"""A few seconds of a trial's work, timed: what one batch costs in three blocks foretells a study's cost."""
 
 import statistics
 from collections.abc import Callable, Iterator
@@ -87,7 +87,7 @@ def probe(bench: Bench, pruners: tuple[str, ...], sparsity: float, load: float, 
 
 
 def _batch(bench: Bench, role: str) -> Tensor:
-    """Hidden states [windows, tokens, width] of one micro-batch of a text."""
+    """Hidden states [windows, tokens, width] of one batch of a text."""
     return bench.replay.embed(_ids(bench, role, bench.batch(role).windows)).clone()
 
 
