@@ -514,7 +514,7 @@ TEXTS = [
     Input("a link to nothing", linked("calibration.txt", "nothing")),
     Input("a link to itself", linked("calibration.txt", "calibration.txt")),
     Input("empty", text("")),
-    Input("spaces", text(" \n" * 50)),
+    Input("spaces", text(" \n" * 50), "read as text"),
     Input("no UTF-8", text(b"\xff\xfe" * 5000)),
     Input("random bytes", text(np.random.default_rng(0).bytes(50_000))),
     Input("NUL and escapes", text(f"\0{ESCAPES}" * 2000), "read as text"),

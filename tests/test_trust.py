@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_models import checkpoint, message, pickled, tiny  # noqa: F401
 from tinystudy import CommandLine, run
 from transformers import LlamaForCausalLM
@@ -166,7 +167,7 @@ def test_pickles_of_a_hub_are_refused_before_they_are_downloaded(
 
 def test_safetensors_of_another_name_do_not_let_pickles_in(pickled: Path, tmp_path: Path) -> None:  # noqa: F811
     """Transformers falls back to pytorch_model.bin where model.safetensors is not there."""
-    (pickled / "extra.safetensors").write_bytes(b"\x02\x00\x00\x00\x00\x00\x00\x00{}")
+    save_file({f"x{k}": torch.ones(1000) for k in range(9)}, pickled / "extra.safetensors")
     folder = resolve(study.Model(source="pickled"), tmp_path)
     with pytest.raises(UserError, match="transformers cannot load it"):
         Checkpoint.load(folder.path, torch.float32, torch.device("cpu"))
