@@ -107,6 +107,8 @@ def put(module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
 def open_bench(shape: Shape, residency: Residency, distinct: int, device: torch.device, ahead: bool = True) -> Bench:
     """A bench over random windows; the first block is pruned, and all run once, to warm up."""
     checkpoint = Checkpoint(make_model(shape, distinct, device), device, residency, ahead)
+    for block in checkpoint.blocks:  # memory that is shared once more by parameters that are not
+        put(block, {name: nn.Parameter(p.data, requires_grad=False) for name, p in block.named_parameters()})
     ids = torch.randint(shape.vocabulary, (2, shape.windows, shape.tokens), generator=torch.Generator().manual_seed(0))
     texts = {role: Windows(part.numpy(), role) for role, part in zip(("calibration", "search"), ids, strict=True)}
     folder = ModelFolder(Path(tempfile.gettempdir()) / "nothing", "random", shape.name)

@@ -293,8 +293,8 @@ def test_memory_that_runs_out_changes_no_result(prune: Prune, most: int, monkeyp
     model, events = tiny("llama"), []
     plan = atp_plan(bench_of(model), "wanda")
     expected = list(bench_of(model, prune).prune(plan))
-    limit_memory(monkeypatch, most)
     work = bench_of(model, prune, watch=events.append)
+    limit_memory(monkeypatch, most)
     assert work.batch("calibration").windows >= 5
     for a, b in zip(work.prune(plan), expected, strict=True):
         assert a.error == pytest.approx(b.error, rel=1e-4)

@@ -174,7 +174,7 @@ def test_ours_is_there_once(written: str) -> None:
 
 
 def test_artifacts_are_current_and_there_once(dashboard: Dashboard, done: Path, tmp_path: Path) -> None:
-    wait_until(lambda: dashboard.study("tiny")["artifacts"])
+    wait_until(lambda: len(dashboard.study("tiny")["artifacts"]) == 2)
     study = dashboard.study("tiny")
     names = {artifact["filename"]: artifact["artifact_id"] for artifact in study["artifacts"]}
     assert set(names) == {"best.json", "report.html"}
