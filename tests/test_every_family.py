@@ -231,6 +231,20 @@ def test_what_is_refused_is_refused_by_the_command(kind: str, said: str, place: 
     assert not list(place.glob("*.best.json"))
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", ["bert", "roberta", "electra", "paligemma"])
+@pytest.mark.filterwarnings("ignore")
+def test_later_tokens_are_seen_in_each_number_format(kind: str, dtype: torch.dtype, scale: float) -> None:
+    """Where numbers are coarse, or blocks change little, what later tokens do is no more than rounding elsewhere is."""
+    model = model_of(kind)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(scale if parameter.dim() == 2 else 1)
+    with pytest.raises(UserError, match="predicts tokens from those that come later"):
+        verified(Checkpoint(model.to(dtype), CPU))
+
+
 def test_a_model_of_a_mixture_of_blocks_is_one_list() -> None:
     """Attention, a recurrence, experts and a plain MLP in one list of blocks, each with linears of its own."""
     checkpoint = Checkpoint(model_of("nemotron_h"), CPU)

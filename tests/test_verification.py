@@ -9,7 +9,7 @@ from families import ALL, bench_of, checkpoint_of, tiny
 from test_replay import Toy
 from torch import Tensor, nn
 
-from atp_tune.blocks.verification import verified
+from atp_tune.blocks.verification import _Calls, _is_causal, verified
 from atp_tune.errors import UserError
 
 
@@ -82,6 +82,26 @@ class MixesPositions(Model):
 class NoLogits(Model):
     def head(self, hidden: Tensor, ids: Tensor) -> Tensor:
         return hidden.mean(1)
+
+
+class Routes(nn.Module):
+    """A block with two experts of its own kind, each of which gets the tokens that are sent to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+
+    def forward(self, hidden_states: Tensor, scale: float) -> Tensor:
+        after, chosen = hidden_states.clone(), (hidden_states[..., 0] > 0).long()
+        for index, expert in enumerate(self.experts):
+            after[chosen == index] += expert(hidden_states[chosen == index])
+        return after
+
+
+class RoutesTokens(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[1] = Routes()
 
 
 class SeesTheFuture(Model):
@@ -163,8 +183,21 @@ def test_a_model_that_the_replay_is_not_is_refused_in_one_line(kind: type[Model]
     assert str(caught.value).isprintable()
 
 
-def test_a_model_of_blocks_in_a_row_is_not_refused() -> None:
-    verified(checkpoint_of(Model()))
+@pytest.mark.parametrize("kind", [Model, RoutesTokens])
+def test_a_model_of_blocks_in_a_row_is_not_refused(kind: type[Model]) -> None:
+    verified(checkpoint_of(kind()))
+
+
+def test_tokens_that_are_routed_may_differ_in_their_last_bits() -> None:
+    """They are multiplied with those that chose the same expert, also with others of a later half."""
+    logits, calls = torch.randn(2, 16, 9), _Calls(checkpoint_of(RoutesTokens()))
+    with calls:
+        calls._hear("1.experts.0", nn.Linear(6, 6), (torch.ones(5, 6),))
+    assert calls.routed and not _Calls(checkpoint_of(Model())).routed
+    noisy = logits * (1 + 1e-6)
+    assert _is_causal(logits, noisy, routed=True)
+    assert not _is_causal(logits, noisy, routed=False)
+    assert not _is_causal(logits, logits + 0.1, routed=True)
 
 
 @pytest.mark.parametrize("family", ALL)

@@ -2,9 +2,9 @@
 
 The model runs as it is, with its own blocks in its own order. Of each block it is seen that it is called once, in the
 order of the list, with the hidden states [windows, tokens, width] that left the block before it, that it returns the
-same when it is replayed, and that its linears are multiplied by calling them. Weights are asked for once a block, so
-that a streamed model passes once. Then the logits are compared, also those of a slice of positions alone, and it is
-seen that no token changes what is predicted before it.
+same when it is replayed, and that its linears are multiplied by calling them. Then the logits are compared, also those
+of a slice of positions alone. A second text goes along, with other tokens in its second half: it must come to the same
+predictions in its first. Weights are asked for once a block, so that a streamed model passes once.
 
 On a CPU equal means to the last bit. Elsewhere sums may run in another order each time, so there it means within a few
 units in the last place of a block's output.
@@ -25,7 +25,7 @@ from atp_tune.checkpoints.convert import one_line
 from atp_tune.checkpoints.devices import is_out_of_memory
 from atp_tune.errors import UserError
 
-TOKENS = 16  # of each of the two windows, which are equal in their first half
+WINDOWS, TOKENS = 2, 16
 PART = slice(4, 11)  # positions of which the logits are computed alone, too
 UNITS = 32  # in the last place, on devices whose sums run in no fixed order
 
@@ -64,34 +64,48 @@ def _check_own_weights(checkpoint: Checkpoint) -> None:
 
 
 def _compare(replay: Replay) -> None:
-    ids = _windows(replay)
-    walk = _Walk(replay, ids)
-    with _calls(replay.checkpoint) as missing, bypassed(replay.checkpoint.blocks, walk.step):
+    ids, other = _texts(replay)
+    walk = _Walk(replay, ids, other)
+    with _Calls(replay.checkpoint) as calls, bypassed(replay.checkpoint.blocks, walk.step):
         logits = replay.forward(ids).logits
-    if missing:
-        raise Difference(f"does not call {min(missing)} on a text, so the inputs of its weights are not known")
+    if calls.missing:
+        raise Difference(f"does not call {min(calls.missing)} on a text, so the inputs of its weights are not known")
     if logits.shape[:2] != ids.shape:
         raise Difference("has no logits for each token")
     if not _is_equal(replay.logits(ids, walk.hidden), logits):
         raise Difference("computes its logits from more than the hidden states that leave its last block")
     if not _is_near(replay.logits(ids[:, PART], walk.hidden[:, PART]), logits[:, PART]):
         raise Difference("does not compute its logits position by position")
-    if not _is_near(*logits[:, : TOKENS // 2]):
+    if not _is_causal(logits, replay.logits(other, walk.other), calls.routed):
         raise Difference("predicts tokens from those that come later, so it is no causal language model")
 
 
-def _windows(replay: Replay) -> Tensor:
-    """Two windows [2, tokens] of random ids, equal in their first half."""
-    ids = torch.randint(replay.vocabulary(), (2, TOKENS), generator=torch.Generator().manual_seed(0))
-    ids[1, : TOKENS // 2] = ids[0, : TOKENS // 2]
-    return ids.to(replay.checkpoint.device)
+def _texts(replay: Replay) -> tuple[Tensor, Tensor]:
+    """Random ids [windows, tokens], and the same with other tokens in the second half of each window."""
+    draw = torch.Generator().manual_seed(0)
+    ids, other = torch.randint(replay.vocabulary(), (2, WINDOWS, TOKENS), generator=draw)
+    other[:, : TOKENS // 2] = ids[:, : TOKENS // 2]
+    return ids.to(replay.checkpoint.device), other.to(replay.checkpoint.device)
+
+
+def _is_causal(logits: Tensor, other: Tensor, routed: bool) -> bool:
+    """Whether both texts come to the same logits where they are the same so far.
+
+    To the last bit, since all shapes are the same and nothing of a row or position goes into another's; but tokens that
+    are routed are multiplied together with those that chose the same expert, and how many these are decides last bits.
+    """
+    early, others = logits[:, : TOKENS // 2], other[:, : TOKENS // 2]
+    if _is_equal(early, others):
+        return True
+    return routed and _is_near(early, others)
 
 
 class _Walk:
     """Stands in for the blocks of a running model: runs each as the model calls it, and compares its replay."""
 
-    def __init__(self, replay: Replay, ids: Tensor) -> None:
+    def __init__(self, replay: Replay, ids: Tensor, other: Tensor) -> None:
         self.hidden = replay.embed(ids)
+        self.other = replay.embed(other).clone()  # of a text that only goes along
         self._replay = replay
         self._own = [block.forward for block in replay.checkpoint.blocks]
         self._done = 0
@@ -104,6 +118,7 @@ class _Walk:
         output = self._replay.within(index, weights, partial(self._own[index], *args, **kwargs))
         with _as_before(self._replay.checkpoint.blocks[index], self._own[index]):
             replayed = self._replay.run(index, weights, given)
+            self.other = self._replay.run(index, weights, self.other)
         self.hidden = hidden_of(output)
         if not _is_equal(replayed, self.hidden):
             raise Difference(f"block {index} returns other numbers when it is run alone")
@@ -132,20 +147,28 @@ def _as_before(block: nn.Module, own: Callable[..., Any]) -> Iterator[None]:
         block.forward = stand_in
 
 
-@contextmanager
-def _calls(checkpoint: Checkpoint) -> Iterator[set[str]]:
-    """Names of the modules with prunable weights that have not been called while the body runs."""
-    paths = {f"{i}.{x.module}" for i, linears in enumerate(checkpoint.linears) for x in linears}
-    missing = set(paths)
-    handles = [
-        checkpoint.blocks.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: missing.discard(name))
-        for name in paths
-    ]
-    try:
-        yield missing
-    finally:
-        for handle in handles:
+class _Calls:
+    """Hears which modules with prunable weights are called, and whether one of them is given some tokens only."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        names = {f"{i}.{linear.module}" for i, linears in enumerate(checkpoint.linears) for linear in linears}
+        self.missing = set(names)
+        self.routed = any(linear.expert is not None for linears in checkpoint.linears for linear in linears)
+        self._handles = [
+            checkpoint.blocks.get_submodule(name).register_forward_pre_hook(partial(self._hear, name)) for name in names
+        ]
+
+    def __enter__(self) -> "_Calls":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
             handle.remove()
+
+    def _hear(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.missing.discard(name)
+        if args and isinstance(args[0], Tensor):
+            self.routed = self.routed or bool(args[0].shape[:-1].numel() % (WINDOWS * TOKENS))
 
 
 def _is_equal(one: Tensor, other: Tensor) -> bool:
