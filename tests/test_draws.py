@@ -116,7 +116,7 @@ def test_they_are_shown_beside_the_error_over_windows(drawn: Path, command: Comm
     for kind in ("md", "html"):
         text = (drawn / f"r.{kind}").read_text().replace("\u00a0", " ")
         assert value in text
-        assert f"Over 3 draws of the calibration text it changes by {change}." in text
+        assert f"Over 3 draws of the calibration text the difference is {change}." in text
 
 
 def test_a_study_that_is_complete_is_measured_on_more_draws(place: Path) -> None:

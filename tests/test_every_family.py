@@ -245,6 +245,18 @@ def test_later_tokens_are_seen_in_each_number_format(kind: str, dtype: torch.dty
         verified(Checkpoint(model.to(dtype), CPU))
 
 
+@pytest.mark.parametrize("role", ["calibration", "search", "report"])
+@pytest.mark.parametrize("bos", ["auto", "false"])
+def test_windows_that_are_longer_than_a_model_are_refused(
+    role: str, bos: str, place: Path, command: CommandLine
+) -> None:
+    exchange(place, "gpt2")  # its positions are learned, and end at 64
+    long = settings(f"texts.{role}.tokens=65", f"texts.bos={bos}")
+    said = f"texts.{role}.tokens: the model, which has 64 positions, cannot take windows of 65 tokens"
+    assert command("--study", place / "tiny.toml", *long).error.startswith(said)
+    assert not (place / "tiny.db").exists()
+
+
 def test_a_model_of_a_mixture_of_blocks_is_one_list() -> None:
     """Attention, a recurrence, experts and a plain MLP in one list of blocks, each with linears of its own."""
     checkpoint = Checkpoint(model_of("nemotron_h"), CPU)

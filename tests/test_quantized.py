@@ -590,6 +590,12 @@ def test_every_command_refuses(words: str, done: Path, command: CommandLine) -> 
     assert not (done / "out").exists()
 
 
+def test_a_method_in_the_place_of_its_table_is_refused(place: Path, command: CommandLine) -> None:
+    file = place / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": "gptq"}))
+    assert 'is quantized by "gptq", which is not read back' in command("--study", place / "tiny.toml").error
+
+
 def test_the_script_refuses(place: Path) -> None:
     folder = said_only(place, {"quant_method": "never_heard_of"})
     said = script("--study", place / "tiny.toml", "--set", f"model.source={folder}").error

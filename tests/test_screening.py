@@ -319,6 +319,15 @@ def test_near_points() -> None:
 # --- what a screening is
 
 
+def test_a_screening_does_not_begin_where_a_study_has_its_name(place: Path, command: CommandLine) -> None:
+    words = ["--study", place / "tiny.toml"]
+    assert command(*words, "--study-name", "x.screen", "--trials", "1").code == 0
+    answer = command(*words, "--study-name", "x", *settings("search.screen={trials=3, confirm=1}", "search.sampler=gp"))
+    assert answer.error.startswith("search.screen: the screening would be called x.screen, as a study of its own is")
+    study_names = {name for (name,) in sqlite3.connect(place / "tiny.db").execute("SELECT study_name FROM studies")}
+    assert study_names == {"x.screen"}
+
+
 def test_a_study_that_a_person_calls_like_a_screening_is_reported(place: Path, command: CommandLine) -> None:
     """A study is a screening if one was made for another; its name says nothing."""
     words = ["--study", place / "tiny.toml", "--study-name", "mine.screen"]

@@ -228,6 +228,13 @@ def test_more_trials_go_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert study.user_attrs["settled"] == [41, 7]
 
 
+def test_what_was_left_out_is_run_where_a_command_asks_for_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settle_after(4, monkeypatch)
+    run(place, *GP)
+    on = [*(key for key in GP if not key.startswith("search.settle")), "search.settle=false", "search.trials=6"]
+    assert states(run(place, *on)) == ["COMPLETE"] * 6
+
+
 def test_a_real_study_settles_and_so_does_one_that_was_interrupted(place: Path) -> None:
     """Verdicts are no memory of a process: the study that went on in a new run ends with the very same trial."""
     study = run(place, *GP)

@@ -142,6 +142,8 @@ REPLACED = [  # what stands in GOOD, what stands there instead, the message
     ("windows = 4", "", "texts.calibration.windows: a random draw needs their number"),
     ("windows = 4", "windows = 0", "texts.calibration.windows: must be at least 1, got 0"),
     ("windows = 4", "windows = 4.5", "texts.calibration.windows: must be a whole number, got 4.5"),
+    ("windows = 4", "windows = true", "texts.calibration.windows: must be a number, got true"),
+    ("windows = 4", "windows = 4\ndraws = false", "texts.calibration.draws: must be a number, got false"),
     ("windows = 4", "windows = inf", "texts.calibration.windows: must be finite, got Infinity"),
     ("windows = 4", "part = [0, 2]", "texts.calibration.part[1]: must be at most 1, got 2"),
     ("windows = 4", "windows = 4\npart = [1, 1]", "texts.calibration.part: [1.0, 1.0] holds nothing"),

@@ -53,6 +53,22 @@ def verified(checkpoint: Checkpoint) -> Replay:
     return replay
 
 
+@torch.inference_mode()
+def check_length(replay: Replay, ids: Tensor, what: str) -> None:
+    """UserError where a model cannot take a text's windows, ids [windows, tokens]: learned positions have an end."""
+    try:
+        replay.embed(ids[:1])
+    except (IndexError, RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        known = getattr(replay.checkpoint.config.get_text_config(), "max_position_embeddings", None)
+        positions = "" if known is None else f", which has {known} positions"
+        raise UserError(
+            f"{what}.tokens: the model{positions}, cannot take windows of {ids.shape[1]} tokens ({one_line(error)}); "
+            "lower tokens"
+        ) from None
+
+
 def _check_own_weights(checkpoint: Checkpoint) -> None:
     """Difference where two blocks share a weight: pruned twice, it would have the zeros of the second alone."""
     owners: dict[int, int] = {}

@@ -59,7 +59,8 @@ def check_full(folder: Path) -> None:
 def quantization_of(config: dict[str, Any]) -> dict[str, Any] | None:
     """What a `config.json` says of how its weights are quantized, also that of a part, as in `text_config`."""
     tables = (part.get("quantization_config") for part in parts_of(config))
-    return next((table for table in tables if isinstance(table, dict)), None)
+    found = next((table for table in tables if table is not None), None)
+    return found if found is None or isinstance(found, dict) else {"quant_method": found}
 
 
 def without_quantization(config: dict[str, Any], depth: int = _DEPTH) -> dict[str, Any]:
@@ -130,7 +131,7 @@ def _method(table: dict[str, Any]) -> str:
     """The method as transformers names it: bitsandbytes has two."""
     if table.get("load_in_4bit") or table.get("load_in_8bit"):
         return "bitsandbytes_4bit" if table.get("load_in_4bit") else "bitsandbytes_8bit"
-    return " ".join(str(table.get("quant_method")).split())[:40]  # a stranger's text, on one line
+    return " ".join(str(table.get("quant_method", "an unnamed method")).split())[:40]  # a stranger's text, on one line
 
 
 def _misplaced(folder: Path, config: dict[str, Any]) -> str | None:

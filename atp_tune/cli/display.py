@@ -71,7 +71,7 @@ class Display:
         best = f"best {event.best:.2f}" if event.best is not None else "no best yet"
         best = f"best KL {event.best_kl:.4f}" if event.best_kl is not None else best
         left = (monotonic() - self._first) / self._ended * (event.total - event.done)
-        rest = " of screening left" if event.what == "screening" else " left"
+        rest = f" of {event.what}s left"  # the report and its draws come after them
         eta = f", {duration(left)}{rest}" if event.done < event.total and not console.is_terminal else ""
         title = f"[{event.done}/{event.total}] {event.what} {event.number}: {plan}"
         console.print(f"{title}: {value} in {seconds:.0f} s ({best}{eta})", highlight=False, markup=False)

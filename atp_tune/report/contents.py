@@ -121,7 +121,7 @@ class Contents:
         side, text = "below" if paired.value <= 0 else "above", summary.ranks[0].on
         what = "KL divergence" if by_kl else "perplexity"
         over = "" if by_kl else draws_of(summary, summary.best_trial)[1].replace(" ± ", "\u00a0±\u00a0")
-        draws = f" Over {drawn(summary)} draws of the calibration text it changes by {over}." if over else ""
+        draws = f" Over {drawn(summary)} draws of the calibration text the difference is {over}." if over else ""
         return f"The best plan’s {what} is {abs(paired.value):.1%}{error} {side} uniform’s on the {text} text.{draws}"
 
 

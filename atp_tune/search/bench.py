@@ -23,7 +23,7 @@ from atp_tune.blocks.evidence import Cache, DenseEvidence
 from atp_tune.blocks.keeping import Kept, is_room, keep_all
 from atp_tune.blocks.prune_pass import BlockStatistics, Pass, PrunedBlock, advance, measure_and_advance
 from atp_tune.blocks.ranking import Ranked, can_rank
-from atp_tune.blocks.verification import verified
+from atp_tune.blocks.verification import check_length, verified
 from atp_tune.cache import cache_dir, sha256_of_json
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.classes import check_known
@@ -111,9 +111,10 @@ class Bench:
         checkpoint = Checkpoint.load(folder.path, dtype, device, folder.trusted, residency)
         bench = cls(folder, checkpoint, windows, setup.prune, watch)
         check_embedding(bench)
-        bench = bench._asked(setup) if setup.bos is None else bench
-        for role, found in bench.windows.items():
+        for role, found in windows.items():
             check_known(checkpoint.model, int(found.ids.max()), f"texts.{role}")
+            check_length(bench.replay, bench._ids[role], f"texts.{role}")
+        bench = bench._asked(setup) if setup.bos is None else bench
         bench.begin(setup.batches)
         if setup.draws > 1:
             bench._draws = _draws(setup.texts["calibration"], setup.draws, folder, setup.base, bench.bos)

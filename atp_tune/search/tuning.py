@@ -17,7 +17,7 @@ from atp_tune.events import Note, TrialEnded, TrialStarted, Watch
 from atp_tune.results.summary import best_config, is_by_kl, kl_of, made_from, score_of, undrawn, unreported
 from atp_tune.scores.perplexity import perplexity
 from atp_tune.search.samplers import first_trials, make_sampler, make_stopper, total_trials
-from atp_tune.search.screening import SUFFIX, begins_with, confirmed, renamed, screening_file
+from atp_tune.search.screening import SUFFIX, begins_with, confirmed, is_screening, renamed, screening_file
 from atp_tune.search.settling import GAIN, has_settled
 from atp_tune.search.space import Space, make_space
 from atp_tune.spec.study import Screen
@@ -75,6 +75,7 @@ def completed(run: Run) -> optuna.Study | None:
     storage.check_writable(run.file.storage_url)
     if warning := mounts.warning(run.file.storage_url):
         run.note(warning)
+    _check_screening(run)
     study = begun(run)
     if study is None or storage.is_new(study):
         return None
@@ -86,6 +87,18 @@ def completed(run: Run) -> optuna.Study | None:
         return None
     _write_best(run, study)
     return study
+
+
+def _check_screening(run: Run) -> None:
+    """UserError where a study that is no screening has the name that this one's screening would have."""
+    if run.file.study.search.screen is None:
+        return
+    other = begun(replace(run, name=run.name + SUFFIX))
+    if other is not None and not storage.is_new(other) and not is_screening(other):
+        raise UserError(
+            f"search.screen: the screening would be called {other.study_name}, as a study of its own is; "
+            "choose another --study-name NAME"
+        )
 
 
 def adopting(run: Run, study: optuna.Study) -> Run:
@@ -126,7 +139,7 @@ def is_complete(study: optuna.Study, file: StudyFile) -> bool:
     if sizes is None or storage.running(study):
         return False
     total = total_trials(file.study.search, make_space(file.study, Budget(file.study.sparsity, tuple(sizes))))
-    done = storage.counted(study) >= storage.total_of(study, total)
+    done = storage.counted(study) >= storage.total_of(study, total, file.goes_on)
     return done and (best is None or not (unreported(study) or undrawn(study, file.study.texts.calibration.draws)))
 
 
@@ -199,7 +212,7 @@ def open_bench(run: Run, study: optuna.Study | None = None) -> "Bench":
 
 
 def _describe(run: Run, study: optuna.Study, bench: "Bench", total: int, batches: dict[str, int]) -> None:
-    total = storage.total_of(study, total)
+    total = storage.total_of(study, total, run.file.goes_on)
     model = bench.checkpoint
     attributes = {
         "sizes": list(model.sizes), "blocks": model.blocks_name, "linears": model.linear_names,

@@ -128,7 +128,9 @@ def _gain(summary: Summary) -> str:
     what = " in KL" if by_kl else ""
     size = f"{abs(against.value):.1%} ± {against.stderr:.1%} {side} uniform{what} on the {rank.on} text"
     over = "" if by_kl else draws_of(summary, summary.best_trial)[1]
-    draws = f" Over {drawn(summary)} draws of the calibration text it changes by {over} (mean ± standard deviation)."
+    draws = (
+        f" Over {drawn(summary)} draws of the calibration text the difference is {over} (mean ± standard deviation)."
+    )
     return f"**The best is {size}.**{draws if over else ''} {errors}"
 
 

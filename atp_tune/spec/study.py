@@ -22,6 +22,16 @@ class Part(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_switches(cls, data: Any) -> Any:
+        """True and false are no numbers, though Python counts with them."""
+        for key, value in data.items() if isinstance(data, dict) else ():
+            kind = cls.model_fields[key].annotation if key in cls.model_fields else None
+            if isinstance(value, bool) and {kind, *get_args(kind)} & {int, float}:
+                raise ValueError(f"{key}: must be a number, got {str(value).lower()}")
+        return data
+
 
 class Model(Part):
     """The dense checkpoint: where it comes from and in which number format it is computed."""

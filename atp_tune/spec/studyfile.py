@@ -95,6 +95,11 @@ class StudyFile:
         return any(override.startswith(TRIALS) for override in self.overrides)
 
     @property
+    def goes_on(self) -> bool:
+        """Whether an override asks for the trials that a study which has settled left out."""
+        return not self.study.search.settle and any(one.startswith("search.settle=") for one in self.overrides)
+
+    @property
     def folder(self) -> Path:
         """Folder against which the study's relative paths are resolved."""
         return self.path.parent

@@ -402,10 +402,12 @@ def settle(study: optuna.Study, asked: int) -> None:
     study.set_user_attr("total", have)
 
 
-def total_of(study: optuna.Study, asked: int) -> int:
-    """The total of a study that is asked for so many trials: fewer, if it settled before; more go on."""
+def total_of(study: optuna.Study, asked: int, goes_on: bool = False) -> int:
+    """The total of a study that is asked for so many trials: fewer, if it settled before, unless it `goes_on` all the
+    same; more than it was asked for then go on.
+    """
     limit, have = study.user_attrs.get("settled", (0, 0))
-    return int(have) if asked <= limit else asked
+    return int(have) if asked <= limit and not goes_on else asked
 
 
 def is_repetition(trials: Sequence[FrozenTrial], number: int) -> bool:
