@@ -395,8 +395,8 @@ def test_other_methods_are_refused_by_their_config_alone(method: str, place: Pat
         ({"quant_method": "bitsandbytes"}, 'by "bitsandbytes", which is not read back'),
         ({"quant_method": "a\nb" + 99 * "c"}, 'by "a b' + 37 * "c" + '", which is'),
         ({"quant_method": ["fp8"]}, """by "['fp8']", which is not read back"""),
-        ({"bits": 4}, 'by "None", which is not read back'),
-        ({}, 'by "None", which is not read back'),
+        ({"bits": 4}, 'by "an unnamed method", which is not read back'),
+        ({}, 'by "an unnamed method", which is not read back'),
     ],
 )  # fmt: skip
 def test_each_other_reason_is_one_line(table: Any, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
