@@ -1,6 +1,5 @@
 import itertools
 import math
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
@@ -38,12 +37,7 @@ from atp_tune.trials.storage import queue_again
 BOTH = {"pruners": ["wanda", "magnitude"]}
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    yield
-    optuna.logging.set_verbosity(before)
+pytestmark = pytest.mark.usefixtures("quiet_optuna")
 
 
 def space_of(**changes: Any) -> Space:

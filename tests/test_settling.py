@@ -1,5 +1,4 @@
 import math
-from collections.abc import Iterator
 from datetime import datetime, timedelta
 from itertools import product
 from pathlib import Path
@@ -26,12 +25,7 @@ GP = ("search.sampler=gp", "search.settle=true", "search.trials=40")
 HELD, LEFT = 0.0, 1.0  # regrets: below the bound, and far above
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    yield
-    optuna.logging.set_verbosity(before)
+pytestmark = pytest.mark.usefixtures("quiet_optuna")
 
 
 def study_of_gp(space: Space, trials: int) -> optuna.Study:

@@ -23,6 +23,7 @@ from atp_tune.blocks.evidence import Cache, DenseEvidence
 from atp_tune.blocks.keeping import Kept, is_room, keep_all
 from atp_tune.blocks.prune_pass import BlockStatistics, Pass, PrunedBlock, advance, measure_and_advance
 from atp_tune.blocks.ranking import Ranked, can_rank
+from atp_tune.blocks.replay import Replay
 from atp_tune.blocks.verification import check_length, verified
 from atp_tune.cache import cache_dir, sha256_of_json
 from atp_tune.checkpoints.checkpoint import Checkpoint
@@ -76,14 +77,16 @@ class Bench:
         windows: dict[str, Windows],
         prune: Prune,
         watch: Watch,
+        replay: Replay | None = None,
     ) -> None:
+        """`replay`: of this checkpoint, where it is verified already: that takes all weights through the device."""
         self.folder = folder
         self.checkpoint = checkpoint
         self.windows = windows
         self.prune_settings = prune
         self.bos_effect: BosEffect | None = None  # what spoke for or against BOS, where it was measured
         self.watch = watch
-        self.replay = verified(checkpoint)
+        self.replay = replay or verified(checkpoint)
         self._ids = {role: torch.from_numpy(w.ids).to(checkpoint.device) for role, w in windows.items()}
         tokens = max(ids.shape[1] for ids in self._ids.values())
         self._batches = {
@@ -130,7 +133,7 @@ class Bench:
         if self.bos_effect is None or not self.bos_effect.taken:
             return self
         windows = _all_windows(setup, self.folder, bos=True)
-        other = Bench(self.folder, self.checkpoint, windows, self.prune_settings, self.watch)
+        other = Bench(self.folder, self.checkpoint, windows, self.prune_settings, self.watch, self.replay)
         other.bos_effect = self.bos_effect
         return other
 
