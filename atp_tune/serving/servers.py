@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from ipaddress import ip_address
 from socketserver import ThreadingMixIn
 from threading import Thread
-from typing import Any
+from typing import Any, cast
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import grpc
@@ -19,6 +19,7 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage
 from optuna.storages._grpc.auto_generated import api_pb2_grpc
 from optuna.storages._grpc.servicer import OptunaStorageProxyService
+from optuna.trial import FrozenTrial
 from optuna_dashboard import wsgi
 
 from atp_tune.errors import UserError
@@ -26,7 +27,7 @@ from atp_tune.figures import FIGURES
 from atp_tune.trials.artifacts import Store
 from atp_tune.trials.damage import may_pass
 from atp_tune.trials.database import Database, is_away, reason_of
-from atp_tune.trials.remote import ALIVE, BROKEN, DATABASE
+from atp_tune.trials.remote import ALIVE, BROKEN, DATABASE, in_order, with_order
 
 STUDY = re.compile(r"/api/studies/\d+")  # where the dashboard asks for a study and its figures
 FILE = "/artifacts/"  # … for an artifact, by its name at the end
@@ -154,7 +155,7 @@ def proxy(storage: BaseStorage, host: str, port: int) -> Iterator[int]:
     """Optuna's storage proxy on a port (0: any), which is yielded; requests in progress are answered before it ends."""
     check_free(host, port, "--grpc-port")
     server = grpc.server(ThreadPoolExecutor(THREADS), interceptors=[Relay()], options=PINGS)
-    service = OptunaStorageProxyService(storage)
+    service = OptunaStorageProxyService(cast(BaseStorage, InOrder(storage)))
     api_pb2_grpc.add_StorageServiceServicer_to_server(service, server)  # type: ignore[no-untyped-call]
     bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
     server.start()
@@ -162,6 +163,28 @@ def proxy(storage: BaseStorage, host: str, port: int) -> Iterator[int]:
         yield bound
     finally:
         server.stop(LAST_REQUESTS).wait()
+
+
+class InOrder:
+    """A storage as the proxy sees it: trials come and go with a word on the order of their parameters."""
+
+    def __init__(self, storage: BaseStorage) -> None:
+        self._storage = storage
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
+
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None) -> int:
+        """As the storage's, for a trial that a worker has sent."""
+        return self._storage.create_new_trial(study_id, template_trial and in_order(template_trial))
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        """A trial to be sent."""
+        return with_order(self._storage.get_trial(trial_id))
+
+    def get_all_trials(self, study_id: int, deepcopy: bool) -> list[FrozenTrial]:
+        """Trials to be sent."""
+        return [with_order(trial) for trial in self._storage.get_all_trials(study_id, deepcopy)]
 
 
 class Relay(grpc.ServerInterceptor):

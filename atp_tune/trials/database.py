@@ -5,7 +5,7 @@ is back. Which calls may have been committed although the answer was lost, and w
 
 - Attributes, intermediate values, signs of life: the same is written again.
 - Parameters: the second row of a parameter is refused, which Optuna takes for done.
-- The end of a trial: refused, since it has ended; no error where it ended with the same value.
+- The end of a trial: refused, since it has ended; no error where a call that is made again finds its own value.
 - A new trial, or one taken from the queue: it runs without a process that knows of it, and `storage.recover` queues it
   again.
 """
@@ -121,9 +121,16 @@ class Database(RDBStorage):
     """
 
     def __init__(self, url: str, *arguments: Any, **options: Any) -> None:
-        self._failed = -math.inf  # when the database last failed to answer
-        self._seen: dict[int, tuple[datetime, float]] = {}  # signs of life from the future, and when they were seen
         super().__init__(url, *arguments, **options)
+        self._listen()
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        super().__setstate__(state)
+        self._listen()
+
+    def _listen(self) -> None:
+        self._failed = -math.inf  # when the database last failed to answer, by this process's clock
+        self._seen: dict[int, tuple[datetime, float]] = {}  # signs of life from the future, and when they were seen
         event.listen(self.engine, "handle_error", self._note)
 
     def _note(self, context: ExceptionContext) -> None:
@@ -202,12 +209,12 @@ class PatientDatabase(Database):
         super().__init__(url, *arguments, **options)
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        """As Optuna's; a trial that was told already, with an answer that got lost, is no error."""
+        """As Optuna's; a call that is made again, since its answer got lost, may find that the trial was told."""
         tell = super().set_trial_state_values
         try:
             return bool(self._ask(lambda: tell(trial_id, state, values)))
         except UpdateFinishedTrialError:
-            if not is_told(self.get_trial(trial_id), state, values):
+            if not self._patience.has_repeated or not is_told(self.get_trial(trial_id), state, values):
                 raise
             return True
 

@@ -6,9 +6,9 @@ A worker that has computed for an hour does not lose the result to a cable or a 
 import logging
 from collections.abc import Callable, Sequence
 from itertools import chain, repeat
-from threading import Lock
+from threading import Lock, local
 from time import monotonic, sleep
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from optuna.trial import FrozenTrial, TrialState
 
@@ -28,6 +28,15 @@ class Patience:
         self._name = name
         self._since: float | None = None
         self._lock = Lock()
+        self._thread = local()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Patience, (self._name,)  # a copy has not waited yet
+
+    @property
+    def has_repeated(self) -> bool:
+        """Whether this thread's last question was put more than once, so that an answer to it may have got lost."""
+        return bool(getattr(self._thread, "has_repeated", False))
 
     def ask(self, attempt: Callable[[], Answer], away: Callable[[Answer], str]) -> Answer:
         """The answer of the first attempt that is not `away`, which says why; UserError after `PATIENCE` seconds.
@@ -35,8 +44,10 @@ class Patience:
         The time is that of the whole outage, so that the last words of a run that gave up do not wait again.
         """
         pauses = chain(PAUSES, repeat(PAUSES[-1]))
+        self._thread.has_repeated = False
         while reason := away(answer := attempt()):
             self._wait(reason, next(pauses))
+            self._thread.has_repeated = True
         self._answered()
         return answer
 
@@ -60,5 +71,5 @@ class Patience:
 
 
 def is_told(trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> bool:
-    """Whether a trial was told just this already: the answer may have got lost, and the same have been sent again."""
+    """Whether a trial was told just this, by the first of several attempts whose answer got lost."""
     return (trial.state, trial.values) == (state, list(values) if values else None)

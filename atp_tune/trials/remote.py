@@ -7,10 +7,11 @@ answers.
 Errors: UserError where nobody answers at the start, or has for as long as `patience` lasts.
 """
 
+import copy
 import logging
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from time import monotonic, sleep
 from typing import Any
 from urllib.parse import urlsplit
@@ -34,6 +35,7 @@ DEADLINE = 30  # seconds for one request
 PAUSE = 0.5  # seconds between attempts at the start
 DATABASE = "its database: "  # what a server says of it, and not of the way to it
 ALIVE = "alive"  # the trial's system attribute that tells the server of a sign of life
+ORDER = "order of parameters"  # … that names them on their way: Optuna's messages hold them in maps, which have none
 
 BROKEN = grpc.StatusCode.FAILED_PRECONDITION
 AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
@@ -69,8 +71,8 @@ class RemoteStorage(GrpcStorageProxy, BaseHeartbeat):
     """Optuna's client of a storage server, with patience and with signs of life from running trials."""
 
     def __init__(self, host: str, port: int, token: str | None, scheme: str) -> None:
-        self._token = token
         self._scheme = scheme
+        self._interceptor = Interceptor(f"{scheme}://{host}:{port}", token)
         super().__init__(host=host, port=port)
 
     @property
@@ -91,13 +93,31 @@ class RemoteStorage(GrpcStorageProxy, BaseHeartbeat):
                 sleep(PAUSE)
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        """As Optuna's; a trial that was told already, with an answer that got lost, is no error."""
+        """As Optuna's; a call that is made again, since its answer got lost, may find that the trial was told."""
         try:
             return super().set_trial_state_values(trial_id, state, values)
         except UpdateFinishedTrialError:
-            if not is_told(self.get_trial(trial_id), state, values):
+            if not self._interceptor.patience.has_repeated or not is_told(self.get_trial(trial_id), state, values):
                 raise
             return True
+
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        """As Optuna's; the parameters keep their order."""
+        return super().create_new_trial(study_id, template_trial and with_order(template_trial))
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        """As Optuna's; the parameters keep their order."""
+        return in_order(super().get_trial(trial_id))
+
+    def get_all_trials(
+        self,
+        study_id: int,
+        deepcopy: bool = True,
+        states: Container[TrialState] | None = None,
+    ) -> list[FrozenTrial]:
+        """As Optuna's; the parameters keep their order."""
+        trials = [in_order(trial) for trial in super().get_all_trials(study_id, False, states)]
+        return copy.deepcopy(trials) if deepcopy else trials
 
     def record_heartbeat(self, trial_id: int) -> None:
         """Tells the server that the trial is still at work; a server that is away or has given it up is no error."""
@@ -118,7 +138,6 @@ class RemoteStorage(GrpcStorageProxy, BaseHeartbeat):
         return None
 
     def _setup(self) -> None:
-        self._interceptor = Interceptor(self.address, self._token)
         self._channel = grpc.intercept_channel(self._open(), self._interceptor)
         self._stub = api_pb2_grpc.StorageServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._cache = GrpcClientCache(self._stub)
@@ -130,13 +149,29 @@ class RemoteStorage(GrpcStorageProxy, BaseHeartbeat):
         return grpc.insecure_channel(target, options=CHANNEL)
 
 
+def with_order(trial: FrozenTrial) -> FrozenTrial:
+    """The trial as it is sent: a copy whose system attribute `ORDER` names the parameters."""
+    sent = copy.copy(trial)
+    sent.system_attrs = {**trial.system_attrs, ORDER: list(trial.params)}
+    return sent
+
+
+def in_order(trial: FrozenTrial) -> FrozenTrial:
+    """The trial itself, as it was before `with_order`; also one that a server of another version sent without."""
+    names = trial.system_attrs.pop(ORDER, None)
+    if names is not None:
+        trial.params = {name: trial.params[name] for name in names}
+        trial.distributions = {name: trial.distributions[name] for name in names}
+    return trial
+
+
 class Interceptor(grpc.UnaryUnaryClientInterceptor):
     """Sends a request again while the server is away, once it has answered; shows the token with each request."""
 
     def __init__(self, address: str, token: str | None) -> None:
         self.is_known = False  # to be a server of trials: until then, no answer is an answer
         self._name = address
-        self._patience = Patience(address)
+        self.patience = Patience(address)
         self._metadata = [("authorization", f"Bearer {token}")] if token else []
 
     def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
@@ -144,7 +179,7 @@ class Interceptor(grpc.UnaryUnaryClientInterceptor):
         details = _Details(details.method, DEADLINE, [*(details.metadata or ()), *self._metadata])
         if not self.is_known:
             return continuation(details, request)
-        call = self._patience.ask(lambda: continuation(details, request), _absence)
+        call = self.patience.ask(lambda: continuation(details, request), _absence)
         if call.code() == BROKEN and (words := _words(call)).startswith(DATABASE):  # Optuna has a use for the code too
             raise UserError(f"{self._name}: {words}")
         return call
