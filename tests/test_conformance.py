@@ -1,8 +1,7 @@
-"""Optuna's own tests of storages, run on each of ours."""
+"""Optuna's own tests of storages, run on each of ours as workers see it."""
 
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import closing
 
 import pytest
 from optuna.storages import BaseStorage, get_storage
@@ -10,67 +9,60 @@ from optuna.testing.pytest_storages import StorageTestCase
 from pgserver import PostgreSQL
 
 from atp_tune.serving.servers import ServedDatabase, proxy
-from atp_tune.trials.database import Database, PatientDatabase
+from atp_tune.trials.database import PatientDatabase
 from atp_tune.trials.remote import connect
-from atp_tune.trials.storage import open_database
+from atp_tune.trials.storage import Kind, open_database
+
+pytestmark = pytest.mark.usefixtures("quiet_optuna")
+
+
+def opened(address: str, kind: type[Kind]) -> Kind:
+    database = open_database(address, True, kind)
+    assert database is not None
+    return database
+
+
+def emptied(storage: BaseStorage) -> Iterator[BaseStorage]:
+    """The storage for one test: to make another would take longer than most of them."""
+    yield storage
+    for study in storage.get_all_studies():
+        storage.delete_study(study._study_id)
 
 
 @pytest.fixture(scope="module")
-def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("empty") / "empty.db"
-    opened(f"sqlite:///{path}", Database).engine.dispose()
-    return path
+def sqlite(tmp_path_factory: pytest.TempPathFactory) -> PatientDatabase:
+    return opened(f"sqlite:///{tmp_path_factory.mktemp('sqlite')}/study.db", PatientDatabase)
 
 
-def opened(address, kind):
-    db = open_database(address, True, kind)
-    assert db is not None
-    return db
+@pytest.fixture(scope="module")
+def postgresql(postgres: PostgreSQL) -> PatientDatabase:
+    return opened(postgres.new(), PatientDatabase)
 
 
-@pytest.fixture
-def file(empty: Path, tmp_path: Path) -> str:
-    return f"sqlite:///{shutil.copy(empty, tmp_path / 'study.db')}"
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of what `serve` runs for workers."""
+    served = opened(f"sqlite:///{tmp_path_factory.mktemp('served')}/study.db", ServedDatabase)
+    with proxy(get_storage(served), "127.0.0.1", 0) as port:
+        yield f"grpc://127.0.0.1:{port}"
 
 
 class TestSQLite(StorageTestCase):
     @pytest.fixture
-    def storage(self, file) -> Iterator[BaseStorage]:
-        db = opened(file, PatientDatabase)
-        yield db
-        db.engine.dispose()
+    def storage(self, sqlite: PatientDatabase) -> Iterator[BaseStorage]:
+        yield from emptied(get_storage(sqlite))
 
 
-class TestCached(StorageTestCase):
+@pytest.mark.slow
+class TestServer(StorageTestCase):
     @pytest.fixture
-    def storage(self, file) -> Iterator[BaseStorage]:
-        db = opened(file, PatientDatabase)
-        yield get_storage(db)
-        db.engine.dispose()
+    def storage(self, server: str) -> Iterator[BaseStorage]:
+        with closing(connect(server)) as storage:
+            yield from emptied(storage)
 
 
-class TestServed(StorageTestCase):
-    @pytest.fixture
-    def storage(self, file) -> Iterator[BaseStorage]:
-        db = opened(file, ServedDatabase)
-        yield get_storage(db)
-        db.engine.dispose()
-
-
-class TestRemote(StorageTestCase):
-    @pytest.fixture
-    def storage(self, file) -> Iterator[BaseStorage]:
-        db = opened(file, ServedDatabase)
-        with proxy(get_storage(db), "127.0.0.1", 0) as port:
-            remote = connect(f"grpc://127.0.0.1:{port}")
-            yield remote
-            remote.close()
-        db.engine.dispose()
-
-
+@pytest.mark.slow
 class TestPostgreSQL(StorageTestCase):
     @pytest.fixture
-    def storage(self, postgres: PostgreSQL) -> Iterator[BaseStorage]:
-        db = opened(postgres.new(), PatientDatabase)
-        yield get_storage(db)
-        db.engine.dispose()
+    def storage(self, postgresql: PatientDatabase) -> Iterator[BaseStorage]:
+        yield from emptied(get_storage(postgresql))

@@ -249,15 +249,6 @@ def test_a_worker_gives_up_in_one_line(
     )
 
 
-def test_the_end_of_a_trial_whose_answer_was_lost_is_no_error(postgres: PostgreSQL) -> None:
-    study = storage.create_study(opened(postgres.new()), "s", {})
-    trial = study.ask()
-    for _ in range(2):
-        assert study._storage.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [1.5])
-    with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
-        study._storage.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [1.6])
-
-
 @pytest.mark.parametrize("kind", ["postgresql", "sqlite"])
 def test_attributes_are_stored_together_or_not_at_all(kind: str, postgres: PostgreSQL, tmp_path: Path) -> None:
     address = postgres.new() if kind == "postgresql" else f"sqlite:///{tmp_path}/s.db"

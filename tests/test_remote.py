@@ -9,7 +9,6 @@ from time import sleep
 
 import optuna
 import pytest
-from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import get_storage
 from optuna.trial import TrialState
 from tinystudy import CommandLine, run
@@ -125,13 +124,34 @@ def test_a_worker_gives_up_in_the_end(server: Server, monkeypatch: pytest.Monkey
     server.start()
 
 
-def test_a_value_whose_answer_was_lost_is_no_error(server: Server) -> None:
+def test_parameters_keep_their_order(server: Server) -> None:
+    """Whether a worker draws them, or stores a trial that has them."""
     study, trial = started(server)
+    names = list("hgfedcba")
+    for name in names:
+        trial.suggest_float(name, 0, 1)
+    study.add_trial(study.trials[0])
+    stored = storage.find_study(server.database, "s")
+    assert stored is not None
     there = study._storage
-    assert there.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [1.5])
-    assert there.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [1.5])
-    with pytest.raises(UpdateFinishedTrialError):
-        there.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [1.6])
+    for found in [*study.trials, *stored.trials, there.get_trial(trial._trial_id)]:
+        assert list(found.params) == list(found.distributions) == names
+    assert [found.system_attrs for found in (*study.trials, *stored.trials)] == [{}] * 4
+
+
+@pytest.mark.filterwarnings("ignore:GrpcStorageProxy is experimental")
+def test_a_plain_client_of_optuna_reads_and_writes_too(server: Server) -> None:
+    study, trial = started(server)
+    trial.suggest_float("b", 0, 1)
+    trial.suggest_float("a", 0, 1)
+    client = optuna.storages.GrpcStorageProxy(host="127.0.0.1", port=server.port)
+    plain = optuna.load_study(study_name="s", storage=client)
+    plain.add_trial(plain.trials[0])
+    assert [found.params for found in plain.trials] == [trial.params] * 2
+    stored = storage.find_study(server.database, "s")
+    assert stored is not None
+    assert [found.system_attrs for found in stored.trials] == [{}] * 2
+    assert list(stored.trials[1].params) == ["b", "a"]
 
 
 def test_a_server_says_what_is_wrong_with_its_database(

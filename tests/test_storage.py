@@ -421,6 +421,25 @@ def test_what_optuna_itself_finds_silent_is_given_up_too(study: optuna.Study, db
     assert recover(study) == []
 
 
+def test_a_silent_trial_that_two_workers_find_is_queued_once(
+    study: optuna.Study, db: RDBStorage, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(study, host="elsewhere", pid=1, process_started=0.0)
+    db.record_heartbeat(study.trials[0]._trial_id)
+    beat(file, "-61 seconds")
+    other, find = find_study(db, "s"), db._get_stale_trial_ids
+
+    def find_together(study_id: int) -> list[int]:
+        found = find(study_id)
+        monkeypatch.setattr(db, "_get_stale_trial_ids", find)
+        optuna.storages.fail_stale_trials(other)
+        return found
+
+    monkeypatch.setattr(db, "_get_stale_trial_ids", find_together)
+    optuna.storages.fail_stale_trials(study)
+    assert states(study) == ["FAIL", "WAITING"]
+
+
 def test_a_trial_that_was_lost_before_it_had_parameters_gets_those_it_was_queued_with(study: optuna.Study) -> None:
     study.enqueue_trial({"beta": 0.7})
     trial = study.ask()

@@ -43,11 +43,13 @@ class Patience:
 
         The time is that of the whole outage, so that the last words of a run that gave up do not wait again.
         """
-        pauses = chain(PAUSES, repeat(PAUSES[-1]))
-        self._thread.has_repeated = False
-        while reason := away(answer := attempt()):
-            self._wait(reason, next(pauses))
-            self._thread.has_repeated = True
+        pauses, has_repeated = chain(PAUSES, repeat(PAUSES[-1])), False
+        try:
+            while reason := away(answer := attempt()):
+                self._wait(reason, next(pauses))
+                has_repeated = True
+        finally:
+            self._thread.has_repeated = has_repeated  # at the end: an attempt may ask something else on its way
         self._answered()
         return answer
 

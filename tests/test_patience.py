@@ -1,0 +1,116 @@
+"""Calls that are made again since their answer was lost, over SQLite, PostgreSQL and a server."""
+
+import pickle
+import sqlite3
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.storages import BaseStorage, RDBStorage, get_storage
+from optuna.study import StudyDirection
+from optuna.trial import TrialState
+from sqlalchemy.exc import OperationalError
+
+from atp_tune.errors import UserError
+from atp_tune.serving.servers import ServedDatabase, proxy
+from atp_tune.trials import patience
+from atp_tune.trials.patience import Patience
+from atp_tune.trials.remote import connect
+from atp_tune.trials.storage import open_database, open_storage
+
+pytestmark = pytest.mark.usefixtures("quiet_optuna")
+END = (TrialState.COMPLETE, [1.5])
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "PAUSES", (0.001,))
+
+
+@pytest.fixture(params=["sqlite", "postgresql", "server"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[BaseStorage]:
+    """A storage as a worker has it."""
+    file = f"sqlite:///{tmp_path}/study.db"
+    if request.param != "server":
+        made = open_storage(file if request.param == "sqlite" else request.getfixturevalue("postgres").new(), True)
+        assert made
+        yield made
+        return
+    served = open_database(file, True, ServedDatabase)
+    assert served
+    with proxy(get_storage(served), "127.0.0.1", 0) as port, closing(connect(f"grpc://127.0.0.1:{port}")) as remote:
+        yield remote
+
+
+@pytest.fixture
+def lose(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Loses the answer of the database to the next end of a trial; something may happen `meanwhile`, before it."""
+    tell = RDBStorage.set_trial_state_values
+
+    def lose_next(meanwhile: Callable[..., Any] = tell) -> None:
+        def once(self: RDBStorage, *arguments: Any) -> bool:
+            monkeypatch.setattr(RDBStorage, "set_trial_state_values", tell)
+            meanwhile(self, *arguments)
+            raise StorageInternalError from OperationalError("", {}, sqlite3.OperationalError("database is locked"))
+
+        monkeypatch.setattr(RDBStorage, "set_trial_state_values", once)
+
+    return lose_next
+
+
+def begun(storage: BaseStorage) -> int:
+    return storage.create_new_trial(storage.create_new_study([StudyDirection.MINIMIZE]))
+
+
+def test_a_call_that_is_made_again_finds_what_it_has_told(storage: BaseStorage, lose: Callable[..., None]) -> None:
+    trial = begun(storage)
+    lose()
+    assert storage.set_trial_state_values(trial, *END)
+    assert storage.get_trial(trial).value == 1.5
+
+
+def test_a_trial_is_told_once(storage: BaseStorage, lose: Callable[..., None]) -> None:
+    trial = begun(storage)
+    lose()
+    storage.set_trial_state_values(trial, *END)
+    with pytest.raises(UpdateFinishedTrialError):
+        storage.set_trial_state_values(trial, *END)
+
+
+def test_a_trial_that_another_ended_meanwhile(storage: BaseStorage, lose: Callable[..., None]) -> None:
+    tell = RDBStorage.set_trial_state_values
+    trial = begun(storage)
+    lose(lambda database, trial, *_: tell(database, trial, TrialState.FAIL))
+    with pytest.raises(UpdateFinishedTrialError):
+        storage.set_trial_state_values(trial, *END)
+    assert storage.get_trial(trial).state == TrialState.FAIL
+
+
+def test_a_pickled_storage_is_as_patient(storage: BaseStorage, lose: Callable[..., None]) -> None:
+    trial = begun(storage)
+    restored = pickle.loads(pickle.dumps(storage))
+    lose()
+    assert restored.set_trial_state_values(trial, *END)
+    assert storage.get_trial(trial).value == 1.5
+
+
+@pytest.mark.parametrize("storage", ["sqlite"], indirect=True)
+def test_a_pickled_storage_says_what_is_wrong_with_its_file(storage: BaseStorage, tmp_path: Path) -> None:
+    restored = pickle.loads(pickle.dumps(storage))
+    (tmp_path / "study.db").write_bytes(b"no database" * 1000)
+    with pytest.raises(UserError, match="file is not a database; put a copy in its place"):
+        restored.get_all_studies()
+
+
+def test_what_one_thread_repeats_is_no_other_thread_s() -> None:
+    waiting, answers = Patience("x"), iter(["does not answer", ""])
+    waiting.ask(lambda: next(answers), str)
+    assert waiting.has_repeated
+    with ThreadPoolExecutor() as pool:
+        assert not pool.submit(lambda: waiting.has_repeated).result()
+    waiting.ask(lambda: "", str)
+    assert not waiting.has_repeated
