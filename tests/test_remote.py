@@ -141,7 +141,7 @@ def test_parameters_keep_their_order(server: Server) -> None:
 
 @pytest.mark.filterwarnings("ignore:GrpcStorageProxy is experimental")
 def test_a_plain_client_of_optuna_reads_and_writes_too(server: Server) -> None:
-    study, trial = started(server)
+    _, trial = started(server)
     trial.suggest_float("b", 0, 1)
     trial.suggest_float("a", 0, 1)
     client = optuna.storages.GrpcStorageProxy(host="127.0.0.1", port=server.port)

@@ -110,10 +110,7 @@ class RemoteStorage(GrpcStorageProxy, BaseHeartbeat):
         return in_order(super().get_trial(trial_id))
 
     def get_all_trials(
-        self,
-        study_id: int,
-        deepcopy: bool = True,
-        states: Container[TrialState] | None = None,
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
     ) -> list[FrozenTrial]:
         """As Optuna's; the parameters keep their order."""
         trials = [in_order(trial) for trial in super().get_all_trials(study_id, False, states)]
@@ -157,11 +154,15 @@ def with_order(trial: FrozenTrial) -> FrozenTrial:
 
 
 def in_order(trial: FrozenTrial) -> FrozenTrial:
-    """The trial itself, as it was before `with_order`; also one that a server of another version sent without."""
+    """The trial itself as it was before `with_order`, whose word a program of another version may not have sent.
+
+    ValueError or AttributeError where that word is of other parameters, or no list.
+    """
     names = trial.system_attrs.pop(ORDER, None)
     if names is not None:
-        trial.params = {name: trial.params[name] for name in names}
-        trial.distributions = {name: trial.distributions[name] for name in names}
+        order = sorted(trial.params, key=names.index)
+        trial.params = {name: trial.params[name] for name in order}
+        trial.distributions = {name: trial.distributions[name] for name in order}
     return trial
 
 
