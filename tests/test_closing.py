@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import optuna.artifacts  # what it lacks it keeps as an exception, with the stack of whoever imports it first
 import pytest
 from pgserver import PostgreSQL
 from sqlalchemy import event
@@ -16,6 +15,7 @@ from tinystudy import CommandLine, quiet, run
 
 from atp_tune.errors import UserError
 from atp_tune.trials.database import Database
+from atp_tune.trials.merging import merge
 from atp_tune.trials.storage import find_study, open_storage
 
 
@@ -96,11 +96,15 @@ def test_commands_close_theirs(
     assert not connections
 
 
-def test_merge_closes_theirs(tmp_path: Path, command: CommandLine, connections: list[Any]) -> None:
+def test_merge_closes_all_but_the_new_one(tmp_path: Path, connections: list[Any]) -> None:
     with quiet():
         for name in ("a", "b"):
             new_study(tmp_path / f"{name}.db").add_trial(made_up(0.0 if name == "a" else 0.01))
-    assert command("merge", tmp_path / "a.db", tmp_path / "b.db", "--out", tmp_path / "c.db").code == 0
+        made: Any = merge([str(tmp_path / "a.db"), str(tmp_path / "b.db")], tmp_path / "c.db", None)
+    gc.collect()
+    files = {row[2] for connection in connections for row in connection.execute("PRAGMA database_list")}
+    assert files == {str(tmp_path / "c.db")}
+    del made
     gc.collect()
     assert not connections
 
