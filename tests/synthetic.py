@@ -7,9 +7,11 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from atp_tune.spec.studyfile import load, settings
+from atp_tune.trials.storage import open_storage
 
 BLOCKS, TARGET, BOUND, WINDOWS = 30, 0.6, 0.8 / 29, 16
 DISTRIBUTIONS: dict[str, BaseDistribution] = {
@@ -61,9 +63,16 @@ def made_up(
     )
 
 
+def storage_in(database: Path) -> BaseStorage:
+    """A SQLite file as a storage, made if need be; Optuna's own would leave its connections open."""
+    storage = open_storage(f"sqlite:///{database}", create=True)
+    assert storage is not None
+    return storage
+
+
 def new_study(database: Path, name: str = "made-up") -> optuna.Study:
     """A study without trials that has measured the dense model and knows its study file."""
-    study = optuna.create_study(study_name=name, storage=f"sqlite:///{database}")
+    study = optuna.create_study(study_name=name, storage=storage_in(database))
     overrides = ['prune.pruners=["wanda", "sparsegpt"]', 'allocation=["atp", "owl"]']
     attributes = {
         "fingerprint": {"model.content": "ab" * 32, "texts.search.content": "cd" * 32, "sparsity": TARGET},

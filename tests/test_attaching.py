@@ -1,6 +1,7 @@
 import json
 import shutil
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -161,7 +162,7 @@ def test_another_study_of_the_same_name_is_left_alone(done: Path, changed: dict[
 def test_databases_of_others_are_left_as_they_are(done: Path) -> None:
     path, config = best_of(done)
     (done / "tiny.db").unlink()
-    with sqlite3.connect(done / "a.db") as database:
+    with closing(sqlite3.connect(done / "a.db")) as database:
         database.execute("CREATE TABLE mine (x)")
     (done / "b.db").write_bytes(b"no database")
     (done / "c.db").mkdir()

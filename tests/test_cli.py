@@ -242,6 +242,7 @@ def test_ctrl_c_does_not_break_a_transaction(tmp_path: Path) -> None:
             connection.execute(sqlalchemy.text("create table t (x integer)"))
         done.append("transaction")
         sleep(5)
+    engine.dispose()
     assert done == ["statement", "transaction"]
 
 

@@ -7,7 +7,7 @@ import optuna
 import plotly.graph_objects as go
 import pytest
 from optuna.trial import TrialState, create_trial
-from synthetic import BLOCKS, BOUND, made_up, new_study
+from synthetic import BLOCKS, BOUND, made_up, new_study, storage_in
 from test_summary import stored
 from tinystudy import quiet
 
@@ -83,7 +83,7 @@ def test_a_study_that_runs_and_half_failed(study: optuna.Study) -> None:
 
 
 def test_an_old_study_whose_trials_know_little(tmp_path: Path) -> None:
-    study = optuna.create_study(study_name="old", storage=f"sqlite:///{tmp_path / 'old.db'}")
+    study = optuna.create_study(study_name="old", storage=storage_in(tmp_path / "old.db"))
     for beta in (0.0, 0.01):
         whole = made_up(beta)
         params = {"pruner": "wanda", "beta": beta}

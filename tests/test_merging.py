@@ -10,11 +10,10 @@ from typing import Any, cast
 import optuna
 import pytest
 from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upload_artifact
-from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from optuna_dashboard import get_note, save_note
 from pgserver import PostgreSQL
-from synthetic import DISTRIBUTIONS, made_up, new_study
+from synthetic import DISTRIBUTIONS, made_up, new_study, storage_in
 from tinystudy import CommandLine, quiet, run, stored, study_file
 
 from atp_tune.errors import UserError
@@ -212,7 +211,7 @@ def test_artifacts_come_along(done: Path, tmp_path: Path) -> None:
     for file in files:
         folder = file.with_suffix(".artifacts")
         folder.mkdir()
-        Keeper(RDBStorage(f"sqlite:///{file}"), folder, print).turn()
+        Keeper(storage_in(file), folder, print).turn()
     study, store = study_of(files[1]), FileSystemArtifactStore(files[1].with_suffix(".artifacts"))
     upload_artifact(artifact_store=store, file_path=str(tmp_path / "sketch.txt"), study_or_trial=study)
     study.enqueue_trial({})
@@ -383,7 +382,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 
 def test_a_study_of_others(tmp_path: Path) -> None:
     made(tmp_path / "a.db", made_up(0.0))
-    optuna.create_study(study_name="made-up", storage=f"sqlite:///{tmp_path / 'b.db'}")
+    optuna.create_study(study_name="made-up", storage=storage_in(tmp_path / "b.db"))
     assert refusal(tmp_path / "out.db", tmp_path / "a.db", tmp_path / "b.db") == (
         f"merge: {tmp_path / 'b.db'}: study made-up has no trials of atp_tune yet"
     )

@@ -13,6 +13,7 @@ import optuna
 import pytest
 from byhand import ByHand
 from optuna.trial import FrozenTrial, TrialState
+from synthetic import storage_in
 from tinystudy import CommandLine, few_at_a_time, quiet, run, settings, start, stored, study_file
 from tinystudy import finish as finished
 
@@ -438,14 +439,14 @@ def test_perplexity_is_no_fact_so_that_older_studies_go_on(place: Path) -> None:
 
 
 def test_a_name_that_a_dead_process_left_with_fewer_values(place: Path, command: CommandLine) -> None:
-    optuna.create_study(study_name="tiny", storage=study_file(place).storage_url)
+    optuna.create_study(study_name="tiny", storage=storage_in(place / "tiny.db"))
     said = command("--study", place / "tiny.toml", *settings(BOTH)).error
     assert said == "study tiny: was begun with another search.objective; start another with --study-name NAME"
 
 
 def test_a_stranger_s_values_are_no_reason_to_stumble(made: Path, place: Path) -> None:
     shutil.copy(made / "tiny.db", place / "tiny.db")
-    bare = optuna.load_study(study_name="both", storage=f"sqlite:///{place / 'tiny.db'}")
+    bare = optuna.load_study(study_name="both", storage=storage_in(place / "tiny.db"))
     strange: list[tuple[list[float], dict[str, Any]]] = [
         ([1.0, -2.0], {}), ([3.0, 0.0], {}), ([3.0, 0.0], {"kls": "x", "nlls": []}), ([2.0, 9.0], {"kls": [math.nan]}),
         ([50.0, 1.0], {"kls": [0.5, 1.5]}), ([0.0, 0.0], {"kls": [0.0]}),

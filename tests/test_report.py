@@ -10,7 +10,7 @@ from typing import Any
 import optuna
 import pytest
 from optuna.trial import TrialState, create_trial
-from synthetic import made_up, new_study
+from synthetic import made_up, new_study, storage_in
 from test_summary import stored
 from tinystudy import Answer, CommandLine, quiet
 
@@ -86,7 +86,7 @@ def test_studies_that_are_not_whole(study: optuna.Study, tmp_path: Path, kind: s
     assert MAKERS[kind]([gather(study, NOW)])
     study.add_trial(made_up(0.0))
     assert MAKERS[kind]([gather(study, NOW)])  # one trial
-    old = optuna.create_study(study_name="old", storage=f"sqlite:///{tmp_path / 'old.db'}")
+    old = optuna.create_study(study_name="old", storage=storage_in(tmp_path / "old.db"))
     for trial in (made_up(0.0), made_up(0.01)):
         trial.user_attrs = {}
         old.add_trial(trial)

@@ -11,7 +11,9 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.pruners import NopPruner, WilcoxonPruner
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler
+from optuna.storages import BaseStorage
 from optuna.trial import TrialState
+from synthetic import storage_in
 from test_space import SIZES, space_for, study_of
 
 from atp_tune.plan import Plan
@@ -54,7 +56,7 @@ def fake_perplexity(plan: Plan) -> float:
     return math.exp(3 + 150 * distance**2 + 3000 * max(0.0, distance) ** 3 + (plan.pruner == "magnitude"))
 
 
-def run(space: Space, sampler: BaseSampler, trials: int, storage: str | None = None) -> optuna.Study:
+def run(space: Space, sampler: BaseSampler, trials: int, storage: BaseStorage | None = None) -> optuna.Study:
     study = optuna.create_study(sampler=sampler, storage=storage)
     for params in space.uniform():
         study.enqueue_trial(params)
@@ -99,16 +101,16 @@ def test_the_gp_finds_the_valley(prune: dict[str, Any]) -> None:
 
 def test_the_gp_works_in_a_database_with_other_studies(tmp_path: Path) -> None:
     """Studies in a database have numbers of their own, unlike studies in memory."""
-    space, url = space_of(prune=BOTH), f"sqlite:///{tmp_path}/studies.db"
-    optuna.create_study(storage=url)
-    study = run(space, make_sampler(search_of(), space), STARTS + 2, url)
+    space, storage = space_of(prune=BOTH), storage_in(tmp_path / "studies.db")
+    optuna.create_study(storage=storage)
+    study = run(space, make_sampler(search_of(), space), STARTS + 2, storage)
     assert params_of(study) == params_of(run(space, make_sampler(search_of(), space), STARTS + 2))
 
 
 def test_a_gp_study_goes_on_with_a_new_sampler(tmp_path: Path) -> None:
-    space, url = space_of(), f"sqlite:///{tmp_path}/studies.db"
-    study = run(space, make_sampler(search_of(), space), 4, url)
-    resumed = optuna.load_study(study_name=study.study_name, storage=url, sampler=make_sampler(search_of(), space))
+    space, file = space_of(), tmp_path / "studies.db"
+    name = run(space, make_sampler(search_of(), space), 4, storage_in(file)).study_name
+    resumed = optuna.load_study(study_name=name, storage=storage_in(file), sampler=make_sampler(search_of(), space))
     resumed.optimize(lambda trial: fake_perplexity(space.suggest(trial)), n_trials=4)
     betas = [trial.params["beta"] for trial in resumed.trials]
     assert len(betas) == 8 and all(0 <= beta <= 0.2 for beta in betas)
@@ -260,10 +262,10 @@ def test_workers_that_propose_at_the_same_moment_draw_apart(tmp_path: Path) -> N
     """The second waits until the first has stored its point."""
     space = space_of()
     sampler = make_sampler(search_of(sampler="gp"), space)
-    run(space, sampler, 8, f"sqlite:///{tmp_path}/s.db")
+    run(space, sampler, 8, storage_in(tmp_path / "s.db"))
 
     def propose(_: int) -> float:
-        study = optuna.load_study(study_name=None, sampler=sampler, storage=f"sqlite:///{tmp_path}/s.db")
+        study = optuna.load_study(study_name=None, sampler=sampler, storage=storage_in(tmp_path / "s.db"))
         together.wait()
         return space.suggest(study.ask()).parameters["beta"]
 

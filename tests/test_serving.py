@@ -20,6 +20,7 @@ import optuna
 import psutil
 import pytest
 from optuna.trial import TrialState
+from synthetic import storage_in
 from tinystudy import CommandLine, finish, run, start, study_file, wait_until
 
 from atp_tune.errors import UserError
@@ -240,7 +241,7 @@ def test_a_study_that_runs_is_followed(place: Path) -> None:
 def test_an_empty_database_and_a_failed_trial(tmp_path: Path) -> None:
     with served(tmp_path / "new.db") as dashboard:
         assert dashboard.studies() == {}
-        study = optuna.create_study(study_name="odd", storage=f"sqlite:///{tmp_path / 'new.db'}")
+        study = optuna.create_study(study_name="odd", storage=storage_in(tmp_path / "new.db"))
         trial = study.ask()
         trial.set_user_attr("failure", "perplexity is inf `here`")
         study.tell(trial, state=TrialState.FAIL)

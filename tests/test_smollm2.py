@@ -12,6 +12,7 @@ import optuna
 import pytest
 import torch
 from safetensors.torch import load_file
+from synthetic import storage_in
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atp_tune.cost.planning import foresee
@@ -128,8 +129,7 @@ def test_the_grid_of_the_paper_equals_a_loop_of_prune(tmp_path: Path) -> None:
     path.write_text((ROOT / "studies" / "paper-smol.toml").read_text())
     overrides = [word for key in (*SHORT[:3], "search.step=0.009") for word in ("--set", key)]
     run("--study", str(path), *overrides)
-    storage = optuna.storages.RDBStorage(f"sqlite:///{tmp_path}/paper-smol.db")
-    trials = optuna.load_study(study_name="paper-smol", storage=storage).trials
+    trials = optuna.load_study(study_name="paper-smol", storage=storage_in(tmp_path / "paper-smol.db")).trials
     assert sorted(trial.params["beta"] for trial in trials) == [0.0, 0.009, 0.018, 0.027]
     for trial in trials:
         printed = run("prune", "--study", str(path), "--beta", str(trial.params["beta"]), *overrides)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+from synthetic import storage_in
 
 from atp_tune.errors import UserError
 from atp_tune.spec import studyfile
@@ -234,7 +235,7 @@ def test_missing_study(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert message("qqqqqq") == f"qqqqqq: {listed}"
     assert message("a\nb") == rf"a\nb: {listed}"
     assert message("a\0b.toml") == r"a\x00b.toml: no such file"
-    study = optuna.create_study(storage=f"sqlite:///{folder / 'studies' / 'smol.db'}", study_name="smol-kl")
+    study = optuna.create_study(storage=storage_in(folder / "studies" / "smol.db"), study_name="smol-kl")
     assert message("smol-kl") == "smol-kl: is no study file, but trials: --study smol --study-name smol-kl"
     assert message(study.study_name + "x").startswith(f"smol-klx: {listed}")
     assert message("a" * 5000).endswith("cannot be read: File name too long")

@@ -19,6 +19,7 @@ import torch
 from byhand import ByHand
 from optuna.trial import TrialState
 from safetensors.torch import load_file, save_file
+from synthetic import storage_in
 from tinystudy import BLOCKS, LONG, few_at_a_time, finish, run, settings, start, study_file, wait_for
 
 from atp_tune.cli.running import quiet
@@ -454,7 +455,7 @@ def test_a_trial_that_ends_elsewhere_counts(place: Path) -> None:
 
 def test_a_process_that_died_before_it_wrote_the_fingerprint(place: Path) -> None:
     with quiet():
-        optuna.create_study(study_name="tiny", storage=study_file(place).storage_url)
+        optuna.create_study(study_name="tiny", storage=storage_in(place / "tiny.db"))
     assert states(run(place)) == ["COMPLETE"] * 3
     assert reopen(place).user_attrs["fingerprint"]["sparsity"] == 0.6
 

@@ -8,7 +8,7 @@ weights, dense or pruned.
 H hidden states [windows, tokens, width]; ids token ids [windows, tokens].
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,6 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.errors import UserError
@@ -198,10 +197,15 @@ def split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
     return kwargs[HIDDEN], Call((), rest, by_name=True)
 
 
-def _same(one: list[Call], other: list[Call]) -> bool:
-    """Whether two recordings hold equal values."""
-    flat = [tree_flatten([(call.args, call.kwargs) for call in calls])[0] for calls in (one, other)]
-    return len(flat[0]) == len(flat[1]) and all(
-        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
-        for a, b in zip(*flat, strict=True)
-    )
+def _same(one: Any, other: Any) -> bool:
+    """Whether two recordings, or parts of them, hold equal values."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, Call):
+        return isinstance(other, Call) and _same((one.args, one.kwargs), (other.args, other.kwargs))
+    if isinstance(one, Mapping):
+        return isinstance(other, Mapping) and _same([*one.items()], [*other.items()])
+    if isinstance(one, list | tuple):
+        is_as_long = isinstance(other, list | tuple) and len(one) == len(other)
+        return is_as_long and all(map(_same, one, other))
+    return one is other or bool(one == other)

@@ -13,12 +13,12 @@ from dataclasses import replace
 from typing import Any
 
 import ray
-from ray._private.services import canonicalize_bootstrap_address_or_die
 from ray.exceptions import GetTimeoutError, NodeDiedError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from atp_tune.cli.crew import PATIENCE, Job, Worker, run_crew, work
 from atp_tune.cli.display import Display
+from atp_tune.compat.ray import bootstrap_address
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Note
 from atp_tune.spec.studyfile import StudyFile
@@ -51,7 +51,7 @@ def _connect(address: str) -> None:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     terminate = signal.getsignal(signal.SIGTERM)
     try:
-        host, _, port = canonicalize_bootstrap_address_or_die(address).rpartition(":")
+        host, _, port = bootstrap_address(address).rpartition(":")
         socket.create_connection((host, int(port)), ANSWER).close()  # Ray itself would try for minutes
         ray.init(f"{host}:{port}", log_to_driver=False, logging_level=logging.CRITICAL)
     except (OSError, ValueError, RuntimeError) as error:

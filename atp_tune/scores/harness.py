@@ -22,7 +22,6 @@ from lm_eval import simple_evaluate
 from lm_eval.api.group import Group
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._index import Kind
 from torch import Tensor, nn
 
 from atp_tune.checkpoints.classes import check_known
@@ -107,7 +106,7 @@ def _check_names(names: Iterable[str], known: Sequence[str]) -> None:
 def _inside(folder: Path, manager: TaskManager) -> list[str]:
     """The groups of a folder, and its tasks that are in none of them."""
     own = {name: entry for name, entry in manager.task_index.items() if _is_in(entry.yaml_path, folder)}
-    groups = [entry for entry in own.values() if entry.kind == Kind.GROUP]
+    groups = [own[name] for name in manager.all_groups if name in own]
     members = {member for group in groups for member in (group.cfg or {}).get("task", []) if isinstance(member, str)}
     found = [name for name in own if name not in members]
     if not found:

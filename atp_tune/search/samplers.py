@@ -218,10 +218,9 @@ def belief(
 
     `study` is the one that the GP was fitted to: its values are logs. `before` is how many there were.
     """
-    from optuna._gp.search_space import SearchSpace
+    from atp_tune.compat.optuna_gp import SearchSpace, fitted
 
-    assert sampler._gprs_cache_list is not None
-    gp = sampler._gprs_cache_list[0]
+    gp = fitted(sampler)
     values = [trial.value for trial in study.trials if trial.value is not None]
     mean, spread = statistics.fmean(values), statistics.pstdev(values)
     curves = {}

@@ -17,11 +17,10 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 import grpc
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage
-from optuna.storages._grpc.auto_generated import api_pb2_grpc
-from optuna.storages._grpc.servicer import OptunaStorageProxyService
 from optuna.trial import FrozenTrial
 from optuna_dashboard import wsgi
 
+from atp_tune.compat.optuna_grpc import OptunaStorageProxyService, api_pb2_grpc
 from atp_tune.errors import UserError
 from atp_tune.figures import FIGURES
 from atp_tune.trials.artifacts import Store

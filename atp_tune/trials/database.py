@@ -17,16 +17,16 @@ from dataclasses import dataclass
 from datetime import datetime
 from time import monotonic
 from typing import Any
+from weakref import finalize
 
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
-from optuna.storages._rdb.models import TrialHeartbeatModel, TrialModel, TrialUserAttributeModel
-from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.trial import TrialState
 from sqlalchemy import event, func, select
 from sqlalchemy.engine import URL, ExceptionContext, make_url
 from sqlalchemy.exc import DBAPIError, OperationalError, PendingRollbackError, SQLAlchemyError
 
+from atp_tune.compat.optuna_rdb import TrialHeartbeatModel, TrialModel, TrialUserAttributeModel, transaction
 from atp_tune.errors import UserError
 from atp_tune.trials.damage import BUSY, way_out
 from atp_tune.trials.patience import Patience, is_told
@@ -114,14 +114,37 @@ class Away:
     reason: str
 
 
+class Errors:
+    """What an engine reports of its database. It knows no storage: an engine that did would keep its own alive."""
+
+    def __init__(self, url: str) -> None:
+        self.last = -math.inf  # when the database last failed to answer, as `monotonic` tells it
+        self._url = url
+
+    def note(self, context: ExceptionContext) -> None:
+        """Raises what is wrong with a file or a disk in one line; remembers when a server did not answer."""
+        if context.is_disconnect or isinstance(context.sqlalchemy_exception, OperationalError):
+            self.last = monotonic()
+        error = context.original_exception
+        if way := way_out(error, self._url):
+            raise UserError(f"storage {without_password(self._url)}: {str(error).splitlines()[0]}; {way}") from None
+
+
 class Database(RDBStorage):
     """Optuna's storage, exact where several workers take trials from a queue or a server has been away.
 
-    It says in one line what is wrong with a file or a disk, and does not give up trials that live.
+    It says in one line what is wrong with a file or a disk, and does not give up trials that live. Its connections are
+    closed by `close`, else when nothing refers to it any more, at the latest when the process ends: a study that is
+    handed on takes its storage with it.
     """
 
     def __init__(self, url: str, *arguments: Any, **options: Any) -> None:
-        super().__init__(url, *arguments, **options)
+        try:
+            super().__init__(url, *arguments, **options)
+        except BaseException:
+            if hasattr(self, "engine"):
+                self.close()
+            raise
         self._listen()
 
     def __setstate__(self, state: dict[Any, Any]) -> None:
@@ -129,29 +152,26 @@ class Database(RDBStorage):
         self._listen()
 
     def _listen(self) -> None:
-        self._failed = -math.inf  # when the database last failed to answer, by this process's clock
         self._seen: dict[int, tuple[datetime, float]] = {}  # signs of life from the future, and when they were seen
-        event.listen(self.engine, "handle_error", self._note)
+        self._errors = Errors(self.url)
+        event.listen(self.engine, "handle_error", self._errors.note)
+        finalize(self, self.engine.dispose)
 
-    def _note(self, context: ExceptionContext) -> None:
-        """Raises what is wrong with a file or a disk in one line; remembers when a server did not answer."""
-        if context.is_disconnect or isinstance(context.sqlalchemy_exception, OperationalError):
-            self._failed = monotonic()
-        error = context.original_exception
-        if way := way_out(error, self.url):
-            raise UserError(f"storage {without_password(self.url)}: {str(error).splitlines()[0]}; {way}") from None
+    def close(self) -> None:
+        """Closes the connections that are not in use; the next call would open another."""
+        self.engine.dispose()
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         """As Optuna's, which asks for a lock here that SQLite ignores: two workers would take the same trial."""
         if self.engine.name != "sqlite":
             return super().set_trial_state_values(trial_id, state, values)
-        with _create_scoped_session(self.scoped_session) as session:
+        with transaction(self.scoped_session) as session:
             session.connection().exec_driver_sql("BEGIN IMMEDIATE")
             return super().set_trial_state_values(trial_id, state, values)
 
     def set_trial_user_attrs(self, trial_id: int, attributes: Mapping[str, Any]) -> None:
         """Stores several attributes in one transaction: each one costs a wait for the disk."""
-        with _create_scoped_session(self.scoped_session, True) as session:
+        with transaction(self.scoped_session, True) as session:
             for key, value in attributes.items():
                 self._set_trial_attr_without_commit(session, TrialUserAttributeModel, trial_id, key, value)
 
@@ -173,7 +193,7 @@ class Database(RDBStorage):
         found = [(trial, self._silence(trial, beat, now.replace(tzinfo=None))) for trial, beat, now in rows]
         silent = [trial for trial, seconds in found if seconds > self.grace_period]
         stale = [trial for trial in silent if not is_alive(self.get_trial(trial).user_attrs)]
-        return [] if stale and (monotonic() - self._failed < GRACE or self._is_young()) else stale
+        return [] if stale and (monotonic() - self._errors.last < GRACE or self._is_young()) else stale
 
     def _signs_of_life(self, study_id: int) -> list[tuple[int, datetime, datetime]]:
         """Id of each running trial, when it last gave a sign of life, and what time the database has."""

@@ -210,7 +210,7 @@ def _write(folder: Path, sources: Sequence[Source], kept: Sequence[FrozenTrial],
     _write_notes(study, sources, numbers, ids)
     for source in sources:
         _copy_artifacts(source, folder / "artifacts")
-    db.engine.dispose()
+    db.close()  # before the file gets its name
 
 
 def _last_first(sources: Sequence[Source], numbers: Sequence[Numbers]) -> list[tuple[Source, Numbers]]:

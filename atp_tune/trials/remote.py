@@ -20,11 +20,10 @@ import grpc
 import optuna
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.storages import GrpcStorageProxy
-from optuna.storages._grpc.auto_generated import api_pb2_grpc
-from optuna.storages._grpc.client import GrpcClientCache
-from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.trial import FrozenTrial, TrialState
 
+from atp_tune.compat.optuna_grpc import GrpcClientCache, api_pb2_grpc
+from atp_tune.compat.optuna_storages import BaseHeartbeat
 from atp_tune.errors import UserError
 from atp_tune.trials.patience import Patience, is_told
 from atp_tune.trials.process import HEARTBEAT

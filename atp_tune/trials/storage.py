@@ -13,12 +13,12 @@ from typing import Any, TypeVar
 import optuna
 from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage
-from optuna.storages._heartbeat import is_heartbeat_enabled
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, SQLAlchemyError
 
+from atp_tune.compat.optuna_storages import is_heartbeat_enabled
 from atp_tune.errors import UserError, is_text
 from atp_tune.paths import is_special
 from atp_tune.spec.study import Study

@@ -1,0 +1,192 @@
+"""What other libraries do not call public and we use all the same: each is still there, and is called as we call it."""
+
+import ast
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.storages import RDBStorage
+from tinystudy import quiet
+
+import atp_tune
+from atp_tune.trials import database
+
+ROOT = Path(atp_tune.__file__).parent
+PACKAGES = {"lm_eval": "lm-eval"}  # whose releases have another name than what is imported
+Import = tuple[str, str]
+
+# What we call, as we call it.
+CALLS: dict[Import, tuple[str, ...]] = {
+    ("optuna.storages._heartbeat", "is_heartbeat_enabled"): ("storage",),
+    ("optuna.storages._rdb.storage", "_create_scoped_session"): ("scoped_session", "ignore_integrity_error"),
+    ("optuna.storages._grpc.client", "GrpcClientCache"): ("grpc_client",),
+    ("optuna.storages._grpc.servicer", "OptunaStorageProxyService"): ("storage",),
+    ("optuna._gp.search_space", "SearchSpace"): ("optuna_search_space",),
+    ("ray._private.services", "canonicalize_bootstrap_address_or_die"): ("addr",),
+}
+# What we read of them, or override.
+PARTS: dict[Import, tuple[str, ...]] = {
+    ("optuna.storages._heartbeat", "BaseHeartbeat"): (
+        "record_heartbeat", "_get_stale_trial_ids", "get_heartbeat_interval", "get_heartbeat_stale_trial_callback",
+    ),
+    ("optuna.study._frozen", "FrozenStudy"): ("study_name", "_study_id", "user_attrs", "system_attrs"),
+    ("optuna.storages._rdb.models", "TrialHeartbeatModel"): ("trial_id", "heartbeat"),
+    ("optuna.storages._rdb.models", "TrialModel"): ("study_id", "state"),
+    ("optuna.storages._rdb.models", "TrialUserAttributeModel"): ("trial_id", "key", "value_json"),
+    ("optuna.storages._grpc.auto_generated", "api_pb2_grpc"): (
+        "StorageServiceStub", "add_StorageServiceServicer_to_server",
+    ),
+    ("optuna._gp.search_space", "SearchSpace"): ("get_normalized_params",),
+}  # fmt: skip
+
+
+def is_private(module: str, name: str) -> bool:
+    """Whether a name has a part with one underscore in front, and is another library's; Python's own are Python's."""
+    parts = [*module.split("."), name]
+    is_foreign = parts[0] not in {"atp_tune", *sys.stdlib_module_names}
+    return is_foreign and any(part.startswith("_") and not part.startswith("__") for part in parts)
+
+
+def private_imports(path: Path) -> Iterator[Import]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            named = [(alias.name, "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            named = [(node.module or "", alias.name) for alias in node.names]
+        else:
+            continue
+        yield from ((module, name) for module, name in named if is_private(module, name))
+
+
+USED = [found for path in sorted((ROOT / "compat").glob("*.py")) for found in private_imports(path)]
+
+
+def upstream(module: str) -> str:
+    """The library's name and version, for one line that says who changed."""
+    library = module.split(".", maxsplit=1)[0]
+    return f"{library} {version(PACKAGES.get(library, library))}"
+
+
+def part(module: str, name: str) -> Any:
+    pytest.importorskip(module.split(".", maxsplit=1)[0])
+    try:
+        with suppress(ImportError):
+            return importlib.import_module(f"{module}.{name}")
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        pytest.fail(f"{upstream(module)} has no {module}.{name} any more", pytrace=False)
+
+
+def check_takes(module: str, name: str, call: Callable[..., Any], arguments: tuple[str, ...]) -> None:
+    """Whether the arguments that we give are the first ones, and the others have defaults."""
+    taken = list(inspect.signature(call).parameters.values())
+    asked = [one.name for one in taken if one.default is inspect.Parameter.empty and "VAR" not in one.kind.name]
+    if [one.name for one in taken][: len(arguments)] != list(arguments) or not set(asked) <= set(arguments):
+        now = ", ".join(one.name for one in taken)
+        pytest.fail(f"{upstream(module)}: {module}.{name} takes ({now}), not ({', '.join(arguments)})", pytrace=False)
+
+
+def test_there_is_something_to_check() -> None:
+    assert {module.split(".")[0] for module, _ in USED} == {"optuna", "ray"}
+    assert {*CALLS, *PARTS} == set(USED)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_private_parts_are_imported_in_compat_alone(path: Path) -> None:
+    if path.parent.name != "compat":
+        assert not list(private_imports(path))
+
+
+@pytest.mark.parametrize(("module", "name"), USED, ids=str)
+def test_what_is_imported_is_there(module: str, name: str) -> None:
+    part(module, name)
+
+
+@pytest.mark.parametrize(("module", "name"), CALLS, ids=str)
+def test_what_is_called_takes_what_it_is_given(module: str, name: str) -> None:
+    check_takes(module, name, part(module, name), CALLS[module, name])
+
+
+@pytest.mark.parametrize(("module", "name"), PARTS, ids=str)
+def test_what_is_read_has_its_parts(module: str, name: str) -> None:
+    owner = part(module, name)
+    known = {*dir(owner), *(inspect.signature(owner).parameters if inspect.isclass(owner) else ())}
+    for wanted in PARTS[module, name]:
+        if wanted not in known and wanted.removeprefix("_") not in known:
+            pytest.fail(f"{upstream(module)}: {module}.{name} has no {wanted} any more", pytrace=False)
+
+
+@pytest.mark.parametrize("name", [*database.CALLS, "set_trial_state_values", "record_heartbeat"])
+def test_what_a_database_makes_again_is_a_call_of_optuna_s(name: str) -> None:
+    """A method of another name would never be called: a lost server would end the worker."""
+    if not hasattr(RDBStorage, name) and name not in vars(database.Database):
+        pytest.fail(f"{upstream('optuna')}: RDBStorage has no {name} any more", pytrace=False)
+
+
+def test_what_writes_several_attributes_is_there() -> None:
+    call = getattr(RDBStorage, "_set_trial_attr_without_commit", None)
+    if call is None:
+        pytest.fail(f"{upstream('optuna')}: RDBStorage has no _set_trial_attr_without_commit any more", pytrace=False)
+    wanted = ("self", "session", "model_cls", "trial_id", "key", "value")
+    check_takes("optuna.storages", "RDBStorage._set_trial_attr_without_commit", call, wanted)
+
+
+@pytest.fixture
+def study() -> Iterator[optuna.Study]:
+    with quiet():
+        made = optuna.create_study()
+        made.enqueue_trial({"x": 0.5})
+        made.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
+        yield made
+
+
+# Attributes of its objects that we read outside of compat, as Optuna's own dashboard and integrations do.
+ATTRIBUTES = {
+    "_storage": lambda study: study,
+    "_study_id": lambda study: study,
+    "_trial_id": lambda study: study.trials[0],
+    "_params": lambda study: study.trials[0],
+    "_distributions": lambda study: study.trials[0],
+    "_cached_frozen_trial": lambda study: study.ask(),
+}
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_attributes_of_optuna_s_objects(name: str, study: optuna.Study) -> None:
+    owner = ATTRIBUTES[name](study)
+    if not hasattr(owner, name):
+        pytest.fail(f"{upstream('optuna')}: {type(owner).__name__} has no {name} any more", pytrace=False)
+
+
+def test_the_storage_behind_optuna_s_cache() -> None:
+    """`set_attributes` writes to it directly; through the cache it would write one by one."""
+    with quiet():
+        cached = optuna.storages.get_storage("sqlite:///:memory:")
+    behind = getattr(cached, "_backend", None)
+    if not isinstance(behind, RDBStorage):
+        pytest.fail(f"{upstream('optuna')}: {type(cached).__name__} has no _backend any more", pytrace=False)
+    behind.engine.dispose()
+
+
+def test_the_process_of_a_gp_sampler() -> None:
+    from optuna.samplers import GPSampler
+
+    from atp_tune.compat.optuna_gp import SearchSpace, fitted
+
+    with quiet():
+        sampler = GPSampler(seed=0, n_startup_trials=2)
+        made = optuna.create_study(sampler=sampler)
+        made.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=4)
+    if not hasattr(sampler, "_gprs_cache_list"):
+        pytest.fail(f"{upstream('optuna')}: GPSampler has no _gprs_cache_list any more", pytrace=False)
+    process = fitted(sampler)
+    points = SearchSpace(made.trials[0].distributions).get_normalized_params(made.trials)
+    mean, variance = process.posterior(process._X_train.new_tensor(points))
+    assert mean.shape == variance.shape == (4,)
