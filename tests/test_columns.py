@@ -85,8 +85,8 @@ print("done")
 def test_the_kernel_in_tritons_interpreter() -> None:
     """In a process of its own: Triton reads the variable when the kernel is defined."""
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
-    here = Path(__file__).parent
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(here)}
+    path = os.pathsep.join((str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")))
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
     command = [sys.executable, "-c", INTERPRETED]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=300)
     assert done.stdout == "done\n", done.stderr

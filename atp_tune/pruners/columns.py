@@ -13,8 +13,8 @@ and what is wanted is the last W_j of each column, before its own error is taken
             first term are a single call, with factors -U_kj and 1. numpy's calls cost a fraction of torch's, which
             matters where a column is a few hundred numbers.
 `triton`    on a GPU (`columns_triton`): one kernel for the whole block, a tile of rows of the weight in each program.
-            Triton compiles at the first launch, and needs a C compiler for that, which many images lack. So each process
-            launches it once on nothing; where that fails, the log says so and a GPU takes `plain`.
+            Triton compiles at the first launch and needs a C compiler for that, which many images lack. So each
+            process launches it once on zeros; where that fails, the log says so and a GPU takes `plain`.
 """
 
 import logging
