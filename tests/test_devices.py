@@ -131,7 +131,7 @@ def test_what_torch_raises_for_too_much_memory_is_known() -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("2GiB", 2 * 1024**3), ("1.5 kB", 1500), ("500MB", 5 * 10**8), ("10", 10), ("3Mi", 3 * 1024**2), ("", None)],
+    [("2GiB", 2 * 1024**3), ("1.5 kB", 1500), ("600M", 6 * 10**8), ("10B", 10), ("3Mi", 3 * 1024**2), ("", None)],
 )
 def test_a_device_may_be_given_less_memory(text: str, size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATP_TUNE_DEVICE_MEMORY", text)
@@ -151,5 +151,5 @@ def test_a_limit_counts_what_a_gpu_holds_already(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("text", ["much", "-1GB", "2 GiB or so", "1e9"])
 def test_a_limit_that_is_no_size_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATP_TUNE_DEVICE_MEMORY", text)
-    with pytest.raises(UserError, match=r"^ATP_TUNE_DEVICE_MEMORY: must be a size like 2GiB or 500MB, got"):
+    with pytest.raises(UserError, match=r"^ATP_TUNE_DEVICE_MEMORY: must be a size like 2GiB or 600M, got"):
         free_memory(CPU)

@@ -22,7 +22,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a study's `device` key; `auto` takes CUDA, then MPS, then the CPU; UserError if it is not here."""
+    """The device of a study's `device` key; `auto` takes CUDA, then MPS, then the CPU.
+
+    UserError if it is not here, or if the limit on its memory is no size.
+    """
+    device_limit()
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -85,13 +89,18 @@ def free_memory(device: torch.device) -> int:
 
 
 def device_limit() -> int | None:
-    """Bytes that `ATP_TUNE_DEVICE_MEMORY` leaves of the compute device, as in `2GiB`; UserError if it is no size."""
+    """Bytes that `ATP_TUNE_DEVICE_MEMORY`, such as `2GiB`, leaves of the compute device; UserError if it is no size.
+
+    It makes any device look like a small one. A GPU is believed to have so much in all, what tensors hold included. A
+    CPU is believed to have so much free at any moment, and to be a device apart from the host: weights that do not fit
+    are kept in host memory or on disk, and come to it block by block.
+    """
     text = os.environ.get(LIMIT, "").strip()
     if not text:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?", text)
     if not found:
-        raise UserError(f'{LIMIT}: must be a size like 2GiB or 500MB, got "{text}"')
+        raise UserError(f'{LIMIT}: must be a size like 2GiB or 600M, got "{text}"')
     return int(float(found[1]) * (1024 if found[3] else 1000) ** " kMGT".index(found[2] or " "))
 
 
