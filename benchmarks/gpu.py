@@ -1,42 +1,54 @@
-"""Llama-2-7B and -70B shapes on one 80 GB GPU: seconds of a trial against the matmul floor, streaming, memory.
+"""Llama-2-7B and -70B shapes on one 80 GB GPU: seconds of a trial against its floor, streaming, memory.
 
-    python benchmarks/gpu.py             both shapes, on CUDA; nothing is downloaded, it is to end within 8 minutes
+    python benchmarks/gpu.py             both shapes, on CUDA; nothing is downloaded, it is to end within 4 minutes
     python benchmarks/gpu.py --tiny      the same code on tiny shapes, on any device, in seconds
 
-Weights are random, in bfloat16. 7B lies on the device whole: Wanda with 128 x 2048 tokens to calibrate, and as many to
-evaluate. 70B is streamed from pinned host memory, with 16 x 2048 tokens of each text so that all fits into the time.
-Its 80 blocks share 8 blocks of distinct memory, since 140 GB are more than most hosts have; each of the 80 is still
-copied whenever it is used, as one of its own would be. What it costs to have all of it resident is measured with blocks
-that share one block of device memory.
-
-The floor is the time of a block's linears alone, multiplied with a batch as large as the trial's, in the same run: the
-pass that listens has no last linear, and attention, norms and activations are not in it. Pruning has no floor.
+`scripts/gpu` runs it after the tests and puts what it prints, which is Markdown, into docs/gpu.md.
 """
 
 import argparse
+import gc
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from atp_tune.blocks.timing import wait_for
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.devices import device_name, find_device, peak_memory, reset_peak_memory
+from atp_tune.checkpoints.devices import device_name, find_device
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.checkpoints.residency import Residency
+from atp_tune.checkpoints.streaming import copy_to
 from atp_tune.plan import Plan
+from atp_tune.pruners import columns
 from atp_tune.search.bench import Bench
 from atp_tune.search.record import Record
 from atp_tune.spec.study import Prune
 from atp_tune.texts.windows import Windows
 
 REPEATS = 10  # of each matmul of the floor
-BUDGET = 420  # seconds after which no further measurement begins
+WAYS = ("resident", "streamed, copied ahead", "streamed, copied when asked for")
+BUDGET = 150  # seconds after which no further measurement begins
+ABOUT = """\
+Weights are random numbers in bfloat16, texts random tokens. 7B lies on the device whole: Wanda with 128 × 2048 tokens
+to calibrate, and as many to evaluate. 70B has 16 × 2048 tokens of each text, so that all fits into the time. All of its
+80 blocks are run, but they share memory, since 140 GB are more than most hosts have: one block of the device's where it
+is resident, 8 blocks of pinned host memory where it is streamed, of which each is copied whenever one of the 80 is
+used, as one of its own would be. Nothing is extrapolated unless a table says so.
+
+The floor of the products is the time of the blocks' linears and of the head alone, multiplied with a batch as large as
+the trial's, in the same run: the pass that listens has no last linear, and attention, norms and activations are not in
+it. Pruning has no floor. The floor of the copies is the time of copying each block once from pinned memory with nothing
+else going on. A trial's floor is the larger one; in brackets is how many times its floor something took.
+"""
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,20 @@ class Shape:
     distinct: int
 
 
+@dataclass(frozen=True)
+class Floor:
+    """Least seconds: of the products of a trial by phase, and of copying all blocks once."""
+
+    calibrate: float
+    evaluate: float
+    copies: float
+
+    @property
+    def products(self) -> float:
+        """Of a whole trial."""
+        return self.calibrate + self.evaluate
+
+
 SHAPES = (
     Shape("7B", 4096, 11008, 32, 32, 32, 32000, 128, 2048, 32),
     Shape("70B", 8192, 28672, 80, 64, 8, 32000, 16, 2048, 8),
@@ -63,6 +89,9 @@ TINY = (
     Shape("7B, tiny", 64, 160, 4, 4, 4, 512, 8, 32, 4),
     Shape("70B, tiny", 128, 320, 6, 8, 2, 512, 4, 32, 2),
 )
+
+
+# --- models with random weights
 
 
 def make_model(shape: Shape, distinct: int, device: torch.device) -> LlamaForCausalLM:
@@ -106,6 +135,9 @@ def put(module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
 
 def open_bench(shape: Shape, residency: Residency, distinct: int, device: torch.device, ahead: bool = True) -> Bench:
     """A bench over random windows; the first block is pruned, and all run once, to warm up."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     checkpoint = Checkpoint(make_model(shape, distinct, device), device, residency, ahead)
     for block in checkpoint.blocks:  # memory that is shared once more by parameters that are not
         put(block, {name: nn.Parameter(p.data, requires_grad=False) for name, p in block.named_parameters()})
@@ -117,17 +149,34 @@ def open_bench(shape: Shape, residency: Residency, distinct: int, device: torch.
     return bench
 
 
-def uniform(bench: Bench) -> Plan:
-    """Wanda, 50 % everywhere."""
-    return Plan("wanda", "uniform", (0.5,) * len(bench.checkpoint.blocks))
+def uniform(bench: Bench, pruner: str = "wanda") -> Plan:
+    """50 % everywhere."""
+    return Plan(pruner, "uniform", (0.5,) * len(bench.checkpoint.blocks))
 
 
-def trial(bench: Bench) -> dict[str, Any]:
-    """One trial: what its record says."""
+# --- what is measured
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Seconds of one trial by phase, and bytes at its peak."""
+
+    seconds: dict[str, float]
+    peak: int
+
+    @property
+    def whole(self) -> float:
+        """Seconds of all phases."""
+        return sum(self.seconds.values())
+
+
+def trial(bench: Bench) -> Trial:
+    """One trial of Wanda."""
     record = Record(bench.checkpoint.device, bench.dtype)
     blocks = record.follow(bench.prune(uniform(bench)), bench.checkpoint.sizes)
     record.nlls = bench.all_nlls(blocks, "search")
-    return record.close()
+    found = record.close()
+    return Trial(found["seconds"], max(found["peak_bytes"].values()))
 
 
 def dense_seconds(bench: Bench) -> float:
@@ -137,34 +186,45 @@ def dense_seconds(bench: Bench) -> float:
     return perf_counter() - began
 
 
-def floor(bench: Bench, shape: Shape) -> dict[str, float]:
-    """Seconds of the linears alone, by phase."""
+def find_floor(bench: Bench, shape: Shape) -> Floor:
+    """Seconds of the linears alone, by phase, and of the copies."""
     checkpoint, tokens = bench.checkpoint, shape.windows * shape.tokens
     batch = bench.batch("calibration").windows * shape.tokens
-    block = {name: tensor for name, tensor in checkpoint.weights(0).items() if tensor.dim() == 2}
-    each = {name: multiply(tensor, batch) * tokens / batch for name, tensor in block.items()}
-    head = multiply(checkpoint.model.get_output_embeddings().weight, min(batch, 2048)) * tokens / min(batch, 2048)
+    weights = checkpoint.weights(0)
+    each = {key: multiply(tensor, batch) * tokens / batch for key, tensor in weights.items() if tensor.dim() == 2}
+    rows = min(batch, 2048)
+    head = multiply(checkpoint.model.get_output_embeddings().weight, rows) * tokens / rows
     once = sum(each.values())
     listen = once - each["mlp.down_proj.weight"]
-    return {"calibrate": shape.blocks * (listen + once), "evaluate": shape.blocks * once + head}
+    copies = copy_seconds(list(weights.values()), checkpoint.device)
+    return Floor(shape.blocks * (listen + once), shape.blocks * once + head, shape.blocks * copies)
 
 
 def multiply(weight: Tensor, rows: int) -> float:
     """Seconds of one product of inputs [rows, in] with a weight [out, in]."""
     x = torch.randn(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    return seconds_of(lambda: nn.functional.linear(x, weight), weight.device)
+
+
+def copy_seconds(block: list[Tensor], device: torch.device) -> float:
+    """Seconds that a block takes from pinned memory to the device."""
+    is_cuda = device.type == "cuda"
+    there = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=is_cuda).copy_(tensor) for tensor in block]
+    return seconds_of(lambda: [copy_to(device, tensor) for tensor in there], device)
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Mean seconds of some work, after it was done twice to warm up."""
     for repeats in (2, REPEATS):
-        wait(weight.device)
+        wait_for(device)
         began = perf_counter()
         for _ in range(repeats):
-            nn.functional.linear(x, weight)
-        wait(weight.device)
+            work()
+        wait_for(device)
     return (perf_counter() - began) / REPEATS
 
 
-def wait(device: torch.device) -> None:
-    """Until the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+# --- what is printed
 
 
 def line(*cells: object) -> None:
@@ -172,40 +232,68 @@ def line(*cells: object) -> None:
     print(f"| {' | '.join(f'{cell:.2f}' if isinstance(cell, float) else str(cell) for cell in cells)} |", flush=True)
 
 
-def show_trial(name: str, way: str, found: dict[str, Any], least: dict[str, float]) -> None:
+def head(title: str, *cells: str) -> None:
+    """The beginning of a table."""
+    print(f"\n{title}\n")
+    line(*cells)
+    print(f"|{'---|' * len(cells)}", flush=True)
+
+
+def show_trial(name: str, residency: Residency, found: Trial, floor: Floor) -> None:
     """A trial's row: seconds by phase, those with a floor over it, and memory."""
-    seconds = found["seconds"]
-    phases = [f"{seconds[phase]:.2f} (×{seconds[phase] / least[phase]:.2f})" for phase in ("calibrate", "evaluate")]
-    whole = sum(seconds.values())
-    peak = max(found["peak_bytes"].values()) / 1e9
-    line(name, way, *phases, seconds["prune"], f"{whole:.2f} (×{whole / sum(least.values()):.2f})", peak)
+    least = floor.products if residency == "device" else max(floor.products, floor.copies)
+    copies = "–" if residency == "device" else floor.copies
+    phases = [
+        f"{found.seconds[phase]:.2f} (×{found.seconds[phase] / of:.2f})"
+        for phase, of in (("calibrate", floor.calibrate), ("evaluate", floor.evaluate))
+    ]
+    whole = f"{found.whole:.2f} (×{found.whole / least:.2f})"
+    lies = {"device": "resident", "host": "streamed"}[residency]
+    line(name, lies, *phases, found.seconds["prune"], whole, floor.products, copies, found.peak / 1e9)
 
 
-def resident(shape: Shape, device: torch.device, distinct: int) -> tuple[float, dict[str, float]]:
-    """A trial with all weights on the device: seconds of the dense model, and the floor."""
+def resident(shape: Shape, device: torch.device, distinct: int) -> tuple[Bench, Floor]:
+    """A trial with all weights on the device: its bench, and the floor."""
     bench = open_bench(shape, "device", distinct, device)
-    least = floor(bench, shape)
-    show_trial(shape.name, "resident", trial(bench), least)
-    return dense_seconds(bench), least
+    floor = find_floor(bench, shape)
+    show_trial(shape.name, "device", trial(bench), floor)
+    return bench, floor
 
 
-def streamed(shape: Shape, device: torch.device, least: dict[str, float], late: bool) -> list[float]:
+def streamed(shape: Shape, device: torch.device, floor: Floor, is_late: Callable[[], bool]) -> list[float]:
     """A trial with copies made ahead; seconds of the dense model with copies ahead, and when they are asked for."""
     found = []
     for ahead in (True, False):
-        if not ahead and late:
+        if is_late():
             break
-        reset_peak_memory(device)
         bench = open_bench(shape, "host", shape.distinct, device, ahead)
         if ahead:
-            show_trial(shape.name, "streamed", trial(bench), least)
+            show_trial(shape.name, "host", trial(bench), floor)
         found.append(dense_seconds(bench))
         del bench
     return found
 
 
+def sparsegpt_seconds(bench: Bench) -> dict[str, float]:
+    """Seconds by phase of SparseGPT in the second block, after the first to warm up."""
+    return list(islice(bench.prune(uniform(bench, "sparsegpt")), 2))[1].seconds
+
+
+def show_sparsegpt(shape: Shape, found: dict[str, float], device: torch.device) -> None:
+    """SparseGPT in one block, and its inner loop by the kernel and without."""
+    total = shape.blocks
+    head(f"SparseGPT, {shape.name}, one block; {total} blocks are extrapolated", "phase", "seconds", f"× {total}")
+    for phase, seconds in found.items():
+        line(phase, f"{seconds:.3f}", seconds * total)
+    W, U = torch.randn(128, shape.width, device=device), torch.eye(128, device=device)
+    fast = columns.on_gpu(device) if device.type == "cuda" else columns.strips
+    head(f"Its inner loop over 128 columns of {shape.width} rows", "way", "milliseconds")
+    for way in (fast, columns.plain):
+        line(f"`{way.__name__}`", 1000 * seconds_of(partial(way, W, U, torch.zeros_like(W)), device))
+
+
 def main() -> None:
-    """Measures both shapes and prints two tables."""
+    """Measures both shapes and prints their tables."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--tiny", action="store_true")
     tiny = parser.parse_args().tiny
@@ -213,20 +301,19 @@ def main() -> None:
     if device.type != "cuda" and not tiny:
         raise SystemExit("no CUDA device here; --tiny runs the same code anywhere")
     small, large = TINY if tiny else SHAPES
-    print(f"{device_name(device)}, torch {torch.__version__}, {date.today()}; seconds (× matmul floor), GB\n")
-    line("shape", "weights", "calibrate", "evaluate", "prune", "trial", "peak memory")
-    print(f"|{'---|' * 7}")
-    resident(small, device, small.distinct)
-    rate, least = resident(large, device, 1)
-    ways = [rate, *streamed(large, device, least, perf_counter() - began > BUDGET)]
-    print(f"\n{large.name}, dense model on the search text\n")
-    line("weights", "seconds", "of the resident rate")
-    print("|---|---|---|")
-    for way, seconds in zip(
-        ("resident", "streamed, copied ahead", "streamed, copied when asked for"), ways, strict=False
-    ):
+    print(f"{device_name(device)}, torch {torch.__version__}, {date.today()}\n\n{ABOUT}", flush=True)
+    of_trial = ("shape", "weights", "calibrate", "evaluate", "prune", "trial", "products", "copies", "peak memory, GB")
+    head("One trial, in seconds", *of_trial)
+    sparsegpt = sparsegpt_seconds(resident(small, device, small.distinct)[0])
+    bench, floor = resident(large, device, 1)
+    rate = dense_seconds(bench)
+    del bench
+    ways = [rate, *streamed(large, device, floor, lambda: perf_counter() - began > BUDGET)]
+    head(f"{large.name}, the dense model on the search text", "weights", "seconds", "of the resident rate")
+    for way, seconds in zip(WAYS, ways, strict=False):
         line(way, seconds, f"{rate / seconds:.0%}")
-    print(f"\n{perf_counter() - began:.0f} s in all, peak {peak_memory(device) / 1e9:.1f} GB")
+    show_sparsegpt(small, sparsegpt, device)
+    print(f"\n{perf_counter() - began:.0f} s in all.")
 
 
 if __name__ == "__main__":

@@ -170,8 +170,8 @@ def tiny(family: str, dtype: torch.dtype = torch.float32) -> Any:
     return model.to(dtype).eval()
 
 
-def checkpoint_of(model: nn.Module, residency: Residency | None = None) -> Checkpoint:
-    return Checkpoint(model, CPU, residency)
+def checkpoint_of(model: nn.Module, residency: Residency | None = None, device: torch.device = CPU) -> Checkpoint:
+    return Checkpoint(model, device, residency)
 
 
 def random_ids(windows: int, tokens: int = TOKENS, seed: int = 0) -> Tensor:
@@ -185,6 +185,7 @@ def bench_of(
     folder: Path = Path(),
     residency: Residency | None = None,
     ids: Callable[[int, int, int], Tensor] | None = None,
+    device: torch.device = CPU,
 ) -> Bench:
     """A bench over random windows, or those that `ids` draws: 5 of calibration, 7 of search, 3 of report."""
     windows, draw = {"calibration": 5, "search": 7, "report": 3}, ids or random_ids
@@ -192,7 +193,7 @@ def bench_of(
         role: Windows(draw(count, TOKENS, seed).numpy(), f"{role} text")
         for seed, (role, count) in enumerate(windows.items())
     }
-    checkpoint = checkpoint_of(model, residency)
+    checkpoint = checkpoint_of(model, residency, device)
     return Bench(ModelFolder(folder, "content", "tiny"), checkpoint, texts, prune or Prune(), watch)
 
 

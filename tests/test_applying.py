@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean
@@ -18,12 +19,13 @@ from tinystudy import BLOCKS, quiet, settings, study_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from atp_tune.checkpoints import streaming
 from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Event, TrialStarted, unwatched
 from atp_tune.plan import Plan
 from atp_tune.scores.perplexity import Perplexity
-from atp_tune.search.bench import Bench
-from atp_tune.sparse.applying import apply, prune_once
+from atp_tune.search.bench import Bench, Setup
+from atp_tune.sparse.applying import apply, plan_of, prune_once, write_sparse
 from atp_tune.spec.config import Config, read_config
 
 
@@ -158,6 +160,29 @@ def test_an_empty_folder_is_free(done: Path, config: Config, tmp_path: Path) -> 
     (tmp_path / "out").mkdir()
     applied(config, done, tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_folder_is_written_with_one_copy_of_each_block(
+    done: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of blocks that lie in host memory: what is dense is read from there, not from the device."""
+    texts = {"calibration": config.calibration, "report": config.texts.report}
+    model = config.model.model().model_copy(update={"residency": "host"})
+    bench = Bench.open(Setup(model, config.prune, texts, done, "cpu"), unwatched)
+    plan, copied, copy_to = plan_of(config, bench), Counter[int](), streaming.copy_to
+    assert len(list(bench.prune(plan))) == BLOCKS  # the dense model's states are measured once
+
+    def counted(device: torch.device, tensor: Tensor) -> Tensor:
+        copied.update([tensor.data_ptr()])
+        return copy_to(device, tensor)
+
+    monkeypatch.setattr(streaming, "copy_to", counted)
+    write_sparse(bench, plan, tmp_path / "out", config)
+    first = {tensor.data_ptr() for tensor in bench.checkpoint.blocks[0].parameters()}
+    assert copied.keys() >= {tensor.data_ptr() for tensor in bench.checkpoint.blocks.parameters()} - first
+    assert all(times == 1 or place in first for place, times in copied.items())
+    assert max(copied[place] for place in first) <= 2  # the pass that would follow is prepared
+    check_zeros(tmp_path / "out", done / "model", config.pruner, config.block_sparsities)
 
 
 # --- what is refused, with nothing left behind

@@ -32,8 +32,10 @@ def test_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     found = rows(capsys.readouterr().out)
     ways = [("7B, tiny", "resident"), ("70B, tiny", "resident"), ("70B, tiny", "streamed")]
     assert [(row[0], row[1]) for row in found[1:4]] == ways
-    assert [row[0] for row in found[5:]] == ["resident", "streamed, copied ahead", "streamed, copied when asked for"]
+    assert [row[0] for row in found[5:8]] == ["resident", "streamed, copied ahead", "streamed, copied when asked for"]
     assert all("×" in row[2] and "×" in row[3] and "×" in row[5] for row in found[1:4])
+    assert [row[7] == "–" for row in found[1:4]] == [True, True, False]  # no floor of copies where there are none
+    assert [row[0] for row in found[9:]] == ["calibrate", "prune", "way", "`strips`", "`plain`"]
 
 
 def test_gpu_without_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,19 +68,29 @@ def test_ranges() -> None:
     assert not mapped_files().holds(tensor)
 
 
-def test_pinned_memory_is_registered_and_let_go(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    calls: list[Any] = []
+class Runtime:
+    """CUDA's runtime: it registers memory or gives an error, which the check after the next kernel raises."""
 
-    class Runtime:
-        answer = 0
+    def __init__(self, answer: int = 0) -> None:
+        self.answer = self.last_error = answer
+        self.calls: list[Any] = []
 
-        def cudaHostRegister(self, place: int, size: int, flags: int) -> int:  # noqa: N802 - CUDA's name
-            calls.append((place, size))
-            return self.answer
+    def cudaHostRegister(self, place: int, size: int, flags: int) -> int:  # noqa: N802 - CUDA's name
+        self.calls.append((place, size))
+        self.last_error = self.answer
+        return self.answer
 
-        def cudaHostUnregister(self, place: int) -> None:  # noqa: N802
-            calls.append(place)
+    def cudaHostUnregister(self, place: int) -> None:  # noqa: N802
+        self.calls.append(place)
 
+    def zeros(self, *size: int, device: str) -> None:
+        """`torch.zeros` on such a device."""
+        failure, self.last_error = self.last_error, 0
+        if failure:
+            raise RuntimeError("CUDA error: out of memory")
+
+
+def test_pinned_memory_is_registered_and_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = Runtime()
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     memory = buffers.pinned(5000)
@@ -88,10 +98,18 @@ def test_pinned_memory_is_registered_and_let_go(monkeypatch: pytest.MonkeyPatch,
     assert place % 4096 == 0
     view = memory[:10]
     del memory
-    assert calls == [(place, 5000)]
+    assert runtime.calls == [(place, 5000)]
     del view
-    assert calls == [(place, 5000), place]
-    runtime.answer = 2
-    assert len(buffers.pinned(100)) == 100
-    assert len(calls) == 3
-    assert "cannot be pinned (CUDA error 2)" in caplog.text
+    assert runtime.calls == [(place, 5000), place]
+
+
+def test_memory_that_cannot_be_pinned_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    """The error is forgotten, or the next kernel would raise it, and it would look as if the device were full."""
+    runtime = Runtime(answer=2)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch, "zeros", runtime.zeros)
+    buffers._say_once.cache_clear()
+    assert [len(buffers.pinned(size)) for size in (100, 200)] == [100, 200]
+    assert len(runtime.calls) == 2  # nothing is unregistered that was not registered
+    runtime.zeros(1, device="cuda")
+    assert caplog.text.count("cannot be pinned (CUDA error 2)") == 1

@@ -253,6 +253,16 @@ def test_the_device_keeps_all_but_the_blocks(residency: Residency, monkeypatch: 
     assert not copies & set().union(*blocks)
 
 
+def test_a_gpu_is_the_current_one_before_anything_is_put_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def choose(device: torch.device) -> None:
+        raise KeyError(str(device))
+
+    monkeypatch.setattr(torch.cuda, "set_device", choose)
+    for residency in ("device", "host", "disk"):
+        with pytest.raises(KeyError, match="cuda:1"):
+            Checkpoint(tiny("llama"), torch.device("cuda:1"), residency)  # type: ignore[arg-type]
+
+
 def test_on_the_cpu_weights_lie_where_they_are_unless_it_plays_a_small_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "free_memory", lambda device: 0)
     assert checkpoint_of(tiny("llama")).residency == "device"

@@ -3,7 +3,8 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 from atp_tune.pruners import columns
 from atp_tune.pruners.columns import plain, strips, sweep
 
+CPU = torch.device("cpu")
 SHAPES = [(1, 1), (1, 40), (3, 7), (16, 5), (17, 30), (40, 2500), (128, 33), (130, 200)]
 
 
@@ -69,7 +71,9 @@ def test_a_strip_of_one_column_is_plain(monkeypatch: pytest.MonkeyPatch) -> None
 INTERPRETED = """
 import torch
 from test_columns import by_hand, problem
+from atp_tune.pruners.columns import on_gpu
 from atp_tune.pruners.columns_triton import tiles
+assert on_gpu(torch.device("cpu")) is tiles  # the interpreter needs no compiler
 for shape in ((1, 1), (1, 300), (3, 7), (17, 30), (128, 33), (130, 5)):
     W, U, G = problem(shape)
     expected = by_hand(W, U, G)
@@ -81,8 +85,84 @@ print("done")
 def test_the_kernel_in_tritons_interpreter() -> None:
     """In a process of its own: Triton reads the variable when the kernel is defined."""
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
-    here = Path(__file__).parent
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(here)}
+    path = os.pathsep.join((str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")))
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
     command = [sys.executable, "-c", INTERPRETED]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=300)
     assert done.stdout == "done\n", done.stderr
+
+
+@pytest.fixture
+def launched() -> Iterator[None]:
+    """No kernel was launched yet in this process."""
+    pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+    columns.on_gpu.cache_clear()
+    yield
+    columns.on_gpu.cache_clear()
+
+
+class Compiles:
+    """In the place of the kernel: its launch begins as Triton's does, by building a module with a C compiler."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]:
+        from triton.runtime.build import compile_module_from_src
+
+        return lambda *_: compile_module_from_src(src="int here;", name="here")
+
+
+def test_without_a_compiler_columns_are_swept_plainly(
+    launched: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    from triton.runtime import build
+
+    from atp_tune.pruners import columns_triton
+
+    getattr(build, "_find_compiler", cache(int)).cache_clear()
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.setattr(columns_triton, "_sweep", Compiles())
+    assert [columns.on_gpu(CPU) for _ in range(3)] == [plain] * 3
+    (record,) = caplog.records
+    assert "RuntimeError: Failed to find C compiler" in record.getMessage()
+    assert "\n" not in record.getMessage()
+
+
+def test_where_triton_has_no_driver_columns_are_swept_plainly(
+    launched: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The launch of the real kernel on a machine without a GPU, for which a GPU that Triton does not know stands."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if torch.cuda.is_available():
+        pytest.skip("there is a driver")
+    assert columns.on_gpu(CPU) is plain
+    assert "driver" in caplog.text
+
+
+def test_memory_that_ran_out_is_no_reason_to_do_without(launched: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step is tried again with less by who knows how, and the kernel is there then."""
+    from atp_tune.pruners import columns_triton
+
+    errors: list[Exception] = [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        MemoryError(),
+    ]
+
+    def tiles(W: Tensor, U: Tensor, G: Tensor) -> Tensor:
+        if errors:
+            raise errors[0]
+        return W
+
+    monkeypatch.setattr(columns_triton, "tiles", tiles)
+    while errors:
+        with pytest.raises(type(errors[0])) as caught:
+            columns.on_gpu(CPU)
+        assert caught.value is errors.pop(0)
+    assert columns.on_gpu(CPU) is tiles
+
+
+def test_without_triton(launched: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(columns, "find_spec", lambda name: None)
+    assert columns.on_gpu(CPU) is plain
+    assert not caplog.records

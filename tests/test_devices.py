@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from atp_tune.checkpoints.devices import (
     find_dtype,
     free_memory,
     is_out_of_memory,
+    make_current,
     peak_memory,
 )
 from atp_tune.errors import UserError
@@ -25,12 +27,13 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
     def make(cuda: int, mps: bool) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: cuda - 1)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
 
     return make
 
 
-@pytest.mark.parametrize(("cuda", "mps", "found"), [(2, True, "cuda"), (0, True, "mps"), (0, False, "cpu")])
+@pytest.mark.parametrize(("cuda", "mps", "found"), [(2, True, "cuda:1"), (0, True, "mps"), (0, False, "cpu")])
 def test_auto_takes_the_fastest(cuda: int, mps: bool, found: str, machine: Any) -> None:
     machine(cuda, mps)
     assert find_device("auto") == torch.device(found)
@@ -39,7 +42,7 @@ def test_auto_takes_the_fastest(cuda: int, mps: bool, found: str, machine: Any) 
 @pytest.mark.parametrize("name", ["cpu", "cuda", "cuda:0", "cuda:1", "mps"])
 def test_a_device_by_name(name: str, machine: Any) -> None:
     machine(2, True)
-    assert find_device(name) == torch.device(name)
+    assert find_device(name) == torch.device("cuda:1" if name == "cuda" else name)  # the current one
 
 
 @pytest.mark.parametrize(("name", "cuda"), [("cuda", 0), ("cuda:0", 0), ("cuda:2", 2), ("mps", 2)])
@@ -90,13 +93,16 @@ def test_no_cpuinfo(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_free_memory_is_what_the_kernel_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "read_text", lambda self: "MemTotal: 9 kB\nMemAvailable:    1234 kB\n")
+    monkeypatch.setattr(devices.psutil, "virtual_memory", lambda: SimpleNamespace(available=1234 * 1024))
     assert free_memory(CPU) == 1234 * 1024
 
 
 def test_free_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5, 9))
-    assert free_memory(torch.device("cuda")) == 5
+    """What the allocator keeps of freed tensors is free: 40 of the 300 that it has taken hold tensors."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (500, 900))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 40)
+    assert free_memory(torch.device("cuda")) == 760
 
 
 def test_peak_memory_is_in_bytes() -> None:
@@ -115,6 +121,14 @@ def test_the_name_of_the_cpu_says_its_threads() -> None:
         (RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"), True),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"), True),
         (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4 bytes."), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnXpotrf(…)`"), True),
+        (RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(…)`"), False),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
         (RuntimeError("shapes do not match"), False),
         (ValueError("out of memory"), False),
     ],
@@ -131,7 +145,7 @@ def test_what_torch_raises_for_too_much_memory_is_known() -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("2GiB", 2 * 1024**3), ("1.5 kB", 1500), ("500MB", 5 * 10**8), ("10", 10), ("3Mi", 3 * 1024**2), ("", None)],
+    [("2GiB", 2 * 1024**3), ("1.5 kB", 1500), ("600M", 6 * 10**8), ("10B", 10), ("3Mi", 3 * 1024**2), ("", None)],
 )
 def test_a_device_may_be_given_less_memory(text: str, size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATP_TUNE_DEVICE_MEMORY", text)
@@ -143,6 +157,7 @@ def test_a_device_may_be_given_less_memory(text: str, size: int | None, monkeypa
 def test_a_limit_counts_what_a_gpu_holds_already(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATP_TUNE_DEVICE_MEMORY", "100B")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 500)
     for held, free in ((30, 70), (200, 0)):
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device, held=held: held)
         assert free_memory(torch.device("cuda")) == free
@@ -151,5 +166,13 @@ def test_a_limit_counts_what_a_gpu_holds_already(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("text", ["much", "-1GB", "2 GiB or so", "1e9"])
 def test_a_limit_that_is_no_size_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATP_TUNE_DEVICE_MEMORY", text)
-    with pytest.raises(UserError, match=r"^ATP_TUNE_DEVICE_MEMORY: must be a size like 2GiB or 500MB, got"):
+    with pytest.raises(UserError, match=r"^ATP_TUNE_DEVICE_MEMORY: must be a size like 2GiB or 600M, got"):
         free_memory(CPU)
+
+
+def test_work_makes_its_device_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name in ("cpu", "cuda:1", "cuda"):  # without an index it is the current one already
+        make_current(torch.device(name))
+    assert chosen == [torch.device("cuda:1")]

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from atp_tune.blocks.batching import BatchSize
 from atp_tune.blocks.gathering import AllHeard, Gathering, ending
 from atp_tune.blocks.replay import Replay
 from atp_tune.blocks.standing import prune_standing
+from atp_tune.blocks.timing import Timer
 from atp_tune.checkpoints.linears import Linear
 from atp_tune.plan import Plan
 from atp_tune.pruners import Pruner, Statistics, make_pruner
@@ -69,7 +69,8 @@ class Pass:
     def step(self, plan: Plan, index: int, hidden: Tensor) -> PrunedBlock:
         """Prunes block `index`, and moves the hidden states through it."""
         linears = self.replay.checkpoint.linears[index]
-        timer, weights = Timer(), self.replay.checkpoint.weights(index)
+        timer = Timer(self.replay.checkpoint.device)
+        weights = self.replay.checkpoint.weights(index)
         sparsities = plan.of(index, len(linears))
         if self.in_one_pass and self.pruner.measures is not None:
             pruned = self._prune_standing(index, weights, hidden, sparsities, timer)
@@ -82,7 +83,7 @@ class Pass:
         return PrunedBlock(index, pruned.weights, zeros, error, timer.seconds, tuple(pruned.unheard))
 
     def _measure_and_prune(
-        self, index: int, weights: dict[str, Tensor], hidden: Tensor, sparsities: tuple[float, ...], timer: "Timer"
+        self, index: int, weights: dict[str, Tensor], hidden: Tensor, sparsities: tuple[float, ...], timer: Timer
     ) -> "Pruning":
         linears = self.replay.checkpoint.linears[index]
         statistics = self._statistics(index, weights, hidden)
@@ -101,7 +102,7 @@ class Pass:
         return measure(self.replay, self.batch, index, weights, hidden, self.pruner.measures)
 
     def _prune_standing(
-        self, index: int, weights: dict[str, Tensor], hidden: Tensor, sparsities: tuple[float, ...], timer: "Timer"
+        self, index: int, weights: dict[str, Tensor], hidden: Tensor, sparsities: tuple[float, ...], timer: Timer
     ) -> "Pruning":
         """All three steps in one pass over the hidden states, which move on."""
         kind, block = self.pruner.measures, self.replay.checkpoint.blocks[index]
@@ -157,20 +158,6 @@ class Pruning:
         kept = torch.stack(list(self._kept.values())).tolist()
         counts = dict(zip(self._kept, kept, strict=True))
         return {name: size - counts[name] for name, size in self._sizes.items()}
-
-
-class Timer:
-    """Adds up the seconds of named phases."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = perf_counter()
-
-    def lap(self, phase: str) -> None:
-        """Counts the time since the last lap for this phase."""
-        now = perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
-        self._last = now
 
 
 def advance(replay: Replay, batch: BatchSize, index: int, weights: dict[str, Tensor], hidden: Tensor) -> None:

@@ -11,6 +11,8 @@ import tempfile
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -59,10 +61,26 @@ def pinned(size: int) -> Tensor:
     runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     failure = int(runtime.cudaHostRegister(memory.data_ptr(), size, 0))
     if failure:
-        log.warning(f"host memory cannot be pinned (CUDA error {failure}): blocks are copied more slowly")
+        _forget_last_error()
+        _say_once(f"host memory cannot be pinned (CUDA error {failure}): blocks are copied more slowly")
     else:
         weakref.finalize(memory.untyped_storage(), runtime.cudaHostUnregister, memory.data_ptr())
     return memory
+
+
+def _forget_last_error() -> None:
+    """Lets a kernel that does nothing raise the error of a failed call, which the next one would take for its own.
+
+    PyTorch does not expose `cudaGetLastError`; the check after the launch of a kernel calls it. An error that the
+    device does not recover from is raised by all later calls too.
+    """
+    with suppress(RuntimeError):
+        torch.zeros(1, device="cuda")
+
+
+@cache
+def _say_once(text: str) -> None:
+    log.warning(text)
 
 
 def on_disk(size: int) -> Tensor:

@@ -20,7 +20,7 @@ from atp_tune.allocations import Shape
 from atp_tune.checkpoints.buffers import mapped_files, move_into, on_disk, pinned, plain
 from atp_tune.checkpoints.classes import auto_class, language_model
 from atp_tune.checkpoints.convert import one_line
-from atp_tune.checkpoints.devices import device_limit, free_memory, host_memory, is_out_of_memory
+from atp_tune.checkpoints.devices import device_limit, free_memory, host_memory, is_out_of_memory, make_current
 from atp_tune.checkpoints.linears import Linear, find_linears, is_attention, is_value
 from atp_tune.checkpoints.quantized import check_full
 from atp_tune.checkpoints.residency import Free, Residency, choose
@@ -150,6 +150,7 @@ class Checkpoint:
 
     def _place(self, ahead: bool) -> Stream | None:
         """Moves tensors to where they are to lie; the stream of blocks where that is not the device."""
+        make_current(self.device)
         if self.residency == "device":
             self.model.to(self.device)
             return None

@@ -1,6 +1,7 @@
 """What a device is, how much memory it has free, and in which number format it multiplies fast."""
 
 import ctypes
+import gc
 import os
 import platform
 import re
@@ -10,28 +11,58 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import torch
 
+from atp_tune.checkpoints.cgroups import free_in_cgroups
 from atp_tune.errors import UserError
 
 GIB = 1024**3
 KEPT = 256 << 20  # bytes, of one block and of what is free at the end of the heap
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 LIMIT = "ATP_TUNE_DEVICE_MEMORY"
+OUT_OF_MEMORY = (  # what such an error says, in small letters
+    "out of memory",  # CUDA, HIP, MPS
+    "can't allocate memory",  # a CPU
+    "not enough memory",
+    "alloc_failed",  # cuBLAS, cuDNN, cuSOLVER, cuSPARSE
+    "allocation_failed",  # cuDNN 9
+    "allocation failed",
+    "cublascreate",  # cuBLAS and cuSOLVER say "not initialized" or "internal error" where a handle finds no memory, and
+    "cusolverdncreate",  # make it when it is first needed
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a study's `device` key; `auto` takes CUDA, then MPS, then the CPU; UserError if it is not here."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    device = torch.device(name)
+    """The device of a study's `device` key; `auto` takes CUDA, then MPS, then the CPU. One of CUDA has its index.
+
+    UserError if it is not here, or if the limit on its memory is no size.
+    """
+    device_limit()
+    device = torch.device(_fastest() if name == "auto" else name)
     here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[device.type]
     if (device.index or 0) >= here:
         raise UserError(f"device: {name} is not on this machine ({here} of its kind); try --device cpu or auto")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def _fastest() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def make_current(device: torch.device) -> None:
+    """Makes a CUDA device the one that this process works on.
+
+    Pinned memory, new streams and Triton's kernels belong to the current device, whichever their tensors lie on: a
+    process that leaves it at 0 and computes on another opens a context of some 500 MB on 0 too.
+    """
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
 
 
 def find_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -76,34 +107,46 @@ def device_name(device: torch.device) -> str:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be had on the device now, within the limit of `ATP_TUNE_DEVICE_MEMORY` if there is one."""
+    """Bytes that can be had on the device now, within the limit of `ATP_TUNE_DEVICE_MEMORY` if there is one.
+
+    What PyTorch's allocator keeps of freed tensors is free, though the driver counts it as taken.
+    """
     limit = device_limit()
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-        return free if limit is None else max(0, min(free, limit - torch.cuda.memory_allocated(device)))
+        held = torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held
+        return free if limit is None else max(0, min(free, limit - held))
     return host_memory() if limit is None else min(host_memory(), limit)
 
 
 def device_limit() -> int | None:
-    """Bytes that `ATP_TUNE_DEVICE_MEMORY` leaves of the compute device, as in `2GiB`; UserError if it is no size."""
+    """Bytes that `ATP_TUNE_DEVICE_MEMORY`, such as `2GiB`, leaves of the compute device; UserError if it is no size.
+
+    It makes any device look like a small one. A GPU is believed to have so much in all, what tensors hold included. A
+    CPU is believed to have so much free at any moment, and to be a device apart from the host: weights that do not fit
+    are kept in host memory or on disk, and come to it block by block.
+    """
     text = os.environ.get(LIMIT, "").strip()
     if not text:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?", text)
     if not found:
-        raise UserError(f'{LIMIT}: must be a size like 2GiB or 500MB, got "{text}"')
+        raise UserError(f'{LIMIT}: must be a size like 2GiB or 600M, got "{text}"')
     return int(float(found[1]) * (1024 if found[3] else 1000) ** " kMGT".index(found[2] or " "))
 
 
 def host_memory() -> int:
-    """Bytes of host memory that can be had now, without driving anything out but the page cache."""
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        meminfo = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return pages // 2
-    available = next((line for line in meminfo if line.startswith("MemAvailable")), None)
-    return int(available.split()[1]) * 1024 if available else pages // 2
+    """Bytes of host memory that can be had now without driving anything out but the page cache: of the machine, and
+    of the control groups that this process is in.
+    """
+    available, limited = int(psutil.virtual_memory().available), free_in_cgroups()
+    return available if limited is None else min(available, limited)
+
+
+def release_memory() -> None:
+    """Frees what nothing holds any more: what waits for the garbage collector, and what the CUDA allocator keeps."""
+    gc.collect()
+    torch.cuda.empty_cache()  # nothing where CUDA was not used
 
 
 def peak_memory(device: torch.device) -> int:
@@ -136,9 +179,8 @@ def reuse_freed_memory() -> bool:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out, on whichever device."""
     text = str(error).lower()
-    signs = ("out of memory", "can't allocate memory", "not enough memory")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(sign in text for sign in signs)
+        isinstance(error, RuntimeError) and any(sign in text for sign in OUT_OF_MEMORY)
     )
 
 

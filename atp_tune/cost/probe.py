@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from atp_tune.blocks.prune_pass import Pass, advance
+from atp_tune.blocks.timing import wait_for
 from atp_tune.checkpoints.devices import peak_memory, reset_peak_memory
 from atp_tune.cost.forecast import PrunerRate, Rates
 from atp_tune.plan import Plan
@@ -33,10 +34,10 @@ class Clock:
 
     def time(self, name: str, work: Callable[[], T]) -> T:
         """The result of some work, to the end of its last kernel."""
-        self._wait()
+        wait_for(self._device)
         began = perf_counter()
         result = work()
-        self._wait()
+        wait_for(self._device)
         self._found.setdefault(name, []).append(perf_counter() - began)
         return result
 
@@ -52,10 +53,6 @@ class Clock:
     def forget(self) -> None:
         """Starts anew, after what was only to warm up."""
         self._found.clear()
-
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
 
 
 @torch.inference_mode()

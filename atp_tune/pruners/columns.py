@@ -13,8 +13,12 @@ and what is wanted is the last W_j of each column, before its own error is taken
             first term are a single call, with factors -U_kj and 1. numpy's calls cost a fraction of torch's, which
             matters where a column is a few hundred numbers.
 `triton`    on a GPU (`columns_triton`): one kernel for the whole block, a tile of rows of the weight in each program.
+            Triton compiles at the first launch and needs a C compiler for that, which many images lack. So each
+            process launches it once on zeros; where that fails, the log says so and a GPU takes `plain`.
 """
 
+import logging
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 
@@ -25,16 +29,17 @@ from torch import Tensor
 STRIP = 16  # columns
 ALONE = 9216  # numbers that OpenBLAS multiplies with a vector in one thread; it pays to stay below
 
+Sweep = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+log = logging.getLogger(__name__)
+
 
 def sweep(W: Tensor, U: Tensor, G: Tensor) -> Tensor:
     """The columns [B, out] as updated when their turn came, by the fastest way that there is; W may be overwritten."""
     if W.device.type == "cpu" and W.dtype == torch.float32:
         return strips(W, U, G)
-    if W.device.type == "cuda" and _has_triton():
-        from atp_tune.pruners.columns_triton import tiles
-
-        return tiles(W, U, G)
-    return plain(W, U, G)
+    kernel = on_gpu(W.device) if W.device.type == "cuda" else plain
+    return kernel(W, U, G)
 
 
 def plain(W: Tensor, U: Tensor, G: Tensor) -> Tensor:
@@ -62,5 +67,18 @@ def strips(W: Tensor, U: Tensor, G: Tensor) -> Tensor:
 
 
 @cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+def on_gpu(device: torch.device) -> Sweep:
+    """The Triton kernel where it compiles and runs on the device, else `plain`, which is said once in the log."""
+    if find_spec("triton") is None:
+        return plain
+    try:
+        from atp_tune.pruners.columns_triton import tiles
+
+        tiles(*torch.zeros(3, 128, 128, device=device))
+    except Exception as error:  # of Triton, of what it calls (a compiler, ptxas, the driver), or of its import
+        if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+            raise
+        reason = next(iter(str(error).splitlines()), "")
+        log.warning(f"SparseGPT without its Triton kernel, column by column: {type(error).__name__}: {reason}")
+        return plain
+    return tiles

@@ -30,16 +30,17 @@ def tiles(W: Tensor, U: Tensor, G: Tensor) -> Tensor:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _sweep(
-    w_at: Tensor, u_at: Tensor, g_at: Tensor, out: int, columns: int, PADDED: tl.constexpr, ROWS: tl.constexpr
-) -> None:
+    w_at: Tensor, u_at: Tensor, g_at: Tensor, out: int,
+    COLUMNS: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+) -> None:  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, PADDED)
     inside = row < out
     at = k[:, None] * out + row[None, :]
-    tile = tl.load(w_at + at, mask=(k < columns)[:, None] & inside[None, :], other=0.0)
-    for j in range(0, columns):
+    tile = tl.load(w_at + at, mask=(k < COLUMNS)[:, None] & inside[None, :], other=0.0)
+    for j in range(0, COLUMNS):
         w = tl.sum(tl.where((k == j)[:, None], tile, 0.0), axis=0)
         e = w * tl.load(g_at + j * out + row, mask=inside, other=0.0)
-        u = tl.load(u_at + j * columns + k, mask=(k > j) & (k < columns), other=0.0)
+        u = tl.load(u_at + j * COLUMNS + k, mask=(k > j) & (k < COLUMNS), other=0.0)
         tile -= u[:, None] * e[None, :]
-    tl.store(w_at + at, tile, mask=(k < columns)[:, None] & inside[None, :])
+    tl.store(w_at + at, tile, mask=(k < COLUMNS)[:, None] & inside[None, :])

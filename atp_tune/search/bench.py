@@ -112,6 +112,9 @@ class Bench:
         dtype, named = find_dtype(setup.model.dtype, device), setup.model.residency
         residency = None if named == "auto" else named
         checkpoint = Checkpoint.load(folder.path, dtype, device, folder.trusted, residency)
+        if checkpoint.residency != "device":
+            place = "in host memory" if checkpoint.residency == "host" else "on disk"
+            watch(Note(f"blocks are kept {place} and copied to the device one by one"))
         bench = cls(folder, checkpoint, windows, setup.prune, watch)
         check_embedding(bench)
         for role, found in windows.items():

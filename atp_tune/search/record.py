@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from atp_tune.blocks.prune_pass import PrunedBlock, Timer
+from atp_tune.blocks.prune_pass import PrunedBlock
+from atp_tune.blocks.timing import Timer
 from atp_tune.checkpoints.devices import device_name, peak_memory, reset_peak_memory
 from atp_tune.scores.divergence import Divergence, divergence
 from atp_tune.scores.evaluation import Block
@@ -24,7 +25,7 @@ class Record:
         self._zeros = self._weights = 0
         self._device = device
         self._dtype = dtype
-        self._timer = Timer()
+        self._timer = Timer(device)
         reset_peak_memory(device)
 
     def follow(self, pruned: Iterator[PrunedBlock], sizes: tuple[int, ...]) -> Iterator[Block]:

@@ -174,12 +174,12 @@ def _pruned(bench: Bench, plan: Plan, zeros: list[int]) -> Iterator[tuple[str, T
     checkpoint = bench.checkpoint
     for block in bench.prune(plan):
         zeros.append(sum(block.zeros.values()))
-        dense = checkpoint.weights(block.index)
         linears = {linear.key: linear for linear in checkpoint.linears[block.index]}
         for key, linear in linears.items():
             name = checkpoint.key(block.index, linear)
+            dense = checkpoint.model.get_parameter(name).detach().cpu()  # from where it lies: no way to the device
             saved = checkpoint.as_saved(name, block.weights[key].cpu())
-            for part, was in checkpoint.as_saved(name, dense[key].cpu()).items():
+            for part, was in checkpoint.as_saved(name, dense).items():
                 yield part, was, saved[part]
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging as hf_logging
 
+from atp_tune.blocks.timing import wait_for
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import cpu_name, device_name, find_dtype
 from atp_tune.speed.pair import Pair
@@ -34,10 +35,10 @@ class Eager:
         """How long one run of a phase takes."""
         cache = deepcopy(self._prompts[side])
         run = (lambda: self._prefill(side)) if phase == "prefill" else (lambda: self._decode(side, cache))
-        self._wait()
+        wait_for(self._ids.device)
         began = perf_counter()
         run()
-        self._wait()
+        wait_for(self._ids.device)
         return perf_counter() - began
 
     def _prefill(self, side: Side) -> Any:
@@ -46,10 +47,6 @@ class Eager:
     def _decode(self, side: Side, cache: Any) -> None:
         for step in range(self._task.tokens, self._task.tokens + self._task.steps):
             self._models[side](input_ids=self._ids[:, step : step + 1], past_key_values=cache, use_cache=True)
-
-    def _wait(self) -> None:
-        if self._ids.device.type == "cuda":
-            torch.cuda.synchronize(self._ids.device)
 
 
 def dtypes(device: torch.device) -> list[torch.dtype]:

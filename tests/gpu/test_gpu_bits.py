@@ -1,0 +1,89 @@
+"""Values on a GPU: the same wherever weights lie, each time, and nearly those of a CPU."""
+
+from statistics import fmean
+
+import pytest
+import torch
+from cards import bench_on, plan, pruned_blocks, same_blocks, trial
+from families import FAMILIES, MIXTURES, bench_of, tiny
+
+from atp_tune.checkpoints.residency import Residency
+from atp_tune.plan import Plan
+from atp_tune.spec.study import Prune
+
+pytestmark = pytest.mark.gpu
+PRUNERS = ["wanda", "sparsegpt", "magnitude"]
+
+
+@pytest.mark.parametrize("residency", ["host", "disk"])
+@pytest.mark.parametrize("pruner", PRUNERS)
+def test_streamed_is_resident_to_the_last_bit(pruner: str, residency: Residency, device: torch.device) -> None:
+    """Three trials in a row: a copy that is used before it is whole, or freed too early, need not show at once."""
+    resident, streamed = bench_on(device), bench_on(device, residency)
+    assert (resident.checkpoint.residency, streamed.checkpoint.residency) == ("device", residency)
+    expected, nlls = pruned_blocks(resident, pruner), trial(resident, pruner).nlls
+    for _ in range(3):
+        assert same_blocks(pruned_blocks(streamed, pruner), expected)
+        assert trial(streamed, pruner).nlls == nlls
+
+
+def test_sequential_statistics_too(device: torch.device) -> None:
+    settings = Prune(statistics="sequential")
+    expected = pruned_blocks(bench_on(device, prune=settings))
+    assert same_blocks(pruned_blocks(bench_on(device, "host", prune=settings)), expected)
+
+
+def test_a_trial_again_is_the_same_to_the_last_bit(device: torch.device) -> None:
+    bench = bench_on(device, dtype=torch.bfloat16)
+    first, nlls = pruned_blocks(bench), trial(bench).nlls
+    assert same_blocks(pruned_blocks(bench), first)
+    assert trial(bench).nlls == nlls
+
+
+@pytest.mark.parametrize("residency", ["host", "disk"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_where_weights_lie_changes_no_bit(family: str, residency: Residency, device: torch.device) -> None:
+    assert family_nlls(family, residency, device) == family_nlls(family, "device", device)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_where_weights_lie_changes_little_in_a_mixture(family: str, device: torch.device) -> None:
+    """The order in which a GPU adds up what experts give is not fixed."""
+    assert family_nlls(family, "host", device) == pytest.approx(family_nlls(family, "device", device), rel=1e-3)
+
+
+def family_nlls(family: str, residency: Residency, device: torch.device) -> list[float]:
+    """Window NLLs of a pruned tiny model and of the dense one."""
+    bench = bench_of(tiny(family), residency=residency, device=device)
+    blocks = bench.prune(Plan("wanda", "uniform", (0.5,) * len(bench.checkpoint.blocks)))
+    nlls = bench.all_nlls(((block.index, block.weights) for block in blocks), "search")
+    return [*nlls, *bench.all_nlls(bench.dense(), "report")]
+
+
+@pytest.mark.parametrize("pruner", PRUNERS)
+def test_a_cpu_comes_to_nearly_the_same(pruner: str, device: torch.device) -> None:
+    """Zeros by the plan exactly, masks but for near-ties, NLLs but for those."""
+    here, there = (bench_of(tiny("llama"), device=place) for place in (device, torch.device("cpu")))
+    ones, others = (list(bench.prune(plan(bench, pruner))) for bench in (here, there))
+    weights = differ = 0
+    for one, other in zip(ones, others, strict=True):
+        assert one.zeros == other.zeros
+        for linear in here.checkpoint.linears[one.index]:
+            masks = [block.weights[linear.key].cpu() == 0 for block in (one, other)]
+            differ += int((masks[0] != masks[1]).sum())
+            weights += linear.size
+    assert differ < 0.01 * weights
+    nlls = [
+        bench.all_nlls(((block.index, block.weights) for block in blocks), "search")
+        for bench, blocks in ((here, ones), (there, others))
+    ]
+    assert fmean(nlls[0]) == pytest.approx(fmean(nlls[1]), rel=0.01)
+
+
+def test_bf16_comes_near_float32(device: torch.device) -> None:
+    benches = [bench_on(device, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    assert [bench.dtype for bench in benches] == ["float32", "bfloat16"]
+    dense = [fmean(bench.all_nlls(bench.dense(), "search")) for bench in benches]
+    pruned = [fmean(trial(bench).nlls) for bench in benches]
+    assert dense[1] == pytest.approx(dense[0], rel=0.01)
+    assert pruned[1] == pytest.approx(pruned[0], rel=0.02)

@@ -1,0 +1,67 @@
+"""Seconds of a trial: each phase to the end of its own kernels. Factors are wide: it is the place that counts."""
+
+from time import perf_counter
+
+import pytest
+import torch
+from cards import bench_on, trial
+
+from atp_tune.blocks.prune_pass import advance, measure
+from atp_tune.blocks.timing import wait_for
+from atp_tune.cost.probe import probe
+from atp_tune.pruners.statistics import InputNorms
+from atp_tune.search.bench import Bench
+
+pytestmark = pytest.mark.gpu
+
+
+def test_phases_add_up_to_the_wall(device: torch.device) -> None:
+    bench = bench_on(device)
+    trial(bench)
+    wait_for(device)
+    began = perf_counter()
+    record = trial(bench)
+    wait_for(device)
+    whole = perf_counter() - began
+    seconds = record.close()["seconds"]
+    assert set(seconds) == {"calibrate", "prune", "evaluate"}
+    assert min(seconds.values()) > 0
+    assert 0.9 * whole - 0.01 < sum(seconds.values()) < 1.1 * whole + 0.01
+
+
+def test_listening_counts_for_calibration(device: torch.device) -> None:
+    """On a GPU its kernels end long after they were started, where the pruner first waits for a number."""
+    bench = bench_on(device, dtype=torch.bfloat16, windows=64)
+    trial(bench)
+    expected = min(calibration_seconds(bench) for _ in range(3))
+    found = [trial(bench).close()["seconds"]["calibrate"] for _ in range(3)]
+    assert min(found) > 0.5 * expected
+    assert min(found) < 3 * expected + 0.01
+
+
+@torch.inference_mode()
+def calibration_seconds(bench: Bench) -> float:
+    """The two passes over the calibration windows, each block's alone."""
+    replay, batch, device = bench.replay, bench.batch("calibration"), bench.checkpoint.device
+    ids = torch.from_numpy(bench.windows["calibration"].ids).to(device)
+    hidden, seconds = replay.embed(ids).clone(), 0.0
+    for index, weights in bench.dense():
+        wait_for(device)
+        began = perf_counter()
+        measure(replay, batch, index, weights, hidden, InputNorms)
+        advance(replay, batch, index, weights, hidden)
+        wait_for(device)
+        seconds += perf_counter() - began
+    return seconds
+
+
+@pytest.mark.parametrize("residency", ["device", "host"])
+def test_the_probe_foretells_calibration(residency: str, device: torch.device) -> None:
+    """Seconds per token of the phase that grows with the text, as `plan` multiplies them."""
+    bench = bench_on(device, residency, windows=64)  # type: ignore[arg-type]
+    trial(bench)
+    rates = probe(bench, ("wanda",), 0.5, load=0.0)
+    tokens = bench.windows["calibration"].ids.size
+    foretold = rates.pruners["wanda"].calibrate * tokens * len(bench.checkpoint.blocks)
+    found = min(trial(bench).close()["seconds"]["calibrate"] for _ in range(3))
+    assert found / 4 - 0.01 < foretold < 4 * found + 0.01

@@ -1,0 +1,61 @@
+"""Whole commands on a device that is made to look small: what does not fit is streamed, and values stay the same."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from tinystudy import Answer, CommandLine, finish, settings, start, stored
+
+from atp_tune.checkpoints import checkpoint
+
+SMALL = {"ATP_TUNE_DEVICE_MEMORY": "200kB"}  # the model has 136 kB, a window takes 119 kB
+ROOMY = {"ATP_TUNE_DEVICE_MEMORY": ""}
+
+
+def tune(place: Path, environment: dict[str, str], *overrides: str) -> Answer:
+    return finish(start("--study", place / "tiny.toml", *settings(*overrides), environment=environment))
+
+
+def test_a_study_on_a_small_device_streams_and_comes_to_the_same_bits(place: Path, tmp_path: Path) -> None:
+    """Both go on from one study: its batches, which decide the last bits, are those of the small device."""
+    assert tune(place, SMALL, "search.trials=1").code == 0
+    roomy = Path(shutil.copytree(place, tmp_path / "roomy"))
+    answers = [tune(place, SMALL, "search.trials=4"), tune(roomy, ROOMY, "search.trials=4")]
+    assert [answer.code for answer in answers] == [0, 0]
+    said = "blocks are kept in host memory and copied to the device one by one"
+    assert [said in answer.out for answer in answers] == [True, False]
+    streamed, whole = stored(place), stored(roomy)
+    assert whole.user_attrs["batches"] == streamed.user_attrs["batches"]
+    assert set(streamed.user_attrs["batches"].values()) == {1}
+    assert len({trial.value for trial in streamed.trials}) == 4
+    for one, other in zip(streamed.trials, whole.trials, strict=True):
+        assert one.params == other.params
+        assert one.values == other.values
+        assert one.user_attrs["nlls"] == other.user_attrs["nlls"]
+    assert streamed.user_attrs["reports"] == whole.user_attrs["reports"]
+
+
+def test_the_same_device_with_all_its_memory_takes_larger_batches(place: Path, command: CommandLine) -> None:
+    assert command("--study", place / "tiny.toml").code == 0
+    assert stored(place).user_attrs["batches"] == {"calibration": 8, "search": 16, "report": 16, "heads": 64}
+
+
+def test_where_host_memory_is_small_too_blocks_are_on_disk(
+    place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATP_TUNE_DEVICE_MEMORY", "200kB")
+    monkeypatch.setattr(checkpoint, "host_memory", lambda: 10_000)
+    answer = command("--study", place / "tiny.toml", *settings("search.trials=1"))
+    assert answer.code == 0
+    assert "blocks are kept on disk and copied to the device one by one" in answer.out
+
+
+@pytest.mark.parametrize("arguments", [(), ("prune",), ("plan",)])
+def test_a_limit_that_is_no_size_is_one_line(
+    arguments: tuple[str, ...], place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told before the model is loaded."""
+    monkeypatch.setenv("ATP_TUNE_DEVICE_MEMORY", "much")
+    shutil.rmtree(place / "model")
+    answer = command(*arguments, "--study", place / "tiny.toml")
+    assert answer.error == 'ATP_TUNE_DEVICE_MEMORY: must be a size like 2GiB or 600M, got "much"'
