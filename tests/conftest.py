@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from localhub import serve
+from processes import scope
 
 if TYPE_CHECKING:
     import optuna
@@ -17,6 +18,13 @@ if TYPE_CHECKING:
 
 torch.set_num_threads(1)
 os.environ.pop("COLUMNS", None)  # xdist sets it, and what the tests set themselves would count no more
+
+
+@pytest.fixture(autouse=True)
+def ended() -> Iterator[None]:
+    """Processes of a test end with it, so that one that fails is one failure."""
+    with scope():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,8 @@ import optuna
 import preloaded
 import pytest
 from optuna.trial import TrialState
-from tinystudy import Answer
+from processes import at_end
+from tinystudy import HANGS, Answer
 
 from atp_tune.trials import storage
 
@@ -70,6 +71,7 @@ class Command:
         self._process = CONTEXT.Process(target=preloaded.run, args=(words, variables, self._out, self._err, inject))
         self.began = monotonic()
         self._process.start()
+        at_end(self._end)
 
     @property
     def pid(self) -> int:
@@ -88,10 +90,14 @@ class Command:
         os.kill(self.pid, signal.SIGKILL)
         return self.finish()
 
-    def finish(self, seconds: float = 600) -> Answer:
+    def _end(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self._process.close()
+
+    def finish(self, seconds: float = HANGS) -> Answer:
         self._process.join(seconds)
         if self._process.is_alive():
-            self._process.kill()
             raise AssertionError(f"did not end in {seconds} s: {self.said}")
         code = self._process.exitcode
         assert code is not None

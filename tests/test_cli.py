@@ -104,7 +104,7 @@ def test_a_second_ctrl_c_ends_at_once(place: Path) -> None:
     wait_for(place / "tiny.db", 1, process)
     os.kill(process.pid, signal.SIGINT)
     os.kill(process.pid, signal.SIGINT)
-    answer = finish(process, 20)
+    answer = finish(process)
     assert answer.code in (130, -signal.SIGINT)
     assert "Traceback" not in answer.err
     study = run(place, *LONG)

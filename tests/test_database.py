@@ -20,7 +20,8 @@ from optuna.storages import get_storage
 from optuna.trial import TrialState
 from pgserver import URL_PASSWORD, PostgreSQL
 from pgserver import running as running_server
-from tinystudy import LONG, CommandLine, finish, hear, quiet, run, settings, start, wait_until
+from processes import at_end, catches, popen
+from tinystudy import HANGS, LONG, CommandLine, finish, hear, quiet, run, settings, start, wait_until
 
 from atp_tune.errors import UserError
 from atp_tune.results.summary import summarise
@@ -32,7 +33,10 @@ from atp_tune.trials import database, patience, storage
 from atp_tune.trials.database import PatientDatabase, is_away, without_password
 from atp_tune.trials.remote import connect
 
-TESTS = Path(__file__).parent
+MEASURES = (
+    "SELECT 1 FROM trials JOIN trial_user_attributes USING (trial_id) "
+    "WHERE number = %s AND state = 'RUNNING' AND key = 'sparsities'"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +56,7 @@ def frail() -> Iterator[PostgreSQL]:
 def opened(address: str) -> PatientDatabase:
     db = storage.open_storage(address, create=True)
     assert isinstance(db, PatientDatabase)
+    at_end(db.engine.dispose)
     return db
 
 
@@ -315,12 +320,12 @@ def test_a_server_killed_in_the_middle_of_a_trial_costs_nothing(place: Path, fra
     worker = start("--study", place / "tiny.toml", "--storage", address, *settings(*overrides))
     heard = ""
     for number in (1, 3):
-        wait_until(lambda number=number: runs(address, number), 60)  # type: ignore[misc]
+        wait_for(address, number)
         killed(frail)
         heard += hear(worker, "; trying again, nothing is lost")
         frail.start()
         heard += hear(worker, "answers again")
-    answer = finish(worker, 120)
+    answer = finish(worker)
     assert answer.code == 0, answer.err
     assert (heard + answer.out).count("; trying again, nothing is lost") == 2
     assert URL_PASSWORD not in heard + answer.out + answer.err
@@ -329,24 +334,30 @@ def test_a_server_killed_in_the_middle_of_a_trial_costs_nothing(place: Path, fra
     assert measured(study) == measured(run(place, *overrides))
 
 
-def runs(address: str, number: int) -> bool:
-    study = storage.find_study(opened(address), "tiny")
-    trials = study.trials[number:] if study else []
-    return bool(trials) and trials[0].state == TrialState.RUNNING and "sparsities" in trials[0].user_attrs
+def wait_for(address: str, number: int) -> None:
+    """Returns when trial `number` has its plan and is being measured; over one connection."""
+    with psycopg.connect(address.replace("+psycopg", ""), autocommit=True) as connection:
+        wait_until(lambda: measures(connection, number))
+
+
+def measures(connection: "psycopg.Connection[tuple[object, ...]]", number: int) -> bool:
+    try:
+        return connection.execute(MEASURES, (number,)).fetchone() is not None
+    except psycopg.errors.UndefinedTable:  # they are being made
+        return False
 
 
 @pytest.mark.slow
 def test_ctrl_c_ends_a_worker_that_waits(place: Path, frail: PostgreSQL) -> None:
     address = frail.new()
     worker = start("--study", place / "tiny.toml", "--storage", address, *settings(*LONG, "search.trials=50"))
-    wait_until(lambda: runs(address, 1), 60)
+    wait_for(address, 1)
     killed(frail)
-    sleep(2)
+    hear(worker, "; trying again, nothing is lost")
     worker.send_signal(signal.SIGINT)
-    sleep(1)
+    wait_until(lambda: not catches(worker, signal.SIGINT))
     worker.send_signal(signal.SIGINT)
-    assert finish(worker, 20).code in (130, -signal.SIGINT)
-    frail.start()
+    assert finish(worker).code in (130, -signal.SIGINT)
 
 
 # --- many workers
@@ -369,8 +380,8 @@ with quiet():
 def together(address: str, workers: int, trials: int) -> list[str]:
     """What workers that start at the same moment say on stderr."""
     command = [sys.executable, "-c", WORKER, address, str(trials)]
-    started = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(workers)]
-    return [process.communicate(timeout=300)[1] for process in started]
+    started = [popen(command, stderr=subprocess.PIPE, text=True) for _ in range(workers)]
+    return [process.communicate(timeout=HANGS)[1] for process in started]
 
 
 @pytest.mark.slow
@@ -388,7 +399,7 @@ def test_eight_workers_on_an_empty_database(kind: str, postgres: PostgreSQL, tmp
 def test_two_workers_share_a_total_in_postgresql(place: Path, postgres: PostgreSQL) -> None:
     address = postgres.new()
     words = ("--study", place / "tiny.toml", "--storage", address, *settings(*LONG, "search.trials=8"))
-    answers = [finish(worker, 120) for worker in [start(*words), start(*words)]]
+    answers = [finish(worker) for worker in [start(*words), start(*words)]]
     assert [answer.code for answer in answers] == [0, 0], answers
     study = stored(address)
     assert storage.counted(study) == 8

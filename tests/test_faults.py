@@ -313,14 +313,14 @@ def test_the_disk_of_a_server_is_full(place: Path, tmp_path: Path, undisturbed: 
         with serving(there, "127.0.0.1", free_port(), port, "tiny.db"):
             options = ("--study", place / "tiny.toml", *settings(*LONG), "--storage", f"grpc://127.0.0.1:{port}")
             worker = Command(*options)
-            wait_until(lambda: has(there / "tiny.db", RUNS), 120)
+            wait_until(lambda: has(there / "tiny.db", RUNS))
             filler = fill(folder, 0)
-            wait_until(lambda: "its database: " in worker.said, 120)
+            wait_until(lambda: "its database: " in worker.said)
             assert "is full; make room on the disk" in worker.said
             assert "trying again, nothing is lost" in worker.said
             began, ended = monotonic(), len(measured(stored(there)))
             filler.unlink()
-            wait_until(lambda: len(measured(stored(there))) > ended, 120)
+            wait_until(lambda: len(measured(stored(there))) > ended)
             seconds = monotonic() - began
             answer = worker.finish()
             assert (answer.code, answer.err) == (0, ""), answer

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from crews import LONG, TOTAL, check_whole, measured, trials
 from optuna.trial import TrialState
+from processes import popen
 from test_network import HERE, THERE, Namespace, namespace, serving  # noqa: F401
 from tinystudy import CommandLine, finish, free_port, run, settings, start, wait_for
 
@@ -50,7 +51,7 @@ def begin(place: Path, cluster: Any, *more: str) -> "subprocess.Popen[str]":
 def test_two_nodes_share_a_study(place: Path, cluster: Any) -> None:
     add_node(cluster)
     add_node(cluster)
-    answer = finish(begin(place, cluster, "--workers", "2"), 180)
+    answer = finish(begin(place, cluster, "--workers", "2"))
     assert (answer.code, answer.err) == (0, "")
     check_whole(place)
     assert len({trial.user_attrs["pid"] for trial in measured(place)}) == 2
@@ -79,13 +80,13 @@ def test_a_node_that_dies_in_a_trial(place: Path, cluster: Any) -> None:
     """The only node dies, another comes: Ray's words for it do not matter, the trial is run again."""
     node = add_node(cluster)
     process = begin(place, cluster)
-    wait_for(place / "tiny.db", 3, process, 120)
+    wait_for(place / "tiny.db", 3, process)
     pid = stop_in_a_trial(place)
     cluster.remove_node(node, allow_graceful=False)
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
     add_node(cluster)
-    answer = finish(process, 180)
+    answer = finish(process)
     assert (answer.code, answer.err) == (0, "")
     assert "worker 0 died (" in answer.out
     assert "it is started again" in answer.out
@@ -104,7 +105,7 @@ def test_a_node_that_dies_in_a_trial(place: Path, cluster: Any) -> None:
 def test_a_signal_stops_all_and_loses_nothing(by: signal.Signals, place: Path, cluster: Any) -> None:
     add_node(cluster, num_cpus=2)
     process = begin(place, cluster, "--workers", "2")
-    wait_for(place / "tiny.db", 3, process, 120)
+    wait_for(place / "tiny.db", 3, process)
     process.send_signal(by)
     answer = finish(process)
     assert (answer.code, answer.err) == (130, "")
@@ -120,7 +121,7 @@ def test_a_signal_stops_all_and_loses_nothing(by: signal.Signals, place: Path, c
 @pytest.mark.slow
 def test_more_workers_than_gpus(place: Path, cluster: Any) -> None:
     add_node(cluster, num_cpus=1, num_gpus=1)
-    answer = finish(begin(place, cluster, "--workers", "2", "--device", "auto"), 180)
+    answer = finish(begin(place, cluster, "--workers", "2", "--device", "auto"))
     assert (answer.code, answer.err) == (0, "")
     assert "the cluster has 1 GPUs for 2 workers: the others wait until there are more" in answer.out
     check_whole(place)
@@ -130,7 +131,7 @@ def test_more_workers_than_gpus(place: Path, cluster: Any) -> None:
 @pytest.mark.slow
 def test_an_error_of_a_worker(place: Path, cluster: Any) -> None:
     add_node(cluster)
-    answer = finish(begin(place, cluster, "--set", "texts.search.windows=100000"), 120)
+    answer = finish(begin(place, cluster, "--set", "texts.search.windows=100000"))
     assert "windows" in answer.error
 
 
@@ -161,11 +162,11 @@ def test_two_hosts(place: Path, namespace: Namespace) -> None:  # noqa: F811
     ):
         words = ["--study", place / "tiny.toml", *settings(*LONG, f"search.trials={TOTAL}"), "--engine", "ray"]
         words += ["--ray-address", cluster, "--workers", "2"]
-        answer = finish(start(*words), 60)  # whether the other host is there yet or comes when the task starts
+        answer = finish(start(*words))  # whether the other host is there yet or comes when the task starts
         assert "a file of one machine, and the cluster has several; start `python tune.py serve" in answer.error
         port = free_port()
         with serving(place, HERE, free_port(), port, "tiny.db"):
-            answer = finish(start(*words, "--storage", f"grpc://{HERE}:{port}"), 180)
+            answer = finish(start(*words, "--storage", f"grpc://{HERE}:{port}"))
         assert (answer.code, answer.err) == (0, "")
         check_whole(place)
         assert len({trial.user_attrs["pid"] for trial in measured(place)}) == 2
@@ -176,7 +177,7 @@ def ray_start(*options: str, before: tuple[str, ...] = ()) -> Iterator[None]:
     """A node in a process of its own."""
     program = Path(sys.executable).parent / "ray"
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen([*before, str(program), "start", "--block", *options], **quiet)  # type: ignore[call-overload]
+    process = popen([*before, str(program), "start", "--block", *options], **quiet)
     try:
         sleep(10)  # a node says nothing that could be waited for
         yield

@@ -223,7 +223,7 @@ def test_what_lies_in_the_folder_of_artifacts_is_left_alone(done: Path, command:
 @pytest.mark.slow
 def test_a_study_that_runs_is_followed(place: Path) -> None:
     worker = start("--study", place / "tiny.toml", "--set", "search.trials=12")
-    wait_until((place / "tiny.db").exists, 60)
+    wait_until((place / "tiny.db").exists)
     versions = set()
     with served(place / "tiny.db") as dashboard:
         wait_until(lambda: "tiny" in dashboard.studies())

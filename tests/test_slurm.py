@@ -11,6 +11,7 @@ import optuna
 import pytest
 from crews import LONG, TOTAL
 from optuna.trial import TrialState
+from processes import popen
 from test_network import needs, serving
 from tinystudy import free_port, settings, wait_until
 
@@ -54,7 +55,7 @@ PartitionName=high Nodes=ALL State=UP PriorityTier=2
 
 @contextmanager
 def running(command: list[str]) -> Iterator[None]:
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         yield
     finally:
@@ -86,10 +87,10 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with ExitStack() as daemons:
         for command in commands(folder):
             daemons.enter_context(running(command))
-        wait_until(lambda: said("sinfo", "-h", "-p", "low", "-o", "%t") == "idle", 60)
+        wait_until(lambda: said("sinfo", "-h", "-p", "low", "-o", "%t") == "idle")
         yield folder
         said("scancel", "-u", "root")
-        wait_until(lambda: said("squeue", "-h") == "", 60)
+        wait_until(lambda: said("squeue", "-h") == "")
 
 
 def commands(folder: Path) -> list[list[str]]:
@@ -135,12 +136,12 @@ def test_an_array_runs_a_study(how: str, place: Path, slurm: Path) -> None:
     port = free_port()
     with serving(place, "127.0.0.1", free_port(), port):
         job = submit(place, port)
-        wait_until(lambda: len(in_state(place, TrialState.COMPLETE)) > 5, 120)
+        wait_until(lambda: len(in_state(place, TrialState.COMPLETE)) > 5)
         if how == "time is up":  # what --signal does then
             said("scancel", "--signal=TERM", job)
         elif how == "preempted":
             subprocess.run(["srun", "-p", "high", "-n", str(os.cpu_count()), "sleep", "1"], check=True)
-        wait_until(lambda: done(place), 240)
+        wait_until(lambda: done(place))
     whole = in_state(place, TrialState.COMPLETE)
     assert len(whole) == TOTAL, logs(place)
     assert not [trial for trial in trials(place) if not trial.state.is_finished()]
@@ -156,9 +157,9 @@ def test_a_cancelled_array_does_not_come_back(place: Path, slurm: Path) -> None:
     port = free_port()
     with serving(place, "127.0.0.1", free_port(), port):
         job = submit(place, port)
-        wait_until(lambda: len(in_state(place, TrialState.COMPLETE)) > 2, 120)
+        wait_until(lambda: len(in_state(place, TrialState.COMPLETE)) > 2)
         said("scancel", job)
-        wait_until(lambda: said("squeue", "-h") == "", 60)
+        wait_until(lambda: said("squeue", "-h") == "")
         begun = [trial for trial in in_state(place, TrialState.RUNNING) if trial.user_attrs]
         assert not begun, logs(place)  # one without a word of its process is queued again after a minute
         assert len(in_state(place, TrialState.COMPLETE)) < TOTAL

@@ -18,6 +18,7 @@ import pytest
 import torch
 from byhand import ByHand
 from optuna.trial import TrialState
+from processes import popen
 from safetensors.torch import load_file, save_file
 from tinystudy import BLOCKS, LONG, few_at_a_time, finish, run, settings, start, study_file, wait_for
 
@@ -248,7 +249,7 @@ def test_of_two_that_end_a_study_one_measures_the_report_text(
     with quiet():
         study = tuning.tune(tuning.Run(study_file(place), "tiny", None, lambda _: None, reports=False))
     assert unreported(study)
-    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    other = popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     begun = psutil.Process(other.pid).create_time()
     reporter = {**identity(), "pid": other.pid, "process_started": begun}
     study._storage.set_study_system_attr(study._study_id, tuning.REPORTER, reporter)

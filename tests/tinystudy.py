@@ -19,6 +19,7 @@ import pytest
 import torch
 from alembic.config import Config
 from alembic.script import ScriptDirectory
+from processes import popen
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -35,6 +36,7 @@ from atp_tune.trials import storage
 TUNE = Path(__file__).parents[1] / "tune.py"
 BLOCKS, WIDTH, TOKENS = 4, 32, 32
 TOPICS = "\n\n".join(pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics))
+HANGS = 300  # seconds after which what is waited for will not come, on a machine however slow: the test fails
 # A trial of a few tenths of a second, long enough to be killed in.
 LONG = ("texts.calibration.windows=250", "texts.search.windows=250")
 STUDY = f"""\
@@ -172,7 +174,7 @@ def start(
     command = [*before, sys.executable, str(TUNE), *map(str, arguments)]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **(environment or {})}
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=cwd, env=variables)
+    return popen(command, stdout=pipe, stderr=pipe, text=True, cwd=cwd, env=variables)
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,7 @@ class Answer:
         return line.removeprefix("error: ")
 
 
-def hear(process: "subprocess.Popen[str]", words: str, seconds: float = 60) -> str:
+def hear(process: "subprocess.Popen[str]", words: str, seconds: float = HANGS) -> str:
     """What a process prints until these words come; `finish` gives the rest."""
     assert process.stdout is not None
     heard, over = "", monotonic() + seconds
@@ -204,7 +206,7 @@ def hear(process: "subprocess.Popen[str]", words: str, seconds: float = 60) -> s
     return heard
 
 
-def finish(process: "subprocess.Popen[str]", seconds: float = 60) -> Answer:
+def finish(process: "subprocess.Popen[str]", seconds: float = HANGS) -> Answer:
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -235,7 +237,8 @@ class CommandLine:
         return Answer(int(ended.value.code or 0), captured.out, captured.err)
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = HANGS) -> None:
+    """Returns as soon as the condition holds; it is asked for twenty times a second."""
     end = monotonic() + seconds
     while not condition():
         assert monotonic() < end
@@ -249,7 +252,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_for(database: Path, number: int, process: "subprocess.Popen[str]", seconds: float = 60) -> None:
+def wait_for(database: Path, number: int, process: "subprocess.Popen[str]", seconds: float = HANGS) -> None:
     """Returns when trial `number` has its plan and is being measured."""
     end = monotonic() + seconds
     while monotonic() < end:
