@@ -1,7 +1,6 @@
 """What the tests of faults are made of: commands that start fast and can be killed, small disks, and the table."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -14,11 +13,9 @@ from time import monotonic, sleep
 from typing import Any
 
 import optuna
-import preloaded
 import pytest
 from optuna.trial import TrialState
-from processes import at_end
-from tinystudy import HANGS, Answer
+from tinystudy import Answer, finish, start
 
 from atp_tune.trials import storage
 
@@ -28,8 +25,6 @@ HEAD = [
     "| fault | times injected | trials lost | measured twice | same result as undisturbed | recovery, seconds |",
     "|---|---:|---:|---:|---|---:|",
 ]
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["preloaded"])
 
 Inject = Callable[[], None]
 
@@ -56,52 +51,26 @@ class Rows:
 
 
 class Command:
-    """`python tune.py …` in a process of its own, forked from one that has imported everything.
-
-    `inject` is called in that process before the command begins.
-    """
+    """A command that can be killed, and in which something can be injected."""
 
     def __init__(self, *arguments: str | Path, inject: Inject | None = None) -> None:
-        folder = Path(os.environ["ATP_TUNE_CACHE"]).parent
-        self._out, self._err = folder / "stdout.txt", folder / "stderr.txt"
-        for file in (self._out, self._err):
-            file.write_text("")
-        variables = {"ATP_TUNE_CACHE": os.environ["ATP_TUNE_CACHE"], "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
-        words = [str(argument) for argument in arguments]
-        self._process = CONTEXT.Process(target=preloaded.run, args=(words, variables, self._out, self._err, inject))
         self.began = monotonic()
-        self._process.start()
-        at_end(self._end)
+        self.process = start(*arguments, inject=inject)
 
     @property
     def pid(self) -> int:
-        assert self._process.pid is not None
-        return self._process.pid
+        return self.process.pid
 
     @property
     def lives(self) -> bool:
-        return self._process.is_alive()
-
-    @property
-    def said(self) -> str:
-        return self._out.read_text()
+        return self.process.poll() is None
 
     def kill(self) -> Answer:
-        os.kill(self.pid, signal.SIGKILL)
+        self.process.kill()
         return self.finish()
 
-    def _end(self) -> None:
-        self._process.kill()
-        self._process.join()
-        self._process.close()
-
-    def finish(self, seconds: float = HANGS) -> Answer:
-        self._process.join(seconds)
-        if self._process.is_alive():
-            raise AssertionError(f"did not end in {seconds} s: {self.said}")
-        code = self._process.exitcode
-        assert code is not None
-        return Answer(code, self.said, self._err.read_text())
+    def finish(self) -> Answer:
+        return finish(self.process)
 
     def kill_when(self, condition: Callable[[], object], pause: float = 0.002) -> bool:
         """Kills it as soon as a condition holds; False if it ended before."""

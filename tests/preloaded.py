@@ -1,28 +1,33 @@
 """Everything that a run imports, and the faults that happen inside of it.
 
-The commands that the tests of faults kill are forked from a process that has imported this, so it imports no test.
+The commands that the tests start are forked from a process that has imported this, so it imports no test.
 """
 
 import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import torch
-import transformers.models.llama.modeling_llama
+from atp_tune.cli.running import quiet
 
-import atp_tune.cli.running
-import atp_tune.report
-import atp_tune.search.objective
-import atp_tune.search.tuning
-import atp_tune.sparse.applying
-from atp_tune.blocks import prune_pass
-from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.cli import main
-from atp_tune.pruners.wanda import Wanda
-from atp_tune.scores import evaluation
+with quiet():  # which libraries read as they are imported
+    import torch
+    import transformers.models.llama.modeling_llama
+
+    import atp_tune.report
+    import atp_tune.search.objective
+    import atp_tune.search.tuning
+    import atp_tune.serving.serve
+    import atp_tune.sparse.applying
+    from atp_tune.blocks import prune_pass
+    from atp_tune.checkpoints.checkpoint import Checkpoint
+    from atp_tune.cli import main
+    from atp_tune.pruners.wanda import Wanda
+    from atp_tune.scores import evaluation
 
 __all__ = ["atp_tune", "transformers"]
 torch.set_num_threads(1)
@@ -30,13 +35,22 @@ TOTAL = 5  # trials of the study that is disturbed
 
 
 def run(
-    arguments: list[str], variables: Mapping[str, str], out: Path, err: Path, inject: Callable[[], None] | None
+    arguments: list[str],
+    variables: Mapping[str, str],
+    cwd: Path,
+    out: Connection,
+    err: Connection,
+    inject: Callable[[], None] | None,
 ) -> None:
-    """The command line, with its output in files."""
+    """The command line, with its output in two pipes."""
+    os.environ.clear()
     os.environ.update(variables)
-    for path, number in ((out, 1), (err, 2)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.chdir(cwd)
+    for pipe, number in ((out, 1), (err, 2)):
+        os.dup2(pipe.fileno(), number)
+        pipe.close()
     sys.argv = ["tune.py", *arguments]
+    sys.modules["__main__"] = ModuleType("__main__")  # not pytest's: workers import what is `__main__` here
     if inject is not None:
         inject()
     main()
@@ -106,3 +120,10 @@ def kill_at_write(number: int, below: str) -> None:
                 kill()
 
     sys.addaudithook(audit)
+
+
+def say(letters: int) -> None:
+    """As many letters on stdout and on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.write("x" * letters)
+        stream.flush()

@@ -42,7 +42,7 @@ def end(process: "subprocess.Popen[Any]") -> None:
 
 
 def catches(process: "subprocess.Popen[Any]", number: signal.Signals) -> bool:
-    """Whether a process has a handler for a signal; one that has ended has none, nor has one that put back the default."""
+    """Whether a process has a handler for a signal; one that has ended, or put back the default, has none."""
     if process.poll() is not None:
         return False
     found = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text(), re.M)

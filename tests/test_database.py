@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.abc import MetaPathFinder
 from operator import methodcaller
 from pathlib import Path
-from time import sleep
 
 import optuna
 import psycopg
@@ -200,10 +199,10 @@ def test_calls_wait_for_a_server_that_was_killed(frail: PostgreSQL, caplog: pyte
     killed(frail)
     with caplog.at_level(logging.WARNING, "atp_tune"), ThreadPoolExecutor() as pool:
         told = pool.submit(lambda: (trial.suggest_float("beta", 0, 1), trial.set_user_attr("a", 1)))
-        sleep(0.5)
+        wait_until(lambda: "trying again" in caplog.text)
         assert not told.done()
         frail.start()
-        beta, _ = told.result(timeout=60)
+        beta, _ = told.result(HANGS)
     first, last = [record.getMessage() for record in caplog.records if record.name.startswith("atp_tune")]
     assert first.startswith(f"storage {without_password(address)}: ")
     assert first.endswith("; trying again, nothing is lost")
@@ -212,7 +211,7 @@ def test_calls_wait_for_a_server_that_was_killed(frail: PostgreSQL, caplog: pyte
     with ThreadPoolExecutor() as pool:
         ended = pool.submit(study.tell, trial, 2.5)
         frail.start()
-        ended.result(timeout=60)
+        ended.result(HANGS)
     found = stored(address, "s").trials
     assert [(t.params, t.value, t.user_attrs) for t in found] == [({"beta": beta}, 2.5, {"a": 1})]
 
@@ -286,7 +285,8 @@ def test_a_mistake_is_no_outage(postgres: PostgreSQL) -> None:
     assert not is_away(caught.value)
 
 
-def test_workers_of_a_server_whose_database_is_away_wait(frail: PostgreSQL) -> None:
+def test_workers_of_a_server_whose_database_is_away_wait(frail: PostgreSQL, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "atp_tune")
     served = storage.open_database(frail.new(), True, ServedDatabase)
     assert served is not None
     with proxy(get_storage(served), "127.0.0.1", 0) as port:
@@ -295,10 +295,10 @@ def test_workers_of_a_server_whose_database_is_away_wait(frail: PostgreSQL) -> N
         killed(frail)
         with ThreadPoolExecutor() as pool:
             told = pool.submit(study.tell, trial, 2.5)
-            sleep(0.5)
+            wait_until(lambda: "trying again" in caplog.text)
             assert not told.done()
             frail.start()
-            told.result(timeout=60)
+            told.result(HANGS)
     assert stored(served.url, "s").trials[0].value == 2.5
 
 
@@ -310,7 +310,7 @@ def test_a_worker_that_is_gone_keeps_no_lock(postgres: PostgreSQL, monkeypatch: 
     with opened(address).engine.connect() as gone:
         gone.exec_driver_sql("SELECT * FROM studies FOR UPDATE")
         with ThreadPoolExecutor() as pool:
-            assert pool.submit(study.ask).result(timeout=20).number == 0
+            assert pool.submit(study.ask).result(HANGS).number == 0
         gone.invalidate()
 
 

@@ -27,7 +27,7 @@ from optuna.trial import TrialState
 from preloaded import PHASES, TOTAL, in_phase, kill, kill_at_rename, kill_at_write, kill_in_the_first_trial
 from safetensors.torch import load_file, save_file
 from test_network import needs, serving
-from tinystudy import CommandLine, finish, free_port, run, settings, start, stored, wait_for, wait_until
+from tinystudy import CommandLine, finish, free_port, hear, run, settings, start, stored, wait_for, wait_until
 
 from atp_tune.events import Event, Note, TrialStarted
 from atp_tune.scores import evaluation
@@ -312,17 +312,17 @@ def test_the_disk_of_a_server_is_full(place: Path, tmp_path: Path, undisturbed: 
         there, port = Path(shutil.copytree(place, folder / "tiny")), free_port()
         with serving(there, "127.0.0.1", free_port(), port, "tiny.db"):
             options = ("--study", place / "tiny.toml", *settings(*LONG), "--storage", f"grpc://127.0.0.1:{port}")
-            worker = Command(*options)
+            worker = start(*options)
             wait_until(lambda: has(there / "tiny.db", RUNS))
             filler = fill(folder, 0)
-            wait_until(lambda: "its database: " in worker.said)
-            assert "is full; make room on the disk" in worker.said
-            assert "trying again, nothing is lost" in worker.said
+            heard = hear(worker, "trying again, nothing is lost")
+            assert "its database: " in heard
+            assert "is full; make room on the disk" in heard
             began, ended = monotonic(), len(measured(stored(there)))
             filler.unlink()
             wait_until(lambda: len(measured(stored(there))) > ended)
             seconds = monotonic() - began
-            answer = worker.finish()
+            answer = finish(worker)
             assert (answer.code, answer.err) == (0, ""), answer
         check_equal(stored(there), undisturbed.study, TOTAL)
     ROWS.add("disk full under a gRPC server while a worker elsewhere measures", 1, seconds=seconds)

@@ -20,6 +20,7 @@ from processes import popen
 from tinystudy import (
     LONG,
     Answer,
+    Process,
     finish,
     free_port,
     hear,
@@ -51,10 +52,8 @@ def serving(
 ) -> "Iterator[subprocess.Popen[str]]":
     words = ["--listen", host, "--port", str(port), "--grpc-port", str(grpc_port)]
     server = start("serve", "--study", place / "tiny.toml", "--storage", f"sqlite:///{place / database}", *words)
-    assert server.stdout is not None
     try:
-        while "Ctrl-C stops" not in (line := server.stdout.readline()):
-            assert line, finish(server)
+        hear(server, "Ctrl-C stops")
         yield server
     finally:
         server.terminate()
@@ -68,7 +67,7 @@ class Namespace:
     name: str
     cable: str
 
-    def worker(self, *words: str | Path) -> "subprocess.Popen[str]":
+    def worker(self, *words: str | Path) -> Process:
         return start(*words, before=("ip", "netns", "exec", self.name))
 
     def wait_for(self, port: int) -> None:

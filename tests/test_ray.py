@@ -16,7 +16,7 @@ from crews import LONG, TOTAL, check_whole, measured, trials
 from optuna.trial import TrialState
 from processes import popen
 from test_network import HERE, THERE, Namespace, namespace, serving  # noqa: F401
-from tinystudy import CommandLine, finish, free_port, run, settings, start, wait_for
+from tinystudy import CommandLine, Process, finish, free_port, run, settings, start, wait_for
 
 STORE = 80_000_000  # bytes of a node's object store; Ray wants at least 75 MB
 
@@ -42,7 +42,7 @@ def add_node(cluster: Any, **resources: int) -> Any:
     return cluster.add_node(object_store_memory=STORE, **(resources or {"num_cpus": 1}))
 
 
-def begin(place: Path, cluster: Any, *more: str) -> "subprocess.Popen[str]":
+def begin(place: Path, cluster: Any, *more: str) -> Process:
     words = ["--engine", "ray", "--ray-address", cluster.address, *settings(*LONG, f"search.trials={TOTAL}"), *more]
     return start("--study", place / "tiny.toml", *words)
 

@@ -20,7 +20,7 @@ import optuna
 import psutil
 import pytest
 from optuna.trial import TrialState
-from tinystudy import CommandLine, finish, run, start, study_file, wait_until
+from tinystudy import CommandLine, finish, go_silent, run, start, study_file, wait_until
 
 from atp_tune.errors import UserError
 from atp_tune.serving.choosing import choose
@@ -230,7 +230,6 @@ def test_a_study_that_runs_is_followed(place: Path) -> None:
         while worker.poll() is None:
             study = dashboard.study("tiny")
             versions.add(study["note"]["version"])
-            sleep(0.1)
         assert "12 of 12 trials are done." in dashboard.study("tiny")["note"]["body"]
         wait_until(lambda: len(dashboard.study("tiny")["trials"]) == 12)
     assert finish(worker).code == 0
@@ -250,14 +249,14 @@ def test_an_empty_database_and_a_failed_trial(tmp_path: Path) -> None:
         assert odd["trials"][0]["user_attrs"] == [{"key": "remark", "value": "perplexity is inf `here`"}]
 
 
-def test_a_worker_without_signs_of_life_loses_its_trial(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "GRACE", 1)
+def test_a_worker_without_signs_of_life_loses_its_trial(done: Path) -> None:
     study = storage.find_study(open_db(done), "tiny")
     assert study is not None
     study.enqueue_trial(study.trials[3].params)
     with pytest.warns(UserWarning, match="Heartbeat"):
         trial = study.ask()
     study._storage.record_heartbeat(trial._trial_id)  # type: ignore[attr-defined]
+    go_silent(done / "tiny.db")
     with served(done / "tiny.db") as dashboard:
         wait_until(lambda: dashboard.told)
         assert dashboard.told == ["tiny: trial 6: gave no sign of life; it is queued again"]

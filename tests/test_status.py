@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from datetime import datetime, timedelta
 from io import StringIO
 from pathlib import Path
-from time import sleep
 from typing import Any
 
 import optuna
@@ -309,7 +308,6 @@ def test_ctrl_c_ends_a_watch(exists: bool, place: Path) -> None:
     process = start("status", "--study", place / "tiny.toml", "--watch", "--every", "0.1")
     assert process.stdout
     first = process.stdout.readline()
-    sleep(0.3)
     process.send_signal(signal.SIGINT)
     answer = finish(process)
     assert (answer.code, answer.err) == (130, "")

@@ -1,21 +1,20 @@
 """Several processes that run one study on this machine."""
 
 import signal
-import subprocess
 from pathlib import Path
 
 import psutil
 import pytest
 from crews import LONG, TOTAL, check_whole, measured, trials
 from optuna.trial import TrialState
-from tinystudy import CommandLine, finish, run, settings, start, wait_for, wait_until
+from tinystudy import CommandLine, Process, finish, run, settings, start, wait_for, wait_until
 
 
-def begin(place: Path, *more: str) -> "subprocess.Popen[str]":
+def begin(place: Path, *more: str) -> Process:
     return start("--study", place / "tiny.toml", *settings(*LONG, f"search.trials={TOTAL}"), *more)
 
 
-def workers_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
+def workers_of(process: Process) -> list[psutil.Process]:
     return [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
 
 
