@@ -98,13 +98,18 @@ def curve(values: Sequence[float], title: str) -> str:
 # --- looking at a study from outside
 
 
-def has(database: Path, query: str, *values: object) -> bool:
-    """Whether a query has a row; not while the file or its tables are being made, or a writer keeps it locked."""
+def row(database: Path, query: str, *values: object) -> tuple[Any, ...] | None:
+    """The first row of a query; None while the file or its tables are being made, or a writer keeps it locked."""
     try:
         with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=0.5)) as connection:
-            return connection.execute(query, values).fetchone() is not None
+            return connection.execute(query, values).fetchone()
     except sqlite3.OperationalError:
-        return False
+        return None
+
+
+def has(database: Path, query: str, *values: object) -> bool:
+    """Whether a query has a row, as far as one can see."""
+    return row(database, query, *values) is not None
 
 
 def measured(study: optuna.Study) -> list[tuple[dict[str, Any], float]]:

@@ -3,6 +3,7 @@
 The commands that the tests start are forked from a process that has imported this, so it imports no test.
 """
 
+import ctypes
 import os
 import signal
 import sys
@@ -12,9 +13,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
+
 from atp_tune.cli.running import quiet
 
 with quiet():  # which libraries read as they are imported
+    import optuna
     import torch
     import transformers.models.llama.modeling_llama
 
@@ -28,9 +33,12 @@ with quiet():  # which libraries read as they are imported
     from atp_tune.cli import main
     from atp_tune.pruners.wanda import Wanda
     from atp_tune.scores import evaluation
+    from atp_tune.trials import remote, storage
 
 __all__ = ["atp_tune", "transformers"]
 torch.set_num_threads(1)
+CLONE_NEWNET = 0x40000000
+QUICK = {"grpc.keepalive_time_ms": 1000, "grpc.keepalive_timeout_ms": 1000, "grpc.max_reconnect_backoff_ms": 500}
 TOTAL = 5  # trials of the study that is disturbed
 
 
@@ -120,6 +128,43 @@ def kill_at_write(number: int, below: str) -> None:
                 kill()
 
     sys.addaudithook(audit)
+
+
+def kill_in_transaction(number: int, journal: Path) -> None:
+    """The process is killed before its commit of that number of something written: SQLite's journal lies there."""
+
+    def before(_: object) -> None:
+        if journal.exists():
+            seen.append(1)
+            if len(seen) == number:
+                kill()
+
+    seen: list[int] = []
+    event.listen(Engine, "commit", before)
+
+
+def enter(namespace: str) -> None:
+    """The process goes into a network namespace, as `ip netns exec` does, and waits less for a server."""
+    library = ctypes.CDLL(None, use_errno=True)
+    with Path("/run/netns", namespace).open() as file:
+        if library.setns(file.fileno(), CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), "setns")
+    remote.DEADLINE = 3
+    remote.CHANNEL = tuple((name, QUICK.get(name, value)) for name, value in remote.CHANNEL)
+
+
+def add_trials(address: str, number: int) -> None:
+    """Instead of the command, a process adds trials to a study that it makes if need be."""
+
+    def objective(trial: optuna.Trial) -> float:
+        trial.set_user_attr("pid", os.getpid())
+        return trial.suggest_float("beta", 0, 1)
+
+    with quiet():
+        study = storage.create_study(storage.open_storage(address, True), "s", {"sparsity": 0.5})
+        study.sampler = optuna.samplers.RandomSampler()
+        study.optimize(objective, number)
+    raise SystemExit(0)
 
 
 def say(letters: int) -> None:

@@ -3,10 +3,10 @@
 import json
 import logging
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.abc import MetaPathFinder
 from operator import methodcaller
 from pathlib import Path
@@ -19,7 +19,8 @@ from optuna.storages import get_storage
 from optuna.trial import TrialState
 from pgserver import URL_PASSWORD, PostgreSQL
 from pgserver import running as running_server
-from processes import at_end, catches, popen
+from preloaded import add_trials
+from processes import at_end, catches
 from tinystudy import HANGS, LONG, CommandLine, finish, hear, quiet, run, settings, start, wait_until
 
 from atp_tune.errors import UserError
@@ -363,25 +364,10 @@ def test_ctrl_c_ends_a_worker_that_waits(place: Path, frail: PostgreSQL) -> None
 # --- many workers
 
 
-WORKER = """
-import sys, optuna
-from atp_tune.cli.running import quiet
-from atp_tune.trials.storage import create_study, open_storage
-with quiet():
-    study = create_study(open_storage(sys.argv[1], True), "s", {"sparsity": 0.5})
-    study.sampler = optuna.samplers.RandomSampler()
-    def objective(trial):
-        trial.set_user_attr("pid", 1)
-        return trial.suggest_float("beta", 0, 1)
-    study.optimize(objective, int(sys.argv[2]))
-"""
-
-
 def together(address: str, workers: int, trials: int) -> list[str]:
     """What workers that start at the same moment say on stderr."""
-    command = [sys.executable, "-c", WORKER, address, str(trials)]
-    started = [popen(command, stderr=subprocess.PIPE, text=True) for _ in range(workers)]
-    return [process.communicate(timeout=HANGS)[1] for process in started]
+    started = [start(inject=partial(add_trials, address, trials)) for _ in range(workers)]
+    return [finish(process).err for process in started]
 
 
 @pytest.mark.slow
@@ -389,9 +375,9 @@ def together(address: str, workers: int, trials: int) -> list[str]:
 def test_eight_workers_on_an_empty_database(kind: str, postgres: PostgreSQL, tmp_path: Path) -> None:
     """They make the tables, the study and its trials at the same moments."""
     address = postgres.new() if kind == "postgresql" else f"sqlite:///{tmp_path}/many.db"
-    assert together(address, 8, 25) == [""] * 8
+    assert together(address, 8, 10) == [""] * 8
     trials = stored(address, "s").trials
-    assert [t.number for t in trials] == list(range(200))
+    assert [t.number for t in trials] == list(range(80))
     assert {t.state for t in trials} == {TrialState.COMPLETE}
 
 

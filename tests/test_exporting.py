@@ -264,7 +264,7 @@ def llmcompressor() -> Iterator[Path]:
     with TemporaryDirectory(dir="/var/tmp") as folder:  # 1.5 GB, too much for memory
         venv.create(folder, with_pip=True)
         python = Path(folder) / "bin" / "python"
-        subprocess.run([python, "-m", "pip", "install", "-q", "llmcompressor>=0.14"], check=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", "--no-compile", "llmcompressor>=0.14"], check=True)
         yield python
 
 

@@ -11,11 +11,13 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import optuna
 import pytest
 from optuna.trial import TrialState
+from preloaded import enter
 from processes import popen
 from tinystudy import (
     LONG,
@@ -35,7 +37,8 @@ from tinystudy import (
 
 pytestmark = pytest.mark.slow
 DOCS = Path(__file__).parents[1] / "docs"
-HERE, THERE = "10.199.77.1", "10.199.77.2"  # addresses that exist in this test alone
+NETWORK = f"10.{200 + os.getpid() // 250 % 50}.{os.getpid() % 250}"  # of this process alone
+HERE, THERE = f"{NETWORK}.1", f"{NETWORK}.2"
 
 
 def needs(*programs: str) -> None:
@@ -68,7 +71,7 @@ class Namespace:
     cable: str
 
     def worker(self, *words: str | Path) -> Process:
-        return start(*words, before=("ip", "netns", "exec", self.name))
+        return start(*words, inject=partial(enter, self.name))
 
     def wait_for(self, port: int) -> None:
         """Returns when the server is reached from there: a cable that was just laid may carry nothing yet."""

@@ -3,10 +3,11 @@
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from time import sleep
 from typing import Any
@@ -16,26 +17,36 @@ from crews import LONG, TOTAL, check_whole, measured, trials
 from optuna.trial import TrialState
 from processes import popen
 from test_network import HERE, THERE, Namespace, namespace, serving  # noqa: F401
-from tinystudy import CommandLine, Process, finish, free_port, run, settings, start, wait_for
+from tinystudy import HANGS, CommandLine, Process, finish, free_port, run, settings, start, wait_for, wait_until
 
 STORE = 80_000_000  # bytes of a node's object store; Ray wants at least 75 MB
 
 
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A head without room for work; nodes with one CPU each are added by the tests."""
+@pytest.fixture(scope="module")
+def head() -> Iterator[Any]:
+    """A cluster whose head has no room for work, for all tests."""
     if "CI" not in os.environ:
         pytest.importorskip("ray")
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    from ray.cluster_utils import Cluster
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        from ray.cluster_utils import Cluster
 
-    logging.getLogger("ray").setLevel(logging.CRITICAL)
-    made = Cluster(True, head_node_args={"num_cpus": 0, "object_store_memory": STORE, "include_dashboard": False})
-    try:
-        yield made
-    finally:
-        made.shutdown()
+        logging.getLogger("ray").setLevel(logging.CRITICAL)
+        made = Cluster(True, head_node_args={"num_cpus": 0, "object_store_memory": STORE, "include_dashboard": False})
+        try:
+            yield made
+        finally:
+            made.shutdown()
+
+
+@pytest.fixture
+def cluster(head: Any) -> Iterator[Any]:
+    """The cluster for one test, which adds nodes with one CPU each; they go with it."""
+    yield head
+    for node in list(head.worker_nodes):
+        head.remove_node(node)
+    head.wait_for_nodes(HANGS)
 
 
 def add_node(cluster: Any, **resources: int) -> Any:
@@ -151,18 +162,15 @@ def test_two_hosts(place: Path, namespace: Namespace) -> None:  # noqa: F811
     cluster = f"{HERE}:{free_port()}"
     node = ["--num-cpus=1", f"--object-store-memory={STORE}", "--disable-usage-stats"]
     head = [f"--port={cluster.rpartition(':')[2]}", f"--node-ip-address={HERE}", "--include-dashboard=false"]
-    with (
-        ray_start("--head", *head, *node),
-        ray_start(
-            f"--address={cluster}",
-            f"--node-ip-address={THERE}",
-            *node,
-            before=("ip", "netns", "exec", namespace.name),
-        ),
-    ):
+    with ExitStack() as nodes:
+        nodes.enter_context(ray_start("--head", *head, *node))
+        wait_for_nodes(cluster, 1)
+        there = ("ip", "netns", "exec", namespace.name)
+        nodes.enter_context(ray_start(f"--address={cluster}", f"--node-ip-address={THERE}", *node, before=there))
+        wait_for_nodes(cluster, 2)
         words = ["--study", place / "tiny.toml", *settings(*LONG, f"search.trials={TOTAL}"), "--engine", "ray"]
         words += ["--ray-address", cluster, "--workers", "2"]
-        answer = finish(start(*words))  # whether the other host is there yet or comes when the task starts
+        answer = finish(start(*words))
         assert "a file of one machine, and the cluster has several; start `python tune.py serve" in answer.error
         port = free_port()
         with serving(place, HERE, free_port(), port, "tiny.db"):
@@ -179,11 +187,33 @@ def ray_start(*options: str, before: tuple[str, ...] = ()) -> Iterator[None]:
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = popen([*before, str(program), "start", "--block", *options], **quiet)
     try:
-        sleep(10)  # a node says nothing that could be waited for
         yield
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(HANGS)
+
+
+def wait_for_nodes(address: str, number: int) -> None:
+    """Returns when a cluster has so many nodes that live: a node says nothing that could be heard."""
+    from ray._private.state import GlobalState
+    from ray._raylet import GcsClientOptions
+
+    wait_until(lambda: answers(address))
+    known = GlobalState()
+    known._initialize_global_state(
+        GcsClientOptions.create(address, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=False)
+    )
+    wait_until(lambda: len(known._live_node_ids()) == number)
+    known.disconnect()
+
+
+def answers(address: str) -> bool:
+    host, _, port = address.partition(":")
+    try:
+        socket.create_connection((host, int(port)), 1).close()
+    except OSError:
+        return False
+    return True
 
 
 def test_without_ray(place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,5 @@
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tinystudy import TOKENS, CommandLine, finish, settings, start, stored
+from tinystudy import HANGS, TOKENS, CommandLine, finish, settings, start, stored
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atp_tune.blocks import batching
@@ -281,7 +280,7 @@ def test_data_comes_from_the_hub(
 @pytest.mark.slow
 def test_the_seven_without_a_hub() -> None:
     environment = {"HF_ENDPOINT": NOWHERE, "HF_HOME": "/nowhere"}
-    answer = finish(start("evaluate", "--model", ROOT / "tests", "--tasks", "zero-shot", environment=environment), 240)
+    answer = finish(start("evaluate", "--model", ROOT / "tests", "--tasks", "zero-shot", environment=environment))
     assert answer.error.startswith(
         "--tasks: the hub is out of reach, and the cache has no data for boolq, piqa, hellaswag, winogrande, arc_easy, "
         "arc_challenge, openbookqa; "
@@ -346,17 +345,15 @@ def test_offline_tasks_are_the_same_each_time_and_fair(made: Path, tmp_path: Pat
 def test_smollm2_dense_against_pruned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the commands: a short study at 60 %, and a task that the dense model solves better than the pruned one."""
     monkeypatch.delenv("ATP_TUNE_CACHE")
-    threads = {"OMP_NUM_THREADS": str(os.cpu_count())}
     shutil.copyfile(ROOT / "studies" / "smol.toml", tmp_path / "smol.toml")
-    short = ["model.dtype=float32", *(f"texts.{role}.windows=4" for role in ("calibration", "search", "report"))]
-    answer = finish(
-        start("--study", tmp_path / "smol.toml", "--trials", "2", *settings(*short), environment=threads), 900
-    )
+    windows = (f"texts.{role}.windows={count}" for role, count in (("calibration", 4), ("search", 2), ("report", 2)))
+    short = ["model.dtype=float32", "texts.calibration.draws=1", *windows]
+    answer = finish(start("--study", tmp_path / "smol.toml", "--trials", "2", *settings(*short)))
     assert answer.code == 0, answer.err
     make_tasks(tmp_path / "tasks", 60)
     config = tmp_path / "smol.best.json"
     words = ("--config", config, "--tasks", f"{tmp_path}/tasks/far.yaml", "--batch", "16")
-    answer = finish(start("evaluate", *words, environment=threads), 1800)
+    answer = finish(start("evaluate", *words), 2 * HANGS)
     assert answer.code == 0, answer.err
     found = read_config(config).zero_shot
     assert found

@@ -38,7 +38,7 @@ Process = subprocess.Popen[str] | Forked
 TUNE = Path(__file__).parents[1] / "tune.py"
 BLOCKS, WIDTH, TOKENS = 4, 32, 32
 TOPICS = "\n\n".join(pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics))
-HANGS = 300  # seconds after which what is waited for will not come, on a machine however slow: the test fails
+HANGS = 600  # seconds after which what is waited for will not come, on a machine however slow: the test fails
 # A trial of a few tenths of a second, long enough to be killed in.
 LONG = ("texts.calibration.windows=250", "texts.search.windows=250")
 STUDY = f"""\
