@@ -37,6 +37,7 @@ with quiet():  # which libraries read as they are imported
 
 __all__ = ["atp_tune", "transformers"]
 torch.set_num_threads(1)
+TUNE = Path(__file__).parents[1] / "tune.py"
 CLONE_NEWNET = 0x40000000
 QUICK = {"grpc.keepalive_time_ms": 1000, "grpc.keepalive_timeout_ms": 1000, "grpc.max_reconnect_backoff_ms": 500}
 TOTAL = 5  # trials of the study that is disturbed
@@ -57,7 +58,7 @@ def run(
     for pipe, number in ((out, 1), (err, 2)):
         os.dup2(pipe.fileno(), number)
         pipe.close()
-    sys.argv = ["tune.py", *arguments]
+    sys.argv = [str(TUNE), *arguments]
     sys.modules["__main__"] = ModuleType("__main__")  # not pytest's: workers import what is `__main__` here
     if inject is not None:
         inject()

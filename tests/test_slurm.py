@@ -17,7 +17,7 @@ from test_network import needs, serving
 from tinystudy import free_port, settings, stored, wait_until
 
 pytestmark = pytest.mark.slow
-TOTAL = 30  # trials, so that an array is disturbed before it has them
+TOTAL = 20  # trials, so that an array is disturbed before it has them
 SCRIPT = Path(__file__).parents[1] / "docs" / "slurm.sh"
 
 CONF = """\
