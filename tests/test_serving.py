@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import re
 import shutil
 import signal
@@ -13,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
-from time import sleep
 from typing import Any
 
 import optuna
@@ -325,7 +325,7 @@ def test_the_newest_database_is_served(done: Path, tmp_path: Path, monkeypatch: 
     for name in ("old", "new"):
         shutil.copy(done / "tiny.toml", tmp_path / "studies" / f"{name}.toml")
         (tmp_path / "studies" / f"{name}.db").touch()
-        sleep(0.02)
+    os.utime(tmp_path / "studies" / "old.db", (0, 0))
     service = choose(*nothing)
     assert service.address == f"sqlite:///{tmp_path / 'studies' / 'new.db'}"
     assert service.artifacts == tmp_path / "studies" / "new.artifacts"

@@ -205,13 +205,12 @@ def test_no_time_is_no_trial(place: Path) -> None:
 
 
 def test_time_that_is_up_starts_no_further_trial(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from time import sleep
-
     def slowly(bench: Bench, plan: Plan) -> Iterator[Any]:
-        sleep(0.5)
+        clock.append(clock[-1] + 0.5)
         yield from prune(bench, plan)
 
-    prune = Bench.prune
+    clock, prune = [0.0], Bench.prune
+    monkeypatch.setattr(tuning, "monotonic", lambda: clock[-1])
     monkeypatch.setattr(Bench, "prune", slowly)
     assert states(run(place, "search.trials=50", timeout=0.4)) == ["COMPLETE", "WAITING"]
 
