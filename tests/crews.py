@@ -5,8 +5,9 @@ from pathlib import Path
 from optuna.trial import FrozenTrial, TrialState
 from tinystudy import stored
 
-# Together long enough for the second worker to load its model, also where a core is fast.
-TOTAL = 30
+# Together they take as long as a start of Python with all libraries: every worker comes to its turn, however fast a
+# core is.
+TOTAL = 12
 LONG = ("texts.calibration.source=file:long.txt", "texts.calibration.windows=2000", "texts.search.windows=250")
 
 

@@ -1,7 +1,6 @@
 """What the tests of faults are made of: commands that start fast and can be killed, small disks, and the table."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -14,10 +13,9 @@ from time import monotonic, sleep
 from typing import Any
 
 import optuna
-import preloaded
 import pytest
 from optuna.trial import TrialState
-from tinystudy import Answer
+from tinystudy import Answer, finish, start
 
 from atp_tune.trials import storage
 
@@ -27,8 +25,6 @@ HEAD = [
     "| fault | times injected | trials lost | measured twice | same result as undisturbed | recovery, seconds |",
     "|---|---:|---:|---:|---|---:|",
 ]
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["preloaded"])
 
 Inject = Callable[[], None]
 
@@ -55,47 +51,26 @@ class Rows:
 
 
 class Command:
-    """`python tune.py …` in a process of its own, forked from one that has imported everything.
-
-    `inject` is called in that process before the command begins.
-    """
+    """A command that can be killed, and in which something can be injected."""
 
     def __init__(self, *arguments: str | Path, inject: Inject | None = None) -> None:
-        folder = Path(os.environ["ATP_TUNE_CACHE"]).parent
-        self._out, self._err = folder / "stdout.txt", folder / "stderr.txt"
-        for file in (self._out, self._err):
-            file.write_text("")
-        variables = {"ATP_TUNE_CACHE": os.environ["ATP_TUNE_CACHE"], "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
-        words = [str(argument) for argument in arguments]
-        self._process = CONTEXT.Process(target=preloaded.run, args=(words, variables, self._out, self._err, inject))
         self.began = monotonic()
-        self._process.start()
+        self.process = start(*arguments, inject=inject)
 
     @property
     def pid(self) -> int:
-        assert self._process.pid is not None
-        return self._process.pid
+        return self.process.pid
 
     @property
     def lives(self) -> bool:
-        return self._process.is_alive()
-
-    @property
-    def said(self) -> str:
-        return self._out.read_text()
+        return self.process.poll() is None
 
     def kill(self) -> Answer:
-        os.kill(self.pid, signal.SIGKILL)
+        self.process.kill()
         return self.finish()
 
-    def finish(self, seconds: float = 600) -> Answer:
-        self._process.join(seconds)
-        if self._process.is_alive():
-            self._process.kill()
-            raise AssertionError(f"did not end in {seconds} s: {self.said}")
-        code = self._process.exitcode
-        assert code is not None
-        return Answer(code, self.said, self._err.read_text())
+    def finish(self) -> Answer:
+        return finish(self.process)
 
     def kill_when(self, condition: Callable[[], object], pause: float = 0.002) -> bool:
         """Kills it as soon as a condition holds; False if it ended before."""
@@ -123,13 +98,18 @@ def curve(values: Sequence[float], title: str) -> str:
 # --- looking at a study from outside
 
 
-def has(database: Path, query: str, *values: object) -> bool:
-    """Whether a query has a row; not while the file or its tables are being made, or a writer keeps it locked."""
+def row(database: Path, query: str, *values: object) -> tuple[Any, ...] | None:
+    """The first row of a query; None while the file or its tables are being made, or a writer keeps it locked."""
     try:
         with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=0.5)) as connection:
-            return connection.execute(query, values).fetchone() is not None
+            return connection.execute(query, values).fetchone()
     except sqlite3.OperationalError:
-        return False
+        return None
+
+
+def has(database: Path, query: str, *values: object) -> bool:
+    """Whether a query has a row, as far as one can see."""
+    return row(database, query, *values) is not None
 
 
 def measured(study: optuna.Study) -> list[tuple[dict[str, Any], float]]:

@@ -80,7 +80,8 @@ def sparsegpt(
     masks = torch.zeros(out, width, dtype=torch.bool)
     for start in range(0, width, columns):
         stop = min(start + columns, width)
-        pivots = {j: float(torch.linalg.inv(H[j:, j:])[0, 0]) for j in range(start, stop)}
+        inverse = {j: torch.linalg.inv(H[j:, j:])[0] for j in range(start, stop)}
+        pivots = {j: float(inverse[j][0]) for j in inverse}
         if group is None:
             scores = [float(W[i, j]) ** 2 / pivots[j] for i in range(out) for j in range(start, stop)]
             masks[:, start:stop] = lowest_mask([scores], int(len(scores) * sparsity)).reshape(out, stop - start)
@@ -89,10 +90,9 @@ def sparsegpt(
                 part = range(j, min(j + group, width))
                 rows = [[float(W[i, k]) ** 2 / pivots[k] for k in part] for i in range(out)]
                 masks[:, j : j + group] = groups_mask(rows, sparsity, group)
-            inverse = torch.linalg.inv(H[j:, j:])
             for i in range(out):
                 if masks[i, j]:
-                    W[i, j:] -= W[i, j] / inverse[0, 0] * inverse[0]
+                    W[i, j:] -= W[i, j] / inverse[j][0] * inverse[j]
                     W[i, j] = 0
     return W, masks
 

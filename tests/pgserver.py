@@ -36,7 +36,7 @@ class PostgreSQL:
 
     def start(self) -> None:
         """Starts the server; one that was killed leaves processes that it must wait for."""
-        wait_until(self._starts, 60)
+        wait_until(self._starts)
 
     def _starts(self) -> bool:
         words = f"-D {self._data} -p {self.port} -h 127.0.0.1 -k {self._data.parent} -F"

@@ -1,42 +1,65 @@
 """Everything that a run imports, and the faults that happen inside of it.
 
-The commands that the tests of faults kill are forked from a process that has imported this, so it imports no test.
+The commands that the tests start are forked from a process that has imported this, so it imports no test.
 """
 
+import ctypes
 import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import torch
-import transformers.models.llama.modeling_llama
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 
-import atp_tune.cli.running
-import atp_tune.report
-import atp_tune.search.objective
-import atp_tune.search.tuning
-import atp_tune.sparse.applying
-from atp_tune.blocks import prune_pass
-from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.cli import main
-from atp_tune.pruners.wanda import Wanda
-from atp_tune.scores import evaluation
+from atp_tune.cli.running import quiet
+
+with quiet():  # which libraries read as they are imported
+    import optuna
+    import torch
+    import transformers.models.llama.modeling_llama
+
+    import atp_tune.report
+    import atp_tune.search.objective
+    import atp_tune.search.tuning
+    import atp_tune.serving.serve
+    import atp_tune.sparse.applying
+    from atp_tune.blocks import prune_pass
+    from atp_tune.checkpoints.checkpoint import Checkpoint
+    from atp_tune.cli import main
+    from atp_tune.pruners.wanda import Wanda
+    from atp_tune.scores import evaluation
+    from atp_tune.trials import remote, storage
 
 __all__ = ["atp_tune", "transformers"]
 torch.set_num_threads(1)
+TUNE = Path(__file__).parents[1] / "tune.py"
+CLONE_NEWNET = 0x40000000
+QUICK = {"grpc.keepalive_time_ms": 1000, "grpc.keepalive_timeout_ms": 1000, "grpc.max_reconnect_backoff_ms": 500}
 TOTAL = 5  # trials of the study that is disturbed
 
 
 def run(
-    arguments: list[str], variables: Mapping[str, str], out: Path, err: Path, inject: Callable[[], None] | None
+    arguments: list[str],
+    variables: Mapping[str, str],
+    cwd: Path,
+    out: Connection,
+    err: Connection,
+    inject: Callable[[], None] | None,
 ) -> None:
-    """The command line, with its output in files."""
+    """The command line, with its output in two pipes."""
+    os.environ.clear()
     os.environ.update(variables)
-    for path, number in ((out, 1), (err, 2)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.argv = ["tune.py", *arguments]
+    os.chdir(cwd)
+    for pipe, number in ((out, 1), (err, 2)):
+        os.dup2(pipe.fileno(), number)
+        pipe.close()
+    sys.argv = [str(TUNE), *arguments]
+    sys.modules["__main__"] = ModuleType("__main__")  # not pytest's: workers import what is `__main__` here
     if inject is not None:
         inject()
     main()
@@ -106,3 +129,47 @@ def kill_at_write(number: int, below: str) -> None:
                 kill()
 
     sys.addaudithook(audit)
+
+
+def kill_in_transaction(number: int, journal: Path) -> None:
+    """The process is killed before its commit of that number of something written: SQLite's journal lies there."""
+
+    def before(_: object) -> None:
+        if journal.exists():
+            seen.append(1)
+            if len(seen) == number:
+                kill()
+
+    seen: list[int] = []
+    event.listen(Engine, "commit", before)
+
+
+def enter(namespace: str) -> None:
+    """The process goes into a network namespace, as `ip netns exec` does, and waits less for a server."""
+    library = ctypes.CDLL(None, use_errno=True)
+    with Path("/run/netns", namespace).open() as file:
+        if library.setns(file.fileno(), CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), "setns")
+    remote.DEADLINE = 3
+    remote.CHANNEL = tuple((name, QUICK.get(name, value)) for name, value in remote.CHANNEL)
+
+
+def add_trials(address: str, number: int) -> None:
+    """Instead of the command, a process adds trials to a study that it makes if need be."""
+
+    def objective(trial: optuna.Trial) -> float:
+        trial.set_user_attr("pid", os.getpid())
+        return trial.suggest_float("beta", 0, 1)
+
+    with quiet():
+        study = storage.create_study(storage.open_storage(address, True), "s", {"sparsity": 0.5})
+        study.sampler = optuna.samplers.RandomSampler()
+        study.optimize(objective, number)
+    raise SystemExit(0)
+
+
+def say(letters: int) -> None:
+    """As many letters on stdout and on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.write("x" * letters)
+        stream.flush()

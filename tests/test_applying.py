@@ -2,7 +2,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from byhand import ByHand
+from processes import popen
 from safetensors.torch import load_file, save_file
 from tinystudy import BLOCKS, quiet, settings, study_file
 from torch import Tensor
@@ -352,7 +352,7 @@ def test_a_large_folder_is_written_in_the_memory_of_a_few_blocks(residency: str,
     heard, held = tmp_path / "heard", {"writing": [0], "checking": [0]}
     with heard.open("wb") as file:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
-        process = subprocess.Popen([sys.executable, "-c", LEAN, *words], stdout=file, env=environment)
+        process = popen([sys.executable, "-c", LEAN, *words], stdout=file, env=environment)
         while process.poll() is None:
             phase = "checking" if b"checking" in heard.read_bytes() else "writing"
             if b"writing" in heard.read_bytes():

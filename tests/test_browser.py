@@ -8,19 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from time import monotonic
 from typing import Literal
 
 import optuna
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from test_serving import Dashboard, served
-from tinystudy import CommandLine, run, wait_until
+from tinystudy import HANGS, CommandLine, run, wait_until
 
 from atp_tune.report import gather, html
 
 pytestmark = pytest.mark.slow
 LOCAL = ("file:", "data:", "blob:")
+expect.set_options(timeout=1000 * HANGS)
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
@@ -41,6 +41,7 @@ def browser() -> Iterator[Browser]:
 def page(browser: Browser, dashboard: Dashboard) -> Iterator[Page]:
     """A page of a screen's size; the test fails if anything is written to the console as an error."""
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
+    page.set_default_timeout(1000 * HANGS)
     errors: list[str] = []
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: errors.append(str(error)))
@@ -62,20 +63,20 @@ def address(dashboard: Dashboard, path: str = "") -> str:
 def traces(page: Page, title: str) -> int:
     """Number of SVG traces in the figure of that title."""
     plot = page.locator(".js-plotly-plot", has_text=title)
-    expect(plot).to_be_visible(timeout=20_000)
+    expect(plot).to_be_visible()
     return plot.locator("g.trace").count()
 
 
 def test_the_list_leads_to_the_study(page: Page, dashboard: Dashboard) -> None:
     page.goto(f"http://127.0.0.1:{dashboard.port}")
     page.get_by_role("link", name="tiny").first.click()
-    expect(page.get_by_text("Hyperparameter Importance", exact=True).first).to_be_visible(timeout=20_000)
+    expect(page.get_by_text("Hyperparameter Importance", exact=True).first).to_be_visible()
     assert "/dashboard/studies/" in page.url
 
 
 def test_the_note_is_shown(page: Page, dashboard: Dashboard) -> None:
     page.goto(address(dashboard, "/note"))
-    expect(page.get_by_role("heading", name="tiny: 50% of the weights of model go")).to_be_visible(timeout=20_000)
+    expect(page.get_by_role("heading", name="tiny: 50% of the weights of model go")).to_be_visible()
     expect(page.get_by_role("cell", name="dense")).to_be_visible()
     expect(page.get_by_text("6 of 6 trials are done.")).to_be_visible()
 
@@ -83,9 +84,9 @@ def test_the_note_is_shown(page: Page, dashboard: Dashboard) -> None:
 def test_an_open_page_follows_the_study(page: Page, dashboard: Dashboard, done: Path) -> None:
     """Nobody reloads it: the note and the figures change when the study has gone on."""
     page.goto(address(dashboard, "/note"))
-    expect(page.get_by_text("6 of 6 trials are done.")).to_be_visible(timeout=20_000)
+    expect(page.get_by_text("6 of 6 trials are done.")).to_be_visible()
     run(done, "search.trials=8")
-    expect(page.get_by_text("8 of 8 trials are done.")).to_be_visible(timeout=40_000)
+    expect(page.get_by_text("8 of 8 trials are done.")).to_be_visible()
 
 
 def test_each_figure_is_drawn(page: Page, dashboard: Dashboard) -> None:
@@ -100,7 +101,7 @@ def test_each_figure_is_drawn(page: Page, dashboard: Dashboard) -> None:
 def test_the_table_of_trials_has_columns_for_people(page: Page, dashboard: Dashboard) -> None:
     page.goto(address(dashboard, "/smartSelection"))
     header = page.locator("thead th", has_text="UserAttribute")
-    expect(header).to_have_count(7, timeout=20_000)
+    expect(header).to_have_count(7)
     own = [words.splitlines()[0].removeprefix("UserAttribute ") for words in header.all_inner_texts()]
     assert own == ["± stderr", "zeros %", "seconds", "peak GB", "device", "dtype", "host"]
 
@@ -109,7 +110,7 @@ def test_the_artifacts_download(page: Page, dashboard: Dashboard, done: Path) ->
     wait_until(lambda: len(dashboard.study("tiny")["artifacts"]) == 2)
     page.goto(address(dashboard))
     link = page.locator('a[download="best.json"]')
-    expect(link).to_be_visible(timeout=20_000)
+    expect(link).to_be_visible()
     with page.expect_download() as download:
         link.click()
     file = download.value.path()
@@ -147,20 +148,19 @@ def test_two_studies_in_one_report(browser: Browser, done: Path, command: Comman
         expect(page.get_by_role("cell", name="other").first).to_be_visible()
 
 
-def test_five_hundred_trials_open_soon(browser: Browser, tmp_path: Path, long: optuna.Study) -> None:
-    """Not timed to the second, as machines differ: benchmarks/report.py is."""
+def test_five_hundred_trials_are_shown(browser: Browser, tmp_path: Path, long: optuna.Study) -> None:
+    """How soon, benchmarks/report.py measures."""
     (tmp_path / "many.html").write_bytes(html.make([gather(long, datetime.now())]))
-    began = monotonic()
     with opened(browser, tmp_path / "many.html", 1400, "light") as page:
         expect(page.locator(".js-plotly-plot")).to_have_count(5)
         assert page.locator("table tr").count() > 500
-    assert monotonic() - began < 20
 
 
 @contextmanager
 def opened(browser: Browser, file: Path, width: int, scheme: Literal["light", "dark"]) -> Iterator[Page]:
     """A report from disk with the network cut; whatever it asks the network for, or complains of, is an error."""
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True)
+    context.set_default_timeout(1000 * HANGS)
     page, errors = context.new_page(), list[str]()
     page.on("request", lambda request: errors.append(request.url) if not request.url.startswith(LOCAL) else None)
     page.on("console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None)

@@ -10,7 +10,7 @@ from pathlib import Path
 from time import sleep
 
 import pytest
-from tinystudy import LONG, CommandLine, few_at_a_time, finish, run, settings, start, study_file, wait_for
+from tinystudy import HANGS, LONG, CommandLine, few_at_a_time, finish, run, settings, start, study_file, wait_for
 
 import atp_tune
 from atp_tune.cli.running import interruptible
@@ -89,7 +89,9 @@ def test_what_needs_no_model_loads_none(done: Path) -> None:
 
 @pytest.mark.slow
 def test_apply_and_prune_as_processes(done: Path, tmp_path: Path) -> None:
-    answer = finish(start("apply", "--config", done / "tiny.best.json", "--out", tmp_path / "out", "--device", "cpu"))
+    answer = finish(
+        start("apply", "--config", done / "tiny.best.json", "--out", tmp_path / "out", "--device", "cpu", alone=True)
+    )
     assert (answer.code, answer.err) == (0, "")
     assert f"sparse checkpoint: {tmp_path / 'out'}" in answer.out
     answer = finish(start("prune", "--study", done / "tiny.toml", "--beta", "0.05"))
@@ -104,7 +106,7 @@ def test_a_second_ctrl_c_ends_at_once(place: Path) -> None:
     wait_for(place / "tiny.db", 1, process)
     os.kill(process.pid, signal.SIGINT)
     os.kill(process.pid, signal.SIGINT)
-    answer = finish(process, 20)
+    answer = finish(process)
     assert answer.code in (130, -signal.SIGINT)
     assert "Traceback" not in answer.err
     study = run(place, *LONG)
@@ -115,7 +117,7 @@ def test_a_second_ctrl_c_ends_at_once(place: Path) -> None:
 @pytest.mark.slow
 def test_bad_input_as_a_process(place: Path) -> None:
     for arguments in (["--study", "nosuch"], ["status", "--study", place / "tiny.toml"], ["prune", "--model", "no"]):
-        answer = finish(start(*arguments))
+        answer = finish(start(*arguments, alone=True))
         assert answer.error
         assert answer.out in {"", "loading the model and the texts\n"}
 
@@ -241,7 +243,7 @@ def test_ctrl_c_does_not_break_a_transaction(tmp_path: Path) -> None:
         with engine.begin() as connection:
             connection.execute(sqlalchemy.text("create table t (x integer)"))
         done.append("transaction")
-        sleep(5)
+        sleep(HANGS)
     engine.dispose()
     assert done == ["statement", "transaction"]
 

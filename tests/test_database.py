@@ -3,14 +3,13 @@
 import json
 import logging
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.abc import MetaPathFinder
 from operator import methodcaller
 from pathlib import Path
-from time import sleep
 
 import optuna
 import psycopg
@@ -20,7 +19,9 @@ from optuna.storages import get_storage
 from optuna.trial import TrialState
 from pgserver import URL_PASSWORD, PostgreSQL
 from pgserver import running as running_server
-from tinystudy import LONG, CommandLine, finish, hear, quiet, run, settings, start, wait_until
+from preloaded import add_trials
+from processes import at_end, catches
+from tinystudy import HANGS, LONG, CommandLine, finish, hear, quiet, run, settings, start, wait_until
 
 from atp_tune.errors import UserError
 from atp_tune.results.summary import summarise
@@ -32,7 +33,10 @@ from atp_tune.trials import database, patience, storage
 from atp_tune.trials.database import PatientDatabase, is_away, without_password
 from atp_tune.trials.remote import connect
 
-TESTS = Path(__file__).parent
+MEASURES = (
+    "SELECT 1 FROM trials JOIN trial_user_attributes USING (trial_id) "
+    "WHERE number = %s AND state = 'RUNNING' AND key = 'sparsities'"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +56,7 @@ def frail() -> Iterator[PostgreSQL]:
 def opened(address: str) -> PatientDatabase:
     db = storage.open_storage(address, create=True)
     assert isinstance(db, PatientDatabase)
+    at_end(db.engine.dispose)
     return db
 
 
@@ -195,10 +200,10 @@ def test_calls_wait_for_a_server_that_was_killed(frail: PostgreSQL, caplog: pyte
     killed(frail)
     with caplog.at_level(logging.WARNING, "atp_tune"), ThreadPoolExecutor() as pool:
         told = pool.submit(lambda: (trial.suggest_float("beta", 0, 1), trial.set_user_attr("a", 1)))
-        sleep(0.5)
+        wait_until(lambda: "trying again" in caplog.text)
         assert not told.done()
         frail.start()
-        beta, _ = told.result(timeout=60)
+        beta, _ = told.result(HANGS)
     first, last = [record.getMessage() for record in caplog.records if record.name.startswith("atp_tune")]
     assert first.startswith(f"storage {without_password(address)}: ")
     assert first.endswith("; trying again, nothing is lost")
@@ -207,7 +212,7 @@ def test_calls_wait_for_a_server_that_was_killed(frail: PostgreSQL, caplog: pyte
     with ThreadPoolExecutor() as pool:
         ended = pool.submit(study.tell, trial, 2.5)
         frail.start()
-        ended.result(timeout=60)
+        ended.result(HANGS)
     found = stored(address, "s").trials
     assert [(t.params, t.value, t.user_attrs) for t in found] == [({"beta": beta}, 2.5, {"a": 1})]
 
@@ -272,7 +277,8 @@ def test_a_mistake_is_no_outage(postgres: PostgreSQL) -> None:
     assert not is_away(caught.value)
 
 
-def test_workers_of_a_server_whose_database_is_away_wait(frail: PostgreSQL) -> None:
+def test_workers_of_a_server_whose_database_is_away_wait(frail: PostgreSQL, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "atp_tune")
     served = storage.open_database(frail.new(), True, ServedDatabase)
     assert served is not None
     with proxy(get_storage(served), "127.0.0.1", 0) as port:
@@ -281,10 +287,10 @@ def test_workers_of_a_server_whose_database_is_away_wait(frail: PostgreSQL) -> N
         killed(frail)
         with ThreadPoolExecutor() as pool:
             told = pool.submit(study.tell, trial, 2.5)
-            sleep(0.5)
+            wait_until(lambda: "trying again" in caplog.text)
             assert not told.done()
             frail.start()
-            told.result(timeout=60)
+            told.result(HANGS)
     assert stored(served.url, "s").trials[0].value == 2.5
 
 
@@ -296,7 +302,7 @@ def test_a_worker_that_is_gone_keeps_no_lock(postgres: PostgreSQL, monkeypatch: 
     with opened(address).engine.connect() as gone:
         gone.exec_driver_sql("SELECT * FROM studies FOR UPDATE")
         with ThreadPoolExecutor() as pool:
-            assert pool.submit(study.ask).result(timeout=20).number == 0
+            assert pool.submit(study.ask).result(HANGS).number == 0
         gone.invalidate()
 
 
@@ -306,12 +312,12 @@ def test_a_server_killed_in_the_middle_of_a_trial_costs_nothing(place: Path, fra
     worker = start("--study", place / "tiny.toml", "--storage", address, *settings(*overrides))
     heard = ""
     for number in (1, 3):
-        wait_until(lambda number=number: runs(address, number), 60)  # type: ignore[misc]
+        wait_for(address, number)
         killed(frail)
         heard += hear(worker, "; trying again, nothing is lost")
         frail.start()
         heard += hear(worker, "answers again")
-    answer = finish(worker, 120)
+    answer = finish(worker)
     assert answer.code == 0, answer.err
     assert (heard + answer.out).count("; trying again, nothing is lost") == 2
     assert URL_PASSWORD not in heard + answer.out + answer.err
@@ -320,48 +326,39 @@ def test_a_server_killed_in_the_middle_of_a_trial_costs_nothing(place: Path, fra
     assert measured(study) == measured(run(place, *overrides))
 
 
-def runs(address: str, number: int) -> bool:
-    study = storage.find_study(opened(address), "tiny")
-    trials = study.trials[number:] if study else []
-    return bool(trials) and trials[0].state == TrialState.RUNNING and "sparsities" in trials[0].user_attrs
+def wait_for(address: str, number: int) -> None:
+    """Returns when trial `number` has its plan and is being measured; over one connection."""
+    with psycopg.connect(address.replace("+psycopg", ""), autocommit=True) as connection:
+        wait_until(lambda: measures(connection, number))
+
+
+def measures(connection: "psycopg.Connection[tuple[object, ...]]", number: int) -> bool:
+    try:
+        return connection.execute(MEASURES, (number,)).fetchone() is not None
+    except psycopg.errors.UndefinedTable:  # they are being made
+        return False
 
 
 @pytest.mark.slow
 def test_ctrl_c_ends_a_worker_that_waits(place: Path, frail: PostgreSQL) -> None:
     address = frail.new()
     worker = start("--study", place / "tiny.toml", "--storage", address, *settings(*LONG, "search.trials=50"))
-    wait_until(lambda: runs(address, 1), 60)
+    wait_for(address, 1)
     killed(frail)
-    sleep(2)
+    hear(worker, "; trying again, nothing is lost")
     worker.send_signal(signal.SIGINT)
-    sleep(1)
+    wait_until(lambda: not catches(worker, signal.SIGINT))
     worker.send_signal(signal.SIGINT)
-    assert finish(worker, 20).code in (130, -signal.SIGINT)
-    frail.start()
+    assert finish(worker).code in (130, -signal.SIGINT)
 
 
 # --- many workers
 
 
-WORKER = """
-import sys, optuna
-from atp_tune.cli.running import quiet
-from atp_tune.trials.storage import create_study, open_storage
-with quiet():
-    study = create_study(open_storage(sys.argv[1], True), "s", {"sparsity": 0.5})
-    study.sampler = optuna.samplers.RandomSampler()
-    def objective(trial):
-        trial.set_user_attr("pid", 1)
-        return trial.suggest_float("beta", 0, 1)
-    study.optimize(objective, int(sys.argv[2]))
-"""
-
-
 def together(address: str, workers: int, trials: int) -> list[str]:
     """What workers that start at the same moment say on stderr."""
-    command = [sys.executable, "-c", WORKER, address, str(trials)]
-    started = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(workers)]
-    return [process.communicate(timeout=300)[1] for process in started]
+    started = [start(inject=partial(add_trials, address, trials)) for _ in range(workers)]
+    return [finish(process).err for process in started]
 
 
 @pytest.mark.slow
@@ -369,9 +366,9 @@ def together(address: str, workers: int, trials: int) -> list[str]:
 def test_eight_workers_on_an_empty_database(kind: str, postgres: PostgreSQL, tmp_path: Path) -> None:
     """They make the tables, the study and its trials at the same moments."""
     address = postgres.new() if kind == "postgresql" else f"sqlite:///{tmp_path}/many.db"
-    assert together(address, 8, 25) == [""] * 8
+    assert together(address, 8, 10) == [""] * 8
     trials = stored(address, "s").trials
-    assert [t.number for t in trials] == list(range(200))
+    assert [t.number for t in trials] == list(range(80))
     assert {t.state for t in trials} == {TrialState.COMPLETE}
 
 
@@ -379,7 +376,7 @@ def test_eight_workers_on_an_empty_database(kind: str, postgres: PostgreSQL, tmp
 def test_two_workers_share_a_total_in_postgresql(place: Path, postgres: PostgreSQL) -> None:
     address = postgres.new()
     words = ("--study", place / "tiny.toml", "--storage", address, *settings(*LONG, "search.trials=8"))
-    answers = [finish(worker, 120) for worker in [start(*words), start(*words)]]
+    answers = [finish(worker) for worker in [start(*words), start(*words)]]
     assert [answer.code for answer in answers] == [0, 0], answers
     study = stored(address)
     assert storage.counted(study) == 8

@@ -234,7 +234,7 @@ def test_a_killed_process_goes_on_to_the_same_weights(place: Path) -> None:
     process.kill()
     process.communicate()
     assert not (place / "out").exists()
-    answer = finish(start(*options, "--out", place / "out"), 120)
+    answer = finish(start(*options, "--out", place / "out"))
     assert answer.code == 0, answer.err
     assert "goes on after step " in answer.out
     one, other = tensors(place / "whole"), tensors(place / "out")
@@ -377,10 +377,10 @@ def test_paths_start_where_the_configuration_was(place: Path, monkeypatch: pytes
 @pytest.mark.slow
 def test_smollm2_gets_better(tmp_path: Path) -> None:
     sparse, out = tmp_path / "sparse", tmp_path / "out"
-    fewer = [word for key in ("texts.calibration.windows=8", "texts.report.windows=6") for word in ("--set", key)]
-    assert finish(start("prune", "--study", "smol", "--beta", "0.008", "--out", sparse, *fewer), 600).code == 0
+    fewer = [word for key in ("texts.calibration.windows=4", "texts.report.windows=6") for word in ("--set", key)]
+    assert finish(start("prune", "--study", "smol", "--beta", "0.008", "--out", sparse, *fewer)).code == 0
     options = ("--steps", "20", "--batch", "2", "--tokens", "128", "--learning-rate", "0.001")
-    answer = finish(start("finetune", "--model", sparse, "--out", out, *options), 900)
+    answer = finish(start("finetune", "--model", sparse, "--out", out, *options))
     assert answer.code == 0, answer.err
     done = Finetuned.model_validate_json((out / FINETUNED).read_text())
     assert sum(done.losses[-5:]) < sum(done.losses[:5])

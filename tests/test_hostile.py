@@ -22,7 +22,7 @@ from atp_tune.sparse.markup import escaped, fenced
 from atp_tune.trials import storage
 from atp_tune.trials.stored import FOREIGN
 
-SEEDS = int(os.environ.get("ATP_TUNE_FUZZ_RUNS", "25"))  # runs on damaged databases
+SEEDS = int(os.environ.get("ATP_TUNE_FUZZ_RUNS", "10"))  # runs on damaged databases
 ESCAPES = "\x1b[2J\x9b31m\u202e"
 HTML = "<img src=x onerror=alert(1)>"
 

@@ -11,14 +11,18 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import optuna
 import pytest
 from optuna.trial import TrialState
+from preloaded import enter
+from processes import popen
 from tinystudy import (
     LONG,
     Answer,
+    Process,
     finish,
     free_port,
     hear,
@@ -33,7 +37,8 @@ from tinystudy import (
 
 pytestmark = pytest.mark.slow
 DOCS = Path(__file__).parents[1] / "docs"
-HERE, THERE = "10.199.77.1", "10.199.77.2"  # addresses that exist in this test alone
+NETWORK = f"10.{200 + os.getpid() // 250 % 50}.{os.getpid() % 250}"  # of this process alone
+HERE, THERE = f"{NETWORK}.1", f"{NETWORK}.2"
 
 
 def needs(*programs: str) -> None:
@@ -50,10 +55,8 @@ def serving(
 ) -> "Iterator[subprocess.Popen[str]]":
     words = ["--listen", host, "--port", str(port), "--grpc-port", str(grpc_port)]
     server = start("serve", "--study", place / "tiny.toml", "--storage", f"sqlite:///{place / database}", *words)
-    assert server.stdout is not None
     try:
-        while "Ctrl-C stops" not in (line := server.stdout.readline()):
-            assert line, finish(server)
+        hear(server, "Ctrl-C stops")
         yield server
     finally:
         server.terminate()
@@ -67,14 +70,14 @@ class Namespace:
     name: str
     cable: str
 
-    def worker(self, *words: str | Path) -> "subprocess.Popen[str]":
-        return start(*words, before=("ip", "netns", "exec", self.name))
+    def worker(self, *words: str | Path) -> Process:
+        return start(*words, inject=partial(enter, self.name))
 
     def wait_for(self, port: int) -> None:
         """Returns when the server is reached from there: a cable that was just laid may carry nothing yet."""
         knock = f"import socket; socket.create_connection(({HERE!r}, {port}), 1)"
         command = ["ip", "netns", "exec", self.name, sys.executable, "-c", knock]
-        wait_until(lambda: subprocess.run(command, check=False, capture_output=True).returncode == 0, 60)
+        wait_until(lambda: subprocess.run(command, check=False, capture_output=True).returncode == 0)
 
     def cut(self) -> None:
         ip("link", "set", self.cable, "down")
@@ -122,11 +125,11 @@ def test_a_worker_elsewhere_outlives_a_cut_cable(place: Path, namespace: Namespa
         worker = namespace.worker(*words, *settings(*overrides))
         wait_for(place / "served.db", 2, worker)
         namespace.cut()
-        heard = hear(worker, "does not answer; trying again, nothing is lost", 90)
+        heard = hear(worker, "does not answer; trying again, nothing is lost")
         running = [trial.number for trial in trials(place) if trial.state == TrialState.RUNNING]
         assert worker.poll() is None
         namespace.mend()
-        answer = finish(worker, 120)
+        answer = finish(worker)
     assert answer.code == 0, answer.err
     assert running == [2]
     assert "answers again" in heard + answer.out
@@ -141,7 +144,7 @@ def test_two_workers_share_a_study(place: Path, namespace: Namespace) -> None:
         words = ["--study", str(place / "tiny.toml"), "--storage", address, *settings(*LONG, "search.trials=10")]
         namespace.wait_for(port)
         workers = [namespace.worker(*words), start(*words)]
-        answers = [finish(worker, 120) for worker in workers]
+        answers = [finish(worker) for worker in workers]
     assert [answer.code for answer in answers] == [0, 0], answers
     measured = [trial for trial in trials(place) if "lost" not in trial.user_attrs]
     assert [trial.state for trial in measured] == [TrialState.COMPLETE] * 10
@@ -192,7 +195,7 @@ def nginx(place: Path, tmp_path: Path) -> Iterator[Proxy]:
             "-c",
             str(tmp_path / "nginx.conf"),
         ]
-        process = subprocess.Popen([*command, "-g", options], stderr=subprocess.DEVNULL)
+        process = popen([*command, "-g", options], stderr=subprocess.DEVNULL)
         proxy = Proxy(tls, tmp_path / "atp_tune.crt", place)
         try:
             wait_until(lambda: answers(proxy))

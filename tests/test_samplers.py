@@ -1,9 +1,9 @@
 import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 from threading import Barrier
-from time import sleep
 from typing import Any
 
 import optuna
@@ -276,10 +276,16 @@ def test_workers_that_propose_at_the_same_moment_draw_apart(tmp_path: Path) -> N
         assert abs(first - second) > 1e-6
 
 
+class Tomorrow(datetime):
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> datetime:
+        return datetime.now(tz) + timedelta(days=1)
+
+
 def test_nobody_waits_for_a_trial_that_has_drawn_or_died(monkeypatch: pytest.MonkeyPatch) -> None:
     space, naps = space_of(), list[float]()
     monkeypatch.setattr(samplers, "sleep", naps.append)
-    monkeypatch.setattr(samplers, "PATIENCE", 0.2)
+    monkeypatch.setattr(samplers, "monotonic", lambda: sum(naps))
     study = optuna.create_study(sampler=RandomSampler())
 
     def wait_for_those_before(number: int) -> list[float]:
@@ -292,7 +298,7 @@ def test_nobody_waits_for_a_trial_that_has_drawn_or_died(monkeypatch: pytest.Mon
     assert not wait_for_those_before(1)
     study.ask()
     assert set(wait_for_those_before(2)) == {samplers.LOOK}  # the one before has drawn nothing yet
-    sleep(0.2)  # so long that it must have died
+    monkeypatch.setattr(samplers, "datetime", Tomorrow)  # so long that it must have died
     assert not wait_for_those_before(2)
 
 

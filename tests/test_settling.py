@@ -1,4 +1,5 @@
 import math
+import os
 from datetime import datetime, timedelta
 from itertools import product
 from pathlib import Path
@@ -77,6 +78,7 @@ def test_the_regret_shrinks_as_a_study_goes_on() -> None:
         assert math.log(best / lowest) <= bounds[count - 1] + 0.01
 
 
+SEEDS = int(os.environ.get("ATP_TUNE_VALLEYS", "4"))  # of each shape; 8 by hand
 SHAPES = ("sharp", "flat", "off-centre", "like SmolLM2's", "at the lower end", "two, the left one lower")
 
 
@@ -104,7 +106,7 @@ def test_made_up_valleys_are_left_at_what_is_promised() -> None:
 
 @pytest.mark.slow
 def test_many_made_up_valleys_are_left_at_what_is_promised() -> None:
-    check(ends_of(8))
+    check(ends_of(SEEDS))
 
 
 def test_verdicts_are_read_from_the_trials(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from datetime import datetime, timedelta
 from io import StringIO
 from pathlib import Path
-from time import sleep
 from typing import Any
 
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
+from processes import popen
 from rich.console import Console
 from tinystudy import LONG, TUNE, CommandLine, finish, run, settings, start, stored, study_file
 
@@ -308,9 +308,8 @@ def test_ctrl_c_ends_a_watch(exists: bool, place: Path) -> None:
     process = start("status", "--study", place / "tiny.toml", "--watch", "--every", "0.1")
     assert process.stdout
     first = process.stdout.readline()
-    sleep(0.3)
     process.send_signal(signal.SIGINT)
-    answer = finish(process, 10)
+    answer = finish(process)
     assert (answer.code, answer.err) == (130, "")
     assert first.startswith("study tiny: has no trials yet" if not exists else " ")
 
@@ -436,7 +435,7 @@ def on_terminal(*arguments: str | Path) -> tuple["subprocess.Popen[bytes]", int]
     ours, theirs = pty.openpty()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80", "LINES": "24", "TERM": "xterm"}
     command = [sys.executable, str(TUNE), *map(str, arguments)]
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    process = popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
     return process, ours
 

@@ -1,17 +1,16 @@
 import gc
 import threading
 import weakref
-from time import monotonic, sleep
-from typing import Any
 
 import pytest
 import torch
 from families import ALL, CPU, bench_of, checkpoint_of, same_bits, tiny
+from tinystudy import wait_until
 from torch import Tensor
 
 from atp_tune.checkpoints import streaming
 from atp_tune.checkpoints.residency import Residency
-from atp_tune.checkpoints.streaming import Stream, Tensors, Wanted
+from atp_tune.checkpoints.streaming import Freed, Stream, Tensors, Wanted
 from atp_tune.plan import Plan
 
 BLOCKS: list[Tensors] = [{"a": torch.full((50, 4), float(i)), "norm": torch.arange(4) + i} for i in range(5)]
@@ -56,11 +55,11 @@ def stream(copies: Watched) -> Stream:
     return Stream(BLOCKS, CPU)
 
 
-def until(condition: Any) -> None:
-    end = monotonic() + 10
-    while not condition():
-        assert monotonic() < end
-        sleep(0.001)
+def settle(stream: Stream) -> None:
+    """Returns when the thread has done all that it does by itself: the second of two messages has been taken."""
+    for _ in range(2):
+        stream._requests.put(Freed(0, 0, None))
+    wait_until(stream._requests.empty)
 
 
 def check(found: Tensors, index: int) -> None:
@@ -74,15 +73,18 @@ def test_blocks_come_in_order_again_and_again(stream: Stream, copies: Watched) -
         found = stream.get(index)
         check(found, index)
     assert copies.threads == {"atp_tune blocks"}
-    until(lambda: copies.order == [*range(5), *range(5), 0, 1, 2])
+    settle(stream)
+    assert copies.order == [*range(5), *range(5), 0, 1, 2]
 
 
 def test_the_next_is_copied_while_one_is_held(stream: Stream, copies: Watched) -> None:
     held = stream.get(3)
-    until(lambda: copies.order == [3, 4])
+    settle(stream)
+    assert copies.order == [3, 4]
     check(held, 3)
     held = stream.get(4)
-    until(lambda: copies.order == [3, 4, 0])
+    settle(stream)
+    assert copies.order == [3, 4, 0]
 
 
 def test_any_order_is_correct(stream: Stream) -> None:
@@ -93,8 +95,8 @@ def test_any_order_is_correct(stream: Stream) -> None:
 def test_no_more_than_two_are_alive(stream: Stream, copies: Watched) -> None:
     for index in [*range(5)] * 4:
         block = stream.get(index)
-        sleep(0.002)
-        assert copies.alive <= 2
+        settle(stream)
+        assert copies.alive == 2  # the one that is held, and the next
         del block
     assert copies.most == 2
 
@@ -104,19 +106,21 @@ def test_no_more_than_two_are_alive_where_norms_are_kept(stream: Stream, copies:
     for index in [*range(5)] * 4:
         block = stream.get(index)
         kept.append(block["norm"])
-        sleep(0.002)
+        settle(stream)
     assert copies.most == 2
-    until(lambda: len(copies.order) == 21)
+    assert len(copies.order) == 21
 
 
 def test_a_view_keeps_a_copy_alive(stream: Stream, copies: Watched) -> None:
     view = stream.get(0)["a"].T[:2]
-    until(lambda: copies.order == [0, 1])
+    settle(stream)
+    assert copies.order == [0, 1]
     other = stream.get(1)
-    sleep(0.02)
+    settle(stream)
     assert copies.order == [0, 1]  # two are held: there is no room for a third
     del other
-    until(lambda: copies.order == [0, 1, 2])
+    settle(stream)
+    assert copies.order == [0, 1, 2]
     assert bool((view == 0).all())
 
 
@@ -131,7 +135,7 @@ def test_without_copying_ahead(copies: Watched) -> None:
     stream = Stream(BLOCKS, CPU, ahead=False)
     for index in (0, 1, 2):
         check(stream.get(index), index)
-    sleep(0.01)
+    settle(stream)
     assert copies.order == [0, 1, 2]
 
 
@@ -155,7 +159,8 @@ def test_an_error_surfaces_as_itself_and_the_stream_goes_on(
 def test_an_error_of_a_copy_that_nobody_wants_is_forgotten(stream: Stream, copies: Watched) -> None:
     copies.fails[1] = MemoryError()
     check(stream.get(0), 0)
-    until(lambda: len(copies.order) == 2)
+    settle(stream)
+    assert len(copies.order) == 2
     check(stream.get(3), 3)
 
 
@@ -176,10 +181,12 @@ def test_a_consumer_that_was_interrupted_leaves_nothing_behind(stream: Stream, c
     wanted = Wanted(2, None)
     stream._requests.put(wanted)
     del wanted
-    until(lambda: copies.order == [2, 3])
+    settle(stream)
+    assert copies.order == [2, 3]
     for index in (3, 4):
         check(stream.get(index), index)
-    until(lambda: copies.order == [2, 3, 4, 0])
+    settle(stream)
+    assert copies.order == [2, 3, 4, 0]
 
 
 def test_strides_stay_as_they_are() -> None:
@@ -226,4 +233,4 @@ def test_a_trial_holds_two_blocks_and_copies_each_once(copies: Watched) -> None:
     bench.all_nlls(pruned, "search")
     matrices = len(size)
     assert copies.most <= 2 * matrices
-    until(lambda: len(copies.order) in (4 * matrices, 5 * matrices))
+    wait_until(lambda: len(copies.order) in (4 * matrices, 5 * matrices))

@@ -18,9 +18,10 @@ import pytest
 import torch
 from byhand import ByHand
 from optuna.trial import TrialState
+from processes import popen
 from safetensors.torch import load_file, save_file
 from synthetic import storage_in
-from tinystudy import BLOCKS, LONG, few_at_a_time, finish, run, settings, start, study_file, wait_for
+from tinystudy import BLOCKS, LONG, few_at_a_time, finish, go_silent, run, settings, start, study_file, wait_for
 
 from atp_tune.cli.running import quiet
 from atp_tune.errors import TrialError, UserError
@@ -205,13 +206,12 @@ def test_no_time_is_no_trial(place: Path) -> None:
 
 
 def test_time_that_is_up_starts_no_further_trial(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from time import sleep
-
     def slowly(bench: Bench, plan: Plan) -> Iterator[Any]:
-        sleep(0.5)
+        clock.append(clock[-1] + 0.5)
         yield from prune(bench, plan)
 
-    prune = Bench.prune
+    clock, prune = [0.0], Bench.prune
+    monkeypatch.setattr(tuning, "monotonic", lambda: clock[-1])
     monkeypatch.setattr(Bench, "prune", slowly)
     assert states(run(place, "search.trials=50", timeout=0.4)) == ["COMPLETE", "WAITING"]
 
@@ -249,7 +249,7 @@ def test_of_two_that_end_a_study_one_measures_the_report_text(
     with quiet():
         study = tuning.tune(tuning.Run(study_file(place), "tiny", None, lambda _: None, reports=False))
     assert unreported(study)
-    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    other = popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     begun = psutil.Process(other.pid).create_time()
     reporter = {**identity(), "pid": other.pid, "process_started": begun}
     study._storage.set_study_system_attr(study._study_id, tuning.REPORTER, reporter)
@@ -409,8 +409,6 @@ def add_running(study: optuna.Study, attributes: dict[str, Any], beat: bool = Tr
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "HEARTBEAT", 1)
-    monkeypatch.setattr(storage, "GRACE", 1)
     monkeypatch.setattr(tuning, "POLL", 0.05)
 
 
@@ -418,18 +416,26 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_trial_of_another_machine_is_waited_for_and_then_run_again(place: Path) -> None:
     study = run(place, "search.trials=2")
     add_running(study, {"host": "elsewhere", "pid": 1, "process_started": 0.0})
+    waiting = Note("waiting for trial 2, which elsewhere runs (or was running when it stopped)")
     notes: list[Event] = []
-    study = run(place, "search.trials=3", watch=notes.append)
-    assert Note("waiting for trial 2, which elsewhere runs (or was running when it stopped)") in notes
+
+    def watch(event: Event) -> None:
+        notes.append(event)
+        if event == waiting:
+            go_silent(place / "tiny.db")
+
+    study = run(place, "search.trials=3", watch=watch)
+    assert waiting in notes
     assert states(study) == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE"]
     assert study.trials[3].params == study.trials[2].params
 
 
 @pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("beat", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.parametrize("beat", [True, False])
 def test_a_process_that_died_before_it_said_who_it_is(place: Path, beat: bool) -> None:
     study = run(place, "search.trials=2")
     add_running(study, {}, beat)
+    go_silent(place / "tiny.db")
     study = run(place, "search.trials=3")
     assert states(study) == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE"]
 

@@ -1,27 +1,26 @@
 """Several processes that run one study on this machine."""
 
 import signal
-import subprocess
 from pathlib import Path
 
 import psutil
 import pytest
 from crews import LONG, TOTAL, check_whole, measured, trials
 from optuna.trial import TrialState
-from tinystudy import CommandLine, finish, run, settings, start, wait_for, wait_until
+from tinystudy import CommandLine, Process, finish, run, settings, start, wait_for, wait_until
 
 
-def begin(place: Path, *more: str) -> "subprocess.Popen[str]":
+def begin(place: Path, *more: str) -> Process:
     return start("--study", place / "tiny.toml", *settings(*LONG, f"search.trials={TOTAL}"), *more)
 
 
-def workers_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
+def workers_of(process: Process) -> list[psutil.Process]:
     return [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
 
 
 @pytest.mark.slow
 def test_three_workers_share_a_study(place: Path) -> None:
-    answer = finish(begin(place, "--workers", "3"), 120)
+    answer = finish(begin(place, "--workers", "3"))
     assert answer.code == 0, answer.err
     check_whole(place)
     assert len({trial.user_attrs["pid"] for trial in measured(place)}) > 1
@@ -42,7 +41,7 @@ def test_ctrl_c_stops_all_and_loses_nothing(place: Path) -> None:
     assert (answer.code, answer.err) == (130, "")
     assert "stopped: finished trials are in" in answer.out
     assert not [trial for trial in trials(place) if trial.state == TrialState.RUNNING]
-    assert finish(begin(place), 120).code == 0
+    assert finish(begin(place)).code == 0
     check_whole(place)
 
 
@@ -58,7 +57,7 @@ def test_sigterm_to_every_process_stops_all_and_loses_nothing(place: Path) -> No
     assert (answer.code, answer.err) == (130, "")
     assert "died" not in answer.out
     assert not [trial for trial in trials(place) if trial.state == TrialState.RUNNING]
-    assert finish(begin(place), 120).code == 0
+    assert finish(begin(place)).code == 0
     check_whole(place)
 
 
@@ -68,7 +67,7 @@ def test_a_worker_that_dies_is_started_again(place: Path) -> None:
     wait_for(place / "tiny.db", 2, process)
     wait_until(lambda: len(workers_of(process)) == 2)
     workers_of(process)[0].kill()
-    answer = finish(process, 120)
+    answer = finish(process)
     assert answer.code == 0, answer.err
     assert "died (exit code -9): it is started again" in answer.out
     check_whole(place)
@@ -83,7 +82,7 @@ def test_workers_do_not_outlive_their_parent(place: Path) -> None:
     process.kill()
     process.communicate()
     assert not psutil.wait_procs(children, 30)[1]
-    assert finish(begin(place), 120).code == 0
+    assert finish(begin(place)).code == 0
     check_whole(place)
 
 

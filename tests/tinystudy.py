@@ -19,6 +19,8 @@ import pytest
 import torch
 from alembic.config import Config
 from alembic.script import ScriptDirectory
+from forking import Forked
+from processes import popen
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -32,9 +34,11 @@ from atp_tune.search.tuning import Run, tune
 from atp_tune.spec.studyfile import StudyFile, load
 from atp_tune.trials import storage
 
+Process = subprocess.Popen[str] | Forked
 TUNE = Path(__file__).parents[1] / "tune.py"
 BLOCKS, WIDTH, TOKENS = 4, 32, 32
 TOPICS = "\n\n".join(pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics))
+HANGS = 600  # seconds after which what is waited for will not come, on a machine however slow: the test fails
 # A trial of a few tenths of a second, long enough to be killed in.
 LONG = ("texts.calibration.windows=250", "texts.search.windows=250")
 STUDY = f"""\
@@ -167,12 +171,20 @@ def start(
     cwd: Path | None = None,
     before: tuple[str, ...] = (),
     environment: Mapping[str, str] | None = None,
-) -> "subprocess.Popen[str]":
-    """`python tune.py …` in a process of its own."""
-    command = [*before, sys.executable, str(TUNE), *map(str, arguments)]
+    inject: Callable[[], None] | None = None,
+    alone: bool = False,
+) -> Process:
+    """`python tune.py …` in a process of its own, forked from one that has imported everything.
+
+    One that is `alone`, comes after the words of another program, or has an `environment` that counts from the imports
+    on, is started as a user does. `inject` is called in a forked process before the command begins.
+    """
+    words = [str(argument) for argument in arguments]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **(environment or {})}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=cwd, env=variables)
+    if not (alone or before or environment):
+        return Forked(words, variables, cwd, inject)
+    command, pipe = [*before, sys.executable, str(TUNE), *words], subprocess.PIPE
+    return popen(command, stdout=pipe, stderr=pipe, text=True, cwd=cwd, env=variables)
 
 
 @dataclass(frozen=True)
@@ -191,7 +203,7 @@ class Answer:
         return line.removeprefix("error: ")
 
 
-def hear(process: "subprocess.Popen[str]", words: str, seconds: float = 60) -> str:
+def hear(process: Process, words: str, seconds: float = HANGS) -> str:
     """What a process prints until these words come; `finish` gives the rest."""
     assert process.stdout is not None
     heard, over = "", monotonic() + seconds
@@ -204,7 +216,7 @@ def hear(process: "subprocess.Popen[str]", words: str, seconds: float = 60) -> s
     return heard
 
 
-def finish(process: "subprocess.Popen[str]", seconds: float = 60) -> Answer:
+def finish(process: Process, seconds: float = HANGS) -> Answer:
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -235,11 +247,13 @@ class CommandLine:
         return Answer(int(ended.value.code or 0), captured.out, captured.err)
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:
-    end = monotonic() + seconds
+def wait_until(condition: Callable[[], object], seconds: float = HANGS) -> None:
+    """Returns when the condition holds; asked for at once, then ever more seldom, to 20 times a second."""
+    end, pause = monotonic() + seconds, 0.0005
     while not condition():
         assert monotonic() < end
-        sleep(0.05)
+        sleep(pause)
+        pause = min(2 * pause, 0.05)
 
 
 def free_port() -> int:
@@ -249,7 +263,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_for(database: Path, number: int, process: "subprocess.Popen[str]", seconds: float = 60) -> None:
+def wait_for(database: Path, number: int, process: Process, seconds: float = HANGS) -> None:
     """Returns when trial `number` has its plan and is being measured."""
     end = monotonic() + seconds
     while monotonic() < end:
@@ -270,6 +284,15 @@ def _measures(database: Path, number: int) -> bool:
             return connection.execute(query, (number,)).fetchone() is not None
     except sqlite3.OperationalError:  # the file or its tables are being made
         return False
+
+
+def go_silent(database: Path) -> None:
+    """As if what runs on a study had given its last sign of life, or begun its trials, an hour ago."""
+    with closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute("UPDATE trial_heartbeats SET heartbeat = datetime('now', '-1 hour')")
+        connection.execute(
+            "UPDATE trials SET datetime_start = datetime('now', 'localtime', '-1 hour') WHERE state = 'RUNNING'"
+        )
 
 
 def few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
