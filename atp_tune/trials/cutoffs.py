@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-SAME = 3  # crashes, or times in a row at one place, after which a trial is given up
+SAME = 3  # crashes, or times at one place, after which a trial is given up
 MOST = 25  # times in all after which it is, whatever the reasons: more than bad luck, fewer than for ever
 
 
@@ -45,15 +45,16 @@ def why_given_up(cut_offs: Sequence[CutOff]) -> str:
     """Why a trial with these cut-offs, the earliest first, is not run again, as in `cut off …`; empty if it is.
 
     - It crashed `SAME` times: a process does not send itself a signal for another's sake.
-    - It alone died `SAME` times in a row at the same place, as by the system's killer where memory runs out. Those of
-      unknown place say nothing, and those that others shared neither. Kills from outside at random moments of a pass of
-      n steps do so with probability n⁻².
+    - It alone died at the same place `SAME` times, as by the system's killer where memory runs out; once more, and in a
+      row, if it has died elsewhere too. Those of unknown place say nothing, and those that others shared neither. Kills
+      from outside, at random among n steps, are taken for its own with probability 1/n², and 1/n³ for each one more.
     - It was cut off `MOST` times: a leak, say, that ends it anywhere, or a machine that never lives long enough for it.
     """
     crashes = [one.crash for one in cut_offs if one.crash]
     places = [one.place for one in cut_offs if one.alone and one.place]
     if len(crashes) >= SAME:
         return f"{len(crashes)} times by itself ({', '.join(dict.fromkeys(crashes))})"
-    if len(places) >= SAME and len(set(places[-SAME:])) == 1:
-        return f"{SAME} times in a row {places[-1]}"
+    needed = SAME + (len(set(places)) > 1)
+    if len(places) >= needed and len(set(places[-needed:])) == 1:
+        return f"{needed} times in a row {places[-1]}"
     return f"{len(cut_offs)} times" if len(cut_offs) >= MOST else ""
