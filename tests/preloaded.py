@@ -173,3 +173,33 @@ def say(letters: int) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.write("x" * letters)
         stream.flush()
+
+
+def abort() -> None:
+    os.abort()
+
+
+def doom(number: int, end: Callable[[], None], anywhere: bool = False) -> None:
+    """The trial that was first given this number ends its process each time: at the same block, or anywhere."""
+
+    def measure(objective: Any, trial: Any, plan: Any) -> Any:
+        attrs = trial.study.get_trials(deepcopy=False)[trial.number].system_attrs
+        is_doomed[:] = [attrs.get("failed_trial", trial.number) == number]
+        return whole(objective, trial, plan)
+
+    def step(one: Any, plan: Any, index: int, hidden: Any) -> Any:
+        if is_doomed == [True] and index == block:
+            end()
+        return advance(one, plan, index, hidden)
+
+    block = int.from_bytes(os.urandom(2)) % 24 if anywhere else 3
+    is_doomed: list[bool] = []
+    whole, advance = atp_tune.search.objective.Objective._measure, prune_pass.Pass.step
+    atp_tune.search.objective.Objective._measure = measure  # type: ignore[method-assign]
+    prune_pass.Pass.step = step  # type: ignore[method-assign]
+
+
+def doom_with_patience(number: int, most: int) -> None:
+    """The trial ends its process anywhere, and is given up after so many times."""
+    atp_tune.trials.cutoffs.MOST = most
+    doom(number, kill, anywhere=True)

@@ -160,6 +160,19 @@ def test_what_names_trials_by_number_follows(tmp_path: Path) -> None:
     assert study.user_attrs["total"] == 16
 
 
+def test_how_often_a_trial_was_cut_off_is_kept(tmp_path: Path) -> None:
+    """Also of one whose successor waits elsewhere: it is queued again with what is known of it."""
+    died = {"place": "after prune 1 of 2", "alone": True}
+    lost = made_up(0.003, state=TrialState.FAIL, lost="its process died", cut_off=died)
+    lost.system_attrs = {"cut_offs": [died]}
+    made(tmp_path / "a.db", made_up(0.0), lost)
+    made(tmp_path / "b.db", made_up(0.001))
+    study = united(tmp_path / "out.db", tmp_path / "a.db", tmp_path / "b.db").study
+    number = next(trial.number for trial in study.trials if trial.params["beta"] == 0.003)
+    assert storage.recover(study) == [number]
+    assert study.trials[-1].system_attrs["cut_offs"] == [died, died]
+
+
 def test_the_total_grows_with_the_trials(tmp_path: Path) -> None:
     made(tmp_path / "a.db", made_up(0.0), made_up(0.1, state=TrialState.FAIL, lost="its process died"), total=1)
     made(tmp_path / "b.db", made_up(0.001), made_up(0.1, state=TrialState.FAIL, failure="inf"), total=2)

@@ -8,12 +8,13 @@ from typing import Any
 import optuna
 import pytest
 import torch
+from optuna.exceptions import StorageInternalError
 from optuna.pruners import WilcoxonPruner
 from optuna.trial import FrozenTrial, TrialState
 from tinystudy import quiet, run, study_file
 
 import atp_tune
-from atp_tune.errors import TrialError
+from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Event, Step, TrialStarted, unwatched
 from atp_tune.scores.evaluation import WindowScores
 from atp_tune.search.bench import Bench
@@ -268,12 +269,22 @@ def test_an_interruption_is_stored(space: Space, study: optuna.Study) -> None:
     assert trial.user_attrs == {"lost": "interrupted"}
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shapes"), ValueError("memory"), SystemExit(1)], ids=repr)
-def test_a_bug_is_neither(space: Space, study: optuna.Study, error: BaseException) -> None:
+@pytest.mark.parametrize("error", [RuntimeError("shapes"), ValueError("memory")], ids=repr)
+def test_a_bug_ends_the_run_and_counts_as_the_trials_own(
+    space: Space, study: optuna.Study, error: BaseException
+) -> None:
     trial = ask(study, space)
     with pytest.raises(type(error)) as caught, reasons(trial):
         raise error
     assert caught.value is error
+    assert trial.user_attrs == {"lost": "an error", "cut_off": {"crash": type(error).__name__, "alone": False}}
+
+
+@pytest.mark.parametrize("error", [UserError("disk full"), StorageInternalError(), SystemExit(1)], ids=repr)
+def test_what_is_no_trials_fault_says_nothing_of_it(space: Space, study: optuna.Study, error: BaseException) -> None:
+    trial = ask(study, space)
+    with pytest.raises(type(error)), reasons(trial):
+        raise error
     assert trial.user_attrs == {}
 
 

@@ -1,6 +1,7 @@
 """Workers and a server in this process, over real gRPC and a real SQLite file."""
 
 import logging
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -15,7 +16,9 @@ from tinystudy import HANGS, CommandLine, run, wait_until
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Note, TrialStarted
 from atp_tune.serving.servers import ServedDatabase, proxy
-from atp_tune.trials import patience, remote, storage
+from atp_tune.trials import patience, remote, storage, trace
+from atp_tune.trials.cutoffs import SAME
+from atp_tune.trials.process import identity
 from atp_tune.trials.remote import RemoteStorage, connect
 
 
@@ -187,6 +190,20 @@ def test_signs_of_life_reach_the_database(server: Server, monkeypatch: pytest.Mo
     monkeypatch.setattr(patience, "PATIENCE", 0.1)
     there.record_heartbeat(trial._trial_id)
     server.start()
+
+
+def test_what_a_process_of_this_host_left_is_known_to_the_server(server: Server) -> None:
+    study = storage.create_study(connect(server.address), "s", {"sparsity": 0.5})
+    study.enqueue_trial({})
+    for number in range(SAME):
+        trial = study.ask()
+        for name, value in {**identity(), "process_started": 0.0}.items():
+            trial.set_user_attr(name, value)
+        trace._file("s", number, os.getpid()).write_bytes(b"after prune 1 of 2")
+        assert storage.recover(study) == [number]
+    there = storage.find_study(server.database, "s")
+    assert there is not None
+    assert [storage.given_up(trial) for trial in there.trials] == ["", "", "3 times in a row after prune 1 of 2"]
 
 
 def test_a_trial_that_was_taken_for_lost_is_run_again(place: Path, server: Server) -> None:

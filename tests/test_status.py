@@ -136,6 +136,7 @@ def test_the_keys_that_are_promised(study: optuna.Study) -> None:
     assert (says["objective"], says["front"], says["best"]["kl"]) == (["perplexity"], [], None)
     assert list(says["trials"][0]) == [
         "number", "state", "params", "plan", "value", "stderr", "report", "realised", "seconds", "remark", "kl",
+        "cut_off",
     ]  # fmt: skip
 
 
@@ -170,6 +171,20 @@ def test_a_lost_process_is_named(study: optuna.Study) -> None:
     }  # fmt: skip
     assert lost["lost"]
     assert words(study) == "[0/9] no best yet, trial 0 runs for 35 s, trial 1 was lost with its process"
+
+
+def test_how_often_a_trial_was_cut_off(study: optuna.Study) -> None:
+    died, before = {"place": "after prune 1 of 2", "alone": True}, {"alone": False}
+    add(study, 0.1, state=TrialState.FAIL, lost="its process died", cut_off=died)
+    add(study, 0.1, 8.0)
+    assert [(trial["cut_off"], trial["remark"]) for trial in document(study)["trials"]] == [
+        (1, "its process died after prune 1 of 2"), (0, None),
+    ]  # fmt: skip
+    queued = create_trial(state=TrialState.RUNNING, system_attrs={"cut_offs": [before, died]})
+    study.add_trial(queued)
+    assert [(trial["cut_off"], trial["remark"]) for trial in document(study)["trials"][2:]] == [
+        (2, "cut off 2 times before"),
+    ]  # fmt: skip
 
 
 def test_time_left(study: optuna.Study) -> None:

@@ -13,18 +13,19 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import IntegrityError, OperationalError
 from tinystudy import quiet
 
+from atp_tune.cache import cache_dir
 from atp_tune.errors import UserError
-from atp_tune.results.wording import remark_of
-from atp_tune.trials import database, storage
+from atp_tune.results.wording import loss_of, remark_of
+from atp_tune.trials import cutoffs, database, storage, trace
 from atp_tune.trials.process import identity
 from atp_tune.trials.storage import (
-    RETRIES,
     START,
     best_trial,
     check_facts,
     check_writable,
     counted,
     create_study,
+    cut_offs_of,
     find_study,
     is_new,
     is_repetition,
@@ -295,7 +296,7 @@ def test_a_trial_whose_process_is_dead_is_queued_again(study: optuna.Study) -> N
     assert recover(study) == [number]
     assert states(study) == ["FAIL", "RUNNING", "RUNNING", "RUNNING", "WAITING"]
     lost, again = study.trials[0], study.trials[4]
-    assert lost.user_attrs == {**DEAD, "sparsities": [0.5], "lost": "its process died"}
+    assert lost.user_attrs == {**DEAD, "sparsities": [0.5], "lost": "its process died", "cut_off": {"alone": True}}
     assert again.params == lost.params
     assert again.user_attrs == {}
     assert recover(study) == []
@@ -313,23 +314,94 @@ def test_a_trial_that_never_said_who_runs_it_is_lost_after_a_while(
     assert states(study) == ["FAIL", "RUNNING", "WAITING"]
 
 
-def test_a_trial_is_queued_again_twice(study: optuna.Study) -> None:
-    numbers = [add(study, **DEAD)]
-    for _ in range(3):
-        recover(study)
-        if study.get_trials(states=(TrialState.WAITING,)):
-            trial = study.ask()
-            trial.suggest_float("beta", 0, 1)
-            for name, value in DEAD.items():
-                trial.set_user_attr(name, value)
-            numbers.append(trial.number)
-    assert numbers == [0, 1, 2]
+def die(study: optuna.Study, left: bytes = b"", **identity: Any) -> int:
+    """A trial, one from the queue if there is any, that a process of this host runs, and leaves a trace of; it is gone.
+
+    Its number.
+    """
+    if not study.get_trials(states=(TrialState.WAITING,)):
+        study.enqueue_trial({"beta": len(study.trials) / 100})
+    trial = study.ask()
+    trial.suggest_float("beta", 0, 1)
+    for name, value in {**DEAD, **identity}.items():
+        trial.set_user_attr(name, value)
+    if left:
+        trace._file(study.study_name, trial.number, identity.get("pid", DEAD["pid"])).write_bytes(left)
+    return trial.number
+
+
+PRUNE = b"after prune 12 of 30".ljust(trace.WIDTH)
+
+
+def test_a_trial_that_dies_at_the_same_place_is_queued_again_twice(study: optuna.Study) -> None:
+    for number in range(3):
+        assert die(study, PRUNE) == number
+        assert recover(study) == [number]
+        assert not list(cache_dir("running").iterdir())
     assert states(study) == ["FAIL"] * 3
     assert counted(study) == 1
-    assert [remark_of(trial) for trial in study.trials] == ["its process died"] * 2 + [
-        "its process died, 3 times: given up"
+    assert recover(study) == []
+    died = "its process died after prune 12 of 30"
+    given_up = f"{died}, cut off 3 times in a row after prune 12 of 30: given up"
+    assert [remark_of(trial) for trial in study.trials] == [died, died, given_up]
+    assert [loss_of(trial) for trial in study.trials] == [
+        "trial 0 was lost with its process: it is run again",
+        "trial 1 was lost with its process: it is run again, cut off 2 times by now",
+        "trial 2 was lost with its process: cut off 3 times in a row after prune 12 of 30, it is given up",
     ]
     assert {trial.params["beta"] for trial in study.trials} == {0.0}
+
+
+def test_a_trial_that_dies_anywhere_is_run_again(study: optuna.Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cutoffs, "MOST", 8)
+    for number in range(7):
+        die(study, f"after prune {number % 2} of 30".encode().ljust(trace.WIDTH))
+        recover(study)
+    trial = study.ask()
+    assert remark_of(study.trials[trial.number]) == "cut off 7 times before"
+    study.tell(trial, 1.0)
+    assert remark_of(study.trials[trial.number]) == "cut off 7 times before"
+    assert counted(study) == 1
+
+
+def test_a_trial_that_crashes_is_given_up_wherever_it_does(study: optuna.Study) -> None:
+    for number in range(3):
+        place = f"after prune {number} of 30".encode().ljust(trace.WIDTH)
+        die(study, place + b"Fatal Python error: Aborted\n\nCurrent thread 0x00007f5c8ade9990:\n")
+        recover(study)
+    assert remark_of(study.trials[2]) == (
+        "its process died after prune 2 of 30 (Aborted), cut off 3 times by itself (Aborted): given up"
+    )
+
+
+def test_what_dies_with_others_or_with_its_machine_is_run_again(study: optuna.Study) -> None:
+    """Two processes of this host at once, one before it was booted again, and ones of another host."""
+    booted = DEAD["booted"] - 3600
+    for _ in range(3):
+        dead = [die(study, PRUNE, pid=2**22), die(study, PRUNE, pid=2**22 + 1)]
+        assert recover(study) == dead
+        dead = [die(study, PRUNE, booted=booted), study.ask().number]
+        assert recover(study) == dead[:1]
+        study.tell(dead[1], state=TrialState.COMPLETE, values=1.0)
+    lost = [trial for trial in study.trials if trial.state == TrialState.FAIL]
+    assert [trial.user_attrs["cut_off"] for trial in lost] == [{"place": "after prune 12 of 30", "alone": False}] * 9
+    assert not any(storage.is_given_up(trial) for trial in lost)
+
+
+def test_a_study_of_an_earlier_version(study: optuna.Study) -> None:
+    """Its third deaths ended trials, and still do; of those that wait no more is known than how often they died."""
+    old = {"failed_trial": 40, "retry_history": [40, 41], "deaths": 2}
+    for state, attrs in ((TrialState.FAIL, {"lost": "its process died"}), (TrialState.WAITING, {})):
+        study.add_trial(optuna.create_trial(state=state, user_attrs=attrs, system_attrs=old))
+    assert counted(study) == 1
+    assert recover(study) == []
+    assert remark_of(study.trials[0]) == "its process died, cut off 3 times: given up"
+    for number in (1, 2, 3):
+        assert die(study, PRUNE) == number
+        assert recover(study) == [number]
+        assert "deaths" not in study.trials[-1].system_attrs or number == 3
+    assert remark_of(study.trials[3]).endswith("cut off 3 times in a row after prune 12 of 30: given up")
+    assert len(cut_offs_of(study.trials[3])) == 5
 
 
 def test_ctrl_c_is_no_death(study: optuna.Study) -> None:
@@ -406,19 +478,36 @@ def test_signs_of_life(study: optuna.Study, db: RDBStorage, file: Path, monkeypa
     assert study.trials[0].state == TrialState.RUNNING
 
 
-def test_what_optuna_itself_finds_silent_is_given_up_too(study: optuna.Study, db: RDBStorage, file: Path) -> None:
-    """Before each trial Optuna ends those without a sign of life: they come again twice, and no more."""
+def test_what_optuna_itself_finds_silent_is_given_up_too(
+    study: optuna.Study, db: RDBStorage, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before each trial Optuna ends those without a sign of life: they come again, but not for ever."""
+    monkeypatch.setattr(cutoffs, "MOST", 4)
     elsewhere = {"host": "elsewhere", "pid": 1, "process_started": 0.0}
     add(study, **elsewhere)
-    for number in range(RETRIES + 1):
+    for number in range(4):
         db.record_heartbeat(study.trials[number]._trial_id)
         beat(file, "-61 seconds")
         optuna.storages.fail_stale_trials(study)
-        if number < RETRIES:
+        if number < 3:
             study.ask()
-    assert states(study) == ["FAIL"] * (RETRIES + 1)
+    assert states(study) == ["FAIL"] * 4
     assert counted(study) == 1
     assert recover(study) == []
+    assert remark_of(study.trials[3]) == "gave no sign of life, cut off 4 times: given up"
+
+
+def test_a_silent_trial_is_left_to_its_host_while_that_lives(study: optuna.Study, db: RDBStorage, file: Path) -> None:
+    """Another process there sees that it is gone, and what it left, which nobody else can."""
+    for pid in (1, 2):
+        number = add(study, host="elsewhere", pid=pid, process_started=0.0)
+        db.record_heartbeat(study.trials[number]._trial_id)
+        if pid == 1:
+            beat(file, "-61 seconds")
+    assert recover(study) == []
+    beat(file, "-61 seconds")
+    assert recover(study) == [0, 1]
+    assert [trial.user_attrs["cut_off"] for trial in study.trials[:2]] == [{"alone": False}] * 2
 
 
 def test_a_silent_trial_that_two_workers_find_is_queued_once(

@@ -15,10 +15,10 @@ from typing import TypeVar
 from atp_tune.cli.display import Display, Line
 from atp_tune.cli.running import interruptible, quiet
 from atp_tune.errors import TrialError, UserError
-from atp_tune.events import Event, Note, TrialEnded, TrialStarted, Watch
+from atp_tune.events import Event, Note, TrialStarted, Watch
 from atp_tune.spec.studyfile import StudyFile
 
-RESTARTS = 2  # of one worker, with no trial in between
+RESTARTS = 2  # of one worker that does not come as far as a trial; those whose trials end them are given up
 PATIENCE = 60  # seconds that workers have to stop after Ctrl-C
 
 
@@ -67,7 +67,7 @@ class Worker(ABC):
     def hear(self, event: Event) -> None:
         """Draws one event."""
         self.is_ready = self.is_ready or isinstance(event, TrialStarted)
-        if isinstance(event, TrialEnded):
+        if isinstance(event, TrialStarted) and event.number is not None:
             self._deaths = 0
         self._line(event)
 

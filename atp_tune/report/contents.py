@@ -17,7 +17,7 @@ from atp_tune.figures.seconds import spent
 from atp_tune.results.summary import Summary, is_uniform, summarise
 from atp_tune.results.wording import beginning_of, drawn, draws_note, draws_of, errors_of, mixture_of
 from atp_tune.spec.studyfile import settings
-from atp_tune.trials.storage import ranked, values_of
+from atp_tune.trials.storage import is_given_up, is_lost, ranked, values_of
 
 ENOUGH = 10  # measured trials, from which on the importance of a parameter means something
 
@@ -94,9 +94,12 @@ class Contents:
         parts = [f"{summary.done}{of} trials done"]
         stopped = sum("stopped_after" in trial.user_attrs for trial in summary.trials)
         failed = sum("failure" in trial.user_attrs for trial in summary.trials)
-        lost = self.count(TrialState.FAIL) - failed
-        counts = ((self.count(TrialState.RUNNING), "running"), (failed, "failed"), (lost, "lost and run again"))
-        return ", ".join(parts + [f"{count} {what}" for count, what in (*counts, (stopped, "stopped early")) if count])
+        lost, given_up = (sum(map(is_so, summary.trials)) for is_so in (is_lost, is_given_up))
+        counts = (
+            (self.count(TrialState.RUNNING), "running"), (failed, "failed"), (lost, "lost and run again"),
+            (given_up, "given up"), (stopped, "stopped early"),
+        )  # fmt: skip
+        return ", ".join(parts + [f"{count} {what}" for count, what in counts if count])
 
     @property
     def errors(self) -> str:

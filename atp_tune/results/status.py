@@ -21,7 +21,7 @@ from atp_tune.scores.draws import OverDraws
 from atp_tune.spec.config import Divergences, Part, Score, Scores, dumps
 from atp_tune.spec.studyfile import StudyFile
 from atp_tune.trials.process import is_dead
-from atp_tune.trials.storage import PERPLEXITY, counts
+from atp_tune.trials.storage import PERPLEXITY, counts, cut_offs_of
 
 FORMAT: Literal["atp_tune.status/1"] = "atp_tune.status/1"
 
@@ -68,7 +68,8 @@ class Trial(Part):
     """One trial, in Optuna's states and with all that Optuna chose (`params`), `plan` says the same for people.
 
     `value` and `stderr` are its perplexity on the search text, `realised` is the share of zeros that was counted. `kl`:
-    its KL divergence from the dense model, null where the study does not minimise that.
+    its KL divergence from the dense model, null where the study does not minimise that. `cut_off`: how often the trial
+    was cut off, its process gone, up to this attempt at it.
     """
 
     number: int
@@ -82,6 +83,7 @@ class Trial(Part):
     seconds: float | None
     remark: str | None
     kl: Divergences | None = None
+    cut_off: int = 0
 
 
 class Screening(Part):
@@ -240,6 +242,7 @@ def _trial(summary: Summary, trial: FrozenTrial) -> Trial:
         seconds=round(sum(attrs["seconds"].values()), 3) if "seconds" in attrs else None,
         remark=remark_of(trial, summary) or None,
         kl=summary.kls.get(trial.number),
+        cut_off=len(cut_offs_of(trial)),
     )
 
 

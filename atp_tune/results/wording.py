@@ -7,7 +7,8 @@ from optuna.trial import FrozenTrial, TrialState
 from atp_tune.plan import shown
 from atp_tune.results.summary import Summary, allocation_of, is_uniform, parameters_of
 from atp_tune.scores.perplexity import error_over, reach_of
-from atp_tune.trials.storage import RETRIES, is_given_up
+from atp_tune.trials.cutoffs import CutOff
+from atp_tune.trials.storage import cut_offs_of, given_up
 
 
 def plan_of(trial: FrozenTrial) -> str:
@@ -41,7 +42,15 @@ def remark_of(trial: FrozenTrial, summary: Summary | None = None) -> str:
     The latter takes the summary. Empty for the usual trial.
     """
     unlike = summary.unlike.get(trial.number, "") if summary else ""
-    return "; ".join(part for part in (_reason(trial), unlike) if part)
+    return "; ".join(part for part in (_reason(trial), _before(trial), unlike) if part)
+
+
+def loss_of(trial: FrozenTrial) -> str:
+    """What is told when a trial turns out to have been cut off."""
+    why, times = given_up(trial), len(cut_offs_of(trial))
+    so_far = f", cut off {times} times by now" if times > 1 else ""
+    end = f"cut off {why}, it is given up" if why else f"it is run again{so_far}"
+    return f"trial {trial.number} was lost with its process: {end}"
 
 
 def errors_of(summary: Summary) -> str:
@@ -101,8 +110,15 @@ def _reason(trial: FrozenTrial) -> str:
     if "stopped_after" in attrs:
         return f"stopped after {attrs['stopped_after']} windows"
     unknown = "gave no sign of life" if trial.state == TrialState.FAIL else ""
-    reason = str(attrs.get("failure") or attrs.get("lost") or unknown)
-    return f"{reason}, {RETRIES + 1} times: given up" if is_given_up(trial) else reason
+    reason = str(attrs.get("failure") or attrs.get("lost") or unknown) + str(CutOff.read(attrs.get("cut_off", {})))
+    why = given_up(trial)
+    return f"{reason}, cut off {why}: given up" if why else reason
+
+
+def _before(trial: FrozenTrial) -> str:
+    """How often a trial that was not cut off had been before."""
+    times = 0 if trial.state == TrialState.FAIL else len(cut_offs_of(trial))
+    return f"cut off {times} time{'s' * (times > 1)} before" if times else ""
 
 
 def command_of(summary: Summary, *more: str) -> str:

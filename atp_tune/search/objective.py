@@ -15,18 +15,20 @@ from dataclasses import dataclass
 
 import torch
 from optuna import Trial
+from optuna.exceptions import OptunaError
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.checkpoints.devices import is_out_of_memory
-from atp_tune.errors import TrialError
+from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Note, TrialStarted, Watch
 from atp_tune.plan import Plan
 from atp_tune.scores.perplexity import perplexity
 from atp_tune.search.bench import GROUPS, Bench
 from atp_tune.search.record import Record
 from atp_tune.search.space import Space
+from atp_tune.trials.cutoffs import CutOff
 from atp_tune.trials.process import identity
-from atp_tune.trials.storage import INTERRUPTED, PERPLEXITY, batches_of, best_trial, counts, set_attributes
+from atp_tune.trials.storage import INTERRUPTED, PERPLEXITY, batches_of, best_trial, counts, given_up, set_attributes
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Objective:
         with reasons(trial):
             set_attributes(trial, identity())
             plan = self.space.suggest(trial)
-            self.watch(TrialStarted(f"trial {trial.number}", plan))
+            self.watch(TrialStarted(f"trial {trial.number}", plan, trial.number))
             set_attributes(trial, planned(plan))
             earlier = find_measured(trial, plan)
             return self._repeat(trial, earlier) if earlier else self._measure(trial, plan)
@@ -76,7 +78,7 @@ class Objective:
 
     def _repeat(self, trial: Trial, earlier: FrozenTrial) -> tuple[float, ...]:
         if earlier.state == TrialState.FAIL:
-            reason = earlier.user_attrs.get("failure", "its process died each time")
+            reason = earlier.user_attrs.get("failure") or f"cut off {given_up(earlier)}"
             raise TrialError(f"failed before, as trial {earlier.number}: {reason}")
         self.watch(Note(f"trial {trial.number}: measured before, as trial {earlier.number}"))
         set_attributes(trial, {**earlier.user_attrs, **identity(), "repeats": earlier.number})
@@ -132,14 +134,17 @@ def estimate(trial: Trial, seen: list[float], kind: str = "nlls") -> float:
 
 @contextmanager
 def reasons(trial: Trial) -> Iterator[None]:
-    """Stores why a trial gives no value: `failure` if it is its own, `lost` if it can be run again."""
+    """Stores why a trial gives no value: `failure` if it is its own, `lost` or `cut_off` if it can be run again."""
     try:
         yield
     except KeyboardInterrupt:
         trial.set_user_attr("lost", INTERRUPTED)
         raise
-    except (TrialError, RuntimeError, MemoryError) as error:
+    except (UserError, OptunaError):
+        raise
+    except Exception as error:
         if not isinstance(error, TrialError) and not is_out_of_memory(error):
+            set_attributes(trial, {"lost": "an error", "cut_off": CutOff(crash=type(error).__name__).stored()})
             raise
         reason = str(error) if isinstance(error, TrialError) else "out of memory"
         trial.set_user_attr("failure", reason)

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from atp_tune.allocations import Budget
 from atp_tune.errors import TrialError, UserError, printable
 from atp_tune.events import Note, TrialEnded, TrialStarted, Watch
 from atp_tune.results.summary import best_config, is_by_kl, kl_of, made_from, score_of, undrawn, unreported
+from atp_tune.results.wording import loss_of
 from atp_tune.scores.perplexity import perplexity
 from atp_tune.search.samplers import first_trials, make_sampler, make_stopper, total_trials
 from atp_tune.search.screening import SUFFIX, begins_with, confirmed, is_screening, renamed, screening_file
@@ -25,6 +26,7 @@ from atp_tune.spec.studyfile import TRIALS, StudyFile, facts, settings
 from atp_tune.trials import mounts, storage
 from atp_tune.trials.process import GRACE, identity, is_alive, versions
 from atp_tune.trials.stored import TRIAL, checked
+from atp_tune.trials.trace import Trace
 
 if TYPE_CHECKING:
     from atp_tune.search.bench import Bench
@@ -43,7 +45,7 @@ class Run:
     a run that `reports` measures the report text, and one that `writes` writes the best configuration here. Of several
     workers one reports, and none writes: that is left to the process that started them. `mix`: another device or number
     format than the one on which the study began is no reason to refuse. `screens`: the study that this one is the
-    screening of.
+    screening of. `trace`: what follows the trials of this process.
     """
 
     file: StudyFile
@@ -55,6 +57,7 @@ class Run:
     writes: bool = True
     mix: bool = False
     screens: str | None = None
+    trace: Trace = field(default_factory=Trace)
 
     def note(self, text: str) -> None:
         """Tells one line."""
@@ -66,7 +69,7 @@ def tune(run: Run) -> optuna.Study:
 
     A study that is complete is returned at once, without loading torch or the model. UserError for bad input.
     """
-    return completed(run) or _work(run)
+    return completed(run) or _work(replace(run, watch=run.trace.heard_by(run.watch)))
 
 
 def completed(run: Run) -> optuna.Study | None:
@@ -146,7 +149,9 @@ def is_complete(study: optuna.Study, file: StudyFile) -> bool:
 def _work(run: Run) -> optuna.Study:
     db = storage.open_storage(run.file.storage_url, create=False)  # before the model, in which time it may go away
     before = storage.find_study(db, run.name) if db else None
-    run = adopting(run, before) if before else run
+    if before:
+        run = adopting(run, before)
+        _recover(run, before)  # now: what a process of this host left is read before others take it for silent
     bench = run.bench or open_bench(run, before)
     batches = {**bench.batches, **(storage.batches_of(before) if before else {})}
     bench.begin(batches)
@@ -282,7 +287,7 @@ def _drive(run: Run, study: optuna.Study, bench: "Bench", space: Space, total: i
 
 def _recover(run: Run, study: optuna.Study) -> None:
     for number in storage.recover(study):
-        run.note(f"trial {number} was lost with its process: it is run again")
+        run.note(loss_of(study.get_trials(deepcopy=False)[number]))
 
 
 def _optimise(
@@ -308,7 +313,7 @@ def _optimise(
         if is_late or done + len(storage.running(study)) >= total:  # other processes have done, or do, the rest
             study.stop()
 
-    attempt = Attempt(objective, total)
+    attempt = Attempt(objective, total, run.trace)
     try:
         study.optimize(attempt, n_trials=n_trials, catch=(TrialError,), callbacks=[ended])
     except KeyboardInterrupt:
@@ -339,10 +344,11 @@ class Attempt:
     for lost while it ran: Optuna has no error of its own for telling such a trial, what it raises looks like a bug.
     """
 
-    def __init__(self, objective: Callable[[optuna.Trial], tuple[float, ...]], total: int) -> None:
+    def __init__(self, objective: Callable[[optuna.Trial], tuple[float, ...]], total: int, trace: Trace) -> None:
         self.number = -1
         self._objective = objective
         self._total = total
+        self._trace = trace
         self._is_bug = False
 
     def __call__(self, trial: optuna.Trial) -> tuple[float, ...]:
@@ -350,7 +356,8 @@ class Attempt:
         self.number, self._is_bug = trial.number, True
         try:
             self._check_need(trial)
-            value = self._objective(trial)
+            with self._trace.of(trial.study.study_name, trial.number):
+                value = self._objective(trial)
         except (TrialError, UpdateFinishedTrialError):
             self._is_bug = False
             raise

@@ -61,8 +61,10 @@ class Keeper:
     def _recover(self, study: optuna.Study) -> None:
         """Queues lost trials again: the workers of other machines cannot see themselves that nobody runs them."""
         for number in trials.recover(study):
-            reason = study.trials[number].user_attrs.get("lost", "gave no sign of life")
-            self._tell(f"{study.study_name}: trial {number}: {reason}; it is queued again")
+            trial = study.get_trials(deepcopy=False)[number]
+            reason, why = trial.user_attrs.get("lost", "gave no sign of life"), trials.given_up(trial)
+            end = f"cut off {why}, it is given up" if why else "it is queued again"
+            self._tell(f"{study.study_name}: trial {number}: {reason}; {end}")
 
     def _attach(self, study: optuna.Study) -> bool:
         """The best configuration and the report, whenever there is another best or front, or final numbers."""

@@ -20,6 +20,7 @@ from atp_tune.results.wording import (
 )
 from atp_tune.sparse.markup import escaped, fenced
 from atp_tune.spec.config import Divergences, Scores
+from atp_tune.trials.storage import is_lost
 
 OWN = "*Above: atp_tune, always current. Below: your own notes, which are kept.*"
 GAP = "&emsp;"  # the dashboard draws tables without space between columns
@@ -178,7 +179,7 @@ def _why(trial: FrozenTrial, summary: Summary) -> str:
     remark = remark_of(trial, summary)
     if trial.state != TrialState.FAIL:
         return f"Remark: {escaped(remark)}." if remark else ""
-    again = "" if "failure" in trial.user_attrs else " It was queued again."
+    again = " It was queued again." if is_lost(trial) else ""
     return f"**No value:** {_code(remark)}.{again}"
 
 

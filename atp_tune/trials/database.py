@@ -185,14 +185,17 @@ class Database(RDBStorage):
     def _get_stale_trial_ids(self, study_id: int) -> list[int]:
         """Trials without a sign of life for the grace period, but for those whose process lives on this host.
 
-        One that is suspended, or busy for long in a call that holds Python's lock, has not lost its trial. None soon
-        after an outage, in which living workers could not give a sign of life.
+        One that is suspended, or busy for long in a call that holds Python's lock, has not lost its trial. Where
+        another trial of its host gives signs of life, that one's process sees to it, and sees more. None soon after an
+        outage, in which living workers could not give a sign of life.
         """
         rows = self._signs_of_life(study_id)
         assert self.grace_period is not None
         found = [(trial, self._silence(trial, beat, now.replace(tzinfo=None))) for trial, beat, now in rows]
         silent = [trial for trial, seconds in found if seconds > self.grace_period]
-        stale = [trial for trial in silent if not is_alive(self.get_trial(trial).user_attrs)]
+        attrs = {trial: self.get_trial(trial).user_attrs for trial, _ in found} if silent else {}
+        heard = [attrs[trial]["host"] for trial in attrs if trial not in silent and "host" in attrs[trial]]
+        stale = [trial for trial in silent if attrs[trial].get("host") not in heard and not is_alive(attrs[trial])]
         return [] if stale and (monotonic() - self._errors.last < GRACE or self._is_young()) else stale
 
     def _signs_of_life(self, study_id: int) -> list[tuple[int, datetime, datetime]]:

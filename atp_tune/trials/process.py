@@ -41,6 +41,11 @@ def is_alive(identity: Mapping[str, Any]) -> bool:
     return state != psutil.STATUS_ZOMBIE and _is_same(began, identity)
 
 
+def has_rebooted(identity: Mapping[str, Any]) -> bool:
+    """Whether this host was booted again since the process began; also where its clock was set by more than `GRACE`."""
+    return abs(psutil.boot_time() - float(identity.get("booted", psutil.boot_time()))) > GRACE
+
+
 def _is_known(identity: Mapping[str, Any]) -> bool:
     return identity.get("host") == platform.node() and "pid" in identity and "process_started" in identity
 

@@ -23,13 +23,15 @@ from atp_tune.errors import UserError, is_text
 from atp_tune.paths import is_special
 from atp_tune.spec.study import Study
 from atp_tune.spec.studyfile import BOS, called_now
+from atp_tune.trials import trace
+from atp_tune.trials.cutoffs import MOST, SAME, CutOff, why_given_up
 from atp_tune.trials.damage import check_whole, way_out
 from atp_tune.trials.database import Database, PatientDatabase, engine_options, reason_of, with_driver, without_password
-from atp_tune.trials.process import GRACE, HEARTBEAT, is_dead
+from atp_tune.trials.process import GRACE, HEARTBEAT, has_rebooted, is_dead
 from atp_tune.trials.stored import CheckedStudy, readable
 
+RETRIES = SAME - 1  # of a trial that ends its process each time
 START = "start"  # attribute of the trials that a study begins with
-RETRIES = 2  # of a trial whose process died
 INTERRUPTED = "interrupted"  # what the attribute `lost` says after Ctrl-C
 SURPLUS = "not needed: other workers reached the total, or have it"
 DTYPE = "model.dtype"
@@ -300,21 +302,22 @@ def set_attributes(trial: optuna.Trial, attributes: Mapping[str, Any]) -> None:
 
 
 def recover(study: optuna.Study) -> list[int]:
-    """Ends the RUNNING trials that nobody runs any more, and queues them again, and those that a process ended and did
-    not live to queue; their numbers.
+    """Ends the RUNNING trials that nobody runs any more, and queues them again but for those that are given up, and
+    those that a process ended and did not live to queue; the numbers of all of them.
     """
     db = study._storage
     silent: list[int] = db._get_stale_trial_ids(study._study_id) if is_heartbeat_enabled(db) else []  # type: ignore[attr-defined]
     trials = study.get_trials(deepcopy=False)
     dead = [trial for trial in trials if trial.state == TrialState.RUNNING and _is_left(trial, silent)]
     for trial in dead:
-        _fail(study, trial, "gave no sign of life" if trial._trial_id in silent else "its process died")
+        _fail(study, trial, "gave no sign of life" if trial._trial_id in silent else "its process died", dead)
     trials = study.get_trials(deepcopy=False) if dead else trials
     queued = {number for trial in trials for number in _history(trial)}
     orphans = [trial for trial in trials if is_lost(trial) and trial.number not in queued]
     for trial in orphans:
         queue_again(study, trial)
-    return [trial.number for trial in orphans]
+    ended = {trial.number for trial in dead}
+    return [trial.number for trial in trials if trial in orphans or (trial.number in ended and is_given_up(trial))]
 
 
 def _is_left(trial: FrozenTrial, silent: Container[int]) -> bool:
@@ -322,13 +325,30 @@ def _is_left(trial: FrozenTrial, silent: Container[int]) -> bool:
     return trial._trial_id in silent or is_dead(trial.user_attrs) or _is_nameless(trial)
 
 
-def _fail(study: optuna.Study, trial: FrozenTrial, reason: str) -> None:
-    """Ends a trial whose process died, unless another process has done so."""
+def _fail(study: optuna.Study, trial: FrozenTrial, reason: str, dead: Sequence[FrozenTrial]) -> None:
+    """Ends a trial whose process died, one of those that are found dead, unless another process has done so."""
+    found = _found(study.study_name, trial, dead)
     try:
+        study._storage.set_trial_user_attr(trial._trial_id, "cut_off", found.stored())
         study._storage.set_trial_user_attr(trial._trial_id, "lost", reason)
         study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
     except UpdateFinishedTrialError:
         return
+    trace.forget(study.study_name, trial.number, trial.user_attrs.get("pid", 0))
+
+
+def _found(study: str, trial: FrozenTrial, dead: Sequence[FrozenTrial]) -> CutOff:
+    """What can be seen from here of the end of a trial's process: nothing if it ran on another host."""
+    attrs = trial.user_attrs
+    if not is_dead(attrs):
+        return CutOff()
+    others = {_process(other) for other in dead if is_dead(other.user_attrs)} - {_process(trial)}
+    place, crash = trace.left_of(study, trial.number, attrs["pid"])
+    return CutOff(place, crash, alone=not (others or has_rebooted(attrs)))
+
+
+def _process(trial: FrozenTrial) -> tuple[Any, ...]:
+    return tuple(trial.user_attrs.get(key) for key in ("pid", "process_started"))
 
 
 def _is_nameless(trial: FrozenTrial) -> bool:
@@ -346,8 +366,9 @@ def queue_lost(study: optuna.Study, trial: FrozenTrial) -> None:
 
 def queue_again(study: optuna.Study, trial: FrozenTrial) -> None:
     """Queues a lost trial with the same parameters."""
-    history, deaths = [*_history(trial), trial.number], _deaths(trial)
-    attributes = {**trial.system_attrs, "failed_trial": history[0], "retry_history": history, "deaths": deaths}
+    history, cut_offs = [*_history(trial), trial.number], [one.stored() for one in cut_offs_of(trial)]
+    attributes = {**trial.system_attrs, "failed_trial": history[0], "retry_history": history, "cut_offs": cut_offs}
+    attributes.pop("deaths", None)
     again = optuna.create_trial(
         state=TrialState.WAITING, params=trial.params, distributions=trial.distributions, system_attrs=attributes
     )
@@ -366,15 +387,36 @@ def place_of(study: optuna.Study, trial: FrozenTrial) -> int:
     return sum(not _history(other) for other in study.get_trials(deepcopy=False)[:first])
 
 
-def _deaths(trial: FrozenTrial) -> int:
-    """How often a process died with these parameters, this trial's among them; a person's Ctrl-C is none."""
-    died = trial.state == TrialState.FAIL and trial.user_attrs.get("lost") != INTERRUPTED
-    return int(trial.system_attrs.get("deaths", 0)) + died
+def cut_offs_of(trial: FrozenTrial) -> list[CutOff]:
+    """The times that a trial was cut off, the earliest first: those it takes the place of, and itself if it was.
+
+    Of those of an earlier version no more is known than how many they were.
+    """
+    before = [CutOff()] * min(MOST, trial.system_attrs.get("deaths", 0))
+    before += map(CutOff.read, trial.system_attrs.get("cut_offs", []))
+    return [*before, CutOff.read(trial.user_attrs.get("cut_off", {}))] if _is_cut_off(trial) else before
+
+
+def _is_cut_off(trial: FrozenTrial) -> bool:
+    """Whether a trial has no value, for no reason of its own; a person's Ctrl-C is one."""
+    known = "failure" in trial.user_attrs or trial.user_attrs.get("lost") in (INTERRUPTED, SURPLUS)
+    return trial.state == TrialState.FAIL and not known
+
+
+def given_up(trial: FrozenTrial) -> str:
+    """Why a trial that was cut off is not run again, as in `cut off …`; empty for any other.
+
+    Earlier versions gave up each one at the third time, and such studies are complete.
+    """
+    if not _is_cut_off(trial):
+        return ""
+    formerly = "cut_off" not in trial.user_attrs and trial.system_attrs.get("deaths", 0) >= SAME - 1
+    return why_given_up(cut_offs_of(trial)) or (f"{SAME} times" if formerly else "")
 
 
 def is_given_up(trial: FrozenTrial) -> bool:
-    """Whether a trial was lost more than `RETRIES` times: whatever kills its process would go on for ever."""
-    return trial.state == TrialState.FAIL and "failure" not in trial.user_attrs and _deaths(trial) > RETRIES
+    """Whether a trial was cut off and is not run again: it would end its process for ever."""
+    return bool(given_up(trial))
 
 
 def is_lost(trial: FrozenTrial) -> bool:

@@ -52,6 +52,7 @@ Shares = Annotated[list[Share], Field(min_length=1)]
 Role = Annotated[str, Field(pattern=r"^(dense|[0-9]{1,9})$")]
 Number = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Batches = dict[Words, Batch]
+CutOff = dict[Words, Words | bool]
 TABLES = ("reports", "report_kls", "draws")  # of numbers by trial, whose rows are attributes of their own, see `folded`
 
 
@@ -77,6 +78,7 @@ TRIAL = _kinds(
         "versions": dict[Words, Words],
         "unheard": list[Words],
         "batches": Batches,
+        "cut_off": CutOff,
     }
 )
 STUDY = _kinds(
@@ -98,7 +100,12 @@ STUDY = _kinds(
     }
 )
 SYSTEM = _kinds(
-    {"fixed_params": dict[Words, Any], "deaths": Count, "failed_trial": Count, "retry_history": list[Count]}
+    {
+        "fixed_params": dict[Words, Any],
+        **dict.fromkeys(("deaths", "failed_trial"), Count),
+        "retry_history": list[Count],
+        "cut_offs": list[CutOff],
+    }
 )
 FACTS = _kinds({"sparsity": Share, "model.content": Words, "model.dtype": Words})
 WORDS, NUMBER = TypeAdapter(Words), TypeAdapter(float)
