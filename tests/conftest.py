@@ -1,4 +1,4 @@
-"""Every test has a cache of its own and one thread."""
+"""Every test has a cache of its own and one thread; hypothesis draws the same in every run."""
 
 import os
 import shutil
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from hypothesis import settings
 from localhub import serve
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from tinystudy import CommandLine
 
 torch.set_num_threads(1)
+settings.register_profile("repeatable", max_examples=40, derandomize=True, database=None, deadline=None)
+settings.load_profile("repeatable")
 os.environ.pop("COLUMNS", None)  # xdist sets it, and what the tests set themselves would count no more
 
 
