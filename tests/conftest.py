@@ -1,5 +1,6 @@
-"""Every test has a cache of its own and one thread."""
+"""Every test has a cache of its own and one thread; hypothesis draws the same in every run."""
 
+import gc
 import os
 import shutil
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from hypothesis import settings
 from localhub import serve
 from processes import scope
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from tinystudy import CommandLine
 
 torch.set_num_threads(1)
+settings.register_profile("repeatable", max_examples=25, derandomize=True, database=None, deadline=None)
+settings.load_profile("repeatable")
 os.environ.pop("COLUMNS", None)  # xdist sets it, and what the tests set themselves would count no more
 
 
@@ -32,6 +36,12 @@ def ended() -> Iterator[None]:
     """Processes of a test end with it, so that one that fails is one failure."""
     with scope():
         yield
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the collector need not go over it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

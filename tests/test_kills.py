@@ -91,7 +91,7 @@ class Crew:
         wait_until(lambda: self.ended() > before or not any(command.lives for command in self.commands), PATIENCE)
         seconds = monotonic() - began
         for command in self.commands:
-            answer = command.finish(PATIENCE)
+            answer = command.finish()
             assert answer.code == 0, answer
         return seconds
 

@@ -276,10 +276,12 @@ def test_workers_that_propose_at_the_same_moment_draw_apart(tmp_path: Path) -> N
         assert abs(first - second) > 1e-6
 
 
-class Tomorrow(datetime):
+class Later(datetime):
+    """A clock that is an hour ahead."""
+
     @classmethod
-    def now(cls, tz: tzinfo | None = None) -> datetime:
-        return datetime.now(tz) + timedelta(days=1)
+    def now(cls, tz: tzinfo | None = None) -> "Later":
+        return super().now(tz) + timedelta(hours=1)
 
 
 def test_nobody_waits_for_a_trial_that_has_drawn_or_died(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,7 +300,7 @@ def test_nobody_waits_for_a_trial_that_has_drawn_or_died(monkeypatch: pytest.Mon
     assert not wait_for_those_before(1)
     study.ask()
     assert set(wait_for_those_before(2)) == {samplers.LOOK}  # the one before has drawn nothing yet
-    monkeypatch.setattr(samplers, "datetime", Tomorrow)  # so long that it must have died
+    monkeypatch.setattr(samplers, "datetime", Later)  # so late that it must have died
     assert not wait_for_those_before(2)
 
 

@@ -266,6 +266,7 @@ def test_a_worker_without_signs_of_life_loses_its_trial(done: Path) -> None:
     assert again.system_attrs["fixed_params"] == study.trials[3].params
 
 
+@pytest.mark.slow
 def test_the_command_says_what_it_serves_and_stops_cleanly(done: Path) -> None:
     server = start("serve", "--study", done / "tiny.toml", "--port", "0", "--grpc-port", "0")
     assert server.stdout is not None
@@ -279,6 +280,7 @@ def test_the_command_says_what_it_serves_and_stops_cleanly(done: Path) -> None:
     assert (answer.code, answer.out, answer.err) == (0, "stopped: all that was sent is stored\n", "")
 
 
+@pytest.mark.slow
 def test_listening_to_all_warns(done: Path) -> None:
     server = start("serve", "--study", done / "tiny.toml", "--port", "0", "--grpc-port", "0", "--listen", "0.0.0.0")
     assert server.stdout is not None
@@ -323,10 +325,10 @@ def test_the_newest_database_is_served(done: Path, tmp_path: Path, monkeypatch: 
     (tmp_path / "studies").mkdir()
     with pytest.raises(UserError, match="no study has a database yet"):
         choose(*nothing)
-    for name in ("old", "new"):
+    for age, name in enumerate(("new", "old")):
         shutil.copy(done / "tiny.toml", tmp_path / "studies" / f"{name}.toml")
         (tmp_path / "studies" / f"{name}.db").touch()
-    os.utime(tmp_path / "studies" / "old.db", (0, 0))
+        os.utime(tmp_path / "studies" / f"{name}.db", (0, 1000 - age))
     service = choose(*nothing)
     assert service.address == f"sqlite:///{tmp_path / 'studies' / 'new.db'}"
     assert service.artifacts == tmp_path / "studies" / "new.artifacts"
@@ -352,22 +354,12 @@ def test_by_default_only_this_machine_is_let_in(done: Path) -> None:
                     socket.create_connection((address, port), timeout=5)
 
 
-@pytest.mark.parametrize(
-    ("host", "status"),
-    [
-        ("127.0.0.1:8080", 200),  # what nginx passes on
-        ("localhost:9000", 200),  # through a tunnel
-        ("LOCALHOST", 200),
-        ("[::1]:8080", 200),
-        ("evil.example:8080", 403),
-        ("127.0.0.1.evil.example", 403),
-        ("localhost.evil.example", 403),
-        ("", 403),
-        ("[", 403),
-    ],
-)
-def test_a_page_of_a_stranger_does_not_reach_the_dashboard(host: str, status: int, dashboard: Dashboard) -> None:
-    assert dashboard.ask_for(host) == status
+def test_a_page_of_a_stranger_does_not_reach_the_dashboard(dashboard: Dashboard) -> None:
+    through_nginx, through_a_tunnel = "127.0.0.1:8080", "localhost:9000"
+    for host in (through_nginx, through_a_tunnel, "LOCALHOST", "[::1]:8080"):
+        assert dashboard.ask_for(host) == 200, host
+    for host in ("evil.example:8080", "127.0.0.1.evil.example", "localhost.evil.example", "", "["):
+        assert dashboard.ask_for(host) == 403, host
 
 
 def test_other_names_reach_a_dashboard_that_listens_to_others(done: Path) -> None:

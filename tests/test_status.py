@@ -316,7 +316,7 @@ def test_a_watch_ends_with_the_study(place: Path, command: CommandLine) -> None:
     assert (documents[-1]["done"], documents[-1]["study"]) == (6, "tiny")
 
 
-@pytest.mark.parametrize("exists", [True, False])
+@pytest.mark.parametrize("exists", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_ctrl_c_ends_a_watch(exists: bool, place: Path) -> None:
     if exists:
         run(place, timeout=0)
