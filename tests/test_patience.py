@@ -1,5 +1,6 @@
 """Calls that are made again since their answer was lost, over SQLite, PostgreSQL and a server."""
 
+import inspect
 import pickle
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from sqlalchemy.exc import OperationalError
 from atp_tune.errors import UserError
 from atp_tune.serving.servers import ServedDatabase, proxy
 from atp_tune.trials import patience
+from atp_tune.trials.database import CALLS
 from atp_tune.trials.patience import Patience
 from atp_tune.trials.remote import connect
 from atp_tune.trials.storage import open_database, open_storage
@@ -114,3 +116,9 @@ def test_what_one_thread_repeats_is_no_other_thread_s() -> None:
         assert not pool.submit(lambda: waiting.has_repeated).result()
     waiting.ask(lambda: "", str)
     assert not waiting.has_repeated
+
+
+def test_every_transaction_of_optuna_s_is_made_again() -> None:
+    own = {name: inspect.getsource(made) for name, made in vars(RDBStorage).items() if inspect.isfunction(made)}
+    transactions = {name for name, source in own.items() if "with _create_scoped_session(" in source}
+    assert transactions - set(CALLS) == {"set_trial_state_values", "record_heartbeat", "delete_study"}

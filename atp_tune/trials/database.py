@@ -51,11 +51,13 @@ HINTS = {
     "does not exist": "make it with: createdb NAME",
     "refused": "does the server run there?",
 }
-# All calls of one transaction, Optuna's and ours, but two, which have more to say when they are made again.
+# All calls of one transaction, Optuna's and ours, but two, which have more to say when they are made again, and
+# `delete_study`, which no worker makes.
 CALLS = (
     "create_new_study", "get_all_studies", "get_study_directions", "get_study_id_from_name", "get_study_name_from_id",
     "get_study_system_attrs", "get_study_user_attrs", "set_study_system_attr", "set_study_user_attr",
     "_create_new_trial", "get_trial", "_get_trials", "_get_best_trial_id", "get_trial_id_from_study_id_trial_number",
+    "get_trial_param", "get_trial_system_attrs", "get_trial_user_attrs",
     "_set_trial_param", "set_trial_intermediate_value", "set_trial_system_attr", "set_trial_user_attr",
     "set_trial_user_attrs", "_get_stale_trial_ids",
 )  # fmt: skip
