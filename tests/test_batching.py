@@ -4,13 +4,14 @@ from families import CPU
 
 from atp_tune.blocks import batching
 from atp_tune.blocks.batching import BatchSize
+from atp_tune.checkpoints import devices
 from atp_tune.errors import TrialError
 
 CUDA = torch.device("cuda")
 
 
 def batch_of(windows: int, notes: list[str], monkeypatch: pytest.MonkeyPatch) -> BatchSize:
-    monkeypatch.setattr(batching.gc, "collect", int)  # takes longer than all else here
+    monkeypatch.setattr(devices.gc, "collect", int)  # takes longer than all else here
     monkeypatch.setattr(batching, "TOKENS", {"cpu": windows})
     batch = BatchSize(CPU, 1, 1, notes.append)
     assert batch.windows == windows

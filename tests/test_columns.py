@@ -93,6 +93,24 @@ def test_the_kernel_in_tritons_interpreter() -> None:
     assert done.stdout == "done\n", done.stderr
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("columns", [128, 100, 256])
+def test_the_kernel_compiles(columns: int, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To machine code of a GPU that need not be here: the interpreter runs what the compiler refuses."""
+    triton = pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from atp_tune.pruners.columns_triton import _sweep
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    tensors = dict.fromkeys(("w_at", "u_at", "g_at"), "*fp32")
+    constants = {"COLUMNS": columns, "PADDED": triton.next_power_of_2(columns), "ROWS": 32}
+    source = ASTSource(_sweep, {**tensors, "out": "i32", **dict.fromkeys(constants, "constexpr")}, constants)
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    assert made.asm["cubin"]
+
+
 @pytest.fixture
 def launched() -> Iterator[None]:
     """No kernel was launched yet in this process."""

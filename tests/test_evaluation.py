@@ -8,10 +8,10 @@ import torch
 from families import CPU, FAMILIES, TOKENS, bench_of, checkpoint_of, random_ids, tiny
 from torch import Tensor
 
-from atp_tune.blocks import batching
 from atp_tune.blocks.batching import BatchSize
 from atp_tune.blocks.prune_pass import PrunedBlock
 from atp_tune.blocks.replay import Replay
+from atp_tune.checkpoints import devices
 from atp_tune.errors import TrialError
 from atp_tune.plan import Plan
 from atp_tune.scores import evaluation
@@ -201,7 +201,7 @@ def test_a_model_on_the_host_gives_the_same() -> None:
 
 @pytest.mark.parametrize("most", [1, 2])
 def test_logits_that_do_not_fit_change_no_result(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batching.gc, "collect", int)
+    monkeypatch.setattr(devices.gc, "collect", int)
     replay, ids, notes = Replay(checkpoint_of(tiny("llama"))), random_ids(7), list[str]()
     [expected] = nlls_in(replay, [ids], batch_of(8), batch_of(8))
     original = replay.logits
@@ -220,7 +220,7 @@ def test_logits_that_do_not_fit_change_no_result(most: int, monkeypatch: pytest.
 
 
 def test_one_window_whose_logits_do_not_fit_fails_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batching.gc, "collect", int)
+    monkeypatch.setattr(devices.gc, "collect", int)
     replay, ids = Replay(checkpoint_of(tiny("llama"))), random_ids(2)
 
     def logits(*args: Any) -> Tensor:

@@ -14,6 +14,7 @@ from test_gathering import gather
 from test_prune_pass import check_same_weights, magnitude, naive_pass, wanda
 from tinystudy import make_tokenizer, run, study_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from atp_tune.blocks.gathering import AllHeard, Gathering, ending
@@ -27,6 +28,51 @@ from atp_tune.pruners import PRUNERS, Statistics, make_pruner
 from atp_tune.pruners.statistics import InputNorms
 from atp_tune.sparse.applying import prune_once
 from atp_tune.spec.study import Prune
+
+# --- in which order they are added up
+
+
+class Additions(TorchDispatchMode):
+    """Operations that add floats in the order in which threads arrive on CUDA, unless each place is met but once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unordered: list[str] = []
+        self.seen = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, options = str(func), kwargs or {}
+        self.seen += 1
+        accumulates = "index_put" in name and (options.get("accumulate") or args[3:4] == (True,))
+        adds = any(word in name for word in ("index_add", "scatter_add", "scatter_reduce", "index_reduce"))
+        if (adds or accumulates) and args[0].is_floating_point():
+            places = args[1][0] if accumulates else args[2]
+            if len(places.unique()) < places.numel():
+                self.unordered.append(name)
+        return func(*args, **options)
+
+
+@pytest.mark.parametrize("statistics", ["block", "sequential"])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_mixture_is_summed_in_a_fixed_order(family: str, statistics: Any) -> None:
+    """Else a trial on CUDA would come to other bits each time."""
+    work = bench_of(tiny(family), Prune(statistics=statistics))
+    plan = Plan("wanda", "uniform", (0.5,) * len(work.checkpoint.blocks))
+    with Additions() as additions:
+        work.all_nlls([(block.index, block.weights) for block in work.prune(plan)], "search")
+    assert additions.seen > 100
+    assert additions.unordered == []
+
+
+def test_what_is_added_in_no_fixed_order_is_seen() -> None:
+    into, rows = torch.zeros(3, 2), torch.ones(2, 2)
+    with Additions() as additions:
+        into.index_add_(0, torch.tensor([1, 2]), rows)
+        into.index_add_(0, torch.tensor([1, 1]), rows)
+        into.index_put_((torch.tensor([0, 0]),), rows, accumulate=True)
+        into.scatter_add_(0, torch.zeros(2, 2, dtype=torch.long), rows)
+    assert [name.split(".")[1] for name in additions.unordered] == ["index_add_", "index_put_", "scatter_add_"]
+
 
 # --- who hears what
 

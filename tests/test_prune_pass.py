@@ -6,13 +6,14 @@ import naive
 import pytest
 import torch
 from families import ALL, CPU, MIXTURES, TOKENS, bench_of, checkpoint_of, copy_of, random_ids, same_bits, tiny
-from torch import Tensor
+from torch import Tensor, nn
 
 from atp_tune.allocations import Budget, Shape, atp
 from atp_tune.blocks import batching
 from atp_tune.blocks.batching import BatchSize
-from atp_tune.blocks.prune_pass import Pass, PrunedBlock, advance, measure, relative_error
+from atp_tune.blocks.prune_pass import Pass, PrunedBlock, advance, embed, measure, relative_error
 from atp_tune.blocks.replay import Replay
+from atp_tune.checkpoints import devices
 from atp_tune.errors import TrialError
 from atp_tune.plan import Plan, make_plan
 from atp_tune.pruners import PRUNERS, make_pruner
@@ -276,7 +277,7 @@ def test_hidden_states_move_on_batch_by_batch(family: str) -> None:
 
 def limit_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     """From here on a block with more than `most` windows is too much."""
-    monkeypatch.setattr(batching.gc, "collect", int)  # takes longer than all else here
+    monkeypatch.setattr(devices.gc, "collect", int)  # takes longer than all else here
     original = Replay.step
 
     def step(self: Replay, index: int, hidden: Tensor) -> Tensor:
@@ -303,6 +304,45 @@ def test_memory_that_runs_out_changes_no_result(prune: Prune, most: int, monkeyp
     assert len([event for event in events if "memory ran out" in str(event)]) == 1
 
 
+@pytest.mark.parametrize("family", ["gemma2", "bloom", "opt", "llama"])
+@torch.inference_mode()
+def test_windows_are_embedded_batch_by_batch(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And in smaller ones where the masks that come along do not fit."""
+    model, ids = tiny(family), random_ids(7)
+    replay, batch, hidden = work_of(model, 4)
+    limit_embedding(model, 2, monkeypatch)
+    assert same_bits(embed(replay, batch, ids), hidden)
+    assert batch.windows == 2
+    assert len(embed(replay, batch, ids[:0])) == 0
+
+
+def limit_embedding(model: nn.Module, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on the model, its blocks aside, has memory for `most` windows at a time."""
+    monkeypatch.setattr(devices.gc, "collect", int)
+    original = model.forward
+
+    def forward(input_ids: Tensor, **options: Any) -> Any:
+        if len(input_ids) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.00 GiB")
+        return original(input_ids=input_ids, **options)
+
+    monkeypatch.setattr(model, "forward", forward)
+
+
+@pytest.mark.parametrize("prune", [Prune(), Prune(statistics="sequential"), Prune(statistics="dense")])
+def test_an_embedding_for_which_memory_runs_out_fails_no_trial(prune: Prune, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, events = tiny("gemma2"), list[Any]()
+    plan = atp_plan(bench_of(model), "wanda")
+    work = bench_of(model, prune, watch=events.append)
+    limit_embedding(model, 2, monkeypatch)
+    nlls = work.all_nlls([(block.index, block.weights) for block in work.prune(plan)], "search")
+    assert [work.batch(role).windows for role in ("calibration", "search")] == [2, 2]
+    assert len([event for event in events if "memory ran out" in str(event)]) == 3  # for each text, and the head
+    other = bench_of(model, prune)
+    other.begin({"calibration": 2, "search": 2, "heads": work.heads.windows})
+    assert other.all_nlls([(block.index, block.weights) for block in other.prune(plan)], "search") == nlls
+
+
 def test_one_window_that_does_not_fit_fails_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     work = bench_of(tiny("llama"))
     limit_memory(monkeypatch, 0)
@@ -313,7 +353,7 @@ def test_one_window_that_does_not_fit_fails_the_trial(monkeypatch: pytest.Monkey
 def test_memory_that_runs_out_half_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was moved on before stays, and is not moved on again."""
     monkeypatch.setattr(batching, "TOKENS", {"cpu": 4 * TOKENS})
-    monkeypatch.setattr(batching.gc, "collect", int)
+    monkeypatch.setattr(devices.gc, "collect", int)
     model, calls = tiny("llama"), []
     replay, batch, hidden = work_of(model, 4)
     expected = naive.states_of(model, replay.checkpoint.blocks, random_ids(7))[0]

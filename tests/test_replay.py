@@ -129,6 +129,24 @@ def test_arguments_are_recorded_once_for_each_shape(monkeypatch: pytest.MonkeyPa
     assert len(calls) == 3  # the embedding, and arguments for a batch of one
 
 
+@torch.inference_mode()
+def test_arguments_are_kept_for_the_shapes_that_were_used_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks of gemma2, [windows, 1, tokens, tokens] for each kind, would be kept for every shape that ever came."""
+    model = tiny("gemma2")
+    replay = Replay(checkpoint_of(model))
+    hidden, calls = replay.embed(random_ids(8)), list[int]()
+    original = model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda **options: calls.append(len(options["input_ids"])) or original(**options)
+    )
+    for windows in (1, 2, 3, 4):
+        replay.run(0, replay.checkpoint.weights(0), hidden[:windows])
+    calls.clear()
+    for windows in (4, 1, 3, 2, 1, 5, 1, 2, 3, 4):  # 5 takes the place of 4
+        replay.run(0, replay.checkpoint.weights(0), hidden[:windows])
+    assert calls == [5, 4]
+
+
 class Toy(nn.Module):
     """A model that passes the hidden state by name, and what its blocks want beside it as a function of the tokens."""
 

@@ -1,11 +1,18 @@
 import random
+import weakref
 from collections.abc import Callable
+from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from families import same_bits
+from hypothesis import given
+from hypothesis import strategies as st
 from naive import groups_mask, lowest_mask
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from atp_tune.pruners import selection
 from atp_tune.pruners.selection import lowest, lowest_in_matrix, lowest_in_rows, nonzeros, ranks, zeroed
@@ -176,6 +183,99 @@ def test_zeroed_is_masked_fill(dtype: torch.dtype) -> None:
     for gone in (torch.tensor([[True, True, True, True], [True, True, False, False]]), weight > 0, weight < 0):
         assert same_bits(zeroed(weight, gone), weight.masked_fill(gone, 0))
         assert same_bits(zeroed(weight.T, gone.T), weight.T.masked_fill(gone.T, 0))
+
+
+@pytest.fixture
+def as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch selects, from samples that are small enough to be wrong in a small matrix."""
+    monkeypatch.setattr(selection, "_for_numpy", lambda scores: False)
+    monkeypatch.setattr(selection, "SAMPLE", 16)
+
+
+VALUES = st.one_of(  # many ties, few, and what is not finite
+    st.integers(0, 3).map(float), st.floats(-4, 4, width=16), st.sampled_from([float("inf"), -float("inf"), 0.0, -0.0])
+)
+
+
+@pytest.mark.usefixtures("as_on_an_accelerator")
+@given(
+    values=st.lists(VALUES, min_size=2, max_size=300),
+    rows=st.integers(1, 4),
+    share=st.floats(0, 1),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    transposed=st.booleans(),
+)
+@hypothesis.settings(
+    derandomize=True, deadline=None, max_examples=500,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+def test_torch_selects_as_a_stable_sort_does(
+    values: list[float], rows: int, share: float, dtype: torch.dtype, transposed: bool
+) -> None:
+    s = torch.tensor(values[: max(1, len(values) // rows) * rows], dtype=dtype).reshape(min(rows, len(values)), -1)
+    s = s.T if transposed else s
+    count = int(s.numel() * share)
+    expected = lowest_mask([s.flatten().tolist()], count).reshape(s.shape)
+    assert torch.equal(lowest_in_matrix(s, share), expected)
+
+
+@pytest.mark.usefixtures("as_on_an_accelerator")
+@pytest.mark.parametrize("order", ["random", "ascending", "a sample that misleads"])
+@pytest.mark.parametrize("values", [None, 2, 50])
+def test_torch_selects_from_a_large_matrix(values: int | None, order: str) -> None:
+    s = large(values, (60, 577)).flatten()
+    if order == "a sample that misleads":
+        s[:: s.numel() // 16] = 1e9
+    s = (s.sort().values if order == "ascending" else s).reshape(60, 577)
+    for sparsity in (1e-4, 0.29, 0.5, 0.7, 0.999):
+        expected = by_sorting(s.reshape(1, -1), int(s.numel() * sparsity)).reshape(s.shape)
+        assert torch.equal(lowest_in_matrix(s, sparsity), expected), sparsity
+
+
+@pytest.mark.usefixtures("as_on_an_accelerator")
+def test_torch_takes_nan_for_the_highest() -> None:
+    nan = float("nan")
+    many = torch.cat([torch.full((300,), nan), torch.arange(9700.0)]).reshape(10, -1)
+    assert torch.equal(lowest_in_matrix(many, 0.5), many < 5000)
+    assert not lowest_in_matrix(many, 0.99).any()  # the threshold is NaN
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that results of torch's operations took at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes, self._now, self._known = 0, 0, set[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves(args) if isinstance(x, Tensor)}
+        for result in tree_leaves(found):
+            if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in given | self._known:
+                storage = result.untyped_storage()
+                self._known.add(storage.data_ptr())
+                self._now += storage.nbytes()
+                weakref.finalize(storage, self._forget, storage.data_ptr(), storage.nbytes())
+        self.bytes = max(self.bytes, self._now)
+        return found
+
+    def _forget(self, place: int, size: int) -> None:
+        self._known.discard(place)
+        self._now -= size
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 4.1), (torch.bfloat16, 8.1)])
+def test_torch_selects_with_a_few_bytes_a_score(dtype: torch.dtype, most: float, monkeypatch: Any) -> None:
+    """A sort takes 12 a float32 for its results alone, and on CUDA as much again for its work."""
+    monkeypatch.setattr(selection, "_for_numpy", lambda scores: False)
+    s = large(None, (1000, 1000)).to(dtype)
+    with Peak() as sorting:
+        s.flatten().sort()
+    with Peak() as peak:
+        mask = lowest_in_matrix(s, 0.6)
+    assert int(mask.sum()) == 600_000
+    assert sorting.bytes >= 10 * s.numel()
+    assert peak.bytes <= most * s.numel()
 
 
 def test_without_numpy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,13 +10,12 @@ size again, since memory that another program took for a moment must not change 
 for good each trial pays for that with a step that fails.
 """
 
-import gc
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 
-from atp_tune.checkpoints.devices import free_memory, is_out_of_memory
+from atp_tune.checkpoints.devices import free_memory, is_out_of_memory, release_memory
 from atp_tune.errors import TrialError
 
 T = TypeVar("T")
@@ -64,9 +63,7 @@ class BatchSize:
         if self.windows == 1:
             raise TrialError("out of memory with one window at a time; use shorter windows or a larger device")
         self.windows //= 2
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release_memory()
         if not self._said:
             self._note(f"memory ran out: going on with {self.windows} windows at a time")
             self._said = True

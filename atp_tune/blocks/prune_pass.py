@@ -160,6 +160,25 @@ class Pruning:
         return {name: size - counts[name] for name, size in self._sizes.items()}
 
 
+def embed(replay: Replay, batch: BatchSize, ids: Tensor) -> Tensor:
+    """Hidden states [windows, tokens, width] that enter block 0, batch by batch; none for no windows.
+
+    Before its blocks a model makes their masks too, which for some families take more memory than all else.
+    """
+    hidden, start = ids.new_empty(0), 0
+    while start < len(ids):
+
+        def step(windows: int, start: int = start) -> int:
+            nonlocal hidden
+            rows = replay.embed(ids[start : start + windows])
+            hidden = hidden if start else rows.new_empty(len(ids), *rows.shape[1:])
+            hidden[start : start + windows] = rows
+            return windows
+
+        start += batch.attempt(step)
+    return hidden
+
+
 def advance(replay: Replay, batch: BatchSize, index: int, weights: dict[str, Tensor], hidden: Tensor) -> None:
     """Replaces hidden states [windows, tokens, width] by those after block `index`, in place, batch by batch."""
     start = 0

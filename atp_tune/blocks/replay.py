@@ -23,6 +23,7 @@ from atp_tune.errors import UserError
 StandIn = Callable[..., Any]
 T = TypeVar("T")
 HIDDEN = "hidden_states"
+SHAPES = 4  # of batches whose calls are kept: full and last ones of two texts that go through a block in turn
 
 
 @dataclass(frozen=True)
@@ -116,14 +117,21 @@ class Replay:
         return recorded[0][0], [call for _, call in recorded]
 
     def _calls_for(self, windows: int, tokens: int) -> list[Call]:
-        """The recorded calls for a batch of this shape; they must not depend on which tokens are in it."""
+        """The recorded calls for a batch of this shape; they must not depend on which tokens are in it.
+
+        Kept for the shapes that were used last: masks of a batch may take as much memory as its activations.
+        """
         shape = (windows, tokens)
-        if shape not in self._calls:
+        if shape in self._calls:
+            self._calls[shape] = self._calls.pop(shape)  # the last in order: used last
+        else:
             ids = torch.arange(windows * tokens, device=self.checkpoint.device).view(shape) % self.vocabulary()
             self._calls[shape] = self._enter(ids)[1]
             if len(self._calls) == 1 and not _same(self._calls[shape], self._enter(ids.flip(1))[1]):
                 kind = type(self.checkpoint.model).__name__
                 raise UserError(f"model {kind}: passes its blocks values that depend on the tokens; not supported yet")
+            if len(self._calls) > SHAPES:
+                del self._calls[next(iter(self._calls))]
         return self._calls[shape]
 
     def vocabulary(self) -> int:

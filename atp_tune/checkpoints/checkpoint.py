@@ -20,7 +20,14 @@ from atp_tune.allocations import Shape
 from atp_tune.checkpoints.buffers import mapped_files, move_into, on_disk, pinned, plain
 from atp_tune.checkpoints.classes import auto_class, language_model
 from atp_tune.checkpoints.convert import one_line
-from atp_tune.checkpoints.devices import device_limit, free_memory, host_memory, is_out_of_memory, make_current
+from atp_tune.checkpoints.devices import (
+    device_limit,
+    free_memory,
+    host_memory,
+    is_out_of_memory,
+    make_current,
+    release_memory,
+)
 from atp_tune.checkpoints.linears import Linear, find_linears, is_attention, is_value
 from atp_tune.checkpoints.quantized import check_full
 from atp_tune.checkpoints.residency import Free, Residency, choose
@@ -31,7 +38,8 @@ from atp_tune.errors import UserError
 class Checkpoint:
     """A model in evaluation mode, seen as a list of blocks; weights are read, never written.
 
-    As a context manager it gives a caller's model back as it was: `with Checkpoint(model, device) as checkpoint`.
+    As a context manager it gives a caller's model back as it was, and lets go of one that it has loaded itself: `with
+    Checkpoint(model, device) as checkpoint`.
     """
 
     def __init__(
@@ -42,6 +50,7 @@ class Checkpoint:
         self._modes = [(module, module.training) for module in model.modules()]
         self._places = [(tensor, tensor.device) for tensor in tensors]
         self._gives_router_logits = bool(getattr(getattr(model, "config", None), "output_router_logits", False))
+        self._is_loaded = False  # here, for this checkpoint alone
         self.model = model.eval()
         if self._gives_router_logits:
             self.config.output_router_logits = False  # for the loss in training; bypassed blocks have none to give
@@ -76,7 +85,9 @@ class Checkpoint:
         wrong = sorted(found["missing_keys"]) + [key for key, *_ in found["mismatched_keys"]]
         if wrong:
             raise UserError(f"model {folder}: has no {wrong[0]} of the shape that its config says; download it again")
-        return cls(model.requires_grad_(False), device, residency)
+        checkpoint = cls(model.requires_grad_(False), device, residency)
+        checkpoint._is_loaded = True
+        return checkpoint
 
     def __enter__(self) -> "Checkpoint":
         return self
@@ -85,7 +96,19 @@ class Checkpoint:
         self.release()
 
     def release(self) -> None:
-        """Gives the model back as it was: the mode of each module, its config, the device of each tensor."""
+        """Gives the model back as it was: the mode of each module, its config, the device of each tensor.
+
+        One that `load` has loaded is let go instead, and the checkpoint is of no use afterwards. The device's memory is
+        free for what comes next.
+        """
+        self._stream = None
+        if self._is_loaded:
+            self.model, self.blocks, self._modes, self._places = nn.Module(), nn.ModuleList(), [], []
+        else:
+            self._restore()
+        release_memory()
+
+    def _restore(self) -> None:
         for module, training in self._modes:
             module.training = training
         if self._gives_router_logits:

@@ -4,7 +4,8 @@ Rows of the weight do not depend on each other. A program takes ROWS of them wit
 stays in registers, and goes from column to column: it selects W_j by a masked sum, multiplies it by G_j, and subtracts
 U_jk E_j from the columns k > j. All sums are in float32, and each weight is read and written once.
 
-Not measured on a GPU so far; the tests run it through Triton's interpreter.
+Not run on a GPU so far; the tests compile it for some, and run it through Triton's interpreter, which takes more than
+the compiler does.
 """
 
 from contextlib import nullcontext
@@ -30,7 +31,7 @@ def tiles(W: Tensor, U: Tensor, G: Tensor) -> Tensor:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _sweep(
-    w_at: Tensor, u_at: Tensor, g_at: Tensor, out: int,
+    w_at: tl.tensor, u_at: tl.tensor, g_at: tl.tensor, out: int,
     COLUMNS: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

@@ -3,13 +3,14 @@
 M is a group: so many consecutive columns (inputs) of one row. In groups the product M·s is rounded down with a little
 slack, so that a share N/M gives N whatever the floats make of it; a last, smaller group is rounded down too.
 
-Nothing is sorted to find a threshold, but for a whole matrix on an accelerator. On the CPU numpy selects in each row,
-in as many threads as torch uses. In a whole matrix the threshold is first enclosed between two order statistics of a
-sample, then selected among the few scores between them (Floyd & Rivest, "Expected time bounds for selection", 1975);
-which sample it is decides the time and never the answer. An accelerator selects a row at a time, which leaves most of
-it idle where there is one row: there all are sorted.
+Nothing is sorted to find a threshold. On the CPU numpy selects in each row, in as many threads as torch uses. In a
+whole matrix the threshold is first enclosed between two order statistics of a sample, then selected among the few
+scores between them (Floyd & Rivest, "Expected time bounds for selection", 1975); which sample it is decides the time
+and never the answer. An accelerator does the same: it has one row to select in, which leaves most of it idle, but a
+short one, and 4 bytes are taken for each score of the matrix, or 8 where scores tie; a sort takes some 20.
 """
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -20,7 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 SLACK = 1e-9
-SAMPLE = 4096  # scores that enclose the threshold of a matrix
+SAMPLE = 4096  # scores that enclose the threshold of a matrix, with one in 16 between
+LARGE_SAMPLE = 1 << 16  # the same on an accelerator, with one in 60 between
 WORTH_A_THREAD = 2**17  # scores
 PARTS = 4  # of the rows for each thread
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
@@ -112,7 +114,7 @@ def _number(mask: Tensor) -> int:
 def _leftmost(thresholds: Tensor, scores: Tensor, count: int) -> Tensor:
     """Mask of the `count` lowest of each row, given the `count`-th lowest [rows, 1]: of equals the leftmost."""
     below, tied = scores < thresholds, scores == thresholds
-    return below | (tied & (tied.cumsum(1) <= count - below.sum(1, keepdim=True)))
+    return below | (tied & (tied.cumsum(1, dtype=torch.int32) <= count - below.sum(1, keepdim=True)))
 
 
 def _up_to_by_numpy(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -138,23 +140,35 @@ def _threshold(scores: Tensor, count: int) -> Tensor:
     """The `count`-th lowest of the scores [n], a tensor without dimensions; NaN is the highest."""
     if _for_numpy(scores):
         return torch.tensor(_select(scores.numpy(force=True), count), dtype=scores.dtype)
-    if scores.device.type == "cpu":
-        return scores.kthvalue(count).values
-    return scores.sort().values[count - 1]
+    return _select_by_torch(scores, count, SAMPLE if scores.device.type == "cpu" else LARGE_SAMPLE)
 
 
 def _select(scores: Floats, count: int) -> float:
     """The `count`-th lowest of the scores [n], among those that a sample encloses; else among all."""
-    step, share = max(1, len(scores) // SAMPLE), count / len(scores)
-    sample = np.sort(scores[::step])
-    slack = 4 * (share * (1 - share) * len(sample)) ** 0.5 + 2  # standard errors of a sample's order statistic
-    ends = [min(max(int(share * len(sample) + side * slack), 0), len(sample) - 1) for side in (-1, 1)]
-    low, high = sample[ends[0]], sample[ends[1]]
+    sample = np.sort(scores[:: max(1, len(scores) // SAMPLE)])
+    low, high = (sample[place] for place in _enclosing(len(sample), count / len(scores)))
     between = scores[np.flatnonzero((scores >= low) & (scores <= high))]
     left = count - int(np.count_nonzero(scores < low))
     if not 0 < left <= len(between):
         between, left = scores, count
     return float(np.partition(between, left - 1)[left - 1])
+
+
+def _select_by_torch(scores: Tensor, count: int, size: int) -> Tensor:
+    """The same by torch, on any device and in any format, from a sample of this size; a tensor without dimensions."""
+    sample = scores[:: max(1, len(scores) // size)].sort().values
+    low, high = (sample[place] for place in _enclosing(len(sample), count / len(scores)))
+    left = count - int((scores < low).sum())
+    between = scores[(scores >= low) & (scores <= high)]
+    if not 0 < left <= len(between):
+        between, left = scores, count
+    return between.kthvalue(left).values
+
+
+def _enclosing(size: int, share: float) -> Iterator[int]:
+    """Places, in a sorted sample of so many, between which the score with this share of all below it lies as a rule."""
+    slack = 4 * (share * (1 - share) * size) ** 0.5 + 2  # standard errors of a sample's order statistic
+    return (min(max(int(share * size + side * slack), 0), size - 1) for side in (-1, 1))
 
 
 def _for_numpy(scores: Tensor) -> bool:

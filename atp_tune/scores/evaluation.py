@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from atp_tune.blocks.batching import BatchSize
-from atp_tune.blocks.prune_pass import advance
+from atp_tune.blocks.prune_pass import advance, embed
 from atp_tune.blocks.replay import Replay
 
 Block = tuple[int, dict[str, Tensor]]  # index, tensors by name
@@ -53,7 +53,7 @@ def group_scores(
 
 def final_states(replay: Replay, batch: BatchSize, blocks: Iterable[Block], groups: Sequence[Tensor]) -> list[Tensor]:
     """Hidden states [windows, tokens, width] that leave the last block, of each group of ids."""
-    states = [replay.embed(ids).clone() for ids in groups]
+    states = [embed(replay, batch, ids) for ids in groups]
     for index, weights in blocks:
         for hidden in states:
             advance(replay, batch, index, weights, hidden)

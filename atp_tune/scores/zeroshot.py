@@ -109,17 +109,21 @@ def evaluate(config: Config, base: Path, asked: Asked, watch: Watch, allowed: Ma
     texts = {"calibration": config.calibration}
     model = config.model.model(allowed)
     setup = Setup(model, config.prune, texts, base, asked.device, batches=config.batches, bos=config.bos)
-    bench = Bench.open(setup, watch)
+    with Bench.open(setup, watch) as bench:
+        return _compared(scorer, config, bench)
+
+
+def _compared(scorer: Scorer, config: Config, bench: Bench) -> ZeroShot:
     best = plan_of(config, bench)
     uniform = make_plan(best.pruner, "uniform", bench.budget(config.sparsity.target), {}, parse(config.prune.pattern))
-    watch(TrialStarted("dense", None))
+    bench.watch(TrialStarted("dense", None))
     scorer.score("dense", bench.replay, bench.folder, bench.checkpoint.weights)
-    watch(TrialStarted("uniform", uniform))
+    bench.watch(TrialStarted("uniform", uniform))
     scorer.score("uniform", bench.replay, bench.folder, pruned(bench, uniform))
     if (best.sparsities, best.linear_sparsities) == (uniform.sparsities, uniform.linear_sparsities):
         scorer.repeat("best", "uniform")
     else:
-        watch(TrialStarted("best", best))
+        bench.watch(TrialStarted("best", best))
         bench.begin(config.batches)
         scorer.score("best", bench.replay, bench.folder, pruned(bench, best))
     return scorer.zero_shot(bench.checkpoint)
@@ -134,10 +138,10 @@ def evaluate_folder(folder: Path, asked: Asked, watch: Watch, allowed: Mapping[s
     dtype = _dtype(origin)
     found = resolve(Model.model_validate({"source": str(folder.absolute()), "dtype": dtype, **allowed}), Path())
     device = find_device(asked.device)
-    checkpoint = Checkpoint.load(found.path, find_dtype(dtype, device), device, found.trusted)
-    watch(TrialStarted(str(folder), None))
-    scorer.score("model", verified(checkpoint), found, checkpoint.weights)
-    return scorer.zero_shot(checkpoint)
+    with Checkpoint.load(found.path, find_dtype(dtype, device), device, found.trusted) as checkpoint:
+        watch(TrialStarted(str(folder), None))
+        scorer.score("model", verified(checkpoint), found, checkpoint.weights)
+        return scorer.zero_shot(checkpoint)
 
 
 def _dtype(origin: Path) -> str:

@@ -21,7 +21,7 @@ from atp_tune.allocations import Budget
 from atp_tune.blocks.batching import BatchSize
 from atp_tune.blocks.evidence import Cache, DenseEvidence
 from atp_tune.blocks.keeping import Kept, is_room, keep_all
-from atp_tune.blocks.prune_pass import BlockStatistics, Pass, PrunedBlock, advance, measure_and_advance
+from atp_tune.blocks.prune_pass import BlockStatistics, Pass, PrunedBlock, advance, embed, measure_and_advance
 from atp_tune.blocks.ranking import Ranked, can_rank
 from atp_tune.blocks.replay import Replay
 from atp_tune.blocks.verification import check_length, verified
@@ -68,7 +68,10 @@ class Setup:
 
 
 class Bench:
-    """A dense checkpoint and its texts, ready to prune and measure any plan."""
+    """A dense checkpoint and its texts, ready to prune and measure any plan.
+
+    As a context manager it lets go of all that at the end: `with Bench.open(setup) as bench`.
+    """
 
     def __init__(
         self,
@@ -127,6 +130,19 @@ class Bench:
             for drawn in bench._draws:
                 check_disjoint({**bench.windows, "calibration": drawn})
         return bench
+
+    def __enter__(self) -> "Bench":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of what was measured and of the checkpoint, so that what comes next finds the device as this did."""
+        for kept in (self._ids, self._statistics, self._ranked, self._evidence, self._finals):
+            kept.clear()
+        vars(self).pop("_dense_states", None)
+        self.checkpoint.release()
 
     def _asked(self, setup: Setup) -> "Bench":
         """The bench with BOS or without, as the dense model is better; there may be no BOS to ask for."""
@@ -224,7 +240,7 @@ class Bench:
         calibration = self._ids["calibration"]
         measured = len(calibration) if dense is None and pruner.measures else 0
         follow = calibration[: max(measured, self._curve_windows if self._follows else 0)]
-        for block in work.run(plan, self.replay.embed(follow).clone() if len(follow) else follow):
+        for block in work.run(plan, embed(self.replay, self.batch("calibration"), follow)):
             yield block
             self._step("prune", block.index + 1)
 
@@ -300,10 +316,11 @@ class Bench:
     @cached_property
     def _dense_states(self) -> list[Tensor]:
         """Hidden states [few, tokens, width] after each dense block, in host memory."""
-        hidden = self.replay.embed(self._ids["calibration"][: self._curve_windows]).clone()
+        batch = self.batch("calibration")
+        hidden = embed(self.replay, batch, self._ids["calibration"][: self._curve_windows])
         states = []
         for index, weights in self.dense():
-            advance(self.replay, self.batch("calibration"), index, weights, hidden)
+            advance(self.replay, batch, index, weights, hidden)
             states.append(hidden.cpu().clone())
         return states
 
@@ -344,9 +361,10 @@ class Bench:
         return Kept(folder, kind, len(self.checkpoint.blocks), self.checkpoint.device)
 
     def _measured(self, pruner: Pruner, kind: type[Statistics]) -> Iterator[BlockStatistics]:
-        hidden = self.replay.embed(self._ids["calibration"]).clone()
+        batch = self.batch("calibration")
+        hidden = embed(self.replay, batch, self._ids["calibration"])
         for index, weights in self.dense():
-            found = measure_and_advance(self.replay, self.batch("calibration"), index, weights, hidden, kind)
+            found = measure_and_advance(self.replay, batch, index, weights, hidden, kind)
             for statistics in set(found.values()):
                 pruner.prepare(statistics)
             yield found

@@ -12,8 +12,8 @@ import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from traceback import clear_frames
 
-import torch
 from optuna import Trial
 from optuna.exceptions import OptunaError
 from optuna.trial import FrozenTrial, TrialState
@@ -148,7 +148,5 @@ def reasons(trial: Trial) -> Iterator[None]:
             raise
         reason = str(error) if isinstance(error, TrialError) else "out of memory"
         trial.set_user_attr("failure", reason)
+        clear_frames(error.__traceback__)  # Optuna keeps the error in a circle, and the trial's tensors with it
         raise TrialError(reason) from error
-    finally:
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()

@@ -152,7 +152,16 @@ def _work(run: Run) -> optuna.Study:
     if before:
         run = adopting(run, before)
         _recover(run, before)  # now: what a process of this host left is read before others take it for silent
-    bench = run.bench or open_bench(run, before)
+    if run.bench is not None:
+        return _search(run, run.bench, db, before)
+    with open_bench(run, before) as bench:
+        return _search(run, bench, db, before)
+
+
+def _search(
+    run: Run, bench: "Bench", db: optuna.storages.BaseStorage | None, before: optuna.Study | None
+) -> optuna.Study:
+    """All of the run that wants a bench; `before`: the study as it was found in `db`, if it was."""
     batches = {**bench.batches, **(storage.batches_of(before) if before else {})}
     bench.begin(batches)
     search, space = run.file.study.search, make_space(run.file.study, bench.budget(run.file.study.sparsity))

@@ -42,8 +42,8 @@ def write_applied(
     model = config.model.model(allowed)
     texts = {"calibration": config.calibration, "report": config.texts.report}
     setup = Setup(model, config.prune, texts, base, device, batches=config.batches, bos=config.bos)
-    bench = Bench.open(setup, watch)  # its memory is free again where this ends
-    return setup, write_sparse(bench, plan_of(config, bench), out, config.seen_from(base, out))
+    with Bench.open(setup, watch) as bench:
+        return setup, write_sparse(bench, plan_of(config, bench), out, config.seen_from(base, out))
 
 
 def prune_once(
@@ -55,16 +55,15 @@ def prune_once(
     study = file.study
     texts = {"calibration": study.texts.calibration, "report": study.report_text}
     setup = Setup(study.model, study.prune, texts, file.folder, study.device, bos=_bos(file))
-    bench = Bench.open(setup, watch)
-    setup = replace(setup, bos=bench.bos)
-    plan = _only_plan(file, bench, parameters)
-    if out is not None:
+    with Bench.open(setup, watch) as bench:
+        setup = replace(setup, bos=bench.bos)
+        plan = _only_plan(file, bench, parameters)
+        if out is None:
+            watch(TrialStarted("pruning", plan))
+            pruned = ((block.index, block.weights) for block in bench.prune(plan))
+            return plan, perplexity(bench.all_nlls(pruned, "report"))
         dense = write_sparse(bench, plan, out, _config(file, bench, plan).seen_from(file.folder, out))
-        del bench
-        return plan, _measured(setup, out, dense, watch)
-    watch(TrialStarted("pruning", plan))
-    pruned = ((block.index, block.weights) for block in bench.prune(plan))
-    return plan, perplexity(bench.all_nlls(pruned, "report"))
+    return plan, _measured(setup, out, dense, watch)
 
 
 def _bos(file: StudyFile) -> bool | None:
@@ -200,6 +199,6 @@ def measure_folder(setup: Setup, out: Path, watch: Watch) -> Perplexity:
 def folder_nlls(setup: Setup, folder: Path, watch: Watch, title: str) -> list[float]:
     """Window NLLs of the same."""
     model = setup.model.model_copy(update={"source": str(folder.absolute()), "sha256": None, "revision": None})
-    bench = Bench.open(replace(setup, model=model), watch)
-    watch(TrialStarted(title, None))
-    return bench.all_nlls(bench.dense(), "report")
+    with Bench.open(replace(setup, model=model), watch) as bench:
+        watch(TrialStarted(title, None))
+        return bench.all_nlls(bench.dense(), "report")

@@ -141,7 +141,8 @@ def _run(job: Job) -> Finetuned:
     seconds, memory, losses = monotonic() - began, peak_memory(device), tuple(trainer.losses)
     with sparse_folder(job.folder.path, job.out) as folder:
         zeros = _write(trainer, checkpoint, job, folder)
-        del trainer, checkpoint
+        del trainer
+        checkpoint.release()
         after = folder_nlls(job.setup, folder, job.watch, f"checking {job.out}")
         done = Finetuned(
             model=job.folder.path.name, fingerprint=job.folder.content, text=job.text, windows=len(job.windows.ids),

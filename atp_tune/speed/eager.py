@@ -1,7 +1,7 @@
 """The engine `torch`: the models as transformers computes them, where zeros are numbers like any others."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from copy import deepcopy
 from time import perf_counter
 from typing import Any
@@ -15,7 +15,7 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import cpu_name, device_name, find_dtype
 from atp_tune.speed.pair import Pair
 from atp_tune.speed.rates import About, Engine, Task
-from atp_tune.speed.result import SIDES, Phase, Side
+from atp_tune.speed.result import Phase, Side
 
 Change = Callable[[Checkpoint], None]
 
@@ -41,6 +41,10 @@ class Eager:
         wait_for(self._ids.device)
         return perf_counter() - began
 
+    def close(self) -> None:
+        """Lets go of the models and of what they have computed."""
+        self._models, self._prompts = {}, {}
+
     def _prefill(self, side: Side) -> Any:
         return self._models[side](input_ids=self._ids[:, : self._task.tokens], use_cache=True, logits_to_keep=1)
 
@@ -61,16 +65,17 @@ def opened(
 ) -> Iterator[Engine]:
     """Both models on the device; `change` is done to the sparse one."""
     hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it warns of each argument that it renames
-    models: dict[Side, Checkpoint] = {side: pair.load(side, dtype, device) for side in SIDES}
-    if change is not None:
-        change(models["sparse"])
     cpu = device.type == "cpu"
     about = About(
         name, torch.__version__, str(dtype).removeprefix("torch."), cpu_name() if cpu else device_name(device),
         torch.get_num_threads() if cpu else None,
     )  # fmt: skip
-    ids = random_ids(models["dense"], task).to(device)
-    yield Eager(about, {side: checkpoint.model for side, checkpoint in models.items()}, ids, task)
+    with pair.load("dense", dtype, device) as dense, pair.load("sparse", dtype, device) as sparse:
+        if change is not None:
+            change(sparse)
+        ids = random_ids(dense, task).to(device)
+        with closing(Eager(about, {"dense": dense.model, "sparse": sparse.model}, ids, task)) as engine:
+            yield engine
 
 
 def random_ids(checkpoint: Checkpoint, task: Task) -> Tensor:

@@ -64,7 +64,8 @@ def measure(pair: Pair, engine: str, task: Task, device: str, watch: Watch) -> S
     with memory_for("speedup"):
         watch(TrialStarted("compressing the weight files", None))
         found = sizes(pair.dense, pair.sparse, watch)
-        zeros = zeros_by_kind(pair.load("sparse", torch.float32, torch.device("cpu")))
+        with pair.load("sparse", torch.float32, torch.device("cpu")) as sparse:
+            zeros = zeros_by_kind(sparse)
         rows = [measured(each, "torch", task, watch) for each in _torch(pair, task, place, watch)]
         rows += [measured(each, engine, task, watch) for each in first]
     return Speed(sizes=found, zeros=zeros, engines=tuple(rows))

@@ -62,6 +62,7 @@ def test_a_registration_that_fails_poisons_nothing(
     """CUDA refuses memory that is registered already; its error must not surface where a later kernel is started."""
     memory = buffers.pinned(16 * MIB)
     monkeypatch.setattr(buffers, "plain", lambda size: memory[:size])
+    buffers._say_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         again = buffers.pinned(len(memory))
     assert "cannot be pinned" in caplog.text

@@ -9,13 +9,19 @@ import optuna
 import pytest
 import torch
 from cards import bench_on, pruned_blocks, same_blocks
-from tinystudy import LONG, Answer, finish, quiet, run, script, settings, start, stored, wait_for
+from tinystudy import LONG, Answer, finish, quiet, run, settings, start, stored, wait_for
 
 from atp_tune.checkpoints.devices import find_device
 from atp_tune.trials.merging import merge
 
 pytestmark = pytest.mark.gpu
 TOTAL = "search.trials=4"
+PATIENCE = 240.0  # seconds for a process: on a fresh machine libraries take a minute to load
+
+
+def script(*arguments: str | Path) -> Answer:
+    """`python tune.py …` to its end."""
+    return finish(start(*arguments), PATIENCE)
 
 
 def study(place: Path, device: str, *overrides: str) -> Answer:
@@ -33,7 +39,7 @@ def values(found: optuna.Study) -> list[float]:
 def test_a_study_that_was_killed_goes_on(place: Path, device: torch.device) -> None:
     options = settings(f"device={device}", TOTAL, *LONG)
     process = start("--study", place / "tiny.toml", *options)
-    wait_for(place / "tiny.db", 2, process, seconds=180)
+    wait_for(place / "tiny.db", 2, process, PATIENCE)
     process.kill()
     assert finish(process).code == -signal.SIGKILL
     study(place, str(device), *LONG)

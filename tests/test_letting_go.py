@@ -1,0 +1,154 @@
+"""What a command holds of a model is let go before it, or what comes after it, asks for more."""
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import CPU, bench_of, checkpoint_of, copy_of, same_bits, tiny
+from tinystudy import CommandLine, run, settings, stored
+from torch import Tensor, nn
+
+from atp_tune.blocks.prune_pass import Pass
+from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.checkpoints.residency import Residency
+from atp_tune.plan import Plan
+from atp_tune.search.bench import Bench
+from atp_tune.spec.study import Prune
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """What happens to the models of a command: each load, and how many are left when a GPU's cache is emptied."""
+    events: list[Any] = []
+    models: list[weakref.ref[nn.Module]] = []
+    load, empty = Checkpoint.load.__func__, torch.cuda.empty_cache  # type: ignore[attr-defined]
+
+    def loading(cls: type[Checkpoint], *args: Any, **options: Any) -> Checkpoint:
+        events.append("loaded")
+        checkpoint: Checkpoint = load(cls, *args, **options)
+        models.append(weakref.ref(checkpoint.blocks[0]))
+        return checkpoint
+
+    def emptying() -> None:
+        if events:  # else it is of what came before
+            events.append(sum(model() is not None for model in models))
+        empty()
+
+    monkeypatch.setattr(Checkpoint, "load", classmethod(loading))
+    monkeypatch.setattr(torch.cuda, "empty_cache", emptying)
+    gc.disable()  # so that it is no chance what it has found by then
+    yield events
+    gc.enable()
+
+
+ONCE, TWICE, THRICE = (["loaded", 0] * times for times in (1, 2, 3))
+PAIR = ["loaded", "loaded", 1, 0]
+
+
+def test_a_study_lets_go_of_its_model(place: Path, command: CommandLine, loads: list[Any]) -> None:
+    assert command("--study", place / "tiny.toml", *settings("search.trials=2")).code == 0
+    assert loads == ONCE
+
+
+@pytest.mark.parametrize("residency", ["auto", "host", "disk"])
+def test_prune_measures_its_folder_alone(
+    residency: str, place: Path, command: CommandLine, loads: list[Any], tmp_path: Path
+) -> None:
+    options = ("--study", place / "tiny.toml", *settings(f"model.residency={residency}"))
+    assert command("prune", *options).code == 0
+    assert loads == ONCE
+    loads.clear()
+    assert command("prune", *options, "--out", tmp_path / "sparse").code == 0
+    assert loads == TWICE
+
+
+def test_apply_finetune_and_evaluate(done: Path, command: CommandLine, loads: list[Any], tmp_path: Path) -> None:
+    best, sparse = done / "tiny.best.json", tmp_path / "sparse"
+    assert command("apply", "--config", best, "--out", sparse).code == 0
+    assert loads == TWICE
+    loads.clear()
+    options = ("--steps", "2", "--tokens", "32", "--batch", "2")
+    answer = command("finetune", "--model", sparse, "--out", tmp_path / "tuned", *options)
+    assert answer.code == 0, answer.err
+    assert loads == THRICE
+
+
+def test_speedup(done: Path, command: CommandLine, loads: list[Any], tmp_path: Path) -> None:
+    answer = command("speedup", "--config", done / "tiny.best.json", "--tokens", "8", "--runs", "1", "--device", "cpu")
+    assert answer.code == 0, answer.err
+    assert loads[:4] == TWICE  # to be pruned, and to be counted
+    assert loads[4:] in (PAIR, 2 * PAIR)  # in one number format or two
+
+
+@pytest.mark.parametrize("residency", ["device", "host", "disk"])
+def test_a_bench_that_is_closed_holds_nothing(residency: Residency, tmp_path: Path) -> None:
+    """Nor does what was made of it: a screening, a budget, the weights' stream."""
+    tiny("llama").save_pretrained(tmp_path)
+    checkpoint = Checkpoint.load(tmp_path, torch.float32, CPU, residency=residency)
+    texts = bench_of(tiny("llama")).windows
+    bench = Bench(bench_of(tiny("llama")).folder, checkpoint, texts, Prune(statistics="dense"), print)
+    with bench:
+        others = [bench.screening(2), bench.budget(0.5)]
+        assert others[1].evidence.outlier_ratios(3)  # type: ignore[attr-defined]
+        assert len(list(bench.prune(Plan("wanda", "uniform", (0.5,) * 4)))) == 4
+        held = [weakref.ref(tensor.untyped_storage()) for tensor in checkpoint.model.parameters()]
+        assert all(storage() is not None for storage in held)
+    assert all(storage() is None for storage in held)
+    assert others
+
+
+@pytest.mark.parametrize("residency", ["device", "host"])
+def test_a_callers_model_is_given_back_by_the_bench(residency: Residency) -> None:
+    model = tiny("llama").train()
+    before = copy_of(model)
+    with bench_of(model, residency=residency) as bench:
+        assert bench.all_nlls(bench.dense(), "report")
+    assert model.training
+    assert all(same_bits(tensor, before[name]) for name, tensor in copy_of(model).items())
+
+
+def test_a_trial_for_which_memory_ran_out_leaves_no_tensors(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Optuna keeps the error of a trial that failed, and so its frames, until the collector of garbage comes."""
+    held: list[Callable[[], Tensor | None]] = []
+    original = Pass.run
+
+    def running(self: Pass, plan: Plan, hidden: Tensor) -> Any:
+        for block in original(self, plan, hidden):
+            if plan.is_uniform:
+                yield block
+                continue
+            held.extend(map(weakref.ref, (hidden, *block.weights.values())))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    alive: list[bool] = []
+    monkeypatch.setattr(Pass, "run", running)
+    gc.collect()
+    gc.disable()
+    try:
+        run(place, "search.trials=2", watch=lambda event: alive.append(any(found() is not None for found in held)))
+    finally:
+        gc.enable()
+    assert stored(place).trials[1].user_attrs["failure"] == "out of memory"
+    assert held and not alive[-1]
+
+
+def test_a_trial_leaves_the_allocators_cache_to_the_next(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it gives back the next one takes again, and each time the device waits."""
+    emptied: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
+    run(place, "search.trials=3")
+    assert len(emptied) == 1  # at the end
+
+
+def test_a_checkpoint_may_be_released_twice(tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path)
+    with Checkpoint.load(tmp_path, torch.float32, CPU) as checkpoint:
+        checkpoint.release()
+    with checkpoint_of(tiny("llama")) as other:
+        other.release()
+    assert not list(checkpoint.model.parameters())
