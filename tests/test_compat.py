@@ -167,7 +167,7 @@ OTHERS = {
     "_eng_net",  # of DeepSparse, which is installed nowhere here; its last release is from 2024
     "_apply_gate",  # of some experts of transformers, called where it is there
     "_replace",  # of grpc's handlers, which are named tuples
-    "_backend", "_gprs_cache_list", "_X_train", "_host", "_port", "_set_trial_attr_without_commit",  # tests of their own
+    "_backend", "_gprs_cache_list", "_X_train", "_host", "_port", "_set_trial_attr_without_commit",  # see other tests
 }  # fmt: skip
 
 
