@@ -17,10 +17,15 @@ def written(text: str, base: Path, key: str) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         return path
     except (OSError, ValueError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
         shown = text if len(text) < 100 else f"{text[:99]}…"
-        raise UserError(f'{key}: "{shown}": {reason}; give another path') from None
+        raise UserError(f'{key}: "{shown}": {_reason(error)}; give another path') from None
     return path
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ValueError):  # Python's own words name the call, and change
+        return "has a character that no path can have"
+    return str(error.strerror if isinstance(error, OSError) else error)
 
 
 def is_special(path: Path) -> bool:

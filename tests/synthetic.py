@@ -7,11 +7,10 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
-from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from atp_tune.spec.studyfile import load, settings
-from atp_tune.trials.storage import open_storage
+from atp_tune.trials.database import Database
 
 BLOCKS, TARGET, BOUND, WINDOWS = 30, 0.6, 0.8 / 29, 16
 DISTRIBUTIONS: dict[str, BaseDistribution] = {
@@ -63,11 +62,9 @@ def made_up(
     )
 
 
-def storage_in(database: Path) -> BaseStorage:
-    """A SQLite file as a storage, made if need be; Optuna's own would leave its connections open."""
-    storage = open_storage(f"sqlite:///{database}", create=True)
-    assert storage is not None
-    return storage
+def storage_in(database: Path) -> Database:
+    """A SQLite file as a storage, made if need be, without heartbeats; Optuna's own would leave connections open."""
+    return Database(f"sqlite:///{database}")
 
 
 def new_study(database: Path, name: str = "made-up") -> optuna.Study:

@@ -283,7 +283,7 @@ def test_status_shows_every_trial_and_the_summary(done: Path, command: CommandLi
         row = rf"{trial.number} +complete +{trial.params['pruner']} {plan} +{trial.value:.2f} ±"
         assert re.search(row, answer.out)
     assert "spread: " in answer.out
-    assert re.search(r"\n\| dense +\| 0% +\| \d+\.\d\d ± \d\.\d\d +\| \d+\.\d\d ±", answer.out)
+    assert re.search(r"\n\| dense +\| 0% +\| \d+\.\d\d ± \d+\.\d\d +\| \d+\.\d\d ±", answer.out)
 
 
 def test_status_of_what_repeats_and_what_was_stopped(

@@ -158,6 +158,46 @@ ATTRIBUTES = {
 }
 
 
+# Methods of other libraries that we call, or override.
+METHODS = {
+    ("peft", "LoraConfig", "_register_custom_module"): ("self", "mapping"),
+    ("lm_eval.models.huggingface", "HFLM", "_model_call"): ("self", "inps"),
+}
+OTHERS = {
+    "_eng_net",  # of DeepSparse, which is installed nowhere here; its last release is from 2024
+    "_apply_gate",  # of some experts of transformers, called where it is there
+    "_replace",  # of grpc's handlers, which are named tuples
+    "_backend", "_gprs_cache_list", "_X_train", "_host", "_port", "_set_trial_attr_without_commit",  # see other tests
+}  # fmt: skip
+
+
+def names_of_its_own(tree: ast.Module) -> Iterator[str]:
+    """Names with an underscore that a module defines, and its attributes of `self`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            yield node.name
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.attr
+
+
+def test_private_attributes_are_those_that_are_tried_here() -> None:
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in ROOT.rglob("*.py")]
+    known = {name for tree in trees for name in names_of_its_own(tree)}
+    known |= {*ATTRIBUTES, *OTHERS, *(name for _, _, name in METHODS)}
+    nodes = (node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+    found = {node.attr for node in nodes if node.attr.startswith("_") and not node.attr.startswith("__")}
+    assert found >= {"_study_id", "_trial_id", "_register_custom_module"}
+    assert found - known == set()
+
+
+@pytest.mark.parametrize(("module", "owner", "name"), METHODS, ids=str)
+def test_methods_of_others(module: str, owner: str, name: str) -> None:
+    call = getattr(part(module, owner), name, None)
+    if call is None:
+        pytest.fail(f"{upstream(module)}: {module}.{owner} has no {name} any more", pytrace=False)
+    check_takes(module, f"{owner}.{name}", call, METHODS[module, owner, name])
+
+
 @pytest.mark.parametrize("name", ATTRIBUTES)
 def test_attributes_of_optuna_s_objects(name: str, study: optuna.Study) -> None:
     owner = ATTRIBUTES[name](study)
@@ -173,6 +213,16 @@ def test_the_storage_behind_optuna_s_cache() -> None:
     if not isinstance(behind, RDBStorage):
         pytest.fail(f"{upstream('optuna')}: {type(cached).__name__} has no _backend any more", pytrace=False)
     behind.engine.dispose()
+
+
+def test_the_client_of_the_storage_proxy() -> None:
+    """`RemoteStorage` sets up a channel of its own in the place of Optuna's."""
+    with quiet():
+        client = optuna.storages.GrpcStorageProxy(host="127.0.0.1", port=1)
+    client.close()
+    for name in ("_setup", "_host", "_port", "_channel", "_stub", "_cache"):
+        if not hasattr(client, name):
+            pytest.fail(f"{upstream('optuna')}: GrpcStorageProxy has no {name} any more", pytrace=False)
 
 
 def test_the_process_of_a_gp_sampler() -> None:

@@ -29,6 +29,7 @@ from atp_tune.sparse.applying import prune_once
 from atp_tune.spec.config import Config, read_config
 from atp_tune.spec.study import Prune, SparseGPT, Wanda
 from atp_tune.texts.windows import token_windows
+from atp_tune.trials.storage import measured
 
 DOCS = Path(__file__).parents[1] / "docs" / "formats.md"
 NAMES = (("attn.q", "mlp.up"), ("attn.q", "mlp.up"), ("mlp.up",))
@@ -118,11 +119,13 @@ def test_a_study_of_single_linears_knows_their_names(done: Path, command: Comman
     toml = (done / "tiny.toml").read_text().replace("beta = [0.0, 0.1]", 'names = ["curve"]')
     (done / "curve.toml").write_text(toml.replace('"wanda", ', "").replace("= 0.5", "= 0.8"))
     assert command("--study", done / "curve.toml").code == 0
-    assert command("export", "--study", done / "curve.toml", "--format", "csv").code == 0
-    rows = list(csv.DictReader((done / "curve.best.csv").read_text().splitlines()))
+    bent = next(t for t in measured(stored(done, "curve", done / "curve.db")) if t.params["split"] != 0)
+    words = ["export", "--study", done / "curve.toml", "--trial", str(bent.number), "--out"]
+    assert command(*words, tmp_path / "bent.csv").code == command(*words, tmp_path / "bent.json").code == 0
+    rows = list(csv.DictReader((tmp_path / "bent.csv").read_text().splitlines()))
     names = [name for name, _ in ByHand(done).model.model.named_modules() if name.endswith("_proj")]
     assert [row["module"] for row in rows] == [f"model.{name}" for name in names]
-    found = read_config(done / "curve.best.json").linear_sparsities
+    found = read_config(tmp_path / "bent.json").linear_sparsities
     assert found
     assert [float(row["sparsity"]) for row in rows] == [value for block in found for value in block]
 

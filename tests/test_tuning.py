@@ -725,7 +725,10 @@ def test_a_trial_that_has_seen_all_windows_is_not_stopped(place: Path) -> None:
 def test_uniform_is_never_stopped(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is what the best is compared with, on both texts: a part of its windows would not do."""
     few_at_a_time(monkeypatch)
-    study = run(place, BOTH, "sparsity=0.8", "search.stopper=wilcoxon")
+    values = {t.params["pruner"]: t.values for t in run(place, BOTH, "sparsity=0.8", "search.trials=2").trials}
+    better, worse = sorted(values, key=lambda pruner: values[pruner])
+    pruners = f"prune.pruners=['{better}', '{worse}']"
+    study = run(place, pruners, "sparsity=0.8", "search.stopper=wilcoxon", name="stopped")
     assert study.trials[1].value > study.trials[0].value  # type: ignore[operator]
     assert "stopped_after" not in study.trials[1].user_attrs
     assert len(study.trials[1].user_attrs["nlls"]) == 16
