@@ -10,9 +10,8 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from time import monotonic
-from typing import TextIO
+from typing import Any, TextIO
 
-import preloaded
 from processes import at_end
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -35,7 +34,7 @@ class Forked:
         self.args = list(arguments)
         (out, to_out), (err, to_err) = CONTEXT.Pipe(duplex=False), CONTEXT.Pipe(duplex=False)
         words = (self.args, dict(variables), cwd or Path.cwd(), to_out, to_err, inject)
-        self._process = CONTEXT.Process(target=preloaded.run, args=words)
+        self._process = CONTEXT.Process(target=_run, args=words)
         self._process.start()
         to_out.close()
         to_err.close()
@@ -104,6 +103,12 @@ class Forked:
                         key.fileobj.close()  # type: ignore[union-attr]
         self.wait(max(0.0, over - monotonic()) if over is not None else None)
         return said[self.stdout].decode(), said[self.stderr].decode()
+
+
+def _run(*arguments: Any) -> None:
+    import preloaded  # which is there already in the process that this one is forked from, and takes seconds elsewhere
+
+    preloaded.run(*arguments)
 
 
 def _reader(pipe: Connection) -> TextIO:

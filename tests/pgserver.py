@@ -12,7 +12,7 @@ from uuid import uuid4
 
 import psycopg
 import pytest
-from tinystudy import free_port, wait_until
+from tinystudy import HANGS, free_port, wait_until
 
 USER, PASSWORD = "tuner", "s3:cr@t/é"
 URL_PASSWORD = "s3%3Acr%40t%2F%C3%A9"
@@ -62,7 +62,7 @@ class PostgreSQL:
 
     def stop(self) -> None:
         self._process.send_signal(signal.SIGINT)
-        self._process.wait(30)
+        self._process.wait(HANGS)
 
     def url(self, database: str, password: str = URL_PASSWORD) -> str:
         return f"postgresql+psycopg://{USER}:{password}@127.0.0.1:{self.port}/{database}"

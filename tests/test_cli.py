@@ -33,7 +33,7 @@ main()
 def spied(*arguments: str | Path) -> tuple[str, set[str]]:
     """Output of a command in a process of its own, and what it imported of the heavy libraries."""
     command = [sys.executable, "-c", SPY, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS, check=True)
     output, _, names = done.stdout.rpartition("imported:")
     return output, set(names.split())
 

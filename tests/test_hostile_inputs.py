@@ -20,7 +20,7 @@ from typing import Any
 import hostile
 import pytest
 from hostile import DOCUMENT, KINDS, SECRET, Input, known_cells, make_home, seen, tree, write_cells
-from tinystudy import Answer, CommandLine
+from tinystudy import HANGS, Answer, CommandLine
 
 from atp_tune.checkpoints.models import resolve
 from atp_tune.cli.app import app
@@ -31,7 +31,7 @@ from atp_tune.spec.config import read_config
 from atp_tune.spec.study import Model
 
 WRITES = os.environ.get("ATP_TUNE_WRITE_DOCS") == "1"
-LIMIT = 60  # seconds for a command
+LIMIT = HANGS  # seconds for a command
 NONE = "–"
 OUT = r"work/out(/.*)?"
 STUDY = "download/a/study"
@@ -126,7 +126,7 @@ def visit(served: serve.Served, ended: list[bool]) -> None:
 
     def get(path: str) -> Any:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{served.port}{path}", timeout=30) as answer:
+            with urllib.request.urlopen(f"http://127.0.0.1:{served.port}{path}", timeout=HANGS) as answer:
                 return answer.read()
         except urllib.error.HTTPError:
             return b"{}"

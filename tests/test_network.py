@@ -20,6 +20,7 @@ from optuna.trial import TrialState
 from preloaded import enter
 from processes import popen
 from tinystudy import (
+    HANGS,
     LONG,
     Answer,
     Process,
@@ -202,7 +203,7 @@ def nginx(place: Path, tmp_path: Path) -> Iterator[Proxy]:
             yield proxy
         finally:
             process.terminate()
-            process.wait(20)
+            process.wait(HANGS)
 
 
 def answers(proxy: Proxy) -> bool:

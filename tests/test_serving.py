@@ -21,7 +21,7 @@ import psutil
 import pytest
 from optuna.trial import TrialState
 from synthetic import storage_in
-from tinystudy import CommandLine, finish, go_silent, run, start, study_file, wait_until
+from tinystudy import HANGS, CommandLine, finish, go_silent, run, start, study_file, wait_until
 
 from atp_tune.errors import UserError
 from atp_tune.serving.choosing import choose
@@ -41,7 +41,7 @@ class Dashboard:
     grpc_port: int = 0
 
     def get(self, path: str) -> bytes:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=20) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=HANGS) as answer:
             return bytes(answer.read())
 
     def studies(self) -> dict[str, int]:
@@ -57,11 +57,11 @@ class Dashboard:
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}", content, {"Content-Type": "application/json"}, method="PUT"
         )
-        urllib.request.urlopen(request, timeout=20).close()
+        urllib.request.urlopen(request, timeout=HANGS).close()
 
     def ask_for(self, host: str) -> int:
         """The status of the page for a browser that took this machine for `host`."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=HANGS)
         connection.request("GET", "/api/studies", headers={"Host": host})
         status = connection.getresponse().status
         connection.close()
@@ -81,7 +81,7 @@ def served(database: Path, listen: str = "127.0.0.1") -> Iterator[Dashboard]:
         yield Dashboard(ready[0].port, told, ready[0].grpc_port)
     finally:
         stop.append(True)
-        thread.join(30)
+        thread.join(HANGS)
         assert not thread.is_alive()
 
 
@@ -196,7 +196,7 @@ def test_an_artifact_is_of_its_folder_and_acts_on_nothing(dashboard: Dashboard, 
     wait_until(lambda: len(dashboard.study("tiny")["artifacts"]) == 2)
     ids = [artifact["artifact_id"] for artifact in dashboard.study("tiny")["artifacts"]]
     paths = [f"http://127.0.0.1:{dashboard.port}/artifacts/{dashboard.studies()['tiny']}/{name}" for name in ids]
-    with urllib.request.urlopen(paths[0], timeout=20) as answer:
+    with urllib.request.urlopen(paths[0], timeout=HANGS) as answer:
         rules = answer.headers["Content-Security-Policy"].split()
         assert answer.headers["X-Content-Type-Options"] == "nosniff"
     assert rules[0] == "sandbox"
@@ -206,7 +206,7 @@ def test_an_artifact_is_of_its_folder_and_acts_on_nothing(dashboard: Dashboard, 
         (done / "tiny.artifacts" / name).unlink()
         (done / "tiny.artifacts" / name).symlink_to(tmp_path / "secret")
         with pytest.raises(urllib.error.HTTPError, match="404"):
-            urllib.request.urlopen(path, timeout=20)
+            urllib.request.urlopen(path, timeout=HANGS)
 
 
 def test_what_lies_in_the_folder_of_artifacts_is_left_alone(done: Path, command: CommandLine, tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def test_the_command_says_what_it_serves_and_stops_cleanly(done: Path) -> None:
     assert lines[0] == f"serving sqlite:///{done / 'tiny.db'}: tiny\n"
     assert lines[1].startswith("dashboard:    http://127.0.0.1:")
     assert lines[2].startswith("workers join: python tune.py --study NAME --storage grpc://127.0.0.1:")
-    assert b"<html" in urllib.request.urlopen(lines[1].split()[1] + "/dashboard", timeout=20).read().lower()
+    assert b"<html" in urllib.request.urlopen(lines[1].split()[1] + "/dashboard", timeout=HANGS).read().lower()
     server.send_signal(signal.SIGTERM)
     answer = finish(server)
     assert (answer.code, answer.out, answer.err) == (0, "stopped: all that was sent is stored\n", "")

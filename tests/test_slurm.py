@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from faults import has
 from optuna.trial import TrialState
 from processes import popen
 from test_network import needs, serving
-from tinystudy import free_port, settings, stored, wait_until
+from tinystudy import HANGS, free_port, settings, stored, wait_until
 
 pytestmark = pytest.mark.slow
 TOTAL = 20  # trials, so that an array is disturbed before it has them
@@ -60,7 +61,7 @@ def running(command: list[str]) -> Iterator[None]:
         yield
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(HANGS)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, ExitStack() as daemons:
         patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("PATH", os.environ["PATH"] + ":/usr/sbin")
+        patch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin")
         for command in commands(folder):
             daemons.enter_context(running(command))
         yield

@@ -21,7 +21,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 from processes import popen
 from rich.console import Console
-from tinystudy import LONG, TUNE, CommandLine, finish, run, settings, start, stored, study_file
+from tinystudy import HANGS, LONG, TUNE, CommandLine, finish, run, settings, start, stored, study_file
 
 from atp_tune.cli import tables, watching
 from atp_tune.cli.running import quiet
@@ -414,7 +414,7 @@ def test_a_terminal_has_its_screen_back_at_the_end(done: Path) -> None:
     """On a terminal of 80 columns: the alternate screen is left, and the table after it is whole Markdown."""
     process, ours = on_terminal("status", "--study", done / "tiny.toml", "--watch", "--every", "0.1")
     written = b"".join(read(ours)).decode()
-    assert process.wait(20) == 0
+    assert process.wait(HANGS) == 0
     watched, _, after = written.partition("\x1b[?1049l")
     assert "\x1b[?1049h" in watched
     assert "[6/6] best " in watched
@@ -440,7 +440,7 @@ def test_ctrl_c_on_a_terminal_leaves_what_was_seen(done: Path) -> None:
         if not sent and seen.count(b"[6/50]") == 2:
             process.send_signal(signal.SIGINT)
             sent = True
-    assert process.wait(20) == 130
+    assert process.wait(HANGS) == 130
     assert b"Traceback" not in seen
     assert b"[6/50] best " in seen.partition(b"\x1b[?1049l")[2]
 

@@ -7,7 +7,7 @@ import psutil
 import pytest
 from crews import LONG, TOTAL, check_whole, measured, trials
 from optuna.trial import TrialState
-from tinystudy import CommandLine, Process, finish, run, settings, start, wait_for, wait_until
+from tinystudy import HANGS, CommandLine, Process, finish, run, settings, start, wait_for, wait_until
 
 
 def begin(place: Path, *more: str) -> Process:
@@ -81,7 +81,7 @@ def test_workers_do_not_outlive_their_parent(place: Path) -> None:
     children = workers_of(process)
     process.kill()
     process.communicate()
-    assert not psutil.wait_procs(children, 30)[1]
+    assert not psutil.wait_procs(children, HANGS)[1]
     assert finish(begin(place)).code == 0
     check_whole(place)
 
