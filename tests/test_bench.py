@@ -58,7 +58,7 @@ def test_pruning_and_evaluating_go_hand_in_hand() -> None:
     work = bench_of(tiny("llama"), watch=events.append)
     pruned = ((block.index, block.weights) for block in work.prune(UNIFORM))
     streamed = work.all_nlls(pruned, "search")
-    assert [phase for phase, *_ in steps(events)] == ["evaluate", "prune"] * 4
+    assert [phase for phase, *_ in steps(events)] == ["prune", "evaluate"] * 4
     assert streamed == work.all_nlls([(block.index, block.weights) for block in work.prune(UNIFORM)], "search")
 
 

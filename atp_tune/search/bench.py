@@ -241,8 +241,8 @@ class Bench:
         measured = len(calibration) if dense is None and pruner.measures else 0
         follow = calibration[: max(measured, self._curve_windows if self._follows else 0)]
         for block in work.run(plan, embed(self.replay, self.batch("calibration"), follow)):
-            yield block
             self._step("prune", block.index + 1)
+            yield block
 
     @torch.inference_mode()
     def scores(

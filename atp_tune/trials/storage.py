@@ -28,7 +28,7 @@ from atp_tune.trials.cutoffs import MOST, SAME, CutOff, why_given_up
 from atp_tune.trials.damage import check_whole, way_out
 from atp_tune.trials.database import Database, PatientDatabase, engine_options, reason_of, with_driver, without_password
 from atp_tune.trials.process import GRACE, HEARTBEAT, has_rebooted, is_dead
-from atp_tune.trials.stored import CheckedStudy, readable
+from atp_tune.trials.stored import CheckedStudy, checked_trial, readable
 
 RETRIES = SAME - 1  # of a trial that ends its process each time
 START = "start"  # attribute of the trials that a study begins with
@@ -310,14 +310,15 @@ def recover(study: optuna.Study) -> list[int]:
     trials = study.get_trials(deepcopy=False)
     dead = [trial for trial in trials if trial.state == TrialState.RUNNING and _is_left(trial, silent)]
     for trial in dead:
-        _fail(study, trial, "gave no sign of life" if trial._trial_id in silent else "its process died", dead)
+        is_silent = trial._trial_id in silent and not is_dead(trial.user_attrs)
+        _fail(study, trial, "gave no sign of life" if is_silent else "its process died", dead)
     trials = study.get_trials(deepcopy=False) if dead else trials
     queued = {number for trial in trials for number in _history(trial)}
     orphans = [trial for trial in trials if is_lost(trial) and trial.number not in queued]
     for trial in orphans:
         queue_again(study, trial)
-    ended = {trial.number for trial in dead}
-    return [trial.number for trial in trials if trial in orphans or (trial.number in ended and is_given_up(trial))]
+    ended = [trials[trial.number] for trial in dead if is_given_up(trials[trial.number])]
+    return sorted(trial.number for trial in (*orphans, *ended))
 
 
 def _is_left(trial: FrozenTrial, silent: Container[int]) -> bool:
@@ -360,6 +361,7 @@ def _is_nameless(trial: FrozenTrial) -> bool:
 
 def queue_lost(study: optuna.Study, trial: FrozenTrial) -> None:
     """What Optuna calls with a trial that it ended for want of a sign of life: queued again, unless it is given up."""
+    trial = checked_trial(trial, len(study.directions))
     if is_lost(trial):
         queue_again(study, trial)
 
