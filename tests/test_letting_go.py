@@ -66,7 +66,7 @@ def test_prune_measures_its_folder_alone(
     assert loads == TWICE
 
 
-def test_apply_finetune_and_evaluate(done: Path, command: CommandLine, loads: list[Any], tmp_path: Path) -> None:
+def test_apply_and_finetune(done: Path, command: CommandLine, loads: list[Any], tmp_path: Path) -> None:
     best, sparse = done / "tiny.best.json", tmp_path / "sparse"
     assert command("apply", "--config", best, "--out", sparse).code == 0
     assert loads == TWICE

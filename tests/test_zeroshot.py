@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atp_tune.blocks import batching
 from atp_tune.blocks.prune_pass import Pass
-from atp_tune.events import Event, Step
+from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.events import Event, Step, unwatched
 from atp_tune.scores import zeroshot
-from atp_tune.scores.zeroshot import Asked, difference, evaluate, mean, pruned
+from atp_tune.scores.zeroshot import Asked, difference, evaluate, evaluate_folder, mean, pruned
 from atp_tune.search.bench import Bench, Setup
 from atp_tune.spec.config import Measure, read_config
 
@@ -218,6 +219,20 @@ def test_the_dense_model_stays_as_it_is(done: Path) -> None:
     assert all(
         after[name].data_ptr() == place and torch.equal(after[name], was) for name, (place, was) in before.items()
     )
+
+
+def test_the_model_is_let_go_of(done: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    released, original = [], Checkpoint.release
+
+    def release(checkpoint: Checkpoint) -> None:
+        original(checkpoint)
+        released.append(len(list(checkpoint.model.parameters())))
+
+    monkeypatch.setattr(Checkpoint, "release", release)
+    asked = Asked((f"{tasks}/far.yaml",), 2, None, 4, "cpu")
+    evaluate(read_config(done / "tiny.best.json"), done, asked, unwatched, {})
+    evaluate_folder(done / "model", asked, unwatched, {})
+    assert released == [0, 0]
 
 
 def test_no_room_for_a_pruned_copy(
