@@ -1,4 +1,3 @@
-import ast
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,6 @@ from optuna.pruners import WilcoxonPruner
 from optuna.trial import FrozenTrial, TrialState
 from tinystudy import quiet, run, study_file
 
-import atp_tune
 from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Event, Step, TrialStarted, unwatched
 from atp_tune.scores.evaluation import WindowScores
@@ -286,30 +284,3 @@ def test_what_is_no_trials_fault_says_nothing_of_it(space: Space, study: optuna.
     with pytest.raises(type(error)), reasons(trial):
         raise error
     assert trial.user_attrs == {}
-
-
-# --- the seam
-
-
-def imported(path: Path) -> set[str]:
-    """Packages that a module imports, wherever in it; what only type checkers see does not count."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    typing_only = [
-        node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-    ]
-    hidden = {inner for node in typing_only for inner in ast.walk(node)}
-    names = []
-    for node in ast.walk(tree):
-        if node in hidden:
-            continue
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names.append(node.module or "")
-    return {name.partition(".")[0] for name in names}
-
-
-def test_torch_and_optuna_meet_here_and_nowhere_else() -> None:
-    modules = sorted(Path(atp_tune.__file__).parent.rglob("*.py"))
-    assert len(modules) > 30
-    assert [path.name for path in modules if {"torch", "optuna"} <= imported(path)] == ["objective.py"]
