@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from statistics import median
-from time import monotonic, sleep
+from time import monotonic
 
 import optuna
 import pytest
@@ -134,11 +133,6 @@ def undisturbed(deep_place: Path, tmp_path_factory: pytest.TempPathFactory) -> o
     return stored(place)
 
 
-def pace(study: optuna.Study) -> float:
-    """Seconds that a trial took."""
-    return median(trial.duration.total_seconds() for trial in study.trials if trial.duration and trial.value)
-
-
 def check(place: Path, undisturbed: optuna.Study, crew: Crew, fault: str) -> None:
     seconds = crew.finish()
     study = stored(place)
@@ -152,14 +146,21 @@ def test_kills_of_one_process_or_of_all_at_random_moments(deep: Path, undisturbe
     crew.begin()
     while kills < KILLS:
         crew.refill()
-        wait_until(crew.running, PATIENCE)
-        sleep(rng.uniform(0, pace(undisturbed) / 2))
+        wait_for_some_steps(crew, rng)
         victims = rng.choice([crew.commands[:1], crew.commands[1:], crew.commands])
         kills += kill_all(victims) > 0
         assert crew.ended() < TOTAL, f"over after {kills} kills"
     check(
         deep, undisturbed, crew, "kill -9 of one of two workers, or of both, at random moments of a study of 8 trials"
     )
+
+
+def wait_for_some_steps(crew: Crew, rng: random.Random) -> None:
+    """Until a trial has come some steps further, or has ended: few, so that kills are faster than trials."""
+    wait_until(crew.running, PATIENCE)
+    for command, number in list(crew.running().values())[:1]:
+        last = min(STEPS, steps(number, command.pid) + rng.randrange(STEPS // 3))
+        wait_until(lambda: steps(number, command.pid) >= last, PATIENCE)  # noqa: B023
 
 
 def test_the_same_trial_is_hit_each_time(deep: Path, undisturbed: optuna.Study) -> None:
