@@ -13,7 +13,7 @@ import torch
 from byhand import ByHand
 from safetensors.torch import load_file, save_file
 from test_applying import block_of, same_bytes, tensors
-from tinystudy import TOKENS, CommandLine, finish, script, start
+from tinystudy import HANGS, TOKENS, CommandLine, finish, script, start
 
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Note, unwatched
@@ -377,10 +377,10 @@ def test_paths_start_where_the_configuration_was(place: Path, monkeypatch: pytes
 @pytest.mark.slow
 def test_smollm2_gets_better(tmp_path: Path) -> None:
     sparse, out = tmp_path / "sparse", tmp_path / "out"
-    fewer = [word for key in ("texts.calibration.windows=4", "texts.report.windows=6") for word in ("--set", key)]
-    assert finish(start("prune", "--study", "smol", "--beta", "0.008", "--out", sparse, *fewer)).code == 0
+    fewer = [word for key in ("texts.calibration.windows=8", "texts.report.windows=6") for word in ("--set", key)]
+    assert finish(start("prune", "--study", "smol", "--beta", "0.008", "--out", sparse, *fewer), 3 * HANGS).code == 0
     options = ("--steps", "20", "--batch", "2", "--tokens", "128", "--learning-rate", "0.001")
-    answer = finish(start("finetune", "--model", sparse, "--out", out, *options))
+    answer = finish(start("finetune", "--model", sparse, "--out", out, *options), 3 * HANGS)
     assert answer.code == 0, answer.err
     done = Finetuned.model_validate_json((out / FINETUNED).read_text())
     assert sum(done.losses[-5:]) < sum(done.losses[:5])

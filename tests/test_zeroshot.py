@@ -367,12 +367,12 @@ def test_smollm2_dense_against_pruned(tmp_path: Path, monkeypatch: pytest.Monkey
     shutil.copyfile(ROOT / "studies" / "smol.toml", tmp_path / "smol.toml")
     windows = (f"texts.{role}.windows={count}" for role, count in (("calibration", 4), ("search", 2), ("report", 2)))
     short = ["model.dtype=float32", "texts.calibration.draws=1", *windows]
-    answer = finish(start("--study", tmp_path / "smol.toml", "--trials", "2", *settings(*short)))
+    answer = finish(start("--study", tmp_path / "smol.toml", "--trials", "2", *settings(*short)), 3 * HANGS)
     assert answer.code == 0, answer.err
     make_tasks(tmp_path / "tasks", 60)
     config = tmp_path / "smol.best.json"
     words = ("--config", config, "--tasks", f"{tmp_path}/tasks/far.yaml", "--batch", "16")
-    answer = finish(start("evaluate", *words), 2 * HANGS)
+    answer = finish(start("evaluate", *words), 3 * HANGS)
     assert answer.code == 0, answer.err
     found = read_config(config).zero_shot
     assert found
