@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tinystudy import CommandLine
 
 torch.set_num_threads(1)
-settings.register_profile("repeatable", max_examples=40, derandomize=True, database=None, deadline=None)
+settings.register_profile("repeatable", max_examples=25, derandomize=True, database=None, deadline=None)
 settings.load_profile("repeatable")
 os.environ.pop("COLUMNS", None)  # xdist sets it, and what the tests set themselves would count no more
 

@@ -62,13 +62,11 @@ def fp8(weight: Tensor, tile: tuple[int, int], bytes_: bool = False) -> tuple[Te
 
 
 def from_fp8(codes: Tensor, scales: Tensor, tile: tuple[int, int]) -> Tensor:
-    numbers = torch.empty(codes.shape)
-    for i in range(codes.shape[0]):
-        for j in range(codes.shape[1]):
-            scale = scales[i // tile[0], j // tile[1]]
-            factor = 2.0 ** (int(scale) - 127) if scale.dtype == torch.uint8 else float(scale)
-            numbers[i, j] = codes[i, j].float() * factor
-    return numbers
+    factors = ((scales.double() - 127).exp2() if scales.dtype == torch.uint8 else scales).tolist()
+    rows = codes.float().tolist()
+    return torch.tensor(
+        [[code * factors[i // tile[0]][j // tile[1]] for j, code in enumerate(row)] for i, row in enumerate(rows)]
+    )
 
 
 def as_fp8(
@@ -105,17 +103,19 @@ def mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def from_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     """[experts, in, out], byte by byte."""
-    experts, rows, groups, half = blocks.shape
-    numbers = torch.empty(experts, groups * 2 * half, rows)
-    for e in range(experts):
-        for i in range(rows):
-            for g in range(groups):
-                factor = 2.0 ** (int(scales[e, i, g]) - 127)
-                for k in range(half):
-                    byte = int(blocks[e, i, g, k])
-                    numbers[e, 32 * g + 2 * k, i] = F4[byte % 16] * factor
-                    numbers[e, 32 * g + 2 * k + 1, i] = F4[byte // 16] * factor
-    return numbers
+    numbers = [
+        [
+            [F4[half] * 2.0 ** (scale - 127) for group, scale in zip(*row, strict=True) for half in halves(group)]
+            for row in zip(*expert, strict=True)
+        ]
+        for expert in zip(blocks.tolist(), scales.tolist(), strict=True)
+    ]
+    return torch.tensor(numbers).transpose(1, 2)
+
+
+def halves(group: list[int]) -> list[int]:
+    """Two codes a byte, the lower one first."""
+    return [half for byte in group for half in (byte % 16, byte // 16)]
 
 
 def as_mxfp4(folder: Path, tensors: Tensors) -> Tensors:
@@ -171,8 +171,9 @@ def as_nf4(nested: bool) -> Callable[[Path, Tensors], Tensors]:
             stored[name] = torch.tensor(packed, dtype=torch.uint8)[:, None]
             beside["quant_state.bitsandbytes__nf4"] = torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8)
             stored |= {f"{name}.{key}": tensor for key, tensor in beside.items()}
-            values = [torch.tensor(NF4)[code] * most[n // BLOCK] for n, code in enumerate(codes)]
-            numbers[name] = torch.stack(values).reshape(tensors[name].shape)
+            known, largest = torch.tensor(NF4).tolist(), most.tolist()
+            values = [known[code] * largest[n // BLOCK] for n, code in enumerate(codes)]
+            numbers[name] = torch.tensor(values).reshape(tensors[name].shape)
         write(folder, stored, {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False})
         return numbers
 

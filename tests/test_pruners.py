@@ -313,7 +313,7 @@ def test_alps_is_its_dense_inverse(case: Problem, sparsity: float) -> None:
     torch.testing.assert_close(pruned.double(), expected, rtol=1e-3, atol=1e-4)
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(
     st.tuples(st.integers(8, 30), st.integers(8, 64)),
     st.sampled_from([0.25, 0.375, 0.625, 0.75]),
@@ -361,7 +361,7 @@ def test_alps_refuses_what_is_not_a_number() -> None:
         ALPS().prune(torch.ones(2, 3), 0.5, hessian_of(torch.tensor([[1.0, float("nan"), 2.0]])))
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(
     st.sampled_from(sorted(PRUNERS)),
     problems(small),

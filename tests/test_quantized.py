@@ -11,7 +11,7 @@ import torch
 from families import DEEPSEEK, MIXTURE, same_bits
 from quantizing import as_fp8, as_int8, as_metal, as_mxfp4, as_nf4, fp8_table
 from test_zeroshot import make_tasks
-from tinystudy import CommandLine, make_tokenizer, run, script, study_file
+from tinystudy import CommandLine, make_tokenizer, run, study_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.finegrained_fp8 import FP8Linear
@@ -354,7 +354,7 @@ def test_what_transformers_would_read_wrongly(more: dict[str, Any], said: str, t
 def said_only(place: Path, table: Any, **config: Any) -> Path:
     """A folder of which only the config is there."""
     folder = place / "said"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     said = {"model_type": "llama", "quantization_config": table, **config}
     (folder / "config.json").write_text(json.dumps(said))
     return folder
@@ -375,16 +375,16 @@ def test_methods_are_those_of_transformers() -> None:
     assert len(REFUSED) > 15
 
 
-@pytest.mark.parametrize("method", REFUSED)
-def test_other_methods_are_refused_by_their_config_alone(method: str, place: Path, command: CommandLine) -> None:
+def test_other_methods_are_refused_by_their_config_alone(place: Path, command: CommandLine) -> None:
     """No weights are there: nothing of them was looked at."""
-    folder = said_only(place, {"quant_method": method})
-    said = command("--study", place / "tiny.toml", "--set", f"model.source={folder}").error
-    assert said.startswith(
-        f'model.source: {folder} is quantized by "{method}", which is not read back into full numbers'
-    )
-    assert said.endswith("give the checkpoint that it was made from")
-    assert not (place / "tiny.db").exists()
+    for method in REFUSED:
+        folder = said_only(place / method, {"quant_method": method})
+        said = command("--study", place / "tiny.toml", "--set", f"model.source={folder}").error
+        assert said.startswith(
+            f'model.source: {folder} is quantized by "{method}", which is not read back into full numbers'
+        )
+        assert said.endswith("give the checkpoint that it was made from")
+        assert not (place / "tiny.db").exists()
 
 
 @pytest.mark.parametrize(
@@ -594,9 +594,3 @@ def test_a_method_in_the_place_of_its_table_is_refused(place: Path, command: Com
     file = place / "model" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": "gptq"}))
     assert 'is quantized by "gptq", which is not read back' in command("--study", place / "tiny.toml").error
-
-
-def test_the_script_refuses(place: Path) -> None:
-    folder = said_only(place, {"quant_method": "never_heard_of"})
-    said = script("--study", place / "tiny.toml", "--set", f"model.source={folder}").error
-    assert said.startswith(f'model.source: {folder} is quantized by "never_heard_of", which is not read back')

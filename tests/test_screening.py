@@ -1,8 +1,9 @@
 import json
+import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import optuna
 import pytest
@@ -14,8 +15,7 @@ from atp_tune.blocks.prune_pass import Pass
 from atp_tune.errors import UserError
 from atp_tune.events import Note, TrialEnded, TrialStarted
 from atp_tune.results.summary import summarise, unreported
-from atp_tune.search import tuning
-from atp_tune.search.bench import Bench
+from atp_tune.search import bench, tuning
 from atp_tune.search.samplers import levelled
 from atp_tune.search.screening import APART, confirmed, is_near, is_screening, screening_file
 from atp_tune.spec.config import read_config
@@ -26,9 +26,42 @@ SCREEN = ("search.screen.trials=5", "search.screen.every=3", "search.screen.conf
 INSIDE = ("search.sampler=gp", *SCREEN)
 
 
-def test_a_study_is_screened_before_it_begins(place: Path) -> None:
-    events: list[Any] = []
-    study = run(place, *INSIDE, watch=events.append)
+class Run(NamedTuple):
+    """A screening of five and its study of three, and what happened in them."""
+
+    place: Path
+    events: list[Any]
+    passes: list[tuple[str, int]]  # the statistics that each pass over the blocks began with, and its windows
+    measured: list[int]  # a call for each block whose statistics were measured apart from a pass
+
+
+@pytest.fixture(scope="module")
+def ran(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """To be read only."""
+    ran = Run(tmp_path_factory.mktemp("screened") / "tiny", [], [], [])
+    original, measure = Pass.run, bench.measure_and_advance
+
+    def run_pass(self: Pass, plan: Any, hidden: Any) -> Any:
+        ran.passes.append(("dense" if self.dense_statistics is not None else "block", len(hidden)))
+        return original(self, plan, hidden)
+
+    shutil.copytree(tiny_place, ran.place)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATP_TUNE_CACHE", str(ran.place.parent / "cache"))
+        patch.setattr(Pass, "run", run_pass)
+        patch.setattr(bench, "measure_and_advance", lambda *args: ran.measured.append(1) or measure(*args))
+        run(ran.place, *INSIDE, watch=ran.events.append)
+    return ran
+
+
+@pytest.fixture
+def screened_place(ran: Run, windows: None, tmp_path: Path) -> Path:
+    """A copy of it for one test."""
+    return Path(shutil.copytree(ran.place, tmp_path / "screened"))
+
+
+def test_a_study_is_screened_before_it_begins(ran: Run) -> None:
+    place, events, study = ran.place, ran.events, reopen(ran.place)
     screened = reopen(place, "tiny.screen")
     assert states(screened) == ["COMPLETE"] * 5
     assert [len(t.user_attrs["nlls"]) for t in screened.trials] == [6] * 5  # of 16 windows the first, fourth, …
@@ -46,8 +79,9 @@ def test_a_study_is_screened_before_it_begins(place: Path) -> None:
     assert [event.what for event in events if isinstance(event, TrialEnded)] == ["screening"] * 5 + ["trial"] * 3
 
 
-def test_trials_that_are_confirmed_are_measured_as_any_other(place: Path) -> None:
-    confirmed_one = run(place, *INSIDE).trials[0]
+def test_trials_that_are_confirmed_are_measured_as_any_other(screened_place: Path) -> None:
+    place = screened_place
+    confirmed_one = reopen(place).trials[0]
     again = run(place, "search.trials=1", "search.sampler=random", name="other")
     again.enqueue_trial(confirmed_one.params)
     other = run(place, "search.trials=2", "search.sampler=random", name="other").trials[1]
@@ -56,9 +90,9 @@ def test_trials_that_are_confirmed_are_measured_as_any_other(place: Path) -> Non
     assert other.user_attrs["errors"] == confirmed_one.user_attrs["errors"]
 
 
-def test_a_screening_is_what_its_keys_say(place: Path) -> None:
+def test_a_screening_is_what_its_keys_say(screened_place: Path) -> None:
     """`--set` with the keys of the screening gives the same study, value for value."""
-    run(place, *INSIDE)
+    place = screened_place
     by_keys = ("prune.statistics=dense", "texts.search.every=3", "search.trials=5", "search.sampler=gp")
     twin = run(place, *by_keys, name="twin")
     screened = reopen(place, "tiny.screen")
@@ -67,31 +101,19 @@ def test_a_screening_is_what_its_keys_say(place: Path) -> None:
     assert twin.user_attrs["fingerprint"] == screened.user_attrs["fingerprint"]
 
 
-def test_it_runs_no_calibration_pass(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    entered: list[tuple[str, int]] = []
-    original = Pass.run
-
-    def run_pass(self: Pass, plan: Any, hidden: Any) -> Any:
-        entered.append(("dense" if self.dense_statistics is not None else "block", len(hidden)))
-        return original(self, plan, hidden)
-
-    monkeypatch.setattr(Pass, "run", run_pass)
-    run(place, *INSIDE)
-    assert entered == [("dense", 0)] * 5 + [("block", 8)] * 5  # three trials and two reports
+def test_it_runs_no_calibration_pass(ran: Run) -> None:
+    assert ran.passes == [("dense", 0)] * 5 + [("block", 8)] * 5  # three trials and two reports
 
 
-def test_dense_statistics_are_measured_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from atp_tune.search import bench
-
-    calls: list[int] = []
-    original = bench.measure_and_advance
-    monkeypatch.setattr(bench, "measure_and_advance", lambda *args: calls.append(1) or original(*args))
-    run(place, *INSIDE)
-    assert len(calls) == BLOCKS
+def test_dense_statistics_are_measured_once(ran: Run) -> None:
+    assert len(ran.measured) == BLOCKS
 
 
-@pytest.mark.parametrize("pruners", [["wanda", "magnitude"], ["sparsegpt"]])
-@pytest.mark.parametrize("allocation", [["atp"], ["atp", "owl"], ["curve"]])
+@pytest.mark.parametrize("pruners", [["wanda", "magnitude"], pytest.param(["sparsegpt"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "allocation",
+    [["atp", "owl"], *(pytest.param([name], marks=pytest.mark.slow) for name in ("atp", "curve"))],
+)
 def test_every_pruner_and_allocation_can_be_screened(place: Path, pruners: list[str], allocation: list[str]) -> None:
     space = (f"prune.pruners={pruners}", f"allocation={allocation}", "allocation.beta=auto")
     study = run(place, *INSIDE, *space, "search.screen.trials=8", f"search.trials={len(pruners) + 2}")
@@ -101,8 +123,8 @@ def test_every_pruner_and_allocation_can_be_screened(place: Path, pruners: list[
     assert counted(study) == len(pruners) + 2
 
 
-def test_a_complete_screening_is_not_run_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(place, *INSIDE)
+def test_a_complete_screening_is_not_run_again(screened_place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = screened_place
     before = reopen(place, "tiny.screen").trials
     more = run(place, *INSIDE, "search.trials=5")
     assert states(more) == ["COMPLETE"] * 5
@@ -111,8 +133,8 @@ def test_a_complete_screening_is_not_run_again(place: Path, monkeypatch: pytest.
     assert states(run(place, *INSIDE, "search.trials=5")) == ["COMPLETE"] * 5
 
 
-def test_a_larger_screening_goes_on(place: Path) -> None:
-    run(place, *INSIDE)
+def test_a_larger_screening_goes_on(screened_place: Path) -> None:
+    place = screened_place
     first = [t.params for t in reopen(place, "tiny.screen").trials]
     study = run(place, *INSIDE, "search.screen.trials=7", "search.trials=6")
     assert [t.params for t in reopen(place, "tiny.screen").trials][:5] == first
@@ -167,6 +189,7 @@ def test_a_study_without_uniform_can_be_looked_at_and_taken_home(place: Path, co
     assert counted(run(place, *INSIDE, "search.screen.trials=6")) == 3
 
 
+@pytest.mark.slow
 def test_a_screening_that_was_killed_goes_on(place: Path) -> None:
     words = ("--study", place / "tiny.toml", *settings(*INSIDE, "search.screen.trials=40", "texts.search.windows=250"))
     process = start(*words)
@@ -179,6 +202,7 @@ def test_a_screening_that_was_killed_goes_on(place: Path) -> None:
     assert [t.state.name for t in reopen(place).trials] == ["COMPLETE"] * 3
 
 
+@pytest.mark.slow
 def test_two_workers_share_a_screening(place: Path) -> None:
     words = ("--study", place / "tiny.toml", *settings(*INSIDE, *LONG, "search.screen.trials=24"))
     answers = [finish(process) for process in [start(*words), start(*words)]]
@@ -241,15 +265,15 @@ def test_a_file_without_a_screening(place: Path) -> None:
 
 
 def test_a_bench_for_screening_shares_all_but_the_text(place: Path) -> None:
-    bench = tuning.open_bench(tuning.Run(study_file(place), "tiny", None, lambda event: None))
-    other = bench.screening(4)
-    assert isinstance(other, Bench)
-    assert other.checkpoint is bench.checkpoint and other.replay is bench.replay
-    nlls = bench.all_nlls(bench.dense(), "search")
+    whole = tuning.open_bench(tuning.Run(study_file(place), "tiny", None, lambda event: None))
+    other = whole.screening(4)
+    assert isinstance(other, bench.Bench)
+    assert other.checkpoint is whole.checkpoint and other.replay is whole.replay
+    nlls = whole.all_nlls(whole.dense(), "search")
     assert other.all_nlls(other.dense(), "search") == pytest.approx(nlls[::4], rel=1e-5)
-    assert len(other.windows["search"].ids) == 4 and len(bench.windows["search"].ids) == 16
-    assert other.contents().keys() == bench.contents().keys()
-    assert bench.prune_settings.statistics == "block"
+    assert len(other.windows["search"].ids) == 4 and len(whole.windows["search"].ids) == 16
+    assert other.contents().keys() == whole.contents().keys()
+    assert whole.prune_settings.statistics == "block"
 
 
 def test_a_study_that_goes_on_knows_what_was_screened(place: Path) -> None:
@@ -267,9 +291,9 @@ def test_levels() -> None:
     assert levelled([], measured(full)) == []
 
 
-def test_other_keys_of_a_screening_are_refused(place: Path) -> None:
+def test_other_keys_of_a_screening_are_refused(screened_place: Path) -> None:
     """By the keys that a user wrote, whether the screening is complete or not; more points are no other keys."""
-    run(place, *INSIDE)
+    place = screened_place
     for key, text in (("every=2", "every is 2, was 3"), ("confirm=1", "confirm is 1, was not set")):
         with pytest.raises(UserError, match=f"study tiny: search.screen.{text}"):
             run(place, *INSIDE, f"search.screen.{key}")
@@ -340,9 +364,9 @@ def test_a_study_that_a_person_calls_like_a_screening_is_reported(place: Path, c
     assert summarise(reopen(place, "mine")).screening is None
 
 
-def test_a_screening_of_before_is_one(place: Path) -> None:
+def test_a_screening_of_before_is_one(screened_place: Path) -> None:
     """Earlier versions did not store what it is the screening of."""
-    run(place, *INSIDE)
+    place = screened_place
     assert reopen(place, "tiny.screen").user_attrs["screens"] == "tiny"
     with closing(sqlite3.connect(place / "tiny.db")) as connection:
         assert connection.execute("DELETE FROM study_user_attributes WHERE key = 'screens'").rowcount == 1

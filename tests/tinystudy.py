@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from time import monotonic, sleep
 
@@ -103,7 +104,9 @@ def make_place(place: Path) -> Path:
     return place
 
 
+@cache
 def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Trained once; to be read only."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
