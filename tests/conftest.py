@@ -1,5 +1,6 @@
 """Every test has a cache of its own and one thread; hypothesis draws the same in every run."""
 
+import gc
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,6 +21,12 @@ torch.set_num_threads(1)
 settings.register_profile("repeatable", max_examples=25, derandomize=True, database=None, deadline=None)
 settings.load_profile("repeatable")
 os.environ.pop("COLUMNS", None)  # xdist sets it, and what the tests set themselves would count no more
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the collector need not go over it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

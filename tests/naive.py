@@ -80,20 +80,19 @@ def sparsegpt(
     masks = torch.zeros(out, width, dtype=torch.bool)
     for start in range(0, width, columns):
         stop = min(start + columns, width)
-        pivots = {j: float(torch.linalg.inv(H[j:, j:])[0, 0]) for j in range(start, stop)}
+        inverses = {j: torch.linalg.inv(H[j:, j:]) for j in range(start, stop)}
+        pivots = {j: float(inverse[0, 0]) for j, inverse in inverses.items()}
         if group is None:
-            scores = [float(W[i, j]) ** 2 / pivots[j] for i in range(out) for j in range(start, stop)]
+            scores = [row[j] ** 2 / pivots[j] for row in W.tolist() for j in range(start, stop)]
             masks[:, start:stop] = lowest_mask([scores], int(len(scores) * sparsity)).reshape(out, stop - start)
         for j in range(start, stop):
             if group is not None and j % group == 0:
                 part = range(j, min(j + group, width))
-                rows = [[float(W[i, k]) ** 2 / pivots[k] for k in part] for i in range(out)]
+                rows = [[row[k] ** 2 / pivots[k] for k in part] for row in W.tolist()]
                 masks[:, j : j + group] = groups_mask(rows, sparsity, group)
-            inverse = torch.linalg.inv(H[j:, j:])
-            for i in range(out):
-                if masks[i, j]:
-                    W[i, j:] -= W[i, j] / inverse[0, 0] * inverse[0]
-                    W[i, j] = 0
+            gone, inverse = masks[:, j], inverses[j]
+            W[gone, j:] -= torch.outer(W[gone, j] / inverse[0, 0], inverse[0])
+            W[gone, j] = 0
     return W, masks
 
 

@@ -402,6 +402,7 @@ def test_a_text_to_train_on_is_compared_without_bos(finished: Path, command: Com
     assert "16 windows of file:" in answer.error
 
 
+@pytest.mark.slow
 def test_zero_shot_scores_are_of_these_masks(
     finished: Path, tmp_path: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

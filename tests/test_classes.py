@@ -177,7 +177,14 @@ def test_a_llava_is_tuned_as_its_language_model_and_applied_with_its_tower(
 
 
 @pytest.mark.parametrize(
-    "way", [("prune.statistics=sequential",), ("prune.pruners=['sparsegpt']",), ("model.residency=host",)]
+    "way",
+    [
+        ("prune.statistics=sequential",),
+        *(
+            pytest.param((key,), marks=pytest.mark.slow)
+            for key in ("prune.pruners=['sparsegpt']", "model.residency=host")
+        ),
+    ],
 )
 def test_a_llava_goes_every_way(way: tuple[str, ...], done: Path, command: CommandLine) -> None:
     options = settings(*way, "search.trials=2")

@@ -78,6 +78,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_the_kernel_in_tritons_interpreter() -> None:
     """In a process of its own: Triton reads the variable when the kernel is defined."""
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")

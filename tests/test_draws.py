@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -28,11 +29,22 @@ from atp_tune.texts.windows import token_windows
 THREE = "texts.calibration.draws=3"
 
 
+@pytest.fixture(scope="module")
+def drawn_once(tiny_done: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """To be read only."""
+    folder = tmp_path_factory.mktemp("drawn")
+    shutil.copytree(tiny_done, folder / "tiny")
+    shutil.copytree(tiny_done.parent / "cache", folder / "cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATP_TUNE_CACHE", str(folder / "cache"))
+        run(folder / "tiny", THREE)
+    return folder / "tiny"
+
+
 @pytest.fixture
-def drawn(done: Path) -> Path:
-    """A study that is complete, with three draws; its best is not uniform."""
-    run(done, THREE)
-    return done
+def drawn(drawn_once: Path, windows: None, tmp_path: Path) -> Path:
+    """A study that is complete, with three draws, for one test; its best is not uniform."""
+    return Path(shutil.copytree(drawn_once, tmp_path / "drawn"))
 
 
 def titles(events: list[Event]) -> list[str]:

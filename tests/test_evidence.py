@@ -137,16 +137,17 @@ def test_a_dead_linear_ends_the_trial() -> None:
 # Global
 
 
-@pytest.mark.parametrize("target", [0.0, 0.001, 0.37, 0.5, 0.93, 1.0])
 @pytest.mark.parametrize("score", ["magnitude", "wanda"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_global_equals_a_sort_of_all_scores(family: str, score: Any, target: float) -> None:
+def test_global_equals_a_sort_of_all_scores(family: str, score: Any) -> None:
     model = tiny(family)
     work = bench_of(model)
-    mask = naive.global_mask(naive.scores(model, work.checkpoint, IDS, score), target)
-    expected = tuple(tuple(sum(part) / len(part) for part in block) for block in mask)
-    found = evidence_of(work).global_sparsities(target, score)
-    assert [pytest.approx(block, abs=1e-15) for block in expected] == list(found)
+    scores = naive.scores(model, work.checkpoint, IDS, score)
+    for target in (0.0, 0.001, 0.37, 0.5, 0.93, 1.0):
+        mask = naive.global_mask(scores, target)
+        expected = tuple(tuple(sum(part) / len(part) for part in block) for block in mask)
+        found = evidence_of(work).global_sparsities(target, score)
+        assert [pytest.approx(block, abs=1e-15) for block in expected] == list(found), target
 
 
 @pytest.mark.parametrize("target", [0.2, 0.61])

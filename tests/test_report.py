@@ -101,12 +101,10 @@ def test_a_real_study(done: Path, kind: str) -> None:
     assert f"{best.report.value:.2f}" in made or str(best.report.value) in made
 
 
-@pytest.mark.parametrize("kind", MAKERS)
-def test_a_long_study(long: optuna.Study, kind: str) -> None:
+def test_a_long_study(long: optuna.Study) -> None:
     contents = gather(long, NOW)
-    made = MAKERS[kind]([contents])
+    assert all(len(make([contents])) < 6_000_000 for make in MAKERS.values())
     assert contents.summary.done == 500
-    assert len(made) < 6_000_000
     assert set(contents.importance) == {"beta", "pruner", "allocation", "lam"}
 
 

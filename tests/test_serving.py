@@ -352,22 +352,12 @@ def test_by_default_only_this_machine_is_let_in(done: Path) -> None:
                     socket.create_connection((address, port), timeout=5)
 
 
-@pytest.mark.parametrize(
-    ("host", "status"),
-    [
-        ("127.0.0.1:8080", 200),  # what nginx passes on
-        ("localhost:9000", 200),  # through a tunnel
-        ("LOCALHOST", 200),
-        ("[::1]:8080", 200),
-        ("evil.example:8080", 403),
-        ("127.0.0.1.evil.example", 403),
-        ("localhost.evil.example", 403),
-        ("", 403),
-        ("[", 403),
-    ],
-)
-def test_a_page_of_a_stranger_does_not_reach_the_dashboard(host: str, status: int, dashboard: Dashboard) -> None:
-    assert dashboard.ask_for(host) == status
+def test_a_page_of_a_stranger_does_not_reach_the_dashboard(dashboard: Dashboard) -> None:
+    through_nginx, through_a_tunnel = "127.0.0.1:8080", "localhost:9000"
+    for host in (through_nginx, through_a_tunnel, "LOCALHOST", "[::1]:8080"):
+        assert dashboard.ask_for(host) == 200, host
+    for host in ("evil.example:8080", "127.0.0.1.evil.example", "localhost.evil.example", "", "["):
+        assert dashboard.ask_for(host) == 403, host
 
 
 def test_other_names_reach_a_dashboard_that_listens_to_others(done: Path) -> None:
