@@ -41,6 +41,7 @@ def spied(*arguments: str | Path) -> tuple[str, set[str]]:
 # --- the whole way, in processes of their own
 
 
+@pytest.mark.slow
 def test_a_run_can_be_watched_and_is_not_done_twice(place: Path, command: CommandLine) -> None:
     study = place / "tiny.toml"
     process = start("--study", study, *settings(*LONG, "search.trials=9"))
@@ -70,12 +71,6 @@ def test_a_run_can_be_watched_and_is_not_done_twice(place: Path, command: Comman
     assert (place / "tiny.db").read_bytes() == before
     assert output.splitlines()[0] == "tiny: 60% sparsity"
     assert re.search(r"\nbest: trial \d, wanda \+ ", output)
-
-
-def test_help_is_light() -> None:
-    output, imported = spied("--help")
-    assert imported == set()
-    assert "python tune.py --study smol" in output
 
 
 @pytest.mark.slow

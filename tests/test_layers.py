@@ -188,8 +188,10 @@ def test_help_needs_no_library_but_its_own() -> None:
         assert not reached_libraries(name, heavy), name
 
 
-@pytest.mark.parametrize("options", [["--help"], ["prune", "--help"]])
-def test_help_imports_neither_torch_nor_optuna(options: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("options", "said"), [(["--help"], "python tune.py --study smol"), (["prune", "--help"], "prune")]
+)
+def test_help_imports_neither_torch_nor_optuna(options: list[str], said: str) -> None:
     # pydantic is left out: typer itself imports it to read options
     script = (
         "import runpy, sys\n"
@@ -203,7 +205,7 @@ def test_help_imports_neither_torch_nor_optuna(options: list[str]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "Usage" in done.stdout
+    assert "Usage" in done.stdout and said in done.stdout
 
 
 # Code

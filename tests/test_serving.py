@@ -266,6 +266,7 @@ def test_a_worker_without_signs_of_life_loses_its_trial(done: Path, monkeypatch:
     assert again.system_attrs["fixed_params"] == study.trials[3].params
 
 
+@pytest.mark.slow
 def test_the_command_says_what_it_serves_and_stops_cleanly(done: Path) -> None:
     server = start("serve", "--study", done / "tiny.toml", "--port", "0", "--grpc-port", "0")
     assert server.stdout is not None
@@ -279,6 +280,7 @@ def test_the_command_says_what_it_serves_and_stops_cleanly(done: Path) -> None:
     assert (answer.code, answer.out, answer.err) == (0, "stopped: all that was sent is stored\n", "")
 
 
+@pytest.mark.slow
 def test_listening_to_all_warns(done: Path) -> None:
     server = start("serve", "--study", done / "tiny.toml", "--port", "0", "--grpc-port", "0", "--listen", "0.0.0.0")
     assert server.stdout is not None

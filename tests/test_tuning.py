@@ -294,6 +294,7 @@ def kill_in(place: Path, number: int, *overrides: str, by: int = signal.SIGKILL)
     return answer.code, answer.out + answer.err
 
 
+@pytest.mark.slow
 def test_kill_9_in_a_trial_loses_only_that_trial(place: Path, tmp_path: Path) -> None:
     code, _ = kill_in(place, 2, *LONG, "search.trials=4")
     assert code == -signal.SIGKILL
