@@ -6,28 +6,24 @@ import pytest
 from atp_tune.spec.patterns import Pattern, parse
 
 
-@pytest.mark.parametrize(
-    ("text", "pattern", "sparsity"),
-    [
+def test_names() -> None:
+    for text, pattern, sparsity in (
         ("unstructured", Pattern(), None),
         ("2:4", Pattern(4, 2), 0.5),
         ("4:8", Pattern(8, 4), 0.5),
         ("1:3", Pattern(3, 1), 1 / 3),
         ("mixed:8", Pattern(8), None),
         ("mixed:2", Pattern(2), None),
-    ],
-)
-def test_names(text: str, pattern: Pattern, sparsity: float | None) -> None:
-    assert parse(text) == pattern
-    assert parse(text).sparsity == sparsity
+    ):
+        assert parse(text) == pattern
+        assert parse(text).sparsity == sparsity
 
 
-@pytest.mark.parametrize(
-    "text", ["", "4:2", "2:2", "0:4", "2:0", "2:4:8", "mixed", "mixed:1", "mixed:0", "mixed:-8", " 2:4", "2:4\n", "n:m"]
-)
-def test_what_is_no_pattern(text: str) -> None:
-    with pytest.raises(ValueError, match="must be unstructured, N:M with N < M as in 2:4, or mixed:M"):
-        parse(text)
+def test_what_is_no_pattern() -> None:
+    wrong = ("", "4:2", "2:2", "0:4", "2:0", "2:4:8", "mixed", "mixed:1", "mixed:0", "mixed:-8", " 2:4", "2:4\n", "n:m")
+    for text in wrong:
+        with pytest.raises(ValueError, match="must be unstructured, N:M with N < M as in 2:4, or mixed:M"):
+            parse(text)
 
 
 def mean(sparsities: tuple[float, ...], sizes: tuple[int, ...]) -> float:

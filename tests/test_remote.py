@@ -5,14 +5,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from time import sleep
 
 import optuna
 import pytest
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import get_storage
 from optuna.trial import TrialState
-from tinystudy import CommandLine, run
+from tinystudy import CommandLine, run, wait_until
 
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Note, TrialStarted
@@ -103,7 +102,7 @@ def test_requests_wait_for_a_server_that_comes_back(server: Server, caplog: pyte
     server.stop()
     with caplog.at_level(logging.WARNING, "atp_tune"), ThreadPoolExecutor() as pool:
         sent = pool.submit(study.tell, trial, 2.5)
-        sleep(0.3)
+        wait_until(lambda: caplog.records)
         assert not sent.done()
         server.start()
         sent.result(timeout=20)

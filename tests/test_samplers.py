@@ -1,9 +1,9 @@
 import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 from threading import Barrier
-from time import sleep
 from typing import Any
 
 import optuna
@@ -274,6 +274,14 @@ def test_workers_that_propose_at_the_same_moment_draw_apart(tmp_path: Path) -> N
         assert abs(first - second) > 1e-6
 
 
+class Later(datetime):
+    """A clock that is an hour ahead."""
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> "Later":
+        return super().now(tz) + timedelta(hours=1)
+
+
 def test_nobody_waits_for_a_trial_that_has_drawn_or_died(monkeypatch: pytest.MonkeyPatch) -> None:
     space, naps = space_of(), list[float]()
     monkeypatch.setattr(samplers, "sleep", naps.append)
@@ -290,7 +298,7 @@ def test_nobody_waits_for_a_trial_that_has_drawn_or_died(monkeypatch: pytest.Mon
     assert not wait_for_those_before(1)
     study.ask()
     assert set(wait_for_those_before(2)) == {samplers.LOOK}  # the one before has drawn nothing yet
-    sleep(0.2)  # so long that it must have died
+    monkeypatch.setattr(samplers, "datetime", Later)  # so late that it must have died
     assert not wait_for_those_before(2)
 
 
