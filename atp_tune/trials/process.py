@@ -3,6 +3,7 @@
 import os
 import platform
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -57,4 +58,10 @@ def _is_same(began: float, identity: Mapping[str, Any]) -> bool:
 
 def versions() -> dict[str, str]:
     """Versions of what decides a value's last digits."""
-    return {"atp_tune": __version__, **{name: version(name) for name in PACKAGES}}
+    return {"atp_tune": __version__, **_installed()}
+
+
+@cache
+def _installed() -> dict[str, str]:
+    """Read once, as the packages themselves are: each reading parses the whole of their metadata."""
+    return {name: version(name) for name in PACKAGES}
