@@ -1,9 +1,10 @@
 """Tiny random models of the families that the engine must run, and a bench over them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -145,6 +146,11 @@ MULTIMODAL: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "mistral3": ({**TEXT, "model_type": "mistral", "head_dim": 6}, {**TOWER, "model_type": "pixtral"}, {}),
     "aya_vision": ({**TEXT, "model_type": "cohere2"}, SIGLIP, {}),
 }
+
+
+def few(kinds: Iterable[str], fast: Collection[str]) -> list[Any]:
+    """Parameters of a test: all kinds, those that are not `fast` in the slow suite alone."""
+    return [pytest.param(kind, marks=() if kind in fast else pytest.mark.slow) for kind in kinds]
 
 
 def multimodal(family: str, **settings: Any) -> Any:

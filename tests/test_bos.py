@@ -184,6 +184,7 @@ def test_a_model_that_does_not_need_it_is_not(place: Path, command: CommandLine)
     assert study.user_attrs["dense"] == pytest.approx(nlls(place / "model", by_hand(place, "search", False)), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_without_bos_is_not_asked(place: Path, command: CommandLine) -> None:
     answer = tune(command, place)
     assert (answer.code, answer.err) == (0, "")
@@ -192,6 +193,7 @@ def test_a_tokenizer_without_bos_is_not_asked(place: Path, command: CommandLine)
     assert "bos" not in reopen(place).user_attrs
 
 
+@pytest.mark.slow
 def test_a_bos_beyond_the_vocabulary_is_none(place: Path, command: CommandLine) -> None:
     tokenizer = AutoTokenizer.from_pretrained(place / "model")
     tokenizer.add_special_tokens({"bos_token": "<s>"})
@@ -256,6 +258,7 @@ def forget(study: optuna.Study) -> None:
     study.set_user_attr("fingerprint", known)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("never")
 def test_studies_of_before_go_on_without(wanting: Path, command: CommandLine) -> None:
     run(wanting, "search.trials=2", "texts.bos=false")
@@ -275,6 +278,7 @@ def test_studies_of_before_go_on_without(wanting: Path, command: CommandLine) ->
     assert command("plan", "--study", wanting / "tiny.toml").code == 0
 
 
+@pytest.mark.slow
 def test_the_screening_shares_it(wanting: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, original = [], bench.compare
     monkeypatch.setattr(bench, "compare", lambda *given: asked.append(1) or original(*given))
@@ -290,6 +294,7 @@ def test_the_screening_shares_it(wanting: Path, monkeypatch: pytest.MonkeyPatch)
 # --- what is asked for
 
 
+@pytest.mark.slow
 def test_the_papers_have_none(wanting: Path, command: CommandLine) -> None:
     toml = (wanting / "tiny.toml").read_text()
     head, mark, rest = toml.partition("[texts.report]")
@@ -423,6 +428,7 @@ def test_a_plan_is_of_the_study_that_was_begun(finished: Path, cache: Path, comm
     assert all((ids[:, 0] == BOS).all() for ids in windows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("residency", ["host", "disk"])
 def test_wherever_the_weights_lie(residency: str, wanting: Path, finished: Path) -> None:
     run(wanting, f"model.residency={residency}", "search.trials=1")
@@ -486,6 +492,7 @@ def test_what_is_stored_of_it_is_checked(finished: Path) -> None:
     assert reopen(finished).user_attrs["bos"] == known
 
 
+@pytest.mark.slow
 def test_two_studies_are_merged_only_if_both_have_it(finished: Path, wanting: Path, command: CommandLine) -> None:
     run(wanting, "texts.bos=false", "search.trials=1")
     answer = command("merge", finished / "tiny.db", wanting / "tiny.db", "--out", wanting / "both.db")

@@ -176,15 +176,9 @@ def test_a_llava_is_tuned_as_its_language_model_and_applied_with_its_tower(
         assert not torch.equal(seen, pruned(input_ids=ids, pixel_values=torch.rand(1, 3, 16, 16)).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "way",
-    [
-        ("prune.statistics=sequential",),
-        *(
-            pytest.param((key,), marks=pytest.mark.slow)
-            for key in ("prune.pruners=['sparsegpt']", "model.residency=host")
-        ),
-    ],
+    "way", [("prune.statistics=sequential",), ("prune.pruners=['sparsegpt']",), ("model.residency=host",)]
 )
 def test_a_llava_goes_every_way(way: tuple[str, ...], done: Path, command: CommandLine) -> None:
     options = settings(*way, "search.trials=2")

@@ -157,6 +157,7 @@ def test_a_timeout_leaves_the_rest_for_later(place: Path, command: CommandLine) 
     assert "0 of 3 trials are done" in answer.out
 
 
+@pytest.mark.slow
 def test_another_storage_and_another_name(
     place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

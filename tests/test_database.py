@@ -105,6 +105,7 @@ def test_every_command_works_on_postgresql_and_none_shows_the_password(
         assert URL_PASSWORD not in text
 
 
+@pytest.mark.slow
 def test_a_dashboard_of_postgresql_keeps_the_password(place: Path, postgres: PostgreSQL, tmp_path: Path) -> None:
     address = postgres.new()
     run(place, f"storage={address}")
@@ -188,6 +189,7 @@ def refused(server: PostgreSQL) -> bool:
 pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat of storage")  # the tests ask and tell by hand
 
 
+@pytest.mark.slow
 def test_calls_wait_for_a_server_that_was_killed(frail: PostgreSQL, caplog: pytest.LogCaptureFixture) -> None:
     address = frail.new()
     study = storage.create_study(opened(address), "s", {"sparsity": 0.5})
@@ -212,6 +214,7 @@ def test_calls_wait_for_a_server_that_was_killed(frail: PostgreSQL, caplog: pyte
     assert [(t.params, t.value, t.user_attrs) for t in found] == [({"beta": beta}, 2.5, {"a": 1})]
 
 
+@pytest.mark.slow
 def test_no_trial_is_taken_for_lost_soon_after_an_outage(frail: PostgreSQL, monkeypatch: pytest.MonkeyPatch) -> None:
     db = opened(frail.new())
     study = storage.create_study(db, "s", {})
@@ -229,6 +232,7 @@ def test_no_trial_is_taken_for_lost_soon_after_an_outage(frail: PostgreSQL, monk
     assert other._get_stale_trial_ids(study._study_id) == [trial._trial_id]
 
 
+@pytest.mark.slow
 def test_a_worker_gives_up_in_one_line(
     place: Path, frail: PostgreSQL, monkeypatch: pytest.MonkeyPatch, command: CommandLine
 ) -> None:
@@ -281,6 +285,7 @@ def test_a_mistake_is_no_outage(postgres: PostgreSQL) -> None:
     assert not is_away(caught.value)
 
 
+@pytest.mark.slow
 def test_workers_of_a_server_whose_database_is_away_wait(frail: PostgreSQL) -> None:
     served = storage.open_database(frail.new(), True, ServedDatabase)
     assert served is not None

@@ -263,6 +263,7 @@ def test_intervals_of_that_reach_hold_the_mean_as_often_as_they_say() -> None:
     assert perplexity(nlls).stderr == pytest.approx(math.exp(fmean(nlls)) * errors[0])
 
 
+@pytest.mark.slow
 def test_the_legend_says_over_how_many_windows_and_how_far(done: Path, place: Path, command: CommandLine) -> None:
     assert "±: standard error over 16 windows (× 2.13 for 95 %)" in command("--study", done / "tiny.toml").out
     run(place, "texts.report.windows=24")
@@ -338,6 +339,7 @@ def test_rows_that_are_not_of_their_kind_are_left_out(drawn: Path) -> None:
     assert summarise(found).trials
 
 
+@pytest.mark.slow
 def test_draws_follow_their_trials_into_a_merged_study(place: Path, tmp_path: Path, command: CommandLine) -> None:
     for index in range(2):
         run(place, THREE, f"storage=sqlite:///{place}/{index}.db", f"search.seed={index}")

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ import pytest
 import torch
 import transformers
 from everytype import model_of, types
-from families import CPU, bench_of, same_bits
+from families import CPU, bench_of, few, same_bits
 from safetensors.torch import load_file
 from tinystudy import CommandLine, make_tokenizer, settings
 from torch import Tensor
@@ -62,11 +62,6 @@ WORDS = re.compile(
     r"^model (?!module)\w+: |^model (?=module)|; such a model cannot be pruned block by block$"
 )  # said of all
 SEEN: dict[str, Seen] = {}
-
-
-def few(kinds: Iterable[str], fast: Collection[str]) -> list[Any]:
-    """Parameters of a test: all kinds, those that are not `fast` in the slow suite alone."""
-    return [pytest.param(kind, marks=() if kind in fast else pytest.mark.slow) for kind in kinds]
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -114,6 +114,7 @@ def test_nothing_is_written_that_cannot_be_said(done: Path, command: CommandLine
     assert not (done / "alps.recipe.yaml").exists()
 
 
+@pytest.mark.slow
 def test_a_study_of_single_linears_knows_their_names(done: Path, command: CommandLine, tmp_path: Path) -> None:
     toml = (done / "tiny.toml").read_text().replace("beta = [0.0, 0.1]", 'names = ["curve"]')
     (done / "curve.toml").write_text(toml.replace('"wanda", ', "").replace("= 0.5", "= 0.8"))

@@ -98,15 +98,18 @@ def test_another_study_under_the_same_name_is_refused(place: Path, server: Serve
 
 
 def test_requests_wait_for_a_server_that_comes_back(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    def said() -> list[str]:
+        return [record.getMessage() for record in caplog.records if record.name.startswith("atp_tune")]
+
     study, trial = started(server)
     server.stop()
     with caplog.at_level(logging.WARNING, "atp_tune"), ThreadPoolExecutor() as pool:
         sent = pool.submit(study.tell, trial, 2.5)
-        wait_until(lambda: caplog.records)
+        wait_until(said)
         assert not sent.done()
         server.start()
         sent.result(timeout=20)
-    assert [record.getMessage() for record in caplog.records] == [
+    assert said() == [
         f"{server.address} does not answer; trying again, nothing is lost",
         f"{server.address} answers again",
     ]

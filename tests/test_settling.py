@@ -215,6 +215,7 @@ def test_more_trials_go_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert study.user_attrs["settled"] == [41, 7]
 
 
+@pytest.mark.slow
 def test_what_was_left_out_is_run_where_a_command_asks_for_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settle_after(4, monkeypatch)
     run(place, *GP)

@@ -261,7 +261,8 @@ def batches_of(study: optuna.Study) -> dict[str, int]:
     They are those of its first measured trial, of which earlier versions stored the calibration text's; empty where
     there is none.
     """
-    facts, stored = study.user_attrs.get("fingerprint", {}), study.user_attrs.get("batches")
+    attrs = study.user_attrs
+    facts, stored = attrs.get("fingerprint", {}), attrs.get("batches")
     first = min(measured(study), key=lambda trial: trial.number, default=None) if stored is None else None
     return dict(stored or (batches_in(first, facts) if first else {}))
 
