@@ -10,7 +10,7 @@ EXAMPLES = {"config": 100, "toml": 100, "stored": 20}
 
 @pytest.mark.parametrize("name", fuzzing.TARGETS)
 def test_whatever_is_handed_over(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    @settings(max_examples=EXAMPLES[name], derandomize=True, deadline=None, database=None)
+    @settings(max_examples=EXAMPLES[name])
     @given(st.binary(min_size=8, max_size=48))
     def check(data: bytes) -> None:
         fuzzing.TARGETS[name](data)

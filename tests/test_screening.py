@@ -142,6 +142,7 @@ def test_a_larger_screening_goes_on(screened_place: Path) -> None:
     assert states(study) == ["COMPLETE"] * 6
 
 
+@pytest.mark.slow
 def test_time_that_is_up_while_screening(place: Path) -> None:
     ended: list[TrialEnded] = []
     study = run(place, *INSIDE, timeout=0, watch=lambda event: isinstance(event, TrialEnded) and ended.append(event))
@@ -151,6 +152,7 @@ def test_time_that_is_up_while_screening(place: Path) -> None:
     assert study.trials[0].params in [t.params for t in reopen(place, "tiny.screen").trials]
 
 
+@pytest.mark.slow
 def test_how_far_a_screening_is(place: Path, command: Any) -> None:
     def stop(event: Any) -> None:
         if isinstance(event, TrialStarted) and event.title == "screening 3":
@@ -171,6 +173,7 @@ def test_how_far_a_screening_is(place: Path, command: Any) -> None:
     assert json.loads(command("status", *words, "--study-name", "tiny.screen", "--json").out)["complete"]
 
 
+@pytest.mark.slow
 def test_a_study_without_uniform_can_be_looked_at_and_taken_home(place: Path, command: Any) -> None:
     """As it stands where the time is up before uniform, the last trial, has begun."""
     words = ("--study", place / "tiny.toml", *settings(*INSIDE, "search.screen.trials=6"))
@@ -300,6 +303,7 @@ def test_other_keys_of_a_screening_are_refused(screened_place: Path) -> None:
     run(place, *INSIDE, "search.screen.trials=6")
 
 
+@pytest.mark.slow
 def test_what_a_screening_says_is_said_of_it(place: Path) -> None:
     notes: list[str] = []
     watch = lambda event: isinstance(event, Note) and notes.append(event.text)  # noqa: E731
