@@ -5,7 +5,7 @@ from typing import Any
 import naive
 import pytest
 import torch
-from families import ALL, CPU, MIXTURES, TOKENS, bench_of, checkpoint_of, copy_of, random_ids, same_bits, tiny
+from families import ALL, CPU, MIXTURES, TOKENS, bench_of, checkpoint_of, copy_of, few, random_ids, same_bits, tiny
 from torch import Tensor
 
 from atp_tune.allocations import Budget, Shape, atp
@@ -118,7 +118,7 @@ def test_magnitude_measures_nothing(family: str, monkeypatch: pytest.MonkeyPatch
     assert [block.error for block in pruned] == pytest.approx(errors, rel=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", *MIXTURES])
+@pytest.mark.parametrize("family", ["llama", "gpt2", *few(MIXTURES, ("deepseek_v3", "gpt_oss"))])
 def test_sparsegpt_is_its_naive_pass(family: str) -> None:
     def prune(weight: Tensor, x: Tensor, sparsity: float) -> Tensor:
         return naive.sparsegpt(weight, x, sparsity, 0.05, 32)[0].float()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import ALL, CPU, bench_of, checkpoint_of, same_bits, tiny
+from families import ALL, CPU, bench_of, checkpoint_of, few, same_bits, tiny
 from torch import Tensor
 
 from atp_tune.checkpoints import streaming
@@ -196,15 +196,17 @@ def values(family: str, residency: Residency, pruner: str = "wanda") -> tuple[li
     return [block.weights for block in pruned], [*nlls, *bench.all_nlls(bench.dense(), "report")]
 
 
-@pytest.mark.parametrize("residency", ["host", "disk"])
-@pytest.mark.parametrize("family", ALL)
-def test_where_weights_lie_changes_no_bit(family: str, residency: Residency) -> None:
+@pytest.mark.parametrize(
+    "family", few(ALL, ("llama-tied", "gpt2", "gemma3", "falcon", "deepseek_v3", "gpt_oss", "olmoe"))
+)
+def test_where_weights_lie_changes_no_bit(family: str) -> None:
     resident, nlls = values(family, "device")
-    streamed, others = values(family, residency)
-    assert nlls == others
-    for one, other in zip(resident, streamed, strict=True):
-        assert one.keys() == other.keys()
-        assert all(same_bits(tensor, other[name]) for name, tensor in one.items())
+    for residency in ("host", "disk"):
+        streamed, others = values(family, residency)
+        assert nlls == others, residency
+        for one, other in zip(resident, streamed, strict=True):
+            assert one.keys() == other.keys()
+            assert all(same_bits(tensor, other[name]) for name, tensor in one.items()), residency
 
 
 @pytest.mark.parametrize("residency", ["host", "disk"])
