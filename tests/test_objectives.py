@@ -12,6 +12,7 @@ import naive
 import optuna
 import pytest
 from byhand import ByHand
+from families import few
 from optuna.trial import FrozenTrial, TrialState
 from tinystudy import CommandLine, few_at_a_time, quiet, run, settings, start, stored, study_file
 from tinystudy import finish as finished
@@ -128,6 +129,7 @@ def test_a_stopped_trial_has_a_kl_that_compares(place: Path, monkeypatch: pytest
     status_of(summarise(study), datetime.now())
 
 
+@pytest.mark.slow
 def test_what_may_be_gained_of_a_kl_is_relative(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settling, "GAP", 1)  # eleven points may leave one
     study = run(place, KL, GP, "search.settle=true", "search.trials=11")
@@ -208,7 +210,7 @@ def test_both_studies_tell_the_same_of_a_plan(made: Path) -> None:
     assert one.user_attrs["nlls"] == both.user_attrs["nlls"]
 
 
-@pytest.mark.parametrize("sampler", ["gp", "tpe", "random", "grid"])
+@pytest.mark.parametrize("sampler", few(["gp", "tpe", "random", "grid"], ["random"]))
 def test_a_study_of_two_values_goes_on_where_it_was(sampler: str, place: Path) -> None:
     keys = (BOTH, f"search.sampler={sampler}", "search.step=0.02")
     run(place, *keys, "search.trials=4")
@@ -219,6 +221,7 @@ def test_a_study_of_two_values_goes_on_where_it_was(sampler: str, place: Path) -
     assert len(study.trials) == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("allocations", ['["atp", "curve"]', '["atp", "owl"]'])
 def test_two_values_with_several_allocations(allocations: str, place: Path) -> None:
     study = run(place, BOTH, GP, f"allocation={allocations}", "search.trials=10")

@@ -772,6 +772,7 @@ def test_a_grid_is_its_points_and_uniform(place: Path, monkeypatch: pytest.Monke
     assert len(run(place, *GRID, f"prune.pruners={pruners}").trials) == 5 * len(pruners)
 
 
+@pytest.mark.slow
 def test_a_grid_in_several_runs_misses_no_point(place: Path) -> None:
     for total in (2, 3, 4):
         run(place, *GRID, BOTH, f"search.trials={total}")
