@@ -109,13 +109,13 @@ def tiny_done(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture(scope="session")
-def long(tmp_path_factory: pytest.TempPathFactory) -> "optuna.Study":
-    """A made-up study of 500 trials in a real SQLite file; to be read only."""
+def long() -> "optuna.Study":
+    """A made-up study of 500 trials, in memory: SQLite takes seconds to store them; to be read only."""
     from synthetic import long_study
     from tinystudy import quiet
 
     with quiet():
-        return long_study(tmp_path_factory.mktemp("long") / "long.db", 500)
+        return long_study(None, 500)
 
 
 @pytest.fixture(scope="session")

@@ -67,9 +67,9 @@ def storage_in(database: Path) -> Database:
     return Database(f"sqlite:///{database}")
 
 
-def new_study(database: Path, name: str = "made-up") -> optuna.Study:
-    """A study without trials that has measured the dense model and knows its study file."""
-    study = optuna.create_study(study_name=name, storage=storage_in(database))
+def new_study(database: Path | None, name: str = "made-up") -> optuna.Study:
+    """A study without trials that knows its dense model and its study file; in memory if there is no database."""
+    study = optuna.create_study(study_name=name, storage=None if database is None else storage_in(database))
     overrides = ['prune.pruners=["wanda", "sparsegpt"]', 'allocation=["atp", "owl"]']
     attributes = {
         "fingerprint": {"model.content": "ab" * 32, "texts.search.content": "cd" * 32, "sparsity": TARGET},
@@ -83,7 +83,7 @@ def new_study(database: Path, name: str = "made-up") -> optuna.Study:
     return study
 
 
-def long_study(database: Path, trials: int, name: str = "made-up") -> optuna.Study:
+def long_study(database: Path | None, trials: int, name: str = "made-up") -> optuna.Study:
     """A study of so many trials of two pruners and two allocations, with some that failed or exploded."""
     study, draw = new_study(database, name), random.Random(0)
     study.set_user_attr("total", trials)

@@ -11,6 +11,7 @@ from typing import Any
 
 import optuna
 import pytest
+from families import few
 from fuzzing import Choices
 from optuna.trial import TrialState
 from test_serving import served
@@ -31,7 +32,10 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-@pytest.mark.parametrize("name", ["../../x", "/tmp/x", "..", ".", "-x", "a b", "a/../../b", "~", "é", "x" * 200])
+NAMES = ["../../x", "/tmp/x", "..", ".", "-x", "a b", "a/../../b", "~", "é", "x" * 200]
+
+
+@pytest.mark.parametrize("name", few(NAMES, ["../../x", ".", "x" * 200]))
 def test_a_name_stays_in_its_folder(name: str, place: Path, command: CommandLine) -> None:
     before = files(place.parent)
     answer = command("--study", place / "tiny.toml", f"--study-name={name}", "--trials", "1")
