@@ -1,6 +1,7 @@
 import gc
 import threading
 import weakref
+from typing import Any
 
 import pytest
 import torch
