@@ -5,12 +5,11 @@ import os
 import signal
 import sys
 import warnings
-from _thread import interrupt_main
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from threading import Timer
+from threading import Timer, main_thread
 from time import time
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -199,7 +198,7 @@ def interruptible(*stops: signal.Signals) -> Iterator[None]:
 
     def first(signum: int, frame: FrameType | None) -> None:
         if in_transaction(frame):
-            Timer(SOON, interrupt_main).start()
+            Timer(SOON, signal.pthread_kill, (main_thread().ident, signum)).start()  # a real one also ends a sleep
             return
         for stop in stops:
             signal.signal(stop, signal.SIG_DFL if stop == signal.SIGINT else signal.SIG_IGN)
