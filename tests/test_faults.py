@@ -56,6 +56,7 @@ from atp_tune.search import tuning
 from atp_tune.search.bench import Bench
 from atp_tune.spec.config import read_config
 from atp_tune.trials import storage
+from atp_tune.trials.cutoffs import SAME
 from atp_tune.trials.process import identity, versions
 
 ROWS = Rows()
@@ -170,7 +171,7 @@ def test_kill_9_while_the_database_writes(tiny: Tiny, undisturbed: Tiny) -> None
 
 @slow
 def test_kill_9_at_random_moments(place: Path) -> None:
-    """Each of some runs is killed at a random moment; no trial is hit three times, which would end it by design.
+    """Each of some runs is killed at a random moment; no trial is hit three times: at one place that ends it by design.
 
     A run may end one trial before it is killed, so that a machine that is suddenly faster does not reach the total.
     """
@@ -215,15 +216,15 @@ WRITTEN = "SELECT 1 FROM trial_user_attributes LIMIT 1 OFFSET ?"
 ENDED = "SELECT 1 FROM trials WHERE state = 'COMPLETE' LIMIT 1 OFFSET ?"
 SPARED = """SELECT 1 WHERE NOT EXISTS (
     SELECT 1 FROM trials JOIN trial_system_attributes USING (trial_id)
-    WHERE state IN ('RUNNING', ?) AND key = 'deaths' AND CAST(value_json AS INTEGER) >= ?)"""
+    WHERE state IN ('RUNNING', ?) AND key = 'cut_offs' AND json_array_length(value_json) >= ?)"""
 
 
 def is_no_third(tiny: Tiny, command: Command) -> bool:
     """Whether the death of a process would not be a trial's third one; where it may be, it is stopped for the look."""
-    if not tiny.database.exists() or tiny.has(SPARED, "WAITING", storage.RETRIES - 1):
+    if not tiny.database.exists() or tiny.has(SPARED, "WAITING", SAME - 2):
         return True
     os.kill(command.pid, signal.SIGSTOP)
-    if tiny.has(SPARED, "RUNNING", storage.RETRIES):
+    if tiny.has(SPARED, "RUNNING", SAME - 1):
         return True
     os.kill(command.pid, signal.SIGCONT)
     return False
@@ -680,7 +681,7 @@ def is_stopped_in_a_trial(tiny: Tiny, command: Command) -> bool:
 def test_a_trial_that_kills_its_process_each_time_is_given_up(place: Path) -> None:
     """The third death counts, or the study would try for ever; the total is reached without it."""
     one = Tiny(place, *LONG, "search.trials=1")
-    for _ in range(storage.RETRIES + 1):
+    for _ in range(SAME):
         assert one.start(kill_in_the_first_trial).finish().code == -signal.SIGKILL
     tiny = Tiny(place, *LONG)
     tiny.finish()

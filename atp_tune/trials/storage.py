@@ -30,7 +30,6 @@ from atp_tune.trials.database import Database, PatientDatabase, engine_options, 
 from atp_tune.trials.process import GRACE, HEARTBEAT, has_rebooted, is_dead
 from atp_tune.trials.stored import CheckedStudy, checked_trial, readable
 
-RETRIES = SAME - 1  # of a trial that ends its process each time
 START = "start"  # attribute of the trials that a study begins with
 INTERRUPTED = "interrupted"  # what the attribute `lost` says after Ctrl-C
 SURPLUS = "not needed: other workers reached the total, or have it"
