@@ -31,7 +31,7 @@ from atp_tune.spec.config import read_config
 from atp_tune.spec.study import Model
 
 WRITES = os.environ.get("ATP_TUNE_WRITE_DOCS") == "1"
-LIMIT = HANGS  # seconds for a command
+LIMIT = 120  # seconds for a command
 NONE = "–"
 OUT = r"work/out(/.*)?"
 STUDY = "download/a/study"
@@ -104,17 +104,22 @@ def finished(tiny_done: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def limited(home: Path) -> Iterator[None]:
-    """Ends what waits for ever, for a pipe that nobody writes to, say."""
+    """Ends what waits for ever, for a pipe that nobody writes to, say, and raises HangsError."""
+    opened: list[int] = []
 
     def stop(*_: object) -> None:
         raise HangsError
 
     before = signal.signal(signal.SIGALRM, stop)
-    pipes = Timer(LIMIT - 10, lambda: [os.open(pipe, os.O_RDWR) for pipe in home.rglob("*") if pipe.is_fifo()])
+    pipes = Timer(
+        LIMIT - 10, lambda: opened.extend(os.open(pipe, os.O_RDWR) for pipe in home.rglob("*") if pipe.is_fifo())
+    )
     pipes.start()  # what waits in C for somebody who writes into a pipe gets no signal
     signal.alarm(LIMIT)
     try:
         yield
+        if opened:
+            raise HangsError
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)

@@ -181,6 +181,8 @@ def find(name: str) -> Path:
 
 def holds(file: Path, study: str) -> bool:
     """Whether a SQLite file has trials of that name; nothing is made in files of other programs."""
+    if is_special(file):  # a pipe would be waited for
+        return False
     try:
         with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as database:
             return bool(database.execute("SELECT 1 FROM studies WHERE study_name = ?", (study,)).fetchone())
