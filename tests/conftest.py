@@ -24,13 +24,6 @@ settings.load_profile("repeatable")
 os.environ.pop("COLUMNS", None)  # xdist sets it, and what the tests set themselves would count no more
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slow tests of a file share its servers: with `--dist loadgroup` they stay in one process."""
-    for item in items:
-        if item.get_closest_marker("slow") and not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 @pytest.fixture(autouse=True)
 def ended() -> Iterator[None]:
     """Processes of a test end with it, so that one that fails is one failure."""

@@ -275,10 +275,7 @@ def test_a_command_that_is_quick(name: str, kind: str, sandbox: Sandbox) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [pytest.param(*cell, marks=pytest.mark.xdist_group(" ".join(cell))) for cell in CELLS if cell not in FAST],
-)
+@pytest.mark.parametrize(("name", "kind"), [cell for cell in CELLS if cell not in FAST])
 def test_a_command(name: str, kind: str, sandbox: Sandbox) -> None:
     check(name, kind, sandbox)
 
