@@ -13,7 +13,7 @@ from synthetic import storage_in
 from tinystudy import HANGS, finish, start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from atp_tune.blocks import prune_pass
+from atp_tune.blocks import timing
 from atp_tune.cost import probe
 from atp_tune.cost.planning import foresee
 from atp_tune.events import unwatched
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 # In float32 also where bfloat16 is fast: the references compute in it.
 SHORT = [
-    "model.dtype=float32", "texts.calibration.windows=4", "texts.search.windows=2", "texts.report.windows=2",
+    "model.dtype=float32", "texts.calibration.windows=8", "texts.search.windows=2", "texts.report.windows=2",
     "texts.calibration.draws=1",
 ]  # fmt: skip
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -108,7 +108,7 @@ def test_perplexity_equals_the_models_own_loss(bench: Bench) -> None:
 
 def test_plan_foretells_a_trial(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """In seconds of this process, which other work does not change; benchmarks/plan.py takes real ones."""
-    for module in (probe, prune_pass):
+    for module in (probe, timing):
         monkeypatch.setattr(module, "perf_counter", process_time)
     found = foresee(load("smol", [*SHORT, "device=cpu"]), "smol", unwatched)
     plan = make_plan("wanda", "atp", bench.budget(0.6), {"beta": 0.004})
