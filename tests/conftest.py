@@ -3,12 +3,12 @@
 import gc
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
 from hypothesis import settings
 from localhub import serve
 from processes import scope
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from pgserver import PostgreSQL
     from tinystudy import CommandLine
 
-torch.set_num_threads(1)
 settings.register_profile("repeatable", max_examples=25, derandomize=True, database=None, deadline=None)
 settings.load_profile("repeatable")
+sys.dont_write_bytecode = False  # to rewrite the assertions of all files takes each process 5 s
 os.environ.pop("COLUMNS", None)  # xdist sets it, and what the tests set themselves would count no more
 
 
@@ -31,15 +31,29 @@ def ended() -> Iterator[None]:
         yield
 
 
-def pytest_collection_finish() -> None:
-    """What was imported stays: the collector need not go over it again and again."""
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What is imported stays: the collector goes over it once, neither all the while nor later."""
+    gc.disable()
+    result = yield
     gc.collect()
     gc.freeze()
+    gc.enable()
+    return result
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_unconfigure() -> None:
     """What was frozen is freed at the end, or extensions complain of leaks."""
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Of torch, which the process that only hands out the tests need not import."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
