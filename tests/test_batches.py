@@ -62,6 +62,7 @@ def test_a_study_is_resumed_in_its_own_batches(began: Path, elsewhere: pytest.Mo
     assert summarise(stored(began)).unlike == {}
 
 
+@pytest.mark.slow
 def test_a_study_of_an_earlier_version_is_resumed_in_the_batches_of_its_trials(
     began: Path, elsewhere: pytest.MonkeyPatch
 ) -> None:
@@ -99,6 +100,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
     yield chosen
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_in_one_trial_changes_that_one_alone(
     place: Path, full: set[int], command: CommandLine
 ) -> None:
@@ -164,6 +166,7 @@ def test_a_configuration_of_before_is_read(done: Path) -> None:
     assert (found.batches, found.draws) == ({}, None)
 
 
+@pytest.mark.slow
 def test_what_another_machine_writes_is_equal_to_the_last_byte(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SparseGPT moves the weights that stay, by sums over all windows: their last bits show the batches."""
     run(place, "prune.pruners=['sparsegpt']", "search.trials=2")

@@ -25,6 +25,7 @@ def rows(text: str) -> list[list[str]]:
     ]
 
 
+@pytest.mark.slow
 def test_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = benchmark("gpu")
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny"])

@@ -144,6 +144,7 @@ def nlls(folder: Path, windows: Tensor, counted: int = 1) -> list[float]:
 # --- what auto does
 
 
+@pytest.mark.slow
 def test_a_model_that_needs_bos_is_given_it(wanting: Path, command: CommandLine) -> None:
     answer = tune(command, wanting)
     assert (answer.code, answer.err) == (0, "")

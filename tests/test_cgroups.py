@@ -124,6 +124,7 @@ def group() -> Iterator[Path]:
     pytest.skip("control groups cannot be made here")
 
 
+@pytest.mark.slow
 def test_a_process_in_a_real_group_has_what_its_limit_leaves(group: Path) -> None:
     code = (
         f"open({str(group / 'cgroup.procs')!r}, 'w').write('0')\n"

@@ -141,6 +141,7 @@ def to_llava(place: Path) -> Any:
     return llava
 
 
+@pytest.mark.slow
 def test_a_llava_is_tuned_as_its_language_model_and_applied_with_its_tower(
     done: Path, tmp_path: Path, command: CommandLine
 ) -> None:

@@ -287,6 +287,7 @@ def test_status_shows_every_trial_and_the_summary(done: Path, command: CommandLi
     assert re.search(r"\n\| dense +\| 0% +\| \d+\.\d\d ± \d+\.\d\d +\| \d+\.\d\d ±", answer.out)
 
 
+@pytest.mark.slow
 def test_status_of_what_repeats_and_what_was_stopped(
     place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,6 +63,7 @@ def test_nothing_is_given_up_before_the_third_time(cut_offs: list[CutOff]) -> No
     assert why_given_up(cut_offs) == ""
 
 
+@pytest.mark.slow
 @quick
 @given(st.lists(ANY, min_size=MOST))
 def test_nothing_goes_on_for_ever(cut_offs: list[CutOff]) -> None:

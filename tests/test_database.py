@@ -80,6 +80,7 @@ def refusal(address: str) -> str:
 # --- PostgreSQL
 
 
+@pytest.mark.slow
 def test_a_study_is_the_same_in_postgresql(place: Path, postgres: PostgreSQL) -> None:
     here, address = run(place), postgres.new()
     there = run(place, f"storage={address}")
@@ -89,6 +90,7 @@ def test_a_study_is_the_same_in_postgresql(place: Path, postgres: PostgreSQL) ->
     assert again.user_attrs["reports"] == here.user_attrs["reports"]
 
 
+@pytest.mark.slow
 def test_every_command_works_on_postgresql_and_none_shows_the_password(
     place: Path, postgres: PostgreSQL, command: CommandLine
 ) -> None:
@@ -299,6 +301,7 @@ def test_workers_of_a_server_whose_database_is_away_wait(frail: PostgreSQL, capl
     assert stored(served.url, "s").trials[0].value == 2.5
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_gone_keeps_no_lock(postgres: PostgreSQL, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its machine says nothing any more, in the middle of a transaction."""
     monkeypatch.setitem(database.LIBPQ, "options", database.LIBPQ["options"].replace("=60s", "=1s"))  # type: ignore[union-attr]

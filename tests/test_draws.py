@@ -77,6 +77,7 @@ def test_best_and_uniform_are_measured_on_the_stretches_that_follow(drawn: Path)
             assert expected != study.user_attrs["reports"][str(trial.number)]
 
 
+@pytest.mark.slow
 def test_a_random_draw_is_drawn_again_with_the_seeds_that_follow(place: Path) -> None:
     lines = (place / "long.txt").read_text().split("\n\n")
     rows = [json.dumps({"text": "\n\n".join(lines[k : k + 8])}) for k in range(0, len(lines), 8)]
@@ -131,6 +132,7 @@ def test_they_are_shown_beside_the_error_over_windows(drawn: Path, command: Comm
         assert f"Over 3 draws of the calibration text the difference is {change}." in text
 
 
+@pytest.mark.slow
 def test_a_study_that_is_complete_is_measured_on_more_draws(place: Path) -> None:
     """The key decides no trial: nothing is run again, and one draw less is shown again as it was."""
     run(place)
@@ -147,6 +149,7 @@ def test_a_study_that_is_complete_is_measured_on_more_draws(place: Path) -> None
     assert "texts.calibration.draws" not in stored(place).user_attrs["fingerprint"]
 
 
+@pytest.mark.slow
 def test_what_was_measured_before_a_process_died_is_kept(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, calls = Bench.all_nlls, [0]
 

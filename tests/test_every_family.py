@@ -184,6 +184,7 @@ def exchange(place: Path, kind: str) -> dict[str, Tensor]:
     return load_file(place / "model" / "model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", few(HYBRIDS, ["nemotron_h"]))
 @pytest.mark.filterwarnings("ignore")
 def test_a_hybrid_goes_from_its_folder_to_a_sparse_one(kind: str, place: Path, command: CommandLine) -> None:

@@ -243,6 +243,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     return {key: tensor for file in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(file).items()}
 
 
+@pytest.mark.slow
 def test_a_study_of_a_mixture(mixed: Path) -> None:
     study = run(mixed, "sparsity=0.5", "prune.pruners=['wanda', 'magnitude']", "search.trials=4")
     trials = study.get_trials(deepcopy=False)

@@ -335,6 +335,7 @@ def test_the_disk_of_a_server_is_full(place: Path, tmp_path: Path, undisturbed: 
     ROWS.add("disk full under a gRPC server while a worker elsewhere measures", 1, seconds=seconds)
 
 
+@pytest.mark.slow
 def test_the_disk_is_full_for_exports_and_reports(done: Path, tmp_path: Path, command: CommandLine) -> None:
     best = (done / "tiny.best.json").read_bytes()
     with disk(tmp_path / "disk", "16m") as folder:
@@ -359,6 +360,7 @@ def test_the_disk_is_full_for_exports_and_reports(done: Path, tmp_path: Path, co
     ROWS.add("disk full for `export`, `report` and `apply`", 3)
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_read_only(done: Path, tmp_path: Path, command: CommandLine) -> None:
     with disk(tmp_path / "disk", "4m") as folder:
         place = Path(shutil.copytree(done, folder / "tiny"))
@@ -437,6 +439,7 @@ def test_an_empty_file_is_a_database_that_was_about_to_be_made(place: Path, comm
 # --- the model
 
 
+@pytest.mark.slow
 def test_a_model_that_changes_while_it_is_used_is_not_mixed(
     place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -506,6 +509,7 @@ def test_memory_runs_out_in_a_trial(phase: str, kind: str, place: Path, monkeypa
     ROWS.add("memory runs out in calibration, pruning, evaluation", 6, same="that trial fails, the study goes on")
 
 
+@pytest.mark.slow
 def test_memory_runs_out_in_the_report(place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     def report_fails(bench: Bench, blocks: Any, role: str, kl: bool = False) -> Any:
         if role == "report":
@@ -619,6 +623,7 @@ def test_the_clock_is_set_back_while_a_trial_runs(place: Path, tmp_path: Path, u
     ROWS.add("clock set back by an hour while a trial runs, then a kill, and the clock put right", 1, seconds=seconds)
 
 
+@pytest.mark.slow
 def test_a_clock_that_was_set_back(place: Path, command: CommandLine) -> None:
     """All times that are stored lie an hour ahead: a trial that is alive is kept, one that is dead is run again."""
     run(place, "search.trials=1")
@@ -641,6 +646,7 @@ def test_a_clock_that_was_set_back(place: Path, command: CommandLine) -> None:
     ROWS.add("all stored times an hour ahead, as after a clock was set back", 1, seconds=monotonic() - began)
 
 
+@pytest.mark.slow
 def test_another_version_is_noted(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(place, "search.trials=1")
     notes: list[str] = []

@@ -65,6 +65,7 @@ def check_kept(before: Path, after: Path) -> None:
         assert not torch.equal(was, new[name])
 
 
+@pytest.mark.slow
 def test_a_sparse_folder_is_tuned_and_keeps_its_zeros(place: Path, command: CommandLine) -> None:
     longer = (*SHORT, "--steps", "30", "--learning-rate", "0.003", "--text", f"file:{place / 'long.txt'}")
     answer = command("finetune", "--model", place / "sparse", "--out", place / "out", *longer)
@@ -134,6 +135,7 @@ def test_windows_are_those_of_the_text_in_the_order_of_the_seed(place: Path) -> 
     assert done.losses[0] == pytest.approx(expected, rel=1e-2)  # bfloat16 where it is fast
 
 
+@pytest.mark.slow
 def test_a_folder_that_says_nothing_holds_out_a_part(place: Path) -> None:
     (place / "sparse" / ABOUT).unlink()
     (place / "sparse" / "README.md").unlink()
@@ -144,12 +146,14 @@ def test_a_folder_that_says_nothing_holds_out_a_part(place: Path) -> None:
     check_kept(place / "sparse", place / "out")
 
 
+@pytest.mark.slow
 def test_what_was_pruned_without_a_search_is_tuned_too(place: Path, command: CommandLine) -> None:
     assert command("prune", "--study", place / "tiny.toml", "--beta", "0.05", "--out", place / "once").code == 0
     assert command("finetune", "--model", place / "once", "--out", place / "tuned", *SHORT).code == 0
     check_kept(place / "once", place / "tuned")
 
 
+@pytest.mark.slow
 def test_it_can_be_tuned_again(place: Path, command: CommandLine) -> None:
     run(place)
     answer = command("finetune", "--model", place / "out", "--out", place / "again", *SHORT, "--seed", "1")
@@ -157,6 +161,7 @@ def test_it_can_be_tuned_again(place: Path, command: CommandLine) -> None:
     check_kept(place / "sparse", place / "again")
 
 
+@pytest.mark.slow
 def test_zeros_of_either_sign_stay(place: Path) -> None:
     file = place / "sparse" / "model.safetensors"
     edited = load_file(file)
@@ -180,6 +185,7 @@ def interrupted(place: Path, after: int) -> None:
         finetune(place / "sparse", place / "out", None, None, SETTINGS, "cpu", watch)
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_was_cut_off(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finetuning, "SAVED", 2)
     whole = run(place)
@@ -196,6 +202,7 @@ def test_it_goes_on_where_it_was_cut_off(place: Path, monkeypatch: pytest.Monkey
     assert not (place / "out.part").exists()
 
 
+@pytest.mark.slow
 def test_other_options_do_not_go_on_from_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finetuning, "SAVED", 2)
     interrupted(place, after=2)

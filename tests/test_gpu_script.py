@@ -47,6 +47,7 @@ def test_names_of_packages(script: Any) -> None:
     assert [script.name_of(wheel) for wheel in wheels] == ["tomli-w", "numpy", "pyyaml"]
 
 
+@pytest.mark.slow
 def test_what_is_stopped_says_so(script: Any) -> None:
     environment = dict(os.environ)
     ran = script.run([sys.executable, "-c", "print('one', flush=True); import time; time.sleep(60)"], environment, 1)
@@ -54,6 +55,7 @@ def test_what_is_stopped_says_so(script: Any) -> None:
     assert script.run([sys.executable, "-c", "raise SystemExit(3)"], environment, 60).ended == "ended with exit code 3"
 
 
+@pytest.mark.slow
 def test_the_page_tells_of_every_test(script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Also of those that failed: pytest itself writes the report that is read."""
     (tmp_path / "tests" / "gpu").mkdir(parents=True)

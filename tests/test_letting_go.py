@@ -49,6 +49,7 @@ ONCE, TWICE, THRICE = (["loaded", 0] * times for times in (1, 2, 3))
 PAIR = ["loaded", "loaded", 1, 0]
 
 
+@pytest.mark.slow
 def test_a_study_lets_go_of_its_model(place: Path, command: CommandLine, loads: list[Any]) -> None:
     assert command("--study", place / "tiny.toml", *settings("search.trials=2")).code == 0
     assert loads == ONCE

@@ -78,6 +78,7 @@ def study_of(file: Path, name: str = "tiny") -> optuna.Study:
     return stored(file.parent, name, file)
 
 
+@pytest.mark.slow
 def test_three_machines_that_went_on_from_a_copy(place: Path, tmp_path: Path, command: CommandLine) -> None:
     run(place, "search.trials=2")
     files = [place / "tiny.db"]
@@ -109,6 +110,7 @@ def test_three_machines_that_went_on_from_a_copy(place: Path, tmp_path: Path, co
     assert study.best_value == best.value
 
 
+@pytest.mark.slow
 def test_a_merged_study_goes_on(place: Path, tmp_path: Path, command: CommandLine) -> None:
     words = ["--study", place / "tiny.toml", "--storage"]
     for index in range(2):  # with one seed both would try the same points
@@ -401,6 +403,7 @@ def test_a_study_of_others(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_storage_url(place: Path, postgres: PostgreSQL, command: CommandLine) -> None:
     address = postgres.new()
     run(place, f"storage={address}")

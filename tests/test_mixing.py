@@ -33,6 +33,7 @@ def on_gpu(place: Path) -> None:
         connection.commit()
 
 
+@pytest.mark.slow
 def test_another_number_format(began: Path, command: CommandLine) -> None:
     words = ["--study", str(began / "tiny.toml"), "--trials", "3", "--set", "model.dtype=bfloat16"]
     assert command(*words).error == (

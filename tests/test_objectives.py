@@ -113,6 +113,7 @@ def test_the_paper_s_protocol_reports_on_the_search_text(place: Path) -> None:
     assert study.user_attrs["report_kls"][str(best.number)] == best.user_attrs["kls"]
 
 
+@pytest.mark.slow
 def test_a_stopped_trial_has_a_kl_that_compares(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few_at_a_time(monkeypatch)
     study = run(place, KL, "search.stopper=wilcoxon", "search.trials=12")
@@ -142,6 +143,7 @@ def test_what_may_be_gained_of_a_kl_is_relative(place: Path, monkeypatch: pytest
     assert regret_of(trials, space, "atp") == pytest.approx(known, rel=1e-3) and known > 0
 
 
+@pytest.mark.slow
 def test_a_study_of_kl_is_screened(place: Path) -> None:
     study = run(place, KL, GP, "search.screen.trials=4", "search.screen.confirm=1", "search.trials=2")
     screened = stored(place, "tiny" + SUFFIX)
@@ -211,6 +213,7 @@ def test_both_studies_tell_the_same_of_a_plan(made: Path) -> None:
     assert one.user_attrs["nlls"] == both.user_attrs["nlls"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", few(["gp", "tpe", "random", "grid"], ["random"]))
 def test_a_study_of_two_values_goes_on_where_it_was(sampler: str, place: Path) -> None:
     keys = (BOTH, f"search.sampler={sampler}", "search.step=0.02")
@@ -230,6 +233,7 @@ def test_two_values_with_several_allocations(allocations: str, place: Path) -> N
     assert len({trial.params["allocation"] for trial in study.trials}) == 2
 
 
+@pytest.mark.slow
 def test_progress_names_both_values(made: Path, place: Path, command: CommandLine) -> None:
     events: list[Any] = []
     run(place, BOTH, watch=events.append)
@@ -244,6 +248,7 @@ def test_progress_names_both_values(made: Path, place: Path, command: CommandLin
     assert "(best KL " in answer.out
 
 
+@pytest.mark.slow
 def test_a_lost_trial_of_two_values_runs_again(place: Path) -> None:
     study = run(place, BOTH)
     params, kinds = {**study.trials[2].params, "beta": 0.01}, study.trials[2].distributions
@@ -269,6 +274,7 @@ def test_two_workers_share_a_study_of_two_values(place: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_studies_of_two_values_are_merged(made: Path, place: Path, tmp_path: Path) -> None:
     run(place, BOTH, GP, "search.seed=1", name="both")
     with quiet():
@@ -431,6 +437,7 @@ def test_a_study_of_another_objective_is_refused_by_name(made: Path, place: Path
     assert said.startswith('study kl: search.objective is ["perplexity", "kl"], was ["kl"]. Put it back')
 
 
+@pytest.mark.slow
 def test_perplexity_is_no_fact_so_that_older_studies_go_on(place: Path) -> None:
     plain, named = study_file(place).study, study_file(place, "search.objective=perplexity").study
     assert facts(plain) == facts(named)

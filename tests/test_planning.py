@@ -59,6 +59,7 @@ def test_where_weights_will_lie(place: Path, residency: str) -> None:
     assert found.weights.residency == residency
 
 
+@pytest.mark.slow
 def test_a_small_device_makes_weights_stay_on_the_host(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATP_TUNE_DEVICE_MEMORY", "200kB")
     found = foresee(study_file(place), "tiny", unwatched)
@@ -98,6 +99,7 @@ def test_statistics_of_the_dense_model_are_counted_once(place: Path) -> None:
     assert (owl.whole.tokens or 0) - (plain.whole.tokens or 0) == 2 * 256
 
 
+@pytest.mark.slow
 def test_a_screening_is_foretold(place: Path, command: CommandLine) -> None:
     words = ("search.screen.trials=5", "search.screen.every=3", "search.sampler=gp")
     plain = foresee(study_file(place), "tiny", unwatched)
@@ -114,6 +116,7 @@ def test_a_screening_is_foretold(place: Path, command: CommandLine) -> None:
     assert foresee(study_file(place, *words), "tiny", unwatched).whole.seconds_left == 0
 
 
+@pytest.mark.slow
 def test_a_screening_has_a_row_and_counts_as_far_as_it_went(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("search.screen.trials=30", "search.screen.every=3", "search.sampler=gp", "search.settle=true")
     monkeypatch.setattr(tuning, "has_settled", lambda study, space: counted(study) >= 9)

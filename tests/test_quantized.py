@@ -541,6 +541,7 @@ def both(place: Path) -> tuple[Path, Path]:
     return place, other
 
 
+@pytest.mark.slow
 def test_a_study_and_its_sparse_folder_are_those_of_the_plain_numbers(
     both: tuple[Path, Path], command: CommandLine
 ) -> None:

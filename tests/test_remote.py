@@ -82,6 +82,7 @@ def test_nobody_answers(place: Path, command: CommandLine) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_study_is_the_same_over_a_server(place: Path, server: Server) -> None:
     here = run(place, name="here")
     there = run(place, f"storage={server.address}", name="there")
@@ -93,12 +94,14 @@ def test_a_study_is_the_same_over_a_server(place: Path, server: Server) -> None:
     assert {t.state for t in stored.trials} == {TrialState.COMPLETE}
 
 
+@pytest.mark.slow
 def test_another_study_under_the_same_name_is_refused(place: Path, server: Server, command: CommandLine) -> None:
     run(place, f"storage={server.address}")
     answer = command("--study", place / "tiny.toml", "--storage", server.address, "--set", "sparsity=0.5")
     assert "sparsity is 0.5, was 0.6" in answer.error
 
 
+@pytest.mark.slow
 def test_requests_wait_for_a_server_that_comes_back(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     def said() -> list[str]:
         return [record.getMessage() for record in caplog.records if record.name.startswith("atp_tune")]
@@ -209,6 +212,7 @@ def test_what_a_process_of_this_host_left_is_known_to_the_server(server: Server)
     assert [storage.given_up(trial) for trial in there.trials] == ["", "", "3 times in a row after prune 1 of 2"]
 
 
+@pytest.mark.slow
 def test_a_trial_that_was_taken_for_lost_is_run_again(place: Path, server: Server) -> None:
     """As after a network that was away for longer than the server waits for a sign of life."""
     notes: list[str] = []

@@ -377,6 +377,7 @@ def test_what_the_command_refuses(done: Path, command: CommandLine) -> None:
     assert sorted(done.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_the_picture_is_drawn_where_there_is_a_browser(found: optuna.Study, tmp_path: Path) -> None:
     pytest.importorskip("kaleido")
     try:

@@ -127,6 +127,7 @@ def mixed_perplexity(plan: Plan) -> float:
     return fake_perplexity(plan) * math.exp(20 * (gamma + 0.1) ** 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["gp", "tpe"])
 def test_a_mixed_space_gives_each_allocation_its_parameters(sampler: str) -> None:
     space = space_of(allocation=MIXED, prune=BOTH)
@@ -258,6 +259,7 @@ def test_workers_draw_apart_from_each_other() -> None:
             assert max(running) - min(running) > 0.002
 
 
+@pytest.mark.slow
 def test_workers_that_propose_at_the_same_moment_draw_apart(tmp_path: Path) -> None:
     """The second waits until the first has stored its point."""
     space = space_of()

@@ -79,6 +79,7 @@ def test_a_study_is_screened_before_it_begins(ran: Run) -> None:
     assert [event.what for event in events if isinstance(event, TrialEnded)] == ["screening"] * 5 + ["trial"] * 3
 
 
+@pytest.mark.slow
 def test_trials_that_are_confirmed_are_measured_as_any_other(screened_place: Path) -> None:
     place = screened_place
     confirmed_one = reopen(place).trials[0]
@@ -90,6 +91,7 @@ def test_trials_that_are_confirmed_are_measured_as_any_other(screened_place: Pat
     assert other.user_attrs["errors"] == confirmed_one.user_attrs["errors"]
 
 
+@pytest.mark.slow
 def test_a_screening_is_what_its_keys_say(screened_place: Path) -> None:
     """`--set` with the keys of the screening gives the same study, value for value."""
     place = screened_place
@@ -109,6 +111,7 @@ def test_dense_statistics_are_measured_once(ran: Run) -> None:
     assert len(ran.measured) == BLOCKS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pruners", [["wanda", "magnitude"], pytest.param(["sparsegpt"], marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "allocation",
@@ -123,6 +126,7 @@ def test_every_pruner_and_allocation_can_be_screened(place: Path, pruners: list[
     assert counted(study) == len(pruners) + 2
 
 
+@pytest.mark.slow
 def test_a_complete_screening_is_not_run_again(screened_place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = screened_place
     before = reopen(place, "tiny.screen").trials
@@ -133,6 +137,7 @@ def test_a_complete_screening_is_not_run_again(screened_place: Path, monkeypatch
     assert states(run(place, *INSIDE, "search.trials=5")) == ["COMPLETE"] * 5
 
 
+@pytest.mark.slow
 def test_a_larger_screening_goes_on(screened_place: Path) -> None:
     place = screened_place
     first = [t.params for t in reopen(place, "tiny.screen").trials]
@@ -218,6 +223,7 @@ def test_two_workers_share_a_screening(place: Path) -> None:
     assert len({str(t.params) for t in done}) == len(done)
 
 
+@pytest.mark.slow
 def test_a_grid_is_screened_whole(place: Path) -> None:
     words = ("search.sampler=grid", "search.step=0.03", *SCREEN, "search.screen.trials=99")
     study = run(place, *words)
@@ -225,6 +231,7 @@ def test_a_grid_is_screened_whole(place: Path) -> None:
     assert counted(study) == 3
 
 
+@pytest.mark.slow
 def test_a_main_study_of_other_facts_is_refused_before_anything_is_screened(place: Path) -> None:
     run(place)
     with pytest.raises(UserError, match=r"search.sampler is \"gp\", was \"random\""):
@@ -233,6 +240,7 @@ def test_a_main_study_of_other_facts_is_refused_before_anything_is_screened(plac
         reopen(place, "tiny.screen")
 
 
+@pytest.mark.slow
 def test_a_command_that_a_user_types(place: Path, command: Any) -> None:
     answer = command("--study", place / "tiny.toml", *settings(*INSIDE))
     assert answer.code == 0
@@ -279,6 +287,7 @@ def test_a_bench_for_screening_shares_all_but_the_text(place: Path) -> None:
     assert whole.prune_settings.statistics == "block"
 
 
+@pytest.mark.slow
 def test_a_study_that_goes_on_knows_what_was_screened(place: Path) -> None:
     """Perplexities of the screening, at the level of the main study's, stand beside its own in the sampler's model."""
     run(place, *INSIDE, "search.screen.trials=9", "search.trials=5")
@@ -357,6 +366,7 @@ def test_a_screening_does_not_begin_where_a_study_has_its_name(place: Path, comm
         assert connection.execute("SELECT study_name FROM studies").fetchall() == [("x.screen",)]
 
 
+@pytest.mark.slow
 def test_a_study_that_a_person_calls_like_a_screening_is_reported(place: Path, command: CommandLine) -> None:
     """A study is a screening if one was made for another; its name says nothing."""
     words = ["--study", place / "tiny.toml", "--study-name", "mine.screen"]
@@ -369,6 +379,7 @@ def test_a_study_that_a_person_calls_like_a_screening_is_reported(place: Path, c
     assert summarise(reopen(place, "mine")).screening is None
 
 
+@pytest.mark.slow
 def test_a_screening_of_before_is_one(screened_place: Path) -> None:
     """Earlier versions did not store what it is the screening of."""
     place = screened_place

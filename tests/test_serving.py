@@ -174,6 +174,7 @@ def test_ours_is_there_once(written: str) -> None:
     assert "old" not in note
 
 
+@pytest.mark.slow
 def test_artifacts_are_current_and_there_once(dashboard: Dashboard, done: Path, tmp_path: Path) -> None:
     wait_until(lambda: len(dashboard.study("tiny")["artifacts"]) == 2)
     study = dashboard.study("tiny")

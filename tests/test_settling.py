@@ -64,6 +64,7 @@ def study_with(trials: list[FrozenTrial]) -> optuna.Study:
     return study
 
 
+@pytest.mark.slow
 def test_the_regret_shrinks_as_a_study_goes_on() -> None:
     space = space_of()
     study = study_of_gp(space, 24)
@@ -135,6 +136,7 @@ def test_a_better_point_begins_the_verdicts_anew(monkeypatch: pytest.MonkeyPatch
         assert has_settled(study_with(points(space, {**values, 0.13: 19.9, **worse})), space) is expected
 
 
+@pytest.mark.slow
 def test_repetitions_are_no_points() -> None:
     space = space_of()
     trials = study_of_gp(space, 24).trials
@@ -179,6 +181,7 @@ def test_every_allocation_must_have_settled(monkeypatch: pytest.MonkeyPatch) -> 
     assert not has_settled(study, space)
 
 
+@pytest.mark.slow
 def test_without_parameters_there_is_nothing_to_settle(place: Path) -> None:
     """Points that are all measured anyway: the second pruner's too."""
     words = ('prune.pruners=["wanda", "magnitude"]', "allocation=uniform", *GP)
@@ -196,6 +199,7 @@ def settle_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "has_settled", lambda study, space: counted(study) >= count)
 
 
+@pytest.mark.slow
 def test_a_study_that_settles_ends_and_is_complete(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[Any] = []
     settle_after(6, monkeypatch)
@@ -210,6 +214,7 @@ def test_a_study_that_settles_ends_and_is_complete(place: Path, monkeypatch: pyt
         assert states(run(place, *GP, "search.trials=10")) == ["COMPLETE"] * 6
 
 
+@pytest.mark.slow
 def test_more_trials_go_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settle_after(4, monkeypatch)
     run(place, *GP)

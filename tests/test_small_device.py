@@ -16,6 +16,7 @@ def tune(place: Path, environment: dict[str, str], *overrides: str) -> Answer:
     return finish(start("--study", place / "tiny.toml", *settings(*overrides), environment=environment))
 
 
+@pytest.mark.slow
 def test_a_study_on_a_small_device_streams_and_comes_to_the_same_bits(place: Path, tmp_path: Path) -> None:
     """Both go on from one study: its batches, which decide the last bits, are those of the small device."""
     assert tune(place, SMALL, "search.trials=1").code == 0
@@ -40,6 +41,7 @@ def test_the_same_device_with_all_its_memory_takes_larger_batches(place: Path, c
     assert stored(place).user_attrs["batches"] == {"calibration": 8, "search": 16, "report": 16, "heads": 64}
 
 
+@pytest.mark.slow
 def test_where_host_memory_is_small_too_blocks_are_on_disk(
     place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -293,6 +293,7 @@ def check_stored(found: Speed | None) -> None:
     assert len(found.engines[0].decode.dense) == len(found.engines[0].prefill.sparse) == 2
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_shown_and_kept(done: Path, command: CommandLine, cache: Path) -> None:
     path = done / "tiny.best.json"
     config = read_config(path)
@@ -312,6 +313,7 @@ def test_what_is_measured_is_shown_and_kept(done: Path, command: CommandLine, ca
     assert list((cache / "sparse").iterdir()) == pruned
 
 
+@pytest.mark.slow
 def test_a_folder_that_apply_wrote(done: Path, command: CommandLine, tmp_path: Path) -> None:
     out = tmp_path / "sparse"
     command("apply", "--config", done / "tiny.best.json", "--out", out, "--device", "cpu")

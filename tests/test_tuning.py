@@ -198,6 +198,7 @@ def test_the_same_seed_draws_the_same(place: Path) -> None:
     assert one.trials[2].params != other.trials[2].params
 
 
+@pytest.mark.slow
 def test_no_time_is_no_trial(place: Path) -> None:
     study = run(place, timeout=0)
     assert states(study) == ["WAITING"] * 2
@@ -241,6 +242,7 @@ def test_a_better_best_is_reported_too(done: Path) -> None:
     assert read_config(done / "tiny.best.json").trial == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dies", [False, True])
 def test_of_two_that_end_a_study_one_measures_the_report_text(
     dies: bool, place: Path, monkeypatch: pytest.MonkeyPatch
@@ -413,6 +415,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "POLL", 0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("impatient")
 def test_a_trial_of_another_machine_is_waited_for_and_then_run_again(place: Path) -> None:
     study = run(place, "search.trials=2")
@@ -431,6 +434,7 @@ def test_a_trial_of_another_machine_is_waited_for_and_then_run_again(place: Path
     assert study.trials[3].params == study.trials[2].params
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("beat", [True, False])
 def test_a_process_that_died_before_it_said_who_it_is(place: Path, beat: bool) -> None:
@@ -441,6 +445,7 @@ def test_a_process_that_died_before_it_said_who_it_is(place: Path, beat: bool) -
     assert states(study) == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("impatient")
 def test_a_trial_that_ends_elsewhere_counts(place: Path) -> None:
     study = run(place, "search.trials=2")
@@ -460,6 +465,7 @@ def test_a_trial_that_ends_elsewhere_counts(place: Path) -> None:
     assert study.trials[2].value == 77
 
 
+@pytest.mark.slow
 def test_a_process_that_died_before_it_wrote_the_fingerprint(place: Path) -> None:
     with quiet():
         optuna.create_study(study_name="tiny", storage=storage_in(place / "tiny.db"))
@@ -554,6 +560,7 @@ def put_nan(place: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
+@pytest.mark.slow
 def test_plans_without_a_finite_perplexity_fail_and_the_study_ends(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -577,6 +584,7 @@ def test_plans_without_a_finite_perplexity_fail_and_the_study_ends(
     assert len(run(place, *overrides).trials) == 4
 
 
+@pytest.mark.slow
 def test_a_hessian_that_cannot_be_inverted_fails_its_pruner_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from atp_tune.pruners.statistics import Hessian
 
@@ -614,6 +622,7 @@ def test_memory_that_runs_out_fails_the_trial(place: Path, monkeypatch: pytest.M
     assert states(run(place)) == ["COMPLETE", "FAIL", "COMPLETE"]
 
 
+@pytest.mark.slow
 def test_an_error_that_nobody_expected_is_not_hidden(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(bench: Bench, plan: Plan) -> Iterator[Any]:
         raise RuntimeError("shapes do not match")
@@ -662,6 +671,7 @@ def test_a_repeated_pair_is_answered_from_the_store(done: Path, monkeypatch: pyt
     assert storage.counted(study) == 7
 
 
+@pytest.mark.slow
 def test_a_failed_pair_is_not_measured_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(bench: Bench, plan: Plan) -> Iterator[Any]:
         plans.append(plan)
@@ -680,6 +690,7 @@ def test_a_failed_pair_is_not_measured_again(place: Path, monkeypatch: pytest.Mo
 # --- trials that are stopped
 
 
+@pytest.mark.slow
 def test_hopeless_trials_are_stopped_and_never_the_best(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few_at_a_time(monkeypatch)
     plain = run(place, "search.trials=8", name="plain")
@@ -710,10 +721,12 @@ def test_hopeless_trials_are_stopped_and_never_the_best(place: Path, monkeypatch
     assert best.number == storage.best_trial(plain).number  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_reports_are_made_for_the_same_groups_without_a_stopper(place: Path) -> None:
     assert all(not t.intermediate_values for t in run(place).trials)
 
 
+@pytest.mark.slow
 def test_a_trial_that_has_seen_all_windows_is_not_stopped(place: Path) -> None:
     """All windows fit into one batch here: nothing is left to be spared, so the value is the whole text's."""
     study = run(place, "search.trials=8", "search.stopper=wilcoxon")
@@ -722,6 +735,7 @@ def test_a_trial_that_has_seen_all_windows_is_not_stopped(place: Path) -> None:
     assert [t.value for t in study.trials] == [t.value for t in plain.trials]
 
 
+@pytest.mark.slow
 def test_uniform_is_never_stopped(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is what the best is compared with, on both texts: a part of its windows would not do."""
     few_at_a_time(monkeypatch)
@@ -734,6 +748,7 @@ def test_uniform_is_never_stopped(place: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(study.trials[1].user_attrs["nlls"]) == 16
 
 
+@pytest.mark.slow
 def test_a_stopped_pair_is_measured_again_if_asked_for(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few_at_a_time(monkeypatch)
     overrides = ("search.stopper=wilcoxon",)
@@ -747,6 +762,7 @@ def test_a_stopped_pair_is_measured_again_if_asked_for(place: Path, monkeypatch:
 # --- samplers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sampler", ["gp", pytest.param("tpe", marks=pytest.mark.slow)]
 )  # random is what the other tests run
@@ -771,6 +787,7 @@ def asked(study: optuna.Study) -> list[tuple[str, float]]:
     return sorted((t.params["pruner"], t.params["beta"]) for t in study.trials if t.state == TrialState.COMPLETE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pruners", [pytest.param(["wanda"], marks=pytest.mark.slow), ["wanda", "magnitude"]], ids=len)
 def test_a_grid_is_its_points_and_uniform(place: Path, monkeypatch: pytest.MonkeyPatch, pruners: list[str]) -> None:
     without_total(place)
@@ -797,6 +814,7 @@ def test_a_grid_of_one_point(place: Path) -> None:
     assert asked(run(place, "search.sampler=grid", "search.step=0.2")) == [("wanda", 0.0), ("wanda", 0.2)]
 
 
+@pytest.mark.slow
 def test_a_grid_of_fewer_trials_than_points(place: Path) -> None:
     study = run(place, *GRID)
     assert storage.counted(study) == 3
@@ -823,6 +841,7 @@ def paper(place: Path) -> None:
     (place / "tiny.toml").write_text(toml)
 
 
+@pytest.mark.slow
 def test_the_best_of_each_allocation_is_reported_and_ranked(place: Path) -> None:
     """Uniform, ATP, the curve and OWL in one study: each with its own parameters, all compared with uniform."""
     study = run(place, "allocation=['atp', 'curve', 'owl']", "search.trials=9", "search.sampler=gp")
@@ -847,6 +866,7 @@ def test_the_best_of_each_allocation_is_reported_and_ranked(place: Path) -> None
     assert config.allocation.parameters == {k: v for k, v in best.params.items() if k not in ("pruner", "allocation")}
 
 
+@pytest.mark.slow
 def test_a_split_within_the_block_is_carried_to_the_configuration(place: Path) -> None:
     study = run(place, "allocation=curve", "search.trials=3", "sparsity=0.5")
     trial = study.trials[2]  # where the curve begins beside ATP's middle
@@ -859,6 +879,7 @@ def test_a_split_within_the_block_is_carried_to_the_configuration(place: Path) -
     )
 
 
+@pytest.mark.slow
 def test_the_papers_protocol_reports_the_search_text_without_measuring_again(place: Path) -> None:
     paper(place)
     events: list[Event] = []
@@ -880,6 +901,7 @@ def test_quiet_lets_errors_through() -> None:
         raise UserError("no")
 
 
+@pytest.mark.slow
 def test_a_total_that_was_asked_for_stays(place: Path) -> None:
     """A worker that joins, or a later run, asks for no other total than `--trials` did; the file counts without it."""
     run(place, "search.trials=4")
@@ -892,6 +914,7 @@ def test_a_total_that_was_asked_for_stays(place: Path) -> None:
     assert len(run(place, name="other").trials) == 6
 
 
+@pytest.mark.slow
 def test_a_run_follows_a_total_that_another_one_raises(place: Path) -> None:
     def watch(event: Event) -> None:
         if isinstance(event, TrialStarted) and event.title == "trial 2":

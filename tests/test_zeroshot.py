@@ -136,6 +136,7 @@ def test_scores_are_stored_and_shown(done: Path, tasks: Path, command: CommandLi
         assert (shown in text) if kind != "json" else json.loads(text)["studies"][0]["zero_shot"]["limit"] == 4
 
 
+@pytest.mark.slow
 def test_progress_counts_every_answer_of_every_model(done: Path, tasks: Path) -> None:
     config, events = read_config(done / "tiny.best.json"), list[Event]()
     evaluate(config, done, Asked((f"{tasks}/far.yaml",), 3, None, 2, "cpu"), events.append, {})
@@ -143,6 +144,7 @@ def test_progress_counts_every_answer_of_every_model(done: Path, tasks: Path) ->
     assert [(step.done, step.total) for step in steps] == [(done, 12) for _ in range(3) for done in range(1, 13)]
 
 
+@pytest.mark.slow
 def test_it_prunes_in_the_batches_of_the_trial(done: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, seen, step = read_config(done / "tiny.best.json"), set(), Pass.step
     monkeypatch.setitem(batching.TOKENS, "cpu", 2 * TOKENS)  # a machine whose own are smaller
@@ -156,6 +158,7 @@ def test_it_prunes_in_the_batches_of_the_trial(done: Path, tasks: Path, monkeypa
     assert seen == {config.batches["calibration"]} == {8}
 
 
+@pytest.mark.slow
 def test_examples_before_each_item(done: Path, tasks: Path, command: CommandLine) -> None:
     words = ("--model", done / "model", "--tasks", f"{tasks}/far.yaml", "--limit", "6")
     found = [evaluated(command, *words, "--num-fewshot", str(shots)) for shots in (0, 2, 2)]
@@ -165,6 +168,7 @@ def test_examples_before_each_item(done: Path, tasks: Path, command: CommandLine
     assert set(norms[0]) == {"acc", "acc_norm"}
 
 
+@pytest.mark.slow
 def test_a_group_has_one_row(done: Path, tasks: Path, command: CommandLine) -> None:
     (tasks / "group.yaml").write_text(
         "group: both\ntask: [offline_far, offline_near]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
@@ -191,6 +195,7 @@ def test_statistics_by_hand() -> None:
 # --- where the weights lie
 
 
+@pytest.mark.slow
 def test_copies_in_host_memory_and_streamed_blocks_score_the_same(
     done: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,6 +225,7 @@ def test_the_dense_model_stays_as_it_is(done: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_model_is_let_go_of(done: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     released, original = [], Checkpoint.release
 
@@ -253,6 +259,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", NOWHERE)
 
 
+@pytest.mark.slow
 def test_a_task_without_its_data_is_named_and_the_others_run(
     done: Path, tasks: Path, command: CommandLine, no_hub: None
 ) -> None:
@@ -282,6 +289,7 @@ def test_nothing_to_run_is_one_line(
     assert sum(naps) < 5
 
 
+@pytest.mark.slow
 def test_data_comes_from_the_hub(
     done: Path, tasks: Path, tmp_path: Path, hub: tuple[Path, list[str]], command: CommandLine
 ) -> None:
