@@ -4,6 +4,7 @@ import gc
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
     from pgserver import PostgreSQL
     from tinystudy import CommandLine
 
+ROOM = 8 << 30  # bytes of memory that temporary files may take
+
+if "TMPDIR" not in os.environ and (memory := Path("/dev/shm")).is_dir() and shutil.disk_usage(memory).free > ROOM:
+    os.environ["TMPDIR"] = str(memory)  # else most of a tiny study's time is SQLite waiting for the disk
+    tempfile.tempdir = None  # pytest has asked already
 settings.register_profile("repeatable", max_examples=25, derandomize=True, database=None, deadline=None)
 settings.load_profile("repeatable")
 sys.dont_write_bytecode = False  # to rewrite the assertions of all files takes each process 5 s

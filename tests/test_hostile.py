@@ -35,7 +35,7 @@ def files(folder: Path) -> set[str]:
 NAMES = ["../../x", "/tmp/x", "..", ".", "-x", "a b", "a/../../b", "~", "é", "x" * 200]
 
 
-@pytest.mark.parametrize("name", few(NAMES, ["../../x", ".", "x" * 200]))
+@pytest.mark.parametrize("name", few(NAMES, ["../../x"]))
 def test_a_name_stays_in_its_folder(name: str, place: Path, command: CommandLine) -> None:
     before = files(place.parent)
     answer = command("--study", place / "tiny.toml", f"--study-name={name}", "--trials", "1")
@@ -168,9 +168,13 @@ def test_an_artifact_stays_in_its_folder(done: Path) -> None:
 
 @pytest.mark.parametrize("value", ["[]", "5", '{"name": 1}', '{"name": "x", "path": "a\\u0000", "settings": {}}',
                                    '{"name": "x", "path": "y", "settings": {"sparsity": 7, "new": 1}}'])  # fmt: skip
-def test_a_study_file_of_another_version_is_left_out(value: str, done: Path, command: CommandLine) -> None:
+def test_a_study_file_of_another_version_is_left_out(value: str, done: Path) -> None:
     change(done / "tiny.db", "UPDATE study_user_attributes SET value_json = ? WHERE key = 'made_from'", value)
     assert summarise(study_of(done)).made_from is None
+
+
+def test_commands_work_without_the_study_file_of_another_version(done: Path, command: CommandLine) -> None:
+    change(done / "tiny.db", "UPDATE study_user_attributes SET value_json = '{\"name\": 1}' WHERE key = 'made_from'")
     for words in (("status",), ("export",), ("report", "--out", done / "r.html")):
         assert command(*words, "--study", done / "tiny.toml").code == 0
 

@@ -33,7 +33,7 @@ COMMANDS = [["--study"], ["status", "--study"], ["export", "--study"], ["report"
 def test_no_command_prints_it(
     words: list[str], place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "FIRST", 0.3)
+    monkeypatch.setattr(remote, "FIRST", 0.05)
     for address in ADDRESSES:
         answer = command(*words, place / "tiny.toml", "--storage", address)
         assert answer.code == 2, address

@@ -1,27 +1,36 @@
 """Whole commands on a device that is made to look small: what does not fit is streamed, and values stay the same."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tinystudy import Answer, CommandLine, finish, settings, start, stored
+from tinystudy import Answer, CommandLine, settings, stored
 
 from atp_tune.checkpoints import checkpoint
 
-SMALL = {"ATP_TUNE_DEVICE_MEMORY": "200kB"}  # the model has 136 kB, a window takes 119 kB
-ROOMY = {"ATP_TUNE_DEVICE_MEMORY": ""}
+SMALL = "200kB"  # the model has 136 kB, a window takes 119 kB
 
 
-def tune(place: Path, environment: dict[str, str], *overrides: str) -> Answer:
-    return finish(start("--study", place / "tiny.toml", *settings(*overrides), environment=environment))
+@pytest.fixture
+def tune(command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, str, int], Answer]:
+    """Runs a study to so many trials on a device of that size."""
+
+    def tune(place: Path, memory: str, trials: int) -> Answer:
+        monkeypatch.setenv("ATP_TUNE_DEVICE_MEMORY", memory)
+        return command("--study", place / "tiny.toml", "--trials", str(trials))
+
+    return tune
 
 
 @pytest.mark.slow
-def test_a_study_on_a_small_device_streams_and_comes_to_the_same_bits(place: Path, tmp_path: Path) -> None:
+def test_a_study_on_a_small_device_streams_and_comes_to_the_same_bits(
+    place: Path, tmp_path: Path, tune: Callable[[Path, str, int], Answer]
+) -> None:
     """Both go on from one study: its batches, which decide the last bits, are those of the small device."""
-    assert tune(place, SMALL, "search.trials=1").code == 0
+    assert tune(place, SMALL, 1).code == 0
     roomy = Path(shutil.copytree(place, tmp_path / "roomy"))
-    answers = [tune(place, SMALL, "search.trials=4"), tune(roomy, ROOMY, "search.trials=4")]
+    answers = [tune(place, SMALL, 4), tune(roomy, "", 4)]
     assert [answer.code for answer in answers] == [0, 0]
     said = "blocks are kept in host memory and copied to the device one by one"
     assert [said in answer.out for answer in answers] == [True, False]
@@ -45,7 +54,7 @@ def test_the_same_device_with_all_its_memory_takes_larger_batches(place: Path, c
 def test_where_host_memory_is_small_too_blocks_are_on_disk(
     place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("ATP_TUNE_DEVICE_MEMORY", "200kB")
+    monkeypatch.setenv("ATP_TUNE_DEVICE_MEMORY", SMALL)
     monkeypatch.setattr(checkpoint, "host_memory", lambda: 10_000)
     answer = command("--study", place / "tiny.toml", *settings("search.trials=1"))
     assert answer.code == 0

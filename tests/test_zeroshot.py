@@ -41,11 +41,17 @@ def make_tasks(folder: Path, count: int) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the data of tasks lies once it is read, for all tests."""
+    return tmp_path_factory.mktemp("datasets")
+
+
 @pytest.fixture(autouse=True)
-def data_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def data_cache(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(built))
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +119,7 @@ def test_a_configuration_and_the_folder_made_from_it(
 
 def test_scores_are_stored_and_shown(done: Path, tasks: Path, command: CommandLine) -> None:
     config = done / "tiny.best.json"
-    answer = command("evaluate", "--config", config, "--tasks", f"{tasks}/far.yaml, {tasks}/near.yaml", "--limit", "4")
+    answer = command("evaluate", "--config", config, "--tasks", f"{tasks}/far.yaml, {tasks}/near.yaml", "--limit", "2")
     assert answer.code == 0, answer.err
     pruner = read_config(config).pruner
     assert answer.out.startswith(f"reading the tasks\ndense\nuniform {pruner} uniform\nbest {pruner} ")
@@ -122,7 +128,7 @@ def test_scores_are_stored_and_shown(done: Path, tasks: Path, command: CommandLi
     found = read_config(config).zero_shot
     assert found
     assert [(task.task, task.items, task.metric) for task in found.tasks] == [
-        ("offline_far", 4, "acc"), ("offline_near", 4, "acc")
+        ("offline_far", 2, "acc"), ("offline_near", 2, "acc")
     ]  # fmt: skip
     assert stored(done).user_attrs["zero_shot"] == {str(read_config(config).trial): found.model_dump(mode="json")}
     first = next(line for line in answer.out.splitlines() if line.startswith("| offline_far"))
@@ -133,15 +139,15 @@ def test_scores_are_stored_and_shown(done: Path, tasks: Path, command: CommandLi
         file = done / f"report.{kind}"
         assert command("report", "--study", done / "tiny.toml", "--out", file).code == 0
         text = file.read_text(encoding="utf-8")
-        assert (shown in text) if kind != "json" else json.loads(text)["studies"][0]["zero_shot"]["limit"] == 4
+        assert (shown in text) if kind != "json" else json.loads(text)["studies"][0]["zero_shot"]["limit"] == 2
 
 
 @pytest.mark.slow
 def test_progress_counts_every_answer_of_every_model(done: Path, tasks: Path) -> None:
     config, events = read_config(done / "tiny.best.json"), list[Event]()
-    evaluate(config, done, Asked((f"{tasks}/far.yaml",), 3, None, 2, "cpu"), events.append, {})
+    evaluate(config, done, Asked((f"{tasks}/far.yaml",), 1, None, 2, "cpu"), events.append, {})
     steps = [event for event in events if isinstance(event, Step) and event.phase == "answer"]
-    assert [(step.done, step.total) for step in steps] == [(done, 12) for _ in range(3) for done in range(1, 13)]
+    assert [(step.done, step.total) for step in steps] == [(done, 4) for _ in range(3) for done in range(1, 5)]
 
 
 @pytest.mark.slow
@@ -160,7 +166,7 @@ def test_it_prunes_in_the_batches_of_the_trial(done: Path, tasks: Path, monkeypa
 
 @pytest.mark.slow
 def test_examples_before_each_item(done: Path, tasks: Path, command: CommandLine) -> None:
-    words = ("--model", done / "model", "--tasks", f"{tasks}/far.yaml", "--limit", "6")
+    words = ("--model", done / "model", "--tasks", f"{tasks}/far.yaml", "--limit", "2")
     found = [evaluated(command, *words, "--num-fewshot", str(shots)) for shots in (0, 2, 2)]
     assert [one["tasks"][0]["num_fewshot"] for one in found] == [0, 2, 2]
     assert found[1]["tasks"] == found[2]["tasks"]
@@ -200,7 +206,7 @@ def test_copies_in_host_memory_and_streamed_blocks_score_the_same(
     done: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = read_config(done / "tiny.best.json")
-    asked = Asked((f"{tasks}/far.yaml",), 6, None, 4, "cpu")
+    asked = Asked((f"{tasks}/far.yaml",), 2, None, 4, "cpu")
     usual = evaluate(config, done, asked, lambda event: None, {})
     monkeypatch.setattr(zeroshot, "ROOM", 0)
     assert evaluate(config, done, asked, lambda event: None, {}).tasks == usual.tasks
@@ -234,7 +240,7 @@ def test_the_model_is_let_go_of(done: Path, tasks: Path, monkeypatch: pytest.Mon
         released.append(len(list(checkpoint.model.parameters())))
 
     monkeypatch.setattr(Checkpoint, "release", release)
-    asked = Asked((f"{tasks}/far.yaml",), 2, None, 4, "cpu")
+    asked = Asked((f"{tasks}/far.yaml",), 1, None, 4, "cpu")
     evaluate(read_config(done / "tiny.best.json"), done, asked, unwatched, {})
     evaluate_folder(done / "model", asked, unwatched, {})
     assert released == [0, 0]
