@@ -148,7 +148,7 @@ MULTIMODAL: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def few(kinds: Iterable[str], fast: Collection[str]) -> list[Any]:
+def few(kinds: Iterable[Any], fast: Collection[Any]) -> list[Any]:
     """Parameters of a test: all kinds, those that are not `fast` in the slow suite alone."""
     return [pytest.param(kind, marks=() if kind in fast else pytest.mark.slow) for kind in kinds]
 

@@ -74,6 +74,7 @@ def test_a_study_of_an_earlier_version_is_resumed_in_the_batches_of_its_trials(
     assert summarise(stored(began)).unlike == {}
 
 
+@pytest.mark.slow
 def test_a_study_without_any_trial_takes_the_batches_of_this_machine(
     place: Path, elsewhere: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +123,7 @@ def test_memory_that_runs_out_in_one_trial_changes_that_one_alone(
         assert sentence in (place / f"r.{kind}").read_text()
 
 
+@pytest.mark.slow
 def test_a_study_whose_first_trial_ran_out_of_memory_has_its_size(place: Path, full: set[int]) -> None:
     full.add(1)
     run(place)

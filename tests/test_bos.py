@@ -169,6 +169,7 @@ def test_both_ways_are_measured_on_the_same_tokens(finished: Path) -> None:
     assert (found.token, found.windows, found.tokens, found.taken) == ("<s>", 8, TOKENS, True)
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_need_it_is_not(place: Path, command: CommandLine) -> None:
     """The tiny Llama was trained without; its tokenizer is told of a token that it has met now and then."""
     tokenizer = AutoTokenizer.from_pretrained(place / "model")
@@ -230,6 +231,7 @@ def test_what_is_beyond_doubt(gains: list[float], expected: bool) -> None:
 # --- what was decided stays
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("never")
 def test_auto_goes_on_as_the_study_was_begun(finished: Path, command: CommandLine) -> None:
     answer = tune(command, finished, "search.trials=4")
@@ -360,6 +362,7 @@ def test_apply_makes_the_masks_of_the_trial(finished: Path, command: CommandLine
     assert "| BOS | every window of every text begins with it |" in card
 
 
+@pytest.mark.slow
 def test_a_configuration_without_the_key_has_none(finished: Path, command: CommandLine) -> None:
     content = json.loads((finished / "tiny.best.json").read_text())
     del content["bos"]
@@ -386,6 +389,7 @@ def test_one_plan_without_a_search_has_it(wanting: Path, command: CommandLine) -
     assert config.perplexity.report.value == pytest.approx(measured.value, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_folder_is_finetuned_as_it_was_pruned(finished: Path, command: CommandLine) -> None:
     assert command("apply", "--config", finished / "tiny.best.json", "--out", finished / "sparse").code == 0
     short = ("--steps", "2", "--batch", "2", "--tokens", "16", "--text", f"file:{finished / 'long.txt'}")
@@ -436,6 +440,7 @@ def test_wherever_the_weights_lie(residency: str, wanting: Path, finished: Path)
     assert reopen(wanting).user_attrs["bos"] == reopen(finished).user_attrs["bos"]
 
 
+@pytest.mark.slow
 def test_a_random_draw_is_asked_too(wanting: Path) -> None:
     lines = [json.dumps({"text": part}) for part in (wanting / "calibration.txt").read_text().split("\n\n")]
     (wanting / "calibration.jsonl").write_text("\n".join(lines))

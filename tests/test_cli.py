@@ -343,6 +343,7 @@ def test_export_refuses_a_study_file_that_says_something_else_now(done: Path, co
     assert command("export", "--study", done / "tiny.toml", "--set", "search.trials=99").code == 0
 
 
+@pytest.mark.slow
 def test_studies(done: Path, command: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(done, tmp_path / "studies")
@@ -442,6 +443,7 @@ def test_prune_without_a_study_starts_from_where_the_user_stands(
 # --- names that look like markup
 
 
+@pytest.mark.slow
 def test_brackets_in_a_path_are_no_markup(done: Path, command: CommandLine, tmp_path: Path) -> None:
     odd = tmp_path / "[red]a[/b] é"
     shutil.copytree(done, odd)

@@ -105,6 +105,7 @@ def numbers(place: Path) -> tuple[list[float], list[float]]:
     return [math.exp(one) for one in own], [math.exp(one - two) - 1 for one, two in zip(own, base, strict=True)]
 
 
+@pytest.mark.slow
 def test_they_are_shown_beside_the_error_over_windows(drawn: Path, command: CommandLine) -> None:
     values, changes = numbers(drawn)
     value, change = f"{mean(values):.2f} ± {stdev(values):.2f}", f"{mean(changes):+.1%} ± {stdev(changes):.1%}"
@@ -175,6 +176,7 @@ def test_what_was_measured_before_a_process_died_is_kept(place: Path, monkeypatc
     assert summarise(study).complete
 
 
+@pytest.mark.slow
 def test_the_paper_s_protocol_is_measured_on_the_text_it_searches(place: Path) -> None:
     toml = (place / "tiny.toml").read_text()
     start, end = toml.index("[texts.report]"), toml.index("[search]")
@@ -289,6 +291,7 @@ def raw(place: Path) -> dict[str, str]:
         return dict(connection.execute("SELECT key, value_json FROM study_user_attributes").fetchall())
 
 
+@pytest.mark.slow
 def test_two_hosts_that_end_a_study_together_lose_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other, written, set_attr = [], dict[str, list[float]](), optuna.Study.set_user_attr
 

@@ -428,6 +428,7 @@ def test_the_way_to_recover_that_is_named_recovers(done: Path, command: CommandL
     ROWS.add("an index destroyed, and recovered as the message says", 1)
 
 
+@pytest.mark.slow
 def test_an_empty_file_is_a_database_that_was_about_to_be_made(place: Path, command: CommandLine) -> None:
     (place / "tiny.db").touch()
     for name in ("status", "export", "report"):
@@ -479,6 +480,7 @@ def test_a_model_of_nan_is_refused_before_a_trial(place: Path, command: CommandL
 # --- memory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cuda", "host"])
 @pytest.mark.parametrize("phase", ["calibration", "pruning", "evaluation"])
 def test_memory_runs_out_in_a_trial(phase: str, kind: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

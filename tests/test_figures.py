@@ -7,7 +7,7 @@ import optuna
 import plotly.graph_objects as go
 import pytest
 from optuna.trial import TrialState, create_trial
-from synthetic import BLOCKS, BOUND, made_up, new_study, storage_in
+from synthetic import BLOCKS, BOUND, made_up, new_study
 from test_summary import stored
 from tinystudy import quiet
 
@@ -30,8 +30,8 @@ def without_warnings() -> Iterator[None]:
 
 
 @pytest.fixture
-def study(tmp_path: Path) -> optuna.Study:
-    return new_study(tmp_path / "s.db")
+def study() -> optuna.Study:
+    return new_study(None)
 
 
 def drawn(study: optuna.Study) -> dict[str, go.Figure]:
@@ -82,8 +82,8 @@ def test_a_study_that_runs_and_half_failed(study: optuna.Study) -> None:
     assert list(made["seconds"].data[0].x) == [0, 2]
 
 
-def test_an_old_study_whose_trials_know_little(tmp_path: Path) -> None:
-    study = optuna.create_study(study_name="old", storage=storage_in(tmp_path / "old.db"))
+def test_an_old_study_whose_trials_know_little() -> None:
+    study = optuna.create_study(study_name="old")
     for beta in (0.0, 0.01):
         whole = made_up(beta)
         params = {"pruner": "wanda", "beta": beta}
@@ -301,8 +301,8 @@ def test_the_best_so_far_only_falls(study: optuna.Study) -> None:
     assert len(values) == 4
 
 
-def test_several_studies_in_one_figure(tmp_path: Path) -> None:
-    studies = [new_study(tmp_path / "s.db", name) for name in ("a", "<b>", "empty")]
+def test_several_studies_in_one_figure() -> None:
+    studies = [new_study(None, name) for name in ("a", "<b>", "empty")]
     for study in studies[:2]:
         study.add_trials([made_up(0.0), made_up(0.006)])
     summaries = [summarise(study) for study in studies]

@@ -103,6 +103,7 @@ def test_the_folder_says_what_was_done(place: Path) -> None:
     assert (place / "out" / ABOUT).read_bytes() == (place / "sparse" / ABOUT).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_card_says_it_and_no_old_metric(place: Path) -> None:
     before = (place / "sparse" / "README.md").read_text()
     done = run(place)
@@ -123,6 +124,7 @@ def test_the_card_says_it_and_no_old_metric(place: Path) -> None:
     assert str(place) not in card
 
 
+@pytest.mark.slow
 def test_windows_are_those_of_the_text_in_the_order_of_the_seed(place: Path) -> None:
     """The first loss is that of the sparse model on the first batch, by hand."""
     done = run(place, steps=1)

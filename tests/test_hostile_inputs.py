@@ -82,7 +82,7 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
         "sparse folder": "--model {study}/sparse --tokens 4 --runs 1 --device cpu"}),
     "studies": ("", dict.fromkeys(("study file", "database"), "")),
 }  # fmt: skip
-FAST = {("status", "study file"), ("status", "database"), ("merge", "database"), ("export", "configuration")}
+FAST = {("export", "configuration")}
 CELLS = [(name, kind) for name, (_, kinds) in COMMANDS.items() for kind in KINDS if kind in kinds]
 
 

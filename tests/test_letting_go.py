@@ -67,6 +67,7 @@ def test_prune_measures_its_folder_alone(
     assert loads == TWICE
 
 
+@pytest.mark.slow
 def test_apply_and_finetune(done: Path, command: CommandLine, loads: list[Any], tmp_path: Path) -> None:
     best, sparse = done / "tiny.best.json", tmp_path / "sparse"
     assert command("apply", "--config", best, "--out", sparse).code == 0
@@ -78,6 +79,7 @@ def test_apply_and_finetune(done: Path, command: CommandLine, loads: list[Any], 
     assert loads == THRICE
 
 
+@pytest.mark.slow
 def test_speedup(done: Path, command: CommandLine, loads: list[Any], tmp_path: Path) -> None:
     answer = command("speedup", "--config", done / "tiny.best.json", "--tokens", "8", "--runs", "1", "--device", "cpu")
     assert answer.code == 0, answer.err

@@ -1,6 +1,7 @@
 """Resuming a study on another device or in another number format: by name only, and shown."""
 
 import json
+import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -18,11 +19,20 @@ from atp_tune.trials import storage
 GPU = "NVIDIA H100 80GB HBM3"
 
 
-@pytest.fixture
-def began(place: Path) -> Path:
-    """A study of three trials, of which two are measured in float32 on the CPU."""
-    run(place, "search.trials=2")
+@pytest.fixture(scope="module")
+def made(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study of three trials, of which two are measured in float32 on the CPU; to be read only."""
+    place = Path(shutil.copytree(tiny_place, tmp_path_factory.mktemp("mixing") / "tiny"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATP_TUNE_CACHE", str(place.parent / "cache"))
+        run(place, "search.trials=2")
     return place
+
+
+@pytest.fixture
+def began(made: Path, windows: None, tmp_path: Path) -> Path:
+    """A copy of it for one test."""
+    return Path(shutil.copytree(made, tmp_path / "tiny"))
 
 
 def on_gpu(place: Path) -> None:
@@ -100,6 +110,7 @@ def test_threads_are_no_other_device() -> None:
     assert storage.device_kind(GPU) == GPU
 
 
+@pytest.mark.slow
 def test_trials_of_before_have_no_remark(began: Path) -> None:
     """Early trials did not record their number format."""
     with closing(sqlite3.connect(began / "tiny.db")) as connection:

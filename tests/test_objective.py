@@ -166,6 +166,7 @@ def test_a_third_time_is_answered_by_the_first(bench: Bench, space: Space, study
     assert len({trial.value for trial in study.trials}) == 1
 
 
+@pytest.mark.slow
 def test_points_that_a_pattern_rounds_to_one_plan_are_measured_once(place: Path) -> None:
     words = ("prune.pattern=mixed:4", "search.sampler=random", "search.trials=8")
     study = run(place, *words)

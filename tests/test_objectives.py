@@ -104,6 +104,7 @@ def test_the_configuration_holds_both(made: Path) -> None:
     assert config.kl.best.report
 
 
+@pytest.mark.slow
 def test_the_paper_s_protocol_reports_on_the_search_text(place: Path) -> None:
     file = place / "tiny.toml"
     head, _, tail = file.read_text().partition("[texts.report]")

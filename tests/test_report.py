@@ -10,7 +10,7 @@ from typing import Any
 import optuna
 import pytest
 from optuna.trial import TrialState, create_trial
-from synthetic import made_up, new_study, storage_in
+from synthetic import made_up, new_study
 from test_summary import stored
 from tinystudy import Answer, CommandLine, quiet
 
@@ -32,8 +32,8 @@ def without_warnings() -> Iterator[None]:
 
 
 @pytest.fixture
-def study(tmp_path: Path) -> optuna.Study:
-    return new_study(tmp_path / "s.db")
+def study() -> optuna.Study:
+    return new_study(None)
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def own(text: str) -> str:
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_studies_that_are_not_whole(study: optuna.Study, tmp_path: Path, kind: str) -> None:
+def test_studies_that_are_not_whole(study: optuna.Study, kind: str) -> None:
     contents = gather(study, NOW)
     assert MAKERS[kind]([contents])  # empty
     study.add_trial(create_trial(state=TrialState.RUNNING))
@@ -86,7 +86,7 @@ def test_studies_that_are_not_whole(study: optuna.Study, tmp_path: Path, kind: s
     assert MAKERS[kind]([gather(study, NOW)])
     study.add_trial(made_up(0.0))
     assert MAKERS[kind]([gather(study, NOW)])  # one trial
-    old = optuna.create_study(study_name="old", storage=storage_in(tmp_path / "old.db"))
+    old = optuna.create_study(study_name="old")
     for trial in (made_up(0.0), made_up(0.01)):
         trial.user_attrs = {}
         old.add_trial(trial)
@@ -158,10 +158,10 @@ def test_toml_keeps_every_value() -> None:
     assert tomllib.loads(toml({**values, "f": None})) == values
 
 
-def test_commands_survive_a_shell(study: optuna.Study, tmp_path: Path) -> None:
+def test_commands_survive_a_shell(study: optuna.Study) -> None:
     contents = gather(study, NOW)
     assert dict(tables.commands(contents.summary))["run, or go on"] == "python tune.py --study made-up.toml"
-    odd = new_study(tmp_path / "s.db", "a b/c'$(x)")
+    odd = new_study(None, "a b/c'$(x)")
     command = tables.commands(gather(odd, NOW).summary)[0][1]
     assert command == """python tune.py --study 'a b_c'"'"'$(x).toml'"""
 
@@ -197,8 +197,8 @@ def test_an_empty_page_says_so(study: optuna.Study) -> None:
     assert "<figure" not in text
 
 
-def test_hostile_names_and_failures_are_text(tmp_path: Path) -> None:
-    study, other = new_study(tmp_path / "s.db", HOSTILE), new_study(tmp_path / "s.db", "other")
+def test_hostile_names_and_failures_are_text() -> None:
+    study, other = new_study(None, HOSTILE), new_study(None, "other")
     for one in (study, other):
         one.add_trials([made_up(0.0), made_up(0.006), made_up(0.01, state=TrialState.FAIL, failure=HOSTILE)])
     study.set_user_attr("fingerprint", {HOSTILE: HOSTILE})
@@ -210,8 +210,8 @@ def test_hostile_names_and_failures_are_text(tmp_path: Path) -> None:
     assert len(scripts) == 5 + 2  # the figures, plotly.js and the page's own
 
 
-def test_several_studies_are_compared(tmp_path: Path) -> None:
-    studies = [new_study(tmp_path / "s.db", name) for name in ("first", "second")]
+def test_several_studies_are_compared() -> None:
+    studies = [new_study(None, name) for name in ("first", "second")]
     for study in studies:
         study.add_trials([made_up(0.0), made_up(0.006)])
     text = page(*studies)
@@ -221,8 +221,8 @@ def test_several_studies_are_compared(tmp_path: Path) -> None:
     assert re.findall(r'<figure class="(\w+)">', text)[:2] == ["perplexities", "sparsities"]
 
 
-def test_perplexities_of_different_texts_are_not_drawn_together(tmp_path: Path) -> None:
-    studies = [new_study(tmp_path / "s.db", name) for name in ("first", "second")]
+def test_perplexities_of_different_texts_are_not_drawn_together() -> None:
+    studies = [new_study(None, name) for name in ("first", "second")]
     for study in studies:
         study.add_trials([made_up(0.0), made_up(0.006)])
     studies[1].set_user_attr("fingerprint", {"model.content": "ab" * 32, "texts.search.content": "other"})
@@ -279,8 +279,8 @@ def test_markdown_tables_are_whole(found: optuna.Study) -> None:
     assert "python tune.py --study made-up.toml\n" in text
 
 
-def test_markdown_of_several_studies(tmp_path: Path) -> None:
-    studies = [new_study(tmp_path / "s.db", name) for name in ("a_b", "c")]
+def test_markdown_of_several_studies() -> None:
+    studies = [new_study(None, name) for name in ("a_b", "c")]
     text = markdown.make([gather(study, NOW) for study in studies]).decode()
     assert re.findall(r"^# .*", text, flags=re.MULTILINE) == ["# Comparison", r"# a\_b", "# c"]
 
@@ -296,8 +296,8 @@ def test_the_table_for_a_paper(found: optuna.Study) -> None:
     assert [line for line in lines if line.endswith("rule")] == [r"\toprule", r"\midrule", r"\bottomrule"]
 
 
-def test_latex_is_escaped(tmp_path: Path) -> None:
-    studies = [new_study(tmp_path / "s.db", name) for name in (r"a_b & 50% #1 {x} \y ~^$", "second")]
+def test_latex_is_escaped() -> None:
+    studies = [new_study(None, name) for name in (r"a_b & 50% #1 {x} \y ~^$", "second")]
     text = latex.make([gather(study, NOW) for study in studies]).decode()
     escaped = r"a\_b \& 50\% \#1 \{x\} \textbackslash{}y \textasciitilde{}\textasciicircum{}\$"
     assert f"\\multicolumn{{5}}{{l}}{{{escaped}, sparsity 0.6}}" in text

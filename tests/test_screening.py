@@ -357,6 +357,7 @@ def test_near_points() -> None:
 # --- what a screening is
 
 
+@pytest.mark.slow
 def test_a_screening_does_not_begin_where_a_study_has_its_name(place: Path, command: CommandLine) -> None:
     words = ["--study", place / "tiny.toml"]
     assert command(*words, "--study-name", "x.screen", "--trials", "1").code == 0

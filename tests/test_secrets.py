@@ -4,7 +4,7 @@ import traceback
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tinystudy import CommandLine, run, study_file
 
@@ -60,6 +60,7 @@ def test_it_is_not_stored(place: Path) -> None:
     assert MARKER.encode() not in (place / "tiny.db").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_sparse_checkpoint_says_nothing_of_the_storage(place: Path, command: CommandLine, tmp_path: Path) -> None:
     words = ("prune", "--study", place / "tiny.toml", "--beta", "0.01", "--set", f"storage={ADDRESSES[0]}")
     assert command(*words, "--out", tmp_path / "sparse").code == 0
@@ -78,7 +79,6 @@ def test_not_even_a_traceback_shows_it() -> None:
 WORD = st.text(st.characters(codec="utf-8", exclude_characters="@/: \n", exclude_categories=["Z", "C"]), max_size=8)
 
 
-@settings(max_examples=50)
 @given(WORD, WORD, st.sampled_from(["", "@", "/", ":", "?x=", "@h:"]))
 def test_whatever_a_password_holds(user: str, other: str, between: str) -> None:
     secret = f"{MARKER}{between}{MARKER}"

@@ -251,6 +251,7 @@ def test_an_empty_database_and_a_failed_trial(tmp_path: Path) -> None:
         assert odd["trials"][0]["user_attrs"] == [{"key": "remark", "value": "perplexity is inf `here`"}]
 
 
+@pytest.mark.slow
 def test_a_worker_without_signs_of_life_loses_its_trial(done: Path) -> None:
     study = storage.find_study(open_db(done), "tiny")
     assert study is not None

@@ -45,6 +45,7 @@ def test_a_study_on_a_small_device_streams_and_comes_to_the_same_bits(
     assert streamed.user_attrs["reports"] == whole.user_attrs["reports"]
 
 
+@pytest.mark.slow
 def test_the_same_device_with_all_its_memory_takes_larger_batches(place: Path, command: CommandLine) -> None:
     assert command("--study", place / "tiny.toml").code == 0
     assert stored(place).user_attrs["batches"] == {"calibration": 8, "search": 16, "report": 16, "heads": 64}

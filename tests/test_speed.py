@@ -204,6 +204,7 @@ def test_the_sparse_model_against_the_best_dense_one_in_torch() -> None:
     assert found.over_torch(rows[2], "decode") == 1.5
 
 
+@pytest.mark.slow
 def test_torch_computes_each_side_with_its_own_weights(done: Path, tmp_path: Path) -> None:
     """And a run of decode leaves the prompt's keys and values as they were."""
     sparse = tmp_path / "sparse"
@@ -250,6 +251,7 @@ def two_four(place: Path, tmp_path: Path) -> Path:
     return tmp_path / "two_four"
 
 
+@pytest.mark.slow
 def test_what_is_pruned_in_2_4_has_two_zeros_in_each_group(two_four: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(two_four)
     for name, module in model.model.layers.named_modules():

@@ -410,6 +410,7 @@ def test_a_tiny_screen_keeps_the_line_of_progress(
     assert lines[-1].startswith("[9/9] best 2.00 (trial 8), ")
 
 
+@pytest.mark.slow
 def test_a_terminal_has_its_screen_back_at_the_end(done: Path) -> None:
     """On a terminal of 80 columns: the alternate screen is left, and the table after it is whole Markdown."""
     process, ours = on_terminal("status", "--study", done / "tiny.toml", "--watch", "--every", "0.1")

@@ -182,6 +182,7 @@ def test_a_larger_total_goes_on(done: Path) -> None:
     assert distinct(measured(study)) == 8
 
 
+@pytest.mark.slow
 def test_going_on_draws_what_was_not_drawn(place: Path) -> None:
     """A resumed random sampler that is seeded as at the start would propose its first trials again."""
     for total in (2, 4):
@@ -509,6 +510,7 @@ def test_other_settings_are_refused(done: Path, overrides: list[str], said: str)
     assert text == f"study tiny: {said}. Put it back, or start another study with --study-name NAME"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("edit", "key"), [(edit_weights, "model.content"), (edit_text, "texts.search.content")], ids=["model", "text"]
 )
@@ -533,6 +535,7 @@ def test_what_does_not_change_values_may_change(done: Path, monkeypatch: pytest.
     assert len(run(done, "storage=sqlite:///moved.db").trials) == 6
 
 
+@pytest.mark.slow
 def test_another_name_lives_beside_it(done: Path) -> None:
     best = (done / "tiny.best.json").read_bytes()
     study = run(done, "sparsity=0.4", "search.trials=2", name="other")
@@ -809,6 +812,7 @@ def test_a_grid_in_several_runs_misses_no_point(place: Path) -> None:
     assert asked(study) == sorted((pruner, beta) for pruner in ("wanda", "magnitude") for beta in [0.0, *POINTS])
 
 
+@pytest.mark.slow
 def test_a_grid_of_one_point(place: Path) -> None:
     without_total(place)
     assert asked(run(place, "search.sampler=grid", "search.step=0.2")) == [("wanda", 0.0), ("wanda", 0.2)]

@@ -246,6 +246,7 @@ def test_the_model_is_let_go_of(done: Path, tasks: Path, monkeypatch: pytest.Mon
     assert released == [0, 0]
 
 
+@pytest.mark.slow
 def test_no_room_for_a_pruned_copy(
     done: Path, tasks: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
