@@ -207,7 +207,7 @@ def test_a_hybrid_goes_from_its_folder_to_a_sparse_one(kind: str, place: Path, c
     assert AutoModelForCausalLM.from_pretrained(place / "sparse").config.model_type == kind
 
 
-@pytest.mark.parametrize("kind", HYBRIDS)
+@pytest.mark.parametrize("kind", few(HYBRIDS, ["falcon_h1"]))
 @pytest.mark.filterwarnings("ignore")
 def test_recurrent_states_start_anew_in_each_window(kind: str) -> None:
     bench = bench_of(model_of(kind), ids=text)

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from byhand import ByHand
+from families import few
 from safetensors.torch import load_file
 from test_config import config
 from tinystudy import BLOCKS, CommandLine, quiet, stored, study_file
@@ -225,7 +226,7 @@ def example() -> str:
     return blocks[0]
 
 
-@pytest.mark.parametrize("allocation", ["atp", "er"])
+@pytest.mark.parametrize("allocation", few(["atp", "er"], ["er"]))
 def test_the_example_of_the_docs(allocation: str, done: Path, tmp_path: Path, command: CommandLine) -> None:
     """Its rows lose what magnitude pruning by hand takes from each row."""
     file = study_file(done, f"allocation.names=['{allocation}']", "prune.pruners=['magnitude']")

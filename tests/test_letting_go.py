@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import CPU, bench_of, checkpoint_of, copy_of, same_bits, tiny
+from families import CPU, bench_of, checkpoint_of, copy_of, few, same_bits, tiny
 from tinystudy import CommandLine, run, settings, stored
 from torch import Tensor, nn
 
@@ -55,7 +55,7 @@ def test_a_study_lets_go_of_its_model(place: Path, command: CommandLine, loads: 
     assert loads == ONCE
 
 
-@pytest.mark.parametrize("residency", ["auto", "host", "disk"])
+@pytest.mark.parametrize("residency", few(["auto", "host", "disk"], ["auto"]))
 def test_prune_measures_its_folder_alone(
     residency: str, place: Path, command: CommandLine, loads: list[Any], tmp_path: Path
 ) -> None:

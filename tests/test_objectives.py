@@ -48,8 +48,8 @@ def made(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(tiny_place, place)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ATP_TUNE_CACHE", str(place.parent / "cache"))
-        run(place, KL, GP, "search.trials=6", name="kl")
-        run(place, BOTH, GP, "search.trials=8", name="both")
+        run(place, KL, GP, "search.trials=4", name="kl")
+        run(place, BOTH, GP, "search.trials=6", name="both")
     return place
 
 
@@ -281,7 +281,7 @@ def test_studies_of_two_values_are_merged(made: Path, place: Path, tmp_path: Pat
     with quiet():
         merged = merge([str(made / "tiny.db"), str(place / "tiny.db")], tmp_path / "new.db", "both").study
     assert len(merged.directions) == 2
-    assert len(merged.trials) == 8 + 3
+    assert len(merged.trials) == 6 + 3
     summary = summarise(merged)
     assert summary.best_trial
     assert merged.user_attrs["report_kls"].keys() == merged.user_attrs["reports"].keys() - {"dense"}

@@ -69,7 +69,7 @@ def as_transformers_reads(folder: Path, dtype: torch.dtype) -> dict[str, torch.T
 # Read back
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", few([torch.float32, torch.bfloat16], [torch.bfloat16]))
 @pytest.mark.parametrize(
     ("tile", "table", "suffix", "bytes_"),
     [
