@@ -22,7 +22,7 @@ from families import CPU, bench_of, few, same_bits
 from safetensors.torch import load_file
 from tinystudy import CommandLine, make_tokenizer, settings
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from atp_tune.blocks.verification import verified
 from atp_tune.checkpoints.checkpoint import Checkpoint
@@ -169,6 +169,7 @@ HYBRIDS = {
     "olmo_hybrid": ("prune.statistics=sequential", "model.residency=host"),
     "mamba": ("search.objective=['perplexity', 'kl']",),
 }
+HYBRIDS = {kind: options for kind, options in HYBRIDS.items() if kind in CONFIG_MAPPING}  # this transformers has them
 
 
 KEPT = r"conv(1d)?\.weight|dt_proj|A_log|\bD\b|norm|embed|lm_head|router|\bgate\.weight"

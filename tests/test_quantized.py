@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import quantizing as q
 import torch
+import transformers
 from families import DEEPSEEK, MIXTURE, few, same_bits
+from packaging.version import Version
 from quantizing import as_fp8, as_int8, as_metal, as_mxfp4, as_nf4, fp8_table
 from test_zeroshot import make_tasks
 from tinystudy import CommandLine, make_tokenizer, run, study_file
@@ -26,6 +28,7 @@ from atp_tune.errors import UserError
 from atp_tune.spec import study
 
 CPU = torch.device("cpu")
+READS = Version(transformers.__version__) >= Version("5.24")  # these formats itself, on a CPU, to the same numbers
 KINDS = {
     "gpt_oss": {**MIXTURE, "hidden_size": 32, "intermediate_size": 64, "num_local_experts": 3, "head_dim": 8},
     "deepseek_v3": DEEPSEEK,
@@ -95,7 +98,7 @@ def test_fp8(
     assert notes == [f"reading {source} back from {table['quant_method']} into full numbers, once"]
     assert (folder.path / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     # transformers 5.24 takes 64 rows in tiles of 20 for four tiles of 16, and leaves out what is called weight_scale
-    if tile != (20, 12) and suffix != ".weight_scale":
+    if tile != (20, 12) and suffix != ".weight_scale" and READS:
         theirs = as_transformers_reads(source, dtype)
         ours = Checkpoint.load(folder.path, dtype, CPU).model.state_dict()
         assert all(same_bits(ours[name], theirs[name]) for name in theirs)
@@ -155,9 +158,10 @@ def test_mxfp4(dtype: torch.dtype, tmp_path: Path) -> None:
     source, plain = q.pair(dense(tmp_path, "gpt_oss", dtype), as_mxfp4)
     folder = found(source)
     check_same(folder.path, plain, dtype)
-    theirs = as_transformers_reads(source, dtype)
-    ours = Checkpoint.load(folder.path, dtype, CPU).model.state_dict()
-    assert all(same_bits(ours[name], theirs[name]) for name in theirs)
+    if READS:
+        theirs = as_transformers_reads(source, dtype)
+        ours = Checkpoint.load(folder.path, dtype, CPU).model.state_dict()
+        assert all(same_bits(ours[name], theirs[name]) for name in theirs)
 
 
 def test_experts_of_four_bits_in_an_fp8_folder(tmp_path: Path) -> None:
@@ -318,6 +322,7 @@ FP8 = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
 
 
 @pytest.mark.skipif(not is_here("compressed_tensors"), reason="needs compressed-tensors")
+@pytest.mark.skipif(not READS, reason="this transformers leaves scales in the model, which is refused")
 @pytest.mark.parametrize(("form", "arguments"), [("pack-quantized", INT4), ("float-quantized", FP8)])
 def test_compressed_tensors(form: str, arguments: dict[str, Any], tmp_path: Path) -> None:
     source, plain = q.pair(

@@ -390,8 +390,8 @@ def test_what_dies_with_others_or_with_its_machine_is_run_again(study: optuna.St
 
 def test_a_study_of_an_earlier_version(study: optuna.Study) -> None:
     """Its third deaths ended trials, and still do; of those that wait no more is known than how often they died."""
-    old = {"failed_trial": 40, "retry_history": [40, 41], "deaths": 2}
-    for state, attrs in ((TrialState.FAIL, {"lost": "its process died"}), (TrialState.WAITING, {})):
+    for first, state, attrs in ((40, TrialState.FAIL, {"lost": "its process died"}), (50, TrialState.WAITING, {})):
+        old = {"failed_trial": first, "retry_history": [first, first + 1], "deaths": 2}
         study.add_trial(optuna.create_trial(state=state, user_attrs=attrs, system_attrs=old))
     assert counted(study) == 1
     assert recover(study) == []
@@ -433,6 +433,21 @@ def test_of_two_that_take_the_place_of_one_the_second_is_too_many(study: optuna.
     for _ in range(2):
         study.ask()
     assert [is_surplus(study.trials, number, 9) for number in range(3)] == [False, False, True]
+
+
+def test_what_is_queued_twice_does_not_wait_for_ever(study: optuna.Study) -> None:
+    """Others may reach the total with the first of the two, and then nobody takes the second."""
+    add(study, state=TrialState.FAIL, lost="its process died")
+    for _ in range(2):
+        queue_again(study, study.trials[0])
+    assert recover(study) == []
+    assert states(study)[1:] == ["WAITING", "FAIL"]
+    assert study.trials[2].user_attrs["lost"] == storage.SURPLUS
+    assert recover(study) == []  # and it is not queued again
+    study.ask()
+    queue_again(study, study.trials[0])  # a third one is late: the first runs
+    recover(study)
+    assert states(study)[1:] == ["RUNNING", "FAIL", "FAIL"]
 
 
 @pytest.mark.parametrize("last", [0, 1, 2, 3])

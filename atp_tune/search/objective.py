@@ -52,7 +52,8 @@ class Objective:
             return self._repeat(trial, earlier) if earlier else self._measure(trial, plan)
 
     def _measure(self, trial: Trial, plan: Plan) -> tuple[float, ...]:
-        self.bench.begin(batches_of(trial.study))
+        began = batches_of(trial.study)
+        self.bench.begin(began)
         record = Record(self.bench.checkpoint.device, self.bench.dtype)
         blocks = record.follow(self.bench.prune(plan), self.bench.checkpoint.sizes)
         windows = len(self.bench.windows["search"].ids)
@@ -69,7 +70,8 @@ class Objective:
             if not math.isfinite(result.value):
                 raise TrialError(f"{goal} is {result.value}: the pruned model's numbers overflow or are not defined")
         set_attributes(trial, {**record.close(), **self._batches(), "stderr": results[0].stderr})
-        if best_trial(trial.study) is None:  # the first: memory may have run out, and the others need not meet that
+        if self.bench.batches != began and best_trial(trial.study) is None:
+            # The first, where memory ran out: the others need not meet that.
             trial.study.set_user_attr("batches", self.bench.batches)
         return tuple(result.value for result in results)
 

@@ -281,10 +281,10 @@ def _drive(run: Run, study: optuna.Study, bench: "Bench", space: Space, total: i
     objective = Objective(bench, space, search.stopper != "none", run.watch, search.objective)
     end = None if run.timeout is None else monotonic() + run.timeout
     while end is None or monotonic() < end:
-        _recover(run, study)
+        trials = _recover(run, study)
         total = study.user_attrs.get("total", total)
-        elsewhere = storage.running(study)
-        remaining = total - storage.counted(study) - len(elsewhere)
+        elsewhere = [trial for trial in trials if trial.state == TrialState.RUNNING]
+        remaining = total - sum(map(storage.counts, trials)) - len(elsewhere)
         if remaining > 0:
             _optimise(run, study, objective, remaining, total, end)
         elif elsewhere:
@@ -294,9 +294,14 @@ def _drive(run: Run, study: optuna.Study, bench: "Bench", space: Space, total: i
     return total
 
 
-def _recover(run: Run, study: optuna.Study) -> None:
-    for number in storage.recover(study):
-        run.note(loss_of(study.get_trials(deepcopy=False)[number]))
+def _recover(run: Run, study: optuna.Study) -> list[FrozenTrial]:
+    """Ends the trials that nobody runs any more, and tells of them; all trials as they are then."""
+    trials = study.get_trials(deepcopy=False)
+    if lost := storage.recover(study, trials):
+        trials = study.get_trials(deepcopy=False)
+        for number in lost:
+            run.note(loss_of(trials[number]))
+    return trials
 
 
 def _optimise(
@@ -308,18 +313,18 @@ def _optimise(
     end: float | None,
 ) -> None:
     def ended(study: optuna.Study, trial: FrozenTrial) -> None:
-        trials = study.get_trials(deepcopy=False)  # once: a study of many workers is long, and its trials are short
+        trials = _recover(run, study)  # read once: a study of many workers is long, and its trials are short
         best, done = next(iter(storage.ranked(trials)), None), sum(map(storage.counts, trials))
         reason = trial.user_attrs.get("failure") if trial.state == TrialState.FAIL else None
         if trial.values is not None or reason:
             run.watch(_ended(trial, reason, best, done, total))
-        _recover(run, study)
         if run.file.study.search.settle and done < total and has_settled(study, objective.space):
             storage.settle(study, total)
             run.note(f"settled after {done} of {total}: a better point is expected to gain less than {GAIN:.0%}")
             study.stop()
         is_late = end is not None and monotonic() >= end  # Optuna's own timeout goes by a clock that may be set
-        if is_late or done + len(storage.running(study)) >= total:  # other processes have done, or do, the rest
+        running = sum(other.state == TrialState.RUNNING for other in trials)
+        if is_late or done + running >= total:  # other processes have done, or do, the rest
             study.stop()
 
     attempt = Attempt(objective, total, run.trace)

@@ -10,6 +10,7 @@ is back. Which calls may have been committed although the answer was lost, and w
   again.
 """
 
+import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from sqlalchemy import event, func, select
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, ExceptionContext, make_url
 from sqlalchemy.exc import DBAPIError, OperationalError, PendingRollbackError, SQLAlchemyError
 
@@ -42,6 +44,7 @@ LIBPQ = {
     "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
     "tcp_user_timeout": 30_000,
 }  # fmt: skip
+UPSERTS: dict[str, Callable[..., Any]] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 YOUNG = f"SELECT now() - pg_postmaster_start_time() < interval '{GRACE} seconds'"
 WAITS = ("is locked",)  # what SQLite says where it is worth trying again
 HINTS = {
@@ -173,9 +176,19 @@ class Database(RDBStorage):
 
     def set_trial_user_attrs(self, trial_id: int, attributes: Mapping[str, Any]) -> None:
         """Stores several attributes in one transaction: each one costs a wait for the disk."""
+        upsert = UPSERTS.get(self.engine.name)  # an insert that can replace what is there
         with transaction(self.scoped_session, True) as session:
-            for key, value in attributes.items():
-                self._set_trial_attr_without_commit(session, TrialUserAttributeModel, trial_id, key, value)
+            if upsert is None:
+                for key, value in attributes.items():
+                    self._set_trial_attr_without_commit(session, TrialUserAttributeModel, trial_id, key, value)
+                return
+            state: Any = TrialModel.find_or_raise_by_id(trial_id, session).state
+            self.check_trial_is_updatable(trial_id, state)
+            rows = [(trial_id, key, json.dumps(value)) for key, value in attributes.items()]
+            columns = ("trial_id", "key", "value_json")
+            insert = upsert(TrialUserAttributeModel).values([dict(zip(columns, row, strict=True)) for row in rows])
+            new = {"value_json": insert.excluded.value_json}
+            session.execute(insert.on_conflict_do_update(index_elements=columns[:2], set_=new))
 
     def record_heartbeat(self, trial_id: int) -> None:
         """As Optuna's; one that fails does not end the thread of heartbeats: the next one may be heard."""

@@ -301,13 +301,15 @@ def set_attributes(trial: optuna.Trial, attributes: Mapping[str, Any]) -> None:
     trial._cached_frozen_trial.user_attrs.update(attributes)  # as `set_user_attr` does
 
 
-def recover(study: optuna.Study) -> list[int]:
+def recover(study: optuna.Study, trials: Sequence[FrozenTrial] | None = None) -> list[int]:
     """Ends the RUNNING trials that nobody runs any more, and queues them again but for those that are given up, and
     those that a process ended and did not live to queue; the numbers of all of them.
+
+    `trials`: all of the study, if they were read just now.
     """
     db = study._storage
     silent: list[int] = db._get_stale_trial_ids(study._study_id) if is_heartbeat_enabled(db) else []  # type: ignore[attr-defined]
-    trials = study.get_trials(deepcopy=False)
+    trials = study.get_trials(deepcopy=False) if trials is None else trials
     dead = [trial for trial in trials if trial.state == TrialState.RUNNING and _is_left(trial, silent)]
     for trial in dead:
         is_silent = trial._trial_id in silent and not is_dead(trial.user_attrs)
@@ -317,8 +319,22 @@ def recover(study: optuna.Study) -> list[int]:
     orphans = [trial for trial in trials if is_lost(trial) and trial.number not in queued]
     for trial in orphans:
         queue_again(study, trial)
+    _end_doubles(study, study.get_trials(deepcopy=False) if orphans else trials)
     ended = [trials[trial.number] for trial in dead if is_given_up(trials[trial.number])]
     return sorted(trial.number for trial in (*orphans, *ended))
+
+
+def _end_doubles(study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
+    """Ends what waits though it is queued already: two processes that find the same lost trial both queue it."""
+    for number, trial in enumerate(trials):
+        if trial.state != TrialState.WAITING or not _is_double(trials, number):
+            continue
+        try:
+            study._storage.set_trial_user_attr(trial._trial_id, "lost", SURPLUS)
+            if study._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):  # nobody has taken it
+                study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        except UpdateFinishedTrialError:
+            continue
 
 
 def _is_left(trial: FrozenTrial, silent: Container[int]) -> bool:
@@ -385,8 +401,9 @@ def _history(trial: FrozenTrial) -> list[int]:
 
 def place_of(study: optuna.Study, trial: FrozenTrial) -> int:
     """The number that a trial would have if none had been lost; what is queued again keeps the place of the first."""
-    first = next(iter(_history(trial)), trial.number)
-    return sum(not _history(other) for other in study.get_trials(deepcopy=False)[:first])
+    trials = study.get_trials(deepcopy=False)
+    first = next(iter(_history(trials[trial.number])), trial.number)
+    return sum(not _history(other) for other in trials[:first])
 
 
 def cut_offs_of(trial: FrozenTrial) -> list[CutOff]:
@@ -470,10 +487,14 @@ def is_surplus(trials: Sequence[FrozenTrial], number: int, total: int) -> bool:
 
     Numbers are given out one by one, so that all workers agree on which trials are too many.
     """
-    before, history = trials[:number], _history(trials[number])
-    if history and any(history == _history(trial) for trial in before):
-        return True
-    return sum(counts(trial) or trial.state == TrialState.RUNNING for trial in before) >= total
+    begun = sum(counts(trial) or trial.state == TrialState.RUNNING for trial in trials[:number])
+    return begun >= total or _is_double(trials, number)
+
+
+def _is_double(trials: Sequence[FrozenTrial], number: int) -> bool:
+    """Whether an earlier trial takes the place of the same lost one."""
+    history = _history(trials[number])
+    return bool(history) and any(history == _history(trial) for trial in trials[:number])
 
 
 def running(study: optuna.Study) -> list[FrozenTrial]:
