@@ -8,7 +8,16 @@ from pathlib import Path
 
 import preloaded
 import pytest
+from forking import CONTEXT, ensure_preloaded
 from tinystudy import finish, hear, settings, start
+
+
+def test_everything_is_imported_before_a_command_begins() -> None:
+    ensure_preloaded()
+    process = CONTEXT.Process(target=exec, args=("import sys; sys.exit('preloaded' not in sys.modules)",))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
 @pytest.mark.slow
