@@ -24,6 +24,10 @@ ROOM = 8 << 30  # bytes of memory that temporary files may take
 if "TMPDIR" not in os.environ and (memory := Path("/dev/shm")).is_dir() and shutil.disk_usage(memory).free > ROOM:
     os.environ["TMPDIR"] = str(memory)  # else most of a tiny study's time is SQLite waiting for the disk
     tempfile.tempdir = None  # pytest has asked already
+# Files whose slow tests take minutes, each in one process: the longest first, or one is left over at the end.
+LONGEST = (
+    "faults hostile_inputs zeroshot kills workers ray slurm finetuning database smollm2 network every_family".split()
+)
 settings.register_profile("repeatable", max_examples=25, derandomize=True, database=None, deadline=None)
 settings.load_profile("repeatable")
 sys.dont_write_bytecode = False  # to rewrite the assertions of all files takes each process 5 s
@@ -46,6 +50,12 @@ def pytest_collection() -> Iterator[None]:
     gc.freeze()
     gc.enable()
     return result
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Hands out the longest files first."""
+    place = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @pytest.hookimpl(trylast=True)

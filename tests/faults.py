@@ -166,9 +166,9 @@ def disk(folder: Path, size: str) -> Iterator[Path]:
 
 
 def fill(folder: Path, leave: int) -> Path:
-    """Fills a disk with one file, but for so many bytes."""
+    """Fills a disk with one file, but for so many bytes; what others write meanwhile may take some of them."""
     filler = folder / "filler"
-    with filler.open("wb") as stream:
+    with filler.open("wb", buffering=0) as stream:  # one write, which ends where the disk is full
         stream.write(bytes(max(0, shutil.disk_usage(folder).free - leave)))
     return filler
 

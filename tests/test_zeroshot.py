@@ -175,6 +175,18 @@ def test_examples_before_each_item(done: Path, tasks: Path, command: CommandLine
 
 
 @pytest.mark.slow
+def test_no_program_is_asked_about_the_machine(done: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def noted(process: Any, *words: Any, **options: Any) -> None:
+        asked.append(words)
+        begin(process, *words, **options)
+
+    begin, asked = subprocess.Popen.__init__, list[Any]()
+    monkeypatch.setattr(subprocess.Popen, "__init__", noted)
+    evaluate_folder(done / "model", Asked((f"{tasks}/far.yaml",), 1, None, 1, "cpu"), unwatched, {})
+    assert asked == []
+
+
+@pytest.mark.slow
 def test_a_group_has_one_row(done: Path, tasks: Path, command: CommandLine) -> None:
     (tasks / "group.yaml").write_text(
         "group: both\ntask: [offline_far, offline_near]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"

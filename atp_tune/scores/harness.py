@@ -6,6 +6,7 @@ reach, which is found out once and in seconds, the cache is all there is.
 """
 
 import math
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ from typing import Any
 
 import datasets
 import huggingface_hub
+import numpy as np
 import torch
 from huggingface_hub import constants
-from lm_eval import simple_evaluate
+from lm_eval import evaluate
 from lm_eval.api.group import Group
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -34,6 +36,7 @@ SEVEN = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge"
 ALL_SEVEN = "zero-shot"
 LIBRARIES = ("lm_eval", "datasets", "huggingface_hub", "transformers")
 PATIENCE = 5.0  # seconds for the hub to answer at all
+SEED = 1234  # of lm-eval: it draws the examples of a task
 BOOTSTRAPS = 1000  # for standard errors of metrics that are no means
 OUT_OF_REACH = "its data is not in the cache, and the hub is out of reach"
 
@@ -191,11 +194,27 @@ def score(
             prefix_token_id=_prefix(model, tokenizer),
         )  # fmt: skip
         Counter(watch).listen(lm)
-        found = simple_evaluate(
-            lm, tasks=tasks.loaded, task_manager=tasks.manager, limit=limit, num_fewshot=num_fewshot,
-            bootstrap_iters=BOOTSTRAPS,
-        )  # fmt: skip
+        found = evaluate(
+            lm, _ready(tasks, num_fewshot), limit=limit, bootstrap_iters=BOOTSTRAPS, fewshot_as_multiturn=True
+        )
     return {row: _result(found, row) for row in tasks.rows}
+
+
+def _ready(tasks: Tasks, num_fewshot: int | None) -> dict[str, Any]:
+    """The tasks as lm-eval's `simple_evaluate` makes them ready, and its seeds.
+
+    It would then ask pip, git, the compilers and the drivers about this machine, for seconds, each time.
+    """
+    random.seed(0)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
+    found: dict[str, Any] = tasks.manager.load(tasks.loaded)
+    for task in found["tasks"].values():
+        own = task.get_config("num_fewshot")
+        if own != 0:  # a task that says 0 means it
+            task.set_config(key="num_fewshot", value=(own or 0) if num_fewshot is None else num_fewshot)
+        task.set_fewshot_seed(seed=SEED)
+    return found
 
 
 class _Checked(HFLM):  # type: ignore[misc]
