@@ -26,8 +26,9 @@ if "TMPDIR" not in os.environ and (memory := Path("/dev/shm")).is_dir() and shut
     tempfile.tempdir = None  # pytest has asked already
 # Files whose slow tests take minutes, each in one process: the longest first, or one is left over at the end.
 LONGEST = (
-    "faults hostile_inputs zeroshot kills workers ray slurm finetuning database smollm2 network every_family".split()
-)
+    "faults", "hostile_inputs", "zeroshot", "kills", "workers", "ray", "slurm", "finetuning", "database", "smollm2",
+    "network", "every_family",
+)  # fmt: skip
 settings.register_profile("repeatable", max_examples=25, derandomize=True, database=None, deadline=None)
 settings.load_profile("repeatable")
 sys.dont_write_bytecode = False  # to rewrite the assertions of all files takes each process 5 s

@@ -281,6 +281,7 @@ def test_prune_once_writes_what_it_measures(done: Path, tmp_path: Path) -> None:
     assert titles == [f"writing {tmp_path / 'out'}", f"checking {tmp_path / 'out'}"]
 
 
+@pytest.mark.slow
 def test_what_was_pruned_once_is_made_again_from_its_folder(done: Path, tmp_path: Path) -> None:
     _, measured = prune_once(study_file(done), {"beta": 0.05}, tmp_path / "one", unwatched)
     about = read_config(tmp_path / "one" / "atp_tune.json")

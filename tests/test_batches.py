@@ -54,6 +54,7 @@ def forget(place: Path) -> None:
         connection.commit()
 
 
+@pytest.mark.slow
 def test_a_study_is_resumed_in_its_own_batches(began: Path, elsewhere: pytest.MonkeyPatch) -> None:
     assert stored(began).user_attrs["batches"] == {"calibration": 8, "search": 16, "report": 16, "heads": 64}
     run(began, "search.trials=3")
@@ -144,6 +145,7 @@ def calibrated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+@pytest.mark.slow
 def test_apply_takes_the_batches_of_the_trial(done: Path, tmp_path: Path, elsewhere: pytest.MonkeyPatch) -> None:
     config = read_config(done / "tiny.best.json")
     assert config.batches["calibration"] == 8

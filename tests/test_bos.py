@@ -332,6 +332,7 @@ def test_what_the_tokenizer_does_not_have_cannot_be_asked_for(place: Path, comma
     assert not (place / "tiny.db").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("never")
 def test_nothing_is_measured_where_it_is_asked_for(wanting: Path) -> None:
     told: list[Event] = []

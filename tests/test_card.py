@@ -253,6 +253,7 @@ def test_a_plan_without_a_search_has_a_card_too(done: Path, command: CommandLine
     assert made.data.eval_results[0].metric_value > 1
 
 
+@pytest.mark.slow
 def test_the_hub_s_page_is_the_folder_s_card(
     done: Path, command: CommandLine, tmp_path: Path, hub: tuple[Path, Any]
 ) -> None:

@@ -332,6 +332,7 @@ def _break(folder: Path, how: str) -> None:
             (folder / "config.json").write_text(json.dumps(config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["missing", "shape", "corrupt", "cut", "none", "config", "family", "vision"])
 def test_what_cannot_be_loaded_is_one_line(tmp_path: Path, how: str) -> None:
     tiny("llama").save_pretrained(tmp_path)

@@ -366,6 +366,7 @@ def test_studies(done: Path, command: CommandLine, tmp_path: Path, monkeypatch: 
 # --- apply and prune
 
 
+@pytest.mark.slow
 def test_apply_compares_with_the_promise(done: Path, command: CommandLine, tmp_path: Path) -> None:
     answer = command("apply", "--config", done / "tiny.best.json", "--out", tmp_path / "out", "--device", "cpu")
     assert answer.code == 0
@@ -425,6 +426,7 @@ def test_prune_with_every_allocation(options: list[str], said: str, done: Path, 
     assert re.search(rf"{re.escape(said)}, sparsity 0\.5: perplexity \d+\.\d\d ±", answer.out)
 
 
+@pytest.mark.slow
 def test_prune_without_a_study_starts_from_where_the_user_stands(
     place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -94,6 +94,7 @@ def test_commands_close_theirs(
     assert not connections
 
 
+@pytest.mark.slow
 def test_merge_closes_all_but_the_new_one(tmp_path: Path, connections: list[Any]) -> None:
     with quiet():
         for name in ("a", "b"):

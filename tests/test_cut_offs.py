@@ -57,6 +57,7 @@ def test_which_are_given_up(cut_offs: Sequence[CutOff], why: str) -> None:
     assert why_given_up(cut_offs) == why
 
 
+@pytest.mark.slow
 @quick
 @given(st.lists(ANY, max_size=SAME - 1))
 def test_nothing_is_given_up_before_the_third_time(cut_offs: list[CutOff]) -> None:
@@ -70,6 +71,7 @@ def test_nothing_goes_on_for_ever(cut_offs: list[CutOff]) -> None:
     assert why_given_up(cut_offs)
 
 
+@pytest.mark.slow
 @quick
 @given(st.lists(ANY, max_size=MOST), PLACES, st.lists(st.lists(st.one_of(SHARED, UNKNOWN), max_size=3), min_size=4))
 def test_a_trial_that_dies_at_one_place_is_given_up_whatever_else_happens_to_it(
@@ -85,6 +87,7 @@ def test_what_others_share_or_nobody_has_seen_is_nobodys_fault(cut_offs: list[Cu
     assert why_given_up(cut_offs) == ""
 
 
+@pytest.mark.slow
 @quick
 @given(st.lists(ANY, max_size=MOST - 2), st.one_of(SHARED, UNKNOWN))
 def test_the_end_of_a_machine_changes_no_verdict(cut_offs: list[CutOff], shared: CutOff) -> None:

@@ -125,6 +125,7 @@ def test_a_dashboard_of_postgresql_keeps_the_password(place: Path, postgres: Pos
     assert URL_PASSWORD not in shown
 
 
+@pytest.mark.slow
 def test_what_cannot_be_opened_is_said_in_one_line(postgres: PostgreSQL) -> None:
     failed = f'connection failed: connection to server at "127.0.0.1", port {postgres.port} failed: '
     assert refusal(postgres.url("nosuch")) == (
@@ -392,6 +393,7 @@ def test_two_workers_share_a_total_in_postgresql(place: Path, postgres: PostgreS
     assert len({t.user_attrs["pid"] for t in study.trials if storage.counts(t)}) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["postgresql", "sqlite"])
 def test_a_queued_trial_is_taken_once(kind: str, postgres: PostgreSQL, tmp_path: Path) -> None:
     address = postgres.new() if kind == "postgresql" else f"sqlite:///{tmp_path}/queue.db"

@@ -64,6 +64,7 @@ def measured_anew(place: Path, trial: optuna.trial.FrozenTrial, **keys: Any) -> 
     return bench.all_nlls(((block.index, block.weights) for block in bench.prune(plan)), "report")
 
 
+@pytest.mark.slow
 def test_best_and_uniform_are_measured_on_the_stretches_that_follow(drawn: Path) -> None:
     study = stored(drawn)
     summary = summarise(study)
@@ -227,6 +228,7 @@ def test_windows_in_the_cache_are_those_of_before(place: Path, cache: Path) -> N
     assert files[0] == files[1] == files[2] and files[0]
 
 
+@pytest.mark.slow
 def test_their_cost_is_foretold(place: Path) -> None:
     """Two plans, each calibrated on 256 tokens twice and measured on 512 of the report text, on two more draws."""
     one, three = (foresee(study_file(place, *keys), "tiny", unwatched).whole for keys in ((), (THREE,)))

@@ -252,6 +252,7 @@ def test_later_tokens_are_seen_in_each_number_format(kind: str, dtype: torch.dty
         verified(Checkpoint(model.to(dtype), CPU))
 
 
+@pytest.mark.slow
 def test_windows_that_are_longer_than_a_model_are_refused(place: Path, command: CommandLine) -> None:
     exchange(place, "gpt2")  # its positions are learned, and end at 64
     for role, bos in itertools.product(("calibration", "search", "report"), ("auto", "false")):

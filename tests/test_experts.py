@@ -254,6 +254,7 @@ def test_a_study_of_a_mixture(mixed: Path) -> None:
         assert 0.45 < trial.user_attrs["realised"] <= 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pruner", few(["wanda", "sparsegpt"], ["wanda"]))
 def test_a_sparse_folder_of_a_mixture(pruner: str, mixed: Path, tmp_path: Path) -> None:
     file, out = study_file(mixed, f"prune.pruners=['{pruner}']", "sparsity=0.5"), tmp_path / "out"

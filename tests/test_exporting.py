@@ -226,6 +226,7 @@ def example() -> str:
     return blocks[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("allocation", few(["atp", "er"], ["er"]))
 def test_the_example_of_the_docs(allocation: str, done: Path, tmp_path: Path, command: CommandLine) -> None:
     """Its rows lose what magnitude pruning by hand takes from each row."""

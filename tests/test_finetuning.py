@@ -216,6 +216,7 @@ def test_other_options_do_not_go_on_from_it(place: Path, monkeypatch: pytest.Mon
         run(place, f"file:{place / 'long.txt'}")
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finetuning, "SAVED", 2)
     save = finetuning.folder_nlls

@@ -12,6 +12,7 @@ from forking import CONTEXT, ensure_preloaded
 from tinystudy import finish, hear, settings, start
 
 
+@pytest.mark.slow
 def test_everything_is_imported_before_a_command_begins() -> None:
     ensure_preloaded()
     process = CONTEXT.Process(target=exec, args=("import sys; sys.exit('preloaded' not in sys.modules)",))

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 EXAMPLES = {"config": 100, "toml": 100, "stored": 20}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", fuzzing.TARGETS)
 def test_whatever_is_handed_over(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     @settings(max_examples=EXAMPLES[name])

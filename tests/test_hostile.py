@@ -35,6 +35,7 @@ def files(folder: Path) -> set[str]:
 NAMES = ["../../x", "/tmp/x", "..", ".", "-x", "a b", "a/../../b", "~", "é", "x" * 200]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", few(NAMES, ["../../x"]))
 def test_a_name_stays_in_its_folder(name: str, place: Path, command: CommandLine) -> None:
     before = files(place.parent)
@@ -57,6 +58,7 @@ def test_a_name_that_no_study_gets(name: str, place: Path, command: CommandLine)
     assert not (place / "tiny.db").exists()
 
 
+@pytest.mark.slow
 def test_a_report_is_written_where_it_was_asked_for_or_not_at_all(done: Path, command: CommandLine) -> None:
     words = ("report", "--study", done / "tiny.toml", "--format", "html", "--out")
     before = files(done)
@@ -117,6 +119,7 @@ def test_a_terminal_shows_it_and_does_not_act_on_it(hostile: Path, command: Comm
     assert "\n# b" not in command("status", *words).out
 
 
+@pytest.mark.slow
 def test_the_dashboard_shows_it_as_text(hostile: Path) -> None:
     with served(hostile / "tiny.db") as dashboard:
         (found,) = dashboard.studies()
@@ -154,6 +157,7 @@ def test_words_of_markdown() -> None:
     assert printable("a\x1b\u202e\xa0é") == "a\\x1b\\u202e\xa0é"
 
 
+@pytest.mark.slow
 def test_an_artifact_stays_in_its_folder(done: Path) -> None:
     meta = {"artifact_id": "../../planted", "filename": "best.json", "mimetype": "text/plain", "encoding": None}
     study = study_of(done)

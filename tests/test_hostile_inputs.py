@@ -280,6 +280,7 @@ def empty() -> dict[tuple[str, str], str]:
     return {(name, kind): NONE for name in COMMANDS for kind in KINDS if (name, kind) not in CELLS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), [cell for cell in CELLS if cell in FAST])
 def test_a_command_that_is_quick(name: str, kind: str, sandbox: Sandbox) -> None:
     check(name, kind, sandbox)

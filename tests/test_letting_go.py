@@ -55,6 +55,7 @@ def test_a_study_lets_go_of_its_model(place: Path, command: CommandLine, loads: 
     assert loads == ONCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("residency", few(["auto", "host", "disk"], ["auto"]))
 def test_prune_measures_its_folder_alone(
     residency: str, place: Path, command: CommandLine, loads: list[Any], tmp_path: Path
@@ -114,6 +115,7 @@ def test_a_callers_model_is_given_back_by_the_bench(residency: Residency) -> Non
     assert all(same_bits(tensor, before[name]) for name, tensor in copy_of(model).items())
 
 
+@pytest.mark.slow
 def test_a_trial_for_which_memory_ran_out_leaves_no_tensors(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Optuna keeps the error of a trial that failed, and so its frames, until the collector of garbage comes."""
     held: list[Callable[[], Tensor | None]] = []

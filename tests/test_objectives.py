@@ -60,6 +60,7 @@ def windows_of(study: optuna.Study, key: str) -> list[list[float]]:
 # --- one value
 
 
+@pytest.mark.slow
 def test_a_trial_s_value_is_its_kl_by_hand(made: Path) -> None:
     study, dense = stored(made, "kl"), ByHand(made)
     assert [direction.name for direction in study.directions] == ["MINIMIZE"]
@@ -293,6 +294,7 @@ def test_studies_of_two_values_are_merged(made: Path, place: Path, tmp_path: Pat
 # --- what people and programs see
 
 
+@pytest.mark.slow
 def test_tables_show_the_values_and_the_front(made: Path, command: CommandLine) -> None:
     said = command("status", "--study", made / "tiny.toml", "--study-name", "both").out
     summary = summarise(stored(made, "both"))

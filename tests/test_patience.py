@@ -68,6 +68,7 @@ def begun(storage: BaseStorage) -> int:
     return storage.create_new_trial(storage.create_new_study([StudyDirection.MINIMIZE]))
 
 
+@pytest.mark.slow
 def test_a_call_that_is_made_again_finds_what_it_has_told(storage: BaseStorage, lose: Callable[..., None]) -> None:
     trial = begun(storage)
     lose()

@@ -90,6 +90,7 @@ def test_the_command(place: Path, command: CommandLine) -> None:
     assert answer.err == ""
 
 
+@pytest.mark.slow
 def test_statistics_of_the_dense_model_are_counted_once(place: Path) -> None:
     found = foresee(study_file(place, "prune.statistics=dense", "prune.pruners=['wanda','sparsegpt']"), "t", unwatched)
     assert {trial.tokens.listen for trial in found.trial} == {0}

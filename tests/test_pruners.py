@@ -303,6 +303,7 @@ def test_dsnot_lowers_the_mean_error() -> None:
     assert error[0] < 0.5 * error[1]
 
 
+@pytest.mark.slow
 @given(problems(small), sparsities)
 def test_alps_is_its_dense_inverse(case: Problem, sparsity: float) -> None:
     weight, x = case
@@ -313,6 +314,7 @@ def test_alps_is_its_dense_inverse(case: Problem, sparsity: float) -> None:
     torch.testing.assert_close(pruned.double(), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(
     st.tuples(st.integers(8, 30), st.integers(8, 64)),
@@ -361,6 +363,7 @@ def test_alps_refuses_what_is_not_a_number() -> None:
         ALPS().prune(torch.ones(2, 3), 0.5, hessian_of(torch.tensor([[1.0, float("nan"), 2.0]])))
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(
     st.sampled_from(sorted(PRUNERS)),

@@ -197,6 +197,7 @@ def test_an_empty_page_says_so(study: optuna.Study) -> None:
     assert "<figure" not in text
 
 
+@pytest.mark.slow
 def test_hostile_names_and_failures_are_text() -> None:
     study, other = new_study(None, HOSTILE), new_study(None, "other")
     for one in (study, other):

@@ -91,6 +91,7 @@ def test_proposals_are_in_the_space_and_the_same_for_a_seed(sampler: str, prune:
     assert starts == space.uniform()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prune", [{}, BOTH])
 def test_the_gp_finds_the_valley(prune: dict[str, Any]) -> None:
     space = space_of(prune=prune)
@@ -99,6 +100,7 @@ def test_the_gp_finds_the_valley(prune: dict[str, Any]) -> None:
     assert abs(study.best_params["beta"] - 0.07) < 0.01
 
 
+@pytest.mark.slow
 def test_the_gp_works_in_a_database_with_other_studies(tmp_path: Path) -> None:
     """Studies in a database have numbers of their own, unlike studies in memory."""
     space, storage = space_of(prune=BOTH), storage_in(tmp_path / "studies.db")
@@ -107,6 +109,7 @@ def test_the_gp_works_in_a_database_with_other_studies(tmp_path: Path) -> None:
     assert params_of(study) == params_of(run(space, make_sampler(search_of(), space), STARTS + 2))
 
 
+@pytest.mark.slow
 def test_a_gp_study_goes_on_with_a_new_sampler(tmp_path: Path) -> None:
     space, file = space_of(), tmp_path / "studies.db"
     name = run(space, make_sampler(search_of(), space), 4, storage_in(file)).study_name
@@ -229,6 +232,7 @@ def test_the_first_trials_are_drawn_at_random() -> None:
         assert plain.ask().suggest_float("beta", low, high) == trial.params["beta"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["gp", "tpe", "random"])
 def test_a_trial_that_was_lost_changes_no_proposal(sampler: str) -> None:
     space, search = space_of(), search_of(sampler=sampler)
@@ -244,6 +248,7 @@ def test_a_trial_that_was_lost_changes_no_proposal(sampler: str) -> None:
     assert [trial.params for trial in done] == params_of(undisturbed)
 
 
+@pytest.mark.slow
 def test_workers_draw_apart_from_each_other() -> None:
     """Trials that run are known to the next one, whoever runs it."""
     space = space_of()
@@ -371,6 +376,7 @@ def test_the_grid_of_a_belief_stays_within_its_interval(high: float) -> None:
     assert grid == sorted(grid)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pruners", [("wanda",), ("wanda", "magnitude")])
 def test_belief_is_what_the_gp_holds(pruners: tuple[str, ...]) -> None:
     """Where the GP has seen a valley without noise, its belief goes through the points, and is surest there."""

@@ -50,6 +50,7 @@ def test_no_mistake_shows_it(override: str, place: Path, command: CommandLine) -
     assert MARKER not in command("status", "--study", toml).error
 
 
+@pytest.mark.slow
 def test_it_is_not_stored(place: Path) -> None:
     file = study_file(place, f"storage={ADDRESSES[0]}")
     study = run(place, "search.trials=1")

@@ -91,6 +91,7 @@ def dashboard(done: Path) -> Iterator[Dashboard]:
         yield dashboard
 
 
+@pytest.mark.slow
 def test_the_note_of_a_study(dashboard: Dashboard, done: Path) -> None:
     body = dashboard.study("tiny")["note"]["body"]
     study = storage.find_study(open_db(done), "tiny")
@@ -113,6 +114,7 @@ def open_db(place: Path) -> optuna.storages.BaseStorage:
     return db
 
 
+@pytest.mark.slow
 def test_columns_are_numbers_and_short(dashboard: Dashboard) -> None:
     study = dashboard.study("tiny")
     columns = {attr["key"]: attr["sortable"] for attr in study["union_user_attrs"]}
@@ -124,6 +126,7 @@ def test_columns_are_numbers_and_short(dashboard: Dashboard) -> None:
     assert all(len(attr["value"]) < 60 for attr in study["user_attrs"])
 
 
+@pytest.mark.slow
 def test_notes_of_trials(dashboard: Dashboard) -> None:
     notes = [trial["note"]["body"] for trial in dashboard.study("tiny")["trials"]]
     assert notes[0].startswith("### wanda uniform\n")
@@ -146,6 +149,7 @@ def test_figures_are_drawn_and_the_database_is_left_alone(dashboard: Dashboard, 
     assert "nlls" in db.get_all_trials(db.get_study_id_from_name("tiny"))[0].user_attrs
 
 
+@pytest.mark.slow
 def test_own_words_are_kept_below_ours(dashboard: Dashboard) -> None:
     note = dashboard.study("tiny")["note"]
     dashboard.write_note("tiny", note["body"] + "\nAsk Ada about trial 4.\n", note["version"] + 1)
@@ -157,6 +161,7 @@ def test_own_words_are_kept_below_ours(dashboard: Dashboard) -> None:
     assert dashboard.study("tiny")["note"]["body"].endswith("Ask Ada about trial 5.\n")
 
 
+@pytest.mark.slow
 def test_own_words_for_a_trial(dashboard: Dashboard) -> None:
     trial = dashboard.study("tiny")["trials"][2]
     body, version = trial["note"]["body"], trial["note"]["version"]
@@ -192,6 +197,7 @@ def test_artifacts_are_current_and_there_once(dashboard: Dashboard, done: Path, 
     assert len(dashboard.study("tiny")["artifacts"]) == 2
 
 
+@pytest.mark.slow
 def test_an_artifact_is_of_its_folder_and_acts_on_nothing(dashboard: Dashboard, done: Path, tmp_path: Path) -> None:
     """A link in the folder is not followed, and a page in it is of another origin than the dashboard."""
     wait_until(lambda: len(dashboard.study("tiny")["artifacts"]) == 2)
@@ -210,6 +216,7 @@ def test_an_artifact_is_of_its_folder_and_acts_on_nothing(dashboard: Dashboard, 
             urllib.request.urlopen(path, timeout=HANGS)
 
 
+@pytest.mark.slow
 def test_what_lies_in_the_folder_of_artifacts_is_left_alone(done: Path, command: CommandLine, tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "best.json").write_text("mine")
@@ -347,6 +354,7 @@ def other_addresses() -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_by_default_only_this_machine_is_let_in(done: Path) -> None:
     with served(done / "tiny.db") as dashboard:
         for port in (dashboard.port, dashboard.grpc_port):
@@ -356,6 +364,7 @@ def test_by_default_only_this_machine_is_let_in(done: Path) -> None:
                     socket.create_connection((address, port), timeout=5)
 
 
+@pytest.mark.slow
 def test_a_page_of_a_stranger_does_not_reach_the_dashboard(dashboard: Dashboard) -> None:
     through_nginx, through_a_tunnel = "127.0.0.1:8080", "localhost:9000"
     for host in (through_nginx, through_a_tunnel, "LOCALHOST", "[::1]:8080"):
@@ -364,6 +373,7 @@ def test_a_page_of_a_stranger_does_not_reach_the_dashboard(dashboard: Dashboard)
         assert dashboard.ask_for(host) == 403, host
 
 
+@pytest.mark.slow
 def test_other_names_reach_a_dashboard_that_listens_to_others(done: Path) -> None:
     with served(done / "tiny.db", "0.0.0.0") as dashboard:
         assert dashboard.ask_for("server.example:8080") == 200

@@ -170,6 +170,7 @@ def test_a_gap_that_the_other_pruner_fills_is_one() -> None:
     assert not has_gap([*own, *points(space, {width * (k / 6): 3.5 for k in (3, 4)})], kinds)
 
 
+@pytest.mark.slow
 def test_every_allocation_must_have_settled(monkeypatch: pytest.MonkeyPatch) -> None:
     space = space_of(allocation=["atp", "curve"])
     study = study_of_gp(space_of(), 10)

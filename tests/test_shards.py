@@ -210,6 +210,7 @@ def anonymous() -> int:
     return 1024 * int(re.search(r"RssAnon:\s+(\d+) kB", status)[1])  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_no_shard_is_held_in_memory(tmp_path: Path) -> None:
     """Not even where a source spreads the tensors that are pruned together over all of its shards."""
     out, size, count = tmp_path / "out", (1024, 1024), 8  # 4 MiB a tensor

@@ -89,6 +89,7 @@ def test_the_decoder_is_the_model(family: str) -> None:
         past = [kept[:, :, 1:] for kept in present]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_the_graphs_are_the_model(phase: Phase, tmp_path: Path) -> None:
     """Computed by onnx's own reference, with the names and shapes that DeepSparse looks for."""
@@ -259,6 +260,7 @@ def test_what_is_pruned_in_2_4_has_two_zeros_in_each_group(two_four: Path) -> No
             semistructured.check_groups(name, module.weight)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
 def test_semi_structured_without_a_card(two_four: Path, command: CommandLine) -> None:
     assert command("speedup", "--model", two_four, "--engine", "semi-structured").error == (

@@ -53,6 +53,7 @@ def naive_pass(model: Any, work: Any, plan: Plan, prune: PruneMatrix) -> Any:
     return pruned
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", few(ALL, ("llama", "gpt2", "bloom", "deepseek_v3", "gpt_oss", "qwen2_moe-mixed")))
 def test_each_linear_is_measured_behind_all_that_is_pruned(family: str) -> None:
     model = tiny(family)
@@ -70,6 +71,7 @@ def test_each_linear_is_measured_behind_all_that_is_pruned(family: str) -> None:
         assert block.error == pytest.approx(float((after - dense).norm() / dense.norm()), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
 def test_an_expert_that_no_token_is_sent_to(family: str) -> None:
     model = silence(tiny(family))

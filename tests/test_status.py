@@ -345,6 +345,7 @@ def test_nothing_is_said_twice(place: Path, capsys: pytest.CaptureFixture[str], 
     assert "running" not in said
 
 
+@pytest.mark.slow
 def test_a_study_that_goes_while_it_is_watched(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(place, timeout=0)
     looks = watching.looks(study_file(place), "tiny", 0)

@@ -374,6 +374,7 @@ def test_a_trial_that_crashes_is_given_up_wherever_it_does(study: optuna.Study) 
     )
 
 
+@pytest.mark.slow
 def test_what_dies_with_others_or_with_its_machine_is_run_again(study: optuna.Study) -> None:
     """Two processes of this host at once, one before it was booted again, and ones of another host."""
     booted = DEAD["booted"] - 3600

@@ -167,6 +167,7 @@ def test_an_error_of_a_copy_that_nobody_wants_is_forgotten(stream: Stream, copie
     check(stream.get(3), 3)
 
 
+@pytest.mark.slow
 def test_the_thread_ends_with_the_checkpoint() -> None:
     gc.collect()
     before = {thread.ident for thread in threading.enumerate()}

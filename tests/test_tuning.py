@@ -171,6 +171,7 @@ def test_a_complete_study_is_returned_without_work(done: Path, monkeypatch: pyte
     assert len(run(done, "search.trials=2").trials) == 6  # fewer than there are
 
 
+@pytest.mark.slow
 def test_a_larger_total_goes_on(done: Path) -> None:
     before = reopen(done).trials
     study = run(done, "search.trials=8")
@@ -207,6 +208,7 @@ def test_no_time_is_no_trial(place: Path) -> None:
     assert states(run(place)) == ["COMPLETE"] * 3
 
 
+@pytest.mark.slow
 def test_time_that_is_up_starts_no_further_trial(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def slowly(bench: Bench, plan: Plan) -> Iterator[Any]:
         clock.append(clock[-1] + 0.5)
@@ -229,6 +231,7 @@ def test_reports_that_are_missing_are_measured(done: Path, monkeypatch: pytest.M
     assert (done / "tiny.best.json").exists()
 
 
+@pytest.mark.slow
 def test_a_better_best_is_reported_too(done: Path) -> None:
     reports = reopen(done).user_attrs["reports"]
     study = reopen(done)
@@ -374,6 +377,7 @@ def interrupt_at(number: int) -> Any:
     return watch
 
 
+@pytest.mark.slow
 def test_an_interrupted_trial_is_queued_first(place: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(place, watch=interrupt_at(1))
@@ -607,6 +611,7 @@ def test_a_hessian_that_cannot_be_inverted_fails_its_pruner_alone(place: Path, m
     assert all(study.trials[int(number)].params["pruner"] == "wanda" for number in reports - {"dense"})
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_fails_the_trial(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def prune_but(bench: Bench, plan: Plan) -> Iterator[Any]:
         if plan.parameters["beta"] > 0 and not raised:
@@ -651,6 +656,7 @@ def test_a_dense_model_that_cannot_be_measured_is_said(place: Path, monkeypatch:
 # --- pairs that were measured before
 
 
+@pytest.mark.slow
 def test_a_repeated_pair_is_answered_from_the_store(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = reopen(done)
     params = study.trials[3].params

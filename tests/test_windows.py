@@ -110,6 +110,7 @@ def test_random_takes_a_document_only_if_it_is_longer(folder: Path, tmp_path: Pa
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", few([7, 64, 1000], [64]))
 @pytest.mark.parametrize("part", [(0.0, 1.0), (0.9, 1.0)])
 def test_consecutive_is_the_convention_of_wikitext(
@@ -127,6 +128,7 @@ def test_consecutive_is_the_convention_of_wikitext(
     assert found.ids.tolist() == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("windows", few([1, 9, 150], [9]))
 @pytest.mark.parametrize("name", ["folder", "unsplit"])
 def test_the_first_windows_are_those_of_the_whole(
@@ -194,6 +196,7 @@ def test_a_second_call_reads_nothing(draw: str, folder: Path, tmp_path: Path, re
     assert notes == [f"reading and tokenising {TOPICS_SOURCE}"]
 
 
+@pytest.mark.slow
 def test_a_second_call_imports_no_transformers(folder: Path, cache: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", *TOPICS[:3])
     token_windows(Text(source=source, tokens=32), folder, tmp_path)
