@@ -213,9 +213,14 @@ def check_given_up(place: Path, crew: Crew, times: int | None) -> None:
             break
         crew.refill()
     study = stored(place)
-    lost = [trial for trial in study.trials if trial.state == TrialState.FAIL]
+    lost = [trial for trial in study.trials if trial.state == TrialState.FAIL and not is_double(trial)]
     assert len({str(trial.params) for trial in lost}) == 1
     assert times is None or len(lost) == times
     assert [storage.is_given_up(trial) for trial in lost] == [False] * (len(lost) - 1) + [True]
     assert storage.counted(study) == 3
     assert len(measured(study)) == 2
+
+
+def is_double(trial: optuna.trial.FrozenTrial) -> bool:
+    """Whether a trial was queued twice, by two that were started again at the same moment, and ended unmeasured."""
+    return trial.user_attrs.get("lost") == storage.SURPLUS
