@@ -16,15 +16,16 @@ import optuna
 import torch
 from optuna.trial import FrozenTrial
 
-from atp_tune.cli.running import quiet
+from atp_tune.cli.runtime import quiet
 from atp_tune.events import Event, TrialEnded
+from atp_tune.metrics.perplexity import change, perplexity
 from atp_tune.plan import shown
 from atp_tune.results.summary import best_of_each, is_uniform, parameters_of
-from atp_tune.scores.perplexity import change, perplexity
-from atp_tune.search.bench import Bench
-from atp_tune.search.tuning import Run, is_complete, open_bench, tune
+from atp_tune.search.context import TrialContext
+from atp_tune.search.runner import is_complete, open_context, tune
+from atp_tune.search.study_run import StudyRun
 from atp_tune.spec.studyfile import StudyFile, load
-from atp_tune.trials import storage
+from atp_tune.storage import opening
 
 ROOT = Path(__file__).parents[1]
 Line = tuple[float, str, str]  # target, pruner, allocation
@@ -48,14 +49,14 @@ def main() -> None:
     with quiet():
         files = {line: study_file(options, line) for line in itertools.product(TARGETS, PRUNERS, ALLOCATIONS)}
         found = {line: study for line, file in files.items() if (study := complete(file, line))}
-        bench = open_bench(Run(next(iter(files.values())), "", None, told))
+        context = open_context(StudyRun(next(iter(files.values())), "", None, told))
         for line, file in files.items():
             if line in found or options.write_only or line[0] not in options.targets or line[1] not in options.pruners:
                 continue
             print(name_of(line), flush=True)
-            found[line] = tune(Run(file, name_of(line), None, told, bench))
-            options.out.write_text(page(options, bench, found), encoding="utf-8")
-        options.out.write_text(page(options, bench, found), encoding="utf-8")
+            found[line] = tune(StudyRun(file, name_of(line), None, told, context))
+            options.out.write_text(page(options, context, found), encoding="utf-8")
+        options.out.write_text(page(options, context, found), encoding="utf-8")
     print(options.out)
 
 
@@ -66,8 +67,8 @@ def name_of(line: Line) -> str:
 
 def complete(file: StudyFile, line: Line) -> optuna.Study | None:
     """The line's study, if it has come to its end."""
-    db = storage.open_storage(file.storage_url, create=False)
-    study = storage.find_study(db, name_of(line)) if db else None
+    db = opening.open_storage(file.storage_url, create=False)
+    study = opening.find_study(db, name_of(line)) if db else None
     return study if study is not None and is_complete(study, file) else None
 
 
@@ -91,14 +92,14 @@ def told(event: Event) -> None:
         print(f"  [{event.done}/{event.total}] {value}", flush=True)
 
 
-def page(options: argparse.Namespace, bench: Bench, found: dict[Line, optuna.Study]) -> str:
+def page(options: argparse.Namespace, context: TrialContext, found: dict[Line, optuna.Study]) -> str:
     """The whole of docs/results.md."""
     dense = next(iter(found.values()))
     search, report = (perplexity(nlls) for nlls in (dense.user_attrs["dense"], dense.user_attrs["reports"]["dense"]))
     parts = [
         "# Allocations compared\n",
         "Written by `python benchmarks/allocations.py`. SmolLM2-135M-Instruct, "
-        f"{str(bench.checkpoint.dtype).removeprefix('torch.')}, torch "
+        f"{str(context.checkpoint.dtype).removeprefix('torch.')}, torch "
         f"{torch.__version__.partition('+')[0]} on {platform.machine()} CPU, texts of `studies/smol.toml`; up to "
         f"{options.trials} trials a line, uniform included; allocations without parameters have one point. Dense: "
         f"{search} on the search text, {report} on the report text.\n",

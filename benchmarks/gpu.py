@@ -29,7 +29,7 @@ from atp_tune.checkpoints.residency import Residency
 from atp_tune.checkpoints.streaming import copy_to
 from atp_tune.plan import Plan
 from atp_tune.pruners import columns
-from atp_tune.search.bench import Bench
+from atp_tune.search.context import TrialContext
 from atp_tune.search.record import Record
 from atp_tune.spec.study import Prune
 from atp_tune.texts.windows import Windows
@@ -133,7 +133,9 @@ def put(module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
         setattr(module.get_submodule(path), own, parameter)
 
 
-def open_bench(shape: Shape, residency: Residency, distinct: int, device: torch.device, ahead: bool = True) -> Bench:
+def open_context(
+    shape: Shape, residency: Residency, distinct: int, device: torch.device, ahead: bool = True
+) -> TrialContext:
     """A bench over random windows; the first block is pruned, and all run once, to warm up."""
     gc.collect()
     if device.type == "cuda":
@@ -144,14 +146,14 @@ def open_bench(shape: Shape, residency: Residency, distinct: int, device: torch.
     ids = torch.randint(shape.vocabulary, (2, shape.windows, shape.tokens), generator=torch.Generator().manual_seed(0))
     texts = {role: Windows(part.numpy(), role) for role, part in zip(("calibration", "search"), ids, strict=True)}
     folder = ModelFolder(Path(tempfile.gettempdir()) / "nothing", "random", shape.name)
-    bench = Bench(folder, checkpoint, texts, Prune(), lambda event: None)
-    next(iter(bench.prune(uniform(bench))))
-    return bench
+    context = TrialContext(folder, checkpoint, texts, Prune(), lambda event: None)
+    next(iter(context.prune(uniform(context))))
+    return context
 
 
-def uniform(bench: Bench, pruner: str = "wanda") -> Plan:
+def uniform(context: TrialContext, pruner: str = "wanda") -> Plan:
     """50 % everywhere."""
-    return Plan(pruner, "uniform", (0.5,) * len(bench.checkpoint.blocks))
+    return Plan(pruner, "uniform", (0.5,) * len(context.checkpoint.blocks))
 
 
 # --- what is measured
@@ -170,26 +172,26 @@ class Trial:
         return sum(self.seconds.values())
 
 
-def trial(bench: Bench) -> Trial:
+def trial(context: TrialContext) -> Trial:
     """One trial of Wanda."""
-    record = Record(bench.checkpoint.device, bench.dtype)
-    blocks = record.follow(bench.prune(uniform(bench)), bench.checkpoint.sizes)
-    record.nlls = bench.all_nlls(blocks, "search")
+    record = Record(context.checkpoint.device, context.dtype)
+    blocks = record.follow(context.prune(uniform(context)), context.checkpoint.sizes)
+    record.nlls = context.all_nlls(blocks, "search")
     found = record.close()
     return Trial(found["seconds"], max(found["peak_bytes"].values()))
 
 
-def dense_seconds(bench: Bench) -> float:
+def dense_seconds(context: TrialContext) -> float:
     """Seconds of the dense model on the search text, in which a block computes least while the next one comes."""
     began = perf_counter()
-    bench.all_nlls(bench.dense(), "search")
+    context.all_nlls(context.dense(), "search")
     return perf_counter() - began
 
 
-def find_floor(bench: Bench, shape: Shape) -> Floor:
+def find_floor(context: TrialContext, shape: Shape) -> Floor:
     """Seconds of the linears alone, by phase, and of the copies."""
-    checkpoint, tokens = bench.checkpoint, shape.windows * shape.tokens
-    batch = bench.batch("calibration").windows * shape.tokens
+    checkpoint, tokens = context.checkpoint, shape.windows * shape.tokens
+    batch = context.batch("calibration").windows * shape.tokens
     weights = checkpoint.weights(0)
     each = {key: multiply(tensor, batch) * tokens / batch for key, tensor in weights.items() if tensor.dim() == 2}
     rows = min(batch, 2048)
@@ -252,12 +254,12 @@ def show_trial(name: str, residency: Residency, found: Trial, floor: Floor) -> N
     line(name, lies, *phases, found.seconds["prune"], whole, floor.products, copies, found.peak / 1e9)
 
 
-def resident(shape: Shape, device: torch.device, distinct: int) -> tuple[Bench, Floor]:
+def resident(shape: Shape, device: torch.device, distinct: int) -> tuple[TrialContext, Floor]:
     """A trial with all weights on the device: its bench, and the floor."""
-    bench = open_bench(shape, "device", distinct, device)
-    floor = find_floor(bench, shape)
-    show_trial(shape.name, "device", trial(bench), floor)
-    return bench, floor
+    context = open_context(shape, "device", distinct, device)
+    floor = find_floor(context, shape)
+    show_trial(shape.name, "device", trial(context), floor)
+    return context, floor
 
 
 def streamed(shape: Shape, device: torch.device, floor: Floor, is_late: Callable[[], bool]) -> list[float]:
@@ -266,17 +268,17 @@ def streamed(shape: Shape, device: torch.device, floor: Floor, is_late: Callable
     for ahead in (True, False):
         if is_late():
             break
-        bench = open_bench(shape, "host", shape.distinct, device, ahead)
+        context = open_context(shape, "host", shape.distinct, device, ahead)
         if ahead:
-            show_trial(shape.name, "host", trial(bench), floor)
-        found.append(dense_seconds(bench))
-        del bench
+            show_trial(shape.name, "host", trial(context), floor)
+        found.append(dense_seconds(context))
+        del context
     return found
 
 
-def sparsegpt_seconds(bench: Bench) -> dict[str, float]:
+def sparsegpt_seconds(context: TrialContext) -> dict[str, float]:
     """Seconds by phase of SparseGPT in the second block, after the first to warm up."""
-    return list(islice(bench.prune(uniform(bench, "sparsegpt")), 2))[1].seconds
+    return list(islice(context.prune(uniform(context, "sparsegpt")), 2))[1].seconds
 
 
 def show_sparsegpt(shape: Shape, found: dict[str, float], device: torch.device) -> None:
@@ -305,9 +307,9 @@ def main() -> None:
     of_trial = ("shape", "weights", "calibrate", "evaluate", "prune", "trial", "products", "copies", "peak memory, GB")
     head("One trial, in seconds", *of_trial)
     sparsegpt = sparsegpt_seconds(resident(small, device, small.distinct)[0])
-    bench, floor = resident(large, device, 1)
-    rate = dense_seconds(bench)
-    del bench
+    context, floor = resident(large, device, 1)
+    rate = dense_seconds(context)
+    del context
     ways = [rate, *streamed(large, device, floor, lambda: perf_counter() - began > BUDGET)]
     head(f"{large.name}, the dense model on the search text", "weights", "seconds", "of the resident rate")
     for way, seconds in zip(WAYS, ways, strict=False):

@@ -19,11 +19,12 @@ SHORT = ("texts.report.windows=8",) if len(sys.argv) < 2 else ()
 
 RUN = """
 import json, sys
-from atp_tune.cli.running import quiet
+from atp_tune.cli.runtime import quiet
 from atp_tune.spec.studyfile import load
-from atp_tune.search.tuning import Run, tune
+from atp_tune.search.runner import tune
+from atp_tune.search.study_run import StudyRun
 with quiet():
-    study = tune(Run(load(sys.argv[1], sys.argv[2:]), "bench", None, lambda event: None))
+    study = tune(StudyRun(load(sys.argv[1], sys.argv[2:]), "bench", None, lambda event: None))
 trials = [t.user_attrs for t in study.trials]
 peak = max(max(t["peak_bytes"].values()) for t in trials)
 print(json.dumps({"seconds": [t["seconds"] for t in trials], "peak": peak}))

@@ -15,7 +15,7 @@ import optuna
 from atp_tune import figures
 from atp_tune.report import ENDINGS, gather, write
 from atp_tune.results.summary import summarise
-from atp_tune.trials.storage import find_study, open_storage
+from atp_tune.storage.opening import find_study, open_storage
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 KINDS = [kind for kind in ENDINGS if kind != "png"]  # which waits for a browser

@@ -85,16 +85,16 @@ def evaluate(model: nn.Module, window: Tensor) -> float:
 
 def prepare(work: Path, changes: list[str]) -> None:
     """Writes where the model of smol lies, its number format and its windows, some keys of the study changed."""
-    from atp_tune.search.bench import Bench, Setup
+    from atp_tune.search.context import ContextConfig, TrialContext
     from atp_tune.spec.studyfile import load
     from atp_tune.texts.documents import documents
 
     study = (file := load("smol", changes)).study
     texts = {"calibration": study.texts.calibration, "search": study.texts.search, "report": study.report_text}
-    bench = Bench.open(Setup(study.model, study.prune, texts, file.folder, "cpu"))
-    (work / "model").write_text(str(bench.folder.path))
-    (work / "dtype").write_text(bench.dtype)
-    for role, drawn in bench.windows.items():
+    context = TrialContext.open(ContextConfig(study.model, study.prune, texts, file.folder, "cpu"))
+    (work / "model").write_text(str(context.folder.path))
+    (work / "dtype").write_text(context.dtype)
+    for role, drawn in context.windows.items():
         np.save(work / f"{role}.npy", drawn.ids)
         (work / f"{role}.txt").write_text("\n\n".join(documents(texts[role], file.folder)))
 

@@ -20,10 +20,10 @@ import optuna
 
 from atp_tune.allocations import Budget
 from atp_tune.search.samplers import make_sampler
-from atp_tune.search.settling import has_settled
 from atp_tune.search.space import Space
+from atp_tune.search.termination import has_settled
 from atp_tune.spec.study import Search
-from atp_tune.trials.storage import measured
+from atp_tune.storage.ranking import measured
 
 WINDOWS, STEPS, TOTAL = 16, 40, 24
 BUDGET = Budget(0.6, (1,) * 30)

@@ -29,18 +29,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from atp_tune.cache import cache_dir, folder_atomically
 from atp_tune.checkpoints.devices import cpu_name
 from atp_tune.cli.display import Display
-from atp_tune.cli.running import quiet
+from atp_tune.cli.runtime import quiet
 from atp_tune.cli.speeding import rates_table, summary_of
 from atp_tune.cli.tables import markdown
 from atp_tune.events import Watch
+from atp_tune.metrics.speed import Speed
 from atp_tune.sparse.applying import prune_once
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import read_config
 from atp_tune.spec.studyfile import load
-from atp_tune.speed.measuring import measure
-from atp_tune.speed.pair import Pair, find_pair
-from atp_tune.speed.rates import Task
-from atp_tune.speed.result import Speed
+from atp_tune.speed.benchmark import measure
+from atp_tune.speed.model_pair import Pair, find_pair
+from atp_tune.speed.throughput import Task
 
 ROOT = Path(__file__).parents[1]
 RUNS, PAGE = ROOT / "docs" / "speedup" / "runs.jsonl", ROOT / "docs" / "speedup.md"

@@ -26,7 +26,7 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.events import unwatched
 from atp_tune.plan import make_plan
 from atp_tune.scores.evaluation import POSITIONS
-from atp_tune.search.bench import Bench, Setup
+from atp_tune.search.context import ContextConfig, TrialContext
 from atp_tune.search.record import Record
 from atp_tune.spec.study import Prune
 from atp_tune.spec.studyfile import load
@@ -47,9 +47,9 @@ def seconds_of(call: Callable[[], object]) -> float:
 class Floor:
     """The matrix products of a trial and nothing else, block by block with each block's own weights."""
 
-    def __init__(self, bench: Bench) -> None:
-        config = bench.checkpoint.config
-        self.bench, self.dtype = bench, bench.checkpoint.dtype
+    def __init__(self, context: TrialContext) -> None:
+        config = context.checkpoint.config
+        self.context, self.dtype = context, context.checkpoint.dtype
         self.heads, self.width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
         self.head = torch.randn(config.vocab_size, config.hidden_size).to(self.dtype)
 
@@ -61,13 +61,13 @@ class Floor:
 
     def _batches(self, role: str) -> list[tuple[int, int]]:
         """Windows and tokens of each batch."""
-        windows, tokens = self.bench._ids[role].shape
-        size = self.bench.batch(role).windows
+        windows, tokens = self.context._ids[role].shape
+        size = self.context.batch(role).windows
         return [(min(size, windows - start), tokens) for start in range(0, windows, size)]
 
     def _multiply(self, calibration: Batches, search: Batches, measuring: int, running: int) -> None:
-        for index, linears in enumerate(self.bench.checkpoint.linears):
-            weights = [linear.matrix(self.bench.checkpoint.weights(index)[linear.key]) for linear in linears]
+        for index, linears in enumerate(self.context.checkpoint.linears):
+            weights = [linear.matrix(self.context.checkpoint.weights(index)[linear.key]) for linear in linears]
             for batches, used in (
                 (measuring * calibration, weights[:-1]),
                 (running * calibration, weights),
@@ -94,24 +94,24 @@ def _random(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 @torch.inference_mode()
-def trial(bench: Bench, pruner: str) -> dict[str, float]:
+def trial(context: TrialContext, pruner: str) -> dict[str, float]:
     """Seconds of one trial by phase."""
-    record = Record(bench.checkpoint.device, bench.dtype)
-    plan = make_plan(pruner, "atp", bench.budget(0.6), {"beta": BETA})
-    bench.all_nlls(record.follow(bench.prune(plan), bench.checkpoint.sizes), "search")
+    record = Record(context.checkpoint.device, context.dtype)
+    plan = make_plan(pruner, "atp", context.budget(0.6), {"beta": BETA})
+    context.all_nlls(record.follow(context.prune(plan), context.checkpoint.sizes), "search")
     seconds: dict[str, float] = record.close()["seconds"]
     return seconds
 
 
-def compare(bench: Bench, pruner: str, statistics_: str, title: str) -> float:
+def compare(context: TrialContext, pruner: str, statistics_: str, title: str) -> float:
     """Prints a row, and gives the median seconds."""
-    way = bench.prune_settings.model_copy(update={"statistics": statistics_})
-    bench.prune_settings = way
-    floor, ratios, rows = Floor(bench), [], []
-    trial(bench, pruner)
+    way = context.prune_settings.model_copy(update={"statistics": statistics_})
+    context.prune_settings = way
+    floor, ratios, rows = Floor(context), [], []
+    trial(context, pruner)
     with torch.inference_mode():
         for _ in range(PAIRS):
-            least, row = floor.seconds(statistics_), trial(bench, pruner)
+            least, row = floor.seconds(statistics_), trial(context, pruner)
             rows.append(row)
             ratios.append(sum(row.values()) / least)
     seconds = [statistics.median(row[phase] for row in rows) for phase in ("calibrate", "prune", "evaluate")]
@@ -121,17 +121,17 @@ def compare(bench: Bench, pruner: str, statistics_: str, title: str) -> float:
     return total
 
 
-def smol() -> Bench:
-    """The bench of the study smol."""
+def smol() -> TrialContext:
+    """The context of the study smol."""
     file = load("smol")
     texts = {"calibration": file.study.texts.calibration, "search": file.study.texts.search}
-    return Bench.open(Setup(file.study.model, file.study.prune, texts, file.folder, "cpu"))
+    return TrialContext.open(ContextConfig(file.study.model, file.study.prune, texts, file.folder, "cpu"))
 
 
-def proportion(bench: Bench, calibration: int, search: int) -> None:
+def proportion(context: TrialContext, calibration: int, search: int) -> None:
     """Prints a row: both ways of statistics with texts of so many thousand tokens, in turn."""
     pairs = []
-    sized = resized(bench, {"calibration": 1024 * calibration, "search": 1024 * search}, 30)
+    sized = resized(context, {"calibration": 1024 * calibration, "search": 1024 * search}, 30)
     for _ in range(PAIRS + 1):
         pair = []
         for way in ("block", "sequential"):
@@ -144,15 +144,15 @@ def proportion(bench: Bench, calibration: int, search: int) -> None:
     print(f"| {1024 * calibration:,} | {1024 * search:,} | {block:.2f} | {sequential:.2f} | {shown} |", flush=True)
 
 
-def resized(bench: Bench, tokens: dict[str, int], blocks: int) -> Bench:
+def resized(context: TrialContext, tokens: dict[str, int], blocks: int) -> TrialContext:
     """A random model of the same shape with fewer blocks, and texts of another length."""
-    config = AutoConfig.from_pretrained(bench.folder.path, num_hidden_layers=blocks)
-    model = AutoModelForCausalLM.from_config(config).to(bench.checkpoint.dtype)
+    config = AutoConfig.from_pretrained(context.folder.path, num_hidden_layers=blocks)
+    model = AutoModelForCausalLM.from_config(config).to(context.checkpoint.dtype)
     texts = {}
-    for role, windows in bench.windows.items():
+    for role, windows in context.windows.items():
         count = tokens[role] // windows.ids.shape[1]
         texts[role] = Windows(np.resize(windows.ids, (count, windows.ids.shape[1])), role)
-    return Bench(bench.folder, Checkpoint(model, bench.checkpoint.device), texts, Prune(), unwatched)
+    return TrialContext(context.folder, Checkpoint(model, context.checkpoint.device), texts, Prune(), unwatched)
 
 
 def main() -> None:
@@ -161,26 +161,26 @@ def main() -> None:
     parser.add_argument("--growth", action="store_true", help="more tokens, more blocks")
     parser.add_argument("--proportions", action="store_true", help="block and sequential, by the sizes of the texts")
     asked = parser.parse_args()
-    bench = smol()
-    batches = " and ".join(str(bench.batch(role).windows) for role in ("calibration", "search"))
-    print(f"{torch.get_num_threads()} threads, {bench.dtype}, batches of {batches} windows\n")
+    context = smol()
+    batches = " and ".join(str(context.batch(role).windows) for role in ("calibration", "search"))
+    print(f"{torch.get_num_threads()} threads, {context.dtype}, batches of {batches} windows\n")
     if asked.proportions:
         print("| calibration tokens | search tokens | block s | sequential s | ratio |\n|---|---|---|---|---|")
         for calibration, search in ((2, 4), (4, 5), (4, 4), (4, 2), (8, 2), (16, 2)):
-            proportion(bench, calibration, search)
+            proportion(context, calibration, search)
         return
     print("| trial | calibrate s | prune s | evaluate s | all s | floor s | times the floor |")
     print("|---|---|---|---|---|---|---|")
     if asked.growth:
         for tokens, blocks in ((0.5, 30), (1, 30), (2, 30), (4, 30), (1, 6), (1, 12)):
-            sizes = {role: int(windows.ids.size * tokens) for role, windows in bench.windows.items()}
-            compare(resized(bench, sizes, blocks), "wanda", "block", f"{tokens:g}× tokens, {blocks} blocks")
+            sizes = {role: int(windows.ids.size * tokens) for role, windows in context.windows.items()}
+            compare(resized(context, sizes, blocks), "wanda", "block", f"{tokens:g}× tokens, {blocks} blocks")
         return
     for pruner, way in (
         ("wanda", "block"), ("wanda", "sequential"), ("wanda", "dense"), ("magnitude", "block"),
         ("sparsegpt", "block"), ("sparsegpt", "sequential"),
     ):  # fmt: skip
-        compare(bench, pruner, way, f"{pruner}, {way}")
+        compare(context, pruner, way, f"{pruner}, {way}")
 
 
 if __name__ == "__main__":

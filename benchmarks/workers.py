@@ -16,11 +16,11 @@ from uuid import uuid4
 import optuna
 from optuna.trial import TrialState
 
-from atp_tune.cli.running import quiet
+from atp_tune.cli.runtime import quiet
 from atp_tune.errors import TrialError
-from atp_tune.search.tuning import Attempt
-from atp_tune.trials import storage
-from atp_tune.trials.process import identity
+from atp_tune.search.trial_loop import Attempt
+from atp_tune.storage import database, fingerprint, lost_trials, opening, totals
+from atp_tune.storage.process_identity import identity
 
 WORK = "work"  # the word by which this file calls itself
 
@@ -31,28 +31,28 @@ def work(address: str, name: str, total: int) -> None:
     study.sampler = optuna.samplers.RandomSampler()
 
     def objective(trial: optuna.Trial) -> float:
-        storage.set_attributes(trial, identity())
+        database.set_attributes(trial, identity())
         beta = trial.suggest_float("beta", 0, 1)
-        storage.set_attributes(trial, {"sparsities": [beta] * 32})
-        storage.set_attributes(trial, dict.fromkeys(("errors", "nlls", "seconds"), [beta] * 32))
+        database.set_attributes(trial, {"sparsities": [beta] * 32})
+        database.set_attributes(trial, dict.fromkeys(("errors", "nlls", "seconds"), [beta] * 32))
         return beta
 
     def ended(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-        storage.recover(study)
+        lost_trials.recover(study)
         trials = study.get_trials(deepcopy=False)
-        if sum(storage.counts(trial) or trial.state == TrialState.RUNNING for trial in trials) >= total:
+        if sum(totals.counts(trial) or trial.state == TrialState.RUNNING for trial in trials) >= total:
             study.stop()
 
-    while (left := total - storage.counted(study)) > 0:
+    while (left := total - totals.counted(study)) > 0:
         study.optimize(Attempt(objective, total), n_trials=left, catch=(TrialError,), callbacks=[ended])
-        storage.recover(study)
+        lost_trials.recover(study)
 
 
 def open_study(address: str, name: str) -> optuna.Study:
     """The study of that name, made if need be."""
-    db = storage.open_storage(address, create=True)
+    db = opening.open_storage(address, create=True)
     assert db is not None
-    return storage.create_study(db, name, {"sparsity": 0.5})
+    return fingerprint.create_study(db, name, {"sparsity": 0.5})
 
 
 def measure(address: str, trials: int, workers: int) -> str:
@@ -64,7 +64,7 @@ def measure(address: str, trials: int, workers: int) -> str:
     said = [process.communicate()[1] for process in started]
     seconds = perf_counter() - began
     found = study.get_trials(deepcopy=False)
-    done = [trial for trial in found if storage.counts(trial)]
+    done = [trial for trial in found if totals.counts(trial)]
     exact = "exact" if [trial.number for trial in found] == list(range(len(found))) and len(done) == total else "WRONG"
     errors = sum(bool(text) for text in said) + sum(process.returncode != 0 for process in started)
     span = max(trial.datetime_complete for trial in done) - min(trial.datetime_start for trial in done)

@@ -13,7 +13,7 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.checkpoints.residency import Residency
 from atp_tune.events import Watch, unwatched
-from atp_tune.search.bench import Bench
+from atp_tune.search.context import TrialContext
 from atp_tune.spec.study import Prune
 from atp_tune.texts.windows import Windows
 
@@ -192,7 +192,7 @@ def bench_of(
     residency: Residency | None = None,
     ids: Callable[[int, int, int], Tensor] | None = None,
     device: torch.device = CPU,
-) -> Bench:
+) -> TrialContext:
     """A bench over random windows, or those that `ids` draws: 5 of calibration, 7 of search, 3 of report."""
     windows, draw = {"calibration": 5, "search": 7, "report": 3}, ids or random_ids
     texts = {
@@ -200,7 +200,7 @@ def bench_of(
         for seed, (role, count) in enumerate(windows.items())
     }
     checkpoint = checkpoint_of(model, residency, device)
-    return Bench(ModelFolder(folder, "content", "tiny"), checkpoint, texts, prune or Prune(), watch)
+    return TrialContext(ModelFolder(folder, "content", "tiny"), checkpoint, texts, prune or Prune(), watch)
 
 
 def copy_of(model: Any) -> dict[str, Tensor]:

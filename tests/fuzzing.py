@@ -22,18 +22,18 @@ from optuna.trial import FrozenTrial, TrialState
 from synthetic import BOUND, made_up, new_study
 
 from atp_tune import figures
-from atp_tune.cli import outcomes, tables, terminal
+from atp_tune.cli import summaries, tables, terminal
 from atp_tune.errors import UserError
 from atp_tune.figures import overlay
+from atp_tune.metrics.perplexity import Perplexity
 from atp_tune.report import contents, latex, machine, markdown
 from atp_tune.results.status import status_of, to_json
 from atp_tune.results.summary import best_config, summarise
-from atp_tune.scores.perplexity import Perplexity
 from atp_tune.serving import notes
 from atp_tune.spec import studyfile
 from atp_tune.spec.config import read_config
 from atp_tune.spec.studyfile import StudyFile, facts, from_settings, settings
-from atp_tune.trials import storage
+from atp_tune.storage import fingerprint, opening
 
 SMOL = Path(__file__).parents[1] / "studies" / "smol.toml"
 JUNK: list[Any] = [
@@ -160,7 +160,7 @@ def config(data: bytes) -> None:
     if read is not None:
         read.to_json().encode()
         read.model.model({"allow_pickle": False})
-        check_screen(lambda: outcomes.show_applied(read, Perplexity(value=20, stderr=1), path))
+        check_screen(lambda: summaries.show_applied(read, Perplexity(value=20, stderr=1), path))
 
 
 def toml(data: bytes) -> None:
@@ -233,7 +233,7 @@ def _stored(attrs: dict[str, Any], trials: list[FrozenTrial]) -> optuna.Study:
             kept.create_new_trial(plain._study_id, trial)
         except (AssertionError, LookupError, RuntimeError):  # what this storage cannot hold at all
             continue
-    study = storage.find_study(kept, "made-up")
+    study = opening.find_study(kept, "made-up")
     assert study is not None
     return study
 
@@ -251,8 +251,8 @@ def look(study: optuna.Study, file: StudyFile) -> None:
         json.dumps(notes.columns(trial)).encode()
     notes.facts_of(study.user_attrs)
     refused(lambda: best_config(file, study, scratch() / "best.json").to_json().encode())
-    refused(lambda: storage.check_facts(study, facts(file.study), partly=True))
-    refused(lambda: storage.check_device(study, "cpu (2 threads)"))
+    refused(lambda: fingerprint.check_facts(study, facts(file.study), partly=True))
+    refused(lambda: fingerprint.check_device(study, "cpu (2 threads)"))
 
 
 def draw(study: optuna.Study) -> None:

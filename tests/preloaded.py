@@ -16,7 +16,7 @@ from typing import Any
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
-from atp_tune.cli.running import quiet
+from atp_tune.cli.runtime import quiet
 
 with quiet():  # which libraries read as they are imported
     import optuna
@@ -25,7 +25,7 @@ with quiet():  # which libraries read as they are imported
 
     import atp_tune.report
     import atp_tune.search.objective
-    import atp_tune.search.tuning
+    import atp_tune.search.runner
     import atp_tune.serving.serve
     import atp_tune.sparse.applying
     from atp_tune.blocks import prune_pass
@@ -33,7 +33,7 @@ with quiet():  # which libraries read as they are imported
     from atp_tune.cli import main
     from atp_tune.pruners.wanda import Wanda
     from atp_tune.scores import evaluation
-    from atp_tune.trials import remote, storage
+    from atp_tune.storage import fingerprint, opening, remote
 
 __all__ = ["atp_tune", "transformers"]
 torch.set_num_threads(1)
@@ -162,7 +162,7 @@ def add_trials(address: str, number: int) -> None:
         return trial.suggest_float("beta", 0, 1)
 
     with quiet():
-        study = storage.create_study(storage.open_storage(address, True), "s", {"sparsity": 0.5})
+        study = fingerprint.create_study(opening.open_storage(address, True), "s", {"sparsity": 0.5})
         study.sampler = optuna.samplers.RandomSampler()
         study.optimize(objective, number)
     raise SystemExit(0)
@@ -201,5 +201,5 @@ def doom(number: int, end: Callable[[], None], anywhere: bool = False) -> None:
 
 def doom_with_patience(number: int, most: int) -> None:
     """The trial ends its process anywhere, and is given up after so many times."""
-    atp_tune.trials.cutoffs.MOST = most
+    atp_tune.storage.cutoffs.MOST = most
     doom(number, kill, anywhere=True)

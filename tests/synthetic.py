@@ -10,7 +10,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from atp_tune.spec.studyfile import load, settings
-from atp_tune.trials.database import Database
+from atp_tune.storage.database import Database
 
 BLOCKS, TARGET, BOUND, WINDOWS = 30, 0.6, 0.8 / 29, 16
 DISTRIBUTIONS: dict[str, BaseDistribution] = {

@@ -7,7 +7,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, TrialState
 from test_samplers import search_of, space_of
 
-from atp_tune.search.apart import NEAR, REACH, apart, is_near
+from atp_tune.search.deduplicate import NEAR, REACH, apart, is_near
 from atp_tune.search.samplers import make_sampler
 
 KINDS: dict[str, BaseDistribution] = {

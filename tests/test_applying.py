@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from atp_tune.checkpoints import streaming
 from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Event, TrialStarted, unwatched
+from atp_tune.metrics.perplexity import Perplexity
 from atp_tune.plan import Plan
-from atp_tune.scores.perplexity import Perplexity
-from atp_tune.search.bench import Bench, Setup
+from atp_tune.search.context import ContextConfig, TrialContext
 from atp_tune.sparse.applying import apply, plan_of, prune_once, write_sparse
 from atp_tune.spec.config import Config, read_config
 
@@ -169,7 +169,7 @@ def test_a_folder_is_written_with_one_copy_of_each_block(
     """Of blocks that lie in host memory: what is dense is read from there, not from the device."""
     texts = {"calibration": config.calibration, "report": config.texts.report}
     model = config.model.model().model_copy(update={"residency": "host"})
-    bench = Bench.open(Setup(model, config.prune, texts, done, "cpu"), unwatched)
+    bench = TrialContext.open(ContextConfig(model, config.prune, texts, done, "cpu"), unwatched)
     plan, copied, copy_to = plan_of(config, bench), Counter[int](), streaming.copy_to
     assert len(list(bench.prune(plan))) == BLOCKS  # the dense model's states are measured once
 
@@ -242,14 +242,14 @@ def test_a_model_that_is_gone(done: Path, config: Config, tmp_path: Path) -> Non
 def test_a_failure_half_way_leaves_nothing(
     error: BaseException, done: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def half(bench: Bench, plan: Plan) -> Iterator[Any]:
+    def half(bench: TrialContext, plan: Plan) -> Iterator[Any]:
         for block in prune(bench, plan):
             if block.index == 2:
                 raise error
             yield block
 
-    prune, before = Bench.prune, sorted(tmp_path.iterdir())
-    monkeypatch.setattr(Bench, "prune", half)
+    prune, before = TrialContext.prune, sorted(tmp_path.iterdir())
+    monkeypatch.setattr(TrialContext, "prune", half)
     with pytest.raises(UserError if isinstance(error, OSError) else type(error)):
         applied(config, done, tmp_path / "out")
     assert [file for file in sorted(tmp_path.iterdir()) if file.name != "cache"] == [
@@ -320,7 +320,7 @@ def test_prune_once_does_not_overwrite(done: Path, tmp_path: Path) -> None:
 
 MANY = 28  # blocks
 # What the C library keeps of freed memory for the next tensor is bounded, and not the model's.
-LEAN = "import atp_tune.search.bench as b, atp_tune.cli as c; b.reuse_freed_memory = lambda: False; c.main()"
+LEAN = "import atp_tune.search.context as b, atp_tune.cli as c; b.reuse_freed_memory = lambda: False; c.main()"
 
 
 def large(place: Path) -> int:

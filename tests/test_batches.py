@@ -20,7 +20,7 @@ from atp_tune.events import unwatched
 from atp_tune.pruners import make_pruner
 from atp_tune.pruners.statistics import InputNorms
 from atp_tune.results.summary import summarise
-from atp_tune.search.bench import Bench, Setup
+from atp_tune.search.context import ContextConfig, TrialContext
 from atp_tune.sparse.applying import apply
 from atp_tune.spec.config import read_config
 
@@ -187,9 +187,11 @@ def test_what_another_machine_writes_is_equal_to_the_last_byte(place: Path, monk
 
 def test_dense_statistics_that_lie_on_the_disk_are_of_one_batch(done: Path) -> None:
     spec = study_file(done).study
-    bench = Bench.open(Setup(spec.model, spec.prune, {"calibration": spec.texts.calibration}, done, "cpu"))
+    context = TrialContext.open(
+        ContextConfig(spec.model, spec.prune, {"calibration": spec.texts.calibration}, done, "cpu")
+    )
     keys = set()
     for windows in (8, 2):
-        bench.begin({"calibration": windows})
-        keys.add(bench._key_of(make_pruner("wanda"), InputNorms))
+        context.begin({"calibration": windows})
+        keys.add(context._key_of(make_pruner("wanda"), InputNorms))
     assert len(keys) == 2

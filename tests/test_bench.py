@@ -8,8 +8,8 @@ from families import CPU, TOKENS, VOCABULARY, bench_of, random_ids, same_bits, t
 from atp_tune.blocks import batching
 from atp_tune.events import Step, unwatched
 from atp_tune.plan import Plan
-from atp_tune.search import bench
-from atp_tune.search.bench import Bench
+from atp_tune.search import context
+from atp_tune.search.context import TrialContext
 from atp_tune.spec.study import Prune
 from atp_tune.texts.windows import Windows
 
@@ -64,8 +64,8 @@ def test_pruning_and_evaluating_go_hand_in_hand() -> None:
 
 def test_settings_reach_sparsegpt(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
-    original = bench.make_pruner
-    monkeypatch.setattr(bench, "make_pruner", lambda *args: made.append(args) or original(*args))
+    original = context.make_pruner
+    monkeypatch.setattr(context, "make_pruner", lambda *args: made.append(args) or original(*args))
     work = bench_of(tiny("llama"), Prune.model_validate({"sparsegpt": {"damping": 0.5, "columns": 7}}))
     for pruner in ("sparsegpt", "wanda"):
         list(work.prune(Plan(pruner, "uniform", (0.5,) * 4)))
@@ -106,7 +106,7 @@ def test_masks_depend_on_the_calibration_text_alone(monkeypatch: pytest.MonkeyPa
     longer = Windows(random_ids(2, 4 * TOKENS, seed=3).numpy(), "longer")
     plan = Plan("wanda", "uniform", (0.5,) * 4)
     for texts in ({"calibration": calibration}, {"calibration": calibration, "report": longer}):
-        other = Bench(whole.folder, whole.checkpoint, texts, Prune(), unwatched)
+        other = TrialContext(whole.folder, whole.checkpoint, texts, Prune(), unwatched)
         assert other.batch("calibration").windows == whole.batch("calibration").windows == 4
         for one, two in zip(other.prune(plan), whole.prune(plan), strict=True):
             assert all(same_bits(one.weights[name], two.weights[name]) for name in two.weights)
@@ -123,12 +123,12 @@ def test_a_bench_opens_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     ids = torch.arange(2 * TOKENS).view(2, TOKENS).numpy()
     asked: list[Any] = []
     folder = ModelFolder(tmp_path / "model", "sha", "model")
-    monkeypatch.setattr(bench, "resolve", lambda model, base, note: asked.append((model.source, base)) or folder)
-    monkeypatch.setattr(bench, "token_windows", lambda *_, **options: Windows(ids, "windows"))
-    setup = bench.Setup(
+    monkeypatch.setattr(context, "resolve", lambda model, base, note: asked.append((model.source, base)) or folder)
+    monkeypatch.setattr(context, "token_windows", lambda *_, **options: Windows(ids, "windows"))
+    setup = context.ContextConfig(
         Model(source="model", dtype="bfloat16"), Prune(), {"calibration": Text(source="c4")}, tmp_path, "cpu"
     )
-    work = bench.Bench.open(setup)
+    work = context.TrialContext.open(setup)
     assert asked == [("model", tmp_path)]
     assert work.checkpoint.dtype == torch.bfloat16 and work.checkpoint.device == CPU
     assert len(list(work.prune(UNIFORM))) == 4
@@ -136,6 +136,6 @@ def test_a_bench_opens_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(("free", "expected"), [(10**9, True), (0, False)])
 def test_blocks_are_kept_where_they_fit(free: int, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "free_memory", lambda device: free)
+    monkeypatch.setattr(context, "free_memory", lambda device: free)
     assert bench_of(tiny("llama"))._can_keep() == expected
     assert not bench_of(tiny("llama"), residency="host")._can_keep()

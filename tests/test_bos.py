@@ -30,12 +30,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Note
-from atp_tune.scores.bos import LEAST, BosEffect, is_better
-from atp_tune.scores.perplexity import perplexity
-from atp_tune.search import bench
+from atp_tune.metrics.bos import LEAST, BosEffect, is_better
+from atp_tune.metrics.perplexity import perplexity
+from atp_tune.search import context
 from atp_tune.sparse.provenance import FINETUNED, Finetuned
 from atp_tune.spec.config import read_config
-from atp_tune.trials import storage
+from atp_tune.storage import fingerprint
 
 BOS = 0
 MEASURED = r"texts\.bos: every window begins with <s>: dense perplexity [\d.]+ with it, [\d.]+ without "
@@ -113,7 +113,7 @@ def finished(trained_done: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def never(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on the dense model is not asked."""
-    monkeypatch.setattr(bench, "compare", lambda *_: pytest.fail("asked again"))
+    monkeypatch.setattr(context, "compare", lambda *_: pytest.fail("asked again"))
 
 
 def tune(command: CommandLine, place: Path, *overrides: str) -> Answer:
@@ -283,8 +283,8 @@ def test_studies_of_before_go_on_without(wanting: Path, command: CommandLine) ->
 
 @pytest.mark.slow
 def test_the_screening_shares_it(wanting: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, original = [], bench.compare
-    monkeypatch.setattr(bench, "compare", lambda *given: asked.append(1) or original(*given))
+    asked, original = [], context.compare
+    monkeypatch.setattr(context, "compare", lambda *given: asked.append(1) or original(*given))
     screen = ("search.sampler=gp", "search.screen={trials=2, every=4, confirm=1}", "search.trials=1")
     run(wanting, *screen)
     assert asked == [1]
@@ -418,8 +418,8 @@ def test_zero_shot_scores_are_of_these_masks(
     finished: Path, tmp_path: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("lm_eval")
-    opened, original = list[bench.Bench](), bench.Bench.open
-    monkeypatch.setattr(bench.Bench, "open", lambda *given: opened.append(original(*given)) or opened[-1])
+    opened, original = list[context.TrialContext](), context.TrialContext.open
+    monkeypatch.setattr(context.TrialContext, "open", lambda *given: opened.append(original(*given)) or opened[-1])
     task = make_tasks(tmp_path / "tasks", 4) / "far.yaml"
     answer = command("evaluate", "--config", finished / "tiny.best.json", "--tasks", task, "--limit", "2")
     assert (answer.code, answer.err) == (0, "")
@@ -506,7 +506,7 @@ def test_two_studies_are_merged_only_if_both_have_it(finished: Path, wanting: Pa
     assert "texts.bos is false, was true" in answer.error
     assert "texts.calibration.content" in answer.error
     run(wanting, name="other", watch=lambda event: None)
-    assert storage.has_bos(reopen(wanting, "other"))
+    assert fingerprint.has_bos(reopen(wanting, "other"))
 
 
 def test_a_study_file_names_what_it_says(wanting: Path) -> None:

@@ -14,10 +14,10 @@ from markdown_it import MarkdownIt
 from test_config import config, scores
 from tinystudy import BLOCKS, CommandLine
 
+from atp_tune.metrics.speed import Measured, Rates, Sizes, Speed
 from atp_tune.sparse.card import Dense, model_card
 from atp_tune.spec.config import Baselines, Config, Texts, read_config
 from atp_tune.spec.study import Prune, Text
-from atp_tune.speed.result import Measured, Rates, Sizes, Speed
 
 REPORT = "file:ünïcode.txt, part 0.25 to 1, all windows of 2048 tokens"
 BROKEN = ["no card", "---\n[1, 2]\n---\n", "---\nlicense: {a: 1}\n---\n", "---\n: :\n---"]

@@ -57,18 +57,18 @@ def test_replay_is_the_model_to_the_last_bit(family: str) -> None:
 @pytest.mark.parametrize("family", MULTIMODAL)
 def test_a_pruned_model_has_nlls_of_its_own_and_keeps_its_tower(family: str) -> None:
     model = multimodal(family)
-    bench = bench_of(model)
-    plan = make_plan("wanda", "atp", bench.budget(0.5), {"beta": 0.05})
-    pruned = list(bench.prune(plan))
-    found = bench.all_nlls(((block.index, block.weights) for block in pruned), "search")
+    context = bench_of(model)
+    plan = make_plan("wanda", "atp", context.budget(0.5), {"beta": 0.05})
+    pruned = list(context.prune(plan))
+    found = context.all_nlls(((block.index, block.weights) for block in pruned), "search")
     state = model.state_dict()
     before = {name: tensor.clone() for name, tensor in state.items()}
     for block in pruned:
-        for linear in bench.checkpoint.linears[block.index]:
-            state[bench.checkpoint.key(block.index, linear)].copy_(block.weights[linear.key])
+        for linear in context.checkpoint.linears[block.index]:
+            state[context.checkpoint.key(block.index, linear)].copy_(block.weights[linear.key])
     assert found == pytest.approx(naive.nlls_of(model, random_ids(7, TOKENS, seed=1)), rel=1e-5)
     changed = {name for name in before if not same_bits(before[name], state[name])}
-    assert changed == {bench.checkpoint.key(i, x) for i, row in enumerate(bench.checkpoint.linears) for x in row}
+    assert changed == {context.checkpoint.key(i, x) for i, row in enumerate(context.checkpoint.linears) for x in row}
 
 
 @pytest.mark.parametrize("family", MULTIMODAL)

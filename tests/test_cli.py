@@ -9,14 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from time import sleep
 
+import optuna
 import pytest
+from optuna.trial import TrialState
 from tinystudy import HANGS, LONG, CommandLine, few_at_a_time, finish, run, settings, start, study_file, wait_for
 
 import atp_tune
-from atp_tune.cli.running import interruptible
+from atp_tune.cli.runtime import interruptible
 from atp_tune.events import Event, Step, TrialStarted
 from atp_tune.spec.config import read_config
-from atp_tune.trials import storage
+from atp_tune.storage import opening, totals
 
 ROLES = ("calibration", "search", "report")
 COMMANDS = ["", "status", "export", "apply", "prune", "finetune", "studies", "merge"]
@@ -105,8 +107,8 @@ def test_a_second_ctrl_c_ends_at_once(place: Path) -> None:
     assert answer.code in (130, -signal.SIGINT)
     assert "Traceback" not in answer.err
     study = run(place, *LONG)
-    assert storage.counted(study) == 3
-    assert not storage.running(study)
+    assert totals.counted(study) == 3
+    assert not totals.running(study)
 
 
 @pytest.mark.slow
@@ -144,11 +146,11 @@ def test_trials_is_the_total(place: Path, command: CommandLine) -> None:
     assert len(stored(place).trials) == 3
 
 
-def stored(place: Path, name: str = "tiny", file: str | None = None) -> "storage.optuna.Study":
+def stored(place: Path, name: str = "tiny", file: str | None = None) -> optuna.Study:
     url = file or study_file(place).storage_url
-    db = storage.open_storage(url, create=False)
+    db = opening.open_storage(url, create=False)
     assert db
-    study = storage.find_study(db, name)
+    study = opening.find_study(db, name)
     assert study
     return study
 
@@ -462,9 +464,7 @@ def test_brackets_in_a_path_are_no_markup(done: Path, command: CommandLine, tmp_
 
 def test_brackets_in_a_reason_are_no_markup(done: Path, command: CommandLine) -> None:
     study = stored(done)
-    failed = storage.optuna.create_trial(
-        state=storage.TrialState.FAIL, user_attrs={"failure": "[enforce fail] no [/x]"}
-    )
+    failed = optuna.create_trial(state=TrialState.FAIL, user_attrs={"failure": "[enforce fail] no [/x]"})
     study.add_trial(failed)
     answer = command("status", "--study", done / "tiny.toml")
     assert answer.code == 0

@@ -14,8 +14,8 @@ from synthetic import made_up, new_study, storage_in
 from tinystudy import CommandLine, quiet, run
 
 from atp_tune.errors import UserError
-from atp_tune.trials.merging import merge
-from atp_tune.trials.storage import find_study, open_storage
+from atp_tune.merging import merge
+from atp_tune.storage.opening import find_study, open_storage
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from optuna.storages import RDBStorage
 from tinystudy import quiet
 
 import atp_tune
-from atp_tune.trials import database
+from atp_tune.storage import database
 
 ROOT = Path(atp_tune.__file__).parent
 PACKAGES = {"lm_eval": "lm-eval"}  # whose releases have another name than what is imported

@@ -8,8 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from atp_tune.errors import UserError
-from atp_tune.scores.draws import OverDraws, Spread
-from atp_tune.scores.perplexity import Perplexity
+from atp_tune.metrics.draws import OverDraws, Spread
+from atp_tune.metrics.perplexity import Perplexity
 from atp_tune.spec.config import (
     FORMAT,
     AllocationRef,

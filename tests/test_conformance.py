@@ -9,9 +9,9 @@ from optuna.testing.pytest_storages import StorageTestCase
 from pgserver import PostgreSQL
 
 from atp_tune.serving.servers import ServedDatabase, proxy
-from atp_tune.trials.database import PatientDatabase
-from atp_tune.trials.remote import connect
-from atp_tune.trials.storage import Kind, open_database
+from atp_tune.storage.database import RetryingDatabase
+from atp_tune.storage.opening import Kind, open_database
+from atp_tune.storage.remote import connect
 
 pytestmark = pytest.mark.usefixtures("quiet_optuna")
 
@@ -30,13 +30,13 @@ def emptied(storage: BaseStorage) -> Iterator[BaseStorage]:
 
 
 @pytest.fixture(scope="module")
-def sqlite(tmp_path_factory: pytest.TempPathFactory) -> PatientDatabase:
-    return opened(f"sqlite:///{tmp_path_factory.mktemp('sqlite')}/study.db", PatientDatabase)
+def sqlite(tmp_path_factory: pytest.TempPathFactory) -> RetryingDatabase:
+    return opened(f"sqlite:///{tmp_path_factory.mktemp('sqlite')}/study.db", RetryingDatabase)
 
 
 @pytest.fixture(scope="module")
-def postgresql(postgres: PostgreSQL) -> PatientDatabase:
-    return opened(postgres.new(), PatientDatabase)
+def postgresql(postgres: PostgreSQL) -> RetryingDatabase:
+    return opened(postgres.new(), RetryingDatabase)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 class TestSQLite(StorageTestCase):
     @pytest.fixture
-    def storage(self, sqlite: PatientDatabase) -> Iterator[BaseStorage]:
+    def storage(self, sqlite: RetryingDatabase) -> Iterator[BaseStorage]:
         yield from emptied(get_storage(sqlite))
 
 
@@ -64,5 +64,5 @@ class TestServer(StorageTestCase):
 @pytest.mark.slow
 class TestPostgreSQL(StorageTestCase):
     @pytest.fixture
-    def storage(self, postgresql: PatientDatabase) -> Iterator[BaseStorage]:
+    def storage(self, postgresql: RetryingDatabase) -> Iterator[BaseStorage]:
         yield from emptied(get_storage(postgresql))

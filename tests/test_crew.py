@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from atp_tune.cli.crew import RESTARTS, Worker
 from atp_tune.cli.display import Display
+from atp_tune.cli.worker_pool import RESTARTS, Worker
 from atp_tune.errors import TrialError
 from atp_tune.events import TrialStarted
 

@@ -25,13 +25,13 @@ from tinystudy import HANGS, LONG, CommandLine, finish, hear, quiet, run, settin
 
 from atp_tune.errors import UserError
 from atp_tune.results.summary import summarise
-from atp_tune.serving.keeper import Keeper
+from atp_tune.serving.dashboard_storage import make_view
+from atp_tune.serving.maintenance import Maintenance
 from atp_tune.serving.notes import study_note
 from atp_tune.serving.servers import ServedDatabase, proxy
-from atp_tune.serving.view import make_view
-from atp_tune.trials import database, patience, storage
-from atp_tune.trials.database import PatientDatabase, is_away, without_password
-from atp_tune.trials.remote import connect
+from atp_tune.storage import database, fingerprint, opening, retry, totals
+from atp_tune.storage.database import RetryingDatabase, is_away, without_password
+from atp_tune.storage.remote import connect
 
 MEASURES = (
     "SELECT 1 FROM trials JOIN trial_user_attributes USING (trial_id) "
@@ -41,7 +41,7 @@ MEASURES = (
 
 @pytest.fixture(autouse=True)
 def without_warnings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(patience, "PAUSES", (0.05, 0.2))
+    monkeypatch.setattr(retry, "PAUSES", (0.05, 0.2))
     with quiet():
         yield
 
@@ -53,15 +53,15 @@ def frail() -> Iterator[PostgreSQL]:
         yield server
 
 
-def opened(address: str) -> PatientDatabase:
-    db = storage.open_storage(address, create=True)
-    assert isinstance(db, PatientDatabase)
+def opened(address: str) -> RetryingDatabase:
+    db = opening.open_storage(address, create=True)
+    assert isinstance(db, RetryingDatabase)
     at_end(db.engine.dispose)
     return db
 
 
 def stored(address: str, name: str = "tiny") -> optuna.Study:
-    study = storage.find_study(opened(address), name)
+    study = opening.find_study(opened(address), name)
     assert study is not None
     return study
 
@@ -72,7 +72,7 @@ def measured(study: optuna.Study) -> list[tuple[object, ...]]:
 
 def refusal(address: str) -> str:
     with pytest.raises(UserError) as caught:
-        storage.open_storage(address, create=True)
+        opening.open_storage(address, create=True)
     assert "\n" not in str(caught.value)
     return str(caught.value).replace(without_password(address), "URL")
 
@@ -116,9 +116,9 @@ def test_every_command_works_on_postgresql_and_none_shows_the_password(
 def test_a_dashboard_of_postgresql_keeps_the_password(place: Path, postgres: PostgreSQL, tmp_path: Path) -> None:
     address = postgres.new()
     run(place, f"storage={address}")
-    served = storage.open_database(address, False, ServedDatabase)
+    served = opening.open_database(address, False, ServedDatabase)
     assert served is not None
-    Keeper(served, tmp_path, print).turn()
+    Maintenance(served, tmp_path, print).turn()
     assert len([path for path in tmp_path.iterdir() if path.is_file()]) == 2
     shown = json.dumps(dict(make_view(address, get_storage(served)).get_all_studies()[0].system_attrs))
     assert "tuner:***@" in shown
@@ -200,7 +200,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat of storage")  # the te
 @pytest.mark.slow
 def test_calls_wait_for_a_server_that_was_killed(frail: PostgreSQL, caplog: pytest.LogCaptureFixture) -> None:
     address = frail.new()
-    study = storage.create_study(opened(address), "s", {"sparsity": 0.5})
+    study = fingerprint.create_study(opened(address), "s", {"sparsity": 0.5})
     trial = study.ask()
     killed(frail)
     with caplog.at_level(logging.WARNING, "atp_tune"), ThreadPoolExecutor() as pool:
@@ -225,7 +225,7 @@ def test_calls_wait_for_a_server_that_was_killed(frail: PostgreSQL, caplog: pyte
 @pytest.mark.slow
 def test_no_trial_is_taken_for_lost_soon_after_an_outage(frail: PostgreSQL, monkeypatch: pytest.MonkeyPatch) -> None:
     db = opened(frail.new())
-    study = storage.create_study(db, "s", {})
+    study = fingerprint.create_study(db, "s", {})
     trial = study.ask()
     db.record_heartbeat(trial._trial_id)
     killed(frail)
@@ -250,7 +250,7 @@ def test_a_worker_gives_up_in_one_line(
     def kill(self: optuna.Trial, *arguments: object, **options: object) -> float:
         if self.number == 1:
             killed(frail)
-            monkeypatch.setattr(patience, "PATIENCE", 0.3)
+            monkeypatch.setattr(retry, "PATIENCE", 0.3)
         return suggest(self, *arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(optuna.Trial, "suggest_float", kill)
@@ -264,21 +264,21 @@ def test_a_worker_gives_up_in_one_line(
 @pytest.mark.parametrize("kind", ["postgresql", "sqlite"])
 def test_attributes_are_stored_together_or_not_at_all(kind: str, postgres: PostgreSQL, tmp_path: Path) -> None:
     address = postgres.new() if kind == "postgresql" else f"sqlite:///{tmp_path}/s.db"
-    study = storage.create_study(opened(address), "s", {})
+    study = fingerprint.create_study(opened(address), "s", {})
     trial = study.ask()
-    storage.set_attributes(trial, {"a": 1, "b": [1.5]})
-    storage.set_attributes(trial, {"b": [2.5]})
+    database.set_attributes(trial, {"a": 1, "b": [1.5]})
+    database.set_attributes(trial, {"b": [2.5]})
     with pytest.raises(TypeError):
-        storage.set_attributes(trial, {"c": 1, "d": object()})
+        database.set_attributes(trial, {"c": 1, "d": object()})
     assert trial.user_attrs == stored(address, "s").trials[0].user_attrs == {"a": 1, "b": [2.5]}
     study.tell(trial, 1.0)
     with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
-        storage.set_attributes(trial, {"a": 2})
+        database.set_attributes(trial, {"a": 2})
 
 
 def test_a_mistake_is_no_outage(postgres: PostgreSQL) -> None:
     db = opened(postgres.new())
-    study = storage.create_study(db, "s", {})
+    study = fingerprint.create_study(db, "s", {})
     with pytest.raises(optuna.exceptions.StorageInternalError) as caught:
         study.set_user_attr("k" * 3000, 1)
     assert not is_away(caught.value)
@@ -287,7 +287,7 @@ def test_a_mistake_is_no_outage(postgres: PostgreSQL) -> None:
 @pytest.mark.slow
 def test_workers_of_a_server_whose_database_is_away_wait(frail: PostgreSQL, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, "atp_tune")
-    served = storage.open_database(frail.new(), True, ServedDatabase)
+    served = opening.open_database(frail.new(), True, ServedDatabase)
     assert served is not None
     with proxy(get_storage(served), "127.0.0.1", 0) as port:
         study = optuna.create_study(study_name="s", storage=connect(f"grpc://127.0.0.1:{port}"))
@@ -307,7 +307,7 @@ def test_a_worker_that_is_gone_keeps_no_lock(postgres: PostgreSQL, monkeypatch: 
     """Its machine says nothing any more, in the middle of a transaction."""
     monkeypatch.setitem(database.LIBPQ, "options", database.LIBPQ["options"].replace("=60s", "=1s"))  # type: ignore[union-attr]
     address = postgres.new()
-    study = storage.create_study(opened(address), "s", {})
+    study = fingerprint.create_study(opened(address), "s", {})
     with opened(address).engine.connect() as gone:
         gone.exec_driver_sql("SELECT * FROM studies FOR UPDATE")
         with ThreadPoolExecutor() as pool:
@@ -388,16 +388,16 @@ def test_two_workers_share_a_total_in_postgresql(place: Path, postgres: PostgreS
     answers = [finish(worker) for worker in [start(*words), start(*words)]]
     assert [answer.code for answer in answers] == [0, 0], answers
     study = stored(address)
-    assert storage.counted(study) == 8
-    assert len({str(t.params) for t in study.trials if storage.counts(t)}) == 8
-    assert len({t.user_attrs["pid"] for t in study.trials if storage.counts(t)}) == 2
+    assert totals.counted(study) == 8
+    assert len({str(t.params) for t in study.trials if totals.counts(t)}) == 8
+    assert len({t.user_attrs["pid"] for t in study.trials if totals.counts(t)}) == 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["postgresql", "sqlite"])
 def test_a_queued_trial_is_taken_once(kind: str, postgres: PostgreSQL, tmp_path: Path) -> None:
     address = postgres.new() if kind == "postgresql" else f"sqlite:///{tmp_path}/queue.db"
-    study = storage.create_study(opened(address), "s", {})
+    study = fingerprint.create_study(opened(address), "s", {})
     workers = [opened(address) for _ in range(4)]
     for turn in range(20):
         study.enqueue_trial({"beta": turn / 20})

@@ -17,11 +17,11 @@ from tinystudy import TOKENS, CommandLine, run, settings, stored, study_file
 from atp_tune.cost.planning import foresee
 from atp_tune.errors import UserError
 from atp_tune.events import Event, TrialStarted, unwatched
+from atp_tune.metrics.draws import over_draws
+from atp_tune.metrics.perplexity import perplexity, reach_of
 from atp_tune.plan import Plan
 from atp_tune.results.summary import summarise, undrawn
-from atp_tune.scores.draws import over_draws
-from atp_tune.scores.perplexity import perplexity, reach_of
-from atp_tune.search.bench import Bench, Setup
+from atp_tune.search.context import ContextConfig, TrialContext
 from atp_tune.spec.config import read_config
 from atp_tune.spec.study import Calibration
 from atp_tune.texts.windows import token_windows
@@ -56,12 +56,12 @@ def measured_anew(place: Path, trial: optuna.trial.FrozenTrial, **keys: Any) -> 
     spec = study_file(place).study
     text = spec.texts.calibration.model_copy(update=keys)
     texts = {"calibration": text, "report": spec.report_text}
-    opened = Bench.open(Setup(spec.model, spec.prune, texts, place, "cpu"))
+    opened = TrialContext.open(ContextConfig(spec.model, spec.prune, texts, place, "cpu"))
     ids = opened.windows["calibration"].ids[-8:]
     windows = {**opened.windows, "calibration": type(opened.windows["calibration"])(np.ascontiguousarray(ids), "other")}
-    bench = Bench(opened.folder, opened.checkpoint, windows, spec.prune, unwatched)
+    context = TrialContext(opened.folder, opened.checkpoint, windows, spec.prune, unwatched)
     plan = Plan(trial.params["pruner"], "atp", tuple(trial.user_attrs["sparsities"]), {"beta": trial.params["beta"]})
-    return bench.all_nlls(((block.index, block.weights) for block in bench.prune(plan)), "report")
+    return context.all_nlls(((block.index, block.weights) for block in context.prune(plan)), "report")
 
 
 @pytest.mark.slow
@@ -153,15 +153,15 @@ def test_a_study_that_is_complete_is_measured_on_more_draws(place: Path) -> None
 
 @pytest.mark.slow
 def test_what_was_measured_before_a_process_died_is_kept(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, calls = Bench.all_nlls, [0]
+    whole, calls = TrialContext.all_nlls, [0]
 
-    def dies(self: Bench, *more: Any) -> list[float]:
+    def dies(self: TrialContext, *more: Any) -> list[float]:
         calls[0] += 1
         if calls[0] == 5:  # the dense model before the search; then uniform and best with the second draw, and third
             raise KeyboardInterrupt
         return whole(self, *more)
 
-    monkeypatch.setattr(Bench, "all_nlls", dies)
+    monkeypatch.setattr(TrialContext, "all_nlls", dies)
     with pytest.raises(KeyboardInterrupt):
         run(place, THREE)
     known = stored(place).user_attrs["draws"]

@@ -13,12 +13,12 @@ from atp_tune.blocks.prune_pass import PrunedBlock
 from atp_tune.blocks.replay import Replay
 from atp_tune.checkpoints import devices
 from atp_tune.errors import TrialError
+from atp_tune.metrics.perplexity import perplexity
 from atp_tune.plan import Plan
 from atp_tune.scores import evaluation
 from atp_tune.scores.evaluation import Block, group_scores, head_scores, token_kls, token_nlls
-from atp_tune.scores.perplexity import perplexity
-from atp_tune.search import bench
-from atp_tune.search.bench import Bench
+from atp_tune.search import context
+from atp_tune.search.context import TrialContext
 
 
 def dense_blocks(replay: Replay) -> Iterator[Block]:
@@ -57,7 +57,7 @@ def test_perplexity_of_a_pruned_model_is_its_own_loss(family: str) -> None:
     assert nlls != pytest.approx(work.all_nlls(work.dense(), "search"), rel=1e-3)
 
 
-def pruned_copy(model: Any, work: Bench, pruned: list[PrunedBlock]) -> Any:
+def pruned_copy(model: Any, work: TrialContext, pruned: list[PrunedBlock]) -> Any:
     other = copy.deepcopy(model)
     blocks = other.get_submodule(work.checkpoint.blocks_name)
     for block in pruned:
@@ -168,7 +168,7 @@ def test_the_bench_gives_groups_whether_or_not_it_keeps_the_blocks(monkeypatch: 
     for kept in (True, False):
         monkeypatch.setattr(work, "_can_keep", lambda kept=kept: kept)
         for most, batch, sizes in ((3, 1, [3, 2, 2]), (8, 1, [1] * 7), (8, 4, [4, 3]), (8, 8, [7])):
-            monkeypatch.setattr(bench, "GROUPS", most)
+            monkeypatch.setattr(context, "GROUPS", most)
             monkeypatch.setattr(work.batch("search"), "windows", batch)
             groups = [scores.nlls for scores in work.scores(work.dense(), "search", one_by_one=True)]
             assert [len(group) for group in groups] == sizes

@@ -109,15 +109,15 @@ def see(kind: str) -> Seen:
     except Exception as error:
         return Seen("not built", reason(error))
     try:
-        bench = bench_of(model, ids=text)
+        context = bench_of(model, ids=text)
     except UserError as error:
         line = str(error)
         assert line.isprintable()
         return Seen("refused", WORDS.sub("", line))
-    check_logits(model, bench.replay)
-    check_pruned(model, bench)
-    linears = {linear.module.partition(".")[2] or linear.module for row in bench.checkpoint.linears for linear in row}
-    return Seen("equal", f"{bench.checkpoint.blocks_name}; {len(linears)} kinds of linears")
+    check_logits(model, context.replay)
+    check_pruned(model, context)
+    linears = {linear.module.partition(".")[2] or linear.module for row in context.checkpoint.linears for linear in row}
+    return Seen("equal", f"{context.checkpoint.blocks_name}; {len(linears)} kinds of linears")
 
 
 def reason(error: Exception) -> str:
@@ -143,18 +143,18 @@ def check_logits(model: Any, replay: Any) -> None:
             assert torch.equal(replay.logits(ids, hidden), own)
 
 
-def check_pruned(model: Any, bench: Any) -> None:
+def check_pruned(model: Any, context: Any) -> None:
     """NLLs of the pruned blocks are those of the model with these weights; half of each block's linears is zero."""
-    pruned = list(bench.prune(make_plan("wanda", "uniform", bench.budget(0.5), {})))
-    found = bench.all_nlls(((block.index, block.weights) for block in pruned), "search")
+    pruned = list(context.prune(make_plan("wanda", "uniform", context.budget(0.5), {})))
+    found = context.all_nlls(((block.index, block.weights) for block in pruned), "search")
     own = dict(model.named_parameters(remove_duplicate=False))
     for block in pruned:
-        for linear in bench.checkpoint.linears[block.index]:
+        for linear in context.checkpoint.linears[block.index]:
             weight = linear.matrix(block.weights[linear.key])
             assert int((weight == 0).sum()) >= linear.out_features * (linear.in_features // 2)
         with torch.no_grad():
-            for key in {linear.key for linear in bench.checkpoint.linears[block.index]}:
-                own[f"{bench.checkpoint.blocks_name}.{block.index}.{key}"].copy_(block.weights[key])
+            for key in {linear.key for linear in context.checkpoint.linears[block.index]}:
+                own[f"{context.checkpoint.blocks_name}.{block.index}.{key}"].copy_(block.weights[key])
     assert found == pytest.approx(naive.nlls_of(model, text(7, 13, seed=1)), rel=1e-5)
 
 
@@ -211,12 +211,12 @@ def test_a_hybrid_goes_from_its_folder_to_a_sparse_one(kind: str, place: Path, c
 @pytest.mark.parametrize("kind", few(HYBRIDS, ["falcon_h1"]))
 @pytest.mark.filterwarnings("ignore")
 def test_recurrent_states_start_anew_in_each_window(kind: str) -> None:
-    bench = bench_of(model_of(kind), ids=text)
-    first = bench.all_nlls(bench.dense(), "search")
-    assert bench.all_nlls(bench.dense(), "search") == first
-    bench._ids["search"] = bench._ids["search"].flip(0)
-    assert bench.all_nlls(bench.dense(), "search") == pytest.approx(first[::-1], rel=1e-5)
-    alone = [naive.nlls_of(bench.checkpoint.model, ids[None])[0] for ids in text(7, 13, seed=1)]
+    context = bench_of(model_of(kind), ids=text)
+    first = context.all_nlls(context.dense(), "search")
+    assert context.all_nlls(context.dense(), "search") == first
+    context._ids["search"] = context._ids["search"].flip(0)
+    assert context.all_nlls(context.dense(), "search") == pytest.approx(first[::-1], rel=1e-5)
+    alone = [naive.nlls_of(context.checkpoint.model, ids[None])[0] for ids in text(7, 13, seed=1)]
     assert first == pytest.approx(alone, rel=1e-5)
 
 

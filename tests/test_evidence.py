@@ -10,17 +10,17 @@ import torch
 from families import bench_of, copy_of, random_ids, tiny
 
 from atp_tune.allocations import ALLOCATIONS, Evidence
-from atp_tune.blocks import evidence
+from atp_tune.blocks import dense_metrics
 from atp_tune.errors import TrialError
 from atp_tune.events import Step
 from atp_tune.plan import make_plan
-from atp_tune.search.bench import Bench
+from atp_tune.search.context import TrialContext
 
 FAMILIES = ["llama", "gpt2", "opt"]
 IDS = random_ids(5)  # the calibration windows of a tiny bench
 
 
-def evidence_of(work: Bench) -> Evidence:
+def evidence_of(work: TrialContext) -> Evidence:
     found = work.budget(0.5).evidence
     assert found is not None
     return found
@@ -68,13 +68,15 @@ def test_a_score_at_the_threshold_is_no_outlier() -> None:
     ]
     assert len(exact) >= 1
     for threshold in exact:
-        assert evidence.outlier_ratio([scores], threshold) == (0.5 if threshold * mean < float(scores[0, 1]) else 0.0)
-    assert evidence.outlier_ratio([torch.ones(3, 5), torch.ones(2, 2)], 1.0) == 0
+        assert dense_metrics.outlier_ratio([scores], threshold) == (
+            0.5 if threshold * mean < float(scores[0, 1]) else 0.0
+        )
+    assert dense_metrics.outlier_ratio([torch.ones(3, 5), torch.ones(2, 2)], 1.0) == 0
 
 
 @pytest.mark.parametrize("value", [0.1, 0.3, 1 / 3, 1e-30, 2.0, 16777217.0])
 def test_the_float32_below(value: float) -> None:
-    below = evidence.float32_below(value)
+    below = dense_metrics.float32_below(value)
     after = float(np.nextafter(np.float32(below), np.float32(np.inf)))
     assert below == float(np.float32(below)) and below <= value < after
 
@@ -98,33 +100,33 @@ def test_exponents_of_heavy_tails(scale: float) -> None:
     generator = np.random.default_rng(0)
     for exponent in (1.5, 2.5, 4.0):
         values = sorted(float(x) for x in scale * (generator.pareto(exponent - 1, 400) + 1))
-        found = evidence.tail_exponent(torch.tensor(values, dtype=torch.float64))
+        found = dense_metrics.tail_exponent(torch.tensor(values, dtype=torch.float64))
         assert found == pytest.approx(naive.tail_exponent(values), rel=1e-6)
         assert found == pytest.approx(exponent, rel=0.25)
 
 
 def test_more_candidates_than_are_compared_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.rand(60, generator=torch.Generator().manual_seed(0), dtype=torch.float64).sort().values
-    whole = evidence.tail_exponent(values)
-    monkeypatch.setattr(evidence, "CHUNK", 7)
-    assert evidence.tail_exponent(values) == whole
+    whole = dense_metrics.tail_exponent(values)
+    monkeypatch.setattr(dense_metrics, "CHUNK", 7)
+    assert dense_metrics.tail_exponent(values) == whole
 
 
 @pytest.mark.parametrize("shape", [(7, 23), (23, 7), (11, 11)])
 def test_eigenvalues_are_squared_singular_values(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
-    assert evidence.eigenvalues(weight).tolist() == pytest.approx(naive.spectrum(weight), rel=1e-9)
+    assert dense_metrics.eigenvalues(weight).tolist() == pytest.approx(naive.spectrum(weight), rel=1e-9)
 
 
 def test_zeros_are_no_eigenvalues() -> None:
     weight = torch.randn(9, 2, generator=torch.Generator().manual_seed(1)) @ torch.randn(2, 9)
-    assert len(evidence.eigenvalues(weight)) in (2, 3)  # float32 rounding of the product may count as a third
-    assert len(evidence.eigenvalues(torch.zeros(3, 4))) == 0
+    assert len(dense_metrics.eigenvalues(weight)) in (2, 3)  # float32 rounding of the product may count as a third
+    assert len(dense_metrics.eigenvalues(torch.zeros(3, 4))) == 0
 
 
 @pytest.mark.parametrize("values", [[], [1.0], [2.0, 2.0, 2.0]])
 def test_a_spectrum_without_a_tail(values: list[float]) -> None:
-    assert math.isnan(evidence.tail_exponent(torch.tensor(values, dtype=torch.float64)))
+    assert math.isnan(dense_metrics.tail_exponent(torch.tensor(values, dtype=torch.float64)))
 
 
 def test_a_dead_linear_ends_the_trial() -> None:
@@ -174,14 +176,14 @@ def test_scores_that_differ_in_their_last_bits_alone() -> None:
     for count in range(len(flat) + 1):
         gone = sorted(range(len(flat)), key=lambda j: flat[j])[:count]
         expected = [[sum(j < 4 for j in gone), sum(j == 4 for j in gone)], [sum(j > 4 for j in gone)]]
-        assert evidence.lowest_counts(lambda: iter(scores), count) == expected
+        assert dense_metrics.lowest_counts(lambda: iter(scores), count) == expected
 
 
 def test_a_share_gives_its_count_again() -> None:
     assert int(49 * (1 / 49)) == 0  # the rounding that is meant
     for size in range(1, 200):
         for count in range(size + 1):
-            share = evidence.share(count, size)
+            share = dense_metrics.share(count, size)
             assert int(size * share) == count and 0 <= share <= 1 and share == pytest.approx(count / size, rel=1e-15)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from atp_tune.blocks.gathering import AllHeard, Gathering, ending
+from atp_tune.blocks.input_hooks import AllInputsSeen, InputCollector, ending
 from atp_tune.blocks.prune_pass import unmeasured
 from atp_tune.checkpoints.experts import expert_inputs
 from atp_tune.checkpoints.linears import find_linears
@@ -128,8 +128,8 @@ def test_experts_that_their_block_never_runs() -> None:
 def test_arguments_by_name() -> None:
     block, x = mixture("gpt_oss"), torch.randn(5, 24)
     _, weights, chosen = block.router(x)
-    gathering = Gathering(find_linears(block), InputNorms, ending(find_linears(block)))
-    with gathering.listening(block), suppress(AllHeard), torch.inference_mode():
+    gathering = InputCollector(find_linears(block), InputNorms, ending(find_linears(block)))
+    with gathering.listening(block), suppress(AllInputsSeen), torch.inference_mode():
         block.experts(hidden_states=x, router_indices=chosen, routing_weights=weights)
     for name, inputs in naive.expert_inputs(block.experts, "experts", x, chosen).items():
         if len(inputs):

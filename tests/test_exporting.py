@@ -29,8 +29,8 @@ from atp_tune.exporting.tables import as_csv, as_yaml
 from atp_tune.sparse.applying import prune_once
 from atp_tune.spec.config import Config, read_config
 from atp_tune.spec.study import Prune, SparseGPT, Wanda
+from atp_tune.storage.ranking import measured
 from atp_tune.texts.windows import token_windows
-from atp_tune.trials.storage import measured
 
 DOCS = Path(__file__).parents[1] / "docs" / "formats.md"
 NAMES = (("attn.q", "mlp.up"), ("attn.q", "mlp.up"), ("mlp.up",))

@@ -52,12 +52,12 @@ from tinystudy import (
 
 from atp_tune.events import Event, Note, TrialStarted
 from atp_tune.scores import evaluation
-from atp_tune.search import tuning
-from atp_tune.search.bench import Bench
+from atp_tune.search import runner
+from atp_tune.search.context import TrialContext
 from atp_tune.spec.config import read_config
-from atp_tune.trials import storage
-from atp_tune.trials.cutoffs import SAME
-from atp_tune.trials.process import identity, versions
+from atp_tune.storage import lost_trials, totals
+from atp_tune.storage.cutoffs import SAME
+from atp_tune.storage.process_identity import identity, versions
 
 ROWS = Rows()
 WRITES = os.environ.get("ATP_TUNE_WRITE_DOCS") == "1"
@@ -513,15 +513,15 @@ def test_memory_runs_out_in_a_trial(phase: str, kind: str, place: Path, monkeypa
 
 @pytest.mark.slow
 def test_memory_runs_out_in_the_report(place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def report_fails(bench: Bench, blocks: Any, role: str, kl: bool = False) -> Any:
+    def report_fails(bench: TrialContext, blocks: Any, role: str, kl: bool = False) -> Any:
         if role == "report":
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(bench, blocks, role, kl)
 
-    whole = Bench.all_scores
+    whole = TrialContext.all_scores
     study = ("--study", place / "tiny.toml")
     with monkeypatch.context() as patch:
-        patch.setattr(Bench, "all_scores", report_fails)
+        patch.setattr(TrialContext, "all_scores", report_fails)
         assert command(*study).error.startswith("report: dense model: out of memory; what is stored is safe")
     assert len(measured(stored(place))) == 3
     assert command(*study).code == 0
@@ -538,10 +538,10 @@ import psutil, torch
 sys.path.insert(0, sys.argv[1])
 import preloaded
 from tinystudy import run
-from atp_tune.search import bench
+from atp_tune.search import context
 from atp_tune.events import TrialEnded, TrialStarted
 torch.set_num_threads(1)
-bench.reuse_freed_memory = lambda: None  # else a trial finds what the one before has freed
+context.reuse_freed_memory = lambda: None  # else a trial finds what the one before has freed
 
 def watch(event):
     if isinstance(event, TrialStarted) and event.title == "trial 1":
@@ -644,7 +644,7 @@ def test_a_clock_that_was_set_back(place: Path, command: CommandLine) -> None:
     assert document["running"][0]["seconds"] == 0
     began = monotonic()
     assert command("--study", place / "tiny.toml", "--trials", "3").code == 0
-    assert storage.counted(stored(place)) == 3
+    assert totals.counted(stored(place)) == 3
     ROWS.add("all stored times an hour ahead, as after a clock was set back", 1, seconds=monotonic() - began)
 
 
@@ -652,7 +652,7 @@ def test_a_clock_that_was_set_back(place: Path, command: CommandLine) -> None:
 def test_another_version_is_noted(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(place, "search.trials=1")
     notes: list[str] = []
-    monkeypatch.setattr(tuning, "versions", lambda: {**versions(), "atp_tune": "9.9", "torch": "8.8"})
+    monkeypatch.setattr(runner, "versions", lambda: {**versions(), "atp_tune": "9.9", "torch": "8.8"})
     run(place, "search.trials=3", watch=lambda event: notes.append(event.text) if isinstance(event, Note) else None)
     assert f"trial 0 was measured with atp_tune {versions()['atp_tune']}, torch {versions()['torch']}; " in notes[1]
     assert "now it is atp_tune 9.9, torch 8.8" in notes[1]
@@ -666,7 +666,7 @@ def test_a_trial_that_is_silent_but_alive_is_not_taken(place: Path) -> None:
     command = tiny.start()
     wait_until(lambda: is_stopped_in_a_trial(tiny, command))
     go_silent(tiny.database)
-    assert storage.recover(tiny.study) == []
+    assert lost_trials.recover(tiny.study) == []
     with pytest.warns(ExperimentalWarning):
         optuna.storages.fail_stale_trials(tiny.study)  # what Optuna does before each trial
     assert tiny.has(RUNS)
@@ -694,7 +694,7 @@ def test_a_trial_that_kills_its_process_each_time_is_given_up(place: Path) -> No
     tiny = Tiny(place, *LONG)
     tiny.finish()
     study = tiny.study
-    assert storage.counted(study) == TOTAL
+    assert totals.counted(study) == TOTAL
     assert len(measured(study)) == TOTAL - 1
-    assert sum(storage.is_given_up(trial) for trial in study.trials) == 1
+    assert sum(lost_trials.is_given_up(trial) for trial in study.trials) == 1
     ROWS.add("a trial that kills its process three times", 3, same="that trial counts as failed, the study goes on")

@@ -14,10 +14,10 @@ from tinystudy import quiet
 from atp_tune import figures
 from atp_tune.errors import UserError
 from atp_tune.figures import history, overlay, sheet
-from atp_tune.figures.belief import add
+from atp_tune.figures.axis_range import view_of
+from atp_tune.figures.gp_posterior import add
 from atp_tune.figures.style import CYCLE, FINE, TICKS, faint, log_axis, rounded
 from atp_tune.figures.trials import second_of
-from atp_tune.figures.view import view_of
 from atp_tune.results.summary import summarise
 
 KEYS = ["perplexity", "sparsity", "error", "seconds"]

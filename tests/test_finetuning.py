@@ -17,7 +17,7 @@ from tinystudy import HANGS, TOKENS, CommandLine, finish, script, start
 
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Note, unwatched
-from atp_tune.scores.perplexity import change, perplexity
+from atp_tune.metrics.perplexity import change, perplexity
 from atp_tune.sparse import finetuning
 from atp_tune.sparse.applying import apply
 from atp_tune.sparse.finetuning import finetune

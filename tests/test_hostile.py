@@ -18,10 +18,10 @@ from test_serving import served
 from tinystudy import CommandLine, run
 
 from atp_tune.errors import UserError, printable
+from atp_tune.report.markup import escaped, fenced
 from atp_tune.results.summary import summarise
-from atp_tune.sparse.markup import escaped, fenced
-from atp_tune.trials import storage
-from atp_tune.trials.stored import FOREIGN
+from atp_tune.storage import opening, ranking
+from atp_tune.storage.validation import FOREIGN
 
 SEEDS = int(os.environ.get("ATP_TUNE_FUZZ_RUNS", "10"))  # runs on damaged databases
 ESCAPES = "\x1b[2J\x9b31m\u202e"
@@ -77,9 +77,9 @@ def change(database: Path, query: str, *values: Any) -> None:
 
 
 def study_of(done: Path, name: str = "tiny") -> optuna.Study:
-    db = storage.open_storage(f"sqlite:///{done / 'tiny.db'}", create=False)
+    db = opening.open_storage(f"sqlite:///{done / 'tiny.db'}", create=False)
     assert db is not None
-    study = storage.find_study(db, name)
+    study = opening.find_study(db, name)
     assert study is not None
     return study
 
@@ -273,7 +273,7 @@ def put_junk(database: Path, choose: Choices) -> None:
 def open_study(done: Path) -> Path:
     """A finished study that was asked for one trial more, which another machine runs, and for one that waits."""
     study = study_of(done)
-    best = storage.measured(study)[0]
+    best = ranking.measured(study)[0]
     for state, beta in ((TrialState.RUNNING, 0.03), (TrialState.WAITING, 0.04)):
         params = {**best.params, "beta": beta}
         gone = {"host": "here", "pid": 1, "process_started": 1.0}

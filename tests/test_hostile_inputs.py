@@ -31,7 +31,7 @@ from atp_tune.serving import serve
 from atp_tune.spec import studyfile
 from atp_tune.spec.config import read_config
 from atp_tune.spec.study import Model
-from atp_tune.speed import rates
+from atp_tune.speed import throughput
 
 WRITES = os.environ.get("ATP_TUNE_WRITE_DOCS") == "1"
 LIMIT = 120  # seconds for a command
@@ -172,7 +172,7 @@ def short_serve(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def short_speedup(monkeypatch: pytest.MonkeyPatch) -> None:
     """`speedup` measures two tokens after the prompt in the place of 32: how fast they come is not looked at here."""
-    monkeypatch.setattr(rates, "Task", partial(rates.Task, steps=2))
+    monkeypatch.setattr(throughput, "Task", partial(throughput.Task, steps=2))
 
 
 class Sandbox:

@@ -7,13 +7,13 @@ import torch
 from families import CPU, bench_of, few, same_bits, tiny
 from test_prune_pass import atp_plan
 
-from atp_tune.blocks import keeping
-from atp_tune.blocks.keeping import Kept, is_room, keep_all, place_of
+from atp_tune.blocks import statistics_cache
+from atp_tune.blocks.statistics_cache import CachedStatistics, is_room, place_of, save_all
 from atp_tune.events import Note
 from atp_tune.plan import Plan
 from atp_tune.pruners import PRUNERS
 from atp_tune.pruners.statistics import Hessian, InputMoments, InputNorms
-from atp_tune.search import bench
+from atp_tune.search import context
 from atp_tune.spec.study import Prune, SparseGPT
 
 DENSE = Prune(statistics="dense")
@@ -42,12 +42,12 @@ def blocks_of(kind: Any) -> list[dict[str, Any]]:
 def test_what_is_kept_is_what_was_measured(
     kind: Any, small: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keeping, "SMALL", small)
+    monkeypatch.setattr(statistics_cache, "SMALL", small)
     blocks = blocks_of(kind)
     if kind is Hessian:
         blocks[0]["a"].factor(0.01)  # one is kept with its factor, the others are factorised when they are asked
-    keep_all(tmp_path / "kept", blocks)
-    kept = Kept(tmp_path / "kept", kind, 2, CPU)
+    save_all(tmp_path / "kept", blocks)
+    kept = CachedStatistics(tmp_path / "kept", kind, 2, CPU)
     assert len(kept) == 2 and len(kept[0:2]) == 2
     for index in (1, 0, 0):
         assert kept[index]["a"] is kept[index]["b"] or not small
@@ -65,7 +65,7 @@ def test_the_room_that_is_needed(kind: Any, tmp_path: Path) -> None:
         statistics.add(torch.randn(10, inputs))
         if kind is Hessian:
             statistics.factor(0.01)
-        keep_all(tmp_path / str(inputs), [{"a": statistics}])
+        save_all(tmp_path / str(inputs), [{"a": statistics}])
         size = place_of(tmp_path / str(inputs), 0).stat().st_size
         assert size - 1000 < kind.bytes_for(inputs) <= size
     assert is_room(tmp_path, 1000) and not is_room(tmp_path, 1 << 60)
@@ -75,7 +75,7 @@ def test_the_room_that_is_needed(kind: Any, tmp_path: Path) -> None:
 def test_kept_statistics_prune_alike(pruner: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = Plan(pruner, "atp", (0.4, 0.5, 0.6, 0.7))
     with monkeypatch.context() as patch:
-        patch.setattr(bench, "is_room", lambda folder, needed: False)
+        patch.setattr(context, "is_room", lambda folder, needed: False)
         expected = list(bench_of(tiny("llama"), DENSE).prune(plan))
     for _ in range(2):
         for a, b in zip(bench_of(tiny("llama"), DENSE).prune(plan), expected, strict=True):
@@ -94,8 +94,8 @@ def test_a_disk_that_is_full_keeps_them_in_memory(room: bool, cache: Path, monke
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(keeping, "save_file", refuse)
-    monkeypatch.setattr(bench, "is_room", lambda folder, needed: room)
+    monkeypatch.setattr(statistics_cache, "save_file", refuse)
+    monkeypatch.setattr(context, "is_room", lambda folder, needed: room)
     events: list[Any] = []
     work = bench_of(tiny("llama"), DENSE, watch=events.append)
     first, second = (list(work.prune(atp_plan(work, "wanda"))) for _ in range(2))

@@ -23,8 +23,8 @@ from optuna.trial import TrialState
 from preloaded import abort, doom, doom_with_patience, kill
 from tinystudy import make_model, make_tokenizer, settings, stored, wait_until
 
-from atp_tune.trials import cutoffs, storage
-from atp_tune.trials.trace import left_of
+from atp_tune.storage import cutoffs, lost_trials, totals
+from atp_tune.storage.trace import left_of
 
 pytestmark = pytest.mark.slow
 ROWS = Rows()
@@ -63,7 +63,7 @@ def deep(deep_place: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(deep_place, tmp_path / "tiny"))
 
 
-class Crew:
+class WorkerPool:
     """Two commands that run one study; one that was killed is started again."""
 
     def __init__(self, place: Path, inject: Callable[[], None] | None = None, trials: int = TOTAL) -> None:
@@ -127,22 +127,22 @@ def undisturbed(deep_place: Path, tmp_path_factory: pytest.TempPathFactory) -> o
     place = Path(shutil.copytree(deep_place, tmp_path_factory.mktemp("undisturbed") / "tiny"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ATP_TUNE_CACHE", str(place.parent / "cache"))
-        crew = Crew(place)
+        crew = WorkerPool(place)
         crew.begin()
         crew.finish()
     return stored(place)
 
 
-def check(place: Path, undisturbed: optuna.Study, crew: Crew, fault: str, kills: int) -> None:
+def check(place: Path, undisturbed: optuna.Study, crew: WorkerPool, fault: str, kills: int) -> None:
     seconds = crew.finish()
     study = stored(place)
-    assert not [trial.number for trial in study.trials if storage.is_given_up(trial)]
+    assert not [trial.number for trial in study.trials if lost_trials.is_given_up(trial)]
     check_equal(study, undisturbed, TOTAL)
     ROWS.add(fault, kills, seconds=seconds)
 
 
 def test_kills_of_one_process_or_of_all_at_random_moments(deep: Path, undisturbed: optuna.Study) -> None:
-    rng, crew, kills = random.Random(0), Crew(deep), 0
+    rng, crew, kills = random.Random(0), WorkerPool(deep), 0
     crew.begin()
     while kills < KILLS and crew.ended() < TOTAL:
         crew.refill()
@@ -153,7 +153,7 @@ def test_kills_of_one_process_or_of_all_at_random_moments(deep: Path, undisturbe
     check(deep, undisturbed, crew, fault, kills)
 
 
-def wait_for_some_steps(crew: Crew, rng: random.Random) -> None:
+def wait_for_some_steps(crew: WorkerPool, rng: random.Random) -> None:
     """Until a trial has come some steps further, or has ended: few, so that kills are faster than trials."""
     wait_until(lambda: crew.running() or crew.ended() == TOTAL, PATIENCE)
     for command, number in list(crew.running().values())[:1]:
@@ -162,7 +162,7 @@ def wait_for_some_steps(crew: Crew, rng: random.Random) -> None:
 
 
 def test_the_same_trial_is_hit_each_time(deep: Path, undisturbed: optuna.Study) -> None:
-    rng, crew = random.Random(0), Crew(deep)
+    rng, crew = random.Random(0), WorkerPool(deep)
     crew.begin()
     for _ in range(KILLS):
         crew.refill()
@@ -189,7 +189,7 @@ def steps(number: int, pid: int) -> int:
     [("that aborts its process", abort), ("at which the system kills its process, at the same step each time", kill)],
 )
 def test_a_trial_that_ends_its_process_is_given_up(fault: str, end: Callable[[], None], deep: Path) -> None:
-    crew = Crew(deep, partial(doom, 1, end), trials=3)
+    crew = WorkerPool(deep, partial(doom, 1, end), trials=3)
     crew.begin()
     check_given_up(deep, crew, cutoffs.SAME)
     ROWS.add(f"a trial {fault}", cutoffs.SAME, same="that trial counts as failed, the study goes on")
@@ -200,12 +200,12 @@ def test_a_trial_that_ends_its_process_anywhere_is_given_up_in_the_end(
 ) -> None:
     """As one that leaks memory; after 6 times here."""
     monkeypatch.setattr(cutoffs, "MOST", 6)
-    crew = Crew(deep, partial(doom_with_patience, 1, 6), trials=3)
+    crew = WorkerPool(deep, partial(doom_with_patience, 1, 6), trials=3)
     crew.begin()
     check_given_up(deep, crew, None)
 
 
-def check_given_up(place: Path, crew: Crew, times: int | None) -> None:
+def check_given_up(place: Path, crew: WorkerPool, times: int | None) -> None:
     """Starts whoever was killed until all have come to the end; one trial is given up, the others are measured."""
     while codes := [command.finish().code for command in crew.commands]:
         assert set(codes) <= {0, -signal.SIGKILL, -signal.SIGABRT}
@@ -216,11 +216,11 @@ def check_given_up(place: Path, crew: Crew, times: int | None) -> None:
     lost = [trial for trial in study.trials if trial.state == TrialState.FAIL and not is_double(trial)]
     assert len({str(trial.params) for trial in lost}) == 1
     assert times is None or len(lost) == times
-    assert [storage.is_given_up(trial) for trial in lost] == [False] * (len(lost) - 1) + [True]
-    assert storage.counted(study) == 3
+    assert [lost_trials.is_given_up(trial) for trial in lost] == [False] * (len(lost) - 1) + [True]
+    assert totals.counted(study) == 3
     assert len(measured(study)) == 2
 
 
 def is_double(trial: optuna.trial.FrozenTrial) -> bool:
     """Whether a trial was queued twice, by two that were started again at the same moment, and ended unmeasured."""
-    return trial.user_attrs.get("lost") == storage.SURPLUS
+    return trial.user_attrs.get("lost") == lost_trials.SURPLUS

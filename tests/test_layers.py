@@ -14,6 +14,38 @@ ROOT = Path(atp_tune.__file__).parent
 REPO = ROOT.parent
 LONGEST = 50  # lines of a function's body
 
+# The packages and modules of atp_tune, each above all that it may import. The only place where the order is written.
+LAYERS = [
+    "errors",
+    "paths",
+    "cache",
+    "compat",
+    "metrics",
+    "allocations",
+    "pruners",
+    "spec",
+    "plan",
+    "events",
+    "storage",
+    "checkpoints",
+    "texts",
+    "blocks",
+    "scores",
+    "results",
+    "figures",
+    "report",
+    "search",
+    "cost",
+    "sparse",
+    "speed",
+    "zeroshot",
+    "exporting",
+    "serving",
+    "merging",
+    "cli",
+    "__main__",
+]
+
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -134,6 +166,24 @@ class F:
     assert {"torch", "optuna", "transformers"} <= libraries(set(reached("atp_tune.search.objective")))
 
 
+def test_no_package_imports_one_above_it() -> None:
+    """Not within functions either, nor for types."""
+    layers = {name.split(".")[1] for name in FILES if "." in name}
+    assert layers == set(LAYERS)
+    wrong = [
+        f"{name} imports {other}"
+        for name, others in ANYWHERE.items()
+        for other in others
+        if other.startswith("atp_tune.") and "." in name and place_of(other) > place_of(name)
+    ]
+    assert wrong == []
+
+
+def place_of(module: str) -> int:
+    """How high a module's package stands."""
+    return LAYERS.index(module.split(".")[1])
+
+
 def test_torch_and_optuna_meet_in_the_objective_alone() -> None:
     """No module imports both, and one alone calls Optuna and imports what computes."""
     assert not [name for name, names in ANYWHERE.items() if {"torch", "optuna"} <= libraries(names)]
@@ -166,16 +216,19 @@ LIGHT = [
     "results.summary",
     "search.samplers",
     "search.space",
-    "search.tuning",
-    "serving.choosing",
+    "search.runner",
+    "serving.target",
     "serving.serve",
     "sparse.card",
     "spec.config",
     "spec.study",
     "spec.studyfile",
-    "speed.result",
-    "trials.remote",
-    "trials.storage",
+    "metrics.speed",
+    "storage.opening",
+    "storage.fingerprint",
+    "storage.lost_trials",
+    "storage.remote",
+    "storage.totals",
 ]
 
 

@@ -16,7 +16,7 @@ from atp_tune.blocks.prune_pass import Pass
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.residency import Residency
 from atp_tune.plan import Plan
-from atp_tune.search.bench import Bench
+from atp_tune.search.context import TrialContext
 from atp_tune.spec.study import Prune
 
 
@@ -94,11 +94,11 @@ def test_a_bench_that_is_closed_holds_nothing(residency: Residency, tmp_path: Pa
     tiny("llama").save_pretrained(tmp_path)
     checkpoint = Checkpoint.load(tmp_path, torch.float32, CPU, residency=residency)
     texts = bench_of(tiny("llama")).windows
-    bench = Bench(bench_of(tiny("llama")).folder, checkpoint, texts, Prune(statistics="dense"), print)
-    with bench:
-        others = [bench.screening(2), bench.budget(0.5)]
+    context = TrialContext(bench_of(tiny("llama")).folder, checkpoint, texts, Prune(statistics="dense"), print)
+    with context:
+        others = [context.screening(2), context.budget(0.5)]
         assert others[1].evidence.outlier_ratios(3)  # type: ignore[attr-defined]
-        assert len(list(bench.prune(Plan("wanda", "uniform", (0.5,) * 4)))) == 4
+        assert len(list(context.prune(Plan("wanda", "uniform", (0.5,) * 4)))) == 4
         held = [weakref.ref(tensor.untyped_storage()) for tensor in checkpoint.model.parameters()]
         assert all(storage() is not None for storage in held)
     assert all(storage() is None for storage in held)
@@ -109,8 +109,8 @@ def test_a_bench_that_is_closed_holds_nothing(residency: Residency, tmp_path: Pa
 def test_a_callers_model_is_given_back_by_the_bench(residency: Residency) -> None:
     model = tiny("llama").train()
     before = copy_of(model)
-    with bench_of(model, residency=residency) as bench:
-        assert bench.all_nlls(bench.dense(), "report")
+    with bench_of(model, residency=residency) as context:
+        assert context.all_nlls(context.dense(), "report")
     assert model.training
     assert all(same_bits(tensor, before[name]) for name, tensor in copy_of(model).items())
 

@@ -17,11 +17,11 @@ from synthetic import DISTRIBUTIONS, made_up, new_study, storage_in
 from tinystudy import CommandLine, quiet, run, stored, study_file
 
 from atp_tune.errors import UserError
+from atp_tune.merging import Merged, merge
 from atp_tune.results.summary import summarise
-from atp_tune.serving.keeper import Keeper
+from atp_tune.serving.maintenance import Maintenance
 from atp_tune.serving.notes import with_own_words
-from atp_tune.trials import storage
-from atp_tune.trials.merging import Merged, merge
+from atp_tune.storage import lost_trials, ranking
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +106,7 @@ def test_three_machines_that_went_on_from_a_copy(place: Path, tmp_path: Path, co
                 twin = next(t for t in study.trials if same(t) == same(source.trials[int(name)]))
                 assert study.user_attrs["reports"][str(twin.number)] == nlls
     best = min((trial for source in sources for trial in source.trials), key=lambda trial: trial.value or 0)
-    assert storage.best_trial(study) is not None
+    assert ranking.best_trial(study) is not None
     assert study.best_value == best.value
 
 
@@ -171,7 +171,7 @@ def test_how_often_a_trial_was_cut_off_is_kept(tmp_path: Path) -> None:
     made(tmp_path / "b.db", made_up(0.001))
     study = united(tmp_path / "out.db", tmp_path / "a.db", tmp_path / "b.db").study
     number = next(trial.number for trial in study.trials if trial.params["beta"] == 0.003)
-    assert storage.recover(study) == [number]
+    assert lost_trials.recover(study) == [number]
     assert study.trials[-1].system_attrs["cut_offs"] == [died, died]
 
 
@@ -228,7 +228,7 @@ def test_artifacts_come_along(done: Path, tmp_path: Path) -> None:
     for file in files:
         folder = file.with_suffix(".artifacts")
         folder.mkdir()
-        Keeper(storage_in(file), folder, print).turn()
+        Maintenance(storage_in(file), folder, print).turn()
     study, store = study_of(files[1]), FileSystemArtifactStore(files[1].with_suffix(".artifacts"))
     upload_artifact(artifact_store=store, file_path=str(tmp_path / "sketch.txt"), study_or_trial=study)
     study.enqueue_trial({})

@@ -7,14 +7,15 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from optuna.storages import BaseStorage
 from test_serving import served
 from tinystudy import CommandLine, run
 
 from atp_tune.errors import UserError
+from atp_tune.results.formatting import mixture_of, remark_of
 from atp_tune.results.summary import summarise
-from atp_tune.results.wording import mixture_of, remark_of
 from atp_tune.spec.config import read_config
-from atp_tune.trials import storage
+from atp_tune.storage import fingerprint, opening, ranking
 
 GPU = "NVIDIA H100 80GB HBM3"
 
@@ -51,11 +52,11 @@ def test_another_number_format(began: Path, command: CommandLine) -> None:
         "--study-name NAME, or mix them in this one with --allow-device-change"
     )
     assert command(*words, "--allow-device-change").code == 0
-    study = storage.find_study(open_db(began), "tiny")
+    study = opening.find_study(open_db(began), "tiny")
     assert study is not None
     assert [trial.user_attrs["dtype"] for trial in study.trials] == ["float32", "float32", "bfloat16"]
     assert study.user_attrs["fingerprint"]["model.dtype"] == "float32"
-    best = storage.best_trial(study)
+    best = ranking.best_trial(study)
     assert best is not None
     assert read_config(began / "tiny.best.json").model.dtype == best.user_attrs["dtype"]
     command("report", "--study", began / "tiny.toml", "--format", "json", "--out", began / "r.json")
@@ -63,8 +64,8 @@ def test_another_number_format(began: Path, command: CommandLine) -> None:
     assert [trial["remark"] for trial in trials] == ["", "", "in bfloat16"]
 
 
-def open_db(place: Path) -> storage.BaseStorage:
-    db = storage.open_storage(f"sqlite:///{place / 'tiny.db'}", create=False)
+def open_db(place: Path) -> BaseStorage:
+    db = opening.open_storage(f"sqlite:///{place / 'tiny.db'}", create=False)
     assert db is not None
     return db
 
@@ -107,9 +108,9 @@ def test_a_complete_study_is_shown_anywhere(began: Path, command: CommandLine) -
 
 
 def test_threads_are_no_other_device() -> None:
-    kinds = {storage.device_kind(name) for name in ("cpu (2 threads)", "cpu (64 threads)", "cpu")}
+    kinds = {fingerprint.device_kind(name) for name in ("cpu (2 threads)", "cpu (64 threads)", "cpu")}
     assert kinds == {"cpu"}
-    assert storage.device_kind(GPU) == GPU
+    assert fingerprint.device_kind(GPU) == GPU
 
 
 @pytest.mark.slow
@@ -118,7 +119,7 @@ def test_trials_of_before_have_no_remark(began: Path) -> None:
     with closing(sqlite3.connect(began / "tiny.db")) as connection:
         connection.execute("DELETE FROM trial_user_attributes WHERE key = 'dtype'")
         connection.commit()
-    study = storage.find_study(open_db(began), "tiny")
+    study = opening.find_study(open_db(began), "tiny")
     assert study is not None
     summary = summarise(study)
     assert mixture_of(summary) == ""

@@ -15,11 +15,12 @@ from tinystudy import quiet, run, study_file
 from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Event, Step, TrialStarted, unwatched
 from atp_tune.scores.evaluation import WindowScores
-from atp_tune.search.bench import Bench
+from atp_tune.search.context import TrialContext
 from atp_tune.search.objective import Objective, estimate, find_measured, is_hopeless, reasons
+from atp_tune.search.runner import open_context
 from atp_tune.search.space import Space, make_space
-from atp_tune.search.tuning import Run, open_bench
-from atp_tune.trials.process import identity
+from atp_tune.search.study_run import StudyRun
+from atp_tune.storage.process_identity import identity
 
 PARAMS = {"pruner": "wanda", "allocation": "atp", "beta": 0.1}
 
@@ -31,16 +32,16 @@ def without_warnings() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def bench(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+def context(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> TrialContext:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ATP_TUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return open_bench(Run(study_file(tiny_place), "tiny", None, unwatched))
+        return open_context(StudyRun(study_file(tiny_place), "tiny", None, unwatched))
 
 
 @pytest.fixture(scope="module")
-def space(tiny_place: Path, bench: Bench) -> Space:
+def space(tiny_place: Path, context: TrialContext) -> Space:
     study = study_file(tiny_place).study
-    return make_space(study, bench.budget(study.sparsity))
+    return make_space(study, context.budget(study.sparsity))
 
 
 @pytest.fixture
@@ -66,22 +67,24 @@ def done(study: optuna.Study, space: Space, value: float | None, attributes: dic
 # --- one trial
 
 
-def test_a_trial_is_perplexity_on_the_search_text(bench: Bench, space: Space, study: optuna.Study) -> None:
+def test_a_trial_is_perplexity_on_the_search_text(context: TrialContext, space: Space, study: optuna.Study) -> None:
     trial = ask(study, space)
-    [value] = Objective(bench, space, False, unwatched)(trial)
-    pruned = ((block.index, block.weights) for block in bench.prune(space.plan(PARAMS)))
-    nlls = bench.all_nlls(pruned, "search")
+    [value] = Objective(context, space, False, unwatched)(trial)
+    pruned = ((block.index, block.weights) for block in context.prune(space.plan(PARAMS)))
+    nlls = context.all_nlls(pruned, "search")
     assert value == math.exp(fmean(nlls))
     assert trial.user_attrs["nlls"] == nlls
 
 
-def test_groups_do_not_change_the_value(bench: Bench, space: Space, study: optuna.Study) -> None:
-    plain = Objective(bench, space, False, unwatched)(ask(study, space))
-    grouped = Objective(bench, space, True, unwatched)(ask(optuna.create_study(), space))
+def test_groups_do_not_change_the_value(context: TrialContext, space: Space, study: optuna.Study) -> None:
+    plain = Objective(context, space, False, unwatched)(ask(study, space))
+    grouped = Objective(context, space, True, unwatched)(ask(optuna.create_study(), space))
     assert grouped == pytest.approx(plain, rel=1e-6)
 
 
-def test_attributes_are_stored_as_soon_as_they_are_known(bench: Bench, space: Space, study: optuna.Study) -> None:
+def test_attributes_are_stored_as_soon_as_they_are_known(
+    context: TrialContext, space: Space, study: optuna.Study
+) -> None:
     """A process that dies leaves behind who it was and what it was doing."""
     trial, seen = ask(study, space), {}
 
@@ -89,24 +92,27 @@ def test_attributes_are_stored_as_soon_as_they_are_known(bench: Bench, space: Sp
         if isinstance(event, TrialStarted | Step):
             seen.setdefault(type(event), dict(study.trials[0].user_attrs))
 
-    Objective(bench, space, False, watch)(trial)
+    Objective(context, space, False, watch)(trial)
     assert seen[TrialStarted] == identity()
-    Objective(Bench(bench.folder, bench.checkpoint, bench.windows, bench.prune_settings, watch), space, False, watch)(
-        ask(study, space, beta=0.05)
-    )
+    Objective(
+        TrialContext(context.folder, context.checkpoint, context.windows, context.prune_settings, watch),
+        space,
+        False,
+        watch,
+    )(ask(study, space, beta=0.05))
     assert set(study.trials[1].user_attrs) > {"sparsities", "host"}
 
 
-def test_a_model_whose_numbers_are_none_fails(bench: Bench, space: Space, study: optuna.Study) -> None:
+def test_a_model_whose_numbers_are_none_fails(context: TrialContext, space: Space, study: optuna.Study) -> None:
     class Broken:
-        checkpoint, dtype, windows, begin = bench.checkpoint, bench.dtype, bench.windows, bench.begin
-        batch, batches = bench.batch, bench.batches
+        checkpoint, dtype, windows, begin = context.checkpoint, context.dtype, context.windows, context.begin
+        batch, batches = context.batch, context.batches
 
         def prune(self, plan: Any) -> Any:
-            return bench.prune(plan)
+            return context.prune(plan)
 
         def scores(self, blocks: Any, role: str, one_by_one: bool, kl: bool) -> Any:
-            scores = next(iter(bench.scores(blocks, role, one_by_one)))
+            scores = next(iter(context.scores(blocks, role, one_by_one)))
             yield WindowScores([*scores.nlls[:-1], math.nan], [])
 
     trial = ask(study, space)
@@ -157,8 +163,8 @@ def test_a_trial_that_runs_is_not_measured(space: Space, study: optuna.Study) ->
     assert measured_before(study, space) is None
 
 
-def test_a_third_time_is_answered_by_the_first(bench: Bench, space: Space, study: optuna.Study) -> None:
-    objective = Objective(bench, space, False, unwatched)
+def test_a_third_time_is_answered_by_the_first(context: TrialContext, space: Space, study: optuna.Study) -> None:
+    objective = Objective(context, space, False, unwatched)
     for _ in range(3):
         study.enqueue_trial(PARAMS)
         study.optimize(objective, n_trials=1)
@@ -225,11 +231,11 @@ class Impatient(BasePruner):
 
 
 def test_trials_are_stopped_at_the_same_groups_as_they_are_reported(
-    bench: Bench, space: Space, monkeypatch: pytest.MonkeyPatch
+    context: TrialContext, space: Space, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench.batch("search"), "windows", 2)
+    monkeypatch.setattr(context.batch("search"), "windows", 2)
     study = optuna.create_study(pruner=Impatient())
-    objective = Objective(bench, space, True, unwatched)
+    objective = Objective(context, space, True, unwatched)
     for beta in (0.0, 0.26):
         study.enqueue_trial({**PARAMS, "beta": beta})
     study.optimize(objective, n_trials=2)

@@ -22,19 +22,19 @@ from atp_tune import figures
 from atp_tune.allocations import Budget
 from atp_tune.errors import UserError
 from atp_tune.events import TrialEnded
+from atp_tune.merging import merge
 from atp_tune.report import gather, write
 from atp_tune.results.status import status_of, to_json
 from atp_tune.results.summary import best_config, is_uniform, kl_of, score_of, summarise
-from atp_tune.search import settling
+from atp_tune.search import termination
 from atp_tune.search.samplers import levelled
-from atp_tune.search.screening import SUFFIX
-from atp_tune.search.settling import regret_of
 from atp_tune.search.space import make_space
+from atp_tune.search.termination import regret_of
 from atp_tune.serving.notes import study_note, trial_note
 from atp_tune.spec.config import read_config
 from atp_tune.spec.studyfile import facts
-from atp_tune.trials import storage
-from atp_tune.trials.merging import merge
+from atp_tune.storage import ranking, totals
+from atp_tune.storage.fingerprint import SUFFIX
 
 KL = "search.objective=kl"
 BOTH = 'search.objective=["kl", "perplexity"]'
@@ -135,7 +135,7 @@ def test_a_stopped_trial_has_a_kl_that_compares(place: Path, monkeypatch: pytest
 
 @pytest.mark.slow
 def test_what_may_be_gained_of_a_kl_is_relative(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settling, "GAP", 1)  # eleven points may leave one
+    monkeypatch.setattr(termination, "GAP", 1)  # eleven points may leave one
     study = run(place, KL, GP, "search.settle=true", "search.trials=11")
     space = make_space(study_file(place).study, Budget(0.6, tuple(study.user_attrs["sizes"])))
     trials = study.trials
@@ -202,10 +202,10 @@ def test_the_front_of_any_values(seed: int) -> None:
     for _ in range(30):
         trial = study.ask()
         study.tell(trial, [trial.suggest_int(name, 1, 9) for name in "ab"])
-    found = storage.front_of(study)
+    found = ranking.front_of(study)
     assert {trial.number for trial in found} == naive_front(study.trials)
     assert [trial.values for trial in found] == sorted(trial.values for trial in found)
-    assert storage.front_of(optuna.create_study()) == []
+    assert ranking.front_of(optuna.create_study()) == []
 
 
 def test_both_studies_tell_the_same_of_a_plan(made: Path) -> None:
@@ -258,7 +258,7 @@ def test_a_lost_trial_of_two_values_runs_again(place: Path) -> None:
     study.add_trial(optuna.create_trial(state=TrialState.FAIL, params=params, distributions=kinds, user_attrs=attrs))
     again = run(place, BOTH, "search.trials=5")
     assert [trial.params.get("beta") for trial in again.trials].count(0.01) == 2
-    assert storage.counted(again) == 5
+    assert totals.counted(again) == 5
 
 
 @pytest.mark.slow
@@ -267,7 +267,7 @@ def test_two_workers_share_a_study_of_two_values(place: Path) -> None:
     answer = finished(start("--study", place / "tiny.toml", *keys, "--workers", "2"), 120)
     assert answer.code == 0, answer.err
     study = stored(place)
-    assert storage.counted(study) == 8
+    assert totals.counted(study) == 8
     assert "| trial | method" in answer.out
     alone = run(place, BOTH, "search.trials=8", name="alone")
     values = {str(trial.params): trial.values for trial in alone.trials}

@@ -18,11 +18,11 @@ from sqlalchemy.exc import OperationalError
 
 from atp_tune.errors import UserError
 from atp_tune.serving.servers import ServedDatabase, proxy
-from atp_tune.trials import patience
-from atp_tune.trials.database import CALLS
-from atp_tune.trials.patience import Patience
-from atp_tune.trials.remote import connect
-from atp_tune.trials.storage import open_database, open_storage
+from atp_tune.storage import retry
+from atp_tune.storage.database import CALLS
+from atp_tune.storage.opening import open_database, open_storage
+from atp_tune.storage.remote import connect
+from atp_tune.storage.retry import Retrying
 
 pytestmark = pytest.mark.usefixtures("quiet_optuna")
 END = (TrialState.COMPLETE, [1.5])
@@ -30,7 +30,7 @@ END = (TrialState.COMPLETE, [1.5])
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "PAUSES", (0.001,))
+    monkeypatch.setattr(retry, "PAUSES", (0.001,))
 
 
 @pytest.fixture(params=["sqlite", "postgresql", "server"])
@@ -110,7 +110,7 @@ def test_a_pickled_storage_says_what_is_wrong_with_its_file(storage: BaseStorage
 
 
 def test_what_one_thread_repeats_is_no_other_thread_s() -> None:
-    waiting, answers = Patience("x"), iter(["does not answer", ""])
+    waiting, answers = Retrying("x"), iter(["does not answer", ""])
     waiting.ask(lambda: next(answers), str)
     assert waiting.has_repeated
     with ThreadPoolExecutor() as pool:

@@ -4,7 +4,7 @@ import statistics
 import pytest
 from pydantic import ValidationError
 
-from atp_tune.scores.perplexity import Perplexity, change, perplexity
+from atp_tune.metrics.perplexity import Perplexity, change, perplexity
 
 
 def test_the_exponential_of_the_mean() -> None:

@@ -9,9 +9,9 @@ from tinystudy import TOKENS, WIDTH, CommandLine, run, settings, stored, study_f
 from atp_tune.cost import planning
 from atp_tune.cost.planning import foresee
 from atp_tune.events import unwatched
-from atp_tune.search import tuning
-from atp_tune.trials import storage
-from atp_tune.trials.storage import counted
+from atp_tune.search import trial_loop
+from atp_tune.storage import opening
+from atp_tune.storage.totals import counted
 
 
 def test_a_study_is_foretold(place: Path) -> None:
@@ -120,7 +120,7 @@ def test_a_screening_is_foretold(place: Path, command: CommandLine) -> None:
 @pytest.mark.slow
 def test_a_screening_has_a_row_and_counts_as_far_as_it_went(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("search.screen.trials=30", "search.screen.every=3", "search.sampler=gp", "search.settle=true")
-    monkeypatch.setattr(tuning, "has_settled", lambda study, space: counted(study) >= 9)
+    monkeypatch.setattr(trial_loop, "has_settled", lambda study, space: counted(study) >= 9)
     run(place, *words)
     settled = counted(stored(place, "tiny.screen"))
     assert settled == 9
@@ -147,4 +147,4 @@ def test_nothing_is_stored(done: Path) -> None:
     before = (done / "tiny.db").read_bytes()
     foresee(study_file(done), "tiny", unwatched)
     assert (done / "tiny.db").read_bytes() == before
-    assert storage.open_storage(study_file(done).storage_url, create=False) is not None
+    assert opening.open_storage(study_file(done).storage_url, create=False) is not None

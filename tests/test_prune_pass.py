@@ -18,21 +18,21 @@ from atp_tune.errors import TrialError
 from atp_tune.plan import Plan, make_plan
 from atp_tune.pruners import PRUNERS, make_pruner
 from atp_tune.pruners.statistics import Hessian, InputNorms
-from atp_tune.search import bench
-from atp_tune.search.bench import Bench
+from atp_tune.search import context
+from atp_tune.search.context import TrialContext
 from atp_tune.spec.study import Prune, SparseGPT
 
 PruneMatrix = Callable[[Tensor, Tensor, float], Tensor]  # weight [out, in], x [tokens, in], sparsity
 TARGET = 0.55
 
 
-def atp_plan(bench: Bench, pruner: str) -> Plan:
+def atp_plan(bench: TrialContext, pruner: str) -> Plan:
     budget = bench.budget(TARGET)
     beta = 0.8 * atp.bounds(budget)["beta"][1]
     return make_plan(pruner, "atp", budget, {"beta": beta})
 
 
-def naive_pass(model: Any, work: Bench, plan: Plan, prune: PruneMatrix, dense: bool = False) -> Any:
+def naive_pass(model: Any, work: TrialContext, plan: Plan, prune: PruneMatrix, dense: bool = False) -> Any:
     """A copy of the model, pruned block after block in its full forward; and the error curve."""
     ids, blocks = random_ids(5, TOKENS, seed=0), work.checkpoint.blocks_name
     pruned, errors = copy.deepcopy(model), []
@@ -58,7 +58,7 @@ def magnitude(weight: Tensor, x: Tensor, sparsity: float) -> Tensor:
     return weight.masked_fill(naive.magnitude_mask(weight, sparsity), 0)
 
 
-def check_same_weights(pruned: list[PrunedBlock], expected: Any, work: Bench) -> None:
+def check_same_weights(pruned: list[PrunedBlock], expected: Any, work: TrialContext) -> None:
     """All tensors of all blocks, bit by bit."""
     found = expected.state_dict()
     assert len(pruned) == len(work.checkpoint.blocks)
@@ -156,8 +156,8 @@ def test_dense_statistics_are_of_the_dense_model(family: str) -> None:
 
 def test_dense_statistics_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[Any] = []
-    original = bench.measure_and_advance
-    monkeypatch.setattr(bench, "measure_and_advance", lambda *args: measured.append(args[-1]) or original(*args))
+    original = context.measure_and_advance
+    monkeypatch.setattr(context, "measure_and_advance", lambda *args: measured.append(args[-1]) or original(*args))
     for _ in range(2):  # the second bench finds what the first has kept
         work = bench_of(tiny("llama"), Prune(statistics="dense", pruners=("wanda", "sparsegpt", "magnitude")))
         for pruner in ("wanda", "wanda", "sparsegpt", "sparsegpt", "magnitude", "wanda"):
@@ -166,7 +166,7 @@ def test_dense_statistics_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_error_curve_is_of_the_first_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "CURVE_TOKENS", 2 * TOKENS + 1)
+    monkeypatch.setattr(context, "CURVE_TOKENS", 2 * TOKENS + 1)
     model = tiny("llama")
     for prune in (Prune(), Prune(statistics="dense")):
         work = bench_of(model, prune)

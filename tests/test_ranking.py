@@ -11,11 +11,11 @@ from atp_tune.plan import Plan
 from atp_tune.pruners import make_pruner
 from atp_tune.pruners.statistics import InputNorms
 from atp_tune.pruners.wanda import Ranks
-from atp_tune.search import bench
+from atp_tune.search import context
 from atp_tune.spec.study import Prune
 
 
-def pruned(work: bench.Bench, sparsity: float) -> list[dict[str, torch.Tensor]]:
+def pruned(work: context.TrialContext, sparsity: float) -> list[dict[str, torch.Tensor]]:
     return [block.weights for block in work.prune(Plan("wanda", "uniform", (sparsity,) * len(work.checkpoint.blocks)))]
 
 
@@ -24,7 +24,7 @@ def test_masks_are_the_same_with_ranks_and_without(family: str, monkeypatch: pyt
     work = bench_of(tiny(family), Prune(statistics="dense"))
     ranked = {sparsity: pruned(work, sparsity) for sparsity in (0.0, 0.3, 0.5, 0.77, 1.0)}
     assert all(isinstance(x, Ranks) for (kept,) in [work._ranked.values()] for b in kept for x in b.values())
-    monkeypatch.setattr(bench, "can_rank", lambda *args: False)
+    monkeypatch.setattr(context, "can_rank", lambda *args: False)
     work._ranked.clear()
     for sparsity, blocks in ranked.items():
         for block, plain in zip(blocks, pruned(work, sparsity), strict=True):

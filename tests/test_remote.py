@@ -16,17 +16,17 @@ from tinystudy import HANGS, CommandLine, run, wait_until
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Note, TrialStarted
 from atp_tune.serving.servers import ServedDatabase, proxy
-from atp_tune.trials import patience, remote, storage, trace
-from atp_tune.trials.cutoffs import SAME
-from atp_tune.trials.process import identity
-from atp_tune.trials.remote import RemoteStorage, connect
+from atp_tune.storage import fingerprint, lost_trials, opening, remote, retry, totals, trace
+from atp_tune.storage.cutoffs import SAME
+from atp_tune.storage.process_identity import identity
+from atp_tune.storage.remote import RemoteStorage, connect
 
 
 class Server:
     """A server that can be stopped and started again on the same port."""
 
     def __init__(self, database: Path) -> None:
-        served = storage.open_database(f"sqlite:///{database}", True, ServedDatabase)
+        served = opening.open_database(f"sqlite:///{database}", True, ServedDatabase)
         assert served is not None
         self.database = served
         self.port = 0
@@ -54,7 +54,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "FIRST", 1)
-    monkeypatch.setattr(patience, "PAUSES", (0.05,))
+    monkeypatch.setattr(retry, "PAUSES", (0.05,))
 
 
 def started(server: Server) -> tuple[optuna.Study, optuna.Trial]:
@@ -70,7 +70,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat of storage")  # the te
 )
 def test_an_address_that_is_none(address: str) -> None:
     with pytest.raises(UserError, match="write grpc://HOST:13000") as caught:
-        storage.open_storage(address, create=False)
+        opening.open_storage(address, create=False)
     assert "secret" not in str(caught.value)
 
 
@@ -87,7 +87,7 @@ def test_a_study_is_the_same_over_a_server(place: Path, server: Server) -> None:
     here = run(place, name="here")
     there = run(place, f"storage={server.address}", name="there")
     assert [(t.params, t.value) for t in there.trials] == [(t.params, t.value) for t in here.trials]
-    stored = storage.find_study(server.database, "there")
+    stored = opening.find_study(server.database, "there")
     assert stored is not None
     assert [t.user_attrs["nlls"] for t in stored.trials] == [t.user_attrs["nlls"] for t in here.trials]
     assert stored.user_attrs["reports"] == here.user_attrs["reports"]
@@ -118,13 +118,13 @@ def test_requests_wait_for_a_server_that_comes_back(server: Server, caplog: pyte
         f"{server.address} does not answer; trying again, nothing is lost",
         f"{server.address} answers again",
     ]
-    stored = storage.find_study(server.database, "s")
+    stored = opening.find_study(server.database, "s")
     assert stored is not None
     assert stored.trials[0].value == 2.5
 
 
 def test_a_worker_gives_up_in_the_end(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "PATIENCE", 0.3)
+    monkeypatch.setattr(retry, "PATIENCE", 0.3)
     study, trial = started(server)
     server.stop()
     with pytest.raises(UserError, match=r"does not answer, for 0 minutes now\. What was told before is stored"):
@@ -139,7 +139,7 @@ def test_parameters_keep_their_order(server: Server) -> None:
     for name in names:
         trial.suggest_float(name, 0, 1)
     study.add_trial(study.trials[0])
-    stored = storage.find_study(server.database, "s")
+    stored = opening.find_study(server.database, "s")
     assert stored is not None
     there = study._storage
     for found in [*study.trials, *stored.trials, there.get_trial(trial._trial_id)]:
@@ -156,7 +156,7 @@ def test_a_plain_client_of_optuna_reads_and_writes_too(server: Server) -> None:
     plain = optuna.load_study(study_name="s", storage=client)
     plain.add_trial(plain.trials[0])
     assert [found.params for found in plain.trials] == [trial.params] * 2
-    stored = storage.find_study(server.database, "s")
+    stored = opening.find_study(server.database, "s")
     assert stored is not None
     assert [found.system_attrs for found in stored.trials] == [{}] * 2
     assert list(stored.trials[1].params) == ["b", "a"]
@@ -193,23 +193,23 @@ def test_signs_of_life_reach_the_database(server: Server, monkeypatch: pytest.Mo
     study.tell(trial, 1.0)
     there.record_heartbeat(trial._trial_id)  # its thread may be a moment late
     server.stop()
-    monkeypatch.setattr(patience, "PATIENCE", 0.1)
+    monkeypatch.setattr(retry, "PATIENCE", 0.1)
     there.record_heartbeat(trial._trial_id)
     server.start()
 
 
 def test_what_a_process_of_this_host_left_is_known_to_the_server(server: Server) -> None:
-    study = storage.create_study(connect(server.address), "s", {"sparsity": 0.5})
+    study = fingerprint.create_study(connect(server.address), "s", {"sparsity": 0.5})
     study.enqueue_trial({})
     for number in range(SAME):
         trial = study.ask()
         for name, value in {**identity(), "process_started": 0.0}.items():
             trial.set_user_attr(name, value)
         trace._file("s", number, os.getpid()).write_bytes(b"after prune 1 of 2")
-        assert storage.recover(study) == [number]
-    there = storage.find_study(server.database, "s")
+        assert lost_trials.recover(study) == [number]
+    there = opening.find_study(server.database, "s")
     assert there is not None
-    assert [storage.given_up(trial) for trial in there.trials] == ["", "", "3 times in a row after prune 1 of 2"]
+    assert [lost_trials.given_up(trial) for trial in there.trials] == ["", "", "3 times in a row after prune 1 of 2"]
 
 
 @pytest.mark.slow
@@ -222,14 +222,14 @@ def test_a_trial_that_was_taken_for_lost_is_run_again(place: Path, server: Serve
             case Note(text):
                 notes.append(text)
             case TrialStarted("trial 1", _):
-                study = storage.find_study(server.database, "tiny")
+                study = opening.find_study(server.database, "tiny")
                 assert study is not None
                 study.tell(1, state=TrialState.FAIL)
-                storage.queue_again(study, study.trials[1])
+                lost_trials.queue_again(study, study.trials[1])
 
     study = run(place, f"storage={server.address}", watch=watch)
     assert "trial 1 gave no sign of life for 60 s: it is run again" in notes
-    assert storage.counted(study) == 3
+    assert totals.counted(study) == 3
     assert [t.state for t in study.trials].count(TrialState.FAIL) == 1
     again = study.trials[2]
     assert again.params == study.trials[1].params

@@ -34,7 +34,7 @@ from atp_tune.search.samplers import (
 )
 from atp_tune.search.space import Space
 from atp_tune.spec.study import Search
-from atp_tune.trials.storage import queue_again
+from atp_tune.storage.lost_trials import queue_again
 
 BOTH = {"pruners": ["wanda", "magnitude"]}
 

@@ -15,12 +15,14 @@ from atp_tune.blocks.prune_pass import Pass
 from atp_tune.errors import UserError
 from atp_tune.events import Note, TrialEnded, TrialStarted
 from atp_tune.results.summary import summarise, unreported
-from atp_tune.search import bench, tuning
+from atp_tune.search import context, runner, study_run, trial_loop
 from atp_tune.search.samplers import levelled
-from atp_tune.search.screening import APART, confirmed, is_near, is_screening, screening_file
+from atp_tune.search.screening import APART, confirmed, is_near, screening_file
 from atp_tune.spec.config import read_config
 from atp_tune.spec.study import Screen
-from atp_tune.trials.storage import counted, measured
+from atp_tune.storage.fingerprint import is_screening
+from atp_tune.storage.ranking import measured
+from atp_tune.storage.totals import counted
 
 SCREEN = ("search.screen.trials=5", "search.screen.every=3", "search.screen.confirm=2")
 INSIDE = ("search.sampler=gp", *SCREEN)
@@ -39,7 +41,7 @@ class Run(NamedTuple):
 def ran(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """To be read only."""
     ran = Run(tmp_path_factory.mktemp("screened") / "tiny", [], [], [])
-    original, measure = Pass.run, bench.measure_and_advance
+    original, measure = Pass.run, context.measure_and_advance
 
     def run_pass(self: Pass, plan: Any, hidden: Any) -> Any:
         ran.passes.append(("dense" if self.dense_statistics is not None else "block", len(hidden)))
@@ -49,7 +51,7 @@ def ran(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ATP_TUNE_CACHE", str(ran.place.parent / "cache"))
         patch.setattr(Pass, "run", run_pass)
-        patch.setattr(bench, "measure_and_advance", lambda *args: ran.measured.append(1) or measure(*args))
+        patch.setattr(context, "measure_and_advance", lambda *args: ran.measured.append(1) or measure(*args))
         run(ran.place, *INSIDE, watch=ran.events.append)
     return ran
 
@@ -276,9 +278,9 @@ def test_a_file_without_a_screening(place: Path) -> None:
 
 
 def test_a_bench_for_screening_shares_all_but_the_text(place: Path) -> None:
-    whole = tuning.open_bench(tuning.Run(study_file(place), "tiny", None, lambda event: None))
+    whole = runner.open_context(study_run.StudyRun(study_file(place), "tiny", None, lambda event: None))
     other = whole.screening(4)
-    assert isinstance(other, bench.Bench)
+    assert isinstance(other, context.TrialContext)
     assert other.checkpoint is whole.checkpoint and other.replay is whole.replay
     nlls = whole.all_nlls(whole.dense(), "search")
     assert other.all_nlls(other.dense(), "search") == pytest.approx(nlls[::4], rel=1e-5)
@@ -314,7 +316,7 @@ def test_other_keys_of_a_screening_are_refused(screened_place: Path) -> None:
 
 @pytest.mark.slow
 def test_what_a_screening_says_is_said_of_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "has_settled", lambda study, space: len(study.trials) >= 9)
+    monkeypatch.setattr(trial_loop, "has_settled", lambda study, space: len(study.trials) >= 9)
     notes: list[str] = []
     watch = lambda event: isinstance(event, Note) and notes.append(event.text)  # noqa: E731
     run(place, *INSIDE, "search.settle=true", "search.screen.trials=30", watch=watch)

@@ -11,7 +11,8 @@ from tinystudy import CommandLine, run, study_file
 from atp_tune.errors import UserError, without_secrets
 from atp_tune.results.summary import summarise
 from atp_tune.serving.notes import study_note
-from atp_tune.trials import remote, storage
+from atp_tune.storage import opening, remote
+from atp_tune.storage.database import without_password
 
 MARKER = "s3cr3t-marker"
 ADDRESSES = [
@@ -57,7 +58,7 @@ def test_it_is_not_stored(place: Path) -> None:
     from atp_tune.spec.studyfile import settings as stored
 
     study.set_user_attr("made_from", stored(file))
-    assert MARKER not in study_note(summarise(study), storage.without_password(file.storage_url))
+    assert MARKER not in study_note(summarise(study), without_password(file.storage_url))
     assert MARKER.encode() not in (place / "tiny.db").read_bytes()
 
 
@@ -71,7 +72,7 @@ def test_a_sparse_checkpoint_says_nothing_of_the_storage(place: Path, command: C
 
 def test_not_even_a_traceback_shows_it() -> None:
     with pytest.raises(UserError) as caught:
-        storage.open_storage(ADDRESSES[0], create=False)
+        opening.open_storage(ADDRESSES[0], create=False)
     chain = "".join(traceback.format_exception(caught.value))
     assert "UserError" in chain
     assert MARKER not in chain

@@ -24,12 +24,12 @@ from synthetic import storage_in
 from tinystudy import HANGS, CommandLine, finish, go_silent, run, start, study_file, wait_until
 
 from atp_tune.errors import UserError
-from atp_tune.serving.choosing import choose
 from atp_tune.serving.notes import OWN, with_own_words
 from atp_tune.serving.serve import Served, Service, serve
+from atp_tune.serving.target import choose
 from atp_tune.spec import studyfile
 from atp_tune.spec.config import read_config
-from atp_tune.trials import storage
+from atp_tune.storage import opening, ranking
 
 
 @dataclass
@@ -94,9 +94,9 @@ def dashboard(done: Path) -> Iterator[Dashboard]:
 @pytest.mark.slow
 def test_the_note_of_a_study(dashboard: Dashboard, done: Path) -> None:
     body = dashboard.study("tiny")["note"]["body"]
-    study = storage.find_study(open_db(done), "tiny")
+    study = opening.find_study(open_db(done), "tiny")
     assert study is not None
-    best = storage.best_trial(study)
+    best = ranking.best_trial(study)
     assert best is not None
     assert body.startswith("## tiny: 50% of the weights of `model` go")
     assert f", trial {best.number} | &emsp;{best.value:.2f} ± {best.user_attrs['stderr']:.2f} |" in body
@@ -109,7 +109,7 @@ def test_the_note_of_a_study(dashboard: Dashboard, done: Path) -> None:
 
 
 def open_db(place: Path) -> optuna.storages.BaseStorage:
-    db = storage.open_storage(f"sqlite:///{place / 'tiny.db'}", create=False)
+    db = opening.open_storage(f"sqlite:///{place / 'tiny.db'}", create=False)
     assert db is not None
     return db
 
@@ -260,7 +260,7 @@ def test_an_empty_database_and_a_failed_trial(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_worker_without_signs_of_life_loses_its_trial(done: Path) -> None:
-    study = storage.find_study(open_db(done), "tiny")
+    study = opening.find_study(open_db(done), "tiny")
     assert study is not None
     study.enqueue_trial(study.trials[3].params)
     with pytest.warns(UserWarning, match="Heartbeat"):

@@ -15,12 +15,12 @@ from tinystudy import run
 
 from atp_tune.errors import UserError
 from atp_tune.events import Note
-from atp_tune.search import settling, tuning
+from atp_tune.search import runner, termination, trial_loop
 from atp_tune.search.samplers import kinds_of, make_sampler
-from atp_tune.search.settling import GAIN, GAP, LEAST, RUN, has_gap, has_settled, regret_of
 from atp_tune.search.space import Space
+from atp_tune.search.termination import GAIN, GAP, LEAST, RUN, has_gap, has_settled, regret_of
 from atp_tune.spec.study import Search
-from atp_tune.trials.storage import counted, total_of
+from atp_tune.storage.totals import counted, total_of
 
 GP = ("search.sampler=gp", "search.settle=true", "search.trials=40")
 HELD, LEFT = 0.0, 1.0  # regrets: below the bound, and far above
@@ -114,7 +114,7 @@ def test_verdicts_are_read_from_the_trials(monkeypatch: pytest.MonkeyPatch) -> N
         asked.append([trial.params["beta"] for trial in trials])
         return LEFT if len(trials) in left else HELD
 
-    monkeypatch.setattr(settling, "regret_of", regret)
+    monkeypatch.setattr(termination, "regret_of", regret)
     betas = [0.01 * k for k in range(12)]
     trials = points(space, {beta: 20 + beta for beta in betas})
     for begun in (trials, trials[::-1]):
@@ -128,7 +128,7 @@ def test_verdicts_are_read_from_the_trials(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_better_point_begins_the_verdicts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     space = space_of()
-    monkeypatch.setattr(settling, "regret_of", lambda *known: HELD)
+    monkeypatch.setattr(termination, "regret_of", lambda *known: HELD)
     values = {0.01 * k: 20.0 + k for k in range(12)}
     assert has_settled(study_with(points(space, values)), space)
     for after, expected in ((0, False), (1, False), (2, True)):
@@ -175,10 +175,10 @@ def test_every_allocation_must_have_settled(monkeypatch: pytest.MonkeyPatch) -> 
     space = space_of(allocation=["atp", "curve"])
     study = study_of_gp(space_of(), 10)
     asked: list[str] = []
-    monkeypatch.setattr(settling, "_best_of", lambda trials: 0)
-    monkeypatch.setattr(settling, "regret_of", lambda trials, space, branch: asked.append(branch) or HELD)
+    monkeypatch.setattr(termination, "_best_of", lambda trials: 0)
+    monkeypatch.setattr(termination, "regret_of", lambda trials, space, branch: asked.append(branch) or HELD)
     assert has_settled(study, space) and asked == ["atp", "curve"] * RUN
-    monkeypatch.setattr(settling, "regret_of", lambda trials, space, branch: float(branch == "curve"))
+    monkeypatch.setattr(termination, "regret_of", lambda trials, space, branch: float(branch == "curve"))
     assert not has_settled(study, space)
 
 
@@ -197,7 +197,7 @@ def test_the_bound_is_said_where_it_is_asked_for() -> None:
 
 
 def settle_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "has_settled", lambda study, space: counted(study) >= count)
+    monkeypatch.setattr(trial_loop, "has_settled", lambda study, space: counted(study) >= count)
 
 
 @pytest.mark.slow
@@ -210,7 +210,7 @@ def test_a_study_that_settles_ends_and_is_complete(place: Path, monkeypatch: pyt
     assert Note("settled after 6 of 40: a better point is expected to gain less than 2%") in events
     assert (place / "tiny.best.json").is_file()
     with monkeypatch.context() as patch:
-        patch.setattr(tuning, "open_bench", None)
+        patch.setattr(runner, "open_context", None)
         assert states(run(place, *GP)) == ["COMPLETE"] * 6  # the same command finds it complete
         assert states(run(place, *GP, "search.trials=10")) == ["COMPLETE"] * 6
 
@@ -241,8 +241,8 @@ def test_a_real_study_settles_and_so_does_one_that_was_interrupted(
 
     A gain of a third is asked for, and no gap is one: what a tiny model's valley is like hangs on torch's version.
     """
-    monkeypatch.setattr(settling, "GAIN", 1 / 3)
-    monkeypatch.setattr(settling, "has_gap", lambda *_: False)
+    monkeypatch.setattr(termination, "GAIN", 1 / 3)
+    monkeypatch.setattr(termination, "has_gap", lambda *_: False)
     study = run(place, *GP)
     assert LEAST + RUN - 1 <= counted(study) < 40
     assert all(trial.state == TrialState.COMPLETE for trial in study.trials)

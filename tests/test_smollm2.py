@@ -17,11 +17,11 @@ from atp_tune.blocks import timing
 from atp_tune.cost import probe
 from atp_tune.cost.planning import foresee
 from atp_tune.events import unwatched
+from atp_tune.metrics.perplexity import perplexity
 from atp_tune.plan import make_plan
 from atp_tune.pruners.sparsegpt import SparseGPT
 from atp_tune.pruners.statistics import Hessian
-from atp_tune.scores.perplexity import perplexity
-from atp_tune.search.bench import Bench, Setup
+from atp_tune.search.context import ContextConfig, TrialContext
 from atp_tune.search.record import Record
 from atp_tune.spec.studyfile import load
 
@@ -48,11 +48,11 @@ def cache(smol_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def bench() -> Bench:
+def context() -> TrialContext:
     file = load("smol", SHORT)
     spec = file.study
     texts = {"calibration": spec.texts.calibration, "search": spec.texts.search}
-    return Bench.open(Setup(spec.model, spec.prune, texts, file.folder, "cpu"))
+    return TrialContext.open(ContextConfig(spec.model, spec.prune, texts, file.folder, "cpu"))
 
 
 def names_of(block: int) -> dict[str, str]:
@@ -64,11 +64,11 @@ def names_of(block: int) -> dict[str, str]:
     }
 
 
-def test_wanda_masks_of_the_first_blocks_equal_a_double_loop(bench: Bench) -> None:
-    plan = make_plan("wanda", "atp", bench.budget(0.6), {"beta": 0.008})
-    model = AutoModelForCausalLM.from_pretrained(bench.folder.path, dtype=torch.float32)
-    ids = torch.from_numpy(bench.windows["calibration"].ids)
-    for block in bench.prune(plan):
+def test_wanda_masks_of_the_first_blocks_equal_a_double_loop(context: TrialContext) -> None:
+    plan = make_plan("wanda", "atp", context.budget(0.6), {"beta": 0.008})
+    model = AutoModelForCausalLM.from_pretrained(context.folder.path, dtype=torch.float32)
+    ids = torch.from_numpy(context.windows["calibration"].ids)
+    for block in context.prune(plan):
         if block.index == 2:
             break
         inputs = naive.inputs_of(model, list(names_of(block.index).values()), ids)
@@ -85,11 +85,13 @@ def sparsegpt_by_us(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return SparseGPT().prune(weight, 0.6, hessian)
 
 
-def test_sparsegpt_of_the_first_block_equals_brain_surgery(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sparsegpt_of_the_first_block_equals_brain_surgery(
+    context: TrialContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """To the last mask bit in float64; in float32 near-ties turn over (10 of 110,592 weights were seen)."""
-    model = AutoModelForCausalLM.from_pretrained(bench.folder.path, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(context.folder.path, dtype=torch.float32)
     full = names_of(0)["self_attn.k_proj"]
-    x = naive.inputs_of(model, [full], torch.from_numpy(bench.windows["calibration"].ids))[full]
+    x = naive.inputs_of(model, [full], torch.from_numpy(context.windows["calibration"].ids))[full]
     dense = model.get_submodule(full).weight.detach()
     weight, mask = naive.sparsegpt(dense, x, 0.6, 0.01, 128)
     assert int(((sparsegpt_by_us(x, dense) == 0) != mask).sum()) < 1e-3 * mask.numel()
@@ -100,22 +102,22 @@ def test_sparsegpt_of_the_first_block_equals_brain_surgery(bench: Bench, monkeyp
     assert torch.allclose(exact, weight, rtol=0, atol=1e-9)
 
 
-def test_perplexity_equals_the_models_own_loss(bench: Bench) -> None:
-    model = AutoModelForCausalLM.from_pretrained(bench.folder.path, dtype=torch.float32)
-    expected = naive.nlls_of(model, torch.from_numpy(bench.windows["search"].ids))
-    assert bench.all_nlls(bench.dense(), "search") == pytest.approx(expected, rel=1e-5)
+def test_perplexity_equals_the_models_own_loss(context: TrialContext) -> None:
+    model = AutoModelForCausalLM.from_pretrained(context.folder.path, dtype=torch.float32)
+    expected = naive.nlls_of(model, torch.from_numpy(context.windows["search"].ids))
+    assert context.all_nlls(context.dense(), "search") == pytest.approx(expected, rel=1e-5)
 
 
-def test_plan_foretells_a_trial(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_foretells_a_trial(context: TrialContext, monkeypatch: pytest.MonkeyPatch) -> None:
     """In seconds of this process, which other work does not change; benchmarks/plan.py takes real ones."""
     for module in (probe, timing):
         monkeypatch.setattr(module, "perf_counter", process_time)
     found = foresee(load("smol", [*SHORT, "device=cpu"]), "smol", unwatched)
-    plan = make_plan("wanda", "atp", bench.budget(0.6), {"beta": 0.004})
-    list(bench.prune(plan))  # what is measured once is not a trial's
-    record = Record(bench.checkpoint.device, bench.dtype)
-    blocks = record.follow(bench.prune(plan), bench.checkpoint.sizes)
-    record.nlls = bench.all_nlls(blocks, "search")
+    plan = make_plan("wanda", "atp", context.budget(0.6), {"beta": 0.004})
+    list(context.prune(plan))  # what is measured once is not a trial's
+    record = Record(context.checkpoint.device, context.dtype)
+    blocks = record.follow(context.prune(plan), context.checkpoint.sizes)
+    record.nlls = context.all_nlls(blocks, "search")
     assert found.trial[0].seconds is not None
     assert 0.5 < found.trial[0].seconds.total / sum(record.close()["seconds"].values()) < 2
 

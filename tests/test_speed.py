@@ -26,15 +26,15 @@ from transformers import (
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Step, unwatched
+from atp_tune.metrics.speed import Measured, Phase, Rates, Side, Sizes, Speed
 from atp_tune.sparse.applying import prune_once
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import read_config
-from atp_tune.speed import deepsparse_home, eager, graphs, semistructured
+from atp_tune.speed import deepsparse_home, graphs, semistructured, torch_engine
 from atp_tune.speed.decoder import Decoder, check_family
-from atp_tune.speed.pair import Pair
-from atp_tune.speed.rates import About, Task, measured
-from atp_tune.speed.result import Measured, Phase, Rates, Side, Sizes, Speed
+from atp_tune.speed.model_pair import Pair
 from atp_tune.speed.sizes import sizes, zeros_by_kind
+from atp_tune.speed.throughput import About, Task, measured
 
 SHAPE = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -211,8 +211,8 @@ def test_torch_computes_each_side_with_its_own_weights(done: Path, tmp_path: Pat
     sparse = tmp_path / "sparse"
     prune_once(study_file(done), {"beta": 0.0}, sparse, unwatched)
     task, cpu = Task(tokens=6, steps=3, runs=1), torch.device("cpu")
-    with eager.opened(Pair(done / "model", sparse), task, cpu, torch.float32) as engine:
-        assert isinstance(engine, eager.Eager)
+    with torch_engine.opened(Pair(done / "model", sparse), task, cpu, torch.float32) as engine:
+        assert isinstance(engine, torch_engine.Eager)
         before = {side: cache.get_seq_length() for side, cache in engine._prompts.items()}
         assert engine.seconds("sparse", "decode") > 0
         assert engine.seconds("dense", "prefill") > 0

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from atp_tune.blocks.prune_pass import Pass
 from atp_tune.blocks.replay import Replay
-from atp_tune.blocks.standing import prune_standing
+from atp_tune.blocks.sequential import prune_sequentially
 from atp_tune.checkpoints.linears import find_linears
 from atp_tune.errors import TrialError
 from atp_tune.plan import Plan
@@ -150,7 +150,7 @@ class Pair(nn.Module):
 def prune_pair(block: nn.Module, batches: list[Tensor]) -> list[str]:
     met: list[str] = []
     runs = [lambda x=x: block(x) for x in batches]
-    prune_standing(block, find_linears(block), InputNorms, runs, lambda linear, statistics: met.append(linear.name))
+    prune_sequentially(block, find_linears(block), InputNorms, runs, lambda linear, statistics: met.append(linear.name))
     return met
 
 
@@ -217,7 +217,7 @@ def test_a_setting_of_torch_around_a_linear_is_an_error_and_does_not_stay() -> N
     block, rows = Mixed(), torch.randn(2, 3, 8)
     runs = [lambda row=row: block(row) for row in rows]
     with pytest.raises(TrialError, match=r'changes settings of torch.*set statistics = "block"$'):
-        prune_standing(block, find_linears(block), InputNorms, runs, lambda linear, statistics: None)
+        prune_sequentially(block, find_linears(block), InputNorms, runs, lambda linear, statistics: None)
     assert not torch.is_autocast_enabled("cpu")
     assert block(rows[0]).dtype == torch.float32
     assert (nn.Linear(2, 2)(torch.ones(1, 2))).dtype == torch.float32

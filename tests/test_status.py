@@ -23,15 +23,15 @@ from processes import popen
 from rich.console import Console
 from tinystudy import HANGS, LONG, TUNE, CommandLine, finish, run, settings, start, stored, study_file
 
-from atp_tune.cli import tables, watching
-from atp_tune.cli.running import quiet
+from atp_tune.cli import live_status, tables
+from atp_tune.cli.runtime import quiet
 from atp_tune.errors import UserError
+from atp_tune.metrics.perplexity import Perplexity
+from atp_tune.results.formatting import duration, method_of
 from atp_tune.results.status import Status, status_of, to_json
 from atp_tune.results.summary import Summary, summarise
-from atp_tune.results.wording import duration, method_of
-from atp_tune.scores.perplexity import Perplexity
 from atp_tune.spec.config import read_config
-from atp_tune.trials import process
+from atp_tune.storage import process_identity
 
 NOW = datetime(2026, 1, 1, 12)
 DISTRIBUTIONS = {
@@ -164,7 +164,7 @@ def test_what_is_not_finite_is_null(study: optuna.Study) -> None:
 
 def test_a_lost_process_is_named(study: optuna.Study) -> None:
     add(study, 0.1, state=TrialState.RUNNING, seconds=35, host="elsewhere", pid=1)
-    add(study, 0.1, state=TrialState.RUNNING, seconds=7, **{**process.identity(), "process_started": 0.0})
+    add(study, 0.1, state=TrialState.RUNNING, seconds=7, **{**process_identity.identity(), "process_started": 0.0})
     elsewhere, lost = document(study)["running"]
     assert elsewhere == {
         "trial": 0, "plan": "wanda atp β=0.10000", "seconds": 35.0, "host": "elsewhere", "lost": False,
@@ -331,7 +331,7 @@ def test_ctrl_c_ends_a_watch(exists: bool, place: Path) -> None:
 
 def test_nothing_is_said_twice(place: Path, capsys: pytest.CaptureFixture[str], study: optuna.Study) -> None:
     """The clock alone is no change; a new trial is, and then it alone is shown."""
-    view = watching.Blocks()
+    view = live_status.Blocks()
     add(study, 0.0, 10.0)
     add(study, 0.1, state=TrialState.RUNNING)
     view.show(summarise(study))
@@ -348,7 +348,7 @@ def test_nothing_is_said_twice(place: Path, capsys: pytest.CaptureFixture[str], 
 @pytest.mark.slow
 def test_a_study_that_goes_while_it_is_watched(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(place, timeout=0)
-    looks = watching.looks(study_file(place), "tiny", 0)
+    looks = live_status.looks(study_file(place), "tiny", 0)
     assert next(looks)
     optuna.delete_study(study_name="tiny", storage=study_file(place).storage_url)
     with pytest.raises(UserError, match="study tiny: cannot be read any more: it is gone"):
@@ -366,13 +366,13 @@ def test_every_needs_watch(command: CommandLine) -> None:
 
 def screen(monkeypatch: pytest.MonkeyPatch, width: int, height: int) -> Console:
     made = Console(file=StringIO(), width=width, height=height, force_terminal=True, soft_wrap=True, markup=False)
-    monkeypatch.setattr(watching, "console", made)
+    monkeypatch.setattr(live_status, "console", made)
     monkeypatch.setattr(tables, "console", made)
     return made
 
 
 def drawn(console: Console, summary: Summary) -> list[str]:
-    lines = console.render_lines(watching.fitting(summary, NOW), pad=False)
+    lines = console.render_lines(live_status.fitting(summary, NOW), pad=False)
     return ["".join(segment.text for segment in line).rstrip() for line in lines]
 
 

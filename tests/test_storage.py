@@ -15,26 +15,14 @@ from tinystudy import quiet
 
 from atp_tune.cache import cache_dir
 from atp_tune.errors import UserError
-from atp_tune.results.wording import loss_of, remark_of
-from atp_tune.trials import cutoffs, database, storage, trace
-from atp_tune.trials.process import identity
-from atp_tune.trials.storage import (
-    START,
-    best_trial,
-    check_facts,
-    check_writable,
-    counted,
-    create_study,
-    cut_offs_of,
-    find_study,
-    is_new,
-    is_repetition,
-    is_surplus,
-    open_storage,
-    queue_again,
-    recover,
-    running,
-)
+from atp_tune.results.formatting import loss_of, remark_of
+from atp_tune.storage import cutoffs, database, lost_trials, opening, trace
+from atp_tune.storage.fingerprint import check_facts, create_study, is_new
+from atp_tune.storage.lost_trials import cut_offs_of, queue_again, recover
+from atp_tune.storage.opening import check_writable, find_study, open_storage
+from atp_tune.storage.process_identity import identity
+from atp_tune.storage.ranking import best_trial
+from atp_tune.storage.totals import START, counted, is_repetition, is_surplus, running
 
 FACTS = {"sparsity": 0.5, "prune.pruners": ["wanda"], "model.content": "ab", "model.dtype": "float32"}
 DEAD = {**identity(), "process_started": 0.0}
@@ -187,13 +175,13 @@ def test_tables_that_another_process_makes_at_the_same_moment(file: Path, monkey
             raise errors[len(tries) - 1]
         return made(*arguments)
 
-    made, tries = storage._rdb, []  # type: ignore[var-annotated]
+    made, tries = opening._rdb, []  # type: ignore[var-annotated]
     errors = [
         OperationalError("CREATE TABLE", None, Exception("table studies already exists")),
         IntegrityError("INSERT", None, Exception("UNIQUE constraint failed")),
     ]
-    monkeypatch.setattr(storage, "_rdb", rdb)
-    monkeypatch.setattr(storage, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(opening, "_rdb", rdb)
+    monkeypatch.setattr(opening, "PAUSES", (0.0, 0.0))
     assert open_storage(f"sqlite:///{file}", create=True)
     assert len(tries) == 3
     tries.clear()
@@ -308,7 +296,7 @@ def test_a_trial_that_never_said_who_runs_it_is_lost_after_a_while(
 ) -> None:
     add(study)
     assert recover(study) == []
-    monkeypatch.setattr(storage, "GRACE", -1)
+    monkeypatch.setattr(lost_trials, "GRACE", -1)
     add(study, **identity())
     assert recover(study) == [0]
     assert states(study) == ["FAIL", "RUNNING", "WAITING"]
@@ -386,7 +374,7 @@ def test_what_dies_with_others_or_with_its_machine_is_run_again(study: optuna.St
         study.tell(dead[1], state=TrialState.COMPLETE, values=1.0)
     lost = [trial for trial in study.trials if trial.state == TrialState.FAIL]
     assert [trial.user_attrs["cut_off"] for trial in lost] == [{"place": "after prune 12 of 30", "alone": False}] * 9
-    assert not any(storage.is_given_up(trial) for trial in lost)
+    assert not any(lost_trials.is_given_up(trial) for trial in lost)
 
 
 def test_a_study_of_an_earlier_version(study: optuna.Study) -> None:
@@ -421,7 +409,7 @@ def test_what_a_process_ended_and_did_not_live_to_queue_is_queued(study: optuna.
     add(study, state=TrialState.FAIL, lost="its process died")
     add(study, state=TrialState.FAIL)  # an error that nobody expected
     add(study, state=TrialState.FAIL, failure="out of memory")
-    add(study, state=TrialState.FAIL, lost=storage.SURPLUS)
+    add(study, state=TrialState.FAIL, lost=lost_trials.SURPLUS)
     assert recover(study) == [0, 1]
     assert recover(study) == []
     assert states(study)[4:] == ["WAITING"] * 2
@@ -443,7 +431,7 @@ def test_what_is_queued_twice_does_not_wait_for_ever(study: optuna.Study) -> Non
         queue_again(study, study.trials[0])
     assert recover(study) == []
     assert states(study)[1:] == ["WAITING", "FAIL"]
-    assert study.trials[2].user_attrs["lost"] == storage.SURPLUS
+    assert study.trials[2].user_attrs["lost"] == lost_trials.SURPLUS
     assert recover(study) == []  # and it is not queued again
     study.ask()
     queue_again(study, study.trials[0])  # a third one is late: the first runs
@@ -457,7 +445,7 @@ def test_a_process_killed_while_it_says_who_it_is_leaves_a_trial_that_is_found(
 ) -> None:
     add(study, **dict(list(DEAD.items())[: last + 1]))
     assert recover(study) == ([0] if last >= 2 else [])
-    monkeypatch.setattr(storage, "GRACE", -1)
+    monkeypatch.setattr(lost_trials, "GRACE", -1)
     assert recover(study) == ([] if last >= 2 else [0])
 
 

@@ -199,12 +199,12 @@ def test_strides_stay_as_they_are() -> None:
 
 
 def values(family: str, residency: Residency, pruner: str = "wanda") -> tuple[list[Tensors], list[float]]:
-    bench = bench_of(tiny(family), residency=residency)
-    assert bench.checkpoint.residency == residency
-    blocks = len(bench.checkpoint.blocks)
-    pruned = list(bench.prune(Plan(pruner, "uniform", (0.5,) * blocks)))
-    nlls = bench.all_nlls(((block.index, block.weights) for block in pruned), "search")
-    return [block.weights for block in pruned], [*nlls, *bench.all_nlls(bench.dense(), "report")]
+    context = bench_of(tiny(family), residency=residency)
+    assert context.checkpoint.residency == residency
+    blocks = len(context.checkpoint.blocks)
+    pruned = list(context.prune(Plan(pruner, "uniform", (0.5,) * blocks)))
+    nlls = context.all_nlls(((block.index, block.weights) for block in pruned), "search")
+    return [block.weights for block in pruned], [*nlls, *context.all_nlls(context.dense(), "report")]
 
 
 @pytest.mark.parametrize(
@@ -230,13 +230,13 @@ def test_sparsegpt_changes_no_bit_either(residency: Residency) -> None:
 
 def test_a_trial_holds_two_blocks_and_copies_each_once(copies: Watched) -> None:
     model = tiny("llama")
-    bench = bench_of(model, residency="host")
-    size = bench.checkpoint.linears[0]
-    list(bench.prune(Plan("wanda", "uniform", (0.5,) * 4)))  # what is measured once for all trials
+    context = bench_of(model, residency="host")
+    size = context.checkpoint.linears[0]
+    list(context.prune(Plan("wanda", "uniform", (0.5,) * 4)))  # what is measured once for all trials
     copies.order.clear()
     copies.most = copies.alive
-    pruned = ((block.index, block.weights) for block in bench.prune(Plan("wanda", "uniform", (0.5,) * 4)))
-    bench.all_nlls(pruned, "search")
+    pruned = ((block.index, block.weights) for block in context.prune(Plan("wanda", "uniform", (0.5,) * 4)))
+    context.all_nlls(pruned, "search")
     matrices = len(size)
     assert copies.most <= 2 * matrices
     wait_until(lambda: len(copies.order) in (4 * matrices, 5 * matrices))

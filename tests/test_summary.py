@@ -11,9 +11,9 @@ from optuna.trial import TrialState
 from tinystudy import quiet, stored, study_file
 
 from atp_tune.errors import UserError
+from atp_tune.metrics.perplexity import perplexity
 from atp_tune.results.summary import best_config, is_uniform, score_of, summarise, uniform_of
-from atp_tune.scores.perplexity import perplexity
-from atp_tune.trials import storage
+from atp_tune.storage import ranking
 
 DISTRIBUTIONS = {
     "pruner": CategoricalDistribution(("wanda", "magnitude")),
@@ -131,7 +131,7 @@ def test_a_real_study(done: Path) -> None:
 
 def test_the_configuration_of_the_best(done: Path, tmp_path: Path) -> None:
     file, study = study_file(done), stored(done)
-    best = storage.best_trial(study)
+    best = ranking.best_trial(study)
     assert best
     config = best_config(file, study, tmp_path / "out" / "best.json")
     assert (config.study, config.trial, config.seed) == ("tiny", best.number, 2)

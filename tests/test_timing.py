@@ -75,18 +75,18 @@ def test_a_cpu_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     for library, name in ((torch.cuda, "current_stream"), (torch.cuda, "synchronize"), (torch.mps, "synchronize")):
         monkeypatch.setattr(library, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
     wait_for(CPU)
-    bench = bench_of(tiny("llama"))
+    context = bench_of(tiny("llama"))
     record = Record(CPU, "float32")
-    pruned = record.follow(bench.prune(Plan("wanda", "uniform", (0.5,) * 4)), bench.checkpoint.sizes)
-    record.nlls = bench.all_nlls(pruned, "search")
+    pruned = record.follow(context.prune(Plan("wanda", "uniform", (0.5,) * 4)), context.checkpoint.sizes)
+    record.nlls = context.all_nlls(pruned, "search")
     assert set(record.close()["seconds"]) == {"calibrate", "prune", "evaluate"}
 
 
 def test_the_pass_times_the_device_of_its_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[torch.device] = []
     monkeypatch.setattr(timing, "wait_for", waited.append)
-    bench = bench_of(tiny("llama"))
-    (*_,) = bench.prune(Plan("wanda", "uniform", (0.5,) * 4))
+    context = bench_of(tiny("llama"))
+    (*_,) = context.prune(Plan("wanda", "uniform", (0.5,) * 4))
     assert waited == [CPU] * 4 * 4  # blocks; the start and three laps of each
 
 

@@ -23,24 +23,24 @@ from safetensors.torch import load_file, save_file
 from synthetic import storage_in
 from tinystudy import BLOCKS, LONG, few_at_a_time, finish, go_silent, run, settings, start, study_file, wait_for
 
-from atp_tune.cli.running import quiet
+from atp_tune.cli.runtime import quiet
 from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Event, Note, Step, TrialEnded, TrialStarted
 from atp_tune.plan import Plan
 from atp_tune.results.summary import allocation_of, summarise, unreported
-from atp_tune.search import tuning
-from atp_tune.search.bench import Bench
+from atp_tune.search import final_scores, runner, study_run, trial_loop
+from atp_tune.search.context import TrialContext
 from atp_tune.spec.config import read_config
-from atp_tune.trials import storage
-from atp_tune.trials.process import identity
+from atp_tune.storage import opening, ranking, totals
+from atp_tune.storage.process_identity import identity
 
 BOTH = "prune.pruners=['wanda', 'magnitude']"
 
 
 def reopen(place: Path, name: str = "tiny") -> optuna.Study:
-    db = storage.open_storage(study_file(place).storage_url, create=False)
+    db = opening.open_storage(study_file(place).storage_url, create=False)
     assert db
-    study = storage.find_study(db, name)
+    study = opening.find_study(db, name)
     assert study
     return study
 
@@ -62,7 +62,7 @@ def without_bench(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("a complete study loads nothing")
 
-    monkeypatch.setattr(tuning, "open_bench", refuse)
+    monkeypatch.setattr(runner, "open_context", refuse)
 
 
 # --- a study that runs to its end
@@ -115,7 +115,7 @@ def test_attributes_of_the_study(done: Path) -> None:
     }  # fmt: skip
     assert attrs["sizes"] == [7680] * BLOCKS  # q, o: 32²; k, v: 16 · 32; three of 48 · 32
     assert len(attrs["dense"]) == 16
-    best = storage.best_trial(reopen(done))
+    best = ranking.best_trial(reopen(done))
     assert best
     assert best.number > 1
     uniform = {"wanda": "0", "magnitude": "1"}[best.params["pruner"]]
@@ -130,7 +130,7 @@ def test_attributes_of_the_study(done: Path) -> None:
 def test_values_equal_a_measurement_by_hand(done: Path) -> None:
     """NLLs are compared window by window."""
     study = reopen(done)
-    best = storage.best_trial(study)
+    best = ranking.best_trial(study)
     assert best
     wanda = next(t for t in study.trials[2:] if t.params["pruner"] == "wanda")
     for trial in {t.number: t for t in (best, study.trials[1], wanda)}.values():
@@ -149,7 +149,7 @@ def test_the_dense_checkpoint_is_not_written_to(done: Path, tiny_place: Path) ->
 
 def test_the_best_configuration_is_written(done: Path) -> None:
     study, config = reopen(done), read_config(done / "tiny.best.json")
-    best = storage.best_trial(study)
+    best = ranking.best_trial(study)
     assert best
     assert (config.study, config.trial) == ("tiny", best.number)
     assert config.perplexity.search
@@ -210,13 +210,13 @@ def test_no_time_is_no_trial(place: Path) -> None:
 
 @pytest.mark.slow
 def test_time_that_is_up_starts_no_further_trial(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def slowly(bench: Bench, plan: Plan) -> Iterator[Any]:
+    def slowly(context: TrialContext, plan: Plan) -> Iterator[Any]:
         clock.append(clock[-1] + 0.5)
-        yield from prune(bench, plan)
+        yield from prune(context, plan)
 
-    clock, prune = [0.0], Bench.prune
-    monkeypatch.setattr(tuning, "monotonic", lambda: clock[-1])
-    monkeypatch.setattr(Bench, "prune", slowly)
+    clock, prune = [0.0], TrialContext.prune
+    monkeypatch.setattr(trial_loop, "monotonic", lambda: clock[-1])
+    monkeypatch.setattr(TrialContext, "prune", slowly)
     assert states(run(place, "search.trials=50", timeout=0.4)) == ["COMPLETE", "WAITING"]
 
 
@@ -235,7 +235,7 @@ def test_reports_that_are_missing_are_measured(done: Path, monkeypatch: pytest.M
 def test_a_better_best_is_reported_too(done: Path) -> None:
     reports = reopen(done).user_attrs["reports"]
     study = reopen(done)
-    best = storage.best_trial(study)
+    best = ranking.best_trial(study)
     assert best
     trial = optuna.create_trial(
         value=1.0, params={**best.params, "beta": 0.01}, distributions=best.distributions, user_attrs=best.user_attrs
@@ -253,19 +253,19 @@ def test_of_two_that_end_a_study_one_measures_the_report_text(
 ) -> None:
     """The other one waits for its numbers, and measures them itself if it dies."""
     with quiet():
-        study = tuning.tune(tuning.Run(study_file(place), "tiny", None, lambda _: None, reports=False))
+        study = runner.tune(study_run.StudyRun(study_file(place), "tiny", None, lambda _: None, reports=False))
     assert unreported(study)
     other = popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     begun = psutil.Process(other.pid).create_time()
     reporter = {**identity(), "pid": other.pid, "process_started": begun}
-    study._storage.set_study_system_attr(study._study_id, tuning.REPORTER, reporter)
+    study._storage.set_study_system_attr(study._study_id, final_scores.REPORTER, reporter)
 
     def ends(_: float) -> None:
         if not dies:
             study.set_user_attr("reports", {name: [1.0, 2.0] for name in unreported(study)})
         other.communicate()
 
-    monkeypatch.setattr(tuning, "sleep", ends)
+    monkeypatch.setattr(final_scores, "sleep", ends)
     events: list[Event] = []
     run(place, watch=events.append)
     notes = [event.text for event in events if isinstance(event, Note)]
@@ -318,7 +318,7 @@ def test_kill_9_in_a_trial_loses_only_that_trial(place: Path, tmp_path: Path) ->
         assert study.trials[3].params == killed.params
         assert "lost" not in study.trials[3].user_attrs
         assert distinct(measured(study)) == len(measured(study)) == 4
-        assert storage.counted(study) == 4
+        assert totals.counted(study) == 4
 
     undisturbed = run(place, *LONG, "search.trials=3", name="undisturbed")
     study = reopen(place)
@@ -334,7 +334,7 @@ def test_killed_again_and_again_it_still_ends(place: Path) -> None:
     for number in (0, 1, 3):  # a third death of the same would end it
         kill_in(place, number, *LONG, "search.trials=4")
     study = run(place, *LONG, "search.trials=4")
-    assert storage.counted(study) == 4
+    assert totals.counted(study) == 4
     assert not {"RUNNING", "WAITING"} & set(states(study))
     assert distinct(measured(study)) == len(measured(study)) == 4
 
@@ -361,9 +361,9 @@ def test_two_processes_share_one_total(place: Path) -> None:
     answers = [finish(process) for process in [start(*command), start(*command)]]
     assert [answer.code for answer in answers] == [0, 0], answers
     study = reopen(place)
-    assert storage.counted(study) == 8
+    assert totals.counted(study) == 8
     assert len({str(params) for params in measured(study)}) >= 7  # both may begin their first draw at the same moment
-    assert len({t.user_attrs["pid"] for t in study.trials if storage.counts(t)}) == 2
+    assert len({t.user_attrs["pid"] for t in study.trials if totals.counts(t)}) == 2
     assert study.user_attrs["reports"]
 
 
@@ -417,7 +417,7 @@ def add_running(study: optuna.Study, attributes: dict[str, Any], beat: bool = Tr
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "POLL", 0.05)
+    monkeypatch.setattr(trial_loop, "POLL", 0.05)
 
 
 @pytest.mark.slow
@@ -544,7 +544,7 @@ def test_another_name_lives_beside_it(done: Path) -> None:
     best = (done / "tiny.best.json").read_bytes()
     study = run(done, "sparsity=0.4", "search.trials=2", name="other")
     assert len(study.trials) == 2
-    assert storage.best_trial(study)
+    assert ranking.best_trial(study)
     assert len(reopen(done).trials) == 6
     assert (done / "tiny.best.json").read_bytes() == best
     assert read_config(done / "other.best.json").study == "other"
@@ -572,7 +572,7 @@ def test_plans_without_a_finite_perplexity_fail_and_the_study_ends(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_nan(place)
-    monkeypatch.setattr(tuning, "_measure_dense", lambda *_: None)  # which would refuse it
+    monkeypatch.setattr(runner, "_measure_dense", lambda *_: None)  # which would refuse it
     reasons: list[str | None] = []
     pruners = "prune.pruners=['magnitude', 'wanda', 'sparsegpt']"
     overrides = (pruners, "search.trials=4")
@@ -586,7 +586,7 @@ def test_plans_without_a_finite_perplexity_fail_and_the_study_ends(
     assert reasons[0]
     assert reasons[0].startswith("perplexity is ")
     assert "not positive definite" in str(reasons[2])
-    assert storage.best_trial(study) is None
+    assert ranking.best_trial(study) is None
     assert not (place / "tiny.best.json").exists()
     assert len(run(place, *overrides).trials) == 4
 
@@ -603,7 +603,7 @@ def test_a_hessian_that_cannot_be_inverted_fails_its_pruner_alone(place: Path, m
     for trial in failed:
         assert trial.state == TrialState.FAIL
         assert trial.user_attrs["failure"] == "Hessian not positive definite, even with damping 100"
-    best = storage.best_trial(study)
+    best = ranking.best_trial(study)
     assert best
     assert best.params["pruner"] == "wanda"
     reports = set(study.user_attrs["reports"])
@@ -613,15 +613,15 @@ def test_a_hessian_that_cannot_be_inverted_fails_its_pruner_alone(place: Path, m
 
 @pytest.mark.slow
 def test_memory_that_runs_out_fails_the_trial(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def prune_but(bench: Bench, plan: Plan) -> Iterator[Any]:
+    def prune_but(context: TrialContext, plan: Plan) -> Iterator[Any]:
         if plan.parameters["beta"] > 0 and not raised:
             raised.append(plan)
             raise torch.OutOfMemoryError("CUDA out of memory")
-        yield from prune(bench, plan)
+        yield from prune(context, plan)
 
     raised: list[Plan] = []
-    prune = Bench.prune
-    monkeypatch.setattr(Bench, "prune", prune_but)
+    prune = TrialContext.prune
+    monkeypatch.setattr(TrialContext, "prune", prune_but)
     study = run(place)
     assert states(study) == ["COMPLETE", "FAIL", "COMPLETE"]
     assert study.trials[1].user_attrs["failure"] == "out of memory"
@@ -632,23 +632,23 @@ def test_memory_that_runs_out_fails_the_trial(place: Path, monkeypatch: pytest.M
 
 @pytest.mark.slow
 def test_an_error_that_nobody_expected_is_not_hidden(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(bench: Bench, plan: Plan) -> Iterator[Any]:
+    def broken(context: TrialContext, plan: Plan) -> Iterator[Any]:
         raise RuntimeError("shapes do not match")
 
-    prune = Bench.prune
-    monkeypatch.setattr(Bench, "prune", broken)
+    prune = TrialContext.prune
+    monkeypatch.setattr(TrialContext, "prune", broken)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         run(place)
-    monkeypatch.setattr(Bench, "prune", prune)
+    monkeypatch.setattr(TrialContext, "prune", prune)
     study = run(place)  # the bug is repaired: the trial did not fail by itself
-    assert storage.counted(study) == 3
+    assert totals.counted(study) == 3
 
 
 def test_a_dense_model_that_cannot_be_measured_is_said(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def too_small(bench: Bench, blocks: Any, role: str) -> list[float]:
+    def too_small(context: TrialContext, blocks: Any, role: str) -> list[float]:
         raise TrialError("out of memory with one window at a time")
 
-    monkeypatch.setattr(Bench, "all_nlls", too_small)
+    monkeypatch.setattr(TrialContext, "all_nlls", too_small)
     with pytest.raises(TrialError, match="out of memory"):
         run(place)
 
@@ -662,13 +662,13 @@ def test_a_repeated_pair_is_answered_from_the_store(done: Path, monkeypatch: pyt
     params = study.trials[3].params
     study.enqueue_trial(params)
     plans: list[Plan] = []
-    prune = Bench.prune
+    prune = TrialContext.prune
 
-    def count(bench: Bench, plan: Plan) -> Any:
+    def count(context: TrialContext, plan: Plan) -> Any:
         plans.append(plan)
-        return prune(bench, plan)
+        return prune(context, plan)
 
-    monkeypatch.setattr(Bench, "prune", count)
+    monkeypatch.setattr(TrialContext, "prune", count)
     events: list[Event] = []
     study = run(done, "search.trials=7", watch=events.append)
     assert plans == []
@@ -677,17 +677,17 @@ def test_a_repeated_pair_is_answered_from_the_store(done: Path, monkeypatch: pyt
     assert again.user_attrs["repeats"] == 3
     assert again.user_attrs["nlls"] == first.user_attrs["nlls"]
     assert Note("trial 6: measured before, as trial 3") in events
-    assert storage.counted(study) == 7
+    assert totals.counted(study) == 7
 
 
 @pytest.mark.slow
 def test_a_failed_pair_is_not_measured_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(bench: Bench, plan: Plan) -> Iterator[Any]:
+    def fail(context: TrialContext, plan: Plan) -> Iterator[Any]:
         plans.append(plan)
         raise TrialError("no")
 
     plans: list[Plan] = []
-    monkeypatch.setattr(Bench, "prune", fail)
+    monkeypatch.setattr(TrialContext, "prune", fail)
     study = run(place, "search.trials=1")
     study.enqueue_trial(study.trials[0].params)
     study = run(place, "search.trials=2")
@@ -707,7 +707,7 @@ def test_hopeless_trials_are_stopped_and_never_the_best(place: Path, monkeypatch
     stopped = [t for t in study.trials if "stopped_after" in t.user_attrs]
     assert stopped
     assert states(study) == ["COMPLETE"] * 8
-    best = storage.best_trial(study)
+    best = ranking.best_trial(study)
     assert best
     for trial in stopped:
         seen = trial.user_attrs["stopped_after"]
@@ -727,7 +727,7 @@ def test_hopeless_trials_are_stopped_and_never_the_best(place: Path, monkeypatch
     full = [t for t in study.trials if "stopped_after" not in t.user_attrs]
     for trial in full:
         assert trial.value == pytest.approx(same[trial.params["beta"]].value, rel=1e-6)
-    assert best.number == storage.best_trial(plain).number  # type: ignore[union-attr]
+    assert best.number == ranking.best_trial(plain).number  # type: ignore[union-attr]
 
 
 @pytest.mark.slow
@@ -827,13 +827,13 @@ def test_a_grid_of_one_point(place: Path) -> None:
 @pytest.mark.slow
 def test_a_grid_of_fewer_trials_than_points(place: Path) -> None:
     study = run(place, *GRID)
-    assert storage.counted(study) == 3
+    assert totals.counted(study) == 3
     assert distinct([t.params for t in study.trials if t.state == TrialState.COMPLETE]) == 3
 
 
 @pytest.mark.slow
 def test_a_grid_of_more_trials_than_points_ends_with_them(place: Path) -> None:
-    assert storage.counted(run(place, *GRID, "search.trials=99")) == 5
+    assert totals.counted(run(place, *GRID, "search.trials=99")) == 5
 
 
 def test_a_step_beyond_the_bound_is_refused(place: Path) -> None:
@@ -895,7 +895,7 @@ def test_the_papers_protocol_reports_the_search_text_without_measuring_again(pla
     events: list[Event] = []
     study = run(place, *GRID, "search.trials=5", watch=events.append)
     assert not [e for e in events if isinstance(e, TrialStarted) and e.title.startswith("report")]
-    best = storage.best_trial(study)
+    best = ranking.best_trial(study)
     assert best
     reports = study.user_attrs["reports"]
     assert reports.keys() >= {"dense", "0", str(best.number)}

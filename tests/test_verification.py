@@ -192,7 +192,7 @@ def test_tokens_that_are_routed_may_differ_in_their_last_bits() -> None:
     """They are multiplied with those that chose the same expert, also with others of a later half."""
     logits, calls = torch.randn(2, 16, 9), _Calls(checkpoint_of(RoutesTokens()))
     with calls:
-        calls._hear("1.experts.0", nn.Linear(6, 6), (torch.ones(5, 6),))
+        calls._on_input("1.experts.0", nn.Linear(6, 6), (torch.ones(5, 6),))
     assert calls.routed and not _Calls(checkpoint_of(Model())).routed
     noisy = logits * (1 + 1e-6)
     assert _is_causal(logits, noisy, routed=True)

@@ -17,10 +17,10 @@ from atp_tune.blocks import batching
 from atp_tune.blocks.prune_pass import Pass
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.events import Event, Step, unwatched
-from atp_tune.scores import zeroshot
-from atp_tune.scores.zeroshot import Asked, difference, evaluate, evaluate_folder, mean, pruned
-from atp_tune.search.bench import Bench, Setup
+from atp_tune.search.context import ContextConfig, TrialContext
 from atp_tune.spec.config import Measure, read_config
+from atp_tune.zeroshot import comparison
+from atp_tune.zeroshot.comparison import Asked, difference, evaluate, evaluate_folder, mean, pruned
 
 ROOT = Path(__file__).parents[1]
 OFFLINE_TASKS = ROOT / "scripts" / "offline-tasks"
@@ -220,7 +220,7 @@ def test_copies_in_host_memory_and_streamed_blocks_score_the_same(
     config = read_config(done / "tiny.best.json")
     asked = Asked((f"{tasks}/far.yaml",), 2, None, 4, "cpu")
     usual = evaluate(config, done, asked, lambda event: None, {})
-    monkeypatch.setattr(zeroshot, "ROOM", 0)
+    monkeypatch.setattr(comparison, "ROOM", 0)
     assert evaluate(config, done, asked, lambda event: None, {}).tasks == usual.tasks
     monkeypatch.setenv("ATP_TUNE_DEVICE_MEMORY", "100kB")
     assert evaluate(config, done, asked, lambda event: None, {}).tasks == usual.tasks
@@ -229,15 +229,17 @@ def test_copies_in_host_memory_and_streamed_blocks_score_the_same(
 def test_the_dense_model_stays_as_it_is(done: Path) -> None:
     config = read_config(done / "tiny.best.json")
     texts = {"calibration": config.calibration}
-    bench = Bench.open(Setup(config.model.model(), config.prune, texts, done, "cpu"))
-    before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in bench.checkpoint.model.state_dict().items()}
-    plan = zeroshot.plan_of(config, bench)
+    context = TrialContext.open(ContextConfig(config.model.model(), config.prune, texts, done, "cpu"))
+    before = {
+        name: (tensor.data_ptr(), tensor.clone()) for name, tensor in context.checkpoint.model.state_dict().items()
+    }
+    plan = comparison.plan_of(config, context)
     ids = torch.arange(12)[None]
-    dense = bench.checkpoint.model(ids).logits
-    with bench.replay.whole(pruned(bench, plan)) as model:
+    dense = context.checkpoint.model(ids).logits
+    with context.replay.whole(pruned(context, plan)) as model:
         assert not torch.equal(model(ids).logits, dense)
-    assert torch.equal(bench.checkpoint.model(ids).logits, dense)
-    after = bench.checkpoint.model.state_dict()
+    assert torch.equal(context.checkpoint.model(ids).logits, dense)
+    after = context.checkpoint.model.state_dict()
     assert all(
         after[name].data_ptr() == place and torch.equal(after[name], was) for name, (place, was) in before.items()
     )
@@ -262,8 +264,8 @@ def test_the_model_is_let_go_of(done: Path, tasks: Path, monkeypatch: pytest.Mon
 def test_no_room_for_a_pruned_copy(
     done: Path, tasks: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(zeroshot, "ROOM", 0)
-    monkeypatch.setattr(zeroshot, "host_memory", lambda: 1000)
+    monkeypatch.setattr(comparison, "ROOM", 0)
+    monkeypatch.setattr(comparison, "host_memory", lambda: 1000)
     answer = command("evaluate", "--config", done / "tiny.best.json", "--tasks", f"{tasks}/far.yaml", "--limit", "1")
     assert answer.error.endswith("write it with `apply`, then evaluate --model DIR")
 
@@ -365,8 +367,8 @@ def test_bad_input_is_one_line(
 
 
 def test_lm_eval_is_an_extra(done: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "atp_tune.scores.harness", raising=False)
-    monkeypatch.delattr("atp_tune.scores.harness", raising=False)
+    monkeypatch.delitem(sys.modules, "atp_tune.zeroshot.harness", raising=False)
+    monkeypatch.delattr("atp_tune.zeroshot.harness", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     answer = command("evaluate", "--model", done / "model")
     assert answer.error.startswith("evaluate: ")

@@ -29,11 +29,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from atp_tune.blocks import batching
 from atp_tune.cli import main
-from atp_tune.cli.running import quiet
+from atp_tune.cli.runtime import quiet
 from atp_tune.events import Watch, unwatched
-from atp_tune.search.tuning import Run, tune
+from atp_tune.search.runner import tune
+from atp_tune.search.study_run import StudyRun
 from atp_tune.spec.studyfile import StudyFile, load
-from atp_tune.trials import storage
+from atp_tune.storage import opening
 
 Process = subprocess.Popen[str] | Forked
 TUNE = Path(__file__).parents[1] / "tune.py"
@@ -144,9 +145,9 @@ def study_file(place: Path, *overrides: str) -> StudyFile:
 
 def stored(place: Path, name: str = "tiny", database: Path | None = None) -> optuna.Study:
     """The study as its storage has it, or another file."""
-    db = storage.open_storage(f"sqlite:///{database}" if database else study_file(place).storage_url, create=False)
+    db = opening.open_storage(f"sqlite:///{database}" if database else study_file(place).storage_url, create=False)
     assert db is not None
-    study = storage.find_study(db, name)
+    study = opening.find_study(db, name)
     assert study is not None
     return study
 
@@ -161,7 +162,7 @@ def run(
 ) -> optuna.Study:
     """The study, driven to its total in this process."""
     with quiet():
-        return tune(Run(study_file(place, *overrides), name, timeout, watch, mix=mix))
+        return tune(StudyRun(study_file(place, *overrides), name, timeout, watch, mix=mix))
 
 
 def settings(*overrides: str) -> list[str]:

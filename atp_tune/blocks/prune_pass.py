@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from atp_tune.blocks.batching import BatchSize
-from atp_tune.blocks.gathering import AllHeard, Gathering, ending
+from atp_tune.blocks.input_hooks import AllInputsSeen, InputCollector, ending
 from atp_tune.blocks.replay import Replay
-from atp_tune.blocks.standing import prune_standing
+from atp_tune.blocks.sequential import prune_sequentially
 from atp_tune.blocks.timing import Timer
 from atp_tune.checkpoints.linears import Linear
 from atp_tune.plan import Plan
@@ -73,7 +73,7 @@ class Pass:
         weights = self.replay.checkpoint.weights(index)
         sparsities = plan.of(index, len(linears))
         if self.in_one_pass and self.pruner.measures is not None:
-            pruned = self._prune_standing(index, weights, hidden, sparsities, timer)
+            pruned = self._prune_sequentially(index, weights, hidden, sparsities, timer)
         else:
             pruned = self._measure_and_prune(index, weights, hidden, sparsities, timer)
             advance(self.replay, self.batch, index, pruned.weights, hidden)
@@ -101,7 +101,7 @@ class Pass:
             return {}
         return measure(self.replay, self.batch, index, weights, hidden, self.pruner.measures)
 
-    def _prune_standing(
+    def _prune_sequentially(
         self, index: int, weights: dict[str, Tensor], hidden: Tensor, sparsities: tuple[float, ...], timer: Timer
     ) -> "Pruning":
         """All three steps in one pass over the hidden states, which move on."""
@@ -119,7 +119,7 @@ class Pass:
 
             runs = [partial(self.replay.step, index, rows) for rows in torch.split(hidden, windows)]
             after = self.replay.within(
-                index, pruning.weights, lambda: prune_standing(block, linears, kind, runs, prune)
+                index, pruning.weights, lambda: prune_sequentially(block, linears, kind, runs, prune)
             )
             torch.cat(after, out=hidden)
             return pruning
@@ -210,10 +210,10 @@ def measure(
 
     def step(windows: int) -> BlockStatistics:
         linears = replay.checkpoint.linears[index]
-        gathering = Gathering(linears, kind, ending(linears))
+        gathering = InputCollector(linears, kind, ending(linears))
         with gathering.listening(block):
             for rows in torch.split(hidden, windows):
-                with suppress(AllHeard):
+                with suppress(AllInputsSeen):
                     replay.run(index, weights, rows)
         return gathering.result()
 
@@ -232,7 +232,7 @@ def measure_and_advance(
     block, linears = replay.checkpoint.blocks[index], replay.checkpoint.linears[index]
 
     def step(windows: int) -> BlockStatistics:
-        gathering = Gathering(linears, kind, lambda found: None)
+        gathering = InputCollector(linears, kind, lambda found: None)
         with gathering.listening(block):
             after = [replay.run(index, weights, rows) for rows in torch.split(hidden, windows)]
         torch.cat(after, out=hidden)

@@ -6,8 +6,8 @@ with the plan. Selecting them anew takes a screening trial as long as the evalua
 
 from collections.abc import Sequence
 
-from atp_tune.blocks.keeping import PerBlock
 from atp_tune.blocks.prune_pass import BlockStatistics
+from atp_tune.blocks.statistics_cache import PerBlock
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import free_memory
 from atp_tune.pruners import Pruner

@@ -171,7 +171,8 @@ class _Calls:
         self.missing = set(names)
         self.routed = any(linear.expert is not None for linears in checkpoint.linears for linear in linears)
         self._handles = [
-            checkpoint.blocks.get_submodule(name).register_forward_pre_hook(partial(self._hear, name)) for name in names
+            checkpoint.blocks.get_submodule(name).register_forward_pre_hook(partial(self._on_input, name))
+            for name in names
         ]
 
     def __enter__(self) -> "_Calls":
@@ -181,7 +182,7 @@ class _Calls:
         for handle in self._handles:
             handle.remove()
 
-    def _hear(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _on_input(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.missing.discard(name)
         if args and isinstance(args[0], Tensor):
             self.routed = self.routed or bool(args[0].shape[:-1].numel() % (WINDOWS * TOKENS))

@@ -185,7 +185,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def memory_for(what: str) -> Iterator[None]:
+def oom_as_user_error(what: str) -> Iterator[None]:
     """UserError in one line where memory runs out in what is no trial."""
     try:
         yield

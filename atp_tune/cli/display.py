@@ -60,7 +60,7 @@ class Display:
 
     def end(self, event: TrialEnded, plan: str, seconds: float) -> None:
         """Prints what a trial came to, and moves the bar of the trials."""
-        from atp_tune.results.wording import duration
+        from atp_tune.results.formatting import duration
 
         if event.what != self._what:
             self._what, self._first, self._ended = event.what, monotonic() - seconds, 0

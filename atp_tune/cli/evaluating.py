@@ -7,25 +7,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from atp_tune.cli.display import Display
-from atp_tune.cli.running import quiet
+from atp_tune.cli.runtime import quiet
 from atp_tune.cli.terminal import console, markdown, markdown_table
 from atp_tune.events import Watch, unwatched
 
 if TYPE_CHECKING:
-    from atp_tune.scores.zeroshot import Asked
     from atp_tune.spec.config import ZeroShot
+    from atp_tune.zeroshot.comparison import Asked
 
 
 def run_evaluate(config: Path, asked: "Asked", storage: str | None, json: bool, allowed: Mapping[str, bool]) -> None:
     """Compares dense, uniform and best of a configuration, and stores their scores in it and on its study."""
-    from atp_tune.results.attaching import attach, study_of
+    from atp_tune.results.annotations import attach, study_of
     from atp_tune.spec.config import read_config
 
     read = read_config(config)
     with quiet():
         if storage is not None:
             study_of(config, read, storage)  # so that a mistake is told before anything runs
-        from atp_tune.scores.zeroshot import evaluate
+        from atp_tune.zeroshot.comparison import evaluate
 
         found = _watched(json, lambda watch: evaluate(read, config.parent / read.folder, asked, watch, allowed))
         places = attach(config, read, "zero_shot", found, storage)
@@ -38,7 +38,7 @@ def run_evaluate(config: Path, asked: "Asked", storage: str | None, json: bool, 
 def run_evaluate_folder(folder: Path, asked: "Asked", json: bool, allowed: Mapping[str, bool]) -> None:
     """Scores one model's folder."""
     with quiet():
-        from atp_tune.scores.zeroshot import evaluate_folder
+        from atp_tune.zeroshot.comparison import evaluate_folder
 
         found = _watched(json, lambda watch: evaluate_folder(folder, asked, watch, allowed))
     _show(found, json)

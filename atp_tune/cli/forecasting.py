@@ -35,7 +35,7 @@ def show_forecast(found: "Forecast") -> None:
 
 def _study_cost(whole: "Whole") -> str:
     """Trials, tokens and time of a study in one line."""
-    from atp_tune.results.wording import duration
+    from atp_tune.results.formatting import duration
 
     if whole.trials is None:
         return "not known how many trials"

@@ -50,7 +50,7 @@ def stored_study(file: "StudyFile", study_name: str | None) -> Any:
     """The Optuna study of a study file; UserError if it has no trials yet."""
     from atp_tune.errors import UserError
     from atp_tune.spec.studyfile import known
-    from atp_tune.trials.storage import find_study, open_storage
+    from atp_tune.storage.opening import find_study, open_storage
 
     db = open_storage(file.storage_url, create=False)
     study = find_study(db, study_name or file.name) if db else None

@@ -16,8 +16,8 @@ import ray
 from ray.exceptions import GetTimeoutError, NodeDiedError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from atp_tune.cli.crew import PATIENCE, Job, Worker, run_crew, work
 from atp_tune.cli.display import Display
+from atp_tune.cli.worker_pool import PATIENCE, Job, Worker, supervise, work
 from atp_tune.compat.ray import bootstrap_address
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Note
@@ -41,7 +41,7 @@ def run_on_ray(job: Job, display: Display, count: int | None, address: str) -> N
         news = _NEWS.options(scheduling_strategy=here).remote()
         job = replace(job, file=_for_travel(job.file))
         workers: list[Task] = [Task(index, display, job, kind, news) for index in range(count)]
-        run_crew(workers, lambda alive: _listen(alive, workers, news))
+        supervise(workers, lambda alive: _listen(alive, workers, news))
     finally:
         ray.shutdown()
 

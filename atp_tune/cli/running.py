@@ -1,22 +1,17 @@
 """What the long commands do around the work: progress, interruption, and the words at the end."""
 
-import logging
-import os
 import signal
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from threading import Timer, main_thread
 from time import time
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from atp_tune.cli.display import Display
 from atp_tune.cli.forecasting import show_forecast
-from atp_tune.cli.outcomes import show_applied, show_finetuned, show_merged, show_served
+from atp_tune.cli.runtime import STOPS, interruptible, quiet
+from atp_tune.cli.summaries import show_applied, show_finetuned, show_merged, show_served
 from atp_tune.cli.tables import show_summary
 from atp_tune.cli.terminal import console
 from atp_tune.events import unwatched
@@ -26,28 +21,25 @@ from atp_tune.spec.studyfile import StudyFile
 if TYPE_CHECKING:
     import optuna
 
-    from atp_tune.cli.crew import Crew
-    from atp_tune.search.tuning import Run
+    from atp_tune.cli.worker_pool import WorkerPool
+    from atp_tune.search.study_run import StudyRun
     from atp_tune.serving.serve import Service
     from atp_tune.sparse.provenance import Settings
     from atp_tune.spec.study import Text
 
-STOPS = (signal.SIGINT, signal.SIGTERM)
-SOON = 0.02  # seconds until an interruption that would break a transaction is tried again
-
 
 def run_study(
-    file: StudyFile, name: str | None, timeout: float | None, crew: "Crew | None" = None, mix: bool = False
+    file: StudyFile, name: str | None, timeout: float | None, crew: "WorkerPool | None" = None, mix: bool = False
 ) -> None:
     """Runs or resumes a study with progress, in this process or by a crew; the summary at the end.
 
     Ctrl-C and SIGTERM stop it, and the trial that ran is queued again.
     """
     from atp_tune.results.summary import summarise
-    from atp_tune.search.tuning import Run
+    from atp_tune.search.study_run import StudyRun
 
     with quiet(), interruptible(), Display() as display:
-        run = Run(file, name or file.name, timeout, display, mix=mix)
+        run = StudyRun(file, name or file.name, timeout, display, mix=mix)
         try:
             study = _driven(run, crew, display)
         except KeyboardInterrupt:
@@ -60,16 +52,17 @@ def run_study(
         show_summary(summarise(study), file)
 
 
-def _driven(run: "Run", crew: "Crew | None", display: Display) -> "optuna.Study | None":
-    from atp_tune.cli.crew import Job
-    from atp_tune.search.tuning import begun, completed, tune
+def _driven(run: "StudyRun", crew: "WorkerPool | None", display: Display) -> "optuna.Study | None":
+    from atp_tune.cli.worker_pool import Job
+    from atp_tune.search.runner import finished_study, tune
+    from atp_tune.search.study_run import load_existing
 
     if crew is None:
         return tune(run)
-    study = completed(run)
+    study = finished_study(run)
     if study is None:
         crew(Job(run.file, run.name, None if run.timeout is None else time() + run.timeout, run.mix), display)
-        study = completed(run) or begun(run)
+        study = finished_study(run) or load_existing(run)
     return study
 
 
@@ -131,7 +124,7 @@ def run_finetune(
 
 def run_merge(places: Sequence[str], out: Path, name: str | None) -> None:
     """Unites storages of one study, and says what each of them gave."""
-    from atp_tune.trials.merging import merge
+    from atp_tune.merging import merge
 
     with quiet():
         merged = merge(places, out, name)
@@ -151,78 +144,3 @@ def run_serve(service: "Service") -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
     console.print("stopped: all that was sent is stored")
-
-
-@contextmanager
-def quiet(tell: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Silences what libraries log for their developers; errors still come through as exceptions.
-
-    What the package itself has to say beside the events of a run goes to `tell`, by default onto the screen.
-    """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    own, words = logging.getLogger("atp_tune"), Words(tell or console.print)
-    own.addHandler(words)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        own.removeHandler(words)
-
-
-class Words(logging.Handler):
-    """Hands on what the package logs, a line at a time."""
-
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        super().__init__()
-        self._tell = tell
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Hands on one line."""
-        self._tell(record.getMessage())
-
-
-@contextmanager
-def interruptible(*stops: signal.Signals) -> Iterator[None]:
-    """Ctrl-C or SIGTERM raises KeyboardInterrupt once, never within a transaction; the next Ctrl-C ends the process.
-
-    Raised in the middle of SQLAlchemy's work it would leave the database locked, and Optuna's threads waiting for it.
-    A second SIGTERM does nothing: Slurm sends several.
-    """
-    stops = stops or STOPS
-
-    def first(signum: int, frame: FrameType | None) -> None:
-        if in_transaction(frame):
-            Timer(SOON, signal.pthread_kill, (main_thread().ident, signum)).start()  # a real one also ends a sleep
-            return
-        for stop in stops:
-            signal.signal(stop, signal.SIG_DFL if stop == signal.SIGINT else signal.SIG_IGN)
-        if console.is_terminal:
-            console.show_cursor()
-        raise KeyboardInterrupt
-
-    before = {stop: signal.signal(stop, first) for stop in stops}
-    try:
-        yield
-    finally:
-        for stop, handler in before.items():
-            signal.signal(stop, handler)
-
-
-def in_transaction(frame: FrameType | None) -> bool:
-    """Whether a stack runs through the database and does not wait for it to come back, or through a callback of a weak
-    reference, where Python swallows exceptions.
-    """
-    while frame is not None:
-        module = frame.f_globals.get("__name__", "")
-        if module.startswith(("sqlalchemy.", "optuna.storages.", "optuna.study._tell", "weakref")):
-            return True
-        if module == "atp_tune.trials.patience":
-            return False
-        frame = frame.f_back
-    return False

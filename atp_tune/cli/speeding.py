@@ -6,10 +6,10 @@ from pathlib import Path
 from rich.table import Table
 
 from atp_tune.cli.display import Display
-from atp_tune.cli.running import quiet
+from atp_tune.cli.runtime import quiet
 from atp_tune.cli.terminal import console, markdown, markdown_table
+from atp_tune.metrics.speed import PHASES, Measured, Phase, Sizes, Speed, spread
 from atp_tune.spec.config import read_config
-from atp_tune.speed.result import PHASES, Measured, Phase, Sizes, Speed, spread
 
 PLAIN = (
     "Zeros in a dense file make nothing smaller or faster by themselves: the file keeps its bytes, and torch "
@@ -37,10 +37,10 @@ def run_speedup(
 ) -> None:
     """Measures, stores and shows; `task`: tokens of the prompt and number of runs."""
     with quiet(), Display() as display:
-        from atp_tune.results.attaching import attach
-        from atp_tune.speed.measuring import check, measure
-        from atp_tune.speed.pair import about, find_pair
-        from atp_tune.speed.rates import Task
+        from atp_tune.results.annotations import attach
+        from atp_tune.speed.benchmark import check, measure
+        from atp_tune.speed.model_pair import about, find_pair
+        from atp_tune.speed.throughput import Task
 
         path = about(model) if model is not None else config or Path()
         read = read_config(path)

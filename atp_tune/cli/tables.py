@@ -13,17 +13,17 @@ from atp_tune.errors import printable
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
+    from atp_tune.metrics.perplexity import Change
+    from atp_tune.metrics.speed import Measured, Phase, Speed
     from atp_tune.results.status import Running, Status
     from atp_tune.results.summary import Rank, Summary
-    from atp_tune.scores.perplexity import Change
     from atp_tune.spec.config import Divergences, Scores, ZeroShot
     from atp_tune.spec.studyfile import StudyFile
-    from atp_tune.speed.result import Measured, Phase, Speed
 
 
 def show_summary(summary: "Summary", file: "StudyFile") -> None:
     """Dense, uniform and the best of each allocation as one Markdown table, and the commands that come next."""
-    from atp_tune.results.wording import beginning_of, draws_note, errors_of, method_of, mixture_of
+    from atp_tune.results.formatting import beginning_of, draws_note, errors_of, method_of, mixture_of
 
     sparsity = summary.sparsity or file.study.sparsity
     console.print(f"{printable(summary.name)}: {sparsity:.0%} sparsity\n", highlight=False)
@@ -52,8 +52,8 @@ def show_summary(summary: "Summary", file: "StudyFile") -> None:
 
 
 def _results(summary: "Summary") -> Table:
+    from atp_tune.results.formatting import drawn, method_of
     from atp_tune.results.summary import is_uniform, score_of
-    from atp_tune.results.wording import drawn, method_of
     from atp_tune.spec.config import Scores
 
     has_kl, draws = "kl" in summary.goals, drawn(summary)
@@ -81,7 +81,7 @@ def _results(summary: "Summary") -> Table:
 
 
 def _over_draws(summary: "Summary", trial: "FrozenTrial | None") -> tuple[str, ...]:
-    from atp_tune.results.wording import draws_of
+    from atp_tune.results.formatting import draws_of
 
     return tuple(cell or "–" for cell in draws_of(summary, trial))
 
@@ -94,7 +94,7 @@ def _means(found: "ZeroShot") -> str:
 
 def _ratios(found: "Speed") -> str:
     """How much faster each engine is with the zeros, in one line."""
-    from atp_tune.speed.result import PHASES
+    from atp_tune.metrics.speed import PHASES
 
     def ratio(row: "Measured", phase: "Phase") -> str:
         return f"{phase} {statistics.median(row.rates(phase).ratios):.2f}×"
@@ -110,8 +110,8 @@ def _change(against: "Change | None", rank: "Rank") -> str:
 
 def _front(summary: "Summary") -> Table:
     """The trials of the Pareto front, on the search text."""
+    from atp_tune.results.formatting import method_of
     from atp_tune.results.summary import score_of
-    from atp_tune.results.wording import method_of
 
     rows = markdown_table("trial", "method", "search perplexity", "search KL")
     for trial in summary.front:
@@ -180,7 +180,7 @@ def show_status(summary: "Summary", file: "StudyFile") -> None:
 
 def trials_table(summary: "Summary", trials: "list[FrozenTrial]") -> Table:
     """Some of a study's trials, one a row."""
-    from atp_tune.results.wording import remark_of
+    from atp_tune.results.formatting import remark_of
 
     best = summary.best_trial
     has_kl = "kl" in summary.goals
@@ -195,8 +195,8 @@ def trials_table(summary: "Summary", trials: "list[FrozenTrial]") -> Table:
 
 
 def _row(trial: "FrozenTrial", remark: str) -> list[str]:
+    from atp_tune.results.formatting import plan_of
     from atp_tune.results.summary import score_of
-    from atp_tune.results.wording import plan_of
 
     attrs, score = trial.user_attrs, score_of(trial)
     value = "" if score is None else f"{score.value:.2f}"
@@ -214,7 +214,7 @@ def _row(trial: "FrozenTrial", remark: str) -> list[str]:
 
 def progress_line(status: "Status") -> str:
     """How far a study is, in one line: trials, best, what runs and for how long, time left."""
-    from atp_tune.results.wording import duration
+    from atp_tune.results.formatting import duration
 
     done = f"[{status.done}/{status.total}]" if status.total else f"[{status.done}]"
     best, score = "no best yet", status.best and status.best.search
@@ -234,7 +234,7 @@ def _screens(status: "Status") -> str:
 
 
 def _runs(one: "Running") -> str:
-    from atp_tune.results.wording import duration
+    from atp_tune.results.formatting import duration
 
     return f"trial {one.trial} " + ("was lost with its process" if one.lost else f"runs for {duration(one.seconds)}")
 

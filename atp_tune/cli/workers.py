@@ -12,14 +12,14 @@ from multiprocessing.connection import Connection
 from threading import Thread
 from typing import Any
 
-from atp_tune.cli.crew import PATIENCE, Job, Worker, run_crew, work
 from atp_tune.cli.display import Display
+from atp_tune.cli.worker_pool import PATIENCE, Job, Worker, supervise, work
 from atp_tune.events import Event
 
 
 def run_workers(job: Job, display: Display, devices: Sequence[str]) -> None:
     """Runs the study in one process per device, and returns when all have ended; UserError as the first one gave it."""
-    run_crew([Process(index, display, job, devices) for index in range(len(devices))], _listen)
+    supervise([Process(index, display, job, devices) for index in range(len(devices))], _listen)
 
 
 def _listen(alive: "Sequence[Process]") -> None:

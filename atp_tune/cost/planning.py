@@ -14,15 +14,15 @@ from atp_tune.cost import forecast
 from atp_tune.cost.forecast import Bytes, Drawn, Forecast, Passes, Rates, Screening, Tokens, Trial, Weights, Whole
 from atp_tune.events import Note, Watch
 from atp_tune.search.samplers import total_trials
-from atp_tune.search.screening import SUFFIX
 from atp_tune.search.space import make_space
 from atp_tune.spec.study import Study
 from atp_tune.spec.studyfile import StudyFile
-from atp_tune.trials import storage
+from atp_tune.storage import fingerprint, opening, totals
+from atp_tune.storage.fingerprint import SUFFIX
 
 if TYPE_CHECKING:
     from atp_tune.checkpoints.models import ModelFolder
-    from atp_tune.search.bench import Bench, Setup
+    from atp_tune.search.context import ContextConfig, TrialContext
 
 MEASURED = ("owl", "global")  # allocations that want the norms of all inputs of the dense model
 
@@ -69,9 +69,9 @@ def foresee(file: StudyFile, name: str, watch: Watch) -> Forecast:
 
     UserError for bad input, and for a model or texts that cannot be had.
     """
-    from atp_tune.checkpoints.devices import device_name, find_device, find_dtype, memory_for
+    from atp_tune.checkpoints.devices import device_name, find_device, find_dtype, oom_as_user_error
     from atp_tune.checkpoints.models import resolve
-    from atp_tune.search.bench import Bench
+    from atp_tune.search.context import TrialContext
 
     setup = _setup(file, name)
     device = find_device(setup.device)
@@ -79,33 +79,33 @@ def foresee(file: StudyFile, name: str, watch: Watch) -> Forecast:
     watch(Note("loading the model and the texts"))
     folder = resolve(setup.model, setup.base, lambda text: watch(Note(text)))
     known = _known(file, name, setup, folder, device, dtype.itemsize)
-    bench, rates = None, None
+    context, rates = None, None
     if not forecast.problems(known.held(0), _memory(known, known.residency(), 0), known.residency(), known.windows):
-        with memory_for("loading"):
+        with oom_as_user_error("loading"):
             began = perf_counter()
-            bench = Bench.open(setup, watch)
-            rates = _probed(bench, file.study, perf_counter() - began)
+            context = TrialContext.open(setup, watch)
+            rates = _probed(context, file.study, perf_counter() - began)
     format_ = str(dtype).removeprefix("torch.")
-    return _forecast(known, name, device_name(device), format_, bench, rates)
+    return _forecast(known, name, device_name(device), format_, context, rates)
 
 
-def _setup(file: StudyFile, name: str) -> "Setup":
-    """What the study's bench is made of. What BOS costs is nothing to speak of: it is not measured here, where it would
-    be.
-    """
-    from atp_tune.search.bench import Setup
+def _setup(file: StudyFile, name: str) -> "ContextConfig":
+    """The settings of the study's context, without BOS, whose cost is too small to forecast."""
+    from atp_tune.search.context import ContextConfig
 
     spec = file.study
     report = {} if spec.texts.report is None else {"report": spec.texts.report}
     texts = {"calibration": spec.texts.calibration, "search": spec.texts.search, **report}
-    draws, bos = spec.texts.calibration.draws, bool(storage.bos_of(spec, _stored(file, name)))
-    return Setup(spec.model, spec.prune, texts, file.folder, spec.device, draws=draws, bos=bos)
+    draws, bos = spec.texts.calibration.draws, bool(fingerprint.bos_of(spec, _stored(file, name)))
+    return ContextConfig(spec.model, spec.prune, texts, file.folder, spec.device, draws=draws, bos=bos)
 
 
-def _known(file: StudyFile, name: str, setup: "Setup", folder: "ModelFolder", device: Any, itemsize: int) -> Known:
+def _known(
+    file: StudyFile, name: str, setup: "ContextConfig", folder: "ModelFolder", device: Any, itemsize: int
+) -> Known:
     from atp_tune.checkpoints.classes import model_config
     from atp_tune.checkpoints.devices import device_limit, free_memory, host_memory
-    from atp_tune.search.bench import CURVE_TOKENS
+    from atp_tune.search.context import CURVE_TOKENS
     from atp_tune.texts.windows import token_windows
 
     study, texts = file.study, setup.texts.items()
@@ -150,38 +150,40 @@ def dense_kinds(study: Study) -> int:
 
 
 def _stored(file: StudyFile, name: str) -> optuna.Study | None:
-    db = storage.open_storage(file.storage_url, create=False)
-    return storage.find_study(db, name) if db else None
+    db = opening.open_storage(file.storage_url, create=False)
+    return opening.find_study(db, name) if db else None
 
 
 def _progress(study: optuna.Study | None, asked: int) -> tuple[int, int]:
     """Trials that are done, and those of the whole study, which may have settled before it had as many as were asked
     for.
     """
-    return (storage.counted(study), storage.total_of(study, asked)) if study else (0, asked)
+    return (totals.counted(study), totals.total_of(study, asked)) if study else (0, asked)
 
 
-def _probed(bench: "Bench", study: Study, load: float) -> Rates:
+def _probed(context: "TrialContext", study: Study, load: float) -> Rates:
     from atp_tune.cost.probe import probe
 
-    bench.watch(Note("probing: one batch of each text in three blocks"))
-    return probe(bench, study.prune.pruners, study.sparsity, load, "kl" in study.search.objective)
+    context.watch(Note("probing: one batch of each text in three blocks"))
+    return probe(context, study.prune.pruners, study.sparsity, load, "kl" in study.search.objective)
 
 
 def _memory(known: Known, residency: Residency, work: int) -> forecast.Memory:
     return forecast.memory(known.held(work), residency, known.free, known.apart)
 
 
-def _forecast(known: Known, name: str, device: str, dtype: str, bench: "Bench | None", rates: Rates | None) -> Forecast:
-    residency = bench.checkpoint.residency if bench else known.residency()
+def _forecast(
+    known: Known, name: str, device: str, dtype: str, context: "TrialContext | None", rates: Rates | None
+) -> Forecast:
+    residency = context.checkpoint.residency if context else known.residency()
     work = rates.work if rates else 0
     if known.study.search.stopper != "none" and residency == "device":  # all pruned blocks are kept between groups
         work += known.held(0).blocks
-    if bench is not None:
-        work += _rank_bytes(known.study, bench)
+    if context is not None:
+        work += _rank_bytes(known.study, context)
     held = known.held(work)
-    if bench is not None and known.study.prune.statistics == "sequential":
-        held = replace(held, standing=known.tokens.calibration * bench.standing_bytes_per_token)
+    if context is not None and known.study.prune.statistics == "sequential":
+        held = replace(held, standing=known.tokens.calibration * context.sequential_bytes_per_token)
     needed = forecast.memory(held, residency, known.free, known.apart)
     blocks = len(known.sizes.blocks)
     return Forecast(
@@ -191,7 +193,7 @@ def _forecast(known: Known, name: str, device: str, dtype: str, bench: "Bench | 
         weights=Weights(bytes=held.total, blocks=blocks, largest_block=held.largest, residency=residency),
         memory=needed,
         trial=tuple(_trials(known, rates)),
-        whole=_whole(known, bench, rates),
+        whole=_whole(known, context, rates),
         problems=forecast.problems(held, needed, residency, known.windows),
     )
 
@@ -206,7 +208,7 @@ def _trials(known: Known, rates: Rates | None) -> Iterator[Trial]:
         yield from (trial("screening", pruner, screening.cost) for pruner in known.costs)
 
 
-def _rank_bytes(study: Study, bench: "Bench") -> int:
+def _rank_bytes(study: Study, context: "TrialContext") -> int:
     """Bytes of the ranks that are kept where trials are pruned by the dense model's statistics."""
     from atp_tune.blocks.ranking import BYTES, can_rank
     from atp_tune.pruners import make_pruner
@@ -214,13 +216,13 @@ def _rank_bytes(study: Study, bench: "Bench") -> int:
     if study.prune.statistics != "dense" and study.search.screen is None:
         return 0
     pruners = [make_pruner(name, study.prune.settings(name)) for name in study.prune.pruners]
-    return BYTES * sum(bench.checkpoint.sizes) if any(can_rank(x, bench.checkpoint) for x in pruners) else 0
+    return BYTES * sum(context.checkpoint.sizes) if any(can_rank(x, context.checkpoint) for x in pruners) else 0
 
 
-def _whole(known: Known, bench: "Bench | None", rates: Rates | None) -> Whole:
+def _whole(known: Known, context: "TrialContext | None", rates: Rates | None) -> Whole:
     study, trials = known.study, known.study.search.trials
-    if bench is not None:
-        trials = total_trials(study.search, make_space(study, bench.budget(study.sparsity)))
+    if context is not None:
+        trials = total_trials(study.search, make_space(study, context.budget(study.sparsity)))
     done, trials = (0, None) if trials is None else _progress(known.main, trials)
     allocations = len(set(study.allocation.names) - {"uniform"})
     plans = max(1, allocations + min(allocations, len(study.prune.pruners)))

@@ -19,7 +19,7 @@ from atp_tune.cost.forecast import PrunerRate, Rates
 from atp_tune.plan import Plan
 from atp_tune.pruners import PRUNERS, make_pruner
 from atp_tune.scores.evaluation import head_scores
-from atp_tune.search.bench import Bench
+from atp_tune.search.context import TrialContext
 
 T = TypeVar("T")
 PATIENCE = 15.0  # seconds after which no further block is probed
@@ -56,74 +56,79 @@ class Clock:
 
 
 @torch.inference_mode()
-def probe(bench: Bench, pruners: tuple[str, ...], sparsity: float, load: float, kl: bool = False) -> Rates:
+def probe(context: TrialContext, pruners: tuple[str, ...], sparsity: float, load: float, kl: bool = False) -> Rates:
     """Times each pruner of a study in the first, middle and last block, each text in them, twice, and the head.
 
-    `load`: seconds that opening the bench took; `kl`: trials are compared with the dense model. Blocks are taken as
+    `load`: seconds that opening the context took; `kl`: trials are compared with the dense model. Blocks are taken as
     alike; a mixture's first tokens stand for all.
     """
-    clock, last = Clock(bench.checkpoint.device), len(bench.checkpoint.blocks) - 1
-    batches = {role: _batch(bench, role) for role in bench.windows}
-    with peak(bench.checkpoint.device) as taken:
-        _probe_block(bench, clock, 0, batches, pruners, sparsity)  # loads libraries, fills caches
+    clock, last = Clock(context.checkpoint.device), len(context.checkpoint.blocks) - 1
+    batches = {role: _batch(context, role) for role in context.windows}
+    with peak(context.checkpoint.device) as taken:
+        _probe_block(context, clock, 0, batches, pruners, sparsity)  # loads libraries, fills caches
         clock.forget()
         began = perf_counter()
         for index in 2 * list(dict.fromkeys((0, last // 2, last))):
             if index == 0 or perf_counter() - began < PATIENCE:
-                _probe_block(bench, clock, index, batches, pruners, sparsity)
-        ends = _probe_ends(bench, kl)
+                _probe_block(context, clock, index, batches, pruners, sparsity)
+        ends = _probe_ends(context, kl)
     tokens = {role: batch.shape[0] * batch.shape[1] for role, batch in batches.items()}
     run = {role: clock.typical(f"run {role}") / tokens[role] for role in batches}
     each = {name: clock.typical(f"calibrate {name}") / tokens["calibration"] for name in pruners}
     measures = {name for name in pruners if PRUNERS[name].measures is not None}
     dense = max((each[name] for name in measures), default=2 * run["calibration"])
-    if bench.prune_settings.statistics == "dense":
+    if context.prune_settings.statistics == "dense":
         each = dict.fromkeys(pruners, run["calibration"])
     found = {name: PrunerRate(each[name], clock.typical(f"prune {name}")) for name in pruners}
     return Rates(load, run, dense, ends, clock.typical("fetch"), found, taken[0])
 
 
-def _batch(bench: Bench, role: str) -> Tensor:
+def _batch(context: TrialContext, role: str) -> Tensor:
     """Hidden states [windows, tokens, width] of one batch of a text."""
-    return bench.replay.embed(_ids(bench, role, bench.batch(role).windows)).clone()
+    return context.replay.embed(_ids(context, role, context.batch(role).windows)).clone()
 
 
-def _ids(bench: Bench, role: str, windows: int) -> Tensor:
-    return torch.from_numpy(bench.windows[role].ids[:windows]).to(bench.checkpoint.device)
+def _ids(context: TrialContext, role: str, windows: int) -> Tensor:
+    return torch.from_numpy(context.windows[role].ids[:windows]).to(context.checkpoint.device)
 
 
 def _probe_block(
-    bench: Bench, clock: Clock, index: int, batches: dict[str, Tensor], pruners: tuple[str, ...], sparsity: float
+    context: TrialContext,
+    clock: Clock,
+    index: int,
+    batches: dict[str, Tensor],
+    pruners: tuple[str, ...],
+    sparsity: float,
 ) -> None:
-    weights = clock.time("fetch", partial(bench.checkpoint.weights, index))
+    weights = clock.time("fetch", partial(context.checkpoint.weights, index))
     for name in pruners:
-        clock.add(_pruned(bench, index, batches["calibration"].clone(), name, sparsity), name)
+        clock.add(_pruned(context, index, batches["calibration"].clone(), name, sparsity), name)
     for role, hidden in batches.items():
         moved = hidden.clone()
-        clock.time(f"run {role}", partial(advance, bench.replay, bench.batch(role), index, weights, moved))
+        clock.time(f"run {role}", partial(advance, context.replay, context.batch(role), index, weights, moved))
 
 
-def _pruned(bench: Bench, index: int, hidden: Tensor, name: str, sparsity: float) -> dict[str, float]:
+def _pruned(context: TrialContext, index: int, hidden: Tensor, name: str, sparsity: float) -> dict[str, float]:
     """Seconds by phase of a block in a trial, as its record has them; statistics of the dense model are of a block."""
-    pruner = make_pruner(name, bench.prune_settings.settings(name))
-    in_one_pass = bench.prune_settings.statistics == "sequential"
-    plan = Plan(name, "uniform", (sparsity,) * len(bench.checkpoint.blocks))
+    pruner = make_pruner(name, context.prune_settings.settings(name))
+    in_one_pass = context.prune_settings.statistics == "sequential"
+    plan = Plan(name, "uniform", (sparsity,) * len(context.checkpoint.blocks))
     return (
-        Pass(bench.replay, bench.batch("calibration"), pruner, None, None, in_one_pass)
+        Pass(context.replay, context.batch("calibration"), pruner, None, None, in_one_pass)
         .step(plan, index, hidden)
         .seconds
     )
 
 
-def _probe_ends(bench: Bench, kl: bool) -> float:
+def _probe_ends(context: TrialContext, kl: bool) -> float:
     """Seconds per token of embedding and head, on search windows, or on those of the report."""
-    heads, clock = bench.heads, Clock(bench.checkpoint.device)
-    ids = _ids(bench, "search" if "search" in bench.windows else "report", heads.windows)
+    heads, clock = context.heads, Clock(context.checkpoint.device)
+    ids = _ids(context, "search" if "search" in context.windows else "report", heads.windows)
     for turn in range(4):
         if turn == 1:
             clock.forget()  # the first time is to warm up
-        hidden = clock.time("embed", partial(bench.replay.embed, ids))
-        clock.time("head", partial(head_scores, bench.replay, heads, ids, hidden, hidden if kl else None))
+        hidden = clock.time("embed", partial(context.replay.embed, ids))
+        clock.time("head", partial(head_scores, context.replay, heads, ids, hidden, hidden if kl else None))
     return (clock.typical("embed") + clock.typical("head")) / ids.numel()
 
 

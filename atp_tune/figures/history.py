@@ -4,7 +4,7 @@ from itertools import accumulate
 
 import plotly.graph_objects as go
 
-from atp_tune.figures import view
+from atp_tune.figures import axis_range
 from atp_tune.figures.style import BEST, INK, UNIFORM, faint, level, new_figure, rounded
 from atp_tune.figures.trials import finite, measure_of, told, uniform_value, value_of, written
 from atp_tune.results.summary import Summary
@@ -15,7 +15,7 @@ def draw(summary: Summary) -> go.Figure | None:
     done = sorted(finite(summary.trials), key=lambda trial: trial.number)
     if not done:
         return None
-    seen = view.view_of(done, None)
+    seen = axis_range.view_of(done, None)
     figure = new_figure("How the search went", "trial", f"{measure_of(summary)}, search text")
     shown = [trial for trial in done if not seen.hides(trial)]
     figure.add_scatter(
@@ -31,5 +31,6 @@ def draw(summary: Summary) -> go.Figure | None:
     value = uniform_value(summary)
     if value is not None:
         level(figure, value, f"uniform {written(value, summary)}{seen.arrow(value)}", UNIFORM)
-    view.apply(seen, figure, [f"trial {trial.number}: {value_of(trial):.0f} ↑" for trial in done if seen.hides(trial)])
+    hidden = [f"trial {trial.number}: {value_of(trial):.0f} ↑" for trial in done if seen.hides(trial)]
+    axis_range.apply(seen, figure, hidden)
     return figure

@@ -10,7 +10,8 @@ import plotly.graph_objects as go
 from optuna.trial import FrozenTrial
 
 from atp_tune.allocations import Budget, atp
-from atp_tune.figures import belief, view
+from atp_tune.figures import axis_range, gp_posterior
+from atp_tune.figures.axis_range import View
 from atp_tune.figures.style import (
     DENSE,
     INK,
@@ -24,7 +25,6 @@ from atp_tune.figures.style import (
     rounded,
 )
 from atp_tune.figures.trials import finite, measure_of, role, told, uniform_value, value_of, written
-from atp_tune.figures.view import View
 from atp_tune.results.summary import Summary, is_uniform
 
 PLAIN, LEGEND, LABELS = 380, 22, 70  # px of height: the plot, a row of its legend, slanted names below it
@@ -46,19 +46,19 @@ def draw(summary: Summary) -> go.Figure | None:
         return None
     measure = measure_of(summary)
     dense = summary.dense.search.value if summary.dense.search and measure == "perplexity" else None
-    seen, panels = view.view_of(done, dense), split(done)
+    seen, panels = axis_range.view_of(done, dense), split(done)
     name = measure[0].upper() + measure[1:]
     title = f"{name} against β" if panels.over_beta else f"{name} of each allocation"
     figure = new_figure(title, "", f"{measure}, search text")
     _set_axes(figure, panels, bounds_of(summary))
     if panels.over_beta:
-        belief.add(figure, summary.belief)
+        gp_posterior.add(figure, summary.belief)
     _add_trials(figure, panels, seen)
     _add_lines(figure, summary, seen, dense)
     _mark(figure, done[0], panels)
     entries = sum(item.showlegend is not False for item in (*figure.data, *figure.layout.shapes))
     figure.update_layout(height=PLAIN + LEGEND * -(-entries // 3) + LABELS * bool(panels.over_beta and panels.others))
-    view.apply(seen, figure, [f"{_place(t, panels)}: {value_of(t):.0f} ↑" for t in done if seen.hides(t)])
+    axis_range.apply(seen, figure, [f"{_place(t, panels)}: {value_of(t):.0f} ↑" for t in done if seen.hides(t)])
     return figure
 
 
@@ -154,7 +154,7 @@ def _look(pruner: str, allocation: str, trials: list[FrozenTrial]) -> dict[str, 
 
 
 def _add_hidden(figure: go.Figure, trials: list[FrozenTrial], axis_name: str, seen: View) -> None:
-    """Trials above the view, as arrows at its upper end."""
+    """Trials above the axis_range, as arrows at its upper end."""
     if trials:
         figure.add_scatter(
             x=[_position(trial, axis_name) for trial in trials], y=[seen.high] * len(trials), mode="markers",

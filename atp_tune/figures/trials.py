@@ -5,9 +5,9 @@ from math import isfinite
 
 from optuna.trial import FrozenTrial
 
+from atp_tune.results.formatting import plan_of
 from atp_tune.results.summary import Summary, is_uniform, kl_of, score_of
-from atp_tune.results.wording import plan_of
-from atp_tune.trials.storage import ranked, values_of
+from atp_tune.storage.ranking import ranked, values_of
 
 
 def finite(trials: list[FrozenTrial]) -> list[FrozenTrial]:

@@ -14,10 +14,11 @@ from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.figures.seconds import spent
+from atp_tune.results.formatting import beginning_of, drawn, draws_note, draws_of, errors_of, mixture_of
 from atp_tune.results.summary import Summary, is_uniform, summarise
-from atp_tune.results.wording import beginning_of, drawn, draws_note, draws_of, errors_of, mixture_of
 from atp_tune.spec.studyfile import settings
-from atp_tune.trials.storage import is_given_up, is_lost, ranked, values_of
+from atp_tune.storage.lost_trials import is_given_up, is_lost
+from atp_tune.storage.ranking import ranked, values_of
 
 ENOUGH = 10  # measured trials, from which on the importance of a parameter means something
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
+from atp_tune.metrics.kl import Divergence
+from atp_tune.metrics.perplexity import Change, Perplexity
 from atp_tune.report.contents import Contents
+from atp_tune.results.formatting import errors_of
 from atp_tune.results.summary import Rank, allocation_of, is_uniform, parameters_of
-from atp_tune.results.wording import errors_of
-from atp_tune.scores.divergence import Divergence
-from atp_tune.scores.perplexity import Change, Perplexity
 from atp_tune.spec.config import Divergences, Scores
 
 _SPECIAL = {

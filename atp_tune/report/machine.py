@@ -35,8 +35,8 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.report.contents import Contents
+from atp_tune.results.formatting import plan_of, remark_of
 from atp_tune.results.summary import Rank, Summary, allocation_of, parameters_of, score_of
-from atp_tune.results.wording import plan_of, remark_of
 from atp_tune.spec.config import Scores
 from atp_tune.spec.studyfile import settings
 

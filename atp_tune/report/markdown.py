@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from atp_tune.report import tables
 from atp_tune.report.contents import Contents
+from atp_tune.report.markup import escaped, fenced
 from atp_tune.report.tables import Table
-from atp_tune.sparse.markup import escaped, fenced
 
 _RATES = "Rates are medians; the last column is the median (lowest to highest) of the ratios, run by run."
 _KL = " KL: from the dense model's next-token distribution to the pruned one's, nats per token."

@@ -11,13 +11,13 @@ from optuna.trial import FrozenTrial
 from atp_tune.allocations.budget import SYMBOLS
 from atp_tune.errors import printable
 from atp_tune.figures.seconds import spent
+from atp_tune.metrics.perplexity import Change
+from atp_tune.metrics.speed import PHASES, Speed, spread
 from atp_tune.report.contents import Contents
+from atp_tune.results.formatting import drawn, draws_of, duration, plan_of, remark_of
 from atp_tune.results.summary import Summary, allocation_of, is_uniform, score_of
-from atp_tune.results.wording import drawn, draws_of, duration, plan_of, remark_of
-from atp_tune.scores.perplexity import Change
 from atp_tune.spec.config import SHARES, Divergences, Measure, Scores, TaskScores, ZeroShot
 from atp_tune.spec.studyfile import called_now
-from atp_tune.speed.result import PHASES, Speed, spread
 
 NOTHING = "–"
 

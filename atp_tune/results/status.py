@@ -15,13 +15,15 @@ from typing import Annotated, Literal
 from optuna.trial import FrozenTrial
 from pydantic import Field, PlainSerializer
 
+from atp_tune.metrics.draws import OverDraws
+from atp_tune.results.formatting import plan_of, remark_of
 from atp_tune.results.summary import Rank, Summary, allocation_of, parameters_of, score_of
-from atp_tune.results.wording import plan_of, remark_of
-from atp_tune.scores.draws import OverDraws
 from atp_tune.spec.config import Divergences, Part, Score, Scores, dumps
 from atp_tune.spec.studyfile import StudyFile
-from atp_tune.trials.process import is_dead
-from atp_tune.trials.storage import PERPLEXITY, counts, cut_offs_of
+from atp_tune.storage.fingerprint import PERPLEXITY
+from atp_tune.storage.lost_trials import cut_offs_of
+from atp_tune.storage.process_identity import is_dead
+from atp_tune.storage.totals import counts
 
 FORMAT: Literal["atp_tune.status/1"] = "atp_tune.status/1"
 

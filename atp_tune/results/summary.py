@@ -10,12 +10,12 @@ from optuna.trial import FrozenTrial, TrialState
 from pydantic import ValidationError
 
 from atp_tune.errors import UserError
-from atp_tune.results.attaching import attached, with_attached
-from atp_tune.scores.bos import BosEffect
-from atp_tune.scores.divergence import Divergence, divergence, relative
-from atp_tune.scores.draws import OverDraws, over_draws
-from atp_tune.scores.perplexity import Change, Perplexity, change, perplexity
-from atp_tune.search.screening import SUFFIX, is_screening
+from atp_tune.metrics.bos import BosEffect
+from atp_tune.metrics.draws import OverDraws, over_draws
+from atp_tune.metrics.kl import Divergence, divergence, relative
+from atp_tune.metrics.perplexity import Change, Perplexity, change, perplexity
+from atp_tune.metrics.speed import Speed
+from atp_tune.results.annotations import attached, with_attached
 from atp_tune.spec.config import (
     AllocationRef,
     Baselines,
@@ -30,8 +30,8 @@ from atp_tune.spec.config import (
     ZeroShot,
 )
 from atp_tune.spec.studyfile import StudyFile, from_settings
-from atp_tune.speed.result import Speed
-from atp_tune.trials import storage
+from atp_tune.storage import fingerprint, opening, ranking, totals
+from atp_tune.storage.fingerprint import SUFFIX, is_screening
 
 BATCHED = ("calibration", "search")  # texts whose batches decide a trial's value
 
@@ -100,7 +100,7 @@ class Summary:
 
     unlike: Mapping[int, str] = field(default_factory=dict)
     screening: Screening | None = None
-    goals: tuple[str, ...] = storage.PERPLEXITY
+    goals: tuple[str, ...] = fingerprint.PERPLEXITY
     kls: Mapping[int, Divergences] = field(default_factory=dict)
     front: Sequence[FrozenTrial] = ()
     uniform_trial: FrozenTrial | None = None
@@ -118,7 +118,7 @@ class Summary:
 
 def summarise(study: optuna.Study) -> Summary:
     """The summary of a study as it stands."""
-    best = storage.best_trial(study)
+    best = ranking.best_trial(study)
     reports = study.user_attrs.get("reports", {})
     uniform = uniform_of(study, best)
     found = attached(study, best.number) if best else {}
@@ -127,7 +127,7 @@ def summarise(study: optuna.Study) -> Summary:
         sparsity=study.user_attrs.get("fingerprint", {}).get("sparsity"),
         trials=study.get_trials(deepcopy=False),
         total=study.user_attrs.get("total"),
-        done=storage.counted(study),
+        done=totals.counted(study),
         dense=Scores(search=_stored(study.user_attrs.get("dense")), report=_stored(reports.get("dense"))),
         uniform=_scores(uniform, reports),
         best=_scores(best, reports),
@@ -141,13 +141,13 @@ def summarise(study: optuna.Study) -> Summary:
         belief=study.user_attrs.get("belief"),
         unlike=_unlike(study),
         screening=_screening(study),
-        goals=storage.goals_of(study.user_attrs.get("fingerprint", {})),
+        goals=fingerprint.goals_of(study.user_attrs.get("fingerprint", {})),
         kls=_kls(study),
-        front=storage.front_of(study),
+        front=ranking.front_of(study),
         uniform_trial=uniform,
         zero_shot=ZeroShot.model_validate(found["zero_shot"]) if "zero_shot" in found else None,
         speed=Speed.model_validate(found["speed"]) if "speed" in found else None,
-        bos=storage.has_bos(study),
+        bos=fingerprint.has_bos(study),
         bos_effect=BosEffect.model_validate(study.user_attrs["bos"]) if "bos" in study.user_attrs else None,
         over_draws=_over_draws(study),
         windows=_windows(study),
@@ -156,7 +156,7 @@ def summarise(study: optuna.Study) -> Summary:
 
 def _windows(study: optuna.Study) -> dict[str, int]:
     """How many windows each text has on which something is measured."""
-    best = storage.best_trial(study)
+    best = ranking.best_trial(study)
     nlls = {
         "search": study.user_attrs.get("dense") or (best.user_attrs.get("nlls") if best else None),
         "report": next(iter(study.user_attrs.get("reports", {}).values()), None),
@@ -177,10 +177,10 @@ def _kls(study: optuna.Study) -> dict[int, Divergences]:
 def _screening(study: optuna.Study) -> Screening | None:
     if is_screening(study):
         return None
-    other = storage.find_study(study._storage, study.study_name + SUFFIX)
+    other = opening.find_study(study._storage, study.study_name + SUFFIX)
     if other is None or not is_screening(other):
         return None
-    return Screening(other.study_name, storage.counted(other), other.user_attrs.get("total"))
+    return Screening(other.study_name, totals.counted(other), other.user_attrs.get("total"))
 
 
 def made_from(stored: Any) -> StudyFile | None:
@@ -192,13 +192,15 @@ def made_from(stored: Any) -> StudyFile | None:
 
 
 def _unlike(study: optuna.Study) -> dict[int, str]:
-    facts, began, batches = study.user_attrs.get("fingerprint", {}), storage.device_of(study), storage.batches_of(study)
+    facts = study.user_attrs.get("fingerprint", {})
+    began, batches = fingerprint.device_of(study), fingerprint.batches_of(study)
     found = {}
     for trial in study.get_trials(deepcopy=False):
-        device, own = storage.device_kind(trial.user_attrs.get("device", began or "")), trial.user_attrs.get("dtype")
+        device = fingerprint.device_kind(trial.user_attrs.get("device", began or ""))
+        own = trial.user_attrs.get("dtype")
         parts = [f"on {device}"] * (began not in (None, device))
-        parts += [f"in {own}"] * (own not in (None, facts.get(storage.DTYPE)))
-        for role, windows in storage.batches_in(trial, facts).items():
+        parts += [f"in {own}"] * (own not in (None, facts.get(fingerprint.DTYPE)))
+        for role, windows in fingerprint.batches_in(trial, facts).items():
             if role in BATCHED and windows != batches.get(role, windows):
                 parts.append(f"in batches of {windows} {role} windows")
         if parts:
@@ -209,9 +211,9 @@ def _unlike(study: optuna.Study) -> dict[int, str]:
 def _is_complete(study: optuna.Study) -> bool:
     """Whether the total of its last run is reached, nothing runs, and the final numbers belong to the best trial."""
     total = study.user_attrs.get("total")
-    if total is None or storage.counted(study) < total or storage.running(study):
+    if total is None or totals.counted(study) < total or totals.running(study):
         return False
-    return storage.best_trial(study) is None or not (unreported(study) or undrawn(study, _draws_of(study)))
+    return ranking.best_trial(study) is None or not (unreported(study) or undrawn(study, _draws_of(study)))
 
 
 def _draws_of(study: optuna.Study) -> int:
@@ -283,7 +285,7 @@ def _uniforms(study: optuna.Study) -> list[FrozenTrial]:
 def best_of_each(study: optuna.Study) -> list[FrozenTrial]:
     """The best trial of each allocation, the best first; trials where all sparsities are equal count as uniform."""
     best: dict[str, FrozenTrial] = {}
-    for trial in storage.measured(study):
+    for trial in ranking.measured(study):
         best.setdefault(allocation_of(trial), trial)
     return list(best.values())
 
@@ -354,16 +356,16 @@ def kl_of(trial: FrozenTrial) -> Divergence | None:
 
 def is_by_kl(trial: FrozenTrial) -> bool:
     """Whether a trial's KL divergence is its only value."""
-    return len(storage.values_of(trial)) == 1 and "kls" in trial.user_attrs
+    return len(ranking.values_of(trial)) == 1 and "kls" in trial.user_attrs
 
 
 def best_config(file: StudyFile, study: optuna.Study, out: Path, number: int | None = None) -> Config:
     """The configuration of the best trial so far, or the one of that number, to be written to `out`; UserError if there
     is none.
     """
-    best = storage.best_trial(study)
+    best = ranking.best_trial(study)
     if number is not None and best is not None:
-        best = next((trial for trial in storage.measured(study) if trial.number == number), None)
+        best = next((trial for trial in ranking.measured(study) if trial.number == number), None)
         if best is None:
             raise UserError(f"study {study.study_name}: trial {number} is not measured in full; `status` lists all")
     if best is None:
@@ -399,7 +401,7 @@ def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) 
         baselines=Baselines(dense=summary.dense, uniform=_scores(uniform, reports)),
         kl=_both(summary, best, uniform),
         calibration=spec.texts.calibration.text,
-        batches=storage.batches_in(best, facts),
+        batches=fingerprint.batches_in(best, facts),
         draws=_both_draws(summary, best, uniform),
         texts=Texts(search=spec.texts.search, report=spec.report_text),
         bos=summary.bos,
@@ -424,7 +426,7 @@ def _both_draws(summary: Summary, best: FrozenTrial, uniform: FrozenTrial | None
 
 def _dtype_of(trial: FrozenTrial) -> dict[str, str]:
     """The fact that a trial knows better than its study."""
-    return {storage.DTYPE: trial.user_attrs["dtype"]} if "dtype" in trial.user_attrs else {}
+    return {fingerprint.DTYPE: trial.user_attrs["dtype"]} if "dtype" in trial.user_attrs else {}
 
 
 def _model_ref(source: str, revision: str | None, sha256: str | None, facts: dict[str, Any]) -> ModelRef:

@@ -21,21 +21,25 @@ from optuna.trial import FrozenTrial, TrialState
 from atp_tune.checkpoints.devices import is_out_of_memory
 from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Note, TrialStarted, Watch
+from atp_tune.metrics.perplexity import perplexity
 from atp_tune.plan import Plan
-from atp_tune.scores.perplexity import perplexity
-from atp_tune.search.bench import GROUPS, Bench
+from atp_tune.search.context import GROUPS, TrialContext
 from atp_tune.search.record import Record
 from atp_tune.search.space import Space
-from atp_tune.trials.cutoffs import CutOff
-from atp_tune.trials.process import identity
-from atp_tune.trials.storage import INTERRUPTED, PERPLEXITY, batches_of, best_trial, counts, given_up, set_attributes
+from atp_tune.storage.cutoffs import CutOff
+from atp_tune.storage.database import set_attributes
+from atp_tune.storage.fingerprint import PERPLEXITY, batches_of
+from atp_tune.storage.lost_trials import INTERRUPTED, given_up
+from atp_tune.storage.process_identity import identity
+from atp_tune.storage.ranking import best_trial
+from atp_tune.storage.totals import counts
 
 
 @dataclass(frozen=True)
 class Objective:
     """Values on the search text of the plan that a trial proposes, one a goal; TrialError where there are none."""
 
-    bench: Bench
+    context: TrialContext
     space: Space
     stops: bool  # the study has a stopper
     watch: Watch
@@ -53,12 +57,12 @@ class Objective:
 
     def _measure(self, trial: Trial, plan: Plan) -> tuple[float, ...]:
         began = batches_of(trial.study)
-        self.bench.begin(began)
-        record = Record(self.bench.checkpoint.device, self.bench.dtype)
-        blocks = record.follow(self.bench.prune(plan), self.bench.checkpoint.sizes)
-        windows = len(self.bench.windows["search"].ids)
+        self.context.begin(began)
+        record = Record(self.context.checkpoint.device, self.context.dtype)
+        blocks = record.follow(self.context.prune(plan), self.context.checkpoint.sizes)
+        windows = len(self.context.windows["search"].ids)
         stops = self.stops and not plan.is_uniform and best_trial(trial.study) is not None  # uniform is its measure
-        for nlls, kls in self.bench.scores(blocks, "search", stops, "kl" in self.goals):
+        for nlls, kls in self.context.scores(blocks, "search", stops, "kl" in self.goals):
             record.nlls += nlls
             record.kls += kls
             hopeless = self.stops and is_hopeless(trial, record.kls or record.nlls, len(nlls), windows)
@@ -70,13 +74,13 @@ class Objective:
             if not math.isfinite(result.value):
                 raise TrialError(f"{goal} is {result.value}: the pruned model's numbers overflow or are not defined")
         set_attributes(trial, {**record.close(), **self._batches(), "stderr": results[0].stderr})
-        if self.bench.batches != began and best_trial(trial.study) is None:
+        if self.context.batches != began and best_trial(trial.study) is None:
             # The first, where memory ran out: the others need not meet that.
-            trial.study.set_user_attr("batches", self.bench.batches)
+            trial.study.set_user_attr("batches", self.context.batches)
         return tuple(result.value for result in results)
 
     def _batches(self) -> dict[str, object]:
-        return {"batch_windows": self.bench.batch("calibration").windows, "batches": self.bench.batches}
+        return {"batch_windows": self.context.batch("calibration").windows, "batches": self.context.batches}
 
     def _repeat(self, trial: Trial, earlier: FrozenTrial) -> tuple[float, ...]:
         if earlier.state == TrialState.FAIL:

@@ -6,10 +6,10 @@ from typing import Any
 from atp_tune.blocks.prune_pass import PrunedBlock
 from atp_tune.blocks.timing import Timer
 from atp_tune.checkpoints.devices import device_name, peak_memory, reset_peak_memory
-from atp_tune.scores.divergence import Divergence, divergence
+from atp_tune.metrics.kl import Divergence, divergence
+from atp_tune.metrics.perplexity import Perplexity, perplexity
 from atp_tune.scores.evaluation import Block
-from atp_tune.scores.perplexity import Perplexity, perplexity
-from atp_tune.trials.process import versions
+from atp_tune.storage.process_identity import versions
 
 
 class Record:

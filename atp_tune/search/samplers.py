@@ -19,10 +19,12 @@ from optuna.pruners import BasePruner, NopPruner, WilcoxonPruner
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
-from atp_tune.search.apart import apart
+from atp_tune.search.deduplicate import apart
 from atp_tune.search.space import Params, Space
 from atp_tune.spec.study import Search
-from atp_tune.trials.storage import counts, place_of, values_of
+from atp_tune.storage.lost_trials import place_of
+from atp_tune.storage.ranking import values_of
+from atp_tune.storage.totals import counts
 
 GRID = 40  # steps of β in which a belief is written down
 PATIENCE = 5  # seconds that a trial waits for what others propose

@@ -9,34 +9,17 @@ but near the optimum it ranks points alike; the best of them begin the main stud
 from collections.abc import Sequence
 from dataclasses import replace
 
-import optuna
 from optuna.trial import FrozenTrial
 
 from atp_tune.events import Event, Note, TrialEnded, TrialStarted, Watch
-from atp_tune.search import apart
+from atp_tune.search import deduplicate
 from atp_tune.search.samplers import kinds_of
 from atp_tune.search.space import Params, Space
 from atp_tune.spec.study import Screen
 from atp_tune.spec.studyfile import StudyFile, overridden
+from atp_tune.storage.fingerprint import CHANGED
 
 APART = 1 / 28  # of an interval: half a step of the paper's grid, 0.002, on 32 blocks at 70 %
-SUFFIX = ".screen"
-CHANGED = ("prune.statistics", "texts.search.every", "search.trials", "search.stopper", "search.screen")
-
-
-def is_screening(study: optuna.Study) -> bool:
-    """Whether a study is the screening of another, and so has nothing to report.
-
-    It says so itself (`screens`, the other's name). One of an earlier version is known by the overrides that made it:
-    a name alone may be anybody's.
-    """
-    attrs = study.user_attrs
-    if "screens" in attrs:
-        return True
-    made = attrs.get("made_from")
-    overrides = made.get("overrides") if isinstance(made, dict) else None
-    given = [str(override).partition("=")[0] for override in overrides] if isinstance(overrides, list) else []
-    return study.study_name.endswith(SUFFIX) and given[-len(CHANGED) :] == list(CHANGED)
 
 
 def screening_file(file: StudyFile, screen: Screen) -> StudyFile:
@@ -81,4 +64,4 @@ def confirmed(screened: Sequence[FrozenTrial], space: Space, count: int) -> list
 def is_near(point: Params, other: Params, space: Space) -> bool:
     """Whether two points are of one pruner and allocation, and no parameter is more than `APART` apart."""
     moved = space.within(other, point["allocation"])
-    return moved is not None and apart.is_near(point, moved, kinds_of(space, point["allocation"]), APART)
+    return moved is not None and deduplicate.is_near(point, moved, kinds_of(space, point["allocation"]), APART)

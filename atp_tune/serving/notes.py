@@ -6,8 +6,8 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.errors import printable
-from atp_tune.results.summary import Rank, Summary, is_uniform, score_of
-from atp_tune.results.wording import (
+from atp_tune.report.markup import escaped, fenced
+from atp_tune.results.formatting import (
     beginning_of,
     command_of,
     drawn,
@@ -18,9 +18,9 @@ from atp_tune.results.wording import (
     plan_of,
     remark_of,
 )
-from atp_tune.sparse.markup import escaped, fenced
+from atp_tune.results.summary import Rank, Summary, is_uniform, score_of
 from atp_tune.spec.config import Divergences, Scores
-from atp_tune.trials.storage import is_lost
+from atp_tune.storage.lost_trials import is_lost
 
 OWN = "*Above: atp_tune, always current. Below: your own notes, which are kept.*"
 GAP = "&emsp;"  # the dashboard draws tables without space between columns

@@ -9,12 +9,12 @@ from time import monotonic, sleep
 from optuna.storages import BaseStorage, get_storage
 
 from atp_tune.errors import UserError
-from atp_tune.serving.keeper import Keeper
+from atp_tune.serving.dashboard_storage import DashboardView, make_view
+from atp_tune.serving.maintenance import Maintenance
 from atp_tune.serving.servers import ServedDatabase, dashboard, host_of, proxy
-from atp_tune.serving.view import DashboardView, make_view
-from atp_tune.trials import mounts
-from atp_tune.trials.artifacts import Store
-from atp_tune.trials.storage import is_remote, names_in, open_database
+from atp_tune.storage import filesystem
+from atp_tune.storage.artifacts import Store
+from atp_tune.storage.opening import is_remote, names_in, open_database
 
 TURN = 2  # seconds between the keeper's looks
 LOOK = 0.1  # seconds between looks at whether it is time to stop
@@ -52,11 +52,11 @@ def serve(
     _check_folder(service.address)
     database = open_database(service.address, True, ServedDatabase)
     assert database is not None
-    if warning := mounts.warning(service.address):
+    if warning := filesystem.warning(service.address):
         tell(warning)
     storage = get_storage(database)  # with Optuna's cache of finished trials
     store = Store(_folder(service.artifacts))
-    keeper = Keeper(storage, service.artifacts, tell)
+    keeper = Maintenance(storage, service.artifacts, tell)
     with (
         proxy(storage, service.listen, service.grpc_port) as grpc_port,
         _view(service, storage, grpc_port) as view,

@@ -23,10 +23,10 @@ from optuna_dashboard import wsgi
 from atp_tune.compat.optuna_grpc import OptunaStorageProxyService, api_pb2_grpc
 from atp_tune.errors import UserError
 from atp_tune.figures import FIGURES
-from atp_tune.trials.artifacts import Store
-from atp_tune.trials.damage import may_pass
-from atp_tune.trials.database import Database, is_away, reason_of
-from atp_tune.trials.remote import ALIVE, BROKEN, DATABASE, in_order, with_order
+from atp_tune.storage.artifacts import Store
+from atp_tune.storage.database import Database, is_away, reason_of
+from atp_tune.storage.remote import ALIVE, BROKEN, DATABASE, in_order, with_order
+from atp_tune.storage.sqlite_errors import may_pass
 
 STUDY = re.compile(r"/api/studies/\d+")  # where the dashboard asks for a study and its figures
 FILE = "/artifacts/"  # … for an artifact, by its name at the end

@@ -9,17 +9,17 @@ from torch import Tensor
 from atp_tune.checkpoints.classes import reads_images
 from atp_tune.errors import UserError
 from atp_tune.events import TrialStarted, Watch
+from atp_tune.metrics.perplexity import Perplexity, perplexity
 from atp_tune.plan import Plan
-from atp_tune.scores.perplexity import Perplexity, perplexity
-from atp_tune.search.bench import Bench, Setup
+from atp_tune.search.context import ContextConfig, TrialContext
 from atp_tune.search.space import make_space
 from atp_tune.sparse.card import Dense, describe
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.sparse.shards import Shards, check_free, sparse_folder
 from atp_tune.spec.config import AllocationRef, Baselines, Config, ModelRef, Scores, Sparsity, Texts, read_config
 from atp_tune.spec.studyfile import StudyFile
-from atp_tune.trials import storage
-from atp_tune.trials.process import versions
+from atp_tune.storage import fingerprint, opening
+from atp_tune.storage.process_identity import versions
 
 
 def apply(
@@ -36,14 +36,14 @@ def apply(
 
 def write_applied(
     config: Config, base: Path, out: Path, device: str, watch: Watch, allowed: Mapping[str, bool] | None = None
-) -> tuple[Setup, Dense]:
+) -> tuple[ContextConfig, Dense]:
     """The same without the measurement; what it was made with, and from."""
     check_free(out)
     model = config.model.model(allowed)
     texts = {"calibration": config.calibration, "report": config.texts.report}
-    setup = Setup(model, config.prune, texts, base, device, batches=config.batches, bos=config.bos)
-    with Bench.open(setup, watch) as bench:
-        return setup, write_sparse(bench, plan_of(config, bench), out, config.seen_from(base, out))
+    setup = ContextConfig(model, config.prune, texts, base, device, batches=config.batches, bos=config.bos)
+    with TrialContext.open(setup, watch) as context:
+        return setup, write_sparse(context, plan_of(config, context), out, config.seen_from(base, out))
 
 
 def prune_once(
@@ -54,15 +54,15 @@ def prune_once(
         check_free(out)
     study = file.study
     texts = {"calibration": study.texts.calibration, "report": study.report_text}
-    setup = Setup(study.model, study.prune, texts, file.folder, study.device, bos=_bos(file))
-    with Bench.open(setup, watch) as bench:
-        setup = replace(setup, bos=bench.bos)
-        plan = _only_plan(file, bench, parameters)
+    setup = ContextConfig(study.model, study.prune, texts, file.folder, study.device, bos=_bos(file))
+    with TrialContext.open(setup, watch) as context:
+        setup = replace(setup, bos=context.bos)
+        plan = _only_plan(file, context, parameters)
         if out is None:
             watch(TrialStarted("pruning", plan))
-            pruned = ((block.index, block.weights) for block in bench.prune(plan))
-            return plan, perplexity(bench.all_nlls(pruned, "report"))
-        dense = write_sparse(bench, plan, out, _config(file, bench, plan).seen_from(file.folder, out))
+            pruned = ((block.index, block.weights) for block in context.prune(plan))
+            return plan, perplexity(context.all_nlls(pruned, "report"))
+        dense = write_sparse(context, plan, out, _config(file, context, plan).seen_from(file.folder, out))
     return plan, _measured(setup, out, dense, watch)
 
 
@@ -70,14 +70,14 @@ def _bos(file: StudyFile) -> bool | None:
     """Whether windows begin with BOS: as in the study of the file's name, if it was begun here."""
     if file.study.bos is not None or file.database is None or not file.path.exists():
         return file.study.bos
-    db = storage.open_storage(file.storage_url, create=False)
-    return storage.bos_of(file.study, storage.find_study(db, file.name) if db else None)
+    db = opening.open_storage(file.storage_url, create=False)
+    return fingerprint.bos_of(file.study, opening.find_study(db, file.name) if db else None)
 
 
-def _only_plan(file: StudyFile, bench: Bench, parameters: dict[str, float]) -> Plan:
+def _only_plan(file: StudyFile, context: TrialContext, parameters: dict[str, float]) -> Plan:
     """The plan of the study's first allocation that has these parameters, the others at their defaults."""
     names = file.study.allocation.names
-    space = make_space(file.study, bench.budget(file.study.sparsity))
+    space = make_space(file.study, context.budget(file.study.sparsity))
     fitting = [name for name in names if parameters.keys() <= space.intervals[name].keys()]
     if not fitting:
         unknown = next(name for name in parameters if name not in space.intervals[names[0]])
@@ -95,24 +95,24 @@ def _option(parameter: str) -> str:
     return "--beta" if parameter == "beta" else f"--parameter {parameter}"
 
 
-def plan_of(config: Config, bench: Bench) -> Plan:
-    """The plan of a configuration; UserError if the bench's model is not the one that it was found for."""
-    if bench.folder.content != config.model.fingerprint:
+def plan_of(config: Config, context: TrialContext) -> Plan:
+    """The plan of a configuration; UserError if the context's model is not the one that it was found for."""
+    if context.folder.content != config.model.fingerprint:
         raise UserError(
-            f"model.fingerprint: {config.model.id} is {bench.folder.content[:12]}… here, the configuration was found "
+            f"model.fingerprint: {config.model.id} is {context.folder.content[:12]}… here, the configuration was found "
             f"for {config.model.fingerprint[:12]}…; give it the model of the study"
         )
-    blocks = len(bench.checkpoint.blocks)
+    blocks = len(context.checkpoint.blocks)
     if len(config.block_sparsities) != blocks:
         raise UserError(f"block_sparsities: {len(config.block_sparsities)} values for a model of {blocks} blocks")
     found = config.linear_sparsities
-    if found is not None and [len(row) for row in found] != [len(row) for row in bench.checkpoint.linears]:
+    if found is not None and [len(row) for row in found] != [len(row) for row in context.checkpoint.linears]:
         raise UserError("linear_sparsities: not one value for each linear of the model's blocks")
     name, values = config.allocation.name, config.allocation.parameters
     return Plan(config.pruner, name, config.block_sparsities, values, found)
 
 
-def _config(file: StudyFile, bench: Bench, plan: Plan) -> Config:
+def _config(file: StudyFile, context: TrialContext, plan: Plan) -> Config:
     """One plan as a configuration: what it takes to make its folder again, with nothing measured."""
     study, nothing = file.study, Scores(search=None, report=None)
     return Config(
@@ -120,7 +120,7 @@ def _config(file: StudyFile, bench: Bench, plan: Plan) -> Config:
         trial=None,
         model=ModelRef(
             id=study.model.source, revision=study.model.revision, sha256=study.model.sha256,
-            fingerprint=bench.folder.content, dtype=bench.dtype,
+            fingerprint=context.folder.content, dtype=context.dtype,
         ),
         pruner=plan.pruner,
         prune=study.prune,
@@ -133,45 +133,45 @@ def _config(file: StudyFile, bench: Bench, plan: Plan) -> Config:
         perplexity=nothing,
         baselines=Baselines(dense=nothing, uniform=nothing),
         calibration=study.texts.calibration.text,
-        batches=bench.batches,
+        batches=context.batches,
         texts=Texts(search=study.texts.search, report=study.report_text),
-        bos=bench.bos,
+        bos=context.bos,
         seed=study.search.seed,
         versions=versions(),
     )  # fmt: skip
 
 
-def write_sparse(bench: Bench, plan: Plan, out: Path, config: Config) -> Dense:
+def write_sparse(context: TrialContext, plan: Plan, out: Path, config: Config) -> Dense:
     """Prunes and writes the sparse checkpoint, which says what it is: the configuration, with the zeros counted."""
-    checkpoint, zeros = bench.checkpoint, list[int]()
-    shards = Shards(bench.folder.path, str(checkpoint.model.base_model_prefix))
+    checkpoint, zeros = context.checkpoint, list[int]()
+    shards = Shards(context.folder.path, str(checkpoint.model.base_model_prefix))
     keys = {checkpoint.key(i, linear) for i, linears in enumerate(checkpoint.linears) for linear in linears}
     names = {name for key in keys for name in checkpoint.as_saved(key, checkpoint.model.get_parameter(key).to("meta"))}
-    bench.watch(TrialStarted(f"writing {out}", plan))
-    dense = Dense(bench.folder.path, bench.folder.revision, reads_images(bench.folder.path))
-    with sparse_folder(bench.folder.path, out) as folder:
-        shards.write(folder, names, _pruned(bench, plan, zeros))
-        bench.folder.check_unchanged()
-        describe(folder, _counted(config, bench, sum(zeros)), dense)
+    context.watch(TrialStarted(f"writing {out}", plan))
+    dense = Dense(context.folder.path, context.folder.revision, reads_images(context.folder.path))
+    with sparse_folder(context.folder.path, out) as folder:
+        shards.write(folder, names, _pruned(context, plan, zeros))
+        context.folder.check_unchanged()
+        describe(folder, _counted(config, context, sum(zeros)), dense)
     return dense
 
 
-def _counted(config: Config, bench: Bench, zeros: int) -> Config:
+def _counted(config: Config, context: TrialContext, zeros: int) -> Config:
     """The configuration with what is known of the model now: the share of zeros, the names that it was found in, and
     the batches that fit.
     """
-    checkpoint = bench.checkpoint
+    checkpoint = context.checkpoint
     realised = Sparsity(target=config.sparsity.target, realised=zeros / sum(checkpoint.sizes))
     linears = checkpoint.linear_names if config.linear_sparsities else None
-    batches = {**config.batches, "calibration": bench.batches["calibration"]}
+    batches = {**config.batches, "calibration": context.batches["calibration"]}
     known = {"blocks": checkpoint.blocks_name, "linears": linears, "batches": batches}
     return config.model_copy(update={"sparsity": realised, **known})
 
 
-def _pruned(bench: Bench, plan: Plan, zeros: list[int]) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _pruned(context: TrialContext, plan: Plan, zeros: list[int]) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Name on disk, dense and pruned weight of all that is pruned, as the pass comes to it; zeros are counted."""
-    checkpoint = bench.checkpoint
-    for block in bench.prune(plan):
+    checkpoint = context.checkpoint
+    for block in context.prune(plan):
         zeros.append(sum(block.zeros.values()))
         linears = {linear.key: linear for linear in checkpoint.linears[block.index]}
         for key, linear in linears.items():
@@ -182,7 +182,7 @@ def _pruned(bench: Bench, plan: Plan, zeros: list[int]) -> Iterator[tuple[str, T
                 yield part, was, saved[part]
 
 
-def _measured(setup: Setup, out: Path, dense: Dense, watch: Watch) -> Perplexity:
+def _measured(setup: ContextConfig, out: Path, dense: Dense, watch: Watch) -> Perplexity:
     """Measures a written folder, which says so then."""
     measured = measure_folder(setup, out, watch)
     config = read_config(out / ABOUT)
@@ -191,14 +191,14 @@ def _measured(setup: Setup, out: Path, dense: Dense, watch: Watch) -> Perplexity
     return measured
 
 
-def measure_folder(setup: Setup, out: Path, watch: Watch) -> Perplexity:
+def measure_folder(setup: ContextConfig, out: Path, watch: Watch) -> Perplexity:
     """Perplexity on the report text of a written folder, loaded as anybody would load it."""
     return perplexity(folder_nlls(setup, out, watch, f"checking {out}"))
 
 
-def folder_nlls(setup: Setup, folder: Path, watch: Watch, title: str) -> list[float]:
+def folder_nlls(setup: ContextConfig, folder: Path, watch: Watch, title: str) -> list[float]:
     """Window NLLs of the same."""
     model = setup.model.model_copy(update={"source": str(folder.absolute()), "sha256": None, "revision": None})
-    with Bench.open(replace(setup, model=model), watch) as bench:
+    with TrialContext.open(replace(setup, model=model), watch) as context:
         watch(TrialStarted(title, None))
-        return bench.all_nlls(bench.dense(), "report")
+        return context.all_nlls(context.dense(), "report")

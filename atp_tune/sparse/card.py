@@ -13,10 +13,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from atp_tune.cache import write_out
 from atp_tune.checkpoints.convert import quiet
 from atp_tune.errors import UserError
+from atp_tune.metrics.perplexity import error_over
 from atp_tune.plan import shown
+from atp_tune.report.markup import escaped, fenced
 from atp_tune.report.tables import speed
-from atp_tune.scores.perplexity import error_over
-from atp_tune.sparse.markup import escaped, fenced
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import Compared, Config, Measure
 from atp_tune.spec.study import Text

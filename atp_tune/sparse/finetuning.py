@@ -15,21 +15,21 @@ from torch import Tensor
 
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.convert import WEIGHTS
-from atp_tune.checkpoints.devices import device_name, find_device, memory_for, peak_memory, reset_peak_memory
+from atp_tune.checkpoints.devices import device_name, find_device, oom_as_user_error, peak_memory, reset_peak_memory
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.checkpoints.trust import small_files
 from atp_tune.errors import UserError
 from atp_tune.events import Note, Step, TrialStarted, Watch
-from atp_tune.results.wording import duration
-from atp_tune.scores.perplexity import Perplexity, change, perplexity
-from atp_tune.search.bench import Setup
+from atp_tune.metrics.perplexity import Perplexity, change, perplexity
+from atp_tune.results.formatting import duration
+from atp_tune.search.context import ContextConfig
 from atp_tune.sparse.applying import folder_nlls
 from atp_tune.sparse.card import amend, words
 from atp_tune.sparse.provenance import FINETUNED, Finetuned, Origin, Settings, Zeros, origin
 from atp_tune.sparse.shards import Shards, check_free, sparse_folder
 from atp_tune.spec.study import Model, Prune, Text
+from atp_tune.storage.process_identity import versions
 from atp_tune.texts.windows import Windows, first_windows, recut, token_windows
-from atp_tune.trials.process import versions
 
 if TYPE_CHECKING:
     from atp_tune.sparse.training import Trainer
@@ -42,7 +42,7 @@ SAVED = 20  # steps after which what is trained is written down
 class Job:
     """What is fine-tuned into what and how; `report` measures it, on which `dense` is the dense model's perplexity."""
 
-    setup: Setup
+    setup: ContextConfig
     folder: ModelFolder
     out: Path
     text: Text
@@ -79,8 +79,8 @@ def finetune(
     bos = made is not None and made.bos
     windows = read_windows(text, report, folder.path, settings, bos)
     dense = made.dense if made and made.report == report else None
-    setup = Setup(named, Prune(), {"report": report}, Path(), device, bos=bos)
-    with memory_for("finetune"):
+    setup = ContextConfig(named, Prune(), {"report": report}, Path(), device, bos=bos)
+    with oom_as_user_error("finetune"):
         return _run(Job(setup, folder, out, text, windows, settings, dense, watch))
 
 

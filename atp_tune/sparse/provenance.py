@@ -9,8 +9,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from atp_tune.errors import UserError
+from atp_tune.metrics.perplexity import Change, Perplexity
 from atp_tune.paths import written
-from atp_tune.scores.perplexity import Change, Perplexity
 from atp_tune.spec.config import read_config
 from atp_tune.spec.study import Text
 

@@ -25,11 +25,11 @@ from pydantic import (
 
 from atp_tune.cache import write_out
 from atp_tune.errors import UserError
-from atp_tune.scores.divergence import Divergence
-from atp_tune.scores.draws import OverDraws
-from atp_tune.scores.perplexity import Perplexity
+from atp_tune.metrics.draws import OverDraws
+from atp_tune.metrics.kl import Divergence
+from atp_tune.metrics.perplexity import Perplexity
+from atp_tune.metrics.speed import Speed
 from atp_tune.spec.study import AllocationName, Model, Prune, PrunerName, Share, Text
-from atp_tune.speed.result import Speed
 
 FORMAT: Literal["atp_tune.config/1"] = "atp_tune.config/1"
 

@@ -18,13 +18,13 @@ from atp_tune.checkpoints.classes import model_config
 from atp_tune.checkpoints.devices import cpu_name
 from atp_tune.errors import UserError
 from atp_tune.events import Step, Watch
+from atp_tune.metrics.speed import PHASES, SIDES, Phase, Side
 from atp_tune.speed.decoder import check_family
 from atp_tune.speed.deepsparse_home import python_of
-from atp_tune.speed.eager import random_ids
 from atp_tune.speed.graphs import capacity, check_onnx, export
-from atp_tune.speed.pair import Pair
-from atp_tune.speed.rates import About, Engine, Task
-from atp_tune.speed.result import PHASES, SIDES, Phase, Side
+from atp_tune.speed.model_pair import Pair
+from atp_tune.speed.throughput import About, Engine, Task
+from atp_tune.speed.torch_engine import random_ids
 
 WORKER = Path(__file__).with_name("deepsparse_worker.py")
 SILENT = {"NM_DISABLE_ANALYTICS": "1"}  # else it reports its use

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from atp_tune.errors import UserError
+from atp_tune.metrics.speed import PHASES, Phase
 from atp_tune.speed.decoder import Decoder
-from atp_tune.speed.rates import Task
-from atp_tune.speed.result import PHASES, Phase
+from atp_tune.speed.throughput import Task
 
 OPSET = 14  # the newest that DeepSparse reads
 NAMES = ("input_ids", "attention_mask", "positions", "causal_mask")

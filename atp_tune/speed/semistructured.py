@@ -11,9 +11,9 @@ from torch.sparse import to_sparse_semi_structured
 
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.errors import UserError
-from atp_tune.speed import eager
-from atp_tune.speed.pair import Pair
-from atp_tune.speed.rates import Engine, Task
+from atp_tune.speed import torch_engine
+from atp_tune.speed.model_pair import Pair
+from atp_tune.speed.throughput import Engine, Task
 
 NAME = "semi-structured"
 CAPABILITY = (8, 0)  # of the first GPUs with sparse tensor cores
@@ -22,7 +22,7 @@ CAPABILITY = (8, 0)  # of the first GPUs with sparse tensor cores
 def opened(pair: Pair, task: Task, device: torch.device) -> AbstractContextManager[Engine]:
     """Both models in bf16; UserError where the zeros are not 2:4 or the card is not there."""
     check(pair.pattern, device)
-    return eager.opened(pair, task, device, torch.bfloat16, NAME, compress)
+    return torch_engine.opened(pair, task, device, torch.bfloat16, NAME, compress)
 
 
 def check(pattern: str, device: torch.device) -> None:

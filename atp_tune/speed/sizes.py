@@ -8,8 +8,8 @@ from pathlib import Path
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.errors import UserError
 from atp_tune.events import Step, Watch
+from atp_tune.metrics.speed import Sizes
 from atp_tune.pruners.selection import nonzeros
-from atp_tune.speed.result import Sizes
 
 CHUNK = 16 << 20  # bytes read at a time
 LEVEL = 3  # of zstd, its default

@@ -16,7 +16,7 @@ from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.checkpoints.residency import Residency
 from atp_tune.checkpoints.streaming import Tensors
 from atp_tune.plan import Plan
-from atp_tune.search.bench import Bench
+from atp_tune.search.context import TrialContext
 from atp_tune.search.record import Record
 from atp_tune.spec.study import Prune
 from atp_tune.texts.windows import Windows
@@ -47,32 +47,32 @@ def bench_on(
     dtype: torch.dtype = torch.float32,
     prune: Prune | None = None,
     windows: int = 16,
-) -> Bench:
+) -> TrialContext:
     """A bench over so many random windows a text, for a GPU of 512 tokens."""
     tokens = 512 if device.type == "cuda" else 32
     ids = torch.randint(VOCABULARY, (2, windows, tokens), generator=torch.Generator().manual_seed(0))
     texts = {role: Windows(part.numpy(), role) for role, part in zip(("calibration", "search"), ids, strict=True)}
     checkpoint = Checkpoint(llama(device, dtype), device, residency)
-    return Bench(ModelFolder(Path(), "random", "llama"), checkpoint, texts, prune or Prune(), lambda event: None)
+    return TrialContext(ModelFolder(Path(), "random", "llama"), checkpoint, texts, prune or Prune(), lambda event: None)
 
 
-def plan(bench: Bench, pruner: str = "wanda") -> Plan:
+def plan(context: TrialContext, pruner: str = "wanda") -> Plan:
     """Half of the weights of each block."""
-    return Plan(pruner, "uniform", (0.5,) * len(bench.checkpoint.blocks))
+    return Plan(pruner, "uniform", (0.5,) * len(context.checkpoint.blocks))
 
 
-def trial(bench: Bench, pruner: str = "wanda") -> Record:
+def trial(context: TrialContext, pruner: str = "wanda") -> Record:
     """A trial as the objective runs it; its record is not closed yet."""
-    record = Record(bench.checkpoint.device, bench.dtype)
-    pruned = record.follow(bench.prune(plan(bench, pruner)), bench.checkpoint.sizes)
-    record.nlls = bench.all_nlls(pruned, "search")
+    record = Record(context.checkpoint.device, context.dtype)
+    pruned = record.follow(context.prune(plan(context, pruner)), context.checkpoint.sizes)
+    record.nlls = context.all_nlls(pruned, "search")
     return record
 
 
-def pruned_blocks(bench: Bench, pruner: str = "wanda") -> list[Tensors]:
+def pruned_blocks(context: TrialContext, pruner: str = "wanda") -> list[Tensors]:
     """The blocks that a plan comes to, in host memory."""
     return [
-        {name: tensor.cpu() for name, tensor in block.weights.items()} for block in bench.prune(plan(bench, pruner))
+        {name: tensor.cpu() for name, tensor in block.weights.items()} for block in context.prune(plan(context, pruner))
     ]
 
 

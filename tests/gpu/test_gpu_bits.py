@@ -34,10 +34,10 @@ def test_sequential_statistics_too(device: torch.device) -> None:
 
 
 def test_a_trial_again_is_the_same_to_the_last_bit(device: torch.device) -> None:
-    bench = bench_on(device, dtype=torch.bfloat16)
-    first, nlls = pruned_blocks(bench), trial(bench).nlls
-    assert same_blocks(pruned_blocks(bench), first)
-    assert trial(bench).nlls == nlls
+    context = bench_on(device, dtype=torch.bfloat16)
+    first, nlls = pruned_blocks(context), trial(context).nlls
+    assert same_blocks(pruned_blocks(context), first)
+    assert trial(context).nlls == nlls
 
 
 @pytest.mark.parametrize("residency", ["host", "disk"])
@@ -48,17 +48,17 @@ def test_where_weights_lie_changes_no_bit(family: str, residency: Residency, dev
 
 def family_nlls(family: str, residency: Residency, device: torch.device) -> list[float]:
     """Window NLLs of a pruned tiny model and of the dense one."""
-    bench = bench_of(tiny(family), residency=residency, device=device)
-    blocks = bench.prune(Plan("wanda", "uniform", (0.5,) * len(bench.checkpoint.blocks)))
-    nlls = bench.all_nlls(((block.index, block.weights) for block in blocks), "search")
-    return [*nlls, *bench.all_nlls(bench.dense(), "report")]
+    context = bench_of(tiny(family), residency=residency, device=device)
+    blocks = context.prune(Plan("wanda", "uniform", (0.5,) * len(context.checkpoint.blocks)))
+    nlls = context.all_nlls(((block.index, block.weights) for block in blocks), "search")
+    return [*nlls, *context.all_nlls(context.dense(), "report")]
 
 
 @pytest.mark.parametrize("pruner", PRUNERS)
 def test_a_cpu_comes_to_nearly_the_same(pruner: str, device: torch.device) -> None:
     """Zeros by the plan exactly, masks but for near-ties, NLLs but for those."""
     here, there = (bench_of(tiny("llama"), device=place) for place in (device, torch.device("cpu")))
-    ones, others = (list(bench.prune(plan(bench, pruner))) for bench in (here, there))
+    ones, others = (list(context.prune(plan(context, pruner))) for context in (here, there))
     weights = differ = 0
     for one, other in zip(ones, others, strict=True):
         assert one.zeros == other.zeros
@@ -68,16 +68,16 @@ def test_a_cpu_comes_to_nearly_the_same(pruner: str, device: torch.device) -> No
             weights += linear.size
     assert differ < 0.01 * weights
     nlls = [
-        bench.all_nlls(((block.index, block.weights) for block in blocks), "search")
-        for bench, blocks in ((here, ones), (there, others))
+        context.all_nlls(((block.index, block.weights) for block in blocks), "search")
+        for context, blocks in ((here, ones), (there, others))
     ]
     assert fmean(nlls[0]) == pytest.approx(fmean(nlls[1]), rel=0.01)
 
 
 def test_bf16_comes_near_float32(device: torch.device) -> None:
     benches = [bench_on(device, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
-    assert [bench.dtype for bench in benches] == ["float32", "bfloat16"]
-    dense = [fmean(bench.all_nlls(bench.dense(), "search")) for bench in benches]
-    pruned = [fmean(trial(bench).nlls) for bench in benches]
+    assert [context.dtype for context in benches] == ["float32", "bfloat16"]
+    dense = [fmean(context.all_nlls(context.dense(), "search")) for context in benches]
+    pruned = [fmean(trial(context).nlls) for context in benches]
     assert dense[1] == pytest.approx(dense[0], rel=0.01)
     assert pruned[1] == pytest.approx(pruned[0], rel=0.02)

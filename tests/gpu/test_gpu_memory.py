@@ -106,13 +106,13 @@ def moved(replay: Replay, hidden: Tensor, windows: int) -> Tensor:
 
 
 def test_a_trial_that_does_not_fit_fails_and_the_next_one_runs(card: torch.device) -> None:
-    bench = bench_on(card)
-    before = trial(bench).nlls
-    sizes = bench.batches
+    context = bench_on(card)
+    before = trial(context).nlls
+    sizes = context.batches
     with little_memory(card, 2 * MIB), pytest.raises((TrialError, torch.OutOfMemoryError), match="out of memory"):
-        trial(bench)
-    bench.begin(sizes)
-    assert trial(bench).nlls == before
+        trial(context)
+    context.begin(sizes)
+    assert trial(context).nlls == before
 
 
 @pytest.mark.parametrize("residency", ["device", "host"])
@@ -121,10 +121,10 @@ def test_a_bench_that_is_let_go_frees_its_memory(residency: Any, device: torch.d
     trial(bench_on(device, residency))  # libraries take memory for good where they are first used
     let_go(device)
     free, taken = (free_memory(device), held(device)) if device.type == "cuda" else (0, 0)
-    bench = bench_on(device, residency)
-    trial(bench)
-    model = weakref.ref(bench.checkpoint.model)
-    del bench
+    context = bench_on(device, residency)
+    trial(context)
+    model = weakref.ref(context.checkpoint.model)
+    del context
     gc.collect()
     assert model() is None
     if device.type == "cuda":
@@ -138,12 +138,12 @@ def test_streaming_holds_few_blocks(card: torch.device) -> None:
     for residency in ("device", "host"):
         let_go(card)
         base = held(card)
-        bench = bench_on(card, residency)  # type: ignore[arg-type]
-        weights = sum(p.numel() * p.element_size() for p in bench.checkpoint.blocks.parameters())
+        context = bench_on(card, residency)  # type: ignore[arg-type]
+        weights = sum(p.numel() * p.element_size() for p in context.checkpoint.blocks.parameters())
         torch.cuda.reset_peak_memory_stats(card)
-        trial(bench)
+        trial(context)
         peaks[residency] = torch.cuda.max_memory_allocated(card) - base
-        del bench
+        del context
     assert peaks["device"] - peaks["host"] > 0.5 * weights
 
 
@@ -152,10 +152,10 @@ def test_a_small_device_streams_and_comes_to_the_same(device: torch.device, monk
     taken = held(device) if device.type == "cuda" else 0
     model = sum(p.numel() * p.element_size() for p in bench_on(device).checkpoint.model.parameters())
     monkeypatch.setenv("ATP_TUNE_DEVICE_MEMORY", str(taken + model))
-    bench = bench_on(device, residency=None)
-    assert bench.checkpoint.residency == "host"
-    bench.begin(usual_batches(device, monkeypatch))
-    assert same_blocks(pruned_blocks(bench), expected)
+    context = bench_on(device, residency=None)
+    assert context.checkpoint.residency == "host"
+    context.begin(usual_batches(device, monkeypatch))
+    assert same_blocks(pruned_blocks(context), expected)
 
 
 def usual_batches(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:

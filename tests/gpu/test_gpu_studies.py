@@ -12,7 +12,7 @@ from cards import bench_on, pruned_blocks, same_blocks
 from tinystudy import LONG, Answer, finish, quiet, run, settings, start, stored, wait_for
 
 from atp_tune.checkpoints.devices import find_device
-from atp_tune.trials.merging import merge
+from atp_tune.merging import merge
 
 pytestmark = pytest.mark.gpu
 TOTAL = "search.trials=4"
@@ -76,8 +76,8 @@ def test_what_a_gpu_found_is_applied_there(place: Path, device: torch.device) ->
 def test_the_current_device_is_the_one_that_computes(card: torch.device) -> None:
     """Libraries, pinned memory and Triton take the current one, whatever tensors say."""
     device = find_device("auto")
-    bench = bench_on(device)
-    assert device == bench.checkpoint.device
+    context = bench_on(device)
+    assert device == context.checkpoint.device
     assert torch.cuda.current_device() == (device.index or 0)
 
 

@@ -10,7 +10,7 @@ from atp_tune.blocks.prune_pass import advance, measure
 from atp_tune.blocks.timing import wait_for
 from atp_tune.cost.probe import probe
 from atp_tune.pruners.statistics import InputNorms
-from atp_tune.search.bench import Bench
+from atp_tune.search.context import TrialContext
 
 pytestmark = pytest.mark.gpu
 
@@ -21,11 +21,11 @@ def near(found: float, expected: float, factor: float, device: torch.device) -> 
 
 
 def test_phases_add_up_to_the_wall(device: torch.device) -> None:
-    bench = bench_on(device)
-    trial(bench)
+    context = bench_on(device)
+    trial(context)
     wait_for(device)
     began = perf_counter()
-    record = trial(bench)
+    record = trial(context)
     wait_for(device)
     whole = perf_counter() - began
     seconds = record.close()["seconds"]
@@ -36,20 +36,20 @@ def test_phases_add_up_to_the_wall(device: torch.device) -> None:
 
 def test_listening_counts_for_calibration(device: torch.device) -> None:
     """On a GPU its kernels end long after they were started, where the pruner first waits for a number."""
-    bench = bench_on(device, dtype=torch.bfloat16, windows=64)
-    trial(bench)
-    expected = min(calibration_seconds(bench) for _ in range(3))
-    found = min(trial(bench).close()["seconds"]["calibrate"] for _ in range(3))
+    context = bench_on(device, dtype=torch.bfloat16, windows=64)
+    trial(context)
+    expected = min(calibration_seconds(context) for _ in range(3))
+    found = min(trial(context).close()["seconds"]["calibrate"] for _ in range(3))
     assert near(found, expected, 2, device)
 
 
 @torch.inference_mode()
-def calibration_seconds(bench: Bench) -> float:
+def calibration_seconds(context: TrialContext) -> float:
     """The two passes over the calibration windows, each block's alone."""
-    replay, batch, device = bench.replay, bench.batch("calibration"), bench.checkpoint.device
-    ids = torch.from_numpy(bench.windows["calibration"].ids).to(device)
+    replay, batch, device = context.replay, context.batch("calibration"), context.checkpoint.device
+    ids = torch.from_numpy(context.windows["calibration"].ids).to(device)
     hidden, seconds = replay.embed(ids).clone(), 0.0
-    for index, weights in bench.dense():
+    for index, weights in context.dense():
         wait_for(device)
         began = perf_counter()
         measure(replay, batch, index, weights, hidden, InputNorms)
@@ -62,11 +62,11 @@ def calibration_seconds(bench: Bench) -> float:
 @pytest.mark.parametrize("residency", ["device", "host"])
 def test_the_probe_foretells_calibration(residency: str, device: torch.device) -> None:
     """Seconds per token of the phase that grows with the text, as `plan` multiplies them."""
-    bench = bench_on(device, residency, windows=64)  # type: ignore[arg-type]
-    trial(bench)
-    rates = probe(bench, ("wanda",), 0.5, load=0.0)
-    tokens = bench.windows["calibration"].ids.size
-    foretold = rates.pruners["wanda"].calibrate * tokens * len(bench.checkpoint.blocks)
-    found = min(trial(bench).close()["seconds"]["calibrate"] for _ in range(3))
+    context = bench_on(device, residency, windows=64)  # type: ignore[arg-type]
+    trial(context)
+    rates = probe(context, ("wanda",), 0.5, load=0.0)
+    tokens = context.windows["calibration"].ids.size
+    foretold = rates.pruners["wanda"].calibrate * tokens * len(context.checkpoint.blocks)
+    found = min(trial(context).close()["seconds"]["calibrate"] for _ in range(3))
     assert foretold > 0
     assert near(foretold, found, 4, device)

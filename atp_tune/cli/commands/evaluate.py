@@ -50,7 +50,7 @@ def evaluate(
     if model is not None and storage is not None:
         raise typer.BadParameter("only with --config", param_hint="--storage")
     from atp_tune.cli.evaluating import run_evaluate, run_evaluate_folder
-    from atp_tune.scores.zeroshot import Asked
+    from atp_tune.zeroshot.comparison import Asked
 
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
     asked = Asked(names, limit, num_fewshot, batch, device or "auto")

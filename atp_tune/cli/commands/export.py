@@ -82,7 +82,7 @@ def _of_study(file: "StudyFile", name: str | None, overridden: bool, target: Pat
     """The best configuration of a study, or that of a trial; `overridden`: other settings are asked for."""
     from atp_tune.results.summary import best_config, made_from
     from atp_tune.spec.studyfile import facts
-    from atp_tune.trials.storage import check_facts
+    from atp_tune.storage.fingerprint import check_facts
 
     stored = stored_study(file, name)
     made = None if overridden else made_from(stored.user_attrs.get("made_from"))

@@ -29,10 +29,10 @@ def status(
     """
     if every is not None and not watch:
         raise typer.BadParameter("only with --watch", param_hint="--every")
-    from atp_tune.cli import watching
+    from atp_tune.cli import live_status
 
     file = load_study(study, storage, None, set_)
     if watch:
-        watching.watch(file, study_name or file.name, every or 2, json)
+        live_status.watch(file, study_name or file.name, every or 2, json)
     else:
-        watching.show_once(stored_study(file, study_name), file, json)
+        live_status.show_once(stored_study(file, study_name), file, json)

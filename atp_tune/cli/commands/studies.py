@@ -14,7 +14,7 @@ def studies(json: Json = False) -> None:
 
     Example: `python tune.py studies`
     """
-    from atp_tune.cli.outcomes import show_studies
+    from atp_tune.cli.summaries import show_studies
     from atp_tune.results.status import to_json
     from atp_tune.spec.studyfile import known
 
@@ -27,9 +27,9 @@ def _listed(path: Path) -> "list[Listed]":
     from atp_tune.errors import UserError
     from atp_tune.results.status import invalid, listed
     from atp_tune.results.summary import summarise
-    from atp_tune.search.screening import is_screening
     from atp_tune.spec.studyfile import load
-    from atp_tune.trials.storage import find_study, names_in, open_storage
+    from atp_tune.storage.fingerprint import is_screening
+    from atp_tune.storage.opening import find_study, names_in, open_storage
 
     try:
         file = load(str(path))

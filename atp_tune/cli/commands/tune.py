@@ -10,7 +10,7 @@ import atp_tune
 from atp_tune.cli.options import Device, Overrides, Storage, StudyLabel, load_study
 
 if TYPE_CHECKING:
-    from atp_tune.cli.crew import Crew
+    from atp_tune.cli.worker_pool import WorkerPool
 
 
 class Engine(StrEnum):
@@ -86,7 +86,7 @@ def run(
     names = _devices(file.study.device, workers, devices)
     for name in names:  # so that a mistake is told before anything runs
         load_study(study, storage, name, set_)
-    crew = _crew(engine, names, workers, devices, ray_address)
+    crew = _worker_pool(engine, names, workers, devices, ray_address)
     run_study(file, study_name, timeout, crew, allow_device_change)
 
 
@@ -100,9 +100,9 @@ def _devices(device: str, workers: int | None, devices: str | None) -> list[str]
     return listed
 
 
-def _crew(
+def _worker_pool(
     engine: Engine, names: list[str], workers: int | None, devices: str | None, address: str | None
-) -> "Crew | None":
+) -> "WorkerPool | None":
     """Who runs the trials; None for this process alone."""
     if engine == Engine.ray:
         if devices is not None:
@@ -115,7 +115,7 @@ def _crew(
     return partial(run_workers, devices=names) if len(names) > 1 else None
 
 
-def _on_ray(workers: int | None, address: str | None) -> "Crew":
+def _on_ray(workers: int | None, address: str | None) -> "WorkerPool":
     from atp_tune.errors import UserError
 
     try:

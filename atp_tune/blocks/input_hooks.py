@@ -1,0 +1,114 @@
+"""Listening to the inputs of a block's linears while the block runs."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from weakref import ref
+
+from torch import Tensor, nn
+
+from atp_tune.checkpoints.experts import expert_inputs, expert_name, expert_weights
+from atp_tune.checkpoints.linears import Linear
+from atp_tune.errors import TrialError
+from atp_tune.pruners import Statistics
+
+Arrived = Callable[[Sequence[Linear]], None]
+
+
+class AllInputsSeen(Exception):  # noqa: N818 - a signal, not an error
+    """Every linear has its input: what the block would still compute is not wanted."""
+
+
+class InputCollector:
+    """Statistics by linear, fed by forward pre-hooks; linears that read the same tensor share one object.
+
+    `arrived` is called when the inputs of one linear, or of a mixture's experts, were taken in and before they are
+    multiplied by the weight.
+    """
+
+    def __init__(self, linears: list[Linear], kind: type[Statistics], arrived: Arrived) -> None:
+        self._linears = linears
+        self._kind = kind
+        self._arrived = arrived
+        self._by_name: dict[str, Statistics] = {}
+        self._run: set[str] = set()
+        self._heard: dict[int, tuple[ref[Tensor], Statistics]] = {}  # by id; the tensors are not kept alive
+
+    @contextmanager
+    def listening(self, block: nn.Module) -> Iterator[None]:
+        """While the body runs, the linears' inputs are gathered."""
+        handles = [
+            block.get_submodule(linear.name).register_forward_pre_hook(partial(self._on_input, linear))
+            for linear in self._linears
+            if linear.expert is None
+        ]
+        for path, linears in self._mixtures().items():
+            hook = partial(self._on_expert_input, path, linears)
+            handles.append(block.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def of(self, linear: Linear) -> Statistics | None:
+        """Statistics of a linear as far as they are gathered; None for an expert that got no token."""
+        return self._by_name.get(linear.name)
+
+    def result(self) -> dict[str, Statistics]:
+        """Statistics of each linear by name, but for experts that got no token; TrialError if one was never run."""
+        silent = [linear.name for linear in self._linears if linear.name not in self._run]
+        if silent:
+            raise TrialError(f"linear {silent[0]} was not run by its block, so its inputs are not known")
+        return self._by_name
+
+    def _mixtures(self) -> dict[str, dict[str, Linear]]:
+        """The experts' linears by name, for each path of a module that holds them."""
+        found: dict[str, dict[str, Linear]] = {}
+        for linear in self._linears:
+            if linear.expert is not None:
+                found.setdefault(linear.module, {})[linear.name] = linear
+        return found
+
+    def _on_input(self, linear: Linear, module: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0]
+        tensor, statistics = self._heard.get(id(x), (None, None))
+        if statistics is None or tensor is None or tensor() is not x:
+            statistics = self._take_in(linear, x)
+            self._heard[id(x)] = ref(x), statistics
+        self._by_name[linear.name] = statistics
+        self._ran([linear])
+
+    def _on_expert_input(
+        self, path: str, linears: dict[str, Linear], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        hidden, chosen = (*args, *kwargs.values())[:2]
+        for weight in expert_weights(module):  # the first is pruned, in one pass, before the second has its inputs
+            for expert, x in expert_inputs(module, weight, hidden, chosen):
+                linear = linears[expert_name(path, weight, expert)]
+                self._by_name[linear.name] = self._take_in(linear, x)
+            self._ran([linear for linear in linears.values() if linear.key == f"{path}.{weight}"])
+
+    def _take_in(self, linear: Linear, x: Tensor) -> Statistics:
+        """The linear's own statistics, with these inputs added."""
+        statistics = self._by_name.get(linear.name) or self._kind(linear.in_features, x.device)
+        statistics.add(x)
+        return statistics
+
+    def _ran(self, linears: Sequence[Linear]) -> None:
+        self._run.update(linear.name for linear in linears)
+        self._arrived(linears)
+
+
+def ending(linears: Sequence[Linear]) -> Arrived:
+    """For each run of a block: raises `AllInputsSeen` when every linear has its input."""
+    missing = {linear.name for linear in linears}
+
+    def arrived(found: Sequence[Linear]) -> None:
+        missing.difference_update(linear.name for linear in found)
+        if not missing:
+            missing.update(linear.name for linear in linears)
+            raise AllInputsSeen
+
+    return arrived

@@ -1,0 +1,128 @@
+"""Several workers that run one study together under one display: what processes and a Ray cluster have in common.
+
+The first loads the model and makes the study, then the others join it. They know of each other only through the
+storage, as workers that were started by hand do. One that dies is started again.
+"""
+
+import signal
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from time import time
+from typing import TypeVar
+
+from atp_tune.cli.display import Display, Line
+from atp_tune.cli.runtime import interruptible, quiet
+from atp_tune.errors import TrialError, UserError
+from atp_tune.events import Event, Note, TrialStarted, Watch
+from atp_tune.spec.studyfile import StudyFile
+
+RESTARTS = 2  # of one worker that does not come as far as a trial; those whose trials end them are given up
+PATIENCE = 60  # seconds that workers have to stop after Ctrl-C
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker is given: the study file, the study's name, when to start no more (seconds since 1970), and
+    whether devices and number formats may be mixed.
+    """
+
+    file: StudyFile
+    name: str
+    end: float | None
+    mix: bool = False
+
+
+WorkerPool = Callable[[Job, Display], None]
+
+
+class Worker(ABC):
+    """One worker, started again where it died."""
+
+    def __init__(self, index: int, display: Display) -> None:
+        self.index = index
+        self.is_alive = self.is_ready = False
+        self._line = Line(display, f"worker {index}: ")
+        self._deaths = 0
+        self._was_started = False
+
+    @abstractmethod
+    def launch(self) -> None:
+        """Sets it to work."""
+
+    @abstractmethod
+    def ask_to_stop(self) -> None:
+        """Asks it to stop, as Ctrl-C does."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Waits until it has stopped, for a while."""
+
+    def start_once(self) -> None:
+        """Starts it, unless it was."""
+        if not self._was_started:
+            self._start()
+
+    def hear(self, event: Event) -> None:
+        """Draws one event."""
+        self.is_ready = self.is_ready or isinstance(event, TrialStarted)
+        if isinstance(event, TrialStarted) and event.number is not None:
+            self._deaths = 0
+        self._line(event)
+
+    def ended(self, error: str | None = None) -> None:
+        """It has ended, as it should; UserError if it could not run."""
+        self.is_alive, self.is_ready = False, True
+        self._line.hide()
+        if error is not None:
+            raise UserError(error)
+
+    def died(self, how: str, counts: bool = True) -> None:
+        """It is gone without an answer: it is started again, unless that happens again and again."""
+        self.ended()
+        self._deaths += counts
+        if self._deaths > RESTARTS:
+            times = f"worker {self.index} died ({how}) {self._deaths} times in a row"
+            raise TrialError(f"{times}; its trial is queued again by the next run")
+        self._line(Note(f"worker {self.index} died ({how}): it is started again"))
+        self._start()
+
+    def _start(self) -> None:
+        self._was_started = self.is_alive = True
+        self.launch()
+
+
+AnyWorker = TypeVar("AnyWorker", bound=Worker)
+
+
+def supervise(workers: Sequence[AnyWorker], listen: Callable[[Sequence[AnyWorker]], None]) -> None:
+    """Starts the workers and returns when all have ended; `listen` waits a moment for news of those that live."""
+    workers[0].start_once()
+    try:
+        while alive := [worker for worker in workers if worker.is_alive]:
+            listen(alive)
+            if workers[0].is_ready:
+                for worker in workers:
+                    worker.start_once()
+    finally:
+        left = [worker for worker in workers if worker.is_alive]
+        for worker in left:
+            worker.ask_to_stop()
+        for worker in left:
+            worker.wait()
+
+
+def work(job: Job, index: int, device: str, tell: Watch) -> str | None:
+    """What a worker does: a run whose events go to `tell`, until SIGINT; the reason if it could not run."""
+    from atp_tune.search.runner import tune
+    from atp_tune.search.study_run import StudyRun
+
+    timeout = None if job.end is None else job.end - time()
+    file = replace(job.file, study=job.file.study.model_copy(update={"device": device}))
+    with quiet(lambda text: tell(Note(text))), interruptible(signal.SIGINT), suppress(KeyboardInterrupt):
+        try:
+            tune(StudyRun(file, job.name, timeout, tell, reports=index == 0, writes=False, mix=job.mix))
+        except (UserError, TrialError) as error:
+            return str(error)
+    return None

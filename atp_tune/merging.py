@@ -1,0 +1,301 @@
+"""Uniting what machines without a shared network have found of one study, in a new SQLite file.
+
+Trials that are the same in two storages, which are then copies of an earlier common state, are taken once. All get new
+numbers in the order in which they began; what names a trial by its number follows. Trials that run or wait stay where
+they are: they belong to the machine that they run on. Of what the storages say differently of the study itself, the
+first one's word is taken, and what people wrote in notes is kept from all.
+
+Left out: `best.json` and `report.html` of a dashboard, which `serve` writes anew, and what only a stranger can have
+written: artifacts by names that lead elsewhere, links, notes and attributes of another kind.
+
+Errors: UserError where the storages hold different studies or what Optuna cannot read, or the new file exists.
+"""
+
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any, TypeAlias, cast
+
+import optuna
+from optuna.trial import FrozenTrial, Trial
+from optuna_dashboard import get_note, save_note
+
+from atp_tune.errors import UserError
+from atp_tune.results.annotations import KINDS
+from atp_tune.serving.maintenance import CONFIG, REPORT
+from atp_tune.serving.notes import own_words
+from atp_tune.spec.studyfile import absolute_storage
+from atp_tune.storage import artifacts, fingerprint, opening, totals
+from atp_tune.storage.database import RetryingDatabase, without_password
+from atp_tune.storage.validation import TABLES, UNREADABLE, readable
+
+Numbers: TypeAlias = Mapping[int, int]  # number of a trial in a storage → its new number
+
+NOTE = re.compile(r"dashboard:(\d+:)?note_(ver|str:\d+)")
+SEED = "search.seed"  # may differ: it decides which points are tried, not what a trial is worth
+AS_BEFORE = re.compile(r"(?<=^failed before, as trial )[0-9]{1,9}(?![0-9])")
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one storage gave: its finished trials, how many of them were known already, and how many have not ended."""
+
+    address: str
+    trials: int
+    known: int
+    unfinished: int
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The new study, and what each storage gave to it."""
+
+    study: optuna.Study
+    shares: list[Share]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A study in one of the storages as it stood when it was opened; its address holds no password."""
+
+    address: str
+    study: optuna.Study
+    trials: list[FrozenTrial]
+    unfinished: int
+    attrs: dict[str, Any]
+    artifacts: Path
+
+
+def merge(places: Sequence[str], out: Path, name: str | None) -> Merged:
+    """Unites the study of that name, or the only one there is, out of files or storage URLs."""
+    _check_new(out)
+    sources = _open(places, name)
+    _check_same(sources)
+    kept, numbers = _unite(sources)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        name = sources[0].study.study_name
+        with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder, readable(name):
+            _write(Path(folder), sources, kept, numbers)
+            _check_new(out)
+            _publish(Path(folder), out)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}") from None
+    made = _study_in(absolute_storage(f"sqlite:///{out}", Path()), name)
+    return Merged(made, list(_shares(sources, numbers)))
+
+
+def _shares(sources: Sequence[Source], numbers: Sequence[Numbers]) -> Iterator[Share]:
+    known: set[int] = set()
+    for source, own in zip(sources, numbers, strict=True):
+        yield Share(source.address, len(own), len(known.intersection(own.values())), source.unfinished)
+        known.update(own.values())
+
+
+def _check_new(out: Path) -> None:
+    for path in (out, out.with_suffix(".artifacts")):
+        if path.exists():
+            raise UserError(f"--out {out}: {path} exists; name a new file")
+
+
+def _open(places: Sequence[str], name: str | None) -> list[Source]:
+    addresses = [place if "://" in place else absolute_storage(f"sqlite:///{place}", Path()) for place in places]
+    found = {place: _names_in(place, address) for place, address in zip(places, addresses, strict=True)}
+    shared = set.intersection(*(set(names) for names in found.values()))
+    wanted = {name} if name else shared
+    if len(wanted) != 1 or not wanted <= shared:
+        held = "; ".join(f"{_shown(place)} holds {', '.join(names) or 'none'}" for place, names in found.items())
+        raise UserError(f"merge: which study? Name one that all have with --study NAME; {held}")
+    return [_source(place, address, *wanted) for place, address in zip(places, addresses, strict=True)]
+
+
+def _source(place: str, address: str, name: str) -> Source:
+    study = _study_in(address, name)
+    with readable(name):
+        trials = study.get_trials(deepcopy=False)
+        attrs = study._storage.get_study_system_attrs(study._study_id)
+    ended = [trial for trial in trials if trial.state.is_finished()]
+    return Source(_shown(place), study, ended, len(trials) - len(ended), attrs, opening.artifacts_of(address))
+
+
+def _names_in(place: str, address: str) -> list[str]:
+    db = opening.open_storage(address, create=False)
+    if db is None:
+        raise UserError(f"merge: {place}: no such file")
+    return opening.names_in(db)
+
+
+def _study_in(address: str, name: str) -> optuna.Study:
+    db = opening.open_storage(address, create=False)
+    assert db is not None
+    study = opening.find_study(db, name)
+    assert study is not None
+    return study
+
+
+def _shown(place: str) -> str:
+    return without_password(place) if "://" in place else place
+
+
+def _check_same(sources: Sequence[Source]) -> None:
+    first, *others = sources
+    for source in sources:
+        if "fingerprint" not in source.study.user_attrs:
+            raise UserError(f"merge: {source.address}: study {source.study.study_name} has no trials of atp_tune yet")
+    for other in others:
+        facts = other.study.user_attrs["fingerprint"]
+        seed = {key: value for key, value in first.study.user_attrs["fingerprint"].items() if key == SEED}
+        if differing := fingerprint.differences(first.study, {**facts, **seed}):
+            raise UserError(f"merge: {other.address} holds another study than {first.address}: {differing}")
+
+
+def _unite(sources: Sequence[Source]) -> tuple[list[FrozenTrial], list[Numbers]]:
+    """The trials of the new study in their order, and for each source the new numbers of its trials."""
+    kept: list[tuple[int, FrozenTrial]] = []
+    known: dict[object, int] = {}  # trials of the sources before → their places in `kept`
+    places: list[dict[int, int]] = []
+    for index, source in enumerate(sources):
+        own = {}
+        for trial in source.trials:
+            own[trial.number] = known.get(_key(trial), len(kept))
+            if own[trial.number] == len(kept):
+                kept.append((index, trial))
+        known |= {_key(trial): own[trial.number] for trial in source.trials}
+        places.append(own)
+    order = sorted(range(len(kept)), key=lambda place: (kept[place][1].datetime_start or datetime.max, place))
+    number_of = {place: number for number, place in enumerate(order)}
+    numbers = [{old: number_of[place] for old, place in own.items()} for own in places]
+    return [_renumbered(kept[place][1], numbers[kept[place][0]]) for place in order], list(numbers)
+
+
+def _key(trial: FrozenTrial) -> object:
+    """What is equal in copies of one trial, and in no two others."""
+    values = tuple(trial.values or ())
+    return tuple(sorted(trial.params.items())), values, trial.state, trial.datetime_start, trial.datetime_complete
+
+
+def _renumbered(trial: FrozenTrial, numbers: Numbers) -> FrozenTrial:
+    """A trial whose attributes name others by their new numbers."""
+    trial, user, system = copy(trial), dict(trial.user_attrs), dict(trial.system_attrs)
+    if user.get("repeats") in numbers:
+        user["repeats"] = numbers[user["repeats"]]
+    if "failure" in user:
+        user["failure"] = AS_BEFORE.sub(lambda found: str(numbers.get(int(found[0]), found[0])), user["failure"])
+    system = {key: value for key, value in system.items() if artifacts.is_kept(key, value)}
+    if system.get("failed_trial") in numbers:
+        system["failed_trial"] = numbers[system["failed_trial"]]
+    if "retry_history" in system:
+        system["retry_history"] = [numbers[old] for old in system["retry_history"] if old in numbers]
+    trial.user_attrs, trial.system_attrs = user, system
+    return trial
+
+
+def _write(folder: Path, sources: Sequence[Source], kept: Sequence[FrozenTrial], numbers: Sequence[Numbers]) -> None:
+    db = opening.open_storage(f"sqlite:///{folder.absolute() / 'new.db'}", create=True)
+    assert isinstance(db, RetryingDatabase)
+    first = sources[0].study
+    study = optuna.create_study(study_name=first.study_name, storage=db, directions=first.directions)
+    ids = [study._storage.create_new_trial(study._study_id, trial) for trial in kept]
+    for key, value in _user_attrs(sources, kept, numbers).items():
+        study.set_user_attr(key, value)
+    for key, value in _system_attrs(sources, numbers, ids).items():
+        study._storage.set_study_system_attr(study._study_id, key, value)
+    _write_notes(study, sources, numbers, ids)
+    for source in sources:
+        _copy_artifacts(source, folder / "artifacts")
+    db.close()  # before the file gets its name
+
+
+def _last_first(sources: Sequence[Source], numbers: Sequence[Numbers]) -> list[tuple[Source, Numbers]]:
+    """For a union in which the first one's word overwrites that of the others."""
+    return [*zip(sources, numbers, strict=True)][::-1]
+
+
+def _user_attrs(sources: Sequence[Source], kept: Sequence[FrozenTrial], numbers: Sequence[Numbers]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    by_trial: dict[str, dict[str, Any]] = {}
+    for source, own in _last_first(sources, numbers):
+        merged |= source.study.user_attrs
+        names = {"dense": "dense"} | {str(old): str(new) for old, new in own.items()}
+        for key in (*TABLES, *KINDS):
+            stored = source.study.user_attrs.get(key, {})
+            by_trial.setdefault(key, {}).update({names[name]: value for name, value in stored.items() if name in names})
+    beliefs = [source.study.user_attrs.get("belief") for source in sources]
+    asked = [source.study.user_attrs.get("total", 0) for source in sources]
+    merged["total"] = max(sum(map(totals.counts, kept)), *asked)
+    merged |= {key: values for key, values in by_trial.items() if values}
+    merged.pop("belief", None)
+    known = [belief for belief in beliefs if isinstance(belief, dict) and isinstance(belief.get("before"), int)]
+    if known:
+        merged["belief"] = max(known, key=lambda belief: int(belief["before"]))
+    return merged
+
+
+def _system_attrs(sources: Sequence[Source], numbers: Sequence[Numbers], ids: Sequence[int]) -> dict[str, Any]:
+    merged = {}
+    for source, own in _last_first(sources, numbers):
+        new_ids = {trial._trial_id: ids[own[trial.number]] for trial in source.trials}
+        for key, value in _kept_attrs(source).items():
+            found = artifacts.OF_TRIAL.fullmatch(key)
+            if found and int(found["trial"]) in new_ids:
+                merged[f"{found['head']}{new_ids[int(found['trial'])]}{found['tail']}"] = value
+            elif not found and not NOTE.fullmatch(key):
+                merged[key] = value
+    return merged
+
+
+def _kept_attrs(source: Source) -> dict[str, Any]:
+    """System attributes of a study without the artifacts that `serve` makes anew and those that Optuna did not make."""
+    anew = {name for name, file in artifacts.file_names(source.attrs).items() if file in (CONFIG, REPORT)}
+    kept = {key: value for key, value in source.attrs.items() if artifacts.is_kept(key, value)}
+    return {key: value for key, value in kept.items() if artifacts.name_in(key) not in anew}
+
+
+def _write_notes(
+    study: optuna.Study, sources: Sequence[Source], numbers: Sequence[Numbers], ids: Sequence[int]
+) -> None:
+    notes: dict[int | None, dict[str, None]] = {}
+    for source, own in zip(sources, numbers, strict=True):
+        notes.setdefault(None, {})[_note_of(source.study)] = None
+        for trial in source.trials:
+            body = _note_of(_owner(source.study, trial._trial_id))
+            notes.setdefault(own[trial.number], {})[body] = None
+    for number, bodies in notes.items():
+        written = [body for body in bodies if body]
+        words = written if len(written) == 1 else list(dict.fromkeys(map(own_words, written)))
+        if any(words):
+            save_note(study if number is None else _owner(study, ids[number]), "\n\n".join(words))
+
+
+def _note_of(owner: optuna.Study | Trial) -> str:
+    try:
+        return str(get_note(owner))
+    except UNREADABLE:  # its parts are not as the dashboard writes them
+        return ""
+
+
+def _owner(study: optuna.Study, trial_id: int) -> Trial:
+    """What the dashboard's functions for notes want of a trial."""
+    return cast(Trial, SimpleNamespace(storage=study._storage, study=study, _trial_id=trial_id))
+
+
+def _copy_artifacts(source: Source, folder: Path) -> None:
+    """Copies the files that a study or its trials refer to, but for links and what is no artifact's name."""
+    keys = chain(_kept_attrs(source), *(trial.system_attrs for trial in source.trials))
+    for file in (artifacts.own_file(source.artifacts, artifacts.name_in(key)) for key in keys):
+        if file is not None:
+            folder.mkdir(exist_ok=True)
+            shutil.copyfile(file, folder / file.name)
+
+
+def _publish(folder: Path, out: Path) -> None:
+    if (folder / "artifacts").exists():
+        (folder / "artifacts").rename(out.with_suffix(".artifacts"))
+    (folder / "new.db").rename(out)

@@ -1,0 +1,47 @@
+"""KL divergence from the dense model with its error, from the mean of each window.
+
+    KL = mean over positions of Σ p ln(p / q)        stderr = sd / √n        r = m' / m - 1
+
+p, q next-token distributions of the dense and of the pruned model; sd standard deviation of n window means (nats per
+token). r is the relative change from window means k, of mean m, to those k' of the same windows; its error is that of a
+ratio: the standard error of k' - (1 + r) k, over m.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from pydantic import BaseModel, ConfigDict
+
+from atp_tune.metrics.perplexity import Change
+
+
+class Divergence(BaseModel):
+    """A mean KL divergence in nats per token and its standard error over windows (0 for a single window)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    value: float
+    stderr: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f} ± {self.stderr:.4f}"
+
+
+def divergence(kls: Sequence[float]) -> Divergence:
+    """Mean of window KLs [n] in nats per token."""
+    return Divergence(value=statistics.fmean(kls), stderr=_error(kls))
+
+
+def relative(before: Sequence[float], after: Sequence[float]) -> Change | None:
+    """Relative change of the mean between KLs [n] of the same windows; None from a mean of 0."""
+    mean = statistics.fmean(before)
+    if not mean:
+        return None
+    ratio = statistics.fmean(after) / mean
+    rest = [new - ratio * old for old, new in zip(before, after, strict=True)]
+    return Change(value=ratio - 1, stderr=_error(rest) / mean)
+
+
+def _error(values: Sequence[float]) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0

@@ -1,0 +1,134 @@
+"""What is found out about a configuration after its search: kept in its JSON file and on its study, by trial.
+
+A study has it as user attributes with the names of the file's keys, each a table from the trial's number to what was
+found, as its `reports` are. So the file that is written next for the same trial has it too.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+from optuna.trial import FrozenTrial
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from atp_tune.cache import write_atomically
+from atp_tune.errors import UserError
+from atp_tune.metrics.speed import Speed
+from atp_tune.spec.config import Config, ZeroShot, read_config
+from atp_tune.spec.studyfile import absolute_storage, holds
+from atp_tune.storage import opening
+from atp_tune.storage.database import without_password
+
+Key = Literal["zero_shot", "speed"]
+KINDS: dict[Key, TypeAdapter[Any]] = {"zero_shot": TypeAdapter(ZeroShot), "speed": TypeAdapter(Speed)}
+
+
+def attach(
+    path: Path, config: Config, key: Key, value: BaseModel | Mapping[str, Any], address: str | None = None
+) -> list[str]:
+    """Stores what was found of a configuration in its file and, where that can be found, on its study; where it now is.
+
+    `address`: the storage of the study, else a SQLite file beside the configuration or its study file. A file that
+    is of another trial by now is left as it is. UserError if the study is not in the storage that was named.
+    """
+    found = value.model_dump(mode="json") if isinstance(value, BaseModel) else dict(value)
+    places = [str(path)] if _write(path, config, {key: found}) else []
+    study = study_of(path, config, address)
+    if study is not None:
+        known = study.user_attrs.get(key, {})
+        study.set_user_attr(key, {**known, str(config.trial): found})
+        places.append(f"study {study.study_name}")
+    return places
+
+
+def _write(path: Path, config: Config, found: Mapping[Key, Any]) -> bool:
+    """Whether the file is still of the trial that was measured, and so holds what was found now."""
+    now = read_config(path)
+    if not is_same(now, config):
+        return False
+    try:
+        write_atomically(path, _with(now, found).to_json().encode())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; copy it to where you can write") from None
+    return True
+
+
+def _with(config: Config, found: Mapping[Key, Any]) -> Config:
+    return config.model_copy(update={key: KINDS[key].validate_python(value) for key, value in found.items()})
+
+
+def is_same(one: Config, other: Config) -> bool:
+    """Whether two configurations are of one trial of one study, so that what was found of one holds for the other."""
+    parts = ("study", "trial", "pruner", "block_sparsities", "linear_sparsities")
+    return one.model.fingerprint == other.model.fingerprint and all(
+        getattr(one, part) == getattr(other, part) for part in parts
+    )
+
+
+def study_of(path: Path, config: Config, address: str | None = None) -> optuna.Study | None:
+    """The study that a configuration is of; None if none is found, UserError if it is not in the storage named."""
+    if config.trial is None:  # a plan that no search has found
+        return None
+    if address is not None:
+        study = _in_storage(absolute_storage(address, Path()), config)
+        if study is None:
+            raise UserError(
+                f"--storage {without_password(address)}: has no study {config.study} whose trial {config.trial} is "
+                f"that of {path}"
+            )
+        return study
+    found = (_in_storage(f"sqlite:///{file}", config) for file in _databases(path, config))
+    return next((study for study in found if study is not None), None)
+
+
+def _databases(path: Path, config: Config) -> Iterator[Path]:
+    """SQLite files that hold a study of this name, beside the configuration or where its study file lies."""
+    folders = dict.fromkeys([path.absolute().parent, Path(os.path.realpath(path.absolute().parent / config.folder))])
+    files = [file for folder in folders for file in sorted(folder.glob("*.db"))]
+    return (file for file in sorted(files, key=lambda file: file.stem != config.study) if holds(file, config.study))
+
+
+def _in_storage(address: str, config: Config) -> optuna.Study | None:
+    db = opening.open_storage(address, create=False)
+    study = opening.find_study(db, config.study) if db else None
+    if study is None or study.user_attrs.get("fingerprint", {}).get("model.content") != config.model.fingerprint:
+        return None
+    own = (trial for trial in study.get_trials(deepcopy=False) if trial.number == config.trial)
+    return study if any(_is_of(trial, config) for trial in own) else None
+
+
+def _is_of(trial: FrozenTrial, config: Config) -> bool:
+    sparsities = tuple(trial.user_attrs.get("sparsities", ()))
+    return (trial.params.get("pruner"), sparsities) == (config.pruner, config.block_sparsities)
+
+
+def with_attached(config: Config, study: optuna.Study, out: Path) -> Config:
+    """The configuration with what its study, or the file that it will replace, knows of its trial."""
+    return _with(config, {**_in_file(config, out), **attached(study, config.trial)})
+
+
+def attached(study: optuna.Study, trial: int | None) -> dict[Key, Any]:
+    """What a study knows of a trial beside its own numbers, as far as this version can read it."""
+    known = {key: study.user_attrs.get(key) for key in KINDS}
+    found = {key: value[str(trial)] for key, value in known.items() if isinstance(value, dict) and str(trial) in value}
+    return {key: value for key, value in found.items() if _is_readable(key, value)}
+
+
+def _is_readable(key: Key, value: Any) -> bool:
+    try:
+        KINDS[key].validate_python(value)
+    except ValidationError:
+        return False
+    return True
+
+
+def _in_file(config: Config, out: Path) -> dict[Key, Any]:
+    try:
+        there = read_config(out) if out.is_file() else None
+    except UserError:
+        return {}
+    if there is None or not is_same(there, config):
+        return {}
+    return {key: getattr(there, key) for key in KINDS if getattr(there, key) is not None}

@@ -1,0 +1,132 @@
+"""A trial in a few words, the same on the screen, in notes, figures and reports."""
+
+import shlex
+
+from optuna.trial import FrozenTrial, TrialState
+
+from atp_tune.metrics.perplexity import error_over, reach_of
+from atp_tune.plan import shown
+from atp_tune.results.summary import Summary, allocation_of, is_uniform, parameters_of
+from atp_tune.storage.cutoffs import CutOff
+from atp_tune.storage.lost_trials import cut_offs_of, given_up
+
+
+def plan_of(trial: FrozenTrial) -> str:
+    """A trial's plan: `wanda atp β=0.00569`; as much of it as is drawn yet."""
+    pruner = str(trial.params.get("pruner", ""))
+    if "allocation" not in trial.params:
+        return pruner
+    if is_uniform(trial):
+        return f"{pruner} uniform"
+    return f"{pruner} {trial.params['allocation']} {shown(parameters_of(trial))}".rstrip()
+
+
+def method_of(trial: FrozenTrial) -> str:
+    """A trial's plan as a paper names it: `wanda + atp (β = 0.00569)`."""
+    allocation = allocation_of(trial)
+    parameters = "" if allocation == "uniform" else shown(parameters_of(trial))
+    listed = ", ".join(part.replace("=", " = ") for part in parameters.split())
+    return f"{trial.params.get('pruner', '')} + {allocation}" + (f" ({listed})" if listed else "")
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it, in one unit: `48 s`, `12 min`, `3.4 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def remark_of(trial: FrozenTrial, summary: Summary | None = None) -> str:
+    """What is unusual about a trial: why it has no value of its own, and where it ran if others of its study did not.
+
+    The latter takes the summary. Empty for the usual trial.
+    """
+    unlike = summary.unlike.get(trial.number, "") if summary else ""
+    return "; ".join(part for part in (_reason(trial), _before(trial), unlike) if part)
+
+
+def loss_of(trial: FrozenTrial) -> str:
+    """What is told when a trial turns out to have been cut off."""
+    why, times = given_up(trial), len(cut_offs_of(trial))
+    so_far = f", cut off {times} times by now" if times > 1 else ""
+    end = f"cut off {why}, it is given up" if why else f"it is run again{so_far}"
+    return f"trial {trial.number} was lost with its process: {end}"
+
+
+def errors_of(summary: Summary) -> str:
+    """What ± is: the standard error, over how many windows, and what makes a 95 % interval of it."""
+    known = {role: count for role, count in summary.windows.items() if count > 1}
+    if len(set(known.values())) < 2:
+        return error_over(next(iter(known.values()), None))
+    counts = " and ".join(f"{count} {role}" for role, count in known.items())
+    factors = " and ".join(f"{reach_of(count):.2f}" for count in known.values())
+    return f"standard error over {counts} windows (× {factors} for 95 %)"
+
+
+def draws_of(summary: Summary, trial: FrozenTrial | None) -> tuple[str, str]:
+    """A trial's perplexity on the report text and its change from uniform over the draws of the calibration text.
+
+    Empty where it was not measured on them.
+    """
+    found = summary.over_draws.get(trial.number) if trial else None
+    return (str(found), found.changed) if found else ("", "")
+
+
+def drawn(summary: Summary) -> int:
+    """On how many draws of the calibration text the best was measured; 0 for its own alone."""
+    found = summary.over_draws.get(summary.best_trial.number) if summary.best_trial else None
+    return found.count if found else 0
+
+
+def draws_note(summary: Summary) -> str:
+    """What the numbers over draws are; empty where there are none."""
+    how = "report text, calibrated with other windows each time, mean ± standard deviation"
+    return f"{drawn(summary)} draws: {how}" if drawn(summary) else ""
+
+
+def mixture_of(summary: Summary) -> str:
+    """One sentence for a study whose trials ran on several devices or in several number formats; else empty."""
+    if not summary.unlike:
+        return ""
+    others = ", ".join(dict.fromkeys(summary.unlike.values()))
+    batches = ", those of different batches by about 1 %" if "batches" in others else ""
+    return (
+        f"{len(summary.unlike)} of {len(summary.trials)} trials ran {others}: perplexities of different devices differ "
+        f"in the last digits, those of different number formats by per cents{batches}."
+    )
+
+
+def beginning_of(summary: Summary) -> str:
+    """One sentence for a study whose windows begin with BOS; else empty."""
+    if not summary.bos:
+        return ""
+    return f"BOS: {summary.bos_effect or 'every window begins with it, as the study file asks'}."
+
+
+def _reason(trial: FrozenTrial) -> str:
+    attrs = trial.user_attrs
+    if "repeats" in attrs:
+        return f"as trial {attrs['repeats']}"
+    if "stopped_after" in attrs:
+        return f"stopped after {attrs['stopped_after']} windows"
+    unknown = "gave no sign of life" if trial.state == TrialState.FAIL else ""
+    reason = str(attrs.get("failure") or attrs.get("lost") or unknown) + str(CutOff.read(attrs.get("cut_off", {})))
+    why = given_up(trial)
+    return f"{reason}, cut off {why}: given up" if why else reason
+
+
+def _before(trial: FrozenTrial) -> str:
+    """How often a trial that was not cut off had been before."""
+    times = 0 if trial.state == TrialState.FAIL else len(cut_offs_of(trial))
+    return f"cut off {times} time{'s' * (times > 1)} before" if times else ""
+
+
+def command_of(summary: Summary, *more: str) -> str:
+    """The command that goes on with a study, with all that it was last run with; its study file must be known."""
+    file = summary.made_from
+    assert file is not None
+    words = ["--study", file.name, *(["--study-name", summary.name] if summary.name != file.name else [])]
+    for override in file.overrides:
+        key, _, value = override.partition("=")
+        words += ["--trials", value] if key == "search.trials" else ["--set", override]
+    return shlex.join(["python", "tune.py", *words, *more])

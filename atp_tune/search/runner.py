@@ -1,0 +1,209 @@
+"""Running a study: made or resumed, driven to its total, and closed with the numbers on the report text."""
+
+import math
+from dataclasses import replace
+from time import monotonic
+from typing import TYPE_CHECKING
+
+import optuna
+from optuna.trial import FrozenTrial
+
+from atp_tune.allocations import Budget
+from atp_tune.errors import UserError
+from atp_tune.events import TrialStarted
+from atp_tune.metrics.perplexity import perplexity
+from atp_tune.results.summary import undrawn, unreported
+from atp_tune.search.samplers import first_trials, make_sampler, make_stopper, total_trials
+from atp_tune.search.screening import begins_with, confirmed, renamed, screening_file
+from atp_tune.search.space import make_space
+from atp_tune.spec.study import Screen
+from atp_tune.spec.studyfile import StudyFile, facts, settings
+from atp_tune.storage import filesystem, fingerprint, opening, ranking, totals
+from atp_tune.storage.fingerprint import SUFFIX, is_screening
+from atp_tune.storage.process_identity import versions
+
+if TYPE_CHECKING:
+    from atp_tune.search.context import TrialContext
+from atp_tune.search.final_scores import report, write_best
+from atp_tune.search.study_run import StudyRun, check_name, load_existing, with_stored_total
+from atp_tune.search.trial_loop import recover_lost, run_trials
+
+
+def tune(run: StudyRun) -> optuna.Study:
+    """Makes or resumes the study and drives it to its total; KeyboardInterrupt leaves it ready to resume.
+
+    A study that is complete is returned at once, without loading torch or the model. UserError for bad input.
+    """
+    return finished_study(run) or _work(replace(run, watch=run.trace.heard_by(run.watch)))
+
+
+def finished_study(run: StudyRun) -> optuna.Study | None:
+    """The study if it is complete; UserError if it was made with other facts, or cannot be stored."""
+    check_name(run.name)
+    opening.check_writable(run.file.storage_url)
+    if warning := filesystem.warning(run.file.storage_url):
+        run.note(warning)
+    _check_screening(run)
+    study = load_existing(run)
+    if study is None or fingerprint.is_new(study):
+        return None
+    fingerprint.check_facts(study, facts(run.file.study, run.file.folder), partly=True, any_dtype=run.mix)
+    run = with_stored_total(run, study)
+    if not is_complete(study, run.file):
+        if not run.mix:
+            fingerprint.check_device(study, _device(run))
+        return None
+    write_best(run, study)
+    return study
+
+
+def _check_screening(run: StudyRun) -> None:
+    """UserError where a study that is no screening has the name that this one's screening would have."""
+    if run.file.study.search.screen is None:
+        return
+    other = load_existing(replace(run, name=run.name + SUFFIX))
+    if other is not None and not fingerprint.is_new(other) and not is_screening(other):
+        raise UserError(
+            f"search.screen: the screening would be called {other.study_name}, as a study of its own is; "
+            "choose another --study-name NAME"
+        )
+
+
+def _device(run: StudyRun) -> str:
+    from atp_tune.checkpoints.devices import device_name, find_device
+
+    return device_name(run.context.checkpoint.device if run.context else find_device(run.file.study.device))
+
+
+def is_complete(study: optuna.Study, file: StudyFile) -> bool:
+    """Whether the total is reached, nothing runs, and the final numbers belong to the best trial."""
+    sizes, best = study.user_attrs.get("sizes"), ranking.best_trial(study)
+    if sizes is None or totals.running(study):
+        return False
+    total = total_trials(file.study.search, make_space(file.study, Budget(file.study.sparsity, tuple(sizes))))
+    done = totals.counted(study) >= totals.total_of(study, total, file.goes_on)
+    return done and (best is None or not (unreported(study) or undrawn(study, file.study.texts.calibration.draws)))
+
+
+def _work(run: StudyRun) -> optuna.Study:
+    db = opening.open_storage(run.file.storage_url, create=False)  # before the model, in which time it may go away
+    before = opening.find_study(db, run.name) if db else None
+    if before:
+        run = with_stored_total(run, before)
+        recover_lost(run, before)  # now: what a process of this host left is read before others take it for silent
+    if run.context is not None:
+        return _search(run, run.context, db, before)
+    with open_context(run, before) as context:
+        return _search(run, context, db, before)
+
+
+def _search(
+    run: StudyRun, context: "TrialContext", db: optuna.storages.BaseStorage | None, before: optuna.Study | None
+) -> optuna.Study:
+    """All of the run that wants a context; `before`: the study as it was found in `db`, if it was."""
+    batches = {**context.batches, **(fingerprint.batches_of(before) if before else {})}
+    context.begin(batches)
+    search, space = run.file.study.search, make_space(run.file.study, context.budget(run.file.study.sparsity))
+    total = total_trials(search, space)
+    db = db or opening.open_storage(run.file.storage_url, create=True)
+    assert db is not None
+    known = {**facts(run.file.study, run.file.folder), **context.contents()}
+    study = fingerprint.create_study(db, run.name, known, run.mix)
+    _describe(run, study, context, total, batches)
+    _compare_versions(run, study)
+    study.pruner = make_stopper(search)
+    if search.screen is None:
+        _measure_dense(run, study, context)
+        first, screened = first_trials(search, space)[:total], list[FrozenTrial]()
+    else:
+        run, screened = _screen(run, search.screen, context)
+        first = begins_with(confirmed(screened, space, search.screen.confirm), space, total)
+    study.sampler = make_sampler(search, space, screened)
+    for params in first:
+        study.enqueue_trial(params, {totals.START: True}, skip_if_exists=True)
+    total = run_trials(run, study, context, space, total)
+    if run.reports and totals.counted(study) >= total:
+        _measure_dense(run, study, context)
+        report(run, study, context, space)
+    return study
+
+
+def _screen(run: StudyRun, screen: Screen, context: "TrialContext") -> tuple[StudyRun, list[FrozenTrial]]:
+    """Runs the screening, or goes on with it: the run with the time that is left, and the measured points, best first,
+    none before it is complete. It has measured the dense model, on its part of the text, so that the main study need
+    not do so before its search.
+    """
+    began, file = monotonic(), screening_file(run.file, screen)
+    inner = replace(
+        run, file=file, name=run.name + SUFFIX, watch=renamed(run.watch), reports=False, writes=False,
+        context=context.screening(screen.every), screens=run.name,
+    )  # fmt: skip
+    study = load_existing(inner)
+    if study is None or not is_complete(study, file):
+        study = _work(inner)
+    if run.timeout is not None:
+        run = replace(run, timeout=max(0.0, run.timeout - (monotonic() - began)))
+    return run, ranking.measured(study) if is_complete(study, file) else []
+
+
+def open_context(run: StudyRun, study: optuna.Study | None = None) -> "TrialContext":
+    """Loads the model and the texts, the report text only where it is not the search text; windows begin with BOS as in
+    the study, if it was begun.
+    """
+    from atp_tune.checkpoints.devices import oom_as_user_error
+    from atp_tune.search.context import ContextConfig, TrialContext
+
+    run.note("loading the model and the texts")
+    spec = run.file.study
+    texts = {"calibration": spec.texts.calibration, "search": spec.texts.search}
+    if spec.texts.report is not None:
+        texts["report"] = spec.texts.report
+    draws, bos = spec.texts.calibration.draws, fingerprint.bos_of(spec, study)
+    setup = ContextConfig(spec.model, spec.prune, texts, run.file.folder, spec.device, draws=draws, bos=bos)
+    with oom_as_user_error("loading"):
+        return TrialContext.open(setup, run.watch)
+
+
+def _describe(run: StudyRun, study: optuna.Study, context: "TrialContext", total: int, batches: dict[str, int]) -> None:
+    total = totals.total_of(study, total, run.file.goes_on)
+    model = context.checkpoint
+    attributes = {
+        "sizes": list(model.sizes), "blocks": model.blocks_name, "linears": model.linear_names,
+        "total": total, "made_from": settings(run.file),
+        **({} if "batches" in study.user_attrs else {"batches": batches}),
+        **({"screens": run.screens} if run.screens else {}),
+    }  # fmt: skip
+    if context.bos_effect is not None:
+        attributes["bos"] = context.bos_effect.model_dump()
+    for name, value in attributes.items():
+        if study.user_attrs.get(name) != value:
+            study.set_user_attr(name, value)
+
+
+def _compare_versions(run: StudyRun, study: optuna.Study) -> None:
+    """Notes that earlier trials were measured by other versions: allowed, but it may show in a value's last digits."""
+    own = versions()
+    for trial in study.get_trials(deepcopy=False):
+        other = trial.user_attrs.get("versions", own)
+        if other != own:
+            names = [name for name in own if other.get(name) != own[name]]
+            was, now = (", ".join(f"{name} {all_.get(name, '?')}" for name in names) for all_ in (other, own))
+            run.note(f"trial {trial.number} was measured with {was}; now it is {now}: last digits may differ")
+            return
+
+
+def _measure_dense(run: StudyRun, study: optuna.Study, context: "TrialContext") -> None:
+    from atp_tune.checkpoints.devices import oom_as_user_error
+
+    if "dense" in study.user_attrs:
+        return
+    run.watch(TrialStarted("dense model", None))
+    context.begin(fingerprint.batches_of(study))
+    with oom_as_user_error("dense model"):
+        nlls = context.all_nlls(context.dense(), "search")
+    if not math.isfinite(perplexity(nlls).value):
+        raise UserError(
+            f"model.source: the perplexity of the dense model {run.file.study.model.source} is not finite: its weights "
+            "hold NaN, or overflow in this number format; give another model, or set model.dtype, and --study-name NAME"
+        )
+    study.set_user_attr("dense", nlls)

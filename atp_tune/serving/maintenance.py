@@ -1,0 +1,108 @@
+"""What a server does for its studies without being asked: lost trials run again, artifacts stay current."""
+
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import optuna
+from optuna.artifacts import FileSystemArtifactStore, upload_artifact
+from optuna.exceptions import StorageInternalError
+from optuna.storages import BaseStorage
+
+from atp_tune.cache import write_atomically
+from atp_tune.errors import UserError
+from atp_tune.report import gather, html
+from atp_tune.results.summary import best_config, final_numbers, summarise
+from atp_tune.storage import artifacts, lost_trials, opening, ranking
+from atp_tune.storage.database import reason_of
+from atp_tune.storage.validation import readable
+
+CONFIG, REPORT = "best.json", "report.html"
+
+
+class Maintenance:
+    """Looks after all studies of a storage; `artifacts` is the folder of the files that the dashboard offers."""
+
+    def __init__(self, storage: BaseStorage, artifacts: Path, tell: Callable[[str], None]) -> None:
+        self._storage = storage
+        self._folder = artifacts
+        self._tell = tell
+        self._seen: dict[int, object] = {}
+        self._trouble = ""
+        self._told: dict[str, str] = {}
+
+    def turn(self) -> None:
+        """One look at every study; what goes wrong with it is told once, and tried again the next time."""
+        try:
+            self._look()
+            trouble = ""
+        except (OSError, StorageInternalError, UserError) as error:
+            trouble = f"warning: {reason_of(error)}"
+        if trouble and trouble != self._trouble:
+            self._tell(trouble)
+        self._trouble = trouble
+
+    def _look(self) -> None:
+        attached = False
+        for name in opening.names_in(self._storage):
+            study = opening.find_study(self._storage, name)
+            if study is None or "fingerprint" not in study.user_attrs:
+                continue
+            try:
+                self._recover(study)
+                attached = attached or self._attach(study)  # one a turn: a report takes half a second, and 5 MB
+            except UserError as error:
+                if self._told.get(name) != str(error):
+                    self._tell(f"warning: {error}")
+                self._told[name] = str(error)
+
+    def _recover(self, study: optuna.Study) -> None:
+        """Queues lost trials again: the workers of other machines cannot see themselves that nobody runs them."""
+        for number in lost_trials.recover(study):
+            trial = study.get_trials(deepcopy=False)[number]
+            reason, why = trial.user_attrs.get("lost", "gave no sign of life"), lost_trials.given_up(trial)
+            end = f"cut off {why}, it is given up" if why else "it is queued again"
+            self._tell(f"{study.study_name}: trial {number}: {reason}; {end}")
+
+    def _attach(self, study: optuna.Study) -> bool:
+        """The best configuration and the report, whenever there is another best or front, or final numbers."""
+        best = ranking.best_trial(study)
+        front = [trial.number for trial in ranking.front_of(study)]
+        state = best and (best.number, final_numbers(study), front)
+        if best is None or self._seen.get(study._study_id) == state:
+            return False
+        for name, content in _files(study).items():
+            self._put(study, name, content)
+        self._seen[study._study_id] = state
+        return True
+
+    def _put(self, study: optuna.Study, name: str, content: bytes) -> None:
+        """Attaches a file, in the place of an earlier one of that name."""
+        known = _artifact(study, name)
+        if known is not None:
+            write_atomically(self._folder / known, content)
+            return
+        with TemporaryDirectory(prefix="atp_tune.") as place:  # not in the folder: a file there may have this name
+            file = Path(place) / name
+            file.write_bytes(content)
+            upload_artifact(
+                artifact_store=FileSystemArtifactStore(self._folder), file_path=str(file), study_or_trial=study
+            )
+
+
+def _artifact(study: optuna.Study, name: str) -> str | None:
+    """The artifact that is a study's file of that name."""
+    with readable(study.study_name):
+        known = artifacts.file_names(study._storage.get_study_system_attrs(study._study_id))
+    return next((artifact for artifact, file in known.items() if file == name), None)
+
+
+def _files(study: optuna.Study) -> dict[str, bytes]:
+    summary = summarise(study)
+    files = {REPORT: html.make([gather(study, datetime.now())])}
+    if summary.made_from is not None:
+        config = best_config(summary.made_from, study, Path(CONFIG))
+        absolute = config.model_copy(update={"folder": str(summary.made_from.folder)})  # it may be loaded anywhere
+        files[CONFIG] = absolute.to_json().encode()
+    return files

@@ -1,0 +1,67 @@
+"""The two models that are compared: a sparse folder and the dense one that it was made of."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from atp_tune.cache import cache_dir, sha256_of_json
+from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.checkpoints.headers import check_claims
+from atp_tune.checkpoints.models import check_files, resolve
+from atp_tune.errors import UserError
+from atp_tune.events import Note, Watch
+from atp_tune.metrics.speed import Side
+from atp_tune.sparse.applying import write_applied
+from atp_tune.sparse.provenance import ABOUT
+from atp_tune.spec.config import Config
+
+DECIDES = ("model", "pruner", "prune", "allocation", "block_sparsities", "linear_sparsities", "calibration")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both folders, where the zeros stand, and whether the dense model's own code may run."""
+
+    dense: Path
+    sparse: Path
+    pattern: str = "unstructured"
+    trusted: bool = False
+
+    def load(self, side: Side, dtype: torch.dtype, device: torch.device) -> Checkpoint:
+        """One of the models, whole on the device."""
+        return Checkpoint.load(
+            self.dense if side == "dense" else self.sparse, dtype, device, self.trusted, residency="device"
+        )
+
+
+def about(folder: Path) -> Path:
+    """The configuration in a folder that `apply` or `prune` wrote; UserError if it does not say what it was made of."""
+    path = folder / ABOUT
+    if not path.is_file():
+        raise UserError(f"--model {folder}: has no {ABOUT}; give a folder that `apply` wrote, or --config FILE")
+    return path
+
+
+def find_pair(
+    config: Config, base: Path, sparse: Path | None, device: str, watch: Watch, allowed: Mapping[str, bool]
+) -> Pair:
+    """The dense model of a configuration, whose paths start at `base`, and its sparse one.
+
+    Without a sparse folder it is pruned as `apply` does, once, into the cache. UserError if the dense model is another.
+    """
+    dense = resolve(config.model.model(allowed), base, lambda text: watch(Note(text)))
+    if dense.content != config.model.fingerprint:
+        raise UserError(
+            f"model.fingerprint: {config.model.id} is {dense.content[:12]}… here, the configuration was found for "
+            f"{config.model.fingerprint[:12]}…; give it the model of the study"
+        )
+    if sparse is not None:
+        check_files(sparse)
+        check_claims(sparse)
+    else:
+        sparse = cache_dir("sparse") / sha256_of_json(config.model_dump(mode="json", include=set(DECIDES)))
+        if not sparse.is_dir():
+            write_applied(config, base, sparse, device, watch, allowed)
+    return Pair(dense.path, sparse, config.prune.pattern, dense.trusted)

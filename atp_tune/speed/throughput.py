@@ -1,0 +1,67 @@
+"""Tokens per second of two models that take turns, whatever the engine that computes them."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import product
+from typing import Protocol
+
+from atp_tune.events import Step, TrialStarted, Watch
+from atp_tune.metrics.speed import PHASES, SIDES, Measured, Phase, Rates, Side
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is measured: a prompt of `tokens`, then `steps` tokens one at a time; all of it `runs` times."""
+
+    tokens: int = 128
+    steps: int = 32
+    runs: int = 5
+
+
+@dataclass(frozen=True)
+class About:
+    """What an engine is and on what it runs; `logits`: the largest difference to transformers' logits."""
+
+    engine: str
+    version: str
+    dtype: str
+    device: str
+    cores: int | None
+    logits: float | None = None
+
+
+class Engine(Protocol):
+    """Computes a dense and a sparse model."""
+
+    @property
+    def about(self) -> About:
+        """What it is."""
+
+    def seconds(self, side: Side, phase: Phase) -> float:
+        """How long one run of a phase takes."""
+
+
+Opening = AbstractContextManager[Engine]
+
+
+def measured(opening: Opening, name: str, task: Task, watch: Watch) -> Measured:
+    """Opens an engine and lets the models take turns; a first round is not counted."""
+    watch(TrialStarted(f"measuring {name}", None))
+    with opening as engine:
+        about = engine.about
+        found: dict[tuple[Phase, Side], list[float]] = {key: [] for key in product(PHASES, SIDES)}
+        for phase, side, seconds in _runs(engine, task, watch):
+            found[phase, side].append((task.tokens if phase == "prefill" else task.steps) / seconds)
+    prefill, decode = (Rates(**{side: tuple(found[phase, side]) for side in SIDES}) for phase in PHASES)
+    return Measured(**vars(about), tokens=task.tokens, steps=task.steps, prefill=prefill, decode=decode)
+
+
+def _runs(engine: Engine, task: Task, watch: Watch) -> Iterator[tuple[Phase, Side, float]]:
+    """Dense, sparse, dense, sparse, … in both phases."""
+    for run in range(task.runs + 1):
+        for phase, side in product(PHASES, SIDES):
+            seconds = engine.seconds(side, phase)
+            if run:
+                yield phase, side, seconds
+        watch(Step("runs", run + 1, task.runs + 1))

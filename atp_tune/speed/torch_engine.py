@@ -1,0 +1,84 @@
+"""The engine `torch`: the models as transformers computes them, where zeros are numbers like any others."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from copy import deepcopy
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import logging as hf_logging
+
+from atp_tune.blocks.timing import wait_for
+from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.checkpoints.devices import cpu_name, device_name, find_dtype
+from atp_tune.metrics.speed import Phase, Side
+from atp_tune.speed.model_pair import Pair
+from atp_tune.speed.throughput import About, Engine, Task
+
+Change = Callable[[Checkpoint], None]
+
+
+class Eager:
+    """Both models in memory; the prompt's keys and values are computed once."""
+
+    def __init__(self, about: About, models: Mapping[Side, Any], ids: Tensor, task: Task) -> None:
+        """`ids` [1, tokens + steps] on the device of the models."""
+        self.about = about
+        self._models, self._ids, self._task = models, ids, task
+        with torch.inference_mode():
+            self._prompts = {side: self._prefill(side).past_key_values for side in models}
+
+    @torch.inference_mode()
+    def seconds(self, side: Side, phase: Phase) -> float:
+        """How long one run of a phase takes."""
+        cache = deepcopy(self._prompts[side])
+        run = (lambda: self._prefill(side)) if phase == "prefill" else (lambda: self._decode(side, cache))
+        wait_for(self._ids.device)
+        began = perf_counter()
+        run()
+        wait_for(self._ids.device)
+        return perf_counter() - began
+
+    def close(self) -> None:
+        """Lets go of the models and of what they have computed."""
+        self._models, self._prompts = {}, {}
+
+    def _prefill(self, side: Side) -> Any:
+        return self._models[side](input_ids=self._ids[:, : self._task.tokens], use_cache=True, logits_to_keep=1)
+
+    def _decode(self, side: Side, cache: Any) -> None:
+        for step in range(self._task.tokens, self._task.tokens + self._task.steps):
+            self._models[side](input_ids=self._ids[:, step : step + 1], past_key_values=cache, use_cache=True)
+
+
+def dtypes(device: torch.device) -> list[torch.dtype]:
+    """The number formats in which torch is measured: the fast one of the device and, on a CPU, float32."""
+    fast = find_dtype("auto", device)
+    return list(dict.fromkeys([torch.float32, fast] if device.type == "cpu" else [fast]))
+
+
+@contextmanager
+def opened(
+    pair: Pair, task: Task, device: torch.device, dtype: torch.dtype, name: str = "torch", change: Change | None = None
+) -> Iterator[Engine]:
+    """Both models on the device; `change` is done to the sparse one."""
+    hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it warns of each argument that it renames
+    cpu = device.type == "cpu"
+    about = About(
+        name, torch.__version__, str(dtype).removeprefix("torch."), cpu_name() if cpu else device_name(device),
+        torch.get_num_threads() if cpu else None,
+    )  # fmt: skip
+    with pair.load("dense", dtype, device) as dense, pair.load("sparse", dtype, device) as sparse:
+        if change is not None:
+            change(sparse)
+        ids = random_ids(dense, task).to(device)
+        with closing(Eager(about, {"dense": dense.model, "sparse": sparse.model}, ids, task)) as engine:
+            yield engine
+
+
+def random_ids(checkpoint: Checkpoint, task: Task) -> Tensor:
+    """Token ids [1, tokens + steps], the same for all engines."""
+    words = int(checkpoint.config.get_text_config().vocab_size)
+    return torch.randint(words, (1, task.tokens + task.steps), generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,291 @@
+"""Optuna's trials in a database, SQLite or PostgreSQL, where many workers meet and the server may be away for a while.
+
+PostgreSQL may be killed and restarted during a trial: each call is one transaction, and is made again until the server
+is back. Which calls may have been committed although the answer was lost, and what happens then:
+
+- Attributes, intermediate values, signs of life: the same is written again.
+- Parameters: the second row of a parameter is refused, which Optuna takes for done.
+- The end of a trial: refused, since it has ended; no error where a call that is made again finds its own value.
+- A new trial, or one taken from the queue: it runs without a process that knows of it, and `storage.recover` queues it
+  again.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from time import monotonic
+from typing import Any
+from weakref import finalize
+
+import optuna
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.storages import RDBStorage
+from optuna.trial import TrialState
+from sqlalchemy import event, func, select
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import URL, ExceptionContext, make_url
+from sqlalchemy.exc import DBAPIError, OperationalError, PendingRollbackError, SQLAlchemyError
+
+from atp_tune.compat.optuna_rdb import TrialHeartbeatModel, TrialModel, TrialUserAttributeModel, transaction
+from atp_tune.errors import UserError
+from atp_tune.storage.process_identity import GRACE, is_alive
+from atp_tune.storage.retry import Retrying, is_told
+from atp_tune.storage.sqlite_errors import BUSY, way_out
+from atp_tune.storage.validation import unreadable
+
+# One connection stays open, others while threads need them: 90 workers fit into the 100 that PostgreSQL allows.
+POOL = {"pool_pre_ping": True, "pool_size": 1, "max_overflow": 15}
+# libpq's: a cut cable says nothing; without these we would wait for a quarter of an hour, and the server would keep the
+# locks of a worker whose machine is gone for two hours.
+LIBPQ = {
+    "options": f"-c idle_in_transaction_session_timeout={GRACE}s", "connect_timeout": 10,
+    "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+}  # fmt: skip
+UPSERTS: dict[str, Callable[..., Any]] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
+YOUNG = f"SELECT now() - pg_postmaster_start_time() < interval '{GRACE} seconds'"
+WAITS = ("is locked",)  # what SQLite says where it is worth trying again
+HINTS = {
+    "No module named 'psycopg": "install it with: pip install 'psycopg[binary]', and write postgresql+psycopg://",
+    "authentication failed": "put the right user and password into the URL, or the password into PGPASSWORD",
+    "no password supplied": "put it into the URL, or into PGPASSWORD",
+    "does not exist": "make it with: createdb NAME",
+    "refused": "does the server run there?",
+}
+# All calls of one transaction, Optuna's and ours, but two, which have more to say when they are made again, and
+# `delete_study`, which no worker makes.
+CALLS = (
+    "create_new_study", "get_all_studies", "get_study_directions", "get_study_id_from_name", "get_study_name_from_id",
+    "get_study_system_attrs", "get_study_user_attrs", "set_study_system_attr", "set_study_user_attr",
+    "_create_new_trial", "get_trial", "_get_trials", "_get_best_trial_id", "get_trial_id_from_study_id_trial_number",
+    "get_trial_param", "get_trial_system_attrs", "get_trial_user_attrs",
+    "_set_trial_param", "set_trial_intermediate_value", "set_trial_system_attr", "set_trial_user_attr",
+    "set_trial_user_attrs", "_get_stale_trial_ids",
+)  # fmt: skip
+
+log = logging.getLogger(__name__)
+
+
+def without_password(address: str) -> str:
+    """A storage URL as it may be shown."""
+    url = make_url(address)
+    hidden = {key: "***" for key in url.query if "password" in key.lower()}
+    return url.update_query_dict(hidden).render_as_string(hide_password=True)
+
+
+def with_driver(address: str) -> str:
+    """The URL with the driver that we ask for where it names none."""
+    scheme, colon, rest = address.partition(":")
+    return ("postgresql+psycopg" if scheme == "postgresql" else scheme) + colon + rest
+
+
+def engine_options(url: URL) -> dict[str, Any]:
+    """What SQLAlchemy is to do for many workers with short transactions."""
+    if url.drivername.startswith("sqlite"):
+        return {"connect_args": {"timeout": BUSY}}
+    if url.get_driver_name() not in ("psycopg", "psycopg2"):
+        return {"pool_pre_ping": True}
+    return {**POOL, "connect_args": {key: value for key, value in LIBPQ.items() if key not in url.query}}
+
+
+def reason_of(error: BaseException) -> str:
+    """One line on what is wrong with a database, and what to do, if that is known."""
+    words = str(_cause(error)).strip().splitlines()[0]
+    return next((f"{words}; {hint}" for part, hint in HINTS.items() if part in words), words)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What the driver raised, within what SQLAlchemy and Optuna made of it."""
+    if isinstance(error, StorageInternalError | ImportError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether the same call may succeed later: the server is away, has no room for us, or the file is locked."""
+    cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+    if "sqlite" in type(_cause(error)).__module__:
+        return any(words in str(_cause(error)) for words in WAITS)
+    lost = isinstance(cause, DBAPIError) and cause.connection_invalidated
+    return lost or isinstance(cause, OperationalError | PendingRollbackError)
+
+
+@dataclass(frozen=True)
+class Away:
+    """The answer of a database that gave none."""
+
+    reason: str
+
+
+class Errors:
+    """What an engine reports of its database. It knows no storage: an engine that did would keep its own alive."""
+
+    def __init__(self, url: str) -> None:
+        self.last = -math.inf  # when the database last failed to answer, as `monotonic` tells it
+        self._url = url
+
+    def note(self, context: ExceptionContext) -> None:
+        """Raises what is wrong with a file or a disk in one line; remembers when a server did not answer."""
+        if context.is_disconnect or isinstance(context.sqlalchemy_exception, OperationalError):
+            self.last = monotonic()
+        error = context.original_exception
+        if way := way_out(error, self._url):
+            raise UserError(f"storage {without_password(self._url)}: {str(error).splitlines()[0]}; {way}") from None
+
+
+class Database(RDBStorage):
+    """Optuna's storage, exact where several workers take trials from a queue or a server has been away.
+
+    It says in one line what is wrong with a file or a disk, and does not give up trials that live. Its connections are
+    closed by `close`, else when nothing refers to it any more, at the latest when the process ends: a study that is
+    handed on takes its storage with it.
+    """
+
+    def __init__(self, url: str, *arguments: Any, **options: Any) -> None:
+        try:
+            super().__init__(url, *arguments, **options)
+        except BaseException:
+            if hasattr(self, "engine"):
+                self.close()
+            raise
+        self._listen()
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        super().__setstate__(state)
+        self._listen()
+
+    def _listen(self) -> None:
+        self._seen: dict[int, tuple[datetime, float]] = {}  # signs of life from the future, and when they were seen
+        self._errors = Errors(self.url)
+        event.listen(self.engine, "handle_error", self._errors.note)
+        finalize(self, self.engine.dispose)
+
+    def close(self) -> None:
+        """Closes the connections that are not in use; the next call would open another."""
+        self.engine.dispose()
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        """As Optuna's, which asks for a lock here that SQLite ignores: two workers would take the same trial."""
+        if self.engine.name != "sqlite":
+            return super().set_trial_state_values(trial_id, state, values)
+        with transaction(self.scoped_session) as session:
+            session.connection().exec_driver_sql("BEGIN IMMEDIATE")
+            return super().set_trial_state_values(trial_id, state, values)
+
+    def set_trial_user_attrs(self, trial_id: int, attributes: Mapping[str, Any]) -> None:
+        """Stores several attributes in one transaction: each one costs a wait for the disk."""
+        upsert = UPSERTS.get(self.engine.name)  # an insert that can replace what is there
+        with transaction(self.scoped_session, True) as session:
+            if upsert is None:
+                for key, value in attributes.items():
+                    self._set_trial_attr_without_commit(session, TrialUserAttributeModel, trial_id, key, value)
+                return
+            state: Any = TrialModel.find_or_raise_by_id(trial_id, session).state
+            self.check_trial_is_updatable(trial_id, state)
+            rows = [(trial_id, key, json.dumps(value)) for key, value in attributes.items()]
+            columns = ("trial_id", "key", "value_json")
+            insert = upsert(TrialUserAttributeModel).values([dict(zip(columns, row, strict=True)) for row in rows])
+            new = {"value_json": insert.excluded.value_json}
+            session.execute(insert.on_conflict_do_update(index_elements=columns[:2], set_=new))
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        """As Optuna's; one that fails does not end the thread of heartbeats: the next one may be heard."""
+        try:
+            super().record_heartbeat(trial_id)
+        except (UserError, StorageInternalError, SQLAlchemyError) as error:
+            log.debug("no heartbeat for trial id %d: %s", trial_id, reason_of(error))
+
+    def _get_stale_trial_ids(self, study_id: int) -> list[int]:
+        """Trials without a sign of life for the grace period, but for those whose process lives on this host.
+
+        One that is suspended, or busy for long in a call that holds Python's lock, has not lost its trial. Where
+        another trial of its host gives signs of life, that one's process sees to it, and sees more. None soon after an
+        outage, in which living workers could not give a sign of life.
+        """
+        rows = self._signs_of_life(study_id)
+        assert self.grace_period is not None
+        found = [(trial, self._silence(trial, beat, now.replace(tzinfo=None))) for trial, beat, now in rows]
+        silent = [trial for trial, seconds in found if seconds > self.grace_period]
+        attrs = {trial: self.get_trial(trial).user_attrs for trial, _ in found} if silent else {}
+        heard = [attrs[trial]["host"] for trial in attrs if trial not in silent and "host" in attrs[trial]]
+        stale = [trial for trial in silent if attrs[trial].get("host") not in heard and not is_alive(attrs[trial])]
+        return [] if stale and (monotonic() - self._errors.last < GRACE or self._is_young()) else stale
+
+    def _signs_of_life(self, study_id: int) -> list[tuple[int, datetime, datetime]]:
+        """Id of each running trial, when it last gave a sign of life, and what time the database has."""
+        running = (TrialModel.study_id == study_id) & (TrialModel.state == TrialState.RUNNING)
+        beats = select(TrialHeartbeatModel.trial_id, TrialHeartbeatModel.heartbeat, func.now()).join(TrialModel)
+        try:
+            with self.engine.connect() as connection:
+                return [(trial, beat, now) for trial, beat, now in connection.execute(beats.where(running))]
+        except (ValueError, TypeError) as error:  # SQLite keeps anything where a time should be
+            raise unreadable(self.get_study_name_from_id(study_id), error) from None
+
+    def _silence(self, trial: int, beat: datetime, now: datetime) -> float:
+        """Seconds since a sign of life; if it lies in the future, as after a clock was set back, since it was seen."""
+        if beat <= now:
+            return (now - beat).total_seconds()
+        if trial not in self._seen or self._seen[trial][0] != beat:
+            self._seen[trial] = beat, monotonic()
+        return monotonic() - self._seen[trial][1]
+
+    def _is_young(self) -> bool:
+        """Whether the server was started so recently that a worker may not have found it again."""
+        if self.engine.name != "postgresql":
+            return False
+        with self.engine.connect() as connection:
+            return bool(connection.exec_driver_sql(YOUNG).scalar())
+
+
+class RetryingDatabase(Database):
+    """The same for a worker: calls are made again while the server is away."""
+
+    def __init__(self, url: str, *arguments: Any, **options: Any) -> None:
+        self._patience = Retrying(f"storage {without_password(url)}:")
+        super().__init__(url, *arguments, **options)
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        """As Optuna's; a call that is made again, since its answer got lost, may find that the trial was told."""
+        tell = super().set_trial_state_values
+        try:
+            return bool(self._ask(lambda: tell(trial_id, state, values)))
+        except UpdateFinishedTrialError:
+            if not self._patience.has_repeated or not is_told(self.get_trial(trial_id), state, values):
+                raise
+            return True
+
+    def _ask(self, call: Callable[[], Any]) -> Any:
+        def attempt() -> Any:
+            try:
+                return call()
+            except (StorageInternalError, SQLAlchemyError) as error:
+                if not is_away(error):
+                    raise
+                return Away(reason_of(error))
+
+        return self._patience.ask(attempt, lambda answer: answer.reason if isinstance(answer, Away) else "")
+
+
+def _patient(name: str) -> Callable[..., Any]:
+    def call(self: RetryingDatabase, *arguments: Any, **options: Any) -> Any:
+        return self._ask(lambda: getattr(super(RetryingDatabase, self), name)(*arguments, **options))
+
+    return call
+
+
+for _name in CALLS:
+    setattr(RetryingDatabase, _name, _patient(_name))
+
+
+def set_attributes(trial: optuna.Trial, attributes: Mapping[str, Any]) -> None:
+    """Stores user attributes of a running trial: all of them or none, where the storage is a database."""
+    db = getattr(trial.storage, "_backend", trial.storage)  # behind Optuna's cache
+    if not isinstance(db, Database):
+        for name, value in attributes.items():
+            trial.set_user_attr(name, value)
+        return
+    db.set_trial_user_attrs(trial._trial_id, attributes)
+    trial._cached_frozen_trial.user_attrs.update(attributes)  # as `set_user_attr` does

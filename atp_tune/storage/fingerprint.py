@@ -1,0 +1,174 @@
+"""The study of a storage and the facts that its values depend on: made once, then held to."""
+
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import optuna
+from optuna.exceptions import ExperimentalWarning
+from optuna.storages import BaseStorage
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial
+
+from atp_tune.errors import UserError
+from atp_tune.spec.study import Study
+from atp_tune.spec.studyfile import BOS, called_now
+from atp_tune.storage.ranking import measured
+from atp_tune.storage.validation import ValidatedStudy
+
+DTYPE = "model.dtype"
+OBJECTIVE = "search.objective"
+PERPLEXITY = ("perplexity",)  # the objective of studies that are older than the key
+LACKING = {BOS: False}  # what a fact is where a study is older than it
+SUFFIX = ".screen"
+CHANGED = ("prune.statistics", "texts.search.every", "search.trials", "search.stopper", "search.screen")
+MIX = "--allow-device-change"
+Facts = Mapping[str, Any]
+
+
+def create_study(storage: BaseStorage, name: str, facts: Facts, any_dtype: bool = False) -> optuna.Study:
+    """The study of that name with its facts, made if need be; UserError if it was made with others.
+
+    `any_dtype`: another number format is none.
+    """
+    goals = goals_of(facts)
+    minimise = [StudyDirection.MINIMIZE] * len(goals)
+    study = optuna.create_study(study_name=name, storage=storage, directions=minimise, load_if_exists=True)
+    if is_new(study):
+        if len(study.directions) != len(goals):  # its process died before it wrote its facts
+            raise UserError(f"study {name}: was begun with another {OBJECTIVE}; start another with --study-name NAME")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            study.set_metric_names(list(goals))  # for the axes of Optuna's plots
+        study.set_user_attr("fingerprint", dict(facts))
+    study = ValidatedStudy(name, study._storage)
+    check_facts(study, facts, any_dtype=any_dtype)
+    return study
+
+
+def bos_of(spec: Study, study: optuna.Study | None) -> bool | None:
+    """Whether windows begin with BOS: as the study file says, else as the study was begun; None if it is to be measured
+    because there is none yet.
+    """
+    if spec.bos is not None or study is None or is_new(study):
+        return spec.bos
+    return has_bos(study)
+
+
+def has_bos(study: optuna.Study) -> bool:
+    """Whether the windows of a study, as it was begun, begin with BOS."""
+    return bool(_fact(study.user_attrs.get("fingerprint", {}), BOS))
+
+
+def goals_of(facts: Facts) -> tuple[str, ...]:
+    """What a study of these facts minimises, in the order of its trials' values."""
+    found = facts.get(OBJECTIVE)
+    return tuple(found) if found in (["kl"], ["perplexity", "kl"]) else PERPLEXITY
+
+
+def is_new(study: optuna.Study) -> bool:
+    """Whether a study has a name and nothing else: its process is about to write its facts, or died before it did."""
+    return "fingerprint" not in study.user_attrs and not study.get_trials(deepcopy=False)
+
+
+def check_facts(study: optuna.Study, facts: Facts, partly: bool = False, any_dtype: bool = False) -> None:
+    """UserError if a fact differs from what the study was made with; the keys are named.
+
+    `partly`: only the facts of the study file are known yet, not the contents, which take the model to find out.
+    `any_dtype`: where nothing else differs, the number format may.
+    """
+    differing = differences(study, facts, partly)
+    is_dtype = list(_differing(study, facts, partly)) == [DTYPE]
+    if differing and not (is_dtype and any_dtype):
+        mix = f", or mix them in this one with {MIX}" if is_dtype else ""
+        raise UserError(
+            f"study {study.study_name}: {differing}. Put it back, or start another study with --study-name NAME{mix}"
+        )
+
+
+def differences(study: optuna.Study, facts: Facts, partly: bool = False) -> str:
+    """The facts that are not as the study was made with, with both values; "" if there are none."""
+    found = _differing(study, facts, partly)
+    shown = "; ".join(f"{key} is {here}, was {there}" for key, (here, there) in list(found.items())[:3])
+    return shown + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
+
+
+def _differing(study: optuna.Study, facts: Facts, partly: bool) -> dict[str, tuple[str, str]]:
+    stored = dict(study.user_attrs.get("fingerprint", {}))
+    if partly:
+        stored = {key: value for key, value in stored.items() if key in facts or not _is_content(key)}
+    keys = [key for key in sorted({*facts, *stored}) if _fact(facts, key) != _fact(stored, key)]
+    return {key: (_shown(facts, key), _shown(stored, key)) for key in keys}
+
+
+def check_device(study: optuna.Study, here: str) -> None:
+    """UserError if a device, as trials record it, is of another kind than the one on which the study began."""
+    began, kind = device_of(study), device_kind(here)
+    if began is not None and began != kind:
+        raise UserError(
+            f"study {study.study_name}: its trials ran on {began}, here is {kind}. Go on there, start another study "
+            f"with --study-name NAME, or mix them in this one with {MIX}"
+        )
+
+
+def device_of(study: optuna.Study) -> str | None:
+    """The kind of device on which a study began: that of its first measured trial."""
+    known = [trial for trial in measured(study) if "device" in trial.user_attrs]
+    first = min(known, key=lambda trial: trial.number, default=None)
+    return device_kind(first.user_attrs["device"]) if first else None
+
+
+def device_kind(name: str) -> str:
+    """A device's name without the number of its threads, which decides no value."""
+    return re.sub(r" \(\d+ threads\)$", "", name)
+
+
+def batches_of(study: optuna.Study) -> dict[str, int]:
+    """In what batches the trials of a study begin: the windows of each text that go through a block at a time.
+
+    They are those of its first measured trial, of which earlier versions stored the calibration text's; empty where
+    there is none.
+    """
+    attrs = study.user_attrs
+    facts, stored = attrs.get("fingerprint", {}), attrs.get("batches")
+    first = min(measured(study), key=lambda trial: trial.number, default=None) if stored is None else None
+    return dict(stored or (batches_in(first, facts) if first else {}))
+
+
+def batches_in(trial: FrozenTrial, facts: Facts) -> dict[str, int]:
+    """In what batches a trial ended; `facts` are those of its study."""
+    windows, most = trial.user_attrs.get("batch_windows"), facts.get("texts.calibration.windows")
+    former = {"calibration": min(windows, most) if isinstance(most, int) else windows} if windows else {}
+    return dict(trial.user_attrs.get("batches", former))
+
+
+def _is_content(key: str) -> bool:
+    return key.endswith(".content") or key in (DTYPE, BOS)
+
+
+def _fact(facts: Facts, key: str) -> Any:
+    return facts.get(key, LACKING.get(key))
+
+
+def _shown(facts: Facts, key: str) -> str:
+    if key not in {**LACKING, **facts}:
+        return "not set"
+    value = called_now(key, _fact(facts, key))
+    return json.dumps(value, ensure_ascii=False)
+
+
+def is_screening(study: optuna.Study) -> bool:
+    """Whether a study is the screening of another, and so has nothing to report.
+
+    It says so itself (`screens`, the other's name). One of an earlier version is known by the overrides that made it:
+    a name alone may be anybody's.
+    """
+    attrs = study.user_attrs
+    if "screens" in attrs:
+        return True
+    made = attrs.get("made_from")
+    overrides = made.get("overrides") if isinstance(made, dict) else None
+    given = [str(override).partition("=")[0] for override in overrides] if isinstance(overrides, list) else []
+    return study.study_name.endswith(SUFFIX) and given[-len(CHANGED) :] == list(CHANGED)

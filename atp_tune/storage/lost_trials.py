@@ -1,0 +1,167 @@
+"""Trials whose process ended before they did: found, queued again, given up where they would end it for ever."""
+
+from collections.abc import Container, Sequence
+from datetime import datetime
+from typing import Any
+
+import optuna
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, TrialState
+
+from atp_tune.compat.optuna_storages import is_heartbeat_enabled
+from atp_tune.storage import trace
+from atp_tune.storage.cutoffs import MOST, SAME, CutOff, why_given_up
+from atp_tune.storage.process_identity import GRACE, has_rebooted, is_dead
+from atp_tune.storage.validation import checked_trial
+
+INTERRUPTED = "interrupted"  # what the attribute `lost` says after Ctrl-C
+SURPLUS = "not needed: other workers reached the total, or have it"
+
+
+def recover(study: optuna.Study, trials: Sequence[FrozenTrial] | None = None) -> list[int]:
+    """Ends the RUNNING trials that nobody runs any more, and queues them again but for those that are given up, and
+    those that a process ended and did not live to queue; the numbers of all of them.
+
+    `trials`: all of the study, if they were read just now.
+    """
+    db = study._storage
+    silent: list[int] = db._get_stale_trial_ids(study._study_id) if is_heartbeat_enabled(db) else []  # type: ignore[attr-defined]
+    trials = study.get_trials(deepcopy=False) if trials is None else trials
+    dead = [trial for trial in trials if trial.state == TrialState.RUNNING and _is_left(trial, silent)]
+    for trial in dead:
+        is_silent = trial._trial_id in silent and not is_dead(trial.user_attrs)
+        _fail(study, trial, "gave no sign of life" if is_silent else "its process died", dead)
+    trials = study.get_trials(deepcopy=False) if dead else trials
+    queued = {number for trial in trials for number in history_of(trial)}
+    orphans = [trial for trial in trials if is_lost(trial) and trial.number not in queued]
+    for trial in orphans:
+        queue_again(study, trial)
+    _end_doubles(study, study.get_trials(deepcopy=False) if orphans else trials)
+    ended = [trials[trial.number] for trial in dead if is_given_up(trials[trial.number])]
+    return sorted(trial.number for trial in (*orphans, *ended))
+
+
+def _end_doubles(study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
+    """Ends what waits though it is queued already: two processes that find the same lost trial both queue it."""
+    for number, trial in enumerate(trials):
+        if trial.state != TrialState.WAITING or not is_double(trials, number):
+            continue
+        try:
+            study._storage.set_trial_user_attr(trial._trial_id, "lost", SURPLUS)
+            if study._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):  # nobody has taken it
+                study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        except UpdateFinishedTrialError:
+            continue
+
+
+def _is_left(trial: FrozenTrial, silent: Container[int]) -> bool:
+    """Whether nobody runs a trial any more that is said to run."""
+    return trial._trial_id in silent or is_dead(trial.user_attrs) or _is_nameless(trial)
+
+
+def _fail(study: optuna.Study, trial: FrozenTrial, reason: str, dead: Sequence[FrozenTrial]) -> None:
+    """Ends a trial whose process died, one of those that are found dead, unless another process has done so."""
+    found = _found(study.study_name, trial, dead)
+    try:
+        study._storage.set_trial_user_attr(trial._trial_id, "cut_off", found.stored())
+        study._storage.set_trial_user_attr(trial._trial_id, "lost", reason)
+        study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+    except UpdateFinishedTrialError:
+        return
+    trace.forget(study.study_name, trial.number, trial.user_attrs.get("pid", 0))
+
+
+def _found(study: str, trial: FrozenTrial, dead: Sequence[FrozenTrial]) -> CutOff:
+    """What can be seen from here of the end of a trial's process: nothing if it ran on another host."""
+    attrs = trial.user_attrs
+    if not is_dead(attrs):
+        return CutOff()
+    others = {_process(other) for other in dead if is_dead(other.user_attrs)} - {_process(trial)}
+    place, crash = trace.left_of(study, trial.number, attrs["pid"])
+    return CutOff(place, crash, alone=not (others or has_rebooted(attrs)))
+
+
+def _process(trial: FrozenTrial) -> tuple[Any, ...]:
+    return tuple(trial.user_attrs.get(key) for key in ("pid", "process_started"))
+
+
+def _is_nameless(trial: FrozenTrial) -> bool:
+    """Whether a trial's process did not say for `GRACE` seconds who it is, which takes it milliseconds."""
+    began = trial.datetime_start
+    named = "process_started" in trial.user_attrs
+    return not named and began is not None and abs((datetime.now() - began).total_seconds()) > GRACE
+
+
+def queue_lost(study: optuna.Study, trial: FrozenTrial) -> None:
+    """What Optuna calls with a trial that it ended for want of a sign of life: queued again, unless it is given up."""
+    trial = checked_trial(trial, len(study.directions))
+    if is_lost(trial):
+        queue_again(study, trial)
+
+
+def queue_again(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Queues a lost trial with the same parameters."""
+    history, cut_offs = [*history_of(trial), trial.number], [one.stored() for one in cut_offs_of(trial)]
+    attributes = {**trial.system_attrs, "failed_trial": history[0], "retry_history": history, "cut_offs": cut_offs}
+    attributes.pop("deaths", None)
+    again = optuna.create_trial(
+        state=TrialState.WAITING, params=trial.params, distributions=trial.distributions, system_attrs=attributes
+    )
+    study.add_trial(again)
+
+
+def history_of(trial: FrozenTrial) -> list[int]:
+    """Numbers of the lost trials that this one takes the place of, under Optuna's name for them."""
+    history: list[int] = trial.system_attrs.get("retry_history", [])
+    return history
+
+
+def place_of(study: optuna.Study, trial: FrozenTrial) -> int:
+    """The number that a trial would have if none had been lost; what is queued again keeps the place of the first."""
+    trials = study.get_trials(deepcopy=False)
+    first = next(iter(history_of(trials[trial.number])), trial.number)
+    return sum(not history_of(other) for other in trials[:first])
+
+
+def cut_offs_of(trial: FrozenTrial) -> list[CutOff]:
+    """The times that a trial was cut off, the earliest first: those it takes the place of, and itself if it was.
+
+    Of those of an earlier version no more is known than how many they were.
+    """
+    before = [CutOff()] * min(MOST, trial.system_attrs.get("deaths", 0))
+    before += map(CutOff.read, trial.system_attrs.get("cut_offs", []))
+    return [*before, CutOff.read(trial.user_attrs.get("cut_off", {}))] if _is_cut_off(trial) else before
+
+
+def _is_cut_off(trial: FrozenTrial) -> bool:
+    """Whether a trial has no value, for no reason of its own; a person's Ctrl-C is one."""
+    known = "failure" in trial.user_attrs or trial.user_attrs.get("lost") in (INTERRUPTED, SURPLUS)
+    return trial.state == TrialState.FAIL and not known
+
+
+def given_up(trial: FrozenTrial) -> str:
+    """Why a trial that was cut off is not run again, as in `cut off …`; empty for any other.
+
+    Earlier versions gave up each one at the third time, and such studies are complete.
+    """
+    if not _is_cut_off(trial):
+        return ""
+    formerly = "cut_off" not in trial.user_attrs and trial.system_attrs.get("deaths", 0) >= SAME - 1
+    return why_given_up(cut_offs_of(trial)) or (f"{SAME} times" if formerly else "")
+
+
+def is_given_up(trial: FrozenTrial) -> bool:
+    """Whether a trial was cut off and is not run again: it would end its process for ever."""
+    return bool(given_up(trial))
+
+
+def is_lost(trial: FrozenTrial) -> bool:
+    """Whether a trial was ended without a value and not by itself, and is to be run again."""
+    own = "failure" in trial.user_attrs or trial.user_attrs.get("lost") == SURPLUS
+    return trial.state == TrialState.FAIL and not own and not is_given_up(trial)
+
+
+def is_double(trials: Sequence[FrozenTrial], number: int) -> bool:
+    """Whether an earlier trial takes the place of the same lost one."""
+    history = history_of(trials[number])
+    return bool(history) and any(history == history_of(trial) for trial in trials[:number])

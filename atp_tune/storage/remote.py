@@ -1,0 +1,215 @@
+"""Trials that a server keeps: Optuna's gRPC storage proxy, as a worker sees it over a network that may fail.
+
+`grpc://HOST:PORT` speaks to `tune.py serve` directly, `grpcs://HOST:PORT` through a reverse proxy with TLS, to which
+the token in $ATP_TUNE_TOKEN is shown. Whatever is sent while the server cannot be reached is sent again until it
+answers.
+
+Errors: UserError where nobody answers at the start, or has for as long as `patience` lasts.
+"""
+
+import copy
+import logging
+import os
+import warnings
+from collections.abc import Callable, Container, Sequence
+from time import monotonic, sleep
+from typing import Any
+from urllib.parse import urlsplit
+
+import grpc
+import optuna
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+from optuna.storages import GrpcStorageProxy
+from optuna.trial import FrozenTrial, TrialState
+
+from atp_tune.compat.optuna_grpc import GrpcClientCache, api_pb2_grpc
+from atp_tune.compat.optuna_storages import BaseHeartbeat
+from atp_tune.errors import UserError
+from atp_tune.storage.process_identity import HEARTBEAT
+from atp_tune.storage.retry import Retrying, is_told
+
+PORT = 13000  # of `serve`, and of Optuna
+FIRST = 10  # seconds in which a server must answer at the start
+DEADLINE = 30  # seconds for one request
+PAUSE = 0.5  # seconds between attempts at the start
+DATABASE = "its database: "  # what a server says of it, and not of the way to it
+ALIVE = "alive"  # the trial's system attribute that tells the server of a sign of life
+ORDER = "order of parameters"  # … that names them on their way: Optuna's messages hold them in maps, which have none
+
+BROKEN = grpc.StatusCode.FAILED_PRECONDITION
+AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+CHANNEL = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 10_000),  # a cut cable says nothing: without this it is waited for a quarter hour
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+)
+
+log = logging.getLogger(__name__)
+
+
+def connect(address: str) -> "RemoteStorage":
+    """The storage behind a grpc:// URL; UserError in one line if it is not one or nobody answers."""
+    try:
+        url = urlsplit(address)
+        host, port = url.hostname, url.port or (443 if url.scheme == "grpcs" else PORT)
+    except ValueError:
+        host, port = None, 0
+    if not host or url.path.strip("/") or url.username or url.password:
+        raise UserError("storage: not a server's URL; write grpc://HOST:13000, or grpcs://HOST:443 behind TLS")
+    name = f"[{host}]" if ":" in host else host
+    token = os.environ.get("ATP_TUNE_TOKEN") if url.scheme == "grpcs" else None  # never in the clear
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        storage = RemoteStorage(name, port, token, url.scheme)
+    storage.check()
+    return storage
+
+
+class RemoteStorage(GrpcStorageProxy, BaseHeartbeat):
+    """Optuna's client of a storage server, with patience and with signs of life from running trials."""
+
+    def __init__(self, host: str, port: int, token: str | None, scheme: str) -> None:
+        self._scheme = scheme
+        self._interceptor = Interceptor(f"{scheme}://{host}:{port}", token)
+        super().__init__(host=host, port=port)
+
+    @property
+    def address(self) -> str:
+        """The server, as in the URL."""
+        return f"{self._scheme}://{self._host}:{self._port}"
+
+    def check(self) -> None:
+        """UserError if the server does not answer soon, or refuses."""
+        end = monotonic() + FIRST
+        while not self._interceptor.is_known:
+            try:
+                self.get_all_studies()
+                self._interceptor.is_known = True
+            except grpc.RpcError as error:
+                if error.code() not in AWAY or monotonic() >= end:
+                    raise UserError(f"storage {self.address}: {_reason(error, self._scheme)}") from None
+                sleep(PAUSE)
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        """As Optuna's; a call that is made again, since its answer got lost, may find that the trial was told."""
+        try:
+            return super().set_trial_state_values(trial_id, state, values)
+        except UpdateFinishedTrialError:
+            if not self._interceptor.patience.has_repeated or not is_told(self.get_trial(trial_id), state, values):
+                raise
+            return True
+
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        """As Optuna's; the parameters keep their order."""
+        return super().create_new_trial(study_id, template_trial and with_order(template_trial))
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        """As Optuna's; the parameters keep their order."""
+        return in_order(super().get_trial(trial_id))
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        """As Optuna's; the parameters keep their order."""
+        trials = [in_order(trial) for trial in super().get_all_trials(study_id, False, states)]
+        return copy.deepcopy(trials) if deepcopy else trials
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        """Tells the server that the trial is still at work; a server that is away or has given it up is no error."""
+        try:
+            self.set_trial_system_attr(trial_id, ALIVE, True)
+        except (grpc.RpcError, UserError, UpdateFinishedTrialError, KeyError):
+            log.debug("no heartbeat for trial id %d", trial_id)
+
+    def _get_stale_trial_ids(self, study_id: int) -> list[int]:
+        return []  # the server sees to them, by its own clock
+
+    def get_heartbeat_interval(self) -> int:
+        """Seconds between signs of life of a running trial."""
+        return HEARTBEAT
+
+    def get_heartbeat_stale_trial_callback(self) -> Callable[[optuna.Study, FrozenTrial], None] | None:
+        """None: the server queues lost trials again."""
+        return None
+
+    def _setup(self) -> None:
+        self._channel = grpc.intercept_channel(self._open(), self._interceptor)
+        self._stub = api_pb2_grpc.StorageServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._cache = GrpcClientCache(self._stub)
+
+    def _open(self) -> grpc.Channel:
+        target = f"{self._host}:{self._port}"
+        if self._scheme == "grpcs":
+            return grpc.secure_channel(target, grpc.ssl_channel_credentials(), options=CHANNEL)
+        return grpc.insecure_channel(target, options=CHANNEL)
+
+
+def with_order(trial: FrozenTrial) -> FrozenTrial:
+    """The trial as it is sent: a copy whose system attribute `ORDER` names the parameters."""
+    sent = copy.copy(trial)
+    sent.system_attrs = {**trial.system_attrs, ORDER: list(trial.params)}
+    return sent
+
+
+def in_order(trial: FrozenTrial) -> FrozenTrial:
+    """The trial itself as it was before `with_order`, whose word a program of another version may not have sent.
+
+    ValueError or AttributeError where that word is of other parameters, or no list.
+    """
+    names = trial.system_attrs.pop(ORDER, None)
+    if names is not None:
+        order = sorted(trial.params, key=names.index)
+        trial.params = {name: trial.params[name] for name in order}
+        trial.distributions = {name: trial.distributions[name] for name in order}
+    return trial
+
+
+class Interceptor(grpc.UnaryUnaryClientInterceptor):
+    """Sends a request again while the server is away, once it has answered; shows the token with each request."""
+
+    def __init__(self, address: str, token: str | None) -> None:
+        self.is_known = False  # to be a server of trials: until then, no answer is an answer
+        self._name = address
+        self.patience = Retrying(address)
+        self._metadata = [("authorization", f"Bearer {token}")] if token else []
+
+    def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
+        """The answer to a request; UserError if there is none for as long as patience lasts."""
+        details = _Details(details.method, DEADLINE, [*(details.metadata or ()), *self._metadata])
+        if not self.is_known:
+            return continuation(details, request)
+        call = self.patience.ask(lambda: continuation(details, request), _absence)
+        if call.code() == BROKEN and (words := _words(call)).startswith(DATABASE):  # Optuna has a use for the code too
+            raise UserError(f"{self._name}: {words}")
+        return call
+
+
+class _Details(grpc.ClientCallDetails):
+    def __init__(self, method: str, timeout: float, metadata: list[tuple[str, str | bytes]]) -> None:
+        self.method, self.timeout, self.metadata = method, timeout, tuple(metadata)
+        self.credentials = self.wait_for_ready = self.compression = None
+
+
+def _absence(call: Any) -> str:
+    """What a server that is away, or whose database is, is said to do; empty for an answer."""
+    if call.code() not in AWAY:
+        return ""
+    words = _words(call)
+    return f"says of {words}" if words.startswith(DATABASE) else "does not answer"
+
+
+def _words(call: Any) -> str:
+    return " ".join(str(call.details()).split())[:300]
+
+
+def _reason(error: grpc.RpcError, scheme: str) -> str:
+    code, words = error.code(), _words(error)[:200]
+    if code in AWAY and "handshake" in words.lower():
+        return f"no TLS that can be trusted ({words}); see docs/serving.md"
+    if code in AWAY:
+        tls = "" if "refused" in words or scheme == "grpcs" else " (or, where TLS is in front of it, write grpcs://)"
+        return f"nobody answers; start it on that machine with: python tune.py serve --listen 0.0.0.0{tls}"
+    if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+        return "refuses; set ATP_TUNE_TOKEN to the token that its proxy asks for"
+    return f"is no server of trials ({code.name.lower()}: {words})"

@@ -1,0 +1,228 @@
+"""A study as its storage has it, checked: the database may be a stranger's, or a later version's.
+
+An attribute that is not of its kind is as if it were not there. A trial that no atp_tune could have made has failed.
+Errors: UserError in one line where Optuna itself cannot read what is stored.
+"""
+
+import re
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy
+from math import inf, isfinite, isnan
+from typing import Annotated, Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+
+from atp_tune.errors import UserError
+from atp_tune.metrics.bos import BosEffect
+from atp_tune.spec.config import Batch, Found
+from atp_tune.spec.study import Share
+
+GONE = "does not exist"  # in Optuna's KeyErrors
+FOREIGN = "what is stored of it is not of atp_tune"
+UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, RecursionError)
+
+
+def _written(text: str) -> str:
+    text.encode()  # UnicodeEncodeError, a ValueError, for half a character
+    return text
+
+
+def _nll(value: float) -> float:
+    if not (isnan(value) or value == inf or -1 < value < 1e6):
+        raise ValueError
+    return value
+
+
+def _effect(found: dict[str, Any]) -> dict[str, Any]:
+    _written(BosEffect.model_validate(found).token)  # ValidationError is a ValueError
+    return found
+
+
+Words = Annotated[str, AfterValidator(_written)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Size = Annotated[int, Field(ge=1, lt=2**63)]
+Amount = Annotated[float, Field(ge=0, lt=1e15)]
+Total = Annotated[int, Field(ge=0, lt=10**9)]
+Nlls = Annotated[list[Annotated[float, AfterValidator(_nll)]], Field(min_length=1)]
+Kls = Annotated[list[Amount], Field(min_length=1)]
+Shares = Annotated[list[Share], Field(min_length=1)]
+Role = Annotated[str, Field(pattern=r"^(dense|[0-9]{1,9})$")]
+Number = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Batches = dict[Words, Batch]
+CutOff = dict[Words, Words | bool]
+TABLES = ("reports", "report_kls", "draws")  # of numbers by trial, whose rows are attributes of their own, see `folded`
+
+
+def _kinds(kinds: dict[str, Any]) -> dict[str, TypeAdapter[Any]]:
+    return {name: TypeAdapter(kind) for name, kind in kinds.items()}
+
+
+TRIAL = _kinds(
+    {
+        **dict.fromkeys(("device", "dtype", "host", "failure", "lost"), Words),
+        **dict.fromkeys(("repeats", "stopped_after", "batch_windows"), Count),
+        "pid": Annotated[int, Field(ge=0, lt=2**31)],
+        **dict.fromkeys(("process_started", "booted"), Amount),
+        "stderr": Annotated[float, Field(ge=0)],
+        "realised": Share,
+        "errors": list[float],
+        "nlls": Nlls,
+        "kls": Kls,
+        "sparsities": Shares,
+        "linear_sparsities": Annotated[list[Shares], Field(min_length=1)],
+        "seconds": dict[Words, Amount],
+        "peak_bytes": dict[Words, Count],
+        "versions": dict[Words, Words],
+        "unheard": list[Words],
+        "batches": Batches,
+        "cut_off": CutOff,
+    }
+)
+STUDY = _kinds(
+    {
+        "sizes": Annotated[list[Size], Field(min_length=1)],
+        "blocks": Words,
+        "linears": list[list[Words]],
+        "total": Total,
+        "settled": Annotated[list[Total], Field(min_length=2, max_length=2)],
+        "dense": Nlls,
+        "reports": dict[Role, Nlls],
+        **dict.fromkeys(("zero_shot", "speed"), dict[Role, Found]),
+        "report_kls": dict[Role, Kls],
+        "bos": Annotated[dict[Words, Any], AfterValidator(_effect)],
+        "draws": dict[Number, dict[Number, Nlls]],
+        "batches": Batches,
+        "screens": Words,
+        "fingerprint": dict[Words, Words | int | float | bool | list[Words] | list[float]],
+    }
+)
+SYSTEM = _kinds(
+    {
+        "fixed_params": dict[Words, Any],
+        **dict.fromkeys(("deaths", "failed_trial"), Count),
+        "retry_history": list[Count],
+        "cut_offs": list[CutOff],
+    }
+)
+FACTS = _kinds({"sparsity": Share, "model.content": Words, "model.dtype": Words})
+WORDS, NUMBER = TypeAdapter(Words), TypeAdapter(float)
+
+
+def folded(attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """The attributes with one table `reports` in the place of `reports:dense`, `reports:12` …, and so on.
+
+    Each row is stored by itself: two hosts that add to one table at the same moment would lose one of the two. Earlier
+    versions stored whole tables, to which the rows are added. A row that is not of its kind is as if it were not there.
+    """
+    found = dict(attrs)
+    for name in sorted(attrs):
+        table, *path = name.split(":")
+        if table in TABLES and path:
+            row = found.pop(name)
+            for part in reversed(path):
+                row = {part: row}
+            found[table] = _united(found.get(table, {}), checked({table: row}, STUDY).get(table, {}))
+    return found
+
+
+def _united(one: Any, other: Mapping[str, Any]) -> Any:
+    """A table with more rows, or with more in its rows."""
+    known = dict(one) if isinstance(one, dict) else {}
+    for key, value in other.items():
+        known[key] = _united(known.get(key), value) if isinstance(value, dict) else value
+    return known
+
+
+class ValidatedStudy(optuna.Study):
+    """An Optuna study that gives nothing away unchecked."""
+
+    def __init__(self, study_name: str, storage: optuna.storages.BaseStorage) -> None:
+        self._checked: dict[int, tuple[FrozenTrial, FrozenTrial]] = {}
+        with readable(study_name, is_new=True):
+            super().__init__(study_name, storage)
+
+    @property
+    def user_attrs(self) -> dict[str, Any]:
+        """The study's attributes."""
+        with readable(self.study_name):
+            attrs = checked(folded(super().user_attrs), STUDY)
+        if "fingerprint" in attrs:
+            attrs["fingerprint"] = checked(attrs["fingerprint"], FACTS)
+        return attrs
+
+    def get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None) -> list[FrozenTrial]:
+        """The trials, of any state or of some."""
+        with readable(self.study_name):
+            found = [self._check(trial) for trial in super().get_trials(deepcopy)]
+        return [trial for trial in found if states is None or trial.state in states]
+
+    def _check(self, trial: FrozenTrial) -> FrozenTrial:
+        known, result = self._checked.get(trial._trial_id, (None, None))
+        if result is not None and known is trial:
+            return result
+        result = checked_trial(trial, len(self.directions))
+        if trial.state.is_finished():
+            self._checked[trial._trial_id] = trial, result
+        return result
+
+
+def checked_trial(trial: FrozenTrial, values: int = 1) -> FrozenTrial:
+    """The trial itself, or a copy without what is not of its kind; `values`: how many its study minimises."""
+    user, system = checked(trial.user_attrs, TRIAL), checked(trial.system_attrs, SYSTEM)
+    is_ours = _is_ours(trial, values, "kls" in user)
+    if is_ours and (len(user), len(system)) == (len(trial.user_attrs), len(trial.system_attrs)):
+        return trial
+    trial = copy(trial)
+    trial.user_attrs, trial.system_attrs = user, system
+    if is_ours:
+        return trial
+    trial.state, trial.values = TrialState.FAIL, None
+    trial._params, trial._distributions, trial.user_attrs = {}, {}, {"failure": FOREIGN}
+    return trial
+
+
+def _is_ours(trial: FrozenTrial, count: int, may_be_zero: bool) -> bool:
+    """Whether a trial's parameters and values are of the kinds that a study draws and measures."""
+    names = {name: value for name, value in trial.params.items() if name in ("pruner", "allocation")}
+    numbers = [value for name, value in trial.params.items() if name not in names]
+    values = trial.values or []
+    return (
+        all(_is(WORDS, value) for value in names.values())
+        and all(_is(WORDS, name) for name in trial.params)
+        and all(_is(NUMBER, value) and isfinite(value) for value in numbers)
+        and (trial.values is None or len(values) == count)
+        and all(value > 0 or (value == 0 and may_be_zero) for value in values)
+    )
+
+
+def _is(kind: TypeAdapter[Any], value: Any) -> bool:
+    try:
+        kind.validate_python(value, strict=True)
+    except ValidationError:
+        return False
+    return True
+
+
+def checked(attrs: Mapping[str, Any], kinds: Mapping[str, TypeAdapter[Any]]) -> dict[str, Any]:
+    """The attributes without those that are not of their kind; what has no kind is nobody's to judge."""
+    return {name: value for name, value in attrs.items() if name not in kinds or _is(kinds[name], value)}
+
+
+@contextmanager
+def readable(name: str, is_new: bool = False) -> Iterator[None]:
+    """UserError where a storage holds what Optuna fails on; KeyError passes where there is no such study."""
+    try:
+        yield
+    except UNREADABLE as error:
+        if isinstance(error, KeyError) and (is_new or GONE in str(error)):
+            raise
+        raise unreadable(name, error) from None
+
+
+def unreadable(name: str, error: Exception) -> UserError:
+    """What is said of a study in whose rows Optuna meets something that no program of ours has written."""
+    reason = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:200]
+    return UserError(f"study {name}: Optuna cannot read what is stored ({reason}); take a copy of before")

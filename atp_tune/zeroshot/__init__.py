@@ -1,0 +1,1 @@
+"""Accuracy on the tasks of lm-eval, dense against sparse."""

@@ -1,0 +1,224 @@
+"""Zero-shot scores of dense, uniform and best, side by side: one checkpoint in memory, pruned twice.
+
+Memory: the dense model, and beside it the pruned linears of one sparse model at a time. They lie on the compute device
+where there is room, else in host memory, from where each block's come to the device while it computes. Where the
+dense blocks themselves do not fit on the device they come to it one by one too.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean, stdev
+from time import perf_counter
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from atp_tune.blocks.replay import Replay
+from atp_tune.blocks.verification import verified
+from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.checkpoints.devices import (
+    device_name,
+    find_device,
+    find_dtype,
+    free_memory,
+    host_memory,
+    oom_as_user_error,
+)
+from atp_tune.checkpoints.models import ModelFolder, resolve
+from atp_tune.errors import UserError
+from atp_tune.events import Note, TrialStarted, Watch
+from atp_tune.plan import Plan, make_plan
+from atp_tune.search.context import ContextConfig, TrialContext
+from atp_tune.sparse.applying import plan_of
+from atp_tune.sparse.provenance import ABOUT
+from atp_tune.spec.config import SHARES, Compared, Config, Measure, TaskScores, ZeroShot, read_config
+from atp_tune.spec.patterns import parse
+from atp_tune.spec.study import Model
+from atp_tune.storage.process_identity import versions
+from atp_tune.texts.windows import load_tokenizer
+
+ROOM = 0.5  # of the device's free memory, that a pruned copy of the linears may take
+
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What to evaluate: tasks by name or path, items and examples of each, sequences at a time, and where."""
+
+    tasks: tuple[str, ...]
+    limit: int | None
+    num_fewshot: int | None
+    batch: int
+    device: str
+
+
+class Scorer:
+    """Scores models of one folder on tasks that were loaded before; a model's blocks may have other weights."""
+
+    def __init__(self, asked: Asked, watch: Watch) -> None:
+        """UserError where lm-eval is not installed, and for tasks that are unknown or cannot be had."""
+        self._asked = asked
+        self._watch = watch
+        self._harness = _harness()
+        watch(Note("reading the tasks"))
+        self._tasks = self._harness.find_tasks(asked.tasks, watch)
+        self._results: dict[Compared, dict[str, Any]] = {}
+        self._seconds: dict[Compared, float] = {}
+
+    def score(self, name: Compared, replay: Replay, folder: ModelFolder, weights_of: Callable[[int], Weights]) -> None:
+        """Scores one model under a name."""
+        asked, began = self._asked, perf_counter()
+        tokenizer = load_tokenizer(folder.path, folder.trusted)
+        with replay.whole(weights_of) as model, oom_as_user_error(name):
+            self._results[name] = self._harness.score(
+                model, tokenizer, self._tasks, asked.limit, asked.num_fewshot, asked.batch, self._watch
+            )
+        self._seconds[name] = round(perf_counter() - began, 1)
+
+    def repeat(self, name: Compared, other: Compared) -> None:
+        """Gives one model the scores of another that is the same."""
+        self._results[name], self._seconds[name] = self._results[other], 0.0
+
+    def zero_shot(self, checkpoint: Checkpoint) -> ZeroShot:
+        """All scores so far, compared."""
+        tasks = tuple(
+            compared(name, {model: results[name] for model, results in self._results.items()})
+            for name in self._tasks.rows
+        )
+        shares = [task for task in tasks if task.metric in SHARES]
+        paired = [task.best_minus_uniform for task in shares]
+        return ZeroShot(
+            tasks=tasks,
+            mean={model: mean([task.scores[model][task.metric] for task in shares]) for model in self._results}
+            if shares
+            else {},
+            mean_best_minus_uniform=mean([one for one in paired if one]) if shares and all(paired) else None,
+            missing=self._tasks.missing,
+            limit=self._asked.limit,
+            dtype=str(checkpoint.dtype).removeprefix("torch."),
+            device=device_name(checkpoint.device),
+            seconds=self._seconds,
+            versions={**versions(), "lm_eval": version("lm_eval")},
+        )
+
+
+def evaluate(config: Config, base: Path, asked: Asked, watch: Watch, allowed: Mapping[str, bool]) -> ZeroShot:
+    """Scores dense, uniform with the same pruner, and best; `allowed` as for `apply`.
+
+    UserError for tasks that cannot be had, before the model is loaded, and if the model is not the configuration's.
+    """
+    scorer = Scorer(asked, watch)
+    texts = {"calibration": config.calibration}
+    model = config.model.model(allowed)
+    setup = ContextConfig(model, config.prune, texts, base, asked.device, batches=config.batches, bos=config.bos)
+    with TrialContext.open(setup, watch) as context:
+        return _compared(scorer, config, context)
+
+
+def _compared(scorer: Scorer, config: Config, context: TrialContext) -> ZeroShot:
+    best = plan_of(config, context)
+    uniform = make_plan(best.pruner, "uniform", context.budget(config.sparsity.target), {}, parse(config.prune.pattern))
+    context.watch(TrialStarted("dense", None))
+    scorer.score("dense", context.replay, context.folder, context.checkpoint.weights)
+    context.watch(TrialStarted("uniform", uniform))
+    scorer.score("uniform", context.replay, context.folder, pruned(context, uniform))
+    if (best.sparsities, best.linear_sparsities) == (uniform.sparsities, uniform.linear_sparsities):
+        scorer.repeat("best", "uniform")
+    else:
+        context.watch(TrialStarted("best", best))
+        context.begin(config.batches)
+        scorer.score("best", context.replay, context.folder, pruned(context, best))
+    return scorer.zero_shot(context.checkpoint)
+
+
+def evaluate_folder(folder: Path, asked: Asked, watch: Watch, allowed: Mapping[str, bool]) -> ZeroShot:
+    """Scores the model in a folder, in the number format that its `atp_tune.json` names, if it has one."""
+    if not folder.is_dir():
+        raise UserError(f"--model {folder}: there is no such folder")
+    scorer = Scorer(asked, watch)
+    origin = folder / ABOUT
+    dtype = _dtype(origin)
+    found = resolve(Model.model_validate({"source": str(folder.absolute()), "dtype": dtype, **allowed}), Path())
+    device = find_device(asked.device)
+    with Checkpoint.load(found.path, find_dtype(dtype, device), device, found.trusted) as checkpoint:
+        watch(TrialStarted(str(folder), None))
+        scorer.score("model", verified(checkpoint), found, checkpoint.weights)
+        return scorer.zero_shot(checkpoint)
+
+
+def _dtype(origin: Path) -> str:
+    try:
+        return read_config(origin).model.dtype if origin.is_file() else "auto"
+    except UserError:
+        return "auto"
+
+
+def pruned(context: TrialContext, plan: Plan) -> Callable[[int], Weights]:
+    """Prunes the whole model as a plan says, and gives each block's tensors on the compute device.
+
+    UserError where there is no room for a second copy of the linears.
+    """
+    checkpoint = context.checkpoint
+    device, needed = checkpoint.device, sum(checkpoint.sizes) * checkpoint.dtype.itemsize
+    on_device = checkpoint.residency == "device" and needed < ROOM * free_memory(device)
+    if not on_device and needed > host_memory():
+        raise UserError(
+            f"evaluate: a pruned copy needs {needed / 1024**3:.1f} GiB beside the dense model; write it with "
+            "`apply`, then evaluate --model DIR"
+        )
+    blocks: list[Weights] = []
+    for block in context.prune(plan):
+        keys = {linear.key for linear in checkpoint.linears[block.index]}
+        own = {key: block.weights[key] for key in keys}
+        blocks.append(own if on_device else {key: tensor.cpu() for key, tensor in own.items()})
+
+    def weights_of(index: int) -> Weights:
+        return {**checkpoint.weights(index), **{key: tensor.to(device) for key, tensor in blocks[index].items()}}
+
+    return weights_of
+
+
+def compared(name: str, results: Mapping[Compared, Any]) -> TaskScores:
+    """The scores of several models on one task; best and uniform paired by items, where both are there."""
+    first = next(iter(results.values()))
+    metric = next((share for share in SHARES if share in first.scores), next(iter(first.scores), ""))
+    pair: tuple[Compared, Compared] = ("best", "uniform")
+    paired = [results[model].each.get(metric, []) for model in pair if model in results]
+    return TaskScores(
+        task=name,
+        items=first.items,
+        num_fewshot=first.num_fewshot,
+        version=first.version,
+        metric=metric,
+        scores={model: result.scores for model, result in results.items()},
+        best_minus_uniform=difference(*paired) if len(paired) == 2 else None,
+    )
+
+
+def difference(values: list[float], base: list[float]) -> Measure | None:
+    """Mean difference item by item, with its standard error; None where the items are not known or are one."""
+    if len(values) != len(base) or len(values) < 2:
+        return None
+    differences = [value - other for value, other in zip(values, base, strict=True)]
+    return Measure(value=fmean(differences), stderr=stdev(differences) / math.sqrt(len(differences)))
+
+
+def mean(measures: list[Measure]) -> Measure:
+    """Mean over tasks, each with the same weight; its error is of the items, the tasks are the ones they are."""
+    errors = [measure.stderr for measure in measures]
+    known = [error for error in errors if error is not None]
+    stderr = math.hypot(*known) / len(errors) if len(known) == len(errors) else None
+    return Measure(value=fmean(measure.value for measure in measures), stderr=stderr)
+
+
+def _harness() -> ModuleType:
+    try:
+        from atp_tune.zeroshot import harness
+    except ModuleNotFoundError as error:
+        raise UserError(f"evaluate: {error}; install it with: pip install 'atp-tune[eval]'") from None
+    return harness
