@@ -104,6 +104,7 @@ def test_a_sparse_checkpoint_is_what_the_configuration_says(
     assert measured.value == pytest.approx(math.exp(fmean(ByHand(done, tmp_path / "out").nlls("report"))), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_it_loads_as_any_checkpoint_and_keeps_the_promise(done: Path, config: Config, tmp_path: Path) -> None:
     measured = applied(config, done, tmp_path / "new" / "out")
     assert config.perplexity.report
@@ -127,6 +128,7 @@ def test_it_loads_as_any_checkpoint_and_keeps_the_promise(done: Path, config: Co
     assert [file.name for file in out.parent.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_in_shards_stays_in_shards(done: Path, config: Config, tmp_path: Path) -> None:
     source = done / "model"
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
@@ -141,6 +143,7 @@ def test_a_checkpoint_in_shards_stays_in_shards(done: Path, config: Config, tmp_
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_only_the_file_and_the_model_are_needed(done: Path, tmp_path: Path) -> None:
     """No database, no study file: the JSON moved elsewhere says where its relative paths start."""
     for file in ("tiny.db", "tiny.toml", "search.txt"):
@@ -157,6 +160,7 @@ def test_the_same_again_is_the_same(done: Path, config: Config, tmp_path: Path) 
     assert all(same_bytes(one[name], two[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_an_empty_folder_is_free(done: Path, config: Config, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     applied(config, done, tmp_path / "out")
@@ -271,6 +275,7 @@ def test_prune_once_equals_the_trial(done: Path, config: Config) -> None:
     assert measured.stderr == pytest.approx(config.perplexity.report.stderr, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_prune_once_writes_what_it_measures(done: Path, tmp_path: Path) -> None:
     events: list[Event] = []
     file = study_file(done)

@@ -49,6 +49,7 @@ MEASURED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", few(["html", "md", "json"], ["md"]))
 def test_speed_is_shown_by_status_and_in_reports(kind: str, done: Path, command: CommandLine) -> None:
     path, config = best_of(done)
@@ -73,6 +74,7 @@ def test_speed_is_shown_by_status_and_in_reports(kind: str, done: Path, command:
     assert line in command("status", "--study", done / "tiny.toml").out
 
 
+@pytest.mark.slow
 def test_what_is_written_again_keeps_it(done: Path, command: CommandLine) -> None:
     path, config = best_of(done)
     attach(path, config, "speed", FOUND)

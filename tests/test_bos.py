@@ -348,6 +348,7 @@ def test_nothing_is_measured_where_it_is_asked_for(wanting: Path) -> None:
 # --- where it goes
 
 
+@pytest.mark.slow
 def test_apply_makes_the_masks_of_the_trial(finished: Path, command: CommandLine) -> None:
     config = read_config(finished / "tiny.best.json")
     assert config.bos is True
@@ -378,6 +379,7 @@ def test_a_configuration_without_the_key_has_none(finished: Path, command: Comma
     assert measured.value == pytest.approx(without.value, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_one_plan_without_a_search_has_it(wanting: Path, command: CommandLine) -> None:
     out = wanting / "sparse"
     answer = command("prune", "--study", wanting / "tiny.toml", "--beta", "0.01", "--out", out)
@@ -404,6 +406,7 @@ def test_a_folder_is_finetuned_as_it_was_pruned(finished: Path, command: Command
     assert "4 windows of 16 tokens, each beginning with BOS" in (finished / "out/README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_text_to_train_on_is_compared_without_bos(finished: Path, command: CommandLine) -> None:
     """The report text itself under another name, in windows of half the length, is found out."""
     assert command("apply", "--config", finished / "tiny.best.json", "--out", finished / "sparse").code == 0
@@ -427,6 +430,7 @@ def test_zero_shot_scores_are_of_these_masks(
     assert torch.equal(known, by_hand(finished, "calibration", bos=True, windows=8))
 
 
+@pytest.mark.slow
 def test_a_plan_is_of_the_study_that_was_begun(finished: Path, cache: Path, command: CommandLine) -> None:
     assert command("plan", "--study", finished / "tiny.toml").code == 0
     windows = [np.load(file) for file in (cache / "windows").iterdir()]
@@ -466,6 +470,7 @@ def test_the_recipe_says_what_it_cannot(finished: Path, command: CommandLine) ->
     assert recipe("tiny.best.json").replace(line, "") == recipe("plain.json")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "read"),
     [

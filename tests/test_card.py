@@ -226,6 +226,7 @@ def test_names_of_others_are_only_names(name: str) -> None:
 # --- the folder
 
 
+@pytest.mark.slow
 def test_apply_says_what_it_measured(done: Path, command: CommandLine, tmp_path: Path) -> None:
     (done / "model" / "README.md").write_text(DENSE_CARD)
     worse = read_config(done / "tiny.best.json")
@@ -244,6 +245,7 @@ def test_apply_says_what_it_measured(done: Path, command: CommandLine, tmp_path:
     assert len(re.findall("block +[0-9]+ ", body(made))) == BLOCKS
 
 
+@pytest.mark.slow
 def test_a_plan_without_a_search_has_a_card_too(done: Path, command: CommandLine, tmp_path: Path) -> None:
     words = ["prune", "--study", done / "tiny.toml", "--beta", "0.05", "--out", tmp_path / "sparse"]
     assert command(*words).code == 0

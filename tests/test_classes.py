@@ -71,6 +71,7 @@ def test_a_pruned_model_has_nlls_of_its_own_and_keeps_its_tower(family: str) -> 
     assert changed == {context.checkpoint.key(i, x) for i, row in enumerate(context.checkpoint.linears) for x in row}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", MULTIMODAL)
 def test_a_folder_is_loaded_with_its_tower_and_says_its_blocks(family: str, tmp_path: Path) -> None:
     model = multimodal(family)

@@ -155,6 +155,7 @@ def stored(place: Path, name: str = "tiny", file: str | None = None) -> optuna.S
     return study
 
 
+@pytest.mark.slow
 def test_a_timeout_leaves_the_rest_for_later(place: Path, command: CommandLine) -> None:
     answer = command("--study", place / "tiny.toml", "--timeout", "0")
     assert answer.code == 0
@@ -261,6 +262,7 @@ def test_failures_are_told(place: Path, command: CommandLine, monkeypatch: pytes
     assert reason in shown.out
 
 
+@pytest.mark.slow
 def test_a_model_with_nan_is_one_line(place: Path, command: CommandLine) -> None:
     import torch
     from safetensors.torch import load_file, save_file
@@ -316,6 +318,7 @@ def test_another_name_that_is_not_there(name: str, done: Path, command: CommandL
     assert answer.error.startswith("study other: has no trials yet; run: ")
 
 
+@pytest.mark.slow
 def test_status_of_a_study_without_a_trial_that_ended(place: Path, command: CommandLine) -> None:
     run(place, timeout=0)
     answer = command("status", "--study", place / "tiny.toml")
@@ -324,6 +327,7 @@ def test_status_of_a_study_without_a_trial_that_ended(place: Path, command: Comm
     assert command("export", "--study", place / "tiny.toml").error.startswith("study tiny: no trial has a value yet")
 
 
+@pytest.mark.slow
 def test_export_writes_what_the_run_wrote(done: Path, command: CommandLine, tmp_path: Path) -> None:
     written = (done / "tiny.best.json").read_bytes()
     (done / "tiny.best.json").unlink()
@@ -377,6 +381,7 @@ def test_apply_compares_with_the_promise(done: Path, command: CommandLine, tmp_p
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_apply_warns_of_another_number(done: Path, command: CommandLine, tmp_path: Path) -> None:
     content = json.loads((done / "tiny.best.json").read_text())
     content["perplexity"]["report"]["value"] *= 1.01
@@ -386,6 +391,7 @@ def test_apply_warns_of_another_number(done: Path, command: CommandLine, tmp_pat
     assert "warning: they differ by more than 0.1 %" in answer.out
 
 
+@pytest.mark.slow
 def test_apply_of_an_early_export(done: Path, command: CommandLine, tmp_path: Path) -> None:
     content = json.loads((done / "tiny.best.json").read_text())
     content["perplexity"]["report"] = None
@@ -406,6 +412,7 @@ def test_prune_with_a_study(done: Path, command: CommandLine, tmp_path: Path) ->
     assert "magnitude uniform, sparsity 0.3: perplexity" in answer.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "said"),
     [

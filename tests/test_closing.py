@@ -83,6 +83,7 @@ def test_a_storage_that_cannot_be_opened_leaves_nothing(tmp_path: Path, connecti
 COMMANDS = ("", "status", "status --json", "report --format md", "export", "plan", "studies")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", COMMANDS)
 def test_commands_close_theirs(
     words: str, done: Path, command: CommandLine, connections: list[Any], monkeypatch: pytest.MonkeyPatch

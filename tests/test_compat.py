@@ -104,6 +104,7 @@ def test_private_parts_are_imported_in_compat_alone(path: Path) -> None:
         assert not list(private_imports(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("module", "name"), USED, ids=str)
 def test_what_is_imported_is_there(module: str, name: str) -> None:
     part(module, name)
@@ -225,6 +226,7 @@ def test_the_client_of_the_storage_proxy() -> None:
             pytest.fail(f"{upstream('optuna')}: GrpcStorageProxy has no {name} any more", pytrace=False)
 
 
+@pytest.mark.slow
 def test_the_process_of_a_gp_sampler() -> None:
     from optuna.samplers import GPSampler
 

@@ -81,6 +81,7 @@ def test_a_trial_that_dies_at_one_place_is_given_up_whatever_else_happens_to_it(
     assert why_given_up([*before, *ends])
 
 
+@pytest.mark.slow
 @quick
 @given(st.lists(st.one_of(SHARED, UNKNOWN), max_size=MOST - 1))
 def test_what_others_share_or_nobody_has_seen_is_nobodys_fault(cut_offs: list[CutOff]) -> None:
@@ -94,6 +95,7 @@ def test_the_end_of_a_machine_changes_no_verdict(cut_offs: list[CutOff], shared:
     assert bool(why_given_up([*cut_offs, shared])) == bool(why_given_up(cut_offs))
 
 
+@pytest.mark.slow
 @quick
 @given(st.lists(PLACES, max_size=MOST - 1))
 def test_of_the_places_the_last_ones_decide(places: list[str]) -> None:

@@ -261,6 +261,7 @@ def test_a_worker_gives_up_in_one_line(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["postgresql", "sqlite"])
 def test_attributes_are_stored_together_or_not_at_all(kind: str, postgres: PostgreSQL, tmp_path: Path) -> None:
     address = postgres.new() if kind == "postgresql" else f"sqlite:///{tmp_path}/s.db"

@@ -84,6 +84,7 @@ def test_kl_of_the_dense_model_is_zero(batch: int, monkeypatch: pytest.MonkeyPat
     assert work.all_scores(work.dense(), "search").kls == []
 
 
+@pytest.mark.slow
 def test_kl_does_not_change_with_batches_slices_and_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     work = bench_of(tiny("llama"))
     pruned = [(b.index, b.weights) for b in work.prune(Plan("wanda", "uniform", (0.5,) * 4))]
@@ -162,6 +163,7 @@ def test_blocks_are_met_once_and_in_order() -> None:
     assert met == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_the_bench_gives_groups_whether_or_not_it_keeps_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     work, events = bench_of(tiny("llama")), []
     expected = work.all_nlls(work.dense(), "search")

@@ -89,6 +89,7 @@ def known() -> dict[str, Seen]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", few(types(), FAST))
 @pytest.mark.filterwarnings("ignore")
 def test_a_type_is_pruned_right_or_refused(kind: str) -> None:
@@ -208,6 +209,7 @@ def test_a_hybrid_goes_from_its_folder_to_a_sparse_one(kind: str, place: Path, c
     assert AutoModelForCausalLM.from_pretrained(place / "sparse").config.model_type == kind
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", few(HYBRIDS, ["falcon_h1"]))
 @pytest.mark.filterwarnings("ignore")
 def test_recurrent_states_start_anew_in_each_window(kind: str) -> None:
@@ -238,6 +240,7 @@ def test_what_is_refused_is_refused_by_the_command(kind: str, said: str, place: 
     assert not list(place.glob("*.best.json"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("kind", few(["bert", "roberta", "electra", "paligemma"], ["bert"]))

@@ -52,6 +52,7 @@ class Additions(TorchDispatchMode):
         return func(*args, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("statistics", ["block", "sequential"])
 @pytest.mark.parametrize("family", MIXTURES)
 def test_a_mixture_is_summed_in_a_fixed_order(family: str, statistics: Any) -> None:
@@ -167,6 +168,7 @@ def silence(model: Any, index: int = 1) -> Any:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("statistics", ["block", "dense"])
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
 def test_an_expert_that_no_token_is_sent_to_is_pruned_by_magnitude(family: str, statistics: Any) -> None:

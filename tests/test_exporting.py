@@ -62,6 +62,7 @@ def test_which_format_is_meant(given: str | None, out: str | None, kind: str) ->
     assert kind_of(given, Path(out) if out else None) == kind
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_study_and_its_configuration_give_the_same_file(kind: str, done: Path, command: CommandLine) -> None:
     ending = FORMATS[kind].ending

@@ -466,6 +466,7 @@ def test_a_model_that_changes_while_it_is_used_is_not_mixed(
     ROWS.add("model file changed while a study runs, and between runs", 2)
 
 
+@pytest.mark.slow
 def test_a_model_of_nan_is_refused_before_a_trial(place: Path, command: CommandLine) -> None:
     file = place / "model" / "model.safetensors"
     tensors = load_file(file)

@@ -314,6 +314,7 @@ def test_several_studies_in_one_figure() -> None:
 # Size and style
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", KEYS)
 def test_a_long_study_stays_small(long: optuna.Study, key: str) -> None:
     text = figures.FIGURES[key](summarise(long)).to_json()

@@ -11,8 +11,9 @@ import pytest
 from forking import CONTEXT, ensure_preloaded
 from tinystudy import finish, hear, settings, start
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 def test_everything_is_imported_before_a_command_begins() -> None:
     ensure_preloaded()
     process = CONTEXT.Process(target=exec, args=("import sys; sys.exit('preloaded' not in sys.modules)",))
@@ -21,7 +22,6 @@ def test_everything_is_imported_before_a_command_begins() -> None:
     assert process.exitcode == 0
 
 
-@pytest.mark.slow
 def test_it_is_the_same_as_a_started_one(place: Path) -> None:
     for words in (["plan", "--study", "tiny/tiny.toml"], ["status", "--study", "nosuch"]):
         one, other = (finish(start(*words, cwd=place.parent, alone=alone)) for alone in (False, True))

@@ -33,6 +33,7 @@ def script() -> Any:
     return module
 
 
+@pytest.mark.slow
 def test_what_is_not_run(tmp_path: Path) -> None:
     assert said("--wheels") == "--wheels: into which folder?"
     assert said(tmp_path) == f"{tmp_path}: has no wheels; `scripts/gpu --wheels {tmp_path}` downloads them"

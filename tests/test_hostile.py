@@ -142,6 +142,7 @@ def test_a_markdown_report_shows_it_as_text(hostile: Path, command: CommandLine)
     assert not re.search(r"(?<!\\)<", text)
 
 
+@pytest.mark.slow
 def test_a_page_shows_it_as_text(hostile: Path, command: CommandLine) -> None:
     out = hostile / "r.html"
     words = ("report", "--study", hostile / "tiny.toml", "--study-name", name_in(hostile), "--out", out)
@@ -177,6 +178,7 @@ def test_a_study_file_of_another_version_is_left_out(value: str, done: Path) -> 
     assert summarise(study_of(done)).made_from is None
 
 
+@pytest.mark.slow
 def test_commands_work_without_the_study_file_of_another_version(done: Path, command: CommandLine) -> None:
     change(done / "tiny.db", "UPDATE study_user_attributes SET value_json = '{\"name\": 1}' WHERE key = 'made_from'")
     for words in (("status",), ("export",), ("report", "--out", done / "r.html")):

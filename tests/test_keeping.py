@@ -71,6 +71,7 @@ def test_the_room_that_is_needed(kind: Any, tmp_path: Path) -> None:
     assert is_room(tmp_path, 1000) and not is_room(tmp_path, 1 << 60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pruner", few(PRUNERS, ("wanda", "sparsegpt")))
 def test_kept_statistics_prune_alike(pruner: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = Plan(pruner, "atp", (0.4, 0.5, 0.6, 0.7))

@@ -243,6 +243,7 @@ def test_help_needs_no_library_but_its_own() -> None:
         assert not reached_libraries(name, heavy), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "said"), [(["--help"], "python tune.py --study smol"), (["prune", "--help"], "prune")]
 )

@@ -88,6 +88,7 @@ def test_speedup(done: Path, command: CommandLine, loads: list[Any], tmp_path: P
     assert loads[4:] in (PAIR, 2 * PAIR)  # in one number format or two
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("residency", ["device", "host", "disk"])
 def test_a_bench_that_is_closed_holds_nothing(residency: Residency, tmp_path: Path) -> None:
     """Nor does what was made of it: a screening, a budget, the weights' stream."""

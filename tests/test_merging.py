@@ -137,6 +137,7 @@ def made(file: Path, *trials: FrozenTrial, **attributes: Any) -> optuna.Study:
     return study
 
 
+@pytest.mark.slow
 def test_what_names_trials_by_number_follows(tmp_path: Path) -> None:
     first, second = made_up(0.0), made_up(0.001)
     failed = made_up(0.02, state=TrialState.FAIL, failure="out of memory")
@@ -162,6 +163,7 @@ def test_what_names_trials_by_number_follows(tmp_path: Path) -> None:
     assert study.user_attrs["total"] == 16
 
 
+@pytest.mark.slow
 def test_how_often_a_trial_was_cut_off_is_kept(tmp_path: Path) -> None:
     """Also of one whose successor waits elsewhere: it is queued again with what is known of it."""
     died = {"place": "after prune 1 of 2", "alone": True}
@@ -175,6 +177,7 @@ def test_how_often_a_trial_was_cut_off_is_kept(tmp_path: Path) -> None:
     assert study.trials[-1].system_attrs["cut_offs"] == [died, died]
 
 
+@pytest.mark.slow
 def test_the_total_grows_with_the_trials(tmp_path: Path) -> None:
     made(tmp_path / "a.db", made_up(0.0), made_up(0.1, state=TrialState.FAIL, lost="its process died"), total=1)
     made(tmp_path / "b.db", made_up(0.001), made_up(0.1, state=TrialState.FAIL, failure="inf"), total=2)
@@ -195,6 +198,7 @@ def test_trials_that_have_not_ended_stay_where_they_are(tmp_path: Path, command:
     assert [trial.params["beta"] for trial in study.trials] == [0.0, 0.002, 0.001]
 
 
+@pytest.mark.slow
 def test_every_part_of_a_trial_is_kept(tmp_path: Path) -> None:
     trial = made_up(0.001, state=TrialState.COMPLETE, stopped_after=2, linear_sparsities=[[0.5]])
     trial.intermediate_values = {0: 2.5, 3: float("inf")}
@@ -205,6 +209,7 @@ def test_every_part_of_a_trial_is_kept(tmp_path: Path) -> None:
     assert list(study.trials[0].params) == list(trial.params)
 
 
+@pytest.mark.slow
 def test_notes_are_kept_from_all(tmp_path: Path) -> None:
     study = made(tmp_path / "a.db", made_up(0.0))
     save_note(study, with_own_words("ours, old", "Ada was here."))
@@ -256,6 +261,7 @@ def meta_of(name: object, **changed: object) -> str:
     return json.dumps({"artifact_id": name, "filename": "x", "mimetype": "text/html", "encoding": None, **changed})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["artifacts:", "dashboard:artifacts:1:", "of a trial"])
 def test_an_artifact_is_a_file_of_its_folder(kind: str, tmp_path: Path) -> None:
     """Names that lead out of it, and links, whether or not what they lead to is there."""
@@ -293,6 +299,7 @@ def set_trial_attr(database: Path, key: str, value: object) -> None:
         )
 
 
+@pytest.mark.slow
 def test_what_is_said_of_an_artifact_may_be_anything(tmp_path: Path) -> None:
     study = made(tmp_path / "a.db", made_up(0.0))
     made(tmp_path / "b.db", made_up(0.001))
@@ -307,6 +314,7 @@ def test_what_is_said_of_an_artifact_may_be_anything(tmp_path: Path) -> None:
     assert not [key for key in found._storage.get_study_system_attrs(found._study_id) if "artifact" in key]
 
 
+@pytest.mark.slow
 def test_an_artifact_that_was_removed_stays_so(tmp_path: Path) -> None:
     for file, value in (("a.db", "null"), ("b.db", meta_of(NAME))):
         study = made(tmp_path / file, made_up(0.0))
@@ -341,6 +349,7 @@ def test_attributes_of_another_kind_are_left_out(
     assert get_note(found) == ""
 
 
+@pytest.mark.slow
 def test_a_failure_may_name_any_trial(tmp_path: Path) -> None:
     words = [f"failed before, as trial {number}: x" for number in ("7", "9" * 5000, "٣")]
     trials = [made_up(k / 10, state=TrialState.FAIL, failure=text) for k, text in enumerate(words)]
@@ -350,6 +359,7 @@ def test_a_failure_may_name_any_trial(tmp_path: Path) -> None:
     assert [trial.user_attrs.get("failure") for trial in study.trials][:3] == words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table", ["study_system_attributes", "study_user_attributes", "trial_system_attributes"])
 def test_what_optuna_cannot_read_is_one_line(table: str, tmp_path: Path) -> None:
     study = made(tmp_path / "a.db", made_up(0.0))

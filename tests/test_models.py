@@ -375,6 +375,7 @@ def test_a_hub_model_is_downloaded_as_far_as_needed(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_a_hub_model_without_safetensors_is_converted(
     hub: tuple[Path, list[str]], pickled: Path, tmp_path: Path
 ) -> None:

@@ -308,6 +308,7 @@ def test_tables_show_the_values_and_the_front(made: Path, command: CommandLine) 
     assert str(summarise(stored(made, "kl")).kl(stored(made, "kl").best_trial).report) in said
 
 
+@pytest.mark.slow
 def test_the_json_of_status_and_report(made: Path, tmp_path: Path) -> None:
     for name, goals in (("kl", ["kl"]), ("both", ["perplexity", "kl"])):
         study = stored(made, name)
@@ -327,6 +328,7 @@ def test_the_json_of_status_and_report(made: Path, tmp_path: Path) -> None:
         assert read["trials"][1]["kl"] == said["trials"][1]["kl"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["html", "md", "latex"])
 @pytest.mark.parametrize("name", ["kl", "both"])
 def test_reports(name: str, kind: str, made: Path, tmp_path: Path) -> None:
@@ -342,6 +344,7 @@ def test_reports(name: str, kind: str, made: Path, tmp_path: Path) -> None:
     assert ("Pareto front" in text) == (name == "both" and kind != "latex")
 
 
+@pytest.mark.slow
 def test_figures(made: Path) -> None:
     drawn = figures.draw(summarise(stored(made, "both")))
     assert set(drawn) == {"perplexity", "front", "sparsity", "error", "seconds"}
@@ -359,6 +362,7 @@ def test_figures(made: Path) -> None:
     assert sorted(marks) == pytest.approx(shown, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_notes_of_the_dashboard(made: Path) -> None:
     for name in ("kl", "both"):
         summary = summarise(stored(made, name))
@@ -370,6 +374,7 @@ def test_notes_of_the_dashboard(made: Path) -> None:
             assert f"KL divergence from the dense model {kl_of(trial)}." in trial_note(trial, summary)
 
 
+@pytest.mark.slow
 def test_any_trial_can_be_exported(made: Path, place: Path, command: CommandLine) -> None:
     shutil.copy(made / "tiny.db", place / "tiny.db")
     asked = ("export", "--study", place / "tiny.toml", "--study-name", "both")
@@ -451,12 +456,14 @@ def test_perplexity_is_no_fact_so_that_older_studies_go_on(place: Path) -> None:
     assert len(run(place, "search.objective=perplexity", "search.trials=4").trials) == 4
 
 
+@pytest.mark.slow
 def test_a_name_that_a_dead_process_left_with_fewer_values(place: Path, command: CommandLine) -> None:
     optuna.create_study(study_name="tiny", storage=storage_in(place / "tiny.db"))
     said = command("--study", place / "tiny.toml", *settings(BOTH)).error
     assert said == "study tiny: was begun with another search.objective; start another with --study-name NAME"
 
 
+@pytest.mark.slow
 def test_a_stranger_s_values_are_no_reason_to_stumble(made: Path, place: Path) -> None:
     shutil.copy(made / "tiny.db", place / "tiny.db")
     bare = optuna.load_study(study_name="both", storage=storage_in(place / "tiny.db"))

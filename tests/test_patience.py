@@ -93,6 +93,7 @@ def test_a_trial_that_another_ended_meanwhile(storage: BaseStorage, lose: Callab
     assert storage.get_trial(trial).state == TrialState.FAIL
 
 
+@pytest.mark.slow
 def test_a_pickled_storage_is_as_patient(storage: BaseStorage, lose: Callable[..., None]) -> None:
     trial = begun(storage)
     restored = pickle.loads(pickle.dumps(storage))

@@ -30,6 +30,7 @@ def test_a_study_is_foretold(place: Path) -> None:
     assert not list(place.glob("*.db"))
 
 
+@pytest.mark.slow
 def test_the_dense_states_that_kl_compares_with_are_counted(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[planning.Known] = []
     original = planning._memory
@@ -41,12 +42,14 @@ def test_the_dense_states_that_kl_compares_with_are_counted(place: Path, monkeyp
     assert replace(kl, dense=0, process=0) == replace(plain, dense=0, process=0)
 
 
+@pytest.mark.slow
 def test_a_study_that_may_settle_is_foretold_at_most(place: Path, command: CommandLine) -> None:
     options = settings("search.settle=true", "search.sampler=gp")
     assert "study:   at most 3 trials, " in command("plan", "--study", place / "tiny.toml", *options).out
     assert "study:   3 trials, " in command("plan", "--study", place / "tiny.toml").out
 
 
+@pytest.mark.slow
 def test_trials_that_are_done_count(done: Path) -> None:
     found = foresee(study_file(done), "tiny", unwatched)
     assert (found.whole.trials, found.whole.done, found.whole.seconds_left) == (6, 6, 0.0)
@@ -79,6 +82,7 @@ def test_what_does_not_fit_is_not_loaded(place: Path, monkeypatch: pytest.Monkey
     assert "1,024" in answer.out
 
 
+@pytest.mark.slow
 def test_the_command(place: Path, command: CommandLine) -> None:
     answer = command("plan", "--study", place / "tiny.toml", *settings("prune.pruners=['wanda', 'sparsegpt']"))
     assert answer.code == 0, answer.err
@@ -129,6 +133,7 @@ def test_a_screening_has_a_row_and_counts_as_far_as_it_went(place: Path, monkeyp
     assert [(row.what, row.tokens.total) for row in found.trial] == [("trial", 2 * 256 + 512), ("screening", 6 * 32)]
 
 
+@pytest.mark.slow
 def test_what_stands_in_the_middle_of_a_block_is_stated(place: Path) -> None:
     plain, found = (
         foresee(study_file(place, f"prune.statistics={way}", "device=cpu"), "tiny", unwatched)
@@ -143,6 +148,7 @@ def test_a_model_with_no_weights_is_one_line(place: Path, command: CommandLine) 
     assert command("plan", "--study", place / "tiny.toml").error.startswith("model.source: ")
 
 
+@pytest.mark.slow
 def test_nothing_is_stored(done: Path) -> None:
     before = (done / "tiny.db").read_bytes()
     foresee(study_file(done), "tiny", unwatched)

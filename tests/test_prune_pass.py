@@ -67,6 +67,7 @@ def check_same_weights(pruned: list[PrunedBlock], expected: Any, work: TrialCont
             assert same_bits(tensor, found[f"{work.checkpoint.blocks_name}.{block.index}.{name}"]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ALL)
 def test_wanda_with_atp_in_every_family(family: str) -> None:
     model = tiny(family)
@@ -119,6 +120,7 @@ def test_magnitude_measures_nothing(family: str, monkeypatch: pytest.MonkeyPatch
     assert [block.error for block in pruned] == pytest.approx(errors, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", *few(MIXTURES, ("deepseek_v3", "gpt_oss"))])
 def test_sparsegpt_is_its_naive_pass(family: str) -> None:
     def prune(weight: Tensor, x: Tensor, sparsity: float) -> Tensor:
@@ -136,6 +138,7 @@ def test_sparsegpt_is_its_naive_pass(family: str) -> None:
             torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "bloom", "qwen3_moe"])
 def test_dense_statistics_are_of_the_dense_model(family: str) -> None:
     model = tiny(family)
@@ -154,6 +157,7 @@ def test_dense_statistics_are_of_the_dense_model(family: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_dense_statistics_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[Any] = []
     original = context.measure_and_advance
@@ -165,6 +169,7 @@ def test_dense_statistics_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> 
     assert measured == [InputNorms] * 4 + [Hessian] * 4
 
 
+@pytest.mark.slow
 def test_the_error_curve_is_of_the_first_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(context, "CURVE_TOKENS", 2 * TOKENS + 1)
     model = tiny("llama")
@@ -204,6 +209,7 @@ def test_the_relative_error() -> None:
     assert relative_error(hidden.bfloat16(), dense) == pytest.approx(1 / 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pruner", PRUNERS)
 def test_the_same_plan_gives_the_same_weights(pruner: str) -> None:
     work = bench_of(tiny("llama"))
@@ -213,6 +219,7 @@ def test_the_same_plan_gives_the_same_weights(pruner: str) -> None:
         assert all(same_bits(tensor, b.weights[name]) for name, tensor in a.weights.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pruner", PRUNERS)
 @pytest.mark.parametrize("family", few(["llama-tied", "gpt2", "qwen2_moe-mixed"], ["gpt2"]))
 def test_blocks_on_the_host_are_pruned_alike(family: str, pruner: str) -> None:
@@ -288,6 +295,7 @@ def limit_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     monkeypatch.setattr(Replay, "step", step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [1, 2, 3])
 @pytest.mark.parametrize("prune", [Prune(), Prune(statistics="sequential"), Prune(statistics="dense")])
 def test_memory_that_runs_out_changes_no_result(prune: Prune, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,6 +337,7 @@ def limit_embedding(model: nn.Module, most: int, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(model, "forward", forward)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prune", [Prune(), Prune(statistics="sequential"), Prune(statistics="dense")])
 def test_an_embedding_for_which_memory_runs_out_fails_no_trial(prune: Prune, monkeypatch: pytest.MonkeyPatch) -> None:
     model, events = tiny("gemma2"), list[Any]()

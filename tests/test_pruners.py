@@ -114,6 +114,7 @@ def test_settings_reach_the_pruner() -> None:
         make_pruner("none")
 
 
+@pytest.mark.slow
 @given(problems() | tied_problems, dtypes, sparsities)
 def test_wanda_is_its_double_loop(case: Problem, dtype: torch.dtype, sparsity: float) -> None:
     weight, x = case[0].to(dtype), case[1]
@@ -146,6 +147,7 @@ def test_magnitude_is_its_sort(case: Problem, dtype: torch.dtype, sparsity: floa
     assert same_bits(pruned, weight.masked_fill(naive.magnitude_mask(weight, sparsity), 0))
 
 
+@pytest.mark.slow
 @given(problems(), sparsities, st.sampled_from([1, 4, 16, 128]) | st.integers(1, 40))
 def test_sparsegpt_is_the_dense_inverse(case: Problem, sparsity: float, columns: int) -> None:
     weight, x = case
@@ -184,6 +186,7 @@ def test_sparsegpt_computes_in_float32_whatever_the_weights_are(dtype: torch.dty
     assert torch.equal(pruned == 0, naive.sparsegpt(weight, x, 0.5, 0.01, 8)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [40, 128])
 @pytest.mark.parametrize("group", [None, 4])
 @pytest.mark.parametrize("shape", [(50, 300), (7, 129), (600, 130)])
@@ -252,6 +255,7 @@ def test_the_variant_of_wanda_is_where_the_bisection_leads() -> None:
     assert gone[:4].sum() > 1.3 * 4 * 20
 
 
+@pytest.mark.slow
 @given(problems(), dtypes, sparsities, st.sampled_from(["wanda", "magnitude"]), st.sampled_from([0.0, 0.015625]))
 def test_dsnot_is_its_loop(case: Problem, dtype: torch.dtype, sparsity: float, initial: Any, shift: float) -> None:
     weight, x = case[0].to(dtype), case[1] + shift

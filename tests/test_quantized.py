@@ -72,6 +72,7 @@ def as_transformers_reads(folder: Path, dtype: torch.dtype) -> dict[str, torch.T
 # Read back
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", few([torch.float32, torch.bfloat16], [torch.bfloat16]))
 @pytest.mark.parametrize(
     ("tile", "table", "suffix", "bytes_"),
@@ -153,6 +154,7 @@ def test_a_mixture_of_fp8_experts(tmp_path: Path) -> None:
     check_same(found(source).path, plain, torch.bfloat16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mxfp4(dtype: torch.dtype, tmp_path: Path) -> None:
     source, plain = q.pair(dense(tmp_path, "gpt_oss", dtype), as_mxfp4)
@@ -321,6 +323,7 @@ INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "sy
 FP8 = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not is_here("compressed_tensors"), reason="needs compressed-tensors")
 @pytest.mark.skipif(not READS, reason="this transformers leaves scales in the model, which is refused")
 @pytest.mark.parametrize(("form", "arguments"), [("pack-quantized", INT4), ("float-quantized", FP8)])
@@ -380,6 +383,7 @@ def test_methods_are_those_of_transformers() -> None:
     assert len(REFUSED) > 15
 
 
+@pytest.mark.slow
 def test_other_methods_are_refused_by_their_config_alone(place: Path, command: CommandLine) -> None:
     """No weights are there: nothing of them was looked at."""
     for method in REFUSED:
@@ -569,6 +573,7 @@ def test_a_study_and_its_sparse_folder_are_those_of_the_plain_numbers(
     assert type(loaded.model.layers[0].mlp.up_proj) is nn.Linear
 
 
+@pytest.mark.slow
 def test_plan_counts_the_numbers_and_not_the_codes(both: tuple[Path, Path], command: CommandLine) -> None:
     sizes = [read_sizes(resolve(study_file(place).study.model, place).path) for place in both]
     assert sizes[0] == sizes[1]
@@ -576,6 +581,7 @@ def test_plan_counts_the_numbers_and_not_the_codes(both: tuple[Path, Path], comm
     assert [plan.code for plan in plans] == [0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", few(["", "plan", "prune", "apply", "evaluate", "finetune", "speedup"], ["", "apply"]))
 def test_every_command_refuses(words: str, done: Path, command: CommandLine) -> None:
     config = json.loads((done / "model" / "config.json").read_text())

@@ -123,6 +123,7 @@ def test_requests_wait_for_a_server_that_comes_back(server: Server, caplog: pyte
     assert stored.trials[0].value == 2.5
 
 
+@pytest.mark.slow
 def test_a_worker_gives_up_in_the_end(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "PATIENCE", 0.3)
     study, trial = started(server)
@@ -180,6 +181,7 @@ def test_a_server_says_what_is_wrong_with_its_database(
     assert f"says of its database: {said[0]}; trying again, nothing is lost" in caplog.text
 
 
+@pytest.mark.slow
 def test_signs_of_life_reach_the_database(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     study, trial = started(server)
     there = study._storage
@@ -198,6 +200,7 @@ def test_signs_of_life_reach_the_database(server: Server, monkeypatch: pytest.Mo
     server.start()
 
 
+@pytest.mark.slow
 def test_what_a_process_of_this_host_left_is_known_to_the_server(server: Server) -> None:
     study = fingerprint.create_study(connect(server.address), "s", {"sparsity": 0.5})
     study.enqueue_trial({})

@@ -76,6 +76,7 @@ def own(text: str) -> str:
 # All formats
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MAKERS)
 def test_studies_that_are_not_whole(study: optuna.Study, kind: str) -> None:
     contents = gather(study, NOW)
@@ -93,6 +94,7 @@ def test_studies_that_are_not_whole(study: optuna.Study, kind: str) -> None:
     assert MAKERS[kind]([gather(old, NOW), contents])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MAKERS)
 def test_a_real_study(done: Path, kind: str) -> None:
     made = MAKERS[kind]([gather(stored(done), NOW)]).decode()
@@ -101,6 +103,7 @@ def test_a_real_study(done: Path, kind: str) -> None:
     assert f"{best.report.value:.2f}" in made or str(best.report.value) in made
 
 
+@pytest.mark.slow
 def test_a_long_study(long: optuna.Study) -> None:
     contents = gather(long, NOW)
     assert all(len(make([contents])) < 6_000_000 for make in MAKERS.values())
@@ -169,6 +172,7 @@ def test_commands_survive_a_shell(study: optuna.Study) -> None:
 # The page
 
 
+@pytest.mark.slow
 def test_the_page_needs_nothing_else(found: optuna.Study) -> None:
     read = Page(page(found))
     assert read.loaded == []
@@ -348,6 +352,7 @@ def test_the_command_writes_beside_the_database(done: Path, command: CommandLine
     assert (done / "tiny.report.html").read_text().startswith("<!DOCTYPE html>")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "ending"), [("md", "md"), ("json", "json"), ("latex", "tex")])
 def test_the_command_in_other_formats(done: Path, command: CommandLine, kind: str, ending: str) -> None:
     assert command("report", "--study", done / "tiny.toml", "--format", kind).code == 0
@@ -357,6 +362,7 @@ def test_the_command_in_other_formats(done: Path, command: CommandLine, kind: st
     assert out.exists()
 
 
+@pytest.mark.slow
 def test_the_command_compares(done: Path, command: CommandLine) -> None:
     toml = done / "tiny.toml"
     answer = command("report", "--study", toml, "--study", toml, "--format", "md")
@@ -365,6 +371,7 @@ def test_the_command_compares(done: Path, command: CommandLine) -> None:
     assert answer.out == f"{done / 'tiny+tiny.report.md'}\n"
 
 
+@pytest.mark.slow
 def test_what_the_command_refuses(done: Path, command: CommandLine) -> None:
     toml, before = done / "tiny.toml", sorted(done.iterdir())
     tiny = ["report", "--study", toml]

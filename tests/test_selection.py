@@ -112,6 +112,7 @@ def test_many_rows_in_threads(values: int | None, threads: int, monkeypatch: pyt
         assert torch.equal(ranks(s) < count, by_sorting(s, count)), count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["random", "ascending", "descending", "a sample that misleads"])
 @pytest.mark.parametrize("values", few([None, 2, 50], [50]))
 def test_a_large_matrix_is_selected_by_a_sample(values: int | None, order: str) -> None:

@@ -245,6 +245,7 @@ def test_a_study_that_runs_is_followed(place: Path) -> None:
     assert len(versions) > 1
 
 
+@pytest.mark.slow
 def test_an_empty_database_and_a_failed_trial(tmp_path: Path) -> None:
     with served(tmp_path / "new.db") as dashboard:
         assert dashboard.studies() == {}

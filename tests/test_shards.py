@@ -115,6 +115,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("source", "pruner"), CASES)
 def test_what_is_written(source: str, pruner: str, tmp_path: Path) -> None:
     folder, out = SOURCES[source](tmp_path / "dense"), tmp_path / "sparse"

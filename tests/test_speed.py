@@ -273,6 +273,7 @@ def test_semi_structured_on_a_card(two_four: Path, command: CommandLine) -> None
     assert command("speedup", "--model", two_four, "--engine", "semi-structured", "--tokens", 8, "--runs", 1).code == 0
 
 
+@pytest.mark.slow
 def test_a_prompt_longer_than_the_model(done: Path, command: CommandLine) -> None:
     assert command("speedup", "--config", done / "tiny.best.json", "--tokens", "225").error == (
         "--tokens 225: the model has 256 positions, of which 32 are for the tokens after the prompt; lower it"
@@ -350,6 +351,7 @@ def test_another_dense_model(done: Path, command: CommandLine) -> None:
     assert command("speedup", "--config", done / "tiny.best.json").error.startswith("model.fingerprint: ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("library", "engine"), [("zstandard", "torch"), ("onnx", "deepsparse")])
 def test_a_library_that_is_not_installed(
     library: str, engine: str, done: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch

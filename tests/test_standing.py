@@ -82,6 +82,7 @@ def test_an_expert_that_no_token_is_sent_to(family: str) -> None:
     check_same_weights(pruned, naive_pass(model, work, plan, wanda), work)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", few(["llama", "gpt2", "falcon", "olmoe"], ["llama"]))
 def test_sparsegpt_in_one_pass(family: str) -> None:
     def prune(weight: Tensor, x: Tensor, sparsity: float) -> Tensor:

@@ -257,6 +257,7 @@ def test_a_configuration_without_a_finite_report_is_json(done: Path) -> None:
     assert read_config(done / "some.json").perplexity.search == config.perplexity.search
 
 
+@pytest.mark.slow
 def test_studies(done: Path, command: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(done, tmp_path / "studies")
@@ -380,6 +381,7 @@ def numbers(lines: list[str]) -> list[int]:
     return [int(found[1]) for line in lines if (found := re.match(r" +(\d+) +[a-z]", line))]
 
 
+@pytest.mark.slow
 def test_a_small_screen_shows_the_best_and_the_last(study: optuna.Study, monkeypatch: pytest.MonkeyPatch) -> None:
     study.set_user_attr("total", 60)
     for number in range(39):

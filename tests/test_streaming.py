@@ -207,6 +207,7 @@ def values(family: str, residency: Residency, pruner: str = "wanda") -> tuple[li
     return [block.weights for block in pruned], [*nlls, *context.all_nlls(context.dense(), "report")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family", few(ALL, ("llama-tied", "gpt2", "gemma3", "falcon", "deepseek_v3", "gpt_oss", "olmoe"))
 )

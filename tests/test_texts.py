@@ -147,6 +147,7 @@ def test_the_names_of_the_field_become_arguments() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_hub_dataset_stays_on_disk(hub: tuple[Path, list[str]], tmp_path: Path) -> None:
     rows = ["one", None, "", *(f"text {n}" for n in range(2500))]
     jsonl(hub[0] / "datasets/org/set/train.jsonl", *({"text": row, "n": 1} for row in rows))

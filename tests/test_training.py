@@ -87,6 +87,7 @@ def test_training_lowers_the_loss(dtype: torch.dtype, monkeypatch: pytest.Monkey
 # --- a run that was cut off
 
 
+@pytest.mark.slow
 def test_it_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     whole, half, rest = trainer(), trainer(), trainer()
     for _ in range(5):
@@ -145,6 +146,7 @@ def test_the_rate_rises_then_falls_to_nothing() -> None:
 # --- what does not fit
 
 
+@pytest.mark.slow
 def test_blocks_are_recomputed_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     roomy = trainer()
     checkpoint = checkpoint_of(with_zeros("llama"))

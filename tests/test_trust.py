@@ -204,6 +204,7 @@ def test_files_that_hold_no_object(name: str, content: str, checkpoint: Path, tm
 # Links
 
 
+@pytest.mark.slow
 def test_links_out_of_the_folder_are_not_copied(place: Path, command: CommandLine, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("s3cret")

@@ -163,6 +163,7 @@ def test_the_best_configuration_is_written(done: Path) -> None:
 # --- going on
 
 
+@pytest.mark.slow
 def test_a_complete_study_is_returned_without_work(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_bench(monkeypatch)
     before = (done / "tiny.db").read_bytes()
@@ -532,6 +533,7 @@ def test_other_contents_are_refused(done: Path, edit: Any, key: str) -> None:
     assert len(reopen(done).trials) == 6
 
 
+@pytest.mark.slow
 def test_what_does_not_change_values_may_change(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_bench(monkeypatch)
     assert len(run(done, "description=other", "device=auto", "search.trials=1").trials) == 6
@@ -553,6 +555,7 @@ def test_another_name_lives_beside_it(done: Path) -> None:
 # --- trials that fail
 
 
+@pytest.mark.slow
 def test_a_model_with_nan_is_refused_before_a_trial_runs(place: Path) -> None:
     put_nan(place)
     with pytest.raises(UserError, match=r"^model.source: the perplexity of the dense model model is not finite: .*"):
@@ -644,6 +647,7 @@ def test_an_error_that_nobody_expected_is_not_hidden(place: Path, monkeypatch: p
     assert totals.counted(study) == 3
 
 
+@pytest.mark.slow
 def test_a_dense_model_that_cannot_be_measured_is_said(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def too_small(context: TrialContext, blocks: Any, role: str) -> list[float]:
         raise TrialError("out of memory with one window at a time")
@@ -836,6 +840,7 @@ def test_a_grid_of_more_trials_than_points_ends_with_them(place: Path) -> None:
     assert totals.counted(run(place, *GRID, "search.trials=99")) == 5
 
 
+@pytest.mark.slow
 def test_a_step_beyond_the_bound_is_refused(place: Path) -> None:
     with pytest.raises(UserError, match=r"^search.step: 0.3 is larger than the bound of beta, 0.266667$"):
         run(place, "search.sampler=grid", "search.step=0.3")

@@ -157,6 +157,7 @@ def test_few_windows_tokenise_little_of_a_huge_text(
     assert sum(seen) < 20_000 < sum(map(len, TOPICS))
 
 
+@pytest.mark.slow
 def test_a_text_with_few_tokens_a_character_is_read_further(folder: Path, tmp_path: Path) -> None:
     words = sorted(AutoTokenizer.from_pretrained(folder).get_vocab(), key=len)
     long = (words[-1].replace("Ġ", " ").replace("Ċ", "\n") * 9 + "\n") * 4000
@@ -320,6 +321,7 @@ def test_each_token_of_a_text_is_predicted_once(tokens: int, windows: int | None
     assert found.ids[:, 1:].ravel().tolist() == ids[1 : 1 + count * (tokens - 1)]
 
 
+@pytest.mark.slow
 def test_random_windows_are_of_the_same_documents(folder: Path, tmp_path: Path) -> None:
     """The loader of Wanda, with room for BOS, and a tokenizer that adds none."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
