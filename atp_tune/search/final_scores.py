@@ -10,14 +10,14 @@ from optuna.trial import FrozenTrial
 from atp_tune.events import TrialStarted
 from atp_tune.results.summary import best_config, undrawn, unreported
 from atp_tune.search.space import Space
+from atp_tune.search.study_run import StudyRun
+from atp_tune.search.trial_loop import POLL
 from atp_tune.storage import fingerprint, ranking
 from atp_tune.storage.process_identity import identity, is_alive
 from atp_tune.storage.validation import TRIAL, checked
 
 if TYPE_CHECKING:
     from atp_tune.search.context import TrialContext
-from atp_tune.search.study_run import StudyRun
-from atp_tune.search.trial_loop import POLL
 
 REPORTER = "reporter"  # system attribute of a study: the process that measures the report text
 

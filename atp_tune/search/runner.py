@@ -13,9 +13,12 @@ from atp_tune.errors import UserError
 from atp_tune.events import TrialStarted
 from atp_tune.metrics.perplexity import perplexity
 from atp_tune.results.summary import undrawn, unreported
+from atp_tune.search.final_scores import report, write_best
 from atp_tune.search.samplers import first_trials, make_sampler, make_stopper, total_trials
 from atp_tune.search.screening import begins_with, confirmed, renamed, screening_file
 from atp_tune.search.space import make_space
+from atp_tune.search.study_run import StudyRun, check_name, load_existing, with_stored_total
+from atp_tune.search.trial_loop import recover_lost, run_trials
 from atp_tune.spec.study import Screen
 from atp_tune.spec.studyfile import StudyFile, facts, settings
 from atp_tune.storage import filesystem, fingerprint, opening, ranking, totals
@@ -24,9 +27,6 @@ from atp_tune.storage.process_identity import versions
 
 if TYPE_CHECKING:
     from atp_tune.search.context import TrialContext
-from atp_tune.search.final_scores import report, write_best
-from atp_tune.search.study_run import StudyRun, check_name, load_existing, with_stored_total
-from atp_tune.search.trial_loop import recover_lost, run_trials
 
 
 def tune(run: StudyRun) -> optuna.Study:

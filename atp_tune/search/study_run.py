@@ -15,7 +15,6 @@ from atp_tune.storage.trace import Trace
 if TYPE_CHECKING:
     from atp_tune.search.context import TrialContext
 
-
 LONGEST = 200  # bytes of a study's name, from which files are named
 
 

@@ -13,6 +13,7 @@ from atp_tune.events import TrialEnded
 from atp_tune.results.formatting import loss_of
 from atp_tune.results.summary import is_by_kl, kl_of, score_of
 from atp_tune.search.space import Space
+from atp_tune.search.study_run import StudyRun
 from atp_tune.search.termination import GAIN, has_settled
 from atp_tune.storage import lost_trials, ranking, totals
 from atp_tune.storage.process_identity import GRACE
@@ -21,7 +22,6 @@ from atp_tune.storage.trace import Trace
 if TYPE_CHECKING:
     from atp_tune.search.context import TrialContext
     from atp_tune.search.objective import Objective
-from atp_tune.search.study_run import StudyRun
 
 POLL = 2  # seconds between looks at a trial that runs elsewhere
 

@@ -22,7 +22,8 @@ DTYPE = "model.dtype"
 OBJECTIVE = "search.objective"
 PERPLEXITY = ("perplexity",)  # the objective of studies that are older than the key
 LACKING = {BOS: False}  # what a fact is where a study is older than it
-SUFFIX = ".screen"
+SUFFIX = ".screen"  # of the name of a study that screens for another
+# Keys that a screening sets otherwise than its main study.
 CHANGED = ("prune.statistics", "texts.search.every", "search.trials", "search.stopper", "search.screen")
 MIX = "--allow-device-change"
 Facts = Mapping[str, Any]
