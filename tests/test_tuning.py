@@ -393,6 +393,23 @@ def test_an_interrupted_trial_is_queued_first(place: Path) -> None:
 
 
 @pytest.mark.slow
+def test_an_interruption_while_a_trial_is_told(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Optuna then reads a variable that it has not set, and raises that in the place of the interruption."""
+    tell = optuna.study._optimize._tell_with_warning
+
+    def interrupted(**told: Any) -> Any:
+        if told["trial"].number == 1:
+            raise KeyboardInterrupt
+        return tell(**told)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(optuna.study._optimize, "_tell_with_warning", interrupted)
+        run(place)
+    assert states(reopen(place)) == ["COMPLETE", "FAIL", "WAITING"]
+    assert states(run(place)) == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+
+
+@pytest.mark.slow
 def test_a_trial_that_is_lost_too_often_is_given_up(place: Path) -> None:
     for number in (1, 2, 3):
         with pytest.raises(KeyboardInterrupt):
