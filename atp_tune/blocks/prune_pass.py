@@ -210,12 +210,12 @@ def measure(
 
     def step(windows: int) -> BlockStatistics:
         linears = replay.checkpoint.linears[index]
-        gathering = InputCollector(linears, kind, ending(linears))
-        with gathering.listening(block):
+        collector = InputCollector(linears, kind, ending(linears))
+        with collector.listening(block):
             for rows in torch.split(hidden, windows):
                 with suppress(AllInputsSeen):
                     replay.run(index, weights, rows)
-        return gathering.result()
+        return collector.result()
 
     return batch.attempt(step)
 
@@ -232,11 +232,11 @@ def measure_and_advance(
     block, linears = replay.checkpoint.blocks[index], replay.checkpoint.linears[index]
 
     def step(windows: int) -> BlockStatistics:
-        gathering = InputCollector(linears, kind, lambda found: None)
-        with gathering.listening(block):
+        collector = InputCollector(linears, kind, lambda found: None)
+        with collector.listening(block):
             after = [replay.run(index, weights, rows) for rows in torch.split(hidden, windows)]
         torch.cat(after, out=hidden)
-        return gathering.result()
+        return collector.result()
 
     return batch.attempt(step)
 

@@ -40,15 +40,15 @@ def prune_sequentially(
     TrialError if a linear was never reached, if the batches do not meet the linears in one order, or if the model has
     changed a setting of torch for the time of a linear.
     """
-    gathering = InputCollector(linears, kind, getcurrent().switch)
+    collector = InputCollector(linears, kind, getcurrent().switch)
     pruned: set[str] = set()
-    with gathering.listening(block), _Walk(runs) as walk:
+    with collector.listening(block), _Walk(runs) as walk:
         while (stop := walk.next()) is not None:
             for linear in stop:
                 if linear.name not in pruned:
-                    prune(linear, gathering.of(linear))
+                    prune(linear, collector.of(linear))
                     pruned.add(linear.name)
-    gathering.result()
+    collector.result()
     return walk.results
 
 

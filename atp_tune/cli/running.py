@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 
 def run_study(
-    file: StudyFile, name: str | None, timeout: float | None, crew: "WorkerPool | None" = None, mix: bool = False
+    file: StudyFile, name: str | None, timeout: float | None, pool: "WorkerPool | None" = None, mix: bool = False
 ) -> None:
-    """Runs or resumes a study with progress, in this process or by a crew; the summary at the end.
+    """Runs or resumes a study with progress, in this process or by a pool of workers; the summary at the end.
 
     Ctrl-C and SIGTERM stop it, and the trial that ran is queued again.
     """
@@ -41,7 +41,7 @@ def run_study(
     with quiet(), interruptible(), Display() as display:
         run = StudyRun(file, name or file.name, timeout, display, mix=mix)
         try:
-            study = _driven(run, crew, display)
+            study = _driven(run, pool, display)
         except KeyboardInterrupt:
             display.close()
             console.print(
@@ -52,16 +52,16 @@ def run_study(
         show_summary(summarise(study), file)
 
 
-def _driven(run: "StudyRun", crew: "WorkerPool | None", display: Display) -> "optuna.Study | None":
+def _driven(run: "StudyRun", pool: "WorkerPool | None", display: Display) -> "optuna.Study | None":
     from atp_tune.cli.worker_pool import Job
     from atp_tune.search.runner import finished_study, tune
     from atp_tune.search.study_run import load_existing
 
-    if crew is None:
+    if pool is None:
         return tune(run)
     study = finished_study(run)
     if study is None:
-        crew(Job(run.file, run.name, None if run.timeout is None else time() + run.timeout, run.mix), display)
+        pool(Job(run.file, run.name, None if run.timeout is None else time() + run.timeout, run.mix), display)
         study = finished_study(run) or load_existing(run)
     return study
 

@@ -1,7 +1,6 @@
 """The loop over trials until the total is reached: runs them, recovers lost ones, waits for those elsewhere."""
 
 from collections.abc import Callable
-from contextlib import suppress
 from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
@@ -93,7 +92,7 @@ def _optimise(
     except UnboundLocalError as error:  # Optuna's own, where a trial can neither be told nor read, or Ctrl-C came then
         cause = error.__context__
         if isinstance(cause, KeyboardInterrupt):
-            _end_interrupted(study, attempt.number)
+            lost_trials.end_interrupted(study, attempt.number)
         raise cause if isinstance(cause, UserError | KeyboardInterrupt) else error from None
     except (UpdateFinishedTrialError, ValueError, AssertionError) as error:
         if isinstance(error.__context__, UserError):  # the storage took neither the value nor the failure
@@ -101,15 +100,6 @@ def _optimise(
         if not attempt.is_lost(study):
             raise
         run.note(f"trial {attempt.number} gave no sign of life for {GRACE} s: it is run again")
-
-
-def _end_interrupted(study: optuna.Study, number: int) -> None:
-    """Ends a trial in whose end Ctrl-C came, if it was not told, and queues it again."""
-    trial = study.get_trials(deepcopy=False)[number]
-    with suppress(UpdateFinishedTrialError):
-        study._storage.set_trial_user_attr(trial._trial_id, "lost", lost_trials.INTERRUPTED)
-        study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
-    lost_trials.recover(study)
 
 
 def _ended(trial: FrozenTrial, reason: str | None, best: FrozenTrial | None, done: int, total: int) -> TrialEnded:

@@ -1,6 +1,7 @@
 """Trials whose process ended before they did: found, queued again, given up where they would end it for ever."""
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
@@ -46,12 +47,9 @@ def _end_doubles(study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
     for number, trial in enumerate(trials):
         if trial.state != TrialState.WAITING or not is_double(trials, number):
             continue
-        try:
-            study._storage.set_trial_user_attr(trial._trial_id, "lost", SURPLUS)
+        with suppress(UpdateFinishedTrialError):
             if study._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):  # nobody has taken it
-                study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
-        except UpdateFinishedTrialError:
-            continue
+                _end(study, trial, {"lost": SURPLUS})
 
 
 def _is_left(trial: FrozenTrial, silent: Container[int]) -> bool:
@@ -62,13 +60,25 @@ def _is_left(trial: FrozenTrial, silent: Container[int]) -> bool:
 def _fail(study: optuna.Study, trial: FrozenTrial, reason: str, dead: Sequence[FrozenTrial]) -> None:
     """Ends a trial whose process died, one of those that are found dead, unless another process has done so."""
     found = _found(study.study_name, trial, dead)
+    if _end(study, trial, {"cut_off": found.stored(), "lost": reason}):
+        trace.forget(study.study_name, trial.number, trial.user_attrs.get("pid", 0))
+
+
+def end_interrupted(study: optuna.Study, number: int) -> None:
+    """Ends a trial of this process that Ctrl-C interrupted, unless it has ended, and queues it again."""
+    _end(study, study.get_trials(deepcopy=False)[number], {"lost": INTERRUPTED})
+    recover(study)
+
+
+def _end(study: optuna.Study, trial: FrozenTrial, attributes: Mapping[str, Any]) -> bool:
+    """Ends a trial without a value, with attributes that say why; False if it has ended already."""
     try:
-        study._storage.set_trial_user_attr(trial._trial_id, "cut_off", found.stored())
-        study._storage.set_trial_user_attr(trial._trial_id, "lost", reason)
+        for name, value in attributes.items():
+            study._storage.set_trial_user_attr(trial._trial_id, name, value)
         study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
     except UpdateFinishedTrialError:
-        return
-    trace.forget(study.study_name, trial.number, trial.user_attrs.get("pid", 0))
+        return False
+    return True
 
 
 def _found(study: str, trial: FrozenTrial, dead: Sequence[FrozenTrial]) -> CutOff:

@@ -86,8 +86,8 @@ def run(
     names = _devices(file.study.device, workers, devices)
     for name in names:  # so that a mistake is told before anything runs
         load_study(study, storage, name, set_)
-    crew = _worker_pool(engine, names, workers, devices, ray_address)
-    run_study(file, study_name, timeout, crew, allow_device_change)
+    pool = _worker_pool(engine, names, workers, devices, ray_address)
+    run_study(file, study_name, timeout, pool, allow_device_change)
 
 
 def _devices(device: str, workers: int | None, devices: str | None) -> list[str]:
