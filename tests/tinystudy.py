@@ -1,7 +1,6 @@
 """A study that runs in seconds: a tiny Llama that was trained for a moment, three local texts, and ways to run it."""
 
 import os
-import pydoc_data.topics
 import select
 import socket
 import sqlite3
@@ -22,6 +21,7 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from forking import Forked
 from processes import popen
+from prose import prose
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -39,7 +39,7 @@ from atp_tune.storage import opening
 Process = subprocess.Popen[str] | Forked
 TUNE = Path(__file__).parents[1] / "tune.py"
 BLOCKS, WIDTH, TOKENS = 4, 32, 32
-TOPICS = "\n\n".join(pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics))
+TOPICS = prose(460_000)
 HANGS = 600  # seconds after which what is waited for will not come, on a machine however slow: the test fails
 # A trial of a few tenths of a second, long enough to be killed in.
 LONG = ("texts.calibration.windows=250", "texts.search.windows=250")

@@ -87,10 +87,10 @@ class InputMoments:
         self._norms.add(flat)
         before, new = self._tokens, len(flat)
         self._tokens += new
-        variances, means = torch.var_mean(flat, dim=0, correction=0)
+        means = flat.mean(0)  # not var_mean: in some releases it rounds equal columns differently, and is slower
         shift = means - self._means
         self._means += shift * (new / self._tokens)
-        self._deviations += variances * new + shift.square() * (before * new / self._tokens)
+        self._deviations += (flat - means).square_().sum(0) + shift.square() * (before * new / self._tokens)
 
     def tensors(self) -> dict[str, Tensor]:
         """Sums of squares, means and sums of squared deviations [in], and the number of tokens."""
