@@ -2,7 +2,10 @@
 
 from random import Random
 
-SYLLABLES = "ba co da fi go ha in ka lo ma ne on pa qui ra si ta un ve wo ze ch st th er an re al is ou".split()
+SYLLABLES = [
+    "ba", "co", "da", "fi", "go", "ha", "in", "ka", "lo", "ma", "ne", "on", "pa", "qui", "ra",
+    "si", "ta", "un", "ve", "wo", "ze", "ch", "st", "th", "er", "an", "re", "al", "is", "ou",
+]  # fmt: skip
 WORDS, NEXT = 600, 12  # words of the language, and how many of them may follow one of them
 
 
