@@ -10,7 +10,7 @@ import signal
 import socket
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import GetTimeoutError, NodeDiedError, RayActorError, RayError, RayTaskError
@@ -23,6 +23,7 @@ from atp_tune.errors import UserError
 from atp_tune.events import Event, Note
 from atp_tune.spec.studyfile import StudyFile
 
+T = TypeVar("T")
 ANSWER = 5  # seconds in which the cluster's address, or the actor of the news, must answer
 POLL = 0.3  # seconds between two looks at the news
 
@@ -95,17 +96,18 @@ def _listen(alive: "Sequence[Task]", workers: "Sequence[Task]", news: Any) -> No
     """Draws what has come, then sees who has ended."""
     by_task = {worker.task: worker for worker in alive}
     ended, _ = ray.wait(list(by_task), timeout=POLL)
-    for index, event in _taken(news):
+    for index, event in _answer(news.take.remote(), []):
         workers[index].hear(event)
     for task in ended:
         by_task[task].end()
 
 
-def _taken(news: Any) -> list[tuple[int, Event]]:
+def _answer(call: Any, without: T) -> T:
+    """The actor's answer, or another where it is lost: Ray starts it again."""
     try:
-        return ray.get(news.take.remote(), timeout=ANSWER)  # type: ignore[no-any-return]
-    except (RayActorError, GetTimeoutError):  # Ray starts the actor again
-        return []
+        return ray.get(call, timeout=ANSWER)  # type: ignore[no-any-return]
+    except (RayActorError, GetTimeoutError):
+        return without
 
 
 class Task(Worker):
@@ -123,7 +125,8 @@ class Task(Worker):
         self.task = _work.options(**self._needs).remote(self._job, self.index, self._news, self._home)
 
     def ask_to_stop(self) -> None:
-        """Raises KeyboardInterrupt there."""
+        """Raises KeyboardInterrupt there; a task that is only starting would lose that, and asks the actor instead."""
+        _answer(self._news.stop.remote(), None)
         ray.cancel(self.task, force=False)
 
     def wait(self) -> None:
@@ -144,10 +147,19 @@ class Task(Worker):
 
 
 class News:
-    """The events of all workers, until this process takes them."""
+    """The events of all workers, until this process takes them, and whether they are to stop."""
 
     def __init__(self) -> None:
         self._events: list[tuple[int, Event]] = []
+        self._is_stopping = False
+
+    def stop(self) -> None:
+        """Has tasks end that have not begun."""
+        self._is_stopping = True
+
+    def is_stopping(self) -> bool:
+        """Whether `stop` was called."""
+        return self._is_stopping
 
     def put(self, index: int, event: Event) -> None:
         """Adds an event of a worker."""
@@ -167,6 +179,8 @@ def _work(job: Job, index: int, news: Any, home: str) -> str | None:
     """The task of one worker: a run whose events go to the actor."""
     if job.file.database is not None and _host() != home:  # a host that came later
         return _out_of_reach(job.file)
+    if _answer(news.is_stopping.remote(), without=False):
+        return None
     sent: list[Any] = []
 
     def tell(event: Event) -> None:
