@@ -9,7 +9,7 @@ import naive_allocations as naive
 import pytest
 
 from atp_tune.allocations import ALLOCATIONS, Budget, LinearSparsities, Shape, alphapruning, atp, er, owl, uniform
-from atp_tune.allocations.sharing import proportional
+from atp_tune.allocations.budget import proportional
 from atp_tune.spec.study import AllocationName
 
 CASES = 200
