@@ -8,10 +8,11 @@ as a whole. What belongs to this package and what another package brings are reg
 Nothing is imported by it, so that a study file can be read without the libraries that a pruner needs.
 """
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Iterator, Mapping, MutableMapping
 from importlib import import_module
 from typing import Any, TypeVar
+
+from atp_tune.errors import did_you_mean
 
 T = TypeVar("T")
 
@@ -26,7 +27,8 @@ class UnknownNameError(KeyError):
 class Registry(MutableMapping[str, T]):
     """The objects of one kind by name, in the order in which they were registered; rows hold them or their places.
 
-    `kind` is what error messages call one of them. Entry points of other packages become further rows in `__init__`.
+    `kind` is what error messages call one of them. Entry points of other packages are not read yet: their rows would be
+    added in `__init__`.
     """
 
     def __init__(self, kind: str, rows: Mapping[str, str | T]) -> None:
@@ -57,12 +59,6 @@ class Registry(MutableMapping[str, T]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._rows
-
-
-def did_you_mean(value: object, names: Sequence[str]) -> str:
-    """The end of an error message: the name that is most like the value; "" if none is."""
-    near = get_close_matches(value.lower(), names, n=1) if isinstance(value, str) else []
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _imported(place: str) -> Any:

@@ -248,6 +248,23 @@ def test_help_needs_no_library_but_its_own() -> None:
 
 
 @pytest.mark.slow
+def test_a_study_file_is_read_without_torch() -> None:
+    """Run, not read from the source: what is registered is imported by its name."""
+    script = (
+        "import sys\n"
+        "from atp_tune.spec.facts import facts\n"
+        "from atp_tune.spec.studyfile import from_settings, load, settings\n"
+        "file = load('smol', ['prune.pruners=[\"wanda\", \"alps\"]', 'prune.alps.rho=1', 'allocation=owl'])\n"
+        "assert from_settings(settings(file)).study == file.study\n"
+        "assert facts(file.study)['prune.alps.rho'] == 1\n"
+        "found = {'torch', 'transformers', 'optuna', 'numpy'} & set(sys.modules)\n"
+        "assert not found, found\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "said"), [(["--help"], "python tune.py --study smol"), (["prune", "--help"], "prune")]
 )
