@@ -7,8 +7,12 @@ from typing import Any
 
 import optuna
 import pytest
+from synthetic import made_up
 
 from atp_tune.errors import UserError
+from atp_tune.merging import merge
+from atp_tune.serving.notes import facts_of
+from atp_tune.sparse.provenance import read_text
 from atp_tune.spec import former
 from atp_tune.spec.config import read_config
 from atp_tune.spec.facts import facts
@@ -169,3 +173,20 @@ def test_values_of_facts_go_both_ways(value: str) -> None:
     assert present_value("prune.statistics", stored) == value
     assert (stored == value) == (value not in VALUES["prune.statistics"])
     assert present_value("search.sampler", stored) == stored_value("search.sampler", stored) == stored
+
+
+def test_a_merged_study_keeps_the_stored_names(rows: Path) -> None:
+    made = {**facts(load("new.toml").study), "model.content": "a", "model.dtype": "float32"}
+    for name in ("a.db", "b.db"):
+        db = optuna.storages.RDBStorage(f"sqlite:///{rows / name}")
+        create_study(db, "s", made).add_trial(made_up(0.0))
+    merged = merge([str(rows / "a.db"), str(rows / "b.db")], rows / "out.db", None)
+    assert merged.study.user_attrs["fingerprint"] == made
+    raw = optuna.load_study(study_name="s", storage=f"sqlite:///{rows / 'out.db'}")
+    assert raw.user_attrs["fingerprint"] == stored_facts(made)
+
+
+def test_a_text_of_the_command_line_and_the_dashboard() -> None:
+    text = read_text("--text", '{source = "c4", draw = "random", sections = 3}', 64)
+    assert (text.windows, text.tokens) == (3, 64)
+    assert facts_of({"fingerprint": {"sparseness": 0.6}}) == {"sparsity": 0.6, "trials": "not known yet"}

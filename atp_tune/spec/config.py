@@ -77,8 +77,6 @@ def _at_least_zero(score: Divergence | None) -> Divergence | None:
 
 
 KL = Annotated[Divergence | None, AfterValidator(_at_least_zero), PlainSerializer(_finite)]
-
-
 Batch = Annotated[int, Field(ge=1, le=2**20)]
 
 

@@ -34,7 +34,7 @@ LATER = (
 
 def present_key(key: str) -> str:
     """The present name of a dotted key of a study file."""
-    return ".".join(_renamed(tuple(key.split(".")), _rows()))
+    return _translated(key, _rows())
 
 
 def present_override(text: str) -> str:
@@ -65,13 +65,14 @@ def present_keys(data: Mapping[str, Any], table: str = "") -> dict[str, Any]:
 
 def present_facts(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Facts as they are stored, under the present names of their keys."""
-    return {present_key(key): value for key, value in stored.items()}
+    rows = _rows()
+    return {_translated(key, rows): value for key, value in stored.items()}
 
 
 def stored_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Facts under the names with which they are stored."""
     rows = {present: former for former, present in _rows().items()}
-    return {".".join(_renamed(tuple(key.split(".")), rows)): value for key, value in facts.items()}
+    return {_translated(key, rows): value for key, value in facts.items()}
 
 
 def stored_value(key: str, value: Any) -> Any:
@@ -105,6 +106,10 @@ def _rows(table: str = "") -> dict[Names, Names]:
         for former, now in KEYS.items()
         if former.startswith(inside) and now.startswith(present)
     }
+
+
+def _translated(key: str, rows: Mapping[Names, Names]) -> str:
+    return ".".join(_renamed(tuple(key.split(".")), rows))
 
 
 def _renamed(path: Names, rows: Mapping[Names, Names]) -> Names:
