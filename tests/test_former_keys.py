@@ -26,6 +26,7 @@ from atp_tune.spec.former import (
     stored_facts,
     stored_value,
 )
+from atp_tune.spec.study import ScreenConfig, Text
 from atp_tune.spec.studyfile import from_settings, load, settings
 from atp_tune.storage.fingerprint import CHANGED, check_facts, create_study, is_screening
 
@@ -86,6 +87,11 @@ def test_overrides_with_former_keys() -> None:
     report, screen = file.study.texts.report, file.study.search.screen
     assert report is not None and screen is not None
     assert (report.windows, file.study.search.sampler, screen.every, screen.confirm) == (3, "random", 2, 1)
+    whole = load(
+        "new.toml", ["texts.report={source='file:a.txt', sections=3}", "search.sieve={trials=2, stride=3}"]
+    ).study
+    assert whole.texts.report == Text(source="file:a.txt", windows=3)
+    assert whole.search.screen == ScreenConfig(trials=2, every=3)
     with pytest.raises(UserError) as caught:
         load("old.toml", ["texts.search.sections=0"])
     said = "old.toml with --set texts.search.sections=0: texts.search.windows: must be at least 1, got 0"

@@ -6,7 +6,7 @@ from typing import Any
 
 from atp_tune.errors import UserError, is_text
 from atp_tune.paths import is_special
-from atp_tune.spec.former import present_keys, present_override
+from atp_tune.spec.former import present_key, present_keys
 from atp_tune.spec.mistakes import KeyPath, dotted
 
 
@@ -49,8 +49,9 @@ def override(data: dict[str, Any], text: str, path: Path) -> KeyPath:
     """Writes one `key.path=value` into the tables of the file at `path`, and gives back the key's path."""
     if not is_text(text):
         raise UserError(f"{path} with --set {text}: is not UTF-8 text")
-    name, equals, value = present_override(text).partition("=")
-    *tables, key = keys = tuple(part.strip() for part in name.split("."))
+    written, equals, value = text.partition("=")
+    written = ".".join(part.strip() for part in written.split("."))
+    *tables, key = keys = tuple(present_key(written).split("."))
     if not equals or not all(keys):
         raise UserError(f"{path} with --set {text}: must have the form key.path=value")
     if tables == ["allocation"] and isinstance(data.get("allocation"), str | list):  # short for its table of names
@@ -59,7 +60,8 @@ def override(data: dict[str, Any], text: str, path: Path) -> KeyPath:
         data = data.setdefault(name, {})
         if not isinstance(data, dict):
             raise UserError(f"{path} with --set {text}: {dotted(keys[:depth])}: is not a table")
-    data[key] = _toml_value(value.strip())
+    found = _toml_value(value.strip())
+    data[key] = present_keys(found, written) if isinstance(found, dict) else found
     return keys
 
 
