@@ -2,6 +2,8 @@
 
 import re
 import unicodedata
+from collections.abc import Sequence
+from difflib import get_close_matches
 
 _SECRETS = (  # in URLs: between the user's name and the host, and as a parameter
     re.compile(r"(\w://[^\s:/@]*:)\S*(?=@)"),
@@ -28,6 +30,12 @@ def without_secrets(text: str) -> str:
     for secret in _SECRETS:
         text = secret.sub(r"\1***", text)
     return text
+
+
+def did_you_mean(value: object, names: Sequence[str]) -> str:
+    """The end of an error message: the name that is most like the value; "" if none is."""
+    near = get_close_matches(value.lower(), names, n=1) if isinstance(value, str) else []
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 class UserError(Exception):

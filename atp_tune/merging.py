@@ -31,6 +31,7 @@ from atp_tune.errors import UserError
 from atp_tune.results.annotations import KINDS
 from atp_tune.serving.maintenance import CONFIG, REPORT
 from atp_tune.serving.notes import own_words
+from atp_tune.spec.former import stored_facts
 from atp_tune.spec.studyfile import absolute_storage
 from atp_tune.storage import artifacts, fingerprint, opening, totals
 from atp_tune.storage.database import RetryingDatabase, without_password
@@ -230,6 +231,7 @@ def _user_attrs(sources: Sequence[Source], kept: Sequence[FrozenTrial], numbers:
     beliefs = [source.study.user_attrs.get("belief") for source in sources]
     asked = [source.study.user_attrs.get("total", 0) for source in sources]
     merged["total"] = max(sum(map(totals.counts, kept)), *asked)
+    merged["fingerprint"] = stored_facts(merged["fingerprint"])
     merged |= {key: values for key, values in by_trial.items() if values}
     merged.pop("belief", None)
     known = [belief for belief in beliefs if isinstance(belief, dict) and isinstance(belief.get("before"), int)]

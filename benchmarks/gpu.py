@@ -31,7 +31,7 @@ from atp_tune.plan import Plan
 from atp_tune.pruners import columns
 from atp_tune.search.context import TrialContext
 from atp_tune.search.record import Record
-from atp_tune.spec.study import Prune
+from atp_tune.spec.prune import PruneConfig
 from atp_tune.texts.windows import Windows
 
 REPEATS = 10  # of each matmul of the floor
@@ -146,7 +146,7 @@ def open_context(
     ids = torch.randint(shape.vocabulary, (2, shape.windows, shape.tokens), generator=torch.Generator().manual_seed(0))
     texts = {role: Windows(part.numpy(), role) for role, part in zip(("calibration", "search"), ids, strict=True)}
     folder = ModelFolder(Path(tempfile.gettempdir()) / "nothing", "random", shape.name)
-    context = TrialContext(folder, checkpoint, texts, Prune(), lambda event: None)
+    context = TrialContext(folder, checkpoint, texts, PruneConfig(), lambda event: None)
     next(iter(context.prune(uniform(context))))
     return context
 

@@ -22,7 +22,7 @@ from atp_tune.allocations import Budget
 from atp_tune.search.samplers import make_sampler
 from atp_tune.search.space import Space
 from atp_tune.search.termination import has_settled
-from atp_tune.spec.study import Search
+from atp_tune.spec.study import SearchConfig
 from atp_tune.storage.ranking import measured
 
 WINDOWS, STEPS, TOTAL = 16, 40, 24
@@ -88,7 +88,7 @@ def from_grid(storage: str, names: Iterable[str]) -> Curve:
 def search(curve: Curve, seed: int, total: int = TOTAL) -> End:
     """One study on a curve, driven until it settles or has its total."""
     space = Space(BUDGET, ("wanda",), {"atp": {"beta": (0.0, curve.high)}})
-    study = optuna.create_study(sampler=make_sampler(Search(trials=total, seed=seed), space))
+    study = optuna.create_study(sampler=make_sampler(SearchConfig(trials=total, seed=seed), space))
     for params in [*space.uniform(), {**space.uniform()[0], "beta": curve.high / 2}]:
         study.enqueue_trial(params)
 

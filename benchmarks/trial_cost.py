@@ -28,7 +28,7 @@ from atp_tune.plan import make_plan
 from atp_tune.scores.evaluation import POSITIONS
 from atp_tune.search.context import ContextConfig, TrialContext
 from atp_tune.search.record import Record
-from atp_tune.spec.study import Prune
+from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.studyfile import load
 from atp_tune.texts.windows import Windows
 
@@ -152,7 +152,7 @@ def resized(context: TrialContext, tokens: dict[str, int], blocks: int) -> Trial
     for role, windows in context.windows.items():
         count = tokens[role] // windows.ids.shape[1]
         texts[role] = Windows(np.resize(windows.ids, (count, windows.ids.shape[1])), role)
-    return TrialContext(context.folder, Checkpoint(model, context.checkpoint.device), texts, Prune(), unwatched)
+    return TrialContext(context.folder, Checkpoint(model, context.checkpoint.device), texts, PruneConfig(), unwatched)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.checkpoints.residency import Residency
 from atp_tune.events import Watch, unwatched
 from atp_tune.search.context import TrialContext
-from atp_tune.spec.study import Prune
+from atp_tune.spec.prune import PruneConfig
 from atp_tune.texts.windows import Windows
 
 CPU = torch.device("cpu")
@@ -186,7 +186,7 @@ def random_ids(windows: int, tokens: int = TOKENS, seed: int = 0) -> Tensor:
 
 def bench_of(
     model: nn.Module,
-    prune: Prune | None = None,
+    prune: PruneConfig | None = None,
     watch: Watch = unwatched,
     folder: Path = Path(),
     residency: Residency | None = None,
@@ -200,7 +200,7 @@ def bench_of(
         for seed, (role, count) in enumerate(windows.items())
     }
     checkpoint = checkpoint_of(model, residency, device)
-    return TrialContext(ModelFolder(folder, "content", "tiny"), checkpoint, texts, prune or Prune(), watch)
+    return TrialContext(ModelFolder(folder, "content", "tiny"), checkpoint, texts, prune or PruneConfig(), watch)
 
 
 def copy_of(model: Any) -> dict[str, Tensor]:

@@ -32,7 +32,9 @@ from atp_tune.results.summary import best_config, summarise
 from atp_tune.serving import notes
 from atp_tune.spec import studyfile
 from atp_tune.spec.config import read_config
-from atp_tune.spec.studyfile import StudyFile, facts, from_settings, settings
+from atp_tune.spec.facts import facts
+from atp_tune.spec.mistakes import keys_of
+from atp_tune.spec.studyfile import StudyFile, from_settings, settings
 from atp_tune.storage import fingerprint, opening
 
 SMOL = Path(__file__).parents[1] / "studies" / "smol.toml"
@@ -178,7 +180,7 @@ def toml(data: bytes) -> None:
             except (TypeError, ValueError):  # not everything can be written as TOML
                 return
         case _:
-            keys = list(studyfile._keys())
+            keys = list(keys_of())
             for _ in range(1 + choose(3)):
                 value = choose.junk()
                 text = value if isinstance(value, str) else json.dumps(value)

@@ -3,14 +3,15 @@ import itertools
 import math
 import random
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any
 
 import naive_allocations as naive
 import pytest
+from pydantic import ValidationError
 
 from atp_tune.allocations import ALLOCATIONS, Budget, LinearSparsities, Shape, alphapruning, atp, er, owl, uniform
-from atp_tune.allocations.sharing import proportional
-from atp_tune.spec.study import AllocationName
+from atp_tune.allocations.budget import proportional
+from atp_tune.spec.study import AllocationConfig
 
 CASES = 200
 
@@ -37,7 +38,11 @@ def admissible(budget: Budget, beta: float) -> bool:
 
 
 def test_the_table_is_what_a_study_may_name() -> None:
-    assert set(ALLOCATIONS) == set(get_args(AllocationName))
+    names = tuple(ALLOCATIONS)
+    assert names[:8] == ("uniform", "atp", "curve", "owl", "alphapruning", "er", "erk", "global")
+    assert AllocationConfig(names=names).names == names
+    with pytest.raises(ValidationError, match=r"Input should be 'uniform', .* or 'global'"):
+        AllocationConfig(names=("none",))
 
 
 @pytest.mark.parametrize("name", ALLOCATIONS)

@@ -10,7 +10,7 @@ from atp_tune.events import Step, unwatched
 from atp_tune.plan import Plan
 from atp_tune.search import context
 from atp_tune.search.context import TrialContext
-from atp_tune.spec.study import Prune
+from atp_tune.spec.prune import PruneConfig
 from atp_tune.texts.windows import Windows
 
 UNIFORM = Plan("wanda", "uniform", (0.5,) * 4)
@@ -44,7 +44,7 @@ def test_each_block_is_a_step() -> None:
 
 def test_dense_statistics_are_steps_once() -> None:
     events: list[Any] = []
-    work = bench_of(tiny("llama"), Prune(statistics="dense"), watch=events.append)
+    work = bench_of(tiny("llama"), PruneConfig(statistics="dense"), watch=events.append)
     list(work.prune(UNIFORM))
     assert steps(events)[:4] == [("measure", done, 4) for done in (1, 2, 3, 4)]
     events.clear()
@@ -66,7 +66,7 @@ def test_settings_reach_sparsegpt(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
     original = context.make_pruner
     monkeypatch.setattr(context, "make_pruner", lambda *args: made.append(args) or original(*args))
-    work = bench_of(tiny("llama"), Prune.model_validate({"sparsegpt": {"damping": 0.5, "columns": 7}}))
+    work = bench_of(tiny("llama"), PruneConfig.model_validate({"sparsegpt": {"damping": 0.5, "columns": 7}}))
     for pruner in ("sparsegpt", "wanda"):
         list(work.prune(Plan(pruner, "uniform", (0.5,) * 4)))
     assert made == [
@@ -76,7 +76,7 @@ def test_settings_reach_sparsegpt(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_blocks_keep_to_the_pattern_of_the_study() -> None:
-    work = bench_of(tiny("llama"), Prune(pattern="mixed:8"))
+    work = bench_of(tiny("llama"), PruneConfig(pattern="mixed:8"))
     sparsities = (0.375, 0.5, 0.625, 0.875)
     for block in work.prune(Plan("wanda", "atp", sparsities, {"beta": 0.1})):
         linears = work.checkpoint.linears[block.index]
@@ -106,7 +106,7 @@ def test_masks_depend_on_the_calibration_text_alone(monkeypatch: pytest.MonkeyPa
     longer = Windows(random_ids(2, 4 * TOKENS, seed=3).numpy(), "longer")
     plan = Plan("wanda", "uniform", (0.5,) * 4)
     for texts in ({"calibration": calibration}, {"calibration": calibration, "report": longer}):
-        other = TrialContext(whole.folder, whole.checkpoint, texts, Prune(), unwatched)
+        other = TrialContext(whole.folder, whole.checkpoint, texts, PruneConfig(), unwatched)
         assert other.batch("calibration").windows == whole.batch("calibration").windows == 4
         for one, two in zip(other.prune(plan), whole.prune(plan), strict=True):
             assert all(same_bits(one.weights[name], two.weights[name]) for name in two.weights)
@@ -116,7 +116,7 @@ def test_masks_depend_on_the_calibration_text_alone(monkeypatch: pytest.MonkeyPa
 def test_a_bench_opens_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`open` resolves, draws windows and loads, in the number format that is asked for."""
     from atp_tune.checkpoints.models import ModelFolder
-    from atp_tune.spec.study import Model, Text
+    from atp_tune.spec.study import ModelConfig, Text
     from atp_tune.texts.windows import Windows
 
     tiny("llama").save_pretrained(tmp_path / "model")
@@ -126,7 +126,11 @@ def test_a_bench_opens_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(context, "resolve", lambda model, base, note: asked.append((model.source, base)) or folder)
     monkeypatch.setattr(context, "token_windows", lambda *_, **options: Windows(ids, "windows"))
     setup = context.ContextConfig(
-        Model(source="model", dtype="bfloat16"), Prune(), {"calibration": Text(source="c4")}, tmp_path, "cpu"
+        ModelConfig(source="model", dtype="bfloat16"),
+        PruneConfig(),
+        {"calibration": Text(source="c4")},
+        tmp_path,
+        "cpu",
     )
     work = context.TrialContext.open(setup)
     assert asked == [("model", tmp_path)]

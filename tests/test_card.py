@@ -16,8 +16,9 @@ from tinystudy import BLOCKS, CommandLine
 
 from atp_tune.metrics.speed import Measured, Rates, Sizes, Speed
 from atp_tune.sparse.card import Dense, model_card
-from atp_tune.spec.config import Baselines, Config, Texts, read_config
-from atp_tune.spec.study import Prune, Text
+from atp_tune.spec.config import Baselines, Config, EvaluationTexts, read_config
+from atp_tune.spec.prune import PruneConfig
+from atp_tune.spec.study import Text
 
 REPORT = "file:ünïcode.txt, part 0.25 to 1, all windows of 2048 tokens"
 BROKEN = ["no card", "---\n[1, 2]\n---\n", "---\nlicense: {a: 1}\n---\n", "---\n: :\n---"]
@@ -46,7 +47,7 @@ def body(made: ModelCard) -> str:
 
 
 def test_the_front_matter_is_the_hub_s() -> None:
-    made = config(texts=Texts(search=Text(source="c4"), report=Text(source="wikitext2", split="test")))
+    made = config(texts=EvaluationTexts(search=Text(source="c4"), report=Text(source="wikitext2", split="test")))
     found = yaml.safe_load(str(card(made)).split("---")[1])
     assert found == {
         "base_model": "org/name",
@@ -193,7 +194,7 @@ def test_what_became_of_the_weights_that_stay(pruner: str) -> None:
 
 def test_a_text_that_was_searched_on_is_confessed() -> None:
     text = Text(source="wikitext2", split="test")
-    assert "on this same text" in body(card(config(texts=Texts(search=text, report=text))))
+    assert "on this same text" in body(card(config(texts=EvaluationTexts(search=text, report=text))))
     assert "on this same text" not in body(card())
 
 
@@ -214,7 +215,7 @@ def test_zeros_by_block() -> None:
 def test_names_of_others_are_only_names(name: str) -> None:
     """In a Markdown renderer that lets HTML through, as the hub's does."""
     model = config().model.model_copy(update={"id": name.replace("/", "")})
-    made = card(config(study=name, model=model, prune=Prune()), revision=None)
+    made = card(config(study=name, model=model, prune=PruneConfig()), revision=None)
     shown = MarkdownIt("commonmark").enable("table").render(body(made))
     assert "<script>" not in shown
     assert "http://b</a>" not in shown and 'href="http://b"' not in shown

@@ -10,19 +10,21 @@ from pydantic import ValidationError
 from atp_tune.errors import UserError
 from atp_tune.metrics.draws import OverDraws, Spread
 from atp_tune.metrics.perplexity import Perplexity
+from atp_tune.pruners.settings import SparseGPTSettings
 from atp_tune.spec.config import (
     FORMAT,
     AllocationRef,
     Baselines,
     BothDraws,
     Config,
+    EvaluationTexts,
     ModelRef,
     Scores,
     Sparsity,
-    Texts,
     read_config,
 )
-from atp_tune.spec.study import Prune, SparseGPT, Text
+from atp_tune.spec.prune import PruneConfig
+from atp_tune.spec.study import Text
 
 GOLDEN = Path(__file__).parent / "golden" / "config.json"
 
@@ -46,7 +48,9 @@ def config(**changes: Any) -> Config:
         trial=7,
         model=ModelRef(id="org/name", revision="main", sha256=None, fingerprint="ab" * 32, dtype="bfloat16"),
         pruner="sparsegpt",
-        prune=Prune(pruners=("wanda", "sparsegpt"), statistics="dense", sparsegpt=SparseGPT(damping=0.02, columns=64)),
+        prune=PruneConfig(
+            pruners=("wanda", "sparsegpt"), statistics="dense", sparsegpt=SparseGPTSettings(damping=0.02, columns=64)
+        ),
         allocation=AllocationRef(name="atp", beta=0.0125, parameters={"beta": 0.0125}),
         block_sparsities=(0.575, 0.6, 0.625),
         blocks="model.layers",
@@ -56,7 +60,7 @@ def config(**changes: Any) -> Config:
         calibration=Text(source="c4", split="train", draw="random", windows=128, seed=3),
         batches={"calibration": 8, "search": 16},
         draws=BothDraws(best=DRAWN, uniform=None),
-        texts=Texts(
+        texts=EvaluationTexts(
             search=Text(source="wikitext2", split="validation", tokens=1024),
             report=Text(source="file:texts/ünïcode.txt", part=(0.25, 1.0)),
         ),

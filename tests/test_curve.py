@@ -134,8 +134,8 @@ def test_outside_an_interval(name: str) -> None:
 
 def test_a_search_begins_inside() -> None:
     for budget in budgets():
-        middle, bent = curve.starts(budget)
-        assert curve.sparsities(budget, **middle) == atp.sparsities(budget, atp.starts(budget)[0]["beta"])
+        middle, bent = curve.initial_points(budget)
+        assert curve.sparsities(budget, **middle) == atp.sparsities(budget, atp.initial_points(budget)[0]["beta"])
         assert weighted(budget, as_linears(budget, bent)) == pytest.approx(budget.target, abs=1e-9)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from families import bench_of, copy_of, random_ids, tiny
 
-from atp_tune.allocations import ALLOCATIONS, Evidence
+from atp_tune.allocations import ALLOCATIONS, DenseMetricsProtocol
 from atp_tune.blocks import dense_metrics
 from atp_tune.errors import TrialError
 from atp_tune.events import Step
@@ -20,7 +20,7 @@ FAMILIES = ["llama", "gpt2", "opt"]
 IDS = random_ids(5)  # the calibration windows of a tiny bench
 
 
-def evidence_of(work: TrialContext) -> Evidence:
+def evidence_of(work: TrialContext) -> DenseMetricsProtocol:
     found = work.budget(0.5).evidence
     assert found is not None
     return found

@@ -27,7 +27,7 @@ from atp_tune.plan import Plan
 from atp_tune.pruners import PRUNERS, Statistics, make_pruner
 from atp_tune.pruners.statistics import InputNorms
 from atp_tune.sparse.applying import prune_once
-from atp_tune.spec.study import Prune
+from atp_tune.spec.prune import PruneConfig
 
 # --- in which order they are added up
 
@@ -57,7 +57,7 @@ class Additions(TorchDispatchMode):
 @pytest.mark.parametrize("family", MIXTURES)
 def test_a_mixture_is_summed_in_a_fixed_order(family: str, statistics: Any) -> None:
     """Else a trial on CUDA would come to other bits each time."""
-    work = bench_of(tiny(family), Prune(statistics=statistics))
+    work = bench_of(tiny(family), PruneConfig(statistics=statistics))
     plan = Plan("wanda", "uniform", (0.5,) * len(work.checkpoint.blocks))
     with Additions() as additions:
         work.all_nlls([(block.index, block.weights) for block in work.prune(plan)], "search")
@@ -173,7 +173,7 @@ def silence(model: Any, index: int = 1) -> Any:
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
 def test_an_expert_that_no_token_is_sent_to_is_pruned_by_magnitude(family: str, statistics: Any) -> None:
     model = silence(tiny(family))
-    work, plan = bench_of(model, Prune(statistics=statistics)), Plan("wanda", "atp", (0.4, 0.5, 0.6))
+    work, plan = bench_of(model, PruneConfig(statistics=statistics)), Plan("wanda", "atp", (0.4, 0.5, 0.6))
     pruned = list(work.prune(plan))
     names = ("mlp.experts.gate_up_proj[2]", "mlp.experts.down_proj[2]")
     assert [block.unheard for block in pruned] == [(), names, ()]

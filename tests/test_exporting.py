@@ -26,9 +26,10 @@ from atp_tune.errors import UserError
 from atp_tune.events import unwatched
 from atp_tune.exporting import FORMATS, kind_of, llm_compressor
 from atp_tune.exporting.tables import as_csv, as_yaml
+from atp_tune.pruners.settings import SparseGPTSettings, WandaSettings
 from atp_tune.sparse.applying import prune_once
 from atp_tune.spec.config import Config, read_config
-from atp_tune.spec.study import Prune, SparseGPT, Wanda
+from atp_tune.spec.prune import PruneConfig
 from atp_tune.storage.ranking import measured
 from atp_tune.texts.windows import token_windows
 
@@ -194,12 +195,14 @@ def test_a_recipe_by_linear_and_by_number() -> None:
     (one,) = recipe(pruner="wanda", **BY_LINEAR)
     assert one["WandaPruningModifier"]["sparsity"] == [0.5, 0.6, 0.55, 0.65, 0.7]
     assert one["WandaPruningModifier"]["targets"][-1] == "model.layers.2.mlp.up"
-    mixed = recipe(pruner="wanda", prune=Prune(pattern="mixed:4"), block_sparsities=(0.5, 0.0, 0.5, 0.75))
+    mixed = recipe(pruner="wanda", prune=PruneConfig(pattern="mixed:4"), block_sparsities=(0.5, 0.0, 0.5, 0.75))
     assert [modifier["WandaPruningModifier"] for modifier in mixed] == [
         {"sparsity": 0.5, "mask_structure": "2:4", "targets": ["model.layers.0", "model.layers.2"]},
         {"sparsity": 0.75, "mask_structure": "3:4", "targets": ["model.layers.3"]},
     ]
-    groups = recipe(prune=Prune(pattern="2:4", sparsegpt=SparseGPT(columns=30)), block_sparsities=(0.5,) * 3)
+    groups = recipe(
+        prune=PruneConfig(pattern="2:4", sparsegpt=SparseGPTSettings(columns=30)), block_sparsities=(0.5,) * 3
+    )
     assert groups[0]["SparseGPTModifier"]["block_size"] == 28
 
 
@@ -207,7 +210,10 @@ def test_a_recipe_by_linear_and_by_number() -> None:
     ("changes", "reason"),
     [
         ({"pruner": "magnitude"}, "pruner = magnitude: llm-compressor has a modifier for wanda and sparsegpt alone"),
-        ({"pruner": "wanda", "prune": Prune(wanda=Wanda(compare="row-variant"))}, "compares scores of a row"),
+        (
+            {"pruner": "wanda", "prune": PruneConfig(wanda=WandaSettings(compare="row-variant"))},
+            "compares scores of a row",
+        ),
         ({"block_sparsities": (0.5, 1.0, 0.6)}, "cannot zero a whole matrix by SparseGPT"),
         ({**BY_LINEAR, "linears": (("a[0]", "a[1]"), *NAMES[1:])}, "has no name for a single expert"),
     ],

@@ -28,9 +28,9 @@ from atp_tune.checkpoints.models import resolve
 from atp_tune.cli.app import app
 from atp_tune.events import unwatched
 from atp_tune.serving import serve
-from atp_tune.spec import studyfile
+from atp_tune.spec import finding
 from atp_tune.spec.config import read_config
-from atp_tune.spec.study import Model
+from atp_tune.spec.study import ModelConfig
 from atp_tune.speed import throughput
 
 WRITES = os.environ.get("ATP_TUNE_WRITE_DOCS") == "1"
@@ -189,7 +189,7 @@ class Sandbox:
         (tmp_path / "tasks" / "tiny.yaml").write_text(TASK.format(data=tmp_path / "tasks" / "data.jsonl"))
         self._task = f"--tasks {tmp_path}/tasks/tiny.yaml --device cpu"
         patch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-        patch.setattr(studyfile, "_folders", lambda: (self._home / STUDY,))
+        patch.setattr(finding, "_folders", lambda: (self._home / STUDY,))
         patch.setenv("HOME", str(self._home))
         patch.setenv("ATP_TUNE_CACHE", str(tmp_path / "cache"))
 
@@ -227,7 +227,7 @@ class Sandbox:
         if kind != "model folder" or not (place / "tiny.best.json").is_file():
             return
         try:
-            content = resolve(Model(source=str(place / "model")), Path()).content
+            content = resolve(ModelConfig(source=str(place / "model")), Path()).content
         except Exception:  # the command says what is wrong with it
             return
         hostile.best(model__fingerprint=content)(place)

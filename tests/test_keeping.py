@@ -12,11 +12,12 @@ from atp_tune.blocks.statistics_cache import CachedStatistics, is_room, place_of
 from atp_tune.events import Note
 from atp_tune.plan import Plan
 from atp_tune.pruners import PRUNERS
+from atp_tune.pruners.settings import SparseGPTSettings
 from atp_tune.pruners.statistics import Hessian, InputMoments, InputNorms
 from atp_tune.search import context
-from atp_tune.spec.study import Prune, SparseGPT
+from atp_tune.spec.prune import PruneConfig
 
-DENSE = Prune(statistics="dense")
+DENSE = PruneConfig(statistics="dense")
 KINDS: dict[Any, Any] = {
     InputNorms: lambda s: [s.norms()],
     InputMoments: lambda s: [s.norms(), s.means(), s.variances()],
@@ -85,7 +86,7 @@ def test_kept_statistics_prune_alike(pruner: str, monkeypatch: pytest.MonkeyPatc
 
 def test_each_damping_has_a_factor_of_its_own(cache: Path) -> None:
     for damping in (0.01, 0.5):
-        work = bench_of(tiny("llama"), Prune(statistics="dense", sparsegpt=SparseGPT(damping=damping)))
+        work = bench_of(tiny("llama"), PruneConfig(statistics="dense", sparsegpt=SparseGPTSettings(damping=damping)))
         list(work.prune(atp_plan(work, "sparsegpt")))
     assert len(list((cache / "statistics").iterdir())) == 2
 

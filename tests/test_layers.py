@@ -17,6 +17,8 @@ LONGEST = 50  # lines of a function's body
 # The packages and modules of atp_tune, each above all that it may import. The only place where the order is written.
 LAYERS = [
     "errors",
+    "frozen",
+    "registry",
     "paths",
     "cache",
     "compat",
@@ -195,10 +197,12 @@ def test_torch_and_optuna_meet_in_the_objective_alone() -> None:
 def test_the_tensor_core_knows_no_study(kind: str) -> None:
     for name in modules_of(kind):
         libs = libraries(ANYWHERE[name])
-        assert not libs & {"optuna", "pydantic", "transformers", "typer", "rich"}, name
+        assert not libs & {"optuna", "transformers", "typer", "rich"}, name
+        assert "pydantic" not in libs or name == "atp_tune.pruners.settings", name
         assert kind != "allocations" or "torch" not in libs, name
         own = {module for module in ANYWHERE[name] if module.startswith("atp_tune")}
-        assert {module for module in own if not module.startswith(f"atp_tune.{kind}")} <= {"atp_tune.errors"}, name
+        below = {"atp_tune.errors", "atp_tune.frozen", "atp_tune.registry"}
+        assert {module for module in own if not module.startswith(f"atp_tune.{kind}")} <= below, name
 
 
 LIGHT = [
@@ -241,6 +245,23 @@ def test_help_needs_no_library_but_its_own() -> None:
     heavy = {"torch", "transformers", "optuna", "pydantic", "datasets", "numpy", "sqlalchemy", "plotly", "safetensors"}
     for name in ("atp_tune", "atp_tune.cli", "atp_tune.cli.app", "atp_tune.__main__"):
         assert not reached_libraries(name, heavy), name
+
+
+@pytest.mark.slow
+def test_a_study_file_is_read_without_torch() -> None:
+    """Run, not read from the source: what is registered is imported by its name."""
+    script = (
+        "import sys\n"
+        "from atp_tune.spec.facts import facts\n"
+        "from atp_tune.spec.studyfile import from_settings, load, settings\n"
+        "file = load('smol', ['prune.pruners=[\"wanda\", \"alps\"]', 'prune.alps.rho=1', 'allocation=owl'])\n"
+        "assert from_settings(settings(file)).study == file.study\n"
+        "assert facts(file.study)['prune.alps.rho'] == 1\n"
+        "found = {'torch', 'transformers', 'optuna', 'numpy'} & set(sys.modules)\n"
+        "assert not found, found\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

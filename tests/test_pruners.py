@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import naive
 import pytest
@@ -7,6 +7,7 @@ import torch
 from families import CPU, same_bits
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import Tensor
 
 from atp_tune.errors import TrialError
@@ -18,7 +19,7 @@ from atp_tune.pruners.selection import lowest_in_matrix, lowest_in_rows
 from atp_tune.pruners.sparsegpt import SparseGPT
 from atp_tune.pruners.statistics import Hessian, InputMoments, InputNorms, Scaled, _factor, widens
 from atp_tune.pruners.wanda import Wanda
-from atp_tune.spec import study
+from atp_tune.spec.prune import PruneConfig
 
 Problem = tuple[Tensor, Tensor]  # weight and inputs
 
@@ -100,12 +101,16 @@ def pruned_by(pruner: Any, weight: Tensor, x: Tensor, sparsity: float) -> Tensor
 
 
 def test_the_table_is_what_a_study_may_name() -> None:
-    assert set(PRUNERS) == set(get_args(study.PrunerName))
+    names = tuple(PRUNERS)
+    assert names[:5] == ("magnitude", "wanda", "sparsegpt", "dsnot", "alps")
+    assert PruneConfig(pruners=names).pruners == names
+    with pytest.raises(ValidationError, match="Input should be 'magnitude', 'wanda', 'sparsegpt', 'dsnot' or 'alps'"):
+        PruneConfig(pruners=("none",))
 
 
 def test_a_study_has_the_pruners_own_defaults() -> None:
     for name in PRUNERS:
-        assert make_pruner(name, study.Prune().settings(name)) == make_pruner(name), name
+        assert make_pruner(name, PruneConfig().settings(name)) == make_pruner(name), name
 
 
 def test_settings_reach_the_pruner() -> None:
@@ -160,7 +165,7 @@ def test_sparsegpt_is_the_dense_inverse(case: Problem, sparsity: float, columns:
 @pytest.mark.parametrize("damping", [1e-4, 0.01, 1.0])
 def test_sparsegpt_with_more_inputs_than_tokens(damping: float) -> None:
     weight, x = problem((6, 20))
-    pruned = SparseGPT(damping, 8).prune(weight, 0.5, hessian_of(x[:12]))
+    pruned = SparseGPT(damping=damping, columns=8).prune(weight, 0.5, hessian_of(x[:12]))
     expected, mask = naive.sparsegpt(weight, x[:12], 0.5, damping, 8)
     assert torch.equal(pruned == 0, mask)
     torch.testing.assert_close(pruned.double(), expected, rtol=1e-2, atol=1e-3)
@@ -230,7 +235,7 @@ def test_sparsegpt_at_sparsity_0_and_1() -> None:
 @given(problems() | tied_problems, dtypes, sparsities)
 def test_the_variant_of_wanda_is_its_loop(case: Problem, dtype: torch.dtype, sparsity: float) -> None:
     weight, x = case[0].to(dtype), case[1]
-    pruned = Wanda("row-variant").prune(weight, sparsity, norms_of(x))
+    pruned = Wanda(compare="row-variant").prune(weight, sparsity, norms_of(x))
     assert same_bits(pruned, weight.masked_fill(naive.wanda_variant_mask(weight, x, sparsity), 0))
 
 
@@ -238,7 +243,7 @@ def test_the_variant_of_wanda_is_where_the_bisection_leads() -> None:
     """One threshold for the share of every row, and as many zeros as were asked for."""
     weight, x = problem((13, 40))
     weight[:4, 5:] /= 50  # rows with few large scores
-    gone = Wanda("row-variant").prune(weight, 0.5, norms_of(x)) == 0
+    gone = Wanda(compare="row-variant").prune(weight, 0.5, norms_of(x)) == 0
     scores = (weight.abs() * norms_of(x).norms()).double()
     low, high = 0.0, 1.0
     for _ in range(60):
@@ -260,7 +265,7 @@ def test_the_variant_of_wanda_is_where_the_bisection_leads() -> None:
 def test_dsnot_is_its_loop(case: Problem, dtype: torch.dtype, sparsity: float, initial: Any, shift: float) -> None:
     weight, x = case[0].to(dtype), case[1] + shift
     _, mask = decided(lambda x: (None, naive.dsnot_mask(weight, x, sparsity, initial, None)), x)
-    pruned = DSnoT(initial).prune(weight, sparsity, moments_of(x))
+    pruned = DSnoT(initial=initial).prune(weight, sparsity, moments_of(x))
     assert same_bits(pruned, weight.masked_fill(mask, 0))
     assert set((pruned == 0).sum(1).tolist()) == {int(x.shape[1] * sparsity)}
 
@@ -286,7 +291,7 @@ def test_settings_of_dsnot(chosen: dict[str, Any], group: int | None) -> None:
 def test_dsnot_in_groups_goes_by_the_score_of_its_initial_mask() -> None:
     weight, x = problem((13, 40))
     x *= torch.linspace(0.2, 2, 40)
-    pruned = DSnoT("magnitude", group=8).prune(weight, 0.5, moments_of(x))
+    pruned = DSnoT(initial="magnitude", group=8).prune(weight, 0.5, moments_of(x))
     assert torch.equal(pruned == 0, naive.dsnot_mask(weight, x, 0.5, "magnitude", 8))
 
 
@@ -404,7 +409,7 @@ def test_groups(name: str, case: Problem, pattern: tuple[int, int]) -> None:
 def test_the_variant_of_wanda_is_wanda_in_groups() -> None:
     weight, x = problem((13, 29))
     expected = Wanda(group=4).prune(weight, 0.5, norms_of(x))
-    assert same_bits(Wanda("row-variant", 4).prune(weight, 0.5, norms_of(x)), expected)
+    assert same_bits(Wanda(compare="row-variant", group=4).prune(weight, 0.5, norms_of(x)), expected)
 
 
 @pytest.mark.parametrize("columns", [1, 4, 10, 128])

@@ -49,7 +49,7 @@ def dense(place: Path, kind: str, dtype: torch.dtype = torch.bfloat16, **more: A
 
 
 def found(folder: Path, notes: list[str] | None = None) -> ModelFolder:
-    return resolve(study.Model(source=str(folder)), Path(), [].append if notes is None else notes.append)
+    return resolve(study.ModelConfig(source=str(folder)), Path(), [].append if notes is None else notes.append)
 
 
 def check_same(folder: Path, expected: Path, dtype: torch.dtype) -> None:
@@ -464,7 +464,7 @@ def test_quantized_pickles_are_refused(tmp_path: Path) -> None:
     folder = said_only(tmp_path, {"quant_method": "fp8"})
     torch.save({}, folder / "pytorch_model.bin")
     with pytest.raises(UserError, match="has quantized weights in pickles, which are not read back; take safetensors"):
-        resolve(study.Model(source=str(folder), allow_pickle=True), Path())
+        resolve(study.ModelConfig(source=str(folder), allow_pickle=True), Path())
 
 
 def test_a_folder_that_is_loaded_is_in_full_numbers(tmp_path: Path) -> None:
@@ -484,14 +484,14 @@ def test_a_hub_model_is_refused_before_its_weights_are_downloaded(
     assert any(path.endswith("config.json") for path in asked)
     assert not any("safetensors" in path for path in asked)
     shutil.copytree(place / "model", root / "models" / "org" / "plain")
-    resolve(study.Model(source="org/plain"), Path())
+    resolve(study.ModelConfig(source="org/plain"), Path())
     assert any("safetensors" in path for path in asked)
 
 
 def test_a_quantized_hub_model_is_read_back(hub: tuple[Path, list[str]], tmp_path: Path) -> None:
     source, plain = q.pair(dense(tmp_path, "qwen3"), as_fp8((16, 16), fp8_table((16, 16)), dtype=torch.bfloat16))
     shutil.copytree(source, hub[0] / "models" / "org" / "fp8")
-    folder = resolve(study.Model(source="org/fp8"), Path())
+    folder = resolve(study.ModelConfig(source="org/fp8"), Path())
     assert folder.revision
     check_same(folder.path, plain, torch.bfloat16)
 

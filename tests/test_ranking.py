@@ -12,7 +12,7 @@ from atp_tune.pruners import make_pruner
 from atp_tune.pruners.statistics import InputNorms
 from atp_tune.pruners.wanda import Ranks
 from atp_tune.search import context
-from atp_tune.spec.study import Prune
+from atp_tune.spec.prune import PruneConfig
 
 
 def pruned(work: context.TrialContext, sparsity: float) -> list[dict[str, torch.Tensor]]:
@@ -21,7 +21,7 @@ def pruned(work: context.TrialContext, sparsity: float) -> list[dict[str, torch.
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_masks_are_the_same_with_ranks_and_without(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    work = bench_of(tiny(family), Prune(statistics="dense"))
+    work = bench_of(tiny(family), PruneConfig(statistics="dense"))
     ranked = {sparsity: pruned(work, sparsity) for sparsity in (0.0, 0.3, 0.5, 0.77, 1.0)}
     assert all(isinstance(x, Ranks) for (kept,) in [work._ranked.values()] for b in kept for x in b.values())
     monkeypatch.setattr(context, "can_rank", lambda *args: False)
@@ -36,7 +36,7 @@ def test_ranks_are_found_at_the_second_trial_and_once(monkeypatch: pytest.Monkey
     original = Ranks.of.__func__  # type: ignore[attr-defined]
     counting = classmethod(lambda cls, *args: calls.append(1) or original(cls, *args))
     monkeypatch.setattr(Ranks, "of", counting)
-    work = bench_of(tiny("llama"), Prune(statistics="dense"))
+    work = bench_of(tiny("llama"), PruneConfig(statistics="dense"))
     pruned(work, 0.5)
     assert not calls
     for _ in range(3):
@@ -59,7 +59,7 @@ def test_only_what_compares_rows_is_ranked(name: str, settings: dict[str, Any], 
 
 
 def test_without_room_nothing_is_ranked(monkeypatch: pytest.MonkeyPatch) -> None:
-    work = bench_of(tiny("llama"), Prune(statistics="dense"))
+    work = bench_of(tiny("llama"), PruneConfig(statistics="dense"))
     needed = ranking.BYTES * sum(work.checkpoint.sizes)
     for free, expected in ((needed / ranking.SHARE * 0.99, False), (needed / ranking.SHARE * 1.01, True)):
         monkeypatch.setattr(ranking, "free_memory", lambda device, free=free: free)
@@ -76,7 +76,7 @@ def test_other_settings_of_wanda_take_the_norms() -> None:
 
 
 def test_slices_are_lists_of_blocks() -> None:
-    work = bench_of(tiny("llama"), Prune(statistics="dense"))
+    work = bench_of(tiny("llama"), PruneConfig(statistics="dense"))
     pruned(work, 0.5)
     (found,) = work._ranked.values()
     assert isinstance(found, Ranked) and len(found) == 4

@@ -33,7 +33,7 @@ from atp_tune.search.samplers import (
     whose_turn,
 )
 from atp_tune.search.space import Space
-from atp_tune.spec.study import Search
+from atp_tune.spec.study import SearchConfig
 from atp_tune.storage.lost_trials import queue_again
 
 BOTH = {"pruners": ["wanda", "magnitude"]}
@@ -46,8 +46,8 @@ def space_of(**changes: Any) -> Space:
     return space_for(study_of(**changes), SIZES)
 
 
-def search_of(**changes: Any) -> Search:
-    return Search.model_validate({"trials": 1, **changes})
+def search_of(**changes: Any) -> SearchConfig:
+    return SearchConfig.model_validate({"trials": 1, **changes})
 
 
 def fake_perplexity(plan: Plan) -> float:
@@ -381,7 +381,7 @@ def test_the_grid_of_a_belief_stays_within_its_interval(high: float) -> None:
 def test_belief_is_what_the_gp_holds(pruners: tuple[str, ...]) -> None:
     """Where the GP has seen a valley without noise, its belief goes through the points, and is surest there."""
     space = space_of(prune={"pruners": pruners})
-    study = optuna.create_study(sampler=make_sampler(Search(trials=12), space))
+    study = optuna.create_study(sampler=make_sampler(SearchConfig(trials=12), space))
     high = space.intervals["atp"]["beta"][1]
 
     def valley(trial: optuna.Trial) -> float:

@@ -19,7 +19,7 @@ from atp_tune.search import context, runner, study_run, trial_loop
 from atp_tune.search.samplers import levelled
 from atp_tune.search.screening import APART, confirmed, is_near, screening_file
 from atp_tune.spec.config import read_config
-from atp_tune.spec.study import Screen
+from atp_tune.spec.study import ScreenConfig
 from atp_tune.storage.fingerprint import is_screening
 from atp_tune.storage.ranking import measured
 from atp_tune.storage.totals import counted
@@ -272,9 +272,9 @@ def test_mistakes(place: Path, override: str, error: str) -> None:
 
 def test_a_file_without_a_screening(place: Path) -> None:
     file = study_file(place, *SCREEN)
-    assert screening_file(file, Screen(trials=5)).study.search.screen is None
+    assert screening_file(file, ScreenConfig(trials=5)).study.search.screen is None
     assert study_file(place, *SCREEN, "search.screen=none").study.search.screen is None
-    assert file.study.search.screen == Screen(trials=5, every=3, confirm=2)
+    assert file.study.search.screen == ScreenConfig(trials=5, every=3, confirm=2)
 
 
 def test_a_bench_for_screening_shares_all_but_the_text(place: Path) -> None:

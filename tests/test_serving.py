@@ -27,7 +27,7 @@ from atp_tune.errors import UserError
 from atp_tune.serving.notes import OWN, with_own_words
 from atp_tune.serving.serve import Served, Service, serve
 from atp_tune.serving.target import choose
-from atp_tune.spec import studyfile
+from atp_tune.spec import finding
 from atp_tune.spec.config import read_config
 from atp_tune.storage import opening, ranking
 
@@ -330,7 +330,7 @@ def test_what_cannot_be_served(options: list[str], words: str, done: Path, comma
 
 def test_the_newest_database_is_served(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(studyfile, "_folders", lambda: (Path("studies"),))
+    monkeypatch.setattr(finding, "_folders", lambda: (Path("studies"),))
     nothing = None, None, "127.0.0.1", 0, 0, None
     (tmp_path / "studies").mkdir()
     with pytest.raises(UserError, match="no study has a database yet"):

@@ -19,7 +19,7 @@ from atp_tune.search import runner, termination, trial_loop
 from atp_tune.search.samplers import kinds_of, make_sampler
 from atp_tune.search.space import Space
 from atp_tune.search.termination import GAIN, GAP, LEAST, RUN, has_gap, has_settled, regret_of
-from atp_tune.spec.study import Search
+from atp_tune.spec.study import SearchConfig
 from atp_tune.storage.totals import counted, total_of
 
 GP = ("search.sampler=gp", "search.settle=true", "search.trials=40")
@@ -190,7 +190,7 @@ def test_without_parameters_there_is_nothing_to_settle(place: Path) -> None:
 
 
 def test_the_bound_is_said_where_it_is_asked_for() -> None:
-    described = Search.model_fields["settle"].description or ""
+    described = SearchConfig.model_fields["settle"].description or ""
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     (row,) = (line for line in readme.splitlines() if line.startswith("| `search.settle"))
     assert f"less than {GAIN:.0%}" in described.replace(" %", "%") and f"less than {GAIN:.0%}" in row.replace(" %", "%")
@@ -264,4 +264,4 @@ def test_the_total_of_a_study() -> None:
 def test_samplers_that_learn_nothing_cannot_settle(place: Path, sampler: str) -> None:
     with pytest.raises(UserError, match=f"search.settle: {sampler} does not propose by what is known"):
         run(place, f"search.sampler={sampler}", "search.settle=true")
-    assert not Search(trials=3).settle
+    assert not SearchConfig(trials=3).settle

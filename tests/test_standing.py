@@ -18,10 +18,10 @@ from atp_tune.errors import TrialError
 from atp_tune.plan import Plan
 from atp_tune.pruners import PRUNERS, make_pruner
 from atp_tune.pruners.statistics import InputNorms
-from atp_tune.spec.study import Prune
+from atp_tune.spec.prune import PruneConfig
 
 PruneMatrix = Callable[[Tensor, Tensor, float], Tensor]
-ONE_PASS = Prune(statistics="sequential")
+ONE_PASS = PruneConfig(statistics="sequential")
 
 
 def order_of(model: Any, block: str, ids: Tensor) -> list[str]:
@@ -102,7 +102,7 @@ def test_sparsegpt_in_one_pass(family: str) -> None:
 
 @pytest.mark.parametrize("pruner", [name for name in PRUNERS if name != "magnitude"])
 def test_statistics_differ_from_those_of_whole_blocks(pruner: str) -> None:
-    one, other = (bench_of(tiny("llama"), Prune(statistics=way)) for way in ("sequential", "block"))
+    one, other = (bench_of(tiny("llama"), PruneConfig(statistics=way)) for way in ("sequential", "block"))
     plan = Plan(pruner, "uniform", (0.5,) * 4)
     first, second = (next(iter(work.prune(plan))) for work in (one, other))
     assert torch.equal(first.weights["self_attn.q_proj.weight"], second.weights["self_attn.q_proj.weight"])
@@ -110,7 +110,7 @@ def test_statistics_differ_from_those_of_whole_blocks(pruner: str) -> None:
 
 
 def test_magnitude_measures_nothing_here_either() -> None:
-    one, other = (bench_of(tiny("llama"), Prune(statistics=way)) for way in ("sequential", "block"))
+    one, other = (bench_of(tiny("llama"), PruneConfig(statistics=way)) for way in ("sequential", "block"))
     plan = Plan("magnitude", "uniform", (0.5,) * 4)
     for a, b in zip(one.prune(plan), other.prune(plan), strict=True):
         assert a.error == b.error

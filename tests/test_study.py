@@ -3,8 +3,9 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from atp_tune.spec.study import Allocation, Model, Prune, Search, Study, Text
-from atp_tune.spec.studyfile import _PATTERNS, _keys, _table
+from atp_tune.spec.mistakes import PATTERNS, keys_of, table_of
+from atp_tune.spec.prune import PruneConfig
+from atp_tune.spec.study import AllocationConfig, ModelConfig, SearchConfig, Study, Text
 
 
 def raw(**changes: Any) -> dict[str, Any]:
@@ -22,7 +23,7 @@ def field_of(key: str) -> Any:
     table: type[BaseModel] | None = Study
     for part in tables:
         assert table
-        table = _table(table, part)
+        table = table_of(table, part)
     assert table
     return table.model_fields[name]
 
@@ -92,18 +93,18 @@ def test_overlap_of_parts(one: tuple[float, float], other: tuple[float, float], 
 @pytest.mark.parametrize(
     ("table", "values", "message"),
     [
-        (Model, {"source": "pypi:a"}, "source: must pin a wheel"),
-        (Model, {"source": "pypi:a==1"}, "sha256: is needed"),
-        (Allocation, {"beta": [1, 0]}, "beta: the interval"),
+        (ModelConfig, {"source": "pypi:a"}, "source: must pin a wheel"),
+        (ModelConfig, {"source": "pypi:a==1"}, "sha256: is needed"),
+        (AllocationConfig, {"beta": [1, 0]}, "beta: the interval"),
         (
-            Prune,
+            PruneConfig,
             {"pattern": "4:2"},
             "pattern: must be unstructured, N:M with N < M as in 2:4, or mixed:M as in mixed:8, got",
         ),
         (Text, {"source": "c4", "draw": "random"}, "windows: a random draw"),
         (Text, {"source": "c4", "part": [0.5, 0.5]}, "part: "),
-        (Search, {}, "trials: is needed with the sampler gp"),
-        (Search, {"sampler": "tpe"}, "trials: is needed with the sampler tpe"),
+        (SearchConfig, {}, "trials: is needed with the sampler gp"),
+        (SearchConfig, {"sampler": "tpe"}, "trials: is needed with the sampler tpe"),
     ],
 )
 def test_rules_between_keys_name_their_key(table: type[BaseModel], values: dict[str, Any], message: str) -> None:
@@ -137,14 +138,14 @@ def test_patterns_that_leave_freedom() -> None:
 
 
 def test_settings_of_a_pruner_are_its_table_and_the_group() -> None:
-    prune = Prune.model_validate({"pattern": "mixed:8", "alps": {"rho": 0.5}})
+    prune = PruneConfig.model_validate({"pattern": "mixed:8", "alps": {"rho": 0.5}})
     assert prune.settings("magnitude") == {"group": 8}
     assert prune.settings("wanda") == {"compare": "row", "group": 8}
     assert prune.settings("alps") == {"damping": 0.01, "rho": 0.5, "iterations": 300, "steps": 10, "group": 8}
 
 
 def test_grid_needs_no_number_of_trials() -> None:
-    assert Search(sampler="grid").trials is None
+    assert SearchConfig(sampler="grid").trials is None
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu", "mps", "cuda", "cuda:3"])
@@ -152,8 +153,8 @@ def test_devices(device: str) -> None:
     assert Study.model_validate(raw(device=device)).device == device
 
 
-@pytest.mark.parametrize("key", list(_keys()))
+@pytest.mark.parametrize("key", list(keys_of()))
 def test_every_pattern_has_its_own_words(key: str) -> None:
     field = field_of(key)
     patterns = [part for part in field.metadata if getattr(part, "pattern", None)]
-    assert bool(patterns) == (key in _PATTERNS)
+    assert bool(patterns) == (key in PATTERNS)

@@ -7,15 +7,12 @@ import pytest
 from synthetic import storage_in
 
 from atp_tune.errors import UserError
-from atp_tune.spec import studyfile
+from atp_tune.spec import finding
+from atp_tune.spec.facts import facts, is_local, is_local_text
+from atp_tune.spec.finding import find, known
 from atp_tune.spec.studyfile import (
     StudyFile,
-    facts,
-    find,
     from_settings,
-    is_local,
-    is_local_text,
-    known,
     load,
     settings,
 )
@@ -224,7 +221,7 @@ def test_directory_and_unreadable_file(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_missing_study(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(studyfile, "_folders", lambda: (folder / "studies",))
+    monkeypatch.setattr(finding, "_folders", lambda: (folder / "studies",))
     assert message("smoll") == "smoll: no such study; known are none"
     (folder / "studies").mkdir()
     for name in ("smol", "llama70"):
@@ -394,7 +391,7 @@ def test_results(storage: str | None, url: str, best: str, folder: Path) -> None
 
 
 def test_embedded_study_keeps_its_results_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(studyfile, "EMBEDDED", folder / "installed")
+    monkeypatch.setattr(finding, "EMBEDDED", folder / "installed")
     (folder / "installed").mkdir()
     (folder / "installed" / "y.toml").write_text(GOOD)
     loaded = load("y")

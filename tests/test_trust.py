@@ -18,7 +18,8 @@ from atp_tune.checkpoints.convert import one_line
 from atp_tune.checkpoints.models import resolve
 from atp_tune.errors import UserError
 from atp_tune.spec import study
-from atp_tune.spec.studyfile import facts, load
+from atp_tune.spec.facts import facts
+from atp_tune.spec.studyfile import load
 
 CODE = """\
 from pathlib import Path
@@ -92,7 +93,7 @@ def test_code_beside_a_known_model_is_not_needed(place: Path, marker: Path) -> N
 
 
 def test_trusted_code_is_part_of_the_content(with_code: Path) -> None:
-    model = study.Model(source="model", trust_remote_code=True)
+    model = study.ModelConfig(source="model", trust_remote_code=True)
     before = resolve(model, with_code)
     with (with_code / "model" / "modeling_own.py").open("a") as stream:
         stream.write("# changed\n")
@@ -103,7 +104,7 @@ def test_trusted_code_is_part_of_the_content(with_code: Path) -> None:
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
 def test_code_of_another_repository_is_never_run(name: str, with_code: Path) -> None:
     change(with_code / "model" / name, auto_map={"AutoConfig": "evil/code--own.Config", "AutoTokenizer": [None, "a.B"]})
-    model = study.Model(source="model", trust_remote_code=True)
+    model = study.ModelConfig(source="model", trust_remote_code=True)
     assert message(model, with_code) == (
         "model.source: BASE/model wants code of another repository (evil/code); "
         "only code in the model's own folder is run"
@@ -112,7 +113,7 @@ def test_code_of_another_repository_is_never_run(name: str, with_code: Path) -> 
 
 def test_kernels_of_a_hub_are_code(place: Path) -> None:
     change(place / "model" / "config.json", attn_implementation="evil/kernel")
-    assert "needs code of its own" in message(study.Model(source="model"), place)
+    assert "needs code of its own" in message(study.ModelConfig(source="model"), place)
 
 
 def test_a_tokenizer_with_code(place: Path, marker: Path, command: CommandLine) -> None:
@@ -145,7 +146,7 @@ def test_the_keys_are_no_facts_at_their_defaults(place: Path) -> None:
 
 
 def test_pickles_are_refused(pickled: Path, cache: Path, tmp_path: Path) -> None:  # noqa: F811
-    assert message(study.Model(source="pickled"), tmp_path) == (
+    assert message(study.ModelConfig(source="pickled"), tmp_path) == (
         "model.source: BASE/pickled has its weights in pickles only (pytorch_model.bin); take safetensors, or allow "
         "them with model.allow_pickle = true (--set model.allow_pickle=true; apply: --allow-pickle)"
     )
@@ -158,7 +159,7 @@ def test_pickles_of_a_hub_are_refused_before_they_are_downloaded(
     tmp_path: Path,
 ) -> None:
     shutil.copytree(pickled, hub[0] / "models/org/old")
-    assert message(study.Model(source="org/old"), tmp_path) == (
+    assert message(study.ModelConfig(source="org/old"), tmp_path) == (
         "model.source: org/old has no safetensors on the hub; if it has .bin weights, which are pickles, allow them "
         "with model.allow_pickle = true (--set model.allow_pickle=true; apply: --allow-pickle)"
     )
@@ -168,7 +169,7 @@ def test_pickles_of_a_hub_are_refused_before_they_are_downloaded(
 def test_safetensors_of_another_name_do_not_let_pickles_in(pickled: Path, tmp_path: Path) -> None:  # noqa: F811
     """Transformers falls back to pytorch_model.bin where model.safetensors is not there."""
     save_file({f"x{k}": torch.ones(1000) for k in range(9)}, pickled / "extra.safetensors")
-    folder = resolve(study.Model(source="pickled"), tmp_path)
+    folder = resolve(study.ModelConfig(source="pickled"), tmp_path)
     with pytest.raises(UserError, match="transformers cannot load it"):
         Checkpoint.load(folder.path, torch.float32, torch.device("cpu"))
 
@@ -184,7 +185,7 @@ def test_an_index_names_weights_of_its_own_folder_only(place: Any, checkpoint: P
     folder = shutil.copytree(checkpoint, tmp_path / "model")
     shards = {"weight_map": {"x": "model.safetensors", "y": place}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(shards))
-    assert message(study.Model(source="model"), tmp_path) == (
+    assert message(study.ModelConfig(source="model"), tmp_path) == (
         "model.source: BASE/model/model.safetensors.index.json names weights that are no *.safetensors of its folder; "
         "do not use it"
     )
@@ -197,7 +198,7 @@ def test_files_that_hold_no_object(name: str, content: str, checkpoint: Path, tm
     (folder / name).write_text(content, errors="surrogateescape")
     if content == '{"weight_map": []}' and "index" not in name:
         pytest.skip("an object")
-    found = message(study.Model(source="model"), tmp_path)
+    found = message(study.ModelConfig(source="model"), tmp_path)
     assert found.startswith("model.source: BASE/model/" + name)
 
 

@@ -1,9 +1,9 @@
 """Allocations: how a sparsity target is shared out over the blocks.
 
-An allocation is one module with two functions and one row of `ALLOCATIONS`:
+An allocation is one module with three functions, registered in `ALLOCATIONS`:
 
     bounds(budget)                  the admissible interval of each of its parameters
-    starts(budget)                  the points that a search begins with: the authors' defaults
+    initial_points(budget)          the points that a search begins with: the authors' defaults
     sparsities(budget, **values)    one sparsity per block, or per linear of each block, in [0, 1], whose weighted
                                     mean is the target
 """
@@ -11,10 +11,10 @@ An allocation is one module with two functions and one row of `ALLOCATIONS`:
 from collections.abc import Callable
 from typing import Protocol
 
-from atp_tune.allocations import alphapruning, atp, curve, er, global_, owl, uniform
-from atp_tune.allocations.budget import Budget, Evidence, LinearSparsities, Shape, Sparsities
+from atp_tune.allocations.budget import Budget, DenseMetricsProtocol, LinearSparsities, Shape, Sparsities
+from atp_tune.registry import Registry
 
-__all__ = ["ALLOCATIONS", "Allocation", "Budget", "Evidence", "LinearSparsities", "Shape", "Sparsities"]
+__all__ = ["ALLOCATIONS", "Allocation", "Budget", "DenseMetricsProtocol", "LinearSparsities", "Shape", "Sparsities"]
 
 
 class Allocation(Protocol):
@@ -23,7 +23,7 @@ class Allocation(Protocol):
     def bounds(self, budget: Budget) -> dict[str, tuple[float, float]]:
         """The interval of each parameter in which all sparsities are in [0, 1]."""
 
-    def starts(self, budget: Budget) -> list[dict[str, float]]:
+    def initial_points(self, budget: Budget) -> list[dict[str, float]]:
         """The points that a search begins with."""
 
     @property
@@ -31,13 +31,16 @@ class Allocation(Protocol):
         """From a budget and the parameters: the sparsities; ValueError outside the bounds."""
 
 
-ALLOCATIONS: dict[str, Allocation] = {
-    "uniform": uniform,
-    "atp": atp,
-    "curve": curve,
-    "owl": owl,
-    "alphapruning": alphapruning,
-    "er": er,
-    "erk": er,
-    "global": global_,
-}
+ALLOCATIONS = Registry[Allocation](
+    "allocation",
+    {
+        "uniform": "atp_tune.allocations.uniform",
+        "atp": "atp_tune.allocations.atp",
+        "curve": "atp_tune.allocations.curve",
+        "owl": "atp_tune.allocations.owl",
+        "alphapruning": "atp_tune.allocations.alphapruning",
+        "er": "atp_tune.allocations.er",
+        "erk": "atp_tune.allocations.er",
+        "global": "atp_tune.allocations.global_",
+    },
+)

@@ -18,8 +18,7 @@ missed); means are weighted by the linears' own sizes in blocks that differ; spe
 
 from statistics import fmean
 
-from atp_tune.allocations.budget import Budget
-from atp_tune.allocations.sharing import evidence, proportional, spread
+from atp_tune.allocations.budget import Budget, proportional, spread
 
 WIDTHS = (0.2, 0.5)
 
@@ -29,7 +28,7 @@ def bounds(budget: Budget) -> dict[str, tuple[float, float]]:
     return {"epsilon": WIDTHS}
 
 
-def starts(budget: Budget) -> list[dict[str, float]]:
+def initial_points(budget: Budget) -> list[dict[str, float]]:
     """The authors' default."""
     return [{"epsilon": 0.3}]
 
@@ -37,7 +36,7 @@ def starts(budget: Budget) -> list[dict[str, float]]:
 def sparsities(budget: Budget, epsilon: float = 0.3) -> tuple[float, ...]:
     """One sparsity per block; ValueError for an ε outside [0, 1]."""
     budget.check({"epsilon": (0.0, 1.0)}, epsilon=epsilon)
-    exponents = [fmean(block) for block in evidence(budget, "alphapruning").tail_exponents()]
+    exponents = [fmean(block) for block in budget.require_evidence("alphapruning").tail_exponents()]
     if min(exponents) == max(exponents):
         return (budget.target,) * len(budget.sizes)
     return proportional([1 - epsilon + 2 * epsilon * level for level in spread(exponents)], budget.sizes, budget.target)

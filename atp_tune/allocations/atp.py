@@ -25,7 +25,7 @@ def bounds(budget: Budget) -> dict[str, tuple[float, float]]:
     return {"beta": (-min(zeros / above, kept / below), min(zeros / below, kept / above))}
 
 
-def starts(budget: Budget) -> list[dict[str, float]]:
+def initial_points(budget: Budget) -> list[dict[str, float]]:
     """Where a search begins: half the bound, the middle of the increasing progressions."""
     return [{"beta": bounds(budget)["beta"][1] / 2}]
 

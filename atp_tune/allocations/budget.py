@@ -1,5 +1,6 @@
-"""The budget that an allocation shares out, and all that it may know of the dense model."""
+"""The budget that an allocation shares out, all that it may know of the dense model, and sharing out by weights."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -29,8 +30,8 @@ class Shape:
         return self.rows * self.columns
 
 
-class Evidence(Protocol):
-    """What is measured on the dense model, when an allocation asks for it; each is measured once."""
+class DenseMetricsProtocol(Protocol):
+    """What can be measured on the dense model, when an allocation asks for it; each is measured once."""
 
     def outlier_ratios(self, threshold: float) -> tuple[float, ...]:
         """For each block the share of its Wanda scores above `threshold` times their mean."""
@@ -52,7 +53,7 @@ class Budget:
     target: float
     sizes: tuple[int, ...]
     linears: tuple[tuple[Shape, ...], ...] = ()
-    evidence: Evidence | None = field(default=None, compare=False)
+    evidence: DenseMetricsProtocol | None = field(default=None, compare=False)
     score: Score = "wanda"
 
     @property
@@ -68,6 +69,12 @@ class Budget:
                 symbol = SYMBOLS.get(name, name)
                 raise ValueError(f"{symbol} = {value:g} is outside the admissible interval [{low:.6g}, {high:.6g}]")
 
+    def require_evidence(self, allocation: str) -> DenseMetricsProtocol:
+        """What can be measured on the dense model; ValueError for a budget that comes without a model."""
+        if self.evidence is None:
+            raise ValueError(f"{allocation}: needs a model to measure, and the budget has none")
+        return self.evidence
+
     def mean(self, sparsities: tuple[float, ...]) -> float:
         """Weighted mean of one sparsity per block: the share of zeros that they make."""
         return sum(s * size for s, size in zip(sparsities, self.sizes, strict=True)) / sum(self.sizes)
@@ -78,3 +85,26 @@ class Budget:
             sum(s * shape.size for s, shape in zip(row, shapes, strict=True)) / sum(shape.size for shape in shapes)
             for row, shapes in zip(sparsities, self.linears, strict=True)
         )
+
+
+def spread(values: Sequence[float]) -> tuple[float, ...]:
+    """Values mapped linearly so that the lowest is 0 and the highest 1; all 0 where they are equal."""
+    low, high = min(values), max(values)
+    return tuple((value - low) / (high - low) if high > low else 0.0 for value in values)
+
+
+def proportional(weights: Sequence[float], sizes: Sequence[int], mean: float) -> tuple[float, ...]:
+    """Shares min(1, c w_i) of parts of these sizes, with the c > 0 that makes their weighted mean `mean`, in [0, 1].
+
+    Shares that would exceed 1 are 1, and the rest is scaled up, until none does. Weights must be positive.
+    """
+    wanted = mean * sum(sizes)
+    scale, full = 0.0, frozenset[int]()
+    while len(full) < len(sizes):
+        free = [i for i in range(len(sizes)) if i not in full]
+        scale = (wanted - sum(sizes[i] for i in full)) / sum(weights[i] * sizes[i] for i in free)
+        exceeding = {i for i in free if scale * weights[i] > 1}
+        if not exceeding:
+            break
+        full |= exceeding
+    return tuple(1.0 if i in full else min(1.0, max(0.0, scale * weight)) for i, weight in enumerate(weights))

@@ -40,12 +40,12 @@ def bounds(budget: Budget) -> dict[str, tuple[float, float]]:
     }
 
 
-def starts(budget: Budget) -> list[dict[str, float]]:
+def initial_points(budget: Budget) -> list[dict[str, float]]:
     """Where a search begins: ATP's middle; then half of that with the ends half way to the wall, and the value
     projections all the way.
     """
     found = bounds(budget)
-    middle = {**dict.fromkeys(found, 0.0), **atp.starts(budget)[0]}
+    middle = {**dict.fromkeys(found, 0.0), **atp.initial_points(budget)[0]}
     bent = {"beta": middle["beta"] / 2, "ends": found["ends"][0] / 2, "value": found["value"][0]}
     return [middle, {**middle, **bent}]
 

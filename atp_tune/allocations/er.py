@@ -15,8 +15,7 @@ the largest first, which ends at the same densities.
 
 from itertools import chain
 
-from atp_tune.allocations.budget import Budget, LinearSparsities
-from atp_tune.allocations.sharing import proportional
+from atp_tune.allocations.budget import Budget, LinearSparsities, proportional
 
 
 def bounds(budget: Budget) -> dict[str, tuple[float, float]]:
@@ -24,7 +23,7 @@ def bounds(budget: Budget) -> dict[str, tuple[float, float]]:
     return {}
 
 
-def starts(budget: Budget) -> list[dict[str, float]]:
+def initial_points(budget: Budget) -> list[dict[str, float]]:
     """Its only point."""
     return [{}]
 

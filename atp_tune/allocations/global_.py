@@ -13,7 +13,6 @@ many from each row of a linear.
 """
 
 from atp_tune.allocations.budget import Budget, LinearSparsities
-from atp_tune.allocations.sharing import evidence
 
 
 def bounds(budget: Budget) -> dict[str, tuple[float, float]]:
@@ -21,11 +20,11 @@ def bounds(budget: Budget) -> dict[str, tuple[float, float]]:
     return {}
 
 
-def starts(budget: Budget) -> list[dict[str, float]]:
+def initial_points(budget: Budget) -> list[dict[str, float]]:
     """Its only point."""
     return [{}]
 
 
 def sparsities(budget: Budget) -> LinearSparsities:
     """One sparsity per linear of each block."""
-    return evidence(budget, "global").global_sparsities(budget.target, budget.score)
+    return budget.require_evidence("global").global_sparsities(budget.target, budget.score)

@@ -17,8 +17,7 @@ float32, their mean float64 (theirs are both float16).
 
 import math
 
-from atp_tune.allocations.budget import Budget
-from atp_tune.allocations.sharing import evidence, spread
+from atp_tune.allocations.budget import Budget, spread
 
 THRESHOLDS = (3.0, 10.0)
 WIDTHS = (0.02, 0.2)
@@ -34,7 +33,7 @@ def _highest(budget: Budget) -> float:
     return min(budget.target, 1 - budget.target) / 2
 
 
-def starts(budget: Budget) -> list[dict[str, float]]:
+def initial_points(budget: Budget) -> list[dict[str, float]]:
     """The authors' defaults, with λ inside its interval."""
     return [{"M": 5.0, "lam": min(0.08, bounds(budget)["lam"][1])}]
 
@@ -42,6 +41,6 @@ def starts(budget: Budget) -> list[dict[str, float]]:
 def sparsities(budget: Budget, M: float = 5.0, lam: float = 0.08) -> tuple[float, ...]:
     """One sparsity per block; ValueError for M < 0, and for λ outside [0, min(S, 1-S) / 2]."""
     budget.check({"M": (0.0, math.inf), "lam": (0.0, _highest(budget))}, M=M, lam=lam)
-    levels = spread(evidence(budget, "owl").outlier_ratios(M))
+    levels = spread(budget.require_evidence("owl").outlier_ratios(M))
     middle = budget.mean(levels)
     return tuple(min(1.0, max(0.0, budget.target - 2 * lam * (level - middle))) for level in levels)

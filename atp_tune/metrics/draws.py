@@ -10,26 +10,23 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import Field, FiniteFloat
 
+from atp_tune.frozen import FrozenModel
 from atp_tune.metrics.perplexity import change, perplexity
 
 
-class Spread(BaseModel):
+class Spread(FrozenModel):
     """A mean over draws and the standard deviation between them."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     mean: FiniteFloat
     sd: FiniteFloat = Field(ge=0)
 
 
-class OverDraws(BaseModel):
+class OverDraws(FrozenModel):
     """Perplexities by draw, the study's own first, and changes from uniform's with the same pruner and draw; null for
     uniform itself.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     perplexities: tuple[FiniteFloat, ...]
     perplexity: Spread

@@ -11,18 +11,11 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from pydantic import BaseModel, ConfigDict
-
-from atp_tune.metrics.perplexity import Change
+from atp_tune.metrics.perplexity import Change, Estimate
 
 
-class Divergence(BaseModel):
+class Divergence(Estimate):
     """A mean KL divergence in nats per token and its standard error over windows (0 for a single window)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    value: float
-    stderr: float
 
     def __str__(self) -> str:
         return f"{self.value:.4f} ± {self.stderr:.4f}"

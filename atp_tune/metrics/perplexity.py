@@ -11,28 +11,25 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from pydantic import BaseModel, ConfigDict
+from atp_tune.frozen import FrozenModel
 
 
-class Perplexity(BaseModel):
-    """A perplexity and its standard error over windows (0 for a single window, whose spread is unknown)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class Estimate(FrozenModel):
+    """A value and its standard error."""
 
     value: float
     stderr: float
+
+
+class Perplexity(Estimate):
+    """A perplexity and its standard error over windows (0 for a single window, whose spread is unknown)."""
 
     def __str__(self) -> str:
         return f"{self.value:.2f} ± {self.stderr:.2f}" if self.stderr else f"{self.value:.2f}"
 
 
-class Change(BaseModel):
+class Change(Estimate):
     """Relative change from one perplexity to another, and its standard error over paired windows."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    value: float
-    stderr: float
 
     def __str__(self) -> str:
         return f"{self.value:+.1%} ± {self.stderr:.1%}"

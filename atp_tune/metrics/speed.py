@@ -3,7 +3,9 @@
 from statistics import median
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from atp_tune.frozen import FrozenModel
 
 Side = Literal["dense", "sparse"]
 Phase = Literal["prefill", "decode"]
@@ -12,13 +14,7 @@ PHASES: tuple[Phase, ...] = ("prefill", "decode")
 Values = tuple[PositiveFloat, ...]
 
 
-class Table(BaseModel):
-    """A table of the file: unknown keys are errors, values never change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Sizes(Table):
+class Sizes(FrozenModel, allow_inf_nan=False):
     """Bytes of all weight files, as they are and compressed with zstd."""
 
     dense: NonNegativeInt
@@ -27,7 +23,7 @@ class Sizes(Table):
     sparse_zstd: NonNegativeInt
 
 
-class Rates(Table):
+class Rates(FrozenModel, allow_inf_nan=False):
     """Tokens per second, run by run: the runs of both models took turns."""
 
     dense: Values = Field(min_length=1)
@@ -39,7 +35,7 @@ class Rates(Table):
         return tuple(sparse / dense for dense, sparse in zip(self.dense, self.sparse, strict=True))
 
 
-class Measured(Table):
+class Measured(FrozenModel, allow_inf_nan=False):
     """One engine: what it is, on what it ran, and its rates; `logits`: the largest difference to transformers'."""
 
     engine: str
@@ -68,7 +64,7 @@ class Measured(Table):
         return self.device if self.cores is None else f"{self.device}, {self.cores} core" + "s" * (self.cores != 1)
 
 
-class Speed(Table):
+class Speed(FrozenModel, allow_inf_nan=False):
     """Sizes, share of zeros by kind of linear, and a row for each engine; torch is always there."""
 
     sizes: Sizes

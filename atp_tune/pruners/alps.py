@@ -22,27 +22,23 @@ their steps (their residual counts pruned entries too, so that their tolerance i
 its start where the last iteration of all asked for a new one.
 """
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from atp_tune.pruners import Statistics
 from atp_tune.pruners.selection import lowest_in_matrix, zeroed
-from atp_tune.pruners.statistics import Hessian, Scaled, Statistics
+from atp_tune.pruners.settings import ALPSSettings
+from atp_tune.pruners.statistics import Hessian, Scaled
 
 CHECK, SETTLED = 3, 30  # iterations between looks at the mask, and before hardly any change is none
 LARGEST = 1e6  # ρ
 
 
-@dataclass(frozen=True)
-class ALPS:
+class ALPS(ALPSSettings):
     """Zeroes weights and updates those that stay; float32 inside, the weight's dtype outside."""
 
-    damping: float = 0.01
-    rho: float = 0.1
-    iterations: int = 300
-    steps: int = 10
     group: int | None = None
 
     measures: ClassVar[type[Statistics] | None] = Hessian

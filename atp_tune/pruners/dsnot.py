@@ -23,14 +23,15 @@ is the length of a window, 2048; ties go by position. Theirs leaves the MLP at t
 (`skip_layer`); a pruner here does not know where its linear is, and refines every one.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from atp_tune.pruners import Statistics
 from atp_tune.pruners.selection import lowest_in_rows, zeroed
-from atp_tune.pruners.statistics import InputMoments, Statistics
+from atp_tune.pruners.settings import DSnoTSettings
+from atp_tune.pruners.statistics import InputMoments
 
 TOKENS = 2048
 
@@ -46,14 +47,9 @@ class Swaps(NamedTuple):
     possible: Tensor  # [out, K] whether there is such a swap
 
 
-@dataclass(frozen=True)
-class DSnoT:
+class DSnoT(DSnoTSettings):
     """Zeroes as many weights in each row as its initial mask does."""
 
-    initial: Literal["wanda", "magnitude"] = "wanda"
-    cycles: int = 50
-    threshold: float = 0.1
-    power: float = 1.0
     group: int | None = None
 
     measures: ClassVar[type[Statistics] | None] = InputMoments

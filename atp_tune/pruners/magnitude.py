@@ -1,16 +1,15 @@
 """Magnitude pruning: the smallest |W_ij| of a linear go, wherever they are; no inputs are needed."""
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
+from atp_tune.frozen import SettingsTable
+from atp_tune.pruners import Statistics
 from atp_tune.pruners.selection import lowest_in_matrix, zeroed
-from atp_tune.pruners.statistics import Statistics
 
 
-@dataclass(frozen=True)
-class Magnitude:
+class Magnitude(SettingsTable):
     """Zeroes the ⌊out·in·s⌋ smallest weights of the matrix (Han et al. 2015), or the ⌊M·s⌋ smallest of each group."""
 
     group: int | None = None

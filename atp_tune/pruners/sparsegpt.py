@@ -21,23 +21,21 @@ quarter of the operations of U, and each weight is written once and not once per
 Source: "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", ICML 2023, algorithm 1.
 """
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from atp_tune.pruners import Statistics
 from atp_tune.pruners.columns import plain, sweep
 from atp_tune.pruners.selection import lowest_in_matrix, lowest_in_rows, zeroed
-from atp_tune.pruners.statistics import Hessian, Statistics
+from atp_tune.pruners.settings import SparseGPTSettings
+from atp_tune.pruners.statistics import Hessian
 
 
-@dataclass(frozen=True)
-class SparseGPT:
+class SparseGPT(SparseGPTSettings):
     """Zeroes weights and updates those that stay; float32 inside, the weight's dtype outside."""
 
-    damping: float = 0.01
-    columns: int = 128
     group: int | None = None
 
     measures: ClassVar[type[Statistics] | None] = Hessian

@@ -4,7 +4,7 @@ X inputs [tokens, in] of one linear over all calibration tokens. Linears that re
 value, say) share one object, and what it derives from X is computed once for all of them.
 """
 
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -13,26 +13,6 @@ from atp_tune.errors import TrialError
 
 DAMPING_RAISES = 4
 PANEL, WIDE_PANEL = 256, 2048  # rows of the Hessian that are summed up at a time, on the CPU and elsewhere
-
-
-class Statistics(Protocol):
-    """Gathers X; the constructor takes the number of inputs and the device."""
-
-    def __init__(self, inputs: int, device: torch.device) -> None: ...
-
-    def add(self, x: Tensor) -> None:
-        """Takes in inputs [..., in] of any float dtype."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What is to be kept of it, where it is kept."""
-
-    @classmethod
-    def restored(cls, tensors: dict[str, Tensor]) -> Self:
-        """What was kept, to be asked and no more added to."""
-
-    @staticmethod
-    def bytes_for(inputs: int) -> int:
-        """Bytes of what is kept of a linear with so many inputs, at most."""
 
 
 class InputNorms:

@@ -16,23 +16,20 @@ Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language 
 variant is `use_variant` of their code.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from atp_tune.pruners import Statistics
 from atp_tune.pruners.selection import lowest_in_matrix, lowest_in_rows, ranks, zeroed
-from atp_tune.pruners.statistics import InputNorms, Statistics
+from atp_tune.pruners.settings import WandaSettings
+from atp_tune.pruners.statistics import InputNorms
 
-Compare = Literal["row", "row-variant"]
 
-
-@dataclass(frozen=True)
-class Wanda:
+class Wanda(WandaSettings):
     """Zeroes the lowest scores of each row; weights that stay are not changed."""
 
-    compare: Compare = "row"
     group: int | None = None
 
     measures: ClassVar[type[Statistics] | None] = InputNorms

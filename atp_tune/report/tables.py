@@ -17,7 +17,7 @@ from atp_tune.report.contents import Contents
 from atp_tune.results.formatting import drawn, draws_of, duration, plan_of, remark_of
 from atp_tune.results.summary import Summary, allocation_of, is_uniform, score_of
 from atp_tune.spec.config import SHARES, Divergences, Measure, Scores, TaskScores, ZeroShot
-from atp_tune.spec.studyfile import called_now
+from atp_tune.spec.former import present_value
 
 NOTHING = "–"
 
@@ -158,7 +158,7 @@ def comparison(studies: Sequence[Contents]) -> Table:
 
 def fingerprint(contents: Contents) -> Table:
     """The facts that the values depend on, the versions and the devices."""
-    rows = [(key, _plain(called_now(key, value))) for key, value in sorted(contents.facts.items())]
+    rows = [(key, _plain(present_value(key, value))) for key, value in sorted(contents.facts.items())]
     rows += [(f"version of {name}", version) for name, version in contents.versions.items()]
     return Table(("key", "value"), [*rows, ("device", contents.devices or NOTHING)], (0, 1))
 

@@ -17,7 +17,8 @@ from atp_tune.cache import write_atomically
 from atp_tune.errors import UserError
 from atp_tune.metrics.speed import Speed
 from atp_tune.spec.config import Config, ZeroShot, read_config
-from atp_tune.spec.studyfile import absolute_storage, holds
+from atp_tune.spec.finding import holds
+from atp_tune.spec.studyfile import absolute_storage
 from atp_tune.storage import opening
 from atp_tune.storage.database import without_password
 

@@ -15,10 +15,11 @@ from typing import Annotated, Literal
 from optuna.trial import FrozenTrial
 from pydantic import Field, PlainSerializer
 
+from atp_tune.frozen import FrozenModel
 from atp_tune.metrics.draws import OverDraws
 from atp_tune.results.formatting import plan_of, remark_of
 from atp_tune.results.summary import Rank, Summary, allocation_of, parameters_of, score_of
-from atp_tune.spec.config import Divergences, Part, Score, Scores, dumps
+from atp_tune.spec.config import Divergences, Score, Scores, dumps
 from atp_tune.spec.studyfile import StudyFile
 from atp_tune.storage.fingerprint import PERPLEXITY
 from atp_tune.storage.lost_trials import cut_offs_of
@@ -31,7 +32,7 @@ Number = Annotated[float | None, PlainSerializer(lambda x: x if x is not None an
 State = Literal["not started", "unfinished", "complete", "unknown", "invalid"]
 
 
-class Running(Part):
+class Running(FrozenModel):
     """A trial that runs now; `lost` says that its process on this host is gone, and nothing runs it."""
 
     trial: int
@@ -41,7 +42,7 @@ class Running(Part):
     lost: bool
 
 
-class Against(Part):
+class Against(FrozenModel):
     """Relative change from uniform's perplexity with the same pruner, paired by windows of one text."""
 
     value: Number
@@ -49,7 +50,7 @@ class Against(Part):
     on: Literal["search", "report"]
 
 
-class Best(Part):
+class Best(FrozenModel):
     """The best trial of one allocation; `kl` and `kl_change`: the same of its KL divergence from the dense model;
     `draws`: its perplexity on the report text, and the change, over several draws of the calibration text.
     """
@@ -66,7 +67,7 @@ class Best(Part):
     draws: OverDraws | None = None
 
 
-class Trial(Part):
+class Trial(FrozenModel):
     """One trial, in Optuna's states and with all that Optuna chose (`params`), `plan` says the same for people.
 
     `value` and `stderr` are its perplexity on the search text, `realised` is the share of zeros that was counted. `kl`:
@@ -88,7 +89,7 @@ class Trial(Part):
     cut_off: int = 0
 
 
-class Screening(Part):
+class Screening(FrozenModel):
     """The study that looked, or looks, for points before this one began: its name, trials done, and their total."""
 
     study: str
@@ -96,7 +97,7 @@ class Screening(Part):
     total: int | None
 
 
-class Status(Part):
+class Status(FrozenModel):
     """A study as it stands; `uniform` has the best trial's pruner, `best` is the first of `ranks`.
 
     `uniform_draws`: uniform over several draws of the calibration text, as `draws` of the others; `windows`: how many
@@ -131,7 +132,7 @@ class Status(Part):
         return self.model_copy(update={"running": running, "seconds_left": None})
 
 
-class Listed(Part):
+class Listed(FrozenModel):
     """One study that can be run by name; `unknown` is the state of one whose database is not a file."""
 
     name: str
@@ -144,10 +145,11 @@ class Listed(Part):
     error: str | None
 
 
-def to_json(what: Part | Sequence[Part], indent: int | None = 2) -> str:
+def to_json(what: FrozenModel | Sequence[FrozenModel], indent: int | None = 2) -> str:
     """One JSON document without a line break at the end; with `indent` None it is one line."""
-    dumped = what.model_dump(mode="json") if isinstance(what, Part) else [part.model_dump(mode="json") for part in what]
-    return dumps(dumped, indent)
+    if isinstance(what, FrozenModel):
+        return dumps(what.model_dump(mode="json"), indent)
+    return dumps([part.model_dump(mode="json") for part in what], indent)
 
 
 def status_of(summary: Summary, now: datetime) -> Status:

@@ -23,10 +23,10 @@ from atp_tune.spec.config import (
     BothDraws,
     Config,
     Divergences,
+    EvaluationTexts,
     ModelRef,
     Scores,
     Sparsity,
-    Texts,
     ZeroShot,
 )
 from atp_tune.spec.studyfile import StudyFile, from_settings
@@ -403,7 +403,7 @@ def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) 
         calibration=spec.texts.calibration.text,
         batches=fingerprint.batches_in(best, facts),
         draws=_both_draws(summary, best, uniform),
-        texts=Texts(search=spec.texts.search, report=spec.report_text),
+        texts=EvaluationTexts(search=spec.texts.search, report=spec.report_text),
         bos=summary.bos,
         seed=spec.search.seed,
         versions=best.user_attrs["versions"],

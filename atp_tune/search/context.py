@@ -39,8 +39,9 @@ from atp_tune.pruners import Pruner, Statistics, make_pruner
 from atp_tune.pruners.statistics import Hessian
 from atp_tune.scores.evaluation import POSITIONS, Block, WindowScores, final_states, group_scores
 from atp_tune.search.bos import check_embedding, compare
-from atp_tune.spec.study import Model, Prune, Text
-from atp_tune.spec.studyfile import BOS
+from atp_tune.spec.facts import BOS
+from atp_tune.spec.prune import PruneConfig
+from atp_tune.spec.study import ModelConfig, Text
 from atp_tune.storage.process_identity import versions
 from atp_tune.texts.windows import Windows, check_disjoint, stretches, thinned, token_windows
 
@@ -57,8 +58,8 @@ class ContextConfig:
     `bos`: windows begin with BOS; None where the dense model is to be asked, on the calibration text.
     """
 
-    model: Model
-    prune: Prune
+    model: ModelConfig
+    prune: PruneConfig
     texts: dict[str, Text]
     base: Path
     device: str
@@ -78,7 +79,7 @@ class TrialContext:
         folder: ModelFolder,
         checkpoint: Checkpoint,
         windows: dict[str, Windows],
-        prune: Prune,
+        prune: PruneConfig,
         watch: Watch,
         replay: Replay | None = None,
     ) -> None:

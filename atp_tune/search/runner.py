@@ -19,8 +19,9 @@ from atp_tune.search.screening import begins_with, confirmed, renamed, screening
 from atp_tune.search.space import make_space
 from atp_tune.search.study_run import StudyRun, check_name, load_existing, with_stored_total
 from atp_tune.search.trial_loop import recover_lost, run_trials
-from atp_tune.spec.study import Screen
-from atp_tune.spec.studyfile import StudyFile, facts, settings
+from atp_tune.spec.facts import facts
+from atp_tune.spec.study import ScreenConfig
+from atp_tune.spec.studyfile import StudyFile, settings
 from atp_tune.storage import filesystem, fingerprint, opening, ranking, totals
 from atp_tune.storage.fingerprint import SUFFIX, is_screening
 from atp_tune.storage.process_identity import versions
@@ -128,7 +129,7 @@ def _search(
     return study
 
 
-def _screen(run: StudyRun, screen: Screen, context: "TrialContext") -> tuple[StudyRun, list[FrozenTrial]]:
+def _screen(run: StudyRun, screen: ScreenConfig, context: "TrialContext") -> tuple[StudyRun, list[FrozenTrial]]:
     """Runs the screening, or goes on with it: the run with the time that is left, and the measured points, best first,
     none before it is complete. It has measured the dense model, on its part of the text, so that the main study need
     not do so before its search.

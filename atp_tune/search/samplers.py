@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.search.deduplicate import apart
 from atp_tune.search.space import Params, Space
-from atp_tune.spec.study import Search
+from atp_tune.spec.study import SearchConfig
 from atp_tune.storage.lost_trials import place_of
 from atp_tune.storage.ranking import values_of
 from atp_tune.storage.totals import counts
@@ -33,7 +33,7 @@ LEAST = 1e-6  # nats per token: no KL is taken to be less where its log is wante
 STARTS = 3  # measured points of an allocation before a model of it is fitted: plenty for one to three parameters
 
 
-def make_sampler(search: Search, space: Space, screened: Sequence[FrozenTrial] = ()) -> BaseSampler:
+def make_sampler(search: SearchConfig, space: Space, screened: Sequence[FrozenTrial] = ()) -> BaseSampler:
     """The sampler of a study; `screened`: trials of the screening before it, if there was one.
 
     What it proposes depends on the study's seed, the trial's place and the trials that are there, not on the process:
@@ -305,14 +305,14 @@ def whose_turn(trials: list[FrozenTrial], space: Space) -> str:
     return best
 
 
-def make_stopper(search: Search) -> BasePruner:
+def make_stopper(search: SearchConfig) -> BasePruner:
     """What ends hopeless trials early; trials are compared group by group of windows."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         return WilcoxonPruner() if search.stopper == "wilcoxon" else NopPruner()
 
 
-def first_trials(search: Search, space: Space) -> list[Params]:
+def first_trials(search: SearchConfig, space: Space) -> list[Params]:
     """What a study asks for before its sampler does: uniform for each pruner, then where each allocation begins, or the
     points of a grid, shuffled.
 
@@ -326,7 +326,7 @@ def first_trials(search: Search, space: Space) -> list[Params]:
     return [*space.uniform(), *points]
 
 
-def total_trials(search: Search, space: Space) -> int:
+def total_trials(search: SearchConfig, space: Space) -> int:
     """Trials of the whole study: as asked, but no more than there are points, on a grid or without parameters.
 
     A study that screens has, unless it is asked for more, uniform and the points that are confirmed.

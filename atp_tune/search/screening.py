@@ -15,14 +15,14 @@ from atp_tune.events import Event, Note, TrialEnded, TrialStarted, Watch
 from atp_tune.search import deduplicate
 from atp_tune.search.samplers import kinds_of
 from atp_tune.search.space import Params, Space
-from atp_tune.spec.study import Screen
+from atp_tune.spec.study import ScreenConfig
 from atp_tune.spec.studyfile import StudyFile, overridden
 from atp_tune.storage.fingerprint import CHANGED
 
 APART = 1 / 28  # of an interval: half a step of the paper's grid, 0.002, on 32 blocks at 70 %
 
 
-def screening_file(file: StudyFile, screen: Screen) -> StudyFile:
+def screening_file(file: StudyFile, screen: ScreenConfig) -> StudyFile:
     """The study file of the screening: what `--set` would make of the main one."""
     values: tuple[str | int, ...] = ("dense", screen.every, screen.trials, "none", "none")
     return overridden(file, dict(zip(CHANGED, values, strict=True)))

@@ -113,7 +113,7 @@ class Space:
         intervals = self.intervals[allocation]
         return [
             {name: min(high, max(low, start[name])) for name, (low, high) in intervals.items()}
-            for start in ALLOCATIONS[allocation].starts(self.budget)
+            for start in ALLOCATIONS[allocation].initial_points(self.budget)
         ]
 
     def _repeats(self, point: Params, other: Params) -> bool:

@@ -20,6 +20,7 @@ from atp_tune.results.formatting import (
 )
 from atp_tune.results.summary import Rank, Summary, is_uniform, score_of
 from atp_tune.spec.config import Divergences, Scores
+from atp_tune.spec.former import present_facts
 from atp_tune.storage.lost_trials import is_lost
 
 OWN = "*Above: atp_tune, always current. Below: your own notes, which are kept.*"
@@ -231,6 +232,6 @@ def columns(trial: FrozenTrial) -> dict[str, Any]:
 
 def facts_of(attrs: Attributes) -> dict[str, Any]:
     """A study's attributes for the dashboard: what it was made with, no long lists."""
-    known = dict(attrs.get("fingerprint", {}))
+    known = present_facts(dict(attrs.get("fingerprint", {})))
     names = ("model.source", "model.dtype", "sparsity", "protocol", "texts.search.source", "texts.report.source")
     return {**{name: known[name] for name in names if name in known}, "trials": attrs.get("total", "not known yet")}

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from atp_tune.errors import UserError
 from atp_tune.serving.serve import Service
-from atp_tune.spec.studyfile import absolute_storage, known, load
+from atp_tune.spec.finding import known
+from atp_tune.spec.studyfile import absolute_storage, load
 from atp_tune.storage.opening import artifacts_of
 
 

@@ -16,7 +16,16 @@ from atp_tune.search.space import make_space
 from atp_tune.sparse.card import Dense, describe
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.sparse.shards import Shards, check_free, sparse_folder
-from atp_tune.spec.config import AllocationRef, Baselines, Config, ModelRef, Scores, Sparsity, Texts, read_config
+from atp_tune.spec.config import (
+    AllocationRef,
+    Baselines,
+    Config,
+    EvaluationTexts,
+    ModelRef,
+    Scores,
+    Sparsity,
+    read_config,
+)
 from atp_tune.spec.studyfile import StudyFile
 from atp_tune.storage import fingerprint, opening
 from atp_tune.storage.process_identity import versions
@@ -27,7 +36,7 @@ def apply(
 ) -> Perplexity:
     """Prunes as a configuration says into the folder `out`; the report perplexity of what was written.
 
-    `allowed`: keys of `study.Model` that a configuration, which may be a stranger's, cannot set.
+    `allowed`: keys of `study.ModelConfig` that a configuration, which may be a stranger's, cannot set.
     UserError if something is at `out`, or if the model is not the one that the configuration was found for.
     """
     setup, dense = write_applied(config, base, out, device, watch, allowed)
@@ -134,7 +143,7 @@ def _config(file: StudyFile, context: TrialContext, plan: Plan) -> Config:
         baselines=Baselines(dense=nothing, uniform=nothing),
         calibration=study.texts.calibration.text,
         batches=context.batches,
-        texts=Texts(search=study.texts.search, report=study.report_text),
+        texts=EvaluationTexts(search=study.texts.search, report=study.report_text),
         bos=context.bos,
         seed=study.search.seed,
         versions=versions(),

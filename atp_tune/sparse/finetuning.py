@@ -27,7 +27,8 @@ from atp_tune.sparse.applying import folder_nlls
 from atp_tune.sparse.card import amend, words
 from atp_tune.sparse.provenance import FINETUNED, Finetuned, Origin, Settings, Zeros, origin
 from atp_tune.sparse.shards import Shards, check_free, sparse_folder
-from atp_tune.spec.study import Model, Prune, Text
+from atp_tune.spec.prune import PruneConfig
+from atp_tune.spec.study import ModelConfig, Text
 from atp_tune.storage.process_identity import versions
 from atp_tune.texts.windows import Windows, first_windows, recut, token_windows
 
@@ -73,13 +74,13 @@ def finetune(
         raise UserError(f"--model {model}: is no folder; write one with: python tune.py apply --config FILE --out DIR")
     made = origin(model)
     text, report = choose(text, report, made)
-    named = Model(source=str(model.absolute()), dtype=made.dtype if made else "auto")
+    named = ModelConfig(source=str(model.absolute()), dtype=made.dtype if made else "auto")
     folder = resolve(named, Path(), lambda line: watch(Note(line)))
     small_files(folder.path, WEIGHTS)  # so that a link is told before anything runs
     bos = made is not None and made.bos
     windows = read_windows(text, report, folder.path, settings, bos)
     dense = made.dense if made and made.report == report else None
-    setup = ContextConfig(named, Prune(), {"report": report}, Path(), device, bos=bos)
+    setup = ContextConfig(named, PruneConfig(), {"report": report}, Path(), device, bos=bos)
     with oom_as_user_error("finetune"):
         return _run(Job(setup, folder, out, text, windows, settings, dense, watch))
 

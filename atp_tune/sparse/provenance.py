@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from atp_tune.errors import UserError
+from atp_tune.frozen import FrozenModel
 from atp_tune.metrics.perplexity import Change, Perplexity
 from atp_tune.paths import written
 from atp_tune.spec.config import read_config
+from atp_tune.spec.former import present_keys
 from atp_tune.spec.study import Text
 
 ABOUT, FINETUNED = "atp_tune.json", "atp_tune.finetune.json"
@@ -55,7 +57,7 @@ def read_text(option: str, value: str, tokens: int) -> Text:
     """
     try:
         table = tomllib.loads(f"text = {value}")["text"] if value.startswith("{") else {"source": value}
-        return rooted(Text.model_validate({"tokens": tokens, **table}), Path())
+        return rooted(Text.model_validate({"tokens": tokens, **present_keys(table, "texts.report")}), Path())
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{option}: {value} is no table: {error}") from None
     except ValidationError as error:
@@ -64,10 +66,8 @@ def read_text(option: str, value: str, tokens: int) -> Text:
         raise UserError(f"{option}: {place}: {first['msg']}") from None
 
 
-class Settings(BaseModel):
+class Settings(FrozenModel):
     """How to fine-tune: what decides the weights beside model and text."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     steps: int
     rank: int
@@ -78,23 +78,19 @@ class Settings(BaseModel):
     seed: int
 
 
-class Zeros(BaseModel):
+class Zeros(FrozenModel):
     """Zeros of the linears that were fine-tuned, and their weights."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     before: int
     after: int
     weights: int
 
 
-class Finetuned(BaseModel):
+class Finetuned(FrozenModel):
     """What `finetune` did: a published JSON format, to which keys are added under the same number.
 
     `bos`: all windows, of training too, begin with BOS.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal["atp_tune.finetune/1"] = "atp_tune.finetune/1"
     model: str

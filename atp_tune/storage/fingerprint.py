@@ -13,15 +13,15 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 
 from atp_tune.errors import UserError
+from atp_tune.spec.facts import BOS
+from atp_tune.spec.former import LACKING, present_key, present_value, stored_facts
 from atp_tune.spec.study import Study
-from atp_tune.spec.studyfile import BOS, called_now
 from atp_tune.storage.ranking import measured
 from atp_tune.storage.validation import ValidatedStudy
 
 DTYPE = "model.dtype"
 OBJECTIVE = "search.objective"
 PERPLEXITY = ("perplexity",)  # the objective of studies that are older than the key
-LACKING = {BOS: False}  # what a fact is where a study is older than it
 SUFFIX = ".screen"  # of the name of a study that screens for another
 # Keys that a screening sets otherwise than its main study.
 CHANGED = ("prune.statistics", "texts.search.every", "search.trials", "search.stopper", "search.screen")
@@ -43,7 +43,7 @@ def create_study(storage: BaseStorage, name: str, facts: Facts, any_dtype: bool 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             study.set_metric_names(list(goals))  # for the axes of Optuna's plots
-        study.set_user_attr("fingerprint", dict(facts))
+        study.set_user_attr("fingerprint", stored_facts(facts))
     study = ValidatedStudy(name, study._storage)
     check_facts(study, facts, any_dtype=any_dtype)
     return study
@@ -156,7 +156,7 @@ def _fact(facts: Facts, key: str) -> Any:
 def _shown(facts: Facts, key: str) -> str:
     if key not in {**LACKING, **facts}:
         return "not set"
-    value = called_now(key, _fact(facts, key))
+    value = present_value(key, _fact(facts, key))
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -171,5 +171,7 @@ def is_screening(study: optuna.Study) -> bool:
         return True
     made = attrs.get("made_from")
     overrides = made.get("overrides") if isinstance(made, dict) else None
-    given = [str(override).partition("=")[0] for override in overrides] if isinstance(overrides, list) else []
+    given = (
+        [present_key(str(override).partition("=")[0]) for override in overrides] if isinstance(overrides, list) else []
+    )
     return study.study_name.endswith(SUFFIX) and given[-len(CHANGED) :] == list(CHANGED)

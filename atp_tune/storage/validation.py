@@ -18,6 +18,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from atp_tune.errors import UserError
 from atp_tune.metrics.bos import BosEffect
 from atp_tune.spec.config import Batch, Found
+from atp_tune.spec.former import present_facts
 from atp_tune.spec.study import Share
 
 GONE = "does not exist"  # in Optuna's KeyErrors
@@ -150,7 +151,7 @@ class ValidatedStudy(optuna.Study):
         with readable(self.study_name):
             attrs = checked(folded(super().user_attrs), STUDY)
         if "fingerprint" in attrs:
-            attrs["fingerprint"] = checked(attrs["fingerprint"], FACTS)
+            attrs["fingerprint"] = checked(present_facts(attrs["fingerprint"]), FACTS)
         return attrs
 
     def get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None) -> list[FrozenTrial]:

@@ -37,7 +37,7 @@ from atp_tune.sparse.applying import plan_of
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import SHARES, Compared, Config, Measure, TaskScores, ZeroShot, read_config
 from atp_tune.spec.patterns import parse
-from atp_tune.spec.study import Model
+from atp_tune.spec.study import ModelConfig
 from atp_tune.storage.process_identity import versions
 from atp_tune.texts.windows import load_tokenizer
 
@@ -143,7 +143,7 @@ def evaluate_folder(folder: Path, asked: Asked, watch: Watch, allowed: Mapping[s
     scorer = Scorer(asked, watch)
     origin = folder / ABOUT
     dtype = _dtype(origin)
-    found = resolve(Model.model_validate({"source": str(folder.absolute()), "dtype": dtype, **allowed}), Path())
+    found = resolve(ModelConfig.model_validate({"source": str(folder.absolute()), "dtype": dtype, **allowed}), Path())
     device = find_device(asked.device)
     with Checkpoint.load(found.path, find_dtype(dtype, device), device, found.trusted) as checkpoint:
         watch(TrialStarted(str(folder), None))

@@ -18,7 +18,7 @@ from atp_tune.checkpoints.streaming import Tensors
 from atp_tune.plan import Plan
 from atp_tune.search.context import TrialContext
 from atp_tune.search.record import Record
-from atp_tune.spec.study import Prune
+from atp_tune.spec.prune import PruneConfig
 from atp_tune.texts.windows import Windows
 
 MIB = 1 << 20
@@ -45,7 +45,7 @@ def bench_on(
     device: torch.device,
     residency: Residency | None = "device",
     dtype: torch.dtype = torch.float32,
-    prune: Prune | None = None,
+    prune: PruneConfig | None = None,
     windows: int = 16,
 ) -> TrialContext:
     """A bench over so many random windows a text, for a GPU of 512 tokens."""
@@ -53,7 +53,9 @@ def bench_on(
     ids = torch.randint(VOCABULARY, (2, windows, tokens), generator=torch.Generator().manual_seed(0))
     texts = {role: Windows(part.numpy(), role) for role, part in zip(("calibration", "search"), ids, strict=True)}
     checkpoint = Checkpoint(llama(device, dtype), device, residency)
-    return TrialContext(ModelFolder(Path(), "random", "llama"), checkpoint, texts, prune or Prune(), lambda event: None)
+    return TrialContext(
+        ModelFolder(Path(), "random", "llama"), checkpoint, texts, prune or PruneConfig(), lambda event: None
+    )
 
 
 def plan(context: TrialContext, pruner: str = "wanda") -> Plan:

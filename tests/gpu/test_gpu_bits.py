@@ -9,7 +9,7 @@ from families import ALL, bench_of, tiny
 
 from atp_tune.checkpoints.residency import Residency
 from atp_tune.plan import Plan
-from atp_tune.spec.study import Prune
+from atp_tune.spec.prune import PruneConfig
 
 pytestmark = pytest.mark.gpu
 PRUNERS = ["wanda", "sparsegpt", "magnitude"]
@@ -28,7 +28,7 @@ def test_streamed_is_resident_to_the_last_bit(pruner: str, residency: Residency,
 
 
 def test_sequential_statistics_too(device: torch.device) -> None:
-    settings = Prune(statistics="sequential")
+    settings = PruneConfig(statistics="sequential")
     expected = pruned_blocks(bench_on(device, prune=settings))
     assert same_blocks(pruned_blocks(bench_on(device, "host", prune=settings)), expected)
 

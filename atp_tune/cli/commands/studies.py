@@ -16,7 +16,7 @@ def studies(json: Json = False) -> None:
     """
     from atp_tune.cli.summaries import show_studies
     from atp_tune.results.status import to_json
-    from atp_tune.spec.studyfile import known
+    from atp_tune.spec.finding import known
 
     found = [study for path in known() for study in _listed(path)]
     print(to_json(found)) if json else show_studies(found)

@@ -1,0 +1,71 @@
+"""Facts of a study: what decides the value of a trial, by dotted key."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from atp_tune.spec.former import LATER, stored_value
+from atp_tune.spec.prune import PruneConfig
+from atp_tune.spec.study import ScreenConfig, Study, Text
+
+Fact: TypeAlias = str | int | float | bool | list[str] | list[float]
+
+BOS = "texts.bos"  # as it came out, where it was left to a measurement
+# They say how long, where and on what a study runs, not what it computes.
+NOT_FACTS = (
+    "description", "storage", "device", "search.trials", "search.settle", "search.screen.trials", "model.allow_pickle",
+    "model.residency", "texts.calibration.draws",
+)  # fmt: skip
+
+
+def facts(study: Study, folder: Path = Path()) -> dict[str, Fact]:
+    """What decides the value of a trial, by dotted key: two studies with equal facts can share their trials.
+
+    Keys without a value are left out, and so are local sources: the hash of their content is recorded
+    elsewhere. Relative sources are looked up in `folder`, the study's.
+    """
+    flat = dict(_flat(study.model_dump(mode="json")))
+    hidden = {key for key, value in flat.items() if value is None or key.startswith(NOT_FACTS)}
+    hidden |= {key for key, value in flat.items() if key.startswith(LATER) and value == DEFAULTS[key]}
+    if study.model.dtype == "auto":
+        hidden.add("model.dtype")
+    if is_local(study.model.source, folder):
+        hidden.add("model.source")
+    texts = [(role, text) for role, text in study.texts if isinstance(text, Text)]
+    hidden |= {f"texts.{role}.source" for role, text in texts if is_local_text(text.source)}
+    flat[BOS] = study.bos
+    if study.bos is None:
+        hidden.add(BOS)
+    return {key: stored_value(key, value) for key, value in flat.items() if key not in hidden}
+
+
+def is_local(source: str, folder: Path = Path()) -> bool:
+    """Whether a model's source is a folder or file of this machine; relative to the study's folder."""
+    if source.endswith(".gguf") or source.startswith((".", "/", "~")):
+        return True
+    try:
+        return (folder / source).is_dir()
+    except OSError:  # a name too long for a file
+        return False
+
+
+def is_local_text(source: str) -> bool:
+    """Whether a text's source is a file of this machine."""
+    return source.startswith("file:")
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+DEFAULTS = {
+    **dict(_flat(PruneConfig().model_dump(mode="json"), "prune.")),
+    **dict(_flat(ScreenConfig(trials=1).model_dump(mode="json"), "search.screen.")),
+    "model.trust_remote_code": False,
+    "search.objective": ["perplexity"],
+    **{f"texts.{role}.every": 1 for role in ("calibration", "search", "report")},
+}

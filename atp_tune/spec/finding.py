@@ -1,0 +1,59 @@
+"""Finds study files by name: in ./studies, in the repository and in the package."""
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+from atp_tune.errors import UserError, did_you_mean
+from atp_tune.paths import is_special
+
+HERE = Path("studies")
+PACKAGE = Path(__file__).parents[1]
+EMBEDDED = PACKAGE / "studies"
+
+
+def find(name: str) -> Path:
+    """The file of a study: a path as it is, a bare name from ./studies, the repository or the package."""
+    is_path = name.endswith(".toml") or "/" in name or "\\" in name
+    places = [Path(name)] if is_path else [folder / f"{name}.toml" for folder in _folders()]
+    for path in places:
+        if _exists(path):
+            return path
+    names = [path.stem for path in known()]
+    if is_path:
+        raise UserError(f"{name}: no such file{did_you_mean(Path(name).stem, names)}")
+    for file in [file for folder in _folders() for file in sorted(folder.glob("*.db"))]:
+        if holds(file, name) and file.stem in names:
+            raise UserError(f"{name}: is no study file, but trials: --study {file.stem} --study-name {name}")
+    raise UserError(f"{name}: no such study; known are {', '.join(names) or 'none'}{did_you_mean(name, names)}")
+
+
+def known() -> list[Path]:
+    """Every study that `find` knows by name, in the order of names."""
+    found: dict[str, Path] = {}
+    for folder in _folders():
+        for path in folder.glob("*.toml"):
+            found.setdefault(path.stem, path)
+    return [found[name] for name in sorted(found)]
+
+
+def holds(file: Path, study: str) -> bool:
+    """Whether a SQLite file has trials of that name; nothing is made in files of other programs."""
+    if is_special(file):  # a pipe would be waited for
+        return False
+    try:
+        with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as database:
+            return bool(database.execute("SELECT 1 FROM studies WHERE study_name = ?", (study,)).fetchone())
+    except sqlite3.Error:
+        return False
+
+
+def _folders() -> tuple[Path, ...]:
+    return HERE, PACKAGE.parent / "studies", EMBEDDED
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # no permission to look, say: reading it tells the reason
+        return True

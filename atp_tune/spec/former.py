@@ -1,0 +1,129 @@
+"""What earlier versions wrote under other names or values: translated in one place, here, when it is read. No torch.
+
+| what | where it stands | then | now |
+|---|---|---|---|
+| keys of study files, dotted | study files, `--set`, stored facts, configurations | left in `KEYS` | right in `KEYS` |
+| `prune.statistics` | stored facts | "sequential" | "block" |
+| `prune.statistics` | stored facts | "sequential within blocks" | "sequential" |
+| `prune.statistics` | configurations without `calibration.every` | "sequential" | "block" |
+| `texts.bos` | stored facts | no such key | false |
+| all of `LATER` | stored facts | no such key | the key's default |
+
+A row of `KEYS` names a key or a whole table. Study files and configurations are read with either name and written with
+the present one. Facts are stored under the former names, so that each version goes on with the other's studies.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeAlias
+
+from atp_tune.pruners import SETTINGS
+
+Names: TypeAlias = tuple[str, ...]
+
+KEYS: dict[str, str] = {}  # former dotted key → present dotted key
+VALUES = {  # present key → its present values and what facts hold in their place
+    "prune.statistics": {"block": "sequential", "sequential": "sequential within blocks"},
+}
+LACKING: dict[str, Any] = {"texts.bos": False}  # facts that studies lack which are older than the key
+# Keys younger than the first studies: they are facts only where they are not at their defaults, so that those resume.
+LATER = (
+    "prune.pattern", *(f"prune.{name}." for name in SETTINGS if name != "sparsegpt"), "model.trust_remote_code",
+    "search.screen.", "search.objective", *(f"texts.{role}.every" for role in ("calibration", "search", "report")),
+)  # fmt: skip
+
+
+def present_key(key: str) -> str:
+    """The present name of a dotted key of a study file."""
+    return _translated(key, _rows())
+
+
+def present_override(text: str) -> str:
+    """An override `key=value` with the present name of its key."""
+    key, equals, value = text.partition("=")
+    key = ".".join(part.strip() for part in key.split("."))
+    return text if present_key(key) == key else f"{present_key(key)}{equals}{value}"
+
+
+def present_keys(data: Mapping[str, Any], table: str = "") -> dict[str, Any]:
+    """A study's nested tables, or its one table of that (former) name, with present names of keys.
+
+    A key whose present name is there too keeps its former one, which is then an unknown key.
+    """
+    rows = _rows(table)
+    leaves = dict(_leaves(data, max(map(len, rows), default=1)))
+    result: dict[str, Any] = {}
+    for path, value in leaves.items():
+        present = _renamed(path, rows)
+        is_taken = any(present[:length] in leaves for length in range(1, len(present) + 1))
+        *tables, key = path if is_taken else present
+        inner = result
+        for name in tables:
+            inner = inner.setdefault(name, {})
+        inner[key] = value
+    return result
+
+
+def present_facts(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts as they are stored, under the present names of their keys."""
+    rows = _rows()
+    return {_translated(key, rows): value for key, value in stored.items()}
+
+
+def stored_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts under the names with which they are stored."""
+    rows = {present: former for former, present in _rows().items()}
+    return {_translated(key, rows): value for key, value in facts.items()}
+
+
+def stored_value(key: str, value: Any) -> Any:
+    """What facts hold in the place of a value of a study file."""
+    return VALUES[key].get(value, value) if key in VALUES else value
+
+
+def present_value(key: str, stored: Any) -> Any:
+    """What a stored fact is called in a study file of today."""
+    return next((value for value, former in VALUES.get(key, {}).items() if former == stored), stored)
+
+
+def present_config(config: Any) -> Any:
+    """The content of a configuration with present keys and values; what is no configuration stays as it is."""
+    if not isinstance(config, dict):
+        return config
+    tables = {"prune": "prune", "calibration": "texts.calibration", "texts": "texts"}  # here and in a study file
+    found = {name: config.get(name) for name in tables}
+    now = {name: present_keys(part, tables[name]) for name, part in found.items() if isinstance(part, dict)}
+    match now:
+        case {"calibration": {"source": _, **text}, "prune": {"statistics": "sequential"}} if "every" not in text:
+            now["prune"]["statistics"] = "block"
+    return {**config, **now}
+
+
+def _rows(table: str = "") -> dict[Names, Names]:
+    """`KEYS` as paths; of one table those that stay in it, seen from there."""
+    inside, present = (f"{table}.", f"{present_key(table)}.") if table else ("", "")
+    return {
+        tuple(former.removeprefix(inside).split(".")): tuple(now.removeprefix(present).split("."))
+        for former, now in KEYS.items()
+        if former.startswith(inside) and now.startswith(present)
+    }
+
+
+def _translated(key: str, rows: Mapping[Names, Names]) -> str:
+    return ".".join(_renamed(tuple(key.split(".")), rows))
+
+
+def _renamed(path: Names, rows: Mapping[Names, Names]) -> Names:
+    """The path with its longest part that has a row exchanged."""
+    for length in range(len(path), 0, -1):
+        if path[:length] in rows:
+            return rows[path[:length]] + path[length:]
+    return path
+
+
+def _leaves(data: Mapping[str, Any], depth: int, above: Names = ()) -> Iterator[tuple[Names, Any]]:
+    """Paths and values, no deeper than the rows are: a table that lies deeper is one value."""
+    for key, value in data.items():
+        if isinstance(value, dict) and value and depth > 1:
+            yield from _leaves(value, depth - 1, (*above, key))
+        else:
+            yield (*above, key), value

@@ -1,0 +1,168 @@
+"""Says what pydantic finds wrong with a study file: the first mistake, its place, its rule and what was meant."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TypeAlias, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from atp_tune.errors import UserError, did_you_mean, without_secrets
+from atp_tune.spec.former import present_key
+from atp_tune.spec.study import Study
+
+KeyPath: TypeAlias = tuple[str | int, ...]
+
+PATTERNS = {
+    "model.sha256": "must be 64 hexadecimal digits in lower case",
+    "device": "must be auto, cpu, mps, cuda or cuda:N",
+}
+_NUMBER, _WHOLE, _TEXT = "must be a number", "must be a whole number", "must be a string in quotes"
+_RULES = {  # pydantic's type of error → the rule, with the fields of its context
+    "missing": "is needed",
+    "greater_than": "must be greater than {gt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than": "must be less than {lt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "finite_number": "must be finite",
+    "float_type": _NUMBER,
+    "float_parsing": _NUMBER,
+    "int_type": _WHOLE,
+    "int_parsing": _WHOLE,
+    "int_from_float": _WHOLE,
+    "int_parsing_size": "is too large",
+    "string_type": _TEXT,
+    "string_too_short": "must not be empty",
+    "string_pattern_mismatch": "must match {pattern}",
+    "tuple_type": "must be a list",
+    "too_short": "must hold at least {min_length} value",
+    "too_long": "must hold at most {max_length} values",
+    "model_type": "must be a table",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+}
+
+
+def invalid(path: Path, error: ValidationError, changed: Sequence[tuple[str, KeyPath]]) -> UserError:
+    """What is wrong with the study file at `path`; `changed` are its overrides, and the key that each set."""
+    found = _by_place(error)
+    place, text = _worded(*next(iter(found.items())))
+    causes = [override for override, keys in changed if _within(place, keys) or _within(keys, place)]
+    origin = " with --set ".join([str(path), *causes])
+    others = len(found) - 1
+    more = f" (and {others} more mistake{'s' if others > 1 else ''})" if others else ""
+    return UserError(f"{origin}: {text}{more}")
+
+
+def _by_place(error: ValidationError) -> dict[KeyPath, list[ErrorDetails]]:
+    """What is wrong by place, unknown keys first: a misspelt key also makes the right one missing."""
+    found: dict[KeyPath, list[ErrorDetails]] = {}
+    problems = error.errors(include_url=False)
+    problems.sort(key=lambda details: details["type"] != "extra_forbidden")
+    for details in problems:
+        found.setdefault(_place(details["loc"]), []).append(details)
+    # Where a value in a list is wrong, the list's length and other branches of a union don't matter.
+    outer = {place[:length] for place in found for length in range(len(place))}
+    return {place: details for place, details in found.items() if place not in outer}
+
+
+def _place(loc: KeyPath) -> KeyPath:
+    """Pydantic's location without the branches of unions, which stand below a key that is no table."""
+    place: KeyPath = ()
+    table: type[BaseModel] | None = Study
+    for part in loc:
+        if isinstance(part, int) or table:
+            place = (*place, part)
+        if isinstance(part, str) and table:
+            table = table_of(table, part)
+    return place
+
+
+def table_of(parent: type[BaseModel], key: str) -> type[BaseModel] | None:
+    """Model of a table of the study file; None where the key holds a plain value or is unknown."""
+    annotation = parent.model_fields[key].annotation if key in parent.model_fields else None
+    kinds = (annotation, *get_args(annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
+def _worded(place: KeyPath, found: list[ErrorDetails]) -> tuple[KeyPath, str]:
+    first = found[0]
+    if first["type"] == "extra_forbidden":
+        return place, f"{dotted(place)}: unknown key; {_unknown(place)}"
+    if first["type"] == "value_error":  # our own validators say `key: text`, relative to their table
+        key, _, text = str(first["ctx"]["error"]).partition(": ")
+        place = (*place, *key.split("."))
+        return place, f"{dotted(place)}: {text}"
+    absent = first["type"] == "missing" and isinstance(place[-1], str)
+    got = "" if absent else f", got {_shown(first['input'])}"
+    rules = [_rule(place, details) for details in found]
+    either = " or ".join([rules[0], *(rule.removeprefix("must ") for rule in rules[1:])])
+    names = [name for details in found for name in _literals(details)]
+    return place, f"{dotted(place)}: {either}{got}{did_you_mean(first['input'], names)}"
+
+
+def _rule(place: KeyPath, details: ErrorDetails) -> str:
+    names = _literals(details)
+    if names:
+        return f"must be {'one of ' * (len(names) > 1)}{', '.join(names)}"
+    if details["type"] == "string_pattern_mismatch" and dotted(place) in PATTERNS:
+        return PATTERNS[dotted(place)]
+    rule = _RULES.get(details["type"], "is not valid")
+    return rule.format(**details.get("ctx", {}))
+
+
+def _literals(details: ErrorDetails) -> list[str]:
+    return re.findall(r"'([^']*)'", details["ctx"]["expected"]) if details["type"] == "literal_error" else []
+
+
+def _unknown(place: KeyPath) -> str:
+    """What was meant: the same key of another table, a near one of this table, or any of this table."""
+    *parents, key = map(str, place)
+    now = present_key(dotted(place))
+    if now != dotted(place):
+        return f"it is called {now} now, which is there too"
+    keys = [key.split(".") for key in keys_of()]
+    siblings = [own for *table, own in keys if table == parents]
+    elsewhere = [".".join(path) for path in keys if path[-1] == key]
+    near = get_close_matches(dotted(place), elsewhere, n=1, cutoff=0)
+    near = near or [".".join([*parents, own]) for own in get_close_matches(key, siblings, n=1)]
+    return f"did you mean {near[0]}?" if near else f"known here are {', '.join(siblings)}"
+
+
+def keys_of(table: type[BaseModel] = Study, prefix: str = "") -> Iterator[str]:
+    """Every key that a study file can hold, dotted, tables included."""
+    for key in table.model_fields:
+        yield prefix + key
+        inner = table_of(table, key)
+        if inner:
+            yield from keys_of(inner, f"{prefix}{key}.")
+
+
+def _within(place: KeyPath, table: KeyPath) -> bool:
+    return place[: len(table)] == table
+
+
+def dotted(place: KeyPath) -> str:
+    """`("prune", "pruners", 0)` as `prune.pruners[0]`; keys that TOML would quote are quoted."""
+    text = ""
+    for part in place:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        else:
+            bare = re.fullmatch(r"[A-Za-z0-9_-]+", part)
+            text += "." * bool(text) + (part if bare else json.dumps(part, ensure_ascii=False))
+    return text
+
+
+def _shown(value: object) -> str:
+    """A value as TOML writes it, at most 60 characters."""
+    if isinstance(value, dict):
+        return "a table"
+    try:
+        text = without_secrets(json.dumps(value, ensure_ascii=False, default=str))
+    except (ValueError, RecursionError):
+        return "a value too large to show"
+    return text if len(text) <= 60 else f"{text[:59]}…"

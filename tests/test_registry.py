@@ -1,0 +1,105 @@
+import pickle
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from pydantic import ValidationError
+
+from atp_tune.allocations import ALLOCATIONS
+from atp_tune.frozen import SettingsTable
+from atp_tune.pruners import PRUNERS, SETTINGS, make_pruner
+from atp_tune.pruners.wanda import Wanda
+from atp_tune.registry import Registry
+from atp_tune.spec.prune import PruneConfig, with_tables
+from atp_tune.spec.study import AllocationConfig
+
+
+class MineSettings(SettingsTable):
+    strength: float = 2.0
+
+
+class Mine(MineSettings):
+    group: int | None = None
+
+
+@pytest.fixture
+def fruits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry[object]]:
+    """Of a package of which nothing is imported yet; one of its modules cannot be."""
+    (tmp_path / "fruit_stand").mkdir()
+    (tmp_path / "fruit_stand" / "__init__.py").touch()
+    (tmp_path / "fruit_stand" / "apple.py").write_text("class Apple:\n    pass\n")
+    (tmp_path / "fruit_stand" / "stone.py").write_text("raise ImportError('no pip in it')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    rows = {"apple": "fruit_stand.apple:Apple", "stone": "fruit_stand.stone:Stone", "whole": "fruit_stand.apple"}
+    yield Registry("fruit", {**rows, "seven": 7})
+    for name in [name for name in sys.modules if name.startswith("fruit_stand")]:
+        del sys.modules[name]
+
+
+def test_a_row_is_imported_when_it_is_asked_for(fruits: Registry[object]) -> None:
+    assert list(fruits) == ["apple", "stone", "whole", "seven"] and len(fruits) == 4
+    assert "apple" in fruits and "pear" not in fruits
+    assert "fruit_stand" not in sys.modules
+    apple = fruits["apple"]
+    assert isinstance(apple, type) and apple.__name__ == "Apple"
+    assert "fruit_stand.stone" not in sys.modules
+    assert fruits["apple"] is apple
+    whole = fruits["whole"]
+    assert isinstance(whole, ModuleType) and whole.Apple is apple
+    assert fruits["seven"] == 7
+    with pytest.raises(ImportError, match="no pip in it"):
+        fruits["stone"]
+
+
+def test_a_name_that_is_not_registered(fruits: Registry[object]) -> None:
+    with pytest.raises(KeyError) as caught:
+        fruits["appel"]
+    assert str(caught.value) == 'no fruit "appel"; known are apple, stone, whole, seven; did you mean apple?'
+    with pytest.raises(KeyError, match=r'no pruner "wandda"; known are magnitude, .*; did you mean wanda'):
+        make_pruner("wandda")
+    assert fruits.get("pear") is None
+
+
+def test_a_registered_name_may_stand_in_a_study_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValidationError):
+        PruneConfig(pruners=("mine",))
+    monkeypatch.setitem(PRUNERS, "mine", f"{__name__}:Mine")
+    monkeypatch.setitem(ALLOCATIONS, "flat", "atp_tune.allocations.uniform")
+    assert PruneConfig(pruners=("mine", "wanda")).pruners == ("mine", "wanda")
+    assert AllocationConfig(names=("flat",)).names == ("flat",)
+    assert make_pruner("mine", {"strength": 3, "group": 4}) == Mine(strength=3, group=4)
+    with pytest.raises(ValidationError, match="'alps' or 'mine'"):
+        PruneConfig(pruners=("minne",))
+
+
+def test_a_study_file_has_a_table_for_each_pruner_with_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {name for name in SETTINGS if name in PruneConfig.model_fields} == set(SETTINGS) <= set(PRUNERS)
+    monkeypatch.setitem(PRUNERS, "mine", f"{__name__}:Mine")
+    monkeypatch.setitem(SETTINGS, "mine", f"{__name__}:MineSettings")
+    config = with_tables(PruneConfig).model_validate({"pattern": "mixed:8", "mine": {"strength": 5}})
+    assert config.settings("mine") == {"strength": 5.0, "group": 8}
+    assert make_pruner("mine", config.settings("mine")) == Mine(strength=5, group=8)
+    with pytest.raises(ValidationError, match="strength: must be a number, got true"):
+        with_tables(PruneConfig).model_validate({"mine": {"strength": True}})
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_the_settings_of_a_pruner_stand_once(name: str) -> None:
+    pruner = PRUNERS[name]
+    own = set(SETTINGS[name].model_fields) if name in SETTINGS else set()
+    assert name not in SETTINGS or issubclass(pruner, SETTINGS[name])
+    assert set(pruner.model_fields) == {*own, "group"}
+
+
+def test_what_a_cache_names_a_pruner_by_stays() -> None:
+    """Dense statistics lie on disks under a hash of it."""
+    assert repr(make_pruner("sparsegpt")) == "SparseGPT(damping=0.01, columns=128, group=None)"
+    assert repr(make_pruner("magnitude", {"group": 4})) == "Magnitude(group=4)"
+
+
+def test_settings_reach_other_processes() -> None:
+    config = PruneConfig(pruners=("alps",), alps={"rho": 0.5})
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert pickle.loads(pickle.dumps(Wanda(group=4))) == Wanda(group=4)
