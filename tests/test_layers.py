@@ -217,7 +217,6 @@ LIGHT = [
     "search.samplers",
     "search.space",
     "search.runner",
-    "serving.target",
     "serving.serve",
     "sparse.card",
     "spec.config",

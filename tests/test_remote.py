@@ -17,7 +17,7 @@ from atp_tune.errors import UserError
 from atp_tune.events import Event, Note, TrialStarted
 from atp_tune.serving.servers import ServedDatabase, proxy
 from atp_tune.storage import fingerprint, lost_trials, opening, remote, retry, totals, trace
-from atp_tune.storage.cutoffs import SAME
+from atp_tune.storage.lost_trials import SAME
 from atp_tune.storage.process_identity import identity
 from atp_tune.storage.remote import RemoteStorage, connect
 

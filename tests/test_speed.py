@@ -30,10 +30,10 @@ from atp_tune.metrics.speed import Measured, Phase, Rates, Side, Sizes, Speed
 from atp_tune.sparse.applying import prune_once
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import read_config
-from atp_tune.speed import deepsparse_home, graphs, semistructured, torch_engine
-from atp_tune.speed.decoder import Decoder, check_family
+from atp_tune.speed import deepsparse_home, graphs, torch_engine
+from atp_tune.speed.benchmark import sizes, zeros_by_kind
+from atp_tune.speed.graphs import Decoder, check_family
 from atp_tune.speed.model_pair import Pair
-from atp_tune.speed.sizes import sizes, zeros_by_kind
 from atp_tune.speed.throughput import About, Task, measured
 
 SHAPE = {
@@ -228,20 +228,20 @@ def test_torch_computes_each_side_with_its_own_weights(done: Path, tmp_path: Pat
 def test_two_zeros_in_each_group_of_four_inputs() -> None:
     weight = torch.ones(3, 8)
     weight[:, ::2] = 0
-    semistructured.check_groups("q_proj", weight)
+    torch_engine.check_groups("q_proj", weight)
     weight[1, 0] = 1
     with pytest.raises(UserError, match="--engine semi-structured: q_proj is not 2:4 everywhere"):
-        semistructured.check_groups("q_proj", weight)
+        torch_engine.check_groups("q_proj", weight)
     weight[1, 1] = 0  # another of the same group
-    semistructured.check_groups("q_proj", weight)
+    torch_engine.check_groups("q_proj", weight)
     with pytest.raises(UserError, match="not 2:4"):
-        semistructured.check_groups("q_proj", torch.zeros(2, 6))
+        torch_engine.check_groups("q_proj", torch.zeros(2, 6))
 
 
 def test_other_linears_are_not_compressed() -> None:
     model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=2, n_positions=8))
     with pytest.raises(UserError, match=r"attn.c_attn is no nn.Linear, and torch.sparse compresses no other"):
-        semistructured.compress(Checkpoint(model, torch.device("cpu")))
+        torch_engine.compress(Checkpoint(model, torch.device("cpu")))
 
 
 @pytest.fixture
@@ -257,7 +257,7 @@ def test_what_is_pruned_in_2_4_has_two_zeros_in_each_group(two_four: Path) -> No
     model = AutoModelForCausalLM.from_pretrained(two_four)
     for name, module in model.model.layers.named_modules():
         if isinstance(module, nn.Linear):
-            semistructured.check_groups(name, module.weight)
+            torch_engine.check_groups(name, module.weight)
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from atp_tune.cli.display import Display
 from atp_tune.cli.worker_pool import PATIENCE, Job, Worker, supervise, work
-from atp_tune.compat.ray import bootstrap_address
+from atp_tune.compat import ray_address
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Note
 from atp_tune.spec.studyfile import StudyFile
@@ -51,7 +51,7 @@ def _connect(address: str) -> None:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     terminate = signal.getsignal(signal.SIGTERM)
     try:
-        host, _, port = bootstrap_address(address).rpartition(":")
+        host, _, port = ray_address(address).rpartition(":")
         socket.create_connection((host, int(port)), ANSWER).close()  # Ray itself would try for minutes
         ray.init(f"{host}:{port}", log_to_driver=False, logging_level=logging.CRITICAL)
     except (OSError, ValueError, RuntimeError) as error:

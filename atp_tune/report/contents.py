@@ -13,7 +13,7 @@ import tomli_w
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
-from atp_tune.figures.seconds import spent
+from atp_tune.figures.history import spent
 from atp_tune.results.formatting import beginning_of, drawn, draws_note, draws_of, errors_of, mixture_of
 from atp_tune.results.summary import Summary, is_uniform, summarise
 from atp_tune.spec.studyfile import settings

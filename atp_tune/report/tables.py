@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial
 
 from atp_tune.allocations.budget import SYMBOLS
 from atp_tune.errors import printable
-from atp_tune.figures.seconds import spent
+from atp_tune.figures.history import spent
 from atp_tune.metrics.perplexity import Change
 from atp_tune.metrics.speed import PHASES, Speed, spread
 from atp_tune.report.contents import Contents

@@ -7,8 +7,7 @@ from optuna.trial import FrozenTrial, TrialState
 from atp_tune.metrics.perplexity import error_over, reach_of
 from atp_tune.plan import shown
 from atp_tune.results.summary import Summary, allocation_of, is_uniform, parameters_of
-from atp_tune.storage.cutoffs import CutOff
-from atp_tune.storage.lost_trials import cut_offs_of, given_up
+from atp_tune.storage.lost_trials import CutOff, cut_offs_of, given_up
 
 
 def plan_of(trial: FrozenTrial) -> str:

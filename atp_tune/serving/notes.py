@@ -6,7 +6,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.errors import printable
-from atp_tune.report.markup import escaped, fenced
+from atp_tune.report.markdown import escaped, fenced
 from atp_tune.results.formatting import (
     beginning_of,
     command_of,

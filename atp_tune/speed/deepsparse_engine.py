@@ -19,9 +19,8 @@ from atp_tune.checkpoints.devices import cpu_name
 from atp_tune.errors import UserError
 from atp_tune.events import Step, Watch
 from atp_tune.metrics.speed import PHASES, SIDES, Phase, Side
-from atp_tune.speed.decoder import check_family
 from atp_tune.speed.deepsparse_home import python_of
-from atp_tune.speed.graphs import capacity, check_onnx, export
+from atp_tune.speed.graphs import capacity, check_family, check_onnx, export
 from atp_tune.speed.model_pair import Pair
 from atp_tune.speed.throughput import About, Engine, Task
 from atp_tune.speed.torch_engine import random_ids

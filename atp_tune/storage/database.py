@@ -29,7 +29,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, ExceptionContext, make_url
 from sqlalchemy.exc import DBAPIError, OperationalError, PendingRollbackError, SQLAlchemyError
 
-from atp_tune.compat.optuna_rdb import TrialHeartbeatModel, TrialModel, TrialUserAttributeModel, transaction
+from atp_tune.compat import TrialHeartbeatModel, TrialModel, TrialUserAttributeModel, transaction
 from atp_tune.errors import UserError
 from atp_tune.storage.process_identity import GRACE, is_alive
 from atp_tune.storage.retry import Retrying, is_told

@@ -22,8 +22,7 @@ from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.storages import GrpcStorageProxy
 from optuna.trial import FrozenTrial, TrialState
 
-from atp_tune.compat.optuna_grpc import GrpcClientCache, api_pb2_grpc
-from atp_tune.compat.optuna_storages import BaseHeartbeat
+from atp_tune.compat import BaseHeartbeat, storage_client
 from atp_tune.errors import UserError
 from atp_tune.storage.process_identity import HEARTBEAT
 from atp_tune.storage.retry import Retrying, is_told
@@ -135,8 +134,7 @@ class RemoteStorage(GrpcStorageProxy, BaseHeartbeat):
 
     def _setup(self) -> None:
         self._channel = grpc.intercept_channel(self._open(), self._interceptor)
-        self._stub = api_pb2_grpc.StorageServiceStub(self._channel)  # type: ignore[no-untyped-call]
-        self._cache = GrpcClientCache(self._stub)
+        self._stub, self._cache = storage_client(self._channel)
 
     def _open(self) -> grpc.Channel:
         target = f"{self._host}:{self._port}"

@@ -27,6 +27,6 @@ def serve(
     Example: `python tune.py serve`, then `python tune.py --study smol --storage grpc://HOST:13000` on any machine
     """
     from atp_tune.cli.running import run_serve
-    from atp_tune.serving.target import choose
+    from atp_tune.serving.serve import choose
 
     run_serve(choose(study, storage, listen, port, grpc_port, artifacts))
