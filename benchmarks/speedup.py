@@ -28,10 +28,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from atp_tune.cache import cache_dir, folder_atomically
 from atp_tune.checkpoints.devices import cpu_name
+from atp_tune.cli.commands.speedup import rates_table, summary_of
 from atp_tune.cli.display import Display
 from atp_tune.cli.runtime import quiet
-from atp_tune.cli.speeding import rates_table, summary_of
-from atp_tune.cli.tables import markdown
 from atp_tune.events import Watch
 from atp_tune.metrics.speed import Speed
 from atp_tune.sparse.applying import prune_once
@@ -136,7 +135,7 @@ def tables() -> str:
     """Sizes and rates of each model, as Markdown."""
     parts = []
     for (name, cpu), found in known().items():
-        parts += [f"### {name}, {cpu}", markdown(rates_table(found)), *summary_of(found)]
+        parts += [f"### {name}, {cpu}", rates_table(found), *summary_of(found)]
     return "\n\n".join(parts)
 
 

@@ -25,7 +25,7 @@ from hostile import DOCUMENT, KINDS, SECRET, Input, known_cells, make_home, seen
 from tinystudy import HANGS, Answer, CommandLine
 
 from atp_tune.checkpoints.models import resolve
-from atp_tune.cli.app import app
+from atp_tune.cli import app
 from atp_tune.events import unwatched
 from atp_tune.serving import serve
 from atp_tune.spec import studyfile

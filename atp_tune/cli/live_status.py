@@ -139,7 +139,7 @@ class Blocks(Changes):
     def wait(self, text: str) -> None:
         """Says so once."""
         if self.is_new(text):
-            console.print(text, highlight=False)
+            console.print(text)
 
     def show(self, summary: Summary) -> None:
         """Prints trials and the line of progress; of a complete study nothing, as its summary follows."""
@@ -150,7 +150,7 @@ class Blocks(Changes):
         self._known = {trial.number: trial for trial in status.trials}
         if changed:
             console.print(trials_table(summary, [trial for trial in summary.trials if trial.number in changed]))
-        console.print(progress_line(status), highlight=False)
+        console.print(progress_line(status))
 
 
 class Screen:

@@ -11,15 +11,12 @@ from optuna.trial import FrozenTrial
 from atp_tune.allocations.budget import SYMBOLS
 from atp_tune.errors import printable
 from atp_tune.figures.history import spent
-from atp_tune.metrics.perplexity import Change
 from atp_tune.metrics.speed import PHASES, Speed, spread
 from atp_tune.report.contents import Contents
-from atp_tune.results.formatting import drawn, draws_of, duration, plan_of, remark_of
+from atp_tune.results.formatting import NOTHING, cells, changed, drawn, draws_of, duration, plan_of, remark_of
 from atp_tune.results.summary import Summary, allocation_of, is_uniform, score_of
-from atp_tune.spec.config import SHARES, Divergences, Measure, Scores, TaskScores, ZeroShot
+from atp_tune.spec.config import SHARES, Measure, TaskScores, ZeroShot
 from atp_tune.spec.studyfile import called_now
-
-NOTHING = "–"
 
 
 @dataclass(frozen=True)
@@ -38,13 +35,13 @@ def headline(summary: Summary) -> Table:
 
     def more(trial: FrozenTrial | None) -> tuple[str, ...]:
         over = (draws_of(summary, trial)[0] or NOTHING,) if draws else ()
-        return (*over, *(_cells(summary.kl(trial)) if has_kl else ()))
+        return (*over, *(cells(summary.kl(trial)) if has_kl else ()))
 
-    rows = [("dense", *_cells(summary.dense), *((NOTHING,) if draws else ()), *(("0", "0") if has_kl else ()))]
+    rows = [("dense", *cells(summary.dense), *((NOTHING,) if draws else ()), *(("0", "0") if has_kl else ()))]
     if best is not None:
         uniform = f"uniform, {best.params.get('pruner', '')}"
-        rows.append((uniform, *_cells(summary.uniform), *more(summary.uniform_trial)))
-        rows.append((f"best, {plan_of(best)} (trial {best.number})", *_cells(summary.best), *more(best)))
+        rows.append((uniform, *cells(summary.uniform), *more(summary.uniform_trial)))
+        rows.append((f"best, {plan_of(best)} (trial {best.number})", *cells(summary.best), *more(best)))
     over = (f"report text, {draws} draws",) if draws else ()
     kls = ("KL, search text", "KL, report text") if has_kl else ()
     return Table(("perplexity", "search text", "report text", *over, *kls), rows, best=2 if best else None)
@@ -65,8 +62,8 @@ def ranks(summary: Summary) -> Table:
     for rank in summary.ranks:
         name = f"{rank.trial.params.get('pruner', '')} {allocation_of(rank.trial)}"
         over = tuple(cell or NOTHING for cell in draws_of(summary, rank.trial)) if draws else ()
-        kls = (*_cells(summary.kl(rank.trial)), _change(rank.kl_against, rank.on)) if has_kl else ()
-        rows.append((name, str(rank.trial.number), *_cells(rank.scores), _change(rank.against, rank.on), *over, *kls))
+        kls = (*cells(summary.kl(rank.trial)), changed(rank.kl_against, rank.on)) if has_kl else ()
+        rows.append((name, str(rank.trial.number), *cells(rank.scores), changed(rank.against, rank.on), *over, *kls))
     head = ("best of", "trial", "search text", "report text", "against uniform")
     over = (f"report text, {draws} draws", f"against uniform, {draws} draws") if draws else ()
     more = ("KL, search text", "KL, report text", "KL against uniform") if has_kl else ()
@@ -214,14 +211,6 @@ def _study_row(contents: Contents, on: str) -> tuple[str, ...]:
         duration(contents.seconds),
         contents.devices or NOTHING,
     )
-
-
-def _change(against: Change | None, on: str) -> str:
-    return NOTHING if against is None else f"{against}" + (" (search)" if on == "search" else "")
-
-
-def _cells(scores: Scores | Divergences) -> tuple[str, str]:
-    return str(scores.search or NOTHING), str(scores.report or NOTHING)
 
 
 def _plain(value: Any) -> str:

@@ -1,16 +1,24 @@
 """The command without a name: runs a study."""
 
+import sys
 from enum import StrEnum
 from functools import partial
+from time import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import atp_tune
 from atp_tune.cli.options import Device, Overrides, Storage, StudyLabel, load_study
+from atp_tune.cli.terminal import console
 
 if TYPE_CHECKING:
+    import optuna
+
+    from atp_tune.cli.display import Display
     from atp_tune.cli.worker_pool import WorkerPool
+    from atp_tune.search.study_run import StudyRun
+    from atp_tune.spec.studyfile import StudyFile
 
 
 class Engine(StrEnum):
@@ -78,8 +86,6 @@ def run(
         return
     if study is None:
         raise typer.BadParameter("which one? For example --study smol; `studies` lists them", param_hint="--study")
-    from atp_tune.cli.running import run_study
-
     if trials is not None:
         set_ = [*(set_ or []), f"search.trials={trials}"]
     file = load_study(study, storage, device, set_)
@@ -87,7 +93,7 @@ def run(
     for name in names:  # so that a mistake is told before anything runs
         load_study(study, storage, name, set_)
     pool = _worker_pool(engine, names, workers, devices, ray_address)
-    run_study(file, study_name, timeout, pool, allow_device_change)
+    _run(file, study_name, timeout, pool, allow_device_change)
 
 
 def _devices(device: str, workers: int | None, devices: str | None) -> list[str]:
@@ -123,3 +129,44 @@ def _on_ray(workers: int | None, address: str | None) -> "WorkerPool":
     except ModuleNotFoundError as error:
         raise UserError(f"--engine ray: {error}; install it with: pip install 'atp-tune[ray]'") from None
     return partial(run_on_ray, count=workers, address=address or "auto")
+
+
+def _run(
+    file: "StudyFile", name: str | None, timeout: float | None, pool: "WorkerPool | None" = None, mix: bool = False
+) -> None:
+    """Runs or resumes a study with progress, in this process or by a pool of workers; the summary at the end.
+
+    Ctrl-C and SIGTERM stop it, and the trial that ran is queued again.
+    """
+    from atp_tune.cli.display import Display
+    from atp_tune.cli.runtime import interruptible, quiet
+    from atp_tune.cli.tables import show_summary
+    from atp_tune.results.summary import summarise
+    from atp_tune.search.study_run import StudyRun
+
+    with quiet(), interruptible(), Display() as display:
+        run = StudyRun(file, name or file.name, timeout, display, mix=mix)
+        try:
+            study = _driven(run, pool, display)
+        except KeyboardInterrupt:
+            display.close()
+            console.print(
+                f"stopped: finished trials are in {file.database or 'the storage'}; the same command goes on from there"
+            )
+            sys.exit(130)
+    if study is not None:
+        show_summary(summarise(study), file)
+
+
+def _driven(run: "StudyRun", pool: "WorkerPool | None", display: "Display") -> "optuna.Study | None":
+    from atp_tune.cli.worker_pool import Job
+    from atp_tune.search.runner import finished_study, tune
+    from atp_tune.search.study_run import load_existing
+
+    if pool is None:
+        return tune(run)
+    study = finished_study(run)
+    if study is None:
+        pool(Job(run.file, run.name, None if run.timeout is None else time() + run.timeout, run.mix), display)
+        study = finished_study(run) or load_existing(run)
+    return study
