@@ -28,8 +28,9 @@ from atp_tune.errors import UserError
 from atp_tune.figures import overlay
 from atp_tune.metrics.perplexity import Perplexity
 from atp_tune.report import contents, latex, machine, markdown
+from atp_tune.results.best_config import best_config
 from atp_tune.results.status import status_of, to_json
-from atp_tune.results.summary import best_config, summarise
+from atp_tune.results.summary import summarise
 from atp_tune.serving import notes
 from atp_tune.spec import studyfile
 from atp_tune.spec.config import read_config

@@ -26,7 +26,8 @@ from atp_tune.results.formatting import (
     remark_of,
 )
 from atp_tune.results.status import Status
-from atp_tune.results.summary import Summary, is_uniform, score_of
+from atp_tune.results.summary import Summary
+from atp_tune.results.trials import is_uniform, score_of
 from atp_tune.spec.config import Scores, read_config
 from atp_tune.spec.studyfile import StudyFile
 

@@ -19,7 +19,8 @@ from atp_tune.figures.style import (
     set_range,
 )
 from atp_tune.figures.trials import finite, measure_of, role, told, uniform_of, uniform_value, value_of, written
-from atp_tune.results.summary import Summary, kl_of, score_of
+from atp_tune.results.summary import Summary
+from atp_tune.results.trials import kl_of, score_of
 
 MEANINGS = {"calibrate": "calibrate (statistics)", "prune": "prune", "evaluate": "evaluate (perplexity)"}
 

@@ -28,7 +28,8 @@ from atp_tune.figures.style import (
     set_range,
 )
 from atp_tune.figures.trials import finite, measure_of, role, told, uniform_value, value_of, written
-from atp_tune.results.summary import Summary, is_uniform
+from atp_tune.results.summary import Summary
+from atp_tune.results.trials import is_uniform
 
 PLAIN, LEGEND, LABELS = 380, 22, 70  # px of height: the plot, a row of its legend, slanted names below it
 CURVE = ("beta", "mean", "low", "high")  # of the Gaussian process, per pruner

@@ -6,7 +6,8 @@ from atp_tune.metrics.kl import Divergence
 from atp_tune.metrics.perplexity import Change, Perplexity
 from atp_tune.report.contents import Contents
 from atp_tune.results.formatting import errors_of
-from atp_tune.results.summary import Rank, allocation_of, is_uniform, parameters_of
+from atp_tune.results.summary import Rank
+from atp_tune.results.trials import allocation_of, is_uniform, parameters_of
 from atp_tune.spec.config import Divergences, Scores
 
 _SPECIAL = {

@@ -36,7 +36,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.report.contents import Contents
 from atp_tune.results.formatting import plan_of, remark_of
-from atp_tune.results.summary import Rank, Summary, allocation_of, parameters_of, score_of
+from atp_tune.results.summary import Rank, Summary
+from atp_tune.results.trials import allocation_of, parameters_of, score_of
 from atp_tune.spec.config import Scores
 from atp_tune.spec.studyfile import settings
 

@@ -14,7 +14,8 @@ from atp_tune.figures.history import spent
 from atp_tune.metrics.speed import PHASES, Speed, spread
 from atp_tune.report.contents import Contents
 from atp_tune.results.formatting import NOTHING, cells, changed, drawn, draws_of, duration, plan_of, remark_of
-from atp_tune.results.summary import Summary, allocation_of, is_uniform, score_of
+from atp_tune.results.summary import Summary
+from atp_tune.results.trials import allocation_of, is_uniform, score_of
 from atp_tune.spec.config import SHARES, Measure, TaskScores, ZeroShot
 from atp_tune.spec.studyfile import called_now
 

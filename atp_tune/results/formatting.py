@@ -6,7 +6,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.metrics.perplexity import Change, error_over, reach_of
 from atp_tune.plan import shown
-from atp_tune.results.summary import Summary, allocation_of, is_uniform, parameters_of
+from atp_tune.results.summary import Summary
+from atp_tune.results.trials import allocation_of, is_uniform, parameters_of
 from atp_tune.spec.config import Divergences, Scores
 from atp_tune.storage.lost_trials import CutOff, cut_offs_of, given_up
 

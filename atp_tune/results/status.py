@@ -6,7 +6,6 @@ not known yet, or is not finite, is null. Perplexities are on the search text un
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from statistics import fmean
@@ -17,7 +16,8 @@ from pydantic import Field, PlainSerializer
 
 from atp_tune.metrics.draws import OverDraws
 from atp_tune.results.formatting import plan_of, remark_of
-from atp_tune.results.summary import Rank, Summary, allocation_of, parameters_of, score_of
+from atp_tune.results.summary import Rank, ScreeningProgress, Summary
+from atp_tune.results.trials import allocation_of, parameters_of, score_of
 from atp_tune.spec.config import Divergences, Part, Score, Scores, dumps
 from atp_tune.spec.studyfile import StudyFile
 from atp_tune.storage.fingerprint import PERPLEXITY
@@ -88,14 +88,6 @@ class Trial(Part):
     cut_off: int = 0
 
 
-class Screening(Part):
-    """The study that looked, or looks, for points before this one began: its name, trials done, and their total."""
-
-    study: str
-    done: int
-    total: int | None
-
-
 class Status(Part):
     """A study as it stands; `uniform` has the best trial's pruner, `best` is the first of `ranks`.
 
@@ -118,7 +110,7 @@ class Status(Part):
     best: Best | None
     ranks: tuple[Best, ...]
     trials: tuple[Trial, ...]
-    screening: Screening | None = None
+    screening: ScreeningProgress | None = None
     objective: tuple[str, ...] = PERPLEXITY
     front: tuple[int, ...] = ()
     bos: bool = False
@@ -167,7 +159,7 @@ def status_of(summary: Summary, now: datetime) -> Status:
         best=ranks[0] if ranks else None,
         ranks=ranks,
         trials=tuple(_trial(summary, trial) for trial in summary.trials),
-        screening=summary.screening and Screening(**asdict(summary.screening)),
+        screening=summary.screening,
         objective=summary.goals,
         front=tuple(trial.number for trial in summary.front),
         bos=summary.bos,

@@ -18,7 +18,8 @@ from atp_tune.results.formatting import (
     plan_of,
     remark_of,
 )
-from atp_tune.results.summary import Rank, Summary, is_uniform, score_of
+from atp_tune.results.summary import Rank, Summary
+from atp_tune.results.trials import is_uniform, score_of
 from atp_tune.spec.config import Divergences, Scores
 from atp_tune.storage.lost_trials import is_lost
 
