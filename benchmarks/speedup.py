@@ -39,7 +39,7 @@ from atp_tune.spec.config import read_config
 from atp_tune.spec.studyfile import load
 from atp_tune.speed.benchmark import measure
 from atp_tune.speed.model_pair import Pair, find_pair
-from atp_tune.speed.throughput import Task
+from atp_tune.speed.throughput import Workload
 
 ROOT = Path(__file__).parents[1]
 RUNS, PAGE = ROOT / "docs" / "speedup" / "runs.jsonl", ROOT / "docs" / "speedup.md"
@@ -58,7 +58,7 @@ def main() -> None:
         print("\n".join(csr()))
         return
     with quiet(), Display() as display:
-        task = Task(options.tokens, 32, options.runs)
+        task = Workload(options.tokens, 32, options.runs)
         for name, make in () if options.show else lines():
             if (name, cpu_name()) not in known():
                 keep(name, measure(make(display), "deepsparse", task, "cpu", display))

@@ -172,7 +172,7 @@ def short_serve(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def short_speedup(monkeypatch: pytest.MonkeyPatch) -> None:
     """`speedup` measures two tokens after the prompt in the place of 32: how fast they come is not looked at here."""
-    monkeypatch.setattr(throughput, "Task", partial(throughput.Task, steps=2))
+    monkeypatch.setattr(throughput, "Workload", partial(throughput.Workload, steps=2))
 
 
 class Sandbox:

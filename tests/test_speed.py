@@ -34,7 +34,7 @@ from atp_tune.speed import deepsparse_home, graphs, torch_engine
 from atp_tune.speed.benchmark import sizes, zeros_by_kind
 from atp_tune.speed.graphs import Decoder, check_family
 from atp_tune.speed.model_pair import Pair
-from atp_tune.speed.throughput import About, Task, measured
+from atp_tune.speed.throughput import About, Workload, measured
 
 SHAPE = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -96,7 +96,7 @@ def test_the_graphs_are_the_model(phase: Phase, tmp_path: Path) -> None:
     from onnx import load
     from onnx.reference import ReferenceEvaluator
 
-    model, task = random_model("llama"), Task(tokens=5, steps=2)
+    model, task = random_model("llama"), Workload(tokens=5, steps=2)
     path = graphs.export(model, task, tmp_path)[phase]
     graph = load(path)
     kept = [f"{block}.{kind}" for block in range(2) for kind in ("key", "value")]
@@ -186,7 +186,7 @@ def test_dense_and_sparse_take_turns_and_the_first_round_is_not_counted() -> Non
     def opening() -> Iterator[Counting]:
         yield engine
 
-    found = measured(opening(), "counting", Task(tokens=100, steps=10, runs=2), unwatched)
+    found = measured(opening(), "counting", Workload(tokens=100, steps=10, runs=2), unwatched)
     once = [("dense", "prefill"), ("sparse", "prefill"), ("dense", "decode"), ("sparse", "decode")]
     assert engine.asked == 3 * once
     assert found.prefill == Rates(dense=(100 / 5, 100 / 9), sparse=(100 / 6, 100 / 10))
@@ -210,7 +210,7 @@ def test_torch_computes_each_side_with_its_own_weights(done: Path, tmp_path: Pat
     """And a run of decode leaves the prompt's keys and values as they were."""
     sparse = tmp_path / "sparse"
     prune_once(study_file(done), {"beta": 0.0}, sparse, unwatched)
-    task, cpu = Task(tokens=6, steps=3, runs=1), torch.device("cpu")
+    task, cpu = Workload(tokens=6, steps=3, runs=1), torch.device("cpu")
     with torch_engine.opened(Pair(done / "model", sparse), task, cpu, torch.float32) as engine:
         assert isinstance(engine, torch_engine.Eager)
         before = {side: cache.get_seq_length() for side, cache in engine._prompts.items()}

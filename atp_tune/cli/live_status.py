@@ -20,7 +20,7 @@ from atp_tune.cli.runtime import interruptible
 from atp_tune.cli.tables import progress_line, show_status, trials_table
 from atp_tune.cli.terminal import console
 from atp_tune.errors import UserError, printable
-from atp_tune.results.status import Status, Trial, status_of, to_json
+from atp_tune.results.status import Status, TrialStatus, status_of, to_json
 from atp_tune.results.summary import Summary, summarise
 from atp_tune.spec.studyfile import StudyFile
 from atp_tune.storage import opening
@@ -72,7 +72,7 @@ def _read(study: Study) -> Summary:
         raise UserError(f"study {study.study_name}: cannot be read any more: {reason}") from None
 
 
-class View(Protocol):
+class StatusView(Protocol):
     """Where a study is watched; a context manager."""
 
     def wait(self, text: str) -> None:
@@ -88,10 +88,10 @@ class View(Protocol):
     ) -> None: ...
 
 
-def _view(as_json: bool) -> View:
+def _view(as_json: bool) -> StatusView:
     if as_json:
-        return Documents()
-    return Screen() if console.is_terminal else Blocks()
+        return JsonView()
+    return TerminalView() if console.is_terminal else PipeView()
 
 
 class Changes:
@@ -114,7 +114,7 @@ class Changes:
         return before != self._last
 
 
-class Documents(Changes):
+class JsonView(Changes):
     """JSON lines: one document per change."""
 
     def wait(self, text: str) -> None:
@@ -129,12 +129,12 @@ class Documents(Changes):
             print(to_json(status, indent=None), flush=True)
 
 
-class Blocks(Changes):
+class PipeView(Changes):
     """A pipe or a file: per change the trials that changed; the first block has all."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._known: dict[int, Trial] = {}
+        self._known: dict[int, TrialStatus] = {}
 
     def wait(self, text: str) -> None:
         """Says so once."""
@@ -153,7 +153,7 @@ class Blocks(Changes):
         console.print(progress_line(status))
 
 
-class Screen:
+class TerminalView:
     """A terminal: its alternate screen, drawn again in place; what was last seen stays behind after Ctrl-C."""
 
     def __init__(self) -> None:

@@ -19,11 +19,11 @@ from atp_tune.events import Event, Note, TrialStarted, Watch
 from atp_tune.spec.studyfile import StudyFile
 
 RESTARTS = 2  # of one worker that does not come as far as a trial; those whose trials end them are given up
-PATIENCE = 60  # seconds that workers have to stop after Ctrl-C
+STOP_TIMEOUT = 60  # seconds that workers have to stop after Ctrl-C
 
 
 @dataclass(frozen=True)
-class Job:
+class WorkerJob:
     """What every worker is given: the study file, the study's name, when to start no more (seconds since 1970), and
     whether devices and number formats may be mixed.
     """
@@ -34,10 +34,10 @@ class Job:
     mix: bool = False
 
 
-WorkerPool = Callable[[Job, Display], None]
+WorkerPool = Callable[[WorkerJob, Display], None]
 
 
-class Worker(ABC):
+class StudyWorker(ABC):
     """One worker, started again where it died."""
 
     def __init__(self, index: int, display: Display) -> None:
@@ -93,7 +93,7 @@ class Worker(ABC):
         self.launch()
 
 
-AnyWorker = TypeVar("AnyWorker", bound=Worker)
+AnyWorker = TypeVar("AnyWorker", bound=StudyWorker)
 
 
 def supervise(workers: Sequence[AnyWorker], listen: Callable[[Sequence[AnyWorker]], None]) -> None:
@@ -113,7 +113,7 @@ def supervise(workers: Sequence[AnyWorker], listen: Callable[[Sequence[AnyWorker
             worker.wait()
 
 
-def work(job: Job, index: int, device: str, tell: Watch) -> str | None:
+def work(job: WorkerJob, index: int, device: str, tell: Watch) -> str | None:
     """What a worker does: a run whose events go to `tell`, until SIGINT; the reason if it could not run."""
     from atp_tune.search.runner import tune
     from atp_tune.search.study_run import StudyRun

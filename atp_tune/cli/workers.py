@@ -13,26 +13,26 @@ from threading import Thread
 from typing import Any
 
 from atp_tune.cli.display import Display
-from atp_tune.cli.worker_pool import PATIENCE, Job, Worker, supervise, work
+from atp_tune.cli.worker_pool import STOP_TIMEOUT, StudyWorker, WorkerJob, supervise, work
 from atp_tune.events import Event
 
 
-def run_workers(job: Job, display: Display, devices: Sequence[str]) -> None:
+def run_workers(job: WorkerJob, display: Display, devices: Sequence[str]) -> None:
     """Runs the study in one process per device, and returns when all have ended; UserError as the first one gave it."""
-    supervise([Process(index, display, job, devices) for index in range(len(devices))], _listen)
+    supervise([ProcessWorker(index, display, job, devices) for index in range(len(devices))], _listen)
 
 
-def _listen(alive: "Sequence[Process]") -> None:
+def _listen(alive: "Sequence[ProcessWorker]") -> None:
     """Waits for news, and hands them on."""
     by_news = {worker.news: worker for worker in alive}
     for news in connection.wait(list(by_news), timeout=1):
         by_news[news].listen()  # type: ignore[index]
 
 
-class Process(Worker):
+class ProcessWorker(StudyWorker):
     """One process."""
 
-    def __init__(self, index: int, display: Display, job: Job, devices: Sequence[str]) -> None:
+    def __init__(self, index: int, display: Display, job: WorkerJob, devices: Sequence[str]) -> None:
         super().__init__(index, display)
         self.news: Connection
         self._job, self._devices = job, devices
@@ -54,7 +54,7 @@ class Process(Worker):
             self._end()
             return
         if isinstance(event, str):
-            self._process.join(PATIENCE)
+            self._process.join(STOP_TIMEOUT)
             self.ended(event)
         else:
             self.hear(event)
@@ -66,7 +66,7 @@ class Process(Worker):
 
     def wait(self) -> None:
         """Waits for the process, and kills it in the end."""
-        self._process.join(PATIENCE)
+        self._process.join(STOP_TIMEOUT)
         self._process.kill()
 
     def _end(self) -> None:
@@ -77,7 +77,7 @@ class Process(Worker):
             self.died(f"exit code {self._process.exitcode}")
 
 
-def _work(job: Job, index: int, devices: Sequence[str], news: Connection) -> None:
+def _work(job: WorkerJob, index: int, devices: Sequence[str], news: Connection) -> None:
     """The process of one worker: a run whose events go to the parent."""
     os.setpgid(0, 0)  # Ctrl-C goes to the parent alone, which passes it on
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # so does SIGTERM, which Slurm sends to every process

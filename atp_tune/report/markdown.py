@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from atp_tune.errors import printable
 from atp_tune.report import tables
 from atp_tune.report.contents import Contents
-from atp_tune.report.tables import Table
+from atp_tune.report.tables import ReportTable
 
 
 def escaped(text: str) -> str:
@@ -63,7 +63,7 @@ def _sparsity(contents: Contents) -> str:
     return f"Sparsity {contents.target:g}{counted}."
 
 
-def table(made: Table) -> str:
+def table(made: ReportTable) -> str:
     """A table with its numbers to the right."""
     rules = [":--" if column in made.words else "--:" for column in range(len(made.head))]
     rows = [[f"**{cell}**" if cell and index == made.best else cell for cell in map(escaped, row)]

@@ -66,7 +66,7 @@ class Best(Part):
     draws: OverDraws | None = None
 
 
-class Trial(Part):
+class TrialStatus(Part):
     """One trial, in Optuna's states and with all that Optuna chose (`params`), `plan` says the same for people.
 
     `value` and `stderr` are its perplexity on the search text, `realised` is the share of zeros that was counted. `kl`:
@@ -109,7 +109,7 @@ class Status(Part):
     uniform: Scores
     best: Best | None
     ranks: tuple[Best, ...]
-    trials: tuple[Trial, ...]
+    trials: tuple[TrialStatus, ...]
     screening: ScreeningProgress | None = None
     objective: tuple[str, ...] = PERPLEXITY
     front: tuple[int, ...] = ()
@@ -222,9 +222,9 @@ def _best(rank: Rank, summary: Summary) -> Best:
     )
 
 
-def _trial(summary: Summary, trial: FrozenTrial) -> Trial:
+def _trial(summary: Summary, trial: FrozenTrial) -> TrialStatus:
     attrs, score = trial.user_attrs, score_of(trial)
-    return Trial(
+    return TrialStatus(
         number=trial.number,
         state=trial.state.name.lower(),
         params=trial.params,

@@ -18,12 +18,12 @@ from atp_tune.speed import deepsparse_engine
 from atp_tune.speed.deepsparse_home import python_of
 from atp_tune.speed.graphs import check_onnx
 from atp_tune.speed.model_pair import Pair
-from atp_tune.speed.throughput import Opening, Task, measured
+from atp_tune.speed.throughput import Opening, Workload, measured
 from atp_tune.speed.torch_engine import SEMI_STRUCTURED, check_semi_structured, dtypes, opened, opened_semi_structured
 
 CHUNK = 16 << 20  # bytes read at a time
 LEVEL = 3  # of zstd, its default
-ENGINES: dict[str, Callable[[Pair, Task, torch.device, Watch], list[Opening]]] = {
+ENGINES: dict[str, Callable[[Pair, Workload, torch.device, Watch], list[Opening]]] = {
     "torch": lambda pair, task, device, _: [opened(pair, task, device, dtype) for dtype in dtypes(device)],
     "deepsparse": lambda pair, task, _, watch: [deepsparse_engine.opened(pair, task, watch)],
     SEMI_STRUCTURED: lambda pair, task, device, _: [opened_semi_structured(pair, task, device)],
@@ -39,7 +39,7 @@ def check(engine: str, pattern: str, device: str) -> None:
         check_semi_structured(pattern, find_device(device))
 
 
-def check_positions(pair: Pair, task: Task) -> None:
+def check_positions(pair: Pair, task: Workload) -> None:
     """UserError where the prompt and the tokens after it are more than the model has positions."""
     config = model_config(pair.dense, pair.trusted).get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
@@ -50,7 +50,7 @@ def check_positions(pair: Pair, task: Task) -> None:
         )
 
 
-def measure(pair: Pair, engine: str, task: Task, device: str, watch: Watch) -> Speed:
+def measure(pair: Pair, engine: str, task: Workload, device: str, watch: Watch) -> Speed:
     """All that is known of a pair of models; torch is measured with every engine, to be compared with."""
     check_positions(pair, task)
     place = find_device("cpu" if engine == "deepsparse" else device)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from atp_tune.errors import UserError
 from atp_tune.metrics.speed import PHASES, Phase
-from atp_tune.speed.throughput import Task
+from atp_tune.speed.throughput import Workload
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 FAR = 1e9  # taken from the score of a position that is not to be seen
@@ -108,12 +108,12 @@ def check_onnx() -> None:
         raise UserError("--engine deepsparse: onnx is not installed; run: pip install 'atp-tune[speed]'")
 
 
-def capacity(task: Task) -> int:
+def capacity(task: Workload) -> int:
     """Positions of the decode graph: a power of two, since DeepSparse's own cache doubles and overruns any other."""
     return 1 << (task.tokens + task.steps).bit_length()
 
 
-def export(model: Any, task: Task, folder: Path) -> Mapping[Phase, Path]:
+def export(model: Any, task: Workload, folder: Path) -> Mapping[Phase, Path]:
     """Writes both graphs of a model in float32; UserError for a model that is not Llama-shaped."""
     decoder = Decoder(model, capacity(task)).eval()
     shapes: dict[Phase, tuple[int, int]] = {"prefill": (task.tokens, task.tokens), "decode": (1, capacity(task))}

@@ -21,7 +21,7 @@ from atp_tune.checkpoints.devices import cpu_name, device_name, find_dtype
 from atp_tune.errors import UserError
 from atp_tune.metrics.speed import Phase, Side
 from atp_tune.speed.model_pair import Pair
-from atp_tune.speed.throughput import About, Engine, Task
+from atp_tune.speed.throughput import About, SpeedEngine, Workload
 
 SEMI_STRUCTURED = "semi-structured"
 CAPABILITY = (8, 0)  # of the first GPUs with sparse tensor cores
@@ -31,7 +31,7 @@ Change = Callable[[Checkpoint], None]
 class Eager:
     """Both models in memory; the prompt's keys and values are computed once."""
 
-    def __init__(self, about: About, models: Mapping[Side, Any], ids: Tensor, task: Task) -> None:
+    def __init__(self, about: About, models: Mapping[Side, Any], ids: Tensor, task: Workload) -> None:
         """`ids` [1, tokens + steps] on the device of the models."""
         self.about = about
         self._models, self._ids, self._task = models, ids, task
@@ -69,8 +69,13 @@ def dtypes(device: torch.device) -> list[torch.dtype]:
 
 @contextmanager
 def opened(
-    pair: Pair, task: Task, device: torch.device, dtype: torch.dtype, name: str = "torch", change: Change | None = None
-) -> Iterator[Engine]:
+    pair: Pair,
+    task: Workload,
+    device: torch.device,
+    dtype: torch.dtype,
+    name: str = "torch",
+    change: Change | None = None,
+) -> Iterator[SpeedEngine]:
     """Both models on the device; `change` is done to the sparse one."""
     hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it warns of each argument that it renames
     cpu = device.type == "cpu"
@@ -86,13 +91,13 @@ def opened(
             yield engine
 
 
-def random_ids(checkpoint: Checkpoint, task: Task) -> Tensor:
+def random_ids(checkpoint: Checkpoint, task: Workload) -> Tensor:
     """Token ids [1, tokens + steps], the same for all engines."""
     words = int(checkpoint.config.get_text_config().vocab_size)
     return torch.randint(words, (1, task.tokens + task.steps), generator=torch.Generator().manual_seed(0))
 
 
-def opened_semi_structured(pair: Pair, task: Task, device: torch.device) -> AbstractContextManager[Engine]:
+def opened_semi_structured(pair: Pair, task: Workload, device: torch.device) -> AbstractContextManager[SpeedEngine]:
     """Both models in bf16; UserError where the zeros are not 2:4 or the card is not there."""
     check_semi_structured(pair.pattern, device)
     return opened(pair, task, device, torch.bfloat16, SEMI_STRUCTURED, compress)

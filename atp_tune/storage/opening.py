@@ -68,7 +68,7 @@ def open_database(address: str, create: bool, kind: type[Kind]) -> Kind | None:
         if is_there:
             check_whole(file)
     try:
-        return _patiently(address, url, kind)
+        return _opened_after_retries(address, url, kind)
     except (SQLAlchemyError, StorageInternalError, ImportError, RuntimeError, OSError) as error:
         way = way_out(error, address)
         reason = reason_of(error) + (f"; {way}" if way else "")
@@ -110,7 +110,7 @@ def check_is_file(url: URL) -> None:
         raise UserError(f"storage {url.database}: is a folder; name a file, as in sqlite:///{url.database}/study.db")
 
 
-def _patiently(address: str, url: URL, kind: type[Kind]) -> Kind:
+def _opened_after_retries(address: str, url: URL, kind: type[Kind]) -> Kind:
     """Tries again where the tables were not there and others were making them at the same moment."""
     for pause in PAUSES:
         try:

@@ -4,7 +4,7 @@
 the token in $ATP_TUNE_TOKEN is shown. Whatever is sent while the server cannot be reached is sent again until it
 answers.
 
-Errors: UserError where nobody answers at the start, or has for as long as `patience` lasts.
+Errors: UserError where nobody answers at the start, or has for `retry.RETRY_SECONDS`.
 """
 
 import copy
@@ -66,7 +66,7 @@ def connect(address: str) -> "RemoteStorage":
 
 
 class RemoteStorage(GrpcStorageProxy, BaseHeartbeat):
-    """Optuna's client of a storage server, with patience and with signs of life from running trials."""
+    """Optuna's client of a storage server that may be away, with signs of life from running trials."""
 
     def __init__(self, host: str, port: int, token: str | None, scheme: str) -> None:
         self._scheme = scheme
@@ -95,7 +95,7 @@ class RemoteStorage(GrpcStorageProxy, BaseHeartbeat):
         try:
             return super().set_trial_state_values(trial_id, state, values)
         except UpdateFinishedTrialError:
-            if not self._interceptor.patience.has_repeated or not is_told(self.get_trial(trial_id), state, values):
+            if not self._interceptor.retrying.has_repeated or not is_told(self.get_trial(trial_id), state, values):
                 raise
             return True
 
@@ -169,15 +169,15 @@ class Interceptor(grpc.UnaryUnaryClientInterceptor):
     def __init__(self, address: str, token: str | None) -> None:
         self.is_known = False  # to be a server of trials: until then, no answer is an answer
         self._name = address
-        self.patience = Retrying(address)
+        self.retrying = Retrying(address)
         self._metadata = [("authorization", f"Bearer {token}")] if token else []
 
     def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
-        """The answer to a request; UserError if there is none for as long as patience lasts."""
+        """The answer to a request; UserError if there is none for `RETRY_SECONDS`."""
         details = _Details(details.method, DEADLINE, [*(details.metadata or ()), *self._metadata])
         if not self.is_known:
             return continuation(details, request)
-        call = self.patience.ask(lambda: continuation(details, request), _absence)
+        call = self.retrying.ask(lambda: continuation(details, request), _absence)
         if call.code() == BROKEN and (words := _words(call)).startswith(DATABASE):  # Optuna has a use for the code too
             raise UserError(f"{self._name}: {words}")
         return call

@@ -69,7 +69,7 @@ def evaluate(
             study_of(path, read, storage)  # so that a mistake is told before anything runs
         from atp_tune.zeroshot import comparison
 
-        asked = comparison.Asked(names, limit, num_fewshot, batch, device or "auto")
+        asked = comparison.TaskOptions(names, limit, num_fewshot, batch, device or "auto")
         with redirect_stdout(StringIO()) if json else nullcontext(), Display() as display:
             watch = unwatched if json else display
             if read:

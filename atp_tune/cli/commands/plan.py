@@ -7,7 +7,8 @@ from atp_tune.cli.terminal import console, gib, table, trials
 from atp_tune.errors import printable
 
 if TYPE_CHECKING:
-    from atp_tune.cost.forecast import Forecast, Memory, Whole
+    from atp_tune.cost.forecast import Forecast, StudyCost
+    from atp_tune.cost.memory import Memory
 
 
 def plan(
@@ -61,7 +62,7 @@ def show(found: "Forecast") -> None:
         console.print(f"does not fit: {problem}", style="yellow")
 
 
-def _study_cost(whole: "Whole") -> str:
+def _study_cost(whole: "StudyCost") -> str:
     """Trials, tokens and time of a study in one line."""
     from atp_tune.results.formatting import duration
 

@@ -20,7 +20,7 @@ PLAIN = (
 )
 
 
-class Engine(StrEnum):
+class EngineName(StrEnum):
     """What computes the models."""
 
     torch = "torch"
@@ -36,12 +36,12 @@ def speedup(
         Path | None, typer.Option(metavar="DIR", help="Or a folder that `apply` wrote; it says what it was made of.")
     ] = None,
     engine: Annotated[
-        Engine,
+        EngineName,
         typer.Option(
             metavar="ENGINE",
             help="torch; deepsparse: a CPU; semi-structured: 2:4 on an NVIDIA GPU. torch is measured too.",
         ),
-    ] = Engine.torch,
+    ] = EngineName.torch,
     setup: Annotated[
         bool, typer.Option("--setup", metavar="", help="Install DeepSparse first, apart from everything else.")
     ] = False,
@@ -63,7 +63,7 @@ def speedup(
     Example: `python tune.py speedup --config studies/smol.best.json --engine deepsparse --setup`
     """
     if setup:
-        if engine != Engine.deepsparse:
+        if engine != EngineName.deepsparse:
             raise typer.BadParameter("only with --engine deepsparse", param_hint="--setup")
         _set_up()
         if config is None and model is None:
@@ -79,13 +79,13 @@ def speedup(
         from atp_tune.results.annotations import attach
         from atp_tune.speed.benchmark import check, measure
         from atp_tune.speed.model_pair import about, find_pair
-        from atp_tune.speed.throughput import Task
+        from atp_tune.speed.throughput import Workload
 
         path, place = about(model) if model is not None else config or Path(), device or "auto"
         read = read_config(path)
         check(engine.value, read.prune.pattern, place)
         pair = find_pair(read, path.parent / read.folder, model, place, display, allowed)
-        found = measure(pair, engine.value, Task(tokens=tokens, runs=runs), place, display)
+        found = measure(pair, engine.value, Workload(tokens=tokens, runs=runs), place, display)
         places = attach(path, read, "speed", found, storage)
     _show(found)
     console.print(f"kept in {', '.join(places)}")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from atp_tune.spec.studyfile import StudyFile
 
 
-class Engine(StrEnum):
+class PoolEngine(StrEnum):
     """What runs the workers of a study."""
 
     process = "process"
@@ -61,8 +61,9 @@ def run(
         ),
     ] = False,
     engine: Annotated[
-        Engine, typer.Option(metavar="ENGINE", help="process: workers run here; ray: on a Ray cluster, one per GPU.")
-    ] = Engine.process,
+        PoolEngine,
+        typer.Option(metavar="ENGINE", help="process: workers run here; ray: on a Ray cluster, one per GPU."),
+    ] = PoolEngine.process,
     ray_address: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="The cluster; default: the one that this machine is in.")
     ] = None,
@@ -107,10 +108,10 @@ def _devices(device: str, workers: int | None, devices: str | None) -> list[str]
 
 
 def _worker_pool(
-    engine: Engine, names: list[str], workers: int | None, devices: str | None, address: str | None
+    engine: PoolEngine, names: list[str], workers: int | None, devices: str | None, address: str | None
 ) -> "WorkerPool | None":
     """Who runs the trials; None for this process alone."""
-    if engine == Engine.ray:
+    if engine == PoolEngine.ray:
         if devices is not None:
             raise typer.BadParameter("Ray chooses them; write --workers N", param_hint="--devices")
         return _on_ray(workers, address)
@@ -159,7 +160,7 @@ def _run(
 
 
 def _driven(run: "StudyRun", pool: "WorkerPool | None", display: "Display") -> "optuna.Study | None":
-    from atp_tune.cli.worker_pool import Job
+    from atp_tune.cli.worker_pool import WorkerJob
     from atp_tune.search.runner import finished_study, tune
     from atp_tune.search.study_run import load_existing
 
@@ -167,6 +168,6 @@ def _driven(run: "StudyRun", pool: "WorkerPool | None", display: "Display") -> "
         return tune(run)
     study = finished_study(run)
     if study is None:
-        pool(Job(run.file, run.name, None if run.timeout is None else time() + run.timeout, run.mix), display)
+        pool(WorkerJob(run.file, run.name, None if run.timeout is None else time() + run.timeout, run.mix), display)
         study = finished_study(run) or load_existing(run)
     return study
