@@ -162,8 +162,4 @@ def _reset_process_peak() -> None:
 
 def mapped_bytes() -> int:
     """Bytes of mapped files that are in memory now; 0 where the system does not say."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssFile")), 0)
+    return int(getattr(psutil.Process().memory_info(), "shared", 0))

@@ -117,7 +117,7 @@ def _worker_pool(
         return _on_ray(workers, address)
     if address is not None:
         raise typer.BadParameter("only with --engine ray", param_hint="--ray-address")
-    from atp_tune.cli.workers import run_workers
+    from atp_tune.cli.worker_pool import run_workers
 
     return partial(run_workers, devices=names) if len(names) > 1 else None
 
