@@ -225,7 +225,7 @@ def test_the_belief_is_a_line_and_a_band(study: optuna.Study) -> None:
     study.add_trials([made_up(0.0), made_up(0.006)])
     study.set_user_attr("belief", {"before": 2, "curves": {"wanda": CURVE, "sparsegpt": CURVE}})
     summary = summarise(study)
-    assert summary.belief is not None
+    assert summary.gp_posterior is not None
     figure = figures.draw(summary)["perplexity"]
     assert names(figure)[:4] == [
         "band",

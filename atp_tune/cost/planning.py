@@ -12,7 +12,7 @@ from atp_tune.checkpoints.headers import Sizes, read_sizes
 from atp_tune.checkpoints.residency import Free, Residency, choose
 from atp_tune.cost import forecast
 from atp_tune.cost.forecast import DrawsCost, Forecast, Passes, ProbeRates, ScreeningCost, StudyCost, TrialCost, Weights
-from atp_tune.cost.memory import Bytes, Memory, Tokens, bytes_of, peaks, problems
+from atp_tune.cost.memory import Bytes, Tokens, bytes_of, peaks, problems
 from atp_tune.events import Note, Watch
 from atp_tune.search.samplers import total_trials
 from atp_tune.search.space import make_space
@@ -81,11 +81,17 @@ def foresee(file: StudyFile, name: str, watch: Watch) -> Forecast:
     folder = resolve(setup.model, setup.base, lambda text: watch(Note(text)))
     known = _known(file, name, setup, folder, device, dtype.itemsize)
     context, rates = None, None
-    if not problems(known.held(0), _memory(known, known.residency(), 0), known.residency(), known.windows):
+    needed = peaks(known.held(0), known.residency(), known.free, known.apart)
+    if not problems(known.held(0), needed, known.residency(), known.windows):
         with oom_as_user_error("loading"):
             began = perf_counter()
             context = TrialContext.open(setup, watch)
-            rates = _probed(context, file.study, perf_counter() - began)
+            load = perf_counter() - began
+            from atp_tune.cost.probe import probe
+
+            context.watch(Note("probing: one batch of each text in three blocks"))
+            spec = file.study
+            rates = probe(context, spec.prune.pruners, spec.sparsity, load, "kl" in spec.search.objective)
     format_ = str(dtype).removeprefix("torch.")
     return _forecast(known, name, device_name(device), format_, context, rates)
 
@@ -160,17 +166,6 @@ def _progress(study: optuna.Study | None, asked: int) -> tuple[int, int]:
     for.
     """
     return (totals.counted(study), totals.total_of(study, asked)) if study else (0, asked)
-
-
-def _probed(context: "TrialContext", study: Study, load: float) -> ProbeRates:
-    from atp_tune.cost.probe import probe
-
-    context.watch(Note("probing: one batch of each text in three blocks"))
-    return probe(context, study.prune.pruners, study.sparsity, load, "kl" in study.search.objective)
-
-
-def _memory(known: Known, residency: Residency, work: int) -> Memory:
-    return peaks(known.held(work), residency, known.free, known.apart)
 
 
 def _forecast(

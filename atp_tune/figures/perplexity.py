@@ -57,7 +57,7 @@ def draw_perplexity(summary: Summary) -> go.Figure | None:
     figure = new_figure(title, "", f"{measure}, search text")
     _set_axes(figure, panels, bounds_of(summary))
     if panels.over_beta:
-        add_gp_posterior(figure, summary.belief)
+        add_gp_posterior(figure, summary.gp_posterior)
     _add_trials(figure, panels, seen)
     _add_lines(figure, summary, seen, dense)
     _mark(figure, done[0], panels)

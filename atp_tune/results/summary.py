@@ -52,7 +52,7 @@ class Summary:
 
     `made_from`: its study file with all overrides, None where an early version made it; `sizes`: weights per block.
     `uniform` has the best trial's pruner, `uniforms` are of all; `reports`: perplexity on the report text by trial.
-    `belief`: what the GP holds of perplexity against β, None where no GP was asked. `unlike`: trials that ran on
+    `gp_posterior`: the GP's of perplexity against β, None where no GP was asked. `unlike`: trials that ran on
     another device, in another number format or in other batches than those in which the study began, and which.
     `over_draws`: what trials come to over several draws of the calibration text; `windows`: how many each text has.
     `screening`: how far the one before the study is, if it has one. `goals`: what it minimises; `kls`: KL divergences
@@ -76,7 +76,7 @@ class Summary:
     uniforms: list[FrozenTrial]
     reports: dict[int, Perplexity]
     complete: bool
-    belief: dict[str, Any] | None = None
+    gp_posterior: dict[str, Any] | None = None
 
     @property
     def text(self) -> Literal["search", "report"]:
@@ -124,7 +124,7 @@ def summarise(study: optuna.Study) -> Summary:
         uniforms=_uniforms(study),
         reports={int(name): perplexity(nlls) for name, nlls in reports.items() if name != "dense" and nlls},
         complete=_is_complete(study),
-        belief=study.user_attrs.get("belief"),
+        gp_posterior=study.user_attrs.get("belief"),
         unlike=_unlike(study),
         screening=_screening(study),
         goals=fingerprint.goals_of(study.user_attrs.get("fingerprint", {})),
