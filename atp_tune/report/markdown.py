@@ -1,4 +1,4 @@
-"""The report as Markdown tables."""
+"""The report as Markdown tables, and how text of others stands in Markdown."""
 
 import re
 from collections.abc import Sequence
@@ -7,6 +7,9 @@ from atp_tune.errors import printable
 from atp_tune.report import tables
 from atp_tune.report.contents import Contents
 from atp_tune.report.tables import ReportTable
+
+_RATES = "Rates are medians; the last column is the median (lowest to highest) of the ratios, run by run."
+_KL = " KL: from the dense model's next-token distribution to the pruned one's, nats per token."
 
 
 def escaped(text: str) -> str:
@@ -18,10 +21,6 @@ def fenced(language: str, text: str) -> str:
     """Lines that are shown as they are, whatever they hold."""
     fence = "`" * (3 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text.rstrip(chr(10))}\n{fence}"
-
-
-_RATES = "Rates are medians; the last column is the median (lowest to highest) of the ratios, run by run."
-_KL = " KL: from the dense model's next-token distribution to the pruned one's, nats per token."
 
 
 def make(studies: Sequence[Contents]) -> bytes:

@@ -214,9 +214,7 @@ def check_free(host: str, port: int, option: str) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
     except OSError as error:
-        if isinstance(error, socket.gaierror):
-            raise UserError(f"--listen {host}: {error.strerror}; write an address of this machine") from None
-        if error.errno == errno.EADDRNOTAVAIL:
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
             raise UserError(f"--listen {host}: {error.strerror}; write an address of this machine") from None
         raise UserError(f"{host}:{port}: {error.strerror}; choose another port with {option} N") from None
 

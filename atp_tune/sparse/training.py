@@ -38,7 +38,13 @@ from atp_tune.checkpoints.devices import GIB, find_dtype, free_memory
 from atp_tune.errors import UserError
 from atp_tune.sparse.provenance import Settings
 
-ADAPTER = "default"
+ADAPTER = "default"  # what peft calls an adapter
+WARM_UP = 0.05  # of the steps
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+SHARE = 0.5  # of free memory; beyond it blocks are computed again in the backward pass
+ADAPTER_BYTES = 16  # per trained number: value, gradient and two moments in float32
+WEIGHT_BYTES = 16  # per weight in a forward: sum, mask, rounded sum, and their gradients
+LOGIT_BYTES = 16  # per logit: as computed, in float32, softmax and gradient
 
 
 class MaskedLinear(LoraLinear):
@@ -109,14 +115,6 @@ def recompute_blocks(blocks: nn.ModuleList) -> None:
     """Lets each block keep its inputs alone and be computed again in the backward pass: gradient checkpointing."""
     for block in blocks:
         block.forward = partial(recomputed, block.forward, use_reentrant=False)
-
-
-WARM_UP = 0.05  # of the steps
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
-SHARE = 0.5  # of free memory; beyond it blocks are computed again in the backward pass
-ADAPTER_BYTES = 16  # per trained number: value, gradient and two moments in float32
-WEIGHT_BYTES = 16  # per weight in a forward: sum, mask, rounded sum, and their gradients
-LOGIT_BYTES = 16  # per logit: as computed, in float32, softmax and gradient
 
 
 class Trainer:

@@ -1,4 +1,9 @@
-"""Trials whose process ended before they did: found, queued again, given up where they would end it for ever."""
+"""Trials whose process ended before they did: found, queued again, given up where they would end it for ever.
+
+A machine that goes away takes a trial with it that is as good as any other, and is run again. A trial that ends its
+process itself would do so for ever. Of each time that a trial was cut off a `CutOff` is kept, and they tell the two
+apart: what a trial does itself happens to it alone, and at the same place each time.
+"""
 
 from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
@@ -15,6 +20,8 @@ from atp_tune.storage import trace
 from atp_tune.storage.process_identity import GRACE, has_rebooted, is_dead
 from atp_tune.storage.validation import checked_trial
 
+INTERRUPTED = "interrupted"  # what the attribute `lost` says after Ctrl-C
+SURPLUS = "not needed: other workers reached the total, or have it"
 SAME = 3  # crashes, or times at one place, after which a trial is given up
 MOST = 25  # times in all after which it is, whatever the reasons: more than bad luck, fewer than for ever
 
@@ -64,10 +71,6 @@ def why_given_up(cut_offs: Sequence[CutOff]) -> str:
     if len(places) >= needed and len(set(places[-needed:])) == 1:
         return f"{needed} times in a row {places[-1]}"
     return f"{len(cut_offs)} times" if len(cut_offs) >= MOST else ""
-
-
-INTERRUPTED = "interrupted"  # what the attribute `lost` says after Ctrl-C
-SURPLUS = "not needed: other workers reached the total, or have it"
 
 
 def recover(study: optuna.Study, trials: Sequence[FrozenTrial] | None = None) -> list[int]:
