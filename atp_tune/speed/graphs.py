@@ -22,6 +22,8 @@ from atp_tune.errors import UserError
 from atp_tune.metrics.speed import PHASES, Phase
 from atp_tune.speed.throughput import Workload
 
+OPSET = 14  # the newest that DeepSparse reads
+NAMES = ("input_ids", "attention_mask", "positions", "causal_mask")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 FAR = 1e9  # taken from the score of a position that is not to be seen
 
@@ -96,10 +98,6 @@ def check_family(config: Any, positions: int) -> None:
     window = getattr(config, "sliding_window", None)
     if window is not None and window < positions:
         raise UserError(f"--tokens: {positions} positions are more than the model's sliding window of {window}")
-
-
-OPSET = 14  # the newest that DeepSparse reads
-NAMES = ("input_ids", "attention_mask", "positions", "causal_mask")
 
 
 def check_onnx() -> None:
