@@ -24,13 +24,11 @@ from types import SimpleNamespace
 from typing import Any, TypeAlias, cast
 
 import optuna
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial
-from optuna_dashboard import get_note, save_note
 
 from atp_tune.errors import UserError
 from atp_tune.results.annotations import KINDS
-from atp_tune.serving.maintenance import CONFIG, REPORT
-from atp_tune.serving.notes import own_words
 from atp_tune.spec.former import stored_facts
 from atp_tune.spec.studyfile import absolute_storage
 from atp_tune.storage import artifacts, fingerprint, opening, totals
@@ -86,10 +84,13 @@ def merge(places: Sequence[str], out: Path, name: str | None) -> Merged:
         with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder, readable(name):
             _write(Path(folder), sources, kept, numbers)
             _check_new(out)
-            _publish(Path(folder), out)
+            if (files := Path(folder) / "artifacts").exists():
+                files.rename(out.with_suffix(".artifacts"))
+            (Path(folder) / "new.db").rename(out)
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}") from None
-    made = _study_in(absolute_storage(f"sqlite:///{out}", Path()), name)
+    made = opening.find_study(_database(str(out)), name)
+    assert made is not None
     return Merged(made, list(_shares(sources, numbers)))
 
 
@@ -107,42 +108,40 @@ def _check_new(out: Path) -> None:
 
 
 def _open(places: Sequence[str], name: str | None) -> list[Source]:
-    addresses = [place if "://" in place else absolute_storage(f"sqlite:///{place}", Path()) for place in places]
-    found = {place: _names_in(place, address) for place, address in zip(places, addresses, strict=True)}
+    databases = {place: _database(place) for place in places}
+    found = {place: opening.names_in(db) for place, db in databases.items()}
     shared = set.intersection(*(set(names) for names in found.values()))
     wanted = {name} if name else shared
     if len(wanted) != 1 or not wanted <= shared:
         held = "; ".join(f"{_shown(place)} holds {', '.join(names) or 'none'}" for place, names in found.items())
         raise UserError(f"merge: which study? Name one that all have with --study NAME; {held}")
-    return [_source(place, address, *wanted) for place, address in zip(places, addresses, strict=True)]
+    return [_source(place, databases[place], *wanted) for place in places]
 
 
-def _source(place: str, address: str, name: str) -> Source:
-    study = _study_in(address, name)
+def _source(place: str, db: BaseStorage, name: str) -> Source:
+    study = opening.find_study(db, name)
+    assert study is not None
     with readable(name):
         trials = study.get_trials(deepcopy=False)
         attrs = study._storage.get_study_system_attrs(study._study_id)
     ended = [trial for trial in trials if trial.state.is_finished()]
-    return Source(_shown(place), study, ended, len(trials) - len(ended), attrs, opening.artifacts_of(address))
+    folder = opening.artifacts_of(_address(place))
+    return Source(_shown(place), study, ended, len(trials) - len(ended), attrs, folder)
 
 
-def _names_in(place: str, address: str) -> list[str]:
-    db = opening.open_storage(address, create=False)
-    if db is None:
-        raise UserError(f"merge: {place}: no such file")
-    return opening.names_in(db)
-
-
-def _study_in(address: str, name: str) -> optuna.Study:
-    db = opening.open_storage(address, create=False)
-    assert db is not None
-    study = opening.find_study(db, name)
-    assert study is not None
-    return study
+def _address(place: str) -> str:
+    return place if "://" in place else absolute_storage(f"sqlite:///{place}", Path())
 
 
 def _shown(place: str) -> str:
     return without_password(place) if "://" in place else place
+
+
+def _database(place: str) -> BaseStorage:
+    db = opening.open_storage(_address(place), create=False)
+    if db is None:
+        raise UserError(f"merge: {place}: no such file")
+    return db
 
 
 def _check_same(sources: Sequence[Source]) -> None:
@@ -208,21 +207,17 @@ def _write(folder: Path, sources: Sequence[Source], kept: Sequence[FrozenTrial],
         study.set_user_attr(key, value)
     for key, value in _system_attrs(sources, numbers, ids).items():
         study._storage.set_study_system_attr(study._study_id, key, value)
-    _write_notes(study, sources, numbers, ids)
+    if any(NOTE.fullmatch(key) for source in sources for key in source.attrs):
+        _write_notes(study, sources, numbers, ids)
     for source in sources:
         _copy_artifacts(source, folder / "artifacts")
     db.close()  # before the file gets its name
 
 
-def _last_first(sources: Sequence[Source], numbers: Sequence[Numbers]) -> list[tuple[Source, Numbers]]:
-    """For a union in which the first one's word overwrites that of the others."""
-    return [*zip(sources, numbers, strict=True)][::-1]
-
-
 def _user_attrs(sources: Sequence[Source], kept: Sequence[FrozenTrial], numbers: Sequence[Numbers]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     by_trial: dict[str, dict[str, Any]] = {}
-    for source, own in _last_first(sources, numbers):
+    for source, own in [*zip(sources, numbers, strict=True)][::-1]:  # so that the first one's word stays
         merged |= source.study.user_attrs
         names = {"dense": "dense"} | {str(old): str(new) for old, new in own.items()}
         for key in (*TABLES, *KINDS):
@@ -242,7 +237,7 @@ def _user_attrs(sources: Sequence[Source], kept: Sequence[FrozenTrial], numbers:
 
 def _system_attrs(sources: Sequence[Source], numbers: Sequence[Numbers], ids: Sequence[int]) -> dict[str, Any]:
     merged = {}
-    for source, own in _last_first(sources, numbers):
+    for source, own in [*zip(sources, numbers, strict=True)][::-1]:  # so that the first one's word stays
         new_ids = {trial._trial_id: ids[own[trial.number]] for trial in source.trials}
         for key, value in _kept_attrs(source).items():
             found = artifacts.OF_TRIAL.fullmatch(key)
@@ -255,7 +250,7 @@ def _system_attrs(sources: Sequence[Source], numbers: Sequence[Numbers], ids: Se
 
 def _kept_attrs(source: Source) -> dict[str, Any]:
     """System attributes of a study without the artifacts that `serve` makes anew and those that Optuna did not make."""
-    anew = {name for name, file in artifacts.file_names(source.attrs).items() if file in (CONFIG, REPORT)}
+    anew = {name for name, file in artifacts.file_names(source.attrs).items() if file in artifacts.MADE_ANEW}
     kept = {key: value for key, value in source.attrs.items() if artifacts.is_kept(key, value)}
     return {key: value for key, value in kept.items() if artifacts.name_in(key) not in anew}
 
@@ -263,6 +258,10 @@ def _kept_attrs(source: Source) -> dict[str, Any]:
 def _write_notes(
     study: optuna.Study, sources: Sequence[Source], numbers: Sequence[Numbers], ids: Sequence[int]
 ) -> None:
+    from optuna_dashboard import save_note  # here, since it takes seconds to import
+
+    from atp_tune.serving.notes import own_words
+
     notes: dict[int | None, dict[str, None]] = {}
     for source, own in zip(sources, numbers, strict=True):
         notes.setdefault(None, {})[_note_of(source.study)] = None
@@ -277,6 +276,8 @@ def _write_notes(
 
 
 def _note_of(owner: optuna.Study | Trial) -> str:
+    from optuna_dashboard import get_note
+
     try:
         return str(get_note(owner))
     except UNREADABLE:  # its parts are not as the dashboard writes them
@@ -295,9 +296,3 @@ def _copy_artifacts(source: Source, folder: Path) -> None:
         if file is not None:
             folder.mkdir(exist_ok=True)
             shutil.copyfile(file, folder / file.name)
-
-
-def _publish(folder: Path, out: Path) -> None:
-    if (folder / "artifacts").exists():
-        (folder / "artifacts").rename(out.with_suffix(".artifacts"))
-    (folder / "new.db").rename(out)

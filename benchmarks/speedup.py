@@ -28,10 +28,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from atp_tune.cache import cache_dir, folder_atomically
 from atp_tune.checkpoints.devices import cpu_name
+from atp_tune.cli.commands.speedup import rates_table, summary_of
 from atp_tune.cli.display import Display
 from atp_tune.cli.runtime import quiet
-from atp_tune.cli.speeding import rates_table, summary_of
-from atp_tune.cli.tables import markdown
 from atp_tune.events import Watch
 from atp_tune.metrics.speed import Speed
 from atp_tune.sparse.applying import prune_once
@@ -40,7 +39,7 @@ from atp_tune.spec.config import read_config
 from atp_tune.spec.studyfile import load
 from atp_tune.speed.benchmark import measure
 from atp_tune.speed.model_pair import Pair, find_pair
-from atp_tune.speed.throughput import Task
+from atp_tune.speed.throughput import Workload
 
 ROOT = Path(__file__).parents[1]
 RUNS, PAGE = ROOT / "docs" / "speedup" / "runs.jsonl", ROOT / "docs" / "speedup.md"
@@ -59,7 +58,7 @@ def main() -> None:
         print("\n".join(csr()))
         return
     with quiet(), Display() as display:
-        task = Task(options.tokens, 32, options.runs)
+        task = Workload(options.tokens, 32, options.runs)
         for name, make in () if options.show else lines():
             if (name, cpu_name()) not in known():
                 keep(name, measure(make(display), "deepsparse", task, "cpu", display))
@@ -136,7 +135,7 @@ def tables() -> str:
     """Sizes and rates of each model, as Markdown."""
     parts = []
     for (name, cpu), found in known().items():
-        parts += [f"### {name}, {cpu}", markdown(rates_table(found)), *summary_of(found)]
+        parts += [f"### {name}, {cpu}", rates_table(found), *summary_of(found)]
     return "\n\n".join(parts)
 
 

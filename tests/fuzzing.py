@@ -22,13 +22,15 @@ from optuna.trial import FrozenTrial, TrialState
 from synthetic import BOUND, made_up, new_study
 
 from atp_tune import figures
-from atp_tune.cli import summaries, tables, terminal
+from atp_tune.cli import tables, terminal
+from atp_tune.cli.commands import apply
 from atp_tune.errors import UserError
 from atp_tune.figures import overlay
 from atp_tune.metrics.perplexity import Perplexity
 from atp_tune.report import contents, latex, machine, markdown
+from atp_tune.results.best_config import best_config
 from atp_tune.results.status import status_of, to_json
-from atp_tune.results.summary import best_config, summarise
+from atp_tune.results.summary import summarise
 from atp_tune.serving import notes
 from atp_tune.spec import studyfile
 from atp_tune.spec.config import read_config
@@ -162,7 +164,7 @@ def config(data: bytes) -> None:
     if read is not None:
         read.to_json().encode()
         read.model.model({"allow_pickle": False})
-        check_screen(lambda: summaries.show_applied(read, Perplexity(value=20, stderr=1), path))
+        check_screen(lambda: apply.show(Perplexity(value=20, stderr=1), read.perplexity.report, path))
 
 
 def toml(data: bytes) -> None:

@@ -181,9 +181,9 @@ def test_another_storage_and_another_name(
 
 
 def test_ctrl_c(place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    from atp_tune.cli import running
+    from atp_tune.cli import display
 
-    class Interrupting(running.Display):
+    class Interrupting(display.Display):
         def __call__(self, event: Event) -> None:
             super().__call__(event)
             self.title = event.title if isinstance(event, TrialStarted) else getattr(self, "title", "")
@@ -193,7 +193,7 @@ def test_ctrl_c(place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPat
     handler = signal.getsignal(signal.SIGINT)
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(running, "Display", Interrupting)
+            patch.setattr(display, "Display", Interrupting)
             answer = command("--study", place / "tiny.toml")
     finally:
         signal.signal(signal.SIGINT, handler)

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 import pytest
 
 from atp_tune.cli.display import Display
-from atp_tune.cli.worker_pool import RESTARTS, Worker
+from atp_tune.cli.worker_pool import RESTARTS, StudyWorker
 from atp_tune.errors import TrialError
 from atp_tune.events import TrialStarted
 
 
-class Idle(Worker):
+class Idle(StudyWorker):
     """One that does nothing, and is told that it has died."""
 
     launched = 0

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from atp_tune.cache import cache_dir
 from atp_tune.events import Event, Step, TrialStarted
-from atp_tune.storage.cutoffs import MOST, SAME, CutOff, why_given_up
+from atp_tune.storage.lost_trials import MOST, SAME, CutOff, why_given_up
 from atp_tune.storage.trace import Trace, forget, left_of
 
 PLACES = st.sampled_from(["after prune 1 of 2", "after prune 2 of 2"])

@@ -41,7 +41,7 @@ MEASURES = (
 
 @pytest.fixture(autouse=True)
 def without_warnings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(retry, "PAUSES", (0.05, 0.2))
+    monkeypatch.setattr(retry, "RETRY_PAUSES", (0.05, 0.2))
     with quiet():
         yield
 
@@ -250,7 +250,7 @@ def test_a_worker_gives_up_in_one_line(
     def kill(self: optuna.Trial, *arguments: object, **options: object) -> float:
         if self.number == 1:
             killed(frail)
-            monkeypatch.setattr(retry, "PATIENCE", 0.3)
+            monkeypatch.setattr(retry, "RETRY_SECONDS", 0.3)
         return suggest(self, *arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(optuna.Trial, "suggest_float", kill)

@@ -24,8 +24,7 @@ from torch import Tensor
 
 from atp_tune.errors import UserError
 from atp_tune.events import unwatched
-from atp_tune.exporting import FORMATS, kind_of, llm_compressor
-from atp_tune.exporting.tables import as_csv, as_yaml
+from atp_tune.exporting import FORMATS, as_csv, as_recipe, as_yaml, kind_of
 from atp_tune.pruners.settings import SparseGPTSettings, WandaSettings
 from atp_tune.sparse.applying import prune_once
 from atp_tune.spec.config import Config, read_config
@@ -46,7 +45,7 @@ def error(call: Callable[[], object]) -> str:
 
 def recipe(**changes: Any) -> Any:
     """The modifiers of a recipe, as another program reads it."""
-    return list(yaml.safe_load(llm_compressor.make(config(**changes)))["sparsity_stage"].values())
+    return list(yaml.safe_load(as_recipe(config(**changes)))["sparsity_stage"].values())
 
 
 # --- the command
@@ -155,7 +154,7 @@ def test_tables_by_linear() -> None:
     assert lines[5:] == ["2,model.layers.2.mlp.up,0.7"]
 
 
-@pytest.mark.parametrize("make", [as_csv, as_yaml, llm_compressor.make])
+@pytest.mark.parametrize("make", [as_csv, as_yaml, as_recipe])
 @pytest.mark.parametrize("name", ["=1+1", "+1", "a\nb", "a,b", "@x", "- x: &a", ""])
 def test_a_name_that_no_module_has(make: Callable[[Config], str], name: str) -> None:
     """A spreadsheet takes some for formulas."""
@@ -164,7 +163,7 @@ def test_a_name_that_no_module_has(make: Callable[[Config], str], name: str) -> 
             make(config(**changed))
 
 
-@pytest.mark.parametrize("make", [as_csv, as_yaml, llm_compressor.make])
+@pytest.mark.parametrize("make", [as_csv, as_yaml, as_recipe])
 @pytest.mark.parametrize(
     ("missing", "what"), [({"blocks": None}, "blocks"), ({**BY_LINEAR, "linears": None}, "linears")]
 )
@@ -176,7 +175,7 @@ def test_files_of_earlier_versions_have_no_names(make: Callable[[Config], str], 
 
 
 def test_a_recipe_by_block() -> None:
-    text = llm_compressor.make(config())
+    text = as_recipe(config())
     assert 'pipeline="sequential", propagate_error=False' in text.splitlines()[3]
     assert recipe() == [
         {
@@ -219,7 +218,7 @@ def test_a_recipe_by_linear_and_by_number() -> None:
     ],
 )
 def test_what_a_recipe_cannot_say(changes: Any, reason: str) -> None:
-    assert reason in error(lambda: llm_compressor.make(config(**changes)))
+    assert reason in error(lambda: as_recipe(config(**changes)))
 
 
 # --- what others do with it

@@ -56,7 +56,7 @@ from atp_tune.search import runner
 from atp_tune.search.context import TrialContext
 from atp_tune.spec.config import read_config
 from atp_tune.storage import lost_trials, totals
-from atp_tune.storage.cutoffs import SAME
+from atp_tune.storage.lost_trials import SAME
 from atp_tune.storage.process_identity import identity, versions
 
 ROWS = Rows()

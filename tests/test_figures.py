@@ -13,10 +13,10 @@ from tinystudy import quiet
 
 from atp_tune import figures
 from atp_tune.errors import UserError
-from atp_tune.figures import history, overlay, sheet
-from atp_tune.figures.axis_range import view_of
-from atp_tune.figures.gp_posterior import add
-from atp_tune.figures.style import CYCLE, FINE, TICKS, faint, log_axis, rounded
+from atp_tune.figures import overlay, sheet
+from atp_tune.figures.history import draw_history
+from atp_tune.figures.perplexity import add_gp_posterior
+from atp_tune.figures.style import CYCLE, FINE, TICKS, faint, log_axis, range_of, rounded
 from atp_tune.figures.trials import second_of
 from atp_tune.results.summary import summarise
 
@@ -55,7 +55,7 @@ def notes(figure: go.Figure) -> str:
 
 def test_an_empty_study_has_no_figure(study: optuna.Study) -> None:
     assert drawn(study) == {}
-    assert history.draw(summarise(study)) is None
+    assert draw_history(summarise(study)) is None
 
 
 @pytest.mark.parametrize("state", [TrialState.RUNNING, TrialState.WAITING, TrialState.FAIL])
@@ -70,7 +70,7 @@ def test_one_trial(study: optuna.Study) -> None:
     assert list(made) == KEYS
     assert names(made["perplexity"]) == ["wanda", "best (trial 0)"]
     assert names(made["sparsity"]) == names(made["error"]) == ["best (trial 0)"]
-    assert len(history.draw(summarise(study)).data) == 2
+    assert len(draw_history(summarise(study)).data) == 2
 
 
 def test_a_study_that_runs_and_half_failed(study: optuna.Study) -> None:
@@ -225,7 +225,7 @@ def test_the_belief_is_a_line_and_a_band(study: optuna.Study) -> None:
     study.add_trials([made_up(0.0), made_up(0.006)])
     study.set_user_attr("belief", {"before": 2, "curves": {"wanda": CURVE, "sparsegpt": CURVE}})
     summary = summarise(study)
-    assert summary.belief is not None
+    assert summary.gp_posterior is not None
     figure = figures.draw(summary)["perplexity"]
     assert names(figure)[:4] == [
         "band",
@@ -251,7 +251,7 @@ def test_the_belief_is_a_line_and_a_band(study: optuna.Study) -> None:
 )  # fmt: skip
 def test_a_belief_that_is_not_whole_is_left_out(belief: Any) -> None:
     figure = go.Figure()
-    add(figure, belief)
+    add_gp_posterior(figure, belief)
     assert len(figure.data) == 0
 
 
@@ -296,7 +296,7 @@ def test_seconds_by_phase_without_repeats(study: optuna.Study) -> None:
 
 def test_the_best_so_far_only_falls(study: optuna.Study) -> None:
     study.add_trials([made_up(beta) for beta in (0.0, 0.02, 0.006, 0.01)])
-    values = list(history.draw(summarise(study)).data[1].y)
+    values = list(draw_history(summarise(study)).data[1].y)
     assert values == sorted(values, reverse=True)
     assert len(values) == 4
 
@@ -352,9 +352,9 @@ def test_axes_and_numbers() -> None:
 
 def test_the_view_takes_in_the_dense_model_where_it_is_near() -> None:
     trials = [made_up(0.0), made_up(0.006)]
-    low = view_of(trials, None).low
-    assert view_of(trials, 0.9 * low).low == 0.9 * low
-    assert view_of(trials, 0.3 * low).low == low
+    low = range_of(trials, None).low
+    assert range_of(trials, 0.9 * low).low == 0.9 * low
+    assert range_of(trials, 0.3 * low).low == low
 
 
 def test_a_picture_needs_kaleido(monkeypatch: pytest.MonkeyPatch) -> None:

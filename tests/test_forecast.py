@@ -5,24 +5,20 @@ import pytest
 from atp_tune.checkpoints.headers import Sizes
 from atp_tune.checkpoints.residency import Free
 from atp_tune.cost.forecast import (
-    Bytes,
     Passes,
+    ProbeRates,
     PrunerRate,
-    Rates,
-    Screening,
-    Tokens,
-    bytes_of,
+    ScreeningCost,
     dense_seconds,
-    memory,
     passes,
-    problems,
     screened,
     trial_seconds,
     whole,
 )
+from atp_tune.cost.memory import Bytes, Tokens, bytes_of, peaks, problems
 
 TOKENS = Tokens(calibration=1000, search=300, report=200, curve=100)
-RATES = Rates(
+RATES = ProbeRates(
     load=5.0,
     run={"calibration": 0.001, "search": 0.002, "report": 0.003},
     dense=0.004,
@@ -88,7 +84,7 @@ def test_what_is_measured_once_on_the_dense_model() -> None:
 
 def test_a_screening_comes_on_top() -> None:
     costs = {"wanda": passes("block", True, TOKENS, 300)}
-    screening = Screening(trials=6, done=0, evaluated=75, once=1000)
+    screening = ScreeningCost(trials=6, done=0, evaluated=75, once=1000)
     plain = whole(RATES, 3, 0, costs, TOKENS, 4, once=0, rows=1)
     found = screened(plain, screening, RATES, costs, 4)
     assert found.screened == 6 and plain.screened == 0
@@ -131,17 +127,17 @@ def test_bytes() -> None:
 )
 def test_memory_by_residency(residency: str, device: int, host: int) -> None:
     free = Free(10**6, 10**6)
-    found = memory(held(), residency, free, apart=True)  # type: ignore[arg-type]
+    found = peaks(held(), residency, free, apart=True)  # type: ignore[arg-type]
     assert found.device == device + 36800 + 50
     assert found.host == 10 + host + 6400
     assert found.loading == 10 + 2000 + 4000
-    same = memory(held(), residency, Free(10**6, 10**6, bounded=False), apart=False)  # type: ignore[arg-type]
+    same = peaks(held(), residency, Free(10**6, 10**6, bounded=False), apart=False)  # type: ignore[arg-type]
     assert (same.host, same.device) == (found.host + device + 36800 + 50, None)
 
 
 def lines(free: Free, residency: str = "device", **changes: int) -> tuple[str, ...]:
     own = held(**changes)
-    return problems(own, memory(own, residency, free, apart=True), residency, windows=10)  # type: ignore[arg-type]
+    return problems(own, peaks(own, residency, free, apart=True), residency, windows=10)  # type: ignore[arg-type]
 
 
 G = 1024**3

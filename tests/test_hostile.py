@@ -18,7 +18,7 @@ from test_serving import served
 from tinystudy import CommandLine, run
 
 from atp_tune.errors import UserError, printable
-from atp_tune.report.markup import escaped, fenced
+from atp_tune.report.markdown import escaped, fenced
 from atp_tune.results.summary import summarise
 from atp_tune.storage import opening, ranking
 from atp_tune.storage.validation import FOREIGN

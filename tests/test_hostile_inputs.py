@@ -25,7 +25,7 @@ from hostile import DOCUMENT, KINDS, SECRET, Input, known_cells, make_home, seen
 from tinystudy import HANGS, Answer, CommandLine
 
 from atp_tune.checkpoints.models import resolve
-from atp_tune.cli.app import app
+from atp_tune.cli import app
 from atp_tune.events import unwatched
 from atp_tune.serving import serve
 from atp_tune.spec import finding
@@ -172,7 +172,7 @@ def short_serve(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def short_speedup(monkeypatch: pytest.MonkeyPatch) -> None:
     """`speedup` measures two tokens after the prompt in the place of 32: how fast they come is not looked at here."""
-    monkeypatch.setattr(throughput, "Task", partial(throughput.Task, steps=2))
+    monkeypatch.setattr(throughput, "Workload", partial(throughput.Workload, steps=2))
 
 
 class Sandbox:

@@ -23,7 +23,7 @@ from optuna.trial import TrialState
 from preloaded import abort, doom, doom_with_patience, kill
 from tinystudy import make_model, make_tokenizer, settings, stored, wait_until
 
-from atp_tune.storage import cutoffs, lost_trials, totals
+from atp_tune.storage import lost_trials, totals
 from atp_tune.storage.trace import left_of
 
 pytestmark = pytest.mark.slow
@@ -191,15 +191,15 @@ def steps(number: int, pid: int) -> int:
 def test_a_trial_that_ends_its_process_is_given_up(fault: str, end: Callable[[], None], deep: Path) -> None:
     crew = WorkerPool(deep, partial(doom, 1, end), trials=3)
     crew.begin()
-    check_given_up(deep, crew, cutoffs.SAME)
-    ROWS.add(f"a trial {fault}", cutoffs.SAME, same="that trial counts as failed, the study goes on")
+    check_given_up(deep, crew, lost_trials.SAME)
+    ROWS.add(f"a trial {fault}", lost_trials.SAME, same="that trial counts as failed, the study goes on")
 
 
 def test_a_trial_that_ends_its_process_anywhere_is_given_up_in_the_end(
     deep: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As one that leaks memory; after 6 times here."""
-    monkeypatch.setattr(cutoffs, "MOST", 6)
+    monkeypatch.setattr(lost_trials, "MOST", 6)
     crew = WorkerPool(deep, partial(doom_with_patience, 1, 6), trials=3)
     crew.begin()
     check_given_up(deep, crew, None)

@@ -67,7 +67,7 @@ def test_there_is_something_to_check() -> None:
         "atp_tune.search.objective",
         "atp_tune.pruners",
         "atp_tune.pruners.wanda",
-        "atp_tune.cli.app",
+        "atp_tune.cli.commands.tune",
     ):
         assert name in FILES
 
@@ -221,7 +221,6 @@ LIGHT = [
     "search.samplers",
     "search.space",
     "search.runner",
-    "serving.target",
     "serving.serve",
     "sparse.card",
     "spec.config",
@@ -243,7 +242,7 @@ def test_reports_and_exports_need_no_torch() -> None:
 
 def test_help_needs_no_library_but_its_own() -> None:
     heavy = {"torch", "transformers", "optuna", "pydantic", "datasets", "numpy", "sqlalchemy", "plotly", "safetensors"}
-    for name in ("atp_tune", "atp_tune.cli", "atp_tune.cli.app", "atp_tune.__main__"):
+    for name in ("atp_tune", "atp_tune.cli", "atp_tune.cli.commands", "atp_tune.__main__"):
         assert not reached_libraries(name, heavy), name
 
 

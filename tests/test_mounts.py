@@ -7,7 +7,7 @@ from tinystudy import CommandLine, run, study_file
 
 from atp_tune.events import Event, Note
 from atp_tune.serving.serve import Service, serve
-from atp_tune.storage import filesystem
+from atp_tune.storage import opening
 
 
 def mount(monkeypatch: pytest.MonkeyPatch, *table: tuple[str | Path, str]) -> None:
@@ -34,31 +34,31 @@ def test_the_innermost_and_last_mount_decides(file: str, kind: str, monkeypatch:
         ("/data/shadow", "cifs"),
     ]
     mount(monkeypatch, *table)
-    assert filesystem.kind_of(Path(file)) == kind
+    assert opening.kind_of(Path(file)) == kind
 
 
 def test_no_mounts(monkeypatch: pytest.MonkeyPatch) -> None:
     mount(monkeypatch)
-    assert filesystem.kind_of(Path("/x.db")) == ""
+    assert opening.kind_of(Path("/x.db")) == ""
 
 
 @pytest.mark.parametrize("kind", ["nfs", "nfs4", "cifs", "smb3", "fuse.sshfs", "lustre", "9p", "fuse.glusterfs", "NFS"])
 def test_file_systems_of_a_network(kind: str) -> None:
-    assert filesystem.is_network(kind)
+    assert opening.is_network(kind)
 
 
 @pytest.mark.parametrize(
     "kind", ["ext4", "xfs", "btrfs", "tmpfs", "overlay", "apfs", "NTFS", "fuse.ntfs-3g", "zfs", ""]
 )
 def test_file_systems_of_this_machine(kind: str) -> None:
-    assert not filesystem.is_network(kind)
+    assert not opening.is_network(kind)
 
 
 def test_other_databases_lie_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     mount(monkeypatch, ("/", "nfs"))
-    assert filesystem.warning("sqlite:////x.db")
+    assert opening.network_warning("sqlite:////x.db")
     for address in ("postgresql://h/x", "grpc://h:port", "sqlite://"):
-        assert filesystem.warning(address) is None
+        assert opening.network_warning(address) is None
 
 
 def said(place: Path) -> str:

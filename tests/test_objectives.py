@@ -24,8 +24,10 @@ from atp_tune.errors import UserError
 from atp_tune.events import TrialEnded
 from atp_tune.merging import merge
 from atp_tune.report import gather, write
+from atp_tune.results.best_config import best_config
 from atp_tune.results.status import status_of, to_json
-from atp_tune.results.summary import best_config, is_uniform, kl_of, score_of, summarise
+from atp_tune.results.summary import summarise
+from atp_tune.results.trials import is_uniform, kl_of, score_of
 from atp_tune.search import termination
 from atp_tune.search.samplers import levelled
 from atp_tune.search.space import make_space

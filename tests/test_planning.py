@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tinystudy import TOKENS, WIDTH, CommandLine, run, settings, stored, study_file
 
-from atp_tune.cost import planning
+from atp_tune.cost import memory, planning, probe
 from atp_tune.cost.planning import foresee
 from atp_tune.events import unwatched
 from atp_tune.search import trial_loop
@@ -32,12 +32,11 @@ def test_a_study_is_foretold(place: Path) -> None:
 
 @pytest.mark.slow
 def test_the_dense_states_that_kl_compares_with_are_counted(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[planning.Known] = []
-    original = planning._memory
-    monkeypatch.setattr(planning, "_memory", lambda known, *more: seen.append(known) or original(known, *more))
+    seen: list[memory.Bytes] = []
+    monkeypatch.setattr(planning, "peaks", lambda held, *more: seen.append(held) or memory.peaks(held, *more))
     for keys in ((), ("search.objective=kl",)):
         assert foresee(study_file(place, *keys), "t", unwatched).trial[0].seconds
-    plain, kl = (known.held(0) for known in seen)
+    plain, _, kl, _ = seen  # before the model is loaded, and with what the probe has measured
     assert kl.dense - plain.dense == (16 + 16) * TOKENS * WIDTH * 4
     assert replace(kl, dense=0, process=0) == replace(plain, dense=0, process=0)
 
@@ -74,7 +73,7 @@ def test_a_small_device_makes_weights_stay_on_the_host(place: Path, monkeypatch:
 
 def test_what_does_not_fit_is_not_loaded(place: Path, monkeypatch: pytest.MonkeyPatch, command: CommandLine) -> None:
     monkeypatch.setenv("ATP_TUNE_DEVICE_MEMORY", "20kB")
-    monkeypatch.setattr(planning, "_probed", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr(probe, "probe", lambda *args: pytest.fail("loaded"))
     answer = command("plan", "--study", place / "tiny.toml")
     assert answer.code == 0
     assert "does not fit: device memory: " in answer.out

@@ -17,7 +17,7 @@ from atp_tune.errors import UserError
 from atp_tune.events import Event, Note, TrialStarted
 from atp_tune.serving.servers import ServedDatabase, proxy
 from atp_tune.storage import fingerprint, lost_trials, opening, remote, retry, totals, trace
-from atp_tune.storage.cutoffs import SAME
+from atp_tune.storage.lost_trials import SAME
 from atp_tune.storage.process_identity import identity
 from atp_tune.storage.remote import RemoteStorage, connect
 
@@ -54,7 +54,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "FIRST", 1)
-    monkeypatch.setattr(retry, "PAUSES", (0.05,))
+    monkeypatch.setattr(retry, "RETRY_PAUSES", (0.05,))
 
 
 def started(server: Server) -> tuple[optuna.Study, optuna.Trial]:
@@ -125,7 +125,7 @@ def test_requests_wait_for_a_server_that_comes_back(server: Server, caplog: pyte
 
 @pytest.mark.slow
 def test_a_worker_gives_up_in_the_end(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retry, "PATIENCE", 0.3)
+    monkeypatch.setattr(retry, "RETRY_SECONDS", 0.3)
     study, trial = started(server)
     server.stop()
     with pytest.raises(UserError, match=r"does not answer, for 0 minutes now\. What was told before is stored"):
@@ -195,7 +195,7 @@ def test_signs_of_life_reach_the_database(server: Server, monkeypatch: pytest.Mo
     study.tell(trial, 1.0)
     there.record_heartbeat(trial._trial_id)  # its thread may be a moment late
     server.stop()
-    monkeypatch.setattr(retry, "PATIENCE", 0.1)
+    monkeypatch.setattr(retry, "RETRY_SECONDS", 0.1)
     there.record_heartbeat(trial._trial_id)
     server.start()
 

@@ -30,11 +30,11 @@ from atp_tune.metrics.speed import Measured, Phase, Rates, Side, Sizes, Speed
 from atp_tune.sparse.applying import prune_once
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import read_config
-from atp_tune.speed import deepsparse_home, graphs, semistructured, torch_engine
-from atp_tune.speed.decoder import Decoder, check_family
+from atp_tune.speed import deepsparse_home, graphs, torch_engine
+from atp_tune.speed.benchmark import sizes, zeros_by_kind
+from atp_tune.speed.graphs import Decoder, check_family
 from atp_tune.speed.model_pair import Pair
-from atp_tune.speed.sizes import sizes, zeros_by_kind
-from atp_tune.speed.throughput import About, Task, measured
+from atp_tune.speed.throughput import About, Workload, measured
 
 SHAPE = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -96,7 +96,7 @@ def test_the_graphs_are_the_model(phase: Phase, tmp_path: Path) -> None:
     from onnx import load
     from onnx.reference import ReferenceEvaluator
 
-    model, task = random_model("llama"), Task(tokens=5, steps=2)
+    model, task = random_model("llama"), Workload(tokens=5, steps=2)
     path = graphs.export(model, task, tmp_path)[phase]
     graph = load(path)
     kept = [f"{block}.{kind}" for block in range(2) for kind in ("key", "value")]
@@ -186,7 +186,7 @@ def test_dense_and_sparse_take_turns_and_the_first_round_is_not_counted() -> Non
     def opening() -> Iterator[Counting]:
         yield engine
 
-    found = measured(opening(), "counting", Task(tokens=100, steps=10, runs=2), unwatched)
+    found = measured(opening(), "counting", Workload(tokens=100, steps=10, runs=2), unwatched)
     once = [("dense", "prefill"), ("sparse", "prefill"), ("dense", "decode"), ("sparse", "decode")]
     assert engine.asked == 3 * once
     assert found.prefill == Rates(dense=(100 / 5, 100 / 9), sparse=(100 / 6, 100 / 10))
@@ -210,7 +210,7 @@ def test_torch_computes_each_side_with_its_own_weights(done: Path, tmp_path: Pat
     """And a run of decode leaves the prompt's keys and values as they were."""
     sparse = tmp_path / "sparse"
     prune_once(study_file(done), {"beta": 0.0}, sparse, unwatched)
-    task, cpu = Task(tokens=6, steps=3, runs=1), torch.device("cpu")
+    task, cpu = Workload(tokens=6, steps=3, runs=1), torch.device("cpu")
     with torch_engine.opened(Pair(done / "model", sparse), task, cpu, torch.float32) as engine:
         assert isinstance(engine, torch_engine.Eager)
         before = {side: cache.get_seq_length() for side, cache in engine._prompts.items()}
@@ -228,20 +228,20 @@ def test_torch_computes_each_side_with_its_own_weights(done: Path, tmp_path: Pat
 def test_two_zeros_in_each_group_of_four_inputs() -> None:
     weight = torch.ones(3, 8)
     weight[:, ::2] = 0
-    semistructured.check_groups("q_proj", weight)
+    torch_engine.check_groups("q_proj", weight)
     weight[1, 0] = 1
     with pytest.raises(UserError, match="--engine semi-structured: q_proj is not 2:4 everywhere"):
-        semistructured.check_groups("q_proj", weight)
+        torch_engine.check_groups("q_proj", weight)
     weight[1, 1] = 0  # another of the same group
-    semistructured.check_groups("q_proj", weight)
+    torch_engine.check_groups("q_proj", weight)
     with pytest.raises(UserError, match="not 2:4"):
-        semistructured.check_groups("q_proj", torch.zeros(2, 6))
+        torch_engine.check_groups("q_proj", torch.zeros(2, 6))
 
 
 def test_other_linears_are_not_compressed() -> None:
     model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=2, n_positions=8))
     with pytest.raises(UserError, match=r"attn.c_attn is no nn.Linear, and torch.sparse compresses no other"):
-        semistructured.compress(Checkpoint(model, torch.device("cpu")))
+        torch_engine.compress(Checkpoint(model, torch.device("cpu")))
 
 
 @pytest.fixture
@@ -257,7 +257,7 @@ def test_what_is_pruned_in_2_4_has_two_zeros_in_each_group(two_four: Path) -> No
     model = AutoModelForCausalLM.from_pretrained(two_four)
     for name, module in model.model.layers.named_modules():
         if isinstance(module, nn.Linear):
-            semistructured.check_groups(name, module.weight)
+            torch_engine.check_groups(name, module.weight)
 
 
 @pytest.mark.slow

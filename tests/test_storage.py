@@ -16,7 +16,7 @@ from tinystudy import quiet
 from atp_tune.cache import cache_dir
 from atp_tune.errors import UserError
 from atp_tune.results.formatting import loss_of, remark_of
-from atp_tune.storage import cutoffs, database, lost_trials, opening, trace
+from atp_tune.storage import database, lost_trials, opening, trace
 from atp_tune.storage.fingerprint import check_facts, create_study, is_new
 from atp_tune.storage.lost_trials import cut_offs_of, queue_again, recover
 from atp_tune.storage.opening import check_writable, find_study, open_storage
@@ -341,7 +341,7 @@ def test_a_trial_that_dies_at_the_same_place_is_queued_again_twice(study: optuna
 
 
 def test_a_trial_that_dies_anywhere_is_run_again(study: optuna.Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cutoffs, "MOST", 8)
+    monkeypatch.setattr(lost_trials, "MOST", 8)
     for number in range(7):
         die(study, f"after prune {number % 2} of 30".encode().ljust(trace.WIDTH))
         recover(study)
@@ -486,7 +486,7 @@ def test_what_optuna_itself_finds_silent_is_given_up_too(
     study: optuna.Study, db: RDBStorage, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before each trial Optuna ends those without a sign of life: they come again, but not for ever."""
-    monkeypatch.setattr(cutoffs, "MOST", 4)
+    monkeypatch.setattr(lost_trials, "MOST", 4)
     elsewhere = {"host": "elsewhere", "pid": 1, "process_started": 0.0}
     add(study, **elsewhere)
     for number in range(4):

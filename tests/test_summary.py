@@ -12,7 +12,9 @@ from tinystudy import quiet, stored, study_file
 
 from atp_tune.errors import UserError
 from atp_tune.metrics.perplexity import perplexity
-from atp_tune.results.summary import best_config, is_uniform, score_of, summarise, uniform_of
+from atp_tune.results.best_config import best_config
+from atp_tune.results.summary import summarise
+from atp_tune.results.trials import is_uniform, score_of, uniform_of
 from atp_tune.storage import ranking
 
 DISTRIBUTIONS = {

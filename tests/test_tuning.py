@@ -27,7 +27,8 @@ from atp_tune.cli.runtime import quiet
 from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Event, Note, Step, TrialEnded, TrialStarted
 from atp_tune.plan import Plan
-from atp_tune.results.summary import allocation_of, summarise, unreported
+from atp_tune.results.summary import summarise, unreported
+from atp_tune.results.trials import allocation_of
 from atp_tune.search import final_scores, runner, study_run, trial_loop
 from atp_tune.search.context import TrialContext
 from atp_tune.spec.config import read_config

@@ -20,7 +20,7 @@ from atp_tune.events import Event, Step, unwatched
 from atp_tune.search.context import ContextConfig, TrialContext
 from atp_tune.spec.config import Measure, read_config
 from atp_tune.zeroshot import comparison
-from atp_tune.zeroshot.comparison import Asked, difference, evaluate, evaluate_folder, mean, pruned
+from atp_tune.zeroshot.comparison import TaskOptions, difference, evaluate, evaluate_folder, mean, pruned
 
 ROOT = Path(__file__).parents[1]
 OFFLINE_TASKS = ROOT / "scripts" / "offline-tasks"
@@ -145,7 +145,7 @@ def test_scores_are_stored_and_shown(done: Path, tasks: Path, command: CommandLi
 @pytest.mark.slow
 def test_progress_counts_every_answer_of_every_model(done: Path, tasks: Path) -> None:
     config, events = read_config(done / "tiny.best.json"), list[Event]()
-    evaluate(config, done, Asked((f"{tasks}/far.yaml",), 1, None, 2, "cpu"), events.append, {})
+    evaluate(config, done, TaskOptions((f"{tasks}/far.yaml",), 1, None, 2, "cpu"), events.append, {})
     steps = [event for event in events if isinstance(event, Step) and event.phase == "answer"]
     assert [(step.done, step.total) for step in steps] == [(done, 4) for _ in range(3) for done in range(1, 5)]
 
@@ -160,7 +160,7 @@ def test_it_prunes_in_the_batches_of_the_trial(done: Path, tasks: Path, monkeypa
         return step(self, *more)
 
     monkeypatch.setattr(Pass, "step", noted)
-    evaluate(config, done, Asked((f"{tasks}/far.yaml",), 1, None, 1, "cpu"), lambda _: None, {})
+    evaluate(config, done, TaskOptions((f"{tasks}/far.yaml",), 1, None, 1, "cpu"), lambda _: None, {})
     assert seen == {config.batches["calibration"]} == {8}
 
 
@@ -182,7 +182,7 @@ def test_no_program_is_asked_about_the_machine(done: Path, tasks: Path, monkeypa
 
     begin, asked = subprocess.Popen.__init__, list[Any]()
     monkeypatch.setattr(subprocess.Popen, "__init__", noted)
-    evaluate_folder(done / "model", Asked((f"{tasks}/far.yaml",), 1, None, 1, "cpu"), unwatched, {})
+    evaluate_folder(done / "model", TaskOptions((f"{tasks}/far.yaml",), 1, None, 1, "cpu"), unwatched, {})
     assert asked == []
 
 
@@ -218,7 +218,7 @@ def test_copies_in_host_memory_and_streamed_blocks_score_the_same(
     done: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = read_config(done / "tiny.best.json")
-    asked = Asked((f"{tasks}/far.yaml",), 2, None, 4, "cpu")
+    asked = TaskOptions((f"{tasks}/far.yaml",), 2, None, 4, "cpu")
     usual = evaluate(config, done, asked, lambda event: None, {})
     monkeypatch.setattr(comparison, "ROOM", 0)
     assert evaluate(config, done, asked, lambda event: None, {}).tasks == usual.tasks
@@ -254,7 +254,7 @@ def test_the_model_is_let_go_of(done: Path, tasks: Path, monkeypatch: pytest.Mon
         released.append(len(list(checkpoint.model.parameters())))
 
     monkeypatch.setattr(Checkpoint, "release", release)
-    asked = Asked((f"{tasks}/far.yaml",), 1, None, 4, "cpu")
+    asked = TaskOptions((f"{tasks}/far.yaml",), 1, None, 4, "cpu")
     evaluate(read_config(done / "tiny.best.json"), done, asked, unwatched, {})
     evaluate_folder(done / "model", asked, unwatched, {})
     assert released == [0, 0]

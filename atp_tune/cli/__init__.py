@@ -7,11 +7,33 @@ from typing import Any, NoReturn
 
 import typer
 
-from atp_tune.cli.app import app
+from atp_tune.cli.commands import (
+    apply,
+    evaluate,
+    export,
+    finetune,
+    merge,
+    plan,
+    prune,
+    report,
+    serve,
+    speedup,
+    status,
+    studies,
+    tune,
+)
 from atp_tune.errors import TrialError, UserError, printable
 
 UsageError: Any = typer.BadParameter.__mro__[1]  # of the click that typer brings along
 SPINS = "10000"  # of libgomp's wait for a thread, instead of millions: costs nothing on idle cores
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
+app.callback(invoke_without_command=True)(tune.run)
+for command in (  # in the order of `--help`
+    status.status, plan.plan, serve.serve, merge.merge, export.export, report.report, apply.apply, evaluate.evaluate,
+    prune.prune, finetune.finetune, speedup.speedup, studies.studies,
+):  # fmt: skip
+    app.command()(command)
 
 
 def main() -> None:

@@ -3,14 +3,7 @@
 from time import monotonic
 from types import TracebackType
 
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from atp_tune.cli.terminal import console
 from atp_tune.errors import printable
@@ -55,7 +48,7 @@ class Display:
     def note(self, text: str) -> None:
         """Prints a line, once: several workers may say the same."""
         if text not in self._notes:
-            console.print(text, highlight=False)
+            console.print(text)
         self._notes.add(text)
 
     def end(self, event: TrialEnded, plan: str, seconds: float) -> None:
@@ -74,7 +67,7 @@ class Display:
         rest = f" of {event.what}s left"  # the report and its draws come after them
         eta = f", {duration(left)}{rest}" if event.done < event.total and not console.is_terminal else ""
         title = f"[{event.done}/{event.total}] {event.what} {event.number}: {plan}"
-        console.print(f"{title}: {value} in {seconds:.0f} s ({best}{eta})", highlight=False, markup=False)
+        console.print(f"{title}: {value} in {seconds:.0f} s ({best}{eta})", markup=False)
         self.bars.update(
             self._trials, description=f"{event.what}s ({best})", completed=event.done, total=event.total, visible=True
         )
@@ -111,4 +104,4 @@ class Line:
         self._title, self._plan, self._began = title, plan, monotonic()
         self._display.bars.reset(self._bar, description=printable(f"{self._name}{title}"), visible=True)
         if not console.is_terminal and not title.startswith(("trial", "screening")):
-            console.print(f"{title} {plan}".rstrip(), highlight=False)
+            console.print(f"{title} {plan}".rstrip())

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from time import sleep
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from optuna import Study
 from optuna.exceptions import StorageInternalError
@@ -20,7 +20,7 @@ from atp_tune.cli.runtime import interruptible
 from atp_tune.cli.tables import progress_line, show_status, trials_table
 from atp_tune.cli.terminal import console
 from atp_tune.errors import UserError, printable
-from atp_tune.results.status import Status, Trial, status_of, to_json
+from atp_tune.results.status import Status, TrialStatus, status_of, to_json
 from atp_tune.results.summary import Summary, summarise
 from atp_tune.spec.studyfile import StudyFile
 from atp_tune.storage import opening
@@ -37,7 +37,7 @@ def show_once(study: Study, file: StudyFile, as_json: bool) -> None:
 
 def watch(file: StudyFile, name: str, every: float, as_json: bool) -> None:
     """The study until it is complete, and its summary at the end; Ctrl-C ends with exit code 130, as it does a run."""
-    view = _view(as_json)
+    view = JsonView() if as_json else TerminalView() if console.is_terminal else PipeView()
     try:
         with interruptible(), view:
             for summary in looks(file, name, every):
@@ -72,33 +72,11 @@ def _read(study: Study) -> Summary:
         raise UserError(f"study {study.study_name}: cannot be read any more: {reason}") from None
 
 
-class View(Protocol):
-    """Where a study is watched; a context manager."""
-
-    def wait(self, text: str) -> None:
-        """Says that there is nothing to show yet."""
-
-    def show(self, summary: Summary) -> None:
-        """Shows the study as it stands."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-
-def _view(as_json: bool) -> View:
-    if as_json:
-        return Documents()
-    return Screen() if console.is_terminal else Blocks()
-
-
-class Changes:
-    """Something is said once, and again only when it changed."""
+class StatusView:
+    """Where a study is watched, a context manager; it says something again only when it changed."""
 
     def __init__(self) -> None:
-        self._last: Status | str | None = None
+        self._said: Status | str | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -106,15 +84,24 @@ class Changes:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        pass
+        """Nothing is to be put back."""
+
+    def wait(self, text: str) -> None:
+        """Says, once, that there is nothing to show yet."""
+        if self.is_new(text):
+            console.print(text)
+
+    def show(self, summary: Summary) -> None:
+        """Shows the study as it stands."""
+        raise NotImplementedError
 
     def is_new(self, what: Status | str) -> bool:
         """Whether it differs from what was said last; the clock alone is no difference."""
-        before, self._last = self._last, what.without_clock() if isinstance(what, Status) else what
-        return before != self._last
+        before, self._said = self._said, what.without_clock() if isinstance(what, Status) else what
+        return before != self._said
 
 
-class Documents(Changes):
+class JsonView(StatusView):
     """JSON lines: one document per change."""
 
     def wait(self, text: str) -> None:
@@ -129,17 +116,12 @@ class Documents(Changes):
             print(to_json(status, indent=None), flush=True)
 
 
-class Blocks(Changes):
+class PipeView(StatusView):
     """A pipe or a file: per change the trials that changed; the first block has all."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._known: dict[int, Trial] = {}
-
-    def wait(self, text: str) -> None:
-        """Says so once."""
-        if self.is_new(text):
-            console.print(text, highlight=False)
+        self._known: dict[int, TrialStatus] = {}
 
     def show(self, summary: Summary) -> None:
         """Prints trials and the line of progress; of a complete study nothing, as its summary follows."""
@@ -150,13 +132,14 @@ class Blocks(Changes):
         self._known = {trial.number: trial for trial in status.trials}
         if changed:
             console.print(trials_table(summary, [trial for trial in summary.trials if trial.number in changed]))
-        console.print(progress_line(status), highlight=False)
+        console.print(progress_line(status))
 
 
-class Screen:
+class TerminalView(StatusView):
     """A terminal: its alternate screen, drawn again in place; what was last seen stays behind after Ctrl-C."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._live = Live(console=console, screen=True, auto_refresh=False)
         self._last: Summary | None = None
 

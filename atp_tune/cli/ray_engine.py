@@ -17,8 +17,8 @@ from ray.exceptions import GetTimeoutError, NodeDiedError, RayActorError, RayErr
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from atp_tune.cli.display import Display
-from atp_tune.cli.worker_pool import PATIENCE, Job, Worker, supervise, work
-from atp_tune.compat.ray import bootstrap_address
+from atp_tune.cli.worker_pool import STOP_TIMEOUT, StudyWorker, WorkerJob, supervise, work
+from atp_tune.compat import ray_address
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Note
 from atp_tune.spec.studyfile import StudyFile
@@ -28,7 +28,7 @@ ANSWER = 5  # seconds in which the cluster's address, or the actor of the news, 
 POLL = 0.3  # seconds between two looks at the news
 
 
-def run_on_ray(job: Job, display: Display, count: int | None, address: str) -> None:
+def run_on_ray(job: WorkerJob, display: Display, count: int | None, address: str) -> None:
     """Runs the study in `count` tasks of the cluster, by default one for each of its GPUs."""
     _connect(address)
     try:
@@ -41,7 +41,7 @@ def run_on_ray(job: Job, display: Display, count: int | None, address: str) -> N
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         news = _NEWS.options(scheduling_strategy=here).remote()
         job = replace(job, file=_for_travel(job.file))
-        workers: list[Task] = [Task(index, display, job, kind, news) for index in range(count)]
+        workers: list[RayWorker] = [RayWorker(index, display, job, kind, news) for index in range(count)]
         supervise(workers, lambda alive: _listen(alive, workers, news))
     finally:
         ray.shutdown()
@@ -52,7 +52,7 @@ def _connect(address: str) -> None:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     terminate = signal.getsignal(signal.SIGTERM)
     try:
-        host, _, port = bootstrap_address(address).rpartition(":")
+        host, _, port = ray_address(address).rpartition(":")
         socket.create_connection((host, int(port)), ANSWER).close()  # Ray itself would try for minutes
         ray.init(f"{host}:{port}", log_to_driver=False, logging_level=logging.CRITICAL)
     except (OSError, ValueError, RuntimeError) as error:
@@ -92,11 +92,12 @@ def _for_travel(file: StudyFile) -> StudyFile:
     return replace(file, path=file.path.absolute(), study=study)
 
 
-def _listen(alive: "Sequence[Task]", workers: "Sequence[Task]", news: Any) -> None:
+def _listen(alive: "Sequence[RayWorker]", workers: "Sequence[RayWorker]", news: Any) -> None:
     """Draws what has come, then sees who has ended."""
     by_task = {worker.task: worker for worker in alive}
     ended, _ = ray.wait(list(by_task), timeout=POLL)
-    for index, event in _answer(news.take.remote(), []):
+    told: list[tuple[int, Event]] = _answer(news.take.remote(), [])
+    for index, event in told:
         workers[index].hear(event)
     for task in ended:
         by_task[task].end()
@@ -110,10 +111,10 @@ def _answer(call: Any, without: T) -> T:
         return without
 
 
-class Task(Worker):
+class RayWorker(StudyWorker):
     """One task, on one GPU or CPU."""
 
-    def __init__(self, index: int, display: Display, job: Job, kind: str, news: Any) -> None:
+    def __init__(self, index: int, display: Display, job: WorkerJob, kind: str, news: Any) -> None:
         super().__init__(index, display)
         self.task: Any = None
         self._job, self._news = job, news
@@ -131,7 +132,7 @@ class Task(Worker):
 
     def wait(self) -> None:
         """Waits for the task; Ray kills what is left when this process ends."""
-        ray.wait([self.task], timeout=PATIENCE)
+        ray.wait([self.task], timeout=STOP_TIMEOUT)
 
     def end(self) -> None:
         """Takes the answer."""
@@ -175,7 +176,7 @@ _NEWS: Any = ray.remote(num_cpus=0, max_restarts=-1)(News)
 
 
 @ray.remote(max_retries=0, max_calls=1, scheduling_strategy="SPREAD")
-def _work(job: Job, index: int, news: Any, home: str) -> str | None:
+def _work(job: WorkerJob, index: int, news: Any, home: str) -> str | None:
     """The task of one worker: a run whose events go to the actor."""
     if job.file.database is not None and _host() != home:  # a host that came later
         return _out_of_reach(job.file)

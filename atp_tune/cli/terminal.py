@@ -1,5 +1,6 @@
 """The console that all is printed to, and tables in the two forms that it shows them in."""
 
+from collections.abc import Iterable
 from io import StringIO
 from typing import Any
 
@@ -23,7 +24,7 @@ class Terminal(Console):
         return super().render_str("\n".join(map(printable, text.split("\n"))), **options)
 
 
-console = Terminal(soft_wrap=True, markup=False)  # paths and reasons may hold brackets
+console = Terminal(soft_wrap=True, markup=False, highlight=False)  # paths and reasons may hold brackets
 
 
 def table(*columns: str) -> Table:
@@ -35,19 +36,16 @@ def table(*columns: str) -> Table:
     return found
 
 
-def markdown_table(*columns: str) -> Table:
-    """An empty table for a Markdown document, see `markdown`."""
-    found = Table(box=box.MARKDOWN, header_style="")
-    for column in columns:
-        found.add_column(column, no_wrap=True)
-    return found
-
-
-def markdown(table: Table) -> str:
+def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A table as text for a Markdown document: each row is one line, however narrow the terminal is."""
+    made = Table(box=box.MARKDOWN, header_style="")
+    for column in head:
+        made.add_column(column, no_wrap=True)
+    for row in rows:
+        made.add_row(*row)
     wide = Console(width=WIDE, file=StringIO())
     with wide.capture() as captured:
-        wide.print(table)
+        wide.print(made)
     return "\n".join(line.strip() for line in captured.get().splitlines() if line.strip())
 
 

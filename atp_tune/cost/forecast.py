@@ -10,27 +10,15 @@ N calibration tokens, E search tokens, R report tokens, C tokens of the error cu
 The document (`atp_tune.plan/1`) is published: keys are added under the same number, never renamed or removed.
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from atp_tune.checkpoints.headers import Sizes
-from atp_tune.checkpoints.residency import Free, Residency
+from atp_tune.checkpoints.residency import Residency
+from atp_tune.cost.memory import Memory, Tokens
 from atp_tune.frozen import FrozenModel
 
 FORMAT: Literal["atp_tune.plan/1"] = "atp_tune.plan/1"
-GIB = 1024**3
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Tokens of each text, and those of the error curve."""
-
-    calibration: int
-    search: int
-    report: int
-    curve: int
 
 
 class Passes(FrozenModel):
@@ -63,7 +51,7 @@ class PrunerRate:
 
 
 @dataclass(frozen=True)
-class Rates:
+class ProbeRates:
     """What a probe has measured, in seconds: loading; one block per token of each text, and per token of what is
     measured once on the dense model; embedding and head per token; a block's way to the device; each pruner.
     `work`: bytes taken at most beside weights and states.
@@ -91,7 +79,7 @@ class Seconds(FrozenModel):
         return self.calibrate + self.prune + self.evaluate
 
 
-def trial_seconds(rates: Rates, pruner: str, cost: Passes, blocks: int, role: str = "search") -> Seconds:
+def trial_seconds(rates: ProbeRates, pruner: str, cost: Passes, blocks: int, role: str = "search") -> Seconds:
     """One trial, evaluated on the text of that role. Where blocks are copied, the slower of both sets the pace."""
     own = rates.pruners[pruner]
     calibrate = cost.run * own.calibrate
@@ -104,60 +92,9 @@ def trial_seconds(rates: Rates, pruner: str, cost: Passes, blocks: int, role: st
     )
 
 
-def dense_seconds(rates: Rates, tokens: int, blocks: int, role: str) -> float:
+def dense_seconds(rates: ProbeRates, tokens: int, blocks: int, role: str) -> float:
     """The dense model on a text."""
     return blocks * max(rates.fetch, tokens * rates.run[role]) + tokens * rates.ends
-
-
-class Memory(FrozenModel):
-    """Bytes at the peak, and bytes that can be had. `host`: while trials run; `loading`: while the model is loaded,
-    with mapped files, which the system can drop; `device` is null where it is the host's own.
-    """
-
-    host: int
-    loading: int
-    device: int | None
-    host_free: int
-    device_free: int | None
-
-
-@dataclass(frozen=True)
-class Bytes:
-    """What lies in memory: weights in all, of the blocks, of the largest block, and as the files hold them; whether
-    loading converts them; hidden states of calibration and search; dense states; work; the process itself; what all
-    calibration windows hold in the middle of a block, where they stand before each linear.
-    """
-
-    total: int
-    blocks: int
-    largest: int
-    files: int
-    converts: bool
-    calibration: int
-    search: int
-    dense: int
-    work: int
-    process: int
-    standing: int = 0
-
-    @property
-    def states(self) -> int:
-        """Hidden states at their peak: those of calibration exist twice for a moment, beside those of the search."""
-        return max(self.search + 2 * self.calibration + self.standing, 2 * self.search)
-
-
-def memory(held: Bytes, residency: Residency, free: Free, apart: bool) -> Memory:
-    """The peaks; `apart`: the compute device has memory of its own, else its part is the host's too."""
-    weights = held.total if residency == "device" else held.total - held.blocks + min(held.blocks, 2 * held.largest)
-    device = weights + held.states + held.work
-    waiting = held.blocks if residency == "host" else 0
-    return Memory(
-        host=held.process + waiting + held.dense + (0 if apart else device),
-        loading=held.process + (held.total if held.converts else 0) + held.files,
-        device=device if free.bounded else None,
-        host_free=free.host,
-        device_free=free.device if free.bounded else None,
-    )
 
 
 class Weights(FrozenModel):
@@ -169,7 +106,7 @@ class Weights(FrozenModel):
     residency: Residency
 
 
-class Trial(FrozenModel):
+class TrialCost(FrozenModel):
     """One trial of a pruner, in the study or in its screening; seconds are null where nothing could be measured."""
 
     what: Literal["trial", "screening"] = "trial"
@@ -178,7 +115,7 @@ class Trial(FrozenModel):
     seconds: Seconds | None
 
 
-class Whole(FrozenModel):
+class StudyCost(FrozenModel):
     """The whole study: its total of trials (null where it is not known), those done, and those of the screening before
     it; seconds of all and of what is left, with loading, the dense model, the screening, the report text, and other
     draws of the calibration text. A study that settles may end before all of that.
@@ -202,52 +139,13 @@ class Forecast(FrozenModel):
     dtype: str
     weights: Weights
     memory: Memory
-    trial: tuple[Trial, ...]
-    whole: Whole
+    trial: tuple[TrialCost, ...]
+    whole: StudyCost
     problems: tuple[str, ...] = ()
 
 
-def problems(held: Bytes, needed: Memory, residency: Residency, windows: int) -> tuple[str, ...]:
-    """What does not fit, and what to change, a line each; `windows`: of the calibration text."""
-    found = []
-    if needed.device is not None and needed.device_free is not None and needed.device > needed.device_free:
-        advice = _advice(held, residency, needed.device - needed.device_free, windows)
-        found.append(_missing("device", needed.device, needed.device_free, advice))
-    own = needed.host - held.process  # the process is there already
-    if own > needed.host_free:
-        found.append(_missing("host", own, needed.host_free, _host_advice(held, residency, own, needed, windows)))
-    if held.converts and held.total > needed.host_free:
-        advice = "give the model in the number format that it is computed in, or set model.dtype to its own"
-        found.append(_missing("host", held.total, needed.host_free, f"loading converts the weights: {advice}"))
-    return tuple(found)
-
-
-def _missing(where: str, needed: int, free: int, advice: str) -> str:
-    return f"{where} memory: {needed / GIB:.1f} GiB are needed, {free / GIB:.1f} GiB are free; {advice}"
-
-
-def _advice(held: Bytes, residency: Residency, over: int, windows: int) -> str:
-    if residency == "device" and held.blocks - 2 * held.largest >= over:
-        return 'set model.residency = "auto"'
-    return _fewer(held, over, windows) or "take shorter windows or a larger device"
-
-
-def _host_advice(held: Bytes, residency: Residency, own: int, needed: Memory, windows: int) -> str:
-    over = own - needed.host_free
-    if residency == "host" and held.blocks >= over:
-        return 'set model.residency = "disk"'
-    return _fewer(held, over, windows) or "free some, or take a smaller model"
-
-
-def _fewer(held: Bytes, over: int, windows: int) -> str:
-    """The number of calibration windows with which it would fit, if there is one."""
-    each = (2 * held.calibration + held.standing) / windows
-    fitting = windows - math.ceil(over / each) if each else 0
-    return f"set texts.calibration.windows = {fitting}" if fitting > 0 else ""
-
-
 @dataclass(frozen=True)
-class Screening:
+class ScreeningCost:
     """What comes before a study: its trials and those done, tokens that each evaluates, and tokens sent through the
     dense blocks to listen and to run on, once for all.
     """
@@ -267,7 +165,7 @@ class Screening:
         """Tokens through the blocks in all, the dense model's among them."""
         return (self.trials + 1) * self.evaluated + 2 * self.once
 
-    def seconds(self, rates: Rates, pruners: Iterable[str], blocks: int) -> tuple[float, float]:
+    def seconds(self, rates: ProbeRates, pruners: Iterable[str], blocks: int) -> tuple[float, float]:
         """Seconds of all of it, and of what is left."""
         each = _mean([trial_seconds(rates, pruner, self.cost, blocks).total for pruner in pruners])
         before = blocks * self.once * rates.dense + dense_seconds(rates, self.evaluated, blocks, "search")
@@ -276,7 +174,7 @@ class Screening:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawsCost:
     """What other draws of the calibration text add: plans that are measured again, on the text of that role, and tokens
     sent through the dense blocks to listen and to run on.
     """
@@ -289,7 +187,7 @@ class Drawn:
         """Tokens that each evaluates."""
         return tokens.report if self.role == "report" else tokens.search
 
-    def seconds(self, rates: Rates, costs: dict[str, Passes], tokens: Tokens, blocks: int) -> float:
+    def seconds(self, rates: ProbeRates, costs: dict[str, Passes], tokens: Tokens, blocks: int) -> float:
         """Seconds of all of it."""
         evaluated = self.evaluated(tokens)
         each = _mean(_again(rates, costs, evaluated, blocks, self.role))
@@ -297,7 +195,7 @@ class Drawn:
 
 
 def whole(
-    rates: Rates | None,
+    rates: ProbeRates | None,
     trials: int | None,
     done: int,
     costs: dict[str, Passes],
@@ -305,8 +203,8 @@ def whole(
     blocks: int,
     once: int,
     rows: int,
-    drawn: Drawn = Drawn(0, "report", 0),
-) -> Whole:
+    drawn: DrawsCost = DrawsCost(0, "report", 0),
+) -> StudyCost:
     """The study in all. Trials are shared out evenly over the pruners; none is taken to end early.
 
     `once`: tokens sent through the dense blocks to listen and to run on, once for all trials; `rows`: plans that are
@@ -314,24 +212,26 @@ def whole(
     draws of the calibration text add.
     """
     if trials is None:
-        return Whole(trials=None, done=done, tokens=None, seconds=None, seconds_left=None)
+        return StudyCost(trials=None, done=done, tokens=None, seconds=None, seconds_left=None)
     sent = _mean([cost.total for cost in costs.values()])
     calibrated = _mean([cost.total - cost.evaluate for cost in costs.values()])
     reported = rows * (calibrated + tokens.report) + (tokens.report if rows else 0)
     redrawn = drawn.plans * (calibrated + drawn.evaluated(tokens)) + 2 * drawn.once
     through = round(trials * sent + tokens.search + tokens.curve + 2 * once + reported + redrawn)
     if rates is None:
-        return Whole(trials=trials, done=done, tokens=through, seconds=None, seconds_left=None)
+        return StudyCost(trials=trials, done=done, tokens=through, seconds=None, seconds_left=None)
     each = _mean([trial_seconds(rates, pruner, cost, blocks).total for pruner, cost in costs.items()])
     before = rates.load + blocks * (tokens.curve * rates.run["calibration"] + once * rates.dense)
     dense = dense_seconds(rates, tokens.search, blocks, "search")
     after = _report_seconds(rates, costs, tokens, blocks, rows) + drawn.seconds(rates, costs, tokens, blocks)
     left = 0.0 if done >= trials else before + (0 if done else dense) + (trials - done) * each + after
     seconds = before + dense + trials * each + after
-    return Whole(trials=trials, done=done, tokens=through, seconds=seconds, seconds_left=left)
+    return StudyCost(trials=trials, done=done, tokens=through, seconds=seconds, seconds_left=left)
 
 
-def screened(found: Whole, screening: Screening, rates: Rates | None, pruners: Iterable[str], blocks: int) -> Whole:
+def screened(
+    found: StudyCost, screening: ScreeningCost, rates: ProbeRates | None, pruners: Iterable[str], blocks: int
+) -> StudyCost:
     """The study with its screening before it."""
     more: dict[str, float] = {"screened": screening.trials}
     if found.tokens is not None:
@@ -342,14 +242,14 @@ def screened(found: Whole, screening: Screening, rates: Rates | None, pruners: I
     return found.model_copy(update=more)
 
 
-def _report_seconds(rates: Rates, costs: dict[str, Passes], tokens: Tokens, blocks: int, rows: int) -> float:
+def _report_seconds(rates: ProbeRates, costs: dict[str, Passes], tokens: Tokens, blocks: int, rows: int) -> float:
     if not rows:
         return 0.0
     again = _again(rates, costs, tokens.report, blocks, "report")
     return dense_seconds(rates, tokens.report, blocks, "report") + rows * _mean(again)
 
 
-def _again(rates: Rates, costs: dict[str, Passes], evaluated: int, blocks: int, role: str) -> list[float]:
+def _again(rates: ProbeRates, costs: dict[str, Passes], evaluated: int, blocks: int, role: str) -> list[float]:
     """Seconds of a plan of each pruner, evaluated on so many tokens of a text."""
     return [
         trial_seconds(rates, pruner, cost.model_copy(update={"evaluate": evaluated}), blocks, role).total
@@ -359,20 +259,3 @@ def _again(rates: Rates, costs: dict[str, Passes], evaluated: int, blocks: int, 
 
 def _mean(values: "list[int] | list[float]") -> float:
     return sum(values) / len(values)
-
-
-def bytes_of(sizes: Sizes, itemsize: int, width: int, tokens: Tokens, work: int, process: int) -> Bytes:
-    """The bytes of a model computed with `itemsize` bytes per value, whose hidden states have `width` values."""
-    state = width * itemsize
-    return Bytes(
-        total=sizes.total * itemsize,
-        blocks=sum(sizes.blocks) * itemsize,
-        largest=max(sizes.blocks) * itemsize,
-        files=sizes.bytes,
-        converts=sizes.bytes != sizes.total * itemsize,
-        calibration=tokens.calibration * state,
-        search=max(tokens.search, tokens.report) * state,
-        dense=len(sizes.blocks) * tokens.curve * state,
-        work=work,
-        process=process,
-    )

@@ -11,7 +11,8 @@ import psutil
 from atp_tune.checkpoints.headers import Sizes, read_sizes
 from atp_tune.checkpoints.residency import Free, Residency, choose
 from atp_tune.cost import forecast
-from atp_tune.cost.forecast import Bytes, Drawn, Forecast, Passes, Rates, Screening, Tokens, Trial, Weights, Whole
+from atp_tune.cost.forecast import DrawsCost, Forecast, Passes, ProbeRates, ScreeningCost, StudyCost, TrialCost, Weights
+from atp_tune.cost.memory import Bytes, Tokens, bytes_of, peaks, problems
 from atp_tune.events import Note, Watch
 from atp_tune.search.samplers import total_trials
 from atp_tune.search.space import make_space
@@ -57,7 +58,7 @@ class Known:
 
     def held(self, work: int) -> Bytes:
         """What will lie in memory."""
-        found = forecast.bytes_of(self.sizes, self.itemsize, self.width, self.tokens, work, self.process)
+        found = bytes_of(self.sizes, self.itemsize, self.width, self.tokens, work, self.process)
         if "kl" not in self.study.search.objective:
             return found
         finals = (self.tokens.search + self.tokens.report) * self.width * self.itemsize
@@ -80,11 +81,17 @@ def foresee(file: StudyFile, name: str, watch: Watch) -> Forecast:
     folder = resolve(setup.model, setup.base, lambda text: watch(Note(text)))
     known = _known(file, name, setup, folder, device, dtype.itemsize)
     context, rates = None, None
-    if not forecast.problems(known.held(0), _memory(known, known.residency(), 0), known.residency(), known.windows):
+    needed = peaks(known.held(0), known.residency(), known.free, known.apart)
+    if not problems(known.held(0), needed, known.residency(), known.windows):
         with oom_as_user_error("loading"):
             began = perf_counter()
             context = TrialContext.open(setup, watch)
-            rates = _probed(context, file.study, perf_counter() - began)
+            load = perf_counter() - began
+            from atp_tune.cost.probe import probe
+
+            context.watch(Note("probing: one batch of each text in three blocks"))
+            spec = file.study
+            rates = probe(context, spec.prune.pruners, spec.sparsity, load, "kl" in spec.search.objective)
     format_ = str(dtype).removeprefix("torch.")
     return _forecast(known, name, device_name(device), format_, context, rates)
 
@@ -161,19 +168,8 @@ def _progress(study: optuna.Study | None, asked: int) -> tuple[int, int]:
     return (totals.counted(study), totals.total_of(study, asked)) if study else (0, asked)
 
 
-def _probed(context: "TrialContext", study: Study, load: float) -> Rates:
-    from atp_tune.cost.probe import probe
-
-    context.watch(Note("probing: one batch of each text in three blocks"))
-    return probe(context, study.prune.pruners, study.sparsity, load, "kl" in study.search.objective)
-
-
-def _memory(known: Known, residency: Residency, work: int) -> forecast.Memory:
-    return forecast.memory(known.held(work), residency, known.free, known.apart)
-
-
 def _forecast(
-    known: Known, name: str, device: str, dtype: str, context: "TrialContext | None", rates: Rates | None
+    known: Known, name: str, device: str, dtype: str, context: "TrialContext | None", rates: ProbeRates | None
 ) -> Forecast:
     residency = context.checkpoint.residency if context else known.residency()
     work = rates.work if rates else 0
@@ -184,7 +180,7 @@ def _forecast(
     held = known.held(work)
     if context is not None and known.study.prune.statistics == "sequential":
         held = replace(held, standing=known.tokens.calibration * context.sequential_bytes_per_token)
-    needed = forecast.memory(held, residency, known.free, known.apart)
+    needed = peaks(held, residency, known.free, known.apart)
     blocks = len(known.sizes.blocks)
     return Forecast(
         study=name,
@@ -194,14 +190,14 @@ def _forecast(
         memory=needed,
         trial=tuple(_trials(known, rates)),
         whole=_whole(known, context, rates),
-        problems=forecast.problems(held, needed, residency, known.windows),
+        problems=problems(held, needed, residency, known.windows),
     )
 
 
-def _trials(known: Known, rates: Rates | None) -> Iterator[Trial]:
-    def trial(what: Literal["trial", "screening"], pruner: str, cost: Passes) -> Trial:
+def _trials(known: Known, rates: ProbeRates | None) -> Iterator[TrialCost]:
+    def trial(what: Literal["trial", "screening"], pruner: str, cost: Passes) -> TrialCost:
         seconds = forecast.trial_seconds(rates, pruner, cost, len(known.sizes.blocks)) if rates else None
-        return Trial(what=what, pruner=pruner, tokens=cost, seconds=seconds)
+        return TrialCost(what=what, pruner=pruner, tokens=cost, seconds=seconds)
 
     yield from (trial("trial", pruner, cost) for pruner, cost in known.costs.items())
     if screening := _screening(known):
@@ -219,7 +215,7 @@ def _rank_bytes(study: Study, context: "TrialContext") -> int:
     return BYTES * sum(context.checkpoint.sizes) if any(can_rank(x, context.checkpoint) for x in pruners) else 0
 
 
-def _whole(known: Known, context: "TrialContext | None", rates: Rates | None) -> Whole:
+def _whole(known: Known, context: "TrialContext | None", rates: ProbeRates | None) -> StudyCost:
     study, trials = known.study, known.study.search.trials
     if context is not None:
         trials = total_trials(study.search, make_space(study, context.budget(study.sparsity)))
@@ -235,18 +231,18 @@ def _whole(known: Known, context: "TrialContext | None", rates: Rates | None) ->
     return forecast.screened(found, screening, rates, known.costs, blocks) if screening else found
 
 
-def _drawn(known: Known, plans: int) -> Drawn:
+def _drawn(known: Known, plans: int) -> DrawsCost:
     """What the draws of the calibration text after the first add."""
     study = known.study
     more = study.texts.calibration.draws - 1
     once = dense_kinds(study) * known.tokens.calibration if study.prune.statistics == "dense" else 0
-    return Drawn(more * plans, "search" if study.texts.report is None else "report", more * once)
+    return DrawsCost(more * plans, "search" if study.texts.report is None else "report", more * once)
 
 
-def _screening(known: Known) -> Screening | None:
+def _screening(known: Known) -> ScreeningCost | None:
     screen, tokens = known.study.search.screen, known.tokens
     if screen is None:
         return None
     done, trials = _progress(known.before, screen.trials)
     part = tokens.search // known.search_windows * -(-known.search_windows // screen.every)
-    return Screening(trials, done, part, dense_kinds(known.study) * tokens.calibration)
+    return ScreeningCost(trials, done, part, dense_kinds(known.study) * tokens.calibration)

@@ -15,14 +15,14 @@ from torch import Tensor
 from atp_tune.blocks.prune_pass import Pass, advance
 from atp_tune.blocks.timing import wait_for
 from atp_tune.checkpoints.devices import peak_memory, reset_peak_memory
-from atp_tune.cost.forecast import PrunerRate, Rates
+from atp_tune.cost.forecast import ProbeRates, PrunerRate
 from atp_tune.plan import Plan
 from atp_tune.pruners import PRUNERS, make_pruner
 from atp_tune.scores.evaluation import head_scores
 from atp_tune.search.context import TrialContext
 
 T = TypeVar("T")
-PATIENCE = 15.0  # seconds after which no further block is probed
+PROBE_SECONDS = 15.0  # seconds after which no further block is probed
 
 
 class Clock:
@@ -56,7 +56,9 @@ class Clock:
 
 
 @torch.inference_mode()
-def probe(context: TrialContext, pruners: tuple[str, ...], sparsity: float, load: float, kl: bool = False) -> Rates:
+def probe(
+    context: TrialContext, pruners: tuple[str, ...], sparsity: float, load: float, kl: bool = False
+) -> ProbeRates:
     """Times each pruner of a study in the first, middle and last block, each text in them, twice, and the head.
 
     `load`: seconds that opening the context took; `kl`: trials are compared with the dense model. Blocks are taken as
@@ -69,7 +71,7 @@ def probe(context: TrialContext, pruners: tuple[str, ...], sparsity: float, load
         clock.forget()
         began = perf_counter()
         for index in 2 * list(dict.fromkeys((0, last // 2, last))):
-            if index == 0 or perf_counter() - began < PATIENCE:
+            if index == 0 or perf_counter() - began < PROBE_SECONDS:
                 _probe_block(context, clock, index, batches, pruners, sparsity)
         ends = _probe_ends(context, kl)
     tokens = {role: batch.shape[0] * batch.shape[1] for role, batch in batches.items()}
@@ -80,7 +82,7 @@ def probe(context: TrialContext, pruners: tuple[str, ...], sparsity: float, load
     if context.prune_settings.statistics == "dense":
         each = dict.fromkeys(pruners, run["calibration"])
     found = {name: PrunerRate(each[name], clock.typical(f"prune {name}")) for name in pruners}
-    return Rates(load, run, dense, ends, clock.typical("fetch"), found, taken[0])
+    return ProbeRates(load, run, dense, ends, clock.typical("fetch"), found, taken[0])
 
 
 def _batch(context: TrialContext, role: str) -> Tensor:
@@ -160,8 +162,4 @@ def _reset_process_peak() -> None:
 
 def mapped_bytes() -> int:
     """Bytes of mapped files that are in memory now; 0 where the system does not say."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssFile")), 0)
+    return int(getattr(psutil.Process().memory_info(), "shared", 0))

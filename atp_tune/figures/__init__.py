@@ -1,21 +1,23 @@
 """Figures of a study, drawn with Plotly from its summary alone: no torch, no model, also while the study runs.
 
-Each figure is one module with a `draw(summary)` that gives None where there are no data for it yet.
+Each is a function of a summary that gives None where there are no data for it yet.
 """
 
 import plotly.graph_objects as go
 
-from atp_tune.figures import error, front, perplexity, seconds, sparsity
+from atp_tune.figures.blocks import draw_error, draw_sparsity
+from atp_tune.figures.history import draw_front, draw_seconds
+from atp_tune.figures.perplexity import draw_perplexity
 from atp_tune.results.summary import Summary
 
 __all__ = ["FIGURES", "draw"]
 
 FIGURES = {
-    "perplexity": perplexity.draw,
-    "front": front.draw,
-    "sparsity": sparsity.draw,
-    "error": error.draw,
-    "seconds": seconds.draw,
+    "perplexity": draw_perplexity,
+    "front": draw_front,
+    "sparsity": draw_sparsity,
+    "error": draw_error,
+    "seconds": draw_seconds,
 }
 
 

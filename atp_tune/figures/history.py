@@ -1,21 +1,36 @@
-"""How the search went: the value of each trial, and the best so far."""
+"""What happens trial by trial: values and the best so far, the time of each, two goals against each other."""
 
 from itertools import accumulate
 
 import plotly.graph_objects as go
+from optuna.trial import FrozenTrial
 
-from atp_tune.figures import axis_range
-from atp_tune.figures.style import BEST, INK, UNIFORM, faint, level, new_figure, rounded
-from atp_tune.figures.trials import finite, measure_of, told, uniform_value, value_of, written
+from atp_tune.figures.style import (
+    BEST,
+    CYCLE,
+    INK,
+    UNIFORM,
+    axis,
+    faint,
+    level,
+    new_figure,
+    range_of,
+    rounded,
+    set_range,
+)
+from atp_tune.figures.trials import finite, measure_of, role, told, uniform_of, uniform_value, value_of, written
 from atp_tune.results.summary import Summary
+from atp_tune.results.trials import kl_of, score_of
+
+MEANINGS = {"calibrate": "calibrate (statistics)", "prune": "prune", "evaluate": "evaluate (perplexity)"}
 
 
-def draw(summary: Summary) -> go.Figure | None:
+def draw_history(summary: Summary) -> go.Figure | None:
     """What is minimised against trial number; None while no trial is measured."""
     done = sorted(finite(summary.trials), key=lambda trial: trial.number)
     if not done:
         return None
-    seen = axis_range.view_of(done, None)
+    seen = range_of(done, None)
     figure = new_figure("How the search went", "trial", f"{measure_of(summary)}, search text")
     shown = [trial for trial in done if not seen.hides(trial)]
     figure.add_scatter(
@@ -32,5 +47,69 @@ def draw(summary: Summary) -> go.Figure | None:
     if value is not None:
         level(figure, value, f"uniform {written(value, summary)}{seen.arrow(value)}", UNIFORM)
     hidden = [f"trial {trial.number}: {value_of(trial):.0f} ↑" for trial in done if seen.hides(trial)]
-    axis_range.apply(seen, figure, hidden)
+    set_range(seen, figure, hidden)
     return figure
+
+
+def draw_seconds(summary: Summary) -> go.Figure | None:
+    """Seconds per trial as stacked bars, trials in order; None while no trial has any."""
+    timed = [trial for trial in summary.trials if spent(trial)]
+    if not timed:
+        return None
+    figure = new_figure("Where the time goes", "trial", "time (s)")
+    figure.update_layout(barmode="stack", bargap=0.15 if len(timed) < 60 else 0, legend_traceorder="normal")
+    phases = [*MEANINGS, *sorted({phase for trial in timed for phase in spent(trial)} - set(MEANINGS))]
+    for k, phase in enumerate(phases):
+        values = rounded((spent(trial).get(phase, 0) for trial in timed), 4)
+        if any(values):
+            figure.add_bar(
+                x=[trial.number for trial in timed], y=values, name=MEANINGS.get(phase, phase),
+                marker={"color": CYCLE[k % len(CYCLE)], "line": {"width": 0}},
+                hovertemplate=f"trial %{{x}}: {phase} %{{y:.3g}} s<extra></extra>",
+            )  # fmt: skip
+    if len(timed) < 10:
+        figure.update_xaxes(dtick=1)
+    return figure if figure.data else None
+
+
+def spent(trial: FrozenTrial) -> dict[str, float]:
+    """Seconds of a trial by phase; none for one that only repeats what was measured before."""
+    return {} if "repeats" in trial.user_attrs else dict(trial.user_attrs.get("seconds") or {})
+
+
+def draw_front(summary: Summary) -> go.Figure | None:
+    """KL against perplexity on the search text; None for a study of one goal, and while no trial is measured."""
+    front = finite(list(summary.front))
+    if not front:
+        return None
+    figure = new_figure("Perplexity and KL divergence", "", "KL divergence, search text")
+    figure.update_xaxes(axis("perplexity, search text"))
+    numbers = {trial.number for trial in front}
+    _add_points(figure, [t for t in finite(summary.trials) if t.number not in numbers], "other trials", INK)
+    _add_points(
+        figure, front, "Pareto front", BEST, mode="lines+markers", line={"color": BEST, "shape": "hv", "width": 1.5}
+    )
+    uniform = uniform_of(summary)
+    if uniform is not None:
+        mark = {"symbol": "circle-open", "size": 15, "color": UNIFORM, "line": {"width": 2}}
+        _add_points(figure, [uniform], role("uniform", uniform), UNIFORM, marker=mark, error_x=None, error_y=None)
+    return figure
+
+
+def _add_points(figure: go.Figure, trials: list[FrozenTrial], name: str, colour: str, **more: object) -> None:
+    """Trials as points with their standard errors."""
+    found = [(trial, score_of(trial), kl_of(trial)) for trial in trials]
+    both = [(trial, score, kl) for trial, score, kl in found if score and kl]
+    bars = {"color": faint(colour, 0.6), "thickness": 1.2, "width": 0}
+    look = {
+        "mode": "markers",
+        "marker": {"color": colour, "size": 8},
+        "error_x": {"array": rounded((score.stderr for _, score, _ in both), 4), **bars},
+        "error_y": {"array": rounded((kl.stderr for _, _, kl in both), 4), **bars},
+        **more,
+    }
+    if both:
+        figure.add_scatter(
+            x=rounded(score.value for _, score, _ in both), y=rounded(kl.value for _, _, kl in both), name=name,
+            text=[told(trial) for trial, _, _ in both], hovertemplate="%{text}<extra></extra>", **look,
+        )  # fmt: skip

@@ -5,8 +5,7 @@ from html import escape
 
 import plotly.graph_objects as go
 
-from atp_tune.figures import axis_range
-from atp_tune.figures.style import CYCLE, error_bars, log_axis, new_figure, rounded
+from atp_tune.figures.style import CYCLE, error_bars, log_axis, new_figure, range_of, rounded
 from atp_tune.figures.trials import best_of, finite, told, value_of
 from atp_tune.results.summary import Summary
 
@@ -42,7 +41,7 @@ def perplexities(summaries: Sequence[Summary]) -> go.Figure | None:
     if len(drawn) < 2:
         return None
     figure = new_figure("Perplexity against β", "β, common difference per block", "perplexity, search text")
-    views = [axis_range.view_of(trials, None) for _, _, trials in drawn]
+    views = [range_of(trials, None) for _, _, trials in drawn]
     for (k, summary, trials), seen in zip(drawn, views, strict=True):
         shown = sorted((t for t in trials if not seen.hides(t)), key=lambda t: float(t.params["beta"]))
         colour = CYCLE[k % len(CYCLE)]

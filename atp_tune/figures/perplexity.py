@@ -1,33 +1,38 @@
-"""Perplexity, or KL, against β: every measured trial, what the search believed, and the lines to compare with."""
+"""Perplexity, or KL, against β: every measured trial, the search's Gaussian process, and the lines to compare with."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
+from math import isfinite
 from typing import Any
 
 import plotly.graph_objects as go
 from optuna.trial import FrozenTrial
 
 from atp_tune.allocations import Budget, atp
-from atp_tune.figures import axis_range, gp_posterior
-from atp_tune.figures.axis_range import View
 from atp_tune.figures.style import (
     DENSE,
     INK,
     SYMBOLS,
     UNIFORM,
+    AxisRange,
     axis,
     colour_of,
     error_bars,
+    faint,
     level,
     new_figure,
+    range_of,
     rounded,
+    set_range,
 )
 from atp_tune.figures.trials import finite, measure_of, role, told, uniform_value, value_of, written
-from atp_tune.results.summary import Summary, is_uniform
+from atp_tune.results.summary import Summary
+from atp_tune.results.trials import is_uniform
 
 PLAIN, LEGEND, LABELS = 380, 22, 70  # px of height: the plot, a row of its legend, slanted names below it
+CURVE = ("beta", "mean", "low", "high")  # of the Gaussian process, per pruner
 NEAR = 0.6  # of the width of the data: a bound farther off is told, not drawn
 
 
@@ -39,26 +44,26 @@ class Panels:
     others: list[FrozenTrial]
 
 
-def draw(summary: Summary) -> go.Figure | None:
+def draw_perplexity(summary: Summary) -> go.Figure | None:
     """What is minimised, on the search text, against β; None while no trial is measured."""
     done = finite(summary.trials)
     if not done:
         return None
     measure = measure_of(summary)
     dense = summary.dense.search.value if summary.dense.search and measure == "perplexity" else None
-    seen, panels = axis_range.view_of(done, dense), split(done)
+    seen, panels = range_of(done, dense), split(done)
     name = measure[0].upper() + measure[1:]
     title = f"{name} against β" if panels.over_beta else f"{name} of each allocation"
     figure = new_figure(title, "", f"{measure}, search text")
     _set_axes(figure, panels, bounds_of(summary))
     if panels.over_beta:
-        gp_posterior.add(figure, summary.belief)
+        add_gp_posterior(figure, summary.gp_posterior)
     _add_trials(figure, panels, seen)
     _add_lines(figure, summary, seen, dense)
     _mark(figure, done[0], panels)
     entries = sum(item.showlegend is not False for item in (*figure.data, *figure.layout.shapes))
     figure.update_layout(height=PLAIN + LEGEND * -(-entries // 3) + LABELS * bool(panels.over_beta and panels.others))
-    axis_range.apply(seen, figure, [f"{_place(t, panels)}: {value_of(t):.0f} ↑" for t in done if seen.hides(t)])
+    set_range(seen, figure, [f"{_place(t, panels)}: {value_of(t):.0f} ↑" for t in done if seen.hides(t)])
     return figure
 
 
@@ -116,7 +121,7 @@ def _is_near(bound: float, low: float, high: float) -> bool:
     return low == high or low - NEAR * (high - low) <= bound <= high + NEAR * (high - low)
 
 
-def _add_trials(figure: go.Figure, panels: Panels, seen: View) -> None:
+def _add_trials(figure: go.Figure, panels: Panels, seen: AxisRange) -> None:
     """One trace per pruner (and allocation with β, if there are several), and one more in the other panel."""
     several = len({_allocation(trial) for trial in panels.over_beta if not is_uniform(trial)}) > 1
     named = set()
@@ -153,7 +158,7 @@ def _look(pruner: str, allocation: str, trials: list[FrozenTrial]) -> dict[str, 
     }
 
 
-def _add_hidden(figure: go.Figure, trials: list[FrozenTrial], axis_name: str, seen: View) -> None:
+def _add_hidden(figure: go.Figure, trials: list[FrozenTrial], axis_name: str, seen: AxisRange) -> None:
     """Trials above the axis_range, as arrows at its upper end."""
     if trials:
         figure.add_scatter(
@@ -164,7 +169,7 @@ def _add_hidden(figure: go.Figure, trials: list[FrozenTrial], axis_name: str, se
         )  # fmt: skip
 
 
-def _add_lines(figure: go.Figure, summary: Summary, seen: View, dense: float | None) -> None:
+def _add_lines(figure: go.Figure, summary: Summary, seen: AxisRange, dense: float | None) -> None:
     uniform, best = uniform_value(summary), summary.best_trial
     if uniform is not None and best:
         several = len({trial.params.get("pruner") for trial in summary.trials}) > 1
@@ -202,3 +207,34 @@ def _beta(trial: FrozenTrial) -> float:
 
 def _allocation(trial: FrozenTrial) -> str:
     return escape(str(trial.params.get("allocation", "atp" if "beta" in trial.params else "uniform")))
+
+
+def add_gp_posterior(figure: go.Figure, posterior: Any) -> None:
+    """A thin line and a translucent band per pruner; nothing where none is stored or it is not whole."""
+    curves = posterior.get("curves") if isinstance(posterior, dict) else None
+    for pruner, curve in curves.items() if isinstance(curves, dict) else ():
+        if _is_whole(curve):
+            _add_curve(figure, str(pruner), {part: rounded(curve[part], 4) for part in CURVE}, posterior.get("before"))
+
+
+def _is_whole(curve: Any) -> bool:
+    """Whether a curve holds four equally long lists of numbers above 0, which a log axis can show."""
+    lists: list[Any] = [curve.get(part) for part in CURVE] if isinstance(curve, dict) else []
+    if not all(isinstance(values, list) for values in lists) or len({len(values) for values in lists}) != 1:
+        return False
+    numbers = all(isinstance(value, int | float) and isfinite(value) for values in lists for value in values)
+    return numbers and bool(lists[0]) and all(value > 0 for values in lists[1:] for value in values)
+
+
+def _add_curve(figure: go.Figure, pruner: str, curve: dict[str, list[float]], before: Any) -> None:
+    colour, beta = colour_of(pruner), curve["beta"]
+    known = f" after {before} trials" if isinstance(before, int) else ""
+    figure.add_scatter(
+        x=beta + beta[::-1], y=curve["high"] + curve["low"][::-1], fill="toself", fillcolor=faint(colour, 0.14),
+        line={"width": 0, "color": colour}, mode="lines", hoverinfo="skip", showlegend=False,
+        legendgroup=f"belief {pruner}", name="band",
+    )  # fmt: skip
+    figure.add_scatter(
+        x=beta, y=curve["mean"], mode="lines", line={"color": colour, "width": 1.2}, legendgroup=f"belief {pruner}",
+        name=f"GP{known}, {pruner} (± 2 sd)", hovertemplate=f"β = %{{x:.4f}}: %{{y:.2f}}{known}<extra></extra>",
+    )  # fmt: skip

@@ -1,11 +1,18 @@
-"""How all figures look: readable on a light and on a dark page, without a template, so that they stay small."""
+"""How all figures look: readable on a light and on a dark page, without a template, so that they stay small.
 
+The perplexity axis shows the part that is worth looking at: trials that explode are named, not drawn to scale.
+"""
+
+import statistics
 from collections.abc import Iterable
+from dataclasses import dataclass
 from math import log10
 from typing import Any
 
 import plotly.graph_objects as go
 from optuna.trial import FrozenTrial
+
+from atp_tune.figures.trials import value_of
 
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
 # At least 3:1 against white and against #14171c, and told apart without seeing red or green.
@@ -18,6 +25,9 @@ CYCLE = (BLUE, GREEN, GOLD, PURPLE, PINK, ORANGE, INK)
 PRUNERS = {"wanda": BLUE, "sparsegpt": GREEN, "magnitude": GOLD, "dsnot": PURPLE, "alps": PINK}
 SYMBOLS = {"atp": "circle", "curve": "diamond", "uniform": "square"}
 SMALL = 11  # px, of what is written into a figure
+EXPLODES = 3  # times the median perplexity
+NAMED = 2  # exploded trials that are named one by one
+FAR = 2  # below the lowest trial by this factor, the dense model is not drawn to scale either
 TICKS = [digit * 10.0**power for power in range(-6, 7) for digit in (1, 2, 5)]
 FINE = [float(f"{digit}e{power}") for power in range(-6, 7) for digit in (1, 1.5, 2, 3, 4, 5, 6, 8)]
 
@@ -84,3 +94,45 @@ def faint(colour: str, opacity: float) -> str:
 def rounded(values: Any, digits: int = 5) -> list[float]:
     """Numbers with as many digits as a figure can show: its file stays small."""
     return [float(f"{value:.{digits}g}") for value in values]
+
+
+@dataclass(frozen=True)
+class AxisRange:
+    """An interval of perplexities that a figure shows, and the limit above which trials are hidden."""
+
+    low: float
+    high: float
+    limit: float
+
+    def hides(self, trial: FrozenTrial) -> bool:
+        """Whether a trial explodes."""
+        return value_of(trial) > self.limit
+
+    def arrow(self, value: float) -> str:
+        """Where a value lies that the view does not hold: ` ↓`, ` ↑`, or nothing where it does."""
+        return " ↓" if value < self.low else " ↑" if value > self.high else ""
+
+
+def range_of(trials: list[FrozenTrial], dense: float | None) -> AxisRange:
+    """The view that holds all trials with their errors, but those above three times the median."""
+    limit = EXPLODES * statistics.median(value_of(trial) for trial in trials)
+    shown = [trial for trial in trials if value_of(trial) <= limit]
+    errors = [min(float(trial.user_attrs.get("stderr") or 0.0), value_of(trial) / 3) for trial in shown]
+    low = min(value_of(trial) - error for trial, error in zip(shown, errors, strict=True))
+    high = max(value_of(trial) + error for trial, error in zip(shown, errors, strict=True))
+    if dense is not None and low / FAR <= dense < low:
+        low = dense
+    return AxisRange(low, high, limit)
+
+
+def set_range(view: AxisRange, figure: go.Figure, labels: list[str]) -> None:
+    """Sets the axis, and writes the labels of the hidden trials over its upper end, off the data."""
+    figure.update_yaxes(log_axis(view.low, view.high))
+    if not labels:
+        return
+    lines = labels[:NAMED] + ([f"and {len(labels) - NAMED} more ↑"] if len(labels) > NAMED else [])
+    figure.update_layout(margin_t=44 + 14 * len(lines))
+    figure.add_annotation(
+        text="<br>".join(lines), x=0, y=1, xref="paper", yref="paper", xanchor="left", yanchor="bottom",
+        align="left", showarrow=False, font={"size": SMALL},
+    )  # fmt: skip

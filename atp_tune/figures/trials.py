@@ -6,7 +6,8 @@ from math import isfinite
 from optuna.trial import FrozenTrial
 
 from atp_tune.results.formatting import plan_of
-from atp_tune.results.summary import Summary, is_uniform, kl_of, score_of
+from atp_tune.results.summary import Summary
+from atp_tune.results.trials import is_uniform, kl_of, score_of
 from atp_tune.storage.ranking import ranked, values_of
 
 

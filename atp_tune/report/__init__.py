@@ -4,23 +4,19 @@ They are made from the storage alone, without torch and the model, also while a 
 """
 
 from collections.abc import Callable, Sequence
+from html import escape
 from pathlib import Path
 
+from atp_tune import figures
 from atp_tune.cache import write_out
 from atp_tune.errors import UserError
-from atp_tune.report import html, latex, machine, markdown, picture
+from atp_tune.figures.sheet import png
+from atp_tune.report import html, latex, machine, markdown
 from atp_tune.report.contents import Contents, gather
 
 __all__ = ["ENDINGS", "Contents", "gather", "kind_of", "name_of", "write"]
 
 ENDINGS = {"html": "html", "md": "md", "json": "json", "png": "png", "latex": "tex"}
-_MAKERS: dict[str, Callable[[Sequence[Contents]], bytes]] = {
-    "html": html.make,
-    "md": markdown.make,
-    "json": machine.make,
-    "png": picture.make,
-    "latex": latex.make,
-}
 
 
 def kind_of(given: str | None, out: Path | None) -> str:
@@ -44,3 +40,24 @@ def name_of(studies: Sequence[str], kind: str) -> str:
 def write(studies: Sequence[Contents], kind: str, out: Path) -> None:
     """Writes the report so that it is there whole or not at all; UserError where that is not possible."""
     write_out(out, _MAKERS[kind](studies))
+
+
+def make_picture(studies: Sequence[Contents]) -> bytes:
+    """The PNG of all figures for which there are data, study by study, with its name where there are several."""
+    drawn = []
+    for summary in (contents.summary for contents in studies):
+        for figure in figures.draw(summary).values():
+            named = f"{escape(summary.name)}: {figure.layout.title.text}" if len(studies) > 1 else None
+            drawn.append(figure.update_layout(title_text=named) if named else figure)
+    if not drawn:
+        raise UserError(f"study {studies[0].summary.name}: no trial has been measured yet, so there is nothing to draw")
+    return png(drawn)
+
+
+_MAKERS: dict[str, Callable[[Sequence[Contents]], bytes]] = {
+    "html": html.make,
+    "md": markdown.make,
+    "json": machine.make,
+    "png": make_picture,
+    "latex": latex.make,
+}

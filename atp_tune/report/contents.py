@@ -10,12 +10,12 @@ from typing import Any
 
 import optuna
 import tomli_w
-from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
-from atp_tune.figures.seconds import spent
+from atp_tune.figures.history import spent
 from atp_tune.results.formatting import beginning_of, drawn, draws_note, draws_of, errors_of, mixture_of
-from atp_tune.results.summary import Summary, is_uniform, summarise
+from atp_tune.results.summary import Summary, summarise
+from atp_tune.results.trials import is_uniform
 from atp_tune.spec.studyfile import settings
 from atp_tune.storage.lost_trials import is_given_up, is_lost
 from atp_tune.storage.ranking import ranked, values_of
@@ -142,6 +142,8 @@ def _importance(study: optuna.Study, trials: list[FrozenTrial]) -> dict[str, flo
     varied = {name for name in varied if len({trial.params.get(name) for trial in done}) > 1}
     if len(done) < ENOUGH or not varied:
         return {}
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances  # here, since it imports sklearn
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # experimental, and complains of conditional parameters
         try:

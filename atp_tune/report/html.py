@@ -12,7 +12,8 @@ from plotly.offline import get_plotlyjs
 
 import atp_tune
 from atp_tune import figures
-from atp_tune.figures import history, overlay
+from atp_tune.figures import overlay
+from atp_tune.figures.history import draw_history
 from atp_tune.report import tables
 from atp_tune.report.contents import Contents
 
@@ -55,7 +56,7 @@ def overlays(studies: Sequence[Contents]) -> dict[str, go.Figure]:
 def _section(contents: Contents, index: int) -> dict[str, Any]:
     summary = contents.summary
     drawn = figures.draw(summary)
-    went = history.draw(summary)
+    went = draw_history(summary)
     return {
         "id": f"study-{index + 1}",
         "contents": contents,

@@ -6,7 +6,7 @@ from atp_tune.metrics.kl import Divergence
 from atp_tune.metrics.perplexity import Change, Perplexity
 from atp_tune.report.contents import Contents
 from atp_tune.results.formatting import errors_of
-from atp_tune.results.summary import Rank, allocation_of, is_uniform, parameters_of
+from atp_tune.results.trials import allocation_of, is_uniform, parameters_of
 from atp_tune.spec.config import Divergences, Scores
 
 _SPECIAL = {
@@ -53,15 +53,13 @@ def _rows(contents: Contents, titled: bool, has_kl: bool) -> list[str]:
         pruner = escaped(str(best.params.get("pruner", "")))
         kls = _kls(summary.kl(summary.uniform_trial), has_kl)
         rows.append(_row(pruner, "uniform", summary.uniform, None, kls))
-    others = (rank for rank in summary.ranks if not is_uniform(rank.trial))
-    return rows + [_rank(rank, _kls(summary.kl(rank.trial), has_kl)) for rank in others]
-
-
-def _rank(rank: Rank, kls: list[str]) -> str:
-    beta = parameters_of(rank.trial).get("beta")
-    name = escaped(allocation_of(rank.trial)) + (f" ($\\beta={beta:.4f}$)" if beta is not None else "")
-    pruner = escaped(str(rank.trial.params.get("pruner", "")))
-    return _row(pruner, name, rank.scores, rank.against, kls)
+    for rank in summary.ranks:
+        if not is_uniform(rank.trial):
+            beta = parameters_of(rank.trial).get("beta")
+            name = escaped(allocation_of(rank.trial)) + (f" ($\\beta={beta:.4f}$)" if beta is not None else "")
+            pruner = escaped(str(rank.trial.params.get("pruner", "")))
+            rows.append(_row(pruner, name, rank.scores, rank.against, _kls(summary.kl(rank.trial), has_kl)))
+    return rows
 
 
 def _row(pruner: str, name: str, scores: Scores, against: Change | None, kls: list[str]) -> str:

@@ -33,11 +33,13 @@ from math import isfinite
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
+from pydantic import BaseModel
 
+from atp_tune.metrics.perplexity import Change
 from atp_tune.report.contents import Contents
 from atp_tune.results.formatting import plan_of, remark_of
-from atp_tune.results.summary import Rank, Summary, allocation_of, parameters_of, score_of
-from atp_tune.spec.config import Scores
+from atp_tune.results.summary import Rank, Summary
+from atp_tune.results.trials import allocation_of, parameters_of, score_of
 from atp_tune.spec.studyfile import settings
 
 FORMAT = "atp_tune.report/1"
@@ -55,7 +57,8 @@ def make(studies: Sequence[Contents]) -> bytes:
 
 
 def _study(contents: Contents) -> dict[str, Any]:
-    summary = contents.summary
+    summary, both = contents.summary, {"uniform": contents.summary.uniform_trial, "best": contents.summary.best_trial}
+    draws = {name: _dumped(summary.over_draws.get(trial.number if trial else -1)) for name, trial in both.items()}
     return {
         "name": summary.name,
         "description": contents.description,
@@ -66,16 +69,16 @@ def _study(contents: Contents) -> dict[str, Any]:
             "running": contents.count(TrialState.RUNNING),
             "failed": contents.count(TrialState.FAIL),
         },
-        **{name: _scores(getattr(summary, name)) for name in ("dense", "uniform", "best")},
+        **{name: getattr(summary, name).model_dump() for name in ("dense", "uniform", "best")},
         "best_trial": summary.best_trial.number if summary.best_trial else None,
-        "change": _change(summary.ranks[0]) if summary.ranks else None,
+        "change": _change(summary.ranks[0].against, summary.ranks[0].on) if summary.ranks else None,
         "ranks": [_rank(rank, summary) for rank in summary.ranks],
         "objective": list(summary.goals),
         "front": [trial.number for trial in summary.front],
-        "kl": _both(summary),
-        "zero_shot": summary.zero_shot.model_dump() if summary.zero_shot else None,
-        "speed": summary.speed.model_dump() if summary.speed else None,
-        "draws": _both_draws(summary),
+        "kl": {name: summary.kl(trial).model_dump() for name, trial in both.items()} if "kl" in summary.goals else None,
+        "zero_shot": _dumped(summary.zero_shot),
+        "speed": _dumped(summary.speed),
+        "draws": draws if summary.over_draws else None,
         "windows": dict(summary.windows),
         "importance": contents.importance,
         "trials": [_trial(trial, summary) for trial in summary.trials],
@@ -87,49 +90,29 @@ def _study(contents: Contents) -> dict[str, Any]:
     }
 
 
-def _both(summary: Summary) -> dict[str, Any] | None:
-    if "kl" not in summary.goals:
-        return None
-    trials = {"uniform": summary.uniform_trial, "best": summary.best_trial}
-    return {name: summary.kl(trial).model_dump() for name, trial in trials.items()}
-
-
-def _both_draws(summary: Summary) -> dict[str, Any] | None:
-    trials = {"uniform": summary.uniform_trial, "best": summary.best_trial}
-    return {name: _draws(trial, summary) for name, trial in trials.items()} if summary.over_draws else None
-
-
-def _draws(trial: FrozenTrial | None, summary: Summary) -> dict[str, Any] | None:
-    found = summary.over_draws.get(trial.number) if trial else None
-    return found.model_dump() if found else None
-
-
 def _rank(rank: Rank, summary: Summary) -> dict[str, Any]:
-    own = {
+    return {
         "trial": rank.trial.number,
         "pruner": rank.trial.params.get("pruner"),
         "allocation": allocation_of(rank.trial),
+        **rank.scores.model_dump(),
+        "change": _change(rank.against, rank.on),
+        "kl": _dumped(summary.kls.get(rank.trial.number)),
+        "kl_change": _change(rank.kl_against, rank.on),
+        "draws": _dumped(summary.over_draws.get(rank.trial.number)),
     }
-    kl_change = {**rank.kl_against.model_dump(), "on": rank.on} if rank.kl_against else None
-    kl = _kl(rank.trial, summary)
-    draws = _draws(rank.trial, summary)
-    return {**own, **_scores(rank.scores), "change": _change(rank), "kl": kl, "kl_change": kl_change, "draws": draws}
 
 
-def _kl(trial: FrozenTrial, summary: Summary) -> dict[str, Any] | None:
-    return summary.kl(trial).model_dump() if trial.number in summary.kls else None
+def _change(against: Change | None, on: str) -> dict[str, Any] | None:
+    return {**against.model_dump(), "on": on} if against else None
 
 
-def _change(rank: Rank) -> dict[str, Any] | None:
-    return {**rank.against.model_dump(), "on": rank.on} if rank.against else None
-
-
-def _scores(scores: Scores) -> dict[str, Any]:
-    return scores.model_dump()
+def _dumped(found: BaseModel | None) -> dict[str, Any] | None:
+    return found.model_dump() if found else None
 
 
 def _trial(trial: FrozenTrial, summary: Summary) -> dict[str, Any]:
-    score, attrs = score_of(trial), trial.user_attrs
+    attrs = trial.user_attrs
     kept = ("realised", "sparsities", "linear_sparsities", "errors", "seconds", "device", "dtype")
     return {
         "number": trial.number,
@@ -138,10 +121,10 @@ def _trial(trial: FrozenTrial, summary: Summary) -> dict[str, Any]:
         "pruner": trial.params.get("pruner"),
         "allocation": trial.params.get("allocation"),
         "parameters": parameters_of(trial),
-        "perplexity": score.model_dump() if score else None,
+        "perplexity": _dumped(score_of(trial)),
         **{key: attrs.get(key) for key in kept},
         "remark": remark_of(trial, summary),
-        "kl": _kl(trial, summary),
+        "kl": _dumped(summary.kls.get(trial.number)),
     }
 
 

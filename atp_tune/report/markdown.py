@@ -1,14 +1,26 @@
-"""The report as Markdown tables."""
+"""The report as Markdown tables, and how text of others stands in Markdown."""
 
+import re
 from collections.abc import Sequence
 
+from atp_tune.errors import printable
 from atp_tune.report import tables
 from atp_tune.report.contents import Contents
-from atp_tune.report.markup import escaped, fenced
-from atp_tune.report.tables import Table
+from atp_tune.report.tables import ReportTable
 
 _RATES = "Rates are medians; the last column is the median (lowest to highest) of the ratios, run by run."
 _KL = " KL: from the dense model's next-token distribution to the pruned one's, nats per token."
+
+
+def escaped(text: str) -> str:
+    """Text that stands for itself, in one line: no markup, no HTML, no formula, no entity."""
+    return re.sub(r"([\\`*_{}\[\]<>|#$&~])", r"\\\1", printable(" ".join(text.split())))
+
+
+def fenced(language: str, text: str) -> str:
+    """Lines that are shown as they are, whatever they hold."""
+    fence = "`" * (3 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text.rstrip(chr(10))}\n{fence}"
 
 
 def make(studies: Sequence[Contents]) -> bytes:
@@ -50,7 +62,7 @@ def _sparsity(contents: Contents) -> str:
     return f"Sparsity {contents.target:g}{counted}."
 
 
-def table(made: Table) -> str:
+def table(made: ReportTable) -> str:
     """A table with its numbers to the right."""
     rules = [":--" if column in made.words else "--:" for column in range(len(made.head))]
     rows = [[f"**{cell}**" if cell and index == made.best else cell for cell in map(escaped, row)]

@@ -10,20 +10,18 @@ from optuna.trial import FrozenTrial
 
 from atp_tune.allocations.budget import SYMBOLS
 from atp_tune.errors import printable
-from atp_tune.figures.seconds import spent
-from atp_tune.metrics.perplexity import Change
+from atp_tune.figures.history import spent
 from atp_tune.metrics.speed import PHASES, Speed, spread
 from atp_tune.report.contents import Contents
-from atp_tune.results.formatting import drawn, draws_of, duration, plan_of, remark_of
-from atp_tune.results.summary import Summary, allocation_of, is_uniform, score_of
-from atp_tune.spec.config import SHARES, Divergences, Measure, Scores, TaskScores, ZeroShot
+from atp_tune.results.formatting import NOTHING, cells, changed, drawn, draws_of, duration, plan_of, remark_of
+from atp_tune.results.summary import Summary
+from atp_tune.results.trials import allocation_of, is_uniform, score_of
+from atp_tune.spec.config import SHARES, Measure, TaskScores, ZeroShot
 from atp_tune.spec.former import present_value
-
-NOTHING = "–"
 
 
 @dataclass(frozen=True)
-class Table:
+class ReportTable:
     """Rows of cells under a head; `words` are the columns of text, the others hold numbers; `best` is a row."""
 
     head: tuple[str, ...]
@@ -32,54 +30,54 @@ class Table:
     best: int | None = None
 
 
-def headline(summary: Summary) -> Table:
+def headline(summary: Summary) -> ReportTable:
     """Dense, uniform and best on both texts, and over the draws of the calibration text, if there are several."""
     has_kl, best, draws = "kl" in summary.goals, summary.best_trial, drawn(summary)
 
     def more(trial: FrozenTrial | None) -> tuple[str, ...]:
         over = (draws_of(summary, trial)[0] or NOTHING,) if draws else ()
-        return (*over, *(_cells(summary.kl(trial)) if has_kl else ()))
+        return (*over, *(cells(summary.kl(trial)) if has_kl else ()))
 
-    rows = [("dense", *_cells(summary.dense), *((NOTHING,) if draws else ()), *(("0", "0") if has_kl else ()))]
+    rows = [("dense", *cells(summary.dense), *((NOTHING,) if draws else ()), *(("0", "0") if has_kl else ()))]
     if best is not None:
         uniform = f"uniform, {best.params.get('pruner', '')}"
-        rows.append((uniform, *_cells(summary.uniform), *more(summary.uniform_trial)))
-        rows.append((f"best, {plan_of(best)} (trial {best.number})", *_cells(summary.best), *more(best)))
+        rows.append((uniform, *cells(summary.uniform), *more(summary.uniform_trial)))
+        rows.append((f"best, {plan_of(best)} (trial {best.number})", *cells(summary.best), *more(best)))
     over = (f"report text, {draws} draws",) if draws else ()
     kls = ("KL, search text", "KL, report text") if has_kl else ()
-    return Table(("perplexity", "search text", "report text", *over, *kls), rows, best=2 if best else None)
+    return ReportTable(("perplexity", "search text", "report text", *over, *kls), rows, best=2 if best else None)
 
 
-def front(summary: Summary) -> Table:
+def front(summary: Summary) -> ReportTable:
     """The Pareto front on the search text: trials that no other beats in one value without losing in the other."""
     rows = [
         (str(trial.number), plan_of(trial), str(score_of(trial)), str(summary.kl(trial).search))
         for trial in summary.front
     ]
-    return Table(("trial", "plan", "perplexity", "KL"), rows, (1,), best=0 if rows else None)
+    return ReportTable(("trial", "plan", "perplexity", "KL"), rows, (1,), best=0 if rows else None)
 
 
-def ranks(summary: Summary) -> Table:
+def ranks(summary: Summary) -> ReportTable:
     """The best of each allocation, compared with uniform window by window."""
     has_kl, draws, rows = "kl" in summary.goals, drawn(summary), []
     for rank in summary.ranks:
         name = f"{rank.trial.params.get('pruner', '')} {allocation_of(rank.trial)}"
         over = tuple(cell or NOTHING for cell in draws_of(summary, rank.trial)) if draws else ()
-        kls = (*_cells(summary.kl(rank.trial)), _change(rank.kl_against, rank.on)) if has_kl else ()
-        rows.append((name, str(rank.trial.number), *_cells(rank.scores), _change(rank.against, rank.on), *over, *kls))
+        kls = (*cells(summary.kl(rank.trial)), changed(rank.kl_against, rank.on)) if has_kl else ()
+        rows.append((name, str(rank.trial.number), *cells(rank.scores), changed(rank.against, rank.on), *over, *kls))
     head = ("best of", "trial", "search text", "report text", "against uniform")
     over = (f"report text, {draws} draws", f"against uniform, {draws} draws") if draws else ()
     more = ("KL, search text", "KL, report text", "KL against uniform") if has_kl else ()
-    return Table((*head, *over, *more), rows, best=0 if rows else None)
+    return ReportTable((*head, *over, *more), rows, best=0 if rows else None)
 
 
-def importance(contents: Contents) -> Table:
+def importance(contents: Contents) -> ReportTable:
     """How much of the good trials' difference from the others is due to each parameter."""
     shares = contents.importance.items()
-    return Table(("parameter", "share"), [(symbol(name), f"{share:.0%}") for name, share in shares])
+    return ReportTable(("parameter", "share"), [(symbol(name), f"{share:.0%}") for name, share in shares])
 
 
-def zero_shot(found: ZeroShot) -> Table:
+def zero_shot(found: ZeroShot) -> ReportTable:
     """Each model on each task, the mean of the accuracies, and best and uniform paired by items."""
     models = list(found.seconds)
     paired = any(task.best_minus_uniform for task in found.tasks)
@@ -90,7 +88,7 @@ def zero_shot(found: ZeroShot) -> Table:
     if len(rows) > 1 and found.mean:
         means = (_measure(found.mean.get(model)) for model in models)
         rows.append(("mean", "", *means, *[_points(found.mean_best_minus_uniform)] * paired))
-    return Table(("task", "items", *models, *["best − uniform"] * paired), rows)
+    return ReportTable(("task", "items", *models, *["best − uniform"] * paired), rows)
 
 
 def zero_shot_note(found: ZeroShot) -> str:
@@ -102,7 +100,7 @@ def zero_shot_note(found: ZeroShot) -> str:
     return f"±: standard error over items{paired}; {where}{limit}{missing}"
 
 
-def speed(found: Speed) -> Table:
+def speed(found: Speed) -> ReportTable:
     """Bytes of the compressed weight files; tokens per second of each engine, dense and sparse; the runs' ratios."""
     sizes = found.sizes
     smaller = f"{sizes.dense_zstd / max(1, sizes.sparse_zstd):.2f}× smaller"
@@ -113,7 +111,7 @@ def speed(found: Speed) -> Table:
             dense, sparse = (f"{median(values):.1f}" for values in (rates.dense, rates.sparse))
             ratio = f"{spread(rates.ratios, '.2f')}× as fast"
             rows.append((f"{phase}, tokens per second: {row.name}, {row.where}", dense, sparse, ratio))
-    return Table(("speed", "dense", "with zeros", "sparse against dense"), rows)
+    return ReportTable(("speed", "dense", "with zeros", "sparse against dense"), rows)
 
 
 def _task(task: TaskScores) -> str:
@@ -137,7 +135,7 @@ def _points(found: Measure | None, metric: str = SHARES[0]) -> str:
     return f"{100 * found.value:+.1f} ± {100 * found.stderr:.1f} points"
 
 
-def trials(summary: Summary) -> Table:
+def trials(summary: Summary) -> ReportTable:
     """Every trial."""
     has_kl = "kl" in summary.goals
     rows = [_row(trial, summary, has_kl) for trial in summary.trials]
@@ -145,22 +143,22 @@ def trials(summary: Summary) -> Table:
     best = numbers.index(summary.best_trial.number) if summary.best_trial else None
     kl = ("KL",) if has_kl else ()
     head = ("trial", "plan", "perplexity", "±", *kl, "zeros", "time (s)", "state", "remark")
-    return Table(head, rows, (1, len(head) - 2, len(head) - 1), best)
+    return ReportTable(head, rows, (1, len(head) - 2, len(head) - 1), best)
 
 
-def comparison(studies: Sequence[Contents]) -> Table:
+def comparison(studies: Sequence[Contents]) -> ReportTable:
     """One row per study, all on one text: report, if each has been measured on it."""
     on = "report" if all(contents.summary.text == "report" for contents in studies) else "search"
     columns = (f"dense, {on} text", "uniform", "best", "against uniform")
     head = ("study", "sparsity", *columns, "trials", "time", "device")
-    return Table(head, [_study_row(contents, on) for contents in studies], (0, 8))
+    return ReportTable(head, [_study_row(contents, on) for contents in studies], (0, 8))
 
 
-def fingerprint(contents: Contents) -> Table:
+def fingerprint(contents: Contents) -> ReportTable:
     """The facts that the values depend on, the versions and the devices."""
     rows = [(key, _plain(present_value(key, value))) for key, value in sorted(contents.facts.items())]
     rows += [(f"version of {name}", version) for name, version in contents.versions.items()]
-    return Table(("key", "value"), [*rows, ("device", contents.devices or NOTHING)], (0, 1))
+    return ReportTable(("key", "value"), [*rows, ("device", contents.devices or NOTHING)], (0, 1))
 
 
 def commands(summary: Summary) -> list[tuple[str, str]]:
@@ -214,14 +212,6 @@ def _study_row(contents: Contents, on: str) -> tuple[str, ...]:
         duration(contents.seconds),
         contents.devices or NOTHING,
     )
-
-
-def _change(against: Change | None, on: str) -> str:
-    return NOTHING if against is None else f"{against}" + (" (search)" if on == "search" else "")
-
-
-def _cells(scores: Scores | Divergences) -> tuple[str, str]:
-    return str(scores.search or NOTHING), str(scores.report or NOTHING)
 
 
 def _plain(value: Any) -> str:

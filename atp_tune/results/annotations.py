@@ -6,11 +6,11 @@ found, as its `reports` are. So the file that is written next for the same trial
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import optuna
-from optuna.trial import FrozenTrial
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from atp_tune.cache import write_atomically
@@ -96,13 +96,12 @@ def _in_storage(address: str, config: Config) -> optuna.Study | None:
     study = opening.find_study(db, config.study) if db else None
     if study is None or study.user_attrs.get("fingerprint", {}).get("model.content") != config.model.fingerprint:
         return None
-    own = (trial for trial in study.get_trials(deepcopy=False) if trial.number == config.trial)
-    return study if any(_is_of(trial, config) for trial in own) else None
-
-
-def _is_of(trial: FrozenTrial, config: Config) -> bool:
-    sparsities = tuple(trial.user_attrs.get("sparsities", ()))
-    return (trial.params.get("pruner"), sparsities) == (config.pruner, config.block_sparsities)
+    wanted = (config.trial, config.pruner, config.block_sparsities)
+    kept = (
+        (trial.number, trial.params.get("pruner"), tuple(trial.user_attrs.get("sparsities", ())))
+        for trial in study.get_trials(deepcopy=False)
+    )
+    return study if any(one == wanted for one in kept) else None
 
 
 def with_attached(config: Config, study: optuna.Study, out: Path) -> Config:
@@ -112,17 +111,14 @@ def with_attached(config: Config, study: optuna.Study, out: Path) -> Config:
 
 def attached(study: optuna.Study, trial: int | None) -> dict[Key, Any]:
     """What a study knows of a trial beside its own numbers, as far as this version can read it."""
-    known = {key: study.user_attrs.get(key) for key in KINDS}
-    found = {key: value[str(trial)] for key, value in known.items() if isinstance(value, dict) and str(trial) in value}
-    return {key: value for key, value in found.items() if _is_readable(key, value)}
-
-
-def _is_readable(key: Key, value: Any) -> bool:
-    try:
-        KINDS[key].validate_python(value)
-    except ValidationError:
-        return False
-    return True
+    found: dict[Key, Any] = {}
+    for key, kind in KINDS.items():
+        known = study.user_attrs.get(key)
+        if isinstance(known, dict) and str(trial) in known:
+            with suppress(ValidationError):
+                kind.validate_python(known[str(trial)])
+                found[key] = known[str(trial)]
+    return found
 
 
 def _in_file(config: Config, out: Path) -> dict[Key, Any]:

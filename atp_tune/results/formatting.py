@@ -4,11 +4,14 @@ import shlex
 
 from optuna.trial import FrozenTrial, TrialState
 
-from atp_tune.metrics.perplexity import error_over, reach_of
+from atp_tune.metrics.perplexity import Change, error_over, reach_of
 from atp_tune.plan import shown
-from atp_tune.results.summary import Summary, allocation_of, is_uniform, parameters_of
-from atp_tune.storage.cutoffs import CutOff
-from atp_tune.storage.lost_trials import cut_offs_of, given_up
+from atp_tune.results.summary import Summary
+from atp_tune.results.trials import allocation_of, is_uniform, parameters_of
+from atp_tune.spec.config import Divergences, Scores
+from atp_tune.storage.lost_trials import CutOff, cut_offs_of, given_up
+
+NOTHING = "–"  # in a cell of a table
 
 
 def plan_of(trial: FrozenTrial) -> str:
@@ -70,6 +73,16 @@ def draws_of(summary: Summary, trial: FrozenTrial | None) -> tuple[str, str]:
     """
     found = summary.over_draws.get(trial.number) if trial else None
     return (str(found), found.changed) if found else ("", "")
+
+
+def cells(scores: Scores | Divergences) -> tuple[str, str]:
+    """Both scores of a row, on the search and on the report text."""
+    return str(scores.search or NOTHING), str(scores.report or NOTHING)
+
+
+def changed(against: Change | None, on: str) -> str:
+    """The change from uniform of a row; the text is named where it is not the report text."""
+    return NOTHING if against is None else f"{against}" + (" (search)" if on == "search" else "")
 
 
 def drawn(summary: Summary) -> int:

@@ -6,7 +6,6 @@ not known yet, or is not finite, is null. Perplexities are on the search text un
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from statistics import fmean
@@ -18,7 +17,8 @@ from pydantic import Field, PlainSerializer
 from atp_tune.frozen import FrozenModel
 from atp_tune.metrics.draws import OverDraws
 from atp_tune.results.formatting import plan_of, remark_of
-from atp_tune.results.summary import Rank, Summary, allocation_of, parameters_of, score_of
+from atp_tune.results.summary import Rank, ScreeningProgress, Summary
+from atp_tune.results.trials import allocation_of, parameters_of, score_of
 from atp_tune.spec.config import Divergences, Score, Scores, dumps
 from atp_tune.spec.studyfile import StudyFile
 from atp_tune.storage.fingerprint import PERPLEXITY
@@ -67,7 +67,7 @@ class Best(FrozenModel):
     draws: OverDraws | None = None
 
 
-class Trial(FrozenModel):
+class TrialStatus(FrozenModel):
     """One trial, in Optuna's states and with all that Optuna chose (`params`), `plan` says the same for people.
 
     `value` and `stderr` are its perplexity on the search text, `realised` is the share of zeros that was counted. `kl`:
@@ -87,14 +87,6 @@ class Trial(FrozenModel):
     remark: str | None
     kl: Divergences | None = None
     cut_off: int = 0
-
-
-class Screening(FrozenModel):
-    """The study that looked, or looks, for points before this one began: its name, trials done, and their total."""
-
-    study: str
-    done: int
-    total: int | None
 
 
 class Status(FrozenModel):
@@ -118,8 +110,8 @@ class Status(FrozenModel):
     uniform: Scores
     best: Best | None
     ranks: tuple[Best, ...]
-    trials: tuple[Trial, ...]
-    screening: Screening | None = None
+    trials: tuple[TrialStatus, ...]
+    screening: ScreeningProgress | None = None
     objective: tuple[str, ...] = PERPLEXITY
     front: tuple[int, ...] = ()
     bos: bool = False
@@ -169,7 +161,7 @@ def status_of(summary: Summary, now: datetime) -> Status:
         best=ranks[0] if ranks else None,
         ranks=ranks,
         trials=tuple(_trial(summary, trial) for trial in summary.trials),
-        screening=summary.screening and Screening(**asdict(summary.screening)),
+        screening=summary.screening,
         objective=summary.goals,
         front=tuple(trial.number for trial in summary.front),
         bos=summary.bos,
@@ -232,9 +224,9 @@ def _best(rank: Rank, summary: Summary) -> Best:
     )
 
 
-def _trial(summary: Summary, trial: FrozenTrial) -> Trial:
+def _trial(summary: Summary, trial: FrozenTrial) -> TrialStatus:
     attrs, score = trial.user_attrs, score_of(trial)
-    return Trial(
+    return TrialStatus(
         number=trial.number,
         state=trial.state.name.lower(),
         params=trial.params,

@@ -2,33 +2,21 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import ValidationError
 
-from atp_tune.errors import UserError
+from atp_tune.frozen import FrozenModel
 from atp_tune.metrics.bos import BosEffect
 from atp_tune.metrics.draws import OverDraws, over_draws
-from atp_tune.metrics.kl import Divergence, divergence, relative
+from atp_tune.metrics.kl import divergence, relative
 from atp_tune.metrics.perplexity import Change, Perplexity, change, perplexity
 from atp_tune.metrics.speed import Speed
-from atp_tune.results.annotations import attached, with_attached
-from atp_tune.spec.config import (
-    AllocationRef,
-    Baselines,
-    BothDivergences,
-    BothDraws,
-    Config,
-    Divergences,
-    EvaluationTexts,
-    ModelRef,
-    Scores,
-    Sparsity,
-    ZeroShot,
-)
+from atp_tune.results.annotations import attached
+from atp_tune.results.trials import best_of_each, is_uniform, kl_of, scores_of, stored, uniform_of
+from atp_tune.spec.config import Divergences, Scores, ZeroShot
 from atp_tune.spec.studyfile import StudyFile, from_settings
 from atp_tune.storage import fingerprint, opening, ranking, totals
 from atp_tune.storage.fingerprint import SUFFIX, is_screening
@@ -51,9 +39,8 @@ class Rank:
     kl_against: Change | None = None
 
 
-@dataclass(frozen=True)
-class Screening:
-    """How far the screening is that comes before a study: its name, trials done, and their total."""
+class ScreeningProgress(FrozenModel):
+    """The study that looked, or looks, for points before this one began: its name, trials done, and their total."""
 
     study: str
     done: int
@@ -66,7 +53,7 @@ class Summary:
 
     `made_from`: its study file with all overrides, None where an early version made it; `sizes`: weights per block.
     `uniform` has the best trial's pruner, `uniforms` are of all; `reports`: perplexity on the report text by trial.
-    `belief`: what the GP holds of perplexity against β, None where no GP was asked. `unlike`: trials that ran on
+    `gp_posterior`: the GP's of perplexity against β, None where no GP was asked. `unlike`: trials that ran on
     another device, in another number format or in other batches than those in which the study began, and which.
     `over_draws`: what trials come to over several draws of the calibration text; `windows`: how many each text has.
     `screening`: how far the one before the study is, if it has one. `goals`: what it minimises; `kls`: KL divergences
@@ -90,7 +77,7 @@ class Summary:
     uniforms: list[FrozenTrial]
     reports: dict[int, Perplexity]
     complete: bool
-    belief: dict[str, Any] | None = None
+    gp_posterior: dict[str, Any] | None = None
 
     @property
     def text(self) -> Literal["search", "report"]:
@@ -99,7 +86,7 @@ class Summary:
         return "report" if all(part.report for part in scores) else "search"
 
     unlike: Mapping[int, str] = field(default_factory=dict)
-    screening: Screening | None = None
+    screening: ScreeningProgress | None = None
     goals: tuple[str, ...] = fingerprint.PERPLEXITY
     kls: Mapping[int, Divergences] = field(default_factory=dict)
     front: Sequence[FrozenTrial] = ()
@@ -128,9 +115,9 @@ def summarise(study: optuna.Study) -> Summary:
         trials=study.get_trials(deepcopy=False),
         total=study.user_attrs.get("total"),
         done=totals.counted(study),
-        dense=Scores(search=_stored(study.user_attrs.get("dense")), report=_stored(reports.get("dense"))),
-        uniform=_scores(uniform, reports),
-        best=_scores(best, reports),
+        dense=Scores(search=stored(study.user_attrs.get("dense")), report=stored(reports.get("dense"))),
+        uniform=scores_of(uniform, reports),
+        best=scores_of(best, reports),
         best_trial=best,
         ranks=[_rank(study, trial) for trial in best_of_each(study)],
         made_from=made_from(study.user_attrs.get("made_from")),
@@ -138,7 +125,7 @@ def summarise(study: optuna.Study) -> Summary:
         uniforms=_uniforms(study),
         reports={int(name): perplexity(nlls) for name, nlls in reports.items() if name != "dense" and nlls},
         complete=_is_complete(study),
-        belief=study.user_attrs.get("belief"),
+        gp_posterior=study.user_attrs.get("belief"),
         unlike=_unlike(study),
         screening=_screening(study),
         goals=fingerprint.goals_of(study.user_attrs.get("fingerprint", {})),
@@ -174,13 +161,13 @@ def _kls(study: optuna.Study) -> dict[int, Divergences]:
     }
 
 
-def _screening(study: optuna.Study) -> Screening | None:
+def _screening(study: optuna.Study) -> ScreeningProgress | None:
     if is_screening(study):
         return None
     other = opening.find_study(study._storage, study.study_name + SUFFIX)
     if other is None or not is_screening(other):
         return None
-    return Screening(other.study_name, totals.counted(other), other.user_attrs.get("total"))
+    return ScreeningProgress(study=other.study_name, done=totals.counted(other), total=other.user_attrs.get("total"))
 
 
 def made_from(stored: Any) -> StudyFile | None:
@@ -282,19 +269,6 @@ def _uniforms(study: optuna.Study) -> list[FrozenTrial]:
     return list(found.values())
 
 
-def best_of_each(study: optuna.Study) -> list[FrozenTrial]:
-    """The best trial of each allocation, the best first; trials where all sparsities are equal count as uniform."""
-    best: dict[str, FrozenTrial] = {}
-    for trial in ranking.measured(study):
-        best.setdefault(allocation_of(trial), trial)
-    return list(best.values())
-
-
-def allocation_of(trial: FrozenTrial) -> str:
-    """Name of a trial's allocation."""
-    return "uniform" if is_uniform(trial) else str(trial.params.get("allocation", "atp"))
-
-
 def _rank(study: optuna.Study, trial: FrozenTrial) -> Rank:
     reports = study.user_attrs.get("reports", {})
     uniform = None if is_uniform(trial) else uniform_of(study, trial)
@@ -303,7 +277,7 @@ def _rank(study: optuna.Study, trial: FrozenTrial) -> Rank:
     if on == "search":
         own, base = trial.user_attrs.get("nlls"), uniform.user_attrs.get("nlls") if uniform else None
     against = change(base, own) if own and base and len(own) == len(base) else None
-    return Rank(trial, _scores(trial, reports), against, on, _kl_against(study, trial, uniform, on))
+    return Rank(trial, scores_of(trial, reports), against, on, _kl_against(study, trial, uniform, on))
 
 
 def _kl_against(study: optuna.Study, trial: FrozenTrial, uniform: FrozenTrial | None, on: str) -> Change | None:
@@ -314,136 +288,3 @@ def _kl_against(study: optuna.Study, trial: FrozenTrial, uniform: FrozenTrial | 
         reports.get(str(one.number)) if on == "report" else one.user_attrs.get("kls") for one in (trial, uniform)
     )
     return relative(base, own) if own and base and len(own) == len(base) else None
-
-
-def uniform_of(study: optuna.Study, best: FrozenTrial | None) -> FrozenTrial | None:
-    """The uniform trial with the best trial's pruner."""
-    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    pruner = best.params.get("pruner") if best else None
-    matching = (trial for trial in done if trial.params.get("pruner") == pruner and is_uniform(trial))
-    return next(matching, None)
-
-
-def is_uniform(trial: FrozenTrial) -> bool:
-    """Whether all linears of all blocks got the same sparsity, or were to get it and the pattern had to round."""
-    attrs, numbers = trial.user_attrs, [value for value in trial.params.values() if not isinstance(value, str)]
-    if trial.params.get("allocation") == "uniform" or (numbers and not any(numbers)):
-        return True
-    return "linear_sparsities" not in attrs and len(set(attrs.get("sparsities", ()))) == 1
-
-
-def parameters_of(trial: FrozenTrial) -> dict[str, float]:
-    """The parameters of a trial's allocation."""
-    return {name: value for name, value in trial.params.items() if name not in ("pruner", "allocation")}
-
-
-def score_of(trial: FrozenTrial) -> Perplexity | None:
-    """Search perplexity of a trial with its error; None if it has none, as one that was stopped on its way to a KL."""
-    if trial.values is None:
-        return None
-    if "kls" not in trial.user_attrs:
-        return Perplexity(value=trial.values[0], stderr=trial.user_attrs.get("stderr", 0.0))
-    nlls = trial.user_attrs.get("nlls")
-    return perplexity(nlls) if nlls and "stopped_after" not in trial.user_attrs else None
-
-
-def kl_of(trial: FrozenTrial) -> Divergence | None:
-    """KL divergence of a trial on the search text; None if its study does not minimise it."""
-    if trial.values is None or "kls" not in trial.user_attrs:
-        return None
-    return Divergence(value=trial.values[-1], stderr=divergence(trial.user_attrs["kls"]).stderr)
-
-
-def is_by_kl(trial: FrozenTrial) -> bool:
-    """Whether a trial's KL divergence is its only value."""
-    return len(ranking.values_of(trial)) == 1 and "kls" in trial.user_attrs
-
-
-def best_config(file: StudyFile, study: optuna.Study, out: Path, number: int | None = None) -> Config:
-    """The configuration of the best trial so far, or the one of that number, to be written to `out`; UserError if there
-    is none.
-    """
-    best = ranking.best_trial(study)
-    if number is not None and best is not None:
-        best = next((trial for trial in ranking.measured(study) if trial.number == number), None)
-        if best is None:
-            raise UserError(f"study {study.study_name}: trial {number} is not measured in full; `status` lists all")
-    if best is None:
-        raise UserError(f"study {study.study_name}: no trial has a value yet; run: python tune.py --study {file.name}")
-    try:
-        return with_attached(_config(file, study, best, out), study, out)
-    except (KeyError, ValidationError):
-        raise UserError(
-            f"study {study.study_name}: of trial {best.number} is not stored what a configuration needs; "
-            "start another study with --study-name NAME"
-        ) from None
-
-
-def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) -> Config:
-    summary, spec, facts = summarise(study), file.study, study.user_attrs["fingerprint"]
-    linears = best.user_attrs.get("linear_sparsities")
-    uniform, reports = uniform_of(study, best), study.user_attrs.get("reports", {})
-    return Config(
-        study=study.study_name,
-        trial=best.number,
-        model=_model_ref(spec.model.source, spec.model.revision, spec.model.sha256, {**facts, **_dtype_of(best)}),
-        pruner=best.params["pruner"],
-        prune=spec.prune,
-        allocation=AllocationRef(
-            name=best.params["allocation"], beta=best.params.get("beta"), parameters=parameters_of(best)
-        ),
-        block_sparsities=tuple(best.user_attrs["sparsities"]),
-        linear_sparsities=linears,
-        blocks=study.user_attrs.get("blocks"),
-        linears=study.user_attrs.get("linears") if linears else None,
-        sparsity=Sparsity(target=spec.sparsity, realised=best.user_attrs["realised"]),
-        perplexity=_scores(best, reports),
-        baselines=Baselines(dense=summary.dense, uniform=_scores(uniform, reports)),
-        kl=_both(summary, best, uniform),
-        calibration=spec.texts.calibration.text,
-        batches=fingerprint.batches_in(best, facts),
-        draws=_both_draws(summary, best, uniform),
-        texts=EvaluationTexts(search=spec.texts.search, report=spec.report_text),
-        bos=summary.bos,
-        seed=spec.search.seed,
-        versions=best.user_attrs["versions"],
-    ).seen_from(file.folder, out.parent)
-
-
-def _both(summary: Summary, best: FrozenTrial, uniform: FrozenTrial | None) -> BothDivergences | None:
-    if best.number not in summary.kls:
-        return None
-    return BothDivergences(best=summary.kl(best), uniform=summary.kls.get(uniform.number) if uniform else None)
-
-
-def _both_draws(summary: Summary, best: FrozenTrial, uniform: FrozenTrial | None) -> BothDraws | None:
-    if best.number not in summary.over_draws:
-        return None
-    return BothDraws(
-        best=summary.over_draws[best.number], uniform=summary.over_draws.get(uniform.number) if uniform else None
-    )
-
-
-def _dtype_of(trial: FrozenTrial) -> dict[str, str]:
-    """The fact that a trial knows better than its study."""
-    return {fingerprint.DTYPE: trial.user_attrs["dtype"]} if "dtype" in trial.user_attrs else {}
-
-
-def _model_ref(source: str, revision: str | None, sha256: str | None, facts: dict[str, Any]) -> ModelRef:
-    return ModelRef(
-        id=source,
-        revision=revision,
-        sha256=sha256,
-        fingerprint=facts["model.content"],
-        dtype=facts["model.dtype"],
-    )
-
-
-def _scores(trial: FrozenTrial | None, reports: dict[str, list[float]]) -> Scores:
-    if trial is None:
-        return Scores(search=None, report=None)
-    return Scores(search=score_of(trial), report=_stored(reports.get(str(trial.number))))
-
-
-def _stored(nlls: list[float] | None) -> Perplexity | None:
-    return perplexity(nlls) if nlls else None

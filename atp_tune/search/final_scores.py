@@ -8,7 +8,8 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from atp_tune.events import TrialStarted
-from atp_tune.results.summary import best_config, undrawn, unreported
+from atp_tune.results.best_config import best_config
+from atp_tune.results.summary import undrawn, unreported
 from atp_tune.search.space import Space
 from atp_tune.search.study_run import StudyRun
 from atp_tune.search.trial_loop import POLL

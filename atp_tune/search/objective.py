@@ -26,10 +26,9 @@ from atp_tune.plan import Plan
 from atp_tune.search.context import GROUPS, TrialContext
 from atp_tune.search.record import Record
 from atp_tune.search.space import Space
-from atp_tune.storage.cutoffs import CutOff
 from atp_tune.storage.database import set_attributes
 from atp_tune.storage.fingerprint import PERPLEXITY, batches_of
-from atp_tune.storage.lost_trials import INTERRUPTED, given_up
+from atp_tune.storage.lost_trials import INTERRUPTED, CutOff, given_up
 from atp_tune.storage.process_identity import identity
 from atp_tune.storage.ranking import best_trial
 from atp_tune.storage.totals import counts

@@ -22,7 +22,7 @@ from atp_tune.search.trial_loop import recover_lost, run_trials
 from atp_tune.spec.facts import facts
 from atp_tune.spec.study import ScreenConfig
 from atp_tune.spec.studyfile import StudyFile, settings
-from atp_tune.storage import filesystem, fingerprint, opening, ranking, totals
+from atp_tune.storage import fingerprint, opening, ranking, totals
 from atp_tune.storage.fingerprint import SUFFIX, is_screening
 from atp_tune.storage.process_identity import versions
 
@@ -42,7 +42,7 @@ def finished_study(run: StudyRun) -> optuna.Study | None:
     """The study if it is complete; UserError if it was made with other facts, or cannot be stored."""
     check_name(run.name)
     opening.check_writable(run.file.storage_url)
-    if warning := filesystem.warning(run.file.storage_url):
+    if warning := opening.network_warning(run.file.storage_url):
         run.note(warning)
     _check_screening(run)
     study = load_existing(run)

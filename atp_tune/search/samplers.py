@@ -220,7 +220,7 @@ def belief(
 
     `study` is the one that the GP was fitted to: its values are logs. `before` is how many there were.
     """
-    from atp_tune.compat.optuna_gp import SearchSpace, fitted
+    from atp_tune.compat import SearchSpace, fitted
 
     gp = fitted(sampler)
     values = [trial.value for trial in study.trials if trial.value is not None]

@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 from atp_tune.errors import TrialError, UserError
 from atp_tune.events import TrialEnded
 from atp_tune.results.formatting import loss_of
-from atp_tune.results.summary import is_by_kl, kl_of, score_of
+from atp_tune.results.trials import is_by_kl, kl_of, score_of
 from atp_tune.search.space import Space
 from atp_tune.search.study_run import StudyRun
 from atp_tune.search.termination import GAIN, has_settled

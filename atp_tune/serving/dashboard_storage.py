@@ -15,7 +15,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 from optuna_dashboard import get_note, save_note, save_plotly_graph_object
 
-from atp_tune.compat.optuna_storages import FrozenStudy
+from atp_tune.compat import FrozenStudy
 from atp_tune.figures import draw
 from atp_tune.results.summary import Summary, final_numbers, summarise
 from atp_tune.serving.notes import columns, facts_of, study_note, trial_note, with_own_words

@@ -13,12 +13,11 @@ from optuna.storages import BaseStorage
 from atp_tune.cache import write_atomically
 from atp_tune.errors import UserError
 from atp_tune.report import gather, html
-from atp_tune.results.summary import best_config, final_numbers, summarise
+from atp_tune.results.best_config import best_config
+from atp_tune.results.summary import final_numbers, summarise
 from atp_tune.storage import artifacts, lost_trials, opening, ranking
 from atp_tune.storage.database import reason_of
 from atp_tune.storage.validation import readable
-
-CONFIG, REPORT = "best.json", "report.html"
 
 
 class Maintenance:
@@ -100,9 +99,9 @@ def _artifact(study: optuna.Study, name: str) -> str | None:
 
 def _files(study: optuna.Study) -> dict[str, bytes]:
     summary = summarise(study)
-    files = {REPORT: html.make([gather(study, datetime.now())])}
+    files = {artifacts.REPORT: html.make([gather(study, datetime.now())])}
     if summary.made_from is not None:
-        config = best_config(summary.made_from, study, Path(CONFIG))
+        config = best_config(summary.made_from, study, Path(artifacts.CONFIG))
         absolute = config.model_copy(update={"folder": str(summary.made_from.folder)})  # it may be loaded anywhere
-        files[CONFIG] = absolute.to_json().encode()
+        files[artifacts.CONFIG] = absolute.to_json().encode()
     return files

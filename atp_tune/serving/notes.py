@@ -6,9 +6,10 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.errors import printable
-from atp_tune.report.markup import escaped, fenced
+from atp_tune.report.markdown import escaped, fenced
 from atp_tune.results.formatting import (
     beginning_of,
+    cells,
     command_of,
     drawn,
     draws_of,
@@ -18,7 +19,8 @@ from atp_tune.results.formatting import (
     plan_of,
     remark_of,
 )
-from atp_tune.results.summary import Rank, Summary, is_uniform, score_of
+from atp_tune.results.summary import Summary
+from atp_tune.results.trials import is_uniform, score_of
 from atp_tune.spec.config import Divergences, Scores
 from atp_tune.spec.former import present_facts
 from atp_tune.storage.lost_trials import is_lost
@@ -65,24 +67,24 @@ def _what(summary: Summary) -> str:
     spec = file.study
     names = ", ".join(spec.allocation.names)
     pruners = ", ".join(spec.prune.pruners)
+    goals = {"kl": "KL divergence from the dense model (nats per token)"}
+    objective = " and ".join(goals.get(goal, goal) for goal in summary.goals)
     lines = [
         f"## {escaped(summary.name)}: {spec.sparsity:.0%} of the weights of {_code(spec.model.source)} go",
         escaped(spec.description),
         f"Searched: how to share the zeros out over {len(summary.sizes)} blocks ({names}; {pruners}; "
-        f"pattern {escaped(spec.prune.pattern)}). The objective is {_objective(summary)} on the search text; lower is "
+        f"pattern {escaped(spec.prune.pattern)}). The objective is {objective} on the search text; lower is "
         "better.",
     ]
     return "\n\n".join(line for line in lines if line)
 
 
-def _objective(summary: Summary) -> str:
-    names = {"kl": "KL divergence from the dense model (nats per token)"}
-    return " and ".join(names.get(goal, goal) for goal in summary.goals)
-
-
 def _scores(summary: Summary) -> str:
     rows = [("dense", summary.dense, "–")]
-    rows += [(_label(rank, summary), rank.scores, _change(rank)) for rank in summary.ranks]
+    for rank in summary.ranks:
+        best = "**best** " if rank.trial == summary.best_trial else ""
+        name = f"{best}{escaped(method_of(rank.trial))}, trial {rank.trial.number}"
+        rows.append((name, rank.scores, f"{rank.against} ({rank.on} text)" if rank.against else "–"))
     if not any(is_uniform(rank.trial) for rank in summary.ranks) and summary.uniform.search:
         rows.insert(1, ("uniform", summary.uniform, "–"))
     lines = [f"| | {GAP}search text | {GAP}report text | {GAP}against uniform |", "|---|---:|---:|---:|"]
@@ -105,17 +107,8 @@ def _kls(summary: Summary) -> list[str]:
     return lines
 
 
-def _label(rank: Rank, summary: Summary) -> str:
-    best = "**best** " if rank.trial == summary.best_trial else ""
-    return f"{best}{escaped(method_of(rank.trial))}, trial {rank.trial.number}"
-
-
-def _change(rank: Rank) -> str:
-    return f"{rank.against} ({rank.on} text)" if rank.against else "–"
-
-
 def _cells(scores: Scores | Divergences) -> str:
-    return f" | {GAP}".join(str(score) if score else "–" for score in (scores.search, scores.report))
+    return f" | {GAP}".join(cells(scores))
 
 
 def _gain(summary: Summary) -> str:

@@ -1,20 +1,20 @@
-"""Serving a storage: both servers and the keeper, until they are told to stop."""
+"""Which storage is served, and how: both servers and the keeper, until they are told to stop."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, sleep
 
-from optuna.storages import BaseStorage, get_storage
+from optuna.storages import get_storage
 
 from atp_tune.errors import UserError
-from atp_tune.serving.dashboard_storage import DashboardView, make_view
+from atp_tune.serving.dashboard_storage import make_view
 from atp_tune.serving.maintenance import Maintenance
 from atp_tune.serving.servers import ServedDatabase, dashboard, host_of, proxy
-from atp_tune.storage import filesystem
+from atp_tune.spec.finding import known
+from atp_tune.spec.studyfile import absolute_storage, load
 from atp_tune.storage.artifacts import Store
-from atp_tune.storage.opening import is_remote, names_in, open_database
+from atp_tune.storage.opening import artifacts_of, is_remote, names_in, network_warning, open_database
 
 TURN = 2  # seconds between the keeper's looks
 LOOK = 0.1  # seconds between looks at whether it is time to stop
@@ -52,23 +52,21 @@ def serve(
     _check_folder(service.address)
     database = open_database(service.address, True, ServedDatabase)
     assert database is not None
-    if warning := filesystem.warning(service.address):
+    if warning := network_warning(service.address):
         tell(warning)
     storage = get_storage(database)  # with Optuna's cache of finished trials
     store = Store(_folder(service.artifacts))
     keeper = Maintenance(storage, service.artifacts, tell)
-    with (
-        proxy(storage, service.listen, service.grpc_port) as grpc_port,
-        _view(service, storage, grpc_port) as view,
-        dashboard(view, store, service.listen, service.port) as port,
-    ):
-        ready(Served(names_in(storage), port, grpc_port))
-        turn = 0.0
-        while not is_told_to_stop():
-            if monotonic() >= turn:
-                keeper.turn()
-                turn = monotonic() + TURN
-            sleep(LOOK)
+    with proxy(storage, service.listen, service.grpc_port) as grpc_port:
+        view = make_view(service.address, storage, f"grpc://{host_of(service.listen)}:{grpc_port}")
+        with dashboard(view, store, service.listen, service.port) as port:
+            ready(Served(names_in(storage), port, grpc_port))
+            turn = 0.0
+            while not is_told_to_stop():
+                if monotonic() >= turn:
+                    keeper.turn()
+                    turn = monotonic() + TURN
+                sleep(LOOK)
 
 
 def _check_folder(address: str) -> None:
@@ -78,14 +76,45 @@ def _check_folder(address: str) -> None:
         raise UserError(f"storage {path}: its folder is not there; name a file in one that is")
 
 
-@contextmanager
-def _view(service: Service, storage: BaseStorage, grpc_port: int) -> Iterator[DashboardView]:
-    yield make_view(service.address, storage, f"grpc://{host_of(service.listen)}:{grpc_port}")
-
-
 def _folder(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--artifacts {path}: {error.strerror}; name a folder that can be written") from None
     return path
+
+
+def choose(
+    study: str | None, storage: str | None, listen: str, port: int, grpc_port: int, artifacts: Path | None
+) -> Service:
+    """The service that was asked for; UserError if it is not clear which."""
+    if storage is not None:
+        address = absolute_storage(storage, Path())
+    else:
+        address = load(study).storage_url if study is not None else f"sqlite:///{_newest()}"
+    return Service(address, listen, port, grpc_port, artifacts or _beside(address))
+
+
+def _beside(address: str) -> Path:
+    """The folder of artifacts that belongs to a database; UserError for a link, which may be a stranger's."""
+    folder = artifacts_of(address)
+    if folder.is_symlink():
+        raise UserError(
+            f"{folder}: is a link to {folder.resolve()}, where files would be written; name that folder with "
+            "--artifacts DIR, or remove the link"
+        )
+    return folder
+
+
+def _newest() -> Path:
+    databases = []
+    for path in known():
+        try:
+            database = load(str(path)).database
+        except UserError:  # an invalid study file is no reason not to serve the others
+            continue
+        if database is not None and database.exists():
+            databases.append(database)
+    if not databases:
+        raise UserError("serve: no study has a database yet; run one, as in: python tune.py --study smol")
+    return max(databases, key=lambda database: database.stat().st_mtime)

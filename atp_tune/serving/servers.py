@@ -20,7 +20,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 from optuna_dashboard import wsgi
 
-from atp_tune.compat.optuna_grpc import OptunaStorageProxyService, api_pb2_grpc
+from atp_tune.compat import serve_storage
 from atp_tune.errors import UserError
 from atp_tune.figures import FIGURES
 from atp_tune.storage.artifacts import Store
@@ -154,8 +154,7 @@ def proxy(storage: BaseStorage, host: str, port: int) -> Iterator[int]:
     """Optuna's storage proxy on a port (0: any), which is yielded; requests in progress are answered before it ends."""
     check_free(host, port, "--grpc-port")
     server = grpc.server(ThreadPoolExecutor(THREADS), interceptors=[Relay()], options=PINGS)
-    service = OptunaStorageProxyService(cast(BaseStorage, InOrder(storage)))
-    api_pb2_grpc.add_StorageServiceServicer_to_server(service, server)  # type: ignore[no-untyped-call]
+    serve_storage(cast(BaseStorage, InOrder(storage)), server)
     bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
     server.start()
     try:
@@ -215,9 +214,7 @@ def check_free(host: str, port: int, option: str) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
     except OSError as error:
-        if isinstance(error, socket.gaierror):
-            raise UserError(f"--listen {host}: {error.strerror}; write an address of this machine") from None
-        if error.errno == errno.EADDRNOTAVAIL:
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
             raise UserError(f"--listen {host}: {error.strerror}; write an address of this machine") from None
         raise UserError(f"{host}:{port}: {error.strerror}; choose another port with {option} N") from None
 

@@ -15,7 +15,7 @@ from atp_tune.checkpoints.convert import quiet
 from atp_tune.errors import UserError
 from atp_tune.metrics.perplexity import error_over
 from atp_tune.plan import shown
-from atp_tune.report.markup import escaped, fenced
+from atp_tune.report.markdown import escaped, fenced
 from atp_tune.report.tables import speed
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import Compared, Config, Measure

@@ -40,7 +40,7 @@ SAVED = 20  # steps after which what is trained is written down
 
 
 @dataclass(frozen=True)
-class Job:
+class FinetuningJob:
     """What is fine-tuned into what and how; `report` measures it, on which `dense` is the dense model's perplexity."""
 
     setup: ContextConfig
@@ -82,7 +82,7 @@ def finetune(
     dense = made.dense if made and made.report == report else None
     setup = ContextConfig(named, PruneConfig(), {"report": report}, Path(), device, bos=bos)
     with oom_as_user_error("finetune"):
-        return _run(Job(setup, folder, out, text, windows, settings, dense, watch))
+        return _run(FinetuningJob(setup, folder, out, text, windows, settings, dense, watch))
 
 
 def choose(text: Text | None, report: Text | None, made: Origin | None) -> tuple[Text, Text]:
@@ -128,7 +128,7 @@ def _naming(option: str) -> Iterator[None]:
         raise UserError(f"{option}: {error}") from None
 
 
-def _run(job: Job) -> Finetuned:
+def _run(job: FinetuningJob) -> Finetuned:
     from atp_tune.sparse.training import Trainer, stored_format
 
     before = folder_nlls(job.setup, job.folder.path, job.watch, f"checking {job.folder.path}")
@@ -157,7 +157,7 @@ def _run(job: Job) -> Finetuned:
     return done
 
 
-def _train(trainer: "Trainer", job: Job) -> None:
+def _train(trainer: "Trainer", job: FinetuningJob) -> None:
     """All steps that are left, written down now and then."""
     from atp_tune.sparse.training import facts_of
 
@@ -175,7 +175,7 @@ def _train(trainer: "Trainer", job: Job) -> None:
             job.watch(Note(f"step {done} of {total}: loss {fmean(trainer.losses[-SAVED:]):.3f}, {duration(left)} left"))
 
 
-def _write(trainer: "Trainer", checkpoint: Checkpoint, job: Job, folder: Path) -> Zeros:
+def _write(trainer: "Trainer", checkpoint: Checkpoint, job: FinetuningJob, folder: Path) -> Zeros:
     """Writes the weights with the adapters merged; their zeros before and after."""
     zeros = Counter[str]()
 

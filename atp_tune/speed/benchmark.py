@@ -1,38 +1,33 @@
-"""`speedup`: sizes, zeros, then torch and the engine that was asked for."""
+"""`speedup`: bytes of the files, compressed too; where the zeros are; then torch and the engine that was asked for."""
 
-from collections.abc import Callable, Iterator
-from functools import partial
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.classes import model_config
 from atp_tune.checkpoints.devices import find_device, oom_as_user_error
 from atp_tune.errors import UserError
-from atp_tune.events import TrialStarted, Watch
-from atp_tune.metrics.speed import Speed
-from atp_tune.speed import deepsparse_engine, semistructured, torch_engine
+from atp_tune.events import Step, TrialStarted, Watch
+from atp_tune.metrics.speed import Sizes, Speed
+from atp_tune.pruners.selection import nonzeros
+from atp_tune.speed import deepsparse_engine
 from atp_tune.speed.deepsparse_home import python_of
 from atp_tune.speed.graphs import check_onnx
 from atp_tune.speed.model_pair import Pair
-from atp_tune.speed.sizes import sizes, zeros_by_kind
-from atp_tune.speed.throughput import Opening, Task, measured
+from atp_tune.speed.throughput import Opening, Workload, measured
+from atp_tune.speed.torch_engine import SEMI_STRUCTURED, check_semi_structured, dtypes, opened, opened_semi_structured
 
-Open = Callable[[Pair, Task, torch.device, Watch], Iterator[Opening]]
-
-
-def _torch(pair: Pair, task: Task, device: torch.device, watch: Watch) -> Iterator[Opening]:
-    return (torch_engine.opened(pair, task, device, dtype) for dtype in torch_engine.dtypes(device))
-
-
-def _deepsparse(pair: Pair, task: Task, device: torch.device, watch: Watch) -> Iterator[Opening]:
-    yield deepsparse_engine.opened(pair, task, watch)
-
-
-def _semistructured(pair: Pair, task: Task, device: torch.device, watch: Watch) -> Iterator[Opening]:
-    yield semistructured.opened(pair, task, device)
-
-
-ENGINES: dict[str, Open] = {"torch": _torch, "deepsparse": _deepsparse, semistructured.NAME: _semistructured}
+CHUNK = 16 << 20  # bytes read at a time
+LEVEL = 3  # of zstd, its default
+ENGINES: dict[str, Callable[[Pair, Workload, torch.device, Watch], list[Opening]]] = {
+    "torch": lambda pair, task, device, _: [opened(pair, task, device, dtype) for dtype in dtypes(device)],
+    "deepsparse": lambda pair, task, _, watch: [deepsparse_engine.opened(pair, task, watch)],
+    SEMI_STRUCTURED: lambda pair, task, device, _: [opened_semi_structured(pair, task, device)],
+}
 
 
 def check(engine: str, pattern: str, device: str) -> None:
@@ -40,11 +35,11 @@ def check(engine: str, pattern: str, device: str) -> None:
     if engine == "deepsparse":
         check_onnx()
         python_of()
-    if engine == semistructured.NAME:
-        semistructured.check(pattern, find_device(device))
+    if engine == SEMI_STRUCTURED:
+        check_semi_structured(pattern, find_device(device))
 
 
-def check_positions(pair: Pair, task: Task) -> None:
+def check_positions(pair: Pair, task: Workload) -> None:
     """UserError where the prompt and the tokens after it are more than the model has positions."""
     config = model_config(pair.dense, pair.trusted).get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
@@ -55,17 +50,49 @@ def check_positions(pair: Pair, task: Task) -> None:
         )
 
 
-def measure(pair: Pair, engine: str, task: Task, device: str, watch: Watch) -> Speed:
+def measure(pair: Pair, engine: str, task: Workload, device: str, watch: Watch) -> Speed:
     """All that is known of a pair of models; torch is measured with every engine, to be compared with."""
     check_positions(pair, task)
     place = find_device("cpu" if engine == "deepsparse" else device)
-    opening = partial(ENGINES[engine], pair, task, place, watch)
-    first = list(opening()) if engine != "torch" else []
+    first = ENGINES[engine](pair, task, place, watch) if engine != "torch" else []
     with oom_as_user_error("speedup"):
         watch(TrialStarted("compressing the weight files", None))
         found = sizes(pair.dense, pair.sparse, watch)
         with pair.load("sparse", torch.float32, torch.device("cpu")) as sparse:
             zeros = zeros_by_kind(sparse)
-        rows = [measured(each, "torch", task, watch) for each in _torch(pair, task, place, watch)]
+        rows = [measured(each, "torch", task, watch) for each in ENGINES["torch"](pair, task, place, watch)]
         rows += [measured(each, engine, task, watch) for each in first]
     return Speed(sizes=found, zeros=zeros, engines=tuple(rows))
+
+
+def zeros_by_kind(checkpoint: Checkpoint) -> dict[str, float]:
+    """Share of zeros of each kind of linear, by its name in a block, over all blocks."""
+    zeros, sizes = Counter[str](), Counter[str]()
+    for index, linears in enumerate(checkpoint.linears):
+        weights = checkpoint.weights(index)
+        for linear in linears:
+            kind = re.sub(r"\[\d+\]$", "", linear.name)
+            zeros[kind] += linear.size - int(nonzeros(linear.matrix(weights[linear.key])))
+            sizes[kind] += linear.size
+    return {kind: zeros[kind] / size for kind, size in sizes.items()}
+
+
+def sizes(dense: Path, sparse: Path, watch: Watch) -> Sizes:
+    """Bytes of the weight files of two folders; UserError where zstd is not installed."""
+    try:
+        from zstandard import ZstdCompressor
+    except ModuleNotFoundError:
+        raise UserError("speedup: zstandard is not installed; run: pip install 'atp-tune[speed]'") from None
+    files = [(folder, file) for folder in (dense, sparse) for file in sorted(folder.glob("*.safetensors"))]
+    total = sum(file.stat().st_size for _, file in files)
+    done, plain, packed = 0, Counter[Path](), Counter[Path]()
+    for folder, file in files:
+        compressor = ZstdCompressor(level=LEVEL).compressobj()
+        with file.open("rb") as stream:
+            while chunk := stream.read(CHUNK):
+                packed[folder] += len(compressor.compress(chunk))
+                plain[folder] += len(chunk)
+                done += len(chunk)
+                watch(Step("compress", done, total))
+        packed[folder] += len(compressor.flush())
+    return Sizes(dense=plain[dense], sparse=plain[sparse], dense_zstd=packed[dense], sparse_zstd=packed[sparse])

@@ -19,11 +19,10 @@ from atp_tune.checkpoints.devices import cpu_name
 from atp_tune.errors import UserError
 from atp_tune.events import Step, Watch
 from atp_tune.metrics.speed import PHASES, SIDES, Phase, Side
-from atp_tune.speed.decoder import check_family
 from atp_tune.speed.deepsparse_home import python_of
-from atp_tune.speed.graphs import capacity, check_onnx, export
+from atp_tune.speed.graphs import capacity, check_family, check_onnx, export
 from atp_tune.speed.model_pair import Pair
-from atp_tune.speed.throughput import About, Engine, Task
+from atp_tune.speed.throughput import About, SpeedEngine, Workload
 from atp_tune.speed.torch_engine import random_ids
 
 WORKER = Path(__file__).with_name("deepsparse_worker.py")
@@ -58,7 +57,7 @@ class DeepSparse:
         raise UserError(f"--engine deepsparse: its process has ended: {said[-1]}")
 
 
-def opened(pair: Pair, task: Task, watch: Watch) -> AbstractContextManager[Engine]:
+def opened(pair: Pair, task: Workload, watch: Watch) -> AbstractContextManager[SpeedEngine]:
     """Both models in float32; UserError at once where DeepSparse is not there or cannot have the model."""
     check_onnx()
     check_family(model_config(pair.dense, False), capacity(task))
@@ -66,7 +65,7 @@ def opened(pair: Pair, task: Task, watch: Watch) -> AbstractContextManager[Engin
 
 
 @contextmanager
-def _compiled(python: Path, pair: Pair, task: Task, watch: Watch) -> Iterator[Engine]:
+def _compiled(python: Path, pair: Pair, task: Workload, watch: Watch) -> Iterator[SpeedEngine]:
     """Exports, compiles and compares the logits with transformers'; UserError if they are others."""
     cores = torch.get_num_threads()
     with tempfile.TemporaryDirectory(dir=cache_dir("engines"), prefix=".graphs.") as name:
@@ -89,7 +88,7 @@ def _compiled(python: Path, pair: Pair, task: Task, watch: Watch) -> Iterator[En
 
 
 def _exported(
-    pair: Pair, task: Task, folder: Path, cores: int, watch: Watch
+    pair: Pair, task: Workload, folder: Path, cores: int, watch: Watch
 ) -> Iterator[tuple[tuple[Side, Phase], Tensor]]:
     """Writes the graphs and TASK.json; the logits that transformers has for each of them."""
     graphs: dict[Side, dict[Phase, str]] = {}

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 
-class Model:
+class CompiledModel:
     """Both graphs of one model; the prompt is in the cache of the decode graph."""
 
     def __init__(self, graphs: dict[str, str], task: dict[str, Any]) -> None:
@@ -85,7 +85,7 @@ def main() -> None:
     os.dup2(2, 1)  # what libraries print is no answer
     models = {}
     for side, graphs in task["graphs"].items():
-        models[side] = Model(graphs, task)
+        models[side] = CompiledModel(graphs, task)
         for phase in graphs:
             np.save(Path(task["folder"]) / f"{side}.{phase}.npy", models[side].logits(phase))
         answers.write(json.dumps(len(models)) + "\n")

@@ -1,7 +1,12 @@
 """A Llama-shaped model as two ONNX graphs: `prefill` takes the whole prompt, `decode` one token and what came before.
 
 Shapes are fixed. Names are DeepSparse's: input_ids, attention_mask, positions, causal_mask, past_key_values.I.key and
-.value go in; logits, present.I.key and .value come out.
+.value go in; logits, present.I.key and .value come out. T tokens of a sequence of S positions go in, of which S - T
+were computed before.
+
+Embedding, norms, linears, MLP and head are the model's own modules; attention is written here, with keys and values
+going in and out as tensors. Each key/value head is repeated for all query heads that share it: exact, and DeepSparse's
+own cache crashes otherwise.
 """
 
 import warnings
@@ -11,15 +16,88 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from atp_tune.errors import UserError
 from atp_tune.metrics.speed import PHASES, Phase
-from atp_tune.speed.decoder import Decoder
-from atp_tune.speed.throughput import Task
+from atp_tune.speed.throughput import Workload
 
 OPSET = 14  # the newest that DeepSparse reads
 NAMES = ("input_ids", "attention_mask", "positions", "causal_mask")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAR = 1e9  # taken from the score of a position that is not to be seen
+
+
+class Decoder(nn.Module):
+    """Logits [1, 1, words] of the last token, then keys and values [1, heads, S, width] of each block."""
+
+    def __init__(self, model: Any, positions: int) -> None:
+        """`model`: as transformers made it; `positions`: how many its rotation is laid out for."""
+        super().__init__()
+        check_family(model.config, positions)
+        self.inner, self.head = model.model, model.lm_head
+        config = model.config
+        self.width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.heads = int(config.num_attention_heads)
+        cos, sin = self.inner.rotary_emb(torch.zeros(1), torch.arange(positions)[None])
+        self.register_buffer("cos", cos[0], persistent=False)  # [positions, width]
+        self.register_buffer("sin", sin[0], persistent=False)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, causal_mask: Tensor, *past: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Integers [1, T], [1, S], [1, T], [1, 1, T, S]: masks are 0 and 1; `past`: [1, heads, S - T, width] each."""
+        states = self.inner.embed_tokens(input_ids)
+        turn = self.cos[positions][:, None], self.sin[positions][:, None]  # type: ignore[index]
+        hidden = (1.0 - (causal_mask * attention_mask[:, None, None]).to(states.dtype)) * -FAR
+        present: list[Tensor] = []
+        for index, block in enumerate(self.inner.layers):
+            inputs = block.input_layernorm(states)
+            query, key, value = self._project(block.self_attn, inputs, turn)
+            if past:
+                key = torch.cat((past[2 * index], key), 2)
+                value = torch.cat((past[2 * index + 1], value), 2)
+            present += [key, value]
+            scores = query @ key.transpose(2, 3) * self.width**-0.5 + hidden
+            seen = scores.softmax(-1) @ value
+            states = states + block.self_attn.o_proj(seen.transpose(1, 2).flatten(2))
+            states = states + block.mlp(block.post_attention_layernorm(states))
+        return self.head(self.inner.norm(states)[:, -1:]), *present
+
+    def _project(self, attention: Any, inputs: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value [1, heads, T, width], turned by position."""
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        query, key, value = (projection(inputs).unflatten(-1, (-1, self.width)) for projection in projections)
+        if hasattr(attention, "q_norm"):
+            query, key = attention.q_norm(query), attention.k_norm(key)
+        query, key, value = (each.transpose(1, 2) for each in (query, key, value))
+        key, value = self._repeat(rotate(key, *turn)), self._repeat(value)
+        return rotate(query, *turn), key, value
+
+    def _repeat(self, shared: Tensor) -> Tensor:
+        """[1, key/value heads, T, width] → [1, heads, T, width]."""
+        _, few, tokens, width = shared.shape
+        if few == self.heads:
+            return shared
+        return shared[:, :, None].expand(-1, -1, self.heads // few, -1, -1).reshape(1, self.heads, tokens, width)
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Each pair of a head's first and second half turned by its position's angle."""
+    first, second = heads.chunk(2, -1)
+    return heads * cos + torch.cat((-second, first), -1) * sin
+
+
+def check_family(config: Any, positions: int) -> None:
+    """UserError for a model that is not Llama-shaped, or that does not look back as far as it would have to."""
+    if config.model_type not in FAMILIES:
+        raise UserError(
+            f"--engine deepsparse: {config.model_type} is not exported, only {', '.join(FAMILIES)}; "
+            "--engine torch measures any model"
+        )
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < positions:
+        raise UserError(f"--tokens: {positions} positions are more than the model's sliding window of {window}")
 
 
 def check_onnx() -> None:
@@ -28,12 +106,12 @@ def check_onnx() -> None:
         raise UserError("--engine deepsparse: onnx is not installed; run: pip install 'atp-tune[speed]'")
 
 
-def capacity(task: Task) -> int:
+def capacity(task: Workload) -> int:
     """Positions of the decode graph: a power of two, since DeepSparse's own cache doubles and overruns any other."""
     return 1 << (task.tokens + task.steps).bit_length()
 
 
-def export(model: Any, task: Task, folder: Path) -> Mapping[Phase, Path]:
+def export(model: Any, task: Workload, folder: Path) -> Mapping[Phase, Path]:
     """Writes both graphs of a model in float32; UserError for a model that is not Llama-shaped."""
     decoder = Decoder(model, capacity(task)).eval()
     shapes: dict[Phase, tuple[int, int]] = {"prefill": (task.tokens, task.tokens), "decode": (1, capacity(task))}

@@ -11,7 +11,7 @@ from atp_tune.metrics.speed import PHASES, SIDES, Measured, Phase, Rates, Side
 
 
 @dataclass(frozen=True)
-class Task:
+class Workload:
     """What is measured: a prompt of `tokens`, then `steps` tokens one at a time; all of it `runs` times."""
 
     tokens: int = 128
@@ -31,7 +31,7 @@ class About:
     logits: float | None = None
 
 
-class Engine(Protocol):
+class SpeedEngine(Protocol):
     """Computes a dense and a sparse model."""
 
     @property
@@ -42,10 +42,10 @@ class Engine(Protocol):
         """How long one run of a phase takes."""
 
 
-Opening = AbstractContextManager[Engine]
+Opening = AbstractContextManager[SpeedEngine]
 
 
-def measured(opening: Opening, name: str, task: Task, watch: Watch) -> Measured:
+def measured(opening: Opening, name: str, task: Workload, watch: Watch) -> Measured:
     """Opens an engine and lets the models take turns; a first round is not counted."""
     watch(TrialStarted(f"measuring {name}", None))
     with opening as engine:
@@ -57,7 +57,7 @@ def measured(opening: Opening, name: str, task: Task, watch: Watch) -> Measured:
     return Measured(**vars(about), tokens=task.tokens, steps=task.steps, prefill=prefill, decode=decode)
 
 
-def _runs(engine: Engine, task: Task, watch: Watch) -> Iterator[tuple[Phase, Side, float]]:
+def _runs(engine: SpeedEngine, task: Workload, watch: Watch) -> Iterator[tuple[Phase, Side, float]]:
     """Dense, sparse, dense, sparse, … in both phases."""
     for run in range(task.runs + 1):
         for phase, side in product(PHASES, SIDES):

@@ -1,29 +1,37 @@
-"""The engine `torch`: the models as transformers computes them, where zeros are numbers like any others."""
+"""The engines `torch` and `semi-structured`: the models as transformers computes them.
+
+To `torch` zeros are numbers like any others. `semi-structured` computes 2:4 zeros on the sparse tensor cores of an
+NVIDIA GPU, by `torch.sparse`; the dense model beside it has the same number format and the plain tensor cores.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from copy import deepcopy
 from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.sparse import to_sparse_semi_structured
 from transformers.utils import logging as hf_logging
 
 from atp_tune.blocks.timing import wait_for
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import cpu_name, device_name, find_dtype
+from atp_tune.errors import UserError
 from atp_tune.metrics.speed import Phase, Side
 from atp_tune.speed.model_pair import Pair
-from atp_tune.speed.throughput import About, Engine, Task
+from atp_tune.speed.throughput import About, SpeedEngine, Workload
 
+SEMI_STRUCTURED = "semi-structured"
+CAPABILITY = (8, 0)  # of the first GPUs with sparse tensor cores
 Change = Callable[[Checkpoint], None]
 
 
 class Eager:
     """Both models in memory; the prompt's keys and values are computed once."""
 
-    def __init__(self, about: About, models: Mapping[Side, Any], ids: Tensor, task: Task) -> None:
+    def __init__(self, about: About, models: Mapping[Side, Any], ids: Tensor, task: Workload) -> None:
         """`ids` [1, tokens + steps] on the device of the models."""
         self.about = about
         self._models, self._ids, self._task = models, ids, task
@@ -61,8 +69,13 @@ def dtypes(device: torch.device) -> list[torch.dtype]:
 
 @contextmanager
 def opened(
-    pair: Pair, task: Task, device: torch.device, dtype: torch.dtype, name: str = "torch", change: Change | None = None
-) -> Iterator[Engine]:
+    pair: Pair,
+    task: Workload,
+    device: torch.device,
+    dtype: torch.dtype,
+    name: str = "torch",
+    change: Change | None = None,
+) -> Iterator[SpeedEngine]:
     """Both models on the device; `change` is done to the sparse one."""
     hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it warns of each argument that it renames
     cpu = device.type == "cpu"
@@ -78,7 +91,49 @@ def opened(
             yield engine
 
 
-def random_ids(checkpoint: Checkpoint, task: Task) -> Tensor:
+def random_ids(checkpoint: Checkpoint, task: Workload) -> Tensor:
     """Token ids [1, tokens + steps], the same for all engines."""
     words = int(checkpoint.config.get_text_config().vocab_size)
     return torch.randint(words, (1, task.tokens + task.steps), generator=torch.Generator().manual_seed(0))
+
+
+def opened_semi_structured(pair: Pair, task: Workload, device: torch.device) -> AbstractContextManager[SpeedEngine]:
+    """Both models in bf16; UserError where the zeros are not 2:4 or the card is not there."""
+    check_semi_structured(pair.pattern, device)
+    return opened(pair, task, device, torch.bfloat16, SEMI_STRUCTURED, compress)
+
+
+def check_semi_structured(pattern: str, device: torch.device) -> None:
+    """UserError where the zeros are not 2:4 or the card is not there."""
+    if pattern != "2:4":
+        raise UserError(
+            f'--engine semi-structured: needs zeros in the pattern "2:4", those of this model are {pattern}'
+        )
+    found = f"{device.type} has none"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= CAPABILITY:
+            return
+        found = f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
+    raise UserError(f"--engine semi-structured: needs an NVIDIA GPU of compute capability 8.0 or above, {found}")
+
+
+def compress(checkpoint: Checkpoint) -> None:
+    """Puts compressed weights in the place of the pruned linears' own; UserError for experts and GPT-2's linears."""
+    for block, linears in zip(checkpoint.blocks, checkpoint.linears, strict=True):
+        for linear in linears:
+            module = None if linear.expert is not None else block.get_submodule(linear.name)
+            if not isinstance(module, nn.Linear):
+                raise UserError(
+                    f"--engine semi-structured: {linear.name} is no nn.Linear, and torch.sparse compresses no other"
+                )
+            check_groups(linear.name, module.weight)
+            module.weight = nn.Parameter(to_sparse_semi_structured(module.weight.detach()), requires_grad=False)
+
+
+def check_groups(name: str, weight: Tensor) -> None:
+    """UserError if one of a weight's groups [out, in / 4, 4] has fewer than 2 zeros: they would be lost."""
+    if weight.shape[1] % 4 or int((weight.reshape(len(weight), -1, 4) == 0).sum(2).min()) < 2:
+        raise UserError(
+            f"--engine semi-structured: {name} is not 2:4 everywhere; was the folder changed after `apply`?"
+        )

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 from optuna.artifacts import FileSystemArtifactStore
 from optuna.artifacts.exceptions import ArtifactNotFound
 
+CONFIG, REPORT = MADE_ANEW = ("best.json", "report.html")  # files that `serve` keeps current
 OF_STUDY = "artifacts:"  # keys of system attributes: this and the artifact's name, also those of a trial
 OF_TRIAL = re.compile(r"(?P<head>dashboard:artifacts:)(?P<trial>\d{1,18})(?P<tail>:.*)", re.ASCII | re.DOTALL)
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")  # what Optuna calls an artifact

@@ -29,7 +29,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, ExceptionContext, make_url
 from sqlalchemy.exc import DBAPIError, OperationalError, PendingRollbackError, SQLAlchemyError
 
-from atp_tune.compat.optuna_rdb import TrialHeartbeatModel, TrialModel, TrialUserAttributeModel, transaction
+from atp_tune.compat import TrialHeartbeatModel, TrialModel, TrialUserAttributeModel, transaction
 from atp_tune.errors import UserError
 from atp_tune.storage.process_identity import GRACE, is_alive
 from atp_tune.storage.retry import Retrying, is_told
@@ -244,7 +244,7 @@ class RetryingDatabase(Database):
     """The same for a worker: calls are made again while the server is away."""
 
     def __init__(self, url: str, *arguments: Any, **options: Any) -> None:
-        self._patience = Retrying(f"storage {without_password(url)}:")
+        self._retrying = Retrying(f"storage {without_password(url)}:")
         super().__init__(url, *arguments, **options)
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
@@ -253,7 +253,7 @@ class RetryingDatabase(Database):
         try:
             return bool(self._ask(lambda: tell(trial_id, state, values)))
         except UpdateFinishedTrialError:
-            if not self._patience.has_repeated or not is_told(self.get_trial(trial_id), state, values):
+            if not self._retrying.has_repeated or not is_told(self.get_trial(trial_id), state, values):
                 raise
             return True
 
@@ -266,10 +266,10 @@ class RetryingDatabase(Database):
                     raise
                 return Away(reason_of(error))
 
-        return self._patience.ask(attempt, lambda answer: answer.reason if isinstance(answer, Away) else "")
+        return self._retrying.ask(attempt, lambda answer: answer.reason if isinstance(answer, Away) else "")
 
 
-def _patient(name: str) -> Callable[..., Any]:
+def _with_retries(name: str) -> Callable[..., Any]:
     def call(self: RetryingDatabase, *arguments: Any, **options: Any) -> Any:
         return self._ask(lambda: getattr(super(RetryingDatabase, self), name)(*arguments, **options))
 
@@ -277,7 +277,7 @@ def _patient(name: str) -> Callable[..., Any]:
 
 
 for _name in CALLS:
-    setattr(RetryingDatabase, _name, _patient(_name))
+    setattr(RetryingDatabase, _name, _with_retries(_name))
 
 
 def set_attributes(trial: optuna.Trial, attributes: Mapping[str, Any]) -> None:

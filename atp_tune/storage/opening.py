@@ -1,4 +1,4 @@
-"""Opening a storage by its URL, and the studies that it holds."""
+"""Opening a storage by its URL, the studies that it holds, and the file system that it lies on."""
 
 import warnings
 from pathlib import Path
@@ -7,6 +7,7 @@ from time import sleep
 from typing import TypeVar
 
 import optuna
+import psutil
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import BaseStorage
 from sqlalchemy.engine import URL, make_url
@@ -28,6 +29,13 @@ from atp_tune.storage.sqlite_errors import check_whole, way_out
 from atp_tune.storage.validation import ValidatedStudy, readable
 
 PAUSES = (0.1, 0.5, 2.0)  # seconds between attempts to make the tables of a new database
+# Types of file systems, on which SQLite's locks do not work.
+NETWORK = {
+    "9p", "acfs", "afp", "afpfs", "afs", "beegfs", "ceph", "cifs", "coda", "davfs", "davfs2", "gcsfuse", "gfs",
+    "gfs2", "glusterfs", "goofys", "gpfs", "juicefs", "lustre", "mfs", "moosefs", "ncpfs", "nfs", "nfs3",
+    "nfs4", "ocfs2", "orangefs", "panfs", "pvfs2", "rclone", "s3fs", "smb", "smb2", "smb3", "smbfs", "sshfs",
+    "webdav", "wekafs",
+}  # fmt: skip
 Kind = TypeVar("Kind", bound=Database)
 
 
@@ -60,7 +68,7 @@ def open_database(address: str, create: bool, kind: type[Kind]) -> Kind | None:
         if is_there:
             check_whole(file)
     try:
-        return _patiently(address, url, kind)
+        return _opened_after_retries(address, url, kind)
     except (SQLAlchemyError, StorageInternalError, ImportError, RuntimeError, OSError) as error:
         way = way_out(error, address)
         reason = reason_of(error) + (f"; {way}" if way else "")
@@ -102,7 +110,7 @@ def check_is_file(url: URL) -> None:
         raise UserError(f"storage {url.database}: is a folder; name a file, as in sqlite:///{url.database}/study.db")
 
 
-def _patiently(address: str, url: URL, kind: type[Kind]) -> Kind:
+def _opened_after_retries(address: str, url: URL, kind: type[Kind]) -> Kind:
     """Tries again where the tables were not there and others were making them at the same moment."""
     for pause in PAUSES:
         try:
@@ -144,3 +152,28 @@ def names_in(storage: BaseStorage) -> list[str]:
     """The names of all studies that a storage has, in the order in which they were made."""
     with readable("in the storage"):
         return [study.study_name for study in sorted(storage.get_all_studies(), key=lambda study: study._study_id)]
+
+
+def kind_of(file: Path) -> str:
+    """The type of the file system that a file lies on, or would; "" if that is not known."""
+    place = file.resolve()
+    mounts = [part for part in psutil.disk_partitions(all=True) if place.is_relative_to(part.mountpoint)]
+    return max(reversed(mounts), key=lambda part: len(Path(part.mountpoint).parts)).fstype if mounts else ""
+
+
+def is_network(kind: str) -> bool:
+    """Whether a file system's type is one of a network, also behind FUSE."""
+    return kind.lower().removeprefix("fuse.") in NETWORK
+
+
+def network_warning(address: str) -> str | None:
+    """One line for a SQLite file on a network file system, where SQLite's locks do not work; None for any other."""
+    file = make_url(address).database if address.startswith("sqlite") else None
+    kind = kind_of(Path(file)) if file else ""
+    if not is_network(kind):
+        return None
+    return (
+        f"warning: {file} lies on a network file system ({kind}), where SQLite's locks do not work: only one "
+        "machine may open it. For several, run `python tune.py serve` on one and give the others --storage "
+        "grpc://HOST:13000, or use PostgreSQL (docs/serving.md)"
+    )

@@ -4,7 +4,7 @@
 the token in $ATP_TUNE_TOKEN is shown. Whatever is sent while the server cannot be reached is sent again until it
 answers.
 
-Errors: UserError where nobody answers at the start, or has for as long as `patience` lasts.
+Errors: UserError where nobody answers at the start, or has for `retry.RETRY_SECONDS`.
 """
 
 import copy
@@ -22,8 +22,7 @@ from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.storages import GrpcStorageProxy
 from optuna.trial import FrozenTrial, TrialState
 
-from atp_tune.compat.optuna_grpc import GrpcClientCache, api_pb2_grpc
-from atp_tune.compat.optuna_storages import BaseHeartbeat
+from atp_tune.compat import BaseHeartbeat, storage_client
 from atp_tune.errors import UserError
 from atp_tune.storage.process_identity import HEARTBEAT
 from atp_tune.storage.retry import Retrying, is_told
@@ -67,7 +66,7 @@ def connect(address: str) -> "RemoteStorage":
 
 
 class RemoteStorage(GrpcStorageProxy, BaseHeartbeat):
-    """Optuna's client of a storage server, with patience and with signs of life from running trials."""
+    """Optuna's client of a storage server that may be away, with signs of life from running trials."""
 
     def __init__(self, host: str, port: int, token: str | None, scheme: str) -> None:
         self._scheme = scheme
@@ -96,7 +95,7 @@ class RemoteStorage(GrpcStorageProxy, BaseHeartbeat):
         try:
             return super().set_trial_state_values(trial_id, state, values)
         except UpdateFinishedTrialError:
-            if not self._interceptor.patience.has_repeated or not is_told(self.get_trial(trial_id), state, values):
+            if not self._interceptor.retrying.has_repeated or not is_told(self.get_trial(trial_id), state, values):
                 raise
             return True
 
@@ -135,8 +134,7 @@ class RemoteStorage(GrpcStorageProxy, BaseHeartbeat):
 
     def _setup(self) -> None:
         self._channel = grpc.intercept_channel(self._open(), self._interceptor)
-        self._stub = api_pb2_grpc.StorageServiceStub(self._channel)  # type: ignore[no-untyped-call]
-        self._cache = GrpcClientCache(self._stub)
+        self._stub, self._cache = storage_client(self._channel)
 
     def _open(self) -> grpc.Channel:
         target = f"{self._host}:{self._port}"
@@ -171,15 +169,15 @@ class Interceptor(grpc.UnaryUnaryClientInterceptor):
     def __init__(self, address: str, token: str | None) -> None:
         self.is_known = False  # to be a server of trials: until then, no answer is an answer
         self._name = address
-        self.patience = Retrying(address)
+        self.retrying = Retrying(address)
         self._metadata = [("authorization", f"Bearer {token}")] if token else []
 
     def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
-        """The answer to a request; UserError if there is none for as long as patience lasts."""
+        """The answer to a request; UserError if there is none for `RETRY_SECONDS`."""
         details = _Details(details.method, DEADLINE, [*(details.metadata or ()), *self._metadata])
         if not self.is_known:
             return continuation(details, request)
-        call = self.patience.ask(lambda: continuation(details, request), _absence)
+        call = self.retrying.ask(lambda: continuation(details, request), _absence)
         if call.code() == BROKEN and (words := _words(call)).startswith(DATABASE):  # Optuna has a use for the code too
             raise UserError(f"{self._name}: {words}")
         return call

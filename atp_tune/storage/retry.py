@@ -1,4 +1,4 @@
-"""Patience with a server that is away: what was asked is asked again until it answers, and that is said once.
+"""Calls to a server that is away are made again until it answers; a line says so when it goes and when it is back.
 
 A worker that has computed for an hour does not lose the result to a cable or a restart.
 """
@@ -14,8 +14,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.errors import UserError
 
-PATIENCE = 3600  # seconds of silence after which a worker gives up
-PAUSES = (0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between attempts; the last one again and again
+RETRY_SECONDS = 3600  # seconds of silence after which a worker gives up
+RETRY_PAUSES = (0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between attempts; the last one again and again
 
 log = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
@@ -39,11 +39,11 @@ class Retrying:
         return bool(getattr(self._thread, "has_repeated", False))
 
     def ask(self, attempt: Callable[[], Answer], away: Callable[[Answer], str]) -> Answer:
-        """The answer of the first attempt that is not `away`, which says why; UserError after `PATIENCE` seconds.
+        """The answer of the first attempt that is not `away`, which says why; UserError after `RETRY_SECONDS`.
 
         The time is that of the whole outage, so that the last words of a run that gave up do not wait again.
         """
-        pauses, has_repeated = chain(PAUSES, repeat(PAUSES[-1])), False
+        pauses, has_repeated = chain(RETRY_PAUSES, repeat(RETRY_PAUSES[-1])), False
         try:
             while reason := away(answer := attempt()):
                 self._wait(reason, next(pauses))
@@ -58,10 +58,10 @@ class Retrying:
             if self._since is None:
                 self._since = monotonic()
                 log.warning("%s %s; trying again, nothing is lost", self._name, reason)
-        if monotonic() - self._since >= PATIENCE:
+        if monotonic() - self._since >= RETRY_SECONDS:
             raise UserError(
-                f"{self._name} {reason}, for {PATIENCE / 60:.0f} minutes now. What was told before is stored; the same "
-                "command goes on from there"
+                f"{self._name} {reason}, for {RETRY_SECONDS / 60:.0f} minutes now. What was told before is stored; the "
+                "same command goes on from there"
             )
         sleep(pause)
 

@@ -47,7 +47,7 @@ Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Asked:
+class TaskOptions:
     """What to evaluate: tasks by name or path, items and examples of each, sequences at a time, and where."""
 
     tasks: tuple[str, ...]
@@ -60,7 +60,7 @@ class Asked:
 class Scorer:
     """Scores models of one folder on tasks that were loaded before; a model's blocks may have other weights."""
 
-    def __init__(self, asked: Asked, watch: Watch) -> None:
+    def __init__(self, asked: TaskOptions, watch: Watch) -> None:
         """UserError where lm-eval is not installed, and for tasks that are unknown or cannot be had."""
         self._asked = asked
         self._watch = watch
@@ -107,7 +107,7 @@ class Scorer:
         )
 
 
-def evaluate(config: Config, base: Path, asked: Asked, watch: Watch, allowed: Mapping[str, bool]) -> ZeroShot:
+def evaluate(config: Config, base: Path, asked: TaskOptions, watch: Watch, allowed: Mapping[str, bool]) -> ZeroShot:
     """Scores dense, uniform with the same pruner, and best; `allowed` as for `apply`.
 
     UserError for tasks that cannot be had, before the model is loaded, and if the model is not the configuration's.
@@ -136,7 +136,7 @@ def _compared(scorer: Scorer, config: Config, context: TrialContext) -> ZeroShot
     return scorer.zero_shot(context.checkpoint)
 
 
-def evaluate_folder(folder: Path, asked: Asked, watch: Watch, allowed: Mapping[str, bool]) -> ZeroShot:
+def evaluate_folder(folder: Path, asked: TaskOptions, watch: Watch, allowed: Mapping[str, bool]) -> ZeroShot:
     """Scores the model in a folder, in the number format that its `atp_tune.json` names, if it has one."""
     if not folder.is_dir():
         raise UserError(f"--model {folder}: there is no such folder")

@@ -35,7 +35,7 @@ from atp_tune.spec.config import Measure
 SEVEN = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 ALL_SEVEN = "zero-shot"
 LIBRARIES = ("lm_eval", "datasets", "huggingface_hub", "transformers")
-PATIENCE = 5.0  # seconds for the hub to answer at all
+HUB_TIMEOUT = 5.0  # seconds for the hub to answer at all
 SEED = 1234  # of lm-eval: it draws the examples of a task
 BOOTSTRAPS = 1000  # for standard errors of metrics that are no means
 OUT_OF_REACH = "its data is not in the cache, and the hub is out of reach"
@@ -52,7 +52,7 @@ class Tasks:
 
 
 @dataclass(frozen=True)
-class Result:
+class TaskResult:
     """What one model scores on one task: a mean of each metric, and the values of each item that it is of."""
 
     items: int
@@ -168,7 +168,7 @@ def _hub_or_cache() -> Iterator[None]:
 
 def _answers(address: str) -> bool:
     try:
-        huggingface_hub.get_session().head(address, timeout=PATIENCE)
+        huggingface_hub.get_session().head(address, timeout=HUB_TIMEOUT)
     except Exception:  # of whatever HTTP client the hub's library has by now
         return False
     return True
@@ -183,7 +183,7 @@ def _rows(task: Any) -> list[str]:
 
 def score(
     model: nn.Module, tokenizer: Any, tasks: Tasks, limit: int | None, num_fewshot: int | None, batch: int, watch: Watch
-) -> dict[str, Result]:
+) -> dict[str, TaskResult]:
     """What a model of transformers, in memory, scores on each task; `batch` sequences go through it at a time.
 
     Log-likelihoods are float32 sums of the logits' log-softmax, whatever the model computes in.
@@ -193,7 +193,7 @@ def score(
             pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch, softmax_dtype=torch.float32,
             prefix_token_id=_prefix(model, tokenizer),
         )  # fmt: skip
-        Counter(watch).listen(lm)
+        AnswerCounter(watch).listen(lm)
         found = evaluate(
             lm, _ready(tasks, num_fewshot), limit=limit, bootstrap_iters=BOOTSTRAPS, fewshot_as_multiturn=True
         )
@@ -233,7 +233,7 @@ def _prefix(model: nn.Module, tokenizer: Any) -> int | None:
     return None if any(token is not None for token in known) else next(token for token in own if isinstance(token, int))
 
 
-class Counter:
+class AnswerCounter:
     """Stands where lm-eval's own cache of answers would, and so hears of each answer."""
 
     def __init__(self, watch: Watch) -> None:
@@ -256,10 +256,10 @@ class Counter:
         return answer(requests)
 
 
-def _result(found: Mapping[str, Any], name: str) -> Result:
+def _result(found: Mapping[str, Any], name: str) -> TaskResult:
     row, samples = found["results"][name], found["samples"].get(name, [])
     keys = [key for key, value in row.items() if "," in key and "_stderr," not in key and _is_number(value)]
-    return Result(
+    return TaskResult(
         items=row["sample_len"],
         num_fewshot=found["n-shot"].get(name) or 0,
         version=str(found["versions"].get(name)),

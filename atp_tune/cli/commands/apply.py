@@ -1,11 +1,17 @@
 """Writes the sparse checkpoint of a configuration."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from atp_tune.cli.options import AllowPickle, Device, TrustRemoteCode
+from atp_tune.cli.terminal import console
+
+if TYPE_CHECKING:
+    from atp_tune.metrics.perplexity import Perplexity
+
+TOLERANCE = 0.001  # relative difference of perplexities that rounding may make
 
 
 def apply(
@@ -19,7 +25,27 @@ def apply(
 
     Example: `python tune.py apply --config studies/smol.best.json --out smol-sparse`
     """
-    from atp_tune.cli.running import run_apply
+    from atp_tune.cli.display import Display
+    from atp_tune.cli.runtime import quiet
+    from atp_tune.spec.config import read_config
+
+    found = read_config(config)
+    from atp_tune.sparse.applying import apply as write
 
     allowed = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
-    run_apply(config, out, device or "auto", allowed)
+    with quiet(), Display() as display:
+        measured = write(found, config.parent / found.folder, out, device or "auto", display, allowed)
+    show(measured, found.perplexity.report, out)
+
+
+def show(measured: "Perplexity", promised: "Perplexity | None", out: Path) -> None:
+    """Where the sparse checkpoint is, and whether its perplexity is the one that was promised."""
+    console.print(f"sparse checkpoint: {out}")
+    if promised is None:
+        console.print(f"perplexity on the report text: {measured} (the configuration has none yet)")
+        return
+    change = measured.value / promised.value - 1
+    console.print(f"perplexity on the report text: {measured}, the configuration says {promised} ({change:+.3%})")
+    if abs(change) > TOLERANCE:
+        warning = "warning: they differ by more than 0.1 %; another device, number format or number of threads?"
+        console.print(warning, style="yellow")

@@ -1,11 +1,17 @@
 """Scores models on tasks of lm-eval."""
 
+from contextlib import nullcontext, redirect_stdout
+from io import StringIO
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from atp_tune.cli.options import AllowPickle, Device, Json, TrustRemoteCode
+from atp_tune.cli.terminal import console, markdown
+
+if TYPE_CHECKING:
+    from atp_tune.spec.config import ZeroShot
 
 
 def evaluate(
@@ -49,13 +55,40 @@ def evaluate(
         raise typer.BadParameter("give one of --config FILE and --model DIR", param_hint="--config")
     if model is not None and storage is not None:
         raise typer.BadParameter("only with --config", param_hint="--storage")
-    from atp_tune.cli.evaluating import run_evaluate, run_evaluate_folder
-    from atp_tune.zeroshot.comparison import Asked
-
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
-    asked = Asked(names, limit, num_fewshot, batch, device or "auto")
     allowed = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
-    if config is not None:
-        run_evaluate(config, asked, storage, json, allowed)
-    elif model is not None:
-        run_evaluate_folder(model, asked, json, allowed)
+    from atp_tune.cli.display import Display
+    from atp_tune.cli.runtime import quiet
+    from atp_tune.events import unwatched
+    from atp_tune.results.annotations import attach, study_of
+    from atp_tune.spec.config import read_config
+
+    path, read = config or Path(), config and read_config(config)
+    with quiet():
+        if read and storage is not None:
+            study_of(path, read, storage)  # so that a mistake is told before anything runs
+        from atp_tune.zeroshot import comparison
+
+        asked = comparison.TaskOptions(names, limit, num_fewshot, batch, device or "auto")
+        with redirect_stdout(StringIO()) if json else nullcontext(), Display() as display:
+            watch = unwatched if json else display
+            if read:
+                found = comparison.evaluate(read, path.parent / read.folder, asked, watch, allowed)
+            else:
+                found = comparison.evaluate_folder(model or Path(), asked, watch, allowed)
+        places = attach(path, read, "zero_shot", found, storage) if read else []
+    _show(found, json)
+    if read and not json:
+        console.print(f"stored in {' and on '.join(places) or f'no place: {config} is of another trial by now'}")
+
+
+def _show(found: "ZeroShot", json: bool) -> None:
+    from atp_tune.report import tables
+    from atp_tune.results.status import to_json
+
+    if json:
+        console.print(to_json(found))
+        return
+    made = tables.zero_shot(found)
+    console.print(markdown(made.head, made.rows))
+    console.print(f"\n{tables.zero_shot_note(found)}", style="dim")

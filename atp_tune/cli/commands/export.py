@@ -80,7 +80,8 @@ def export(
 
 def _of_study(file: "StudyFile", name: str | None, overridden: bool, target: Path, trial: int | None) -> "Config":
     """The best configuration of a study, or that of a trial; `overridden`: other settings are asked for."""
-    from atp_tune.results.summary import best_config, made_from
+    from atp_tune.results.best_config import best_config
+    from atp_tune.results.summary import made_from
     from atp_tune.spec.facts import facts
     from atp_tune.storage.fingerprint import check_facts
 

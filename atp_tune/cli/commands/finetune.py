@@ -1,11 +1,17 @@
 """Fine-tunes a sparse checkpoint, zeros kept."""
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from atp_tune.cli.options import Device
+from atp_tune.cli.terminal import console, gib, markdown
+from atp_tune.errors import printable
+
+if TYPE_CHECKING:
+    from atp_tune.sparse.provenance import Finetuned
 
 TEXT = "SOURCE|TABLE"
 
@@ -41,7 +47,6 @@ def finetune(
 
     Example: `python tune.py finetune --model DIR --out DIR2 --text '{source = "hub:ORG/NAME", split = "train"}'`
     """
-    from atp_tune.cli.running import run_finetune
     from atp_tune.sparse.provenance import Settings, read_text
 
     if not 0 < learning_rate < float("inf"):
@@ -52,4 +57,28 @@ def finetune(
     )
     named = text and read_text("--text", text, tokens)
     measured = report_text and read_text("--report-text", report_text, tokens)
-    run_finetune(model, out, named or None, measured or None, settings, device or "auto")
+    from atp_tune.cli.display import Display
+    from atp_tune.cli.runtime import interruptible, quiet
+    from atp_tune.sparse.finetuning import finetune as tune
+
+    with quiet(), interruptible(), Display() as display:
+        try:
+            done = tune(model, out, named or None, measured or None, settings, device or "auto", display)
+        except KeyboardInterrupt:
+            display.close()
+            console.print(f"stopped: the same command goes on from what is in {out}.part, if a step was written down")
+            sys.exit(130)
+    _show(done, out)
+
+
+def _show(done: "Finetuned", out: Path) -> None:
+    """Perplexity before and after fine-tuning as a Markdown table, zeros, and what it took."""
+    from atp_tune.results.formatting import duration
+
+    rows = [("dense", "", str(done.dense), "–")] if done.dense else []
+    rows.append(("pruned", f"{done.zeros.before:,}", str(done.before), "–"))
+    rows.append(("fine-tuned", f"{done.zeros.after:,}", str(done.after), str(done.change)))
+    console.print(markdown(("model", "zeros", "report perplexity", "against pruned"), rows))
+    trained = f"{done.settings.steps} steps on {done.windows} windows of {printable(done.text.source)}"
+    console.print(f"\n{trained}: {duration(done.seconds)}, {gib(done.memory)} at most on {done.device}")
+    console.print(f"sparse checkpoint: {out}")

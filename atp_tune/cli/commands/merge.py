@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from atp_tune.cli.terminal import console, trials
+
 
 def merge(
     storages: Annotated[list[str], typer.Argument(metavar="FILE…", help="Databases of one study, or storage URLs.")],
@@ -17,6 +19,18 @@ def merge(
 
     Example: `python tune.py merge here.db there.db --out both.db`
     """
-    from atp_tune.cli.running import run_merge
+    from atp_tune.cli.runtime import quiet
+    from atp_tune.merging import merge as unite
+    from atp_tune.results.summary import summarise
 
-    run_merge(storages, out, study)
+    with quiet():
+        merged = unite(storages, out, study)
+    for share in merged.shares:
+        known = f", {share.known} of them known already" if share.known else ""
+        left = f"; {share.unfinished} that run or wait are left out" if share.unfinished else ""
+        console.print(f"{share.address}: {trials(share.trials)}{known}{left}")
+    found = summarise(merged.study)
+    console.print(f"{out}: {trials(len(found.trials))}, {found.done} of {found.total} done")
+    file = found.made_from.name if found.made_from else "NAME"
+    other = "" if found.name == file else f" --study-name {found.name}"
+    console.print(f"go on: python tune.py --study {file}{other} --storage sqlite:///{out}")

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from atp_tune.cli.options import Device, Overrides, load_study
+from atp_tune.cli.terminal import console
 
 BARE = Path(__file__).parents[2] / "spec" / "prune.toml"  # what `prune` starts from without a study
 
@@ -46,8 +47,6 @@ def prune(
 
     Example: `python tune.py prune --model meta-llama/Llama-2-7b-hf --sparsity 0.7 --beta 0.004 --out DIR`
     """
-    from atp_tune.cli.running import run_prune
-
     if model is None and study is None:
         raise typer.BadParameter("which model? Or --study NAME, to take a study's", param_hint="--model")
     values = _parameters(beta, parameter)
@@ -63,7 +62,15 @@ def prune(
     file = load_study(study or str(BARE), None, device, [*named, *(set_ or [])])
     if study is None:  # relative paths start where the user stands
         file = replace(file, path=Path("prune.toml"))
-    run_prune(file, values, out)
+    from atp_tune.cli.display import Display
+    from atp_tune.cli.runtime import quiet
+    from atp_tune.sparse.applying import prune_once
+
+    with quiet(), Display() as display:
+        plan, measured = prune_once(file, values, out, display)
+    console.print(f"{plan}, sparsity {file.study.sparsity:g}: perplexity {measured} on the report text")
+    if out is not None:
+        console.print(f"sparse checkpoint: {out}")
 
 
 def _parameters(beta: float | None, others: list[str] | None) -> dict[str, float]:

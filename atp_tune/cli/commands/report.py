@@ -1,5 +1,6 @@
 """Writes a report."""
 
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -31,15 +32,18 @@ def report(
 
     Example: `python tune.py report --study smol`
     """
-    from atp_tune.cli.running import run_report
+    from atp_tune.cli.runtime import quiet
     from atp_tune.errors import printable
-    from atp_tune.report import kind_of, name_of
+    from atp_tune.report import gather, kind_of, name_of, write
 
     kind = kind_of(format_, out)
     found = [(load_study(one, storage, None, set_), name) for one, name in _paired(study, study_name or [])]
     names = [name or file.name for file, name in found]
     target = out or found[0][0].beside(name_of(names, kind))
-    run_report([stored_study(file, name) for file, name in found], kind, target)
+    stored = [stored_study(file, name) for file, name in found]
+    now = datetime.now()
+    with quiet():
+        write([gather(one, now) for one in stored], kind, target)
     print(printable(str(target)))
 
 

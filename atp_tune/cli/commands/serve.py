@@ -1,11 +1,17 @@
 """Shows studies in the browser, and lets workers join."""
 
+import signal
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from atp_tune.cli.options import Storage
+from atp_tune.cli.terminal import console
+from atp_tune.errors import printable
+
+if TYPE_CHECKING:
+    from atp_tune.serving.serve import Served, Service
 
 
 def serve(
@@ -26,7 +32,36 @@ def serve(
 
     Example: `python tune.py serve`, then `python tune.py --study smol --storage grpc://HOST:13000` on any machine
     """
-    from atp_tune.cli.running import run_serve
-    from atp_tune.serving.target import choose
+    from atp_tune.cli.runtime import STOPS, quiet
+    from atp_tune.serving.serve import choose
+    from atp_tune.serving.serve import serve as answer
 
-    run_serve(choose(study, storage, listen, port, grpc_port, artifacts))
+    service = choose(study, storage, listen, port, grpc_port, artifacts)
+    told: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: told.append(number)) for number in STOPS}
+    try:
+        with quiet():
+            answer(service, lambda: bool(told), lambda served: _show(service, served), console.print)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    console.print("stopped: all that was sent is stored")
+
+
+def _show(service: "Service", served: "Served") -> None:
+    """What is served, where people look, and how workers join."""
+    from atp_tune.serving.servers import host_of, is_loopback
+    from atp_tune.storage.database import without_password
+
+    names = served.studies if len(served.studies) <= 5 else [*served.studies[:4], f"… {len(served.studies)} studies"]
+    studies = ", ".join(map(printable, names)) or "no study yet"
+    name = host_of(service.listen)
+    console.print(f"serving {without_password(service.address)}: {studies}")
+    console.print(f"dashboard:    http://{name}:{served.port}")
+    console.print(f"workers join: python tune.py --study NAME --storage grpc://{name}:{served.grpc_port}")
+    if not is_loopback(service.listen):
+        console.print(
+            "warning: neither has a login: whoever reaches these ports can change and delete studies; "
+            "docs/serving.md shows a proxy with TLS and a token", style="yellow",
+        )  # fmt: skip
+    console.print("Ctrl-C stops", style="dim")

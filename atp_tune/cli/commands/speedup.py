@@ -1,15 +1,26 @@
 """Measures size and speed of a sparse model."""
 
+from collections.abc import Iterator
 from enum import StrEnum
+from itertools import product
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from atp_tune.cli.options import AllowPickle, Device, Storage, TrustRemoteCode
+from atp_tune.cli.terminal import console, markdown
+
+if TYPE_CHECKING:
+    from atp_tune.metrics.speed import Speed
+
+PLAIN = (
+    "Zeros in a dense file make nothing smaller or faster by themselves: the file keeps its bytes, and torch "
+    "multiplies by each 0."
+)
 
 
-class Engine(StrEnum):
+class EngineName(StrEnum):
     """What computes the models."""
 
     torch = "torch"
@@ -25,12 +36,12 @@ def speedup(
         Path | None, typer.Option(metavar="DIR", help="Or a folder that `apply` wrote; it says what it was made of.")
     ] = None,
     engine: Annotated[
-        Engine,
+        EngineName,
         typer.Option(
             metavar="ENGINE",
             help="torch; deepsparse: a CPU; semi-structured: 2:4 on an NVIDIA GPU. torch is measured too.",
         ),
-    ] = Engine.torch,
+    ] = EngineName.torch,
     setup: Annotated[
         bool, typer.Option("--setup", metavar="", help="Install DeepSparse first, apart from everything else.")
     ] = False,
@@ -51,15 +62,88 @@ def speedup(
 
     Example: `python tune.py speedup --config studies/smol.best.json --engine deepsparse --setup`
     """
-    from atp_tune.cli.speeding import run_setup, run_speedup
-
     if setup:
-        if engine != Engine.deepsparse:
+        if engine != EngineName.deepsparse:
             raise typer.BadParameter("only with --engine deepsparse", param_hint="--setup")
-        run_setup()
+        _set_up()
         if config is None and model is None:
             return
     if (config is None) == (model is None):
         raise typer.BadParameter("give it or --model DIR, one of them", param_hint="--config")
     allowed = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
-    run_speedup(config, model, engine.value, (tokens, runs), device or "auto", storage, allowed)
+    from atp_tune.cli.display import Display
+    from atp_tune.cli.runtime import quiet
+    from atp_tune.spec.config import read_config
+
+    with quiet(), Display() as display:
+        from atp_tune.results.annotations import attach
+        from atp_tune.speed.benchmark import check, measure
+        from atp_tune.speed.model_pair import about, find_pair
+        from atp_tune.speed.throughput import Workload
+
+        path, place = about(model) if model is not None else config or Path(), device or "auto"
+        read = read_config(path)
+        check(engine.value, read.prune.pattern, place)
+        pair = find_pair(read, path.parent / read.folder, model, place, display, allowed)
+        found = measure(pair, engine.value, Workload(tokens=tokens, runs=runs), place, display)
+        places = attach(path, read, "speed", found, storage)
+    _show(found)
+    console.print(f"kept in {', '.join(places)}")
+
+
+def _set_up() -> None:
+    """Makes DeepSparse's environment, and says where."""
+    from atp_tune.cli.display import Display
+    from atp_tune.cli.runtime import quiet
+    from atp_tune.speed.deepsparse_home import setup
+
+    with quiet(), Display() as display:
+        home = setup(display)
+    console.print(f"DeepSparse is in {home}")
+
+
+def _show(found: "Speed") -> None:
+    """Bytes, zeros and rates as Markdown tables."""
+    sizes = found.sizes
+    files = (("as they are", sizes.dense, sizes.sparse), ("compressed with zstd", sizes.dense_zstd, sizes.sparse_zstd))
+    for table in (
+        markdown(
+            ("weight files", "dense", "with zeros", "smaller"),
+            ((name, _megabytes(dense), _megabytes(sparse), f"{dense / sparse:.2f}×") for name, dense, sparse in files),
+        ),
+        markdown(("linear", "zeros"), ((kind, f"{share:.2%}") for kind, share in found.zeros.items())),
+        rates_table(found),
+    ):
+        console.print(table, "\n", sep="")
+    for line in summary_of(found):
+        console.print(line, style="dim")
+    console.print(PLAIN)
+
+
+def summary_of(found: "Speed") -> Iterator[str]:
+    """What was measured, and on what: a line for all engines, and one for each."""
+    row = found.engines[0]
+    yield (
+        f"tokens per second, median (lowest to highest) of {len(row.decode.dense)} runs in which dense and sparse took "
+        f"turns; prefill: a prompt of {row.tokens} tokens; decode: the {row.steps} tokens after it, one at a time"
+    )
+    for row in found.engines:
+        exact = "" if row.logits is None else f"; logits are transformers' within {row.logits:.0e} of the largest"
+        yield f"{row.name}: version {row.version} on {row.where}{exact}"
+
+
+def rates_table(found: "Speed") -> str:
+    """A row for each engine and phase: dense, sparse, against itself, against torch's best dense."""
+    from atp_tune.metrics.speed import PHASES, spread
+
+    rows = []
+    for row, phase in product(found.engines, PHASES):
+        rates = row.rates(phase)
+        both = (spread(values, ".1f") for values in (rates.dense, rates.sparse))
+        ratio = spread(rates.ratios, ".2f")
+        rows.append((row.name, phase, *both, f"{ratio}×", f"{found.over_torch(row, phase):.2f}×"))
+    return markdown(("engine", "phase", "dense", "sparse", "sparse / dense", "sparse / torch's best dense"), rows)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"

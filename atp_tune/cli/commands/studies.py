@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from atp_tune.cli.options import Json
+from atp_tune.cli.terminal import console, table
 
 if TYPE_CHECKING:
     from atp_tune.results.status import Listed
@@ -14,12 +15,24 @@ def studies(json: Json = False) -> None:
 
     Example: `python tune.py studies`
     """
-    from atp_tune.cli.summaries import show_studies
     from atp_tune.results.status import to_json
     from atp_tune.spec.finding import known
 
     found = [study for path in known() for study in _listed(path)]
-    print(to_json(found)) if json else show_studies(found)
+    if json:
+        print(to_json(found))
+        return
+    rows = table("study", "state", "what")
+    for one in found:
+        rows.add_row(one.name, _state(one), one.error or one.description)
+    console.print(rows)
+
+
+def _state(study: "Listed") -> str:
+    if study.state in ("complete", "unfinished"):
+        best = f", best {study.best.value:.2f}" if study.best else ""
+        return f"{study.done} of {study.total} trials{best}"
+    return "see status" if study.state == "unknown" else study.state
 
 
 def _listed(path: Path) -> "list[Listed]":

@@ -1,19 +1,27 @@
 """The command without a name: runs a study."""
 
+import sys
 from enum import StrEnum
 from functools import partial
+from time import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import atp_tune
 from atp_tune.cli.options import Device, Overrides, Storage, StudyLabel, load_study
+from atp_tune.cli.terminal import console
 
 if TYPE_CHECKING:
+    import optuna
+
+    from atp_tune.cli.display import Display
     from atp_tune.cli.worker_pool import WorkerPool
+    from atp_tune.search.study_run import StudyRun
+    from atp_tune.spec.studyfile import StudyFile
 
 
-class Engine(StrEnum):
+class PoolEngine(StrEnum):
     """What runs the workers of a study."""
 
     process = "process"
@@ -53,8 +61,9 @@ def run(
         ),
     ] = False,
     engine: Annotated[
-        Engine, typer.Option(metavar="ENGINE", help="process: workers run here; ray: on a Ray cluster, one per GPU.")
-    ] = Engine.process,
+        PoolEngine,
+        typer.Option(metavar="ENGINE", help="process: workers run here; ray: on a Ray cluster, one per GPU."),
+    ] = PoolEngine.process,
     ray_address: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="The cluster; default: the one that this machine is in.")
     ] = None,
@@ -78,8 +87,6 @@ def run(
         return
     if study is None:
         raise typer.BadParameter("which one? For example --study smol; `studies` lists them", param_hint="--study")
-    from atp_tune.cli.running import run_study
-
     if trials is not None:
         set_ = [*(set_ or []), f"search.trials={trials}"]
     file = load_study(study, storage, device, set_)
@@ -87,7 +94,7 @@ def run(
     for name in names:  # so that a mistake is told before anything runs
         load_study(study, storage, name, set_)
     pool = _worker_pool(engine, names, workers, devices, ray_address)
-    run_study(file, study_name, timeout, pool, allow_device_change)
+    _run(file, study_name, timeout, pool, allow_device_change)
 
 
 def _devices(device: str, workers: int | None, devices: str | None) -> list[str]:
@@ -101,16 +108,16 @@ def _devices(device: str, workers: int | None, devices: str | None) -> list[str]
 
 
 def _worker_pool(
-    engine: Engine, names: list[str], workers: int | None, devices: str | None, address: str | None
+    engine: PoolEngine, names: list[str], workers: int | None, devices: str | None, address: str | None
 ) -> "WorkerPool | None":
     """Who runs the trials; None for this process alone."""
-    if engine == Engine.ray:
+    if engine == PoolEngine.ray:
         if devices is not None:
             raise typer.BadParameter("Ray chooses them; write --workers N", param_hint="--devices")
         return _on_ray(workers, address)
     if address is not None:
         raise typer.BadParameter("only with --engine ray", param_hint="--ray-address")
-    from atp_tune.cli.workers import run_workers
+    from atp_tune.cli.worker_pool import run_workers
 
     return partial(run_workers, devices=names) if len(names) > 1 else None
 
@@ -123,3 +130,44 @@ def _on_ray(workers: int | None, address: str | None) -> "WorkerPool":
     except ModuleNotFoundError as error:
         raise UserError(f"--engine ray: {error}; install it with: pip install 'atp-tune[ray]'") from None
     return partial(run_on_ray, count=workers, address=address or "auto")
+
+
+def _run(
+    file: "StudyFile", name: str | None, timeout: float | None, pool: "WorkerPool | None" = None, mix: bool = False
+) -> None:
+    """Runs or resumes a study with progress, in this process or by a pool of workers; the summary at the end.
+
+    Ctrl-C and SIGTERM stop it, and the trial that ran is queued again.
+    """
+    from atp_tune.cli.display import Display
+    from atp_tune.cli.runtime import interruptible, quiet
+    from atp_tune.cli.tables import show_summary
+    from atp_tune.results.summary import summarise
+    from atp_tune.search.study_run import StudyRun
+
+    with quiet(), interruptible(), Display() as display:
+        run = StudyRun(file, name or file.name, timeout, display, mix=mix)
+        try:
+            study = _driven(run, pool, display)
+        except KeyboardInterrupt:
+            display.close()
+            console.print(
+                f"stopped: finished trials are in {file.database or 'the storage'}; the same command goes on from there"
+            )
+            sys.exit(130)
+    if study is not None:
+        show_summary(summarise(study), file)
+
+
+def _driven(run: "StudyRun", pool: "WorkerPool | None", display: "Display") -> "optuna.Study | None":
+    from atp_tune.cli.worker_pool import WorkerJob
+    from atp_tune.search.runner import finished_study, tune
+    from atp_tune.search.study_run import load_existing
+
+    if pool is None:
+        return tune(run)
+    study = finished_study(run)
+    if study is None:
+        pool(WorkerJob(run.file, run.name, None if run.timeout is None else time() + run.timeout, run.mix), display)
+        study = finished_study(run) or load_existing(run)
+    return study

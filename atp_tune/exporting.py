@@ -1,4 +1,12 @@
-r"""A recipe for llm-compressor (0.14), whose `oneshot` then prunes as `apply` does.
+r"""What a configuration is written as: for this program, for llm-compressor, for people's own code.
+
+All are made from the configuration alone, without torch and the model. A format is a function and a row of `FORMATS`.
+
+yaml, csv  the sparsities as a table. block: index, first = 0; module: its name in the model, the block's, or the
+linear's where sparsities differ within blocks; sparsity: share of the weights that go, of each row or of the matrix, as
+the pruner chooses.
+
+llm-compressor (0.14)  a recipe whose `oneshot` then prunes as `apply` does.
 
 Its Wanda and SparseGPT modifiers take a list of sparsities, one for each module that `targets` names, in the order of
 the model's modules: all linears in such a module are pruned to it. Here these modules are the blocks, by the pattern
@@ -13,14 +21,18 @@ Wanda's masks are equal but for ties within the rounding of its scores. SparseGP
 of columns, as the authors' code does.
 """
 
+import csv
+import io
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import yaml
 
+from atp_tune.cache import write_out
 from atp_tune.errors import UserError
-from atp_tune.exporting.tables import blocks_of, rows
 from atp_tune.spec.config import Config
 from atp_tune.spec.patterns import parse
 
@@ -36,9 +48,56 @@ HEAD = """\
 #         precision="{dtype}", {arguments})
 {bos}"""
 BOS = "# DATA must be tokenised already, each sample beginning with the BOS token: a recipe cannot ask for it\n"
+NAMELESS = "does not say what the model calls its {}, as files of earlier versions; `apply` it, and export --config {}"
+NAME = re.compile(r"\w+(\.\w+)*(\[\d+\])?")
 
 
-def make(config: Config) -> str:
+def as_csv(config: Config) -> str:
+    """A line for each module, under a head."""
+    text = io.StringIO()
+    lines = csv.DictWriter(text, ["block", "module", "sparsity"], lineterminator="\n")
+    lines.writeheader()
+    lines.writerows(rows(config))
+    return text.getvalue()
+
+
+def as_yaml(config: Config) -> str:
+    """The same as a list, with the pruner, the target and what else decides which weights go."""
+    head = {
+        "study": config.study,
+        "model": config.model.id,
+        "pruner": config.pruner,
+        "pattern": config.prune.pattern,
+        "settings": config.prune.settings(config.pruner),
+        "sparsity": config.sparsity.model_dump(),
+    }
+    return yaml.safe_dump({**head, "modules": list(rows(config))}, sort_keys=False, allow_unicode=True)
+
+
+def rows(config: Config) -> Iterator[dict[str, Any]]:
+    """Block, module and sparsity, first block first; UserError where the names are not known, or are none of modules,
+    which a spreadsheet might take for formulas.
+    """
+    for index, sparsity in enumerate(config.block_sparsities):
+        linears = config.linear_sparsities and zip(
+            _names(config, "linears")[index], config.linear_sparsities[index], strict=True
+        )
+        for linear, share in linears or [("", sparsity)]:
+            name = f"{_names(config, 'blocks')}.{index}" + (f".{linear}" if linears else "")
+            if not NAME.fullmatch(name):
+                raise UserError(f"linears: {name} is no name of a module of a model")
+            yield {"block": index, "module": name, "sparsity": share}
+
+
+def _names(config: Config, key: Literal["blocks", "linears"]) -> Any:
+    """What the model calls its list of blocks, or the linears of each block."""
+    found = getattr(config, key)
+    if found is None:
+        raise UserError(f"{key}: the configuration {NAMELESS.format(key, 'DIR/atp_tune.json')}")
+    return found
+
+
+def as_recipe(config: Config) -> str:
     """The recipe's text; UserError where llm-compressor has no such pruner, or cannot be told the same."""
     if config.pruner not in MODIFIERS:
         raise _not_to_be_said("pruner", config.pruner, f"has a modifier for {' and '.join(MODIFIERS)} alone")
@@ -72,7 +131,7 @@ MODIFIERS: dict[str, Callable[[Config], tuple[str, dict[str, Any]]]] = {"wanda":
 def _by_sparsity(config: Config) -> dict[str, Any]:
     """One modifier for all: a sparsity for each block, or for each linear by name."""
     modules = _modules(config)
-    blocks = [rf"re:{re.escape(blocks_of(config))}\.\d+$"]
+    blocks = [rf"re:{re.escape(_names(config, 'blocks'))}\.\d+$"]
     targets = blocks if config.linear_sparsities is None else list(modules)
     return {"sparsity": list(modules.values()), "mask_structure": "0:0", "targets": targets}
 
@@ -108,3 +167,40 @@ def _head(config: Config) -> str:
 
 def _not_to_be_said(key: str, value: str, reason: str) -> UserError:
     return UserError(f"--format llm-compressor: {key} = {value}: llm-compressor {reason}; `apply` writes the folder")
+
+
+@dataclass(frozen=True)
+class Format:
+    """The ending of a file's name, and what makes its text; UserError where the format cannot say it."""
+
+    ending: str
+    make: Callable[[Config], str]
+
+
+FORMATS = {
+    "json": Format(".json", Config.to_json),
+    "llm-compressor": Format(".recipe.yaml", as_recipe),
+    "yaml": Format(".yaml", as_yaml),
+    "csv": Format(".csv", as_csv),
+}
+
+
+def kind_of(given: str | None, out: Path | None) -> str:
+    """The format that was asked for: by name, else by the first ending that the file's name has; json where the name
+    has none. UserError for others.
+    """
+    if given is None:
+        name = out.name.lower() if out else ""
+        found = next((kind for kind, known in FORMATS.items() if name.endswith(known.ending)), None)
+        if found is None and Path(name).suffix:
+            endings = ", ".join(known.ending for known in FORMATS.values())
+            raise UserError(f"--out {out}: must end in one of {endings}, or give --format")
+        return found or "json"
+    if given not in FORMATS:
+        raise UserError(f"--format {given}: must be one of {', '.join(FORMATS)}")
+    return given
+
+
+def write(config: Config, kind: str, out: Path) -> None:
+    """Writes the file so that it is there whole or not at all; UserError where that is not possible."""
+    write_out(out, FORMATS[kind].make(config).encode())

@@ -30,7 +30,7 @@ END = (TrialState.COMPLETE, [1.5])
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retry, "PAUSES", (0.001,))
+    monkeypatch.setattr(retry, "RETRY_PAUSES", (0.001,))
 
 
 @pytest.fixture(params=["sqlite", "postgresql", "server"])

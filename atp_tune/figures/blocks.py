@@ -1,0 +1,71 @@
+"""What happens block by block: how plans share out the zeros, and how the error of the hidden states grows."""
+
+from math import isfinite
+
+import plotly.graph_objects as go
+from optuna.trial import FrozenTrial
+
+from atp_tune.figures.style import BEST, INK, SECOND, UNIFORM, WORST, level, log_axis, new_figure, rounded
+from atp_tune.figures.trials import best_of, role, second_of, told, uniform_of, worst_of
+from atp_tune.results.summary import Summary
+
+
+def draw_sparsity(summary: Summary) -> go.Figure | None:
+    """Sparsity against block, in steps; None while no trial has one."""
+    best, uniform, second = best_of(summary), uniform_of(summary), second_of(summary)
+    shown = [
+        ("best", best, BEST, "solid"),
+        ("second best", second, SECOND, "dot"),
+        ("uniform", None if uniform == best else uniform, UNIFORM, "solid"),
+    ]
+    figure = new_figure("Sparsity of each block", "block", "sparsity (share of zeros)")
+    for name, trial, colour, dash in shown:
+        if trial is None or not trial.user_attrs.get("sparsities"):
+            continue
+        figure.add_scatter(
+            y=rounded(trial.user_attrs["sparsities"], 4), name=role(name, trial), mode="lines",
+            line={"color": colour, "width": 2.5 if name == "best" else 1.75, "dash": dash, "shape": "hvh"},
+            hovertemplate=f"block %{{x}}: %{{y:.4f}}<br>{told(trial)}<extra></extra>",
+        )  # fmt: skip
+    if not figure.data:
+        return None
+    if uniform is None and summary.made_from is not None:  # uniform is the target in every block
+        target = summary.made_from.study.sparsity
+        level(figure, target, f"target {target:g}", INK, "dot")
+    values = [value for trace in figure.data for value in trace.y]
+    margin = max(0.02, 0.05 * (max(values) - min(values)))
+    blocks = max(len(trace.y) for trace in figure.data)
+    return figure.update_layout(
+        legend_traceorder="normal", xaxis_range=[-0.5, blocks - 0.5],
+        yaxis_range=[max(0, min(values) - margin), min(1, max(values) + margin)],
+    )  # fmt: skip
+
+
+def draw_error(summary: Summary) -> go.Figure | None:
+    """Relative error after each block on a log axis; None while no trial has one."""
+    best, uniform, worst = best_of(summary), uniform_of(summary), worst_of(summary)
+    shown = [
+        ("best", best, BEST, "solid"),
+        ("uniform", None if uniform == best else uniform, UNIFORM, "solid"),
+        ("worst", None if worst == uniform else worst, WORST, "dot"),
+    ]
+    figure = new_figure("Error of the hidden states after each block", "block", "error, relative to the dense model")
+    for name, trial, colour, dash in shown:
+        if trial is not None and any(_errors(trial)):
+            figure.add_scatter(
+                y=_errors(trial), name=role(name, trial), mode="lines+markers", marker={"size": 5},
+                line={"color": colour, "width": 2.5 if name == "best" else 1.75, "dash": dash},
+                hovertemplate=f"block %{{x}}: %{{y:.4f}}<br>{told(trial)}<extra></extra>",
+            )  # fmt: skip
+    values = [error for trace in figure.data for error in trace.y if error is not None]
+    if not values:
+        return None
+    figure.update_yaxes(log_axis(min(values), max(values)))
+    blocks = max(len(trace.y) for trace in figure.data)
+    return figure.update_layout(legend_traceorder="normal", xaxis_range=[-0.5, blocks - 0.5])
+
+
+def _errors(trial: FrozenTrial) -> list[float | None]:
+    """Errors per block; None where a log axis has no place for one, as after a block left dense."""
+    errors = trial.user_attrs.get("errors") or []
+    return [rounded([e], 4)[0] if isinstance(e, float) and e > 0 and isfinite(e) else None for e in errors]

@@ -1,0 +1,89 @@
+"""The configuration of a study's best trial: what `apply` makes a checkpoint of, and others read."""
+
+from pathlib import Path
+
+import optuna
+from optuna.trial import FrozenTrial
+from pydantic import ValidationError
+
+from atp_tune.errors import UserError
+from atp_tune.results.annotations import with_attached
+from atp_tune.results.summary import summarise
+from atp_tune.results.trials import parameters_of, scores_of, uniform_of
+from atp_tune.spec.config import (
+    AllocationRef,
+    Baselines,
+    BothDivergences,
+    BothDraws,
+    Config,
+    EvaluationTexts,
+    ModelRef,
+    Sparsity,
+)
+from atp_tune.spec.studyfile import StudyFile
+from atp_tune.storage import fingerprint, ranking
+
+
+def best_config(file: StudyFile, study: optuna.Study, out: Path, number: int | None = None) -> Config:
+    """The configuration of the best trial so far, or the one of that number, to be written to `out`; UserError if there
+    is none.
+    """
+    best = ranking.best_trial(study)
+    if number is not None and best is not None:
+        best = next((trial for trial in ranking.measured(study) if trial.number == number), None)
+        if best is None:
+            raise UserError(f"study {study.study_name}: trial {number} is not measured in full; `status` lists all")
+    if best is None:
+        raise UserError(f"study {study.study_name}: no trial has a value yet; run: python tune.py --study {file.name}")
+    try:
+        return with_attached(_config(file, study, best, out), study, out)
+    except (KeyError, ValidationError):
+        raise UserError(
+            f"study {study.study_name}: of trial {best.number} is not stored what a configuration needs; "
+            "start another study with --study-name NAME"
+        ) from None
+
+
+def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) -> Config:
+    summary, spec, facts, attrs = summarise(study), file.study, study.user_attrs["fingerprint"], best.user_attrs
+    linears, uniform, reports = (
+        attrs.get("linear_sparsities"),
+        uniform_of(study, best),
+        study.user_attrs.get("reports", {}),
+    )
+    number, kl, draws = uniform.number if uniform else -1, None, None
+    if best.number in summary.kls:
+        kl = BothDivergences(best=summary.kl(best), uniform=summary.kls.get(number))
+    if best.number in summary.over_draws:
+        draws = BothDraws(best=summary.over_draws[best.number], uniform=summary.over_draws.get(number))
+    return Config(
+        study=study.study_name,
+        trial=best.number,
+        model=ModelRef(
+            id=spec.model.source,
+            revision=spec.model.revision,
+            sha256=spec.model.sha256,
+            fingerprint=facts["model.content"],
+            dtype=attrs.get("dtype") or facts[fingerprint.DTYPE],
+        ),
+        pruner=best.params["pruner"],
+        prune=spec.prune,
+        allocation=AllocationRef(
+            name=best.params["allocation"], beta=best.params.get("beta"), parameters=parameters_of(best)
+        ),
+        block_sparsities=tuple(attrs["sparsities"]),
+        linear_sparsities=linears,
+        blocks=study.user_attrs.get("blocks"),
+        linears=study.user_attrs.get("linears") if linears else None,
+        sparsity=Sparsity(target=spec.sparsity, realised=attrs["realised"]),
+        perplexity=scores_of(best, reports),
+        baselines=Baselines(dense=summary.dense, uniform=scores_of(uniform, reports)),
+        kl=kl,
+        calibration=spec.texts.calibration.text,
+        batches=fingerprint.batches_in(best, facts),
+        draws=draws,
+        texts=EvaluationTexts(search=spec.texts.search, report=spec.report_text),
+        bos=summary.bos,
+        seed=spec.search.seed,
+        versions=attrs["versions"],
+    ).seen_from(file.folder, out.parent)

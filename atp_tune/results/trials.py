@@ -1,0 +1,77 @@
+"""What a trial is and is worth, by what is stored of it: its allocation, its scores, the uniform trial beside it."""
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from atp_tune.metrics.kl import Divergence, divergence
+from atp_tune.metrics.perplexity import Perplexity, perplexity
+from atp_tune.spec.config import Scores
+from atp_tune.storage import ranking
+
+
+def is_uniform(trial: FrozenTrial) -> bool:
+    """Whether all linears of all blocks got the same sparsity, or were to get it and the pattern had to round."""
+    attrs, numbers = trial.user_attrs, [value for value in trial.params.values() if not isinstance(value, str)]
+    if trial.params.get("allocation") == "uniform" or (numbers and not any(numbers)):
+        return True
+    return "linear_sparsities" not in attrs and len(set(attrs.get("sparsities", ()))) == 1
+
+
+def allocation_of(trial: FrozenTrial) -> str:
+    """Name of a trial's allocation."""
+    return "uniform" if is_uniform(trial) else str(trial.params.get("allocation", "atp"))
+
+
+def parameters_of(trial: FrozenTrial) -> dict[str, float]:
+    """The parameters of a trial's allocation."""
+    return {name: value for name, value in trial.params.items() if name not in ("pruner", "allocation")}
+
+
+def score_of(trial: FrozenTrial) -> Perplexity | None:
+    """Search perplexity of a trial with its error; None if it has none, as one that was stopped on its way to a KL."""
+    if trial.values is None:
+        return None
+    if "kls" not in trial.user_attrs:
+        return Perplexity(value=trial.values[0], stderr=trial.user_attrs.get("stderr", 0.0))
+    nlls = trial.user_attrs.get("nlls")
+    return perplexity(nlls) if nlls and "stopped_after" not in trial.user_attrs else None
+
+
+def kl_of(trial: FrozenTrial) -> Divergence | None:
+    """KL divergence of a trial on the search text; None if its study does not minimise it."""
+    if trial.values is None or "kls" not in trial.user_attrs:
+        return None
+    return Divergence(value=trial.values[-1], stderr=divergence(trial.user_attrs["kls"]).stderr)
+
+
+def is_by_kl(trial: FrozenTrial) -> bool:
+    """Whether a trial's KL divergence is its only value."""
+    return len(ranking.values_of(trial)) == 1 and "kls" in trial.user_attrs
+
+
+def uniform_of(study: optuna.Study, best: FrozenTrial | None) -> FrozenTrial | None:
+    """The uniform trial with the best trial's pruner."""
+    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    pruner = best.params.get("pruner") if best else None
+    matching = (trial for trial in done if trial.params.get("pruner") == pruner and is_uniform(trial))
+    return next(matching, None)
+
+
+def best_of_each(study: optuna.Study) -> list[FrozenTrial]:
+    """The best trial of each allocation, the best first; trials where all sparsities are equal count as uniform."""
+    best: dict[str, FrozenTrial] = {}
+    for trial in ranking.measured(study):
+        best.setdefault(allocation_of(trial), trial)
+    return list(best.values())
+
+
+def scores_of(trial: FrozenTrial | None, reports: dict[str, list[float]]) -> Scores:
+    """Perplexities of a trial on both texts; `reports`: window NLLs on the report text by trial."""
+    if trial is None:
+        return Scores(search=None, report=None)
+    return Scores(search=score_of(trial), report=stored(reports.get(str(trial.number))))
+
+
+def stored(nlls: list[float] | None) -> Perplexity | None:
+    """The perplexity of window NLLs, if there are any."""
+    return perplexity(nlls) if nlls else None
