@@ -26,11 +26,11 @@ from atp_tune.errors import UserError
 from atp_tune.events import unwatched
 from atp_tune.exporting import FORMATS, kind_of, llm_compressor
 from atp_tune.exporting.tables import as_csv, as_yaml
+from atp_tune.inputs.windows import token_windows
 from atp_tune.sparse.applying import prune_once
 from atp_tune.spec.config import Config, read_config
 from atp_tune.spec.study import Prune, SparseGPT, Wanda
 from atp_tune.storage.ranking import measured
-from atp_tune.texts.windows import token_windows
 
 DOCS = Path(__file__).parents[1] / "docs" / "formats.md"
 NAMES = (("attn.q", "mlp.up"), ("attn.q", "mlp.up"), ("mlp.up",))

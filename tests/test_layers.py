@@ -28,7 +28,7 @@ LAYERS = [
     "events",
     "storage",
     "checkpoints",
-    "texts",
+    "inputs",
     "blocks",
     "scores",
     "results",

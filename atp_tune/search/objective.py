@@ -23,8 +23,9 @@ from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Note, TrialStarted, Watch
 from atp_tune.metrics.perplexity import perplexity
 from atp_tune.plan import Plan
-from atp_tune.search.context import GROUPS, TrialContext
+from atp_tune.search.context import TrialContext
 from atp_tune.search.record import Record
+from atp_tune.search.scoring import GROUPS
 from atp_tune.search.space import Space
 from atp_tune.storage.cutoffs import CutOff
 from atp_tune.storage.database import set_attributes
@@ -60,7 +61,7 @@ class Objective:
         self.context.begin(began)
         record = Record(self.context.checkpoint.device, self.context.dtype)
         blocks = record.follow(self.context.prune(plan), self.context.checkpoint.sizes)
-        windows = len(self.context.windows["search"].ids)
+        windows = len(self.context.windows["search"])
         stops = self.stops and not plan.is_uniform and best_trial(trial.study) is not None  # uniform is its measure
         for nlls, kls in self.context.scores(blocks, "search", stops, "kl" in self.goals):
             record.nlls += nlls

@@ -21,7 +21,7 @@ class Record:
         self.errors: list[float] = []
         self.seconds: dict[str, float] = {}
         self.peak_bytes: dict[str, int] = {}
-        self.unheard: list[str] = []
+        self.experts_without_tokens: list[str] = []
         self._zeros = self._weights = 0
         self._device = device
         self._dtype = dtype
@@ -32,7 +32,7 @@ class Record:
         """Hands on each pruned block after taking down its zeros, its error and its seconds."""
         for block in pruned:
             self.errors += [] if block.error is None else [round(block.error, 6)]
-            self.unheard += [f"{block.index}.{name}" for name in block.unheard]
+            self.experts_without_tokens += [f"{block.index}.{name}" for name in block.experts_without_tokens]
             self._zeros += sum(block.zeros.values())
             self._weights += sizes[block.index]
             for phase, seconds in block.seconds.items():
@@ -59,5 +59,5 @@ class Record:
             "dtype": self._dtype,
             "versions": versions(),
             **({"kls": self.kls} if self.kls else {}),
-            **({"unheard": self.unheard} if self.unheard else {}),
+            **({"unheard": self.experts_without_tokens} if self.experts_without_tokens else {}),
         }
