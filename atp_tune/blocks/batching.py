@@ -28,7 +28,10 @@ ELSEWHERE = 32768
 
 
 class AutoBatch:
-    """Windows per batch. A step that runs out of memory is tried again with half, and that is said once a trial."""
+    """Windows per batch, found from free memory; a step that runs out of memory is run again with half as many.
+
+    The first time in a trial a note says so.
+    """
 
     def __init__(self, device: torch.device, tokens: int, bytes_per_token: int, note: Note) -> None:
         self._device = device

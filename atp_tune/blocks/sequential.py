@@ -53,7 +53,7 @@ def prune_sequentially(
 
 
 class _Lockstep:
-    """Batches that stop together."""
+    """Batches that run to the same linear and stop there, one greenlet each."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self._before = thread_state()

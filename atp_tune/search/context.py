@@ -33,7 +33,7 @@ from atp_tune.scores.bos import compare_bos
 from atp_tune.scores.evaluation import Block, head_scores
 from atp_tune.search.dense_model import DenseMeasurements, dense_blocks
 from atp_tune.search.scoring import RoleScorer
-from atp_tune.spec.study import Model, Prune, Text
+from atp_tune.spec.study import Model, Prune, Study, Text
 from atp_tune.spec.studyfile import BOS
 
 
@@ -56,6 +56,14 @@ class ContextConfig:
     bos: bool | None = False
     inputs: str = "tokens"
     score: str = "next-token"
+
+    @classmethod
+    def of_study(cls, study: Study, base: Path, bos: bool | None) -> "ContextConfig":
+        """What a study's trials want: the report text only where it is not the search text."""
+        texts = {"calibration": study.texts.calibration, "search": study.texts.search}
+        if study.texts.report is not None:
+            texts["report"] = study.texts.report
+        return cls(study.model, study.prune, texts, base, study.device, draws=study.texts.calibration.draws, bos=bos)
 
 
 class TrialContext(Released):
