@@ -35,7 +35,7 @@ class Difference(Exception):  # noqa: N818 - a finding, of which a line is made 
 
 
 @dataclass(frozen=True)
-class Run:
+class ProbeRun:
     """What became of one batch: hidden states [items, positions, width] that left the last block."""
 
     batch: Batch
@@ -48,7 +48,7 @@ class Head(Protocol):
     def probes(self, checkpoint: Checkpoint) -> Sequence[Batch]:
         """Small batches: the first is run by the model as a whole, all of them block by block."""
 
-    def check_head(self, replay: Replay, runs: Sequence[Run], logits: Tensor, is_routed: bool) -> None:
+    def check_head(self, replay: Replay, runs: Sequence[ProbeRun], logits: Tensor, is_routed: bool) -> None:
         """Difference where they are not; `runs` of the probes, `logits` of the first by the model as a whole.
 
         `is_routed`: some linears are given a part of the hidden states only.
@@ -92,7 +92,7 @@ def _compare(replay: Replay, head: Head) -> None:
         logits = replay.forward(probes[0]).logits
     if calls.missing:
         raise Difference(f"does not call {min(calls.missing)} on a text, so the inputs of its weights are not known")
-    head.check_head(replay, list(map(Run, probes, walk.hidden)), logits, calls.is_routed)
+    head.check_head(replay, list(map(ProbeRun, probes, walk.hidden)), logits, calls.is_routed)
 
 
 class _BlockComparison:

@@ -26,7 +26,7 @@ SOURCES = {
 }
 
 
-class Source(Protocol):
+class TextSource(Protocol):
     """A kind of source, named by what stands before the colon in a text's `source`."""
 
     @property
@@ -66,10 +66,10 @@ def hub_arguments(text: Text) -> dict[str, Any]:
     return source.revised_arguments(text)
 
 
-def find_source(text: Text) -> Source:
+def find_source(text: Text) -> TextSource:
     """The row of `SOURCES` that reads a text; UserError where there is none, or its source is not of the row's form."""
     name, colon, rest = text.source.partition(":")
-    source = cast(Source, resolve_name(SOURCES[name])) if name in SOURCES else None
+    source = cast(TextSource, resolve_name(SOURCES[name])) if name in SOURCES else None
     flags = re.ASCII | re.DOTALL
     if source is None or bool(colon) != bool(source.form) or not re.fullmatch(source.form, rest, flags):
         raise UserError(f'source: "{text.source}" is none of {KNOWN}')

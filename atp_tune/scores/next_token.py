@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from atp_tune.blocks.replay import Replay
-from atp_tune.blocks.verification import Difference, Run, is_equal, is_near
+from atp_tune.blocks.verification import Difference, ProbeRun, is_equal, is_near
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.inputs.tokens import vocabulary
 from atp_tune.scores import Score, WindowScores
@@ -38,7 +38,7 @@ class NextToken:
         other[:, : TOKENS // 2] = ids[:, : TOKENS // 2]
         return ids.to(checkpoint.device), other.to(checkpoint.device)
 
-    def check_head(self, replay: Replay, runs: Sequence[Run], logits: Tensor, is_routed: bool) -> None:
+    def check_head(self, replay: Replay, runs: Sequence[ProbeRun], logits: Tensor, is_routed: bool) -> None:
         """Difference where a model has no logits for each token, by itself and from what comes before it alone."""
         (ids, hidden), (other, others) = ((run.batch, run.hidden) for run in runs)
         if logits.shape[:2] != ids.shape:
