@@ -27,12 +27,12 @@ from atp_tune.checkpoints.devices import device_name, find_device
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.checkpoints.residency import Residency
 from atp_tune.checkpoints.streaming import copy_to
+from atp_tune.inputs.windows import Windows
 from atp_tune.plan import Plan
 from atp_tune.pruners import columns
 from atp_tune.search.context import TrialContext
 from atp_tune.search.record import Record
 from atp_tune.spec.prune import PruneConfig
-from atp_tune.texts.windows import Windows
 
 REPEATS = 10  # of each matmul of the floor
 WAYS = ("resident", "streamed, copied ahead", "streamed, copied when asked for")

@@ -29,10 +29,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from atp_tune.checkpoints.checkpoint import Checkpoint, bytes_of
 from atp_tune.checkpoints.devices import find_device, reset_peak_memory
 from atp_tune.checkpoints.models import ModelFolder
+from atp_tune.inputs.windows import Windows
 from atp_tune.plan import Plan
 from atp_tune.search.context import TrialContext
 from atp_tune.spec.prune import PruneConfig
-from atp_tune.texts.windows import Windows
 
 MB = 1e6
 SIZES = {"0.1 GB": (512, 1408, 7), "0.3 GB": (768, 2048, 10), "0.8 GB": (1024, 2816, 15)}  # width, inner, blocks

@@ -85,9 +85,9 @@ def evaluate(model: nn.Module, window: Tensor) -> float:
 
 def prepare(work: Path, changes: list[str]) -> None:
     """Writes where the model of smol lies, its number format and its windows, some keys of the study changed."""
+    from atp_tune.inputs.documents import documents
     from atp_tune.search.context import ContextConfig, TrialContext
     from atp_tune.spec.studyfile import load
-    from atp_tune.texts.documents import documents
 
     study = (file := load("smol", changes)).study
     texts = {"calibration": study.texts.calibration, "search": study.texts.search, "report": study.report_text}

@@ -24,13 +24,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.events import unwatched
+from atp_tune.inputs.windows import Windows
 from atp_tune.plan import make_plan
-from atp_tune.scores.evaluation import POSITIONS
+from atp_tune.scores.next_token import POSITIONS
 from atp_tune.search.context import ContextConfig, TrialContext
 from atp_tune.search.record import Record
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.studyfile import load
-from atp_tune.texts.windows import Windows
 
 Batches = list[tuple[int, int]]  # windows and tokens of each
 PAIRS = 5
@@ -61,7 +61,7 @@ class Floor:
 
     def _batches(self, role: str) -> list[tuple[int, int]]:
         """Windows and tokens of each batch."""
-        windows, tokens = self.context._ids[role].shape
+        windows, tokens = self.context.items(role).shape
         size = self.context.batch(role).windows
         return [(min(size, windows - start), tokens) for start in range(0, windows, size)]
 

@@ -9,13 +9,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from atp_tune.blocks.replay import Replay
+from atp_tune.blocks.verification import verified
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.checkpoints.residency import Residency
 from atp_tune.events import Watch, unwatched
+from atp_tune.inputs.tokens import TOKEN_WINDOWS
+from atp_tune.inputs.windows import Windows
+from atp_tune.scores.next_token import NEXT_TOKEN
 from atp_tune.search.context import TrialContext
 from atp_tune.spec.prune import PruneConfig
-from atp_tune.texts.windows import Windows
 
 CPU = torch.device("cpu")
 VOCABULARY = 97
@@ -178,6 +182,15 @@ def tiny(family: str, dtype: torch.dtype = torch.float32) -> Any:
 
 def checkpoint_of(model: nn.Module, residency: Residency | None = None, device: torch.device = CPU) -> Checkpoint:
     return Checkpoint(model, device, residency)
+
+
+def replay_of(model: nn.Module) -> Replay:
+    return Replay(checkpoint_of(model), TOKEN_WINDOWS)
+
+
+def check(checkpoint: Checkpoint) -> Replay:
+    """The replay of a language model, compared with the model itself."""
+    return verified(checkpoint, TOKEN_WINDOWS, NEXT_TOKEN)
 
 
 def random_ids(windows: int, tokens: int = TOKENS, seed: int = 0) -> Tensor:

@@ -7,7 +7,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, TrialState
 from test_samplers import search_of, space_of
 
-from atp_tune.search.deduplicate import NEAR, REACH, apart, is_near
+from atp_tune.search.proposals import NEAR, REACH, is_near, nudge_from_known
 from atp_tune.search.samplers import make_sampler
 
 KINDS: dict[str, BaseDistribution] = {
@@ -27,7 +27,7 @@ def known(*betas: float, pruner: str = "wanda", state: TrialState = TrialState.R
 def test_a_new_point_stays_as_it_is() -> None:
     point = {"pruner": "wanda", "beta": 0.1}
     for trials in ([], known(0.1 + 0.2 * 1.01 * NEAR), known(0.1, pruner="magnitude")):
-        assert apart(point, trials, KINDS, 0) == point
+        assert nudge_from_known(point, trials, KINDS, 0) == point
 
 
 @pytest.mark.parametrize("state", [TrialState.RUNNING, TrialState.COMPLETE])
@@ -35,8 +35,8 @@ def test_a_new_point_stays_as_it_is() -> None:
 def test_a_known_point_gives_way_to_one_beside_it(beta: float, state: TrialState) -> None:
     point = {"pruner": "wanda", "beta": beta}
     trials = known(beta, state=state)
-    drawn = [apart(point, trials, KINDS, seed) for seed in range(20)]
-    assert drawn == [apart(point, trials, KINDS, seed) for seed in range(20)]
+    drawn = [nudge_from_known(point, trials, KINDS, seed) for seed in range(20)]
+    assert drawn == [nudge_from_known(point, trials, KINDS, seed) for seed in range(20)]
     assert len({one["beta"] for one in drawn}) == 20
     for one in drawn:
         assert one["pruner"] == "wanda" and 0 <= one["beta"] <= 0.2
@@ -47,12 +47,12 @@ def test_a_known_point_gives_way_to_one_beside_it(beta: float, state: TrialState
 def test_a_crowd_is_left_and_a_full_interval_ends_the_search() -> None:
     point = {"pruner": "wanda", "beta": 0.0}
     crowd = known(*(0.2 * NEAR * k for k in range(100)))
-    found = [apart(point, crowd, KINDS, seed)["beta"] for seed in range(20)]
+    found = [nudge_from_known(point, crowd, KINDS, seed)["beta"] for seed in range(20)]
     assert all(beta > 0.2 * NEAR * 100 for beta in found)
     full = known(*(0.2 * NEAR * k for k in range(501)))
-    assert 0 <= apart(point, full, KINDS, 0)["beta"] <= 0.2
+    assert 0 <= nudge_from_known(point, full, KINDS, 0)["beta"] <= 0.2
     alone = {"pruner": KINDS["pruner"]}
-    assert apart({"pruner": "wanda"}, known(0.1), alone, 0) == {"pruner": "wanda"}
+    assert nudge_from_known({"pruner": "wanda"}, known(0.1), alone, 0) == {"pruner": "wanda"}
     assert is_near({"pruner": "wanda"}, {"pruner": "wanda", "beta": 0.1}, alone, NEAR)
 
 

@@ -92,7 +92,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
     def failing(replay: Replay, batch: batching.BatchSize, *more: Any) -> Any:
         calls[0] += 1
         if calls[0] in chosen:
-            batch.attempt(lambda windows: raised() if windows > 4 else None)
+            batch.run(lambda windows: raised() if windows > 4 else None)
         return measure(replay, batch, *more)
 
     def raised() -> None:
@@ -193,5 +193,5 @@ def test_dense_statistics_that_lie_on_the_disk_are_of_one_batch(done: Path) -> N
     keys = set()
     for windows in (8, 2):
         context.begin({"calibration": windows})
-        keys.add(context._key_of(make_pruner("wanda"), InputNorms))
+        keys.add(context.measured.key_of(make_pruner("wanda"), InputNorms))
     assert len(keys) == 2

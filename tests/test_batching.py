@@ -3,17 +3,17 @@ import torch
 from families import CPU
 
 from atp_tune.blocks import batching
-from atp_tune.blocks.batching import BatchSize
+from atp_tune.blocks.batching import AutoBatch
 from atp_tune.checkpoints import devices
 from atp_tune.errors import TrialError
 
 CUDA = torch.device("cuda")
 
 
-def batch_of(windows: int, notes: list[str], monkeypatch: pytest.MonkeyPatch) -> BatchSize:
+def batch_of(windows: int, notes: list[str], monkeypatch: pytest.MonkeyPatch) -> AutoBatch:
     monkeypatch.setattr(devices.gc, "collect", int)  # takes longer than all else here
     monkeypatch.setattr(batching, "TOKENS", {"cpu": windows})
-    batch = BatchSize(CPU, 1, 1, notes.append)
+    batch = AutoBatch(CPU, 1, 1, notes.append)
     assert batch.windows == windows
     return batch
 
@@ -34,12 +34,12 @@ def test_the_largest_power_of_two_that_fits_and_is_fast(
     device: torch.device, free: int, tokens: int, windows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batching, "free_memory", lambda device: free)
-    assert BatchSize(device, tokens, 1000, print).windows == windows
+    assert AutoBatch(device, tokens, 1000, print).windows == windows
 
 
 def test_a_step_that_fits_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
     notes: list[str] = []
-    assert batch_of(8, notes, monkeypatch).attempt(lambda windows: ("done", windows)) == ("done", 8)
+    assert batch_of(8, notes, monkeypatch).run(lambda windows: ("done", windows)) == ("done", 8)
     assert notes == []
 
 
@@ -62,9 +62,9 @@ def test_halved_until_it_fits_and_said_once(error: Exception, monkeypatch: pytes
             raise error
         return windows
 
-    assert batch.attempt(step) == 2
+    assert batch.run(step) == 2
     assert tried == [16, 8, 4, 2]
-    assert batch.attempt(step) == 2
+    assert batch.run(step) == 2
     assert tried == [16, 8, 4, 2, 2]
     assert notes == ["memory ran out: going on with 8 windows at a time"]
 
@@ -78,7 +78,7 @@ def test_one_window_that_does_not_fit_fails_the_trial(monkeypatch: pytest.Monkey
 
     for _ in range(2):
         with pytest.raises(TrialError, match="out of memory with one window at a time"):
-            batch.attempt(step)
+            batch.run(step)
     assert len(notes) == 1
 
 
@@ -93,7 +93,7 @@ def test_other_errors_are_not_about_memory(error: Exception, monkeypatch: pytest
         raise error
 
     with pytest.raises(type(error)):
-        batch.attempt(step)
+        batch.run(step)
     assert batch.windows == 4 and notes == []
 
 
@@ -111,7 +111,7 @@ def test_a_trial_begins_with_the_size_of_its_study_and_says_so_if_it_does_not_fi
     for _ in range(2):
         batch.begin(8)
         assert batch.windows == 8
-        assert batch.attempt(step) == 4
+        assert batch.run(step) == 4
     assert notes == ["memory ran out: going on with 4 windows at a time"] * 2
 
 
@@ -120,7 +120,7 @@ def test_a_cpu_does_not_begin_with_more_than_fits(monkeypatch: pytest.MonkeyPatc
     for device, expected in ((CPU, 4), (CUDA, 32)):
         notes: list[str] = []
         monkeypatch.setattr(batching, "free_memory", lambda device: 7 * 100 * 10)
-        batch = BatchSize(device, 100, 10, notes.append)
+        batch = AutoBatch(device, 100, 10, notes.append)
         batch.begin(32)
         assert batch.windows == expected
         assert len(notes) == (expected < 32)

@@ -3,15 +3,17 @@ from typing import Any
 
 import pytest
 import torch
-from families import CPU, TOKENS, VOCABULARY, bench_of, random_ids, same_bits, tiny
+from families import CPU, TOKENS, VOCABULARY, bench_of, checkpoint_of, random_ids, same_bits, tiny
 
 from atp_tune.blocks import batching
 from atp_tune.events import Step, unwatched
+from atp_tune.inputs import tokens
+from atp_tune.inputs.windows import Windows
 from atp_tune.plan import Plan
-from atp_tune.search import context
+from atp_tune.search import context, scoring
 from atp_tune.search.context import TrialContext
+from atp_tune.search.scoring import can_keep
 from atp_tune.spec.prune import PruneConfig
-from atp_tune.texts.windows import Windows
 
 UNIFORM = Plan("wanda", "uniform", (0.5,) * 4)
 
@@ -94,7 +96,7 @@ def test_batches_are_sized_for_blocks_and_for_logits(monkeypatch: pytest.MonkeyP
     work = bench_of(model)
     assert work.batch("calibration").windows == 4
     monkeypatch.setattr(batching, "free_memory", lambda device: int(2.1 * head / 0.3))
-    assert bench_of(model)._heads.windows == 2
+    assert bench_of(model).heads.windows == 2
 
 
 def test_masks_depend_on_the_calibration_text_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,15 +118,15 @@ def test_masks_depend_on_the_calibration_text_alone(monkeypatch: pytest.MonkeyPa
 def test_a_bench_opens_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`open` resolves, draws windows and loads, in the number format that is asked for."""
     from atp_tune.checkpoints.models import ModelFolder
+    from atp_tune.inputs.windows import Windows
     from atp_tune.spec.study import ModelConfig, Text
-    from atp_tune.texts.windows import Windows
 
     tiny("llama").save_pretrained(tmp_path / "model")
     ids = torch.arange(2 * TOKENS).view(2, TOKENS).numpy()
     asked: list[Any] = []
     folder = ModelFolder(tmp_path / "model", "sha", "model")
     monkeypatch.setattr(context, "resolve", lambda model, base, note: asked.append((model.source, base)) or folder)
-    monkeypatch.setattr(context, "token_windows", lambda *_, **options: Windows(ids, "windows"))
+    monkeypatch.setattr(tokens, "token_windows", lambda *_, **options: Windows(ids, "windows"))
     setup = context.ContextConfig(
         ModelConfig(source="model", dtype="bfloat16"),
         PruneConfig(),
@@ -140,6 +142,6 @@ def test_a_bench_opens_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(("free", "expected"), [(10**9, True), (0, False)])
 def test_blocks_are_kept_where_they_fit(free: int, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(context, "free_memory", lambda device: free)
-    assert bench_of(tiny("llama"))._can_keep() == expected
-    assert not bench_of(tiny("llama"), residency="host")._can_keep()
+    monkeypatch.setattr(scoring, "free_memory", lambda device: free)
+    assert can_keep(checkpoint_of(tiny("llama"))) == expected
+    assert not can_keep(checkpoint_of(tiny("llama"), "host"))

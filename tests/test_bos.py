@@ -113,7 +113,7 @@ def finished(trained_done: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def never(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on the dense model is not asked."""
-    monkeypatch.setattr(context, "compare", lambda *_: pytest.fail("asked again"))
+    monkeypatch.setattr(context, "compare_bos", lambda *_: pytest.fail("asked again"))
 
 
 def tune(command: CommandLine, place: Path, *overrides: str) -> Answer:
@@ -283,8 +283,8 @@ def test_studies_of_before_go_on_without(wanting: Path, command: CommandLine) ->
 
 @pytest.mark.slow
 def test_the_screening_shares_it(wanting: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, original = [], context.compare
-    monkeypatch.setattr(context, "compare", lambda *given: asked.append(1) or original(*given))
+    asked, original = [], context.compare_bos
+    monkeypatch.setattr(context, "compare_bos", lambda *given: asked.append(1) or original(*given))
     screen = ("search.sampler=gp", "search.screen={trials=2, every=4, confirm=1}", "search.trials=1")
     run(wanting, *screen)
     assert asked == [1]

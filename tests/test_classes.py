@@ -6,13 +6,24 @@ from typing import Any
 import naive
 import pytest
 import torch
-from families import CPU, FAMILIES, MULTIMODAL, TOKENS, bench_of, checkpoint_of, multimodal, random_ids, same_bits, tiny
+from families import (
+    CPU,
+    FAMILIES,
+    MULTIMODAL,
+    TOKENS,
+    bench_of,
+    checkpoint_of,
+    multimodal,
+    random_ids,
+    replay_of,
+    same_bits,
+    tiny,
+)
 from safetensors.torch import load_file
 from tinystudy import CommandLine, make_tokenizer, settings
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, LlamaForCausalLM
 
-from atp_tune.blocks.replay import Replay
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.classes import auto_class, language_model, reads_images
 from atp_tune.checkpoints.headers import read_sizes
@@ -45,7 +56,7 @@ def test_blocks_are_those_of_the_language_model_however_large_the_tower(family: 
 @pytest.mark.parametrize("family", MULTIMODAL)
 def test_replay_is_the_model_to_the_last_bit(family: str) -> None:
     model, ids = multimodal(family), random_ids(3)
-    replay = Replay(checkpoint_of(model))
+    replay = replay_of(model)
     with torch.inference_mode():
         hidden = replay.embed(ids)
         for index, dense in enumerate(naive.states_of(model, replay.checkpoint.blocks, ids)):

@@ -17,6 +17,7 @@ from tinystudy import TOKENS, CommandLine, run, settings, stored, study_file
 from atp_tune.cost.planning import foresee
 from atp_tune.errors import UserError
 from atp_tune.events import Event, TrialStarted, unwatched
+from atp_tune.inputs.windows import token_windows
 from atp_tune.metrics.draws import over_draws
 from atp_tune.metrics.perplexity import perplexity, reach_of
 from atp_tune.plan import Plan
@@ -24,7 +25,6 @@ from atp_tune.results.summary import summarise, undrawn
 from atp_tune.search.context import ContextConfig, TrialContext
 from atp_tune.spec.config import read_config
 from atp_tune.spec.study import Calibration
-from atp_tune.texts.windows import token_windows
 
 THREE = "texts.calibration.draws=3"
 

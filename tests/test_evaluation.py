@@ -5,19 +5,20 @@ from typing import Any
 import naive
 import pytest
 import torch
-from families import CPU, FAMILIES, TOKENS, bench_of, checkpoint_of, random_ids, tiny
+from families import CPU, FAMILIES, TOKENS, bench_of, random_ids, replay_of, tiny
 from torch import Tensor
 
-from atp_tune.blocks.batching import BatchSize
+from atp_tune.blocks.batching import AutoBatch
 from atp_tune.blocks.prune_pass import PrunedBlock
 from atp_tune.blocks.replay import Replay
 from atp_tune.checkpoints import devices
 from atp_tune.errors import TrialError
 from atp_tune.metrics.perplexity import perplexity
 from atp_tune.plan import Plan
-from atp_tune.scores import evaluation
-from atp_tune.scores.evaluation import Block, group_scores, head_scores, token_kls, token_nlls
-from atp_tune.search import context
+from atp_tune.scores import evaluation, next_token
+from atp_tune.scores.evaluation import Block, group_scores, head_scores
+from atp_tune.scores.next_token import NEXT_TOKEN, token_kls, token_nlls
+from atp_tune.search import scoring
 from atp_tune.search.context import TrialContext
 
 
@@ -25,22 +26,22 @@ def dense_blocks(replay: Replay) -> Iterator[Block]:
     return ((index, replay.checkpoint.weights(index)) for index in range(len(replay.checkpoint.blocks)))
 
 
-def batch_of(windows: int, notes: list[str] | None = None) -> BatchSize:
-    batch = BatchSize(CPU, TOKENS, 1, ([] if notes is None else notes).append)
+def batch_of(windows: int, notes: list[str] | None = None) -> AutoBatch:
+    batch = AutoBatch(CPU, TOKENS, 1, ([] if notes is None else notes).append)
     batch.windows = windows
     return batch
 
 
 @torch.inference_mode()
-def nlls_in(replay: Replay, groups: list[Tensor], batch: BatchSize, heads: BatchSize) -> list[list[float]]:
-    return [scores.nlls for scores in group_scores(replay, batch, heads, dense_blocks(replay), groups)]
+def nlls_in(replay: Replay, groups: list[Tensor], batch: AutoBatch, heads: AutoBatch) -> list[list[float]]:
+    return [scores.nlls for scores in group_scores(replay, NEXT_TOKEN, batch, heads, dense_blocks(replay), groups)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_perplexity_is_the_model_s_own_loss(family: str) -> None:
     model, ids = tiny(family), random_ids(7)
     own = naive.nlls_of(model, ids)
-    [nlls] = nlls_in(Replay(checkpoint_of(model)), [ids], batch_of(4), batch_of(4))
+    [nlls] = nlls_in(replay_of(model), [ids], batch_of(4), batch_of(4))
     assert nlls == pytest.approx(own, rel=1e-5)
     assert perplexity(nlls).value == pytest.approx(float(torch.tensor(own).mean().exp()), rel=1e-5)
     assert max(own) > 1.001 * min(own)  # windows differ: a wrong one would show
@@ -96,9 +97,9 @@ def test_kl_does_not_change_with_batches_slices_and_parts(monkeypatch: pytest.Mo
         (3, 4, 7, 1 << 22),
     ):
         monkeypatch.setattr(work.batch("search"), "windows", windows)
-        monkeypatch.setattr(work._heads, "windows", heads)
-        monkeypatch.setattr(evaluation, "POSITIONS", positions)
-        monkeypatch.setattr(evaluation, "CACHED", cached)
+        monkeypatch.setattr(work.heads, "windows", heads)
+        monkeypatch.setattr(next_token, "POSITIONS", positions)
+        monkeypatch.setattr(next_token, "CACHED", cached)
         for one_by_one in (False, True):  # parts other than those in which the dense states were computed
             parts = list(work.scores(pruned, "search", one_by_one, kl=True))
             assert [kl for part in parts for kl in part.kls] == pytest.approx(expected, rel=1e-4)
@@ -111,13 +112,13 @@ def test_the_dense_model_is_run_once_for_all_trials(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(evaluation, "advance", lambda *args: ran.append(1) or original(*args))
     for _ in range(3):
         work.all_scores(work.dense(), "search", kl=True)
-    assert len(ran) == (1 + 3) * 4 * len(work._parts("search"))
+    assert len(ran) == (1 + 3) * 4 * len(work._roles["search"].parts())
 
 
 @pytest.mark.parametrize("cached", [1, 97 * 3, 1 << 22])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kls_of_tokens_are_sums_over_words(cached: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "CACHED", cached)
+    monkeypatch.setattr(next_token, "CACHED", cached)
     dense, logits = (5 * torch.randn(10, 97).to(dtype) for _ in range(2))
     p, q = dense.double().softmax(1), logits.double().softmax(1)
     expected = [sum(float(p[t, v] * (p[t, v] / q[t, v]).log()) for v in range(97)) for t in range(10)]
@@ -128,13 +129,13 @@ def test_kls_of_tokens_are_sums_over_words(cached: int, dtype: torch.dtype, monk
 
 def test_two_tokens_are_enough() -> None:
     model, ids = tiny("llama"), random_ids(3, 2)
-    [nlls] = nlls_in(Replay(checkpoint_of(model)), [ids], batch_of(2), batch_of(2))
+    [nlls] = nlls_in(replay_of(model), [ids], batch_of(2), batch_of(2))
     assert nlls == pytest.approx(naive.nlls_of(model, ids), rel=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom"])
 def test_batch_sizes_do_not_matter(family: str) -> None:
-    replay, ids = Replay(checkpoint_of(tiny(family))), random_ids(7)
+    replay, ids = replay_of(tiny(family)), random_ids(7)
     [expected] = nlls_in(replay, [ids], batch_of(8), batch_of(8))
     for windows, heads in ((1, 1), (2, 8), (8, 2), (3, 4)):
         [nlls] = nlls_in(replay, [ids], batch_of(windows), batch_of(heads))
@@ -143,7 +144,7 @@ def test_batch_sizes_do_not_matter(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "falcon-alibi"])
 def test_groups_are_the_same_windows(family: str) -> None:
-    replay, ids = Replay(checkpoint_of(tiny(family))), random_ids(7)
+    replay, ids = replay_of(tiny(family)), random_ids(7)
     [expected] = nlls_in(replay, [ids], batch_of(4), batch_of(4))
     groups = nlls_in(replay, list(ids.split([3, 1, 2, 1])), batch_of(4), batch_of(4))
     assert [len(group) for group in groups] == [3, 1, 2, 1]
@@ -151,7 +152,7 @@ def test_groups_are_the_same_windows(family: str) -> None:
 
 
 def test_blocks_are_met_once_and_in_order() -> None:
-    replay, met = Replay(checkpoint_of(tiny("llama"))), []
+    replay, met = replay_of(tiny("llama")), []
 
     def blocks() -> Iterator[Block]:
         for index, weights in dense_blocks(replay):
@@ -159,7 +160,7 @@ def test_blocks_are_met_once_and_in_order() -> None:
             yield index, weights
 
     with torch.inference_mode():
-        list(group_scores(replay, batch_of(1), batch_of(1), blocks(), random_ids(4).split(2)))
+        list(group_scores(replay, NEXT_TOKEN, batch_of(1), batch_of(1), blocks(), random_ids(4).split(2)))
     assert met == [0, 1, 2, 3]
 
 
@@ -168,9 +169,9 @@ def test_the_bench_gives_groups_whether_or_not_it_keeps_the_blocks(monkeypatch: 
     work, events = bench_of(tiny("llama")), []
     expected = work.all_nlls(work.dense(), "search")
     for kept in (True, False):
-        monkeypatch.setattr(work, "_can_keep", lambda kept=kept: kept)
+        monkeypatch.setattr(scoring, "can_keep", lambda checkpoint, kept=kept: kept)
         for most, batch, sizes in ((3, 1, [3, 2, 2]), (8, 1, [1] * 7), (8, 4, [4, 3]), (8, 8, [7])):
-            monkeypatch.setattr(context, "GROUPS", most)
+            monkeypatch.setattr(scoring, "GROUPS", most)
             monkeypatch.setattr(work.batch("search"), "windows", batch)
             groups = [scores.nlls for scores in work.scores(work.dense(), "search", one_by_one=True)]
             assert [len(group) for group in groups] == sizes
@@ -183,7 +184,7 @@ def test_the_bench_gives_groups_whether_or_not_it_keeps_the_blocks(monkeypatch: 
 
 def test_the_first_group_comes_before_the_second_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     work, ran = bench_of(tiny("llama")), []
-    monkeypatch.setattr(work, "_can_keep", lambda: True)
+    monkeypatch.setattr(scoring, "can_keep", lambda checkpoint: True)
     monkeypatch.setattr(work.batch("search"), "windows", 3)
     original = work.replay.run
     monkeypatch.setattr(work.replay, "run", lambda *args: ran.append(len(args[2])) or original(*args))
@@ -204,7 +205,7 @@ def test_a_model_on_the_host_gives_the_same() -> None:
 @pytest.mark.parametrize("most", [1, 2])
 def test_logits_that_do_not_fit_change_no_result(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices.gc, "collect", int)
-    replay, ids, notes = Replay(checkpoint_of(tiny("llama"))), random_ids(7), list[str]()
+    replay, ids, notes = replay_of(tiny("llama")), random_ids(7), list[str]()
     [expected] = nlls_in(replay, [ids], batch_of(8), batch_of(8))
     original = replay.logits
 
@@ -223,19 +224,19 @@ def test_logits_that_do_not_fit_change_no_result(most: int, monkeypatch: pytest.
 
 def test_one_window_whose_logits_do_not_fit_fails_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices.gc, "collect", int)
-    replay, ids = Replay(checkpoint_of(tiny("llama"))), random_ids(2)
+    replay, ids = replay_of(tiny("llama")), random_ids(2)
 
     def logits(*args: Any) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(replay, "logits", logits)
     with torch.inference_mode(), pytest.raises(TrialError, match="with one window"):
-        head_scores(replay, batch_of(2), ids, replay.embed(ids))
+        head_scores(replay, NEXT_TOKEN, batch_of(2), ids, replay.embed(ids))
 
 
 def test_logits_of_a_bfloat16_model_are_summed_in_float32() -> None:
     model, ids = tiny("llama", torch.bfloat16), random_ids(5)
-    [nlls] = nlls_in(Replay(checkpoint_of(model)), [ids], batch_of(1), batch_of(1))
+    [nlls] = nlls_in(replay_of(model), [ids], batch_of(1), batch_of(1))
     with torch.inference_mode():
         logits = torch.cat([model(input_ids=row[None]).logits for row in ids])
     assert logits.dtype == torch.bfloat16
@@ -249,10 +250,10 @@ def test_logits_of_a_bfloat16_model_are_summed_in_float32() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_slices_of_positions_change_no_result(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Norm and head work position by position, in every family; 5 and 1 leave a shorter slice and none."""
-    replay, ids = Replay(checkpoint_of(tiny(family))), random_ids(3)
+    replay, ids = replay_of(tiny(family)), random_ids(3)
     [expected] = nlls_in(replay, [ids], batch_of(4), batch_of(4))
     for positions in (5, 1, TOKENS - 1):
-        monkeypatch.setattr(evaluation, "POSITIONS", positions)
+        monkeypatch.setattr(next_token, "POSITIONS", positions)
         [nlls] = nlls_in(replay, [ids], batch_of(4), batch_of(4))
         assert nlls == pytest.approx(expected, rel=1e-5)
 
@@ -260,7 +261,7 @@ def test_slices_of_positions_change_no_result(family: str, monkeypatch: pytest.M
 @pytest.mark.parametrize("cached", [1, 97 * 3, 1 << 22])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nlls_of_tokens_are_cross_entropies(cached: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "CACHED", cached)
+    monkeypatch.setattr(next_token, "CACHED", cached)
     logits, targets = 30 * torch.randn(10, 97).to(dtype), torch.randint(97, (10,))
     before = logits.clone()
     expected = torch.nn.functional.cross_entropy(logits.double(), targets, reduction="none")

@@ -18,13 +18,12 @@ import pytest
 import torch
 import transformers
 from everytype import model_of, types
-from families import CPU, bench_of, few, same_bits
+from families import CPU, bench_of, check, few, same_bits
 from safetensors.torch import load_file
 from tinystudy import CommandLine, make_tokenizer, settings
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from atp_tune.blocks.verification import verified
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.errors import UserError
 from atp_tune.plan import make_plan
@@ -216,7 +215,8 @@ def test_recurrent_states_start_anew_in_each_window(kind: str) -> None:
     context = bench_of(model_of(kind), ids=text)
     first = context.all_nlls(context.dense(), "search")
     assert context.all_nlls(context.dense(), "search") == first
-    context._ids["search"] = context._ids["search"].flip(0)
+    search = context._roles["search"]
+    search.items = search.items.flip(0)
     assert context.all_nlls(context.dense(), "search") == pytest.approx(first[::-1], rel=1e-5)
     alone = [naive.nlls_of(context.checkpoint.model, ids[None])[0] for ids in text(7, 13, seed=1)]
     assert first == pytest.approx(alone, rel=1e-5)
@@ -252,7 +252,7 @@ def test_later_tokens_are_seen_in_each_number_format(kind: str, dtype: torch.dty
         for parameter in model.parameters():
             parameter.mul_(scale if parameter.dim() == 2 else 1)
     with pytest.raises(UserError, match="predicts tokens from those that come later"):
-        verified(Checkpoint(model.to(dtype), CPU))
+        check(Checkpoint(model.to(dtype), CPU))
 
 
 @pytest.mark.slow
@@ -271,4 +271,4 @@ def test_a_model_of_a_mixture_of_blocks_is_one_list() -> None:
     names = [{linear.module for linear in row} for row in checkpoint.linears]
     assert [bool(row) for row in names] == [True] * 4
     assert len({tuple(sorted(row)) for row in names}) == 4
-    verified(checkpoint)
+    check(checkpoint)

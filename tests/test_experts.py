@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from atp_tune.blocks.input_hooks import AllInputsSeen, InputCollector, ending
+from atp_tune.blocks.batching import block_bytes
+from atp_tune.blocks.input_hooks import AllInputsSeen, InputCollector, stop_when_all_seen
 from atp_tune.blocks.prune_pass import unmeasured
 from atp_tune.checkpoints.experts import expert_inputs
 from atp_tune.checkpoints.linears import find_linears
@@ -129,8 +130,8 @@ def test_experts_that_their_block_never_runs() -> None:
 def test_arguments_by_name() -> None:
     block, x = mixture("gpt_oss"), torch.randn(5, 24)
     _, weights, chosen = block.router(x)
-    gathering = InputCollector(find_linears(block), InputNorms, ending(find_linears(block)))
-    with gathering.listening(block), suppress(AllInputsSeen), torch.inference_mode():
+    gathering = InputCollector(find_linears(block), InputNorms, stop_when_all_seen(find_linears(block)))
+    with gathering.attached(block), suppress(AllInputsSeen), torch.inference_mode():
         block.experts(hidden_states=x, router_indices=chosen, routing_weights=weights)
     for name, inputs in naive.expert_inputs(block.experts, "experts", x, chosen).items():
         if len(inputs):
@@ -176,7 +177,7 @@ def test_an_expert_that_no_token_is_sent_to_is_pruned_by_magnitude(family: str, 
     work, plan = bench_of(model, PruneConfig(statistics=statistics)), Plan("wanda", "atp", (0.4, 0.5, 0.6))
     pruned = list(work.prune(plan))
     names = ("mlp.experts.gate_up_proj[2]", "mlp.experts.down_proj[2]")
-    assert [block.unheard for block in pruned] == [(), names, ()]
+    assert [block.experts_without_tokens for block in pruned] == [(), names, ()]
     check_same_weights(pruned, naive_pass(model, work, plan, wanda, dense=statistics == "dense")[0], work)
     for linear in work.checkpoint.linears[1]:
         if linear.name in names:
@@ -187,7 +188,9 @@ def test_an_expert_that_no_token_is_sent_to_is_pruned_by_magnitude(family: str, 
 
 def test_what_measures_nothing_misses_nothing() -> None:
     model = silence(tiny("olmoe"))
-    assert all(block.unheard == () for block in bench_of(model).prune(Plan("magnitude", "uniform", (0.5,) * 3)))
+    assert all(
+        block.experts_without_tokens == () for block in bench_of(model).prune(Plan("magnitude", "uniform", (0.5,) * 3))
+    )
 
 
 def test_magnitude_stands_in_with_the_pruner_s_own_groups(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +215,7 @@ def test_activations_are_of_the_experts_that_a_token_meets() -> None:
     work = bench_of(tiny("qwen2_moe-mixed"))
     attention = (24 + 24) + 2 * (24 + 12) + (24 + 24)
     experts, shared = 2 * ((24 + 32) + (16 + 24)), 3 * (24 + 20)
-    assert work._bytes_per_token() == 2 * 4 * (attention + experts + shared)
+    assert block_bytes(work.checkpoint) == 2 * 4 * (attention + experts + shared)
 
 
 def test_a_tensor_of_experts_is_not_written_to_and_lies_apart() -> None:

@@ -25,12 +25,12 @@ from torch import Tensor
 from atp_tune.errors import UserError
 from atp_tune.events import unwatched
 from atp_tune.exporting import FORMATS, as_csv, as_recipe, as_yaml, kind_of
+from atp_tune.inputs.windows import token_windows
 from atp_tune.pruners.settings import SparseGPTSettings, WandaSettings
 from atp_tune.sparse.applying import prune_once
 from atp_tune.spec.config import Config, read_config
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.storage.ranking import measured
-from atp_tune.texts.windows import token_windows
 
 DOCS = Path(__file__).parents[1] / "docs" / "formats.md"
 NAMES = (("attn.q", "mlp.up"), ("attn.q", "mlp.up"), ("mlp.up",))

@@ -7,7 +7,7 @@ import torch
 from families import CPU
 from torch import Tensor, nn
 
-from atp_tune.blocks.input_hooks import AllInputsSeen, InputCollector, ending
+from atp_tune.blocks.input_hooks import AllInputsSeen, InputCollector, stop_when_all_seen
 from atp_tune.checkpoints.linears import find_linears
 from atp_tune.errors import TrialError
 from atp_tune.pruners.statistics import Hessian, InputNorms
@@ -31,8 +31,8 @@ class Block(nn.Module):
 
 def gather(block: nn.Module, kind: Any, batches: list[Tensor]) -> dict[str, Any]:
     linears = find_linears(block)
-    gathering = InputCollector(linears, kind, ending(linears))
-    with gathering.listening(block), torch.inference_mode():
+    gathering = InputCollector(linears, kind, stop_when_all_seen(linears))
+    with gathering.attached(block), torch.inference_mode():
         for x in batches:
             with suppress(AllInputsSeen):
                 block(x)
@@ -89,7 +89,7 @@ def test_listening_ends() -> None:
 
 def test_listening_ends_with_an_error_too() -> None:
     block = Block()
-    with pytest.raises(RuntimeError), InputCollector(find_linears(block), InputNorms, list).listening(block):
+    with pytest.raises(RuntimeError), InputCollector(find_linears(block), InputNorms, list).attached(block):
         block(torch.randn(2, 9))
     assert not any(module._forward_pre_hooks for module in block.modules())
 
@@ -108,7 +108,7 @@ def test_no_input_is_kept_alive() -> None:
     block, seen = Block(), list[ref[Tensor]]()
     block.c.register_forward_pre_hook(lambda module, args: seen.append(ref(args[0])))
     gathering = InputCollector(find_linears(block), InputNorms, lambda found: None)
-    with gathering.listening(block), torch.inference_mode():
+    with gathering.attached(block), torch.inference_mode():
         for x in batches():
             block(x)
             assert seen[-1]() is None

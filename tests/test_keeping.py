@@ -7,14 +7,14 @@ import torch
 from families import CPU, bench_of, few, same_bits, tiny
 from test_prune_pass import atp_plan
 
-from atp_tune.blocks import statistics_cache
-from atp_tune.blocks.statistics_cache import CachedStatistics, is_room, place_of, save_all
+from atp_tune.blocks import dense_statistics
+from atp_tune.blocks.dense_statistics import CachedStatistics, is_room, place_of, save_all
 from atp_tune.events import Note
 from atp_tune.plan import Plan
 from atp_tune.pruners import PRUNERS
 from atp_tune.pruners.settings import SparseGPTSettings
 from atp_tune.pruners.statistics import Hessian, InputMoments, InputNorms
-from atp_tune.search import context
+from atp_tune.search import dense_model
 from atp_tune.spec.prune import PruneConfig
 
 DENSE = PruneConfig(statistics="dense")
@@ -43,7 +43,7 @@ def blocks_of(kind: Any) -> list[dict[str, Any]]:
 def test_what_is_kept_is_what_was_measured(
     kind: Any, small: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(statistics_cache, "SMALL", small)
+    monkeypatch.setattr(dense_statistics, "SMALL", small)
     blocks = blocks_of(kind)
     if kind is Hessian:
         blocks[0]["a"].factor(0.01)  # one is kept with its factor, the others are factorised when they are asked
@@ -77,7 +77,7 @@ def test_the_room_that_is_needed(kind: Any, tmp_path: Path) -> None:
 def test_kept_statistics_prune_alike(pruner: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = Plan(pruner, "atp", (0.4, 0.5, 0.6, 0.7))
     with monkeypatch.context() as patch:
-        patch.setattr(context, "is_room", lambda folder, needed: False)
+        patch.setattr(dense_model, "is_room", lambda folder, needed: False)
         expected = list(bench_of(tiny("llama"), DENSE).prune(plan))
     for _ in range(2):
         for a, b in zip(bench_of(tiny("llama"), DENSE).prune(plan), expected, strict=True):
@@ -96,8 +96,8 @@ def test_a_disk_that_is_full_keeps_them_in_memory(room: bool, cache: Path, monke
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(statistics_cache, "save_file", refuse)
-    monkeypatch.setattr(context, "is_room", lambda folder, needed: room)
+    monkeypatch.setattr(dense_statistics, "save_file", refuse)
+    monkeypatch.setattr(dense_model, "is_room", lambda folder, needed: room)
     events: list[Any] = []
     work = bench_of(tiny("llama"), DENSE, watch=events.append)
     first, second = (list(work.prune(atp_plan(work, "wanda"))) for _ in range(2))

@@ -30,7 +30,7 @@ LAYERS = [
     "events",
     "storage",
     "checkpoints",
-    "texts",
+    "inputs",
     "blocks",
     "scores",
     "results",

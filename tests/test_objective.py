@@ -14,10 +14,11 @@ from tinystudy import quiet, run, study_file
 
 from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Event, Step, TrialStarted, unwatched
-from atp_tune.scores.evaluation import WindowScores
+from atp_tune.scores import WindowScores
 from atp_tune.search.context import TrialContext
-from atp_tune.search.objective import Objective, estimate, find_measured, is_hopeless, reasons
+from atp_tune.search.objective import Objective, reasons
 from atp_tune.search.runner import open_context
+from atp_tune.search.shortcuts import estimate, find_measured, is_hopeless
 from atp_tune.search.space import Space, make_space
 from atp_tune.search.study_run import StudyRun
 from atp_tune.storage.process_identity import identity
@@ -194,7 +195,7 @@ def test_groups_are_reported_as_their_means_whatever_comes_at_a_time(space: Spac
         trial, seen = ask(study, space), 0
         for new in parts:
             seen += new
-            assert is_hopeless(trial, nlls[:seen], new, 18) is False
+            assert is_hopeless(trial, nlls[:seen], new, 18, 8) is False
             assert len(study.trials[-1].intermediate_values) == seen // 3
         expected = {k: fmean(nlls[3 * k : 3 * k + 3]) for k in range(6)}
         assert study.trials[-1].intermediate_values == expected
@@ -202,8 +203,8 @@ def test_groups_are_reported_as_their_means_whatever_comes_at_a_time(space: Spac
 
 def test_the_last_group_may_be_smaller(space: Space, study: optuna.Study) -> None:
     trial = ask(study, space)
-    is_hopeless(trial, [1.0] * 9, 9, 10)
-    is_hopeless(trial, [1.0] * 8 + [3.0, 5.0], 1, 10)
+    is_hopeless(trial, [1.0] * 9, 9, 10, 8)
+    is_hopeless(trial, [1.0] * 8 + [3.0, 5.0], 1, 10, 8)
     assert study.trials[0].intermediate_values == {0: 1.0, 1: 1.0, 2: 1.0, 3: 1.0, 4: 4.0}
 
 

@@ -29,7 +29,7 @@ from atp_tune.results.status import status_of, to_json
 from atp_tune.results.summary import summarise
 from atp_tune.results.trials import is_uniform, kl_of, score_of
 from atp_tune.search import termination
-from atp_tune.search.samplers import levelled
+from atp_tune.search.proposals import levelled
 from atp_tune.search.space import make_space
 from atp_tune.search.termination import regret_of
 from atp_tune.serving.notes import study_note, trial_note

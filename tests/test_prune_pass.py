@@ -5,12 +5,25 @@ from typing import Any
 import naive
 import pytest
 import torch
-from families import ALL, CPU, MIXTURES, TOKENS, bench_of, checkpoint_of, copy_of, few, random_ids, same_bits, tiny
+from families import (
+    ALL,
+    CPU,
+    MIXTURES,
+    TOKENS,
+    bench_of,
+    checkpoint_of,
+    copy_of,
+    few,
+    random_ids,
+    replay_of,
+    same_bits,
+    tiny,
+)
 from torch import Tensor, nn
 
 from atp_tune.allocations import Budget, Shape, atp
 from atp_tune.blocks import batching
-from atp_tune.blocks.batching import BatchSize
+from atp_tune.blocks.batching import AutoBatch
 from atp_tune.blocks.prune_pass import Pass, PrunedBlock, advance, embed, measure, relative_error
 from atp_tune.blocks.replay import Replay
 from atp_tune.checkpoints import devices
@@ -19,7 +32,7 @@ from atp_tune.plan import Plan, make_plan
 from atp_tune.pruners import PRUNERS, make_pruner
 from atp_tune.pruners.settings import SparseGPTSettings
 from atp_tune.pruners.statistics import Hessian, InputNorms
-from atp_tune.search import context
+from atp_tune.search import dense_model
 from atp_tune.search.context import TrialContext
 from atp_tune.spec.prune import PruneConfig
 
@@ -81,7 +94,7 @@ def test_wanda_with_atp_in_every_family(family: str) -> None:
     assert [block.error for block in pruned] == pytest.approx(errors, rel=1e-4)
 
     for block, sparsity, linears in zip(pruned, plan.sparsities, work.checkpoint.linears, strict=True):
-        assert block.unheard == ()
+        assert block.experts_without_tokens == ()
         counts = {x.name: x.out_features * int(x.in_features * sparsity) for x in linears}
         assert block.zeros == counts
         assert {x.name: int((x.matrix(block.weights[x.key]) == 0).sum()) for x in linears} == counts
@@ -161,8 +174,8 @@ def test_dense_statistics_are_of_the_dense_model(family: str) -> None:
 @pytest.mark.slow
 def test_dense_statistics_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[Any] = []
-    original = context.measure_and_advance
-    monkeypatch.setattr(context, "measure_and_advance", lambda *args: measured.append(args[-1]) or original(*args))
+    original = dense_model.measure_and_advance
+    monkeypatch.setattr(dense_model, "measure_and_advance", lambda *args: measured.append(args[-1]) or original(*args))
     for _ in range(2):  # the second bench finds what the first has kept
         work = bench_of(tiny("llama"), PruneConfig(statistics="dense", pruners=("wanda", "sparsegpt", "magnitude")))
         for pruner in ("wanda", "wanda", "sparsegpt", "sparsegpt", "magnitude", "wanda"):
@@ -172,7 +185,7 @@ def test_dense_statistics_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.slow
 def test_the_error_curve_is_of_the_first_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(context, "CURVE_TOKENS", 2 * TOKENS + 1)
+    monkeypatch.setattr(dense_model, "CURVE_TOKENS", 2 * TOKENS + 1)
     model = tiny("llama")
     for prune in (PruneConfig(), PruneConfig(statistics="dense")):
         work = bench_of(model, prune)
@@ -231,9 +244,9 @@ def test_blocks_on_the_host_are_pruned_alike(family: str, pruner: str) -> None:
         assert all(same_bits(tensor, b.weights[name]) for name, tensor in a.weights.items())
 
 
-def work_of(model: Any, windows: int) -> tuple[Replay, BatchSize, Tensor]:
-    replay = Replay(checkpoint_of(model))
-    batch = BatchSize(CPU, TOKENS, 1, print)
+def work_of(model: Any, windows: int) -> tuple[Replay, AutoBatch, Tensor]:
+    replay = replay_of(model)
+    batch = AutoBatch(CPU, TOKENS, 1, print)
     batch.windows = windows
     with torch.inference_mode():
         return replay, batch, replay.embed(random_ids(7)).clone()

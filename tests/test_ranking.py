@@ -5,13 +5,13 @@ import torch
 from families import FAMILIES, tiny
 from test_bench import bench_of
 
-from atp_tune.blocks import ranking
-from atp_tune.blocks.ranking import Ranked, can_rank
+from atp_tune.blocks import dense_statistics
+from atp_tune.blocks.dense_statistics import Ranked, can_rank
 from atp_tune.plan import Plan
 from atp_tune.pruners import make_pruner
 from atp_tune.pruners.statistics import InputNorms
 from atp_tune.pruners.wanda import Ranks
-from atp_tune.search import context
+from atp_tune.search import context, dense_model
 from atp_tune.spec.prune import PruneConfig
 
 
@@ -23,9 +23,9 @@ def pruned(work: context.TrialContext, sparsity: float) -> list[dict[str, torch.
 def test_masks_are_the_same_with_ranks_and_without(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     work = bench_of(tiny(family), PruneConfig(statistics="dense"))
     ranked = {sparsity: pruned(work, sparsity) for sparsity in (0.0, 0.3, 0.5, 0.77, 1.0)}
-    assert all(isinstance(x, Ranks) for (kept,) in [work._ranked.values()] for b in kept for x in b.values())
-    monkeypatch.setattr(context, "can_rank", lambda *args: False)
-    work._ranked.clear()
+    assert all(isinstance(x, Ranks) for (kept,) in [work.measured._ranked.values()] for b in kept for x in b.values())
+    monkeypatch.setattr(dense_model, "can_rank", lambda *args: False)
+    work.measured._ranked.clear()
     for sparsity, blocks in ranked.items():
         for block, plain in zip(blocks, pruned(work, sparsity), strict=True):
             assert all(torch.equal(block[name], plain[name]) for name in plain)
@@ -60,9 +60,12 @@ def test_only_what_compares_rows_is_ranked(name: str, settings: dict[str, Any], 
 
 def test_without_room_nothing_is_ranked(monkeypatch: pytest.MonkeyPatch) -> None:
     work = bench_of(tiny("llama"), PruneConfig(statistics="dense"))
-    needed = ranking.BYTES * sum(work.checkpoint.sizes)
-    for free, expected in ((needed / ranking.SHARE * 0.99, False), (needed / ranking.SHARE * 1.01, True)):
-        monkeypatch.setattr(ranking, "free_memory", lambda device, free=free: free)
+    needed = dense_statistics.RANK_BYTES * sum(work.checkpoint.sizes)
+    for free, expected in (
+        (needed / dense_statistics.RANK_SHARE * 0.99, False),
+        (needed / dense_statistics.RANK_SHARE * 1.01, True),
+    ):
+        monkeypatch.setattr(dense_statistics, "free_memory", lambda device, free=free: free)
         assert can_rank(make_pruner("wanda"), work.checkpoint) == expected
 
 
@@ -78,6 +81,6 @@ def test_other_settings_of_wanda_take_the_norms() -> None:
 def test_slices_are_lists_of_blocks() -> None:
     work = bench_of(tiny("llama"), PruneConfig(statistics="dense"))
     pruned(work, 0.5)
-    (found,) = work._ranked.values()
+    (found,) = work.measured._ranked.values()
     assert isinstance(found, Ranked) and len(found) == 4
     assert [set(block) for block in found[1:3]] == [set(found[1]), set(found[2])]

@@ -5,11 +5,10 @@ from typing import Any
 import naive
 import pytest
 import torch
-from families import ALL, TOKENS, VOCABULARY, checkpoint_of, random_ids, tiny
+from families import ALL, TOKENS, VOCABULARY, check, checkpoint_of, random_ids, replay_of, tiny
 from torch import Tensor, nn
 
 from atp_tune.blocks.replay import Reached, Replay, bypassed
-from atp_tune.blocks.verification import verified
 from atp_tune.errors import UserError
 
 
@@ -31,7 +30,7 @@ def logits_of(model: Any, ids: Tensor) -> Tensor:
 @pytest.mark.parametrize("family", ALL)
 def test_replay_is_the_model_to_the_last_bit(family: str) -> None:
     model = tiny(family)
-    replay = Replay(checkpoint_of(model))
+    replay = replay_of(model)
     for windows, tokens in ((1, TOKENS), (3, TOKENS), (2, 7)):
         ids = random_ids(windows, tokens, seed=windows)
         states = replayed(replay, ids)
@@ -44,7 +43,7 @@ def test_replay_is_the_model_to_the_last_bit(family: str) -> None:
 @pytest.mark.parametrize("family", ALL)
 def test_a_replayed_block_uses_the_weights_that_it_is_given(family: str) -> None:
     model, ids = tiny(family), random_ids(2)
-    replay = Replay(checkpoint_of(model))
+    replay = replay_of(model)
     other = {name: torch.rand_like(tensor) for name, tensor in replay.checkpoint.weights(1).items()}
     states = replayed(replay, ids)
     with torch.inference_mode():
@@ -58,7 +57,7 @@ def test_a_replayed_block_uses_the_weights_that_it_is_given(family: str) -> None
 @pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "bloom"])
 def test_bfloat16(family: str) -> None:
     model, ids = tiny(family, torch.bfloat16), random_ids(3)
-    replay = Replay(checkpoint_of(model))
+    replay = replay_of(model)
     states = replayed(replay, ids)
     assert states[-1].dtype == torch.bfloat16
     with torch.inference_mode():
@@ -67,7 +66,7 @@ def test_bfloat16(family: str) -> None:
 
 def test_blocks_of_one_model_are_called_with_different_masks() -> None:
     """With the arguments of block 0 for all blocks, gemma3 would come out differently."""
-    replay, hidden = Replay(checkpoint_of(tiny("gemma3"))), torch.randn(2, TOKENS, 24)
+    replay, hidden = replay_of(tiny("gemma3")), torch.randn(2, TOKENS, 24)
     with torch.inference_mode():
         calls = replay._calls_for(2, TOKENS)
         args, kwargs = calls[0].with_hidden(hidden)
@@ -79,7 +78,7 @@ def test_blocks_of_one_model_are_called_with_different_masks() -> None:
 def test_the_model_is_left_as_it_was(family: str) -> None:
     model, ids = tiny(family), random_ids(2)
     before = logits_of(model, ids)
-    replay = Replay(checkpoint_of(model))
+    replay = replay_of(model)
     with torch.inference_mode():
         replay.logits(ids, replayed(replay, ids)[-1])
     assert torch.equal(logits_of(model, ids), before)
@@ -104,7 +103,7 @@ def test_a_forward_that_somebody_has_set_is_there_afterwards() -> None:
             lambda index, own, *args, **kwargs: calls.append(index) or own(*args, **kwargs), index, block.forward
         )
     before = [block.forward for block in model.model.layers]
-    replay = verified(checkpoint_of(model))
+    replay = check(checkpoint_of(model))
     with torch.inference_mode():
         replay.logits(ids, replayed(replay, ids)[-1])
     assert [block.forward for block in model.model.layers] == before
@@ -118,7 +117,7 @@ def test_a_forward_that_somebody_has_set_is_there_afterwards() -> None:
 
 def test_arguments_are_recorded_once_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama")
-    replay = Replay(checkpoint_of(model))
+    replay = replay_of(model)
     replayed(replay, random_ids(2))
     calls: list[int] = []
     original = model.forward
@@ -133,7 +132,7 @@ def test_arguments_are_recorded_once_for_each_shape(monkeypatch: pytest.MonkeyPa
 def test_arguments_are_kept_for_the_shapes_that_were_used_last(monkeypatch: pytest.MonkeyPatch) -> None:
     """Masks of gemma2, [windows, 1, tokens, tokens] for each kind, would be kept for every shape that ever came."""
     model = tiny("gemma2")
-    replay = Replay(checkpoint_of(model))
+    replay = replay_of(model)
     hidden, calls = replay.embed(random_ids(8)), list[int]()
     original = model.forward
     monkeypatch.setattr(
@@ -181,7 +180,7 @@ class ToyBlock(nn.Module):
 @pytest.mark.parametrize("extra", [lambda ids: 2.0, lambda ids: torch.full((ids.shape[0], 1, 1), 3.0)])
 def test_a_hidden_state_that_is_passed_by_name(extra: Any, returns_tuple: bool) -> None:
     model, ids = Toy(extra, returns_tuple), random_ids(3)
-    replay = Replay(checkpoint_of(model))
+    replay = replay_of(model)
     states = replayed(replay, ids)
     with torch.inference_mode():
         assert torch.equal(replay.logits(ids, states[-1]), logits_of(model, ids))
@@ -189,7 +188,7 @@ def test_a_hidden_state_that_is_passed_by_name(extra: Any, returns_tuple: bool) 
 
 @pytest.mark.parametrize("extra", [lambda ids: ids[..., None].float(), lambda ids: int(ids[0, 0])])
 def test_blocks_that_are_told_the_tokens_are_refused(extra: Any) -> None:
-    replay = Replay(checkpoint_of(Toy(extra, False)))
+    replay = replay_of(Toy(extra, False))
     with pytest.raises(UserError, match="model Toy: passes its blocks values that depend on the tokens"):
         replayed(replay, random_ids(2))
 
@@ -205,6 +204,6 @@ class Skipping(Toy):
 
 
 def test_blocks_that_do_not_run_on_a_text_are_refused() -> None:
-    replay = Replay(checkpoint_of(Skipping(None, False)))
+    replay = replay_of(Skipping(None, False))
     with pytest.raises(UserError, match="model Skipping: runs 2 of 3 blocks on a text"):
         replay.embed(random_ids(2))

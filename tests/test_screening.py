@@ -15,8 +15,8 @@ from atp_tune.blocks.prune_pass import Pass
 from atp_tune.errors import UserError
 from atp_tune.events import Note, TrialEnded, TrialStarted
 from atp_tune.results.summary import summarise, unreported
-from atp_tune.search import context, runner, study_run, trial_loop
-from atp_tune.search.samplers import levelled
+from atp_tune.search import context, dense_model, runner, study_run, trial_loop
+from atp_tune.search.proposals import levelled
 from atp_tune.search.screening import APART, confirmed, is_near, screening_file
 from atp_tune.spec.config import read_config
 from atp_tune.spec.study import ScreenConfig
@@ -41,7 +41,7 @@ class Run(NamedTuple):
 def ran(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """To be read only."""
     ran = Run(tmp_path_factory.mktemp("screened") / "tiny", [], [], [])
-    original, measure = Pass.run, context.measure_and_advance
+    original, measure = Pass.run, dense_model.measure_and_advance
 
     def run_pass(self: Pass, plan: Any, hidden: Any) -> Any:
         ran.passes.append(("dense" if self.dense_statistics is not None else "block", len(hidden)))
@@ -51,7 +51,7 @@ def ran(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ATP_TUNE_CACHE", str(ran.place.parent / "cache"))
         patch.setattr(Pass, "run", run_pass)
-        patch.setattr(context, "measure_and_advance", lambda *args: ran.measured.append(1) or measure(*args))
+        patch.setattr(dense_model, "measure_and_advance", lambda *args: ran.measured.append(1) or measure(*args))
         run(ran.place, *INSIDE, watch=ran.events.append)
     return ran
 

@@ -16,7 +16,8 @@ from tinystudy import run
 from atp_tune.errors import UserError
 from atp_tune.events import Note
 from atp_tune.search import runner, termination, trial_loop
-from atp_tune.search.samplers import kinds_of, make_sampler
+from atp_tune.search.proposals import kinds_of
+from atp_tune.search.samplers import make_sampler
 from atp_tune.search.space import Space
 from atp_tune.search.termination import GAIN, GAP, LEAST, RUN, has_gap, has_settled, regret_of
 from atp_tune.spec.study import SearchConfig

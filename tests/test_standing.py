@@ -78,7 +78,7 @@ def test_an_expert_that_no_token_is_sent_to(family: str) -> None:
     work, plan = bench_of(model, ONE_PASS), Plan("wanda", "atp", (0.4, 0.5, 0.6))
     pruned = list(work.prune(plan))
     names = ("mlp.experts.gate_up_proj[2]", "mlp.experts.down_proj[2]")
-    assert [block.unheard for block in pruned] == [(), names, ()]
+    assert [block.experts_without_tokens for block in pruned] == [(), names, ()]
     check_same_weights(pruned, naive_pass(model, work, plan, wanda), work)
 
 

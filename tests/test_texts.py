@@ -11,8 +11,9 @@ import pyarrow.parquet
 import pytest
 
 from atp_tune.errors import UserError
+from atp_tune.inputs.documents import documents, hub_arguments, source_content
+from atp_tune.inputs.hub import Column
 from atp_tune.spec.study import Text
-from atp_tune.texts.documents import Column, documents, hub_arguments, source_content
 
 
 def message(text: Text, base: Path) -> str:

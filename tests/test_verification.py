@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from families import ALL, bench_of, checkpoint_of, few, tiny
+from families import ALL, bench_of, check, checkpoint_of, few, tiny
 from test_replay import Toy
 from torch import Tensor, nn
 
-from atp_tune.blocks.verification import _Calls, _is_causal, verified
+from atp_tune.blocks.verification import _CallRecorder
 from atp_tune.errors import UserError
+from atp_tune.scores.next_token import is_causal
 
 
 class Model(Toy):
@@ -179,31 +180,31 @@ REFUSED = {
 @pytest.mark.parametrize("kind", REFUSED, ids=lambda kind: kind.__name__)
 def test_a_model_that_the_replay_is_not_is_refused_in_one_line(kind: type[Model]) -> None:
     with pytest.raises(UserError, match=f"^model {kind.__name__}: {REFUSED[kind]}") as caught:
-        verified(checkpoint_of(kind()))
+        check(checkpoint_of(kind()))
     assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("kind", [Model, RoutesTokens])
 def test_a_model_of_blocks_in_a_row_is_not_refused(kind: type[Model]) -> None:
-    verified(checkpoint_of(kind()))
+    check(checkpoint_of(kind()))
 
 
 def test_tokens_that_are_routed_may_differ_in_their_last_bits() -> None:
     """They are multiplied with those that chose the same expert, also with others of a later half."""
-    logits, calls = torch.randn(2, 16, 9), _Calls(checkpoint_of(RoutesTokens()))
+    logits, calls = torch.randn(2, 16, 9), _CallRecorder(checkpoint_of(RoutesTokens()), 2 * 16)
     with calls:
         calls._on_input("1.experts.0", nn.Linear(6, 6), (torch.ones(5, 6),))
-    assert calls.routed and not _Calls(checkpoint_of(Model())).routed
+    assert calls.is_routed and not _CallRecorder(checkpoint_of(Model()), 2 * 16).is_routed
     noisy = logits * (1 + 1e-6)
-    assert _is_causal(logits, noisy, routed=True)
-    assert not _is_causal(logits, noisy, routed=False)
-    assert not _is_causal(logits, logits + 0.1, routed=True)
+    assert is_causal(logits, noisy, is_routed=True)
+    assert not is_causal(logits, noisy, is_routed=False)
+    assert not is_causal(logits, logits + 0.1, is_routed=True)
 
 
 @pytest.mark.parametrize("family", ALL)
 @pytest.mark.parametrize("dtype", few([torch.float32, torch.bfloat16, torch.float16], [torch.bfloat16]))
 def test_families_are_verified_in_each_number_format(family: str, dtype: torch.dtype) -> None:
-    verified(checkpoint_of(tiny(family, dtype)))
+    check(checkpoint_of(tiny(family, dtype)))
 
 
 @pytest.mark.parametrize("residency", ["host", "disk"])
@@ -212,7 +213,7 @@ def test_a_streamed_model_passes_once(residency: Any, monkeypatch: pytest.Monkey
     checkpoint = checkpoint_of(tiny("llama"), residency)
     weights = type(checkpoint).weights
     monkeypatch.setattr(type(checkpoint), "weights", lambda self, index: asked.append(index) or weights(self, index))
-    verified(checkpoint)
+    check(checkpoint)
     assert asked == [0, 0, 1, 2, 3]  # block 0 also says what it returns beside the hidden states
 
 
@@ -221,13 +222,13 @@ def test_weights_that_are_no_numbers_are_not_taken_for_another_model() -> None:
     model = tiny("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
-    verified(checkpoint_of(model))
+    check(checkpoint_of(model))
 
 
 def test_the_model_is_left_as_it_was() -> None:
     model = tiny("llama")
     hooks = [len(module._forward_pre_hooks) for module in model.modules()]
-    verified(checkpoint_of(model))
+    check(checkpoint_of(model))
     assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
     assert not any("forward" in vars(block) for block in model.model.layers)
 

@@ -15,9 +15,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from atp_tune.cache import sha256_of, sha256_of_json
 from atp_tune.errors import UserError
+from atp_tune.inputs.documents import source_content
+from atp_tune.inputs.windows import Windows, check_disjoint, first_windows, recut, token_windows
 from atp_tune.spec.study import Text
-from atp_tune.texts.documents import source_content
-from atp_tune.texts.windows import Windows, check_disjoint, first_windows, recut, thinned, token_windows
 
 TOPICS = [pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics)]
 TOPICS_SOURCE = "package:pydoc_data.topics:topics"
@@ -60,8 +60,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a cache hit reads nothing")
 
-    monkeypatch.setattr("atp_tune.texts.windows.documents", refuse)
-    monkeypatch.setattr("atp_tune.texts.windows._encoder", refuse)
+    monkeypatch.setattr("atp_tune.inputs.windows.documents", refuse)
+    monkeypatch.setattr("atp_tune.inputs.windows._encoder", refuse)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", refuse)
 
 
@@ -143,7 +143,7 @@ def test_the_first_windows_are_those_of_the_whole(
 def test_few_windows_tokenise_little_of_a_huge_text(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from atp_tune.texts import windows
+    from atp_tune.inputs import windows
 
     real, seen = windows._encoder, []
 
@@ -202,7 +202,7 @@ def test_a_second_call_imports_no_transformers(folder: Path, cache: Path, tmp_pa
     source = write(tmp_path / "a.jsonl", *TOPICS[:3])
     token_windows(Text(source=source, tokens=32), folder, tmp_path)
     script = (
-        "import sys; from pathlib import Path; from atp_tune.spec import study; from atp_tune.texts import windows\n"
+        "import sys; from pathlib import Path; from atp_tune.spec import study; from atp_tune.inputs import windows\n"
         f"text = study.Text(source={source!r}, tokens=32)\n"
         f"windows.token_windows(text, Path({str(folder)!r}), Path({str(tmp_path)!r}))\n"
         "print([name for name in ('torch', 'transformers', 'datasets', 'optuna') if name in sys.modules])"
@@ -249,10 +249,10 @@ def test_the_tokenizer_counts_by_content(folder: Path, tmp_path: Path, request: 
 
 
 def test_content_names_ids_and_shape() -> None:
-    from atp_tune.texts import windows
+    from atp_tune.inputs import windows
 
     ids = np.arange(12)
-    shapes = {windows._windows(ids.reshape(shape)).content for shape in ((3, 4), (4, 3), (2, 6))}
+    shapes = {windows.Windows.of(ids.reshape(shape)).content for shape in ((3, 4), (4, 3), (2, 6))}
     assert len(shapes) == 3
 
 
@@ -383,7 +383,7 @@ def test_windows_know_that_they_begin_with_bos(folder: Path, tmp_path: Path) -> 
     text = Text(source=write(tmp_path / "a.jsonl", *TOPICS[:3]), tokens=32)
     first = token_windows(text, folder, tmp_path, bos=True)
     again = token_windows(text, folder, tmp_path, bos=True)  # from the cache
-    assert (first.bos, again.bos, thinned(again, 2).bos) == (True, True, True)
+    assert (first.bos, again.bos, again.thinned(2).bos) == (True, True, True)
     assert first.content == again.content != token_windows(text, folder, tmp_path).content
     cut = recut(first, 10)
     assert not cut.bos

@@ -15,7 +15,9 @@ from typing import TypeVar
 
 import torch
 
+from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import free_memory, is_out_of_memory, release_memory
+from atp_tune.checkpoints.linears import Linear
 from atp_tune.errors import TrialError
 
 T = TypeVar("T")
@@ -25,8 +27,11 @@ TOKENS = {"cpu": 2048}  # per batch: more does not run faster (elsewhere ELSEWHE
 ELSEWHERE = 32768
 
 
-class BatchSize:
-    """Windows per batch. A step that runs out of memory is tried again with half, and that is said once a trial."""
+class AutoBatch:
+    """Windows per batch, found from free memory; a step that runs out of memory is run again with half as many.
+
+    The first time in a trial a note says so.
+    """
 
     def __init__(self, device: torch.device, tokens: int, bytes_per_token: int, note: Note) -> None:
         self._device = device
@@ -49,7 +54,7 @@ class BatchSize:
     def _fitting(self, share: float) -> int:
         return int(share * free_memory(self._device) / self._bytes)
 
-    def attempt(self, step: Callable[[int], T]) -> T:
+    def run(self, step: Callable[[int], T]) -> T:
         """Result of `step(windows)`; TrialError where not even one window fits."""
         while True:
             try:
@@ -67,3 +72,21 @@ class BatchSize:
         if not self._said:
             self._note(f"memory ran out: going on with {self.windows} windows at a time")
             self._said = True
+
+
+def block_bytes(checkpoint: Checkpoint) -> int:
+    """Rough bytes of a token in a block: input and output of every linear that it meets, twice over."""
+    met = max(sum(_widths(checkpoint, linears).values()) for linears in checkpoint.linears)
+    return 2 * met * checkpoint.dtype.itemsize
+
+
+def held_bytes(checkpoint: Checkpoint) -> int:
+    """Rough bytes of a token held in the middle of a block: input and output of the widest linear, twice over."""
+    widest = max(max(_widths(checkpoint, linears).values()) for linears in checkpoint.linears)
+    return 2 * widest * checkpoint.dtype.itemsize
+
+
+def _widths(checkpoint: Checkpoint, linears: list[Linear]) -> dict[str, int]:
+    """Inputs and outputs of each tensor of linears that a token meets."""
+    chosen = int(getattr(checkpoint.config.get_text_config(), "num_experts_per_tok", None) or 1)
+    return {x.key: (x.in_features + x.out_features) * (1 if x.expert is None else chosen) for x in linears}

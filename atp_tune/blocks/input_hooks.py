@@ -1,4 +1,4 @@
-"""Listening to the inputs of a block's linears while the block runs."""
+"""Hooks that collect the inputs of a block's linears while the block runs."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from atp_tune.checkpoints.linears import Linear
 from atp_tune.errors import TrialError
 from atp_tune.pruners import Statistics
 
-Arrived = Callable[[Sequence[Linear]], None]
+OnInputs = Callable[[Sequence[Linear]], None]
 
 
 class AllInputsSeen(Exception):  # noqa: N818 - a signal, not an error
@@ -23,20 +23,20 @@ class AllInputsSeen(Exception):  # noqa: N818 - a signal, not an error
 class InputCollector:
     """Statistics by linear, fed by forward pre-hooks; linears that read the same tensor share one object.
 
-    `arrived` is called when the inputs of one linear, or of a mixture's experts, were taken in and before they are
+    `on_inputs` is called when the inputs of one linear, or of a mixture's experts, were taken in and before they are
     multiplied by the weight.
     """
 
-    def __init__(self, linears: list[Linear], kind: type[Statistics], arrived: Arrived) -> None:
+    def __init__(self, linears: list[Linear], kind: type[Statistics], on_inputs: OnInputs) -> None:
         self._linears = linears
         self._kind = kind
-        self._arrived = arrived
+        self._on_inputs = on_inputs
         self._by_name: dict[str, Statistics] = {}
         self._run: set[str] = set()
-        self._heard: dict[int, tuple[ref[Tensor], Statistics]] = {}  # by id; the tensors are not kept alive
+        self._by_tensor: dict[int, tuple[ref[Tensor], Statistics]] = {}  # by id; the tensors are not kept alive
 
     @contextmanager
-    def listening(self, block: nn.Module) -> Iterator[None]:
+    def attached(self, block: nn.Module) -> Iterator[None]:
         """While the body runs, the linears' inputs are gathered."""
         handles = [
             block.get_submodule(linear.name).register_forward_pre_hook(partial(self._on_input, linear))
@@ -58,9 +58,9 @@ class InputCollector:
 
     def result(self) -> dict[str, Statistics]:
         """Statistics of each linear by name, but for experts that got no token; TrialError if one was never run."""
-        silent = [linear.name for linear in self._linears if linear.name not in self._run]
-        if silent:
-            raise TrialError(f"linear {silent[0]} was not run by its block, so its inputs are not known")
+        never_run = [linear.name for linear in self._linears if linear.name not in self._run]
+        if never_run:
+            raise TrialError(f"linear {never_run[0]} was not run by its block, so its inputs are not known")
         return self._by_name
 
     def _mixtures(self) -> dict[str, dict[str, Linear]]:
@@ -73,10 +73,10 @@ class InputCollector:
 
     def _on_input(self, linear: Linear, module: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0]
-        tensor, statistics = self._heard.get(id(x), (None, None))
+        tensor, statistics = self._by_tensor.get(id(x), (None, None))
         if statistics is None or tensor is None or tensor() is not x:
             statistics = self._take_in(linear, x)
-            self._heard[id(x)] = ref(x), statistics
+            self._by_tensor[id(x)] = ref(x), statistics
         self._by_name[linear.name] = statistics
         self._ran([linear])
 
@@ -98,17 +98,17 @@ class InputCollector:
 
     def _ran(self, linears: Sequence[Linear]) -> None:
         self._run.update(linear.name for linear in linears)
-        self._arrived(linears)
+        self._on_inputs(linears)
 
 
-def ending(linears: Sequence[Linear]) -> Arrived:
+def stop_when_all_seen(linears: Sequence[Linear]) -> OnInputs:
     """For each run of a block: raises `AllInputsSeen` when every linear has its input."""
     missing = {linear.name for linear in linears}
 
-    def arrived(found: Sequence[Linear]) -> None:
+    def on_inputs(found: Sequence[Linear]) -> None:
         missing.difference_update(linear.name for linear in found)
         if not missing:
             missing.update(linear.name for linear in linears)
             raise AllInputsSeen
 
-    return arrived
+    return on_inputs

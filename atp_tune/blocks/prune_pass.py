@@ -19,12 +19,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from atp_tune.blocks.batching import BatchSize
-from atp_tune.blocks.input_hooks import AllInputsSeen, InputCollector, ending
+from atp_tune.blocks.batching import AutoBatch
+from atp_tune.blocks.input_hooks import AllInputsSeen, InputCollector, stop_when_all_seen
 from atp_tune.blocks.replay import Replay
 from atp_tune.blocks.sequential import prune_sequentially
 from atp_tune.blocks.timing import Timer
 from atp_tune.checkpoints.linears import Linear
+from atp_tune.inputs import Batch
 from atp_tune.plan import Plan
 from atp_tune.pruners import Pruner, Statistics, make_pruner
 from atp_tune.pruners.selection import nonzeros
@@ -41,7 +42,7 @@ class PrunedBlock:
     zeros: dict[str, int]
     error: float | None  # ‖H - H_dense‖ / ‖H_dense‖ after this block, on the windows of the error curve
     seconds: dict[str, float]
-    unheard: tuple[str, ...] = ()  # experts that got no token, and so were pruned by magnitude
+    experts_without_tokens: tuple[str, ...] = ()  # experts that got no token, and so were pruned by magnitude
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Pass:
     """
 
     replay: Replay
-    batch: BatchSize
+    batch: AutoBatch
     pruner: Pruner
     dense_states: Sequence[Tensor] | None
     dense_statistics: Sequence[BlockStatistics] | None = None
@@ -80,7 +81,7 @@ class Pass:
         error = None if self.dense_states is None else relative_error(hidden, self.dense_states[index])
         zeros = pruned.zeros()
         timer.lap("calibrate")
-        return PrunedBlock(index, pruned.weights, zeros, error, timer.seconds, tuple(pruned.unheard))
+        return PrunedBlock(index, pruned.weights, zeros, error, timer.seconds, tuple(pruned.experts_without_tokens))
 
     def _measure_and_prune(
         self, index: int, weights: dict[str, Tensor], hidden: Tensor, sparsities: tuple[float, ...], timer: Timer
@@ -124,7 +125,7 @@ class Pass:
             torch.cat(after, out=hidden)
             return pruning
 
-        return self.batch.attempt(step)
+        return self.batch.run(step)
 
 
 class Pruning:
@@ -136,7 +137,7 @@ class Pruning:
         keys = {linear.key for linear in linears}
         room = {key: torch.empty_like(weights[key], memory_format=torch.contiguous_format) for key in keys}
         self.weights = weights | room
-        self.unheard: list[str] = []
+        self.experts_without_tokens: list[str] = []
         self._dense = weights
         self._pruner = pruner
         self._sparsities = dict(zip((linear.name for linear in linears), sparsities, strict=True))
@@ -148,7 +149,7 @@ class Pruning:
         rule = self._pruner
         if statistics is None and rule.measures is not None:
             rule = unmeasured(rule)
-            self.unheard.append(linear.name)
+            self.experts_without_tokens.append(linear.name)
         sparse = rule.prune(linear.matrix(self._dense[linear.key]), self._sparsities[linear.name], statistics)
         linear.matrix(self.weights[linear.key]).copy_(sparse)
         self._kept[linear.name] = nonzeros(sparse)
@@ -160,26 +161,26 @@ class Pruning:
         return {name: size - counts[name] for name, size in self._sizes.items()}
 
 
-def embed(replay: Replay, batch: BatchSize, ids: Tensor) -> Tensor:
-    """Hidden states [windows, tokens, width] that enter block 0, batch by batch; none for no windows.
+def embed(replay: Replay, batch: AutoBatch, items: Batch) -> Tensor:
+    """Hidden states [items, positions, width] that enter block 0, batch by batch; none for no items.
 
     Before its blocks a model makes their masks too, which for some families take more memory than all else.
     """
-    hidden, start = ids.new_empty(0), 0
-    while start < len(ids):
+    hidden, start = torch.empty(0, device=replay.checkpoint.device), 0
+    while start < len(items):
 
         def step(windows: int, start: int = start) -> int:
             nonlocal hidden
-            rows = replay.embed(ids[start : start + windows])
-            hidden = hidden if start else rows.new_empty(len(ids), *rows.shape[1:])
+            rows = replay.embed(items[start : start + windows])
+            hidden = hidden if start else rows.new_empty(len(items), *rows.shape[1:])
             hidden[start : start + windows] = rows
             return windows
 
-        start += batch.attempt(step)
+        start += batch.run(step)
     return hidden
 
 
-def advance(replay: Replay, batch: BatchSize, index: int, weights: dict[str, Tensor], hidden: Tensor) -> None:
+def advance(replay: Replay, batch: AutoBatch, index: int, weights: dict[str, Tensor], hidden: Tensor) -> None:
     """Replaces hidden states [windows, tokens, width] by those after block `index`, in place, batch by batch."""
     start = 0
     while start < len(hidden):
@@ -188,7 +189,7 @@ def advance(replay: Replay, batch: BatchSize, index: int, weights: dict[str, Ten
             hidden[start : start + windows] = replay.run(index, weights, hidden[start : start + windows])
             return windows
 
-        start += batch.attempt(step)
+        start += batch.run(step)
 
 
 def unmeasured(pruner: Pruner) -> Pruner:
@@ -199,7 +200,7 @@ def unmeasured(pruner: Pruner) -> Pruner:
 
 def measure(
     replay: Replay,
-    batch: BatchSize,
+    batch: AutoBatch,
     index: int,
     weights: dict[str, Tensor],
     hidden: Tensor,
@@ -210,19 +211,19 @@ def measure(
 
     def step(windows: int) -> BlockStatistics:
         linears = replay.checkpoint.linears[index]
-        collector = InputCollector(linears, kind, ending(linears))
-        with collector.listening(block):
+        collector = InputCollector(linears, kind, stop_when_all_seen(linears))
+        with collector.attached(block):
             for rows in torch.split(hidden, windows):
                 with suppress(AllInputsSeen):
                     replay.run(index, weights, rows)
         return collector.result()
 
-    return batch.attempt(step)
+    return batch.run(step)
 
 
 def measure_and_advance(
     replay: Replay,
-    batch: BatchSize,
+    batch: AutoBatch,
     index: int,
     weights: dict[str, Tensor],
     hidden: Tensor,
@@ -233,12 +234,12 @@ def measure_and_advance(
 
     def step(windows: int) -> BlockStatistics:
         collector = InputCollector(linears, kind, lambda found: None)
-        with collector.listening(block):
+        with collector.attached(block):
             after = [replay.run(index, weights, rows) for rows in torch.split(hidden, windows)]
         torch.cat(after, out=hidden)
         return collector.result()
 
-    return batch.attempt(step)
+    return batch.run(step)
 
 
 def relative_error(hidden: Tensor, dense: Tensor) -> float:

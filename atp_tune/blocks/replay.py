@@ -5,7 +5,8 @@ and returns the hidden state unchanged. So embeddings, masks, rotary tables, fin
 code, whatever its family, and no name of them is known here. A block is then replayed with `functional_call` and any
 weights, dense or pruned.
 
-H hidden states [windows, tokens, width]; ids token ids [windows, tokens].
+H hidden states [items, positions, width], of a text [windows, tokens, width]. What the model is called with, token ids
+[windows, tokens] say, is its kind of input's business (`inputs`).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.errors import UserError
+from atp_tune.inputs import Batch, InputKind
 
 StandIn = Callable[..., Any]
 T = TypeVar("T")
@@ -45,14 +47,15 @@ class Replay:
     """Embeds, runs single blocks and computes logits, through a model's own code."""
 
     @torch.inference_mode()
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, inputs: InputKind[Any]) -> None:
         self.checkpoint = checkpoint
+        self.inputs = inputs
         self._calls: dict[tuple[int, int], list[Call]] = {}
         self._rest = self._outputs_beside_hidden()
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """Hidden states [windows, tokens, width] that enter block 0."""
-        return self._enter(ids)[0]
+    def embed(self, batch: Batch) -> Tensor:
+        """Hidden states [items, positions, width] that enter block 0."""
+        return self._enter(batch)[0]
 
     def run(self, index: int, weights: dict[str, Tensor], hidden: Tensor) -> Tensor:
         """Hidden states after block `index`, computed with these weights."""
@@ -81,27 +84,27 @@ class Replay:
         args, kwargs = call.with_hidden(hidden)
         return hidden_of(self.checkpoint.blocks[index](*args, **kwargs))
 
-    def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """Logits [windows, tokens, vocabulary] of the hidden states that leave the last block."""
+    def logits(self, batch: Batch, hidden: Tensor) -> Tensor:
+        """Logits, of a text [windows, tokens, vocabulary], of the hidden states that leave the last block."""
         last = len(self.checkpoint.blocks) - 1
 
         def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
             return self._wrap(hidden if index == last else split(args, kwargs)[0])
 
         with bypassed(self.checkpoint.blocks, stand_in):
-            logits: Tensor = self.forward(ids).logits
+            logits: Tensor = self.forward(batch).logits
         return logits
 
-    def forward(self, ids: Tensor) -> Any:
-        """The model's own output for ids, without a cache, so that recurrent states start anew in each window."""
-        return self.checkpoint.model(input_ids=ids, use_cache=False)
+    def forward(self, batch: Batch) -> Any:
+        """The model's own output for a batch."""
+        return self.inputs.forward(self.checkpoint.model, batch)
 
     def _wrap(self, hidden: Tensor) -> Any:
         """A block's output in the form that the model expects from it."""
         return hidden if self._rest is None else (hidden, *self._rest)
 
-    def _enter(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
-        """Hidden states that enter block 0, and what each block is called with for these ids."""
+    def _enter(self, batch: Batch) -> tuple[Tensor, list[Call]]:
+        """Hidden states that enter block 0, and what each block is called with for this batch."""
         recorded: list[tuple[Tensor, Call]] = []
 
         def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
@@ -111,32 +114,28 @@ class Replay:
             return self._wrap(recorded[-1][0])
 
         with bypassed(self.checkpoint.blocks, stand_in), suppress(Reached):
-            self.forward(ids)
+            self.forward(batch)
         if len(recorded) < len(self.checkpoint.blocks):
             self._refuse_skipped(len(recorded))
         return recorded[0][0], [call for _, call in recorded]
 
-    def _calls_for(self, windows: int, tokens: int) -> list[Call]:
-        """The recorded calls for a batch of this shape; they must not depend on which tokens are in it.
+    def _calls_for(self, items: int, positions: int) -> list[Call]:
+        """The recorded calls for a batch of this shape; they must not depend on what is in it.
 
         Kept for the shapes that were used last: masks of a batch may take as much memory as its activations.
         """
-        shape = (windows, tokens)
+        shape = (items, positions)
         if shape in self._calls:
             self._calls[shape] = self._calls.pop(shape)  # the last in order: used last
         else:
-            ids = torch.arange(windows * tokens, device=self.checkpoint.device).view(shape) % self.vocabulary()
-            self._calls[shape] = self._enter(ids)[1]
-            if len(self._calls) == 1 and not _same(self._calls[shape], self._enter(ids.flip(1))[1]):
+            _, one, other = self.inputs.examples(self.checkpoint, items, positions)
+            self._calls[shape] = self._enter(one)[1]
+            if len(self._calls) == 1 and not _same(self._calls[shape], self._enter(other)[1]):
                 kind = type(self.checkpoint.model).__name__
                 raise UserError(f"model {kind}: passes its blocks values that depend on the tokens; not supported yet")
             if len(self._calls) > SHAPES:
                 del self._calls[next(iter(self._calls))]
         return self._calls[shape]
-
-    def vocabulary(self) -> int:
-        """Number of token ids that the model embeds."""
-        return int(self.checkpoint.config.get_text_config().vocab_size)
 
     def _outputs_beside_hidden(self) -> tuple[Any, ...] | None:
         """What block 0 returns after the hidden state, by running it once; None if it returns a plain tensor."""
@@ -146,9 +145,9 @@ class Replay:
             arguments.append((args, kwargs))
             raise Reached
 
-        ids = torch.zeros(1, 2, dtype=torch.long, device=self.checkpoint.device)
+        blank, *_ = self.inputs.examples(self.checkpoint, 1, 2)
         with bypassed(self.checkpoint.blocks, stand_in), suppress(Reached):
-            self.forward(ids)
+            self.forward(blank)
         if not arguments:
             self._refuse_skipped(0)
         output: Any = torch.func.functional_call(self.checkpoint.blocks[0], self.checkpoint.weights(0), *arguments[0])

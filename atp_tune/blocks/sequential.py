@@ -42,51 +42,51 @@ def prune_sequentially(
     """
     collector = InputCollector(linears, kind, getcurrent().switch)
     pruned: set[str] = set()
-    with collector.listening(block), _Walk(runs) as walk:
-        while (stop := walk.next()) is not None:
+    with collector.attached(block), _Lockstep(runs) as batches:
+        while (stop := batches.next()) is not None:
             for linear in stop:
                 if linear.name not in pruned:
                     prune(linear, collector.of(linear))
                     pruned.add(linear.name)
     collector.result()
-    return walk.results
+    return batches.results
 
 
-class _Walk:
-    """Batches that stop together."""
+class _Lockstep:
+    """Batches that run to the same linear and stop there, one greenlet each."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self._before = thread_state()
-        self._walkers = [greenlet(run) for run in runs]
-        for walker in self._walkers:
-            walker.gr_context = copy_context()
+        self._greenlets = [greenlet(run) for run in runs]
+        for batch in self._greenlets:
+            batch.gr_context = copy_context()
         self.results: list[Tensor] = []
 
-    def __enter__(self) -> "_Walk":
+    def __enter__(self) -> "_Lockstep":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for walker in self._walkers:  # where one failed, the others are left in their middle
-            if walker:
-                walker.throw(GreenletExit)
+        for batch in self._greenlets:  # where one failed, the others are left in their middle
+            if batch:
+                batch.throw(GreenletExit)
 
     def next(self) -> Sequence[Linear] | None:
         """The linears before which all batches stand now; None when all have ended."""
-        found = [self._go_on(walker) for walker in self._walkers]
-        if all(walker.dead for walker in self._walkers):
+        found = [self._go_on(batch) for batch in self._greenlets]
+        if all(batch.dead for batch in self._greenlets):
             self.results = found
             return None
         first: Sequence[Linear] = found[0]
-        if any(walker.dead or stop != first for walker, stop in zip(self._walkers, found, strict=True)):
+        if any(batch.dead or stop != first for batch, stop in zip(self._greenlets, found, strict=True)):
             raise TrialError('batches meet the linears of a block in different orders; set statistics = "block"')
         return first
 
-    def _go_on(self, walker: greenlet) -> Any:
+    def _go_on(self, batch: greenlet) -> Any:
         """Lets one batch run to where it stops; TrialError if it stops inside a setting of torch that it has changed.
 
         Such settings belong to the thread, not to the greenlet: the other batches would be computed with them too.
         """
-        stop = walker.switch()
+        stop = batch.switch()
         if thread_state() != self._before:
             raise TrialError(
                 "the model changes settings of torch, such as autocast, around a linear, which batches that stop there "

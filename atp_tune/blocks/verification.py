@@ -1,20 +1,21 @@
-"""The replay against the model's own forward, on one short text, before any number of it is believed.
+"""The replay against the model's own forward, on one small batch, before any number of it is believed.
 
 The model runs as it is, with its own blocks in its own order. Of each block it is seen that it is called once, in the
-order of the list, with the hidden states [windows, tokens, width] that left the block before it, that it returns the
-same when it is replayed, and that its linears are multiplied by calling them. Then the logits are compared, also those
-of a slice of positions alone. A second text goes along, with other tokens in its second half: it must come to the same
-predictions in its first. Weights are asked for once a block, so that a streamed model passes once.
+order of the list, with the hidden states [items, positions, width] that left the block before it, that it returns the
+same when it is replayed, and that its linears are multiplied by calling them. More batches may go along. What leaves
+the last block is then shown to the score, which knows what it takes the logits for (`Head`). Weights are asked for once
+a block, so that a streamed model passes once.
 
 On a CPU equal means to the last bit. Elsewhere sums may run in another order each time, so there it means within a few
 units in the last place of a block's output.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,24 +25,44 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.convert import one_line
 from atp_tune.checkpoints.devices import is_out_of_memory
 from atp_tune.errors import UserError
+from atp_tune.inputs import Batch, InputKind
 
-WINDOWS, TOKENS = 2, 16
-PART = slice(4, 11)  # positions of which the logits are computed alone, too
 UNITS = 32  # in the last place, on devices whose sums run in no fixed order
 
 
 class Difference(Exception):  # noqa: N818 - a finding, of which a line is made for the user
-    """Where the replay is not the model."""
+    """Where the replay is not the model, or the model is not what its score takes it for."""
+
+
+@dataclass(frozen=True)
+class ProbeRun:
+    """What became of one batch: hidden states [items, positions, width] that left the last block."""
+
+    batch: Batch
+    hidden: Tensor
+
+
+class Head(Protocol):
+    """The part of a score that says whether a model's logits are what it takes them for."""
+
+    def probes(self, checkpoint: Checkpoint) -> Sequence[Batch]:
+        """Small batches: the first is run by the model as a whole, all of them block by block."""
+
+    def check_head(self, replay: Replay, runs: Sequence[ProbeRun], logits: Tensor, is_routed: bool) -> None:
+        """Difference where they are not; `runs` of the probes, `logits` of the first by the model as a whole.
+
+        `is_routed`: some linears are given a part of the hidden states only.
+        """
 
 
 @torch.inference_mode()
-def verified(checkpoint: Checkpoint) -> Replay:
+def verified(checkpoint: Checkpoint, inputs: InputKind[Any], head: Head) -> Replay:
     """The replay of a model that was seen to equal it; UserError in one line that says where the two differ."""
     kind = type(checkpoint.model).__name__
     try:
         _check_own_weights(checkpoint)
-        replay = Replay(checkpoint)
-        _compare(replay)
+        replay = Replay(checkpoint, inputs)
+        _compare(replay, head)
     except Difference as difference:
         raise UserError(f"model {kind}: {difference}; such a model cannot be pruned block by block") from None
     except UserError:
@@ -51,22 +72,6 @@ def verified(checkpoint: Checkpoint) -> Replay:
             raise
         raise UserError(f"model {kind}: cannot be run block by block on a text alone: {one_line(error)}") from error
     return replay
-
-
-@torch.inference_mode()
-def check_length(replay: Replay, ids: Tensor, what: str) -> None:
-    """UserError where a model cannot take a text's windows, ids [windows, tokens]: learned positions have an end."""
-    try:
-        replay.embed(ids[:1])
-    except (IndexError, RuntimeError, ValueError) as error:
-        if is_out_of_memory(error):
-            raise
-        known = getattr(replay.checkpoint.config.get_text_config(), "max_position_embeddings", None)
-        positions = "" if known is None else f", which has {known} positions"
-        raise UserError(
-            f"{what}.tokens: the model{positions}, cannot take windows of {ids.shape[1]} tokens ({one_line(error)}); "
-            "lower tokens"
-        ) from None
 
 
 def _check_own_weights(checkpoint: Checkpoint) -> None:
@@ -79,49 +84,22 @@ def _check_own_weights(checkpoint: Checkpoint) -> None:
                 raise Difference(f"shares {linear.key} between blocks {owners[id(tensors[linear.key])]} and {index}")
 
 
-def _compare(replay: Replay) -> None:
-    ids, other = _texts(replay)
-    walk = _Walk(replay, ids, other)
-    with _Calls(replay.checkpoint) as calls, bypassed(replay.checkpoint.blocks, walk.step):
-        logits = replay.forward(ids).logits
+def _compare(replay: Replay, head: Head) -> None:
+    probes = head.probes(replay.checkpoint)
+    walk = _BlockComparison(replay, probes)
+    rows = walk.hidden[0].shape[:2].numel()
+    with _CallRecorder(replay.checkpoint, rows) as calls, bypassed(replay.checkpoint.blocks, walk.step):
+        logits = replay.forward(probes[0]).logits
     if calls.missing:
         raise Difference(f"does not call {min(calls.missing)} on a text, so the inputs of its weights are not known")
-    if logits.shape[:2] != ids.shape:
-        raise Difference("has no logits for each token")
-    if not _is_equal(replay.logits(ids, walk.hidden), logits):
-        raise Difference("computes its logits from more than the hidden states that leave its last block")
-    if not _is_near(replay.logits(ids[:, PART], walk.hidden[:, PART]), logits[:, PART]):
-        raise Difference("does not compute its logits position by position")
-    if not _is_causal(logits, replay.logits(other, walk.other), calls.routed):
-        raise Difference("predicts tokens from those that come later, so it is no causal language model")
+    head.check_head(replay, list(map(ProbeRun, probes, walk.hidden)), logits, calls.is_routed)
 
 
-def _texts(replay: Replay) -> tuple[Tensor, Tensor]:
-    """Random ids [windows, tokens], and the same with other tokens in the second half of each window."""
-    draw = torch.Generator().manual_seed(0)
-    ids, other = torch.randint(replay.vocabulary(), (2, WINDOWS, TOKENS), generator=draw)
-    other[:, : TOKENS // 2] = ids[:, : TOKENS // 2]
-    return ids.to(replay.checkpoint.device), other.to(replay.checkpoint.device)
-
-
-def _is_causal(logits: Tensor, other: Tensor, routed: bool) -> bool:
-    """Whether both texts come to the same logits where they are the same so far.
-
-    To the last bit, since all shapes are the same and nothing of a row or position goes into another's; but tokens that
-    are routed are multiplied together with those that chose the same expert, and how many these are decides last bits.
-    """
-    early, others = logits[:, : TOKENS // 2], other[:, : TOKENS // 2]
-    if _is_equal(early, others):
-        return True
-    return routed and _is_near(early, others)
-
-
-class _Walk:
+class _BlockComparison:
     """Stands in for the blocks of a running model: runs each as the model calls it, and compares its replay."""
 
-    def __init__(self, replay: Replay, ids: Tensor, other: Tensor) -> None:
-        self.hidden = replay.embed(ids)
-        self.other = replay.embed(other).clone()  # of a text that only goes along
+    def __init__(self, replay: Replay, batches: Sequence[Batch]) -> None:
+        self.hidden = [replay.embed(batch).clone() for batch in batches]  # of the first as the model computes them
         self._replay = replay
         self._own = [block.forward for block in replay.checkpoint.blocks]
         self._done = 0
@@ -133,10 +111,9 @@ class _Walk:
         weights = self._replay.checkpoint.weights(index)
         output = self._replay.within(index, weights, partial(self._own[index], *args, **kwargs))
         with _as_before(self._replay.checkpoint.blocks[index], self._own[index]):
-            replayed = self._replay.run(index, weights, given)
-            self.other = self._replay.run(index, weights, self.other)
-        self.hidden = hidden_of(output)
-        if not _is_equal(replayed, self.hidden):
+            replayed, *others = (self._replay.run(index, weights, hidden) for hidden in (given, *self.hidden[1:]))
+        self.hidden = [hidden_of(output), *others]
+        if not is_equal(replayed, self.hidden[0]):
             raise Difference(f"block {index} returns other numbers when it is run alone")
         self._done += 1
         return output
@@ -148,7 +125,7 @@ class _Walk:
             raise Difference(f"runs its blocks in another order than they stand in, block {index} first")
         if not isinstance(given, Tensor) or given.dim() != 3:
             raise Difference(f"gives block {index} hidden states that are not [windows, tokens, width]")
-        if not _is_equal(given, self.hidden):
+        if not is_equal(given, self.hidden[0]):
             source = f"leave block {index - 1}" if index else "enter it where the blocks are bypassed"
             raise Difference(f"gives block {index} other hidden states than those that {source}")
 
@@ -163,19 +140,21 @@ def _as_before(block: nn.Module, own: Callable[..., Any]) -> Iterator[None]:
         block.forward = stand_in
 
 
-class _Calls:
-    """Hears which modules with prunable weights are called, and whether one of them is given some tokens only."""
+class _CallRecorder:
+    """Notes which modules with prunable weights are called, and whether one of them is given some positions only."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, rows: int) -> None:
+        """`rows`: hidden states of the batch, items times positions."""
         names = {f"{i}.{linear.module}" for i, linears in enumerate(checkpoint.linears) for linear in linears}
         self.missing = set(names)
-        self.routed = any(linear.expert is not None for linears in checkpoint.linears for linear in linears)
+        self._rows = rows
+        self.is_routed = any(linear.expert is not None for linears in checkpoint.linears for linear in linears)
         self._handles = [
             checkpoint.blocks.get_submodule(name).register_forward_pre_hook(partial(self._on_input, name))
             for name in names
         ]
 
-    def __enter__(self) -> "_Calls":
+    def __enter__(self) -> "_CallRecorder":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -185,10 +164,10 @@ class _Calls:
     def _on_input(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.missing.discard(name)
         if args and isinstance(args[0], Tensor):
-            self.routed = self.routed or bool(args[0].shape[:-1].numel() % (WINDOWS * TOKENS))
+            self.is_routed = self.is_routed or bool(args[0].shape[:-1].numel() % self._rows)
 
 
-def _is_equal(one: Tensor, other: Tensor) -> bool:
+def is_equal(one: Tensor, other: Tensor) -> bool:
     """Whether two results are the same numbers; NaN is itself."""
     if one.shape != other.shape:
         return False
@@ -197,7 +176,7 @@ def _is_equal(one: Tensor, other: Tensor) -> bool:
     return one.device.type != "cpu" and _distance(one, other) < UNITS * _eps(one)
 
 
-def _is_near(one: Tensor, other: Tensor) -> bool:
+def is_near(one: Tensor, other: Tensor) -> bool:
     """Whether two results differ by rounding at most, that went through the whole model."""
     return _distance(one, other) < 4 * math.sqrt(_eps(one))
 

@@ -6,10 +6,11 @@ tensors are copied to the device, the next one's while it computes (`streaming`)
 (embeddings, final norm, head) and the activations are all that the device must hold.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +36,24 @@ from atp_tune.checkpoints.streaming import Stream, Tensors
 from atp_tune.errors import UserError
 
 
-class Checkpoint:
+class Released(ABC):
+    """Something that holds much memory, and is released at the end of a `with`."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Frees the memory; the object is of no use afterwards."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class Checkpoint(Released):
     """A model in evaluation mode, seen as a list of blocks; weights are read, never written.
 
-    As a context manager it gives a caller's model back as it was, and lets go of one that it has loaded itself: `with
+    As a context manager it gives a caller's model back as it was, and frees one that it has loaded itself: `with
     Checkpoint(model, device) as checkpoint`.
     """
 
@@ -89,17 +104,10 @@ class Checkpoint:
         checkpoint._is_loaded = True
         return checkpoint
 
-    def __enter__(self) -> "Checkpoint":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
     def release(self) -> None:
         """Gives the model back as it was: the mode of each module, its config, the device of each tensor.
 
-        One that `load` has loaded is let go instead, and the checkpoint is of no use afterwards. The device's memory is
-        free for what comes next.
+        One that `load` has loaded is freed instead. The device's memory is free for what comes next.
         """
         self._stream = None
         if self._is_loaded:

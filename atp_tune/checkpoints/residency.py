@@ -1,4 +1,7 @@
-"""Where a model's weights lie while it is tuned: on the compute device, in host memory, or memory-mapped on disk."""
+"""Where a model's weights lie while it is tuned: on the compute device, in host memory, or memory-mapped on disk.
+
+A file of its own, since `plan` asks it without loading torch.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +14,7 @@ HOST_FITS = 0.7  # of the free host memory may be blocks; the system and the pag
 
 @dataclass(frozen=True)
 class Free:
-    """Bytes that can be had: on the compute device, and in host memory. `bounded`: the device is a small one, or
+    """Free bytes: on the compute device, and in host memory. `bounded`: the device is a small one, or
     pretends to be; a CPU that is not bounded has no memory apart from the host's, and keeps weights where they are.
     """
 

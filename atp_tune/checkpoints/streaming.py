@@ -63,8 +63,8 @@ class Stream:
     def __init__(self, blocks: Sequence[Tensors], device: torch.device, ahead: bool = True) -> None:
         self._device = device
         self._requests: Requests = SimpleQueue()
-        worker = Worker(blocks, device, ahead and device.type in AHEAD, self._requests)
-        thread = Thread(target=worker.run, name="atp_tune blocks", daemon=True)  # it knows nothing of this object
+        copier = Copier(blocks, device, ahead and device.type in AHEAD, self._requests)
+        thread = Thread(target=copier.run, name="atp_tune blocks", daemon=True)  # it knows nothing of this object
         thread.start()
         weakref.finalize(self, _end, self._requests, thread)
 
@@ -82,7 +82,7 @@ def _end(requests: Requests, thread: Thread) -> None:
         thread.join()
 
 
-class Worker:
+class Copier:
     """The thread that copies: all that it knows is its own, others talk to it by the queue."""
 
     def __init__(self, blocks: Sequence[Tensors], device: torch.device, ahead: bool, requests: Requests) -> None:

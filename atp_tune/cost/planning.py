@@ -112,8 +112,8 @@ def _known(
 ) -> Known:
     from atp_tune.checkpoints.classes import model_config
     from atp_tune.checkpoints.devices import device_limit, free_memory, host_memory
-    from atp_tune.search.context import CURVE_TOKENS
-    from atp_tune.texts.windows import token_windows
+    from atp_tune.inputs.windows import token_windows
+    from atp_tune.search.dense_model import CURVE_TOKENS
 
     study, texts = file.study, setup.texts.items()
     bos, trusted = bool(setup.bos), folder.trusted
@@ -179,7 +179,9 @@ def _forecast(
         work += _rank_bytes(known.study, context)
     held = known.held(work)
     if context is not None and known.study.prune.statistics == "sequential":
-        held = replace(held, standing=known.tokens.calibration * context.sequential_bytes_per_token)
+        from atp_tune.blocks.batching import held_bytes
+
+        held = replace(held, standing=known.tokens.calibration * held_bytes(context.checkpoint))
     needed = peaks(held, residency, known.free, known.apart)
     blocks = len(known.sizes.blocks)
     return Forecast(
@@ -206,13 +208,13 @@ def _trials(known: Known, rates: ProbeRates | None) -> Iterator[TrialCost]:
 
 def _rank_bytes(study: Study, context: "TrialContext") -> int:
     """Bytes of the ranks that are kept where trials are pruned by the dense model's statistics."""
-    from atp_tune.blocks.ranking import BYTES, can_rank
+    from atp_tune.blocks.dense_statistics import RANK_BYTES, can_rank
     from atp_tune.pruners import make_pruner
 
     if study.prune.statistics != "dense" and study.search.screen is None:
         return 0
     pruners = [make_pruner(name, study.prune.settings(name)) for name in study.prune.pruners]
-    return BYTES * sum(context.checkpoint.sizes) if any(can_rank(x, context.checkpoint) for x in pruners) else 0
+    return RANK_BYTES * sum(context.checkpoint.sizes) if any(can_rank(x, context.checkpoint) for x in pruners) else 0
 
 
 def _whole(known: Known, context: "TrialContext | None", rates: ProbeRates | None) -> StudyCost:

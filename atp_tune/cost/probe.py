@@ -18,7 +18,6 @@ from atp_tune.checkpoints.devices import peak_memory, reset_peak_memory
 from atp_tune.cost.forecast import ProbeRates, PrunerRate
 from atp_tune.plan import Plan
 from atp_tune.pruners import PRUNERS, make_pruner
-from atp_tune.scores.evaluation import head_scores
 from atp_tune.search.context import TrialContext
 
 T = TypeVar("T")
@@ -87,11 +86,7 @@ def probe(
 
 def _batch(context: TrialContext, role: str) -> Tensor:
     """Hidden states [windows, tokens, width] of one batch of a text."""
-    return context.replay.embed(_ids(context, role, context.batch(role).windows)).clone()
-
-
-def _ids(context: TrialContext, role: str, windows: int) -> Tensor:
-    return torch.from_numpy(context.windows[role].ids[:windows]).to(context.checkpoint.device)
+    return context.replay.embed(context.items(role)[: context.batch(role).windows]).clone()
 
 
 def _probe_block(
@@ -125,12 +120,12 @@ def _pruned(context: TrialContext, index: int, hidden: Tensor, name: str, sparsi
 def _probe_ends(context: TrialContext, kl: bool) -> float:
     """Seconds per token of embedding and head, on search windows, or on those of the report."""
     heads, clock = context.heads, Clock(context.checkpoint.device)
-    ids = _ids(context, "search" if "search" in context.windows else "report", heads.windows)
+    ids: Tensor = context.items("search" if "search" in context.windows else "report")[: heads.windows]
     for turn in range(4):
         if turn == 1:
             clock.forget()  # the first time is to warm up
         hidden = clock.time("embed", partial(context.replay.embed, ids))
-        clock.time("head", partial(head_scores, context.replay, heads, ids, hidden, hidden if kl else None))
+        clock.time("head", partial(context.head_scores, ids, hidden, hidden if kl else None))
     return (clock.typical("embed") + clock.typical("head")) / ids.numel()
 
 

@@ -5,10 +5,10 @@ weights     ← dense weights, pruned block by block as the plan says
 NLLs        ← windows of the search text, group by group, until the stopper ends a hopeless trial
 perplexity  ← exp(mean NLL)
 KL          ← mean over windows, from the dense model, where the study minimises it
+
+`shortcuts` has what spares all that: an earlier trial of the same plan, and the stopper's question.
 """
 
-import math
-import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,17 +21,17 @@ from optuna.trial import FrozenTrial, TrialState
 from atp_tune.checkpoints.devices import is_out_of_memory
 from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Note, TrialStarted, Watch
-from atp_tune.metrics.perplexity import perplexity
 from atp_tune.plan import Plan
-from atp_tune.search.context import GROUPS, TrialContext
+from atp_tune.search.context import TrialContext
 from atp_tune.search.record import Record
+from atp_tune.search.scoring import GROUPS
+from atp_tune.search.shortcuts import estimate, find_measured, is_hopeless, planned
 from atp_tune.search.space import Space
 from atp_tune.storage.database import set_attributes
 from atp_tune.storage.fingerprint import PERPLEXITY, batches_of
 from atp_tune.storage.lost_trials import INTERRUPTED, CutOff, given_up
 from atp_tune.storage.process_identity import identity
 from atp_tune.storage.ranking import best_trial
-from atp_tune.storage.totals import counts
 
 
 @dataclass(frozen=True)
@@ -55,31 +55,31 @@ class Objective:
             return self._repeat(trial, earlier) if earlier else self._measure(trial, plan)
 
     def _measure(self, trial: Trial, plan: Plan) -> tuple[float, ...]:
-        began = batches_of(trial.study)
-        self.context.begin(began)
-        record = Record(self.context.checkpoint.device, self.context.dtype)
-        blocks = record.follow(self.context.prune(plan), self.context.checkpoint.sizes)
-        windows = len(self.context.windows["search"].ids)
-        stops = self.stops and not plan.is_uniform and best_trial(trial.study) is not None  # uniform is its measure
-        for nlls, kls in self.context.scores(blocks, "search", stops, "kl" in self.goals):
-            record.nlls += nlls
-            record.kls += kls
-            hopeless = self.stops and is_hopeless(trial, record.kls or record.nlls, len(nlls), windows)
-            if stops and hopeless and len(record.nlls) < windows:
-                set_attributes(trial, {**record.close(), **self._batches()})
+        context, batches = self.context, batches_of(trial.study)
+        context.begin(batches)
+        record = Record(context.checkpoint.device, context.dtype)
+        pruned = record.follow(context.prune(plan), context.checkpoint.sizes)
+        may_stop = self.stops and not plan.is_uniform and best_trial(trial.study) is not None  # uniform is its measure
+        for scores in context.scores(pruned, "search", may_stop, "kl" in self.goals):
+            record.add(scores)
+            if self._is_hopeless(trial, record, len(scores.nlls)) and may_stop:
+                self._store(trial, record)
                 return (estimate(trial, record.kls or record.nlls, "kls" if record.kls else "nlls"),)
-        results = [record.result(goal) for goal in self.goals]
-        for goal, result in zip(self.goals, results, strict=True):
-            if not math.isfinite(result.value):
-                raise TrialError(f"{goal} is {result.value}: the pruned model's numbers overflow or are not defined")
-        set_attributes(trial, {**record.close(), **self._batches(), "stderr": results[0].stderr})
-        if self.context.batches != began and best_trial(trial.study) is None:
+        results = record.results(self.goals)
+        self._store(trial, record, stderr=results[0].stderr)
+        if context.batches != batches and best_trial(trial.study) is None:
             # The first, where memory ran out: the others need not meet that.
-            trial.study.set_user_attr("batches", self.context.batches)
+            trial.study.set_user_attr("batches", context.batches)
         return tuple(result.value for result in results)
 
-    def _batches(self) -> dict[str, object]:
-        return {"batch_windows": self.context.batch("calibration").windows, "batches": self.context.batches}
+    def _is_hopeless(self, trial: Trial, record: Record, new: int) -> bool:
+        """Whether the stopper would end the trial now, before its last windows."""
+        windows, seen = len(self.context.windows["search"]), record.kls or record.nlls
+        return self.stops and is_hopeless(trial, seen, new, windows, GROUPS) and len(seen) < windows
+
+    def _store(self, trial: Trial, record: Record, **more: object) -> None:
+        batches = {"batch_windows": self.context.batch("calibration").windows, "batches": self.context.batches}
+        set_attributes(trial, {**record.close(), **batches, **more})
 
     def _repeat(self, trial: Trial, earlier: FrozenTrial) -> tuple[float, ...]:
         if earlier.state == TrialState.FAIL:
@@ -89,52 +89,6 @@ class Objective:
         set_attributes(trial, {**earlier.user_attrs, **identity(), "repeats": earlier.number})
         assert earlier.values is not None
         return tuple(earlier.values)
-
-
-def planned(plan: Plan) -> dict[str, object]:
-    """The sparsities of a plan as user attributes: per block, and per linear where they differ within a block."""
-    linears = {"linear_sparsities": list(map(list, plan.linear_sparsities))} if plan.linear_sparsities else {}
-    return {"sparsities": list(plan.sparsities), **linears}
-
-
-def find_measured(trial: Trial, plan: Plan) -> FrozenTrial | None:
-    """An earlier trial of the same point, or plan, that has a full measurement or failed by itself, if there is one."""
-    for other in trial.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL)):
-        same = other.params == trial.params or is_of(other, plan)
-        if same and counts(other) and "stopped_after" not in other.user_attrs:
-            return other
-    return None
-
-
-def is_of(trial: FrozenTrial, plan: Plan) -> bool:
-    """Whether a trial is of a plan: a pattern may round several points of the space to the same one."""
-    own = {key: trial.user_attrs[key] for key in ("sparsities", "linear_sparsities") if key in trial.user_attrs}
-    return trial.params.get("pruner") == plan.pruner and own == planned(plan)
-
-
-def is_hopeless(trial: Trial, nlls: list[float], new: int, windows: int) -> bool:
-    """Reports the mean NLL or KL (nats per token) of each group of windows that the `new` ones complete, and asks the
-    stopper whether to go on. The groups are the same in all trials, whatever comes at a time.
-    """
-    size = -(-windows // GROUPS)
-    for group in range((len(nlls) - new) // size, -(-len(nlls) // size)):
-        part = nlls[group * size : (group + 1) * size]
-        if len(part) == size or len(nlls) == windows:
-            trial.report(statistics.fmean(part), group)
-    return trial.should_prune()
-
-
-def estimate(trial: Trial, seen: list[float], kind: str = "nlls") -> float:
-    """Value of a stopped trial, comparable with the full ones: the best trial's mean NLL or KL over all windows, plus
-    the mean difference from it on the windows seen. A mean over those windows alone would be of an easier text.
-    """
-    best = best_trial(trial.study)
-    assert best is not None
-    full = best.user_attrs[kind]
-    difference = statistics.fmean(own - other for own, other in zip(seen, full, strict=False))
-    trial.set_user_attr("stopped_after", len(seen))
-    mean = statistics.fmean(full) + difference
-    return max(0.0, mean) if kind == "kls" else perplexity([mean]).value
 
 
 @contextmanager

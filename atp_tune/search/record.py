@@ -1,13 +1,16 @@
 """What is written down of a trial beside its value: the names of the user attributes and how they are gathered."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from atp_tune.blocks.prune_pass import PrunedBlock
 from atp_tune.blocks.timing import Timer
 from atp_tune.checkpoints.devices import device_name, peak_memory, reset_peak_memory
+from atp_tune.errors import TrialError
 from atp_tune.metrics.kl import Divergence, divergence
 from atp_tune.metrics.perplexity import Perplexity, perplexity
+from atp_tune.scores import WindowScores
 from atp_tune.scores.evaluation import Block
 from atp_tune.storage.process_identity import versions
 
@@ -21,7 +24,7 @@ class Record:
         self.errors: list[float] = []
         self.seconds: dict[str, float] = {}
         self.peak_bytes: dict[str, int] = {}
-        self.unheard: list[str] = []
+        self.experts_without_tokens: list[str] = []
         self._zeros = self._weights = 0
         self._device = device
         self._dtype = dtype
@@ -32,7 +35,7 @@ class Record:
         """Hands on each pruned block after taking down its zeros, its error and its seconds."""
         for block in pruned:
             self.errors += [] if block.error is None else [round(block.error, 6)]
-            self.unheard += [f"{block.index}.{name}" for name in block.unheard]
+            self.experts_without_tokens += [f"{block.index}.{name}" for name in block.experts_without_tokens]
             self._zeros += sum(block.zeros.values())
             self._weights += sizes[block.index]
             for phase, seconds in block.seconds.items():
@@ -40,9 +43,18 @@ class Record:
             self.peak_bytes["prune"] = peak_memory(self._device)
             yield block.index, block.weights
 
-    def result(self, goal: str) -> Perplexity | Divergence:
-        """What a trial came to in one of the two."""
-        return divergence(self.kls) if goal == "kl" else perplexity(self.nlls)
+    def add(self, scores: WindowScores) -> None:
+        """Takes in the scores of further windows."""
+        self.nlls += scores.nlls
+        self.kls += scores.kls
+
+    def results(self, goals: Sequence[str]) -> list[Perplexity | Divergence]:
+        """What a trial came to in each of its goals; TrialError where one is no number."""
+        found = [divergence(self.kls) if goal == "kl" else perplexity(self.nlls) for goal in goals]
+        for goal, result in zip(goals, found, strict=True):
+            if not math.isfinite(result.value):
+                raise TrialError(f"{goal} is {result.value}: the pruned model's numbers overflow or are not defined")
+        return found
 
     def close(self) -> dict[str, Any]:
         """The user attributes of the trial; what was not pruning counts as evaluation."""
@@ -59,5 +71,5 @@ class Record:
             "dtype": self._dtype,
             "versions": versions(),
             **({"kls": self.kls} if self.kls else {}),
-            **({"unheard": self.unheard} if self.unheard else {}),
+            **({"unheard": self.experts_without_tokens} if self.experts_without_tokens else {}),
         }

@@ -1,6 +1,7 @@
 """Running a study: made or resumed, driven to its total, and closed with the numbers on the report text."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -35,7 +36,7 @@ def tune(run: StudyRun) -> optuna.Study:
 
     A study that is complete is returned at once, without loading torch or the model. UserError for bad input.
     """
-    return finished_study(run) or _work(replace(run, watch=run.trace.heard_by(run.watch)))
+    return finished_study(run) or _go_on(replace(run, watch=run.trace.heard_by(run.watch)))
 
 
 def finished_study(run: StudyRun) -> optuna.Study | None:
@@ -86,15 +87,17 @@ def is_complete(study: optuna.Study, file: StudyFile) -> bool:
     return done and (best is None or not (unreported(study) or undrawn(study, file.study.texts.calibration.draws)))
 
 
-def _work(run: StudyRun) -> optuna.Study:
+def _go_on(run: StudyRun) -> optuna.Study:
+    """Drives a study that is not complete, or not begun, to its total."""
     db = opening.open_storage(run.file.storage_url, create=False)  # before the model, in which time it may go away
     before = opening.find_study(db, run.name) if db else None
     if before:
         run = with_stored_total(run, before)
         recover_lost(run, before)  # now: what a process of this host left is read before others take it for silent
-    if run.context is not None:
-        return _search(run, run.context, db, before)
-    with open_context(run, before) as context:
+    opened: AbstractContextManager[TrialContext] = (
+        nullcontext(run.context) if run.context else open_context(run, before)
+    )
+    with opened as context:
         return _search(run, context, db, before)
 
 
@@ -141,26 +144,20 @@ def _screen(run: StudyRun, screen: ScreenConfig, context: "TrialContext") -> tup
     )  # fmt: skip
     study = load_existing(inner)
     if study is None or not is_complete(study, file):
-        study = _work(inner)
+        study = _go_on(inner)
     if run.timeout is not None:
         run = replace(run, timeout=max(0.0, run.timeout - (monotonic() - began)))
     return run, ranking.measured(study) if is_complete(study, file) else []
 
 
 def open_context(run: StudyRun, study: optuna.Study | None = None) -> "TrialContext":
-    """Loads the model and the texts, the report text only where it is not the search text; windows begin with BOS as in
-    the study, if it was begun.
-    """
+    """Loads the model and the texts; windows begin with BOS as in the study, if it was begun."""
     from atp_tune.checkpoints.devices import oom_as_user_error
     from atp_tune.search.context import ContextConfig, TrialContext
 
     run.note("loading the model and the texts")
     spec = run.file.study
-    texts = {"calibration": spec.texts.calibration, "search": spec.texts.search}
-    if spec.texts.report is not None:
-        texts["report"] = spec.texts.report
-    draws, bos = spec.texts.calibration.draws, fingerprint.bos_of(spec, study)
-    setup = ContextConfig(spec.model, spec.prune, texts, run.file.folder, spec.device, draws=draws, bos=bos)
+    setup = ContextConfig.of_study(spec, run.file.folder, fingerprint.bos_of(spec, study))
     with oom_as_user_error("loading"):
         return TrialContext.open(setup, run.watch)
 

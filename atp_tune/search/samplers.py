@@ -1,8 +1,6 @@
 """How Optuna proposes and stops: the sampler and the stopper of a study."""
 
-import math
 import random
-import statistics
 import warnings
 import zlib
 from collections import Counter
@@ -11,7 +9,6 @@ from datetime import datetime
 from time import monotonic, sleep
 from typing import Any
 
-import optuna
 from optuna import Study
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.exceptions import ExperimentalWarning
@@ -19,17 +16,16 @@ from optuna.pruners import BasePruner, NopPruner, WilcoxonPruner
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
-from atp_tune.search.deduplicate import apart
+from atp_tune.search.posterior import gp_posterior
+from atp_tune.search.proposals import around_best, branch_study, kinds_of, levelled, nudge_from_known
 from atp_tune.search.space import Params, Space
 from atp_tune.spec.study import SearchConfig
 from atp_tune.storage.lost_trials import place_of
 from atp_tune.storage.ranking import values_of
 from atp_tune.storage.totals import counts
 
-GRID = 40  # steps of β in which a belief is written down
 PATIENCE = 5  # seconds that a trial waits for what others propose
 LOOK = 0.02  # seconds between looks at them
-LEAST = 1e-6  # nats per token: no KL is taken to be less where its log is wanted
 STARTS = 3  # measured points of an allocation before a model of it is fitted: plenty for one to three parameters
 
 
@@ -98,7 +94,7 @@ class BranchSampler(BaseSampler):
 
     The sampler sees logs of the values: of perplexity (nats per token) or of KL. Perplexity explodes where β is too
     large: fitted as it is, one such trial flattens the valley that matters. Points that were screened are seen too,
-    moved to the level of those that were confirmed. What it proposes is kept `apart` from all of these.
+    moved to the level of those that were confirmed. What it proposes keeps away from all of these.
     """
 
     def __init__(
@@ -130,14 +126,14 @@ class BranchSampler(BaseSampler):
         inner = self._make(seed_of(self._seed, study, trial))
         found = inner.sample_relative(shadow, shadow.trials[-1], open_ones)
         if self._branch == "atp" and found and isinstance(inner, GPSampler) and len(study.directions) == 1:
-            study.set_user_attr("belief", belief(inner, shadow, open_ones, self._space.pruners))
+            study.set_user_attr("belief", gp_posterior(inner, shadow, open_ones, self._space.pruners))
         for name, kind in open_ones.items():
             if name not in found:
                 found[name] = inner.sample_independent(shadow, shadow.trials[-1], name, kind)
         found = {name: found[name] if name in found else _only(own[name]) for name in own}
         failed = branch_study(_failed(study), self._space, self._branch, own, count).trials
         seed = seed_of(self._seed, study, trial, "apart")
-        return {"allocation": self._branch, **apart(found, [*shadow.trials[:-1], *failed], open_ones, seed)}
+        return {"allocation": self._branch, **nudge_from_known(found, [*shadow.trials[:-1], *failed], open_ones, seed)}
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -169,104 +165,6 @@ def _is_drawing(trial: FrozenTrial, space: Space) -> bool:
     return began is not None and abs((datetime.now() - began).total_seconds()) < PATIENCE
 
 
-def kinds_of(space: Space, branch: str) -> dict[str, BaseDistribution]:
-    """Distributions of the pruner and of an allocation's parameters."""
-    floats = {name: FloatDistribution(*ends) for name, ends in space.intervals[branch].items()}
-    return {"pruner": CategoricalDistribution(space.pruners), **floats}
-
-
-def branch_study(
-    trials: list[FrozenTrial], space: Space, branch: str, kinds: dict[str, BaseDistribution], goals: int = 1
-) -> optuna.Study:
-    """A study in memory of the trials that are points of one allocation, with the logs of their values."""
-    shadow = optuna.create_study(directions=["minimize"] * goals)
-    for trial in trials:
-        params = space.within(trial.params, branch) or {}
-        if kinds.keys() <= params.keys():  # another process may not have drawn all of its trial's yet
-            shadow.add_trial(_logged(trial, {name: params[name] for name in kinds}, kinds))
-    return shadow
-
-
-def levelled(screened: Sequence[FrozenTrial], trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """The trials of a screening that have not been measured in full, as if they had been: the logs of their values
-    moved by the mean difference at the points where both are known; none where there is no such point.
-    """
-    if not screened:
-        return []
-    known = {_point(trial): trial.value for trial in trials}
-    values = [(known.get(_point(trial)), trial.value) for trial in screened]
-    both = [(full, part) for full, part in values if full is not None and part is not None]
-    moves = [math.log(max(full, LEAST) / max(part, LEAST)) for full, part in both]
-    if not moves:
-        return []
-    factor = math.exp(statistics.fmean(moves))
-    new = [trial for trial in screened if _point(trial) not in known and trial.value is not None]
-    return [
-        optuna.create_trial(value=factor * trial.value, params=trial.params, distributions=trial.distributions)
-        for trial in new
-        if trial.value is not None
-    ]
-
-
-def _point(trial: FrozenTrial) -> tuple[tuple[str, Any], ...]:
-    """A trial's parameters in an order that no database decides."""
-    return tuple(sorted(trial.params.items()))
-
-
-def belief(
-    sampler: GPSampler, study: Study, kinds: dict[str, BaseDistribution], pruners: tuple[str, ...]
-) -> dict[str, Any]:
-    """What the sampler's GP holds of the value against β, for each pruner: mean, and two standard deviations around.
-
-    `study` is the one that the GP was fitted to: its values are logs. `before` is how many there were.
-    """
-    from atp_tune.compat import SearchSpace, fitted
-
-    gp = fitted(sampler)
-    values = [trial.value for trial in study.trials if trial.value is not None]
-    mean, spread = statistics.fmean(values), statistics.pstdev(values)
-    curves = {}
-    for pruner in pruners:
-        points = [_at(beta, pruner, kinds) for beta in _grid(kinds["beta"])]
-        inputs = gp._X_train.new_tensor(SearchSpace(kinds).get_normalized_params(points))
-        means, variances = (tensor.detach().numpy() for tensor in gp.posterior(inputs))
-        middle, width = mean - spread * means, 2 * spread * variances**0.5
-        lines = {"mean": middle, "low": middle - width, "high": middle + width}  # the GP sees them upside down
-        betas = [round(point.params["beta"], 8) for point in points]
-        curves[pruner] = {"beta": betas} | {name: [round(math.exp(v), 3) for v in line] for name, line in lines.items()}
-    return {"before": len(values), "curves": curves}
-
-
-def _grid(kind: BaseDistribution) -> list[float]:
-    assert isinstance(kind, FloatDistribution)
-    steps = [kind.low + (kind.high - kind.low) * k / GRID for k in range(GRID)]
-    return [*steps, kind.high]  # exactly: a sum may end a bit above it, which Optuna refuses
-
-
-def _at(beta: float, pruner: str, kinds: dict[str, BaseDistribution]) -> FrozenTrial:
-    params = {name: pruner if name == "pruner" else beta for name in kinds}
-    return optuna.create_trial(value=0.0, params=params, distributions=kinds)
-
-
-def around_best(study: Study, kinds: dict[str, BaseDistribution]) -> dict[str, BaseDistribution]:
-    """The intervals, narrowed around the best point where there are more than two of them.
-
-    A dozen trials cannot explore five dimensions, whose corners are all hopeless and which a GP would all try. So
-    proposals reach from the best point at most 1 / (2 √n) of each interval, n measured points.
-    """
-    intervals = {name: kind for name, kind in kinds.items() if isinstance(kind, FloatDistribution)}
-    done = [trial for trial in study.trials if trial.values is not None]
-    if len(intervals) <= 2 or not done:
-        return kinds
-    best, reach = min(done, key=values_of).params, 0.5 / math.sqrt(len(done))
-    return kinds | {name: _near(best[name], kind, reach) for name, kind in intervals.items()}
-
-
-def _near(value: float, kind: FloatDistribution, reach: float) -> FloatDistribution:
-    width = reach * (kind.high - kind.low)
-    return FloatDistribution(max(kind.low, value - width), min(kind.high, value + width))
-
-
 def _only(kind: BaseDistribution) -> Any:
     """The value of a distribution that has one."""
     return kind.low if isinstance(kind, FloatDistribution) else kind.choices[0]  # type: ignore[attr-defined]
@@ -281,11 +179,6 @@ def _failed(study: Study) -> list[FrozenTrial]:
     """Trials that have no value and will have none: a sampler knows nothing of them, and would ask for them again."""
     failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
     return [trial for trial in failed if counts(trial) and "allocation" in trial.params]
-
-
-def _logged(trial: FrozenTrial, params: Params, distributions: dict[str, BaseDistribution]) -> FrozenTrial:
-    logs = None if trial.values is None else [math.log(max(value, LEAST)) for value in trial.values]
-    return optuna.create_trial(state=trial.state, values=logs, params=params, distributions=distributions)
 
 
 def whose_turn(trials: list[FrozenTrial], space: Space) -> str:

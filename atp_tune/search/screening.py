@@ -12,8 +12,8 @@ from dataclasses import replace
 from optuna.trial import FrozenTrial
 
 from atp_tune.events import Event, Note, TrialEnded, TrialStarted, Watch
-from atp_tune.search import deduplicate
-from atp_tune.search.samplers import kinds_of
+from atp_tune.search import proposals
+from atp_tune.search.proposals import kinds_of
 from atp_tune.search.space import Params, Space
 from atp_tune.spec.study import ScreenConfig
 from atp_tune.spec.studyfile import StudyFile, overridden
@@ -31,14 +31,14 @@ def screening_file(file: StudyFile, screen: ScreenConfig) -> StudyFile:
 def renamed(watch: Watch) -> Watch:
     """A watch to which the trials of a screening are called so."""
 
-    def hear(event: Event) -> None:
+    def on_event(event: Event) -> None:
         if isinstance(event, Note):
             event = Note(f"screening: {event.text}")
         if isinstance(event, TrialStarted):
             event = replace(event, title=event.title.replace("trial", "screening", 1))
         watch(replace(event, what="screening") if isinstance(event, TrialEnded) else event)
 
-    return hear
+    return on_event
 
 
 def begins_with(points: list[Params], space: Space, total: int) -> list[Params]:
@@ -64,4 +64,4 @@ def confirmed(screened: Sequence[FrozenTrial], space: Space, count: int) -> list
 def is_near(point: Params, other: Params, space: Space) -> bool:
     """Whether two points are of one pruner and allocation, and no parameter is more than `APART` apart."""
     moved = space.within(other, point["allocation"])
-    return moved is not None and deduplicate.is_near(point, moved, kinds_of(space, point["allocation"]), APART)
+    return moved is not None and proposals.is_near(point, moved, kinds_of(space, point["allocation"]), APART)

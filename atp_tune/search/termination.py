@@ -29,7 +29,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from atp_tune.search.samplers import branch_study, kinds_of
+from atp_tune.search.proposals import branch_study, kinds_of
 from atp_tune.search.space import Space
 from atp_tune.storage.ranking import ranked
 

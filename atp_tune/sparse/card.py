@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from atp_tune.cache import write_out
 from atp_tune.checkpoints.convert import quiet
 from atp_tune.errors import UserError
+from atp_tune.inputs.documents import hub_arguments
 from atp_tune.metrics.perplexity import error_over
 from atp_tune.plan import shown
 from atp_tune.report.markdown import escaped, fenced
@@ -20,7 +21,6 @@ from atp_tune.report.tables import speed
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import Compared, Config, Measure
 from atp_tune.spec.study import Text
-from atp_tune.texts.documents import hub_arguments
 
 CARD = "README.md"
 PROCESSOR = ("processor_config.json", "preprocessor_config.json")  # of what reads images and texts

@@ -20,6 +20,7 @@ from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.checkpoints.trust import small_files
 from atp_tune.errors import UserError
 from atp_tune.events import Note, Step, TrialStarted, Watch
+from atp_tune.inputs.windows import Windows, first_windows, recut, token_windows
 from atp_tune.metrics.perplexity import Perplexity, change, perplexity
 from atp_tune.results.formatting import duration
 from atp_tune.search.context import ContextConfig
@@ -30,7 +31,6 @@ from atp_tune.sparse.shards import Shards, check_free, sparse_folder
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.study import ModelConfig, Text
 from atp_tune.storage.process_identity import versions
-from atp_tune.texts.windows import Windows, first_windows, recut, token_windows
 
 if TYPE_CHECKING:
     from atp_tune.sparse.training import Trainer

@@ -31,7 +31,10 @@ from atp_tune.checkpoints.devices import (
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError
 from atp_tune.events import Note, TrialStarted, Watch
+from atp_tune.inputs import find_kind
+from atp_tune.inputs.windows import load_tokenizer
 from atp_tune.plan import Plan, make_plan
+from atp_tune.scores import find_score
 from atp_tune.search.context import ContextConfig, TrialContext
 from atp_tune.sparse.applying import plan_of
 from atp_tune.sparse.provenance import ABOUT
@@ -39,7 +42,6 @@ from atp_tune.spec.config import SHARES, Compared, Config, Measure, TaskScores, 
 from atp_tune.spec.patterns import parse
 from atp_tune.spec.study import ModelConfig
 from atp_tune.storage.process_identity import versions
-from atp_tune.texts.windows import load_tokenizer
 
 ROOM = 0.5  # of the device's free memory, that a pruned copy of the linears may take
 
@@ -147,7 +149,7 @@ def evaluate_folder(folder: Path, asked: TaskOptions, watch: Watch, allowed: Map
     device = find_device(asked.device)
     with Checkpoint.load(found.path, find_dtype(dtype, device), device, found.trusted) as checkpoint:
         watch(TrialStarted(str(folder), None))
-        scorer.score("model", verified(checkpoint), found, checkpoint.weights)
+        scorer.score("model", verified(checkpoint, find_kind(), find_score()), found, checkpoint.weights)
         return scorer.zero_shot(checkpoint)
 
 

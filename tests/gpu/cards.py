@@ -15,11 +15,11 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.checkpoints.residency import Residency
 from atp_tune.checkpoints.streaming import Tensors
+from atp_tune.inputs.windows import Windows
 from atp_tune.plan import Plan
 from atp_tune.search.context import TrialContext
 from atp_tune.search.record import Record
 from atp_tune.spec.prune import PruneConfig
-from atp_tune.texts.windows import Windows
 
 MIB = 1 << 20
 VOCABULARY = 512

@@ -12,13 +12,14 @@ from cards import MIB, bench_on, held, let_go, little_memory, pruned_blocks, sam
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from atp_tune.blocks.batching import BatchSize
+from atp_tune.blocks.batching import AutoBatch
 from atp_tune.blocks.prune_pass import advance
 from atp_tune.blocks.replay import Replay
 from atp_tune.checkpoints import buffers
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import free_memory
 from atp_tune.errors import TrialError
+from atp_tune.inputs.tokens import TOKEN_WINDOWS
 
 pytestmark = pytest.mark.gpu
 
@@ -67,9 +68,9 @@ def test_a_registration_that_fails_poisons_nothing(
         again = buffers.pinned(len(memory))
     assert "cannot be pinned" in caplog.text
     notes: list[str] = []
-    batch = BatchSize(card, 1, 1, notes.append)
+    batch = AutoBatch(card, 1, 1, notes.append)
     before = batch.windows
-    assert batch.attempt(lambda windows: float((torch.ones(1000, device=card) * 2).sum())) == 2000
+    assert batch.run(lambda windows: float((torch.ones(1000, device=card) * 2).sum())) == 2000
     torch.cuda.synchronize(card)
     assert again.data_ptr() == memory.data_ptr()
     assert (batch.windows, notes) == (before, [])
@@ -86,10 +87,10 @@ def test_memory_that_runs_out_halves_the_batch(device: torch.device) -> None:
     """64 windows of 256 tokens take more than 1.5 GB in a block that is 128 times as wide inside."""
     torch.manual_seed(0)
     checkpoint = Checkpoint(LlamaForCausalLM(LlamaConfig(**WIDE)).eval(), device, "device")
-    replay = Replay(checkpoint)
+    replay = Replay(checkpoint, TOKEN_WINDOWS)
     hidden = replay.embed(torch.randint(64, (64, 256), device=device)).clone()
     start, notes = hidden.clone(), list[str]()
-    batch = BatchSize(device, 256, 1, notes.append)
+    batch = AutoBatch(device, 256, 1, notes.append)
     batch.windows = 64
     with little_memory(device, 400 * MIB):
         advance(replay, batch, 0, checkpoint.weights(0), hidden)

@@ -13,12 +13,12 @@ prediction, which has seen BOS alone, counts: an NLL is the mean over the `token
 import hashlib
 import io
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,8 +27,11 @@ from atp_tune.checkpoints.convert import one_line
 from atp_tune.checkpoints.models import Note, silent
 from atp_tune.checkpoints.trust import CODE
 from atp_tune.errors import UserError
+from atp_tune.inputs.documents import documents, source_content
 from atp_tune.spec.study import Text
-from atp_tune.texts.documents import documents, source_content
+
+if TYPE_CHECKING:
+    import torch
 
 Encode = Callable[[str], list[int]]
 
@@ -60,6 +63,29 @@ class Windows:
     content: str
     bos: bool = False
 
+    @classmethod
+    def of(cls, ids: np.ndarray, bos: bool = False) -> "Windows":
+        """Windows of these ids, with their SHA-256."""
+        return cls(ids, hashlib.sha256(f"{ids.shape}".encode() + ids.astype("<i8").tobytes()).hexdigest(), bos)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def positions(self) -> int:
+        """Tokens of a window."""
+        return int(self.ids.shape[1])
+
+    def batch(self, device: "torch.device") -> "torch.Tensor":
+        """The ids [windows, tokens] on a device."""
+        import torch
+
+        return torch.from_numpy(self.ids).to(device)
+
+    def thinned(self, every: int) -> "Windows":
+        """The first window and every so many-th after it: what `every` in a study's text leaves."""
+        return Windows.of(np.ascontiguousarray(self.ids[::every]), self.bos)
+
 
 def token_windows(
     text: Text, folder: Path, base: Path, note: Note = silent, trusted: bool = False, bos: bool = False
@@ -77,11 +103,11 @@ def token_windows(
     else:
         note(f"reading and tokenising {text.source}")
         encode, first = _encoder(folder, trusted, bos)
-        ids = _DRAWS[text.draw](documents(text, base), encode, text, first)[:: text.every]
+        ids = DRAWS[text.draw](documents(text, base), encode, text, first)[:: text.every]
         packed = io.BytesIO()
         np.save(packed, ids)
         keep(stored, packed.getvalue())
-    return _windows(ids, bos)
+    return Windows.of(ids, bos)
 
 
 def first_windows(text: Text, folder: Path, base: Path, most: int, trusted: bool = False, bos: bool = False) -> Windows:
@@ -91,21 +117,16 @@ def first_windows(text: Text, folder: Path, base: Path, most: int, trusted: bool
     count = min(most, len(ids) // (text.tokens - len(first)))
     if count == 0:
         raise UserError(f"tokens: {text.source} has {len(ids)} tokens, not one window of {text.tokens}; lower tokens")
-    return _windows(_cut(ids, count, text.tokens, first), bos)
-
-
-def thinned(windows: Windows, every: int) -> Windows:
-    """The first window and every so many-th after it: what `every` in a study's text leaves."""
-    return _windows(np.ascontiguousarray(windows.ids[::every]), windows.bos)
+    return Windows.of(_cut(ids, count, text.tokens, first), bos)
 
 
 def stretches(windows: Windows, count: int) -> list[Windows]:
     """The same windows in so many parts of equal length, one after the other."""
-    size = len(windows.ids) // count
-    return [_windows(windows.ids[part * size : (part + 1) * size], windows.bos) for part in range(count)]
+    size = len(windows) // count
+    return [Windows.of(windows.ids[part * size : (part + 1) * size], windows.bos) for part in range(count)]
 
 
-def check_disjoint(named: dict[str, Windows]) -> None:
+def check_disjoint(named: Mapping[str, Windows]) -> None:
     """Raises a UserError if two roles share a window, token by token."""
     seen: dict[bytes, str] = {}
     for role, windows in named.items():
@@ -126,11 +147,7 @@ def recut(windows: Windows, tokens: int) -> Windows:
     """
     ids = windows.ids[:, 1:].reshape(1, -1) if windows.bos else windows.ids
     per = ids.shape[1] // tokens * tokens
-    return _windows(np.ascontiguousarray(ids[:, :per]).reshape(-1, tokens))
-
-
-def _windows(ids: np.ndarray, bos: bool = False) -> Windows:
-    return Windows(ids, hashlib.sha256(f"{ids.shape}".encode() + ids.astype("<i8").tobytes()).hexdigest(), bos)
+    return Windows.of(np.ascontiguousarray(ids[:, :per]).reshape(-1, tokens))
 
 
 def _key(text: Text, folder: Path, base: Path, trusted: bool, bos: bool) -> str:
@@ -267,4 +284,4 @@ def _first_characters(found: Sequence[str], count: int) -> tuple[str, bool]:
     return "\n\n".join(pieces), True
 
 
-_DRAWS = {"random": _random, "consecutive": _consecutive}
+DRAWS = {"random": _random, "consecutive": _consecutive}

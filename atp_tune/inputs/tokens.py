@@ -1,0 +1,113 @@
+"""Windows of token ids as a kind of input: texts are read by role, and a model is called with ids [windows, tokens]."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.checkpoints.classes import check_known
+from atp_tune.checkpoints.convert import one_line
+from atp_tune.checkpoints.devices import is_out_of_memory
+from atp_tune.checkpoints.models import ModelFolder
+from atp_tune.errors import UserError
+from atp_tune.inputs import InputKind
+from atp_tune.inputs.windows import Windows, check_disjoint, stretches, token_windows
+from atp_tune.spec.facts import BOS
+from atp_tune.spec.study import Text
+
+
+class TokenWindows:
+    """The `InputKind` of causal language models; its items are `Windows`."""
+
+    def read(self, texts: Mapping[str, Text], folder: ModelFolder, base: Path, bos: bool) -> dict[str, Windows]:
+        """The windows of each text; UserError for bad input, or where two texts share a window."""
+        found = {role: read_text(role, text, folder, base, bos) for role, text in texts.items()}
+        check_disjoint(found)
+        return found
+
+    def draws(self, text: Text, count: int, folder: ModelFolder, base: Path, bos: bool) -> list[Windows]:
+        """Windows of the draws of a calibration text after the first: of the seeds, or the stretches, that follow."""
+        if text.draw == "random":
+            others = [text.model_copy(update={"seed": text.seed + index}) for index in range(1, count)]
+            return [read_text("calibration", other, folder, base, bos) for other in others]
+        assert text.windows is not None
+        try:
+            whole = text.model_copy(update={"windows": count * text.windows, "every": 1})
+            found = read_text("calibration", whole, folder, base, bos)
+        except UserError as error:
+            reason = str(error).removeprefix("texts.calibration: ")
+            raise UserError(
+                f"texts.calibration.draws: {count} draws of {text.windows} windows follow each other in a text; "
+                f'{reason}, or draws, or set draw = "random"'
+            ) from None
+        return [stretch.thinned(text.every) for stretch in stretches(found, count)[1:]]
+
+    def check_disjoint(self, items: Mapping[str, Windows]) -> None:
+        """UserError where two texts share a window."""
+        check_disjoint(items)
+
+    def check_fit(
+        self, checkpoint: Checkpoint, items: Mapping[str, Windows], embed: Callable[[Tensor], Tensor]
+    ) -> None:
+        """UserError where a model does not know a token, BOS among them, or has too few positions for a window."""
+        for role, windows in items.items():
+            if windows.bos and not has_embedding(checkpoint, first := int(windows.ids[0, 0])):
+                raise UserError(
+                    f"texts.bos: the model has no embedding of its tokenizer's BOS, {first}; set it to false"
+                )
+            check_known(checkpoint.model, int(windows.ids.max()), f"texts.{role}")
+            check_length(checkpoint, windows, embed, f"texts.{role}")
+
+    def facts(self, items: Mapping[str, Windows]) -> dict[str, bool]:
+        """Whether windows begin with BOS."""
+        return {BOS: any(windows.bos for windows in items.values())}
+
+    def forward(self, model: nn.Module, batch: Tensor) -> Any:
+        """The model's own output for ids, without a cache, so that recurrent states start anew in each window."""
+        return model(input_ids=batch, use_cache=False)
+
+    def examples(self, checkpoint: Checkpoint, items: int, positions: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids [items, positions]: zeros, counted up, and the same backwards in each window."""
+        up = torch.arange(items * positions, device=checkpoint.device).view(items, positions) % vocabulary(checkpoint)
+        return torch.zeros_like(up), up, up.flip(1)
+
+
+TOKEN_WINDOWS: InputKind[Windows] = TokenWindows()
+
+
+def read_text(role: str, text: Text, folder: ModelFolder, base: Path, bos: bool) -> Windows:
+    """The windows of the text of one role; UserError in one line that names the key."""
+    try:
+        return token_windows(text, folder.path, base, trusted=folder.trusted, bos=bos)
+    except UserError as error:
+        named = str(error) if str(error).startswith(BOS) else f"texts.{role}: {error}"
+        raise UserError(named) from None
+
+
+def vocabulary(checkpoint: Checkpoint) -> int:
+    """Number of token ids that a model embeds."""
+    return int(checkpoint.config.get_text_config().vocab_size)
+
+
+def has_embedding(checkpoint: Checkpoint, token: int) -> bool:
+    """Whether a model knows a token: some tokenizers are given a BOS of their class, beyond the vocabulary."""
+    return token < vocabulary(checkpoint)
+
+
+@torch.inference_mode()
+def check_length(checkpoint: Checkpoint, windows: Windows, embed: Callable[[Tensor], Tensor], what: str) -> None:
+    """UserError where a model cannot take a text's windows: learned positions have an end."""
+    try:
+        embed(windows.batch(checkpoint.device)[:1])
+    except (IndexError, RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        known = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
+        positions = "" if known is None else f", which has {known} positions"
+        raise UserError(
+            f"{what}.tokens: the model{positions}, cannot take windows of {windows.positions} tokens "
+            f"({one_line(error)}); lower tokens"
+        ) from None

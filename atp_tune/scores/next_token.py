@@ -1,0 +1,118 @@
+"""How well a model predicts the next token: window NLLs, and how far its predictions are from the dense model's.
+
+Logits are computed for a slice of positions at a time and turned into NLLs a few rows at a time, so that they never
+exist in float32 beyond what a processor's cache holds: reading and writing them costs more than multiplying them,
+otherwise.
+
+ids token ids [windows, tokens]; NLL nats per token, mean over the tokens - 1 predicted positions of a window. KL(p ‖ q)
+likewise, p the dense model's next-token distribution and q this one's.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from atp_tune.blocks.replay import Replay
+from atp_tune.blocks.verification import Difference, ProbeRun, is_equal, is_near
+from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.inputs.tokens import vocabulary
+from atp_tune.scores import Score, WindowScores
+
+POSITIONS = 256  # of each window, whose logits are computed at a time
+HEAD_BYTES = 12  # per logit: bf16 or float32 logits, their float32 copy and its log-softmax
+CACHED = 1 << 17  # logits in float32 at a time for each thread of a CPU (512 KB); elsewhere all of a slice
+COMPARED = 1 << 28  # elsewhere, where two models are compared (1 GB)
+WINDOWS, TOKENS = 2, 16  # of a probe
+PART = slice(4, 11)  # positions of which a probe's logits are computed alone, too
+
+
+class NextToken:
+    """The `Score` of causal language models, whose inputs are token ids."""
+
+    def probes(self, checkpoint: Checkpoint) -> tuple[Tensor, Tensor]:
+        """Random ids [windows, tokens], and the same with other tokens in the second half of each window."""
+        draw = torch.Generator().manual_seed(0)
+        ids, other = torch.randint(vocabulary(checkpoint), (2, WINDOWS, TOKENS), generator=draw)
+        other[:, : TOKENS // 2] = ids[:, : TOKENS // 2]
+        return ids.to(checkpoint.device), other.to(checkpoint.device)
+
+    def check_head(self, replay: Replay, runs: Sequence[ProbeRun], logits: Tensor, is_routed: bool) -> None:
+        """Difference where a model has no logits for each token, by itself and from what comes before it alone."""
+        (ids, hidden), (other, others) = ((run.batch, run.hidden) for run in runs)
+        if logits.shape[:2] != ids.shape:
+            raise Difference("has no logits for each token")
+        if not is_equal(replay.logits(ids, hidden), logits):
+            raise Difference("computes its logits from more than the hidden states that leave its last block")
+        if not is_near(replay.logits(ids[:, PART], hidden[:, PART]), logits[:, PART]):
+            raise Difference("does not compute its logits position by position")
+        if not is_causal(logits, replay.logits(other, others), is_routed):
+            raise Difference("predicts tokens from those that come later, so it is no causal language model")
+
+    def head_cost(self, checkpoint: Checkpoint, positions: int) -> tuple[int, int]:
+        """Tokens of a window whose logits are computed at a time, and the bytes of a token's logits."""
+        return min(positions, POSITIONS), HEAD_BYTES * vocabulary(checkpoint)
+
+    def items(self, replay: Replay, batch: Tensor, hidden: Tensor, dense: Tensor | None) -> WindowScores:
+        """Scores of each window, in nats per token."""
+        return window_scores(replay, batch, hidden, dense)
+
+
+NEXT_TOKEN: Score = NextToken()
+
+
+def is_causal(logits: Tensor, other: Tensor, is_routed: bool) -> bool:
+    """Whether both probes come to the same logits where they are the same so far.
+
+    To the last bit, since all shapes are the same and nothing of a row or position goes into another's; but tokens that
+    are routed are multiplied together with those that chose the same expert, and how many these are decides last bits.
+    """
+    early, others = logits[:, : TOKENS // 2], other[:, : TOKENS // 2]
+    if is_equal(early, others):
+        return True
+    return is_routed and is_near(early, others)
+
+
+def window_scores(replay: Replay, ids: Tensor, hidden: Tensor, dense: Tensor | None) -> WindowScores:
+    """Scores of each window; norm and head work position by position, so slices of them pass through alone."""
+    predicted = ids.shape[1] - 1
+    nlls, kls = torch.zeros(2, len(ids), dtype=torch.float32, device=ids.device)
+    for start in range(0, predicted, POSITIONS):
+        here = slice(start, min(start + POSITIONS, predicted))
+        logits = replay.logits(ids[:, here], hidden[:, here]).flatten(0, 1)
+        targets = ids[:, here.start + 1 : here.stop + 1].flatten()
+        nlls += token_nlls(logits, targets).view(len(ids), -1).sum(1)
+        if dense is not None:
+            others = replay.logits(ids[:, here], dense[:, here].to(ids.device)).flatten(0, 1)
+            kls += token_kls(others, logits).view(len(ids), -1).sum(1)
+    return WindowScores((nlls / predicted).tolist(), [] if dense is None else (kls / predicted).tolist())
+
+
+def token_kls(dense: Tensor, logits: Tensor) -> Tensor:
+    """KL(p ‖ q) [tokens] in float32 of logits [tokens, vocabulary], p of the dense ones; never negative."""
+    rows = rows_at_a_time(logits) or max(1, COMPARED // logits.shape[1])
+    kls = []
+    for one, other in zip(torch.split(dense, rows), torch.split(logits, rows), strict=True):
+        p, q = one.float().log_softmax(1), other.float().log_softmax(1)
+        kls.append(functional.kl_div(q, p, reduction="none", log_target=True).sum(1).clamp_(min=0))
+    return torch.cat(kls)
+
+
+def token_nlls(logits: Tensor, targets: Tensor) -> Tensor:
+    """NLL [tokens] in float32 of logits z [tokens, vocabulary]: ln Σ exp(z - max z) - (z_target - max z)."""
+    rows = rows_at_a_time(logits) or len(logits)
+    nlls = []
+    for part, target in zip(torch.split(logits, rows), torch.split(targets, rows), strict=True):
+        z = part.float()
+        z = z - z.amax(1, keepdim=True)
+        picked = z.gather(1, target[:, None]).squeeze(1)
+        nlls.append(z.exp_().sum(1).log_() - picked)
+    return torch.cat(nlls)
+
+
+def rows_at_a_time(logits: Tensor) -> int | None:
+    """Rows of logits [tokens, vocabulary] that stay in a CPU's caches in float32; None elsewhere."""
+    if logits.device.type != "cpu":
+        return None
+    return torch.get_num_threads() * max(1, CACHED // logits.shape[1])

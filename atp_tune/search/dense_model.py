@@ -1,0 +1,124 @@
+"""What is measured on the dense model with the calibration text, once for all trials of a process."""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+
+from torch import Tensor
+
+from atp_tune.blocks.batching import AutoBatch
+from atp_tune.blocks.dense_metrics import Cache, DenseMetrics
+from atp_tune.blocks.dense_statistics import CachedStatistics, Ranked, can_rank, is_room, save_all
+from atp_tune.blocks.prune_pass import BlockStatistics, advance, embed, measure_and_advance
+from atp_tune.blocks.replay import Replay
+from atp_tune.cache import cache_dir, sha256_of_json
+from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.events import Note, Step, Watch
+from atp_tune.inputs import Batch, Items
+from atp_tune.pruners import Pruner, Statistics, make_pruner
+from atp_tune.pruners.statistics import Hessian
+from atp_tune.scores.evaluation import Block
+from atp_tune.storage.process_identity import versions
+
+CURVE_TOKENS = 4096  # of the calibration text, for the error curve
+
+
+class DenseMeasurements:
+    """Statistics of the linears' inputs, evidence for allocations, and the hidden states of the error curve."""
+
+    def __init__(
+        self, replay: Replay, items: Items, calibration: Batch, batch: AutoBatch, model: str, watch: Watch
+    ) -> None:
+        """`items`: of calibration, which `calibration` has on the device; `model`: the SHA-256 of the checkpoint."""
+        self._replay = replay
+        self._items = items
+        self._calibration = calibration
+        self._batch = batch
+        self._model = model
+        self._watch = watch
+        self._statistics: dict[str, Sequence[BlockStatistics]] = {}
+        self._ranked: dict[str, Ranked] = {}
+        self._evidence: Cache = {}
+
+    def clear(self) -> None:
+        """Frees all that was measured."""
+        for kept in (self._statistics, self._ranked, self._evidence):
+            kept.clear()
+        vars(self).pop("states", None)
+        self._calibration = None
+
+    def evidence(self) -> DenseMetrics:
+        """What allocations ask for; each is measured once for all budgets."""
+        checkpoint, norms = self._replay.checkpoint, partial(self.statistics, make_pruner("wanda"))
+        return DenseMetrics(checkpoint, norms, self._evidence, self._step)
+
+    @cached_property
+    def curve_windows(self) -> int:
+        """Windows of the error curve, the first ones of the calibration text."""
+        return min(len(self._items), max(1, CURVE_TOKENS // self._items.positions))
+
+    @cached_property
+    def states(self) -> list[Tensor]:
+        """Hidden states [few, tokens, width] after each dense block, in host memory, on the windows of the curve."""
+        hidden = embed(self._replay, self._batch, self._calibration[: self.curve_windows])
+        states = []
+        for index, weights in dense_blocks(self._replay.checkpoint):
+            advance(self._replay, self._batch, index, weights, hidden)
+            states.append(hidden.cpu().clone())
+        return states
+
+    def statistics(self, pruner: Pruner) -> Sequence[BlockStatistics]:
+        """Statistics of every linear's inputs in the dense model, measured once for each kind, and kept on the disk."""
+        kind = pruner.measures
+        assert kind is not None
+        key = self.key_of(pruner, kind)
+        if key not in self._statistics:
+            self._statistics[key] = self._read_or_measure(cache_dir("statistics") / key, pruner, kind)
+        return self._statistics[key]
+
+    def fast_statistics(self, pruner: Pruner) -> Sequence[BlockStatistics]:
+        """The same in the form in which a trial takes least time."""
+        found, kind, checkpoint = self.statistics(pruner), pruner.measures, self._replay.checkpoint
+        assert kind is not None
+        key = self.key_of(pruner, kind)
+        if key not in self._ranked and can_rank(pruner, checkpoint):
+            self._ranked[key] = Ranked(found, checkpoint)
+        return self._ranked.get(key, found)
+
+    def key_of(self, pruner: Pruner, kind: type[Statistics]) -> str:
+        """SHA-256 of all that decides the statistics that a pruner asks for."""
+        checkpoint = self._replay.checkpoint
+        model = {"model.content": self._model, "model.dtype": str(checkpoint.dtype).removeprefix("torch.")}
+        prepared, batch = kind is Hessian and repr(pruner), min(self._batch.windows, len(self._items))
+        device = checkpoint.device.type
+        return sha256_of_json([model, self._items.content, kind.__name__, prepared, device, batch, versions()])
+
+    def _read_or_measure(self, folder: Path, pruner: Pruner, kind: type[Statistics]) -> Sequence[BlockStatistics]:
+        checkpoint = self._replay.checkpoint
+        if not folder.is_dir():
+            needed = sum(kind.bytes_for(x.in_features) for linears in checkpoint.linears for x in linears)
+            if not is_room(folder.parent, needed):
+                return list(self._measured(pruner, kind))
+            try:
+                save_all(folder, self._measured(pruner, kind))
+            except OSError as error:
+                self._watch(Note(f"cache folder {folder.parent}: {error}; dense statistics are kept in memory"))
+                return list(self._measured(pruner, kind))
+        return CachedStatistics(folder, kind, len(checkpoint.blocks), checkpoint.device)
+
+    def _measured(self, pruner: Pruner, kind: type[Statistics]) -> Iterator[BlockStatistics]:
+        hidden = embed(self._replay, self._batch, self._calibration)
+        for index, weights in dense_blocks(self._replay.checkpoint):
+            found = measure_and_advance(self._replay, self._batch, index, weights, hidden, kind)
+            for statistics in set(found.values()):
+                pruner.prepare(statistics)
+            yield found
+            self._step(index + 1)
+
+    def _step(self, done: int) -> None:
+        self._watch(Step("measure", done, len(self._replay.checkpoint.blocks)))
+
+
+def dense_blocks(checkpoint: Checkpoint) -> Iterator[Block]:
+    """The dense model as blocks, in order."""
+    return ((index, checkpoint.weights(index)) for index in range(len(checkpoint.blocks)))

@@ -1,0 +1,87 @@
+"""Scores of models, dense and pruned, on the items of one role, part by part."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from atp_tune.blocks.batching import AutoBatch
+from atp_tune.blocks.replay import Replay
+from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.checkpoints.devices import free_memory
+from atp_tune.events import Step, Watch
+from atp_tune.inputs import Batch
+from atp_tune.scores import Score, WindowScores
+from atp_tune.scores.evaluation import Block, final_states, group_scores
+from atp_tune.search.dense_model import dense_blocks
+
+GROUPS = 8  # of search windows, between which a stopper may end a trial
+
+
+class RoleScorer:
+    """The items of one role on the device, and how models are scored on them.
+
+    `batch` sizes the batches of the blocks, `heads` those of the head.
+    """
+
+    def __init__(
+        self, replay: Replay, score: Score, items: Batch, batch: AutoBatch, heads: AutoBatch, watch: Watch
+    ) -> None:
+        self.items = items
+        self.batch = batch
+        self._replay = replay
+        self._score = score
+        self._heads = heads
+        self._watch = watch
+        self._dense_states: list[Tensor] = []
+
+    def scores(self, blocks: Iterable[Block], one_by_one: bool, kl: bool) -> Iterator[WindowScores]:
+        """Scores of the items, part by part, of a model given as blocks; at most `GROUPS` parts.
+
+        `one_by_one`: a part is computed when it is asked for, if the blocks fit into memory meanwhile. `kl`: the dense
+        model is compared with.
+        """
+        parts = self.parts()
+        dense = self._dense_final_states(parts) if kl else []
+        if not one_by_one or not can_keep(self._replay.checkpoint):
+            yield from self._group_scores(blocks, parts, dense)
+            return
+        kept = list(blocks)
+        for index, part in enumerate(parts):
+            yield from self._group_scores(kept, [part], dense[index : index + 1])
+
+    def parts(self) -> list[Batch]:
+        """The items in parts of equal length, or one more, that are no smaller than a batch."""
+        size, more = divmod(len(self.items), count := min(GROUPS, -(-len(self.items) // self.batch.windows)))
+        ends = [part * size + min(part, more) for part in range(count + 1)]
+        return [self.items[start:end] for start, end in pairwise(ends)]
+
+    def _group_scores(
+        self, blocks: Iterable[Block], parts: Sequence[Batch], dense: Sequence[Tensor]
+    ) -> Iterator[WindowScores]:
+        return group_scores(self._replay, self._score, self.batch, self._heads, self._counted(blocks), parts, dense)
+
+    def _dense_final_states(self, parts: Sequence[Batch]) -> Sequence[Tensor]:
+        """Hidden states [windows, tokens, width] that leave the dense model, in host memory, for each part.
+
+        They are computed once, in the batches of a trial: the dense model is at a distance of 0 from itself.
+        """
+        if not self._dense_states:
+            blocks = self._counted(dense_blocks(self._replay.checkpoint))
+            self._dense_states = [x.cpu() for x in final_states(self._replay, self.batch, blocks, parts)]
+        sizes = [len(part) for part in parts]
+        if [len(hidden) for hidden in self._dense_states] == sizes:
+            return self._dense_states
+        return torch.split(torch.cat(self._dense_states), sizes)  # memory ran out: batches are smaller now
+
+    def _counted(self, blocks: Iterable[Block]) -> Iterator[Block]:
+        for index, weights in blocks:
+            yield index, weights
+            self._watch(Step("evaluate", index + 1, len(self._replay.checkpoint.blocks)))
+
+
+def can_keep(checkpoint: Checkpoint) -> bool:
+    """Whether a pruned copy of all linears fits on the device beside the dense ones."""
+    needed = sum(checkpoint.sizes) * checkpoint.dtype.itemsize
+    return checkpoint.residency == "device" and needed < 0.5 * free_memory(checkpoint.device)

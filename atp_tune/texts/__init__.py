@@ -1,1 +1,0 @@
-"""Texts: sources as documents, documents as windows of token ids."""

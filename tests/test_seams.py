@@ -1,0 +1,140 @@
+"""Another kind of input and another score: pixels and classes, as a file and a row each would bring them in."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import CPU
+from torch import Tensor
+from torch.nn import functional
+from transformers import ViTConfig, ViTForImageClassification
+
+from atp_tune import inputs, scores
+from atp_tune.allocations import Budget
+from atp_tune.blocks.verification import Difference, is_equal
+from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.checkpoints.models import ModelFolder
+from atp_tune.events import unwatched
+from atp_tune.inputs import Batch, find_kind
+from atp_tune.inputs.tokens import TOKEN_WINDOWS
+from atp_tune.plan import Plan
+from atp_tune.scores import WindowScores, find_score
+from atp_tune.scores.next_token import NEXT_TOKEN
+from atp_tune.search.context import TrialContext
+from atp_tune.spec.prune import PruneConfig
+
+SIZE, PATCH, CLASSES = 8, 4, 5
+
+
+@dataclass(frozen=True)
+class Images:
+    """Items and, on the device, a batch of them: pixels [images, 3, height, width] and classes [images]."""
+
+    pixels: Tensor
+    classes: Tensor
+    content: str = "images"
+    positions: int = (SIZE // PATCH) ** 2 + 1
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, items: slice) -> "Images":
+        return Images(self.pixels[items], self.classes[items])
+
+    def batch(self, device: torch.device) -> "Images":
+        return Images(self.pixels.to(device), self.classes.to(device))
+
+    def thinned(self, every: int) -> "Images":
+        return self[::every]
+
+
+def random_images(count: int, seed: int) -> Images:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randn(count, 3, SIZE, SIZE, generator=generator)
+    return Images(pixels, torch.randint(CLASSES, (count,), generator=generator))
+
+
+class Pixels:
+    """The part of an `InputKind` that a context which is given its items asks for."""
+
+    def facts(self, items: Mapping[str, Images]) -> dict[str, bool]:
+        return {}
+
+    def forward(self, model: Any, batch: Images) -> Any:
+        return model(pixel_values=batch.pixels)
+
+    def examples(self, checkpoint: Checkpoint, items: int, positions: int) -> tuple[Images, ...]:
+        return tuple(random_images(items, seed) for seed in range(3))
+
+
+class Classes:
+    def probes(self, checkpoint: Checkpoint) -> list[Images]:
+        return [random_images(2, 0)]
+
+    def check_head(self, replay: Any, runs: Any, logits: Tensor, is_routed: bool) -> None:
+        if not is_equal(replay.logits(runs[0].batch, runs[0].hidden), logits):
+            raise Difference("has other logits")
+
+    def head_cost(self, checkpoint: Checkpoint, positions: int) -> tuple[int, int]:
+        return 1, 12 * CLASSES
+
+    def items(self, replay: Any, batch: Batch, hidden: Tensor, dense: Tensor | None) -> WindowScores:
+        own = replay.logits(batch, hidden).log_softmax(1)
+        nlls = functional.nll_loss(own, batch.classes, reduction="none").tolist()
+        if dense is None:
+            return WindowScores(nlls, [])
+        other = replay.logits(batch, dense).log_softmax(1)
+        kls = functional.kl_div(own, other, reduction="none", log_target=True).sum(1)
+        return WindowScores(nlls, kls.tolist())
+
+
+PIXELS, CLASSIFIED = Pixels(), Classes()
+
+
+@pytest.fixture
+def context(monkeypatch: pytest.MonkeyPatch) -> TrialContext:
+    monkeypatch.setitem(inputs.KINDS, "pixels", f"{__name__}:PIXELS")
+    monkeypatch.setitem(scores.SCORES, "classes", f"{__name__}:CLASSIFIED")
+    torch.manual_seed(0)
+    model = ViTForImageClassification(
+        ViTConfig(
+            hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=SIZE,
+            patch_size=PATCH, num_labels=CLASSES,
+        )
+    )  # fmt: skip
+    items = {"calibration": random_images(6, 1), "search": random_images(7, 2)}
+    folder, checkpoint = ModelFolder(Path(), "content", "vit"), Checkpoint(model, CPU)
+    return TrialContext(folder, checkpoint, items, PruneConfig(), unwatched, inputs="pixels", score="classes")
+
+
+def test_a_context_prunes_and_scores_what_it_knows_nothing_of(context: TrialContext) -> None:
+    model, search = context.checkpoint.model, random_images(7, 2)
+    with torch.inference_mode():
+        own = functional.cross_entropy(model(pixel_values=search.pixels).logits, search.classes, reduction="none")
+    assert context.all_nlls(context.dense(), "search") == pytest.approx(own.tolist(), rel=1e-5)
+    plan = Plan("sparsegpt", "uniform", (0.5,) * 3)
+    pruned = [(block.index, block.weights) for block in context.prune(plan)]
+    found = context.all_scores(pruned, "search", kl=True)
+    assert len(found.nlls) == len(found.kls) == 7 and min(found.kls) > 0
+    assert context.all_scores(context.dense(), "search", kl=True).kls == pytest.approx([0.0] * 7, abs=1e-6)
+
+
+def test_its_dense_model_is_measured_for_allocations(context: TrialContext) -> None:
+    budget: Budget = context.budget(0.5)
+    assert len(budget.evidence.outlier_ratios(3)) == 3  # type: ignore[union-attr]
+    assert context.contents() == {
+        "model.content": "content",
+        "model.dtype": "float32",
+        "texts.calibration.content": "images",
+        "texts.search.content": "images",
+    }
+    assert len(context.screening(2).windows["search"]) == 4
+    assert not context.bos
+
+
+def test_the_rows_are_found() -> None:
+    assert find_kind() is TOKEN_WINDOWS
+    assert find_score() is NEXT_TOKEN
