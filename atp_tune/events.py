@@ -7,7 +7,7 @@ from atp_tune.plan import Plan
 
 
 @dataclass(frozen=True)
-class Note:
+class Message:
     """One line that a person should read."""
 
     text: str
@@ -48,9 +48,9 @@ class TrialEnded:
     best_kl: float | None = None
 
 
-Event = Note | TrialStarted | Step | TrialEnded
-Watch = Callable[[Event], None]
+Event = Message | TrialStarted | Step | TrialEnded
+EventHandler = Callable[[Event], None]
 
 
-def unwatched(event: Event) -> None:
+def ignore_events(event: Event) -> None:
     """For callers that do not want to know."""

@@ -31,7 +31,7 @@ from atp_tune.checkpoints.devices import cpu_name
 from atp_tune.cli.commands.speedup import rates_table, summary_of
 from atp_tune.cli.display import Display
 from atp_tune.cli.runtime import quiet
-from atp_tune.events import Watch
+from atp_tune.events import EventHandler
 from atp_tune.metrics.speed import Speed
 from atp_tune.sparse.applying import prune_once
 from atp_tune.sparse.provenance import ABOUT
@@ -78,7 +78,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def lines() -> Iterator[tuple[str, Callable[[Watch], Pair]]]:
+def lines() -> Iterator[tuple[str, Callable[[EventHandler], Pair]]]:
     """Name of each model, and what makes it."""
     threads = torch.get_num_threads()
     for percent in (50, 60, 70):
@@ -86,7 +86,7 @@ def lines() -> Iterator[tuple[str, Callable[[Watch], Pair]]]:
     yield f"random Llama, 4 blocks of width 2048, 70 %, threads: {threads}", partial(wide, 70)
 
 
-def smol(percent: int, watch: Watch) -> Pair:
+def smol(percent: int, watch: EventHandler) -> Pair:
     """SmolLM2-135M by Wanda with the same sparsity everywhere."""
     out = cache_dir("sparse") / f"smol-{percent}"
     if not out.is_dir():
@@ -95,7 +95,7 @@ def smol(percent: int, watch: Watch) -> Pair:
     return find_pair(config, out / config.folder, out, "cpu", watch, {})
 
 
-def wide(percent: int, watch: Watch) -> Pair:
+def wide(percent: int, watch: EventHandler) -> Pair:
     """A random Llama, and the same with zeros anywhere in its linears."""
     folders = {share: cache_dir("sparse") / f"wide-{share}" for share in (0, percent)}
     for share, folder in folders.items():

@@ -23,7 +23,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.events import unwatched
+from atp_tune.events import ignore_events
 from atp_tune.inputs.windows import Windows
 from atp_tune.plan import make_plan
 from atp_tune.scores.next_token import POSITIONS
@@ -152,7 +152,9 @@ def resized(context: TrialContext, tokens: dict[str, int], blocks: int) -> Trial
     for role, windows in context.windows.items():
         count = tokens[role] // windows.ids.shape[1]
         texts[role] = Windows(np.resize(windows.ids, (count, windows.ids.shape[1])), role)
-    return TrialContext(context.folder, Checkpoint(model, context.checkpoint.device), texts, PruneConfig(), unwatched)
+    return TrialContext(
+        context.folder, Checkpoint(model, context.checkpoint.device), texts, PruneConfig(), ignore_events
+    )
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from atp_tune.blocks.verification import verified
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.checkpoints.residency import Residency
-from atp_tune.events import Watch, unwatched
+from atp_tune.events import EventHandler, ignore_events
 from atp_tune.inputs.tokens import TOKEN_WINDOWS
 from atp_tune.inputs.windows import Windows
 from atp_tune.scores.next_token import NEXT_TOKEN
@@ -200,7 +200,7 @@ def random_ids(windows: int, tokens: int = TOKENS, seed: int = 0) -> Tensor:
 def bench_of(
     model: nn.Module,
     prune: PruneConfig | None = None,
-    watch: Watch = unwatched,
+    watch: EventHandler = ignore_events,
     folder: Path = Path(),
     residency: Residency | None = None,
     ids: Callable[[int, int, int], Tensor] | None = None,

@@ -16,7 +16,7 @@ from tinystudy import TOKENS, CommandLine, run, stored, study_file
 
 from atp_tune.blocks import batching, prune_pass
 from atp_tune.blocks.replay import Replay
-from atp_tune.events import unwatched
+from atp_tune.events import ignore_events
 from atp_tune.pruners import make_pruner
 from atp_tune.pruners.statistics import InputNorms
 from atp_tune.results.summary import summarise
@@ -150,13 +150,13 @@ def test_apply_takes_the_batches_of_the_trial(done: Path, tmp_path: Path, elsewh
     config = read_config(done / "tiny.best.json")
     assert config.batches["calibration"] == 8
     seen = calibrated(elsewhere)
-    apply(config, done, tmp_path / "out", "cpu", unwatched)
+    apply(config, done, tmp_path / "out", "cpu", ignore_events)
     assert set(seen) == {8}
     assert read_config(tmp_path / "out" / "atp_tune.json").batches == config.batches
     shutil.rmtree(tmp_path / "out")
     former = config.model_copy(update={"batches": {}})
     seen.clear()
-    apply(former, done, tmp_path / "out", "cpu", unwatched)
+    apply(former, done, tmp_path / "out", "cpu", ignore_events)
     assert set(seen) == {ELSEWHERE}  # nothing else is known
     assert read_config(tmp_path / "out" / "atp_tune.json").batches == {"calibration": ELSEWHERE}
 
@@ -179,7 +179,7 @@ def test_what_another_machine_writes_is_equal_to_the_last_byte(place: Path, monk
     for name, one in folders.items():
         if name == "there":
             monkeypatch.setitem(batching.TOKENS, "cpu", ELSEWHERE * TOKENS)
-        apply(one, place, place / name, "cpu", unwatched)
+        apply(one, place, place / name, "cpu", ignore_events)
     here, there, former = (load_file(place / name / "model.safetensors") for name in folders)
     assert all(same_bits(here[name], there[name]) for name in here)
     assert not all(same_bits(here[name], former[name]) for name in here)

@@ -6,7 +6,7 @@ import torch
 from families import CPU, TOKENS, VOCABULARY, bench_of, checkpoint_of, random_ids, same_bits, tiny
 
 from atp_tune.blocks import batching
-from atp_tune.events import Step, unwatched
+from atp_tune.events import Step, ignore_events
 from atp_tune.inputs import tokens
 from atp_tune.inputs.windows import Windows
 from atp_tune.plan import Plan
@@ -108,7 +108,7 @@ def test_masks_depend_on_the_calibration_text_alone(monkeypatch: pytest.MonkeyPa
     longer = Windows(random_ids(2, 4 * TOKENS, seed=3).numpy(), "longer")
     plan = Plan("wanda", "uniform", (0.5,) * 4)
     for texts in ({"calibration": calibration}, {"calibration": calibration, "report": longer}):
-        other = TrialContext(whole.folder, whole.checkpoint, texts, PruneConfig(), unwatched)
+        other = TrialContext(whole.folder, whole.checkpoint, texts, PruneConfig(), ignore_events)
         assert other.batch("calibration").windows == whole.batch("calibration").windows == 4
         for one, two in zip(other.prune(plan), whole.prune(plan), strict=True):
             assert all(same_bits(one.weights[name], two.weights[name]) for name in two.weights)

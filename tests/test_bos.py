@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from atp_tune.errors import UserError
-from atp_tune.events import Event, Note
+from atp_tune.events import Event, Message
 from atp_tune.metrics.bos import LEAST, BosEffect, is_better
 from atp_tune.metrics.perplexity import perplexity
 from atp_tune.search import context
@@ -338,7 +338,7 @@ def test_nothing_is_measured_where_it_is_asked_for(wanting: Path) -> None:
     told: list[Event] = []
     run(wanting, "texts.bos=true", "search.trials=1", watch=told.append)
     study = reopen(wanting)
-    assert [event.text for event in told if isinstance(event, Note)] == ["loading the model and the texts"]
+    assert [event.text for event in told if isinstance(event, Message)] == ["loading the model and the texts"]
     assert study.user_attrs["fingerprint"]["texts.bos"] is True
     assert "bos" not in study.user_attrs
     windows = by_hand(wanting, "report", bos=True)

@@ -16,7 +16,7 @@ from tinystudy import TOKENS, CommandLine, run, settings, stored, study_file
 
 from atp_tune.cost.planning import foresee
 from atp_tune.errors import UserError
-from atp_tune.events import Event, TrialStarted, unwatched
+from atp_tune.events import Event, TrialStarted, ignore_events
 from atp_tune.inputs.windows import token_windows
 from atp_tune.metrics.draws import over_draws
 from atp_tune.metrics.perplexity import perplexity, reach_of
@@ -59,7 +59,7 @@ def measured_anew(place: Path, trial: optuna.trial.FrozenTrial, **keys: Any) -> 
     opened = TrialContext.open(ContextConfig(spec.model, spec.prune, texts, place, "cpu"))
     ids = opened.windows["calibration"].ids[-8:]
     windows = {**opened.windows, "calibration": type(opened.windows["calibration"])(np.ascontiguousarray(ids), "other")}
-    context = TrialContext(opened.folder, opened.checkpoint, windows, spec.prune, unwatched)
+    context = TrialContext(opened.folder, opened.checkpoint, windows, spec.prune, ignore_events)
     plan = Plan(trial.params["pruner"], "atp", tuple(trial.user_attrs["sparsities"]), {"beta": trial.params["beta"]})
     return context.all_nlls(((block.index, block.weights) for block in context.prune(plan)), "report")
 
@@ -231,11 +231,11 @@ def test_windows_in_the_cache_are_those_of_before(place: Path, cache: Path) -> N
 @pytest.mark.slow
 def test_their_cost_is_foretold(place: Path) -> None:
     """Two plans, each calibrated on 256 tokens twice and measured on 512 of the report text, on two more draws."""
-    one, three = (foresee(study_file(place, *keys), "tiny", unwatched).whole for keys in ((), (THREE,)))
+    one, three = (foresee(study_file(place, *keys), "tiny", ignore_events).whole for keys in ((), (THREE,)))
     assert one.tokens is not None and three.tokens is not None
     assert three.tokens - one.tokens == 2 * 2 * (2 * 256 + 512)
     dense = "prune.statistics=dense"
-    one, three = (foresee(study_file(place, dense, *keys), "tiny", unwatched).whole for keys in ((), (THREE,)))
+    one, three = (foresee(study_file(place, dense, *keys), "tiny", ignore_events).whole for keys in ((), (THREE,)))
     assert one.tokens is not None and three.tokens is not None
     assert three.tokens - one.tokens == 2 * 2 * (256 + 512) + 2 * 2 * 256  # the error curve; statistics, once a draw
 

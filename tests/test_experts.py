@@ -23,7 +23,7 @@ from atp_tune.blocks.prune_pass import unmeasured
 from atp_tune.checkpoints.experts import expert_inputs
 from atp_tune.checkpoints.linears import find_linears
 from atp_tune.errors import TrialError
-from atp_tune.events import unwatched
+from atp_tune.events import ignore_events
 from atp_tune.plan import Plan
 from atp_tune.pruners import PRUNERS, Statistics, make_pruner
 from atp_tune.pruners.statistics import InputNorms
@@ -263,8 +263,8 @@ def test_a_study_of_a_mixture(mixed: Path) -> None:
 @pytest.mark.parametrize("pruner", few(["wanda", "sparsegpt"], ["wanda"]))
 def test_a_sparse_folder_of_a_mixture(pruner: str, mixed: Path, tmp_path: Path) -> None:
     file, out = study_file(mixed, f"prune.pruners=['{pruner}']", "sparsity=0.5"), tmp_path / "out"
-    plan, written = prune_once(file, {"beta": 0.1}, out, unwatched)
-    _, measured = prune_once(file, {"beta": 0.1}, None, unwatched)
+    plan, written = prune_once(file, {"beta": 0.1}, out, ignore_events)
+    _, measured = prune_once(file, {"beta": 0.1}, None, ignore_events)
     assert written.value == pytest.approx(measured.value, rel=1e-6)
     before, after = tensors(mixed / "model"), tensors(out)
     assert before.keys() == after.keys()

@@ -50,7 +50,7 @@ from tinystudy import (
     wait_until,
 )
 
-from atp_tune.events import Event, Note, TrialStarted
+from atp_tune.events import Event, Message, TrialStarted
 from atp_tune.scores import evaluation
 from atp_tune.search import runner
 from atp_tune.search.context import TrialContext
@@ -654,7 +654,7 @@ def test_another_version_is_noted(place: Path, monkeypatch: pytest.MonkeyPatch) 
     run(place, "search.trials=1")
     notes: list[str] = []
     monkeypatch.setattr(runner, "versions", lambda: {**versions(), "atp_tune": "9.9", "torch": "8.8"})
-    run(place, "search.trials=3", watch=lambda event: notes.append(event.text) if isinstance(event, Note) else None)
+    run(place, "search.trials=3", watch=lambda event: notes.append(event.text) if isinstance(event, Message) else None)
     assert f"trial 0 was measured with atp_tune {versions()['atp_tune']}, torch {versions()['torch']}; " in notes[1]
     assert "now it is atp_tune 9.9, torch 8.8" in notes[1]
     ROWS.add("two versions of the program on one study: allowed, and said", 1)

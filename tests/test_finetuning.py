@@ -16,7 +16,7 @@ from test_applying import block_of, same_bytes, tensors
 from tinystudy import HANGS, TOKENS, CommandLine, finish, script, start
 
 from atp_tune.errors import UserError
-from atp_tune.events import Event, Note, unwatched
+from atp_tune.events import Event, Message, ignore_events
 from atp_tune.metrics.perplexity import change, perplexity
 from atp_tune.sparse import finetuning
 from atp_tune.sparse.applying import apply
@@ -37,7 +37,7 @@ def tiny_sparse(tiny_done: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     config = read_config(place / "tiny.best.json")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ATP_TUNE_CACHE", str(place.parent / "cache"))
-        apply(config, place, place / "sparse", "cpu", unwatched)
+        apply(config, place, place / "sparse", "cpu", ignore_events)
     return place
 
 
@@ -49,7 +49,7 @@ def place(tiny_sparse: Path, tmp_path: Path, windows: None) -> Path:
 def run(place: Path, text: str | None = None, report: str | None = None, **settings: Any) -> Finetuned:
     named = [value and read_text("--text", value, TOKENS) for value in (text, report)]
     changed = SETTINGS.model_copy(update=settings)
-    return finetune(place / "sparse", place / "out", named[0] or None, named[1] or None, changed, "cpu", unwatched)
+    return finetune(place / "sparse", place / "out", named[0] or None, named[1] or None, changed, "cpu", ignore_events)
 
 
 def check_kept(before: Path, after: Path) -> None:
@@ -180,7 +180,7 @@ def test_zeros_of_either_sign_stay(place: Path) -> None:
 
 def interrupted(place: Path, after: int) -> None:
     def watch(event: Event) -> None:
-        if isinstance(event, Note) and event.text.startswith(f"step {after} of"):
+        if isinstance(event, Message) and event.text.startswith(f"step {after} of"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -197,7 +197,7 @@ def test_it_goes_on_where_it_was_cut_off(place: Path, monkeypatch: pytest.Monkey
     assert (place / "out.part").is_file()
     notes: list[Event] = []
     again = finetune(place / "sparse", place / "out", None, None, SETTINGS, "cpu", notes.append)
-    assert Note("goes on after step 4 of 6") in notes
+    assert Message("goes on after step 4 of 6") in notes
     assert again.losses == whole.losses
     one, other = tensors(place / "whole"), tensors(place / "out")
     assert all(same_bytes(one[name], other[name]) for name in one)

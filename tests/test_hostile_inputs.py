@@ -26,7 +26,7 @@ from tinystudy import HANGS, Answer, CommandLine
 
 from atp_tune.checkpoints.models import resolve
 from atp_tune.cli import app
-from atp_tune.events import unwatched
+from atp_tune.events import ignore_events
 from atp_tune.serving import serve
 from atp_tune.spec import finding
 from atp_tune.spec.config import read_config
@@ -101,7 +101,7 @@ def finished(tiny_done: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = Path(shutil.copytree(tiny_done, tmp_path_factory.mktemp("hostile") / "place"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ATP_TUNE_CACHE", str(place.parent / "cache"))
-        apply(read_config(place / "tiny.best.json"), place, place / "sparse", "cpu", unwatched)
+        apply(read_config(place / "tiny.best.json"), place, place / "sparse", "cpu", ignore_events)
     gc.collect()
     gc.freeze()  # what was imported for it: each model that is let go would have all of it looked at again
     return place

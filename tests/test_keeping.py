@@ -9,7 +9,7 @@ from test_prune_pass import atp_plan
 
 from atp_tune.blocks import dense_statistics
 from atp_tune.blocks.dense_statistics import CachedStatistics, is_room, place_of, save_all
-from atp_tune.events import Note
+from atp_tune.events import Message
 from atp_tune.plan import Plan
 from atp_tune.pruners import PRUNERS
 from atp_tune.pruners.settings import SparseGPTSettings
@@ -102,7 +102,7 @@ def test_a_disk_that_is_full_keeps_them_in_memory(room: bool, cache: Path, monke
     work = bench_of(tiny("llama"), DENSE, watch=events.append)
     first, second = (list(work.prune(atp_plan(work, "wanda"))) for _ in range(2))
     assert all(same_bits(t, b.weights[n]) for a, b in zip(first, second, strict=True) for n, t in a.weights.items())
-    notes = [event.text for event in events if isinstance(event, Note)]
+    notes = [event.text for event in events if isinstance(event, Message)]
     assert len(notes) == room
     assert all("No space left on device; dense statistics are kept in memory" in note for note in notes)
     assert list((cache / "statistics").iterdir()) == []

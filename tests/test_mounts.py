@@ -5,7 +5,7 @@ import psutil
 import pytest
 from tinystudy import CommandLine, run, study_file
 
-from atp_tune.events import Event, Note
+from atp_tune.events import Event, Message
 from atp_tune.serving.serve import Service, serve
 from atp_tune.storage import opening
 
@@ -74,7 +74,7 @@ def test_a_run_says_so_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     notes: list[str] = []
 
     def watch(event: Event) -> None:
-        if isinstance(event, Note):
+        if isinstance(event, Message):
             notes.append(event.text)
 
     mount(monkeypatch, ("/", "ext4"), (place, "nfs4"))

@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tinystudy import quiet, run, study_file
 
 from atp_tune.errors import TrialError, UserError
-from atp_tune.events import Event, Step, TrialStarted, unwatched
+from atp_tune.events import Event, Step, TrialStarted, ignore_events
 from atp_tune.scores import WindowScores
 from atp_tune.search.context import TrialContext
 from atp_tune.search.objective import Objective, reasons
@@ -36,7 +36,7 @@ def without_warnings() -> Iterator[None]:
 def context(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> TrialContext:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ATP_TUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return open_context(StudyRun(study_file(tiny_place), "tiny", None, unwatched))
+        return open_context(StudyRun(study_file(tiny_place), "tiny", None, ignore_events))
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def done(study: optuna.Study, space: Space, value: float | None, attributes: dic
 
 def test_a_trial_is_perplexity_on_the_search_text(context: TrialContext, space: Space, study: optuna.Study) -> None:
     trial = ask(study, space)
-    [value] = Objective(context, space, False, unwatched)(trial)
+    [value] = Objective(context, space, False, ignore_events)(trial)
     pruned = ((block.index, block.weights) for block in context.prune(space.plan(PARAMS)))
     nlls = context.all_nlls(pruned, "search")
     assert value == math.exp(fmean(nlls))
@@ -78,8 +78,8 @@ def test_a_trial_is_perplexity_on_the_search_text(context: TrialContext, space: 
 
 
 def test_groups_do_not_change_the_value(context: TrialContext, space: Space, study: optuna.Study) -> None:
-    plain = Objective(context, space, False, unwatched)(ask(study, space))
-    grouped = Objective(context, space, True, unwatched)(ask(optuna.create_study(), space))
+    plain = Objective(context, space, False, ignore_events)(ask(study, space))
+    grouped = Objective(context, space, True, ignore_events)(ask(optuna.create_study(), space))
     assert grouped == pytest.approx(plain, rel=1e-6)
 
 
@@ -120,7 +120,7 @@ def test_a_model_whose_numbers_are_none_fails(context: TrialContext, space: Spac
     with pytest.raises(
         TrialError, match=r"^perplexity is inf: the pruned model's numbers overflow or are not defined$"
     ):
-        Objective(Broken(), space, False, unwatched)(trial)  # type: ignore[arg-type]
+        Objective(Broken(), space, False, ignore_events)(trial)  # type: ignore[arg-type]
     assert trial.user_attrs["failure"].startswith("perplexity is inf")
     assert trial.params == PARAMS
     assert len(trial.user_attrs["sparsities"]) == 4
@@ -165,7 +165,7 @@ def test_a_trial_that_runs_is_not_measured(space: Space, study: optuna.Study) ->
 
 
 def test_a_third_time_is_answered_by_the_first(context: TrialContext, space: Space, study: optuna.Study) -> None:
-    objective = Objective(context, space, False, unwatched)
+    objective = Objective(context, space, False, ignore_events)
     for _ in range(3):
         study.enqueue_trial(PARAMS)
         study.optimize(objective, n_trials=1)
@@ -236,7 +236,7 @@ def test_trials_are_stopped_at_the_same_groups_as_they_are_reported(
 ) -> None:
     monkeypatch.setattr(context.batch("search"), "windows", 2)
     study = optuna.create_study(pruner=Impatient())
-    objective = Objective(context, space, True, unwatched)
+    objective = Objective(context, space, True, ignore_events)
     for beta in (0.0, 0.26):
         study.enqueue_trial({**PARAMS, "beta": beta})
     study.optimize(objective, n_trials=2)

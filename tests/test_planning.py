@@ -8,14 +8,14 @@ from tinystudy import TOKENS, WIDTH, CommandLine, run, settings, stored, study_f
 
 from atp_tune.cost import memory, planning, probe
 from atp_tune.cost.planning import foresee
-from atp_tune.events import unwatched
+from atp_tune.events import ignore_events
 from atp_tune.search import trial_loop
 from atp_tune.storage import opening
 from atp_tune.storage.totals import counted
 
 
 def test_a_study_is_foretold(place: Path) -> None:
-    found = foresee(study_file(place), "tiny", unwatched)
+    found = foresee(study_file(place), "tiny", ignore_events)
     (trial,) = found.trial
     assert (trial.pruner, trial.tokens.total) == ("wanda", 2 * 256 + 512)
     assert found.whole.trials == 3
@@ -35,7 +35,7 @@ def test_the_dense_states_that_kl_compares_with_are_counted(place: Path, monkeyp
     seen: list[memory.Bytes] = []
     monkeypatch.setattr(planning, "peaks", lambda held, *more: seen.append(held) or memory.peaks(held, *more))
     for keys in ((), ("search.objective=kl",)):
-        assert foresee(study_file(place, *keys), "t", unwatched).trial[0].seconds
+        assert foresee(study_file(place, *keys), "t", ignore_events).trial[0].seconds
     plain, _, kl, _ = seen  # before the model is loaded, and with what the probe has measured
     assert kl.dense - plain.dense == (16 + 16) * TOKENS * WIDTH * 4
     assert replace(kl, dense=0, process=0) == replace(plain, dense=0, process=0)
@@ -50,21 +50,21 @@ def test_a_study_that_may_settle_is_foretold_at_most(place: Path, command: Comma
 
 @pytest.mark.slow
 def test_trials_that_are_done_count(done: Path) -> None:
-    found = foresee(study_file(done), "tiny", unwatched)
+    found = foresee(study_file(done), "tiny", ignore_events)
     assert (found.whole.trials, found.whole.done, found.whole.seconds_left) == (6, 6, 0.0)
     assert {trial.pruner for trial in found.trial} == {"wanda", "magnitude"}
 
 
 @pytest.mark.parametrize("residency", ["device", "host", "disk"])
 def test_where_weights_will_lie(place: Path, residency: str) -> None:
-    found = foresee(study_file(place, f"model.residency={residency}"), "tiny", unwatched)
+    found = foresee(study_file(place, f"model.residency={residency}"), "tiny", ignore_events)
     assert found.weights.residency == residency
 
 
 @pytest.mark.slow
 def test_a_small_device_makes_weights_stay_on_the_host(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATP_TUNE_DEVICE_MEMORY", "200kB")
-    found = foresee(study_file(place), "tiny", unwatched)
+    found = foresee(study_file(place), "tiny", ignore_events)
     assert found.weights.residency == "host"
     assert found.memory.device_free == 200_000
     assert found.memory.device is not None
@@ -95,19 +95,21 @@ def test_the_command(place: Path, command: CommandLine) -> None:
 
 @pytest.mark.slow
 def test_statistics_of_the_dense_model_are_counted_once(place: Path) -> None:
-    found = foresee(study_file(place, "prune.statistics=dense", "prune.pruners=['wanda','sparsegpt']"), "t", unwatched)
+    found = foresee(
+        study_file(place, "prune.statistics=dense", "prune.pruners=['wanda','sparsegpt']"), "t", ignore_events
+    )
     assert {trial.tokens.listen for trial in found.trial} == {0}
-    plain = foresee(study_file(place, "prune.pruners=['magnitude']"), "t", unwatched)
+    plain = foresee(study_file(place, "prune.pruners=['magnitude']"), "t", ignore_events)
     assert (found.whole.tokens or 0) - (plain.whole.tokens or 0) == 2 * 2 * 256
-    owl = foresee(study_file(place, "allocation=['owl']", "prune.pruners=['magnitude']"), "t", unwatched)
+    owl = foresee(study_file(place, "allocation=['owl']", "prune.pruners=['magnitude']"), "t", ignore_events)
     assert (owl.whole.tokens or 0) - (plain.whole.tokens or 0) == 2 * 256
 
 
 @pytest.mark.slow
 def test_a_screening_is_foretold(place: Path, command: CommandLine) -> None:
     words = ("search.screen.trials=5", "search.screen.every=3", "search.sampler=gp")
-    plain = foresee(study_file(place), "tiny", unwatched)
-    found = foresee(study_file(place, *words), "tiny", unwatched)
+    plain = foresee(study_file(place), "tiny", ignore_events)
+    found = foresee(study_file(place, *words), "tiny", ignore_events)
     assert (found.whole.trials, found.whole.screened) == (3, 5)
     assert (found.whole.tokens or 0) - (plain.whole.tokens or 0) == (5 + 1) * 6 * 32 + 2 * 256
     assert (found.whole.seconds or 0) > 0
@@ -117,7 +119,7 @@ def test_a_screening_is_foretold(place: Path, command: CommandLine) -> None:
     )
     run(place, *words, timeout=0)
     run(place, *words)
-    assert foresee(study_file(place, *words), "tiny", unwatched).whole.seconds_left == 0
+    assert foresee(study_file(place, *words), "tiny", ignore_events).whole.seconds_left == 0
 
 
 @pytest.mark.slow
@@ -127,7 +129,7 @@ def test_a_screening_has_a_row_and_counts_as_far_as_it_went(place: Path, monkeyp
     run(place, *words)
     settled = counted(stored(place, "tiny.screen"))
     assert settled == 9
-    found = foresee(study_file(place, *words), "tiny", unwatched)
+    found = foresee(study_file(place, *words), "tiny", ignore_events)
     assert (found.whole.screened, found.whole.seconds_left) == (settled, 0)
     assert [(row.what, row.tokens.total) for row in found.trial] == [("trial", 2 * 256 + 512), ("screening", 6 * 32)]
 
@@ -135,7 +137,7 @@ def test_a_screening_has_a_row_and_counts_as_far_as_it_went(place: Path, monkeyp
 @pytest.mark.slow
 def test_what_stands_in_the_middle_of_a_block_is_stated(place: Path) -> None:
     plain, found = (
-        foresee(study_file(place, f"prune.statistics={way}", "device=cpu"), "tiny", unwatched)
+        foresee(study_file(place, f"prune.statistics={way}", "device=cpu"), "tiny", ignore_events)
         for way in ("block", "sequential")
     )
     assert found.trial[0].tokens.total == plain.trial[0].tokens.total - 256
@@ -150,6 +152,6 @@ def test_a_model_with_no_weights_is_one_line(place: Path, command: CommandLine) 
 @pytest.mark.slow
 def test_nothing_is_stored(done: Path) -> None:
     before = (done / "tiny.db").read_bytes()
-    foresee(study_file(done), "tiny", unwatched)
+    foresee(study_file(done), "tiny", ignore_events)
     assert (done / "tiny.db").read_bytes() == before
     assert opening.open_storage(study_file(done).storage_url, create=False) is not None

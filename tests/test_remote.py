@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 from tinystudy import HANGS, CommandLine, run, wait_until
 
 from atp_tune.errors import UserError
-from atp_tune.events import Event, Note, TrialStarted
+from atp_tune.events import Event, Message, TrialStarted
 from atp_tune.serving.servers import ServedDatabase, proxy
 from atp_tune.storage import fingerprint, lost_trials, opening, remote, retry, totals, trace
 from atp_tune.storage.lost_trials import SAME
@@ -222,7 +222,7 @@ def test_a_trial_that_was_taken_for_lost_is_run_again(place: Path, server: Serve
 
     def watch(event: Event) -> None:
         match event:
-            case Note(text):
+            case Message(text):
                 notes.append(text)
             case TrialStarted("trial 1", _):
                 study = opening.find_study(server.database, "tiny")

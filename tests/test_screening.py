@@ -13,7 +13,7 @@ from tinystudy import BLOCKS, LONG, CommandLine, finish, run, settings, start, s
 
 from atp_tune.blocks.prune_pass import Pass
 from atp_tune.errors import UserError
-from atp_tune.events import Note, TrialEnded, TrialStarted
+from atp_tune.events import Message, TrialEnded, TrialStarted
 from atp_tune.results.summary import summarise, unreported
 from atp_tune.search import context, dense_model, runner, study_run, trial_loop
 from atp_tune.search.proposals import levelled
@@ -318,7 +318,7 @@ def test_other_keys_of_a_screening_are_refused(screened_place: Path) -> None:
 def test_what_a_screening_says_is_said_of_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial_loop, "has_settled", lambda study, space: len(study.trials) >= 9)
     notes: list[str] = []
-    watch = lambda event: isinstance(event, Note) and notes.append(event.text)  # noqa: E731
+    watch = lambda event: isinstance(event, Message) and notes.append(event.text)  # noqa: E731
     run(place, *INSIDE, "search.settle=true", "search.screen.trials=30", watch=watch)
     assert any(note.startswith("screening: settled after 9 ") for note in notes), notes
 

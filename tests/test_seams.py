@@ -17,7 +17,7 @@ from atp_tune.allocations import Budget
 from atp_tune.blocks.verification import Difference, is_equal
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
-from atp_tune.events import unwatched
+from atp_tune.events import ignore_events
 from atp_tune.inputs import Batch, find_kind
 from atp_tune.inputs.tokens import TOKEN_WINDOWS
 from atp_tune.plan import Plan
@@ -107,7 +107,7 @@ def context(monkeypatch: pytest.MonkeyPatch) -> TrialContext:
     )  # fmt: skip
     items = {"calibration": random_images(6, 1), "search": random_images(7, 2)}
     folder, checkpoint = ModelFolder(Path(), "content", "vit"), Checkpoint(model, CPU)
-    return TrialContext(folder, checkpoint, items, PruneConfig(), unwatched, inputs="pixels", score="classes")
+    return TrialContext(folder, checkpoint, items, PruneConfig(), ignore_events, inputs="pixels", score="classes")
 
 
 def test_a_context_prunes_and_scores_what_it_knows_nothing_of(context: TrialContext) -> None:

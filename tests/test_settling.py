@@ -14,7 +14,7 @@ from test_tuning import reopen, states
 from tinystudy import run
 
 from atp_tune.errors import UserError
-from atp_tune.events import Note
+from atp_tune.events import Message
 from atp_tune.search import runner, termination, trial_loop
 from atp_tune.search.proposals import kinds_of
 from atp_tune.search.samplers import make_sampler
@@ -208,7 +208,7 @@ def test_a_study_that_settles_ends_and_is_complete(place: Path, monkeypatch: pyt
     study = run(place, *GP, watch=events.append)
     assert states(study) == ["COMPLETE"] * 6
     assert (study.user_attrs["settled"], study.user_attrs["total"]) == ([40, 6], 6)
-    assert Note("settled after 6 of 40: a better point is expected to gain less than 2%") in events
+    assert Message("settled after 6 of 40: a better point is expected to gain less than 2%") in events
     assert (place / "tiny.best.json").is_file()
     with monkeypatch.context() as patch:
         patch.setattr(runner, "open_context", None)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from atp_tune.blocks import timing
 from atp_tune.cost import probe
 from atp_tune.cost.planning import foresee
-from atp_tune.events import unwatched
+from atp_tune.events import ignore_events
 from atp_tune.metrics.perplexity import perplexity
 from atp_tune.plan import make_plan
 from atp_tune.pruners.sparsegpt import SparseGPT
@@ -112,7 +112,7 @@ def test_plan_foretells_a_trial(context: TrialContext, monkeypatch: pytest.Monke
     """In seconds of this process, which other work does not change; benchmarks/plan.py takes real ones."""
     for module in (probe, timing):
         monkeypatch.setattr(module, "perf_counter", process_time)
-    found = foresee(load("smol", [*SHORT, "device=cpu"]), "smol", unwatched)
+    found = foresee(load("smol", [*SHORT, "device=cpu"]), "smol", ignore_events)
     plan = make_plan("wanda", "atp", context.budget(0.6), {"beta": 0.004})
     list(context.prune(plan))  # what is measured once is not a trial's
     record = Record(context.checkpoint.device, context.dtype)

@@ -25,7 +25,7 @@ from transformers import (
 
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.errors import UserError
-from atp_tune.events import Event, Step, unwatched
+from atp_tune.events import Event, Step, ignore_events
 from atp_tune.metrics.speed import Measured, Phase, Rates, Side, Sizes, Speed
 from atp_tune.sparse.applying import prune_once
 from atp_tune.sparse.provenance import ABOUT
@@ -186,7 +186,7 @@ def test_dense_and_sparse_take_turns_and_the_first_round_is_not_counted() -> Non
     def opening() -> Iterator[Counting]:
         yield engine
 
-    found = measured(opening(), "counting", Workload(tokens=100, steps=10, runs=2), unwatched)
+    found = measured(opening(), "counting", Workload(tokens=100, steps=10, runs=2), ignore_events)
     once = [("dense", "prefill"), ("sparse", "prefill"), ("dense", "decode"), ("sparse", "decode")]
     assert engine.asked == 3 * once
     assert found.prefill == Rates(dense=(100 / 5, 100 / 9), sparse=(100 / 6, 100 / 10))
@@ -209,7 +209,7 @@ def test_the_sparse_model_against_the_best_dense_one_in_torch() -> None:
 def test_torch_computes_each_side_with_its_own_weights(done: Path, tmp_path: Path) -> None:
     """And a run of decode leaves the prompt's keys and values as they were."""
     sparse = tmp_path / "sparse"
-    prune_once(study_file(done), {"beta": 0.0}, sparse, unwatched)
+    prune_once(study_file(done), {"beta": 0.0}, sparse, ignore_events)
     task, cpu = Workload(tokens=6, steps=3, runs=1), torch.device("cpu")
     with torch_engine.opened(Pair(done / "model", sparse), task, cpu, torch.float32) as engine:
         assert isinstance(engine, torch_engine.Eager)
@@ -248,7 +248,7 @@ def test_other_linears_are_not_compressed() -> None:
 def two_four(place: Path, tmp_path: Path) -> Path:
     """A sparse folder in the pattern 2:4."""
     overrides = ("prune.pattern='2:4'", "sparsity=0.5", "allocation='uniform'")
-    prune_once(study_file(place, *overrides), {}, tmp_path / "two_four", unwatched)
+    prune_once(study_file(place, *overrides), {}, tmp_path / "two_four", ignore_events)
     return tmp_path / "two_four"
 
 
@@ -407,7 +407,7 @@ def test_an_installation_that_fails_leaves_nothing(
     broken.chmod(0o755)
     monkeypatch.setattr(deepsparse_home, "find_python", lambda: broken)
     with pytest.raises(UserError, match="cannot be installed: no venv here; the network is needed once"):
-        deepsparse_home.setup(unwatched)
+        deepsparse_home.setup(ignore_events)
     assert list((cache / "engines").iterdir()) == []
 
 

@@ -25,7 +25,7 @@ from tinystudy import BLOCKS, LONG, few_at_a_time, finish, go_silent, run, setti
 
 from atp_tune.cli.runtime import quiet
 from atp_tune.errors import TrialError, UserError
-from atp_tune.events import Event, Note, Step, TrialEnded, TrialStarted
+from atp_tune.events import Event, Message, Step, TrialEnded, TrialStarted
 from atp_tune.plan import Plan
 from atp_tune.results.summary import summarise, unreported
 from atp_tune.results.trials import allocation_of
@@ -270,7 +270,7 @@ def test_of_two_that_end_a_study_one_measures_the_report_text(
     monkeypatch.setattr(final_scores, "sleep", ends)
     events: list[Event] = []
     run(place, watch=events.append)
-    notes = [event.text for event in events if isinstance(event, Note)]
+    notes = [event.text for event in events if isinstance(event, Message)]
     assert "waiting for the numbers on the report text, which another process measures" in notes
     assert dies == any(isinstance(event, TrialStarted) and event.title.startswith("report: ") for event in events)
     assert not unreported(reopen(place))
@@ -315,7 +315,7 @@ def test_kill_9_in_a_trial_loses_only_that_trial(place: Path, tmp_path: Path) ->
         notes: list[Event] = []
         study = run(folder, *LONG, "search.trials=4", watch=notes.append)
         assert states(study) == ["COMPLETE", "COMPLETE", "FAIL", *["COMPLETE"] * 2]
-        assert Note("trial 2 was lost with its process: it is run again") in notes
+        assert Message("trial 2 was lost with its process: it is run again") in notes
         assert study.trials[2].user_attrs["lost"] == "its process died"
         assert study.trials[3].params == killed.params
         assert "lost" not in study.trials[3].user_attrs
@@ -444,7 +444,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_trial_of_another_machine_is_waited_for_and_then_run_again(place: Path) -> None:
     study = run(place, "search.trials=2")
     add_running(study, {"host": "elsewhere", "pid": 1, "process_started": 0.0})
-    waiting = Note("waiting for trial 2, which elsewhere runs (or was running when it stopped)")
+    waiting = Message("waiting for trial 2, which elsewhere runs (or was running when it stopped)")
     notes: list[Event] = []
 
     def watch(event: Event) -> None:
@@ -477,7 +477,7 @@ def test_a_trial_that_ends_elsewhere_counts(place: Path) -> None:
     best = study.trials[0].user_attrs
 
     def end_it(event: Event) -> None:
-        if isinstance(event, Note) and event.text.startswith("waiting"):
+        if isinstance(event, Message) and event.text.startswith("waiting"):
             other = reopen(place)
             for name in ("sparsities", "realised", "nlls", "versions"):
                 other._storage.set_trial_user_attr(other.trials[2]._trial_id, name, best[name])
@@ -698,7 +698,7 @@ def test_a_repeated_pair_is_answered_from_the_store(done: Path, monkeypatch: pyt
     assert (again.state, again.value, again.params) == (TrialState.COMPLETE, first.value, params)
     assert again.user_attrs["repeats"] == 3
     assert again.user_attrs["nlls"] == first.user_attrs["nlls"]
-    assert Note("trial 6: measured before, as trial 3") in events
+    assert Message("trial 6: measured before, as trial 3") in events
     assert totals.counted(study) == 7
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from atp_tune.blocks import batching
 from atp_tune.blocks.prune_pass import Pass
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.events import Event, Step, unwatched
+from atp_tune.events import Event, Step, ignore_events
 from atp_tune.search.context import ContextConfig, TrialContext
 from atp_tune.spec.config import Measure, read_config
 from atp_tune.zeroshot import comparison
@@ -182,7 +182,7 @@ def test_no_program_is_asked_about_the_machine(done: Path, tasks: Path, monkeypa
 
     begin, asked = subprocess.Popen.__init__, list[Any]()
     monkeypatch.setattr(subprocess.Popen, "__init__", noted)
-    evaluate_folder(done / "model", TaskOptions((f"{tasks}/far.yaml",), 1, None, 1, "cpu"), unwatched, {})
+    evaluate_folder(done / "model", TaskOptions((f"{tasks}/far.yaml",), 1, None, 1, "cpu"), ignore_events, {})
     assert asked == []
 
 
@@ -255,8 +255,8 @@ def test_the_model_is_let_go_of(done: Path, tasks: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Checkpoint, "release", release)
     asked = TaskOptions((f"{tasks}/far.yaml",), 1, None, 4, "cpu")
-    evaluate(read_config(done / "tiny.best.json"), done, asked, unwatched, {})
-    evaluate_folder(done / "model", asked, unwatched, {})
+    evaluate(read_config(done / "tiny.best.json"), done, asked, ignore_events, {})
+    evaluate_folder(done / "model", asked, ignore_events, {})
     assert released == [0, 0]
 
 

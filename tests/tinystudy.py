@@ -30,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from atp_tune.blocks import batching
 from atp_tune.cli import main
 from atp_tune.cli.runtime import quiet
-from atp_tune.events import Watch, unwatched
+from atp_tune.events import EventHandler, ignore_events
 from atp_tune.search.runner import tune
 from atp_tune.search.study_run import StudyRun
 from atp_tune.spec.studyfile import StudyFile, load
@@ -157,7 +157,7 @@ def run(
     *overrides: str,
     name: str = "tiny",
     timeout: float | None = None,
-    watch: Watch = unwatched,
+    watch: EventHandler = ignore_events,
     mix: bool = False,
 ) -> optuna.Study:
     """The study, driven to its total in this process."""

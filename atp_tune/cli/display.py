@@ -7,7 +7,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from atp_tune.cli.terminal import console
 from atp_tune.errors import printable
-from atp_tune.events import Event, Note, Step, TrialEnded, TrialStarted
+from atp_tune.events import Event, Message, Step, TrialEnded, TrialStarted
 
 
 class Display:
@@ -86,7 +86,7 @@ class Line:
     def __call__(self, event: Event) -> None:
         """Draws one event."""
         match event:
-            case Note(text):
+            case Message(text):
                 self._display.note(text)
             case TrialStarted(title, plan):
                 self._start(title, str(plan) if plan else "")

@@ -20,7 +20,7 @@ from atp_tune.cli.display import Display
 from atp_tune.cli.worker_pool import STOP_TIMEOUT, StudyWorker, WorkerJob, supervise, work
 from atp_tune.compat import ray_address
 from atp_tune.errors import UserError
-from atp_tune.events import Event, Note
+from atp_tune.events import Event, Message
 from atp_tune.spec.studyfile import StudyFile
 
 T = TypeVar("T")
@@ -37,7 +37,9 @@ def run_on_ray(job: WorkerJob, display: Display, count: int | None, address: str
         kind, there = _room(job.file.study.device)
         count = count or max(1, there)
         if count > there:
-            display(Note(f"the cluster has {there} {kind}s for {count} workers: the others wait until there are more"))
+            display(
+                Message(f"the cluster has {there} {kind}s for {count} workers: the others wait until there are more")
+            )
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         news = _NEWS.options(scheduling_strategy=here).remote()
         job = replace(job, file=_for_travel(job.file))

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from atp_tune.cli.display import Display, Line
 from atp_tune.cli.runtime import interruptible, quiet
 from atp_tune.errors import TrialError, UserError
-from atp_tune.events import Event, Note, TrialStarted, Watch
+from atp_tune.events import Event, EventHandler, Message, TrialStarted
 from atp_tune.spec.studyfile import StudyFile
 
 RESTARTS = 2  # of one worker that does not come as far as a trial; those whose trials end them are given up
@@ -90,7 +90,7 @@ class StudyWorker(ABC):
         if self._deaths > RESTARTS:
             times = f"worker {self.index} died ({how}) {self._deaths} times in a row"
             raise TrialError(f"{times}; its trial is queued again by the next run")
-        self._line(Note(f"worker {self.index} died ({how}): it is started again"))
+        self._line(Message(f"worker {self.index} died ({how}): it is started again"))
         self._start()
 
     def _start(self) -> None:
@@ -118,14 +118,14 @@ def supervise(workers: Sequence[AnyWorker], listen: Callable[[Sequence[AnyWorker
             worker.wait()
 
 
-def work(job: WorkerJob, index: int, device: str, tell: Watch) -> str | None:
+def work(job: WorkerJob, index: int, device: str, tell: EventHandler) -> str | None:
     """What a worker does: a run whose events go to `tell`, until SIGINT; the reason if it could not run."""
     from atp_tune.search.runner import tune
     from atp_tune.search.study_run import StudyRun
 
     timeout = None if job.end is None else job.end - time()
     file = replace(job.file, study=job.file.study.model_copy(update={"device": device}))
-    with quiet(lambda text: tell(Note(text))), interruptible(signal.SIGINT), suppress(KeyboardInterrupt):
+    with quiet(lambda text: tell(Message(text))), interruptible(signal.SIGINT), suppress(KeyboardInterrupt):
         try:
             tune(StudyRun(file, job.name, timeout, tell, reports=index == 0, writes=False, mix=job.mix))
         except (UserError, TrialError) as error:

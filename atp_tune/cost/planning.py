@@ -13,7 +13,7 @@ from atp_tune.checkpoints.residency import Free, Residency, choose
 from atp_tune.cost import forecast
 from atp_tune.cost.forecast import DrawsCost, Forecast, Passes, ProbeRates, ScreeningCost, StudyCost, TrialCost, Weights
 from atp_tune.cost.memory import Bytes, Tokens, bytes_of, peaks, problems
-from atp_tune.events import Note, Watch
+from atp_tune.events import EventHandler, Message
 from atp_tune.search.samplers import total_trials
 from atp_tune.search.space import make_space
 from atp_tune.spec.study import Study
@@ -65,7 +65,7 @@ class Known:
         return replace(found, dense=found.dense + finals)
 
 
-def foresee(file: StudyFile, name: str, watch: Watch) -> Forecast:
+def foresee(file: StudyFile, name: str, watch: EventHandler) -> Forecast:
     """What a study will cost. The model is loaded and probed for some seconds, unless it does not fit into memory.
 
     UserError for bad input, and for a model or texts that cannot be had.
@@ -77,8 +77,8 @@ def foresee(file: StudyFile, name: str, watch: Watch) -> Forecast:
     setup = _setup(file, name)
     device = find_device(setup.device)
     dtype = find_dtype(setup.model.dtype, device)
-    watch(Note("loading the model and the texts"))
-    folder = resolve(setup.model, setup.base, lambda text: watch(Note(text)))
+    watch(Message("loading the model and the texts"))
+    folder = resolve(setup.model, setup.base, lambda text: watch(Message(text)))
     known = _known(file, name, setup, folder, device, dtype.itemsize)
     context, rates = None, None
     needed = peaks(known.held(0), known.residency(), known.free, known.apart)
@@ -89,7 +89,7 @@ def foresee(file: StudyFile, name: str, watch: Watch) -> Forecast:
             load = perf_counter() - began
             from atp_tune.cost.probe import probe
 
-            context.watch(Note("probing: one batch of each text in three blocks"))
+            context.watch(Message("probing: one batch of each text in three blocks"))
             spec = file.study
             rates = probe(context, spec.prune.pruners, spec.sparsity, load, "kl" in spec.search.objective)
     format_ = str(dtype).removeprefix("torch.")

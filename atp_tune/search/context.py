@@ -23,7 +23,7 @@ from atp_tune.blocks.verification import verified
 from atp_tune.checkpoints.checkpoint import Checkpoint, Released
 from atp_tune.checkpoints.devices import find_device, find_dtype, reuse_freed_memory
 from atp_tune.checkpoints.models import ModelFolder, resolve
-from atp_tune.events import Note, Step, Watch, unwatched
+from atp_tune.events import EventHandler, Message, Step, ignore_events
 from atp_tune.inputs import Batch, Items, find_kind
 from atp_tune.metrics.bos import BosEffect
 from atp_tune.plan import Plan
@@ -79,7 +79,7 @@ class TrialContext(Released):
         checkpoint: Checkpoint,
         windows: Mapping[str, Items],
         prune: PruneConfig,
-        watch: Watch,
+        watch: EventHandler,
         replay: Replay | None = None,
         inputs: str = "tokens",
         score: str = "next-token",
@@ -102,12 +102,12 @@ class TrialContext(Released):
         self._draws: list[Items] = []  # of the calibration text, after the first
 
     @classmethod
-    def open(cls, setup: ContextConfig, watch: Watch = unwatched) -> "TrialContext":
+    def open(cls, setup: ContextConfig, watch: EventHandler = ignore_events) -> "TrialContext":
         """Resolves the model and the texts and loads them; UserError for what cannot be loaded."""
         device, inputs = find_device(setup.device), find_kind(setup.inputs)
         if device.type == "cpu":
             reuse_freed_memory()
-        folder = resolve(setup.model, setup.base, lambda text: watch(Note(text)))
+        folder = resolve(setup.model, setup.base, lambda text: watch(Message(text)))
         windows = inputs.read(setup.texts, folder, setup.base, bool(setup.bos))
         checkpoint = _load_checkpoint(setup.model, folder, device, watch)
         context = cls(folder, checkpoint, windows, setup.prune, watch, None, setup.inputs, setup.score)
@@ -134,7 +134,7 @@ class TrialContext(Released):
         effect = compare_bos(self.replay, batch, self.heads, self.dense(), self.folder, text, setup.base)
         self.bos_effect = effect
         if effect is not None:
-            self.watch(Note(f"texts.bos: {effect}"))
+            self.watch(Message(f"texts.bos: {effect}"))
         if effect is None or not effect.taken:
             return self
         windows = self.inputs.read(setup.texts, self.folder, setup.base, True)
@@ -280,13 +280,13 @@ class TrialContext(Released):
 
     def _auto_batch(self, positions: int, bytes_per_position: int) -> AutoBatch:
         watch = self.watch  # alone: with `self` in it the context would hold itself, and its memory outlive it
-        return AutoBatch(self.checkpoint.device, positions, bytes_per_position, lambda text: watch(Note(text)))
+        return AutoBatch(self.checkpoint.device, positions, bytes_per_position, lambda text: watch(Message(text)))
 
 
-def _load_checkpoint(model: ModelConfig, folder: ModelFolder, device: torch.device, watch: Watch) -> Checkpoint:
+def _load_checkpoint(model: ModelConfig, folder: ModelFolder, device: torch.device, watch: EventHandler) -> Checkpoint:
     dtype, residency = find_dtype(model.dtype, device), None if model.residency == "auto" else model.residency
     checkpoint = Checkpoint.load(folder.path, dtype, device, folder.trusted, residency)
     if checkpoint.residency != "device":
         place = "in host memory" if checkpoint.residency == "host" else "on disk"
-        watch(Note(f"blocks are kept {place} and copied to the device one by one"))
+        watch(Message(f"blocks are kept {place} and copied to the device one by one"))
     return checkpoint

@@ -13,7 +13,7 @@ from atp_tune.blocks.prune_pass import BlockStatistics, advance, embed, measure_
 from atp_tune.blocks.replay import Replay
 from atp_tune.cache import cache_dir, sha256_of_json
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.events import Note, Step, Watch
+from atp_tune.events import EventHandler, Message, Step
 from atp_tune.inputs import Batch, Items
 from atp_tune.pruners import Pruner, Statistics, make_pruner
 from atp_tune.pruners.statistics import Hessian
@@ -27,7 +27,7 @@ class DenseMeasurements:
     """Statistics of the linears' inputs, evidence for allocations, and the hidden states of the error curve."""
 
     def __init__(
-        self, replay: Replay, items: Items, calibration: Batch, batch: AutoBatch, model: str, watch: Watch
+        self, replay: Replay, items: Items, calibration: Batch, batch: AutoBatch, model: str, watch: EventHandler
     ) -> None:
         """`items`: of calibration, which `calibration` has on the device; `model`: the SHA-256 of the checkpoint."""
         self._replay = replay
@@ -102,7 +102,7 @@ class DenseMeasurements:
             try:
                 save_all(folder, self._measured(pruner, kind))
             except OSError as error:
-                self._watch(Note(f"cache folder {folder.parent}: {error}; dense statistics are kept in memory"))
+                self._watch(Message(f"cache folder {folder.parent}: {error}; dense statistics are kept in memory"))
                 return list(self._measured(pruner, kind))
         return CachedStatistics(folder, kind, len(checkpoint.blocks), checkpoint.device)
 

@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.checkpoints.devices import is_out_of_memory
 from atp_tune.errors import TrialError, UserError
-from atp_tune.events import Note, TrialStarted, Watch
+from atp_tune.events import EventHandler, Message, TrialStarted
 from atp_tune.plan import Plan
 from atp_tune.search.context import TrialContext
 from atp_tune.search.record import Record
@@ -41,7 +41,7 @@ class Objective:
     context: TrialContext
     space: Space
     stops: bool  # the study has a stopper
-    watch: Watch
+    watch: EventHandler
     goals: tuple[str, ...] = PERPLEXITY
 
     def __call__(self, trial: Trial) -> tuple[float, ...]:
@@ -85,7 +85,7 @@ class Objective:
         if earlier.state == TrialState.FAIL:
             reason = earlier.user_attrs.get("failure") or f"cut off {given_up(earlier)}"
             raise TrialError(f"failed before, as trial {earlier.number}: {reason}")
-        self.watch(Note(f"trial {trial.number}: measured before, as trial {earlier.number}"))
+        self.watch(Message(f"trial {trial.number}: measured before, as trial {earlier.number}"))
         set_attributes(trial, {**earlier.user_attrs, **identity(), "repeats": earlier.number})
         assert earlier.values is not None
         return tuple(earlier.values)

@@ -10,7 +10,7 @@ from atp_tune.blocks.batching import AutoBatch
 from atp_tune.blocks.replay import Replay
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import free_memory
-from atp_tune.events import Step, Watch
+from atp_tune.events import EventHandler, Step
 from atp_tune.inputs import Batch
 from atp_tune.scores import Score, WindowScores
 from atp_tune.scores.evaluation import Block, final_states, group_scores
@@ -26,7 +26,7 @@ class RoleScorer:
     """
 
     def __init__(
-        self, replay: Replay, score: Score, items: Batch, batch: AutoBatch, heads: AutoBatch, watch: Watch
+        self, replay: Replay, score: Score, items: Batch, batch: AutoBatch, heads: AutoBatch, watch: EventHandler
     ) -> None:
         self.items = items
         self.batch = batch

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from optuna.trial import FrozenTrial
 
-from atp_tune.events import Event, Note, TrialEnded, TrialStarted, Watch
+from atp_tune.events import Event, EventHandler, Message, TrialEnded, TrialStarted
 from atp_tune.search import proposals
 from atp_tune.search.proposals import kinds_of
 from atp_tune.search.space import Params, Space
@@ -28,12 +28,12 @@ def screening_file(file: StudyFile, screen: ScreenConfig) -> StudyFile:
     return overridden(file, dict(zip(CHANGED, values, strict=True)))
 
 
-def renamed(watch: Watch) -> Watch:
+def renamed(watch: EventHandler) -> EventHandler:
     """A watch to which the trials of a screening are called so."""
 
     def on_event(event: Event) -> None:
-        if isinstance(event, Note):
-            event = Note(f"screening: {event.text}")
+        if isinstance(event, Message):
+            event = Message(f"screening: {event.text}")
         if isinstance(event, TrialStarted):
             event = replace(event, title=event.title.replace("trial", "screening", 1))
         watch(replace(event, what="screening") if isinstance(event, TrialEnded) else event)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import optuna
 
 from atp_tune.errors import UserError, printable
-from atp_tune.events import Note, Watch
+from atp_tune.events import EventHandler, Message
 from atp_tune.results.summary import made_from
 from atp_tune.spec.studyfile import TRIALS, StudyFile
 from atp_tune.storage import opening
@@ -32,7 +32,7 @@ class StudyRun:
     file: StudyFile
     name: str
     timeout: float | None
-    watch: Watch
+    watch: EventHandler
     context: "TrialContext | None" = None
     reports: bool = True
     writes: bool = True
@@ -42,7 +42,7 @@ class StudyRun:
 
     def note(self, text: str) -> None:
         """Tells one line."""
-        self.watch(Note(text))
+        self.watch(Message(text))
 
 
 def with_stored_total(run: StudyRun, study: optuna.Study) -> StudyRun:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from atp_tune.checkpoints.classes import reads_images
 from atp_tune.errors import UserError
-from atp_tune.events import TrialStarted, Watch
+from atp_tune.events import EventHandler, TrialStarted
 from atp_tune.metrics.perplexity import Perplexity, perplexity
 from atp_tune.plan import Plan
 from atp_tune.search.context import ContextConfig, TrialContext
@@ -32,7 +32,7 @@ from atp_tune.storage.process_identity import versions
 
 
 def apply(
-    config: Config, base: Path, out: Path, device: str, watch: Watch, allowed: Mapping[str, bool] | None = None
+    config: Config, base: Path, out: Path, device: str, watch: EventHandler, allowed: Mapping[str, bool] | None = None
 ) -> Perplexity:
     """Prunes as a configuration says into the folder `out`; the report perplexity of what was written.
 
@@ -44,7 +44,7 @@ def apply(
 
 
 def write_applied(
-    config: Config, base: Path, out: Path, device: str, watch: Watch, allowed: Mapping[str, bool] | None = None
+    config: Config, base: Path, out: Path, device: str, watch: EventHandler, allowed: Mapping[str, bool] | None = None
 ) -> tuple[ContextConfig, Dense]:
     """The same without the measurement; what it was made with, and from."""
     check_free(out)
@@ -56,7 +56,7 @@ def write_applied(
 
 
 def prune_once(
-    file: StudyFile, parameters: dict[str, float], out: Path | None, watch: Watch
+    file: StudyFile, parameters: dict[str, float], out: Path | None, watch: EventHandler
 ) -> tuple[Plan, Perplexity]:
     """One plan without a study: prunes, writes if there is an `out`, and measures on the report text."""
     if out is not None:
@@ -191,7 +191,7 @@ def _pruned(context: TrialContext, plan: Plan, zeros: list[int]) -> Iterator[tup
                 yield part, was, saved[part]
 
 
-def _measured(setup: ContextConfig, out: Path, dense: Dense, watch: Watch) -> Perplexity:
+def _measured(setup: ContextConfig, out: Path, dense: Dense, watch: EventHandler) -> Perplexity:
     """Measures a written folder, which says so then."""
     measured = measure_folder(setup, out, watch)
     config = read_config(out / ABOUT)
@@ -200,12 +200,12 @@ def _measured(setup: ContextConfig, out: Path, dense: Dense, watch: Watch) -> Pe
     return measured
 
 
-def measure_folder(setup: ContextConfig, out: Path, watch: Watch) -> Perplexity:
+def measure_folder(setup: ContextConfig, out: Path, watch: EventHandler) -> Perplexity:
     """Perplexity on the report text of a written folder, loaded as anybody would load it."""
     return perplexity(folder_nlls(setup, out, watch, f"checking {out}"))
 
 
-def folder_nlls(setup: ContextConfig, folder: Path, watch: Watch, title: str) -> list[float]:
+def folder_nlls(setup: ContextConfig, folder: Path, watch: EventHandler, title: str) -> list[float]:
     """Window NLLs of the same."""
     model = setup.model.model_copy(update={"source": str(folder.absolute()), "sha256": None, "revision": None})
     with TrialContext.open(replace(setup, model=model), watch) as context:

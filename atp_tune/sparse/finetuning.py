@@ -19,7 +19,7 @@ from atp_tune.checkpoints.devices import device_name, find_device, oom_as_user_e
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.checkpoints.trust import small_files
 from atp_tune.errors import UserError
-from atp_tune.events import Note, Step, TrialStarted, Watch
+from atp_tune.events import EventHandler, Message, Step, TrialStarted
 from atp_tune.inputs.windows import Windows, first_windows, recut, token_windows
 from atp_tune.metrics.perplexity import Perplexity, change, perplexity
 from atp_tune.results.formatting import duration
@@ -50,7 +50,7 @@ class FinetuningJob:
     windows: Windows
     settings: Settings
     dense: Perplexity | None
-    watch: Watch
+    watch: EventHandler
 
     @property
     def part(self) -> Path:
@@ -59,7 +59,7 @@ class FinetuningJob:
 
 
 def finetune(
-    model: Path, out: Path, text: Text | None, report: Text | None, settings: Settings, device: str, watch: Watch
+    model: Path, out: Path, text: Text | None, report: Text | None, settings: Settings, device: str, watch: EventHandler
 ) -> Finetuned:
     """Fine-tunes the folder `model` into the folder `out`, and measures both on the report text.
 
@@ -75,7 +75,7 @@ def finetune(
     made = origin(model)
     text, report = choose(text, report, made)
     named = ModelConfig(source=str(model.absolute()), dtype=made.dtype if made else "auto")
-    folder = resolve(named, Path(), lambda line: watch(Note(line)))
+    folder = resolve(named, Path(), lambda line: watch(Message(line)))
     small_files(folder.path, WEIGHTS)  # so that a link is told before anything runs
     bos = made is not None and made.bos
     windows = read_windows(text, report, folder.path, settings, bos)
@@ -164,7 +164,7 @@ def _train(trainer: "Trainer", job: FinetuningJob) -> None:
     facts, total = facts_of(job.settings, model=job.folder.content, text=job.windows.content), job.settings.steps
     if job.part.exists():
         trainer.restore(job.part, facts)
-        job.watch(Note(f"goes on after step {len(trainer.losses)} of {total}"))
+        job.watch(Message(f"goes on after step {len(trainer.losses)} of {total}"))
     before, began = len(trainer.losses), monotonic()
     for done in range(before + 1, total + 1):
         loss = trainer.step()
@@ -172,7 +172,9 @@ def _train(trainer: "Trainer", job: FinetuningJob) -> None:
         if done % SAVED == 0 or done == total:
             trainer.save(job.part, facts)
             left = (monotonic() - began) / (done - before) * (total - done)
-            job.watch(Note(f"step {done} of {total}: loss {fmean(trainer.losses[-SAVED:]):.3f}, {duration(left)} left"))
+            job.watch(
+                Message(f"step {done} of {total}: loss {fmean(trainer.losses[-SAVED:]):.3f}, {duration(left)} left")
+            )
 
 
 def _write(trainer: "Trainer", checkpoint: Checkpoint, job: FinetuningJob, folder: Path) -> Zeros:

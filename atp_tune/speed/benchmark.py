@@ -11,7 +11,7 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.classes import model_config
 from atp_tune.checkpoints.devices import find_device, oom_as_user_error
 from atp_tune.errors import UserError
-from atp_tune.events import Step, TrialStarted, Watch
+from atp_tune.events import EventHandler, Step, TrialStarted
 from atp_tune.metrics.speed import Sizes, Speed
 from atp_tune.pruners.selection import nonzeros
 from atp_tune.speed import deepsparse_engine
@@ -23,7 +23,7 @@ from atp_tune.speed.torch_engine import SEMI_STRUCTURED, check_semi_structured, 
 
 CHUNK = 16 << 20  # bytes read at a time
 LEVEL = 3  # of zstd, its default
-ENGINES: dict[str, Callable[[Pair, Workload, torch.device, Watch], list[Opening]]] = {
+ENGINES: dict[str, Callable[[Pair, Workload, torch.device, EventHandler], list[Opening]]] = {
     "torch": lambda pair, task, device, _: [opened(pair, task, device, dtype) for dtype in dtypes(device)],
     "deepsparse": lambda pair, task, _, watch: [deepsparse_engine.opened(pair, task, watch)],
     SEMI_STRUCTURED: lambda pair, task, device, _: [opened_semi_structured(pair, task, device)],
@@ -50,7 +50,7 @@ def check_positions(pair: Pair, task: Workload) -> None:
         )
 
 
-def measure(pair: Pair, engine: str, task: Workload, device: str, watch: Watch) -> Speed:
+def measure(pair: Pair, engine: str, task: Workload, device: str, watch: EventHandler) -> Speed:
     """All that is known of a pair of models; torch is measured with every engine, to be compared with."""
     check_positions(pair, task)
     place = find_device("cpu" if engine == "deepsparse" else device)
@@ -77,7 +77,7 @@ def zeros_by_kind(checkpoint: Checkpoint) -> dict[str, float]:
     return {kind: zeros[kind] / size for kind, size in sizes.items()}
 
 
-def sizes(dense: Path, sparse: Path, watch: Watch) -> Sizes:
+def sizes(dense: Path, sparse: Path, watch: EventHandler) -> Sizes:
     """Bytes of the weight files of two folders; UserError where zstd is not installed."""
     try:
         from zstandard import ZstdCompressor

@@ -17,7 +17,7 @@ from atp_tune.cache import cache_dir
 from atp_tune.checkpoints.classes import model_config
 from atp_tune.checkpoints.devices import cpu_name
 from atp_tune.errors import UserError
-from atp_tune.events import Step, Watch
+from atp_tune.events import EventHandler, Step
 from atp_tune.metrics.speed import PHASES, SIDES, Phase, Side
 from atp_tune.speed.deepsparse_home import python_of
 from atp_tune.speed.graphs import capacity, check_family, check_onnx, export
@@ -57,7 +57,7 @@ class DeepSparse:
         raise UserError(f"--engine deepsparse: its process has ended: {said[-1]}")
 
 
-def opened(pair: Pair, task: Workload, watch: Watch) -> AbstractContextManager[SpeedEngine]:
+def opened(pair: Pair, task: Workload, watch: EventHandler) -> AbstractContextManager[SpeedEngine]:
     """Both models in float32; UserError at once where DeepSparse is not there or cannot have the model."""
     check_onnx()
     check_family(model_config(pair.dense, False), capacity(task))
@@ -65,7 +65,7 @@ def opened(pair: Pair, task: Workload, watch: Watch) -> AbstractContextManager[S
 
 
 @contextmanager
-def _compiled(python: Path, pair: Pair, task: Workload, watch: Watch) -> Iterator[SpeedEngine]:
+def _compiled(python: Path, pair: Pair, task: Workload, watch: EventHandler) -> Iterator[SpeedEngine]:
     """Exports, compiles and compares the logits with transformers'; UserError if they are others."""
     cores = torch.get_num_threads()
     with tempfile.TemporaryDirectory(dir=cache_dir("engines"), prefix=".graphs.") as name:
@@ -88,7 +88,7 @@ def _compiled(python: Path, pair: Pair, task: Workload, watch: Watch) -> Iterato
 
 
 def _exported(
-    pair: Pair, task: Workload, folder: Path, cores: int, watch: Watch
+    pair: Pair, task: Workload, folder: Path, cores: int, watch: EventHandler
 ) -> Iterator[tuple[tuple[Side, Phase], Tensor]]:
     """Writes the graphs and TASK.json; the logits that transformers has for each of them."""
     graphs: dict[Side, dict[Phase, str]] = {}

@@ -13,7 +13,7 @@ from pathlib import Path
 from atp_tune.cache import cache_dir, folder_atomically
 from atp_tune.checkpoints.devices import cpu_flags
 from atp_tune.errors import UserError
-from atp_tune.events import Note, Watch
+from atp_tune.events import EventHandler, Message
 
 VERSION = "1.8.0"
 PACKAGES = (f"deepsparse=={VERSION}", "numpy<2")  # it needs onnx < 1.15 itself, which needs numpy 1
@@ -34,14 +34,14 @@ def python_of() -> Path:
     return python
 
 
-def setup(watch: Watch) -> Path:
+def setup(watch: EventHandler) -> Path:
     """Makes the environment if it is not there; its folder. UserError if it cannot be made."""
     check_machine()
     home = _home()
-    watch(Note(LICENCE))
+    watch(Message(LICENCE))
     if not _python_in(home).exists():
         python = find_python()
-        watch(Note(f"installing DeepSparse {VERSION} by {python} into {home}"))
+        watch(Message(f"installing DeepSparse {VERSION} by {python} into {home}"))
         with folder_atomically(home) as folder:
             _run([str(python), "-m", "venv", str(folder)])
             quiet = ["--quiet", "--no-input", "--disable-pip-version-check"]

@@ -11,7 +11,7 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.headers import check_claims
 from atp_tune.checkpoints.models import check_files, resolve
 from atp_tune.errors import UserError
-from atp_tune.events import Note, Watch
+from atp_tune.events import EventHandler, Message
 from atp_tune.metrics.speed import Side
 from atp_tune.sparse.applying import write_applied
 from atp_tune.sparse.provenance import ABOUT
@@ -45,13 +45,13 @@ def about(folder: Path) -> Path:
 
 
 def find_pair(
-    config: Config, base: Path, sparse: Path | None, device: str, watch: Watch, allowed: Mapping[str, bool]
+    config: Config, base: Path, sparse: Path | None, device: str, watch: EventHandler, allowed: Mapping[str, bool]
 ) -> Pair:
     """The dense model of a configuration, whose paths start at `base`, and its sparse one.
 
     Without a sparse folder it is pruned as `apply` does, once, into the cache. UserError if the dense model is another.
     """
-    dense = resolve(config.model.model(allowed), base, lambda text: watch(Note(text)))
+    dense = resolve(config.model.model(allowed), base, lambda text: watch(Message(text)))
     if dense.content != config.model.fingerprint:
         raise UserError(
             f"model.fingerprint: {config.model.id} is {dense.content[:12]}… here, the configuration was found for "

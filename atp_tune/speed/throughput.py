@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Protocol
 
-from atp_tune.events import Step, TrialStarted, Watch
+from atp_tune.events import EventHandler, Step, TrialStarted
 from atp_tune.metrics.speed import PHASES, SIDES, Measured, Phase, Rates, Side
 
 
@@ -45,7 +45,7 @@ class SpeedEngine(Protocol):
 Opening = AbstractContextManager[SpeedEngine]
 
 
-def measured(opening: Opening, name: str, task: Workload, watch: Watch) -> Measured:
+def measured(opening: Opening, name: str, task: Workload, watch: EventHandler) -> Measured:
     """Opens an engine and lets the models take turns; a first round is not counted."""
     watch(TrialStarted(f"measuring {name}", None))
     with opening as engine:
@@ -57,7 +57,7 @@ def measured(opening: Opening, name: str, task: Workload, watch: Watch) -> Measu
     return Measured(**vars(about), tokens=task.tokens, steps=task.steps, prefill=prefill, decode=decode)
 
 
-def _runs(engine: SpeedEngine, task: Workload, watch: Watch) -> Iterator[tuple[Phase, Side, float]]:
+def _runs(engine: SpeedEngine, task: Workload, watch: EventHandler) -> Iterator[tuple[Phase, Side, float]]:
     """Dense, sparse, dense, sparse, … in both phases."""
     for run in range(task.runs + 1):
         for phase, side in product(PHASES, SIDES):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from atp_tune.cache import cache_dir, sha256_of_json
 from atp_tune.errors import UserError, printable
-from atp_tune.events import Event, Step, Watch
+from atp_tune.events import Event, EventHandler, Step
 
 WIDTH = 100  # bytes of the place, before what faulthandler writes
 CRASH = re.compile(rb"^Fatal Python error: (.{1,100})", re.MULTILINE)
@@ -32,7 +32,7 @@ class Trace:
         self._file: FileIO | None = None
         self._last: dict[str, tuple[int, int]] = {}  # phase → part of it, and the step that was done last
 
-    def heard_by(self, watch: Watch) -> Watch:
+    def heard_by(self, watch: EventHandler) -> EventHandler:
         """The same watch, with each step of a trial written down before it is told."""
 
         def hear(event: Event) -> None:

@@ -30,7 +30,7 @@ from atp_tune.checkpoints.devices import (
 )
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError
-from atp_tune.events import Note, TrialStarted, Watch
+from atp_tune.events import EventHandler, Message, TrialStarted
 from atp_tune.inputs import find_kind
 from atp_tune.inputs.windows import load_tokenizer
 from atp_tune.plan import Plan, make_plan
@@ -62,12 +62,12 @@ class TaskOptions:
 class Scorer:
     """Scores models of one folder on tasks that were loaded before; a model's blocks may have other weights."""
 
-    def __init__(self, asked: TaskOptions, watch: Watch) -> None:
+    def __init__(self, asked: TaskOptions, watch: EventHandler) -> None:
         """UserError where lm-eval is not installed, and for tasks that are unknown or cannot be had."""
         self._asked = asked
         self._watch = watch
         self._harness = _harness()
-        watch(Note("reading the tasks"))
+        watch(Message("reading the tasks"))
         self._tasks = self._harness.find_tasks(asked.tasks, watch)
         self._results: dict[Compared, dict[str, Any]] = {}
         self._seconds: dict[Compared, float] = {}
@@ -109,7 +109,9 @@ class Scorer:
         )
 
 
-def evaluate(config: Config, base: Path, asked: TaskOptions, watch: Watch, allowed: Mapping[str, bool]) -> ZeroShot:
+def evaluate(
+    config: Config, base: Path, asked: TaskOptions, watch: EventHandler, allowed: Mapping[str, bool]
+) -> ZeroShot:
     """Scores dense, uniform with the same pruner, and best; `allowed` as for `apply`.
 
     UserError for tasks that cannot be had, before the model is loaded, and if the model is not the configuration's.
@@ -138,7 +140,7 @@ def _compared(scorer: Scorer, config: Config, context: TrialContext) -> ZeroShot
     return scorer.zero_shot(context.checkpoint)
 
 
-def evaluate_folder(folder: Path, asked: TaskOptions, watch: Watch, allowed: Mapping[str, bool]) -> ZeroShot:
+def evaluate_folder(folder: Path, asked: TaskOptions, watch: EventHandler, allowed: Mapping[str, bool]) -> ZeroShot:
     """Scores the model in a folder, in the number format that its `atp_tune.json` names, if it has one."""
     if not folder.is_dir():
         raise UserError(f"--model {folder}: there is no such folder")

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from atp_tune.checkpoints.classes import check_known
 from atp_tune.checkpoints.convert import one_line, quiet
 from atp_tune.errors import UserError
-from atp_tune.events import Note, Step, Watch
+from atp_tune.events import EventHandler, Message, Step
 from atp_tune.spec.config import Measure
 
 SEVEN = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
@@ -62,7 +62,7 @@ class TaskResult:
     each: dict[str, list[float]]
 
 
-def find_tasks(asked: Sequence[str], watch: Watch) -> Tasks:
+def find_tasks(asked: Sequence[str], watch: EventHandler) -> Tasks:
     """Loads the tasks that were asked for, with their data; each that cannot be run is noted, and left out.
 
     UserError for unknown names, and where none is left.
@@ -80,7 +80,7 @@ def find_tasks(asked: Sequence[str], watch: Watch) -> Tasks:
     if not loaded:
         raise UserError(_none_left(missing))
     for name, reason in missing.items():
-        watch(Note(f"{name}: left out, {reason}"))
+        watch(Message(f"{name}: left out, {reason}"))
     rows = dict.fromkeys(row for task in loaded for row in _rows(task))
     return Tasks(loaded, tuple(rows), missing, manager)
 
@@ -182,7 +182,13 @@ def _rows(task: Any) -> list[str]:
 
 
 def score(
-    model: nn.Module, tokenizer: Any, tasks: Tasks, limit: int | None, num_fewshot: int | None, batch: int, watch: Watch
+    model: nn.Module,
+    tokenizer: Any,
+    tasks: Tasks,
+    limit: int | None,
+    num_fewshot: int | None,
+    batch: int,
+    watch: EventHandler,
 ) -> dict[str, TaskResult]:
     """What a model of transformers, in memory, scores on each task; `batch` sequences go through it at a time.
 
@@ -236,7 +242,7 @@ def _prefix(model: nn.Module, tokenizer: Any) -> int | None:
 class AnswerCounter:
     """Stands where lm-eval's own cache of answers would, and so hears of each answer."""
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: EventHandler) -> None:
         self._watch = watch
         self._done = self._total = 0
 

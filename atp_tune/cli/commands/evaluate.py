@@ -59,7 +59,7 @@ def evaluate(
     allowed = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import quiet
-    from atp_tune.events import unwatched
+    from atp_tune.events import ignore_events
     from atp_tune.results.annotations import attach, study_of
     from atp_tune.spec.config import read_config
 
@@ -71,7 +71,7 @@ def evaluate(
 
         asked = comparison.TaskOptions(names, limit, num_fewshot, batch, device or "auto")
         with redirect_stdout(StringIO()) if json else nullcontext(), Display() as display:
-            watch = unwatched if json else display
+            watch = ignore_events if json else display
             if read:
                 found = comparison.evaluate(read, path.parent / read.folder, asked, watch, allowed)
             else:

@@ -29,12 +29,12 @@ def plan(
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import quiet
     from atp_tune.cost.planning import foresee
-    from atp_tune.events import unwatched
+    from atp_tune.events import ignore_events
     from atp_tune.results.status import to_json
 
     file = load_study(study, storage, device, set_)
     with quiet(), Display() as display:
-        found = foresee(file, study_name or file.name, unwatched if json else display)
+        found = foresee(file, study_name or file.name, ignore_events if json else display)
     console.print(to_json(found)) if json else show(found)
 
 
