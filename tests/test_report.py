@@ -103,6 +103,13 @@ def test_a_real_study(done: Path, kind: str) -> None:
     assert f"{best.report.value:.2f}" in made or str(best.report.value) in made
 
 
+def test_the_page_says_what_the_line_of_the_search_is(found: optuna.Study) -> None:
+    words = "the thin line and its band are what the search’s model held likely"
+    assert words not in page(found)
+    found.set_user_attr("belief", {"before": 3, "curves": {}})
+    assert words in page(found)
+
+
 @pytest.mark.slow
 def test_a_long_study(long: optuna.Study) -> None:
     contents = gather(long, NOW)

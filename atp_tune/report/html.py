@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
-from jinja2 import Environment, FileSystemLoader
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.io.json import to_json_plotly
 from plotly.offline import get_plotlyjs
@@ -24,7 +24,9 @@ SAME = ("model.content", "texts.search.content")  # facts without which perplexi
 
 def make(studies: Sequence[Contents]) -> bytes:
     """The page of one study, or of several with a comparison first."""
-    places = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    places = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
     page = places.get_template("page.html.jinja").render(
         studies=[_section(contents, index) for index, contents in enumerate(studies)],
         made=max(contents.made for contents in studies),
