@@ -160,7 +160,7 @@ def _head(config: Config) -> str:
     return HEAD.format(
         pruner=config.pruner, sparsity=config.sparsity.target, allocation=config.allocation.name,
         study="a plan" if config.trial is None else f"trial {config.trial}",
-        windows=text.windows or "ALL", tokens=text.tokens, dtype=config.model.dtype,
+        windows=text.nsamples or "ALL", tokens=text.seqlen, dtype=config.model.dtype,
         arguments=ARGUMENTS[config.prune.statistics], bos=BOS if config.bos else "",
     )  # fmt: skip
 

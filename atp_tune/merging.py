@@ -29,7 +29,6 @@ from optuna.trial import FrozenTrial, Trial
 
 from atp_tune.errors import UserError
 from atp_tune.results.annotations import KINDS
-from atp_tune.spec.former import stored_facts
 from atp_tune.spec.studyfile import absolute_storage
 from atp_tune.storage import artifacts, fingerprint, opening, totals
 from atp_tune.storage.database import RetryingDatabase, without_password
@@ -223,15 +222,14 @@ def _user_attrs(sources: Sequence[Source], kept: Sequence[FrozenTrial], numbers:
         for key in (*TABLES, *KINDS):
             stored = source.study.user_attrs.get(key, {})
             by_trial.setdefault(key, {}).update({names[name]: value for name, value in stored.items() if name in names})
-    beliefs = [source.study.user_attrs.get("belief") for source in sources]
+    beliefs = [source.study.user_attrs.get("gp_posterior") for source in sources]
     asked = [source.study.user_attrs.get("total", 0) for source in sources]
     merged["total"] = max(sum(map(totals.counts, kept)), *asked)
-    merged["fingerprint"] = stored_facts(merged["fingerprint"])
     merged |= {key: values for key, values in by_trial.items() if values}
-    merged.pop("belief", None)
+    merged.pop("gp_posterior", None)
     known = [belief for belief in beliefs if isinstance(belief, dict) and isinstance(belief.get("before"), int)]
     if known:
-        merged["belief"] = max(known, key=lambda belief: int(belief["before"]))
+        merged["gp_posterior"] = max(known, key=lambda belief: int(belief["before"]))
     return merged
 
 

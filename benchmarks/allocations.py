@@ -33,7 +33,16 @@ Line = tuple[float, str, str]  # target, pruner, allocation
 TARGETS = (0.5, 0.6, 0.7)
 PRUNERS = ("wanda", "sparsegpt", "magnitude")
 ALLOCATIONS = ("uniform", "atp", "curve", "owl", "alphapruning", "er", "global")
-COLUMNS = ("allocation", "best parameters", "search", "report", "report, against uniform", "against atp", "trials", "s")
+COLUMNS = (
+    "allocation",
+    "best parameters",
+    "validation",
+    "test",
+    "report, against uniform",
+    "against atp",
+    "trials",
+    "s",
+)
 
 
 def main() -> None:
@@ -95,15 +104,15 @@ def told(event: Event) -> None:
 def page(options: argparse.Namespace, context: TrialContext, found: dict[Line, optuna.Study]) -> str:
     """The whole of docs/results.md."""
     dense = next(iter(found.values()))
-    search, report = (perplexity(nlls) for nlls in (dense.user_attrs["dense"], dense.user_attrs["reports"]["dense"]))
+    search, report = (perplexity(nlls) for nlls in (dense.user_attrs["dense"], dense.user_attrs["test_nlls"]["dense"]))
     parts = [
         "# Allocations compared\n",
         "Written by `python benchmarks/allocations.py`. SmolLM2-135M-Instruct, "
         f"{str(context.checkpoint.dtype).removeprefix('torch.')}, torch "
         f"{torch.__version__.partition('+')[0]} on {platform.machine()} CPU, texts of `studies/smol.toml`; up to "
         f"{options.trials} trials a line, uniform included; allocations without parameters have one point. Dense: "
-        f"{search} on the search text, {report} on the report text.\n",
-        "Perplexity ± standard error over windows. Changes are on the report text, which no search has seen, paired "
+        f"{search} on the validation text, {report} on the test text.\n",
+        "Perplexity ± standard error over windows. Changes are on the test text, which no search has seen, paired "
         "window by window, so that their error is that of the difference. `erk` is `er` for linears. Seconds are of "
         "the search, on a machine that was not idle.\n",
         (ROOT / "docs" / "results.notes.md").read_text(encoding="utf-8"),
@@ -154,8 +163,8 @@ def best_of(name: str, study: optuna.Study) -> FrozenTrial | None:
 
 
 def report_of(study: optuna.Study, trial: FrozenTrial) -> list[float]:
-    """Window NLLs of a trial on the report text."""
-    nlls: list[float] = study.user_attrs["reports"][str(trial.number)]
+    """Window NLLs of a trial on the test text."""
+    nlls: list[float] = study.user_attrs["test_nlls"][str(trial.number)]
     return nlls
 
 

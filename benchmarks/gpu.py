@@ -25,7 +25,7 @@ from atp_tune.blocks.timing import wait_for
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import device_name, find_device
 from atp_tune.checkpoints.models import ModelFolder
-from atp_tune.checkpoints.residency import Residency
+from atp_tune.checkpoints.offload import Offload
 from atp_tune.checkpoints.streaming import copy_to
 from atp_tune.inputs.windows import Windows
 from atp_tune.plan import Plan
@@ -134,17 +134,17 @@ def put(module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
 
 
 def open_context(
-    shape: Shape, residency: Residency, distinct: int, device: torch.device, ahead: bool = True
+    shape: Shape, offload: Offload, distinct: int, device: torch.device, ahead: bool = True
 ) -> TrialContext:
     """A bench over random windows; the first block is pruned, and all run once, to warm up."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    checkpoint = Checkpoint(make_model(shape, distinct, device), device, residency, ahead)
+    checkpoint = Checkpoint(make_model(shape, distinct, device), device, offload, ahead)
     for block in checkpoint.blocks:  # memory that is shared once more by parameters that are not
         put(block, {name: nn.Parameter(p.data, requires_grad=False) for name, p in block.named_parameters()})
     ids = torch.randint(shape.vocabulary, (2, shape.windows, shape.tokens), generator=torch.Generator().manual_seed(0))
-    texts = {role: Windows(part.numpy(), role) for role, part in zip(("calibration", "search"), ids, strict=True)}
+    texts = {role: Windows(part.numpy(), role) for role, part in zip(("calibration", "validation"), ids, strict=True)}
     folder = ModelFolder(Path(tempfile.gettempdir()) / "nothing", "random", shape.name)
     context = TrialContext(folder, checkpoint, texts, PruneConfig(), lambda event: None)
     next(iter(context.prune(uniform(context))))
@@ -176,15 +176,15 @@ def trial(context: TrialContext) -> Trial:
     """One trial of Wanda."""
     record = Record(context.checkpoint.device, context.dtype)
     blocks = record.follow(context.prune(uniform(context)), context.checkpoint.sizes)
-    record.nlls = context.all_nlls(blocks, "search")
+    record.nlls = context.all_nlls(blocks, "validation")
     found = record.close()
     return Trial(found["seconds"], max(found["peak_bytes"].values()))
 
 
 def dense_seconds(context: TrialContext) -> float:
-    """Seconds of the dense model on the search text, in which a block computes least while the next one comes."""
+    """Seconds of the dense model on the validation text, in which a block computes least while the next one comes."""
     began = perf_counter()
-    context.all_nlls(context.dense(), "search")
+    context.all_nlls(context.dense(), "validation")
     return perf_counter() - began
 
 
@@ -241,16 +241,16 @@ def head(title: str, *cells: str) -> None:
     print(f"|{'---|' * len(cells)}", flush=True)
 
 
-def show_trial(name: str, residency: Residency, found: Trial, floor: Floor) -> None:
+def show_trial(name: str, offload: Offload, found: Trial, floor: Floor) -> None:
     """A trial's row: seconds by phase, those with a floor over it, and memory."""
-    least = floor.products if residency == "device" else max(floor.products, floor.copies)
-    copies = "–" if residency == "device" else floor.copies
+    least = floor.products if offload == "none" else max(floor.products, floor.copies)
+    copies = "–" if offload == "none" else floor.copies
     phases = [
         f"{found.seconds[phase]:.2f} (×{found.seconds[phase] / of:.2f})"
         for phase, of in (("calibrate", floor.calibrate), ("evaluate", floor.evaluate))
     ]
     whole = f"{found.whole:.2f} (×{found.whole / least:.2f})"
-    lies = {"device": "resident", "host": "streamed"}[residency]
+    lies = {"device": "resident", "host": "streamed"}[offload]
     line(name, lies, *phases, found.seconds["prune"], whole, floor.products, copies, found.peak / 1e9)
 
 
@@ -311,7 +311,7 @@ def main() -> None:
     rate = dense_seconds(context)
     del context
     ways = [rate, *streamed(large, device, floor, lambda: perf_counter() - began > BUDGET)]
-    head(f"{large.name}, the dense model on the search text", "weights", "seconds", "of the resident rate")
+    head(f"{large.name}, the dense model on the validation text", "weights", "seconds", "of the resident rate")
     for way, seconds in zip(WAYS, ways, strict=False):
         line(way, seconds, f"{rate / seconds:.0%}")
     show_sparsegpt(small, sparsegpt, device)

@@ -78,14 +78,14 @@ def anonymous() -> int:
 def measure(folder: Path, way: str) -> dict[str, Any]:
     """Loads, prunes and evaluates once."""
     device = find_device("auto")
-    residency, _, converted = way.partition(", ")
+    offload, _, converted = way.partition(", ")
     dtype = torch.bfloat16 if converted else torch.float32
     with tempfile.TemporaryDirectory() as small:  # libraries take memory once, which is not the model's
         write_model(Path(small), *TINY["1 MB"])
-        work(Path(small), Checkpoint.load(Path(small), dtype, device, residency=residency))  # type: ignore[arg-type]
+        work(Path(small), Checkpoint.load(Path(small), dtype, device, offload=offload))  # type: ignore[arg-type]
     reset_peak_memory(device)
     peak = Peak()
-    checkpoint = Checkpoint.load(folder, dtype, device, residency=residency)  # type: ignore[arg-type]
+    checkpoint = Checkpoint.load(folder, dtype, device, offload=offload)  # type: ignore[arg-type]
     found = {"loading": peak.end()}
     peak = Peak()
     work(folder, checkpoint)
@@ -102,10 +102,10 @@ def measure(folder: Path, way: str) -> dict[str, Any]:
 def work(folder: Path, checkpoint: Checkpoint) -> None:
     """One trial over random windows."""
     ids = torch.randint(VOCABULARY, (WINDOWS, TOKENS), generator=torch.Generator().manual_seed(0)).numpy()
-    texts = dict.fromkeys(("calibration", "search"), Windows(ids, ""))
+    texts = dict.fromkeys(("calibration", "validation"), Windows(ids, ""))
     context = TrialContext(ModelFolder(folder, "", ""), checkpoint, texts, PruneConfig(), lambda event: None)
     plan = Plan("wanda", "uniform", (0.5,) * len(checkpoint.blocks))
-    context.all_nlls(((block.index, block.weights) for block in context.prune(plan)), "search")
+    context.all_nlls(((block.index, block.weights) for block in context.prune(plan)), "validation")
 
 
 def in_process(folder: Path, way: str) -> dict[str, Any]:

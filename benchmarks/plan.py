@@ -1,6 +1,6 @@
 """What `plan` foretells of a study against what it then takes: seconds of a trial and of the study, memory at the peak.
 
-    python benchmarks/plan.py            SmolLM2-135M, the first trials of `smol`, its report text shortened
+    python benchmarks/plan.py            SmolLM2-135M, the first trials of `smol`, its test text shortened
     python benchmarks/plan.py NAME       any other study
 
 Both in one process each, one after the other, on an otherwise idle machine: the ratio is measured over foretold.
@@ -15,7 +15,7 @@ from pathlib import Path
 from time import perf_counter
 
 TRIALS = 2
-SHORT = ("texts.report.windows=8",) if len(sys.argv) < 2 else ()
+SHORT = ("texts.test.nsamples=8",) if len(sys.argv) < 2 else ()
 
 RUN = """
 import json, sys

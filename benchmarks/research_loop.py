@@ -90,7 +90,7 @@ def prepare(work: Path, changes: list[str]) -> None:
     from atp_tune.spec.studyfile import load
 
     study = (file := load("smol", changes)).study
-    texts = {"calibration": study.texts.calibration, "search": study.texts.search, "report": study.report_text}
+    texts = {"calibration": study.texts.calibration, "validation": study.texts.validation, "test": study.test_text}
     context = TrialContext.open(ContextConfig(study.model, study.prune, texts, file.folder, "cpu"))
     (work / "model").write_text(str(context.folder.path))
     (work / "dtype").write_text(context.dtype)

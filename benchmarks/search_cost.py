@@ -10,9 +10,9 @@ model, texts, number format and threads. `tune.py` is run as a person would run 
 
 `to its β` is the wall time, process start and model loading included, until no more β can be chosen: a screening that
 hands on one point has chosen it, and what follows measures it. `to the choice` is the time until that is done too, the
-last trial of a β; `all` is the whole command, which also measures dense, uniform and best on the report text (the
+last trial of a β; `all` is the whole command, which also measures dense, uniform and best on the test text (the
 paper's loop does not). Tokens
-are those of the calibration and search texts that pass through all blocks until the choice. The report perplexity is
+are those of the calibration and validation texts that pass through all blocks until the choice. The test perplexity is
 that of the chosen point, measured as the row measures; the change is from the paper's choice, over paired windows.
 `at its β` is the change where the chosen β is pruned as the paper does, so that only the choice differs.
 Dense statistics that an earlier run left in the cache are removed first.
@@ -42,7 +42,7 @@ from atp_tune.storage.opening import find_study, open_storage
 HERE = Path(__file__).parent
 STEP = 0.002
 GRID = ("search.sampler=grid", f"search.step={STEP}")
-PART = 8  # windows of the search text that a screening looks at
+PART = 8  # windows of the validation text that a screening looks at
 SCREEN = ("search.sampler=gp", "search.screen.trials=9")
 FAST = "smol-fast"
 REST = ("prune.statistics=sequential", "search.stopper=wilcoxon")
@@ -50,11 +50,11 @@ LEVERS = {
     "off": GRID,
     "sequential": (*GRID, "prune.statistics=sequential"),
     "stopper": (*GRID, "search.stopper=wilcoxon"),
-    "settle": ("search.sampler=gp", "search.settle=true"),
+    "settle": ("search.sampler=gp", "search.early_termination=true"),
     "screen": (*SCREEN, "search.screen.confirm=1"),
     "all": (*SCREEN, "search.screen.confirm=1", *REST),
     "all-2": (*SCREEN, "search.screen.confirm=2", *REST),
-    FAST: (),  # the study of that name as it is: `all-2`, screened on a quarter of the search text
+    FAST: (),  # the study of that name as it is: `all-2`, screened on a quarter of the validation text
 }
 
 
@@ -76,7 +76,9 @@ class Row:
 def texts(scale: int) -> dict[str, int]:
     """The settings of smol's texts, so many times as long."""
     found = load("smol").study.texts
-    return {f"texts.{role}.windows": scale * (getattr(found, role).windows or 0) for role in ("calibration", "search")}
+    return {
+        f"texts.{role}.nsamples": scale * (getattr(found, role).nsamples or 0) for role in ("calibration", "validation")
+    }
 
 
 def paper(sparsity: float, work: Path, scale: int) -> Row:
@@ -86,7 +88,7 @@ def paper(sparsity: float, work: Path, scale: int) -> Row:
     betas = [round(STEP * k, 10) for k in range(1, int(bound / STEP + 1e-9) + 1)]
     began, found = perf_counter(), {}
     for beta in betas:
-        nlls = _nlls([*command, str(beta), "search"])
+        nlls = _nlls([*command, str(beta), "validation"])
         found[beta] = perplexity(nlls).value
         print(f"  paper β={beta:g}: {found[beta]:.2f}", file=sys.stderr, flush=True)
     seconds = perf_counter() - began
@@ -97,7 +99,7 @@ def paper(sparsity: float, work: Path, scale: int) -> Row:
 
 
 def _report(beta: float, sparsity: float, work: Path) -> list[float]:
-    return _nlls([sys.executable, str(HERE / "research_loop.py"), str(work), str(sparsity), str(beta), "report"])
+    return _nlls([sys.executable, str(HERE / "research_loop.py"), str(work), str(sparsity), str(beta), "test"])
 
 
 def _nlls(command: Sequence[str]) -> list[float]:
@@ -113,8 +115,8 @@ def ours(name: str, sparsity: float, work: Path, scale: int) -> Row:
     overrides = [f"sparsity={sparsity}", *LEVERS[name], *(f"{key}={value}" for key, value in sizes.items())]
     if "search.screen" in str(LEVERS[name]):
         confirm = int(next(key for key in LEVERS[name] if "confirm" in key)[-1])
-        every = sizes["texts.search.windows"] // PART
-        overrides += [f"search.screen.every={every}", f"search.trials={confirm + 1}"]
+        every = sizes["texts.validation.nsamples"] // PART
+        overrides += [f"search.screen.stride={every}", f"search.trials={confirm + 1}"]
     elif name != FAST:
         overrides += [f"search.trials={grid + 1}"]
     sets = [word for override in overrides for word in ("--set", override)]
@@ -130,7 +132,7 @@ def ours(name: str, sparsity: float, work: Path, scale: int) -> Row:
     summary = summarise(study)
     best = summary.best_trial
     assert best is not None
-    report = study.user_attrs["reports"][str(best.number)]
+    report = study.user_attrs["test_nlls"][str(best.number)]
     trials, tokens = _work(study, label, storage, scale)
     beta = best.params["beta"]
     as_paper = _report(beta, sparsity, work)
@@ -187,7 +189,7 @@ def table(rows: list[Row], sparsity: float) -> str:
     first = rows[0]
     head = (
         f"**{sparsity:.0%}**\n\n| search | to its β s | times faster | to the choice s | times faster | all s | "
-        "tokens | trials | β | report perplexity | against the paper's choice | at its β |\n"
+        "tokens | trials | β | test perplexity | against the paper's choice | at its β |\n"
         "|---|---|---|---|---|---|---|---|---|---|---|---|"
     )
     lines = [

@@ -21,7 +21,7 @@ import optuna
 from atp_tune.allocations import Budget
 from atp_tune.search.samplers import make_sampler
 from atp_tune.search.space import Space
-from atp_tune.search.termination import has_settled
+from atp_tune.search.termination import should_terminate
 from atp_tune.spec.study import SearchConfig
 from atp_tune.storage.ranking import measured
 
@@ -53,7 +53,7 @@ class End:
     """Trials of a search, whether it settled, and how far its best perplexity lies above the lowest."""
 
     trials: int
-    has_settled: bool
+    should_terminate: bool
     above: float
 
 
@@ -104,13 +104,13 @@ def search(curve: Curve, seed: int, total: int = TOTAL) -> End:
     settled = False
     while not settled and len(study.trials) < total:
         study.optimize(measure, n_trials=1)
-        settled = has_settled(study, space)
+        settled = should_terminate(study, space)
     return End(len(study.trials), settled, study.best_value / math.exp(curve.lowest) - 1)
 
 
 def row(name: str, ends: list[End]) -> str:
     """A line of the table: only those that settled claim anything."""
-    done = [end for end in ends if end.has_settled]
+    done = [end for end in ends if end.should_terminate]
     if not done:
         return f"| {name} | 0 of {len(ends)} | – | – | – | – |"
     above = [end.above for end in done]

@@ -56,7 +56,7 @@ class Floor:
     def seconds(self, statistics: str) -> float:
         """Seconds of a trial: calibration as the statistics say, search, head."""
         measuring, running = {"block": (1, 1), "sequential": (0, 1), "dense": (0, 0)}[statistics]
-        texts = self._batches("calibration"), self._batches("search")
+        texts = self._batches("calibration"), self._batches("validation")
         return seconds_of(lambda: self._multiply(*texts, measuring, running))
 
     def _batches(self, role: str) -> list[tuple[int, int]]:
@@ -98,7 +98,7 @@ def trial(context: TrialContext, pruner: str) -> dict[str, float]:
     """Seconds of one trial by phase."""
     record = Record(context.checkpoint.device, context.dtype)
     plan = make_plan(pruner, "atp", context.budget(0.6), {"beta": BETA})
-    context.all_nlls(record.follow(context.prune(plan), context.checkpoint.sizes), "search")
+    context.all_nlls(record.follow(context.prune(plan), context.checkpoint.sizes), "validation")
     seconds: dict[str, float] = record.close()["seconds"]
     return seconds
 
@@ -124,14 +124,14 @@ def compare(context: TrialContext, pruner: str, statistics_: str, title: str) ->
 def smol() -> TrialContext:
     """The context of the study smol."""
     file = load("smol")
-    texts = {"calibration": file.study.texts.calibration, "search": file.study.texts.search}
+    texts = {"calibration": file.study.texts.calibration, "validation": file.study.texts.validation}
     return TrialContext.open(ContextConfig(file.study.model, file.study.prune, texts, file.folder, "cpu"))
 
 
 def proportion(context: TrialContext, calibration: int, search: int) -> None:
     """Prints a row: both ways of statistics with texts of so many thousand tokens, in turn."""
     pairs = []
-    sized = resized(context, {"calibration": 1024 * calibration, "search": 1024 * search}, 30)
+    sized = resized(context, {"calibration": 1024 * calibration, "validation": 1024 * search}, 30)
     for _ in range(PAIRS + 1):
         pair = []
         for way in ("block", "sequential"):
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--proportions", action="store_true", help="block and sequential, by the sizes of the texts")
     asked = parser.parse_args()
     context = smol()
-    batches = " and ".join(str(context.batch(role).windows) for role in ("calibration", "search"))
+    batches = " and ".join(str(context.batch(role).windows) for role in ("calibration", "validation"))
     print(f"{torch.get_num_threads()} threads, {context.dtype}, batches of {batches} windows\n")
     if asked.proportions:
         print("| calibration tokens | search tokens | block s | sequential s | ratio |\n|---|---|---|---|---|")

@@ -8,7 +8,7 @@ from tinystudy import stored
 # Together they take as long as a start of Python with all libraries: every worker comes to its turn, however fast a
 # core is.
 TOTAL = 12
-LONG = ("texts.calibration.source=file:long.txt", "texts.calibration.windows=2000", "texts.search.windows=250")
+LONG = ("texts.calibration.source=file:long.txt", "texts.calibration.nsamples=2000", "texts.validation.nsamples=250")
 
 
 def trials(place: Path) -> list[FrozenTrial]:

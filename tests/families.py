@@ -13,7 +13,7 @@ from atp_tune.blocks.replay import Replay
 from atp_tune.blocks.verification import verified
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
-from atp_tune.checkpoints.residency import Residency
+from atp_tune.checkpoints.offload import Offload
 from atp_tune.events import EventHandler, ignore_events
 from atp_tune.inputs.tokens import TOKEN_WINDOWS
 from atp_tune.inputs.windows import Windows
@@ -180,8 +180,8 @@ def tiny(family: str, dtype: torch.dtype = torch.float32) -> Any:
     return model.to(dtype).eval()
 
 
-def checkpoint_of(model: nn.Module, residency: Residency | None = None, device: torch.device = CPU) -> Checkpoint:
-    return Checkpoint(model, device, residency)
+def checkpoint_of(model: nn.Module, offload: Offload | None = None, device: torch.device = CPU) -> Checkpoint:
+    return Checkpoint(model, device, offload)
 
 
 def replay_of(model: nn.Module) -> Replay:
@@ -202,17 +202,17 @@ def bench_of(
     prune: PruneConfig | None = None,
     watch: EventHandler = ignore_events,
     folder: Path = Path(),
-    residency: Residency | None = None,
+    offload: Offload | None = None,
     ids: Callable[[int, int, int], Tensor] | None = None,
     device: torch.device = CPU,
 ) -> TrialContext:
     """A bench over random windows, or those that `ids` draws: 5 of calibration, 7 of search, 3 of report."""
-    windows, draw = {"calibration": 5, "search": 7, "report": 3}, ids or random_ids
+    windows, draw = {"calibration": 5, "validation": 7, "test": 3}, ids or random_ids
     texts = {
         role: Windows(draw(count, TOKENS, seed).numpy(), f"{role} text")
         for seed, (role, count) in enumerate(windows.items())
     }
-    checkpoint = checkpoint_of(model, residency, device)
+    checkpoint = checkpoint_of(model, offload, device)
     return TrialContext(ModelFolder(folder, "content", "tiny"), checkpoint, texts, prune or PruneConfig(), watch)
 
 

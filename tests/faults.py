@@ -132,8 +132,8 @@ def check_equal(study: optuna.Study, undisturbed: optuna.Study, total: int) -> N
 
 
 def reports(study: optuna.Study) -> dict[str, list[float]]:
-    """Window NLLs on the report text by the parameters of their trial."""
-    found = study.user_attrs["reports"]
+    """Window NLLs on the test text by the parameters of their trial."""
+    found = study.user_attrs["test_nlls"]
     names = {name: "dense" if name == "dense" else json.dumps(study.trials[int(name)].params) for name in found}
     return {names[name]: found[name] for name in found}
 

@@ -123,10 +123,10 @@ def scratch() -> Path:
 def finished() -> tuple[StudyFile, dict[str, Any], list[FrozenTrial]]:
     """A study file, and attributes and trials as a study of it holds them."""
     study = new_study(scratch() / "made.db")
-    study.set_user_attr("reports", {"dense": [2.9] * 16, "0": [4.1] * 16, "2": [4.0] * 16})
+    study.set_user_attr("test_nlls", {"dense": [2.9] * 16, "0": [4.1] * 16, "2": [4.0] * 16})
     grid = [0.0, 0.1]
     curve = {"beta": grid, "mean": [60.0, 61.0], "low": [50.0, 51.0], "high": [70.0, 71.0]}
-    study.set_user_attr("belief", {"before": 3, "curves": {"wanda": curve}})
+    study.set_user_attr("gp_posterior", {"before": 3, "curves": {"wanda": curve}})
     attrs = study.user_attrs
     attrs["fingerprint"] |= {"model.dtype": "float32", "prune.pruners": ["wanda"]}
     file = studyfile.load(str(SMOL))

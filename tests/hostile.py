@@ -410,7 +410,7 @@ CONFIGURATION = [
     Input("a study by a name that is a path", best(study="../../../x"), "read as text"),
     Input("a trial of 19 digits", best(trial=10**18), "read as text"),
     Input("a trial below zero", best(trial=-1), "read as text"),
-    Input("perplexities that are none", best(perplexity={"search": {"value": -1, "stderr": 0}, "report": None})),
+    Input("perplexities that are none", best(perplexity={"validation": {"value": -1, "stderr": 0}, "test": None})),
     Input("scores of another type", best(speed=[5], zero_shot={"tasks": 1})),
     Input("versions that are markup", best(versions={MARKUP: MARKUP}), "read as text"),
 ]  # fmt: skip

@@ -72,7 +72,7 @@ def new_study(database: Path | None, name: str = "made-up") -> optuna.Study:
     study = optuna.create_study(study_name=name, storage=None if database is None else storage_in(database))
     overrides = ['prune.pruners=["wanda", "sparsegpt"]', 'allocation=["atp", "owl"]']
     attributes = {
-        "fingerprint": {"model.content": "ab" * 32, "texts.search.content": "cd" * 32, "sparsity": TARGET},
+        "fingerprint": {"model.content": "ab" * 32, "texts.validation.content": "cd" * 32, "sparsity": TARGET},
         "sizes": [3_538_944] * BLOCKS,
         "total": 16,
         "made_from": settings(load("smol", overrides)),
@@ -100,5 +100,5 @@ def long_study(database: Path | None, trials: int, name: str = "made-up") -> opt
     grid = [BOUND * k / 100 for k in range(101)]
     mean = [60 * (1 + 5000 * (beta - 0.006) ** 2) for beta in grid]
     curve = {"beta": grid, "mean": mean, "low": [0.9 * m for m in mean], "high": [1.1 * m for m in mean]}
-    study.set_user_attr("belief", {"before": trials, "curves": {"wanda": curve}})
+    study.set_user_attr("gp_posterior", {"before": trials, "curves": {"wanda": curve}})
     return study

@@ -101,28 +101,28 @@ def test_a_sparse_checkpoint_is_what_the_configuration_says(
     config = config.model_copy(update={"pruner": pruner, "block_sparsities": sparsities})
     measured = applied(config, done, tmp_path / "out")
     check_zeros(tmp_path / "out", done / "model", pruner, sparsities)
-    assert measured.value == pytest.approx(math.exp(fmean(ByHand(done, tmp_path / "out").nlls("report"))), rel=1e-5)
+    assert measured.value == pytest.approx(math.exp(fmean(ByHand(done, tmp_path / "out").nlls("test"))), rel=1e-5)
 
 
 @pytest.mark.slow
 def test_it_loads_as_any_checkpoint_and_keeps_the_promise(done: Path, config: Config, tmp_path: Path) -> None:
     measured = applied(config, done, tmp_path / "new" / "out")
-    assert config.perplexity.report
-    assert measured.value == pytest.approx(config.perplexity.report.value, rel=1e-3)
+    assert config.perplexity.test
+    assert measured.value == pytest.approx(config.perplexity.test.value, rel=1e-3)
     out = tmp_path / "new" / "out"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     ids = tokenizer("The quick brown fox", return_tensors="pt").input_ids
     assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, ids.shape[1] + 4)
     by_hand = ByHand(done, out)
-    assert math.exp(fmean(by_hand.nlls("report"))) == pytest.approx(config.perplexity.report.value, rel=1e-3)
+    assert math.exp(fmean(by_hand.nlls("test"))) == pytest.approx(config.perplexity.test.value, rel=1e-3)
     assert by_hand.zeros() == pytest.approx(config.sparsity.realised)
     check_zeros(out, done / "model", config.pruner, config.block_sparsities)
     assert {file.name for file in out.iterdir()} == {
         "atp_tune.json", "README.md", *(file.name for file in (done / "model").iterdir())
     }  # fmt: skip
     about = read_config(out / "atp_tune.json")
-    assert about.perplexity.report == measured
-    scores = about.perplexity.model_copy(update={"report": config.perplexity.report})
+    assert about.perplexity.test == measured
+    scores = about.perplexity.model_copy(update={"test": config.perplexity.test})
     assert about.model_copy(update={"perplexity": scores, "folder": config.folder}) == config
     assert (out / about.folder).resolve() == done
     assert [file.name for file in out.parent.iterdir()] == ["out"]
@@ -146,11 +146,11 @@ def test_a_checkpoint_in_shards_stays_in_shards(done: Path, config: Config, tmp_
 @pytest.mark.slow
 def test_only_the_file_and_the_model_are_needed(done: Path, tmp_path: Path) -> None:
     """No database, no study file: the JSON moved elsewhere says where its relative paths start."""
-    for file in ("tiny.db", "tiny.toml", "search.txt"):
+    for file in ("tiny.db", "tiny.toml", "validation.txt"):
         (done / file).unlink()
     config = read_config(done / "tiny.best.json")
-    assert config.perplexity.report
-    assert applied(config, done, tmp_path / "out").value == pytest.approx(config.perplexity.report.value, rel=1e-3)
+    assert config.perplexity.test
+    assert applied(config, done, tmp_path / "out").value == pytest.approx(config.perplexity.test.value, rel=1e-3)
 
 
 def test_the_same_again_is_the_same(done: Path, config: Config, tmp_path: Path) -> None:
@@ -171,8 +171,8 @@ def test_a_folder_is_written_with_one_copy_of_each_block(
     done: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of blocks that lie in host memory: what is dense is read from there, not from the device."""
-    texts = {"calibration": config.calibration, "report": config.texts.report}
-    model = config.model.model().model_copy(update={"residency": "host"})
+    texts = {"calibration": config.calibration, "test": config.texts.test}
+    model = config.model.model().model_copy(update={"offload": "host"})
     bench = TrialContext.open(ContextConfig(model, config.prune, texts, done, "cpu"), ignore_events)
     plan, copied, copy_to = plan_of(config, bench), Counter[int](), streaming.copy_to
     assert len(list(bench.prune(plan))) == BLOCKS  # the dense model's states are measured once
@@ -266,13 +266,13 @@ def test_a_failure_half_way_leaves_nothing(
 
 def test_prune_once_equals_the_trial(done: Path, config: Config) -> None:
     assert config.allocation.beta is not None
-    assert config.perplexity.report
+    assert config.perplexity.test
     file = study_file(done, f"prune.pruners=['{config.pruner}']")
     plan, measured = prune_once(file, {"beta": config.allocation.beta}, None, ignore_events)
     assert plan.sparsities == config.block_sparsities
     assert (plan.pruner, plan.allocation) == (config.pruner, "atp")
-    assert measured.value == pytest.approx(config.perplexity.report.value, rel=1e-6)
-    assert measured.stderr == pytest.approx(config.perplexity.report.stderr, rel=1e-4)
+    assert measured.value == pytest.approx(config.perplexity.test.value, rel=1e-6)
+    assert measured.stderr == pytest.approx(config.perplexity.test.stderr, rel=1e-4)
 
 
 @pytest.mark.slow
@@ -290,7 +290,7 @@ def test_prune_once_writes_what_it_measures(done: Path, tmp_path: Path) -> None:
 def test_what_was_pruned_once_is_made_again_from_its_folder(done: Path, tmp_path: Path) -> None:
     _, measured = prune_once(study_file(done), {"beta": 0.05}, tmp_path / "one", ignore_events)
     about = read_config(tmp_path / "one" / "atp_tune.json")
-    assert (about.trial, about.perplexity.report) == (None, measured)
+    assert (about.trial, about.perplexity.test) == (None, measured)
     again = apply(about, tmp_path / "one" / about.folder, tmp_path / "two", "cpu", ignore_events)
     assert again == measured
     one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
@@ -349,13 +349,13 @@ def anonymous(process: int) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("residency", ["disk", "auto"])
-def test_a_large_folder_is_written_in_the_memory_of_a_few_blocks(residency: str, place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("offload", ["disk", "auto"])
+def test_a_large_folder_is_written_in_the_memory_of_a_few_blocks(offload: str, place: Path, tmp_path: Path) -> None:
     """Written and measured again: the model is not in memory, it lies in mapped files."""
     block, out = large(place), tmp_path / "sparse"
-    few = ["texts.calibration.windows=2", "texts.report.windows=2", "model.dtype=bfloat16"]
+    few = ["texts.calibration.nsamples=2", "texts.test.nsamples=2", "model.dtype=bfloat16"]
     words = ["prune", "--study", place / "tiny.toml", "--beta", "0.01", "--out", out]
-    words += settings(f"model.residency={residency}", *few)
+    words += settings(f"model.offload={offload}", *few)
     heard, held = tmp_path / "heard", {"writing": [0], "checking": [0]}
     with heard.open("wb") as file:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300"}

@@ -42,8 +42,10 @@ def began(place: Path) -> Path:
 
 
 def sizes(place: Path) -> list[tuple[int, int]]:
-    """Calibration and search windows at a time, trial by trial."""
-    return [(t.user_attrs["batches"]["calibration"], t.user_attrs["batches"]["search"]) for t in stored(place).trials]
+    """Calibration and validation windows at a time, trial by trial."""
+    return [
+        (t.user_attrs["batches"]["calibration"], t.user_attrs["batches"]["validation"]) for t in stored(place).trials
+    ]
 
 
 def forget(place: Path) -> None:
@@ -56,7 +58,7 @@ def forget(place: Path) -> None:
 
 @pytest.mark.slow
 def test_a_study_is_resumed_in_its_own_batches(began: Path, elsewhere: pytest.MonkeyPatch) -> None:
-    assert stored(began).user_attrs["batches"] == {"calibration": 8, "search": 16, "report": 16, "heads": 64}
+    assert stored(began).user_attrs["batches"] == {"calibration": 8, "validation": 16, "test": 16, "heads": 64}
     run(began, "search.trials=3")
     assert [t.user_attrs["batch_windows"] for t in stored(began).trials][2:] == [8]
     assert sizes(began) == [(8, 16)] * 3

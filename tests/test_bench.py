@@ -29,8 +29,8 @@ def test_what_decides_a_value_is_told() -> None:
         "model.dtype": "bfloat16",
         "texts.bos": False,
         "texts.calibration.content": "calibration text",
-        "texts.search.content": "search text",
-        "texts.report.content": "report text",
+        "texts.validation.content": "validation text",
+        "texts.test.content": "test text",
     }
 
 
@@ -40,7 +40,7 @@ def test_each_block_is_a_step() -> None:
     list(work.prune(UNIFORM))
     assert steps(events) == [("prune", done, 4) for done in (1, 2, 3, 4)]
     events.clear()
-    work.all_nlls(work.dense(), "report")
+    work.all_nlls(work.dense(), "test")
     assert steps(events) == [("evaluate", done, 4) for done in (1, 2, 3, 4)]
 
 
@@ -59,9 +59,9 @@ def test_pruning_and_evaluating_go_hand_in_hand() -> None:
     events: list[Any] = []
     work = bench_of(tiny("llama"), watch=events.append)
     pruned = ((block.index, block.weights) for block in work.prune(UNIFORM))
-    streamed = work.all_nlls(pruned, "search")
+    streamed = work.all_nlls(pruned, "validation")
     assert [phase for phase, *_ in steps(events)] == ["prune", "evaluate"] * 4
-    assert streamed == work.all_nlls([(block.index, block.weights) for block in work.prune(UNIFORM)], "search")
+    assert streamed == work.all_nlls([(block.index, block.weights) for block in work.prune(UNIFORM)], "validation")
 
 
 def test_settings_reach_sparsegpt(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,12 +107,12 @@ def test_masks_depend_on_the_calibration_text_alone(monkeypatch: pytest.MonkeyPa
     calibration = whole.windows["calibration"]
     longer = Windows(random_ids(2, 4 * TOKENS, seed=3).numpy(), "longer")
     plan = Plan("wanda", "uniform", (0.5,) * 4)
-    for texts in ({"calibration": calibration}, {"calibration": calibration, "report": longer}):
+    for texts in ({"calibration": calibration}, {"calibration": calibration, "test": longer}):
         other = TrialContext(whole.folder, whole.checkpoint, texts, PruneConfig(), ignore_events)
         assert other.batch("calibration").windows == whole.batch("calibration").windows == 4
         for one, two in zip(other.prune(plan), whole.prune(plan), strict=True):
             assert all(same_bits(one.weights[name], two.weights[name]) for name in two.weights)
-    assert other.batch("report").windows == 1
+    assert other.batch("test").windows == 1
 
 
 def test_a_bench_opens_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,9 +152,9 @@ def test_a_model_that_needs_bos_is_given_it(wanting: Path, command: CommandLine)
     assert re.search(rf"^{MEASURED}{FEW}\.$".replace(r"texts\.bos", "BOS"), answer.out, re.M)
     study = reopen(wanting)
     assert study.user_attrs["fingerprint"]["texts.bos"] is True
-    windows = by_hand(wanting, "search", bos=True)
+    windows = by_hand(wanting, "validation", bos=True)
     assert study.user_attrs["dense"] == pytest.approx(nlls(wanting / "model", windows), rel=1e-5)
-    without = nlls(wanting / "model", by_hand(wanting, "search", bos=False))
+    without = nlls(wanting / "model", by_hand(wanting, "validation", bos=False))
     assert perplexity(without).value > 1.5 * perplexity(study.user_attrs["dense"]).value
 
 
@@ -183,7 +183,9 @@ def test_a_model_that_does_not_need_it_is_not(place: Path, command: CommandLine)
     assert "BOS: " not in answer.out
     study = reopen(place)
     assert study.user_attrs["fingerprint"]["texts.bos"] is False
-    assert study.user_attrs["dense"] == pytest.approx(nlls(place / "model", by_hand(place, "search", False)), rel=1e-5)
+    assert study.user_attrs["dense"] == pytest.approx(
+        nlls(place / "model", by_hand(place, "validation", False)), rel=1e-5
+    )
 
 
 @pytest.mark.slow
@@ -276,8 +278,8 @@ def test_studies_of_before_go_on_without(wanting: Path, command: CommandLine) ->
     assert tune(command, wanting, "texts.bos=false", "search.trials=4").code == 0
     assert tune(command, wanting, "texts.bos=true").error.startswith("study tiny: texts.bos is true, was false. Put")
     once = command("prune", "--study", wanting / "tiny.toml", "--beta", "0")  # as in the study that is there
-    uniform = perplexity(study.user_attrs["reports"]["0"])
-    assert f"perplexity {uniform} on the report text" in once.out
+    uniform = perplexity(study.user_attrs["test_nlls"]["0"])
+    assert f"perplexity {uniform} on the test text" in once.out
     assert command("plan", "--study", wanting / "tiny.toml").code == 0
 
 
@@ -288,7 +290,7 @@ def test_the_screening_shares_it(wanting: Path, monkeypatch: pytest.MonkeyPatch)
     screen = ("search.sampler=gp", "search.screen={trials=2, every=4, confirm=1}", "search.trials=1")
     run(wanting, *screen)
     assert asked == [1]
-    inner, dense = reopen(wanting, "tiny.screen"), nlls(wanting / "model", by_hand(wanting, "search", bos=True))
+    inner, dense = reopen(wanting, "tiny.screen"), nlls(wanting / "model", by_hand(wanting, "validation", bos=True))
     assert inner.user_attrs["fingerprint"]["texts.bos"] is True
     assert inner.user_attrs["dense"] == pytest.approx(dense[::4], rel=1e-5)
     assert reopen(wanting).user_attrs["dense"] == pytest.approx(dense, rel=1e-5)
@@ -300,16 +302,16 @@ def test_the_screening_shares_it(wanting: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.slow
 def test_the_papers_have_none(wanting: Path, command: CommandLine) -> None:
     toml = (wanting / "tiny.toml").read_text()
-    head, mark, rest = toml.partition("[texts.report]")
+    head, mark, rest = toml.partition("[texts.test]")
     (wanting / "tiny.toml").write_text(f'protocol = "paper"\n{head}{rest[rest.index("[search]") :]}')
     assert tune(command, wanting, "texts.bos=true").error == (
         f'{wanting}/tiny.toml with --set texts.bos=true: texts.bos: protocol = "paper" measures as the papers do, '
         "without BOS; leave it out"
     )
     answer = tune(command, wanting)
-    assert (mark, answer.code) == ("[texts.report]", 0)
+    assert (mark, answer.code) == ("[texts.test]", 0)
     assert "BOS" not in answer.out.replace("texts.bos", "BOS")
-    without = nlls(wanting / "model", by_hand(wanting, "search", bos=False))
+    without = nlls(wanting / "model", by_hand(wanting, "validation", bos=False))
     assert reopen(wanting).user_attrs["dense"] == pytest.approx(without, rel=1e-5)
 
 
@@ -341,8 +343,8 @@ def test_nothing_is_measured_where_it_is_asked_for(wanting: Path) -> None:
     assert [event.text for event in told if isinstance(event, Message)] == ["loading the model and the texts"]
     assert study.user_attrs["fingerprint"]["texts.bos"] is True
     assert "bos" not in study.user_attrs
-    windows = by_hand(wanting, "report", bos=True)
-    assert study.user_attrs["reports"]["dense"] == pytest.approx(nlls(wanting / "model", windows), rel=1e-5)
+    windows = by_hand(wanting, "test", bos=True)
+    assert study.user_attrs["test_nlls"]["dense"] == pytest.approx(nlls(wanting / "model", windows), rel=1e-5)
 
 
 # --- where it goes
@@ -355,9 +357,9 @@ def test_apply_makes_the_masks_of_the_trial(finished: Path, command: CommandLine
     answer = command("apply", "--config", finished / "tiny.best.json", "--out", finished / "sparse")
     assert (answer.code, answer.err) == (0, "")
     assert "warning" not in answer.out
-    assert config.perplexity.report is not None
-    measured = perplexity(nlls(finished / "sparse", by_hand(finished, "report", bos=True)))
-    assert measured.value == pytest.approx(config.perplexity.report.value, rel=1e-5)
+    assert config.perplexity.test is not None
+    measured = perplexity(nlls(finished / "sparse", by_hand(finished, "test", bos=True)))
+    assert measured.value == pytest.approx(config.perplexity.test.value, rel=1e-5)
     assert read_config(finished / "sparse/atp_tune.json").bos is True
     card = (finished / "sparse/README.md").read_text()
     assert "16 windows of 32 tokens, each beginning with BOS; ± is" in card
@@ -373,8 +375,8 @@ def test_a_configuration_without_the_key_has_none(finished: Path, command: Comma
     assert command("apply", "--config", finished / "tiny.best.json", "--out", finished / "sparse").code == 0
     masks = [{name: tensor == 0 for name, tensor in tensors(finished / name).items()} for name in ("older", "sparse")]
     assert any(not torch.equal(mask, masks[1][name]) for name, mask in masks[0].items())
-    measured = read_config(finished / "older/atp_tune.json").perplexity.report
-    without = perplexity(nlls(finished / "older", by_hand(finished, "report", bos=False)))
+    measured = read_config(finished / "older/atp_tune.json").perplexity.test
+    without = perplexity(nlls(finished / "older", by_hand(finished, "test", bos=False)))
     assert measured is not None
     assert measured.value == pytest.approx(without.value, rel=1e-5)
 
@@ -386,10 +388,10 @@ def test_one_plan_without_a_search_has_it(wanting: Path, command: CommandLine) -
     assert (answer.code, answer.err) == (0, "")
     assert len(re.findall(f"^{MEASURED}{FEW}$", answer.out, re.M)) == 1
     config = read_config(out / "atp_tune.json")
-    measured = perplexity(nlls(out, by_hand(wanting, "report", bos=True)))
+    measured = perplexity(nlls(out, by_hand(wanting, "test", bos=True)))
     assert config.bos is True
-    assert config.perplexity.report is not None
-    assert config.perplexity.report.value == pytest.approx(measured.value, rel=1e-5)
+    assert config.perplexity.test is not None
+    assert config.perplexity.test.value == pytest.approx(measured.value, rel=1e-5)
 
 
 @pytest.mark.slow
@@ -399,7 +401,7 @@ def test_a_folder_is_finetuned_as_it_was_pruned(finished: Path, command: Command
     answer = command("finetune", "--model", finished / "sparse", "--out", finished / "out", *short)
     assert (answer.code, answer.err) == (0, "")
     done = Finetuned.model_validate_json((finished / "out" / FINETUNED).read_text())
-    report = by_hand(finished, "report", bos=True)
+    report = by_hand(finished, "test", bos=True)
     assert done.bos is True
     assert done.before.value == pytest.approx(perplexity(nlls(finished / "sparse", report)).value, rel=1e-5)
     assert done.after.value == pytest.approx(perplexity(nlls(finished / "out", report)).value, rel=1e-5)
@@ -408,9 +410,9 @@ def test_a_folder_is_finetuned_as_it_was_pruned(finished: Path, command: Command
 
 @pytest.mark.slow
 def test_a_text_to_train_on_is_compared_without_bos(finished: Path, command: CommandLine) -> None:
-    """The report text itself under another name, in windows of half the length, is found out."""
+    """The test text itself under another name, in windows of half the length, is found out."""
     assert command("apply", "--config", finished / "tiny.best.json", "--out", finished / "sparse").code == 0
-    shutil.copy(finished / "report.txt", finished / "copy.txt")
+    shutil.copy(finished / "test.txt", finished / "copy.txt")
     short = ("--steps", "4", "--batch", "4", "--tokens", "16", "--text", f"file:{finished / 'copy.txt'}")
     answer = command("finetune", "--model", finished / "sparse", "--out", finished / "out", *short)
     assert "16 windows of file:" in answer.error
@@ -439,9 +441,9 @@ def test_a_plan_is_of_the_study_that_was_begun(finished: Path, cache: Path, comm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("residency", ["host", "disk"])
-def test_wherever_the_weights_lie(residency: str, wanting: Path, finished: Path) -> None:
-    run(wanting, f"model.residency={residency}", "search.trials=1")
+@pytest.mark.parametrize("offload", ["host", "disk"])
+def test_wherever_the_weights_lie(offload: str, wanting: Path, finished: Path) -> None:
+    run(wanting, f"model.offload={offload}", "search.trials=1")
     assert reopen(wanting).user_attrs["bos"] == reopen(finished).user_attrs["bos"]
 
 

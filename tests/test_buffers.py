@@ -49,7 +49,7 @@ def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(UserError, match=r"^model.residency: .*blocks: No space left on device; 2.0 GiB are wanted$"):
+    with pytest.raises(UserError, match=r"^model.offload: .*blocks: No space left on device; 2.0 GiB are wanted$"):
         on_disk(2 * 1024**3)
 
 

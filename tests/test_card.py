@@ -47,7 +47,7 @@ def body(made: ModelCard) -> str:
 
 
 def test_the_front_matter_is_the_hub_s() -> None:
-    made = config(texts=EvaluationTexts(search=Text(source="c4"), report=Text(source="wikitext2", split="test")))
+    made = config(texts=EvaluationTexts(validation=Text(source="c4"), test=Text(source="wikitext2", split="test")))
     found = yaml.safe_load(str(card(made)).split("---")[1])
     assert found == {
         "base_model": "org/name",
@@ -182,8 +182,8 @@ def test_what_is_not_measured_is_not_told() -> None:
     made = card(config(perplexity=none, baselines=Baselines(dense=none, uniform=none)))
     assert "model-index" not in made.data.to_dict()
     assert "± is" not in body(made)
-    infinite = config().perplexity.report.model_copy(update={"value": float("inf"), "stderr": float("inf")})  # type: ignore[union-attr]
-    made = card(config(perplexity=none.model_copy(update={"report": infinite})))
+    infinite = config().perplexity.test.model_copy(update={"value": float("inf"), "stderr": float("inf")})  # type: ignore[union-attr]
+    made = card(config(perplexity=none.model_copy(update={"test": infinite})))
     assert "model-index" not in made.data.to_dict()
 
 
@@ -194,7 +194,7 @@ def test_what_became_of_the_weights_that_stay(pruner: str) -> None:
 
 def test_a_text_that_was_searched_on_is_confessed() -> None:
     text = Text(source="wikitext2", split="test")
-    assert "on this same text" in body(card(config(texts=EvaluationTexts(search=text, report=text))))
+    assert "on this same text" in body(card(config(texts=EvaluationTexts(validation=text, test=text))))
     assert "on this same text" not in body(card())
 
 
@@ -231,9 +231,9 @@ def test_names_of_others_are_only_names(name: str) -> None:
 def test_apply_says_what_it_measured(done: Path, command: CommandLine, tmp_path: Path) -> None:
     (done / "model" / "README.md").write_text(DENSE_CARD)
     worse = read_config(done / "tiny.best.json")
-    promised = worse.perplexity.report
+    promised = worse.perplexity.test
     assert promised
-    off = worse.perplexity.model_copy(update={"report": promised.model_copy(update={"value": promised.value * 1.5})})
+    off = worse.perplexity.model_copy(update={"test": promised.model_copy(update={"value": promised.value * 1.5})})
     worse.model_copy(update={"perplexity": off}).write(done / "worse.json")
     assert command("apply", "--config", done / "worse.json", "--out", tmp_path / "sparse").code == 0
     made = ModelCard.load(tmp_path / "sparse" / "README.md")
@@ -241,7 +241,7 @@ def test_apply_says_what_it_measured(done: Path, command: CommandLine, tmp_path:
     (result,) = made.data.eval_results
     assert result.metric_value == pytest.approx(promised.value, rel=1e-3)
     assert rows(made, "## What it is worth")[4][1] == str(
-        read_config(tmp_path / "sparse" / "atp_tune.json").perplexity.report
+        read_config(tmp_path / "sparse" / "atp_tune.json").perplexity.test
     )
     assert len(re.findall("block +[0-9]+ ", body(made))) == BLOCKS
 

@@ -15,7 +15,7 @@ from atp_tune.checkpoints import checkpoint as module
 from atp_tune.checkpoints.buffers import Mapped, mapped_files
 from atp_tune.checkpoints.checkpoint import Checkpoint, find_blocks
 from atp_tune.checkpoints.linears import find_linears
-from atp_tune.checkpoints.residency import Residency
+from atp_tune.checkpoints.offload import Offload
 from atp_tune.errors import UserError
 
 BLOCKS = {
@@ -210,28 +210,28 @@ def test_a_model_that_is_loaded_keeps_no_gradients(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "host", "residency"),
+    ("device", "host", "offload"),
     [(10**9, 10**9, "device"), (10**4, 10**9, "host"), (10**4, 10**4, "disk"), (10**9, 10**4, "device")],
 )
 def test_weights_lie_in_the_first_place_where_they_fit(
-    device: int, host: int, residency: str, monkeypatch: pytest.MonkeyPatch
+    device: int, host: int, offload: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "free_memory", lambda device_: device)
     monkeypatch.setattr(module, "host_memory", lambda: host)
     monkeypatch.setattr(module, "mapped_files", lambda: Mapped(((0, 2**63),)))
     monkeypatch.setattr(Checkpoint, "_place", lambda self, ahead: None)
-    assert Checkpoint(tiny("llama"), torch.device("cuda")).residency == residency
+    assert Checkpoint(tiny("llama"), torch.device("cuda")).offload == offload
 
 
 def test_blocks_that_are_in_host_memory_already_fit_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "free_memory", lambda device: 10**4)
     monkeypatch.setattr(module, "host_memory", lambda: 10**5)
     monkeypatch.setattr(Checkpoint, "_place", lambda self, ahead: None)
-    assert Checkpoint(tiny("llama"), torch.device("cuda")).residency == "host"
+    assert Checkpoint(tiny("llama"), torch.device("cuda")).offload == "cpu"
 
 
-@pytest.mark.parametrize("residency", ["host", "disk"])
-def test_the_device_keeps_all_but_the_blocks(residency: Residency, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("offload", ["host", "disk"])
+def test_the_device_keeps_all_but_the_blocks(offload: Offload, monkeypatch: pytest.MonkeyPatch) -> None:
     moved: set[int] = set()
     original = torch.Tensor.to
 
@@ -245,7 +245,7 @@ def test_the_device_keeps_all_but_the_blocks(residency: Residency, monkeypatch: 
     model = tiny("llama-tied")
     model.model.layers[0].register_buffer("table", torch.ones(3))
     monkeypatch.setattr(torch.Tensor, "to", to)
-    checkpoint = checkpoint_of(model, residency)
+    checkpoint = checkpoint_of(model, offload)
     blocks = [places(block) for block in checkpoint.blocks]
     assert moved == places(model) - set().union(*blocks)
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -258,30 +258,30 @@ def test_a_gpu_is_the_current_one_before_anything_is_put_on_it(monkeypatch: pyte
         raise KeyError(str(device))
 
     monkeypatch.setattr(torch.cuda, "set_device", choose)
-    for residency in ("device", "host", "disk"):
+    for offload in ("device", "host", "disk"):
         with pytest.raises(KeyError, match="cuda:1"):
-            Checkpoint(tiny("llama"), torch.device("cuda:1"), residency)  # type: ignore[arg-type]
+            Checkpoint(tiny("llama"), torch.device("cuda:1"), offload)  # type: ignore[arg-type]
 
 
 def test_on_the_cpu_weights_lie_where_they_are_unless_it_plays_a_small_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "free_memory", lambda device: 0)
-    assert checkpoint_of(tiny("llama")).residency == "device"
+    assert checkpoint_of(tiny("llama")).offload == "none"
     monkeypatch.setenv("ATP_TUNE_DEVICE_MEMORY", "10kB")
-    assert checkpoint_of(tiny("llama")).residency == "host"
+    assert checkpoint_of(tiny("llama")).offload == "cpu"
 
 
-@pytest.mark.parametrize(("residency", "mapped"), [("device", True), ("host", False), ("disk", True)])
+@pytest.mark.parametrize(("offload", "mapped"), [("device", True), ("host", False), ("disk", True)])
 @pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
 def test_blocks_lie_where_the_residency_says(
-    family: str, residency: Residency, mapped: bool, tmp_path: Path, cache: Path
+    family: str, offload: Offload, mapped: bool, tmp_path: Path, cache: Path
 ) -> None:
     """In float32 as saved; what transformers puts together is mapped from a file without a name."""
     tiny(family).save_pretrained(tmp_path)
-    checkpoint = Checkpoint.load(tmp_path, torch.float32, CPU, residency=residency)
+    checkpoint = Checkpoint.load(tmp_path, torch.float32, CPU, offload=offload)
     files = mapped_files()
     for block in checkpoint.blocks:
         for name, tensor in block.named_parameters():
-            if family != "mixtral" or residency != "device" or "experts" not in name:
+            if family != "mixtral" or offload != "none" or "experts" not in name:
                 assert files.holds(tensor) == mapped, name
     assert not list(cache.glob("blocks/*"))
     saved = copy_of(tiny(family))
@@ -290,7 +290,7 @@ def test_blocks_lie_where_the_residency_says(
 
 def test_disk_also_holds_for_blocks_that_were_converted(tmp_path: Path) -> None:
     tiny("llama").save_pretrained(tmp_path)
-    checkpoint = Checkpoint.load(tmp_path, torch.bfloat16, CPU, residency="disk")
+    checkpoint = Checkpoint.load(tmp_path, torch.bfloat16, CPU, offload="disk")
     files, saved = mapped_files(), copy_of(tiny("llama"))
     for name, tensor in checkpoint.blocks.named_parameters(prefix=checkpoint.blocks_name):
         assert files.holds(tensor)

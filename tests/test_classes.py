@@ -71,7 +71,7 @@ def test_a_pruned_model_has_nlls_of_its_own_and_keeps_its_tower(family: str) -> 
     context = bench_of(model)
     plan = make_plan("wanda", "atp", context.budget(0.5), {"beta": 0.05})
     pruned = list(context.prune(plan))
-    found = context.all_nlls(((block.index, block.weights) for block in pruned), "search")
+    found = context.all_nlls(((block.index, block.weights) for block in pruned), "validation")
     state = model.state_dict()
     before = {name: tensor.clone() for name, tensor in state.items()}
     for block in pruned:
@@ -191,7 +191,7 @@ def test_a_llava_is_tuned_as_its_language_model_and_applied_with_its_tower(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "way", [("prune.statistics=sequential",), ("prune.pruners=['sparsegpt']",), ("model.residency=host",)]
+    "way", [("prune.statistics=sequential",), ("prune.pruners=['sparsegpt']",), ("model.offload=cpu",)]
 )
 def test_a_llava_goes_every_way(way: tuple[str, ...], done: Path, command: CommandLine) -> None:
     options = settings(*way, "search.trials=2")

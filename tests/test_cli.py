@@ -20,7 +20,7 @@ from atp_tune.events import Event, Step, TrialStarted
 from atp_tune.spec.config import read_config
 from atp_tune.storage import opening, totals
 
-ROLES = ("calibration", "search", "report")
+ROLES = ("calibration", "validation", "test")
 COMMANDS = ["", "status", "export", "apply", "prune", "finetune", "studies", "merge"]
 # Prints which of the heavy libraries the command line imported.
 SPY = """
@@ -56,7 +56,7 @@ def test_a_run_can_be_watched_and_is_not_done_twice(place: Path, command: Comman
     assert re.search(r"0 +complete +wanda uniform ", watched.out)
     assert re.search(r"[1-8] of 9 trials are done", watched.out)
     assert command("export", "--study", study, *settings(*LONG), "--out", place / "early.json").code == 0
-    assert read_config(place / "early.json").perplexity.report is None
+    assert read_config(place / "early.json").perplexity.test is None
 
     answer = finish(process)
     assert (answer.code, answer.err) == (0, "")
@@ -343,8 +343,8 @@ def test_export_writes_what_the_run_wrote(done: Path, command: CommandLine, tmp_
 def test_export_refuses_a_study_file_that_says_something_else_now(done: Path, command: CommandLine) -> None:
     """Its sparsity and texts go into the configuration: they would not be what the trials were measured with."""
     before = (done / "tiny.best.json").read_bytes()
-    answer = command("export", "--study", done / "tiny.toml", "--set", "texts.calibration.windows=4")
-    assert answer.error.startswith("study tiny: texts.calibration.windows is 4, was 8.")
+    answer = command("export", "--study", done / "tiny.toml", "--set", "texts.calibration.nsamples=4")
+    assert answer.error.startswith("study tiny: texts.calibration.nsamples is 4, was 8.")
     assert (done / "tiny.best.json").read_bytes() == before
     assert command("export", "--study", done / "tiny.toml", "--set", "search.trials=99").code == 0
 
@@ -376,7 +376,7 @@ def test_studies(done: Path, command: CommandLine, tmp_path: Path, monkeypatch: 
 def test_apply_compares_with_the_promise(done: Path, command: CommandLine, tmp_path: Path) -> None:
     answer = command("apply", "--config", done / "tiny.best.json", "--out", tmp_path / "out", "--device", "cpu")
     assert answer.code == 0
-    assert re.search(r"perplexity on the report text: .* ± .*, the configuration says .* \([+-]0\.000%\)", answer.out)
+    assert re.search(r"perplexity on the test text: .* ± .*, the configuration says .* \([+-]0\.000%\)", answer.out)
     assert "warning" not in answer.out
     assert (tmp_path / "out" / "model.safetensors").exists()
 
@@ -384,7 +384,7 @@ def test_apply_compares_with_the_promise(done: Path, command: CommandLine, tmp_p
 @pytest.mark.slow
 def test_apply_warns_of_another_number(done: Path, command: CommandLine, tmp_path: Path) -> None:
     content = json.loads((done / "tiny.best.json").read_text())
-    content["perplexity"]["report"]["value"] *= 1.01
+    content["perplexity"]["test"]["value"] *= 1.01
     (done / "tiny.best.json").write_text(json.dumps(content))
     answer = command("apply", "--config", done / "tiny.best.json", "--out", tmp_path / "out", "--device", "cpu")
     assert answer.code == 0
@@ -394,7 +394,7 @@ def test_apply_warns_of_another_number(done: Path, command: CommandLine, tmp_pat
 @pytest.mark.slow
 def test_apply_of_an_early_export(done: Path, command: CommandLine, tmp_path: Path) -> None:
     content = json.loads((done / "tiny.best.json").read_text())
-    content["perplexity"]["report"] = None
+    content["perplexity"]["test"] = None
     (done / "tiny.best.json").write_text(json.dumps(content))
     answer = command("apply", "--config", done / "tiny.best.json", "--out", tmp_path / "out", "--device", "cpu")
     assert answer.code == 0
@@ -405,7 +405,7 @@ def test_prune_with_a_study(done: Path, command: CommandLine, tmp_path: Path) ->
     answer = command("prune", "--study", done / "tiny.toml", "--beta", "0.05", "--out", tmp_path / "out")
     assert answer.code == 0
     assert re.search(
-        r"wanda atp β=0\.05000, sparsity 0\.5: perplexity \d+\.\d\d ± \d+\.\d\d on the report text", answer.out
+        r"wanda atp β=0\.05000, sparsity 0\.5: perplexity \d+\.\d\d ± \d+\.\d\d on the test text", answer.out
     )
     assert f"sparse checkpoint: {tmp_path / 'out'}" in answer.out
     answer = command("prune", "--study", done / "tiny.toml", "--sparsity", "0.3", "--pruner", "magnitude")
@@ -524,9 +524,10 @@ STUDY = ["--study", "tiny.toml"]
         (None, [*STUDY, "--set", "search.sampler=magic"], "search.sampler: must be one of gp, tpe, grid, random"),
         (None, [*STUDY, "--set", "search.sampler=grid", "--set", "search.step=9"], "search.step: 9 is larger than"),
         (None, [*STUDY, "--set", "allocation.beta=[0, 9]"], "allocation.beta: [0, 9] leaves the admissible interval"),
-        (None, [*STUDY, "--set", "texts.report.source=file:search.txt"],
-         "texts.report: reads the same documents as texts.search"),
-        (None, [*STUDY, "--set", "texts.search.windows=9999"], "texts.search: windows: file:search.txt has "),
+        (None, [*STUDY, "--set", "texts.test.source=file:validation.txt"],
+         "texts.test: reads the same documents as texts.validation"),
+        (None, [*STUDY, "--set", "texts.validation.nsamples=9999"],
+         "texts.validation: nsamples: file:validation.txt has "),
         (None, [*STUDY, "--storage", "study.db"], "storage: not a storage URL"),
         (None, [*STUDY, "--storage", "sqlite:///model"], "is a folder; name a file"),
         (None, [*STUDY, "--storage", "sqlite:///tiny.toml/x.db"], "name another with --storage"),
@@ -541,9 +542,9 @@ STUDY = ["--study", "tiny.toml"]
         (cut("model/model.safetensors"), STUDY, "transformers cannot load it"),
         (write("model/config.json", "{}"), STUDY, "transformers cannot load it"),
         (write("model/tokenizer.json", "{"), STUDY, "the tokenizer in "),
-        (remove("search.txt"), STUDY, "texts.search: source: there is no file"),
-        (write("search.txt", b"\xff\xfe"), STUDY, "is not UTF-8 text"),
-        (write("search.txt", ""), STUDY, "holds no text"),
+        (remove("validation.txt"), STUDY, "texts.validation: source: there is no file"),
+        (write("validation.txt", b"\xff\xfe"), STUDY, "is not UTF-8 text"),
+        (write("validation.txt", ""), STUDY, "holds no text"),
         (None, ["status", "--study", "nosuch"], "nosuch: no such study"),
         (None, ["status", *STUDY, "--storage", "x"], "storage: not a storage URL"),
         (None, ["export", *STUDY], "has no trials yet"),
@@ -564,7 +565,7 @@ STUDY = ["--study", "tiny.toml"]
         (None, ["prune", *STUDY, "--out", "model"], "--out model: is there already"),
         (None, ["prune", *STUDY, "--model", "nosuch"], 'model.source: "nosuch" is no folder'),
         (None, ["prune", "--model", "nosuch"], 'model.source: "nosuch" is no folder'),
-        (None, ["prune", *STUDY, "--out", "search.txt/out"], "--out search.txt/out: cannot be written"),
+        (None, ["prune", *STUDY, "--out", "validation.txt/out"], "--out validation.txt/out: cannot be written"),
     ],
     ids=lambda value: value.__qualname__ if callable(value) else str(value),  # the same in each process of xdist
 )  # fmt: skip
@@ -616,7 +617,7 @@ def test_other_settings_are_one_line(name: str, done: Path, command: CommandLine
 
 
 def test_export_to_a_place_that_cannot_be_written(done: Path, command: CommandLine) -> None:
-    answer = command("export", "--study", done / "tiny.toml", "--out", done / "search.txt" / "best.json")
+    answer = command("export", "--study", done / "tiny.toml", "--out", done / "validation.txt" / "best.json")
     assert answer.error.endswith("; choose another place with --out FILE")
 
 

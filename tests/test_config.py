@@ -31,8 +31,8 @@ GOLDEN = Path(__file__).parent / "golden" / "config.json"
 
 def scores(search: float, report: float | None) -> Scores:
     return Scores(
-        search=Perplexity(value=search, stderr=0.5),
-        report=None if report is None else Perplexity(value=report, stderr=0.25),
+        validation=Perplexity(value=search, stderr=0.5),
+        test=None if report is None else Perplexity(value=report, stderr=0.25),
     )
 
 
@@ -57,12 +57,12 @@ def config(**changes: Any) -> Config:
         sparsity=Sparsity(target=0.6, realised=0.5995),
         perplexity=scores(12.5, 13.25),
         baselines=Baselines(dense=scores(8.0, 8.5), uniform=scores(14.0, None)),
-        calibration=Text(source="c4", split="train", draw="random", windows=128, seed=3),
-        batches={"calibration": 8, "search": 16},
+        calibration=Text(source="c4", split="train", sampling="random", nsamples=128, seed=3),
+        batches={"calibration": 8, "validation": 16},
         draws=BothDraws(best=DRAWN, uniform=None),
         texts=EvaluationTexts(
-            search=Text(source="wikitext2", split="validation", tokens=1024),
-            report=Text(source="file:texts/ünïcode.txt", part=(0.25, 1.0)),
+            validation=Text(source="wikitext2", split="validation", seqlen=1024),
+            test=Text(source="file:texts/ünïcode.txt", part=(0.25, 1.0)),
         ),
         seed=0,
         versions={"atp_tune": "0.1.0", "torch": "2.6.0"},
@@ -94,7 +94,7 @@ def test_the_format_is_the_golden_file(tmp_path: Path) -> None:
 
 def test_the_golden_file_reads_as_it_was_written() -> None:
     assert read_config(GOLDEN) == config()
-    assert read_config(GOLDEN).format == FORMAT == "atp_tune.config/1"
+    assert read_config(GOLDEN).format == FORMAT == "atp_tune.config/2"
 
 
 def test_numbers_survive_to_the_last_bit(tmp_path: Path) -> None:
@@ -121,14 +121,14 @@ def test_values_never_change() -> None:
 # --- files that are none
 
 
-ADVICE = "is it a configuration of atp_tune (atp_tune.config/1)?"
+ADVICE = "is it a configuration of atp_tune (atp_tune.config/2)?"
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
         ({"colour": 1}, f"FILE: colour: Extra inputs are not permitted; {ADVICE}"),
-        ({"format": "atp_tune.config/2"}, f"FILE: format: Input should be 'atp_tune.config/1'; {ADVICE}"),
+        ({"format": "atp_tune.config/3"}, f"FILE: format: Input should be 'atp_tune.config/2'; {ADVICE}"),
         ({"pruner": "magic"},
          f"FILE: pruner: Input should be 'magnitude', 'wanda', 'sparsegpt', 'dsnot' or 'alps'; {ADVICE}"),
         ({"block_sparsities": [0.5, 1.5]},

@@ -87,7 +87,7 @@ def test_a_study_is_the_same_in_postgresql(place: Path, postgres: PostgreSQL) ->
     assert [(t.params, t.value) for t in there.trials] == [(t.params, t.value) for t in here.trials]
     again = stored(address.replace("+psycopg", ""))
     assert measured(again) == measured(here)
-    assert again.user_attrs["reports"] == here.user_attrs["reports"]
+    assert again.user_attrs["test_nlls"] == here.user_attrs["test_nlls"]
 
 
 @pytest.mark.slow
@@ -97,7 +97,7 @@ def test_every_command_works_on_postgresql_and_none_shows_the_password(
     address = postgres.new()
     words = ["--study", place / "tiny.toml", "--storage", address]
     said = []
-    for name in ([], ["status"], ["status", "--json"], ["export"], ["report"], ["report", "--format", "md"]):
+    for name in ([], ["status"], ["status", "--json"], ["export"], ["test"], ["report", "--format", "md"]):
         answer = command(*name, *words)
         assert answer.code == 0, answer.err
         said.append(answer.out + answer.err)

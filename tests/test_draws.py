@@ -52,16 +52,16 @@ def titles(events: list[Event]) -> list[str]:
 
 
 def measured_anew(place: Path, trial: optuna.trial.FrozenTrial, **keys: Any) -> list[float]:
-    """Window NLLs on the report text of a trial's plan, with another calibration text of 8 windows: the last ones."""
+    """Window NLLs on the test text of a trial's plan, with another calibration text of 8 windows: the last ones."""
     spec = study_file(place).study
     text = spec.texts.calibration.model_copy(update=keys)
-    texts = {"calibration": text, "report": spec.report_text}
+    texts = {"calibration": text, "test": spec.test_text}
     opened = TrialContext.open(ContextConfig(spec.model, spec.prune, texts, place, "cpu"))
     ids = opened.windows["calibration"].ids[-8:]
     windows = {**opened.windows, "calibration": type(opened.windows["calibration"])(np.ascontiguousarray(ids), "other")}
     context = TrialContext(opened.folder, opened.checkpoint, windows, spec.prune, ignore_events)
     plan = Plan(trial.params["pruner"], "atp", tuple(trial.user_attrs["sparsities"]), {"beta": trial.params["beta"]})
-    return context.all_nlls(((block.index, block.weights) for block in context.prune(plan)), "report")
+    return context.all_nlls(((block.index, block.weights) for block in context.prune(plan)), "test")
 
 
 @pytest.mark.slow
@@ -75,7 +75,7 @@ def test_best_and_uniform_are_measured_on_the_stretches_that_follow(drawn: Path)
         for draw in (1, 2):
             expected = measured_anew(drawn, trial, windows=8 * (draw + 1))
             assert draws[str(trial.number)][str(draw)] == pytest.approx(expected, rel=1e-6)
-            assert expected != study.user_attrs["reports"][str(trial.number)]
+            assert expected != study.user_attrs["test_nlls"][str(trial.number)]
 
 
 @pytest.mark.slow
@@ -83,7 +83,7 @@ def test_a_random_draw_is_drawn_again_with_the_seeds_that_follow(place: Path) ->
     lines = (place / "long.txt").read_text().split("\n\n")
     rows = [json.dumps({"text": "\n\n".join(lines[k : k + 8])}) for k in range(0, len(lines), 8)]
     (place / "calibration.jsonl").write_text("\n".join(rows))
-    keys = ("texts.calibration.source=file:calibration.jsonl", "texts.calibration.draw=random")
+    keys = ("texts.calibration.source=file:calibration.jsonl", "texts.calibration.sampling=random")
     study = run(place, THREE, *keys, "texts.calibration.seed=5")
     best = summarise(study).best_trial
     assert best is not None
@@ -101,7 +101,7 @@ def numbers(place: Path) -> tuple[list[float], list[float]]:
     for trial in (summary.best_trial, summary.uniform_trial):
         name = str(trial.number)
         draws = study.user_attrs["draws"][name]
-        found.append([fmean(nlls) for nlls in (study.user_attrs["reports"][name], draws["1"], draws["2"])])
+        found.append([fmean(nlls) for nlls in (study.user_attrs["test_nlls"][name], draws["1"], draws["2"])])
     own, base = found
     return [math.exp(one) for one in own], [math.exp(one - two) - 1 for one, two in zip(own, base, strict=True)]
 
@@ -116,7 +116,7 @@ def test_they_are_shown_beside_the_error_over_windows(drawn: Path, command: Comm
         head, row = (line for line in table if "3 draws" in line or " + atp " in line)
         assert head.index("perplexity, 3 draws") < head.index("against uniform, 3 draws")
         assert f"| {value}" in row and f"| {change} " in row
-        assert "3 draws: report text, calibrated with other windows each time, mean ± standard dev" in answer.out
+        assert "3 draws: test text, calibrated with other windows each time, mean ± standard dev" in answer.out
     document = json.loads(command("status", *options, "--json").out)
     assert document["complete"]
     assert document["best"]["draws"]["perplexities"] == pytest.approx(values)
@@ -180,7 +180,7 @@ def test_what_was_measured_before_a_process_died_is_kept(place: Path, monkeypatc
 @pytest.mark.slow
 def test_the_paper_s_protocol_is_measured_on_the_text_it_searches(place: Path) -> None:
     toml = (place / "tiny.toml").read_text()
-    start, end = toml.index("[texts.report]"), toml.index("[search]")
+    start, end = toml.index("[texts.test]"), toml.index("[search]")
     (place / "tiny.toml").write_text('protocol = "paper"\n' + toml[:start] + toml[end:])
     study = run(place, THREE)
     assert all(len(nlls) == 16 for found in study.user_attrs["draws"].values() for nlls in found.values())
@@ -188,7 +188,7 @@ def test_the_paper_s_protocol_is_measured_on_the_text_it_searches(place: Path) -
 
 
 def test_a_text_too_short_for_them_is_one_line_before_anything_runs(place: Path, command: CommandLine) -> None:
-    tokens = len(token_windows(Calibration(source="file:calibration.txt", tokens=2), place / "model", place).ids) * 2
+    tokens = len(token_windows(Calibration(source="file:calibration.txt", seqlen=2), place / "model", place).ids) * 2
     answer = command("--study", place / "tiny.toml", *settings("texts.calibration.draws=100"))
     have = answer.error.partition(" has ")[2].partition(" tokens")[0]
     assert int(have) in (tokens, tokens + 1)
@@ -214,8 +214,8 @@ def test_a_wrong_number_of_draws(settings: dict[str, Any], error: str) -> None:
 
 
 def test_only_the_calibration_text_is_drawn_again(place: Path) -> None:
-    with pytest.raises(UserError, match=r"texts.search.draws: unknown key; did you mean texts.calibration.draws\?"):
-        study_file(place, "texts.search.draws=2")
+    with pytest.raises(UserError, match=r"texts.validation.draws: unknown key; did you mean texts.calibration.draws\?"):
+        study_file(place, "texts.validation.draws=2")
 
 
 def test_windows_in_the_cache_are_those_of_before(place: Path, cache: Path) -> None:
@@ -230,7 +230,7 @@ def test_windows_in_the_cache_are_those_of_before(place: Path, cache: Path) -> N
 
 @pytest.mark.slow
 def test_their_cost_is_foretold(place: Path) -> None:
-    """Two plans, each calibrated on 256 tokens twice and measured on 512 of the report text, on two more draws."""
+    """Two plans, each calibrated on 256 tokens twice and measured on 512 of the test text, on two more draws."""
     one, three = (foresee(study_file(place, *keys), "tiny", ignore_events).whole for keys in ((), (THREE,)))
     assert one.tokens is not None and three.tokens is not None
     assert three.tokens - one.tokens == 2 * 2 * (2 * 256 + 512)
@@ -273,9 +273,9 @@ def test_intervals_of_that_reach_hold_the_mean_as_often_as_they_say() -> None:
 @pytest.mark.slow
 def test_the_legend_says_over_how_many_windows_and_how_far(done: Path, place: Path, command: CommandLine) -> None:
     assert "±: standard error over 16 windows (× 2.13 for 95 %)" in command("--study", done / "tiny.toml").out
-    run(place, "texts.report.windows=24")
-    words = ["--study", place / "tiny.toml", *settings("texts.report.windows=24")]
-    legend = "standard error over 16 search and 24 report windows (× 2.13 and 2.07 for 95 %)"
+    run(place, "texts.test.nsamples=24")
+    words = ["--study", place / "tiny.toml", *settings("texts.test.nsamples=24")]
+    legend = "standard error over 16 search and 24 test windows (× 2.13 and 2.07 for 95 %)"
     assert f"±: {legend}" in command("status", *words).out
     for kind in ("md", "html"):
         command("report", *words, "--format", kind, "--out", place / f"r.{kind}")
@@ -299,7 +299,7 @@ def test_two_hosts_that_end_a_study_together_lose_nothing(place: Path, monkeypat
 
     def at_the_same_moment(self: optuna.Study, key: str, value: Any) -> None:
         """What another host stores just before this one does, of a trial that this one does not measure."""
-        if key.startswith("report") and not other:
+        if key.startswith("test") and not other:
             other.append(key)
             theirs = key.partition(":")[0]
             if theirs == key:  # a whole table
@@ -310,16 +310,16 @@ def test_two_hosts_that_end_a_study_together_lose_nothing(place: Path, monkeypat
 
     monkeypatch.setattr(optuna.Study, "set_user_attr", at_the_same_moment)
     run(place)
-    written = stored(place).user_attrs["reports"]
+    written = stored(place).user_attrs["test_nlls"]
     assert written["7"] == [1.5, 2.5]
     assert len(written) == 4
 
 
 def test_each_row_is_an_attribute_and_those_of_before_are_read(drawn: Path) -> None:
-    names = {name for name in raw(drawn) if name.startswith(("reports", "draws"))}
+    names = {name for name in raw(drawn) if name.startswith(("test_nlls", "draws"))}
     study = stored(drawn)
     numbers = sorted(study.user_attrs["draws"])
-    assert names == {"reports:dense", *(f"reports:{n}" for n in numbers)} | {
+    assert names == {"test_nlls:dense", *(f"test_nlls:{n}" for n in numbers)} | {
         f"draws:{n}:{draw}" for n in numbers for draw in (1, 2)
     }
     whole = {name: [1.0] * 16 for name in ("dense", *numbers)}
@@ -330,20 +330,20 @@ def test_each_row_is_an_attribute_and_those_of_before_are_read(drawn: Path) -> N
         )
         connection.execute(f"DELETE FROM study_user_attributes WHERE key = 'reports:{numbers[0]}'")
         connection.commit()
-    reports = stored(drawn).user_attrs["reports"]
+    reports = stored(drawn).user_attrs["test_nlls"]
     assert reports["dense"] == reports[numbers[0]] == [1.0] * 16
-    assert reports[numbers[1]] == study.user_attrs["reports"][numbers[1]]
+    assert reports[numbers[1]] == study.user_attrs["test_nlls"][numbers[1]]
 
 
 def test_rows_that_are_not_of_their_kind_are_left_out(drawn: Path) -> None:
     before, study = stored(drawn).user_attrs, stored(drawn)
-    for key in ("reports:x", "reports:1:2", "draws:1", "draws:1:x", "reports:", "draws:1:2:3"):
+    for key in ("test_nlls:x", "test_nlls:1:2", "draws:1", "draws:1:x", "test_nlls:", "draws:1:2:3"):
         study.set_user_attr(key, [1.0])
-    for key, value in (("reports:0", "much"), ("draws:0:1", [-5.0]), ("draws:0:2", {}), ("report_kls:0", [-1])):
+    for key, value in (("test_nlls:0", "much"), ("draws:0:1", [-5.0]), ("draws:0:2", {}), ("test_kls:0", [-1])):
         study.set_user_attr(key, value)
     found = stored(drawn)
     assert {key for key in found.user_attrs if ":" in key} == set()
-    assert set(found.user_attrs["reports"]) <= set(before["reports"])
+    assert set(found.user_attrs["test_nlls"]) <= set(before["test_nlls"])
     assert summarise(found).trials
 
 

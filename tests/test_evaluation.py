@@ -52,10 +52,10 @@ def test_perplexity_of_a_pruned_model_is_its_own_loss(family: str) -> None:
     model = tiny(family)
     work = bench_of(model)
     pruned = list(work.prune(Plan("sparsegpt", "uniform", (0.5,) * len(work.checkpoint.blocks))))
-    nlls = work.all_nlls(((block.index, block.weights) for block in pruned), "search")
+    nlls = work.all_nlls(((block.index, block.weights) for block in pruned), "validation")
     other = pruned_copy(model, work, pruned)
     assert nlls == pytest.approx(naive.nlls_of(other, random_ids(7, TOKENS, seed=1)), rel=1e-5)
-    assert nlls != pytest.approx(work.all_nlls(work.dense(), "search"), rel=1e-3)
+    assert nlls != pytest.approx(work.all_nlls(work.dense(), "validation"), rel=1e-3)
 
 
 def pruned_copy(model: Any, work: TrialContext, pruned: list[PrunedBlock]) -> Any:
@@ -71,7 +71,7 @@ def test_kl_is_that_of_the_models_own_logits(family: str) -> None:
     model = tiny(family)
     work = bench_of(model)
     pruned = list(work.prune(Plan("wanda", "uniform", (0.5,) * len(work.checkpoint.blocks))))
-    kls = work.all_scores(((block.index, block.weights) for block in pruned), "search", kl=True).kls
+    kls = work.all_scores(((block.index, block.weights) for block in pruned), "validation", kl=True).kls
     expected = naive.kls_of(model, pruned_copy(model, work, pruned), random_ids(7, TOKENS, seed=1))
     assert kls == pytest.approx(expected, rel=1e-5, abs=1e-8)
     assert max(kls) > 1.001 * min(kls) > 0
@@ -80,28 +80,28 @@ def test_kl_is_that_of_the_models_own_logits(family: str) -> None:
 @pytest.mark.parametrize("batch", [1, 4, 8])
 def test_kl_of_the_dense_model_is_zero(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     work = bench_of(tiny("llama"))
-    monkeypatch.setattr(work.batch("search"), "windows", batch)
-    assert work.all_scores(work.dense(), "search", kl=True).kls == [0.0] * 7
-    assert work.all_scores(work.dense(), "search").kls == []
+    monkeypatch.setattr(work.batch("validation"), "windows", batch)
+    assert work.all_scores(work.dense(), "validation", kl=True).kls == [0.0] * 7
+    assert work.all_scores(work.dense(), "validation").kls == []
 
 
 @pytest.mark.slow
 def test_kl_does_not_change_with_batches_slices_and_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     work = bench_of(tiny("llama"))
     pruned = [(b.index, b.weights) for b in work.prune(Plan("wanda", "uniform", (0.5,) * 4))]
-    expected, nlls = work.all_scores(pruned, "search", kl=True).kls, work.all_nlls(pruned, "search")
+    expected, nlls = work.all_scores(pruned, "validation", kl=True).kls, work.all_nlls(pruned, "validation")
     for windows, heads, positions, cached in (
         (1, 1, 256, 1),
         (2, 8, 5, 1 << 22),
         (8, 2, 1, 97 * 3),
         (3, 4, 7, 1 << 22),
     ):
-        monkeypatch.setattr(work.batch("search"), "windows", windows)
+        monkeypatch.setattr(work.batch("validation"), "windows", windows)
         monkeypatch.setattr(work.heads, "windows", heads)
         monkeypatch.setattr(next_token, "POSITIONS", positions)
         monkeypatch.setattr(next_token, "CACHED", cached)
         for one_by_one in (False, True):  # parts other than those in which the dense states were computed
-            parts = list(work.scores(pruned, "search", one_by_one, kl=True))
+            parts = list(work.scores(pruned, "validation", one_by_one, kl=True))
             assert [kl for part in parts for kl in part.kls] == pytest.approx(expected, rel=1e-4)
             assert [nll for part in parts for nll in part.nlls] == pytest.approx(nlls, rel=1e-5)
 
@@ -111,8 +111,8 @@ def test_the_dense_model_is_run_once_for_all_trials(monkeypatch: pytest.MonkeyPa
     original = evaluation.advance
     monkeypatch.setattr(evaluation, "advance", lambda *args: ran.append(1) or original(*args))
     for _ in range(3):
-        work.all_scores(work.dense(), "search", kl=True)
-    assert len(ran) == (1 + 3) * 4 * len(work._roles["search"].parts())
+        work.all_scores(work.dense(), "validation", kl=True)
+    assert len(ran) == (1 + 3) * 4 * len(work._roles["validation"].parts())
 
 
 @pytest.mark.parametrize("cached", [1, 97 * 3, 1 << 22])
@@ -167,17 +167,17 @@ def test_blocks_are_met_once_and_in_order() -> None:
 @pytest.mark.slow
 def test_the_bench_gives_groups_whether_or_not_it_keeps_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     work, events = bench_of(tiny("llama")), []
-    expected = work.all_nlls(work.dense(), "search")
+    expected = work.all_nlls(work.dense(), "validation")
     for kept in (True, False):
         monkeypatch.setattr(scoring, "can_keep", lambda checkpoint, kept=kept: kept)
         for most, batch, sizes in ((3, 1, [3, 2, 2]), (8, 1, [1] * 7), (8, 4, [4, 3]), (8, 8, [7])):
             monkeypatch.setattr(scoring, "GROUPS", most)
-            monkeypatch.setattr(work.batch("search"), "windows", batch)
-            groups = [scores.nlls for scores in work.scores(work.dense(), "search", one_by_one=True)]
+            monkeypatch.setattr(work.batch("validation"), "windows", batch)
+            groups = [scores.nlls for scores in work.scores(work.dense(), "validation", one_by_one=True)]
             assert [len(group) for group in groups] == sizes
             assert [nll for group in groups for nll in group] == pytest.approx(expected, rel=1e-5)
             assert [
-                scores.nlls for scores in work.scores(work.dense(), "search")
+                scores.nlls for scores in work.scores(work.dense(), "validation")
             ] == groups  # to the last bit: the batches are the same
         assert events == []
 
@@ -185,10 +185,10 @@ def test_the_bench_gives_groups_whether_or_not_it_keeps_the_blocks(monkeypatch: 
 def test_the_first_group_comes_before_the_second_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     work, ran = bench_of(tiny("llama")), []
     monkeypatch.setattr(scoring, "can_keep", lambda checkpoint: True)
-    monkeypatch.setattr(work.batch("search"), "windows", 3)
+    monkeypatch.setattr(work.batch("validation"), "windows", 3)
     original = work.replay.run
     monkeypatch.setattr(work.replay, "run", lambda *args: ran.append(len(args[2])) or original(*args))
-    groups = work.scores(work.dense(), "search", one_by_one=True)
+    groups = work.scores(work.dense(), "validation", one_by_one=True)
     next(groups)
     assert ran == [3] * 4
     next(groups)
@@ -196,10 +196,10 @@ def test_the_first_group_comes_before_the_second_is_computed(monkeypatch: pytest
 
 
 def test_a_model_on_the_host_gives_the_same() -> None:
-    one, other = bench_of(tiny("gpt2"), residency="device"), bench_of(tiny("gpt2"), residency="host")
-    expected = one.all_nlls(one.dense(), "report")
-    assert other.all_nlls(other.dense(), "report") == expected
-    assert [nll for scores in other.scores(other.dense(), "report", True) for nll in scores.nlls] == expected
+    one, other = bench_of(tiny("gpt2"), offload="none"), bench_of(tiny("gpt2"), offload="cpu")
+    expected = one.all_nlls(one.dense(), "test")
+    assert other.all_nlls(other.dense(), "test") == expected
+    assert [nll for scores in other.scores(other.dense(), "test", True) for nll in scores.nlls] == expected
 
 
 @pytest.mark.parametrize("most", [1, 2])

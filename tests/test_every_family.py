@@ -146,7 +146,7 @@ def check_logits(model: Any, replay: Any) -> None:
 def check_pruned(model: Any, context: Any) -> None:
     """NLLs of the pruned blocks are those of the model with these weights; half of each block's linears is zero."""
     pruned = list(context.prune(make_plan("wanda", "uniform", context.budget(0.5), {})))
-    found = context.all_nlls(((block.index, block.weights) for block in pruned), "search")
+    found = context.all_nlls(((block.index, block.weights) for block in pruned), "validation")
     own = dict(model.named_parameters(remove_duplicate=False))
     for block in pruned:
         for linear in context.checkpoint.linears[block.index]:
@@ -160,13 +160,13 @@ def check_pruned(model: Any, context: Any) -> None:
 
 HYBRIDS = {
     "qwen3_next": (),
-    "qwen3_5_text": ("model.residency=host",),
+    "qwen3_5_text": ("model.offload=cpu",),
     "jamba": ("prune.statistics=sequential",),
     "falcon_h1": ("prune.pruners=['sparsegpt']",),
     "nemotron_h": ("prune.statistics=dense",),
-    "lfm2": ("model.residency=disk",),
+    "lfm2": ("model.offload=disk",),
     "lfm3": ("prune.pruners=['magnitude']",),
-    "olmo_hybrid": ("prune.statistics=sequential", "model.residency=host"),
+    "olmo_hybrid": ("prune.statistics=sequential", "model.offload=cpu"),
     "mamba": ("search.objective=['perplexity', 'kl']",),
 }
 HYBRIDS = {kind: options for kind, options in HYBRIDS.items() if kind in CONFIG_MAPPING}  # this transformers has them
@@ -213,11 +213,11 @@ def test_a_hybrid_goes_from_its_folder_to_a_sparse_one(kind: str, place: Path, c
 @pytest.mark.filterwarnings("ignore")
 def test_recurrent_states_start_anew_in_each_window(kind: str) -> None:
     context = bench_of(model_of(kind), ids=text)
-    first = context.all_nlls(context.dense(), "search")
-    assert context.all_nlls(context.dense(), "search") == first
-    search = context._roles["search"]
+    first = context.all_nlls(context.dense(), "validation")
+    assert context.all_nlls(context.dense(), "validation") == first
+    search = context._roles["validation"]
     search.items = search.items.flip(0)
-    assert context.all_nlls(context.dense(), "search") == pytest.approx(first[::-1], rel=1e-5)
+    assert context.all_nlls(context.dense(), "validation") == pytest.approx(first[::-1], rel=1e-5)
     alone = [naive.nlls_of(context.checkpoint.model, ids[None])[0] for ids in text(7, 13, seed=1)]
     assert first == pytest.approx(alone, rel=1e-5)
 
@@ -258,9 +258,9 @@ def test_later_tokens_are_seen_in_each_number_format(kind: str, dtype: torch.dty
 @pytest.mark.slow
 def test_windows_that_are_longer_than_a_model_are_refused(place: Path, command: CommandLine) -> None:
     exchange(place, "gpt2")  # its positions are learned, and end at 64
-    for role, bos in itertools.product(("calibration", "search", "report"), ("auto", "false")):
-        long = settings(f"texts.{role}.tokens=65", f"texts.bos={bos}")
-        said = f"texts.{role}.tokens: the model, which has 64 positions, cannot take windows of 65 tokens"
+    for role, bos in itertools.product(("calibration", "validation", "test"), ("auto", "false")):
+        long = settings(f"texts.{role}.seqlen=65", f"texts.bos={bos}")
+        said = f"texts.{role}.seqlen: the model, which has 64 positions, cannot take windows of 65 tokens"
         assert command("--study", place / "tiny.toml", *long).error.startswith(said), (role, bos)
         assert not (place / "tiny.db").exists()
 

@@ -52,7 +52,7 @@ def test_the_outliers_are_of_the_dense_model() -> None:
     work, before = bench_of(model), copy_of(model)
     list(work.prune(make_plan("wanda", "uniform", work.budget(0.7), {})))
     ratios = evidence_of(work).outlier_ratios(3)
-    assert ratios == evidence_of(bench_of(tiny("llama"), residency="host")).outlier_ratios(3)
+    assert ratios == evidence_of(bench_of(tiny("llama"), offload="cpu")).outlier_ratios(3)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 

@@ -61,7 +61,7 @@ def test_a_mixture_is_summed_in_a_fixed_order(family: str, statistics: Any) -> N
     work = bench_of(tiny(family), PruneConfig(statistics=statistics))
     plan = Plan("wanda", "uniform", (0.5,) * len(work.checkpoint.blocks))
     with Additions() as additions:
-        work.all_nlls([(block.index, block.weights) for block in work.prune(plan)], "search")
+        work.all_nlls([(block.index, block.weights) for block in work.prune(plan)], "validation")
     assert additions.seen > 100
     assert additions.unordered == []
 
@@ -255,7 +255,7 @@ def test_a_study_of_a_mixture(mixed: Path) -> None:
     silent = ["1.mlp.experts.gate_up_proj[2]", "1.mlp.experts.down_proj[2]"]
     assert {trial.params["pruner"] for trial in trials} == {"wanda", "magnitude"}
     for trial in trials:
-        assert trial.user_attrs.get("unheard") == (silent if trial.params["pruner"] == "wanda" else None)
+        assert trial.user_attrs.get("experts_without_tokens") == (silent if trial.params["pruner"] == "wanda" else None)
         assert 0.45 < trial.user_attrs["realised"] <= 0.5
 
 
@@ -287,4 +287,4 @@ def test_router_logits_are_not_asked_for() -> None:
     expected = naive.nlls_of(model, random_ids(3, seed=2))
     model.config.output_router_logits = True
     work = bench_of(model)
-    assert work.all_nlls(work.dense(), "report") == pytest.approx(expected, rel=1e-5)
+    assert work.all_nlls(work.dense(), "test") == pytest.approx(expected, rel=1e-5)

@@ -61,7 +61,7 @@ from atp_tune.storage.process_identity import identity, versions
 
 ROWS = Rows()
 WRITES = os.environ.get("ATP_TUNE_WRITE_DOCS") == "1"
-LONG = ("texts.calibration.windows=250", "texts.search.windows=250", f"search.trials={TOTAL}")
+LONG = ("texts.calibration.nsamples=250", "texts.validation.nsamples=250", f"search.trials={TOTAL}")
 RUNS = "SELECT 1 FROM trials JOIN trial_user_attributes USING (trial_id) WHERE state = 'RUNNING' AND key = 'sparsities'"
 # Changes when a trial, or a number of the report, is stored.
 PROGRESS = """SELECT (SELECT count(*) FROM trials WHERE state = 'COMPLETE'),
@@ -508,14 +508,14 @@ def test_memory_runs_out_in_a_trial(phase: str, kind: str, place: Path, monkeypa
     study = run(place, watch=watch)
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "COMPLETE"]
     assert str(study.trials[1].user_attrs["failure"]).startswith("out of memory")
-    assert study.user_attrs["reports"]
+    assert study.user_attrs["test_nlls"]
     ROWS.add("memory runs out in calibration, pruning, evaluation", 6, same="that trial fails, the study goes on")
 
 
 @pytest.mark.slow
 def test_memory_runs_out_in_the_report(place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     def report_fails(bench: TrialContext, blocks: Any, role: str, kl: bool = False) -> Any:
-        if role == "report":
+        if role == "test":
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(bench, blocks, role, kl)
 
@@ -565,7 +565,7 @@ def test_memory_runs_out_for_real(place: Path) -> None:
     answer = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **AT_ONCE}, check=False)
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.splitlines()[-1].startswith("states COMPLETE FAIL COMPLETE out of memory")
-    assert stored(place).user_attrs["reports"]
+    assert stored(place).user_attrs["test_nlls"]
     ROWS.add("no more memory from the system (RLIMIT_AS) in a trial", 1, same="that trial fails, the study goes on")
 
 

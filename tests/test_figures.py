@@ -223,7 +223,7 @@ CURVE = {"beta": [0.0, 0.01], "mean": [60.0, 70.0], "low": [50.0, 60.0], "high":
 
 def test_the_belief_is_a_line_and_a_band(study: optuna.Study) -> None:
     study.add_trials([made_up(0.0), made_up(0.006)])
-    study.set_user_attr("belief", {"before": 2, "curves": {"wanda": CURVE, "sparsegpt": CURVE}})
+    study.set_user_attr("gp_posterior", {"before": 2, "curves": {"wanda": CURVE, "sparsegpt": CURVE}})
     summary = summarise(study)
     assert summary.gp_posterior is not None
     figure = figures.draw(summary)["perplexity"]
@@ -240,7 +240,7 @@ def test_the_belief_is_a_line_and_a_band(study: optuna.Study) -> None:
 
 
 @pytest.mark.parametrize(
-    "belief",
+    "gp_posterior",
     [
         None, [], "x", {}, {"curves": None}, {"curves": {"wanda": None}}, {"curves": {"wanda": {"beta": [1]}}},
         {"curves": {"wanda": {**CURVE, "mean": [1.0]}}}, {"curves": {"wanda": {**CURVE, "low": [0.0, 1.0]}}},

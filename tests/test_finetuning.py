@@ -27,7 +27,7 @@ from atp_tune.spec.config import read_config
 from atp_tune.spec.study import Text
 
 SHORT = ("--steps", "6", "--batch", "4", "--tokens", str(TOKENS), "--learning-rate", "0.01")
-SETTINGS = Settings(steps=6, rank=4, alpha=8, learning_rate=0.01, tokens=TOKENS, batch=4, seed=0)
+SETTINGS = Settings(steps=6, rank=4, alpha=8, learning_rate=0.01, seqlen=TOKENS, batch=4, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_a_sparse_folder_is_tuned_and_keeps_its_zeros(place: Path, command: Comm
     answer = command("finetune", "--model", place / "sparse", "--out", place / "out", *longer)
     assert (answer.code, answer.err) == (0, "")
     check_kept(place / "sparse", place / "out")
-    before, after = (ByHand(place, place / name).nlls("report") for name in ("sparse", "out"))
+    before, after = (ByHand(place, place / name).nlls("test") for name in ("sparse", "out"))
     done = Finetuned.model_validate_json((place / "out" / FINETUNED).read_text())
     assert done.before.value == pytest.approx(perplexity(before).value, rel=1e-5)
     assert done.after.value == pytest.approx(perplexity(after).value, rel=1e-5)
@@ -93,13 +93,13 @@ def test_the_folder_says_what_was_done(place: Path) -> None:
     done = run(place)
     written = json.loads((place / "out" / FINETUNED).read_text())
     assert Finetuned.model_validate(written) == done
-    assert written["format"] == "atp_tune.finetune/1"
+    assert written["format"] == "atp_tune.finetune/2"
     assert written["text"]["source"] == f"file:{place / 'calibration.txt'}"
-    assert written["report"]["source"] == f"file:{place / 'report.txt'}"
+    assert written["test"]["source"] == f"file:{place / 'test.txt'}"
     assert written["settings"] == SETTINGS.model_dump()
     assert len(written["losses"]) == 6
     assert all(0 < loss < 10 for loss in written["losses"])
-    assert written["dense"]["value"] == read_config(place / "tiny.best.json").baselines.dense.report.value  # type: ignore[union-attr]
+    assert written["dense"]["value"] == read_config(place / "tiny.best.json").baselines.dense.test.value  # type: ignore[union-attr]
     assert (place / "out" / ABOUT).read_bytes() == (place / "sparse" / ABOUT).read_bytes()
 
 
@@ -143,7 +143,7 @@ def test_a_folder_that_says_nothing_holds_out_a_part(place: Path) -> None:
     (place / "sparse" / "README.md").unlink()
     (place / "many.jsonl").write_text("".join(json.dumps({"text": f"{n} " * 40}) + "\n" for n in range(100)))
     done = run(place, f"file:{place / 'many.jsonl'}", steps=2)
-    assert (done.text.part, done.report.part) == ((0.0, 0.9), (0.9, 1.0))
+    assert (done.text.part, done.test.part) == ((0.0, 0.9), (0.9, 1.0))
     assert done.dense is None
     check_kept(place / "sparse", place / "out")
 
@@ -262,7 +262,7 @@ def refused(place: Path, *arguments: Any, **settings: Any) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(("role", "name"), [("search", "search"), ("report", "report")])
+@pytest.mark.parametrize(("role", "name"), [("validation", "validation"), ("report", "report")])
 def test_the_texts_that_measure_are_not_trained_on(role: str, name: str, place: Path) -> None:
     source = f"file:{place / f'{name}.txt'}"
     assert refused(place, source) == (
@@ -271,16 +271,16 @@ def test_the_texts_that_measure_are_not_trained_on(role: str, name: str, place: 
 
 
 def test_the_folders_report_text_is_kept_when_another_measures(place: Path) -> None:
-    source = f"file:{place / 'report.txt'}"
-    assert "shares documents with the study's report text" in refused(place, source, f"file:{place / 'long.txt'}")
+    source = f"file:{place / 'test.txt'}"
+    assert "shares documents with the study's test text" in refused(place, source, f"file:{place / 'long.txt'}")
 
 
 @pytest.mark.parametrize("tokens", [TOKENS, 4 * TOKENS])
 def test_a_copy_of_the_report_text_is_found_out(place: Path, tokens: int) -> None:
-    shutil.copyfile(place / "report.txt", place / "copy.txt")
+    shutil.copyfile(place / "test.txt", place / "copy.txt")
     said = refused(place, f"file:{place / 'copy.txt'}", tokens=tokens)
     assert said.startswith("--text: ")
-    assert said.endswith(f"windows of file:{place / 'copy.txt'} are in the report text too; give another source")
+    assert said.endswith(f"windows of file:{place / 'copy.txt'} are in the test text too; give another source")
 
 
 def test_a_text_is_needed_where_nothing_says_one(place: Path) -> None:
@@ -297,9 +297,9 @@ def test_a_record_that_is_none(content: str, place: Path) -> None:
 def test_texts_that_are_gone_are_named_by_their_option(place: Path) -> None:
     (place / "calibration.txt").unlink()
     assert refused(place) == f"--text: source: there is no file {place / 'calibration.txt'}"
-    (place / "report.txt").unlink()
+    (place / "test.txt").unlink()
     text = f"file:{place / 'long.txt'}"
-    assert refused(place, text) == f"--report-text: source: there is no file {place / 'report.txt'}"
+    assert refused(place, text) == f"--test-text: source: there is no file {place / 'test.txt'}"
 
 
 def test_a_text_shorter_than_a_window(place: Path) -> None:
@@ -350,10 +350,10 @@ def test_options_that_make_no_sense(options: tuple[str, str], place: Path, comma
 
 def test_a_text_is_a_source_or_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert read_text("--text", "hub:ORG/NAME", 64) == Text(source="hub:ORG/NAME", tokens=64)
+    assert read_text("--text", "hub:ORG/NAME", 64) == Text(source="hub:ORG/NAME", seqlen=64)
     assert read_text("--text", "file:a.txt", 64).source == f"file:{tmp_path / 'a.txt'}"
     table = read_text("--text", '{source = "hub:ORG/NAME", split = "train", part = [0, 0.5], tokens = 8}', 64)
-    assert table == Text(source="hub:ORG/NAME", split="train", part=(0, 0.5), tokens=8)
+    assert table == Text(source="hub:ORG/NAME", split="train", part=(0, 0.5), seqlen=8)
 
 
 @pytest.mark.parametrize(
@@ -387,7 +387,7 @@ def test_paths_start_where_the_configuration_was(place: Path, monkeypatch: pytes
 @pytest.mark.slow
 def test_smollm2_gets_better(tmp_path: Path) -> None:
     sparse, out = tmp_path / "sparse", tmp_path / "out"
-    fewer = [word for key in ("texts.calibration.windows=8", "texts.report.windows=6") for word in ("--set", key)]
+    fewer = [word for key in ("texts.calibration.nsamples=8", "texts.test.nsamples=6") for word in ("--set", key)]
     assert finish(start("prune", "--study", "smol", "--beta", "0.008", "--out", sparse, *fewer), 3 * HANGS).code == 0
     options = ("--steps", "20", "--batch", "2", "--tokens", "128", "--learning-rate", "0.001")
     answer = finish(start("finetune", "--model", sparse, "--out", out, *options), 3 * HANGS)

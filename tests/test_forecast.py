@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from atp_tune.checkpoints.headers import Sizes
-from atp_tune.checkpoints.residency import Free
+from atp_tune.checkpoints.offload import Free
 from atp_tune.cost.forecast import (
     Passes,
     ProbeRates,
@@ -20,7 +20,7 @@ from atp_tune.cost.memory import Bytes, Tokens, bytes_of, peaks, problems
 TOKENS = Tokens(calibration=1000, search=300, report=200, curve=100)
 RATES = ProbeRates(
     load=5.0,
-    run={"calibration": 0.001, "search": 0.002, "report": 0.003},
+    run={"calibration": 0.001, "validation": 0.002, "test": 0.003},
     dense=0.004,
     ends=0.01,
     fetch=0.0,
@@ -51,18 +51,18 @@ def test_a_block_takes_as_long_as_its_work_or_its_way() -> None:
     for fetch in (1.0, 10.0):
         found = trial_seconds(replace(RATES, fetch=fetch), "wanda", cost, blocks=4)
         assert found.total == pytest.approx(4 * max(fetch, work) + 3)
-    assert dense_seconds(replace(RATES, fetch=10.0), 300, 4, "search") == pytest.approx(40 + 3)
+    assert dense_seconds(replace(RATES, fetch=10.0), 300, 4, "validation") == pytest.approx(40 + 3)
 
 
 def test_the_whole_is_the_sum_of_its_parts() -> None:
     costs = {"wanda": passes("block", True, TOKENS, 300), "magnitude": passes("block", False, TOKENS, 300)}
     trials = [trial_seconds(RATES, name, cost, 4).total for name, cost in costs.items()]
     report = [
-        trial_seconds(RATES, name, cost.model_copy(update={"evaluate": 200}), 4, "report").total
+        trial_seconds(RATES, name, cost.model_copy(update={"evaluate": 200}), 4, "test").total
         for name, cost in costs.items()
     ]
     found = whole(RATES, 10, 0, costs, TOKENS, 4, once=0, rows=2)
-    dense = dense_seconds(RATES, 300, 4, "search") + dense_seconds(RATES, 200, 4, "report")
+    dense = dense_seconds(RATES, 300, 4, "validation") + dense_seconds(RATES, 200, 4, "test")
     curve = 4 * 100 * 0.001
     assert found.seconds == pytest.approx(5 + curve + dense + 5 * sum(trials) + sum(report))
     assert found.seconds_left == found.seconds
@@ -70,7 +70,7 @@ def test_the_whole_is_the_sum_of_its_parts() -> None:
     half = whole(RATES, 10, 6, costs, TOKENS, 4, once=0, rows=2)
     assert half.seconds == found.seconds
     assert half.seconds_left == pytest.approx(
-        5 + curve + dense - dense_seconds(RATES, 300, 4, "search") + 2 * sum(trials) + sum(report)
+        5 + curve + dense - dense_seconds(RATES, 300, 4, "validation") + 2 * sum(trials) + sum(report)
     )
     assert whole(RATES, 10, 10, costs, TOKENS, 4, once=0, rows=2).seconds_left == 0
 
@@ -90,7 +90,7 @@ def test_a_screening_comes_on_top() -> None:
     assert found.screened == 6 and plain.screened == 0
     assert (found.tokens or 0) - (plain.tokens or 0) == 7 * 75 + 2 * 1000
     trial = 4 * 0.25 + 75 * (4 * 0.002 + 0.01)
-    once = 4 * 1000 * 0.004 + dense_seconds(RATES, 75, 4, "search")
+    once = 4 * 1000 * 0.004 + dense_seconds(RATES, 75, 4, "validation")
     assert (found.seconds or 0) - (plain.seconds or 0) == pytest.approx(once + 6 * trial)
     assert found.seconds_left == found.seconds
     late = screened(plain, replace(screening, done=4), RATES, costs, 4)
@@ -123,21 +123,21 @@ def test_bytes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("residency", "device", "host"), [("device", 2000, 0), ("host", 200 + 1200, 1800), ("disk", 1400, 0)]
+    ("offload", "device", "host"), [("device", 2000, 0), ("host", 200 + 1200, 1800), ("disk", 1400, 0)]
 )
-def test_memory_by_residency(residency: str, device: int, host: int) -> None:
+def test_memory_by_residency(offload: str, device: int, host: int) -> None:
     free = Free(10**6, 10**6)
-    found = peaks(held(), residency, free, apart=True)  # type: ignore[arg-type]
+    found = peaks(held(), offload, free, apart=True)  # type: ignore[arg-type]
     assert found.device == device + 36800 + 50
     assert found.host == 10 + host + 6400
     assert found.loading == 10 + 2000 + 4000
-    same = peaks(held(), residency, Free(10**6, 10**6, bounded=False), apart=False)  # type: ignore[arg-type]
+    same = peaks(held(), offload, Free(10**6, 10**6, bounded=False), apart=False)  # type: ignore[arg-type]
     assert (same.host, same.device) == (found.host + device + 36800 + 50, None)
 
 
-def lines(free: Free, residency: str = "device", **changes: int) -> tuple[str, ...]:
+def lines(free: Free, offload: str = "device", **changes: int) -> tuple[str, ...]:
     own = held(**changes)
-    return problems(own, peaks(own, residency, free, apart=True), residency, windows=10)  # type: ignore[arg-type]
+    return problems(own, peaks(own, offload, free, apart=True), offload, windows=10)  # type: ignore[arg-type]
 
 
 G = 1024**3
@@ -148,18 +148,18 @@ def test_what_fits_is_no_problem() -> None:
 
 
 @pytest.mark.parametrize(
-    ("free", "changes", "residency", "said"),
+    ("free", "changes", "offload", "said"),
     [
         (Free(9 * G, 9 * G), {"total": 10 * G, "blocks": 9 * G, "largest": G, "converts": False}, "device",
-         'device memory: 10.0 GiB are needed, 9.0 GiB are free; set model.residency = "auto"'),
+         'device memory: 10.0 GiB are needed, 9.0 GiB are free; set model.offload = "auto"'),
         (Free(4 * G, 9 * G), {"calibration": 5 * G}, "device",
-         "device memory: 10.0 GiB are needed, 4.0 GiB are free; set texts.calibration.windows = 3"),
+         "device memory: 10.0 GiB are needed, 4.0 GiB are free; set texts.calibration.nsamples = 3"),
         (Free(4 * G, 9 * G), {"calibration": 2 * G, "standing": 4 * G}, "device",
-         "device memory: 8.0 GiB are needed, 4.0 GiB are free; set texts.calibration.windows = 4"),
+         "device memory: 8.0 GiB are needed, 4.0 GiB are free; set texts.calibration.nsamples = 4"),
         (Free(4 * G, 9 * G), {"work": 5 * G}, "device",
          "device memory: 5.0 GiB are needed, 4.0 GiB are free; take shorter windows or a larger device"),
         (Free(4 * G, G), {"blocks": 2 * G, "converts": False}, "host",
-         'host memory: 2.0 GiB are needed, 1.0 GiB are free; set model.residency = "disk"'),
+         'host memory: 2.0 GiB are needed, 1.0 GiB are free; set model.offload = "disk"'),
         (Free(4 * G, G), {"dense": 2 * G}, "disk",
          "host memory: 2.0 GiB are needed, 1.0 GiB are free; free some, or take a smaller model"),
         (Free(4 * G, G), {"total": 2 * G}, "device",
@@ -168,6 +168,6 @@ def test_what_fits_is_no_problem() -> None:
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_one_line_with_a_way_out(
-    free: Free, changes: dict[str, int], residency: str, said: str
+    free: Free, changes: dict[str, int], offload: str, said: str
 ) -> None:
-    assert lines(free, residency, **changes) == (said,)
+    assert lines(free, offload, **changes) == (said,)

@@ -68,7 +68,7 @@ class WorkerPool:
 
     def __init__(self, place: Path, inject: Callable[[], None] | None = None, trials: int = TOTAL) -> None:
         self._database = place / "tiny.db"
-        long = ("texts.calibration.windows=40", "texts.search.windows=40", f"search.trials={trials}")
+        long = ("texts.calibration.nsamples=40", "texts.validation.nsamples=40", f"search.trials={trials}")
         self._words = ("--study", place / "tiny.toml", *settings(*long))
         self._inject = inject
         self.commands: list[Command] = []

@@ -207,7 +207,7 @@ def test_the_tensor_core_knows_no_study(kind: str) -> None:
 
 LIGHT = [
     "checkpoints.headers",
-    "checkpoints.residency",
+    "checkpoints.offload",
     "cost.forecast",
     "cost.planning",
     "errors",

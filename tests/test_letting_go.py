@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from atp_tune.blocks.prune_pass import Pass
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.residency import Residency
+from atp_tune.checkpoints.offload import Offload
 from atp_tune.plan import Plan
 from atp_tune.search.context import TrialContext
 from atp_tune.spec.prune import PruneConfig
@@ -56,11 +56,11 @@ def test_a_study_lets_go_of_its_model(place: Path, command: CommandLine, loads: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("residency", few(["auto", "host", "disk"], ["auto"]))
+@pytest.mark.parametrize("offload", few(["auto", "host", "disk"], ["auto"]))
 def test_prune_measures_its_folder_alone(
-    residency: str, place: Path, command: CommandLine, loads: list[Any], tmp_path: Path
+    offload: str, place: Path, command: CommandLine, loads: list[Any], tmp_path: Path
 ) -> None:
-    options = ("--study", place / "tiny.toml", *settings(f"model.residency={residency}"))
+    options = ("--study", place / "tiny.toml", *settings(f"model.offload={offload}"))
     assert command("prune", *options).code == 0
     assert loads == ONCE
     loads.clear()
@@ -89,11 +89,11 @@ def test_speedup(done: Path, command: CommandLine, loads: list[Any], tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("residency", ["device", "host", "disk"])
-def test_a_bench_that_is_closed_holds_nothing(residency: Residency, tmp_path: Path) -> None:
+@pytest.mark.parametrize("offload", ["device", "host", "disk"])
+def test_a_bench_that_is_closed_holds_nothing(offload: Offload, tmp_path: Path) -> None:
     """Nor does what was made of it: a screening, a budget, the weights' stream."""
     tiny("llama").save_pretrained(tmp_path)
-    checkpoint = Checkpoint.load(tmp_path, torch.float32, CPU, residency=residency)
+    checkpoint = Checkpoint.load(tmp_path, torch.float32, CPU, offload=offload)
     texts = bench_of(tiny("llama")).windows
     context = TrialContext(bench_of(tiny("llama")).folder, checkpoint, texts, PruneConfig(statistics="dense"), print)
     with context:
@@ -106,12 +106,12 @@ def test_a_bench_that_is_closed_holds_nothing(residency: Residency, tmp_path: Pa
     assert others
 
 
-@pytest.mark.parametrize("residency", ["device", "host"])
-def test_a_callers_model_is_given_back_by_the_bench(residency: Residency) -> None:
+@pytest.mark.parametrize("offload", ["device", "host"])
+def test_a_callers_model_is_given_back_by_the_bench(offload: Offload) -> None:
     model = tiny("llama").train()
     before = copy_of(model)
-    with bench_of(model, residency=residency) as context:
-        assert context.all_nlls(context.dense(), "report")
+    with bench_of(model, offload=offload) as context:
+        assert context.all_nlls(context.dense(), "test")
     assert model.training
     assert all(same_bits(tensor, before[name]) for name, tensor in copy_of(model).items())
 

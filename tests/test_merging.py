@@ -101,10 +101,10 @@ def test_three_machines_that_went_on_from_a_copy(place: Path, tmp_path: Path, co
     assert [trial.number for trial in study.trials] == list(range(8))
     sources = [study_of(file) for file in files]
     for source in sources:
-        for name, nlls in source.user_attrs["reports"].items():
+        for name, nlls in source.user_attrs["test_nlls"].items():
             if name != "dense":
                 twin = next(t for t in study.trials if same(t) == same(source.trials[int(name)]))
-                assert study.user_attrs["reports"][str(twin.number)] == nlls
+                assert study.user_attrs["test_nlls"][str(twin.number)] == nlls
     best = min((trial for source in sources for trial in source.trials), key=lambda trial: trial.value or 0)
     assert ranking.best_trial(study) is not None
     assert study.best_value == best.value
@@ -147,16 +147,16 @@ def test_what_names_trials_by_number_follows(tmp_path: Path) -> None:
     retried.system_attrs = {"failed_trial": 2, "retry_history": [2]}
     repeated = made_up(0.003, repeats=3)
     belief = {"before": 4, "curves": {}}
-    of_a = {"reports": {"dense": [1.0], "1": [1.5]}, "speed": {"0": {"x": 1}, "1": {"x": 2}}}
-    of_b = {"reports": {"dense": [2.0], "3": [2.5]}, "speed": {"3": {"x": 3}}, "zero_shot": {"4": {"x": 4}}}
+    of_a = {"test_nlls": {"dense": [1.0], "1": [1.5]}, "speed": {"0": {"x": 1}, "1": {"x": 2}}}
+    of_b = {"test_nlls": {"dense": [2.0], "3": [2.5]}, "speed": {"3": {"x": 3}}, "zero_shot": {"4": {"x": 4}}}
     made(tmp_path / "a.db", first, second, belief={"before": 2, "curves": {}}, **of_a)
     made(tmp_path / "b.db", failed, again, lost, retried, repeated, belief=belief, **of_b)
     study = united(tmp_path / "out.db", tmp_path / "b.db", tmp_path / "a.db").study
     assert [trial.params["beta"] for trial in study.trials] == [0.0, 0.001, 0.02, 0.02, 0.003, 0.003, 0.003]
-    assert study.user_attrs["reports"] == {"dense": [2.0], "1": [1.5], "5": [2.5]}
+    assert study.user_attrs["test_nlls"] == {"dense": [2.0], "1": [1.5], "5": [2.5]}
     assert study.user_attrs["speed"] == {"0": {"x": 1}, "1": {"x": 2}, "5": {"x": 3}}
     assert study.user_attrs["zero_shot"] == {"6": {"x": 4}}
-    assert study.user_attrs["belief"] == belief
+    assert study.user_attrs["gp_posterior"] == belief
     assert study.trials[3].user_attrs["failure"] == "failed before, as trial 2: out of memory"
     assert study.trials[5].system_attrs == {"failed_trial": 4, "retry_history": [4]}
     assert study.trials[6].user_attrs["repeats"] == 5
@@ -327,9 +327,9 @@ def test_an_artifact_that_was_removed_stays_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("of_system", "of_user"),
     [
-        ({"dashboard:note_ver": "x", "belief": [1]}, {"belief": [1], "total": "many", "speed": [5]}),
-        ({"dashboard:note_ver": None}, {"belief": {"before": "x"}, "reports": {"../x": [1.0]}}),
-        ({f"dashboard:artifacts:{number}:x": "null" for number in ("9" * 5000, "٣")}, {"belief": {"before": {}}}),
+        ({"dashboard:note_ver": "x", "gp_posterior": [1]}, {"gp_posterior": [1], "total": "many", "speed": [5]}),
+        ({"dashboard:note_ver": None}, {"gp_posterior": {"before": "x"}, "test_nlls": {"../x": [1.0]}}),
+        ({f"dashboard:artifacts:{number}:x": "null" for number in ("9" * 5000, "٣")}, {"gp_posterior": {"before": {}}}),
     ],
     ids=range(3),
 )

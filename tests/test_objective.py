@@ -72,7 +72,7 @@ def test_a_trial_is_perplexity_on_the_search_text(context: TrialContext, space: 
     trial = ask(study, space)
     [value] = Objective(context, space, False, ignore_events)(trial)
     pruned = ((block.index, block.weights) for block in context.prune(space.plan(PARAMS)))
-    nlls = context.all_nlls(pruned, "search")
+    nlls = context.all_nlls(pruned, "validation")
     assert value == math.exp(fmean(nlls))
     assert trial.user_attrs["nlls"] == nlls
 
@@ -234,7 +234,7 @@ class Impatient(BasePruner):
 def test_trials_are_stopped_at_the_same_groups_as_they_are_reported(
     context: TrialContext, space: Space, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(context.batch("search"), "windows", 2)
+    monkeypatch.setattr(context.batch("validation"), "windows", 2)
     study = optuna.create_study(pruner=Impatient())
     objective = Objective(context, space, True, ignore_events)
     for beta in (0.0, 0.26):

@@ -69,26 +69,26 @@ def test_a_trial_s_value_is_its_kl_by_hand(made: Path) -> None:
     best = study.best_trial
     assert best.number == min(study.trials, key=lambda trial: trial.values[0]).number
     pruned = ByHand(made).prune("wanda", best.user_attrs["sparsities"])
-    expected = naive.kls_of(dense.model, pruned.model, dense.windows("search"))
+    expected = naive.kls_of(dense.model, pruned.model, dense.windows("validation"))
     assert best.user_attrs["kls"] == pytest.approx(expected, rel=1e-5)
-    assert best.user_attrs["nlls"] == pytest.approx(pruned.nlls("search"), rel=1e-5)
+    assert best.user_attrs["nlls"] == pytest.approx(pruned.nlls("validation"), rel=1e-5)
     assert best.value == fmean(best.user_attrs["kls"])
     score, kl = score_of(best), kl_of(best)
     assert score
     assert kl
     assert score.value == math.exp(fmean(best.user_attrs["nlls"]))
     assert (kl.value, kl.stderr) == (best.value, best.user_attrs["stderr"])
-    on_report = naive.kls_of(dense.model, pruned.model, dense.windows("report"))
-    assert study.user_attrs["report_kls"][str(best.number)] == pytest.approx(on_report, rel=1e-5)
-    assert study.user_attrs["report_kls"].keys() == study.user_attrs["reports"].keys() - {"dense"}
+    on_report = naive.kls_of(dense.model, pruned.model, dense.windows("test"))
+    assert study.user_attrs["test_kls"][str(best.number)] == pytest.approx(on_report, rel=1e-5)
+    assert study.user_attrs["test_kls"].keys() == study.user_attrs["test_nlls"].keys() - {"dense"}
 
 
 def test_the_best_is_by_kl_and_compared_with_uniform_by_windows(made: Path) -> None:
     study = stored(made, "kl")
     summary = summarise(study)
-    assert summary.goals == ("kl",)
+    assert summary.objectives == ("kl",)
     assert summary.best_trial == study.best_trial
-    uniform, kls = summary.uniform_trial, study.user_attrs["report_kls"]
+    uniform, kls = summary.uniform_trial, study.user_attrs["test_kls"]
     assert uniform
     rank = next(rank for rank in summary.ranks if rank.trial.number != uniform.number)
     assert rank.kl_against
@@ -104,17 +104,17 @@ def test_the_configuration_holds_both(made: Path) -> None:
     assert config.kl
     assert config.kl.best == summary.kl(summary.best_trial)
     assert config.kl.uniform == summary.kl(summary.uniform_trial)
-    assert config.kl.best.report
+    assert config.kl.best.test
 
 
 @pytest.mark.slow
 def test_the_paper_s_protocol_reports_on_the_search_text(place: Path) -> None:
     file = place / "tiny.toml"
-    head, _, tail = file.read_text().partition("[texts.report]")
+    head, _, tail = file.read_text().partition("[texts.test]")
     file.write_text('protocol = "paper"\n' + head + "[search]" + tail.partition("[search]")[2])
     study = run(place, KL)
     best = study.best_trial
-    assert study.user_attrs["report_kls"][str(best.number)] == best.user_attrs["kls"]
+    assert study.user_attrs["test_kls"][str(best.number)] == best.user_attrs["kls"]
 
 
 @pytest.mark.slow
@@ -138,7 +138,7 @@ def test_a_stopped_trial_has_a_kl_that_compares(place: Path, monkeypatch: pytest
 @pytest.mark.slow
 def test_what_may_be_gained_of_a_kl_is_relative(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(termination, "GAP", 1)  # eleven points may leave one
-    study = run(place, KL, GP, "search.settle=true", "search.trials=11")
+    study = run(place, KL, GP, "search.early_termination=true", "search.trials=11")
     space = make_space(study_file(place).study, Budget(0.6, tuple(study.user_attrs["sizes"])))
     trials = study.trials
     known = regret_of(trials, space, "atp")
@@ -287,7 +287,7 @@ def test_studies_of_two_values_are_merged(made: Path, place: Path, tmp_path: Pat
     assert len(merged.trials) == 6 + 3
     summary = summarise(merged)
     assert summary.best_trial
-    assert merged.user_attrs["report_kls"].keys() == merged.user_attrs["reports"].keys() - {"dense"}
+    assert merged.user_attrs["test_kls"].keys() == merged.user_attrs["test_nlls"].keys() - {"dense"}
     assert {trial.number for trial in summary.front} == naive_front(merged.trials) - {
         trial.number for trial in merged.trials if "repeats" in trial.user_attrs
     }
@@ -302,30 +302,30 @@ def test_tables_show_the_values_and_the_front(made: Path, command: CommandLine) 
     summary = summarise(stored(made, "both"))
     for trial in summary.front:
         assert f"| {trial.number}     |" in said
-        assert str(summary.kl(trial).search) in said
+        assert str(summary.kl(trial).validation) in said
     assert "the lowest perplexity of the front; `export --trial N` takes another" in said
     assert "| 0               | 0               | – " in said
     said = command("status", "--study", made / "tiny.toml", "--study-name", "kl").out
     assert "Pareto front" not in said
-    assert str(summarise(stored(made, "kl")).kl(stored(made, "kl").best_trial).report) in said
+    assert str(summarise(stored(made, "kl")).kl(stored(made, "kl").best_trial).test) in said
 
 
 @pytest.mark.slow
 def test_the_json_of_status_and_report(made: Path, tmp_path: Path) -> None:
-    for name, goals in (("kl", ["kl"]), ("both", ["perplexity", "kl"])):
+    for name, objectives in (("kl", ["kl"]), ("both", ["perplexity", "kl"])):
         study = stored(made, name)
         summary = summarise(study)
         said = json.loads(to_json(status_of(summary, datetime.now())))
-        assert said["objective"] == goals
+        assert said["objective"] == objectives
         assert said["front"] == [trial.number for trial in summary.front]
         assert said["best"]["kl"] == summary.kl(summary.best_trial).model_dump()
         uniform = is_uniform(summary.best_trial)  # then there is nothing to compare it with
-        assert said["best"]["kl_change"] is None if uniform else said["best"]["kl_change"]["on"] == "report"
-        assert [trial["kl"]["search"]["value"] for trial in said["trials"]] == [t.values[-1] for t in study.trials]
+        assert said["best"]["kl_change"] is None if uniform else said["best"]["kl_change"]["on"] == "test"
+        assert [trial["kl"]["validation"]["value"] for trial in said["trials"]] == [t.values[-1] for t in study.trials]
         assert all(trial["value"] > 10 for trial in said["trials"])  # perplexities
         write([gather(study, datetime.now())], "json", tmp_path / "r.json")
         [read] = json.loads((tmp_path / "r.json").read_text())["studies"]
-        assert (read["objective"], read["front"]) == (goals, said["front"])
+        assert (read["objective"], read["front"]) == (objectives, said["front"])
         assert read["kl"]["best"] == said["best"]["kl"]
         assert read["trials"][1]["kl"] == said["trials"][1]["kl"]
 
@@ -339,9 +339,9 @@ def test_reports(name: str, kind: str, made: Path, tmp_path: Path) -> None:
         write([gather(study, datetime.now())], kind, tmp_path / "report")
     text, summary = (tmp_path / "report").read_text(), summarise(study)
     best = summary.kl(summary.best_trial)
-    assert best.search
-    assert best.report
-    shown = [f"{kl.value:.4f}" for kl in (best.search, best.report)]
+    assert best.validation
+    assert best.test
+    shown = [f"{kl.value:.4f}" for kl in (best.validation, best.test)]
     assert all(value in text for value in shown)
     assert ("Pareto front" in text) == (name == "both" and kind != "latex")
 
@@ -357,7 +357,7 @@ def test_figures(made: Path) -> None:
     drawn = figures.draw(summarise(stored(made, "kl")))
     assert "front" not in drawn
     assert drawn["perplexity"].layout.title.text == "KL divergence against β"
-    assert drawn["perplexity"].layout.yaxis.title.text == "KL divergence, search text"
+    assert drawn["perplexity"].layout.yaxis.title.text == "KL divergence, validation text"
     marks = [y for trace in drawn["perplexity"].data if trace.error_y.array is not None for y in trace.y]
     known = [t.values[0] for t in stored(made, "kl").trials]
     shown = sorted(value for value in known if value <= 3 * median(known))
@@ -369,8 +369,8 @@ def test_notes_of_the_dashboard(made: Path) -> None:
     for name in ("kl", "both"):
         summary = summarise(stored(made, name))
         note = study_note(summary, "sqlite:///tiny.db")
-        assert "KL divergence from the dense model (nats per token) on the search text; lower is better" in note
-        assert str(summary.kl(summary.best_trial).report) in note
+        assert "KL divergence from the dense model (nats per token) on the validation text; lower is better" in note
+        assert str(summary.kl(summary.best_trial).test) in note
         assert note.count("(Pareto front)") == len(summary.front)
         for trial in summary.trials:
             assert f"KL divergence from the dense model {kl_of(trial)}." in trial_note(trial, summary)
@@ -389,9 +389,9 @@ def test_any_trial_can_be_exported(made: Path, place: Path, command: CommandLine
     config = read_config(out)
     assert config.trial == other.number
     assert config.block_sparsities == tuple(other.user_attrs["sparsities"])
-    assert config.perplexity.search == score_of(other)
+    assert config.perplexity.validation == score_of(other)
     assert config.kl
-    assert config.kl.best.search == kl_of(other)
+    assert config.kl.best.validation == kl_of(other)
     assert not (place / "both.best.json").exists()
     error = command(*asked, "--trial", "99").error
     assert error == "study both: trial 99 is not measured in full; `status` lists all"
@@ -404,7 +404,11 @@ def test_any_trial_can_be_exported(made: Path, place: Path, command: CommandLine
     ("keys", "first", "all_"),
     [
         (["search.stopper=wilcoxon"], "search.stopper", "it"),
-        ([GP, "search.settle=true", "search.screen.trials=3"], "search.settle", "it and search.screen"),
+        (
+            [GP, "search.early_termination=true", "search.screen.trials=3"],
+            "search.early_termination",
+            "it and search.screen",
+        ),
         (["search.screen.trials=3"], "search.screen", "it"),
     ],
 )

@@ -27,8 +27,8 @@ def test_a_path_starts_at_its_base_or_at_home(tmp_path: Path, monkeypatch: pytes
 )
 def test_what_no_file_can_be_called(text: str, reason: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=reason) as caught:
-        written(text, tmp_path, "texts.search.source")
-    assert str(caught.value).startswith('texts.search.source: "')
+        written(text, tmp_path, "texts.validation.source")
+    assert str(caught.value).startswith('texts.validation.source: "')
     assert len(str(caught.value)) < 300
 
 

@@ -23,7 +23,7 @@ def test_a_study_is_foretold(place: Path) -> None:
     assert trial.seconds is not None
     assert min(trial.seconds.calibrate, trial.seconds.prune, trial.seconds.evaluate) > 0
     assert found.whole.seconds == found.whole.seconds_left
-    assert found.weights.residency == "device"
+    assert found.weights.offload == "none"
     assert found.weights.blocks == 4
     assert found.memory.device is None
     assert found.problems == ()
@@ -43,7 +43,7 @@ def test_the_dense_states_that_kl_compares_with_are_counted(place: Path, monkeyp
 
 @pytest.mark.slow
 def test_a_study_that_may_settle_is_foretold_at_most(place: Path, command: CommandLine) -> None:
-    options = settings("search.settle=true", "search.sampler=gp")
+    options = settings("search.early_termination=true", "search.sampler=gp")
     assert "study:   at most 3 trials, " in command("plan", "--study", place / "tiny.toml", *options).out
     assert "study:   3 trials, " in command("plan", "--study", place / "tiny.toml").out
 
@@ -55,17 +55,17 @@ def test_trials_that_are_done_count(done: Path) -> None:
     assert {trial.pruner for trial in found.trial} == {"wanda", "magnitude"}
 
 
-@pytest.mark.parametrize("residency", ["device", "host", "disk"])
-def test_where_weights_will_lie(place: Path, residency: str) -> None:
-    found = foresee(study_file(place, f"model.residency={residency}"), "tiny", ignore_events)
-    assert found.weights.residency == residency
+@pytest.mark.parametrize("offload", ["device", "host", "disk"])
+def test_where_weights_will_lie(place: Path, offload: str) -> None:
+    found = foresee(study_file(place, f"model.offload={offload}"), "tiny", ignore_events)
+    assert found.weights.offload == offload
 
 
 @pytest.mark.slow
 def test_a_small_device_makes_weights_stay_on_the_host(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATP_TUNE_DEVICE_MEMORY", "200kB")
     found = foresee(study_file(place), "tiny", ignore_events)
-    assert found.weights.residency == "host"
+    assert found.weights.offload == "cpu"
     assert found.memory.device_free == 200_000
     assert found.memory.device is not None
     assert run(place).best_value > 0
@@ -89,7 +89,7 @@ def test_the_command(place: Path, command: CommandLine) -> None:
         assert word in answer.out
     answer = command("plan", "--study", place / "tiny.toml", "--json", "--study-name", "other")
     document = json.loads(answer.out)
-    assert (document["format"], document["study"]) == ("atp_tune.plan/1", "other")
+    assert (document["format"], document["study"]) == ("atp_tune.plan/2", "other")
     assert answer.err == ""
 
 
@@ -107,7 +107,7 @@ def test_statistics_of_the_dense_model_are_counted_once(place: Path) -> None:
 
 @pytest.mark.slow
 def test_a_screening_is_foretold(place: Path, command: CommandLine) -> None:
-    words = ("search.screen.trials=5", "search.screen.every=3", "search.sampler=gp")
+    words = ("search.screen.trials=5", "search.screen.stride=3", "search.sampler=gp")
     plain = foresee(study_file(place), "tiny", ignore_events)
     found = foresee(study_file(place, *words), "tiny", ignore_events)
     assert (found.whole.trials, found.whole.screened) == (3, 5)
@@ -124,8 +124,8 @@ def test_a_screening_is_foretold(place: Path, command: CommandLine) -> None:
 
 @pytest.mark.slow
 def test_a_screening_has_a_row_and_counts_as_far_as_it_went(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ("search.screen.trials=30", "search.screen.every=3", "search.sampler=gp", "search.settle=true")
-    monkeypatch.setattr(trial_loop, "has_settled", lambda study, space: counted(study) >= 9)
+    words = ("search.screen.trials=30", "search.screen.stride=3", "search.sampler=gp", "search.early_termination=true")
+    monkeypatch.setattr(trial_loop, "should_terminate", lambda study, space: counted(study) >= 9)
     run(place, *words)
     settled = counted(stored(place, "tiny.screen"))
     assert settled == 9

@@ -237,7 +237,7 @@ def test_the_same_plan_gives_the_same_weights(pruner: str) -> None:
 @pytest.mark.parametrize("pruner", PRUNERS)
 @pytest.mark.parametrize("family", few(["llama-tied", "gpt2", "qwen2_moe-mixed"], ["gpt2"]))
 def test_blocks_on_the_host_are_pruned_alike(family: str, pruner: str) -> None:
-    one, other = bench_of(tiny(family), residency="device"), bench_of(tiny(family), residency="host")
+    one, other = bench_of(tiny(family), offload="none"), bench_of(tiny(family), offload="cpu")
     plan = atp_plan(one, pruner)
     for a, b in zip(one.prune(plan), other.prune(plan), strict=True):
         assert a.error == b.error and a.zeros == b.zeros
@@ -364,12 +364,12 @@ def test_an_embedding_for_which_memory_runs_out_fails_no_trial(
     plan = atp_plan(bench_of(model), "wanda")
     work = bench_of(model, prune, watch=events.append)
     limit_embedding(model, 2, monkeypatch)
-    nlls = work.all_nlls([(block.index, block.weights) for block in work.prune(plan)], "search")
-    assert [work.batch(role).windows for role in ("calibration", "search")] == [2, 2]
+    nlls = work.all_nlls([(block.index, block.weights) for block in work.prune(plan)], "validation")
+    assert [work.batch(role).windows for role in ("calibration", "validation")] == [2, 2]
     assert len([event for event in events if "memory ran out" in str(event)]) == 3  # for each text, and the head
     other = bench_of(model, prune)
-    other.begin({"calibration": 2, "search": 2, "heads": work.heads.windows})
-    assert other.all_nlls([(block.index, block.weights) for block in other.prune(plan)], "search") == nlls
+    other.begin({"calibration": 2, "validation": 2, "heads": work.heads.windows})
+    assert other.all_nlls([(block.index, block.weights) for block in other.prune(plan)], "validation") == nlls
 
 
 def test_one_window_that_does_not_fit_fails_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:

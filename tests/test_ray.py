@@ -158,7 +158,7 @@ def test_more_workers_than_gpus(place: Path, cluster: Any) -> None:
 @pytest.mark.slow
 def test_an_error_of_a_worker(place: Path, cluster: Any) -> None:
     add_node(cluster)
-    answer = finish(begin(place, cluster, "--set", "texts.search.windows=100000"))
+    answer = finish(begin(place, cluster, "--set", "texts.validation.nsamples=100000"))
     assert "windows" in answer.error
 
 

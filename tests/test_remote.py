@@ -90,7 +90,7 @@ def test_a_study_is_the_same_over_a_server(place: Path, server: Server) -> None:
     stored = opening.find_study(server.database, "there")
     assert stored is not None
     assert [t.user_attrs["nlls"] for t in stored.trials] == [t.user_attrs["nlls"] for t in here.trials]
-    assert stored.user_attrs["reports"] == here.user_attrs["reports"]
+    assert stored.user_attrs["test_nlls"] == here.user_attrs["test_nlls"]
     assert {t.state for t in stored.trials} == {TrialState.COMPLETE}
 
 

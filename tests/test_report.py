@@ -99,14 +99,14 @@ def test_studies_that_are_not_whole(study: optuna.Study, kind: str) -> None:
 def test_a_real_study(done: Path, kind: str) -> None:
     made = MAKERS[kind]([gather(stored(done), NOW)]).decode()
     best = gather(stored(done), NOW).summary.best
-    assert best.report is not None
-    assert f"{best.report.value:.2f}" in made or str(best.report.value) in made
+    assert best.test is not None
+    assert f"{best.test.value:.2f}" in made or str(best.test.value) in made
 
 
 def test_the_page_says_what_the_line_of_the_search_is(found: optuna.Study) -> None:
     words = "the thin line and its band are what the search’s model held likely"
     assert words not in page(found)
-    found.set_user_attr("belief", {"before": 3, "curves": {}})
+    found.set_user_attr("gp_posterior", {"before": 3, "curves": {}})
     assert words in page(found)
 
 
@@ -126,7 +126,7 @@ def test_the_words_of_a_study(found: optuna.Study) -> None:
     contents = gather(found, NOW)
     assert contents.state == "4 of 16 trials done, 1 running, 1 failed"
     assert re.fullmatch(
-        r"The best plan’s perplexity is \d+\.\d%\u00a0±\u00a0\d\.\d% below uniform’s on the search text\.",
+        r"The best plan’s perplexity is \d+\.\d%\u00a0±\u00a0\d\.\d% below uniform’s on the validation text\.",
         contents.verdict,
     )
     assert (contents.target, contents.realised, contents.devices) == (0.6, 0.5991, "cpu (2 threads)")
@@ -149,9 +149,9 @@ def test_uniform_may_be_the_best(study: optuna.Study) -> None:
 
 
 def test_changes_are_those_of_the_report_text(found: optuna.Study) -> None:
-    found.set_user_attr("reports", {"dense": [2.0, 2.1], "0": [4.0, 4.2], "1": [3.9, 4.15]})
+    found.set_user_attr("test_nlls", {"dense": [2.0, 2.1], "0": [4.0, 4.2], "1": [3.9, 4.15]})
     contents = gather(found, NOW)
-    assert contents.verdict == "The best plan’s perplexity is 7.2%\u00a0±\u00a02.3% below uniform’s on the report text."
+    assert contents.verdict == "The best plan’s perplexity is 7.2%\u00a0±\u00a02.3% below uniform’s on the test text."
     assert tables.comparison([contents]).rows[0][4].startswith("55.98 ± ")
 
 
@@ -237,7 +237,7 @@ def test_perplexities_of_different_texts_are_not_drawn_together() -> None:
     studies = [new_study(None, name) for name in ("first", "second")]
     for study in studies:
         study.add_trials([made_up(0.0), made_up(0.006)])
-    studies[1].set_user_attr("fingerprint", {"model.content": "ab" * 32, "texts.search.content": "other"})
+    studies[1].set_user_attr("fingerprint", {"model.content": "ab" * 32, "texts.validation.content": "other"})
     assert list(html.overlays([gather(study, NOW) for study in studies])) == ["sparsities"]
     assert html.overlays([gather(studies[0], NOW)]) == {}
 
@@ -248,7 +248,7 @@ def test_perplexities_of_different_texts_are_not_drawn_together() -> None:
 def test_the_keys_of_the_json(found: optuna.Study) -> None:
     read = document(found)
     assert list(read) == ["format", "made", "studies"]
-    assert (read["format"], read["made"]) == ("atp_tune.report/1", "2026-01-02T03:04:05")
+    assert (read["format"], read["made"]) == ("atp_tune.report/2", "2026-01-02T03:04:05")
     (study,) = read["studies"]
     assert list(study) == [
         "name", "description", "sparsity", "state", "dense", "uniform", "best", "best_trial", "change", "ranks",
@@ -256,9 +256,9 @@ def test_the_keys_of_the_json(found: optuna.Study) -> None:
         "devices", "study_file", "fingerprint", "versions",
     ]  # fmt: skip
     assert study["state"] == {"done": 4, "total": 16, "running": 0, "failed": 1}
-    assert study["best"]["search"] == {"value": found.trials[1].value, "stderr": 3.5}
-    assert study["best"]["report"] is None
-    assert study["change"]["on"] == "search"
+    assert study["best"]["validation"] == {"value": found.trials[1].value, "stderr": 3.5}
+    assert study["best"]["test"] is None
+    assert study["change"]["on"] == "validation"
     assert study["change"]["value"] < 0
     assert [rank["allocation"] for rank in study["ranks"]] == ["atp", "uniform"]
     assert list(study["trials"][0]) == [
@@ -283,7 +283,7 @@ def test_json_has_no_number_that_is_none() -> None:
 def test_markdown_tables_are_whole(found: optuna.Study) -> None:
     found.add_trial(made_up(0.01, state=TrialState.FAIL, failure="a|b\n# *c*"))
     text = markdown.make([gather(found, NOW)]).decode()
-    assert "| perplexity | search text | report text |\n| :-- | --: | --: |" in text
+    assert "| perplexity | validation text | test text |\n| :-- | --: | --: |" in text
     assert r"a\|b \# \*c\*" in text
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {3, 4, 6, 9}

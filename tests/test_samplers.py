@@ -389,7 +389,7 @@ def test_belief_is_what_the_gp_holds(pruners: tuple[str, ...]) -> None:
         return math.exp(3 + 4 * (plan.parameters["beta"] / high - 0.4) ** 2)
 
     study.optimize(valley, n_trials=12)
-    held = study.user_attrs["belief"]
+    held = study.user_attrs["gp_posterior"]
     assert held["before"] == 11
     assert set(held["curves"]) == set(pruners)
     curve = held["curves"]["wanda"]

@@ -24,7 +24,7 @@ from atp_tune.storage.fingerprint import is_screening
 from atp_tune.storage.ranking import measured
 from atp_tune.storage.totals import counted
 
-SCREEN = ("search.screen.trials=5", "search.screen.every=3", "search.screen.confirm=2")
+SCREEN = ("search.screen.trials=5", "search.screen.stride=3", "search.screen.confirm=2")
 INSIDE = ("search.sampler=gp", *SCREEN)
 
 
@@ -97,7 +97,7 @@ def test_trials_that_are_confirmed_are_measured_as_any_other(screened_place: Pat
 def test_a_screening_is_what_its_keys_say(screened_place: Path) -> None:
     """`--set` with the keys of the screening gives the same study, value for value."""
     place = screened_place
-    by_keys = ("prune.statistics=dense", "texts.search.every=3", "search.trials=5", "search.sampler=gp")
+    by_keys = ("prune.statistics=dense", "texts.validation.stride=3", "search.trials=5", "search.sampler=gp")
     twin = run(place, *by_keys, name="twin")
     screened = reopen(place, "tiny.screen")
     assert [t.params for t in twin.trials] == [t.params for t in screened.trials]
@@ -176,7 +176,7 @@ def test_how_far_a_screening_is(place: Path, command: Any) -> None:
     run(place, *INSIDE)
     assert "screening: " not in command("status", *words).out
     of_screening = command("status", *words, "--study-name", "tiny.screen")
-    assert "report text" not in of_screening.out.replace("report perplexity", "")
+    assert "test text" not in of_screening.out.replace("test perplexity", "")
     assert json.loads(command("status", *words, "--study-name", "tiny.screen", "--json").out)["complete"]
 
 
@@ -201,7 +201,11 @@ def test_a_study_without_uniform_can_be_looked_at_and_taken_home(place: Path, co
 
 @pytest.mark.slow
 def test_a_screening_that_was_killed_goes_on(place: Path) -> None:
-    words = ("--study", place / "tiny.toml", *settings(*INSIDE, "search.screen.trials=40", "texts.search.windows=250"))
+    words = (
+        "--study",
+        place / "tiny.toml",
+        *settings(*INSIDE, "search.screen.trials=40", "texts.validation.nsamples=250"),
+    )
     process = start(*words)
     wait_for(place / "tiny.db", 3, process)
     process.kill()
@@ -257,9 +261,9 @@ def test_a_command_that_a_user_types(place: Path, command: Any) -> None:
     ("override", "error"),
     [
         ("search.screen.trials=0", "search.screen.trials: must be at least 1, got 0"),
-        ("search.screen.every=0", "search.screen.every: must be at least 1, got 0"),
+        ("search.screen.stride=0", "search.screen.stride: must be at least 1, got 0"),
         ("search.screen.confirm=6", "search.screen.confirm: must be at most search.screen.trials, 5"),
-        ("search.screen.every=16", "search.screen.every: leaves one of 16 windows; must be less than that"),
+        ("search.screen.stride=16", "search.screen.stride: leaves one of 16 windows; must be less than that"),
         ("search.screen=3", "search.screen: must be a table, got 3"),
         ("search.screen.windows=3", "search.screen.windows: unknown key; did you mean"),
     ],
@@ -274,7 +278,7 @@ def test_a_file_without_a_screening(place: Path) -> None:
     file = study_file(place, *SCREEN)
     assert screening_file(file, ScreenConfig(trials=5)).study.search.screen is None
     assert study_file(place, *SCREEN, "search.screen=none").study.search.screen is None
-    assert file.study.search.screen == ScreenConfig(trials=5, every=3, confirm=2)
+    assert file.study.search.screen == ScreenConfig(trials=5, stride=3, confirm=2)
 
 
 def test_a_bench_for_screening_shares_all_but_the_text(place: Path) -> None:
@@ -282,9 +286,9 @@ def test_a_bench_for_screening_shares_all_but_the_text(place: Path) -> None:
     other = whole.screening(4)
     assert isinstance(other, context.TrialContext)
     assert other.checkpoint is whole.checkpoint and other.replay is whole.replay
-    nlls = whole.all_nlls(whole.dense(), "search")
-    assert other.all_nlls(other.dense(), "search") == pytest.approx(nlls[::4], rel=1e-5)
-    assert len(other.windows["search"].ids) == 4 and len(whole.windows["search"].ids) == 16
+    nlls = whole.all_nlls(whole.dense(), "validation")
+    assert other.all_nlls(other.dense(), "validation") == pytest.approx(nlls[::4], rel=1e-5)
+    assert len(other.windows["validation"].ids) == 4 and len(whole.windows["validation"].ids) == 16
     assert other.contents().keys() == whole.contents().keys()
     assert whole.prune_settings.statistics == "block"
 
@@ -294,7 +298,7 @@ def test_a_study_that_goes_on_knows_what_was_screened(place: Path) -> None:
     """Perplexities of the screening, at the level of the main study's, stand beside its own in the sampler's model."""
     run(place, *INSIDE, "search.screen.trials=9", "search.trials=5")
     study = reopen(place)
-    assert study.user_attrs["belief"]["before"] == 4 + 9 - 3  # two were confirmed, and uniform is in both
+    assert study.user_attrs["gp_posterior"]["before"] == 4 + 9 - 3  # two were confirmed, and uniform is in both
 
 
 def test_levels() -> None:
@@ -316,10 +320,10 @@ def test_other_keys_of_a_screening_are_refused(screened_place: Path) -> None:
 
 @pytest.mark.slow
 def test_what_a_screening_says_is_said_of_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial_loop, "has_settled", lambda study, space: len(study.trials) >= 9)
+    monkeypatch.setattr(trial_loop, "should_terminate", lambda study, space: len(study.trials) >= 9)
     notes: list[str] = []
     watch = lambda event: isinstance(event, Message) and notes.append(event.text)  # noqa: E731
-    run(place, *INSIDE, "search.settle=true", "search.screen.trials=30", watch=watch)
+    run(place, *INSIDE, "search.early_termination=true", "search.screen.trials=30", watch=watch)
     assert any(note.startswith("screening: settled after 9 ") for note in notes), notes
 
 
@@ -374,10 +378,10 @@ def test_a_study_that_a_person_calls_like_a_screening_is_reported(place: Path, c
     """A study is a screening if one was made for another; its name says nothing."""
     words = ["--study", place / "tiny.toml", "--study-name", "mine.screen"]
     assert command(*words).code == 0
-    assert set(reopen(place, "mine.screen").user_attrs["reports"]) > {"dense"}
-    assert read_config(place / "mine.screen.best.json").perplexity.report is not None
+    assert set(reopen(place, "mine.screen").user_attrs["test_nlls"]) > {"dense"}
+    assert read_config(place / "mine.screen.best.json").perplexity.test is not None
     status = json.loads(command("status", *words, "--json").out)
-    assert status["complete"] and status["best"]["report"]
+    assert status["complete"] and status["best"]["test"]
     run(place, name="mine")
     assert summarise(reopen(place, "mine")).screening is None
 

@@ -105,7 +105,7 @@ def context(monkeypatch: pytest.MonkeyPatch) -> TrialContext:
             patch_size=PATCH, num_labels=CLASSES,
         )
     )  # fmt: skip
-    items = {"calibration": random_images(6, 1), "search": random_images(7, 2)}
+    items = {"calibration": random_images(6, 1), "validation": random_images(7, 2)}
     folder, checkpoint = ModelFolder(Path(), "content", "vit"), Checkpoint(model, CPU)
     return TrialContext(folder, checkpoint, items, PruneConfig(), ignore_events, inputs="pixels", score="classes")
 
@@ -114,12 +114,12 @@ def test_a_context_prunes_and_scores_what_it_knows_nothing_of(context: TrialCont
     model, search = context.checkpoint.model, random_images(7, 2)
     with torch.inference_mode():
         own = functional.cross_entropy(model(pixel_values=search.pixels).logits, search.classes, reduction="none")
-    assert context.all_nlls(context.dense(), "search") == pytest.approx(own.tolist(), rel=1e-5)
+    assert context.all_nlls(context.dense(), "validation") == pytest.approx(own.tolist(), rel=1e-5)
     plan = Plan("sparsegpt", "uniform", (0.5,) * 3)
     pruned = [(block.index, block.weights) for block in context.prune(plan)]
-    found = context.all_scores(pruned, "search", kl=True)
+    found = context.all_scores(pruned, "validation", kl=True)
     assert len(found.nlls) == len(found.kls) == 7 and min(found.kls) > 0
-    assert context.all_scores(context.dense(), "search", kl=True).kls == pytest.approx([0.0] * 7, abs=1e-6)
+    assert context.all_scores(context.dense(), "validation", kl=True).kls == pytest.approx([0.0] * 7, abs=1e-6)
 
 
 def test_its_dense_model_is_measured_for_allocations(context: TrialContext) -> None:
@@ -129,9 +129,9 @@ def test_its_dense_model_is_measured_for_allocations(context: TrialContext) -> N
         "model.content": "content",
         "model.dtype": "float32",
         "texts.calibration.content": "images",
-        "texts.search.content": "images",
+        "texts.validation.content": "images",
     }
-    assert len(context.screening(2).windows["search"]) == 4
+    assert len(context.screening(2).windows["validation"]) == 4
     assert not context.bos
 
 

@@ -100,7 +100,7 @@ def test_the_note_of_a_study(dashboard: Dashboard, done: Path) -> None:
     assert body.startswith("## tiny: 50% of the weights of `model` go")
     assert f", trial {best.number} | &emsp;{best.value:.2f} ± {best.user_attrs['stderr']:.2f} |" in body
     assert "6 of 6 trials are done." in body
-    assert "below uniform on the report text" in body
+    assert "below uniform on the test text" in body
     assert "tiny.toml`" in body
     assert f"Database: `sqlite:///{done / 'tiny.db'}`" in body
     assert "python tune.py apply --config best.json --out DIR" in body
@@ -130,7 +130,7 @@ def test_notes_of_trials(dashboard: Dashboard) -> None:
     notes = [trial["note"]["body"] for trial in dashboard.study("tiny")["trials"]]
     assert notes[0].startswith("### wanda uniform\n")
     assert notes[1].startswith("### magnitude uniform\n")
-    assert all("Perplexity on the search text" in note and "Peak memory" in note for note in notes)
+    assert all("Perplexity on the validation text" in note and "Peak memory" in note for note in notes)
     assert "Sparsity: 50.0% in every block." in notes[0]
     assert all("first block" in note for note in notes[2:])
 
@@ -144,7 +144,7 @@ def test_figures_are_drawn_and_the_database_is_left_alone(dashboard: Dashboard, 
     db = open_db(done)
     stored = db.get_study_system_attrs(db.get_study_id_from_name("tiny"))
     assert not [key for key in stored if key.startswith("dashboard:")]
-    assert set(db.get_all_studies()[0].user_attrs) > {"fingerprint", "dense", "reports:dense"}
+    assert set(db.get_all_studies()[0].user_attrs) > {"fingerprint", "dense", "test_nlls:dense"}
     assert "nlls" in db.get_all_trials(db.get_study_id_from_name("tiny"))[0].user_attrs
 
 

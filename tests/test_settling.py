@@ -19,11 +19,11 @@ from atp_tune.search import runner, termination, trial_loop
 from atp_tune.search.proposals import kinds_of
 from atp_tune.search.samplers import make_sampler
 from atp_tune.search.space import Space
-from atp_tune.search.termination import GAIN, GAP, LEAST, RUN, has_gap, has_settled, regret_of
+from atp_tune.search.termination import GAIN, GAP, LEAST, RUN, has_gap, regret_of, should_terminate
 from atp_tune.spec.study import SearchConfig
 from atp_tune.storage.totals import counted, total_of
 
-GP = ("search.sampler=gp", "search.settle=true", "search.trials=40")
+GP = ("search.sampler=gp", "search.early_termination=true", "search.trials=40")
 HELD, LEFT = 0.0, 1.0  # regrets: below the bound, and far above
 
 
@@ -73,7 +73,7 @@ def test_the_regret_shrinks_as_a_study_goes_on() -> None:
     assert bounds[: LEAST - 1] == [math.inf] * (LEAST - 1)
     assert all(bound > 0 for bound in bounds)
     assert bounds[-1] < GAIN
-    assert has_settled(study, space)
+    assert should_terminate(study, space)
     lowest = min(fake_perplexity(space.plan({**study.trials[0].params, "beta": k / 1000})) for k in range(200))
     for count in range(LEAST, 25):  # it is a bound: the truth lies below
         best = min(trial.value for trial in study.trials[:count])
@@ -93,7 +93,7 @@ def check(ends: list[Any]) -> None:
     """That no more than a tenth of the studies that settled end farther from the lowest than they say, and that it is
     not for want of such studies.
     """
-    settled = [end for end in ends if end.has_settled]
+    settled = [end for end in ends if end.should_terminate]
     worse = [end for end in settled if 1 / (1 + end.above) < 1 - GAIN]
     assert len(settled) >= len(ends) / 4, ends
     assert len(worse) <= len(settled) / 10, worse
@@ -120,31 +120,31 @@ def test_verdicts_are_read_from_the_trials(monkeypatch: pytest.MonkeyPatch) -> N
     trials = points(space, {beta: 20 + beta for beta in betas})
     for begun in (trials, trials[::-1]):
         asked.clear()
-        assert has_settled(study_with(begun), space)
+        assert should_terminate(study_with(begun), space)
         assert asked == [betas, betas[:11], betas[:10]]
     for count, expected in ((9, True), (10, False), (11, False), (12, False)):
         left = {count}
-        assert has_settled(study_with(trials), space) is expected
+        assert should_terminate(study_with(trials), space) is expected
 
 
 def test_a_better_point_begins_the_verdicts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     space = space_of()
     monkeypatch.setattr(termination, "regret_of", lambda *known: HELD)
     values = {0.01 * k: 20.0 + k for k in range(12)}
-    assert has_settled(study_with(points(space, values)), space)
+    assert should_terminate(study_with(points(space, values)), space)
     for after, expected in ((0, False), (1, False), (2, True)):
         worse = {0.15 + 0.01 * k: 30.0 for k in range(after)}
-        assert has_settled(study_with(points(space, {**values, 0.13: 19.9, **worse})), space) is expected
+        assert should_terminate(study_with(points(space, {**values, 0.13: 19.9, **worse})), space) is expected
 
 
 @pytest.mark.slow
 def test_repetitions_are_no_points() -> None:
     space = space_of()
     trials = study_of_gp(space, 24).trials
-    assert has_settled(study_with(trials), space)
+    assert should_terminate(study_with(trials), space)
     for trial in trials[LEAST:]:
         trial.set_user_attr("repeats", 1)
-    assert not has_settled(study_with(trials), space)
+    assert not should_terminate(study_with(trials), space)
 
 
 def test_gaps() -> None:
@@ -178,9 +178,9 @@ def test_every_allocation_must_have_settled(monkeypatch: pytest.MonkeyPatch) -> 
     asked: list[str] = []
     monkeypatch.setattr(termination, "_best_of", lambda trials: 0)
     monkeypatch.setattr(termination, "regret_of", lambda trials, space, branch: asked.append(branch) or HELD)
-    assert has_settled(study, space) and asked == ["atp", "curve"] * RUN
+    assert should_terminate(study, space) and asked == ["atp", "curve"] * RUN
     monkeypatch.setattr(termination, "regret_of", lambda trials, space, branch: float(branch == "curve"))
-    assert not has_settled(study, space)
+    assert not should_terminate(study, space)
 
 
 @pytest.mark.slow
@@ -193,12 +193,12 @@ def test_without_parameters_there_is_nothing_to_settle(place: Path) -> None:
 def test_the_bound_is_said_where_it_is_asked_for() -> None:
     described = SearchConfig.model_fields["settle"].description or ""
     readme = (Path(__file__).parents[1] / "README.md").read_text()
-    (row,) = (line for line in readme.splitlines() if line.startswith("| `search.settle"))
+    (row,) = (line for line in readme.splitlines() if line.startswith("| `search.early_termination"))
     assert f"less than {GAIN:.0%}" in described.replace(" %", "%") and f"less than {GAIN:.0%}" in row.replace(" %", "%")
 
 
 def settle_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial_loop, "has_settled", lambda study, space: counted(study) >= count)
+    monkeypatch.setattr(trial_loop, "should_terminate", lambda study, space: counted(study) >= count)
 
 
 @pytest.mark.slow
@@ -207,7 +207,7 @@ def test_a_study_that_settles_ends_and_is_complete(place: Path, monkeypatch: pyt
     settle_after(6, monkeypatch)
     study = run(place, *GP, watch=events.append)
     assert states(study) == ["COMPLETE"] * 6
-    assert (study.user_attrs["settled"], study.user_attrs["total"]) == ([40, 6], 6)
+    assert (study.user_attrs["terminated_early"], study.user_attrs["total"]) == ([40, 6], 6)
     assert Message("settled after 6 of 40: a better point is expected to gain less than 2%") in events
     assert (place / "tiny.best.json").is_file()
     with monkeypatch.context() as patch:
@@ -223,14 +223,18 @@ def test_more_trials_go_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None
     settle_after(7, monkeypatch)
     study = run(place, *GP, "search.trials=41")
     assert states(study) == ["COMPLETE"] * 7
-    assert study.user_attrs["settled"] == [41, 7]
+    assert study.user_attrs["terminated_early"] == [41, 7]
 
 
 @pytest.mark.slow
 def test_what_was_left_out_is_run_where_a_command_asks_for_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settle_after(4, monkeypatch)
     run(place, *GP)
-    on = [*(key for key in GP if not key.startswith("search.settle")), "search.settle=false", "search.trials=6"]
+    on = [
+        *(key for key in GP if not key.startswith("search.early_termination")),
+        "search.early_termination=false",
+        "search.trials=6",
+    ]
     assert states(run(place, *on)) == ["COMPLETE"] * 6
 
 
@@ -247,22 +251,22 @@ def test_a_real_study_settles_and_so_does_one_that_was_interrupted(
     study = run(place, *GP)
     assert LEAST + RUN - 1 <= counted(study) < 40
     assert all(trial.state == TrialState.COMPLETE for trial in study.trials)
-    assert reopen(place).user_attrs["settled"] == [40, counted(study)]
+    assert reopen(place).user_attrs["terminated_early"] == [40, counted(study)]
     run(place, *GP, f"search.trials={counted(study) - 1}", name="again")
     again = run(place, *GP, name="again")
     assert [trial.params for trial in again.trials] == [trial.params for trial in study.trials]
-    assert again.user_attrs["settled"] == [40, counted(study)]
+    assert again.user_attrs["terminated_early"] == [40, counted(study)]
 
 
 def test_the_total_of_a_study() -> None:
     study = optuna.create_study()
     assert total_of(study, 5) == 5
-    study.set_user_attr("settled", [12, 7])
+    study.set_user_attr("terminated_early", [12, 7])
     assert [total_of(study, asked) for asked in (7, 12, 13)] == [7, 7, 13]
 
 
 @pytest.mark.parametrize("sampler", ["grid", "random"])
 def test_samplers_that_learn_nothing_cannot_settle(place: Path, sampler: str) -> None:
-    with pytest.raises(UserError, match=f"search.settle: {sampler} does not propose by what is known"):
-        run(place, f"search.sampler={sampler}", "search.settle=true")
-    assert not SearchConfig(trials=3).settle
+    with pytest.raises(UserError, match=f"search.early_termination: {sampler} does not propose by what is known"):
+        run(place, f"search.sampler={sampler}", "search.early_termination=true")
+    assert not SearchConfig(trials=3).early_termination

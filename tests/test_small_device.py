@@ -42,13 +42,13 @@ def test_a_study_on_a_small_device_streams_and_comes_to_the_same_bits(
         assert one.params == other.params
         assert one.values == other.values
         assert one.user_attrs["nlls"] == other.user_attrs["nlls"]
-    assert streamed.user_attrs["reports"] == whole.user_attrs["reports"]
+    assert streamed.user_attrs["test_nlls"] == whole.user_attrs["test_nlls"]
 
 
 @pytest.mark.slow
 def test_the_same_device_with_all_its_memory_takes_larger_batches(place: Path, command: CommandLine) -> None:
     assert command("--study", place / "tiny.toml").code == 0
-    assert stored(place).user_attrs["batches"] == {"calibration": 8, "search": 16, "report": 16, "heads": 64}
+    assert stored(place).user_attrs["batches"] == {"calibration": 8, "validation": 16, "test": 16, "heads": 64}
 
 
 @pytest.mark.slow

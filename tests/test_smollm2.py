@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 # In float32 also where bfloat16 is fast: the references compute in it.
 SHORT = [
-    "model.dtype=float32", "texts.calibration.windows=8", "texts.search.windows=2", "texts.report.windows=2",
+    "model.dtype=float32", "texts.calibration.nsamples=8", "texts.validation.nsamples=2", "texts.test.nsamples=2",
     "texts.calibration.draws=1",
 ]  # fmt: skip
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -51,7 +51,7 @@ def cache(smol_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def context() -> TrialContext:
     file = load("smol", SHORT)
     spec = file.study
-    texts = {"calibration": spec.texts.calibration, "search": spec.texts.search}
+    texts = {"calibration": spec.texts.calibration, "validation": spec.texts.validation}
     return TrialContext.open(ContextConfig(spec.model, spec.prune, texts, file.folder, "cpu"))
 
 
@@ -104,8 +104,8 @@ def test_sparsegpt_of_the_first_block_equals_brain_surgery(
 
 def test_perplexity_equals_the_models_own_loss(context: TrialContext) -> None:
     model = AutoModelForCausalLM.from_pretrained(context.folder.path, dtype=torch.float32)
-    expected = naive.nlls_of(model, torch.from_numpy(context.windows["search"].ids))
-    assert context.all_nlls(context.dense(), "search") == pytest.approx(expected, rel=1e-5)
+    expected = naive.nlls_of(model, torch.from_numpy(context.windows["validation"].ids))
+    assert context.all_nlls(context.dense(), "validation") == pytest.approx(expected, rel=1e-5)
 
 
 def test_plan_foretells_a_trial(context: TrialContext, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +117,7 @@ def test_plan_foretells_a_trial(context: TrialContext, monkeypatch: pytest.Monke
     list(context.prune(plan))  # what is measured once is not a trial's
     record = Record(context.checkpoint.device, context.dtype)
     blocks = record.follow(context.prune(plan), context.checkpoint.sizes)
-    record.nlls = context.all_nlls(blocks, "search")
+    record.nlls = context.all_nlls(blocks, "validation")
     assert found.trial[0].seconds is not None
     assert 0.5 < found.trial[0].seconds.total / sum(record.close()["seconds"].values()) < 2
 
@@ -132,7 +132,7 @@ def test_the_grid_of_the_paper_equals_a_loop_of_prune(tmp_path: Path) -> None:
     assert sorted(trial.params["beta"] for trial in trials) == [0.0, 0.0135, 0.027]
     for trial in trials:
         printed = run("prune", "--study", str(path), "--beta", str(trial.params["beta"]), *overrides)
-        assert f"perplexity {trial.value:.2f} ± {trial.user_attrs['stderr']:.2f} on the report text" in printed
+        assert f"perplexity {trial.value:.2f} ± {trial.user_attrs['stderr']:.2f} on the test text" in printed
 
 
 def run(*arguments: str) -> str:
@@ -171,12 +171,12 @@ def assert_perplexity(out: Path, best: dict) -> None:  # type: ignore[type-arg]
     documents = [pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics)]
     total, start, part = sum(map(len, documents)), 0, []
     for document in documents:
-        if start / total >= best["texts"]["report"]["part"][0]:
+        if start / total >= best["texts"]["test"]["part"][0]:
             part.append(document)
         start += len(document)
-    tokens = best["texts"]["report"]["tokens"]
+    tokens = best["texts"]["test"]["tokens"]
     ids = torch.tensor(tokenizer("\n\n".join(part)).input_ids)
     windows = ids[: 2 * tokens].view(2, tokens)
     measured = perplexity(naive.nlls_of(model, windows)).value
-    promised = best["perplexity"]["report"]["value"]
+    promised = best["perplexity"]["test"]["value"]
     assert abs(measured / promised - 1) < 0.001

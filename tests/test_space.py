@@ -13,7 +13,7 @@ SIZES = (100,) * 5  # at sparsity 0.6 the bound of β is 0.2
 
 
 def study_of(**changes: Any) -> Study:
-    texts = {"calibration": {"source": "a"}, "search": {"source": "b"}, "report": {"source": "c"}}
+    texts = {"calibration": {"source": "a"}, "validation": {"source": "b"}, "test": {"source": "c"}}
     base = {"sparsity": 0.6, "model": {"source": "x"}, "texts": texts, "search": {"trials": 1}}
     return Study.model_validate(base | changes)
 

@@ -98,7 +98,7 @@ def test_the_document_of_a_finished_study(done: Path, command: CommandLine) -> N
     assert (answer.code, answer.err) == (0, "")
     says, summary = json.loads(answer.out), summarise(stored(done))
     assert summary.best_trial
-    assert says["format"] == "atp_tune.status/1"
+    assert says["format"] == "atp_tune.status/2"
     assert (says["study"], says["sparsity"], says["done"], says["total"]) == ("tiny", 0.5, 6, 6)
     assert (says["complete"], says["running"], says["seconds_left"]) == (True, [], None)
     assert says["dense"] == summary.dense.model_dump()
@@ -107,15 +107,15 @@ def test_the_document_of_a_finished_study(done: Path, command: CommandLine) -> N
     best = says["best"]
     assert best["trial"] == summary.best_trial.number
     assert {"pruner": best["pruner"], "allocation": "atp", **best["parameters"]} == summary.best_trial.params
-    assert {"search": best["search"], "report": best["report"]} == summary.best.model_dump()
+    assert {"validation": best["validation"], "test": best["test"]} == summary.best.model_dump()
     assert summary.ranks[0].against
-    assert best["change"] == {**summary.ranks[0].against.model_dump(), "on": "report"}
+    assert best["change"] == {**summary.ranks[0].against.model_dump(), "on": "test"}
     assert [trial["number"] for trial in says["trials"]] == list(range(6))
     trial = says["trials"][best["trial"]]
     assert trial["state"] == "complete"
     assert trial["params"] == summary.best_trial.params
-    assert {"value": trial["value"], "stderr": trial["stderr"]} == best["search"]
-    assert trial["report"] == best["report"]
+    assert {"value": trial["value"], "stderr": trial["stderr"]} == best["validation"]
+    assert trial["test"] == best["test"]
     assert trial["realised"] == summary.best_trial.user_attrs["realised"]
     assert trial["seconds"] == pytest.approx(sum(summary.best_trial.user_attrs["seconds"].values()))
     assert trial["remark"] is None
@@ -130,12 +130,12 @@ def test_the_keys_that_are_promised(study: optuna.Study) -> None:
         "bos", "uniform_draws", "windows",
     ]  # fmt: skip
     assert list(says["best"]) == [
-        "trial", "pruner", "allocation", "parameters", "search", "report", "change", "kl", "kl_change",
+        "trial", "pruner", "allocation", "parameters", "validation", "test", "change", "kl", "kl_change",
         "draws",
     ]  # fmt: skip
     assert (says["objective"], says["front"], says["best"]["kl"]) == (["perplexity"], [], None)
     assert list(says["trials"][0]) == [
-        "number", "state", "params", "plan", "value", "stderr", "report", "realised", "seconds", "remark", "kl",
+        "number", "state", "params", "plan", "value", "stderr", "test", "realised", "seconds", "remark", "kl",
         "cut_off",
     ]  # fmt: skip
 
@@ -144,20 +144,20 @@ def test_a_study_that_has_just_begun(study: optuna.Study) -> None:
     add(study, 0.0, state=TrialState.WAITING)
     says = document(study)
     assert (says["done"], says["best"], says["ranks"]) == (0, None, [])
-    assert says["dense"] == says["uniform"] == {"search": None, "report": None}
+    assert says["dense"] == says["uniform"] == {"validation": None, "test": None}
     assert says["trials"][0]["state"] == "waiting"
 
 
 def test_what_is_not_finite_is_null(study: optuna.Study) -> None:
     study.set_user_attr("dense", [1e9])
-    study.set_user_attr("reports", {"dense": [math.inf], "0": [2.0, 2000.0], "1": [1.0, 1.0]})
+    study.set_user_attr("test_nlls", {"dense": [math.inf], "0": [2.0, 2000.0], "1": [1.0, 1.0]})
     add(study, 0.0, 10.0, nlls=[2.0, 2.0])
     add(study, 0.1, 9.0, nlls=[1.0, 1.0])
     add(study, 0.2, math.inf, stopped_after=8)
     says = document(study)
-    assert says["dense"] == {"search": None, "report": None}
-    assert says["uniform"]["report"] is None
-    assert says["best"]["change"] == {"value": -1.0, "stderr": 0.0, "on": "report"}
+    assert says["dense"] == {"validation": None, "test": None}
+    assert says["uniform"]["test"] is None
+    assert says["best"]["change"] == {"value": -1.0, "stderr": 0.0, "on": "test"}
     assert says["trials"][2]["value"] is None
     assert says["trials"][2]["remark"] == "stopped after 8 windows"
 
@@ -205,9 +205,9 @@ def test_time_left(study: optuna.Study) -> None:
 def test_the_report_is_awaited(study: optuna.Study) -> None:
     study.set_user_attr("total", 1)
     add(study, 0.0, 10.0)
-    assert words(study) == "[1/1] best 10.00 (trial 0), the report text is not measured yet"
+    assert words(study) == "[1/1] best 10.00 (trial 0), the test text is not measured yet"
     assert not document(study)["complete"]
-    study.set_user_attr("reports", {"dense": [1.0], "0": [2.0]})
+    study.set_user_attr("test_nlls", {"dense": [1.0], "0": [2.0]})
     assert document(study)["complete"]
 
 
@@ -250,11 +250,11 @@ def test_export_prints_what_it_writes(done: Path, command: CommandLine, tmp_path
 
 def test_a_configuration_without_a_finite_report_is_json(done: Path) -> None:
     config = read_config(done / "tiny.best.json")
-    endless = config.perplexity.model_copy(update={"report": Perplexity(value=math.inf, stderr=math.inf)})
+    endless = config.perplexity.model_copy(update={"test": Perplexity(value=math.inf, stderr=math.inf)})
     written = config.model_copy(update={"perplexity": endless}).to_json()
-    assert json.loads(written)["perplexity"]["report"] is None
+    assert json.loads(written)["perplexity"]["test"] is None
     (done / "some.json").write_text(written)
-    assert read_config(done / "some.json").perplexity.search == config.perplexity.search
+    assert read_config(done / "some.json").perplexity.validation == config.perplexity.validation
 
 
 @pytest.mark.slow
@@ -269,7 +269,7 @@ def test_studies(done: Path, command: CommandLine, tmp_path: Path, monkeypatch: 
     answer = command("studies", "--json")
     assert (answer.code, answer.err) == (0, "")
     found = {study["name"]: study for study in json.loads(answer.out)}
-    best = summarise(stored(done)).best.search
+    best = summarise(stored(done)).best.validation
     assert best
     assert found["tiny"] == {
         "name": "tiny", "state": "complete", "done": 6, "total": 6, "best": best.model_dump(),
@@ -487,7 +487,7 @@ def test_the_summary_is_one_markdown_table(study: optuna.Study, monkeypatch: pyt
     assert title == "s: 70% sparsity"  # of the study, whatever the study file says now
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     assert all(line == line.strip() and line.startswith("|") and line.endswith("|") for line in table.splitlines())
-    assert cells[0] == ["method", "sparsity", "search perplexity", "report perplexity", "against uniform"]
+    assert cells[0] == ["method", "sparsity", "validation perplexity", "test perplexity", "against uniform"]
     assert all(set(cell) == {"-"} for cell in cells[1])
     assert cells[2:] == [
         ["dense", "0%", "3.00 ± 0.30", "–", "–"],

@@ -233,7 +233,7 @@ def refusal(study: optuna.Study, facts: dict[str, Any], partly: bool = False) ->
         ({"prune.pruners": ["wanda", "magnitude"]}, 'prune.pruners is ["wanda", "magnitude"], was ["wanda"]'),
         ({"model.content": "cd"}, 'model.content is "cd", was "ab"'),
         ({"model.dtype": "bfloat16"}, 'model.dtype is "bfloat16", was "float32"'),
-        ({"texts.search.config": "ü"}, 'texts.search.config is "ü", was not set'),
+        ({"texts.validation.config": "ü"}, 'texts.validation.config is "ü", was not set'),
         ({"a": 1, "b": 2, "c": True, "d": 4, "e": 5},
          "a is 1, was not set; b is 2, was not set; c is true, was not set; and 2 more"),
     ],

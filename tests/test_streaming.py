@@ -10,7 +10,7 @@ from tinystudy import wait_until
 from torch import Tensor
 
 from atp_tune.checkpoints import streaming
-from atp_tune.checkpoints.residency import Residency
+from atp_tune.checkpoints.offload import Offload
 from atp_tune.checkpoints.streaming import Freed, Stream, Tensors, Wanted
 from atp_tune.plan import Plan
 
@@ -198,13 +198,13 @@ def test_strides_stay_as_they_are() -> None:
     assert stream.get(0)["w"].stride() == (1, 4)
 
 
-def values(family: str, residency: Residency, pruner: str = "wanda") -> tuple[list[Tensors], list[float]]:
-    context = bench_of(tiny(family), residency=residency)
-    assert context.checkpoint.residency == residency
+def values(family: str, offload: Offload, pruner: str = "wanda") -> tuple[list[Tensors], list[float]]:
+    context = bench_of(tiny(family), offload=offload)
+    assert context.checkpoint.offload == offload
     blocks = len(context.checkpoint.blocks)
     pruned = list(context.prune(Plan(pruner, "uniform", (0.5,) * blocks)))
-    nlls = context.all_nlls(((block.index, block.weights) for block in pruned), "search")
-    return [block.weights for block in pruned], [*nlls, *context.all_nlls(context.dense(), "report")]
+    nlls = context.all_nlls(((block.index, block.weights) for block in pruned), "validation")
+    return [block.weights for block in pruned], [*nlls, *context.all_nlls(context.dense(), "test")]
 
 
 @pytest.mark.slow
@@ -213,31 +213,31 @@ def values(family: str, residency: Residency, pruner: str = "wanda") -> tuple[li
 )
 def test_where_weights_lie_changes_no_bit(family: str) -> None:
     resident, nlls = values(family, "device")
-    for residency in ("host", "disk"):
-        streamed, others = values(family, residency)
-        assert nlls == others, residency
+    for offload in ("host", "disk"):
+        streamed, others = values(family, offload)
+        assert nlls == others, offload
         for one, other in zip(resident, streamed, strict=True):
             assert one.keys() == other.keys()
-            assert all(same_bits(tensor, other[name]) for name, tensor in one.items()), residency
+            assert all(same_bits(tensor, other[name]) for name, tensor in one.items()), offload
 
 
-@pytest.mark.parametrize("residency", ["host", "disk"])
-def test_sparsegpt_changes_no_bit_either(residency: Residency) -> None:
+@pytest.mark.parametrize("offload", ["host", "disk"])
+def test_sparsegpt_changes_no_bit_either(offload: Offload) -> None:
     resident, nlls = values("llama", "device", "sparsegpt")
-    streamed, others = values("llama", residency, "sparsegpt")
+    streamed, others = values("llama", offload, "sparsegpt")
     assert nlls == others
     assert all(same_bits(one[name], other[name]) for one, other in zip(resident, streamed, strict=True) for name in one)
 
 
 def test_a_trial_holds_two_blocks_and_copies_each_once(copies: Watched) -> None:
     model = tiny("llama")
-    context = bench_of(model, residency="host")
+    context = bench_of(model, offload="cpu")
     size = context.checkpoint.linears[0]
     list(context.prune(Plan("wanda", "uniform", (0.5,) * 4)))  # what is measured once for all trials
     copies.order.clear()
     copies.most = copies.alive
     pruned = ((block.index, block.weights) for block in context.prune(Plan("wanda", "uniform", (0.5,) * 4)))
-    context.all_nlls(pruned, "search")
+    context.all_nlls(pruned, "validation")
     matrices = len(size)
     assert copies.most <= 2 * matrices
     wait_until(lambda: len(copies.order) in (4 * matrices, 5 * matrices))

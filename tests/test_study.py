@@ -11,8 +11,8 @@ from atp_tune.spec.study import AllocationConfig, ModelConfig, SearchConfig, Stu
 def raw(**changes: Any) -> dict[str, Any]:
     texts = {
         "calibration": {"source": "c4"},
-        "search": {"source": "wikitext2", "split": "validation"},
-        "report": {"source": "wikitext2", "split": "test"},
+        "validation": {"source": "wikitext2", "split": "validation"},
+        "test": {"source": "wikitext2", "split": "test"},
     }
     base = {"sparsity": 0.5, "model": {"source": "org/name"}, "texts": texts, "search": {"trials": 1}}
     return base | changes
@@ -33,7 +33,7 @@ def test_defaults() -> None:
     assert study.protocol == "held-out"
     assert study.prune.pruners == ("wanda",)
     assert study.allocation.names == ("atp",)
-    assert study.report_text is study.texts.report
+    assert study.test_text is study.texts.test
 
 
 def test_frozen() -> None:
@@ -51,20 +51,20 @@ def test_paper_protocol_reports_on_the_search_text() -> None:
     data = raw(protocol="paper")
     with pytest.raises(ValidationError, match="leave it out"):
         Study.model_validate(data)
-    del data["texts"]["report"]
+    del data["texts"]["test"]
     study = Study.model_validate(data)
-    assert study.report_text is study.texts.search
+    assert study.test_text is study.texts.validation
 
 
 def test_held_out_protocol_needs_a_report_text() -> None:
     data = raw()
-    del data["texts"]["report"]
+    del data["texts"]["test"]
     with pytest.raises(ValidationError, match=r"texts\.report: is needed"):
         Study.model_validate(data)
 
 
-@pytest.mark.parametrize("role", ["calibration", "search", "report"])
-@pytest.mark.parametrize("other", ["calibration", "search", "report"])
+@pytest.mark.parametrize("role", ["calibration", "validation", "test"])
+@pytest.mark.parametrize("other", ["calibration", "validation", "test"])
 def test_roles_never_share_a_text(role: str, other: str) -> None:
     data = raw()
     data["texts"][role] = data["texts"][other]

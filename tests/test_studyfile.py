@@ -33,14 +33,14 @@ beta = [0, 0.01]
 
 [texts.calibration]
 source = "c4"
-draw = "random"
-windows = 4
+sampling = "random"
+nsamples = 4
 
-[texts.search]
+[texts.validation]
 source = "wikitext2"
 split = "validation"
 
-[texts.report]
+[texts.test]
 source = "wikitext2"
 split = "test"
 
@@ -137,19 +137,19 @@ REPLACED = [  # what stands in GOOD, what stands there instead, the message
     ("[0, 0.01]", '[0, "b"]', 'allocation.beta[1]: must be a number, got "b"'),
     ("[0, 0.01]", "[0]", "allocation.beta[1]: is needed, got [0]"),
     ("[0, 0.01]", "[0, 0, 0]", "allocation.beta: must be one of auto, both or hold at most 2 values, got [0, 0, 0]"),
-    ("windows = 4", "", "texts.calibration.windows: a random draw needs their number"),
-    ("windows = 4", "windows = 0", "texts.calibration.windows: must be at least 1, got 0"),
-    ("windows = 4", "windows = 4.5", "texts.calibration.windows: must be a whole number, got 4.5"),
-    ("windows = 4", "windows = true", "texts.calibration.windows: must be a number, got true"),
+    ("windows = 4", "", "texts.calibration.nsamples: a random draw needs their number"),
+    ("windows = 4", "windows = 0", "texts.calibration.nsamples: must be at least 1, got 0"),
+    ("windows = 4", "windows = 4.5", "texts.calibration.nsamples: must be a whole number, got 4.5"),
+    ("windows = 4", "windows = true", "texts.calibration.nsamples: must be a number, got true"),
     ("windows = 4", "windows = 4\ndraws = false", "texts.calibration.draws: must be a number, got false"),
-    ("windows = 4", "windows = inf", "texts.calibration.windows: must be finite, got Infinity"),
+    ("windows = 4", "windows = inf", "texts.calibration.nsamples: must be finite, got Infinity"),
     ("windows = 4", "part = [0, 2]", "texts.calibration.part[1]: must be at most 1, got 2"),
     ("windows = 4", "windows = 4\npart = [1, 1]", "texts.calibration.part: [1.0, 1.0] holds nothing"),
-    ("windows = 4", "search.trials = 4", "texts.calibration.search: unknown key; did you mean texts.search?"),
+    ("windows = 4", "search.trials = 4", "texts.calibration.search: unknown key; did you mean texts.validation?"),
     (
         '"test"',
         '"validation"',
-        "texts.report: reads the same documents as texts.search; give it another split or part",
+        "texts.test: reads the same documents as texts.validation; give it another split or part",
     ),
     ('[model]\nsource = "org/name"', "model = 5", "model: must be a table, got 5"),
     ('[model]\nsource = "org/name"', "", "model: is needed"),
@@ -319,8 +319,8 @@ def test_overrides_are_toml_or_plain_strings() -> None:
 
 def test_override_holds_one_value() -> None:
     assert load("x.toml", ["description=1\nsparsity = 3"]).study.description == "1\nsparsity = 3"
-    study = load("x.toml", ["texts.report={source='c4', split='validation'}"]).study
-    assert study.report_text.source == "c4"
+    study = load("x.toml", ["texts.test={source='c4', split='validation'}"]).study
+    assert study.test_text.source == "c4"
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_override_holds_one_value() -> None:
         ("search.trails=3", "search.trails: unknown key; did you mean search.trials?"),
         ("serch.trials=3", "serch: unknown key; did you mean search?"),
         ("sparsity=1.5", "sparsity: must be less than 1, got 1.5"),
-        ("texts.search={}", "texts.search.source: is needed"),
+        ("texts.validation={}", "texts.validation.source: is needed"),
         (
             "model.dtype=bf16",
             'model.dtype: must be one of auto, float32, bfloat16, float16, got "bf16"; did you mean bfloat16?',
@@ -412,8 +412,8 @@ def test_facts_of_a_study() -> None:
         "prune.pruners": ["wanda"],
         "prune.sparsegpt.columns": 128,
         "allocation.beta": [0.0, 0.01],
-        "texts.calibration.draw": "random",
-        "texts.search.split": "validation",
+        "texts.calibration.sampling": "random",
+        "texts.validation.split": "validation",
         "search.sampler": "gp",
     }
     assert {key: known_facts[key] for key in expected} == expected
@@ -447,11 +447,11 @@ def test_facts_of_young_keys_are_those_that_differ_from_their_defaults() -> None
 
 def test_facts_leave_out_local_sources(folder: Path) -> None:
     (folder / "org" / "name").mkdir(parents=True)
-    study = load("x.toml", ["texts.search={source='file:a.txt'}", "model.dtype=float32"]).study
+    study = load("x.toml", ["texts.validation={source='file:a.txt'}", "model.dtype=float32"]).study
     assert "model.source" not in facts(study)
     assert "model.source" in facts(study, folder / "org")
-    assert "texts.search.source" not in facts(study)
-    assert facts(study)["texts.report.source"] == "wikitext2"
+    assert "texts.validation.source" not in facts(study)
+    assert facts(study)["texts.test.source"] == "wikitext2"
     assert facts(study)["model.dtype"] == "float32"
 
 

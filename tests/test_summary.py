@@ -54,8 +54,8 @@ def test_a_study_that_has_just_begun(study: optuna.Study) -> None:
     summary = summarise(study)
     assert (summary.name, summary.total, summary.done, summary.trials) == ("s", 9, 0, [])
     for scores in (summary.dense, summary.uniform, summary.best):
-        assert scores.search is None
-        assert scores.report is None
+        assert scores.validation is None
+        assert scores.test is None
     assert summary.best_trial is None
 
 
@@ -69,15 +69,15 @@ def test_dense_uniform_and_best(study: optuna.Study) -> None:
     assert summary.best_trial
     assert summary.best_trial.number == 2
     assert summary.done == 4
-    assert summary.dense.search == perplexity([1.0, 2.0])
-    assert summary.uniform.search
-    assert summary.uniform.search.value == 11  # of the best trial's pruner
-    assert summary.best.search
-    assert (summary.best.search.value, summary.best.search.stderr) == (8.0, 0.5)
-    study.set_user_attr("reports", {"dense": [1.5, 2.5], "1": [2.0, 3.0], "2": [2.0, 2.5]})
+    assert summary.dense.validation == perplexity([1.0, 2.0])
+    assert summary.uniform.validation
+    assert summary.uniform.validation.value == 11  # of the best trial's pruner
+    assert summary.best.validation
+    assert (summary.best.validation.value, summary.best.validation.stderr) == (8.0, 0.5)
+    study.set_user_attr("test_nlls", {"dense": [1.5, 2.5], "1": [2.0, 3.0], "2": [2.0, 2.5]})
     summary = summarise(study)
-    assert summary.dense.report == perplexity([1.5, 2.5])
-    assert summary.best.report == perplexity([2.0, 2.5])
+    assert summary.dense.test == perplexity([1.5, 2.5])
+    assert summary.best.test == perplexity([2.0, 2.5])
 
 
 def test_an_estimate_is_not_the_best(study: optuna.Study) -> None:
@@ -123,12 +123,12 @@ def test_a_real_study(done: Path) -> None:
     assert best
     assert summary.done == summary.total == len(summary.trials) == 6
     assert best.value == min(t.value for t in study.trials if t.value)
-    assert summary.best.search
-    assert summary.best.search.value == best.value
+    assert summary.best.validation
+    assert summary.best.validation.value == best.value
     nlls = best.user_attrs["nlls"]
-    assert summary.best.search.stderr == pytest.approx(best.value * stdev(nlls) / len(nlls) ** 0.5)
-    assert summary.dense.search
-    assert summary.dense.search.value == pytest.approx(math.exp(fmean(study.user_attrs["dense"])))
+    assert summary.best.validation.stderr == pytest.approx(best.value * stdev(nlls) / len(nlls) ** 0.5)
+    assert summary.dense.validation
+    assert summary.dense.validation.value == pytest.approx(math.exp(fmean(study.user_attrs["dense"])))
 
 
 def test_the_configuration_of_the_best(done: Path, tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_the_configuration_of_the_best(done: Path, tmp_path: Path) -> None:
     assert (config.sparsity.target, config.sparsity.realised) == (0.5, best.user_attrs["realised"])
     assert config.calibration == file.study.texts.calibration.text
     assert config.batches == best.user_attrs["batches"]
-    assert (config.texts.search, config.texts.report) == (file.study.texts.search, file.study.texts.report)
+    assert (config.texts.validation, config.texts.test) == (file.study.texts.validation, file.study.texts.test)
     assert config.versions == best.user_attrs["versions"]
     assert config.perplexity == summarise(study).best
     assert config.baselines.uniform == summarise(study).uniform

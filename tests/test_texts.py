@@ -128,7 +128,7 @@ def test_an_identity_of_a_hub_dataset_is_its_address(tmp_path: Path) -> None:
     changes = ({}, {"split": "test"}, {"revision": "v1"}, {"config": "en"}, {"source": "hub:org/other"})
     found = {source_content(Text(**{**address, **change}), tmp_path) for change in changes}
     assert len(found) == len(changes)
-    assert source_content(Text(**address, tokens=7, seed=3), tmp_path) in found
+    assert source_content(Text(**address, seqlen=7, seed=3), tmp_path) in found
 
 
 def test_the_names_of_the_field_become_arguments() -> None:

@@ -78,7 +78,7 @@ def test_a_cpu_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     context = bench_of(tiny("llama"))
     record = Record(CPU, "float32")
     pruned = record.follow(context.prune(Plan("wanda", "uniform", (0.5,) * 4)), context.checkpoint.sizes)
-    record.nlls = context.all_nlls(pruned, "search")
+    record.nlls = context.all_nlls(pruned, "validation")
     assert set(record.close()["seconds"]) == {"calibrate", "prune", "evaluate"}
 
 

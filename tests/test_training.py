@@ -16,7 +16,7 @@ from atp_tune.sparse import training
 from atp_tune.sparse.provenance import Settings
 from atp_tune.sparse.training import Trainer, bytes_needed, order, rate, stored_format
 
-SETTINGS = Settings(steps=5, rank=2, alpha=3, learning_rate=0.02, tokens=13, batch=2, seed=3)
+SETTINGS = Settings(steps=5, rank=2, alpha=3, learning_rate=0.02, seqlen=13, batch=2, seed=3)
 FACTS = {"rank": "2"}
 
 
@@ -169,7 +169,7 @@ def test_too_little_memory_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_windows_longer_than_the_model_are_refused() -> None:
     with pytest.raises(UserError, match=r"^--tokens 65: the model has 64 positions; lower it$"):
-        trainer(SETTINGS.model_copy(update={"tokens": 65}))
+        trainer(SETTINGS.model_copy(update={"seqlen": 65}))
 
 
 def test_a_loss_that_is_no_number_is_said() -> None:

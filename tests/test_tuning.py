@@ -112,7 +112,7 @@ def test_attributes_of_a_trial(done: Path) -> None:
 def test_attributes_of_the_study(done: Path) -> None:
     attrs = reopen(done).user_attrs
     assert set(attrs) == {
-        "fingerprint", "sizes", "blocks", "linears", "total", "made_from", "dense", "reports", "batches",
+        "fingerprint", "sizes", "blocks", "linears", "total", "made_from", "dense", "test_nlls", "batches",
     }  # fmt: skip
     assert attrs["sizes"] == [7680] * BLOCKS  # q, o: 32²; k, v: 16 · 32; three of 48 · 32
     assert len(attrs["dense"]) == 16
@@ -120,10 +120,10 @@ def test_attributes_of_the_study(done: Path) -> None:
     assert best
     assert best.number > 1
     uniform = {"wanda": "0", "magnitude": "1"}[best.params["pruner"]]
-    assert set(attrs["reports"]) == {"dense", uniform, str(best.number)}
-    assert all(len(nlls) == 16 for nlls in attrs["reports"].values())
+    assert set(attrs["test_nlls"]) == {"dense", uniform, str(best.number)}
+    assert all(len(nlls) == 16 for nlls in attrs["test_nlls"].values())
     assert {key for key in attrs["fingerprint"] if key.endswith("content")} == {
-        "model.content", "texts.calibration.content", "texts.search.content", "texts.report.content",
+        "model.content", "texts.calibration.content", "texts.validation.content", "texts.test.content",
     }  # fmt: skip
     assert "model.source" not in attrs["fingerprint"]
 
@@ -136,11 +136,11 @@ def test_values_equal_a_measurement_by_hand(done: Path) -> None:
     wanda = next(t for t in study.trials[2:] if t.params["pruner"] == "wanda")
     for trial in {t.number: t for t in (best, study.trials[1], wanda)}.values():
         byhand = ByHand(done).prune(trial.params["pruner"], trial.user_attrs["sparsities"])
-        assert trial.user_attrs["nlls"] == pytest.approx(byhand.nlls("search"), rel=1e-5)
+        assert trial.user_attrs["nlls"] == pytest.approx(byhand.nlls("validation"), rel=1e-5)
         assert trial.user_attrs["realised"] == byhand.zeros()
-    assert study.user_attrs["dense"] == pytest.approx(ByHand(done).nlls("search"), rel=1e-5)
+    assert study.user_attrs["dense"] == pytest.approx(ByHand(done).nlls("validation"), rel=1e-5)
     byhand = ByHand(done).prune(best.params["pruner"], best.user_attrs["sparsities"])
-    assert study.user_attrs["reports"][str(best.number)] == pytest.approx(byhand.nlls("report"), rel=1e-5)
+    assert study.user_attrs["test_nlls"][str(best.number)] == pytest.approx(byhand.nlls("test"), rel=1e-5)
 
 
 def test_the_dense_checkpoint_is_not_written_to(done: Path, tiny_place: Path) -> None:
@@ -153,11 +153,11 @@ def test_the_best_configuration_is_written(done: Path) -> None:
     best = ranking.best_trial(study)
     assert best
     assert (config.study, config.trial) == ("tiny", best.number)
-    assert config.perplexity.search
-    assert config.perplexity.search.value == best.value
-    assert config.perplexity.report
-    assert config.perplexity.report.value == pytest.approx(
-        math.exp(fmean(study.user_attrs["reports"][str(best.number)]))
+    assert config.perplexity.validation
+    assert config.perplexity.validation.value == best.value
+    assert config.perplexity.test
+    assert config.perplexity.test.value == pytest.approx(
+        math.exp(fmean(study.user_attrs["test_nlls"][str(best.number)]))
     )
 
 
@@ -206,7 +206,7 @@ def test_the_same_seed_draws_the_same(place: Path) -> None:
 def test_no_time_is_no_trial(place: Path) -> None:
     study = run(place, timeout=0)
     assert states(study) == ["WAITING"] * 2
-    assert "reports" not in study.user_attrs
+    assert "test_nlls" not in study.user_attrs
     assert states(run(place)) == ["COMPLETE"] * 3
 
 
@@ -229,13 +229,13 @@ def test_reports_that_are_missing_are_measured(done: Path, monkeypatch: pytest.M
     (done / "tiny.best.json").unlink()
     study = run(done)
     assert len(study.trials) == 6
-    assert len(study.user_attrs["reports"]) == 3
+    assert len(study.user_attrs["test_nlls"]) == 3
     assert (done / "tiny.best.json").exists()
 
 
 @pytest.mark.slow
 def test_a_better_best_is_reported_too(done: Path) -> None:
-    reports = reopen(done).user_attrs["reports"]
+    reports = reopen(done).user_attrs["test_nlls"]
     study = reopen(done)
     best = ranking.best_trial(study)
     assert best
@@ -243,7 +243,7 @@ def test_a_better_best_is_reported_too(done: Path) -> None:
         value=1.0, params={**best.params, "beta": 0.01}, distributions=best.distributions, user_attrs=best.user_attrs
     )
     study.add_trial(trial)
-    after = run(done).user_attrs["reports"]
+    after = run(done).user_attrs["test_nlls"]
     assert set(after) == {*reports, "6"}
     assert read_config(done / "tiny.best.json").trial == 6
 
@@ -264,14 +264,14 @@ def test_of_two_that_end_a_study_one_measures_the_report_text(
 
     def ends(_: float) -> None:
         if not dies:
-            study.set_user_attr("reports", {name: [1.0, 2.0] for name in unreported(study)})
+            study.set_user_attr("test_nlls", {name: [1.0, 2.0] for name in unreported(study)})
         other.communicate()
 
     monkeypatch.setattr(final_scores, "sleep", ends)
     events: list[Event] = []
     run(place, watch=events.append)
     notes = [event.text for event in events if isinstance(event, Message)]
-    assert "waiting for the numbers on the report text, which another process measures" in notes
+    assert "waiting for the numbers on the test text, which another process measures" in notes
     assert dies == any(isinstance(event, TrialStarted) and event.title.startswith("report: ") for event in events)
     assert not unreported(reopen(place))
     assert (place / "tiny.best.json").exists()
@@ -354,7 +354,7 @@ def test_ctrl_c_in_a_trial(by: signal.Signals, place: Path) -> None:
     study = run(place, *LONG, "search.trials=4")
     assert states(study) == ["COMPLETE", "FAIL", *["COMPLETE"] * 3]
     assert study.trials[2].params == study.trials[1].params
-    assert study.user_attrs["reports"]
+    assert study.user_attrs["test_nlls"]
 
 
 @pytest.mark.slow
@@ -366,7 +366,7 @@ def test_two_processes_share_one_total(place: Path) -> None:
     assert totals.counted(study) == 8
     assert len({str(params) for params in measured(study)}) >= 7  # both may begin their first draw at the same moment
     assert len({t.user_attrs["pid"] for t in study.trials if totals.counts(t)}) == 2
-    assert study.user_attrs["reports"]
+    assert study.user_attrs["test_nlls"]
 
 
 def interrupt_at(number: int) -> Any:
@@ -508,7 +508,7 @@ def edit_weights(place: Path) -> None:
 
 
 def edit_text(place: Path) -> None:
-    file = place / "search.txt"
+    file = place / "validation.txt"
     file.write_text("X" + file.read_text())
 
 
@@ -517,8 +517,8 @@ def edit_text(place: Path) -> None:
     [
         (["sparsity=0.6"], "sparsity is 0.6, was 0.5"),
         (["prune.pruners=['wanda']"], 'prune.pruners is ["wanda"], was ["wanda", "magnitude"]'),
-        (["texts.search.windows=8"], "texts.search.windows is 8, was 16"),
-        (["texts.report.windows=8"], "texts.report.windows is 8, was 16"),
+        (["texts.validation.nsamples=8"], "texts.validation.nsamples is 8, was 16"),
+        (["texts.test.nsamples=8"], "texts.test.nsamples is 8, was 16"),
         (["model.dtype=bfloat16"], 'model.dtype is "bfloat16", was "float32"'),
         (["search.sampler=tpe"], 'search.sampler is "tpe", was "random"'),
         (["search.stopper=wilcoxon"], 'search.stopper is "wilcoxon", was "none"'),
@@ -535,7 +535,7 @@ def test_other_settings_are_refused(done: Path, overrides: list[str], said: str)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("edit", "key"), [(edit_weights, "model.content"), (edit_text, "texts.search.content")], ids=["model", "text"]
+    ("edit", "key"), [(edit_weights, "model.content"), (edit_text, "texts.validation.content")], ids=["model", "text"]
 )
 def test_other_contents_are_refused(done: Path, edit: Any, key: str) -> None:
     before = reopen(done).user_attrs["fingerprint"][key]
@@ -627,7 +627,7 @@ def test_a_hessian_that_cannot_be_inverted_fails_its_pruner_alone(place: Path, m
     best = ranking.best_trial(study)
     assert best
     assert best.params["pruner"] == "wanda"
-    reports = set(study.user_attrs["reports"])
+    reports = set(study.user_attrs["test_nlls"])
     assert reports >= {"dense", "1", str(best.number)}
     assert all(study.trials[int(number)].params["pruner"] == "wanda" for number in reports - {"dense"})
 
@@ -825,7 +825,7 @@ def test_a_grid_is_its_points_and_uniform(place: Path, monkeypatch: pytest.Monke
     study = run(place, *GRID, f"prune.pruners={pruners}")
     assert asked(study) == sorted((pruner, beta) for pruner in pruners for beta in [0.0, *POINTS])
     assert study.user_attrs["total"] == 5 * len(pruners)
-    assert study.user_attrs["reports"]
+    assert study.user_attrs["test_nlls"]
     without_bench(monkeypatch)
     assert len(run(place, *GRID, f"prune.pruners={pruners}").trials) == 5 * len(pruners)
 
@@ -869,7 +869,7 @@ def test_a_step_beyond_the_bound_is_refused(place: Path) -> None:
 
 def paper(place: Path) -> None:
     toml = (place / "tiny.toml").read_text()
-    head, report = toml.split("[texts.report]")
+    head, report = toml.split("[texts.test]")
     toml = 'protocol = "paper"\n' + head + report[report.index("[search]") :]
     (place / "tiny.toml").write_text(toml)
 
@@ -891,8 +891,8 @@ def test_the_best_of_each_allocation_is_reported_and_ranked(place: Path) -> None
         if allocation_of(rank.trial) == "uniform":
             assert rank.against is None
             continue
-        own, base = (study.user_attrs["reports"][str(t.number)] for t in (rank.trial, study.trials[0]))
-        assert rank.on == "report" and rank.against
+        own, base = (study.user_attrs["test_nlls"][str(t.number)] for t in (rank.trial, study.trials[0]))
+        assert rank.on == "test" and rank.against
         assert rank.against.value == pytest.approx(math.exp(fmean(own) - fmean(base)) - 1)
     best = ranks[0].trial
     config = read_config(place / "tiny.best.json")
@@ -917,16 +917,16 @@ def test_the_papers_protocol_reports_the_search_text_without_measuring_again(pla
     paper(place)
     events: list[Event] = []
     study = run(place, *GRID, "search.trials=5", watch=events.append)
-    assert not [e for e in events if isinstance(e, TrialStarted) and e.title.startswith("report")]
+    assert not [e for e in events if isinstance(e, TrialStarted) and e.title.startswith("test")]
     best = ranking.best_trial(study)
     assert best
-    reports = study.user_attrs["reports"]
+    reports = study.user_attrs["test_nlls"]
     assert reports.keys() >= {"dense", "0", str(best.number)}
     assert reports.pop("dense") == study.user_attrs["dense"]
     assert all(nlls == study.trials[int(number)].user_attrs["nlls"] for number, nlls in reports.items())
     config = read_config(place / "tiny.best.json")
-    assert config.perplexity.report == config.perplexity.search
-    assert config.texts.report == config.texts.search
+    assert config.perplexity.test == config.perplexity.validation
+    assert config.texts.test == config.texts.validation
 
 
 def test_quiet_lets_errors_through() -> None:
@@ -956,4 +956,4 @@ def test_a_run_follows_a_total_that_another_one_raises(place: Path) -> None:
             study.set_user_attr("total", 5)
 
     assert len(run(place, watch=watch).trials) == 5
-    assert reopen(place).user_attrs["reports"]
+    assert reopen(place).user_attrs["test_nlls"]

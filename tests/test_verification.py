@@ -207,10 +207,10 @@ def test_families_are_verified_in_each_number_format(family: str, dtype: torch.d
     check(checkpoint_of(tiny(family, dtype)))
 
 
-@pytest.mark.parametrize("residency", ["host", "disk"])
-def test_a_streamed_model_passes_once(residency: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("offload", ["host", "disk"])
+def test_a_streamed_model_passes_once(offload: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    checkpoint = checkpoint_of(tiny("llama"), residency)
+    checkpoint = checkpoint_of(tiny("llama"), offload)
     weights = type(checkpoint).weights
     monkeypatch.setattr(type(checkpoint), "weights", lambda self, index: asked.append(index) or weights(self, index))
     check(checkpoint)

@@ -88,7 +88,7 @@ def wanda(texts: list[str], folder: Path, windows: int, tokens: int, seed: int) 
 
 @pytest.mark.parametrize(("seed", "tokens"), [(0, 64), (1, 64), (0, 700)])
 def test_random_is_the_loader_of_wanda(seed: int, tokens: int, folder: Path, tmp_path: Path) -> None:
-    text = Text(source=TOPICS_SOURCE, draw="random", windows=17, tokens=tokens, seed=seed)
+    text = Text(source=TOPICS_SOURCE, sampling="random", nsamples=17, seqlen=tokens, seed=seed)
     found = token_windows(text, folder, tmp_path)
     assert found.ids.dtype == np.int64
     assert found.ids.tolist() == wanda(TOPICS, folder, 17, tokens, seed)
@@ -99,11 +99,11 @@ def test_random_takes_a_document_only_if_it_is_longer(folder: Path, tmp_path: Pa
     texts = ["to be", "print the value", TOPICS[0][:400]]
     longest = len(tokenizer(texts[2], verbose=False).input_ids)
     source = write(tmp_path / "a.jsonl", *texts)
-    fits = Text(source=source, draw="random", windows=3, tokens=longest - 1)
+    fits = Text(source=source, sampling="random", nsamples=3, seqlen=longest - 1)
     first = tokenizer(texts[2], verbose=False).input_ids[: longest - 1]
     assert token_windows(fits, folder, tmp_path).ids.tolist() == [first] * 3
     with pytest.raises(UserError) as caught:
-        token_windows(fits.model_copy(update={"tokens": longest}), folder, tmp_path)
+        token_windows(fits.model_copy(update={"seqlen": longest}), folder, tmp_path)
     assert str(caught.value) == (
         f"tokens: none of the 3 documents is longer than {longest} tokens, the longest has {longest}; "
         'lower tokens, or set draw = "consecutive"'
@@ -123,7 +123,7 @@ def test_consecutive_is_the_convention_of_wikitext(
         offset += len(topic)
     ids = AutoTokenizer.from_pretrained(folder)("\n\n".join(texts), verbose=False).input_ids
     expected = [ids[i * tokens : (i + 1) * tokens] for i in range(len(ids) // tokens)]
-    found = token_windows(Text(source=TOPICS_SOURCE, tokens=tokens, part=part), folder, tmp_path)
+    found = token_windows(Text(source=TOPICS_SOURCE, seqlen=tokens, part=part), folder, tmp_path)
     assert found.ids.dtype == np.int64
     assert found.ids.tolist() == expected
 
@@ -136,7 +136,7 @@ def test_the_first_windows_are_those_of_the_whole(
 ) -> None:
     folder = request.getfixturevalue(name)
     ids = AutoTokenizer.from_pretrained(folder)("\n\n".join(TOPICS), verbose=False).input_ids
-    found = token_windows(Text(source=TOPICS_SOURCE, windows=windows, tokens=128), folder, tmp_path)
+    found = token_windows(Text(source=TOPICS_SOURCE, nsamples=windows, seqlen=128), folder, tmp_path)
     assert found.ids.ravel().tolist() == ids[: windows * 128]
 
 
@@ -152,7 +152,7 @@ def test_few_windows_tokenise_little_of_a_huge_text(
         return lambda text: (seen.append(len(text)), encode(text))[1], first
 
     monkeypatch.setattr(windows, "_encoder", counting)
-    text = Text(source=write(tmp_path / "a.jsonl", *TOPICS * 3), windows=2, tokens=32)
+    text = Text(source=write(tmp_path / "a.jsonl", *TOPICS * 3), nsamples=2, seqlen=32)
     token_windows(text, folder, tmp_path)
     assert sum(seen) < 20_000 < sum(map(len, TOPICS))
 
@@ -161,7 +161,7 @@ def test_few_windows_tokenise_little_of_a_huge_text(
 def test_a_text_with_few_tokens_a_character_is_read_further(folder: Path, tmp_path: Path) -> None:
     words = sorted(AutoTokenizer.from_pretrained(folder).get_vocab(), key=len)
     long = (words[-1].replace("Ġ", " ").replace("Ċ", "\n") * 9 + "\n") * 4000
-    text = Text(source=write(tmp_path / "a.jsonl", long), windows=40, tokens=32)
+    text = Text(source=write(tmp_path / "a.jsonl", long), nsamples=40, seqlen=32)
     ids = AutoTokenizer.from_pretrained(folder)(long, verbose=False).input_ids
     assert len(long) / len(ids) > 8
     assert token_windows(text, folder, tmp_path).ids.ravel().tolist() == ids[: 40 * 32]
@@ -187,7 +187,7 @@ def test_too_few_windows(settings: dict[str, int], expected: str, folder: Path, 
 
 @pytest.mark.parametrize("draw", ["random", "consecutive"])
 def test_a_second_call_reads_nothing(draw: str, folder: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    text = Text(source=TOPICS_SOURCE, draw=draw, windows=3, tokens=32)
+    text = Text(source=TOPICS_SOURCE, sampling=draw, nsamples=3, seqlen=32)
     notes: list[str] = []
     first = token_windows(text, folder, tmp_path, notes.append)
     request.getfixturevalue("poisoned")
@@ -200,7 +200,7 @@ def test_a_second_call_reads_nothing(draw: str, folder: Path, tmp_path: Path, re
 @pytest.mark.slow
 def test_a_second_call_imports_no_transformers(folder: Path, cache: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", *TOPICS[:3])
-    token_windows(Text(source=source, tokens=32), folder, tmp_path)
+    token_windows(Text(source=source, seqlen=32), folder, tmp_path)
     script = (
         "import sys; from pathlib import Path; from atp_tune.spec import study; from atp_tune.inputs import windows\n"
         f"text = study.Text(source={source!r}, tokens=32)\n"
@@ -216,7 +216,7 @@ def test_a_hub_dataset_in_the_cache_needs_no_hub(
 ) -> None:
     (hub[0] / "datasets/org/set").mkdir(parents=True)
     write(hub[0] / "datasets/org/set/train.jsonl", *TOPICS[:9])
-    text = Text(source="hub:org/set", split="train", draw="random", windows=4, tokens=32)
+    text = Text(source="hub:org/set", split="train", sampling="random", nsamples=4, seqlen=32)
     first = token_windows(text, folder, tmp_path)
     assert first.ids.tolist() == wanda(TOPICS[:9], folder, 4, 32, 0)
     shutil.rmtree(hub[0])
@@ -242,7 +242,7 @@ def test_every_setting_and_file_counts(folder: Path, unsplit: Path, tmp_path: Pa
 
 def test_the_tokenizer_counts_by_content(folder: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     shutil.copytree(folder, tmp_path / "copy")
-    text = Text(source=TOPICS_SOURCE, windows=1, tokens=32)
+    text = Text(source=TOPICS_SOURCE, nsamples=1, seqlen=32)
     first = token_windows(text, folder, tmp_path)
     request.getfixturevalue("poisoned")
     assert token_windows(text, tmp_path / "copy", tmp_path).content == first.content
@@ -258,7 +258,7 @@ def test_content_names_ids_and_shape() -> None:
 
 def test_long_texts_give_no_warning(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for draw in ("random", "consecutive"):
-        text = Text(source=TOPICS_SOURCE, draw=draw, windows=2, tokens=64)
+        text = Text(source=TOPICS_SOURCE, sampling=draw, nsamples=2, seqlen=64)
         assert token_windows(text, folder, tmp_path).ids.shape == (2, 64)
     assert capfd.readouterr() == ("", "")
 
@@ -274,16 +274,16 @@ def test_roles_share_no_window() -> None:
         return Windows(np.array(rows), "")
 
     one = windows([1, 2], [3, 4])
-    check_disjoint({"calibration": one, "search": windows([2, 1], [4, 3]), "report": windows([1, 2, 3])})
+    check_disjoint({"calibration": one, "validation": windows([2, 1], [4, 3]), "test": windows([1, 2, 3])})
     check_disjoint({"calibration": windows([1, 2], [1, 2])})
     with pytest.raises(UserError) as caught:
-        check_disjoint({"calibration": one, "search": windows([5, 6]), "report": windows([7, 8], [3, 4])})
-    assert str(caught.value) == ("texts.report: window 1 is also in texts.calibration; give them other texts or parts")
+        check_disjoint({"calibration": one, "validation": windows([5, 6]), "test": windows([7, 8], [3, 4])})
+    assert str(caught.value) == ("texts.test: window 1 is also in texts.calibration; give them other texts or parts")
 
 
 @pytest.mark.parametrize("most", [1, 3, 10_000])
 def test_at_most_so_many_windows_are_the_first_of_all(most: int, folder: Path, tmp_path: Path) -> None:
-    text = Text(source=write(tmp_path / "a.jsonl", *TOPICS[:9]), tokens=50)
+    text = Text(source=write(tmp_path / "a.jsonl", *TOPICS[:9]), seqlen=50)
     whole = token_windows(text, folder, tmp_path).ids
     found = first_windows(text, folder, tmp_path, most).ids
     assert len(found) == min(most, len(whole))
@@ -292,7 +292,7 @@ def test_at_most_so_many_windows_are_the_first_of_all(most: int, folder: Path, t
 
 def test_not_one_window(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^tokens: file:a\.jsonl has \d+ tokens, not one window of 500; lower tokens$"):
-        first_windows(Text(source=write(tmp_path / "a.jsonl", "short"), tokens=500), folder, tmp_path, 3)
+        first_windows(Text(source=write(tmp_path / "a.jsonl", "short"), seqlen=500), folder, tmp_path, 3)
 
 
 def test_shorter_windows_of_the_same_tokens() -> None:
@@ -309,7 +309,7 @@ BOS = 1
 @pytest.mark.parametrize("tokens", [2, 7, 64, 1000])
 @pytest.mark.parametrize("windows", [None, 3])
 def test_each_token_of_a_text_is_predicted_once(tokens: int, windows: int | None, folder: Path, tmp_path: Path) -> None:
-    text = Text(source=write(tmp_path / "a.jsonl", *TOPICS[:9]), tokens=tokens, windows=windows)
+    text = Text(source=write(tmp_path / "a.jsonl", *TOPICS[:9]), seqlen=tokens, nsamples=windows)
     ids = AutoTokenizer.from_pretrained(folder)("\n\n".join(TOPICS[:9]), verbose=False).input_ids
     assert ids[0] == BOS
     found = token_windows(text, folder, tmp_path, bos=True)
@@ -331,14 +331,14 @@ def test_random_windows_are_of_the_same_documents(folder: Path, tmp_path: Path) 
         if len(ids) > 699:
             start = generator.randint(0, len(ids) - 699 - 1)
             expected.append([BOS, *ids[start : start + 699]])
-    text = Text(source=TOPICS_SOURCE, draw="random", windows=9, tokens=700, seed=5)
+    text = Text(source=TOPICS_SOURCE, sampling="random", nsamples=9, seqlen=700, seed=5)
     assert token_windows(text, folder, tmp_path, bos=True).ids.tolist() == expected
     assert token_windows(text, folder, tmp_path).ids.tolist() == wanda(TOPICS, folder, 9, 700, 5)
 
 
 @pytest.mark.parametrize("most", [1, 3, 10_000])
 def test_the_first_ones_with_bos_are_the_first_of_all(most: int, folder: Path, tmp_path: Path) -> None:
-    text = Text(source=write(tmp_path / "a.jsonl", *TOPICS[:9]), tokens=50)
+    text = Text(source=write(tmp_path / "a.jsonl", *TOPICS[:9]), seqlen=50)
     whole, few = token_windows(text, folder, tmp_path, bos=True), first_windows(text, folder, tmp_path, most, bos=True)
     assert few.bos
     assert np.array_equal(few.ids, whole.ids[:most])
@@ -351,17 +351,19 @@ def test_two_bos_never_follow_each_other(folder: Path, tmp_path: Path) -> None:
     assert tokenizer(joined, verbose=False).input_ids.count(BOS) == 10
     texts = [write(tmp_path / "a.jsonl", joined), write(tmp_path / "b.jsonl", "".join(TOPICS[:9]))]
     for draw in ("consecutive", "random"):
-        ids = token_windows(Text(source=texts[0], tokens=2, windows=900, draw=draw), folder, tmp_path, bos=True).ids
+        ids = token_windows(
+            Text(source=texts[0], seqlen=2, nsamples=900, sampling=draw), folder, tmp_path, bos=True
+        ).ids
         assert (ids == BOS).sum() == 900
-    first = token_windows(Text(source=texts[0], tokens=50, windows=2), folder, tmp_path, bos=True)
-    other = token_windows(Text(source=texts[1], tokens=50, windows=2), folder, tmp_path, bos=True)
+    first = token_windows(Text(source=texts[0], seqlen=50, nsamples=2), folder, tmp_path, bos=True)
+    other = token_windows(Text(source=texts[1], seqlen=50, nsamples=2), folder, tmp_path, bos=True)
     assert first.ids.tolist() == other.ids.tolist()
 
 
 def test_without_bos_the_cache_of_before_is_read(folder: Path, cache: Path, tmp_path: Path) -> None:
     from importlib.metadata import version
 
-    text = Text(source=write(tmp_path / "a.jsonl", *TOPICS[:3]), tokens=32)
+    text = Text(source=write(tmp_path / "a.jsonl", *TOPICS[:3]), seqlen=32)
     patterns = ("config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt")
     files = {file.name: sha256_of(file) for pattern in patterns for file in folder.glob(pattern)}
     key = sha256_of_json(
@@ -380,7 +382,7 @@ def test_without_bos_the_cache_of_before_is_read(folder: Path, cache: Path, tmp_
 
 
 def test_windows_know_that_they_begin_with_bos(folder: Path, tmp_path: Path) -> None:
-    text = Text(source=write(tmp_path / "a.jsonl", *TOPICS[:3]), tokens=32)
+    text = Text(source=write(tmp_path / "a.jsonl", *TOPICS[:3]), seqlen=32)
     first = token_windows(text, folder, tmp_path, bos=True)
     again = token_windows(text, folder, tmp_path, bos=True)  # from the cache
     assert (first.bos, again.bos, again.thinned(2).bos) == (True, True, True)

@@ -394,7 +394,7 @@ def test_smollm2_dense_against_pruned(tmp_path: Path, monkeypatch: pytest.Monkey
     """By the commands: a short study at 60 %, and a task that the dense model solves better than the pruned one."""
     monkeypatch.delenv("ATP_TUNE_CACHE")
     shutil.copyfile(ROOT / "studies" / "smol.toml", tmp_path / "smol.toml")
-    windows = (f"texts.{role}.windows={count}" for role, count in (("calibration", 4), ("search", 2), ("report", 2)))
+    windows = (f"texts.{role}.nsamples={count}" for role, count in (("calibration", 4), ("validation", 2), ("test", 2)))
     short = ["model.dtype=float32", "texts.calibration.draws=1", *windows]
     answer = finish(start("--study", tmp_path / "smol.toml", "--trials", "2", *settings(*short)), 3 * HANGS)
     assert answer.code == 0, answer.err

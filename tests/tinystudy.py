@@ -42,7 +42,7 @@ BLOCKS, WIDTH, TOKENS = 4, 32, 32
 TOPICS = prose(460_000)
 HANGS = 600  # seconds after which what is waited for will not come, on a machine however slow: the test fails
 # A trial of a few tenths of a second, long enough to be killed in.
-LONG = ("texts.calibration.windows=250", "texts.search.windows=250")
+LONG = ("texts.calibration.nsamples=250", "texts.validation.nsamples=250")
 STUDY = f"""\
 description = "a tiny Llama"
 sparsity = 0.6
@@ -54,18 +54,18 @@ dtype = "float32"
 
 [texts.calibration]
 source = "file:calibration.txt"
-windows = 8
-tokens = {TOKENS}
+nsamples = 8
+seqlen = {TOKENS}
 
-[texts.search]
-source = "file:search.txt"
-windows = 16
-tokens = {TOKENS}
+[texts.validation]
+source = "file:validation.txt"
+nsamples = 16
+seqlen = {TOKENS}
 
-[texts.report]
-source = "file:report.txt"
-windows = 16
-tokens = {TOKENS}
+[texts.test]
+source = "file:test.txt"
+nsamples = 16
+seqlen = {TOKENS}
 
 [search]
 trials = 3
@@ -101,7 +101,7 @@ def make_place(place: Path) -> Path:
     tokenizer = make_tokenizer()
     make_model(tokenizer).save_pretrained(place / "model")
     tokenizer.save_pretrained(place / "model")
-    for index, role in enumerate(("calibration", "search", "report")):
+    for index, role in enumerate(("calibration", "validation", "test")):
         start = 100_000 + 20_000 * index
         (place / f"{role}.txt").write_text(TOPICS[start : start + 20_000], encoding="utf-8")
     (place / "long.txt").write_text(TOPICS[160_000:], encoding="utf-8")

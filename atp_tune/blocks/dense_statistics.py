@@ -151,4 +151,4 @@ def can_rank(pruner: Pruner, checkpoint: Checkpoint) -> bool:
     """Whether ranks say all that a pruner needs to know, and there is room for them beside the weights."""
     is_by_row = isinstance(pruner, Wanda) and pruner.compare == "row" and pruner.group is None
     needed = RANK_BYTES * sum(checkpoint.sizes)
-    return is_by_row and checkpoint.residency == "device" and needed < RANK_SHARE * free_memory(checkpoint.device)
+    return is_by_row and checkpoint.offload == "none" and needed < RANK_SHARE * free_memory(checkpoint.device)

@@ -95,7 +95,7 @@ def on_disk(size: int) -> Tensor:
             reserve(file.fileno(), 0, size) if reserve else file.truncate(size)
         except OSError as error:
             reason = f"{error.strerror}; {size / 1024**3:.1f} GiB are wanted"
-            raise UserError(f"model.residency: blocks cannot be kept in {folder}: {reason}") from None
+            raise UserError(f"model.offload: blocks cannot be kept in {folder}: {reason}") from None
         return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.uint8)
 
 

@@ -30,8 +30,8 @@ from atp_tune.checkpoints.devices import (
     release_memory,
 )
 from atp_tune.checkpoints.linears import Linear, find_linears, is_attention, is_value
+from atp_tune.checkpoints.offload import Free, Offload, choose
 from atp_tune.checkpoints.quantized import check_full
-from atp_tune.checkpoints.residency import Free, Residency, choose
 from atp_tune.checkpoints.streaming import Stream, Tensors
 from atp_tune.errors import UserError
 
@@ -58,9 +58,9 @@ class Checkpoint(Released):
     """
 
     def __init__(
-        self, model: nn.Module, device: torch.device, residency: Residency | None = None, ahead: bool = True
+        self, model: nn.Module, device: torch.device, offload: Offload | None = None, ahead: bool = True
     ) -> None:
-        """`residency`: None chooses; `ahead`: whether the next block is copied while one is used."""
+        """`offload`: None chooses; `ahead`: whether the next block is copied while one is used."""
         tensors = (*model.parameters(), *model.buffers())
         self._modes = [(module, module.training) for module in model.modules()]
         self._places = [(tensor, tensor.device) for tensor in tensors]
@@ -72,7 +72,7 @@ class Checkpoint(Released):
         self.device = device
         self.blocks_name, self.blocks = find_blocks(model)
         self.linears = [find_linears(block) for block in self.blocks]
-        self.residency = residency or self._choose()
+        self.offload = offload or self._choose()
         self._stream = self._place(ahead)
 
     @classmethod
@@ -82,7 +82,7 @@ class Checkpoint(Released):
         dtype: torch.dtype,
         device: torch.device,
         trusted: bool = False,
-        residency: Residency | None = None,
+        offload: Offload | None = None,
     ) -> "Checkpoint":
         """Loads a folder of safetensors; UserError where transformers cannot. `trusted`: code in it may run."""
         check_full(folder)
@@ -100,7 +100,7 @@ class Checkpoint(Released):
         wrong = sorted(found["missing_keys"]) + [key for key, *_ in found["mismatched_keys"]]
         if wrong:
             raise UserError(f"model {folder}: has no {wrong[0]} of the shape that its config says; download it again")
-        checkpoint = cls(model.requires_grad_(False), device, residency)
+        checkpoint = cls(model.requires_grad_(False), device, offload)
         checkpoint._is_loaded = True
         return checkpoint
 
@@ -172,7 +172,7 @@ class Checkpoint(Released):
         saved: dict[str, Tensor] = revert_weight_conversion(model, {name: tensor})
         return saved
 
-    def _choose(self) -> Residency:
+    def _choose(self) -> Offload:
         mapped, inside = mapped_files(), list(self.blocks.parameters())
         there = mapped.bytes_beside(inside)  # already in memory of our own, which the blocks may keep
         bounded = self.device.type != "cpu" or device_limit() is not None
@@ -182,7 +182,7 @@ class Checkpoint(Released):
     def _place(self, ahead: bool) -> Stream | None:
         """Moves tensors to where they are to lie; the stream of blocks where that is not the device."""
         make_current(self.device)
-        if self.residency == "device":
+        if self.offload == "none":
             self.model.to(self.device)
             return None
         for block in self.blocks:
@@ -194,9 +194,9 @@ class Checkpoint(Released):
         return Stream([tensors_of(block) for block in self.blocks], self.device, ahead)
 
     def _settle(self, block: list[Tensor]) -> None:
-        """Moves what does not lie where the residency says: to a mapped file, to pinned memory, out of mapped files."""
+        """Moves what does not lie where the offload says: to a mapped file, to pinned memory, out of mapped files."""
         mapped = mapped_files()
-        if self.residency == "disk":
+        if self.offload == "disk":
             move_into(on_disk, [tensor for tensor in block if not mapped.holds(tensor)])
         elif self.device.type == "cuda":
             move_into(pinned, [tensor for tensor in block if not tensor.is_pinned()])

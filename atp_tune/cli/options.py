@@ -23,7 +23,7 @@ Overrides = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Override a key of the study file (all: atp_tune/spec/study.py): `--set texts.search.windows=8`.",
+        help="Override a key of the study file (all: atp_tune/spec/study.py): `--set texts.validation.nsamples=8`.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", metavar="", help="One JSON document on stdout, and nothing else.")]

@@ -61,8 +61,8 @@ def show_summary(summary: Summary, file: StudyFile) -> None:
 
 def _results(summary: Summary) -> str:
     """Dense, uniform of each pruner, and the best of each other allocation."""
-    has_kl, draws = "kl" in summary.goals, drawn(summary)
-    head = ["method", "sparsity", "search perplexity", "report perplexity", "against uniform"]
+    has_kl, draws = "kl" in summary.objectives, drawn(summary)
+    head = ["method", "sparsity", "validation perplexity", "test perplexity", "against uniform"]
     head += [f"perplexity, {draws} draws", f"against uniform, {draws} draws"] if draws else []
     head += ["search KL", "report KL", "KL against uniform"] if has_kl else []
 
@@ -74,7 +74,7 @@ def _results(summary: Summary) -> str:
     rows = [["dense", "0%", *cells(summary.dense), NOTHING, *[NOTHING, NOTHING][: 2 * bool(draws)]]]
     rows[0] += ["0", "0", NOTHING] if has_kl else []
     for trial in summary.uniforms:
-        rows.append(row(trial, Scores(search=score_of(trial), report=summary.reports.get(trial.number))))
+        rows.append(row(trial, Scores(validation=score_of(trial), test=summary.reports.get(trial.number))))
     for rank in summary.ranks:
         if not is_uniform(rank.trial):
             changes = (changed(against, rank.on) for against in (rank.against, rank.kl_against))
@@ -92,12 +92,12 @@ def _ratios(found: Speed) -> str:
 
 
 def _front(summary: Summary) -> str:
-    """The trials of the Pareto front, on the search text."""
+    """The trials of the Pareto front, on the validation text."""
     rows = (
-        (str(trial.number), method_of(trial), str(score_of(trial)), str(summary.kl(trial).search))
+        (str(trial.number), method_of(trial), str(score_of(trial)), str(summary.kl(trial).validation))
         for trial in summary.front
     )
-    return markdown(("trial", "method", "search perplexity", "search KL"), rows)
+    return markdown(("trial", "method", "validation perplexity", "search KL"), rows)
 
 
 def _zeros(trial: FrozenTrial) -> str:
@@ -114,8 +114,8 @@ def _show_rest(summary: Summary) -> None:
         console.print(f"screening: {done}; they are the study {printable(screening.study)}")
     if summary.total is not None and summary.done < summary.total:
         console.print(f"{summary.done} of {summary.total} trials are done")
-    elif not summary.complete and summary.best_trial is not None and summary.best.report is None:
-        console.print("the report text is not measured yet: the same command goes on")
+    elif not summary.complete and summary.best_trial is not None and summary.best.test is None:
+        console.print("the test text is not measured yet: the same command goes on")
     elif not summary.complete and summary.best_trial is not None and summary.done == summary.total:
         console.print("not all final numbers are measured yet: the same command goes on")
 
@@ -127,7 +127,7 @@ def _show_next(summary: Summary, file: StudyFile) -> None:
         is_there = best.exists() and summary.best_trial and read_config(best).trial == summary.best_trial.number
     except UserError:
         return
-    if summary.best.report is not None and is_there:
+    if summary.best.test is not None and is_there:
         config = printable(str(best.relative_to(here) if best.is_relative_to(here) else best))
         console.print(f"best configuration: {config}")
         out = f"{printable(summary.name)}-sparse"
@@ -146,10 +146,10 @@ def show_status(summary: Summary, file: StudyFile) -> None:
 
 def trials_table(summary: Summary, trials: list[FrozenTrial]) -> Table:
     """Some of a study's trials, one a row."""
-    has_kl = "kl" in summary.goals
+    has_kl = "kl" in summary.objectives
     rows = table("trial", "state", "plan", "perplexity", *(["KL"] if has_kl else []), "zeros", "s", "remark")
     for trial in trials:
-        attrs, score, kl = trial.user_attrs, score_of(trial), summary.kl(trial).search
+        attrs, score, kl = trial.user_attrs, score_of(trial), summary.kl(trial).validation
         is_best = summary.best_trial is not None and trial.number == summary.best_trial.number
         rows.add_row(
             str(trial.number),
@@ -167,9 +167,9 @@ def trials_table(summary: Summary, trials: list[FrozenTrial]) -> Table:
 def progress_line(status: Status) -> str:
     """How far a study is, in one line: trials, best, what runs and for how long, time left."""
     done = f"[{status.done}/{status.total}]" if status.total else f"[{status.done}]"
-    best, score = "no best yet", status.best and status.best.search
+    best, score = "no best yet", status.best and status.best.validation
     if status.best and score:
-        kl = status.best.kl and status.best.kl.search
+        kl = status.best.kl and status.best.kl.validation
         value = f"KL {kl.value:.4f}" if kl and status.objective == ("kl",) else f"{score.value:.2f}"
         best = f"best {value} (trial {status.best.trial})"
     running = [
@@ -188,5 +188,5 @@ def _idle(status: Status) -> str:
         return "complete"
     if status.total is None or status.done < status.total:
         return "no trial runs"
-    lacks = status.best is None or status.best.report is None
-    return "the report text is not measured yet" if lacks else "not all final numbers are measured yet"
+    lacks = status.best is None or status.best.test is None
+    return "the test text is not measured yet" if lacks else "not all final numbers are measured yet"

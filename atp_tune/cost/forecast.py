@@ -7,18 +7,18 @@ N calibration tokens, E search tokens, R report tokens, C tokens of the error cu
     dense         C to run on, E to evaluate; N twice, once for all trials
     screening     a part of E to evaluate; N twice, once for all trials
 
-The document (`atp_tune.plan/1`) is published: keys are added under the same number, never renamed or removed.
+The document (`atp_tune.plan/2`) is published: keys are added under the same number, never renamed or removed.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from atp_tune.checkpoints.residency import Residency
+from atp_tune.checkpoints.offload import Offload
 from atp_tune.cost.memory import Memory, Tokens
 from atp_tune.frozen import FrozenModel
 
-FORMAT: Literal["atp_tune.plan/1"] = "atp_tune.plan/1"
+FORMAT: Literal["atp_tune.plan/2"] = "atp_tune.plan/2"
 
 
 class Passes(FrozenModel):
@@ -79,7 +79,7 @@ class Seconds(FrozenModel):
         return self.calibrate + self.prune + self.evaluate
 
 
-def trial_seconds(rates: ProbeRates, pruner: str, cost: Passes, blocks: int, role: str = "search") -> Seconds:
+def trial_seconds(rates: ProbeRates, pruner: str, cost: Passes, blocks: int, role: str = "validation") -> Seconds:
     """One trial, evaluated on the text of that role. Where blocks are copied, the slower of both sets the pace."""
     own = rates.pruners[pruner]
     calibrate = cost.run * own.calibrate
@@ -103,7 +103,7 @@ class Weights(FrozenModel):
     bytes: int
     blocks: int
     largest_block: int
-    residency: Residency
+    offload: Offload
 
 
 class TrialCost(FrozenModel):
@@ -117,14 +117,14 @@ class TrialCost(FrozenModel):
 
 class StudyCost(FrozenModel):
     """The whole study: its total of trials (null where it is not known), those done, and those of the screening before
-    it; seconds of all and of what is left, with loading, the dense model, the screening, the report text, and other
+    it; seconds of all and of what is left, with loading, the dense model, the screening, the test text, and other
     draws of the calibration text. A study that settles may end before all of that.
     """
 
     trials: int | None
     done: int
     screened: int = 0
-    settles: bool = False
+    early_termination: bool = False
     tokens: int | None
     seconds: float | None
     seconds_left: float | None
@@ -133,7 +133,7 @@ class StudyCost(FrozenModel):
 class Forecast(FrozenModel):
     """What a study will cost, and what stands in its way (`problems`, a line each)."""
 
-    format: Literal["atp_tune.plan/1"] = FORMAT
+    format: Literal["atp_tune.plan/2"] = FORMAT
     study: str
     device: str
     dtype: str
@@ -168,7 +168,7 @@ class ScreeningCost:
     def seconds(self, rates: ProbeRates, pruners: Iterable[str], blocks: int) -> tuple[float, float]:
         """Seconds of all of it, and of what is left."""
         each = _mean([trial_seconds(rates, pruner, self.cost, blocks).total for pruner in pruners])
-        before = blocks * self.once * rates.dense + dense_seconds(rates, self.evaluated, blocks, "search")
+        before = blocks * self.once * rates.dense + dense_seconds(rates, self.evaluated, blocks, "validation")
         left = max(0, self.trials - self.done)
         return before + self.trials * each, (0 if self.done else before) + left * each
 
@@ -180,12 +180,12 @@ class DrawsCost:
     """
 
     plans: int
-    role: Literal["search", "report"]
+    role: Literal["validation", "test"]
     once: int
 
     def evaluated(self, tokens: Tokens) -> int:
         """Tokens that each evaluates."""
-        return tokens.report if self.role == "report" else tokens.search
+        return tokens.report if self.role == "test" else tokens.search
 
     def seconds(self, rates: ProbeRates, costs: dict[str, Passes], tokens: Tokens, blocks: int) -> float:
         """Seconds of all of it."""
@@ -203,12 +203,12 @@ def whole(
     blocks: int,
     once: int,
     rows: int,
-    drawn: DrawsCost = DrawsCost(0, "report", 0),
+    drawn: DrawsCost = DrawsCost(0, "test", 0),
 ) -> StudyCost:
     """The study in all. Trials are shared out evenly over the pruners; none is taken to end early.
 
     `once`: tokens sent through the dense blocks to listen and to run on, once for all trials; `rows`: plans that are
-    measured on the report text (of the dense model once more), 0 where the search text reports; `drawn`: what other
+    measured on the test text (of the dense model once more), 0 where the validation text reports; `drawn`: what other
     draws of the calibration text add.
     """
     if trials is None:
@@ -222,7 +222,7 @@ def whole(
         return StudyCost(trials=trials, done=done, tokens=through, seconds=None, seconds_left=None)
     each = _mean([trial_seconds(rates, pruner, cost, blocks).total for pruner, cost in costs.items()])
     before = rates.load + blocks * (tokens.curve * rates.run["calibration"] + once * rates.dense)
-    dense = dense_seconds(rates, tokens.search, blocks, "search")
+    dense = dense_seconds(rates, tokens.search, blocks, "validation")
     after = _report_seconds(rates, costs, tokens, blocks, rows) + drawn.seconds(rates, costs, tokens, blocks)
     left = 0.0 if done >= trials else before + (0 if done else dense) + (trials - done) * each + after
     seconds = before + dense + trials * each + after
@@ -245,8 +245,8 @@ def screened(
 def _report_seconds(rates: ProbeRates, costs: dict[str, Passes], tokens: Tokens, blocks: int, rows: int) -> float:
     if not rows:
         return 0.0
-    again = _again(rates, costs, tokens.report, blocks, "report")
-    return dense_seconds(rates, tokens.report, blocks, "report") + rows * _mean(again)
+    again = _again(rates, costs, tokens.report, blocks, "test")
+    return dense_seconds(rates, tokens.report, blocks, "test") + rows * _mean(again)
 
 
 def _again(rates: ProbeRates, costs: dict[str, Passes], evaluated: int, blocks: int, role: str) -> list[float]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from atp_tune.checkpoints.headers import Sizes
-from atp_tune.checkpoints.residency import Free, Residency
+from atp_tune.checkpoints.offload import Free, Offload
 from atp_tune.frozen import FrozenModel
 
 GIB = 1024**3
@@ -58,11 +58,11 @@ class Bytes:
         return max(self.search + 2 * self.calibration + self.standing, 2 * self.search)
 
 
-def peaks(held: Bytes, residency: Residency, free: Free, apart: bool) -> Memory:
+def peaks(held: Bytes, offload: Offload, free: Free, apart: bool) -> Memory:
     """The peaks; `apart`: the compute device has memory of its own, else its part is the host's too."""
-    weights = held.total if residency == "device" else held.total - held.blocks + min(held.blocks, 2 * held.largest)
+    weights = held.total if offload == "none" else held.total - held.blocks + min(held.blocks, 2 * held.largest)
     device = weights + held.states + held.work
-    waiting = held.blocks if residency == "host" else 0
+    waiting = held.blocks if offload == "cpu" else 0
     return Memory(
         host=held.process + waiting + held.dense + (0 if apart else device),
         loading=held.process + (held.total if held.converts else 0) + held.files,
@@ -89,7 +89,7 @@ def bytes_of(sizes: Sizes, itemsize: int, width: int, tokens: Tokens, work: int,
     )
 
 
-def problems(held: Bytes, needed: Memory, residency: Residency, windows: int) -> tuple[str, ...]:
+def problems(held: Bytes, needed: Memory, offload: Offload, windows: int) -> tuple[str, ...]:
     """What does not fit, and what to change, a line each; `windows`: of the calibration text."""
     found = []
 
@@ -99,13 +99,13 @@ def problems(held: Bytes, needed: Memory, residency: Residency, windows: int) ->
             found.append(f"{where} memory: {sizes}; {advice(size - free)}")
 
     def on_device(over: int) -> str:
-        if residency == "device" and held.blocks - 2 * held.largest >= over:
-            return 'set model.residency = "auto"'
+        if offload == "none" and held.blocks - 2 * held.largest >= over:
+            return 'set model.offload = "auto"'
         return _fewer(held, over, windows) or "take shorter windows or a larger device"
 
     def on_host(over: int) -> str:
-        if residency == "host" and held.blocks >= over:
-            return 'set model.residency = "disk"'
+        if offload == "cpu" and held.blocks >= over:
+            return 'set model.offload = "disk"'
         return _fewer(held, over, windows) or "free some, or take a smaller model"
 
     converts = "give the model in the number format that it is computed in, or set model.dtype to its own"
@@ -120,4 +120,4 @@ def _fewer(held: Bytes, over: int, windows: int) -> str:
     """The number of calibration windows with which it would fit, if there is one."""
     each = (2 * held.calibration + held.standing) / windows
     fitting = windows - math.ceil(over / each) if each else 0
-    return f"set texts.calibration.windows = {fitting}" if fitting > 0 else ""
+    return f"set texts.calibration.nsamples = {fitting}" if fitting > 0 else ""

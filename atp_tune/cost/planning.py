@@ -9,7 +9,7 @@ import optuna
 import psutil
 
 from atp_tune.checkpoints.headers import Sizes, read_sizes
-from atp_tune.checkpoints.residency import Free, Residency, choose
+from atp_tune.checkpoints.offload import Free, Offload, choose
 from atp_tune.cost import forecast
 from atp_tune.cost.forecast import DrawsCost, Forecast, Passes, ProbeRates, ScreeningCost, StudyCost, TrialCost, Weights
 from atp_tune.cost.memory import Bytes, Tokens, bytes_of, peaks, problems
@@ -47,11 +47,11 @@ class Known:
     costs: dict[str, Passes]
     kinds: int
     process: int
-    search_windows: int
+    validation_windows: int
 
-    def residency(self) -> Residency:
+    def offload(self) -> Offload:
         """Where the weights will lie."""
-        named = self.study.model.residency
+        named = self.study.model.offload
         size = self.itemsize
         chosen = choose(self.sizes.total * size, sum(self.sizes.blocks) * size, self.free)
         return chosen if named == "auto" else named
@@ -81,8 +81,8 @@ def foresee(file: StudyFile, name: str, watch: EventHandler) -> Forecast:
     folder = resolve(setup.model, setup.base, lambda text: watch(Message(text)))
     known = _known(file, name, setup, folder, device, dtype.itemsize)
     context, rates = None, None
-    needed = peaks(known.held(0), known.residency(), known.free, known.apart)
-    if not problems(known.held(0), needed, known.residency(), known.windows):
+    needed = peaks(known.held(0), known.offload(), known.free, known.apart)
+    if not problems(known.held(0), needed, known.offload(), known.windows):
         with oom_as_user_error("loading"):
             began = perf_counter()
             context = TrialContext.open(setup, watch)
@@ -101,8 +101,8 @@ def _setup(file: StudyFile, name: str) -> "ContextConfig":
     from atp_tune.search.context import ContextConfig
 
     spec = file.study
-    report = {} if spec.texts.report is None else {"report": spec.texts.report}
-    texts = {"calibration": spec.texts.calibration, "search": spec.texts.search, **report}
+    report = {} if spec.texts.test is None else {"test": spec.texts.test}
+    texts = {"calibration": spec.texts.calibration, "validation": spec.texts.validation, **report}
     draws, bos = spec.texts.calibration.draws, bool(fingerprint.bos_of(spec, _stored(file, name)))
     return ContextConfig(spec.model, spec.prune, texts, file.folder, spec.device, draws=draws, bos=bos)
 
@@ -120,15 +120,15 @@ def _known(
     ids = {role: token_windows(text, folder.path, setup.base, trusted=trusted, bos=bos).ids for role, text in texts}
     windows, length = ids["calibration"].shape
     curve = min(windows, max(1, CURVE_TOKENS // length)) * length
-    report = ids["report"].size if "report" in ids else 0
-    tokens = Tokens(ids["calibration"].size, ids["search"].size, report, curve)
+    report = ids["test"].size if "test" in ids else 0
+    tokens = Tokens(ids["calibration"].size, ids["validation"].size, report, curve)
     width = int(model_config(folder.path, folder.trusted).get_text_config().hidden_size)
     bounded = device.type != "cpu" or device_limit() is not None
     free = Free(free_memory(device), host_memory(), bounded)
     return Known(
         study, _stored(file, name), _stored(file, name + SUFFIX), read_sizes(folder.path), tokens, windows, width,
         itemsize, free, device.type == "cuda", _costs(study, tokens), _kinds(study),
-        psutil.Process().memory_info().rss, len(ids["search"]),
+        psutil.Process().memory_info().rss, len(ids["validation"]),
     )  # fmt: skip
 
 
@@ -171,9 +171,9 @@ def _progress(study: optuna.Study | None, asked: int) -> tuple[int, int]:
 def _forecast(
     known: Known, name: str, device: str, dtype: str, context: "TrialContext | None", rates: ProbeRates | None
 ) -> Forecast:
-    residency = context.checkpoint.residency if context else known.residency()
+    offload = context.checkpoint.offload if context else known.offload()
     work = rates.work if rates else 0
-    if known.study.search.stopper != "none" and residency == "device":  # all pruned blocks are kept between groups
+    if known.study.search.stopper != "none" and offload == "none":  # all pruned blocks are kept between groups
         work += known.held(0).blocks
     if context is not None:
         work += _rank_bytes(known.study, context)
@@ -182,17 +182,17 @@ def _forecast(
         from atp_tune.blocks.batching import held_bytes
 
         held = replace(held, standing=known.tokens.calibration * held_bytes(context.checkpoint))
-    needed = peaks(held, residency, known.free, known.apart)
+    needed = peaks(held, offload, known.free, known.apart)
     blocks = len(known.sizes.blocks)
     return Forecast(
         study=name,
         device=device,
         dtype=dtype,
-        weights=Weights(bytes=held.total, blocks=blocks, largest_block=held.largest, residency=residency),
+        weights=Weights(bytes=held.total, blocks=blocks, largest_block=held.largest, offload=offload),
         memory=needed,
         trial=tuple(_trials(known, rates)),
         whole=_whole(known, context, rates),
-        problems=problems(held, needed, residency, known.windows),
+        problems=problems(held, needed, offload, known.windows),
     )
 
 
@@ -224,11 +224,11 @@ def _whole(known: Known, context: "TrialContext | None", rates: ProbeRates | Non
     done, trials = (0, None) if trials is None else _progress(known.main, trials)
     allocations = len(set(study.allocation.names) - {"uniform"})
     plans = max(1, allocations + min(allocations, len(study.prune.pruners)))
-    rows = 0 if study.texts.report is None else plans
+    rows = 0 if study.texts.test is None else plans
     once = known.kinds * known.tokens.calibration
     blocks = len(known.sizes.blocks)
     found = forecast.whole(rates, trials, done, known.costs, known.tokens, blocks, once, rows, _drawn(known, plans))
-    found = found.model_copy(update={"settles": study.search.settle})
+    found = found.model_copy(update={"early_termination": study.search.early_termination})
     screening = _screening(known)
     return forecast.screened(found, screening, rates, known.costs, blocks) if screening else found
 
@@ -238,7 +238,7 @@ def _drawn(known: Known, plans: int) -> DrawsCost:
     study = known.study
     more = study.texts.calibration.draws - 1
     once = dense_kinds(study) * known.tokens.calibration if study.prune.statistics == "dense" else 0
-    return DrawsCost(more * plans, "search" if study.texts.report is None else "report", more * once)
+    return DrawsCost(more * plans, "validation" if study.texts.test is None else "test", more * once)
 
 
 def _screening(known: Known) -> ScreeningCost | None:
@@ -246,5 +246,5 @@ def _screening(known: Known) -> ScreeningCost | None:
     if screen is None:
         return None
     done, trials = _progress(known.before, screen.trials)
-    part = tokens.search // known.search_windows * -(-known.search_windows // screen.every)
+    part = tokens.search // known.validation_windows * -(-known.validation_windows // screen.stride)
     return ScreeningCost(trials, done, part, dense_kinds(known.study) * tokens.calibration)

@@ -118,9 +118,9 @@ def _pruned(context: TrialContext, index: int, hidden: Tensor, name: str, sparsi
 
 
 def _probe_ends(context: TrialContext, kl: bool) -> float:
-    """Seconds per token of embedding and head, on search windows, or on those of the report."""
+    """Seconds per token of embedding and head, on validation windows, or on those of the report."""
     heads, clock = context.heads, Clock(context.checkpoint.device)
-    ids: Tensor = context.items("search" if "search" in context.windows else "report")[: heads.windows]
+    ids: Tensor = context.items("validation" if "validation" in context.windows else "test")[: heads.windows]
     for turn in range(4):
         if turn == 1:
             clock.forget()  # the first time is to warm up

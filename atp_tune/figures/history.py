@@ -1,4 +1,4 @@
-"""What happens trial by trial: values and the best so far, the time of each, two goals against each other."""
+"""What happens trial by trial: values and the best so far, the time of each, two objectives against each other."""
 
 from itertools import accumulate
 
@@ -31,7 +31,7 @@ def draw_history(summary: Summary) -> go.Figure | None:
     if not done:
         return None
     seen = range_of(done, None)
-    figure = new_figure("How the search went", "trial", f"{measure_of(summary)}, search text")
+    figure = new_figure("How the search went", "trial", f"{measure_of(summary)}, validation text")
     shown = [trial for trial in done if not seen.hides(trial)]
     figure.add_scatter(
         x=[trial.number for trial in shown], y=rounded(map(value_of, shown)), name="each trial", mode="markers",
@@ -78,12 +78,12 @@ def spent(trial: FrozenTrial) -> dict[str, float]:
 
 
 def draw_front(summary: Summary) -> go.Figure | None:
-    """KL against perplexity on the search text; None for a study of one goal, and while no trial is measured."""
+    """KL against perplexity on the validation text; None with one objective or without a measured trial."""
     front = finite(list(summary.front))
     if not front:
         return None
-    figure = new_figure("Perplexity and KL divergence", "", "KL divergence, search text")
-    figure.update_xaxes(axis("perplexity, search text"))
+    figure = new_figure("Perplexity and KL divergence", "", "KL divergence, validation text")
+    figure.update_xaxes(axis("perplexity, validation text"))
     numbers = {trial.number for trial in front}
     _add_points(figure, [t for t in finite(summary.trials) if t.number not in numbers], "other trials", INK)
     _add_points(

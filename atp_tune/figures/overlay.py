@@ -35,12 +35,12 @@ def sparsities(summaries: Sequence[Summary]) -> go.Figure | None:
 
 def perplexities(summaries: Sequence[Summary]) -> go.Figure | None:
     """Perplexity against β of several studies of one model and text; None where fewer than two have trials with β."""
-    by_perplexity = [finite(summary.trials) if "perplexity" in summary.goals else [] for summary in summaries]
+    by_perplexity = [finite(summary.trials) if "perplexity" in summary.objectives else [] for summary in summaries]
     found = [[t for t in trials if "beta" in t.params] for trials in by_perplexity]
     drawn = [(k, summary, found[k]) for k, summary in enumerate(summaries) if found[k]]
     if len(drawn) < 2:
         return None
-    figure = new_figure("Perplexity against β", "β, common difference per block", "perplexity, search text")
+    figure = new_figure("Perplexity against β", "β, common difference per block", "perplexity, validation text")
     views = [range_of(trials, None) for _, _, trials in drawn]
     for (k, summary, trials), seen in zip(drawn, views, strict=True):
         shown = sorted((t for t in trials if not seen.hides(t)), key=lambda t: float(t.params["beta"]))

@@ -45,16 +45,16 @@ class Panels:
 
 
 def draw_perplexity(summary: Summary) -> go.Figure | None:
-    """What is minimised, on the search text, against β; None while no trial is measured."""
+    """What is minimised, on the validation text, against β; None while no trial is measured."""
     done = finite(summary.trials)
     if not done:
         return None
     measure = measure_of(summary)
-    dense = summary.dense.search.value if summary.dense.search and measure == "perplexity" else None
+    dense = summary.dense.validation.value if summary.dense.validation and measure == "perplexity" else None
     seen, panels = range_of(done, dense), split(done)
     name = measure[0].upper() + measure[1:]
     title = f"{name} against β" if panels.over_beta else f"{name} of each allocation"
-    figure = new_figure(title, "", f"{measure}, search text")
+    figure = new_figure(title, "", f"{measure}, validation text")
     _set_axes(figure, panels, bounds_of(summary))
     if panels.over_beta:
         add_gp_posterior(figure, summary.gp_posterior)

@@ -17,26 +17,26 @@ def finite(trials: list[FrozenTrial]) -> list[FrozenTrial]:
 
 
 def value_of(trial: FrozenTrial) -> float:
-    """What trials are compared by, on the search text: perplexity, or KL where the study minimises that alone."""
+    """What trials are compared by, on the validation text: perplexity, or KL where the study minimises that alone."""
     return values_of(trial)[0] if trial.values else float("nan")
 
 
 def measure_of(summary: Summary) -> str:
     """What that value is called."""
-    return "KL divergence" if summary.goals == ("kl",) else "perplexity"
+    return "KL divergence" if summary.objectives == ("kl",) else "perplexity"
 
 
 def written(value: float, summary: Summary) -> str:
     """Such a value with as many digits as it has."""
-    return f"{value:.4f}" if summary.goals == ("kl",) else f"{value:.2f}"
+    return f"{value:.4f}" if summary.objectives == ("kl",) else f"{value:.2f}"
 
 
 def uniform_value(summary: Summary) -> float | None:
     """The value of uniform."""
-    if summary.goals == ("kl",):
+    if summary.objectives == ("kl",):
         uniform = uniform_of(summary)
         return value_of(uniform) if uniform else None
-    return summary.uniform.search.value if summary.uniform.search else None
+    return summary.uniform.validation.value if summary.uniform.validation else None
 
 
 def best_of(summary: Summary) -> FrozenTrial | None:

@@ -30,20 +30,20 @@ class TokenWindows:
 
     def draws(self, text: Text, count: int, folder: ModelFolder, base: Path, bos: bool) -> list[Windows]:
         """Windows of the draws of a calibration text after the first: of the seeds, or the stretches, that follow."""
-        if text.draw == "random":
+        if text.sampling == "random":
             others = [text.model_copy(update={"seed": text.seed + index}) for index in range(1, count)]
             return [read_text("calibration", other, folder, base, bos) for other in others]
-        assert text.windows is not None
+        assert text.nsamples is not None
         try:
-            whole = text.model_copy(update={"windows": count * text.windows, "every": 1})
+            whole = text.model_copy(update={"nsamples": count * text.nsamples, "stride": 1})
             found = read_text("calibration", whole, folder, base, bos)
         except UserError as error:
             reason = str(error).removeprefix("texts.calibration: ")
             raise UserError(
-                f"texts.calibration.draws: {count} draws of {text.windows} windows follow each other in a text; "
-                f'{reason}, or draws, or set draw = "random"'
+                f"texts.calibration.draws: {count} draws of {text.nsamples} windows follow each other in a text; "
+                f'{reason}, or draws, or set sampling = "random"'
             ) from None
-        return [stretch.thinned(text.every) for stretch in stretches(found, count)[1:]]
+        return [stretch.thinned(text.stride) for stretch in stretches(found, count)[1:]]
 
     def check_disjoint(self, items: Mapping[str, Windows]) -> None:
         """UserError where two texts share a window."""

@@ -103,7 +103,7 @@ def token_windows(
     else:
         note(f"reading and tokenising {text.source}")
         encode, first = _encoder(folder, trusted, bos)
-        ids = DRAWS[text.draw](documents(text, base), encode, text, first)[:: text.every]
+        ids = DRAWS[text.sampling](documents(text, base), encode, text, first)[:: text.stride]
         packed = io.BytesIO()
         np.save(packed, ids)
         keep(stored, packed.getvalue())
@@ -113,11 +113,11 @@ def token_windows(
 def first_windows(text: Text, folder: Path, base: Path, most: int, trusted: bool = False, bos: bool = False) -> Windows:
     """The first windows of a consecutive text, at most so many: all where it is shorter; UserError if it has none."""
     encode, first = _encoder(folder, trusted, bos)
-    ids = _head(documents(text, base), encode, most * text.tokens)
-    count = min(most, len(ids) // (text.tokens - len(first)))
+    ids = _head(documents(text, base), encode, most * text.seqlen)
+    count = min(most, len(ids) // (text.seqlen - len(first)))
     if count == 0:
-        raise UserError(f"tokens: {text.source} has {len(ids)} tokens, not one window of {text.tokens}; lower tokens")
-    return Windows.of(_cut(ids, count, text.tokens, first), bos)
+        raise UserError(f"tokens: {text.source} has {len(ids)} tokens, not one window of {text.seqlen}; lower tokens")
+    return Windows.of(_cut(ids, count, text.seqlen, first), bos)
 
 
 def stretches(windows: Windows, count: int) -> list[Windows]:
@@ -218,8 +218,8 @@ def _random(found: Sequence[str], encode: Encode, text: Text, first: list[int]) 
     generator = random.Random(text.seed)
     encoded = lru_cache(maxsize=32)(lambda index: encode(found[index]))
     short: dict[int, int] = {}
-    rows, tokens = [], text.tokens - len(first)
-    for _ in range(text.windows or 0):
+    rows, tokens = [], text.seqlen - len(first)
+    for _ in range(text.nsamples or 0):
         ids = _long_document(generator, encoded, len(found), tokens, short)
         start = generator.randint(0, len(ids) - tokens - 1)
         rows.append([*first, *ids[start : start + tokens]])
@@ -248,15 +248,15 @@ def _long_document(
 
 
 def _consecutive(found: Sequence[str], encode: Encode, text: Text, first: list[int]) -> np.ndarray:
-    ids = _head(found, encode, None if text.windows is None else text.windows * text.tokens)
-    count = len(ids) // (text.tokens - len(first))
-    if count < (text.windows or 1):
-        asked = "one window" if text.windows is None else f"{text.windows} windows"
+    ids = _head(found, encode, None if text.nsamples is None else text.nsamples * text.seqlen)
+    count = len(ids) // (text.seqlen - len(first))
+    if count < (text.nsamples or 1):
+        asked = "one window" if text.nsamples is None else f"{text.nsamples} windows"
         raise UserError(
-            f"windows: {text.source} has {len(ids)} tokens, that is {count} windows of {text.tokens}; "
+            f"windows: {text.source} has {len(ids)} tokens, that is {count} windows of {text.seqlen}; "
             f"{asked} cannot be cut, lower windows or tokens"
         )
-    return _cut(ids, text.windows or count, text.tokens, first)
+    return _cut(ids, text.nsamples or count, text.seqlen, first)
 
 
 def _head(found: Sequence[str], encode: Encode, needed: int | None) -> list[int]:

@@ -116,7 +116,7 @@ class Contents:
             return "No trial has been measured yet."
         if is_uniform(summary.best_trial):
             return "No trial is better than uniform."
-        by_kl = summary.goals == ("kl",)
+        by_kl = summary.objectives == ("kl",)
         rank = summary.ranks[0] if summary.ranks else None
         paired = (rank.kl_against if by_kl else rank.against) if rank else None
         if paired is None:

@@ -19,7 +19,7 @@ from atp_tune.report.contents import Contents
 
 TITLE = 32  # px that a figure keeps for its own title
 HERE = Path(__file__).parent
-SAME = ("model.content", "texts.search.content")  # facts without which perplexities are not to be compared
+SAME = ("model.content", "texts.validation.content")  # facts without which perplexities are not to be compared
 
 
 def make(studies: Sequence[Contents]) -> bytes:

@@ -19,12 +19,12 @@ _SPECIAL = {
 
 def make(studies: Sequence[Contents]) -> bytes:
     r"""One table of all studies; it needs \usepackage{booktabs}."""
-    has_kl = any("kl" in contents.summary.goals for contents in studies)
+    has_kl = any("kl" in contents.summary.objectives for contents in studies)
     rows = "\n\\midrule\n".join("\n".join(_rows(contents, len(studies) > 1, has_kl)) for contents in studies)
     names = ", ".join(escaped(contents.summary.name) for contents in studies)
     what, columns = ("Perplexity and KL divergence", "llrrrrr") if has_kl else ("Perplexity", "llrrr")
     errors = escaped(errors_of(studies[0].summary) if len(studies) == 1 else "standard error over windows")
-    more = " & KL, search text & KL, report text" if has_kl else ""
+    more = " & KL, validation text & KL, test text" if has_kl else ""
     return f"""\
 % \\usepackage{{booktabs}}
 \\begin{{table}}
@@ -32,7 +32,7 @@ def make(studies: Sequence[Contents]) -> bytes:
 \\caption{{{what} ($\\pm$: {errors}) of {names}.}}
 \\begin{{tabular}}{{{columns}}}
 \\toprule
-Pruner & Allocation & Search text & Report text & Against uniform{more} \\\\
+Pruner & Allocation & Validation text & Test text & Against uniform{more} \\\\
 \\midrule
 {rows}
 \\bottomrule
@@ -64,11 +64,11 @@ def _rows(contents: Contents, titled: bool, has_kl: bool) -> list[str]:
 
 def _row(pruner: str, name: str, scores: Scores, against: Change | None, kls: list[str]) -> str:
     change = f"${100 * against.value:+.1f} \\pm {100 * against.stderr:.1f}\\,\\%$" if against else "--"
-    return " & ".join((pruner, name, _score(scores.search), _score(scores.report), change, *kls)) + r" \\"
+    return " & ".join((pruner, name, _score(scores.validation), _score(scores.test), change, *kls)) + r" \\"
 
 
 def _kls(found: Divergences, has_kl: bool) -> list[str]:
-    return [_score(found.search, 4), _score(found.report, 4)] if has_kl else []
+    return [_score(found.validation, 4), _score(found.test, 4)] if has_kl else []
 
 
 def _score(score: Perplexity | Divergence | None, digits: int = 2) -> str:

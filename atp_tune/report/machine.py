@@ -1,6 +1,6 @@
-"""The report for programs: a published JSON format (`atp_tune.report/1`); keys are added, never renamed or removed.
+"""The report for programs: a published JSON format (`atp_tune.report/2`); keys are added, never renamed or removed.
 
-    format, made            `atp_tune.report/1`; local time, ISO 8601
+    format, made            `atp_tune.report/2`; local time, ISO 8601
     studies[]
       name, description     of the study
       sparsity              target and realised (share of zeros, null if unknown)
@@ -14,9 +14,9 @@
                             the study does not minimise it. ranks[] have `kl` and `kl_change`, trials[] have `kl`
       zero_shot             what `evaluate` found of the best trial, as in its configuration; or null
       speed                 what `speedup` found of it, likewise; or null
-      draws                 uniform and best: perplexities on the report text by draw of the calibration text, and
+      draws                 uniform and best: perplexities on the test text by draw of the calibration text, and
                             changes from uniform's, with mean and sd; or null. ranks[] have `draws` of their own
-      windows               how many the search and the report text have
+      windows               how many the search and the test text have
       importance            parameter → share of 1; empty with too few trials
       trials[]              number, state, plan, pruner, allocation, parameters, perplexity, realised, sparsities,
                             linear_sparsities, errors, seconds (phase → s), device, dtype, remark
@@ -42,7 +42,7 @@ from atp_tune.results.summary import Rank, Summary
 from atp_tune.results.trials import allocation_of, parameters_of, score_of
 from atp_tune.spec.studyfile import settings
 
-FORMAT = "atp_tune.report/1"
+FORMAT = "atp_tune.report/2"
 
 
 def make(studies: Sequence[Contents]) -> bytes:
@@ -73,9 +73,11 @@ def _study(contents: Contents) -> dict[str, Any]:
         "best_trial": summary.best_trial.number if summary.best_trial else None,
         "change": _change(summary.ranks[0].against, summary.ranks[0].on) if summary.ranks else None,
         "ranks": [_rank(rank, summary) for rank in summary.ranks],
-        "objective": list(summary.goals),
+        "objective": list(summary.objectives),
         "front": [trial.number for trial in summary.front],
-        "kl": {name: summary.kl(trial).model_dump() for name, trial in both.items()} if "kl" in summary.goals else None,
+        "kl": {name: summary.kl(trial).model_dump() for name, trial in both.items()}
+        if "kl" in summary.objectives
+        else None,
         "zero_shot": _dumped(summary.zero_shot),
         "speed": _dumped(summary.speed),
         "draws": draws if summary.over_draws else None,

@@ -32,7 +32,7 @@ class ReportTable:
 
 def headline(summary: Summary) -> ReportTable:
     """Dense, uniform and best on both texts, and over the draws of the calibration text, if there are several."""
-    has_kl, best, draws = "kl" in summary.goals, summary.best_trial, drawn(summary)
+    has_kl, best, draws = "kl" in summary.objectives, summary.best_trial, drawn(summary)
 
     def more(trial: FrozenTrial | None) -> tuple[str, ...]:
         over = (draws_of(summary, trial)[0] or NOTHING,) if draws else ()
@@ -43,15 +43,15 @@ def headline(summary: Summary) -> ReportTable:
         uniform = f"uniform, {best.params.get('pruner', '')}"
         rows.append((uniform, *cells(summary.uniform), *more(summary.uniform_trial)))
         rows.append((f"best, {plan_of(best)} (trial {best.number})", *cells(summary.best), *more(best)))
-    over = (f"report text, {draws} draws",) if draws else ()
-    kls = ("KL, search text", "KL, report text") if has_kl else ()
-    return ReportTable(("perplexity", "search text", "report text", *over, *kls), rows, best=2 if best else None)
+    over = (f"test text, {draws} draws",) if draws else ()
+    kls = ("KL, validation text", "KL, test text") if has_kl else ()
+    return ReportTable(("perplexity", "validation text", "test text", *over, *kls), rows, best=2 if best else None)
 
 
 def front(summary: Summary) -> ReportTable:
-    """The Pareto front on the search text: trials that no other beats in one value without losing in the other."""
+    """The Pareto front on the validation text: trials that no other beats in one value without losing in the other."""
     rows = [
-        (str(trial.number), plan_of(trial), str(score_of(trial)), str(summary.kl(trial).search))
+        (str(trial.number), plan_of(trial), str(score_of(trial)), str(summary.kl(trial).validation))
         for trial in summary.front
     ]
     return ReportTable(("trial", "plan", "perplexity", "KL"), rows, (1,), best=0 if rows else None)
@@ -59,15 +59,15 @@ def front(summary: Summary) -> ReportTable:
 
 def ranks(summary: Summary) -> ReportTable:
     """The best of each allocation, compared with uniform window by window."""
-    has_kl, draws, rows = "kl" in summary.goals, drawn(summary), []
+    has_kl, draws, rows = "kl" in summary.objectives, drawn(summary), []
     for rank in summary.ranks:
         name = f"{rank.trial.params.get('pruner', '')} {allocation_of(rank.trial)}"
         over = tuple(cell or NOTHING for cell in draws_of(summary, rank.trial)) if draws else ()
         kls = (*cells(summary.kl(rank.trial)), changed(rank.kl_against, rank.on)) if has_kl else ()
         rows.append((name, str(rank.trial.number), *cells(rank.scores), changed(rank.against, rank.on), *over, *kls))
-    head = ("best of", "trial", "search text", "report text", "against uniform")
-    over = (f"report text, {draws} draws", f"against uniform, {draws} draws") if draws else ()
-    more = ("KL, search text", "KL, report text", "KL against uniform") if has_kl else ()
+    head = ("best of", "trial", "validation text", "test text", "against uniform")
+    over = (f"test text, {draws} draws", f"against uniform, {draws} draws") if draws else ()
+    more = ("KL, validation text", "KL, test text", "KL against uniform") if has_kl else ()
     return ReportTable((*head, *over, *more), rows, best=0 if rows else None)
 
 
@@ -137,7 +137,7 @@ def _points(found: Measure | None, metric: str = SHARES[0]) -> str:
 
 def trials(summary: Summary) -> ReportTable:
     """Every trial."""
-    has_kl = "kl" in summary.goals
+    has_kl = "kl" in summary.objectives
     rows = [_row(trial, summary, has_kl) for trial in summary.trials]
     numbers = [trial.number for trial in summary.trials]
     best = numbers.index(summary.best_trial.number) if summary.best_trial else None
@@ -148,7 +148,7 @@ def trials(summary: Summary) -> ReportTable:
 
 def comparison(studies: Sequence[Contents]) -> ReportTable:
     """One row per study, all on one text: report, if each has been measured on it."""
-    on = "report" if all(contents.summary.text == "report" for contents in studies) else "search"
+    on = "test" if all(contents.summary.text == "test" for contents in studies) else "validation"
     columns = (f"dense, {on} text", "uniform", "best", "against uniform")
     head = ("study", "sparsity", *columns, "trials", "time", "device")
     return ReportTable(head, [_study_row(contents, on) for contents in studies], (0, 8))
@@ -191,7 +191,7 @@ def _row(trial: FrozenTrial, summary: Summary, has_kl: bool) -> tuple[str, ...]:
         plan_of(trial),
         f"{score.value:.2f}" if score else "",
         f"{score.stderr:.2f}" if score and "stderr" in attrs else "",
-        *((str(summary.kl(trial).search or ""),) if has_kl else ()),
+        *((str(summary.kl(trial).validation or ""),) if has_kl else ()),
         f"{attrs['realised']:.4f}" if "realised" in attrs else "",
         f"{sum(spent(trial).values()):.1f}" if spent(trial) else "",
         trial.state.name.lower(),

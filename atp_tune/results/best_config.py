@@ -49,7 +49,7 @@ def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) 
     linears, uniform, reports = (
         attrs.get("linear_sparsities"),
         uniform_of(study, best),
-        study.user_attrs.get("reports", {}),
+        study.user_attrs.get("test_nlls", {}),
     )
     number, kl, draws = uniform.number if uniform else -1, None, None
     if best.number in summary.kls:
@@ -82,7 +82,7 @@ def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) 
         calibration=spec.texts.calibration.text,
         batches=fingerprint.batches_in(best, facts),
         draws=draws,
-        texts=EvaluationTexts(search=spec.texts.search, report=spec.report_text),
+        texts=EvaluationTexts(validation=spec.texts.validation, test=spec.test_text),
         bos=summary.bos,
         seed=spec.search.seed,
         versions=attrs["versions"],

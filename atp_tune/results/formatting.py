@@ -67,7 +67,7 @@ def errors_of(summary: Summary) -> str:
 
 
 def draws_of(summary: Summary, trial: FrozenTrial | None) -> tuple[str, str]:
-    """A trial's perplexity on the report text and its change from uniform over the draws of the calibration text.
+    """A trial's perplexity on the test text and its change from uniform over the draws of the calibration text.
 
     Empty where it was not measured on them.
     """
@@ -76,13 +76,13 @@ def draws_of(summary: Summary, trial: FrozenTrial | None) -> tuple[str, str]:
 
 
 def cells(scores: Scores | Divergences) -> tuple[str, str]:
-    """Both scores of a row, on the search and on the report text."""
-    return str(scores.search or NOTHING), str(scores.report or NOTHING)
+    """Both scores of a row, on the search and on the test text."""
+    return str(scores.validation or NOTHING), str(scores.test or NOTHING)
 
 
 def changed(against: Change | None, on: str) -> str:
-    """The change from uniform of a row; the text is named where it is not the report text."""
-    return NOTHING if against is None else f"{against}" + (" (search)" if on == "search" else "")
+    """The change from uniform of a row; the text is named where it is not the test text."""
+    return NOTHING if against is None else f"{against}" + (" (search)" if on == "validation" else "")
 
 
 def drawn(summary: Summary) -> int:
@@ -93,7 +93,7 @@ def drawn(summary: Summary) -> int:
 
 def draws_note(summary: Summary) -> str:
     """What the numbers over draws are; empty where there are none."""
-    how = "report text, calibrated with other windows each time, mean ± standard deviation"
+    how = "test text, calibrated with other windows each time, mean ± standard deviation"
     return f"{drawn(summary)} draws: {how}" if drawn(summary) else ""
 
 

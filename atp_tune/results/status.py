@@ -1,7 +1,7 @@
 """What `status` and `studies` say, as values: JSON documents for programs, from which the screen takes its words too.
 
-The format is published (`atp_tune.status/1`): keys are added under the same number, never renamed or removed. What is
-not known yet, or is not finite, is null. Perplexities are on the search text unless they are called `report`.
+The format is published (`atp_tune.status/2`): keys are added under the same number, never renamed or removed. What is
+not known yet, or is not finite, is null. Perplexities are on the validation text unless they are called `report`.
 """
 
 import math
@@ -26,7 +26,7 @@ from atp_tune.storage.lost_trials import cut_offs_of
 from atp_tune.storage.process_identity import is_dead
 from atp_tune.storage.totals import counts
 
-FORMAT: Literal["atp_tune.status/1"] = "atp_tune.status/1"
+FORMAT: Literal["atp_tune.status/2"] = "atp_tune.status/2"
 
 Number = Annotated[float | None, PlainSerializer(lambda x: x if x is not None and math.isfinite(x) else None)]
 State = Literal["not started", "unfinished", "complete", "unknown", "invalid"]
@@ -47,20 +47,20 @@ class Against(FrozenModel):
 
     value: Number
     stderr: Number
-    on: Literal["search", "report"]
+    on: Literal["validation", "test"]
 
 
 class Best(FrozenModel):
     """The best trial of one allocation; `kl` and `kl_change`: the same of its KL divergence from the dense model;
-    `draws`: its perplexity on the report text, and the change, over several draws of the calibration text.
+    `draws`: its perplexity on the test text, and the change, over several draws of the calibration text.
     """
 
     trial: int
     pruner: str
     allocation: str
     parameters: dict[str, float]
-    search: Score
-    report: Score
+    validation: Score
+    test: Score
     change: Against | None
     kl: Divergences | None = None
     kl_change: Against | None = None
@@ -70,9 +70,9 @@ class Best(FrozenModel):
 class TrialStatus(FrozenModel):
     """One trial, in Optuna's states and with all that Optuna chose (`params`), `plan` says the same for people.
 
-    `value` and `stderr` are its perplexity on the search text, `realised` is the share of zeros that was counted. `kl`:
-    its KL divergence from the dense model, null where the study does not minimise that. `cut_off`: how often the trial
-    was cut off, its process gone, up to this attempt at it.
+    `value` and `stderr` are its perplexity on the validation text, `realised` is the share of zeros that was counted.
+    `kl`: its KL divergence from the dense model, null where the study does not minimise that. `cut_off`: how often the
+    trial was cut off, its process gone, up to this attempt at it.
     """
 
     number: int
@@ -81,7 +81,7 @@ class TrialStatus(FrozenModel):
     plan: str
     value: Number
     stderr: Number
-    report: Score
+    test: Score
     realised: float | None
     seconds: float | None
     remark: str | None
@@ -93,12 +93,12 @@ class Status(FrozenModel):
     """A study as it stands; `uniform` has the best trial's pruner, `best` is the first of `ranks`.
 
     `uniform_draws`: uniform over several draws of the calibration text, as `draws` of the others; `windows`: how many
-    the search and the report text have, over which errors are. `objective`: what it minimises, `perplexity`, `kl` or
+    the search and the test text have, over which errors are. `objective`: what it minimises, `perplexity`, `kl` or
     both; `front`: of both, the numbers of the trials that no other beats in one without losing in the other, the lowest
     perplexity first, which is `best`. `bos`: windows begin with BOS.
     """
 
-    format: Literal["atp_tune.status/1"] = FORMAT
+    format: Literal["atp_tune.status/2"] = FORMAT
     study: str
     sparsity: float | None
     done: int
@@ -162,7 +162,7 @@ def status_of(summary: Summary, now: datetime) -> Status:
         ranks=ranks,
         trials=tuple(_trial(summary, trial) for trial in summary.trials),
         screening=summary.screening,
-        objective=summary.goals,
+        objective=summary.objectives,
         front=tuple(trial.number for trial in summary.front),
         bos=summary.bos,
         uniform_draws=summary.over_draws.get(summary.uniform_trial.number) if summary.uniform_trial else None,
@@ -173,7 +173,7 @@ def status_of(summary: Summary, now: datetime) -> Status:
 def seconds_left(summary: Summary, running: Iterable[Running]) -> float | None:
     """Until the total is reached, at the mean pace of the measured trials and as many at a time as run now.
 
-    None where nothing is measured or nothing runs; the numbers on the report text come after it.
+    None where nothing is measured or nothing runs; the numbers on the test text come after it.
     """
     took = [seconds for trial in summary.trials if (seconds := _duration(trial)) is not None]
     alive = [one.seconds for one in running if not one.lost]
@@ -215,8 +215,8 @@ def _best(rank: Rank, summary: Summary) -> Best:
         pruner=rank.trial.params.get("pruner", ""),
         allocation=allocation_of(rank.trial),
         parameters=parameters_of(rank.trial),
-        search=rank.scores.search,
-        report=rank.scores.report,
+        validation=rank.scores.validation,
+        test=rank.scores.test,
         change=against,
         kl=summary.kls.get(rank.trial.number),
         kl_change=kl_against,
@@ -233,7 +233,7 @@ def _trial(summary: Summary, trial: FrozenTrial) -> TrialStatus:
         plan=plan_of(trial),
         value=score.value if score else None,
         stderr=score.stderr if score and ("stderr" in attrs or "kls" in attrs) else None,
-        report=summary.reports.get(trial.number),
+        test=summary.reports.get(trial.number),
         realised=attrs.get("realised"),
         seconds=round(sum(attrs["seconds"].values()), 3) if "seconds" in attrs else None,
         remark=remark_of(trial, summary) or None,

@@ -21,21 +21,21 @@ from atp_tune.spec.studyfile import StudyFile, from_settings
 from atp_tune.storage import fingerprint, opening, ranking, totals
 from atp_tune.storage.fingerprint import SUFFIX, is_screening
 
-BATCHED = ("calibration", "search")  # texts whose batches decide a trial's value
+BATCHED = ("calibration", "validation")  # texts whose batches decide a trial's value
 
 
 @dataclass(frozen=True)
 class Rank:
     """The best trial of one allocation, and how its perplexity changes from uniform's with the same pruner.
 
-    `against` is paired by windows, on the report text if both are measured there, else on the search text;
+    `against` is paired by windows, on the test text if both are measured there, else on the validation text;
     `kl_against` is the same of its KL divergence from the dense model, where the study minimises that.
     """
 
     trial: FrozenTrial
     scores: Scores
     against: Change | None
-    on: Literal["search", "report"]
+    on: Literal["validation", "test"]
     kl_against: Change | None = None
 
 
@@ -49,15 +49,15 @@ class ScreeningProgress(FrozenModel):
 
 @dataclass(frozen=True)
 class Summary:
-    """A study's numbers: dense, uniform and best, each on the search and on the report text.
+    """A study's numbers: dense, uniform and best, each on the search and on the test text.
 
     `made_from`: its study file with all overrides, None where an early version made it; `sizes`: weights per block.
-    `uniform` has the best trial's pruner, `uniforms` are of all; `reports`: perplexity on the report text by trial.
+    `uniform` has the best trial's pruner, `uniforms` are of all; `reports`: perplexity on the test text by trial.
     `gp_posterior`: the GP's of perplexity against β, None where no GP was asked. `unlike`: trials that ran on
     another device, in another number format or in other batches than those in which the study began, and which.
     `over_draws`: what trials come to over several draws of the calibration text; `windows`: how many each text has.
-    `screening`: how far the one before the study is, if it has one. `goals`: what it minimises; `kls`: KL divergences
-    by trial, if that is among them; `front`: of two goals, the trials that no other beats in one without losing in the
+    `screening`: how far the one before the study is, if it has one. `objectives`: what it minimises; `kls`: KL by trial,
+    if that is among them; `front`: of two objectives, the trials that no other beats in one without losing in the
     other. `zero_shot` and `speed`: what `evaluate` and `speedup` found of the best trial, where they have been. `bos`:
     whether windows begin with BOS; `bos_effect`: what spoke for or against it, where it was measured.
     """
@@ -80,14 +80,14 @@ class Summary:
     gp_posterior: dict[str, Any] | None = None
 
     @property
-    def text(self) -> Literal["search", "report"]:
+    def text(self) -> Literal["validation", "test"]:
         """The text on which dense, uniform and best are to be compared: report once all that there are have it."""
-        scores = [self.dense, *(part for part in (self.uniform, self.best) if part.search or part.report)]
-        return "report" if all(part.report for part in scores) else "search"
+        scores = [self.dense, *(part for part in (self.uniform, self.best) if part.validation or part.test)]
+        return "test" if all(part.test for part in scores) else "validation"
 
     unlike: Mapping[int, str] = field(default_factory=dict)
     screening: ScreeningProgress | None = None
-    goals: tuple[str, ...] = fingerprint.PERPLEXITY
+    objectives: tuple[str, ...] = fingerprint.PERPLEXITY
     kls: Mapping[int, Divergences] = field(default_factory=dict)
     front: Sequence[FrozenTrial] = ()
     uniform_trial: FrozenTrial | None = None
@@ -100,13 +100,13 @@ class Summary:
 
     def kl(self, trial: FrozenTrial | None) -> Divergences:
         """KL divergences of a trial on both texts, as far as they are known."""
-        return self.kls.get(trial.number if trial else -1, Divergences(search=None, report=None))
+        return self.kls.get(trial.number if trial else -1, Divergences(validation=None, test=None))
 
 
 def summarise(study: optuna.Study) -> Summary:
     """The summary of a study as it stands."""
     best = ranking.best_trial(study)
-    reports = study.user_attrs.get("reports", {})
+    reports = study.user_attrs.get("test_nlls", {})
     uniform = uniform_of(study, best)
     found = attached(study, best.number) if best else {}
     return Summary(
@@ -115,7 +115,7 @@ def summarise(study: optuna.Study) -> Summary:
         trials=study.get_trials(deepcopy=False),
         total=study.user_attrs.get("total"),
         done=totals.counted(study),
-        dense=Scores(search=stored(study.user_attrs.get("dense")), report=stored(reports.get("dense"))),
+        dense=Scores(validation=stored(study.user_attrs.get("dense")), test=stored(reports.get("dense"))),
         uniform=scores_of(uniform, reports),
         best=scores_of(best, reports),
         best_trial=best,
@@ -125,10 +125,10 @@ def summarise(study: optuna.Study) -> Summary:
         uniforms=_uniforms(study),
         reports={int(name): perplexity(nlls) for name, nlls in reports.items() if name != "dense" and nlls},
         complete=_is_complete(study),
-        gp_posterior=study.user_attrs.get("belief"),
+        gp_posterior=study.user_attrs.get("gp_posterior"),
         unlike=_unlike(study),
         screening=_screening(study),
-        goals=fingerprint.goals_of(study.user_attrs.get("fingerprint", {})),
+        objectives=fingerprint.objectives_of(study.user_attrs.get("fingerprint", {})),
         kls=_kls(study),
         front=ranking.front_of(study),
         uniform_trial=uniform,
@@ -145,17 +145,17 @@ def _windows(study: optuna.Study) -> dict[str, int]:
     """How many windows each text has on which something is measured."""
     best = ranking.best_trial(study)
     nlls = {
-        "search": study.user_attrs.get("dense") or (best.user_attrs.get("nlls") if best else None),
-        "report": next(iter(study.user_attrs.get("reports", {}).values()), None),
+        "validation": study.user_attrs.get("dense") or (best.user_attrs.get("nlls") if best else None),
+        "test": next(iter(study.user_attrs.get("test_nlls", {}).values()), None),
     }
     return {role: len(found) for role, found in nlls.items() if found}
 
 
 def _kls(study: optuna.Study) -> dict[int, Divergences]:
-    reports = study.user_attrs.get("report_kls", {})
+    reports = study.user_attrs.get("test_kls", {})
     found = {trial.number: (kl_of(trial), reports.get(str(trial.number))) for trial in study.get_trials(deepcopy=False)}
     return {
-        number: Divergences(search=search, report=divergence(report) if report else None)
+        number: Divergences(validation=search, test=divergence(report) if report else None)
         for number, (search, report) in found.items()
         if search
     }
@@ -210,12 +210,12 @@ def _draws_of(study: optuna.Study) -> int:
 
 
 def unreported(study: optuna.Study) -> list[str]:
-    """What has no numbers on the report text yet: `dense`, and the best trial of each allocation with its uniform.
+    """What has no numbers on the test text yet: `dense`, and the best trial of each allocation with its uniform.
     A screening reports nothing.
     """
     if is_screening(study):
         return []
-    return [name for name in ("dense", *_compared(study)) if name not in study.user_attrs.get("reports", {})]
+    return [name for name in ("dense", *_compared(study)) if name not in study.user_attrs.get("test_nlls", {})]
 
 
 def undrawn(study: optuna.Study, draws: int) -> list[tuple[int, str]]:
@@ -229,9 +229,9 @@ def undrawn(study: optuna.Study, draws: int) -> list[tuple[int, str]]:
 
 
 def final_numbers(study: optuna.Study) -> int:
-    """How many trials are measured on the report text, and on other draws of the calibration text."""
+    """How many trials are measured on the test text, and on other draws of the calibration text."""
     draws = study.user_attrs.get("draws", {})
-    return len(study.user_attrs.get("reports", {})) + sum(map(len, draws.values()))
+    return len(study.user_attrs.get("test_nlls", {})) + sum(map(len, draws.values()))
 
 
 def _compared(study: optuna.Study) -> list[str]:
@@ -244,7 +244,7 @@ def _compared(study: optuna.Study) -> list[str]:
 
 def _over_draws(study: optuna.Study) -> dict[int, OverDraws]:
     """The trials of the report over the draws of the calibration text on which all of them are measured."""
-    reports, draws, names = study.user_attrs.get("reports", {}), study.user_attrs.get("draws", {}), _compared(study)
+    reports, draws, names = study.user_attrs.get("test_nlls", {}), study.user_attrs.get("draws", {}), _compared(study)
     measured = {name: {"0": reports[name], **draws.get(name, {})} for name in names if name in reports}
     if not measured or len(measured) < len(names):
         return {}
@@ -270,11 +270,11 @@ def _uniforms(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def _rank(study: optuna.Study, trial: FrozenTrial) -> Rank:
-    reports = study.user_attrs.get("reports", {})
+    reports = study.user_attrs.get("test_nlls", {})
     uniform = None if is_uniform(trial) else uniform_of(study, trial)
     own, base = reports.get(str(trial.number)), reports.get(str(uniform.number)) if uniform else None
-    on: Literal["search", "report"] = "report" if own and base else "search"
-    if on == "search":
+    on: Literal["validation", "test"] = "test" if own and base else "validation"
+    if on == "validation":
         own, base = trial.user_attrs.get("nlls"), uniform.user_attrs.get("nlls") if uniform else None
     against = change(base, own) if own and base and len(own) == len(base) else None
     return Rank(trial, scores_of(trial, reports), against, on, _kl_against(study, trial, uniform, on))
@@ -283,8 +283,8 @@ def _rank(study: optuna.Study, trial: FrozenTrial) -> Rank:
 def _kl_against(study: optuna.Study, trial: FrozenTrial, uniform: FrozenTrial | None, on: str) -> Change | None:
     if uniform is None:
         return None
-    reports = study.user_attrs.get("report_kls", {})
+    reports = study.user_attrs.get("test_kls", {})
     own, base = (
-        reports.get(str(one.number)) if on == "report" else one.user_attrs.get("kls") for one in (trial, uniform)
+        reports.get(str(one.number)) if on == "test" else one.user_attrs.get("kls") for one in (trial, uniform)
     )
     return relative(base, own) if own and base and len(own) == len(base) else None

@@ -38,7 +38,7 @@ def score_of(trial: FrozenTrial) -> Perplexity | None:
 
 
 def kl_of(trial: FrozenTrial) -> Divergence | None:
-    """KL divergence of a trial on the search text; None if its study does not minimise it."""
+    """KL divergence of a trial on the validation text; None if its study does not minimise it."""
     if trial.values is None or "kls" not in trial.user_attrs:
         return None
     return Divergence(value=trial.values[-1], stderr=divergence(trial.user_attrs["kls"]).stderr)
@@ -66,10 +66,10 @@ def best_of_each(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def scores_of(trial: FrozenTrial | None, reports: dict[str, list[float]]) -> Scores:
-    """Perplexities of a trial on both texts; `reports`: window NLLs on the report text by trial."""
+    """Perplexities of a trial on both texts; `reports`: window NLLs on the test text by trial."""
     if trial is None:
-        return Scores(search=None, report=None)
-    return Scores(search=score_of(trial), report=stored(reports.get(str(trial.number))))
+        return Scores(validation=None, test=None)
+    return Scores(validation=score_of(trial), test=stored(reports.get(str(trial.number))))
 
 
 def stored(nlls: list[float] | None) -> Perplexity | None:

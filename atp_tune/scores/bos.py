@@ -46,7 +46,7 @@ def compare_bos(
 
 def _few_windows(text: Text, folder: ModelFolder, base: Path) -> Windows:
     """A few windows of a text, with BOS."""
-    few = text.model_copy(update={"windows": WINDOWS, "tokens": min(TOKENS, text.tokens), "every": 1})
-    if text.draw == "random":
+    few = text.model_copy(update={"nsamples": WINDOWS, "seqlen": min(TOKENS, text.seqlen), "stride": 1})
+    if text.sampling == "random":
         return token_windows(few, folder.path, base, trusted=folder.trusted, bos=True)
     return first_windows(few, folder.path, base, WINDOWS, folder.trusted, bos=True)

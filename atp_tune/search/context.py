@@ -60,10 +60,10 @@ class ContextConfig:
 
     @classmethod
     def of_study(cls, study: Study, base: Path, bos: bool | None) -> "ContextConfig":
-        """What a study's trials want: the report text only where it is not the search text."""
-        texts = {"calibration": study.texts.calibration, "search": study.texts.search}
-        if study.texts.report is not None:
-            texts["report"] = study.texts.report
+        """What a study's trials want: the test text only where it is not the validation text."""
+        texts = {"calibration": study.texts.calibration, "validation": study.texts.validation}
+        if study.texts.test is not None:
+            texts["test"] = study.texts.test
         return cls(study.model, study.prune, texts, base, study.device, draws=study.texts.calibration.draws, bos=bos)
 
 
@@ -152,11 +152,11 @@ class TrialContext(Released):
         return other
 
     def screening(self, every: int) -> "TrialContext":
-        """The same context with dense statistics, every so many-th window of the search text, and no error curve.
+        """The same context with dense statistics, every so many-th window of the validation text, and no error curve.
 
         ModelConfig, statistics and evidence are shared.
         """
-        other = self._with("search", self.windows["search"].thinned(every))
+        other = self._with("validation", self.windows["validation"].thinned(every))
         vars(other)["measured"] = self.measured
         other.prune_settings = self.prune_settings.model_copy(update={"statistics": "dense"})
         return other
@@ -284,9 +284,9 @@ class TrialContext(Released):
 
 
 def _load_checkpoint(model: ModelConfig, folder: ModelFolder, device: torch.device, watch: EventHandler) -> Checkpoint:
-    dtype, residency = find_dtype(model.dtype, device), None if model.residency == "auto" else model.residency
-    checkpoint = Checkpoint.load(folder.path, dtype, device, folder.trusted, residency)
-    if checkpoint.residency != "device":
-        place = "in host memory" if checkpoint.residency == "host" else "on disk"
+    dtype, offload = find_dtype(model.dtype, device), None if model.offload == "auto" else model.offload
+    checkpoint = Checkpoint.load(folder.path, dtype, device, folder.trusted, offload)
+    if checkpoint.offload != "none":
+        place = "in host memory" if checkpoint.offload == "cpu" else "on disk"
         watch(Message(f"blocks are kept {place} and copied to the device one by one"))
     return checkpoint

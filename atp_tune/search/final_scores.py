@@ -1,4 +1,4 @@
-"""The end of a study: dense, uniform and best on the report text, once, also on other draws of the calibration text."""
+"""The end of a study: dense, uniform and best on the test text, once, also on other draws of the calibration text."""
 
 import os
 from time import sleep
@@ -20,11 +20,11 @@ from atp_tune.storage.validation import TRIAL, checked
 if TYPE_CHECKING:
     from atp_tune.search.context import TrialContext
 
-REPORTER = "reporter"  # system attribute of a study: the process that measures the report text
+REPORTER = "reporter"  # system attribute of a study: the process that measures the test text
 
 
 def report(run: StudyRun, study: optuna.Study, context: "TrialContext", space: Space) -> None:
-    """Measures dense, uniform and the best of each allocation on the report text, once, those also on other draws of
+    """Measures dense, uniform and the best of each allocation on the test text, once, those also on other draws of
     the calibration text if there are to be some, and writes the best down.
 
     Each measurement is stored at once, and by itself: two hosts may do this at the same moment.
@@ -38,8 +38,8 @@ def report(run: StudyRun, study: optuna.Study, context: "TrialContext", space: S
         for name in unreported(study):
             nlls, kls = _report_scores(run, study, context, space, name)
             if kls:  # first: what has NLLs is not measured again
-                study.set_user_attr(f"report_kls:{name}", kls)
-            study.set_user_attr(f"reports:{name}", nlls)
+                study.set_user_attr(f"test_kls:{name}", kls)
+            study.set_user_attr(f"test_nlls:{name}", nlls)
         for draw, name in undrawn(study, draws):
             study.set_user_attr(f"draws:{name}:{draw}", _drawn_nlls(run, study, context, space, draw, name))
     finally:
@@ -49,17 +49,17 @@ def report(run: StudyRun, study: optuna.Study, context: "TrialContext", space: S
 
 
 def _wait_for_reporter(run: StudyRun, study: optuna.Study, draws: int) -> None:
-    """Leaves the report text to another process of this host that measures it: two may end a study together."""
+    """Leaves the test text to another process of this host that measures it: two may end a study together."""
     told = False
     while (unreported(study) or undrawn(study, draws)) and _is_reported(study):
         if not told:
-            run.note("waiting for the numbers on the report text, which another process measures")
+            run.note("waiting for the numbers on the test text, which another process measures")
         told = True
         sleep(POLL)
 
 
 def _is_reported(study: optuna.Study) -> bool:
-    """Whether another process of this host measures the report text; what others do cannot be known from here."""
+    """Whether another process of this host measures the test text; what others do cannot be known from here."""
     other = study._storage.get_study_system_attrs(study._study_id).get(REPORTER)
     return isinstance(other, dict) and other.get("pid") != os.getpid() and is_alive(checked(other, TRIAL))
 
@@ -77,12 +77,12 @@ def write_best(run: StudyRun, study: optuna.Study) -> None:
 def _report_scores(
     run: StudyRun, study: optuna.Study, context: "TrialContext", space: Space, name: str
 ) -> tuple[list[float], list[float]]:
-    """Window NLLs on the report text, and KLs if the study minimises them; with the paper's protocol the search's."""
+    """Window NLLs on the test text, and KLs if the study minimises them; with the paper's protocol the search's."""
     from atp_tune.checkpoints.devices import oom_as_user_error
 
     dense = name == "dense"
     trial = None if dense else study.trials[int(name)]
-    if run.file.study.texts.report is None:
+    if run.file.study.texts.test is None:
         if trial is None:
             return study.user_attrs["dense"], []
         return trial.user_attrs["nlls"], trial.user_attrs.get("kls", [])
@@ -93,7 +93,7 @@ def _report_scores(
     pruned = None if plan is None else ((block.index, block.weights) for block in context.prune(plan))
     with oom_as_user_error(title):
         return context.all_scores(
-            pruned or context.dense(), "report", kl="kl" in run.file.study.search.objective and not dense
+            pruned or context.dense(), "test", kl="kl" in run.file.study.search.objective and not dense
         )
 
 
@@ -109,7 +109,7 @@ def _drawn_nlls(
     _begin_as(study, trial, context)
     pruned = ((block.index, block.weights) for block in context.drawn(draw).prune(plan))
     with oom_as_user_error(title):
-        return context.all_nlls(pruned, "search" if run.file.study.texts.report is None else "report")
+        return context.all_nlls(pruned, "validation" if run.file.study.texts.test is None else "test")
 
 
 def _begin_as(study: optuna.Study, trial: FrozenTrial | None, context: "TrialContext") -> None:

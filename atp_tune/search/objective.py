@@ -2,7 +2,7 @@
 
 plan        ← the space, as the sampler proposes
 weights     ← dense weights, pruned block by block as the plan says
-NLLs        ← windows of the search text, group by group, until the stopper ends a hopeless trial
+NLLs        ← windows of the validation text, group by group, until the stopper ends a hopeless trial
 perplexity  ← exp(mean NLL)
 KL          ← mean over windows, from the dense model, where the study minimises it
 
@@ -36,13 +36,13 @@ from atp_tune.storage.ranking import best_trial
 
 @dataclass(frozen=True)
 class Objective:
-    """Values on the search text of the plan that a trial proposes, one a goal; TrialError where there are none."""
+    """Values on the validation text of the plan that a trial proposes, one each objective; TrialError without any."""
 
     context: TrialContext
     space: Space
     stops: bool  # the study has a stopper
     watch: EventHandler
-    goals: tuple[str, ...] = PERPLEXITY
+    objectives: tuple[str, ...] = PERPLEXITY
 
     def __call__(self, trial: Trial) -> tuple[float, ...]:
         """Measures one trial and stores its attributes as they become known."""
@@ -60,12 +60,12 @@ class Objective:
         record = Record(context.checkpoint.device, context.dtype)
         pruned = record.follow(context.prune(plan), context.checkpoint.sizes)
         may_stop = self.stops and not plan.is_uniform and best_trial(trial.study) is not None  # uniform is its measure
-        for scores in context.scores(pruned, "search", may_stop, "kl" in self.goals):
+        for scores in context.scores(pruned, "validation", may_stop, "kl" in self.objectives):
             record.add(scores)
             if self._is_hopeless(trial, record, len(scores.nlls)) and may_stop:
                 self._store(trial, record)
                 return (estimate(trial, record.kls or record.nlls, "kls" if record.kls else "nlls"),)
-        results = record.results(self.goals)
+        results = record.results(self.objectives)
         self._store(trial, record, stderr=results[0].stderr)
         if context.batches != batches and best_trial(trial.study) is None:
             # The first, where memory ran out: the others need not meet that.
@@ -74,7 +74,7 @@ class Objective:
 
     def _is_hopeless(self, trial: Trial, record: Record, new: int) -> bool:
         """Whether the stopper would end the trial now, before its last windows."""
-        windows, seen = len(self.context.windows["search"]), record.kls or record.nlls
+        windows, seen = len(self.context.windows["validation"]), record.kls or record.nlls
         return self.stops and is_hopeless(trial, seen, new, windows, GROUPS) and len(seen) < windows
 
     def _store(self, trial: Trial, record: Record, **more: object) -> None:

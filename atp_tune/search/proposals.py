@@ -32,10 +32,10 @@ def kinds_of(space: Space, branch: str) -> dict[str, BaseDistribution]:
 
 
 def branch_study(
-    trials: list[FrozenTrial], space: Space, branch: str, kinds: dict[str, BaseDistribution], goals: int = 1
+    trials: list[FrozenTrial], space: Space, branch: str, kinds: dict[str, BaseDistribution], objectives: int = 1
 ) -> optuna.Study:
     """A study in memory of the trials that are points of one allocation, with the logs of their values."""
-    shadow = optuna.create_study(directions=["minimize"] * goals)
+    shadow = optuna.create_study(directions=["minimize"] * objectives)
     for trial in trials:
         params = space.within(trial.params, branch) or {}
         if kinds.keys() <= params.keys():  # another process may not have drawn all of its trial's yet

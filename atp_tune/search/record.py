@@ -48,12 +48,14 @@ class Record:
         self.nlls += scores.nlls
         self.kls += scores.kls
 
-    def results(self, goals: Sequence[str]) -> list[Perplexity | Divergence]:
-        """What a trial came to in each of its goals; TrialError where one is no number."""
-        found = [divergence(self.kls) if goal == "kl" else perplexity(self.nlls) for goal in goals]
-        for goal, result in zip(goals, found, strict=True):
+    def results(self, objectives: Sequence[str]) -> list[Perplexity | Divergence]:
+        """What a trial came to in each of its objectives; TrialError where one is no number."""
+        found = [divergence(self.kls) if objective == "kl" else perplexity(self.nlls) for objective in objectives]
+        for objective, result in zip(objectives, found, strict=True):
             if not math.isfinite(result.value):
-                raise TrialError(f"{goal} is {result.value}: the pruned model's numbers overflow or are not defined")
+                raise TrialError(
+                    f"{objective} is {result.value}: the pruned model's numbers overflow or are not defined"
+                )
         return found
 
     def close(self) -> dict[str, Any]:
@@ -71,5 +73,5 @@ class Record:
             "dtype": self._dtype,
             "versions": versions(),
             **({"kls": self.kls} if self.kls else {}),
-            **({"unheard": self.experts_without_tokens} if self.experts_without_tokens else {}),
+            **({"experts_without_tokens": self.experts_without_tokens} if self.experts_without_tokens else {}),
         }

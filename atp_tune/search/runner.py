@@ -1,4 +1,4 @@
-"""Running a study: made or resumed, driven to its total, and closed with the numbers on the report text."""
+"""Running a study: made or resumed, driven to its total, and closed with the numbers on the test text."""
 
 import math
 from contextlib import AbstractContextManager, nullcontext
@@ -140,7 +140,7 @@ def _screen(run: StudyRun, screen: ScreenConfig, context: "TrialContext") -> tup
     began, file = monotonic(), screening_file(run.file, screen)
     inner = replace(
         run, file=file, name=run.name + SUFFIX, watch=renamed(run.watch), reports=False, writes=False,
-        context=context.screening(screen.every), screens=run.name,
+        context=context.screening(screen.stride), screens=run.name,
     )  # fmt: skip
     study = load_existing(inner)
     if study is None or not is_complete(study, file):
@@ -198,7 +198,7 @@ def _measure_dense(run: StudyRun, study: optuna.Study, context: "TrialContext") 
     run.watch(TrialStarted("dense model", None))
     context.begin(fingerprint.batches_of(study))
     with oom_as_user_error("dense model"):
-        nlls = context.all_nlls(context.dense(), "search")
+        nlls = context.all_nlls(context.dense(), "validation")
     if not math.isfinite(perplexity(nlls).value):
         raise UserError(
             f"model.source: the perplexity of the dense model {run.file.study.model.source} is not finite: its weights "

@@ -126,7 +126,7 @@ class BranchSampler(BaseSampler):
         inner = self._make(seed_of(self._seed, study, trial))
         found = inner.sample_relative(shadow, shadow.trials[-1], open_ones)
         if self._branch == "atp" and found and isinstance(inner, GPSampler) and len(study.directions) == 1:
-            study.set_user_attr("belief", gp_posterior(inner, shadow, open_ones, self._space.pruners))
+            study.set_user_attr("gp_posterior", gp_posterior(inner, shadow, open_ones, self._space.pruners))
         for name, kind in open_ones.items():
             if name not in found:
                 found[name] = inner.sample_independent(shadow, shadow.trials[-1], name, kind)

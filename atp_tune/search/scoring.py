@@ -16,7 +16,7 @@ from atp_tune.scores import Score, WindowScores
 from atp_tune.scores.evaluation import Block, final_states, group_scores
 from atp_tune.search.dense_model import dense_blocks
 
-GROUPS = 8  # of search windows, between which a stopper may end a trial
+GROUPS = 8  # of validation windows, between which a stopper may end a trial
 
 
 class RoleScorer:
@@ -84,4 +84,4 @@ class RoleScorer:
 def can_keep(checkpoint: Checkpoint) -> bool:
     """Whether a pruned copy of all linears fits on the device beside the dense ones."""
     needed = sum(checkpoint.sizes) * checkpoint.dtype.itemsize
-    return checkpoint.residency == "device" and needed < 0.5 * free_memory(checkpoint.device)
+    return checkpoint.offload == "none" and needed < 0.5 * free_memory(checkpoint.device)

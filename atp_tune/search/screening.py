@@ -1,9 +1,9 @@
 """Screening: a cheaper study before the study, and the points that it leaves to be confirmed.
 
 It is a study like any other, kept beside the main one as NAME.screen, with two keys changed: the statistics are those
-of the dense model, measured once, and of the search windows only every so many-th is measured. So a trial is a mask and
-a part of an evaluation, without a pass over the calibration text. Its perplexities are others than the main study's,
-but near the optimum it ranks points alike; the best of them begin the main study, which measures them in full.
+of the dense model, measured once, and only every `stride`-th of the validation windows is measured. So a trial is a
+mask and a part of an evaluation, without a pass over the calibration text. Its perplexities differ from the main
+study's, but near the optimum it ranks points alike; the best of them begin the main study, which measures them in full.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ APART = 1 / 28  # of an interval: half a step of the paper's grid, 0.002, on 32 
 
 def screening_file(file: StudyFile, screen: ScreenConfig) -> StudyFile:
     """The study file of the screening: what `--set` would make of the main one."""
-    values: tuple[str | int, ...] = ("dense", screen.every, screen.trials, "none", "none")
+    values: tuple[str | int, ...] = ("dense", screen.stride, screen.trials, "none", "none")
     return overridden(file, dict(zip(CHANGED, values, strict=True)))
 
 

@@ -23,7 +23,7 @@ class StudyRun:
     """One call of the command: the study file, the study's name, and how many seconds to go on at most.
 
     A `context` that is open already, with this model and these texts, spares loading them. When the total is reached,
-    a run that `reports` measures the report text, and one that `writes` writes the best configuration here. Of several
+    a run that `reports` measures the test text, and one that `writes` writes the best configuration here. Of several
     workers one reports, and none writes: that is left to the process that started them. `mix`: another device or number
     format than the one on which the study began is no reason to refuse. `screens`: the study that this one is the
     screening of. `trace`: what follows the trials of this process.

@@ -10,8 +10,8 @@ That takes three things of every allocation, after each of the last `RUN` trials
               (`NEAR`), no stretch without a point may be wider than `GAP` of its parameter's interval
 
 These verdicts are read from the trials in the order in which they ended, so that a study that was interrupted, or has
-several workers, ends as any other does. The bound is of the search text: what another text would say, no rule can know
-from this one (docs/speed.md, with what was measured).
+several workers, ends as any other does. The bound is of the validation text: no rule can know from it what another text would say
+(docs/speed.md, with what was measured).
 
 Source: Makarova et al., "Automatic Termination for Hyperparameter Optimization", AutoML 2022, as `RegretBoundEvaluator`
 in Optuna. There the regret is compared with the noise of cross-validation; why it is not here: docs/log.md.
@@ -40,7 +40,7 @@ GAP = 1 / 5  # of an interval
 NEAR = 0.1  # a difference of logs
 
 
-def has_settled(study: optuna.Study, space: Space) -> bool:
+def should_terminate(study: optuna.Study, space: Space) -> bool:
     """Whether a better point of any allocation would gain less than `GAIN`, by each of the last `RUN` verdicts, which
     must be about one point: a model that was right does not find a better one meanwhile.
     """

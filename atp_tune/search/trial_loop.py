@@ -14,7 +14,7 @@ from atp_tune.results.formatting import loss_of
 from atp_tune.results.trials import is_by_kl, kl_of, score_of
 from atp_tune.search.space import Space
 from atp_tune.search.study_run import StudyRun
-from atp_tune.search.termination import GAIN, has_settled
+from atp_tune.search.termination import GAIN, should_terminate
 from atp_tune.storage import lost_trials, ranking, totals
 from atp_tune.storage.process_identity import GRACE
 from atp_tune.storage.trace import Trace
@@ -74,9 +74,11 @@ def _optimise(
         reason = trial.user_attrs.get("failure") if trial.state == TrialState.FAIL else None
         if trial.values is not None or reason:
             run.watch(_ended(trial, reason, best, done, total))
-        if run.file.study.search.settle and done < total and has_settled(study, objective.space):
-            totals.settle(study, total)
-            run.note(f"settled after {done} of {total}: a better point is expected to gain less than {GAIN:.0%}")
+        if run.file.study.search.early_termination and done < total and should_terminate(study, objective.space):
+            totals.terminate_early(study, total)
+            run.note(
+                f"terminated early after {done} of {total}: a better point is expected to gain less than {GAIN:.0%}"
+            )
             study.stop()
         is_late = end is not None and monotonic() >= end  # Optuna's own timeout goes by a clock that may be set
         running = sum(other.state == TrialState.RUNNING for other in trials)

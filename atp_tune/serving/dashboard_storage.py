@@ -155,4 +155,4 @@ def _state(study: Study, stored: Attributes) -> object:
     trials = [(trial.state, len(trial.user_attrs)) for trial in study.get_trials(deepcopy=False)]
     attrs = study.user_attrs
     own = {key: value for key, value in stored.items() if key.startswith(DASHBOARD)}
-    return trials, attrs.get("total"), final_numbers(study), attrs.get("belief"), own
+    return trials, attrs.get("total"), final_numbers(study), attrs.get("gp_posterior"), own

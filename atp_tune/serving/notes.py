@@ -67,13 +67,13 @@ def _what(summary: Summary) -> str:
     spec = file.study
     names = ", ".join(spec.allocation.names)
     pruners = ", ".join(spec.prune.pruners)
-    goals = {"kl": "KL divergence from the dense model (nats per token)"}
-    objective = " and ".join(goals.get(goal, goal) for goal in summary.goals)
+    objectives = {"kl": "KL divergence from the dense model (nats per token)"}
+    objective = " and ".join(objectives.get(objective, objective) for objective in summary.objectives)
     lines = [
         f"## {escaped(summary.name)}: {spec.sparsity:.0%} of the weights of {_code(spec.model.source)} go",
         escaped(spec.description),
         f"Searched: how to share the zeros out over {len(summary.sizes)} blocks ({names}; {pruners}; "
-        f"pattern {escaped(spec.prune.pattern)}). The objective is {objective} on the search text; lower is "
+        f"pattern {escaped(spec.prune.pattern)}). The objective is {objective} on the validation text; lower is "
         "better.",
     ]
     return "\n\n".join(line for line in lines if line)
@@ -85,18 +85,18 @@ def _scores(summary: Summary) -> str:
         best = "**best** " if rank.trial == summary.best_trial else ""
         name = f"{best}{escaped(method_of(rank.trial))}, trial {rank.trial.number}"
         rows.append((name, rank.scores, f"{rank.against} ({rank.on} text)" if rank.against else "–"))
-    if not any(is_uniform(rank.trial) for rank in summary.ranks) and summary.uniform.search:
+    if not any(is_uniform(rank.trial) for rank in summary.ranks) and summary.uniform.validation:
         rows.insert(1, ("uniform", summary.uniform, "–"))
-    lines = [f"| | {GAP}search text | {GAP}report text | {GAP}against uniform |", "|---|---:|---:|---:|"]
+    lines = [f"| | {GAP}validation text | {GAP}test text | {GAP}against uniform |", "|---|---:|---:|---:|"]
     lines += [f"| {name} | {GAP}{_cells(scores)} | {GAP}{change} |" for name, scores, change in rows]
     return "\n".join([*lines, *_kls(summary)])
 
 
 def _kls(summary: Summary) -> list[str]:
-    """A table of KL divergences, where the study minimises them; of two goals, of the Pareto front too."""
-    if "kl" not in summary.goals:
+    """A table of KL divergences, where the study minimises them; of two objectives, of the Pareto front too."""
+    if "kl" not in summary.objectives:
         return []
-    lines = ["", f"| KL from the dense model | {GAP}search text | {GAP}report text |", "|---|---:|---:|"]
+    lines = ["", f"| KL from the dense model | {GAP}validation text | {GAP}test text |", "|---|---:|---:|"]
     shown = [rank.trial for rank in summary.ranks]
     shown += [summary.uniform_trial] if summary.uniform_trial and summary.uniform_trial not in shown else []
     shown += [trial for trial in summary.front if trial not in shown]
@@ -115,7 +115,7 @@ def _gain(summary: Summary) -> str:
     if summary.best_trial is None:
         return "No trial has a value yet."
     errors = f"± is the {errors_of(summary)}, that of a change is paired window by window."
-    rank, by_kl = summary.ranks[0], summary.goals == ("kl",)
+    rank, by_kl = summary.ranks[0], summary.objectives == ("kl",)
     against = rank.kl_against if by_kl else rank.against
     if is_uniform(summary.best_trial) or against is None:
         return f"No trial is better than uniform so far. {errors}"
@@ -178,10 +178,10 @@ def _why(trial: FrozenTrial, summary: Summary) -> str:
 
 
 def _measured(trial: FrozenTrial, summary: Summary) -> str:
-    score, kl = score_of(trial), summary.kl(trial).search
-    uniform = None if is_uniform(trial) else summary.uniform.search
+    score, kl = score_of(trial), summary.kl(trial).validation
+    uniform = None if is_uniform(trial) else summary.uniform.validation
     against = f", {score.value / uniform.value - 1:+.1%} against uniform" if score and uniform else ""
-    parts = [f"Perplexity on the search text {score}{against}."] if score else []
+    parts = [f"Perplexity on the validation text {score}{against}."] if score else []
     return " ".join([*parts, *([f"KL divergence from the dense model {kl}."] if kl else [])])
 
 
@@ -226,5 +226,5 @@ def columns(trial: FrozenTrial) -> dict[str, Any]:
 def facts_of(attrs: Attributes) -> dict[str, Any]:
     """A study's attributes for the dashboard: what it was made with, no long lists."""
     known = present_facts(dict(attrs.get("fingerprint", {})))
-    names = ("model.source", "model.dtype", "sparsity", "protocol", "texts.search.source", "texts.report.source")
+    names = ("model.source", "model.dtype", "sparsity", "protocol", "texts.validation.source", "texts.test.source")
     return {**{name: known[name] for name in names if name in known}, "trials": attrs.get("total", "not known yet")}

@@ -34,7 +34,7 @@ from atp_tune.storage.process_identity import versions
 def apply(
     config: Config, base: Path, out: Path, device: str, watch: EventHandler, allowed: Mapping[str, bool] | None = None
 ) -> Perplexity:
-    """Prunes as a configuration says into the folder `out`; the report perplexity of what was written.
+    """Prunes as a configuration says into the folder `out`; the test perplexity of what was written.
 
     `allowed`: keys of `study.ModelConfig` that a configuration, which may be a stranger's, cannot set.
     UserError if something is at `out`, or if the model is not the one that the configuration was found for.
@@ -49,7 +49,7 @@ def write_applied(
     """The same without the measurement; what it was made with, and from."""
     check_free(out)
     model = config.model.model(allowed)
-    texts = {"calibration": config.calibration, "report": config.texts.report}
+    texts = {"calibration": config.calibration, "test": config.texts.test}
     setup = ContextConfig(model, config.prune, texts, base, device, batches=config.batches, bos=config.bos)
     with TrialContext.open(setup, watch) as context:
         return setup, write_sparse(context, plan_of(config, context), out, config.seen_from(base, out))
@@ -58,11 +58,11 @@ def write_applied(
 def prune_once(
     file: StudyFile, parameters: dict[str, float], out: Path | None, watch: EventHandler
 ) -> tuple[Plan, Perplexity]:
-    """One plan without a study: prunes, writes if there is an `out`, and measures on the report text."""
+    """One plan without a study: prunes, writes if there is an `out`, and measures on the test text."""
     if out is not None:
         check_free(out)
     study = file.study
-    texts = {"calibration": study.texts.calibration, "report": study.report_text}
+    texts = {"calibration": study.texts.calibration, "test": study.test_text}
     setup = ContextConfig(study.model, study.prune, texts, file.folder, study.device, bos=_bos(file))
     with TrialContext.open(setup, watch) as context:
         setup = replace(setup, bos=context.bos)
@@ -70,7 +70,7 @@ def prune_once(
         if out is None:
             watch(TrialStarted("pruning", plan))
             pruned = ((block.index, block.weights) for block in context.prune(plan))
-            return plan, perplexity(context.all_nlls(pruned, "report"))
+            return plan, perplexity(context.all_nlls(pruned, "test"))
         dense = write_sparse(context, plan, out, _config(file, context, plan).seen_from(file.folder, out))
     return plan, _measured(setup, out, dense, watch)
 
@@ -123,7 +123,7 @@ def plan_of(config: Config, context: TrialContext) -> Plan:
 
 def _config(file: StudyFile, context: TrialContext, plan: Plan) -> Config:
     """One plan as a configuration: what it takes to make its folder again, with nothing measured."""
-    study, nothing = file.study, Scores(search=None, report=None)
+    study, nothing = file.study, Scores(validation=None, test=None)
     return Config(
         study=file.name,
         trial=None,
@@ -143,7 +143,7 @@ def _config(file: StudyFile, context: TrialContext, plan: Plan) -> Config:
         baselines=Baselines(dense=nothing, uniform=nothing),
         calibration=study.texts.calibration.text,
         batches=context.batches,
-        texts=EvaluationTexts(search=study.texts.search, report=study.report_text),
+        texts=EvaluationTexts(validation=study.texts.validation, test=study.test_text),
         bos=context.bos,
         seed=study.search.seed,
         versions=versions(),
@@ -195,13 +195,13 @@ def _measured(setup: ContextConfig, out: Path, dense: Dense, watch: EventHandler
     """Measures a written folder, which says so then."""
     measured = measure_folder(setup, out, watch)
     config = read_config(out / ABOUT)
-    scores = config.perplexity.model_copy(update={"report": measured})
+    scores = config.perplexity.model_copy(update={"test": measured})
     describe(out, config.model_copy(update={"perplexity": scores}), dense)
     return measured
 
 
 def measure_folder(setup: ContextConfig, out: Path, watch: EventHandler) -> Perplexity:
-    """Perplexity on the report text of a written folder, loaded as anybody would load it."""
+    """Perplexity on the test text of a written folder, loaded as anybody would load it."""
     return perplexity(folder_nlls(setup, out, watch, f"checking {out}"))
 
 
@@ -210,4 +210,4 @@ def folder_nlls(setup: ContextConfig, folder: Path, watch: EventHandler, title: 
     model = setup.model.model_copy(update={"source": str(folder.absolute()), "sha256": None, "revision": None})
     with TrialContext.open(replace(setup, model=model), watch) as context:
         watch(TrialStarted(title, None))
-        return context.all_nlls(context.dense(), "report")
+        return context.all_nlls(context.dense(), "test")

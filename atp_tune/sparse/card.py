@@ -94,11 +94,11 @@ def _values(config: Config, dense: Dense) -> dict[str, Any]:
         "allocation": _allocation(config),
         "uniform": config.linear_sparsities is None and len(set(config.block_sparsities)) == 1,
         "scores": list(_scores(config)),
-        "report": escaped(words(config.texts.report)),
+        "test": escaped(words(config.texts.test)),
         "bos": config.bos,
-        "errors": error_over(_windows(config.texts.report)),
+        "errors": error_over(_windows(config.texts.test)),
         "draws": _draws(config),
-        "same_text": config.texts.report == config.texts.search,
+        "same_text": config.texts.test == config.texts.validation,
         "models": list(MODELS.values()),
         "tasks": list(_tasks(config)),
         "speed": [map(escaped, row) for row in speed(config.speed).rows] if config.speed else [],
@@ -113,7 +113,7 @@ def _values(config: Config, dense: Dense) -> dict[str, Any]:
 
 def _windows(text: Text) -> int | None:
     """How many windows a text has, where its settings say so."""
-    return text.windows and -(-text.windows // text.every)
+    return text.nsamples and -(-text.nsamples // text.stride)
 
 
 def _draws(config: Config) -> str:
@@ -154,9 +154,9 @@ def _card(file: Path) -> Any:
 def _scores(config: Config) -> Iterator[dict[str, str]]:
     """Dense, uniform and this model, as far as they are measured."""
     rows = (
-        ("dense", config.baselines.dense.report),
-        (f"{config.pruner}, uniform", config.baselines.uniform.report),
-        (f"**this model** ({config.pruner}, {escaped(_allocation(config))})", config.perplexity.report),
+        ("dense", config.baselines.dense.test),
+        (f"{config.pruner}, uniform", config.baselines.uniform.test),
+        (f"**this model** ({config.pruner}, {escaped(_allocation(config))})", config.perplexity.test),
     )
     for name, score in rows:
         if score is not None:
@@ -183,12 +183,12 @@ def _measure(measure: Measure | None) -> str:
 
 def _results(config: Config) -> Iterator[EvalResult]:
     """The metrics of this model in the hub's schema."""
-    score, text = config.perplexity.report, config.texts.report
+    score, text = config.perplexity.test, config.texts.test
     if score is not None and isfinite(score.value):
         yield EvalResult(
             task_type="text-generation",
             metric_type="perplexity",
-            metric_name=f"perplexity, {text.tokens} tokens a window{', the first BOS' if config.bos else ''}",
+            metric_name=f"perplexity, {text.seqlen} tokens a window{', the first BOS' if config.bos else ''}",
             metric_value=round(score.value, 4),
             **_dataset(text),
         )
@@ -218,7 +218,7 @@ def words(text: Text) -> str:
     source = f"{kind}:{Path(rest).name}" if kind == "file" else text.source
     part = "" if text.part == (0, 1) else f", part {text.part[0]:g} to {text.part[1]:g}"
     split = f" {text.split}" if text.split else ""
-    return f"{source}{split}{part}, {text.windows or 'all'} windows of {text.tokens} tokens"
+    return f"{source}{split}{part}, {text.nsamples or 'all'} windows of {text.seqlen} tokens"
 
 
 def _bars(config: Config) -> Iterator[str]:
@@ -234,7 +234,7 @@ def _facts(config: Config, dense: Dense) -> dict[str, str]:
     settings = {key: value for key, value in config.prune.settings(config.pruner).items() if value is not None}
     listed = "".join(f", {key} = {value}" for key, value in settings.items())
     commit = f"commit {dense.revision}" if dense.revision else f"content {config.model.fingerprint[:12]}…"
-    searched = {} if config.trial is None else {"searched on": words(config.texts.search)}
+    searched = {} if config.trial is None else {"searched on": words(config.texts.validation)}
     return {
         "dense model": f"{_source(config, dense)}, {commit}",
         "pruner": f"{config.pruner}{listed}",

@@ -61,11 +61,11 @@ class FinetuningJob:
 def finetune(
     model: Path, out: Path, text: Text | None, report: Text | None, settings: Settings, device: str, watch: EventHandler
 ) -> Finetuned:
-    """Fine-tunes the folder `model` into the folder `out`, and measures both on the report text.
+    """Fine-tunes the folder `model` into the folder `out`, and measures both on the test text.
 
     A text that is None is the one that the folder was pruned with: calibration to train on, report to measure. Windows
     begin with BOS where they did so when it was pruned.
-    UserError if something is at `out`, or if the text to train on shares documents with the search or report text.
+    UserError if something is at `out`, or if the text to train on shares documents with the search or test text.
     """
     if find_spec("peft") is None:
         raise UserError("finetune: needs peft; install it with: pip install 'atp-tune[finetune]'")
@@ -80,13 +80,13 @@ def finetune(
     bos = made is not None and made.bos
     windows = read_windows(text, report, folder.path, settings, bos)
     dense = made.dense if made and made.report == report else None
-    setup = ContextConfig(named, PruneConfig(), {"report": report}, Path(), device, bos=bos)
+    setup = ContextConfig(named, PruneConfig(), {"test": report}, Path(), device, bos=bos)
     with oom_as_user_error("finetune"):
         return _run(FinetuningJob(setup, folder, out, text, windows, settings, dense, watch))
 
 
 def choose(text: Text | None, report: Text | None, made: Origin | None) -> tuple[Text, Text]:
-    """The text to train on and the report text; UserError if there is none, or if they share documents."""
+    """The text to train on and the test text; UserError if there is none, or if they share documents."""
     if made:
         text, report = text or made.calibration, report or made.report
     if text is None:
@@ -97,7 +97,7 @@ def choose(text: Text | None, report: Text | None, made: Origin | None) -> tuple
         start, end = text.part
         cut = end - HELD_OUT * (end - start)
         text, report = (text.model_copy(update={"part": part}) for part in ((start, cut), (cut, end)))
-    kept = {"report": report} | ({"search": made.search, "study's report": made.report} if made else {})
+    kept = {"test": report} | ({"validation": made.search, "study's report": made.report} if made else {})
     for role, other in kept.items():
         if text.overlaps(other):
             raise UserError(
@@ -107,16 +107,16 @@ def choose(text: Text | None, report: Text | None, made: Origin | None) -> tuple
 
 
 def read_windows(text: Text, report: Text, folder: Path, settings: Settings, bos: bool = False) -> Windows:
-    """The windows to train on, as many as the steps can use; UserError if the report text holds one of them."""
+    """The windows to train on, as many as the steps can use; UserError if the test text holds one of them."""
     with _naming("--text"):
-        whole = text.model_copy(update={"tokens": settings.tokens})
+        whole = text.model_copy(update={"seqlen": settings.seqlen})
         found = first_windows(whole, folder, Path(), settings.steps * settings.batch, bos=bos)
-    with _naming("--report-text"):
+    with _naming("--test-text"):
         measured = token_windows(report, folder, Path(), bos=bos)
-    tokens = min(settings.tokens, report.tokens) - bos
+    tokens = min(settings.seqlen, report.seqlen) - bos
     known = {row.tobytes() for row in recut(measured, tokens).ids}
     if shared := sum(row.tobytes() in known for row in recut(found, tokens).ids):
-        raise UserError(f"--text: {shared} windows of {text.source} are in the report text too; give another source")
+        raise UserError(f"--text: {shared} windows of {text.source} are in the test text too; give another source")
     return found
 
 
@@ -134,7 +134,7 @@ def _run(job: FinetuningJob) -> Finetuned:
     before = folder_nlls(job.setup, job.folder.path, job.watch, f"checking {job.folder.path}")
     device = find_device(job.setup.device)
     reset_peak_memory(device)
-    checkpoint = Checkpoint.load(job.folder.path, stored_format(job.folder.path), device, residency="device")
+    checkpoint = Checkpoint.load(job.folder.path, stored_format(job.folder.path), device, offload="none")
     trainer = Trainer(checkpoint, torch.from_numpy(job.windows.ids), job.settings)
     job.watch(TrialStarted(f"fine-tuning {job.out}", None))
     began = monotonic()
@@ -147,7 +147,7 @@ def _run(job: FinetuningJob) -> Finetuned:
         after = folder_nlls(job.setup, folder, job.watch, f"checking {job.out}")
         done = Finetuned(
             model=job.folder.path.name, fingerprint=job.folder.content, text=job.text, windows=len(job.windows.ids),
-            report=job.setup.texts["report"], settings=job.settings, dense=job.dense, losses=losses, zeros=zeros,
+            test=job.setup.texts["test"], settings=job.settings, dense=job.dense, losses=losses, zeros=zeros,
             before=perplexity(before), after=perplexity(after), change=change(before, after),
             seconds=seconds, memory=memory, device=device_name(device), versions=versions(), bos=job.windows.bos,
         )  # fmt: skip
@@ -195,11 +195,11 @@ def _said(done: Finetuned) -> str:
     """What a model card says of it."""
     settings = ", ".join(f"{key} {value:g}" for key, value in done.settings.model_dump().items())
     zeros, bos = done.zeros, ", each beginning with BOS" if done.bos else ""
-    trained = done.text.model_copy(update={"windows": done.windows, "tokens": done.settings.tokens})
+    trained = done.text.model_copy(update={"nsamples": done.windows, "seqlen": done.settings.seqlen})
     return (
         f"The weights that are not zero were trained with LoRA on {words(trained)}{bos} ({settings}). "
         f"{zeros.after:,} of {zeros.weights:,} weights are zero, {zeros.before:,} were before. "
-        f"Perplexity on {words(done.report)}: "
+        f"Perplexity on {words(done.test)}: "
         f"{done.before} before, {done.after} after ({done.change}). All below is of the model before that; "
         f"{FINETUNED} has the rest."
     )

@@ -27,7 +27,7 @@ class Origin:
     search: Text
     report: Text
     dtype: Literal["float32", "bfloat16", "float16"]
-    dense: Perplexity | None  # of the dense model on the report text
+    dense: Perplexity | None  # of the dense model on the test text
     bos: bool  # windows begin with BOS
 
 
@@ -37,8 +37,8 @@ def origin(folder: Path) -> Origin | None:
     if not file.is_file():
         return None
     made = read_config(file)
-    base, texts, dense = folder / made.folder, made.texts, made.baselines.dense.report
-    calibration, search, report = (rooted(text, base) for text in (made.calibration, texts.search, texts.report))
+    base, texts, dense = folder / made.folder, made.texts, made.baselines.dense.test
+    calibration, search, report = (rooted(text, base) for text in (made.calibration, texts.validation, texts.test))
     return Origin(calibration, search, report, made.model.dtype, dense, made.bos)
 
 
@@ -50,14 +50,14 @@ def rooted(text: Text, base: Path) -> Text:
     return text.model_copy(update={"source": f"file:{path}"})
 
 
-def read_text(option: str, value: str, tokens: int) -> Text:
+def read_text(option: str, value: str, seqlen: int) -> Text:
     """A text by its source, or by a table of a study file on one line; paths start where the user stands.
 
-    `tokens` per window where the table does not say. UserError in one line that names the option.
+    `seqlen`: tokens per window where the table does not say. UserError in one line that names the option.
     """
     try:
         table = tomllib.loads(f"text = {value}")["text"] if value.startswith("{") else {"source": value}
-        return rooted(Text.model_validate({"tokens": tokens, **present_keys(table, "texts.report")}), Path())
+        return rooted(Text.model_validate({"seqlen": seqlen, **present_keys(table, "texts.test")}), Path())
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{option}: {value} is no table: {error}") from None
     except ValidationError as error:
@@ -73,7 +73,7 @@ class Settings(FrozenModel):
     rank: int
     alpha: int
     learning_rate: float
-    tokens: int
+    seqlen: int
     batch: int
     seed: int
 
@@ -92,12 +92,12 @@ class Finetuned(FrozenModel):
     `bos`: all windows, of training too, begin with BOS.
     """
 
-    format: Literal["atp_tune.finetune/1"] = "atp_tune.finetune/1"
+    format: Literal["atp_tune.finetune/2"] = "atp_tune.finetune/2"
     model: str
     fingerprint: str
     text: Text
     windows: int
-    report: Text
+    test: Text
     settings: Settings
     losses: tuple[float, ...]
     before: Perplexity

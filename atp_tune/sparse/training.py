@@ -122,7 +122,7 @@ class Trainer:
 
     def __init__(self, checkpoint: Checkpoint, ids: Tensor, settings: Settings) -> None:
         """UserError if memory is too small, or windows are longer than the model's positions."""
-        check_length(checkpoint, settings.tokens)
+        check_length(checkpoint, settings.seqlen)
         self._model, self._device, self._settings = checkpoint.model, checkpoint.device, settings
         if must_recompute(checkpoint, settings):
             recompute_blocks(checkpoint.blocks)
@@ -216,7 +216,7 @@ def must_recompute(checkpoint: Checkpoint, settings: Settings) -> bool:
 
 def bytes_needed(checkpoint: Checkpoint, settings: Settings, recompute: bool) -> int:
     """Rough bytes beside the weights: adapters, summed weights and activations of all blocks or of one, logits."""
-    config, tokens = checkpoint.config.get_text_config(), settings.batch * settings.tokens
+    config, tokens = checkpoint.config.get_text_config(), settings.batch * settings.seqlen
     widths = [[x.in_features + x.out_features for x in linears if x.expert is None] for linears in checkpoint.linears]
     sizes = [sum(x.size for x in linears if x.expert is None) for linears in checkpoint.linears]
     adapters = settings.rank * sum(map(sum, widths)) * ADAPTER_BYTES

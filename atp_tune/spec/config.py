@@ -1,6 +1,6 @@
 """The best configuration: one JSON file that says how to prune the model again, and what to expect of it.
 
-The format is published (`atp_tune.config/1`): keys are added under the same number, never renamed or removed.
+The format is published (`atp_tune.config/2`): keys are added under the same number, never renamed or removed.
 """
 
 import json
@@ -32,7 +32,7 @@ from atp_tune.spec.former import present_config
 from atp_tune.spec.prune import PruneConfig, PrunerName
 from atp_tune.spec.study import AllocationName, ModelConfig, Share, Text
 
-FORMAT: Literal["atp_tune.config/1"] = "atp_tune.config/1"
+FORMAT: Literal["atp_tune.config/2"] = "atp_tune.config/2"
 
 
 def dumps(value: Any, indent: int | None) -> str:
@@ -119,17 +119,17 @@ class Sparsity(FrozenModel):
 
 
 class Scores(FrozenModel):
-    """Perplexities on the search text and, once measured, on the report text."""
+    """Perplexities on the validation text and, once measured, on the test text."""
 
-    search: Score
-    report: Score
+    validation: Score
+    test: Score
 
 
 class Divergences(FrozenModel):
-    """KL divergences from the dense model (nats per token) on the search text and, once measured, the report text."""
+    """KL divergences from the dense model (nats per token) on the validation text and, once measured, the test text."""
 
-    search: KL
-    report: KL
+    validation: KL
+    test: KL
 
 
 class BothDivergences(FrozenModel):
@@ -140,7 +140,7 @@ class BothDivergences(FrozenModel):
 
 
 class BothDraws(FrozenModel):
-    """The plan itself over several draws of the calibration text, on the report text, and uniform with its pruner."""
+    """The plan itself over several draws of the calibration text, on the test text, and uniform with its pruner."""
 
     best: OverDraws
     uniform: OverDraws | None
@@ -156,8 +156,8 @@ class Baselines(FrozenModel):
 class EvaluationTexts(FrozenModel):
     """The texts that were searched and reported on; with the paper's protocol they are the same."""
 
-    search: Text
-    report: Text
+    validation: Text
+    test: Text
 
 
 Compared = Literal["dense", "uniform", "best", "model"]  # the last one is a folder's, alone
@@ -206,7 +206,7 @@ class ZeroShot(FrozenModel):
 class Config(FrozenModel):
     """The best configuration of a study."""
 
-    format: Literal["atp_tune.config/1"] = FORMAT
+    format: Literal["atp_tune.config/2"] = FORMAT
     study: str
     trial: int | None = Field(description="null for one plan without a search")
     model: ModelRef

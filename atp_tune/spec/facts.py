@@ -13,8 +13,8 @@ Fact: TypeAlias = str | int | float | bool | list[str] | list[float]
 BOS = "texts.bos"  # as it came out, where it was left to a measurement
 # They say how long, where and on what a study runs, not what it computes.
 NOT_FACTS = (
-    "description", "storage", "device", "search.trials", "search.settle", "search.screen.trials", "model.allow_pickle",
-    "model.residency", "texts.calibration.draws",
+    "description", "storage", "device", "search.trials", "search.early_termination", "search.screen.trials",
+    "model.allow_pickle", "model.offload", "texts.calibration.draws",
 )  # fmt: skip
 
 
@@ -67,5 +67,5 @@ DEFAULTS = {
     **dict(_flat(ScreenConfig(trials=1).model_dump(mode="json"), "search.screen.")),
     "model.trust_remote_code": False,
     "search.objective": ["perplexity"],
-    **{f"texts.{role}.every": 1 for role in ("calibration", "search", "report")},
+    **{f"texts.{role}.stride": 1 for role in ("calibration", "validation", "test")},
 }

@@ -1,18 +1,21 @@
-"""What earlier versions wrote under other names or values: translated in one place, here, when it is read. No torch.
+"""What earlier versions wrote under other names or values: translated here, and only here, when it is read. No torch.
 
 | what | where it stands | then | now |
 |---|---|---|---|
 | keys of study files, dotted | study files, `--set`, stored facts, configurations | left in `KEYS` | right in `KEYS` |
+| `model.offload` | study files, `--set` | left in `PLACES` | right in `PLACES` |
 | `prune.statistics` | stored facts | "sequential" | "block" |
 | `prune.statistics` | stored facts | "sequential within blocks" | "sequential" |
 | `prune.statistics` | configurations without `calibration.every` | "sequential" | "block" |
 | `texts.bos` | stored facts | no such key | false |
 | all of `LATER` | stored facts | no such key | the key's default |
+| attributes of studies and trials | databases | left in `ATTRIBUTES` | right in `ATTRIBUTES` |
+| texts of scores and batches | databases, configurations | left in `ROLES` | right in `ROLES` |
 
-A row of `KEYS` names a key or a whole table. Study files and configurations are read with either name and written with
-the present one. Facts are stored under the former names, so that each version goes on with the other's studies.
+A row of `KEYS` names a key or a whole table. Everything is read with either name and written with the present one.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -20,7 +23,27 @@ from atp_tune.pruners import SETTINGS
 
 Names: TypeAlias = tuple[str, ...]
 
-KEYS: dict[str, str] = {}  # former dotted key → present dotted key
+ROLES = {"search": "validation", "report": "test"}
+_OF_TEXTS = {"windows": "nsamples", "tokens": "seqlen", "every": "stride", "draw": "sampling"}
+KEYS: dict[str, str] = {  # former dotted key → present dotted key
+    "model.residency": "model.offload",
+    "search.settle": "search.early_termination",
+    "search.screen.every": "search.screen.stride",
+    **{f"texts.{former}": f"texts.{role}" for former, role in ROLES.items()},
+    **{
+        f"texts.{former}.{old}": f"texts.{ROLES.get(former, former)}.{new}"
+        for former in ("calibration", *ROLES, *ROLES.values())
+        for old, new in _OF_TEXTS.items()
+    },
+}
+PLACES = {"device": "none", "host": "cpu"}
+ATTRIBUTES = {
+    "reports": "test_nlls",
+    "report_kls": "test_kls",
+    "belief": "gp_posterior",
+    "settled": "terminated_early",
+    "unheard": "experts_without_tokens",
+}
 VALUES = {  # present key → its present values and what facts hold in their place
     "prune.statistics": {"block": "sequential", "sequential": "sequential within blocks"},
 }
@@ -28,7 +51,7 @@ LACKING: dict[str, Any] = {"texts.bos": False}  # facts that studies lack which 
 # Keys younger than the first studies: they are facts only where they are not at their defaults, so that those resume.
 LATER = (
     "prune.pattern", *(f"prune.{name}." for name in SETTINGS if name != "sparsegpt"), "model.trust_remote_code",
-    "search.screen.", "search.objective", *(f"texts.{role}.every" for role in ("calibration", "search", "report")),
+    "search.screen.", "search.objective", *(f"texts.{role}.stride" for role in ("calibration", "validation", "test")),
 )  # fmt: skip
 
 
@@ -51,11 +74,12 @@ def present_keys(data: Mapping[str, Any], table: str = "") -> dict[str, Any]:
     """
     rows = _rows(table)
     leaves = dict(_leaves(data, max(map(len, rows), default=1)))
+    count = Counter(_renamed(path, rows) for path in leaves)
     result: dict[str, Any] = {}
     for path, value in leaves.items():
         present = _renamed(path, rows)
-        is_taken = any(present[:length] in leaves for length in range(1, len(present) + 1))
-        *tables, key = path if is_taken else present
+        is_taken = count[present] > 1 or any(present[:length] in leaves for length in range(1, len(present)))
+        *tables, key = (*present[:-1], path[-1]) if is_taken else present
         inner = result
         for name in tables:
             inner = inner.setdefault(name, {})
@@ -69,12 +93,6 @@ def present_facts(stored: Mapping[str, Any]) -> dict[str, Any]:
     return {_translated(key, rows): value for key, value in stored.items()}
 
 
-def stored_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Facts under the names with which they are stored."""
-    rows = {present: former for former, present in _rows().items()}
-    return {_translated(key, rows): value for key, value in facts.items()}
-
-
 def stored_value(key: str, value: Any) -> Any:
     """What facts hold in the place of a value of a study file."""
     return VALUES[key].get(value, value) if key in VALUES else value
@@ -85,17 +103,49 @@ def present_value(key: str, stored: Any) -> Any:
     return next((value for value, former in VALUES.get(key, {}).items() if former == stored), stored)
 
 
+def present_place(value: Any) -> Any:
+    """The present name of a place of weights, in a study file."""
+    return PLACES.get(value, value) if isinstance(value, str) else value
+
+
+def present_attributes(attrs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Attributes of a study or a trial, as a database holds them, with present names; the same where all are."""
+    found: dict[str, Any] = {}
+    for name, value in attrs.items():
+        table, colon, row = name.partition(":")
+        present = ATTRIBUTES.get(table, table) + colon + row
+        if present == name or present not in attrs:
+            found[present] = _translated_attribute(name, value)
+    return attrs if found == attrs else found
+
+
+def _translated_attribute(name: str, value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if name == "batches":
+        return {ROLES.get(role, role): size for role, size in value.items()}
+    return present_facts(value) if name == "fingerprint" else value
+
+
 def present_config(config: Any) -> Any:
     """The content of a configuration with present keys and values; what is no configuration stays as it is."""
-    if not isinstance(config, dict):
+    if not isinstance(config, dict) or config.get("format") != "atp_tune.config/1":
         return config
     tables = {"prune": "prune", "calibration": "texts.calibration", "texts": "texts"}  # here and in a study file
     found = {name: config.get(name) for name in tables}
     now = {name: present_keys(part, tables[name]) for name, part in found.items() if isinstance(part, dict)}
-    match now:
+    match found:
         case {"calibration": {"source": _, **text}, "prune": {"statistics": "sequential"}} if "every" not in text:
             now["prune"]["statistics"] = "block"
-    return {**config, **now}
+    now |= {name: _by_present_role(config[name]) for name in ("perplexity", "batches") if name in config}
+    for name in ("baselines", "kl"):  # tables of such tables
+        if isinstance(config.get(name), dict):
+            now[name] = {of: _by_present_role(scores) for of, scores in config[name].items()}
+    return {**config, **now, "format": "atp_tune.config/2"}
+
+
+def _by_present_role(table: Any) -> Any:
+    return {ROLES.get(role, role): value for role, value in table.items()} if isinstance(table, dict) else table
 
 
 def _rows(table: str = "") -> dict[Names, Names]:

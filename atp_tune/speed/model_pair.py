@@ -32,7 +32,7 @@ class Pair:
     def load(self, side: Side, dtype: torch.dtype, device: torch.device) -> Checkpoint:
         """One of the models, whole on the device."""
         return Checkpoint.load(
-            self.dense if side == "dense" else self.sparse, dtype, device, self.trusted, residency="device"
+            self.dense if side == "dense" else self.sparse, dtype, device, self.trusted, offload="none"
         )
 
 

@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial
 
 from atp_tune.errors import UserError
 from atp_tune.spec.facts import BOS
-from atp_tune.spec.former import LACKING, present_key, present_value, stored_facts
+from atp_tune.spec.former import LACKING, present_key, present_value
 from atp_tune.spec.study import Study
 from atp_tune.storage.ranking import measured
 from atp_tune.storage.validation import ValidatedStudy
@@ -24,7 +24,7 @@ OBJECTIVE = "search.objective"
 PERPLEXITY = ("perplexity",)  # the objective of studies that are older than the key
 SUFFIX = ".screen"  # of the name of a study that screens for another
 # Keys that a screening sets otherwise than its main study.
-CHANGED = ("prune.statistics", "texts.search.every", "search.trials", "search.stopper", "search.screen")
+CHANGED = ("prune.statistics", "texts.validation.stride", "search.trials", "search.stopper", "search.screen")
 MIX = "--allow-device-change"
 Facts = Mapping[str, Any]
 
@@ -34,16 +34,16 @@ def create_study(storage: BaseStorage, name: str, facts: Facts, any_dtype: bool 
 
     `any_dtype`: another number format is none.
     """
-    goals = goals_of(facts)
-    minimise = [StudyDirection.MINIMIZE] * len(goals)
+    objectives = objectives_of(facts)
+    minimise = [StudyDirection.MINIMIZE] * len(objectives)
     study = optuna.create_study(study_name=name, storage=storage, directions=minimise, load_if_exists=True)
     if is_new(study):
-        if len(study.directions) != len(goals):  # its process died before it wrote its facts
+        if len(study.directions) != len(objectives):  # its process died before it wrote its facts
             raise UserError(f"study {name}: was begun with another {OBJECTIVE}; start another with --study-name NAME")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
-            study.set_metric_names(list(goals))  # for the axes of Optuna's plots
-        study.set_user_attr("fingerprint", stored_facts(facts))
+            study.set_metric_names(list(objectives))  # for the axes of Optuna's plots
+        study.set_user_attr("fingerprint", dict(facts))
     study = ValidatedStudy(name, study._storage)
     check_facts(study, facts, any_dtype=any_dtype)
     return study
@@ -63,7 +63,7 @@ def has_bos(study: optuna.Study) -> bool:
     return bool(_fact(study.user_attrs.get("fingerprint", {}), BOS))
 
 
-def goals_of(facts: Facts) -> tuple[str, ...]:
+def objectives_of(facts: Facts) -> tuple[str, ...]:
     """What a study of these facts minimises, in the order of its trials' values."""
     found = facts.get(OBJECTIVE)
     return tuple(found) if found in (["kl"], ["perplexity", "kl"]) else PERPLEXITY
@@ -140,7 +140,7 @@ def batches_of(study: optuna.Study) -> dict[str, int]:
 
 def batches_in(trial: FrozenTrial, facts: Facts) -> dict[str, int]:
     """In what batches a trial ended; `facts` are those of its study."""
-    windows, most = trial.user_attrs.get("batch_windows"), facts.get("texts.calibration.windows")
+    windows, most = trial.user_attrs.get("batch_windows"), facts.get("texts.calibration.nsamples")
     former = {"calibration": min(windows, most) if isinstance(most, int) else windows} if windows else {}
     return dict(trial.user_attrs.get("batches", former))
 

@@ -22,10 +22,10 @@ def counted(study: optuna.Study) -> int:
     return sum(counts(trial) for trial in study.get_trials(deepcopy=False))
 
 
-def settle(study: optuna.Study, asked: int) -> None:
+def terminate_early(study: optuna.Study, asked: int) -> None:
     """Lowers the total of a study that was asked for so many trials to those that it has, and those that run."""
     have = counted(study) + len(running(study))
-    study.set_user_attr("settled", [asked, have])
+    study.set_user_attr("terminated_early", [asked, have])
     study.set_user_attr("total", have)
 
 
@@ -33,7 +33,7 @@ def total_of(study: optuna.Study, asked: int, goes_on: bool = False) -> int:
     """The total of a study that is asked for so many trials: fewer, if it settled before, unless it `goes_on` all the
     same; more than it was asked for then go on.
     """
-    limit, have = study.user_attrs.get("settled", (0, 0))
+    limit, have = study.user_attrs.get("terminated_early", (0, 0))
     return int(have) if asked <= limit and not goes_on else asked
 
 

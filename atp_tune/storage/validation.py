@@ -18,7 +18,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from atp_tune.errors import UserError
 from atp_tune.metrics.bos import BosEffect
 from atp_tune.spec.config import Batch, Found
-from atp_tune.spec.former import present_facts
+from atp_tune.spec.former import present_attributes
 from atp_tune.spec.study import Share
 
 GONE = "does not exist"  # in Optuna's KeyErrors
@@ -54,7 +54,7 @@ Role = Annotated[str, Field(pattern=r"^(dense|[0-9]{1,9})$")]
 Number = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Batches = dict[Words, Batch]
 CutOff = dict[Words, Words | bool]
-TABLES = ("reports", "report_kls", "draws")  # of numbers by trial, whose rows are attributes of their own, see `folded`
+TABLES = ("test_nlls", "test_kls", "draws")  # of numbers by trial, whose rows are attributes of their own, see `folded`
 
 
 def _kinds(kinds: dict[str, Any]) -> dict[str, TypeAdapter[Any]]:
@@ -77,7 +77,7 @@ TRIAL = _kinds(
         "seconds": dict[Words, Amount],
         "peak_bytes": dict[Words, Count],
         "versions": dict[Words, Words],
-        "unheard": list[Words],
+        "experts_without_tokens": list[Words],
         "batches": Batches,
         "cut_off": CutOff,
     }
@@ -88,11 +88,11 @@ STUDY = _kinds(
         "blocks": Words,
         "linears": list[list[Words]],
         "total": Total,
-        "settled": Annotated[list[Total], Field(min_length=2, max_length=2)],
+        "terminated_early": Annotated[list[Total], Field(min_length=2, max_length=2)],
         "dense": Nlls,
-        "reports": dict[Role, Nlls],
+        "test_nlls": dict[Role, Nlls],
         **dict.fromkeys(("zero_shot", "speed"), dict[Role, Found]),
-        "report_kls": dict[Role, Kls],
+        "test_kls": dict[Role, Kls],
         "bos": Annotated[dict[Words, Any], AfterValidator(_effect)],
         "draws": dict[Number, dict[Number, Nlls]],
         "batches": Batches,
@@ -113,7 +113,7 @@ WORDS, NUMBER = TypeAdapter(Words), TypeAdapter(float)
 
 
 def folded(attrs: Mapping[str, Any]) -> dict[str, Any]:
-    """The attributes with one table `reports` in the place of `reports:dense`, `reports:12` …, and so on.
+    """The attributes with one table `test_nlls` in the place of `test_nlls:dense`, `test_nlls:12` …, and so on.
 
     Each row is stored by itself: two hosts that add to one table at the same moment would lose one of the two. Earlier
     versions stored whole tables, to which the rows are added. A row that is not of its kind is as if it were not there.
@@ -149,9 +149,9 @@ class ValidatedStudy(optuna.Study):
     def user_attrs(self) -> dict[str, Any]:
         """The study's attributes."""
         with readable(self.study_name):
-            attrs = checked(folded(super().user_attrs), STUDY)
+            attrs = checked(folded(present_attributes(super().user_attrs)), STUDY)
         if "fingerprint" in attrs:
-            attrs["fingerprint"] = checked(present_facts(attrs["fingerprint"]), FACTS)
+            attrs["fingerprint"] = checked(attrs["fingerprint"], FACTS)
         return attrs
 
     def get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None) -> list[FrozenTrial]:
@@ -172,9 +172,11 @@ class ValidatedStudy(optuna.Study):
 
 def checked_trial(trial: FrozenTrial, values: int = 1) -> FrozenTrial:
     """The trial itself, or a copy without what is not of its kind; `values`: how many its study minimises."""
-    user, system = checked(trial.user_attrs, TRIAL), checked(trial.system_attrs, SYSTEM)
+    attrs = present_attributes(trial.user_attrs)
+    user, system = checked(attrs, TRIAL), checked(trial.system_attrs, SYSTEM)
     is_ours = _is_ours(trial, values, "kls" in user)
-    if is_ours and (len(user), len(system)) == (len(trial.user_attrs), len(trial.system_attrs)):
+    is_whole = (len(user), len(system)) == (len(attrs), len(trial.system_attrs))
+    if is_ours and is_whole and attrs is trial.user_attrs:
         return trial
     trial = copy(trial)
     trial.user_attrs, trial.system_attrs = user, system

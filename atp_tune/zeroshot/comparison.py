@@ -169,7 +169,7 @@ def pruned(context: TrialContext, plan: Plan) -> Callable[[int], Weights]:
     """
     checkpoint = context.checkpoint
     device, needed = checkpoint.device, sum(checkpoint.sizes) * checkpoint.dtype.itemsize
-    on_device = checkpoint.residency == "device" and needed < ROOM * free_memory(device)
+    on_device = checkpoint.offload == "none" and needed < ROOM * free_memory(device)
     if not on_device and needed > host_memory():
         raise UserError(
             f"evaluate: a pruned copy needs {needed / 1024**3:.1f} GiB beside the dense model; write it with "

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
-from atp_tune.checkpoints.residency import Residency
+from atp_tune.checkpoints.offload import Offload
 from atp_tune.checkpoints.streaming import Tensors
 from atp_tune.inputs.windows import Windows
 from atp_tune.plan import Plan
@@ -43,7 +43,7 @@ def llama(device: torch.device, dtype: torch.dtype = torch.float32) -> LlamaForC
 
 def bench_on(
     device: torch.device,
-    residency: Residency | None = "device",
+    offload: Offload | None = "device",
     dtype: torch.dtype = torch.float32,
     prune: PruneConfig | None = None,
     windows: int = 16,
@@ -51,8 +51,8 @@ def bench_on(
     """A bench over so many random windows a text, for a GPU of 512 tokens."""
     tokens = 512 if device.type == "cuda" else 32
     ids = torch.randint(VOCABULARY, (2, windows, tokens), generator=torch.Generator().manual_seed(0))
-    texts = {role: Windows(part.numpy(), role) for role, part in zip(("calibration", "search"), ids, strict=True)}
-    checkpoint = Checkpoint(llama(device, dtype), device, residency)
+    texts = {role: Windows(part.numpy(), role) for role, part in zip(("calibration", "validation"), ids, strict=True)}
+    checkpoint = Checkpoint(llama(device, dtype), device, offload)
     return TrialContext(
         ModelFolder(Path(), "random", "llama"), checkpoint, texts, prune or PruneConfig(), lambda event: None
     )
@@ -67,7 +67,7 @@ def trial(context: TrialContext, pruner: str = "wanda") -> Record:
     """A trial as the objective runs it; its record is not closed yet."""
     record = Record(context.checkpoint.device, context.dtype)
     pruned = record.follow(context.prune(plan(context, pruner)), context.checkpoint.sizes)
-    record.nlls = context.all_nlls(pruned, "search")
+    record.nlls = context.all_nlls(pruned, "validation")
     return record
 
 

@@ -7,7 +7,7 @@ import torch
 from cards import bench_on, plan, pruned_blocks, same_blocks, trial
 from families import ALL, bench_of, tiny
 
-from atp_tune.checkpoints.residency import Residency
+from atp_tune.checkpoints.offload import Offload
 from atp_tune.plan import Plan
 from atp_tune.spec.prune import PruneConfig
 
@@ -15,12 +15,12 @@ pytestmark = pytest.mark.gpu
 PRUNERS = ["wanda", "sparsegpt", "magnitude"]
 
 
-@pytest.mark.parametrize("residency", ["host", "disk"])
+@pytest.mark.parametrize("offload", ["host", "disk"])
 @pytest.mark.parametrize("pruner", PRUNERS)
-def test_streamed_is_resident_to_the_last_bit(pruner: str, residency: Residency, device: torch.device) -> None:
+def test_streamed_is_resident_to_the_last_bit(pruner: str, offload: Offload, device: torch.device) -> None:
     """Three trials in a row: a copy that is used before it is whole, or freed too early, need not show at once."""
-    resident, streamed = bench_on(device), bench_on(device, residency)
-    assert (resident.checkpoint.residency, streamed.checkpoint.residency) == ("device", residency)
+    resident, streamed = bench_on(device), bench_on(device, offload)
+    assert (resident.checkpoint.offload, streamed.checkpoint.offload) == ("device", offload)
     expected, nlls = pruned_blocks(resident, pruner), trial(resident, pruner).nlls
     for _ in range(3):
         assert same_blocks(pruned_blocks(streamed, pruner), expected)
@@ -40,18 +40,18 @@ def test_a_trial_again_is_the_same_to_the_last_bit(device: torch.device) -> None
     assert trial(context).nlls == nlls
 
 
-@pytest.mark.parametrize("residency", ["host", "disk"])
+@pytest.mark.parametrize("offload", ["host", "disk"])
 @pytest.mark.parametrize("family", ALL)
-def test_where_weights_lie_changes_no_bit(family: str, residency: Residency, device: torch.device) -> None:
-    assert family_nlls(family, residency, device) == family_nlls(family, "device", device)
+def test_where_weights_lie_changes_no_bit(family: str, offload: Offload, device: torch.device) -> None:
+    assert family_nlls(family, offload, device) == family_nlls(family, "device", device)
 
 
-def family_nlls(family: str, residency: Residency, device: torch.device) -> list[float]:
+def family_nlls(family: str, offload: Offload, device: torch.device) -> list[float]:
     """Window NLLs of a pruned tiny model and of the dense one."""
-    context = bench_of(tiny(family), residency=residency, device=device)
+    context = bench_of(tiny(family), offload=offload, device=device)
     blocks = context.prune(Plan("wanda", "uniform", (0.5,) * len(context.checkpoint.blocks)))
-    nlls = context.all_nlls(((block.index, block.weights) for block in blocks), "search")
-    return [*nlls, *context.all_nlls(context.dense(), "report")]
+    nlls = context.all_nlls(((block.index, block.weights) for block in blocks), "validation")
+    return [*nlls, *context.all_nlls(context.dense(), "test")]
 
 
 @pytest.mark.parametrize("pruner", PRUNERS)
@@ -68,7 +68,7 @@ def test_a_cpu_comes_to_nearly_the_same(pruner: str, device: torch.device) -> No
             weights += linear.size
     assert differ < 0.01 * weights
     nlls = [
-        context.all_nlls(((block.index, block.weights) for block in blocks), "search")
+        context.all_nlls(((block.index, block.weights) for block in blocks), "validation")
         for context, blocks in ((here, ones), (there, others))
     ]
     assert fmean(nlls[0]) == pytest.approx(fmean(nlls[1]), rel=0.01)
@@ -77,7 +77,7 @@ def test_a_cpu_comes_to_nearly_the_same(pruner: str, device: torch.device) -> No
 def test_bf16_comes_near_float32(device: torch.device) -> None:
     benches = [bench_on(device, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
     assert [context.dtype for context in benches] == ["float32", "bfloat16"]
-    dense = [fmean(context.all_nlls(context.dense(), "search")) for context in benches]
+    dense = [fmean(context.all_nlls(context.dense(), "validation")) for context in benches]
     pruned = [fmean(trial(context).nlls) for context in benches]
     assert dense[1] == pytest.approx(dense[0], rel=0.01)
     assert pruned[1] == pytest.approx(pruned[0], rel=0.02)

@@ -116,13 +116,13 @@ def test_a_trial_that_does_not_fit_fails_and_the_next_one_runs(card: torch.devic
     assert trial(context).nlls == before
 
 
-@pytest.mark.parametrize("residency", ["device", "host"])
-def test_a_bench_that_is_let_go_frees_its_memory(residency: Any, device: torch.device) -> None:
+@pytest.mark.parametrize("offload", ["device", "host"])
+def test_a_bench_that_is_let_go_frees_its_memory(offload: Any, device: torch.device) -> None:
     """All of the model's memory, and without anybody's emptying PyTorch's cache first."""
-    trial(bench_on(device, residency))  # libraries take memory for good where they are first used
+    trial(bench_on(device, offload))  # libraries take memory for good where they are first used
     let_go(device)
     free, taken = (free_memory(device), held(device)) if device.type == "cuda" else (0, 0)
-    context = bench_on(device, residency)
+    context = bench_on(device, offload)
     trial(context)
     model = weakref.ref(context.checkpoint.model)
     del context
@@ -136,14 +136,14 @@ def test_a_bench_that_is_let_go_frees_its_memory(residency: Any, device: torch.d
 def test_streaming_holds_few_blocks(card: torch.device) -> None:
     """The dense block, the next one and the pruned one: 3 of 8, and activations."""
     peaks = {}
-    for residency in ("device", "host"):
+    for offload in ("device", "host"):
         let_go(card)
         base = held(card)
-        context = bench_on(card, residency)  # type: ignore[arg-type]
+        context = bench_on(card, offload)  # type: ignore[arg-type]
         weights = sum(p.numel() * p.element_size() for p in context.checkpoint.blocks.parameters())
         torch.cuda.reset_peak_memory_stats(card)
         trial(context)
-        peaks[residency] = torch.cuda.max_memory_allocated(card) - base
+        peaks[offload] = torch.cuda.max_memory_allocated(card) - base
         del context
     assert peaks["device"] - peaks["host"] > 0.5 * weights
 
@@ -153,8 +153,8 @@ def test_a_small_device_streams_and_comes_to_the_same(device: torch.device, monk
     taken = held(device) if device.type == "cuda" else 0
     model = sum(p.numel() * p.element_size() for p in bench_on(device).checkpoint.model.parameters())
     monkeypatch.setenv("ATP_TUNE_DEVICE_MEMORY", str(taken + model))
-    context = bench_on(device, residency=None)
-    assert context.checkpoint.residency == "host"
+    context = bench_on(device, offload=None)
+    assert context.checkpoint.offload == "cpu"
     context.begin(usual_batches(device, monkeypatch))
     assert same_blocks(pruned_blocks(context), expected)
 

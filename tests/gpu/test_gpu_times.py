@@ -59,10 +59,10 @@ def calibration_seconds(context: TrialContext) -> float:
     return seconds
 
 
-@pytest.mark.parametrize("residency", ["device", "host"])
-def test_the_probe_foretells_calibration(residency: str, device: torch.device) -> None:
+@pytest.mark.parametrize("offload", ["device", "host"])
+def test_the_probe_foretells_calibration(offload: str, device: torch.device) -> None:
     """Seconds per token of the phase that grows with the text, as `plan` multiplies them."""
-    context = bench_on(device, residency, windows=64)  # type: ignore[arg-type]
+    context = bench_on(device, offload, windows=64)  # type: ignore[arg-type]
     trial(context)
     rates = probe(context, ("wanda",), 0.5, load=0.0)
     tokens = context.windows["calibration"].ids.size

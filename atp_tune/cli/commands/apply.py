@@ -35,17 +35,17 @@ def apply(
     allowed = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     with quiet(), Display() as display:
         measured = write(found, config.parent / found.folder, out, device or "auto", display, allowed)
-    show(measured, found.perplexity.report, out)
+    show(measured, found.perplexity.test, out)
 
 
 def show(measured: "Perplexity", promised: "Perplexity | None", out: Path) -> None:
     """Where the sparse checkpoint is, and whether its perplexity is the one that was promised."""
     console.print(f"sparse checkpoint: {out}")
     if promised is None:
-        console.print(f"perplexity on the report text: {measured} (the configuration has none yet)")
+        console.print(f"perplexity on the test text: {measured} (the configuration has none yet)")
         return
     change = measured.value / promised.value - 1
-    console.print(f"perplexity on the report text: {measured}, the configuration says {promised} ({change:+.3%})")
+    console.print(f"perplexity on the test text: {measured}, the configuration says {promised} ({change:+.3%})")
     if abs(change) > TOLERANCE:
         warning = "warning: they differ by more than 0.1 %; another device, number format or number of threads?"
         console.print(warning, style="yellow")

@@ -23,13 +23,15 @@ def finetune(
         str | None,
         typer.Option(metavar=TEXT, help="Train on hub:ORG/NAME, file:PATH, … instead of the calibration text."),
     ] = None,
-    report_text: Annotated[
+    test_text: Annotated[
         str | None,
-        typer.Option(metavar=TEXT, help="Measure on another text than the folder's report text."),
+        typer.Option(
+            "--test-text", "--report-text", metavar=TEXT, help="Measure on another text than the folder's test text."
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps, of a batch each.")] = 300,
     batch: Annotated[int, typer.Option(min=1, help="Windows per step.")] = 8,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    seqlen: Annotated[int, typer.Option("--seqlen", "--tokens", min=2, help="Tokens per window.")] = 512,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 8,
     alpha: Annotated[
         int | None, typer.Option(min=1, help="Their weight is alpha / rank; default: twice the rank.")
@@ -53,10 +55,10 @@ def finetune(
         raise typer.BadParameter("must be greater than 0", param_hint="--learning-rate")
     alpha = alpha or 2 * rank
     settings = Settings(
-        steps=steps, rank=rank, alpha=alpha, learning_rate=learning_rate, tokens=tokens, batch=batch, seed=seed
+        steps=steps, rank=rank, alpha=alpha, learning_rate=learning_rate, seqlen=seqlen, batch=batch, seed=seed
     )
-    named = text and read_text("--text", text, tokens)
-    measured = report_text and read_text("--report-text", report_text, tokens)
+    named = text and read_text("--text", text, seqlen)
+    measured = test_text and read_text("--test-text", test_text, seqlen)
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import interruptible, quiet
     from atp_tune.sparse.finetuning import finetune as tune
@@ -78,7 +80,7 @@ def _show(done: "Finetuned", out: Path) -> None:
     rows = [("dense", "", str(done.dense), "–")] if done.dense else []
     rows.append(("pruned", f"{done.zeros.before:,}", str(done.before), "–"))
     rows.append(("fine-tuned", f"{done.zeros.after:,}", str(done.after), str(done.change)))
-    console.print(markdown(("model", "zeros", "report perplexity", "against pruned"), rows))
+    console.print(markdown(("model", "zeros", "test perplexity", "against pruned"), rows))
     trained = f"{done.settings.steps} steps on {done.windows} windows of {printable(done.text.source)}"
     console.print(f"\n{trained}: {duration(done.seconds)}, {gib(done.memory)} at most on {done.device}")
     console.print(f"sparse checkpoint: {out}")

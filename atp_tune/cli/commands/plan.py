@@ -54,7 +54,7 @@ def show(found: "Forecast") -> None:
     for line in (
         f"study:   {_study_cost(found.whole)}",
         f"weights: {gib(weights.bytes)} in {weights.blocks} blocks of up to {gib(weights.largest_block)}, "
-        f"{where[weights.residency]}",
+        f"{where[weights.offload]}",
         f"memory:  {_memory(found.memory)}",
     ):
         console.print(line)
@@ -73,7 +73,7 @@ def _study_cost(whole: "StudyCost") -> str:
     left = "" if not whole.done or whole.seconds_left is None else f" ({duration(whole.seconds_left)} left)"
     done = f"{whole.done} of " if whole.done else ""
     screened = f" after {trials(whole.screened)} of screening" if whole.screened else ""
-    most = "at most " if whole.settles and whole.done < whole.trials else ""
+    most = "at most " if whole.early_termination and whole.done < whole.trials else ""
     return f"{most}{done}{trials(whole.trials)}{screened}{tokens}{time}{left}"
 
 

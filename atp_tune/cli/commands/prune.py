@@ -37,9 +37,9 @@ def prune(
     device: Device = None,
     set_: Overrides = None,
 ) -> None:
-    """Prune once, without a search, and print the perplexity on the report text.
+    """Prune once, without a search, and print the perplexity on the test text.
 
-    Calibration is C4 and the report text WikiText-2 test, as in the papers, unless `--study` or `--set` says else.
+    Calibration is C4 and the test text WikiText-2 test, as in the papers, unless `--study` or `--set` says else.
 
     Example: `python tune.py prune --study smol --beta 0.004`
 
@@ -68,7 +68,7 @@ def prune(
 
     with quiet(), Display() as display:
         plan, measured = prune_once(file, values, out, display)
-    console.print(f"{plan}, sparsity {file.study.sparsity:g}: perplexity {measured} on the report text")
+    console.print(f"{plan}, sparsity {file.study.sparsity:g}: perplexity {measured} on the test text")
     if out is not None:
         console.print(f"sparse checkpoint: {out}")
 

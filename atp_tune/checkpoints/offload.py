@@ -6,7 +6,7 @@ A file of its own, since `plan` asks it without loading torch.
 from dataclasses import dataclass
 from typing import Literal
 
-Residency = Literal["device", "host", "disk"]
+Offload = Literal["none", "cpu", "disk"]
 
 FITS = 0.7  # of the free device memory may be weights; the rest is for activations
 HOST_FITS = 0.7  # of the free host memory may be blocks; the system and the page cache want the rest
@@ -23,8 +23,8 @@ class Free:
     bounded: bool = True
 
 
-def choose(total: int, blocks: int, free: Free) -> Residency:
+def choose(total: int, blocks: int, free: Free) -> Offload:
     """Where weights of `total` bytes, `blocks` of them in blocks, should lie: the first place where they fit."""
     if not free.bounded or total <= FITS * free.device:
-        return "device"
-    return "host" if blocks <= HOST_FITS * free.host else "disk"
+        return "none"
+    return "cpu" if blocks <= HOST_FITS * free.host else "disk"

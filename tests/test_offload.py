@@ -1,6 +1,6 @@
 import pytest
 
-from atp_tune.checkpoints.residency import Free, choose
+from atp_tune.checkpoints.offload import Free, choose
 
 
 @pytest.mark.parametrize(
