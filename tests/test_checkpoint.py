@@ -211,7 +211,7 @@ def test_a_model_that_is_loaded_keeps_no_gradients(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("device", "host", "offload"),
-    [(10**9, 10**9, "device"), (10**4, 10**9, "host"), (10**4, 10**4, "disk"), (10**9, 10**4, "device")],
+    [(10**9, 10**9, "none"), (10**4, 10**9, "cpu"), (10**4, 10**4, "disk"), (10**9, 10**4, "none")],
 )
 def test_weights_lie_in_the_first_place_where_they_fit(
     device: int, host: int, offload: str, monkeypatch: pytest.MonkeyPatch
@@ -230,7 +230,7 @@ def test_blocks_that_are_in_host_memory_already_fit_there(monkeypatch: pytest.Mo
     assert Checkpoint(tiny("llama"), torch.device("cuda")).offload == "cpu"
 
 
-@pytest.mark.parametrize("offload", ["host", "disk"])
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
 def test_the_device_keeps_all_but_the_blocks(offload: Offload, monkeypatch: pytest.MonkeyPatch) -> None:
     moved: set[int] = set()
     original = torch.Tensor.to
@@ -258,7 +258,7 @@ def test_a_gpu_is_the_current_one_before_anything_is_put_on_it(monkeypatch: pyte
         raise KeyError(str(device))
 
     monkeypatch.setattr(torch.cuda, "set_device", choose)
-    for offload in ("device", "host", "disk"):
+    for offload in ("none", "cpu", "disk"):
         with pytest.raises(KeyError, match="cuda:1"):
             Checkpoint(tiny("llama"), torch.device("cuda:1"), offload)  # type: ignore[arg-type]
 
@@ -270,7 +270,7 @@ def test_on_the_cpu_weights_lie_where_they_are_unless_it_plays_a_small_device(mo
     assert checkpoint_of(tiny("llama")).offload == "cpu"
 
 
-@pytest.mark.parametrize(("offload", "mapped"), [("device", True), ("host", False), ("disk", True)])
+@pytest.mark.parametrize(("offload", "mapped"), [("none", True), ("cpu", False), ("disk", True)])
 @pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
 def test_blocks_lie_where_the_residency_says(
     family: str, offload: Offload, mapped: bool, tmp_path: Path, cache: Path

@@ -27,6 +27,7 @@ from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.study import Text
 
 GOLDEN = Path(__file__).parent / "golden" / "config.json"
+FORMER = Path(__file__).parent / "former" / "config-0.1.json"
 
 
 def scores(search: float, report: float | None) -> Scores:
@@ -226,7 +227,7 @@ def test_a_reader_never_sees_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(("is_older", "meant"), [(True, "block"), (False, "sequential")])
 def test_statistics_of_files_from_before_they_were_renamed(tmp_path: Path, is_older: bool, meant: str) -> None:
-    content = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    content = json.loads(FORMER.read_text(encoding="utf-8"))
     content["prune"]["statistics"] = "sequential"
     for text in (content["calibration"], *content["texts"].values()):
         assert text.pop("every") == 1 if is_older else text["every"] == 1

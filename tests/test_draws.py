@@ -195,7 +195,7 @@ def test_a_text_too_short_for_them_is_one_line_before_anything_runs(place: Path,
     assert answer.error == (
         "texts.calibration.draws: 100 draws of 8 windows follow each other in a text; windows: file:calibration.txt "
         f"has {have} tokens, that is {int(have) // TOKENS} windows of {TOKENS}; 800 windows cannot be cut, lower "
-        'windows or tokens, or draws, or set draw = "random"'
+        'windows or tokens, or draws, or set sampling = "random"'
     )
     assert not list(place.glob("*.db"))
     assert command("plan", "--study", place / "tiny.toml", *settings("texts.calibration.draws=100")).code == 2
@@ -205,7 +205,7 @@ def test_a_text_too_short_for_them_is_one_line_before_anything_runs(place: Path,
     ("settings", "error"),
     [
         ({"draws": 0}, "draws"),
-        ({"draws": 2}, "need a number of windows, which the next draw follows; give windows"),
+        ({"draws": 2}, "need a number of windows, which the next draw follows; give nsamples"),
     ],
 )
 def test_a_wrong_number_of_draws(settings: dict[str, Any], error: str) -> None:
@@ -324,11 +324,11 @@ def test_each_row_is_an_attribute_and_those_of_before_are_read(drawn: Path) -> N
     }
     whole = {name: [1.0] * 16 for name in ("dense", *numbers)}
     with closing(sqlite3.connect(drawn / "tiny.db")) as connection:
-        connection.execute("UPDATE study_user_attributes SET key = 'reports' WHERE key = 'reports:dense'")
+        connection.execute("UPDATE study_user_attributes SET key = 'reports' WHERE key = 'test_nlls:dense'")
         connection.execute(
             "UPDATE study_user_attributes SET value_json = ? WHERE key = 'reports'", (json.dumps(whole),)
         )
-        connection.execute(f"DELETE FROM study_user_attributes WHERE key = 'reports:{numbers[0]}'")
+        connection.execute(f"DELETE FROM study_user_attributes WHERE key = 'test_nlls:{numbers[0]}'")
         connection.commit()
     reports = stored(drawn).user_attrs["test_nlls"]
     assert reports["dense"] == reports[numbers[0]] == [1.0] * 16

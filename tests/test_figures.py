@@ -221,7 +221,7 @@ def test_falling_progressions_have_a_bound_too(study: optuna.Study) -> None:
 CURVE = {"beta": [0.0, 0.01], "mean": [60.0, 70.0], "low": [50.0, 60.0], "high": [70.0, 80.0]}
 
 
-def test_the_belief_is_a_line_and_a_band(study: optuna.Study) -> None:
+def test_the_posterior_is_a_line_and_a_band(study: optuna.Study) -> None:
     study.add_trials([made_up(0.0), made_up(0.006)])
     study.set_user_attr("gp_posterior", {"before": 2, "curves": {"wanda": CURVE, "sparsegpt": CURVE}})
     summary = summarise(study)
@@ -249,9 +249,9 @@ def test_the_belief_is_a_line_and_a_band(study: optuna.Study) -> None:
         {"curves": {"wanda": {part: [] for part in CURVE}}},
     ],
 )  # fmt: skip
-def test_a_belief_that_is_not_whole_is_left_out(belief: Any) -> None:
+def test_a_posterior_that_is_not_whole_is_left_out(gp_posterior: Any) -> None:
     figure = go.Figure()
-    add_gp_posterior(figure, belief)
+    add_gp_posterior(figure, gp_posterior)
     assert len(figure.data) == 0
 
 

@@ -262,7 +262,7 @@ def refused(place: Path, *arguments: Any, **settings: Any) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(("role", "name"), [("validation", "validation"), ("report", "report")])
+@pytest.mark.parametrize(("role", "name"), [("validation", "validation"), ("test", "test")])
 def test_the_texts_that_measure_are_not_trained_on(role: str, name: str, place: Path) -> None:
     source = f"file:{place / f'{name}.txt'}"
     assert refused(place, source) == (

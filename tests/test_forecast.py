@@ -17,7 +17,7 @@ from atp_tune.cost.forecast import (
 )
 from atp_tune.cost.memory import Bytes, Tokens, bytes_of, peaks, problems
 
-TOKENS = Tokens(calibration=1000, search=300, report=200, curve=100)
+TOKENS = Tokens(calibration=1000, validation=300, test=200, curve=100)
 RATES = ProbeRates(
     load=5.0,
     run={"calibration": 0.001, "validation": 0.002, "test": 0.003},
@@ -116,14 +116,14 @@ def held(**changes: int) -> Bytes:
 def test_bytes() -> None:
     found = held()
     assert (found.total, found.blocks, found.largest, found.files, found.converts) == (2000, 1800, 600, 4000, True)
-    assert (found.calibration, found.search, found.dense) == (16000, 4800, 4 * 1600)
+    assert (found.calibration, found.validation, found.dense) == (16000, 4800, 4 * 1600)
     assert found.states == 4800 + 2 * 16000
     assert held(standing=500).states == found.states + 500
     assert not bytes_of(SIZES, 4, 8, TOKENS, 0, 0).converts
 
 
 @pytest.mark.parametrize(
-    ("offload", "device", "host"), [("device", 2000, 0), ("host", 200 + 1200, 1800), ("disk", 1400, 0)]
+    ("offload", "device", "host"), [("none", 2000, 0), ("cpu", 200 + 1200, 1800), ("disk", 1400, 0)]
 )
 def test_memory_by_residency(offload: str, device: int, host: int) -> None:
     free = Free(10**6, 10**6)
@@ -135,7 +135,7 @@ def test_memory_by_residency(offload: str, device: int, host: int) -> None:
     assert (same.host, same.device) == (found.host + device + 36800 + 50, None)
 
 
-def lines(free: Free, offload: str = "device", **changes: int) -> tuple[str, ...]:
+def lines(free: Free, offload: str = "none", **changes: int) -> tuple[str, ...]:
     own = held(**changes)
     return problems(own, peaks(own, offload, free, apart=True), offload, windows=10)  # type: ignore[arg-type]
 
@@ -150,19 +150,19 @@ def test_what_fits_is_no_problem() -> None:
 @pytest.mark.parametrize(
     ("free", "changes", "offload", "said"),
     [
-        (Free(9 * G, 9 * G), {"total": 10 * G, "blocks": 9 * G, "largest": G, "converts": False}, "device",
+        (Free(9 * G, 9 * G), {"total": 10 * G, "blocks": 9 * G, "largest": G, "converts": False}, "none",
          'device memory: 10.0 GiB are needed, 9.0 GiB are free; set model.offload = "auto"'),
-        (Free(4 * G, 9 * G), {"calibration": 5 * G}, "device",
+        (Free(4 * G, 9 * G), {"calibration": 5 * G}, "none",
          "device memory: 10.0 GiB are needed, 4.0 GiB are free; set texts.calibration.nsamples = 3"),
-        (Free(4 * G, 9 * G), {"calibration": 2 * G, "standing": 4 * G}, "device",
+        (Free(4 * G, 9 * G), {"calibration": 2 * G, "standing": 4 * G}, "none",
          "device memory: 8.0 GiB are needed, 4.0 GiB are free; set texts.calibration.nsamples = 4"),
-        (Free(4 * G, 9 * G), {"work": 5 * G}, "device",
+        (Free(4 * G, 9 * G), {"work": 5 * G}, "none",
          "device memory: 5.0 GiB are needed, 4.0 GiB are free; take shorter windows or a larger device"),
-        (Free(4 * G, G), {"blocks": 2 * G, "converts": False}, "host",
+        (Free(4 * G, G), {"blocks": 2 * G, "converts": False}, "cpu",
          'host memory: 2.0 GiB are needed, 1.0 GiB are free; set model.offload = "disk"'),
         (Free(4 * G, G), {"dense": 2 * G}, "disk",
          "host memory: 2.0 GiB are needed, 1.0 GiB are free; free some, or take a smaller model"),
-        (Free(4 * G, G), {"total": 2 * G}, "device",
+        (Free(4 * G, G), {"total": 2 * G}, "none",
          "host memory: 2.0 GiB are needed, 1.0 GiB are free; loading converts the weights: give the model in the "
          "number format that it is computed in, or set model.dtype to its own"),
     ],

@@ -55,7 +55,7 @@ def test_trials_that_are_done_count(done: Path) -> None:
     assert {trial.pruner for trial in found.trial} == {"wanda", "magnitude"}
 
 
-@pytest.mark.parametrize("offload", ["device", "host", "disk"])
+@pytest.mark.parametrize("offload", ["none", "cpu", "disk"])
 def test_where_weights_will_lie(place: Path, offload: str) -> None:
     found = foresee(study_file(place, f"model.offload={offload}"), "tiny", ignore_events)
     assert found.weights.offload == offload

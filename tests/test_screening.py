@@ -265,7 +265,7 @@ def test_a_command_that_a_user_types(place: Path, command: Any) -> None:
         ("search.screen.confirm=6", "search.screen.confirm: must be at most search.screen.trials, 5"),
         ("search.screen.stride=16", "search.screen.stride: leaves one of 16 windows; must be less than that"),
         ("search.screen=3", "search.screen: must be a table, got 3"),
-        ("search.screen.windows=3", "search.screen.windows: unknown key; did you mean"),
+        ("search.screen.strid=3", "search.screen.strid: unknown key; did you mean"),
     ],
 )
 def test_mistakes(place: Path, override: str, error: str) -> None:
@@ -312,7 +312,7 @@ def test_levels() -> None:
 def test_other_keys_of_a_screening_are_refused(screened_place: Path) -> None:
     """By the keys that a user wrote, whether the screening is complete or not; more points are no other keys."""
     place = screened_place
-    for key, text in (("every=2", "every is 2, was 3"), ("confirm=1", "confirm is 1, was not set")):
+    for key, text in (("stride=2", "stride is 2, was 3"), ("confirm=1", "confirm is 1, was not set")):
         with pytest.raises(UserError, match=f"study tiny: search.screen.{text}"):
             run(place, *INSIDE, f"search.screen.{key}")
     run(place, *INSIDE, "search.screen.trials=6")

@@ -191,7 +191,7 @@ def test_without_parameters_there_is_nothing_to_settle(place: Path) -> None:
 
 
 def test_the_bound_is_said_where_it_is_asked_for() -> None:
-    described = SearchConfig.model_fields["settle"].description or ""
+    described = SearchConfig.model_fields["early_termination"].description or ""
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     (row,) = (line for line in readme.splitlines() if line.startswith("| `search.early_termination"))
     assert f"less than {GAIN:.0%}" in described.replace(" %", "%") and f"less than {GAIN:.0%}" in row.replace(" %", "%")
@@ -208,7 +208,7 @@ def test_a_study_that_settles_ends_and_is_complete(place: Path, monkeypatch: pyt
     study = run(place, *GP, watch=events.append)
     assert states(study) == ["COMPLETE"] * 6
     assert (study.user_attrs["terminated_early"], study.user_attrs["total"]) == ([40, 6], 6)
-    assert Message("settled after 6 of 40: a better point is expected to gain less than 2%") in events
+    assert Message("terminated early after 6 of 40: a better point is expected to gain less than 2%") in events
     assert (place / "tiny.best.json").is_file()
     with monkeypatch.context() as patch:
         patch.setattr(runner, "open_context", None)

@@ -59,7 +59,7 @@ def test_paper_protocol_reports_on_the_search_text() -> None:
 def test_held_out_protocol_needs_a_report_text() -> None:
     data = raw()
     del data["texts"]["test"]
-    with pytest.raises(ValidationError, match=r"texts\.report: is needed"):
+    with pytest.raises(ValidationError, match=r"texts\.test: is needed"):
         Study.model_validate(data)
 
 
@@ -101,7 +101,7 @@ def test_overlap_of_parts(one: tuple[float, float], other: tuple[float, float], 
             {"pattern": "4:2"},
             "pattern: must be unstructured, N:M with N < M as in 2:4, or mixed:M as in mixed:8, got",
         ),
-        (Text, {"source": "c4", "draw": "random"}, "windows: a random draw"),
+        (Text, {"source": "c4", "sampling": "random"}, "nsamples: a random draw"),
         (Text, {"source": "c4", "part": [0.5, 0.5]}, "part: "),
         (SearchConfig, {}, "trials: is needed with the sampler gp"),
         (SearchConfig, {"sampler": "tpe"}, "trials: is needed with the sampler tpe"),

@@ -105,8 +105,8 @@ def test_random_takes_a_document_only_if_it_is_longer(folder: Path, tmp_path: Pa
     with pytest.raises(UserError) as caught:
         token_windows(fits.model_copy(update={"seqlen": longest}), folder, tmp_path)
     assert str(caught.value) == (
-        f"tokens: none of the 3 documents is longer than {longest} tokens, the longest has {longest}; "
-        'lower tokens, or set draw = "consecutive"'
+        f"seqlen: none of the 3 documents is longer than {longest} tokens, the longest has {longest}; "
+        'lower seqlen, or set sampling = "consecutive"'
     )
 
 
@@ -170,12 +170,12 @@ def test_a_text_with_few_tokens_a_character_is_read_further(folder: Path, tmp_pa
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"tokens": 8, "windows": 5},
-         "windows: file:a.jsonl has 21 tokens, that is 2 windows of 8; 5 windows cannot be cut, "
-         "lower windows or tokens"),
-        ({"tokens": 22},
-         "windows: file:a.jsonl has 21 tokens, that is 0 windows of 22; one window cannot be cut, "
-         "lower windows or tokens"),
+        ({"seqlen": 8, "nsamples": 5},
+         "nsamples: file:a.jsonl has 21 tokens, that is 2 windows of 8; 5 windows cannot be cut, "
+         "lower nsamples or seqlen"),
+        ({"seqlen": 22},
+         "nsamples: file:a.jsonl has 21 tokens, that is 0 windows of 22; one window cannot be cut, "
+         "lower nsamples or seqlen"),
     ],
 )  # fmt: skip
 def test_too_few_windows(settings: dict[str, int], expected: str, folder: Path, tmp_path: Path) -> None:
@@ -229,9 +229,9 @@ def test_a_hub_dataset_in_the_cache_needs_no_hub(
 @pytest.mark.usefixtures("cache")
 def test_every_setting_and_file_counts(folder: Path, unsplit: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", *TOPICS[:5])
-    base = {"source": source, "draw": "random", "windows": 3, "tokens": 32}
+    base = {"source": source, "sampling": "random", "nsamples": 3, "seqlen": 32}
     changes: list[dict[str, object]] = [
-        {}, {"seed": 1}, {"windows": 2}, {"tokens": 16}, {"draw": "consecutive"}, {"part": (0.5, 1)}
+        {}, {"seed": 1}, {"nsamples": 2}, {"seqlen": 16}, {"sampling": "consecutive"}, {"part": (0.5, 1)}
     ]  # fmt: skip
     contents = [token_windows(Text(**{**base, **change}), folder, tmp_path).content for change in changes]
     contents.append(token_windows(Text(**base), unsplit, tmp_path).content)

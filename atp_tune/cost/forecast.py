@@ -185,7 +185,7 @@ class DrawsCost:
 
     def evaluated(self, tokens: Tokens) -> int:
         """Tokens that each evaluates."""
-        return tokens.report if self.role == "test" else tokens.search
+        return tokens.test if self.role == "test" else tokens.validation
 
     def seconds(self, rates: ProbeRates, costs: dict[str, Passes], tokens: Tokens, blocks: int) -> float:
         """Seconds of all of it."""
@@ -215,14 +215,14 @@ def whole(
         return StudyCost(trials=None, done=done, tokens=None, seconds=None, seconds_left=None)
     sent = _mean([cost.total for cost in costs.values()])
     calibrated = _mean([cost.total - cost.evaluate for cost in costs.values()])
-    reported = rows * (calibrated + tokens.report) + (tokens.report if rows else 0)
+    reported = rows * (calibrated + tokens.test) + (tokens.test if rows else 0)
     redrawn = drawn.plans * (calibrated + drawn.evaluated(tokens)) + 2 * drawn.once
-    through = round(trials * sent + tokens.search + tokens.curve + 2 * once + reported + redrawn)
+    through = round(trials * sent + tokens.validation + tokens.curve + 2 * once + reported + redrawn)
     if rates is None:
         return StudyCost(trials=trials, done=done, tokens=through, seconds=None, seconds_left=None)
     each = _mean([trial_seconds(rates, pruner, cost, blocks).total for pruner, cost in costs.items()])
     before = rates.load + blocks * (tokens.curve * rates.run["calibration"] + once * rates.dense)
-    dense = dense_seconds(rates, tokens.search, blocks, "validation")
+    dense = dense_seconds(rates, tokens.validation, blocks, "validation")
     after = _report_seconds(rates, costs, tokens, blocks, rows) + drawn.seconds(rates, costs, tokens, blocks)
     left = 0.0 if done >= trials else before + (0 if done else dense) + (trials - done) * each + after
     seconds = before + dense + trials * each + after
@@ -245,8 +245,8 @@ def screened(
 def _report_seconds(rates: ProbeRates, costs: dict[str, Passes], tokens: Tokens, blocks: int, rows: int) -> float:
     if not rows:
         return 0.0
-    again = _again(rates, costs, tokens.report, blocks, "test")
-    return dense_seconds(rates, tokens.report, blocks, "test") + rows * _mean(again)
+    again = _again(rates, costs, tokens.test, blocks, "test")
+    return dense_seconds(rates, tokens.test, blocks, "test") + rows * _mean(again)
 
 
 def _again(rates: ProbeRates, costs: dict[str, Passes], evaluated: int, blocks: int, role: str) -> list[float]:

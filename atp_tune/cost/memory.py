@@ -16,8 +16,8 @@ class Tokens:
     """Tokens of each text, and those of the error curve."""
 
     calibration: int
-    search: int
-    report: int
+    validation: int
+    test: int
     curve: int
 
 
@@ -46,7 +46,7 @@ class Bytes:
     files: int
     converts: bool
     calibration: int
-    search: int
+    validation: int
     dense: int
     work: int
     process: int
@@ -55,7 +55,7 @@ class Bytes:
     @property
     def states(self) -> int:
         """Hidden states at their peak: those of calibration exist twice for a moment, beside those of the search."""
-        return max(self.search + 2 * self.calibration + self.standing, 2 * self.search)
+        return max(self.validation + 2 * self.calibration + self.standing, 2 * self.validation)
 
 
 def peaks(held: Bytes, offload: Offload, free: Free, apart: bool) -> Memory:
@@ -82,7 +82,7 @@ def bytes_of(sizes: Sizes, itemsize: int, width: int, tokens: Tokens, work: int,
         files=sizes.bytes,
         converts=sizes.bytes != sizes.total * itemsize,
         calibration=tokens.calibration * state,
-        search=max(tokens.search, tokens.report) * state,
+        validation=max(tokens.validation, tokens.test) * state,
         dense=len(sizes.blocks) * tokens.curve * state,
         work=work,
         process=process,

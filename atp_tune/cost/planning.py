@@ -61,7 +61,7 @@ class Known:
         found = bytes_of(self.sizes, self.itemsize, self.width, self.tokens, work, self.process)
         if "kl" not in self.study.search.objective:
             return found
-        finals = (self.tokens.search + self.tokens.report) * self.width * self.itemsize
+        finals = (self.tokens.validation + self.tokens.test) * self.width * self.itemsize
         return replace(found, dense=found.dense + finals)
 
 
@@ -137,7 +137,7 @@ def _costs(study: Study, tokens: Tokens) -> dict[str, Passes]:
 
     prune = study.prune
     return {
-        name: forecast.passes(prune.statistics, PRUNERS[name].measures is not None, tokens, tokens.search)
+        name: forecast.passes(prune.statistics, PRUNERS[name].measures is not None, tokens, tokens.validation)
         for name in prune.pruners
     }
 
@@ -246,5 +246,5 @@ def _screening(known: Known) -> ScreeningCost | None:
     if screen is None:
         return None
     done, trials = _progress(known.before, screen.trials)
-    part = tokens.search // known.validation_windows * -(-known.validation_windows // screen.stride)
+    part = tokens.validation // known.validation_windows * -(-known.validation_windows // screen.stride)
     return ScreeningCost(trials, done, part, dense_kinds(known.study) * tokens.calibration)

@@ -108,6 +108,6 @@ def check_length(checkpoint: Checkpoint, windows: Windows, embed: Callable[[Tens
         known = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
         positions = "" if known is None else f", which has {known} positions"
         raise UserError(
-            f"{what}.tokens: the model{positions}, cannot take windows of {windows.positions} tokens "
-            f"({one_line(error)}); lower tokens"
+            f"{what}.seqlen: the model{positions}, cannot take windows of {windows.positions} tokens "
+            f"({one_line(error)}); lower seqlen"
         ) from None

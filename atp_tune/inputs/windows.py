@@ -116,7 +116,7 @@ def first_windows(text: Text, folder: Path, base: Path, most: int, trusted: bool
     ids = _head(documents(text, base), encode, most * text.seqlen)
     count = min(most, len(ids) // (text.seqlen - len(first)))
     if count == 0:
-        raise UserError(f"tokens: {text.source} has {len(ids)} tokens, not one window of {text.seqlen}; lower tokens")
+        raise UserError(f"seqlen: {text.source} has {len(ids)} tokens, not one window of {text.seqlen}; lower seqlen")
     return Windows.of(_cut(ids, count, text.seqlen, first), bos)
 
 
@@ -242,8 +242,8 @@ def _long_document(
             return ids
         short[index] = len(ids)
     raise UserError(
-        f"tokens: none of the {count} documents is longer than {tokens} tokens, the longest has "
-        f'{max(short.values())}; lower tokens, or set draw = "consecutive"'
+        f"seqlen: none of the {count} documents is longer than {tokens} tokens, the longest has "
+        f'{max(short.values())}; lower seqlen, or set sampling = "consecutive"'
     )
 
 
@@ -253,8 +253,8 @@ def _consecutive(found: Sequence[str], encode: Encode, text: Text, first: list[i
     if count < (text.nsamples or 1):
         asked = "one window" if text.nsamples is None else f"{text.nsamples} windows"
         raise UserError(
-            f"windows: {text.source} has {len(ids)} tokens, that is {count} windows of {text.seqlen}; "
-            f"{asked} cannot be cut, lower windows or tokens"
+            f"nsamples: {text.source} has {len(ids)} tokens, that is {count} windows of {text.seqlen}; "
+            f"{asked} cannot be cut, lower nsamples or seqlen"
         )
     return _cut(ids, text.nsamples or count, text.seqlen, first)
 

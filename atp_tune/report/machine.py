@@ -5,18 +5,18 @@
       name, description     of the study
       sparsity              target and realised (share of zeros, null if unknown)
       state                 done, total, running, failed: numbers of trials
-      dense, uniform, best  search and report: {value, stderr} of a perplexity, or null
+      dense, uniform, best  validation and test: {value, stderr} of a perplexity, or null
       best_trial            its number, or null
       change                {value, stderr, on}: the best against uniform, relative and paired by windows; or null
-      ranks[]               the best of each allocation: trial, pruner, allocation, search, report, change
+      ranks[]               the best of each allocation: trial, pruner, allocation, validation, test, change
       objective, front      what is minimised; of two, the numbers of the trials on the Pareto front
-      kl                    uniform and best: search and report: {value, stderr} of a KL divergence, or null; null where
+      kl                    uniform and best: validation and test: {value, stderr} of a KL divergence; null where
                             the study does not minimise it. ranks[] have `kl` and `kl_change`, trials[] have `kl`
       zero_shot             what `evaluate` found of the best trial, as in its configuration; or null
       speed                 what `speedup` found of it, likewise; or null
       draws                 uniform and best: perplexities on the test text by draw of the calibration text, and
                             changes from uniform's, with mean and sd; or null. ranks[] have `draws` of their own
-      windows               how many the search and the test text have
+      windows               how many the validation and the test text have
       importance            parameter → share of 1; empty with too few trials
       trials[]              number, state, plan, pruner, allocation, parameters, perplexity, realised, sparsities,
                             linear_sparsities, errors, seconds (phase → s), device, dtype, remark

@@ -56,9 +56,9 @@ class Summary:
     `gp_posterior`: the GP's of perplexity against β, None where no GP was asked. `unlike`: trials that ran on
     another device, in another number format or in other batches than those in which the study began, and which.
     `over_draws`: what trials come to over several draws of the calibration text; `windows`: how many each text has.
-    `screening`: how far the one before the study is, if it has one. `objectives`: what it minimises; `kls`: KL by trial,
-    if that is among them; `front`: of two objectives, the trials that no other beats in one without losing in the
-    other. `zero_shot` and `speed`: what `evaluate` and `speedup` found of the best trial, where they have been. `bos`:
+    `screening`: how far the one before the study is, if there is one. `objectives`: what it minimises; `kls`: KL by
+    trial, if that is among them; `front`: of two objectives, the trials that no other beats in one without losing in
+    the other. `zero_shot` and `speed`: what `evaluate` and `speedup` found of the best trial, where they have been. `bos`:
     whether windows begin with BOS; `bos_effect`: what spoke for or against it, where it was measured.
     """
 

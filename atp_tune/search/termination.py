@@ -10,7 +10,7 @@ That takes three things of every allocation, after each of the last `RUN` trials
               (`NEAR`), no stretch without a point may be wider than `GAP` of its parameter's interval
 
 These verdicts are read from the trials in the order in which they ended, so that a study that was interrupted, or has
-several workers, ends as any other does. The bound is of the validation text: no rule can know from it what another text would say
+several workers, ends as any other does. The bound is of the validation text; it says nothing about another text
 (docs/speed.md, with what was measured).
 
 Source: Makarova et al., "Automatic Termination for Hyperparameter Optimization", AutoML 2022, as `RegretBoundEvaluator`

@@ -79,7 +79,7 @@ def finetune(
     small_files(folder.path, WEIGHTS)  # so that a link is told before anything runs
     bos = made is not None and made.bos
     windows = read_windows(text, report, folder.path, settings, bos)
-    dense = made.dense if made and made.report == report else None
+    dense = made.dense if made and made.test == report else None
     setup = ContextConfig(named, PruneConfig(), {"test": report}, Path(), device, bos=bos)
     with oom_as_user_error("finetune"):
         return _run(FinetuningJob(setup, folder, out, text, windows, settings, dense, watch))
@@ -88,7 +88,7 @@ def finetune(
 def choose(text: Text | None, report: Text | None, made: Origin | None) -> tuple[Text, Text]:
     """The text to train on and the test text; UserError if there is none, or if they share documents."""
     if made:
-        text, report = text or made.calibration, report or made.report
+        text, report = text or made.calibration, report or made.test
     if text is None:
         raise UserError(
             "--text: is needed, the folder does not say how it was pruned; for example --text file:PATH.txt"
@@ -97,7 +97,7 @@ def choose(text: Text | None, report: Text | None, made: Origin | None) -> tuple
         start, end = text.part
         cut = end - HELD_OUT * (end - start)
         text, report = (text.model_copy(update={"part": part}) for part in ((start, cut), (cut, end)))
-    kept = {"test": report} | ({"validation": made.search, "study's report": made.report} if made else {})
+    kept = {"test": report} | ({"validation": made.validation, "study's test": made.test} if made else {})
     for role, other in kept.items():
         if text.overlaps(other):
             raise UserError(

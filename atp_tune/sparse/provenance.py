@@ -24,8 +24,8 @@ class Origin:
     """The texts that a checkpoint was pruned with, and its number format."""
 
     calibration: Text
-    search: Text
-    report: Text
+    validation: Text
+    test: Text
     dtype: Literal["float32", "bfloat16", "float16"]
     dense: Perplexity | None  # of the dense model on the test text
     bos: bool  # windows begin with BOS

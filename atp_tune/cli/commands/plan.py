@@ -40,7 +40,7 @@ def plan(
 
 def show(found: "Forecast") -> None:
     """What a study will cost: a trial of each pruner, the whole, memory, and what stands in the way."""
-    where = {"device": "on the device", "host": "in host memory, two blocks on the device", "disk": "on disk, mapped"}
+    where = {"none": "on the device", "cpu": "in host memory, two blocks on the device", "disk": "on disk, mapped"}
     weights = found.weights
     console.print(f"{printable(found.study)}: {found.device}, {found.dtype}\n")
     rows = table("trial", "tokens", "calibrate", "prune", "evaluate", "seconds")
