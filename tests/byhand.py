@@ -19,7 +19,7 @@ class ByHand:
         self.tokenizer = AutoTokenizer.from_pretrained(model or place / "model")
 
     def windows(self, role: str) -> Tensor:
-        count = self.study["texts"][role]["windows"]
+        count = self.study["texts"][role]["nsamples"]
         ids = self.tokenizer((self.place / f"{role}.txt").read_text(), verbose=False).input_ids
         return torch.tensor(ids[: count * TOKENS]).reshape(count, TOKENS)
 

@@ -193,9 +193,9 @@ def test_a_text_too_short_for_them_is_one_line_before_anything_runs(place: Path,
     have = answer.error.partition(" has ")[2].partition(" tokens")[0]
     assert int(have) in (tokens, tokens + 1)
     assert answer.error == (
-        "texts.calibration.draws: 100 draws of 8 windows follow each other in a text; windows: file:calibration.txt "
+        "texts.calibration.draws: 100 draws of 8 windows follow each other in a text; nsamples: file:calibration.txt "
         f"has {have} tokens, that is {int(have) // TOKENS} windows of {TOKENS}; 800 windows cannot be cut, lower "
-        'windows or tokens, or draws, or set sampling = "random"'
+        'nsamples or seqlen, or draws, or set sampling = "random"'
     )
     assert not list(place.glob("*.db"))
     assert command("plan", "--study", place / "tiny.toml", *settings("texts.calibration.draws=100")).code == 2

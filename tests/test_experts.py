@@ -10,7 +10,7 @@ import pytest
 import torch
 from families import MIXTURES, TOKENS, bench_of, few, random_ids, same_bits, tiny
 from safetensors.torch import load_file
-from test_gathering import gather
+from test_input_hooks import gather
 from test_prune_pass import check_same_weights, magnitude, naive_pass, wanda
 from tinystudy import make_tokenizer, run, study_file
 from torch import Tensor, nn

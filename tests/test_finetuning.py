@@ -304,7 +304,7 @@ def test_texts_that_are_gone_are_named_by_their_option(place: Path) -> None:
 
 def test_a_text_shorter_than_a_window(place: Path) -> None:
     (place / "short.txt").write_text("short")
-    assert "--text: tokens: " in refused(place, f"file:{place / 'short.txt'}")
+    assert "--text: seqlen: " in refused(place, f"file:{place / 'short.txt'}")
 
 
 def test_what_is_there_is_not_overwritten(place: Path, command: CommandLine) -> None:

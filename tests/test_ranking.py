@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, tiny
-from test_bench import bench_of
+from test_context import bench_of
 
 from atp_tune.blocks import dense_statistics
 from atp_tune.blocks.dense_statistics import Ranked, can_rank

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import optuna
 import pytest
+from test_runner import reopen, states, without_bench
 from test_space import SIZES, space_for, study_of
-from test_tuning import reopen, states, without_bench
 from tinystudy import BLOCKS, LONG, CommandLine, finish, run, settings, start, study_file, wait_for
 
 from atp_tune.blocks.prune_pass import Pass

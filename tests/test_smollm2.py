@@ -174,7 +174,7 @@ def assert_perplexity(out: Path, best: dict) -> None:  # type: ignore[type-arg]
         if start / total >= best["texts"]["test"]["part"][0]:
             part.append(document)
         start += len(document)
-    tokens = best["texts"]["test"]["tokens"]
+    tokens = best["texts"]["test"]["seqlen"]
     ids = torch.tensor(tokenizer("\n\n".join(part)).input_ids)
     windows = ids[: 2 * tokens].view(2, tokens)
     measured = perplexity(naive.nlls_of(model, windows)).value

@@ -145,7 +145,7 @@ REPLACED = [  # what stands in GOOD, what stands there instead, the message
     ("nsamples = 4", "nsamples = inf", "texts.calibration.nsamples: must be finite, got Infinity"),
     ("nsamples = 4", "part = [0, 2]", "texts.calibration.part[1]: must be at most 1, got 2"),
     ("nsamples = 4", "nsamples = 4\npart = [1, 1]", "texts.calibration.part: [1.0, 1.0] holds nothing"),
-    ("nsamples = 4", "search.trials = 4", "texts.calibration.search: unknown key; did you mean texts.validation?"),
+    ("nsamples = 4", "search.trials = 4", "texts.calibration.search: unknown key; did you mean search?"),
     (
         '"test"',
         '"validation"',

@@ -291,7 +291,7 @@ def test_at_most_so_many_windows_are_the_first_of_all(most: int, folder: Path, t
 
 
 def test_not_one_window(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^tokens: file:a\.jsonl has \d+ tokens, not one window of 500; lower tokens$"):
+    with pytest.raises(UserError, match=r"^seqlen: file:a\.jsonl has \d+ tokens, not one window of 500; lower seqlen$"):
         first_windows(Text(source=write(tmp_path / "a.jsonl", "short"), seqlen=500), folder, tmp_path, 3)
 
 

@@ -58,7 +58,7 @@ class Summary:
     `over_draws`: what trials come to over several draws of the calibration text; `windows`: how many each text has.
     `screening`: how far the one before the study is, if there is one. `objectives`: what it minimises; `kls`: KL by
     trial, if that is among them; `front`: of two objectives, the trials that no other beats in one without losing in
-    the other. `zero_shot` and `speed`: what `evaluate` and `speedup` found of the best trial, where they have been. `bos`:
+    the other. `zero_shot` and `speed`: what `evaluate` and `speedup` found of the best trial, if they were run. `bos`:
     whether windows begin with BOS; `bos_effect`: what spoke for or against it, where it was measured.
     """
 

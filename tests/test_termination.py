@@ -9,8 +9,8 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 from test_benchmarks import benchmark
+from test_runner import reopen, states
 from test_samplers import fake_perplexity, search_of, space_of
-from test_tuning import reopen, states
 from tinystudy import run
 
 from atp_tune.errors import UserError
@@ -84,7 +84,7 @@ SEEDS = int(os.environ.get("ATP_TUNE_VALLEYS", "3"))  # of each shape; 8 by hand
 
 
 def ends_of(seeds: int) -> list[Any]:
-    known = benchmark("settling")
+    known = benchmark("early_termination")
     cases = product(known.SHAPES, range(seeds))
     return [known.search(known.made_up(shape, seed, 0.02), seed) for shape, seed in cases]
 
