@@ -88,7 +88,7 @@ def test_a_random_draw_is_drawn_again_with_the_seeds_that_follow(place: Path) ->
     best = summarise(study).best_trial
     assert best is not None
     for draw in (1, 2):
-        text = {"source": "file:calibration.jsonl", "draw": "random", "seed": 5 + draw}
+        text = {"source": "file:calibration.jsonl", "sampling": "random", "seed": 5 + draw}
         expected = measured_anew(place, best, **text)
         assert study.user_attrs["draws"][str(best.number)][str(draw)] == pytest.approx(expected, rel=1e-6)
 

@@ -149,8 +149,8 @@ def test_what_names_trials_by_number_follows(tmp_path: Path) -> None:
     belief = {"before": 4, "curves": {}}
     of_a = {"test_nlls": {"dense": [1.0], "1": [1.5]}, "speed": {"0": {"x": 1}, "1": {"x": 2}}}
     of_b = {"test_nlls": {"dense": [2.0], "3": [2.5]}, "speed": {"3": {"x": 3}}, "zero_shot": {"4": {"x": 4}}}
-    made(tmp_path / "a.db", first, second, belief={"before": 2, "curves": {}}, **of_a)
-    made(tmp_path / "b.db", failed, again, lost, retried, repeated, belief=belief, **of_b)
+    made(tmp_path / "a.db", first, second, gp_posterior={"before": 2, "curves": {}}, **of_a)
+    made(tmp_path / "b.db", failed, again, lost, retried, repeated, gp_posterior=belief, **of_b)
     study = united(tmp_path / "out.db", tmp_path / "b.db", tmp_path / "a.db").study
     assert [trial.params["beta"] for trial in study.trials] == [0.0, 0.001, 0.02, 0.02, 0.003, 0.003, 0.003]
     assert study.user_attrs["test_nlls"] == {"dense": [2.0], "1": [1.5], "5": [2.5]}
