@@ -307,7 +307,7 @@ def test_what_is_measured_is_shown_and_kept(done: Path, command: CommandLine, ca
     assert answer.code == 0
     assert "Zeros in a dense file make nothing smaller or faster by themselves" in answer.out
     assert "| torch, float32" in answer.out
-    assert f"kept in {path}, study tiny" in answer.out
+    assert f"stored in {path}, study tiny" in answer.out
     found = read_config(path)
     check_stored(found.speed)
     assert found.model_copy(update={"speed": None}) == config
@@ -331,7 +331,7 @@ def test_what_is_given_must_be_one_of_two(done: Path, command: CommandLine) -> N
     for options in ([], ["--config", done / "tiny.best.json", "--model", done / "model"]):
         answer = command("speedup", *options)
         assert answer.code == 2
-        assert "give it or --model DIR, one of them" in answer.err
+        assert "give either --config FILE or --model DIR" in answer.err
     answer = command("speedup", "--setup")
     assert answer.code == 2
     assert "only with --engine deepsparse" in answer.err
