@@ -1,4 +1,4 @@
-"""The engine `deepsparse`: ONNX graphs of both models, computed by DeepSparse in a process of its own environment."""
+"""The engine `deepsparse`: exports both models to ONNX; DeepSparse runs them in a process, in its own environment."""
 
 import json
 import os
@@ -26,27 +26,27 @@ from atp_tune.speed.throughput import About, SpeedEngine, Workload
 from atp_tune.speed.torch_engine import random_ids
 
 WORKER = Path(__file__).with_name("deepsparse_worker.py")
-SILENT = {"NM_DISABLE_ANALYTICS": "1"}  # else it reports its use
-TOLERANCE = 1e-3  # of the largest logit; float32 sums in another order differ by 1e-5 of it
+SILENT = {"NM_DISABLE_ANALYTICS": "1"}  # turns telemetry off
+TOLERANCE = 1e-3  # of the largest logit; another order of float32 sums changes 1e-5 of it
 
 
 class DeepSparse:
-    """The process and what it answers."""
+    """The process of DeepSparse, and its answers."""
 
     def __init__(self, process: "subprocess.Popen[str]", errors: IO[str]) -> None:
         self._process, self._errors = process, errors
         self.about: About
 
     def seconds(self, side: Side, phase: Phase) -> float:
-        """How long one run of a phase takes."""
+        """Seconds of one run of a phase."""
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # what it has died of is told below
+        with suppress(BrokenPipeError):  # `answer` reports why it died
             self._process.stdin.write(json.dumps([side, phase]) + "\n")
             self._process.stdin.flush()
         return float(self.answer())
 
     def answer(self) -> Any:
-        """The next answer; UserError with its last words if the process has ended."""
+        """The next answer; UserError with the last line of stderr if the process has ended."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if line:
@@ -58,7 +58,7 @@ class DeepSparse:
 
 
 def opened(pair: Pair, task: Workload, watch: EventHandler) -> AbstractContextManager[SpeedEngine]:
-    """Both models in float32; UserError at once where DeepSparse is not there or cannot have the model."""
+    """Opens both models in float32; UserError at once if DeepSparse is not installed or cannot run the model."""
     check_onnx()
     check_family(model_config(pair.dense, False), capacity(task))
     return _compiled(python_of(), pair, task, watch)
@@ -66,7 +66,7 @@ def opened(pair: Pair, task: Workload, watch: EventHandler) -> AbstractContextMa
 
 @contextmanager
 def _compiled(python: Path, pair: Pair, task: Workload, watch: EventHandler) -> Iterator[SpeedEngine]:
-    """Exports, compiles and compares the logits with transformers'; UserError if they are others."""
+    """Exports and compiles both models; UserError if their logits differ from transformers'."""
     cores = torch.get_num_threads()
     with tempfile.TemporaryDirectory(dir=cache_dir("engines"), prefix=".graphs.") as name:
         folder = Path(name)
@@ -90,7 +90,7 @@ def _compiled(python: Path, pair: Pair, task: Workload, watch: EventHandler) -> 
 def _exported(
     pair: Pair, task: Workload, folder: Path, cores: int, watch: EventHandler
 ) -> Iterator[tuple[tuple[Side, Phase], Tensor]]:
-    """Writes the graphs and TASK.json; the logits that transformers has for each of them."""
+    """Writes the graphs and task.json; yields transformers' logits for each graph."""
     graphs: dict[Side, dict[Phase, str]] = {}
     for done, side in enumerate(SIDES):
         checkpoint = pair.load(side, torch.float32, torch.device("cpu"))

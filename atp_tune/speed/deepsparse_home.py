@@ -1,7 +1,7 @@
-"""DeepSparse's own environment: in the user's cache, made when asked for, with an older Python if need be.
+"""DeepSparse's own environment in the user's cache: `setup` makes it, if necessary with an older Python.
 
-Version 1.8.0 is the last that runs (1.9.0 is an empty stub). It is proprietary, for evaluation only, and no longer
-developed, so it is never a dependency.
+Version 1.8.0 is the last that runs (1.9.0 is an empty stub). DeepSparse is no dependency, because it is proprietary,
+licensed for evaluation only, and no longer developed.
 """
 
 import platform
@@ -20,13 +20,13 @@ PACKAGES = (f"deepsparse=={VERSION}", "numpy<2")  # it needs onnx < 1.15 itself,
 PYTHONS = ("3.11", "3.10", "3.9", "3.8")
 LICENCE = (
     "DeepSparse is proprietary: its Community License allows evaluation, not production; read LICENSE in it. It is no "
-    "longer developed. It is kept apart from what else is installed, and told not to report its use."
+    "longer developed. It is installed in an environment of its own, and its telemetry is turned off."
 )
 SETUP = "python tune.py speedup --engine deepsparse --setup"
 
 
 def python_of() -> Path:
-    """The environment's Python; UserError in one line where DeepSparse cannot run, or is not there yet."""
+    """The environment's Python; UserError if DeepSparse cannot run here or is not installed."""
     check_machine()
     python = _python_in(_home())
     if not python.exists():
@@ -35,7 +35,7 @@ def python_of() -> Path:
 
 
 def setup(watch: EventHandler) -> Path:
-    """Makes the environment if it is not there; its folder. UserError if it cannot be made."""
+    """Makes the environment unless it exists, and returns its folder; UserError if it cannot be made."""
     check_machine()
     home = _home()
     watch(Message(LICENCE))
@@ -50,7 +50,7 @@ def setup(watch: EventHandler) -> Path:
 
 
 def check_machine() -> None:
-    """UserError where DeepSparse has no binaries for the system or no code for the CPU."""
+    """UserError if DeepSparse does not support the system or the CPU."""
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         raise UserError(
             f"--engine deepsparse: runs on Linux on x86-64, this is {sys.platform} on {platform.machine()}; "
@@ -61,7 +61,7 @@ def check_machine() -> None:
 
 
 def find_python() -> Path:
-    """A Python that DeepSparse has binaries for: this one or an older one in PATH; UserError if there is none."""
+    """A Python that DeepSparse supports: this one or one in PATH; UserError if there is none."""
     own = ".".join(map(str, sys.version_info[:2]))
     if own in PYTHONS:
         return Path(sys.executable)
