@@ -103,10 +103,8 @@ def told(event: Event) -> None:
 
 def page(options: argparse.Namespace, context: TrialContext, found: dict[Line, optuna.Study]) -> str:
     """The whole of docs/results.md."""
-    dense = next(iter(found.values()))
-    validation, test = (
-        perplexity(nlls) for nlls in (dense.user_attrs["dense"], dense.user_attrs["test_nlls"]["dense"])
-    )
+    attrs = next(iter(found.values())).user_attrs
+    validation, test = (perplexity(nlls) for nlls in (attrs["dense"], attrs["test_nlls"]["dense"]))
     parts = [
         "# Allocations compared\n",
         "`python benchmarks/allocations.py` writes this page. It prunes SmolLM2-135M-Instruct in "

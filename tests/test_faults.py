@@ -566,9 +566,7 @@ def test_memory_runs_out_for_real(place: Path) -> None:
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.splitlines()[-1].startswith("states COMPLETE FAIL COMPLETE out of memory")
     assert stored(place).user_attrs["test_nlls"]
-    ROWS.add(
-        "a trial reaches the memory limit of its process (RLIMIT_AS)", 1, same="that trial fails, the study goes on"
-    )
+    ROWS.add("a trial at the memory limit of its process (RLIMIT_AS)", 1, same="that trial fails, the study goes on")
 
 
 GROWTH = """
