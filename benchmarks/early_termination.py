@@ -128,9 +128,8 @@ def main() -> None:
     parser.add_argument("--grid", nargs="+", help="the URL of a storage, and studies of one curve in it")
     asked = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    print(
-        "| valley | terminated early | trials | above the lowest, mean | worst | by more than 2% |\n|---|---|---|---|---|---|"
-    )
+    print("| valley | terminated early | trials | above the lowest, mean | worst | by more than 2% |")
+    print("|---|---|---|---|---|---|")
     if asked.grid:
         curve = from_grid(asked.grid[0], asked.grid[1:])
         print(row(" ".join(asked.grid[1:]), [search(curve, seed) for seed in range(asked.seeds)]))

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
-from math import isfinite
+from math import inf, isfinite
 from typing import Any
 
 import plotly.graph_objects as go
@@ -103,7 +103,8 @@ def _set_betas(figure: go.Figure, betas: list[float], bounds: tuple[float, float
     """Sets the axis of β, and draws admissible bounds that are near the data."""
     low, high = min(betas), max(betas)
     span, title = high - low, "β, common difference per block" if alone else "β, difference per block"
-    drawn = [bound for bound in bounds or () if (bound > 0 or low < 0) and _is_near(bound, low, high)]
+    near = (low - NEAR * span, high + NEAR * span) if span else (-inf, inf)
+    drawn = [bound for bound in bounds or () if (bound > 0 or low < 0) and near[0] <= bound <= near[1]]
     for k, bound in enumerate(sorted(drawn, reverse=True)):
         figure.add_shape(
             type="line", x0=bound, x1=bound, y0=0, y1=1, xref="x", yref="paper", layer="below",
@@ -115,10 +116,6 @@ def _set_betas(figure: go.Figure, betas: list[float], bounds: tuple[float, float
     low, high = min([low, *drawn]), max([high, *drawn])
     pad = 0.04 * (high - low) or span or 0.01
     figure.update_layout(xaxis_title_text=title, xaxis_range=[low - pad, high + pad])
-
-
-def _is_near(bound: float, low: float, high: float) -> bool:
-    return low == high or low - NEAR * (high - low) <= bound <= high + NEAR * (high - low)
 
 
 def _add_trials(figure: go.Figure, panels: Panels, seen: AxisRange) -> None:

@@ -83,10 +83,10 @@ def zero_shot(found: ZeroShot) -> ReportTable:
     paired = any(task.best_minus_uniform for task in found.tasks)
     rows = []
     for task in found.tasks:
-        scores = (_measure(task.scores.get(model, {}).get(task.metric), task.metric) for model in models)
+        scores = (measure(task.scores.get(model, {}).get(task.metric), task.metric) for model in models)
         rows.append((_task(task), str(task.items), *scores, *[_points(task.best_minus_uniform, task.metric)] * paired))
     if len(rows) > 1 and found.mean:
-        means = (_measure(found.mean.get(model)) for model in models)
+        means = (measure(found.mean.get(model)) for model in models)
         rows.append(("mean", "", *means, *[_points(found.mean_best_minus_uniform)] * paired))
     return ReportTable(("task", "items", *models, *["best − uniform"] * paired), rows)
 
@@ -119,7 +119,8 @@ def _task(task: TaskScores) -> str:
     return task.task + shots + ("" if task.metric == "acc" else f" [{task.metric}]")
 
 
-def _measure(found: Measure | None, metric: str = SHARES[0]) -> str:
+def measure(found: Measure | None, metric: str = SHARES[0]) -> str:
+    """A score with its standard error, in per cent if the metric is a share."""
     if found is None:
         return NOTHING
     style = ".1%" if metric in SHARES else ".4g"

@@ -17,9 +17,9 @@ from atp_tune.inputs.documents import hub_arguments
 from atp_tune.metrics.perplexity import error_over
 from atp_tune.plan import shown
 from atp_tune.report.markdown import escaped, fenced
-from atp_tune.report.tables import speed
+from atp_tune.report.tables import measure, speed
 from atp_tune.sparse.provenance import ABOUT
-from atp_tune.spec.config import Compared, Config, Measure
+from atp_tune.spec.config import Compared, Config
 from atp_tune.spec.study import Text
 
 CARD = "README.md"
@@ -88,7 +88,8 @@ def amend(folder: Path, heading: str, said: str) -> None:
 
 
 def _values(config: Config, dense: Dense) -> dict[str, Any]:
-    """What the template shows."""
+    """The values of the template."""
+    bars = (f"block {k:>3}  {s:6.1%}  {'█' * round(WIDTH * s)}" for k, s in enumerate(config.block_sparsities))
     return {
         "base": escaped(_source(config, dense)),
         "realised": f"{config.sparsity.realised:.1%}",
@@ -108,7 +109,7 @@ def _values(config: Config, dense: Dense) -> dict[str, Any]:
         "equal": EQUAL,
         "reads_images": dense.reads_images,
         "reader": "AutoProcessor" if any((dense.folder / name).is_file() for name in PROCESSOR) else "AutoTokenizer",
-        "chart": fenced("text", "\n".join(_bars(config))),
+        "chart": fenced("text", "\n".join(bars)),
         "facts": {key: escaped(value) for key, value in _facts(config, dense).items()},
     }
 
@@ -171,16 +172,10 @@ def _tasks(config: Config) -> Iterator[dict[str, Any]]:
     if found is None:
         return
     for task in found.tasks:
-        scores = [task.scores.get(model, {}).get(task.metric) for model in MODELS]
-        yield {"name": escaped(f"{task.task}, {task.metric}"), "cells": [_measure(score) for score in scores]}
+        cells = [measure(task.scores.get(model, {}).get(task.metric), task.metric) for model in MODELS]
+        yield {"name": escaped(f"{task.task}, {task.metric}"), "cells": cells}
     if found.mean:
-        yield {"name": "mean", "cells": [_measure(found.mean.get(model)) for model in MODELS]}
-
-
-def _measure(measure: Measure | None) -> str:
-    if measure is None:
-        return "–"
-    return f"{measure.value:.1%}" + (f" ± {measure.stderr:.1%}" if measure.stderr is not None else "")
+        yield {"name": "mean", "cells": [measure(found.mean.get(model)) for model in MODELS]}
 
 
 def _results(config: Config) -> Iterator[EvalResult]:
@@ -195,11 +190,11 @@ def _results(config: Config) -> Iterator[EvalResult]:
             **_dataset(text),
         )
     for task in config.zero_shot.tasks if config.zero_shot else ():
-        if measure := task.scores.get("best", {}).get(task.metric):
+        if score := task.scores.get("best", {}).get(task.metric):
             yield EvalResult(
                 task_type="text-generation", dataset_type=task.task, dataset_name=task.task,
                 metric_type=task.metric, metric_name=f"{task.num_fewshot}-shot {task.metric}",
-                metric_value=round(measure.value, 4),
+                metric_value=round(score.value, 4),
             )  # fmt: skip
 
 
@@ -221,11 +216,6 @@ def words(text: Text) -> str:
     part = "" if text.part == (0, 1) else f", part {text.part[0]:g} to {text.part[1]:g}"
     split = f" {text.split}" if text.split else ""
     return f"{source}{split}{part}, {text.nsamples or 'all'} windows of {text.seqlen} tokens"
-
-
-def _bars(config: Config) -> Iterator[str]:
-    for index, sparsity in enumerate(config.block_sparsities):
-        yield f"block {index:>3}  {sparsity:6.1%}  {'█' * round(WIDTH * sparsity)}"
 
 
 def _allocation(config: Config) -> str:

@@ -13,7 +13,7 @@ from atp_tune.checkpoints.models import check_files, resolve
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message
 from atp_tune.metrics.speed import Side
-from atp_tune.sparse.applying import write_applied
+from atp_tune.sparse.applying import check_model, write_applied
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import Config
 
@@ -53,11 +53,7 @@ def find_pair(
     UserError if the dense model is not the configuration's.
     """
     dense = resolve(config.model.model(allowed), base, lambda text: watch(Message(text)))
-    if dense.content != config.model.fingerprint:
-        raise UserError(
-            f"model.fingerprint: {config.model.id} is {dense.content[:12]}… here, the configuration was found for "
-            f"{config.model.fingerprint[:12]}…; give it the model of the study"
-        )
+    check_model(config, dense)
     if sparse is not None:
         check_files(sparse)
         check_claims(sparse)

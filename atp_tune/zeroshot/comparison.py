@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, stdev
 from time import perf_counter
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -66,7 +65,11 @@ class Scorer:
         """UserError if lm-eval is not installed, and for tasks that are unknown or cannot be loaded."""
         self._asked = asked
         self._watch = watch
-        self._harness = _harness()
+        try:
+            from atp_tune.zeroshot import harness
+        except ModuleNotFoundError as error:
+            raise UserError(f"evaluate: {error}; install it with: pip install 'atp-tune[eval]'") from None
+        self._harness = harness
         watch(Message("reading the tasks"))
         self._tasks = self._harness.find_tasks(asked.tasks, watch)
         self._results: dict[Compared, dict[str, Any]] = {}
@@ -218,11 +221,3 @@ def mean(measures: list[Measure]) -> Measure:
     known = [error for error in errors if error is not None]
     stderr = math.hypot(*known) / len(errors) if len(known) == len(errors) else None
     return Measure(value=fmean(measure.value for measure in measures), stderr=stderr)
-
-
-def _harness() -> ModuleType:
-    try:
-        from atp_tune.zeroshot import harness
-    except ModuleNotFoundError as error:
-        raise UserError(f"evaluate: {error}; install it with: pip install 'atp-tune[eval]'") from None
-    return harness

@@ -108,17 +108,15 @@ def _check_names(names: Iterable[str], known: Sequence[str]) -> None:
 
 def _inside(folder: Path, manager: TaskManager) -> list[str]:
     """The groups of a folder, and its tasks that are in none of them."""
-    own = {name: entry for name, entry in manager.task_index.items() if _is_in(entry.yaml_path, folder)}
+    place = folder.resolve()
+    entries = ((name, entry) for name, entry in manager.task_index.items() if entry.yaml_path is not None)
+    own = {name: entry for name, entry in entries if entry.yaml_path.resolve().is_relative_to(place)}
     groups = [own[name] for name in manager.all_groups if name in own]
     members = {member for group in groups for member in (group.cfg or {}).get("task", []) if isinstance(member, str)}
     found = [name for name in own if name not in members]
     if not found:
         raise UserError(f"--tasks {folder}: holds no task, that is no .yaml file with the keys task and dataset_path")
     return found
-
-
-def _is_in(file: Path | None, folder: Path) -> bool:
-    return file is not None and file.resolve().is_relative_to(folder.resolve())
 
 
 def _load(manager: TaskManager, names: Sequence[str]) -> tuple[list[Any], dict[str, str]]:
