@@ -199,7 +199,7 @@ def test_ctrl_c(place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPat
         signal.signal(signal.SIGINT, handler)
     assert answer.code == 130
     assert answer.err == ""
-    said = f"stopped: finished trials are in {place / 'tiny.db'}; the same command goes on from there"
+    said = f"stopped: finished trials are in {place / 'tiny.db'}; the same command resumes the study"
     assert answer.out.splitlines()[-1] == said
     again = command("--study", place / "tiny.toml")
     assert again.code == 0

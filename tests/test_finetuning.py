@@ -197,7 +197,7 @@ def test_it_goes_on_where_it_was_cut_off(place: Path, monkeypatch: pytest.Monkey
     assert (place / "out.part").is_file()
     notes: list[Event] = []
     again = finetune(place / "sparse", place / "out", None, None, SETTINGS, "cpu", notes.append)
-    assert Message("goes on after step 4 of 6") in notes
+    assert Message("resumes after step 4 of 6") in notes
     assert again.losses == whole.losses
     one, other = tensors(place / "whole"), tensors(place / "out")
     assert all(same_bytes(one[name], other[name]) for name in one)
@@ -227,7 +227,7 @@ def test_ctrl_c_says_how_to_go_on(place: Path, command: CommandLine, monkeypatch
     monkeypatch.setattr(finetuning, "folder_nlls", interrupt)
     answer = command("finetune", "--model", place / "sparse", "--out", place / "out", *SHORT)
     assert answer.code == 130
-    assert f"stopped: the same command goes on from what is in {place / 'out'}.part" in answer.out
+    assert f"stopped: the same command resumes from {place / 'out'}.part" in answer.out
     assert not (place / "out").exists()
 
 
@@ -244,7 +244,7 @@ def test_a_killed_process_goes_on_to_the_same_weights(place: Path) -> None:
     assert not (place / "out").exists()
     answer = finish(start(*options, "--out", place / "out"))
     assert answer.code == 0, answer.err
-    assert "goes on after step " in answer.out
+    assert "resumes after step " in answer.out
     one, other = tensors(place / "whole"), tensors(place / "out")
     assert all(same_bytes(one[name], other[name]) for name in one)
     assert not list(place.glob(".*")) and not (place / "out.part").exists()

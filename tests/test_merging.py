@@ -93,7 +93,7 @@ def test_three_machines_that_went_on_from_a_copy(place: Path, tmp_path: Path, co
         f"{files[1]}: 4 trials, 2 of them known already",
         f"{files[2]}: 5 trials, 2 of them known already",
         f"{tmp_path / 'out.db'}: 8 trials, 8 of 8 done",
-        f"go on: python tune.py --study tiny --storage sqlite:///{tmp_path / 'out.db'}",
+        f"resume: python tune.py --study tiny --storage sqlite:///{tmp_path / 'out.db'}",
     ]
     study = study_of(tmp_path / "out.db")
     begins = [trial.datetime_start for trial in study.trials]

@@ -115,9 +115,9 @@ def _show_rest(summary: Summary) -> None:
     if summary.total is not None and summary.done < summary.total:
         console.print(f"{summary.done} of {summary.total} trials are done")
     elif not summary.complete and summary.best_trial is not None and summary.best.test is None:
-        console.print("the test text is not measured yet: the same command goes on")
+        console.print("the test text is not measured yet: the same command resumes the study")
     elif not summary.complete and summary.best_trial is not None and summary.done == summary.total:
-        console.print("not all final numbers are measured yet: the same command goes on")
+        console.print("not all final numbers are measured yet: the same command resumes the study")
 
 
 def _show_next(summary: Summary, file: StudyFile) -> None:

@@ -40,8 +40,9 @@ def _drawn(figures: Sequence[go.Figure], kind: str) -> bytes:
 async def _draw(figures: Sequence[go.Figure], kind: str) -> bytes:
     import kaleido
 
+    look = {"font_color": TEXT, "width": WIDTH, "height": HEIGHT}
     async with kaleido.Kaleido() as browser:
-        cells = [await _draw_one(browser, _for_paper(figure), "svg") for figure in figures]
+        cells = [await _draw_one(browser, go.Figure(figure).update_layout(look), "svg") for figure in figures]
         picture = _sheet([cell.decode() for cell in cells])
         return picture.encode() if kind == "svg" else await _draw_one(browser, _frame(picture, len(cells)), "png")
 
@@ -49,10 +50,6 @@ async def _draw(figures: Sequence[go.Figure], kind: str) -> bytes:
 async def _draw_one(browser: Any, figure: go.Figure, kind: str) -> bytes:
     size = {"width": figure.layout.width, "height": figure.layout.height, "scale": SCALE if kind == "png" else 1}
     return bytes(await browser.calc_fig(figure.to_dict(), opts={"format": kind, **size}))
-
-
-def _for_paper(figure: go.Figure) -> go.Figure:
-    return go.Figure(figure).update_layout(font_color=TEXT, width=WIDTH, height=HEIGHT)
 
 
 def _size(count: int) -> tuple[int, int]:

@@ -61,14 +61,9 @@ class Contents:
         return _several(trial.user_attrs.get("device") for trial in self.summary.trials)
 
     @property
-    def mixture(self) -> str:
-        """A note on trials on other devices or in other number formats; empty if there are none."""
-        return mixture_of(self.summary)
-
-    @property
-    def beginning(self) -> str:
-        """A note on windows that begin with BOS; empty if they do not."""
-        return beginning_of(self.summary)
+    def notes(self) -> list[str]:
+        """Sentences on windows that begin with BOS, and on trials on other devices or in other number formats."""
+        return [note for note in (beginning_of(self.summary), mixture_of(self.summary)) if note]
 
     @property
     def versions(self) -> dict[str, str]:

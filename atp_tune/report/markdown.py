@@ -35,8 +35,11 @@ def _study(contents: Contents) -> list[str]:
     summary = contents.summary
     parts = [f"# {escaped(summary.name)}", escaped(contents.description), escaped(contents.verdict)]
     parts.append(f"{contents.state}; as of {contents.made:%Y-%m-%d %H:%M}. {_sparsity(contents)}".strip())
-    parts += [escaped(contents.beginning), escaped(contents.mixture)]
-    parts += [table(tables.headline(summary)), contents.errors + (_KL if "kl" in summary.objectives else "")]
+    parts += [
+        *map(escaped, contents.notes),
+        table(tables.headline(summary)),
+        contents.errors + (_KL if "kl" in summary.objectives else ""),
+    ]
     if summary.front:
         parts += ["## Pareto front", table(tables.front(summary))]
     if len(summary.ranks) > 1:

@@ -78,23 +78,18 @@ class Maintenance:
 
     def _put(self, study: optuna.Study, name: str, content: bytes) -> None:
         """Attaches a file, replacing an earlier one of that name."""
-        known = _artifact(study, name)
-        if known is not None:
-            write_atomically(self._folder / known, content)
-            return
+        with readable(study.study_name):
+            known = artifacts.file_names(study._storage.get_study_system_attrs(study._study_id))
+        for artifact, file_name in known.items():
+            if file_name == name:
+                write_atomically(self._folder / artifact, content)
+                return
         with TemporaryDirectory(prefix="atp_tune.") as place:  # outside the folder, where a file may have this name
             file = Path(place) / name
             file.write_bytes(content)
             upload_artifact(
                 artifact_store=FileSystemArtifactStore(self._folder), file_path=str(file), study_or_trial=study
             )
-
-
-def _artifact(study: optuna.Study, name: str) -> str | None:
-    """The artifact with a study's file of that name."""
-    with readable(study.study_name):
-        known = artifacts.file_names(study._storage.get_study_system_attrs(study._study_id))
-    return next((artifact for artifact, file in known.items() if file == name), None)
 
 
 def _files(study: optuna.Study) -> dict[str, bytes]:

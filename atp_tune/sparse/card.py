@@ -56,7 +56,9 @@ def describe(folder: Path, config: Config, dense: Dense) -> None:
 def model_card(config: Config, dense: Dense) -> ModelCard:
     """The card of the model that `apply` makes of a configuration."""
     name = f"{_base(config)} at {config.sparsity.realised:.1%} sparsity"
-    kept = _licence(dense.folder)
+    own = _card(dense.folder / CARD)
+    found: dict[str, Any] = own.data.to_dict() if own else {}
+    kept: dict[str, Any] = {key: found[key] for key in LICENCE if isinstance(found.get(key), str | list)}
     data = ModelCardData(
         base_model=None if dense.revision is None else config.model.id,
         library_name="transformers",
@@ -89,6 +91,7 @@ def amend(folder: Path, heading: str, said: str) -> None:
 
 def _values(config: Config, dense: Dense) -> dict[str, Any]:
     """The values of the template."""
+    text = config.texts.test
     bars = (f"block {k:>3}  {s:6.1%}  {'█' * round(WIDTH * s)}" for k, s in enumerate(config.block_sparsities))
     return {
         "base": escaped(_source(config, dense)),
@@ -97,11 +100,11 @@ def _values(config: Config, dense: Dense) -> dict[str, Any]:
         "allocation": _allocation(config),
         "uniform": config.linear_sparsities is None and len(set(config.block_sparsities)) == 1,
         "scores": list(_scores(config)),
-        "test": escaped(words(config.texts.test)),
+        "test": escaped(words(text)),
         "bos": config.bos,
-        "errors": error_over(_windows(config.texts.test)),
+        "errors": error_over(text.nsamples and -(-text.nsamples // text.stride)),
         "draws": _draws(config),
-        "same_text": config.texts.test == config.texts.validation,
+        "same_text": text == config.texts.validation,
         "models": list(MODELS.values()),
         "tasks": list(_tasks(config)),
         "speed": [map(escaped, row) for row in speed(config.speed).rows] if config.speed else [],
@@ -112,11 +115,6 @@ def _values(config: Config, dense: Dense) -> dict[str, Any]:
         "chart": fenced("text", "\n".join(bars)),
         "facts": {key: escaped(value) for key, value in _facts(config, dense).items()},
     }
-
-
-def _windows(text: Text) -> int | None:
-    """Number of windows of a text; None if its settings do not say it."""
-    return text.nsamples and -(-text.nsamples // text.stride)
 
 
 def _draws(config: Config) -> str:
@@ -136,13 +134,6 @@ def _base(config: Config) -> str:
 def _source(config: Config, dense: Dense) -> str:
     """The source of the dense model if others can load it from there, else its name."""
     return config.model.id if dense.revision or config.model.id.startswith("pypi:") else _base(config)
-
-
-def _licence(folder: Path) -> dict[str, Any]:
-    """Licence and language from the dense model's card; empty if it has no readable card."""
-    card = _card(folder / CARD)
-    found: dict[str, Any] = card.data.to_dict() if card else {}
-    return {key: found[key] for key in LICENCE if isinstance(found.get(key), str | list)}
 
 
 def _card(file: Path) -> Any:
@@ -190,11 +181,11 @@ def _results(config: Config) -> Iterator[EvalResult]:
             **_dataset(text),
         )
     for task in config.zero_shot.tasks if config.zero_shot else ():
-        if score := task.scores.get("best", {}).get(task.metric):
+        if found := task.scores.get("best", {}).get(task.metric):
             yield EvalResult(
                 task_type="text-generation", dataset_type=task.task, dataset_name=task.task,
                 metric_type=task.metric, metric_name=f"{task.num_fewshot}-shot {task.metric}",
-                metric_value=round(score.value, 4),
+                metric_value=round(found.value, 4),
             )  # fmt: skip
 
 

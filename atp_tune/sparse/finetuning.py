@@ -164,7 +164,7 @@ def _train(trainer: "Trainer", job: FinetuningJob) -> None:
     facts, total = facts_of(job.settings, model=job.folder.content, text=job.windows.content), job.settings.steps
     if job.part.exists():
         trainer.restore(job.part, facts)
-        job.watch(Message(f"goes on after step {len(trainer.losses)} of {total}"))
+        job.watch(Message(f"resumes after step {len(trainer.losses)} of {total}"))
     before, began = len(trainer.losses), monotonic()
     for done in range(before + 1, total + 1):
         loss = trainer.step()

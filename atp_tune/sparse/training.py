@@ -141,7 +141,9 @@ class Trainer:
         done, settings = len(self.losses), self._settings
         batch = self._ids[self._order[done * settings.batch :][: settings.batch]].to(self._device)
         self._optimizer.zero_grad()
-        loss = self._loss(batch)
+        with self._mixed:
+            logits = self._model(input_ids=batch, use_cache=False).logits[:, :-1]
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
         if not loss.isfinite():
             raise UserError(f"finetune: the loss is {loss.item()} at step {done + 1}; lower --learning-rate")
         loss.backward()  # type: ignore[no-untyped-call]
@@ -151,11 +153,6 @@ class Trainer:
         self._optimizer.step()
         self.losses.append(loss.item())
         return self.losses[-1]
-
-    def _loss(self, batch: Tensor) -> Tensor:
-        with self._mixed:
-            logits = self._model(input_ids=batch, use_cache=False).logits[:, :-1]
-        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
 
     def save(self, path: Path, facts: dict[str, str]) -> None:
         """Writes adapters, moments and losses; `facts` identify the run. UserError if it cannot be written."""

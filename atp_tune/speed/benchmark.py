@@ -15,7 +15,6 @@ from atp_tune.events import EventHandler, Step, TrialStarted
 from atp_tune.metrics.speed import Sizes, Speed
 from atp_tune.pruners.selection import nonzeros
 from atp_tune.speed import deepsparse_engine
-from atp_tune.speed.deepsparse_home import python_of
 from atp_tune.speed.graphs import check_onnx
 from atp_tune.speed.model_pair import Pair
 from atp_tune.speed.throughput import Opening, Workload, measured
@@ -34,7 +33,7 @@ def check(engine: str, pattern: str, device: str) -> None:
     """UserError if an engine cannot run here or not with this pattern; called before a model is pruned."""
     if engine == "deepsparse":
         check_onnx()
-        python_of()
+        deepsparse_engine.python_of()
     if engine == SEMI_STRUCTURED:
         check_semi_structured(pattern, find_device(device))
 

@@ -1,6 +1,5 @@
 """Tokens per second of two models that take turns, in any engine."""
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import product
@@ -51,17 +50,11 @@ def measured(opening: Opening, name: str, task: Workload, watch: EventHandler) -
     with opening as engine:
         about = engine.about
         found: dict[tuple[Phase, Side], list[float]] = {key: [] for key in product(PHASES, SIDES)}
-        for phase, side, seconds in _runs(engine, task, watch):
-            found[phase, side].append((task.tokens if phase == "prefill" else task.steps) / seconds)
+        for run in range(task.runs + 1):
+            for phase, side in product(PHASES, SIDES):  # dense, sparse, dense, sparse
+                seconds = engine.seconds(side, phase)
+                if run:
+                    found[phase, side].append((task.tokens if phase == "prefill" else task.steps) / seconds)
+            watch(Step("runs", run + 1, task.runs + 1))
     prefill, decode = (Rates(**{side: tuple(found[phase, side]) for side in SIDES}) for phase in PHASES)
     return Measured(**vars(about), tokens=task.tokens, steps=task.steps, prefill=prefill, decode=decode)
-
-
-def _runs(engine: SpeedEngine, task: Workload, watch: EventHandler) -> Iterator[tuple[Phase, Side, float]]:
-    """Dense, sparse, dense, sparse, … in both phases."""
-    for run in range(task.runs + 1):
-        for phase, side in product(PHASES, SIDES):
-            seconds = engine.seconds(side, phase)
-            if run:
-                yield phase, side, seconds
-        watch(Step("runs", run + 1, task.runs + 1))

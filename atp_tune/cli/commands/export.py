@@ -58,6 +58,7 @@ def export(
     """
     from atp_tune.errors import printable
     from atp_tune.exporting import FORMATS, kind_of, write
+    from atp_tune.spec.config import read_config
 
     if (study is None) == (config is None):
         raise typer.BadParameter("give either --study NAME or --config FILE", param_hint="--study")
@@ -69,7 +70,8 @@ def export(
     ending = FORMATS[kind].ending
     if config is not None:
         target = out or (PRINTED if json else config.with_name(f"{config.name.removesuffix('.json')}{ending}"))
-        found = _moved(config, target)
+        found = read_config(config)
+        found = found.seen_from(config.parent / found.folder, target.parent)
     else:
         file = load_study(str(study), storage, None, set_)
         name = study_name or file.name
@@ -93,11 +95,3 @@ def _of_study(file: "StudyFile", name: str | None, overridden: bool, target: Pat
     if made is None:
         check_facts(stored, facts(file.study, file.folder), partly=True)
     return best_config(replace(made, path=file.path) if made else file, stored, target, trial)
-
-
-def _moved(config: Path, target: Path) -> "Config":
-    """The configuration in a file, with relative paths that start at the folder of `target`."""
-    from atp_tune.spec.config import read_config
-
-    found = read_config(config)
-    return found.seen_from(config.parent / found.folder, target.parent)

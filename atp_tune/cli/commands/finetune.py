@@ -71,7 +71,7 @@ def finetune(
             done = tune(model, out, named or None, measured or None, settings, device or "auto", display)
         except KeyboardInterrupt:
             display.close()
-            console.print(f"stopped: the same command goes on from what is in {out}.part, if a step was written down")
+            console.print(f"stopped: the same command resumes from {out}.part, if a step was saved there")
             sys.exit(130)
     _show(done, out)
 

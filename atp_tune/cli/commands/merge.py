@@ -33,4 +33,4 @@ def merge(
     console.print(f"{out}: {trials(len(found.trials))}, {found.done} of {found.total} done")
     file = found.made_from.name if found.made_from else "NAME"
     other = "" if found.name == file else f" --study-name {found.name}"
-    console.print(f"go on: python tune.py --study {file}{other} --storage sqlite:///{out}")
+    console.print(f"resume: python tune.py --study {file}{other} --storage sqlite:///{out}")

@@ -93,7 +93,7 @@ def _set_up() -> None:
     """Makes DeepSparse's environment, and prints its folder."""
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import quiet
-    from atp_tune.speed.deepsparse_home import setup
+    from atp_tune.speed.deepsparse_engine import setup
 
     with quiet(), Display() as display:
         home = setup(display)

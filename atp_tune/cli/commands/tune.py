@@ -151,7 +151,7 @@ def _run(
         except KeyboardInterrupt:
             display.close()
             console.print(
-                f"stopped: finished trials are in {file.database or 'the storage'}; the same command goes on from there"
+                f"stopped: finished trials are in {file.database or 'the storage'}; the same command resumes the study"
             )
             sys.exit(130)
     if study is not None:
