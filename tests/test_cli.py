@@ -589,7 +589,7 @@ def test_bad_input_is_one_line(
         (["--study", "tiny.toml", "--trials", "many"], "Input should be a valid integer"),
         (["--study", "tiny.toml", "--trials", "0"], "Input should be greater than or equal to 1"),
         (["--study", "tiny.toml", "--timeout", "-1"], "Input should be greater than or equal to 0"),
-        (["--trials", "3"], "For example --study smol"),
+        (["--trials", "3"], "as in --study smol"),
         (["nosuch"], "No such command"),
         (["status"], "Missing option"),
         (["apply", "--config", "x.json"], "Missing option"),

@@ -181,7 +181,7 @@ def progress_line(status: Status) -> str:
 
 
 def _idle(status: Status) -> str:
-    """The state of a study none of whose own trials runs."""
+    """The state of a study in which no trial runs."""
     if status.screening and not status.trials:
         return f"screening: {status.screening.done} of {status.screening.total} trials"
     if status.complete:

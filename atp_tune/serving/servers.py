@@ -188,7 +188,7 @@ class InOrder:
 class Relay(grpc.ServerInterceptor):
     """Reports errors of the database to workers: as unavailable, so that they retry, if it is away or its disk is full.
 
-    Other errors are sent as they are, since retries would not help.
+    Other errors are sent as such, since retries would not help.
     """
 
     def intercept_service(self, continuation: Any, details: Any) -> Any:

@@ -11,6 +11,7 @@ import typer
 import atp_tune
 from atp_tune.cli.options import STUDY, Device, Overrides, Storage, StudyLabel, load_study
 from atp_tune.cli.terminal import console
+from atp_tune.errors import UserError
 
 if TYPE_CHECKING:
     import optuna
@@ -85,7 +86,7 @@ def run(
     if context.invoked_subcommand is not None:
         return
     if study is None:
-        raise typer.BadParameter("which one? For example --study smol; `studies` lists them", param_hint="--study")
+        raise typer.BadParameter("give a study, as in --study smol; `studies` lists them", param_hint="--study")
     if trials is not None:
         set_ = [*(set_ or []), f"search.trials={trials}"]
     file = load_study(study, storage, device, set_)
@@ -113,22 +114,16 @@ def _worker_pool(
     if engine == PoolEngine.ray:
         if devices is not None:
             raise typer.BadParameter("Ray chooses them; write --workers N", param_hint="--devices")
-        return _on_ray(workers, address)
+        try:
+            from atp_tune.cli.ray_engine import run_on_ray
+        except ModuleNotFoundError as error:
+            raise UserError(f"--engine ray: {error}; install it with: pip install 'atp-tune[ray]'") from None
+        return partial(run_on_ray, count=workers, address=address or "auto")
     if address is not None:
         raise typer.BadParameter("only with --engine ray", param_hint="--ray-address")
     from atp_tune.cli.worker_pool import run_workers
 
     return partial(run_workers, devices=names) if len(names) > 1 else None
-
-
-def _on_ray(workers: int | None, address: str | None) -> "WorkerPool":
-    from atp_tune.errors import UserError
-
-    try:
-        from atp_tune.cli.ray_engine import run_on_ray
-    except ModuleNotFoundError as error:
-        raise UserError(f"--engine ray: {error}; install it with: pip install 'atp-tune[ray]'") from None
-    return partial(run_on_ray, count=workers, address=address or "auto")
 
 
 def _run(
