@@ -275,7 +275,7 @@ def test_the_legend_says_over_how_many_windows_and_how_far(done: Path, place: Pa
     assert "±: standard error over 16 windows (× 2.13 for 95 %)" in command("--study", done / "tiny.toml").out
     run(place, "texts.test.nsamples=24")
     words = ["--study", place / "tiny.toml", *settings("texts.test.nsamples=24")]
-    legend = "standard error over 16 search and 24 test windows (× 2.13 and 2.07 for 95 %)"
+    legend = "standard error over 16 validation and 24 test windows (× 2.13 and 2.07 for 95 %)"
     assert f"±: {legend}" in command("status", *words).out
     for kind in ("md", "html"):
         command("report", *words, "--format", kind, "--out", place / f"r.{kind}")

@@ -76,13 +76,13 @@ def draws_of(summary: Summary, trial: FrozenTrial | None) -> tuple[str, str]:
 
 
 def cells(scores: Scores | Divergences) -> tuple[str, str]:
-    """Both scores of a row, on the search and on the test text."""
+    """Both scores of a row, on the validation and on the test text."""
     return str(scores.validation or NOTHING), str(scores.test or NOTHING)
 
 
 def changed(against: Change | None, on: str) -> str:
     """The change from uniform of a row; the text is named where it is not the test text."""
-    return NOTHING if against is None else f"{against}" + (" (search)" if on == "validation" else "")
+    return NOTHING if against is None else f"{against}" + (" (validation)" if on == "validation" else "")
 
 
 def drawn(summary: Summary) -> int:
