@@ -29,7 +29,7 @@ class ModelConfig(SettingsTable):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     offload: Annotated[Literal["auto", "none", "cpu", "disk"], BeforeValidator(present_place)] = Field(
         "auto",
-        description="keep blocks on the compute device (none), in host memory (cpu) or memory-mapped (disk); same results",
+        description="where blocks are kept; none: on the compute device, disk: memory-mapped; results are equal",
     )
     allow_pickle: bool = Field(False, description="also read .bin weights (pickles), with torch's weights_only")
     trust_remote_code: bool = Field(False, description="run the Python code in the model's folder")
