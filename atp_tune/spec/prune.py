@@ -25,7 +25,7 @@ class PruneConfig(SettingsTable):
     pruners: tuple[PrunerName, ...] = Field(("wanda",), min_length=1)
     statistics: Literal["block", "sequential", "dense"] = Field(
         "block",
-        description="inputs are measured with earlier blocks pruned, with all earlier linears pruned, or in the dense model",
+        description="source: inputs with earlier blocks pruned, with all earlier linears pruned, or of the dense model",
     )
     sparsegpt: Any = None  # keeps its place in the order of keys; `with_tables` sets the type
     pattern: str = Field("unstructured", description="unstructured, N:M (N zeros in every M inputs) or mixed:M")
