@@ -24,7 +24,7 @@ import numpy as np
 
 from atp_tune.cache import cache_dir, keep, sha256_of, sha256_of_json
 from atp_tune.checkpoints.convert import one_line
-from atp_tune.checkpoints.models import Note, silent
+from atp_tune.checkpoints.models import Notify, silent
 from atp_tune.checkpoints.trust import CODE
 from atp_tune.errors import UserError
 from atp_tune.inputs.documents import documents, source_content
@@ -88,7 +88,7 @@ class Windows:
 
 
 def token_windows(
-    text: Text, folder: Path, base: Path, note: Note = silent, trusted: bool = False, bos: bool = False
+    text: Text, folder: Path, base: Path, notify: Notify = silent, trusted: bool = False, bos: bool = False
 ) -> Windows:
     """The windows of a study's text with the tokenizer in `folder`, whose code may run if it is trusted.
 
@@ -101,7 +101,7 @@ def token_windows(
     if stored.is_file():
         ids = np.load(stored, allow_pickle=False)
     else:
-        note(f"reading and tokenising {text.source}")
+        notify(f"reading and tokenising {text.source}")
         encode, first = _encoder(folder, trusted, bos)
         ids = DRAWS[text.sampling](documents(text, base), encode, text, first)[:: text.stride]
         packed = io.BytesIO()
