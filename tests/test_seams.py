@@ -47,8 +47,8 @@ class Images:
     def batch(self, device: torch.device) -> "Images":
         return Images(self.pixels.to(device), self.classes.to(device))
 
-    def thinned(self, every: int) -> "Images":
-        return self[::every]
+    def thinned(self, stride: int) -> "Images":
+        return self[::stride]
 
 
 def random_images(count: int, seed: int) -> Images:
