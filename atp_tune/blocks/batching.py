@@ -62,6 +62,19 @@ class AutoBatch:
                     raise
             self._halve()
 
+    def over(self, count: int, step: Callable[[slice], T]) -> list[T]:
+        """Results of `step(rows)` for consecutive slices of `count` windows, each slice a batch of `run`."""
+        results: list[T] = []
+        start = 0
+        while start < count:
+
+            def run_batch(windows: int, start: int = start) -> T:
+                return step(slice(start, start + windows))
+
+            results.append(self.run(run_batch))
+            start += self.windows
+        return results
+
     def _halve(self) -> None:
         if self.windows == 1:
             raise TrialError("out of memory with one window at a time; use shorter windows or a larger device")

@@ -12,7 +12,7 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -44,10 +44,6 @@ class PerBlock(Sequence[BlockStatistics], ABC):
     def __len__(self) -> int:
         return self._blocks
 
-    @overload
-    def __getitem__(self, index: int) -> BlockStatistics: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[BlockStatistics]: ...
     def __getitem__(self, index: Any) -> Any:
         found = range(self._blocks)[index]  # raises IndexError
         return self.of(found) if isinstance(found, int) else [self.of(each) for each in found]

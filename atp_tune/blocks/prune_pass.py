@@ -167,30 +167,25 @@ def embed(replay: Replay, batch: AutoBatch, items: Batch) -> Tensor:
 
     Batches matter here too, since the masks of some families take more memory than all else.
     """
-    hidden, start = torch.empty(0, device=replay.checkpoint.device), 0
-    while start < len(items):
+    hidden = torch.empty(0, device=replay.checkpoint.device)
 
-        def step(windows: int, start: int = start) -> int:
-            nonlocal hidden
-            rows = replay.embed(items[start : start + windows])
-            hidden = hidden if start else rows.new_empty(len(items), *rows.shape[1:])
-            hidden[start : start + windows] = rows
-            return windows
+    def step(rows: slice) -> None:
+        nonlocal hidden
+        found = replay.embed(items[rows])
+        hidden = hidden if rows.start else found.new_empty(len(items), *found.shape[1:])
+        hidden[rows] = found
 
-        start += batch.run(step)
+    batch.over(len(items), step)
     return hidden
 
 
 def advance(replay: Replay, batch: AutoBatch, index: int, weights: dict[str, Tensor], hidden: Tensor) -> None:
     """Overwrites hidden states [windows, tokens, width] with those after block `index`, batch by batch."""
-    start = 0
-    while start < len(hidden):
 
-        def step(windows: int, start: int = start) -> int:
-            hidden[start : start + windows] = replay.run(index, weights, hidden[start : start + windows])
-            return windows
+    def step(rows: slice) -> None:
+        hidden[rows] = replay.run(index, weights, hidden[rows])
 
-        start += batch.run(step)
+    batch.over(len(hidden), step)
 
 
 def unmeasured(pruner: Pruner) -> Pruner:

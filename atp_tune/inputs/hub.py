@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from atp_tune.cache import sha256_of_json
 from atp_tune.checkpoints.convert import one_line, quiet
@@ -26,11 +26,7 @@ class Column(Sequence[str]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> "Column": ...
-    def __getitem__(self, index: int | slice) -> "str | Column":
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return Column(self._rows.select(range(*index.indices(len(self)))), self._name)
         return self._rows[index][self._name] or ""

@@ -12,7 +12,7 @@ from atp_tune.blocks.batching import AutoBatch
 from atp_tune.blocks.prune_pass import advance, embed
 from atp_tune.blocks.replay import Replay
 from atp_tune.inputs import Batch
-from atp_tune.scores import Score, WindowScores
+from atp_tune.scores import Score, WindowScores, joined
 
 Block = tuple[int, dict[str, Tensor]]  # index, tensors by name
 
@@ -49,14 +49,8 @@ def head_scores(
     replay: Replay, score: Score, heads: AutoBatch, items: Batch, hidden: Tensor, dense: Tensor | None = None
 ) -> WindowScores:
     """Scores of items, from their final hidden states [items, positions, width]."""
-    found = WindowScores([], [])
-    while len(found.nlls) < len(items):
-        start = len(found.nlls)
 
-        def step(count: int, start: int = start) -> WindowScores:
-            rows = slice(start, start + count)
-            return score.items(replay, items[rows], hidden[rows], None if dense is None else dense[rows])
+    def step(rows: slice) -> WindowScores:
+        return score.items(replay, items[rows], hidden[rows], None if dense is None else dense[rows])
 
-        for scores, more in zip(found, heads.run(step), strict=True):
-            scores.extend(more)
-    return found
+    return joined(heads.over(len(items), step))

@@ -54,8 +54,18 @@ class NextToken:
         return min(positions, POSITIONS), HEAD_BYTES * vocabulary(checkpoint)
 
     def items(self, replay: Replay, batch: Tensor, hidden: Tensor, dense: Tensor | None) -> WindowScores:
-        """Scores of each window in nats per token; see `window_scores`."""
-        return window_scores(replay, batch, hidden, dense)
+        """Scores of each window in nats per token; norm and head are applied to slices of positions."""
+        predicted = batch.shape[1] - 1
+        nlls, kls = torch.zeros(2, len(batch), dtype=torch.float32, device=batch.device)
+        for start in range(0, predicted, POSITIONS):
+            here = slice(start, min(start + POSITIONS, predicted))
+            logits = replay.logits(batch[:, here], hidden[:, here]).flatten(0, 1)
+            targets = batch[:, here.start + 1 : here.stop + 1].flatten()
+            nlls += token_nlls(logits, targets).view(len(batch), -1).sum(1)
+            if dense is not None:
+                others = replay.logits(batch[:, here], dense[:, here].to(batch.device)).flatten(0, 1)
+                kls += token_kls(others, logits).view(len(batch), -1).sum(1)
+        return WindowScores((nlls / predicted).tolist(), [] if dense is None else (kls / predicted).tolist())
 
 
 NEXT_TOKEN: Score = NextToken()
@@ -71,21 +81,6 @@ def is_causal(logits: Tensor, other: Tensor, is_routed: bool) -> bool:
     if is_equal(early, others):
         return True
     return is_routed and is_near(early, others)
-
-
-def window_scores(replay: Replay, ids: Tensor, hidden: Tensor, dense: Tensor | None) -> WindowScores:
-    """Scores of each window, in nats per token; norm and head are applied to slices of positions."""
-    predicted = ids.shape[1] - 1
-    nlls, kls = torch.zeros(2, len(ids), dtype=torch.float32, device=ids.device)
-    for start in range(0, predicted, POSITIONS):
-        here = slice(start, min(start + POSITIONS, predicted))
-        logits = replay.logits(ids[:, here], hidden[:, here]).flatten(0, 1)
-        targets = ids[:, here.start + 1 : here.stop + 1].flatten()
-        nlls += token_nlls(logits, targets).view(len(ids), -1).sum(1)
-        if dense is not None:
-            others = replay.logits(ids[:, here], dense[:, here].to(ids.device)).flatten(0, 1)
-            kls += token_kls(others, logits).view(len(ids), -1).sum(1)
-    return WindowScores((nlls / predicted).tolist(), [] if dense is None else (kls / predicted).tolist())
 
 
 def token_kls(dense: Tensor, logits: Tensor) -> Tensor:
