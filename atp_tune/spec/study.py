@@ -187,7 +187,9 @@ class SearchConfig(SettingsTable):
         if self.screen and self.sampler != "grid" and self.screen.confirm > self.screen.trials:
             raise ValueError(f"screen.confirm: must be at most search.screen.trials, {self.screen.trials}")
         if self.early_termination and self.sampler in ("grid", "random"):
-            raise ValueError(f'early_termination: {self.sampler} does not propose by what is known; take "gp" or "tpe"')
+            raise ValueError(
+                f'early_termination: {self.sampler} does not learn from earlier trials; take "gp" or "tpe"'
+            )
         given = {
             "stopper": self.stopper != "none",
             "early_termination": self.early_termination,
