@@ -8,9 +8,10 @@ whole module. Other packages register objects in the same way:
 Registering imports nothing, so a study file can be read without the libraries that a pruner needs.
 """
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections import UserDict
+from collections.abc import Mapping
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from atp_tune.errors import did_you_mean
 
@@ -24,39 +25,30 @@ class UnknownNameError(KeyError):
         return str(self.args[0])
 
 
-class Registry(MutableMapping[str, T]):
+class Registry(UserDict[str, T]):
     """Objects of one kind by name, in the order of registration; `rows` hold objects or their places.
 
     Error messages call an object by its `kind`. Entry points of other packages are not read yet.
     """
 
+    data: dict[str, Any]
+
     def __init__(self, kind: str, rows: Mapping[str, str | T]) -> None:
+        super().__init__()
         self._kind = kind
-        self._rows = dict(rows)
+        self.data = dict(rows)
 
     def __getitem__(self, name: str) -> T:
         """The object of that name, imported if necessary; UnknownNameError if the name is not registered."""
-        if name not in self._rows:
-            known = ", ".join(self._rows)
-            raise UnknownNameError(f'no {self._kind} "{name}"; known are {known}{did_you_mean(name, list(self._rows))}')
-        found = self._rows[name]
+        if name not in self.data:
+            known = ", ".join(self.data)
+            raise UnknownNameError(f'no {self._kind} "{name}"; known are {known}{did_you_mean(name, list(self.data))}')
+        found = self.data[name]
         if isinstance(found, str):
             module, _, attribute = found.partition(":")
-            imported: Any = import_module(module)
-            found = self._rows[name] = getattr(imported, attribute) if attribute else imported
-        return found
+            found = import_module(module)
+            found = self.data[name] = getattr(found, attribute) if attribute else found
+        return cast(T, found)
 
     def __setitem__(self, name: str, row: str | T) -> None:
-        self._rows[name] = row
-
-    def __delitem__(self, name: str) -> None:
-        del self._rows[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._rows)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._rows
+        self.data[name] = row
