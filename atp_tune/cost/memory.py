@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from atp_tune.checkpoints.headers import Sizes
+from atp_tune.checkpoints.headers import ModelSizes
 from atp_tune.checkpoints.offload import Free, Offload
 from atp_tune.frozen import FrozenModel
 
@@ -72,7 +72,7 @@ def peaks(held: Bytes, offload: Offload, free: Free, apart: bool) -> Memory:
     )
 
 
-def bytes_of(sizes: Sizes, itemsize: int, width: int, tokens: Tokens, work: int, process: int) -> Bytes:
+def bytes_of(sizes: ModelSizes, itemsize: int, width: int, tokens: Tokens, work: int, process: int) -> Bytes:
     """The bytes of a model computed with `itemsize` bytes per value, whose hidden states have `width` values."""
     state = width * itemsize
     return Bytes(
