@@ -30,7 +30,7 @@ from optuna.trial import FrozenTrial, Trial
 from atp_tune.errors import UserError
 from atp_tune.results.annotations import KINDS
 from atp_tune.spec.studyfile import absolute_storage
-from atp_tune.storage import artifacts, fingerprint, opening, totals
+from atp_tune.storage import artifacts, fingerprint, opening, progress
 from atp_tune.storage.database import RetryingDatabase, without_password
 from atp_tune.storage.validation import TABLES, UNREADABLE, readable
 
@@ -224,7 +224,7 @@ def _user_attrs(sources: Sequence[Source], kept: Sequence[FrozenTrial], numbers:
             by_trial.setdefault(key, {}).update({names[name]: value for name, value in stored.items() if name in names})
     beliefs = [source.study.user_attrs.get("gp_posterior") for source in sources]
     asked = [source.study.user_attrs.get("total", 0) for source in sources]
-    merged["total"] = max(sum(map(totals.counts, kept)), *asked)
+    merged["total"] = max(sum(map(progress.counts, kept)), *asked)
     merged |= {key: values for key, values in by_trial.items() if values}
     merged.pop("gp_posterior", None)
     known = [belief for belief in beliefs if isinstance(belief, dict) and isinstance(belief.get("before"), int)]

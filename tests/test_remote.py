@@ -16,7 +16,7 @@ from tinystudy import HANGS, CommandLine, run, wait_until
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Message, TrialStarted
 from atp_tune.serving.servers import ServedDatabase, proxy
-from atp_tune.storage import fingerprint, lost_trials, opening, remote, retry, totals, trace
+from atp_tune.storage import fingerprint, lost_trials, opening, progress, remote, retry, trace
 from atp_tune.storage.lost_trials import SAME
 from atp_tune.storage.process_identity import identity
 from atp_tune.storage.remote import RemoteStorage, connect
@@ -232,7 +232,7 @@ def test_a_trial_that_was_taken_for_lost_is_run_again(place: Path, server: Serve
 
     study = run(place, f"storage={server.address}", watch=watch)
     assert "trial 1 gave no sign of life for 60 s: it is run again" in notes
-    assert totals.counted(study) == 3
+    assert progress.counted(study) == 3
     assert [t.state for t in study.trials].count(TrialState.FAIL) == 1
     again = study.trials[2]
     assert again.params == study.trials[1].params

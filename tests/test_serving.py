@@ -28,7 +28,7 @@ from atp_tune.serving.notes import OWN, with_own_words
 from atp_tune.serving.serve import Served, Service, choose, serve
 from atp_tune.spec import finding
 from atp_tune.spec.config import read_config
-from atp_tune.storage import opening, ranking
+from atp_tune.storage import opening, progress
 
 
 @dataclass
@@ -95,7 +95,7 @@ def test_the_note_of_a_study(dashboard: Dashboard, done: Path) -> None:
     body = dashboard.study("tiny")["note"]["body"]
     study = opening.find_study(open_db(done), "tiny")
     assert study is not None
-    best = ranking.best_trial(study)
+    best = progress.best_trial(study)
     assert best is not None
     assert body.startswith("## tiny: 50% of the weights of `model` go")
     assert f", trial {best.number} | &emsp;{best.value:.2f} ± {best.user_attrs['stderr']:.2f} |" in body

@@ -21,8 +21,7 @@ from atp_tune.storage.fingerprint import check_facts, create_study, is_new
 from atp_tune.storage.lost_trials import cut_offs_of, queue_again, recover
 from atp_tune.storage.opening import check_writable, find_study, open_storage
 from atp_tune.storage.process_identity import identity
-from atp_tune.storage.ranking import best_trial
-from atp_tune.storage.totals import START, counted, is_repetition, is_surplus, running
+from atp_tune.storage.progress import START, best_trial, counted, is_repetition, is_surplus, running
 
 FACTS = {"sparsity": 0.5, "prune.pruners": ["wanda"], "model.content": "ab", "model.dtype": "float32"}
 DEAD = {**identity(), "process_started": 0.0}

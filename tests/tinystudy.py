@@ -31,8 +31,7 @@ from atp_tune.blocks import batching
 from atp_tune.cli import main
 from atp_tune.cli.runtime import quiet
 from atp_tune.events import EventHandler, ignore_events
-from atp_tune.search.runner import tune
-from atp_tune.search.study_run import StudyRun
+from atp_tune.search.runner import StudyRun, tune
 from atp_tune.spec.studyfile import StudyFile, load
 from atp_tune.storage import opening
 

@@ -18,7 +18,7 @@ from atp_tune.search.samplers import total_trials
 from atp_tune.search.space import make_space
 from atp_tune.spec.study import Study
 from atp_tune.spec.studyfile import StudyFile
-from atp_tune.storage import fingerprint, opening, totals
+from atp_tune.storage import fingerprint, opening, progress
 from atp_tune.storage.fingerprint import SUFFIX
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def _progress(study: optuna.Study | None, asked: int) -> tuple[int, int]:
     """Trials that are done, and those of the whole study, which may have settled before it had as many as were asked
     for.
     """
-    return (totals.counted(study), totals.total_of(study, asked)) if study else (0, asked)
+    return (progress.counted(study), progress.total_of(study, asked)) if study else (0, asked)
 
 
 def _forecast(

@@ -21,16 +21,16 @@ from atp_tune.spec.config import (
     Sparsity,
 )
 from atp_tune.spec.studyfile import StudyFile
-from atp_tune.storage import fingerprint, ranking
+from atp_tune.storage import fingerprint, progress
 
 
 def best_config(file: StudyFile, study: optuna.Study, out: Path, number: int | None = None) -> Config:
     """The configuration of the best trial so far, or the one of that number, to be written to `out`; UserError if there
     is none.
     """
-    best = ranking.best_trial(study)
+    best = progress.best_trial(study)
     if number is not None and best is not None:
-        best = next((trial for trial in ranking.measured(study) if trial.number == number), None)
+        best = next((trial for trial in progress.measured(study) if trial.number == number), None)
         if best is None:
             raise UserError(f"study {study.study_name}: trial {number} is not measured in full; `status` lists all")
     if best is None:

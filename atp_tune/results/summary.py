@@ -18,7 +18,7 @@ from atp_tune.results.annotations import attached
 from atp_tune.results.trials import best_of_each, is_uniform, kl_of, scores_of, stored, uniform_of
 from atp_tune.spec.config import Divergences, Scores, ZeroShot
 from atp_tune.spec.studyfile import StudyFile, from_settings
-from atp_tune.storage import fingerprint, opening, ranking, totals
+from atp_tune.storage import fingerprint, opening, progress
 from atp_tune.storage.fingerprint import SUFFIX, is_screening
 
 BATCHED = ("calibration", "validation")  # texts whose batches decide a trial's value
@@ -105,7 +105,7 @@ class Summary:
 
 def summarise(study: optuna.Study) -> Summary:
     """The summary of a study as it stands."""
-    best = ranking.best_trial(study)
+    best = progress.best_trial(study)
     reports = study.user_attrs.get("test_nlls", {})
     uniform = uniform_of(study, best)
     found = attached(study, best.number) if best else {}
@@ -114,7 +114,7 @@ def summarise(study: optuna.Study) -> Summary:
         sparsity=study.user_attrs.get("fingerprint", {}).get("sparsity"),
         trials=study.get_trials(deepcopy=False),
         total=study.user_attrs.get("total"),
-        done=totals.counted(study),
+        done=progress.counted(study),
         dense=Scores(validation=stored(study.user_attrs.get("dense")), test=stored(reports.get("dense"))),
         uniform=scores_of(uniform, reports),
         best=scores_of(best, reports),
@@ -130,7 +130,7 @@ def summarise(study: optuna.Study) -> Summary:
         screening=_screening(study),
         objectives=fingerprint.objectives_of(study.user_attrs.get("fingerprint", {})),
         kls=_kls(study),
-        front=ranking.front_of(study),
+        front=progress.front_of(study),
         uniform_trial=uniform,
         zero_shot=ZeroShot.model_validate(found["zero_shot"]) if "zero_shot" in found else None,
         speed=Speed.model_validate(found["speed"]) if "speed" in found else None,
@@ -143,7 +143,7 @@ def summarise(study: optuna.Study) -> Summary:
 
 def _windows(study: optuna.Study) -> dict[str, int]:
     """How many windows each text has on which something is measured."""
-    best = ranking.best_trial(study)
+    best = progress.best_trial(study)
     nlls = {
         "validation": study.user_attrs.get("dense") or (best.user_attrs.get("nlls") if best else None),
         "test": next(iter(study.user_attrs.get("test_nlls", {}).values()), None),
@@ -167,7 +167,7 @@ def _screening(study: optuna.Study) -> ScreeningProgress | None:
     other = opening.find_study(study._storage, study.study_name + SUFFIX)
     if other is None or not is_screening(other):
         return None
-    return ScreeningProgress(study=other.study_name, done=totals.counted(other), total=other.user_attrs.get("total"))
+    return ScreeningProgress(study=other.study_name, done=progress.counted(other), total=other.user_attrs.get("total"))
 
 
 def made_from(stored: Any) -> StudyFile | None:
@@ -198,9 +198,9 @@ def _unlike(study: optuna.Study) -> dict[int, str]:
 def _is_complete(study: optuna.Study) -> bool:
     """Whether the total of its last run is reached, nothing runs, and the final numbers belong to the best trial."""
     total = study.user_attrs.get("total")
-    if total is None or totals.counted(study) < total or totals.running(study):
+    if total is None or progress.counted(study) < total or progress.running(study):
         return False
-    return ranking.best_trial(study) is None or not (unreported(study) or undrawn(study, _draws_of(study)))
+    return progress.best_trial(study) is None or not (unreported(study) or undrawn(study, _draws_of(study)))
 
 
 def _draws_of(study: optuna.Study) -> int:

@@ -6,7 +6,7 @@ from optuna.trial import FrozenTrial, TrialState
 from atp_tune.metrics.kl import Divergence, divergence
 from atp_tune.metrics.perplexity import Perplexity, perplexity
 from atp_tune.spec.config import Scores
-from atp_tune.storage import ranking
+from atp_tune.storage import progress
 
 
 def is_uniform(trial: FrozenTrial) -> bool:
@@ -46,7 +46,7 @@ def kl_of(trial: FrozenTrial) -> Divergence | None:
 
 def is_by_kl(trial: FrozenTrial) -> bool:
     """Whether a trial's KL divergence is its only value."""
-    return len(ranking.values_of(trial)) == 1 and "kls" in trial.user_attrs
+    return len(progress.values_of(trial)) == 1 and "kls" in trial.user_attrs
 
 
 def uniform_of(study: optuna.Study, best: FrozenTrial | None) -> FrozenTrial | None:
@@ -60,7 +60,7 @@ def uniform_of(study: optuna.Study, best: FrozenTrial | None) -> FrozenTrial | N
 def best_of_each(study: optuna.Study) -> list[FrozenTrial]:
     """The best trial of each allocation, the best first; trials where all sparsities are equal count as uniform."""
     best: dict[str, FrozenTrial] = {}
-    for trial in ranking.measured(study):
+    for trial in progress.measured(study):
         best.setdefault(allocation_of(trial), trial)
     return list(best.values())
 

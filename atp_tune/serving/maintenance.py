@@ -15,7 +15,7 @@ from atp_tune.errors import UserError
 from atp_tune.report import gather, html
 from atp_tune.results.best_config import best_config
 from atp_tune.results.summary import final_numbers, summarise
-from atp_tune.storage import artifacts, lost_trials, opening, ranking
+from atp_tune.storage import artifacts, lost_trials, opening, progress
 from atp_tune.storage.database import reason_of
 from atp_tune.storage.validation import readable
 
@@ -66,8 +66,8 @@ class Maintenance:
 
     def _attach(self, study: optuna.Study) -> bool:
         """The best configuration and the report, whenever there is another best or front, or final numbers."""
-        best = ranking.best_trial(study)
-        front = [trial.number for trial in ranking.front_of(study)]
+        best = progress.best_trial(study)
+        front = [trial.number for trial in progress.front_of(study)]
         state = best and (best.number, final_numbers(study), front)
         if best is None or self._seen.get(study._study_id) == state:
             return False

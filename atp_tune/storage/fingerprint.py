@@ -16,7 +16,7 @@ from atp_tune.errors import UserError
 from atp_tune.spec.facts import BOS
 from atp_tune.spec.former import LACKING, present_key, present_value
 from atp_tune.spec.study import Study
-from atp_tune.storage.ranking import measured
+from atp_tune.storage.progress import measured
 from atp_tune.storage.validation import ValidatedStudy
 
 DTYPE = "model.dtype"
