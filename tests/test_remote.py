@@ -217,7 +217,7 @@ def test_what_a_process_of_this_host_left_is_known_to_the_server(server: Server)
 
 @pytest.mark.slow
 def test_a_trial_that_was_taken_for_lost_is_run_again(place: Path, server: Server) -> None:
-    """As after a network that was away for longer than the server waits for a sign of life."""
+    """As after a network that was away for longer than the server waits for a heartbeat."""
     notes: list[str] = []
 
     def watch(event: Event) -> None:
@@ -231,7 +231,7 @@ def test_a_trial_that_was_taken_for_lost_is_run_again(place: Path, server: Serve
                 lost_trials.queue_again(study, study.trials[1])
 
     study = run(place, f"storage={server.address}", watch=watch)
-    assert "trial 1 gave no sign of life for 60 s: it is run again" in notes
+    assert "trial 1 sent no heartbeat for 60 s: it is run again" in notes
     assert progress.counted(study) == 3
     assert [t.state for t in study.trials].count(TrialState.FAIL) == 1
     again = study.trials[2]

@@ -421,7 +421,7 @@ def test_a_trial_that_is_lost_too_often_is_given_up(place: Path) -> None:
 
 
 def add_running(study: optuna.Study, attributes: dict[str, Any], beat: bool = True) -> None:
-    """A trial that another process runs; with `beat` it has shown a sign of life once."""
+    """A trial that another process runs; with `beat` it has sent one heartbeat."""
     best = study.trials[0]
     params = {**best.params, "beta": 0.1}
     study.enqueue_trial(params)

@@ -269,7 +269,7 @@ def test_a_worker_without_signs_of_life_loses_its_trial(done: Path) -> None:
     go_silent(done / "tiny.db")
     with served(done / "tiny.db") as dashboard:
         wait_until(lambda: dashboard.told)
-        assert dashboard.told == ["tiny: trial 6: gave no sign of life; it is queued again"]
+        assert dashboard.told == ["tiny: trial 6: sent no heartbeat; it is queued again"]
     again = study.get_trials()[7]
     assert again.state == TrialState.WAITING
     assert again.system_attrs["fixed_params"] == study.trials[3].params

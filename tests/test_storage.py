@@ -477,14 +477,14 @@ def test_signs_of_life(study: optuna.Study, db: RDBStorage, file: Path, monkeypa
     db.record_heartbeat(study.trials[number]._trial_id)
     beat(file, "-61 seconds")
     assert recover(study) == [number]
-    assert study.trials[number].user_attrs["lost"] == "gave no sign of life"
+    assert study.trials[number].user_attrs["lost"] == "sent no heartbeat"
     assert study.trials[0].state == TrialState.RUNNING
 
 
 def test_what_optuna_itself_finds_silent_is_given_up_too(
     study: optuna.Study, db: RDBStorage, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before each trial Optuna ends those without a sign of life: they come again, but not for ever."""
+    """Before each trial Optuna ends those without a heartbeat: they come again, but not for ever."""
     monkeypatch.setattr(lost_trials, "MOST", 4)
     elsewhere = {"host": "elsewhere", "pid": 1, "process_started": 0.0}
     add(study, **elsewhere)
@@ -497,7 +497,7 @@ def test_what_optuna_itself_finds_silent_is_given_up_too(
     assert states(study) == ["FAIL"] * 4
     assert counted(study) == 1
     assert recover(study) == []
-    assert remark_of(study.trials[3]) == "gave no sign of life, cut off 4 times: given up"
+    assert remark_of(study.trials[3]) == "sent no heartbeat, cut off 4 times: given up"
 
 
 def test_a_silent_trial_is_left_to_its_host_while_that_lives(study: optuna.Study, db: RDBStorage, file: Path) -> None:

@@ -290,7 +290,7 @@ def _measures(database: Path, number: int) -> bool:
 
 
 def go_silent(database: Path) -> None:
-    """As if what runs on a study had given its last sign of life, or begun its trials, an hour ago."""
+    """As if what runs on a study had sent its last heartbeat, or begun its trials, an hour ago."""
     with closing(sqlite3.connect(database)) as connection, connection:
         connection.execute("UPDATE trial_heartbeats SET heartbeat = datetime('now', '-1 hour')")
         connection.execute(

@@ -122,7 +122,7 @@ def _reason(trial: FrozenTrial) -> str:
         return f"as trial {attrs['repeats']}"
     if "stopped_after" in attrs:
         return f"stopped after {attrs['stopped_after']} windows"
-    unknown = "gave no sign of life" if trial.state == TrialState.FAIL else ""
+    unknown = "sent no heartbeat" if trial.state == TrialState.FAIL else ""
     reason = str(attrs.get("failure") or attrs.get("lost") or unknown) + str(CutOff.read(attrs.get("cut_off", {})))
     why = given_up(trial)
     return f"{reason}, cut off {why}: given up" if why else reason

@@ -60,7 +60,7 @@ class Maintenance:
         """Queues lost trials again: the workers of other machines cannot see themselves that nobody runs them."""
         for number in lost_trials.recover(study):
             trial = study.get_trials(deepcopy=False)[number]
-            reason, why = trial.user_attrs.get("lost", "gave no sign of life"), lost_trials.given_up(trial)
+            reason, why = trial.user_attrs.get("lost", "sent no heartbeat"), lost_trials.given_up(trial)
             end = f"cut off {why}, it is given up" if why else "it is queued again"
             self._tell(f"{study.study_name}: trial {number}: {reason}; {end}")
 
