@@ -1,4 +1,4 @@
-"""The configuration of a study's best trial: what `apply` makes a checkpoint of, and others read."""
+"""The configuration of a study's best trial, from which `apply` makes a checkpoint."""
 
 from pathlib import Path
 
@@ -25,9 +25,7 @@ from atp_tune.storage import fingerprint, progress
 
 
 def best_config(file: StudyFile, study: optuna.Study, out: Path, number: int | None = None) -> Config:
-    """The configuration of the best trial so far, or the one of that number, to be written to `out`; UserError if there
-    is none.
-    """
+    """The configuration, to be written to `out`, of the best trial or of trial `number`; UserError without one."""
     best = progress.best_trial(study)
     if number is not None and best is not None:
         best = next((trial for trial in progress.measured(study) if trial.number == number), None)
@@ -46,11 +44,8 @@ def best_config(file: StudyFile, study: optuna.Study, out: Path, number: int | N
 
 def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) -> Config:
     summary, spec, facts, attrs = summarise(study), file.study, study.user_attrs["fingerprint"], best.user_attrs
-    linears, uniform, reports = (
-        attrs.get("linear_sparsities"),
-        uniform_of(study, best),
-        study.user_attrs.get("test_nlls", {}),
-    )
+    linears, uniform = attrs.get("linear_sparsities"), uniform_of(study, best)
+    reports = study.user_attrs.get("test_nlls", {})
     number, kl, draws = uniform.number if uniform else -1, None, None
     if best.number in summary.kls:
         kl = BothDivergences(best=summary.kl(best), uniform=summary.kls.get(number))
