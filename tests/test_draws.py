@@ -158,9 +158,7 @@ def test_what_was_measured_before_a_process_died_is_kept(place: Path, monkeypatc
 
     def dies(self: TrialContext, *more: Any, **options: Any) -> WindowScores:
         calls[0] += 1
-        if (
-            calls[0] == 8
-        ):  # dense, then dense, uniform and best on the test text, then uniform and best of two draws
+        if calls[0] == 8:  # dense, then dense, uniform and best on the test text, then uniform and best of two draws
             raise KeyboardInterrupt
         return whole(self, *more, **options)
 
