@@ -257,7 +257,7 @@ def test_a_worker_gives_up_in_one_line(
     answer = command("--study", place / "tiny.toml", "--storage", address)
     frail.start()
     assert answer.error.endswith(
-        "for 0 minutes now. What was told before is stored; the same command goes on from there"
+        "for 0 minutes now. All earlier results are stored; the same command resumes the study"
     )
 
 

@@ -485,5 +485,5 @@ def test_a_stranger_s_values_are_no_reason_to_stumble(made: Path, place: Path) -
     study_note(summary, "sqlite:///tiny.db")
     for trial in summary.trials:
         trial_note(trial, summary)
-    with pytest.raises(UserError, match="is not stored what a configuration needs"):
+    with pytest.raises(UserError, match="lacks what a configuration needs"):
         best_config(study_file(place), stored(place, "both"), place / "x.json")

@@ -128,7 +128,7 @@ def test_a_worker_gives_up_in_the_end(server: Server, monkeypatch: pytest.Monkey
     monkeypatch.setattr(retry, "RETRY_SECONDS", 0.3)
     study, trial = started(server)
     server.stop()
-    with pytest.raises(UserError, match=r"does not answer, for 0 minutes now\. What was told before is stored"):
+    with pytest.raises(UserError, match=r"does not answer, for 0 minutes now\. All earlier results are stored"):
         study.tell(trial, 2.5)
     server.start()
 
@@ -167,7 +167,7 @@ def test_a_server_says_what_is_wrong_with_its_database(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What may pass is waited for; what will not ends the worker in one line."""
-    said = ["storage x.db: database or disk is full; make room", "storage x.db: is damaged; put a copy in its place"]
+    said = ["storage x.db: database or disk is full; make room", "storage x.db: is damaged; restore a backup"]
     left = [*said]
 
     def fails(*_: object) -> None:

@@ -142,7 +142,7 @@ def test_no_url(address: str) -> None:
 def test_a_file_that_is_no_database(file: Path) -> None:
     file.write_text("no database" * 1000)
     assert message(f"sqlite:///{file}") == (
-        f"storage {file}: is damaged (file is not a database); put a copy in its place, or save what can be read with "
+        f"storage {file}: is damaged (file is not a database); restore a backup, or save what is readable with "
         f"`sqlite3 {file} .recover | sqlite3 NEW.db` and go on with --storage sqlite:///NEW.db"
     )
     assert file.read_text() == "no database" * 1000

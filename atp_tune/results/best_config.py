@@ -37,7 +37,7 @@ def best_config(file: StudyFile, study: optuna.Study, out: Path, number: int | N
         return with_attached(_config(file, study, best, out), study, out)
     except (KeyError, ValidationError):
         raise UserError(
-            f"study {study.study_name}: of trial {best.number} is not stored what a configuration needs; "
+            f"study {study.study_name}: trial {best.number} lacks what a configuration needs; "
             "start another study with --study-name NAME"
         ) from None
 

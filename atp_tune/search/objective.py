@@ -188,7 +188,7 @@ def planned(plan: Plan) -> dict[str, object]:
 
 
 def find_measured(trial: Trial, plan: Plan) -> FrozenTrial | None:
-    """An earlier trial of the same point or plan that was fully measured or failed by itself, if there is one."""
+    """An earlier trial of the same point or plan that was fully measured or whose plan failed, if any."""
     for other in trial.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL)):
         same = other.params == trial.params or is_trial_of(other, plan)
         if same and counts(other) and "stopped_after" not in other.user_attrs:

@@ -196,7 +196,7 @@ def cut_offs_of(trial: FrozenTrial) -> list[CutOff]:
 
 
 def _is_cut_off(trial: FrozenTrial) -> bool:
-    """Whether a trial failed, but neither by itself nor by Ctrl-C nor as surplus."""
+    """Whether a trial failed, but not because of its plan, Ctrl-C, or surplus."""
     known = "failure" in trial.user_attrs or trial.user_attrs.get("lost") in (INTERRUPTED, SURPLUS)
     return trial.state == TrialState.FAIL and not known
 
@@ -218,7 +218,7 @@ def is_given_up(trial: FrozenTrial) -> bool:
 
 
 def is_lost(trial: FrozenTrial) -> bool:
-    """Whether a trial failed, but not by itself, and is to be run again."""
+    """Whether a trial failed, but not because of its plan, and is to be run again."""
     own = "failure" in trial.user_attrs or trial.user_attrs.get("lost") == SURPLUS
     return trial.state == TrialState.FAIL and not own and not is_given_up(trial)
 

@@ -41,7 +41,7 @@ def front_of(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def counts(trial: FrozenTrial) -> bool:
-    """Whether a trial counts towards the study's total: it has a value, failed by itself, or was given up."""
+    """Whether a trial counts towards the study's total: it has a value, its plan failed, or it was given up."""
     return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or (
         trial.state == TrialState.FAIL and ("failure" in trial.user_attrs or is_given_up(trial))
     )

@@ -60,8 +60,8 @@ class Retrying:
                 log.warning("%s %s; trying again, nothing is lost", self._name, reason)
         if monotonic() - self._since >= RETRY_SECONDS:
             raise UserError(
-                f"{self._name} {reason}, for {RETRY_SECONDS / 60:.0f} minutes now. What was told before is stored; the "
-                "same command goes on from there"
+                f"{self._name} {reason}, for {RETRY_SECONDS / 60:.0f} minutes now. All earlier results are stored; "
+                "the same command resumes the study"
             )
         sleep(pause)
 

@@ -11,14 +11,14 @@ from atp_tune.errors import UserError
 
 BUSY = 60  # seconds that a writer waits for SQLite's lock
 
-_GO_ON = "what is stored is safe, and the same command goes on"
+_GO_ON = "what is stored is safe, and the same command resumes"
 _MEND = (
-    "put a copy in its place, or save what can be read with `sqlite3 {file} .recover | sqlite3 NEW.db` "
+    "restore a backup, or save what is readable with `sqlite3 {file} .recover | sqlite3 NEW.db` "
     "and go on with --storage sqlite:///NEW.db"
 )
 WAYS = {  # SQLite's words → what to do
     "is full": f"make room on the disk: {_GO_ON}",
-    "disk i/o error": f"look after the disk: {_GO_ON}",
+    "disk i/o error": f"check the disk: {_GO_ON}",
     "readonly": "name another with --storage sqlite:///FILE.db",
     "unable to open": "name another with --storage sqlite:///FILE.db",
     "malformed": _MEND,

@@ -22,7 +22,7 @@ from atp_tune.spec.former import present_attributes
 from atp_tune.spec.study import Share
 
 GONE = "does not exist"  # in Optuna's KeyError for a missing study
-FOREIGN = "what is stored of it is not of atp_tune"
+FOREIGN = "it was not written by atp_tune"
 UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, RecursionError)
 
 
@@ -228,4 +228,4 @@ def readable(name: str, is_new: bool = False) -> Iterator[None]:
 def unreadable(name: str, error: Exception) -> UserError:
     """The error for a study with rows that Optuna cannot read."""
     reason = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:200]
-    return UserError(f"study {name}: Optuna cannot read what is stored ({reason}); take a copy of before")
+    return UserError(f"study {name}: Optuna cannot read what is stored ({reason}); restore a backup")
