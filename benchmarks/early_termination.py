@@ -1,7 +1,7 @@
 """Where a study ends that settles, against the lowest there is: searches by the real sampler on valleys that are known.
 
     python benchmarks/early_termination.py                      made-up valleys, 12 searches of each
-    python benchmarks/early_termination.py --grid URL NAME …    curves that were measured: studies with a grid, in a storage
+    python benchmarks/early_termination.py --grid URL NAME …    measured curves: studies with a grid, in a storage
 
 Nothing is pruned here: a trial has the window NLLs of its β, made up or interpolated between those of the grid. Made-up
 windows differ as real ones do: each has a level and a slope of its own, and all of them jump from step to step of β, as

@@ -185,8 +185,7 @@ class DrawsCost:
 
     def seconds(self, rates: ProbeRates, costs: dict[str, Passes], tokens: Tokens, blocks: int) -> float:
         """Seconds in all."""
-        evaluated = self.evaluated(tokens)
-        each = _mean(_again(rates, costs, evaluated, blocks, self.role))
+        each = _plan_seconds(rates, costs, self.evaluated(tokens), blocks, self.role)
         return self.plans * each + blocks * self.once * rates.dense
 
 
@@ -218,7 +217,11 @@ def whole(
     each = _mean([trial_seconds(rates, pruner, cost, blocks).total for pruner, cost in costs.items()])
     before = rates.load + blocks * (tokens.curve * rates.run["calibration"] + once * rates.dense)
     dense = dense_seconds(rates, tokens.validation, blocks, "validation")
-    after = _report_seconds(rates, costs, tokens, blocks, rows) + drawn.seconds(rates, costs, tokens, blocks)
+    after = 0.0
+    if rows:
+        each_report = _plan_seconds(rates, costs, tokens.test, blocks, "test")
+        after = dense_seconds(rates, tokens.test, blocks, "test") + rows * each_report
+    after += drawn.seconds(rates, costs, tokens, blocks)
     left = 0.0 if done >= trials else before + (0 if done else dense) + (trials - done) * each + after
     seconds = before + dense + trials * each + after
     return StudyCost(trials=trials, done=done, tokens=through, seconds=seconds, seconds_left=left)
@@ -237,19 +240,14 @@ def screened(
     return found.model_copy(update=more)
 
 
-def _report_seconds(rates: ProbeRates, costs: dict[str, Passes], tokens: Tokens, blocks: int, rows: int) -> float:
-    if not rows:
-        return 0.0
-    again = _again(rates, costs, tokens.test, blocks, "test")
-    return dense_seconds(rates, tokens.test, blocks, "test") + rows * _mean(again)
-
-
-def _again(rates: ProbeRates, costs: dict[str, Passes], evaluated: int, blocks: int, role: str) -> list[float]:
-    """Seconds of one plan of each pruner, evaluated on `evaluated` tokens of a text."""
-    return [
-        trial_seconds(rates, pruner, cost.model_copy(update={"evaluate": evaluated}), blocks, role).total
-        for pruner, cost in costs.items()
-    ]
+def _plan_seconds(rates: ProbeRates, costs: dict[str, Passes], evaluated: int, blocks: int, role: str) -> float:
+    """Mean seconds over the pruners of one plan, evaluated on `evaluated` tokens of a text."""
+    return _mean(
+        [
+            trial_seconds(rates, pruner, cost.model_copy(update={"evaluate": evaluated}), blocks, role).total
+            for pruner, cost in costs.items()
+        ]
+    )
 
 
 def _mean(values: "list[int] | list[float]") -> float:

@@ -101,6 +101,7 @@ def _known(
     from atp_tune.checkpoints.classes import model_config
     from atp_tune.checkpoints.devices import device_limit, free_memory, host_memory
     from atp_tune.inputs.windows import token_windows
+    from atp_tune.pruners import PRUNERS
     from atp_tune.search.dense_model import CURVE_TOKENS
 
     study, texts = file.study, setup.texts.items()
@@ -113,21 +114,15 @@ def _known(
     width = int(model_config(folder.path, folder.trusted).get_text_config().hidden_size)
     bounded = device.type != "cpu" or device_limit() is not None
     free = Free(free_memory(device), host_memory(), bounded)
+    costs = {
+        name: forecast.passes(study.prune.statistics, PRUNERS[name].measures is not None, tokens, tokens.validation)
+        for name in study.prune.pruners
+    }
     return Known(
         study, _stored(file, name), _stored(file, name + SUFFIX), read_sizes(folder.path), tokens, windows, width,
-        itemsize, free, device.type == "cuda", _costs(study, tokens), _kinds(study),
+        itemsize, free, device.type == "cuda", costs, _kinds(study),
         psutil.Process().memory_info().rss, len(ids["validation"]),
     )  # fmt: skip
-
-
-def _costs(study: Study, tokens: Tokens) -> dict[str, Passes]:
-    from atp_tune.pruners import PRUNERS
-
-    prune = study.prune
-    return {
-        name: forecast.passes(prune.statistics, PRUNERS[name].measures is not None, tokens, tokens.validation)
-        for name in prune.pruners
-    }
 
 
 def _kinds(study: Study) -> int:

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -109,11 +109,8 @@ def _pruned(context: TrialContext, index: int, hidden: Tensor, name: str, sparsi
     pruner = make_pruner(name, context.prune_settings.settings(name))
     in_one_pass = context.prune_settings.statistics == "sequential"
     plan = Plan(name, "uniform", (sparsity,) * len(context.checkpoint.blocks))
-    return (
-        Pass(context.replay, context.batch("calibration"), pruner, None, None, in_one_pass)
-        .step(plan, index, hidden)
-        .seconds
-    )
+    work = Pass(context.replay, context.batch("calibration"), pruner, None, None, in_one_pass)
+    return work.step(plan, index, hidden).seconds
 
 
 def _probe_ends(context: TrialContext, kl: bool) -> float:
@@ -139,19 +136,12 @@ def peak(device: torch.device) -> Iterator[list[int]]:
         reset_peak_memory(device)
         before, mapped = torch.cuda.memory_allocated(device), 0
     else:
-        _reset_process_peak()
+        with suppress(OSError):  # where the system cannot reset the process's peak
+            Path("/proc/self/clear_refs").write_text("5")
         before, mapped = psutil.Process().memory_info().rss, mapped_bytes()
     yield taken
     files = 0 if device.type == "cuda" else mapped_bytes() - mapped
     taken.append(max(0, peak_memory(device) - before - files))
-
-
-def _reset_process_peak() -> None:
-    """Resets the process's peak memory, where the system allows it."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
 
 
 def mapped_bytes() -> int:

@@ -278,8 +278,8 @@ def _rank(study: optuna.Study, trial: FrozenTrial) -> Rank:
     is_tested = pair and all(tables["nlls"].get(str(one.number)) for one in pair)
     on: Literal["validation", "test"] = "test" if is_tested else "validation"
 
-    def against(key: str, change_of: Callable[[list[float], list[float]], Change]) -> Change | None:
-        found = [tables[key].get(str(one.number)) if is_tested else one.user_attrs.get(key) for one in pair]
+    def paired(key: str, change_of: Callable[[list[float], list[float]], Change | None]) -> Change | None:
+        found: list[Any] = [tables[key].get(str(one.number)) if is_tested else one.user_attrs.get(key) for one in pair]
         return change_of(*found) if found and all(found) and len(found[0]) == len(found[1]) else None
 
-    return Rank(trial, scores_of(trial, tables["nlls"]), against("nlls", change), on, against("kls", relative))
+    return Rank(trial, scores_of(trial, tables["nlls"]), paired("nlls", change), on, paired("kls", relative))

@@ -131,7 +131,10 @@ class Attempt:
         """The objective's values."""
         self.number, self._is_bug = trial.number, True
         try:
-            self._check_need(trial)
+            trials, number = trial.study.get_trials(deepcopy=False), trial.number
+            if progress.is_surplus(trials, number, self._total) or progress.is_repetition(trials, number):
+                trial.set_user_attr("lost", lost_trials.SURPLUS)
+                raise TrialError("not needed")
             with self._trace.of(trial.study.study_name, trial.number):
                 value = self._objective(trial)
         except (TrialError, UpdateFinishedTrialError):
@@ -139,12 +142,6 @@ class Attempt:
             raise
         self._is_bug = False
         return value
-
-    def _check_need(self, trial: optuna.Trial) -> None:
-        trials, number = trial.study.get_trials(deepcopy=False), trial.number
-        if progress.is_surplus(trials, number, self._total) or progress.is_repetition(trials, number):
-            trial.set_user_attr("lost", lost_trials.SURPLUS)
-            raise TrialError("not needed")
 
     def is_lost(self, study: optuna.Study) -> bool:
         """Whether another process ended the last trial."""

@@ -97,7 +97,8 @@ def differences(study: optuna.Study, facts: Facts, partly: bool = False) -> str:
 def _differing(study: optuna.Study, facts: Facts, partly: bool) -> dict[str, tuple[str, str]]:
     stored = dict(study.user_attrs.get("fingerprint", {}))
     if partly:
-        stored = {key: value for key, value in stored.items() if key in facts or not _is_content(key)}
+        unknown = {key for key in stored if key.endswith(".content") or key in (DTYPE, BOS)} - {*facts}
+        stored = {key: value for key, value in stored.items() if key not in unknown}
     keys = [key for key in sorted({*facts, *stored}) if _fact(facts, key) != _fact(stored, key)]
     return {key: (_shown(facts, key), _shown(stored, key)) for key in keys}
 
@@ -140,10 +141,6 @@ def batches_in(trial: FrozenTrial, facts: Facts) -> dict[str, int]:
     windows, most = trial.user_attrs.get("batch_windows"), facts.get("texts.calibration.nsamples")
     former = {"calibration": min(windows, most) if isinstance(most, int) else windows} if windows else {}
     return dict(trial.user_attrs.get("batches", former))
-
-
-def _is_content(key: str) -> bool:
-    return key.endswith(".content") or key in (DTYPE, BOS)
 
 
 def _fact(facts: Facts, key: str) -> Any:

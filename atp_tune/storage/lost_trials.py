@@ -4,7 +4,7 @@ A trial that is lost with its machine is run again. A trial that crashes its pro
 stored as a `CutOff`, by which the two are distinguished: a crashing trial is lost alone, and at the same place.
 """
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -81,7 +81,8 @@ def recover(study: optuna.Study, trials: Sequence[FrozenTrial] | None = None) ->
     db = study._storage
     silent: list[int] = db._get_stale_trial_ids(study._study_id) if is_heartbeat_enabled(db) else []  # type: ignore[attr-defined]
     trials = study.get_trials(deepcopy=False) if trials is None else trials
-    dead = [trial for trial in trials if trial.state == TrialState.RUNNING and _is_left(trial, silent)]
+    running = [trial for trial in trials if trial.state == TrialState.RUNNING]
+    dead = [one for one in running if one._trial_id in silent or is_dead(one.user_attrs) or _is_nameless(one)]
     for trial in dead:
         is_silent = trial._trial_id in silent and not is_dead(trial.user_attrs)
         _fail(study, trial, "sent no heartbeat" if is_silent else "its process died", dead)
@@ -103,11 +104,6 @@ def _end_doubles(study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
         with suppress(UpdateFinishedTrialError):
             if study._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):  # no worker has taken it
                 _end(study, trial, {"lost": SURPLUS})
-
-
-def _is_left(trial: FrozenTrial, silent: Container[int]) -> bool:
-    """Whether a running trial has no process any more."""
-    return trial._trial_id in silent or is_dead(trial.user_attrs) or _is_nameless(trial)
 
 
 def _fail(study: optuna.Study, trial: FrozenTrial, reason: str, dead: Sequence[FrozenTrial]) -> None:

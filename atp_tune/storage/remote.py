@@ -132,14 +132,13 @@ class RemoteStorage(GrpcStorageProxy, BaseHeartbeat):
         return None
 
     def _setup(self) -> None:
-        self._channel = grpc.intercept_channel(self._open(), self._interceptor)
-        self._stub, self._cache = storage_client(self._channel)
-
-    def _open(self) -> grpc.Channel:
         target = f"{self._host}:{self._port}"
         if self._scheme == "grpcs":
-            return grpc.secure_channel(target, grpc.ssl_channel_credentials(), options=CHANNEL)
-        return grpc.insecure_channel(target, options=CHANNEL)
+            channel = grpc.secure_channel(target, grpc.ssl_channel_credentials(), options=CHANNEL)
+        else:
+            channel = grpc.insecure_channel(target, options=CHANNEL)
+        self._channel = grpc.intercept_channel(channel, self._interceptor)
+        self._stub, self._cache = storage_client(self._channel)
 
 
 def with_order(trial: FrozenTrial) -> FrozenTrial:
