@@ -1,24 +1,23 @@
-r"""What a configuration is written as: for this program, for llm-compressor, for people's own code.
+r"""Export formats of a configuration: JSON for this program, llm-compressor's recipe, YAML and CSV for other code.
 
-All are made from the configuration alone, without torch and the model. A format is a function and a row of `FORMATS`.
+They need only the configuration, neither torch nor the model. A format is a function and a row of `FORMATS`.
 
-yaml, csv  the sparsities as a table. block: index, first = 0; module: its name in the model, the block's, or the
-linear's where sparsities differ within blocks; sparsity: share of the weights that go, of each row or of the matrix, as
-the pruner chooses.
+yaml, csv  the sparsities as a table. block: index from 0; module: name in the model of the block, or of the linear if
+sparsities differ within blocks; sparsity: share of zeros, of each row or of the matrix, depending on the pruner.
 
 llm-compressor (0.14)  a recipe whose `oneshot` then prunes as `apply` does.
 
 Its Wanda and SparseGPT modifiers take a list of sparsities, one for each module that `targets` names, in the order of
-the model's modules: all linears in such a module are pruned to it. Here these modules are the blocks, by the pattern
-`re:model\.layers\.\d+$`, or single linears by name where sparsities differ within blocks. A modifier has one N:M, so
-a mixed pattern becomes a modifier for each N.
+the model's modules, and prune all linears in a module to its sparsity. Here these modules are the blocks, named by
+`re:model\.layers\.\d+$`, or single linears if sparsities differ within blocks. A modifier has one N:M, so a mixed
+pattern becomes a modifier for each N.
 
-What a recipe cannot say are arguments of `oneshot`, and stand in the recipe's head: `pipeline="sequential"` measures a
-block's inputs when the blocks before it are pruned (`statistics = "block"`), with `propagate_error=False` on the dense
-model ("dense"), with `sequential_targets=["Linear"]` when the linears before it are pruned too ("sequential").
+A comment at the head of the recipe gives the arguments of `oneshot`: `pipeline="sequential"` measures a block's inputs
+behind pruned blocks (`statistics = "block"`), with `propagate_error=False` on the dense model ("dense"), with
+`sequential_targets=["Linear"]` behind pruned linears too ("sequential").
 
-Wanda's masks are equal but for ties within the rounding of its scores. SparseGPT zeroes one weight more in each block
-of columns, as the authors' code does.
+Wanda's masks are equal but for ties within the rounding of its scores. Its SparseGPT zeroes one weight more in each
+block of columns, as the authors' code does.
 """
 
 import csv
@@ -48,12 +47,12 @@ HEAD = """\
 #         precision="{dtype}", {arguments})
 {bos}"""
 BOS = "# DATA must be tokenised already, each sample beginning with the BOS token: a recipe cannot ask for it\n"
-NAMELESS = "does not say what the model calls its {}, as files of earlier versions; `apply` it, and export --config {}"
+NAMELESS = "lacks the names of its {}, as files of earlier versions do; `apply` it, and export --config {}"
 NAME = re.compile(r"\w+(\.\w+)*(\[\d+\])?")
 
 
 def as_csv(config: Config) -> str:
-    """A line for each module, under a head."""
+    """The table as CSV with a header."""
     text = io.StringIO()
     lines = csv.DictWriter(text, ["block", "module", "sparsity"], lineterminator="\n")
     lines.writeheader()
@@ -62,7 +61,7 @@ def as_csv(config: Config) -> str:
 
 
 def as_yaml(config: Config) -> str:
-    """The same as a list, with the pruner, the target and what else decides which weights go."""
+    """The table as a list, with model, pruner, its settings and the target."""
     head = {
         "study": config.study,
         "model": config.model.id,
@@ -75,8 +74,9 @@ def as_yaml(config: Config) -> str:
 
 
 def rows(config: Config) -> Iterator[dict[str, Any]]:
-    """Block, module and sparsity, first block first; UserError where the names are not known, or are none of modules,
-    which a spreadsheet might take for formulas.
+    """Block, module and sparsity of each row of the table.
+
+    UserError if names are missing, or are not names of modules, which a spreadsheet might take for formulas.
     """
     for index, sparsity in enumerate(config.block_sparsities):
         linears = config.linear_sparsities and zip(
@@ -85,12 +85,12 @@ def rows(config: Config) -> Iterator[dict[str, Any]]:
         for linear, share in linears or [("", sparsity)]:
             name = f"{_names(config, 'blocks')}.{index}" + (f".{linear}" if linears else "")
             if not NAME.fullmatch(name):
-                raise UserError(f"linears: {name} is no name of a module of a model")
+                raise UserError(f"linears: {name} is not the name of a module")
             yield {"block": index, "module": name, "sparsity": share}
 
 
 def _names(config: Config, key: Literal["blocks", "linears"]) -> Any:
-    """What the model calls its list of blocks, or the linears of each block."""
+    """The model's name of its list of blocks, or its names of the linears of each block."""
     found = getattr(config, key)
     if found is None:
         raise UserError(f"{key}: the configuration {NAMELESS.format(key, 'DIR/atp_tune.json')}")
@@ -98,7 +98,7 @@ def _names(config: Config, key: Literal["blocks", "linears"]) -> Any:
 
 
 def as_recipe(config: Config) -> str:
-    """The recipe's text; UserError where llm-compressor has no such pruner, or cannot be told the same."""
+    """The recipe; UserError if llm-compressor lacks the pruner or a setting."""
     if config.pruner not in MODIFIERS:
         raise _not_to_be_said("pruner", config.pruner, f"has a modifier for {' and '.join(MODIFIERS)} alone")
     name, settings = MODIFIERS[config.pruner](config)
@@ -129,7 +129,7 @@ MODIFIERS: dict[str, Callable[[Config], tuple[str, dict[str, Any]]]] = {"wanda":
 
 
 def _by_sparsity(config: Config) -> dict[str, Any]:
-    """One modifier for all: a sparsity for each block, or for each linear by name."""
+    """One modifier: a sparsity for each block, or for each linear by name."""
     modules = _modules(config)
     blocks = [rf"re:{re.escape(_names(config, 'blocks'))}\.\d+$"]
     targets = blocks if config.linear_sparsities is None else list(modules)
@@ -137,7 +137,7 @@ def _by_sparsity(config: Config) -> dict[str, Any]:
 
 
 def _by_number(config: Config, group: int) -> list[dict[str, Any]]:
-    """A modifier for each number of zeros in a group of inputs, with the modules that get it."""
+    """A modifier for each number of zeros in a group of inputs, with the modules that have it."""
     modules: dict[int, list[str]] = {}
     for name, sparsity in _modules(config).items():
         modules.setdefault(round(sparsity * group), []).append(name)
@@ -171,7 +171,7 @@ def _not_to_be_said(key: str, value: str, reason: str) -> UserError:
 
 @dataclass(frozen=True)
 class Format:
-    """The ending of a file's name, and what makes its text; UserError where the format cannot say it."""
+    """Ending of the file, and the function that makes its text; UserError if the format cannot express it."""
 
     ending: str
     make: Callable[[Config], str]
@@ -186,9 +186,7 @@ FORMATS = {
 
 
 def kind_of(given: str | None, out: Path | None) -> str:
-    """The format that was asked for: by name, else by the first ending that the file's name has; json where the name
-    has none. UserError for others.
-    """
+    """The format: by its name, else by the ending of `out`, else json; UserError if it is unknown."""
     if given is None:
         name = out.name.lower() if out else ""
         found = next((kind for kind, known in FORMATS.items() if name.endswith(known.ending)), None)
@@ -202,5 +200,5 @@ def kind_of(given: str | None, out: Path | None) -> str:
 
 
 def write(config: Config, kind: str, out: Path) -> None:
-    """Writes the file so that it is there whole or not at all; UserError where that is not possible."""
+    """Writes the file atomically; UserError if it cannot be written."""
     write_out(out, FORMATS[kind].make(config).encode())

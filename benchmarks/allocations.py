@@ -37,7 +37,7 @@ COLUMNS = (
     "best parameters",
     "validation",
     "test",
-    "report, against uniform",
+    "test, against uniform",
     "against atp",
     "trials",
     "s",
@@ -102,18 +102,18 @@ def told(event: Event) -> None:
 
 def page(options: argparse.Namespace, context: TrialContext, found: dict[Line, optuna.Study]) -> str:
     """The whole of docs/results.md."""
-    dense = next(iter(found.values()))
-    search, report = (perplexity(nlls) for nlls in (dense.user_attrs["dense"], dense.user_attrs["test_nlls"]["dense"]))
+    attrs = next(iter(found.values())).user_attrs
+    validation, test = (perplexity(nlls) for nlls in (attrs["dense"], attrs["test_nlls"]["dense"]))
     parts = [
         "# Allocations compared\n",
-        "Written by `python benchmarks/allocations.py`. SmolLM2-135M-Instruct, "
-        f"{str(context.checkpoint.dtype).removeprefix('torch.')}, torch "
-        f"{torch.__version__.partition('+')[0]} on {platform.machine()} CPU, texts of `studies/smol.toml`; up to "
-        f"{options.trials} trials a line, uniform included; allocations without parameters have one point. Dense: "
-        f"{search} on the validation text, {report} on the test text.\n",
-        "Perplexity ± standard error over windows. Changes are on the test text, which no search has seen, paired "
-        "window by window, so that their error is that of the difference. `erk` is `er` for linears. Seconds are of "
-        "the search, on a machine that was not idle.\n",
+        "`python benchmarks/allocations.py` writes this page. It prunes SmolLM2-135M-Instruct in "
+        f"{str(context.checkpoint.dtype).removeprefix('torch.')} with torch {torch.__version__.partition('+')[0]} on "
+        f"a CPU ({platform.machine()}), with the texts of `studies/smol.toml`. Each line is a study of at most "
+        f"{options.trials} trials, including uniform; allocations without parameters need one trial. Perplexity of "
+        f"the dense model: {validation} on the validation text, {test} on the test text.\n",
+        "Perplexities are given ± their standard error over windows. Changes are measured on the test text, which no "
+        "study used to choose its best trial. They are paired by windows, so their error is that of the difference. "
+        "For linears, `erk` is the same as `er`. Seconds are the time of all trials, on a machine that was not idle.\n",
         (ROOT / "docs" / "results.notes.md").read_text(encoding="utf-8"),
     ]
     for target, pruner in itertools.product(TARGETS, PRUNERS):

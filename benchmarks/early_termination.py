@@ -1,4 +1,4 @@
-"""Where a study ends that settles, against the lowest there is: searches by the real sampler on valleys that are known.
+"""How far above the lowest point early termination ends a study: the real sampler on known curves.
 
     python benchmarks/early_termination.py                      made-up valleys, 12 searches of each
     python benchmarks/early_termination.py --grid URL NAME …    measured curves: studies with a grid, in a storage
@@ -50,7 +50,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class End:
-    """Trials of a search, whether it settled, and how far its best perplexity lies above the lowest."""
+    """Trials of a search, whether it terminated early, and how far its best perplexity lies above the lowest."""
 
     trials: int
     should_terminate: bool
@@ -86,7 +86,7 @@ def from_grid(storage: str, names: Iterable[str]) -> Curve:
 
 
 def search(curve: Curve, seed: int, total: int = TOTAL) -> End:
-    """One study on a curve, driven until it settles or has its total."""
+    """One study on a curve, until it terminates early or has its total."""
     space = Space(BUDGET, ("wanda",), {"atp": {"beta": (0.0, curve.high)}})
     study = optuna.create_study(sampler=make_sampler(SearchConfig(trials=total, seed=seed), space))
     for params in [*space.uniform(), {**space.uniform()[0], "beta": curve.high / 2}]:
@@ -109,7 +109,7 @@ def search(curve: Curve, seed: int, total: int = TOTAL) -> End:
 
 
 def row(name: str, ends: list[End]) -> str:
-    """A line of the table: only those that settled claim anything."""
+    """A line of the table, over the studies that terminated early."""
     done = [end for end in ends if end.should_terminate]
     if not done:
         return f"| {name} | 0 of {len(ends)} | – | – | – | – |"
@@ -128,7 +128,8 @@ def main() -> None:
     parser.add_argument("--grid", nargs="+", help="the URL of a storage, and studies of one curve in it")
     asked = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    print("| valley | settled | trials | above the lowest, mean | worst | by more than 2% |\n|---|---|---|---|---|---|")
+    print("| valley | terminated early | trials | above the lowest, mean | worst | by more than 2% |")
+    print("|---|---|---|---|---|---|")
     if asked.grid:
         curve = from_grid(asked.grid[0], asked.grid[1:])
         print(row(" ".join(asked.grid[1:]), [search(curve, seed) for seed in range(asked.seeds)]))

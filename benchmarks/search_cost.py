@@ -50,11 +50,11 @@ LEVERS = {
     "off": GRID,
     "sequential": (*GRID, "prune.statistics=sequential"),
     "stopper": (*GRID, "search.stopper=wilcoxon"),
-    "settle": ("search.sampler=gp", "search.early_termination=true"),
+    "early_termination": ("search.sampler=gp", "search.early_termination=true"),
     "screen": (*SCREEN, "search.screen.confirm=1"),
     "all": (*SCREEN, "search.screen.confirm=1", *REST),
     "all-2": (*SCREEN, "search.screen.confirm=2", *REST),
-    FAST: (),  # the study of that name as it is: `all-2`, screened on a quarter of the validation text
+    FAST: (),  # the study of that name, unchanged: `all-2`, screened on a quarter of the validation text
 }
 
 

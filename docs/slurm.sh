@@ -20,7 +20,7 @@
 #SBATCH --output=%x-%A_%a.log
 #SBATCH --open-mode=append
 
-# --requeue: a task that was preempted, or whose node failed, comes back and goes on.
+# --requeue: a task that was preempted, or whose node failed, is requeued and resumes the study.
 # --signal: 90 seconds before its time is up the worker is told to stop; the trial that ran is queued again.
 
 set -u

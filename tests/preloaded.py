@@ -93,7 +93,7 @@ PHASES: dict[str, tuple[Any, str, int]] = {  # what is called in it, and how oft
     "calibration": (prune_pass, "measure", 10),
     "pruning": (Wanda, "prune", 31),
     "evaluation": (evaluation, "head_scores", 4),
-    "report": (evaluation, "head_scores", TOTAL + 3),
+    "measuring the test text": (evaluation, "head_scores", TOTAL + 3),
 }
 
 

@@ -165,7 +165,7 @@ class Given:
 
 
 def measured_budgets() -> list[Budget]:
-    """Blocks of one to five linears of any shape, with evidence as wild as it may be."""
+    """Blocks of one to five linears of any shape, with extreme measurements."""
     generator = random.Random(2)
 
     def budget() -> Budget:
@@ -175,12 +175,12 @@ def measured_budgets() -> list[Budget]:
             )
             for _ in range(generator.randint(1, 30))
         )
-        evidence = Given(
+        metrics = Given(
             tuple(generator.expovariate(50) for _ in linears),
             tuple(tuple(1 + generator.expovariate(0.3) for _ in block) for block in linears),
         )
         target = generator.choice([generator.random(), generator.random() ** 9, 1 - generator.random() ** 9, 0.0, 1.0])
-        return Budget(target, tuple(sum(s.size for s in block) for block in linears), linears, evidence)
+        return Budget(target, tuple(sum(s.size for s in block) for block in linears), linears, metrics)
 
     return [budget() for _ in range(CASES)]
 
@@ -247,14 +247,14 @@ def test_owl_is_the_formula() -> None:
         if len(budget.sizes) == 1:
             continue
         values = drawn(budget, "owl", generator)
-        ratios = [ratio / values["M"] for ratio in budget.evidence.ratios]  # type: ignore[union-attr]
+        ratios = [ratio / values["M"] for ratio in budget.dense_metrics.ratios]  # type: ignore[union-attr]
         expected = naive.owl(ratios, budget.sizes, budget.target, values["lam"])
         assert owl.sparsities(budget, **values) == pytest.approx(expected, abs=1e-12)
 
 
 def test_owl_of_a_few_blocks() -> None:
     """By hand: n = 1, 0, 0.5 with mean 0.5; the most outliers, the densest."""
-    budget = Budget(0.7, (10, 10, 10), evidence=Given((0.09, 0.01, 0.05)))
+    budget = Budget(0.7, (10, 10, 10), dense_metrics=Given((0.09, 0.01, 0.05)))
     assert owl.sparsities(budget) == pytest.approx((0.62, 0.78, 0.7), abs=1e-12)
     assert owl.sparsities(budget, M=3.0, lam=0.15) == pytest.approx((0.55, 0.85, 0.7), abs=1e-12)
 
@@ -263,13 +263,13 @@ def test_owl_of_a_few_blocks() -> None:
 def test_the_bound_of_lambda(target: float, high: float) -> None:
     bounds = owl.bounds(Budget(target, (1, 10**9)))
     assert bounds == {"M": (3.0, 10.0), "lam": (min(0.02, high), pytest.approx(high))}
-    extreme = Budget(target, (1, 10**9), evidence=Given((1.0, 0.0)))
+    extreme = Budget(target, (1, 10**9), dense_metrics=Given((1.0, 0.0)))
     assert all(0 <= s <= 1 for s in owl.sparsities(extreme, lam=bounds["lam"][1]))
 
 
 @pytest.mark.parametrize("name", ["owl", "alphapruning"])
 def test_blocks_that_do_not_differ_get_the_target(name: str) -> None:
-    budget = Budget(0.6, (1, 20, 3), evidence=Given((0.02,) * 3, ((2.0, 4.0), (3.0,), (4.0, 2.0))))
+    budget = Budget(0.6, (1, 20, 3), dense_metrics=Given((0.02,) * 3, ((2.0, 4.0), (3.0,), (4.0, 2.0))))
     assert ALLOCATIONS[name].sparsities(budget) == (0.6, 0.6, 0.6)
 
 
@@ -279,7 +279,7 @@ def test_alphapruning_is_the_map_with_a_cap() -> None:
         if len(budget.sizes) == 1 or budget.target in (0, 1):
             continue
         epsilon = generator.uniform(0, 0.5)
-        exponents = budget.evidence.exponents  # type: ignore[union-attr]
+        exponents = budget.dense_metrics.exponents  # type: ignore[union-attr]
         expected = naive.alphapruning(exponents, budget.sizes, budget.target, epsilon)
         assert alphapruning.sparsities(budget, epsilon) == pytest.approx(expected, abs=1e-12)
         capped += max(expected) == 1
@@ -288,8 +288,8 @@ def test_alphapruning_is_the_map_with_a_cap() -> None:
 
 def test_alphapruning_of_a_few_blocks() -> None:
     """By hand: w = 0.7, 1.3, 1.0 and c = 0.6; at 0.9 the second block is full and c = 1.7 / 1.7."""
-    evidence = Given(exponents=((1.0, 3.0), (6.0, 6.0), (4.0, 4.0)))
-    budget = Budget(0.6, (10, 10, 10), evidence=evidence)
+    metrics = Given(exponents=((1.0, 3.0), (6.0, 6.0), (4.0, 4.0)))
+    budget = Budget(0.6, (10, 10, 10), dense_metrics=metrics)
     assert alphapruning.sparsities(budget) == pytest.approx((0.42, 0.78, 0.6), abs=1e-12)
     assert alphapruning.sparsities(replace(budget, target=0.9)) == pytest.approx((0.7, 1.0, 1.0), abs=1e-12)
 
@@ -316,7 +316,7 @@ def test_erdos_renyi_of_a_few_linears() -> None:
 
 
 def test_global_is_what_was_measured() -> None:
-    budget = Budget(0.5, (3, 4), evidence=Given(shares=((0.5,), (0.25, 1.0))))
+    budget = Budget(0.5, (3, 4), dense_metrics=Given(shares=((0.5,), (0.25, 1.0))))
     assert ALLOCATIONS["global"].sparsities(budget) == ((0.5,), (0.25, 1.0))
 
 

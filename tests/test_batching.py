@@ -43,6 +43,18 @@ def test_a_step_that_fits_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert notes == []
 
 
+def test_slices_cover_all_windows_once_though_memory_runs_out_among_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, limit = batch_of(4, [], monkeypatch), {0: 4, 4: 2, 6: 2, 8: 2}
+
+    def step(rows: slice) -> list[int]:
+        if rows.stop - rows.start > limit[rows.start]:
+            raise MemoryError
+        return list(range(9))[rows]
+
+    assert batch.over(9, step) == [[0, 1, 2, 3], [4, 5], [6, 7], [8]]
+    assert batch.over(0, step) == []
+
+
 @pytest.mark.parametrize(
     "error",
     [

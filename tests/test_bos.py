@@ -287,7 +287,7 @@ def test_studies_of_before_go_on_without(wanting: Path, command: CommandLine) ->
 def test_the_screening_shares_it(wanting: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, original = [], context.compare_bos
     monkeypatch.setattr(context, "compare_bos", lambda *given: asked.append(1) or original(*given))
-    screen = ("search.sampler=gp", "search.screen={trials=2, every=4, confirm=1}", "search.trials=1")
+    screen = ("search.sampler=gp", "search.screen={trials=2, stride=4, confirm=1}", "search.trials=1")
     run(wanting, *screen)
     assert asked == [1]
     inner, dense = reopen(wanting, "tiny.screen"), nlls(wanting / "model", by_hand(wanting, "validation", bos=True))

@@ -76,7 +76,7 @@ def test_the_list_leads_to_the_study(page: Page, dashboard: Dashboard) -> None:
 
 def test_the_note_is_shown(page: Page, dashboard: Dashboard) -> None:
     page.goto(address(dashboard, "/note"))
-    expect(page.get_by_role("heading", name="tiny: 50% of the weights of model go")).to_be_visible()
+    expect(page.get_by_role("heading", name="tiny: model at 50% sparsity")).to_be_visible()
     expect(page.get_by_role("cell", name="dense")).to_be_visible()
     expect(page.get_by_text("6 of 6 trials are done.")).to_be_visible()
 

@@ -100,7 +100,7 @@ def test_what_the_dense_model_s_card_gives(text: str, tmp_path: Path) -> None:
     }
     assert kept == (expected if text == DENSE_CARD else {})
     assert found["tags"][0] == "atp-tune"
-    assert ("licence asks for" in body(card(folder=tmp_path))) == (text != DENSE_CARD)
+    assert ("licence applies" in body(card(folder=tmp_path))) == (text != DENSE_CARD)
 
 
 def test_folders_of_the_machine_are_not_told(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def rows(made: ModelCard, head: str) -> list[list[str]]:
 
 def test_perplexities_side_by_side() -> None:
     made = card(config(baselines=Baselines(dense=scores(8.0, 8.5), uniform=scores(14.0, 14.5))))
-    assert rows(made, "## What it is worth")[2:5] == [
+    assert rows(made, "## Evaluation")[2:5] == [
         ["dense", "8.50 ± 0.25"],
         ["sparsegpt, uniform", "14.50 ± 0.25"],
         ["**this model** (sparsegpt, atp β=0.01250)", "13.25 ± 0.25"],
@@ -240,9 +240,7 @@ def test_apply_says_what_it_measured(done: Path, command: CommandLine, tmp_path:
     assert made.data.license == "other"
     (result,) = made.data.eval_results
     assert result.metric_value == pytest.approx(promised.value, rel=1e-3)
-    assert rows(made, "## What it is worth")[4][1] == str(
-        read_config(tmp_path / "sparse" / "atp_tune.json").perplexity.test
-    )
+    assert rows(made, "## Evaluation")[4][1] == str(read_config(tmp_path / "sparse" / "atp_tune.json").perplexity.test)
     assert len(re.findall("block +[0-9]+ ", body(made))) == BLOCKS
 
 
@@ -252,7 +250,7 @@ def test_a_plan_without_a_search_has_a_card_too(done: Path, command: CommandLine
     assert command(*words).code == 0
     made = ModelCard.load(tmp_path / "sparse" / "README.md")
     assert ["found by", "no search"] in rows(made, "## How it was made")
-    assert len(rows(made, "## What it is worth")[:3]) == 3
+    assert len(rows(made, "## Evaluation")[:3]) == 3
     assert made.data.eval_results[0].metric_value > 1
 
 

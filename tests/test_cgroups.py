@@ -9,8 +9,7 @@ from uuid import uuid4
 import pytest
 
 from atp_tune.checkpoints import devices
-from atp_tune.checkpoints.cgroups import PROCESS, free_in_cgroups
-from atp_tune.checkpoints.devices import host_memory
+from atp_tune.checkpoints.devices import PROCESS, free_in_cgroups, host_memory
 
 MIB = 1 << 20
 UNLIMITED = 9223372036854771712  # what version 1 says

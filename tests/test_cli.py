@@ -199,7 +199,7 @@ def test_ctrl_c(place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPat
         signal.signal(signal.SIGINT, handler)
     assert answer.code == 130
     assert answer.err == ""
-    said = f"stopped: finished trials are in {place / 'tiny.db'}; the same command goes on from there"
+    said = f"stopped: finished trials are in {place / 'tiny.db'}; the same command resumes the study"
     assert answer.out.splitlines()[-1] == said
     again = command("--study", place / "tiny.toml")
     assert again.code == 0
@@ -589,7 +589,7 @@ def test_bad_input_is_one_line(
         (["--study", "tiny.toml", "--trials", "many"], "Input should be a valid integer"),
         (["--study", "tiny.toml", "--trials", "0"], "Input should be greater than or equal to 1"),
         (["--study", "tiny.toml", "--timeout", "-1"], "Input should be greater than or equal to 0"),
-        (["--trials", "3"], "For example --study smol"),
+        (["--trials", "3"], "as in --study smol"),
         (["nosuch"], "No such command"),
         (["status"], "Missing option"),
         (["apply", "--config", "x.json"], "Missing option"),

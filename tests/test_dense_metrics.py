@@ -20,8 +20,8 @@ FAMILIES = ["llama", "gpt2", "opt"]
 IDS = random_ids(5)  # the calibration windows of a tiny bench
 
 
-def evidence_of(work: TrialContext) -> DenseMetricsProtocol:
-    found = work.budget(0.5).evidence
+def metrics_of(work: TrialContext) -> DenseMetricsProtocol:
+    found = work.budget(0.5).dense_metrics
     assert found is not None
     return found
 
@@ -40,10 +40,10 @@ def test_outlier_ratios_equal_a_double_loop(family: str) -> None:
     work = bench_of(model)
     scores = naive.scores(model, work.checkpoint, IDS, "wanda")
     for threshold in (1.0, 2.5, 3.0, 3.7182818):
-        found = evidence_of(work).outlier_ratios(threshold)
+        found = metrics_of(work).outlier_ratios(threshold)
         assert found == naive.outlier_ratios(scores, threshold)
         assert len(set(found)) > 1  # or the comparison says little
-    assert evidence_of(work).outlier_ratios(1e9) == (0.0,) * len(work.checkpoint.blocks)
+    assert metrics_of(work).outlier_ratios(1e9) == (0.0,) * len(work.checkpoint.blocks)
 
 
 def test_the_outliers_are_of_the_dense_model() -> None:
@@ -51,8 +51,8 @@ def test_the_outliers_are_of_the_dense_model() -> None:
     model = tiny("llama")
     work, before = bench_of(model), copy_of(model)
     list(work.prune(make_plan("wanda", "uniform", work.budget(0.7), {})))
-    ratios = evidence_of(work).outlier_ratios(3)
-    assert ratios == evidence_of(bench_of(tiny("llama"), offload="cpu")).outlier_ratios(3)
+    ratios = metrics_of(work).outlier_ratios(3)
+    assert ratios == metrics_of(bench_of(tiny("llama"), offload="cpu")).outlier_ratios(3)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -88,7 +88,7 @@ def test_the_float32_below(value: float) -> None:
 def test_exponents_equal_a_fit_by_search(family: str) -> None:
     model = tiny(family)
     work = bench_of(model)
-    found = evidence_of(work).tail_exponents()
+    found = metrics_of(work).tail_exponents()
     for exponents, block in zip(found, naive.linears_of(work.checkpoint), strict=True):
         expected = [naive.tail_exponent(naive.spectrum(naive.matrix(model, *linear))) for linear in block]
         assert exponents == pytest.approx(expected, rel=1e-6)
@@ -133,7 +133,7 @@ def test_a_dead_linear_ends_the_trial() -> None:
     model = tiny("llama")
     model.model.layers[2].mlp.up_proj.weight.data.zero_()
     with pytest.raises(TrialError, match=r"linear mlp\.up_proj of block 2: its spectrum has no tail"):
-        evidence_of(bench_of(model)).tail_exponents()
+        metrics_of(bench_of(model)).tail_exponents()
 
 
 # Global
@@ -148,7 +148,7 @@ def test_global_equals_a_sort_of_all_scores(family: str, score: Any) -> None:
     for target in (0.0, 0.001, 0.37, 0.5, 0.93, 1.0):
         mask = naive.global_mask(scores, target)
         expected = tuple(tuple(sum(part) / len(part) for part in block) for block in mask)
-        found = evidence_of(work).global_sparsities(target, score)
+        found = metrics_of(work).global_sparsities(target, score)
         assert [pytest.approx(block, abs=1e-15) for block in expected] == list(found), target
 
 
@@ -198,11 +198,11 @@ def test_all_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def ask() -> tuple[int, ...]:
         counts = []
         for call in (
-            lambda: evidence_of(work).outlier_ratios(3),
-            lambda: evidence_of(work).outlier_ratios(4.5),
-            lambda: evidence_of(work).tail_exponents(),
-            lambda: evidence_of(work).global_sparsities(0.5, "wanda"),
-            lambda: evidence_of(work).global_sparsities(0.5, "magnitude"),
+            lambda: metrics_of(work).outlier_ratios(3),
+            lambda: metrics_of(work).outlier_ratios(4.5),
+            lambda: metrics_of(work).tail_exponents(),
+            lambda: metrics_of(work).global_sparsities(0.5, "wanda"),
+            lambda: metrics_of(work).global_sparsities(0.5, "magnitude"),
         ):
             reads.clear()
             call()
@@ -215,7 +215,7 @@ def test_all_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_each_block_is_a_step() -> None:
     events: list[Any] = []
-    evidence_of(bench_of(tiny("gpt2"), watch=events.append)).tail_exponents()
+    metrics_of(bench_of(tiny("gpt2"), watch=events.append)).tail_exponents()
     assert events == [Step("measure", done, 3) for done in (1, 2, 3)]
 
 

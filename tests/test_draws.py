@@ -89,7 +89,7 @@ def test_a_random_draw_is_drawn_again_with_the_seeds_that_follow(place: Path) ->
     best = summarise(study).best_trial
     assert best is not None
     for draw in (1, 2):
-        text = {"source": "file:calibration.jsonl", "draw": "random", "seed": 5 + draw}
+        text = {"source": "file:calibration.jsonl", "sampling": "random", "seed": 5 + draw}
         expected = measured_anew(place, best, **text)
         assert study.user_attrs["draws"][str(best.number)][str(draw)] == pytest.approx(expected, rel=1e-6)
 
@@ -276,7 +276,7 @@ def test_the_legend_says_over_how_many_windows_and_how_far(done: Path, place: Pa
     assert "±: standard error over 16 windows (× 2.13 for 95 %)" in command("--study", done / "tiny.toml").out
     run(place, "texts.test.nsamples=24")
     words = ["--study", place / "tiny.toml", *settings("texts.test.nsamples=24")]
-    legend = "standard error over 16 search and 24 test windows (× 2.13 and 2.07 for 95 %)"
+    legend = "standard error over 16 validation and 24 test windows (× 2.13 and 2.07 for 95 %)"
     assert f"±: {legend}" in command("status", *words).out
     for kind in ("md", "html"):
         command("report", *words, "--format", kind, "--out", place / f"r.{kind}")

@@ -36,16 +36,17 @@ REFUSED = "bert hrm_text gemma4_text llama4_text florence2 blt hy_v4 git kosmos-
 FAST = {*EQUAL.split(), *REFUSED.split()}  # the types that the fast suite sees
 HEAD = f"""# Model families
 
-Every causal and image-text type of transformers {transformers.__version__}, built as a tiny random model and run in float32 on a
-CPU by `tests/test_every_family.py`, which writes this table.
+`tests/test_every_family.py` builds every causal and image-text type of transformers {transformers.__version__}, as a tiny random model in float32 on a CPU,
+and writes this table.
 
-- **equal**: running the model block by block gives its own logits to the last bit, for batches of several shapes, and after Wanda
-  at 50 % the windows' NLLs are those of the model with the same zeros in its own weights. The name is that of its list of blocks.
-- **refused**: one line and exit code 2 when the model is loaded, before anything is measured.
-- **not built**: no tiny model could be made, so nothing was seen.
+- **equal**: run block by block, the model gives logits bit-identical to those of its own forward, for batches of several shapes. After
+  Wanda at 50 %, the windows' NLLs are those of the model with the same zeros in its own weights. The third column names the list of
+  blocks.
+- **refused**: loading the model ends with one line and exit code 2, before anything is measured.
+- **not built**: no tiny model could be built, so the type is not tested.
 
-What a model is refused for is seen on the model itself whenever one is loaded: on one short text its replay, block by block, is
-compared with its own forward. So a model that is not in this table, or that comes with its own code, is checked alike.
+Whenever a model is loaded, its replay block by block is compared with its own forward on one short text. This check also covers
+models that are not in this table and models with their own code.
 
 """  # noqa: E501 - as long as the lines of the other documents
 

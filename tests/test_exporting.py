@@ -159,7 +159,7 @@ def test_tables_by_linear() -> None:
 def test_a_name_that_no_module_has(make: Callable[[Config], str], name: str) -> None:
     """A spreadsheet takes some for formulas."""
     for changed in ({"blocks": name}, {**BY_LINEAR, "linears": ((name, "b"), *NAMES[1:])}):
-        with pytest.raises(UserError, match="is no name of a module of a model"):
+        with pytest.raises(UserError, match="is not the name of a module"):
             make(config(**changed))
 
 
@@ -168,7 +168,7 @@ def test_a_name_that_no_module_has(make: Callable[[Config], str], name: str) -> 
     ("missing", "what"), [({"blocks": None}, "blocks"), ({**BY_LINEAR, "linears": None}, "linears")]
 )
 def test_files_of_earlier_versions_have_no_names(make: Callable[[Config], str], missing: Any, what: str) -> None:
-    assert error(lambda: make(config(**missing))).startswith(f"{what}: the configuration does not say what the model")
+    assert error(lambda: make(config(**missing))).startswith(f"{what}: the configuration lacks the names of its {what}")
 
 
 # --- recipes

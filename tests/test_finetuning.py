@@ -118,7 +118,7 @@ def test_the_card_says_it_and_no_old_metric(place: Path) -> None:
     assert f"{done.windows} windows of {TOKENS} tokens" in section
     assert "**this model**" in before
     assert "**this model**" not in card
-    assert "the model before that" in older
+    assert "the model before fine-tuning" in older
     assert "neither pruned nor fine-tuned" in older
     assert older.count("\n## ") == before.count("\n## ") - 1
     assert str(place) not in card
@@ -197,7 +197,7 @@ def test_it_goes_on_where_it_was_cut_off(place: Path, monkeypatch: pytest.Monkey
     assert (place / "out.part").is_file()
     notes: list[Event] = []
     again = finetune(place / "sparse", place / "out", None, None, SETTINGS, "cpu", notes.append)
-    assert Message("goes on after step 4 of 6") in notes
+    assert Message("resumes after step 4 of 6") in notes
     assert again.losses == whole.losses
     one, other = tensors(place / "whole"), tensors(place / "out")
     assert all(same_bytes(one[name], other[name]) for name in one)
@@ -208,9 +208,7 @@ def test_it_goes_on_where_it_was_cut_off(place: Path, monkeypatch: pytest.Monkey
 def test_other_options_do_not_go_on_from_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finetuning, "SAVED", 2)
     interrupted(place, after=2)
-    with pytest.raises(
-        UserError, match=r"out\.part: was begun with another learning-rate; give the same options again"
-    ):
+    with pytest.raises(UserError, match=r"out\.part: was begun with another learning-rate; give the same options"):
         run(place, learning_rate=0.02)
     with pytest.raises(UserError, match=r"out\.part: was begun with another text; "):
         run(place, f"file:{place / 'long.txt'}")
@@ -229,7 +227,7 @@ def test_ctrl_c_says_how_to_go_on(place: Path, command: CommandLine, monkeypatch
     monkeypatch.setattr(finetuning, "folder_nlls", interrupt)
     answer = command("finetune", "--model", place / "sparse", "--out", place / "out", *SHORT)
     assert answer.code == 130
-    assert f"stopped: the same command goes on from what is in {place / 'out'}.part" in answer.out
+    assert f"stopped: the same command resumes from {place / 'out'}.part" in answer.out
     assert not (place / "out").exists()
 
 
@@ -246,7 +244,7 @@ def test_a_killed_process_goes_on_to_the_same_weights(place: Path) -> None:
     assert not (place / "out").exists()
     answer = finish(start(*options, "--out", place / "out"))
     assert answer.code == 0, answer.err
-    assert "goes on after step " in answer.out
+    assert "resumes after step " in answer.out
     one, other = tensors(place / "whole"), tensors(place / "out")
     assert all(same_bytes(one[name], other[name]) for name in one)
     assert not list(place.glob(".*")) and not (place / "out.part").exists()
@@ -285,7 +283,7 @@ def test_a_copy_of_the_report_text_is_found_out(place: Path, tokens: int) -> Non
 
 def test_a_text_is_needed_where_nothing_says_one(place: Path) -> None:
     (place / "sparse" / ABOUT).unlink()
-    assert refused(place).startswith("--text: is needed, the folder does not say how it was pruned; ")
+    assert refused(place).startswith("--text: is needed, since the folder does not say how it was pruned; ")
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": "atp_tune.config/1"}', '"text"', "{}"])
@@ -359,7 +357,7 @@ def test_a_text_is_a_source_or_a_table(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        ("{", "--text: { is no table: "),
+        ("{", "--text: { is not a TOML table: "),
         ("{split = 'train'}", "--text: source: "),
         ("{source = 'c4', windws = 3}", "--text: windws: "),
         ("{source = 'c4', part = [1, 0]}", "--text: text: "),

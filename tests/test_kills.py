@@ -171,7 +171,7 @@ def test_the_same_trial_is_hit_each_time(deep: Path, undisturbed: optuna.Study) 
         assert command.kill_when(lambda: steps(number, command.pid) >= last)  # noqa: B023
     hit = [trial for trial in stored(deep).trials if trial.system_attrs.get("failed_trial") == HUNTED]
     assert len(hit) >= KILLS - 1
-    fault = "kill -9 of whoever runs one and the same trial, each time at a random step of it"
+    fault = "kill -9 of each process that runs a certain trial, at a random step of it"
     check(deep, undisturbed, crew, fault, KILLS)
 
 
@@ -186,7 +186,7 @@ def steps(number: int, pid: int) -> int:
 
 @pytest.mark.parametrize(
     ("fault", "end"),
-    [("that aborts its process", abort), ("at which the system kills its process, at the same step each time", kill)],
+    [("that aborts its process", abort), ("whose process the system kills, at the same step each time", kill)],
 )
 def test_a_trial_that_ends_its_process_is_given_up(fault: str, end: Callable[[], None], deep: Path) -> None:
     crew = WorkerPool(deep, partial(doom, 1, end), trials=3)

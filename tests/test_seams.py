@@ -47,8 +47,8 @@ class Images:
     def batch(self, device: torch.device) -> "Images":
         return Images(self.pixels.to(device), self.classes.to(device))
 
-    def thinned(self, every: int) -> "Images":
-        return self[::every]
+    def thinned(self, stride: int) -> "Images":
+        return self[::stride]
 
 
 def random_images(count: int, seed: int) -> Images:
@@ -124,7 +124,7 @@ def test_a_context_prunes_and_scores_what_it_knows_nothing_of(context: TrialCont
 
 def test_its_dense_model_is_measured_for_allocations(context: TrialContext) -> None:
     budget: Budget = context.budget(0.5)
-    assert len(budget.evidence.outlier_ratios(3)) == 3  # type: ignore[union-attr]
+    assert len(budget.dense_metrics.outlier_ratios(3)) == 3  # type: ignore[union-attr]
     assert context.contents() == {
         "model.content": "content",
         "model.dtype": "float32",

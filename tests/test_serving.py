@@ -97,7 +97,7 @@ def test_the_note_of_a_study(dashboard: Dashboard, done: Path) -> None:
     assert study is not None
     best = progress.best_trial(study)
     assert best is not None
-    assert body.startswith("## tiny: 50% of the weights of `model` go")
+    assert body.startswith("## tiny: `model` at 50% sparsity")
     assert f", trial {best.number} | &emsp;{best.value:.2f} ± {best.user_attrs['stderr']:.2f} |" in body
     assert "6 of 6 trials are done." in body
     assert "below uniform on the test text" in body
@@ -286,7 +286,7 @@ def test_the_command_says_what_it_serves_and_stops_cleanly(done: Path) -> None:
     assert b"<html" in urllib.request.urlopen(lines[1].split()[1] + "/dashboard", timeout=HANGS).read().lower()
     server.send_signal(signal.SIGTERM)
     answer = finish(server)
-    assert (answer.code, answer.out, answer.err) == (0, "stopped: all that was sent is stored\n", "")
+    assert (answer.code, answer.out, answer.err) == (0, "stopped: everything that workers sent is stored\n", "")
 
 
 @pytest.mark.slow
@@ -295,7 +295,7 @@ def test_listening_to_all_warns(done: Path) -> None:
     assert server.stdout is not None
     lines = "".join(server.stdout.readline() for _ in range(5))
     server.send_signal(signal.SIGINT)
-    assert "warning: neither has a login" in lines
+    assert "warning: neither port has a login" in lines
     assert finish(server).code == 0
 
 
@@ -316,7 +316,7 @@ def test_a_port_in_use(option: str, done: Path, command: CommandLine) -> None:
     [
         (["--listen", "no.such.host.invalid"], "write an address of this machine"),
         (["--listen", "192.0.2.1"], "--listen 192.0.2.1: Cannot assign requested address; write an address of this"),
-        (["--storage", "sqlite:////no/such/folder/x.db"], "its folder is not there"),
+        (["--storage", "sqlite:////no/such/folder/x.db"], "its folder does not exist"),
         (["--storage", "grpc://host:1"], "serve the database itself"),
         (["--storage", "nonsense"], "not a storage URL"),
         (["--artifacts", "/dev/null/x"], "name a folder that can be written"),

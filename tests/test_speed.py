@@ -30,7 +30,7 @@ from atp_tune.metrics.speed import Measured, Phase, Rates, Side, Sizes, Speed
 from atp_tune.sparse.applying import prune_once
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import read_config
-from atp_tune.speed import deepsparse_home, graphs, torch_engine
+from atp_tune.speed import deepsparse_engine, graphs, torch_engine
 from atp_tune.speed.benchmark import sizes, zeros_by_kind
 from atp_tune.speed.graphs import Decoder, check_family
 from atp_tune.speed.model_pair import Pair
@@ -307,7 +307,7 @@ def test_what_is_measured_is_shown_and_kept(done: Path, command: CommandLine, ca
     assert answer.code == 0
     assert "Zeros in a dense file make nothing smaller or faster by themselves" in answer.out
     assert "| torch, float32" in answer.out
-    assert f"kept in {path}, study tiny" in answer.out
+    assert f"stored in {path}, study tiny" in answer.out
     found = read_config(path)
     check_stored(found.speed)
     assert found.model_copy(update={"speed": None}) == config
@@ -331,7 +331,7 @@ def test_what_is_given_must_be_one_of_two(done: Path, command: CommandLine) -> N
     for options in ([], ["--config", done / "tiny.best.json", "--model", done / "model"]):
         answer = command("speedup", *options)
         assert answer.code == 2
-        assert "give it or --model DIR, one of them" in answer.err
+        assert "give either --config FILE or --model DIR" in answer.err
     answer = command("speedup", "--setup")
     assert answer.code == 2
     assert "only with --engine deepsparse" in answer.err
@@ -368,51 +368,51 @@ def test_a_library_that_is_not_installed(
 
 
 def test_deepsparse_that_is_not_there(done: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deepsparse_home, "check_machine", lambda: None)
+    monkeypatch.setattr(deepsparse_engine, "check_machine", lambda: None)
     assert command("speedup", "--config", done / "tiny.best.json", "--engine", "deepsparse").error == (
         "--engine deepsparse: is not installed; run: python tune.py speedup --engine deepsparse --setup"
     )
 
 
 def test_machines_on_which_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deepsparse_home.platform, "machine", lambda: "arm64")
+    monkeypatch.setattr(deepsparse_engine.platform, "machine", lambda: "arm64")
     with pytest.raises(UserError, match=r"runs on Linux on x86-64, this is .* on arm64; --engine torch"):
-        deepsparse_home.check_machine()
-    monkeypatch.setattr(deepsparse_home.platform, "machine", lambda: "x86_64")
+        deepsparse_engine.check_machine()
+    monkeypatch.setattr(deepsparse_engine.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(deepsparse_home, "cpu_flags", lambda: {"sse4_2"})
+    monkeypatch.setattr(deepsparse_engine, "cpu_flags", lambda: {"sse4_2"})
     with pytest.raises(UserError, match="needs a CPU with AVX2 or AVX-512"):
-        deepsparse_home.check_machine()
+        deepsparse_engine.check_machine()
 
 
 def test_a_python_that_it_has_binaries_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "version_info", (3, 11, 9))
-    assert deepsparse_home.find_python() == Path(sys.executable)
+    assert deepsparse_engine.find_python() == Path(sys.executable)
     monkeypatch.setattr(sys, "version_info", (3, 14, 0))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"needs Python 3.8 to 3.11, this is 3.14; install python3.11 so that it is in"):
-        deepsparse_home.find_python()
+        deepsparse_engine.find_python()
     older = tmp_path / "python3.9"
     older.write_text("#!/bin/sh\n")
     older.chmod(0o755)
-    assert deepsparse_home.find_python() == older
+    assert deepsparse_engine.find_python() == older
 
 
 def test_an_installation_that_fails_leaves_nothing(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deepsparse_home, "check_machine", lambda: None)
+    monkeypatch.setattr(deepsparse_engine, "check_machine", lambda: None)
     broken = tmp_path / "python3.11"
     broken.write_text("#!/bin/sh\necho 'no venv here' >&2\nexit 1\n")
     broken.chmod(0o755)
-    monkeypatch.setattr(deepsparse_home, "find_python", lambda: broken)
+    monkeypatch.setattr(deepsparse_engine, "find_python", lambda: broken)
     with pytest.raises(UserError, match="cannot be installed: no venv here; the network is needed once"):
-        deepsparse_home.setup(ignore_events)
+        deepsparse_engine.setup(ignore_events)
     assert list((cache / "engines").iterdir()) == []
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("avx2" not in deepsparse_home.cpu_flags(), reason="DeepSparse needs AVX2")
+@pytest.mark.skipif("avx2" not in deepsparse_engine.cpu_flags(), reason="DeepSparse needs AVX2")
 def test_deepsparse(done: Path, command: CommandLine, cache: Path) -> None:
     """Installed as a user does; a tiny Llama at 70 %, whose logits agree, and a process that dies.
 

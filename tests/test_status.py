@@ -493,9 +493,9 @@ def test_the_summary_is_one_markdown_table(study: optuna.Study, monkeypatch: pyt
         ["dense", "0%", "3.00 ± 0.30", "–", "–"],
         ["wanda + uniform", "69.99%", "10.00 ± 0.50", "–", "–"],
         ["magnitude + uniform", "–", "11.00", "–", "–"],
-        ["wanda + curve (β = 0.25000)", "–", "8.00 ± 0.25", "–", "-18.1% ± 0.0% (search)"],
-        ["wanda + atp (β = 0.10000)", "70.00%", "9.00 ± 0.40", "–", "-9.5% ± 0.0% (search)"],
-        ["wanda + er (β = 0.25000)", "–", "12.00 ± 0.25", "–", "-18.1% ± 0.0% (search)"],
+        ["wanda + curve (β = 0.25000)", "–", "8.00 ± 0.25", "–", "-18.1% ± 0.0% (validation)"],
+        ["wanda + atp (β = 0.10000)", "70.00%", "9.00 ± 0.40", "–", "-9.5% ± 0.0% (validation)"],
+        ["wanda + er (β = 0.25000)", "–", "12.00 ± 0.25", "–", "-18.1% ± 0.0% (validation)"],
     ]
     assert rest.startswith("±: standard error over 2 windows (× 12.71 for 95 %); ")
     assert "\nbest: trial 2, wanda + curve (β = 0.25000)\n5 of 9 trials are done\n" in rest

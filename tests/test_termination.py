@@ -267,6 +267,6 @@ def test_the_total_of_a_study() -> None:
 
 @pytest.mark.parametrize("sampler", ["grid", "random"])
 def test_samplers_that_learn_nothing_cannot_settle(place: Path, sampler: str) -> None:
-    with pytest.raises(UserError, match=f"search.early_termination: {sampler} does not propose by what is known"):
+    with pytest.raises(UserError, match=f"search.early_termination: {sampler} does not learn from earlier trials"):
         run(place, f"search.sampler={sampler}", "search.early_termination=true")
     assert not SearchConfig(trials=3).early_termination

@@ -110,7 +110,7 @@ def test_a_file_of_other_options_is_refused(tmp_path: Path) -> None:
     ours.save(path, FACTS)
     with pytest.raises(UserError) as caught:
         trainer().restore(path, {"rank": "4"})
-    assert str(caught.value) == f"{path}: was begun with another rank; give the same options again, or remove it"
+    assert str(caught.value) == f"{path}: was begun with another rank; give the same options, or remove the file"
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense that is longer than a header"])
@@ -119,7 +119,7 @@ def test_a_file_of_something_else_is_refused(content: bytes, tmp_path: Path) -> 
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
         trainer().restore(path, FACTS)
-    assert str(caught.value) == f"{path}: is not what an earlier run has left; remove it"
+    assert str(caught.value) == f"{path}: was not written by an earlier run; remove it"
 
 
 # --- order and rate
@@ -168,7 +168,7 @@ def test_too_little_memory_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_windows_longer_than_the_model_are_refused() -> None:
-    with pytest.raises(UserError, match=r"^--tokens 65: the model has 64 positions; lower it$"):
+    with pytest.raises(UserError, match=r"^--seqlen 65: the model has 64 positions; lower it$"):
         trainer(SETTINGS.model_copy(update={"seqlen": 65}))
 
 

@@ -1,11 +1,11 @@
 """Allocations: how a sparsity target is shared out over the blocks.
 
-An allocation is one module with three functions, registered in `ALLOCATIONS`:
+An allocation is a module with three functions, registered in `ALLOCATIONS`:
 
-    bounds(budget)                  the admissible interval of each of its parameters
-    initial_points(budget)          the points that a search begins with: the authors' defaults
-    sparsities(budget, **values)    one sparsity per block, or per linear of each block, in [0, 1], whose weighted
-                                    mean is the target
+    bounds(budget)                  the admissible interval of each parameter
+    initial_points(budget)          the first points of a search: the authors' defaults
+    sparsities(budget, **values)    one sparsity in [0, 1] per block, or per linear of each block; the weighted mean is
+                                    the target
 """
 
 from collections.abc import Callable
@@ -18,17 +18,17 @@ __all__ = ["ALLOCATIONS", "Allocation", "Budget", "DenseMetricsProtocol", "Linea
 
 
 class Allocation(Protocol):
-    """What every module of this package offers."""
+    """The functions of each module in this package."""
 
     def bounds(self, budget: Budget) -> dict[str, tuple[float, float]]:
-        """The interval of each parameter in which all sparsities are in [0, 1]."""
+        """The interval of each parameter that keeps all sparsities in [0, 1]."""
 
     def initial_points(self, budget: Budget) -> list[dict[str, float]]:
-        """The points that a search begins with."""
+        """The first points of a search."""
 
     @property
     def sparsities(self) -> Callable[..., Sparsities]:
-        """From a budget and the parameters: the sparsities; ValueError outside the bounds."""
+        """The function from budget and parameters to sparsities; it raises ValueError outside the bounds."""
 
 
 ALLOCATIONS = Registry[Allocation](

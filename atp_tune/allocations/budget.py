@@ -1,22 +1,22 @@
-"""The budget that an allocation shares out, all that it may know of the dense model, and sharing out by weights."""
+"""The sparsity budget that an allocation shares out, and what allocations have in common."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-ROUNDING = 1e-9  # by which a parameter may miss its interval
-# As the papers and the docstrings write them.
+ROUNDING = 1e-9  # tolerance when a parameter is compared with its bounds
+# Names of parameters in papers and error messages.
 SYMBOLS = {"beta": "β", "gamma": "γ", "split": "δ", "ends": "φ", "value": "ν", "lam": "λ", "epsilon": "ε"}
 
 Score = Literal["magnitude", "wanda"]
 LinearSparsities = tuple[tuple[float, ...], ...]  # one per linear of each block
-Sparsities = tuple[float, ...] | LinearSparsities  # one per block, where its linears do not differ
+Sparsities = tuple[float, ...] | LinearSparsities  # one per block if its linears do not differ
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One linear: outputs, inputs, whether it belongs to the block's attention (else to its MLP), and whether it is
-    the value projection there.
+    """Outputs and inputs of one linear; `attention`: it belongs to attention, not to the MLP; `value`: it is the
+    value projection.
     """
 
     rows: int
@@ -31,72 +31,82 @@ class Shape:
 
 
 class DenseMetricsProtocol(Protocol):
-    """What can be measured on the dense model, when an allocation asks for it; each is measured once."""
+    """Measurements of the dense model, made when an allocation needs them; each is made once."""
 
     def outlier_ratios(self, threshold: float) -> tuple[float, ...]:
-        """For each block the share of its Wanda scores above `threshold` times their mean."""
+        """For each block, the share of its Wanda scores above `threshold` times their mean."""
 
     def tail_exponents(self) -> tuple[tuple[float, ...], ...]:
-        """For each linear of each block the exponent α of the tail of its eigenvalue spectrum."""
+        """For each linear of each block, the exponent α of the tail of its eigenvalue spectrum."""
 
     def global_sparsities(self, target: float, score: Score) -> LinearSparsities:
-        """For each linear of each block the share of its scores among the model's `target` lowest."""
+        """For each linear of each block, the share of its scores that are among the lowest `target` of the model."""
 
 
 @dataclass(frozen=True)
 class Budget:
     """Target S (share of zeros over all linears, in [0, 1]) and the number of prunable weights of each block.
 
-    `linears` are the shapes behind the sizes, `evidence` what can be measured, `score` what the pruner ranks by.
+    `linears` are the shapes of the linears of each block, `score` is the score that the pruner ranks weights by.
     """
 
     target: float
     sizes: tuple[int, ...]
     linears: tuple[tuple[Shape, ...], ...] = ()
-    evidence: DenseMetricsProtocol | None = field(default=None, compare=False)
+    dense_metrics: DenseMetricsProtocol | None = field(default=None, compare=False)
     score: Score = "wanda"
 
     @property
     def centre(self) -> float:
-        """Mean block index, weighted by size: (L-1)/2 where all blocks are alike."""
+        """Mean block index weighted by size: (L-1)/2 if all blocks have the same size."""
         return sum(i * size for i, size in enumerate(self.sizes)) / sum(self.sizes)
 
     def check(self, bounds: dict[str, tuple[float, float]], **values: float) -> None:
-        """ValueError if a value is outside its interval, or not a number."""
+        """Raises ValueError if a value is outside its interval or NaN."""
         for name, value in values.items():
             low, high = bounds[name]
             if not low - ROUNDING <= value <= high + ROUNDING:
                 symbol = SYMBOLS.get(name, name)
                 raise ValueError(f"{symbol} = {value:g} is outside the admissible interval [{low:.6g}, {high:.6g}]")
 
-    def require_evidence(self, allocation: str) -> DenseMetricsProtocol:
-        """What can be measured on the dense model; ValueError for a budget that comes without a model."""
-        if self.evidence is None:
+    def require_dense_metrics(self, allocation: str) -> DenseMetricsProtocol:
+        """The measurements of the dense model; ValueError for a budget without a model."""
+        if self.dense_metrics is None:
             raise ValueError(f"{allocation}: needs a model to measure, and the budget has none")
-        return self.evidence
+        return self.dense_metrics
 
     def mean(self, sparsities: tuple[float, ...]) -> float:
-        """Weighted mean of one sparsity per block: the share of zeros that they make."""
+        """Mean of one sparsity per block weighted by size: the share of zeros in all blocks."""
         return sum(s * size for s, size in zip(sparsities, self.sizes, strict=True)) / sum(self.sizes)
 
     def block_means(self, sparsities: LinearSparsities) -> tuple[float, ...]:
-        """Sparsity of each block, from those of its linears."""
+        """Sparsity of each block, from the sparsities of its linears."""
         return tuple(
             sum(s * shape.size for s, shape in zip(row, shapes, strict=True)) / sum(shape.size for shape in shapes)
             for row, shapes in zip(sparsities, self.linears, strict=True)
         )
 
 
+def no_bounds(budget: Budget) -> dict[str, tuple[float, float]]:
+    """The `bounds` of an allocation without parameters."""
+    return {}
+
+
+def only_point(budget: Budget) -> list[dict[str, float]]:
+    """The `initial_points` of an allocation without parameters."""
+    return [{}]
+
+
 def spread(values: Sequence[float]) -> tuple[float, ...]:
-    """Values mapped linearly so that the lowest is 0 and the highest 1; all 0 where they are equal."""
+    """Maps values linearly to [0, 1], from the lowest to the highest; equal values become 0."""
     low, high = min(values), max(values)
     return tuple((value - low) / (high - low) if high > low else 0.0 for value in values)
 
 
 def proportional(weights: Sequence[float], sizes: Sequence[int], mean: float) -> tuple[float, ...]:
-    """Shares min(1, c w_i) of parts of these sizes, with the c > 0 that makes their weighted mean `mean`, in [0, 1].
+    """Shares min(1, c w_i), with c > 0 such that their mean weighted by `sizes` is `mean`, in [0, 1].
 
-    Shares that would exceed 1 are 1, and the rest is scaled up, until none does. Weights must be positive.
+    Shares above 1 are set to 1 and the others are scaled up, until no share exceeds 1. Weights must be positive.
     """
     wanted = mean * sum(sizes)
     scale, full = 0.0, frozenset[int]()

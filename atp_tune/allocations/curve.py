@@ -1,19 +1,18 @@
-"""Curve: ATP's progression, bent, with denser ends, and shared out unevenly within the block.
+"""Curve: the progression of ATP with a curvature, denser ends, and other sparsities in attention than in the MLP.
 
     s_il = S + β i + γ u_i² + φ e_i + δ a_l + ν v_l - mean        i = 0 … L-1, l a linear of block i
 
 S target; β (`beta`) common difference per block, as in `atp`; γ (`gamma`) curvature: how much sparser both ends are
-than the middle, u_i = 2i/(L-1) - 1 running from -1 to 1; φ (`ends`) how much sparser the first block is, e_0 = 1, and
-half as much the last, e_(L-1) = 1/2; δ (`split`) how much sparser attention is than the MLP, a_l = 1 in attention;
+than the middle, u_i = 2i/(L-1) - 1 from -1 to 1; φ (`ends`) how much sparser the first block is, e_0 = 1, and half of
+that for the last, e_(L-1) = 1/2; δ (`split`) how much sparser attention is than the MLP, a_l = 1 in attention;
 ν (`value`) how much sparser the value projection is, v_l = 1 for it. `mean` is the mean of the terms weighted by size,
-so that the target is kept. All zero is uniform, and all but β zero is ATP, to the last bit.
+which keeps the target. If all parameters are 0 the allocation is uniform; if all but β are 0 it is exactly ATP.
 
-With w = min(S, 1-S), the way from the target to the nearer wall, β has ATP's interval, |γ| and |δ| are at most w/2, and
-φ and ν lie in [-w, 0]. Where the terms together leave [0, 1] the values are cut off there, and all are shifted by the
-one number that brings the mean back to S.
+With w = min(S, 1-S), β has the interval of ATP, |γ| and |δ| are at most w/2, and φ and ν are in [-w, 0]. If the sum of
+the terms leaves [0, 1], all values are shifted by one number and clipped, such that the mean is S.
 
-Why: the ATP paper names the progression itself as its limit (Huang et al., ICML 2025, limitations). On SmolLM2-135M
-at 60 % a denser first block and denser value projections gain more than β does; figures in `docs/results.md`.
+Reason: the ATP paper names the progression itself as its limit (Huang et al., ICML 2025, limitations). On SmolLM2-135M
+at 60 % a denser first block and denser value projections gain more than β does; numbers in `docs/results.md`.
 """
 
 from itertools import chain
@@ -21,11 +20,11 @@ from itertools import chain
 from atp_tune.allocations import atp
 from atp_tune.allocations.budget import ROUNDING, Budget, Shape, Sparsities
 
-HALVINGS = 60  # of the interval of the shift: to the last bit of a float
+HALVINGS = 60  # bisection steps for the shift, enough for the precision of a float
 
 
 def bounds(budget: Budget) -> dict[str, tuple[float, float]]:
-    """The interval of each parameter; (0, 0) for a term that the model has no place for."""
+    """The interval of each parameter; (0, 0) for a term that does not apply to the model."""
     wall = min(budget.target, 1 - budget.target)
     shapes = list(chain.from_iterable(budget.linears))
     bends = wall / 2 if len(budget.sizes) > 2 else 0.0
@@ -41,9 +40,7 @@ def bounds(budget: Budget) -> dict[str, tuple[float, float]]:
 
 
 def initial_points(budget: Budget) -> list[dict[str, float]]:
-    """Where a search begins: ATP's middle; then half of that with the ends half way to the wall, and the value
-    projections all the way.
-    """
+    """The initial point of ATP; then half its `beta`, with half the bound of `ends` and the bound of `value`."""
     found = bounds(budget)
     middle = {**dict.fromkeys(found, 0.0), **atp.initial_points(budget)[0]}
     bent = {"beta": middle["beta"] / 2, "ends": found["ends"][0] / 2, "value": found["value"][0]}
@@ -51,7 +48,7 @@ def initial_points(budget: Budget) -> list[dict[str, float]]:
 
 
 def sparsities(budget: Budget, beta: float, gamma: float, ends: float, split: float, value: float) -> Sparsities:
-    """One sparsity per linear, or per block where `split` and `value` are 0; ValueError outside the bounds."""
+    """One sparsity per linear, or per block if `split` and `value` are 0; ValueError outside the bounds."""
     budget.check(bounds(budget), beta=beta, gamma=gamma, ends=ends, split=split, value=value)
     blocks = _blocks(budget, beta, gamma, ends)
     if split == value == 0:
@@ -77,18 +74,18 @@ def _blocks(budget: Budget, beta: float, gamma: float, ends: float) -> list[floa
 
 
 def level(wanted: list[float], sizes: tuple[int, ...] | list[int], target: float) -> tuple[float, ...]:
-    """Values cut off at 0 and 1 and shifted together so that their mean, weighted by size, is the target."""
+    """Shifts all values by one number and clips them to [0, 1], such that their mean weighted by size is the target."""
     if all(-ROUNDING <= s <= 1 + ROUNDING for s in wanted):
-        return tuple(map(_cut, wanted))
+        return tuple(map(_clip, wanted))
     low, high = -max(wanted), 1 - min(wanted)
     for _ in range(HALVINGS):
         shift = (low + high) / 2
-        if sum(_cut(s + shift) * size for s, size in zip(wanted, sizes, strict=True)) < target * sum(sizes):
+        if sum(_clip(s + shift) * size for s, size in zip(wanted, sizes, strict=True)) < target * sum(sizes):
             low = shift
         else:
             high = shift
-    return tuple(_cut(s + high) for s in wanted)
+    return tuple(_clip(s + high) for s in wanted)
 
 
-def _cut(sparsity: float) -> float:
+def _clip(sparsity: float) -> float:
     return min(1.0, max(0.0, sparsity))

@@ -1,31 +1,23 @@
-"""Erdős–Rényi: linears with few weights for their width stay denser, as in a random sparse graph.
+"""Erdős–Rényi: linears with few weights relative to their width stay denser, as in a random sparse graph.
 
     density_k = min(1, c (rows_k + columns_k) / (rows_k columns_k))          over all linears k of the model
     s_k = 1 - density_k
 
-c is such that the share of zeros over all weights is the target S: linears whose density would exceed 1 stay dense, and
-the others give that much more. Nothing is measured, and there is no parameter.
+c makes the share of zeros over all weights equal to the target S: linears whose density would exceed 1 stay dense, and
+the others become sparser instead. There are no parameters, and nothing is measured.
 
 Source: Mocanu et al., "Scalable Training of Artificial Neural Networks with Adaptive Sparse Connectivity Inspired by
 Network Science", Nature Communications 2018, equation 1; Evci et al., "Rigging the Lottery", ICML 2020, section 3,
-whose ERK (`erk`) adds the dimensions of convolution kernels. A linear has none, so that both names mean this module.
-As in their code linears above the bound are set dense and c is found anew; other than there all of them at once, not
-the largest first, which ends at the same densities.
+whose ERK (`erk`) adds the dimensions of convolution kernels. A linear has none, so both names mean this module. As in
+their code, linears above the bound are set dense and c is computed again; here all of them at once, there the largest
+first, with the same result.
 """
 
 from itertools import chain
 
-from atp_tune.allocations.budget import Budget, LinearSparsities, proportional
+from atp_tune.allocations.budget import Budget, LinearSparsities, no_bounds, only_point, proportional
 
-
-def bounds(budget: Budget) -> dict[str, tuple[float, float]]:
-    """Erdős–Rényi has no parameters."""
-    return {}
-
-
-def initial_points(budget: Budget) -> list[dict[str, float]]:
-    """Its only point."""
-    return [{}]
+bounds, initial_points = no_bounds, only_point
 
 
 def sparsities(budget: Budget) -> LinearSparsities:

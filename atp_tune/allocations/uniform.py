@@ -1,16 +1,8 @@
-"""Uniform allocation: every block gets the target, s_i = S."""
+"""Uniform: every block has the target sparsity, s_i = S."""
 
-from atp_tune.allocations.budget import Budget
+from atp_tune.allocations.budget import Budget, no_bounds, only_point
 
-
-def bounds(budget: Budget) -> dict[str, tuple[float, float]]:
-    """Uniform has no parameters."""
-    return {}
-
-
-def initial_points(budget: Budget) -> list[dict[str, float]]:
-    """Its only point."""
-    return [{}]
+bounds, initial_points = no_bounds, only_point
 
 
 def sparsities(budget: Budget) -> tuple[float, ...]:

@@ -1,1 +1,1 @@
-"""What is done block by block: running, measuring, pruning."""
+"""Running, measuring and pruning a model block by block."""

@@ -1,13 +1,13 @@
-"""Evidence for allocations: what is measured on the dense model alone, block by block, each once per context.
+"""Measurements of the dense model for allocations.
 
 W weight [out, in] of a linear; X its inputs [tokens, in] over the calibration text in the dense model.
 
-    scores      |W_ij| (magnitude) or |W_ij| ‖X_j‖₂ (wanda), float32, as the pruners compute them
-    outliers    share of a block's scores above `threshold` times their mean, which is taken in float64
+    scores      |W_ij| (magnitude) or |W_ij| ‖X_j‖₂ (wanda), float32, as in the pruners
+    outliers    share of a block's scores above `threshold` times their mean, which is float64
     exponents   α of a power law λ^-α fitted to the tail of the eigenvalues λ of WᵀW
-    global      share of a linear's scores among the model's lowest
+    global      share of a linear's scores among the lowest of the model
 
-The blocks come one at a time and nothing of their size is kept, so that any model fits that can be pruned.
+Blocks are used one at a time and nothing of their size is kept, so no more memory is needed than for pruning.
 """
 
 import math
@@ -25,10 +25,10 @@ from atp_tune.errors import TrialError
 from atp_tune.pruners import Statistics
 from atp_tune.pruners.statistics import InputNorms
 
-BINS = 100  # of the histogram of ln λ
-NEAR = 0.95, 1.5  # of the peak: where the tail may begin
+BINS = 100  # in the histogram of ln λ
+NEAR = 0.95, 1.5  # the tail may begin between these multiples of the peak
 CHUNK = 256  # candidates that are compared at a time
-HALF = 16  # bits of a float32 that one pass over the scores tells apart
+HALF = 16  # bits of a float32 that one sweep over the scores resolves
 
 T = TypeVar("T")
 Norms = Callable[[], Sequence[Mapping[str, Statistics]]]
@@ -37,7 +37,7 @@ Sweep = Callable[[], Iterator[list[Tensor]]]
 
 
 class DenseMetrics:
-    """What allocations may ask of a dense checkpoint; `norms` measures its inputs, `cache` keeps what was measured."""
+    """Measurements of a dense checkpoint; `norms` measures its inputs, `cache` keeps all results."""
 
     def __init__(self, checkpoint: Checkpoint, norms: Norms, cache: Cache, step: Callable[[int], None]) -> None:
         self._checkpoint = checkpoint
@@ -47,19 +47,19 @@ class DenseMetrics:
         self._device = torch.device("cpu") if checkpoint.device.type == "mps" else checkpoint.device  # float64
 
     def outlier_ratios(self, threshold: float) -> tuple[float, ...]:
-        """For each block the share of its Wanda scores above `threshold` times their mean, in one sweep."""
+        """For each block, the share of its Wanda scores above `threshold` times their mean, in one sweep."""
         return self._once(
             ("outliers", threshold), lambda: tuple(outlier_ratio(block, threshold) for block in self._scores("wanda"))
         )
 
     def tail_exponents(self) -> tuple[tuple[float, ...], ...]:
-        """For each linear of each block the exponent α; TrialError for one whose spectrum has no tail."""
+        """For each linear of each block, the exponent α; TrialError if a spectrum has no tail."""
         return self._once(
             ("exponents",), lambda: tuple(tuple(self._exponents(index, block)) for index, block in self._blocks())
         )
 
     def global_sparsities(self, target: float, score: Score) -> LinearSparsities:
-        """For each linear of each block the share of its scores among the model's ⌊target · N⌋ lowest; three sweeps."""
+        """For each linear of each block, the share of its scores among the ⌊target · N⌋ lowest; three sweeps."""
         sizes = [[linear.size for linear in linears] for linears in self._checkpoint.linears]
 
         def measure() -> LinearSparsities:
@@ -76,7 +76,7 @@ class DenseMetrics:
         return found
 
     def _blocks(self) -> Iterator[tuple[int, list[tuple[Linear, Tensor]]]]:
-        """Index and matrices [out, in] of each block, in the model's number format."""
+        """Index of each block, and its linears with matrices [out, in] in the dtype of the model."""
         for index, linears in enumerate(self._checkpoint.linears):
             weights = self._checkpoint.weights(index)
             yield index, [(linear, linear.matrix(weights[linear.key]).to(self._device)) for linear in linears]
@@ -114,19 +114,19 @@ def outlier_ratio(scores: list[Tensor], threshold: float) -> float:
 
 
 def float32_below(value: float) -> float:
-    """The largest float32 not above a float64: float32 scores exceed the one if and only if they exceed the other."""
+    """The largest float32 not above a float64; float32 scores exceed both or neither."""
     rounded = torch.tensor(value, dtype=torch.float32)
     return float(rounded if float(rounded) <= value else torch.nextafter(rounded, torch.tensor(-math.inf)))
 
 
 def share(count: int, size: int) -> float:
-    """Count by size, so rounded that ⌊size · share⌋ is the count again."""
+    """Count / size, rounded such that ⌊size · share⌋ is the count."""
     found = count / size
     return found if int(size * found) == count else math.nextafter(found, 1)
 
 
 def lowest_counts(sweep: Sweep, count: int) -> list[list[int]]:
-    """How many of the `count` lowest scores of all blocks lie in each linear; of equal ones the first go."""
+    """Number in each linear of the `count` lowest scores of all blocks, the first of equal scores first."""
     if count == 0:
         return [[0] * len(block) for block in sweep()]
     limit = pattern_at(sweep, count)
@@ -141,19 +141,19 @@ def lowest_counts(sweep: Sweep, count: int) -> list[list[int]]:
 
 
 def pattern_at(sweep: Sweep, rank: int) -> int:
-    """Bit pattern of the score of this rank, from 1, over all blocks: its high half first, then its low one."""
+    """Bit pattern of the score of this rank (from 1) in all blocks, found by its high half, then its low half."""
     high, before = bin_at((bits >> HALF for block in patterns(sweep) for bits in block), rank)
     inside = (bits[bits >> HALF == high] & (1 << HALF) - 1 for block in patterns(sweep) for bits in block)
     return (high << HALF) + bin_at(inside, rank - before)[0]
 
 
 def patterns(sweep: Sweep) -> Iterator[list[Tensor]]:
-    """Bit patterns of float32 scores; they order as the scores do, since no score is negative."""
+    """Bit patterns of float32 scores, in the same order as the scores, since none is negative."""
     return ([part.view(torch.int32) for part in block] for block in sweep())
 
 
 def bin_at(halves: Iterable[Tensor], rank: int) -> tuple[int, int]:
-    """The value of this rank, from 1, among integers of 16 bits, and how many are lower."""
+    """The value of this rank (from 1) among 16-bit integers, and the number of lower integers."""
     counts = sum(torch.bincount(part.flatten(), minlength=1 << HALF) for part in halves)
     assert isinstance(counts, Tensor)
     upto = counts.cumsum(0)
@@ -162,9 +162,9 @@ def bin_at(halves: Iterable[Tensor], rank: int) -> tuple[int, int]:
 
 
 def eigenvalues(matrix: Tensor) -> Tensor:
-    """Eigenvalues of WᵀW of a matrix [out, in], ascending float64 [min(out, in)], without those that are 0 by rounding.
+    """Eigenvalues of WᵀW for a matrix [out, in], ascending, float64 [min(out, in)], without numerical zeros.
 
-    From the smaller of WᵀW and WWᵀ, which share them.
+    They are computed from the smaller of WᵀW and WWᵀ.
     """
     wide = matrix.double()
     tall = wide if wide.shape[0] >= wide.shape[1] else wide.T
@@ -173,20 +173,20 @@ def eigenvalues(matrix: Tensor) -> Tensor:
 
 
 def tail_exponent(spectrum: Tensor) -> float:
-    """α of the power law that fits the tail of eigenvalues (ascending, positive, float64) best; NaN if there is none.
+    """α of the power law that best fits the tail of eigenvalues (ascending, positive, float64); NaN without a tail.
 
-    Hill's estimator over the n eigenvalues from λ_i on, with the i, of those near the peak of the histogram of ln λ,
-    whose law is closest to them:
+    Hill's estimator over the n eigenvalues from λ_i on, for the i near the peak of the histogram of ln λ that minimises
+    the distance D_i:
 
         α_i = 1 + n / Σ_k ln(λ_k / λ_i)                                     k = i … N-1, n = N-i
         D_i = max_k |1 - (λ_k / λ_i)^(1-α_i) - (k-i) / n|                   Kolmogorov-Smirnov
 
-    As in AlphaPruning's `net_esd_estimator` (and WeightWatcher before it) "near" is log₁₀(0.95 x) <= λ_i <= 1.5 x for a
-    peak bin that begins at x. The logarithm looks like a slip, but its authors' exponents are computed with it: where
-    eigenvalues are small it leaves the lower side open.
+    "Near" is log₁₀(0.95 x) <= λ_i <= 1.5 x for a peak bin that begins at x, as in AlphaPruning's `net_esd_estimator`
+    and in WeightWatcher. The logarithm may be an error, but the authors' exponents are computed with it; for small
+    eigenvalues it removes the lower limit.
 
-    The peak of a short spectrum is often a near-tie of two bins: bf16 weights in the place of float32 ones move 50 of
-    SmolLM2-135M's 210 exponents by more than 0.1 %. The fit itself is as exact as its spectrum.
+    The peak of a short spectrum is often a near-tie of two bins: with bf16 instead of float32 weights, 50 of the 210
+    exponents of SmolLM2-135M change by more than 0.1 %.
     """
     total = len(spectrum)
     if total < 2:
@@ -203,7 +203,7 @@ def tail_exponent(spectrum: Tensor) -> float:
 
 
 def near_peak(logs: Tensor) -> tuple[float, float]:
-    """The eigenvalues between which the tail may begin, from the fullest bin of the histogram of their logarithms."""
+    """Interval of eigenvalues in which the tail may begin, from the peak of the histogram of their logarithms."""
     low, high = float(logs[0]), float(logs[-1])
     counts = torch.histc(logs, BINS, min=low, max=high)
     edge = math.exp(low + int(counts.argmax()) * (high - low) / BINS)
@@ -211,7 +211,7 @@ def near_peak(logs: Tensor) -> tuple[float, float]:
 
 
 def distances(logs: Tensor, starts: Tensor, exponents: Tensor) -> Tensor:
-    """Kolmogorov-Smirnov distance of each candidate's law from the eigenvalues at and above it."""
+    """Kolmogorov-Smirnov distance between the power law of each candidate and the eigenvalues from it on."""
     positions, found = torch.arange(len(logs), device=logs.device), []
     for start, exponent in zip(torch.split(starts, CHUNK), torch.split(exponents, CHUNK), strict=True):
         rank = positions - start[:, None]

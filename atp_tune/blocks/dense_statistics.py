@@ -1,12 +1,10 @@
-"""Statistics of the dense model, in the two forms in which trials come to them: kept on the disk, and as ranks.
+"""Statistics of the dense model, on disk and as ranks.
 
-On the disk they are measured once for a model, a text and a pruner, whoever asks again: one file of safetensors for
-each block, in a folder of the cache. A block's file is read when its turn comes, so that Hessians, which are larger
-than the weights, need room for one block in memory.
+On disk they are kept in the cache per model, text and pruner, with one safetensors file per block. The file of a block
+is read when the block is pruned, so that Hessians, which are larger than the weights, are in memory for one block only.
 
-Where the statistics are those of the dense model, so are Wanda's scores, and only the number of weights that go changes
-with the plan: weights are ranked once, then a mask is a comparison. Selecting them anew takes a screening trial as long
-as the evaluation of its few windows.
+With statistics of the dense model, Wanda's scores are the same in all trials; only the number of zeros changes. So
+weights are ranked once, and a mask is a comparison, which saves half the time of a screening trial.
 """
 
 import json
@@ -14,7 +12,7 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,36 +25,32 @@ from atp_tune.checkpoints.devices import free_memory
 from atp_tune.pruners import Pruner, Statistics
 from atp_tune.pruners.wanda import Ranks, Wanda
 
-DISK_SHARE = 0.5  # of the free disk may be taken
-SMALL = 1 << 20  # bytes of a block's file: it stays in memory once it is read
-RANK_SHARE = 0.3  # of the free memory may be taken by ranks
-RANK_BYTES = 2  # of a rank, in rows of up to 32,768 weights; twice as many beyond
+DISK_SHARE = 0.5  # maximum share of the free disk space for statistics
+SMALL = 1 << 20  # bytes of a file up to which its statistics stay in memory
+RANK_SHARE = 0.3  # maximum share of the free memory for ranks
+RANK_BYTES = 2  # bytes of a rank, in rows of up to 32,768 weights (longer rows: 4)
 
 
 class PerBlock(Sequence[BlockStatistics], ABC):
-    """Statistics of all blocks, each found when it is asked for."""
+    """A sequence of the statistics of each block, computed on access."""
 
     def __init__(self, blocks: int) -> None:
         self._blocks = blocks
 
     @abstractmethod
     def of(self, index: int) -> BlockStatistics:
-        """Those of a block that there is."""
+        """The statistics of block `index`, from 0."""
 
     def __len__(self) -> int:
         return self._blocks
 
-    @overload
-    def __getitem__(self, index: int) -> BlockStatistics: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[BlockStatistics]: ...
     def __getitem__(self, index: Any) -> Any:
-        found = range(self._blocks)[index]  # IndexError where there is none
+        found = range(self._blocks)[index]  # raises IndexError
         return self.of(found) if isinstance(found, int) else [self.of(each) for each in found]
 
 
 class CachedStatistics(PerBlock):
-    """Statistics that are read from the disk."""
+    """Statistics that are read from disk."""
 
     def __init__(self, folder: Path, kind: type[Statistics], blocks: int, device: torch.device) -> None:
         super().__init__(blocks)
@@ -64,7 +58,7 @@ class CachedStatistics(PerBlock):
         self._small: dict[int, BlockStatistics] = {}
 
     def of(self, index: int) -> BlockStatistics:
-        """Those of a block, from its file."""
+        """The statistics of a block, read from its file."""
         if index not in self._small:
             file = place_of(self._folder, index)
             found = _read(file, self._kind, self._device)
@@ -75,9 +69,9 @@ class CachedStatistics(PerBlock):
 
 
 class Ranked(PerBlock):
-    """Statistics of all blocks: as they are when a block is asked for first, as ranks of its weights from then on.
+    """Statistics of all blocks: plain on the first access of a block, ranks of its weights from then on.
 
-    A plan that is pruned once has no use for ranks, which take as long to find as two or three masks.
+    Ranking takes as long as two or three masks, so it is not worthwhile for a single plan.
     """
 
     def __init__(self, statistics: Sequence[BlockStatistics], checkpoint: Checkpoint) -> None:
@@ -87,7 +81,7 @@ class Ranked(PerBlock):
         self._ranks: dict[int, BlockStatistics | None] = {}
 
     def of(self, index: int) -> BlockStatistics:
-        """Those of a block."""
+        """The statistics of a block, plain or as ranks."""
         if index not in self._ranks:
             plain = self._statistics[index]
             self._ranks[index] = None
@@ -104,24 +98,24 @@ class Ranked(PerBlock):
 
 
 def save_all(folder: Path, measured: Iterable[BlockStatistics]) -> None:
-    """Writes statistics block by block as they are measured; the folder is there when all are. OSError if it cannot."""
+    """Writes statistics block by block as they are measured; the folder appears when complete. May raise OSError."""
     with folder_atomically(folder) as temporary:
         for index, statistics in enumerate(measured):
             _write(place_of(temporary, index), statistics)
 
 
 def is_room(folder: Path, needed: int) -> bool:
-    """Whether the disk of a folder has room for so many bytes, and as much again."""
+    """Whether `needed` bytes are at most the share `DISK_SHARE` of the free disk space of a folder."""
     return needed <= DISK_SHARE * shutil.disk_usage(folder).free
 
 
 def place_of(folder: Path, index: int) -> Path:
-    """The file of one block."""
+    """The file of block `index`."""
     return folder / f"{index}.safetensors"
 
 
 def _write(file: Path, statistics: BlockStatistics) -> None:
-    """Linears that share an object share its tensors."""
+    """Writes statistics; linears that share an object share its tensors."""
     distinct = {id(each): each for each in statistics.values()}
     numbers = {known: number for number, known in enumerate(distinct)}
     tensors = {
@@ -132,7 +126,7 @@ def _write(file: Path, statistics: BlockStatistics) -> None:
     linears = {name: numbers[id(each)] for name, each in statistics.items()}
     try:
         save_file(tensors, file, {"linears": json.dumps(linears)})
-    except SafetensorError as error:  # a full disk, say
+    except SafetensorError as error:  # such as a full disk
         raise OSError(str(error)) from error
 
 
@@ -148,7 +142,7 @@ def _read(file: Path, kind: type[Statistics], device: torch.device) -> BlockStat
 
 
 def can_rank(pruner: Pruner, checkpoint: Checkpoint) -> bool:
-    """Whether ranks say all that a pruner needs to know, and there is room for them beside the weights."""
+    """Whether ranks are sufficient for a pruner, and fit in memory beside the weights."""
     is_by_row = isinstance(pruner, Wanda) and pruner.compare == "row" and pruner.group is None
     needed = RANK_BYTES * sum(checkpoint.sizes)
     return is_by_row and checkpoint.offload == "none" and needed < RANK_SHARE * free_memory(checkpoint.device)

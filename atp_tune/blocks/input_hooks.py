@@ -1,4 +1,4 @@
-"""Hooks that collect the inputs of a block's linears while the block runs."""
+"""Hooks that collect statistics of the inputs of a block's linears while the block runs."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,14 +17,14 @@ OnInputs = Callable[[Sequence[Linear]], None]
 
 
 class AllInputsSeen(Exception):  # noqa: N818 - a signal, not an error
-    """Every linear has its input: what the block would still compute is not wanted."""
+    """All linears have their inputs, so the block need not go on."""
 
 
 class InputCollector:
-    """Statistics by linear, fed by forward pre-hooks; linears that read the same tensor share one object.
+    """Statistics by linear, collected by forward pre-hooks; linears with the same input tensor share one object.
 
-    `on_inputs` is called when the inputs of one linear, or of a mixture's experts, were taken in and before they are
-    multiplied by the weight.
+    `on_inputs` is called with one linear, or with the experts of a mixture, after their inputs were added and before
+    they are multiplied by the weight.
     """
 
     def __init__(self, linears: list[Linear], kind: type[Statistics], on_inputs: OnInputs) -> None:
@@ -33,11 +33,11 @@ class InputCollector:
         self._on_inputs = on_inputs
         self._by_name: dict[str, Statistics] = {}
         self._run: set[str] = set()
-        self._by_tensor: dict[int, tuple[ref[Tensor], Statistics]] = {}  # by id; the tensors are not kept alive
+        self._by_tensor: dict[int, tuple[ref[Tensor], Statistics]] = {}  # by id of the input tensor
 
     @contextmanager
     def attached(self, block: nn.Module) -> Iterator[None]:
-        """While the body runs, the linears' inputs are gathered."""
+        """Collects inputs while the context is active."""
         handles = [
             block.get_submodule(linear.name).register_forward_pre_hook(partial(self._on_input, linear))
             for linear in self._linears
@@ -53,18 +53,18 @@ class InputCollector:
                 handle.remove()
 
     def of(self, linear: Linear) -> Statistics | None:
-        """Statistics of a linear as far as they are gathered; None for an expert that got no token."""
+        """The statistics of a linear so far; None for an expert without tokens."""
         return self._by_name.get(linear.name)
 
     def result(self) -> dict[str, Statistics]:
-        """Statistics of each linear by name, but for experts that got no token; TrialError if one was never run."""
+        """Statistics by name, without those of experts without tokens; TrialError if a linear was not run."""
         never_run = [linear.name for linear in self._linears if linear.name not in self._run]
         if never_run:
             raise TrialError(f"linear {never_run[0]} was not run by its block, so its inputs are not known")
         return self._by_name
 
     def _mixtures(self) -> dict[str, dict[str, Linear]]:
-        """The experts' linears by name, for each path of a module that holds them."""
+        """The linears of experts by name, for the path of each experts module."""
         found: dict[str, dict[str, Linear]] = {}
         for linear in self._linears:
             if linear.expert is not None:
@@ -84,14 +84,16 @@ class InputCollector:
         self, path: str, linears: dict[str, Linear], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         hidden, chosen = (*args, *kwargs.values())[:2]
-        for weight in expert_weights(module):  # the first is pruned, in one pass, before the second has its inputs
+        for weight in expert_weights(
+            module
+        ):  # in "sequential", W_up is pruned before the inputs of W_down are computed
             for expert, x in expert_inputs(module, weight, hidden, chosen):
                 linear = linears[expert_name(path, weight, expert)]
                 self._by_name[linear.name] = self._take_in(linear, x)
             self._ran([linear for linear in linears.values() if linear.key == f"{path}.{weight}"])
 
     def _take_in(self, linear: Linear, x: Tensor) -> Statistics:
-        """The linear's own statistics, with these inputs added."""
+        """Adds inputs to the statistics of a linear, and returns them."""
         statistics = self._by_name.get(linear.name) or self._kind(linear.in_features, x.device)
         statistics.add(x)
         return statistics
@@ -102,7 +104,7 @@ class InputCollector:
 
 
 def stop_when_all_seen(linears: Sequence[Linear]) -> OnInputs:
-    """For each run of a block: raises `AllInputsSeen` when every linear has its input."""
+    """A callback that raises `AllInputsSeen` when all linears have their inputs, in each run of a block."""
     missing = {linear.name for linear in linears}
 
     def on_inputs(found: Sequence[Linear]) -> None:

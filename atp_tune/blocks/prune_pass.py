@@ -1,14 +1,14 @@
-"""The pass over the blocks: measure inputs → prune → run on, one block at a time.
+"""The pass over the blocks: measures, prunes and runs one block at a time.
 
-For block i = 0 … L-1, with H the hidden states that enter it (calibration windows):
+For block i = 0 … L-1, with H the hidden states of the calibration windows that enter it:
 
-    1. run the block dense on H and gather what the pruner wants to know of each linear's inputs
-    2. prune each linear to the block's sparsity s_i
+    1. run the dense block on H and collect the pruner's statistics of the inputs of each linear
+    2. prune each linear to the sparsity s_i of the block
     3. H ← block_i(H) with the pruned weights
 
-so that block i is measured with blocks 0 … i-1 already pruned (the papers' way, statistics "block"). In one pass
-(statistics "sequential") the three are one for each linear: see `standing`. With statistics gathered once on the dense
-model ("dense") step 1 is left out, and only the few windows of the error curve, if any, are run on.
+So block i is measured with blocks 0 … i-1 pruned, as in the papers (statistics "block"). With statistics "sequential"
+each linear is measured with all earlier linears pruned, see `sequential`. With statistics of the dense model ("dense")
+step 1 is omitted, and step 3 runs only the windows of the error curve, if any.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,21 +35,22 @@ BlockStatistics = Mapping[str, Statistics]
 
 @dataclass(frozen=True)
 class PrunedBlock:
-    """One block after pruning: all its tensors by name, zeros per linear, and what it cost."""
+    """A pruned block: its tensors by name, zeros per linear, and seconds by phase."""
 
     index: int
     weights: dict[str, Tensor]
     zeros: dict[str, int]
-    error: float | None  # ‖H - H_dense‖ / ‖H_dense‖ after this block, on the windows of the error curve
+    error: float | None  # ‖H - H_dense‖ / ‖H_dense‖ after the block, over the windows of the error curve
     seconds: dict[str, float]
-    experts_without_tokens: tuple[str, ...] = ()  # experts that got no token, and so were pruned by magnitude
+    experts_without_tokens: tuple[str, ...] = ()  # pruned by magnitude
 
 
 @dataclass
 class Pass:
-    """The pass for one pruner: what it needs beside the plan and the hidden states that enter.
+    """The pass over the blocks for one pruner.
 
-    `dense_states` [L] are hidden states [few, tokens, width] after each block of the dense model, for the error curve.
+    `dense_states` [L]: hidden states [few, tokens, width] after each block of the dense model, for the error curve;
+    `in_one_pass`: statistics "sequential".
     """
 
     replay: Replay
@@ -60,15 +61,15 @@ class Pass:
     in_one_pass: bool = False
 
     def run(self, plan: Plan, hidden: Tensor) -> Iterator[PrunedBlock]:
-        """Prunes block after block; `hidden` [windows, tokens, width] is overwritten as it moves on.
+        """Prunes block after block; overwrites `hidden` [windows, tokens, width] with the states after each block.
 
-        No windows where neither the pruner nor an error curve asks for them.
+        `hidden` has no windows if neither the pruner nor an error curve needs them.
         """
         for index in range(len(self.replay.checkpoint.linears)):
             yield self.step(plan, index, hidden)
 
     def step(self, plan: Plan, index: int, hidden: Tensor) -> PrunedBlock:
-        """Prunes block `index`, and moves the hidden states through it."""
+        """Prunes block `index`, and runs the hidden states through it."""
         linears = self.replay.checkpoint.linears[index]
         timer = Timer(self.replay.checkpoint.device)
         weights = self.replay.checkpoint.weights(index)
@@ -105,7 +106,7 @@ class Pass:
     def _prune_sequentially(
         self, index: int, weights: dict[str, Tensor], hidden: Tensor, sparsities: tuple[float, ...], timer: Timer
     ) -> "Pruning":
-        """All three steps in one pass over the hidden states, which move on."""
+        """Measures, prunes and runs the block in one pass over the hidden states."""
         kind, block = self.pruner.measures, self.replay.checkpoint.blocks[index]
         linears = self.replay.checkpoint.linears[index]
         assert kind is not None
@@ -129,7 +130,7 @@ class Pass:
 
 
 class Pruning:
-    """A block's tensors, in which its linears are pruned one by one; the dense weights stay as they are."""
+    """The tensors of a block, whose linears are pruned one by one; the dense weights are not changed."""
 
     def __init__(
         self, linears: list[Linear], weights: dict[str, Tensor], pruner: Pruner, sparsities: tuple[float, ...]
@@ -145,7 +146,7 @@ class Pruning:
         self._sizes = {linear.name: linear.size for linear in linears}
 
     def prune(self, linear: Linear, statistics: Statistics | None) -> None:
-        """Prunes one linear to its sparsity: an expert that no token was sent to by magnitude."""
+        """Prunes one linear to its sparsity; an expert without tokens is pruned by magnitude."""
         rule = self._pruner
         if statistics is None and rule.measures is not None:
             rule = unmeasured(rule)
@@ -155,45 +156,40 @@ class Pruning:
         self._kept[linear.name] = nonzeros(sparse)
 
     def zeros(self) -> dict[str, int]:
-        """Number of zeros in each linear; one wait for the device, not one for each."""
+        """Number of zeros in each linear, with a single synchronisation of the device."""
         kept = torch.stack(list(self._kept.values())).tolist()
         counts = dict(zip(self._kept, kept, strict=True))
         return {name: size - counts[name] for name, size in self._sizes.items()}
 
 
 def embed(replay: Replay, batch: AutoBatch, items: Batch) -> Tensor:
-    """Hidden states [items, positions, width] that enter block 0, batch by batch; none for no items.
+    """Hidden states [items, positions, width] that enter block 0, computed batch by batch; empty without items.
 
-    Before its blocks a model makes their masks too, which for some families take more memory than all else.
+    Batches matter here too, since the masks of some families take more memory than all else.
     """
-    hidden, start = torch.empty(0, device=replay.checkpoint.device), 0
-    while start < len(items):
+    hidden = torch.empty(0, device=replay.checkpoint.device)
 
-        def step(windows: int, start: int = start) -> int:
-            nonlocal hidden
-            rows = replay.embed(items[start : start + windows])
-            hidden = hidden if start else rows.new_empty(len(items), *rows.shape[1:])
-            hidden[start : start + windows] = rows
-            return windows
+    def step(rows: slice) -> None:
+        nonlocal hidden
+        found = replay.embed(items[rows])
+        hidden = hidden if rows.start else found.new_empty(len(items), *found.shape[1:])
+        hidden[rows] = found
 
-        start += batch.run(step)
+    batch.over(len(items), step)
     return hidden
 
 
 def advance(replay: Replay, batch: AutoBatch, index: int, weights: dict[str, Tensor], hidden: Tensor) -> None:
-    """Replaces hidden states [windows, tokens, width] by those after block `index`, in place, batch by batch."""
-    start = 0
-    while start < len(hidden):
+    """Overwrites hidden states [windows, tokens, width] with those after block `index`, batch by batch."""
 
-        def step(windows: int, start: int = start) -> int:
-            hidden[start : start + windows] = replay.run(index, weights, hidden[start : start + windows])
-            return windows
+    def step(rows: slice) -> None:
+        hidden[rows] = replay.run(index, weights, hidden[rows])
 
-        start += batch.run(step)
+    batch.over(len(hidden), step)
 
 
 def unmeasured(pruner: Pruner) -> Pruner:
-    """What stands in for a pruner where there are no inputs: magnitude, in the same groups if the pruner has any."""
+    """The pruner for a linear without inputs: magnitude, with the same group."""
     group = getattr(pruner, "group", None)
     return make_pruner("magnitude", None if group is None else {"group": group})
 
@@ -206,7 +202,7 @@ def measure(
     hidden: Tensor,
     kind: type[Statistics],
 ) -> BlockStatistics:
-    """Statistics of the inputs of each linear of block `index`, by name, over all windows of hidden."""
+    """Statistics of the inputs of each linear of block `index`, by name, over all windows of `hidden`."""
     block = replay.checkpoint.blocks[index]
 
     def step(windows: int) -> BlockStatistics:
@@ -229,7 +225,7 @@ def measure_and_advance(
     hidden: Tensor,
     kind: type[Statistics],
 ) -> BlockStatistics:
-    """Both in one pass, for a block that is not pruned; hidden [windows, tokens, width] is overwritten."""
+    """`measure` and `advance` in one pass for a dense block; overwrites hidden [windows, tokens, width]."""
     block, linears = replay.checkpoint.blocks[index], replay.checkpoint.linears[index]
 
     def step(windows: int) -> BlockStatistics:
@@ -243,7 +239,7 @@ def measure_and_advance(
 
 
 def relative_error(hidden: Tensor, dense: Tensor) -> float:
-    """‖H - D‖ / ‖D‖ (Frobenius, float32) over the windows that dense [few, tokens, width] has."""
+    """‖H - D‖ / ‖D‖ (Frobenius norm, float32) over the first windows, with D = dense [few, tokens, width]."""
     reference = dense.to(hidden.device).float()
     difference = hidden[: len(dense)].float() - reference
     return float(torch.linalg.vector_norm(difference) / torch.linalg.vector_norm(reference))

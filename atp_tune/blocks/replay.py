@@ -1,12 +1,11 @@
-"""Running a model block by block, with exactly what the model itself passes to each block.
+"""Runs a model block by block, with exactly the arguments that the model passes to each block.
 
-The model runs with its blocks bypassed: each block's forward is replaced by a stand-in that records its arguments
-and returns the hidden state unchanged. So embeddings, masks, rotary tables, final norm and head are the model's own
-code, whatever its family, and no name of them is known here. A block is then replayed with `functional_call` and any
-weights, dense or pruned.
+The model runs with its blocks bypassed: the forward of each block is replaced by a stand-in that records its arguments
+and returns the hidden states unchanged. So embeddings, masks, rotary tables, final norm and head are computed by the
+model's own code, for any family. A block is then replayed by `functional_call` with any weights, dense or pruned.
 
-H hidden states [items, positions, width], of a text [windows, tokens, width]. What the model is called with, token ids
-[windows, tokens] say, is its kind of input's business (`inputs`).
+Hidden states are [items, positions, width]; for texts [windows, tokens, width]. The kind of input (`inputs`) calls the
+model, for texts with token ids [windows, tokens].
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -25,26 +24,26 @@ from atp_tune.inputs import Batch, InputKind
 StandIn = Callable[..., Any]
 T = TypeVar("T")
 HIDDEN = "hidden_states"
-SHAPES = 4  # of batches whose calls are kept: full and last ones of two texts that go through a block in turn
+SHAPES = 4  # batch shapes whose calls are kept: full and last batches of two texts that alternate
 
 
 @dataclass(frozen=True)
 class Call:
-    """What the model passes to one block besides the hidden state."""
+    """The arguments of one block besides the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    by_name: bool  # the hidden state is passed as a keyword
+    by_name: bool  # hidden states are passed as a keyword
 
     def with_hidden(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with a hidden state put in."""
+        """The arguments with hidden states inserted."""
         if self.by_name:
             return self.args, {HIDDEN: hidden, **self.kwargs}
         return (hidden, *self.args), self.kwargs
 
 
 class Replay:
-    """Embeds, runs single blocks and computes logits, through a model's own code."""
+    """Embeds, runs single blocks, and computes logits, with the code of the model."""
 
     @torch.inference_mode()
     def __init__(self, checkpoint: Checkpoint, inputs: InputKind[Any]) -> None:
@@ -58,18 +57,18 @@ class Replay:
         return self._enter(batch)[0]
 
     def run(self, index: int, weights: dict[str, Tensor], hidden: Tensor) -> Tensor:
-        """Hidden states after block `index`, computed with these weights."""
+        """Hidden states after block `index` with the given weights."""
         return self.within(index, weights, lambda: self.step(index, hidden))
 
     def within(self, index: int, weights: dict[str, Tensor], body: Callable[[], T]) -> T:
-        """Result of `body()`, in which block `index` has these weights."""
+        """Result of `body()`, run while block `index` has the given weights."""
         named = {f"block.{name}": tensor for name, tensor in weights.items()}
         result: T = torch.func.functional_call(_Within(self.checkpoint.blocks[index], body), named, ())
         return result
 
     @contextmanager
     def whole(self, weights_of: Callable[[int], dict[str, Tensor]]) -> Iterator[nn.Module]:
-        """The model itself for programs that run it as a whole; its blocks compute with the weights given for them."""
+        """Yields the model for code that runs it as a whole; its blocks use the weights of `weights_of`."""
         own = [block.forward for block in self.checkpoint.blocks]
 
         def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
@@ -79,13 +78,13 @@ class Replay:
             yield self.checkpoint.model
 
     def step(self, index: int, hidden: Tensor) -> Tensor:
-        """Hidden states after block `index`, with the weights that it has now."""
+        """Hidden states after block `index` with its current weights."""
         call = self._calls_for(hidden.shape[0], hidden.shape[1])[index]
         args, kwargs = call.with_hidden(hidden)
         return hidden_of(self.checkpoint.blocks[index](*args, **kwargs))
 
     def logits(self, batch: Batch, hidden: Tensor) -> Tensor:
-        """Logits, of a text [windows, tokens, vocabulary], of the hidden states that leave the last block."""
+        """Logits, for texts [windows, tokens, vocabulary], from the hidden states after the last block."""
         last = len(self.checkpoint.blocks) - 1
 
         def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
@@ -96,21 +95,21 @@ class Replay:
         return logits
 
     def forward(self, batch: Batch) -> Any:
-        """The model's own output for a batch."""
+        """The output of the model for a batch."""
         return self.inputs.forward(self.checkpoint.model, batch)
 
     def _wrap(self, hidden: Tensor) -> Any:
-        """A block's output in the form that the model expects from it."""
+        """The output of a block in the form that the model expects."""
         return hidden if self._rest is None else (hidden, *self._rest)
 
     def _enter(self, batch: Batch) -> tuple[Tensor, list[Call]]:
-        """Hidden states that enter block 0, and what each block is called with for this batch."""
+        """Hidden states that enter block 0, and the call of each block, for a batch."""
         recorded: list[tuple[Tensor, Call]] = []
 
         def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
             recorded.append(split(args, kwargs))
             if len(recorded) == len(self.checkpoint.blocks):
-                raise Reached  # the last block: what the model does after it is not wanted here
+                raise Reached  # the rest of the model is not needed
             return self._wrap(recorded[-1][0])
 
         with bypassed(self.checkpoint.blocks, stand_in), suppress(Reached):
@@ -120,13 +119,13 @@ class Replay:
         return recorded[0][0], [call for _, call in recorded]
 
     def _calls_for(self, items: int, positions: int) -> list[Call]:
-        """The recorded calls for a batch of this shape; they must not depend on what is in it.
+        """The recorded calls for batches of a shape; UserError if they depend on the content of the batch.
 
-        Kept for the shapes that were used last: masks of a batch may take as much memory as its activations.
+        Only the last shapes are kept, since masks may take as much memory as activations.
         """
         shape = (items, positions)
         if shape in self._calls:
-            self._calls[shape] = self._calls.pop(shape)  # the last in order: used last
+            self._calls[shape] = self._calls.pop(shape)  # moves the shape to the end: most recently used
         else:
             _, one, other = self.inputs.examples(self.checkpoint, items, positions)
             self._calls[shape] = self._enter(one)[1]
@@ -138,7 +137,7 @@ class Replay:
         return self._calls[shape]
 
     def _outputs_beside_hidden(self) -> tuple[Any, ...] | None:
-        """What block 0 returns after the hidden state, by running it once; None if it returns a plain tensor."""
+        """The outputs of block 0 after the hidden states, from one run; None if it returns a tensor."""
         arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
@@ -159,7 +158,7 @@ class Replay:
 
 
 class _Within(nn.Module):
-    """Gives `functional_call` a body that runs a block more than once."""
+    """A module whose forward is `body`, so that `functional_call` covers several runs of a block."""
 
     def __init__(self, block: nn.Module, body: Callable[[], Any]) -> None:
         super().__init__()
@@ -168,14 +167,14 @@ class _Within(nn.Module):
 
 
 class Reached(Exception):  # noqa: N818 - a signal, not an error
-    """The model called the block that was waited for."""
+    """The model has called the block of interest."""
 
 
 @contextmanager
 def bypassed(blocks: nn.ModuleList, stand_in: StandIn) -> Iterator[None]:
-    """While the body runs, `stand_in(index, *args, **kwargs)` answers in the place of each block.
+    """While the context is active, `stand_in(index, *args, **kwargs)` replaces the forward of each block.
 
-    A `forward` that somebody has set on a block, as accelerate's hooks are, is there again afterwards.
+    A `forward` set on a block instance, such as by accelerate's hooks, is restored.
     """
     before = [vars(block).get("forward") for block in blocks]
     for index, block in enumerate(blocks):
@@ -191,13 +190,13 @@ def bypassed(blocks: nn.ModuleList, stand_in: StandIn) -> Iterator[None]:
 
 
 def hidden_of(output: Any) -> Tensor:
-    """The hidden states in what a block returns."""
+    """The hidden states in the output of a block."""
     hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
     return hidden
 
 
 def split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
-    """Hidden state and the rest of a block's arguments."""
+    """Splits the arguments of a block into hidden states and the rest."""
     if args:
         return args[0], Call(args[1:], kwargs, by_name=False)
     rest = {name: value for name, value in kwargs.items() if name != HIDDEN}
@@ -205,7 +204,7 @@ def split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two recordings, or parts of them, hold equal values."""
+    """Whether two recordings, or parts of recordings, are equal."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return torch.equal(one, other)
     if isinstance(one, Call):

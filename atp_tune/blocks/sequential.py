@@ -1,18 +1,17 @@
-"""One pass over the calibration text for each block: a linear is pruned when the whole text stands before it.
+"""Prunes the linears of a block one after the other in a single pass, each measured with all earlier ones pruned.
 
-The block runs on all batches of windows at once, each in a greenlet, which is a call that can stop in its middle:
+The block runs on all batches of windows at once, each in a greenlet, which can be suspended:
 
-    stop      every batch runs until it is about to multiply by the next linear
+    stop      each batch runs until it is about to multiply by the next linear
     measure   X of that linear ← its inputs in all batches
     prune     its weight, in place
-    go on     every batch multiplies by the pruned weight, and runs to the linear after it
+    go on     each batch multiplies by the pruned weight, and runs to the next linear
 
-So a linear is measured with all that comes before it pruned, within its block too, and a token goes through each block
-once, where measuring the dense block first takes a second pass. What every batch holds in its middle must fit beside
-the block: about 2 (width + inner width) numbers for each calibration token of a gated MLP.
+Each token goes through each block once; measuring the dense block first takes a second pass. The activations of all
+suspended batches must fit in memory: about 2 (width + inner width) numbers per calibration token in a gated MLP.
 
-Source: GPTQ's code measures in this order under `true-sequential` (Frantar et al., ICLR 2023), with a pass for each
-group of linears.
+Source: the order of `true-sequential` in GPTQ's code (Frantar et al., ICLR 2023), which takes one pass per group of
+linears.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,10 +34,10 @@ Prune = Callable[[Linear, Statistics | None], None]
 def prune_sequentially(
     block: nn.Module, linears: list[Linear], kind: type[Statistics], runs: Sequence[Run], prune: Prune
 ) -> list[Tensor]:
-    """Results of the runs, batch by batch, with each linear pruned by `prune` while all of them stand before it.
+    """Results of all runs; calls `prune` for each linear when all runs have reached it.
 
-    TrialError if a linear was never reached, if the batches do not meet the linears in one order, or if the model has
-    changed a setting of torch for the time of a linear.
+    Errors: TrialError if a linear is never reached, if runs reach linears in different orders, or if the model changes
+    a setting of torch around a linear.
     """
     collector = InputCollector(linears, kind, getcurrent().switch)
     pruned: set[str] = set()
@@ -53,7 +52,7 @@ def prune_sequentially(
 
 
 class _Lockstep:
-    """Batches that run to the same linear and stop there, one greenlet each."""
+    """Runs batches to the same linear and suspends them there, one greenlet each."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self._before = thread_state()
@@ -66,12 +65,12 @@ class _Lockstep:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for batch in self._greenlets:  # where one failed, the others are left in their middle
+        for batch in self._greenlets:  # ends suspended batches after an error
             if batch:
                 batch.throw(GreenletExit)
 
     def next(self) -> Sequence[Linear] | None:
-        """The linears before which all batches stand now; None when all have ended."""
+        """Runs all batches to their next linears, which are returned; None when all batches have ended."""
         found = [self._go_on(batch) for batch in self._greenlets]
         if all(batch.dead for batch in self._greenlets):
             self.results = found
@@ -82,9 +81,9 @@ class _Lockstep:
         return first
 
     def _go_on(self, batch: greenlet) -> Any:
-        """Lets one batch run to where it stops; TrialError if it stops inside a setting of torch that it has changed.
+        """Runs one batch to its next stop; TrialError if it has changed a setting of torch there.
 
-        Such settings belong to the thread, not to the greenlet: the other batches would be computed with them too.
+        Such settings belong to the thread, not to the greenlet, so they would affect the other batches.
         """
         stop = batch.switch()
         if thread_state() != self._before:
@@ -96,7 +95,7 @@ class _Lockstep:
 
 
 def thread_state() -> tuple[object, ...]:
-    """The settings of torch that a model's code can change for a while and that hold for all that the thread does."""
+    """Settings of torch per thread that a model may change temporarily."""
     accelerator = torch.accelerator.current_accelerator()
     devices = ["cpu", *([] if accelerator is None else [accelerator.type])]
     autocast = [(name, torch.is_autocast_enabled(name), torch.get_autocast_dtype(name)) for name in devices]

@@ -1,4 +1,4 @@
-"""How long phases take on a device that goes on computing after a call has returned."""
+"""Timing of phases on asynchronous devices."""
 
 from time import perf_counter
 
@@ -6,10 +6,9 @@ import torch
 
 
 def wait_for(device: torch.device) -> None:
-    """Returns when the device has done what it was given; a CPU always has.
+    """Waits until the device has finished its work; on CUDA that of the current stream.
 
-    On CUDA that is the work of the current stream. A copy of the next block, in a stream of its own, is not waited for:
-    it is to go on while the current block computes.
+    So it does not wait for the copy of the next block, which has a stream of its own.
     """
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
@@ -18,7 +17,7 @@ def wait_for(device: torch.device) -> None:
 
 
 class Timer:
-    """Adds up the seconds of named phases, each to the end of its last kernel on the device."""
+    """Sums the seconds of named phases; a phase ends with its last kernel on the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = {}
@@ -26,7 +25,7 @@ class Timer:
         self._last = self._now()
 
     def lap(self, phase: str) -> None:
-        """Counts the time since the last lap for this phase."""
+        """Adds the time since the last lap to a phase."""
         now = self._now()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
         self._last = now

@@ -1,13 +1,12 @@
-"""The replay against the model's own forward, on one small batch, before any number of it is believed.
+"""Verifies the replay against the model's own forward on a small batch.
 
-The model runs as it is, with its own blocks in its own order. Of each block it is seen that it is called once, in the
-order of the list, with the hidden states [items, positions, width] that left the block before it, that it returns the
-same when it is replayed, and that its linears are multiplied by calling them. More batches may go along. What leaves
-the last block is then shown to the score, which knows what it takes the logits for (`Head`). Weights are asked for once
-a block, so that a streamed model passes once.
+The model runs normally. The checks: each block is called once, in the order of the list, with the hidden states [items,
+positions, width] of the block before it; its replay returns the same; and its linears are applied by calling their
+modules. The score then checks the logits (`Head`). The weights of each block are used once, so that a streamed model is
+copied once.
 
-On a CPU equal means to the last bit. Elsewhere sums may run in another order each time, so there it means within a few
-units in the last place of a block's output.
+On a CPU results must be bit-identical. On other devices the order of sums may vary, so they must agree within a few
+units in the last place.
 """
 
 import math
@@ -27,37 +26,38 @@ from atp_tune.checkpoints.devices import is_out_of_memory
 from atp_tune.errors import UserError
 from atp_tune.inputs import Batch, InputKind
 
-UNITS = 32  # in the last place, on devices whose sums run in no fixed order
+UNITS = 32  # tolerance in units in the last place, on devices with varying order of sums
 
 
 class Difference(Exception):  # noqa: N818 - a finding, of which a line is made for the user
-    """Where the replay is not the model, or the model is not what its score takes it for."""
+    """A difference between replay and model, or a model that does not suit its score."""
 
 
 @dataclass(frozen=True)
 class ProbeRun:
-    """What became of one batch: hidden states [items, positions, width] that left the last block."""
+    """A batch, and its hidden states [items, positions, width] after the last block."""
 
     batch: Batch
     hidden: Tensor
 
 
 class Head(Protocol):
-    """The part of a score that says whether a model's logits are what it takes them for."""
+    """The part of a score that checks the logits of a model."""
 
     def probes(self, checkpoint: Checkpoint) -> Sequence[Batch]:
-        """Small batches: the first is run by the model as a whole, all of them block by block."""
+        """Small batches; the first is also run by the model as a whole."""
 
     def check_head(self, replay: Replay, runs: Sequence[ProbeRun], logits: Tensor, is_routed: bool) -> None:
-        """Difference where they are not; `runs` of the probes, `logits` of the first by the model as a whole.
+        """Raises Difference if the model does not suit the score.
 
-        `is_routed`: some linears are given a part of the hidden states only.
+        `runs`: replays of the probes; `logits`: of the first probe by the model as a whole; `is_routed`: some linears
+        get only a part of the hidden states.
         """
 
 
 @torch.inference_mode()
 def verified(checkpoint: Checkpoint, inputs: InputKind[Any], head: Head) -> Replay:
-    """The replay of a model that was seen to equal it; UserError in one line that says where the two differ."""
+    """The verified replay of a model; UserError that names the first difference."""
     kind = type(checkpoint.model).__name__
     try:
         _check_own_weights(checkpoint)
@@ -67,7 +67,7 @@ def verified(checkpoint: Checkpoint, inputs: InputKind[Any], head: Head) -> Repl
         raise UserError(f"model {kind}: {difference}; such a model cannot be pruned block by block") from None
     except UserError:
         raise
-    except Exception as error:  # whatever a model raises that wants more than a text
+    except Exception as error:  # models that need more inputs than a text raise many types
         if is_out_of_memory(error):
             raise
         raise UserError(f"model {kind}: cannot be run block by block on a text alone: {one_line(error)}") from error
@@ -75,7 +75,7 @@ def verified(checkpoint: Checkpoint, inputs: InputKind[Any], head: Head) -> Repl
 
 
 def _check_own_weights(checkpoint: Checkpoint) -> None:
-    """Difference where two blocks share a weight: pruned twice, it would have the zeros of the second alone."""
+    """Raises Difference if blocks share a weight, since pruning it twice would keep the second mask only."""
     owners: dict[int, int] = {}
     for index, block in enumerate(checkpoint.blocks):
         tensors = dict(block.named_parameters(remove_duplicate=False))
@@ -96,16 +96,16 @@ def _compare(replay: Replay, head: Head) -> None:
 
 
 class _BlockComparison:
-    """Stands in for the blocks of a running model: runs each as the model calls it, and compares its replay."""
+    """Replaces the blocks of a running model: runs each block as the model calls it, and compares its replay."""
 
     def __init__(self, replay: Replay, batches: Sequence[Batch]) -> None:
-        self.hidden = [replay.embed(batch).clone() for batch in batches]  # of the first as the model computes them
+        self.hidden = [replay.embed(batch).clone() for batch in batches]  # those of the first batch are the model's own
         self._replay = replay
         self._own = [block.forward for block in replay.checkpoint.blocks]
         self._done = 0
 
     def step(self, index: int, *args: Any, **kwargs: Any) -> Any:
-        """What block `index` returns; Difference where the replay would be called with, or return, something else."""
+        """The output of block `index`; raises Difference if arguments or output of the replay differ."""
         given = split(args, kwargs)[0]
         self._check_call(index, given)
         weights = self._replay.checkpoint.weights(index)
@@ -132,7 +132,7 @@ class _BlockComparison:
 
 @contextmanager
 def _as_before(block: nn.Module, own: Callable[..., Any]) -> Iterator[None]:
-    """While the body runs, a block that is bypassed computes by itself."""
+    """While the context is active, a bypassed block has its own forward."""
     block.forward, stand_in = own, block.forward
     try:
         yield
@@ -141,10 +141,10 @@ def _as_before(block: nn.Module, own: Callable[..., Any]) -> Iterator[None]:
 
 
 class _CallRecorder:
-    """Notes which modules with prunable weights are called, and whether one of them is given some positions only."""
+    """Records which modules with prunable weights are called, and whether one gets only some positions."""
 
     def __init__(self, checkpoint: Checkpoint, rows: int) -> None:
-        """`rows`: hidden states of the batch, items times positions."""
+        """`rows`: number of hidden states in the batch, items times positions."""
         names = {f"{i}.{linear.module}" for i, linears in enumerate(checkpoint.linears) for linear in linears}
         self.missing = set(names)
         self._rows = rows
@@ -168,7 +168,7 @@ class _CallRecorder:
 
 
 def is_equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two results are the same numbers; NaN is itself."""
+    """Whether two results are equal, with NaN equal to NaN; within `UNITS` on devices other than a CPU."""
     if one.shape != other.shape:
         return False
     if torch.equal(one, other) or (one.isnan().equal(other.isnan()) and one.nan_to_num().equal(other.nan_to_num())):
@@ -177,7 +177,7 @@ def is_equal(one: Tensor, other: Tensor) -> bool:
 
 
 def is_near(one: Tensor, other: Tensor) -> bool:
-    """Whether two results differ by rounding at most, that went through the whole model."""
+    """Whether two results differ at most by rounding through the whole model."""
     return _distance(one, other) < 4 * math.sqrt(_eps(one))
 
 
@@ -186,6 +186,6 @@ def _eps(tensor: Tensor) -> float:
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
-    """Mean difference as a share of the mean size of what is compared; 0 where neither is a number."""
+    """Mean absolute difference relative to the mean absolute value; NaN counts as 0."""
     one, other = one.float().nan_to_num(), other.float().nan_to_num()
     return float((one - other).abs().mean() / other.abs().mean().clamp(min=1e-30))

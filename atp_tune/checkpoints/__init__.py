@@ -1,1 +1,1 @@
-"""A dense checkpoint: found or fetched, judged, and its weights brought to where they are used."""
+"""Dense checkpoints: finding, downloading, checking and converting them, and placing their weights."""

@@ -1,7 +1,7 @@
-"""Memory that blocks lie in while they are not on the compute device: pinned, plain, or a mapped file.
+"""Memory for blocks that are not on the compute device: pinned, plain, or a mapped file.
 
-Safetensors are memory-mapped by transformers where the file has the number format that is asked for. What it had to
-convert, or to put together (a mixture's experts), lies in plain memory after loading.
+transformers memory-maps safetensors of the requested dtype. Tensors that it converts or combines (experts) are in plain
+memory after loading.
 """
 
 import logging
@@ -23,15 +23,15 @@ from torch import Tensor
 from atp_tune.cache import cache_dir
 from atp_tune.errors import UserError
 
-ALIGNED = 512  # bytes: where a tensor may begin in a buffer
+ALIGNED = 512  # bytes, alignment of tensors in a buffer
 
-Buffer = Callable[[int], Tensor]  # a number of bytes → that much memory, uint8
+Buffer = Callable[[int], Tensor]  # from a number of bytes to memory, uint8
 
 log = logging.getLogger(__name__)
 
 
 def move_into(buffer: Buffer, tensors: Sequence[Tensor]) -> None:
-    """Makes tensors lie side by side in one new buffer, in place; they have the same values and strides as before."""
+    """Moves contiguous tensors, in place, into one new buffer; values and strides stay the same."""
     dense = [tensor for tensor in tensors if tensor.is_contiguous()]
     ends = list(accumulate(_padded(tensor) for tensor in dense))
     if not dense or not ends[-1]:
@@ -39,23 +39,23 @@ def move_into(buffer: Buffer, tensors: Sequence[Tensor]) -> None:
     memory = buffer(ends[-1])
     for tensor, end in zip(dense, ends, strict=True):
         start = end - _padded(tensor)
-        place = memory[start : start + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
+        place = memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         tensor.data = place.copy_(tensor.detach())
 
 
 def _padded(tensor: Tensor) -> int:
-    return -(-tensor.numel() * tensor.element_size() // ALIGNED) * ALIGNED
+    return -(-tensor.nbytes // ALIGNED) * ALIGNED
 
 
 def plain(size: int) -> Tensor:
-    """Memory of whole pages, which go back to the system when the last tensor in it does."""
+    """Anonymous pages, which are returned to the system with the last tensor in them."""
     return torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
 
 
 def pinned(size: int) -> Tensor:
-    """Plain memory that CUDA copies from without a detour; said in the log where the system does not let it.
+    """Plain memory that is pinned for CUDA; logs a warning if the system refuses.
 
-    Not torch's own pinned memory: that takes the next power of two.
+    torch's own pinned memory is not used, since it rounds sizes up to a power of two.
     """
     memory = plain(size)
     runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
@@ -69,10 +69,10 @@ def pinned(size: int) -> Tensor:
 
 
 def _forget_last_error() -> None:
-    """Lets a kernel that does nothing raise the error of a failed call, which the next one would take for its own.
+    """Clears the error of a failed CUDA call, which the next kernel would report as its own.
 
-    PyTorch does not expose `cudaGetLastError`; the check after the launch of a kernel calls it. An error that the
-    device does not recover from is raised by all later calls too.
+    PyTorch does not expose `cudaGetLastError`, but calls it after a kernel. An unrecoverable error is raised by all
+    later calls too.
     """
     with suppress(RuntimeError):
         torch.zeros(1, device="cuda")
@@ -84,9 +84,9 @@ def _say_once(text: str) -> None:
 
 
 def on_disk(size: int) -> Tensor:
-    """A mapped file in the cache, without a name, so that it goes when the process does; UserError if it is too large.
+    """A mapped, unnamed file in the cache, which ends with the process; UserError if it does not fit.
 
-    Room is taken beforehand: a full disk would otherwise kill the process where it first writes.
+    Space is reserved first: else a full disk would kill the process at its first write.
     """
     folder = cache_dir("blocks")
     with tempfile.TemporaryFile(dir=folder) as file:
@@ -100,32 +100,28 @@ def on_disk(size: int) -> Tensor:
 
 
 def mapped_files() -> "Mapped":
-    """The parts of this process's memory that are files, as they are now; none where the system does not say."""
+    """The address ranges of this process that are mapped files now; none if the system does not tell."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
         return Mapped(())
     fields = [line.split(maxsplit=5) for line in lines]
-    return Mapped(tuple(sorted(_ends(row[0]) for row in fields if len(row) == 6 and row[5].startswith("/"))))
-
-
-def _ends(text: str) -> tuple[int, int]:
-    start, end = text.split("-")
-    return int(start, 16), int(end, 16)
+    ranges = [row[0].split("-") for row in fields if len(row) == 6 and row[5].startswith("/")]
+    return Mapped(tuple(sorted((int(start, 16), int(end, 16)) for start, end in ranges)))
 
 
 class Mapped:
-    """Ranges of addresses."""
+    """Address ranges of mapped files."""
 
     def __init__(self, ranges: tuple[tuple[int, int], ...]) -> None:
         self._ranges = ranges
         self._starts = [start for start, _ in ranges]
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether a tensor begins in one of the ranges."""
+        """Whether a tensor starts in one of the ranges."""
         place = bisect_right(self._starts, tensor.data_ptr()) - 1
         return place >= 0 and tensor.data_ptr() < self._ranges[place][1]
 
     def bytes_beside(self, tensors: Iterable[Tensor]) -> int:
-        """Bytes of the tensors that lie in none of the ranges."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if not self.holds(tensor))
+        """Bytes of the tensors outside the ranges."""
+        return sum(tensor.nbytes for tensor in tensors if not self.holds(tensor))

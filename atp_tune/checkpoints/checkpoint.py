@@ -1,9 +1,9 @@
-"""The dense checkpoint: its blocks, their linears, and where the weights lie. Nothing here is ever written to.
+"""The dense checkpoint: its blocks, their linears, and the place of the weights. Weights are never written to.
 
-Three residencies. Where the weights fit, all of them lie on the compute device. Where they don't, the blocks lie in
-host memory, pinned for CUDA, and where they don't fit there either they stay on disk, memory-mapped. Then a block's
-tensors are copied to the device, the next one's while it computes (`streaming`), so that two blocks, the shell
-(embeddings, final norm, head) and the activations are all that the device must hold.
+If the weights fit, all of them are on the compute device. Else the blocks are in host memory (pinned for CUDA), and if
+they do not fit there, memory-mapped on disk. Then the tensors of a block are copied to the device while the block
+before it computes (`streaming`): the device must hold two blocks, the shell (embeddings, final norm, head) and the
+activations.
 """
 
 from abc import ABC, abstractmethod
@@ -37,11 +37,11 @@ from atp_tune.errors import UserError
 
 
 class Released(ABC):
-    """Something that holds much memory, and is released at the end of a `with`."""
+    """A context manager for an object with much memory, which is released at the end."""
 
     @abstractmethod
     def release(self) -> None:
-        """Frees the memory; the object is of no use afterwards."""
+        """Frees the memory; the object must not be used afterwards."""
 
     def __enter__(self) -> Self:
         return self
@@ -51,24 +51,23 @@ class Released(ABC):
 
 
 class Checkpoint(Released):
-    """A model in evaluation mode, seen as a list of blocks; weights are read, never written.
+    """A model in evaluation mode as a list of blocks; its weights are only read.
 
-    As a context manager it gives a caller's model back as it was, and frees one that it has loaded itself: `with
-    Checkpoint(model, device) as checkpoint`.
+    At the end of `with Checkpoint(model, device) as checkpoint` the model is restored; one that `load` loaded is freed.
     """
 
     def __init__(
         self, model: nn.Module, device: torch.device, offload: Offload | None = None, ahead: bool = True
     ) -> None:
-        """`offload`: None chooses; `ahead`: whether the next block is copied while one is used."""
+        """`offload`: place of the blocks, None: by free memory; `ahead`: copy the next block while one is used."""
         tensors = (*model.parameters(), *model.buffers())
         self._modes = [(module, module.training) for module in model.modules()]
         self._places = [(tensor, tensor.device) for tensor in tensors]
         self._gives_router_logits = bool(getattr(getattr(model, "config", None), "output_router_logits", False))
-        self._is_loaded = False  # here, for this checkpoint alone
+        self._is_loaded = False  # by `load`
         self.model = model.eval()
         if self._gives_router_logits:
-            self.config.output_router_logits = False  # for the loss in training; bypassed blocks have none to give
+            self.config.output_router_logits = False  # used for training only, and bypassed blocks have none
         self.device = device
         self.blocks_name, self.blocks = find_blocks(model)
         self.linears = [find_linears(block) for block in self.blocks]
@@ -84,7 +83,7 @@ class Checkpoint(Released):
         trusted: bool = False,
         offload: Offload | None = None,
     ) -> "Checkpoint":
-        """Loads a folder of safetensors; UserError where transformers cannot. `trusted`: code in it may run."""
+        """Loads a folder of safetensors; UserError if that fails. `trusted`: code in the folder may run."""
         check_full(folder)
         hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         options = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -92,11 +91,11 @@ class Checkpoint(Released):
             loaded: Any = auto_class(folder).from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, trust_remote_code=trusted, **options
             )
-        except Exception as error:  # a parser of foreign files fails in any way it likes
+        except Exception as error:  # parsers of unknown files raise many types
             if is_out_of_memory(error):
                 raise
             raise UserError(f"model {folder}: transformers cannot load it: {one_line(error)}") from error
-        model, found = loaded  # transformers fills what is missing with random numbers, and only logs it
+        model, found = loaded  # transformers only logs missing weights, and fills them with random numbers
         wrong = sorted(found["missing_keys"]) + [key for key, *_ in found["mismatched_keys"]]
         if wrong:
             raise UserError(f"model {folder}: has no {wrong[0]} of the shape that its config says; download it again")
@@ -105,9 +104,9 @@ class Checkpoint(Released):
         return checkpoint
 
     def release(self) -> None:
-        """Gives the model back as it was: the mode of each module, its config, the device of each tensor.
+        """Restores the mode of each module, the config, and the device of each tensor; then frees device memory.
 
-        One that `load` has loaded is freed instead. The device's memory is free for what comes next.
+        A model that `load` loaded is freed instead.
         """
         self._stream = None
         if self._is_loaded:
@@ -131,12 +130,12 @@ class Checkpoint(Released):
 
     @property
     def linear_names(self) -> list[list[str]]:
-        """Names of the linears of each block, within their block."""
+        """Names of the linears of each block, relative to the block."""
         return [[linear.name for linear in linears] for linears in self.linears]
 
     @cached_property
     def shapes(self) -> tuple[tuple[Shape, ...], ...]:
-        """Shape of each linear of each block, as an allocation sees it."""
+        """Shape of each linear of each block, for allocations."""
         return tuple(
             tuple(
                 Shape(linear.out_features, linear.in_features, is_attention(linear.name), is_value(linear.name))
@@ -152,49 +151,49 @@ class Checkpoint(Released):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Number format in which the model is computed."""
+        """Dtype of the blocks."""
         return next(self.blocks.parameters()).dtype
 
     def weights(self, index: int) -> Tensors:
-        """All tensors of a block (parameters and buffers) on the compute device, by their name in the block.
+        """Parameters and buffers of a block on the compute device, by name in the block.
 
-        They may be kept as long as one likes, and are not to be written to.
+        Callers may keep them, but must not write to them.
         """
         return tensors_of(self.blocks[index]) if self._stream is None else self._stream.get(index)
 
     def key(self, index: int, linear: Linear) -> str:
-        """Name within the whole model of the tensor that holds a linear's weight."""
+        """Name in the model of the tensor that holds the weight of a linear."""
         return f"{self.blocks_name}.{index}.{linear.key}"
 
     def as_saved(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        """What a folder holds in the place of a parameter, by its names there: the experts one by one, say."""
+        """The tensors, by name, that a saved folder holds for a parameter; for example one for each expert."""
         model: Any = self.model
         saved: dict[str, Tensor] = revert_weight_conversion(model, {name: tensor})
         return saved
 
     def _choose(self) -> Offload:
         mapped, inside = mapped_files(), list(self.blocks.parameters())
-        there = mapped.bytes_beside(inside)  # already in memory of our own, which the blocks may keep
+        there = mapped.bytes_beside(inside)  # already in host memory, and may stay there
         bounded = self.device.type != "cpu" or device_limit() is not None
         free = Free(free_memory(self.device), host_memory() + there, bounded)
         return choose(bytes_of(self.model.parameters()), bytes_of(inside), free)
 
     def _place(self, ahead: bool) -> Stream | None:
-        """Moves tensors to where they are to lie; the stream of blocks where that is not the device."""
+        """Moves tensors to their places; returns a stream of blocks unless all are on the device."""
         make_current(self.device)
         if self.offload == "none":
             self.model.to(self.device)
             return None
         for block in self.blocks:
-            self._settle([*block.parameters(), *block.buffers()])
+            self._move_offloaded([*block.parameters(), *block.buffers()])
         in_blocks = {id(tensor) for tensor in (*self.blocks.parameters(), *self.blocks.buffers())}
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             if id(tensor) not in in_blocks:
                 tensor.data = tensor.data.to(self.device)
         return Stream([tensors_of(block) for block in self.blocks], self.device, ahead)
 
-    def _settle(self, block: list[Tensor]) -> None:
-        """Moves what does not lie where the offload says: to a mapped file, to pinned memory, out of mapped files."""
+    def _move_offloaded(self, block: list[Tensor]) -> None:
+        """Moves tensors that are not in their place yet: to a mapped file, to pinned or to plain host memory."""
         mapped = mapped_files()
         if self.offload == "disk":
             move_into(on_disk, [tensor for tensor in block if not mapped.holds(tensor)])
@@ -211,14 +210,14 @@ def tensors_of(block: nn.Module) -> Tensors:
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes of tensors."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    """Total bytes of tensors."""
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the model's blocks: the `nn.ModuleList` with the most parameters; UserError if there is none.
+    """Name and list of the blocks: the `nn.ModuleList` with the most parameters; UserError if there is none.
 
-    Of a model that reads images too it is one of its language model.
+    In a model that also reads images, only its language model is searched.
     """
     inside = set(language_model(model).modules())
     named = ((name, module) for name, module in model.named_modules() if module in inside)

@@ -1,8 +1,7 @@
-"""Which class of transformers holds a folder's model, and which part of it is pruned.
+"""The class of transformers that loads a folder, and the part of the model that is pruned.
 
-A model that reads images beside text is a language model with towers in front of it. It is its language model that is
-pruned, measured on texts; towers and projectors stay as they are. Folders say which of the two they hold by the class
-that they were saved from, since one type may have both.
+A model that also reads images is a language model with towers. Only the language model is pruned, measured on texts.
+The class that a folder was saved from tells which kind of model it holds, since one model type may have both.
 """
 
 from pathlib import Path
@@ -18,20 +17,20 @@ from atp_tune.errors import UserError
 
 
 def auto_class(folder: Path) -> Any:
-    """The class whose `from_pretrained` loads a folder: of language models, or of those that read images too."""
+    """The auto class that loads a folder: of language models, or of models that also read images."""
     return AutoModelForImageTextToText if reads_images(folder) else AutoModelForCausalLM
 
 
 def model_config(folder: Path, trusted: bool) -> Any:
-    """What transformers makes of a folder's config.json; UserError where it cannot. `trusted`: its code may run."""
+    """The transformers config of a folder; UserError if it cannot be read. `trusted`: code in it may run."""
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trusted, local_files_only=True)
-    except Exception as error:  # whatever the many configurations raise
+    except Exception as error:  # configs raise many types
         raise UserError(f"model {folder}: transformers cannot read its config.json: {one_line(error)}") from error
 
 
 def check_known(model: nn.Module, highest: int, what: str) -> None:
-    """UserError if a text has a token that a model does not know: its tokenizer is of another model."""
+    """UserError if the highest token of a text has no embedding, so the tokenizer is of another model."""
     embeddings: Any = model
     known = len(embeddings.get_input_embeddings().weight)
     if highest >= known:
@@ -41,7 +40,7 @@ def check_known(model: nn.Module, highest: int, what: str) -> None:
 
 
 def reads_images(folder: Path) -> bool:
-    """Whether a folder's model was saved as one that reads images beside text and that transformers knows."""
+    """Whether transformers loads the folder as a model that also reads images."""
     file = folder / "config.json"
     config = read_table(file) if file.is_file() else {}
     kind = str(config.get("model_type"))
@@ -52,7 +51,7 @@ def reads_images(folder: Path) -> bool:
 
 
 def language_model(model: nn.Module) -> nn.Module:
-    """The part of a model in which blocks are looked for: all of it, if it has no towers."""
+    """The part of a model that is searched for blocks: the decoder, or all of it without towers."""
     config: Any = getattr(model, "config", None)
     find: Any = getattr(model, "get_decoder", None)
     if config is None or find is None or config.get_text_config() is config:

@@ -1,4 +1,4 @@
-"""Checkpoints that are no folder of safetensors in full numbers, as one: GGUF files, `.bin` weights, quantized ones."""
+"""Converts GGUF files, `.bin` weights and quantized weights to folders of unquantized safetensors."""
 
 import functools
 import io
@@ -24,11 +24,11 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".
 
 
 def gguf_to_folder(file: Path, target: Path) -> None:
-    """Writes the folder `target`: float32 safetensors, config, tokenizer and origin of a GGUF file.
+    """Converts a GGUF file to the folder `target`: float32 safetensors, config, tokenizer and origin.
 
-    Errors: UserError where transformers cannot read the file or misses weights in it.
+    Errors: UserError if transformers cannot read the file or weights are missing.
     """
-    # Alone in a folder: transformers would prefer a tokenizer.json that lies beside it.
+    # In a folder of its own, since transformers would prefer a tokenizer.json beside the file.
     with tempfile.TemporaryDirectory(prefix="atp_tune.") as alone:
         (Path(alone) / file.name).symlink_to(file.resolve())
         with _written(file, target) as folder:
@@ -37,20 +37,21 @@ def gguf_to_folder(file: Path, target: Path) -> None:
 
 
 def bin_to_folder(source: Path, target: Path, trusted: bool) -> None:
-    """Writes the folder `target`: the `.bin` weights of `source` as safetensors, small files as they are.
+    """Converts the `.bin` weights of `source` to safetensors in the folder `target`, and copies its small files.
 
-    Pickles are read with `weights_only`; `trusted`: code in the folder may run. Errors: UserError where transformers
+    Pickles are read with `weights_only`; `trusted`: code in the folder may run. Errors: UserError if transformers
     cannot read the folder.
     """
+    options = {"use_safetensors": False, "weights_only": True, "trust_remote_code": trusted}
     with _written(source, target) as folder:
-        _save_bin(source, folder, trusted)
+        _complete_model(source, dtype="auto", **options).save_pretrained(folder)
+        _copy_small(source, folder)
 
 
 def quantized_to_folder(source: Path, target: Path, method: str, trusted: bool) -> None:
-    """Writes the folder `target`: the weights of `source`, quantized by `method`, in full numbers, small files as they
-    are.
+    """Dequantizes the weights of `source`, quantized by `method`, into the folder `target`, and copies its small files.
 
-    `trusted`: code in the folder may run. Errors: UserError where the weights cannot be read back whole.
+    `trusted`: code in the folder may run. Errors: UserError if a weight cannot be dequantized.
     """
     from atp_tune.checkpoints.dequantize import dequantize_folder
 
@@ -63,13 +64,13 @@ def quantized_to_folder(source: Path, target: Path, method: str, trusted: bool) 
 
 
 def gguf_content(folder: Path) -> str:
-    """SHA-256 of the GGUF file that a folder was made from."""
+    """SHA-256 of the GGUF file that a folder was converted from."""
     return str(json.loads((folder / _ORIGIN).read_text())["sha256"])
 
 
 @contextmanager
 def quiet(*libraries: str) -> Iterator[None]:
-    """Keeps progress bars and warnings of libraries off the terminal; what matters comes as an exception."""
+    """Suppresses progress bars and warnings of libraries; real problems are exceptions."""
     loggers = [logging.getLogger(name) for name in libraries]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -83,7 +84,7 @@ def quiet(*libraries: str) -> Iterator[None]:
 
 
 def one_line(error: Exception, limit: int = 200) -> str:
-    """The type and message of somebody else's error on one line; what to do where it is code that was not run."""
+    """Type and message of a foreign error in one line; a remedy if it is about code that may not run."""
     if "trust_remote_code" in str(error):
         return f"it needs code of its own, which is not run; read it, then allow it with {ASK_CODE}"
     text = " ".join(f"{type(error).__name__}: {error}".split())
@@ -92,7 +93,7 @@ def one_line(error: Exception, limit: int = 200) -> str:
 
 @contextmanager
 def _written(source: Path, target: Path) -> Iterator[Path]:
-    """Yields the folder that becomes `target`; errors of transformers become one line about `source`."""
+    """Yields the folder that becomes `target`; turns errors of transformers into a UserError about `source`."""
     import transformers.utils.logging  # noqa: F401  (its log handler keeps the real stderr)
 
     with folder_atomically(target) as folder, quiet("transformers"):
@@ -100,11 +101,11 @@ def _written(source: Path, target: Path) -> Iterator[Path]:
             yield folder
         except UserError:
             raise
-        except Exception as error:  # a parser of foreign files fails in any way it likes
+        except Exception as error:  # parsers of unknown files raise many types
             reason = one_line(error)
             raise UserError(f"model.source: transformers cannot convert {source}: {reason}") from error
         for file in folder.iterdir():
-            file.chmod(0o644)  # transformers writes weights that only their owner can read
+            file.chmod(0o644)  # transformers makes weights readable by their owner only
 
 
 def _save_gguf(folder: Path, name: str, target: Path) -> None:
@@ -116,27 +117,21 @@ def _save_gguf(folder: Path, name: str, target: Path) -> None:
         model = _complete_model(folder, dtype=torch.float32, **options)
         options = {"gguf_file": name, "local_files_only": True, "trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
-    if hasattr(model.config, "quantization_config"):  # save_pretrained refuses what looks quantised
+    if hasattr(model.config, "quantization_config"):  # save_pretrained refuses quantized models
         del model.config.quantization_config
     model.hf_quantizer = None
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
 
 
-def _save_bin(source: Path, target: Path, trusted: bool) -> None:
-    options = {"use_safetensors": False, "weights_only": True, "trust_remote_code": trusted}
-    _complete_model(source, dtype="auto", **options).save_pretrained(target)
-    _copy_small(source, target)
-
-
 def _save_dequantized(source: Path, target: Path, method: str, trusted: bool) -> None:
-    """By transformers, with the whole model in memory."""
+    """Dequantizes with transformers, with the whole model in memory."""
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     check_scaled(sorted(source.glob("*.safetensors")), str(source))
     asked = AUTO_QUANTIZATION_CONFIG_MAPPING[method](dequantize=True)
     options = {"use_safetensors": True, "trust_remote_code": trusted, "device_map": {"": "cpu"}}
-    with warnings.catch_warnings(action="ignore"):  # that most of what is asked for is in the folder's own config
+    with warnings.catch_warnings(action="ignore"):  # about settings that are also in the folder's config
         model = _complete_model(source, dtype="auto", whole=True, quantization_config=asked, **options)
     check_plain(model, (name for name, _ in model.named_parameters()))
     model.save_pretrained(target)
@@ -151,9 +146,9 @@ def _copy_small(source: Path, target: Path, without: tuple[str, ...] = ()) -> No
 
 
 def _complete_model(folder: Path, whole: bool = False, **settings: Any) -> Any:
-    """The model of a folder; transformers would fill missing weights with random numbers and only log it.
+    """Loads the model of a folder; UserError if weights are missing, which transformers only logs.
 
-    `whole`: nothing may be left over in the folder either, but scales of what is no weight.
+    `whole`: UserError also for unused tensors, except scales of activations.
     """
     from atp_tune.checkpoints.classes import auto_class
 
@@ -170,7 +165,7 @@ def _complete_model(folder: Path, whole: bool = False, **settings: Any) -> Any:
 
 
 def _dequantized() -> dict[str, Any]:
-    """Asks transformers 5.2x for plain weights; before that it never kept GGUF weights packed."""
+    """Options for unpacked weights; transformers before 5.2x always unpacks GGUF weights."""
     import transformers
 
     config = getattr(transformers, "GgufConfig", None)
@@ -179,7 +174,7 @@ def _dequantized() -> dict[str, Any]:
 
 @contextmanager
 def _gguf_parsed_once() -> Iterator[None]:
-    """Remembers what transformers does again and again: 3 parses, and a table of names for each submodule."""
+    """Caches the parsed file and the table of names, which transformers computes repeatedly."""
     import gguf
 
     kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}

@@ -1,16 +1,16 @@
-"""Quantized weights in full numbers, one tensor at a time: a model of any size is read back on any machine.
+"""Dequantizes weights one tensor at a time, so that a model of any size can be converted.
 
     FP8      W[i, j] = Q[i, j] S[i // a, j // b]            Q: float8; tiles a × b of `weight_block_size`, or S's own
     MXFP8    the same, tiles of 1 × 32, with S = 2^(E − 127) for a byte E
-    MXFP4    W[.., 32 g + k, i] = F[Q[.., i, g, k]] 2^(E[.., i, g] − 127)     Q: 4 bits, two a byte, the low ones first
+    MXFP4    W[.., 32 g + k, i] = F[Q[.., i, g, k]] 2^(E[.., i, g] − 127)     Q: 4 bits, two per byte, low bits first
     LLM.int8 W[i, j] = Q[i, j] S[i] / 127                   Q: int8; bitsandbytes, 8 bits
-    NF4, FP4 W[n] = M[Q[n]] A[n // b]                       Q: 4 bits, the high ones first; bitsandbytes, 4 bits
-             A[m] = N[B[m]] C[m // c] + o                   where A itself is stored in bytes B ("double" or nested)
+    NF4, FP4 W[n] = M[Q[n]] A[n // b]                       Q: 4 bits, high bits first; bitsandbytes, 4 bits
+             A[m] = N[B[m]] C[m // c] + o                   if A itself is quantized to bytes B (double quantization)
 
-F are the sixteen numbers of E2M1, M and N tables of the file; n runs over a matrix row by row. The last tiles and
-blocks may be cut off. Products are in float32, and are stored in the config's dtype, bf16 where it names none. Sources:
-DeepSeek-V3, `fp8_cast_bf16.py`; OCP Microscaling Formats v1.0, section 5; transformers' `integrations.finegrained_fp8`
-and `mxfp4`, which keep names and shapes so; Dettmers et al., 2022 (LLM.int8) and 2023 (QLoRA), and `bitsandbytes`.
+F are the sixteen numbers of E2M1; M and N are tables in the file; n goes through a matrix row by row. The last tiles
+and blocks may be incomplete. Products are in float32, and are stored in the dtype of the config, by default bf16.
+Sources: DeepSeek-V3, `fp8_cast_bf16.py`; OCP Microscaling Formats v1.0, section 5; names and shapes from transformers'
+`integrations.finegrained_fp8` and `mxfp4`; Dettmers et al., 2022 (LLM.int8) and 2023 (QLoRA), and `bitsandbytes`.
 """
 
 import json
@@ -38,25 +38,25 @@ _OF_ACTIVATIONS = ("activation_scale", "input_scale")
 
 @dataclass(frozen=True)
 class Stored:
-    """The tensors of a quantized folder: where each lies, how it is stored, and what belongs together."""
+    """The tensors of a quantized folder: their files and dtypes, and the tensors that each needs for dequantization."""
 
     folder: Path
 
     @cached_property
     def files(self) -> list[Path]:
-        """Its weight files: those of the index, if there is one."""
+        """The weight files, those of the index if there is one."""
         index = self.folder / INDEX
         names = set(read_table(index)["weight_map"].values()) if index.is_file() else None
         return [file for file in sorted(self.folder.glob("*.safetensors")) if names is None or file.name in names]
 
     @cached_property
     def places(self) -> dict[str, tuple[Path, str]]:
-        """File and number format of each tensor."""
+        """File and dtype of each tensor."""
         return {name: (file, entry["dtype"]) for file in self.files for name, entry in read_header(file).items()}
 
     @cached_property
     def beside(self) -> dict[str, list[str]]:
-        """Names of what each quantized tensor is read with, its scales first."""
+        """For each quantized tensor, the names of the tensors that dequantize it, its scales first."""
         inner: dict[str, list[str]] = {}
         for name in self.places:
             module, within, _ = name.partition(".weight.")
@@ -73,18 +73,18 @@ class Stored:
         return [*found, form] if found and found[0].endswith(".SCB") and form in self.places else found
 
     def get(self, name: str) -> Tensor:
-        """A tensor as it is stored."""
+        """A stored tensor."""
         with safe_open(self.places[name][0], framework="pt") as tensors:
             tensor: Tensor = tensors.get_tensor(name)
         return tensor
 
     @cached_property
     def used(self) -> set[str]:
-        """Names of what other tensors are read with."""
+        """Names of all tensors that dequantize others."""
         return {other for others in self.beside.values() for other in others}
 
     def check(self) -> None:
-        """UserError if codes have no scales, or scales no codes."""
+        """UserError if a quantized tensor has no scales, or scales have no tensor."""
         used = self.used
         for name, (_, kind) in self.places.items():
             coded = kind[:2] in ("F8", "F4", "F6", "I8", "U8") or (kind not in FULL and name.endswith(".weight"))
@@ -95,9 +95,9 @@ class Stored:
 
 
 def dequantize_folder(source: Path, target: Path) -> None:
-    """Writes the weights of a folder in full numbers into `target`, file by file, with its config and its index.
+    """Writes the dequantized weights of a folder to `target`, file by file, with config and index.
 
-    Errors: UserError where something is stored in a way that is not known.
+    Errors: UserError for an unknown form of storage.
     """
     stored, config = Stored(source), read_table(source / "config.json")
     stored.check()
@@ -112,7 +112,7 @@ def dequantize_folder(source: Path, target: Path) -> None:
 
 
 def _full(stored: Stored, file: Path, config: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Name and values of each tensor that a file holds when it is in full numbers."""
+    """Names and values of the dequantized tensors of a file."""
     table, dtype = quantization_of(config) or {}, _dtype(config)
     for name in read_header(file):
         if name in stored.used or name.rpartition(".")[2] in _OF_ACTIVATIONS:
@@ -138,13 +138,13 @@ def _dequantized(stored: Stored, name: str, table: dict[str, Any], dtype: torch.
             raise ValueError("sorted for one kind of GPU (weight_format)")
         return (codes.float() * scales[:, None] / 127).to(dtype)
     read, dims = (from_mxfp4, 3) if name.endswith("_blocks") else (partial(from_fp8, table=table), 2)
-    if codes.dim() > dims and scales.dim():  # expert by expert: products in float32 are large
+    if codes.dim() > dims and scales.dim():  # expert by expert to save memory
         return torch.stack([read(*one).to(dtype) for one in zip(codes, scales, strict=True)])
     return read(codes, scales).to(dtype)
 
 
 def from_fp8(codes: Tensor, scales: Tensor, table: dict[str, Any]) -> Tensor:
-    """W [.., out, in] in float32; `table`: the `quantization_config`. ValueError where the tiles do not fit."""
+    """W [.., out, in] in float32; `table`: the `quantization_config`. ValueError if the tiles do not fit."""
     if codes.dtype == torch.int8:
         if table.get("expert_dtype") != "fp4":
             raise ValueError("8-bit integers")
@@ -164,7 +164,7 @@ def from_fp8(codes: Tensor, scales: Tensor, table: dict[str, Any]) -> Tensor:
 
 
 def from_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """W [.., in, out] in float32 of blocks [.., out, in / 32, 16] and scales [.., out, in / 32]; else ValueError."""
+    """W [.., in, out] in float32, from blocks [.., out, in / 32, 16] and scales [.., out, in / 32]; else ValueError."""
     if blocks.dtype != torch.uint8 or scales.dtype != torch.uint8 or blocks.shape[:-1] != scales.shape:
         raise ValueError(f"blocks {list(blocks.shape)}, scales {list(scales.shape)}")
     values = _from_e2m1(blocks) * _powers(scales)[..., None]
@@ -172,19 +172,19 @@ def from_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
 
 
 def from_4bit(codes: Tensor, parts: dict[str, Tensor]) -> Tensor:
-    """W [out, in] in float32 of bitsandbytes' bytes and what it keeps beside them; KeyError where something lacks."""
+    """W [out, in] in float32 from the bytes of bitsandbytes and its other tensors; KeyError if one is missing."""
     states = [tensor for name, tensor in parts.items() if name.startswith("quant_state.")]
     if len(states) != 1:
         raise ValueError("no quant_state, or several")
-    said = json.loads(bytes(states[0].tolist()))
+    state = json.loads(bytes(states[0].tolist()))
     scales = parts["absmax"]
     if scales.dtype == torch.uint8:
         bytes_ = parts["nested_quant_map"][scales.int()]
-        scales = _by_blocks(bytes_, parts["nested_absmax"], said["nested_blocksize"]) + said["nested_offset"]
+        scales = _by_blocks(bytes_, parts["nested_absmax"], state["nested_blocksize"]) + state["nested_offset"]
     packed = codes.flatten()
     values = parts["quant_map"][torch.stack([packed >> 4, packed & 15], -1).int().flatten()]
-    shape = torch.Size(said["shape"])
-    return _by_blocks(values[: shape.numel()], scales, said["blocksize"]).reshape(shape)
+    shape = torch.Size(state["shape"])
+    return _by_blocks(values[: shape.numel()], scales, state["blocksize"]).reshape(shape)
 
 
 def _by_blocks(values: Tensor, scales: Tensor, block: int) -> Tensor:
@@ -192,7 +192,7 @@ def _by_blocks(values: Tensor, scales: Tensor, block: int) -> Tensor:
 
 
 def _tile(size: int, count: int, block: int) -> int:
-    """Length of a tile where `count` of them, the last perhaps cut off, cover `size`."""
+    """Length of a tile such that `count` tiles, the last perhaps incomplete, cover `size`."""
     if block and -(-size // block) == count:
         return block
     if count == 0 or size % count:
@@ -201,7 +201,7 @@ def _tile(size: int, count: int, block: int) -> int:
 
 
 def _from_e2m1(packed: Tensor) -> Tensor:
-    """Numbers of four bits, two a byte, the low ones first; the last dimension is twice as long."""
+    """Unpacks E2M1 numbers, two per byte, low bits first; the last dimension doubles."""
     table = torch.tensor([*_E2M1, *(-value for value in _E2M1)])
     return table[torch.stack([packed & 15, packed >> 4], -1).int()].flatten(-2)
 
@@ -211,6 +211,6 @@ def _powers(exponents: Tensor) -> Tensor:
 
 
 def _dtype(config: dict[str, Any]) -> torch.dtype:
-    """The number format of a config, or of the language model in it."""
+    """The dtype in a config or in its parts; bf16 if there is none."""
     names = [str(part.get(key)) for part in parts_of(config) for key in ("dtype", "torch_dtype")]
     return next((DTYPES[name] for name in names if name in DTYPES), torch.bfloat16)

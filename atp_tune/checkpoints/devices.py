@@ -1,4 +1,4 @@
-"""What a device is, how much memory it has free, and in which number format it multiplies fast."""
+"""Devices: their free memory, limits on it, and the number format in which they multiply fast."""
 
 import ctypes
 import gc
@@ -9,38 +9,41 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
 
-from atp_tune.checkpoints.cgroups import free_in_cgroups
 from atp_tune.errors import UserError
 
 GIB = 1024**3
-KEPT = 256 << 20  # bytes, of one block and of what is free at the end of the heap
+PROCESS = Path("/proc/self")
+KEPT = 256 << 20  # bytes that malloc keeps: per allocation, and at the end of the heap
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 LIMIT = "ATP_TUNE_DEVICE_MEMORY"
-OUT_OF_MEMORY = (  # what such an error says, in small letters
+OUT_OF_MEMORY = (  # texts in such errors, in lower case
     "out of memory",  # CUDA, HIP, MPS
     "can't allocate memory",  # a CPU
     "not enough memory",
     "alloc_failed",  # cuBLAS, cuDNN, cuSOLVER, cuSPARSE
     "allocation_failed",  # cuDNN 9
     "allocation failed",
-    "cublascreate",  # cuBLAS and cuSOLVER say "not initialized" or "internal error" where a handle finds no memory, and
-    "cusolverdncreate",  # make it when it is first needed
+    "cublascreate",  # cuBLAS and cuSOLVER report another error if there is no memory for a handle on its first use
+    "cusolverdncreate",
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a study's `device` key; `auto` takes CUDA, then MPS, then the CPU. One of CUDA has its index.
+    """The device of a study's `device` key; `auto` prefers CUDA, then MPS. A CUDA device gets its index.
 
-    UserError if it is not here, or if the limit on its memory is no size.
+    UserError if the device does not exist, or if the limit on its memory is invalid.
     """
     device_limit()
-    device = torch.device(_fastest() if name == "auto" else name)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(name)
     here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[device.type]
     if (device.index or 0) >= here:
         raise UserError(f"device: {name} is not on this machine ({here} of its kind); try --device cpu or auto")
@@ -49,31 +52,25 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def _fastest() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
 def make_current(device: torch.device) -> None:
-    """Makes a CUDA device the one that this process works on.
+    """Makes a CUDA device the current device.
 
-    Pinned memory, new streams and Triton's kernels belong to the current device, whichever their tensors lie on: a
-    process that leaves it at 0 and computes on another opens a context of some 500 MB on 0 too.
+    Pinned memory, new streams and Triton kernels belong to the current device, whatever the device of their tensors. If
+    the current device stays 0, computing on another one also opens a context of about 500 MB on 0.
     """
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
 
 
 def find_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The number format of a study's `model.dtype` key; `auto` is bf16 where the device multiplies it fast."""
+    """The dtype of a study's `model.dtype` key; `auto` is bf16 if the device multiplies it fast."""
     if name != "auto":
         return DTYPES[name]
     return torch.bfloat16 if multiplies_bf16_fast(device) else torch.float32
 
 
 def multiplies_bf16_fast(device: torch.device) -> bool:
-    """Whether bf16 matrices multiply about twice as fast as float32 ones or better."""
+    """Whether bf16 matrices multiply at least about twice as fast as float32 matrices."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     if device.type == "cpu":
@@ -82,12 +79,12 @@ def multiplies_bf16_fast(device: torch.device) -> bool:
 
 
 def cpu_flags() -> set[str]:
-    """What the CPU can do, as Linux calls it: avx2, avx512f, …; empty where that is not known."""
+    """Flags of the CPU in Linux, such as avx2 and avx512f; empty if unknown."""
     return set(_cpuinfo("flags").split())
 
 
 def cpu_name() -> str:
-    """What the CPU calls itself."""
+    """The model name of the CPU."""
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
@@ -100,16 +97,16 @@ def _cpuinfo(key: str) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """What the device calls itself, for the record of a trial."""
+    """The name of the device, for the record of a trial."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({torch.get_num_threads()} threads)"
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be had on the device now, within the limit of `ATP_TUNE_DEVICE_MEMORY` if there is one.
+    """Free bytes on the device now, within the limit `ATP_TUNE_DEVICE_MEMORY`.
 
-    What PyTorch's allocator keeps of freed tensors is free, though the driver counts it as taken.
+    Memory that PyTorch's allocator keeps of freed tensors counts as free.
     """
     limit = device_limit()
     if device.type == "cuda":
@@ -120,11 +117,11 @@ def free_memory(device: torch.device) -> int:
 
 
 def device_limit() -> int | None:
-    """Bytes that `ATP_TUNE_DEVICE_MEMORY`, such as `2GiB`, leaves of the compute device; UserError if it is no size.
+    """The limit `ATP_TUNE_DEVICE_MEMORY`, such as `2GiB`, in bytes; None without one, UserError if it is invalid.
 
-    It makes any device look like a small one. A GPU is believed to have so much in all, what tensors hold included. A
-    CPU is believed to have so much free at any moment, and to be a device apart from the host: weights that do not fit
-    are kept in host memory or on disk, and come to it block by block.
+    It simulates a small device. On a GPU it limits the memory of all tensors. A CPU has this many bytes free at any
+    time and is treated as a device separate from the host: weights that do not fit stay in host memory or on disk, and
+    are copied to it block by block.
     """
     text = os.environ.get(LIMIT, "").strip()
     if not text:
@@ -136,21 +133,80 @@ def device_limit() -> int | None:
 
 
 def host_memory() -> int:
-    """Bytes of host memory that can be had now without driving anything out but the page cache: of the machine, and
-    of the control groups that this process is in.
-    """
+    """Available bytes of host memory now, without swapping: of the machine and of this process's control groups."""
     available, limited = int(psutil.virtual_memory().available), free_in_cgroups()
     return available if limited is None else min(available, limited)
 
 
+@dataclass(frozen=True)
+class Names:
+    """Names, in a version of control groups, of limit and usage, and of inactive files in `memory.stat`."""
+
+    limit: str
+    use: str
+    inactive: str
+
+
+V1 = Names("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+V2 = Names("memory.max", "memory.current", "inactive_file")
+
+
+def free_in_cgroups(process: Path = PROCESS) -> int | None:
+    """Bytes that the control groups of a process (its folder in /proc) leave; None without a limit.
+
+    Containers, jobs of Slurm and services have such limits. A limit holds for a group and all groups below it, so all
+    groups from that of the process up to the root count. Usage includes the page cache; inactive files, which the
+    kernel frees first, count as free, as in Docker and Kubernetes. Both versions of control groups may be mounted, each
+    controller in one of them. Source: Linux, Documentation/admin-guide, cgroup-v2.rst and cgroup-v1/memory.rst; proc(5)
+    on mountinfo.
+    """
+    free = [_free(folder, names) for folder, names in _groups(process)]
+    return min((size for size in free if size is not None), default=None)
+
+
+def _groups(process: Path) -> Iterator[tuple[Path, Names]]:
+    """The folders of the control groups of a process, from its own upwards; none without control groups."""
+    try:
+        paths = dict(line.split(":", 2)[1:] for line in (process / "cgroup").read_text().splitlines())
+        mounts = (process / "mountinfo").read_text().splitlines()
+    except OSError:
+        return
+    for mount in mounts:
+        place, _, kind = mount.partition(" - ")
+        root, point = place.split()[3:5]
+        if kind.startswith("cgroup2 "):
+            yield from ((folder, V2) for folder in _upwards(Path(point), root, paths.get("", "/")))
+        elif kind.startswith("cgroup ") and "memory" in kind.split()[-1].split(","):
+            path = next((path for names, path in paths.items() if "memory" in names.split(",")), "/")
+            yield from ((folder, V1) for folder in _upwards(Path(point), root, path))
+
+
+def _upwards(point: Path, root: str, path: str) -> Iterator[Path]:
+    """The folders of the group `path` and the groups above it, in a mount at `point` that shows `root`.
+
+    A group outside `root`, which a container may see, has the limits of the mount itself.
+    """
+    inside = Path(path).relative_to(root) if Path(path).is_relative_to(root) and ".." not in path else Path()
+    yield from (point / part for part in (inside, *inside.parents))
+
+
+def _free(folder: Path, names: Names) -> int | None:
+    try:
+        limit, use = (int((folder / name).read_text()) for name in (names.limit, names.use))
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no limit ("max"), or a group without this controller
+        return None
+    return max(0, limit - use + int(stat.get(names.inactive, 0)))
+
+
 def release_memory() -> None:
-    """Frees what nothing holds any more: what waits for the garbage collector, and what the CUDA allocator keeps."""
+    """Runs the garbage collector and empties the cache of the CUDA allocator."""
     gc.collect()
-    torch.cuda.empty_cache()  # nothing where CUDA was not used
+    torch.cuda.empty_cache()  # does nothing if CUDA was not used
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes held so far: by tensors on a CUDA device, by the process elsewhere."""
+    """Peak bytes so far: of tensors on a CUDA device, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -158,16 +214,16 @@ def peak_memory(device: torch.device) -> int:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Starts counting the peak anew where the device can; a process's own peak cannot be reset."""
+    """Resets the peak of a CUDA device; the peak of a process cannot be reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def reuse_freed_memory() -> bool:
-    """Lets the C library keep what is freed, up to `KEPT`, for the next tensor; whether it does.
+    """Makes the C library keep up to `KEPT` freed bytes for the next tensor; returns whether it does.
 
-    glibc gives blocks of some megabytes back to the system at once, and gets each new one as pages that must be zeroed:
-    a quarter of a trial's time on a CPU.
+    By default glibc returns blocks of some megabytes to the system at once, and new blocks are pages that the kernel
+    must zero, which takes a quarter of a trial's time on a CPU.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -177,7 +233,7 @@ def reuse_freed_memory() -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on whichever device."""
+    """Whether an exception means that memory ran out, on any device."""
     text = str(error).lower()
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and any(sign in text for sign in OUT_OF_MEMORY)
@@ -186,7 +242,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def oom_as_user_error(what: str) -> Iterator[None]:
-    """UserError in one line where memory runs out in what is no trial."""
+    """Turns out-of-memory errors outside trials into a UserError."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

@@ -1,11 +1,11 @@
-"""Experts of a mixture: the one place that knows how transformers 5 keeps and runs them.
+"""Experts of a mixture, as transformers 5 stores and runs them.
 
-An experts module holds two 3-D parameters, W_up [experts, wide, width] and W_down [experts, width, inner]; where it
-says `is_transposed`, the last two dimensions are swapped. For the tokens X_e that the router sends to e:
+An experts module holds two 3-D parameters, W_up [experts, wide, width] and W_down [experts, width, inner]; if
+`is_transposed`, the last two dimensions are swapped. For the tokens X_e that the router sends to expert e:
 
     H_e = gate(X_e W_up[e]ᵀ + b_up[e])    X_e [tokens of e, width], H_e [tokens of e, inner] the inputs of W_down[e]
 
-`gate` is the module's own. Source: `use_experts_implementation` in `transformers.integrations.moe`.
+`gate` is a method of the module. Source: `use_experts_implementation` in `transformers.integrations.moe`.
 """
 
 from collections.abc import Iterator
@@ -15,19 +15,19 @@ from torch import Tensor, nn
 
 from atp_tune.errors import UserError
 
-SAYS = ("num_experts", "has_bias", "is_transposed", "_apply_gate")
+ATTRIBUTES = ("num_experts", "has_bias", "is_transposed", "_apply_gate")
 
 
 def holds_experts(module: nn.Module) -> bool:
-    """Whether a module has stacked matrices of its own: parameters of more than two dimensions, two of them over 1.
+    """Whether a module itself has stacked matrices: parameters with over two dimensions, at least two larger than 1.
 
-    A depthwise convolution has none, though its filters [channels, 1, width] lie in three dimensions.
+    Filters of a depthwise convolution [channels, 1, width] do not count.
     """
     return not is_depthwise(module) and any(map(_is_stack, module.parameters(recurse=False)))
 
 
 def is_depthwise(module: nn.Module) -> bool:
-    """Whether a module is a convolution over the tokens that mixes no channels; a state-space block has one."""
+    """Whether a module is a depthwise convolution over tokens, as in state-space blocks."""
     return isinstance(module, nn.Conv1d) and module.groups == module.in_channels == module.out_channels
 
 
@@ -36,24 +36,24 @@ def _is_stack(parameter: Tensor) -> bool:
 
 
 def expert_weights(module: Any) -> tuple[str, str]:
-    """Names of an experts module's W_up and W_down; UserError if it keeps its experts in another way."""
+    """Names of W_up and W_down of an experts module; UserError if it stores experts in another way."""
     deep = {name: parameter.dim() for name, parameter in module.named_parameters(recurse=False) if _is_stack(parameter)}
     up = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
-    if deep != {up: 3, "down_proj": 3} or not all(hasattr(module, said) for said in SAYS):
+    if deep != {up: 3, "down_proj": 3} or not all(hasattr(module, name) for name in ATTRIBUTES):
         kind, name = type(module).__name__, next(iter(deep))
         raise UserError(f"model module {kind}: {name} has {deep[name]} dimensions in a form that is not known")
     return up, "down_proj"
 
 
 def expert_name(path: str, weight: str, expert: int) -> str:
-    """What one expert's matrix is called as a linear of its block, `mlp.experts.down_proj[3]`, say."""
+    """The name of an expert's matrix as a linear of its block, such as `mlp.experts.down_proj[3]`."""
     return f"{path}.{weight}[{expert}]"
 
 
 def find_gates(block: nn.Module) -> set[nn.Module]:
-    """The linears that decide on experts: beside an experts module, or alone in a module beside it, a router's.
+    """The linears that gate experts: siblings of an experts module, or the only linear in a sibling (a router).
 
-    Their outputs are one for each expert, or one alone, the weight of an expert that all tokens share.
+    They have one output per expert, or a single output, the gate of a shared expert.
     """
     gates: set[nn.Module] = set()
     for holder in block.modules():
@@ -66,9 +66,9 @@ def find_gates(block: nn.Module) -> set[nn.Module]:
 
 
 def expert_inputs(module: Any, weight: str, hidden: Tensor, chosen: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Expert and inputs [tokens, in] of W_up or W_down for each expert that has a token, with the module's weights.
+    """Expert and inputs [tokens, in] of W_up or W_down for each expert with tokens, with the weights of the module.
 
-    hidden [tokens, width] and the chosen experts [tokens, k] are what the module is called with.
+    hidden [tokens, width] and chosen experts [tokens, k] are the arguments of the module.
     """
     up, _ = expert_weights(module)
     for expert in range(module.num_experts):

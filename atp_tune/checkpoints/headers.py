@@ -1,4 +1,4 @@
-"""What the headers of a folder of safetensors say of a model before it is loaded: its tensors, and its blocks."""
+"""Sizes of a model, from the headers of its safetensors, before it is loaded."""
 
 import json
 import re
@@ -11,16 +11,16 @@ from typing import Any
 from atp_tune.checkpoints.trust import read_table
 from atp_tune.errors import UserError
 
-LONGEST = 100 * 2**20  # bytes of a header, as safetensors itself has it
-TOWERS = ("vision", "visual", "image", "audio", "speech")  # in the names of blocks that are no language model's
+LONGEST = 100 * 2**20  # maximum bytes of a header, as in safetensors
+TOWERS = ("vision", "visual", "image", "audio", "speech")  # in names of blocks outside the language model
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _SIDES = ("vocab_size", "hidden_size", "n_embd", "d_model", "intermediate_size", "ffn_dim", "ffn_hidden_size")
 NUMBERED = re.compile(r"(?P<list>.*?)\.(?P<index>\d+)\.")
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Numbers of values in a model's tensors: of all, and of each block; bytes that they take in the files."""
+class ModelSizes:
+    """Number of values in all tensors (`total`) and in each block, and bytes of all tensors in the files."""
 
     total: int
     blocks: tuple[int, ...]
@@ -32,8 +32,8 @@ class Sizes:
         return self.total - sum(self.blocks)
 
 
-def read_sizes(folder: Path) -> Sizes:
-    """The sizes of a model in a folder; UserError where a file has no header or no block is named."""
+def read_sizes(folder: Path) -> ModelSizes:
+    """The sizes of a model in a folder; UserError if a file has no header or there are no blocks."""
     tensors = {
         name: entry for file in sorted(folder.glob("*.safetensors")) for name, entry in read_header(file).items()
     }
@@ -47,12 +47,13 @@ def read_sizes(folder: Path) -> Sizes:
     spoken = {name: sizes for name, sizes in lists.items() if not any(tower in name for tower in TOWERS)} or lists
     blocks = max(spoken.values(), key=lambda sizes: sizes.total())
     stored = sum(end - start for start, end in (entry["data_offsets"] for entry in tensors.values()))
-    return Sizes(sum(counts.values()), tuple(blocks[index] for index in sorted(blocks)), stored)
+    return ModelSizes(sum(counts.values()), tuple(blocks[index] for index in sorted(blocks)), stored)
 
 
 def check_claims(folder: Path) -> None:
-    """UserError where a config speaks of more blocks than its files hold tensors, or of a side that is longer than all
-    values in them: what it describes would be made before anybody sees that its weights are not there.
+    """UserError if a config has more blocks than there are tensors, or a dimension larger than all values together.
+
+    transformers would allocate such a model before it notices that weights are missing.
     """
     config = read_table(folder / "config.json")
     tensors = [entry for file in folder.glob("*.safetensors") for entry in read_header(file).values()]
@@ -66,14 +67,14 @@ def check_claims(folder: Path) -> None:
 
 
 def places(file: Path) -> dict[str, int]:
-    """Where in a file each tensor's bytes begin; UserError where it has no header."""
+    """Offset in the file of each tensor's bytes; UserError if the file has no header."""
     with file.open("rb") as stream:
         data = 8 + int.from_bytes(stream.read(8), "little")
     return {name: data + entry["data_offsets"][0] for name, entry in read_header(file).items()}
 
 
 def read_header(file: Path) -> dict[str, Any]:
-    """Number format, shape and place of each tensor of a file; UserError where it has no header."""
+    """Dtype, shape and offsets of each tensor of a file; UserError if the file has no header."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         text = stream.read(min(length, LONGEST))

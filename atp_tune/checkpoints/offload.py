@@ -1,22 +1,17 @@
-"""Where a model's weights lie while it is tuned: on the compute device, in host memory, or memory-mapped on disk.
-
-A file of its own, since `plan` asks it without loading torch.
-"""
+"""The place of a model's weights: on the compute device, in host memory, or memory-mapped on disk. Loads no torch."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 Offload = Literal["none", "cpu", "disk"]
 
-FITS = 0.7  # of the free device memory may be weights; the rest is for activations
-HOST_FITS = 0.7  # of the free host memory may be blocks; the system and the page cache want the rest
+FITS = 0.7  # share of free device memory for weights; the rest is for activations
+HOST_FITS = 0.7  # share of free host memory for blocks; the rest is for the system and the page cache
 
 
 @dataclass(frozen=True)
 class Free:
-    """Free bytes: on the compute device, and in host memory. `bounded`: the device is a small one, or
-    pretends to be; a CPU that is not bounded has no memory apart from the host's, and keeps weights where they are.
-    """
+    """Free bytes on the compute device and in host memory; `bounded`: False for a CPU that shares the host's memory."""
 
     device: int
     host: int
@@ -24,7 +19,7 @@ class Free:
 
 
 def choose(total: int, blocks: int, free: Free) -> Offload:
-    """Where weights of `total` bytes, `blocks` of them in blocks, should lie: the first place where they fit."""
+    """The first place that weights of `total` bytes, `blocks` of them in blocks, fit into."""
     if not free.bounded or total <= FITS * free.device:
         return "none"
     return "cpu" if blocks <= HOST_FITS * free.host else "disk"

@@ -1,8 +1,7 @@
-"""Checkpoints that are stored quantized: which can be read back into full numbers, and why others cannot.
+"""Quantized checkpoints: which can be dequantized, and why others cannot.
 
-What is pruned are weights as they are multiplied. A quantized checkpoint holds codes instead, with scales beside them,
-so it is read back once, into the cache, and all that follows sees an ordinary folder. That a folder is quantized is
-known from its `config.json`, before anything else of it is downloaded or read.
+Pruning needs the weights themselves, so a quantized checkpoint, which holds codes and scales, is dequantized once into
+the cache. Its `config.json` tells that it is quantized, before its weights are downloaded or read.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,13 +16,13 @@ from atp_tune.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
-BY_TENSOR = ("fp8", "mxfp8", "mxfp4", "bitsandbytes_4bit", "bitsandbytes_8bit")  # `dequantize` reads these
-BY_MODEL = {  # transformers reads these, all of the model in memory, with a package of its own for some
+BY_TENSOR = ("fp8", "mxfp8", "mxfp4", "bitsandbytes_4bit", "bitsandbytes_8bit")  # read by `dequantize`
+BY_MODEL = {  # read by transformers with the whole model in memory; the values are packages that it needs
     "compressed-tensors": "compressed_tensors",
     "metal": "transformers",
 }
-FULL = ("F64", "F32", "F16", "BF16")  # number formats, as headers call them, in which weights need no scale
-_DEPTH = 2  # of parts in parts: a talker's language model is in two
+FULL = ("F64", "F32", "F16", "BF16")  # dtypes, in names of safetensors, of unquantized weights
+_DEPTH = 2  # nesting of configs of parts, such as the language model of a speech model
 _INSTEAD = "give the checkpoint that it was made from"
 BESIDE = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # of GPTQ, AWQ, ModelOpt
 _ELSEWHERE = ("compression_config", "quantization")  # of early compressed-tensors, MLX
@@ -31,9 +30,9 @@ _SCALES = ("weight_scale_inv", "weight_scale", "scale", "scales", "qscale_weight
 
 
 def find_method(folder: Path, name: str) -> str | None:
-    """The method that the weights of a folder are quantized by, if they are; UserError if it cannot be undone.
+    """The quantization method of a folder, None if it is not quantized; UserError if it cannot be dequantized.
 
-    `name`: what the study calls the model. Only JSON files are read.
+    `name`: the source of the model in the study. Only JSON files are read.
     """
     config = read_table(folder / "config.json")
     if (table := quantization_of(config)) is not None:
@@ -50,21 +49,21 @@ def find_method(folder: Path, name: str) -> str | None:
 
 
 def check_full(folder: Path) -> None:
-    """UserError if the config of a folder that is about to be loaded says that it is quantized."""
+    """UserError if a folder is quantized, by its config."""
     file = folder / "config.json"
     if file.is_file() and (table := quantization_of(read_table(file))) is not None:
         raise UserError(f'model {folder}: is quantized by "{_method(table)}"; {_INSTEAD}')
 
 
 def quantization_of(config: dict[str, Any]) -> dict[str, Any] | None:
-    """What a `config.json` says of how its weights are quantized, also that of a part, as in `text_config`."""
+    """The quantization config in a `config.json` or in one of its parts, such as `text_config`."""
     tables = (part.get("quantization_config") for part in parts_of(config))
     found = next((table for table in tables if table is not None), None)
     return found if found is None or isinstance(found, dict) else {"quant_method": found}
 
 
 def without_quantization(config: dict[str, Any], depth: int = _DEPTH) -> dict[str, Any]:
-    """The same `config.json` of weights in full numbers."""
+    """A copy of a `config.json` without quantization."""
     gone = {"quantization_config", *(_ELSEWHERE if depth == _DEPTH else ())}
     kept = {key: value for key, value in config.items() if key not in gone}
     inner = {key: value for key, value in kept.items() if isinstance(value, dict) and depth}
@@ -72,7 +71,7 @@ def without_quantization(config: dict[str, Any], depth: int = _DEPTH) -> dict[st
 
 
 def parts_of(config: dict[str, Any], depth: int = _DEPTH) -> Iterator[dict[str, Any]]:
-    """A `config.json` and those of its parts, the language model of one that reads images, say."""
+    """A `config.json` and the configs of its parts, such as a language model."""
     yield config
     for key, part in config.items():
         if isinstance(part, dict) and depth and key not in _ELSEWHERE:
@@ -80,7 +79,7 @@ def parts_of(config: dict[str, Any], depth: int = _DEPTH) -> Iterator[dict[str, 
 
 
 def check_stored(weights: Iterable[Path], name: str) -> None:
-    """UserError if safetensors whose config says nothing of it hold codes with scales beside them."""
+    """UserError if safetensors without a quantization config hold quantized tensors with scales."""
     formats = formats_of(weights)
     for key, kind in formats.items():
         scale = None if kind in FULL else next((scale for scale in scales_of(key) if scale in formats), None)
@@ -92,7 +91,7 @@ def check_stored(weights: Iterable[Path], name: str) -> None:
 
 
 def check_scaled(weights: Iterable[Path], name: str) -> None:
-    """UserError if a code has no scale beside it: transformers would take it for the weight itself."""
+    """UserError if a quantized tensor has no scale; transformers would use it as a weight."""
     formats = formats_of(weights)
     for key, kind in formats.items():
         if key.endswith((".weight", ".weight_packed")) and kind not in FULL and not formats.keys() & {*scales_of(key)}:
@@ -100,19 +99,19 @@ def check_scaled(weights: Iterable[Path], name: str) -> None:
 
 
 def formats_of(weights: Iterable[Path]) -> dict[str, str]:
-    """Number format of each tensor in files of safetensors, as their headers call it."""
+    """Dtype of each tensor in safetensors files, by the name in their headers."""
     return {key: str(entry["dtype"]) for file in weights for key, entry in read_header(file).items()}
 
 
 def scales_of(key: str) -> list[str]:
-    """Names under which the scales of a tensor may be stored."""
+    """Possible names of the scales of a tensor."""
     module, _, last = key.rpartition(".")
     beside = [f"{module}.{scale}" for scale in _SCALES] if last in ("weight", "weight_packed") else []
     return [*beside, *(f"{key}_{scale}" for scale in ("scale_inv", "scale", "scales"))]
 
 
 def check_plain(block: "nn.Module", keys: Iterable[str]) -> None:
-    """UserError if a tensor, by its name in a block, is not the very matrix that its module multiplies by."""
+    """UserError if a tensor, named by its key in a block, is not the plain weight matrix of its module."""
     from torch import nn
 
     for key in dict.fromkeys(keys):
@@ -128,14 +127,14 @@ def check_plain(block: "nn.Module", keys: Iterable[str]) -> None:
 
 
 def _method(table: dict[str, Any]) -> str:
-    """The method as transformers names it: bitsandbytes has two."""
+    """The name of the method in transformers, which has two for bitsandbytes."""
     if table.get("load_in_4bit") or table.get("load_in_8bit"):
         return "bitsandbytes_4bit" if table.get("load_in_4bit") else "bitsandbytes_8bit"
-    return " ".join(str(table.get("quant_method", "an unnamed method")).split())[:40]  # a stranger's text, on one line
+    return " ".join(str(table.get("quant_method", "an unnamed method")).split())[:40]  # untrusted text, in one line
 
 
 def _misplaced(folder: Path, config: dict[str, Any]) -> str | None:
-    """What names a method where transformers does not look: the key of the config, or a file beside it."""
+    """The config key or file that tells of quantization in a place that transformers does not read."""
     for key in _ELSEWHERE:
         found = config.get(key)
         if isinstance(found, dict) and {"bits", "config_groups", "quantization_config"} & found.keys():
@@ -144,10 +143,10 @@ def _misplaced(folder: Path, config: dict[str, Any]) -> str | None:
 
 
 def _unread(method: str, table: dict[str, Any]) -> str | None:
-    """What keeps transformers from reading weights back rightly, and the first half of what to do about it."""
+    """The reason why transformers cannot dequantize, with the start of the remedy; None if it can."""
     if method not in BY_MODEL:
         known = ", ".join([*BY_TENSOR, *BY_MODEL])
-        return f"which is not read back into full numbers (what is: {known});"
+        return f"which cannot be dequantized (supported are {known});"
     package = BY_MODEL[method]
     if find_spec(package) is None:
         return f"and a package is needed to read it: pip install {package.replace('_', '-')}, or"

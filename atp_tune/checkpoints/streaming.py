@@ -1,12 +1,11 @@
-"""Blocks on their way to the compute device: the next one is copied while the current one computes.
+"""Streams blocks to the compute device: the next block is copied while the current block computes.
 
-One thread copies, on CUDA on a stream of its own. The blocks are asked for in order, 0 … L-1 and again from 0; after
-block i was handed out the thread copies i+1 as soon as there is room. At most two copies exist: a copy counts until
-most of its bytes are freed (what a consumer keeps of it, norms say, is the consumer's), and where two are held already
-nothing is copied ahead. What is handed out is never written to again.
+A thread copies the blocks; on CUDA it uses its own stream. Blocks are requested in the order 0 … L-1, 0, …: after block
+i was delivered the thread copies block i+1, if at most one copy is in use. A copy counts until most of its
+bytes are freed, since a consumer may keep some tensors. Delivered tensors are never written to again.
 
-On CUDA memory is freed when Python lets go of it, while kernels that were started may still read it. So the moment is
-marked in the consumer's stream, and the thread waits for it before it takes memory for another block.
+On CUDA, memory is freed when Python deletes the tensor, while kernels may still read it. So an event is recorded in the
+consumer's stream, and the thread waits for the event before it allocates memory for another block.
 """
 
 import weakref
@@ -22,13 +21,13 @@ import torch
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
-Mark = Any  # a torch.cuda.Event, or None where copies and kernels end before they return
+Mark = Any  # a torch.cuda.Event; None on devices where calls are synchronous
 AHEAD = ("cuda", "cpu")  # devices on which a second thread may copy while the first computes
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """The consumer asks for a block, which it will use in `stream` (None but on CUDA)."""
+    """A request for a block, to be used in `stream` (None except on CUDA)."""
 
     index: int
     stream: Any
@@ -37,7 +36,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Freed:
-    """The consumer let go of one tensor of a copy; kernels that read it are done when `mark` is."""
+    """A tensor of a copy was deleted; kernels that read it have finished when `mark` has."""
 
     copy: int
     bytes: int
@@ -46,7 +45,7 @@ class Freed:
 
 @dataclass(frozen=True)
 class Copied:
-    """A copy on the device, whole when `ready` is; or the error that came in its place."""
+    """A copy on the device, complete when `ready` is; or the error of copying."""
 
     index: int
     tensors: Tensors
@@ -54,22 +53,22 @@ class Copied:
     error: BaseException | None = None
 
 
-Requests = SimpleQueue[Wanted | Freed | None]  # its `put` may interrupt itself, as a callback of a weak reference does
+Requests = SimpleQueue[Wanted | Freed | None]  # its `put` is reentrant, as needed in finalizers
 
 
 class Stream:
-    """Hands out blocks as copies on a device; `ahead` = False copies each only when it is asked for."""
+    """Delivers blocks as copies on a device; with `ahead` = False each is copied on request only."""
 
     def __init__(self, blocks: Sequence[Tensors], device: torch.device, ahead: bool = True) -> None:
         self._device = device
         self._requests: Requests = SimpleQueue()
         copier = Copier(blocks, device, ahead and device.type in AHEAD, self._requests)
-        thread = Thread(target=copier.run, name="atp_tune blocks", daemon=True)  # it knows nothing of this object
+        thread = Thread(target=copier.run, name="atp_tune blocks", daemon=True)  # holds no reference to self
         thread.start()
         weakref.finalize(self, _end, self._requests, thread)
 
     def get(self, index: int) -> Tensors:
-        """The tensors of a block on the device, by name; what went wrong in the thread is raised here as it was."""
+        """The tensors of a block on the device, by name; raises the errors of the thread."""
         is_cuda = self._device.type == "cuda"
         wanted = Wanted(index, torch.cuda.current_stream(self._device) if is_cuda else None)
         self._requests.put(wanted)
@@ -78,12 +77,12 @@ class Stream:
 
 def _end(requests: Requests, thread: Thread) -> None:
     requests.put(None)
-    if thread is not current_thread():  # the collector of garbage may run in it
+    if thread is not current_thread():  # the garbage collector may run in the thread itself
         thread.join()
 
 
 class Copier:
-    """The thread that copies: all that it knows is its own, others talk to it by the queue."""
+    """The copying thread; it shares no state, and gets messages by the queue."""
 
     def __init__(self, blocks: Sequence[Tensors], device: torch.device, ahead: bool, requests: Requests) -> None:
         self._blocks = blocks
@@ -93,13 +92,13 @@ class Copier:
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._next: int | None = None
         self._waiting: Copied | None = None
-        self._held: dict[int, tuple[int, int]] = {}  # bytes that are alive, and that were, of copies handed out
+        self._held: dict[int, tuple[int, int]] = {}  # live and total bytes of each delivered copy
         self._marks: list[Mark] = []
         self._copies = 0
 
     def run(self) -> None:
-        """Serves until it is told to end."""
-        while self._serve(self._requests.get()):  # no name here holds a message: it would keep a block alive
+        """Handles messages until None arrives."""
+        while self._serve(self._requests.get()):  # no variable for messages, which would keep a block alive
             self._copy_ahead()
 
     def _serve(self, message: Wanted | Freed | None) -> bool:
@@ -112,10 +111,10 @@ class Copier:
         return True
 
     def _answer(self, wanted: Wanted) -> None:
-        """Hands out the copy that waits, if it is the one that is wanted, or one that is made now."""
+        """Delivers the waiting copy if it is the requested block, else makes a copy now."""
         ready, self._waiting, self._next = self._waiting, None, None
         if ready is None or ready.index != wanted.index:
-            ready = None  # a copy that nobody wants is freed before another is made
+            ready = None  # frees the unused copy before the next is made
             ready = self._copy(wanted.index)
         if ready.error is not None:
             wanted.answer.set_exception(ready.error)
@@ -132,10 +131,10 @@ class Copier:
             if stream is not None:
                 tensor.record_stream(stream)
             gone = weakref.finalize(
-                tensor.untyped_storage(), _freed, self._requests, self._copies, _size(tensor), stream
+                tensor.untyped_storage(), _freed, self._requests, self._copies, tensor.nbytes, stream
             )
             gone.atexit = False
-        whole = sum(map(_size, copied.tensors.values()))
+        whole = sum(tensor.nbytes for tensor in copied.tensors.values())
         self._held[self._copies] = whole, whole
 
     def _forget(self, freed: Freed) -> None:
@@ -157,18 +156,14 @@ class Copier:
             with nullcontext() if self._side is None else torch.cuda.stream(self._side):
                 tensors = {name: copy_to(self._device, tensor) for name, tensor in self._blocks[index].items()}
             return Copied(index, tensors, None if self._side is None else self._side.record_event())
-        except BaseException as error:  # it is the consumer's, whatever it is: this thread goes on
+        except BaseException as error:  # raised in the consumer; this thread goes on
             return Copied(index, {}, error=error)
 
 
 def copy_to(device: torch.device, tensor: Tensor) -> Tensor:
-    """A copy with the same strides in new memory of the device; from pinned memory on CUDA the call returns at once."""
+    """A copy on the device with the same strides; asynchronous from pinned memory to CUDA."""
     return torch.empty_like(tensor, device=device).copy_(tensor, non_blocking=device.type == "cuda")
 
 
 def _freed(requests: Requests, copy: int, size: int, stream: Any) -> None:
     requests.put(Freed(copy, size, None if stream is None else stream.record_event()))
-
-
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -1,6 +1,6 @@
-"""What a model folder may hold that came from a stranger: nothing is run or read outside it unless a study says so.
+"""Safety checks of model folders from unknown sources: code, pickles, links, malformed files.
 
-Errors: UserError in one line that names the key which allows it, where one does.
+Errors: UserError that names the key that allows it, if there is one.
 """
 
 import json
@@ -10,7 +10,7 @@ from typing import Any
 from atp_tune.errors import UserError
 
 PICKLES = "pytorch_model*.bin"
-CODE = "*.py"  # what `model.trust_remote_code` runs, and what decides values beside weights and config
+CODE = "*.py"  # code that `model.trust_remote_code` runs
 _CONFIGS = ("config.json", "tokenizer_config.json")
 _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation")
 ASK_PICKLE = "model.allow_pickle = true (--set model.allow_pickle=true; apply: --allow-pickle)"
@@ -18,7 +18,7 @@ ASK_CODE = "model.trust_remote_code = true (--set model.trust_remote_code=true; 
 
 
 def find_weights(folder: Path, allow_pickle: bool) -> list[Path]:
-    """The weight files of a folder: safetensors, or pickles where there are no others and the study allows them."""
+    """The weight files of a folder: safetensors, or pickles if there are no others and they are allowed."""
     _check_shards(folder)
     if weights := sorted(folder.glob("*.safetensors")):
         return weights
@@ -47,12 +47,12 @@ def _check_shards(folder: Path) -> None:
 
 
 def _is_name(value: Any) -> bool:
-    """Whether an entry of an index is a file of the index's own folder."""
+    """Whether an entry of an index is a file name in its own folder."""
     return isinstance(value, str) and value.endswith(".safetensors") and PurePath(value).name == value
 
 
 def check_code(folder: Path, trusted: bool) -> None:
-    """UserError if a model comes with code that it needs and that is not allowed, or with code from elsewhere."""
+    """UserError if a model needs code that is not allowed, or code of another repository."""
     configs = [read_table(folder / name) for name in _CONFIGS if (folder / name).is_file()]
     foreign = next((name for config in configs for name in _classes(config) if "--" in name), None)
     if trusted and foreign is not None:
@@ -74,16 +74,16 @@ def _needs_code(config: dict[str, Any]) -> bool:
 
 
 def _classes(config: dict[str, Any]) -> list[str]:
-    """The classes that `auto_map` names: `FILE.CLASS`, or `REPOSITORY--FILE.CLASS`."""
+    """The classes in `auto_map`: `FILE.CLASS` or `REPOSITORY--FILE.CLASS`."""
     found = config.get("auto_map")
     values = list(found.values()) if isinstance(found, dict) else [found]
     return [str(name) for value in values for name in (value if isinstance(value, list) else [value]) if name]
 
 
 def small_files(folder: Path, weights: tuple[str, ...]) -> list[Path]:
-    """The files of a folder without its weights (by suffix); UserError for a link that leads out of it.
+    """The files of a folder without weights (by suffix); UserError for a link to a file outside it.
 
-    A hub's cache keeps files as links into the folder `blobs` two levels up.
+    Links into the folder `blobs` two levels up, as in the Hugging Face cache, are allowed.
     """
     home, blobs = folder.resolve(), folder.resolve().parents[1:2]
     found = [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix not in weights]
@@ -95,7 +95,7 @@ def small_files(folder: Path, weights: tuple[str, ...]) -> list[Path]:
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """A JSON object; UserError if the file holds none."""
+    """Reads a JSON object; UserError if the file holds none."""
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""The command line: the only part that prints. Heavy imports wait until a command needs them."""
+"""The command line, the only package that prints. Commands import heavy libraries when they run."""
 
 import os
 import sys
@@ -25,7 +25,7 @@ from atp_tune.cli.commands import (
 from atp_tune.errors import TrialError, UserError, printable
 
 UsageError: Any = typer.BadParameter.__mro__[1]  # of the click that typer brings along
-SPINS = "10000"  # of libgomp's wait for a thread, instead of millions: costs nothing on idle cores
+SPINS = "10000"  # spins of libgomp before a waiting thread sleeps, instead of millions; no slower on idle cores
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 app.callback(invoke_without_command=True)(tune.run)
@@ -38,9 +38,9 @@ for command in (  # in the order of `--help`
 
 def main() -> None:
     """Runs the command line; bad input ends in one line on stderr and exit code 2."""
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its C code writes to stderr what we say in one line
-    if "OMP_WAIT_POLICY" not in os.environ:  # torch's threads wait for each other by spinning, for too long where
-        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # other jobs have the cores: several times as long a trial
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its C code would log to stderr what we report in one line
+    if "OMP_WAIT_POLICY" not in os.environ:  # torch's threads spin while they wait for each other, which makes
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # trials several times slower if other jobs use the cores
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name=Path(sys.argv[0]).name, standalone_mode=False))
     except UsageError as error:
@@ -55,7 +55,7 @@ def _end(message: str) -> NoReturn:
 
 
 def _usage(error: Any) -> str:
-    """What is wrong with the options, and where the right ones are."""
+    """The message for wrong options: what is wrong, and the command whose help lists the options."""
     command = error.ctx.command_path if error.ctx else "tune.py"
     message = " ".join(error.format_message().split()).replace("Value error, ", "")
     see = " See" if message.endswith("?") else "; see"

@@ -1,4 +1,4 @@
-"""Progress of a run: bars on a terminal, one for the trials and one for each worker; plain lines elsewhere."""
+"""Progress of a run: on a terminal a bar for the trials and one for each worker, elsewhere plain lines."""
 
 from time import monotonic
 from types import TracebackType
@@ -11,7 +11,7 @@ from atp_tune.events import Event, Message, Step, TrialEnded, TrialStarted
 
 
 class Display:
-    """Draws the progress of a whole run; a context manager, and what a run of one process takes as its `watch`."""
+    """Shows the progress of a run; a context manager, and the event handler of a run in one process."""
 
     def __init__(self) -> None:
         self.bars = Progress(
@@ -36,23 +36,23 @@ class Display:
         self.close()
 
     def close(self) -> None:
-        """Takes the bars off the screen."""
+        """Removes the bars from the screen."""
         if self.bars.live.is_started:
             self.bars.stop()
 
     def __call__(self, event: Event) -> None:
-        """Draws an event of the only process."""
+        """Shows an event of a run in one process."""
         self._only = self._only or Line(self)
         self._only(event)
 
     def note(self, text: str) -> None:
-        """Prints a line, once: several workers may say the same."""
+        """Prints a line unless it was printed before: several workers may send the same."""
         if text not in self._notes:
             console.print(text)
         self._notes.add(text)
 
     def end(self, event: TrialEnded, plan: str, seconds: float) -> None:
-        """Prints what a trial came to, and moves the bar of the trials."""
+        """Prints the result of a trial, and advances the bar of the trials."""
         from atp_tune.results.formatting import duration
 
         if event.what != self._what:
@@ -64,7 +64,7 @@ class Display:
         best = f"best {event.best:.2f}" if event.best is not None else "no best yet"
         best = f"best KL {event.best_kl:.4f}" if event.best_kl is not None else best
         left = (monotonic() - self._first) / self._ended * (event.total - event.done)
-        rest = f" of {event.what}s left"  # the report and its draws come after them
+        rest = f" of {event.what}s left"  # the test text is measured after them
         eta = f", {duration(left)}{rest}" if event.done < event.total and not console.is_terminal else ""
         title = f"[{event.done}/{event.total}] {event.what} {event.number}: {plan}"
         console.print(f"{title}: {value} in {seconds:.0f} s ({best}{eta})", markup=False)
@@ -74,7 +74,7 @@ class Display:
 
 
 class Line:
-    """Draws the progress of one process: what that takes as its `watch`."""
+    """Shows the progress of one process; its event handler."""
 
     def __init__(self, display: Display, name: str = "") -> None:
         self._display = display
@@ -84,7 +84,7 @@ class Line:
         self._began = monotonic()
 
     def __call__(self, event: Event) -> None:
-        """Draws one event."""
+        """Shows one event."""
         match event:
             case Message(text):
                 self._display.note(text)
@@ -97,7 +97,7 @@ class Line:
                 self._display.end(event, self._plan, monotonic() - self._began)
 
     def hide(self) -> None:
-        """Takes the bar away: nothing more comes."""
+        """Removes the bar of a process that has ended."""
         self._display.bars.update(self._bar, visible=False)
 
     def _start(self, title: str, plan: str) -> None:

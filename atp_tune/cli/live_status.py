@@ -1,4 +1,4 @@
-"""`status`: a study looked at once, or again and again: on a screen, in a pipe, or as a JSON document per change."""
+"""`status` and `status --watch`: on a terminal, in a pipe, or as JSON."""
 
 import signal
 import sys
@@ -27,7 +27,7 @@ from atp_tune.storage import opening
 
 
 def show_once(study: Study, file: StudyFile, as_json: bool) -> None:
-    """The study as it stands."""
+    """Prints the present state of a study."""
     summary = summarise(study)
     if as_json:
         print(to_json(status_of(summary, datetime.now())))
@@ -36,7 +36,7 @@ def show_once(study: Study, file: StudyFile, as_json: bool) -> None:
 
 
 def watch(file: StudyFile, name: str, every: float, as_json: bool) -> None:
-    """The study until it is complete, and its summary at the end; Ctrl-C ends with exit code 130, as it does a run."""
+    """Shows a study until it is complete, then its summary; Ctrl-C ends it with exit code 130, as it does a run."""
     view = JsonView() if as_json else TerminalView() if console.is_terminal else PipeView()
     try:
         with interruptible(), view:
@@ -52,7 +52,7 @@ def watch(file: StudyFile, name: str, every: float, as_json: bool) -> None:
 
 
 def looks(file: StudyFile, name: str, every: float) -> Iterator[Summary | None]:
-    """What the study holds, every so many seconds, until it is complete; None while it is not there."""
+    """Summaries of the study every so many seconds, until it is complete; None while it does not exist."""
     db = study = None
     while True:
         db = db or opening.open_storage(file.storage_url, create=False)
@@ -73,7 +73,7 @@ def _read(study: Study) -> Summary:
 
 
 class StatusView:
-    """Where a study is watched, a context manager; it says something again only when it changed."""
+    """Prints the states of a study, each only if it differs from the one before; a context manager."""
 
     def __init__(self) -> None:
         self._said: Status | str | None = None
@@ -84,19 +84,19 @@ class StatusView:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Nothing is to be put back."""
+        """Restores nothing."""
 
     def wait(self, text: str) -> None:
-        """Says, once, that there is nothing to show yet."""
+        """Prints, once, that the study does not exist yet."""
         if self.is_new(text):
             console.print(text)
 
     def show(self, summary: Summary) -> None:
-        """Shows the study as it stands."""
+        """Shows the present state of the study."""
         raise NotImplementedError
 
     def is_new(self, what: Status | str) -> bool:
-        """Whether it differs from what was said last; the clock alone is no difference."""
+        """Whether this differs from what was printed last; times that only the clock changes do not count."""
         before, self._said = self._said, what.without_clock() if isinstance(what, Status) else what
         return before != self._said
 
@@ -105,7 +105,7 @@ class JsonView(StatusView):
     """JSON lines: one document per change."""
 
     def wait(self, text: str) -> None:
-        """Says so on stderr, once."""
+        """Prints it to stderr, once."""
         if self.is_new(text):
             print(text, file=sys.stderr, flush=True)
 
@@ -117,14 +117,14 @@ class JsonView(StatusView):
 
 
 class PipeView(StatusView):
-    """A pipe or a file: per change the trials that changed; the first block has all."""
+    """A pipe or a file: prints all trials, then at each change those that changed."""
 
     def __init__(self) -> None:
         super().__init__()
         self._known: dict[int, TrialStatus] = {}
 
     def show(self, summary: Summary) -> None:
-        """Prints trials and the line of progress; of a complete study nothing, as its summary follows."""
+        """Prints trials and the progress; nothing of a complete study, whose summary follows."""
         status = status_of(summary, datetime.now())
         if summary.complete or not self.is_new(status):
             return
@@ -136,7 +136,7 @@ class PipeView(StatusView):
 
 
 class TerminalView(StatusView):
-    """A terminal: its alternate screen, drawn again in place; what was last seen stays behind after Ctrl-C."""
+    """A terminal: redraws its alternate screen; after Ctrl-C the last state is printed to the normal screen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class TerminalView(StatusView):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is KeyboardInterrupt:  # another one now would leave the terminal without its own screen and cursor
+        if kind is KeyboardInterrupt:  # another one would leave the terminal without its screen and cursor
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._live.stop()
         if kind is KeyboardInterrupt and self._last is not None:
@@ -161,13 +161,13 @@ class TerminalView(StatusView):
         self._live.update(_line(text), refresh=True)
 
     def show(self, summary: Summary) -> None:
-        """Shows as many trials as there are rows for, and the line of progress."""
+        """Shows as many trials as the terminal has rows for, and the progress."""
         self._last = summary
         self._live.update(fitting(summary, datetime.now()), refresh=True)
 
 
 def fitting(summary: Summary, now: datetime) -> RenderableType:
-    """The table and the line of progress in as many rows as the terminal has: else the best and the last trials."""
+    """All trials and the progress; only the best and the last trials where the terminal has too few rows."""
     progress = _line(progress_line(status_of(summary, now)))
     for trials in _choices(summary, console.height):
         hidden = _hidden(summary, trials)
@@ -178,7 +178,7 @@ def fitting(summary: Summary, now: datetime) -> RenderableType:
 
 
 def _choices(summary: Summary, rows: int) -> Iterator[list[FrozenTrial]]:
-    """All trials, then ever fewer of those that have begun: the last ones, and before them the best."""
+    """All trials, then the best trial with ever fewer of the last trials that have begun."""
     yield summary.trials
     begun = [trial for trial in summary.trials if trial.state != TrialState.WAITING]
     best = summary.best_trial

@@ -1,4 +1,4 @@
-"""What several commands share: options, and how they find a study."""
+"""Options of several commands, and functions that find the study that they name."""
 
 import shlex
 from pathlib import Path
@@ -9,10 +9,11 @@ import typer
 if TYPE_CHECKING:
     from atp_tune.spec.studyfile import StudyFile
 
-StudyName = Annotated[str, typer.Option("--study", metavar="NAME", help="Name in `studies/`, or path of a .toml file.")]
+STUDY: Any = typer.Option("--study", metavar="NAME", help="Name of a study in `studies/`, or path of a .toml file.")
+StudyName = Annotated[str, STUDY]
 StudyLabel = Annotated[
     str | None,
-    typer.Option("--study-name", metavar="NAME", help="The name of the trials in the storage, if it is another."),
+    typer.Option("--study-name", metavar="NAME", help="Name of the study in the storage; default: the study file's."),
 ]
 Storage = Annotated[
     str | None,
@@ -23,15 +24,15 @@ Overrides = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Override a key of the study file (all: atp_tune/spec/study.py): `--set texts.validation.nsamples=8`.",
+        help="Override a key of the study file (see atp_tune/spec/study.py): `--set texts.validation.nsamples=8`.",
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", metavar="", help="One JSON document on stdout, and nothing else.")]
+Json = Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON document and nothing else.")]
 AllowPickle = Annotated[
-    bool, typer.Option("--allow-pickle", metavar="", help="Read a model's .bin weights, which are pickles.")
+    bool, typer.Option("--allow-pickle", metavar="", help="Read .bin weights, which are pickles and may run code.")
 ]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", metavar="", help="Run the Python code in a model's folder.")
+    bool, typer.Option("--trust-remote-code", metavar="", help="Run the Python code that the model's folder holds.")
 ]
 Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="auto, cpu, mps, cuda or cuda:N.")]
 

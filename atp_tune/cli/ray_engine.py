@@ -1,7 +1,7 @@
 """Workers that are tasks of a Ray cluster, one per GPU: `--engine ray`.
 
-A worker whose node dies is started again where there is room. Events come back through an actor beside this process;
-nobody waits for it, so that a run goes on without a display where it is lost.
+A worker whose node dies is restarted on another one. Events reach the display through an actor on this node. Workers
+do not wait for the actor: if it is lost, the run goes on without a display.
 """
 
 import logging
@@ -24,8 +24,8 @@ from atp_tune.events import Event, Message
 from atp_tune.spec.studyfile import StudyFile
 
 T = TypeVar("T")
-ANSWER = 5  # seconds in which the cluster's address, or the actor of the news, must answer
-POLL = 0.3  # seconds between two looks at the news
+ANSWER = 5  # seconds in which the cluster's address, or the actor, must answer
+POLL = 0.3  # seconds between two polls of the actor
 
 
 def run_on_ray(job: WorkerJob, display: Display, count: int | None, address: str) -> None:
@@ -50,7 +50,7 @@ def run_on_ray(job: WorkerJob, display: Display, count: int | None, address: str
 
 
 def _connect(address: str) -> None:
-    """Joins the cluster as a driver, quietly; UserError in one line."""
+    """Connects to the cluster as a driver; UserError if there is none at the address."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     terminate = signal.getsignal(signal.SIGTERM)
     try:
@@ -71,31 +71,31 @@ def _out_of_reach(file: StudyFile) -> str:
 
 
 def _hosts() -> dict[str, str]:
-    """The address of each node that lives."""
+    """Addresses of all live nodes, by id."""
     nodes = ray.nodes()  # type: ignore[no-untyped-call]
     return {node["NodeID"]: node["NodeManagerAddress"] for node in nodes if node["Alive"]}
 
 
 def _host() -> str:
-    """The address of this process's node."""
+    """Address of the node of this process."""
     return _hosts()[ray.get_runtime_context().get_node_id()]
 
 
 def _room(device: str) -> tuple[str, int]:
-    """What a worker takes one of, and how many the cluster has."""
+    """The resource that each worker takes one of, GPU or CPU, and how many the cluster has."""
     there = ray.cluster_resources()  # type: ignore[no-untyped-call]
     kind = "GPU" if device.startswith("cuda") or (device == "auto" and there.get("GPU", 0) >= 1) else "CPU"
     return kind, int(there.get(kind, 0))
 
 
 def _for_travel(file: StudyFile) -> StudyFile:
-    """The same study file where the current folder is another."""
+    """The study file with absolute paths, for processes with another current folder."""
     study = file.study.model_copy(update={"storage": file.storage_url})
     return replace(file, path=file.path.absolute(), study=study)
 
 
 def _listen(alive: "Sequence[RayWorker]", workers: "Sequence[RayWorker]", news: Any) -> None:
-    """Draws what has come, then sees who has ended."""
+    """Shows new events, then handles workers that have ended."""
     by_task = {worker.task: worker for worker in alive}
     ended, _ = ray.wait(list(by_task), timeout=POLL)
     told: list[tuple[int, Event]] = _answer(news.take.remote(), [])
@@ -106,7 +106,7 @@ def _listen(alive: "Sequence[RayWorker]", workers: "Sequence[RayWorker]", news: 
 
 
 def _answer(call: Any, without: T) -> T:
-    """The actor's answer, or another where it is lost: Ray starts it again."""
+    """The actor's answer, or `without` where the actor is lost; Ray restarts it."""
     try:
         return ray.get(call, timeout=ANSWER)  # type: ignore[no-any-return]
     except (RayActorError, GetTimeoutError):
@@ -114,7 +114,7 @@ def _answer(call: Any, without: T) -> T:
 
 
 class RayWorker(StudyWorker):
-    """One task, on one GPU or CPU."""
+    """A worker that is a Ray task, on one GPU or CPU."""
 
     def __init__(self, index: int, display: Display, job: WorkerJob, kind: str, news: Any) -> None:
         super().__init__(index, display)
@@ -124,20 +124,20 @@ class RayWorker(StudyWorker):
         self._needs = {"num_gpus": 1, "num_cpus": 0} if kind == "GPU" else {"num_cpus": 1}
 
     def launch(self) -> None:
-        """Hands the task to the cluster."""
+        """Submits the task to the cluster."""
         self.task = _work.options(**self._needs).remote(self._job, self.index, self._news, self._home)
 
     def ask_to_stop(self) -> None:
-        """Raises KeyboardInterrupt there; a task that is only starting would lose that, and asks the actor instead."""
+        """Raises KeyboardInterrupt in the task; one that is only starting would lose it, and asks the actor instead."""
         _answer(self._news.stop.remote(), None)
         ray.cancel(self.task, force=False)
 
     def wait(self) -> None:
-        """Waits for the task; Ray kills what is left when this process ends."""
+        """Waits for the task; Ray kills it when this process ends."""
         ray.wait([self.task], timeout=STOP_TIMEOUT)
 
     def end(self) -> None:
-        """Takes the answer."""
+        """Handles the end of the task."""
         try:
             error = ray.get(self.task)
         except RayTaskError:  # a bug, with its traceback
@@ -150,14 +150,14 @@ class RayWorker(StudyWorker):
 
 
 class News:
-    """The events of all workers, until this process takes them, and whether they are to stop."""
+    """The actor: holds events of all workers until the driver takes them, and whether workers are to stop."""
 
     def __init__(self) -> None:
         self._events: list[tuple[int, Event]] = []
         self._is_stopping = False
 
     def stop(self) -> None:
-        """Has tasks end that have not begun."""
+        """Makes tasks end that have not begun."""
         self._is_stopping = True
 
     def is_stopping(self) -> bool:
@@ -169,7 +169,7 @@ class News:
         self._events.append((index, event))
 
     def take(self) -> list[tuple[int, Event]]:
-        """What has come since the last time."""
+        """Events since the last call."""
         events, self._events = self._events, []
         return events
 
@@ -179,8 +179,8 @@ _NEWS: Any = ray.remote(num_cpus=0, max_restarts=-1)(News)
 
 @ray.remote(max_retries=0, max_calls=1, scheduling_strategy="SPREAD")
 def _work(job: WorkerJob, index: int, news: Any, home: str) -> str | None:
-    """The task of one worker: a run whose events go to the actor."""
-    if job.file.database is not None and _host() != home:  # a host that came later
+    """The Ray task: runs the study and sends events to the actor."""
+    if job.file.database is not None and _host() != home:  # a node that joined later
         return _out_of_reach(job.file)
     if _answer(news.is_stopping.remote(), without=False):
         return None

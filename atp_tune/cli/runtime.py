@@ -1,4 +1,4 @@
-"""What all commands run in: libraries kept quiet, and Ctrl-C and SIGTERM as one KeyboardInterrupt."""
+"""Contexts that commands run in: `quiet` silences libraries, `interruptible` handles Ctrl-C and SIGTERM."""
 
 import logging
 import os
@@ -17,9 +17,9 @@ SOON = 0.02  # seconds until an interruption that would break a transaction is t
 
 @contextmanager
 def quiet(tell: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Silences what libraries log for their developers; errors still come through as exceptions.
+    """Silences the logs and warnings of libraries; their exceptions still reach the caller.
 
-    What the package itself has to say beside the events of a run goes to `tell`, by default onto the screen.
+    Log messages of this package go to `tell`, by default the console.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -38,23 +38,23 @@ def quiet(tell: Callable[[str], None] | None = None) -> Iterator[None]:
 
 
 class Words(logging.Handler):
-    """Hands on what the package logs, a line at a time."""
+    """Passes the package's log messages to a function."""
 
     def __init__(self, tell: Callable[[str], None]) -> None:
         super().__init__()
         self._tell = tell
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Hands on one line."""
+        """Passes one message on."""
         self._tell(record.getMessage())
 
 
 @contextmanager
 def interruptible(*stops: signal.Signals) -> Iterator[None]:
-    """Ctrl-C or SIGTERM raises KeyboardInterrupt once, never within a transaction; the next Ctrl-C ends the process.
+    """Ctrl-C or SIGTERM raises KeyboardInterrupt, never within a transaction; a second Ctrl-C ends the process at once.
 
-    Raised in the middle of SQLAlchemy's work it would leave the database locked, and Optuna's threads waiting for it.
-    A second SIGTERM does nothing: Slurm sends several.
+    An exception within a transaction of SQLAlchemy would leave the database locked and Optuna's threads waiting.
+    A second SIGTERM is ignored, since Slurm sends several.
     """
     stops = stops or STOPS
 
@@ -77,8 +77,9 @@ def interruptible(*stops: signal.Signals) -> Iterator[None]:
 
 
 def in_transaction(frame: FrameType | None) -> bool:
-    """Whether a stack runs through the database and does not wait for it to come back, or through a callback of a weak
-    reference, where Python swallows exceptions.
+    """Whether the stack is within a call of the database, other than a wait between two retries.
+
+    True in callbacks of weak references too, where Python swallows exceptions.
     """
     while frame is not None:
         module = frame.f_globals.get("__name__", "")

@@ -1,4 +1,4 @@
-"""What people see of a study: trials, progress, summary. Needs neither torch nor a model."""
+"""Tables of a study for the terminal: trials, progress, summary. Needs neither torch nor a model."""
 
 import shlex
 import statistics
@@ -33,7 +33,7 @@ from atp_tune.spec.studyfile import StudyFile
 
 
 def show_summary(summary: Summary, file: StudyFile) -> None:
-    """Dense, uniform and the best of each allocation as one Markdown table, and the commands that come next."""
+    """Prints dense, uniform and the best of each allocation as a Markdown table, then the next commands."""
     sparsity = summary.sparsity or file.study.sparsity
     console.print(f"{printable(summary.name)}: {sparsity:.0%} sparsity\n")
     console.print(_results(summary))
@@ -64,7 +64,7 @@ def _results(summary: Summary) -> str:
     has_kl, draws = "kl" in summary.objectives, drawn(summary)
     head = ["method", "sparsity", "validation perplexity", "test perplexity", "against uniform"]
     head += [f"perplexity, {draws} draws", f"against uniform, {draws} draws"] if draws else []
-    head += ["search KL", "report KL", "KL against uniform"] if has_kl else []
+    head += ["validation KL", "test KL", "KL against uniform"] if has_kl else []
 
     def row(trial: FrozenTrial, scores: Scores, change: str = NOTHING, kl_change: str = NOTHING) -> list[str]:
         over = [cell or NOTHING for cell in draws_of(summary, trial)] if draws else []
@@ -83,7 +83,7 @@ def _results(summary: Summary) -> str:
 
 
 def _ratios(found: Speed) -> str:
-    """How much faster each engine is with the zeros, in one line."""
+    """Speed of the sparse model over the dense one in each engine, in one line."""
 
     def ratio(row: Measured, phase: Phase) -> str:
         return f"{phase} {statistics.median(row.rates(phase).ratios):.2f}×"
@@ -97,7 +97,7 @@ def _front(summary: Summary) -> str:
         (str(trial.number), method_of(trial), str(score_of(trial)), str(summary.kl(trial).validation))
         for trial in summary.front
     )
-    return markdown(("trial", "method", "validation perplexity", "search KL"), rows)
+    return markdown(("trial", "method", "validation perplexity", "validation KL"), rows)
 
 
 def _zeros(trial: FrozenTrial) -> str:
@@ -115,13 +115,13 @@ def _show_rest(summary: Summary) -> None:
     if summary.total is not None and summary.done < summary.total:
         console.print(f"{summary.done} of {summary.total} trials are done")
     elif not summary.complete and summary.best_trial is not None and summary.best.test is None:
-        console.print("the test text is not measured yet: the same command goes on")
+        console.print("the test text is not measured yet: the same command resumes the study")
     elif not summary.complete and summary.best_trial is not None and summary.done == summary.total:
-        console.print("not all final numbers are measured yet: the same command goes on")
+        console.print("not all final numbers are measured yet: the same command resumes the study")
 
 
 def _show_next(summary: Summary, file: StudyFile) -> None:
-    """The best configuration, if its file is of the best trial, and the command that makes a checkpoint of it."""
+    """Prints the file of the best configuration, if it holds the best trial, and the `apply` command for it."""
     best, here = file.best_of(summary.name), Path.cwd()
     try:
         is_there = best.exists() and summary.best_trial and read_config(best).trial == summary.best_trial.number
@@ -136,7 +136,7 @@ def _show_next(summary: Summary, file: StudyFile) -> None:
 
 
 def show_status(summary: Summary, file: StudyFile) -> None:
-    """All trials of a study, then its summary."""
+    """Prints all trials of a study, then its summary."""
     console.print(trials_table(summary, summary.trials))
     values = [score.value for trial in summary.trials if (score := score_of(trial)) is not None]
     if len(values) > 1:
@@ -165,7 +165,7 @@ def trials_table(summary: Summary, trials: list[FrozenTrial]) -> Table:
 
 
 def progress_line(status: Status) -> str:
-    """How far a study is, in one line: trials, best, what runs and for how long, time left."""
+    """One line: trials done, best value, running trials with their times, time left."""
     done = f"[{status.done}/{status.total}]" if status.total else f"[{status.done}]"
     best, score = "no best yet", status.best and status.best.validation
     if status.best and score:
@@ -181,7 +181,7 @@ def progress_line(status: Status) -> str:
 
 
 def _idle(status: Status) -> str:
-    """What is said where no trial of the study itself runs."""
+    """The state of a study in which no trial runs."""
     if status.screening and not status.trials:
         return f"screening: {status.screening.done} of {status.screening.total} trials"
     if status.complete:

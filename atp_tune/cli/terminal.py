@@ -1,4 +1,4 @@
-"""The console that all is printed to, and tables in the two forms that it shows them in."""
+"""The console that all commands print to, and its two kinds of tables: for the terminal and in Markdown."""
 
 from collections.abc import Iterable
 from io import StringIO
@@ -17,10 +17,10 @@ WIDE = 1000  # columns: no line of a Markdown table is broken
 
 
 class Terminal(Console):
-    """A console on which nothing that a study or a file is called can move the cursor or change colours."""
+    """A console that escapes control characters in names of studies and files."""
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """As rich does, each line made printable first."""
+        """As rich's, of text whose lines are made printable first."""
         return super().render_str("\n".join(map(printable, text.split("\n"))), **options)
 
 
@@ -37,7 +37,7 @@ def table(*columns: str) -> Table:
 
 
 def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table as text for a Markdown document: each row is one line, however narrow the terminal is."""
+    """A Markdown table; no row is wrapped, however narrow the terminal is."""
     made = Table(box=box.MARKDOWN, header_style="")
     for column in head:
         made.add_column(column, no_wrap=True)
@@ -55,5 +55,5 @@ def gib(size: int) -> str:
 
 
 def trials(number: int) -> str:
-    """A number of trials."""
+    """A number of trials in words: `1 trial`, `2 trials`."""
     return f"{number} trial" + "s" * (number != 1)

@@ -1,8 +1,8 @@
-"""Several workers that run one study together under one display: processes of this machine, or tasks of a Ray cluster.
+"""Several workers that run one study under one display: processes of this machine, or tasks of a Ray cluster.
 
-The first loads the model and makes the study, then the others join it. They know of each other only through the
-storage, as workers that were started by hand do. One that dies is started again. A process (`--workers N`, `--devices
-A,B`) has a device of its own, or a share of the CPU; `ray_engine` has the tasks.
+The first worker loads the model and makes the study, then the others start. They share only the storage, as workers
+do that are started by hand. A worker that dies is restarted. A process (`--workers N`, `--devices A,B`) has a device of
+its own, or a share of the CPU cores; the tasks are in `ray_engine`.
 """
 
 import os
@@ -23,14 +23,15 @@ from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Event, EventHandler, Message, TrialStarted
 from atp_tune.spec.studyfile import StudyFile
 
-RESTARTS = 2  # of one worker that does not come as far as a trial; those whose trials end them are given up
+RESTARTS = 2  # of a worker that dies before its first trial; trials that end their process are given up elsewhere
 STOP_TIMEOUT = 60  # seconds that workers have to stop after Ctrl-C
 
 
 @dataclass(frozen=True)
 class WorkerJob:
-    """What every worker is given: the study file, the study's name, when to start no more (seconds since 1970), and
-    whether devices and number formats may be mixed.
+    """What each worker needs: study file, name of the study, time after which no trial starts (seconds since 1970).
+
+    `mix`: devices and number formats may differ between trials.
     """
 
     file: StudyFile
@@ -43,7 +44,7 @@ WorkerPool = Callable[[WorkerJob, Display], None]
 
 
 class StudyWorker(ABC):
-    """One worker, started again where it died."""
+    """One worker, which is restarted when it dies."""
 
     def __init__(self, index: int, display: Display) -> None:
         self.index = index
@@ -54,7 +55,7 @@ class StudyWorker(ABC):
 
     @abstractmethod
     def launch(self) -> None:
-        """Sets it to work."""
+        """Starts its process or task."""
 
     @abstractmethod
     def ask_to_stop(self) -> None:
@@ -62,29 +63,29 @@ class StudyWorker(ABC):
 
     @abstractmethod
     def wait(self) -> None:
-        """Waits until it has stopped, for a while."""
+        """Waits until it has stopped, at most `STOP_TIMEOUT`."""
 
     def start_once(self) -> None:
-        """Starts it, unless it was."""
+        """Starts it, unless it was started before."""
         if not self._was_started:
             self._start()
 
     def hear(self, event: Event) -> None:
-        """Draws one event."""
+        """Shows one event."""
         self.is_ready = self.is_ready or isinstance(event, TrialStarted)
         if isinstance(event, TrialStarted) and event.number is not None:
             self._deaths = 0
         self._line(event)
 
     def ended(self, error: str | None = None) -> None:
-        """It has ended, as it should; UserError if it could not run."""
+        """Handles its regular end; UserError with the reason if it could not run."""
         self.is_alive, self.is_ready = False, True
         self._line.hide()
         if error is not None:
             raise UserError(error)
 
     def died(self, how: str, counts: bool = True) -> None:
-        """It is gone without an answer: it is started again, unless that happens again and again."""
+        """Restarts it after it died; TrialError after `RESTARTS` deaths in a row (those with `counts`)."""
         self.ended()
         self._deaths += counts
         if self._deaths > RESTARTS:
@@ -102,7 +103,7 @@ AnyWorker = TypeVar("AnyWorker", bound=StudyWorker)
 
 
 def supervise(workers: Sequence[AnyWorker], listen: Callable[[Sequence[AnyWorker]], None]) -> None:
-    """Starts the workers and returns when all have ended; `listen` waits a moment for news of those that live."""
+    """Starts the workers and returns when all have ended; `listen` waits a moment for events of live ones."""
     workers[0].start_once()
     try:
         while alive := [worker for worker in workers if worker.is_alive]:
@@ -119,7 +120,7 @@ def supervise(workers: Sequence[AnyWorker], listen: Callable[[Sequence[AnyWorker
 
 
 def work(job: WorkerJob, index: int, device: str, tell: EventHandler) -> str | None:
-    """What a worker does: a run whose events go to `tell`, until SIGINT; the reason if it could not run."""
+    """Runs the study in a worker until SIGINT, with `tell` as event handler; the reason if it could not run."""
     from atp_tune.search.runner import StudyRun, tune
 
     timeout = None if job.end is None else job.end - time()
@@ -133,19 +134,19 @@ def work(job: WorkerJob, index: int, device: str, tell: EventHandler) -> str | N
 
 
 def run_workers(job: WorkerJob, display: Display, devices: Sequence[str]) -> None:
-    """Runs the study in one process per device, and returns when all have ended; UserError as the first one gave it."""
+    """Runs the study in one process per device, until all have ended; UserError as the first worker's."""
     supervise([ProcessWorker(index, display, job, devices) for index in range(len(devices))], _listen)
 
 
 def _listen(alive: "Sequence[ProcessWorker]") -> None:
-    """Waits for news, and hands them on."""
+    """Waits for events, and passes them to their workers."""
     by_news = {worker.news: worker for worker in alive}
     for news in connection.wait(list(by_news), timeout=1):
         by_news[news].listen()  # type: ignore[index]
 
 
 class ProcessWorker(StudyWorker):
-    """One process."""
+    """A worker that is a process."""
 
     def __init__(self, index: int, display: Display, job: WorkerJob, devices: Sequence[str]) -> None:
         super().__init__(index, display)
@@ -162,7 +163,7 @@ class ProcessWorker(StudyWorker):
         theirs.close()  # so that the end of the process is the end of its news
 
     def listen(self) -> None:
-        """Draws one event, or sees the process end."""
+        """Shows one event, or handles the end of the process."""
         try:
             event: Event | str = self.news.recv()
         except (EOFError, OSError):
@@ -180,7 +181,7 @@ class ProcessWorker(StudyWorker):
             os.kill(self._process.pid, signal.SIGINT)
 
     def wait(self) -> None:
-        """Waits for the process, and kills it in the end."""
+        """Waits for the process, and kills it if it does not stop."""
         self._process.join(STOP_TIMEOUT)
         self._process.kill()
 
@@ -193,8 +194,8 @@ class ProcessWorker(StudyWorker):
 
 
 def _work(job: WorkerJob, index: int, devices: Sequence[str], news: Connection) -> None:
-    """The process of one worker: a run whose events go to the parent."""
-    os.setpgid(0, 0)  # Ctrl-C goes to the parent alone, which passes it on
+    """The process of a worker: runs the study and sends events to the parent."""
+    os.setpgid(0, 0)  # Ctrl-C goes only to the parent, which passes it on
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # so does SIGTERM, which Slurm sends to every process
     Thread(target=_stop_with_the_parent, daemon=True).start()
     with suppress(KeyboardInterrupt):
@@ -204,7 +205,7 @@ def _work(job: WorkerJob, index: int, devices: Sequence[str], news: Connection) 
 
 
 def _stop_with_the_parent() -> None:
-    """Without the parent nobody sees the work: it stops as after Ctrl-C, and its trial is queued again."""
+    """Stops this process as Ctrl-C does when its parent has died; its trial is queued again."""
     parent = parent_process()
     assert parent is not None
     parent.join()
@@ -212,7 +213,7 @@ def _stop_with_the_parent() -> None:
 
 
 def choose_device(name: str, index: int, count: int) -> str:
-    """The device of one worker among `count`: CUDA devices in turn, else a share of the CPU's threads."""
+    """The device of one worker among `count`: CUDA devices in turn, else the CPU with a share of its threads."""
     import torch
 
     if name == "auto" and torch.cuda.is_available():

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from atp_tune.checkpoints.headers import Sizes
+from atp_tune.checkpoints.headers import ModelSizes
 from atp_tune.checkpoints.offload import Free, Offload
 from atp_tune.frozen import FrozenModel
 
@@ -71,7 +71,7 @@ def peaks(held: Bytes, offload: Offload, free: Free, has_own_memory: bool) -> Me
     )
 
 
-def bytes_of(sizes: Sizes, itemsize: int, width: int, tokens: Tokens, work: int, process: int) -> Bytes:
+def bytes_of(sizes: ModelSizes, itemsize: int, width: int, tokens: Tokens, work: int, process: int) -> Bytes:
     """The parts for a model with `itemsize` bytes per value and hidden states of `width` values."""
     state = width * itemsize
     return Bytes(

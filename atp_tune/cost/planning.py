@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import optuna
 import psutil
 
-from atp_tune.checkpoints.headers import Sizes, read_sizes
+from atp_tune.checkpoints.headers import ModelSizes, read_sizes
 from atp_tune.checkpoints.offload import Free, Offload, choose
 from atp_tune.cost import forecast
 from atp_tune.cost.forecast import DrawsCost, Forecast, Passes, ProbeRates, ScreeningCost, StudyCost, TrialCost, Weights
@@ -35,7 +35,7 @@ class Known:
     study: Study
     main: optuna.Study | None  # the stored study
     screening: optuna.Study | None  # the stored screening
-    sizes: Sizes
+    sizes: ModelSizes
     tokens: Tokens
     windows: int  # of the calibration text
     width: int  # of a hidden state

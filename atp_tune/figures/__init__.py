@@ -1,6 +1,6 @@
-"""Figures of a study, drawn with Plotly from its summary alone: no torch, no model, also while the study runs.
+"""Plotly figures of a study, from its summary alone: they need neither torch nor the model.
 
-Each is a function of a summary that gives None where there are no data for it yet.
+Each is a function of the summary; it returns None while there are no data for it.
 """
 
 import plotly.graph_objects as go
@@ -22,6 +22,6 @@ FIGURES = {
 
 
 def draw(summary: Summary) -> dict[str, go.Figure]:
-    """The figures for which the study has data, by name."""
+    """The figures that have data, by name."""
     drawn = {name: make(summary) for name, make in FIGURES.items()}
     return {name: figure for name, figure in drawn.items() if figure is not None}

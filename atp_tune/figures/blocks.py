@@ -1,4 +1,4 @@
-"""What happens block by block: how plans share out the zeros, and how the error of the hidden states grows."""
+"""Figures over blocks: the sparsities of plans, and the error of the hidden states."""
 
 from math import isfinite
 
@@ -29,7 +29,7 @@ def draw_sparsity(summary: Summary) -> go.Figure | None:
         )  # fmt: skip
     if not figure.data:
         return None
-    if uniform is None and summary.made_from is not None:  # uniform is the target in every block
+    if uniform is None and summary.made_from is not None:  # uniform would be the target in every block
         target = summary.made_from.study.sparsity
         level(figure, target, f"target {target:g}", INK, "dot")
     values = [value for trace in figure.data for value in trace.y]
@@ -66,6 +66,6 @@ def draw_error(summary: Summary) -> go.Figure | None:
 
 
 def _errors(trial: FrozenTrial) -> list[float | None]:
-    """Errors per block; None where a log axis has no place for one, as after a block left dense."""
+    """Errors by block; None for 0, as after a dense block, which a log axis cannot show."""
     errors = trial.user_attrs.get("errors") or []
     return [rounded([e], 4)[0] if isinstance(e, float) and e > 0 and isfinite(e) else None for e in errors]

@@ -1,4 +1,4 @@
-"""What happens trial by trial: values and the best so far, the time of each, two objectives against each other."""
+"""Figures over trials: values and the best so far, times, and two objectives against each other."""
 
 from itertools import accumulate
 
@@ -26,7 +26,7 @@ MEANINGS = {"calibrate": "calibrate (statistics)", "prune": "prune", "evaluate":
 
 
 def draw_history(summary: Summary) -> go.Figure | None:
-    """What is minimised against trial number; None while no trial is measured."""
+    """The objective against the number of the trial; None while no trial is measured."""
     done = sorted(finite(summary.trials), key=lambda trial: trial.number)
     if not done:
         return None
@@ -73,7 +73,7 @@ def draw_seconds(summary: Summary) -> go.Figure | None:
 
 
 def spent(trial: FrozenTrial) -> dict[str, float]:
-    """Seconds of a trial by phase; none for one that only repeats what was measured before."""
+    """Seconds of a trial by phase; empty for one that repeats an earlier trial."""
     return {} if "repeats" in trial.user_attrs else dict(trial.user_attrs.get("seconds") or {})
 
 

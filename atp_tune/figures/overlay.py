@@ -10,17 +10,17 @@ from atp_tune.figures.trials import best_of, finite, told, value_of
 from atp_tune.results.summary import Summary
 
 LONGEST = 40  # letters of a name in a legend
-DASHES = ("solid", "dash", "dot", "dashdot")  # the colours come again, with another dash or symbol
+DASHES = ("solid", "dash", "dot", "dashdot")  # after all colours: the same with another dash or symbol
 MARKS = ("circle", "diamond", "square", "triangle-down")
 
 
 def label(name: str) -> str:
-    """A study's name that a legend has room for."""
+    """A study's name, cut to fit a legend."""
     return escape(name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…")
 
 
 def sparsities(summaries: Sequence[Summary]) -> go.Figure | None:
-    """The sparsities of the best plan of each study; None where fewer than two have one."""
+    """Sparsities of each study's best plan; None if fewer than two studies have one."""
     figure = new_figure("Sparsity of each block, best plans", "block", "sparsity (share of zeros)")
     for k, summary in enumerate(summaries):
         best = best_of(summary)
@@ -34,7 +34,7 @@ def sparsities(summaries: Sequence[Summary]) -> go.Figure | None:
 
 
 def perplexities(summaries: Sequence[Summary]) -> go.Figure | None:
-    """Perplexity against β of several studies of one model and text; None where fewer than two have trials with β."""
+    """Perplexity against β of studies of one model and text; None if fewer than two have trials with β."""
     by_perplexity = [finite(summary.trials) if "perplexity" in summary.objectives else [] for summary in summaries]
     found = [[t for t in trials if "beta" in t.params] for trials in by_perplexity]
     drawn = [(k, summary, found[k]) for k, summary in enumerate(summaries) if found[k]]

@@ -1,10 +1,10 @@
-"""Perplexity, or KL, against β: every measured trial, the search's Gaussian process, and the lines to compare with."""
+"""Perplexity, or KL, against β: measured trials, the search's Gaussian process, lines at uniform and dense."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
-from math import isfinite
+from math import inf, isfinite
 from typing import Any
 
 import plotly.graph_objects as go
@@ -33,19 +33,19 @@ from atp_tune.results.trials import is_uniform
 
 PLAIN, LEGEND, LABELS = 380, 22, 70  # px of height: the plot, a row of its legend, slanted names below it
 CURVE = ("beta", "mean", "low", "high")  # of the Gaussian process, per pruner
-NEAR = 0.6  # of the width of the data: a bound farther off is told, not drawn
+NEAR = 0.6  # of the width of the data: the axis title names bounds that are farther away
 
 
 @dataclass(frozen=True)
 class Panels:
-    """Two panels side by side: trials over their β, and by allocation where it has none."""
+    """The trials of two panels: over β, and by allocation for those without β."""
 
     over_beta: list[FrozenTrial]
     others: list[FrozenTrial]
 
 
 def draw_perplexity(summary: Summary) -> go.Figure | None:
-    """What is minimised, on the validation text, against β; None while no trial is measured."""
+    """The objective on the validation text against β; None while no trial is measured."""
     done = finite(summary.trials)
     if not done:
         return None
@@ -68,7 +68,7 @@ def draw_perplexity(summary: Summary) -> go.Figure | None:
 
 
 def split(trials: list[FrozenTrial]) -> Panels:
-    """Which trials stand over a β; uniform does at 0, if any other has one."""
+    """Trials with and without β; uniform has β = 0 if any other trial has one."""
     if not any("beta" in trial.params for trial in trials):
         return Panels([], trials)
     over_beta = [trial for trial in trials if _has_beta(trial)]
@@ -76,7 +76,7 @@ def split(trials: list[FrozenTrial]) -> Panels:
 
 
 def bounds_of(summary: Summary) -> tuple[float, float] | None:
-    """The admissible interval of β, where the study says enough to know it."""
+    """The admissible interval of β, if the study stores what it depends on."""
     if summary.made_from is None or not summary.sizes:
         return None
     found = atp.bounds(Budget(summary.made_from.study.sparsity, summary.sizes))["beta"]
@@ -100,10 +100,11 @@ def _set_axes(figure: go.Figure, panels: Panels, bounds: tuple[float, float] | N
 
 
 def _set_betas(figure: go.Figure, betas: list[float], bounds: tuple[float, float] | None, alone: bool) -> None:
-    """The axis of β, and the admissible bounds as lines where they do not squeeze the data."""
+    """Sets the axis of β, and draws admissible bounds that are near the data."""
     low, high = min(betas), max(betas)
     span, title = high - low, "β, common difference per block" if alone else "β, difference per block"
-    drawn = [bound for bound in bounds or () if (bound > 0 or low < 0) and _is_near(bound, low, high)]
+    near = (low - NEAR * span, high + NEAR * span) if span else (-inf, inf)
+    drawn = [bound for bound in bounds or () if (bound > 0 or low < 0) and near[0] <= bound <= near[1]]
     for k, bound in enumerate(sorted(drawn, reverse=True)):
         figure.add_shape(
             type="line", x0=bound, x1=bound, y0=0, y1=1, xref="x", yref="paper", layer="below",
@@ -117,12 +118,8 @@ def _set_betas(figure: go.Figure, betas: list[float], bounds: tuple[float, float
     figure.update_layout(xaxis_title_text=title, xaxis_range=[low - pad, high + pad])
 
 
-def _is_near(bound: float, low: float, high: float) -> bool:
-    return low == high or low - NEAR * (high - low) <= bound <= high + NEAR * (high - low)
-
-
 def _add_trials(figure: go.Figure, panels: Panels, seen: AxisRange) -> None:
-    """One trace per pruner (and allocation with β, if there are several), and one more in the other panel."""
+    """Adds a trace per pruner (and allocation, if several have β) to each panel."""
     several = len({_allocation(trial) for trial in panels.over_beta if not is_uniform(trial)}) > 1
     named = set()
     for axis_name, trials, apart in (("x", panels.over_beta, several), ("x2", panels.others, False)):
@@ -147,7 +144,7 @@ def _grouped(trials: list[FrozenTrial], apart: bool) -> Iterator[tuple[tuple[str
 
 
 def _look(pruner: str, allocation: str, trials: list[FrozenTrial]) -> dict[str, Any]:
-    """Markers with error bars, and the boxes over them."""
+    """Markers, error bars and hover texts."""
     colour = colour_of(pruner)
     return {
         "mode": "markers",
@@ -159,7 +156,7 @@ def _look(pruner: str, allocation: str, trials: list[FrozenTrial]) -> dict[str, 
 
 
 def _add_hidden(figure: go.Figure, trials: list[FrozenTrial], axis_name: str, seen: AxisRange) -> None:
-    """Trials above the axis_range, as arrows at its upper end."""
+    """Adds trials above the axis range as arrows at its upper end."""
     if trials:
         figure.add_scatter(
             x=[_position(trial, axis_name) for trial in trials], y=[seen.high] * len(trials), mode="markers",
@@ -180,7 +177,7 @@ def _add_lines(figure: go.Figure, summary: Summary, seen: AxisRange, dense: floa
 
 
 def _mark(figure: go.Figure, best: FrozenTrial, panels: Panels) -> None:
-    """A ring around the best trial."""
+    """Draws a ring around the best trial."""
     axis_name = "x" if panels.over_beta and _has_beta(best) else "x2"
     figure.add_scatter(
         x=[_position(best, axis_name)], y=rounded([value_of(best)]), mode="markers", xaxis=axis_name,
@@ -210,7 +207,7 @@ def _allocation(trial: FrozenTrial) -> str:
 
 
 def add_gp_posterior(figure: go.Figure, posterior: Any) -> None:
-    """A thin line and a translucent band per pruner; nothing where none is stored or it is not whole."""
+    """Adds a line and a translucent band per pruner; skips curves that are incomplete."""
     curves = posterior.get("curves") if isinstance(posterior, dict) else None
     for pruner, curve in curves.items() if isinstance(curves, dict) else ():
         if _is_whole(curve):
@@ -218,7 +215,7 @@ def add_gp_posterior(figure: go.Figure, posterior: Any) -> None:
 
 
 def _is_whole(curve: Any) -> bool:
-    """Whether a curve holds four equally long lists of numbers above 0, which a log axis can show."""
+    """Whether a curve has four equally long lists of numbers, positive where a log axis shows them."""
     lists: list[Any] = [curve.get(part) for part in CURVE] if isinstance(curve, dict) else []
     if not all(isinstance(values, list) for values in lists) or len({len(values) for values in lists}) != 1:
         return False

@@ -1,4 +1,4 @@
-"""Several figures in one picture, drawn by a Chrome or Chromium through kaleido."""
+"""Several figures in one picture, rendered by Chrome or Chromium through kaleido."""
 
 import asyncio
 from base64 import b64encode
@@ -18,7 +18,7 @@ NEEDS = "pip install 'atp-tune[png]' and a Chrome or Chromium, found in PATH or 
 
 
 def png(figures: Sequence[go.Figure]) -> bytes:
-    """All figures on white, two in a row; UserError of one line where nothing can draw them."""
+    """All figures on white, two in a row, as PNG; UserError if kaleido or a browser is missing."""
     return _drawn(figures, "png")
 
 
@@ -40,8 +40,9 @@ def _drawn(figures: Sequence[go.Figure], kind: str) -> bytes:
 async def _draw(figures: Sequence[go.Figure], kind: str) -> bytes:
     import kaleido
 
+    look = {"font_color": TEXT, "width": WIDTH, "height": HEIGHT}
     async with kaleido.Kaleido() as browser:
-        cells = [await _draw_one(browser, _for_paper(figure), "svg") for figure in figures]
+        cells = [await _draw_one(browser, go.Figure(figure).update_layout(look), "svg") for figure in figures]
         picture = _sheet([cell.decode() for cell in cells])
         return picture.encode() if kind == "svg" else await _draw_one(browser, _frame(picture, len(cells)), "png")
 
@@ -51,16 +52,12 @@ async def _draw_one(browser: Any, figure: go.Figure, kind: str) -> bytes:
     return bytes(await browser.calc_fig(figure.to_dict(), opts={"format": kind, **size}))
 
 
-def _for_paper(figure: go.Figure) -> go.Figure:
-    return go.Figure(figure).update_layout(font_color=TEXT, width=WIDTH, height=HEIGHT)
-
-
 def _size(count: int) -> tuple[int, int]:
     return min(count, COLUMNS) * WIDTH, -(-count // COLUMNS) * HEIGHT
 
 
 def _sheet(cells: list[str]) -> str:
-    """SVGs of one size, two in a row, as one."""
+    """Joins SVGs of one size into one, two in a row."""
     width, height = _size(len(cells))
     page = f'<rect width="100%" height="100%" fill="{PAGE}"/>'
     box = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
@@ -70,7 +67,7 @@ def _sheet(cells: list[str]) -> str:
 
 
 def _frame(picture: str, count: int) -> go.Figure:
-    """A figure that holds nothing but an SVG: so the browser makes a PNG of it."""
+    """A figure that holds only an SVG, which the browser renders as PNG."""
     width, height = _size(count)
     source = f"data:image/svg+xml;base64,{b64encode(picture.encode()).decode()}"
     place = {"xref": "paper", "yref": "paper", "x": 0, "y": 1, "sizex": 1, "sizey": 1, "sizing": "stretch"}

@@ -1,6 +1,6 @@
-"""How all figures look: readable on a light and on a dark page, without a template, so that they stay small.
+"""The style of all figures: readable on light and dark pages, and small, since it uses no template.
 
-The perplexity axis shows the part that is worth looking at: trials that explode are named, not drawn to scale.
+The perplexity axis leaves out trials far above the median; labels name them instead.
 """
 
 import statistics
@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial
 from atp_tune.figures.trials import value_of
 
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
-# At least 3:1 against white and against #14171c, and told apart without seeing red or green.
+# Contrast at least 3:1 against white and #14171c; distinguishable by colour-blind readers.
 INK, BLUE, ORANGE, GREEN, PURPLE, GOLD, PINK = (
     "#76808c", "#2f7fd9", "#d1580f", "#14946c", "#a566c4", "#a97800", "#d6498a",
 )  # fmt: skip
@@ -24,16 +24,16 @@ BEST, UNIFORM, SECOND, WORST, DENSE = BLUE, ORANGE, GREEN, PURPLE, INK
 CYCLE = (BLUE, GREEN, GOLD, PURPLE, PINK, ORANGE, INK)
 PRUNERS = {"wanda": BLUE, "sparsegpt": GREEN, "magnitude": GOLD, "dsnot": PURPLE, "alps": PINK}
 SYMBOLS = {"atp": "circle", "curve": "diamond", "uniform": "square"}
-SMALL = 11  # px, of what is written into a figure
-EXPLODES = 3  # times the median perplexity
-NAMED = 2  # exploded trials that are named one by one
-FAR = 2  # below the lowest trial by this factor, the dense model is not drawn to scale either
+SMALL = 11  # px, of text within a figure
+EXPLODES = 3  # times the median perplexity: trials above are hidden
+NAMED = 2  # hidden trials that are named individually
+FAR = 2  # factor between lowest trial and dense model beyond which the axis does not reach to dense
 TICKS = [digit * 10.0**power for power in range(-6, 7) for digit in (1, 2, 5)]
 FINE = [float(f"{digit}e{power}") for power in range(-6, 7) for digit in (1, 1.5, 2, 3, 4, 5, 6, 8)]
 
 
 def new_figure(title: str, x: str, y: str) -> go.Figure:
-    """An empty figure with the axes that all figures share; its legend lies below, off the data."""
+    """An empty figure with the common layout; the legend is below the plot."""
     return go.Figure(
         layout={
             "template": "none",
@@ -59,7 +59,7 @@ def axis(title: str, **more: Any) -> dict[str, Any]:
 
 
 def log_axis(low: float, high: float) -> dict[str, Any]:
-    """A log axis from `low` to `high`, with ticks at 1, 2 and 5 where Plotly's own would be hard to read."""
+    """A log axis from `low` to `high`, with ticks of its own where Plotly's would be hard to read."""
     pad = 0.04 * log10(high / low) or 0.1
     wide = {"tickmode": "array", "tickvals": TICKS if high / low > 30 else FINE}
     ticks = wide if high / low > 2 else {}
@@ -86,35 +86,35 @@ def error_bars(trials: Iterable[FrozenTrial], colour: str) -> dict[str, Any]:
 
 
 def faint(colour: str, opacity: float) -> str:
-    """A colour `#rrggbb` as one that lets the page through."""
+    """The colour `#rrggbb` with an opacity."""
     red, green, blue = (int(colour[k : k + 2], 16) for k in (1, 3, 5))
     return f"rgba({red},{green},{blue},{opacity:g})"
 
 
 def rounded(values: Any, digits: int = 5) -> list[float]:
-    """Numbers with as many digits as a figure can show: its file stays small."""
+    """Numbers rounded to the digits that a figure can show, to keep its file small."""
     return [float(f"{value:.{digits}g}") for value in values]
 
 
 @dataclass(frozen=True)
 class AxisRange:
-    """An interval of perplexities that a figure shows, and the limit above which trials are hidden."""
+    """The perplexities that an axis shows, and the limit above which trials are hidden."""
 
     low: float
     high: float
     limit: float
 
     def hides(self, trial: FrozenTrial) -> bool:
-        """Whether a trial explodes."""
+        """Whether a trial is above the limit."""
         return value_of(trial) > self.limit
 
     def arrow(self, value: float) -> str:
-        """Where a value lies that the view does not hold: ` ↓`, ` ↑`, or nothing where it does."""
+        """` ↓` or ` ↑` for a value below or above the axis, else nothing."""
         return " ↓" if value < self.low else " ↑" if value > self.high else ""
 
 
 def range_of(trials: list[FrozenTrial], dense: float | None) -> AxisRange:
-    """The view that holds all trials with their errors, but those above three times the median."""
+    """The range of all trials with their errors, without those above `EXPLODES` times the median."""
     limit = EXPLODES * statistics.median(value_of(trial) for trial in trials)
     shown = [trial for trial in trials if value_of(trial) <= limit]
     errors = [min(float(trial.user_attrs.get("stderr") or 0.0), value_of(trial) / 3) for trial in shown]
@@ -126,7 +126,7 @@ def range_of(trials: list[FrozenTrial], dense: float | None) -> AxisRange:
 
 
 def set_range(view: AxisRange, figure: go.Figure, labels: list[str]) -> None:
-    """Sets the axis, and writes the labels of the hidden trials over its upper end, off the data."""
+    """Sets the axis range, and writes labels of hidden trials above the plot."""
     figure.update_yaxes(log_axis(view.low, view.high))
     if not labels:
         return

@@ -1,4 +1,4 @@
-"""Which trials a figure shows, and what is said of them."""
+"""The trials that figures show, and their labels."""
 
 from html import escape
 from math import isfinite
@@ -12,27 +12,27 @@ from atp_tune.storage.progress import ranked, values_of
 
 
 def finite(trials: list[FrozenTrial]) -> list[FrozenTrial]:
-    """The measured trials, the lowest value first; not those whose value no axis can show."""
+    """Measured trials with a finite, positive value, the lowest first."""
     return [trial for trial in ranked(trials) if isfinite(value_of(trial)) and value_of(trial) > 0]
 
 
 def value_of(trial: FrozenTrial) -> float:
-    """What trials are compared by, on the validation text: perplexity, or KL where the study minimises that alone."""
+    """Perplexity on the validation text, or KL if the study minimises only KL; NaN without a value."""
     return values_of(trial)[0] if trial.values else float("nan")
 
 
 def measure_of(summary: Summary) -> str:
-    """What that value is called."""
+    """The name of that value."""
     return "KL divergence" if summary.objectives == ("kl",) else "perplexity"
 
 
 def written(value: float, summary: Summary) -> str:
-    """Such a value with as many digits as it has."""
+    """That value as text: 4 digits for KL, 2 for perplexity."""
     return f"{value:.4f}" if summary.objectives == ("kl",) else f"{value:.2f}"
 
 
 def uniform_value(summary: Summary) -> float | None:
-    """The value of uniform."""
+    """That value of uniform."""
     if summary.objectives == ("kl",):
         uniform = uniform_of(summary)
         return value_of(uniform) if uniform else None
@@ -53,7 +53,7 @@ def uniform_of(summary: Summary) -> FrozenTrial | None:
 
 
 def second_of(summary: Summary) -> FrozenTrial | None:
-    """The best of the trials that are neither uniform nor share out the sparsity as the best does."""
+    """The best trial that is not uniform and has other sparsities than the best."""
     best = best_of(summary)
     shares = best.user_attrs.get("sparsities") if best else None
     others = (t for t in finite(summary.trials) if t != best and not is_uniform(t))
@@ -61,18 +61,18 @@ def second_of(summary: Summary) -> FrozenTrial | None:
 
 
 def worst_of(summary: Summary) -> FrozenTrial | None:
-    """The trial with the highest value, if there are others."""
+    """The trial with the highest value, if there are several."""
     done = finite(summary.trials)
     return done[-1] if len(done) > 1 else None
 
 
 def told(trial: FrozenTrial) -> str:
-    """Number, plan and values of a trial in two lines, for a box over its point."""
+    """Number, plan and values of a trial in two lines, for its hover text."""
     kl = kl_of(trial)
     more = f", KL {kl}" if kl else ""
     return f"trial {trial.number}: {escape(plan_of(trial))}<br>perplexity {score_of(trial)}{more}"
 
 
 def role(name: str, trial: FrozenTrial) -> str:
-    """A trial's name in a legend."""
+    """The name of a trial in a legend."""
     return f"{name} (trial {trial.number})"

@@ -1,7 +1,7 @@
-"""What goes into a model. Today that is windows of token ids, cut from texts; images can come in by the same door.
+"""Inputs of a model: windows of token ids, cut from texts. Another kind, such as images, can be added.
 
-All that runs a model (`blocks`, `search`) sees items by these two protocols alone. Another kind of input is a file with
-an object of type `InputKind`, and a row of `KINDS`.
+All code that runs a model (`blocks`, `search`) uses the two protocols below. A new kind of input is a file with an
+object of type `InputKind` and a row of `KINDS`.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from atp_tune.checkpoints.checkpoint import Checkpoint
 
 
-Batch = Any  # items on the compute device, sized and cut by slices: for tokens a tensor of ids [windows, tokens]
+Batch = Any  # items on the compute device, with length and slices; for texts a tensor of ids [windows, tokens]
 
 
 class Items(Protocol):
-    """The items of one role (calibration, search, report) in their order, in host memory."""
+    """The ordered items of one role (calibration, validation, test), in host memory."""
 
     @property
     def content(self) -> str:
@@ -34,46 +34,46 @@ class Items(Protocol):
 
     @property
     def positions(self) -> int:
-        """Hidden states of one item, such as the tokens of a window."""
+        """Number of hidden states of an item, such as the tokens of a window."""
 
     def batch(self, device: "torch.device") -> Batch:
         """All items on a device."""
 
-    def thinned(self, every: int) -> Self:
-        """The first item and every so many-th after it."""
+    def thinned(self, stride: int) -> Self:
+        """Every stride-th item, from the first."""
 
 
 T = TypeVar("T", bound=Items)
 
 
 class InputKind(Protocol[T]):
-    """A kind of input: how its items are read, and how a model is called with them."""
+    """A kind of input: reads items, and calls a model with them."""
 
     def read(self, texts: Mapping[str, Text], folder: ModelFolder, base: Path, bos: bool) -> Mapping[str, T]:
-        """The items of each role; relative paths start at `base`. UserError for bad input, or shared items."""
+        """The items of each role; relative paths start at `base`. UserError for bad input or shared items."""
 
     def draws(self, text: Text, count: int, folder: ModelFolder, base: Path, bos: bool) -> list[T]:
-        """The items of so many draws of a calibration text, without its own, the first. UserError where it is short."""
+        """Items of `count` draws of a calibration text, without the first draw. UserError if the text is too short."""
 
     def check_disjoint(self, items: Mapping[str, T]) -> None:
-        """UserError where two roles share an item."""
+        """UserError if two roles share an item."""
 
     def check_fit(self, checkpoint: "Checkpoint", items: Mapping[str, T], embed: Callable[[Batch], "Tensor"]) -> None:
-        """UserError where a model cannot take the items; `embed` gives the hidden states that enter its block 0."""
+        """UserError if a model cannot take the items; `embed` computes the hidden states that enter block 0."""
 
     def facts(self, items: Mapping[str, T]) -> dict[str, bool]:
-        """What decides a value beside the items' content, by the keys of a study file."""
+        """Facts besides the content of the items, by key of a study file."""
 
     def forward(self, model: "nn.Module", batch: Batch) -> Any:
-        """The model's own output for a batch; nothing of an earlier batch is remembered."""
+        """The output of the model for a batch, without state from earlier batches."""
 
     def examples(self, checkpoint: "Checkpoint", items: int, positions: int) -> tuple[Batch, Batch, Batch]:
-        """Three made-up batches of one shape: a blank one, and two whose contents differ."""
+        """Three example batches of one shape: a blank one, and two with different contents."""
 
 
 KINDS = {"tokens": "atp_tune.inputs.tokens:TOKEN_WINDOWS"}
 
 
 def find_kind(name: str = "tokens") -> InputKind[Any]:
-    """The kind of input of that name, from its row in `KINDS`."""
+    """The kind of input of that name in `KINDS`."""
     return cast(InputKind[Any], resolve_name(KINDS[name]))

@@ -1,7 +1,7 @@
 """Texts as sequences of documents: c4, wikitext2, hub:ORG/NAME, file:PATH, package:MODULE:ATTRIBUTE.
 
-A part (a, b) of a text holds the documents whose first character's offset, as a share of all characters, lies
-in [a, b): parts that don't overlap share no document.
+A part (a, b) of a text holds the documents that start in [a, b), as a share of all characters, so that disjoint parts
+share no document.
 """
 
 import re
@@ -27,23 +27,23 @@ SOURCES = {
 
 
 class TextSource(Protocol):
-    """A kind of source, named by what stands before the colon in a text's `source`."""
+    """A kind of source; its name is the part of `source` before the colon."""
 
     @property
     def form(self) -> str:
-        """The regular expression of what stands after the colon; "" where there is no colon."""
+        """A regular expression for the part after the colon; "" for sources without a colon."""
 
     def read(self, text: Text, base: Path) -> Sequence[str]:
-        """All documents, in their order; relative paths start at `base`. UserError in one line."""
+        """All documents in order; relative paths start at `base`. UserError for bad input."""
 
     def identify(self, text: Text, base: Path) -> str:
-        """SHA-256 that names the documents in a cache key."""
+        """A SHA-256 for the documents in cache keys."""
 
 
 def documents(text: Text, base: Path) -> Sequence[str]:
-    """The documents of a study's text, in their order; relative paths start at `base`.
+    """The documents of a study's text in order; relative paths start at `base`.
 
-    A hub dataset stays on disk and is read by index. Errors: UserError in one line that starts with the key.
+    A hub dataset stays on disk and is read by index. Errors: UserError that starts with the key.
     """
     found = find_source(text).read(text, base)
     if text.part != (0, 1):
@@ -54,7 +54,7 @@ def documents(text: Text, base: Path) -> Sequence[str]:
 
 
 def source_content(text: Text, base: Path) -> str:
-    """SHA-256 that names the content in a cache key: of a local text itself, of a hub dataset's address."""
+    """A SHA-256 for cache keys: of the content of a local text, or of the address of a hub dataset."""
     return find_source(text).identify(text, base)
 
 
@@ -67,7 +67,7 @@ def hub_arguments(text: Text) -> dict[str, Any]:
 
 
 def find_source(text: Text) -> TextSource:
-    """The row of `SOURCES` that reads a text; UserError where there is none, or its source is not of the row's form."""
+    """The source in `SOURCES` that reads a text; UserError if there is none or the form is wrong."""
     name, colon, rest = text.source.partition(":")
     source = cast(TextSource, resolve_name(SOURCES[name])) if name in SOURCES else None
     flags = re.ASCII | re.DOTALL

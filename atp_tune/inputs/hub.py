@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from atp_tune.cache import sha256_of_json
 from atp_tune.checkpoints.convert import one_line, quiet
@@ -11,13 +11,13 @@ from atp_tune.errors import UserError
 from atp_tune.spec.study import Text
 
 C4_FILES = {
-    "train": "en/c4-train.00000-of-01024.json.gz",  # the one file that Wanda and SparseGPT read
+    "train": "en/c4-train.00000-of-01024.json.gz",  # the file that Wanda and SparseGPT read
     "validation": "en/c4-validation.00000-of-00008.json.gz",
 }
 
 
 class Column(Sequence[str]):
-    """The texts in one column of a hub dataset, read when asked for; a missing text is empty."""
+    """The texts in a column of a hub dataset, read on access; a missing text is empty."""
 
     def __init__(self, rows: Any, name: str) -> None:
         self._rows = rows.select_columns([name])
@@ -26,11 +26,7 @@ class Column(Sequence[str]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> "Column": ...
-    def __getitem__(self, index: int | slice) -> "str | Column":
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return Column(self._rows.select(range(*index.indices(len(self)))), self._name)
         return self._rows[index][self._name] or ""
@@ -42,20 +38,20 @@ class Column(Sequence[str]):
 
 @dataclass(frozen=True)
 class HubDataset:
-    """A source on the hub; `arguments` makes those of `datasets.load_dataset`, all but the revision."""
+    """A source on the hub; `arguments` makes the arguments of `datasets.load_dataset` except the revision."""
 
     arguments: Callable[[Text], dict[str, Any]]
     form: str = ""
 
     def read(self, text: Text, base: Path) -> Sequence[str]:
-        """The documents, which stay on disk and are read by index; UserError where the dataset cannot be loaded."""
+        """The documents, which stay on disk and are read by index; UserError if the dataset cannot be loaded."""
         import datasets
 
         arguments = self.revised_arguments(text)
         try:
             with quiet("datasets", "huggingface_hub"):
                 rows = datasets.load_dataset(**arguments)
-        except Exception as error:  # whatever the network stack and the readers under it raise
+        except Exception as error:  # network and readers raise many types
             raise _hub_error(arguments["path"], error) from error
         check_column(text, rows.column_names)
         if getattr(rows.features[text.column], "dtype", "") not in ("string", "large_string"):
@@ -63,16 +59,16 @@ class HubDataset:
         return Column(rows, text.column)
 
     def identify(self, text: Text, base: Path) -> str:
-        """SHA-256 of the dataset's address: its content is not read for it."""
+        """SHA-256 of the address of the dataset, not of its content."""
         return sha256_of_json(self.revised_arguments(text))
 
     def revised_arguments(self, text: Text) -> dict[str, Any]:
-        """All arguments of `datasets.load_dataset`."""
+        """All arguments of `datasets.load_dataset`, with the revision."""
         return self.arguments(text) | {"revision": text.revision}
 
 
 def check_column(text: Text, names: Sequence[str], where: str = "") -> None:
-    """UserError if the column that a text names is not among those that there are."""
+    """UserError if the column of a text is not among `names`."""
     if text.column not in names:
         raise UserError(f'column: {where or text.source} has no "{text.column}"; it has {", ".join(names)}')
 
@@ -96,11 +92,9 @@ def _c4_arguments(text: Text) -> dict[str, Any]:
     split = text.split or "train"
     if split not in C4_FILES:
         raise UserError(f'split: c4 has train and validation, not "{split}"')
-    files = {
-        "data_files": {split: C4_FILES[split]},
-        "verification_mode": "no_checks",
-    }  # sizes are those of all files
-    return {"path": "allenai/c4", "split": split, **files}
+    files = {split: C4_FILES[split]}
+    # no_checks: the expected sizes are those of all files
+    return {"path": "allenai/c4", "split": split, "data_files": files, "verification_mode": "no_checks"}
 
 
 def _wikitext2_arguments(text: Text) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from atp_tune.spec.study import Text
 
 
 class LocalFile:
-    """file:PATH, a source whose reader is chosen by the file's suffix."""
+    """The source file:PATH; the suffix of the file selects the reader."""
 
     form = ".+"
 
@@ -48,12 +48,12 @@ class LocalFile:
 
 
 class PackageText:
-    """package:MODULE:ATTRIBUTE or package:MODULE/FILE.txt, a source in an installed package."""
+    """The sources package:MODULE:ATTRIBUTE and package:MODULE/FILE.txt, in an installed package."""
 
     form = ".+"
 
     def read(self, text: Text, base: Path) -> Sequence[str]:
-        """The documents of the attribute or of the file."""
+        """The documents of the attribute or the file."""
         check_no_hub_keys(text)
         name = text.source.removeprefix("package:")
         module, colon, attribute = name.partition(":")
@@ -75,7 +75,7 @@ class PackageText:
 
 
 def check_no_hub_keys(text: Text) -> None:
-    """UserError if a text that is no dataset of the hub has a key that only those have."""
+    """UserError if a local text has a key that only hub datasets have."""
     for key in ("config", "split", "revision"):
         if getattr(text, key) is not None:
             raise UserError(f"{key}: only a hub dataset has one, {text.source} has not; leave it out")
@@ -91,7 +91,7 @@ def read_txt(path: Path, text: Text) -> list[str]:
 
 
 def read_jsonl(path: Path, text: Text) -> list[str]:
-    """A document a line, from one column of JSON objects."""
+    """One document per line, from a column of JSON objects."""
     found = []
     with path.open(encoding="utf-8") as stream:
         for number, line in enumerate(stream, 1):
@@ -115,7 +115,7 @@ def _jsonl_text(line: str, text: Text, where: str) -> str:
 
 
 def read_parquet(path: Path, text: Text) -> list[str]:
-    """A document a row, from one column."""
+    """One document per row, from a column."""
     import pyarrow.parquet
 
     try:
@@ -130,7 +130,7 @@ def read_parquet(path: Path, text: Text) -> list[str]:
 
 
 def _strings(value: object, text: Text) -> list[str]:
-    """Documents of a Python value: a str, a list or tuple of them, a dict's values in the order of keys."""
+    """Documents of a Python value: a str, a list or tuple of str, or a dict of str, sorted by key."""
     if isinstance(value, dict):
         value = [value[key] for key in sorted(value)]
     found = [value] if isinstance(value, str) else value

@@ -1,4 +1,4 @@
-"""Windows of token ids as a kind of input: texts are read by role, and a model is called with ids [windows, tokens]."""
+"""Windows of token ids as a kind of input: a model is called with ids [windows, tokens]."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,13 +23,13 @@ class TokenWindows:
     """The `InputKind` of causal language models; its items are `Windows`."""
 
     def read(self, texts: Mapping[str, Text], folder: ModelFolder, base: Path, bos: bool) -> dict[str, Windows]:
-        """The windows of each text; UserError for bad input, or where two texts share a window."""
+        """The windows of each text; UserError for bad input, or if two texts share a window."""
         found = {role: read_text(role, text, folder, base, bos) for role, text in texts.items()}
         check_disjoint(found)
         return found
 
     def draws(self, text: Text, count: int, folder: ModelFolder, base: Path, bos: bool) -> list[Windows]:
-        """Windows of the draws of a calibration text after the first: of the seeds, or the stretches, that follow."""
+        """Windows of all draws of a calibration text but the first: with the next seeds, or from the next windows."""
         if text.sampling == "random":
             others = [text.model_copy(update={"seed": text.seed + index}) for index in range(1, count)]
             return [read_text("calibration", other, folder, base, bos) for other in others]
@@ -46,13 +46,13 @@ class TokenWindows:
         return [stretch.thinned(text.stride) for stretch in stretches(found, count)[1:]]
 
     def check_disjoint(self, items: Mapping[str, Windows]) -> None:
-        """UserError where two texts share a window."""
+        """UserError if two texts share a window."""
         check_disjoint(items)
 
     def check_fit(
         self, checkpoint: Checkpoint, items: Mapping[str, Windows], embed: Callable[[Tensor], Tensor]
     ) -> None:
-        """UserError where a model does not know a token, BOS among them, or has too few positions for a window."""
+        """UserError if a model has no embedding of a token or too few positions for a window."""
         for role, windows in items.items():
             if windows.bos and not has_embedding(checkpoint, first := int(windows.ids[0, 0])):
                 raise UserError(
@@ -62,15 +62,15 @@ class TokenWindows:
             check_length(checkpoint, windows, embed, f"texts.{role}")
 
     def facts(self, items: Mapping[str, Windows]) -> dict[str, bool]:
-        """Whether windows begin with BOS."""
+        """The fact whether windows begin with BOS."""
         return {BOS: any(windows.bos for windows in items.values())}
 
     def forward(self, model: nn.Module, batch: Tensor) -> Any:
-        """The model's own output for ids, without a cache, so that recurrent states start anew in each window."""
+        """The output of the model for ids, without a cache, so that each window starts without state."""
         return model(input_ids=batch, use_cache=False)
 
     def examples(self, checkpoint: Checkpoint, items: int, positions: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids [items, positions]: zeros, counted up, and the same backwards in each window."""
+        """Ids [items, positions]: zeros, ascending, and descending in each window."""
         up = torch.arange(items * positions, device=checkpoint.device).view(items, positions) % vocabulary(checkpoint)
         return torch.zeros_like(up), up, up.flip(1)
 
@@ -79,7 +79,7 @@ TOKEN_WINDOWS: InputKind[Windows] = TokenWindows()
 
 
 def read_text(role: str, text: Text, folder: ModelFolder, base: Path, bos: bool) -> Windows:
-    """The windows of the text of one role; UserError in one line that names the key."""
+    """The windows of the text of one role; UserError that names the key."""
     try:
         return token_windows(text, folder.path, base, trusted=folder.trusted, bos=bos)
     except UserError as error:
@@ -93,13 +93,13 @@ def vocabulary(checkpoint: Checkpoint) -> int:
 
 
 def has_embedding(checkpoint: Checkpoint, token: int) -> bool:
-    """Whether a model knows a token: some tokenizers are given a BOS of their class, beyond the vocabulary."""
+    """Whether a model embeds a token; some tokenizers have a default BOS outside the vocabulary."""
     return token < vocabulary(checkpoint)
 
 
 @torch.inference_mode()
 def check_length(checkpoint: Checkpoint, windows: Windows, embed: Callable[[Tensor], Tensor], what: str) -> None:
-    """UserError where a model cannot take a text's windows: learned positions have an end."""
+    """UserError if the windows of a text are too long for a model, such as for its learned positions."""
     try:
         embed(windows.batch(checkpoint.device)[:1])
     except (IndexError, RuntimeError, ValueError) as error:

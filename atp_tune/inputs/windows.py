@@ -1,13 +1,12 @@
-"""Token windows of a text, drawn as the field draws them and kept in the cache by content.
+"""Token windows of a text, drawn as in the papers, and cached by content.
 
-random: the C4 loader of Wanda and SparseGPT (`get_c4`). consecutive: their WikiText-2 convention
-(`get_wikitext2`, `eval_ppl`), all documents joined by blank lines, tokenised in one go, cut without overlap.
+random: as in the C4 loader of Wanda and SparseGPT (`get_c4`). consecutive: as in their WikiText-2 evaluation
+(`get_wikitext2`, `eval_ppl`): all documents are joined by blank lines, tokenised as a whole, and cut without overlap.
 
-Without BOS (beginning-of-sequence token) windows are theirs to the last token: a tokenizer that puts a BOS before what
-it is given puts one before the joined text, or before each drawn document, and the window that starts there has it; no
-other has. With BOS every window of `tokens` ids is BOS and `tokens - 1` ids of the text, which has none of its own:
-consecutive windows are cut in strides of `tokens - 1`, so that each token of the text is predicted once. The first
-prediction, which has seen BOS alone, counts: an NLL is the mean over the `tokens - 1` positions after the first.
+Without BOS (beginning-of-sequence token) windows are equal to theirs: a tokenizer that adds BOS adds it once, before
+the joined text or a drawn document, so only a window that starts there has it. With BOS, each window of `tokens` ids is
+BOS and `tokens - 1` ids of the text, in which there is no other BOS; consecutive windows have a stride of `tokens - 1`,
+so that each token of the text is predicted once. An NLL is the mean over the `tokens - 1` positions after the first.
 """
 
 import hashlib
@@ -24,7 +23,7 @@ import numpy as np
 
 from atp_tune.cache import cache_dir, keep, sha256_of, sha256_of_json
 from atp_tune.checkpoints.convert import one_line
-from atp_tune.checkpoints.models import Note, silent
+from atp_tune.checkpoints.models import Notify, silent
 from atp_tune.checkpoints.trust import CODE
 from atp_tune.errors import UserError
 from atp_tune.inputs.documents import documents, source_content
@@ -35,28 +34,19 @@ if TYPE_CHECKING:
 
 Encode = Callable[[str], list[int]]
 
-_FORMAT = 1  # counted up when the same settings come to other windows
-# config.json names the tokenizer's class where nothing else does.
-_TOKENIZER = (
-    "config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "*.spm",
-    "*.codes",
-)
-_CHARACTERS_PER_TOKEN = 8  # more than any usual text has
-_MARGIN = 1024  # tokens: a cut text is tokenised differently only near the cut
+_FORMAT = 1  # to be increased when the same settings give other windows
+_TOKENIZER = (  # files of tokenizers; config.json may name the class
+    "config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
+    "*.model", "*.tiktoken", "*.spm", "*.codes",
+)  # fmt: skip
+_CHARACTERS_PER_TOKEN = 8  # more than in usual texts
+_MARGIN = 1024  # tokens near a cut of the text, which may be tokenised differently
 
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """Windows of one length: `ids` int64 [windows, tokens], and the SHA-256 of ids and shape; `bos`: each begins with
-    BOS.
+    """Windows of one length: `ids` int64 [windows, tokens]; `content`: SHA-256 of ids and shape; `bos`: all windows
+    begin with BOS.
     """
 
     ids: np.ndarray
@@ -65,7 +55,7 @@ class Windows:
 
     @classmethod
     def of(cls, ids: np.ndarray, bos: bool = False) -> "Windows":
-        """Windows of these ids, with their SHA-256."""
+        """Makes windows of ids, with their SHA-256."""
         return cls(ids, hashlib.sha256(f"{ids.shape}".encode() + ids.astype("<i8").tobytes()).hexdigest(), bos)
 
     def __len__(self) -> int:
@@ -73,7 +63,7 @@ class Windows:
 
     @property
     def positions(self) -> int:
-        """Tokens of a window."""
+        """Number of tokens of a window."""
         return int(self.ids.shape[1])
 
     def batch(self, device: "torch.device") -> "torch.Tensor":
@@ -82,26 +72,25 @@ class Windows:
 
         return torch.from_numpy(self.ids).to(device)
 
-    def thinned(self, every: int) -> "Windows":
-        """The first window and every so many-th after it: what `every` in a study's text leaves."""
-        return Windows.of(np.ascontiguousarray(self.ids[::every]), self.bos)
+    def thinned(self, stride: int) -> "Windows":
+        """Every stride-th window, from the first."""
+        return Windows.of(np.ascontiguousarray(self.ids[::stride]), self.bos)
 
 
 def token_windows(
-    text: Text, folder: Path, base: Path, note: Note = silent, trusted: bool = False, bos: bool = False
+    text: Text, folder: Path, base: Path, notify: Notify = silent, trusted: bool = False, bos: bool = False
 ) -> Windows:
-    """The windows of a study's text with the tokenizer in `folder`, whose code may run if it is trusted.
+    """The windows of a study's text with the tokenizer in `folder`, from the cache if possible.
 
-    Relative paths start at `base`. `bos`: each begins with BOS; UserError where the tokenizer has none.
+    Relative paths start at `base`; `trusted`: code in `folder` may run; `bos`: each window begins with BOS.
 
-    A second call reads them from the cache and loads neither text nor tokenizer. Errors: UserError in one
-    line that starts with the key of the text.
+    Errors: UserError that starts with a key of the text, or if there is no BOS.
     """
     stored = cache_dir("windows") / f"{_key(text, folder, base, trusted, bos)}.npy"
     if stored.is_file():
         ids = np.load(stored, allow_pickle=False)
     else:
-        note(f"reading and tokenising {text.source}")
+        notify(f"reading and tokenising {text.source}")
         encode, first = _encoder(folder, trusted, bos)
         ids = DRAWS[text.sampling](documents(text, base), encode, text, first)[:: text.stride]
         packed = io.BytesIO()
@@ -111,7 +100,7 @@ def token_windows(
 
 
 def first_windows(text: Text, folder: Path, base: Path, most: int, trusted: bool = False, bos: bool = False) -> Windows:
-    """The first windows of a consecutive text, at most so many: all where it is shorter; UserError if it has none."""
+    """At most the first `most` windows of a consecutive text; UserError if the text is shorter than a window."""
     encode, first = _encoder(folder, trusted, bos)
     ids = _head(documents(text, base), encode, most * text.seqlen)
     count = min(most, len(ids) // (text.seqlen - len(first)))
@@ -121,13 +110,13 @@ def first_windows(text: Text, folder: Path, base: Path, most: int, trusted: bool
 
 
 def stretches(windows: Windows, count: int) -> list[Windows]:
-    """The same windows in so many parts of equal length, one after the other."""
+    """Splits windows into `count` consecutive parts of equal length."""
     size = len(windows) // count
     return [Windows.of(windows.ids[part * size : (part + 1) * size], windows.bos) for part in range(count)]
 
 
 def check_disjoint(named: Mapping[str, Windows]) -> None:
-    """Raises a UserError if two roles share a window, token by token."""
+    """UserError if two roles share a window."""
     seen: dict[bytes, str] = {}
     for role, windows in named.items():
         rows = [row.tobytes() for row in windows.ids]
@@ -141,9 +130,9 @@ def check_disjoint(named: Mapping[str, Windows]) -> None:
 
 
 def recut(windows: Windows, tokens: int) -> Windows:
-    """The same tokens of the text, without BOS, in windows of so many, to be compared with those of another text.
+    """The tokens of the text, without BOS, in windows of `tokens`, for comparison with another text.
 
-    With BOS windows of different lengths do not begin at the same places: they are put together again before the cut.
+    Windows with BOS are joined first, since windows of another length start at other tokens of the text.
     """
     ids = windows.ids[:, 1:].reshape(1, -1) if windows.bos else windows.ids
     per = ids.shape[1] // tokens * tokens
@@ -161,35 +150,34 @@ def _key(text: Text, folder: Path, base: Path, trusted: bool, bos: bool) -> str:
             "content": source_content(text, base),
             "tokenizer": files,
             "libraries": [version("transformers"), version("tokenizers")],
-            **({"bos": True} if bos else {}),  # without, keys are those of before there was a choice
+            **({"bos": True} if bos else {}),  # keys without BOS are those of earlier versions
         }
     )
 
 
 def load_tokenizer(folder: Path, trusted: bool) -> Any:
-    """The tokenizer in a folder; UserError if it cannot be loaded. `trusted`: code in it may run."""
+    """Loads the tokenizer of a folder; UserError if that fails. `trusted`: code in the folder may run."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trusted)
-    except Exception as error:  # whatever the many tokenizers raise
+    except Exception as error:  # tokenizers raise many types
         raise UserError(f"the tokenizer in {folder} cannot be loaded: {one_line(error)}") from error
 
 
 def bos_of(tokenizer: Any) -> int | None:
-    """The id of a tokenizer's BOS; None where it has none.
+    """The id of a tokenizer's BOS, or None.
 
-    A model's config is not asked: Qwen's names an id there although its tokenizer, and its training, know no BOS.
+    The config of the model is not used: that of Qwen has an id, although it was trained without BOS.
     """
     found = getattr(tokenizer, "bos_token_id", None)
     return found if isinstance(found, int) else None
 
 
 def _encoder(folder: Path, trusted: bool, bos: bool) -> tuple[Encode, list[int]]:
-    """What makes ids of a text, and the ids that each window begins with: none without BOS.
+    """A function from text to ids, and the ids that each window begins with, [BOS] or [].
 
-    With BOS a text has no other, so that two never follow each other: the tokenizer is told to add none, and what the
-    text itself spells so is left out.
+    With BOS, the tokenizer adds no BOS of its own, and any BOS in the text is removed, so that BOS only starts windows.
     """
     tokenizer = load_tokenizer(folder, trusted)
     first = bos_of(tokenizer) if bos else None
@@ -197,9 +185,9 @@ def _encoder(folder: Path, trusted: bool, bos: bool) -> tuple[Encode, list[int]]
         raise UserError(f"texts.bos: the tokenizer in {folder} has no BOS token; leave it out, or set it to false")
 
     def encode(text: str) -> list[int]:
-        try:  # verbose=False: texts longer than the model's context are meant, and cut into windows later
+        try:  # verbose=False: no warning about texts longer than the context of the model
             ids = list(tokenizer(text, verbose=False, **({"add_special_tokens": False} if bos else {})).input_ids)
-        except Exception as error:  # whatever the many tokenizers raise
+        except Exception as error:  # tokenizers raise many types
             raise UserError(f"the tokenizer in {folder} cannot read the text: {one_line(error)}") from error
         return [token for token in ids if token != first] if bos else ids
 
@@ -207,14 +195,14 @@ def _encoder(folder: Path, trusted: bool, bos: bool) -> tuple[Encode, list[int]]
 
 
 def _cut(ids: Sequence[int], count: int, tokens: int, first: list[int]) -> np.ndarray:
-    """Windows [count, tokens] without overlap, each behind the ids that it begins with."""
+    """Windows [count, tokens] without overlap, each starting with the ids `first`."""
     stride = tokens - len(first)
     rows = np.array(ids[: count * stride], np.int64).reshape(count, stride)
     return np.hstack([np.full((count, len(first)), first, np.int64), rows])
 
 
 def _random(found: Sequence[str], encode: Encode, text: Text, first: list[int]) -> np.ndarray:
-    """Draws documents until one is longer than a window, then where the window starts: the order of Wanda."""
+    """For each window, draws documents until one is longer than it, then its start, in the same order as Wanda."""
     generator = random.Random(text.seed)
     encoded = lru_cache(maxsize=32)(lambda index: encode(found[index]))
     short: dict[int, int] = {}
@@ -233,7 +221,7 @@ def _long_document(
     tokens: int,
     short: dict[int, int],
 ) -> list[int]:
-    """Ids of the first drawn document with more than `tokens`; `short` keeps the lengths of the others."""
+    """Ids of the first drawn document with more than `tokens` ids; `short` keeps the lengths of the others."""
     while len(short) < count:
         index = generator.randint(0, count - 1)
         if index in short:
@@ -260,7 +248,7 @@ def _consecutive(found: Sequence[str], encode: Encode, text: Text, first: list[i
 
 
 def _head(found: Sequence[str], encode: Encode, needed: int | None) -> list[int]:
-    """Ids of the joined documents: all, or at least the first `needed`, read no further than that takes."""
+    """Ids of the joined documents: all, or at least the first `needed`, reading as little as possible."""
     if needed is None:
         return encode("\n\n".join(found))
     characters = (needed + _MARGIN) * _CHARACTERS_PER_TOKEN
@@ -273,7 +261,7 @@ def _head(found: Sequence[str], encode: Encode, needed: int | None) -> list[int]
 
 
 def _first_characters(found: Sequence[str], count: int) -> tuple[str, bool]:
-    """The first `count` characters of the joined documents, and whether that is all of them."""
+    """The first `count` characters of the joined documents, and whether these are all."""
     pieces: list[str] = []
     length = 0
     for document in found:

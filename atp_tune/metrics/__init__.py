@@ -1,1 +1,1 @@
-"""Pure values and their errors: perplexity, KL, their spread over draws, what BOS and speed were measured to be."""
+"""Values and their standard errors: perplexity, KL, spread over draws, effect of BOS, speed."""

@@ -1,14 +1,12 @@
-"""Whether windows should begin with BOS: the dense model's perplexity of the same tokens with and without it.
+"""Whether windows should begin with BOS, from the dense model's perplexity of the same tokens with and without BOS.
 
-Without BOS figures compare with the papers', which have none, so it is taken only where the model is much better with
-it, and beyond doubt:
+Results without BOS are comparable with those of the papers, so BOS is used only if the model is clearly better with it:
 
-    d_w = NLL_w without − NLL_w with        taken if  mean d ≥ ln 1.05  and  mean d ≥ t · sd(d) / √n
+    d_w = NLL_w without − NLL_w with        BOS if  mean d ≥ ln 1.05  and  mean d ≥ t · sd(d) / √n
 
-over n windows of the calibration text, each with the same predicted tokens both ways: those after the text's first one,
-which nothing precedes without BOS. t is the 97.5 % quantile of Student's distribution with n − 1 degrees of freedom: a
-standard deviation of a few windows is itself a guess. Of a single window, whose spread is unknown, the first rule
-decides.
+over n windows of the calibration text. The predicted tokens are the same with and without BOS: all but the first of the
+window's text. t is the 97.5 % quantile of Student's distribution with n − 1 degrees of freedom. For n = 1 the first
+condition alone decides.
 """
 
 import math
@@ -19,13 +17,13 @@ from typing import Self
 from atp_tune.frozen import FrozenModel
 from atp_tune.metrics.perplexity import Perplexity, perplexity
 
-WINDOWS, TOKENS = 8, 512  # at most, of the calibration text: enough to see an effect of some per cent, and soon done
+WINDOWS, TOKENS = 8, 512  # at most; enough to detect an effect of a few per cent
 LEAST = math.log(1.05)  # nats per token
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # t by the number of windows
 
 
 class BosEffect(FrozenModel):
-    """Perplexities of the same tokens with and without BOS, whose text is `token`, and whether to take it."""
+    """Perplexities of the same tokens with and without BOS (spelled `token`), and whether BOS is used (`taken`)."""
 
     token: str
     with_bos: Perplexity
@@ -36,7 +34,7 @@ class BosEffect(FrozenModel):
 
     @classmethod
     def of(cls, token: str, with_bos: Sequence[float], without: Sequence[float], tokens: int) -> Self:
-        """The comparison of window NLLs (nats per token), paired; windows have so many tokens with BOS."""
+        """Compares paired window NLLs (nats per token); `tokens`: length of a window with BOS."""
         return cls(
             token=token,
             with_bos=perplexity(with_bos),
@@ -47,7 +45,7 @@ class BosEffect(FrozenModel):
         )
 
     def __str__(self) -> str:
-        """What was taken and why, in one line."""
+        """The decision and its reason in one line."""
         how = f"every window begins with {self.token}"
         if not self.taken:
             how = f"no BOS, as in the papers, since {self.token} is not clearly better"
@@ -58,8 +56,8 @@ class BosEffect(FrozenModel):
 
 
 def is_better(gains: Sequence[float]) -> bool:
-    """Whether BOS is worth it, by what the NLL of each of at most `WINDOWS` windows falls with it (nats per token); not
-    where that is no number.
+    """Whether BOS lowers the NLL clearly; `gains`: NLL without minus with BOS of at most `WINDOWS` windows (nats per
+    token). False if a gain is not finite.
     """
     mean, count = statistics.fmean(gains), len(gains)
     if not math.isfinite(mean):

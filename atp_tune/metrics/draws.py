@@ -1,9 +1,9 @@
-"""What a plan comes to over several draws of the calibration text: how much of its perplexity is due to the one draw.
+"""Perplexity of one plan over several draws of the calibration text: the part of its spread that is due to the draw.
 
-The plan stays the same, the pruner is calibrated with other windows each time, and the same windows of one text are
-measured. The spread is the standard deviation between draws: that of one draw, not the error of their mean.
+The plan and the measured windows stay the same; the pruner is calibrated with other windows in each draw. The spread is
+the standard deviation between draws, not the standard error of their mean.
 
-    change of draw d = exp(mean of the paired differences of NLL) - 1, best against uniform, both of draw d
+    change in draw d = exp(mean of NLL_best - NLL_uniform over windows) - 1, both calibrated with draw d
 """
 
 import math
@@ -24,8 +24,8 @@ class Spread(FrozenModel):
 
 
 class OverDraws(FrozenModel):
-    """Perplexities by draw, the study's own first, and changes from uniform's with the same pruner and draw; null for
-    uniform itself.
+    """Perplexities by draw, that of the study first, and changes from uniform with the same pruner and draw (null for
+    uniform itself).
     """
 
     perplexities: tuple[FiniteFloat, ...]
@@ -35,7 +35,7 @@ class OverDraws(FrozenModel):
 
     @property
     def count(self) -> int:
-        """How many draws."""
+        """Number of draws."""
         return len(self.perplexities)
 
     def __str__(self) -> str:
@@ -43,12 +43,12 @@ class OverDraws(FrozenModel):
 
     @property
     def changed(self) -> str:
-        """The change from uniform in words; empty for uniform itself."""
+        """Formats the change from uniform; empty for uniform itself."""
         return f"{self.change.mean:+.1%} ± {self.change.sd:.1%}" if self.change else ""
 
 
 def over_draws(nlls: Sequence[Sequence[float]], uniform: Sequence[Sequence[float]] | None) -> OverDraws | None:
-    """Of window NLLs by draw, and uniform's of the same draws; None for a single draw, and where one is infinite."""
+    """From window NLLs by draw and those of uniform; None for a single draw or an infinite perplexity."""
     values = [perplexity(one).value for one in nlls]
     pairs = zip(uniform or (), nlls, strict=bool(uniform))
     changes = [change(base, own).value for base, own in pairs if len(base) == len(own)] if uniform else []

@@ -1,10 +1,10 @@
-"""KL divergence from the dense model with its error, from the mean of each window.
+"""KL divergence from the dense model and its standard error, from the mean of each window.
 
     KL = mean over positions of Σ p ln(p / q)        stderr = sd / √n        r = m' / m - 1
 
-p, q next-token distributions of the dense and of the pruned model; sd standard deviation of n window means (nats per
-token). r is the relative change from window means k, of mean m, to those k' of the same windows; its error is that of a
-ratio: the standard error of k' - (1 + r) k, over m.
+p, q next-token distributions of the dense and the pruned model; sd standard deviation of n window means (nats per
+token). r is the relative change from window means k with mean m to k' with mean m' of the same windows; its standard
+error is that of a ratio: the standard error of k' - (1 + r) k, divided by m.
 """
 
 import math
@@ -15,7 +15,7 @@ from atp_tune.metrics.perplexity import Change, Estimate
 
 
 class Divergence(Estimate):
-    """A mean KL divergence in nats per token and its standard error over windows (0 for a single window)."""
+    """A mean KL divergence in nats per token, and its standard error over windows (0 for one window)."""
 
     def __str__(self) -> str:
         return f"{self.value:.4f} ± {self.stderr:.4f}"
@@ -27,7 +27,7 @@ def divergence(kls: Sequence[float]) -> Divergence:
 
 
 def relative(before: Sequence[float], after: Sequence[float]) -> Change | None:
-    """Relative change of the mean between KLs [n] of the same windows; None from a mean of 0."""
+    """Relative change of the mean between KLs [n] of the same windows; None if the mean before is 0."""
     mean = statistics.fmean(before)
     if not mean:
         return None

@@ -1,10 +1,9 @@
-"""Perplexity with its error, from the mean NLL of each window.
+"""Perplexity and its standard error, from the mean NLL of each window.
 
     PPL = exp(m)        stderr = PPL · sd / √n
 
-m mean and sd standard deviation of n window NLLs (nats per token); the error is by the delta method. It is the
-standard error; 95 % of such intervals hold the true value if they reach t times as far, t Student's with n - 1 degrees
-of freedom: 1.96 for very many windows, 2.13 for 16.
+m mean and sd standard deviation of n window NLLs (nats per token); the standard error is by the delta method. A 95 %
+interval is ± t · stderr, with t of Student's distribution with n - 1 degrees of freedom: 2.13 for 16 windows.
 """
 
 import math
@@ -38,34 +37,34 @@ class Change(Estimate):
 def change(before: Sequence[float], after: Sequence[float]) -> Change:
     """Relative change of perplexity between NLLs [n] of the same windows.
 
-    The windows' own spread, which both share, falls out of the differences: the error is that of the comparison, and
-    much smaller than the errors of the two perplexities.
+    The spread between windows, which both share, cancels in the differences, so the standard error is much smaller than
+    those of the two perplexities.
     """
     ratio = perplexity([new - old for old, new in zip(before, after, strict=True)])
     return Change(value=ratio.value - 1, stderr=ratio.stderr)
 
 
 def perplexity(nlls: Sequence[float]) -> Perplexity:
-    """Perplexity of window NLLs [n] in nats per token; infinite where exp overflows or an NLL is not a number."""
+    """Perplexity of window NLLs [n] in nats per token; infinite if exp overflows or an NLL is NaN."""
     mean = statistics.fmean(nlls)
     if not mean < 700:
         return Perplexity(value=math.inf, stderr=math.inf)
     value = math.exp(mean)
-    if not value:  # of a difference from an infinite NLL, which has no spread
+    if not value:  # the difference from an infinite NLL
         return Perplexity(value=0, stderr=0)
     spread = statistics.stdev(nlls) if len(nlls) > 1 else 0.0
     return Perplexity(value=value, stderr=value * spread / math.sqrt(len(nlls)))
 
 
 def error_over(windows: int | None) -> str:
-    """What ± is, over so many windows, and what makes a 95 % interval of it."""
+    """Explains ± for a number of windows, and the factor for a 95 % interval."""
     if windows is None or windows < 2:
         return "standard error over windows"
     return f"standard error over {windows} windows (× {reach_of(windows):.2f} for 95 %)"
 
 
 def reach_of(windows: int) -> float:
-    """By how much to multiply a standard error over so many windows (at least 2) for a 95 % interval: t(n - 1)."""
+    """The factor t(n - 1) from the standard error over n ≥ 2 windows to a 95 % interval."""
     from scipy.special import stdtrit
 
     return float(stdtrit(windows - 1, 0.975))

@@ -1,4 +1,4 @@
-"""What `speedup` finds of a sparse model, as a configuration holds it: bytes, zeros, tokens per second of each run."""
+"""Results of the command `speedup`, as stored in a configuration: bytes, zeros, tokens per second."""
 
 from statistics import median
 from typing import Literal
@@ -15,7 +15,7 @@ Values = tuple[PositiveFloat, ...]
 
 
 class Sizes(FrozenModel, allow_inf_nan=False):
-    """Bytes of all weight files, as they are and compressed with zstd."""
+    """Bytes of all weight files, plain and compressed with zstd."""
 
     dense: NonNegativeInt
     sparse: NonNegativeInt
@@ -24,19 +24,19 @@ class Sizes(FrozenModel, allow_inf_nan=False):
 
 
 class Rates(FrozenModel, allow_inf_nan=False):
-    """Tokens per second, run by run: the runs of both models took turns."""
+    """Tokens per second of each run; the runs of both models alternate."""
 
     dense: Values = Field(min_length=1)
     sparse: Values = Field(min_length=1)
 
     @property
     def ratios(self) -> tuple[float, ...]:
-        """Sparse against dense, run by run."""
+        """Speed of sparse over dense, run by run."""
         return tuple(sparse / dense for dense, sparse in zip(self.dense, self.sparse, strict=True))
 
 
 class Measured(FrozenModel, allow_inf_nan=False):
-    """One engine: what it is, on what it ran, and its rates; `logits`: the largest difference to transformers'."""
+    """Rates of one engine; `logits`: the largest difference from the logits of transformers."""
 
     engine: str
     version: str
@@ -44,43 +44,43 @@ class Measured(FrozenModel, allow_inf_nan=False):
     device: str
     cores: PositiveInt | None
     tokens: PositiveInt = Field(description="of the prompt")
-    steps: PositiveInt = Field(description="tokens of a run of decode, one at a time, after the prompt")
+    steps: PositiveInt = Field(description="tokens decoded after the prompt in a run, one at a time")
     logits: float | None
     prefill: Rates
     decode: Rates
 
     def rates(self, phase: Phase) -> Rates:
-        """Rates of one phase."""
+        """The rates of a phase."""
         return self.prefill if phase == "prefill" else self.decode
 
     @property
     def name(self) -> str:
-        """Engine and number format, which together are one row."""
+        """Engine and number format, the name of a row in tables."""
         return f"{self.engine}, {self.dtype}"
 
     @property
     def where(self) -> str:
-        """The device, and how many of its cores."""
+        """The device and the number of cores used."""
         return self.device if self.cores is None else f"{self.device}, {self.cores} core" + "s" * (self.cores != 1)
 
 
 class Speed(FrozenModel, allow_inf_nan=False):
-    """Sizes, share of zeros by kind of linear, and a row for each engine; torch is always there."""
+    """Sizes, share of zeros by kind of linear, and one row per engine; torch is always among them."""
 
     sizes: Sizes
     zeros: dict[str, float]
     engines: tuple[Measured, ...]
 
     def torch_dense(self, phase: Phase) -> float:
-        """Tokens per second of the dense model in torch, in the number format in which it is fastest."""
+        """Median tokens per second of the dense model in torch, in its fastest number format."""
         return max(median(row.rates(phase).dense) for row in self.engines if row.engine == "torch")
 
     def over_torch(self, row: Measured, phase: Phase) -> float:
-        """An engine's sparse model against torch's best dense one, by medians."""
+        """Median speed of an engine's sparse model over `torch_dense`."""
         return median(row.rates(phase).sparse) / self.torch_dense(phase)
 
 
 def spread(values: tuple[float, ...], digits: str) -> str:
-    """The median of some runs, and their lowest and highest."""
+    """Formats runs as `median (lowest to highest)`."""
     low, middle, high = (format(value, digits) for value in (min(values), median(values), max(values)))
     return f"{middle} ({low} to {high})"

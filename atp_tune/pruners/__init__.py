@@ -1,7 +1,7 @@
-"""Pruners: which weights of one linear go, given a sparsity and statistics of its inputs.
+"""Pruners choose the weights of one linear to zero, from a sparsity and statistics of the linear's inputs.
 
-A pruner is one class, registered in `PRUNERS`; its settings, if it has any, are its parent class, registered in
-`SETTINGS`. It takes and returns tensors, and knows no model, study or trial. Importing this package loads no torch.
+A pruner is a class registered in `PRUNERS`. Its settings, if any, are its parent class, registered in `SETTINGS`. It
+takes and returns tensors, and knows no model, study or trial. Importing this package loads no torch.
 """
 
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
@@ -15,38 +15,38 @@ if TYPE_CHECKING:
 
 
 class Statistics(Protocol):
-    """Gathers the inputs X [tokens, in] of a linear; the constructor takes the number of inputs and the device."""
+    """Statistics of the inputs X [tokens, in] of a linear, accumulated batch by batch."""
 
     def __init__(self, inputs: int, device: "torch.device") -> None: ...
 
     def add(self, x: "Tensor") -> None:
-        """Takes in inputs [..., in] of any float dtype."""
+        """Adds inputs [..., in] of any float dtype."""
 
     def tensors(self) -> "dict[str, Tensor]":
-        """What is to be kept of it, where it is kept."""
+        """The tensors to save, by name."""
 
     @classmethod
     def restored(cls, tensors: "dict[str, Tensor]") -> Self:
-        """What was kept, to be asked and no more added to."""
+        """Statistics from saved `tensors`; nothing can be added to them."""
 
     @staticmethod
     def bytes_for(inputs: int) -> int:
-        """Bytes of what is kept of a linear with so many inputs, at most."""
+        """Upper bound on the bytes of `tensors` for a linear with `inputs` inputs."""
 
 
 class Pruner(Protocol):
-    """What every pruner offers; its fields are its settings.
+    """The interface of a pruner; its fields are its settings.
 
-    All have the field `group`, None or M: then ⌊M·s⌋ weights of every M consecutive inputs of a row go.
+    All pruners have the field `group`: if it is M, ⌊M·s⌋ weights of each M consecutive inputs of a row are zeroed.
     """
 
     measures: ClassVar[type[Statistics] | None]
 
     def prepare(self, statistics: Statistics) -> None:
-        """Computes what depends on the statistics alone, so that it is kept with them."""
+        """Computes what depends on the statistics only, before they are saved."""
 
     def prune(self, weight: "Tensor", sparsity: float, statistics: Statistics | None) -> "Tensor":
-        """Pruned copy of weight [out, in] at a sparsity in [0, 1], in the weight's dtype."""
+        """A pruned copy of weight [out, in] at a sparsity in [0, 1], in the dtype of the weight."""
 
 
 PRUNERS = Registry[type[Pruner]](
@@ -71,5 +71,5 @@ SETTINGS = Registry[type[SettingsTable]](
 
 
 def make_pruner(name: str, settings: dict[str, Any] | None = None) -> Pruner:
-    """The pruner of that name with its settings; KeyError for a name that is not registered."""
+    """Makes a pruner by name with its settings; KeyError if the name is not registered."""
     return PRUNERS[name](**(settings or {}))

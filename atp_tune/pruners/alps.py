@@ -1,25 +1,25 @@
-"""ALPS: the best mask and weights for the layer-wise error, by ADMM, then by conjugate gradients on that mask.
+"""ALPS: minimises the layer-wise error, by ADMM for the mask, then by conjugate gradients for the kept weights.
 
-W weight [out, in], H = XᵀX (up to a factor) with `damping` · mean(diag H) on its diagonal; all is computed in scaled
-coordinates, W̃_ij = W_ij d_j and H̃_jk = H_jk / (d_j d_k) with d_j = √H_jj. The problem
+W weight [out, in], H = XᵀX (up to a factor) with `damping` · mean(diag H) added to its diagonal. In the scaled
+coordinates W̃_ij = W_ij d_j and H̃_jk = H_jk / (d_j d_k) with d_j = √H_jj the problem
 
-    min ½ tr (B - W̃) H̃ (B - W̃)ᵀ + ∞ · [D has fewer zeros than asked]    such that B = D
+    min ½ tr (B - W̃) H̃ (B - W̃)ᵀ + ∞ · [D has too few zeros]    such that B = D
 
 is split (V the dual, ρ the penalty):
 
     B ← (W̃H̃ - V + ρD) (H̃ + ρI)⁻¹        D ← P(B + V/ρ)        V ← V + ρ(B - D)
 
 where P zeroes the ⌊out·in·s⌋ smallest entries of the matrix, or the ⌊M·s⌋ smallest of each group of M inputs of a row.
-Every 3 iterations ρ grows by 1.3, 1.2 or 1.1 where more than 10 %, more than 0.5 % or any of the kept entries changed
-place. Until one of the first two happens ρ is too large and shrinks to a fifth, from a new start if anything changed.
-The end is a mask that does not change, or hardly (0.03 %) after 30 iterations. P(B) is refined on its mask by `steps`
-of conjugate gradients, for all rows at once, preconditioned by diag H, which the scaling amounts to.
+Every 3 iterations ρ is multiplied by 1.3, 1.2 or 1.1 if more than 10 %, more than 0.5 % or fewer of the kept entries
+changed. Until one of the first two cases occurs, ρ is too large: it is divided by 5, and D and V start again if the
+mask changed. ADMM ends when the mask does not change, or after 30 iterations when less than 0.03 % changes. Then
+`steps` of conjugate gradients refine P(B) on its mask, for all rows at once; the scaling is the preconditioner diag H.
 
 Source: Meng et al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models", NeurIPS
-2024, algorithms 1 and 2, and the authors' code for ρ and the scaling. Here differs: the number of zeros is rounded
-down, theirs to the nearest; the inverse is made from the spectrum in float32, theirs in float64; the gradients run
-their steps (their residual counts pruned entries too, so that their tolerance is hardly ever met); theirs gives back
-its start where the last iteration of all asked for a new one.
+2024, algorithms 1 and 2, and the authors' code for ρ and the scaling. Differences: the number of zeros is rounded down
+(theirs: to the nearest); the inverse is computed from the spectrum in float32 (theirs: float64); conjugate gradients
+always run all steps (theirs have a tolerance, which is rarely met since the residual includes pruned entries); theirs
+returns the start if the last iteration starts again.
 """
 
 from typing import ClassVar
@@ -32,22 +32,22 @@ from atp_tune.pruners.selection import lowest_in_matrix, zeroed
 from atp_tune.pruners.settings import ALPSSettings
 from atp_tune.pruners.statistics import Hessian, Scaled
 
-CHECK, SETTLED = 3, 30  # iterations between looks at the mask, and before hardly any change is none
-LARGEST = 1e6  # ρ
+CHECK, SETTLED = 3, 30  # iterations between checks of the mask, and before a small change counts as none
+LARGEST = 1e6  # upper bound of ρ
 
 
 class ALPS(ALPSSettings):
-    """Zeroes weights and updates those that stay; float32 inside, the weight's dtype outside."""
+    """Zeroes weights and updates the others; computes in float32, returns the dtype of the weight."""
 
     group: int | None = None
 
     measures: ClassVar[type[Statistics] | None] = Hessian
 
     def prepare(self, statistics: Statistics) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def prune(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:
-        """Pruned copy of weight [out, in] at a sparsity in [0, 1]; statistics are its `Hessian`."""
+        """A pruned copy of weight [out, in] at a sparsity in [0, 1]; statistics are the `Hessian` of its inputs."""
         assert isinstance(statistics, Hessian)
         scaled = statistics.scaled(self.damping)
         W = weight.float() * scaled.scales
@@ -63,7 +63,7 @@ class ALPS(ALPSSettings):
         return lowest_in_matrix(B.abs(), sparsity, self.group)
 
     def _admm(self, W: Tensor, scaled: Scaled, sparsity: float) -> Tensor:
-        """B [out, in], the last iterate."""
+        """The last iterate B [out, in]."""
         target, rho, inverse = W @ scaled.matrix, self.rho, scaled.inverse(self.rho)
         last = self._smallest(W, sparsity)
         kept, begun = int((~last).sum()), False
@@ -89,7 +89,7 @@ class ALPS(ALPSSettings):
 
 
 def _growth(changed: float, begun: bool) -> float:
-    """The factor of ρ, by the share of the kept entries that changed place."""
+    """The factor for ρ, from the share of kept entries that changed."""
     if changed > 0.1:
         return 1.3
     if changed > 0.005:
@@ -98,7 +98,7 @@ def _growth(changed: float, begun: bool) -> float:
 
 
 def _refine(B: Tensor, mask: Tensor, W: Tensor, H: Tensor, steps: int) -> Tensor:
-    """Conjugate gradients on (B - W) H = 0 with B [out, in] zero in the mask; each row has its own step sizes."""
+    """Solves (B - W) H = 0 with B [out, in] zero in the mask by conjugate gradients, with step sizes per row."""
     residual = ((W - B) @ H).masked_fill_(mask, 0)
     direction, squares = residual, residual.square().sum(1, keepdim=True)
     for _ in range(steps):

@@ -1,20 +1,19 @@
-"""The inner loop of SparseGPT: column after column of one block, each error carried on to the columns to the right.
+"""The inner loop of SparseGPT: goes through the columns of a block and adds the error of each to those to the right.
 
-W [B, out] a block's columns of the weight, each one contiguous; U upper [B, B]; G [B, out] is 1 / U_jj where a weight
-goes and 0 where it stays. For j = 0 … B-1
+W [B, out] the columns of the weight in a block, each contiguous; U upper triangular [B, B]; G [B, out] is 1 / U_jj for
+weights to zero and 0 for the others. For j = 0 … B-1
 
     E_j = W_j G_j        W_k ← W_k - U_jk E_j  for all k > j
 
-and what is wanted is the last W_j of each column, before its own error is taken off. Three ways to do so:
+The result is each column W_j when the loop reaches it. There are three implementations:
 
-`plain`     as it is written, for any device; the others are compared with it.
-`strips`    on the CPU. W_j - Σ U_kj E_k over k < j is one matrix product for a whole strip of columns and, within the
-            strip, one product with a vector for each. E_j takes the place of W_j in the matrix, so that the sum and its
-            first term are a single call, with factors -U_kj and 1. numpy's calls cost a fraction of torch's, which
-            matters where a column is a few hundred numbers.
-`triton`    on a GPU (`columns_triton`): one kernel for the whole block, a tile of rows of the weight in each program.
-            Triton compiles at the first launch and needs a C compiler for that, which many images lack. So each
-            process launches it once on zeros; where that fails, the log says so and a GPU takes `plain`.
+`plain`     this loop, on any device; the reference for the others.
+`strips`    on the CPU. W_j - Σ U_kj E_k over k < j is one matrix product for a strip of columns, plus one product with
+            a vector per column of the strip. E_j replaces W_j in the matrix, so that the sum and its first term are a
+            single call, with factors -U_kj and 1. It uses numpy, whose calls have less overhead than torch's.
+`triton`    on a GPU (`columns_triton`): one kernel for the block; each program handles a tile of rows of the weight.
+            Triton needs a C compiler at the first launch, which many images lack. So each process launches it once on
+            zeros; if that fails, it logs a warning and uses `plain`.
 """
 
 import logging
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor
 
 STRIP = 16  # columns
-ALONE = 9216  # numbers that OpenBLAS multiplies with a vector in one thread; it pays to stay below
+ALONE = 9216  # matrix elements up to which OpenBLAS multiplies by a vector in one thread, which is faster
 
 Sweep = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -35,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 def sweep(W: Tensor, U: Tensor, G: Tensor) -> Tensor:
-    """The columns [B, out] as updated when their turn came, by the fastest way that there is; W may be overwritten."""
+    """The columns [B, out] as updated when the loop reaches them, by the fastest implementation; may overwrite W."""
     if W.device.type == "cpu" and W.dtype == torch.float32:
         return strips(W, U, G)
     kernel = on_gpu(W.device) if W.device.type == "cuda" else plain
@@ -43,9 +42,9 @@ def sweep(W: Tensor, U: Tensor, G: Tensor) -> Tensor:
 
 
 def plain(W: Tensor, U: Tensor, G: Tensor) -> Tensor:
-    """The columns [B, out] as updated when their turn came; W is overwritten by them.
+    """The columns [B, out] as updated when the loop reaches them; overwrites W.
 
-    Where G has fewer columns than W these are the first ones, and the rest are updated by their errors.
+    If G has fewer rows than W, the loop goes through the first columns only; the others are updated by their errors.
     """
     for j, factors in enumerate(G):
         W[j + 1 :].addr_(U[j, j + 1 :], W[j] * factors, alpha=-1)
@@ -53,7 +52,7 @@ def plain(W: Tensor, U: Tensor, G: Tensor) -> Tensor:
 
 
 def strips(W: Tensor, U: Tensor, G: Tensor) -> Tensor:
-    """The same on the CPU; W is overwritten by the errors E."""
+    """The same on the CPU; overwrites W with the errors E."""
     updated, A = torch.empty_like(W), (-U.T).contiguous().fill_diagonal_(1)
     width = min(STRIP, max(4, ALONE // W.shape[1]))
     terms, rows, factors, results = A.numpy(), W.numpy(), G.contiguous().numpy(), updated.numpy()
@@ -68,14 +67,14 @@ def strips(W: Tensor, U: Tensor, G: Tensor) -> Tensor:
 
 @cache
 def on_gpu(device: torch.device) -> Sweep:
-    """The Triton kernel where it compiles and runs on the device, else `plain`, which is said once in the log."""
+    """The Triton kernel if it compiles and runs on the device, else `plain`, with a warning in the log."""
     if find_spec("triton") is None:
         return plain
     try:
         from atp_tune.pruners.columns_triton import tiles
 
         tiles(*torch.zeros(3, 128, 128, device=device))
-    except Exception as error:  # of Triton, of what it calls (a compiler, ptxas, the driver), or of its import
+    except Exception as error:  # from Triton, its import, a compiler, ptxas or the driver
         if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
             raise
         reason = next(iter(str(error).splitlines()), "")

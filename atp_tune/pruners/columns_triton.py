@@ -1,11 +1,11 @@
-"""The inner loop of SparseGPT as one Triton kernel for a block of columns; the equations are in `columns`.
+"""The inner loop of SparseGPT as a Triton kernel for a block of columns; see `columns` for the equations.
 
-Rows of the weight do not depend on each other. A program takes ROWS of them with all B columns, a tile [B, ROWS] that
-stays in registers, and goes from column to column: it selects W_j by a masked sum, multiplies it by G_j, and subtracts
-U_jk E_j from the columns k > j. All sums are in float32, and each weight is read and written once.
+Rows of the weight are independent. A program keeps ROWS of them with all B columns, a tile [B, ROWS], in registers. For
+each column it selects W_j by a masked sum, multiplies it by G_j, and subtracts U_jk E_j from the columns k > j. All
+sums are in float32, and each weight is read and written once.
 
-Not run on a GPU so far; the tests compile it for some, and run it through Triton's interpreter, which takes more than
-the compiler does.
+Not run on a GPU so far: the tests compile it for several GPUs, and run it in Triton's interpreter, which accepts more
+than the compiler.
 """
 
 from contextlib import nullcontext
@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 4096  # numbers in a program's registers
+TILE = 4096  # elements in the registers of a program
 
 
 def tiles(W: Tensor, U: Tensor, G: Tensor) -> Tensor:
-    """The columns [B, out] as updated when their turn came; W is overwritten by them where it is contiguous."""
+    """The columns [B, out] as updated when the loop reaches them; overwrites W if W is contiguous."""
     W, U, G = W.contiguous(), U.contiguous(), G.contiguous()
     columns, out = W.shape
     padded = max(triton.next_power_of_2(columns), 16)

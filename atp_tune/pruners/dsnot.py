@@ -1,26 +1,26 @@
-"""DSnoT: swap pruned weights for kept ones until each output's mean error is gone; no weight is changed.
+"""DSnoT: swaps pruned and kept weights until the mean error of each output is small; kept weights are not changed.
 
-W weight [out, in], X inputs [tokens, in], μ and σ² their means and variances [in]. An input adds to an output, summed
-over T = 2048 tokens,
+W weight [out, in], X inputs [tokens, in], μ and σ² their means and variances [in]. The contribution of an input to an
+output, summed over T = 2048 tokens, and the error of a row are
 
     e_ij = T · W_ij μ_j        ε_i = Σ e_ij over the pruned weights of row i
 
-and ε_i is what the row lacks. The initial mask takes ⌊in·s⌋ weights of each row, by Wanda's score |W_ij| ‖X_j‖₂ or by
-magnitude. Then at most `cycles` times, in each row where |ε_i| > `threshold`:
+The initial mask zeroes ⌊in·s⌋ weights of each row, by Wanda's score |W_ij| ‖X_j‖₂ or by magnitude. Then, at most
+`cycles` times, in each row with |ε_i| > `threshold`:
 
     grow    the pruned weight with e_ij of the sign of ε_i and the largest |e_ij| / (σ²_j)^`power`
-    prune   the kept weight with e_ij of the other sign and the lowest score of Wanda
+    prune   the kept weight with e_ij of the other sign and the lowest Wanda score
     ε_i ← ε_i + e_i(pruned) - e_i(grown)
 
-A weight is moved once at most. In groups of M inputs the weight to prune is the lowest of the initial score in the
-group of the one that grows, of whatever sign, and a row ends where ε_i would change its sign.
+Each weight moves at most once. In groups of M inputs the kept weight to prune is that with the lowest initial score, of
+either sign, in the group of the weight that grows, and a row stops before ε_i changes sign.
 
 Source: Zhang et al., "Dynamic Sparse No Training: Training-Free Fine-tuning for Sparse LLMs", ICLR 2024, section 3, and
-the authors' code for groups and the defaults. Here differs: a row without candidates ends, where theirs goes on with
-weights that were swapped, or were never pruned, and loses count; an input with μ_j = 0 moves nothing (theirs divides by
-its variance); the variance is of all tokens, not the mean over windows of the variance within one; T is fixed, theirs
-is the length of a window, 2048; ties go by position. Theirs leaves the MLP at the initial mask by default
-(`skip_layer`); a pruner here does not know where its linear is, and refines every one.
+the authors' code for groups and defaults. Differences: a row without candidates stops (theirs goes on with weights that
+were swapped or never pruned); an input with μ_j = 0 is never swapped (theirs divides by its variance); the variance is
+over all tokens, not a mean over windows; T is fixed (theirs is the window length, 2048); ties are broken by position.
+By default (`skip_layer`) theirs keeps the initial mask in the MLP; here all linears are refined, since a pruner does
+not know the place of its linear.
 """
 
 from typing import ClassVar, NamedTuple
@@ -37,28 +37,28 @@ TOKENS = 2048
 
 
 class Swaps(NamedTuple):
-    """The K swaps that a row would make while its error has one sign, in their order; those of the other sign don't
-    touch their weights (in groups they might, but there the sign never changes).
+    """The next K swaps of each row while its error has one sign. Swaps for the other sign use other weights (except in
+    groups, where the sign never changes).
     """
 
     grow: Tensor  # [out, K] columns
     prune: Tensor  # [out, K] columns
-    change: Tensor  # [out, K] of ε
-    possible: Tensor  # [out, K] whether there is such a swap
+    change: Tensor  # [out, K] change of ε
+    possible: Tensor  # [out, K] whether the swap exists
 
 
 class DSnoT(DSnoTSettings):
-    """Zeroes as many weights in each row as its initial mask does."""
+    """Refines an initial mask; the number of zeros per row (or group) stays the same."""
 
     group: int | None = None
 
     measures: ClassVar[type[Statistics] | None] = InputMoments
 
     def prepare(self, statistics: Statistics) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def prune(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:
-        """Pruned copy of weight [out, in] at a sparsity in [0, 1]; statistics are its `InputMoments`."""
+        """A pruned copy of weight [out, in] at a sparsity in [0, 1]; statistics are `InputMoments` of its inputs."""
         assert isinstance(statistics, InputMoments)
         W = weight.float()
         scores = W.abs() * statistics.norms()
@@ -72,7 +72,7 @@ class DSnoT(DSnoTSettings):
         return zeroed(weight, gone)
 
     def _swaps(self, effects: Tensor, worth: Tensor, scores: Tensor, gone: Tensor) -> Swaps:
-        """Swaps for an error > 0; with the signs of the effects turned around, those for an error < 0."""
+        """The swaps for an error > 0; with negated effects, those for an error < 0."""
         count = min(self.cycles, gone.shape[1])
         grow, grows = _queue(-worth, gone & (effects > 0), count)
         if self.group is None:
@@ -82,7 +82,7 @@ class DSnoT(DSnoTSettings):
         return Swaps(grow, prune, effects.gather(1, prune) - effects.gather(1, grow), grows & prunes)
 
     def _follow(self, error: Tensor, sides: list[Swaps], gone: Tensor) -> None:
-        """Makes the swaps that the error [out] asks for, in the mask `gone`."""
+        """Applies the swaps that reduce the error [out] to the mask `gone`."""
         rows, steps = torch.arange(len(gone), device=gone.device), sides[0].grow.shape[1]
         grow, prune, change, possible = (torch.stack(part) for part in zip(*sides, strict=True))
         change[0] = -change[0]
@@ -105,19 +105,19 @@ class DSnoT(DSnoTSettings):
 
 
 def _queue(scores: Tensor, candidates: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Columns [out, count] of each row's candidates, lowest score first, and whether there are so many."""
+    """Columns [out, count] of the candidates in each row, lowest score first, and whether each entry exists."""
     order = scores.masked_fill(~candidates, torch.inf).argsort(dim=1, stable=True)[:, :count]
     return order, torch.arange(count, device=scores.device) < candidates.sum(1, keepdim=True)
 
 
 def _partners(scores: Tensor, gone: Tensor, grow: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """For each weight that grows [out, K] the kept one of its group to prune: the lowest that no earlier one took."""
+    """For each weight that grows [out, K], the kept weight of its group to prune: the lowest score not yet taken."""
     rows, columns = scores.shape
     padding = (0, -columns % group)
     padded = torch.nn.functional.pad(scores.masked_fill(gone, torch.inf), padding, value=torch.inf)
     order = padded.reshape(rows, -1, group).argsort(dim=2, stable=True)
     kept = torch.nn.functional.pad(~gone, padding).reshape(rows, -1, group).sum(2)
     home = grow // group
-    earlier = (home[:, :, None] == home[:, None, :]).tril(-1).sum(2)  # [out, K] that took one of the same group
+    earlier = (home[:, :, None] == home[:, None, :]).tril(-1).sum(2)  # [out, K] earlier weights in the same group
     place = order[torch.arange(rows, device=scores.device)[:, None], home, earlier.clamp(max=group - 1)]
     return (home * group + place).clamp(max=columns - 1), earlier < kept.gather(1, home)

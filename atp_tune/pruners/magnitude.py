@@ -1,4 +1,4 @@
-"""Magnitude pruning: the smallest |W_ij| of a linear go, wherever they are; no inputs are needed."""
+"""Magnitude pruning: zeroes the smallest |W_ij| of a linear; needs no inputs."""
 
 from typing import ClassVar
 
@@ -17,8 +17,8 @@ class Magnitude(SettingsTable):
     measures: ClassVar[type[Statistics] | None] = None
 
     def prepare(self, statistics: Statistics) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def prune(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:
-        """Pruned copy of weight [out, in] at a sparsity in [0, 1]."""
+        """A pruned copy of weight [out, in] at a sparsity in [0, 1]."""
         return zeroed(weight, lowest_in_matrix(weight.float().abs(), sparsity, self.group))

@@ -1,13 +1,12 @@
-"""Choosing the lowest scores, exactly as many as asked, ties broken by position as a stable sort would.
+"""Selects exactly the given number of lowest scores; ties are broken by position, as in a stable sort.
 
-M is a group: so many consecutive columns (inputs) of one row. In groups the product M·s is rounded down with a little
-slack, so that a share N/M gives N whatever the floats make of it; a last, smaller group is rounded down too.
+A group is M consecutive columns (inputs) of one row. M·s is rounded down with a small tolerance, so that s = N/M gives
+N despite rounding; in a last, smaller group it is rounded down too.
 
-Nothing is sorted to find a threshold. On the CPU numpy selects in each row, in as many threads as torch uses. In a
-whole matrix the threshold is first enclosed between two order statistics of a sample, then selected among the few
-scores between them (Floyd & Rivest, "Expected time bounds for selection", 1975); which sample it is decides the time
-and never the answer. An accelerator does the same: it has one row to select in, which leaves most of it idle, but a
-short one, and 4 bytes are taken for each score of the matrix, or 8 where scores tie; a sort takes some 20.
+Thresholds are found without sorting. On the CPU numpy selects in each row, in as many threads as torch uses. In a whole
+matrix two order statistics of a sample enclose the threshold, which is then selected among the few scores between them
+(Floyd & Rivest, "Expected time bounds for selection", 1975); the sample affects the time, not the result. Accelerators
+do the same, with 4 bytes of memory per score of the matrix, or 8 with ties; a sort would take about 20.
 """
 
 from collections.abc import Iterator
@@ -21,19 +20,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 SLACK = 1e-9
-SAMPLE = 4096  # scores that enclose the threshold of a matrix, with one in 16 between
-LARGE_SAMPLE = 1 << 16  # the same on an accelerator, with one in 60 between
-WORTH_A_THREAD = 2**17  # scores
-PARTS = 4  # of the rows for each thread
+SAMPLE = 4096  # size of the sample; about 1 in 16 scores is between the two order statistics
+LARGE_SAMPLE = 1 << 16  # the same on an accelerator; about 1 in 60
+WORTH_A_THREAD = 2**17  # minimum number of scores per thread
+PARTS = 4  # parts of the rows per thread
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 Floats = NDArray[np.floating[Any]]
 
 
 def lowest(scores: Tensor, count: int) -> Tensor:
-    """Mask [rows, columns] of the `count` lowest scores in each row; among equals the leftmost are taken.
+    """Mask [rows, columns] of the `count` lowest scores in each row, the leftmost of equal scores first.
 
-    The same mask as the first `count` indices of a stable sort, in linear time and without its index tensor.
+    The same mask as from the first `count` indices of a stable sort, in linear time and less memory.
     """
     if count <= 0 or count >= scores.shape[1]:
         return torch.full_like(scores, count > 0, dtype=torch.bool)
@@ -46,7 +45,7 @@ def lowest(scores: Tensor, count: int) -> Tensor:
 
 
 def lowest_in_rows(scores: Tensor, sparsity: float, group: int | None = None) -> Tensor:
-    """Mask [rows, columns] of the ⌊columns·s⌋ lowest scores of each row, or of the ⌊M·s⌋ lowest of each group."""
+    """Mask [rows, columns] of the ⌊columns·s⌋ lowest scores of each row, or the ⌊M·s⌋ lowest of each group."""
     if group is None:
         return lowest(scores, int(scores.shape[1] * sparsity))
     rows, columns = scores.shape
@@ -57,9 +56,9 @@ def lowest_in_rows(scores: Tensor, sparsity: float, group: int | None = None) ->
 
 
 def lowest_in_matrix(scores: Tensor, sparsity: float, group: int | None = None) -> Tensor:
-    """Mask [rows, columns] of the ⌊rows·columns·s⌋ lowest scores of all, or of the ⌊M·s⌋ lowest of each group.
+    """Mask [rows, columns] of the ⌊rows·columns·s⌋ lowest scores, or the ⌊M·s⌋ lowest of each group.
 
-    The mask lies in memory as the scores do, also where they are a transposed view.
+    The mask has the memory layout of the scores, also for a transposed view.
     """
     if group is not None:
         return lowest_in_rows(scores, sparsity, group)
@@ -75,10 +74,10 @@ def lowest_in_matrix(scores: Tensor, sparsity: float, group: int | None = None) 
 
 
 def ranks(scores: Tensor) -> Tensor:
-    """Each score's place [rows, columns] in a stable sort of its row: `ranks(s) < count` is `lowest(s, count)`.
+    """The rank [rows, columns] of each score in a stable sort of its row: `ranks(s) < count` is `lowest(s, count)`.
 
-    int16 where that is enough, else int32. A row with NaN differs: here they come last, as in a sort, while `lowest`
-    takes nothing if its threshold is NaN. Costs more than one `lowest`, and each further mask is one comparison.
+    int16 if possible, else int32. NaNs rank last, while `lowest` selects nothing if its threshold is NaN. Costs more
+    than one `lowest`, but each further mask is one comparison.
     """
     rows, columns = scores.shape
     kind = torch.int16 if columns <= 2**15 else torch.int32
@@ -92,7 +91,7 @@ def ranks(scores: Tensor) -> Tensor:
 
 
 def zeroed(weight: Tensor, gone: Tensor) -> Tensor:
-    """Copy of the weight with 0 where `gone`, as `masked_fill` makes, whose CPU kernel takes 20 times as long."""
+    """A copy of the weight with 0 where `gone`; 20 times as fast as `masked_fill` on a CPU."""
     if weight.device.type != "cpu":
         return weight.masked_fill(gone, 0)
     bits = weight.view(INTEGERS[weight.element_size()])
@@ -100,25 +99,27 @@ def zeroed(weight: Tensor, gone: Tensor) -> Tensor:
 
 
 def nonzeros(weight: Tensor) -> Tensor:
-    """How many numbers are not 0, a tensor without dimensions; torch's own takes 15 times as long on a CPU."""
+    """The number of nonzeros, a 0-d tensor; 15 times as fast as `count_nonzero` on a CPU."""
     if weight.device.type != "cpu":
         return weight.count_nonzero()
-    return weight.view(INTEGERS[weight.element_size()]).bitwise_left_shift(1).count_nonzero()  # the sign is shifted out
+    return (
+        weight.view(INTEGERS[weight.element_size()]).bitwise_left_shift(1).count_nonzero()
+    )  # shifts out the sign, so that -0 counts as 0
 
 
 def _number(mask: Tensor) -> int:
-    """How many are True."""
+    """The number of True entries."""
     return int(np.count_nonzero(mask.numpy())) if mask.device.type == "cpu" else int(mask.sum())
 
 
 def _leftmost(thresholds: Tensor, scores: Tensor, count: int) -> Tensor:
-    """Mask of the `count` lowest of each row, given the `count`-th lowest [rows, 1]: of equals the leftmost."""
+    """Mask of the `count` lowest of each row, the leftmost of ties, given the `count`-th lowest [rows, 1]."""
     below, tied = scores < thresholds, scores == thresholds
     return below | (tied & (tied.cumsum(1, dtype=torch.int32) <= count - below.sum(1, keepdim=True)))
 
 
 def _up_to_by_numpy(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Mask of all up to the `count`-th lowest of each row, and that one [rows, 1]; while the row is in the cache."""
+    """Mask of scores up to the `count`-th lowest of each row, and that score [rows, 1]."""
     mask, thresholds = torch.empty_like(scores, dtype=torch.bool), torch.empty(len(scores), 1, dtype=scores.dtype)
 
     def select(part: Floats, mask: NDArray[np.bool_], threshold: Floats) -> None:
@@ -137,14 +138,14 @@ def _thresholds(scores: Tensor, count: int) -> Tensor:
 
 
 def _threshold(scores: Tensor, count: int) -> Tensor:
-    """The `count`-th lowest of the scores [n], a tensor without dimensions; NaN is the highest."""
+    """The `count`-th lowest of the scores [n], a 0-d tensor; NaN is the highest."""
     if _for_numpy(scores):
         return torch.tensor(_select(scores.numpy(force=True), count), dtype=scores.dtype)
     return _select_by_torch(scores, count, SAMPLE if scores.device.type == "cpu" else LARGE_SAMPLE)
 
 
 def _select(scores: Floats, count: int) -> float:
-    """The `count`-th lowest of the scores [n], among those that a sample encloses; else among all."""
+    """The `count`-th lowest of the scores [n]: searched between two sample values, if it is there, else among all."""
     sample = np.sort(scores[:: max(1, len(scores) // SAMPLE)])
     low, high = (sample[place] for place in _enclosing(len(sample), count / len(scores)))
     between = scores[np.flatnonzero((scores >= low) & (scores <= high))]
@@ -155,7 +156,7 @@ def _select(scores: Floats, count: int) -> float:
 
 
 def _select_by_torch(scores: Tensor, count: int, size: int) -> Tensor:
-    """The same by torch, on any device and in any format, from a sample of this size; a tensor without dimensions."""
+    """The same with torch, on any device and in any dtype, with a sample of this size; a 0-d tensor."""
     sample = scores[:: max(1, len(scores) // size)].sort().values
     low, high = (sample[place] for place in _enclosing(len(sample), count / len(scores)))
     left = count - int((scores < low).sum())
@@ -166,8 +167,8 @@ def _select_by_torch(scores: Tensor, count: int, size: int) -> Tensor:
 
 
 def _enclosing(size: int, share: float) -> Iterator[int]:
-    """Places, in a sorted sample of so many, between which the score with this share of all below it lies as a rule."""
-    slack = 4 * (share * (1 - share) * size) ** 0.5 + 2  # standard errors of a sample's order statistic
+    """Indices in a sorted sample of this size that very likely enclose the quantile `share` of all scores."""
+    slack = 4 * (share * (1 - share) * size) ** 0.5 + 2  # 4 standard errors of an order statistic
     return (min(max(int(share * size + side * slack), 0), size - 1) for side in (-1, 1))
 
 
@@ -176,10 +177,10 @@ def _for_numpy(scores: Tensor) -> bool:
 
 
 def _in_threads(work: Any, *arrays: NDArray[Any]) -> None:
-    """Calls work(…) on parts of the rows, in this thread and in as many others as torch has more; numpy lets them run.
+    """Calls `work` on parts of the rows in as many threads as torch uses, including this one; numpy releases the GIL.
 
-    Each takes the next part when it is done with one: for some milliseconds after their last product torch's own
-    threads wait for more work without leaving their cores, and until then those here may not get any.
+    Each thread takes the next part when it is free: the others may start late, since threads of torch keep spinning on
+    their cores for some milliseconds after their last product.
     """
     threads = min(torch.get_num_threads(), arrays[0].size // WORTH_A_THREAD, len(arrays[0]))
     if threads <= 1:
@@ -195,7 +196,7 @@ def _in_threads(work: Any, *arrays: NDArray[Any]) -> None:
     others = [_pool(threads - 1).submit(run) for _ in range(threads - 1)]
     run()
     for other in others:
-        if not other.cancel():  # it had begun
+        if not other.cancel():  # it had started
             other.result()
 
 
@@ -205,7 +206,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def _rank(scores: Floats, result: NDArray[Any]) -> None:
-    """Ranks of each row: sorts one integer of score and column, so that equals keep their order in an unstable sort."""
+    """Ranks each row: sorts integers made of score and column, so that an unstable sort keeps the order of ties."""
     bits = (scores + np.float32(0)).view(np.int32)  # -0 + 0 is 0
     bits = np.where(np.isnan(scores), np.int32(2**31 - 1), bits ^ ((bits >> 31) & np.int32(2**31 - 1)))
     keys = bits.astype(np.int64) << 32 | np.arange(scores.shape[1])

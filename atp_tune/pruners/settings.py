@@ -1,4 +1,4 @@
-"""The settings of each pruner, which are the keys of its table in a study file. No torch: pruners inherit them."""
+"""Settings of pruners, the keys of their tables in a study file. Loads no torch; pruners inherit from them."""
 
 from typing import Literal
 
@@ -11,30 +11,31 @@ class WandaSettings(SettingsTable):
     """Settings of Wanda (Sun et al. 2024)."""
 
     compare: Literal["row", "row-variant"] = Field(
-        "row", description="the lowest scores of each row, or the smallest cumulated shares of their rows' scores"
+        "row",
+        description="prune the lowest scores of each row, or the smallest cumulative shares of row sums in the matrix",
     )
 
 
 class SparseGPTSettings(SettingsTable):
     """Settings of SparseGPT (Frantar & Alistarh 2023)."""
 
-    damping: float = Field(0.01, gt=0, description="added to the Hessian's diagonal, as a share of its mean")
-    columns: int = Field(128, ge=1, description="columns per block, in which one mask is chosen")
+    damping: float = Field(0.01, gt=0, description="added to the diagonal of the Hessian, as a share of its mean")
+    columns: int = Field(128, ge=1, description="columns per block; one mask is chosen per block")
 
 
 class DSnoTSettings(SettingsTable):
     """Settings of DSnoT (Zhang et al. 2024)."""
 
-    initial: Literal["wanda", "magnitude"] = Field("wanda", description="what chooses the mask to start from")
-    cycles: int = Field(50, ge=0, description="swaps per row at most")
-    threshold: float = Field(0.1, ge=0, description="error per row, over 2048 tokens, that is left alone")
-    power: float = Field(1.0, ge=0, description="of the variance that the worth of a pruned weight is divided by")
+    initial: Literal["wanda", "magnitude"] = Field("wanda", description="score that chooses the initial mask")
+    cycles: int = Field(50, ge=0, description="maximum number of swaps per row")
+    threshold: float = Field(0.1, ge=0, description="error per row, over 2048 tokens, below which swapping stops")
+    power: float = Field(1.0, ge=0, description="power of the variance in the score of weights to restore")
 
 
 class ALPSSettings(SettingsTable):
     """Settings of ALPS (Meng et al. 2024)."""
 
-    damping: float = Field(0.01, gt=0, description="added to the Hessian's diagonal, as a share of its mean")
-    rho: float = Field(0.1, gt=0, description="penalty that ADMM starts with")
-    iterations: int = Field(300, ge=1, description="of ADMM at most")
-    steps: int = Field(10, ge=0, description="of conjugate gradients on the final mask")
+    damping: float = Field(0.01, gt=0, description="added to the diagonal of the Hessian, as a share of its mean")
+    rho: float = Field(0.1, gt=0, description="initial penalty of ADMM")
+    iterations: int = Field(300, ge=1, description="maximum number of ADMM iterations")
+    steps: int = Field(10, ge=0, description="steps of conjugate gradients on the final mask")

@@ -1,22 +1,22 @@
-"""SparseGPT: prune column by column, and let the columns to the right make up for the error.
+"""SparseGPT: prunes column by column and updates the columns to the right to compensate for the error.
 
-W weight [out, in]; U upper [in, in], UᵀU the inverse of the damped Hessian H; blocks of B columns. In each block the
-mask is chosen over all rows, the ⌊out·B·s⌋ lowest W_ij² / U_jj². Then for each column j, from the left:
+W weight [out, in]; U upper triangular [in, in] with UᵀU the inverse of the damped Hessian H; blocks of B columns. The
+mask of a block zeroes its ⌊out·B·s⌋ lowest W_ij² / U_jj² over all rows. Then for each column j, from the left:
 
     e = (W_j - masked W_j) / U_jj        W_k ← W_k - e U_jk  for all k >= j
 
-U_jj² is the j-th pivot of the inverse after the columns to the left are done (Frantar & Alistarh 2023, section 3.3).
-The authors' code takes one weight more per block (`<=` its threshold), and cannot run at sparsity 1; here the number
-is exact. In groups of M columns the ⌊M·s⌋ lowest of each row go, chosen when the group's turn comes, with the weights
-as updated so far; B is then rounded down to whole groups.
+U_jj² is the j-th pivot of the inverse after the columns to the left are eliminated (Frantar & Alistarh 2023, section
+3.3). The authors' code zeroes one weight more per block (`<=` its threshold) and cannot run at sparsity 1; here the
+number is exact. In groups of M columns the ⌊M·s⌋ lowest of each row are zeroed, chosen from the updated weights when
+the group is reached; B is rounded down to whole groups.
 
-H is never inverted. With R = U⁻¹, which is upper and R Rᵀ = H, the errors E [out, in] of all columns satisfy
-W - Ŵ = E U, Ŵ the pruned weight, and so E = (W - Ŵ) R. What the blocks to the left, columns < a, add to block [a, b) is
+H is not inverted. With R = U⁻¹, upper triangular and R Rᵀ = H, the errors E [out, in] of all columns satisfy
+W - Ŵ = E U with Ŵ the pruned weight, so E = (W - Ŵ) R. The update of block [a, b) by the blocks to its left is
 
     - E[:, :a] U[:a, a:b] = (W - Ŵ)[:, :a] R[:a, a:b] U[a:b, a:b]        since (R U)[:a, a:b] = 0
 
-and U[a:b, a:b] = R[a:b, a:b]⁻¹ is a triangle of B columns. R costs one Cholesky factorisation (`Hessian.factor`), a
-quarter of the operations of U, and each weight is written once and not once per block.
+and U[a:b, a:b] = R[a:b, a:b]⁻¹ has only B columns. R costs one Cholesky factorisation (`Hessian.factor`), a quarter of
+the operations of U, and each weight is written once, not once per block.
 
 Source: "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", ICML 2023, algorithm 1.
 """
@@ -34,7 +34,7 @@ from atp_tune.pruners.statistics import Hessian
 
 
 class SparseGPT(SparseGPTSettings):
-    """Zeroes weights and updates those that stay; float32 inside, the weight's dtype outside."""
+    """Zeroes weights and updates the others; computes in float32, returns the dtype of the weight."""
 
     group: int | None = None
 
@@ -46,12 +46,12 @@ class SparseGPT(SparseGPTSettings):
         statistics.factor(self.damping)
 
     def prune(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:
-        """Pruned copy of weight [out, in] at a sparsity in [0, 1]; statistics are its `Hessian`."""
+        """A pruned copy of weight [out, in] at a sparsity in [0, 1]; statistics are the `Hessian` of its inputs."""
         assert isinstance(statistics, Hessian)
         R = statistics.factor(self.damping)
         W = torch.empty_like(weight.T, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(weight.T)
-        W[statistics.dead()] = 0  # [in, out], so that a column lies together
-        changes = torch.empty_like(W)  # W - Ŵ, of the blocks that are done
+        W[statistics.dead()] = 0  # W is [in, out], so that columns are contiguous
+        changes = torch.empty_like(W)  # W - Ŵ of finished blocks
         width = self.columns if self.group is None else max(self.columns // self.group, 1) * self.group
         for a in range(0, len(W), width):
             here = slice(a, a + width)
@@ -64,7 +64,7 @@ class SparseGPT(SparseGPTSettings):
 
 
 def _prune_block(W: Tensor, U: Tensor, sparsity: float, group: int | None) -> Tensor:
-    """A block's columns W [B, out] with its part U [B, B]: pruned weights; W is overwritten."""
+    """Prunes the columns W [B, out] of a block with its part U [B, B]; overwrites W."""
     if group is not None:
         return _prune_groups(W, U, sparsity, group)
     pivots = U.diagonal()[:, None]

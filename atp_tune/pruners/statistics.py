@@ -1,7 +1,7 @@
-"""What a pruner wants to know of a linear's inputs, gathered batch by batch.
+"""Statistics of the inputs of a linear, accumulated batch by batch.
 
-X inputs [tokens, in] of one linear over all calibration tokens. Linears that read the same tensor (query, key and
-value, say) share one object, and what it derives from X is computed once for all of them.
+X inputs [tokens, in] of a linear over all calibration tokens. Linears with the same input tensor (such as query, key
+and value) share one object, and what is derived from X is computed once.
 """
 
 from typing import NamedTuple, Self
@@ -12,7 +12,7 @@ from torch import Tensor
 from atp_tune.errors import TrialError
 
 DAMPING_RAISES = 4
-PANEL, WIDE_PANEL = 256, 2048  # rows of the Hessian that are summed up at a time, on the CPU and elsewhere
+PANEL, WIDE_PANEL = 256, 2048  # rows of the Hessian that are updated at a time, on the CPU and on other devices
 
 
 class InputNorms:
@@ -22,9 +22,9 @@ class InputNorms:
         self._squares = torch.zeros(inputs, dtype=torch.float32, device=device)
 
     def add(self, x: Tensor) -> None:
-        """Takes in inputs [..., in] of any float dtype."""
+        """Adds inputs [..., in] of any float dtype."""
         flat = x.reshape(-1, x.shape[-1]).to(torch.float32, copy=True)
-        self._squares += flat.mul_(flat).sum(0)  # in place: a quarter of the time of vector_norm along this dimension
+        self._squares += flat.mul_(flat).sum(0)  # in place: takes a quarter of the time of vector_norm
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums of squares [in]."""
@@ -32,12 +32,12 @@ class InputNorms:
 
     @staticmethod
     def bytes_for(inputs: int) -> int:
-        """Bytes of what is kept of a linear with so many inputs, at most."""
+        """Upper bound on the bytes of `tensors`."""
         return 4 * inputs
 
     @classmethod
     def restored(cls, tensors: dict[str, Tensor]) -> Self:
-        """From its `tensors`."""
+        """Restores statistics from `tensors`."""
         found = cls.__new__(cls)
         found._squares = tensors["squares"]
         return found
@@ -50,7 +50,7 @@ class InputNorms:
 class InputMoments:
     """Norm ‖X_j‖₂, mean and variance of each input j over all tokens, in float32.
 
-    Batches are merged by their means and squared deviations, so that a small variance beside a large mean survives.
+    Batches are merged by means and squared deviations, so that a small variance with a large mean stays exact.
     """
 
     def __init__(self, inputs: int, device: torch.device) -> None:
@@ -60,14 +60,14 @@ class InputMoments:
         self._tokens = 0
 
     def add(self, x: Tensor) -> None:
-        """Takes in inputs [..., in] of any float dtype."""
+        """Adds inputs [..., in] of any float dtype."""
         flat = x.reshape(-1, x.shape[-1]).float()
         if not len(flat):
             return
         self._norms.add(flat)
         before, new = self._tokens, len(flat)
         self._tokens += new
-        means = flat.mean(0)  # not var_mean: in some releases it rounds equal columns differently, and is slower
+        means = flat.mean(0)  # not var_mean, which is slower and in some releases rounds equal columns differently
         shift = means - self._means
         self._means += shift * (new / self._tokens)
         self._deviations += (flat - means).square_().sum(0) + shift.square() * (before * new / self._tokens)
@@ -79,12 +79,12 @@ class InputMoments:
 
     @staticmethod
     def bytes_for(inputs: int) -> int:
-        """Bytes of what is kept of a linear with so many inputs, at most."""
+        """Upper bound on the bytes of `tensors`."""
         return 12 * inputs + 8
 
     @classmethod
     def restored(cls, tensors: dict[str, Tensor]) -> Self:
-        """From its `tensors`."""
+        """Restores statistics from `tensors`."""
         found = cls.__new__(cls)
         found._norms = InputNorms.restored(tensors)
         found._means, found._deviations = tensors["means"], tensors["deviations"]
@@ -105,7 +105,7 @@ class InputMoments:
 
 
 class Scaled(NamedTuple):
-    """H̃_jk = H_jk / (d_j d_k) with d_j = √H_jj, so that its diagonal is 1, and H̃ = Q diag(λ) Qᵀ; float32."""
+    """H̃_jk = H_jk / (d_j d_k) with d_j = √H_jj and so a diagonal of 1, and H̃ = Q diag(λ) Qᵀ; in float32."""
 
     scales: Tensor  # d [in]
     matrix: Tensor  # H̃ [in, in]
@@ -118,19 +118,21 @@ class Scaled(NamedTuple):
 
 
 class Hessian:
-    """H = 2 Xᵀ X / n of the layer-wise squared error, float32 [in, in], n tokens, and its factor.
+    """H = 2 Xᵀ X / n of the layer-wise squared error over n tokens, float32 [in, in], and its factors.
 
-    H is symmetric: only what is on and above the diagonal is summed up, panel by panel, at little over half the cost.
+    H is symmetric: only the upper triangle is accumulated, panel by panel, at little over half the cost.
     """
 
     def __init__(self, inputs: int, device: torch.device) -> None:
-        self._gram = torch.zeros(inputs, inputs, dtype=torch.float32, device=device)  # n/2 H; below the diagonal junk
+        self._gram = torch.zeros(
+            inputs, inputs, dtype=torch.float32, device=device
+        )  # n/2 H; invalid below the diagonal
         self._tokens = 0
         self._factors: dict[float, Tensor] = {}
         self._scaled: dict[float, Scaled] = {}
 
     def add(self, x: Tensor) -> None:
-        """Takes in inputs [..., in] of any float dtype."""
+        """Adds inputs [..., in] of any float dtype."""
         flat = x.reshape(-1, x.shape[-1])
         widen = widens(flat.device, flat.dtype)
         flat = flat if widen else flat.float()
@@ -147,25 +149,25 @@ class Hessian:
         self._scaled.clear()
 
     def tensors(self) -> dict[str, Tensor]:
-        """The sum Xᵀ X [in, in] and the number of tokens, and the factors that were asked for."""
+        """The sum Xᵀ X [in, in], the number of tokens, and the computed factors."""
         factors = {f"factor {damping!r}": factor for damping, factor in self._factors.items()}
         return {"gram": self._gram, "tokens": torch.tensor(self._tokens), **factors}
 
     @staticmethod
     def bytes_for(inputs: int) -> int:
-        """Bytes of what is kept of a linear with so many inputs, at most."""
+        """Upper bound on the bytes of `tensors`."""
         return 8 * inputs**2 + 8
 
     @classmethod
     def restored(cls, tensors: dict[str, Tensor]) -> Self:
-        """From its `tensors`."""
+        """Restores statistics from `tensors`."""
         found = cls.__new__(cls)
         found._gram, found._tokens, found._scaled = tensors["gram"], int(tensors["tokens"]), {}
         found._factors = {float(name.split()[1]): part for name, part in tensors.items() if name.startswith("factor")}
         return found
 
     def matrix(self) -> Tensor:
-        """H [in, in]; an input that was never active gets 1 on the diagonal, so that H can be inverted."""
+        """H [in, in]; inputs that were always zero get 1 on the diagonal, so that H can be inverted."""
         hessian = self._gram.triu().mul_(2 / max(1, self._tokens))
         hessian += hessian.triu(1).T
         diagonal = hessian.diagonal()
@@ -177,17 +179,18 @@ class Hessian:
         return self._gram.diagonal() == 0
 
     def factor(self, damping: float) -> Tensor:
-        """Upper R [in, in] with R Rᵀ = H + damping · mean(diag H) · I, computed once per damping.
+        """Upper triangular R [in, in] with R Rᵀ = H + damping · mean(diag H) · I, computed once per damping.
 
-        Damping is raised tenfold, up to four times, where H is not positive definite in float32; then TrialError.
+        If H is not positive definite in float32, the damping is multiplied by 10, up to four times; then TrialError.
         """
         if damping not in self._factors:
             self._factors[damping] = _factor(self.matrix(), damping)
         return self._factors[damping]
 
     def scaled(self, damping: float) -> Scaled:
-        """H + damping · mean(diag H) · I, scaled and with its spectrum, computed once per damping; here an input that
-        was never active has nothing but the damping on the diagonal. TrialError where H is not finite.
+        """H + damping · mean(diag H) · I, scaled, with its spectrum; computed once per damping.
+
+        Inputs that were always zero have only the damping on the diagonal. TrialError if H is not finite.
         """
         if damping not in self._scaled:
             hessian = self.matrix()
@@ -203,13 +206,13 @@ def _scaled(hessian: Tensor, damping: float) -> Scaled:
     scales = hessian.diagonal().sqrt()
     scales = torch.where(scales > 0, scales, 1)
     matrix = hessian / scales / scales[:, None]
-    wide = matrix.cpu() if matrix.device.type == "mps" else matrix  # it has no float64
+    wide = matrix.cpu() if matrix.device.type == "mps" else matrix  # MPS has no float64
     values, vectors = (part.float().to(matrix.device) for part in torch.linalg.eigh(wide.double()))
     return Scaled(scales, matrix, values.clamp_(min=0), vectors)
 
 
 def _factor(hessian: Tensor, damping: float) -> Tensor:
-    """With J the reversal of the order, J H J = L Lᵀ, and R = J L J is upper and R Rᵀ = H."""
+    """R = J L J, with J the reversal of order and J H J = L Lᵀ, so that R is upper triangular and R Rᵀ = H."""
     mean = hessian.diagonal().mean()
     for power in range(DAMPING_RAISES + 1):
         reversed_ = hessian.flip(0, 1)
@@ -217,11 +220,11 @@ def _factor(hessian: Tensor, damping: float) -> Tensor:
         lower: Tensor
         lower, wrong = torch.linalg.cholesky_ex(reversed_)
         if not wrong and lower.diagonal().isfinite().all():
-            return lower.flip(0, 1).contiguous()  # as it is when it was kept and read: products round alike
+            return lower.flip(0, 1).contiguous()  # the layout of a saved factor, so that products round equally
     raise TrialError(f"Hessian not positive definite, even with damping {damping * 10**DAMPING_RAISES:g}")
 
 
 def widens(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch multiplies matrices of this kind into float32 sums and products, without a float32 copy of them."""
+    """Whether torch can multiply matrices of this dtype with a float32 result, without float32 copies."""
     half = dtype in {torch.bfloat16, torch.float16}
     return half and device.type == "cuda" and hasattr(torch.ops.aten.mm, "dtype")

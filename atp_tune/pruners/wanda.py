@@ -1,16 +1,16 @@
-"""Wanda: weights matter as much as the inputs they meet.
+"""Wanda: scores weights by magnitude times the norm of their inputs.
 
     score_ij = |W_ij| · ‖X_j‖₂
 
-W weight [out, in], X inputs [tokens, in]. Which scores are compared with each other is a setting:
+W weight [out, in], X inputs [tokens, in]. The setting `compare` selects the scores that are compared:
 
-`row`: the ⌊in·s⌋ lowest scores of each row (output) go.
-`row-variant`: with the scores of a row in ascending order, a weight's share is the sum of the scores up to its own,
-over the row's sum. The ⌊out·in·s⌋ smallest shares of the matrix go, so rows with few large scores lose more weights.
-The authors bisect a threshold α on that share until the matrix is within 0.001 of one sparsity, the model's; here each
-linear meets its own, exactly, which is where that bisection leads. A row without any score goes first, as theirs does.
+`row`: zeroes the ⌊in·s⌋ lowest scores of each row (output).
+`row-variant`: the share of a weight is the cumulative sum of its row's scores in ascending order, up to its own score,
+divided by the sum of the row. Zeroes the ⌊out·in·s⌋ smallest shares of the matrix, so rows with few large scores lose
+more weights. The authors bisect a threshold α on that share until the matrix is within 0.001 of the model's sparsity;
+here each linear meets its own sparsity exactly, the limit of that bisection. Rows of zeros go first, as in theirs.
 
-In groups of M inputs both are the same, the ⌊M·s⌋ lowest of each group: shares rise with the scores of a row.
+In groups of M inputs both zero the ⌊M·s⌋ lowest scores of each group, since shares increase with scores.
 
 Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", ICLR 2024, equation 1; the
 variant is `use_variant` of their code.
@@ -28,17 +28,17 @@ from atp_tune.pruners.statistics import InputNorms
 
 
 class Wanda(WandaSettings):
-    """Zeroes the lowest scores of each row; weights that stay are not changed."""
+    """Zeroes the weights with the lowest scores; kept weights are not changed."""
 
     group: int | None = None
 
     measures: ClassVar[type[Statistics] | None] = InputNorms
 
     def prepare(self, statistics: Statistics) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def prune(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:
-        """Pruned copy of weight [out, in] at a sparsity in [0, 1]; statistics are its `InputNorms`."""
+        """A pruned copy of weight [out, in] at a sparsity in [0, 1]; statistics are the `InputNorms` of its inputs."""
         if isinstance(statistics, Ranks) and self.compare == "row" and self.group is None:
             return zeroed(weight, statistics.lowest(sparsity))
         assert statistics is not None
@@ -51,19 +51,19 @@ class Wanda(WandaSettings):
 
     @staticmethod
     def scores(weight: Tensor, statistics: Statistics) -> Tensor:
-        """The scores [out, in] of weight [out, in], in float32; statistics are its `InputNorms`."""
+        """Scores [out, in] of weight [out, in] in float32; statistics are the `InputNorms` of its inputs."""
         assert isinstance(statistics, InputNorms)
         return weight.abs().float().mul_(statistics.norms())
 
 
 class Ranks(InputNorms):
-    """The norms, and by them each weight's place in its row, which is all that comparing rows asks for."""
+    """Norms, and the rank of each weight's score in its row, which is sufficient for `compare = "row"`."""
 
     places: Tensor
 
     @classmethod
     def of(cls, weight: Tensor, statistics: Statistics) -> "Ranks":
-        """Of weight [out, in], by its scores."""
+        """Ranks the scores of weight [out, in]."""
         found = cls.restored(statistics.tensors())
         found.places = ranks(Wanda.scores(weight, statistics))
         return found
@@ -74,7 +74,7 @@ class Ranks(InputNorms):
 
 
 def _shares(scores: Tensor) -> Tensor:
-    """For each score [out, in] the sum of its row up to it, in ascending order, as a share of the row's sum."""
+    """For each score [out, in], the cumulative sum of its row in ascending order, divided by the sum of the row."""
     ordered, order = scores.sort(dim=1, stable=True)
     sums = ordered.cumsum(1)
     shares = torch.where(sums > 0, sums / sums[:, -1:], 0)

@@ -1,6 +1,6 @@
 """Reports of one or several studies: a page, Markdown, JSON, a picture or a LaTeX table.
 
-They are made from the storage alone, without torch and the model, also while a study runs.
+They need only the storage, neither torch nor the model, and work while a study runs.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ ENDINGS = {"html": "html", "md": "md", "json": "json", "png": "png", "latex": "t
 
 
 def kind_of(given: str | None, out: Path | None) -> str:
-    """The format that was asked for: by name, else by the ending of the file, else html."""
+    """The format: by its name, else by the ending of `out`, else html; UserError if it is unknown."""
     if given is None:
         ending = out.suffix.removeprefix(".").lower() if out else "html"
         if ending not in ENDINGS.values():
@@ -32,18 +32,18 @@ def kind_of(given: str | None, out: Path | None) -> str:
 
 
 def name_of(studies: Sequence[str], kind: str) -> str:
-    """The name of the file for a report of these studies."""
+    """The default name of a report of these studies."""
     more = f"+{len(studies) - 2}-more" if len(studies) > 2 else ""
     return f"{'+'.join(studies[:2])}{more}.report.{ENDINGS[kind]}"
 
 
 def write(studies: Sequence[Contents], kind: str, out: Path) -> None:
-    """Writes the report so that it is there whole or not at all; UserError where that is not possible."""
+    """Writes the report atomically; UserError if it cannot be written."""
     write_out(out, _MAKERS[kind](studies))
 
 
 def make_picture(studies: Sequence[Contents]) -> bytes:
-    """The PNG of all figures for which there are data, study by study, with its name where there are several."""
+    """A PNG of all figures that have data, study by study; titles name the study if there are several."""
     drawn = []
     for summary in (contents.summary for contents in studies):
         for figure in figures.draw(summary).values():

@@ -1,4 +1,4 @@
-"""What a report says of one study, gathered once from its storage."""
+"""The contents of a report on one study, read from its storage."""
 
 import re
 import warnings
@@ -20,12 +20,12 @@ from atp_tune.spec.studyfile import settings
 from atp_tune.storage.lost_trials import is_given_up, is_lost
 from atp_tune.storage.progress import ranked, values_of
 
-ENOUGH = 10  # measured trials, from which on the importance of a parameter means something
+ENOUGH = 10  # measured trials: with fewer, importance of parameters is not shown
 
 
 @dataclass(frozen=True)
 class Contents:
-    """A study's summary, the facts that its values depend on, and how much each parameter matters (shares)."""
+    """A study's summary, the facts that its values depend on, and the importance of each parameter (shares of 1)."""
 
     summary: Summary
     facts: dict[str, Any]
@@ -34,45 +34,40 @@ class Contents:
 
     @property
     def target(self) -> float | None:
-        """The sparsity that was asked for."""
+        """The target sparsity."""
         made = self.summary.made_from
         return made.study.sparsity if made else self.facts.get("sparsity")
 
     @property
     def realised(self) -> float | None:
-        """The share of zeros that was counted in the best trial."""
+        """The share of zeros counted in the best trial."""
         best = self.summary.best_trial
         return best.user_attrs.get("realised") if best else None
 
     @property
     def description(self) -> str:
-        """What the study file says that it is."""
+        """The description in the study file."""
         made = self.summary.made_from
         return made.study.description if made else ""
 
     @property
     def seconds(self) -> float:
-        """Time of all trials."""
+        """Total time of all trials."""
         return sum(sum(spent(trial).values()) for trial in self.summary.trials)
 
     @property
     def devices(self) -> str:
-        """Where trials ran."""
+        """Devices that trials ran on."""
         return _several(trial.user_attrs.get("device") for trial in self.summary.trials)
 
     @property
-    def mixture(self) -> str:
-        """What to mind where trials ran on several devices or in several number formats."""
-        return mixture_of(self.summary)
-
-    @property
-    def beginning(self) -> str:
-        """What to mind where windows begin with BOS."""
-        return beginning_of(self.summary)
+    def notes(self) -> list[str]:
+        """Sentences on windows that begin with BOS, and on trials on other devices or in other number formats."""
+        return [note for note in (beginning_of(self.summary), mixture_of(self.summary)) if note]
 
     @property
     def versions(self) -> dict[str, str]:
-        """Versions of the libraries, all that there were."""
+        """Versions of the libraries, of all trials."""
         found = [trial.user_attrs.get("versions") or {} for trial in self.summary.trials]
         names = dict.fromkeys(name for versions in found for name in versions)
         return {name: _several(versions.get(name) for versions in found) for name in names}
@@ -89,7 +84,7 @@ class Contents:
 
     @property
     def state(self) -> str:
-        """How far the study is, in words."""
+        """Numbers of trials by state, in words."""
         summary = self.summary
         of = f" of {summary.total}" if summary.total is not None else ""
         parts = [f"{summary.done}{of} trials done"]
@@ -104,7 +99,7 @@ class Contents:
 
     @property
     def errors(self) -> str:
-        """What ± is, and what the numbers over draws are, where there are some."""
+        """What ± means, and the numbers over draws, if there are any."""
         draws = draws_note(self.summary)
         return f"± is the {errors_of(self.summary)}" + (f"; {draws}" if draws else "") + "."
 
@@ -130,13 +125,13 @@ class Contents:
 
 
 def gather(study: optuna.Study, made: datetime) -> Contents:
-    """All that a report says of a study as it stands."""
+    """The contents of a report on the present state of a study."""
     summary = summarise(study)
     return Contents(summary, dict(study.user_attrs.get("fingerprint", {})), _importance(study, summary.trials), made)
 
 
 def _importance(study: optuna.Study, trials: list[FrozenTrial]) -> dict[str, float]:
-    """Shares by parameter that was varied, the largest first; empty with too few trials."""
+    """Shares of the parameters that vary, the largest first; empty with too few trials."""
     done = ranked(trials)
     varied = {name for trial in done for name in trial.params}
     varied = {name for name in varied if len({trial.params.get(name) for trial in done}) > 1}

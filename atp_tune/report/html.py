@@ -1,4 +1,4 @@
-"""The report as one page that needs nothing else: figures, tables and how to do it again."""
+"""The report as one HTML file with figures, tables and commands, which needs no network."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,13 +17,13 @@ from atp_tune.figures.history import draw_history
 from atp_tune.report import tables
 from atp_tune.report.contents import Contents
 
-TITLE = 32  # px that a figure keeps for its own title
+TITLE = 32  # px of a figure's title, which the page shows instead
 HERE = Path(__file__).parent
-SAME = ("model.content", "texts.validation.content")  # facts without which perplexities are not to be compared
+SAME = ("model.content", "texts.validation.content")  # facts that must be equal for perplexities to compare
 
 
 def make(studies: Sequence[Contents]) -> bytes:
-    """The page of one study, or of several with a comparison first."""
+    """The page of the studies; a comparison comes first if there are several."""
     places = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
@@ -43,7 +43,7 @@ def make(studies: Sequence[Contents]) -> bytes:
 
 
 def overlays(studies: Sequence[Contents]) -> dict[str, go.Figure]:
-    """Figures of all studies together, where there are several; perplexities only of one model and text."""
+    """Figures that compare several studies; perplexities only if all have one model and text."""
     if len(studies) < 2:
         return {}
     summaries = [contents.summary for contents in studies]
@@ -83,7 +83,7 @@ def _drawn(made: Mapping[str, go.Figure]) -> dict[str, tuple[str, Markup]]:
 
 
 def _data(figure: go.Figure) -> Markup:
-    """A figure's JSON, which cannot end the script element that holds it, whatever a study is called."""
+    """A figure's JSON without `<`, so that no name of a study ends the script element around it."""
     plain = figure.to_dict()
     del plain["layout"]["title"]
     plain["layout"]["margin"]["t"] -= TITLE

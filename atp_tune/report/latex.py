@@ -76,5 +76,5 @@ def _score(score: Perplexity | Divergence | None, digits: int = 2) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text without what LaTeX would act on."""
+    """Text with LaTeX's special characters escaped."""
     return "".join(_SPECIAL.get(char, char) for char in " ".join(text.split()))

@@ -12,17 +12,17 @@
       objective, front      what is minimised; of two, the numbers of the trials on the Pareto front
       kl                    uniform and best: validation and test: {value, stderr} of a KL divergence; null where
                             the study does not minimise it. ranks[] have `kl` and `kl_change`, trials[] have `kl`
-      zero_shot             what `evaluate` found of the best trial, as in its configuration; or null
-      speed                 what `speedup` found of it, likewise; or null
+      zero_shot             what `evaluate` measured of the best trial, as in its configuration; or null
+      speed                 what `speedup` measured of it, likewise; or null
       draws                 uniform and best: perplexities on the test text by draw of the calibration text, and
                             changes from uniform's, with mean and sd; or null. ranks[] have `draws` of their own
-      windows               how many the validation and the test text have
+      windows               their numbers in the validation and the test text
       importance            parameter → share of 1; empty with too few trials
       trials[]              number, state, plan, pruner, allocation, parameters, perplexity, realised, sparsities,
                             linear_sparsities, errors, seconds (phase → s), device, dtype, remark
       seconds, devices      of all trials
       study_file            name and settings, as the study was made; or null
-      fingerprint, versions what the values depend on
+      fingerprint, versions facts that the values depend on, and versions of libraries
 
 Numbers that are not finite are null.
 """
@@ -131,7 +131,7 @@ def _trial(trial: FrozenTrial, summary: Summary) -> dict[str, Any]:
 
 
 def finite(value: Any) -> Any:
-    """The same with null where a number is infinite or none at all, which JSON cannot hold."""
+    """The value with None for infinite numbers and NaN, which JSON cannot hold."""
     if isinstance(value, float):
         return value if isfinite(value) else None
     if isinstance(value, dict):

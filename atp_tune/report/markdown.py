@@ -1,4 +1,4 @@
-"""The report as Markdown tables, and how text of others stands in Markdown."""
+"""The report in Markdown, and functions that escape text for Markdown."""
 
 import re
 from collections.abc import Sequence
@@ -8,23 +8,23 @@ from atp_tune.report import tables
 from atp_tune.report.contents import Contents
 from atp_tune.report.tables import ReportTable
 
-_RATES = "Rates are medians; the last column is the median (lowest to highest) of the ratios, run by run."
+_RATES = "Rates are medians over runs; the last column is the median (lowest to highest) of the runs' ratios."
 _KL = " KL: from the dense model's next-token distribution to the pruned one's, nats per token."
 
 
 def escaped(text: str) -> str:
-    """Text that stands for itself, in one line: no markup, no HTML, no formula, no entity."""
+    """Text in one line without markup, HTML, formulas or entities."""
     return re.sub(r"([\\`*_{}\[\]<>|#$&~])", r"\\\1", printable(" ".join(text.split())))
 
 
 def fenced(language: str, text: str) -> str:
-    """Lines that are shown as they are, whatever they hold."""
+    """Text as a fenced code block, which text with fences in it cannot end."""
     fence = "`" * (3 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text.rstrip(chr(10))}\n{fence}"
 
 
 def make(studies: Sequence[Contents]) -> bytes:
-    """One document: the comparison where there are several studies, then each."""
+    """The report: a comparison if there are several studies, then each study."""
     parts = ["# Comparison", table(tables.comparison(studies))] if len(studies) > 1 else []
     for contents in studies:
         parts += _study(contents)
@@ -35,8 +35,11 @@ def _study(contents: Contents) -> list[str]:
     summary = contents.summary
     parts = [f"# {escaped(summary.name)}", escaped(contents.description), escaped(contents.verdict)]
     parts.append(f"{contents.state}; as of {contents.made:%Y-%m-%d %H:%M}. {_sparsity(contents)}".strip())
-    parts += [escaped(contents.beginning), escaped(contents.mixture)]
-    parts += [table(tables.headline(summary)), contents.errors + (_KL if "kl" in summary.objectives else "")]
+    parts += [
+        *map(escaped, contents.notes),
+        table(tables.headline(summary)),
+        contents.errors + (_KL if "kl" in summary.objectives else ""),
+    ]
     if summary.front:
         parts += ["## Pareto front", table(tables.front(summary))]
     if len(summary.ranks) > 1:
@@ -63,7 +66,7 @@ def _sparsity(contents: Contents) -> str:
 
 
 def table(made: ReportTable) -> str:
-    """A table with its numbers to the right."""
+    """A Markdown table with numbers aligned to the right."""
     rules = [":--" if column in made.words else "--:" for column in range(len(made.head))]
     rows = [[f"**{cell}**" if cell and index == made.best else cell for cell in map(escaped, row)]
             for index, row in enumerate(made.rows)]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The tables of a report, as text: each format shows the same ones."""
+"""The tables of a report, as text; all formats show the same."""
 
 import shlex
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from atp_tune.spec.former import present_value
 
 @dataclass(frozen=True)
 class ReportTable:
-    """Rows of cells under a head; `words` are the columns of text, the others hold numbers; `best` is a row."""
+    """A head and rows of cells; `words`: columns of text, others hold numbers; `best`: the row to emphasise."""
 
     head: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
@@ -49,7 +49,7 @@ def headline(summary: Summary) -> ReportTable:
 
 
 def front(summary: Summary) -> ReportTable:
-    """The Pareto front on the validation text: trials that no other beats in one value without losing in the other."""
+    """The trials of the Pareto front, on the validation text."""
     rows = [
         (str(trial.number), plan_of(trial), str(score_of(trial)), str(summary.kl(trial).validation))
         for trial in summary.front
@@ -72,28 +72,28 @@ def ranks(summary: Summary) -> ReportTable:
 
 
 def importance(contents: Contents) -> ReportTable:
-    """How much of the good trials' difference from the others is due to each parameter."""
+    """Share of each parameter in what distinguishes good trials from the others."""
     shares = contents.importance.items()
     return ReportTable(("parameter", "share"), [(symbol(name), f"{share:.0%}") for name, share in shares])
 
 
 def zero_shot(found: ZeroShot) -> ReportTable:
-    """Each model on each task, the mean of the accuracies, and best and uniform paired by items."""
+    """Scores of each model on each task, their mean, and best − uniform paired by items."""
     models = list(found.seconds)
     paired = any(task.best_minus_uniform for task in found.tasks)
     rows = []
     for task in found.tasks:
-        scores = (_measure(task.scores.get(model, {}).get(task.metric), task.metric) for model in models)
+        scores = (measure(task.scores.get(model, {}).get(task.metric), task.metric) for model in models)
         rows.append((_task(task), str(task.items), *scores, *[_points(task.best_minus_uniform, task.metric)] * paired))
     if len(rows) > 1 and found.mean:
-        means = (_measure(found.mean.get(model)) for model in models)
+        means = (measure(found.mean.get(model)) for model in models)
         rows.append(("mean", "", *means, *[_points(found.mean_best_minus_uniform)] * paired))
     return ReportTable(("task", "items", *models, *["best − uniform"] * paired), rows)
 
 
 def zero_shot_note(found: ZeroShot) -> str:
-    """What the numbers of that table are of."""
-    limit = "" if found.limit is None else f", the first {found.limit} items of each task at most"
+    """A note under that table: errors, versions, device and limits."""
+    limit = "" if found.limit is None else f", at most the first {found.limit} items of each task"
     missing = f"; left out: {', '.join(found.missing)}" if found.missing else ""
     paired = "; best − uniform: item by item" if "best" in found.seconds else ""
     where = f"lm-eval {found.versions.get('lm_eval', '')}, {found.dtype}, {found.device}"
@@ -119,7 +119,8 @@ def _task(task: TaskScores) -> str:
     return task.task + shots + ("" if task.metric == "acc" else f" [{task.metric}]")
 
 
-def _measure(found: Measure | None, metric: str = SHARES[0]) -> str:
+def measure(found: Measure | None, metric: str = SHARES[0]) -> str:
+    """A score with its standard error, in per cent if the metric is a share."""
     if found is None:
         return NOTHING
     style = ".1%" if metric in SHARES else ".4g"
@@ -127,7 +128,7 @@ def _measure(found: Measure | None, metric: str = SHARES[0]) -> str:
 
 
 def _points(found: Measure | None, metric: str = SHARES[0]) -> str:
-    """A difference, in points where the metric is a share."""
+    """A difference, in percentage points if the metric is a share."""
     if found is None or found.stderr is None:
         return NOTHING
     if metric not in SHARES:
@@ -147,7 +148,7 @@ def trials(summary: Summary) -> ReportTable:
 
 
 def comparison(studies: Sequence[Contents]) -> ReportTable:
-    """One row per study, all on one text: report, if each has been measured on it."""
+    """One row per study, all on one text: test if all are measured on it, else validation."""
     on = "test" if all(contents.summary.text == "test" for contents in studies) else "validation"
     columns = (f"dense, {on} text", "uniform", "best", "against uniform")
     head = ("study", "sparsity", *columns, "trials", "time", "device")
@@ -155,27 +156,27 @@ def comparison(studies: Sequence[Contents]) -> ReportTable:
 
 
 def fingerprint(contents: Contents) -> ReportTable:
-    """The facts that the values depend on, the versions and the devices."""
+    """Facts that values depend on, versions of libraries, devices."""
     rows = [(key, _plain(present_value(key, value))) for key, value in sorted(contents.facts.items())]
     rows += [(f"version of {name}", version) for name, version in contents.versions.items()]
     return ReportTable(("key", "value"), [*rows, ("device", contents.devices or NOTHING)], (0, 1))
 
 
 def commands(summary: Summary) -> list[tuple[str, str]]:
-    """What each command does, and the command."""
+    """Purpose and command, for each command that the report shows."""
     stored = summary.made_from is not None
     study = shlex.quote(f"{plain_name(summary.name)}.toml" if stored else printable(summary.name))
     config, folder = (shlex.quote(plain_name(summary.name) + end) for end in (".best.json", "-sparse"))
     return [
-        ("run, or go on", f"python tune.py --study {study}"),
-        ("look", f"python tune.py status --study {study}"),
+        ("run or resume", f"python tune.py --study {study}"),
+        ("show the trials", f"python tune.py status --study {study}"),
         ("best configuration", f"python tune.py export --study {study} --out {config}"),
         ("sparse checkpoint", f"python tune.py apply --config {config} --out {folder}"),
     ]
 
 
 def plain_name(name: str) -> str:
-    """A study's name as a file's."""
+    """A study's name as the name of a file."""
     return printable(name).replace("/", "_")
 
 

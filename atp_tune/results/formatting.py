@@ -79,7 +79,7 @@ def cells(scores: Scores | Divergences) -> tuple[str, str]:
 
 def changed(against: Change | None, on: str) -> str:
     """A row's change from uniform, marked if on the validation text."""
-    return NOTHING if against is None else f"{against}" + (" (search)" if on == "validation" else "")
+    return NOTHING if against is None else f"{against}" + (" (validation)" if on == "validation" else "")
 
 
 def drawn(summary: Summary) -> int:

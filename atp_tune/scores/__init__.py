@@ -1,7 +1,7 @@
-"""What a model is scored by. Today that is the next token; classes of images can come in by the same door.
+"""Scores of a model: how well it predicts the next token. Another score, such as for images, can be added.
 
-A search sees lists of numbers, one an item (a window, or an image), and knows nothing of what they are made from.
-Another score is a file with an object of type `Score`, and a row of `SCORES`.
+A search sees only lists of numbers, one per item (a window or an image). A new score is a file with an object of type
+`Score` and a row of `SCORES`.
 """
 
 from collections.abc import Sequence
@@ -17,22 +17,22 @@ from atp_tune.inputs import Batch
 
 
 class WindowScores(NamedTuple):
-    """NLL and KL of each window (or other item), in nats; no KL where there is nothing to compare with."""
+    """NLL and KL of each window (or other item), in nats per token; `kls` is empty without a dense model."""
 
     nlls: list[float]
     kls: list[float]
 
 
 class Score(Head, Protocol):
-    """How good a model is, from the hidden states that leave its last block."""
+    """Scores a model from the hidden states after its last block."""
 
     def head_cost(self, checkpoint: Checkpoint, positions: int) -> tuple[int, int]:
-        """Of an item of so many positions: how many go through the head at a time, and bytes that each takes there."""
+        """For items of `positions`: how many positions go through the head at a time, and bytes for each."""
 
     def items(self, replay: Replay, batch: Batch, hidden: Tensor, dense: Tensor | None) -> WindowScores:
-        """Scores of a batch of items, from their final hidden states [items, positions, width].
+        """Scores of a batch, from its final hidden states [items, positions, width].
 
-        `dense`: those of the dense model, if it is to be compared with.
+        `dense`: the final hidden states of the dense model, for KL.
         """
 
 
@@ -40,10 +40,10 @@ SCORES = {"next-token": "atp_tune.scores.next_token:NEXT_TOKEN"}
 
 
 def find_score(name: str = "next-token") -> Score:
-    """The score of that name, from its row in `SCORES`."""
+    """The score of that name in `SCORES`."""
     return cast(Score, resolve_name(SCORES[name]))
 
 
 def joined(parts: Sequence[WindowScores]) -> WindowScores:
-    """The scores of several parts as one."""
+    """Concatenates scores."""
     return WindowScores([nll for part in parts for nll in part.nlls], [kl for part in parts for kl in part.kls])

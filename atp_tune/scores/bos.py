@@ -1,4 +1,4 @@
-"""The dense model asked, on a few windows of the calibration text, whether its windows should begin with BOS."""
+"""Measures the dense model with and without BOS on a few windows of the calibration text."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,10 +26,10 @@ def compare_bos(
     text: Text,
     base: Path,
 ) -> BosEffect | None:
-    """Perplexity of the same tokens in windows with and without BOS; None where tokenizer or model have none.
+    """Perplexity of the same tokens with and without BOS; None if the tokenizer or the model has no BOS.
 
-    Windows without it are those with it less their first token, and the prediction that only BOS allows does not count
-    here. Both kinds go through the blocks, the dense model's, together: weights that are streamed come once.
+    Windows without BOS are those with BOS, minus the first token; the prediction right after BOS does not count. Both
+    go through the dense blocks together, so that streamed weights are copied once.
     """
     tokenizer = load_tokenizer(folder.path, folder.trusted)
     bos = bos_of(tokenizer)

@@ -1,8 +1,7 @@
-"""Scores of a model that is given as weights per block.
+"""Scores of a model whose weights are given block by block.
 
-Blocks are met once, in order, so they may come one at a time, as a model larger than memory does. The dense model,
-where it is compared with, is its final hidden states: its logits would fit into no memory, so they are computed again
-beside the others.
+Each block is used once, in order, so a model may be larger than memory. For KL the dense model is given by its final
+hidden states; its logits would need too much memory, so they are computed again.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +12,7 @@ from atp_tune.blocks.batching import AutoBatch
 from atp_tune.blocks.prune_pass import advance, embed
 from atp_tune.blocks.replay import Replay
 from atp_tune.inputs import Batch
-from atp_tune.scores import Score, WindowScores
+from atp_tune.scores import Score, WindowScores, joined
 
 Block = tuple[int, dict[str, Tensor]]  # index, tensors by name
 
@@ -27,10 +26,10 @@ def group_scores(
     groups: Sequence[Batch],
     dense: Sequence[Tensor] = (),
 ) -> Iterator[WindowScores]:
-    """Scores of the items of each group, after all groups went through the blocks together.
+    """Scores of each group of items; all groups go through each block before the next block.
 
-    `batch` sizes the batches of the blocks, `heads` those of the head. `dense`: final states of the dense model for
-    each group, if it is to be compared with.
+    `batch` sets the batch size in blocks, `heads` that in the head. `dense`: final hidden states of the dense model for
+    each group, for KL.
     """
     states = final_states(replay, batch, blocks, groups)
     for index, (group, hidden) in enumerate(zip(groups, states, strict=True)):
@@ -38,7 +37,7 @@ def group_scores(
 
 
 def final_states(replay: Replay, batch: AutoBatch, blocks: Iterable[Block], groups: Sequence[Batch]) -> list[Tensor]:
-    """Hidden states [items, positions, width] that leave the last block, of each group of items."""
+    """Hidden states [items, positions, width] after the last block, of each group."""
     states = [embed(replay, batch, group) for group in groups]
     for index, weights in blocks:
         for hidden in states:
@@ -49,15 +48,9 @@ def final_states(replay: Replay, batch: AutoBatch, blocks: Iterable[Block], grou
 def head_scores(
     replay: Replay, score: Score, heads: AutoBatch, items: Batch, hidden: Tensor, dense: Tensor | None = None
 ) -> WindowScores:
-    """Scores of each item, from final hidden states [items, positions, width]."""
-    found = WindowScores([], [])
-    while len(found.nlls) < len(items):
-        start = len(found.nlls)
+    """Scores of items, from their final hidden states [items, positions, width]."""
 
-        def step(count: int, start: int = start) -> WindowScores:
-            rows = slice(start, start + count)
-            return score.items(replay, items[rows], hidden[rows], None if dense is None else dense[rows])
+    def step(rows: slice) -> WindowScores:
+        return score.items(replay, items[rows], hidden[rows], None if dense is None else dense[rows])
 
-        for scores, more in zip(found, heads.run(step), strict=True):
-            scores.extend(more)
-    return found
+    return joined(heads.over(len(items), step))

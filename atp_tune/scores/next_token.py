@@ -1,11 +1,10 @@
-"""How well a model predicts the next token: window NLLs, and how far its predictions are from the dense model's.
+"""Scores of next-token predictions: the NLL of each window, and the KL divergence from the dense model.
 
-Logits are computed for a slice of positions at a time and turned into NLLs a few rows at a time, so that they never
-exist in float32 beyond what a processor's cache holds: reading and writing them costs more than multiplying them,
-otherwise.
+Logits are computed for a slice of positions at a time, and converted to float32 a few rows at a time, so that the
+float32 copy stays in the CPU's cache: memory traffic would cost more than the matrix product.
 
-ids token ids [windows, tokens]; NLL nats per token, mean over the tokens - 1 predicted positions of a window. KL(p ‖ q)
-likewise, p the dense model's next-token distribution and q this one's.
+ids token ids [windows, tokens]; NLL in nats per token, mean over the tokens - 1 predicted positions of a window;
+KL(p ‖ q) likewise, p next-token distribution of the dense model and q of this model.
 """
 
 from collections.abc import Sequence
@@ -20,26 +19,26 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.inputs.tokens import vocabulary
 from atp_tune.scores import Score, WindowScores
 
-POSITIONS = 256  # of each window, whose logits are computed at a time
-HEAD_BYTES = 12  # per logit: bf16 or float32 logits, their float32 copy and its log-softmax
-CACHED = 1 << 17  # logits in float32 at a time for each thread of a CPU (512 KB); elsewhere all of a slice
-COMPARED = 1 << 28  # elsewhere, where two models are compared (1 GB)
-WINDOWS, TOKENS = 2, 16  # of a probe
-PART = slice(4, 11)  # positions of which a probe's logits are computed alone, too
+POSITIONS = 256  # positions of each window whose logits are computed at a time
+HEAD_BYTES = 12  # bytes per logit: bf16 or float32 logits, their float32 copy and its log-softmax
+CACHED = 1 << 17  # float32 logits at a time per thread of a CPU (512 KB); other devices take a whole slice
+COMPARED = 1 << 28  # the same for KL on other devices (1 GB)
+WINDOWS, TOKENS = 2, 16  # shape of a probe
+PART = slice(4, 11)  # positions whose logits are also computed alone
 
 
 class NextToken:
     """The `Score` of causal language models, whose inputs are token ids."""
 
     def probes(self, checkpoint: Checkpoint) -> tuple[Tensor, Tensor]:
-        """Random ids [windows, tokens], and the same with other tokens in the second half of each window."""
+        """Random ids [windows, tokens], and the same ids with other tokens in the second half of each window."""
         draw = torch.Generator().manual_seed(0)
         ids, other = torch.randint(vocabulary(checkpoint), (2, WINDOWS, TOKENS), generator=draw)
         other[:, : TOKENS // 2] = ids[:, : TOKENS // 2]
         return ids.to(checkpoint.device), other.to(checkpoint.device)
 
     def check_head(self, replay: Replay, runs: Sequence[ProbeRun], logits: Tensor, is_routed: bool) -> None:
-        """Difference where a model has no logits for each token, by itself and from what comes before it alone."""
+        """Raises Difference unless logits are causal and computed from the hidden states, position by position."""
         (ids, hidden), (other, others) = ((run.batch, run.hidden) for run in runs)
         if logits.shape[:2] != ids.shape:
             raise Difference("has no logits for each token")
@@ -51,22 +50,32 @@ class NextToken:
             raise Difference("predicts tokens from those that come later, so it is no causal language model")
 
     def head_cost(self, checkpoint: Checkpoint, positions: int) -> tuple[int, int]:
-        """Tokens of a window whose logits are computed at a time, and the bytes of a token's logits."""
+        """Number of positions of a window whose logits are computed at a time, and bytes for each."""
         return min(positions, POSITIONS), HEAD_BYTES * vocabulary(checkpoint)
 
     def items(self, replay: Replay, batch: Tensor, hidden: Tensor, dense: Tensor | None) -> WindowScores:
-        """Scores of each window, in nats per token."""
-        return window_scores(replay, batch, hidden, dense)
+        """Scores of each window in nats per token; norm and head are applied to slices of positions."""
+        predicted = batch.shape[1] - 1
+        nlls, kls = torch.zeros(2, len(batch), dtype=torch.float32, device=batch.device)
+        for start in range(0, predicted, POSITIONS):
+            here = slice(start, min(start + POSITIONS, predicted))
+            logits = replay.logits(batch[:, here], hidden[:, here]).flatten(0, 1)
+            targets = batch[:, here.start + 1 : here.stop + 1].flatten()
+            nlls += token_nlls(logits, targets).view(len(batch), -1).sum(1)
+            if dense is not None:
+                others = replay.logits(batch[:, here], dense[:, here].to(batch.device)).flatten(0, 1)
+                kls += token_kls(others, logits).view(len(batch), -1).sum(1)
+        return WindowScores((nlls / predicted).tolist(), [] if dense is None else (kls / predicted).tolist())
 
 
 NEXT_TOKEN: Score = NextToken()
 
 
 def is_causal(logits: Tensor, other: Tensor, is_routed: bool) -> bool:
-    """Whether both probes come to the same logits where they are the same so far.
+    """Whether the logits of both probes are equal in the first half, where their tokens are equal.
 
-    To the last bit, since all shapes are the same and nothing of a row or position goes into another's; but tokens that
-    are routed are multiplied together with those that chose the same expert, and how many these are decides last bits.
+    Bit-identical if tokens are not routed, since all shapes are the same. With routing, the number of tokens that are
+    multiplied by the same expert affects rounding.
     """
     early, others = logits[:, : TOKENS // 2], other[:, : TOKENS // 2]
     if is_equal(early, others):
@@ -74,23 +83,8 @@ def is_causal(logits: Tensor, other: Tensor, is_routed: bool) -> bool:
     return is_routed and is_near(early, others)
 
 
-def window_scores(replay: Replay, ids: Tensor, hidden: Tensor, dense: Tensor | None) -> WindowScores:
-    """Scores of each window; norm and head work position by position, so slices of them pass through alone."""
-    predicted = ids.shape[1] - 1
-    nlls, kls = torch.zeros(2, len(ids), dtype=torch.float32, device=ids.device)
-    for start in range(0, predicted, POSITIONS):
-        here = slice(start, min(start + POSITIONS, predicted))
-        logits = replay.logits(ids[:, here], hidden[:, here]).flatten(0, 1)
-        targets = ids[:, here.start + 1 : here.stop + 1].flatten()
-        nlls += token_nlls(logits, targets).view(len(ids), -1).sum(1)
-        if dense is not None:
-            others = replay.logits(ids[:, here], dense[:, here].to(ids.device)).flatten(0, 1)
-            kls += token_kls(others, logits).view(len(ids), -1).sum(1)
-    return WindowScores((nlls / predicted).tolist(), [] if dense is None else (kls / predicted).tolist())
-
-
 def token_kls(dense: Tensor, logits: Tensor) -> Tensor:
-    """KL(p ‖ q) [tokens] in float32 of logits [tokens, vocabulary], p of the dense ones; never negative."""
+    """KL(p ‖ q) [tokens] in float32, p from dense logits [tokens, vocabulary], q from `logits`; never negative."""
     rows = rows_at_a_time(logits) or max(1, COMPARED // logits.shape[1])
     kls = []
     for one, other in zip(torch.split(dense, rows), torch.split(logits, rows), strict=True):
@@ -112,7 +106,7 @@ def token_nlls(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def rows_at_a_time(logits: Tensor) -> int | None:
-    """Rows of logits [tokens, vocabulary] that stay in a CPU's caches in float32; None elsewhere."""
+    """Number of float32 rows of logits [tokens, vocabulary] that fit in a CPU's caches; None on other devices."""
     if logits.device.type != "cpu":
         return None
     return torch.get_num_threads() * max(1, CACHED // logits.shape[1])

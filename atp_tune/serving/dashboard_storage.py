@@ -1,7 +1,7 @@
-"""What the dashboard sees of a storage: the trials as they are, with notes, figures and columns for people.
+"""The storage as the dashboard sees it: with notes, figures and readable columns.
 
-Notes and figures are made when somebody looks, from what is stored at that moment. Nothing is written for it: they
-cannot be out of date or half-written, a trial does not wait for them, and it does not matter which machine ran it.
+Notes and figures are made when the dashboard asks for them, and are not stored. So they are always current and whole,
+cost a trial no time, and do not depend on the machine that ran it.
 """
 
 from collections.abc import Callable, Container, Iterator, Mapping
@@ -23,12 +23,12 @@ from atp_tune.storage.database import Database, without_password
 from atp_tune.storage.opening import open_database
 from atp_tune.storage.validation import ValidatedStudy
 
-DASHBOARD = "dashboard:"  # what its attributes begin with
+DASHBOARD = "dashboard:"  # prefix of the dashboard's attributes
 Attributes = Mapping[str, Any]
 
 
 def make_view(address: str, storage: BaseStorage, join: str = "grpc://HOST:13000") -> "DashboardView":
-    """The view of a database that exists; `storage` is the same one as it is, `join` where workers reach it."""
+    """The view of an existing database; `storage`: the same without additions; `join`: its URL for workers."""
     view = open_database(address, False, DashboardView)
     assert view is not None
     view.additions = Additions(storage, without_password(address), join)
@@ -36,12 +36,12 @@ def make_view(address: str, storage: BaseStorage, join: str = "grpc://HOST:13000
 
 
 class DashboardView(Database):
-    """A database whose studies have notes and figures, and whose attributes fit a table's columns."""
+    """A database with notes and figures on its studies, and with attributes that fit the columns of a table."""
 
     additions: "Additions"
 
     def get_all_studies(self) -> list[FrozenStudy]:
-        """All studies; the notes and figures of each are made when they are read."""
+        """All studies; notes and figures are made when they are read."""
         studies = super().get_all_studies()
         for study in studies:
             study.user_attrs = facts_of(study.user_attrs)
@@ -49,17 +49,17 @@ class DashboardView(Database):
         return studies
 
     def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
-        """System attributes of a study, its notes and figures among them."""
+        """System attributes of a study, with its notes and figures."""
         return dict(self._with_additions(study_id, super().get_study_system_attrs(study_id)))
 
     def get_all_trials(
         self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
     ) -> list[FrozenTrial]:
-        """All trials with the attributes that are worth a column."""
+        """All trials, with the attributes for the table."""
         return [_in_columns(trial) for trial in super().get_all_trials(study_id, True, states)]
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
-        """A trial with the attributes that are worth a column."""
+        """A trial, with the attributes for the table."""
         return _in_columns(super().get_trial(trial_id))
 
     def _with_additions(self, study_id: int, stored: Attributes) -> "Later":
@@ -68,14 +68,14 @@ class DashboardView(Database):
 
 def _in_columns(trial: FrozenTrial) -> FrozenTrial:
     trial.user_attrs = columns(trial)
-    trial.values = trial.values and [round(value, 4) for value in trial.values]  # the page prints all that there are
+    trial.values = trial.values and [round(value, 4) for value in trial.values]  # the page prints all digits
     return trial
 
 
 class Later(Mapping[str, Any]):
-    """Stored attributes, and additions that are made once someone asks for one of them, or for all.
+    """Stored attributes, and additions that are made when one of them, or the whole mapping, is first read.
 
-    The dashboard's list of studies reads one attribute of each study: no reason to draw the figures of all.
+    The dashboard's list of studies reads one stored attribute of each study, and need not draw figures.
     """
 
     def __init__(self, stored: Attributes, make: Callable[[], Attributes]) -> None:
@@ -99,7 +99,7 @@ class Later(Mapping[str, Any]):
 
 
 class Additions:
-    """Notes and figures of studies, made anew when a study has changed; any thread may ask."""
+    """Notes and figures of studies, remade when a study has changed; thread-safe."""
 
     def __init__(self, storage: BaseStorage, address: str, join: str) -> None:
         self._storage = storage
@@ -110,7 +110,7 @@ class Additions:
         self._changes = 0
 
     def of(self, study_id: int, stored: Attributes) -> Attributes:
-        """System attributes that hold the notes and figures of one study, in the dashboard's format."""
+        """The notes and figures of a study, as system attributes in the dashboard's format."""
         with self._lock:
             study = ValidatedStudy(self._storage.get_study_name_from_id(study_id), self._storage)
             state = _state(study, stored)
@@ -131,7 +131,7 @@ class Additions:
         return notes
 
     def _note(self, owner: Study | Trial, text: str, stored: Attributes, infix: str) -> dict[str, Any]:
-        """A note of ours above what people wrote, one version above what they saw last."""
+        """The note with people's own text below, and a version above the stored one."""
         version = f"{DASHBOARD}{infix}note_ver"
         written = get_note(owner) if version in stored else ""
         shadow = optuna.create_study()
@@ -151,7 +151,7 @@ def _figures(summary: Summary) -> dict[str, Any]:
 
 
 def _state(study: Study, stored: Attributes) -> object:
-    """What differs when notes or figures have to be made anew."""
+    """A value that changes when notes or figures must be remade."""
     trials = [(trial.state, len(trial.user_attrs)) for trial in study.get_trials(deepcopy=False)]
     attrs = study.user_attrs
     own = {key: value for key, value in stored.items() if key.startswith(DASHBOARD)}

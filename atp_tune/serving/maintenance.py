@@ -1,4 +1,4 @@
-"""What a server does for its studies without being asked: lost trials run again, artifacts stay current."""
+"""What a server does for its studies: queues lost trials again, and keeps artifacts current."""
 
 from collections.abc import Callable
 from datetime import datetime
@@ -21,7 +21,7 @@ from atp_tune.storage.validation import readable
 
 
 class Maintenance:
-    """Looks after all studies of a storage; `artifacts` is the folder of the files that the dashboard offers."""
+    """Maintains all studies of a storage; `artifacts` is the folder of the files that the dashboard offers."""
 
     def __init__(self, storage: BaseStorage, artifacts: Path, tell: Callable[[str], None]) -> None:
         self._storage = storage
@@ -32,7 +32,7 @@ class Maintenance:
         self._told: dict[str, str] = {}
 
     def turn(self) -> None:
-        """One look at every study; what goes wrong with it is told once, and tried again the next time."""
+        """One round over all studies; an error is reported once, and retried in the next round."""
         try:
             self._look()
             trouble = ""
@@ -50,14 +50,14 @@ class Maintenance:
                 continue
             try:
                 self._recover(study)
-                attached = attached or self._attach(study)  # one a turn: a report takes half a second, and 5 MB
+                attached = attached or self._attach(study)  # one per round: a report takes half a second and 5 MB
             except UserError as error:
                 if self._told.get(name) != str(error):
                     self._tell(f"warning: {error}")
                 self._told[name] = str(error)
 
     def _recover(self, study: optuna.Study) -> None:
-        """Queues lost trials again: the workers of other machines cannot see themselves that nobody runs them."""
+        """Queues lost trials again, since workers on other machines cannot detect that a trial is lost."""
         for number in lost_trials.recover(study):
             trial = study.get_trials(deepcopy=False)[number]
             reason, why = trial.user_attrs.get("lost", "sent no heartbeat"), lost_trials.given_up(trial)
@@ -65,7 +65,7 @@ class Maintenance:
             self._tell(f"{study.study_name}: trial {number}: {reason}; {end}")
 
     def _attach(self, study: optuna.Study) -> bool:
-        """The best configuration and the report, whenever there is another best or front, or final numbers."""
+        """Attaches best configuration and report if best trial, front or final numbers changed; whether it did."""
         best = progress.best_trial(study)
         front = [trial.number for trial in progress.front_of(study)]
         state = best and (best.number, final_numbers(study), front)
@@ -77,12 +77,14 @@ class Maintenance:
         return True
 
     def _put(self, study: optuna.Study, name: str, content: bytes) -> None:
-        """Attaches a file, in the place of an earlier one of that name."""
-        known = _artifact(study, name)
-        if known is not None:
-            write_atomically(self._folder / known, content)
-            return
-        with TemporaryDirectory(prefix="atp_tune.") as place:  # not in the folder: a file there may have this name
+        """Attaches a file, replacing an earlier one of that name."""
+        with readable(study.study_name):
+            known = artifacts.file_names(study._storage.get_study_system_attrs(study._study_id))
+        for artifact, file_name in known.items():
+            if file_name == name:
+                write_atomically(self._folder / artifact, content)
+                return
+        with TemporaryDirectory(prefix="atp_tune.") as place:  # outside the folder, where a file may have this name
             file = Path(place) / name
             file.write_bytes(content)
             upload_artifact(
@@ -90,18 +92,11 @@ class Maintenance:
             )
 
 
-def _artifact(study: optuna.Study, name: str) -> str | None:
-    """The artifact that is a study's file of that name."""
-    with readable(study.study_name):
-        known = artifacts.file_names(study._storage.get_study_system_attrs(study._study_id))
-    return next((artifact for artifact, file in known.items() if file == name), None)
-
-
 def _files(study: optuna.Study) -> dict[str, bytes]:
     summary = summarise(study)
     files = {artifacts.REPORT: html.make([gather(study, datetime.now())])}
     if summary.made_from is not None:
         config = best_config(summary.made_from, study, Path(artifacts.CONFIG))
-        absolute = config.model_copy(update={"folder": str(summary.made_from.folder)})  # it may be loaded anywhere
+        absolute = config.model_copy(update={"folder": str(summary.made_from.folder)})  # for downloads to any folder
         files[artifacts.CONFIG] = absolute.to_json().encode()
     return files

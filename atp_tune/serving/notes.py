@@ -1,4 +1,4 @@
-"""The words of the dashboard: a note for each study and trial (Markdown), and what is worth a column."""
+"""The texts of the dashboard: Markdown notes on studies and trials, and columns of its table."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -26,12 +26,12 @@ from atp_tune.spec.former import present_facts
 from atp_tune.storage.lost_trials import is_lost
 
 OWN = "*Above: atp_tune, always current. Below: your own notes, which are kept.*"
-GAP = "&emsp;"  # the dashboard draws tables without space between columns
+GAP = "&emsp;"  # the dashboard leaves no space between columns
 Attributes = Mapping[str, Any]
 
 
 def with_own_words(ours: str, written: str) -> str:
-    """Our note above the part of a stored note that people wrote."""
+    """The generated note, above the part of the stored note that people wrote."""
     return f"{ours}\n\n---\n\n{OWN}\n\n{own_words(written)}".rstrip() + "\n"
 
 
@@ -42,21 +42,13 @@ def own_words(written: str) -> str:
 
 
 def study_note(summary: Summary, address: str, join: str = "grpc://HOST:13000") -> str:
-    """What is tuned, what was found, where the files are, and the commands that follow.
+    """The search space, results, files, and the next commands.
 
-    `address` is the storage's URL, `join` the one at which other machines reach it.
+    `address` is the storage's URL, `join` its URL for other machines.
     """
-    files = _files(summary, address)
-    parts = [
-        _what(summary),
-        _scores(summary),
-        _gain(summary),
-        _state(summary),
-        escaped(beginning_of(summary)),
-        escaped(mixture_of(summary)),
-        files,
-        _commands(summary, join),
-    ]
+    remarks = map(escaped, (beginning_of(summary), mixture_of(summary)))
+    results = (_what(summary), _scores(summary), _gain(summary), _state(summary))
+    parts = [*results, *remarks, _files(summary, address), _commands(summary, join)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -70,9 +62,9 @@ def _what(summary: Summary) -> str:
     objectives = {"kl": "KL divergence from the dense model (nats per token)"}
     objective = " and ".join(objectives.get(objective, objective) for objective in summary.objectives)
     lines = [
-        f"## {escaped(summary.name)}: {spec.sparsity:.0%} of the weights of {_code(spec.model.source)} go",
+        f"## {escaped(summary.name)}: {_code(spec.model.source)} at {spec.sparsity:.0%} sparsity",
         escaped(spec.description),
-        f"Searched: how to share the zeros out over {len(summary.sizes)} blocks ({names}; {pruners}; "
+        f"The study searches for the sparsities of {len(summary.sizes)} blocks ({names}; {pruners}; "
         f"pattern {escaped(spec.prune.pattern)}). The objective is {objective} on the validation text; lower is "
         "better.",
     ]
@@ -93,7 +85,7 @@ def _scores(summary: Summary) -> str:
 
 
 def _kls(summary: Summary) -> list[str]:
-    """A table of KL divergences, where the study minimises them; of two objectives, of the Pareto front too."""
+    """A table of KL divergences, of the Pareto front too, if the study minimises them."""
     if "kl" not in summary.objectives:
         return []
     lines = ["", f"| KL from the dense model | {GAP}validation text | {GAP}test text |", "|---|---:|---:|"]
@@ -114,7 +106,7 @@ def _cells(scores: Scores | Divergences) -> str:
 def _gain(summary: Summary) -> str:
     if summary.best_trial is None:
         return "No trial has a value yet."
-    errors = f"± is the {errors_of(summary)}, that of a change is paired window by window."
+    errors = f"± is the {errors_of(summary)}; that of a change is paired by windows."
     rank, by_kl = summary.ranks[0], summary.objectives == ("kl",)
     against = rank.kl_against if by_kl else rank.against
     if is_uniform(summary.best_trial) or against is None:
@@ -141,8 +133,8 @@ def _commands(summary: Summary, join: str) -> str:
     if summary.made_from is None:
         return ""
     lines = [
-        f"{command_of(summary)}    # go on, on this machine",
-        f"{command_of(summary, '--storage', join)}    # help, from another",
+        f"{command_of(summary)}    # resume, on this machine",
+        f"{command_of(summary, '--storage', join)}    # join, from another machine",
         "python tune.py apply --config best.json --out DIR    # the sparse checkpoint",
     ]
     return fenced("", "\n".join(map(printable, lines)))
@@ -155,12 +147,12 @@ def _files(summary: Summary, address: str) -> str:
 
 
 def _code(text: str) -> str:
-    """Text that Markdown leaves as it is."""
+    """Text as inline code."""
     return "`" + printable(text).replace("`", "'") + "`"
 
 
 def trial_note(trial: FrozenTrial, summary: Summary) -> str:
-    """Plan, sparsity, times, and why a trial has no value."""
+    """Plan, value or the reason for none, sparsities and times of a trial."""
     attrs = trial.user_attrs
     title = f"### {escaped(plan_of(trial))}" if "allocation" in trial.params else "### no plan yet"
     parts = [title, _why(trial, summary), _measured(trial, summary), _sparsities(attrs), _costs(attrs)]
@@ -206,25 +198,25 @@ def _costs(attrs: Attributes) -> str:
 
 
 def columns(trial: FrozenTrial) -> dict[str, Any]:
-    """A trial's attributes for the dashboard's table: numbers that sort, no long lists."""
-    attrs, shown_ones = trial.user_attrs, {}
+    """A trial's attributes for the dashboard's table: numbers, which sort, and no long lists."""
+    attrs, found = trial.user_attrs, {}
     if "stderr" in attrs:
-        shown_ones["± stderr"] = round(attrs["stderr"], 2)
+        found["± stderr"] = round(attrs["stderr"], 2)
     if "realised" in attrs:
-        shown_ones["zeros %"] = round(100 * attrs["realised"], 2)
+        found["zeros %"] = round(100 * attrs["realised"], 2)
     if "seconds" in attrs:
-        shown_ones["seconds"] = round(sum(attrs["seconds"].values()), 1)
+        found["seconds"] = round(sum(attrs["seconds"].values()), 1)
     if attrs.get("peak_bytes"):
-        shown_ones["peak GB"] = round(max(attrs["peak_bytes"].values()) / 1e9, 2)
+        found["peak GB"] = round(max(attrs["peak_bytes"].values()) / 1e9, 2)
     for name in ("device", "dtype", "host"):
         if name in attrs:
-            shown_ones[name] = attrs[name]
+            found[name] = attrs[name]
     remark = remark_of(trial)
-    return {**shown_ones, **({"remark": remark} if remark else {})}
+    return {**found, **({"remark": remark} if remark else {})}
 
 
 def facts_of(attrs: Attributes) -> dict[str, Any]:
-    """A study's attributes for the dashboard: what it was made with, no long lists."""
+    """A study's attributes for the dashboard: its main settings, and no long lists."""
     known = present_facts(dict(attrs.get("fingerprint", {})))
     names = ("model.source", "model.dtype", "sparsity", "protocol", "texts.validation.source", "texts.test.source")
     return {**{name: known[name] for name in names if name in known}, "trials": attrs.get("total", "not known yet")}

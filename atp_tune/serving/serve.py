@@ -1,4 +1,4 @@
-"""Which storage is served, and how: both servers and the keeper, until they are told to stop."""
+"""`tune.py serve`: chooses the storage, and runs both servers and the maintenance of studies until told to stop."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from atp_tune.spec.studyfile import absolute_storage, load
 from atp_tune.storage.artifacts import Store
 from atp_tune.storage.opening import artifacts_of, is_remote, names_in, network_warning, open_database
 
-TURN = 2  # seconds between the keeper's looks
-LOOK = 0.1  # seconds between looks at whether it is time to stop
+TURN = 2  # seconds between two rounds of maintenance
+LOOK = 0.1  # seconds between two checks whether to stop
 
 
 @dataclass(frozen=True)
 class Service:
-    """What is to be served: a storage URL, the address to listen on, two ports, and the folder of artifacts."""
+    """What to serve and where: storage URL, address to listen on, two ports, folder of artifacts."""
 
     address: str
     listen: str
@@ -33,7 +33,7 @@ class Service:
 
 @dataclass(frozen=True)
 class Served:
-    """What is being served: the names of the studies, and the ports."""
+    """What is served: names of studies, and ports."""
 
     studies: list[str]
     port: int
@@ -43,9 +43,9 @@ class Served:
 def serve(
     service: Service, is_told_to_stop: Callable[[], bool], ready: Callable[[Served], None], tell: Callable[[str], None]
 ) -> None:
-    """Serves until told to stop, and lets requests in progress end; UserError where a port or file cannot be had.
+    """Serves until `is_told_to_stop`, then lets requests in progress end; `tell` gets messages of one line.
 
-    The keeper tells its news, one line each.
+    UserError if a port cannot be opened or a file cannot be written.
     """
     if is_remote(service.address):
         raise UserError("serve: a server's URL is for workers; serve the database itself, as in sqlite:///FILE.db")
@@ -56,7 +56,7 @@ def serve(
         tell(warning)
     storage = get_storage(database)  # with Optuna's cache of finished trials
     store = Store(_folder(service.artifacts))
-    keeper = Maintenance(storage, service.artifacts, tell)
+    maintenance = Maintenance(storage, service.artifacts, tell)
     with proxy(storage, service.listen, service.grpc_port) as grpc_port:
         view = make_view(service.address, storage, f"grpc://{host_of(service.listen)}:{grpc_port}")
         with dashboard(view, store, service.listen, service.port) as port:
@@ -64,16 +64,16 @@ def serve(
             turn = 0.0
             while not is_told_to_stop():
                 if monotonic() >= turn:
-                    keeper.turn()
+                    maintenance.turn()
                     turn = monotonic() + TURN
                 sleep(LOOK)
 
 
 def _check_folder(address: str) -> None:
-    """UserError if a SQLite file would be made in a folder that is not there: a slip of the keyboard."""
+    """UserError if the folder of a SQLite file does not exist, probably by a typing error."""
     _, is_sqlite, path = address.partition("sqlite:///")
     if is_sqlite and not Path(path.partition("?")[0]).parent.is_dir():
-        raise UserError(f"storage {path}: its folder is not there; name a file in one that is")
+        raise UserError(f"storage {path}: its folder does not exist; name a file in a folder that does")
 
 
 def _folder(path: Path) -> Path:
@@ -87,7 +87,7 @@ def _folder(path: Path) -> Path:
 def choose(
     study: str | None, storage: str | None, listen: str, port: int, grpc_port: int, artifacts: Path | None
 ) -> Service:
-    """The service that was asked for; UserError if it is not clear which."""
+    """The service that the options ask for; UserError if there is no database to serve."""
     if storage is not None:
         address = absolute_storage(storage, Path())
     else:
@@ -96,7 +96,7 @@ def choose(
 
 
 def _beside(address: str) -> Path:
-    """The folder of artifacts that belongs to a database; UserError for a link, which may be a stranger's."""
+    """The default folder of a database's artifacts; UserError for a link, which a stranger may have made."""
     folder = artifacts_of(address)
     if folder.is_symlink():
         raise UserError(
@@ -111,7 +111,7 @@ def _newest() -> Path:
     for path in known():
         try:
             database = load(str(path)).database
-        except UserError:  # an invalid study file is no reason not to serve the others
+        except UserError:  # an invalid study file does not prevent serving the others
             continue
         if database is not None and database.exists():
             databases.append(database)

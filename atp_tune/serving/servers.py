@@ -28,16 +28,16 @@ from atp_tune.storage.database import Database, is_away, reason_of
 from atp_tune.storage.remote import ALIVE, BROKEN, DATABASE, in_order, with_order
 from atp_tune.storage.sqlite_errors import may_pass
 
-STUDY = re.compile(r"/api/studies/\d+")  # where the dashboard asks for a study and its figures
-FILE = "/artifacts/"  # … for an artifact, by its name at the end
-APART = [  # a page among the artifacts is of another origin than the dashboard: it cannot delete studies
+STUDY = re.compile(r"/api/studies/\d+")  # path of a study and its figures
+FILE = "/artifacts/"  # start of the path of an artifact; its name is at the end
+APART = [  # gives a page among the artifacts another origin than the dashboard: it cannot delete studies
     ("Content-Security-Policy", "sandbox allow-scripts allow-downloads allow-modals allow-popups"),
     ("X-Content-Type-Options", "nosniff"),
 ]
-THREADS = 16  # requests of workers that are answered at a time
-LAST_REQUESTS = 10  # seconds that requests in progress have to end when the server stops
+THREADS = 16  # requests of workers that are answered in parallel
+LAST_REQUESTS = 10  # seconds for requests in progress when the server stops
 PINGS = (
-    ("grpc.so_reuseport", 0),  # two servers on one port would share the workers out between them
+    ("grpc.so_reuseport", 0),  # two servers on one port would each get some of the workers
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
@@ -46,10 +46,10 @@ PINGS = (
 
 
 class ServedDatabase(Database):
-    """A database that takes the heartbeats of trials on other machines, by its own clock."""
+    """A database that records heartbeats of trials on other machines with its own clock."""
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        """As Optuna's, but for the attribute that is a sign of life."""
+        """Stores the attribute, or records a heartbeat if it is `ALIVE`."""
         if key == ALIVE:
             self.record_heartbeat(trial_id)
         else:
@@ -58,9 +58,9 @@ class ServedDatabase(Database):
 
 @contextmanager
 def dashboard(storage: BaseStorage, artifacts: Store, host: str, port: int) -> Iterator[int]:
-    """Optuna's dashboard on a port (0: any), which is yielded; requests in progress are answered before it ends."""
+    """Serves Optuna's dashboard and yields its port (0: any); at the end answers requests in progress."""
     check_free(host, port, "--port")
-    logging.getLogger("optuna_dashboard").setLevel(logging.CRITICAL)  # the browser is told; the keeper tells it here
+    logging.getLogger("optuna_dashboard").setLevel(logging.CRITICAL)  # browser and maintenance show errors
     server_class = type("Server", (_Server,), {"address_family": _family(host)})
     server: WSGIServer
     app = _apart(_in_order(wsgi(storage, artifacts)), artifacts)
@@ -75,9 +75,9 @@ def dashboard(storage: BaseStorage, artifacts: Store, host: str, port: int) -> I
 
 
 def _local(app: Any) -> Any:
-    """The same for requests to an address or to localhost alone.
+    """The app, restricted to requests to an IP address or localhost.
 
-    A stranger's page whose name leads to this machine would otherwise reach it through the user's browser.
+    Otherwise a stranger's page, with a host name that resolves to this machine, could use it from the user's browser.
     """
 
     def answer(environ: dict[str, Any], start_response: Any) -> Any:
@@ -91,7 +91,7 @@ def _local(app: Any) -> Any:
 
 
 def _in_order(app: Any) -> Any:
-    """The same with a study's figures in our order: the dashboard itself keeps them in a set."""
+    """The app, with a study's figures in the order of `FIGURES`: the dashboard keeps them in a set."""
 
     def answer(environ: dict[str, Any], start_response: Any) -> Any:
         if not STUDY.fullmatch(environ.get("PATH_INFO", "")) or environ["REQUEST_METHOD"] != "GET":
@@ -111,7 +111,7 @@ def _in_order(app: Any) -> Any:
 
 
 def _apart(app: Any, artifacts: Store) -> Any:
-    """The same with artifacts that act on nothing: they are a study's, and so may be a stranger's."""
+    """The app, with artifacts in a sandbox: a study, and so its artifacts, may come from a stranger."""
 
     def answer(environ: dict[str, Any], start_response: Any) -> Any:
         path = environ.get("PATH_INFO", "")
@@ -139,19 +139,19 @@ def _is_address(name: str) -> bool:
 
 
 class _Server(ThreadingMixIn, WSGIServer):
-    daemon_threads = False  # closing waits for what is being written
+    daemon_threads = False  # closing waits for responses in progress
 
 
 class _Handler(WSGIRequestHandler):
     timeout = 30  # seconds for a browser to send its request
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: a dashboard asks every few seconds."""
+        """Logs nothing: a dashboard sends a request every few seconds."""
 
 
 @contextmanager
 def proxy(storage: BaseStorage, host: str, port: int) -> Iterator[int]:
-    """Optuna's storage proxy on a port (0: any), which is yielded; requests in progress are answered before it ends."""
+    """Serves Optuna's storage proxy and yields its port (0: any); at the end answers requests in progress."""
     check_free(host, port, "--grpc-port")
     server = grpc.server(ThreadPoolExecutor(THREADS), interceptors=[Relay()], options=PINGS)
     serve_storage(cast(BaseStorage, InOrder(storage)), server)
@@ -164,7 +164,7 @@ def proxy(storage: BaseStorage, host: str, port: int) -> Iterator[int]:
 
 
 class InOrder:
-    """A storage as the proxy sees it: trials come and go with a word on the order of their parameters."""
+    """The storage for the proxy: adds the order of parameters to trials, which gRPC messages lose."""
 
     def __init__(self, storage: BaseStorage) -> None:
         self._storage = storage
@@ -173,25 +173,26 @@ class InOrder:
         return getattr(self._storage, name)
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None) -> int:
-        """As the storage's, for a trial that a worker has sent."""
+        """Stores a trial that a worker sent."""
         return self._storage.create_new_trial(study_id, template_trial and in_order(template_trial))
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
-        """A trial to be sent."""
+        """A trial to send."""
         return with_order(self._storage.get_trial(trial_id))
 
     def get_all_trials(self, study_id: int, deepcopy: bool) -> list[FrozenTrial]:
-        """Trials to be sent."""
+        """Trials to send."""
         return [with_order(trial) for trial in self._storage.get_all_trials(study_id, deepcopy)]
 
 
 class Relay(grpc.ServerInterceptor):
-    """Tells a worker that the database behind the server is away, or its disk full, as if the server were away: it asks
-    again. Where that would not help it tells what is wrong.
+    """Reports errors of the database to workers: as unavailable, so that they retry, if it is away or its disk is full.
+
+    Other errors are sent as such, since retries would not help.
     """
 
     def intercept_service(self, continuation: Any, details: Any) -> Any:
-        """The handler of a request, so wrapped."""
+        """The handler of a request, with errors of the database reported."""
         handler = continuation(details)
         return handler and handler._replace(unary_unary=lambda *asked: self._answer(handler.unary_unary, *asked))
 
@@ -208,7 +209,7 @@ class Relay(grpc.ServerInterceptor):
 
 
 def check_free(host: str, port: int, option: str) -> None:
-    """UserError if nothing can listen there, saying why."""
+    """UserError with the reason if the port cannot be opened."""
     try:
         with socket.socket(_family(host)) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -224,6 +225,6 @@ def _family(host: str) -> socket.AddressFamily:
 
 
 def host_of(listen: str) -> str:
-    """What others call the address that is listened on, as URLs have it."""
+    """The host by which others reach a listening address, as in URLs."""
     host = listen if listen not in ("0.0.0.0", "::") else socket.gethostname()
     return f"[{host}]" if ":" in host else host

@@ -1,4 +1,4 @@
-"""From a plan to a sparse checkpoint on disk, and the proof that the folder holds what was promised."""
+"""Writes the sparse checkpoint of a configuration or a plan, and measures its perplexity from the folder."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from atp_tune.checkpoints.classes import reads_images
+from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, TrialStarted
 from atp_tune.metrics.perplexity import Perplexity, perplexity
@@ -34,10 +35,10 @@ from atp_tune.storage.process_identity import versions
 def apply(
     config: Config, base: Path, out: Path, device: str, watch: EventHandler, allowed: Mapping[str, bool] | None = None
 ) -> Perplexity:
-    """Prunes as a configuration says into the folder `out`; the test perplexity of what was written.
+    """Prunes to a configuration, writes the folder `out`, and returns the folder's perplexity on the test text.
 
     `allowed`: keys of `study.ModelConfig` that a configuration, which may be a stranger's, cannot set.
-    UserError if something is at `out`, or if the model is not the one that the configuration was found for.
+    UserError if `out` exists, or if the model is not the configuration's.
     """
     setup, dense = write_applied(config, base, out, device, watch, allowed)
     return _measured(setup, out, dense, watch)
@@ -46,7 +47,7 @@ def apply(
 def write_applied(
     config: Config, base: Path, out: Path, device: str, watch: EventHandler, allowed: Mapping[str, bool] | None = None
 ) -> tuple[ContextConfig, Dense]:
-    """The same without the measurement; what it was made with, and from."""
+    """`apply` without the measurement; returns its setup and the dense model."""
     check_free(out)
     model = config.model.model(allowed)
     texts = {"calibration": config.calibration, "test": config.texts.test}
@@ -58,7 +59,7 @@ def write_applied(
 def prune_once(
     file: StudyFile, parameters: dict[str, float], out: Path | None, watch: EventHandler
 ) -> tuple[Plan, Perplexity]:
-    """One plan without a study: prunes, writes if there is an `out`, and measures on the test text."""
+    """Prunes to one plan without a search, writes it to `out` if that is given, and measures on the test text."""
     if out is not None:
         check_free(out)
     study = file.study
@@ -76,7 +77,7 @@ def prune_once(
 
 
 def _bos(file: StudyFile) -> bool | None:
-    """Whether windows begin with BOS: as in the study of the file's name, if it was begun here."""
+    """Whether windows begin with BOS: as the study file sets it, or as its stored study decided."""
     if file.study.bos is not None or file.database is None or not file.path.exists():
         return file.study.bos
     db = opening.open_storage(file.storage_url, create=False)
@@ -84,7 +85,7 @@ def _bos(file: StudyFile) -> bool | None:
 
 
 def _only_plan(file: StudyFile, context: TrialContext, parameters: dict[str, float]) -> Plan:
-    """The plan of the study's first allocation that has these parameters, the others at their defaults."""
+    """The plan of the first allocation that has these parameters; other parameters get their defaults."""
     names = file.study.allocation.names
     space = make_space(file.study, context.budget(file.study.sparsity))
     fitting = [name for name in names if parameters.keys() <= space.intervals[name].keys()]
@@ -105,12 +106,8 @@ def _option(parameter: str) -> str:
 
 
 def plan_of(config: Config, context: TrialContext) -> Plan:
-    """The plan of a configuration; UserError if the context's model is not the one that it was found for."""
-    if context.folder.content != config.model.fingerprint:
-        raise UserError(
-            f"model.fingerprint: {config.model.id} is {context.folder.content[:12]}… here, the configuration was found "
-            f"for {config.model.fingerprint[:12]}…; give it the model of the study"
-        )
+    """The plan of a configuration; UserError if the context has another model."""
+    check_model(config, context.folder)
     blocks = len(context.checkpoint.blocks)
     if len(config.block_sparsities) != blocks:
         raise UserError(f"block_sparsities: {len(config.block_sparsities)} values for a model of {blocks} blocks")
@@ -121,8 +118,17 @@ def plan_of(config: Config, context: TrialContext) -> Plan:
     return Plan(config.pruner, name, config.block_sparsities, values, found)
 
 
+def check_model(config: Config, folder: ModelFolder) -> None:
+    """UserError if a folder does not hold the model of a configuration."""
+    if folder.content != config.model.fingerprint:
+        raise UserError(
+            f"model.fingerprint: {config.model.id} is {folder.content[:12]}… here, the configuration was found for "
+            f"{config.model.fingerprint[:12]}…; give it the model of the study"
+        )
+
+
 def _config(file: StudyFile, context: TrialContext, plan: Plan) -> Config:
-    """One plan as a configuration: what it takes to make its folder again, with nothing measured."""
+    """The configuration of a plan, without measurements."""
     study, nothing = file.study, Scores(validation=None, test=None)
     return Config(
         study=file.name,
@@ -151,7 +157,7 @@ def _config(file: StudyFile, context: TrialContext, plan: Plan) -> Config:
 
 
 def write_sparse(context: TrialContext, plan: Plan, out: Path, config: Config) -> Dense:
-    """Prunes and writes the sparse checkpoint, which says what it is: the configuration, with the zeros counted."""
+    """Prunes and writes the sparse checkpoint, with its configuration and the counted share of zeros."""
     checkpoint, zeros = context.checkpoint, list[int]()
     shards = Shards(context.folder.path, str(checkpoint.model.base_model_prefix))
     keys = {checkpoint.key(i, linear) for i, linears in enumerate(checkpoint.linears) for linear in linears}
@@ -161,52 +167,41 @@ def write_sparse(context: TrialContext, plan: Plan, out: Path, config: Config) -
     with sparse_folder(context.folder.path, out) as folder:
         shards.write(folder, names, _pruned(context, plan, zeros))
         context.folder.check_unchanged()
-        describe(folder, _counted(config, context, sum(zeros)), dense)
+        known = {
+            "sparsity": Sparsity(target=config.sparsity.target, realised=sum(zeros) / sum(checkpoint.sizes)),
+            "blocks": checkpoint.blocks_name,
+            "linears": checkpoint.linear_names if config.linear_sparsities else None,
+            "batches": {**config.batches, "calibration": context.batches["calibration"]},
+        }
+        describe(folder, config.model_copy(update=known), dense)
     return dense
 
 
-def _counted(config: Config, context: TrialContext, zeros: int) -> Config:
-    """The configuration with what is known of the model now: the share of zeros, the names that it was found in, and
-    the batches that fit.
-    """
-    checkpoint = context.checkpoint
-    realised = Sparsity(target=config.sparsity.target, realised=zeros / sum(checkpoint.sizes))
-    linears = checkpoint.linear_names if config.linear_sparsities else None
-    batches = {**config.batches, "calibration": context.batches["calibration"]}
-    known = {"blocks": checkpoint.blocks_name, "linears": linears, "batches": batches}
-    return config.model_copy(update={"sparsity": realised, **known})
-
-
 def _pruned(context: TrialContext, plan: Plan, zeros: list[int]) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name on disk, dense and pruned weight of all that is pruned, as the pass comes to it; zeros are counted."""
+    """Name on disk, dense and pruned weight of each linear, in the order of the pass; appends counts of zeros."""
     checkpoint = context.checkpoint
     for block in context.prune(plan):
         zeros.append(sum(block.zeros.values()))
         linears = {linear.key: linear for linear in checkpoint.linears[block.index]}
         for key, linear in linears.items():
             name = checkpoint.key(block.index, linear)
-            dense = checkpoint.model.get_parameter(name).detach().cpu()  # from where it lies: no way to the device
+            dense = checkpoint.model.get_parameter(name).detach().cpu()  # from where it lies, not by the device
             saved = checkpoint.as_saved(name, block.weights[key].cpu())
             for part, was in checkpoint.as_saved(name, dense).items():
                 yield part, was, saved[part]
 
 
 def _measured(setup: ContextConfig, out: Path, dense: Dense, watch: EventHandler) -> Perplexity:
-    """Measures a written folder, which says so then."""
-    measured = measure_folder(setup, out, watch)
+    """Measures a written folder, and stores the perplexity in its configuration and card."""
+    measured = perplexity(folder_nlls(setup, out, watch, f"checking {out}"))
     config = read_config(out / ABOUT)
     scores = config.perplexity.model_copy(update={"test": measured})
     describe(out, config.model_copy(update={"perplexity": scores}), dense)
     return measured
 
 
-def measure_folder(setup: ContextConfig, out: Path, watch: EventHandler) -> Perplexity:
-    """Perplexity on the test text of a written folder, loaded as anybody would load it."""
-    return perplexity(folder_nlls(setup, out, watch, f"checking {out}"))
-
-
 def folder_nlls(setup: ContextConfig, folder: Path, watch: EventHandler, title: str) -> list[float]:
-    """Window NLLs of the same."""
+    """Window NLLs on the test text of a folder, loaded like any model."""
     model = setup.model.model_copy(update={"source": str(folder.absolute()), "sha256": None, "revision": None})
     with TrialContext.open(replace(setup, model=model), watch) as context:
         watch(TrialStarted(title, None))

@@ -1,4 +1,4 @@
-"""What a sparse checkpoint says of itself: `atp_tune.json` for programs, a model card for people and the hub."""
+"""The description of a sparse checkpoint: `atp_tune.json` for programs, a model card for people and the hub."""
 
 import re
 from collections.abc import Iterator
@@ -17,28 +17,29 @@ from atp_tune.inputs.documents import hub_arguments
 from atp_tune.metrics.perplexity import error_over
 from atp_tune.plan import shown
 from atp_tune.report.markdown import escaped, fenced
-from atp_tune.report.tables import speed
+from atp_tune.report.tables import measure, speed
 from atp_tune.sparse.provenance import ABOUT
-from atp_tune.spec.config import Compared, Config, Measure
+from atp_tune.spec.config import Compared, Config
 from atp_tune.spec.study import Text
 
 CARD = "README.md"
-PROCESSOR = ("processor_config.json", "preprocessor_config.json")  # of what reads images and texts
-HEAD = re.compile(r"\A\s*---\n.*?\n---\n", re.DOTALL)  # of a card: what programs read
+PROCESSOR = ("processor_config.json", "preprocessor_config.json")  # of models that read images and texts
+HEAD = re.compile(r"\A\s*---\n.*?\n---\n", re.DOTALL)  # the metadata at the head of a card
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
-LICENCE = ("license", "license_name", "license_link", "language")  # what the dense model's card says of its copies too
-UPDATES = ("sparsegpt", "alps")  # pruners that change the weights that stay
-MODELS: dict[Compared, str] = {"dense": "dense", "uniform": "uniform", "best": "**this model**"}  # in zero-shot scores
+LICENCE = ("license", "license_name", "license_link", "language")  # metadata that is copied from the dense model's card
+UPDATES = ("sparsegpt", "alps")  # pruners that also change weights that stay nonzero
+THIS = "**this model**"
+MODELS: dict[Compared, str] = {"dense": "dense", "uniform": "uniform", "best": THIS}  # names in zero-shot scores
 EQUAL = "Every tensor that was not pruned is equal to the dense model's byte for byte."
 EQUAL_BEFORE = "Every tensor that was neither pruned nor fine-tuned is equal to the dense model's byte for byte."
-WIDTH = 40  # characters of a bar that stands for a whole block
+WIDTH = 40  # characters of a bar of sparsity 1
 
 
 @dataclass(frozen=True)
 class Dense:
-    """Where a sparse checkpoint comes from: the dense model's folder, and its commit if it is the hub's.
+    """The dense model of a sparse checkpoint: its folder, and its commit if it is from the hub.
 
-    `reads_images`: only its language model was pruned.
+    `reads_images`: it reads images too, and only its language model was pruned.
     """
 
     folder: Path
@@ -47,15 +48,17 @@ class Dense:
 
 
 def describe(folder: Path, config: Config, dense: Dense) -> None:
-    """Writes both files into a folder, which may have older ones; UserError where that is not possible."""
+    """Writes both files into a folder, over older ones; UserError if they cannot be written."""
     write_out(folder / ABOUT, config.to_json().encode())
     write_out(folder / CARD, str(model_card(config, dense)).encode())
 
 
 def model_card(config: Config, dense: Dense) -> ModelCard:
-    """The card of the model that a configuration gives, with its perplexity as the configuration has it."""
+    """The card of the model that `apply` makes of a configuration."""
     name = f"{_base(config)} at {config.sparsity.realised:.1%} sparsity"
-    kept = _licence(dense.folder)
+    own = _card(dense.folder / CARD)
+    found: dict[str, Any] = own.data.to_dict() if own else {}
+    kept: dict[str, Any] = {key: found[key] for key in LICENCE if isinstance(found.get(key), str | list)}
     data = ModelCardData(
         base_model=None if dense.revision is None else config.model.id,
         library_name="transformers",
@@ -71,8 +74,9 @@ def model_card(config: Config, dense: Dense) -> ModelCard:
 
 
 def amend(folder: Path, heading: str, said: str) -> None:
-    """Puts a section above the others of a folder's card, if it has one, which are then of the model before that: it
-    states no metrics, and says so where it spoke of this model.
+    """Adds a section above the others of a folder's card, if it has one, once the folder was fine-tuned.
+
+    The other sections then name the model before fine-tuning, and the metadata loses its metrics.
     """
     file = folder / CARD
     if not file.is_file():
@@ -80,13 +84,15 @@ def amend(folder: Path, heading: str, said: str) -> None:
     card: Any = _card(file) or ModelCard(HEAD.sub("", file.read_text(errors="replace")), ignore_metadata_errors=True)
     card.data.eval_results = None
     head, mark, rest = card.text.partition("\n## ")
-    rest = rest.replace("**this model**", "the model before that").replace(EQUAL, EQUAL_BEFORE)
+    rest = rest.replace(THIS, "the model before fine-tuning").replace(EQUAL, EQUAL_BEFORE)
     card.text = f"{head.rstrip()}\n\n## {heading}\n\n{escaped(said)}\n{mark}{rest}"
     write_out(file, str(card).encode())
 
 
 def _values(config: Config, dense: Dense) -> dict[str, Any]:
-    """What the template shows."""
+    """The values of the template."""
+    text = config.texts.test
+    bars = (f"block {k:>3}  {s:6.1%}  {'█' * round(WIDTH * s)}" for k, s in enumerate(config.block_sparsities))
     return {
         "base": escaped(_source(config, dense)),
         "realised": f"{config.sparsity.realised:.1%}",
@@ -94,11 +100,11 @@ def _values(config: Config, dense: Dense) -> dict[str, Any]:
         "allocation": _allocation(config),
         "uniform": config.linear_sparsities is None and len(set(config.block_sparsities)) == 1,
         "scores": list(_scores(config)),
-        "test": escaped(words(config.texts.test)),
+        "test": escaped(words(text)),
         "bos": config.bos,
-        "errors": error_over(_windows(config.texts.test)),
+        "errors": error_over(text.nsamples and -(-text.nsamples // text.stride)),
         "draws": _draws(config),
-        "same_text": config.texts.test == config.texts.validation,
+        "same_text": text == config.texts.validation,
         "models": list(MODELS.values()),
         "tasks": list(_tasks(config)),
         "speed": [map(escaped, row) for row in speed(config.speed).rows] if config.speed else [],
@@ -106,18 +112,13 @@ def _values(config: Config, dense: Dense) -> dict[str, Any]:
         "equal": EQUAL,
         "reads_images": dense.reads_images,
         "reader": "AutoProcessor" if any((dense.folder / name).is_file() for name in PROCESSOR) else "AutoTokenizer",
-        "chart": fenced("text", "\n".join(_bars(config))),
+        "chart": fenced("text", "\n".join(bars)),
         "facts": {key: escaped(value) for key, value in _facts(config, dense).items()},
     }
 
 
-def _windows(text: Text) -> int | None:
-    """How many windows a text has, where its settings say so."""
-    return text.nsamples and -(-text.nsamples // text.stride)
-
-
 def _draws(config: Config) -> str:
-    """What this plan comes to with other draws of the calibration text, in a sentence."""
+    """A sentence on the perplexity of this plan over several draws of the calibration text; empty without any."""
     found = config.draws and config.draws.best
     if not found:
         return ""
@@ -126,24 +127,17 @@ def _draws(config: Config) -> str:
 
 
 def _base(config: Config) -> str:
-    """What the dense model is called, without the folders of the machine that it was pruned on."""
+    """The name of the dense model, without the folders of the machine that pruned it."""
     return Path(config.model.id.removeprefix("pypi:")).name.partition("==")[0].removesuffix(".gguf")
 
 
 def _source(config: Config, dense: Dense) -> str:
-    """The dense model as others can find it, else what it is called."""
+    """The source of the dense model if others can load it from there, else its name."""
     return config.model.id if dense.revision or config.model.id.startswith("pypi:") else _base(config)
 
 
-def _licence(folder: Path) -> dict[str, Any]:
-    """What the dense model's own card says of licence and language; nothing where it has none that can be read."""
-    card = _card(folder / CARD)
-    found: dict[str, Any] = card.data.to_dict() if card else {}
-    return {key: found[key] for key in LICENCE if isinstance(found.get(key), str | list)}
-
-
 def _card(file: Path) -> Any:
-    """A `ModelCard`; None where there is none that can be read: it may be a stranger's."""
+    """The `ModelCard` in a file; None if it cannot be read, since a stranger may have written it."""
     try:
         with quiet("huggingface_hub"):
             return ModelCard.load(file, ignore_metadata_errors=True)
@@ -152,11 +146,11 @@ def _card(file: Path) -> Any:
 
 
 def _scores(config: Config) -> Iterator[dict[str, str]]:
-    """Dense, uniform and this model, as far as they are measured."""
+    """Perplexity of dense, uniform and this model, where measured."""
     rows = (
         ("dense", config.baselines.dense.test),
         (f"{config.pruner}, uniform", config.baselines.uniform.test),
-        (f"**this model** ({config.pruner}, {escaped(_allocation(config))})", config.perplexity.test),
+        (f"{THIS} ({config.pruner}, {escaped(_allocation(config))})", config.perplexity.test),
     )
     for name, score in rows:
         if score is not None:
@@ -164,25 +158,19 @@ def _scores(config: Config) -> Iterator[dict[str, str]]:
 
 
 def _tasks(config: Config) -> Iterator[dict[str, Any]]:
-    """Zero-shot scores of each model that has any, a row for each task, and their mean."""
+    """Zero-shot scores: a row for each task, then the mean."""
     found = config.zero_shot
     if found is None:
         return
     for task in found.tasks:
-        scores = [task.scores.get(model, {}).get(task.metric) for model in MODELS]
-        yield {"name": escaped(f"{task.task}, {task.metric}"), "cells": [_measure(score) for score in scores]}
+        cells = [measure(task.scores.get(model, {}).get(task.metric), task.metric) for model in MODELS]
+        yield {"name": escaped(f"{task.task}, {task.metric}"), "cells": cells}
     if found.mean:
-        yield {"name": "mean", "cells": [_measure(found.mean.get(model)) for model in MODELS]}
-
-
-def _measure(measure: Measure | None) -> str:
-    if measure is None:
-        return "–"
-    return f"{measure.value:.1%}" + (f" ± {measure.stderr:.1%}" if measure.stderr is not None else "")
+        yield {"name": "mean", "cells": [measure(found.mean.get(model)) for model in MODELS]}
 
 
 def _results(config: Config) -> Iterator[EvalResult]:
-    """The metrics of this model in the hub's schema."""
+    """The metrics of this model in the schema of the hub."""
     score, text = config.perplexity.test, config.texts.test
     if score is not None and isfinite(score.value):
         yield EvalResult(
@@ -193,11 +181,11 @@ def _results(config: Config) -> Iterator[EvalResult]:
             **_dataset(text),
         )
     for task in config.zero_shot.tasks if config.zero_shot else ():
-        if measure := task.scores.get("best", {}).get(task.metric):
+        if found := task.scores.get("best", {}).get(task.metric):
             yield EvalResult(
                 task_type="text-generation", dataset_type=task.task, dataset_name=task.task,
                 metric_type=task.metric, metric_name=f"{task.num_fewshot}-shot {task.metric}",
-                metric_value=round(measure.value, 4),
+                metric_value=round(found.value, 4),
             )  # fmt: skip
 
 
@@ -213,17 +201,12 @@ def _dataset(text: Text) -> dict[str, Any]:
 
 
 def words(text: Text) -> str:
-    """A text in a few words, without folders."""
+    """A text in a few words: source, split, part and windows; without folders."""
     kind, _, rest = text.source.partition(":")
     source = f"{kind}:{Path(rest).name}" if kind == "file" else text.source
     part = "" if text.part == (0, 1) else f", part {text.part[0]:g} to {text.part[1]:g}"
     split = f" {text.split}" if text.split else ""
     return f"{source}{split}{part}, {text.nsamples or 'all'} windows of {text.seqlen} tokens"
-
-
-def _bars(config: Config) -> Iterator[str]:
-    for index, sparsity in enumerate(config.block_sparsities):
-        yield f"block {index:>3}  {sparsity:6.1%}  {'█' * round(WIDTH * sparsity)}"
 
 
 def _allocation(config: Config) -> str:
@@ -234,14 +217,14 @@ def _facts(config: Config, dense: Dense) -> dict[str, str]:
     settings = {key: value for key, value in config.prune.settings(config.pruner).items() if value is not None}
     listed = "".join(f", {key} = {value}" for key, value in settings.items())
     commit = f"commit {dense.revision}" if dense.revision else f"content {config.model.fingerprint[:12]}…"
-    searched = {} if config.trial is None else {"searched on": words(config.texts.validation)}
+    searched = {} if config.trial is None else {"validation text": words(config.texts.validation)}
     return {
         "dense model": f"{_source(config, dense)}, {commit}",
         "pruner": f"{config.pruner}{listed}",
         "pattern of zeros": config.prune.pattern,
         "statistics": f"{config.prune.statistics}, in {config.model.dtype}",
         "allocation": _allocation(config),
-        "calibration": words(config.calibration),
+        "calibration text": words(config.calibration),
         **({"BOS": "every window of every text begins with it"} if config.bos else {}),
         "found by": "no search" if config.trial is None else f"study {config.study}, trial {config.trial}",
         **searched,

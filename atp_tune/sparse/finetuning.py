@@ -1,4 +1,4 @@
-"""LoRA after pruning: from a sparse folder and a text to another folder, with the zeros where they were."""
+"""LoRA after pruning: trains a sparse checkpoint on a text, and writes another with the same zeros."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -35,13 +35,13 @@ from atp_tune.storage.process_identity import versions
 if TYPE_CHECKING:
     from atp_tune.sparse.training import Trainer
 
-HELD_OUT = 0.1  # of a text, for the report, where nothing else is named
-SAVED = 20  # steps after which what is trained is written down
+HELD_OUT = 0.1  # of the training text: the test text, where no other is known
+SAVED = 20  # steps between two writes of the adapters
 
 
 @dataclass(frozen=True)
 class FinetuningJob:
-    """What is fine-tuned into what and how; `report` measures it, on which `dense` is the dense model's perplexity."""
+    """One run of `finetune`; `dense` is the dense model's perplexity on the test text, if known."""
 
     setup: ContextConfig
     folder: ModelFolder
@@ -54,7 +54,7 @@ class FinetuningJob:
 
     @property
     def part(self) -> Path:
-        """The file of a run that was cut off."""
+        """The file from which an interrupted run resumes."""
         return self.out.with_name(f"{self.out.name}.part")
 
 
@@ -63,9 +63,9 @@ def finetune(
 ) -> Finetuned:
     """Fine-tunes the folder `model` into the folder `out`, and measures both on the test text.
 
-    A text that is None is the one that the folder was pruned with: calibration to train on, report to measure. Windows
-    begin with BOS where they did so when it was pruned.
-    UserError if something is at `out`, or if the text to train on shares documents with the search or test text.
+    `text` and `report` default to the calibration and test text that the folder was pruned with. Windows begin with BOS
+    if they did when it was pruned.
+    UserError if `out` exists, or if the training text shares documents with the validation or test text.
     """
     if find_spec("peft") is None:
         raise UserError("finetune: needs peft; install it with: pip install 'atp-tune[finetune]'")
@@ -76,7 +76,7 @@ def finetune(
     text, report = choose(text, report, made)
     named = ModelConfig(source=str(model.absolute()), dtype=made.dtype if made else "auto")
     folder = resolve(named, Path(), lambda line: watch(Message(line)))
-    small_files(folder.path, WEIGHTS)  # so that a link is told before anything runs
+    small_files(folder.path, WEIGHTS)  # refuses links before anything runs
     bos = made is not None and made.bos
     windows = read_windows(text, report, folder.path, settings, bos)
     dense = made.dense if made and made.test == report else None
@@ -91,7 +91,7 @@ def choose(text: Text | None, report: Text | None, made: Origin | None) -> tuple
         text, report = text or made.calibration, report or made.test
     if text is None:
         raise UserError(
-            "--text: is needed, the folder does not say how it was pruned; for example --text file:PATH.txt"
+            "--text: is needed, since the folder does not say how it was pruned; for example --text file:PATH.txt"
         )
     if report is None:
         start, end = text.part
@@ -107,7 +107,7 @@ def choose(text: Text | None, report: Text | None, made: Origin | None) -> tuple
 
 
 def read_windows(text: Text, report: Text, folder: Path, settings: Settings, bos: bool = False) -> Windows:
-    """The windows to train on, as many as the steps can use; UserError if the test text holds one of them."""
+    """The windows to train on, as many as the steps need; UserError if the test text has one of them too."""
     with _naming("--text"):
         whole = text.model_copy(update={"seqlen": settings.seqlen})
         found = first_windows(whole, folder, Path(), settings.steps * settings.batch, bos=bos)
@@ -158,13 +158,13 @@ def _run(job: FinetuningJob) -> Finetuned:
 
 
 def _train(trainer: "Trainer", job: FinetuningJob) -> None:
-    """All steps that are left, written down now and then."""
+    """Runs the remaining steps, and saves the adapters every `SAVED` steps."""
     from atp_tune.sparse.training import facts_of
 
     facts, total = facts_of(job.settings, model=job.folder.content, text=job.windows.content), job.settings.steps
     if job.part.exists():
         trainer.restore(job.part, facts)
-        job.watch(Message(f"goes on after step {len(trainer.losses)} of {total}"))
+        job.watch(Message(f"resumes after step {len(trainer.losses)} of {total}"))
     before, began = len(trainer.losses), monotonic()
     for done in range(before + 1, total + 1):
         loss = trainer.step()
@@ -178,7 +178,7 @@ def _train(trainer: "Trainer", job: FinetuningJob) -> None:
 
 
 def _write(trainer: "Trainer", checkpoint: Checkpoint, job: FinetuningJob, folder: Path) -> Zeros:
-    """Writes the weights with the adapters merged; their zeros before and after."""
+    """Writes the weights with merged adapters; counts their zeros before and after."""
     zeros = Counter[str]()
 
     def counted() -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -192,14 +192,13 @@ def _write(trainer: "Trainer", checkpoint: Checkpoint, job: FinetuningJob, folde
 
 
 def _said(done: Finetuned) -> str:
-    """What a model card says of it."""
+    """The section of the model card."""
     settings = ", ".join(f"{key} {value:g}" for key, value in done.settings.model_dump().items())
     zeros, bos = done.zeros, ", each beginning with BOS" if done.bos else ""
     trained = done.text.model_copy(update={"nsamples": done.windows, "seqlen": done.settings.seqlen})
     return (
         f"The weights that are not zero were trained with LoRA on {words(trained)}{bos} ({settings}). "
         f"{zeros.after:,} of {zeros.weights:,} weights are zero, {zeros.before:,} were before. "
-        f"Perplexity on {words(done.test)}: "
-        f"{done.before} before, {done.after} after ({done.change}). All below is of the model before that; "
-        f"{FINETUNED} has the rest."
+        f"Perplexity on {words(done.test)}: {done.before} before, {done.after} after ({done.change}). "
+        f"The sections below describe the model before fine-tuning; {FINETUNED} has the rest."
     )

@@ -1,4 +1,4 @@
-"""What lies beside the weights of a sparse checkpoint: how it was pruned, and how it was fine-tuned after that."""
+"""The files beside the weights of a sparse checkpoint that say how it was pruned and fine-tuned."""
 
 import os
 import tomllib
@@ -32,18 +32,18 @@ class Origin:
 
 
 def origin(folder: Path) -> Origin | None:
-    """What `apply` or `prune` wrote down in a folder; None if neither made it, UserError if it is something else."""
+    """What the `atp_tune.json` of a folder says; None if it has none, UserError if it is no configuration."""
     file = folder / ABOUT
     if not file.is_file():
         return None
     made = read_config(file)
     base, texts, dense = folder / made.folder, made.texts, made.baselines.dense.test
-    calibration, search, report = (rooted(text, base) for text in (made.calibration, texts.validation, texts.test))
-    return Origin(calibration, search, report, made.model.dtype, dense, made.bos)
+    calibration, validation, test = (rooted(text, base) for text in (made.calibration, texts.validation, texts.test))
+    return Origin(calibration, validation, test, made.model.dtype, dense, made.bos)
 
 
 def rooted(text: Text, base: Path) -> Text:
-    """The same text, with the absolute path of its file."""
+    """The text with the absolute path of its file."""
     if not text.source.startswith("file:"):
         return text
     path = os.path.realpath(written(text.source.removeprefix("file:"), base, "source"))  # no error for a loop of links
@@ -51,15 +51,15 @@ def rooted(text: Text, base: Path) -> Text:
 
 
 def read_text(option: str, value: str, seqlen: int) -> Text:
-    """A text by its source, or by a table of a study file on one line; paths start where the user stands.
+    """A text from an option: its source, or its table of a study file on one line; paths start at the current folder.
 
-    `seqlen`: tokens per window where the table does not say. UserError in one line that names the option.
+    `seqlen`: tokens per window, unless the table says it. UserError that names the option.
     """
     try:
         table = tomllib.loads(f"text = {value}")["text"] if value.startswith("{") else {"source": value}
         return rooted(Text.model_validate({"seqlen": seqlen, **present_keys(table, "texts.test")}), Path())
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{option}: {value} is no table: {error}") from None
+        raise UserError(f"{option}: {value} is not a TOML table: {error}") from None
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "text"
@@ -67,7 +67,7 @@ def read_text(option: str, value: str, seqlen: int) -> Text:
 
 
 class Settings(FrozenModel):
-    """How to fine-tune: what decides the weights beside model and text."""
+    """The settings of `finetune`, which with model and text determine the weights."""
 
     steps: int
     rank: int
@@ -79,7 +79,7 @@ class Settings(FrozenModel):
 
 
 class Zeros(FrozenModel):
-    """Zeros of the linears that were fine-tuned, and their weights."""
+    """Numbers of zeros, before and after, and of all weights, in the linears that were fine-tuned."""
 
     before: int
     after: int
@@ -87,7 +87,7 @@ class Zeros(FrozenModel):
 
 
 class Finetuned(FrozenModel):
-    """What `finetune` did: a published JSON format, to which keys are added under the same number.
+    """The record of `finetune`, a published JSON format: new keys do not change its number.
 
     `bos`: all windows, of training too, begin with BOS.
     """

@@ -1,8 +1,7 @@
-"""Writing a sparse checkpoint: the source's own safetensors shards, with the pruned linears put in.
+"""Writes a sparse checkpoint: copies the source's safetensors shards, and overwrites the pruned tensors in them.
 
-Each shard is a copy of the source's, in which a pruned tensor is written over the dense one as it comes: what was not
-pruned is equal to the source's byte for byte, and one tensor at a time is all the memory that it takes, in whatever
-order the source spreads its blocks over its shards. A disk that is too small is known before anything is pruned.
+All other tensors stay equal to the source's byte for byte. Only one tensor at a time is in memory, however the source
+distributes its blocks over shards. A disk that is too small shows before anything is pruned.
 """
 
 import shutil
@@ -22,7 +21,7 @@ from atp_tune.errors import UserError
 
 
 class Shards:
-    """The shards of a source folder and where each tensor lies; `prefix` is the model's `base_model_prefix`."""
+    """The shards of a source folder with the offsets of their tensors; `prefix`: the model's `base_model_prefix`."""
 
     def __init__(self, source: Path, prefix: str) -> None:
         self._source = source
@@ -30,7 +29,7 @@ class Shards:
         self._places = {shard.name: places(shard) for shard in sorted(source.glob("*.safetensors"))}
 
     def find(self, name: str) -> tuple[str, str]:
-        """Shard and key of a tensor, whose name may lack the prefix; UserError if the source does not have it."""
+        """Shard and key of a tensor, with or without the prefix; UserError if the source lacks it."""
         names = (name, name.removeprefix(f"{self._prefix}."), f"{self._prefix}.{name}")
         for shard, keys in self._places.items():
             for key in names:
@@ -63,14 +62,14 @@ class Shards:
 
 
 def check_free(out: Path) -> None:
-    """UserError if something is at `out` already; asked before any work is done."""
+    """UserError if `out` exists and is not an empty folder; called before any work."""
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise UserError(f"--out {out}: is there already; choose another folder or remove it")
 
 
 @contextmanager
 def sparse_folder(source: Path, out: Path) -> Iterator[Path]:
-    """Yields a temporary folder with everything of the source but its weights; it becomes `out` at the end."""
+    """Yields a temporary folder with all files of the source but its weights; it becomes `out` at the end."""
     try:
         with folder_atomically(out) as folder:
             for file in small_files(source, WEIGHTS):

@@ -1,18 +1,18 @@
-"""LoRA that leaves zeros alone, on peft's layers: masked adapters, a step of their training, and how a run goes on.
+"""LoRA that keeps zeros, on peft's layers: masked adapters, training steps, saving and resuming.
 
     y = (W + M ⊙ s B A) x        M = [W ≠ 0], s = α / r
 
-W the frozen weight of a linear [out, in], zeros included; A [r, in] and B [out, r] are trained, in float32. The masked
-product needs a matrix of W's size: plain LoRA's B (A x) has no place for a mask, and one that came only with the merge
-would change what was trained. So the sum is taken in float32 and rounded once to W's format, in each forward as in the
-merge, and both are the same weights bit for bit. Source: Hu et al., LoRA, ICLR 2022.
+W is the frozen weight of a linear [out, in] with its zeros; A [r, in] and B [out, r] are trained in float32. The masked
+product needs a matrix of W's size: LoRA's usual B (A x) cannot apply the mask, and a mask applied only at the merge
+would change the trained model. So each forward, like the merge, computes the sum in float32 and rounds it once to W's
+format: both give the same weights bit for bit. Source: Hu et al., LoRA, ICLR 2022.
 
     loss   mean NLL of a batch of windows, nats per token
     rate   rises over the first 5 % of the steps, then falls along a cosine
-    step   AdamW without weight decay; gradients are cut to a norm of 1
+    step   AdamW without weight decay; gradients are clipped to norm 1
 
-Dropout stays off and windows come in an order drawn by the seed, so that the file of a run that was cut off leads to
-the weights of one that was not.
+Dropout is off and the seed fixes the order of the windows, so a run that was interrupted and resumed ends with the same
+weights as one that was not.
 """
 
 import json
@@ -41,14 +41,14 @@ from atp_tune.sparse.provenance import Settings
 ADAPTER = "default"  # what peft calls an adapter
 WARM_UP = 0.05  # of the steps
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
-SHARE = 0.5  # of free memory; beyond it blocks are computed again in the backward pass
+SHARE = 0.5  # of free memory; if a step needs more, the backward pass recomputes blocks
 ADAPTER_BYTES = 16  # per trained number: value, gradient and two moments in float32
-WEIGHT_BYTES = 16  # per weight in a forward: sum, mask, rounded sum, and their gradients
+WEIGHT_BYTES = 16  # per weight in a forward pass: sum, mask, rounded sum, and their gradients
 LOGIT_BYTES = 16  # per logit: as computed, in float32, softmax and gradient
 
 
 class MaskedLinear(LoraLinear):
-    """peft's LoRA layer with the mask inside the forward."""
+    """peft's LoRA layer with the mask in its forward pass."""
 
     def tuned(self) -> Tensor:
         """W + M ⊙ s B A in W's own shape and format."""
@@ -66,20 +66,20 @@ class MaskedLinear(LoraLinear):
 
 
 class Adapters:
-    """Adapters on all linears of a checkpoint's blocks; experts of a mixture, which are no modules, stay as they are.
+    """Adapters on all linears of a checkpoint's blocks, except experts of a mixture, which are no modules.
 
     The checkpoint's model is changed: its linears become `MaskedLinear`.
     """
 
     def __init__(self, checkpoint: Checkpoint, rank: int, alpha: int, seed: int) -> None:
-        """`seed` draws A; B is zero, so that the model starts as it was pruned."""
+        """`seed` initialises A; B is zero, so training starts from the pruned model."""
         self._checkpoint = checkpoint
         found = [(i, x) for i, linears in enumerate(checkpoint.linears) for x in linears if x.expert is None]
         places = [f"{i}.{linear.name}" for i, linear in found]
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=places)
         config._register_custom_module({nn.Linear: MaskedLinear, Conv1D: MaskedLinear})
         with torch.random.fork_rng():
-            torch.manual_seed(seed)  # blocks alone: of some whole models peft rewrites what is asked for
+            torch.manual_seed(seed)  # into the blocks alone: for some whole models peft rewrites target_modules
             inject_adapter_in_model(config, checkpoint.blocks, ADAPTER)
         self._layers: dict[str, Any] = {}
         for place, (i, linear) in zip(places, found, strict=True):
@@ -89,7 +89,7 @@ class Adapters:
 
     @property
     def names(self) -> set[str]:
-        """What a folder calls the tensors that have an adapter."""
+        """Names in a checkpoint of the tensors that have an adapter."""
         weights = {name: layer.get_base_layer().weight for name, layer in self._layers.items()}
         return {part for name, w in weights.items() for part in self._checkpoint.as_saved(name, w.to("meta"))}
 
@@ -112,7 +112,7 @@ class Adapters:
 
 
 def recompute_blocks(blocks: nn.ModuleList) -> None:
-    """Lets each block keep its inputs alone and be computed again in the backward pass: gradient checkpointing."""
+    """Gradient checkpointing: each block keeps only its inputs, and is recomputed in the backward pass."""
     for block in blocks:
         block.forward = partial(recomputed, block.forward, use_reentrant=False)
 
@@ -121,7 +121,7 @@ class Trainer:
     """Trains adapters on the linears of a checkpoint with token ids [windows, tokens]."""
 
     def __init__(self, checkpoint: Checkpoint, ids: Tensor, settings: Settings) -> None:
-        """UserError if memory is too small, or windows are longer than the model's positions."""
+        """UserError if memory is too small, or windows exceed the model's positions."""
         check_length(checkpoint, settings.seqlen)
         self._model, self._device, self._settings = checkpoint.model, checkpoint.device, settings
         if must_recompute(checkpoint, settings):
@@ -141,7 +141,9 @@ class Trainer:
         done, settings = len(self.losses), self._settings
         batch = self._ids[self._order[done * settings.batch :][: settings.batch]].to(self._device)
         self._optimizer.zero_grad()
-        loss = self._loss(batch)
+        with self._mixed:
+            logits = self._model(input_ids=batch, use_cache=False).logits[:, :-1]
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
         if not loss.isfinite():
             raise UserError(f"finetune: the loss is {loss.item()} at step {done + 1}; lower --learning-rate")
         loss.backward()  # type: ignore[no-untyped-call]
@@ -152,13 +154,8 @@ class Trainer:
         self.losses.append(loss.item())
         return self.losses[-1]
 
-    def _loss(self, batch: Tensor) -> Tensor:
-        with self._mixed:
-            logits = self._model(input_ids=batch, use_cache=False).logits[:, :-1]
-        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
-
     def save(self, path: Path, facts: dict[str, str]) -> None:
-        """Writes adapters, moments and losses; `facts` say what the file is of. UserError where it cannot."""
+        """Writes adapters, moments and losses; `facts` identify the run. UserError if it cannot be written."""
         tensors = {"losses": torch.tensor(self.losses, dtype=torch.float64)}
         for name, parameter in self._parameters.items():
             tensors[name] = parameter.detach()
@@ -167,13 +164,13 @@ class Trainer:
 
     @torch.no_grad()
     def restore(self, path: Path, facts: dict[str, str]) -> None:
-        """Goes on from a file that `save` has written; UserError if it is of something else."""
+        """Resumes from a file of `save`; UserError if it belongs to another run."""
         try:
             with safe_open(path, "pt", device=str(self._device)) as stored:
                 differing = [key for key, value in facts.items() if (stored.metadata() or {}).get(key) != value]
                 if differing:
                     raise UserError(
-                        f"{path}: was begun with another {differing[0]}; give the same options again, or remove it"
+                        f"{path}: was begun with another {differing[0]}; give the same options, or remove the file"
                     )
                 self.losses = stored.get_tensor("losses").tolist()
                 for name, parameter in self._parameters.items():
@@ -181,11 +178,11 @@ class Trainer:
                     moments = {moment: stored.get_tensor(f"{name} {moment}") for moment in MOMENTS}
                     self._optimizer.state[parameter] = {"step": torch.tensor(float(len(self.losses))), **moments}
         except SafetensorError:
-            raise UserError(f"{path}: is not what an earlier run has left; remove it") from None
+            raise UserError(f"{path}: was not written by an earlier run; remove it") from None
 
 
 def order(windows: int, settings: Settings) -> Tensor:
-    """Which window comes when [steps × batch]: all once in a random order, then again in another."""
+    """Indices of windows [steps × batch]: all windows in a random order, then in another, and so on."""
     generator = torch.Generator().manual_seed(settings.seed)
     needed = settings.steps * settings.batch
     rounds = [torch.randperm(windows, generator=generator) for _ in range(-(-needed // windows))]
@@ -193,7 +190,7 @@ def order(windows: int, settings: Settings) -> Tensor:
 
 
 def rate(done: int, settings: Settings) -> float:
-    """Learning rate of the step after so many."""
+    """Learning rate of the step that follows `done` steps."""
     warm = math.ceil(WARM_UP * settings.steps)
     if done < warm:
         return settings.learning_rate * (done + 1) / warm
@@ -201,7 +198,7 @@ def rate(done: int, settings: Settings) -> float:
 
 
 def must_recompute(checkpoint: Checkpoint, settings: Settings) -> bool:
-    """Whether blocks are to be computed again in the backward pass; UserError if memory is too small even so."""
+    """Whether to recompute blocks in the backward pass; UserError if memory is too small even then."""
     free = free_memory(checkpoint.device)
     if bytes_needed(checkpoint, settings, recompute=False) < SHARE * free:
         return False
@@ -209,13 +206,13 @@ def must_recompute(checkpoint: Checkpoint, settings: Settings) -> bool:
     if needed > free:
         raise UserError(
             f"finetune: needs about {needed / GIB:.1f} GiB beside the weights, {free / GIB:.1f} GiB are free; lower "
-            "--batch, --tokens or --rank, or take a larger device"
+            "--batch, --seqlen or --rank, or take a larger device"
         )
     return True
 
 
 def bytes_needed(checkpoint: Checkpoint, settings: Settings, recompute: bool) -> int:
-    """Rough bytes beside the weights: adapters, summed weights and activations of all blocks or of one, logits."""
+    """Estimate of the bytes beside the weights: adapters, summed weights, activations of all blocks or one, logits."""
     config, tokens = checkpoint.config.get_text_config(), settings.batch * settings.seqlen
     widths = [[x.in_features + x.out_features for x in linears if x.expert is None] for linears in checkpoint.linears]
     sizes = [sum(x.size for x in linears if x.expert is None) for linears in checkpoint.linears]
@@ -226,14 +223,14 @@ def bytes_needed(checkpoint: Checkpoint, settings: Settings, recompute: bool) ->
 
 
 def check_length(checkpoint: Checkpoint, tokens: int) -> None:
-    """UserError if windows are longer than a model has positions."""
+    """UserError if windows of so many tokens exceed the model's positions."""
     positions = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and tokens > positions:
-        raise UserError(f"--tokens {tokens}: the model has {positions} positions; lower it")
+        raise UserError(f"--seqlen {tokens}: the model has {positions} positions; lower it")
 
 
 def stored_format(folder: Path) -> torch.dtype:
-    """The number format that rounds no weight of a folder: bfloat16 if all are stored in it, else float32."""
+    """The number format that rounds no weight of a folder: bfloat16 if all are stored as such, else float32."""
     kinds = set()
     for shard in folder.glob("*.safetensors"):
         with safe_open(shard, "pt") as tensors:
@@ -242,6 +239,6 @@ def stored_format(folder: Path) -> torch.dtype:
 
 
 def facts_of(settings: Settings, **contents: str) -> dict[str, str]:
-    """What decides a run, by the name of its option."""
+    """What identifies a run: settings by the names of their options, and `contents`."""
     named = {key.replace("_", "-"): json.dumps(value) for key, value in settings.model_dump().items()}
     return {**named, **contents}

@@ -1,1 +1,1 @@
-"""What is asked for and what leaves: study files, their keys, the best configuration. No torch."""
+"""Study files, their keys, and the best configuration. Loads no torch."""

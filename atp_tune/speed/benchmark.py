@@ -1,4 +1,4 @@
-"""`speedup`: bytes of the files, compressed too; where the zeros are; then torch and the engine that was asked for."""
+"""`speedup`: bytes of the files, plain and compressed; zeros by kind of linear; speed in torch and another engine."""
 
 import re
 from collections import Counter
@@ -15,13 +15,12 @@ from atp_tune.events import EventHandler, Step, TrialStarted
 from atp_tune.metrics.speed import Sizes, Speed
 from atp_tune.pruners.selection import nonzeros
 from atp_tune.speed import deepsparse_engine
-from atp_tune.speed.deepsparse_home import python_of
 from atp_tune.speed.graphs import check_onnx
 from atp_tune.speed.model_pair import Pair
 from atp_tune.speed.throughput import Opening, Workload, measured
 from atp_tune.speed.torch_engine import SEMI_STRUCTURED, check_semi_structured, dtypes, opened, opened_semi_structured
 
-CHUNK = 16 << 20  # bytes read at a time
+CHUNK = 16 << 20  # bytes per read
 LEVEL = 3  # of zstd, its default
 ENGINES: dict[str, Callable[[Pair, Workload, torch.device, EventHandler], list[Opening]]] = {
     "torch": lambda pair, task, device, _: [opened(pair, task, device, dtype) for dtype in dtypes(device)],
@@ -31,16 +30,16 @@ ENGINES: dict[str, Callable[[Pair, Workload, torch.device, EventHandler], list[O
 
 
 def check(engine: str, pattern: str, device: str) -> None:
-    """UserError where an engine cannot run, or not with such zeros: before a model is pruned for it."""
+    """UserError if an engine cannot run here or not with this pattern; called before a model is pruned."""
     if engine == "deepsparse":
         check_onnx()
-        python_of()
+        deepsparse_engine.python_of()
     if engine == SEMI_STRUCTURED:
         check_semi_structured(pattern, find_device(device))
 
 
 def check_positions(pair: Pair, task: Workload) -> None:
-    """UserError where the prompt and the tokens after it are more than the model has positions."""
+    """UserError if the prompt and the tokens after it exceed the model's positions."""
     config = model_config(pair.dense, pair.trusted).get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and task.tokens + task.steps > positions:
@@ -51,7 +50,7 @@ def check_positions(pair: Pair, task: Workload) -> None:
 
 
 def measure(pair: Pair, engine: str, task: Workload, device: str, watch: EventHandler) -> Speed:
-    """All that is known of a pair of models; torch is measured with every engine, to be compared with."""
+    """Measures sizes, zeros and rates of a pair of models; torch is measured beside every engine, for comparison."""
     check_positions(pair, task)
     place = find_device("cpu" if engine == "deepsparse" else device)
     first = ENGINES[engine](pair, task, place, watch) if engine != "torch" else []
@@ -66,7 +65,7 @@ def measure(pair: Pair, engine: str, task: Workload, device: str, watch: EventHa
 
 
 def zeros_by_kind(checkpoint: Checkpoint) -> dict[str, float]:
-    """Share of zeros of each kind of linear, by its name in a block, over all blocks."""
+    """Share of zeros by name of the linear in its block, over all blocks."""
     zeros, sizes = Counter[str](), Counter[str]()
     for index, linears in enumerate(checkpoint.linears):
         weights = checkpoint.weights(index)
@@ -78,7 +77,7 @@ def zeros_by_kind(checkpoint: Checkpoint) -> dict[str, float]:
 
 
 def sizes(dense: Path, sparse: Path, watch: EventHandler) -> Sizes:
-    """Bytes of the weight files of two folders; UserError where zstd is not installed."""
+    """Bytes of the weight files of two folders, plain and with zstd; UserError if zstandard is not installed."""
     try:
         from zstandard import ZstdCompressor
     except ModuleNotFoundError:

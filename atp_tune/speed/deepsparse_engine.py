@@ -1,8 +1,16 @@
-"""The engine `deepsparse`: ONNX graphs of both models, computed by DeepSparse in a process of its own environment."""
+"""The engine `deepsparse`: exports both models to ONNX; DeepSparse runs them in a process, in its own environment.
+
+The environment lies in the user's cache; `setup` makes it, if necessary with an older Python. Version 1.8.0 is the last
+that runs (1.9.0 is an empty stub). DeepSparse is no dependency, because it is proprietary, licensed for evaluation
+only, and no longer developed.
+"""
 
 import json
 import os
+import platform
+import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -13,40 +21,47 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from atp_tune.cache import cache_dir
+from atp_tune.cache import cache_dir, folder_atomically
 from atp_tune.checkpoints.classes import model_config
-from atp_tune.checkpoints.devices import cpu_name
+from atp_tune.checkpoints.devices import cpu_flags, cpu_name
 from atp_tune.errors import UserError
-from atp_tune.events import EventHandler, Step
+from atp_tune.events import EventHandler, Message, Step
 from atp_tune.metrics.speed import PHASES, SIDES, Phase, Side
-from atp_tune.speed.deepsparse_home import python_of
 from atp_tune.speed.graphs import capacity, check_family, check_onnx, export
 from atp_tune.speed.model_pair import Pair
 from atp_tune.speed.throughput import About, SpeedEngine, Workload
 from atp_tune.speed.torch_engine import random_ids
 
+VERSION = "1.8.0"
+PACKAGES = (f"deepsparse=={VERSION}", "numpy<2")  # it needs onnx < 1.15 itself, which needs numpy 1
+PYTHONS = ("3.11", "3.10", "3.9", "3.8")
+LICENCE = (
+    "DeepSparse is proprietary: its Community License allows evaluation, not production; read LICENSE in it. It is no "
+    "longer developed. It is installed in an environment of its own, and its telemetry is turned off."
+)
+SETUP = "python tune.py speedup --engine deepsparse --setup"
 WORKER = Path(__file__).with_name("deepsparse_worker.py")
-SILENT = {"NM_DISABLE_ANALYTICS": "1"}  # else it reports its use
-TOLERANCE = 1e-3  # of the largest logit; float32 sums in another order differ by 1e-5 of it
+SILENT = {"NM_DISABLE_ANALYTICS": "1"}  # turns telemetry off
+TOLERANCE = 1e-3  # of the largest logit; another order of float32 sums changes 1e-5 of it
 
 
 class DeepSparse:
-    """The process and what it answers."""
+    """The process of DeepSparse, and its answers."""
 
     def __init__(self, process: "subprocess.Popen[str]", errors: IO[str]) -> None:
         self._process, self._errors = process, errors
         self.about: About
 
     def seconds(self, side: Side, phase: Phase) -> float:
-        """How long one run of a phase takes."""
+        """Seconds of one run of a phase."""
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # what it has died of is told below
+        with suppress(BrokenPipeError):  # `answer` reports why it died
             self._process.stdin.write(json.dumps([side, phase]) + "\n")
             self._process.stdin.flush()
         return float(self.answer())
 
     def answer(self) -> Any:
-        """The next answer; UserError with its last words if the process has ended."""
+        """The next answer; UserError with the last line of stderr if the process has ended."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if line:
@@ -58,7 +73,7 @@ class DeepSparse:
 
 
 def opened(pair: Pair, task: Workload, watch: EventHandler) -> AbstractContextManager[SpeedEngine]:
-    """Both models in float32; UserError at once where DeepSparse is not there or cannot have the model."""
+    """Opens both models in float32; UserError at once if DeepSparse is not installed or cannot run the model."""
     check_onnx()
     check_family(model_config(pair.dense, False), capacity(task))
     return _compiled(python_of(), pair, task, watch)
@@ -66,7 +81,7 @@ def opened(pair: Pair, task: Workload, watch: EventHandler) -> AbstractContextMa
 
 @contextmanager
 def _compiled(python: Path, pair: Pair, task: Workload, watch: EventHandler) -> Iterator[SpeedEngine]:
-    """Exports, compiles and compares the logits with transformers'; UserError if they are others."""
+    """Exports and compiles both models; UserError if their logits differ from transformers'."""
     cores = torch.get_num_threads()
     with tempfile.TemporaryDirectory(dir=cache_dir("engines"), prefix=".graphs.") as name:
         folder = Path(name)
@@ -90,7 +105,7 @@ def _compiled(python: Path, pair: Pair, task: Workload, watch: EventHandler) -> 
 def _exported(
     pair: Pair, task: Workload, folder: Path, cores: int, watch: EventHandler
 ) -> Iterator[tuple[tuple[Side, Phase], Tensor]]:
-    """Writes the graphs and TASK.json; the logits that transformers has for each of them."""
+    """Writes the graphs and task.json; yields transformers' logits for each graph."""
     graphs: dict[Side, dict[Phase, str]] = {}
     for done, side in enumerate(SIDES):
         checkpoint = pair.load(side, torch.float32, torch.device("cpu"))
@@ -125,3 +140,70 @@ def _difference(path: Path, wanted: Tensor) -> float:
     """The largest difference of logits, as a share of the largest logit."""
     found = torch.from_numpy(np.load(path)).reshape(wanted.shape)
     return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+# The environment
+
+
+def python_of() -> Path:
+    """The environment's Python; UserError if DeepSparse cannot run here or is not installed."""
+    check_machine()
+    python = _python_in(_home())
+    if not python.exists():
+        raise UserError(f"--engine deepsparse: is not installed; run: {SETUP}")
+    return python
+
+
+def setup(watch: EventHandler) -> Path:
+    """Makes the environment unless it exists, and returns its folder; UserError if it cannot be made."""
+    check_machine()
+    home = _home()
+    watch(Message(LICENCE))
+    if not _python_in(home).exists():
+        python = find_python()
+        watch(Message(f"installing DeepSparse {VERSION} by {python} into {home}"))
+        with folder_atomically(home) as folder:
+            _run([str(python), "-m", "venv", str(folder)])
+            quiet = ["--quiet", "--no-input", "--disable-pip-version-check"]
+            _run([str(_python_in(folder)), "-m", "pip", "install", *quiet, *PACKAGES])
+    return home
+
+
+def check_machine() -> None:
+    """UserError if DeepSparse does not support the system or the CPU."""
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        raise UserError(
+            f"--engine deepsparse: runs on Linux on x86-64, this is {sys.platform} on {platform.machine()}; "
+            "--engine torch runs here"
+        )
+    if "avx2" not in cpu_flags():
+        raise UserError("--engine deepsparse: needs a CPU with AVX2 or AVX-512; --engine torch runs here")
+
+
+def find_python() -> Path:
+    """A Python that DeepSparse supports: this one or one in PATH; UserError if there is none."""
+    own = ".".join(map(str, sys.version_info[:2]))
+    if own in PYTHONS:
+        return Path(sys.executable)
+    found = next(filter(None, (shutil.which(f"python{version}") for version in PYTHONS)), None)
+    if found is None:
+        raise UserError(
+            f"--engine deepsparse: needs Python {PYTHONS[-1]} to {PYTHONS[0]}, this is {own}; install python3.11 so "
+            f"that it is in PATH, then run: {SETUP}"
+        )
+    return Path(found)
+
+
+def _home() -> Path:
+    return cache_dir("engines") / f"deepsparse-{VERSION}"
+
+
+def _python_in(folder: Path) -> Path:
+    return folder / "bin" / "python"
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()] or ["no reason given"]
+        raise UserError(f"--engine deepsparse: cannot be installed: {said[-1]}; the network is needed once")

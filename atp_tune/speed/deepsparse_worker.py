@@ -1,10 +1,10 @@
-"""Runs as a script in DeepSparse's environment, where nothing of this package is: measures what it is told on stdin.
+"""A script for DeepSparse's environment, which lacks this package: measures what stdin asks for.
 
     python -I deepsparse_worker.py TASK.json
 
-The task: `graphs` (side → phase → path), `ids`, `tokens`, `steps`, `cores`, `folder`. Each answer is one JSON line: how
-many graphs are compiled, then what the engine is; from then on, for each line [side, phase], the seconds of a run. The
-logits after the prompt, and after the next token, are `SIDE.PHASE.npy` in the folder.
+TASK.json holds `graphs` (side → phase → path), `ids`, `tokens`, `steps`, `cores`, `folder`. Answers are JSON lines on
+stdout: the number of compiled models, after each; version and instruction set; then, for each line [side, phase] on
+stdin, the seconds of a run. `SIDE.PHASE.npy` in the folder are the logits after the prompt and after the next token.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 
 class CompiledModel:
-    """Both graphs of one model; the prompt is in the cache of the decode graph."""
+    """Both graphs of one model; the cache of the decode graph holds the prompt."""
 
     def __init__(self, graphs: dict[str, str], task: dict[str, Any]) -> None:
         from deepsparse.engine import LIB, Engine
@@ -32,7 +32,7 @@ class CompiledModel:
         self._decode = Engine(graphs["decode"], 1, num_cores=task["cores"], cached_outputs=[False] + [True] * kept)
         shapes = dict(zip(self._decode.input_names, self._decode.input_shapes))  # noqa: B905 (Python 3.8 has no strict)
         self._positions = shapes["attention_mask"][1]
-        self._empty = {  # its own cache stands in the place of these
+        self._empty = {  # DeepSparse's own cache replaces these inputs
             name: np.zeros((0, *shape[1:]), np.float32) for name, shape in shapes.items() if name.startswith("past")
         }
         self._cache = LIB.kv_cache(0, 0)
@@ -40,7 +40,7 @@ class CompiledModel:
             self._next(position)
 
     def logits(self, phase: str) -> Any:
-        """Of the prompt's last token, or of the one after it."""
+        """Logits of the prompt's last token (prefill), or of the next one (decode)."""
         if phase == "prefill":
             return self._prompt()
         found = self._next(self._tokens)
@@ -48,7 +48,7 @@ class CompiledModel:
         return found
 
     def seconds(self, phase: str) -> float:
-        """How long one run takes."""
+        """Seconds of one run."""
         began = perf_counter()
         if phase == "prefill":
             self._prompt()
@@ -79,10 +79,10 @@ class CompiledModel:
 
 
 def main() -> None:
-    """Compiles, says so, and answers until stdin ends."""
+    """Compiles the graphs, then measures until stdin ends."""
     task = json.loads(Path(sys.argv[1]).read_text())
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # prints of libraries go to stderr
     models = {}
     for side, graphs in task["graphs"].items():
         models[side] = CompiledModel(graphs, task)

@@ -1,12 +1,12 @@
-"""A Llama-shaped model as two ONNX graphs: `prefill` takes the whole prompt, `decode` one token and what came before.
+"""A Llama-shaped model as two ONNX graphs: `prefill` takes the prompt, `decode` one token and the cached ones.
 
-Shapes are fixed. Names are DeepSparse's: input_ids, attention_mask, positions, causal_mask, past_key_values.I.key and
-.value go in; logits, present.I.key and .value come out. T tokens of a sequence of S positions go in, of which S - T
-were computed before.
+Shapes are fixed. Names are DeepSparse's: inputs input_ids, attention_mask, positions, causal_mask,
+past_key_values.I.key and .value; outputs logits, present.I.key and .value. The inputs are T tokens at the end of a
+sequence of S positions; keys and values of the S - T before them come from the cache.
 
-Embedding, norms, linears, MLP and head are the model's own modules; attention is written here, with keys and values
-going in and out as tensors. Each key/value head is repeated for all query heads that share it: exact, and DeepSparse's
-own cache crashes otherwise.
+Embedding, norms, linears, MLP and head are the model's own modules. Attention is written here, with keys and values as
+inputs and outputs. Each key/value head is repeated for all query heads that share it: the result is the same, and
+DeepSparse's own cache crashes otherwise.
 """
 
 import warnings
@@ -25,14 +25,14 @@ from atp_tune.speed.throughput import Workload
 OPSET = 14  # the newest that DeepSparse reads
 NAMES = ("input_ids", "attention_mask", "positions", "causal_mask")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-FAR = 1e9  # taken from the score of a position that is not to be seen
+FAR = 1e9  # subtracted from scores of masked positions
 
 
 class Decoder(nn.Module):
     """Logits [1, 1, words] of the last token, then keys and values [1, heads, S, width] of each block."""
 
     def __init__(self, model: Any, positions: int) -> None:
-        """`model`: as transformers made it; `positions`: how many its rotation is laid out for."""
+        """`model`: of transformers; `positions`: length of the table of rotary embeddings."""
         super().__init__()
         check_family(model.config, positions)
         self.inner, self.head = model.model, model.lm_head
@@ -65,7 +65,7 @@ class Decoder(nn.Module):
         return self.head(self.inner.norm(states)[:, -1:]), *present
 
     def _project(self, attention: Any, inputs: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value [1, heads, T, width], turned by position."""
+        """Query, key and value [1, heads, T, width], with rotary embedding."""
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         query, key, value = (projection(inputs).unflatten(-1, (-1, self.width)) for projection in projections)
         if hasattr(attention, "q_norm"):
@@ -83,13 +83,13 @@ class Decoder(nn.Module):
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Each pair of a head's first and second half turned by its position's angle."""
+    """Rotary embedding: rotates pairs of a head's first and second half by the angle of the position."""
     first, second = heads.chunk(2, -1)
     return heads * cos + torch.cat((-second, first), -1) * sin
 
 
 def check_family(config: Any, positions: int) -> None:
-    """UserError for a model that is not Llama-shaped, or that does not look back as far as it would have to."""
+    """UserError for a model that is not Llama-shaped, or whose sliding window is shorter than the sequence."""
     if config.model_type not in FAMILIES:
         raise UserError(
             f"--engine deepsparse: {config.model_type} is not exported, only {', '.join(FAMILIES)}; "
@@ -101,13 +101,13 @@ def check_family(config: Any, positions: int) -> None:
 
 
 def check_onnx() -> None:
-    """UserError where the exporter's library is not installed."""
+    """UserError if onnx is not installed."""
     if find_spec("onnx") is None:
         raise UserError("--engine deepsparse: onnx is not installed; run: pip install 'atp-tune[speed]'")
 
 
 def capacity(task: Workload) -> int:
-    """Positions of the decode graph: a power of two, since DeepSparse's own cache doubles and overruns any other."""
+    """Positions of the decode graph: a power of two, since DeepSparse's cache doubles in size and overruns others."""
     return 1 << (task.tokens + task.steps).bit_length()
 
 
@@ -122,7 +122,7 @@ def export(model: Any, task: Workload, folder: Path) -> Mapping[Phase, Path]:
 
 
 def example(decoder: Decoder, tokens: int, positions: int) -> Iterator[Tensor]:
-    """Inputs of a graph in its order; what came before is zeros."""
+    """Example inputs of a graph in its order; cached keys and values are zeros."""
     yield torch.zeros(1, tokens, dtype=torch.int64)
     yield torch.ones(1, positions, dtype=torch.int64)
     yield torch.arange(positions - tokens, positions)[None]
@@ -137,7 +137,7 @@ def _export(decoder: Decoder, inputs: list[Tensor], path: Path) -> None:
     kept = [f"{block}.{kind}" for block in range(len(decoder.inner.layers)) for kind in ("key", "value")]
     past = [f"past_key_values.{name}" for name in kept] if len(inputs) > len(NAMES) else []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that this exporter is the old one; DeepSparse needs it
+        warnings.simplefilter("ignore")  # it is deprecated, but DeepSparse reads no graph of the new one
         torch.onnx.export(
             decoder, tuple(inputs), str(path), dynamo=False, opset_version=OPSET, input_names=[*NAMES, *past],
             output_names=["logits", *(f"present.{name}" for name in kept)],

@@ -1,4 +1,4 @@
-"""The two models that are compared: a sparse folder and the dense one that it was made of."""
+"""The two models to compare: a sparse checkpoint and its dense model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from atp_tune.checkpoints.models import check_files, resolve
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message
 from atp_tune.metrics.speed import Side
-from atp_tune.sparse.applying import write_applied
+from atp_tune.sparse.applying import check_model, write_applied
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import Config
 
@@ -22,7 +22,7 @@ DECIDES = ("model", "pruner", "prune", "allocation", "block_sparsities", "linear
 
 @dataclass(frozen=True)
 class Pair:
-    """Both folders, where the zeros stand, and whether the dense model's own code may run."""
+    """Both folders, the pattern of zeros, and whether the dense model's own code may run."""
 
     dense: Path
     sparse: Path
@@ -30,14 +30,14 @@ class Pair:
     trusted: bool = False
 
     def load(self, side: Side, dtype: torch.dtype, device: torch.device) -> Checkpoint:
-        """One of the models, whole on the device."""
+        """Loads one of the models, whole on the device."""
         return Checkpoint.load(
             self.dense if side == "dense" else self.sparse, dtype, device, self.trusted, offload="none"
         )
 
 
 def about(folder: Path) -> Path:
-    """The configuration in a folder that `apply` or `prune` wrote; UserError if it does not say what it was made of."""
+    """The path of the configuration in a sparse checkpoint; UserError if it has none."""
     path = folder / ABOUT
     if not path.is_file():
         raise UserError(f"--model {folder}: has no {ABOUT}; give a folder that `apply` wrote, or --config FILE")
@@ -47,16 +47,13 @@ def about(folder: Path) -> Path:
 def find_pair(
     config: Config, base: Path, sparse: Path | None, device: str, watch: EventHandler, allowed: Mapping[str, bool]
 ) -> Pair:
-    """The dense model of a configuration, whose paths start at `base`, and its sparse one.
+    """The dense model of a configuration, whose paths start at `base`, and its sparse model.
 
-    Without a sparse folder it is pruned as `apply` does, once, into the cache. UserError if the dense model is another.
+    If `sparse` is None, the sparse model is pruned into the cache, as `apply` does, unless it is there.
+    UserError if the dense model is not the configuration's.
     """
     dense = resolve(config.model.model(allowed), base, lambda text: watch(Message(text)))
-    if dense.content != config.model.fingerprint:
-        raise UserError(
-            f"model.fingerprint: {config.model.id} is {dense.content[:12]}… here, the configuration was found for "
-            f"{config.model.fingerprint[:12]}…; give it the model of the study"
-        )
+    check_model(config, dense)
     if sparse is not None:
         check_files(sparse)
         check_claims(sparse)

@@ -1,6 +1,5 @@
-"""Tokens per second of two models that take turns, whatever the engine that computes them."""
+"""Tokens per second of two models that take turns, in any engine."""
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import product
@@ -12,7 +11,7 @@ from atp_tune.metrics.speed import PHASES, SIDES, Measured, Phase, Rates, Side
 
 @dataclass(frozen=True)
 class Workload:
-    """What is measured: a prompt of `tokens`, then `steps` tokens one at a time; all of it `runs` times."""
+    """The measurement: a prompt of `tokens`, then `steps` tokens one at a time; repeated `runs` times."""
 
     tokens: int = 128
     steps: int = 32
@@ -21,7 +20,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class About:
-    """What an engine is and on what it runs; `logits`: the largest difference to transformers' logits."""
+    """An engine and its device; `logits`: the largest difference from transformers' logits, relative to the largest."""
 
     engine: str
     version: str
@@ -36,32 +35,26 @@ class SpeedEngine(Protocol):
 
     @property
     def about(self) -> About:
-        """What it is."""
+        """The engine and its device."""
 
     def seconds(self, side: Side, phase: Phase) -> float:
-        """How long one run of a phase takes."""
+        """Seconds of one run of a phase."""
 
 
 Opening = AbstractContextManager[SpeedEngine]
 
 
 def measured(opening: Opening, name: str, task: Workload, watch: EventHandler) -> Measured:
-    """Opens an engine and lets the models take turns; a first round is not counted."""
+    """Opens an engine and measures both models in turns; the first round is a warm-up."""
     watch(TrialStarted(f"measuring {name}", None))
     with opening as engine:
         about = engine.about
         found: dict[tuple[Phase, Side], list[float]] = {key: [] for key in product(PHASES, SIDES)}
-        for phase, side, seconds in _runs(engine, task, watch):
-            found[phase, side].append((task.tokens if phase == "prefill" else task.steps) / seconds)
+        for run in range(task.runs + 1):
+            for phase, side in product(PHASES, SIDES):  # dense, sparse, dense, sparse
+                seconds = engine.seconds(side, phase)
+                if run:
+                    found[phase, side].append((task.tokens if phase == "prefill" else task.steps) / seconds)
+            watch(Step("runs", run + 1, task.runs + 1))
     prefill, decode = (Rates(**{side: tuple(found[phase, side]) for side in SIDES}) for phase in PHASES)
     return Measured(**vars(about), tokens=task.tokens, steps=task.steps, prefill=prefill, decode=decode)
-
-
-def _runs(engine: SpeedEngine, task: Workload, watch: EventHandler) -> Iterator[tuple[Phase, Side, float]]:
-    """Dense, sparse, dense, sparse, … in both phases."""
-    for run in range(task.runs + 1):
-        for phase, side in product(PHASES, SIDES):
-            seconds = engine.seconds(side, phase)
-            if run:
-                yield phase, side, seconds
-        watch(Step("runs", run + 1, task.runs + 1))

@@ -1,7 +1,7 @@
 """The engines `torch` and `semi-structured`: the models as transformers computes them.
 
-To `torch` zeros are numbers like any others. `semi-structured` computes 2:4 zeros on the sparse tensor cores of an
-NVIDIA GPU, by `torch.sparse`; the dense model beside it has the same number format and the plain tensor cores.
+`torch` multiplies by zeros too. `semi-structured` runs a 2:4 model on the sparse tensor cores of an NVIDIA GPU, by
+`torch.sparse`; the dense model runs in the same number format on the usual tensor cores.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +29,7 @@ Change = Callable[[Checkpoint], None]
 
 
 class Eager:
-    """Both models in memory; the prompt's keys and values are computed once."""
+    """Both models in memory, with the cached keys and values of the prompt."""
 
     def __init__(self, about: About, models: Mapping[Side, Any], ids: Tensor, task: Workload) -> None:
         """`ids` [1, tokens + steps] on the device of the models."""
@@ -40,7 +40,7 @@ class Eager:
 
     @torch.inference_mode()
     def seconds(self, side: Side, phase: Phase) -> float:
-        """How long one run of a phase takes."""
+        """Seconds of one run of a phase."""
         cache = deepcopy(self._prompts[side])
         run = (lambda: self._prefill(side)) if phase == "prefill" else (lambda: self._decode(side, cache))
         wait_for(self._ids.device)
@@ -50,7 +50,7 @@ class Eager:
         return perf_counter() - began
 
     def close(self) -> None:
-        """Lets go of the models and of what they have computed."""
+        """Frees the models and their caches."""
         self._models, self._prompts = {}, {}
 
     def _prefill(self, side: Side) -> Any:
@@ -62,7 +62,7 @@ class Eager:
 
 
 def dtypes(device: torch.device) -> list[torch.dtype]:
-    """The number formats in which torch is measured: the fast one of the device and, on a CPU, float32."""
+    """The number formats to measure: the fast one of the device and, on a CPU, float32."""
     fast = find_dtype("auto", device)
     return list(dict.fromkeys([torch.float32, fast] if device.type == "cpu" else [fast]))
 
@@ -76,7 +76,7 @@ def opened(
     name: str = "torch",
     change: Change | None = None,
 ) -> Iterator[SpeedEngine]:
-    """Both models on the device; `change` is done to the sparse one."""
+    """Opens both models on the device; `change` modifies the sparse one."""
     hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it warns of each argument that it renames
     cpu = device.type == "cpu"
     about = About(
@@ -98,13 +98,13 @@ def random_ids(checkpoint: Checkpoint, task: Workload) -> Tensor:
 
 
 def opened_semi_structured(pair: Pair, task: Workload, device: torch.device) -> AbstractContextManager[SpeedEngine]:
-    """Both models in bf16; UserError where the zeros are not 2:4 or the card is not there."""
+    """Opens both models in bfloat16; UserError if the pattern is not 2:4 or the GPU has no sparse tensor cores."""
     check_semi_structured(pair.pattern, device)
     return opened(pair, task, device, torch.bfloat16, SEMI_STRUCTURED, compress)
 
 
 def check_semi_structured(pattern: str, device: torch.device) -> None:
-    """UserError where the zeros are not 2:4 or the card is not there."""
+    """UserError if the pattern is not 2:4 or the device has no sparse tensor cores."""
     if pattern != "2:4":
         raise UserError(
             f'--engine semi-structured: needs zeros in the pattern "2:4", those of this model are {pattern}'
@@ -119,7 +119,7 @@ def check_semi_structured(pattern: str, device: torch.device) -> None:
 
 
 def compress(checkpoint: Checkpoint) -> None:
-    """Puts compressed weights in the place of the pruned linears' own; UserError for experts and GPT-2's linears."""
+    """Replaces the weights of pruned linears by compressed ones; UserError for experts and GPT-2's linears."""
     for block, linears in zip(checkpoint.blocks, checkpoint.linears, strict=True):
         for linear in linears:
             module = None if linear.expert is not None else block.get_submodule(linear.name)
@@ -132,7 +132,7 @@ def compress(checkpoint: Checkpoint) -> None:
 
 
 def check_groups(name: str, weight: Tensor) -> None:
-    """UserError if one of a weight's groups [out, in / 4, 4] has fewer than 2 zeros: they would be lost."""
+    """UserError if a group of 4 inputs has fewer than 2 zeros: compression would drop weights."""
     if weight.shape[1] % 4 or int((weight.reshape(len(weight), -1, 4) == 0).sum(2).min()) < 2:
         raise UserError(
             f"--engine semi-structured: {name} is not 2:4 everywhere; was the folder changed after `apply`?"

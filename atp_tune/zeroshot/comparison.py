@@ -1,8 +1,8 @@
 """Zero-shot scores of dense, uniform and best, side by side: one checkpoint in memory, pruned twice.
 
-Memory: the dense model, and beside it the pruned linears of one sparse model at a time. They lie on the compute device
-where there is room, else in host memory, from where each block's come to the device while it computes. Where the
-dense blocks themselves do not fit on the device they come to it one by one too.
+Memory holds the dense model and the pruned linears of one sparse model. These lie on the compute device if they fit,
+else in host memory, and each block's are copied to the device when it computes. Dense blocks that do not fit on the
+device are copied one by one too.
 """
 
 import math
@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, stdev
 from time import perf_counter
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -43,14 +42,14 @@ from atp_tune.spec.patterns import parse
 from atp_tune.spec.study import ModelConfig
 from atp_tune.storage.process_identity import versions
 
-ROOM = 0.5  # of the device's free memory, that a pruned copy of the linears may take
+ROOM = 0.5  # share of the device's free memory for a pruned copy of the linears
 
 Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """What to evaluate: tasks by name or path, items and examples of each, sequences at a time, and where."""
+    """Options of `evaluate`: tasks by name or path, items and few-shot examples of each, batch size, device."""
 
     tasks: tuple[str, ...]
     limit: int | None
@@ -60,20 +59,24 @@ class TaskOptions:
 
 
 class Scorer:
-    """Scores models of one folder on tasks that were loaded before; a model's blocks may have other weights."""
+    """Loads tasks, then scores models on them; the weights of a model's blocks may be replaced."""
 
     def __init__(self, asked: TaskOptions, watch: EventHandler) -> None:
-        """UserError where lm-eval is not installed, and for tasks that are unknown or cannot be had."""
+        """UserError if lm-eval is not installed, and for tasks that are unknown or cannot be loaded."""
         self._asked = asked
         self._watch = watch
-        self._harness = _harness()
+        try:
+            from atp_tune.zeroshot import harness
+        except ModuleNotFoundError as error:
+            raise UserError(f"evaluate: {error}; install it with: pip install 'atp-tune[eval]'") from None
+        self._harness = harness
         watch(Message("reading the tasks"))
         self._tasks = self._harness.find_tasks(asked.tasks, watch)
         self._results: dict[Compared, dict[str, Any]] = {}
         self._seconds: dict[Compared, float] = {}
 
     def score(self, name: Compared, replay: Replay, folder: ModelFolder, weights_of: Callable[[int], Weights]) -> None:
-        """Scores one model under a name."""
+        """Scores a model, and keeps the results under `name`."""
         asked, began = self._asked, perf_counter()
         tokenizer = load_tokenizer(folder.path, folder.trusted)
         with replay.whole(weights_of) as model, oom_as_user_error(name):
@@ -83,11 +86,11 @@ class Scorer:
         self._seconds[name] = round(perf_counter() - began, 1)
 
     def repeat(self, name: Compared, other: Compared) -> None:
-        """Gives one model the scores of another that is the same."""
+        """Copies the scores of an equal model."""
         self._results[name], self._seconds[name] = self._results[other], 0.0
 
     def zero_shot(self, checkpoint: Checkpoint) -> ZeroShot:
-        """All scores so far, compared."""
+        """All scores so far, with their differences."""
         tasks = tuple(
             compared(name, {model: results[name] for model, results in self._results.items()})
             for name in self._tasks.rows
@@ -114,7 +117,7 @@ def evaluate(
 ) -> ZeroShot:
     """Scores dense, uniform with the same pruner, and best; `allowed` as for `apply`.
 
-    UserError for tasks that cannot be had, before the model is loaded, and if the model is not the configuration's.
+    UserError, before the model is loaded, for tasks that cannot be loaded, and if the model is not the configuration's.
     """
     scorer = Scorer(asked, watch)
     texts = {"calibration": config.calibration}
@@ -141,7 +144,7 @@ def _compared(scorer: Scorer, config: Config, context: TrialContext) -> ZeroShot
 
 
 def evaluate_folder(folder: Path, asked: TaskOptions, watch: EventHandler, allowed: Mapping[str, bool]) -> ZeroShot:
-    """Scores the model in a folder, in the number format that its `atp_tune.json` names, if it has one."""
+    """Scores the model in a folder, in the number format of its `atp_tune.json`, if it has one."""
     if not folder.is_dir():
         raise UserError(f"--model {folder}: there is no such folder")
     scorer = Scorer(asked, watch)
@@ -163,9 +166,9 @@ def _dtype(origin: Path) -> str:
 
 
 def pruned(context: TrialContext, plan: Plan) -> Callable[[int], Weights]:
-    """Prunes the whole model as a plan says, and gives each block's tensors on the compute device.
+    """Prunes the model to a plan; the returned function gives a block's tensors on the compute device.
 
-    UserError where there is no room for a second copy of the linears.
+    UserError if memory is too small for a second copy of the linears.
     """
     checkpoint = context.checkpoint
     device, needed = checkpoint.device, sum(checkpoint.sizes) * checkpoint.dtype.itemsize
@@ -188,7 +191,7 @@ def pruned(context: TrialContext, plan: Plan) -> Callable[[int], Weights]:
 
 
 def compared(name: str, results: Mapping[Compared, Any]) -> TaskScores:
-    """The scores of several models on one task; best and uniform paired by items, where both are there."""
+    """The scores of several models on a task, and best − uniform paired by items, if both were scored."""
     first = next(iter(results.values()))
     metric = next((share for share in SHARES if share in first.scores), next(iter(first.scores), ""))
     pair: tuple[Compared, Compared] = ("best", "uniform")
@@ -205,7 +208,7 @@ def compared(name: str, results: Mapping[Compared, Any]) -> TaskScores:
 
 
 def difference(values: list[float], base: list[float]) -> Measure | None:
-    """Mean difference item by item, with its standard error; None where the items are not known or are one."""
+    """Mean difference by items with its standard error; None without scores of at least two items."""
     if len(values) != len(base) or len(values) < 2:
         return None
     differences = [value - other for value, other in zip(values, base, strict=True)]
@@ -213,16 +216,8 @@ def difference(values: list[float], base: list[float]) -> Measure | None:
 
 
 def mean(measures: list[Measure]) -> Measure:
-    """Mean over tasks, each with the same weight; its error is of the items, the tasks are the ones they are."""
+    """Unweighted mean over tasks; its standard error is over items, not over the choice of tasks."""
     errors = [measure.stderr for measure in measures]
     known = [error for error in errors if error is not None]
     stderr = math.hypot(*known) / len(errors) if len(known) == len(errors) else None
     return Measure(value=fmean(measure.value for measure in measures), stderr=stderr)
-
-
-def _harness() -> ModuleType:
-    try:
-        from atp_tune.zeroshot import harness
-    except ModuleNotFoundError as error:
-        raise UserError(f"evaluate: {error}; install it with: pip install 'atp-tune[eval]'") from None
-    return harness

@@ -1,8 +1,8 @@
-"""lm-eval: its tasks, found and loaded before any model is, and what a model in memory scores on them.
+"""lm-eval: loads its tasks, before any model, and scores a model in memory on them.
 
-Tasks are asked for by their names or groups in lm-eval, by `zero-shot` for the seven of the papers' tables, and by the
-path of a YAML file or of a folder of them. What is not in the cache is fetched from the hub; where that is out of
-reach, which is found out once and in seconds, the cache is all there is.
+A task is named by lm-eval's name of it or of its group, by `zero-shot` for the seven of the papers' tables, or by the
+path of a YAML file or a folder of them. Data that is not in the cache comes from the hub; if the hub does not answer
+within seconds, only the cache is used.
 """
 
 import math
@@ -35,15 +35,15 @@ from atp_tune.spec.config import Measure
 SEVEN = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 ALL_SEVEN = "zero-shot"
 LIBRARIES = ("lm_eval", "datasets", "huggingface_hub", "transformers")
-HUB_TIMEOUT = 5.0  # seconds for the hub to answer at all
-SEED = 1234  # of lm-eval: it draws the examples of a task
-BOOTSTRAPS = 1000  # for standard errors of metrics that are no means
+HUB_TIMEOUT = 5.0  # seconds in which the hub must answer
+SEED = 1234  # lm-eval's seed for few-shot examples
+BOOTSTRAPS = 1000  # resamples for standard errors of metrics that are not means
 OUT_OF_REACH = "its data is not in the cache, and the hub is out of reach"
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """Loaded tasks and groups of lm-eval, the names under which it gives their scores, and what could not be loaded."""
+    """Loaded tasks and groups of lm-eval, the names of their scores, and reasons why others could not be loaded."""
 
     loaded: list[Any]
     rows: tuple[str, ...]
@@ -53,7 +53,7 @@ class Tasks:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What one model scores on one task: a mean of each metric, and the values of each item that it is of."""
+    """Scores of a model on a task: the mean of each metric, and its values by item."""
 
     items: int
     num_fewshot: int
@@ -63,9 +63,9 @@ class TaskResult:
 
 
 def find_tasks(asked: Sequence[str], watch: EventHandler) -> Tasks:
-    """Loads the tasks that were asked for, with their data; each that cannot be run is noted, and left out.
+    """Loads tasks with their data; leaves out, with a message, those that cannot run.
 
-    UserError for unknown names, and where none is left.
+    UserError for unknown names, and if no task is left.
     """
     if not asked:
         raise UserError("--tasks: names no task")
@@ -108,17 +108,15 @@ def _check_names(names: Iterable[str], known: Sequence[str]) -> None:
 
 def _inside(folder: Path, manager: TaskManager) -> list[str]:
     """The groups of a folder, and its tasks that are in none of them."""
-    own = {name: entry for name, entry in manager.task_index.items() if _is_in(entry.yaml_path, folder)}
+    place = folder.resolve()
+    entries = ((name, entry) for name, entry in manager.task_index.items() if entry.yaml_path is not None)
+    own = {name: entry for name, entry in entries if entry.yaml_path.resolve().is_relative_to(place)}
     groups = [own[name] for name in manager.all_groups if name in own]
     members = {member for group in groups for member in (group.cfg or {}).get("task", []) if isinstance(member, str)}
     found = [name for name in own if name not in members]
     if not found:
         raise UserError(f"--tasks {folder}: holds no task, that is no .yaml file with the keys task and dataset_path")
     return found
-
-
-def _is_in(file: Path | None, folder: Path) -> bool:
-    return file is not None and file.resolve().is_relative_to(folder.resolve())
 
 
 def _load(manager: TaskManager, names: Sequence[str]) -> tuple[list[Any], dict[str, str]]:
@@ -141,7 +139,7 @@ def _check_text_alone(tasks: Mapping[str, Any]) -> None:
         if getattr(task, "UNSAFE_CODE", False):
             raise ValueError("it runs code that the model writes")
         if getattr(task, "MULTIMODAL", False):
-            raise ValueError("it needs more than text")
+            raise ValueError("it needs inputs other than text")
 
 
 def _none_left(missing: Mapping[str, str]) -> str:
@@ -156,7 +154,7 @@ def _none_left(missing: Mapping[str, str]) -> str:
 
 @contextmanager
 def _hub_or_cache() -> Iterator[None]:
-    """Leaves the hub alone while the body runs if it does not answer: its client would try for minutes."""
+    """Sets the libraries to offline mode if the hub does not answer: its client would retry for minutes."""
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
     if not any(before) and not _answers(constants.ENDPOINT):
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
@@ -169,13 +167,13 @@ def _hub_or_cache() -> Iterator[None]:
 def _answers(address: str) -> bool:
     try:
         huggingface_hub.get_session().head(address, timeout=HUB_TIMEOUT)
-    except Exception:  # of whatever HTTP client the hub's library has by now
+    except Exception:  # the hub's library has changed its HTTP client before
         return False
     return True
 
 
 def _rows(task: Any) -> list[str]:
-    """Names of the scores that stand for a task, for a group with a mean of its own, or for the tasks of another."""
+    """Names of the scores of a task, of a group with an aggregate score, or of the tasks of a group without."""
     if isinstance(task, Group) and not task.has_aggregation:
         return [inner.task_name for inner in task.get_all_tasks()]
     return [task.name if isinstance(task, Group) else task.task_name]
@@ -190,9 +188,9 @@ def score(
     batch: int,
     watch: EventHandler,
 ) -> dict[str, TaskResult]:
-    """What a model of transformers, in memory, scores on each task; `batch` sequences go through it at a time.
+    """Scores a transformers model in memory on each task, in batches of `batch` sequences.
 
-    Log-likelihoods are float32 sums of the logits' log-softmax, whatever the model computes in.
+    Log-likelihoods are float32 sums of the logits' log-softmax, whatever the model's number format.
     """
     with quiet(*LIBRARIES):
         lm = _Checked(
@@ -207,9 +205,9 @@ def score(
 
 
 def _ready(tasks: Tasks, num_fewshot: int | None) -> dict[str, Any]:
-    """The tasks as lm-eval's `simple_evaluate` makes them ready, and its seeds.
+    """Prepares tasks and seeds as lm-eval's `simple_evaluate` does.
 
-    It would then ask pip, git, the compilers and the drivers about this machine, for seconds, each time.
+    That function would also query pip, git, compilers and drivers, which takes seconds each time.
     """
     random.seed(0)
     np.random.seed(SEED)
@@ -217,14 +215,14 @@ def _ready(tasks: Tasks, num_fewshot: int | None) -> dict[str, Any]:
     found: dict[str, Any] = tasks.manager.load(tasks.loaded)
     for task in found["tasks"].values():
         own = task.get_config("num_fewshot")
-        if own != 0:  # a task that says 0 means it
+        if own != 0:  # a task with 0 stays zero-shot
             task.set_config(key="num_fewshot", value=(own or 0) if num_fewshot is None else num_fewshot)
         task.set_fewshot_seed(seed=SEED)
     return found
 
 
 class _Checked(HFLM):  # type: ignore[misc]
-    """lm-eval's model, which says in one line that its tokenizer is of another model."""
+    """lm-eval's model; UserError if the tokenizer's ids exceed the model's vocabulary."""
 
     def _model_call(self, inps: Tensor, *arguments: Any, **options: Any) -> Any:
         check_known(self.model, int(inps.max()), "evaluate")
@@ -232,7 +230,7 @@ class _Checked(HFLM):  # type: ignore[misc]
 
 
 def _prefix(model: nn.Module, tokenizer: Any) -> int | None:
-    """What an empty context is; None where the tokenizer itself says it."""
+    """The token of an empty context; None if the tokenizer has one."""
     config: Any = model.config.get_text_config()  # type: ignore[operator,union-attr]
     known = [tokenizer.bos_token_id, tokenizer.eos_token_id]
     own = [config.bos_token_id, config.eos_token_id, 0]
@@ -240,20 +238,20 @@ def _prefix(model: nn.Module, tokenizer: Any) -> int | None:
 
 
 class AnswerCounter:
-    """Stands where lm-eval's own cache of answers would, and so hears of each answer."""
+    """Takes the place of lm-eval's cache of answers, and so is called for each answer."""
 
     def __init__(self, watch: EventHandler) -> None:
         self._watch = watch
         self._done = self._total = 0
 
     def listen(self, lm: HFLM) -> None:
-        """Counts the answers of a model from now on."""
+        """Counts the answers of a model from this call on."""
         lm.set_cache_hook(self)
         for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
             setattr(lm, kind, partial(self._begin, getattr(lm, kind)))
 
     def add_partial(self, kind: str, request: Any, answer: Any) -> None:
-        """Hears of one answer."""
+        """Counts one answer."""
         self._done += 1
         self._watch(Step("answer", self._done, self._total))
 
@@ -279,7 +277,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _short(key: str) -> str:
-    """lm-eval's `metric,filter`, where there is no filter without it."""
+    """lm-eval's `metric,filter`, without the filter if it is `none`."""
     return key.removesuffix(",none")
 
 
@@ -289,6 +287,6 @@ def _stderr(row: Mapping[str, Any], key: str) -> float | None:
 
 
 def _each(samples: Iterable[Mapping[str, Any]], metric: str, name: str) -> list[float]:
-    """The metric of each item; empty where it is no number of an item, but of all of them."""
+    """The metric by item; empty if it is defined only over all items."""
     own: list[Any] = [sample.get(metric) for sample in samples if sample["filter"] == name]
     return [float(value) for value in own] if all(_is_number(value) for value in own) else []

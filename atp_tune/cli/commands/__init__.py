@@ -1,1 +1,1 @@
-"""Commands, a module each: options go in, a function of the package does the work, what comes back is printed."""
+"""Commands, a module each: it reads options, calls a function of the package, and prints the result."""

@@ -1,4 +1,4 @@
-"""Writes the sparse checkpoint of a configuration."""
+"""`tune.py apply`: writes the sparse checkpoint of a configuration."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,13 +15,13 @@ TOLERANCE = 0.001  # relative difference of perplexities that rounding may make
 
 
 def apply(
-    config: Annotated[Path, typer.Option(metavar="FILE", help="A configuration written by a run or by `export`.")],
+    config: Annotated[Path, typer.Option(metavar="FILE", help="Configuration, as a run or `export` writes it.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the sparse checkpoint; new or empty.")],
     device: Device = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Prune as a configuration says, into a folder that `from_pretrained` loads, and measure it again.
+    """Prune the dense checkpoint to a configuration, save it as a Hugging Face folder, and measure its perplexity.
 
     Example: `python tune.py apply --config studies/smol.best.json --out smol-sparse`
     """
@@ -39,7 +39,7 @@ def apply(
 
 
 def show(measured: "Perplexity", promised: "Perplexity | None", out: Path) -> None:
-    """Where the sparse checkpoint is, and whether its perplexity is the one that was promised."""
+    """Prints where the sparse checkpoint is, and whether its perplexity is the configuration's."""
     console.print(f"sparse checkpoint: {out}")
     if promised is None:
         console.print(f"perplexity on the test text: {measured} (the configuration has none yet)")

@@ -1,4 +1,4 @@
-"""Scores models on tasks of lm-eval."""
+"""`tune.py evaluate`: scores models on tasks of lm-eval."""
 
 from contextlib import nullcontext, redirect_stdout
 from io import StringIO
@@ -17,27 +17,27 @@ if TYPE_CHECKING:
 def evaluate(
     config: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="A configuration: dense, uniform and best are compared, in memory."),
+        typer.Option(metavar="FILE", help="Configuration whose dense, uniform and best models are compared in memory."),
     ] = None,
     model: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Or one model's folder, as `apply` writes it.")
+        Path | None, typer.Option(metavar="DIR", help="Folder of a single model, as `apply` writes it.")
     ] = None,
     tasks: Annotated[
         str,
         typer.Option(
             metavar="LIST",
-            help="Tasks or groups of lm-eval, FOLDER/ or FILE.yaml, with commas between; zero-shot: the papers' seven.",
+            help="Tasks or groups of lm-eval, FOLDER/ or FILE.yaml, with commas; zero-shot: the seven of the papers.",
         ),
     ] = "zero-shot",
-    limit: Annotated[int | None, typer.Option(min=1, help="The first so many items of each task.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first so many items of each task.")] = None,
     num_fewshot: Annotated[
-        int | None, typer.Option("--num-fewshot", min=0, metavar="K", help="Examples before each item; default: 0.")
+        int | None, typer.Option("--num-fewshot", min=0, metavar="K", help="Few-shot examples; default: 0.")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences that go through the model at a time.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size in sequences.")] = 8,
     device: Device = None,
     storage: Annotated[
         str | None,
-        typer.Option(metavar="URL", help="Where the study is; default: NAME.db beside the configuration."),
+        typer.Option(metavar="URL", help="Storage that holds the study; default: NAME.db beside the configuration."),
     ] = None,
     json: Json = False,
     allow_pickle: AllowPickle = False,
@@ -45,14 +45,14 @@ def evaluate(
 ) -> None:
     """Score models on tasks of lm-eval (`pip install 'atp-tune[eval]'`): zero-shot accuracy with its standard error.
 
-    The scores of a configuration are stored in it, and on its study, whose report shows them. Code in a folder of tasks
-    runs, as with lm-eval itself. `zero-shot` is boolq, piqa, hellaswag, winogrande, arc_easy, arc_challenge and
-    openbookqa, whose data comes from the hub; `scripts/offline-tasks DIR` makes tasks that need no network.
+    The scores are stored in the configuration and in its study; the report shows them. As with lm-eval itself, code in
+    a folder of tasks runs. `zero-shot` is boolq, piqa, hellaswag, winogrande, arc_easy, arc_challenge and openbookqa,
+    with data from the hub; `scripts/offline-tasks DIR` makes tasks that need no network.
 
     Example: `python tune.py evaluate --config studies/smol.best.json --tasks boolq,piqa --limit 100`
     """
     if (config is None) == (model is None):
-        raise typer.BadParameter("give one of --config FILE and --model DIR", param_hint="--config")
+        raise typer.BadParameter("give either --config FILE or --model DIR", param_hint="--config")
     if model is not None and storage is not None:
         raise typer.BadParameter("only with --config", param_hint="--storage")
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
@@ -66,7 +66,7 @@ def evaluate(
     path, read = config or Path(), config and read_config(config)
     with quiet():
         if read and storage is not None:
-            study_of(path, read, storage)  # so that a mistake is told before anything runs
+            study_of(path, read, storage)  # a mistake is reported before anything runs
         from atp_tune.zeroshot import comparison
 
         asked = comparison.TaskOptions(names, limit, num_fewshot, batch, device or "auto")

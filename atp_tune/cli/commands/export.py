@@ -1,4 +1,4 @@
-"""Writes the best configuration."""
+"""`tune.py export`: writes the best configuration, in one of several formats."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,29 +6,31 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atp_tune.cli.options import Overrides, Storage, StudyLabel, load_study, stored_study
+from atp_tune.cli.options import STUDY, Overrides, Storage, StudyLabel, load_study, stored_study
 
 if TYPE_CHECKING:
     from atp_tune.spec.config import Config
     from atp_tune.spec.studyfile import StudyFile
 
-PRINTED = Path("stdout")  # relative paths of what is printed start where the user stands
+PRINTED = Path("stdout")  # so that relative paths of a printed configuration start at the current folder
 
 
 def export(
-    study: Annotated[
-        str | None, typer.Option("--study", metavar="NAME", help="Name in `studies/`, or path of a .toml file.")
-    ] = None,
+    study: Annotated[str | None, STUDY] = None,
     config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A configuration that is there already, instead of a study.")
+        Path | None, typer.Option(metavar="FILE", help="Export this configuration instead of a study's.")
     ] = None,
     format_: Annotated[
         str | None,
         typer.Option(
-            "--format", metavar="FORMAT", help="json, llm-compressor, yaml or csv; default: as `--out` ends, else json."
+            "--format",
+            metavar="FORMAT",
+            help="json, llm-compressor, yaml or csv; default: `--out`'s ending, else json.",
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: NAME.best.json beside the study.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Default: NAME.best.json beside the study file.")
+    ] = None,
     json: Annotated[
         bool,
         typer.Option("--json", metavar="", help="Print the configuration; a file is written only with `--out`."),
@@ -40,12 +42,13 @@ def export(
     study_name: StudyLabel = None,
     set_: Overrides = None,
 ) -> None:
-    """Write the best configuration so far as one JSON file, from which `apply` prunes, or in a format of others.
+    """Write the best configuration so far as a JSON file for `apply`, or in another format.
 
-    `llm-compressor` is a recipe for its `oneshot`; `yaml` and `csv` are the sparsities by block, or by linear where
-    they differ within blocks, for code of your own.
+    `llm-compressor` writes a recipe for its `oneshot`. `yaml` and `csv` write a table of sparsities for your own code:
+    by block, or by linear where they differ within a block.
 
-    A study of two objectives has no single best: without `--trial` it is the lowest perplexity of the Pareto front.
+    A study of two objectives has no single best trial: `export` takes the trial of the Pareto front with the lowest
+    perplexity, or the one that `--trial` names.
 
     Example: `python tune.py export --study smol --out best.json`
 
@@ -55,9 +58,10 @@ def export(
     """
     from atp_tune.errors import printable
     from atp_tune.exporting import FORMATS, kind_of, write
+    from atp_tune.spec.config import read_config
 
     if (study is None) == (config is None):
-        raise typer.BadParameter("give it or --config FILE, one of them", param_hint="--study")
+        raise typer.BadParameter("give either --study NAME or --config FILE", param_hint="--study")
     kind = kind_of("json" if json and format_ is None else format_, out)
     if config is not None and trial is not None:
         raise typer.BadParameter("only with --study", param_hint="--trial")
@@ -66,7 +70,8 @@ def export(
     ending = FORMATS[kind].ending
     if config is not None:
         target = out or (PRINTED if json else config.with_name(f"{config.name.removesuffix('.json')}{ending}"))
-        found = _moved(config, target)
+        found = read_config(config)
+        found = found.seen_from(config.parent / found.folder, target.parent)
     else:
         file = load_study(str(study), storage, None, set_)
         name = study_name or file.name
@@ -79,7 +84,7 @@ def export(
 
 
 def _of_study(file: "StudyFile", name: str | None, overridden: bool, target: Path, trial: int | None) -> "Config":
-    """The best configuration of a study, or that of a trial; `overridden`: other settings are asked for."""
+    """The configuration of a study's best trial, or of `trial`; `overridden`: `--set` changed the study's settings."""
     from atp_tune.results.best_config import best_config
     from atp_tune.results.summary import made_from
     from atp_tune.spec.facts import facts
@@ -87,14 +92,6 @@ def _of_study(file: "StudyFile", name: str | None, overridden: bool, target: Pat
 
     stored = stored_study(file, name)
     made = None if overridden else made_from(stored.user_attrs.get("made_from"))
-    if made is None:  # the study does not say what it was made with, or other settings are asked for
+    if made is None:
         check_facts(stored, facts(file.study, file.folder), partly=True)
     return best_config(replace(made, path=file.path) if made else file, stored, target, trial)
-
-
-def _moved(config: Path, target: Path) -> "Config":
-    """A configuration in a file, as it reads from another folder."""
-    from atp_tune.spec.config import read_config
-
-    found = read_config(config)
-    return found.seen_from(config.parent / found.folder, target.parent)

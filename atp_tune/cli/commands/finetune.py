@@ -1,4 +1,4 @@
-"""Fine-tunes a sparse checkpoint, zeros kept."""
+"""`tune.py finetune`: fine-tunes a sparse checkpoint and keeps its zeros."""
 
 import sys
 from pathlib import Path
@@ -17,33 +17,36 @@ TEXT = "SOURCE|TABLE"
 
 
 def finetune(
-    model: Annotated[Path, typer.Option(metavar="DIR", help="A sparse folder, written by `apply` or `prune --out`.")],
+    model: Annotated[Path, typer.Option(metavar="DIR", help="Sparse checkpoint, written by `apply` or `prune --out`.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the fine-tuned checkpoint; new or empty.")],
     text: Annotated[
         str | None,
-        typer.Option(metavar=TEXT, help="Train on hub:ORG/NAME, file:PATH, … instead of the calibration text."),
+        typer.Option(metavar=TEXT, help="Text to train on: hub:ORG/NAME, file:PATH, …; default: the calibration text."),
     ] = None,
     test_text: Annotated[
         str | None,
         typer.Option(
-            "--test-text", "--report-text", metavar=TEXT, help="Measure on another text than the folder's test text."
+            "--test-text",
+            "--report-text",
+            metavar=TEXT,
+            help="Text to measure on; default: the checkpoint's test text.",
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps, of a batch each.")] = 300,
-    batch: Annotated[int, typer.Option(min=1, help="Windows per step.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps, each on one batch.")] = 300,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size in windows.")] = 8,
     seqlen: Annotated[int, typer.Option("--seqlen", "--tokens", min=2, help="Tokens per window.")] = 512,
-    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 8,
+    rank: Annotated[int, typer.Option(min=1, help="LoRA rank r.")] = 8,
     alpha: Annotated[
-        int | None, typer.Option(min=1, help="Their weight is alpha / rank; default: twice the rank.")
+        int | None, typer.Option(min=1, help="LoRA α: adapters are scaled by α / r; default: twice the rank.")
     ] = None,
-    learning_rate: Annotated[float, typer.Option(help="Its highest value, after a warm-up.")] = 1e-4,
-    seed: Annotated[int, typer.Option(min=0, help="Draws adapters and the order of windows.")] = 0,
+    learning_rate: Annotated[float, typer.Option(help="Highest learning rate, reached after the warm-up.")] = 1e-4,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the adapters and of the order of the windows.")] = 0,
     device: Device = None,
 ) -> None:
-    """Train a sparse checkpoint with LoRA, every zero kept, and measure it before and after.
+    """Fine-tune a sparse checkpoint with LoRA, keep every zero, and measure perplexity before and after.
 
-    The adapters are masked while they are trained, and merged at the end: the folder is an ordinary one. A run that was
-    cut off goes on with the same command. Needs the extra `finetune`.
+    The adapters are masked during training and merged at the end, so the result is an ordinary Hugging Face folder.
+    The same command resumes a run that was interrupted. Needs the extra `finetune`.
 
     Example: `python tune.py finetune --model smol-sparse --out smol-tuned --text file:articles.txt`
 
@@ -68,13 +71,13 @@ def finetune(
             done = tune(model, out, named or None, measured or None, settings, device or "auto", display)
         except KeyboardInterrupt:
             display.close()
-            console.print(f"stopped: the same command goes on from what is in {out}.part, if a step was written down")
+            console.print(f"stopped: the same command resumes from {out}.part, if a step was saved there")
             sys.exit(130)
     _show(done, out)
 
 
 def _show(done: "Finetuned", out: Path) -> None:
-    """Perplexity before and after fine-tuning as a Markdown table, zeros, and what it took."""
+    """Prints perplexities and zeros before and after as a Markdown table, then time and memory."""
     from atp_tune.results.formatting import duration
 
     rows = [("dense", "", str(done.dense), "–")] if done.dense else []

@@ -1,4 +1,4 @@
-"""Tells what a study will cost: a trial, the whole, memory, and what does not fit."""
+"""`tune.py plan`: estimates what a study will cost."""
 
 from typing import TYPE_CHECKING
 
@@ -19,10 +19,10 @@ def plan(
     device: Device = None,
     set_: Overrides = None,
 ) -> None:
-    """Tell what a study will cost, before anything long runs: tokens, seconds, memory, and what does not fit.
+    """Estimate what a study will cost before it runs: tokens, seconds, memory, and what does not fit.
 
-    The model is loaded, and a batch of each text goes through three blocks; nothing is stored. The keys of the JSON
-    document are in `atp_tune/cost/forecast.py`.
+    Loads the model and sends one batch of each text through three blocks; nothing is stored.
+    `atp_tune/cost/forecast.py` lists the keys of the JSON document.
 
     Example: `python tune.py plan --study smol`
     """
@@ -39,7 +39,7 @@ def plan(
 
 
 def show(found: "Forecast") -> None:
-    """What a study will cost: a trial of each pruner, the whole, memory, and what stands in the way."""
+    """Prints the cost of a trial with each pruner, the cost of the study, its memory, and what does not fit."""
     where = {"none": "on the device", "cpu": "in host memory, two blocks on the device", "disk": "on disk, mapped"}
     weights = found.weights
     console.print(f"{printable(found.study)}: {found.device}, {found.dtype}\n")
@@ -67,7 +67,7 @@ def _study_cost(whole: "StudyCost") -> str:
     from atp_tune.results.formatting import duration
 
     if whole.trials is None:
-        return "not known how many trials"
+        return "the number of trials is not known"
     tokens = "" if whole.tokens is None else f", {whole.tokens:,} tokens through the model"
     time = "" if whole.seconds is None else f", about {duration(whole.seconds)}"
     left = "" if not whole.done or whole.seconds_left is None else f" ({duration(whole.seconds_left)} left)"

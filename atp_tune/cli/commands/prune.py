@@ -1,4 +1,4 @@
-"""Prunes once, without a search."""
+"""`tune.py prune`: prunes once, without a search."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +9,7 @@ import typer
 from atp_tune.cli.options import Device, Overrides, load_study
 from atp_tune.cli.terminal import console
 
-BARE = Path(__file__).parents[2] / "spec" / "prune.toml"  # what `prune` starts from without a study
+BARE = Path(__file__).parents[2] / "spec" / "prune.toml"  # the study file that `prune` reads without --study
 
 
 def prune(
@@ -19,12 +19,12 @@ def prune(
         typer.Option(help="magnitude, wanda, sparsegpt, dsnot or alps; default: the study's first, or wanda."),
     ] = None,
     sparsity: Annotated[
-        float | None, typer.Option(help="Share of zeros, as in 0.7, which is the default without a study.")
+        float | None, typer.Option(help="Share of zeros, between 0 and 1; default: the study's, or 0.7.")
     ] = None,
     allocation: Annotated[
         str | None, typer.Option(help="uniform, atp, curve, owl, alphapruning, er, erk or global; default: atp.")
     ] = None,
-    beta: Annotated[float | None, typer.Option(help="Common difference per block; 0 is uniform.")] = None,
+    beta: Annotated[float | None, typer.Option(help="Common difference β per block; 0 is uniform.")] = None,
     parameter: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="Another parameter, as in γ=-0.1 or gamma=-0.1.")
     ] = None,
@@ -32,14 +32,15 @@ def prune(
         Path | None, typer.Option(metavar="DIR", help="Folder for the sparse checkpoint; new or empty.")
     ] = None,
     study: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Take model, texts and settings from a study.")
+        str | None, typer.Option(metavar="NAME", help="Take the model, the texts and the settings from this study.")
     ] = None,
     device: Device = None,
     set_: Overrides = None,
 ) -> None:
     """Prune once, without a search, and print the perplexity on the test text.
 
-    Calibration is C4 and the test text WikiText-2 test, as in the papers, unless `--study` or `--set` says else.
+    By default the calibration text is C4 and the test text is WikiText-2 test, as in the papers; `--study` and `--set`
+    change them.
 
     Example: `python tune.py prune --study smol --beta 0.004`
 
@@ -48,7 +49,7 @@ def prune(
     Example: `python tune.py prune --model meta-llama/Llama-2-7b-hf --sparsity 0.7 --beta 0.004 --out DIR`
     """
     if model is None and study is None:
-        raise typer.BadParameter("which model? Or --study NAME, to take a study's", param_hint="--model")
+        raise typer.BadParameter("give a model, or --study NAME to take the model of a study", param_hint="--model")
     values = _parameters(beta, parameter)
     if allocation in ("atp", "curve") and not values:
         raise typer.BadParameter(f"{allocation} without any is uniform; for example --beta 0.004", param_hint="--beta")
@@ -60,7 +61,7 @@ def prune(
     }  # fmt: skip
     named = [f"{key}={value}" for key, value in options.items() if value is not None]
     file = load_study(study or str(BARE), None, device, [*named, *(set_ or [])])
-    if study is None:  # relative paths start where the user stands
+    if study is None:  # relative paths start at the current folder
         file = replace(file, path=Path("prune.toml"))
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import quiet

@@ -1,4 +1,4 @@
-"""Writes a report."""
+"""`tune.py report`: writes a report of one or several studies."""
 
 from datetime import datetime
 from pathlib import Path
@@ -16,19 +16,19 @@ def report(
     study_name: Annotated[
         list[str] | None,
         typer.Option(
-            "--study-name", metavar="NAME", help="Name in the storage; one for each study, or several of one."
+            "--study-name", metavar="NAME", help="Name in the storage: one per study, or several of one study."
         ),
     ] = None,
     format_: Annotated[
         str | None, typer.Option("--format", metavar="FORMAT", help="html, md, json, png or latex; default: html.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Default: NAME.report.html beside the study.")
+        Path | None, typer.Option(metavar="FILE", help="Default: NAME.report.html beside the study file.")
     ] = None,
     storage: Storage = None,
     set_: Overrides = None,
 ) -> None:
-    """Write a report with figures, from the storage alone; also while the study runs.
+    """Write a report with figures. It reads only the storage, so it works while the study runs.
 
     Example: `python tune.py report --study smol`
     """

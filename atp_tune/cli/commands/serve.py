@@ -1,4 +1,4 @@
-"""Shows studies in the browser, and lets workers join."""
+"""`tune.py serve`: the dashboard, and the storage for workers on other machines."""
 
 import signal
 from pathlib import Path
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 def serve(
     study: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Serve the storage of this study, and all others in it.")
+        str | None, typer.Option(metavar="NAME", help="Serve the storage of this study, with all studies in it.")
     ] = None,
     storage: Storage = None,
-    listen: Annotated[str, typer.Option(metavar="ADDRESS", help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    listen: Annotated[str, typer.Option(metavar="ADDRESS", help="0.0.0.0 lets other machines connect.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the dashboard.")] = 8080,
-    grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="Port where workers join.")] = 13000,
+    grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="Port for workers on other machines.")] = 13000,
     artifacts: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Files that the dashboard offers; default: beside the database.")
+        Path | None, typer.Option(metavar="DIR", help="Folder of the dashboard's files; default: beside the database.")
     ] = None,
 ) -> None:
-    """Show all studies of a storage in the browser while they run, and let workers on other machines join.
+    """Serve Optuna's dashboard for all studies of a storage, and let workers on other machines join them.
 
-    Without `--study` and `--storage`: the database in `studies/` that was changed last.
+    Without `--study` and `--storage` it serves the database in `studies/` that was changed last.
 
     Example: `python tune.py serve`, then `python tune.py --study smol --storage grpc://HOST:13000` on any machine
     """
@@ -45,11 +45,11 @@ def serve(
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    console.print("stopped: all that was sent is stored")
+    console.print("stopped: everything that workers sent is stored")
 
 
 def _show(service: "Service", served: "Served") -> None:
-    """What is served, where people look, and how workers join."""
+    """Prints which studies are served, the dashboard's address, and the command by which workers join."""
     from atp_tune.serving.servers import host_of, is_loopback
     from atp_tune.storage.database import without_password
 
@@ -61,7 +61,7 @@ def _show(service: "Service", served: "Served") -> None:
     console.print(f"workers join: python tune.py --study NAME --storage grpc://{name}:{served.grpc_port}")
     if not is_loopback(service.listen):
         console.print(
-            "warning: neither has a login: whoever reaches these ports can change and delete studies; "
+            "warning: neither port has a login: whoever can connect can change and delete studies; "
             "docs/serving.md shows a proxy with TLS and a token", style="yellow",
         )  # fmt: skip
     console.print("Ctrl-C stops", style="dim")

@@ -1,4 +1,4 @@
-"""Measures size and speed of a sparse model."""
+"""`tune.py speedup`: measures size and speed of a sparse model."""
 
 from collections.abc import Iterator
 from enum import StrEnum
@@ -21,7 +21,7 @@ PLAIN = (
 
 
 class EngineName(StrEnum):
-    """What computes the models."""
+    """The engine that computes the models."""
 
     torch = "torch"
     deepsparse = "deepsparse"
@@ -30,33 +30,31 @@ class EngineName(StrEnum):
 
 def speedup(
     config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A configuration; the sparse model is pruned into the cache.")
+        Path | None, typer.Option(metavar="FILE", help="Configuration; the sparse model is written to the cache.")
     ] = None,
-    model: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Or a folder that `apply` wrote; it says what it was made of.")
-    ] = None,
+    model: Annotated[Path | None, typer.Option(metavar="DIR", help="Sparse checkpoint, as `apply` writes it.")] = None,
     engine: Annotated[
         EngineName,
         typer.Option(
             metavar="ENGINE",
-            help="torch; deepsparse: a CPU; semi-structured: 2:4 on an NVIDIA GPU. torch is measured too.",
+            help="torch, deepsparse (on a CPU) or semi-structured (2:4 on an NVIDIA GPU); torch is always measured.",
         ),
     ] = EngineName.torch,
     setup: Annotated[
-        bool, typer.Option("--setup", metavar="", help="Install DeepSparse first, apart from everything else.")
+        bool, typer.Option("--setup", metavar="", help="First install DeepSparse, in an environment of its own.")
     ] = False,
-    runs: Annotated[int, typer.Option(min=1, help="Times that dense and sparse take turns.")] = 5,
-    tokens: Annotated[int, typer.Option(min=4, help="Tokens of the prompt.")] = 128,
+    runs: Annotated[int, typer.Option(min=1, help="Measurements of each model; dense and sparse take turns.")] = 5,
+    tokens: Annotated[int, typer.Option(min=4, help="Length of the prompt in tokens.")] = 128,
     device: Device = None,
     storage: Storage = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Measure what the zeros of a sparse model are worth here: bytes of its files, tokens per second.
+    """Measure file size and tokens per second of a sparse model against the dense one, on this machine.
 
-    Zeros in a dense file make nothing smaller or faster by themselves: files need compression, and speed needs an
-    engine that leaves zeros out. The numbers are kept in the configuration and with its study. docs/speedup.md says
-    what to expect.
+    Zeros in a dense file make nothing smaller or faster by themselves: a smaller file needs compression, and a faster
+    model needs an engine that skips zeros. The numbers are stored in the configuration and in its study.
+    docs/speedup.md says what to expect.
 
     Example: `python tune.py speedup --config studies/smol.best.json`
 
@@ -69,7 +67,7 @@ def speedup(
         if config is None and model is None:
             return
     if (config is None) == (model is None):
-        raise typer.BadParameter("give it or --model DIR, one of them", param_hint="--config")
+        raise typer.BadParameter("give either --config FILE or --model DIR", param_hint="--config")
     allowed = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import quiet
@@ -88,14 +86,14 @@ def speedup(
         found = measure(pair, engine.value, Workload(tokens=tokens, runs=runs), place, display)
         places = attach(path, read, "speed", found, storage)
     _show(found)
-    console.print(f"kept in {', '.join(places)}")
+    console.print(f"stored in {', '.join(places)}")
 
 
 def _set_up() -> None:
-    """Makes DeepSparse's environment, and says where."""
+    """Makes DeepSparse's environment, and prints its folder."""
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import quiet
-    from atp_tune.speed.deepsparse_home import setup
+    from atp_tune.speed.deepsparse_engine import setup
 
     with quiet(), Display() as display:
         home = setup(display)
@@ -103,9 +101,9 @@ def _set_up() -> None:
 
 
 def _show(found: "Speed") -> None:
-    """Bytes, zeros and rates as Markdown tables."""
+    """Prints bytes, zeros and tokens per second as Markdown tables."""
     sizes = found.sizes
-    files = (("as they are", sizes.dense, sizes.sparse), ("compressed with zstd", sizes.dense_zstd, sizes.sparse_zstd))
+    files = (("uncompressed", sizes.dense, sizes.sparse), ("compressed with zstd", sizes.dense_zstd, sizes.sparse_zstd))
     for table in (
         markdown(
             ("weight files", "dense", "with zeros", "smaller"),
@@ -121,7 +119,7 @@ def _show(found: "Speed") -> None:
 
 
 def summary_of(found: "Speed") -> Iterator[str]:
-    """What was measured, and on what: a line for all engines, and one for each."""
+    """What was measured: a line for all engines, and a line for each."""
     row = found.engines[0]
     yield (
         f"tokens per second, median (lowest to highest) of {len(row.decode.dense)} runs in which dense and sparse took "
@@ -133,7 +131,7 @@ def summary_of(found: "Speed") -> Iterator[str]:
 
 
 def rates_table(found: "Speed") -> str:
-    """A row for each engine and phase: dense, sparse, against itself, against torch's best dense."""
+    """A row for each engine and phase: rates of dense and sparse, sparse / dense, sparse / torch's best dense."""
     from atp_tune.metrics.speed import PHASES, spread
 
     rows = []

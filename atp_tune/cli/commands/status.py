@@ -1,4 +1,4 @@
-"""Shows a study."""
+"""`tune.py status`: shows the trials of a study."""
 
 from typing import Annotated
 
@@ -9,21 +9,21 @@ from atp_tune.cli.options import Json, Overrides, Storage, StudyLabel, StudyName
 
 def status(
     study: StudyName,
-    watch: Annotated[bool, typer.Option("--watch", metavar="", help="Draw again until the study is complete.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", metavar="", help="Repeat until the study is complete.")] = False,
     every: Annotated[
         float | None,
-        typer.Option(min=0.1, metavar="SECONDS", help="Seconds between two looks of `--watch`; default: 2."),
+        typer.Option(min=0.1, metavar="SECONDS", help="Seconds between two updates of `--watch`; default: 2."),
     ] = None,
     json: Json = False,
     storage: Storage = None,
     study_name: StudyLabel = None,
     set_: Overrides = None,
 ) -> None:
-    """Show a study's trials, the best and the spread; also while it runs.
+    """Show the trials of a study, the best one and the range of perplexities. Works while the study runs.
 
-    `--watch` waits for a study that is not there yet, and Ctrl-C ends it with exit code 130. In a pipe it prints, each
-    time that a trial began or ended, what changed; with `--json` one line that holds the whole document. The
-    document's keys are in `atp_tune/results/status.py`.
+    `--watch` waits for a study that does not exist yet; Ctrl-C ends it with exit code 130. Without a terminal
+    it prints, each time a trial starts or ends, the trials that changed; with `--json`, the whole document on one line.
+    `atp_tune/results/status.py` lists the keys of the document.
 
     Example: `python tune.py status --study smol --watch`
     """

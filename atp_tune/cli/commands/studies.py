@@ -1,4 +1,4 @@
-"""Lists the studies."""
+"""`tune.py studies`: lists the studies."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def studies(json: Json = False) -> None:
-    """List the studies that can be run by name, with their state.
+    """List the studies in `studies/` and how far each of them is.
 
     Example: `python tune.py studies`
     """
@@ -36,7 +36,7 @@ def _state(study: "Listed") -> str:
 
 
 def _listed(path: Path) -> "list[Listed]":
-    """A study file's own study, then those that it was run for under other names."""
+    """The study that a study file names, then the studies that were run from it with `--study-name`."""
     from atp_tune.errors import UserError
     from atp_tune.results.status import invalid, listed
     from atp_tune.results.summary import summarise

@@ -1,4 +1,4 @@
-"""The command without a name: runs a study."""
+"""`tune.py --study NAME`: runs a study."""
 
 import sys
 from enum import StrEnum
@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import atp_tune
-from atp_tune.cli.options import Device, Overrides, Storage, StudyLabel, load_study
+from atp_tune.cli.options import STUDY, Device, Overrides, Storage, StudyLabel, load_study
 from atp_tune.cli.terminal import console
+from atp_tune.errors import UserError
 
 if TYPE_CHECKING:
     import optuna
@@ -36,62 +37,61 @@ def _version(asked: bool) -> None:
 
 def run(
     context: typer.Context,
-    study: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Name in `studies/`, or path of a .toml file.")
-    ] = None,
-    trials: Annotated[int | None, typer.Option(min=1, help="Total for the study, over all runs.")] = None,
+    study: Annotated[str | None, STUDY] = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="Number of trials of the study, over all runs.")] = None,
     timeout: Annotated[
-        float | None, typer.Option(min=0, metavar="SECONDS", help="Start no trial after this time.")
+        float | None, typer.Option(min=0, metavar="SECONDS", help="Start no new trial after so many seconds.")
     ] = None,
     storage: Storage = None,
     study_name: StudyLabel = None,
     device: Device = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes that run trials: a CUDA device each, or a share of the CPU.")
+        int | None, typer.Option(min=1, help="Worker processes; each gets a CUDA device, or a share of the CPU cores.")
     ] = None,
     devices: Annotated[
-        str | None, typer.Option(metavar="LIST", help="One process for each, as in `cuda:0,cuda:1`.")
+        str | None, typer.Option(metavar="LIST", help="One worker process for each device, as in `cuda:0,cuda:1`.")
     ] = None,
     allow_device_change: Annotated[
         bool,
         typer.Option(
             "--allow-device-change",
             metavar="",
-            help="Go on though the study began on another device or in another dtype.",
+            help="Resume a study that began on another device or in another dtype.",
         ),
     ] = False,
     engine: Annotated[
         PoolEngine,
-        typer.Option(metavar="ENGINE", help="process: workers run here; ray: on a Ray cluster, one per GPU."),
+        typer.Option(metavar="ENGINE", help="process: workers run on this machine; ray: on a cluster, one per GPU."),
     ] = PoolEngine.process,
     ray_address: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="The cluster; default: the one that this machine is in.")
+        str | None, typer.Option(metavar="HOST:PORT", help="Address of the Ray cluster; default: this machine's.")
     ] = None,
     set_: Overrides = None,
     version: Annotated[
         bool, typer.Option("--version", metavar="", is_eager=True, callback=_version, help="Print the version.")
     ] = False,
 ) -> None:
-    """Find how to share out sparsity over the blocks of a language model, and prune it.
+    """Search for the per-block sparsities at which a pruned language model has the lowest perplexity.
 
-    `python tune.py --study smol` tunes a real 30-block Llama on a laptop: each trial prunes the dense checkpoint as
-    Optuna proposes and measures perplexity. Results are stored at once; the same command again goes on where it was.
+    `python tune.py --study smol` runs a study of a real 30-block Llama on a laptop. In each trial Optuna proposes the
+    sparsities, the dense checkpoint is pruned to them, and the perplexity is measured. Each trial is stored when it
+    ends; the same command resumes a study that was stopped.
 
-    `--study smol-fast` is the same search with the levers for speed (`search.screen`, `search.stopper`,
-    `prune.statistics`), which the README explains. `plan` tells first what a study will cost.
+    `--study smol-fast` is the same search, faster: it sets `search.screen`, `search.stopper` and `prune.statistics`,
+    which the README explains. `plan` estimates the cost of a study.
 
-    `python tune.py status --study smol` shows the trials, `… apply --config studies/smol.best.json --out DIR` writes
-    the sparse checkpoint.
+    `python tune.py status --study smol` shows the trials. `python tune.py apply --config studies/smol.best.json
+    --out DIR` writes the sparse checkpoint.
     """
     if context.invoked_subcommand is not None:
         return
     if study is None:
-        raise typer.BadParameter("which one? For example --study smol; `studies` lists them", param_hint="--study")
+        raise typer.BadParameter("give a study, as in --study smol; `studies` lists them", param_hint="--study")
     if trials is not None:
         set_ = [*(set_ or []), f"search.trials={trials}"]
     file = load_study(study, storage, device, set_)
     names = _devices(file.study.device, workers, devices)
-    for name in names:  # so that a mistake is told before anything runs
+    for name in names:  # a mistake is reported before anything runs
         load_study(study, storage, name, set_)
     pool = _worker_pool(engine, names, workers, devices, ray_address)
     _run(file, study_name, timeout, pool, allow_device_change)
@@ -110,11 +110,15 @@ def _devices(device: str, workers: int | None, devices: str | None) -> list[str]
 def _worker_pool(
     engine: PoolEngine, names: list[str], workers: int | None, devices: str | None, address: str | None
 ) -> "WorkerPool | None":
-    """Who runs the trials; None for this process alone."""
+    """The pool of workers that runs the trials; None if this process does."""
     if engine == PoolEngine.ray:
         if devices is not None:
             raise typer.BadParameter("Ray chooses them; write --workers N", param_hint="--devices")
-        return _on_ray(workers, address)
+        try:
+            from atp_tune.cli.ray_engine import run_on_ray
+        except ModuleNotFoundError as error:
+            raise UserError(f"--engine ray: {error}; install it with: pip install 'atp-tune[ray]'") from None
+        return partial(run_on_ray, count=workers, address=address or "auto")
     if address is not None:
         raise typer.BadParameter("only with --engine ray", param_hint="--ray-address")
     from atp_tune.cli.worker_pool import run_workers
@@ -122,22 +126,12 @@ def _worker_pool(
     return partial(run_workers, devices=names) if len(names) > 1 else None
 
 
-def _on_ray(workers: int | None, address: str | None) -> "WorkerPool":
-    from atp_tune.errors import UserError
-
-    try:
-        from atp_tune.cli.ray_engine import run_on_ray
-    except ModuleNotFoundError as error:
-        raise UserError(f"--engine ray: {error}; install it with: pip install 'atp-tune[ray]'") from None
-    return partial(run_on_ray, count=workers, address=address or "auto")
-
-
 def _run(
     file: "StudyFile", name: str | None, timeout: float | None, pool: "WorkerPool | None" = None, mix: bool = False
 ) -> None:
-    """Runs or resumes a study with progress, in this process or by a pool of workers; the summary at the end.
+    """Runs or resumes a study in this process or in a pool of workers; shows its progress, then its summary.
 
-    Ctrl-C and SIGTERM stop it, and the trial that ran is queued again.
+    Ctrl-C and SIGTERM stop the study; the trial that was running is queued again.
     """
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import interruptible, quiet
@@ -152,7 +146,7 @@ def _run(
         except KeyboardInterrupt:
             display.close()
             console.print(
-                f"stopped: finished trials are in {file.database or 'the storage'}; the same command goes on from there"
+                f"stopped: finished trials are in {file.database or 'the storage'}; the same command resumes the study"
             )
             sys.exit(130)
     if study is not None:
