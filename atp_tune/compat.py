@@ -1,20 +1,19 @@
-"""What this package takes from the private parts of other libraries, and for want of what public part.
+"""The private parts of other libraries that this package uses, with the reason.
 
-Nothing else in the package imports a name with an underscore of another library. `tests/test_compat.py` says in one
-line which release of which library took one away, and pyproject.toml bounds the versions of these libraries. grpc and
-Ray are imported by those who need them alone.
+No other module imports a private name of another library. `tests/test_compat.py` reports which release removed one, and
+pyproject.toml bounds the versions of these libraries. grpc and Ray are imported where they are needed.
 
-Optuna, studies and signs of life
-    BaseHeartbeat         by this class Optuna knows a storage that takes signs of life: one of ours must be of it
-    is_heartbeat_enabled  whether a storage takes them. The public `fail_stale_trials` asks this too, but ends the
-                          trials at once, also those whose process lives
-    FrozenStudy           what the public `BaseStorage.get_all_studies` returns
-Optuna, the tables of its databases
-    TrialHeartbeatModel, TrialModel  to read all signs of life by the database's own clock in one query
-    TrialUserAttributeModel          to write several attributes in one transaction; `set_trial_user_attr` writes one
-    transaction           in the session that Optuna's own calls join, and with their errors
-Optuna, its Gaussian process
-    SearchSpace           points as the process sees them, in the unit cube
+Optuna's heartbeats
+    BaseHeartbeat         the base class by which Optuna recognises a storage with heartbeats
+    is_heartbeat_enabled  whether a storage has heartbeats. The public `fail_stale_trials` also fails trials whose
+                          process is alive
+    FrozenStudy           the type that the public `BaseStorage.get_all_studies` returns
+Optuna's tables
+    TrialHeartbeatModel, TrialModel  read all heartbeats, and the database's clock, in one query
+    TrialUserAttributeModel          writes several attributes in one transaction; `set_trial_user_attr` writes one
+    transaction           a transaction that Optuna's own calls join, with Optuna's errors
+Optuna's Gaussian process
+    SearchSpace           converts points to the GP's unit cube
 """
 
 from typing import Any
@@ -34,18 +33,15 @@ __all__ = [
 
 
 def fitted(sampler: GPSampler) -> Any:
-    """The Gaussian process of the first objective as it was fitted last: `posterior` takes tensors like its `_X_train`.
-
-    Nothing of it is public.
-    """
+    """The last fitted Gaussian process of the first objective: its `posterior` takes tensors like its `_X_train`."""
     assert sampler._gprs_cache_list is not None
     return sampler._gprs_cache_list[0]
 
 
 def storage_client(channel: Any) -> tuple[Any, Any]:
-    """Optuna's gRPC client on a channel, and its memory of finished trials.
+    """Optuna's gRPC client on a channel, and its cache of finished trials.
 
-    The public `GrpcStorageProxy` makes both with a channel of its own, without TLS, token or keepalives.
+    The public `GrpcStorageProxy` creates its own channel, without TLS, token and keepalives.
     """
     from optuna.storages._grpc.auto_generated import api_pb2_grpc
     from optuna.storages._grpc.client import GrpcClientCache
@@ -55,7 +51,7 @@ def storage_client(channel: Any) -> tuple[Any, Any]:
 
 
 def serve_storage(storage: BaseStorage, server: Any) -> None:
-    """Lets a gRPC server answer for a storage. The public `run_grpc_proxy_server` takes no interceptors, and blocks."""
+    """Adds a storage to a gRPC server. The public `run_grpc_proxy_server` accepts no interceptors, and blocks."""
     from optuna.storages._grpc.auto_generated import api_pb2_grpc
     from optuna.storages._grpc.servicer import OptunaStorageProxyService
 
@@ -64,7 +60,7 @@ def serve_storage(storage: BaseStorage, server: Any) -> None:
 
 
 def ray_address(name: str) -> str:
-    """What people write for a Ray cluster, `auto` too, as HOST:PORT; the public `ray.init` would try it for minutes."""
+    """The HOST:PORT of a Ray cluster's name, such as `auto`; the public `ray.init` tries a bad one for minutes."""
     from ray._private.services import canonicalize_bootstrap_address_or_die
 
     return canonicalize_bootstrap_address_or_die(name)

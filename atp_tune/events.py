@@ -1,4 +1,4 @@
-"""What a run reports while it goes on: plain values that the command line draws and tests can read."""
+"""Events that a run reports, for the command line and other handlers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from atp_tune.plan import Plan
 
 @dataclass(frozen=True)
 class Message:
-    """One line that a person should read."""
+    """One line for the user."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class TrialStarted:
-    """A trial begins, or what is measured beside the trials (dense, final report): that has no `number`."""
+    """A trial begins, or another measurement (dense model, final scores), which has no `number`."""
 
     title: str
     plan: Plan | None
@@ -24,7 +24,7 @@ class TrialStarted:
 
 @dataclass(frozen=True)
 class Step:
-    """Part `done` of `total` of a phase (prune, evaluate, …) of what was started last."""
+    """`done` of `total` steps of a phase (prune, evaluate, …) of the last `TrialStarted`."""
 
     phase: str
     done: int
@@ -33,8 +33,10 @@ class Step:
 
 @dataclass(frozen=True)
 class TrialEnded:
-    """A trial has its values (perplexity, and `kl` if the study minimises it), or None and the reason; `what` it is, a
-    trial or a screening of points. Of `best` and `best_kl` the one by which trials are compared is there.
+    """A trial ended with its values (perplexity `value`, and `kl` if minimised), or None and the reason.
+
+    `best` and `best_kl`: the study's best, the second only if the study minimises KL alone. `what`: `trial`, or
+    `screening` for a trial of a screening.
     """
 
     number: int
@@ -53,4 +55,4 @@ EventHandler = Callable[[Event], None]
 
 
 def ignore_events(event: Event) -> None:
-    """For callers that do not want to know."""
+    """The handler for callers that need no events."""

@@ -1,14 +1,13 @@
-"""Uniting what machines without a shared network have found of one study, in a new SQLite file.
+"""Merging the trials of one study from several storages into a new SQLite file, for machines without a shared network.
 
-Trials that are the same in two storages, which are then copies of an earlier common state, are taken once. All get new
-numbers in the order in which they began; what names a trial by its number follows. Trials that run or wait stay where
-they are: they belong to the machine that they run on. Of what the storages say differently of the study itself, the
-first one's word is taken, and what people wrote in notes is kept from all.
+Equal trials of two storages (copies of an earlier common state) are merged into one. Trials are renumbered by their
+start times, also in attributes that refer to trials. Running and waiting trials are left out. Where attributes of the
+study differ, the first storage wins; users' notes are kept from all storages.
 
-Left out: `best.json` and `report.html` of a dashboard, which `serve` writes anew, and what only a stranger can have
-written: artifacts by names that lead elsewhere, links, notes and attributes of another kind.
+Also left out: `best.json` and `report.html` of a dashboard, which `serve` writes again, links, and artifacts, notes and
+attributes that Optuna or its dashboard cannot have written.
 
-Errors: UserError where the storages hold different studies or what Optuna cannot read, or the new file exists.
+Errors: UserError if the storages hold different studies or unreadable data, or the new file exists.
 """
 
 import re
@@ -30,20 +29,20 @@ from optuna.trial import FrozenTrial, Trial
 from atp_tune.errors import UserError
 from atp_tune.results.annotations import KINDS
 from atp_tune.spec.studyfile import absolute_storage
-from atp_tune.storage import artifacts, fingerprint, opening, totals
+from atp_tune.storage import artifacts, fingerprint, opening, progress
 from atp_tune.storage.database import RetryingDatabase, without_password
 from atp_tune.storage.validation import TABLES, UNREADABLE, readable
 
 Numbers: TypeAlias = Mapping[int, int]  # number of a trial in a storage → its new number
 
 NOTE = re.compile(r"dashboard:(\d+:)?note_(ver|str:\d+)")
-SEED = "search.seed"  # may differ: it decides which points are tried, not what a trial is worth
+SEED = "search.seed"  # may differ: it affects which points are tried, not their values
 AS_BEFORE = re.compile(r"(?<=^failed before, as trial )[0-9]{1,9}(?![0-9])")
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one storage gave: its finished trials, how many of them were known already, and how many have not ended."""
+    """The trials of one storage: finished, already in an earlier storage (`known`), and unfinished."""
 
     address: str
     trials: int
@@ -53,7 +52,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Merged:
-    """The new study, and what each storage gave to it."""
+    """The new study, and each storage's share."""
 
     study: optuna.Study
     shares: list[Share]
@@ -61,7 +60,7 @@ class Merged:
 
 @dataclass(frozen=True)
 class Source:
-    """A study in one of the storages as it stood when it was opened; its address holds no password."""
+    """The study in one storage, read once; `address` without password, `trials` finished, `attrs` of the system."""
 
     address: str
     study: optuna.Study
@@ -72,7 +71,7 @@ class Source:
 
 
 def merge(places: Sequence[str], out: Path, name: str | None) -> Merged:
-    """Unites the study of that name, or the only one there is, out of files or storage URLs."""
+    """Merges the study `name`, or the only common one, from files or storage URLs."""
     _check_new(out)
     sources = _open(places, name)
     _check_same(sources)
@@ -156,9 +155,9 @@ def _check_same(sources: Sequence[Source]) -> None:
 
 
 def _unite(sources: Sequence[Source]) -> tuple[list[FrozenTrial], list[Numbers]]:
-    """The trials of the new study in their order, and for each source the new numbers of its trials."""
+    """The trials of the new study in order, and for each source the new numbers of its trials."""
     kept: list[tuple[int, FrozenTrial]] = []
-    known: dict[object, int] = {}  # trials of the sources before → their places in `kept`
+    known: dict[object, int] = {}  # trials of earlier sources → their places in `kept`
     places: list[dict[int, int]] = []
     for index, source in enumerate(sources):
         own = {}
@@ -175,13 +174,13 @@ def _unite(sources: Sequence[Source]) -> tuple[list[FrozenTrial], list[Numbers]]
 
 
 def _key(trial: FrozenTrial) -> object:
-    """What is equal in copies of one trial, and in no two others."""
+    """A key that is equal for copies of one trial only."""
     values = tuple(trial.values or ())
     return tuple(sorted(trial.params.items())), values, trial.state, trial.datetime_start, trial.datetime_complete
 
 
 def _renumbered(trial: FrozenTrial, numbers: Numbers) -> FrozenTrial:
-    """A trial whose attributes name others by their new numbers."""
+    """The trial with new numbers in its attributes."""
     trial, user, system = copy(trial), dict(trial.user_attrs), dict(trial.system_attrs)
     if user.get("repeats") in numbers:
         user["repeats"] = numbers[user["repeats"]]
@@ -210,32 +209,32 @@ def _write(folder: Path, sources: Sequence[Source], kept: Sequence[FrozenTrial],
         _write_notes(study, sources, numbers, ids)
     for source in sources:
         _copy_artifacts(source, folder / "artifacts")
-    db.close()  # before the file gets its name
+    db.close()  # before the file is renamed
 
 
 def _user_attrs(sources: Sequence[Source], kept: Sequence[FrozenTrial], numbers: Sequence[Numbers]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     by_trial: dict[str, dict[str, Any]] = {}
-    for source, own in [*zip(sources, numbers, strict=True)][::-1]:  # so that the first one's word stays
+    for source, own in [*zip(sources, numbers, strict=True)][::-1]:  # the first source overwrites the others
         merged |= source.study.user_attrs
         names = {"dense": "dense"} | {str(old): str(new) for old, new in own.items()}
         for key in (*TABLES, *KINDS):
             stored = source.study.user_attrs.get(key, {})
             by_trial.setdefault(key, {}).update({names[name]: value for name, value in stored.items() if name in names})
-    beliefs = [source.study.user_attrs.get("gp_posterior") for source in sources]
-    asked = [source.study.user_attrs.get("total", 0) for source in sources]
-    merged["total"] = max(sum(map(totals.counts, kept)), *asked)
+    totals = [source.study.user_attrs.get("total", 0) for source in sources]
+    merged["total"] = max(sum(map(progress.counts, kept)), *totals)
     merged |= {key: values for key, values in by_trial.items() if values}
     merged.pop("gp_posterior", None)
-    known = [belief for belief in beliefs if isinstance(belief, dict) and isinstance(belief.get("before"), int)]
-    if known:
-        merged["gp_posterior"] = max(known, key=lambda belief: int(belief["before"]))
+    posteriors = [source.study.user_attrs.get("gp_posterior") for source in sources]
+    valid = [found for found in posteriors if isinstance(found, dict) and isinstance(found.get("before"), int)]
+    if valid:
+        merged["gp_posterior"] = max(valid, key=lambda found: int(found["before"]))
     return merged
 
 
 def _system_attrs(sources: Sequence[Source], numbers: Sequence[Numbers], ids: Sequence[int]) -> dict[str, Any]:
     merged = {}
-    for source, own in [*zip(sources, numbers, strict=True)][::-1]:  # so that the first one's word stays
+    for source, own in [*zip(sources, numbers, strict=True)][::-1]:  # the first source overwrites the others
         new_ids = {trial._trial_id: ids[own[trial.number]] for trial in source.trials}
         for key, value in _kept_attrs(source).items():
             found = artifacts.OF_TRIAL.fullmatch(key)
@@ -247,7 +246,7 @@ def _system_attrs(sources: Sequence[Source], numbers: Sequence[Numbers], ids: Se
 
 
 def _kept_attrs(source: Source) -> dict[str, Any]:
-    """System attributes of a study without the artifacts that `serve` makes anew and those that Optuna did not make."""
+    """System attributes of a study without invalid artifacts and those that `serve` writes again."""
     anew = {name for name, file in artifacts.file_names(source.attrs).items() if file in artifacts.MADE_ANEW}
     kept = {key: value for key, value in source.attrs.items() if artifacts.is_kept(key, value)}
     return {key: value for key, value in kept.items() if artifacts.name_in(key) not in anew}
@@ -256,7 +255,7 @@ def _kept_attrs(source: Source) -> dict[str, Any]:
 def _write_notes(
     study: optuna.Study, sources: Sequence[Source], numbers: Sequence[Numbers], ids: Sequence[int]
 ) -> None:
-    from optuna_dashboard import save_note  # here, since it takes seconds to import
+    from optuna_dashboard import save_note  # takes seconds to import
 
     from atp_tune.serving.notes import own_words
 
@@ -278,17 +277,17 @@ def _note_of(owner: optuna.Study | Trial) -> str:
 
     try:
         return str(get_note(owner))
-    except UNREADABLE:  # its parts are not as the dashboard writes them
+    except UNREADABLE:  # not written by the dashboard
         return ""
 
 
 def _owner(study: optuna.Study, trial_id: int) -> Trial:
-    """What the dashboard's functions for notes want of a trial."""
+    """A stand-in for a trial in the dashboard's functions for notes."""
     return cast(Trial, SimpleNamespace(storage=study._storage, study=study, _trial_id=trial_id))
 
 
 def _copy_artifacts(source: Source, folder: Path) -> None:
-    """Copies the files that a study or its trials refer to, but for links and what is no artifact's name."""
+    """Copies the artifacts of a study and its trials, without links and invalid ids."""
     keys = chain(_kept_attrs(source), *(trial.system_attrs for trial in source.trials))
     for file in (artifacts.own_file(source.artifacts, artifacts.name_in(key)) for key in keys):
         if file is not None:

@@ -1,4 +1,4 @@
-"""Paths that others wrote down, in a study file or a configuration, and what lies there."""
+"""Paths in study files and configurations."""
 
 import stat
 from pathlib import Path
@@ -7,9 +7,9 @@ from atp_tune.errors import UserError
 
 
 def written(text: str, base: Path, key: str) -> Path:
-    """The path of that text: a relative one starts at `base`, and ~ is a user's home.
+    """The path of a text, relative to `base`, with ~ expanded.
 
-    UserError, which names the key, for what no file can be called, and for the home of a user who is none.
+    UserError, with the key's name, for an invalid path or an unknown user after ~.
     """
     try:
         path = base / Path(text).expanduser()
@@ -23,13 +23,13 @@ def written(text: str, base: Path, key: str) -> Path:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, ValueError):  # Python's own words name the call, and change
+    if isinstance(error, ValueError):  # Python's own message differs between versions
         return "has a character that no path can have"
     return str(error.strerror if isinstance(error, OSError) else error)
 
 
 def is_special(path: Path) -> bool:
-    """Whether a path leads to a pipe, a device or a socket: reading one may never end."""
+    """Whether a path is a pipe, device or socket, of which reading may never end."""
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""A plan: everything that a trial decides, and that `apply` needs to do it again."""
+"""The plan of a trial: pruner, allocation and sparsities, enough for `apply` to prune again."""
 
 from dataclasses import dataclass, field, replace
 
@@ -9,9 +9,9 @@ from atp_tune.spec.patterns import Pattern
 
 @dataclass(frozen=True)
 class Plan:
-    """A pruner and one sparsity per block (share of zeros, first block first), with how they came about.
+    """A pruner and one sparsity per block (share of zeros), with the allocation and parameters that they come from.
 
-    `linear_sparsities` holds one per linear of each block where they differ within blocks.
+    `linear_sparsities`: one per linear of each block, if they differ within blocks.
     """
 
     pruner: str
@@ -22,13 +22,13 @@ class Plan:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether every linear gets the same sparsity, as far as the pattern lets it."""
+        """Whether all linears have the same sparsity, except for the pattern's rounding."""
         if self.allocation == "uniform" or (self.parameters and not any(self.parameters.values())):
             return True
         return self.linear_sparsities is None and len(set(self.sparsities)) == 1
 
     def of(self, index: int, linears: int) -> tuple[float, ...]:
-        """The sparsity of each of the linears of block `index`."""
+        """The sparsity of each linear of block `index`."""
         return self.linear_sparsities[index] if self.linear_sparsities else (self.sparsities[index],) * linears
 
     def __str__(self) -> str:
@@ -38,7 +38,7 @@ class Plan:
 
 
 def shown(parameters: dict[str, float]) -> str:
-    """Parameters as people read them: β=0.00569 γ=-0.12."""
+    """Parameters as text: β=0.00569 γ=-0.12."""
     formats = {"beta": ".5f"}
     return " ".join(
         f"{SYMBOLS.get(name, name)}={value:{formats.get(name, '.3g')}}" for name, value in parameters.items()
@@ -48,10 +48,7 @@ def shown(parameters: dict[str, float]) -> str:
 def make_plan(
     pruner: str, allocation: str, budget: Budget, parameters: dict[str, float], pattern: Pattern | None = None
 ) -> Plan:
-    """The plan of one allocation at given parameters, rounded to what the pattern can make.
-
-    ValueError where the parameters are not admissible.
-    """
+    """The plan of one allocation at given parameters, rounded to the pattern; ValueError if inadmissible."""
     pattern = pattern or Pattern()
     budget = replace(budget, score="magnitude" if pruner == "magnitude" else "wanda")
     shared = ALLOCATIONS[allocation].sparsities(budget, **parameters)
@@ -63,7 +60,7 @@ def make_plan(
 
 
 def _rounded(linears: LinearSparsities, budget: Budget, pattern: Pattern) -> LinearSparsities:
-    """Sparsities of linears rounded all together, whatever block they are in."""
+    """The sparsities of all linears of all blocks, rounded together."""
     sizes = [shape.size for shapes in budget.linears for shape in shapes]
     rounded = iter(pattern.round([s for block in linears for s in block], sizes))
     return tuple(tuple(next(rounded) for _ in block) for block in linears)

@@ -22,8 +22,7 @@ from atp_tune.metrics.perplexity import change, perplexity
 from atp_tune.plan import shown
 from atp_tune.results.trials import best_of_each, is_uniform, parameters_of
 from atp_tune.search.context import TrialContext
-from atp_tune.search.runner import is_complete, open_context, tune
-from atp_tune.search.study_run import StudyRun
+from atp_tune.search.runner import StudyRun, is_complete, open_context, tune
 from atp_tune.spec.studyfile import StudyFile, load
 from atp_tune.storage import opening
 

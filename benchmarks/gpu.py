@@ -31,7 +31,7 @@ from atp_tune.inputs.windows import Windows
 from atp_tune.plan import Plan
 from atp_tune.pruners import columns
 from atp_tune.search.context import TrialContext
-from atp_tune.search.record import Record
+from atp_tune.search.objective import Record
 from atp_tune.spec.prune import PruneConfig
 
 REPEATS = 10  # of each matmul of the floor

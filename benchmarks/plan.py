@@ -21,8 +21,7 @@ RUN = """
 import json, sys
 from atp_tune.cli.runtime import quiet
 from atp_tune.spec.studyfile import load
-from atp_tune.search.runner import tune
-from atp_tune.search.study_run import StudyRun
+from atp_tune.search.runner import StudyRun, tune
 with quiet():
     study = tune(StudyRun(load(sys.argv[1], sys.argv[2:]), "bench", None, lambda event: None))
 trials = [t.user_attrs for t in study.trials]

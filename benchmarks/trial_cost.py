@@ -28,7 +28,7 @@ from atp_tune.inputs.windows import Windows
 from atp_tune.plan import make_plan
 from atp_tune.scores.next_token import POSITIONS
 from atp_tune.search.context import ContextConfig, TrialContext
-from atp_tune.search.record import Record
+from atp_tune.search.objective import Record
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.studyfile import load
 

@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 from atp_tune.cli.runtime import quiet
 from atp_tune.errors import TrialError
 from atp_tune.search.trial_loop import Attempt
-from atp_tune.storage import database, fingerprint, lost_trials, opening, totals
+from atp_tune.storage import database, fingerprint, lost_trials, opening, progress
 from atp_tune.storage.process_identity import identity
 
 WORK = "work"  # the word by which this file calls itself
@@ -40,10 +40,10 @@ def work(address: str, name: str, total: int) -> None:
     def ended(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
         lost_trials.recover(study)
         trials = study.get_trials(deepcopy=False)
-        if sum(totals.counts(trial) or trial.state == TrialState.RUNNING for trial in trials) >= total:
+        if sum(progress.counts(trial) or trial.state == TrialState.RUNNING for trial in trials) >= total:
             study.stop()
 
-    while (left := total - totals.counted(study)) > 0:
+    while (left := total - progress.counted(study)) > 0:
         study.optimize(Attempt(objective, total), n_trials=left, catch=(TrialError,), callbacks=[ended])
         lost_trials.recover(study)
 
@@ -64,7 +64,7 @@ def measure(address: str, trials: int, workers: int) -> str:
     said = [process.communicate()[1] for process in started]
     seconds = perf_counter() - began
     found = study.get_trials(deepcopy=False)
-    done = [trial for trial in found if totals.counts(trial)]
+    done = [trial for trial in found if progress.counts(trial)]
     exact = "exact" if [trial.number for trial in found] == list(range(len(found))) and len(done) == total else "WRONG"
     errors = sum(bool(text) for text in said) + sum(process.returncode != 0 for process in started)
     span = max(trial.datetime_complete for trial in done) - min(trial.datetime_start for trial in done)

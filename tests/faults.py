@@ -17,7 +17,7 @@ import pytest
 from optuna.trial import TrialState
 from tinystudy import Answer, finish, start
 
-from atp_tune.storage import totals
+from atp_tune.storage import progress
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "reliability.md"
 BEGIN, END = "<!-- written by tests/test_faults.py: -->\n", "<!-- : written by tests/test_faults.py -->"
@@ -121,7 +121,7 @@ def measured(study: optuna.Study) -> list[tuple[dict[str, Any], float]]:
 
 def check_equal(study: optuna.Study, undisturbed: optuna.Study, total: int) -> None:
     """Nothing is lost, nothing measured twice, and all numbers are those of an undisturbed run."""
-    assert totals.counted(study) == total
+    assert progress.counted(study) == total
     assert not {TrialState.RUNNING, TrialState.WAITING} & {trial.state for trial in study.trials}
     found = measured(study)
     assert len({json.dumps(params, sort_keys=True) for params, _ in found}) == len(found)

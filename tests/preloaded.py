@@ -201,5 +201,5 @@ def doom(number: int, end: Callable[[], None], anywhere: bool = False) -> None:
 
 def doom_with_patience(number: int, most: int) -> None:
     """The trial ends its process anywhere, and is given up after so many times."""
-    atp_tune.storage.cutoffs.MOST = most
+    atp_tune.storage.lost_trials.MOST = most
     doom(number, kill, anywhere=True)

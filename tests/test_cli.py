@@ -18,7 +18,7 @@ import atp_tune
 from atp_tune.cli.runtime import interruptible
 from atp_tune.events import Event, Step, TrialStarted
 from atp_tune.spec.config import read_config
-from atp_tune.storage import opening, totals
+from atp_tune.storage import opening, progress
 
 ROLES = ("calibration", "validation", "test")
 COMMANDS = ["", "status", "export", "apply", "prune", "finetune", "studies", "merge"]
@@ -107,8 +107,8 @@ def test_a_second_ctrl_c_ends_at_once(place: Path) -> None:
     assert answer.code in (130, -signal.SIGINT)
     assert "Traceback" not in answer.err
     study = run(place, *LONG)
-    assert totals.counted(study) == 3
-    assert not totals.running(study)
+    assert progress.counted(study) == 3
+    assert not progress.running(study)
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ from atp_tune.serving.dashboard_storage import make_view
 from atp_tune.serving.maintenance import Maintenance
 from atp_tune.serving.notes import study_note
 from atp_tune.serving.servers import ServedDatabase, proxy
-from atp_tune.storage import database, fingerprint, opening, retry, totals
+from atp_tune.storage import database, fingerprint, opening, progress, retry
 from atp_tune.storage.database import RetryingDatabase, is_away, without_password
 from atp_tune.storage.remote import connect
 
@@ -257,7 +257,7 @@ def test_a_worker_gives_up_in_one_line(
     answer = command("--study", place / "tiny.toml", "--storage", address)
     frail.start()
     assert answer.error.endswith(
-        "for 0 minutes now. What was told before is stored; the same command goes on from there"
+        "for 0 minutes now. All earlier results are stored; the same command resumes the study"
     )
 
 
@@ -389,9 +389,9 @@ def test_two_workers_share_a_total_in_postgresql(place: Path, postgres: PostgreS
     answers = [finish(worker) for worker in [start(*words), start(*words)]]
     assert [answer.code for answer in answers] == [0, 0], answers
     study = stored(address)
-    assert totals.counted(study) == 8
-    assert len({str(t.params) for t in study.trials if totals.counts(t)}) == 8
-    assert len({t.user_attrs["pid"] for t in study.trials if totals.counts(t)}) == 2
+    assert progress.counted(study) == 8
+    assert len({str(t.params) for t in study.trials if progress.counts(t)}) == 8
+    assert len({t.user_attrs["pid"] for t in study.trials if progress.counts(t)}) == 2
 
 
 @pytest.mark.slow

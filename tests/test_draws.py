@@ -22,6 +22,7 @@ from atp_tune.metrics.draws import over_draws
 from atp_tune.metrics.perplexity import perplexity, reach_of
 from atp_tune.plan import Plan
 from atp_tune.results.summary import summarise, undrawn
+from atp_tune.scores import WindowScores
 from atp_tune.search.context import ContextConfig, TrialContext
 from atp_tune.spec.config import read_config
 from atp_tune.spec.study import Calibration
@@ -153,15 +154,15 @@ def test_a_study_that_is_complete_is_measured_on_more_draws(place: Path) -> None
 
 @pytest.mark.slow
 def test_what_was_measured_before_a_process_died_is_kept(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, calls = TrialContext.all_nlls, [0]
+    whole, calls = TrialContext.all_scores, [0]
 
-    def dies(self: TrialContext, *more: Any) -> list[float]:
+    def dies(self: TrialContext, *more: Any, **options: Any) -> WindowScores:
         calls[0] += 1
-        if calls[0] == 5:  # the dense model before the search; then uniform and best with the second draw, and third
+        if calls[0] == 8:  # dense, then dense, uniform and best on the test text, then uniform and best of two draws
             raise KeyboardInterrupt
-        return whole(self, *more)
+        return whole(self, *more, **options)
 
-    monkeypatch.setattr(TrialContext, "all_nlls", dies)
+    monkeypatch.setattr(TrialContext, "all_scores", dies)
     with pytest.raises(KeyboardInterrupt):
         run(place, THREE)
     known = stored(place).user_attrs["draws"]

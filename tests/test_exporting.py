@@ -30,7 +30,7 @@ from atp_tune.pruners.settings import SparseGPTSettings, WandaSettings
 from atp_tune.sparse.applying import prune_once
 from atp_tune.spec.config import Config, read_config
 from atp_tune.spec.prune import PruneConfig
-from atp_tune.storage.ranking import measured
+from atp_tune.storage.progress import measured
 
 DOCS = Path(__file__).parents[1] / "docs" / "formats.md"
 NAMES = (("attn.q", "mlp.up"), ("attn.q", "mlp.up"), ("mlp.up",))

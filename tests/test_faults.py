@@ -55,7 +55,7 @@ from atp_tune.scores import evaluation
 from atp_tune.search import runner
 from atp_tune.search.context import TrialContext
 from atp_tune.spec.config import read_config
-from atp_tune.storage import lost_trials, totals
+from atp_tune.storage import lost_trials, progress
 from atp_tune.storage.lost_trials import SAME
 from atp_tune.storage.process_identity import identity, versions
 
@@ -645,7 +645,7 @@ def test_a_clock_that_was_set_back(place: Path, command: CommandLine) -> None:
     assert document["running"][0]["seconds"] == 0
     began = monotonic()
     assert command("--study", place / "tiny.toml", "--trials", "3").code == 0
-    assert totals.counted(stored(place)) == 3
+    assert progress.counted(stored(place)) == 3
     ROWS.add("all stored times an hour in the future, as after a clock was set back", 1, seconds=monotonic() - began)
 
 
@@ -695,7 +695,7 @@ def test_a_trial_that_kills_its_process_each_time_is_given_up(place: Path) -> No
     tiny = Tiny(place, *LONG)
     tiny.finish()
     study = tiny.study
-    assert totals.counted(study) == TOTAL
+    assert progress.counted(study) == TOTAL
     assert len(measured(study)) == TOTAL - 1
     assert sum(lost_trials.is_given_up(trial) for trial in study.trials) == 1
     ROWS.add("a trial that kills its process three times", 3, same="that trial counts as failed, the study goes on")

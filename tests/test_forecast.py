@@ -118,7 +118,7 @@ def test_bytes() -> None:
     assert (found.total, found.blocks, found.largest, found.files, found.converts) == (2000, 1800, 600, 4000, True)
     assert (found.calibration, found.validation, found.dense) == (16000, 4800, 4 * 1600)
     assert found.states == 4800 + 2 * 16000
-    assert held(standing=500).states == found.states + 500
+    assert held(sequential=500).states == found.states + 500
     assert not bytes_of(SIZES, 4, 8, TOKENS, 0, 0).converts
 
 
@@ -127,17 +127,17 @@ def test_bytes() -> None:
 )
 def test_memory_by_residency(offload: str, device: int, host: int) -> None:
     free = Free(10**6, 10**6)
-    found = peaks(held(), offload, free, apart=True)  # type: ignore[arg-type]
+    found = peaks(held(), offload, free, has_own_memory=True)  # type: ignore[arg-type]
     assert found.device == device + 36800 + 50
     assert found.host == 10 + host + 6400
     assert found.loading == 10 + 2000 + 4000
-    same = peaks(held(), offload, Free(10**6, 10**6, bounded=False), apart=False)  # type: ignore[arg-type]
+    same = peaks(held(), offload, Free(10**6, 10**6, bounded=False), has_own_memory=False)  # type: ignore[arg-type]
     assert (same.host, same.device) == (found.host + device + 36800 + 50, None)
 
 
 def lines(free: Free, offload: str = "none", **changes: int) -> tuple[str, ...]:
     own = held(**changes)
-    return problems(own, peaks(own, offload, free, apart=True), offload, windows=10)  # type: ignore[arg-type]
+    return problems(own, peaks(own, offload, free, has_own_memory=True), offload, windows=10)  # type: ignore[arg-type]
 
 
 G = 1024**3
@@ -154,7 +154,7 @@ def test_what_fits_is_no_problem() -> None:
          'device memory: 10.0 GiB are needed, 9.0 GiB are free; set model.offload = "auto"'),
         (Free(4 * G, 9 * G), {"calibration": 5 * G}, "none",
          "device memory: 10.0 GiB are needed, 4.0 GiB are free; set texts.calibration.nsamples = 3"),
-        (Free(4 * G, 9 * G), {"calibration": 2 * G, "standing": 4 * G}, "none",
+        (Free(4 * G, 9 * G), {"calibration": 2 * G, "sequential": 4 * G}, "none",
          "device memory: 8.0 GiB are needed, 4.0 GiB are free; set texts.calibration.nsamples = 4"),
         (Free(4 * G, 9 * G), {"work": 5 * G}, "none",
          "device memory: 5.0 GiB are needed, 4.0 GiB are free; take shorter windows or a larger device"),

@@ -20,7 +20,7 @@ from tinystudy import CommandLine, run
 from atp_tune.errors import UserError, printable
 from atp_tune.report.markdown import escaped, fenced
 from atp_tune.results.summary import summarise
-from atp_tune.storage import opening, ranking
+from atp_tune.storage import opening, progress
 from atp_tune.storage.validation import FOREIGN
 
 SEEDS = int(os.environ.get("ATP_TUNE_FUZZ_RUNS", "10"))  # runs on damaged databases
@@ -275,7 +275,7 @@ def put_junk(database: Path, choose: Choices) -> None:
 def open_study(done: Path) -> Path:
     """A finished study that was asked for one trial more, which another machine runs, and for one that waits."""
     study = study_of(done)
-    best = ranking.measured(study)[0]
+    best = progress.measured(study)[0]
     for state, beta in ((TrialState.RUNNING, 0.03), (TrialState.WAITING, 0.04)):
         params = {**best.params, "beta": beta}
         gone = {"host": "here", "pid": 1, "process_started": 1.0}

@@ -23,7 +23,7 @@ from optuna.trial import TrialState
 from preloaded import abort, doom, doom_with_patience, kill
 from tinystudy import make_model, make_tokenizer, settings, stored, wait_until
 
-from atp_tune.storage import lost_trials, totals
+from atp_tune.storage import lost_trials, progress
 from atp_tune.storage.trace import left_of
 
 pytestmark = pytest.mark.slow
@@ -217,7 +217,7 @@ def check_given_up(place: Path, crew: WorkerPool, times: int | None) -> None:
     assert len({str(trial.params) for trial in lost}) == 1
     assert times is None or len(lost) == times
     assert [lost_trials.is_given_up(trial) for trial in lost] == [False] * (len(lost) - 1) + [True]
-    assert totals.counted(study) == 3
+    assert progress.counted(study) == 3
     assert len(measured(study)) == 2
 
 

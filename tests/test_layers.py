@@ -231,7 +231,7 @@ LIGHT = [
     "storage.fingerprint",
     "storage.lost_trials",
     "storage.remote",
-    "storage.totals",
+    "storage.progress",
 ]
 
 

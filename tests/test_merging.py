@@ -21,7 +21,7 @@ from atp_tune.merging import Merged, merge
 from atp_tune.results.summary import summarise
 from atp_tune.serving.maintenance import Maintenance
 from atp_tune.serving.notes import with_own_words
-from atp_tune.storage import lost_trials, ranking
+from atp_tune.storage import lost_trials, progress
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +106,7 @@ def test_three_machines_that_went_on_from_a_copy(place: Path, tmp_path: Path, co
                 twin = next(t for t in study.trials if same(t) == same(source.trials[int(name)]))
                 assert study.user_attrs["test_nlls"][str(twin.number)] == nlls
     best = min((trial for source in sources for trial in source.trials), key=lambda trial: trial.value or 0)
-    assert ranking.best_trial(study) is not None
+    assert progress.best_trial(study) is not None
     assert study.best_value == best.value
 
 

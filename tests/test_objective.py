@@ -16,11 +16,9 @@ from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Event, Step, TrialStarted, ignore_events
 from atp_tune.scores import WindowScores
 from atp_tune.search.context import TrialContext
-from atp_tune.search.objective import Objective, reasons
-from atp_tune.search.runner import open_context
-from atp_tune.search.shortcuts import estimate, find_measured, is_hopeless
+from atp_tune.search.objective import Objective, estimate, find_measured, is_hopeless, reasons
+from atp_tune.search.runner import StudyRun, open_context
 from atp_tune.search.space import Space, make_space
-from atp_tune.search.study_run import StudyRun
 from atp_tune.storage.process_identity import identity
 
 PARAMS = {"pruner": "wanda", "allocation": "atp", "beta": 0.1}

@@ -35,7 +35,7 @@ from atp_tune.search.termination import regret_of
 from atp_tune.serving.notes import study_note, trial_note
 from atp_tune.spec.config import read_config
 from atp_tune.spec.facts import facts
-from atp_tune.storage import ranking, totals
+from atp_tune.storage import progress
 from atp_tune.storage.fingerprint import SUFFIX
 
 KL = "search.objective=kl"
@@ -204,10 +204,10 @@ def test_the_front_of_any_values(seed: int) -> None:
     for _ in range(30):
         trial = study.ask()
         study.tell(trial, [trial.suggest_int(name, 1, 9) for name in "ab"])
-    found = ranking.front_of(study)
+    found = progress.front_of(study)
     assert {trial.number for trial in found} == naive_front(study.trials)
     assert [trial.values for trial in found] == sorted(trial.values for trial in found)
-    assert ranking.front_of(optuna.create_study()) == []
+    assert progress.front_of(optuna.create_study()) == []
 
 
 def test_both_studies_tell_the_same_of_a_plan(made: Path) -> None:
@@ -260,7 +260,7 @@ def test_a_lost_trial_of_two_values_runs_again(place: Path) -> None:
     study.add_trial(optuna.create_trial(state=TrialState.FAIL, params=params, distributions=kinds, user_attrs=attrs))
     again = run(place, BOTH, "search.trials=5")
     assert [trial.params.get("beta") for trial in again.trials].count(0.01) == 2
-    assert totals.counted(again) == 5
+    assert progress.counted(again) == 5
 
 
 @pytest.mark.slow
@@ -269,7 +269,7 @@ def test_two_workers_share_a_study_of_two_values(place: Path) -> None:
     answer = finished(start("--study", place / "tiny.toml", *keys, "--workers", "2"), 120)
     assert answer.code == 0, answer.err
     study = stored(place)
-    assert totals.counted(study) == 8
+    assert progress.counted(study) == 8
     assert "| trial | method" in answer.out
     alone = run(place, BOTH, "search.trials=8", name="alone")
     values = {str(trial.params): trial.values for trial in alone.trials}
@@ -485,5 +485,5 @@ def test_a_stranger_s_values_are_no_reason_to_stumble(made: Path, place: Path) -
     study_note(summary, "sqlite:///tiny.db")
     for trial in summary.trials:
         trial_note(trial, summary)
-    with pytest.raises(UserError, match="is not stored what a configuration needs"):
+    with pytest.raises(UserError, match="lacks what a configuration needs"):
         best_config(study_file(place), stored(place, "both"), place / "x.json")

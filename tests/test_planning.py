@@ -11,7 +11,7 @@ from atp_tune.cost.planning import foresee
 from atp_tune.events import ignore_events
 from atp_tune.search import trial_loop
 from atp_tune.storage import opening
-from atp_tune.storage.totals import counted
+from atp_tune.storage.progress import counted
 
 
 def test_a_study_is_foretold(place: Path) -> None:

@@ -16,7 +16,7 @@ from tinystudy import HANGS, CommandLine, run, wait_until
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Message, TrialStarted
 from atp_tune.serving.servers import ServedDatabase, proxy
-from atp_tune.storage import fingerprint, lost_trials, opening, remote, retry, totals, trace
+from atp_tune.storage import fingerprint, lost_trials, opening, progress, remote, retry, trace
 from atp_tune.storage.lost_trials import SAME
 from atp_tune.storage.process_identity import identity
 from atp_tune.storage.remote import RemoteStorage, connect
@@ -128,7 +128,7 @@ def test_a_worker_gives_up_in_the_end(server: Server, monkeypatch: pytest.Monkey
     monkeypatch.setattr(retry, "RETRY_SECONDS", 0.3)
     study, trial = started(server)
     server.stop()
-    with pytest.raises(UserError, match=r"does not answer, for 0 minutes now\. What was told before is stored"):
+    with pytest.raises(UserError, match=r"does not answer, for 0 minutes now\. All earlier results are stored"):
         study.tell(trial, 2.5)
     server.start()
 
@@ -167,7 +167,7 @@ def test_a_server_says_what_is_wrong_with_its_database(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What may pass is waited for; what will not ends the worker in one line."""
-    said = ["storage x.db: database or disk is full; make room", "storage x.db: is damaged; put a copy in its place"]
+    said = ["storage x.db: database or disk is full; make room", "storage x.db: is damaged; restore a backup"]
     left = [*said]
 
     def fails(*_: object) -> None:
@@ -217,7 +217,7 @@ def test_what_a_process_of_this_host_left_is_known_to_the_server(server: Server)
 
 @pytest.mark.slow
 def test_a_trial_that_was_taken_for_lost_is_run_again(place: Path, server: Server) -> None:
-    """As after a network that was away for longer than the server waits for a sign of life."""
+    """As after a network that was away for longer than the server waits for a heartbeat."""
     notes: list[str] = []
 
     def watch(event: Event) -> None:
@@ -231,8 +231,8 @@ def test_a_trial_that_was_taken_for_lost_is_run_again(place: Path, server: Serve
                 lost_trials.queue_again(study, study.trials[1])
 
     study = run(place, f"storage={server.address}", watch=watch)
-    assert "trial 1 gave no sign of life for 60 s: it is run again" in notes
-    assert totals.counted(study) == 3
+    assert "trial 1 sent no heartbeat for 60 s: it is run again" in notes
+    assert progress.counted(study) == 3
     assert [t.state for t in study.trials].count(TrialState.FAIL) == 1
     again = study.trials[2]
     assert again.params == study.trials[1].params

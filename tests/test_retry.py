@@ -106,7 +106,7 @@ def test_a_pickled_storage_is_as_patient(storage: BaseStorage, lose: Callable[..
 def test_a_pickled_storage_says_what_is_wrong_with_its_file(storage: BaseStorage, tmp_path: Path) -> None:
     restored = pickle.loads(pickle.dumps(storage))
     (tmp_path / "study.db").write_bytes(b"no database" * 1000)
-    with pytest.raises(UserError, match="file is not a database; put a copy in its place"):
+    with pytest.raises(UserError, match="file is not a database; restore a backup"):
         restored.get_all_studies()
 
 

@@ -29,10 +29,10 @@ from atp_tune.events import Event, Message, Step, TrialEnded, TrialStarted
 from atp_tune.plan import Plan
 from atp_tune.results.summary import summarise, unreported
 from atp_tune.results.trials import allocation_of
-from atp_tune.search import final_scores, runner, study_run, trial_loop
+from atp_tune.search import final_scores, runner, trial_loop
 from atp_tune.search.context import TrialContext
 from atp_tune.spec.config import read_config
-from atp_tune.storage import opening, ranking, totals
+from atp_tune.storage import opening, progress
 from atp_tune.storage.process_identity import identity
 
 BOTH = "prune.pruners=['wanda', 'magnitude']"
@@ -116,7 +116,7 @@ def test_attributes_of_the_study(done: Path) -> None:
     }  # fmt: skip
     assert attrs["sizes"] == [7680] * BLOCKS  # q, o: 32²; k, v: 16 · 32; three of 48 · 32
     assert len(attrs["dense"]) == 16
-    best = ranking.best_trial(reopen(done))
+    best = progress.best_trial(reopen(done))
     assert best
     assert best.number > 1
     uniform = {"wanda": "0", "magnitude": "1"}[best.params["pruner"]]
@@ -131,7 +131,7 @@ def test_attributes_of_the_study(done: Path) -> None:
 def test_values_equal_a_measurement_by_hand(done: Path) -> None:
     """NLLs are compared window by window."""
     study = reopen(done)
-    best = ranking.best_trial(study)
+    best = progress.best_trial(study)
     assert best
     wanda = next(t for t in study.trials[2:] if t.params["pruner"] == "wanda")
     for trial in {t.number: t for t in (best, study.trials[1], wanda)}.values():
@@ -150,7 +150,7 @@ def test_the_dense_checkpoint_is_not_written_to(done: Path, tiny_place: Path) ->
 
 def test_the_best_configuration_is_written(done: Path) -> None:
     study, config = reopen(done), read_config(done / "tiny.best.json")
-    best = ranking.best_trial(study)
+    best = progress.best_trial(study)
     assert best
     assert (config.study, config.trial) == ("tiny", best.number)
     assert config.perplexity.validation
@@ -237,7 +237,7 @@ def test_reports_that_are_missing_are_measured(done: Path, monkeypatch: pytest.M
 def test_a_better_best_is_reported_too(done: Path) -> None:
     reports = reopen(done).user_attrs["test_nlls"]
     study = reopen(done)
-    best = ranking.best_trial(study)
+    best = progress.best_trial(study)
     assert best
     trial = optuna.create_trial(
         value=1.0, params={**best.params, "beta": 0.01}, distributions=best.distributions, user_attrs=best.user_attrs
@@ -255,7 +255,7 @@ def test_of_two_that_end_a_study_one_measures_the_report_text(
 ) -> None:
     """The other one waits for its numbers, and measures them itself if it dies."""
     with quiet():
-        study = runner.tune(study_run.StudyRun(study_file(place), "tiny", None, lambda _: None, reports=False))
+        study = runner.tune(runner.StudyRun(study_file(place), "tiny", None, lambda _: None, reports=False))
     assert unreported(study)
     other = popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     begun = psutil.Process(other.pid).create_time()
@@ -320,7 +320,7 @@ def test_kill_9_in_a_trial_loses_only_that_trial(place: Path, tmp_path: Path) ->
         assert study.trials[3].params == killed.params
         assert "lost" not in study.trials[3].user_attrs
         assert distinct(measured(study)) == len(measured(study)) == 4
-        assert totals.counted(study) == 4
+        assert progress.counted(study) == 4
 
     undisturbed = run(place, *LONG, "search.trials=3", name="undisturbed")
     study = reopen(place)
@@ -336,7 +336,7 @@ def test_killed_again_and_again_it_still_ends(place: Path) -> None:
     for number in (0, 1, 3):  # a third death of the same would end it
         kill_in(place, number, *LONG, "search.trials=4")
     study = run(place, *LONG, "search.trials=4")
-    assert totals.counted(study) == 4
+    assert progress.counted(study) == 4
     assert not {"RUNNING", "WAITING"} & set(states(study))
     assert distinct(measured(study)) == len(measured(study)) == 4
 
@@ -363,9 +363,9 @@ def test_two_processes_share_one_total(place: Path) -> None:
     answers = [finish(process) for process in [start(*command), start(*command)]]
     assert [answer.code for answer in answers] == [0, 0], answers
     study = reopen(place)
-    assert totals.counted(study) == 8
+    assert progress.counted(study) == 8
     assert len({str(params) for params in measured(study)}) >= 7  # both may begin their first draw at the same moment
-    assert len({t.user_attrs["pid"] for t in study.trials if totals.counts(t)}) == 2
+    assert len({t.user_attrs["pid"] for t in study.trials if progress.counts(t)}) == 2
     assert study.user_attrs["test_nlls"]
 
 
@@ -421,7 +421,7 @@ def test_a_trial_that_is_lost_too_often_is_given_up(place: Path) -> None:
 
 
 def add_running(study: optuna.Study, attributes: dict[str, Any], beat: bool = True) -> None:
-    """A trial that another process runs; with `beat` it has shown a sign of life once."""
+    """A trial that another process runs; with `beat` it has sent one heartbeat."""
     best = study.trials[0]
     params = {**best.params, "beta": 0.1}
     study.enqueue_trial(params)
@@ -564,7 +564,7 @@ def test_another_name_lives_beside_it(done: Path) -> None:
     best = (done / "tiny.best.json").read_bytes()
     study = run(done, "sparsity=0.4", "search.trials=2", name="other")
     assert len(study.trials) == 2
-    assert ranking.best_trial(study)
+    assert progress.best_trial(study)
     assert len(reopen(done).trials) == 6
     assert (done / "tiny.best.json").read_bytes() == best
     assert read_config(done / "other.best.json").study == "other"
@@ -607,7 +607,7 @@ def test_plans_without_a_finite_perplexity_fail_and_the_study_ends(
     assert reasons[0]
     assert reasons[0].startswith("perplexity is ")
     assert "not positive definite" in str(reasons[2])
-    assert ranking.best_trial(study) is None
+    assert progress.best_trial(study) is None
     assert not (place / "tiny.best.json").exists()
     assert len(run(place, *overrides).trials) == 4
 
@@ -624,7 +624,7 @@ def test_a_hessian_that_cannot_be_inverted_fails_its_pruner_alone(place: Path, m
     for trial in failed:
         assert trial.state == TrialState.FAIL
         assert trial.user_attrs["failure"] == "Hessian not positive definite, even with damping 100"
-    best = ranking.best_trial(study)
+    best = progress.best_trial(study)
     assert best
     assert best.params["pruner"] == "wanda"
     reports = set(study.user_attrs["test_nlls"])
@@ -662,7 +662,7 @@ def test_an_error_that_nobody_expected_is_not_hidden(place: Path, monkeypatch: p
         run(place)
     monkeypatch.setattr(TrialContext, "prune", prune)
     study = run(place)  # the bug is repaired: the trial did not fail by itself
-    assert totals.counted(study) == 3
+    assert progress.counted(study) == 3
 
 
 @pytest.mark.slow
@@ -699,7 +699,7 @@ def test_a_repeated_pair_is_answered_from_the_store(done: Path, monkeypatch: pyt
     assert again.user_attrs["repeats"] == 3
     assert again.user_attrs["nlls"] == first.user_attrs["nlls"]
     assert Message("trial 6: measured before, as trial 3") in events
-    assert totals.counted(study) == 7
+    assert progress.counted(study) == 7
 
 
 @pytest.mark.slow
@@ -729,7 +729,7 @@ def test_hopeless_trials_are_stopped_and_never_the_best(place: Path, monkeypatch
     stopped = [t for t in study.trials if "stopped_after" in t.user_attrs]
     assert stopped
     assert states(study) == ["COMPLETE"] * 8
-    best = ranking.best_trial(study)
+    best = progress.best_trial(study)
     assert best
     for trial in stopped:
         seen = trial.user_attrs["stopped_after"]
@@ -749,7 +749,7 @@ def test_hopeless_trials_are_stopped_and_never_the_best(place: Path, monkeypatch
     full = [t for t in study.trials if "stopped_after" not in t.user_attrs]
     for trial in full:
         assert trial.value == pytest.approx(same[trial.params["beta"]].value, rel=1e-6)
-    assert best.number == ranking.best_trial(plain).number  # type: ignore[union-attr]
+    assert best.number == progress.best_trial(plain).number  # type: ignore[union-attr]
 
 
 @pytest.mark.slow
@@ -849,13 +849,13 @@ def test_a_grid_of_one_point(place: Path) -> None:
 @pytest.mark.slow
 def test_a_grid_of_fewer_trials_than_points(place: Path) -> None:
     study = run(place, *GRID)
-    assert totals.counted(study) == 3
+    assert progress.counted(study) == 3
     assert distinct([t.params for t in study.trials if t.state == TrialState.COMPLETE]) == 3
 
 
 @pytest.mark.slow
 def test_a_grid_of_more_trials_than_points_ends_with_them(place: Path) -> None:
-    assert totals.counted(run(place, *GRID, "search.trials=99")) == 5
+    assert progress.counted(run(place, *GRID, "search.trials=99")) == 5
 
 
 @pytest.mark.slow
@@ -918,7 +918,7 @@ def test_the_papers_protocol_reports_the_search_text_without_measuring_again(pla
     events: list[Event] = []
     study = run(place, *GRID, "search.trials=5", watch=events.append)
     assert not [e for e in events if isinstance(e, TrialStarted) and e.title.startswith("test")]
-    best = ranking.best_trial(study)
+    best = progress.best_trial(study)
     assert best
     reports = study.user_attrs["test_nlls"]
     assert reports.keys() >= {"dense", "0", str(best.number)}

@@ -18,8 +18,7 @@ from test_space import SIZES, space_for, study_of
 
 from atp_tune.plan import Plan
 from atp_tune.search import samplers
-from atp_tune.search.posterior import _grid
-from atp_tune.search.proposals import around_best
+from atp_tune.search.proposals import _grid, around_best
 from atp_tune.search.samplers import (
     STARTS,
     BranchSampler,

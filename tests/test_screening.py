@@ -15,14 +15,13 @@ from atp_tune.blocks.prune_pass import Pass
 from atp_tune.errors import UserError
 from atp_tune.events import Message, TrialEnded, TrialStarted
 from atp_tune.results.summary import summarise, unreported
-from atp_tune.search import context, dense_model, runner, study_run, trial_loop
+from atp_tune.search import context, dense_model, runner, trial_loop
 from atp_tune.search.proposals import levelled
 from atp_tune.search.screening import APART, confirmed, is_near, screening_file
 from atp_tune.spec.config import read_config
 from atp_tune.spec.study import ScreenConfig
 from atp_tune.storage.fingerprint import is_screening
-from atp_tune.storage.ranking import measured
-from atp_tune.storage.totals import counted
+from atp_tune.storage.progress import counted, measured
 
 SCREEN = ("search.screen.trials=5", "search.screen.stride=3", "search.screen.confirm=2")
 INSIDE = ("search.sampler=gp", *SCREEN)
@@ -282,7 +281,7 @@ def test_a_file_without_a_screening(place: Path) -> None:
 
 
 def test_a_bench_for_screening_shares_all_but_the_text(place: Path) -> None:
-    whole = runner.open_context(study_run.StudyRun(study_file(place), "tiny", None, lambda event: None))
+    whole = runner.open_context(runner.StudyRun(study_file(place), "tiny", None, lambda event: None))
     other = whole.screening(4)
     assert isinstance(other, context.TrialContext)
     assert other.checkpoint is whole.checkpoint and other.replay is whole.replay
@@ -324,7 +323,7 @@ def test_what_a_screening_says_is_said_of_it(place: Path, monkeypatch: pytest.Mo
     notes: list[str] = []
     watch = lambda event: isinstance(event, Message) and notes.append(event.text)  # noqa: E731
     run(place, *INSIDE, "search.early_termination=true", "search.screen.trials=30", watch=watch)
-    assert any(note.startswith("screening: settled after 9 ") for note in notes), notes
+    assert any(note.startswith("screening: terminated early after 9 ") for note in notes), notes
 
 
 # --- which points are confirmed

@@ -28,7 +28,7 @@ from atp_tune.serving.notes import OWN, with_own_words
 from atp_tune.serving.serve import Served, Service, choose, serve
 from atp_tune.spec import finding
 from atp_tune.spec.config import read_config
-from atp_tune.storage import opening, ranking
+from atp_tune.storage import opening, progress
 
 
 @dataclass
@@ -95,7 +95,7 @@ def test_the_note_of_a_study(dashboard: Dashboard, done: Path) -> None:
     body = dashboard.study("tiny")["note"]["body"]
     study = opening.find_study(open_db(done), "tiny")
     assert study is not None
-    best = ranking.best_trial(study)
+    best = progress.best_trial(study)
     assert best is not None
     assert body.startswith("## tiny: `model` at 50% sparsity")
     assert f", trial {best.number} | &emsp;{best.value:.2f} ± {best.user_attrs['stderr']:.2f} |" in body
@@ -269,7 +269,7 @@ def test_a_worker_without_signs_of_life_loses_its_trial(done: Path) -> None:
     go_silent(done / "tiny.db")
     with served(done / "tiny.db") as dashboard:
         wait_until(lambda: dashboard.told)
-        assert dashboard.told == ["tiny: trial 6: gave no sign of life; it is queued again"]
+        assert dashboard.told == ["tiny: trial 6: sent no heartbeat; it is queued again"]
     again = study.get_trials()[7]
     assert again.state == TrialState.WAITING
     assert again.system_attrs["fixed_params"] == study.trials[3].params

@@ -22,7 +22,7 @@ from atp_tune.plan import make_plan
 from atp_tune.pruners.sparsegpt import SparseGPT
 from atp_tune.pruners.statistics import Hessian
 from atp_tune.search.context import ContextConfig, TrialContext
-from atp_tune.search.record import Record
+from atp_tune.search.objective import Record
 from atp_tune.spec.studyfile import load
 
 pytestmark = pytest.mark.slow

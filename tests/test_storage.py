@@ -21,8 +21,7 @@ from atp_tune.storage.fingerprint import check_facts, create_study, is_new
 from atp_tune.storage.lost_trials import cut_offs_of, queue_again, recover
 from atp_tune.storage.opening import check_writable, find_study, open_storage
 from atp_tune.storage.process_identity import identity
-from atp_tune.storage.ranking import best_trial
-from atp_tune.storage.totals import START, counted, is_repetition, is_surplus, running
+from atp_tune.storage.progress import START, best_trial, counted, is_repetition, is_surplus, running
 
 FACTS = {"sparsity": 0.5, "prune.pruners": ["wanda"], "model.content": "ab", "model.dtype": "float32"}
 DEAD = {**identity(), "process_started": 0.0}
@@ -143,7 +142,7 @@ def test_no_url(address: str) -> None:
 def test_a_file_that_is_no_database(file: Path) -> None:
     file.write_text("no database" * 1000)
     assert message(f"sqlite:///{file}") == (
-        f"storage {file}: is damaged (file is not a database); put a copy in its place, or save what can be read with "
+        f"storage {file}: is damaged (file is not a database); restore a backup, or save what is readable with "
         f"`sqlite3 {file} .recover | sqlite3 NEW.db` and go on with --storage sqlite:///NEW.db"
     )
     assert file.read_text() == "no database" * 1000
@@ -478,14 +477,14 @@ def test_signs_of_life(study: optuna.Study, db: RDBStorage, file: Path, monkeypa
     db.record_heartbeat(study.trials[number]._trial_id)
     beat(file, "-61 seconds")
     assert recover(study) == [number]
-    assert study.trials[number].user_attrs["lost"] == "gave no sign of life"
+    assert study.trials[number].user_attrs["lost"] == "sent no heartbeat"
     assert study.trials[0].state == TrialState.RUNNING
 
 
 def test_what_optuna_itself_finds_silent_is_given_up_too(
     study: optuna.Study, db: RDBStorage, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before each trial Optuna ends those without a sign of life: they come again, but not for ever."""
+    """Before each trial Optuna ends those without a heartbeat: they come again, but not for ever."""
     monkeypatch.setattr(lost_trials, "MOST", 4)
     elsewhere = {"host": "elsewhere", "pid": 1, "process_started": 0.0}
     add(study, **elsewhere)
@@ -498,7 +497,7 @@ def test_what_optuna_itself_finds_silent_is_given_up_too(
     assert states(study) == ["FAIL"] * 4
     assert counted(study) == 1
     assert recover(study) == []
-    assert remark_of(study.trials[3]) == "gave no sign of life, cut off 4 times: given up"
+    assert remark_of(study.trials[3]) == "sent no heartbeat, cut off 4 times: given up"
 
 
 def test_a_silent_trial_is_left_to_its_host_while_that_lives(study: optuna.Study, db: RDBStorage, file: Path) -> None:

@@ -15,7 +15,7 @@ from atp_tune.metrics.perplexity import perplexity
 from atp_tune.results.best_config import best_config
 from atp_tune.results.summary import summarise
 from atp_tune.results.trials import is_uniform, score_of, uniform_of
-from atp_tune.storage import ranking
+from atp_tune.storage import progress
 
 DISTRIBUTIONS = {
     "pruner": CategoricalDistribution(("wanda", "magnitude")),
@@ -133,7 +133,7 @@ def test_a_real_study(done: Path) -> None:
 
 def test_the_configuration_of_the_best(done: Path, tmp_path: Path) -> None:
     file, study = study_file(done), stored(done)
-    best = ranking.best_trial(study)
+    best = progress.best_trial(study)
     assert best
     config = best_config(file, study, tmp_path / "out" / "best.json")
     assert (config.study, config.trial, config.seed) == ("tiny", best.number, 2)

@@ -21,7 +21,7 @@ from atp_tune.search.samplers import make_sampler
 from atp_tune.search.space import Space
 from atp_tune.search.termination import GAIN, GAP, LEAST, RUN, has_gap, regret_of, should_terminate
 from atp_tune.spec.study import SearchConfig
-from atp_tune.storage.totals import counted, total_of
+from atp_tune.storage.progress import counted, total_of
 
 GP = ("search.sampler=gp", "search.early_termination=true", "search.trials=40")
 HELD, LEFT = 0.0, 1.0  # regrets: below the bound, and far above

@@ -11,7 +11,7 @@ from atp_tune.blocks.timing import Timer, wait_for
 from atp_tune.cost import probe
 from atp_tune.cost.probe import Clock
 from atp_tune.plan import Plan
-from atp_tune.search.record import Record
+from atp_tune.search.objective import Record
 
 CUDA = torch.device("cuda:1")
 

@@ -31,8 +31,7 @@ from atp_tune.blocks import batching
 from atp_tune.cli import main
 from atp_tune.cli.runtime import quiet
 from atp_tune.events import EventHandler, ignore_events
-from atp_tune.search.runner import tune
-from atp_tune.search.study_run import StudyRun
+from atp_tune.search.runner import StudyRun, tune
 from atp_tune.spec.studyfile import StudyFile, load
 from atp_tune.storage import opening
 
@@ -291,7 +290,7 @@ def _measures(database: Path, number: int) -> bool:
 
 
 def go_silent(database: Path) -> None:
-    """As if what runs on a study had given its last sign of life, or begun its trials, an hour ago."""
+    """As if what runs on a study had sent its last heartbeat, or begun its trials, an hour ago."""
     with closing(sqlite3.connect(database)) as connection, connection:
         connection.execute("UPDATE trial_heartbeats SET heartbeat = datetime('now', '-1 hour')")
         connection.execute(

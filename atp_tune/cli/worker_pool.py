@@ -121,8 +121,7 @@ def supervise(workers: Sequence[AnyWorker], listen: Callable[[Sequence[AnyWorker
 
 def work(job: WorkerJob, index: int, device: str, tell: EventHandler) -> str | None:
     """Runs the study in a worker until SIGINT, with `tell` as event handler; the reason if it could not run."""
-    from atp_tune.search.runner import tune
-    from atp_tune.search.study_run import StudyRun
+    from atp_tune.search.runner import StudyRun, tune
 
     timeout = None if job.end is None else job.end - time()
     file = replace(job.file, study=job.file.study.model_copy(update={"device": device}))

@@ -1,1 +1,1 @@
-"""What a study will cost, before anything long runs."""
+"""The cost of a study, forecast before it runs."""

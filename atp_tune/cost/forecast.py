@@ -1,11 +1,11 @@
-"""What a study will cost: tokens, seconds and memory, from sizes and from the rates of a short probe. Needs no torch.
+"""The cost of a study in tokens and seconds, from its sizes and the rates of a short probe. Needs no torch.
 
-N calibration tokens, E search tokens, R report tokens, C tokens of the error curve. A trial sends through every block
+With N calibration tokens, E validation tokens and C tokens of the error curve, a trial sends through every block
 
-    block         N to listen to inputs, N to run on, E to evaluate
-    sequential    N to listen and run on at once, E to evaluate
-    dense         C to run on, E to evaluate; N twice, once for all trials
-    screening     a part of E to evaluate; N twice, once for all trials
+    block         N to measure statistics, N through the pruned block, E to evaluate
+    sequential    N to measure statistics and through the pruned block at once, E to evaluate
+    dense         C through the pruned block, E to evaluate; once for all trials 2 N through the dense block
+    screening     a part of E to evaluate; once for all trials 2 N through the dense block
 
 The document (`atp_tune.plan/2`) is published: keys are added under the same number, never renamed or removed.
 """
@@ -22,7 +22,7 @@ FORMAT: Literal["atp_tune.plan/2"] = "atp_tune.plan/2"
 
 
 class Passes(FrozenModel):
-    """Tokens that one trial sends through all blocks: `listen` for statistics, `run` pruned, `evaluate` on a text."""
+    """Tokens that one trial sends through all blocks: `listen` measures statistics, `run` is calibration, pruned."""
 
     listen: int
     run: int
@@ -30,12 +30,12 @@ class Passes(FrozenModel):
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum."""
         return self.listen + self.run + self.evaluate
 
 
 def passes(statistics: str, measures: bool, tokens: Tokens, evaluated: int) -> Passes:
-    """What a trial sends through the blocks; `measures`: its pruner wants statistics."""
+    """The passes of a trial; `measures`: its pruner needs statistics."""
     if not measures or statistics == "dense":
         return Passes(listen=0, run=tokens.curve, evaluate=evaluated)
     listen = tokens.calibration if statistics == "block" else 0
@@ -44,7 +44,7 @@ def passes(statistics: str, measures: bool, tokens: Tokens, evaluated: int) -> P
 
 @dataclass(frozen=True)
 class PrunerRate:
-    """Seconds of a pruner in one block: for each token that runs on, with listening to it, and to prune."""
+    """Seconds of a pruner in one block: `calibrate` per token, with its statistics, and `prune` in all."""
 
     calibrate: float
     prune: float
@@ -52,22 +52,19 @@ class PrunerRate:
 
 @dataclass(frozen=True)
 class ProbeRates:
-    """What a probe has measured, in seconds: loading; one block per token of each text, and per token of what is
-    measured once on the dense model; embedding and head per token; a block's way to the device; each pruner.
-    `work`: bytes taken at most beside weights and states.
-    """
+    """The measurements of a probe, in seconds."""
 
     load: float
-    run: dict[str, float]
-    dense: float
-    ends: float
-    fetch: float
+    run: dict[str, float]  # per token in one block, by text
+    dense: float  # per token in one block, to measure statistics of the dense model
+    ends: float  # per token in embedding and head
+    fetch: float  # to copy one block to the device
     pruners: dict[str, PrunerRate]
-    work: int
+    work: int  # peak bytes beside weights and states
 
 
 class Seconds(FrozenModel):
-    """Seconds of one trial by phase, as its record will have them."""
+    """Seconds of one trial by phase, as in its attribute `seconds`."""
 
     calibrate: float
     prune: float
@@ -75,12 +72,12 @@ class Seconds(FrozenModel):
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """The sum."""
         return self.calibrate + self.prune + self.evaluate
 
 
 def trial_seconds(rates: ProbeRates, pruner: str, cost: Passes, blocks: int, role: str = "validation") -> Seconds:
-    """One trial, evaluated on the text of that role. Where blocks are copied, the slower of both sets the pace."""
+    """Seconds of one trial, evaluated on the text of this role; copying blocks counts where slower than computing."""
     own = rates.pruners[pruner]
     calibrate = cost.run * own.calibrate
     evaluate = cost.evaluate * rates.run[role]
@@ -93,12 +90,12 @@ def trial_seconds(rates: ProbeRates, pruner: str, cost: Passes, blocks: int, rol
 
 
 def dense_seconds(rates: ProbeRates, tokens: int, blocks: int, role: str) -> float:
-    """The dense model on a text."""
+    """Seconds of the dense model on a text."""
     return blocks * max(rates.fetch, tokens * rates.run[role]) + tokens * rates.ends
 
 
 class Weights(FrozenModel):
-    """Bytes of the weights as they are computed, and where they will lie."""
+    """Bytes of the weights in the dtype of the computation, and their offload."""
 
     bytes: int
     blocks: int
@@ -107,7 +104,7 @@ class Weights(FrozenModel):
 
 
 class TrialCost(FrozenModel):
-    """One trial of a pruner, in the study or in its screening; seconds are null where nothing could be measured."""
+    """One trial of a pruner, in the study or in its screening; seconds are null without a probe."""
 
     what: Literal["trial", "screening"] = "trial"
     pruner: str
@@ -116,9 +113,10 @@ class TrialCost(FrozenModel):
 
 
 class StudyCost(FrozenModel):
-    """The whole study: its total of trials (null where it is not known), those done, and those of the screening before
-    it; seconds of all and of what is left, with loading, the dense model, the screening, the test text, and other
-    draws of the calibration text. A study that settles may end before all of that.
+    """The whole study: total (null if unknown), done and screening trials, and tokens and seconds of everything.
+
+    That is trials, loading, dense model, screening, test text, and draws of the calibration text. Early termination can
+    only lower it.
     """
 
     trials: int | None
@@ -131,7 +129,7 @@ class StudyCost(FrozenModel):
 
 
 class Forecast(FrozenModel):
-    """What a study will cost, and what stands in its way (`problems`, a line each)."""
+    """The cost of a study; `problems`: a line for each obstacle."""
 
     format: Literal["atp_tune.plan/2"] = FORMAT
     study: str
@@ -146,9 +144,7 @@ class Forecast(FrozenModel):
 
 @dataclass(frozen=True)
 class ScreeningCost:
-    """What comes before a study: its trials and those done, tokens that each evaluates, and tokens sent through the
-    dense blocks to listen and to run on, once for all.
-    """
+    """The screening of a study; `evaluated`: tokens per trial; `once`: calibration tokens of all dense statistics."""
 
     trials: int
     done: int
@@ -157,16 +153,16 @@ class ScreeningCost:
 
     @property
     def cost(self) -> Passes:
-        """What one of its trials sends through the blocks."""
+        """The passes of one of its trials."""
         return Passes(listen=0, run=0, evaluate=self.evaluated)
 
     @property
     def tokens(self) -> int:
-        """Tokens through the blocks in all, the dense model's among them."""
+        """Tokens through the blocks, with those of the dense model."""
         return (self.trials + 1) * self.evaluated + 2 * self.once
 
     def seconds(self, rates: ProbeRates, pruners: Iterable[str], blocks: int) -> tuple[float, float]:
-        """Seconds of all of it, and of what is left."""
+        """Seconds in all, and seconds left."""
         each = _mean([trial_seconds(rates, pruner, self.cost, blocks).total for pruner in pruners])
         before = blocks * self.once * rates.dense + dense_seconds(rates, self.evaluated, blocks, "validation")
         left = max(0, self.trials - self.done)
@@ -175,8 +171,8 @@ class ScreeningCost:
 
 @dataclass(frozen=True)
 class DrawsCost:
-    """What other draws of the calibration text add: plans that are measured again, on the text of that role, and tokens
-    sent through the dense blocks to listen and to run on.
+    """The cost of other draws of the calibration text: `plans` to measure on the text of `role`; `once`: calibration
+    tokens of all dense statistics.
     """
 
     plans: int
@@ -184,13 +180,12 @@ class DrawsCost:
     once: int
 
     def evaluated(self, tokens: Tokens) -> int:
-        """Tokens that each evaluates."""
+        """Tokens per plan."""
         return tokens.test if self.role == "test" else tokens.validation
 
     def seconds(self, rates: ProbeRates, costs: dict[str, Passes], tokens: Tokens, blocks: int) -> float:
-        """Seconds of all of it."""
-        evaluated = self.evaluated(tokens)
-        each = _mean(_again(rates, costs, evaluated, blocks, self.role))
+        """Seconds in all."""
+        each = _plan_seconds(rates, costs, self.evaluated(tokens), blocks, self.role)
         return self.plans * each + blocks * self.once * rates.dense
 
 
@@ -205,11 +200,10 @@ def whole(
     rows: int,
     drawn: DrawsCost = DrawsCost(0, "test", 0),
 ) -> StudyCost:
-    """The study in all. Trials are shared out evenly over the pruners; none is taken to end early.
+    """The cost of a study without its screening, with as many trials of each pruner and none stopped early.
 
-    `once`: tokens sent through the dense blocks to listen and to run on, once for all trials; `rows`: plans that are
-    measured on the test text (of the dense model once more), 0 where the validation text reports; `drawn`: what other
-    draws of the calibration text add.
+    `once`: calibration tokens of all dense statistics. `rows`: plans measured on the test text besides dense; 0 without
+    a test text.
     """
     if trials is None:
         return StudyCost(trials=None, done=done, tokens=None, seconds=None, seconds_left=None)
@@ -223,7 +217,11 @@ def whole(
     each = _mean([trial_seconds(rates, pruner, cost, blocks).total for pruner, cost in costs.items()])
     before = rates.load + blocks * (tokens.curve * rates.run["calibration"] + once * rates.dense)
     dense = dense_seconds(rates, tokens.validation, blocks, "validation")
-    after = _report_seconds(rates, costs, tokens, blocks, rows) + drawn.seconds(rates, costs, tokens, blocks)
+    after = 0.0
+    if rows:
+        each_report = _plan_seconds(rates, costs, tokens.test, blocks, "test")
+        after = dense_seconds(rates, tokens.test, blocks, "test") + rows * each_report
+    after += drawn.seconds(rates, costs, tokens, blocks)
     left = 0.0 if done >= trials else before + (0 if done else dense) + (trials - done) * each + after
     seconds = before + dense + trials * each + after
     return StudyCost(trials=trials, done=done, tokens=through, seconds=seconds, seconds_left=left)
@@ -232,7 +230,7 @@ def whole(
 def screened(
     found: StudyCost, screening: ScreeningCost, rates: ProbeRates | None, pruners: Iterable[str], blocks: int
 ) -> StudyCost:
-    """The study with its screening before it."""
+    """The cost of a study with its screening."""
     more: dict[str, float] = {"screened": screening.trials}
     if found.tokens is not None:
         more["tokens"] = found.tokens + screening.tokens
@@ -242,19 +240,14 @@ def screened(
     return found.model_copy(update=more)
 
 
-def _report_seconds(rates: ProbeRates, costs: dict[str, Passes], tokens: Tokens, blocks: int, rows: int) -> float:
-    if not rows:
-        return 0.0
-    again = _again(rates, costs, tokens.test, blocks, "test")
-    return dense_seconds(rates, tokens.test, blocks, "test") + rows * _mean(again)
-
-
-def _again(rates: ProbeRates, costs: dict[str, Passes], evaluated: int, blocks: int, role: str) -> list[float]:
-    """Seconds of a plan of each pruner, evaluated on so many tokens of a text."""
-    return [
-        trial_seconds(rates, pruner, cost.model_copy(update={"evaluate": evaluated}), blocks, role).total
-        for pruner, cost in costs.items()
-    ]
+def _plan_seconds(rates: ProbeRates, costs: dict[str, Passes], evaluated: int, blocks: int, role: str) -> float:
+    """Mean seconds over the pruners of one plan, evaluated on `evaluated` tokens of a text."""
+    return _mean(
+        [
+            trial_seconds(rates, pruner, cost.model_copy(update={"evaluate": evaluated}), blocks, role).total
+            for pruner, cost in costs.items()
+        ]
+    )
 
 
 def _mean(values: "list[int] | list[float]") -> float:

@@ -1,4 +1,4 @@
-"""What a study needs of memory: bytes at the peak on host and device, and what does not fit. Needs no torch."""
+"""The memory of a study: peak bytes on host and device, and which of them do not fit. Needs no torch."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ GIB = 1024**3
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens of each text, and those of the error curve."""
+    """Number of tokens of each text, and of the error curve."""
 
     calibration: int
     validation: int
@@ -22,8 +22,10 @@ class Tokens:
 
 
 class Memory(FrozenModel):
-    """Bytes at the peak, and bytes that can be had. `host`: while trials run; `loading`: while the model is loaded,
-    with mapped files, which the system can drop; `device` is null where it is the host's own.
+    """Peak and free bytes.
+
+    `host`: while trials run. `loading`: while the model is loaded, including mapped files, which the system can evict.
+    `device`: null if the device has no memory limit of its own.
     """
 
     host: int
@@ -35,36 +37,33 @@ class Memory(FrozenModel):
 
 @dataclass(frozen=True)
 class Bytes:
-    """What lies in memory: weights in all, of the blocks, of the largest block, and as the files hold them; whether
-    loading converts them; hidden states of calibration and search; dense states; work; the process itself; what all
-    calibration windows hold in the middle of a block, where they stand before each linear.
-    """
+    """The parts of the peak, in bytes."""
 
-    total: int
-    blocks: int
-    largest: int
-    files: int
-    converts: bool
-    calibration: int
-    validation: int
-    dense: int
+    total: int  # all weights
+    blocks: int  # weights of the blocks
+    largest: int  # weights of the largest block
+    files: int  # weights as stored in the files
+    converts: bool  # loading converts the weights
+    calibration: int  # hidden states of the calibration text
+    validation: int  # hidden states of the validation or test text, whichever is larger
+    dense: int  # states of the dense model, in host memory
     work: int
     process: int
-    standing: int = 0
+    sequential: int = 0  # activations of all calibration windows within a block, where linears are pruned in order
 
     @property
     def states(self) -> int:
-        """Hidden states at their peak: those of calibration exist twice for a moment, beside those of the search."""
-        return max(self.validation + 2 * self.calibration + self.standing, 2 * self.validation)
+        """Peak of the hidden states: those of calibration exist twice for a moment, beside those of validation."""
+        return max(self.validation + 2 * self.calibration + self.sequential, 2 * self.validation)
 
 
-def peaks(held: Bytes, offload: Offload, free: Free, apart: bool) -> Memory:
-    """The peaks; `apart`: the compute device has memory of its own, else its part is the host's too."""
+def peaks(held: Bytes, offload: Offload, free: Free, has_own_memory: bool) -> Memory:
+    """The peaks on host and device; `has_own_memory`: the device's memory is not the host's."""
     weights = held.total if offload == "none" else held.total - held.blocks + min(held.blocks, 2 * held.largest)
     device = weights + held.states + held.work
     waiting = held.blocks if offload == "cpu" else 0
     return Memory(
-        host=held.process + waiting + held.dense + (0 if apart else device),
+        host=held.process + waiting + held.dense + (0 if has_own_memory else device),
         loading=held.process + (held.total if held.converts else 0) + held.files,
         device=device if free.bounded else None,
         host_free=free.host,
@@ -73,7 +72,7 @@ def peaks(held: Bytes, offload: Offload, free: Free, apart: bool) -> Memory:
 
 
 def bytes_of(sizes: ModelSizes, itemsize: int, width: int, tokens: Tokens, work: int, process: int) -> Bytes:
-    """The bytes of a model computed with `itemsize` bytes per value, whose hidden states have `width` values."""
+    """The parts for a model with `itemsize` bytes per value and hidden states of `width` values."""
     state = width * itemsize
     return Bytes(
         total=sizes.total * itemsize,
@@ -90,7 +89,7 @@ def bytes_of(sizes: ModelSizes, itemsize: int, width: int, tokens: Tokens, work:
 
 
 def problems(held: Bytes, needed: Memory, offload: Offload, windows: int) -> tuple[str, ...]:
-    """What does not fit, and what to change, a line each; `windows`: of the calibration text."""
+    """A line for each peak that does not fit, with the key to change; `windows`: of the calibration text."""
     found = []
 
     def check(where: str, size: int, free: int | None, advice: Callable[[int], str]) -> None:
@@ -110,14 +109,14 @@ def problems(held: Bytes, needed: Memory, offload: Offload, windows: int) -> tup
 
     converts = "give the model in the number format that it is computed in, or set model.dtype to its own"
     check("device", needed.device or 0, needed.device_free, on_device)
-    check("host", needed.host - held.process, needed.host_free, on_host)  # the process is there already
+    check("host", needed.host - held.process, needed.host_free, on_host)  # the process holds its memory already
     if held.converts:
         check("host", held.total, needed.host_free, lambda _: f"loading converts the weights: {converts}")
     return tuple(found)
 
 
 def _fewer(held: Bytes, over: int, windows: int) -> str:
-    """The number of calibration windows with which it would fit, if there is one."""
-    each = (2 * held.calibration + held.standing) / windows
+    """The advice to take fewer calibration windows; "" if that is not enough."""
+    each = (2 * held.calibration + held.sequential) / windows
     fitting = windows - math.ceil(over / each) if each else 0
     return f"set texts.calibration.nsamples = {fitting}" if fitting > 0 else ""

@@ -1,4 +1,4 @@
-"""What `plan` does: a study's sizes read, its model probed, its cost foretold; nothing is stored."""
+"""The command `plan`: reads a study's sizes, probes its model, and forecasts its cost; stores nothing."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,46 +18,44 @@ from atp_tune.search.samplers import total_trials
 from atp_tune.search.space import make_space
 from atp_tune.spec.study import Study
 from atp_tune.spec.studyfile import StudyFile
-from atp_tune.storage import fingerprint, opening, totals
+from atp_tune.storage import fingerprint, opening, progress
 from atp_tune.storage.fingerprint import SUFFIX
 
 if TYPE_CHECKING:
     from atp_tune.checkpoints.models import ModelFolder
     from atp_tune.search.context import ContextConfig, TrialContext
 
-MEASURED = ("owl", "global")  # allocations that want the norms of all inputs of the dense model
+MEASURED = ("owl", "global")  # allocations that need the input norms of the dense model
 
 
 @dataclass(frozen=True)
 class Known:
-    """What is known before the model is loaded; `width` of a hidden state, `kinds` of statistics on the dense model;
-    the study and its screening as they are stored, if they are.
-    """
+    """The facts of a study that are known before its model is loaded."""
 
     study: Study
-    main: optuna.Study | None
-    before: optuna.Study | None
+    main: optuna.Study | None  # the stored study
+    screening: optuna.Study | None  # the stored screening
     sizes: ModelSizes
     tokens: Tokens
-    windows: int
-    width: int
+    windows: int  # of the calibration text
+    width: int  # of a hidden state
     itemsize: int
     free: Free
-    apart: bool
-    costs: dict[str, Passes]
-    kinds: int
-    process: int
+    has_own_memory: bool  # the device's memory is not the host's
+    costs: dict[str, Passes]  # by pruner
+    kinds: int  # of statistics measured once on the dense model
+    process: int  # bytes
     validation_windows: int
 
     def offload(self) -> Offload:
-        """Where the weights will lie."""
+        """The offload of the study file, or the automatic choice."""
         named = self.study.model.offload
         size = self.itemsize
         chosen = choose(self.sizes.total * size, sum(self.sizes.blocks) * size, self.free)
         return chosen if named == "auto" else named
 
     def held(self, work: int) -> Bytes:
-        """What will lie in memory."""
+        """The parts of the peak memory."""
         found = bytes_of(self.sizes, self.itemsize, self.width, self.tokens, work, self.process)
         if "kl" not in self.study.search.objective:
             return found
@@ -66,22 +64,23 @@ class Known:
 
 
 def foresee(file: StudyFile, name: str, watch: EventHandler) -> Forecast:
-    """What a study will cost. The model is loaded and probed for some seconds, unless it does not fit into memory.
+    """The cost of a study. The model is loaded and probed for some seconds, unless it does not fit into memory.
 
-    UserError for bad input, and for a model or texts that cannot be had.
+    UserError for bad input, and for a model or texts that cannot be loaded.
     """
     from atp_tune.checkpoints.devices import device_name, find_device, find_dtype, oom_as_user_error
     from atp_tune.checkpoints.models import resolve
-    from atp_tune.search.context import TrialContext
+    from atp_tune.search.context import ContextConfig, TrialContext
 
-    setup = _setup(file, name)
+    # Without `bos` in the study file the forecast ignores BOS: its cost is too small.
+    setup = ContextConfig.of_study(file.study, file.folder, bool(fingerprint.bos_of(file.study, _stored(file, name))))
     device = find_device(setup.device)
     dtype = find_dtype(setup.model.dtype, device)
     watch(Message("loading the model and the texts"))
     folder = resolve(setup.model, setup.base, lambda text: watch(Message(text)))
     known = _known(file, name, setup, folder, device, dtype.itemsize)
     context, rates = None, None
-    needed = peaks(known.held(0), known.offload(), known.free, known.apart)
+    needed = peaks(known.held(0), known.offload(), known.free, known.has_own_memory)
     if not problems(known.held(0), needed, known.offload(), known.windows):
         with oom_as_user_error("loading"):
             began = perf_counter()
@@ -96,23 +95,13 @@ def foresee(file: StudyFile, name: str, watch: EventHandler) -> Forecast:
     return _forecast(known, name, device_name(device), format_, context, rates)
 
 
-def _setup(file: StudyFile, name: str) -> "ContextConfig":
-    """The settings of the study's context, without BOS, whose cost is too small to forecast."""
-    from atp_tune.search.context import ContextConfig
-
-    spec = file.study
-    report = {} if spec.texts.test is None else {"test": spec.texts.test}
-    texts = {"calibration": spec.texts.calibration, "validation": spec.texts.validation, **report}
-    draws, bos = spec.texts.calibration.draws, bool(fingerprint.bos_of(spec, _stored(file, name)))
-    return ContextConfig(spec.model, spec.prune, texts, file.folder, spec.device, draws=draws, bos=bos)
-
-
 def _known(
     file: StudyFile, name: str, setup: "ContextConfig", folder: "ModelFolder", device: Any, itemsize: int
 ) -> Known:
     from atp_tune.checkpoints.classes import model_config
     from atp_tune.checkpoints.devices import device_limit, free_memory, host_memory
     from atp_tune.inputs.windows import token_windows
+    from atp_tune.pruners import PRUNERS
     from atp_tune.search.dense_model import CURVE_TOKENS
 
     study, texts = file.study, setup.texts.items()
@@ -125,32 +114,26 @@ def _known(
     width = int(model_config(folder.path, folder.trusted).get_text_config().hidden_size)
     bounded = device.type != "cpu" or device_limit() is not None
     free = Free(free_memory(device), host_memory(), bounded)
+    costs = {
+        name: forecast.passes(study.prune.statistics, PRUNERS[name].measures is not None, tokens, tokens.validation)
+        for name in study.prune.pruners
+    }
     return Known(
         study, _stored(file, name), _stored(file, name + SUFFIX), read_sizes(folder.path), tokens, windows, width,
-        itemsize, free, device.type == "cuda", _costs(study, tokens), _kinds(study),
+        itemsize, free, device.type == "cuda", costs, _kinds(study),
         psutil.Process().memory_info().rss, len(ids["validation"]),
     )  # fmt: skip
 
 
-def _costs(study: Study, tokens: Tokens) -> dict[str, Passes]:
-    from atp_tune.pruners import PRUNERS
-
-    prune = study.prune
-    return {
-        name: forecast.passes(prune.statistics, PRUNERS[name].measures is not None, tokens, tokens.validation)
-        for name in prune.pruners
-    }
-
-
 def _kinds(study: Study) -> int:
-    """How many kinds of statistics are measured once, on the dense model."""
+    """Number of kinds of statistics that are measured once on the dense model."""
     if study.prune.statistics == "dense":
         return dense_kinds(study)
     return int(any(name in MEASURED for name in study.allocation.names))
 
 
 def dense_kinds(study: Study) -> int:
-    """How many kinds of statistics the pruners of a study want of the dense model."""
+    """Number of kinds of statistics that the pruners of a study need."""
     from atp_tune.pruners import PRUNERS
 
     return len({PRUNERS[name].measures for name in study.prune.pruners} - {None})
@@ -162,10 +145,8 @@ def _stored(file: StudyFile, name: str) -> optuna.Study | None:
 
 
 def _progress(study: optuna.Study | None, asked: int) -> tuple[int, int]:
-    """Trials that are done, and those of the whole study, which may have settled before it had as many as were asked
-    for.
-    """
-    return (totals.counted(study), totals.total_of(study, asked)) if study else (0, asked)
+    """Trials done, and the total, which early termination may have lowered."""
+    return (progress.counted(study), progress.total_of(study, asked)) if study else (0, asked)
 
 
 def _forecast(
@@ -173,7 +154,7 @@ def _forecast(
 ) -> Forecast:
     offload = context.checkpoint.offload if context else known.offload()
     work = rates.work if rates else 0
-    if known.study.search.stopper != "none" and offload == "none":  # all pruned blocks are kept between groups
+    if known.study.search.stopper != "none" and offload == "none":  # all pruned blocks stay between groups of windows
         work += known.held(0).blocks
     if context is not None:
         work += _rank_bytes(known.study, context)
@@ -181,8 +162,8 @@ def _forecast(
     if context is not None and known.study.prune.statistics == "sequential":
         from atp_tune.blocks.batching import held_bytes
 
-        held = replace(held, standing=known.tokens.calibration * held_bytes(context.checkpoint))
-    needed = peaks(held, offload, known.free, known.apart)
+        held = replace(held, sequential=known.tokens.calibration * held_bytes(context.checkpoint))
+    needed = peaks(held, offload, known.free, known.has_own_memory)
     blocks = len(known.sizes.blocks)
     return Forecast(
         study=name,
@@ -207,7 +188,7 @@ def _trials(known: Known, rates: ProbeRates | None) -> Iterator[TrialCost]:
 
 
 def _rank_bytes(study: Study, context: "TrialContext") -> int:
-    """Bytes of the ranks that are kept where trials are pruned by the dense model's statistics."""
+    """Bytes of the ranks, which pruning with the dense model's statistics keeps."""
     from atp_tune.blocks.dense_statistics import RANK_BYTES, can_rank
     from atp_tune.pruners import make_pruner
 
@@ -234,7 +215,7 @@ def _whole(known: Known, context: "TrialContext | None", rates: ProbeRates | Non
 
 
 def _drawn(known: Known, plans: int) -> DrawsCost:
-    """What the draws of the calibration text after the first add."""
+    """The cost of the draws of the calibration text after the first."""
     study = known.study
     more = study.texts.calibration.draws - 1
     once = dense_kinds(study) * known.tokens.calibration if study.prune.statistics == "dense" else 0
@@ -245,6 +226,6 @@ def _screening(known: Known) -> ScreeningCost | None:
     screen, tokens = known.study.search.screen, known.tokens
     if screen is None:
         return None
-    done, trials = _progress(known.before, screen.trials)
+    done, trials = _progress(known.screening, screen.trials)
     part = tokens.validation // known.validation_windows * -(-known.validation_windows // screen.stride)
     return ScreeningCost(trials, done, part, dense_kinds(known.study) * tokens.calibration)

@@ -1,8 +1,8 @@
-"""A few seconds of a trial's work, timed: what one batch costs in three blocks foretells a study's cost."""
+"""The probe: times one batch in three blocks for a few seconds, from which a study's cost is forecast."""
 
 import statistics
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -25,14 +25,14 @@ PROBE_SECONDS = 15.0  # seconds after which no further block is probed
 
 
 class Clock:
-    """Seconds by name, each the median of all times that something of that name was timed."""
+    """Seconds by name, each the median of all measurements under that name."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._found: dict[str, list[float]] = {}
 
     def time(self, name: str, work: Callable[[], T]) -> T:
-        """The result of some work, to the end of its last kernel."""
+        """Runs and times some work, to the end of its last kernel; its result."""
         wait_for(self._device)
         began = perf_counter()
         result = work()
@@ -41,16 +41,16 @@ class Clock:
         return result
 
     def add(self, phases: dict[str, float], name: str) -> None:
-        """Takes in the seconds of phases that something else has timed, under their names and this one."""
+        """Adds the seconds of phases timed elsewhere, as `PHASE NAME`."""
         for phase, seconds in phases.items():
             self._found.setdefault(f"{phase} {name}", []).append(seconds)
 
     def typical(self, name: str) -> float:
-        """Seconds as a rule; 0 where nothing of that name was timed."""
+        """The median seconds; 0 without measurements."""
         return statistics.median(self._found.get(name, [0.0]))
 
     def forget(self) -> None:
-        """Starts anew, after what was only to warm up."""
+        """Drops all measurements, after a warm-up."""
         self._found.clear()
 
 
@@ -60,13 +60,12 @@ def probe(
 ) -> ProbeRates:
     """Times each pruner of a study in the first, middle and last block, each text in them, twice, and the head.
 
-    `load`: seconds that opening the context took; `kl`: trials are compared with the dense model. Blocks are taken as
-    alike; a mixture's first tokens stand for all.
+    `load`: seconds of opening the context; `kl`: the study minimises KL. Assumes that all blocks cost the same.
     """
     clock, last = Clock(context.checkpoint.device), len(context.checkpoint.blocks) - 1
     batches = {role: _batch(context, role) for role in context.windows}
     with peak(context.checkpoint.device) as taken:
-        _probe_block(context, clock, 0, batches, pruners, sparsity)  # loads libraries, fills caches
+        _probe_block(context, clock, 0, batches, pruners, sparsity)  # warm-up
         clock.forget()
         began = perf_counter()
         for index in 2 * list(dict.fromkeys((0, last // 2, last))):
@@ -106,24 +105,21 @@ def _probe_block(
 
 
 def _pruned(context: TrialContext, index: int, hidden: Tensor, name: str, sparsity: float) -> dict[str, float]:
-    """Seconds by phase of a block in a trial, as its record has them; statistics of the dense model are of a block."""
+    """Seconds by phase of one block in a trial; statistics "dense" are timed as "block"."""
     pruner = make_pruner(name, context.prune_settings.settings(name))
     in_one_pass = context.prune_settings.statistics == "sequential"
     plan = Plan(name, "uniform", (sparsity,) * len(context.checkpoint.blocks))
-    return (
-        Pass(context.replay, context.batch("calibration"), pruner, None, None, in_one_pass)
-        .step(plan, index, hidden)
-        .seconds
-    )
+    work = Pass(context.replay, context.batch("calibration"), pruner, None, None, in_one_pass)
+    return work.step(plan, index, hidden).seconds
 
 
 def _probe_ends(context: TrialContext, kl: bool) -> float:
-    """Seconds per token of embedding and head, on validation windows, or on those of the report."""
+    """Seconds per token of embedding and head, on validation windows, else on test windows."""
     heads, clock = context.heads, Clock(context.checkpoint.device)
     ids: Tensor = context.items("validation" if "validation" in context.windows else "test")[: heads.windows]
     for turn in range(4):
         if turn == 1:
-            clock.forget()  # the first time is to warm up
+            clock.forget()  # the first turn is a warm-up
         hidden = clock.time("embed", partial(context.replay.embed, ids))
         clock.time("head", partial(context.head_scores, ids, hidden, hidden if kl else None))
     return (clock.typical("embed") + clock.typical("head")) / ids.numel()
@@ -131,30 +127,23 @@ def _probe_ends(context: TrialContext, kl: bool) -> float:
 
 @contextmanager
 def peak(device: torch.device) -> Iterator[list[int]]:
-    """A list that holds, after the body, the bytes that it took at most, but for files that it mapped.
+    """Yields a list that holds, after the body, its peak bytes without mapped files.
 
-    On CUDA those of tensors there, else of the process; an upper bound where its peak cannot be counted anew.
+    On CUDA of tensors, else of the process; an upper bound where the process's peak cannot be reset.
     """
     taken: list[int] = []
     if device.type == "cuda":
         reset_peak_memory(device)
         before, mapped = torch.cuda.memory_allocated(device), 0
     else:
-        _reset_process_peak()
+        with suppress(OSError):  # where the system cannot reset the process's peak
+            Path("/proc/self/clear_refs").write_text("5")
         before, mapped = psutil.Process().memory_info().rss, mapped_bytes()
     yield taken
     files = 0 if device.type == "cuda" else mapped_bytes() - mapped
     taken.append(max(0, peak_memory(device) - before - files))
 
 
-def _reset_process_peak() -> None:
-    """Starts counting the process's peak anew where the system lets it."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
 def mapped_bytes() -> int:
-    """Bytes of mapped files that are in memory now; 0 where the system does not say."""
+    """Bytes of mapped files in memory; 0 if unknown."""
     return int(getattr(psutil.Process().memory_info(), "shared", 0))

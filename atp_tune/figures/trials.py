@@ -8,7 +8,7 @@ from optuna.trial import FrozenTrial
 from atp_tune.results.formatting import plan_of
 from atp_tune.results.summary import Summary
 from atp_tune.results.trials import is_uniform, kl_of, score_of
-from atp_tune.storage.ranking import ranked, values_of
+from atp_tune.storage.progress import ranked, values_of
 
 
 def finite(trials: list[FrozenTrial]) -> list[FrozenTrial]:

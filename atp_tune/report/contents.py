@@ -18,7 +18,7 @@ from atp_tune.results.summary import Summary, summarise
 from atp_tune.results.trials import is_uniform
 from atp_tune.spec.studyfile import settings
 from atp_tune.storage.lost_trials import is_given_up, is_lost
-from atp_tune.storage.ranking import ranked, values_of
+from atp_tune.storage.progress import ranked, values_of
 
 ENOUGH = 10  # measured trials: with fewer, importance of parameters is not shown
 

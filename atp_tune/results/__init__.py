@@ -1,1 +1,1 @@
-"""What a study has found, read from its storage alone. No torch."""
+"""The results of a study, read from its storage alone, without torch."""

@@ -1,7 +1,7 @@
-"""What is found out about a configuration after its search: kept in its JSON file and on its study, by trial.
+"""Measurements of a configuration after its search (zero-shot, speed), stored in its JSON file and on its study.
 
-A study has it as user attributes with the names of the file's keys, each a table from the trial's number to what was
-found, as its `reports` are. So the file that is written next for the same trial has it too.
+On the study each is a user attribute, named after the file's key: a table from trial number to measurement. A
+configuration that is written later for the same trial includes them.
 """
 
 import os
@@ -29,10 +29,10 @@ KINDS: dict[Key, TypeAdapter[Any]] = {"zero_shot": TypeAdapter(ZeroShot), "speed
 def attach(
     path: Path, config: Config, key: Key, value: BaseModel | Mapping[str, Any], address: str | None = None
 ) -> list[str]:
-    """Stores what was found of a configuration in its file and, where that can be found, on its study; where it now is.
+    """Stores a measurement of a configuration in its file and on its study, if found; the names of those places.
 
-    `address`: the storage of the study, else a SQLite file beside the configuration or its study file. A file that
-    is of another trial by now is left as it is. UserError if the study is not in the storage that was named.
+    `address`: the study's storage, else SQLite files beside the configuration and its study file are searched. A file
+    that holds another trial by now is not changed. UserError if the study is not in the storage of `address`.
     """
     found = value.model_dump(mode="json") if isinstance(value, BaseModel) else dict(value)
     places = [str(path)] if _write(path, config, {key: found}) else []
@@ -45,7 +45,7 @@ def attach(
 
 
 def _write(path: Path, config: Config, found: Mapping[Key, Any]) -> bool:
-    """Whether the file is still of the trial that was measured, and so holds what was found now."""
+    """Adds measurements to the file; False if it holds another trial by now."""
     now = read_config(path)
     if not is_same(now, config):
         return False
@@ -61,7 +61,7 @@ def _with(config: Config, found: Mapping[Key, Any]) -> Config:
 
 
 def is_same(one: Config, other: Config) -> bool:
-    """Whether two configurations are of one trial of one study, so that what was found of one holds for the other."""
+    """Whether two configurations are of one trial of one study."""
     parts = ("study", "trial", "pruner", "block_sparsities", "linear_sparsities")
     return one.model.fingerprint == other.model.fingerprint and all(
         getattr(one, part) == getattr(other, part) for part in parts
@@ -69,8 +69,8 @@ def is_same(one: Config, other: Config) -> bool:
 
 
 def study_of(path: Path, config: Config, address: str | None = None) -> optuna.Study | None:
-    """The study that a configuration is of; None if none is found, UserError if it is not in the storage named."""
-    if config.trial is None:  # a plan that no search has found
+    """A configuration's study; None if not found, UserError if not in the storage of `address`."""
+    if config.trial is None:  # not from a search
         return None
     if address is not None:
         study = _in_storage(absolute_storage(address, Path()), config)
@@ -85,7 +85,7 @@ def study_of(path: Path, config: Config, address: str | None = None) -> optuna.S
 
 
 def _databases(path: Path, config: Config) -> Iterator[Path]:
-    """SQLite files that hold a study of this name, beside the configuration or where its study file lies."""
+    """SQLite files with a study of this name, beside the configuration and its study file."""
     folders = dict.fromkeys([path.absolute().parent, Path(os.path.realpath(path.absolute().parent / config.folder))])
     files = [file for folder in folders for file in sorted(folder.glob("*.db"))]
     return (file for file in sorted(files, key=lambda file: file.stem != config.study) if holds(file, config.study))
@@ -105,12 +105,12 @@ def _in_storage(address: str, config: Config) -> optuna.Study | None:
 
 
 def with_attached(config: Config, study: optuna.Study, out: Path) -> Config:
-    """The configuration with what its study, or the file that it will replace, knows of its trial."""
+    """The configuration with its trial's measurements from the study and from the file that it will replace."""
     return _with(config, {**_in_file(config, out), **attached(study, config.trial)})
 
 
 def attached(study: optuna.Study, trial: int | None) -> dict[Key, Any]:
-    """What a study knows of a trial beside its own numbers, as far as this version can read it."""
+    """The measurements of a trial on its study that this version can read."""
     found: dict[Key, Any] = {}
     for key, kind in KINDS.items():
         known = study.user_attrs.get(key)

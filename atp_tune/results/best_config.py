@@ -1,4 +1,4 @@
-"""The configuration of a study's best trial: what `apply` makes a checkpoint of, and others read."""
+"""The configuration of a study's best trial, from which `apply` makes a checkpoint."""
 
 from pathlib import Path
 
@@ -21,16 +21,14 @@ from atp_tune.spec.config import (
     Sparsity,
 )
 from atp_tune.spec.studyfile import StudyFile
-from atp_tune.storage import fingerprint, ranking
+from atp_tune.storage import fingerprint, progress
 
 
 def best_config(file: StudyFile, study: optuna.Study, out: Path, number: int | None = None) -> Config:
-    """The configuration of the best trial so far, or the one of that number, to be written to `out`; UserError if there
-    is none.
-    """
-    best = ranking.best_trial(study)
+    """The configuration, to be written to `out`, of the best trial or of trial `number`; UserError without one."""
+    best = progress.best_trial(study)
     if number is not None and best is not None:
-        best = next((trial for trial in ranking.measured(study) if trial.number == number), None)
+        best = next((trial for trial in progress.measured(study) if trial.number == number), None)
         if best is None:
             raise UserError(f"study {study.study_name}: trial {number} is not measured in full; `status` lists all")
     if best is None:
@@ -39,18 +37,15 @@ def best_config(file: StudyFile, study: optuna.Study, out: Path, number: int | N
         return with_attached(_config(file, study, best, out), study, out)
     except (KeyError, ValidationError):
         raise UserError(
-            f"study {study.study_name}: of trial {best.number} is not stored what a configuration needs; "
+            f"study {study.study_name}: trial {best.number} lacks what a configuration needs; "
             "start another study with --study-name NAME"
         ) from None
 
 
 def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) -> Config:
     summary, spec, facts, attrs = summarise(study), file.study, study.user_attrs["fingerprint"], best.user_attrs
-    linears, uniform, reports = (
-        attrs.get("linear_sparsities"),
-        uniform_of(study, best),
-        study.user_attrs.get("test_nlls", {}),
-    )
+    linears, uniform = attrs.get("linear_sparsities"), uniform_of(study, best)
+    reports = study.user_attrs.get("test_nlls", {})
     number, kl, draws = uniform.number if uniform else -1, None, None
     if best.number in summary.kls:
         kl = BothDivergences(best=summary.kl(best), uniform=summary.kls.get(number))

@@ -1,4 +1,4 @@
-"""A trial in a few words, the same on the screen, in notes, figures and reports."""
+"""Short texts about trials and studies, the same on the screen, in notes, figures and reports."""
 
 import shlex
 
@@ -11,11 +11,11 @@ from atp_tune.results.trials import allocation_of, is_uniform, parameters_of
 from atp_tune.spec.config import Divergences, Scores
 from atp_tune.storage.lost_trials import CutOff, cut_offs_of, given_up
 
-NOTHING = "–"  # in a cell of a table
+NOTHING = "–"  # an empty cell of a table
 
 
 def plan_of(trial: FrozenTrial) -> str:
-    """A trial's plan: `wanda atp β=0.00569`; as much of it as is drawn yet."""
+    """A trial's plan, `wanda atp β=0.00569`, as far as it is drawn yet."""
     pruner = str(trial.params.get("pruner", ""))
     if "allocation" not in trial.params:
         return pruner
@@ -25,7 +25,7 @@ def plan_of(trial: FrozenTrial) -> str:
 
 
 def method_of(trial: FrozenTrial) -> str:
-    """A trial's plan as a paper names it: `wanda + atp (β = 0.00569)`."""
+    """A trial's plan in a paper's notation: `wanda + atp (β = 0.00569)`."""
     allocation = allocation_of(trial)
     parameters = "" if allocation == "uniform" else shown(parameters_of(trial))
     listed = ", ".join(part.replace("=", " = ") for part in parameters.split())
@@ -33,23 +33,23 @@ def method_of(trial: FrozenTrial) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time as people say it, in one unit: `48 s`, `12 min`, `3.4 h`."""
+    """A time in one unit: `48 s`, `12 min`, `3.4 h`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def remark_of(trial: FrozenTrial, summary: Summary | None = None) -> str:
-    """What is unusual about a trial: why it has no value of its own, and where it ran if others of its study did not.
+    """Why a trial has no value of its own, its cut-offs, and (with a summary) a device or dtype unlike the study's.
 
-    The latter takes the summary. Empty for the usual trial.
+    "" for the usual trial.
     """
     unlike = summary.unlike.get(trial.number, "") if summary else ""
     return "; ".join(part for part in (_reason(trial), _before(trial), unlike) if part)
 
 
 def loss_of(trial: FrozenTrial) -> str:
-    """What is told when a trial turns out to have been cut off."""
+    """The message for a lost trial."""
     why, times = given_up(trial), len(cut_offs_of(trial))
     so_far = f", cut off {times} times by now" if times > 1 else ""
     end = f"cut off {why}, it is given up" if why else f"it is run again{so_far}"
@@ -57,7 +57,7 @@ def loss_of(trial: FrozenTrial) -> str:
 
 
 def errors_of(summary: Summary) -> str:
-    """What ± is: the standard error, over how many windows, and what makes a 95 % interval of it."""
+    """The meaning of ±: the standard error, its number of windows, and the factor of a 95 % interval."""
     known = {role: count for role, count in summary.windows.items() if count > 1}
     if len(set(known.values())) < 2:
         return error_over(next(iter(known.values()), None))
@@ -67,38 +67,35 @@ def errors_of(summary: Summary) -> str:
 
 
 def draws_of(summary: Summary, trial: FrozenTrial | None) -> tuple[str, str]:
-    """A trial's perplexity on the test text and its change from uniform over the draws of the calibration text.
-
-    Empty where it was not measured on them.
-    """
+    """A trial's test perplexity over draws of the calibration text, and its change from uniform; "" without draws."""
     found = summary.over_draws.get(trial.number) if trial else None
     return (str(found), found.changed) if found else ("", "")
 
 
 def cells(scores: Scores | Divergences) -> tuple[str, str]:
-    """Both scores of a row, on the validation and on the test text."""
+    """A row's scores on the validation and test text."""
     return str(scores.validation or NOTHING), str(scores.test or NOTHING)
 
 
 def changed(against: Change | None, on: str) -> str:
-    """The change from uniform of a row; the text is named where it is not the test text."""
+    """A row's change from uniform, marked if on the validation text."""
     return NOTHING if against is None else f"{against}" + (" (validation)" if on == "validation" else "")
 
 
 def drawn(summary: Summary) -> int:
-    """On how many draws of the calibration text the best was measured; 0 for its own alone."""
+    """The number of draws of the calibration text with which the best was measured; 0 for its own only."""
     found = summary.over_draws.get(summary.best_trial.number) if summary.best_trial else None
     return found.count if found else 0
 
 
 def draws_note(summary: Summary) -> str:
-    """What the numbers over draws are; empty where there are none."""
+    """The legend of numbers over draws; "" without draws."""
     how = "test text, calibrated with other windows each time, mean ± standard deviation"
     return f"{drawn(summary)} draws: {how}" if drawn(summary) else ""
 
 
 def mixture_of(summary: Summary) -> str:
-    """One sentence for a study whose trials ran on several devices or in several number formats; else empty."""
+    """One sentence for a study with trials on several devices, in several dtypes or batch sizes; else ""."""
     if not summary.unlike:
         return ""
     others = ", ".join(dict.fromkeys(summary.unlike.values()))
@@ -110,7 +107,7 @@ def mixture_of(summary: Summary) -> str:
 
 
 def beginning_of(summary: Summary) -> str:
-    """One sentence for a study whose windows begin with BOS; else empty."""
+    """One sentence for a study whose windows begin with BOS; else ""."""
     if not summary.bos:
         return ""
     return f"BOS: {summary.bos_effect or 'every window begins with it, as the study file asks'}."
@@ -122,20 +119,20 @@ def _reason(trial: FrozenTrial) -> str:
         return f"as trial {attrs['repeats']}"
     if "stopped_after" in attrs:
         return f"stopped after {attrs['stopped_after']} windows"
-    unknown = "gave no sign of life" if trial.state == TrialState.FAIL else ""
+    unknown = "sent no heartbeat" if trial.state == TrialState.FAIL else ""
     reason = str(attrs.get("failure") or attrs.get("lost") or unknown) + str(CutOff.read(attrs.get("cut_off", {})))
     why = given_up(trial)
     return f"{reason}, cut off {why}: given up" if why else reason
 
 
 def _before(trial: FrozenTrial) -> str:
-    """How often a trial that was not cut off had been before."""
+    """How often the trials that this one repeats were cut off."""
     times = 0 if trial.state == TrialState.FAIL else len(cut_offs_of(trial))
     return f"cut off {times} time{'s' * (times > 1)} before" if times else ""
 
 
 def command_of(summary: Summary, *more: str) -> str:
-    """The command that goes on with a study, with all that it was last run with; its study file must be known."""
+    """The command that resumes a study with its last options; the summary must have `made_from`."""
     file = summary.made_from
     assert file is not None
     words = ["--study", file.name, *(["--study-name", summary.name] if summary.name != file.name else [])]

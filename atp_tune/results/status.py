@@ -1,7 +1,7 @@
-"""What `status` and `studies` say, as values: JSON documents for programs, from which the screen takes its words too.
+"""The JSON documents of `status` and `studies`, which their screen output is made from too.
 
-The format is published (`atp_tune.status/2`): keys are added under the same number, never renamed or removed. What is
-not known yet, or is not finite, is null. Perplexities are on the validation text unless they are called `report`.
+The format is published (`atp_tune.status/2`): keys are added under the same number, never renamed or removed. A value
+that is unknown or not finite is null. Perplexities are on the validation text unless named `test`.
 """
 
 import math
@@ -24,7 +24,7 @@ from atp_tune.spec.studyfile import StudyFile
 from atp_tune.storage.fingerprint import PERPLEXITY
 from atp_tune.storage.lost_trials import cut_offs_of
 from atp_tune.storage.process_identity import is_dead
-from atp_tune.storage.totals import counts
+from atp_tune.storage.progress import counts
 
 FORMAT: Literal["atp_tune.status/2"] = "atp_tune.status/2"
 
@@ -33,7 +33,7 @@ State = Literal["not started", "unfinished", "complete", "unknown", "invalid"]
 
 
 class Running(FrozenModel):
-    """A trial that runs now; `lost` says that its process on this host is gone, and nothing runs it."""
+    """A running trial; `lost`: its process ran on this host and has ended."""
 
     trial: int
     plan: str
@@ -43,7 +43,7 @@ class Running(FrozenModel):
 
 
 class Against(FrozenModel):
-    """Relative change from uniform's perplexity with the same pruner, paired by windows of one text."""
+    """Relative change from uniform with the same pruner, paired by windows of one text."""
 
     value: Number
     stderr: Number
@@ -51,8 +51,10 @@ class Against(FrozenModel):
 
 
 class Best(FrozenModel):
-    """The best trial of one allocation; `kl` and `kl_change`: the same of its KL divergence from the dense model;
-    `draws`: its perplexity on the test text, and the change, over several draws of the calibration text.
+    """The best trial of one allocation.
+
+    `kl`, `kl_change`: its KL from the dense model. `draws`: its test perplexity and change over draws of the
+    calibration text.
     """
 
     trial: int
@@ -68,11 +70,10 @@ class Best(FrozenModel):
 
 
 class TrialStatus(FrozenModel):
-    """One trial, in Optuna's states and with all that Optuna chose (`params`), `plan` says the same for people.
+    """One trial, with Optuna's state and `params`; `plan`: the params as a short text.
 
-    `value` and `stderr` are its perplexity on the validation text, `realised` is the share of zeros that was counted.
-    `kl`: its KL divergence from the dense model, null where the study does not minimise that. `cut_off`: how often the
-    trial was cut off, its process gone, up to this attempt at it.
+    `value`, `stderr`: perplexity on the validation text. `realised`: the counted share of zeros. `kl`: null if not
+    minimised. `cut_off`: how often this trial and those that it repeats were lost with their process.
     """
 
     number: int
@@ -90,12 +91,11 @@ class TrialStatus(FrozenModel):
 
 
 class Status(FrozenModel):
-    """A study as it stands; `uniform` has the best trial's pruner, `best` is the first of `ranks`.
+    """A study's present state; `uniform` has the best trial's pruner, `best` is the first of `ranks`.
 
-    `uniform_draws`: uniform over several draws of the calibration text, as `draws` of the others; `windows`: how many
-    the search and the test text have, over which errors are. `objective`: what it minimises, `perplexity`, `kl` or
-    both; `front`: of both, the numbers of the trials that no other beats in one without losing in the other, the lowest
-    perplexity first, which is `best`. `bos`: windows begin with BOS.
+    `uniform_draws`: uniform over draws of the calibration text. `windows`: number of windows by text, over which errors
+    are computed. `objective`: `perplexity`, `kl` or both. `front`: with both, the numbers of the Pareto front's trials,
+    the lowest perplexity (`best`) first. `bos`: windows begin with BOS.
     """
 
     format: Literal["atp_tune.status/2"] = FORMAT
@@ -119,13 +119,13 @@ class Status(FrozenModel):
     windows: dict[str, int] = Field({})
 
     def without_clock(self) -> "Status":
-        """The same without what changes while nothing happens."""
+        """The status without times, to compare for changes."""
         running = tuple(one.model_copy(update={"seconds": 0.0}) for one in self.running)
         return self.model_copy(update={"running": running, "seconds_left": None})
 
 
 class Listed(FrozenModel):
-    """One study that can be run by name; `unknown` is the state of one whose database is not a file."""
+    """One study that can be run by name; its state is `unknown` if its database is not a file."""
 
     name: str
     state: State
@@ -138,14 +138,14 @@ class Listed(FrozenModel):
 
 
 def to_json(what: FrozenModel | Sequence[FrozenModel], indent: int | None = 2) -> str:
-    """One JSON document without a line break at the end; with `indent` None it is one line."""
+    """One JSON document without a final line break; in one line if `indent` is None."""
     if isinstance(what, FrozenModel):
         return dumps(what.model_dump(mode="json"), indent)
     return dumps([part.model_dump(mode="json") for part in what], indent)
 
 
 def status_of(summary: Summary, now: datetime) -> Status:
-    """The status of a study at a moment of local time."""
+    """A study's status at a local time."""
     running = tuple(_running(trial, now) for trial in summary.trials if trial.state.name == "RUNNING")
     ranks = tuple(_best(rank, summary) for rank in summary.ranks)
     return Status(
@@ -171,9 +171,9 @@ def status_of(summary: Summary, now: datetime) -> Status:
 
 
 def seconds_left(summary: Summary, running: Iterable[Running]) -> float | None:
-    """Until the total is reached, at the mean pace of the measured trials and as many at a time as run now.
+    """Seconds until the total is reached, at the measured trials' mean and the present number of running trials.
 
-    None where nothing is measured or nothing runs; the numbers on the test text come after it.
+    None if no trial is measured or none runs. Without the final scores on the test text.
     """
     took = [seconds for trial in summary.trials if (seconds := _duration(trial)) is not None]
     alive = [one.seconds for one in running if not one.lost]
@@ -185,9 +185,7 @@ def seconds_left(summary: Summary, running: Iterable[Running]) -> float | None:
 
 
 def _duration(trial: FrozenTrial) -> float | None:
-    """Seconds that a trial took from first to last; None for one that was not measured, or was measured before, or
-    while the clock was set back.
-    """
+    """A trial's wall time in seconds; None if it was not measured, is a repetition, or the clock was set back."""
     if trial.values is None or trial.duration is None or "repeats" in trial.user_attrs or not counts(trial):
         return None
     seconds = trial.duration.total_seconds()
@@ -243,9 +241,9 @@ def _trial(summary: Summary, trial: FrozenTrial) -> TrialStatus:
 
 
 def listed(file: StudyFile, summary: Summary | None) -> Listed:
-    """A study of the list, with what its storage holds of it; a database that is no file is not looked into.
+    """A row of the list of studies; without a summary for a study that is not stored, or not in a file.
 
-    One with another name than its file's was made with `--study-name`.
+    A study whose name is not its file's was created with `--study-name`.
     """
     name = summary.name if summary else file.name
     state: State = "not started" if file.database else "unknown"
@@ -265,7 +263,7 @@ def listed(file: StudyFile, summary: Summary | None) -> Listed:
 
 
 def invalid(path: Path, error: str) -> Listed:
-    """A study of the list that cannot be read."""
+    """The row of a study file that cannot be read."""
     return Listed(
         name=path.stem, state="invalid", done=0, total=None, best=None, description="", path=str(path), error=error
     )

@@ -1,6 +1,6 @@
-"""What a study has found, read from its storage alone: no torch, no model, also while it runs."""
+"""The summary of a study, read from its storage alone, finished or running."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,18 +18,18 @@ from atp_tune.results.annotations import attached
 from atp_tune.results.trials import best_of_each, is_uniform, kl_of, scores_of, stored, uniform_of
 from atp_tune.spec.config import Divergences, Scores, ZeroShot
 from atp_tune.spec.studyfile import StudyFile, from_settings
-from atp_tune.storage import fingerprint, opening, ranking, totals
+from atp_tune.storage import fingerprint, opening, progress
 from atp_tune.storage.fingerprint import SUFFIX, is_screening
 
-BATCHED = ("calibration", "validation")  # texts whose batches decide a trial's value
+BATCHED = ("calibration", "validation")  # texts whose batch sizes affect a trial's value
 
 
 @dataclass(frozen=True)
 class Rank:
-    """The best trial of one allocation, and how its perplexity changes from uniform's with the same pruner.
+    """The best trial of one allocation, and its change from uniform with the same pruner.
 
-    `against` is paired by windows, on the test text if both are measured there, else on the validation text;
-    `kl_against` is the same of its KL divergence from the dense model, where the study minimises that.
+    `against`: of the perplexity, paired by windows, on the test text if both have it, else the validation text (`on`).
+    `kl_against`: of the KL, if the study minimises KL.
     """
 
     trial: FrozenTrial
@@ -40,7 +40,7 @@ class Rank:
 
 
 class ScreeningProgress(FrozenModel):
-    """The study that looked, or looks, for points before this one began: its name, trials done, and their total."""
+    """The progress of a study's screening."""
 
     study: str
     done: int
@@ -49,17 +49,20 @@ class ScreeningProgress(FrozenModel):
 
 @dataclass(frozen=True)
 class Summary:
-    """A study's numbers: dense, uniform and best, each on the search and on the test text.
+    """A study's numbers: dense, uniform and best, each on the validation and test text.
 
-    `made_from`: its study file with all overrides, None where an early version made it; `sizes`: weights per block.
-    `uniform` has the best trial's pruner, `uniforms` are of all; `reports`: perplexity on the test text by trial.
-    `gp_posterior`: the GP's of perplexity against β, None where no GP was asked. `unlike`: trials that ran on
-    another device, in another number format or in other batches than those in which the study began, and which.
-    `over_draws`: what trials come to over several draws of the calibration text; `windows`: how many each text has.
-    `screening`: how far the one before the study is, if there is one. `objectives`: what it minimises; `kls`: KL by
-    trial, if that is among them; `front`: of two objectives, the trials that no other beats in one without losing in
-    the other. `zero_shot` and `speed`: what `evaluate` and `speedup` found of the best trial, if they were run. `bos`:
-    whether windows begin with BOS; `bos_effect`: what spoke for or against it, where it was measured.
+    made_from     its study file with all overrides; None from an early version
+    sizes         weights per block
+    uniform       the uniform trial with the best trial's pruner; `uniforms`: of each pruner
+    reports       perplexity on the test text by trial
+    gp_posterior  the GP's posterior of perplexity over β; None without a GP
+    unlike        trial → device, dtype or batch sizes unlike the study's first trial, as text
+    over_draws    test perplexity over draws of the calibration text by trial
+    windows       number of windows by text
+    kls           KL by trial, if minimised
+    front         with two objectives, the trials of the Pareto front
+    zero_shot, speed  measurements of the best trial by `evaluate` and `speedup`
+    bos           windows begin with BOS; `bos_effect`: its measured effect on the dense model
     """
 
     name: str
@@ -79,12 +82,6 @@ class Summary:
     complete: bool
     gp_posterior: dict[str, Any] | None = None
 
-    @property
-    def text(self) -> Literal["validation", "test"]:
-        """The text on which dense, uniform and best are to be compared: report once all that there are have it."""
-        scores = [self.dense, *(part for part in (self.uniform, self.best) if part.validation or part.test)]
-        return "test" if all(part.test for part in scores) else "validation"
-
     unlike: Mapping[int, str] = field(default_factory=dict)
     screening: ScreeningProgress | None = None
     objectives: tuple[str, ...] = fingerprint.PERPLEXITY
@@ -98,14 +95,20 @@ class Summary:
     over_draws: Mapping[int, OverDraws] = field(default_factory=dict)
     windows: Mapping[str, int] = field(default_factory=dict)
 
+    @property
+    def text(self) -> Literal["validation", "test"]:
+        """The text on which to compare dense, uniform and best: test once all of them have it."""
+        scores = [self.dense, *(part for part in (self.uniform, self.best) if part.validation or part.test)]
+        return "test" if all(part.test for part in scores) else "validation"
+
     def kl(self, trial: FrozenTrial | None) -> Divergences:
-        """KL divergences of a trial on both texts, as far as they are known."""
+        """A trial's KL on both texts, as far as known."""
         return self.kls.get(trial.number if trial else -1, Divergences(validation=None, test=None))
 
 
 def summarise(study: optuna.Study) -> Summary:
-    """The summary of a study as it stands."""
-    best = ranking.best_trial(study)
+    """A study's present summary."""
+    best = progress.best_trial(study)
     reports = study.user_attrs.get("test_nlls", {})
     uniform = uniform_of(study, best)
     found = attached(study, best.number) if best else {}
@@ -114,7 +117,7 @@ def summarise(study: optuna.Study) -> Summary:
         sparsity=study.user_attrs.get("fingerprint", {}).get("sparsity"),
         trials=study.get_trials(deepcopy=False),
         total=study.user_attrs.get("total"),
-        done=totals.counted(study),
+        done=progress.counted(study),
         dense=Scores(validation=stored(study.user_attrs.get("dense")), test=stored(reports.get("dense"))),
         uniform=scores_of(uniform, reports),
         best=scores_of(best, reports),
@@ -130,7 +133,7 @@ def summarise(study: optuna.Study) -> Summary:
         screening=_screening(study),
         objectives=fingerprint.objectives_of(study.user_attrs.get("fingerprint", {})),
         kls=_kls(study),
-        front=ranking.front_of(study),
+        front=progress.front_of(study),
         uniform_trial=uniform,
         zero_shot=ZeroShot.model_validate(found["zero_shot"]) if "zero_shot" in found else None,
         speed=Speed.model_validate(found["speed"]) if "speed" in found else None,
@@ -142,8 +145,8 @@ def summarise(study: optuna.Study) -> Summary:
 
 
 def _windows(study: optuna.Study) -> dict[str, int]:
-    """How many windows each text has on which something is measured."""
-    best = ranking.best_trial(study)
+    """Number of windows of each measured text."""
+    best = progress.best_trial(study)
     nlls = {
         "validation": study.user_attrs.get("dense") or (best.user_attrs.get("nlls") if best else None),
         "test": next(iter(study.user_attrs.get("test_nlls", {}).values()), None),
@@ -167,11 +170,11 @@ def _screening(study: optuna.Study) -> ScreeningProgress | None:
     other = opening.find_study(study._storage, study.study_name + SUFFIX)
     if other is None or not is_screening(other):
         return None
-    return ScreeningProgress(study=other.study_name, done=totals.counted(other), total=other.user_attrs.get("total"))
+    return ScreeningProgress(study=other.study_name, done=progress.counted(other), total=other.user_attrs.get("total"))
 
 
 def made_from(stored: Any) -> StudyFile | None:
-    """The study file that a study was made from; None where this version cannot read what is stored of it."""
+    """The study file of a study, from its attribute; None if this version cannot read it."""
     try:
         return from_settings(stored)
     except (ValidationError, KeyError, TypeError, ValueError):
@@ -196,22 +199,23 @@ def _unlike(study: optuna.Study) -> dict[int, str]:
 
 
 def _is_complete(study: optuna.Study) -> bool:
-    """Whether the total of its last run is reached, nothing runs, and the final numbers belong to the best trial."""
+    """Whether the last run's total is reached, no trial runs, and the best trials have their final numbers."""
     total = study.user_attrs.get("total")
-    if total is None or totals.counted(study) < total or totals.running(study):
+    if total is None or progress.counted(study) < total or progress.running(study):
         return False
-    return ranking.best_trial(study) is None or not (unreported(study) or undrawn(study, _draws_of(study)))
+    return progress.best_trial(study) is None or not (unreported(study) or undrawn(study, _draws_of(study)))
 
 
 def _draws_of(study: optuna.Study) -> int:
-    """On how many draws of the calibration text the study was last asked to measure the best."""
+    """`texts.calibration.draws` of the study's last run."""
     made = made_from(study.user_attrs.get("made_from"))
     return made.study.texts.calibration.draws if made else 1
 
 
 def unreported(study: optuna.Study) -> list[str]:
-    """What has no numbers on the test text yet: `dense`, and the best trial of each allocation with its uniform.
-    A screening reports nothing.
+    """The missing rows of the test text: `dense`, and the best trial of each allocation with its uniform trial.
+
+    None for a screening.
     """
     if is_screening(study):
         return []
@@ -219,9 +223,7 @@ def unreported(study: optuna.Study) -> list[str]:
 
 
 def undrawn(study: optuna.Study, draws: int) -> list[tuple[int, str]]:
-    """What is not measured yet of so many draws of the calibration text: draw after draw, the trials of the report; 0
-    is the draw of the study itself, with which the trials were measured.
-    """
+    """The missing measurements over draws of the calibration text, as (draw, trial); draw 0 is the study's own."""
     if draws == 1 or is_screening(study):
         return []
     names, found = _compared(study), study.user_attrs.get("draws", {})
@@ -229,13 +231,13 @@ def undrawn(study: optuna.Study, draws: int) -> list[tuple[int, str]]:
 
 
 def final_numbers(study: optuna.Study) -> int:
-    """How many trials are measured on the test text, and on other draws of the calibration text."""
+    """Number of measurements on the test text, over all draws of the calibration text."""
     draws = study.user_attrs.get("draws", {})
     return len(study.user_attrs.get("test_nlls", {})) + sum(map(len, draws.values()))
 
 
 def _compared(study: optuna.Study) -> list[str]:
-    """Numbers of the best trial of each allocation and its uniform."""
+    """Numbers of each allocation's best trial and its uniform trial."""
     ranked = best_of_each(study)
     ranked = [trial for trial in ranked if trial is ranked[0] or not is_uniform(trial)]
     trials = [trial for best in ranked for trial in (uniform_of(study, best), best) if trial is not None]
@@ -243,7 +245,7 @@ def _compared(study: optuna.Study) -> list[str]:
 
 
 def _over_draws(study: optuna.Study) -> dict[int, OverDraws]:
-    """The trials of the report over the draws of the calibration text on which all of them are measured."""
+    """The reported trials over the draws of the calibration text with which all of them are measured."""
     reports, draws, names = study.user_attrs.get("test_nlls", {}), study.user_attrs.get("draws", {}), _compared(study)
     measured = {name: {"0": reports[name], **draws.get(name, {})} for name in names if name in reports}
     if not measured or len(measured) < len(names):
@@ -261,7 +263,7 @@ def _over_draws(study: optuna.Study) -> dict[int, OverDraws]:
 
 
 def _uniforms(study: optuna.Study) -> list[FrozenTrial]:
-    """The uniform trial of each pruner that has one, in the order of trials."""
+    """The uniform trial of each pruner, in the order of trials."""
     found: dict[str, FrozenTrial] = {}
     for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         if is_uniform(trial):
@@ -270,21 +272,14 @@ def _uniforms(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def _rank(study: optuna.Study, trial: FrozenTrial) -> Rank:
-    reports = study.user_attrs.get("test_nlls", {})
+    tables = {"nlls": study.user_attrs.get("test_nlls", {}), "kls": study.user_attrs.get("test_kls", {})}
     uniform = None if is_uniform(trial) else uniform_of(study, trial)
-    own, base = reports.get(str(trial.number)), reports.get(str(uniform.number)) if uniform else None
-    on: Literal["validation", "test"] = "test" if own and base else "validation"
-    if on == "validation":
-        own, base = trial.user_attrs.get("nlls"), uniform.user_attrs.get("nlls") if uniform else None
-    against = change(base, own) if own and base and len(own) == len(base) else None
-    return Rank(trial, scores_of(trial, reports), against, on, _kl_against(study, trial, uniform, on))
+    pair = [uniform, trial] if uniform else []
+    is_tested = pair and all(tables["nlls"].get(str(one.number)) for one in pair)
+    on: Literal["validation", "test"] = "test" if is_tested else "validation"
 
+    def paired(key: str, change_of: Callable[[list[float], list[float]], Change | None]) -> Change | None:
+        found: list[Any] = [tables[key].get(str(one.number)) if is_tested else one.user_attrs.get(key) for one in pair]
+        return change_of(*found) if found and all(found) and len(found[0]) == len(found[1]) else None
 
-def _kl_against(study: optuna.Study, trial: FrozenTrial, uniform: FrozenTrial | None, on: str) -> Change | None:
-    if uniform is None:
-        return None
-    reports = study.user_attrs.get("test_kls", {})
-    own, base = (
-        reports.get(str(one.number)) if on == "test" else one.user_attrs.get("kls") for one in (trial, uniform)
-    )
-    return relative(base, own) if own and base and len(own) == len(base) else None
+    return Rank(trial, scores_of(trial, tables["nlls"]), paired("nlls", change), on, paired("kls", relative))

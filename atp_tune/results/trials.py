@@ -1,4 +1,4 @@
-"""What a trial is and is worth, by what is stored of it: its allocation, its scores, the uniform trial beside it."""
+"""A stored trial's allocation and scores, and the uniform trial to compare it with."""
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -6,11 +6,11 @@ from optuna.trial import FrozenTrial, TrialState
 from atp_tune.metrics.kl import Divergence, divergence
 from atp_tune.metrics.perplexity import Perplexity, perplexity
 from atp_tune.spec.config import Scores
-from atp_tune.storage import ranking
+from atp_tune.storage import progress
 
 
 def is_uniform(trial: FrozenTrial) -> bool:
-    """Whether all linears of all blocks got the same sparsity, or were to get it and the pattern had to round."""
+    """Whether all linears have the same sparsity, except for the pattern's rounding."""
     attrs, numbers = trial.user_attrs, [value for value in trial.params.values() if not isinstance(value, str)]
     if trial.params.get("allocation") == "uniform" or (numbers and not any(numbers)):
         return True
@@ -28,7 +28,7 @@ def parameters_of(trial: FrozenTrial) -> dict[str, float]:
 
 
 def score_of(trial: FrozenTrial) -> Perplexity | None:
-    """Search perplexity of a trial with its error; None if it has none, as one that was stopped on its way to a KL."""
+    """A trial's validation perplexity with its error; None without one, e.g. if it minimises KL and was stopped."""
     if trial.values is None:
         return None
     if "kls" not in trial.user_attrs:
@@ -38,15 +38,15 @@ def score_of(trial: FrozenTrial) -> Perplexity | None:
 
 
 def kl_of(trial: FrozenTrial) -> Divergence | None:
-    """KL divergence of a trial on the validation text; None if its study does not minimise it."""
+    """A trial's KL on the validation text; None if its study does not minimise KL."""
     if trial.values is None or "kls" not in trial.user_attrs:
         return None
     return Divergence(value=trial.values[-1], stderr=divergence(trial.user_attrs["kls"]).stderr)
 
 
 def is_by_kl(trial: FrozenTrial) -> bool:
-    """Whether a trial's KL divergence is its only value."""
-    return len(ranking.values_of(trial)) == 1 and "kls" in trial.user_attrs
+    """Whether a trial's only value is its KL."""
+    return len(progress.values_of(trial)) == 1 and "kls" in trial.user_attrs
 
 
 def uniform_of(study: optuna.Study, best: FrozenTrial | None) -> FrozenTrial | None:
@@ -58,20 +58,20 @@ def uniform_of(study: optuna.Study, best: FrozenTrial | None) -> FrozenTrial | N
 
 
 def best_of_each(study: optuna.Study) -> list[FrozenTrial]:
-    """The best trial of each allocation, the best first; trials where all sparsities are equal count as uniform."""
+    """The best trial of each allocation, the best first; a trial with equal sparsities counts as uniform."""
     best: dict[str, FrozenTrial] = {}
-    for trial in ranking.measured(study):
+    for trial in progress.measured(study):
         best.setdefault(allocation_of(trial), trial)
     return list(best.values())
 
 
 def scores_of(trial: FrozenTrial | None, reports: dict[str, list[float]]) -> Scores:
-    """Perplexities of a trial on both texts; `reports`: window NLLs on the test text by trial."""
+    """A trial's perplexities on both texts; `reports`: window NLLs on the test text by trial."""
     if trial is None:
         return Scores(validation=None, test=None)
     return Scores(validation=score_of(trial), test=stored(reports.get(str(trial.number))))
 
 
 def stored(nlls: list[float] | None) -> Perplexity | None:
-    """The perplexity of window NLLs, if there are any."""
+    """The perplexity of window NLLs, None without any."""
     return perplexity(nlls) if nlls else None

@@ -1,1 +1,1 @@
-"""The search: what may be chosen, what a trial does, who proposes it, and when it ends."""
+"""The search: space, context, objective, samplers, and the run of a study."""

@@ -1,9 +1,6 @@
-"""The context of trials: what a process loads once, and every trial uses.
+"""The context of trials, which a process loads once: dense checkpoint, windows of the texts, dense measurements.
 
-Dense checkpoint, the items of each role (windows of the three texts), and what is measured on the dense model alone.
-
-Items are evaluated in the same batches whether or not a stopper looks at each group of them, and trials come to the
-same bits with and without one.
+Windows are evaluated in the same batches with and without a stopper, so trials have the same values to the last bit.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -40,11 +37,11 @@ from atp_tune.spec.study import ModelConfig, Study, Text
 
 @dataclass(frozen=True)
 class ContextConfig:
-    """What a context is made of: model, settings of the pruners, texts by role, and where relative paths start.
+    """The settings of a context: model, pruners, texts by role, and the folder of relative paths (`base`).
 
-    `batches`: see `TrialContext.begin`; none where nothing was measured before. `draws`: of the calibration text.
-    `bos`: windows begin with BOS; None where the dense model is to be asked, on the calibration text. `inputs` and
-    `score` name a kind of input and what is scored (`inputs.KINDS`, `scores.SCORES`).
+    `batches`: sizes for `TrialContext.begin`. `draws`: of the calibration text. `bos`: windows begin with BOS; None if
+    the dense model's perplexity on the calibration text decides. `inputs`, `score`: a row of `inputs.KINDS` and of
+    `scores.SCORES`.
     """
 
     model: ModelConfig
@@ -60,7 +57,7 @@ class ContextConfig:
 
     @classmethod
     def of_study(cls, study: Study, base: Path, bos: bool | None) -> "ContextConfig":
-        """What a study's trials want: the test text only where it is not the validation text."""
+        """The settings for a study's trials."""
         texts = {"calibration": study.texts.calibration, "validation": study.texts.validation}
         if study.texts.test is not None:
             texts["test"] = study.texts.test
@@ -68,9 +65,9 @@ class ContextConfig:
 
 
 class TrialContext(Released):
-    """A dense checkpoint and the items of each role, ready to prune and measure any plan.
+    """A dense checkpoint and the windows of each text, ready to prune and measure any plan.
 
-    As a context manager it frees all that at the end: `with TrialContext.open(setup) as context`.
+    A context manager that frees its memory at the end: `with TrialContext.open(setup) as context`.
     """
 
     def __init__(
@@ -84,12 +81,12 @@ class TrialContext(Released):
         inputs: str = "tokens",
         score: str = "next-token",
     ) -> None:
-        """`replay`: of this checkpoint, where it is verified already: that takes all weights through the device."""
+        """`replay`: the verified replay of this checkpoint, if there is one; verifying copies all weights."""
         self.folder = folder
         self.checkpoint = checkpoint
         self.windows = windows
         self.prune_settings = prune
-        self.bos_effect: BosEffect | None = None  # what spoke for or against BOS, where it was measured
+        self.bos_effect: BosEffect | None = None  # None if not measured
         self.watch = watch
         self.inputs, self.score = KINDS[inputs], SCORES[score]
         self.replay = replay or verified(checkpoint, self.inputs, self.score)
@@ -98,12 +95,12 @@ class TrialContext(Released):
         batches = {role: self._auto_batch(length, block_bytes(checkpoint)) for role, length in positions.items()}
         self.heads = self._auto_batch(*self.score.head_cost(checkpoint, max(positions.values())))
         self._roles = {role: self._scorer(items[role], batch) for role, batch in batches.items()}
-        self._has_error_curve = True  # of the hidden states, also where nothing else takes them through the blocks
-        self._draws: list[Items] = []  # of the calibration text, after the first
+        self._has_error_curve = True  # `prune` measures the error of the hidden states
+        self._draws: list[Items] = []  # of the calibration text, without the first
 
     @classmethod
     def open(cls, setup: ContextConfig, watch: EventHandler = ignore_events) -> "TrialContext":
-        """Resolves the model and the texts and loads them; UserError for what cannot be loaded."""
+        """Loads the model and the texts; UserError if one cannot be loaded."""
         device, inputs = find_device(setup.device), KINDS[setup.inputs]
         if device.type == "cpu":
             reuse_freed_memory()
@@ -122,14 +119,14 @@ class TrialContext(Released):
         return context
 
     def release(self) -> None:
-        """Frees what was measured and the checkpoint, so that what comes next finds the device as this did."""
+        """Frees the measurements and the checkpoint."""
         self._roles.clear()
         if "measured" in vars(self):
             self.measured.clear()
         self.checkpoint.release()
 
     def _with_bos_if_better(self, setup: ContextConfig) -> "TrialContext":
-        """The context with BOS or without, as the dense model is better; there may be no BOS to ask for."""
+        """The context with or without BOS, whichever gives the dense model the lower perplexity."""
         text, batch = setup.texts["calibration"], self.batch("calibration")
         effect = compare_bos(self.replay, batch, self.heads, self.dense(), self.folder, text, setup.base)
         self.bos_effect = effect
@@ -152,9 +149,9 @@ class TrialContext(Released):
         return other
 
     def screening(self, every: int) -> "TrialContext":
-        """The same context with dense statistics, every so many-th window of the validation text, and no error curve.
+        """The context for screening: dense statistics, every `every`-th validation window, no error curve.
 
-        ModelConfig, statistics and evidence are shared.
+        Model and dense measurements are shared.
         """
         other = self._with("validation", self.windows["validation"].thinned(every))
         vars(other)["measured"] = self.measured
@@ -162,14 +159,11 @@ class TrialContext(Released):
         return other
 
     def drawn(self, index: int) -> "TrialContext":
-        """The same with another draw of the calibration text, 1 being the one after its own, and no error curve.
-
-        What is measured on the dense model is measured anew.
-        """
+        """The context with another draw of the calibration text (0: its own), without dense measurements."""
         return self._with("calibration", self._draws[index - 1])
 
     def _with(self, role: str, items: Items) -> "TrialContext":
-        """A copy with other items of one role, no measurements of the dense model and no error curve."""
+        """A copy with other items of one role, without dense measurements and error curve."""
         other = copy(self)
         other.windows = {**self.windows, role: items}
         other._roles = {**self._roles, role: self._scorer(items.batch(self.checkpoint.device), self.batch(role))}
@@ -179,33 +173,33 @@ class TrialContext(Released):
 
     @property
     def batches(self) -> dict[str, int]:
-        """How many windows of each text go through a block at a time, and how many through the head (`heads`).
+        """Batch sizes in windows: per text for the blocks, and `heads` for the head.
 
-        No more than the text has: larger sizes come to the same bits.
+        At most the windows of the text: larger sizes give the same bits.
         """
         texts = {role: min(each.batch.windows, len(self.windows[role])) for role, each in self._roles.items()}
         return {**texts, "heads": self.heads.windows}
 
     def begin(self, batches: Mapping[str, int]) -> None:
-        """Begins a trial in batches of these sizes, as `batches` gives them; what they do not name is left as it is."""
+        """Begins a trial with these batch sizes, keyed as in `batches`; sizes without a key stay."""
         for name, batch in [*((role, each.batch) for role, each in self._roles.items()), ("heads", self.heads)]:
             batch.begin(batches.get(name, batch.windows))
 
     @property
     def bos(self) -> bool:
-        """Whether its windows begin with BOS."""
+        """Whether the windows begin with BOS."""
         return self.inputs.facts(self.windows).get(BOS, False)
 
     @property
     def dtype(self) -> str:
-        """Name of the number format in which all is computed."""
+        """Name of the dtype of the computation."""
         return str(self.checkpoint.dtype).removeprefix("torch.")
 
     def batch(self, role: str) -> AutoBatch:
-        """How many windows of a text go through a block at a time.
+        """The batch size of a text in the blocks.
 
         Each text has its own, so that the masks depend on the calibration text alone: `apply` and `evaluate` load
-        other texts beside it than a trial does, and must come to the same weights.
+        other texts than a trial and must give the same weights.
         """
         return self._roles[role].batch
 
@@ -215,24 +209,24 @@ class TrialContext(Released):
 
     @cached_property
     def measured(self) -> DenseMeasurements:
-        """What is measured on the dense model with the calibration text."""
+        """Measurements of the dense model on the calibration text."""
         items, batch = self.windows["calibration"], self.batch("calibration")
         return DenseMeasurements(self.replay, items, self.items("calibration"), batch, self.folder.content, self.watch)
 
     def budget(self, target: float) -> Budget:
-        """What an allocation shares out over this checkpoint; what it asks for is measured once for all budgets."""
-        evidence = self.measured.evidence()  # not kept here: it holds what was measured
+        """The budget of this checkpoint at a target sparsity; its dense metrics are measured when needed."""
+        evidence = self.measured.evidence()
         return Budget(target, self.checkpoint.sizes, self.checkpoint.shapes, evidence)
 
     def contents(self) -> dict[str, str | bool]:
-        """What decides a value beside the study file: SHA-256 of model and windows, the number format, and BOS."""
+        """The facts of a value that are not in the study file: SHA-256 of model and windows, dtype, and BOS."""
         texts = {f"texts.{role}.content": items.content for role, items in self.windows.items()}
         facts = self.inputs.facts(self.windows)
         return {"model.content": self.folder.content, "model.dtype": self.dtype, **facts, **texts}
 
     @torch.inference_mode()
     def prune(self, plan: Plan) -> Iterator[PrunedBlock]:
-        """Prunes block after block as the plan says; the dense checkpoint stays as it is."""
+        """Prunes the blocks in order by the plan; the dense checkpoint is not changed."""
         pruner, batch = make_pruner(plan.pruner, self.prune_settings.settings(plan.pruner)), self.batch("calibration")
         way = self.prune_settings.statistics
         dense = self.measured.fast_statistics(pruner) if pruner.measures and way == "dense" else None
@@ -240,8 +234,8 @@ class TrialContext(Released):
         work = Pass(self.replay, batch, pruner, states, dense, in_one_pass=way == "sequential")
         calibration = self.items("calibration")
         measured = len(calibration) if dense is None and pruner.measures else 0
-        followed = max(measured, self.measured.curve_windows if self._has_error_curve else 0)
-        for block in work.run(plan, embed(self.replay, batch, calibration[:followed])):
+        windows = max(measured, self.measured.curve_windows if self._has_error_curve else 0)
+        for block in work.run(plan, embed(self.replay, batch, calibration[:windows])):
             self.watch(Step("prune", block.index + 1, len(self.checkpoint.blocks)))
             yield block
 
@@ -249,26 +243,24 @@ class TrialContext(Released):
     def scores(
         self, blocks: Iterable[Block], role: str, one_by_one: bool = False, kl: bool = False
     ) -> Iterator[WindowScores]:
-        """Scores of the windows of one text, part by part, of a model given as blocks; at most `GROUPS` parts.
+        """Scores of a model, given as blocks, on the windows of one text, part by part: see `RoleScorer.scores`.
 
-        `one_by_one`: a part is computed when it is asked for, if the blocks fit into memory meanwhile. `kl`: the dense
-        model is compared with. UserError if the model's files were changed meanwhile: weights that are memory-mapped
-        change with them.
+        UserError if the model's files were changed meanwhile: memory-mapped weights change with them.
         """
         for scores in self._roles[role].scores(blocks, one_by_one, kl):
             self.folder.check_unchanged()
             yield scores
 
     def all_scores(self, blocks: Iterable[Block], role: str, kl: bool = False) -> WindowScores:
-        """Scores of all windows of one text of a model given as blocks."""
+        """Scores of a model, given as blocks, on all windows of one text."""
         return joined(list(self.scores(blocks, role, kl=kl)))
 
     def all_nlls(self, blocks: Iterable[Block], role: str) -> list[float]:
-        """Window NLLs of one text of a model given as blocks."""
+        """Window NLLs of a model, given as blocks, on one text."""
         return self.all_scores(blocks, role).nlls
 
     def head_scores(self, items: Batch, hidden: Tensor, dense: Tensor | None = None) -> WindowScores:
-        """Scores of items from their final hidden states, and from those of the dense model, if it is compared with."""
+        """Scores of items from their final hidden states; with those of the dense model (`dense`) also KLs."""
         return head_scores(self.replay, self.score, self.heads, items, hidden, dense)
 
     def dense(self) -> Iterator[Block]:
@@ -279,7 +271,7 @@ class TrialContext(Released):
         return RoleScorer(self.replay, self.score, items, batch, self.heads, self.watch)
 
     def _auto_batch(self, positions: int, bytes_per_position: int) -> AutoBatch:
-        watch = self.watch  # alone: with `self` in it the context would hold itself, and its memory outlive it
+        watch = self.watch  # not `self` in the lambda: a reference cycle would keep the context's memory
         return AutoBatch(self.checkpoint.device, positions, bytes_per_position, lambda text: watch(Message(text)))
 
 

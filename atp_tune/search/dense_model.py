@@ -1,4 +1,4 @@
-"""What is measured on the dense model with the calibration text, once for all trials of a process."""
+"""Measurements of the dense model on the calibration text, made once for all trials of a process."""
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
@@ -24,12 +24,12 @@ CURVE_TOKENS = 4096  # of the calibration text, for the error curve
 
 
 class DenseMeasurements:
-    """Statistics of the linears' inputs, evidence for allocations, and the hidden states of the error curve."""
+    """Statistics of the linears' inputs, dense metrics for allocations, and hidden states for the error curve."""
 
     def __init__(
         self, replay: Replay, items: Items, calibration: Batch, batch: AutoBatch, model: str, watch: EventHandler
     ) -> None:
-        """`items`: of calibration, which `calibration` has on the device; `model`: the SHA-256 of the checkpoint."""
+        """`items`: calibration windows; `calibration`: the same on the device; `model`: SHA-256 of the checkpoint."""
         self._replay = replay
         self._items = items
         self._calibration = calibration
@@ -41,25 +41,25 @@ class DenseMeasurements:
         self._evidence: Cache = {}
 
     def clear(self) -> None:
-        """Frees all that was measured."""
+        """Frees all measurements."""
         for kept in (self._statistics, self._ranked, self._evidence):
             kept.clear()
         vars(self).pop("states", None)
         self._calibration = None
 
     def evidence(self) -> DenseMetrics:
-        """What allocations ask for; each is measured once for all budgets."""
+        """The metrics that allocations need; each is measured once for all budgets."""
         checkpoint, norms = self._replay.checkpoint, partial(self.statistics, make_pruner("wanda"))
         return DenseMetrics(checkpoint, norms, self._evidence, self._step)
 
     @cached_property
     def curve_windows(self) -> int:
-        """Windows of the error curve, the first ones of the calibration text."""
+        """Number of windows of the error curve: the first ones of the calibration text."""
         return min(len(self._items), max(1, CURVE_TOKENS // self._items.positions))
 
     @cached_property
     def states(self) -> list[Tensor]:
-        """Hidden states [few, tokens, width] after each dense block, in host memory, on the windows of the curve."""
+        """Hidden states [`curve_windows`, tokens, width] after each dense block, in host memory."""
         hidden = embed(self._replay, self._batch, self._calibration[: self.curve_windows])
         states = []
         for index, weights in dense_blocks(self._replay.checkpoint):
@@ -68,7 +68,7 @@ class DenseMeasurements:
         return states
 
     def statistics(self, pruner: Pruner) -> Sequence[BlockStatistics]:
-        """Statistics of every linear's inputs in the dense model, measured once for each kind, and kept on the disk."""
+        """Statistics of every linear's inputs in the dense model, measured once for each kind and cached on disk."""
         kind = pruner.measures
         assert kind is not None
         key = self.key_of(pruner, kind)
@@ -77,7 +77,7 @@ class DenseMeasurements:
         return self._statistics[key]
 
     def fast_statistics(self, pruner: Pruner) -> Sequence[BlockStatistics]:
-        """The same in the form in which a trial takes least time."""
+        """The statistics, as ranks if the pruner can use ranks, which are faster."""
         found, kind, checkpoint = self.statistics(pruner), pruner.measures, self._replay.checkpoint
         assert kind is not None
         key = self.key_of(pruner, kind)
@@ -86,7 +86,7 @@ class DenseMeasurements:
         return self._ranked.get(key, found)
 
     def key_of(self, pruner: Pruner, kind: type[Statistics]) -> str:
-        """SHA-256 of all that decides the statistics that a pruner asks for."""
+        """SHA-256 of everything that determines a pruner's statistics."""
         checkpoint = self._replay.checkpoint
         model = {"model.content": self._model, "model.dtype": str(checkpoint.dtype).removeprefix("torch.")}
         prepared, batch = kind is Hessian and repr(pruner), min(self._batch.windows, len(self._items))

@@ -1,42 +1,49 @@
-"""The objective: what one Optuna trial does. Here, and only here, torch and Optuna meet.
+"""The objective: one Optuna trial. torch and Optuna meet in this module only.
 
-plan        ← the space, as the sampler proposes
-weights     ← dense weights, pruned block by block as the plan says
-NLLs        ← windows of the validation text, group by group, until the stopper ends a hopeless trial
+plan        ← the space, from the sampler's proposal
+weights     ← dense weights, pruned block by block by the plan
+NLLs        ← windows of the validation text, group by group; the stopper may end the trial between groups
 perplexity  ← exp(mean NLL)
-KL          ← mean over windows, from the dense model, where the study minimises it
+KL          ← mean over windows, against the dense model, if the study minimises it
 
-`shortcuts` has what spares all that: an earlier trial of the same plan, and the stopper's question.
+A plan that an earlier trial measured, or failed on, is not measured again.
 """
 
-from collections.abc import Iterator
+import math
+import statistics
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from traceback import clear_frames
+from typing import Any
 
 from optuna import Trial
 from optuna.exceptions import OptunaError
 from optuna.trial import FrozenTrial, TrialState
 
-from atp_tune.checkpoints.devices import is_out_of_memory
+from atp_tune.blocks.prune_pass import PrunedBlock
+from atp_tune.blocks.timing import Timer
+from atp_tune.checkpoints.devices import device_name, is_out_of_memory, peak_memory, reset_peak_memory
 from atp_tune.errors import TrialError, UserError
 from atp_tune.events import EventHandler, Message, TrialStarted
+from atp_tune.metrics.kl import Divergence, divergence
+from atp_tune.metrics.perplexity import Perplexity, perplexity
 from atp_tune.plan import Plan
+from atp_tune.scores import WindowScores
+from atp_tune.scores.evaluation import Block
 from atp_tune.search.context import TrialContext
-from atp_tune.search.record import Record
 from atp_tune.search.scoring import GROUPS
-from atp_tune.search.shortcuts import estimate, find_measured, is_hopeless, planned
 from atp_tune.search.space import Space
 from atp_tune.storage.database import set_attributes
 from atp_tune.storage.fingerprint import PERPLEXITY, batches_of
 from atp_tune.storage.lost_trials import INTERRUPTED, CutOff, given_up
-from atp_tune.storage.process_identity import identity
-from atp_tune.storage.ranking import best_trial
+from atp_tune.storage.process_identity import identity, versions
+from atp_tune.storage.progress import best_trial, counts
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Values on the validation text of the plan that a trial proposes, one each objective; TrialError without any."""
+    """A trial's values on the validation text, one per objective; TrialError if the trial gives none."""
 
     context: TrialContext
     space: Space
@@ -45,7 +52,7 @@ class Objective:
     objectives: tuple[str, ...] = PERPLEXITY
 
     def __call__(self, trial: Trial) -> tuple[float, ...]:
-        """Measures one trial and stores its attributes as they become known."""
+        """Measures one trial and stores each attribute as soon as it is known."""
         with reasons(trial):
             set_attributes(trial, identity())
             plan = self.space.suggest(trial)
@@ -59,7 +66,8 @@ class Objective:
         context.begin(batches)
         record = Record(context.checkpoint.device, context.dtype)
         pruned = record.follow(context.prune(plan), context.checkpoint.sizes)
-        may_stop = self.stops and not plan.is_uniform and best_trial(trial.study) is not None  # uniform is its measure
+        # Uniform is never stopped: the others are compared with it.
+        may_stop = self.stops and not plan.is_uniform and best_trial(trial.study) is not None
         for scores in context.scores(pruned, "validation", may_stop, "kl" in self.objectives):
             record.add(scores)
             if self._is_hopeless(trial, record, len(scores.nlls)) and may_stop:
@@ -68,16 +76,16 @@ class Objective:
         results = record.results(self.objectives)
         self._store(trial, record, stderr=results[0].stderr)
         if context.batches != batches and best_trial(trial.study) is None:
-            # The first, where memory ran out: the others need not meet that.
+            # The first trial ran out of memory and took smaller batches: later trials begin with those.
             trial.study.set_user_attr("batches", context.batches)
         return tuple(result.value for result in results)
 
-    def _is_hopeless(self, trial: Trial, record: Record, new: int) -> bool:
-        """Whether the stopper would end the trial now, before its last windows."""
+    def _is_hopeless(self, trial: Trial, record: "Record", new: int) -> bool:
+        """Whether the stopper would end the trial now; False after its last windows."""
         windows, seen = len(self.context.windows["validation"]), record.kls or record.nlls
         return self.stops and is_hopeless(trial, seen, new, windows, GROUPS) and len(seen) < windows
 
-    def _store(self, trial: Trial, record: Record, **more: object) -> None:
+    def _store(self, trial: Trial, record: "Record", **more: object) -> None:
         batches = {"batch_windows": self.context.batch("calibration").windows, "batches": self.context.batches}
         set_attributes(trial, {**record.close(), **batches, **more})
 
@@ -93,7 +101,7 @@ class Objective:
 
 @contextmanager
 def reasons(trial: Trial) -> Iterator[None]:
-    """Stores why a trial gives no value: `failure` if it is its own, `lost` or `cut_off` if it can be run again."""
+    """Stores why a trial has no value: `failure` if its plan fails, `lost` or `cut_off` if it is to run again."""
     try:
         yield
     except KeyboardInterrupt:
@@ -107,5 +115,116 @@ def reasons(trial: Trial) -> Iterator[None]:
             raise
         reason = str(error) if isinstance(error, TrialError) else "out of memory"
         trial.set_user_attr("failure", reason)
-        clear_frames(error.__traceback__)  # Optuna keeps the error in a circle, and the trial's tensors with it
+        clear_frames(error.__traceback__)  # Optuna keeps the error in a reference cycle, and so the trial's tensors
         raise TrialError(reason) from error
+
+
+class Record:
+    """Gathers a trial's user attributes while its plan is pruned and evaluated."""
+
+    def __init__(self, device: Any, dtype: str) -> None:
+        self.nlls: list[float] = []
+        self.kls: list[float] = []
+        self.errors: list[float] = []
+        self.seconds: dict[str, float] = {}
+        self.peak_bytes: dict[str, int] = {}
+        self.experts_without_tokens: list[str] = []
+        self._zeros = self._weights = 0
+        self._device = device
+        self._dtype = dtype
+        self._timer = Timer(device)
+        reset_peak_memory(device)
+
+    def follow(self, pruned: Iterator[PrunedBlock], sizes: tuple[int, ...]) -> Iterator[Block]:
+        """Yields the weights of each pruned block after recording its zeros, error and seconds."""
+        for block in pruned:
+            self.errors += [] if block.error is None else [round(block.error, 6)]
+            self.experts_without_tokens += [f"{block.index}.{name}" for name in block.experts_without_tokens]
+            self._zeros += sum(block.zeros.values())
+            self._weights += sizes[block.index]
+            for phase, seconds in block.seconds.items():
+                self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+            self.peak_bytes["prune"] = peak_memory(self._device)
+            yield block.index, block.weights
+
+    def add(self, scores: WindowScores) -> None:
+        """Records the scores of further windows."""
+        self.nlls += scores.nlls
+        self.kls += scores.kls
+
+    def results(self, objectives: Sequence[str]) -> list[Perplexity | Divergence]:
+        """The trial's result in each objective; TrialError if one is not finite."""
+        found = [divergence(self.kls) if objective == "kl" else perplexity(self.nlls) for objective in objectives]
+        for objective, result in zip(objectives, found, strict=True):
+            if not math.isfinite(result.value):
+                raise TrialError(
+                    f"{objective} is {result.value}: the pruned model's numbers overflow or are not defined"
+                )
+        return found
+
+    def close(self) -> dict[str, Any]:
+        """The trial's user attributes; all time outside pruning counts as evaluation."""
+        self._timer.lap("all")
+        self.seconds["evaluate"] = self._timer.seconds["all"] - sum(self.seconds.values())
+        self.peak_bytes["evaluate"] = peak_memory(self._device)
+        return {
+            "realised": self._zeros / self._weights,
+            "errors": self.errors,
+            "nlls": self.nlls,
+            "seconds": {phase: round(seconds, 3) for phase, seconds in self.seconds.items()},
+            "peak_bytes": self.peak_bytes,
+            "device": device_name(self._device),
+            "dtype": self._dtype,
+            "versions": versions(),
+            **({"kls": self.kls} if self.kls else {}),
+            **({"experts_without_tokens": self.experts_without_tokens} if self.experts_without_tokens else {}),
+        }
+
+
+def planned(plan: Plan) -> dict[str, object]:
+    """A plan's sparsities as user attributes: per block, and per linear where they differ within a block."""
+    linears = {"linear_sparsities": list(map(list, plan.linear_sparsities))} if plan.linear_sparsities else {}
+    return {"sparsities": list(plan.sparsities), **linears}
+
+
+def find_measured(trial: Trial, plan: Plan) -> FrozenTrial | None:
+    """An earlier trial of the same point or plan that was fully measured or whose plan failed, if any."""
+    for other in trial.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL)):
+        same = other.params == trial.params or is_trial_of(other, plan)
+        if same and counts(other) and "stopped_after" not in other.user_attrs:
+            return other
+    return None
+
+
+def is_trial_of(trial: FrozenTrial, plan: Plan) -> bool:
+    """Whether a trial has this plan: a pattern may round several points of the space to one plan."""
+    own = {key: trial.user_attrs[key] for key in ("sparsities", "linear_sparsities") if key in trial.user_attrs}
+    return trial.params.get("pruner") == plan.pruner and own == planned(plan)
+
+
+def is_hopeless(trial: Trial, seen: list[float], new: int, windows: int, groups: int) -> bool:
+    """Reports the mean NLL or KL (nats per token) of each group that the `new` windows complete, and asks the stopper.
+
+    The groups are the same in all trials, whatever the size of the parts that are evaluated.
+    """
+    size = -(-windows // groups)
+    for group in range((len(seen) - new) // size, -(-len(seen) // size)):
+        part = seen[group * size : (group + 1) * size]
+        if len(part) == size or len(seen) == windows:
+            trial.report(statistics.fmean(part), group)
+    return trial.should_prune()
+
+
+def estimate(trial: Trial, seen: list[float], kind: str = "nlls") -> float:
+    """The value of a stopped trial, comparable with full measurements.
+
+    The best trial's mean NLL or KL over all windows, plus the mean difference from it on the windows seen: a mean over
+    the seen windows alone would depend on how hard those windows are.
+    """
+    best = best_trial(trial.study)
+    assert best is not None
+    full = best.user_attrs[kind]
+    difference = statistics.fmean(own - other for own, other in zip(seen, full, strict=False))
+    trial.set_user_attr("stopped_after", len(seen))
+    mean = statistics.fmean(full) + difference
+    return max(0.0, mean) if kind == "kls" else perplexity([mean]).value

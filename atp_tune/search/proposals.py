@@ -1,8 +1,8 @@
-"""One allocation's points as a model of them is fitted, and where the points that it proposes may lie.
+"""The trials of one allocation as a sampler is fitted to them, and where the points that the sampler proposes may lie.
 
-A point that was measured says nothing new. Where the best point is the end of an interval, as uniform is where β > 0
-does not pay, the maximum of a GP's acquisition is that very point again and again. Then one beside it is drawn instead:
-uniformly, at most a 40th of each interval away, and twice as far after each draw that is known too.
+A measured point teaches nothing new. Where the best point is an end of its interval (uniform, if β > 0 does not help),
+the GP's acquisition has its maximum at that same point again and again. Then a neighbour is drawn uniformly, at most a
+40th of each interval away, and twice as far after each draw that is known too.
 """
 
 import math
@@ -14,71 +14,72 @@ from typing import Any
 import optuna
 from optuna import Study
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.samplers import GPSampler
 from optuna.trial import FrozenTrial
 
 from atp_tune.search.space import Params, Space
-from atp_tune.storage.ranking import values_of
+from atp_tune.storage.progress import values_of
 
-LEAST = 1e-6  # nats per token: no KL is taken to be less where its log is wanted
-NEAR = 1 / 500  # of an interval: β of SmolLM2 at 60 % that are nearer differ by less than a weight in any row
-REACH = 1 / 40  # of an interval, at first
+LEAST = 1e-6  # nats per token: a smaller KL is raised to this before its log is taken
+NEAR = 1 / 500  # of an interval: two β of SmolLM2 at 60 % this near differ by less than one weight per row
+REACH = 1 / 40  # of an interval, for the first draw
 DRAWS = 20
+GRID = 40  # steps of β at which the posterior is stored
+
+Distributions = dict[str, BaseDistribution]
 
 
-def kinds_of(space: Space, branch: str) -> dict[str, BaseDistribution]:
+def kinds_of(space: Space, branch: str) -> Distributions:
     """Distributions of the pruner and of an allocation's parameters."""
     floats = {name: FloatDistribution(*ends) for name, ends in space.intervals[branch].items()}
     return {"pruner": CategoricalDistribution(space.pruners), **floats}
 
 
 def branch_study(
-    trials: list[FrozenTrial], space: Space, branch: str, kinds: dict[str, BaseDistribution], objectives: int = 1
+    trials: list[FrozenTrial], space: Space, branch: str, kinds: Distributions, objectives: int = 1
 ) -> optuna.Study:
-    """A study in memory of the trials that are points of one allocation, with the logs of their values."""
+    """An in-memory study of the trials that are points of one allocation, with the logs of their values."""
     shadow = optuna.create_study(directions=["minimize"] * objectives)
     for trial in trials:
         params = space.within(trial.params, branch) or {}
-        if kinds.keys() <= params.keys():  # another process may not have drawn all of its trial's yet
-            shadow.add_trial(_with_logs(trial, {name: params[name] for name in kinds}, kinds))
+        if kinds.keys() <= params.keys():  # a trial of another process may lack parameters that it has yet to draw
+            logs = None if trial.values is None else [math.log(max(value, LEAST)) for value in trial.values]
+            own = {name: params[name] for name in kinds}
+            shadow.add_trial(optuna.create_trial(state=trial.state, values=logs, params=own, distributions=kinds))
     return shadow
 
 
 def levelled(screened: Sequence[FrozenTrial], trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """The trials of a screening that have not been measured in full, as if they had been: the logs of their values
-    moved by the mean difference at the points where both are known; none where there is no such point.
+    """Screening trials without a full measurement, their values scaled to the level of the full measurements.
+
+    The factor is the geometric mean of full / screened at the points that have both; no trials where no point has both.
     """
-    if not screened:
+    known = {_point(trial): trial.value for trial in trials} if screened else {}
+    ratios = [
+        math.log(max(full, LEAST) / max(trial.value, LEAST))
+        for trial in screened
+        if trial.value is not None and (full := known.get(_point(trial))) is not None
+    ]
+    if not ratios:
         return []
-    known = {_point(trial): trial.value for trial in trials}
-    values = [(known.get(_point(trial)), trial.value) for trial in screened]
-    both = [(full, part) for full, part in values if full is not None and part is not None]
-    moves = [math.log(max(full, LEAST) / max(part, LEAST)) for full, part in both]
-    if not moves:
-        return []
-    factor = math.exp(statistics.fmean(moves))
-    new = [trial for trial in screened if _point(trial) not in known and trial.value is not None]
+    factor = math.exp(statistics.fmean(ratios))
     return [
         optuna.create_trial(value=factor * trial.value, params=trial.params, distributions=trial.distributions)
-        for trial in new
-        if trial.value is not None
+        for trial in screened
+        if _point(trial) not in known and trial.value is not None
     ]
 
 
 def _point(trial: FrozenTrial) -> tuple[tuple[str, Any], ...]:
-    """A trial's parameters in an order that no database decides."""
+    """A trial's parameters sorted by name: databases return them in any order."""
     return tuple(sorted(trial.params.items()))
 
 
-def _with_logs(trial: FrozenTrial, params: Params, distributions: dict[str, BaseDistribution]) -> FrozenTrial:
-    logs = None if trial.values is None else [math.log(max(value, LEAST)) for value in trial.values]
-    return optuna.create_trial(state=trial.state, values=logs, params=params, distributions=distributions)
+def around_best(study: Study, kinds: Distributions) -> Distributions:
+    """The intervals, narrowed around the best point if there are more than two.
 
-
-def around_best(study: Study, kinds: dict[str, BaseDistribution]) -> dict[str, BaseDistribution]:
-    """The intervals, narrowed around the best point where there are more than two of them.
-
-    A dozen trials cannot explore five dimensions, whose corners are all hopeless and which a GP would all try. So
-    proposals reach from the best point at most 1 / (2 √n) of each interval, n measured points.
+    A dozen trials cannot explore five dimensions: a GP would try all the corners, which are hopeless. So proposals
+    stay within 1 / (2 √n) of each interval from the best of n measured points.
     """
     intervals = {name: kind for name, kind in kinds.items() if isinstance(kind, FloatDistribution)}
     done = [trial for trial in study.trials if trial.values is not None]
@@ -94,10 +95,8 @@ def within_reach(value: float, kind: FloatDistribution, reach: float) -> FloatDi
     return FloatDistribution(max(kind.low, value - width), min(kind.high, value + width))
 
 
-def nudge_from_known(
-    point: Params, trials: Sequence[FrozenTrial], kinds: dict[str, BaseDistribution], seed: int
-) -> Params:
-    """The point itself, if no trial is near it, else one beside it; `trials` may still be running."""
+def nudge_from_known(point: Params, trials: Sequence[FrozenTrial], kinds: Distributions, seed: int) -> Params:
+    """The point itself, or a random neighbour if a trial (finished or running) is near the point."""
     drawn, reach, generator = point, REACH, random.Random(seed)
     intervals = {name: kind for name, kind in kinds.items() if isinstance(kind, FloatDistribution)}
     for _ in range(DRAWS if intervals else 0):
@@ -109,11 +108,44 @@ def nudge_from_known(
     return drawn
 
 
-def is_near(point: Params, other: Params, kinds: dict[str, BaseDistribution], share: float) -> bool:
-    """Whether two points differ in numbers alone, and by no more than a share of each interval."""
+def is_near(point: Params, other: Params, kinds: Distributions, share: float) -> bool:
+    """Whether two points differ in numbers only, and by no more than this share of each interval."""
     return all(
         abs(point[name] - other[name]) <= share * (kind.high - kind.low)
         if isinstance(kind, FloatDistribution)
         else point[name] == other[name]
         for name, kind in kinds.items()
     )
+
+
+def gp_posterior(sampler: GPSampler, study: Study, kinds: Distributions, pruners: tuple[str, ...]) -> dict[str, Any]:
+    """The GP's posterior of the value over β for each pruner: mean, and mean ± two standard deviations, for plots.
+
+    `study` is the one that the GP was fitted to: its values are logs. `before` counts those values.
+    """
+    from atp_tune.compat import SearchSpace, fitted
+
+    gp = fitted(sampler)
+    values = [trial.value for trial in study.trials if trial.value is not None]
+    mean, spread = statistics.fmean(values), statistics.pstdev(values)
+    curves = {}
+    for pruner in pruners:
+        points = [_at(beta, pruner, kinds) for beta in _grid(kinds["beta"])]
+        inputs = gp._X_train.new_tensor(SearchSpace(kinds).get_normalized_params(points))
+        means, variances = (tensor.detach().numpy() for tensor in gp.posterior(inputs))
+        middle, width = mean - spread * means, 2 * spread * variances**0.5  # the GP maximises: its values are negated
+        lines = {"mean": middle, "low": middle - width, "high": middle + width}
+        betas = [round(point.params["beta"], 8) for point in points]
+        curves[pruner] = {"beta": betas} | {name: [round(math.exp(v), 3) for v in line] for name, line in lines.items()}
+    return {"before": len(values), "curves": curves}
+
+
+def _grid(kind: BaseDistribution) -> list[float]:
+    assert isinstance(kind, FloatDistribution)
+    steps = [kind.low + (kind.high - kind.low) * k / GRID for k in range(GRID)]
+    return [*steps, kind.high]  # a computed end may exceed `high` by rounding, which Optuna refuses
+
+
+def _at(beta: float, pruner: str, kinds: Distributions) -> FrozenTrial:
+    params = {name: pruner if name == "pruner" else beta for name in kinds}
+    return optuna.create_trial(value=0.0, params=params, distributions=kinds)

@@ -1,8 +1,8 @@
-"""Running a study: made or resumed, driven to its total, and closed with the numbers on the test text."""
+"""Running a study: created or resumed, driven to its total, and completed with the numbers on the test text."""
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -10,38 +10,65 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from atp_tune.allocations import Budget
-from atp_tune.errors import UserError
-from atp_tune.events import TrialStarted
+from atp_tune.errors import UserError, printable
+from atp_tune.events import EventHandler, Message, TrialStarted
 from atp_tune.metrics.perplexity import perplexity
-from atp_tune.results.summary import undrawn, unreported
+from atp_tune.results.summary import made_from, undrawn, unreported
 from atp_tune.search.final_scores import report, write_best
 from atp_tune.search.samplers import first_trials, make_sampler, make_stopper, total_trials
 from atp_tune.search.screening import begins_with, confirmed, renamed, screening_file
 from atp_tune.search.space import make_space
-from atp_tune.search.study_run import StudyRun, check_name, load_existing, with_stored_total
 from atp_tune.search.trial_loop import recover_lost, run_trials
 from atp_tune.spec.facts import facts
 from atp_tune.spec.study import ScreenConfig
-from atp_tune.spec.studyfile import StudyFile, settings
-from atp_tune.storage import fingerprint, opening, ranking, totals
+from atp_tune.spec.studyfile import TRIALS, StudyFile, settings
+from atp_tune.storage import fingerprint, opening, progress
 from atp_tune.storage.fingerprint import SUFFIX, is_screening
 from atp_tune.storage.process_identity import versions
+from atp_tune.storage.trace import Trace
 
 if TYPE_CHECKING:
     from atp_tune.search.context import TrialContext
 
+LONGEST = 200  # bytes of a study's name: files are named after it
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One run of a study by one process: study file, study name, and the limit in seconds (`timeout`).
+
+    `context`: already open, with this model and these texts. `reports`: at the total, measure the test text. `writes`:
+    write the best configuration. Of several workers one reports, and their parent process writes. `mix`: accept another
+    device or number format than the study began with. `screens`: the name of the study that this one screens for.
+    """
+
+    file: StudyFile
+    name: str
+    timeout: float | None
+    watch: EventHandler
+    context: "TrialContext | None" = None
+    reports: bool = True
+    writes: bool = True
+    mix: bool = False
+    screens: str | None = None
+    trace: Trace = field(default_factory=Trace)
+
+    def note(self, text: str) -> None:
+        """Reports one line."""
+        self.watch(Message(text))
+
 
 def tune(run: StudyRun) -> optuna.Study:
-    """Makes or resumes the study and drives it to its total; KeyboardInterrupt leaves it ready to resume.
+    """Creates or resumes the study and drives it to its total; KeyboardInterrupt leaves it ready to resume.
 
-    A study that is complete is returned at once, without loading torch or the model. UserError for bad input.
+    A complete study is returned without loading torch or the model. UserError for bad input.
     """
-    return finished_study(run) or _go_on(replace(run, watch=run.trace.heard_by(run.watch)))
+    return finished_study(run) or _drive(replace(run, watch=run.trace.heard_by(run.watch)))
 
 
 def finished_study(run: StudyRun) -> optuna.Study | None:
-    """The study if it is complete; UserError if it was made with other facts, or cannot be stored."""
-    check_name(run.name)
+    """The study if it is complete; UserError if its facts differ or it cannot be stored."""
+    _check_name(run.name)
     opening.check_writable(run.file.storage_url)
     if warning := opening.network_warning(run.file.storage_url):
         run.note(warning)
@@ -50,7 +77,7 @@ def finished_study(run: StudyRun) -> optuna.Study | None:
     if study is None or fingerprint.is_new(study):
         return None
     fingerprint.check_facts(study, facts(run.file.study, run.file.folder), partly=True, any_dtype=run.mix)
-    run = with_stored_total(run, study)
+    run = _with_stored_total(run, study)
     if not is_complete(study, run.file):
         if not run.mix:
             fingerprint.check_device(study, _device(run))
@@ -59,8 +86,17 @@ def finished_study(run: StudyRun) -> optuna.Study | None:
     return study
 
 
+def _check_name(name: str) -> None:
+    """UserError for a study name that is unfit for files and terminals."""
+    if not name or printable(name) != name or len(name.encode()) > LONGEST:
+        shown = name if len(name) <= 40 else f"{name[:39]}…"
+        raise UserError(
+            f"study {shown}: its name must have 1 to {LONGEST} bytes, all printable; choose --study-name NAME"
+        )
+
+
 def _check_screening(run: StudyRun) -> None:
-    """UserError where a study that is no screening has the name that this one's screening would have."""
+    """UserError if a study that is no screening has the name of this study's screening."""
     if run.file.study.search.screen is None:
         return
     other = load_existing(replace(run, name=run.name + SUFFIX))
@@ -71,29 +107,46 @@ def _check_screening(run: StudyRun) -> None:
         )
 
 
+def load_existing(run: StudyRun) -> optuna.Study | None:
+    """The stored study, if there is one."""
+    db = opening.open_storage(run.file.storage_url, create=False)
+    return opening.find_study(db, run.name) if db else None
+
+
+def _with_stored_total(run: StudyRun, study: optuna.Study) -> StudyRun:
+    """The run with the total of the study's last run, unless this command sets one."""
+    made = made_from(study.user_attrs.get("made_from"))
+    if made is None or run.file.sets_trials or not made.sets_trials:
+        return run
+    search = run.file.study.search.model_copy(update={"trials": made.study.search.trials})
+    spec = run.file.study.model_copy(update={"search": search})
+    asked = tuple(override for override in made.overrides if override.startswith(TRIALS))
+    return replace(run, file=replace(run.file, study=spec, overrides=(*run.file.overrides, *asked)))
+
+
+def is_complete(study: optuna.Study, file: StudyFile) -> bool:
+    """Whether the total is reached, no trial runs, and the best trials have their final numbers."""
+    sizes, best = study.user_attrs.get("sizes"), progress.best_trial(study)
+    if sizes is None or progress.running(study):
+        return False
+    total = total_trials(file.study.search, make_space(file.study, Budget(file.study.sparsity, tuple(sizes))))
+    done = progress.counted(study) >= progress.total_of(study, total, file.goes_on)
+    return done and (best is None or not (unreported(study) or undrawn(study, file.study.texts.calibration.draws)))
+
+
 def _device(run: StudyRun) -> str:
     from atp_tune.checkpoints.devices import device_name, find_device
 
     return device_name(run.context.checkpoint.device if run.context else find_device(run.file.study.device))
 
 
-def is_complete(study: optuna.Study, file: StudyFile) -> bool:
-    """Whether the total is reached, nothing runs, and the final numbers belong to the best trial."""
-    sizes, best = study.user_attrs.get("sizes"), ranking.best_trial(study)
-    if sizes is None or totals.running(study):
-        return False
-    total = total_trials(file.study.search, make_space(file.study, Budget(file.study.sparsity, tuple(sizes))))
-    done = totals.counted(study) >= totals.total_of(study, total, file.goes_on)
-    return done and (best is None or not (unreported(study) or undrawn(study, file.study.texts.calibration.draws)))
-
-
-def _go_on(run: StudyRun) -> optuna.Study:
-    """Drives a study that is not complete, or not begun, to its total."""
-    db = opening.open_storage(run.file.storage_url, create=False)  # before the model, in which time it may go away
+def _drive(run: StudyRun) -> optuna.Study:
+    """Drives a new or incomplete study to its total."""
+    db = opening.open_storage(run.file.storage_url, create=False)  # before loading, when the server may go away
     before = opening.find_study(db, run.name) if db else None
     if before:
-        run = with_stored_total(run, before)
-        recover_lost(run, before)  # now: what a process of this host left is read before others take it for silent
+        run = _with_stored_total(run, before)
+        recover_lost(run, before)  # before loading: other hosts would fail these trials without reading their traces
     opened: AbstractContextManager[TrialContext] = (
         nullcontext(run.context) if run.context else open_context(run, before)
     )
@@ -104,7 +157,7 @@ def _go_on(run: StudyRun) -> optuna.Study:
 def _search(
     run: StudyRun, context: "TrialContext", db: optuna.storages.BaseStorage | None, before: optuna.Study | None
 ) -> optuna.Study:
-    """All of the run that wants a context; `before`: the study as it was found in `db`, if it was."""
+    """The part of the run that needs a context; `before`: the study found in `db`."""
     batches = {**context.batches, **(fingerprint.batches_of(before) if before else {})}
     context.begin(batches)
     search, space = run.file.study.search, make_space(run.file.study, context.budget(run.file.study.sparsity))
@@ -124,18 +177,19 @@ def _search(
         first = begins_with(confirmed(screened, space, search.screen.confirm), space, total)
     study.sampler = make_sampler(search, space, screened)
     for params in first:
-        study.enqueue_trial(params, {totals.START: True}, skip_if_exists=True)
+        study.enqueue_trial(params, {progress.START: True}, skip_if_exists=True)
     total = run_trials(run, study, context, space, total)
-    if run.reports and totals.counted(study) >= total:
+    if run.reports and progress.counted(study) >= total:
         _measure_dense(run, study, context)
         report(run, study, context, space)
     return study
 
 
 def _screen(run: StudyRun, screen: ScreenConfig, context: "TrialContext") -> tuple[StudyRun, list[FrozenTrial]]:
-    """Runs the screening, or goes on with it: the run with the time that is left, and the measured points, best first,
-    none before it is complete. It has measured the dense model, on its part of the text, so that the main study need
-    not do so before its search.
+    """Runs or resumes the screening; the run with the time left, and the measured points, the best first.
+
+    No points until the screening is complete. The screening measures the dense model on its part of the validation
+    text, so the main study measures the dense model only after its search.
     """
     began, file = monotonic(), screening_file(run.file, screen)
     inner = replace(
@@ -144,14 +198,14 @@ def _screen(run: StudyRun, screen: ScreenConfig, context: "TrialContext") -> tup
     )  # fmt: skip
     study = load_existing(inner)
     if study is None or not is_complete(study, file):
-        study = _go_on(inner)
+        study = _drive(inner)
     if run.timeout is not None:
         run = replace(run, timeout=max(0.0, run.timeout - (monotonic() - began)))
-    return run, ranking.measured(study) if is_complete(study, file) else []
+    return run, progress.measured(study) if is_complete(study, file) else []
 
 
 def open_context(run: StudyRun, study: optuna.Study | None = None) -> "TrialContext":
-    """Loads the model and the texts; windows begin with BOS as in the study, if it was begun."""
+    """Loads the model and the texts; windows begin with BOS if those of an existing study do."""
     from atp_tune.checkpoints.devices import oom_as_user_error
     from atp_tune.search.context import ContextConfig, TrialContext
 
@@ -163,7 +217,7 @@ def open_context(run: StudyRun, study: optuna.Study | None = None) -> "TrialCont
 
 
 def _describe(run: StudyRun, study: optuna.Study, context: "TrialContext", total: int, batches: dict[str, int]) -> None:
-    total = totals.total_of(study, total, run.file.goes_on)
+    total = progress.total_of(study, total, run.file.goes_on)
     model = context.checkpoint
     attributes = {
         "sizes": list(model.sizes), "blocks": model.blocks_name, "linears": model.linear_names,
@@ -179,7 +233,7 @@ def _describe(run: StudyRun, study: optuna.Study, context: "TrialContext", total
 
 
 def _compare_versions(run: StudyRun, study: optuna.Study) -> None:
-    """Notes that earlier trials were measured by other versions: allowed, but it may show in a value's last digits."""
+    """Notes that earlier trials were measured with other versions, by which the last digits may differ."""
     own = versions()
     for trial in study.get_trials(deepcopy=False):
         other = trial.user_attrs.get("versions", own)

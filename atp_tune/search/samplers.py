@@ -1,4 +1,4 @@
-"""How Optuna proposes and stops: the sampler and the stopper of a study."""
+"""The sampler and the stopper of a study, and the trials that it begins with."""
 
 import random
 import warnings
@@ -16,24 +16,22 @@ from optuna.pruners import BasePruner, NopPruner, WilcoxonPruner
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
-from atp_tune.search.posterior import gp_posterior
-from atp_tune.search.proposals import around_best, branch_study, kinds_of, levelled, nudge_from_known
+from atp_tune.search.proposals import around_best, branch_study, gp_posterior, kinds_of, levelled, nudge_from_known
 from atp_tune.search.space import Params, Space
 from atp_tune.spec.study import SearchConfig
 from atp_tune.storage.lost_trials import place_of
-from atp_tune.storage.ranking import values_of
-from atp_tune.storage.totals import counts
+from atp_tune.storage.progress import counts, running, values_of
 
-PATIENCE = 5  # seconds that a trial waits for what others propose
+PATIENCE = 5  # seconds that a trial waits for the proposals of earlier trials
 LOOK = 0.02  # seconds between looks at them
-STARTS = 3  # measured points of an allocation before a model of it is fitted: plenty for one to three parameters
+STARTS = 3  # points of an allocation measured before a model is fitted: plenty for one to three parameters
 
 
 def make_sampler(search: SearchConfig, space: Space, screened: Sequence[FrozenTrial] = ()) -> BaseSampler:
-    """The sampler of a study; `screened`: trials of the screening before it, if there was one.
+    """The sampler of a study; `screened`: the trials of its screening, if there was one.
 
-    What it proposes depends on the study's seed, the trial's place and the trials that are there, not on the process:
-    a study that was interrupted goes on as if it had not been, and workers draw apart from each other.
+    Its proposals depend on the study's seed, the trial's place and the stored trials, not on the process: an
+    interrupted study resumes as if it had not been interrupted, and workers draw different points.
     """
     match search.sampler:
         case "gp":
@@ -55,24 +53,24 @@ def _tpe(seed: int) -> TPESampler:
 
 
 def seed_of(seed: int, study: Study, trial: FrozenTrial, name: str = "") -> int:
-    """A seed for one trial, or one parameter of it, by its place: its number, had no trial been lost."""
+    """A seed for one trial or one of its parameters, from the trial's place: its number if no trial had been lost."""
     return zlib.crc32(f"{seed} {place_of(study, trial)} {name}".encode())
 
 
 class SeededSampler(BaseSampler):
-    """Random proposals by the study's seed, the trial's place and the parameter's name."""
+    """Random proposals, seeded with the study's seed, the trial's place and the parameter's name."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """Nothing: each parameter is drawn on its own."""
+        """Empty: each parameter is drawn on its own."""
         return {}
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Nothing."""
+        """Empty."""
         return {}
 
     def sample_independent(
@@ -84,17 +82,17 @@ class SeededSampler(BaseSampler):
 
 
 class BranchSampler(BaseSampler):
-    """Chooses an allocation, and lets a sampler propose its parameters from what is known of this allocation.
+    """Chooses an allocation, and lets an inner sampler propose its parameters from this allocation's trials.
 
-    `make` gives the sampler inside for a seed, a new one for each trial.
+    `make` creates the inner sampler from a seed, a new one for each trial.
 
-    Each allocation has parameters of its own, which samplers of one fixed space, like the GP, cannot mix. Every other
-    trial goes to the allocation with the fewest trials, the others to the one that leads: all get a fair try, and the
-    winner most of the work. Uniform is a point of ATP, and ATP a face of the curve: what was measured there counts.
+    Each allocation has its own parameters, which a sampler with one fixed space, such as the GP, cannot mix. Every
+    other trial goes to the allocation with the fewest trials, the rest to the leading one. Uniform is a point of ATP,
+    and ATP a face of the curve, so a trial of one is a trial of the allocations that contain it.
 
-    The sampler sees logs of the values: of perplexity (nats per token) or of KL. Perplexity explodes where β is too
-    large: fitted as it is, one such trial flattens the valley that matters. Points that were screened are seen too,
-    moved to the level of those that were confirmed. What it proposes keeps away from all of these.
+    The inner sampler sees logs of perplexity or KL: perplexity explodes where β is too large, and one such trial would
+    flatten the valley in a fit without logs. It also sees screened points, scaled to the level of full measurements.
+    Proposals keep away from all these points.
     """
 
     def __init__(
@@ -107,7 +105,7 @@ class BranchSampler(BaseSampler):
         self._branch = ""
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """Pruner, allocation and the parameters of the allocation whose turn it is."""
+        """Pruner, allocation, and the parameters of the allocation whose turn it is."""
         wait_for_earlier(study, trial, self._space)
         self._branch = whose_turn(_others(study, trial), self._space)
         allocations = CategoricalDistribution(tuple(self._space.intervals))
@@ -116,13 +114,13 @@ class BranchSampler(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """What the inner sampler proposes in a study in memory that holds this allocation's trials alone."""
+        """The inner sampler's proposal in an in-memory study of this allocation's trials."""
         own = {name: kind for name, kind in search_space.items() if name != "allocation"}
         others = _others(study, trial)
         known, count = [*others, *levelled(self._screened, others)], len(study.directions)
         shadow = branch_study(known, self._space, self._branch, own, count)
         open_ones = around_best(shadow, {name: kind for name, kind in own.items() if not kind.single()})
-        shadow.ask()  # stands for the trial: the inner sampler writes to it
+        shadow.ask()  # stands in for the trial: the inner sampler writes attributes to it
         inner = self._make(seed_of(self._seed, study, trial))
         found = inner.sample_relative(shadow, shadow.trials[-1], open_ones)
         if self._branch == "atp" and found and isinstance(inner, GPSampler) and len(study.directions) == 1:
@@ -138,27 +136,25 @@ class BranchSampler(BaseSampler):
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """As the inner sampler does."""
+        """The inner sampler's draw."""
         inner = self._make(seed_of(self._seed, study, trial, param_name))
         return inner.sample_independent(study, trial, param_name, param_distribution)
 
 
 def wait_for_earlier(study: Study, trial: FrozenTrial, space: Space) -> None:
-    """Waits until the earlier trials that run have drawn their points, as they do in milliseconds: workers that propose
-    at the same moment, and so from the same trials, would propose the same point. At most `PATIENCE` seconds.
+    """Waits at most `PATIENCE` seconds until the earlier running trials have drawn their points.
+
+    Drawing takes milliseconds. Workers that proposed from the same trials would propose the same point.
     """
     end = monotonic() + PATIENCE
-    while monotonic() < end and any(_is_drawing(other, space) for other in _earlier(study, trial)):
+    while monotonic() < end and any(
+        other.number < trial.number and _is_drawing(other, space) for other in running(study)
+    ):
         sleep(LOOK)
 
 
-def _earlier(study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
-    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    return [other for other in running if other.number < trial.number]
-
-
 def _is_drawing(trial: FrozenTrial, space: Space) -> bool:
-    """Whether a trial that began just now lacks parameters yet; one that has lacked them for long has died."""
+    """Whether a trial that began just now still lacks parameters; a trial that lacks them for long has died."""
     allocation, began = trial.params.get("allocation"), trial.datetime_start
     if allocation in space.intervals and space.intervals[allocation].keys() <= trial.params.keys():
         return False
@@ -166,7 +162,7 @@ def _is_drawing(trial: FrozenTrial, space: Space) -> bool:
 
 
 def _only(kind: BaseDistribution) -> Any:
-    """The value of a distribution that has one."""
+    """The only value of a distribution."""
     return kind.low if isinstance(kind, FloatDistribution) else kind.choices[0]  # type: ignore[attr-defined]
 
 
@@ -176,15 +172,15 @@ def _others(study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
 
 
 def _failed(study: Study) -> list[FrozenTrial]:
-    """Trials that have no value and will have none: a sampler knows nothing of them, and would ask for them again."""
+    """Trials that failed for good: the inner sampler does not see them, and would propose their points again."""
     failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
     return [trial for trial in failed if counts(trial) and "allocation" in trial.params]
 
 
 def whose_turn(trials: list[FrozenTrial], space: Space) -> str:
-    """The allocation of the next trial: by turns the one with the fewest trials and the one that leads.
+    """The allocation of the next trial: by turns the allocation with the fewest trials and the leading one.
 
-    Allocations without parameters have one point for each pruner, which is measured at the start.
+    Allocations without parameters have one point per pruner, which is measured at the start.
     """
     open_ones = [name for name in space.intervals if space.is_open(name)]
     if not open_ones:
@@ -194,23 +190,21 @@ def whose_turn(trials: list[FrozenTrial], space: Space) -> str:
     done = [trial for trial in trials if trial.values is not None and trial.params["allocation"] in open_ones]
     if len(trials) % 2 == 0 or not done:
         return fewest
-    best: str = min(done, key=values_of).params["allocation"]
-    return best
+    return str(min(done, key=values_of).params["allocation"])
 
 
 def make_stopper(search: SearchConfig) -> BasePruner:
-    """What ends hopeless trials early; trials are compared group by group of windows."""
+    """The Optuna pruner that ends hopeless trials, which compares trials by groups of windows."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         return WilcoxonPruner() if search.stopper == "wilcoxon" else NopPruner()
 
 
 def first_trials(search: SearchConfig, space: Space) -> list[Params]:
-    """What a study asks for before its sampler does: uniform for each pruner, then where each allocation begins, or the
-    points of a grid, shuffled.
+    """The points that a study queues: uniform per pruner, then the allocations' starts or the grid's points, shuffled.
 
-    They are queued in the storage, because Optuna's GridSampler loses points over a resume, and ends in a KeyError
-    where trials were queued beside a grid of one point.
+    The grid is queued too: Optuna's GridSampler loses points over a resume, and ends in a KeyError where trials were
+    queued beside a grid of one point.
     """
     if search.sampler != "grid":
         return [*space.uniform(), *space.starts()]
@@ -220,9 +214,9 @@ def first_trials(search: SearchConfig, space: Space) -> list[Params]:
 
 
 def total_trials(search: SearchConfig, space: Space) -> int:
-    """Trials of the whole study: as asked, but no more than there are points, on a grid or without parameters.
+    """The study's total: `search.trials`, but at most the number of points on a grid or without parameters.
 
-    A study that screens has, unless it is asked for more, uniform and the points that are confirmed.
+    The default of a study with a screening is uniform per pruner and the confirmed points.
     """
     if search.screen is not None:
         points = len(space.uniform()) + search.screen.confirm

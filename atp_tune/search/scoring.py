@@ -1,4 +1,4 @@
-"""Scores of models, dense and pruned, on the items of one role, part by part."""
+"""Scores of dense and pruned models on the items of one role, part by part."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
@@ -16,14 +16,11 @@ from atp_tune.scores import Score, WindowScores
 from atp_tune.scores.evaluation import Block, final_states, group_scores
 from atp_tune.search.dense_model import dense_blocks
 
-GROUPS = 8  # of validation windows, between which a stopper may end a trial
+GROUPS = 8  # groups of validation windows; a stopper may end a trial between two groups
 
 
 class RoleScorer:
-    """The items of one role on the device, and how models are scored on them.
-
-    `batch` sizes the batches of the blocks, `heads` those of the head.
-    """
+    """Scores models on the items of one role; `batch` and `heads` size the batches of blocks and head."""
 
     def __init__(
         self, replay: Replay, score: Score, items: Batch, batch: AutoBatch, heads: AutoBatch, watch: EventHandler
@@ -37,10 +34,10 @@ class RoleScorer:
         self._dense_states: list[Tensor] = []
 
     def scores(self, blocks: Iterable[Block], one_by_one: bool, kl: bool) -> Iterator[WindowScores]:
-        """Scores of the items, part by part, of a model given as blocks; at most `GROUPS` parts.
+        """Scores of a model, given as blocks, on at most `GROUPS` parts of the items.
 
-        `one_by_one`: a part is computed when it is asked for, if the blocks fit into memory meanwhile. `kl`: the dense
-        model is compared with.
+        `one_by_one`: compute a part only when the caller requests it, if all blocks fit into memory. `kl`: also the KL
+        from the dense model.
         """
         parts = self.parts()
         dense = self._dense_final_states(parts) if kl else []
@@ -52,7 +49,7 @@ class RoleScorer:
             yield from self._group_scores(kept, [part], dense[index : index + 1])
 
     def parts(self) -> list[Batch]:
-        """The items in parts of equal length, or one more, that are no smaller than a batch."""
+        """The items in parts whose lengths differ by at most one, none smaller than a batch."""
         size, more = divmod(len(self.items), count := min(GROUPS, -(-len(self.items) // self.batch.windows)))
         ends = [part * size + min(part, more) for part in range(count + 1)]
         return [self.items[start:end] for start, end in pairwise(ends)]
@@ -63,9 +60,9 @@ class RoleScorer:
         return group_scores(self._replay, self._score, self.batch, self._heads, self._counted(blocks), parts, dense)
 
     def _dense_final_states(self, parts: Sequence[Batch]) -> Sequence[Tensor]:
-        """Hidden states [windows, tokens, width] that leave the dense model, in host memory, for each part.
+        """Final hidden states [windows, tokens, width] of the dense model for each part, in host memory.
 
-        They are computed once, in the batches of a trial: the dense model is at a distance of 0 from itself.
+        Computed once, in the batches of a trial, so that the KL of the dense model from itself is exactly 0.
         """
         if not self._dense_states:
             blocks = self._counted(dense_blocks(self._replay.checkpoint))
@@ -73,7 +70,7 @@ class RoleScorer:
         sizes = [len(part) for part in parts]
         if [len(hidden) for hidden in self._dense_states] == sizes:
             return self._dense_states
-        return torch.split(torch.cat(self._dense_states), sizes)  # memory ran out: batches are smaller now
+        return torch.split(torch.cat(self._dense_states), sizes)  # batches became smaller when memory ran out
 
     def _counted(self, blocks: Iterable[Block]) -> Iterator[Block]:
         for index, weights in blocks:

@@ -1,9 +1,9 @@
-"""Screening: a cheaper study before the study, and the points that it leaves to be confirmed.
+"""Screening: a cheaper study before the main study, which then confirms the best points.
 
-It is a study like any other, kept beside the main one as NAME.screen, with two keys changed: the statistics are those
-of the dense model, measured once, and only every `stride`-th of the validation windows is measured. So a trial is a
-mask and a part of an evaluation, without a pass over the calibration text. Its perplexities differ from the main
-study's, but near the optimum it ranks points alike; the best of them begin the main study, which measures them in full.
+The screening is stored beside the main study as NAME.screen. It prunes with the dense model's statistics and measures
+every `stride`-th validation window: a trial is a mask and part of an evaluation, without a pass over the calibration
+text. Its perplexities differ from the main study's, but near the optimum it ranks points alike. The main study begins
+with the best points and measures them in full.
 """
 
 from collections.abc import Sequence
@@ -19,17 +19,17 @@ from atp_tune.spec.study import ScreenConfig
 from atp_tune.spec.studyfile import StudyFile, overridden
 from atp_tune.storage.fingerprint import CHANGED
 
-APART = 1 / 28  # of an interval: half a step of the paper's grid, 0.002, on 32 blocks at 70 %
+APART = 1 / 28  # of an interval: half a step (0.002) of the paper's grid, on 32 blocks at 70 %
 
 
 def screening_file(file: StudyFile, screen: ScreenConfig) -> StudyFile:
-    """The study file of the screening: what `--set` would make of the main one."""
+    """The study file of the screening: the main one with overrides."""
     values: tuple[str | int, ...] = ("dense", screen.stride, screen.trials, "none", "none")
     return overridden(file, dict(zip(CHANGED, values, strict=True)))
 
 
 def renamed(watch: EventHandler) -> EventHandler:
-    """A watch to which the trials of a screening are called so."""
+    """A handler that names the trials in events of a screening `screening`."""
 
     def on_event(event: Event) -> None:
         if isinstance(event, Message):
@@ -42,17 +42,13 @@ def renamed(watch: EventHandler) -> EventHandler:
 
 
 def begins_with(points: list[Params], space: Space, total: int) -> list[Params]:
-    """What a screened study asks for before its sampler does: the points to be confirmed, then uniform for each pruner,
-    which the best is compared with and the search does not wait for.
-    """
+    """The points that a study with a screening queues: those to confirm, then uniform for each pruner."""
     uniform = space.uniform()
     return [*points[: max(0, total - len(uniform))], *uniform][:total]
 
 
 def confirmed(screened: Sequence[FrozenTrial], space: Space, count: int) -> list[Params]:
-    """Parameters of the best trials of a screening [best first], each some way apart from the better ones, uniform left
-    out.
-    """
+    """Parameters of the best screened trials (given best first) that are not near a better one or uniform."""
     uniform, chosen = space.uniform(), list[Params]()
     for trial in screened:
         others = [*uniform, *chosen]
@@ -62,6 +58,6 @@ def confirmed(screened: Sequence[FrozenTrial], space: Space, count: int) -> list
 
 
 def is_near(point: Params, other: Params, space: Space) -> bool:
-    """Whether two points are of one pruner and allocation, and no parameter is more than `APART` apart."""
+    """Whether two points have one pruner and allocation, and parameters within `APART` of each other."""
     moved = space.within(other, point["allocation"])
     return moved is not None and proposals.is_near(point, moved, kinds_of(space, point["allocation"]), APART)

@@ -1,4 +1,4 @@
-"""The space that a study searches: which pruners and allocations, and the interval of each parameter."""
+"""The search space of a study: pruners, allocations, and the interval of each parameter."""
 
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -12,12 +12,11 @@ from atp_tune.spec.study import Study
 Params = dict[str, Any]  # names and values as Optuna stores them
 Interval = tuple[float, float]
 
-NEUTRAL = ("uniform", "atp", "curve")  # allocations that are uniform where all their parameters are 0; each holds
-#                                        the ones before it
+NEUTRAL = ("uniform", "atp", "curve")  # uniform if all their parameters are 0; each contains the ones before
 
 
 class Suggests(Protocol):
-    """The part of an Optuna trial that proposes values."""
+    """The methods of an Optuna trial that suggest values."""
 
     def suggest_categorical(self, name: str, choices: Any) -> Any:
         """One of the choices."""
@@ -28,7 +27,7 @@ class Suggests(Protocol):
 
 @dataclass(frozen=True)
 class Space:
-    """What Optuna may choose; `intervals` holds the parameters of each allocation."""
+    """A search space; `intervals`: allocation → parameter → interval."""
 
     budget: Budget
     pruners: tuple[str, ...]
@@ -36,11 +35,11 @@ class Space:
     pattern: Pattern = field(default_factory=Pattern)
 
     def is_open(self, allocation: str) -> bool:
-        """Whether an allocation has anything to search, beside the one point where it begins."""
+        """Whether an allocation has a parameter to search."""
         return any(low < high for low, high in self.intervals[allocation].values())
 
     def suggest(self, trial: Suggests) -> Plan:
-        """The plan that a trial proposes; only the parameters of the allocation that it chose are asked for."""
+        """A trial's plan; only the parameters of the suggested allocation are suggested."""
         pruner = trial.suggest_categorical("pruner", self.pruners)
         allocation = trial.suggest_categorical("allocation", tuple(self.intervals))
         intervals = self.intervals[allocation]
@@ -54,15 +53,15 @@ class Space:
         return make_plan(params["pruner"], params["allocation"], self.budget, values, self.pattern)
 
     def uniform(self) -> list[Params]:
-        """Parameters of the uniform allocation, once for each pruner: the trials that every study starts with."""
+        """The uniform point of each pruner, which every study measures."""
         allocation = next(name for name in NEUTRAL if name in self.intervals)
         zeros = dict.fromkeys(self.intervals[allocation], 0.0)
         return [{"pruner": pruner, "allocation": allocation, **zeros} for pruner in self.pruners]
 
     def starts(self) -> list[Params]:
-        """Where each allocation's search begins, for each pruner: ATP's analytic middle, the authors' defaults.
+        """The initial points of each allocation for each pruner, without repetitions and uniform.
 
-        Allocations without a parameter have no other point than this one. None is there twice.
+        They are ATP's analytic middle and the authors' defaults. An allocation without parameters has this point only.
         """
         points: list[Params] = []
         for allocation in self.intervals:
@@ -72,13 +71,13 @@ class Space:
         return [point for point in points if not any(self._repeats(point, other) for other in known)]
 
     def defaults(self, allocation: str) -> dict[str, float]:
-        """An allocation's parameters where nothing is asked for: all 0 if that is uniform, else the authors'."""
+        """An allocation's default parameters: all 0 if that is uniform, else the authors'."""
         if allocation in NEUTRAL:
             return dict.fromkeys(self.intervals[allocation], 0.0)
         return self._starts(allocation)[0]
 
     def within(self, params: Params, allocation: str) -> Params | None:
-        """A point of one allocation as a point of another that holds it; None if that does not."""
+        """A point as a point of this allocation; None if the allocation does not contain the point's own."""
         own = params["allocation"]
         if own == allocation:
             return params
@@ -88,7 +87,7 @@ class Space:
         return {"pruner": params["pruner"], "allocation": allocation, **moved}
 
     def grid(self, step: float) -> list[Params]:
-        """All points of a grid: β = step, 2·step, … until the bound (uniform is asked for apart)."""
+        """The points of a grid, without uniform: β = step, 2·step, … up to the bound."""
         betas = {allocation: self._betas(allocation, step) for allocation in self.intervals}
         return [
             {"pruner": pruner, "allocation": allocation, **beta}
@@ -117,14 +116,14 @@ class Space:
         ]
 
     def _repeats(self, point: Params, other: Params) -> bool:
-        """Whether a point is another one under the name of an allocation that holds it."""
+        """Whether `point` is the same as `other`, which an allocation that `point` belongs to may contain."""
         return point is not other and point == self.within(other, point["allocation"])
 
 
 def make_space(study: Study, budget: Budget) -> Space:
-    """The space of a study that shares out this budget; UserError for a β out of bounds.
+    """The space of a study with this budget; UserError for a β out of bounds.
 
-    Uniform, with which everything is compared, is in it in any case.
+    Uniform, the baseline, is always in it.
     """
     names = study.allocation.names
     if not set(names) & set(NEUTRAL):

@@ -1,20 +1,19 @@
-"""When a study has settled: what a better point could still gain is bounded by `GAIN`.
+"""Early termination: a study ends when a better point is expected to gain less than `GAIN`.
 
-That takes three things of every allocation, after each of the last `RUN` trials, and nothing better found meanwhile:
+For each of the last `RUN` trials, without a new best among them, every allocation must have
 
-    points    `LEAST` of them, since a few suit a model by chance
-    regret    how much lower the log of the value (perplexity or KL) could still be, bounded at 90 % confidence by a
-              Gaussian process over the better half of the points: from the upper bound at the best ones to the lowest
-              value that its lower bound allows anywhere
-    no gaps   a model that has seen one basin takes the rest for flat: beside a point that is nearly as good as the best
-              (`NEAR`), no stretch without a point may be wider than `GAP` of its parameter's interval
+    points    at least `LEAST`: fewer may fit a model by chance
+    regret    below `GAIN`: how much lower the log of perplexity or KL could be, bounded at 90 % confidence by a
+              Gaussian process over the better half of the points: its upper bound at the best points minus the minimum
+              of its lower bound
+    no gaps   beside a point within `NEAR` of the best, no stretch without a point is wider than `GAP` of its
+              parameter's interval: a model that has seen one valley predicts a flat curve elsewhere
 
-These verdicts are read from the trials in the order in which they ended, so that a study that was interrupted, or has
-several workers, ends as any other does. The bound is of the validation text; it says nothing about another text
-(docs/speed.md, with what was measured).
+Trials are read in the order in which they ended, so interruptions and several workers do not change the verdict. The
+bound holds for the validation text only (docs/speed.md has measurements).
 
 Source: Makarova et al., "Automatic Termination for Hyperparameter Optimization", AutoML 2022, as `RegretBoundEvaluator`
-in Optuna. There the regret is compared with the noise of cross-validation; why it is not here: docs/log.md.
+in Optuna. The paper compares the regret with the noise of cross-validation; docs/log.md says why this module does not.
 """
 
 import math
@@ -31,18 +30,19 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.search.proposals import branch_study, kinds_of
 from atp_tune.search.space import Space
-from atp_tune.storage.ranking import ranked
+from atp_tune.storage.progress import ranked
 
-GAIN = 0.02  # of the value: what a better point may still gain once a study has settled
+GAIN = 0.02  # relative gain of a better point below which the study ends
 LEAST = 8  # different points of an allocation
 RUN = 3  # trials in a row
 GAP = 1 / 5  # of an interval
-NEAR = 0.1  # a difference of logs
+NEAR = 0.1  # difference of logs
 
 
 def should_terminate(study: optuna.Study, space: Space) -> bool:
-    """Whether a better point of any allocation would gain less than `GAIN`, by each of the last `RUN` verdicts, which
-    must be about one point: a model that was right does not find a better one meanwhile.
+    """Whether, after each of the last `RUN` trials, all regret bounds were below `GAIN` and the best was the same.
+
+    A new best among these trials would show that the model was wrong.
     """
     trials, branches = _in_order(study), [branch for branch in space.intervals if space.is_open(branch)]
     parts = [trials[: len(trials) - back] for back in range(RUN)]
@@ -53,7 +53,7 @@ def should_terminate(study: optuna.Study, space: Space) -> bool:
 
 
 def _in_order(study: optuna.Study) -> list[FrozenTrial]:
-    """The trials with a value of their own in the order in which they ended; a repetition teaches nothing."""
+    """The measured trials, without repetitions, in the order in which they ended."""
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     own = (trial for trial in trials if "repeats" not in trial.user_attrs)
     return sorted(own, key=lambda trial: (trial.datetime_complete or datetime.min, trial.number))
@@ -64,7 +64,7 @@ def _best_of(trials: Sequence[FrozenTrial]) -> int | None:
 
 
 def regret_of(trials: Sequence[FrozenTrial], space: Space, branch: str) -> float:
-    """Bound of the regret in one allocation, as a difference of logs; infinite where too little is known to say."""
+    """Bound of the regret in one allocation, as a difference of logs; infinite with too few points or a gap."""
     from optuna.terminator import RegretBoundEvaluator
 
     kinds = kinds_of(space, branch)
@@ -77,9 +77,9 @@ def regret_of(trials: Sequence[FrozenTrial], space: Space, branch: str) -> float
 
 
 def has_gap(points: Sequence[FrozenTrial], kinds: dict[str, BaseDistribution]) -> bool:
-    """Whether some pruner has a wide stretch of a parameter without a point, and beside it one nearly the best.
+    """Whether a pruner has a point near the best beside a wide stretch of a parameter without a point.
 
-    `points` are an allocation's trials with the logs of their values, `kinds` its distributions.
+    `points`: an allocation's trials with the logs of their values; `kinds`: its distributions.
     """
     limit = min(point.value for point in points if point.value is not None) + NEAR
     for pruner in {point.params["pruner"] for point in points}:
@@ -93,9 +93,7 @@ def has_gap(points: Sequence[FrozenTrial], kinds: dict[str, BaseDistribution]) -
 
 
 def _stretches(points: Sequence[FrozenTrial], name: str, kind: FloatDistribution) -> list[tuple[float, float]]:
-    """Widths of the stretches between neighbours in a parameter and the ends of its interval, each with the lower of
-    the values beside it.
-    """
+    """Widths between neighbouring points of a parameter and its interval's ends, each with the lower adjacent value."""
     known = sorted((point.params[name], math.inf if point.value is None else point.value) for point in points)
     ends = [(kind.low, math.inf), *known, (kind.high, math.inf)]
     return [(right - left, min(a, b)) for (left, a), (right, b) in pairwise(ends)]

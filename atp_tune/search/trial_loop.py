@@ -1,4 +1,4 @@
-"""The loop over trials until the total is reached: runs them, recovers lost ones, waits for those elsewhere."""
+"""The loop over trials: runs them, recovers lost trials, and waits for trials of other processes."""
 
 from collections.abc import Callable
 from time import monotonic, sleep
@@ -13,23 +13,23 @@ from atp_tune.events import TrialEnded
 from atp_tune.results.formatting import loss_of
 from atp_tune.results.trials import is_by_kl, kl_of, score_of
 from atp_tune.search.space import Space
-from atp_tune.search.study_run import StudyRun
 from atp_tune.search.termination import GAIN, should_terminate
-from atp_tune.storage import lost_trials, ranking, totals
+from atp_tune.storage import lost_trials, progress
 from atp_tune.storage.process_identity import GRACE
 from atp_tune.storage.trace import Trace
 
 if TYPE_CHECKING:
     from atp_tune.search.context import TrialContext
     from atp_tune.search.objective import Objective
+    from atp_tune.search.runner import StudyRun
 
-POLL = 2  # seconds between looks at a trial that runs elsewhere
+POLL = 2  # seconds between looks at a trial of another process
 
 
-def run_trials(run: StudyRun, study: optuna.Study, context: "TrialContext", space: Space, total: int) -> int:
-    """Runs trials until the total is reached or the time is up; trials that run elsewhere count as theirs.
+def run_trials(run: "StudyRun", study: optuna.Study, context: "TrialContext", space: Space, total: int) -> int:
+    """Runs trials until the total is reached or the time is up, and returns the study's present total.
 
-    The total that was reached, or is to be: another run may ask for another one meanwhile.
+    Another run may change the total meanwhile. Trials that other processes run are not run again.
     """
     from atp_tune.search.objective import Objective
 
@@ -40,7 +40,7 @@ def run_trials(run: StudyRun, study: optuna.Study, context: "TrialContext", spac
         trials = recover_lost(run, study)
         total = study.user_attrs.get("total", total)
         elsewhere = [trial for trial in trials if trial.state == TrialState.RUNNING]
-        remaining = total - sum(map(totals.counts, trials)) - len(elsewhere)
+        remaining = total - sum(map(progress.counts, trials)) - len(elsewhere)
         if remaining > 0:
             _optimise(run, study, objective, remaining, total, end)
         elif elsewhere:
@@ -50,8 +50,8 @@ def run_trials(run: StudyRun, study: optuna.Study, context: "TrialContext", spac
     return total
 
 
-def recover_lost(run: StudyRun, study: optuna.Study) -> list[FrozenTrial]:
-    """Ends the trials that nobody runs any more, and tells of them; all trials as they are then."""
+def recover_lost(run: "StudyRun", study: optuna.Study) -> list[FrozenTrial]:
+    """Fails and reports the running trials without a live process; returns all trials after that."""
     trials = study.get_trials(deepcopy=False)
     if lost := lost_trials.recover(study, trials):
         trials = study.get_trials(deepcopy=False)
@@ -61,7 +61,7 @@ def recover_lost(run: StudyRun, study: optuna.Study) -> list[FrozenTrial]:
 
 
 def _optimise(
-    run: StudyRun,
+    run: "StudyRun",
     study: optuna.Study,
     objective: "Objective",
     n_trials: int,
@@ -69,20 +69,20 @@ def _optimise(
     end: float | None,
 ) -> None:
     def ended(study: optuna.Study, trial: FrozenTrial) -> None:
-        trials = recover_lost(run, study)  # read once: a study of many workers is long, and its trials are short
-        best, done = next(iter(ranking.ranked(trials)), None), sum(map(totals.counts, trials))
+        trials = recover_lost(run, study)  # read once: reading a long study costs time at each short trial
+        best, done = next(iter(progress.ranked(trials)), None), sum(map(progress.counts, trials))
         reason = trial.user_attrs.get("failure") if trial.state == TrialState.FAIL else None
         if trial.values is not None or reason:
             run.watch(_ended(trial, reason, best, done, total))
         if run.file.study.search.early_termination and done < total and should_terminate(study, objective.space):
-            totals.terminate_early(study, total)
+            progress.terminate_early(study, total)
             run.note(
                 f"terminated early after {done} of {total}: a better point is expected to gain less than {GAIN:.0%}"
             )
             study.stop()
-        is_late = end is not None and monotonic() >= end  # Optuna's own timeout goes by a clock that may be set
+        is_late = end is not None and monotonic() >= end  # Optuna's timeout depends on the wall clock
         running = sum(other.state == TrialState.RUNNING for other in trials)
-        if is_late or done + running >= total:  # other processes have done, or do, the rest
+        if is_late or done + running >= total:  # other processes run the remaining trials
             study.stop()
 
     attempt = Attempt(objective, total, run.trace)
@@ -91,21 +91,21 @@ def _optimise(
     except KeyboardInterrupt:
         lost_trials.recover(study)
         raise
-    except UnboundLocalError as error:  # Optuna's own, where a trial can neither be told nor read, or Ctrl-C came then
+    except UnboundLocalError as error:  # Optuna's bug where it can neither tell nor read a trial, or at Ctrl-C
         cause = error.__context__
         if isinstance(cause, KeyboardInterrupt):
             lost_trials.end_interrupted(study, attempt.number)
         raise cause if isinstance(cause, UserError | KeyboardInterrupt) else error from None
     except (UpdateFinishedTrialError, ValueError, AssertionError) as error:
-        if isinstance(error.__context__, UserError):  # the storage took neither the value nor the failure
+        if isinstance(error.__context__, UserError):  # the storage accepted neither the value nor the failure
             raise error.__context__ from None
         if not attempt.is_lost(study):
             raise
-        run.note(f"trial {attempt.number} gave no sign of life for {GRACE} s: it is run again")
+        run.note(f"trial {attempt.number} sent no heartbeat for {GRACE} s: it is run again")
 
 
 def _ended(trial: FrozenTrial, reason: str | None, best: FrozenTrial | None, done: int, total: int) -> TrialEnded:
-    """What is told of a trial: what it came to, and the best."""
+    """The event of a trial's end, with its values and the best."""
     value, kl = (found.value if found else None for found in (score_of(trial), kl_of(trial)))
     best_value, best_kl = (of(best) if best else None for of in (score_of, kl_of))
     return TrialEnded(
@@ -115,8 +115,9 @@ def _ended(trial: FrozenTrial, reason: str | None, best: FrozenTrial | None, don
 
 
 class Attempt:
-    """Calls the objective unless other workers have reached the total, and knows afterwards whether they took its trial
-    for lost while it ran: Optuna has no error of its own for telling such a trial, what it raises looks like a bug.
+    """Calls the objective unless other workers have reached the total, and says whether they ended the trial as lost.
+
+    Optuna raises unspecific errors when a process tells a trial that another one ended; `is_lost` identifies them.
     """
 
     def __init__(self, objective: Callable[[optuna.Trial], tuple[float, ...]], total: int, trace: Trace) -> None:
@@ -130,7 +131,10 @@ class Attempt:
         """The objective's values."""
         self.number, self._is_bug = trial.number, True
         try:
-            self._check_need(trial)
+            trials, number = trial.study.get_trials(deepcopy=False), trial.number
+            if progress.is_surplus(trials, number, self._total) or progress.is_repetition(trials, number):
+                trial.set_user_attr("lost", lost_trials.SURPLUS)
+                raise TrialError("not needed")
             with self._trace.of(trial.study.study_name, trial.number):
                 value = self._objective(trial)
         except (TrialError, UpdateFinishedTrialError):
@@ -139,21 +143,15 @@ class Attempt:
         self._is_bug = False
         return value
 
-    def _check_need(self, trial: optuna.Trial) -> None:
-        trials, number = trial.study.get_trials(deepcopy=False), trial.number
-        if totals.is_surplus(trials, number, self._total) or totals.is_repetition(trials, number):
-            trial.set_user_attr("lost", lost_trials.SURPLUS)
-            raise TrialError("not needed")
-
     def is_lost(self, study: optuna.Study) -> bool:
-        """Whether the last trial was ended by somebody else."""
+        """Whether another process ended the last trial."""
         return self.number >= 0 and not self._is_bug and study.trials[self.number].state.is_finished()
 
 
-def _wait(run: StudyRun, study: optuna.Study, trial: FrozenTrial) -> None:
-    """Gives a trial that runs elsewhere the time to end, or to show no sign of life."""
+def _wait(run: "StudyRun", study: optuna.Study, trial: FrozenTrial) -> None:
+    """Waits until a trial of another process ends or is recovered as lost."""
     where = trial.user_attrs.get("host", "another process")
     run.note(f"waiting for trial {trial.number}, which {where} runs (or was running when it stopped)")
-    while any(other.number == trial.number for other in totals.running(study)):
+    while any(other.number == trial.number for other in progress.running(study)):
         sleep(POLL)
         recover_lost(run, study)

@@ -15,7 +15,7 @@ from atp_tune.errors import UserError
 from atp_tune.report import gather, html
 from atp_tune.results.best_config import best_config
 from atp_tune.results.summary import final_numbers, summarise
-from atp_tune.storage import artifacts, lost_trials, opening, ranking
+from atp_tune.storage import artifacts, lost_trials, opening, progress
 from atp_tune.storage.database import reason_of
 from atp_tune.storage.validation import readable
 
@@ -60,14 +60,14 @@ class Maintenance:
         """Queues lost trials again, since workers on other machines cannot detect that a trial is lost."""
         for number in lost_trials.recover(study):
             trial = study.get_trials(deepcopy=False)[number]
-            reason, why = trial.user_attrs.get("lost", "gave no sign of life"), lost_trials.given_up(trial)
+            reason, why = trial.user_attrs.get("lost", "sent no heartbeat"), lost_trials.given_up(trial)
             end = f"cut off {why}, it is given up" if why else "it is queued again"
             self._tell(f"{study.study_name}: trial {number}: {reason}; {end}")
 
     def _attach(self, study: optuna.Study) -> bool:
         """Attaches best configuration and report if best trial, front or final numbers changed; whether it did."""
-        best = ranking.best_trial(study)
-        front = [trial.number for trial in ranking.front_of(study)]
+        best = progress.best_trial(study)
+        front = [trial.number for trial in progress.front_of(study)]
         state = best and (best.number, final_numbers(study), front)
         if best is None or self._seen.get(study._study_id) == state:
             return False

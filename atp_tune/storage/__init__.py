@@ -1,1 +1,1 @@
-"""Where trials are kept: databases and servers, many workers, outages, lost processes, merging."""
+"""The storage of studies: databases and servers, many workers, outages, lost trials."""

@@ -1,7 +1,7 @@
-"""Artifacts: the files that the dashboard offers with a study, NAME.artifacts beside NAME.db.
+"""Artifacts: the files that the dashboard offers with a study, in NAME.artifacts beside NAME.db.
 
-Both may be a stranger's. A name is taken for an artifact's only where Optuna could have made it, so that it names a
-file of the folder; and only what lies in the folder itself is read, since a link may lead anywhere.
+Database and folder may be a stranger's. Only artifact ids of Optuna's form are accepted, so that each names a file of
+the folder, and no links are read.
 """
 
 import json
@@ -13,24 +13,24 @@ from typing import Any, BinaryIO
 from optuna.artifacts import FileSystemArtifactStore
 from optuna.artifacts.exceptions import ArtifactNotFound
 
-CONFIG, REPORT = MADE_ANEW = ("best.json", "report.html")  # files that `serve` keeps current
-OF_STUDY = "artifacts:"  # keys of system attributes: this and the artifact's name, also those of a trial
+CONFIG, REPORT = MADE_ANEW = ("best.json", "report.html")  # files that `serve` updates
+OF_STUDY = "artifacts:"  # prefix of system attributes of studies and trials; the artifact's id follows
 OF_TRIAL = re.compile(r"(?P<head>dashboard:artifacts:)(?P<trial>\d{1,18})(?P<tail>:.*)", re.ASCII | re.DOTALL)
-UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")  # what Optuna calls an artifact
+UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 def is_name(name: object) -> bool:
-    """Whether Optuna could have called an artifact so."""
+    """Whether a name has the form of Optuna's artifact ids."""
     return isinstance(name, str) and UUID.fullmatch(name) is not None
 
 
 def name_in(key: str) -> str | None:
-    """What an attribute's key names, an artifact or not; None where it is not of the kind that names one."""
+    """The artifact id in an attribute's key, unchecked; None for other keys."""
     return key.rpartition(":")[2] if key.startswith(OF_STUDY) or OF_TRIAL.fullmatch(key) else None
 
 
 def own_file(folder: Path, name: object) -> Path | None:
-    """The file of an artifact; None for another name, and for what is no file of the folder itself."""
+    """An artifact's file; None for an invalid id, a missing file, or a link."""
     if not is_name(name):
         return None
     path = folder / str(name)
@@ -38,7 +38,7 @@ def own_file(folder: Path, name: object) -> Path | None:
 
 
 def is_kept(key: str, value: object) -> bool:
-    """Whether an attribute is no artifact's at all, or says of one what Optuna says; null is one that was removed."""
+    """Whether an attribute is no artifact's, or is valid metadata of one (null: removed)."""
     name = name_in(key)
     if name is None:
         return True
@@ -61,21 +61,21 @@ def _is_meta(value: Any, name: str) -> bool:
 
 
 def file_names(attributes: Mapping[str, Any]) -> dict[str, str]:
-    """What a study's artifacts are called, by their names in the folder, out of the study's system attributes."""
+    """The file names of a study's artifacts by id, from the study's system attributes."""
     own = {key: value for key, value in attributes.items() if key.startswith(OF_STUDY) and is_kept(key, value)}
     read = {key: json.loads(value) for key, value in own.items()}
     return {str(name_in(key)): meta["filename"] for key, meta in read.items() if meta}
 
 
 class Store(FileSystemArtifactStore):
-    """Optuna's store in a folder, which reads no file outside it."""
+    """Optuna's store in a folder, without access to files outside."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self._folder = folder
 
     def has(self, name: object) -> bool:
-        """Whether an artifact of that name can be read."""
+        """Whether an artifact with this id can be read."""
         return own_file(self._folder, name) is not None
 
     def open_reader(self, artifact_id: str) -> BinaryIO:

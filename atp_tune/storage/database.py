@@ -1,12 +1,12 @@
-"""Optuna's trials in a database, SQLite or PostgreSQL, where many workers meet and the server may be away for a while.
+"""Optuna's storage in SQLite or PostgreSQL, for many workers and a server that may be unreachable for a while.
 
-PostgreSQL may be killed and restarted during a trial: each call is one transaction, and is made again until the server
-is back. Which calls may have been committed although the answer was lost, and what happens then:
+Each call is one transaction, and is retried until the server is back. If a transaction was committed but its answer
+was lost, then the retry of
 
-- Attributes, intermediate values, signs of life: the same is written again.
-- Parameters: the second row of a parameter is refused, which Optuna takes for done.
-- The end of a trial: refused, since it has ended; no error where a call that is made again finds its own value.
-- A new trial, or one taken from the queue: it runs without a process that knows of it, and `storage.recover` queues it
+- attributes, intermediate values and heartbeats writes the same again,
+- parameters is refused (the row exists), which Optuna takes for success,
+- a trial's end is refused, which is no error if the stored state and values are those of the call,
+- a new trial, or one taken from the queue, leaves a running trial without a process, which `lost_trials.recover` queues
   again.
 """
 
@@ -36,10 +36,10 @@ from atp_tune.storage.retry import Retrying, is_told
 from atp_tune.storage.sqlite_errors import BUSY, way_out
 from atp_tune.storage.validation import unreadable
 
-# One connection stays open, others while threads need them: 90 workers fit into the 100 that PostgreSQL allows.
+# One connection stays open, more while threads need them: 90 workers fit into PostgreSQL's limit of 100.
 POOL = {"pool_pre_ping": True, "pool_size": 1, "max_overflow": 15}
-# libpq's: a cut cable says nothing; without these we would wait for a quarter of an hour, and the server would keep the
-# locks of a worker whose machine is gone for two hours.
+# Options of libpq. With its defaults a worker would notice a cut cable after 15 minutes, and the server would hold the
+# locks of a vanished worker for two hours.
 LIBPQ = {
     "options": f"-c idle_in_transaction_session_timeout={GRACE}s", "connect_timeout": 10,
     "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
@@ -47,7 +47,6 @@ LIBPQ = {
 }  # fmt: skip
 UPSERTS: dict[str, Callable[..., Any]] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 YOUNG = f"SELECT now() - pg_postmaster_start_time() < interval '{GRACE} seconds'"
-WAITS = ("is locked",)  # what SQLite says where it is worth trying again
 HINTS = {
     "No module named 'psycopg": "install it with: pip install 'psycopg[binary]', and write postgresql+psycopg://",
     "authentication failed": "put the right user and password into the URL, or the password into PGPASSWORD",
@@ -55,8 +54,8 @@ HINTS = {
     "does not exist": "make it with: createdb NAME",
     "refused": "does the server run there?",
 }
-# All calls of one transaction, Optuna's and ours, but two, which have more to say when they are made again, and
-# `delete_study`, which no worker makes.
+# All calls of one transaction, except `set_trial_state_values` and `record_heartbeat`, which handle retries themselves,
+# and `delete_study`, which no worker makes.
 CALLS = (
     "create_new_study", "get_all_studies", "get_study_directions", "get_study_id_from_name", "get_study_name_from_id",
     "get_study_system_attrs", "get_study_user_attrs", "set_study_system_attr", "set_study_user_attr",
@@ -70,20 +69,20 @@ log = logging.getLogger(__name__)
 
 
 def without_password(address: str) -> str:
-    """A storage URL as it may be shown."""
+    """A storage URL without its password."""
     url = make_url(address)
     hidden = {key: "***" for key in url.query if "password" in key.lower()}
     return url.update_query_dict(hidden).render_as_string(hide_password=True)
 
 
 def with_driver(address: str) -> str:
-    """The URL with the driver that we ask for where it names none."""
+    """The URL with psycopg as PostgreSQL's driver if the URL names none."""
     scheme, colon, rest = address.partition(":")
     return ("postgresql+psycopg" if scheme == "postgresql" else scheme) + colon + rest
 
 
 def engine_options(url: URL) -> dict[str, Any]:
-    """What SQLAlchemy is to do for many workers with short transactions."""
+    """SQLAlchemy's engine options for many workers with short transactions."""
     if url.drivername.startswith("sqlite"):
         return {"connect_args": {"timeout": BUSY}}
     if url.get_driver_name() not in ("psycopg", "psycopg2"):
@@ -92,43 +91,43 @@ def engine_options(url: URL) -> dict[str, Any]:
 
 
 def reason_of(error: BaseException) -> str:
-    """One line on what is wrong with a database, and what to do, if that is known."""
+    """A database error in one line, with what to do, if known."""
     words = str(_cause(error)).strip().splitlines()[0]
     return next((f"{words}; {hint}" for part, hint in HINTS.items() if part in words), words)
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What the driver raised, within what SQLAlchemy and Optuna made of it."""
+    """The driver's error inside SQLAlchemy's and Optuna's."""
     if isinstance(error, StorageInternalError | ImportError) and error.__cause__ is not None:
         error = error.__cause__
     return error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
 
 
 def is_away(error: BaseException) -> bool:
-    """Whether the same call may succeed later: the server is away, has no room for us, or the file is locked."""
+    """Whether a retry may succeed: the server is unreachable or has no free connection, or the file is locked."""
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
     if "sqlite" in type(_cause(error)).__module__:
-        return any(words in str(_cause(error)) for words in WAITS)
+        return "is locked" in str(_cause(error))
     lost = isinstance(cause, DBAPIError) and cause.connection_invalidated
     return lost or isinstance(cause, OperationalError | PendingRollbackError)
 
 
 @dataclass(frozen=True)
 class Away:
-    """The answer of a database that gave none."""
+    """Stands for the answer of a database that is unreachable."""
 
     reason: str
 
 
 class Errors:
-    """What an engine reports of its database. It knows no storage: an engine that did would keep its own alive."""
+    """Handles an engine's errors; without a reference to the storage, which the engine would keep alive."""
 
     def __init__(self, url: str) -> None:
-        self.last = -math.inf  # when the database last failed to answer, as `monotonic` tells it
+        self.last = -math.inf  # when the database last failed to answer, by `monotonic`
         self._url = url
 
     def note(self, context: ExceptionContext) -> None:
-        """Raises what is wrong with a file or a disk in one line; remembers when a server did not answer."""
+        """Raises UserError for a broken file or disk; records when a server did not answer."""
         if context.is_disconnect or isinstance(context.sqlalchemy_exception, OperationalError):
             self.last = monotonic()
         error = context.original_exception
@@ -137,11 +136,10 @@ class Errors:
 
 
 class Database(RDBStorage):
-    """Optuna's storage, exact where several workers take trials from a queue or a server has been away.
+    """Optuna's storage, made safe for several workers that take trials from the queue, and for outages.
 
-    It says in one line what is wrong with a file or a disk, and does not give up trials that live. Its connections are
-    closed by `close`, else when nothing refers to it any more, at the latest when the process ends: a study that is
-    handed on takes its storage with it.
+    A broken file or disk gives a UserError, and a trial whose process lives is not failed. Connections close by `close`
+    or with the last reference to the storage.
     """
 
     def __init__(self, url: str, *arguments: Any, **options: Any) -> None:
@@ -158,17 +156,17 @@ class Database(RDBStorage):
         self._listen()
 
     def _listen(self) -> None:
-        self._seen: dict[int, tuple[datetime, float]] = {}  # signs of life from the future, and when they were seen
+        self._seen: dict[int, tuple[datetime, float]] = {}  # trial id → heartbeat in the future, and when it was read
         self._errors = Errors(self.url)
         event.listen(self.engine, "handle_error", self._errors.note)
         finalize(self, self.engine.dispose)
 
     def close(self) -> None:
-        """Closes the connections that are not in use; the next call would open another."""
+        """Closes the connections that are not in use; the next call opens a new one."""
         self.engine.dispose()
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        """As Optuna's, which asks for a lock here that SQLite ignores: two workers would take the same trial."""
+        """Optuna's, with a lock: SQLite ignores Optuna's own, and two workers would take the same trial."""
         if self.engine.name != "sqlite":
             return super().set_trial_state_values(trial_id, state, values)
         with transaction(self.scoped_session) as session:
@@ -176,8 +174,8 @@ class Database(RDBStorage):
             return super().set_trial_state_values(trial_id, state, values)
 
     def set_trial_user_attrs(self, trial_id: int, attributes: Mapping[str, Any]) -> None:
-        """Stores several attributes in one transaction: each one costs a wait for the disk."""
-        upsert = UPSERTS.get(self.engine.name)  # an insert that can replace what is there
+        """Stores several attributes in one transaction: each transaction waits for the disk."""
+        upsert = UPSERTS.get(self.engine.name)
         with transaction(self.scoped_session, True) as session:
             if upsert is None:
                 for key, value in attributes.items():
@@ -192,20 +190,19 @@ class Database(RDBStorage):
             session.execute(insert.on_conflict_do_update(index_elements=columns[:2], set_=new))
 
     def record_heartbeat(self, trial_id: int) -> None:
-        """As Optuna's; one that fails does not end the thread of heartbeats: the next one may be heard."""
+        """Optuna's; an error does not end the heartbeat thread, since the next heartbeat may succeed."""
         try:
             super().record_heartbeat(trial_id)
         except (UserError, StorageInternalError, SQLAlchemyError) as error:
             log.debug("no heartbeat for trial id %d: %s", trial_id, reason_of(error))
 
     def _get_stale_trial_ids(self, study_id: int) -> list[int]:
-        """Trials without a sign of life for the grace period, but for those whose process lives on this host.
+        """Trials without a heartbeat for the grace period whose process is not alive, as far as this host knows.
 
-        One that is suspended, or busy for long in a call that holds Python's lock, has not lost its trial. Where
-        another trial of its host gives signs of life, that one's process sees to it, and sees more. None soon after an
-        outage, in which living workers could not give a sign of life.
+        A process of this host may be suspended, or hold Python's lock for long. A trial of a host with a heartbeat from
+        another trial is left to that host, which can tell. None soon after an outage, which blocks all heartbeats.
         """
-        rows = self._signs_of_life(study_id)
+        rows = self._heartbeats(study_id)
         assert self.grace_period is not None
         found = [(trial, self._silence(trial, beat, now.replace(tzinfo=None))) for trial, beat, now in rows]
         silent = [trial for trial, seconds in found if seconds > self.grace_period]
@@ -214,18 +211,18 @@ class Database(RDBStorage):
         stale = [trial for trial in silent if attrs[trial].get("host") not in heard and not is_alive(attrs[trial])]
         return [] if stale and (monotonic() - self._errors.last < GRACE or self._is_young()) else stale
 
-    def _signs_of_life(self, study_id: int) -> list[tuple[int, datetime, datetime]]:
-        """Id of each running trial, when it last gave a sign of life, and what time the database has."""
+    def _heartbeats(self, study_id: int) -> list[tuple[int, datetime, datetime]]:
+        """Id of each running trial, its last heartbeat, and the database's present time."""
         running = (TrialModel.study_id == study_id) & (TrialModel.state == TrialState.RUNNING)
         beats = select(TrialHeartbeatModel.trial_id, TrialHeartbeatModel.heartbeat, func.now()).join(TrialModel)
         try:
             with self.engine.connect() as connection:
                 return [(trial, beat, now) for trial, beat, now in connection.execute(beats.where(running))]
-        except (ValueError, TypeError) as error:  # SQLite keeps anything where a time should be
+        except (ValueError, TypeError) as error:  # SQLite stores any value in a column of times
             raise unreadable(self.get_study_name_from_id(study_id), error) from None
 
     def _silence(self, trial: int, beat: datetime, now: datetime) -> float:
-        """Seconds since a sign of life; if it lies in the future, as after a clock was set back, since it was seen."""
+        """Seconds since a heartbeat; since it was first read if it lies in the future (a clock was set back)."""
         if beat <= now:
             return (now - beat).total_seconds()
         if trial not in self._seen or self._seen[trial][0] != beat:
@@ -233,7 +230,7 @@ class Database(RDBStorage):
         return monotonic() - self._seen[trial][1]
 
     def _is_young(self) -> bool:
-        """Whether the server was started so recently that a worker may not have found it again."""
+        """Whether the server started so recently that workers may not have reconnected."""
         if self.engine.name != "postgresql":
             return False
         with self.engine.connect() as connection:
@@ -241,14 +238,14 @@ class Database(RDBStorage):
 
 
 class RetryingDatabase(Database):
-    """The same for a worker: calls are made again while the server is away."""
+    """`Database` for a worker: calls are retried while the server is unreachable."""
 
     def __init__(self, url: str, *arguments: Any, **options: Any) -> None:
         self._retrying = Retrying(f"storage {without_password(url)}:")
         super().__init__(url, *arguments, **options)
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        """As Optuna's; a call that is made again, since its answer got lost, may find that the trial was told."""
+        """Optuna's; no error if the first attempt, whose answer was lost, already told the trial the same."""
         tell = super().set_trial_state_values
         try:
             return bool(self._ask(lambda: tell(trial_id, state, values)))
@@ -281,8 +278,8 @@ for _name in CALLS:
 
 
 def set_attributes(trial: optuna.Trial, attributes: Mapping[str, Any]) -> None:
-    """Stores user attributes of a running trial: all of them or none, where the storage is a database."""
-    db = getattr(trial.storage, "_backend", trial.storage)  # behind Optuna's cache
+    """Stores user attributes of a running trial, in one transaction if the storage is a database."""
+    db = getattr(trial.storage, "_backend", trial.storage)  # the storage behind Optuna's cache
     if not isinstance(db, Database):
         for name, value in attributes.items():
             trial.set_user_attr(name, value)

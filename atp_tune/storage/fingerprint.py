@@ -1,4 +1,4 @@
-"""The study of a storage and the facts that its values depend on: made once, then held to."""
+"""The facts (settings and contents) that a study's values depend on: stored once, then compared at each run."""
 
 import json
 import re
@@ -16,29 +16,29 @@ from atp_tune.errors import UserError
 from atp_tune.spec.facts import BOS
 from atp_tune.spec.former import LACKING, present_key, present_value
 from atp_tune.spec.study import Study
-from atp_tune.storage.ranking import measured
+from atp_tune.storage.progress import measured
 from atp_tune.storage.validation import ValidatedStudy
 
 DTYPE = "model.dtype"
 OBJECTIVE = "search.objective"
-PERPLEXITY = ("perplexity",)  # the objective of studies that are older than the key
-SUFFIX = ".screen"  # of the name of a study that screens for another
-# Keys that a screening sets otherwise than its main study.
+PERPLEXITY = ("perplexity",)  # the objective of studies from before the key
+SUFFIX = ".screen"  # of a screening's name, after its main study's
+# Keys in which a screening differs from its main study.
 CHANGED = ("prune.statistics", "texts.validation.stride", "search.trials", "search.stopper", "search.screen")
 MIX = "--allow-device-change"
 Facts = Mapping[str, Any]
 
 
 def create_study(storage: BaseStorage, name: str, facts: Facts, any_dtype: bool = False) -> optuna.Study:
-    """The study of that name with its facts, made if need be; UserError if it was made with others.
+    """The study of this name, created with these facts if there is none; UserError if its facts differ.
 
-    `any_dtype`: another number format is none.
+    `any_dtype`: accept another number format.
     """
     objectives = objectives_of(facts)
     minimise = [StudyDirection.MINIMIZE] * len(objectives)
     study = optuna.create_study(study_name=name, storage=storage, directions=minimise, load_if_exists=True)
     if is_new(study):
-        if len(study.directions) != len(objectives):  # its process died before it wrote its facts
+        if len(study.directions) != len(objectives):  # the process that created it died before it stored the facts
             raise UserError(f"study {name}: was begun with another {OBJECTIVE}; start another with --study-name NAME")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
@@ -50,35 +50,33 @@ def create_study(storage: BaseStorage, name: str, facts: Facts, any_dtype: bool 
 
 
 def bos_of(spec: Study, study: optuna.Study | None) -> bool | None:
-    """Whether windows begin with BOS: as the study file says, else as the study was begun; None if it is to be measured
-    because there is none yet.
-    """
+    """Whether windows begin with BOS, by the study file, else the stored study; None (to be measured) without one."""
     if spec.bos is not None or study is None or is_new(study):
         return spec.bos
     return has_bos(study)
 
 
 def has_bos(study: optuna.Study) -> bool:
-    """Whether the windows of a study, as it was begun, begin with BOS."""
+    """Whether the windows of a stored study begin with BOS."""
     return bool(_fact(study.user_attrs.get("fingerprint", {}), BOS))
 
 
 def objectives_of(facts: Facts) -> tuple[str, ...]:
-    """What a study of these facts minimises, in the order of its trials' values."""
+    """The objectives in a study's facts, in the order of its trials' values."""
     found = facts.get(OBJECTIVE)
     return tuple(found) if found in (["kl"], ["perplexity", "kl"]) else PERPLEXITY
 
 
 def is_new(study: optuna.Study) -> bool:
-    """Whether a study has a name and nothing else: its process is about to write its facts, or died before it did."""
+    """Whether a study has neither facts nor trials: a process is creating it, or died while creating it."""
     return "fingerprint" not in study.user_attrs and not study.get_trials(deepcopy=False)
 
 
 def check_facts(study: optuna.Study, facts: Facts, partly: bool = False, any_dtype: bool = False) -> None:
-    """UserError if a fact differs from what the study was made with; the keys are named.
+    """UserError with the keys whose facts differ from the study's.
 
-    `partly`: only the facts of the study file are known yet, not the contents, which take the model to find out.
-    `any_dtype`: where nothing else differs, the number format may.
+    `partly`: `facts` holds the study file's only, not the contents, which need the model. `any_dtype`: accept another
+    number format if nothing else differs.
     """
     differing = differences(study, facts, partly)
     is_dtype = list(_differing(study, facts, partly)) == [DTYPE]
@@ -90,7 +88,7 @@ def check_facts(study: optuna.Study, facts: Facts, partly: bool = False, any_dty
 
 
 def differences(study: optuna.Study, facts: Facts, partly: bool = False) -> str:
-    """The facts that are not as the study was made with, with both values; "" if there are none."""
+    """The facts that differ from the study's, with both values; "" if there are none."""
     found = _differing(study, facts, partly)
     shown = "; ".join(f"{key} is {here}, was {there}" for key, (here, there) in list(found.items())[:3])
     return shown + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
@@ -99,13 +97,14 @@ def differences(study: optuna.Study, facts: Facts, partly: bool = False) -> str:
 def _differing(study: optuna.Study, facts: Facts, partly: bool) -> dict[str, tuple[str, str]]:
     stored = dict(study.user_attrs.get("fingerprint", {}))
     if partly:
-        stored = {key: value for key, value in stored.items() if key in facts or not _is_content(key)}
+        unknown = {key for key in stored if key.endswith(".content") or key in (DTYPE, BOS)} - {*facts}
+        stored = {key: value for key, value in stored.items() if key not in unknown}
     keys = [key for key in sorted({*facts, *stored}) if _fact(facts, key) != _fact(stored, key)]
     return {key: (_shown(facts, key), _shown(stored, key)) for key in keys}
 
 
 def check_device(study: optuna.Study, here: str) -> None:
-    """UserError if a device, as trials record it, is of another kind than the one on which the study began."""
+    """UserError if this device (a trial's `device`) is of another kind than the study's first."""
     began, kind = device_of(study), device_kind(here)
     if began is not None and began != kind:
         raise UserError(
@@ -115,22 +114,21 @@ def check_device(study: optuna.Study, here: str) -> None:
 
 
 def device_of(study: optuna.Study) -> str | None:
-    """The kind of device on which a study began: that of its first measured trial."""
+    """The kind of device of a study's first measured trial."""
     known = [trial for trial in measured(study) if "device" in trial.user_attrs]
     first = min(known, key=lambda trial: trial.number, default=None)
     return device_kind(first.user_attrs["device"]) if first else None
 
 
 def device_kind(name: str) -> str:
-    """A device's name without the number of its threads, which decides no value."""
+    """A device's name without the number of threads, which does not change values."""
     return re.sub(r" \(\d+ threads\)$", "", name)
 
 
 def batches_of(study: optuna.Study) -> dict[str, int]:
-    """In what batches the trials of a study begin: the windows of each text that go through a block at a time.
+    """The batch sizes, in windows per text, with which a study's trials begin.
 
-    They are those of its first measured trial, of which earlier versions stored the calibration text's; empty where
-    there is none.
+    Earlier versions did not store them on the study: then those of the first measured trial, {} without one.
     """
     attrs = study.user_attrs
     facts, stored = attrs.get("fingerprint", {}), attrs.get("batches")
@@ -139,14 +137,10 @@ def batches_of(study: optuna.Study) -> dict[str, int]:
 
 
 def batches_in(trial: FrozenTrial, facts: Facts) -> dict[str, int]:
-    """In what batches a trial ended; `facts` are those of its study."""
+    """The batch sizes at a trial's end; `facts`: its study's. Earlier versions stored the calibration text's only."""
     windows, most = trial.user_attrs.get("batch_windows"), facts.get("texts.calibration.nsamples")
     former = {"calibration": min(windows, most) if isinstance(most, int) else windows} if windows else {}
     return dict(trial.user_attrs.get("batches", former))
-
-
-def _is_content(key: str) -> bool:
-    return key.endswith(".content") or key in (DTYPE, BOS)
 
 
 def _fact(facts: Facts, key: str) -> Any:
@@ -163,8 +157,8 @@ def _shown(facts: Facts, key: str) -> str:
 def is_screening(study: optuna.Study) -> bool:
     """Whether a study is the screening of another, and so has nothing to report.
 
-    It says so itself (`screens`, the other's name). One of an earlier version is known by the overrides that made it:
-    a name alone may be anybody's.
+    Its attribute `screens` names the other study. Without it (an earlier version) name and overrides decide: a name
+    alone may be chosen by a user.
     """
     attrs = study.user_attrs
     if "screens" in attrs:

@@ -1,11 +1,10 @@
-"""Trials whose process ended before they did: found, queued again, given up where they would end it for ever.
+"""Lost trials: their process ended first. They are found and queued again, or given up if they end it themselves.
 
-A machine that goes away takes a trial with it that is as good as any other, and is run again. A trial that ends its
-process itself would do so for ever. Of each time that a trial was cut off a `CutOff` is kept, and they tell the two
-apart: what a trial does itself happens to it alone, and at the same place each time.
+A trial that is lost with its machine is run again. A trial that crashes its process would do so each time. Each loss is
+stored as a `CutOff`, by which the two are distinguished: a crashing trial is lost alone, and at the same place.
 """
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -20,18 +19,18 @@ from atp_tune.storage import trace
 from atp_tune.storage.process_identity import GRACE, has_rebooted, is_dead
 from atp_tune.storage.validation import checked_trial
 
-INTERRUPTED = "interrupted"  # what the attribute `lost` says after Ctrl-C
+INTERRUPTED = "interrupted"  # the attribute `lost` after Ctrl-C
 SURPLUS = "not needed: other workers reached the total, or have it"
-SAME = 3  # crashes, or times at one place, after which a trial is given up
-MOST = 25  # times in all after which it is, whatever the reasons: more than bad luck, fewer than for ever
+SAME = 3  # crashes, or losses at one place, after which a trial is given up
+MOST = 25  # losses of any kind after which a trial is given up
 
 
 @dataclass(frozen=True)
 class CutOff:
-    """One time that a trial was cut off.
+    """One loss of a trial.
 
-    `place`: after which step, if its host has seen that; `crash`: the signal or exception by which its process ended
-    itself; `alone`: its host went on, and with it all other trials there.
+    `place`: the last step, if its host's trace is there; `crash`: the signal or exception that ended its process;
+    `alone`: the host kept running and lost no other trial.
     """
 
     place: str | None = None
@@ -40,28 +39,28 @@ class CutOff:
 
     @classmethod
     def read(cls, stored: Mapping[str, Any]) -> "CutOff":
-        """One that was stored as an attribute; what is not of its kind is not known."""
+        """A cut-off from its attribute; values of other types are ignored."""
         place, crash = (found if isinstance(found := stored.get(key), str) else None for key in ("place", "crash"))
         return cls(place, crash, stored.get("alone") is True)
 
     def stored(self) -> dict[str, str | bool]:
-        """As an attribute of a trial."""
+        """The attribute of a trial."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
     def __str__(self) -> str:
-        """` after prune 12 of 30 (Segmentation fault)`; empty where nothing is known."""
+        """` after prune 12 of 30 (Segmentation fault)`; "" if nothing is known."""
         place = f" {self.place}" if self.place else ""
         return place + (f" ({self.crash})" if self.crash else "")
 
 
 def why_given_up(cut_offs: Sequence[CutOff]) -> str:
-    """Why a trial with these cut-offs, the earliest first, is not run again, as in `cut off …`; empty if it is.
+    """Why a trial with these cut-offs (earliest first) is given up, to follow `cut off`; "" if it is run again.
 
-    - It crashed `SAME` times: a process does not send itself a signal for another's sake.
-    - It alone died at the same place `SAME` times, as by the system's killer where memory runs out; once more, and in a
-      row, if it has died elsewhere too. Those of unknown place say nothing, and those that others shared neither. Kills
-      from outside, at random among n steps, are taken for its own with probability 1/n², and 1/n³ for each one more.
-    - It was cut off `MOST` times: a leak, say, that ends it anywhere, or a machine that never lives long enough for it.
+    - It crashed `SAME` times.
+    - It was lost alone at one place `SAME` times, for example by the OOM killer; `SAME` + 1 times in a row if it was
+      lost at other places too. Cut-offs without a place, or shared with other trials, do not count. Kills from outside,
+      at random among n steps, meet this with probability 1/n², and 1/n³ for one time more.
+    - It was lost `MOST` times, for example by a leak, or because its machine never lives long enough.
     """
     crashes = [one.crash for one in cut_offs if one.crash]
     places = [one.place for one in cut_offs if one.alone and one.place]
@@ -74,18 +73,19 @@ def why_given_up(cut_offs: Sequence[CutOff]) -> str:
 
 
 def recover(study: optuna.Study, trials: Sequence[FrozenTrial] | None = None) -> list[int]:
-    """Ends the RUNNING trials that nobody runs any more, and queues them again but for those that are given up, and
-    those that a process ended and did not live to queue; the numbers of all of them.
+    """Fails the running trials without a live process, and queues lost trials again or gives them up; their numbers.
 
-    `trials`: all of the study, if they were read just now.
+    Queues also the trials that a process failed and died before it queued them. `trials`: all of the study, if the
+    caller has just read them.
     """
     db = study._storage
     silent: list[int] = db._get_stale_trial_ids(study._study_id) if is_heartbeat_enabled(db) else []  # type: ignore[attr-defined]
     trials = study.get_trials(deepcopy=False) if trials is None else trials
-    dead = [trial for trial in trials if trial.state == TrialState.RUNNING and _is_left(trial, silent)]
+    running = [trial for trial in trials if trial.state == TrialState.RUNNING]
+    dead = [one for one in running if one._trial_id in silent or is_dead(one.user_attrs) or _is_nameless(one)]
     for trial in dead:
         is_silent = trial._trial_id in silent and not is_dead(trial.user_attrs)
-        _fail(study, trial, "gave no sign of life" if is_silent else "its process died", dead)
+        _fail(study, trial, "sent no heartbeat" if is_silent else "its process died", dead)
     trials = study.get_trials(deepcopy=False) if dead else trials
     queued = {number for trial in trials for number in history_of(trial)}
     orphans = [trial for trial in trials if is_lost(trial) and trial.number not in queued]
@@ -97,35 +97,30 @@ def recover(study: optuna.Study, trials: Sequence[FrozenTrial] | None = None) ->
 
 
 def _end_doubles(study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
-    """Ends what waits though it is queued already: two processes that find the same lost trial both queue it."""
+    """Fails waiting trials that are queued twice: two processes that find the same lost trial both queue it."""
     for number, trial in enumerate(trials):
         if trial.state != TrialState.WAITING or not is_double(trials, number):
             continue
         with suppress(UpdateFinishedTrialError):
-            if study._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):  # nobody has taken it
+            if study._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):  # no worker has taken it
                 _end(study, trial, {"lost": SURPLUS})
 
 
-def _is_left(trial: FrozenTrial, silent: Container[int]) -> bool:
-    """Whether nobody runs a trial any more that is said to run."""
-    return trial._trial_id in silent or is_dead(trial.user_attrs) or _is_nameless(trial)
-
-
 def _fail(study: optuna.Study, trial: FrozenTrial, reason: str, dead: Sequence[FrozenTrial]) -> None:
-    """Ends a trial whose process died, one of those that are found dead, unless another process has done so."""
-    found = _found(study.study_name, trial, dead)
-    if _end(study, trial, {"cut_off": found.stored(), "lost": reason}):
+    """Fails one of the trials found dead, unless another process has done so."""
+    cut_off = _cut_off(study.study_name, trial, dead)
+    if _end(study, trial, {"cut_off": cut_off.stored(), "lost": reason}):
         trace.forget(study.study_name, trial.number, trial.user_attrs.get("pid", 0))
 
 
 def end_interrupted(study: optuna.Study, number: int) -> None:
-    """Ends a trial of this process that Ctrl-C interrupted, unless it has ended, and queues it again."""
+    """Fails a trial of this process that Ctrl-C interrupted, unless it has ended, and queues it again."""
     _end(study, study.get_trials(deepcopy=False)[number], {"lost": INTERRUPTED})
     recover(study)
 
 
 def _end(study: optuna.Study, trial: FrozenTrial, attributes: Mapping[str, Any]) -> bool:
-    """Ends a trial without a value, with attributes that say why; False if it has ended already."""
+    """Fails a trial, with attributes that say why; False if it has ended already."""
     try:
         for name, value in attributes.items():
             study._storage.set_trial_user_attr(trial._trial_id, name, value)
@@ -135,8 +130,8 @@ def _end(study: optuna.Study, trial: FrozenTrial, attributes: Mapping[str, Any])
     return True
 
 
-def _found(study: str, trial: FrozenTrial, dead: Sequence[FrozenTrial]) -> CutOff:
-    """What can be seen from here of the end of a trial's process: nothing if it ran on another host."""
+def _cut_off(study: str, trial: FrozenTrial, dead: Sequence[FrozenTrial]) -> CutOff:
+    """How a trial's process ended, from its trace; an empty cut-off if it ran on another host."""
     attrs = trial.user_attrs
     if not is_dead(attrs):
         return CutOff()
@@ -150,14 +145,14 @@ def _process(trial: FrozenTrial) -> tuple[Any, ...]:
 
 
 def _is_nameless(trial: FrozenTrial) -> bool:
-    """Whether a trial's process did not say for `GRACE` seconds who it is, which takes it milliseconds."""
+    """Whether a trial has lacked its process's identity for `GRACE` seconds; storing it takes milliseconds."""
     began = trial.datetime_start
     named = "process_started" in trial.user_attrs
     return not named and began is not None and abs((datetime.now() - began).total_seconds()) > GRACE
 
 
 def queue_lost(study: optuna.Study, trial: FrozenTrial) -> None:
-    """What Optuna calls with a trial that it ended for want of a sign of life: queued again, unless it is given up."""
+    """Optuna's callback for a trial that it failed for lack of heartbeats: queues it again unless it is given up."""
     trial = checked_trial(trial, len(study.directions))
     if is_lost(trial):
         queue_again(study, trial)
@@ -175,22 +170,21 @@ def queue_again(study: optuna.Study, trial: FrozenTrial) -> None:
 
 
 def history_of(trial: FrozenTrial) -> list[int]:
-    """Numbers of the lost trials that this one takes the place of, under Optuna's name for them."""
-    history: list[int] = trial.system_attrs.get("retry_history", [])
-    return history
+    """Numbers of the lost trials that this one repeats, from Optuna's own attribute."""
+    return list(trial.system_attrs.get("retry_history", []))
 
 
 def place_of(study: optuna.Study, trial: FrozenTrial) -> int:
-    """The number that a trial would have if none had been lost; what is queued again keeps the place of the first."""
+    """The number that a trial would have if none had been lost; a repeated trial keeps the place of the first."""
     trials = study.get_trials(deepcopy=False)
     first = next(iter(history_of(trials[trial.number])), trial.number)
     return sum(not history_of(other) for other in trials[:first])
 
 
 def cut_offs_of(trial: FrozenTrial) -> list[CutOff]:
-    """The times that a trial was cut off, the earliest first: those it takes the place of, and itself if it was.
+    """The cut-offs of a trial and the trials that it repeats, the earliest first.
 
-    Of those of an earlier version no more is known than how many they were.
+    Earlier versions stored only their number (`deaths`): then empty cut-offs.
     """
     before = [CutOff()] * min(MOST, trial.system_attrs.get("deaths", 0))
     before += map(CutOff.read, trial.system_attrs.get("cut_offs", []))
@@ -198,15 +192,15 @@ def cut_offs_of(trial: FrozenTrial) -> list[CutOff]:
 
 
 def _is_cut_off(trial: FrozenTrial) -> bool:
-    """Whether a trial has no value, for no reason of its own; a person's Ctrl-C is one."""
+    """Whether a trial failed, but not because of its plan, Ctrl-C, or surplus."""
     known = "failure" in trial.user_attrs or trial.user_attrs.get("lost") in (INTERRUPTED, SURPLUS)
     return trial.state == TrialState.FAIL and not known
 
 
 def given_up(trial: FrozenTrial) -> str:
-    """Why a trial that was cut off is not run again, as in `cut off …`; empty for any other.
+    """Why a trial that was cut off is given up, to follow the words `cut off`; "" for any other trial.
 
-    Earlier versions gave up each one at the third time, and such studies are complete.
+    Earlier versions gave up every trial at its third cut-off; their complete studies stay complete.
     """
     if not _is_cut_off(trial):
         return ""
@@ -215,17 +209,17 @@ def given_up(trial: FrozenTrial) -> str:
 
 
 def is_given_up(trial: FrozenTrial) -> bool:
-    """Whether a trial was cut off and is not run again: it would end its process for ever."""
+    """Whether a trial was cut off and is not run again."""
     return bool(given_up(trial))
 
 
 def is_lost(trial: FrozenTrial) -> bool:
-    """Whether a trial was ended without a value and not by itself, and is to be run again."""
+    """Whether a trial failed, but not because of its plan, and is to be run again."""
     own = "failure" in trial.user_attrs or trial.user_attrs.get("lost") == SURPLUS
     return trial.state == TrialState.FAIL and not own and not is_given_up(trial)
 
 
 def is_double(trials: Sequence[FrozenTrial], number: int) -> bool:
-    """Whether an earlier trial takes the place of the same lost one."""
+    """Whether an earlier trial repeats the same lost trials."""
     history = history_of(trials[number])
     return bool(history) and any(history == history_of(trial) for trial in trials[:number])

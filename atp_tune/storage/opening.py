@@ -1,4 +1,4 @@
-"""Opening a storage by its URL, the studies that it holds, and the file system that it lies on."""
+"""Opening a storage by its URL, and the checks of its file and file system."""
 
 import warnings
 from pathlib import Path
@@ -28,8 +28,8 @@ from atp_tune.storage.process_identity import GRACE, HEARTBEAT
 from atp_tune.storage.sqlite_errors import check_whole, way_out
 from atp_tune.storage.validation import ValidatedStudy, readable
 
-PAUSES = (0.1, 0.5, 2.0)  # seconds between attempts to make the tables of a new database
-# Types of file systems, on which SQLite's locks do not work.
+PAUSES = (0.1, 0.5, 2.0)  # seconds between attempts to create the tables of a new database
+# Types of network file systems, on which SQLite's locks do not work.
 NETWORK = {
     "9p", "acfs", "afp", "afpfs", "afs", "beegfs", "ceph", "cifs", "coda", "davfs", "davfs2", "gcsfuse", "gfs",
     "gfs2", "glusterfs", "goofys", "gpfs", "juicefs", "lustre", "mfs", "moosefs", "ncpfs", "nfs", "nfs3",
@@ -40,7 +40,7 @@ Kind = TypeVar("Kind", bound=Database)
 
 
 def open_storage(address: str, create: bool) -> BaseStorage | None:
-    """The storage behind a URL; None if it is a SQLite file that does not exist and may not be made."""
+    """The storage of a URL; None for a SQLite file that does not exist, without `create`."""
     if is_remote(address):
         from atp_tune.storage.remote import connect
 
@@ -49,18 +49,18 @@ def open_storage(address: str, create: bool) -> BaseStorage | None:
 
 
 def is_remote(address: str) -> bool:
-    """Whether a storage URL names a server of trials, `tune.py serve` on some machine."""
+    """Whether a storage URL names a gRPC server (`tune.py serve`)."""
     return address.startswith(("grpc://", "grpcs://"))
 
 
 def open_database(address: str, create: bool, kind: type[Kind]) -> Kind | None:
-    """The same for a database, as the given kind of storage."""
+    """`open_storage` for a database, with this class of storage."""
     address = with_driver(address)
     url = _url(address)
     if url.drivername.startswith("sqlite"):
         check_is_file(url)
         file = Path(str(url.database))
-        is_there = file.exists() and file.stat().st_size > 0  # an empty file is one that was about to be made
+        is_there = file.exists() and file.stat().st_size > 0  # an empty file: its process died while creating it
         if not is_there and not create:
             return None
         if create:
@@ -85,7 +85,7 @@ def _url(address: str) -> URL:
 
 
 def check_writable(address: str) -> None:
-    """UserError if a SQLite file cannot be written, saying why; SQLite itself says the same for everything."""
+    """UserError, with the reason, if a SQLite file cannot be written; SQLite's own error names no reason."""
     if is_remote(address) or not (url := _url(address)).drivername.startswith("sqlite"):
         return
     check_is_file(url)
@@ -94,14 +94,14 @@ def check_writable(address: str) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.exists():
             file.open("ab").close()
-        else:  # never touch the file itself: another process may be making it right now
+        else:  # not the file itself, which another process may be creating
             TemporaryFile(dir=file.parent).close()
     except OSError as error:
         raise UserError(f"storage {file}: {error.strerror}; name another with --storage sqlite:///FILE.db") from None
 
 
 def check_is_file(url: URL) -> None:
-    """UserError if a SQLite database is in memory, or would be where a folder is."""
+    """UserError if a SQLite database is in memory, a folder, or a special file."""
     if url.database in (None, "", ":memory:"):
         raise UserError("storage: a database in memory is gone at the end; name a file, as in sqlite:///study.db")
     if is_special(Path(url.database)):
@@ -111,7 +111,7 @@ def check_is_file(url: URL) -> None:
 
 
 def _opened_after_retries(address: str, url: URL, kind: type[Kind]) -> Kind:
-    """Tries again where the tables were not there and others were making them at the same moment."""
+    """Retries if another process creates the tables at the same moment."""
     for pause in PAUSES:
         try:
             return _rdb(address, url, kind)
@@ -126,7 +126,7 @@ def _rdb(address: str, url: URL, kind: type[Kind]) -> Kind:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         return kind(
-            address.replace("{", "{{").replace("}", "}}"),  # Optuna takes it for a template
+            address.replace("{", "{{").replace("}", "}}"),  # Optuna formats it as a template
             engine_kwargs=engine_options(url),
             heartbeat_interval=HEARTBEAT,
             grace_period=GRACE,
@@ -135,13 +135,13 @@ def _rdb(address: str, url: URL, kind: type[Kind]) -> Kind:
 
 
 def artifacts_of(address: str) -> Path:
-    """The folder of artifacts: NAME.artifacts beside NAME.db, or ./artifacts for a database elsewhere."""
+    """The folder of artifacts: NAME.artifacts beside NAME.db; ./artifacts unless the database is a SQLite file."""
     scheme, _, path = address.partition(":///")
     return Path(path.partition("?")[0]).with_suffix(".artifacts") if scheme.startswith("sqlite") else Path("artifacts")
 
 
 def find_study(storage: BaseStorage, name: str) -> optuna.Study | None:
-    """The study of that name, if the storage has it."""
+    """The study of this name, if the storage has it."""
     try:
         return ValidatedStudy(name, storage)
     except KeyError:
@@ -149,25 +149,25 @@ def find_study(storage: BaseStorage, name: str) -> optuna.Study | None:
 
 
 def names_in(storage: BaseStorage) -> list[str]:
-    """The names of all studies that a storage has, in the order in which they were made."""
+    """The names of a storage's studies in the order of their creation."""
     with readable("in the storage"):
         return [study.study_name for study in sorted(storage.get_all_studies(), key=lambda study: study._study_id)]
 
 
 def kind_of(file: Path) -> str:
-    """The type of the file system that a file lies on, or would; "" if that is not known."""
+    """The type of a file's file system (the file need not exist); "" if unknown."""
     place = file.resolve()
     mounts = [part for part in psutil.disk_partitions(all=True) if place.is_relative_to(part.mountpoint)]
     return max(reversed(mounts), key=lambda part: len(Path(part.mountpoint).parts)).fstype if mounts else ""
 
 
 def is_network(kind: str) -> bool:
-    """Whether a file system's type is one of a network, also behind FUSE."""
+    """Whether a type is that of a network file system, also behind FUSE."""
     return kind.lower().removeprefix("fuse.") in NETWORK
 
 
 def network_warning(address: str) -> str | None:
-    """One line for a SQLite file on a network file system, where SQLite's locks do not work; None for any other."""
+    """A warning for a SQLite file on a network file system; None for any other storage."""
     file = make_url(address).database if address.startswith("sqlite") else None
     kind = kind_of(Path(file)) if file else ""
     if not is_network(kind):

@@ -1,4 +1,4 @@
-"""Which process runs a trial, and whether it still lives."""
+"""The process that runs a trial: its identity, whether it is alive, and its versions."""
 
 import os
 import platform
@@ -12,26 +12,26 @@ import psutil
 from atp_tune import __version__
 
 PACKAGES = ("torch", "transformers", "optuna")
-HEARTBEAT = 15  # seconds between signs of life of a running trial
-GRACE = 60  # seconds without one after which a trial counts as lost
+HEARTBEAT = 15  # seconds between heartbeats of a running trial
+GRACE = 60  # seconds without a heartbeat after which a trial is lost
 
 
 def identity() -> dict[str, Any]:
-    """Host, process id and when it began, which together name one process; `booted`: when the host did.
+    """Host, process id and start time of this process, and the boot time of its host.
 
-    Both times are in seconds since 1970 by the host's clock, which may be set while the process runs.
+    Times are in seconds since 1970 by the host's clock, which may be set while the process runs.
     """
     began, booted = psutil.Process().create_time(), psutil.boot_time()
     return {"host": platform.node(), "pid": os.getpid(), "process_started": began, "booted": booted}
 
 
 def is_dead(identity: Mapping[str, Any]) -> bool:
-    """Whether the process ran on this host and is gone; False for what cannot be known from here."""
+    """Whether the process ran on this host and has ended; False for processes of other hosts."""
     return _is_known(identity) and not is_alive(identity)
 
 
 def is_alive(identity: Mapping[str, Any]) -> bool:
-    """Whether the process runs on this host; False for what cannot be known from here."""
+    """Whether the process runs on this host; False for processes of other hosts."""
     if not _is_known(identity):
         return False
     try:
@@ -43,7 +43,7 @@ def is_alive(identity: Mapping[str, Any]) -> bool:
 
 
 def has_rebooted(identity: Mapping[str, Any]) -> bool:
-    """Whether this host was booted again since the process began; also where its clock was set by more than `GRACE`."""
+    """Whether this host was booted after the process began, or its clock was set by more than `GRACE`."""
     return abs(psutil.boot_time() - float(identity.get("booted", psutil.boot_time()))) > GRACE
 
 
@@ -52,9 +52,9 @@ def _is_known(identity: Mapping[str, Any]) -> bool:
 
 
 def _is_same(began: float, identity: Mapping[str, Any]) -> bool:
-    """Whether it is the process that was written down, by the clock or by the time since the host was booted.
+    """Whether a process's start time is that of the identity, by the clock or by the time since boot.
 
-    On Linux a clock that is set moves the beginning of all processes with it, on macOS it does not.
+    On Linux, setting the clock moves the start times of all processes, on macOS it does not.
     """
     moved = psutil.boot_time() - float(identity.get("booted", psutil.boot_time()))
     differs = began - float(identity["process_started"])
@@ -62,11 +62,11 @@ def _is_same(began: float, identity: Mapping[str, Any]) -> bool:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides a value's last digits."""
+    """Versions of the packages that affect a value's last digits."""
     return {"atp_tune": __version__, **_installed()}
 
 
 @cache
 def _installed() -> dict[str, str]:
-    """Read once, as the packages themselves are: each reading parses the whole of their metadata."""
+    """Read once: each reading parses all metadata of the package."""
     return {name: version(name) for name in PACKAGES}

@@ -1,10 +1,9 @@
-"""Trials that a server keeps: Optuna's gRPC storage proxy, as a worker sees it over a network that may fail.
+"""Optuna's gRPC client of a storage server, for workers and a network that may fail.
 
-`grpc://HOST:PORT` speaks to `tune.py serve` directly, `grpcs://HOST:PORT` through a reverse proxy with TLS, to which
-the token in $ATP_TUNE_TOKEN is shown. Whatever is sent while the server cannot be reached is sent again until it
-answers.
+`grpc://HOST:PORT` is a `tune.py serve`, `grpcs://HOST:PORT` a reverse proxy with TLS, which gets the token in
+$ATP_TUNE_TOKEN. Requests are retried while the server is unreachable.
 
-Errors: UserError where nobody answers at the start, or has for `retry.RETRY_SECONDS`.
+Errors: UserError if the server does not answer at the start, or for `retry.RETRY_SECONDS`.
 """
 
 import copy
@@ -31,16 +30,16 @@ PORT = 13000  # of `serve`, and of Optuna
 FIRST = 10  # seconds in which a server must answer at the start
 DEADLINE = 30  # seconds for one request
 PAUSE = 0.5  # seconds between attempts at the start
-DATABASE = "its database: "  # what a server says of it, and not of the way to it
-ALIVE = "alive"  # the trial's system attribute that tells the server of a sign of life
-ORDER = "order of parameters"  # … that names them on their way: Optuna's messages hold them in maps, which have none
+DATABASE = "its database: "  # begins a server's error about its database, not about the network
+ALIVE = "alive"  # system attribute of a trial that the server takes as a heartbeat
+ORDER = "order of parameters"  # system attribute in transit: Optuna's messages store parameters in unordered maps
 
 BROKEN = grpc.StatusCode.FAILED_PRECONDITION
 AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 CHANNEL = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 10_000),  # a cut cable says nothing: without this it is waited for a quarter hour
+    ("grpc.keepalive_timeout_ms", 10_000),  # without this a cut cable is noticed after 15 minutes
     ("grpc.max_reconnect_backoff_ms", 5_000),
 )
 
@@ -48,7 +47,7 @@ log = logging.getLogger(__name__)
 
 
 def connect(address: str) -> "RemoteStorage":
-    """The storage behind a grpc:// URL; UserError in one line if it is not one or nobody answers."""
+    """The storage of a grpc:// or grpcs:// URL; UserError for another URL, or if no server answers."""
     try:
         url = urlsplit(address)
         host, port = url.hostname, url.port or (443 if url.scheme == "grpcs" else PORT)
@@ -57,7 +56,7 @@ def connect(address: str) -> "RemoteStorage":
     if not host or url.path.strip("/") or url.username or url.password:
         raise UserError("storage: not a server's URL; write grpc://HOST:13000, or grpcs://HOST:443 behind TLS")
     name = f"[{host}]" if ":" in host else host
-    token = os.environ.get("ATP_TUNE_TOKEN") if url.scheme == "grpcs" else None  # never in the clear
+    token = os.environ.get("ATP_TUNE_TOKEN") if url.scheme == "grpcs" else None  # never unencrypted
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         storage = RemoteStorage(name, port, token, url.scheme)
@@ -66,7 +65,7 @@ def connect(address: str) -> "RemoteStorage":
 
 
 class RemoteStorage(GrpcStorageProxy, BaseHeartbeat):
-    """Optuna's client of a storage server that may be away, with signs of life from running trials."""
+    """Optuna's client of a storage server, with retries and heartbeats."""
 
     def __init__(self, host: str, port: int, token: str | None, scheme: str) -> None:
         self._scheme = scheme
@@ -75,11 +74,11 @@ class RemoteStorage(GrpcStorageProxy, BaseHeartbeat):
 
     @property
     def address(self) -> str:
-        """The server, as in the URL."""
+        """The server's URL."""
         return f"{self._scheme}://{self._host}:{self._port}"
 
     def check(self) -> None:
-        """UserError if the server does not answer soon, or refuses."""
+        """UserError if the server does not answer within `FIRST` seconds, or refuses."""
         end = monotonic() + FIRST
         while not self._interceptor.is_known:
             try:
@@ -91,7 +90,7 @@ class RemoteStorage(GrpcStorageProxy, BaseHeartbeat):
                 sleep(PAUSE)
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        """As Optuna's; a call that is made again, since its answer got lost, may find that the trial was told."""
+        """Optuna's; no error if the first attempt, whose answer was lost, already told the trial the same."""
         try:
             return super().set_trial_state_values(trial_id, state, values)
         except UpdateFinishedTrialError:
@@ -100,32 +99,32 @@ class RemoteStorage(GrpcStorageProxy, BaseHeartbeat):
             return True
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
-        """As Optuna's; the parameters keep their order."""
+        """Optuna's; the parameters keep their order."""
         return super().create_new_trial(study_id, template_trial and with_order(template_trial))
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
-        """As Optuna's; the parameters keep their order."""
+        """Optuna's; the parameters keep their order."""
         return in_order(super().get_trial(trial_id))
 
     def get_all_trials(
         self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
     ) -> list[FrozenTrial]:
-        """As Optuna's; the parameters keep their order."""
+        """Optuna's; the parameters keep their order."""
         trials = [in_order(trial) for trial in super().get_all_trials(study_id, False, states)]
         return copy.deepcopy(trials) if deepcopy else trials
 
     def record_heartbeat(self, trial_id: int) -> None:
-        """Tells the server that the trial is still at work; a server that is away or has given it up is no error."""
+        """Sends a heartbeat; an unreachable server, or a trial that the server has failed, is no error."""
         try:
             self.set_trial_system_attr(trial_id, ALIVE, True)
         except (grpc.RpcError, UserError, UpdateFinishedTrialError, KeyError):
             log.debug("no heartbeat for trial id %d", trial_id)
 
     def _get_stale_trial_ids(self, study_id: int) -> list[int]:
-        return []  # the server sees to them, by its own clock
+        return []  # the server recovers them
 
     def get_heartbeat_interval(self) -> int:
-        """Seconds between signs of life of a running trial."""
+        """Seconds between heartbeats of a running trial."""
         return HEARTBEAT
 
     def get_heartbeat_stale_trial_callback(self) -> Callable[[optuna.Study, FrozenTrial], None] | None:
@@ -133,27 +132,26 @@ class RemoteStorage(GrpcStorageProxy, BaseHeartbeat):
         return None
 
     def _setup(self) -> None:
-        self._channel = grpc.intercept_channel(self._open(), self._interceptor)
-        self._stub, self._cache = storage_client(self._channel)
-
-    def _open(self) -> grpc.Channel:
         target = f"{self._host}:{self._port}"
         if self._scheme == "grpcs":
-            return grpc.secure_channel(target, grpc.ssl_channel_credentials(), options=CHANNEL)
-        return grpc.insecure_channel(target, options=CHANNEL)
+            channel = grpc.secure_channel(target, grpc.ssl_channel_credentials(), options=CHANNEL)
+        else:
+            channel = grpc.insecure_channel(target, options=CHANNEL)
+        self._channel = grpc.intercept_channel(channel, self._interceptor)
+        self._stub, self._cache = storage_client(self._channel)
 
 
 def with_order(trial: FrozenTrial) -> FrozenTrial:
-    """The trial as it is sent: a copy whose system attribute `ORDER` names the parameters."""
+    """A copy of the trial to send, whose system attribute `ORDER` lists the parameters."""
     sent = copy.copy(trial)
     sent.system_attrs = {**trial.system_attrs, ORDER: list(trial.params)}
     return sent
 
 
 def in_order(trial: FrozenTrial) -> FrozenTrial:
-    """The trial itself as it was before `with_order`, whose word a program of another version may not have sent.
+    """The received trial as before `with_order`; unchanged if its sender's version did not add `ORDER`.
 
-    ValueError or AttributeError where that word is of other parameters, or no list.
+    ValueError or AttributeError if `ORDER` lists other parameters, or is no list.
     """
     names = trial.system_attrs.pop(ORDER, None)
     if names is not None:
@@ -164,21 +162,21 @@ def in_order(trial: FrozenTrial) -> FrozenTrial:
 
 
 class Interceptor(grpc.UnaryUnaryClientInterceptor):
-    """Sends a request again while the server is away, once it has answered; shows the token with each request."""
+    """Adds the token to each request, and retries requests once the server is known to be a storage server."""
 
     def __init__(self, address: str, token: str | None) -> None:
-        self.is_known = False  # to be a server of trials: until then, no answer is an answer
+        self.is_known = False  # the server has answered as a storage server; until then requests are not retried
         self._name = address
         self.retrying = Retrying(address)
         self._metadata = [("authorization", f"Bearer {token}")] if token else []
 
     def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
-        """The answer to a request; UserError if there is none for `RETRY_SECONDS`."""
+        """The answer to a request; UserError without one for `RETRY_SECONDS`."""
         details = _Details(details.method, DEADLINE, [*(details.metadata or ()), *self._metadata])
         if not self.is_known:
             return continuation(details, request)
         call = self.retrying.ask(lambda: continuation(details, request), _absence)
-        if call.code() == BROKEN and (words := _words(call)).startswith(DATABASE):  # Optuna has a use for the code too
+        if call.code() == BROKEN and (words := _words(call)).startswith(DATABASE):  # Optuna uses this code too
             raise UserError(f"{self._name}: {words}")
         return call
 
@@ -190,7 +188,7 @@ class _Details(grpc.ClientCallDetails):
 
 
 def _absence(call: Any) -> str:
-    """What a server that is away, or whose database is, is said to do; empty for an answer."""
+    """Why there is no answer: the server or its database is unreachable; "" for an answer."""
     if call.code() not in AWAY:
         return ""
     words = _words(call)

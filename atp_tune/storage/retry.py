@@ -1,6 +1,6 @@
-"""Calls to a server that is away are made again until it answers; a line says so when it goes and when it is back.
+"""Retries of calls to a server that is unreachable, with a warning when an outage begins and ends.
 
-A worker that has computed for an hour does not lose the result to a cable or a restart.
+So no network failure or restart of the server costs a worker its result.
 """
 
 import logging
@@ -14,15 +14,15 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.errors import UserError
 
-RETRY_SECONDS = 3600  # seconds of silence after which a worker gives up
-RETRY_PAUSES = (0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between attempts; the last one again and again
+RETRY_SECONDS = 3600  # seconds of an outage after which a worker gives up
+RETRY_PAUSES = (0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between attempts; the last one repeats
 
 log = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 
 
 class Retrying:
-    """Waits for one server; any thread may ask through it. `name` is what users call the server."""
+    """Retries calls to one server (`name` in messages), from any thread."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -31,17 +31,17 @@ class Retrying:
         self._thread = local()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Retrying, (self._name,)  # a copy has not waited yet
+        return Retrying, (self._name,)  # a copy begins without an outage
 
     @property
     def has_repeated(self) -> bool:
-        """Whether this thread's last question was put more than once, so that an answer to it may have got lost."""
+        """Whether this thread's last call took several attempts, so that an earlier one may have succeeded unseen."""
         return bool(getattr(self._thread, "has_repeated", False))
 
     def ask(self, attempt: Callable[[], Answer], away: Callable[[Answer], str]) -> Answer:
-        """The answer of the first attempt that is not `away`, which says why; UserError after `RETRY_SECONDS`.
+        """The first answer for which `away` gives no reason; UserError after `RETRY_SECONDS` of one outage.
 
-        The time is that of the whole outage, so that the last words of a run that gave up do not wait again.
+        The limit is for the outage, not the call: after a run has given up, its last calls do not wait again.
         """
         pauses, has_repeated = chain(RETRY_PAUSES, repeat(RETRY_PAUSES[-1])), False
         try:
@@ -49,7 +49,7 @@ class Retrying:
                 self._wait(reason, next(pauses))
                 has_repeated = True
         finally:
-            self._thread.has_repeated = has_repeated  # at the end: an attempt may ask something else on its way
+            self._thread.has_repeated = has_repeated  # set at the end: an attempt may make a call of its own
         self._answered()
         return answer
 
@@ -60,8 +60,8 @@ class Retrying:
                 log.warning("%s %s; trying again, nothing is lost", self._name, reason)
         if monotonic() - self._since >= RETRY_SECONDS:
             raise UserError(
-                f"{self._name} {reason}, for {RETRY_SECONDS / 60:.0f} minutes now. What was told before is stored; the "
-                "same command goes on from there"
+                f"{self._name} {reason}, for {RETRY_SECONDS / 60:.0f} minutes now. All earlier results are stored; "
+                "the same command resumes the study"
             )
         sleep(pause)
 
@@ -73,5 +73,5 @@ class Retrying:
 
 
 def is_told(trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> bool:
-    """Whether a trial was told just this, by the first of several attempts whose answer got lost."""
+    """Whether a trial has this state and these values."""
     return (trial.state, trial.values) == (state, list(values) if values else None)

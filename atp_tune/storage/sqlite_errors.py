@@ -1,7 +1,4 @@
-"""What is wrong with a SQLite file or the disk under it, and what to do, in one line.
-
-It is said where the database says so, in place of what SQLAlchemy and Optuna make of it.
-"""
+"""Errors of SQLite files and disks, with what to do, in one line instead of SQLAlchemy's and Optuna's tracebacks."""
 
 import shlex
 import sqlite3
@@ -14,14 +11,14 @@ from atp_tune.errors import UserError
 
 BUSY = 60  # seconds that a writer waits for SQLite's lock
 
-_GO_ON = "what is stored is safe, and the same command goes on"
+_GO_ON = "what is stored is safe, and the same command resumes"
 _MEND = (
-    "put a copy in its place, or save what can be read with `sqlite3 {file} .recover | sqlite3 NEW.db` "
+    "restore a backup, or save what is readable with `sqlite3 {file} .recover | sqlite3 NEW.db` "
     "and go on with --storage sqlite:///NEW.db"
 )
 WAYS = {  # SQLite's words → what to do
     "is full": f"make room on the disk: {_GO_ON}",
-    "disk i/o error": f"look after the disk: {_GO_ON}",
+    "disk i/o error": f"check the disk: {_GO_ON}",
     "readonly": "name another with --storage sqlite:///FILE.db",
     "unable to open": "name another with --storage sqlite:///FILE.db",
     "malformed": _MEND,
@@ -32,42 +29,42 @@ WAYS = {  # SQLite's words → what to do
 }
 
 
-OPTUNAS = {  # tables that its databases have had for long
+OPTUNAS = {  # tables of all versions of Optuna's schema
     "studies", "study_directions", "study_user_attributes", "study_system_attributes", "trials",
     "trial_user_attributes", "trial_system_attributes", "trial_params", "trial_values", "version_info",
 }  # fmt: skip
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether a disk is full or fails: somebody may mend that while programs wait."""
+    """Whether a disk is full or fails, which a person may repair while programs wait."""
     return any(sign in str(error).lower() for sign in ("is full", "disk i/o error"))
 
 
 def way_out(error: BaseException, address: str) -> str | None:
-    """What to do where a database says this; None where it is not known."""
+    """What to do about a database's error; None if unknown."""
     way = next((way for sign, way in WAYS.items() if sign in str(error).lower()), None)
     return way and way.format(file=shlex.quote(str(make_url(address).database)))
 
 
 def check_whole(file: Path) -> None:
-    """UserError if a SQLite file is damaged or another program's: it is looked through before anything is written.
+    """UserError if a SQLite file is damaged or another program's; without writing to it.
 
-    Optuna makes its tables in whatever it opens, also to read.
+    Optuna creates its tables in any file that it opens, even to read.
     """
     tables, is_made = set[str](), None
     try:
         with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=rw", uri=True, timeout=BUSY)) as connection:
-            connection.text_factory = lambda text: text.decode(errors="replace")  # it quotes what it finds
+            connection.text_factory = lambda text: text.decode(errors="replace")  # results may quote damaged bytes
             found = str(connection.execute("PRAGMA quick_check(1)").fetchone()[0])
             tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
             is_made = "version_info" in tables and connection.execute("SELECT 1 FROM version_info").fetchone()
-    except sqlite3.OperationalError:  # no damage: opening it in earnest will say what it is
+    except sqlite3.OperationalError:  # no damage; opening the storage raises it again
         return
     except sqlite3.DatabaseError as error:
         found = str(error)
     if found == "ok" and tables and not tables & OPTUNAS:
         raise UserError(f"storage {file}: is another program's database; name another with --storage sqlite:///FILE.db")
-    if is_made and (missing := sorted(OPTUNAS - tables)):  # Optuna would make it anew, without what was in it
+    if is_made and (missing := sorted(OPTUNAS - tables)):  # Optuna would create it again, empty
         found = f"no such table: {missing[0]}"
     if found != "ok":
         raise UserError(

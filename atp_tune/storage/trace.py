@@ -1,8 +1,7 @@
-"""Where the trial of a process is, in a small file that outlives the process: the next one on its host reads it.
+"""The trace of a process: the last step of its trial, in a small file that another process of the host can read.
 
-It lies in the cache, and a step is a write of microseconds into the system's page cache, which survives the process; a
-row in a database would take milliseconds of each step. Python's faulthandler adds the signal by which the process ends
-itself, if it does.
+The file is in the cache folder. A step costs a write of microseconds, to the page cache, which outlives the process; a
+row in the database would cost milliseconds. Python's faulthandler adds the signal of a crash.
 """
 
 import faulthandler
@@ -19,7 +18,7 @@ from atp_tune.cache import cache_dir, sha256_of_json
 from atp_tune.errors import UserError, printable
 from atp_tune.events import Event, EventHandler, Step
 
-WIDTH = 100  # bytes of the place, before what faulthandler writes
+WIDTH = 100  # bytes of the place; faulthandler's output follows
 CRASH = re.compile(rb"^Fatal Python error: (.{1,100})", re.MULTILINE)
 
 log = logging.getLogger(__name__)
@@ -30,10 +29,10 @@ class Trace:
 
     def __init__(self) -> None:
         self._file: FileIO | None = None
-        self._last: dict[str, tuple[int, int]] = {}  # phase → part of it, and the step that was done last
+        self._last: dict[str, tuple[int, int]] = {}  # phase → its part, and the last step done
 
     def heard_by(self, watch: EventHandler) -> EventHandler:
-        """The same watch, with each step of a trial written down before it is told."""
+        """The handler, with each `Step` written to the trace first."""
 
         def hear(event: Event) -> None:
             if isinstance(event, Step):
@@ -44,7 +43,7 @@ class Trace:
 
     @contextmanager
     def of(self, study: str, trial: int) -> Iterator[None]:
-        """Follows one trial; the file is gone when it ends. Where there can be none its places will not be known."""
+        """Traces one trial; the file is removed when the trial ends. If it cannot be written, there is no trace."""
         with ExitStack() as stack:
             try:
                 file = _file(study, trial, os.getpid())
@@ -61,7 +60,7 @@ class Trace:
                 self._file = None
 
     def _place(self, step: Step) -> str:
-        """`after evaluate 3 of 30`; of a phase that is gone through several times, which time it is."""
+        """`after evaluate 3 of 30`, with the part for a phase that repeats."""
         part, done = self._last.get(step.phase, (1, 0))
         part += step.done <= done
         self._last[step.phase] = part, step.done
@@ -76,7 +75,7 @@ class Trace:
 
 
 def left_of(study: str, trial: int, pid: int) -> tuple[str | None, str | None]:
-    """What a process of this host left of a trial that it ran: the place, and its crash; None where it left none."""
+    """The place and the crash in the trace of a process of this host; None where unknown."""
     try:
         left = _file(study, trial, pid).read_bytes()
     except (OSError, UserError):
@@ -86,13 +85,13 @@ def left_of(study: str, trial: int, pid: int) -> tuple[str | None, str | None]:
 
 
 def forget(study: str, trial: int, pid: int) -> None:
-    """Removes what a process of this host left of a trial."""
+    """Removes the trace of a process of this host."""
     with suppress(OSError, UserError):
         _file(study, trial, pid).unlink(missing_ok=True)
 
 
 def _file(study: str, trial: int, pid: int) -> Path:
-    """Named by a hash: a study's name may be a stranger's."""
+    """The file of a trace, named by a hash: a study's name may not be a safe file name."""
     return cache_dir("running") / sha256_of_json([platform.node(), pid, study, trial])
 
 
@@ -102,7 +101,7 @@ def _text(left: bytes) -> str:
 
 @contextmanager
 def _crashes_into(file: FileIO) -> Iterator[None]:
-    """Has fatal signals written into a file, unless something else has asked for them: pytest, Ray, a person."""
+    """Writes fatal signals to a file, unless faulthandler is in use already (pytest, Ray, a user)."""
     if faulthandler.is_enabled():
         yield
         return

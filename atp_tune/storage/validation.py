@@ -1,7 +1,7 @@
-"""A study as its storage has it, checked: the database may be a stranger's, or a later version's.
+"""Validation of stored studies: the database may be a stranger's, or a later version's.
 
-An attribute that is not of its kind is as if it were not there. A trial that no atp_tune could have made has failed.
-Errors: UserError in one line where Optuna itself cannot read what is stored.
+Attributes of the wrong type are ignored. A trial that atp_tune cannot have made counts as failed.
+Errors: UserError if Optuna itself cannot read the study.
 """
 
 import re
@@ -21,13 +21,13 @@ from atp_tune.spec.config import Batch, Found
 from atp_tune.spec.former import present_attributes
 from atp_tune.spec.study import Share
 
-GONE = "does not exist"  # in Optuna's KeyErrors
-FOREIGN = "what is stored of it is not of atp_tune"
+GONE = "does not exist"  # in Optuna's KeyError for a missing study
+FOREIGN = "it was not written by atp_tune"
 UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, RecursionError)
 
 
 def _written(text: str) -> str:
-    text.encode()  # UnicodeEncodeError, a ValueError, for half a character
+    text.encode()  # UnicodeEncodeError, a ValueError, for a lone surrogate
     return text
 
 
@@ -54,7 +54,7 @@ Role = Annotated[str, Field(pattern=r"^(dense|[0-9]{1,9})$")]
 Number = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Batches = dict[Words, Batch]
 CutOff = dict[Words, Words | bool]
-TABLES = ("test_nlls", "test_kls", "draws")  # of numbers by trial, whose rows are attributes of their own, see `folded`
+TABLES = ("test_nlls", "test_kls", "draws")  # tables by trial, each row an attribute: see `folded`
 
 
 def _kinds(kinds: dict[str, Any]) -> dict[str, TypeAdapter[Any]]:
@@ -113,10 +113,10 @@ WORDS, NUMBER = TypeAdapter(Words), TypeAdapter(float)
 
 
 def folded(attrs: Mapping[str, Any]) -> dict[str, Any]:
-    """The attributes with one table `test_nlls` in the place of `test_nlls:dense`, `test_nlls:12` …, and so on.
+    """The attributes with a table `test_nlls` instead of its rows `test_nlls:dense`, `test_nlls:12` …, and so on.
 
-    Each row is stored by itself: two hosts that add to one table at the same moment would lose one of the two. Earlier
-    versions stored whole tables, to which the rows are added. A row that is not of its kind is as if it were not there.
+    Rows are stored separately because two hosts may add to one table at the same moment. Earlier versions stored whole
+    tables, to which the rows are added. Rows of the wrong type are ignored.
     """
     found = dict(attrs)
     for name in sorted(attrs):
@@ -130,7 +130,7 @@ def folded(attrs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _united(one: Any, other: Mapping[str, Any]) -> Any:
-    """A table with more rows, or with more in its rows."""
+    """A table merged with another, recursively."""
     known = dict(one) if isinstance(one, dict) else {}
     for key, value in other.items():
         known[key] = _united(known.get(key), value) if isinstance(value, dict) else value
@@ -138,7 +138,7 @@ def _united(one: Any, other: Mapping[str, Any]) -> Any:
 
 
 class ValidatedStudy(optuna.Study):
-    """An Optuna study that gives nothing away unchecked."""
+    """An Optuna study whose attributes and trials are validated."""
 
     def __init__(self, study_name: str, storage: optuna.storages.BaseStorage) -> None:
         self._checked: dict[int, tuple[FrozenTrial, FrozenTrial]] = {}
@@ -147,7 +147,7 @@ class ValidatedStudy(optuna.Study):
 
     @property
     def user_attrs(self) -> dict[str, Any]:
-        """The study's attributes."""
+        """The study's valid attributes."""
         with readable(self.study_name):
             attrs = checked(folded(present_attributes(super().user_attrs)), STUDY)
         if "fingerprint" in attrs:
@@ -155,7 +155,7 @@ class ValidatedStudy(optuna.Study):
         return attrs
 
     def get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None) -> list[FrozenTrial]:
-        """The trials, of any state or of some."""
+        """The validated trials, in any of these states."""
         with readable(self.study_name):
             found = [self._check(trial) for trial in super().get_trials(deepcopy)]
         return [trial for trial in found if states is None or trial.state in states]
@@ -171,7 +171,7 @@ class ValidatedStudy(optuna.Study):
 
 
 def checked_trial(trial: FrozenTrial, values: int = 1) -> FrozenTrial:
-    """The trial itself, or a copy without what is not of its kind; `values`: how many its study minimises."""
+    """The trial itself if it is valid, else a copy with its valid parts; `values`: number of its study's objectives."""
     attrs = present_attributes(trial.user_attrs)
     user, system = checked(attrs, TRIAL), checked(trial.system_attrs, SYSTEM)
     is_ours = _is_ours(trial, values, "kls" in user)
@@ -188,7 +188,7 @@ def checked_trial(trial: FrozenTrial, values: int = 1) -> FrozenTrial:
 
 
 def _is_ours(trial: FrozenTrial, count: int, may_be_zero: bool) -> bool:
-    """Whether a trial's parameters and values are of the kinds that a study draws and measures."""
+    """Whether a trial's parameters and values can be atp_tune's; `may_be_zero`: a KL may be 0."""
     names = {name: value for name, value in trial.params.items() if name in ("pruner", "allocation")}
     numbers = [value for name, value in trial.params.items() if name not in names]
     values = trial.values or []
@@ -210,13 +210,13 @@ def _is(kind: TypeAdapter[Any], value: Any) -> bool:
 
 
 def checked(attrs: Mapping[str, Any], kinds: Mapping[str, TypeAdapter[Any]]) -> dict[str, Any]:
-    """The attributes without those that are not of their kind; what has no kind is nobody's to judge."""
+    """The attributes without those of the wrong type; attributes without a type in `kinds` stay."""
     return {name: value for name, value in attrs.items() if name not in kinds or _is(kinds[name], value)}
 
 
 @contextmanager
 def readable(name: str, is_new: bool = False) -> Iterator[None]:
-    """UserError where a storage holds what Optuna fails on; KeyError passes where there is no such study."""
+    """Turns Optuna's failures to read a study into UserError; KeyError for a missing study passes."""
     try:
         yield
     except UNREADABLE as error:
@@ -226,6 +226,6 @@ def readable(name: str, is_new: bool = False) -> Iterator[None]:
 
 
 def unreadable(name: str, error: Exception) -> UserError:
-    """What is said of a study in whose rows Optuna meets something that no program of ours has written."""
+    """The error for a study with rows that Optuna cannot read."""
     reason = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:200]
-    return UserError(f"study {name}: Optuna cannot read what is stored ({reason}); take a copy of before")
+    return UserError(f"study {name}: Optuna cannot read what is stored ({reason}); restore a backup")

@@ -18,7 +18,7 @@ from atp_tune.checkpoints.streaming import Tensors
 from atp_tune.inputs.windows import Windows
 from atp_tune.plan import Plan
 from atp_tune.search.context import TrialContext
-from atp_tune.search.record import Record
+from atp_tune.search.objective import Record
 from atp_tune.spec.prune import PruneConfig
 
 MIB = 1 << 20

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from atp_tune.cli.display import Display
     from atp_tune.cli.worker_pool import WorkerPool
-    from atp_tune.search.study_run import StudyRun
+    from atp_tune.search.runner import StudyRun
     from atp_tune.spec.studyfile import StudyFile
 
 
@@ -137,7 +137,7 @@ def _run(
     from atp_tune.cli.runtime import interruptible, quiet
     from atp_tune.cli.tables import show_summary
     from atp_tune.results.summary import summarise
-    from atp_tune.search.study_run import StudyRun
+    from atp_tune.search.runner import StudyRun
 
     with quiet(), interruptible(), Display() as display:
         run = StudyRun(file, name or file.name, timeout, display, mix=mix)
@@ -155,8 +155,7 @@ def _run(
 
 def _driven(run: "StudyRun", pool: "WorkerPool | None", display: "Display") -> "optuna.Study | None":
     from atp_tune.cli.worker_pool import WorkerJob
-    from atp_tune.search.runner import finished_study, tune
-    from atp_tune.search.study_run import load_existing
+    from atp_tune.search.runner import finished_study, load_existing, tune
 
     if pool is None:
         return tune(run)
