@@ -18,10 +18,10 @@ from atp_tune.blocks.verification import Difference, is_equal
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.events import ignore_events
-from atp_tune.inputs import Batch, find_kind
+from atp_tune.inputs import KINDS, Batch
 from atp_tune.inputs.tokens import TOKEN_WINDOWS
 from atp_tune.plan import Plan
-from atp_tune.scores import WindowScores, find_score
+from atp_tune.scores import SCORES, WindowScores
 from atp_tune.scores.next_token import NEXT_TOKEN
 from atp_tune.search.context import TrialContext
 from atp_tune.spec.prune import PruneConfig
@@ -136,5 +136,5 @@ def test_its_dense_model_is_measured_for_allocations(context: TrialContext) -> N
 
 
 def test_the_rows_are_found() -> None:
-    assert find_kind() is TOKEN_WINDOWS
-    assert find_score() is NEXT_TOKEN
+    assert KINDS["tokens"] is TOKEN_WINDOWS
+    assert SCORES["next-token"] is NEXT_TOKEN

@@ -6,10 +6,10 @@ object of type `InputKind` and a row of `KINDS`.
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 from atp_tune.checkpoints.models import ModelFolder
+from atp_tune.registry import Registry
 from atp_tune.spec.study import Text
 
 if TYPE_CHECKING:
@@ -71,9 +71,4 @@ class InputKind(Protocol[T]):
         """Three example batches of one shape: a blank one, and two with different contents."""
 
 
-KINDS = {"tokens": "atp_tune.inputs.tokens:TOKEN_WINDOWS"}
-
-
-def find_kind(name: str = "tokens") -> InputKind[Any]:
-    """The kind of input of that name in `KINDS`."""
-    return cast(InputKind[Any], resolve_name(KINDS[name]))
+KINDS = Registry[InputKind[Any]]("kind of input", {"tokens": "atp_tune.inputs.tokens:TOKEN_WINDOWS"})

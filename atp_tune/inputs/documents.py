@@ -7,23 +7,16 @@ share no document.
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from pkgutil import resolve_name
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 
 from atp_tune.errors import UserError
 from atp_tune.inputs.hub import HubDataset
+from atp_tune.registry import Registry
 from atp_tune.spec.study import Text
 
 KNOWN = "c4, wikitext2, hub:ORG/NAME, file:PATH, package:MODULE:ATTRIBUTE or package:MODULE/FILE.txt"
-SOURCES = {
-    "c4": "atp_tune.inputs.hub:C4",
-    "wikitext2": "atp_tune.inputs.hub:WIKITEXT2",
-    "hub": "atp_tune.inputs.hub:HUB",
-    "file": "atp_tune.inputs.local:FILE",
-    "package": "atp_tune.inputs.local:PACKAGE",
-}
 
 
 class TextSource(Protocol):
@@ -38,6 +31,18 @@ class TextSource(Protocol):
 
     def identify(self, text: Text, base: Path) -> str:
         """A SHA-256 for the documents in cache keys."""
+
+
+SOURCES = Registry[TextSource](
+    "source of texts",
+    {
+        "c4": "atp_tune.inputs.hub:C4",
+        "wikitext2": "atp_tune.inputs.hub:WIKITEXT2",
+        "hub": "atp_tune.inputs.hub:HUB",
+        "file": "atp_tune.inputs.local:FILE",
+        "package": "atp_tune.inputs.local:PACKAGE",
+    },
+)
 
 
 def documents(text: Text, base: Path) -> Sequence[str]:
@@ -69,7 +74,7 @@ def hub_arguments(text: Text) -> dict[str, Any]:
 def find_source(text: Text) -> TextSource:
     """The source in `SOURCES` that reads a text; UserError if there is none or the form is wrong."""
     name, colon, rest = text.source.partition(":")
-    source = cast(TextSource, resolve_name(SOURCES[name])) if name in SOURCES else None
+    source = SOURCES.get(name)
     flags = re.ASCII | re.DOTALL
     if source is None or bool(colon) != bool(source.form) or not re.fullmatch(source.form, rest, flags):
         raise UserError(f'source: "{text.source}" is none of {KNOWN}')

@@ -5,8 +5,7 @@ A search sees only lists of numbers, one per item (a window or an image). A new 
 """
 
 from collections.abc import Sequence
-from pkgutil import resolve_name
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from atp_tune.blocks.replay import Replay
 from atp_tune.blocks.verification import Head
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.inputs import Batch
+from atp_tune.registry import Registry
 
 
 class WindowScores(NamedTuple):
@@ -36,12 +36,7 @@ class Score(Head, Protocol):
         """
 
 
-SCORES = {"next-token": "atp_tune.scores.next_token:NEXT_TOKEN"}
-
-
-def find_score(name: str = "next-token") -> Score:
-    """The score of that name in `SCORES`."""
-    return cast(Score, resolve_name(SCORES[name]))
+SCORES = Registry[Score]("score", {"next-token": "atp_tune.scores.next_token:NEXT_TOKEN"})
 
 
 def joined(parts: Sequence[WindowScores]) -> WindowScores:

@@ -21,11 +21,11 @@ from atp_tune.checkpoints.checkpoint import Checkpoint, Released
 from atp_tune.checkpoints.devices import find_device, find_dtype, reuse_freed_memory
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.events import EventHandler, Message, Step, ignore_events
-from atp_tune.inputs import Batch, Items, find_kind
+from atp_tune.inputs import KINDS, Batch, Items
 from atp_tune.metrics.bos import BosEffect
 from atp_tune.plan import Plan
 from atp_tune.pruners import make_pruner
-from atp_tune.scores import WindowScores, find_score, joined
+from atp_tune.scores import SCORES, WindowScores, joined
 from atp_tune.scores.bos import compare_bos
 from atp_tune.scores.evaluation import Block, head_scores
 from atp_tune.search.dense_model import DenseMeasurements, dense_blocks
@@ -88,7 +88,7 @@ class TrialContext(Released):
         self.prune_settings = prune
         self.bos_effect: BosEffect | None = None  # None if not measured
         self.watch = watch
-        self.inputs, self.score = find_kind(inputs), find_score(score)
+        self.inputs, self.score = KINDS[inputs], SCORES[score]
         self.replay = replay or verified(checkpoint, self.inputs, self.score)
         items: dict[str, Batch] = {role: each.batch(checkpoint.device) for role, each in windows.items()}
         positions = {role: each.positions for role, each in windows.items()}
@@ -101,7 +101,7 @@ class TrialContext(Released):
     @classmethod
     def open(cls, setup: ContextConfig, watch: EventHandler = ignore_events) -> "TrialContext":
         """Loads the model and the texts; UserError if one cannot be loaded."""
-        device, inputs = find_device(setup.device), find_kind(setup.inputs)
+        device, inputs = find_device(setup.device), KINDS[setup.inputs]
         if device.type == "cpu":
             reuse_freed_memory()
         folder = resolve(setup.model, setup.base, lambda text: watch(Message(text)))

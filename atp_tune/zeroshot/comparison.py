@@ -30,10 +30,10 @@ from atp_tune.checkpoints.devices import (
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message, TrialStarted
-from atp_tune.inputs import find_kind
+from atp_tune.inputs import KINDS
 from atp_tune.inputs.windows import load_tokenizer
 from atp_tune.plan import Plan, make_plan
-from atp_tune.scores import find_score
+from atp_tune.scores import SCORES
 from atp_tune.search.context import ContextConfig, TrialContext
 from atp_tune.sparse.applying import plan_of
 from atp_tune.sparse.provenance import ABOUT
@@ -154,7 +154,7 @@ def evaluate_folder(folder: Path, asked: TaskOptions, watch: EventHandler, allow
     device = find_device(asked.device)
     with Checkpoint.load(found.path, find_dtype(dtype, device), device, found.trusted) as checkpoint:
         watch(TrialStarted(str(folder), None))
-        scorer.score("model", verified(checkpoint, find_kind(), find_score()), found, checkpoint.weights)
+        scorer.score("model", verified(checkpoint, KINDS["tokens"], SCORES["next-token"]), found, checkpoint.weights)
         return scorer.zero_shot(checkpoint)
 
 
