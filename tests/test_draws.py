@@ -74,7 +74,7 @@ def test_best_and_uniform_are_measured_on_the_stretches_that_follow(drawn: Path)
     assert draws.keys() == {str(summary.best_trial.number), str(summary.uniform_trial.number)}
     for trial in (summary.best_trial, summary.uniform_trial):
         for draw in (1, 2):
-            expected = measured_anew(drawn, trial, windows=8 * (draw + 1))
+            expected = measured_anew(drawn, trial, nsamples=8 * (draw + 1))
             assert draws[str(trial.number)][str(draw)] == pytest.approx(expected, rel=1e-6)
             assert expected != study.user_attrs["test_nlls"][str(trial.number)]
 
