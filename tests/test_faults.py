@@ -523,7 +523,7 @@ def test_memory_runs_out_in_the_report(place: Path, command: CommandLine, monkey
     study = ("--study", place / "tiny.toml")
     with monkeypatch.context() as patch:
         patch.setattr(TrialContext, "all_scores", report_fails)
-        assert command(*study).error.startswith("report: dense model: out of memory; what is stored is safe")
+        assert command(*study).error.startswith("test text: dense model: out of memory; what is stored is safe")
     assert len(measured(stored(place))) == 3
     assert command(*study).code == 0
     check_equal(stored(place), run(place, name="undisturbed"), 3)

@@ -46,8 +46,8 @@ def place(tiny_sparse: Path, tmp_path: Path, windows: None) -> Path:
     return Path(shutil.copytree(tiny_sparse, tmp_path / "place"))
 
 
-def run(place: Path, text: str | None = None, report: str | None = None, **settings: Any) -> Finetuned:
-    named = [value and read_text("--text", value, TOKENS) for value in (text, report)]
+def run(place: Path, text: str | None = None, test: str | None = None, **settings: Any) -> Finetuned:
+    named = [value and read_text("--text", value, TOKENS) for value in (text, test)]
     changed = SETTINGS.model_copy(update=settings)
     return finetune(place / "sparse", place / "out", named[0] or None, named[1] or None, changed, "cpu", ignore_events)
 

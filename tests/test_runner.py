@@ -272,7 +272,7 @@ def test_of_two_that_end_a_study_one_measures_the_report_text(
     run(place, watch=events.append)
     notes = [event.text for event in events if isinstance(event, Message)]
     assert "waiting for the numbers on the test text, which another process measures" in notes
-    assert dies == any(isinstance(event, TrialStarted) and event.title.startswith("report: ") for event in events)
+    assert dies == any(isinstance(event, TrialStarted) and event.title.startswith("test text: ") for event in events)
     assert not unreported(reopen(place))
     assert (place / "tiny.best.json").exists()
 
@@ -287,7 +287,7 @@ def test_events_tell_of_every_trial(place: Path) -> None:
     assert ended[-1].best == study.best_value
     titles = [event.title for event in events if isinstance(event, TrialStarted)]
     assert titles[:4] == ["dense model", "trial 0", "trial 1", "trial 2"]
-    assert titles[4] == "report: dense model"
+    assert titles[4] == "test text: dense model"
     assert {e.phase for e in events if isinstance(e, Step)} == {"prune", "evaluate"}
 
 

@@ -31,7 +31,7 @@ def worker() -> Iterator[Idle]:
         yield idle
 
 
-@pytest.mark.parametrize("event", [None, TrialStarted("dense model", None), TrialStarted("report: trial 3", None)])
+@pytest.mark.parametrize("event", [None, TrialStarted("dense model", None), TrialStarted("test text: trial 3", None)])
 def test_one_that_comes_to_no_trial_ends_the_run(worker: Idle, event: TrialStarted | None) -> None:
     for _ in range(RESTARTS):
         if event:

@@ -89,7 +89,7 @@ def _measure(
             return study.user_attrs["dense"], []
         return trial.user_attrs["nlls"], trial.user_attrs.get("kls", [])
     plan = None if trial is None else space.plan(trial.params)
-    title = f"draw {draw + 1} of {texts.calibration.draws}:" if draw else "report:"
+    title = f"draw {draw + 1} of {texts.calibration.draws}:" if draw else "test text:"
     title += f" trial {name}" if trial else " dense model"
     run.watch(TrialStarted(title, plan))
     own = fingerprint.batches_in(trial, study.user_attrs.get("fingerprint", {})) if trial else {}

@@ -59,11 +59,11 @@ class FinetuningJob:
 
 
 def finetune(
-    model: Path, out: Path, text: Text | None, report: Text | None, settings: Settings, device: str, watch: EventHandler
+    model: Path, out: Path, text: Text | None, test: Text | None, settings: Settings, device: str, watch: EventHandler
 ) -> Finetuned:
     """Fine-tunes the folder `model` into the folder `out`, and measures both on the test text.
 
-    `text` and `report` default to the calibration and test text that the folder was pruned with. Windows begin with BOS
+    `text` and `test` default to the calibration and test text that the folder was pruned with. Windows begin with BOS
     if they did when it was pruned.
     UserError if `out` exists, or if the training text shares documents with the validation or test text.
     """
@@ -73,47 +73,47 @@ def finetune(
     if not model.is_dir():
         raise UserError(f"--model {model}: is no folder; write one with: python tune.py apply --config FILE --out DIR")
     made = origin(model)
-    text, report = choose(text, report, made)
+    text, test = choose(text, test, made)
     named = ModelConfig(source=str(model.absolute()), dtype=made.dtype if made else "auto")
     folder = resolve(named, Path(), lambda line: watch(Message(line)))
     small_files(folder.path, WEIGHTS)  # refuses links before anything runs
     bos = made is not None and made.bos
-    windows = read_windows(text, report, folder.path, settings, bos)
-    dense = made.dense if made and made.test == report else None
-    setup = ContextConfig(named, PruneConfig(), {"test": report}, Path(), device, bos=bos)
+    windows = read_windows(text, test, folder.path, settings, bos)
+    dense = made.dense if made and made.test == test else None
+    setup = ContextConfig(named, PruneConfig(), {"test": test}, Path(), device, bos=bos)
     with oom_as_user_error("finetune"):
         return _run(FinetuningJob(setup, folder, out, text, windows, settings, dense, watch))
 
 
-def choose(text: Text | None, report: Text | None, made: Origin | None) -> tuple[Text, Text]:
+def choose(text: Text | None, test: Text | None, made: Origin | None) -> tuple[Text, Text]:
     """The text to train on and the test text; UserError if there is none, or if they share documents."""
     if made:
-        text, report = text or made.calibration, report or made.test
+        text, test = text or made.calibration, test or made.test
     if text is None:
         raise UserError(
             "--text: is needed, since the folder does not say how it was pruned; for example --text file:PATH.txt"
         )
-    if report is None:
+    if test is None:
         start, end = text.part
         cut = end - HELD_OUT * (end - start)
-        text, report = (text.model_copy(update={"part": part}) for part in ((start, cut), (cut, end)))
-    kept = {"test": report} | ({"validation": made.validation, "study's test": made.test} if made else {})
+        text, test = (text.model_copy(update={"part": part}) for part in ((start, cut), (cut, end)))
+    kept = {"test": test} | ({"validation": made.validation, "study's test": made.test} if made else {})
     for role, other in kept.items():
         if text.overlaps(other):
             raise UserError(
                 f"--text: {text.source} shares documents with the {role} text; give another source, split or part"
             )
-    return text, report
+    return text, test
 
 
-def read_windows(text: Text, report: Text, folder: Path, settings: Settings, bos: bool = False) -> Windows:
+def read_windows(text: Text, test: Text, folder: Path, settings: Settings, bos: bool = False) -> Windows:
     """The windows to train on, as many as the steps need; UserError if the test text has one of them too."""
     with _naming("--text"):
         whole = text.model_copy(update={"seqlen": settings.seqlen})
         found = first_windows(whole, folder, Path(), settings.steps * settings.batch, bos=bos)
     with _naming("--test-text"):
-        measured = token_windows(report, folder, Path(), bos=bos)
-    tokens = min(settings.seqlen, report.seqlen) - bos
+        measured = token_windows(test, folder, Path(), bos=bos)
+    tokens = min(settings.seqlen, test.seqlen) - bos
     known = {row.tobytes() for row in recut(measured, tokens).ids}
     if shared := sum(row.tobytes() in known for row in recut(found, tokens).ids):
         raise UserError(f"--text: {shared} windows of {text.source} are in the test text too; give another source")
