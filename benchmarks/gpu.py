@@ -250,15 +250,15 @@ def show_trial(name: str, offload: Offload, found: Trial, floor: Floor) -> None:
         for phase, of in (("calibrate", floor.calibrate), ("evaluate", floor.evaluate))
     ]
     whole = f"{found.whole:.2f} (×{found.whole / least:.2f})"
-    lies = {"device": "resident", "host": "streamed"}[offload]
+    lies = {"none": "resident", "cpu": "streamed"}[offload]
     line(name, lies, *phases, found.seconds["prune"], whole, floor.products, copies, found.peak / 1e9)
 
 
 def resident(shape: Shape, device: torch.device, distinct: int) -> tuple[TrialContext, Floor]:
     """A trial with all weights on the device: its bench, and the floor."""
-    context = open_context(shape, "device", distinct, device)
+    context = open_context(shape, "none", distinct, device)
     floor = find_floor(context, shape)
-    show_trial(shape.name, "device", trial(context), floor)
+    show_trial(shape.name, "none", trial(context), floor)
     return context, floor
 
 
@@ -268,9 +268,9 @@ def streamed(shape: Shape, device: torch.device, floor: Floor, is_late: Callable
     for ahead in (True, False):
         if is_late():
             break
-        context = open_context(shape, "host", shape.distinct, device, ahead)
+        context = open_context(shape, "cpu", shape.distinct, device, ahead)
         if ahead:
-            show_trial(shape.name, "host", trial(context), floor)
+            show_trial(shape.name, "cpu", trial(context), floor)
         found.append(dense_seconds(context))
         del context
     return found

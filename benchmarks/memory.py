@@ -37,7 +37,7 @@ from atp_tune.spec.prune import PruneConfig
 MB = 1e6
 SIZES = {"0.1 GB": (512, 1408, 7), "0.3 GB": (768, 2048, 10), "0.8 GB": (1024, 2816, 15)}  # width, inner, blocks
 TINY = {"1 MB": (64, 160, 4)}
-WAYS = ("device", "host", "disk", "device, converted", "host, converted", "disk, converted")
+WAYS = ("none", "cpu", "disk", "none, converted", "cpu, converted", "disk, converted")
 WINDOWS, TOKENS, VOCABULARY = 4, 64, 1024
 
 
@@ -150,7 +150,7 @@ def main() -> None:
             found: dict[str, Any] = {}
             for way in WAYS:
                 found[way] = in_process(Path(folder), way)
-                resident = found[way.replace("host", "device").replace("disk", "device")]
+                resident = found[way.replace("cpu", "none").replace("disk", "none")]
                 print(row(name, way, found[way], resident), flush=True)
 
 

@@ -172,7 +172,7 @@ def test_a_folder_is_written_with_one_copy_of_each_block(
 ) -> None:
     """Of blocks that lie in host memory: what is dense is read from there, not from the device."""
     texts = {"calibration": config.calibration, "test": config.texts.test}
-    model = config.model.model().model_copy(update={"offload": "host"})
+    model = config.model.model().model_copy(update={"offload": "cpu"})
     bench = TrialContext.open(ContextConfig(model, config.prune, texts, done, "cpu"), ignore_events)
     plan, copied, copy_to = plan_of(config, bench), Counter[int](), streaming.copy_to
     assert len(list(bench.prune(plan))) == BLOCKS  # the dense model's states are measured once

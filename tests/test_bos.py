@@ -441,7 +441,7 @@ def test_a_plan_is_of_the_study_that_was_begun(finished: Path, cache: Path, comm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("offload", ["host", "disk"])
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
 def test_wherever_the_weights_lie(offload: str, wanting: Path, finished: Path) -> None:
     run(wanting, f"model.offload={offload}", "search.trials=1")
     assert reopen(wanting).user_attrs["bos"] == reopen(finished).user_attrs["bos"]

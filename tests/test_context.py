@@ -144,4 +144,4 @@ def test_a_bench_opens_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_blocks_are_kept_where_they_fit(free: int, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scoring, "free_memory", lambda device: free)
     assert can_keep(checkpoint_of(tiny("llama"))) == expected
-    assert not can_keep(checkpoint_of(tiny("llama"), "host"))
+    assert not can_keep(checkpoint_of(tiny("llama"), "cpu"))

@@ -17,7 +17,18 @@ from crews import LONG, TOTAL, check_whole, measured, trials
 from optuna.trial import TrialState
 from processes import popen
 from test_network import HERE, THERE, Namespace, namespace, serving  # noqa: F401
-from tinystudy import HANGS, CommandLine, Process, finish, free_port, settings, start, study_file, wait_for, wait_until
+from tinystudy import (
+    HANGS,
+    CommandLine,
+    Process,
+    finish,
+    free_port,
+    settings,
+    start,
+    study_file,
+    wait_for,
+    wait_until,
+)
 
 STORE = 80_000_000  # bytes of a node's object store; Ray wants at least 75 MB
 
@@ -125,23 +136,29 @@ def test_sigterm_stops_all_and_loses_nothing(place: Path, cluster: Any) -> None:
     assert all(trial.params in queued for trial in interrupted)
 
 
+@pytest.fixture
+def joined(cluster: Any) -> Iterator[None]:
+    """This process is a driver of the cluster, which has one node for a task."""
+    import ray
+
+    add_node(cluster)
+    ray.init(cluster.address, log_to_driver=False, logging_level=logging.CRITICAL)
+    yield
+    ray.shutdown()
+
+
 @pytest.mark.slow
-def test_a_task_that_begins_after_the_stop_runs_nothing(place: Path, cluster: Any) -> None:
+def test_a_task_that_begins_after_the_stop_runs_nothing(place: Path, joined: None) -> None:
     """Ray's interruption is lost on one that is still importing."""
     import ray
 
     from atp_tune.cli import ray_engine
-    from atp_tune.cli.worker_pool import Job
+    from atp_tune.cli.worker_pool import WorkerJob
 
-    add_node(cluster)
-    ray.init(cluster.address, log_to_driver=False, logging_level=logging.CRITICAL)
-    try:
-        news = ray_engine._NEWS.remote()
-        ray.get(news.stop.remote())
-        job = Job(ray_engine._for_travel(study_file(place)), "tiny", None)
-        assert ray.get(ray_engine._work.remote(job, 0, news, ray_engine._host())) is None
-    finally:
-        ray.shutdown()
+    job = WorkerJob(ray_engine._for_travel(study_file(place)), "tiny", None)
+    news = ray_engine._NEWS.remote()
+    ray.get(news.stop.remote())
+    assert ray.get(ray_engine._work.remote(job, 0, news, ray_engine._host())) is None
     assert not (place / "tiny.db").exists()
 
 

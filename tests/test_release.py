@@ -56,7 +56,7 @@ def test_a_study_lets_go_of_its_model(place: Path, command: CommandLine, loads: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("offload", few(["auto", "host", "disk"], ["auto"]))
+@pytest.mark.parametrize("offload", few(["auto", "cpu", "disk"], ["auto"]))
 def test_prune_measures_its_folder_alone(
     offload: str, place: Path, command: CommandLine, loads: list[Any], tmp_path: Path
 ) -> None:
@@ -89,7 +89,7 @@ def test_speedup(done: Path, command: CommandLine, loads: list[Any], tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("offload", ["device", "host", "disk"])
+@pytest.mark.parametrize("offload", ["none", "cpu", "disk"])
 def test_a_bench_that_is_closed_holds_nothing(offload: Offload, tmp_path: Path) -> None:
     """Nor does what was made of it: a screening, a budget, the weights' stream."""
     tiny("llama").save_pretrained(tmp_path)
@@ -106,7 +106,7 @@ def test_a_bench_that_is_closed_holds_nothing(offload: Offload, tmp_path: Path) 
     assert others
 
 
-@pytest.mark.parametrize("offload", ["device", "host"])
+@pytest.mark.parametrize("offload", ["none", "cpu"])
 def test_a_callers_model_is_given_back_by_the_bench(offload: Offload) -> None:
     model = tiny("llama").train()
     before = copy_of(model)

@@ -171,7 +171,7 @@ def test_an_error_of_a_copy_that_nobody_wants_is_forgotten(stream: Stream, copie
 def test_the_thread_ends_with_the_checkpoint() -> None:
     gc.collect()
     before = {thread.ident for thread in threading.enumerate()}
-    checkpoint = checkpoint_of(tiny("llama"), "host")
+    checkpoint = checkpoint_of(tiny("llama"), "cpu")
     checkpoint.weights(0)
     (new,) = [thread for thread in threading.enumerate() if thread.ident not in before]
     assert new.daemon
@@ -212,8 +212,8 @@ def values(family: str, offload: Offload, pruner: str = "wanda") -> tuple[list[T
     "family", few(ALL, ("llama-tied", "gpt2", "gemma3", "falcon", "deepseek_v3", "gpt_oss", "olmoe"))
 )
 def test_where_weights_lie_changes_no_bit(family: str) -> None:
-    resident, nlls = values(family, "device")
-    for offload in ("host", "disk"):
+    resident, nlls = values(family, "none")
+    for offload in ("cpu", "disk"):
         streamed, others = values(family, offload)
         assert nlls == others, offload
         for one, other in zip(resident, streamed, strict=True):
@@ -221,7 +221,7 @@ def test_where_weights_lie_changes_no_bit(family: str) -> None:
             assert all(same_bits(tensor, other[name]) for name, tensor in one.items()), offload
 
 
-@pytest.mark.parametrize("offload", ["host", "disk"])
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
 def test_sparsegpt_changes_no_bit_either(offload: Offload) -> None:
     resident, nlls = values("llama", "device", "sparsegpt")
     streamed, others = values("llama", offload, "sparsegpt")

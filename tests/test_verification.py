@@ -207,7 +207,7 @@ def test_families_are_verified_in_each_number_format(family: str, dtype: torch.d
     check(checkpoint_of(tiny(family, dtype)))
 
 
-@pytest.mark.parametrize("offload", ["host", "disk"])
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
 def test_a_streamed_model_passes_once(offload: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     checkpoint = checkpoint_of(tiny("llama"), offload)

@@ -182,6 +182,8 @@ def _work(job: WorkerJob, index: int, news: Any, home: str) -> str | None:
     """The Ray task: runs the study and sends events to the actor."""
     if job.file.database is not None and _host() != home:  # a node that joined later
         return _out_of_reach(job.file)
+    import atp_tune.search.runner  # noqa: F401  it takes seconds, in which Ray's interruption would be lost
+
     if _answer(news.is_stopping.remote(), without=False):
         return None
     sent: list[Any] = []

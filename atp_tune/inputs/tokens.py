@@ -71,7 +71,10 @@ class TokenWindows:
 
     def examples(self, checkpoint: Checkpoint, items: int, positions: int) -> tuple[Tensor, Tensor, Tensor]:
         """Ids [items, positions]: zeros, ascending, and descending in each window."""
-        up = torch.arange(items * positions, device=checkpoint.device).view(items, positions) % vocabulary(checkpoint)
+        words = getattr(
+            checkpoint.config.get_text_config(), "vocab_size", 1
+        )  # without it the model names what it lacks
+        up = torch.arange(items * positions, device=checkpoint.device).view(items, positions) % words
         return torch.zeros_like(up), up, up.flip(1)
 
 

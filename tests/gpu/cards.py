@@ -43,7 +43,7 @@ def llama(device: torch.device, dtype: torch.dtype = torch.float32) -> LlamaForC
 
 def bench_on(
     device: torch.device,
-    offload: Offload | None = "device",
+    offload: Offload | None = "none",
     dtype: torch.dtype = torch.float32,
     prune: PruneConfig | None = None,
     windows: int = 16,

@@ -86,7 +86,7 @@ WIDE: dict[str, Any] = {
 def test_memory_that_runs_out_halves_the_batch(device: torch.device) -> None:
     """64 windows of 256 tokens take more than 1.5 GB in a block that is 128 times as wide inside."""
     torch.manual_seed(0)
-    checkpoint = Checkpoint(LlamaForCausalLM(LlamaConfig(**WIDE)).eval(), device, "device")
+    checkpoint = Checkpoint(LlamaForCausalLM(LlamaConfig(**WIDE)).eval(), device, "none")
     replay = Replay(checkpoint, TOKEN_WINDOWS)
     hidden = replay.embed(torch.randint(64, (64, 256), device=device)).clone()
     start, notes = hidden.clone(), list[str]()
@@ -116,7 +116,7 @@ def test_a_trial_that_does_not_fit_fails_and_the_next_one_runs(card: torch.devic
     assert trial(context).nlls == before
 
 
-@pytest.mark.parametrize("offload", ["device", "host"])
+@pytest.mark.parametrize("offload", ["none", "cpu"])
 def test_a_bench_that_is_let_go_frees_its_memory(offload: Any, device: torch.device) -> None:
     """All of the model's memory, and without anybody's emptying PyTorch's cache first."""
     trial(bench_on(device, offload))  # libraries take memory for good where they are first used
@@ -136,7 +136,7 @@ def test_a_bench_that_is_let_go_frees_its_memory(offload: Any, device: torch.dev
 def test_streaming_holds_few_blocks(card: torch.device) -> None:
     """The dense block, the next one and the pruned one: 3 of 8, and activations."""
     peaks = {}
-    for offload in ("device", "host"):
+    for offload in ("none", "cpu"):
         let_go(card)
         base = held(card)
         context = bench_on(card, offload)  # type: ignore[arg-type]
@@ -145,7 +145,7 @@ def test_streaming_holds_few_blocks(card: torch.device) -> None:
         trial(context)
         peaks[offload] = torch.cuda.max_memory_allocated(card) - base
         del context
-    assert peaks["device"] - peaks["host"] > 0.5 * weights
+    assert peaks["none"] - peaks["cpu"] > 0.5 * weights
 
 
 def test_a_small_device_streams_and_comes_to_the_same(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,7 @@ def test_the_current_device_is_the_one_that_computes(card: torch.device) -> None
 
 
 def test_two_devices_come_to_the_same(second: torch.device, card: torch.device) -> None:
-    assert same_blocks(pruned_blocks(bench_on(second, "host")), pruned_blocks(bench_on(card, "host")))
+    assert same_blocks(pruned_blocks(bench_on(second, "cpu")), pruned_blocks(bench_on(card, "cpu")))
 
 
 ALONE = """
