@@ -173,7 +173,7 @@ def _work(study: optuna.Study, label: str, storage: str, scale: int) -> tuple[st
 
 def _tokens(scale: int) -> tuple[int, int]:
     found = load("smol").study.texts
-    calibration, search = (scale * (text.nsamples or 0) * text.seqlen for text in (found.calibration, found.search))
+    calibration, search = (scale * (text.nsamples or 0) * text.seqlen for text in (found.calibration, found.validation))
     return calibration, search
 
 
