@@ -203,7 +203,7 @@ def test_a_second_call_imports_no_transformers(folder: Path, cache: Path, tmp_pa
     token_windows(Text(source=source, seqlen=32), folder, tmp_path)
     script = (
         "import sys; from pathlib import Path; from atp_tune.spec import study; from atp_tune.inputs import windows\n"
-        f"text = study.Text(source={source!r}, tokens=32)\n"
+        f"text = study.Text(source={source!r}, seqlen=32)\n"
         f"windows.token_windows(text, Path({str(folder)!r}), Path({str(tmp_path)!r}))\n"
         "print([name for name in ('torch', 'transformers', 'datasets', 'optuna') if name in sys.modules])"
     )
