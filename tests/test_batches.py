@@ -91,7 +91,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
     calls, chosen = [0], set[int]()
     measure = prune_pass.measure
 
-    def failing(replay: Replay, batch: batching.BatchSize, *more: Any) -> Any:
+    def failing(replay: Replay, batch: batching.AutoBatch, *more: Any) -> Any:
         calls[0] += 1
         if calls[0] in chosen:
             batch.run(lambda windows: raised() if windows > 4 else None)
