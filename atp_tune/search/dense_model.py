@@ -38,11 +38,11 @@ class DenseMeasurements:
         self._watch = watch
         self._statistics: dict[str, Sequence[BlockStatistics]] = {}
         self._ranked: dict[str, Ranked] = {}
-        self._evidence: Cache = {}
+        self._metrics: Cache = {}
 
     def clear(self) -> None:
         """Frees all measurements."""
-        for kept in (self._statistics, self._ranked, self._evidence):
+        for kept in (self._statistics, self._ranked, self._metrics):
             kept.clear()
         vars(self).pop("states", None)
         self._calibration = None
@@ -50,7 +50,7 @@ class DenseMeasurements:
     def evidence(self) -> DenseMetrics:
         """The metrics that allocations need; each is measured once for all budgets."""
         checkpoint, norms = self._replay.checkpoint, partial(self.statistics, make_pruner("wanda"))
-        return DenseMetrics(checkpoint, norms, self._evidence, self._step)
+        return DenseMetrics(checkpoint, norms, self._metrics, self._step)
 
     @cached_property
     def curve_windows(self) -> int:
