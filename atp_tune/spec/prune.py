@@ -22,7 +22,9 @@ def with_tables(model: type[Model]) -> type[Model]:
 class PruneConfig(SettingsTable):
     """How weights are chosen: the pruners to compare, the source of their statistics, and the pattern of zeros."""
 
-    pruners: tuple[PrunerName, ...] = Field(("wanda",), min_length=1)
+    pruners: tuple[PrunerName, ...] = Field(
+        ("wanda",), min_length=1, description="Optuna chooses, if there are several"
+    )
     statistics: Literal["block", "sequential", "dense"] = Field(
         "block",
         description="source: inputs with earlier blocks pruned, with all earlier linears pruned, or of the dense model",

