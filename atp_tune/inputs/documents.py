@@ -1,7 +1,8 @@
 """Texts as sequences of documents: c4, wikitext2, hub:ORG/NAME, file:PATH, package:MODULE:ATTRIBUTE.
 
 A part (a, b) of a text holds the documents that start in [a, b), as a share of all characters, so that disjoint parts
-share no document.
+share no document. Of a text with one document, such as a .txt file, it holds the paragraphs that start there: what lies
+between blank lines, or the lines if no line is blank.
 """
 
 import re
@@ -52,7 +53,7 @@ def documents(text: Text, base: Path) -> Sequence[str]:
     """
     found = find_source(text).read(text, base)
     if text.part != (0, 1):
-        found = _cut(found, text)
+        found = _cut(_paragraphs(found[0]) if len(found) == 1 else found, text)
     if not any(found):
         raise UserError(f'source: "{text.source}" holds no text')
     return found
@@ -79,6 +80,10 @@ def find_source(text: Text) -> TextSource:
     if source is None or bool(colon) != bool(source.form) or not re.fullmatch(source.form, rest, flags):
         raise UserError(f'source: "{text.source}" is none of {KNOWN}')
     return source
+
+
+def _paragraphs(document: str) -> list[str]:
+    return document.split("\n\n") if "\n\n" in document else document.split("\n")
 
 
 def _cut(found: Sequence[str], text: Text) -> Sequence[str]:

@@ -16,6 +16,23 @@ C4_FILES = {
 }
 
 
+HUB_TIMEOUT = 5.0  # seconds in which the hub must answer
+
+
+def is_hub_in_reach() -> bool:
+    """Whether the hub answers, and the libraries are not set to offline mode."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
+    except Exception:  # the hub's library has changed its HTTP client before
+        return False
+    return True
+
+
 class Column(Sequence[str]):
     """The texts in a column of a hub dataset, read on access; a missing text is empty."""
 

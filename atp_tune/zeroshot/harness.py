@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import huggingface_hub
 import numpy as np
 import torch
 from huggingface_hub import constants
@@ -30,12 +29,12 @@ from atp_tune.checkpoints.classes import check_known
 from atp_tune.checkpoints.convert import one_line, quiet
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message, Step
+from atp_tune.inputs.hub import is_hub_in_reach
 from atp_tune.spec.config import Measure
 
 SEVEN = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 ALL_SEVEN = "zero-shot"
 LIBRARIES = ("lm_eval", "datasets", "huggingface_hub", "transformers")
-HUB_TIMEOUT = 5.0  # seconds in which the hub must answer
 SEED = 1234  # lm-eval's seed for few-shot examples
 BOOTSTRAPS = 1000  # resamples for standard errors of metrics that are not means
 OUT_OF_REACH = "its data is not in the cache, and the hub is out of reach"
@@ -156,20 +155,12 @@ def _none_left(missing: Mapping[str, str]) -> str:
 def _hub_or_cache() -> Iterator[None]:
     """Sets the libraries to offline mode if the hub does not answer: its client would retry for minutes."""
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    if not any(before) and not _answers(constants.ENDPOINT):
+    if not any(before) and not is_hub_in_reach():
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
-
-
-def _answers(address: str) -> bool:
-    try:
-        huggingface_hub.get_session().head(address, timeout=HUB_TIMEOUT)
-    except Exception:  # the hub's library has changed its HTTP client before
-        return False
-    return True
 
 
 def _rows(task: Any) -> list[str]:

@@ -9,6 +9,7 @@ from atp_tune.errors import printable
 if TYPE_CHECKING:
     from atp_tune.cost.forecast import Forecast, StudyCost
     from atp_tune.cost.memory import Memory
+    from atp_tune.spec.studyfile import StudyFile
 
 
 def plan(
@@ -26,13 +27,17 @@ def plan(
 
     Example: `python tune.py plan --study smol`
     """
+    show_plan(load_study(study, storage, device, set_), study_name, json)
+
+
+def show_plan(file: "StudyFile", study_name: str | None, json: bool = False) -> None:
+    """Measures and prints the cost of a study, as a table or as one JSON document."""
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import quiet
     from atp_tune.cost.planning import foresee
     from atp_tune.events import ignore_events
     from atp_tune.results.status import to_json
 
-    file = load_study(study, storage, device, set_)
     with quiet(), Display() as display:
         found = foresee(file, study_name or file.name, ignore_events if json else display)
     console.print(to_json(found)) if json else show(found)

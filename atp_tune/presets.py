@@ -1,0 +1,94 @@
+"""The study of a model that comes without a study file: a preset says how much is measured, a choice on which texts.
+
+Presets are sizes that the shipped studies were run with: quick is `smol`'s on a CPU in minutes, thorough is the setup
+of the papers (128 calibration windows of 2048 tokens, the whole of WikiText-2).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from atp_tune.checkpoints.classes import model_config
+from atp_tune.checkpoints.models import ModelFolder
+from atp_tune.errors import UserError
+from atp_tune.inputs.windows import first_windows
+from atp_tune.spec.study import Text
+
+C4_WINDOWS = 256  # of a part of C4 that would be measured whole; the papers measure C4 on as many
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes of a study: windows of each text (None: all of it), at most `seqlen` tokens each, draws and trials."""
+
+    trials: int
+    seqlen: int
+    calibration: int
+    validation: int | None
+    test: int | None
+    draws: int = 3
+
+
+PRESETS = {
+    "quick": Preset(trials=12, seqlen=512, calibration=16, validation=16, test=24),
+    "balanced": Preset(trials=20, seqlen=2048, calibration=64, validation=64, test=None),
+    "thorough": Preset(trials=40, seqlen=2048, calibration=128, validation=None, test=None),
+}
+_C4: dict[str, dict[str, Any]] = {
+    "calibration": {"source": "c4", "split": "train", "sampling": "random"},
+    "validation": {"source": "c4", "split": "validation", "part": (0.0, 0.5)},
+    "test": {"source": "c4", "split": "validation", "part": (0.5, 1.0)},
+}
+_WIKITEXT2: dict[str, dict[str, Any]] = {
+    role: {"source": "wikitext2", "split": split}
+    for role, split in {"calibration": "train", "validation": "validation", "test": "test"}.items()
+}
+HUB_TEXTS: Mapping[str, Mapping[str, dict[str, Any]]] = {
+    "papers": {**_WIKITEXT2, "calibration": _C4["calibration"]},
+    "c4": _C4,
+    "wikitext2": _WIKITEXT2,
+}
+PACKAGED = "package:pydoc_data.topics:topics"  # in every Python: a part of its manual
+_PARTS = {"calibration": (0.0, 0.3), "validation": (0.3, 0.65), "test": (0.65, 1.0)}
+
+
+def texts_from_hub(choice: str, preset: Preset, folder: ModelFolder) -> dict[str, dict[str, Any]]:
+    """The texts of a study, by role, from one of `HUB_TEXTS`."""
+    sizes = {"calibration": preset.calibration, "validation": preset.validation, "test": preset.test}
+    seqlen = min(preset.seqlen, context_length(folder) or preset.seqlen)
+    found = {
+        role: {**text, "nsamples": sizes[role] or (C4_WINDOWS if text["source"] == "c4" else None), "seqlen": seqlen}
+        for role, text in HUB_TEXTS[choice].items()
+    }
+    found["calibration"]["draws"] = preset.draws
+    return {role: {key: value for key, value in text.items() if value is not None} for role, text in found.items()}
+
+
+def texts_from_one(source: str, preset: Preset, folder: ModelFolder, base: Path) -> dict[str, dict[str, Any]]:
+    """The texts of a study, by role, as disjoint parts of one local text, with as many windows as there are.
+
+    UserError if a part is shorter than one window.
+    """
+    sizes = {"calibration": preset.calibration, "validation": preset.validation, "test": preset.test}
+    seqlen = min(preset.seqlen, context_length(folder) or preset.seqlen)
+    found: dict[str, dict[str, Any]] = {}
+    for role, part in _PARTS.items():
+        text = Text(source=source, part=part, seqlen=seqlen)
+        draws = preset.draws if role == "calibration" else 1
+        most = (sizes[role] or 1_000_000 // draws) * draws
+        try:
+            there = len(first_windows(text, folder.path, base, most, trusted=folder.trusted))
+        except UserError as error:
+            raise UserError(f"the part of {source} for {role}: {error}, or give a longer text") from None
+        draws = min(draws, there)
+        found[role] = {"source": source, "part": part, "nsamples": there // draws, "seqlen": seqlen}
+        if role == "calibration":
+            found[role]["draws"] = draws
+    return found
+
+
+def context_length(folder: ModelFolder) -> int | None:
+    """Tokens that a model can take at once; None if its config does not say."""
+    config = model_config(folder.path, folder.trusted).get_text_config()
+    return getattr(config, "max_position_embeddings", None)
