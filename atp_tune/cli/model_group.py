@@ -37,7 +37,7 @@ class ModelGroup(TyperGroup):
         return [MODEL, word, *args[:position], *args[position + 1 :]] if self._is_model(word) else args
 
     def _is_model(self, word: str) -> bool:
-        """Whether the command `MODEL` takes a word: a hub id, a file or a wheel, or a study, of which it knows better."""
+        """Whether the command `MODEL` takes a word: a hub id, a file or a wheel; or a study, to say how it is run."""
         is_plain = word.isalpha() and not Path(word).is_dir() and word not in [path.stem for path in known()]
         return word not in self.commands and not is_plain
 
