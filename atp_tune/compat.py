@@ -10,7 +10,8 @@ Optuna's heartbeats
     FrozenStudy           the type that the public `BaseStorage.get_all_studies` returns
 Optuna's tables
     TrialHeartbeatModel, TrialModel  read all heartbeats, and the database's clock, in one query
-    TrialUserAttributeModel          writes several attributes in one transaction; `set_trial_user_attr` writes one
+    TrialUserAttributeModel, TrialSystemAttributeModel, StudySystemAttributeModel
+                          write several attributes in one transaction; `set_trial_user_attr` writes one
     transaction           a transaction that Optuna's own calls join, with Optuna's errors
 Optuna's Gaussian process
     SearchSpace           converts points to the GP's unit cube
@@ -22,13 +23,20 @@ from optuna._gp.search_space import SearchSpace
 from optuna.samplers import GPSampler
 from optuna.storages import BaseStorage
 from optuna.storages._heartbeat import BaseHeartbeat, is_heartbeat_enabled
-from optuna.storages._rdb.models import TrialHeartbeatModel, TrialModel, TrialUserAttributeModel
+from optuna.storages._rdb.models import (
+    StudySystemAttributeModel,
+    TrialHeartbeatModel,
+    TrialModel,
+    TrialSystemAttributeModel,
+    TrialUserAttributeModel,
+)
 from optuna.storages._rdb.storage import _create_scoped_session as transaction
 from optuna.study._frozen import FrozenStudy
 
 __all__ = [
-    "BaseHeartbeat", "FrozenStudy", "SearchSpace", "TrialHeartbeatModel", "TrialModel", "TrialUserAttributeModel",
-    "fitted", "is_heartbeat_enabled", "ray_address", "serve_storage", "storage_client", "transaction",
+    "BaseHeartbeat", "FrozenStudy", "SearchSpace", "StudySystemAttributeModel", "TrialHeartbeatModel", "TrialModel",
+    "TrialSystemAttributeModel", "TrialUserAttributeModel", "fitted", "is_heartbeat_enabled", "ray_address",
+    "serve_storage", "storage_client", "transaction",
 ]  # fmt: skip
 
 

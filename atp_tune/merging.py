@@ -257,7 +257,7 @@ def _write_notes(
 ) -> None:
     from optuna_dashboard import save_note  # takes seconds to import
 
-    from atp_tune.serving.notes import own_words
+    from atp_tune.dashboard.notes import own_words
 
     notes: dict[int | None, dict[str, None]] = {}
     for source, own in zip(sources, numbers, strict=True):

@@ -24,6 +24,7 @@ from synthetic import BOUND, made_up, new_study
 from atp_tune import figures
 from atp_tune.cli import tables, terminal
 from atp_tune.cli.commands import apply
+from atp_tune.dashboard import notes
 from atp_tune.errors import UserError
 from atp_tune.figures import overlay
 from atp_tune.metrics.perplexity import Perplexity
@@ -31,7 +32,6 @@ from atp_tune.report import contents, latex, machine, markdown
 from atp_tune.results.best_config import best_config
 from atp_tune.results.status import status_of, to_json
 from atp_tune.results.summary import summarise
-from atp_tune.serving import notes
 from atp_tune.spec import studyfile
 from atp_tune.spec.config import read_config
 from atp_tune.spec.facts import facts

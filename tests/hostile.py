@@ -184,10 +184,10 @@ def _all_of(table: str, value: str) -> Change:
 
 def _made_from(**values: Any) -> Change:
     def change(place: Path) -> None:
-        query = "SELECT value_json FROM study_user_attributes WHERE key = 'made_from'"
+        query = "SELECT value_json FROM study_system_attributes WHERE key = 'atp_tune:made_from'"
         with closing(sqlite3.connect(place / "tiny.db")) as connection, connection:
             made = json.loads(connection.execute(query).fetchone()[0]) | values
-        attr("made_from", made, "study_user")(place)
+        attr("atp_tune:made_from", made)(place)
 
     return change
 

@@ -16,7 +16,7 @@ from optuna.storages import RDBStorage
 from tinystudy import quiet
 
 import atp_tune
-from atp_tune.storage import database
+from atp_tune.storage import attributes, database
 
 ROOT = Path(atp_tune.__file__).parent
 PACKAGES = {"lm_eval": "lm-eval"}  # whose releases have another name than what is imported
@@ -40,6 +40,8 @@ PARTS: dict[Import, tuple[str, ...]] = {
     ("optuna.storages._rdb.models", "TrialHeartbeatModel"): ("trial_id", "heartbeat"),
     ("optuna.storages._rdb.models", "TrialModel"): ("study_id", "state"),
     ("optuna.storages._rdb.models", "TrialUserAttributeModel"): ("trial_id", "key", "value_json"),
+    ("optuna.storages._rdb.models", "TrialSystemAttributeModel"): ("trial_id", "key", "value_json"),
+    ("optuna.storages._rdb.models", "StudySystemAttributeModel"): ("study_id", "key", "value_json"),
     ("optuna.storages._grpc.auto_generated", "api_pb2_grpc"): (
         "StorageServiceStub", "add_StorageServiceServicer_to_server",
     ),
@@ -127,16 +129,22 @@ def test_what_is_read_has_its_parts(module: str, name: str) -> None:
 @pytest.mark.parametrize("name", [*database.CALLS, "set_trial_state_values", "record_heartbeat"])
 def test_what_a_database_makes_again_is_a_call_of_optuna_s(name: str) -> None:
     """A method of another name would never be called: a lost server would end the worker."""
-    if not hasattr(RDBStorage, name) and name not in vars(database.Database):
+    if not hasattr(RDBStorage, name) and name not in vars(attributes.AttributeStorage):
         pytest.fail(f"{upstream('optuna')}: RDBStorage has no {name} any more", pytrace=False)
 
 
-def test_what_writes_several_attributes_is_there() -> None:
-    call = getattr(RDBStorage, "_set_trial_attr_without_commit", None)
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("_set_trial_attr_without_commit", ("self", "session", "model_cls", "trial_id", "key", "value")),
+        ("_build_frozen_trial_from_trial_model", ("self", "trial")),
+    ],
+)
+def test_what_separates_attributes_and_joins_them_is_there(name: str, wanted: tuple[str, ...]) -> None:
+    call = getattr(RDBStorage, name, None)
     if call is None:
-        pytest.fail(f"{upstream('optuna')}: RDBStorage has no _set_trial_attr_without_commit any more", pytrace=False)
-    wanted = ("self", "session", "model_cls", "trial_id", "key", "value")
-    check_takes("optuna.storages", "RDBStorage._set_trial_attr_without_commit", call, wanted)
+        pytest.fail(f"{upstream('optuna')}: RDBStorage has no {name} any more", pytrace=False)
+    check_takes("optuna.storages", f"RDBStorage.{name}", call, wanted)
 
 
 @pytest.fixture
@@ -168,7 +176,8 @@ OTHERS = {
     "_eng_net",  # of DeepSparse, which is installed nowhere here; its last release is from 2024
     "_apply_gate",  # of some experts of transformers, called where it is there
     "_replace",  # of grpc's handlers, which are named tuples
-    "_backend", "_gprs_cache_list", "_X_train", "_host", "_port", "_set_trial_attr_without_commit",  # see other tests
+    "_backend", "_gprs_cache_list", "_X_train", "_host", "_port", "_set_trial_attr_without_commit",
+    "_build_frozen_trial_from_trial_model",  # see other tests
 }  # fmt: skip
 
 

@@ -23,19 +23,20 @@ from preloaded import add_trials
 from processes import at_end, catches
 from tinystudy import HANGS, LONG, CommandLine, finish, hear, quiet, run, settings, start, wait_until
 
+from atp_tune.dashboard.notes import study_note
 from atp_tune.errors import UserError
 from atp_tune.results.summary import summarise
 from atp_tune.serving.dashboard_storage import make_view
 from atp_tune.serving.maintenance import Maintenance
-from atp_tune.serving.notes import study_note
 from atp_tune.serving.servers import ServedDatabase, proxy
 from atp_tune.storage import database, fingerprint, opening, progress, retry
+from atp_tune.storage.attributes import PREFIX
 from atp_tune.storage.database import RetryingDatabase, is_away, without_password
 from atp_tune.storage.remote import connect
 
 MEASURES = (
-    "SELECT 1 FROM trials JOIN trial_user_attributes USING (trial_id) "
-    "WHERE number = %s AND state = 'RUNNING' AND key = 'sparsities'"
+    "SELECT 1 FROM trials JOIN trial_system_attributes USING (trial_id) "
+    f"WHERE number = %s AND state = 'RUNNING' AND key = '{PREFIX}sparsities'"
 )
 
 

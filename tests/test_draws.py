@@ -291,7 +291,7 @@ def test_the_legend_says_over_how_many_windows_and_how_far(done: Path, place: Pa
 def raw(place: Path) -> dict[str, str]:
     """The study's attributes as the database has them."""
     with closing(sqlite3.connect(place / "tiny.db")) as connection:
-        return dict(connection.execute("SELECT key, value_json FROM study_user_attributes").fetchall())
+        return dict(connection.execute("SELECT substr(key, 10), value_json FROM study_system_attributes").fetchall())
 
 
 @pytest.mark.slow
@@ -325,11 +325,10 @@ def test_each_row_is_an_attribute_and_those_of_before_are_read(drawn: Path) -> N
     }
     whole = {name: [1.0] * 16 for name in ("dense", *numbers)}
     with closing(sqlite3.connect(drawn / "tiny.db")) as connection:
-        connection.execute("UPDATE study_user_attributes SET key = 'reports' WHERE key = 'test_nlls:dense'")
-        connection.execute(
-            "UPDATE study_user_attributes SET value_json = ? WHERE key = 'reports'", (json.dumps(whole),)
-        )
-        connection.execute(f"DELETE FROM study_user_attributes WHERE key = 'test_nlls:{numbers[0]}'")
+        gone = ("atp_tune:test_nlls:dense", f"atp_tune:test_nlls:{numbers[0]}")
+        connection.execute("DELETE FROM study_system_attributes WHERE key IN (?, ?)", gone)
+        insert = "INSERT INTO study_user_attributes (study_id, key, value_json) VALUES (1, 'reports', ?)"
+        connection.execute(insert, (json.dumps(whole),))
         connection.commit()
     reports = stored(drawn).user_attrs["test_nlls"]
     assert reports["dense"] == reports[numbers[0]] == [1.0] * 16

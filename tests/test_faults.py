@@ -56,16 +56,18 @@ from atp_tune.search import runner
 from atp_tune.search.context import TrialContext
 from atp_tune.spec.config import read_config
 from atp_tune.storage import lost_trials, progress
+from atp_tune.storage.attributes import PREFIX
 from atp_tune.storage.lost_trials import SAME
 from atp_tune.storage.process_identity import identity, versions
 
 ROWS = Rows()
 WRITES = os.environ.get("ATP_TUNE_WRITE_DOCS") == "1"
 LONG = ("texts.calibration.nsamples=250", "texts.validation.nsamples=250", f"search.trials={TOTAL}")
-RUNS = "SELECT 1 FROM trials JOIN trial_user_attributes USING (trial_id) WHERE state = 'RUNNING' AND key = 'sparsities'"
+RUNS = f"""SELECT 1 FROM trials JOIN trial_system_attributes USING (trial_id)
+    WHERE state = 'RUNNING' AND key = '{PREFIX}sparsities'"""
 # Changes when a trial, or a number of the report, is stored.
-PROGRESS = """SELECT (SELECT count(*) FROM trials WHERE state = 'COMPLETE'),
-    (SELECT count(*) FROM study_user_attributes WHERE key LIKE 'test_nlls:%')"""
+PROGRESS = f"""SELECT (SELECT count(*) FROM trials WHERE state = 'COMPLETE'),
+    (SELECT count(*) FROM study_system_attributes WHERE key LIKE '{PREFIX}test_nlls:%')"""
 slow = pytest.mark.slow
 KILLS = int(os.environ.get("ATP_TUNE_KILLS", "8"))  # at random moments; docs/reliability.md has 30
 TRANSACTIONS = (2, 12, 20, 28)
@@ -210,9 +212,9 @@ class Moment:
         return monotonic() > self._since + self._delay or self._tiny.has(ENDED, self._ended)
 
 
-COUNTS = """SELECT (SELECT count(*) FROM trial_user_attributes),
+COUNTS = """SELECT (SELECT count(*) FROM trial_system_attributes),
     (SELECT count(*) FROM trials WHERE state = 'COMPLETE')"""
-WRITTEN = "SELECT 1 FROM trial_user_attributes LIMIT 1 OFFSET ?"
+WRITTEN = "SELECT 1 FROM trial_system_attributes LIMIT 1 OFFSET ?"
 ENDED = "SELECT 1 FROM trials WHERE state = 'COMPLETE' LIMIT 1 OFFSET ?"
 SPARED = """SELECT 1 WHERE NOT EXISTS (
     SELECT 1 FROM trials JOIN trial_system_attributes USING (trial_id)

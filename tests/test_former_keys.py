@@ -9,9 +9,9 @@ import optuna
 import pytest
 from synthetic import made_up
 
+from atp_tune.dashboard.notes import facts_of
 from atp_tune.errors import UserError
 from atp_tune.merging import merge
-from atp_tune.serving.notes import facts_of
 from atp_tune.sparse.provenance import read_text
 from atp_tune.spec.config import FORMAT, read_config
 from atp_tune.spec.facts import facts
@@ -201,8 +201,8 @@ def test_a_merged_study_has_present_names(folder: Path) -> None:
         study.add_trial(made_up(0.0))
     merged = merge([str(folder / "a.db"), str(folder / "b.db")], folder / "out.db", None)
     assert merged.study.user_attrs["fingerprint"] == made
-    raw = optuna.load_study(study_name="s", storage=f"sqlite:///{folder / 'out.db'}")
-    assert raw.user_attrs["fingerprint"] == made
+    raw = optuna.storages.RDBStorage(f"sqlite:///{folder / 'out.db'}")
+    assert raw.get_study_system_attrs(1)["atp_tune:fingerprint"] == made
 
 
 def test_a_text_of_the_command_line_and_the_dashboard() -> None:

@@ -32,6 +32,7 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
+ARTIFACTS = re.compile(r"(tiny|done)/tiny\.artifacts(/[0-9a-f-]{36})?")
 NAMES = ["../../x", "/tmp/x", "..", ".", "-x", "a b", "a/../../b", "~", "é", "x" * 200]
 
 
@@ -47,7 +48,8 @@ def test_a_name_stays_in_its_folder(name: str, place: Path, command: CommandLine
     made = {
         f"tiny/{end}" for end in ("tiny.db", *(f"{plain}{x}" for x in (".best.json", ".report.html", ".report.md")))
     }
-    assert {path for path in files(place.parent) - before if not path.startswith("cache")} == made
+    new = {path for path in files(place.parent) - before if not path.startswith("cache")}
+    assert {path for path in new if not ARTIFACTS.fullmatch(path)} == made
 
 
 @pytest.mark.parametrize("name", ["", "a\nb", "a\x1b[2Jb", "x" * 201, "a\udcff", "\u202e", "a\tb"])
@@ -94,7 +96,7 @@ def hostile(done: Path) -> Path:
     change(done / "tiny.db", "UPDATE trials SET state = 'FAIL' WHERE number = 5")
     change(
         done / "tiny.db",
-        "UPDATE trial_user_attributes SET key = 'failure', value_json = ? WHERE key = 'errors'",
+        "INSERT INTO trial_user_attributes (trial_id, key, value_json) SELECT trial_id, 'failure', ? FROM trials",
         words,
     )
     made = study_of(done, name).user_attrs["made_from"]
@@ -163,24 +165,30 @@ def test_an_artifact_stays_in_its_folder(done: Path) -> None:
     meta = {"artifact_id": "../../planted", "filename": "best.json", "mimetype": "text/plain", "encoding": None}
     study = study_of(done)
     study._storage.set_study_system_attr(study._study_id, "artifacts:x", json.dumps(meta))
+    change(done / "tiny.db", "DELETE FROM study_system_attributes WHERE key LIKE 'artifacts:%-%'")
     before = files(done.parent)
     with served(done / "tiny.db") as dashboard:
         dashboard.study("tiny")
     new = {path for path in files(done.parent) - before if not path.startswith("cache")}
     assert new
-    assert all(re.fullmatch(r"done/tiny\.artifacts(/[0-9a-f-]{36})?", path) for path in new)
+    assert all(ARTIFACTS.fullmatch(path) for path in new)
 
 
 @pytest.mark.parametrize("value", ["[]", "5", '{"name": 1}', '{"name": "x", "path": "a\\u0000", "settings": {}}',
                                    '{"name": "x", "path": "y", "settings": {"sparsity": 7, "new": 1}}'])  # fmt: skip
 def test_a_study_file_of_another_version_is_left_out(value: str, done: Path) -> None:
-    change(done / "tiny.db", "UPDATE study_user_attributes SET value_json = ? WHERE key = 'made_from'", value)
+    change(
+        done / "tiny.db", "UPDATE study_system_attributes SET value_json = ? WHERE key = 'atp_tune:made_from'", value
+    )
     assert summarise(study_of(done)).made_from is None
 
 
 @pytest.mark.slow
 def test_commands_work_without_the_study_file_of_another_version(done: Path, command: CommandLine) -> None:
-    change(done / "tiny.db", "UPDATE study_user_attributes SET value_json = '{\"name\": 1}' WHERE key = 'made_from'")
+    change(
+        done / "tiny.db",
+        "UPDATE study_system_attributes SET value_json = '{\"name\": 1}' WHERE key = 'atp_tune:made_from'",
+    )
     for words in (("status",), ("export",), ("report", "--out", done / "r.html")):
         assert command(*words, "--study", done / "tiny.toml").code == 0
 
@@ -188,8 +196,8 @@ def test_commands_work_without_the_study_file_of_another_version(done: Path, com
 @pytest.mark.parametrize(
     "query",
     [
-        "UPDATE trial_user_attributes SET value_json = '{' WHERE key = 'nlls'",
-        "UPDATE study_user_attributes SET value_json = '' WHERE key = 'dense'",
+        "UPDATE trial_system_attributes SET value_json = '{' WHERE key = 'atp_tune:nlls'",
+        "UPDATE study_system_attributes SET value_json = '' WHERE key = 'atp_tune:dense'",
         "UPDATE trial_params SET distribution_json = '{}'",
         'UPDATE trial_params SET distribution_json = \'{"name": "Evil", "attributes": {}}\'',
         "UPDATE trial_values SET value = NULL",
@@ -204,7 +212,10 @@ def test_what_optuna_cannot_read_is_one_line(query: str, done: Path, command: Co
 
 def test_a_trial_that_is_not_of_a_study_has_failed(done: Path) -> None:
     change(done / "tiny.db", "UPDATE trial_values SET value = -5 WHERE trial_id = 3")
-    change(done / "tiny.db", "UPDATE trial_user_attributes SET value_json = 7 WHERE trial_id = 4 AND key = 'nlls'")
+    change(
+        done / "tiny.db",
+        "UPDATE trial_system_attributes SET value_json = 7 WHERE trial_id = 4 AND key = 'atp_tune:nlls'",
+    )
     study = study_of(done)
     assert study.trials[2].state == TrialState.FAIL
     assert study.trials[2].user_attrs == {"failure": FOREIGN}

@@ -24,6 +24,7 @@ from preloaded import abort, doom, doom_with_patience, kill
 from tinystudy import make_model, make_tokenizer, settings, stored, wait_until
 
 from atp_tune.storage import lost_trials, progress
+from atp_tune.storage.attributes import PREFIX
 from atp_tune.storage.trace import left_of
 
 pytestmark = pytest.mark.slow
@@ -33,10 +34,10 @@ KILLS = int(os.environ.get("ATP_TUNE_KILLS", "8"))
 TOTAL = 8
 PATIENCE = 900  # seconds, for a machine with other jobs
 HUNTED = 3  # the trial that is hit each time, by the number it had first
-RUNNING = """
+RUNNING = f"""
     SELECT pid.value_json, COALESCE(first.value_json, number), number FROM trials
-    JOIN trial_user_attributes AS plan ON plan.trial_id = trials.trial_id AND plan.key = 'sparsities'
-    JOIN trial_user_attributes AS pid ON pid.trial_id = trials.trial_id AND pid.key = 'pid'
+    JOIN trial_system_attributes AS plan ON plan.trial_id = trials.trial_id AND plan.key = '{PREFIX}sparsities'
+    JOIN trial_system_attributes AS pid ON pid.trial_id = trials.trial_id AND pid.key = '{PREFIX}pid'
     LEFT JOIN trial_system_attributes AS first ON first.trial_id = trials.trial_id AND first.key = 'failed_trial'
     WHERE state = 'RUNNING'"""
 

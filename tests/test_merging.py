@@ -16,11 +16,11 @@ from pgserver import PostgreSQL
 from synthetic import DISTRIBUTIONS, made_up, new_study, storage_in
 from tinystudy import CommandLine, quiet, run, stored, study_file
 
+from atp_tune.dashboard.notes import with_own_words
 from atp_tune.errors import UserError
 from atp_tune.merging import Merged, merge
 from atp_tune.results.summary import summarise
 from atp_tune.serving.maintenance import Maintenance
-from atp_tune.serving.notes import with_own_words
 from atp_tune.storage import lost_trials, progress
 
 
@@ -232,7 +232,7 @@ def test_artifacts_come_along(done: Path, tmp_path: Path) -> None:
     shutil.copyfile(*files)
     for file in files:
         folder = file.with_suffix(".artifacts")
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         Maintenance(storage_in(file), folder, print).turn()
     study, store = study_of(files[1]), FileSystemArtifactStore(files[1].with_suffix(".artifacts"))
     upload_artifact(artifact_store=store, file_path=str(tmp_path / "sketch.txt"), study_or_trial=study)
@@ -365,6 +365,7 @@ def test_what_optuna_cannot_read_is_one_line(table: str, tmp_path: Path) -> None
     study = made(tmp_path / "a.db", made_up(0.0))
     made(tmp_path / "b.db", made_up(0.001))
     study._storage.set_study_system_attr(study._study_id, "x", 1)
+    study.set_user_attr("x", 1)
     set_trial_attr(tmp_path / "a.db", "x", 1)
     with closing(sqlite3.connect(tmp_path / "a.db")) as connection, connection:
         connection.execute(f"UPDATE {table} SET value_json = '{{'")

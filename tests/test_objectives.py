@@ -20,6 +20,7 @@ from tinystudy import finish as finished
 
 from atp_tune import figures
 from atp_tune.allocations import Budget
+from atp_tune.dashboard.notes import study_note, trial_note
 from atp_tune.errors import UserError
 from atp_tune.events import TrialEnded
 from atp_tune.merging import merge
@@ -32,7 +33,6 @@ from atp_tune.search import termination
 from atp_tune.search.proposals import levelled
 from atp_tune.search.space import make_space
 from atp_tune.search.termination import regret_of
-from atp_tune.serving.notes import study_note, trial_note
 from atp_tune.spec.config import read_config
 from atp_tune.spec.facts import facts
 from atp_tune.storage import progress

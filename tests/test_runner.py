@@ -225,7 +225,7 @@ def test_time_that_is_up_starts_no_further_trial(place: Path, monkeypatch: pytes
 def test_reports_that_are_missing_are_measured(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process died after its last trial: the trials are there, the final numbers are not."""
     with closing(sqlite3.connect(done / "tiny.db")) as connection, connection:
-        connection.execute("DELETE FROM study_user_attributes WHERE key LIKE 'test_nlls:%'")
+        connection.execute("DELETE FROM study_system_attributes WHERE key LIKE 'atp_tune:test_nlls:%'")
     (done / "tiny.best.json").unlink()
     study = run(done)
     assert len(study.trials) == 6

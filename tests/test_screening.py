@@ -391,7 +391,7 @@ def test_a_screening_of_before_is_one(screened_place: Path) -> None:
     place = screened_place
     assert reopen(place, "tiny.screen").user_attrs["screens"] == "tiny"
     with closing(sqlite3.connect(place / "tiny.db")) as connection:
-        assert connection.execute("DELETE FROM study_user_attributes WHERE key = 'screens'").rowcount == 1
+        assert connection.execute("DELETE FROM study_system_attributes WHERE key = 'atp_tune:screens'").rowcount == 1
         connection.commit()
     screened = reopen(place, "tiny.screen")
     assert is_screening(screened)

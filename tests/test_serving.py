@@ -23,8 +23,8 @@ from optuna.trial import TrialState
 from synthetic import storage_in
 from tinystudy import HANGS, CommandLine, finish, go_silent, run, start, study_file, wait_until
 
+from atp_tune.dashboard.notes import OWN, with_own_words
 from atp_tune.errors import UserError
-from atp_tune.serving.notes import OWN, with_own_words
 from atp_tune.serving.serve import Served, Service, choose, serve
 from atp_tune.spec import finding
 from atp_tune.spec.config import read_config
@@ -118,7 +118,7 @@ def test_columns_are_numbers_and_short(dashboard: Dashboard) -> None:
     study = dashboard.study("tiny")
     columns = {attr["key"]: attr["sortable"] for attr in study["union_user_attrs"]}
     assert columns == {
-        "± stderr": True, "zeros %": True, "seconds": True, "peak GB": True, "device": False, "dtype": False,
+        "± stderr": True, "zeros %": True, "time (s)": True, "peak GB": True, "device": False, "dtype": False,
         "host": False,
     }  # fmt: skip
     assert all(len(attr["value"]) < 60 for trial in study["trials"] for attr in trial["user_attrs"])
@@ -136,14 +136,14 @@ def test_notes_of_trials(dashboard: Dashboard) -> None:
 
 
 def test_figures_are_drawn_and_the_database_is_left_alone(dashboard: Dashboard, done: Path) -> None:
+    db = open_db(done)
+    before = db.get_study_system_attrs(db.get_study_id_from_name("tiny"))
     figures = {
         figure["id"]: json.loads(figure["graph_object"]) for figure in dashboard.study("tiny")["plotly_graph_objects"]
     }
     assert list(figures) == ["perplexity", "sparsity", "error", "seconds"]
     assert all(figure["data"] for figure in figures.values())
-    db = open_db(done)
-    stored = db.get_study_system_attrs(db.get_study_id_from_name("tiny"))
-    assert not [key for key in stored if key.startswith("dashboard:")]
+    assert db.get_study_system_attrs(db.get_study_id_from_name("tiny")) == before
     assert set(db.get_all_studies()[0].user_attrs) > {"fingerprint", "dense", "test_nlls:dense"}
     assert "nlls" in db.get_all_trials(db.get_study_id_from_name("tiny"))[0].user_attrs
 
@@ -219,6 +219,7 @@ def test_an_artifact_is_of_its_folder_and_acts_on_nothing(dashboard: Dashboard, 
 def test_what_lies_in_the_folder_of_artifacts_is_left_alone(done: Path, command: CommandLine, tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "best.json").write_text("mine")
+    shutil.rmtree(done / "tiny.artifacts")
     (done / "tiny.artifacts").symlink_to(tmp_path / "home")
     words = ("serve", "--study", done / "tiny.toml", "--port", "0", "--grpc-port", "0")
     assert f"is a link to {tmp_path / 'home'}, where files would be written" in command(*words).error

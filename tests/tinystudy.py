@@ -34,6 +34,7 @@ from atp_tune.events import EventHandler, ignore_events
 from atp_tune.search.runner import StudyRun, tune
 from atp_tune.spec.studyfile import StudyFile, load
 from atp_tune.storage import opening
+from atp_tune.storage.attributes import PREFIX
 
 Process = subprocess.Popen[str] | Forked
 TUNE = Path(__file__).parents[1] / "tune.py"
@@ -279,8 +280,8 @@ def wait_for(database: Path, number: int, process: Process, seconds: float = HAN
 
 def _measures(database: Path, number: int) -> bool:
     query = (
-        "SELECT 1 FROM trials JOIN trial_user_attributes USING (trial_id) "
-        "WHERE number = ? AND state = 'RUNNING' AND key = 'sparsities'"
+        "SELECT 1 FROM trials JOIN trial_system_attributes USING (trial_id) "
+        f"WHERE number = ? AND state = 'RUNNING' AND key = '{PREFIX}sparsities'"
     )
     try:
         with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:

@@ -19,6 +19,7 @@ from atp_tune.results.trials import is_uniform
 from atp_tune.spec.studyfile import settings
 from atp_tune.storage.lost_trials import is_given_up, is_lost
 from atp_tune.storage.progress import ranked, values_of
+from atp_tune.storage.validation import StudySnapshot
 
 ENOUGH = 10  # measured trials: with fewer, importance of parameters is not shown
 
@@ -126,6 +127,7 @@ class Contents:
 
 def gather(study: optuna.Study, made: datetime) -> Contents:
     """The contents of a report on the present state of a study."""
+    study = StudySnapshot(study)
     summary = summarise(study)
     return Contents(summary, dict(study.user_attrs.get("fingerprint", {})), _importance(study, summary.trials), made)
 

@@ -22,10 +22,12 @@ from atp_tune.spec.config import (
 )
 from atp_tune.spec.studyfile import StudyFile
 from atp_tune.storage import fingerprint, progress
+from atp_tune.storage.validation import StudySnapshot
 
 
 def best_config(file: StudyFile, study: optuna.Study, out: Path, number: int | None = None) -> Config:
     """The configuration, to be written to `out`, of the best trial or of trial `number`; UserError without one."""
+    study = StudySnapshot(study)
     best = progress.best_trial(study)
     if number is not None and best is not None:
         best = next((trial for trial in progress.measured(study) if trial.number == number), None)

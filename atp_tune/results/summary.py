@@ -20,6 +20,7 @@ from atp_tune.spec.config import Divergences, Scores, ZeroShot
 from atp_tune.spec.studyfile import StudyFile, from_settings
 from atp_tune.storage import fingerprint, opening, progress
 from atp_tune.storage.fingerprint import SUFFIX, is_screening
+from atp_tune.storage.validation import StudySnapshot
 
 BATCHED = ("calibration", "validation")  # texts whose batch sizes affect a trial's value
 
@@ -108,6 +109,7 @@ class Summary:
 
 def summarise(study: optuna.Study) -> Summary:
     """A study's present summary."""
+    study = StudySnapshot(study)
     best = progress.best_trial(study)
     reports = study.user_attrs.get("test_nlls", {})
     uniform = uniform_of(study, best)

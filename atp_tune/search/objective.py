@@ -24,6 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 from atp_tune.blocks.prune_pass import PrunedBlock
 from atp_tune.blocks.timing import Timer
 from atp_tune.checkpoints.devices import device_name, is_out_of_memory, peak_memory, reset_peak_memory
+from atp_tune.dashboard.notes import measured_columns
 from atp_tune.errors import TrialError, UserError
 from atp_tune.events import EventHandler, Message, TrialStarted
 from atp_tune.metrics.kl import Divergence, divergence
@@ -87,7 +88,8 @@ class Objective:
 
     def _store(self, trial: Trial, record: "Record", **more: object) -> None:
         batches = {"batch_windows": self.context.batch("calibration").windows, "batches": self.context.batches}
-        set_attributes(trial, {**record.close(), **batches, **more})
+        measured = {**record.close(), **batches, **more}
+        set_attributes(trial, {**measured, **measured_columns(measured)})
 
     def _repeat(self, trial: Trial, earlier: FrozenTrial) -> tuple[float, ...]:
         if earlier.state == TrialState.FAIL:

@@ -7,9 +7,11 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial
 
 from atp_tune.allocations import Budget
+from atp_tune.dashboard.notes import facts_of
 from atp_tune.errors import UserError, printable
 from atp_tune.events import EventHandler, Message, TrialStarted
 from atp_tune.metrics.perplexity import perplexity
@@ -23,6 +25,7 @@ from atp_tune.spec.facts import facts
 from atp_tune.spec.study import ScreenConfig
 from atp_tune.spec.studyfile import TRIALS, StudyFile, settings
 from atp_tune.storage import fingerprint, opening, progress
+from atp_tune.storage.database import reason_of
 from atp_tune.storage.fingerprint import SUFFIX, is_screening
 from atp_tune.storage.process_identity import versions
 from atp_tune.storage.trace import Trace
@@ -30,6 +33,7 @@ from atp_tune.storage.trace import Trace
 if TYPE_CHECKING:
     from atp_tune.search.context import TrialContext
 
+NOTE = "dashboard:note_ver"  # the attribute of a study that has a note
 LONGEST = 200  # bytes of a study's name: files are named after it
 
 
@@ -57,6 +61,15 @@ class StudyRun:
         """Reports one line."""
         self.watch(Message(text))
 
+    def publish(self, study: optuna.Study) -> None:
+        """Writes note, figures and files for Optuna's dashboard; what prevents it is reported, and ends no run."""
+        from atp_tune.dashboard.publishing import publish
+
+        try:
+            publish(study, self.file.storage_url, self.file.artifacts)
+        except (OSError, StorageInternalError, UserError) as error:
+            self.note(f"warning: the dashboard's note and figures could not be written: {reason_of(error)}")
+
 
 def tune(run: StudyRun) -> optuna.Study:
     """Creates or resumes the study and drives it to its total; KeyboardInterrupt leaves it ready to resume.
@@ -83,6 +96,8 @@ def finished_study(run: StudyRun) -> optuna.Study | None:
             fingerprint.check_device(study, _device(run))
         return None
     write_best(run, study)
+    if run.reports and NOTE not in study._storage.get_study_system_attrs(study._study_id):
+        run.publish(study)  # a study of version 0.1
     return study
 
 
@@ -182,6 +197,7 @@ def _search(
     if run.reports and progress.counted(study) >= total:
         _measure_dense(run, study, context)
         report(run, study, context, space)
+        run.publish(study)
     return study
 
 
@@ -224,6 +240,8 @@ def _describe(run: StudyRun, study: optuna.Study, context: "TrialContext", total
         "total": total, "made_from": settings(run.file),
         **({} if "batches" in study.user_attrs else {"batches": batches}),
         **({"screens": run.screens} if run.screens else {}),
+        "model": run.file.study.model.source,
+        **facts_of({"total": total, "fingerprint": study.user_attrs["fingerprint"]}),
     }  # fmt: skip
     if context.bos_effect is not None:
         attributes["bos"] = context.bos_effect.model_dump()

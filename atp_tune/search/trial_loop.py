@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from atp_tune.search.runner import StudyRun
 
 POLL = 2  # seconds between looks at a trial of another process
+PUBLISH = 30  # seconds between writes of note and figures, each of which takes half a second
 
 
 def run_trials(run: "StudyRun", study: optuna.Study, context: "TrialContext", space: Space, total: int) -> int:
@@ -35,6 +36,7 @@ def run_trials(run: "StudyRun", study: optuna.Study, context: "TrialContext", sp
 
     search = run.file.study.search
     objective = Objective(context, space, search.stopper != "none", run.watch, search.objective)
+    publish = Publisher(run)
     end = None if run.timeout is None else monotonic() + run.timeout
     while end is None or monotonic() < end:
         trials = recover_lost(run, study)
@@ -42,7 +44,7 @@ def run_trials(run: "StudyRun", study: optuna.Study, context: "TrialContext", sp
         elsewhere = [trial for trial in trials if trial.state == TrialState.RUNNING]
         remaining = total - sum(map(progress.counts, trials)) - len(elsewhere)
         if remaining > 0:
-            _optimise(run, study, objective, remaining, total, end)
+            _optimise(run, study, objective, remaining, total, end, publish)
         elif elsewhere:
             _wait(run, study, elsewhere[0])
         else:
@@ -67,6 +69,7 @@ def _optimise(
     n_trials: int,
     total: int,
     end: float | None,
+    publish: "Publisher",
 ) -> None:
     def ended(study: optuna.Study, trial: FrozenTrial) -> None:
         trials = recover_lost(run, study)  # read once: reading a long study costs time at each short trial
@@ -74,6 +77,7 @@ def _optimise(
         reason = trial.user_attrs.get("failure") if trial.state == TrialState.FAIL else None
         if trial.values is not None or reason:
             run.watch(_ended(trial, reason, best, done, total))
+        publish.after_trial(study, best)
         if run.file.study.search.early_termination and done < total and should_terminate(study, objective.space):
             progress.terminate_early(study, total)
             run.note(
@@ -112,6 +116,22 @@ def _ended(trial: FrozenTrial, reason: str | None, best: FrozenTrial | None, don
         trial.number, value, reason, best_value.value if best_value else None, done, total,
         kl=kl, best_kl=best_kl.value if best and best_kl and is_by_kl(best) else None,
     )  # fmt: skip
+
+
+class Publisher:
+    """Publishes a study when its best trial has changed, at most every `PUBLISH` seconds; only the reporting worker."""
+
+    def __init__(self, run: "StudyRun") -> None:
+        self._run = run
+        self._best = -1
+        self._time = monotonic()  # a run that ends sooner publishes at its end alone
+
+    def after_trial(self, study: optuna.Study, best: FrozenTrial | None) -> None:
+        """Publishes, if it is time; `best`: the study's best trial now."""
+        is_due = self._run.reports and monotonic() - self._time >= PUBLISH
+        if best is not None and best.number != self._best and is_due:
+            self._best, self._time = best.number, monotonic()
+            self._run.publish(study)
 
 
 class Attempt:

@@ -9,21 +9,18 @@ from threading import Lock
 from types import SimpleNamespace
 from typing import Any, cast
 
-import optuna
 from optuna.storages import BaseStorage
 from optuna.study import Study
-from optuna.trial import FrozenTrial, Trial, TrialState
-from optuna_dashboard import get_note, save_note, save_plotly_graph_object
+from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.compat import FrozenStudy
-from atp_tune.figures import draw
+from atp_tune.dashboard.notes import columns, facts_of, study_note, trial_note
+from atp_tune.dashboard.publishing import DASHBOARD, figures_of, note_of, without_rests
 from atp_tune.results.summary import Summary, final_numbers, summarise
-from atp_tune.serving.notes import columns, facts_of, study_note, trial_note, with_own_words
 from atp_tune.storage.database import Database, without_password
 from atp_tune.storage.opening import open_database
 from atp_tune.storage.validation import ValidatedStudy
 
-DASHBOARD = "dashboard:"  # prefix of the dashboard's attributes
 Attributes = Mapping[str, Any]
 
 
@@ -121,33 +118,15 @@ class Additions:
 
     def _make(self, study: Study, stored: Attributes) -> Attributes:
         summary = summarise(study)
-        return _figures(summary) | self._notes(study, summary, stored)
+        return without_rests(figures_of(summary) | self._notes(study, summary, stored), stored)
 
     def _notes(self, study: Study, summary: Summary, stored: Attributes) -> dict[str, Any]:
-        notes = self._note(study, study_note(summary, self._address, self._join), stored, "")
+        text = study_note(summary, self._address, self._join)
+        notes = note_of(study, text, stored, step=self._changes)
         for trial in summary.trials:
-            owner = SimpleNamespace(storage=study._storage, study=study, _trial_id=trial._trial_id)
-            notes |= self._note(cast(Trial, owner), trial_note(trial, summary), stored, f"{trial._trial_id}:")
+            owner: Any = SimpleNamespace(storage=study._storage, study=study, _trial_id=trial._trial_id)
+            notes |= note_of(owner, trial_note(trial, summary), stored, f"{trial._trial_id}:", self._changes)
         return notes
-
-    def _note(self, owner: Study | Trial, text: str, stored: Attributes, infix: str) -> dict[str, Any]:
-        """The note with people's own text below, and a version above the stored one."""
-        version = f"{DASHBOARD}{infix}note_ver"
-        written = get_note(owner) if version in stored else ""
-        shadow = optuna.create_study()
-        target = shadow if isinstance(owner, Study) else SimpleNamespace(
-            storage=shadow._storage, study=shadow, _trial_id=owner._trial_id
-        )  # fmt: skip
-        save_note(cast(Trial, target), with_own_words(text, written))
-        made = shadow._storage.get_study_system_attrs(shadow._study_id)
-        return {**made, version: int(stored.get(version, 0)) + self._changes}
-
-
-def _figures(summary: Summary) -> dict[str, Any]:
-    shadow = optuna.create_study()
-    for name, figure in draw(summary).items():
-        save_plotly_graph_object(shadow, figure, graph_object_id=name)
-    return dict(shadow._storage.get_study_system_attrs(shadow._study_id))
 
 
 def _state(study: Study, stored: Attributes) -> object:

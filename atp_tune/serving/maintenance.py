@@ -1,23 +1,17 @@
 """What a server does for its studies: queues lost trials again, and keeps artifacts current."""
 
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import optuna
-from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage
 
-from atp_tune.cache import write_atomically
+from atp_tune.dashboard.publishing import attach, files_of
 from atp_tune.errors import UserError
-from atp_tune.report import gather, html
-from atp_tune.results.best_config import best_config
-from atp_tune.results.summary import final_numbers, summarise
-from atp_tune.storage import artifacts, lost_trials, opening, progress
+from atp_tune.results.summary import final_numbers
+from atp_tune.storage import lost_trials, opening, progress
 from atp_tune.storage.database import reason_of
-from atp_tune.storage.validation import readable
 
 
 class Maintenance:
@@ -71,32 +65,7 @@ class Maintenance:
         state = best and (best.number, final_numbers(study), front)
         if best is None or self._seen.get(study._study_id) == state:
             return False
-        for name, content in _files(study).items():
-            self._put(study, name, content)
+        for name, content in files_of(study).items():
+            attach(study, self._folder, name, content)
         self._seen[study._study_id] = state
         return True
-
-    def _put(self, study: optuna.Study, name: str, content: bytes) -> None:
-        """Attaches a file, replacing an earlier one of that name."""
-        with readable(study.study_name):
-            known = artifacts.file_names(study._storage.get_study_system_attrs(study._study_id))
-        for artifact, file_name in known.items():
-            if file_name == name:
-                write_atomically(self._folder / artifact, content)
-                return
-        with TemporaryDirectory(prefix="atp_tune.") as place:  # outside the folder, where a file may have this name
-            file = Path(place) / name
-            file.write_bytes(content)
-            upload_artifact(
-                artifact_store=FileSystemArtifactStore(self._folder), file_path=str(file), study_or_trial=study
-            )
-
-
-def _files(study: optuna.Study) -> dict[str, bytes]:
-    summary = summarise(study)
-    files = {artifacts.REPORT: html.make([gather(study, datetime.now())])}
-    if summary.made_from is not None:
-        config = best_config(summary.made_from, study, Path(artifacts.CONFIG))
-        absolute = config.model_copy(update={"folder": str(summary.made_from.folder)})  # for downloads to any folder
-        files[artifacts.CONFIG] = absolute.to_json().encode()
-    return files

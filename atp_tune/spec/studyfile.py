@@ -68,6 +68,11 @@ class StudyFile:
             return f"sqlite:///{self.database}"
         return absolute_storage(self.study.storage, self._home)
 
+    @property
+    def artifacts(self) -> Path | None:
+        """The folder of the files that a dashboard offers; None for another kind of database."""
+        return self.database and self.database.with_suffix(".artifacts")
+
     def best_of(self, name: str) -> Path:
         """The JSON file, beside the database, of the best configuration of the study `name`."""
         return self.beside(f"{name}.best.json")

@@ -10,7 +10,6 @@ was lost, then the retry of
   again.
 """
 
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -22,15 +21,14 @@ from weakref import finalize
 
 import optuna
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
-from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from sqlalchemy import event, func, select
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, ExceptionContext, make_url
 from sqlalchemy.exc import DBAPIError, OperationalError, PendingRollbackError, SQLAlchemyError
 
-from atp_tune.compat import TrialHeartbeatModel, TrialModel, TrialUserAttributeModel, transaction
+from atp_tune.compat import TrialHeartbeatModel, TrialModel, transaction
 from atp_tune.errors import UserError
+from atp_tune.storage.attributes import AttributeStorage
 from atp_tune.storage.process_identity import GRACE, is_alive
 from atp_tune.storage.retry import Retrying, is_told
 from atp_tune.storage.sqlite_errors import BUSY, way_out
@@ -45,7 +43,6 @@ LIBPQ = {
     "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
     "tcp_user_timeout": 30_000,
 }  # fmt: skip
-UPSERTS: dict[str, Callable[..., Any]] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 YOUNG = f"SELECT now() - pg_postmaster_start_time() < interval '{GRACE} seconds'"
 HINTS = {
     "No module named 'psycopg": "install it with: pip install 'psycopg[binary]', and write postgresql+psycopg://",
@@ -62,7 +59,7 @@ CALLS = (
     "_create_new_trial", "get_trial", "_get_trials", "_get_best_trial_id", "get_trial_id_from_study_id_trial_number",
     "get_trial_param", "get_trial_system_attrs", "get_trial_user_attrs",
     "_set_trial_param", "set_trial_intermediate_value", "set_trial_system_attr", "set_trial_user_attr",
-    "set_trial_user_attrs", "_get_stale_trial_ids",
+    "set_trial_user_attrs", "set_study_system_attrs", "_get_stale_trial_ids",
 )  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -135,7 +132,7 @@ class Errors:
             raise UserError(f"storage {without_password(self._url)}: {str(error).splitlines()[0]}; {way}") from None
 
 
-class Database(RDBStorage):
+class Database(AttributeStorage):
     """Optuna's storage, made safe for several workers that take trials from the queue, and for outages.
 
     A broken file or disk gives a UserError, and a trial whose process lives is not failed. Connections close by `close`
@@ -172,22 +169,6 @@ class Database(RDBStorage):
         with transaction(self.scoped_session) as session:
             session.connection().exec_driver_sql("BEGIN IMMEDIATE")
             return super().set_trial_state_values(trial_id, state, values)
-
-    def set_trial_user_attrs(self, trial_id: int, attributes: Mapping[str, Any]) -> None:
-        """Stores several attributes in one transaction: each transaction waits for the disk."""
-        upsert = UPSERTS.get(self.engine.name)
-        with transaction(self.scoped_session, True) as session:
-            if upsert is None:
-                for key, value in attributes.items():
-                    self._set_trial_attr_without_commit(session, TrialUserAttributeModel, trial_id, key, value)
-                return
-            state: Any = TrialModel.find_or_raise_by_id(trial_id, session).state
-            self.check_trial_is_updatable(trial_id, state)
-            rows = [(trial_id, key, json.dumps(value)) for key, value in attributes.items()]
-            columns = ("trial_id", "key", "value_json")
-            insert = upsert(TrialUserAttributeModel).values([dict(zip(columns, row, strict=True)) for row in rows])
-            new = {"value_json": insert.excluded.value_json}
-            session.execute(insert.on_conflict_do_update(index_elements=columns[:2], set_=new))
 
     def record_heartbeat(self, trial_id: int) -> None:
         """Optuna's; an error does not end the heartbeat thread, since the next heartbeat may succeed."""

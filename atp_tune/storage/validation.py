@@ -8,6 +8,7 @@ import re
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
+from copy import deepcopy as deepcopied
 from math import inf, isfinite, isnan
 from typing import Annotated, Any
 
@@ -168,6 +169,25 @@ class ValidatedStudy(optuna.Study):
         if trial.state.is_finished():
             self._checked[trial._trial_id] = trial, result
         return result
+
+
+class StudySnapshot(optuna.Study):
+    """A study as it is at one moment: attributes and trials are read once. To be read only."""
+
+    def __init__(self, study: optuna.Study) -> None:
+        vars(self).update(vars(study))
+        self._attrs = study.user_attrs
+        self._all = study.get_trials(deepcopy=False)
+
+    @property
+    def user_attrs(self) -> dict[str, Any]:
+        """The attributes."""
+        return dict(self._attrs)
+
+    def get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None) -> list[FrozenTrial]:
+        """The trials in any of these states."""
+        found = [trial for trial in self._all if states is None or trial.state in states]
+        return deepcopied(found) if deepcopy else found
 
 
 def checked_trial(trial: FrozenTrial, values: int = 1) -> FrozenTrial:

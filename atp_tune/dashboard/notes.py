@@ -199,20 +199,24 @@ def _costs(attrs: Attributes) -> str:
 
 def columns(trial: FrozenTrial) -> dict[str, Any]:
     """A trial's attributes for the dashboard's table: numbers, which sort, and no long lists."""
-    attrs, found = trial.user_attrs, {}
+    attrs = trial.user_attrs
+    named: dict[str, Any] = {name: attrs[name] for name in ("device", "dtype", "host") if name in attrs}
+    remark = remark_of(trial)
+    return {**measured_columns(attrs), **named, **({"remark": remark} if remark else {})}
+
+
+def measured_columns(attrs: Attributes) -> dict[str, Any]:
+    """The columns of a trial's measurement, which are stored too."""
+    found: dict[str, Any] = {}
     if "stderr" in attrs:
         found["± stderr"] = round(attrs["stderr"], 2)
     if "realised" in attrs:
         found["zeros %"] = round(100 * attrs["realised"], 2)
     if "seconds" in attrs:
-        found["seconds"] = round(sum(attrs["seconds"].values()), 1)
+        found["time (s)"] = round(sum(attrs["seconds"].values()), 1)
     if attrs.get("peak_bytes"):
         found["peak GB"] = round(max(attrs["peak_bytes"].values()) / 1e9, 2)
-    for name in ("device", "dtype", "host"):
-        if name in attrs:
-            found[name] = attrs[name]
-    remark = remark_of(trial)
-    return {**found, **({"remark": remark} if remark else {})}
+    return found
 
 
 def facts_of(attrs: Attributes) -> dict[str, Any]:

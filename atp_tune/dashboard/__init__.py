@@ -1,0 +1,1 @@
+"""What Optuna's dashboard shows of a study: a note, figures, columns and files."""

@@ -1,0 +1,116 @@
+"""Writes into a study what Optuna's plain dashboard shows of it: note, figures and files.
+
+A run does this when it has found a better trial, and at its end. `serve` makes the same on request.
+"""
+
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any, cast
+
+import optuna
+from optuna.artifacts import FileSystemArtifactStore, upload_artifact
+from optuna.study import Study
+from optuna.trial import Trial
+from optuna_dashboard import get_note, save_note, save_plotly_graph_object
+
+from atp_tune.cache import write_atomically
+from atp_tune.dashboard.notes import study_note, with_own_words
+from atp_tune.errors import UserError
+from atp_tune.figures import draw
+from atp_tune.report import gather, html
+from atp_tune.results.best_config import best_config
+from atp_tune.results.summary import Summary, summarise
+from atp_tune.storage import artifacts
+from atp_tune.storage.database import Database, without_password
+from atp_tune.storage.validation import StudySnapshot, readable
+
+DASHBOARD = "dashboard:"  # prefix of the dashboard's attributes
+
+
+def publish(study: Study, address: str, folder: Path | None) -> None:
+    """Writes note, figures and files of a study; `address`: the storage's URL, `folder`: of files, None for none.
+
+    Note and figures are written in one transaction. Does nothing over gRPC, whose server makes them on request.
+    """
+    db = getattr(study._storage, "_backend", study._storage)  # the storage behind Optuna's cache
+    if not isinstance(db, Database):
+        return
+    study = StudySnapshot(study)
+    stored, summary = db.get_study_system_attrs(study._study_id), summarise(study)
+    made = figures_of(summary) | note_of(study, study_note(summary, without_password(address)), stored)
+    db.set_study_system_attrs(study._study_id, without_rests(made, stored))
+    if folder is not None and summary.best_trial is not None:
+        make_folder(folder)
+        for name, content in files_of(study).items():
+            attach(study, folder, name, content)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the folder of a study's files; UserError for a link, which a stranger may have made."""
+    if folder.is_symlink():
+        raise UserError(
+            f"{folder}: is a link to {folder.resolve()}, where files would be written; name that folder with "
+            "--artifacts DIR, or remove the link"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def figures_of(summary: Summary) -> dict[str, Any]:
+    """The figures of a study, as system attributes in the dashboard's format."""
+    shadow = optuna.create_study()
+    for name, figure in draw(summary).items():
+        save_plotly_graph_object(shadow, figure, graph_object_id=name)
+    return dict(shadow._storage.get_study_system_attrs(shadow._study_id))
+
+
+def note_of(
+    owner: Study | Trial, text: str, stored: Mapping[str, Any], infix: str = "", step: int = 1
+) -> dict[str, Any]:
+    """The note of a study or trial with people's own text below, as system attributes.
+
+    Its version is `step` above the stored one. `infix`: "" for a study, `ID:` for a trial.
+    """
+    version = f"{DASHBOARD}{infix}note_ver"
+    written = get_note(owner) if version in stored else ""
+    shadow = optuna.create_study()
+    target = shadow if isinstance(owner, Study) else SimpleNamespace(
+        storage=shadow._storage, study=shadow, _trial_id=owner._trial_id
+    )  # fmt: skip
+    save_note(cast(Trial, target), with_own_words(text, written))
+    made = shadow._storage.get_study_system_attrs(shadow._study_id)
+    return {**made, version: int(stored.get(version, 0)) + step}
+
+
+def without_rests(made: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Made attributes, and "" for stored parts beyond them: longer figures and notes are stored in more parts."""
+    series = {key.rpartition(":")[0] for key in made if key.rpartition(":")[2].isdecimal()}
+    rests = {key: "" for key in stored if key not in made and key.rpartition(":")[0] in series}
+    return {**made, **rests}
+
+
+def files_of(study: Study) -> dict[str, bytes]:
+    """The report and, if its study file is known, the best configuration."""
+    summary = summarise(study)
+    files = {artifacts.REPORT: html.make([gather(study, datetime.now())])}
+    if summary.made_from is not None:
+        config = best_config(summary.made_from, study, Path(artifacts.CONFIG))
+        absolute = config.model_copy(update={"folder": str(summary.made_from.folder)})  # for downloads to any folder
+        files[artifacts.CONFIG] = absolute.to_json().encode()
+    return files
+
+
+def attach(study: Study, folder: Path, name: str, content: bytes) -> None:
+    """Attaches a file to a study, replacing an earlier one of that name; `folder`: of the artifacts."""
+    with readable(study.study_name):
+        known = artifacts.file_names(study._storage.get_study_system_attrs(study._study_id))
+    for artifact, file_name in known.items():
+        if file_name == name:
+            write_atomically(folder / artifact, content)
+            return
+    with TemporaryDirectory(prefix="atp_tune.") as place:  # outside the folder, where a file may have this name
+        file = Path(place) / name
+        file.write_bytes(content)
+        upload_artifact(artifact_store=FileSystemArtifactStore(folder), file_path=str(file), study_or_trial=study)
