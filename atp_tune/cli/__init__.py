@@ -16,6 +16,7 @@ from atp_tune.cli.commands import (
     plan,
     prune,
     report,
+    schema,
     serve,
     speedup,
     status,
@@ -31,7 +32,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exce
 app.callback(invoke_without_command=True)(tune.run)
 for command in (  # in the order of `--help`
     status.status, plan.plan, serve.serve, merge.merge, export.export, report.report, apply.apply, evaluate.evaluate,
-    prune.prune, finetune.finetune, speedup.speedup, studies.studies,
+    prune.prune, finetune.finetune, speedup.speedup, studies.studies, schema.schema,
 ):  # fmt: skip
     app.command()(command)
 

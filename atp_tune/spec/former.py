@@ -17,7 +17,7 @@ A row of `KEYS` names a key or a whole table. Both names are read; the present o
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from atp_tune.pruners import SETTINGS
 
@@ -36,7 +36,8 @@ KEYS: dict[str, str] = {  # former dotted key → present dotted key
         for old, new in _OF_TEXTS.items()
     },
 }
-PLACES = {"device": "none", "host": "cpu"}
+FormerPlace = Literal["device", "host"]
+PLACES: dict[str, str] = {"device": "none", "host": "cpu"}
 ATTRIBUTES = {
     "reports": "test_nlls",
     "report_kls": "test_kls",
