@@ -44,6 +44,7 @@ LAYERS = [
     "exporting",
     "serving",
     "merging",
+    "environment",
     "cli",
     "__main__",
 ]
@@ -210,6 +211,7 @@ LIGHT = [
     "checkpoints.offload",
     "cost.forecast",
     "cost.planning",
+    "environment",
     "errors",
     "events",
     "exporting",

@@ -9,6 +9,7 @@ import typer
 
 from atp_tune.cli.commands import (
     apply,
+    env,
     evaluate,
     export,
     finetune,
@@ -32,7 +33,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exce
 app.callback(invoke_without_command=True)(tune.run)
 for command in (  # in the order of `--help`
     status.status, plan.plan, serve.serve, merge.merge, export.export, report.report, apply.apply, evaluate.evaluate,
-    prune.prune, finetune.finetune, speedup.speedup, studies.studies, schema.schema,
+    prune.prune, finetune.finetune, speedup.speedup, studies.studies, schema.schema, env.env,
 ):  # fmt: skip
     app.command()(command)
 
