@@ -4,6 +4,7 @@ It is of draft 7, which the editors' TOML plugins read, and holds what `atp_tune
 and former names of keys too, which are marked as deprecated. It does not hold rules between several keys.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema
@@ -52,6 +53,33 @@ def study_schema() -> dict[str, Any]:
         for table in _tables(found, tables):
             _add(table, old, new)
     return {"$schema": DRAFT, **found}
+
+
+def choices() -> dict[str, list[str]]:
+    """The dotted keys that hold more than a table, each with the values that it names: choices, else its default."""
+    schema = study_schema()
+    return {key: _named(_resolved(schema, value)) or _default(value) for key, value in _values(schema, schema)}
+
+
+def _values(schema: dict[str, Any], table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    for key, value in table["properties"].items():
+        forms = _resolved(schema, value)
+        if not value.get("deprecated") and any("properties" not in form for form in forms):
+            yield prefix + key, value
+        for form in forms:
+            if "properties" in form and not value.get("deprecated"):
+                yield from _values(schema, form, f"{prefix}{key}.")
+
+
+def _named(forms: list[dict[str, Any]]) -> list[str]:
+    present = [form for form in forms if not form.get("deprecated")]
+    names = [str(name) for form in present for name in form.get("enum", [form["const"]] if "const" in form else [])]
+    return names + ["true", "false"] * any(form.get("type") == "boolean" for form in forms)
+
+
+def _default(value: dict[str, Any]) -> list[str]:
+    default = value.get("default", "")
+    return [] if default == "" or isinstance(default, list) else [str(default)]
 
 
 def _tables(schema: dict[str, Any], path: list[str]) -> list[dict[str, Any]]:
