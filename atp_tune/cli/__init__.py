@@ -14,6 +14,7 @@ from atp_tune.cli.commands import (
     evaluate,
     export,
     finetune,
+    init,
     merge,
     plan,
     prune,
@@ -33,8 +34,8 @@ SPINS = "10000"  # spins of libgomp before a waiting thread sleeps, instead of m
 app = typer.Typer(rich_markup_mode="markdown", pretty_exceptions_enable=False)
 app.callback(invoke_without_command=True)(tune.run)
 for command in (  # in the order of `--help`
-    status.status, plan.plan, serve.serve, merge.merge, export.export, report.report, apply.apply, evaluate.evaluate,
-    prune.prune, finetune.finetune, speedup.speedup, studies.studies, schema.schema, env.env,
+    init.init, status.status, plan.plan, serve.serve, merge.merge, export.export, report.report, apply.apply,
+    evaluate.evaluate, prune.prune, finetune.finetune, speedup.speedup, studies.studies, schema.schema, env.env,
 ):  # fmt: skip
     app.command()(command)
 
