@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """`python tune.py …`: the same as the installed command `atp-tune`."""
 
 from atp_tune.cli import main

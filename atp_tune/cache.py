@@ -24,11 +24,15 @@ from atp_tune.paths import is_special
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
-def cache_dir(kind: str) -> Path:
-    """The folder of one kind of content, created if missing, in `$ATP_TUNE_CACHE` or the XDG cache."""
+def cache_root() -> Path:
+    """The folder of the cache, which may be missing: `$ATP_TUNE_CACHE`, or in the XDG cache."""
     root = os.environ.get("ATP_TUNE_CACHE")
-    base = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "atp_tune"
-    folder = base / kind
+    return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "atp_tune"
+
+
+def cache_dir(kind: str) -> Path:
+    """The folder of one kind of content in the cache, created if missing."""
+    folder = cache_root() / kind
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

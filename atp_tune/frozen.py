@@ -1,10 +1,12 @@
 """Base classes and validators of all data models: tables of study files, published JSON files, stored records."""
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
-from pydantic_core import PydanticKnownError
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
+from pydantic_core import CoreSchema, PydanticKnownError
+from pydantic_core.core_schema import no_info_before_validator_function
 
 
 class FrozenModel(BaseModel):
@@ -27,16 +29,28 @@ class SettingsTable(FrozenModel, allow_inf_nan=False):
         return data
 
 
-def one_of(names: Collection[str]) -> BeforeValidator:
-    """A validator that accepts only these names, with the error message that pydantic has for a `Literal`."""
+@dataclass(frozen=True, eq=False)
+class OneOf:
+    """Makes a string accept only these names, with the error message that pydantic has for a `Literal`.
 
-    def check(value: Any) -> Any:
-        if isinstance(value, str) and value in names:
+    The JSON schema lists the names that there are when it is made.
+    """
+
+    names: Collection[str]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Checks the name before the type."""
+        return no_info_before_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Adds the names to the type."""
+        return {**handler(schema), "enum": list(self.names)}
+
+    def _check(self, value: Any) -> Any:
+        if isinstance(value, str) and value in self.names:
             return value
-        *others, last = map(repr, names)
+        *others, last = map(repr, self.names)
         raise PydanticKnownError("literal_error", {"expected": f"{', '.join(others)} or {last}"})
-
-    return BeforeValidator(check)
 
 
 def check_once(names: tuple[str, ...], key: str) -> None:

@@ -9,7 +9,7 @@ from uuid import uuid4
 import pytest
 
 from atp_tune.checkpoints import devices
-from atp_tune.checkpoints.devices import PROCESS, free_in_cgroups, host_memory
+from atp_tune.checkpoints.devices import PROCESS, cgroup_limit, free_in_cgroups, host_memory
 
 MIB = 1 << 20
 UNLIMITED = 9223372036854771712  # what version 1 says
@@ -67,8 +67,10 @@ def test_the_tightest_of_the_groups_above_counts(version: int, tmp_path: Path) -
     machine.limit("job", 1000, 500)
     machine.limit("elsewhere", 10, 0)
     assert machine.free == 500
+    assert cgroup_limit(machine.process) == 900
     machine.limit(".", 600, 590)
     assert machine.free == 10
+    assert cgroup_limit(machine.process) == 600
 
 
 def test_a_container_sees_its_own_group_as_the_root(version: int, tmp_path: Path) -> None:
@@ -82,8 +84,10 @@ def test_a_container_sees_its_own_group_as_the_root(version: int, tmp_path: Path
 def test_no_limit(version: int, tmp_path: Path) -> None:
     machine = Machine(tmp_path, version, "/job")
     assert machine.free is None
-    machine.limit("job", "max", 300)
-    assert machine.free is None
+    machine.limit("job", "max" if version == 2 else UNLIMITED, 300)
+    assert (machine.free is None) == (version == 2)
+    assert cgroup_limit(machine.process) is None
+    assert cgroup_limit(tmp_path / "no Linux") is None
     assert free_in_cgroups(tmp_path / "no Linux") is None
 
 

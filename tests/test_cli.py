@@ -21,7 +21,7 @@ from atp_tune.spec.config import read_config
 from atp_tune.storage import opening, progress
 
 ROLES = ("calibration", "validation", "test")
-COMMANDS = ["", "status", "export", "apply", "prune", "finetune", "studies", "merge"]
+COMMANDS = ["", "status", "export", "apply", "prune", "finetune", "studies", "merge", "init", "schema", "env"]
 # Prints which of the heavy libraries the command line imported.
 SPY = """
 import atexit, sys

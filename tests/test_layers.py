@@ -47,6 +47,7 @@ LAYERS = [
     "exporting",
     "serving",
     "merging",
+    "environment",
     "cli",
     "__main__",
 ]
@@ -213,6 +214,7 @@ LIGHT = [
     "checkpoints.offload",
     "cost.forecast",
     "cost.planning",
+    "environment",
     "errors",
     "events",
     "exporting",

@@ -80,7 +80,10 @@ def test_studies_are_shipped() -> None:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_study(path: Path) -> None:
     loaded = load(str(path))
-    assert path.read_text().splitlines()[0] == f"# python tune.py --study {path.stem}"
+    assert path.read_text().splitlines()[:2] == [
+        "#:schema ./study.schema.json",
+        f"# python tune.py --study {path.stem}",
+    ]
     assert loaded.study.protocol == ("paper" if path.stem.startswith("paper-") else "held-out")
     assert find(path.stem) == path
 

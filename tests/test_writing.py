@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from atp_tune.errors import UserError
 from atp_tune.spec.study import Study
 from atp_tune.spec.studyfile import load
-from atp_tune.spec.writing import WIDTH, study_text, write_study
+from atp_tune.spec.writing import SCHEMA, WIDTH, study_text, write_study
 
 SHIPPED = sorted((Path(__file__).parents[1] / "studies").glob("*.toml"))
 SETTINGS: dict[str, Any] = {
@@ -93,6 +93,12 @@ def test_any_text_comes_back(text: str, sparsity: float) -> None:
         else SETTINGS
     )
     assert Study.model_validate(tomllib.loads(study_text(study, [text]))) == study
+
+
+def test_the_schema_is_named_where_it_lies(tmp_path: Path) -> None:
+    (tmp_path / SCHEMA).touch()
+    write_study(tmp_path / "x.toml", Study.model_validate(SETTINGS), ["my study"])
+    assert (tmp_path / "x.toml").read_text().startswith("#:schema ./study.schema.json\n# my study\n\nsparsity = ")
 
 
 def test_a_study_that_is_none_is_not_written(tmp_path: Path) -> None:

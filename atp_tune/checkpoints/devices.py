@@ -147,6 +147,7 @@ class Names:
     inactive: str
 
 
+NO_LIMIT = 1 << 62  # version 1 writes a number like this where there is no limit
 V1 = Names("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 V2 = Names("memory.max", "memory.current", "inactive_file")
 
@@ -162,6 +163,19 @@ def free_in_cgroups(process: Path = PROCESS) -> int | None:
     """
     free = [_free(folder, names) for folder, names in _groups(process)]
     return min((size for size in free if size is not None), default=None)
+
+
+def cgroup_limit(process: Path = PROCESS) -> int | None:
+    """The smallest memory limit of the control groups of a process, in bytes; None without a limit."""
+    limits = [int(text) for folder, names in _groups(process) if (text := _text(folder / names.limit)).isdigit()]
+    return min((limit for limit in limits if limit < NO_LIMIT), default=None)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
 
 
 def _groups(process: Path) -> Iterator[tuple[Path, Names]]:

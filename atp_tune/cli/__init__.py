@@ -7,16 +7,20 @@ from typing import Any, NoReturn
 
 import typer
 
+from atp_tune.cli import completion
 from atp_tune.cli.commands import (
     apply,
+    env,
     evaluate,
     export,
     finetune,
+    init,
     merge,
     model,
     plan,
     prune,
     report,
+    schema,
     serve,
     speedup,
     status,
@@ -30,14 +34,14 @@ UsageError: Any = typer.BadParameter.__mro__[1]  # of the click that typer bring
 SPINS = "10000"  # spins of libgomp before a waiting thread sleeps, instead of millions; no slower on idle cores
 
 app = typer.Typer(
-    cls=ModelGroup, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
+    cls=ModelGroup, rich_markup_mode="markdown", pretty_exceptions_enable=False,
     subcommand_metavar="[MODEL | COMMAND] [ARGS]...",
 )  # fmt: skip
 app.callback(invoke_without_command=True)(tune.run)
 app.command(MODEL, cls=ModelCommand)(model.model)
 for command in (  # in the order of `--help`
-    status.status, plan.plan, serve.serve, merge.merge, export.export, report.report, apply.apply, evaluate.evaluate,
-    prune.prune, finetune.finetune, speedup.speedup, studies.studies,
+    init.init, status.status, plan.plan, serve.serve, merge.merge, export.export, report.report, apply.apply,
+    evaluate.evaluate, prune.prune, finetune.finetune, speedup.speedup, studies.studies, schema.schema, env.env,
 ):  # fmt: skip
     app.command()(command)
 
@@ -47,12 +51,17 @@ def main() -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its C code would log to stderr what we report in one line
     if "OMP_WAIT_POLICY" not in os.environ:  # torch's threads spin while they wait for each other, which makes
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # trials several times slower if other jobs use the cores
+    completion.rejoin(os.environ)
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name=Path(sys.argv[0]).name, standalone_mode=False))
     except UsageError as error:
         _end(_usage(error))
     except (UserError, TrialError) as error:
         _end(str(error))
+    except OSError as error:
+        if "--install-completion" not in sys.argv:
+            raise
+        _end(f"--install-completion: {error.filename}: {error.strerror}; see --show-completion")
 
 
 def _end(message: str) -> NoReturn:

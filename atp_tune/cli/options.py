@@ -7,10 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from atp_tune.cli import completion
+
 if TYPE_CHECKING:
     from atp_tune.spec.studyfile import StudyFile
 
-STUDY: Any = typer.Option("--study", metavar="NAME", help="Name of a study in `studies/`, or path of a .toml file.")
+STUDY: Any = typer.Option(
+    "--study",
+    metavar="NAME",
+    help="Name of a study in `studies/`, or path of a .toml file.",
+    autocompletion=completion.study_names,
+)
 StudyName = Annotated[str, STUDY]
 StudyLabel = Annotated[
     str | None,
@@ -26,6 +33,7 @@ Overrides = Annotated[
         "--set",
         metavar="KEY=VALUE",
         help="Override a key of the study file (see atp_tune/spec/study.py): `--set texts.validation.nsamples=8`.",
+        autocompletion=completion.overrides,
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON document and nothing else.")]
@@ -35,7 +43,10 @@ AllowPickle = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", metavar="", help="Run the Python code that the model's folder holds.")
 ]
-Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="auto, cpu, mps, cuda or cuda:N.")]
+Device = Annotated[
+    str | None,
+    typer.Option(metavar="DEVICE", help="auto, cpu, mps, cuda or cuda:N.", autocompletion=completion.devices),
+]
 
 
 class PoolEngine(StrEnum):

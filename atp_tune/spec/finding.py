@@ -48,6 +48,18 @@ def holds(file: Path, study: str) -> bool:
         return False
 
 
+def finished_trials(file: Path, study: str) -> list[int]:
+    """Numbers of the trials that a study in a SQLite file has finished, read without Optuna; none if there are none."""
+    if is_special(file):
+        return []
+    query = "SELECT number FROM trials JOIN studies USING (study_id) WHERE study_name = ? AND state = 'COMPLETE'"
+    try:
+        with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as database:
+            return sorted(number for (number,) in database.execute(query, (study,)))
+    except sqlite3.Error:
+        return []
+
+
 def _folders() -> tuple[Path, ...]:
     return HERE, PACKAGE.parent / "studies", EMBEDDED
 

@@ -17,7 +17,9 @@ A row of `KEYS` names a key or a whole table. Both names are read; the present o
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import WithJsonSchema
 
 from atp_tune.pruners import SETTINGS
 
@@ -37,6 +39,7 @@ KEYS: dict[str, str] = {  # former dotted key → present dotted key
     },
 }
 PLACES = {"device": "none", "host": "cpu"}
+FormerPlace = Annotated[str, WithJsonSchema({"enum": list(PLACES), "type": "string", "deprecated": True})]
 ATTRIBUTES = {
     "reports": "test_nlls",
     "report_kls": "test_kls",

@@ -4,11 +4,11 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, create_model, model_validator
 
-from atp_tune.frozen import SettingsTable, check_once, one_of
+from atp_tune.frozen import OneOf, SettingsTable, check_once
 from atp_tune.pruners import PRUNERS, SETTINGS
 from atp_tune.spec.patterns import parse
 
-PrunerName = Annotated[str, one_of(PRUNERS)]
+PrunerName = Annotated[str, OneOf(PRUNERS)]
 Model = TypeVar("Model", bound=SettingsTable)
 
 

@@ -10,14 +10,17 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import BeforeValidator, Field, StrictBool, field_validator, model_validator
 
 from atp_tune.allocations import ALLOCATIONS
-from atp_tune.frozen import SettingsTable, check_once, one_of
-from atp_tune.spec.former import present_place
+from atp_tune.frozen import OneOf, SettingsTable, check_once
+from atp_tune.spec.former import FormerPlace, present_place
 from atp_tune.spec.patterns import parse
 from atp_tune.spec.prune import PruneConfig
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Objective = Literal["perplexity", "kl"]
-AllocationName = Annotated[str, one_of(ALLOCATIONS)]
+Objectives = Annotated[tuple[Objective, ...], Field(min_length=1)]
+AllocationName = Annotated[str, OneOf(ALLOCATIONS)]
+AllocationNames = Annotated[tuple[AllocationName, ...], Field(min_length=1)]
+Place = Literal["auto", "none", "cpu", "disk"]
 
 
 class ModelConfig(SettingsTable):
@@ -29,7 +32,7 @@ class ModelConfig(SettingsTable):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: bfloat16 where the device multiplies it fast, else float32"
     )
-    offload: Annotated[Literal["auto", "none", "cpu", "disk"], BeforeValidator(present_place)] = Field(
+    offload: Annotated[Place, BeforeValidator(present_place, json_schema_input_type=Place | FormerPlace)] = Field(
         "auto",
         description="where blocks are kept; none: on the compute device, disk: memory-mapped; results are equal",
     )
@@ -49,13 +52,16 @@ class ModelConfig(SettingsTable):
 class AllocationConfig(SettingsTable):
     """How the target is shared out over blocks, and the interval of β in the search."""
 
-    names: tuple[AllocationName, ...] = Field(
-        ("atp",), min_length=1, description="Optuna chooses, if there are several"
-    )
+    names: AllocationNames = Field(("atp",), description="Optuna chooses, if there are several")
     beta: Literal["auto", "both"] | tuple[float, float] = Field(
         "auto",
         description="interval of the common difference; auto: from 0 to the admissible bound; both: also negative",
     )
+
+    @field_validator("names", mode="before", json_schema_input_type=AllocationName | AllocationNames)
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -155,8 +161,8 @@ class SearchConfig(SettingsTable):
     trials: int | None = Field(
         None, ge=1, description="total number over all runs; optional for a grid and for a study that screens"
     )
-    objective: tuple[Objective, ...] = Field(
-        ("perplexity",), min_length=1, description="values to minimise; kl: divergence from the dense predictions"
+    objective: Objectives = Field(
+        ("perplexity",), description="values to minimise; kl: divergence from the dense predictions"
     )
     sampler: Literal["gp", "tpe", "grid", "random"] = Field("gp", description="gp, tpe, grid or random")
     seed: int = Field(0, ge=0, description="seed of the sampler")
@@ -168,12 +174,12 @@ class SearchConfig(SettingsTable):
     )
     screen: ScreenConfig | None = Field(None, description='a cheaper search for first points; "none": no such search')
 
-    @field_validator("screen", mode="before")
+    @field_validator("screen", mode="before", json_schema_input_type=ScreenConfig | Literal["none"])
     @classmethod
     def _none(cls, value: Any) -> Any:
         return None if value == "none" else value
 
-    @field_validator("objective", mode="before")
+    @field_validator("objective", mode="before", json_schema_input_type=Objective | Objectives)
     @classmethod
     def _listed(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
@@ -222,14 +228,13 @@ class Study(SettingsTable):
     storage: str | None = Field(None, description="Optuna storage URL; default: NAME.db beside the study file")
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
 
-    @field_validator("allocation", mode="before")
+    @field_validator(
+        "allocation", mode="before", json_schema_input_type=AllocationConfig | AllocationName | AllocationNames
+    )
     @classmethod
     def _named(cls, value: Any) -> Any:
         """Expands `allocation = "atp"` and `allocation = ["atp", "owl"]` to the table."""
-        value = {"names": value} if isinstance(value, str | list | tuple) else value
-        if isinstance(value, dict) and isinstance(value.get("names"), str):
-            return {**value, "names": [value["names"]]}
-        return value
+        return {"names": value} if isinstance(value, str | list | tuple) else value
 
     @model_validator(mode="after")
     def _roles(self) -> Self:

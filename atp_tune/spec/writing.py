@@ -17,6 +17,7 @@ from atp_tune.errors import printable
 from atp_tune.spec.config import dumps
 from atp_tune.spec.study import Study
 
+SCHEMA = "study.schema.json"  # beside the studies that come along
 WIDTH = 120  # columns of a line
 MARGIN = 44  # column of a comment beside its key, as in the studies that come along
 SHOWN = {  # keys that are written with their default too, unless that is no value
@@ -28,10 +29,13 @@ SHOWN = {  # keys that are written with their default too, unless that is no val
 def write_study(path: Path, study: Study, head: Sequence[str]) -> None:
     """Writes a study file, with the lines `head` as its first comment; an existing file is replaced.
 
-    Read back it equals `study`, else ValueError and nothing is written. Relative paths of model and texts start at
-    the folder of `path`. UserError if the file cannot be written.
+    It names the schema of study files for editors, if that lies beside it. Read back it equals `study`, else
+    ValueError and nothing is written. Relative paths of model and texts start at the folder of `path`. UserError if
+    the file cannot be written.
     """
     text = study_text(study, head)
+    if (path.parent / SCHEMA).exists():
+        text = f"#:schema ./{SCHEMA}\n{text}"
     if Study.model_validate(tomllib.loads(text)) != study:
         raise ValueError(f"{path}: the study as it was written differs from the study")
     write_out(path, text.encode())

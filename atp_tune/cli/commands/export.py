@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from atp_tune.cli import completion
 from atp_tune.cli.options import STUDY, Overrides, Storage, StudyLabel, load_study, stored_study
 
 if TYPE_CHECKING:
@@ -36,7 +37,13 @@ def export(
         typer.Option("--json", metavar="", help="Print the configuration; a file is written only with `--out`."),
     ] = False,
     trial: Annotated[
-        int | None, typer.Option(min=0, metavar="N", help="This trial, measured in full; default: the best.")
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="This trial, measured in full; default: the best.",
+            autocompletion=completion.trials,
+        ),
     ] = None,
     storage: Storage = None,
     study_name: StudyLabel = None,

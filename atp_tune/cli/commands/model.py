@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from atp_tune.cli import completion
 from atp_tune.cli.commands.plan import show_plan
 from atp_tune.cli.commands.tune import start
 from atp_tune.cli.options import (
@@ -62,12 +63,18 @@ def model(
     ] = None,
     pruner: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="magnitude, wanda, sparsegpt, dsnot or alps; several are compared."),
+        typer.Option(
+            metavar="NAME",
+            help="magnitude, wanda, sparsegpt, dsnot or alps; several are compared.",
+            autocompletion=completion.pruners,
+        ),
     ] = None,
     allocation: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME", help="atp, uniform, curve, owl, alphapruning, er, erk or global; several are compared."
+            metavar="NAME",
+            help="atp, uniform, curve, owl, alphapruning, er, erk or global; several are compared.",
+            autocompletion=completion.allocations,
         ),
     ] = None,
     texts: Annotated[

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from atp_tune.cli import completion
 from atp_tune.cli.options import Device, Overrides, load_study
 from atp_tune.cli.terminal import console
 
@@ -16,13 +17,20 @@ def prune(
     model: Annotated[str | None, typer.Option(metavar="MODEL", help="Hub id, folder or .gguf file.")] = None,
     pruner: Annotated[
         str | None,
-        typer.Option(help="magnitude, wanda, sparsegpt, dsnot or alps; default: the study's first, or wanda."),
+        typer.Option(
+            help="magnitude, wanda, sparsegpt, dsnot or alps; default: the study's first, or wanda.",
+            autocompletion=completion.pruners,
+        ),
     ] = None,
     sparsity: Annotated[
         float | None, typer.Option(help="Share of zeros, between 0 and 1; default: the study's, or 0.7.")
     ] = None,
     allocation: Annotated[
-        str | None, typer.Option(help="uniform, atp, curve, owl, alphapruning, er, erk or global; default: atp.")
+        str | None,
+        typer.Option(
+            help="uniform, atp, curve, owl, alphapruning, er, erk or global; default: atp.",
+            autocompletion=completion.allocations,
+        ),
     ] = None,
     beta: Annotated[float | None, typer.Option(help="Common difference β per block; 0 is uniform.")] = None,
     parameter: Annotated[
@@ -32,7 +40,12 @@ def prune(
         Path | None, typer.Option(metavar="DIR", help="Folder for the sparse checkpoint; new or empty.")
     ] = None,
     study: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Take the model, the texts and the settings from this study.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Take the model, the texts and the settings from this study.",
+            autocompletion=completion.study_names,
+        ),
     ] = None,
     device: Device = None,
     set_: Overrides = None,

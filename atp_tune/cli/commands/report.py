@@ -6,12 +6,19 @@ from typing import Annotated
 
 import typer
 
+from atp_tune.cli import completion
 from atp_tune.cli.options import Overrides, Storage, load_study, stored_study
 
 
 def report(
     study: Annotated[
-        list[str], typer.Option("--study", metavar="NAME", help="Name or path of a study; several are compared.")
+        list[str],
+        typer.Option(
+            "--study",
+            metavar="NAME",
+            help="Name or path of a study; several are compared.",
+            autocompletion=completion.study_names,
+        ),
     ],
     study_name: Annotated[
         list[str] | None,

@@ -1,0 +1,285 @@
+"""What a bug report needs to know of the machine and its Python. Reads the machine only; the cache is not created.
+
+It also works where torch cannot be imported, and says why. Paths begin with ~ in the user's home folder; variables
+that may hold a password or a token are left out.
+"""
+
+import logging
+import os
+import platform
+import sys
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+
+from atp_tune import __version__
+from atp_tune.cache import cache_root
+from atp_tune.frozen import FrozenModel
+
+Found = TypeVar("Found")
+
+PACKAGES = (  # whose versions are often a cause
+    "torch", "transformers", "optuna", "tokenizers", "numpy", "accelerate", "datasets", "gguf", "huggingface-hub",
+    "pydantic", "safetensors", "scipy", "sqlalchemy", "triton", "typer",
+)  # fmt: skip
+EXTRAS = {  # of pyproject.toml
+    "postgres": ("psycopg",),
+    "png": ("kaleido",),
+    "eval": ("lm-eval",),
+    "fuzz": ("atheris",),
+    "ray": ("ray",),
+    "finetune": ("peft",),
+    "quantized": ("compressed-tensors",),
+    "speed": ("zstandard", "onnx"),
+}
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
+VARIABLES = (
+    "ATP_TUNE_CACHE", "ATP_TUNE_DEVICE_MEMORY", "CUDA_VISIBLE_DEVICES", "HF_DATASETS_CACHE", "HF_HOME", "HF_HUB_CACHE",
+    "HF_HUB_OFFLINE", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "PYTORCH_CUDA_ALLOC_CONF",
+    "SLURM_JOB_ID", "TRITON_INTERPRET", "XDG_CACHE_HOME",
+)  # fmt: skip
+
+
+class Processor(FrozenModel):
+    """The CPU: its instruction sets that matter; cores in all and those that this process may use; torch's threads.
+
+    `torch_capability` names the instruction set of torch's own kernels.
+    """
+
+    name: str
+    flags: tuple[str, ...]
+    cores: int | None
+    logical: int | None
+    usable: int
+    torch_threads: int
+    torch_capability: str
+
+
+class HostMemory(FrozenModel):
+    """Bytes: of the machine, available to this process, the limit of its control groups, swap."""
+
+    total: int
+    available: int
+    cgroup_limit: int | None
+    swap: int
+
+
+class Accelerator(FrozenModel):
+    """A GPU: memory and free memory in bytes, and its compute capability."""
+
+    name: str
+    memory: int
+    free: int
+    capability: str
+
+
+class Accelerators(FrozenModel):
+    """The GPUs, the driver, the CUDA (or HIP) that torch was built with, and whether Triton's kernel runs.
+
+    `triton`: "works", or why it does not.
+    """
+
+    devices: tuple[Accelerator, ...]
+    driver: str | None
+    built_with: str | None
+    mps: bool
+    triton: str
+
+
+class CacheFolder(FrozenModel):
+    """A folder of a cache; `bytes` on the disk, null if it is missing."""
+
+    path: str
+    bytes: int | None
+
+
+class Environment(FrozenModel):
+    """The machine and its Python; null for a package that is not installed, and for what only torch knows, without it.
+
+    `extras`: the packages of each optional extra. `problems`: what could not be found out, and why.
+    """
+
+    atp_tune: str
+    python: str
+    executable: str
+    system: str
+    versions: dict[str, str | None]
+    extras: dict[str, dict[str, str | None]]
+    cpu: Processor | None
+    memory: HostMemory | None
+    gpus: Accelerators | None
+    caches: dict[str, CacheFolder]
+    variables: dict[str, str]
+    problems: tuple[str, ...]
+
+
+def environment() -> Environment:
+    """What there is here."""
+    problems: list[str] = []
+
+    def tried(what: str, find: Callable[[], Found]) -> Found | None:
+        try:
+            return find()
+        except Exception as error:  # a broken installation or driver is what a bug report is about
+            reason = next(iter(str(error).splitlines()), "")
+            problems.append(f"{what}: {type(error).__name__}: {reason}")
+            return None
+
+    return Environment(
+        atp_tune=__version__,
+        python=f"{platform.python_implementation()} {platform.python_version()}",
+        executable=_shown(Path(sys.executable)),
+        system=_system(),
+        versions=_versions(PACKAGES),
+        extras={name: _versions(packages) for name, packages in EXTRAS.items()},
+        cpu=tried("CPU", _processor),
+        memory=tried("memory", _memory),
+        gpus=tried("GPUs", _accelerators),
+        caches={name: CacheFolder(path=_shown(path), bytes=_size(path)) for name, path in _caches().items()},
+        variables={name: _home_hidden(os.environ[name]) for name in VARIABLES if name in os.environ},
+        problems=tuple(problems),
+    )
+
+
+def _versions(packages: tuple[str, ...]) -> dict[str, str | None]:
+    return {name: _version(name) for name in packages}
+
+
+@cache
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _system() -> str:
+    """The operating system, and the distribution of a Linux."""
+    try:
+        name = f" ({platform.freedesktop_os_release().get('PRETTY_NAME', 'Linux')})"
+    except OSError:
+        name = ""
+    return platform.platform() + name
+
+
+def _processor() -> Processor:
+    import torch
+
+    from atp_tune.checkpoints.devices import cpu_flags, cpu_name
+
+    flags = cpu_flags()
+    return Processor(
+        name=cpu_name(),
+        flags=tuple(flag for flag in FLAGS if flag in flags),
+        cores=psutil.cpu_count(logical=False),
+        logical=psutil.cpu_count(),
+        usable=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        torch_threads=torch.get_num_threads(),
+        torch_capability=torch.backends.cpu.get_cpu_capability(),
+    )
+
+
+def _memory() -> HostMemory:
+    from atp_tune.checkpoints.devices import cgroup_limit, host_memory
+
+    total, swap = psutil.virtual_memory().total, psutil.swap_memory().total
+    return HostMemory(total=total, available=host_memory(), cgroup_limit=cgroup_limit(), swap=swap)
+
+
+def _accelerators() -> Accelerators:
+    import torch
+
+    found = [_accelerator(index) for index in range(torch.cuda.device_count())]
+    hip = torch.version.hip
+    return Accelerators(
+        devices=tuple(found),
+        driver=_driver(),
+        built_with=f"HIP {hip}" if hip else f"CUDA {torch.version.cuda}" if torch.version.cuda else None,
+        mps=torch.backends.mps.is_available(),
+        triton=_triton(),
+    )
+
+
+def _accelerator(index: int) -> Accelerator:
+    import torch
+
+    free, memory = torch.cuda.mem_get_info(index)
+    capability = "{}.{}".format(*torch.cuda.get_device_capability(index))
+    return Accelerator(name=torch.cuda.get_device_name(index), memory=memory, free=free, capability=capability)
+
+
+def _driver() -> str | None:
+    """The version of NVIDIA's kernel module, on Linux."""
+    try:
+        return Path("/sys/module/nvidia/version").read_text().strip()
+    except OSError:
+        return None
+
+
+def _triton() -> str:
+    """Whether SparseGPT's kernel compiles and runs on the first GPU."""
+    import torch
+
+    from atp_tune.pruners import columns
+
+    if find_spec("triton") is None:
+        return "is not installed"
+    if not torch.cuda.is_available():
+        return "has no GPU to run on"
+    reasons = Reasons()
+    columns.log.addHandler(reasons)
+    try:
+        columns.on_gpu(torch.device("cuda", 0))
+    finally:
+        columns.log.removeHandler(reasons)
+    return "; ".join(reasons.texts) or "works"
+
+
+class Reasons(logging.Handler):
+    """Keeps log messages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keeps one."""
+        self.texts.append(record.getMessage())
+
+
+def _caches() -> dict[str, Path]:
+    """The folders of this program's cache, and of the hub's models and datasets."""
+    from huggingface_hub import constants
+
+    home = Path(constants.HF_HOME)
+    datasets = Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets"))
+    return {"atp_tune": cache_root(), "hub": Path(constants.HF_HUB_CACHE), "datasets": datasets}
+
+
+def _size(folder: Path) -> int | None:
+    """Bytes of the files in a folder; links count as links. None if it is missing."""
+    if not folder.expanduser().is_dir():
+        return None
+    total = 0
+    for place, _, names in os.walk(folder.expanduser()):
+        for name in names:
+            try:
+                total += Path(place, name).lstat().st_size
+            except OSError:  # it was removed meanwhile
+                continue
+    return total
+
+
+def _shown(path: Path) -> str:
+    return _home_hidden(str(path))
+
+
+def _home_hidden(text: str) -> str:
+    """The text with ~ for the home folder, which names the user."""
+    home = str(Path.home())
+    return text if home == "/" else text.replace(home, "~")

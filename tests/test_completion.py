@@ -1,0 +1,188 @@
+"""Tab in a real bash, with the script that the command itself prints."""
+
+import os
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tinystudy import HANGS, TUNE, stored
+
+from atp_tune.allocations import ALLOCATIONS
+from atp_tune.cli import completion
+from atp_tune.pruners import PRUNERS
+from atp_tune.spec.finding import finished_trials, known
+
+BASH = shutil.which("bash")
+# The function that bash calls for a Tab, on words that bash has split.
+TAB = """
+words=("$@")
+COMP_WORDS=("${words[@]}")
+COMP_CWORD=$(( ${#words[@]} - 1 ))
+spec=$(complete -p "$(basename "$1")") || exit 3
+function=${spec#*-F }
+${function%% *} "$1"
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+BREAKS = "=:"  # of COMP_WORDBREAKS: characters that are words of their own
+
+
+def split(line: str) -> list[str]:
+    """The words of a line as bash gives them to a completion; the last one is being typed."""
+    words: list[str] = []
+    for word in line.split(" "):
+        part = word
+        for mark in BREAKS:
+            part = part.replace(mark, f"\n{mark}\n")
+        words += [piece for piece in part.split("\n") if piece] or [""]
+    return words
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the installed command, as pip writes it, first on PATH beside the interpreter; a home folder."""
+    folder, home = tmp_path / "bin", tmp_path / "home"
+    folder.mkdir()
+    home.mkdir()
+    command = folder / "atp-tune"
+    command.write_text(f"#!{sys.executable}\nfrom atp_tune.cli import main\nmain()\n")
+    command.chmod(command.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]]))
+    monkeypatch.setenv("PYTHONPATH", str(TUNE.parent))
+    monkeypatch.setenv("HOME", str(home))
+    return folder
+
+
+def bash(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    assert BASH
+    return subprocess.run(
+        [BASH, "--norc", "-c", script, "bash", *arguments],
+        capture_output=True, text=True, timeout=HANGS, check=False, cwd=cwd,
+    )  # fmt: skip
+
+
+def tab(program: str, line: str, cwd: Path) -> list[str]:
+    """What Tab offers at the end of the line."""
+    script = f"source <({shlex.quote(program)} --show-completion)\n{TAB}"
+    done = bash(script, program, *split(line), cwd=cwd)
+    assert (done.returncode, done.stderr) == (0, "")
+    return [line for line in done.stdout.split("\n") if line]
+
+
+@pytest.mark.slow
+def test_the_installed_command(programs: Path, done: Path) -> None:
+    names = [path.stem for path in known()]
+    trials = [str(trial.number) for trial in stored(done).trials if trial.state.name == "COMPLETE"]
+    assert trials
+    for line, expected in (
+        ("--study smol", [name for name in names if name.startswith("smol")]),
+        ("--study=smol-f", ["smol-fast"]),
+        ("status --study paper-s", ["paper-smol"]),
+        ("sta", ["status"]),
+        (
+            "--study smol --set search.sa",
+            ["search.sampler=", *(f"search.sampler={n}" for n in ("gp", "tpe", "grid", "random"))],
+        ),
+        ("--study smol --set search.sampler=", ["gp", "tpe", "grid", "random"]),
+        ("--study smol --set search.sampler=g", ["gp", "grid"]),
+        ("--study smol --set=search.sampler=t", ["tpe"]),
+        ("--study smol --set search.seed=3 --set sparsi", ["sparsity=", "sparsity=VALUE"]),
+        ("--study smol --set search.seed=3 --timeo", ["--timeout"]),
+        ("--study smol --set prune.alps.", [f"prune.alps.{key}=" for key in ("damping", "rho", "iterations", "steps")]),
+        ("prune --pruner ", list(PRUNERS)),
+        ("prune --allocation er", ["er", "erk"]),
+        ("prune --device c", ["cpu", "cuda", "cuda:0"]),
+        (f"export --study {done / 'tiny.toml'} --trial ", trials),
+        (f"export --study {done / 'tiny.toml'} --study-name other --trial ", []),
+    ):
+        assert tab("atp-tune", line, done) == expected, line
+    assert set(ALLOCATIONS) == set(tab("atp-tune", "prune --allocation ", done))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "line", ["export --study nosuch --trial ", "export --trial ", "--set nosuch.key=", "--set nosuch"]
+)
+def test_mistakes_are_silent(line: str, programs: Path, tmp_path: Path) -> None:
+    assert tab("atp-tune", line, tmp_path) == []
+
+
+@pytest.mark.slow
+def test_the_script_of_the_repository(programs: Path, tmp_path: Path) -> None:
+    assert tab(str(TUNE), "--study smol-a", tmp_path) == ["smol-allocations"]
+
+
+@pytest.mark.slow
+def test_it_is_installed_for_the_next_shell(programs: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    done = bash("atp-tune --install-completion", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"bash completion installed in {home}/.bash_completions/atp-tune.sh" in done.stdout
+    tabbed = bash(f"source ~/.bashrc\n{TAB}", "atp-tune", "--study", "smol-f", cwd=tmp_path)
+    assert (tabbed.stdout, tabbed.stderr) == ("smol-fast\n", "")
+
+
+@pytest.mark.slow
+def test_a_home_that_is_none_is_one_line(programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    done = bash("atp-tune --install-completion", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --install-completion: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_tab_imports_nothing_heavy(done: Path, tmp_path: Path) -> None:
+    script = (
+        "import atexit, sys\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'optuna', 'numpy', 'sqlalchemy'}\n"
+        "atexit.register(lambda: print('imported:', *sorted(heavy & set(sys.modules))))\n"
+        "sys.argv = ['atp-tune']\n"
+        "from atp_tune.cli import main\n"
+        "main()\n"
+    )
+    for words in (["--set", "search.see"], ["export", "--study", str(done / "tiny.toml"), "--trial", ""]):
+        environment = {
+            **os.environ, "COMP_WORDS": "\n".join(["atp-tune", *words]), "COMP_CWORD": str(len(words)),
+            "_ATP_TUNE_COMPLETE": "complete_bash",
+        }  # fmt: skip
+        found = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, timeout=HANGS, check=True, env=environment
+        )
+        assert found.stdout.split("imported:")[1].split() == []
+        assert found.stdout.split("\n")[0] in {"search.seed=", "0"}
+
+
+@pytest.mark.parametrize(
+    ("words", "joined", "key"),
+    [
+        (["x", "--set", "a", "=", "b"], ["x", "--set", "b"], "a"),
+        (["x", "--set", "a", "="], ["x", "--set", ""], "a"),
+        (["x", "--set", "a", "=", "b", "--study", ""], ["x", "--set", "a=b", "--study", ""], None),
+        (["x", "--set", "=", "a", "=", "b"], ["x", "--set", "b"], "a"),
+        (["x", "--study", "=", "s"], ["x", "--study=s"], None),
+        (["x", ""], ["x", ""], None),
+    ],
+)
+def test_words_are_joined(words: list[str], joined: list[str], key: str | None) -> None:
+    environment = {"_X_COMPLETE": "complete_bash", "COMP_WORDS": "\n".join(words), "COMP_CWORD": str(len(words) - 1)}
+    completion.rejoin(environment)
+    assert environment["COMP_WORDS"].split("\n") == joined
+    assert environment["COMP_CWORD"] == str(len(joined) - 1)
+    assert environment.get(completion.KEY) == key
+
+
+def test_other_shells_and_runs_are_left_alone() -> None:
+    for environment in ({"COMP_WORDS": "a\n=\nb"}, {"_X_COMPLETE": "complete_zsh", "COMP_WORDS": "a"}, {}):
+        before = dict(environment)
+        completion.rejoin(environment)
+        assert environment == before
+
+
+def test_trials_of_what_is_no_database(tmp_path: Path) -> None:
+    (tmp_path / "x.db").write_text("no database")
+    assert finished_trials(tmp_path / "x.db", "x") == finished_trials(tmp_path / "none.db", "x") == []
