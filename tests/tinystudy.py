@@ -69,6 +69,9 @@ seqlen = {TOKENS}
 [search]
 trials = 3
 sampler = "random"
+
+[continuations]
+tokens = 0
 """
 
 

@@ -9,9 +9,11 @@ import typer
 
 from atp_tune.cli.commands import (
     apply,
+    chat,
     evaluate,
     export,
     finetune,
+    generate,
     merge,
     plan,
     prune,
@@ -31,7 +33,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exce
 app.callback(invoke_without_command=True)(tune.run)
 for command in (  # in the order of `--help`
     status.status, plan.plan, serve.serve, merge.merge, export.export, report.report, apply.apply, evaluate.evaluate,
-    prune.prune, finetune.finetune, speedup.speedup, studies.studies,
+    generate.generate, chat.chat, prune.prune, finetune.finetune, speedup.speedup, studies.studies,
 ):  # fmt: skip
     app.command()(command)
 

@@ -1,5 +1,6 @@
 """`tune.py --study NAME`: runs a study."""
 
+import json
 import sys
 from enum import StrEnum
 from functools import partial
@@ -9,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import atp_tune
-from atp_tune.cli.options import STUDY, Device, Overrides, Storage, StudyLabel, load_study
+from atp_tune.cli.options import (
+    STUDY,
+    Device,
+    Overrides,
+    Prompts,
+    Storage,
+    StudyLabel,
+    checked_prompts,
+    load_study,
+)
 from atp_tune.cli.terminal import console
 from atp_tune.errors import UserError
 
@@ -67,6 +77,7 @@ def run(
         str | None, typer.Option(metavar="HOST:PORT", help="Address of the Ray cluster; default: this machine's.")
     ] = None,
     set_: Overrides = None,
+    prompt: Prompts = None,
     version: Annotated[
         bool, typer.Option("--version", metavar="", is_eager=True, callback=_version, help="Print the version.")
     ] = False,
@@ -89,6 +100,8 @@ def run(
         raise typer.BadParameter("give a study, as in --study smol; `studies` lists them", param_hint="--study")
     if trials is not None:
         set_ = [*(set_ or []), f"search.trials={trials}"]
+    if prompt:
+        set_ = [*(set_ or []), f"continuations.prompts={json.dumps(checked_prompts(prompt), ensure_ascii=False)}"]
     file = load_study(study, storage, device, set_)
     names = _devices(file.study.device, workers, devices)
     for name in names:  # a mistake is reported before anything runs
