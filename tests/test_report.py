@@ -252,8 +252,8 @@ def test_the_keys_of_the_json(found: optuna.Study) -> None:
     (study,) = read["studies"]
     assert list(study) == [
         "name", "description", "sparsity", "state", "dense", "uniform", "best", "best_trial", "change", "ranks",
-        "objective", "front", "kl", "zero_shot", "speed", "draws", "windows", "importance", "trials", "seconds",
-        "devices", "study_file", "fingerprint", "versions",
+        "objective", "front", "kl", "zero_shot", "speed", "continuations", "draws", "windows", "importance", "trials",
+        "seconds", "devices", "study_file", "fingerprint", "versions",
     ]  # fmt: skip
     assert study["state"] == {"done": 4, "total": 16, "running": 0, "failed": 1}
     assert study["best"]["validation"] == {"value": found.trials[1].value, "stderr": 3.5}

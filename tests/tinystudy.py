@@ -70,6 +70,9 @@ seqlen = {TOKENS}
 [search]
 trials = 3
 sampler = "random"
+
+[continuations]
+tokens = 0
 """
 
 

@@ -10,10 +10,12 @@ import typer
 from atp_tune.cli import completion
 from atp_tune.cli.commands import (
     apply,
+    chat,
     env,
     evaluate,
     export,
     finetune,
+    generate,
     init,
     merge,
     model,
@@ -41,7 +43,8 @@ app.callback(invoke_without_command=True)(tune.run)
 app.command(MODEL, cls=ModelCommand)(model.model)
 for command in (  # in the order of `--help`
     init.init, status.status, plan.plan, serve.serve, merge.merge, export.export, report.report, apply.apply,
-    evaluate.evaluate, prune.prune, finetune.finetune, speedup.speedup, studies.studies, schema.schema, env.env,
+    evaluate.evaluate, generate.generate, chat.chat, prune.prune, finetune.finetune, speedup.speedup, studies.studies,
+    schema.schema, env.env,
 ):  # fmt: skip
     app.command()(command)
 

@@ -43,6 +43,14 @@ AllowPickle = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", metavar="", help="Run the Python code that the model's folder holds.")
 ]
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--prompt",
+        metavar="TEXT",
+        help="A prompt to continue, beside the three fixed ones; may be given several times.",
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option(metavar="DEVICE", help="auto, cpu, mps, cuda or cuda:N.", autocompletion=completion.devices),
@@ -92,6 +100,16 @@ def load_study(study: str, storage: str | None, device: str | None, set_: list[s
     options: dict[str, Any] = {"storage": place, "device": device}
     named = [f"{key}={value}" for key, value in options.items() if value is not None]
     return load(study, [*(set_ or []), *named])
+
+
+def checked_prompts(prompts: list[str] | None) -> tuple[str, ...]:
+    """The prompts of the option; BadParameter for an empty one, or one that is not UTF-8 text."""
+    from atp_tune.errors import is_text
+
+    for prompt in prompts or ():
+        if not prompt.strip() or not is_text(prompt):
+            raise typer.BadParameter("must be a text, and not empty", param_hint="--prompt")
+    return tuple(prompts or ())
 
 
 def stored_study(file: "StudyFile", study_name: str | None) -> Any:

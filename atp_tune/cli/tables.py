@@ -9,17 +9,20 @@ from rich.table import Table
 
 from atp_tune.cli.terminal import console, markdown, table
 from atp_tune.errors import UserError, printable
+from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.speed import PHASES, Measured, Phase, Speed
 from atp_tune.results.formatting import (
     NOTHING,
     beginning_of,
     cells,
     changed,
+    continuations_note,
     drawn,
     draws_note,
     draws_of,
     duration,
     errors_of,
+    in_one_line,
     method_of,
     mixture_of,
     plan_of,
@@ -30,6 +33,8 @@ from atp_tune.results.summary import Summary
 from atp_tune.results.trials import is_uniform, score_of
 from atp_tune.spec.config import Scores, read_config
 from atp_tune.spec.studyfile import StudyFile
+
+WIDE_ENOUGH = 100  # columns for three texts side by side
 
 
 def show_summary(summary: Summary, file: StudyFile) -> None:
@@ -55,8 +60,25 @@ def show_summary(summary: Summary, file: StudyFile) -> None:
     for remark in (beginning_of(summary), mixture_of(summary)):
         if remark:
             console.print(remark)
+    if summary.continuations:
+        show_continuations(summary.continuations)
     if best is not None:
         _show_next(summary, file)
+
+
+def show_continuations(found: Continuations) -> None:
+    """Prints what each model makes of each prompt: side by side on a wide terminal, else one below the other."""
+    is_wide = console.is_terminal and console.width >= WIDE_ENOUGH
+    for prompt, texts in found.rows():
+        console.print(f"\n{in_one_line(prompt)} …", style="bold")
+        if is_wide:
+            side_by_side = table(*texts)
+            side_by_side.add_row(*map(in_one_line, texts.values()))
+            console.print(side_by_side, soft_wrap=False)
+        else:
+            for name, text in texts.items():
+                console.print(f"  {name:<8} {in_one_line(text)}")
+    console.print(f"\n{continuations_note(found)}\n", style="dim")
 
 
 def _results(summary: Summary) -> str:

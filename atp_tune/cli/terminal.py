@@ -11,7 +11,7 @@ from rich.text import Text
 
 from atp_tune.errors import printable
 
-WRAPPED = ("remark", "what", "plan")  # columns that may take several lines
+WRAPPED = ("remark", "what", "plan", "dense", "uniform", "best")  # columns that may take several lines
 LEAST = len("φ=-0.0123456")  # columns of a plan, so that no parameter is broken
 WIDE = 1000  # columns: no line of a Markdown table is broken
 
@@ -24,7 +24,7 @@ class Terminal(Console):
         return super().render_str("\n".join(map(printable, text.split("\n"))), **options)
 
 
-console = Terminal(soft_wrap=True, markup=False, highlight=False)  # paths and reasons may hold brackets
+console = Terminal(soft_wrap=True, markup=False, highlight=False, emoji=False)  # paths and reasons may hold brackets
 
 
 def table(*columns: str) -> Table:

@@ -16,6 +16,7 @@ from atp_tune.figures import overlay
 from atp_tune.figures.history import draw_history
 from atp_tune.report import tables
 from atp_tune.report.contents import Contents
+from atp_tune.results.formatting import continuations_note
 
 TITLE = 32  # px of a figure's title, which the page shows instead
 HERE = Path(__file__).parent
@@ -34,6 +35,7 @@ def make(studies: Sequence[Contents]) -> bytes:
         overlays=_drawn(overlays(studies)),
         symbol=tables.symbol,
         zero_shot_note=tables.zero_shot_note,
+        continuations_note=continuations_note,
         version=atp_tune.__version__,
         style=_own("page.css"),
         script=_own("page.js"),
@@ -69,6 +71,7 @@ def _section(contents: Contents, index: int) -> dict[str, Any]:
         "ranks": tables.ranks(summary) if len(summary.ranks) > 1 else None,
         "zero_shot": tables.zero_shot(summary.zero_shot) if summary.zero_shot else None,
         "speed": tables.speed(summary.speed) if summary.speed else None,
+        "continuations": tables.continuations(summary.continuations) if summary.continuations else None,
         "importance": sorted(contents.importance.items(), key=lambda pair: -pair[1]),
         "trials": tables.trials(summary),
         "fingerprint": tables.fingerprint(contents),

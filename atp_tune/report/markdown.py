@@ -7,6 +7,7 @@ from atp_tune.errors import printable
 from atp_tune.report import tables
 from atp_tune.report.contents import Contents
 from atp_tune.report.tables import ReportTable
+from atp_tune.results.formatting import continuations_note
 
 _RATES = "Rates are medians over runs; the last column is the median (lowest to highest) of the runs' ratios."
 _KL = " KL: from the dense model's next-token distribution to the pruned one's, nats per token."
@@ -49,6 +50,9 @@ def _study(contents: Contents) -> list[str]:
         parts += ["## Zero-shot accuracy", table(made), escaped(tables.zero_shot_note(summary.zero_shot))]
     if summary.speed:
         parts += ["## Size and speed", table(tables.speed(summary.speed)), _RATES]
+    if summary.continuations:
+        made = tables.continuations(summary.continuations)
+        parts += ["## Continuations", table(made), escaped(continuations_note(summary.continuations)) + "."]
     if contents.importance:
         parts += ["## Importance", table(tables.importance(contents))]
     parts += ["## Trials", table(tables.trials(summary)), "## How to reproduce"]

@@ -11,9 +11,20 @@ from optuna.trial import FrozenTrial
 from atp_tune.allocations.budget import SYMBOLS
 from atp_tune.errors import printable
 from atp_tune.figures.history import spent
+from atp_tune.metrics.continuations import NAMES, Continuations
 from atp_tune.metrics.speed import PHASES, Speed, spread
 from atp_tune.report.contents import Contents
-from atp_tune.results.formatting import NOTHING, cells, changed, drawn, draws_of, duration, plan_of, remark_of
+from atp_tune.results.formatting import (
+    NOTHING,
+    cells,
+    changed,
+    drawn,
+    draws_of,
+    duration,
+    in_one_line,
+    plan_of,
+    remark_of,
+)
 from atp_tune.results.summary import Summary
 from atp_tune.results.trials import allocation_of, is_uniform, score_of
 from atp_tune.spec.config import SHARES, Measure, TaskScores, ZeroShot
@@ -98,6 +109,12 @@ def zero_shot_note(found: ZeroShot) -> str:
     paired = "; best − uniform: item by item" if "best" in found.seconds else ""
     where = f"lm-eval {found.versions.get('lm_eval', '')}, {found.dtype}, {found.device}"
     return f"±: standard error over items{paired}; {where}{limit}{missing}"
+
+
+def continuations(found: Continuations) -> ReportTable:
+    """What each model makes of each prompt."""
+    rows = [tuple(map(in_one_line, (prompt, *texts.values()))) for prompt, texts in found.rows()]
+    return ReportTable(("prompt", *NAMES), rows, tuple(range(len(NAMES) + 1)))
 
 
 def speed(found: Speed) -> ReportTable:

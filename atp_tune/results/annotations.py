@@ -1,4 +1,4 @@
-"""Measurements of a configuration after its search (zero-shot, speed), stored in its JSON file and on its study.
+"""Findings on a configuration (zero-shot, speed, continuations), stored in its JSON file and on its study.
 
 On the study each is a user attribute, named after the file's key: a table from trial number to measurement. A
 configuration that is written later for the same trial includes them.
@@ -15,6 +15,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from atp_tune.cache import write_atomically
 from atp_tune.errors import UserError
+from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.speed import Speed
 from atp_tune.spec.config import Config, ZeroShot, read_config
 from atp_tune.spec.finding import holds
@@ -22,8 +23,10 @@ from atp_tune.spec.studyfile import absolute_storage
 from atp_tune.storage import opening
 from atp_tune.storage.database import without_password
 
-Key = Literal["zero_shot", "speed"]
-KINDS: dict[Key, TypeAdapter[Any]] = {"zero_shot": TypeAdapter(ZeroShot), "speed": TypeAdapter(Speed)}
+Key = Literal["zero_shot", "speed", "continuations"]
+KINDS: dict[Key, TypeAdapter[Any]] = {
+    "zero_shot": TypeAdapter(ZeroShot), "speed": TypeAdapter(Speed), "continuations": TypeAdapter(Continuations),
+}  # fmt: skip
 
 
 def attach(
@@ -35,7 +38,7 @@ def attach(
     that holds another trial by now is not changed. UserError if the study is not in the storage of `address`.
     """
     found = value.model_dump(mode="json") if isinstance(value, BaseModel) else dict(value)
-    places = [str(path)] if _write(path, config, {key: found}) else []
+    places = [str(path)] if path.exists() and _write(path, config, {key: found}) else []
     study = study_of(path, config, address)
     if study is not None:
         known = study.user_attrs.get(key, {})

@@ -1,9 +1,12 @@
 """Short texts about trials and studies, the same on the screen, in notes, figures and reports."""
 
+import re
 import shlex
 
 from optuna.trial import FrozenTrial, TrialState
 
+from atp_tune.errors import printable
+from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.perplexity import Change, error_over, reach_of
 from atp_tune.plan import shown
 from atp_tune.results.summary import Summary
@@ -54,6 +57,16 @@ def loss_of(trial: FrozenTrial) -> str:
     so_far = f", cut off {times} times by now" if times > 1 else ""
     end = f"cut off {why}, it is given up" if why else f"it is run again{so_far}"
     return f"trial {trial.number} was lost with its process: {end}"
+
+
+def in_one_line(text: str) -> str:
+    """A model's text in one printable line, with an arrow for its line breaks."""
+    return printable(re.sub(r"\s*[\r\n]\s*", " ↵ ", text.strip())).strip()
+
+
+def continuations_note(found: Continuations) -> str:
+    """How the continuations were made."""
+    return f"greedy, without a chat template, at most {found.tokens} tokens, in {found.dtype}; ↵: a line break"
 
 
 def errors_of(summary: Summary) -> str:

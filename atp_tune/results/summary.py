@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from atp_tune.frozen import FrozenModel
 from atp_tune.metrics.bos import BosEffect
+from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.draws import OverDraws, over_draws
 from atp_tune.metrics.kl import divergence, relative
 from atp_tune.metrics.perplexity import Change, Perplexity, change, perplexity
@@ -63,6 +64,7 @@ class Summary:
     kls           KL by trial, if minimised
     front         with two objectives, the trials of the Pareto front
     zero_shot, speed  measurements of the best trial by `evaluate` and `speedup`
+    continuations     of prompts, by dense, uniform and the best trial
     bos           windows begin with BOS; `bos_effect`: its measured effect on the dense model
     """
 
@@ -91,6 +93,7 @@ class Summary:
     uniform_trial: FrozenTrial | None = None
     zero_shot: ZeroShot | None = None
     speed: Speed | None = None
+    continuations: Continuations | None = None
     bos: bool = False
     bos_effect: BosEffect | None = None
     over_draws: Mapping[int, OverDraws] = field(default_factory=dict)
@@ -139,6 +142,7 @@ def summarise(study: optuna.Study) -> Summary:
         uniform_trial=uniform,
         zero_shot=ZeroShot.model_validate(found["zero_shot"]) if "zero_shot" in found else None,
         speed=Speed.model_validate(found["speed"]) if "speed" in found else None,
+        continuations=Continuations.model_validate(found["continuations"]) if "continuations" in found else None,
         bos=fingerprint.has_bos(study),
         bos_effect=BosEffect.model_validate(study.user_attrs["bos"]) if "bos" in study.user_attrs else None,
         over_draws=_over_draws(study),

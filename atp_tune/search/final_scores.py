@@ -1,14 +1,22 @@
-"""The final scores of a study: dense, uniform and best on the test text, also over draws of the calibration text."""
+"""The final scores of a study: dense, uniform and best on the test text, also over draws of the calibration text.
+
+The models that are pruned for it also continue prompts.
+"""
 
 import os
+from collections.abc import Iterable
 from time import sleep
 from typing import TYPE_CHECKING
 
 import optuna
 
 from atp_tune.events import TrialStarted
+from atp_tune.metrics.continuations import PROMPTS, ModelName
+from atp_tune.plan import Plan
+from atp_tune.results.annotations import Key, attached
 from atp_tune.results.best_config import best_config
 from atp_tune.results.summary import undrawn, unreported
+from atp_tune.results.trials import uniform_of
 from atp_tune.search.space import Space
 from atp_tune.search.trial_loop import POLL
 from atp_tune.storage import fingerprint, progress
@@ -16,9 +24,12 @@ from atp_tune.storage.process_identity import identity, is_alive
 from atp_tune.storage.validation import TRIAL, checked
 
 if TYPE_CHECKING:
+    from atp_tune.scores import WindowScores
+    from atp_tune.scores.evaluation import Block
     from atp_tune.search.context import TrialContext
     from atp_tune.search.runner import StudyRun
 
+CONTINUATIONS: Key = "continuations"  # user attribute of a study: texts by trial
 REPORTER = "reporter"  # system attribute of a study: the process that measures on the test text
 
 
@@ -34,13 +45,15 @@ def report(run: "StudyRun", study: optuna.Study, context: "TrialContext", space:
     if is_missing:
         study._storage.set_study_system_attr(study._study_id, REPORTER, identity())
     try:
+        texts = _Texts(run, study, context, is_missing)
         for name in unreported(study):
-            nlls, kls = _measure(run, study, context, space, name)
+            nlls, kls = _measure(run, study, context, space, name, texts)
             if kls:  # before the NLLs, which mark a trial as reported
                 study.set_user_attr(f"test_kls:{name}", kls)
             study.set_user_attr(f"test_nlls:{name}", nlls)
+        texts.complete(space)
         for draw, name in undrawn(study, draws):
-            study.set_user_attr(f"draws:{name}:{draw}", _measure(run, study, context, space, name, draw)[0])
+            study.set_user_attr(f"draws:{name}:{draw}", _measure(run, study, context, space, name, texts, draw)[0])
     finally:
         if is_missing:
             study._storage.set_study_system_attr(study._study_id, REPORTER, None)
@@ -73,9 +86,50 @@ def write_best(run: "StudyRun", study: optuna.Study) -> None:
         config.write(out)
 
 
+class _Texts:
+    """Continuations by dense, uniform and best, stored on the study once all three are there."""
+
+    def __init__(self, run: "StudyRun", study: optuna.Study, context: "TrialContext", is_missing: bool) -> None:
+        """`is_missing`: numbers on the test text are; else the study ended without these texts, or has them."""
+        from atp_tune.search.continuations import StudyContinuations
+
+        asked, best = run.file.study.continuations, progress.best_trial(study)
+        uniform = uniform_of(study, best)
+        self._run, self._study, self._context = run, study, context
+        self._best, self._uniform = best, uniform
+        tokens = asked.tokens if is_missing and best and uniform and not self._known() else 0
+        self.work = StudyContinuations(context, (*PROMPTS, *asked.prompts), tokens)
+        self._names: dict[str, ModelName] = {"dense": "dense"}
+        if best and uniform:
+            self._names |= {str(best.number): "best", str(uniform.number): "uniform"}
+
+    def name(self, row: str) -> ModelName | None:
+        """The model of a row of the test text, if it is to continue the prompts."""
+        return self._names.get(row)
+
+    def complete(self, space: Space) -> None:
+        """Continues the prompts by models that were measured before, then stores all texts."""
+        for row, name in self._names.items():
+            if name in self.work.wanted:
+                plan = None if row == "dense" else space.plan(self._study.trials[int(row)].params)
+                self._run.watch(TrialStarted(f"continuations: {name}", plan))
+                for _ in self.work.follow(name, _blocks(self._study, self._context, self._context, row, plan)):
+                    pass
+                self.work.say(name)
+        if self._best and self._uniform and self._best.number == self._uniform.number:
+            self.work.repeat("best", "uniform")
+        found = self.work.result()
+        if found and self._best:
+            known = self._study.user_attrs.get(CONTINUATIONS, {})
+            self._study.set_user_attr(CONTINUATIONS, {**known, str(self._best.number): found.model_dump(mode="json")})
+
+    def _known(self) -> bool:
+        return self._best is not None and CONTINUATIONS in attached(self._study, self._best.number)
+
+
 def _measure(
-    run: "StudyRun", study: optuna.Study, context: "TrialContext", space: Space, name: str, draw: int = 0
-) -> tuple[list[float], list[float]]:
+    run: "StudyRun", study: optuna.Study, context: "TrialContext", space: Space, name: str, texts: _Texts, draw: int = 0
+) -> "WindowScores | tuple[list[float], list[float]]":
     """Window NLLs of a trial, or of `dense`, on the test text (else the validation text), and KLs if minimised.
 
     `draw`: the draw of the calibration text that prunes; without KLs where it is not the trial's own, 0. The batch
@@ -83,19 +137,31 @@ def _measure(
     """
     from atp_tune.checkpoints.devices import oom_as_user_error
 
-    texts, trial = run.file.study.texts, None if name == "dense" else study.trials[int(name)]
-    if texts.test is None and not draw:
+    spec, trial = run.file.study.texts, None if name == "dense" else study.trials[int(name)]
+    if spec.test is None and not draw:
         if trial is None:
             return study.user_attrs["dense"], []
         return trial.user_attrs["nlls"], trial.user_attrs.get("kls", [])
     plan = None if trial is None else space.plan(trial.params)
-    title = f"draw {draw + 1} of {texts.calibration.draws}:" if draw else "test text:"
+    title = f"draw {draw + 1} of {spec.calibration.draws}:" if draw else "test text:"
     title += f" trial {name}" if trial else " dense model"
     run.watch(TrialStarted(title, plan))
+    drawn = context.drawn(draw) if draw else context
+    blocks = _blocks(study, context, drawn, name, plan)
+    kl = "kl" in run.file.study.search.objective and trial is not None and not draw
+    model = None if draw else texts.name(name)
+    with oom_as_user_error(title):
+        role = "validation" if spec.test is None else "test"
+        found = context.all_scores(texts.work.follow(model, blocks), role, kl=kl)
+    texts.work.say(model)
+    return found
+
+
+def _blocks(
+    study: optuna.Study, context: "TrialContext", drawn: "TrialContext", name: str, plan: Plan | None
+) -> Iterable["Block"]:
+    """The blocks of a trial, or of `dense`, pruned by the batches of the trial's measurement; `drawn`: of its draw."""
+    trial = None if name == "dense" else study.trials[int(name)]
     own = fingerprint.batches_in(trial, study.user_attrs.get("fingerprint", {})) if trial else {}
     context.begin({**fingerprint.batches_of(study), **own})
-    drawn = context.drawn(draw) if draw else context
-    blocks = context.dense() if plan is None else ((block.index, block.weights) for block in drawn.prune(plan))
-    kl = "kl" in run.file.study.search.objective and trial is not None and not draw
-    with oom_as_user_error(title):
-        return context.all_scores(blocks, "validation" if texts.test is None else "test", kl=kl)
+    return context.dense() if plan is None else ((block.index, block.weights) for block in drawn.prune(plan))

@@ -18,6 +18,7 @@ from atp_tune.metrics.perplexity import error_over
 from atp_tune.plan import shown
 from atp_tune.report.markdown import escaped, fenced
 from atp_tune.report.tables import measure, speed
+from atp_tune.results.formatting import continuations_note, in_one_line
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import Compared, Config
 from atp_tune.spec.study import Text
@@ -108,6 +109,8 @@ def _values(config: Config, dense: Dense) -> dict[str, Any]:
         "models": list(MODELS.values()),
         "tasks": list(_tasks(config)),
         "speed": [map(escaped, row) for row in speed(config.speed).rows] if config.speed else [],
+        "continuations": list(_continuations(config)),
+        "how": continuations_note(config.continuations) if config.continuations else "",
         "updated": config.pruner in UPDATES,
         "equal": EQUAL,
         "reads_images": dense.reads_images,
@@ -167,6 +170,12 @@ def _tasks(config: Config) -> Iterator[dict[str, Any]]:
         yield {"name": escaped(f"{task.task}, {task.metric}"), "cells": cells}
     if found.mean:
         yield {"name": "mean", "cells": [measure(found.mean.get(model)) for model in MODELS]}
+
+
+def _continuations(config: Config) -> Iterator[list[str]]:
+    """Each prompt and what dense, uniform and this model make of it."""
+    for prompt, said in config.continuations.rows() if config.continuations else ():
+        yield [escaped(in_one_line(text)) for text in (prompt, *said.values())]
 
 
 def _results(config: Config) -> Iterator[EvalResult]:

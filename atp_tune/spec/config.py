@@ -24,6 +24,7 @@ from pydantic import (
 from atp_tune.cache import write_out
 from atp_tune.errors import UserError
 from atp_tune.frozen import FrozenModel
+from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.draws import OverDraws
 from atp_tune.metrics.kl import Divergence
 from atp_tune.metrics.perplexity import Estimate, Perplexity
@@ -238,6 +239,7 @@ class Config(FrozenModel):
     )
     zero_shot: ZeroShot | None = Field(None, description="results of the command `evaluate`")
     speed: Speed | None = Field(None, description="results of the command `speedup`")
+    continuations: Continuations | None = Field(None, description="of prompts, by a study or the command `generate`")
 
     @model_validator(mode="before")
     @classmethod

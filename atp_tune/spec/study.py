@@ -212,6 +212,13 @@ class SearchConfig(SettingsTable):
         return self
 
 
+class ContinuationsConfig(SettingsTable):
+    """Prompts that dense, uniform and best continue at the end of a study, for people to read."""
+
+    tokens: int = Field(48, ge=0, le=4096, description="greedy tokens of each continuation, at most; 0: none")
+    prompts: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), description="prompts beside the fixed ones")
+
+
 class Study(SettingsTable):
     """A study file."""
 
@@ -225,6 +232,7 @@ class Study(SettingsTable):
     allocation: AllocationConfig = AllocationConfig()
     texts: Texts
     search: SearchConfig
+    continuations: ContinuationsConfig = ContinuationsConfig()
     storage: str | None = Field(None, description="Optuna storage URL; default: NAME.db beside the study file")
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
 

@@ -23,8 +23,6 @@ from atp_tune.checkpoints.devices import (
     device_name,
     find_device,
     find_dtype,
-    free_memory,
-    host_memory,
     oom_as_user_error,
 )
 from atp_tune.checkpoints.models import ModelFolder, resolve
@@ -32,9 +30,10 @@ from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message, TrialStarted
 from atp_tune.inputs import KINDS
 from atp_tune.inputs.windows import load_tokenizer
-from atp_tune.plan import Plan, make_plan
+from atp_tune.plan import make_plan
 from atp_tune.scores import SCORES
 from atp_tune.search.context import ContextConfig, TrialContext
+from atp_tune.search.kept_blocks import prune_whole
 from atp_tune.sparse.applying import plan_of
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import SHARES, Compared, Config, Measure, TaskScores, ZeroShot, read_config
@@ -42,7 +41,7 @@ from atp_tune.spec.patterns import parse
 from atp_tune.spec.study import ModelConfig
 from atp_tune.storage.process_identity import versions
 
-ROOM = 0.5  # share of the device's free memory for a pruned copy of the linears
+SCORED = ("evaluate", "evaluate --model DIR")  # what needs a pruned copy, and what needs none
 
 Weights = dict[str, Tensor]
 
@@ -133,13 +132,13 @@ def _compared(scorer: Scorer, config: Config, context: TrialContext) -> ZeroShot
     context.watch(TrialStarted("dense", None))
     scorer.score("dense", context.replay, context.folder, context.checkpoint.weights)
     context.watch(TrialStarted("uniform", uniform))
-    scorer.score("uniform", context.replay, context.folder, pruned(context, uniform))
+    scorer.score("uniform", context.replay, context.folder, prune_whole(context, uniform, *SCORED))
     if (best.sparsities, best.linear_sparsities) == (uniform.sparsities, uniform.linear_sparsities):
         scorer.repeat("best", "uniform")
     else:
         context.watch(TrialStarted("best", best))
         context.begin(config.batches)
-        scorer.score("best", context.replay, context.folder, pruned(context, best))
+        scorer.score("best", context.replay, context.folder, prune_whole(context, best, *SCORED))
     return scorer.zero_shot(context.checkpoint)
 
 
@@ -163,31 +162,6 @@ def _dtype(origin: Path) -> str:
         return read_config(origin).model.dtype if origin.is_file() else "auto"
     except UserError:
         return "auto"
-
-
-def pruned(context: TrialContext, plan: Plan) -> Callable[[int], Weights]:
-    """Prunes the model to a plan; the returned function gives a block's tensors on the compute device.
-
-    UserError if memory is too small for a second copy of the linears.
-    """
-    checkpoint = context.checkpoint
-    device, needed = checkpoint.device, sum(checkpoint.sizes) * checkpoint.dtype.itemsize
-    on_device = checkpoint.offload == "none" and needed < ROOM * free_memory(device)
-    if not on_device and needed > host_memory():
-        raise UserError(
-            f"evaluate: a pruned copy needs {needed / 1024**3:.1f} GiB beside the dense model; write it with "
-            "`apply`, then evaluate --model DIR"
-        )
-    blocks: list[Weights] = []
-    for block in context.prune(plan):
-        keys = {linear.key for linear in checkpoint.linears[block.index]}
-        own = {key: block.weights[key] for key in keys}
-        blocks.append(own if on_device else {key: tensor.cpu() for key, tensor in own.items()})
-
-    def weights_of(index: int) -> Weights:
-        return {**checkpoint.weights(index), **{key: tensor.to(device) for key, tensor in blocks[index].items()}}
-
-    return weights_of
 
 
 def compared(name: str, results: Mapping[Compared, Any]) -> TaskScores:

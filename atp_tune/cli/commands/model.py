@@ -4,7 +4,6 @@ import shlex
 import sys
 from dataclasses import replace
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +12,6 @@ import typer
 
 from atp_tune.cli import completion
 from atp_tune.cli.commands.plan import show_plan
-from atp_tune.cli.commands.tune import start
 from atp_tune.cli.options import (
     AllowDeviceChange,
     AllowPickle,
@@ -23,6 +21,7 @@ from atp_tune.cli.options import (
     Engine,
     Overrides,
     PoolEngine,
+    Prompts,
     RayAddress,
     Storage,
     Timeout,
@@ -32,6 +31,7 @@ from atp_tune.cli.options import (
     load_study,
     stored_study,
 )
+from atp_tune.cli.running import RunOptions, start
 from atp_tune.cli.terminal import console
 from atp_tune.errors import UserError
 
@@ -100,6 +100,7 @@ def model(
     ray_address: RayAddress = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
+    prompt: Prompts = None,
     set_: Overrides = None,
 ) -> None:
     """Search for the best sparse version of a model; no study file is needed.
@@ -119,24 +120,24 @@ def model(
         raise typer.BadParameter(f"{source} is a study: run it with --study {source}", param_hint="MODEL")
     wishes = StudyRequest(source, sparsity, preset, tuple(pruner or ()), tuple(allocation or ()), texts)
     path = HERE / f"{name or wishes.name}.toml"
-    run = partial(
-        start, trials=trials, timeout=timeout, storage=storage, study_name=None, device=device, workers=workers,
-        devices=devices, allow_device_change=allow_device_change, engine=engine, ray_address=ray_address, set_=set_,
+    options = RunOptions(
+        trials, timeout, storage, None, device, workers, devices, allow_device_change, engine, ray_address, set_,
+        prompt, dry_run,
     )  # fmt: skip
     if path.exists():
         wishes.check_same(load_study(str(path), None, None, None).study, path)
-        run(str(path), dry_run=dry_run)
+        start(str(path), options)
         return
     made = _make(wishes, device, {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code})
     words = [word for word in sys.argv[1:] if word != "--dry-run"]
     head = [f"python tune.py --study {path.stem}", "", f"Made by: python tune.py {shlex.join(words)}"]
     if dry_run:
-        _forecast(path, made, head, storage, device, set_)
+        _forecast(path, made, head, options)
         return
     write_study(path, made, head)
     console.print(f"study: {path}; the same command, or --study {path.stem}, resumes it")
     try:
-        run(str(path), dry_run=False)
+        start(str(path), options)
     except UserError:
         _remove_unused(path, storage)
         raise
@@ -151,16 +152,14 @@ def _make(wishes: "StudyRequest", device: str | None, allowed: dict[str, bool]) 
         return wishes.study(device, allowed, lambda text: display(Message(text)))
 
 
-def _forecast(
-    path: Path, made: "Study", head: list[str], storage: str | None, device: str | None, set_: list[str] | None
-) -> None:
+def _forecast(path: Path, made: "Study", head: list[str], options: RunOptions) -> None:
     """Prints the study file and the cost of the study; writes nothing."""
     from atp_tune.spec.writing import study_text, write_study
 
     console.print(study_text(made, head))
     with TemporaryDirectory(prefix="atp_tune.") as folder:
         write_study(Path(folder) / path.name, made, head)
-        file = load_study(str(Path(folder) / path.name), storage, device, set_)
+        file = options.load(str(Path(folder) / path.name))
     show_plan(replace(file, path=path), None)
 
 

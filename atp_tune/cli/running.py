@@ -1,0 +1,133 @@
+"""Runs a study as the options of the command line say, in this process or in a pool of workers."""
+
+import json
+import sys
+from dataclasses import dataclass
+from functools import partial
+from time import time
+from typing import TYPE_CHECKING
+
+import typer
+
+from atp_tune.cli.commands.plan import show_plan
+from atp_tune.cli.options import PoolEngine, checked_prompts, load_study
+from atp_tune.cli.terminal import console
+from atp_tune.errors import UserError
+
+if TYPE_CHECKING:
+    import optuna
+
+    from atp_tune.cli.display import Display
+    from atp_tune.cli.worker_pool import WorkerPool
+    from atp_tune.search.runner import StudyRun
+    from atp_tune.spec.studyfile import StudyFile
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The options of a run, as `atp_tune.cli.options` explains them."""
+
+    trials: int | None
+    timeout: float | None
+    storage: str | None
+    study_name: str | None
+    device: str | None
+    workers: int | None
+    devices: str | None
+    allow_device_change: bool
+    engine: PoolEngine
+    ray_address: str | None
+    set_: list[str] | None
+    prompt: list[str] | None
+    dry_run: bool
+
+    def load(self, study: str, device: str | None = None) -> "StudyFile":
+        """The study file with the overrides of all options."""
+        set_ = [*(self.set_ or [])]
+        if self.trials is not None:
+            set_.append(f"search.trials={self.trials}")
+        if self.prompt:
+            set_.append(f"continuations.prompts={json.dumps(checked_prompts(self.prompt), ensure_ascii=False)}")
+        return load_study(study, self.storage, device or self.device, set_)
+
+
+def start(study: str, options: RunOptions) -> None:
+    """Runs or resumes a study, or prints its cost."""
+    file = options.load(study)
+    names = _devices(file.study.device, options.workers, options.devices)
+    for name in names:  # a mistake is reported before anything runs
+        options.load(study, name)
+    pool = _worker_pool(options.engine, names, options.workers, options.devices, options.ray_address)
+    if options.dry_run:
+        show_plan(file, options.study_name)
+        return
+    _run(file, options.study_name, options.timeout, pool, options.allow_device_change)
+
+
+def _devices(device: str, workers: int | None, devices: str | None) -> list[str]:
+    """The device of each worker."""
+    if devices is None:
+        return [device] * (workers or 1)
+    listed = [name.strip() for name in devices.split(",") if name.strip()]
+    if not listed or (workers is not None and workers != len(listed)):
+        raise typer.BadParameter(f"names {len(listed)} devices, --workers {workers}", param_hint="--devices")
+    return listed
+
+
+def _worker_pool(
+    engine: PoolEngine, names: list[str], workers: int | None, devices: str | None, address: str | None
+) -> "WorkerPool | None":
+    """The pool of workers that runs the trials; None if this process does."""
+    if engine == PoolEngine.ray:
+        if devices is not None:
+            raise typer.BadParameter("Ray chooses them; write --workers N", param_hint="--devices")
+        try:
+            from atp_tune.cli.ray_engine import run_on_ray
+        except ModuleNotFoundError as error:
+            raise UserError(f"--engine ray: {error}; install it with: pip install 'atp-tune[ray]'") from None
+        return partial(run_on_ray, count=workers, address=address or "auto")
+    if address is not None:
+        raise typer.BadParameter("only with --engine ray", param_hint="--ray-address")
+    from atp_tune.cli.worker_pool import run_workers
+
+    return partial(run_workers, devices=names) if len(names) > 1 else None
+
+
+def _run(
+    file: "StudyFile", name: str | None, timeout: float | None, pool: "WorkerPool | None" = None, mix: bool = False
+) -> None:
+    """Runs or resumes a study in this process or in a pool of workers; shows its progress, then its summary.
+
+    Ctrl-C and SIGTERM stop the study; the trial that was running is queued again.
+    """
+    from atp_tune.cli.display import Display
+    from atp_tune.cli.runtime import interruptible, quiet
+    from atp_tune.cli.tables import show_summary
+    from atp_tune.results.summary import summarise
+    from atp_tune.search.runner import StudyRun
+
+    with quiet(), interruptible(), Display() as display:
+        run = StudyRun(file, name or file.name, timeout, display, mix=mix)
+        try:
+            study = _driven(run, pool, display)
+        except KeyboardInterrupt:
+            display.close()
+            console.print(
+                f"stopped: finished trials are in {file.database or 'the storage'}; the same command resumes the study"
+            )
+            sys.exit(130)
+    if study is not None:
+        show_summary(summarise(study), file)
+
+
+def _driven(run: "StudyRun", pool: "WorkerPool | None", display: "Display") -> "optuna.Study | None":
+    from atp_tune.cli.worker_pool import WorkerJob
+    from atp_tune.search.runner import finished_study, load_existing, tune
+
+    if pool is None:
+        return tune(run)
+    study = finished_study(run)
+    if study is None:
+        pool(WorkerJob(run.file, run.name, None if run.timeout is None else time() + run.timeout, run.mix), display)
+        study = finished_study(run) or load_existing(run)
+    return study

@@ -1,0 +1,1 @@
+"""Text from a model in memory, by the `generate` of transformers."""

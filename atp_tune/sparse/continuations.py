@@ -1,0 +1,59 @@
+"""Continuations of prompts by dense, uniform and best of a configuration, from one checkpoint in memory."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from atp_tune.checkpoints.devices import oom_as_user_error
+from atp_tune.events import EventHandler, TrialStarted
+from atp_tune.metrics.continuations import Continuations
+from atp_tune.plan import make_plan
+from atp_tune.search.context import ContextConfig, TrialContext
+from atp_tune.search.continuations import Continuing
+from atp_tune.search.kept_blocks import prune_whole
+from atp_tune.sparse.applying import plan_of
+from atp_tune.spec.config import Config
+from atp_tune.spec.patterns import parse
+
+COPIED = ("generate", "chat DIR")  # what needs a pruned copy, and what needs none
+
+
+def open_config(
+    config: Config, base: Path, device: str, watch: EventHandler, allowed: Mapping[str, bool]
+) -> TrialContext:
+    """The context that prunes to a configuration, to be closed; paths start at `base`, `allowed` as for `apply`."""
+    model, texts = config.model.model(allowed), {"calibration": config.calibration}
+    setup = ContextConfig(model, config.prune, texts, base, device, batches=config.batches, bos=config.bos)
+    return TrialContext.open(setup, watch)
+
+
+def continuations(
+    config: Config,
+    base: Path,
+    prompts: Sequence[str],
+    tokens: int,
+    device: str,
+    watch: EventHandler,
+    allowed: Mapping[str, bool],
+) -> Continuations:
+    """What dense, uniform with the same pruner, and best make of prompts.
+
+    UserError if the model is not the configuration's.
+    """
+    with open_config(config, base, device, watch, allowed) as context, oom_as_user_error("generate"):
+        best = plan_of(config, context)
+        pattern = parse(config.prune.pattern)
+        uniform = make_plan(best.pruner, "uniform", context.budget(config.sparsity.target), {}, pattern)
+        work = Continuing(context, prompts, tokens)
+        watch(TrialStarted("dense model", None))
+        work.say("dense", context.checkpoint.weights)
+        watch(TrialStarted("uniform", uniform))
+        work.say("uniform", prune_whole(context, uniform, *COPIED))
+        if (best.sparsities, best.linear_sparsities) == (uniform.sparsities, uniform.linear_sparsities):
+            work.repeat("best", "uniform")
+        else:
+            watch(TrialStarted("best", best))
+            context.begin(config.batches)
+            work.say("best", prune_whole(context, best, *COPIED))
+        found = work.result()
+    assert found is not None
+    return found

@@ -1,0 +1,278 @@
+"""`chat`: in a pseudo-terminal as a person sees it, and through a pipe."""
+
+import io
+import json
+import os
+import pty
+import select
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import pytest
+import torch
+from processes import popen
+from tinystudy import HANGS, TUNE, Answer, CommandLine, make_tokenizer
+from transformers import AutoModelForCausalLM
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}me:{% endif %}"
+)
+# Makes the terminal that is its input the one whose Ctrl-C it hears, then becomes the command.
+AT_TERMINAL = (
+    "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+)
+LINE = "The import statement"
+PLAIN = "the tokenizer has no chat template: each line is continued as text, on its own"
+
+
+@pytest.fixture
+def sparse(done: Path, tmp_path: Path, command: CommandLine) -> Path:
+    assert command("apply", "--config", done / "tiny.best.json", "--out", tmp_path / "sparse").code == 0
+    return tmp_path / "sparse"
+
+
+@pytest.fixture
+def endless(tiny_place: Path, tmp_path: Path) -> Path:
+    """A folder whose answers end when they are stopped, and not before."""
+    folder = Path(shutil.copytree(tiny_place / "model", tmp_path / "endless"))
+    for name in ("config.json", "generation_config.json"):
+        found = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**found, "eos_token_id": None, "max_position_embeddings": 10**6}))
+    return folder
+
+
+def greedy(folder: Path, text: str, count: int) -> str:
+    """The continuation of a text by a folder, without atp_tune."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), make_tokenizer()
+    ids = tokenizer(text).input_ids
+    tokens: list[int] = []
+    with torch.no_grad():
+        while len(tokens) < count and 0 not in tokens:
+            tokens.append(int(model(input_ids=torch.tensor([ids + tokens])).logits[0, -1].argmax()))
+    return str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+@pytest.fixture
+def piped(command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Answer]:
+    """The answer to a message through a pipe."""
+
+    def send(message: str | bytes, *arguments: str | Path) -> Answer:
+        given = message.encode() if isinstance(message, str) else message
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+        return command("chat", *arguments)
+
+    return send
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb", "COLUMNS": "200"}
+
+
+class Person:
+    """Someone at a terminal of this command."""
+
+    def __init__(self, *arguments: str | Path) -> None:
+        self._terminal, other = pty.openpty()
+        command = [sys.executable, "-c", AT_TERMINAL, str(TUNE), "chat", *map(str, arguments)]
+        self.process = popen(command, stdin=other, stdout=other, stderr=other, env=environment())
+        os.close(other)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._terminal)
+
+    def types(self, keys: str) -> None:
+        os.write(self._terminal, keys.encode())
+
+    def sees(self, words: str) -> str:
+        """What the terminal shows until these words come."""
+        seen, over = "", monotonic() + HANGS
+        while words not in seen:
+            assert monotonic() < over, seen
+            if select.select([self._terminal], [], [], 1)[0]:
+                seen += os.read(self._terminal, 1 << 12).decode(errors="replace").replace("\r\n", "\n")
+        return seen
+
+    def asks(self, line: str) -> str:
+        """What is shown after a line, until the next prompt; without the line itself."""
+        self.types(line + "\n")
+        seen = self.sees("\n> ")
+        assert seen.startswith(line + "\n")
+        return seen.removeprefix(line + "\n").removesuffix("\n> ")
+
+    def ends(self) -> int:
+        return int(self.process.wait(HANGS))
+
+
+@pytest.fixture
+def person(request: pytest.FixtureRequest) -> Iterator[Any]:
+    opened: list[Person] = []
+
+    def sit_down(*arguments: str | Path) -> Person:
+        opened.append(Person(*arguments))
+        return opened[-1]
+
+    yield sit_down
+    for one in opened:
+        one.close()
+
+
+# --- through a pipe
+
+
+@pytest.mark.slow
+def test_only_the_answer_is_printed(sparse: Path, piped: Callable[..., Answer]) -> None:
+    """By a process of its own, and by this one, as the other tests."""
+    command = [sys.executable, str(TUNE), "chat", str(sparse), "--max-new-tokens", "9"]
+    done = subprocess.run(
+        command, input=f"{LINE}\n", capture_output=True, text=True, timeout=HANGS, check=True, env=environment()
+    )
+    assert (done.stdout, done.stderr) == (greedy(sparse, LINE, 9) + "\n", "")
+    assert piped(LINE, sparse, "--max-new-tokens", "9") == Answer(0, done.stdout, "")
+
+
+@pytest.mark.slow
+def test_a_configuration_answers_as_its_folder(sparse: Path, done: Path, piped: Callable[..., Answer]) -> None:
+    before = sorted(done.rglob("*"))
+    answer = piped(LINE, done / "tiny.best.json", "--max-new-tokens", "9")
+    assert answer == piped(LINE, sparse, "--max-new-tokens", "9")
+    assert answer.out != greedy(done / "model", LINE, 9) + "\n"
+    assert sorted(done.rglob("*")) == before
+
+
+@pytest.mark.slow
+def test_the_whole_input_is_one_message_in_the_template(sparse: Path, piped: Callable[..., Answer]) -> None:
+    tokenizer = make_tokenizer()
+    (sparse / "chat_template.jinja").write_text(TEMPLATE)
+    answer = piped("one\ntwo\n", sparse, "--max-new-tokens", "9", "--system", "be kind")
+    assert answer.out == greedy(sparse, "system: be kind\nuser: one\ntwo\nme:", 9) + "\n"
+    assert tokenizer.chat_template is None
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (b" \n", 'the message is empty; for example: echo "Hello" | python tune.py chat DIR'),
+        (b"\xff", "the message is not UTF-8 text; write it in UTF-8"),
+    ],
+)
+def test_a_message_that_is_none(text: bytes, expected: str, tiny_place: Path, piped: Callable[..., Answer]) -> None:
+    assert piped(text, tiny_place / "model").error == expected
+
+
+@pytest.mark.slow
+def test_a_place_that_is_none(tiny_place: Path, tmp_path: Path, piped: Callable[..., Answer]) -> None:
+    assert piped("x", tmp_path / "no").error == (
+        f"{tmp_path}/no: is no folder and no file; give a folder that `apply` wrote, or a configuration"
+    )
+    assert piped("x", tiny_place / "calibration.txt").error.startswith(f"{tiny_place}/calibration.txt: not JSON")
+    assert piped("x", tmp_path).error.startswith(f"model.source: {tmp_path} holds no config.json")
+    assert piped("x", tiny_place / "model", "--system", "be kind").error == (
+        "--system: the tokenizer has no chat template, so there is no place for it; leave it out"
+    )
+
+
+@pytest.mark.slow
+def test_code_and_pickles_need_their_flags(tiny_place: Path, tmp_path: Path, piped: Callable[..., Answer]) -> None:
+    folder = Path(shutil.copytree(tiny_place / "model", tmp_path / "pickled"))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    (folder / "model.safetensors").unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    assert "has its weights in pickles only" in piped(LINE, folder).error
+    allowed = piped(LINE, folder, "--allow-pickle", "--max-new-tokens", "5")
+    assert allowed == Answer(0, greedy(tiny_place / "model", LINE, 5) + "\n", "")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({**config, "model_type": "own", "auto_map": {"AutoConfig": "own.C"}})
+    )
+    assert "needs code of its own, which is not run" in piped(LINE, folder, "--allow-pickle").error
+
+
+def test_help_of_chat(command: CommandLine) -> None:
+    assert "python tune.py chat smol-sparse" in command("chat", "--help").out
+    assert command("chat").error.startswith("Missing argument 'DIR|FILE'")
+
+
+# --- in a terminal
+
+
+@pytest.mark.slow
+def test_a_conversation_with_both_models(sparse: Path, done: Path, person: Any) -> None:
+    one = person(sparse, "--max-new-tokens", "9")
+    first = one.sees("\n> ")
+    assert f"{PLAIN}\n" in first
+    said = {"sparse": greedy(sparse, LINE, 9), "dense": greedy(done / "model", LINE, 9)}
+    assert said["sparse"] != said["dense"]
+    cut = "\n(cut off: no token is left; see --max-new-tokens and /reset)"
+    assert one.asks(LINE) == said["sparse"] + cut
+    assert one.asks("/dense").endswith("the dense model answers")
+    assert one.asks(LINE) == said["dense"] + cut
+    assert one.asks("/both") == "both models answer"
+    assert one.asks(LINE) == f"dense:\n{said['dense']}{cut}\nsparse:\n{said['sparse']}{cut}"
+    assert one.asks("/sparse") == "the sparse model answers"
+    assert one.asks(LINE) == said["sparse"] + cut
+    assert "/reset    forget the conversation" in one.asks("/help")
+    assert one.asks("/nosuch") == "/nosuch: is no command; /help lists them"
+    one.types("/quit\n")
+    assert one.ends() == 0
+
+
+@pytest.mark.slow
+def test_the_conversation_goes_on_until_it_is_reset(sparse: Path, person: Any) -> None:
+    (sparse / "chat_template.jinja").write_text(TEMPLATE)
+    one = person(sparse, "--max-new-tokens", "6")
+    assert "no chat template" not in one.sees("\n> ")
+    first, second = one.asks("one").splitlines()[0], one.asks("two").splitlines()[0]
+    assert first == greedy(sparse, "user: one\nme:", 6)
+    assert second == greedy(sparse, f"user: one\nassistant: {first}\nuser: two\nme:", 6)
+    assert one.asks("/reset") == "a new conversation"
+    assert one.asks("one").splitlines()[0] == first
+    one.types("\x04")
+    assert one.ends() == 0
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_an_answer_and_ctrl_d_ends(endless: Path, person: Any) -> None:
+    one = person(endless, "--max-new-tokens", "1000000")
+    one.sees("\n> ")
+    one.types(f"{LINE}\n")
+    one.sees("bababa")  # it streams: this answer has no end
+    one.types("\x03")
+    one.sees("(stopped)\n> ")
+    one.types("half a line\x03")
+    one.sees("/quit or Ctrl-D ends\n> ")
+    assert one.asks("/dense") == f"error: {endless}: has no atp_tune.json, so its dense model is not known"
+    one.types(f"{LINE}\n")
+    one.sees("bababa")
+    one.types("\x03")
+    one.sees("(stopped)\n> ")
+    one.types("\x04")
+    assert one.ends() == 0
+
+
+@pytest.mark.slow
+def test_a_dense_model_that_is_another_by_now(sparse: Path, done: Path, person: Any) -> None:
+    config = json.loads((done / "model" / "config.json").read_text())
+    (done / "model" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    one = person(sparse)
+    one.sees("\n> ")
+    assert "error: model.fingerprint: model is " in one.asks("/both")
+    assert one.asks(LINE).startswith(greedy(sparse, LINE, 5))  # the sparse model goes on
+
+
+@pytest.mark.slow
+def test_control_characters_reach_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    from atp_tune.cli import chat_session
+
+    chat_session._say("a\x1b[2Jb\n:smile:")
+    assert capsys.readouterr().out == "a\\x1b[2Jb\n:smile:"

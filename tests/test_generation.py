@@ -1,0 +1,263 @@
+"""Text from a model: exactly its greedy tokens, whatever its own settings are; answers piece by piece."""
+
+import os
+import random
+import signal
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import ALL, bench_of, few, replay_of, tiny
+from tinystudy import make_model, make_tokenizer
+from torch import Tensor
+from transformers import GenerationConfig
+
+from atp_tune.blocks.replay import Replay
+from atp_tune.cli.chat_session import stoppable
+from atp_tune.errors import UserError
+from atp_tune.generation.conversation import Answer, ChatOptions, Speaker
+from atp_tune.generation.decoding import end_tokens, generate, longest
+from atp_tune.generation.prompts import continued, encode
+from atp_tune.plan import Plan
+from atp_tune.search.kept_blocks import prune_whole
+
+PROMPTS = ["ab cd", "xy", "cd ab", "pqrs"]
+NEW = 6
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<me>{% endif %}"
+)
+
+
+class Letters:
+    """A tokenizer of letters: the token of each is its number."""
+
+    bos_token_id, eos_token_id, chat_template = 0, 1, None
+
+    def __call__(self, text: str, verbose: bool = True) -> Any:
+        return SimpleNamespace(input_ids=[2 + ord(letter) % 90 for letter in text])
+
+    def decode(self, ids: Any, skip_special_tokens: bool) -> str:
+        return ",".join(map(str, ids.tolist() if isinstance(ids, Tensor) else ids))
+
+
+def greedy(model: Any, ids: list[int], ends: list[int], count: int = NEW) -> list[int]:
+    """The likeliest token, one after another, each by the whole text: without a cache, a batch and transformers."""
+    found: list[int] = []
+    with torch.no_grad():
+        while len(found) < count and not set(found) & set(ends):
+            found.append(int(model(input_ids=torch.tensor([ids + found]), use_cache=False).logits[0, -1].argmax()))
+    return found
+
+
+def said(replay: Replay, weights_of: Any = None, bos: bool = False) -> list[list[int]]:
+    """The tokens that continue each prompt, up to the end of its text."""
+    steps: list[tuple[int, int]] = []
+    weights_of = weights_of or replay.checkpoint.weights
+    texts = continued(replay, weights_of, Letters(), PROMPTS, NEW, bos, lambda *step: steps.append(step))
+    assert steps[-1][0] <= steps[-1][1] == 3 * NEW  # three lengths
+    return [[int(token) for token in text.split(",")] for text in texts]
+
+
+def cut(tokens: list[int], ends: list[int]) -> list[int]:
+    """Without what follows the end of a text that ends before the others of its batch."""
+    end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: end + 1]
+
+
+@pytest.mark.parametrize("family", few(ALL, ["llama", "gpt2"]))
+def test_continuations_are_the_greedy_tokens(family: str) -> None:
+    model = tiny(family)
+    ends = end_tokens(model, Letters())
+    assert ends[0] == 1
+    expected = [greedy(model, Letters()(prompt).input_ids, ends) for prompt in PROMPTS]
+    assert [cut(tokens, ends) for tokens in said(replay_of(model))] == expected
+
+
+@pytest.mark.parametrize("family", few(ALL, ["llama"]))
+def test_a_pruned_model_says_what_its_weights_say(family: str) -> None:
+    model = tiny(family)
+    work = bench_of(model)
+    plan = Plan("magnitude", "uniform", (0.6,) * len(work.checkpoint.blocks))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ends, weights_of = end_tokens(model, Letters()), prune_whole(work, plan, "a test", "another")
+    found = [cut(tokens, ends) for tokens in said(work.replay, weights_of)]
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert found != [cut(tokens, ends) for tokens in said(work.replay)]
+    with torch.no_grad():
+        for block in work.prune(plan):
+            for key, tensor in block.weights.items():
+                work.checkpoint.blocks[block.index].state_dict()[key].copy_(tensor)
+    assert found == [greedy(model, Letters()(prompt).input_ids, ends) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
+def test_streamed_blocks_say_the_same(offload: Any, tmp_path: Any) -> None:
+    expected = said(replay_of(tiny("llama")))
+    with bench_of(tiny("llama"), offload=offload) as work:
+        assert said(work.replay) == expected
+
+
+def test_prompts_begin_with_bos_where_windows_do() -> None:
+    model = tiny("llama")
+    ends = end_tokens(model, Letters())
+    expected = [greedy(model, [0, *Letters()(prompt).input_ids], ends) for prompt in PROMPTS]
+    found = [cut(tokens, ends) for tokens in said(replay_of(model), bos=True)]
+    assert found == expected != [cut(tokens, ends) for tokens in said(replay_of(model))]
+
+
+def test_settings_of_the_model_do_not_change_texts() -> None:
+    """A chat model's folder may ask for drawing at random, and for penalties."""
+    model = tiny("llama")
+    expected = said(replay_of(model))
+    own = GenerationConfig(do_sample=True, temperature=5.0, repetition_penalty=9.0, max_length=3, num_beams=2)  # type: ignore[no-untyped-call]
+    model.generation_config = own
+    assert said(replay_of(model)) == expected
+    assert model.generation_config is own
+
+
+def test_all_tokens_that_end_a_text_are_known() -> None:
+    model = tiny("llama")
+    model.generation_config.eos_token_id = [7, 8]
+    assert end_tokens(model, SimpleNamespace(eos_token_id=9)) == [7, 8, 1, 9]
+    assert end_tokens(model, SimpleNamespace(eos_token_id=None)) == [7, 8, 1]
+    assert longest(model) == 64
+
+
+def test_an_end_that_the_tokenizer_adds_is_no_part_of_a_prompt() -> None:
+    assert encode("\x4d", Letters(), [79], bos=False) == [79]  # the last token stays
+    assert encode("a\x4d", Letters(), [79], bos=False) == Letters()("a").input_ids
+    assert encode("a", Letters(), [], bos=True) == [0, *Letters()("a").input_ids]
+    with pytest.raises(UserError, match='prompt "": has no tokens'):
+        encode("", Letters(), [], bos=False)
+
+
+def test_nothing_is_drawn_at_random() -> None:
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1]
+    said(replay_of(tiny("llama")))
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert (np.random.get_state()[1] == states[2]).all()
+
+
+def test_what_cannot_generate_is_refused() -> None:
+    with pytest.raises(UserError, match="model Linear: cannot generate text"):
+        generate(torch.nn.Linear(2, 2), Letters(), torch.ones(1, 2, dtype=torch.long), 3)
+    with pytest.raises(UserError, match="prompt: the tokenizer makes token 500 of it, the model knows 97"):
+        generate(tiny("llama"), Letters(), torch.full((1, 2), 500), 3)
+
+
+# Conversations
+
+
+def speaker(template: str | None = None) -> Speaker:
+    tokenizer = make_tokenizer()
+    replay = replay_of(make_model(tokenizer, steps=5))
+    return Speaker(replay, replay.checkpoint.weights, Chatty(tokenizer, template), bos=False)
+
+
+class Chatty:
+    """A tokenizer with a chat template of its own, since the tests share theirs."""
+
+    def __init__(self, tokenizer: Any, template: str | None) -> None:
+        self._tokenizer = tokenizer
+        self.chat_template = template
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return self._tokenizer(*arguments, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def apply_chat_template(self, messages: Any, **options: Any) -> Any:
+        return self._tokenizer.apply_chat_template(messages, chat_template=self.chat_template, **options)
+
+
+def answer(
+    who: Speaker, *texts: str, tokens: int = 20, temperature: float = 0.0, stop: Callable[[], bool] = lambda: False
+) -> tuple[Answer, list[str]]:
+    pieces: list[str] = []
+    roles = ("user", "assistant")
+    messages: Any = [{"role": roles[place % 2], "content": text} for place, text in enumerate(texts)]
+    return who.answer(messages, ChatOptions(tokens, temperature), pieces.append, stop), pieces
+
+
+def by_hand(who: Speaker, text: str, count: int) -> str:
+    model = who.replay.checkpoint.model
+    tokens = greedy(model, who.tokenizer(text).input_ids, [], count)
+    return str(who.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def test_an_answer_comes_in_pieces() -> None:
+    who = speaker()
+    found, pieces = answer(who, "the import statement")
+    assert not who.has_template
+    assert found == Answer(by_hand(who, "the import statement", 20), "length")
+    assert "".join(pieces) == found.text
+    assert len(pieces) > 1
+
+
+def test_without_a_template_only_the_last_line_counts() -> None:
+    who = speaker()
+    assert answer(who, "one", "two", "the import statement") == answer(who, "the import statement")
+
+
+def test_a_template_writes_the_whole_conversation() -> None:
+    who = speaker(TEMPLATE)
+    assert who.has_template
+    found, _ = answer(who, "one", "two", "three")
+    assert found.text == by_hand(who, "<user>one<assistant>two<user>three<me>", 20)
+
+
+def test_a_broken_template_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"^the chat template cannot write these messages: TemplateError: no$"):
+        answer(speaker("{{ raise_exception('no') }}"), "one")
+
+
+def test_an_answer_ends_where_a_person_stops_it() -> None:
+    asked: list[int] = []
+
+    def stop() -> bool:
+        asked.append(1)
+        return len(asked) >= 5
+
+    who = speaker()
+    found, _ = answer(who, "the import statement", stop=stop)
+    assert found == Answer(by_hand(who, "the import statement", 5), "person")
+    assert answer(who, "the import statement")[0].text == by_hand(who, "the import statement", 20)
+
+
+def test_an_answer_ends_with_the_model_s_positions() -> None:
+    who = speaker()
+    text = "the import statement " * 12
+    ids = len(who.tokenizer(text).input_ids)
+    most = who.replay.checkpoint.config.max_position_embeddings
+    assert ids < most < ids + 200
+    found, _ = answer(who, text, tokens=200)
+    assert found.text == by_hand(who, text, most - ids)
+    with pytest.raises(UserError, match=rf"the text has \d+ tokens, the model takes {most}; /reset begins a new one"):
+        answer(who, text * 3)
+
+
+def test_a_temperature_draws() -> None:
+    who = speaker()
+    texts = set()
+    for seed in range(5):
+        torch.manual_seed(seed)
+        texts.add(answer(who, "the import statement", temperature=1.0)[0].text)
+    assert len(texts) > 1
+    torch.manual_seed(0)
+    assert answer(who, "the import statement", temperature=1e-4)[0].text == by_hand(who, "the import statement", 20)
+
+
+def test_the_first_ctrl_c_asks_the_second_raises() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with stoppable() as is_stopped:
+        assert not is_stopped()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert is_stopped()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
