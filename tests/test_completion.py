@@ -3,9 +3,11 @@
 import os
 import shlex
 import shutil
+import sqlite3
 import stat
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -181,6 +183,25 @@ def test_other_shells_and_runs_are_left_alone() -> None:
         before = dict(environment)
         completion.rejoin(environment)
         assert environment == before
+
+
+@pytest.mark.slow
+def test_names_that_a_shell_would_run_are_left_out(programs: Path, tmp_path: Path) -> None:
+    (tmp_path / "studies").mkdir()
+    for name in ("mine", "my*", "my$(touch made)", "my`touch made`", "my'x", "my x"):
+        (tmp_path / "studies" / f"{name}.toml").touch()
+    assert tab("atp-tune", "--study m", tmp_path) == ["mine"]
+    assert not (tmp_path / "made").exists()
+
+
+def test_numbers_of_trials_are_numbers(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "x.db")) as database, database:
+        database.execute("CREATE TABLE studies (study_id, study_name)")
+        database.execute("CREATE TABLE trials (study_id, number, state)")
+        database.execute("INSERT INTO studies VALUES (1, 'x')")
+        for number, state in ((3, "COMPLETE"), ("$(touch made)", "COMPLETE"), (1, "COMPLETE"), (2, "RUNNING")):
+            database.execute("INSERT INTO trials VALUES (1, ?, ?)", (number, state))
+    assert finished_trials(tmp_path / "x.db", "x") == [1, 3]
 
 
 def test_trials_of_what_is_no_database(tmp_path: Path) -> None:

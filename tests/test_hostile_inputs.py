@@ -84,6 +84,7 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
                         "--config {study}/tiny.best.json --tokens 4 --runs 1 --device cpu"),
         "sparse folder": "--model {study}/sparse --tokens 4 --runs 1 --device cpu"}),
     "studies": ("", dict.fromkeys(("study file", "database"), "")),
+    **dict.fromkeys(("init", "schema", "env"), ("", {})),  # they open no file that another may have made
 }  # fmt: skip
 FAST = {("export", "configuration")}
 CELLS = [(name, kind) for name, (_, kinds) in COMMANDS.items() for kind in KINDS if kind in kinds]

@@ -5,6 +5,7 @@ prints nothing that is no completion: a mistake completes nothing.
 """
 
 import os
+import re
 from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import typer
 
 KEY = "_ATP_TUNE_COMPLETED_KEY"  # the key whose value is completed in bash
+SAFE = re.compile(r"\w[\w.-]*")  # zsh evaluates what is printed
 DEVICES = ("auto", "cpu", "mps", "cuda", "cuda:0")
 
 Complete = Callable[[typer.Context, str], list[str]]
@@ -32,10 +34,10 @@ def silent(complete: Callable[[typer.Context, str], Iterable[str]]) -> Complete:
 
 @silent
 def study_names(ctx: typer.Context, incomplete: str) -> Iterable[str]:
-    """Names of study files; a path is left to the shell."""
+    """Names of study files; a path is left to the shell, and so is a name that a shell would expand or run."""
     from atp_tune.spec.finding import known
 
-    return [path.stem for path in known()]
+    return [path.stem for path in known() if SAFE.fullmatch(path.stem)]
 
 
 @silent

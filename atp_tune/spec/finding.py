@@ -55,9 +55,10 @@ def finished_trials(file: Path, study: str) -> list[int]:
     query = "SELECT number FROM trials JOIN studies USING (study_id) WHERE study_name = ? AND state = 'COMPLETE'"
     try:
         with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as database:
-            return sorted(number for (number,) in database.execute(query, (study,)))
+            found = [number for (number,) in database.execute(query, (study,))]
     except sqlite3.Error:
         return []
+    return sorted(number for number in found if isinstance(number, int))  # another program may have written anything
 
 
 def _folders() -> tuple[Path, ...]:
