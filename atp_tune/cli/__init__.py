@@ -15,6 +15,7 @@ from atp_tune.cli.commands import (
     merge,
     plan,
     prune,
+    push,
     report,
     serve,
     speedup,
@@ -30,8 +31,8 @@ SPINS = "10000"  # spins of libgomp before a waiting thread sleeps, instead of m
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 app.callback(invoke_without_command=True)(tune.run)
 for command in (  # in the order of `--help`
-    status.status, plan.plan, serve.serve, merge.merge, export.export, report.report, apply.apply, evaluate.evaluate,
-    prune.prune, finetune.finetune, speedup.speedup, studies.studies,
+    status.status, plan.plan, serve.serve, merge.merge, export.export, report.report, apply.apply, push.push,
+    evaluate.evaluate, prune.prune, finetune.finetune, speedup.speedup, studies.studies,
 ):  # fmt: skip
     app.command()(command)
 

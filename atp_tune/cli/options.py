@@ -34,6 +34,9 @@ AllowPickle = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", metavar="", help="Run the Python code that the model's folder holds.")
 ]
+Private = Annotated[
+    bool, typer.Option("--private", metavar="", help="Make the repository private, if it does not exist yet.")
+]
 Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="auto, cpu, mps, cuda or cuda:N.")]
 
 
