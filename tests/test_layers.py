@@ -223,6 +223,8 @@ LIGHT = [
     "search.runner",
     "serving.serve",
     "sparse.card",
+    "sparse.publishing",
+    "sparse.verifying",
     "spec.config",
     "spec.study",
     "spec.studyfile",

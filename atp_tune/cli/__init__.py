@@ -23,9 +23,9 @@ from atp_tune.cli.commands import (
     studies,
     tune,
 )
+from atp_tune.cli.options import UsageError
 from atp_tune.errors import TrialError, UserError, printable
 
-UsageError: Any = typer.BadParameter.__mro__[1]  # of the click that typer brings along
 SPINS = "10000"  # spins of libgomp before a waiting thread sleeps, instead of millions; no slower on idle cores
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)

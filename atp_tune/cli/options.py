@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+UsageError: Any = typer.BadParameter.__mro__[1]  # of the click that typer brings along
+
 if TYPE_CHECKING:
     from atp_tune.spec.studyfile import StudyFile
 

@@ -18,11 +18,10 @@ from atp_tune.metrics.perplexity import error_over
 from atp_tune.plan import shown
 from atp_tune.report.markdown import escaped, fenced
 from atp_tune.report.tables import measure, speed
-from atp_tune.sparse.provenance import ABOUT
+from atp_tune.sparse.provenance import ABOUT, CARD
 from atp_tune.spec.config import Compared, Config
 from atp_tune.spec.study import Text
 
-CARD = "README.md"
 PROCESSOR = ("processor_config.json", "preprocessor_config.json")  # of models that read images and texts
 HEAD = re.compile(r"\A\s*---\n.*?\n---\n", re.DOTALL)  # the metadata at the head of a card
 TEMPLATE = Path(__file__).with_name("card.md.jinja")

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, constants, errors, utils
 
 from atp_tune.checkpoints.convert import WEIGHTS, one_line
 from atp_tune.errors import UserError
-from atp_tune.sparse.provenance import ABOUT
+from atp_tune.sparse.provenance import ABOUT, FINETUNED
 from atp_tune.spec.config import Config, read_config
 
 LOGIN = "run: hf auth login"
@@ -36,7 +36,7 @@ def check_folder(folder: Path) -> None:
 
 def is_made_from(folder: Path, config: Config) -> bool:
     """Whether a folder is the sparse checkpoint of a configuration: a whole one, since `apply` writes no part of it."""
-    if not (folder / ABOUT).is_file():
+    if not (folder / ABOUT).is_file() or (folder / FINETUNED).exists():
         return False
     return _weights_of(read_config(folder / ABOUT)) == _weights_of(config)
 
