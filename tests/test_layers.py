@@ -42,6 +42,7 @@ LAYERS = [
     "speed",
     "zeroshot",
     "exporting",
+    "tracking",
     "serving",
     "merging",
     "cli",

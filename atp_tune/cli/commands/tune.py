@@ -1,6 +1,7 @@
 """`tune.py --study NAME`: runs a study."""
 
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from functools import partial
 from time import time
@@ -20,6 +21,14 @@ if TYPE_CHECKING:
     from atp_tune.cli.worker_pool import WorkerPool
     from atp_tune.search.runner import StudyRun
     from atp_tune.spec.studyfile import StudyFile
+
+
+class TrackerName(StrEnum):
+    """Where else trials are written to."""
+
+    tensorboard = "tensorboard"
+    mlflow = "mlflow"
+    wandb = "wandb"
 
 
 class PoolEngine(StrEnum):
@@ -66,6 +75,10 @@ def run(
     ray_address: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Address of the Ray cluster; default: this machine's.")
     ] = None,
+    track: Annotated[
+        list[TrackerName] | None,
+        typer.Option(metavar="TRACKER", help="Also write trials to tensorboard, mlflow or wandb; may be repeated."),
+    ] = None,
     set_: Overrides = None,
     version: Annotated[
         bool, typer.Option("--version", metavar="", is_eager=True, callback=_version, help="Print the version.")
@@ -89,12 +102,16 @@ def run(
         raise typer.BadParameter("give a study, as in --study smol; `studies` lists them", param_hint="--study")
     if trials is not None:
         set_ = [*(set_ or []), f"search.trials={trials}"]
+    from atp_tune.tracking import check_installed
+
     file = load_study(study, storage, device, set_)
     names = _devices(file.study.device, workers, devices)
     for name in names:  # a mistake is reported before anything runs
         load_study(study, storage, name, set_)
+    trackers = [name.value for name in track or ()]
+    check_installed(trackers)
     pool = _worker_pool(engine, names, workers, devices, ray_address)
-    _run(file, study_name, timeout, pool, allow_device_change)
+    _run(file, study_name, timeout, pool, allow_device_change, trackers)
 
 
 def _devices(device: str, workers: int | None, devices: str | None) -> list[str]:
@@ -127,7 +144,12 @@ def _worker_pool(
 
 
 def _run(
-    file: "StudyFile", name: str | None, timeout: float | None, pool: "WorkerPool | None" = None, mix: bool = False
+    file: "StudyFile",
+    name: str | None,
+    timeout: float | None,
+    pool: "WorkerPool | None" = None,
+    mix: bool = False,
+    trackers: Sequence[str] = (),
 ) -> None:
     """Runs or resumes a study in this process or in a pool of workers; shows its progress, then its summary.
 
@@ -137,18 +159,20 @@ def _run(
     from atp_tune.cli.runtime import interruptible, quiet
     from atp_tune.cli.tables import show_summary
     from atp_tune.results.summary import summarise
-    from atp_tune.search.runner import StudyRun
+    from atp_tune.search.runner import StudyRun, load_existing
+    from atp_tune.tracking.following import Follower
 
     with quiet(), interruptible(), Display() as display:
         run = StudyRun(file, name or file.name, timeout, display, mix=mix)
-        try:
-            study = _driven(run, pool, display)
-        except KeyboardInterrupt:
-            display.close()
-            console.print(
-                f"stopped: finished trials are in {file.database or 'the storage'}; the same command resumes the study"
-            )
-            sys.exit(130)
+        with Follower(trackers, partial(load_existing, run), file.beside, display) as follower:
+            display.listeners.append(follower)
+            try:
+                study = _driven(run, pool, display)
+            except KeyboardInterrupt:
+                display.close()
+                place = file.database or "the storage"
+                console.print(f"stopped: finished trials are in {place}; the same command resumes the study")
+                sys.exit(130)
     if study is not None:
         show_summary(summarise(study), file)
 
