@@ -1,15 +1,36 @@
-"""A Hugging Face hub on this machine: folders KIND/ORG/NAME served as far as downloads need it."""
+"""A Hugging Face hub on this machine: folders KIND/ORG/NAME, served as far as downloads and uploads need it."""
 
+import base64
 import hashlib
 import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlparse
 
 COMMIT = "c0ffee" + "0" * 34
+LARGE = (".safetensors",)  # files that go to the large file storage
+
+
+@dataclass
+class Uploads:
+    """What uploads need to know, and what they left: accounts by token, visibilities, large files and commits.
+
+    `hold`: SHA-256 of a large file whose upload is not answered until `go_on` is set.
+    """
+
+    accounts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    private: dict[str, bool] = field(default_factory=dict)
+    large: dict[str, bytes] = field(default_factory=dict)
+    received: list[str] = field(default_factory=list)
+    commits: list[str] = field(default_factory=list)
+    hold: str | None = None
+    held: threading.Event = field(default_factory=threading.Event)
+    go_on: threading.Event = field(default_factory=threading.Event)
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -17,6 +38,7 @@ class Hub(BaseHTTPRequestHandler):
 
     root: Path
     asked: list[str]
+    uploads: Uploads
 
     def log_message(self, *_: object) -> None:
         pass
@@ -26,7 +48,97 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        self.answer(body)
+        path = urlparse(self.path).path
+        if path == "/api/validate-yaml":
+            self.send_json({"errors": [], "warnings": []})
+        elif path == "/api/repos/create":
+            self.create(json.loads(body))
+        elif path.endswith("/info/lfs/objects/batch"):
+            self.offer(json.loads(body))
+        elif "/preupload/" in path or "/commit/" in path:
+            self.asked.append(path.strip("/"))
+            self.write(path.split("/")[3:], body)
+        else:
+            self.answer(body)
+
+    def do_PUT(self) -> None:
+        name, content = self.path.rpartition("/")[2], self.body()
+        assert hashlib.sha256(content).hexdigest() == name
+        if name == self.uploads.hold:
+            self.uploads.held.set()
+            self.uploads.go_on.wait()
+            return  # the connection is closed without an answer
+        self.uploads.large[name] = content
+        self.uploads.received.append(name)
+        self.send(200, b"", {})
+
+    def body(self) -> bytes:
+        """What was sent, also in chunks."""
+        if "Content-Length" in self.headers:
+            return self.rfile.read(int(self.headers["Content-Length"]))
+        found = b""
+        while size := int(self.rfile.readline(), 16):
+            found += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return found
+
+    @property
+    def account(self) -> dict[str, Any] | None:
+        return self.uploads.accounts.get(str(self.headers["Authorization"]).removeprefix("Bearer "))
+
+    def may_write(self, owner: str) -> bool:
+        """Answers with an error if the request's account may not write under an owner."""
+        account = self.account
+        orgs = [org["name"] for org in account["orgs"] if org["roleInOrg"] != "read"] if account else []
+        if account and owner in (account["name"], *orgs):
+            return True
+        self.send(403 if account else 401, b'{"error": "no permission"}', {"Content-Type": "application/json"})
+        return False
+
+    def create(self, asked: dict[str, Any]) -> None:
+        if self.may_write(asked["organization"]):
+            name = f"{asked['organization']}/{asked['name']}"
+            folder = self.root / "models" / name
+            status = 409 if folder.is_dir() else 200
+            if status == 200:
+                folder.mkdir(parents=True)
+                self.uploads.private[name] = asked.get("visibility") == "private" or asked.get("private", False)
+            url = f"http://{self.headers['Host']}/{name}"
+            self.send(status, json.dumps({"url": url}).encode(), {"Content-Type": "application/json"})
+
+    def offer(self, asked: dict[str, Any]) -> None:
+        """Where to send which large files: those that are not stored yet."""
+        place = f"http://{self.headers['Host']}/large/"
+        self.send_json({"transfer": "basic", "objects": [
+            found if found["oid"] in self.uploads.large
+            else {**found, "actions": {"upload": {"href": place + found["oid"]}}}
+            for found in asked["objects"]
+        ]})  # fmt: skip
+
+    def write(self, parts: list[str], body: str) -> None:
+        """Says how files are to be sent, or makes a commit of them."""
+        folder = self.root / "models" / parts[0] / parts[1]
+        if not self.may_write(parts[0]):
+            return
+        if parts[2] == "preupload":
+            self.send_json({"files": [
+                {"path": file["path"], "uploadMode": "lfs" if file["path"].endswith(LARGE) else "regular",
+                 "shouldIgnore": False, "oid": git_oid(folder / file["path"])}
+                for file in json.loads(body)["files"]
+            ]})  # fmt: skip
+            return
+        lines = [json.loads(line) for line in body.splitlines()]
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                (folder / value["path"]).write_bytes(base64.b64decode(value["content"]))
+            elif line["key"] == "lfsFile":
+                (folder / value["path"]).write_bytes(self.uploads.large[value["oid"]])
+        self.uploads.commits.append(lines[0]["value"]["summary"])
+        self.send_json(
+            {"commitUrl": f"http://{self.headers['Host']}/{parts[0]}/{parts[1]}/commit/{COMMIT}", "commitOid": COMMIT}
+        )
 
     def do_GET(self) -> None:
         self.answer("")
@@ -38,6 +150,12 @@ class Hub(BaseHTTPRequestHandler):
         parts = parts[1:] if api else parts
         if parts == [""]:  # somebody asks whether there is a hub at all
             self.refuse(404, "EntryNotFound")
+            return
+        if len(parts) == 1:
+            if parts == ["whoami-v2"] and self.account:
+                self.send_json(self.account)
+            else:
+                self.refuse(401 if parts == ["whoami-v2"] else 404, "")
             return
         kind = parts.pop(0) if parts[0] in ("models", "datasets") else "models"
         repository, action, rest = self.root / kind / parts[0] / parts[1], parts[2:3], parts[3:]
@@ -64,7 +182,8 @@ class Hub(BaseHTTPRequestHandler):
         else:
             names = [{"rfilename": row["path"]} for row in rows if row["type"] == "file"]
             name = "/".join(repository.parts[-2:])
-            self.send_json({"id": name, "sha": COMMIT, "siblings": names, "tags": [], "private": False})
+            private = self.uploads.private.get(name, False)
+            self.send_json({"id": name, "sha": COMMIT, "siblings": names, "tags": [], "private": private})
 
     def download(self, file: Path) -> None:
         if not file.is_file():
@@ -98,11 +217,22 @@ def tag(file: Path) -> str:
     return hashlib.sha1(str(file).encode() + file.read_bytes()).hexdigest()
 
 
+def git_oid(file: Path) -> str | None:
+    """As the hub names a file's content: of a large file its SHA-256, else git's."""
+    if not file.is_file():
+        return None
+    content = file.read_bytes()
+    if file.name.endswith(LARGE):
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
 @contextmanager
-def serve(root: Path) -> Iterator[tuple[str, list[str]]]:
+def serve(root: Path, uploads: Uploads | None = None) -> Iterator[tuple[str, list[str]]]:
     """Yields the hub's address and the paths that were asked for."""
     asked: list[str] = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("At", (Hub,), {"root": root, "asked": asked}))
+    known = {"root": root, "asked": asked, "uploads": uploads or Uploads()}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("At", (Hub,), known))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:

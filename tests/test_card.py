@@ -51,6 +51,7 @@ def test_the_front_matter_is_the_hub_s() -> None:
     found = yaml.safe_load(str(card(made)).split("---")[1])
     assert found == {
         "base_model": "org/name",
+        "base_model_relation": "finetune",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["atp-tune", "sparse", "pruned", "sparsegpt", "atp"],

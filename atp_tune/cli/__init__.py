@@ -21,6 +21,7 @@ from atp_tune.cli.commands import (
     model,
     plan,
     prune,
+    push,
     report,
     schema,
     serve,
@@ -30,9 +31,9 @@ from atp_tune.cli.commands import (
     tune,
 )
 from atp_tune.cli.model_group import MODEL, ModelCommand, ModelGroup
+from atp_tune.cli.options import UsageError
 from atp_tune.errors import TrialError, UserError, printable
 
-UsageError: Any = typer.BadParameter.__mro__[1]  # of the click that typer brings along
 SPINS = "10000"  # spins of libgomp before a waiting thread sleeps, instead of millions; no slower on idle cores
 
 app = typer.Typer(
@@ -42,7 +43,7 @@ app = typer.Typer(
 app.callback(invoke_without_command=True)(tune.run)
 app.command(MODEL, cls=ModelCommand)(model.model)
 for command in (  # in the order of `--help`
-    init.init, status.status, plan.plan, serve.serve, merge.merge, export.export, report.report, apply.apply,
+    init.init, status.status, plan.plan, serve.serve, merge.merge, export.export, report.report, apply.apply, push.push,
     evaluate.evaluate, generate.generate, chat.chat, prune.prune, finetune.finetune, speedup.speedup, studies.studies,
     schema.schema, env.env,
 ):  # fmt: skip

@@ -7,7 +7,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from atp_tune.cli.terminal import console
 from atp_tune.errors import printable
-from atp_tune.events import Event, Message, Step, TrialEnded, TrialStarted
+from atp_tune.events import Event, EventHandler, Message, Step, TrialEnded, TrialStarted
 
 
 class Display:
@@ -24,6 +24,7 @@ class Display:
         self._what = "trial"
         self._notes: set[str] = set()
         self._only: Line | None = None
+        self.listeners: list[EventHandler] = []  # are told of each trial that ends, of any worker
 
     def __enter__(self) -> "Display":
         if console.is_terminal:
@@ -71,6 +72,8 @@ class Display:
         self.bars.update(
             self._trials, description=f"{event.what}s ({best})", completed=event.done, total=event.total, visible=True
         )
+        for listen in self.listeners:
+            listen(event)
 
 
 class Line:

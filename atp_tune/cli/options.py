@@ -9,6 +9,8 @@ import typer
 
 from atp_tune.cli import completion
 
+UsageError: Any = typer.BadParameter.__mro__[1]  # of the click that typer brings along
+
 if TYPE_CHECKING:
     from atp_tune.spec.studyfile import StudyFile
 
@@ -42,6 +44,9 @@ AllowPickle = Annotated[
 ]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", metavar="", help="Run the Python code that the model's folder holds.")
+]
+Private = Annotated[
+    bool, typer.Option("--private", metavar="", help="Make the repository private, if it does not exist yet.")
 ]
 Prompts = Annotated[
     list[str] | None,
@@ -89,6 +94,20 @@ RayAddress = Annotated[
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", metavar="", help="Print the study's cost, as `plan` does; run nothing.")
+]
+
+
+class TrackerName(StrEnum):
+    """Where else trials are written to."""
+
+    tensorboard = "tensorboard"
+    mlflow = "mlflow"
+    wandb = "wandb"
+
+
+Track = Annotated[
+    list[TrackerName] | None,
+    typer.Option(metavar="TRACKER", help="Also write trials to tensorboard, mlflow or wandb; may be repeated."),
 ]
 
 

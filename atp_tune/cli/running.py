@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import time
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from atp_tune.cli.commands.plan import show_plan
-from atp_tune.cli.options import PoolEngine, checked_prompts, load_study
+from atp_tune.cli.options import PoolEngine, TrackerName, checked_prompts, load_study
 from atp_tune.cli.terminal import console
 from atp_tune.errors import UserError
 
@@ -40,6 +41,7 @@ class RunOptions:
     set_: list[str] | None
     prompt: list[str] | None
     dry_run: bool
+    track: Sequence[TrackerName] | None
 
     def load(self, study: str, device: str | None = None) -> "StudyFile":
         """The study file with the overrides of all options."""
@@ -53,15 +55,19 @@ class RunOptions:
 
 def start(study: str, options: RunOptions) -> None:
     """Runs or resumes a study, or prints its cost."""
+    from atp_tune.tracking import check_installed
+
     file = options.load(study)
     names = _devices(file.study.device, options.workers, options.devices)
     for name in names:  # a mistake is reported before anything runs
         options.load(study, name)
+    trackers = [name.value for name in options.track or ()]
+    check_installed(trackers)
     pool = _worker_pool(options.engine, names, options.workers, options.devices, options.ray_address)
     if options.dry_run:
         show_plan(file, options.study_name)
         return
-    _run(file, options.study_name, options.timeout, pool, options.allow_device_change)
+    _run(file, options.study_name, options.timeout, pool, options.allow_device_change, trackers)
 
 
 def _devices(device: str, workers: int | None, devices: str | None) -> list[str]:
@@ -94,7 +100,12 @@ def _worker_pool(
 
 
 def _run(
-    file: "StudyFile", name: str | None, timeout: float | None, pool: "WorkerPool | None" = None, mix: bool = False
+    file: "StudyFile",
+    name: str | None,
+    timeout: float | None,
+    pool: "WorkerPool | None",
+    mix: bool,
+    trackers: Sequence[str],
 ) -> None:
     """Runs or resumes a study in this process or in a pool of workers; shows its progress, then its summary.
 
@@ -104,18 +115,20 @@ def _run(
     from atp_tune.cli.runtime import interruptible, quiet
     from atp_tune.cli.tables import show_summary
     from atp_tune.results.summary import summarise
-    from atp_tune.search.runner import StudyRun
+    from atp_tune.search.runner import StudyRun, load_existing
+    from atp_tune.tracking.following import Follower
 
     with quiet(), interruptible(), Display() as display:
         run = StudyRun(file, name or file.name, timeout, display, mix=mix)
-        try:
-            study = _driven(run, pool, display)
-        except KeyboardInterrupt:
-            display.close()
-            console.print(
-                f"stopped: finished trials are in {file.database or 'the storage'}; the same command resumes the study"
-            )
-            sys.exit(130)
+        with Follower(trackers, partial(load_existing, run), file.beside, display) as follower:
+            display.listeners.append(follower)
+            try:
+                study = _driven(run, pool, display)
+            except KeyboardInterrupt:
+                display.close()
+                place = file.database or "the storage"
+                console.print(f"stopped: finished trials are in {place}; the same command resumes the study")
+                sys.exit(130)
     if study is not None:
         show_summary(summarise(study), file)
 

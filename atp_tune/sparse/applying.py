@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from atp_tune.checkpoints.classes import reads_images
+from atp_tune.checkpoints.devices import device_name
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, TrialStarted
@@ -15,7 +16,7 @@ from atp_tune.plan import Plan
 from atp_tune.search.context import ContextConfig, TrialContext
 from atp_tune.search.space import make_space
 from atp_tune.sparse.card import Dense, describe
-from atp_tune.sparse.provenance import ABOUT
+from atp_tune.sparse.provenance import ABOUT, manifest_of
 from atp_tune.sparse.shards import Shards, check_free, sparse_folder
 from atp_tune.spec.config import (
     AllocationRef,
@@ -172,6 +173,7 @@ def write_sparse(context: TrialContext, plan: Plan, out: Path, config: Config) -
             "blocks": checkpoint.blocks_name,
             "linears": checkpoint.linear_names if config.linear_sparsities else None,
             "batches": {**config.batches, "calibration": context.batches["calibration"]},
+            "manifest": manifest_of(folder, device_name(checkpoint.device)),
         }
         describe(folder, config.model_copy(update=known), dense)
     return dense

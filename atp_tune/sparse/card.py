@@ -19,15 +19,15 @@ from atp_tune.plan import shown
 from atp_tune.report.markdown import escaped, fenced
 from atp_tune.report.tables import measure, speed
 from atp_tune.results.formatting import continuations_note, in_one_line
-from atp_tune.sparse.provenance import ABOUT
+from atp_tune.sparse.provenance import ABOUT, CARD
 from atp_tune.spec.config import Compared, Config
 from atp_tune.spec.study import Text
 
-CARD = "README.md"
 PROCESSOR = ("processor_config.json", "preprocessor_config.json")  # of models that read images and texts
 HEAD = re.compile(r"\A\s*---\n.*?\n---\n", re.DOTALL)  # the metadata at the head of a card
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 LICENCE = ("license", "license_name", "license_link", "language")  # metadata that is copied from the dense model's card
+RELATION = "finetune"  # the hub knows adapter, finetune, merge and quantized, and would guess without it
 UPDATES = ("sparsegpt", "alps")  # pruners that also change weights that stay nonzero
 THIS = "**this model**"
 MODELS: dict[Compared, str] = {"dense": "dense", "uniform": "uniform", "best": THIS}  # names in zero-shot scores
@@ -62,6 +62,7 @@ def model_card(config: Config, dense: Dense) -> ModelCard:
     kept: dict[str, Any] = {key: found[key] for key in LICENCE if isinstance(found.get(key), str | list)}
     data = ModelCardData(
         base_model=None if dense.revision is None else config.model.id,
+        base_model_relation=None if dense.revision is None else RELATION,
         library_name="transformers",
         pipeline_tag="image-text-to-text" if dense.reads_images else "text-generation",
         tags=["atp-tune", "sparse", "pruned", config.pruner, config.allocation.name],

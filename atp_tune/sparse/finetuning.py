@@ -26,7 +26,7 @@ from atp_tune.results.formatting import duration
 from atp_tune.search.context import ContextConfig
 from atp_tune.sparse.applying import folder_nlls
 from atp_tune.sparse.card import amend, words
-from atp_tune.sparse.provenance import FINETUNED, Finetuned, Origin, Settings, Zeros, origin
+from atp_tune.sparse.provenance import FINETUNED, Finetuned, Origin, Settings, Zeros, manifest_of, origin
 from atp_tune.sparse.shards import Shards, check_free, sparse_folder
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.study import ModelConfig, Text
@@ -150,6 +150,7 @@ def _run(job: FinetuningJob) -> Finetuned:
             test=job.setup.texts["test"], settings=job.settings, dense=job.dense, losses=losses, zeros=zeros,
             before=perplexity(before), after=perplexity(after), change=change(before, after),
             seconds=seconds, memory=memory, device=device_name(device), versions=versions(), bos=job.windows.bos,
+            manifest=manifest_of(folder, device_name(device)),
         )  # fmt: skip
         (folder / FINETUNED).write_text(done.model_dump_json(indent=2) + "\n", encoding="utf-8")
         amend(folder, "Fine-tuned after pruning", _said(done))

@@ -14,9 +14,12 @@ from atp_tune.metrics.perplexity import Change, Perplexity
 from atp_tune.paths import written
 from atp_tune.spec.config import read_config
 from atp_tune.spec.former import present_keys
+from atp_tune.spec.manifest import Manifest, environment, sha256_by_name
 from atp_tune.spec.study import Text
 
 ABOUT, FINETUNED = "atp_tune.json", "atp_tune.finetune.json"
+CARD = "README.md"
+DESCRIPTIONS = (ABOUT, FINETUNED, CARD)  # files that commands and people change later
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,11 @@ def origin(folder: Path) -> Origin | None:
     base, texts, dense = folder / made.folder, made.texts, made.baselines.dense.test
     calibration, validation, test = (rooted(text, base) for text in (made.calibration, texts.validation, texts.test))
     return Origin(calibration, validation, test, made.model.dtype, dense, made.bos)
+
+
+def manifest_of(folder: Path, device: str) -> Manifest:
+    """The manifest of the files that a folder holds now."""
+    return Manifest(files=sha256_by_name(folder, DESCRIPTIONS), environment=environment(device))
 
 
 def rooted(text: Text, base: Path) -> Text:
@@ -89,7 +97,7 @@ class Zeros(FrozenModel):
 class Finetuned(FrozenModel):
     """The record of `finetune`, a published JSON format: new keys do not change its number.
 
-    `bos`: all windows, of training too, begin with BOS.
+    `bos`: all windows, of training too, begin with BOS. `manifest`: of the fine-tuned folder.
     """
 
     format: Literal["atp_tune.finetune/2"] = "atp_tune.finetune/2"
@@ -110,3 +118,19 @@ class Finetuned(FrozenModel):
     device: str
     versions: dict[str, str]
     bos: bool = False
+    manifest: Manifest | None = None
+
+
+def stored_manifest(folder: Path) -> Manifest | None:
+    """The manifest that a folder carries, None if an earlier version wrote it; UserError if nothing describes it.
+
+    Of a fine-tuned folder it is in the record of `finetune`, since its configuration describes the one before.
+    """
+    if (folder / FINETUNED).is_file():
+        try:
+            return Finetuned.model_validate_json((folder / FINETUNED).read_bytes()).manifest
+        except (OSError, ValidationError):
+            raise UserError(f"{folder / FINETUNED}: is no record of `finetune`; download the folder again") from None
+    if (folder / ABOUT).is_file():
+        return read_config(folder / ABOUT).manifest
+    raise UserError(f"{folder}: holds no {ABOUT}; give a folder that `apply` wrote")

@@ -30,6 +30,7 @@ from atp_tune.metrics.kl import Divergence
 from atp_tune.metrics.perplexity import Estimate, Perplexity
 from atp_tune.metrics.speed import Speed
 from atp_tune.spec.former import present_config
+from atp_tune.spec.manifest import Manifest
 from atp_tune.spec.prune import PruneConfig, PrunerName
 from atp_tune.spec.study import AllocationName, ModelConfig, Share, Text
 
@@ -240,6 +241,7 @@ class Config(FrozenModel):
     zero_shot: ZeroShot | None = Field(None, description="results of the command `evaluate`")
     speed: Speed | None = Field(None, description="results of the command `speedup`")
     continuations: Continuations | None = Field(None, description="of prompts, by a study or the command `generate`")
+    manifest: Manifest | None = Field(None, description="of a sparse folder: hashes of its files, and its environment")
 
     @model_validator(mode="before")
     @classmethod

@@ -1,41 +1,113 @@
-"""`tune.py apply`: writes the sparse checkpoint of a configuration."""
+"""`tune.py apply`: writes the sparse checkpoint of a configuration, and uploads it if asked to."""
 
+from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
-from atp_tune.cli.options import AllowPickle, Device, TrustRemoteCode
-from atp_tune.cli.terminal import console
+from atp_tune.cli.commands.push import upload
+from atp_tune.cli.options import AllowPickle, Device, Private, TrustRemoteCode, UsageError
+from atp_tune.cli.terminal import console, markdown
+from atp_tune.errors import printable
 
 if TYPE_CHECKING:
     from atp_tune.metrics.perplexity import Perplexity
+    from atp_tune.spec.config import Config
 
 TOLERANCE = 0.001  # relative difference of perplexities that rounding may make
 
 
 def apply(
-    config: Annotated[Path, typer.Option(metavar="FILE", help="Configuration, as a run or `export` writes it.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the sparse checkpoint; new or empty.")],
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Configuration, as a run or `export` writes it.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder for the sparse checkpoint; new or empty.")
+    ] = None,
+    verify: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Only check whether the files of a sparse checkpoint are as they were written."
+        ),
+    ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="ORG/NAME", help="Also upload the folder to this model repository on the hub."),
+    ] = None,
+    private: Private = False,
     device: Device = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Prune the dense checkpoint to a configuration, save it as a Hugging Face folder, and measure its perplexity.
 
+    `--push` checks login and permission before it prunes. If the upload is cut off, the same command resumes it.
+
+    `--verify DIR` compares all files with their SHA-256 in `atp_tune.json` (exit code 2 if one differs), and lists what
+    differs between this machine and the one that wrote them.
+
     Example: `python tune.py apply --config studies/smol.best.json --out smol-sparse`
+
+    Example: `python tune.py apply --verify smol-sparse`
     """
-    from atp_tune.cli.display import Display
-    from atp_tune.cli.runtime import quiet
     from atp_tune.spec.config import read_config
 
+    if verify is not None:
+        if (config, out, push) != (None, None, None):
+            raise typer.BadParameter("goes without --config, --out and --push", param_hint="--verify")
+        _verify(verify)
+        return
+    if config is None or out is None:
+        raise UsageError(f"Missing option '--{'config' if config is None else 'out'}'.")
+    if private and push is None:
+        raise typer.BadParameter("only with --push ORG/NAME", param_hint="--private")
     found = read_config(config)
-    from atp_tune.sparse.applying import apply as write
+    if push is not None:
+        from atp_tune.sparse.publishing import check_permission, is_made_from
 
+        check_permission(push, private)
+        if is_made_from(out, found):
+            console.print(f"sparse checkpoint: {out} was written before, from this configuration")
+            upload(out, push, private)
+            return
     allowed = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    _write(found, config.parent / found.folder, out, device or "auto", allowed)
+    if push is not None:
+        upload(out, push, private)
+
+
+def _write(found: "Config", base: Path, out: Path, device: str, allowed: dict[str, bool]) -> None:
+    from atp_tune.cli.display import Display
+    from atp_tune.cli.runtime import quiet
+    from atp_tune.sparse.applying import apply as write
+    from atp_tune.sparse.provenance import ABOUT
+    from atp_tune.sparse.verifying import compared
+    from atp_tune.spec.config import read_config
+
     with quiet(), Display() as display:
-        measured = write(found, config.parent / found.folder, out, device or "auto", display, allowed)
+        measured = write(found, base, out, device, display, allowed)
     show(measured, found.perplexity.test, out)
+    if said := compared(found, read_config(out / ABOUT).manifest):
+        console.print(said)
+
+
+def _verify(folder: Path) -> None:
+    """Prints that a folder's files are as they were written, and what differs here from where they were."""
+    from atp_tune.sparse.verifying import verify
+
+    found = verify(folder)
+    console.print(f"{folder}: all {found.files} files are as they were written, {found.weights} of them with weights")
+    if found.more:
+        console.print(f"not of the checkpoint: {', '.join(found.more)}")
+    console.print(f"written on {found.made.processor}, {found.made.device or 'unknown device'}")
+    if not found.differences:
+        console.print("versions and CPU instructions are the same here")
+        return
+    rows = [[printable(escape(cell)) for cell in astuple(row)] for row in found.differences]
+    console.print("what differs here, if the checkpoint is made again or computed with:")
+    console.print(markdown(("", "there", "here", "effect"), rows))
 
 
 def show(measured: "Perplexity", promised: "Perplexity | None", out: Path) -> None:

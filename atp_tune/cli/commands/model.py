@@ -25,6 +25,7 @@ from atp_tune.cli.options import (
     RayAddress,
     Storage,
     Timeout,
+    Track,
     Trials,
     TrustRemoteCode,
     Workers,
@@ -98,6 +99,7 @@ def model(
     allow_device_change: AllowDeviceChange = False,
     engine: Engine = PoolEngine.process,
     ray_address: RayAddress = None,
+    track: Track = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
     prompt: Prompts = None,
@@ -122,7 +124,7 @@ def model(
     path = HERE / f"{name or wishes.name}.toml"
     options = RunOptions(
         trials, timeout, storage, None, device, workers, devices, allow_device_change, engine, ray_address, set_,
-        prompt, dry_run,
+        prompt, dry_run, track,
     )  # fmt: skip
     if path.exists():
         wishes.check_same(load_study(str(path), None, None, None).study, path)

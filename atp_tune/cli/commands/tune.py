@@ -19,6 +19,7 @@ from atp_tune.cli.options import (
     Storage,
     StudyLabel,
     Timeout,
+    Track,
     Trials,
     Workers,
 )
@@ -44,6 +45,7 @@ def run(
     allow_device_change: AllowDeviceChange = False,
     engine: Engine = PoolEngine.process,
     ray_address: RayAddress = None,
+    track: Track = None,
     set_: Overrides = None,
     prompt: Prompts = None,
     dry_run: DryRun = False,
@@ -73,6 +75,6 @@ def run(
         raise typer.BadParameter(missing, param_hint="--study")
     options = RunOptions(
         trials, timeout, storage, study_name, device, workers, devices, allow_device_change, engine, ray_address, set_,
-        prompt, dry_run,
+        prompt, dry_run, track,
     )  # fmt: skip
     start(study, options)

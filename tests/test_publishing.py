@@ -1,0 +1,234 @@
+"""The upload of a sparse folder to a hub on this machine, and all that is checked before."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants, snapshot_download
+from localhub import Uploads, serve
+from tinystudy import CommandLine, finish, free_port, start, wait_until
+
+from atp_tune.cache import sha256_of
+from atp_tune.sparse import publishing
+
+ALICE: dict[str, Any] = {
+    "name": "alice",
+    "orgs": [{"name": "lab", "roleInOrg": "write"}, {"name": "museum", "roleInOrg": "read"}],
+    "auth": {"accessToken": {"role": "write"}},
+}
+EVE: dict[str, Any] = {"name": "eve", "orgs": [], "auth": {"accessToken": {"role": "read"}}}
+
+
+def grained(*permissions: str) -> dict[str, Any]:
+    scopes = [{"entity": {"name": "fin"}, "permissions": list(permissions)}]
+    return {
+        "name": "fin",
+        "orgs": [],
+        "auth": {"accessToken": {"role": "fineGrained", "fineGrained": {"scoped": scopes}}},
+    }
+
+
+class Site:
+    """A hub with accounts; its repositories are folders."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.uploads = Uploads(
+            {"a": ALICE, "e": EVE, "f": grained("repo.content.read"), "g": grained("repo.content.read", "repo.write")}
+        )
+        self.asked: list[str] = []
+        self.address = ""
+
+    def folder(self, name: str) -> Path:
+        return self.root / "models" / name
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    found = Site(tmp_path / "hub")
+    found.root.mkdir()
+    with serve(found.root, found.uploads) as (found.address, found.asked):
+        monkeypatch.setattr(constants, "ENDPOINT", found.address)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", found.address + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no login"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", "a")
+        yield found
+
+
+@pytest.fixture
+def sparse(done: Path, command: CommandLine) -> Path:
+    """A sparse folder that was written before."""
+    assert command("apply", "--config", done / "tiny.best.json", "--out", done / "sparse").code == 0
+    return done / "sparse"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+# --- the upload
+
+
+@pytest.mark.slow
+def test_apply_uploads_what_it_writes(done: Path, site: Site, command: CommandLine, tmp_path: Path) -> None:
+    words = ["apply", "--config", done / "tiny.best.json", "--out", tmp_path / "out", "--push", "lab/tiny", "--private"]
+    answer = command(*words)
+    assert answer.code == 0, answer.err
+    assert f"uploaded: {site.address}/lab/tiny" in answer.out
+    assert site.uploads.private == {"lab/tiny": True}
+    assert site.uploads.received == [sha256_of(tmp_path / "out" / "model.safetensors")]
+    back = Path(snapshot_download("lab/tiny", cache_dir=tmp_path / "back"))
+    assert contents(back) == contents(tmp_path / "out")
+    assert {"model.safetensors", "README.md", "atp_tune.json"} <= contents(back).keys()
+
+    weights = (tmp_path / "out" / "model.safetensors").stat()
+    again = command(*words)  # neither pruned nor uploaded again
+    assert again.code == 0, again.err
+    assert "was written before" in again.out
+    assert (tmp_path / "out" / "model.safetensors").stat() == weights
+    assert len(site.uploads.received) == len(site.uploads.commits) == 1
+
+
+@pytest.mark.slow
+def test_the_hub_s_streamed_upload_is_taken_too(
+    sparse: Path, site: Site, command: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is without HF_HUB_DISABLE_XET, of files that go into the commit itself."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    monkeypatch.setattr("localhub.LARGE", ())
+    answer = command("push", sparse, "alice/tiny")
+    assert answer.code == 0, answer.err
+    assert site.uploads.private == {"alice/tiny": False}
+    assert contents(Path(snapshot_download("alice/tiny", cache_dir=tmp_path / "back"))) == contents(sparse)
+    assert command("push", sparse, "alice/tiny").code == 0
+    assert len(site.uploads.commits) == 1
+
+
+@pytest.mark.slow
+def test_an_upload_that_was_killed_goes_on(sparse: Path, site: Site, tmp_path: Path) -> None:
+    (sparse / "more.safetensors").write_bytes(os.urandom(100_000))
+    first, last = sha256_of(sparse / "more.safetensors"), sha256_of(sparse / "model.safetensors")
+    site.uploads.hold = last
+    login = {"HF_ENDPOINT": site.address, "HF_TOKEN": "a", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
+    process = start("push", sparse, "alice/tiny", environment=login)
+    wait_until(lambda: site.uploads.held.is_set() and site.uploads.received == [first])
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert site.uploads.commits == []
+    site.uploads.hold = None
+    site.uploads.go_on.set()
+    done = finish(start("push", sparse, "alice/tiny", environment=login))
+    assert done.code == 0, done.err
+    assert site.uploads.received == [first, last]  # each once
+    assert contents(site.folder("alice/tiny")) == contents(sparse)
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_how_to_go_on(sparse: Path, site: Site, tmp_path: Path) -> None:
+    site.uploads.hold = sha256_of(sparse / "model.safetensors")
+    login = {"HF_ENDPOINT": site.address, "HF_TOKEN": "a", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
+    process = start("push", sparse, "alice/tiny", "--private", environment=login)
+    wait_until(site.uploads.held.is_set)
+    process.send_signal(signal.SIGINT)
+    site.uploads.go_on.set()
+    done = finish(process)
+    assert done.code == 130
+    assert f"stopped: resume with: python tune.py push {sparse} alice/tiny --private" in done.out
+    assert "Traceback" not in done.err
+
+
+# --- what is refused, before anything is pruned or uploaded
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "said"),
+    [
+        ("tiny", "a", "the name on the hub must be ORG/NAME"),
+        ("a/b/c", "a", "the name on the hub must be ORG/NAME"),
+        ("alice/../x", "a", "the name on the hub must be ORG/NAME"),
+        ("alice/x y", "a", "the name on the hub must be ORG/NAME"),
+        ("alice/tiny", None, "alice/tiny: there is no login to the hub; run: hf auth login"),
+        ("alice/tiny", "wrong", "alice/tiny: the hub does not accept the login; run: hf auth login"),
+        ("bob/tiny", "a", "bob/tiny: the login is alice, which is not in bob; give alice/NAME, or run: hf auth login"),
+        ("museum/tiny", "a", "museum/tiny: alice may only read in museum"),
+        ("eve/tiny", "e", "eve/tiny: the token of eve may only read"),
+        ("fin/tiny", "f", "fin/tiny: the token of fin may only read"),
+    ],
+)
+def test_who_may_not_write_is_told_before(
+    name: str,
+    token: str | None,
+    said: str,
+    done: Path,
+    site: Site,
+    command: CommandLine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if token is None:
+        monkeypatch.delenv("HF_TOKEN")
+    else:
+        monkeypatch.setenv("HF_TOKEN", token)
+    answer = command("apply", "--config", done / "tiny.best.json", "--out", done / "out", "--push", name)
+    assert answer.error.startswith(said)
+    assert answer.out == ""
+    assert not (done / "out").exists()
+    assert site.uploads.private == {}
+
+
+def test_who_may_write_passes(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    publishing.check_permission("lab/tiny", private=True)
+    monkeypatch.setenv("HF_TOKEN", "g")
+    publishing.check_permission("fin/tiny", private=False)
+    assert site.uploads.private == {}
+
+
+def test_a_public_repository_is_no_place_for_a_private_folder(done: Path, site: Site, command: CommandLine) -> None:
+    site.folder("alice/tiny").mkdir(parents=True)
+    words = ["apply", "--config", done / "tiny.best.json", "--out", done / "out", "--push", "alice/tiny", "--private"]
+    assert command(*words).error.startswith("alice/tiny: is public on the hub already; make it private there first")
+    site.uploads.private["alice/tiny"] = True
+    publishing.check_permission("alice/tiny", private=True)
+
+
+def test_without_a_network(done: Path, site: Site, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["apply", "--config", done / "tiny.best.json", "--out", done / "out", "--push", "alice/tiny"]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert command(*words).error == "alice/tiny: HF_HUB_OFFLINE is set, so the hub is not asked; unset it"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    nobody = f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setattr(constants, "ENDPOINT", nobody)
+    assert command(*words).error.startswith(f"alice/tiny: {nobody} cannot be reached (")
+    assert not (done / "out").exists()
+
+
+def test_private_needs_a_place(done: Path, command: CommandLine) -> None:
+    answer = command("apply", "--config", done / "tiny.best.json", "--out", done / "out", "--private")
+    assert "only with --push ORG/NAME" in answer.error
+
+
+def test_folders_that_are_no_sparse_checkpoints(done: Path, site: Site, command: CommandLine) -> None:
+    assert command("push", done / "nowhere", "alice/tiny").error.startswith(f"{done / 'nowhere'}: is no folder")
+    assert command("push", done / "model", "alice/tiny").error.startswith(f"{done / 'model'}: holds no atp_tune.json")
+    (done / "model" / "atp_tune.json").write_bytes((done / "tiny.best.json").read_bytes())
+    (done / "model" / "notes.txt").symlink_to(done / "test.txt")
+    said = command("push", done / "model", "alice/tiny").error
+    assert (
+        said == f"{done / 'model' / 'notes.txt'}: is a link to {done / 'test.txt'}, outside its folder; copy the file"
+    )
+    assert site.asked == []
+
+
+@pytest.mark.slow
+def test_another_folder_is_not_taken_for_this_one(sparse: Path, site: Site, command: CommandLine, done: Path) -> None:
+    other = (done / "tiny.best.json").read_text().replace('"pruner": "wanda"', '"pruner": "magnitude"')
+    other = other if '"pruner": "magnitude"' in other else other.replace('"dtype": "float32"', '"dtype": "bfloat16"')
+    (done / "other.json").write_text(other)
+    answer = command("apply", "--config", done / "other.json", "--out", sparse, "--push", "alice/tiny")
+    assert "is there already; choose another folder or remove it" in answer.error
+    assert site.uploads.commits == []

@@ -1,0 +1,232 @@
+"""The hashes and the environment that a sparse folder carries, and what `apply --verify` makes of them."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tinystudy import TUNE, CommandLine
+
+from atp_tune.errors import UserError
+from atp_tune.sparse.verifying import compared, differences, verify
+from atp_tune.spec.config import read_config
+from atp_tune.spec.manifest import Environment, environment
+
+FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+
+
+@pytest.fixture(scope="module")
+def made(tiny_done: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sparse folder of the tiny study; to be read only."""
+    from atp_tune.events import ignore_events
+    from atp_tune.sparse.applying import apply
+
+    out = tmp_path_factory.mktemp("sparse") / "sparse"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATP_TUNE_CACHE", str(out.parent / "cache"))
+        apply(read_config(tiny_done / "tiny.best.json"), tiny_done, out, "cpu", ignore_events)
+    return out
+
+
+@pytest.fixture
+def sparse(made: Path, tmp_path: Path) -> Path:
+    (tmp_path / "sparse").mkdir()
+    for file in made.iterdir():
+        (tmp_path / "sparse" / file.name).write_bytes(file.read_bytes())
+    return tmp_path / "sparse"
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    about = json.loads((folder / "atp_tune.json").read_text())
+    change(about["manifest"])
+    (folder / "atp_tune.json").write_text(json.dumps(about))
+
+
+def elsewhere(manifest: dict[str, Any]) -> None:
+    """As if another machine had written the folder."""
+    found = manifest["environment"]
+    found["versions"] |= {"torch": "1.0", "safetensors": "0.1"}
+    found |= {"instructions": ["avx2"], "processor": "Abacus", "python": "3.99.0", "system": "Windows AMD64"}
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+# --- files
+
+
+def test_what_was_written_is_what_sha256sum_says(sparse: Path) -> None:
+    manifest = read_config(sparse / "atp_tune.json").manifest
+    assert manifest is not None
+    assert manifest.files.keys() == FILES
+    lines = "".join(f"{sha}  {name}\n" for name, sha in manifest.files.items())
+    subprocess.run(["sha256sum", "--check", "--quiet"], input=lines, text=True, cwd=sparse, check=True)
+    assert manifest.environment.device == "cpu (1 threads)"
+    assert manifest.environment.processor
+
+
+def test_a_folder_as_it_was_written(sparse: Path, command: CommandLine) -> None:
+    (sparse / "notes.txt").write_text("mine")
+    (sparse / ".gitattributes").write_text("of the hub")
+    (sparse / "README.md").write_text("another card")
+    answer = command("apply", "--verify", sparse)
+    assert answer.code == 0
+    lines = answer.out.splitlines()
+    assert lines[0] == f"{sparse}: all {len(FILES)} files are as they were written, 1 of them with weights"
+    assert lines[1] == "not of the checkpoint: notes.txt"
+    assert lines[-1] == "versions and CPU instructions are the same here"
+
+
+def test_a_changed_bit_is_found_behind_equal_size_and_times(sparse: Path, command: CommandLine) -> None:
+    weights = sparse / "model.safetensors"
+    stat = weights.stat()
+    flip(weights)
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    said = command("apply", "--verify", sparse).error
+    assert said.startswith(f"{sparse}: not what was written; changed: model.safetensors; copy or download")
+
+
+def test_all_that_is_wrong_is_one_line(sparse: Path, command: CommandLine) -> None:
+    flip(sparse / "tokenizer.json")
+    (sparse / "config.json").unlink()
+    for name in ("model-00002.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "x.gguf"):
+        (sparse / name).write_bytes(b"")
+    said = command("apply", "--verify", sparse).error
+    assert (
+        "changed: tokenizer.json; missing: config.json; weights that were not written: model-00002.safetensors, "
+        "model.safetensors.index.json, pytorch_model.bin and 1 more; "
+    ) in said
+
+
+@pytest.mark.slow
+def test_a_fine_tuned_folder_is_verified_as_it_is_now(sparse: Path, done: Path, command: CommandLine) -> None:
+    words = ["--out", done / "tuned", "--text", f"file:{done / 'long.txt'}", "--steps", "1", "--batch", "1"]
+    answer = command("finetune", "--model", sparse, *words, "--seqlen", "32", "--device", "cpu")
+    assert answer.code == 0, answer.err
+    verify(done / "tuned")
+    flip(done / "tuned" / "model.safetensors")
+    assert "changed: model.safetensors" in command("apply", "--verify", done / "tuned").error
+    (done / "tuned" / "atp_tune.finetune.json").write_text("{}")
+    assert "is no record of `finetune`" in command("apply", "--verify", done / "tuned").error
+
+
+def test_a_file_that_is_a_pipe_is_missing(sparse: Path) -> None:
+    (sparse / "config.json").unlink()
+    os.mkfifo(sparse / "config.json")
+    with pytest.raises(UserError, match=r"missing: config\.json"):
+        verify(sparse)
+
+
+def test_no_file_outside_the_folder_is_read(sparse: Path) -> None:
+    edit(sparse, lambda manifest: manifest["files"].update({"../secret": "0" * 64}))
+    with pytest.raises(UserError, match="must be the name of a file of the folder"):
+        verify(sparse)
+
+
+def test_a_folder_of_an_earlier_version_is_read(sparse: Path, command: CommandLine) -> None:
+    about = json.loads((sparse / "atp_tune.json").read_text())
+    del about["manifest"]
+    (sparse / "atp_tune.json").write_text(json.dumps(about))
+    assert read_config(sparse / "atp_tune.json").manifest is None
+    assert "has no hashes, since an earlier version wrote it" in command("apply", "--verify", sparse).error
+    (sparse / "atp_tune.json").unlink()
+    assert command("apply", "--verify", sparse).error.startswith(f"{sparse}: holds no atp_tune.json")
+
+
+def test_verify_goes_alone(sparse: Path, command: CommandLine) -> None:
+    assert "goes without --config" in command("apply", "--verify", sparse, "--out", sparse).error
+
+
+@pytest.mark.slow
+def test_verify_needs_neither_torch_nor_a_network(sparse: Path) -> None:
+    script = (
+        "import socket, sys, runpy\n"
+        "socket.socket.connect = None\n"
+        f"sys.argv = ['tune.py', 'apply', '--verify', {str(sparse)!r}]\n"
+        "try:\n"
+        f"    runpy.run_path({str(TUNE)!r}, run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    assert not end.code, end.code\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "files are as they were written" in done.stdout
+
+
+# --- the environment
+
+
+def test_another_environment_is_listed_by_its_effect(sparse: Path, command: CommandLine) -> None:
+    edit(sparse, elsewhere)
+    answer = command("apply", "--verify", sparse)
+    assert answer.code == 0
+    assert "written on Abacus, cpu (1 threads)" in answer.out
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in answer.out.splitlines() if "|" in line]
+    assert [(row[0], row[1], row[3]) for row in rows[2:]] == [
+        ("torch", "1.0", "digits may differ"),
+        ("CPU instructions", "avx2", "digits may differ"),
+        *([("system", "Windows AMD64", "digits may differ")] if os.uname().machine != "AMD64" else []),
+        ("safetensors", "0.1", "no matter"),
+        ("processor", "Abacus", "no matter"),
+        ("Python", "3.99.0", "no matter"),
+    ]
+    assert rows[2][2] == environment().versions["torch"]
+
+
+def test_markup_of_a_stranger_is_text(sparse: Path, command: CommandLine) -> None:
+    edit(sparse, lambda manifest: manifest["environment"].update(python="[red]\x1b[31m3"))
+    assert r"[red]\x1b[31m3" in command("apply", "--verify", sparse).out
+
+
+def test_the_same_environment_has_no_differences() -> None:
+    here = environment("cpu (2 threads)")
+    other = environment("cpu (3 threads)")
+    assert [(row.what, row.effect) for row in differences(here, other)] == [("device", "digits may differ")]
+    assert list(differences(here, environment())) == []
+
+
+def test_a_package_that_is_missing_is_a_dash() -> None:
+    here = environment()
+    less = here.model_copy(update={"versions": {"torch": here.versions["torch"]}})
+    assert {row.what: row.made for row in differences(less, here)}["numpy"] == "–"
+
+
+# --- made again from its own configuration
+
+
+@pytest.mark.slow
+def test_a_folder_made_again_says_whether_its_bytes_are_the_same(
+    sparse: Path, done: Path, command: CommandLine, tmp_path: Path
+) -> None:
+    config = read_config(sparse / "atp_tune.json").seen_from(done, sparse)
+    config.write(sparse / "atp_tune.json")
+    answer = command("apply", "--config", sparse / "atp_tune.json", "--out", tmp_path / "again", "--device", "cpu")
+    assert answer.code == 0, answer.err
+    assert f"all {len(FILES)} files are the configuration's, byte for byte" in answer.out
+    assert command("apply", "--verify", tmp_path / "again").code == 0
+    edit(sparse, elsewhere)
+    edit(sparse, lambda manifest: manifest["files"].update({"model.safetensors": "0" * 64}))
+    answer = command("apply", "--config", sparse / "atp_tune.json", "--out", tmp_path / "third", "--device", "cpu")
+    torch = environment().versions["torch"]
+    assert (
+        f"1 of {len(FILES)} files differ from the configuration's: model.safetensors (torch 1.0 there, {torch} here;"
+        in (answer.out)
+    )
+
+
+def test_without_hashes_nothing_is_compared(done: Path, sparse: Path) -> None:
+    written = read_config(sparse / "atp_tune.json").manifest
+    assert compared(read_config(done / "tiny.best.json"), written) is None
+
+
+def test_an_environment_is_its_json() -> None:
+    here = environment("cpu (3 threads)")
+    assert Environment.model_validate_json(here.model_dump_json()) == here
