@@ -36,6 +36,9 @@ EXTRAS = {  # of pyproject.toml
     "finetune": ("peft",),
     "quantized": ("compressed-tensors",),
     "speed": ("zstandard", "onnx"),
+    "tensorboard": ("tensorboard",),
+    "mlflow": ("mlflow-skinny",),
+    "wandb": ("wandb",),
 }
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
 VARIABLES = (

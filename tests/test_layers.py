@@ -232,7 +232,7 @@ LIGHT = [
     "search.runner",
     "serving.serve",
     "sparse.card",
-    "sparse.publishing",
+    "sparse.pushing",
     "sparse.verifying",
     "spec.config",
     "spec.study",

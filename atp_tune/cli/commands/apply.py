@@ -65,7 +65,7 @@ def apply(
         raise typer.BadParameter("only with --push ORG/NAME", param_hint="--private")
     found = read_config(config)
     if push is not None:
-        from atp_tune.sparse.publishing import check_permission, is_made_from
+        from atp_tune.sparse.pushing import check_permission, is_made_from
 
         check_permission(push, private)
         if is_made_from(out, found):

@@ -21,7 +21,7 @@ def push(
 
     Example: `python tune.py push smol-sparse ORG/NAME`
     """
-    from atp_tune.sparse.publishing import check_folder, check_permission
+    from atp_tune.sparse.pushing import check_folder, check_permission
 
     check_folder(folder)
     check_permission(name, private)
@@ -31,7 +31,6 @@ def push(
 def upload(folder: Path, name: str, private: bool) -> None:
     """Uploads a checked folder, and prints where it is."""
     from atp_tune.cli.runtime import interruptible
-    from atp_tune.sparse import publishing
 
     console.print(f"uploading {folder} to {name}")
     with interruptible():

@@ -12,7 +12,6 @@ from localhub import Uploads, serve
 from tinystudy import CommandLine, finish, free_port, start, wait_until
 
 from atp_tune.cache import sha256_of
-from atp_tune.sparse import publishing
 
 ALICE: dict[str, Any] = {
     "name": "alice",
