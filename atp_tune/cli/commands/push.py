@@ -35,7 +35,7 @@ def upload(folder: Path, name: str, private: bool) -> None:
     console.print(f"uploading {folder} to {name}")
     with interruptible():
         try:
-            address = publishing.upload(folder, name, private)
+            address = pushing.upload(folder, name, private)
         except KeyboardInterrupt:
             console.print(f"stopped: resume with: python tune.py push {folder} {name}{' --private' if private else ''}")
             sys.exit(130)
