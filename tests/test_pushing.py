@@ -12,6 +12,7 @@ from localhub import Uploads, serve
 from tinystudy import CommandLine, finish, free_port, start, wait_until
 
 from atp_tune.cache import sha256_of
+from atp_tune.sparse import pushing
 
 ALICE: dict[str, Any] = {
     "name": "alice",

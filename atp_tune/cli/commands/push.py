@@ -31,6 +31,7 @@ def push(
 def upload(folder: Path, name: str, private: bool) -> None:
     """Uploads a checked folder, and prints where it is."""
     from atp_tune.cli.runtime import interruptible
+    from atp_tune.sparse import pushing
 
     console.print(f"uploading {folder} to {name}")
     with interruptible():
