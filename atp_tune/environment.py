@@ -20,6 +20,7 @@ import psutil
 from atp_tune import __version__
 from atp_tune.cache import cache_root
 from atp_tune.frozen import FrozenModel
+from atp_tune.spec.manifest import INSTRUCTIONS
 
 Found = TypeVar("Found")
 
@@ -40,7 +41,6 @@ EXTRAS = {  # of pyproject.toml
     "mlflow": ("mlflow-skinny",),
     "wandb": ("wandb",),
 }
-FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
 VARIABLES = (
     "ATP_TUNE_CACHE", "ATP_TUNE_DEVICE_MEMORY", "CUDA_VISIBLE_DEVICES", "HF_DATASETS_CACHE", "HF_HOME", "HF_HUB_CACHE",
     "HF_HUB_OFFLINE", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "PYTORCH_CUDA_ALLOC_CONF",
@@ -178,7 +178,7 @@ def _processor() -> Processor:
     flags = cpu_flags()
     return Processor(
         name=cpu_name(),
-        flags=tuple(flag for flag in FLAGS if flag in flags),
+        flags=tuple(flag for flag in INSTRUCTIONS if flag in flags),
         cores=psutil.cpu_count(logical=False),
         logical=psutil.cpu_count(),
         usable=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,

@@ -36,7 +36,7 @@ OF_TRIAL = frozenset(
 OF_STUDY = frozenset(  # also with a row's name after a colon, as in test_nlls:12
     {
         "sizes", "blocks", "linears", "terminated_early", "dense", "test_nlls", "test_kls", "draws", "zero_shot",
-        "speed", "total", "bos", "batches", "screens", "fingerprint", "made_from", "gp_posterior",
+        "speed", "continuations", "total", "bos", "batches", "screens", "fingerprint", "made_from", "gp_posterior",
     }
 )  # fmt: skip
 
