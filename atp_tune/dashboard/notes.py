@@ -1,6 +1,6 @@
 """The texts of the dashboard: Markdown notes on studies and trials, and columns of its table."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
@@ -23,6 +23,7 @@ from atp_tune.results.summary import Summary
 from atp_tune.results.trials import is_uniform, score_of
 from atp_tune.spec.config import Divergences, Scores
 from atp_tune.spec.former import present_facts
+from atp_tune.storage.artifacts import MADE_ANEW
 from atp_tune.storage.lost_trials import is_lost
 
 OWN = "*Above: atp_tune, always current. Below: your own notes, which are kept.*"
@@ -41,14 +42,16 @@ def own_words(written: str) -> str:
     return (theirs if mark else written).strip()
 
 
-def study_note(summary: Summary, address: str, join: str = "grpc://HOST:13000") -> str:
+def study_note(
+    summary: Summary, address: str, join: str = "grpc://HOST:13000", files: Sequence[str] = MADE_ANEW
+) -> str:
     """The search space, results, files, and the next commands.
 
-    `address` is the storage's URL, `join` its URL for other machines.
+    `address` is the storage's URL, `join` its URL for other machines; `files`: the study's artifacts.
     """
     remarks = map(escaped, (beginning_of(summary), mixture_of(summary)))
     results = (_what(summary), _scores(summary), _gain(summary), _state(summary))
-    parts = [*results, *remarks, _files(summary, address), _commands(summary, join)]
+    parts = [*results, *remarks, _files(summary, address, files), _commands(summary, join)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -140,9 +143,10 @@ def _commands(summary: Summary, join: str) -> str:
     return fenced("", "\n".join(map(printable, lines)))
 
 
-def _files(summary: Summary, address: str) -> str:
+def _files(summary: Summary, address: str, names: Sequence[str]) -> str:
     file = f" Study file: {_code(str(summary.made_from.path))}." if summary.made_from else ""
-    best = " `best.json` and `report.html` are among this study's artifacts." if summary.best_trial else ""
+    listed = " and ".join(f"`{name}`" for name in names)
+    best = f" This study's artifacts: {listed}." if names and summary.best_trial else ""
     return f"Database: {_code(address)}.{file}{best}"
 
 

@@ -1,10 +1,9 @@
-"""Writes into a study what Optuna's plain dashboard shows of it: note, figures and files.
+"""Writes into a study what Optuna's plain dashboard shows of it: note, figures and the best configuration.
 
-A run does this when it has found a better trial, and at its end. `serve` makes the same on request.
+A run does this when it has found a better trial, and at its end. `serve` makes the same on request, and a report.
 """
 
 from collections.abc import Mapping
-from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -20,7 +19,6 @@ from atp_tune.cache import write_atomically
 from atp_tune.dashboard.notes import study_note, with_own_words
 from atp_tune.errors import UserError
 from atp_tune.figures import draw
-from atp_tune.report import gather, html
 from atp_tune.results.best_config import best_config
 from atp_tune.results.summary import Summary, summarise
 from atp_tune.storage import artifacts
@@ -31,7 +29,9 @@ DASHBOARD = "dashboard:"  # prefix of the dashboard's attributes
 
 
 def publish(study: Study, address: str, folder: Path | None) -> None:
-    """Writes note, figures and files of a study; `address`: the storage's URL, `folder`: of files, None for none.
+    """Writes note, figures and best configuration of a study.
+
+    `address`: the storage's URL; `folder`: of the artifacts, None for none.
 
     Note and figures are written in one transaction. Does nothing over gRPC, whose server makes them on request.
     """
@@ -40,12 +40,12 @@ def publish(study: Study, address: str, folder: Path | None) -> None:
         return
     study = StudySnapshot(study)
     stored, summary = db.get_study_system_attrs(study._study_id), summarise(study)
-    made = figures_of(summary) | note_of(study, study_note(summary, without_password(address)), stored)
+    note = study_note(summary, without_password(address), files=() if folder is None else (artifacts.CONFIG,))
+    made = figures_of(summary) | note_of(study, note, stored)
     db.set_study_system_attrs(study._study_id, without_rests(made, stored))
-    if folder is not None and summary.best_trial is not None:
+    if folder is not None and (config := config_of(study, summary)) is not None:
         make_folder(folder)
-        for name, content in files_of(study).items():
-            attach(study, folder, name, content)
+        attach(study, folder, artifacts.CONFIG, config)
 
 
 def make_folder(folder: Path) -> None:
@@ -91,15 +91,12 @@ def without_rests(made: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[st
     return {**made, **rests}
 
 
-def files_of(study: Study) -> dict[str, bytes]:
-    """The report and, if its study file is known, the best configuration."""
-    summary = summarise(study)
-    files = {artifacts.REPORT: html.make([gather(study, datetime.now())])}
-    if summary.made_from is not None:
-        config = best_config(summary.made_from, study, Path(artifacts.CONFIG))
-        absolute = config.model_copy(update={"folder": str(summary.made_from.folder)})  # for downloads to any folder
-        files[artifacts.CONFIG] = absolute.to_json().encode()
-    return files
+def config_of(study: Study, summary: Summary) -> bytes | None:
+    """The best configuration, for downloads to any folder; None without a best trial or its study file."""
+    if summary.made_from is None or summary.best_trial is None:
+        return None
+    config = best_config(summary.made_from, study, Path(artifacts.CONFIG))
+    return config.model_copy(update={"folder": str(summary.made_from.folder)}).to_json().encode()
 
 
 def attach(study: Study, folder: Path, name: str, content: bytes) -> None:

@@ -1,16 +1,18 @@
 """What a server does for its studies: queues lost trials again, and keeps artifacts current."""
 
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 import optuna
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage
 
-from atp_tune.dashboard.publishing import attach, files_of
+from atp_tune.dashboard.publishing import attach, config_of
 from atp_tune.errors import UserError
-from atp_tune.results.summary import final_numbers
-from atp_tune.storage import lost_trials, opening, progress
+from atp_tune.report import gather, html
+from atp_tune.results.summary import final_numbers, summarise
+from atp_tune.storage import artifacts, lost_trials, opening, progress
 from atp_tune.storage.database import reason_of
 
 
@@ -65,7 +67,8 @@ class Maintenance:
         state = best and (best.number, final_numbers(study), front)
         if best is None or self._seen.get(study._study_id) == state:
             return False
-        for name, content in files_of(study).items():
-            attach(study, self._folder, name, content)
+        attach(study, self._folder, artifacts.REPORT, html.make([gather(study, datetime.now())]))
+        if (config := config_of(study, summarise(study))) is not None:
+            attach(study, self._folder, artifacts.CONFIG, config)
         self._seen[study._study_id] = state
         return True
