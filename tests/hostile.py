@@ -173,7 +173,7 @@ def _cut(place: Path) -> None:
 
 
 def _link_artifact(place: Path) -> None:
-    (place / "tiny.artifacts").mkdir()
+    (place / "tiny.artifacts").mkdir(exist_ok=True)
     (place / "tiny.artifacts" / UUID).symlink_to(place.parents[2] / ".ssh" / "id_rsa")
     artifact(UUID)(place)
 
@@ -317,6 +317,7 @@ MODEL = [
     Input("an unknown number format", tensors(HEADER.replace("F32", "EVIL"))),
     Input("truncated weights", lambda place: os.truncate(place / "model/model.safetensors", 2000)),
     Input("weights that are a pipe", fifo("model/model.safetensors")),
+    Input("weights that are a link to ~/.ssh", linked("model/model.safetensors", "~/.ssh/id_rsa")),
     Input("weights that are NaN", weights(lambda found: [tensor.fill(np.nan) for tensor in found.values()])),
     Input("weights that are infinite", weights(
         lambda found: [t.fill(np.inf) for name, t in found.items() if "embed" in name])),

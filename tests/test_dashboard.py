@@ -107,6 +107,21 @@ def test_what_cannot_be_written_is_said_and_ends_no_run(place: Path) -> None:
     assert not list((place / "elsewhere").iterdir())
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [{"note_ver": 1, "note_str:3": "x"}, {"note_ver": "x"}, {"note_ver": [1], "note_str:0": 5}],
+    ids=["without its first part", "an invalid version", "no text"],
+)
+def test_a_note_that_no_dashboard_writes_is_ignored(parts: dict[str, object], done: Path) -> None:
+    study = stored(done)
+    with closing(sqlite3.connect(done / "tiny.db")) as connection, connection:
+        connection.execute("DELETE FROM study_system_attributes WHERE key LIKE 'dashboard:note%'")
+    for key, value in parts.items():
+        study._storage.set_study_system_attr(1, f"dashboard:{key}", value)
+    publish(study, study_file(done).storage_url, None)
+    assert "## tiny:" in study._storage.get_study_system_attrs(1)["dashboard:note_str:0"]
+
+
 def test_attributes_are_written_together_or_not_at_all(done: Path) -> None:
     db = stored(done)._storage._backend  # type: ignore[attr-defined]
     before = db.get_study_system_attrs(1)

@@ -4,11 +4,13 @@ A command ends with 0, or with 2 and one line; it leaves the home in which all t
 """
 
 import gc
+import io
 import json
 import os
 import re
 import shutil
 import signal
+import sys
 import tempfile
 import urllib.error
 import urllib.request
@@ -22,10 +24,14 @@ from typing import Any
 import hostile
 import pytest
 from hostile import DOCUMENT, KINDS, SECRET, Input, known_cells, make_home, seen, tree, write_cells
+from huggingface_hub import constants
+from localhub import Uploads
+from localhub import serve as serve_hub
 from tinystudy import HANGS, Answer, CommandLine
 
 from atp_tune.checkpoints.models import resolve
 from atp_tune.cli import app
+from atp_tune.cli.model_group import MODEL
 from atp_tune.events import ignore_events
 from atp_tune.serving import serve
 from atp_tune.spec import finding
@@ -39,7 +45,13 @@ NONE = "–"
 OUT = r"work/out(/.*)?"
 STUDY = "download/a/study"
 DATABASE = rf"{STUDY}/tiny\.db"
+FILES = r"artifacts(/[0-9a-f-]{36})?"
+ARTIFACTS = rf"{STUDY}/tiny\.{FILES}"
 BEST = rf"{STUDY}/tiny\.best\.json"
+MADE = "model-60-quick-calibration"  # the study that the command `MODEL` makes
+FEW = "--trials 1 --set continuations.tokens=0 --set texts.calibration.draws=1 " + " ".join(
+    f"--set texts.{role}.nsamples=2" for role in ("calibration", "validation", "test")
+)
 TASK = """\
 task: tiny
 dataset_path: json
@@ -55,14 +67,16 @@ metric_list: [{{metric: acc}}]
 
 # command → what it may write, and the kinds of input that it reads with its options for them
 COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
-    "tune": (rf"{DATABASE}(-journal)?|{BEST}", dict.fromkeys(
+    "tune": (rf"{DATABASE}(-journal)?|{BEST}|{ARTIFACTS}", dict.fromkeys(
         ("study file", "database", "model folder", "texts"), "--study {study}/tiny.toml --trials 7")
         | {"configuration": "--study {study}/tiny.toml"}),
+    MODEL: (rf"work/studies|work/studies/{MADE}\.(toml|db|db-journal|best\.json|{FILES})", dict.fromkeys(
+        ("model folder", "texts"), f"{{study}}/model --texts {{text}} --preset quick --device cpu {FEW}")),
     "plan": ("", dict.fromkeys(("study file", "database", "model folder", "texts"), "--study {study}/tiny.toml")),
     "status": ("", dict.fromkeys(("study file", "database"), "--study {study}/tiny.toml")),
-    "serve": (rf"{STUDY}/tiny\.artifacts(/[0-9a-f-]{{36}})?|{DATABASE}", dict.fromkeys(
+    "serve": (rf"{ARTIFACTS}|{DATABASE}", dict.fromkeys(
         ("study file", "database"), "--study {study}/tiny.toml --port 0 --grpc-port 0")),
-    "merge": (r"work/both\.db|work/both\.artifacts(/[0-9a-f-]{36})?", {
+    "merge": (rf"work/both\.(db|{FILES})", {
         "database": "{home}/good.db {study}/tiny.db --out both.db --study tiny"}),
     "export": (rf"{BEST}|work/out\.csv", {
         **dict.fromkeys(("study file", "database"), "--study {study}/tiny.toml"),
@@ -75,6 +89,14 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
         **dict.fromkeys(
             ("configuration", "database", "model folder", "texts"), "--config {study}/tiny.best.json {task}"),
         "sparse folder": "--model {study}/sparse {task}"}),
+    "generate": (rf"{BEST}|{DATABASE}", dict.fromkeys(
+        ("configuration", "database", "model folder", "texts"),
+        "--config {study}/tiny.best.json --tokens 2 --device cpu")),
+    "chat": ("", {
+        **dict.fromkeys(("configuration", "model folder", "texts"),
+                        "{study}/tiny.best.json --max-new-tokens 2 --device cpu"),
+        "sparse folder": "{study}/sparse --max-new-tokens 2 --device cpu"}),
+    "push": ("", {"sparse folder": "{study}/sparse alice/tiny"}),
     "prune": (OUT, dict.fromkeys(
         ("study file", "model folder", "texts"), "--study {study}/tiny.toml --beta 0.01 --out out")),
     "finetune": (OUT, dict.fromkeys(
@@ -176,14 +198,28 @@ def short_speedup(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throughput, "Workload", partial(throughput.Workload, steps=2))
 
 
+@pytest.fixture
+def account(hub: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of the hub, served with an account in which `push` may write."""
+    with serve_hub(hub[0], Uploads({"a token": {"name": "alice", "orgs": []}})) as (url, _):
+        template = url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", "a token")
+        yield hub[0]
+
+
 class Sandbox:
     """A home for each input, in which a command is run on it."""
 
-    def __init__(self, finished: Path, tmp_path: Path, command: CommandLine, patch: pytest.MonkeyPatch) -> None:
+    def __init__(
+        self, finished: Path, tmp_path: Path, command: CommandLine, patch: pytest.MonkeyPatch, account: Path
+    ) -> None:
         self._model = tmp_path / "usual"
         make_home(self._model, finished)
         shutil.copyfile(finished / "tiny.db", self._model / "good.db")
-        self._home, self._command, self._patch = tmp_path / "home", command, patch
+        self._home, self._command, self._patch, self._hub = tmp_path / "home", command, patch, account
         (tmp_path / "tmp").mkdir()
         (tmp_path / "tasks").mkdir()
         (tmp_path / "tasks" / "data.jsonl").write_text('{"q": "the"}\n{"q": "of"}\n')
@@ -196,7 +232,8 @@ class Sandbox:
 
     def run(self, name: str, kind: str, one: Input) -> str:
         """What a command makes of an input: its word, or what is wrong."""
-        shutil.rmtree(self._home, ignore_errors=True)
+        for folder in (self._home, self._hub / "models"):
+            shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(self._model, self._home, symlinks=True)
         place = self._home / STUDY
         self._make_new(name, kind, place)
@@ -205,12 +242,16 @@ class Sandbox:
         before = tree(self._home)
         self._patch.chdir(self._home / "work")
         allowed, options = COMMANDS[name][0], COMMANDS[name][1][kind]
-        words = options.format(study=place, home=self._home, task=self._task).split()
+        text = next(place.glob("calibration.[jp]*"), place / "calibration.txt")
+        words = options.format(study=place, home=self._home, task=self._task, text=text).split()
+        self._patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"The import statement")))
         try:
             with limited(self._home):
-                answer = self._command(*([] if name == "tune" else [name]), *words)
+                answer = self._command(*([] if name in ("tune", MODEL) else [name]), *words)
         except (Exception, HangsError, pytest.fail.Exception) as error:  # what the user would see as a traceback
             return f"{type(error).__name__}: {error}"[:300]
+        if name == MODEL and answer.code == 2:
+            allowed = rf"work/studies(/{MADE}\.db)?"  # no study file of what cannot be a study
         after = tree(self._home)
         changed = {path for path in {*before, *after} if before.get(path) != after.get(path)}
         return self._wrong(answer, {path for path in changed if not re.fullmatch(allowed, path)}) or (
@@ -241,8 +282,9 @@ class Sandbox:
             return f"no line: {answer.err[:300]!r}"
         if answer.code == 0 and (lines or not shown(answer.out.replace("\n", ""))):
             return f"said {answer.err[:300]!r} {answer.out[-300:]!r}"
-        if SECRET in answer.out + answer.err:
-            return "the secret was printed"
+        uploaded = [file.read_bytes() for file in self._hub.rglob("*") if file.is_file()]
+        if any(SECRET.encode() in content for content in ((answer.out + answer.err).encode(), *uploaded)):
+            return "the secret was printed or uploaded"
         if changed:
             return f"changed {sorted(changed)}"
         left = sorted(path.name for path in Path(tempfile.gettempdir()).iterdir())
@@ -255,11 +297,11 @@ def shown(line: str) -> bool:
 
 @pytest.fixture
 def sandbox(
-    finished: Path, tmp_path: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch, hub: object,
+    finished: Path, tmp_path: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch, account: Path,
     short_serve: None, short_speedup: None, cache: Path, windows: None,
 ) -> Sandbox:  # fmt: skip
     shutil.copytree(finished.parent / "cache" / "windows", cache / "windows", dirs_exist_ok=True)
-    return Sandbox(finished, tmp_path, command, monkeypatch)
+    return Sandbox(finished, tmp_path, command, monkeypatch, account)
 
 
 def check(name: str, kind: str, sandbox: Sandbox) -> None:
@@ -294,7 +336,7 @@ def test_a_command(name: str, kind: str, sandbox: Sandbox) -> None:
 
 
 def test_the_table_has_every_command_and_every_input() -> None:
-    commands = {info.callback.__name__ for info in app.registered_commands if info.callback}
+    commands = {info.name or info.callback.__name__ for info in app.registered_commands if info.callback}
     assert {*commands, "tune"} == set(COMMANDS)
     cells = known_cells(DOCUMENT)
     assert set(cells) == {(name, kind) for name in COMMANDS for kind in KINDS}

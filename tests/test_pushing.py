@@ -94,6 +94,10 @@ def test_apply_uploads_what_it_writes(done: Path, site: Site, command: CommandLi
     assert (tmp_path / "out" / "model.safetensors").stat() == weights
     assert len(site.uploads.received) == len(site.uploads.commits) == 1
 
+    (tmp_path / "out" / "notes.txt").symlink_to(done / "test.txt")
+    assert command(*words).error.endswith("outside its folder; copy the file")
+    assert len(site.uploads.commits) == 1
+
 
 @pytest.mark.slow
 def test_the_hub_s_streamed_upload_is_taken_too(
@@ -222,6 +226,22 @@ def test_folders_that_are_no_sparse_checkpoints(done: Path, site: Site, command:
         said == f"{done / 'model' / 'notes.txt'}: is a link to {done / 'test.txt'}, outside its folder; copy the file"
     )
     assert site.asked == []
+
+
+@pytest.mark.slow
+def test_weights_may_be_links_to_what_was_written(
+    sparse: Path, site: Site, command: CommandLine, tmp_path: Path
+) -> None:
+    (tmp_path / "disk").mkdir()
+    weights = sparse / "model.safetensors"
+    away = weights.rename(tmp_path / "disk" / "weights")
+    weights.symlink_to(away)
+    assert command("push", sparse, "alice/tiny").code == 0
+    assert site.uploads.received == [sha256_of(away)]
+    away.write_bytes(away.read_bytes() + b"a private file")
+    said = command("push", sparse, "alice/other").error
+    assert said == f"{weights}: is a link to {away}, outside its folder; copy the file"
+    assert "alice/other" not in site.uploads.private
 
 
 @pytest.mark.slow

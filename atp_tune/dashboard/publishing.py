@@ -71,17 +71,27 @@ def note_of(
 ) -> dict[str, Any]:
     """The note of a study or trial with people's own text below, as system attributes.
 
-    Its version is `step` above the stored one. `infix`: "" for a study, `ID:` for a trial.
+    Its version is `step` above the stored one. `infix`: "" for a study, `ID:` for a trial. A stored note that no
+    dashboard writes is ignored.
     """
     version = f"{DASHBOARD}{infix}note_ver"
-    written = get_note(owner) if version in stored else ""
+    number = stored.get(version)
+    written = _written(owner) if number is not None else ""
     shadow = optuna.create_study()
     target = shadow if isinstance(owner, Study) else SimpleNamespace(
         storage=shadow._storage, study=shadow, _trial_id=owner._trial_id
     )  # fmt: skip
     save_note(cast(Trial, target), with_own_words(text, written))
     made = shadow._storage.get_study_system_attrs(shadow._study_id)
-    return {**made, version: int(stored.get(version, 0)) + step}
+    return {**made, version: (number if isinstance(number, int) else 0) + step}
+
+
+def _written(owner: Study | Trial) -> str:
+    """The stored note; "" if a part is missing or of the wrong type."""
+    try:
+        return str(get_note(owner))
+    except (KeyError, TypeError, ValueError):
+        return ""
 
 
 def without_rests(made: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:

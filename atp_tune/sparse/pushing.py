@@ -11,17 +11,19 @@ from huggingface_hub import HfApi, constants, errors, utils
 
 from atp_tune.checkpoints.convert import WEIGHTS, one_line
 from atp_tune.errors import UserError
-from atp_tune.sparse.provenance import ABOUT, FINETUNED
+from atp_tune.sparse.provenance import ABOUT, FINETUNED, stored_manifest
 from atp_tune.spec.config import Config, read_config
+from atp_tune.spec.manifest import digest
 
 LOGIN = "run: hf auth login"
 READS = "read"  # the role of a token, or of a member of an organisation, that may not write
 
 
 def check_folder(folder: Path) -> None:
-    """UserError if a folder is no sparse checkpoint of atp_tune, or if a small file is a link out of it.
+    """UserError if a folder is no sparse checkpoint of atp_tune, or if a file is a link out of it.
 
-    Weights may be links, because people keep them on other disks.
+    Weights may be links, because people keep them on other disks, but only to what was written: a folder that others
+    made could publish any file of this machine.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: is no folder; write one with: python tune.py apply --config FILE --out DIR")
@@ -30,8 +32,15 @@ def check_folder(folder: Path) -> None:
     read_config(folder / ABOUT)
     home = folder.resolve()
     for file in sorted(folder.rglob("*")):
-        if file.is_symlink() and file.suffix not in WEIGHTS and not file.resolve().is_relative_to(home):
+        if file.is_symlink() and not file.resolve().is_relative_to(home) and not _is_written(file, folder):
             raise UserError(f"{file}: is a link to {file.resolve()}, outside its folder; copy the file")
+
+
+def _is_written(file: Path, folder: Path) -> bool:
+    """Whether weights are the ones that a folder's manifest promises, so that who made it knows what they hold."""
+    manifest = stored_manifest(folder)
+    promised = manifest.files.get(file.name) if manifest and file.parent == folder else None
+    return file.suffix in WEIGHTS and promised is not None and file.is_file() and digest(file) == promised
 
 
 def is_made_from(folder: Path, config: Config) -> bool:

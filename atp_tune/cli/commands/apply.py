@@ -65,10 +65,11 @@ def apply(
         raise typer.BadParameter("only with --push ORG/NAME", param_hint="--private")
     found = read_config(config)
     if push is not None:
-        from atp_tune.sparse.pushing import check_permission, is_made_from
+        from atp_tune.sparse.pushing import check_folder, check_permission, is_made_from
 
         check_permission(push, private)
         if is_made_from(out, found):
+            check_folder(out)
             console.print(f"sparse checkpoint: {out} was written before, from this configuration")
             upload(out, push, private)
             return

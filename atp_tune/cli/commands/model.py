@@ -166,8 +166,13 @@ def _forecast(path: Path, made: "Study", head: list[str], options: RunOptions) -
 
 
 def _remove_unused(path: Path, storage: str | None) -> None:
-    """Removes a study file that this command has written, if its study could not begin."""
+    """Removes a study file that this command has written, if its study has no trial, not even a queued one.
+
+    The database stays, since other workers may be at their first trial; the same command writes the same file again.
+    """
     try:
-        stored_study(load_study(str(path), storage, None, None), None)
+        is_used = bool(stored_study(load_study(str(path), storage, None, None), None).trials)
     except UserError:
+        is_used = False
+    if not is_used:
         path.unlink(missing_ok=True)
