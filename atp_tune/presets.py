@@ -7,13 +7,13 @@ of the papers (128 calibration windows of 2048 tokens, the whole of WikiText-2).
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from atp_tune.checkpoints.classes import model_config
-from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError
-from atp_tune.inputs.windows import first_windows
 from atp_tune.spec.study import Text
+
+if TYPE_CHECKING:
+    from atp_tune.checkpoints.models import ModelFolder
 
 C4_WINDOWS = 256  # of a part of C4 that would be measured whole; the papers measure C4 on as many
 
@@ -53,7 +53,7 @@ PACKAGED = "package:pydoc_data.topics:topics"  # in every Python: a part of its 
 _PARTS = {"calibration": (0.0, 0.3), "validation": (0.3, 0.65), "test": (0.65, 1.0)}
 
 
-def texts_from_hub(choice: str, preset: Preset, folder: ModelFolder) -> dict[str, dict[str, Any]]:
+def texts_from_hub(choice: str, preset: Preset, folder: "ModelFolder") -> dict[str, dict[str, Any]]:
     """The texts of a study, by role, from one of `HUB_TEXTS`."""
     sizes = {"calibration": preset.calibration, "validation": preset.validation, "test": preset.test}
     seqlen = min(preset.seqlen, context_length(folder) or preset.seqlen)
@@ -65,11 +65,13 @@ def texts_from_hub(choice: str, preset: Preset, folder: ModelFolder) -> dict[str
     return {role: {key: value for key, value in text.items() if value is not None} for role, text in found.items()}
 
 
-def texts_from_one(source: str, preset: Preset, folder: ModelFolder, base: Path) -> dict[str, dict[str, Any]]:
+def texts_from_one(source: str, preset: Preset, folder: "ModelFolder", base: Path) -> dict[str, dict[str, Any]]:
     """The texts of a study, by role, as disjoint parts of one local text, with as many windows as there are.
 
     UserError if a part is shorter than one window.
     """
+    from atp_tune.inputs.windows import first_windows
+
     sizes = {"calibration": preset.calibration, "validation": preset.validation, "test": preset.test}
     seqlen = min(preset.seqlen, context_length(folder) or preset.seqlen)
     found: dict[str, dict[str, Any]] = {}
@@ -88,7 +90,9 @@ def texts_from_one(source: str, preset: Preset, folder: ModelFolder, base: Path)
     return found
 
 
-def context_length(folder: ModelFolder) -> int | None:
+def context_length(folder: "ModelFolder") -> int | None:
     """Tokens that a model can take at once; None if its config does not say."""
+    from atp_tune.checkpoints.classes import model_config
+
     config = model_config(folder.path, folder.trusted).get_text_config()
     return getattr(config, "max_position_embeddings", None)

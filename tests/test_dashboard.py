@@ -61,7 +61,7 @@ def test_the_plain_dashboard_shows_note_figures_and_files(plain: str, done: Path
     assert {attr["key"] for attr in study["union_user_attrs"]} == COLUMNS
     assert all(len(attr["value"]) < 60 for trial in study["trials"] for attr in trial["user_attrs"])
     assert all(len(attr["value"]) < 60 for attr in study["user_attrs"])
-    assert {attr["key"] for attr in study["user_attrs"]} > {"model", "sparsity", "trials"}
+    assert {attr["key"] for attr in study["user_attrs"]} > {"model.source", "sparsity", "trials"}
     assert {artifact["filename"] for artifact in study["artifacts"]} == {"best.json"}
 
 

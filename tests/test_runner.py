@@ -114,7 +114,7 @@ def test_attributes_of_the_study(done: Path) -> None:
     attrs = reopen(done).user_attrs
     assert set(attrs) == {
         "fingerprint", "sizes", "blocks", "linears", "total", "made_from", "dense", "test_nlls", "batches",
-        "model", "model.dtype", "protocol", "sparsity", "trials",
+        "model.source", "model.dtype", "protocol", "sparsity", "trials",
     }  # fmt: skip
     assert attrs["sizes"] == [7680] * BLOCKS  # q, o: 32²; k, v: 16 · 32; three of 48 · 32
     assert len(attrs["dense"]) == 16

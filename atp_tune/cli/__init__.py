@@ -77,5 +77,8 @@ def _usage(error: Any) -> str:
     """The message for wrong options: what is wrong, and the command whose help lists the options."""
     command = error.ctx.command_path if error.ctx else "tune.py"
     message = " ".join(error.format_message().split()).replace("Value error, ", "")
+    if message.startswith("No such command"):
+        message = message.rstrip(".?") + ("?" if message.endswith("?") else "")
+        message += " A model is ORG/NAME, a folder, a .gguf file or pypi:NAME==VERSION."
     see = " See" if message.endswith("?") else "; see"
     return f"{message.rstrip('.')}{see} {command} --help"

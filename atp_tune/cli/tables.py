@@ -152,9 +152,15 @@ def _show_next(summary: Summary, file: StudyFile) -> None:
     if summary.best.test is not None and is_there:
         config = printable(str(best.relative_to(here) if best.is_relative_to(here) else best))
         console.print(f"best configuration: {config}")
-        out = f"{printable(summary.name)}-sparse"
+        out = _free(f"{printable(summary.name).replace('/', '_')}-sparse")
         command = shlex.join(["python", "tune.py", "apply", "--config", config, "--out", out])
         console.print(f"sparse checkpoint:  {command}")
+
+
+def _free(name: str) -> str:
+    """A name that no file has here: the name itself, or followed by -2, -3 and so on."""
+    names = (name, *(f"{name}-{number}" for number in range(2, 1000)))
+    return next((free for free in names if not Path(free).exists()), name)
 
 
 def show_status(summary: Summary, file: StudyFile) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.errors import printable
+from atp_tune.metrics.perplexity import reach_of
 from atp_tune.report.markdown import escaped, fenced
 from atp_tune.results.formatting import (
     beginning_of,
@@ -26,7 +27,8 @@ from atp_tune.spec.former import present_facts
 from atp_tune.storage.artifacts import MADE_ANEW
 from atp_tune.storage.lost_trials import is_lost
 
-OWN = "*Above: atp_tune, always current. Below: your own notes, which are kept.*"
+OWN = "*Above: written by atp_tune. Below: your own notes, which are kept.*"
+FORMER = "*Above: atp_tune, always current. Below: your own notes, which are kept.*"
 GAP = "&emsp;"  # the dashboard leaves no space between columns
 Attributes = Mapping[str, Any]
 
@@ -38,7 +40,7 @@ def with_own_words(ours: str, written: str) -> str:
 
 def own_words(written: str) -> str:
     """The part of a stored note that people wrote."""
-    _, mark, theirs = written.rpartition(OWN)
+    _, mark, theirs = written.replace(FORMER, OWN).rpartition(OWN)
     return (theirs if mark else written).strip()
 
 
@@ -121,6 +123,10 @@ def _gain(summary: Summary) -> str:
     draws = (
         f" Over {drawn(summary)} draws of the calibration text the difference is {over} (mean ± standard deviation)."
     )
+    if abs(against.value) <= reach_of(summary.windows.get(rank.on, 0)) * against.stderr:
+        return (
+            f"The best is {size}, which may be chance: zero lies in its 95 % interval.{draws if over else ''} {errors}"
+        )
     return f"**The best is {size}.**{draws if over else ''} {errors}"
 
 

@@ -240,7 +240,7 @@ def _describe(run: StudyRun, study: optuna.Study, context: "TrialContext", total
         "total": total, "made_from": settings(run.file),
         **({} if "batches" in study.user_attrs else {"batches": batches}),
         **({"screens": run.screens} if run.screens else {}),
-        "model": run.file.study.model.source,
+        "model.source": run.file.study.model.source,
         **facts_of({"total": total, "fingerprint": study.user_attrs["fingerprint"]}),
     }  # fmt: skip
     if context.bos_effect is not None:

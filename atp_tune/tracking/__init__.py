@@ -25,7 +25,9 @@ class TrackedStudy:
 
 
 class Tracker(Protocol):
-    """One run of one tracker."""
+    """One run of one tracker; `place`: where it writes, for people."""
+
+    place: str
 
     def __init__(self, study: TrackedStudy) -> None: ...
 

@@ -76,7 +76,8 @@ class Follower:
             self._guarded(name, partial(write, tracker))
 
     def _begin(self, name: str, study: TrackedStudy) -> None:
-        self._open[name] = TRACKERS[name](study)
+        self._open[name] = tracker = TRACKERS[name](study)
+        self._tell(Message(f"--track {name}: {tracker.place}"))
 
     def _guarded(self, name: str, call: Callable[[], None]) -> None:
         """Calls a function of a tracker; if it fails, the tracker is left out from now on."""

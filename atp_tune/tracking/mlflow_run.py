@@ -3,6 +3,7 @@
 import os
 from typing import TYPE_CHECKING
 
+from atp_tune.errors import without_secrets
 from atp_tune.tracking.records import TrialRecord
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ class MLflowRun:
 
         own = f"sqlite:///{study.beside(f'{study.name}.mlflow.db').absolute()}"
         self._client = MlflowClient(tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or own)
+        self.place = f"experiment {EXPERIMENT} in {without_secrets(os.environ.get('MLFLOW_TRACKING_URI') or own)}"
         found = self._client.get_experiment_by_name(EXPERIMENT)
         experiment = found.experiment_id if found else self._client.create_experiment(EXPERIMENT)
         runs = self._client.search_runs([experiment], f"tags.`{KEY}` = '{study.key}'")

@@ -18,6 +18,7 @@ class TensorBoardRun:
         from torch.utils.tensorboard import SummaryWriter
 
         folder = study.beside(f"{study.name}.tensorboard")
+        self.place = f"tensorboard --logdir {folder}"
         self._known, self._finals = _stored(str(folder)) if folder.is_dir() else (set(), {})
         self._writer = SummaryWriter(str(folder))
 

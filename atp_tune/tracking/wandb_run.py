@@ -26,6 +26,7 @@ class WandbRun:
 
         folder = study.beside(f"{study.name}.wandb")
         folder.mkdir(parents=True, exist_ok=True)
+        self.place = f"project {os.environ.get('WANDB_PROJECT') or PROJECT}, files in {folder}"
         self._list = folder / "trials.json"
         self._known = set(json.loads(self._list.read_text())) if self._list.is_file() else set[int]()
         settings = wandb.Settings(silent=True, console="off")

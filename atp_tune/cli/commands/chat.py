@@ -59,8 +59,8 @@ def _chat(place: Path, options: tuple[int, float], system: str | None, device: s
             console.print(f"{event.title} {event.plan or ''}".rstrip(), style="dim")
 
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    message = "" if is_terminal else as_message(sys.stdin.buffer.read())
     models = ChatModels(place, device, show if is_terminal else ignore_events, allowed)
+    message = "" if is_terminal else as_message(sys.stdin.buffer.read())
     with models, oom_as_user_error("chat"):
         session = ChatSession(models.speaker, ChatOptions(*options), system)
         if is_terminal:

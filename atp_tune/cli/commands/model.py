@@ -130,7 +130,9 @@ def model(
         wishes.check_same(load_study(str(path), None, None, None).study, path)
         start(str(path), options)
         return
-    made = _make(wishes, device, {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code})
+    made = _make(wishes, path.stem, device, {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code})
+    made = _overridden(made, path, options)
+    options = replace(options, trials=None, set_=None, prompt=None)  # the file says them
     words = [word for word in sys.argv[1:] if word != "--dry-run"]
     head = [f"python tune.py --study {path.stem}", "", f"Made by: python tune.py {shlex.join(words)}"]
     if dry_run:
@@ -145,13 +147,26 @@ def model(
         raise
 
 
-def _make(wishes: "StudyRequest", device: str | None, allowed: dict[str, bool]) -> "Study":
+def _make(wishes: "StudyRequest", name: str, device: str | None, allowed: dict[str, bool]) -> "Study":
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import quiet
     from atp_tune.events import Message
 
     with quiet(), Display() as display:
-        return wishes.study(device, allowed, lambda text: display(Message(text)))
+        return wishes.study(name, device, allowed, lambda text: display(Message(text)))
+
+
+def _overridden(made: "Study", path: Path, options: RunOptions) -> "Study":
+    """The study with the values of `--set`, `--trials` and `--prompt`."""
+    from atp_tune.spec.writing import write_study
+
+    with TemporaryDirectory(prefix="atp_tune.") as folder:
+        place = Path(folder) / path.name
+        write_study(place, made, ())
+        try:
+            return replace(options, storage=None, device=None).load(str(place)).study
+        except UserError as error:
+            raise UserError(str(error).replace(str(place), path.name)) from None
 
 
 def _forecast(path: Path, made: "Study", head: list[str], options: RunOptions) -> None:
@@ -163,6 +178,7 @@ def _forecast(path: Path, made: "Study", head: list[str], options: RunOptions) -
         write_study(Path(folder) / path.name, made, head)
         file = options.load(str(Path(folder) / path.name))
     show_plan(replace(file, path=path), None)
+    console.print("nothing was written; the same command without --dry-run runs it")
 
 
 def _remove_unused(path: Path, storage: str | None) -> None:
