@@ -6,7 +6,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.errors import printable
-from atp_tune.metrics.perplexity import reach_of
+from atp_tune.metrics.perplexity import may_be_chance
 from atp_tune.report.markdown import escaped, fenced
 from atp_tune.results.formatting import (
     beginning_of,
@@ -123,7 +123,7 @@ def _gain(summary: Summary) -> str:
     draws = (
         f" Over {drawn(summary)} draws of the calibration text the difference is {over} (mean ± standard deviation)."
     )
-    if abs(against.value) <= reach_of(summary.windows.get(rank.on, 0)) * against.stderr:
+    if may_be_chance(against, summary.windows.get(rank.on, 0)):
         return (
             f"The best is {size}, which may be chance: zero lies in its 95 % interval.{draws if over else ''} {errors}"
         )

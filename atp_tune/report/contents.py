@@ -13,6 +13,7 @@ import tomli_w
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.figures.history import spent
+from atp_tune.metrics.perplexity import may_be_chance
 from atp_tune.results.formatting import beginning_of, drawn, draws_note, draws_of, errors_of, mixture_of
 from atp_tune.results.summary import Summary, summarise
 from atp_tune.results.trials import is_uniform
@@ -122,7 +123,10 @@ class Contents:
         what = "KL divergence" if by_kl else "perplexity"
         over = "" if by_kl else draws_of(summary, summary.best_trial)[1].replace(" ± ", "\u00a0±\u00a0")
         draws = f" Over {drawn(summary)} draws of the calibration text the difference is {over}." if over else ""
-        return f"The best plan’s {what} is {abs(paired.value):.1%}{error} {side} uniform’s on the {text} text.{draws}"
+        is_chance = may_be_chance(paired, summary.windows.get(text, 0))
+        chance = " That may be chance: zero lies in its 95\u00a0% interval." if is_chance else ""
+        change = f"{abs(paired.value):.1%}{error} {side} uniform’s on the {text} text"
+        return f"The best plan’s {what} is {change}.{chance}{draws}"
 
 
 def gather(study: optuna.Study, made: datetime) -> Contents:
