@@ -139,6 +139,8 @@ def test_a_figure_that_became_shorter_leaves_nothing_behind() -> None:
 def test_details_are_apart_in_the_database_and_together_in_the_program(done: Path) -> None:
     plain = optuna.storages.RDBStorage(f"sqlite:///{done / 'tiny.db'}")
     trial = plain.get_all_trials(1)[0]
+    plain.remove_session()
+    plain.engine.dispose()
     assert set(trial.user_attrs) == COLUMNS
     assert f"{PREFIX}nlls" in trial.system_attrs
     own = stored(done).trials[0]

@@ -192,6 +192,12 @@ def test_values_of_facts_go_both_ways(value: str) -> None:
     assert present_value("search.sampler", stored) == stored_value("search.sampler", stored) == stored
 
 
+def close(db: optuna.storages.RDBStorage) -> None:
+    """Optuna's own storage keeps its connection open."""
+    db.remove_session()
+    db.engine.dispose()
+
+
 def test_a_merged_study_has_present_names(folder: Path) -> None:
     made = {**facts(load("new.toml").study), "model.content": "a", "model.dtype": "float32"}
     for name, texts in (("a.db", "texts.validation"), ("b.db", "texts.search")):
@@ -199,10 +205,12 @@ def test_a_merged_study_has_present_names(folder: Path) -> None:
         study = optuna.create_study(study_name="s", storage=db)
         study.set_user_attr("fingerprint", {key.replace("texts.validation", texts): made[key] for key in made})
         study.add_trial(made_up(0.0))
+        close(db)
     merged = merge([str(folder / "a.db"), str(folder / "b.db")], folder / "out.db", None)
     assert merged.study.user_attrs["fingerprint"] == made
     raw = optuna.storages.RDBStorage(f"sqlite:///{folder / 'out.db'}")
     assert raw.get_study_system_attrs(1)["atp_tune:fingerprint"] == made
+    close(raw)
 
 
 def test_a_text_of_the_command_line_and_the_dashboard() -> None:
