@@ -135,8 +135,9 @@ def test_an_end_that_the_tokenizer_adds_is_no_part_of_a_prompt() -> None:
 
 
 def test_nothing_is_drawn_at_random() -> None:
+    replay = replay_of(tiny("llama"))
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1]
-    said(replay_of(tiny("llama")))
+    said(replay)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert (np.random.get_state()[1] == states[2]).all()
