@@ -101,7 +101,7 @@ class CacheFolder(FrozenModel):
     bytes: int | None
 
 
-class Environment(FrozenModel):
+class MachineReport(FrozenModel):
     """The machine and its Python; null for a package that is not installed, and for what only torch knows, without it.
 
     `extras`: the packages of each optional extra. `problems`: what could not be found out, and why.
@@ -121,7 +121,7 @@ class Environment(FrozenModel):
     problems: tuple[str, ...]
 
 
-def environment() -> Environment:
+def environment() -> MachineReport:
     """What there is here."""
     problems: list[str] = []
 
@@ -133,7 +133,7 @@ def environment() -> Environment:
             problems.append(f"{what}: {type(error).__name__}: {reason}")
             return None
 
-    return Environment(
+    return MachineReport(
         atp_tune=__version__,
         python=f"{platform.python_implementation()} {platform.python_version()}",
         executable=_shown(Path(sys.executable)),

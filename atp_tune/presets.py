@@ -29,6 +29,11 @@ class Preset:
     test: int | None
     draws: int = 3
 
+    @property
+    def windows(self) -> dict[str, int | None]:
+        """Number of windows by role."""
+        return {"calibration": self.calibration, "validation": self.validation, "test": self.test}
+
 
 PRESETS = {
     "quick": Preset(trials=12, seqlen=512, calibration=16, validation=16, test=24),
@@ -50,13 +55,12 @@ HUB_TEXTS: Mapping[str, Mapping[str, dict[str, Any]]] = {
     "wikitext2": _WIKITEXT2,
 }
 PACKAGED = "package:pydoc_data.topics:topics"  # in every Python: a part of its manual
-_PARTS = {"calibration": (0.0, 0.3), "validation": (0.3, 0.65), "test": (0.65, 1.0)}
+PARTS = {"calibration": (0.0, 0.3), "validation": (0.3, 0.65), "test": (0.65, 1.0)}
 
 
 def texts_from_hub(choice: str, preset: Preset, folder: "ModelFolder") -> dict[str, dict[str, Any]]:
     """The texts of a study, by role, from one of `HUB_TEXTS`."""
-    sizes = {"calibration": preset.calibration, "validation": preset.validation, "test": preset.test}
-    seqlen = min(preset.seqlen, context_length(folder) or preset.seqlen)
+    sizes, seqlen = preset.windows, min(preset.seqlen, context_length(folder) or preset.seqlen)
     found = {
         role: {**text, "nsamples": sizes[role] or (C4_WINDOWS if text["source"] == "c4" else None), "seqlen": seqlen}
         for role, text in HUB_TEXTS[choice].items()
@@ -72,10 +76,9 @@ def texts_from_one(source: str, preset: Preset, folder: "ModelFolder", base: Pat
     """
     from atp_tune.inputs.windows import first_windows
 
-    sizes = {"calibration": preset.calibration, "validation": preset.validation, "test": preset.test}
-    seqlen = min(preset.seqlen, context_length(folder) or preset.seqlen)
+    sizes, seqlen = preset.windows, min(preset.seqlen, context_length(folder) or preset.seqlen)
     found: dict[str, dict[str, Any]] = {}
-    for role, part in _PARTS.items():
+    for role, part in PARTS.items():
         text = Text(source=source, part=part, seqlen=seqlen)
         draws = preset.draws if role == "calibration" else 1
         most = (sizes[role] or 1_000_000 // draws) * draws

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from tinystudy import HANGS, TUNE, CommandLine
 
 from atp_tune import environment
-from atp_tune.environment import EXTRAS, PACKAGES, VARIABLES, Environment
+from atp_tune.environment import EXTRAS, PACKAGES, VARIABLES, MachineReport
 
 PROJECT = tomllib.loads((TUNE.parent / "pyproject.toml").read_text())["project"]
 
@@ -31,7 +31,7 @@ def test_what_is_here(command: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp
     answer = command("env", "--json")
     assert (answer.code, answer.err) == (0, "")
     assert "secret" not in answer.out
-    found = Environment.model_validate_json(answer.out)
+    found = MachineReport.model_validate_json(answer.out)
     assert found.versions == {name: found.versions[name] for name in PACKAGES}
     assert found.versions["torch"] == version("torch")
     assert found.problems == ()

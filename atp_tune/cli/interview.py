@@ -17,18 +17,15 @@ from rich.text import TextType
 from atp_tune.cli.terminal import console
 from atp_tune.errors import UserError, is_text, printable
 from atp_tune.paths import written
+from atp_tune.presets import HUB_TEXTS, PARTS
 from atp_tune.spec.facts import is_local
 from atp_tune.spec.finding import HERE, known
 from atp_tune.spec.mistakes import invalid
 from atp_tune.spec.study import Study
 
 Settings = dict[str, Any]
-PARTS = {"calibration": (0.0, 0.3), "validation": (0.3, 0.65), "test": (0.65, 1.0)}  # of one text
-PAPERS: Settings = {  # the papers' texts
-    "calibration": {"source": "c4", "split": "train", "sampling": "random", "nsamples": 128, "seqlen": 2048},
-    "validation": {"source": "wikitext2", "split": "validation", "seqlen": 2048},
-    "test": {"source": "wikitext2", "split": "test", "seqlen": 2048},
-}
+_SIZES = {"calibration": {"nsamples": 128, "seqlen": 2048}, "validation": {"seqlen": 2048}, "test": {"seqlen": 2048}}
+PAPERS: Settings = {role: {**HUB_TEXTS["papers"][role], **size} for role, size in _SIZES.items()}
 SPLITS = {"calibration": "train", "validation": "validation", "test": "test"}  # of a hub dataset
 START: Settings = {
     "sparsity": 0.6,
@@ -53,7 +50,7 @@ class Question:
     applies: Callable[[Settings], bool] = lambda _: True
 
 
-class Answer(PromptBase[Any]):
+class CheckedPrompt(PromptBase[Any]):
     """Asks until `check` accepts the answer, and returns what it makes of it; a wrong answer is explained in a line."""
 
     check: Callable[[str], Any]
@@ -79,7 +76,7 @@ class Answer(PromptBase[Any]):
 def ask(what: str, hint: str, default: str, check: Callable[[str], Any]) -> Any:
     """What `check` makes of the first answer that it accepts; UserError if the answers end."""
     usual = f" ({default})" if default else ""
-    prompt = Answer(Words(f"{what} – {hint}{usual}"), console=console)
+    prompt = CheckedPrompt(Words(f"{what} – {hint}{usual}"), console=console)
     prompt.check = lambda text: check(text or default)
     try:
         return prompt()

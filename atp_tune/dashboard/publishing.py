@@ -17,7 +17,6 @@ from optuna_dashboard import get_note, save_note, save_plotly_graph_object
 
 from atp_tune.cache import write_atomically
 from atp_tune.dashboard.notes import study_note, with_own_words
-from atp_tune.errors import UserError
 from atp_tune.figures import draw
 from atp_tune.results.best_config import best_config
 from atp_tune.results.summary import Summary, summarise
@@ -50,11 +49,7 @@ def publish(study: Study, address: str, folder: Path | None) -> None:
 
 def make_folder(folder: Path) -> None:
     """Makes the folder of a study's files; UserError for a link, which a stranger may have made."""
-    if folder.is_symlink():
-        raise UserError(
-            f"{folder}: is a link to {folder.resolve()}, where files would be written; name that folder with "
-            "--artifacts DIR, or remove the link"
-        )
+    artifacts.refuse_link(folder)
     folder.mkdir(parents=True, exist_ok=True)
 
 

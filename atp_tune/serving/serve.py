@@ -13,7 +13,7 @@ from atp_tune.serving.maintenance import Maintenance
 from atp_tune.serving.servers import ServedDatabase, dashboard, host_of, proxy
 from atp_tune.spec.finding import known
 from atp_tune.spec.studyfile import absolute_storage, load
-from atp_tune.storage.artifacts import Store
+from atp_tune.storage.artifacts import Store, refuse_link
 from atp_tune.storage.opening import artifacts_of, is_remote, names_in, network_warning, open_database
 
 TURN = 2  # seconds between two rounds of maintenance
@@ -98,11 +98,7 @@ def choose(
 def _beside(address: str) -> Path:
     """The default folder of a database's artifacts; UserError for a link, which a stranger may have made."""
     folder = artifacts_of(address)
-    if folder.is_symlink():
-        raise UserError(
-            f"{folder}: is a link to {folder.resolve()}, where files would be written; name that folder with "
-            "--artifacts DIR, or remove the link"
-        )
+    refuse_link(folder)
     return folder
 
 

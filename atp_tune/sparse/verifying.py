@@ -18,7 +18,7 @@ NAMED = 3  # files that a message names
 
 
 @dataclass(frozen=True)
-class Difference:
+class EnvironmentDifference:
     """What differs between the environment of a checkpoint and this one, and what that does if it is made again."""
 
     what: str
@@ -35,7 +35,7 @@ class Verified:
     weights: int
     more: list[str]
     made: Environment
-    differences: list[Difference]
+    differences: list[EnvironmentDifference]
 
 
 def verify(folder: Path) -> Verified:
@@ -78,7 +78,7 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:NAMED]) + rest
 
 
-def differences(made: Environment, here: Environment) -> Iterator[Difference]:
+def differences(made: Environment, here: Environment) -> Iterator[EnvironmentDifference]:
     """What differs, the most important first: packages and instructions that compute, then all else."""
     packages = sorted({*made.versions, *here.versions}, key=lambda name: (name not in EXACT, name))
     rows = [(name, made.versions.get(name, "–"), here.versions.get(name, "–"), name in EXACT) for name in packages]
@@ -92,7 +92,7 @@ def differences(made: Environment, here: Environment) -> Iterator[Difference]:
         rows.append(("device", made.device, here.device, True))
     differing = [row for row in rows if row[1] != row[2]]
     for what, was, now, matters in sorted(differing, key=lambda row: not row[3]):
-        yield Difference(what, was, now, DIGITS if matters else NOTHING)
+        yield EnvironmentDifference(what, was, now, DIGITS if matters else NOTHING)
 
 
 def compared(config: Config, written: Manifest | None) -> str | None:

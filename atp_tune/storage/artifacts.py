@@ -13,10 +13,21 @@ from typing import Any, BinaryIO
 from optuna.artifacts import FileSystemArtifactStore
 from optuna.artifacts.exceptions import ArtifactNotFound
 
+from atp_tune.errors import UserError
+
 CONFIG, REPORT = MADE_ANEW = ("best.json", "report.html")  # files that `serve` updates
 OF_STUDY = "artifacts:"  # prefix of system attributes of studies and trials; the artifact's id follows
 OF_TRIAL = re.compile(r"(?P<head>dashboard:artifacts:)(?P<trial>\d{1,18})(?P<tail>:.*)", re.ASCII | re.DOTALL)
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+def refuse_link(folder: Path) -> None:
+    """UserError if the folder of artifacts is a link, which a stranger may have made."""
+    if folder.is_symlink():
+        raise UserError(
+            f"{folder}: is a link to {folder.resolve()}, where files would be written; name that folder with "
+            "--artifacts DIR, or remove the link"
+        )
 
 
 def is_name(name: object) -> bool:

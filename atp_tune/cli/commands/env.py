@@ -7,7 +7,7 @@ from atp_tune.cli.options import Json
 from atp_tune.cli.terminal import console, gib
 
 if TYPE_CHECKING:
-    from atp_tune.environment import Accelerators, Environment
+    from atp_tune.environment import Accelerators, MachineReport
 
 
 def env(json: Json = False) -> None:
@@ -29,7 +29,7 @@ def env(json: Json = False) -> None:
         console.print(f"{name and name + ':':<11}{text}")
 
 
-def _lines(found: "Environment") -> Iterator[tuple[str, str]]:
+def _lines(found: "MachineReport") -> Iterator[tuple[str, str]]:
     yield "atp_tune", found.atp_tune
     yield "python", f"{found.python}, {found.executable}"
     yield "system", found.system
