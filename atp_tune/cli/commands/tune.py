@@ -73,8 +73,4 @@ def run(
     if study is None:
         missing = "give a model, as in `tune.py ORG/NAME`, or a study, as in --study smol; `studies` lists them"
         raise typer.BadParameter(missing, param_hint="--study")
-    options = RunOptions(
-        trials, timeout, storage, study_name, device, workers, devices, allow_device_change, engine, ray_address, set_,
-        prompt, dry_run, track,
-    )  # fmt: skip
-    start(study, options)
+    start(study, RunOptions.of(context))
