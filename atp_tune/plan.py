@@ -11,7 +11,8 @@ from atp_tune.spec.patterns import Pattern
 class Plan:
     """A pruner and one sparsity per block (share of zeros), with the allocation and parameters that they come from.
 
-    `linear_sparsities`: one per linear of each block, if they differ within blocks.
+    `linear_sparsities`: one per linear of each block, if they differ within blocks. `target`: the sparsity, where the
+    study searches for it.
     """
 
     pruner: str
@@ -19,6 +20,7 @@ class Plan:
     sparsities: tuple[float, ...]
     parameters: dict[str, float] = field(default_factory=dict)
     linear_sparsities: LinearSparsities | None = None
+    target: float | None = None
 
     @property
     def is_uniform(self) -> bool:
@@ -32,9 +34,17 @@ class Plan:
         return self.linear_sparsities[index] if self.linear_sparsities else (self.sparsities[index],) * linears
 
     def __str__(self) -> str:
+        level = "" if self.target is None else f"{percent(self.target)} "
         if self.is_uniform:
-            return f"{self.pruner} uniform"
-        return f"{self.pruner} {self.allocation} {shown(self.parameters)}".rstrip()
+            return f"{level}{self.pruner} uniform"
+        return f"{level}{self.pruner} {self.allocation} {shown(self.parameters)}".rstrip()
+
+
+def percent(sparsity: float | tuple[float, float]) -> str:
+    """A sparsity, or an interval of sparsities, in percent without needless digits: 60%, 52.5%, 20% to 70%."""
+    if isinstance(sparsity, tuple):
+        return " to ".join(map(percent, sparsity))
+    return f"{100 * sparsity:.4g}%"
 
 
 def shown(parameters: dict[str, float]) -> str:

@@ -11,6 +11,7 @@ from atp_tune.cli.terminal import console, markdown, table
 from atp_tune.errors import UserError, printable
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.speed import PHASES, Measured, Phase, Speed
+from atp_tune.plan import percent
 from atp_tune.results.formatting import (
     NOTHING,
     beginning_of,
@@ -40,7 +41,7 @@ WIDE_ENOUGH = 100  # columns for three texts side by side
 def show_summary(summary: Summary, file: StudyFile) -> None:
     """Prints dense, uniform and the best of each allocation as a Markdown table, then the next commands."""
     sparsity = summary.sparsity or file.study.sparsity
-    console.print(f"{printable(summary.name)}: {sparsity:.0%} sparsity\n")
+    console.print(f"{printable(summary.name)}: {percent(sparsity)} sparsity\n")
     console.print(_results(summary))
     paired = "against uniform: same pruner, same windows, error of the difference"
     notes = [f"±: {errors_of(summary)}; {paired}", draws_note(summary)]

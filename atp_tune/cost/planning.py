@@ -90,7 +90,7 @@ def foresee(file: StudyFile, name: str, watch: EventHandler) -> Forecast:
 
             context.watch(Message("probing: one batch of each text in three blocks"))
             spec = file.study
-            rates = probe(context, spec.prune.pruners, spec.sparsity, load, "kl" in spec.search.objective)
+            rates = probe(context, spec.prune.pruners, spec.highest, load, "kl" in spec.search.objective)
     format_ = str(dtype).removeprefix("torch.")
     return _forecast(known, name, device_name(device), format_, context, rates)
 
@@ -201,7 +201,7 @@ def _rank_bytes(study: Study, context: "TrialContext") -> int:
 def _whole(known: Known, context: "TrialContext | None", rates: ProbeRates | None) -> StudyCost:
     study, trials = known.study, known.study.search.trials
     if context is not None:
-        trials = total_trials(study.search, make_space(study, context.budget(study.sparsity)))
+        trials = total_trials(study.search, make_space(study, context.budget(study.highest)))
     done, trials = (0, None) if trials is None else _progress(known.main, trials)
     allocations = len(set(study.allocation.names) - {"uniform"})
     plans = max(1, allocations + min(allocations, len(study.prune.pruners)))

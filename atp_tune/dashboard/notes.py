@@ -7,6 +7,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.errors import printable
 from atp_tune.metrics.perplexity import may_be_chance
+from atp_tune.plan import percent
 from atp_tune.report.markdown import escaped, fenced
 from atp_tune.results.formatting import (
     beginning_of,
@@ -67,7 +68,7 @@ def _what(summary: Summary) -> str:
     objectives = {"kl": "KL divergence from the dense model (nats per token)"}
     objective = " and ".join(objectives.get(objective, objective) for objective in summary.objectives)
     lines = [
-        f"## {escaped(summary.name)}: {_code(spec.model.source)} at {spec.sparsity:.0%} sparsity",
+        f"## {escaped(summary.name)}: {_code(spec.model.source)} at {percent(spec.sparsity)} sparsity",
         escaped(spec.description),
         f"The study searches for the sparsities of {len(summary.sizes)} blocks ({names}; {pruners}; "
         f"pattern {escaped(spec.prune.pattern)}). The objective is {objective} on the validation text; lower is "

@@ -30,7 +30,7 @@ def draw_sparsity(summary: Summary) -> go.Figure | None:
     if not figure.data:
         return None
     if uniform is None and summary.made_from is not None:  # uniform would be the target in every block
-        target = summary.made_from.study.sparsity
+        target = summary.made_from.study.highest
         level(figure, target, f"target {target:g}", INK, "dot")
     values = [value for trace in figure.data for value in trace.y]
     margin = max(0.02, 0.05 * (max(values) - min(values)))

@@ -36,9 +36,13 @@ class Contents:
 
     @property
     def target(self) -> float | None:
-        """The target sparsity."""
-        made = self.summary.made_from
-        return made.study.sparsity if made else self.facts.get("sparsity")
+        """The target sparsity, of the best trial where the study searches for it."""
+        made, best = self.summary.made_from, self.summary.best_trial
+        if best is not None and "sparsity" in best.params:
+            return float(best.params["sparsity"])
+        if isinstance(self.summary.sparsity, tuple):
+            return None
+        return made.study.highest if made else self.facts.get("sparsity")
 
     @property
     def realised(self) -> float | None:

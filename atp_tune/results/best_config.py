@@ -66,13 +66,13 @@ def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) 
         pruner=best.params["pruner"],
         prune=spec.prune,
         allocation=AllocationRef(
-            name=best.params["allocation"], beta=best.params.get("beta"), parameters=parameters_of(best)
+            name=best.params["allocation"], beta=parameters_of(best).get("beta"), parameters=parameters_of(best)
         ),
         block_sparsities=tuple(attrs["sparsities"]),
         linear_sparsities=linears,
         blocks=study.user_attrs.get("blocks"),
         linears=study.user_attrs.get("linears") if linears else None,
-        sparsity=Sparsity(target=spec.sparsity, realised=attrs["realised"]),
+        sparsity=Sparsity(target=best.params.get("sparsity", spec.sparsity), realised=attrs["realised"]),
         perplexity=scores_of(best, reports),
         baselines=Baselines(dense=summary.dense, uniform=scores_of(uniform, reports)),
         kl=kl,

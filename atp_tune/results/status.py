@@ -100,7 +100,7 @@ class Status(FrozenModel):
 
     format: Literal["atp_tune.status/2"] = FORMAT
     study: str
-    sparsity: float | None
+    sparsity: float | tuple[float, float] | None
     done: int
     total: int | None
     complete: bool

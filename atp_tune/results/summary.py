@@ -69,7 +69,7 @@ class Summary:
     """
 
     name: str
-    sparsity: float | None
+    sparsity: float | tuple[float, float] | None
     trials: list[FrozenTrial]
     total: int | None
     done: int
@@ -119,7 +119,7 @@ def summarise(study: optuna.Study) -> Summary:
     found = attached(study, best.number) if best else {}
     return Summary(
         name=study.study_name,
-        sparsity=study.user_attrs.get("fingerprint", {}).get("sparsity"),
+        sparsity=progress.interval_of(study) or study.user_attrs.get("fingerprint", {}).get("sparsity"),
         trials=study.get_trials(deepcopy=False),
         total=study.user_attrs.get("total"),
         done=progress.counted(study),
@@ -232,7 +232,7 @@ def undrawn(study: optuna.Study, draws: int) -> list[tuple[int, str]]:
     """The missing measurements over draws of the calibration text, as (draw, trial); draw 0 is the study's own."""
     if draws == 1 or is_screening(study):
         return []
-    names, found = _compared(study), study.user_attrs.get("draws", {})
+    names, found = _over_draws_of(study), study.user_attrs.get("draws", {})
     return [(draw, name) for draw in range(1, draws) for name in names if str(draw) not in found.get(name, {})]
 
 
@@ -250,9 +250,18 @@ def _compared(study: optuna.Study) -> list[str]:
     return list(dict.fromkeys(str(trial.number) for trial in trials))
 
 
+def _over_draws_of(study: optuna.Study) -> list[str]:
+    """Numbers of the trials that other draws prune too: over an interval of sparsities, the best and its uniform."""
+    if progress.interval_of(study) is None:
+        return _compared(study)
+    best = progress.best_trial(study)
+    return [str(trial.number) for trial in (uniform_of(study, best), best) if trial is not None]
+
+
 def _over_draws(study: optuna.Study) -> dict[int, OverDraws]:
     """The reported trials over the draws of the calibration text with which all of them are measured."""
-    reports, draws, names = study.user_attrs.get("test_nlls", {}), study.user_attrs.get("draws", {}), _compared(study)
+    reports, draws = study.user_attrs.get("test_nlls", {}), study.user_attrs.get("draws", {})
+    names = _over_draws_of(study)
     measured = {name: {"0": reports[name], **draws.get(name, {})} for name in names if name in reports}
     if not measured or len(measured) < len(names):
         return {}

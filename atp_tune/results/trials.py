@@ -1,5 +1,7 @@
 """A stored trial's allocation and scores, and the uniform trial to compare it with."""
 
+from typing import Any
+
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
@@ -8,10 +10,12 @@ from atp_tune.metrics.perplexity import Perplexity, perplexity
 from atp_tune.spec.config import Scores
 from atp_tune.storage import progress
 
+NO_PARAMETERS = ("pruner", "allocation", "sparsity")  # of an allocation, among a trial's parameters
+
 
 def is_uniform(trial: FrozenTrial) -> bool:
     """Whether all linears have the same sparsity, except for the pattern's rounding."""
-    attrs, numbers = trial.user_attrs, [value for value in trial.params.values() if not isinstance(value, str)]
+    attrs, numbers = trial.user_attrs, [value for name, value in trial.params.items() if name not in NO_PARAMETERS]
     if trial.params.get("allocation") == "uniform" or (numbers and not any(numbers)):
         return True
     return "linear_sparsities" not in attrs and len(set(attrs.get("sparsities", ()))) == 1
@@ -23,8 +27,14 @@ def allocation_of(trial: FrozenTrial) -> str:
 
 
 def parameters_of(trial: FrozenTrial) -> dict[str, float]:
-    """The parameters of a trial's allocation."""
-    return {name: value for name, value in trial.params.items() if name not in ("pruner", "allocation")}
+    """The parameters of a trial's allocation.
+
+    Over an interval of sparsities a trial draws shares of their bounds, and stores the values when it has its plan.
+    """
+    known = trial.user_attrs.get("parameters")
+    if known is not None or "sparsity" in trial.params:
+        return dict(known or {})
+    return {name: value for name, value in trial.params.items() if name not in NO_PARAMETERS}
 
 
 def score_of(trial: FrozenTrial) -> Perplexity | None:
@@ -41,24 +51,37 @@ def kl_of(trial: FrozenTrial) -> Divergence | None:
     """A trial's KL on the validation text; None if its study does not minimise KL."""
     if trial.values is None or "kls" not in trial.user_attrs:
         return None
-    return Divergence(value=trial.values[-1], stderr=divergence(trial.user_attrs["kls"]).stderr)
+    value = trial.values[0] if is_by_kl(trial) else trial.values[-1]
+    return Divergence(value=value, stderr=divergence(trial.user_attrs["kls"]).stderr)
 
 
 def is_by_kl(trial: FrozenTrial) -> bool:
-    """Whether a trial's only value is its KL."""
-    return len(progress.values_of(trial)) == 1 and "kls" in trial.user_attrs
+    """Whether a trial's only value, or its only one beside the density, is its KL."""
+    return len(progress.values_of(trial)) - ("sparsity" in trial.params) == 1 and "kls" in trial.user_attrs
 
 
 def uniform_of(study: optuna.Study, best: FrozenTrial | None) -> FrozenTrial | None:
-    """The uniform trial with the best trial's pruner."""
+    """The uniform trial with the best trial's pruner and sparsity."""
+    if best is None:
+        return None
+    kind = _kind(best)
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    pruner = best.params.get("pruner") if best else None
-    matching = (trial for trial in done if trial.params.get("pruner") == pruner and is_uniform(trial))
-    return next(matching, None)
+    return next((trial for trial in done if _kind(trial) == kind and is_uniform(trial)), None)
+
+
+def _kind(trial: FrozenTrial) -> tuple[Any, ...]:
+    return trial.params.get("pruner"), progress.sparsity_of(trial)
 
 
 def best_of_each(study: optuna.Study) -> list[FrozenTrial]:
-    """The best trial of each allocation, the best first; a trial with equal sparsities counts as uniform."""
+    """The best trial of each allocation, the best first; a trial with equal sparsities counts as uniform.
+
+    Over an interval of sparsities, where trials at different sparsities do not compare: with a limit the best trial
+    alone, else the Pareto front.
+    """
+    if progress.interval_of(study) is not None:
+        leading = progress.best_trial(study)
+        return progress.front_of(study) if "limit" not in study.user_attrs else [leading] if leading else []
     best: dict[str, FrozenTrial] = {}
     for trial in progress.measured(study):
         best.setdefault(allocation_of(trial), trial)

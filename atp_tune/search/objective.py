@@ -58,7 +58,7 @@ class Objective:
             set_attributes(trial, identity())
             plan = self.space.suggest(trial)
             self.watch(TrialStarted(f"trial {trial.number}", plan, trial.number))
-            set_attributes(trial, planned(plan))
+            set_attributes(trial, {**planned(plan), **({} if plan.target is None else {"parameters": plan.parameters})})
             earlier = find_measured(trial, plan)
             return self._repeat(trial, earlier) if earlier else self._measure(trial, plan)
 
@@ -79,7 +79,8 @@ class Objective:
         if context.batches != batches and best_trial(trial.study) is None:
             # The first trial ran out of memory and took smaller batches: later trials begin with those.
             trial.study.set_user_attr("batches", context.batches)
-        return tuple(result.value for result in results)
+        density = () if plan.target is None else (round(1 - plan.target, 6),)
+        return (*(result.value for result in results), *density)
 
     def _is_hopeless(self, trial: Trial, record: "Record", new: int) -> bool:
         """Whether the stopper would end the trial now; False after its last windows."""

@@ -18,6 +18,7 @@ from optuna.samplers import GPSampler
 from optuna.trial import FrozenTrial
 
 from atp_tune.search.space import Params, Space
+from atp_tune.spec.study import STEP
 from atp_tune.storage.progress import values_of
 
 LEAST = 1e-6  # nats per token: a smaller KL is raised to this before its log is taken
@@ -30,20 +31,23 @@ Distributions = dict[str, BaseDistribution]
 
 
 def kinds_of(space: Space, branch: str) -> Distributions:
-    """Distributions of the pruner and of an allocation's parameters."""
-    floats = {name: FloatDistribution(*ends) for name, ends in space.intervals[branch].items()}
-    return {"pruner": CategoricalDistribution(space.pruners), **floats}
+    """Distributions of the pruner, the sparsity if it is a parameter, and an allocation's parameters."""
+    kinds: Distributions = {"pruner": CategoricalDistribution(space.pruners)}
+    if space.sparsities is not None:
+        kinds["sparsity"] = FloatDistribution(*space.sparsities, step=STEP)
+    return kinds | {name: FloatDistribution(*ends) for name, ends in space.intervals[branch].items()}
 
 
 def branch_study(
     trials: list[FrozenTrial], space: Space, branch: str, kinds: Distributions, objectives: int = 1
 ) -> optuna.Study:
-    """An in-memory study of the trials that are points of one allocation, with the logs of their values."""
+    """An in-memory study of an allocation's points, with the logs of their first values."""
     shadow = optuna.create_study(directions=["minimize"] * objectives)
     for trial in trials:
         params = space.within(trial.params, branch) or {}
         if kinds.keys() <= params.keys():  # a trial of another process may lack parameters that it has yet to draw
-            logs = None if trial.values is None else [math.log(max(value, LEAST)) for value in trial.values]
+            done = [] if trial.values is None else trial.values[:objectives]
+            logs = [math.log(max(value, LEAST)) for value in done] or None
             own = {name: params[name] for name in kinds}
             shadow.add_trial(optuna.create_trial(state=trial.state, values=logs, params=own, distributions=kinds))
     return shadow
@@ -83,7 +87,7 @@ def around_best(study: Study, kinds: Distributions) -> Distributions:
     """
     intervals = {name: kind for name, kind in kinds.items() if isinstance(kind, FloatDistribution)}
     done = [trial for trial in study.trials if trial.values is not None]
-    if len(intervals) <= 2 or not done:
+    if len(intervals) <= 2 or not done or len(study.directions) > 1:
         return kinds
     best, reach = min(done, key=values_of).params, 0.5 / math.sqrt(len(done))
     return kinds | {name: within_reach(best[name], kind, reach) for name, kind in intervals.items()}

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import optuna
 from optuna.exceptions import StorageInternalError
-from optuna.trial import FrozenTrial
 
 from atp_tune.allocations import Budget
 from atp_tune.dashboard.notes import facts_of
@@ -17,9 +16,10 @@ from atp_tune.events import EventHandler, Message, TrialStarted
 from atp_tune.metrics.perplexity import perplexity
 from atp_tune.results.summary import made_from, undrawn, unreported
 from atp_tune.search.final_scores import report, write_best
-from atp_tune.search.samplers import first_trials, make_sampler, make_stopper, total_trials
-from atp_tune.search.screening import begins_with, confirmed, renamed, screening_file
+from atp_tune.search.samplers import make_stopper, total_trials
+from atp_tune.search.screening import renamed, screening_file
 from atp_tune.search.space import make_space
+from atp_tune.search.strategy import Screened, make_strategy
 from atp_tune.search.trial_loop import recover_lost, run_trials
 from atp_tune.spec.facts import facts
 from atp_tune.spec.study import ScreenConfig
@@ -144,7 +144,7 @@ def is_complete(study: optuna.Study, file: StudyFile) -> bool:
     sizes, best = study.user_attrs.get("sizes"), progress.best_trial(study)
     if sizes is None or progress.running(study):
         return False
-    total = total_trials(file.study.search, make_space(file.study, Budget(file.study.sparsity, tuple(sizes))))
+    total = total_trials(file.study.search, make_space(file.study, Budget(file.study.highest, tuple(sizes))))
     done = progress.counted(study) >= progress.total_of(study, total, file.goes_on)
     return done and (best is None or not (unreported(study) or undrawn(study, file.study.texts.calibration.draws)))
 
@@ -175,7 +175,7 @@ def _search(
     """The part of the run that needs a context; `before`: the study found in `db`."""
     batches = {**context.batches, **(fingerprint.batches_of(before) if before else {})}
     context.begin(batches)
-    search, space = run.file.study.search, make_space(run.file.study, context.budget(run.file.study.sparsity))
+    search, space = run.file.study.search, make_space(run.file.study, context.budget(run.file.study.highest))
     total = total_trials(search, space)
     db = db or opening.open_storage(run.file.storage_url, create=True)
     assert db is not None
@@ -184,16 +184,16 @@ def _search(
     _describe(run, study, context, total, batches)
     _compare_versions(run, study)
     study.pruner = make_stopper(search)
-    if search.screen is None:
+    screened = Screened()
+    if search.screen is None or run.file.study.limit is not None:  # a limit is relative to the dense model
         _measure_dense(run, study, context)
-        first, screened = first_trials(search, space)[:total], list[FrozenTrial]()
-    else:
+    if search.screen is not None:
         run, screened = _screen(run, search.screen, context)
-        first = begins_with(confirmed(screened, space, search.screen.confirm), space, total)
-    study.sampler = make_sampler(search, space, screened)
-    for params in first:
+    strategy = make_strategy(run.file.study, space, study, screened, total)
+    study.sampler = strategy.sampler
+    for params in strategy.first:
         study.enqueue_trial(params, {progress.START: True}, skip_if_exists=True)
-    total = run_trials(run, study, context, space, total)
+    total = run_trials(run, study, context, space, total, strategy.limit)
     if run.reports and progress.counted(study) >= total:
         _measure_dense(run, study, context)
         report(run, study, context, space)
@@ -201,11 +201,11 @@ def _search(
     return study
 
 
-def _screen(run: StudyRun, screen: ScreenConfig, context: "TrialContext") -> tuple[StudyRun, list[FrozenTrial]]:
-    """Runs or resumes the screening; the run with the time left, and the measured points, the best first.
+def _screen(run: StudyRun, screen: ScreenConfig, context: "TrialContext") -> tuple[StudyRun, Screened]:
+    """Runs or resumes the screening; the run with the time left, and what was screened.
 
-    No points until the screening is complete. The screening measures the dense model on its part of the validation
-    text, so the main study measures the dense model only after its search.
+    The screening measures the dense model on its part of the validation text, so the main study measures the dense
+    model only after its search, unless it has a limit.
     """
     began, file = monotonic(), screening_file(run.file, screen)
     inner = replace(
@@ -217,7 +217,9 @@ def _screen(run: StudyRun, screen: ScreenConfig, context: "TrialContext") -> tup
         study = _drive(inner)
     if run.timeout is not None:
         run = replace(run, timeout=max(0.0, run.timeout - (monotonic() - began)))
-    return run, progress.measured(study) if is_complete(study, file) else []
+    if not is_complete(study, file):
+        return run, Screened()
+    return run, Screened(progress.measured(study), study.user_attrs.get("dense", ()))
 
 
 def open_context(run: StudyRun, study: optuna.Study | None = None) -> "TrialContext":
@@ -240,6 +242,7 @@ def _describe(run: StudyRun, study: optuna.Study, context: "TrialContext", total
         "total": total, "made_from": settings(run.file),
         **({} if "batches" in study.user_attrs else {"batches": batches}),
         **({"screens": run.screens} if run.screens else {}),
+        **({"limit": run.file.study.limit.given} if run.file.study.limit and not run.screens else {}),
         "model.source": run.file.study.model.source,
         **facts_of({"total": total, "fingerprint": study.user_attrs["fingerprint"]}),
     }  # fmt: skip

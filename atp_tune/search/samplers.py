@@ -28,7 +28,7 @@ STARTS = 3  # points of an allocation measured before a model is fitted: plenty 
 
 
 def make_sampler(search: SearchConfig, space: Space, screened: Sequence[FrozenTrial] = ()) -> BaseSampler:
-    """The sampler of a study; `screened`: the trials of its screening, if there was one.
+    """The sampler of a study; `screened`: the trials of its screening, if there was one and it had the same values.
 
     Its proposals depend on the study's seed, the trial's place and the stored trials, not on the process: an
     interrupted study resumes as if it had not been interrupted, and workers draw different points.
@@ -131,7 +131,8 @@ class BranchSampler(BaseSampler):
         found = {name: found[name] if name in found else _only(own[name]) for name in own}
         failed = branch_study(_failed(study), self._space, self._branch, own, count).trials
         seed = seed_of(self._seed, study, trial, "apart")
-        return {"allocation": self._branch, **nudge_from_known(found, [*shadow.trials[:-1], *failed], open_ones, seed)}
+        point = {"allocation": self._branch, **nudge_from_known(found, [*shadow.trials[:-1], *failed], open_ones, seed)}
+        return point if self._space.sparsities is None else self._space.at(point, point["sparsity"])
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -188,7 +189,7 @@ def whose_turn(trials: list[FrozenTrial], space: Space) -> str:
     tried = Counter(trial.params["allocation"] for trial in trials)
     fewest = min(open_ones, key=lambda name: tried[name])
     done = [trial for trial in trials if trial.values is not None and trial.params["allocation"] in open_ones]
-    if len(trials) % 2 == 0 or not done:
+    if len(trials) % 2 == 0 or not done or space.sparsities is not None:  # one leads at one sparsity alone
         return fewest
     return str(min(done, key=values_of).params["allocation"])
 
@@ -203,9 +204,13 @@ def make_stopper(search: SearchConfig) -> BasePruner:
 def first_trials(search: SearchConfig, space: Space) -> list[Params]:
     """The points that a study queues: uniform per pruner, then the allocations' starts or the grid's points, shuffled.
 
+    Over an interval of sparsities these are queued at its ends and middle.
+
     The grid is queued too: Optuna's GridSampler loses points over a resume, and ends in a KeyError where trials were
     queued beside a grid of one point.
     """
+    if space.sparsities is not None:
+        return [space.at(point, level) for level in space.levels(3) for point in (*space.uniform(), *space.starts())]
     if search.sampler != "grid":
         return [*space.uniform(), *space.starts()]
     points = space.grid(search.step)
@@ -216,8 +221,12 @@ def first_trials(search: SearchConfig, space: Space) -> list[Params]:
 def total_trials(search: SearchConfig, space: Space) -> int:
     """The study's total: `search.trials`, but at most the number of points on a grid or without parameters.
 
-    The default of a study with a screening is uniform per pruner and the confirmed points.
+    The default of a study with a screening is uniform per pruner and the confirmed points; over an interval of
+    sparsities it is each confirmed point and uniform at its sparsity.
     """
+    if space.sparsities is not None:
+        assert search.trials is not None or search.screen is not None
+        return search.trials or (2 * len(space.levels(search.screen.confirm)) if search.screen else 0)
     if search.screen is not None:
         points = len(space.uniform()) + search.screen.confirm
         return min(search.trials or points, points) if search.sampler == "grid" else search.trials or points

@@ -15,6 +15,7 @@ from atp_tune.events import Event, EventHandler, Message, TrialEnded, TrialStart
 from atp_tune.search import proposals
 from atp_tune.search.proposals import kinds_of
 from atp_tune.search.space import Params, Space
+from atp_tune.search.surrogate import Surrogate
 from atp_tune.spec.study import ScreenConfig
 from atp_tune.spec.studyfile import StudyFile, overridden
 from atp_tune.storage.fingerprint import CHANGED
@@ -39,6 +40,16 @@ def renamed(watch: EventHandler) -> EventHandler:
         watch(replace(event, what="screening") if isinstance(event, TrialEnded) else event)
 
     return on_event
+
+
+def over_interval(surrogate: Surrogate, space: Space, count: int) -> list[Params]:
+    """The points that a study over an interval of sparsities queues: at each level, the best and uniform."""
+    points = [surrogate.best_at(level).params for level in space.levels(count)]
+    return [
+        one
+        for point in points
+        for one in (point, *(u for u in space.uniform(point["sparsity"]) if u["pruner"] == point["pruner"]))
+    ]
 
 
 def begins_with(points: list[Params], space: Space, total: int) -> list[Params]:

@@ -1,13 +1,23 @@
-"""The search space of a study: pruners, allocations, and the interval of each parameter."""
+"""The search space of a study: pruners, allocations, and the interval of each parameter.
 
-from dataclasses import dataclass, field
+Where the sparsity S is a parameter too, the bounds of the others depend on it. Trials then draw shares of the bounds:
+
+    value = u · high for u ≥ 0, u · |low| for u < 0        if low ≤ 0 ≤ high; u in [-1, 1], without a side that is 0
+    value = low + u (high - low), u in [0, 1]              else
+
+Points with the same shares are alike at all S: u = 0 is uniform, and the best u of ATP changes slowly with S.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 from atp_tune.allocations import ALLOCATIONS, Budget
 from atp_tune.errors import UserError
 from atp_tune.plan import Plan, make_plan
 from atp_tune.spec.patterns import Pattern, parse
-from atp_tune.spec.study import Study
+from atp_tune.spec.study import STEP, Study
 
 Params = dict[str, Any]  # names and values as Optuna stores them
 Interval = tuple[float, float]
@@ -21,18 +31,23 @@ class Suggests(Protocol):
     def suggest_categorical(self, name: str, choices: Any) -> Any:
         """One of the choices."""
 
-    def suggest_float(self, name: str, low: float, high: float) -> float:
-        """A value in [low, high]."""
+    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None) -> float:
+        """A value in [low, high], a multiple of `step` above `low`."""
 
 
 @dataclass(frozen=True)
 class Space:
-    """A search space; `intervals`: allocation → parameter → interval."""
+    """A search space; `intervals`: allocation → parameter → interval, of shares if `sparsities` is given.
+
+    `sparsities`: the interval of the sparsity, if it is a parameter; then the budget has its highest.
+    """
 
     budget: Budget
     pruners: tuple[str, ...]
     intervals: dict[str, dict[str, Interval]]
     pattern: Pattern = field(default_factory=Pattern)
+    sparsities: Interval | None = None
+    bounds_at: Callable[[str, Budget], dict[str, Interval]] | None = None
 
     def is_open(self, allocation: str) -> bool:
         """Whether an allocation has a parameter to search."""
@@ -40,23 +55,46 @@ class Space:
 
     def suggest(self, trial: Suggests) -> Plan:
         """A trial's plan; only the parameters of the suggested allocation are suggested."""
-        pruner = trial.suggest_categorical("pruner", self.pruners)
-        allocation = trial.suggest_categorical("allocation", tuple(self.intervals))
-        intervals = self.intervals[allocation]
-        values = {name: trial.suggest_float(name, *interval) for name, interval in intervals.items()}
-        return make_plan(pruner, allocation, self.budget, values, self.pattern)
+        params: Params = {"pruner": trial.suggest_categorical("pruner", self.pruners)}
+        params["allocation"] = trial.suggest_categorical("allocation", tuple(self.intervals))
+        if self.sparsities is not None:
+            params["sparsity"] = trial.suggest_float("sparsity", *self.sparsities, step=STEP)
+        for name, interval in self.intervals[params["allocation"]].items():
+            params[name] = trial.suggest_float(name, *interval)
+        return self.plan(params)
 
     def plan(self, params: Params) -> Plan:
         """The plan of a stored trial's parameters."""
-        names = self.intervals[params["allocation"]]
-        values = {name: float(params[name]) for name in names}
-        return make_plan(params["pruner"], params["allocation"], self.budget, values, self.pattern)
+        allocation, budget = params["allocation"], self.budget
+        values = {name: float(params[name]) for name in self.intervals[allocation]}
+        if self.sparsities is not None:
+            assert self.bounds_at is not None
+            budget = replace(budget, target=round(params["sparsity"], 6))
+            bounds = self.bounds_at(allocation, budget)
+            values = {name: _value(share, *bounds[name]) for name, share in values.items()}
+        plan = make_plan(params["pruner"], allocation, budget, values, self.pattern)
+        return plan if self.sparsities is None else replace(plan, target=budget.target)
 
-    def uniform(self) -> list[Params]:
-        """The uniform point of each pruner, which every study measures."""
+    def uniform(self, sparsity: float | None = None) -> list[Params]:
+        """The uniform point of each pruner, which every study measures; `sparsity`: where it is a parameter."""
         allocation = next(name for name in NEUTRAL if name in self.intervals)
         zeros = dict.fromkeys(self.intervals[allocation], 0.0)
-        return [{"pruner": pruner, "allocation": allocation, **zeros} for pruner in self.pruners]
+        points = [{"pruner": pruner, "allocation": allocation, **zeros} for pruner in self.pruners]
+        return points if self.sparsities is None else [self.at(point, sparsity) for point in points]
+
+    def at(self, params: Params, sparsity: float | None = None) -> Params:
+        """A point at another sparsity, the highest by default, rounded as trials draw it."""
+        assert self.sparsities is not None
+        low, high = self.sparsities
+        wanted = high if sparsity is None else min(high, max(low, sparsity))
+        return {**params, "sparsity": round(low + STEP * round((wanted - low) / STEP), 6)}
+
+    def levels(self, count: int) -> list[float]:
+        """Sparsities at equal distances over the whole interval."""
+        assert self.sparsities is not None
+        low, high = self.sparsities
+        steps = [low + (high - low) * k / max(1, count - 1) for k in range(count)]
+        return list(dict.fromkeys(self.at({}, step)["sparsity"] for step in steps))
 
     def starts(self) -> list[Params]:
         """The initial points of each allocation for each pruner, without repetitions and uniform.
@@ -67,6 +105,9 @@ class Space:
         for allocation in self.intervals:
             for start in self._starts(allocation):
                 points += [{"pruner": pruner, "allocation": allocation, **start} for pruner in self.pruners]
+        if self.sparsities is not None:
+            middle = sum(self.sparsities) / 2
+            points = [self.at(point, middle) for point in points]
         known = [*self.uniform(), *points]
         return [point for point in points if not any(self._repeats(point, other) for other in known)]
 
@@ -84,7 +125,8 @@ class Space:
         if own not in NEUTRAL or allocation not in NEUTRAL[NEUTRAL.index(own) :]:
             return None
         moved = {name: params.get(name, 0.0) for name in self.intervals[allocation]}
-        return {"pruner": params["pruner"], "allocation": allocation, **moved}
+        kept: Params = {name: params[name] for name in ("pruner", "sparsity") if name in params}
+        return {**kept, "allocation": allocation, **moved}
 
     def grid(self, step: float) -> list[Params]:
         """The points of a grid, without uniform: β = step, 2·step, … up to the bound."""
@@ -109,10 +151,18 @@ class Space:
         return [{"beta": round(k * step, 10)} for k in range(1, count + 1)]
 
     def _starts(self, allocation: str) -> list[dict[str, float]]:
-        intervals = self.intervals[allocation]
+        intervals, budget = self.intervals[allocation], self.budget
+        if self.sparsities is not None:
+            assert self.bounds_at is not None
+            budget = replace(budget, target=sum(self.sparsities) / 2)
+            bounds = self.bounds_at(allocation, budget)
+            return [
+                {name: _share(min(high, max(low, start[name])), low, high) for name, (low, high) in bounds.items()}
+                for start in ALLOCATIONS[allocation].initial_points(budget)
+            ]
         return [
             {name: min(high, max(low, start[name])) for name, (low, high) in intervals.items()}
-            for start in ALLOCATIONS[allocation].initial_points(self.budget)
+            for start in ALLOCATIONS[allocation].initial_points(budget)
         ]
 
     def _repeats(self, point: Params, other: Params) -> bool:
@@ -128,8 +178,31 @@ def make_space(study: Study, budget: Budget) -> Space:
     names = study.allocation.names
     if not set(names) & set(NEUTRAL):
         names = ("uniform", *names)
-    intervals = {str(name): _intervals(study, name, budget) for name in names}
-    return Space(budget, study.prune.pruners, intervals, parse(study.prune.pattern))
+    pruners, pattern = study.prune.pruners, parse(study.prune.pattern)
+    bounds = {str(name): _intervals(study, name, budget) for name in names}
+    if study.interval is None:
+        return Space(budget, pruners, bounds, pattern)
+    shares = {name: {key: _shares(*ends) for key, ends in own.items()} for name, own in bounds.items()}
+    return Space(budget, pruners, shares, pattern, study.interval, partial(_intervals, study))
+
+
+def _shares(low: float, high: float) -> Interval:
+    """The interval of a parameter's share of its bounds."""
+    return (-1.0 if low < 0 else 0.0, 1.0 if high > 0 else 0.0) if low <= 0 <= high else (0.0, 1.0)
+
+
+def _value(share: float, low: float, high: float) -> float:
+    """The value of a share of the bounds."""
+    if low <= 0 <= high:
+        return share * (high if share >= 0 else -low)
+    return low + share * (high - low)
+
+
+def _share(value: float, low: float, high: float) -> float:
+    """The share of the bounds of a value within them."""
+    if low <= 0 <= high:
+        return value / ((high if value >= 0 else -low) or 1.0)
+    return (value - low) / ((high - low) or 1.0)
 
 
 def _intervals(study: Study, allocation: str, budget: Budget) -> dict[str, Interval]:

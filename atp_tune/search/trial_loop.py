@@ -20,6 +20,7 @@ from atp_tune.storage.trace import Trace
 
 if TYPE_CHECKING:
     from atp_tune.search.context import TrialContext
+    from atp_tune.search.limit_search import LimitSearch
     from atp_tune.search.objective import Objective
     from atp_tune.search.runner import StudyRun
 
@@ -27,7 +28,14 @@ POLL = 2  # seconds between looks at a trial of another process
 PUBLISH = 30  # seconds between writes of note and figures, each of which takes half a second
 
 
-def run_trials(run: "StudyRun", study: optuna.Study, context: "TrialContext", space: Space, total: int) -> int:
+def run_trials(
+    run: "StudyRun",
+    study: optuna.Study,
+    context: "TrialContext",
+    space: Space,
+    total: int,
+    limit: "LimitSearch | None" = None,
+) -> int:
     """Runs trials until the total is reached or the time is up, and returns the study's present total.
 
     Another run may change the total meanwhile. Trials that other processes run are not run again.
@@ -43,8 +51,12 @@ def run_trials(run: "StudyRun", study: optuna.Study, context: "TrialContext", sp
         total = study.user_attrs.get("total", total)
         elsewhere = [trial for trial in trials if trial.state == TrialState.RUNNING]
         remaining = total - sum(map(progress.counts, trials)) - len(elsewhere)
-        if remaining > 0:
-            _optimise(run, study, objective, remaining, total, end, publish)
+        is_idle = limit is not None and limit.is_idle(study)
+        if is_idle and remaining > 0 and not elsewhere:
+            run.note(f"found after {total - remaining} of {total}: the next sparsity is beyond the limit")
+            progress.terminate_early(study, total)
+        elif remaining > 0 and not is_idle:
+            _optimise(run, study, objective, remaining, total, end, publish, limit)
         elif elsewhere:
             _wait(run, study, elsewhere[0])
         else:
@@ -70,10 +82,11 @@ def _optimise(
     total: int,
     end: float | None,
     publish: "Publisher",
+    limit: "LimitSearch | None",
 ) -> None:
     def ended(study: optuna.Study, trial: FrozenTrial) -> None:
         trials = recover_lost(run, study)  # read once: reading a long study costs time at each short trial
-        best, done = next(iter(progress.ranked(trials)), None), sum(map(progress.counts, trials))
+        best, done = progress.best_of(study, trials), sum(map(progress.counts, trials))
         reason = trial.user_attrs.get("failure") if trial.state == TrialState.FAIL else None
         if trial.values is not None or reason:
             run.watch(_ended(trial, reason, best, done, total))
@@ -83,6 +96,8 @@ def _optimise(
             run.note(
                 f"terminated early after {done} of {total}: a better point is expected to gain less than {GAIN:.0%}"
             )
+            study.stop()
+        if limit is not None and limit.is_idle(study):
             study.stop()
         is_late = end is not None and monotonic() >= end  # Optuna's timeout depends on the wall clock
         running = sum(other.state == TrialState.RUNNING for other in trials)

@@ -88,7 +88,7 @@ def _bos(file: StudyFile) -> bool | None:
 def _only_plan(file: StudyFile, context: TrialContext, parameters: dict[str, float]) -> Plan:
     """The plan of the first allocation that has these parameters; other parameters get their defaults."""
     names = file.study.allocation.names
-    space = make_space(file.study, context.budget(file.study.sparsity))
+    space = make_space(file.study, context.budget(file.study.highest))
     fitting = [name for name in names if parameters.keys() <= space.intervals[name].keys()]
     if not fitting:
         unknown = next(name for name in parameters if name not in space.intervals[names[0]])

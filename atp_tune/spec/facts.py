@@ -15,7 +15,7 @@ BOS = "texts.bos"  # stored as true or false, also if the study says "auto"
 NOT_FACTS = (
     "description", "storage", "device", "search.trials", "search.early_termination", "search.screen.trials",
     "model.allow_pickle", "model.offload", "texts.calibration.draws",
-    "continuations",
+    "continuations", "limit",
 )  # fmt: skip
 
 

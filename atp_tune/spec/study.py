@@ -1,7 +1,7 @@
 """The keys of a study file, as frozen pydantic models. `atp_tune.spec.studyfile` reads the files.
 
 Symbols: S target sparsity in (0, 1), the share of zeros over all linears of all blocks; β common difference of the
-progression, per block.
+progression, per block. S is one number, or an interval in which the study searches.
 """
 
 import math
@@ -21,6 +21,9 @@ Objectives = Annotated[tuple[Objective, ...], Field(min_length=1)]
 AllocationName = Annotated[str, OneOf(ALLOCATIONS)]
 AllocationNames = Annotated[tuple[AllocationName, ...], Field(min_length=1)]
 Place = Literal["auto", "none", "cpu", "disk"]
+Target = Annotated[float, Field(gt=0, lt=1)]
+DENSITY = "density"  # 1 - S, which a study over an interval of sparsities minimises beside its objective
+STEP = 0.005  # of the sparsities in an interval
 
 
 class ModelConfig(SettingsTable):
@@ -212,6 +215,29 @@ class SearchConfig(SettingsTable):
         return self
 
 
+class LimitConfig(SettingsTable):
+    """How much worse than the dense model the sparsest plan may be: one of these keys, within the standard error."""
+
+    max_increase: float | None = Field(
+        None, gt=0, description="of perplexity on the validation text against the dense model, as a share: 0.05 is 5 %"
+    )
+    max_perplexity: float | None = Field(None, gt=1, description="on the validation text")
+    max_kl: float | None = Field(
+        None, gt=0, description='nats per token from the dense predictions; with search.objective = "kl"'
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if len(self.given) != 1:
+            raise ValueError(f"max_increase: give one of {', '.join(type(self).model_fields)}, and no other")
+        return self
+
+    @property
+    def given(self) -> dict[str, float]:
+        """The keys that have a value."""
+        return {key: value for key, value in self if value is not None}
+
+
 class ContinuationsConfig(SettingsTable):
     """Prompts that dense, uniform and best continue at the end of a study, for people to read."""
 
@@ -226,7 +252,10 @@ class Study(SettingsTable):
     protocol: Literal["held-out", "paper"] = Field(
         "held-out", description="paper: β is chosen on the text it is tested on"
     )
-    sparsity: float = Field(gt=0, lt=1, description="target S, the share of zeros over all linears of all blocks")
+    sparsity: Target | tuple[Target, Target] = Field(
+        description="target S, the share of zeros over all linears of all blocks; an interval [low, high] is searched"
+    )
+    limit: LimitConfig | None = Field(None, description="the sparsest plan within this limit is the best")
     model: ModelConfig
     prune: PruneConfig = PruneConfig()
     allocation: AllocationConfig = AllocationConfig()
@@ -268,6 +297,32 @@ class Study(SettingsTable):
         return self
 
     @model_validator(mode="after")
+    def _ranged(self) -> Self:
+        if self.interval is None:
+            if self.limit is not None:
+                raise ValueError(f"limit: needs an interval of sparsities, such as sparsity = [0.1, {self.sparsity}]")
+            return self
+        low, high = self.interval
+        if not low < high:
+            raise ValueError(f"sparsity: the interval [{low}, {high}] must run from the lower to the higher")
+        if any(abs(end / STEP - round(end / STEP)) > 1e-6 for end in self.interval):
+            raise ValueError(f"sparsity: the ends of [{low}, {high}] must be multiples of {STEP}")
+        search = self.search
+        for key, is_given, reason in (
+            ("search.objective", len(search.objective) > 1, "must be one name"),
+            ("search.sampler", search.sampler == "grid", 'must be "gp", "tpe" or "random"'),
+            ("search.stopper", search.stopper != "none", "must be left out"),
+            ("search.early_termination", search.early_termination, "must be left out"),
+            ("allocation.beta", not isinstance(self.allocation.beta, str), 'must be "auto" or "both"'),
+            ("prune.pattern", parse(self.prune.pattern).sparsity is not None, "must not fix the sparsity"),
+        ):
+            if is_given:
+                raise ValueError(f"{key}: {reason} where sparsity is an interval")
+        if self.limit is not None and (self.limit.max_kl is not None) != ("kl" in search.objective):
+            raise ValueError('limit: max_kl goes with search.objective = "kl", the other limits with "perplexity"')
+        return self
+
+    @model_validator(mode="after")
     def _screened(self) -> Self:
         windows, screen = self.texts.validation.nsamples, self.search.screen
         if screen and windows and screen.stride >= windows:
@@ -277,7 +332,7 @@ class Study(SettingsTable):
     @model_validator(mode="after")
     def _regular(self) -> Self:
         pattern = parse(self.prune.pattern)
-        if pattern.group is None or pattern.sparsity is None:
+        if pattern.group is None or pattern.sparsity is None or isinstance(self.sparsity, tuple):
             return self
         if not math.isclose(self.sparsity, pattern.sparsity, abs_tol=1e-6) or self.allocation.names != ("uniform",):
             only = f"{pattern.sparsity:.6g}"
@@ -286,6 +341,21 @@ class Study(SettingsTable):
                 f'allocation = "uniform" (prune: --allocation uniform), or pattern = "mixed:{max(8, pattern.group)}"'
             )
         return self
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The interval of S; None for one number."""
+        return self.sparsity if isinstance(self.sparsity, tuple) else None
+
+    @property
+    def highest(self) -> float:
+        """The highest S."""
+        return self.sparsity[1] if isinstance(self.sparsity, tuple) else self.sparsity
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """What the study minimises, in the order of a trial's values."""
+        return (*self.search.objective, DENSITY) if self.interval else self.search.objective
 
     @property
     def bos(self) -> bool | None:

@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial
 from atp_tune.errors import UserError
 from atp_tune.spec.facts import BOS
 from atp_tune.spec.former import LACKING, present_key, present_value
-from atp_tune.spec.study import Study
+from atp_tune.spec.study import DENSITY, Study
 from atp_tune.storage.progress import measured
 from atp_tune.storage.validation import ValidatedStudy
 
@@ -63,8 +63,9 @@ def has_bos(study: optuna.Study) -> bool:
 
 def objectives_of(facts: Facts) -> tuple[str, ...]:
     """The objectives in a study's facts, in the order of its trials' values."""
-    found = facts.get(OBJECTIVE)
-    return tuple(found) if found in (["kl"], ["perplexity", "kl"]) else PERPLEXITY
+    found, known = facts.get(OBJECTIVE), (["kl"], ["perplexity", "kl"])
+    objectives = tuple(found) if found in known else PERPLEXITY
+    return (*objectives, DENSITY) if isinstance(facts.get("sparsity"), list) else objectives
 
 
 def is_new(study: optuna.Study) -> bool:

@@ -1,10 +1,12 @@
 """A study's progress: its measured trials in order, the best, and the trials that count towards its total."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from atp_tune.metrics.limits import excess
 from atp_tune.storage.lost_trials import is_double, is_given_up
 from atp_tune.storage.validation import readable
 
@@ -28,8 +30,41 @@ def values_of(trial: FrozenTrial) -> list[float]:
 
 
 def best_trial(study: optuna.Study) -> FrozenTrial | None:
-    """The first of the measured trials, if there is one."""
-    return next(iter(measured(study)), None)
+    """The best of the measured trials, if there is one."""
+    return best_of(study, study.get_trials(deepcopy=False))
+
+
+def best_of(study: optuna.Study, trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
+    """The best of these trials: with the lowest first value, or with a limit the sparsest one within it.
+
+    Where no trial is within the limit, the one with the smallest excess.
+    """
+    done = ranked(trials)
+    if "limit" not in study.user_attrs:
+        return next(iter(done), None)
+    found = {trial.number: excess_of(study, trial) for trial in done}
+    inside = [trial for trial in done if found[trial.number] <= 0]
+    if inside:
+        return max(inside, key=lambda trial: (sparsity_of(trial) or 0.0, -values_of(trial)[0], -trial.number))
+    return min(done, key=lambda trial: found[trial.number], default=None)
+
+
+def excess_of(study: optuna.Study, trial: FrozenTrial, limit: dict[str, float] | None = None) -> float:
+    """How far a trial is beyond the study's limit, or this one: see `metrics.limits`; infinite if not known."""
+    limit = limit or study.user_attrs["limit"]
+    found = excess(limit, study.user_attrs.get("dense"), trial.user_attrs.get("nlls"), trial.user_attrs.get("kls"))
+    return math.inf if found is None else found
+
+
+def interval_of(study: optuna.Study) -> tuple[float, float] | None:
+    """The interval of sparsities in which a study searches; None for a study at one sparsity."""
+    found = study.user_attrs.get("fingerprint", {}).get("sparsity")
+    return (found[0], found[1]) if isinstance(found, list) and len(found) == 2 else None
+
+
+def sparsity_of(trial: FrozenTrial) -> float | None:
+    """The target sparsity that a trial drew; None in a study at one sparsity."""
+    return trial.params.get("sparsity")
 
 
 def front_of(study: optuna.Study) -> list[FrozenTrial]:

@@ -47,6 +47,7 @@ Words = Annotated[str, AfterValidator(_written)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Size = Annotated[int, Field(ge=1, lt=2**63)]
 Amount = Annotated[float, Field(ge=0, lt=1e15)]
+Positive = Annotated[float, Field(gt=0, lt=1e15)]
 Total = Annotated[int, Field(ge=0, lt=10**9)]
 Nlls = Annotated[list[Annotated[float, AfterValidator(_nll)]], Field(min_length=1)]
 Kls = Annotated[list[Amount], Field(min_length=1)]
@@ -81,6 +82,7 @@ TRIAL = _kinds(
         "experts_without_tokens": list[Words],
         "batches": Batches,
         "cut_off": CutOff,
+        "parameters": dict[Words, float],
     }
 )
 STUDY = _kinds(
@@ -98,6 +100,7 @@ STUDY = _kinds(
         "draws": dict[Number, dict[Number, Nlls]],
         "batches": Batches,
         "screens": Words,
+        "limit": Annotated[dict[Words, Positive], Field(min_length=1, max_length=1)],
         "fingerprint": dict[Words, Words | int | float | bool | list[Words] | list[float]],
     }
 )
@@ -109,7 +112,8 @@ SYSTEM = _kinds(
         "cut_offs": list[CutOff],
     }
 )
-FACTS = _kinds({"sparsity": Share, "model.content": Words, "model.dtype": Words})
+Interval = Annotated[list[Share], Field(min_length=2, max_length=2)]
+FACTS = _kinds({"sparsity": Share | Interval, "model.content": Words, "model.dtype": Words})
 WORDS, NUMBER = TypeAdapter(Words), TypeAdapter(float)
 
 

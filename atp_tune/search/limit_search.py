@@ -1,0 +1,184 @@
+"""The search for the sparsest plan within a limit: where the next trial is measured, and when the search has ended.
+
+The screening's model (`search.surrogate`) predicts at each sparsity S the best parameters and their excess over the
+limit, g(S). The trials are measured in full, so their excess differs from g by a shift, which changes slowly with S.
+The next trial is at the highest S with g(S) + shift ≤ 0, inside the bracket: above the sparsest trial within the limit,
+and below the first one beyond it. Without a model the bracket is halved. The search has ended when the bracket has no
+sparsity left, and uniform is measured at the best trial's sparsity.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from optuna import Study
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, TrialState
+
+from atp_tune.metrics.perplexity import perplexity
+from atp_tune.results.trials import is_uniform, uniform_of
+from atp_tune.search.proposals import kinds_of
+from atp_tune.search.samplers import wait_for_earlier
+from atp_tune.search.space import Params, Space
+from atp_tune.search.surrogate import Surrogate
+from atp_tune.spec.study import STEP
+from atp_tune.storage import progress
+
+NEAR = STEP / 2  # two sparsities nearer than this are the same
+
+
+@dataclass(frozen=True)
+class Bracket:
+    """The sparsities between which the limit is met; `low`: None if no trial is within it, `high`: none beyond it."""
+
+    low: float | None
+    high: float | None
+
+
+class LimitSearch:
+    """The search of one study; `dense`: window NLLs of the dense model on the windows of the screening."""
+
+    def __init__(
+        self, space: Space, surrogate: Surrogate, limit: Mapping[str, float], dense: Sequence[float] | None
+    ) -> None:
+        self.space = space
+        self.limit = limit
+        self._surrogate = surrogate
+        self._dense = dense
+        self._cache: dict[float, float | None] = {}
+
+    def is_idle(self, study: Study) -> bool:
+        """Whether nothing is left to measure, beside what is being measured now.
+
+        Then the best trial is known to the step, and uniform is measured at its sparsity.
+        """
+        return not self._free(study) and self._missing_uniform(study) is None
+
+    def next_point(self, study: Study, trial: FrozenTrial) -> Params:
+        """The point of the next trial; `trial`: its own, which has no parameters yet."""
+        free = self._free(study)
+        total = study.user_attrs.get("total")
+        is_last = total is not None and progress.counted(study) + 1 >= total
+        uniform = self._missing_uniform(study)
+        if uniform is not None and (is_last or not free):
+            return uniform
+        if not free:
+            return self._surrogate.best_at(self._levels()[0]).params
+        return self._surrogate.best_at(self._chosen(study, free)).params
+
+    def _levels(self) -> list[float]:
+        assert self.space.sparsities is not None
+        low, high = self.space.sparsities
+        return self.space.levels(1 + round((high - low) / STEP))
+
+    def _bracket(self, study: Study) -> Bracket:
+        found = self._measured(study)
+        inside = [sparsity for sparsity, excess in found.items() if excess <= 0]
+        low = max(inside, default=None)
+        beyond = [sparsity for sparsity, excess in found.items() if excess > 0 and (low is None or sparsity > low)]
+        return Bracket(low, min(beyond, default=None))
+
+    def _measured(self, study: Study) -> dict[float, float]:
+        """The lowest excess at each measured sparsity; a plan that failed is beyond any limit."""
+        found: dict[float, float] = {}
+        for trial in study.get_trials(deepcopy=False):
+            sparsity = progress.sparsity_of(trial)
+            if sparsity is not None and progress.counts(trial):
+                excess = progress.excess_of(study, trial)
+                found[sparsity] = min(excess, found.get(sparsity, math.inf))
+        return found
+
+    def _free(self, study: Study) -> list[float]:
+        """The sparsities inside the bracket that no trial measures now."""
+        bracket = self._bracket(study)
+        low, high = bracket.low or 0.0, bracket.high or 1.0
+        busy = [progress.sparsity_of(trial) for trial in progress.running(study)]
+        return [
+            level
+            for level in self._levels()
+            if low + NEAR < level < high - NEAR and not any(one and abs(one - level) < NEAR for one in busy)
+        ]
+
+    def _chosen(self, study: Study, free: list[float]) -> float:
+        """The highest of these sparsities whose predicted excess, shifted by the measured ones, is within the limit."""
+        shifts = self._shifts(study)
+        predicted = {level: self._predicted(level) for level in free}
+        if any(value is None for value in predicted.values()):
+            return free[len(free) // 2]
+        inside = [level for level, value in predicted.items() if value is not None and value + shifts(level) <= 0]
+        return max(inside, default=free[0] if shifts(free[0]) else free[len(free) // 2])
+
+    def _shifts(self, study: Study) -> Any:
+        """A function of the sparsity: measured minus predicted excess, from the nearest measured ones on both sides."""
+        known = sorted(
+            (sparsity, excess - predicted)
+            for sparsity, excess in self._measured(study).items()
+            if math.isfinite(excess) and (predicted := self._predicted(sparsity)) is not None
+        )
+
+        def shift(level: float) -> float:
+            below = [one for one in known if one[0] <= level]
+            above = [one for one in known if one[0] > level]
+            if below and above:
+                (left, before), (right, after) = below[-1], above[0]
+                return before + (after - before) * (level - left) / (right - left)
+            return (below[-1:] or above[:1] or [(0.0, 0.0)])[0][1]
+
+        return shift
+
+    def _predicted(self, sparsity: float) -> float | None:
+        """The excess that the screening's model predicts for the best point at a sparsity."""
+        if sparsity not in self._cache:
+            found = self._surrogate.best_at(sparsity).log
+            self._cache[sparsity] = None if found is None else self._excess(found)
+        return self._cache[sparsity]
+
+    def _excess(self, log: float) -> float | None:
+        key, value = next(iter(self.limit.items()))
+        if key == "max_kl":
+            return math.exp(min(log, 50.0)) - value
+        if not self._dense:
+            return None
+        dense = perplexity(self._dense).value
+        return log - math.log(value if key == "max_perplexity" else dense * (1 + value))
+
+    def _missing_uniform(self, study: Study) -> Params | None:
+        """The uniform point at the best trial's sparsity, unless it is measured, has failed, or is being measured."""
+        best = progress.best_trial(study)
+        if best is None or is_uniform(best) or uniform_of(study, best) is not None:
+            return None
+        points = self.space.uniform(progress.sparsity_of(best))
+        point = next(point for point in points if point["pruner"] == best.params["pruner"])
+        states = (TrialState.RUNNING, TrialState.FAIL)
+        others = study.get_trials(deepcopy=False, states=states)
+        return None if any(other.params == point for other in others) else point
+
+
+class LimitSampler(BaseSampler):
+    """Proposes the points of a search for the sparsest plan within a limit."""
+
+    def __init__(self, search: LimitSearch) -> None:
+        self._search = search
+        self._point: Params = {}
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """Pruner, allocation, sparsity, and the parameters of the allocation of the next point."""
+        space = self._search.space
+        wait_for_earlier(study, trial, space)
+        self._point = self._search.next_point(study, trial)
+        allocations = CategoricalDistribution(tuple(space.intervals))
+        return {"allocation": allocations, **kinds_of(space, self._point["allocation"])}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """The next point."""
+        return self._point
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """Not asked for: `sample_relative` gives all parameters."""
+        raise AssertionError(param_name)

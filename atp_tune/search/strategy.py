@@ -1,0 +1,50 @@
+"""How a study proposes its trials: its sampler, the points that it queues first, and its search for a limit."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import optuna
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial
+
+from atp_tune.search.limit_search import LimitSampler, LimitSearch
+from atp_tune.search.samplers import first_trials, make_sampler
+from atp_tune.search.screening import begins_with, confirmed, over_interval
+from atp_tune.search.space import Params, Space
+from atp_tune.search.surrogate import Surrogate
+from atp_tune.spec.study import Study
+from atp_tune.storage import progress
+
+
+@dataclass(frozen=True)
+class Screened:
+    """A screening's trials, the best first, and the window NLLs of its dense model; empty until it is complete."""
+
+    trials: Sequence[FrozenTrial] = ()
+    dense: Sequence[float] = field(default=())
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A sampler, the points that are queued first, and the search for a limit, if there is one."""
+
+    sampler: BaseSampler
+    first: Sequence[Params]
+    limit: LimitSearch | None = None
+
+
+def make_strategy(spec: Study, space: Space, study: optuna.Study, screened: Screened, total: int) -> Strategy:
+    """The strategy of a study with this total; `screened`: of its screening, if it has one."""
+    search, screen = spec.search, spec.search.screen
+    if "screens" in study.user_attrs or (screen is None and spec.limit is None):
+        return Strategy(make_sampler(search, space), first_trials(search, space)[:total])
+    if space.sparsities is None:
+        assert screen is not None
+        first = begins_with(confirmed(screened.trials, space, screen.confirm), space, total)
+        return Strategy(make_sampler(search, space, screened.trials), first)
+    surrogate = Surrogate(space, screened.trials or progress.measured(study), search.seed)
+    if spec.limit is not None:
+        limit = LimitSearch(space, surrogate, spec.limit.given, screened.dense or study.user_attrs.get("dense"))
+        return Strategy(LimitSampler(limit), [], limit)
+    assert screen is not None
+    return Strategy(make_sampler(search, space), over_interval(surrogate, space, screen.confirm)[:total])

@@ -1,0 +1,113 @@
+"""A model of the screened trials over sparsity and parameters: the best parameters at each sparsity.
+
+A Gaussian process is fitted to the logs of perplexity or KL of each allocation's points. At one sparsity, the best of
+`CANDIDATES` random points is the one with the lowest mean plus standard deviation of the posterior: where nothing is
+gained, as at low sparsities, that is a point near measured ones, and not any point of a flat stretch that no trial
+reached. docs/log.md compares it with the nearest trials of the Pareto front.
+"""
+
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.samplers import GPSampler
+from optuna.trial import FrozenTrial
+
+from atp_tune.search.proposals import Distributions, branch_study, kinds_of
+from atp_tune.search.space import Params, Space
+
+CANDIDATES = 512
+LEAST = 3  # points that a process is fitted to
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """A point, and the log of its perplexity or KL; None where no model was fitted."""
+
+    params: Params
+    log: float | None
+
+
+class Surrogate:
+    """The model; `trials` are measured alike, in any order."""
+
+    def __init__(self, space: Space, trials: Sequence[FrozenTrial], seed: int) -> None:
+        self._space = space
+        self._seed = seed
+        self._branches = {name: Branch(space, name, trials, seed) for name in space.intervals}
+
+    def best_at(self, sparsity: float) -> Predicted:
+        """The best point at a sparsity; the first pruner's uniform point where no model is fitted."""
+        found = [found for branch in self._branches.values() if (found := branch.best_at(sparsity))]
+        default = Predicted(self._space.uniform(sparsity)[0], None)
+        return min(found, key=lambda one: one.log or 0.0, default=default)
+
+
+class Branch:
+    """The model of one allocation's points."""
+
+    def __init__(self, space: Space, name: str, trials: Sequence[FrozenTrial], seed: int) -> None:
+        self._space = space
+        self._name = name
+        self._seed = seed
+        self._kinds = kinds_of(space, name)
+        shadow = branch_study(list(trials), space, name, self._kinds)
+        done = [trial for trial in shadow.trials if trial.value is not None]
+        self._process = _fitted(shadow, self._kinds, seed) if len(done) >= LEAST else None
+        values = [float(trial.value or 0.0) for trial in done]
+        self._mean, self._spread = (statistics.fmean(values), statistics.pstdev(values)) if done else (0.0, 0.0)
+        self._points = [trial.params for trial in done]
+
+    def best_at(self, sparsity: float) -> Predicted | None:
+        """The best point at a sparsity; None where no model is fitted."""
+        if self._process is None:
+            return None
+        points = self._candidates(sparsity)
+        means, deviations = _posterior(self._process, points, self._kinds)
+        best = min(range(len(points)), key=lambda index: means[index] + deviations[index])
+        params = {"allocation": self._name, **points[best]}
+        return Predicted(params, self._mean + self._spread * means[best])
+
+    def _candidates(self, sparsity: float) -> list[Params]:
+        """Points at a sparsity: uniform where the allocation contains it, those measured elsewhere, random ones."""
+        generator = random.Random(f"{self._seed} {self._name}")
+        drawn = [{name: _drawn(kind, generator) for name, kind in self._kinds.items()} for _ in range(CANDIDATES)]
+        uniform = [self._space.within(point, self._name) for point in self._space.uniform(sparsity)]
+        known = [{name: point[name] for name in self._kinds} for point in uniform if point is not None]
+        return [self._space.at(point, sparsity) for point in (*known, *self._points, *drawn)]
+
+
+def _drawn(kind: Any, generator: random.Random) -> Any:
+    if isinstance(kind, CategoricalDistribution):
+        return generator.choice(kind.choices)
+    assert isinstance(kind, FloatDistribution)
+    return generator.uniform(kind.low, kind.high)
+
+
+def _fitted(shadow: optuna.Study, kinds: Distributions, seed: int) -> Any:
+    """Optuna's Gaussian process, fitted to a study of the logs; None where all its distributions are single."""
+    from atp_tune.compat import fitted
+
+    open_ones = {name: kind for name, kind in kinds.items() if not kind.single()}
+    sampler = GPSampler(seed=seed, n_startup_trials=LEAST)
+    shadow.ask()  # stands in for a trial
+    sampler.sample_relative(shadow, shadow.trials[-1], open_ones)
+    return fitted(sampler)
+
+
+def _posterior(process: Any, points: Sequence[Params], kinds: Distributions) -> tuple[list[float], list[float]]:
+    """The posterior's mean and standard deviation at points, for standardised values."""
+    from atp_tune.compat import SearchSpace
+
+    open_ones = {name: kind for name, kind in kinds.items() if not kind.single()}
+    trials = [
+        optuna.create_trial(value=0.0, params={name: point[name] for name in open_ones}, distributions=open_ones)
+        for point in points
+    ]
+    inputs = process._X_train.new_tensor(SearchSpace(open_ones).get_normalized_params(trials))
+    means, variances = (tensor.detach().numpy() for tensor in process.posterior(inputs))
+    return [-float(mean) for mean in means], [float(variance) ** 0.5 for variance in variances]  # it maximises
