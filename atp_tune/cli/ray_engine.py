@@ -20,7 +20,7 @@ from atp_tune.cli.display import Display
 from atp_tune.cli.worker_pool import STOP_TIMEOUT, StudyWorker, WorkerJob, supervise, work
 from atp_tune.compat import ray_address
 from atp_tune.errors import UserError
-from atp_tune.events import Event, Message
+from atp_tune.events import Event, Message, TrialStarted
 from atp_tune.spec.studyfile import StudyFile
 
 T = TypeVar("T")
@@ -128,7 +128,7 @@ class RayWorker(StudyWorker):
         self.task = _work.options(**self._needs).remote(self._job, self.index, self._news, self._home)
 
     def ask_to_stop(self) -> None:
-        """Raises KeyboardInterrupt in the task; one that is only starting would lose it, and asks the actor instead."""
+        """Raises KeyboardInterrupt in the task, which also asks the actor: one that is only starting would lose it."""
         _answer(self._news.stop.remote(), None)
         ray.cancel(self.task, force=False)
 
@@ -190,6 +190,8 @@ def _work(job: WorkerJob, index: int, news: Any, home: str) -> str | None:
 
     def tell(event: Event) -> None:
         sent[:] = [news.put.remote(index, event)]
+        if isinstance(event, TrialStarted) and _answer(news.is_stopping.remote(), without=False):
+            raise KeyboardInterrupt  # Ray's own was lost: code that it interrupted may have caught it
 
     error = work(job, index, job.file.study.device, tell)
     if sent:

@@ -255,7 +255,7 @@ def _over_draws_of(study: optuna.Study) -> list[str]:
     if progress.interval_of(study) is None:
         return _compared(study)
     best = progress.best_trial(study)
-    return [str(trial.number) for trial in (uniform_of(study, best), best) if trial is not None]
+    return list(dict.fromkeys(str(trial.number) for trial in (uniform_of(study, best), best) if trial is not None))
 
 
 def _over_draws(study: optuna.Study) -> dict[int, OverDraws]:
