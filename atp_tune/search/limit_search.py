@@ -41,7 +41,7 @@ class LimitSearch:
     """The search of one study; `dense`: window NLLs of the dense model on the windows of the screening."""
 
     def __init__(
-        self, space: Space, surrogate: Surrogate, limit: Mapping[str, float], dense: Sequence[float] | None
+        self, space: Space, surrogate: Surrogate, limit: Mapping[str, float], dense: Sequence[float] | None = None
     ) -> None:
         self.space = space
         self.limit = limit
@@ -131,18 +131,17 @@ class LimitSearch:
     def _predicted(self, sparsity: float) -> float | None:
         """The excess that the screening's model predicts for the best point at a sparsity."""
         if sparsity not in self._cache:
-            found = self._surrogate.best_at(sparsity).log
+            found = self._surrogate.best_at(sparsity).loss
             self._cache[sparsity] = None if found is None else self._excess(found)
         return self._cache[sparsity]
 
-    def _excess(self, log: float) -> float | None:
+    def _excess(self, loss: float) -> float | None:
         key, value = next(iter(self.limit.items()))
         if key == "max_kl":
-            return math.exp(min(log, 50.0)) - value
-        if not self._dense:
-            return None
-        dense = perplexity(self._dense).value
-        return log - math.log(value if key == "max_perplexity" else dense * (1 + value))
+            return loss - value
+        if key == "max_increase":
+            return loss - math.log1p(value)
+        return loss - math.log(value / perplexity(self._dense).value) if self._dense else None
 
     def _missing_uniform(self, study: Study) -> Params | None:
         """The uniform point at the best trial's sparsity, unless it is measured, has failed, or is being measured."""

@@ -42,9 +42,12 @@ def make_strategy(spec: Study, space: Space, study: optuna.Study, screened: Scre
         assert screen is not None
         first = begins_with(confirmed(screened.trials, space, screen.confirm), space, total)
         return Strategy(make_sampler(search, space, screened.trials), first)
-    surrogate = Surrogate(space, screened.trials or progress.measured(study), search.seed)
+    trials, dense = screened.trials, screened.dense or None
+    if not trials:
+        trials, dense = progress.measured(study), study.user_attrs.get("dense")
+    surrogate = Surrogate(space, trials, search.seed, None if "kl" in search.objective else dense)
     if spec.limit is not None:
-        limit = LimitSearch(space, surrogate, spec.limit.given, screened.dense or study.user_attrs.get("dense"))
+        limit = LimitSearch(space, surrogate, spec.limit.given, dense)
         return Strategy(LimitSampler(limit), [], limit)
     assert screen is not None
     return Strategy(make_sampler(search, space), over_interval(surrogate, space, screen.confirm)[:total])

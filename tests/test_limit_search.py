@@ -1,0 +1,149 @@
+"""The search for the sparsest plan within a limit, on studies whose values are a formula."""
+
+import math
+from itertools import count
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+from test_sparsity_interval import DENSE, loss, screened, space_over
+
+from atp_tune.search.limit_search import LimitSampler, LimitSearch
+from atp_tune.search.space import Space
+from atp_tune.search.surrogate import Surrogate
+from atp_tune.spec.study import STEP
+from atp_tune.storage.progress import best_trial, excess_of
+
+LIMITS = [{"max_increase": 0.2}, {"max_increase": 2.0}, {"max_perplexity": 30.0}]
+
+pytestmark = pytest.mark.usefixtures("quiet_optuna")
+
+
+def shifted(sparsity: float, share: float) -> float:
+    """Full measurements are better than the screening's, the more so the sparser."""
+    return loss(sparsity, share) - 0.2 * sparsity
+
+
+def searched(
+    space: Space, limit: dict[str, float], surrogate: Surrogate, most: int = 30, jump: float = 0.0
+) -> optuna.Study:
+    """A study driven until its search is idle; `jump`: what is added to the loss above 40 %."""
+    search = LimitSearch(space, surrogate, limit, DENSE)
+    study = optuna.create_study(directions=["minimize", "minimize"], sampler=LimitSampler(search))
+    study.set_user_attr("limit", limit)
+    study.set_user_attr("dense", DENSE)
+
+    def objective(trial: optuna.Trial) -> tuple[float, float]:
+        plan = space.suggest(trial)
+        assert plan.target is not None
+        mean = shifted(plan.target, trial.params["beta"]) + jump * (plan.target > 0.4)
+        trial.set_user_attr("nlls", [mean - 0.1, mean + 0.1])
+        return math.exp(mean), 1 - plan.target
+
+    for _ in range(most):
+        if search.is_idle(study):
+            break
+        study.optimize(objective, n_trials=1)
+    return study
+
+
+def sparsest(space: Space, limit: dict[str, float]) -> float:
+    """By trying everything."""
+    worst = math.log(limit.get("max_perplexity") or math.exp(2.8) * (1 + limit["max_increase"]))
+    levels = space.levels(1 + round((space.sparsities[1] - space.sparsities[0]) / STEP))  # type: ignore[index]
+    return max(level for level in levels if min(shifted(level, share / 200) for share in range(201)) <= worst)
+
+
+@pytest.mark.parametrize("limit", LIMITS, ids=str)
+def test_it_finds_the_sparsest_plan_within_the_limit(limit: dict[str, float]) -> None:
+    space = space_over()
+    study = searched(space, limit, Surrogate(space, screened(space), 0, DENSE))
+    best = best_trial(study)
+    assert best is not None
+    assert excess_of(study, best) <= 0
+    assert best.params["sparsity"] == pytest.approx(sparsest(space, limit), abs=2 * STEP)
+    assert len(study.trials) <= 8
+    uniform = [trial for trial in study.trials if trial.params["beta"] == 0]
+    assert best.params["sparsity"] in [trial.params["sparsity"] for trial in uniform]
+
+
+def test_without_a_model_it_halves_the_bracket() -> None:
+    space = space_over()
+    study = searched(space, {"max_increase": 0.2}, Surrogate(space, [], 0))
+    best = best_trial(study)
+    assert best is not None
+    inside = [level for level in space.levels(101) if shifted(level, 0) <= 2.8 + math.log(1.2)]
+    assert best.params["sparsity"] == max(inside)
+    assert len(study.trials) <= 9  # 101 levels are 7 halvings
+
+
+def test_a_limit_that_nothing_meets_ends_at_the_nearest() -> None:
+    space = space_over()
+    study = searched(space, {"max_perplexity": 5.0}, Surrogate(space, screened(space), 0, DENSE))
+    best = best_trial(study)
+    assert best is not None
+    assert (best.params["sparsity"], excess_of(study, best) > 0) == (0.2, True)
+    assert len(study.trials) < 12
+
+
+def test_a_limit_that_all_meet_ends_at_the_sparsest() -> None:
+    space = space_over()
+    study = searched(space, {"max_perplexity": 1e6}, Surrogate(space, screened(space), 0, DENSE))
+    assert [trial.params["sparsity"] for trial in study.trials] == [0.7, 0.7]  # the best, and uniform
+
+
+def test_a_model_that_is_wrong_ends_too() -> None:
+    space = space_over()
+    study = searched(space, {"max_increase": 0.2}, Surrogate(space, screened(space), 0, DENSE), jump=3.0)
+    best = best_trial(study)
+    assert best is not None
+    assert excess_of(study, best) <= 0
+    assert best.params["sparsity"] <= 0.4
+    assert len(study.trials) < 20
+
+
+def test_the_last_trial_is_uniform_at_the_best_sparsity() -> None:
+    space = space_over()
+    search = LimitSearch(space, Surrogate(space, screened(space), 0, DENSE), {"max_increase": 2.0}, DENSE)
+    study = optuna.create_study(directions=["minimize", "minimize"], sampler=LimitSampler(search))
+    for name, value in {"limit": {"max_increase": 2.0}, "dense": DENSE, "total": 2}.items():
+        study.set_user_attr(name, value)
+    for _ in range(2):
+        trial = study.ask()
+        plan = space.suggest(trial)
+        assert plan.target is not None
+        mean = 2.85 + plan.target / 1e3
+        trial.set_user_attr("nlls", [mean - 0.1, mean + 0.1])
+        study.tell(trial, [math.exp(mean), 1 - plan.target])
+    first, last = study.trials
+    assert first.params["beta"] > 0
+    assert last.params == {**first.params, "beta": 0.0}
+
+
+def test_two_workers_measure_different_sparsities() -> None:
+    space = space_over()
+    search = LimitSearch(space, Surrogate(space, screened(space), 0, DENSE), {"max_increase": 0.2}, DENSE)
+    study = optuna.create_study(directions=["minimize", "minimize"], sampler=LimitSampler(search))
+    study.set_user_attr("limit", {"max_increase": 0.2})
+    study.set_user_attr("dense", DENSE)
+    drawn = [space.suggest(study.ask()).target for _ in range(3)]
+    assert len({*drawn}) == 3
+    assert not search.is_idle(study)
+
+
+def test_a_plan_that_fails_is_beyond_the_limit() -> None:
+    space = space_over()
+    search = LimitSearch(space, Surrogate(space, screened(space), 0, DENSE), {"max_increase": 0.2}, DENSE)
+    study = optuna.create_study(directions=["minimize", "minimize"], sampler=LimitSampler(search))
+    for name, value in {"limit": {"max_increase": 0.2}, "dense": DENSE}.items():
+        study.set_user_attr(name, value)
+    tried = []
+    for _ in count():
+        if search.is_idle(study):
+            break
+        trial = study.ask()
+        tried.append(space.suggest(trial).target)
+        trial.set_user_attr("failure", "out of memory")
+        study.tell(trial, state=TrialState.FAIL)
+    assert tried == sorted(tried, reverse=True)
+    assert tried[-1] == 0.2

@@ -1,0 +1,149 @@
+"""A space in which the sparsity is a parameter: shares of bounds, levels, and the model of the screened trials."""
+
+import math
+from typing import Any
+
+import optuna
+import pytest
+from test_space import SIZES, study_of
+
+from atp_tune.allocations import Budget, atp, curve
+from atp_tune.search.proposals import kinds_of
+from atp_tune.search.samplers import first_trials, make_sampler, total_trials
+from atp_tune.search.screening import over_interval
+from atp_tune.search.space import Space, make_space
+from atp_tune.search.surrogate import Surrogate
+from atp_tune.spec.study import STEP
+
+INTERVAL = (0.2, 0.7)
+TPE = {"sampler": "tpe", "trials": 24}
+DENSE = [2.7, 2.9]  # NLLs of the dense model: the loss at sparsity 0 is 2.8
+
+pytestmark = pytest.mark.usefixtures("quiet_optuna")
+
+
+def space_over(low: float = INTERVAL[0], high: float = INTERVAL[1], **changes: Any) -> Space:
+    study = study_of(sparsity=(low, high), **{"search": TPE, **changes})
+    return make_space(study, Budget(study.highest, SIZES))
+
+
+class Fixed:
+    """A trial that takes what it is told."""
+
+    def __init__(self, **values: Any) -> None:
+        self.values = values
+
+    def suggest_categorical(self, name: str, choices: Any) -> Any:
+        return self.values[name]
+
+    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None) -> float:
+        assert low <= self.values[name] <= high
+        assert (name == "sparsity") == (step == STEP)
+        return float(self.values[name])
+
+
+@pytest.mark.parametrize("sparsity", [0.2, 0.345, 0.7])
+@pytest.mark.parametrize("share", [-1.0, -0.4, 0.0, 0.3, 1.0])
+def test_a_share_is_of_the_bound_at_its_sparsity(sparsity: float, share: float) -> None:
+    space = space_over(allocation={"beta": "both"})
+    plan = space.suggest(Fixed(pruner="wanda", allocation="atp", sparsity=sparsity, beta=share))
+    budget = Budget(sparsity, SIZES)
+    beta = share * atp.bounds(budget)["beta"][1]
+    assert plan.parameters == {"beta": pytest.approx(beta)}
+    assert plan.sparsities == pytest.approx(atp.sparsities(budget, beta))
+    assert (plan.target, plan.is_uniform) == (sparsity, share == 0)
+    assert str(plan).startswith(f"{100 * sparsity:g}% wanda ")
+
+
+def test_every_parameter_of_curve_reaches_its_bounds() -> None:
+    space = space_over(allocation={"names": ["curve"], "beta": "both"})
+    low = {name: ends[0] for name, ends in space.intervals["curve"].items()}
+    found = space.plan({"pruner": "wanda", "allocation": "curve", "sparsity": 0.3, **low}).parameters
+    assert found == pytest.approx({name: ends[0] for name, ends in curve.bounds(Budget(0.3, SIZES)).items()})
+
+
+def test_an_interval_without_zero_is_shared_from_its_low_end() -> None:
+    space = space_over(allocation={"names": ["atp", "owl"]})
+    assert space.intervals["owl"] == {"M": (0.0, 1.0), "lam": (0.0, 1.0)}
+    [start] = [point for point in space.starts() if point["allocation"] == "owl"]
+    assert 3 + start["M"] * 7 == pytest.approx(5)  # the authors' threshold
+
+
+def test_levels_are_equally_far_and_multiples_of_the_step() -> None:
+    assert space_over().levels(6) == [0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
+    levels = space_over().levels(8)
+    assert (levels[0], levels[-1], len(levels)) == (0.2, 0.7, 8)
+    assert all(abs(level / STEP - round(level / STEP)) < 1e-9 for level in levels)
+    assert space_over(0.5, 0.51).levels(8) == [0.5, 0.505, 0.51]
+
+
+def test_it_begins_at_both_ends_and_in_the_middle() -> None:
+    study = study_of(sparsity=INTERVAL, search=TPE)
+    first = first_trials(study.search, space_over())
+    assert [(point["sparsity"], point["beta"]) for point in first] == [
+        (0.2, 0.0), (0.2, 0.5), (0.45, 0.0), (0.45, 0.5), (0.7, 0.0), (0.7, 0.5),
+    ]  # fmt: skip
+
+
+def loss(sparsity: float, share: float) -> float:
+    """ln perplexity like SmolLM2's: the best share grows from 0 at 30 % to 0.6 at 70 %."""
+    best = max(0.0, 1.5 * (sparsity - 0.3))
+    return 2.81 + 8 * max(0.0, sparsity - 0.2) ** 2 + 3 * sparsity**2 * (share - best) ** 2
+
+
+def screened(space: Space, trials: int = 24, seed: int = 0) -> list[optuna.trial.FrozenTrial]:
+    search = study_of(sparsity=INTERVAL, search={**TPE, "seed": seed}).search
+    study = optuna.create_study(directions=["minimize", "minimize"], sampler=make_sampler(search, space))
+    for point in first_trials(search, space):
+        study.enqueue_trial(point)
+
+    def objective(trial: optuna.Trial) -> tuple[float, float]:
+        plan = space.suggest(trial)
+        assert plan.target is not None
+        return math.exp(loss(plan.target, trial.params["beta"])), 1 - plan.target
+
+    study.optimize(objective, n_trials=trials)
+    return study.trials
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_model_finds_the_best_share_at_every_sparsity(seed: int) -> None:
+    space = space_over()
+    surrogate = Surrogate(space, screened(space, seed=seed), seed, DENSE)
+    regrets = []
+    for level in space.levels(11):
+        found = surrogate.best_at(level)
+        assert found.params["sparsity"] == level
+        assert found.loss == pytest.approx(loss(level, found.params["beta"]) - 2.8, abs=0.1)
+        regrets.append(loss(level, found.params["beta"]) - min(loss(level, share / 100) for share in range(101)))
+    assert sum(regrets) / len(regrets) < 0.01
+    assert regrets[0] < 0.005  # uniform is the best there, and nothing better is made up
+
+
+def test_without_trials_it_is_uniform() -> None:
+    space = space_over()
+    found = Surrogate(space, [], 0).best_at(0.4)
+    assert (found.loss, found.params) == (None, space.uniform(0.4)[0])
+
+
+def test_the_front_is_confirmed_beside_uniform_at_the_same_sparsities() -> None:
+    space = space_over(prune={"pruners": ["wanda", "magnitude"]})
+    points = over_interval(Surrogate(space, screened(space), 0, DENSE), space, 4)
+    assert [point["sparsity"] for point in points] == [level for level in space.levels(4) for _ in range(2)]
+    for one, uniform in zip(points[::2], points[1::2], strict=True):
+        assert uniform == {**one, "beta": 0.0}
+
+
+def test_the_total_is_a_trial_and_uniform_for_each_point() -> None:
+    study = study_of(sparsity=INTERVAL, search={"sampler": "tpe", "screen": {"trials": 24, "confirm": 8}})
+    assert total_trials(study.search, space_over()) == 16
+    study = study_of(sparsity=INTERVAL, search={"sampler": "tpe", "trials": 5, "screen": {"trials": 24, "confirm": 8}})
+    assert total_trials(study.search, space_over()) == 5
+
+
+def test_trials_stay_on_the_grid_of_sparsities() -> None:
+    space = space_over()
+    kind = kinds_of(space, "atp")["sparsity"]
+    for trial in screened(space):
+        assert kind._contains(trial.params["sparsity"])
+        assert trial.params == trial.params | {"sparsity": round(trial.params["sparsity"], 6)}
