@@ -13,16 +13,17 @@ import torch
 from tinystudy import HANGS, TOKENS, CommandLine, finish, settings, start, stored
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from atp_tune import zeroshot
 from atp_tune.blocks import batching
 from atp_tune.blocks.prune_pass import Pass
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.events import Event, Step, ignore_events
+from atp_tune.scores.accuracy import difference, mean
 from atp_tune.search import kept_blocks
 from atp_tune.search.context import ContextConfig, TrialContext
 from atp_tune.search.kept_blocks import prune_whole
 from atp_tune.spec.config import Measure, read_config
-from atp_tune.zeroshot import comparison
-from atp_tune.zeroshot.comparison import TaskOptions, difference, evaluate, evaluate_folder, mean
+from atp_tune.zeroshot import TaskOptions, evaluate, evaluate_folder
 
 ROOT = Path(__file__).parents[1]
 OFFLINE_TASKS = ROOT / "scripts" / "offline-tasks"
@@ -235,10 +236,10 @@ def test_the_dense_model_stays_as_it_is(done: Path) -> None:
     before = {
         name: (tensor.data_ptr(), tensor.clone()) for name, tensor in context.checkpoint.model.state_dict().items()
     }
-    plan = comparison.plan_of(config, context)
+    plan = zeroshot.plan_of(config, context)
     ids = torch.arange(12)[None]
     dense = context.checkpoint.model(ids).logits
-    with context.replay.whole(prune_whole(context, plan, *comparison.SCORED)) as model:
+    with context.replay.whole(prune_whole(context, plan, *zeroshot.SCORED)) as model:
         assert not torch.equal(model(ids).logits, dense)
     assert torch.equal(context.checkpoint.model(ids).logits, dense)
     after = context.checkpoint.model.state_dict()
@@ -369,8 +370,8 @@ def test_bad_input_is_one_line(
 
 
 def test_lm_eval_is_an_extra(done: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "atp_tune.zeroshot.harness", raising=False)
-    monkeypatch.delattr("atp_tune.zeroshot.harness", raising=False)
+    monkeypatch.delitem(sys.modules, "atp_tune.scores.tasks", raising=False)
+    monkeypatch.delattr("atp_tune.scores.tasks", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     answer = command("evaluate", "--model", done / "model")
     assert answer.error.startswith("evaluate: ")

@@ -3,28 +3,38 @@
     max_increase    ln(1 + r + e) - ln(1 + limit)                    r ± e paired change of perplexity against dense
     max_perplexity  as max_increase with 1 + limit = limit / PPL of the dense model
     max_kl          k + e - limit                                     k ± e mean KL in nats per token
+    min_accuracy    limit - (a - e), the largest over the tasks       a ± e accuracy
 
 Negative or 0: within the limit. Each grows with sparsity, and is smooth enough to be interpolated.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 from atp_tune.metrics.kl import divergence
 from atp_tune.metrics.perplexity import change, perplexity
 
+Limit: TypeAlias = Mapping[str, float | Mapping[str, float]]  # one key and its value
+
 
 def excess(
-    limit: Mapping[str, float],
+    limit: Limit,
     dense: Sequence[float] | None,
     nlls: Sequence[float] | None,
     kls: Sequence[float] | None = None,
+    accuracies: Mapping[str, Sequence[float]] | None = None,
 ) -> float | None:
     """The excess over a limit, from window NLLs [n] of the dense and the pruned model, or window KLs [n].
 
-    `limit`: one of the keys above and its value. None if the numbers that it needs are missing.
+    `limit`: one of the keys above and its value. `accuracies`: of each task, with its standard error. None if the
+    numbers that the limit needs are missing.
     """
     key, value = next(iter(limit.items()))
+    if isinstance(value, Mapping):
+        if not accuracies or not value.keys() <= accuracies.keys():
+            return None
+        return max(least - (accuracies[task][0] - accuracies[task][1]) for task, least in value.items())
     if key == "max_kl":
         if not kls:
             return None

@@ -243,9 +243,10 @@ def final_numbers(study: optuna.Study) -> int:
 
 
 def _compared(study: optuna.Study) -> list[str]:
-    """Numbers of each allocation's best trial and its uniform trial."""
+    """Numbers of each allocation's best trial and its uniform trial; over an interval of sparsities, of the front's."""
     ranked = best_of_each(study)
-    ranked = [trial for trial in ranked if trial is ranked[0] or not is_uniform(trial)]
+    if progress.interval_of(study) is None:
+        ranked = [trial for trial in ranked if trial is ranked[0] or not is_uniform(trial)]
     trials = [trial for best in ranked for trial in (uniform_of(study, best), best) if trial is not None]
     return list(dict.fromkeys(str(trial.number) for trial in trials))
 

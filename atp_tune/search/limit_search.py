@@ -3,8 +3,8 @@
 The screening's model (`search.surrogate`) predicts at each sparsity S the best parameters and their excess over the
 limit, g(S). The trials are measured in full, so their excess differs from g by a shift, which changes slowly with S.
 The next trial is at the highest S with g(S) + shift ≤ 0, inside the bracket: above the sparsest trial within the limit,
-and below the first one beyond it. Without a model the bracket is halved. The search has ended when the bracket has no
-sparsity left, and uniform is measured at the best trial's sparsity.
+and below the first one beyond it. Without a model, and for accuracies, the bracket is halved. The search has ended when
+the bracket has no sparsity left, and uniform is measured at the best trial's sparsity.
 """
 
 import math
@@ -17,6 +17,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
+from atp_tune.metrics.limits import Limit
 from atp_tune.metrics.perplexity import perplexity
 from atp_tune.results.trials import is_uniform, uniform_of
 from atp_tune.search.proposals import kinds_of
@@ -40,9 +41,9 @@ class Bracket:
 class LimitSearch:
     """The search of one study; `dense`: window NLLs of the dense model on the windows of the screening."""
 
-    def __init__(
-        self, space: Space, surrogate: Surrogate, limit: Mapping[str, float], dense: Sequence[float] | None = None
-    ) -> None:
+    reached = "the next sparsity is beyond the limit"
+
+    def __init__(self, space: Space, surrogate: Surrogate, limit: Limit, dense: Sequence[float] | None = None) -> None:
         self.space = space
         self.limit = limit
         self._surrogate = surrogate
@@ -137,6 +138,8 @@ class LimitSearch:
 
     def _excess(self, loss: float) -> float | None:
         key, value = next(iter(self.limit.items()))
+        if isinstance(value, Mapping):
+            return None
         if key == "max_kl":
             return loss - value
         if key == "max_increase":

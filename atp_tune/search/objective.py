@@ -35,6 +35,7 @@ from atp_tune.scores.evaluation import Block
 from atp_tune.search.context import TrialContext
 from atp_tune.search.scoring import GROUPS
 from atp_tune.search.space import Space
+from atp_tune.search.task_accuracy import TaskAccuracy
 from atp_tune.storage.database import set_attributes
 from atp_tune.storage.fingerprint import PERPLEXITY, batches_of
 from atp_tune.storage.lost_trials import INTERRUPTED, CutOff, given_up
@@ -51,6 +52,7 @@ class Objective:
     stops: bool  # the study has a stopper
     watch: EventHandler
     objectives: tuple[str, ...] = PERPLEXITY
+    tasks: TaskAccuracy | None = None  # the study has a limit of accuracy
 
     def __call__(self, trial: Trial) -> tuple[float, ...]:
         """Measures one trial and stores each attribute as soon as it is known."""
@@ -67,6 +69,7 @@ class Objective:
         context.begin(batches)
         record = Record(context.checkpoint.device, context.dtype)
         pruned = record.follow(context.prune(plan), context.checkpoint.sizes)
+        pruned = self.tasks.follow(pruned) if self.tasks else pruned
         # Uniform is never stopped: the others are compared with it.
         may_stop = self.stops and not plan.is_uniform and best_trial(trial.study) is not None
         for scores in context.scores(pruned, "validation", may_stop, "kl" in self.objectives):
@@ -75,6 +78,8 @@ class Objective:
                 self._store(trial, record)
                 return (estimate(trial, record.kls or record.nlls, "kls" if record.kls else "nlls"),)
         results = record.results(self.objectives)
+        if self.tasks:
+            set_attributes(trial, {"accuracies": self.tasks.measure()})
         self._store(trial, record, stderr=results[0].stderr)
         if context.batches != batches and best_trial(trial.study) is None:
             # The first trial ran out of memory and took smaller batches: later trials begin with those.

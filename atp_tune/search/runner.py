@@ -193,7 +193,7 @@ def _search(
     study.sampler = strategy.sampler
     for params in strategy.first:
         study.enqueue_trial(params, {progress.START: True}, skip_if_exists=True)
-    total = run_trials(run, study, context, space, total, strategy.limit)
+    total = run_trials(run, study, context, space, total, strategy.goal)
     if run.reports and progress.counted(study) >= total:
         _measure_dense(run, study, context)
         report(run, study, context, space)

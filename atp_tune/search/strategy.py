@@ -1,11 +1,12 @@
-"""How a study proposes its trials: its sampler, the points that it queues first, and its search for a limit."""
+"""How a study proposes its trials: its sampler, the points that it queues first, and the goal that may end it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import optuna
 from optuna.samplers import BaseSampler
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.search.limit_search import LimitSampler, LimitSearch
 from atp_tune.search.samplers import first_trials, make_sampler
@@ -26,11 +27,36 @@ class Screened:
 
 @dataclass(frozen=True)
 class Strategy:
-    """A sampler, the points that are queued first, and the search for a limit, if there is one."""
+    """A sampler, the points that are queued first, and the goal that may end the study before its total."""
 
     sampler: BaseSampler
     first: Sequence[Params]
-    limit: LimitSearch | None = None
+    goal: "Goal | None" = None
+
+
+class Goal(Protocol):
+    """What a study seeks."""
+
+    @property
+    def reached(self) -> str:
+        """Why nothing is left to measure."""
+
+    def is_idle(self, study: optuna.Study) -> bool:
+        """Whether nothing is left to measure for it, beside what is being measured now."""
+
+
+@dataclass(frozen=True)
+class WholeFront:
+    """Every point of a front is measured; fewer than the total, where the best point at a sparsity is uniform."""
+
+    points: Sequence[Params]
+    reached: str = "the best point at a sparsity is uniform"
+
+    def is_idle(self, study: optuna.Study) -> bool:
+        """Whether no point is left that no trial has measured, failed at, or measures now."""
+        trials = study.get_trials(deepcopy=False)
+        begun = [trial.params for trial in trials if progress.counts(trial) or trial.state == TrialState.RUNNING]
+        return bool(self.points) and all(point in begun for point in self.points)
 
 
 def make_strategy(spec: Study, space: Space, study: optuna.Study, screened: Screened, total: int) -> Strategy:
@@ -50,4 +76,5 @@ def make_strategy(spec: Study, space: Space, study: optuna.Study, screened: Scre
         limit = LimitSearch(space, surrogate, spec.limit.given, dense)
         return Strategy(LimitSampler(limit), [], limit)
     assert screen is not None
-    return Strategy(make_sampler(search, space), over_interval(surrogate, space, screen.confirm)[:total])
+    points = over_interval(surrogate, space, screen.confirm)[:total] if screened.trials else []
+    return Strategy(make_sampler(search, space), points, WholeFront(points) if search.trials is None else None)

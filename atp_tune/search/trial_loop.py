@@ -20,9 +20,10 @@ from atp_tune.storage.trace import Trace
 
 if TYPE_CHECKING:
     from atp_tune.search.context import TrialContext
-    from atp_tune.search.limit_search import LimitSearch
     from atp_tune.search.objective import Objective
     from atp_tune.search.runner import StudyRun
+    from atp_tune.search.strategy import Goal
+    from atp_tune.search.task_accuracy import TaskAccuracy
 
 POLL = 2  # seconds between looks at a trial of another process
 PUBLISH = 30  # seconds between writes of note and figures, each of which takes half a second
@@ -34,7 +35,7 @@ def run_trials(
     context: "TrialContext",
     space: Space,
     total: int,
-    limit: "LimitSearch | None" = None,
+    goal: "Goal | None" = None,
 ) -> int:
     """Runs trials until the total is reached or the time is up, and returns the study's present total.
 
@@ -43,7 +44,9 @@ def run_trials(
     from atp_tune.search.objective import Objective
 
     search = run.file.study.search
-    objective = Objective(context, space, search.stopper != "none", run.watch, search.objective)
+    objective = Objective(
+        context, space, search.stopper != "none", run.watch, search.objective, _task_accuracy(run, context)
+    )
     publish = Publisher(run)
     end = None if run.timeout is None else monotonic() + run.timeout
     while end is None or monotonic() < end:
@@ -51,17 +54,27 @@ def run_trials(
         total = study.user_attrs.get("total", total)
         elsewhere = [trial for trial in trials if trial.state == TrialState.RUNNING]
         remaining = total - sum(map(progress.counts, trials)) - len(elsewhere)
-        is_idle = limit is not None and limit.is_idle(study)
-        if is_idle and remaining > 0 and not elsewhere:
-            run.note(f"found after {total - remaining} of {total}: the next sparsity is beyond the limit")
+        is_idle = goal is not None and goal.is_idle(study)
+        if goal is not None and is_idle and remaining > 0 and not elsewhere:
+            run.note(f"ended after {total - remaining} of {total}: {goal.reached}")
             progress.terminate_early(study, total)
         elif remaining > 0 and not is_idle:
-            _optimise(run, study, objective, remaining, total, end, publish, limit)
+            _optimise(run, study, objective, remaining, total, end, publish, goal)
         elif elsewhere:
             _wait(run, study, elsewhere[0])
         else:
             break
     return total
+
+
+def _task_accuracy(run: "StudyRun", context: "TrialContext") -> "TaskAccuracy | None":
+    """What measures the accuracies of a limit; None without such a limit, and for a screening."""
+    limit = run.file.study.limit
+    if limit is None or limit.min_accuracy is None or run.screens:
+        return None
+    from atp_tune.search.task_accuracy import TaskAccuracy
+
+    return TaskAccuracy(context, limit.min_accuracy, limit.items)
 
 
 def recover_lost(run: "StudyRun", study: optuna.Study) -> list[FrozenTrial]:
@@ -82,7 +95,7 @@ def _optimise(
     total: int,
     end: float | None,
     publish: "Publisher",
-    limit: "LimitSearch | None",
+    goal: "Goal | None",
 ) -> None:
     def ended(study: optuna.Study, trial: FrozenTrial) -> None:
         trials = recover_lost(run, study)  # read once: reading a long study costs time at each short trial
@@ -97,7 +110,7 @@ def _optimise(
                 f"terminated early after {done} of {total}: a better point is expected to gain less than {GAIN:.0%}"
             )
             study.stop()
-        if limit is not None and limit.is_idle(study):
+        if goal is not None and goal.is_idle(study):
             study.stop()
         is_late = end is not None and monotonic() >= end  # Optuna's timeout depends on the wall clock
         running = sum(other.state == TrialState.RUNNING for other in trials)

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, StrictBool, field_validator, model_
 
 from atp_tune.allocations import ALLOCATIONS
 from atp_tune.frozen import OneOf, SettingsTable, check_once
+from atp_tune.metrics.limits import Limit
 from atp_tune.spec.former import FormerPlace, present_place
 from atp_tune.spec.patterns import parse
 from atp_tune.spec.prune import PruneConfig
@@ -225,17 +226,24 @@ class LimitConfig(SettingsTable):
     max_kl: float | None = Field(
         None, gt=0, description='nats per token from the dense predictions; with search.objective = "kl"'
     )
+    min_accuracy: dict[str, Share] | None = Field(
+        None, min_length=1, description="on tasks of lm-eval, by name or path; all of them must reach it"
+    )
+    items: int | None = Field(None, ge=2, description="of each task of min_accuracy, at most")
 
     @model_validator(mode="after")
     def _one(self) -> Self:
+        keys = [key for key in type(self).model_fields if key != "items"]
         if len(self.given) != 1:
-            raise ValueError(f"max_increase: give one of {', '.join(type(self).model_fields)}, and no other")
+            raise ValueError(f"max_increase: give one of {', '.join(keys)}, and no other")
+        if self.items is not None and self.min_accuracy is None:
+            raise ValueError("items: belongs to min_accuracy; leave it out")
         return self
 
     @property
-    def given(self) -> dict[str, float]:
-        """The keys that have a value."""
-        return {key: value for key, value in self if value is not None}
+    def given(self) -> Limit:
+        """The limit itself: a key and its value."""
+        return {key: value for key, value in self if value is not None and key != "items"}
 
 
 class ContinuationsConfig(SettingsTable):
@@ -318,8 +326,9 @@ class Study(SettingsTable):
         ):
             if is_given:
                 raise ValueError(f"{key}: {reason} where sparsity is an interval")
-        if self.limit is not None and (self.limit.max_kl is not None) != ("kl" in search.objective):
-            raise ValueError('limit: max_kl goes with search.objective = "kl", the other limits with "perplexity"')
+        limit, is_by_kl = self.limit, "kl" in search.objective
+        if limit is not None and limit.min_accuracy is None and (limit.max_kl is not None) != is_by_kl:
+            raise ValueError('limit: max_kl goes with search.objective = "kl", limits of perplexity with "perplexity"')
         return self
 
     @model_validator(mode="after")

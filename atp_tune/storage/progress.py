@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from atp_tune.metrics.limits import excess
+from atp_tune.metrics.limits import Limit, excess
 from atp_tune.storage.lost_trials import is_double, is_given_up
 from atp_tune.storage.validation import readable
 
@@ -49,10 +49,10 @@ def best_of(study: optuna.Study, trials: Iterable[FrozenTrial]) -> FrozenTrial |
     return min(done, key=lambda trial: found[trial.number], default=None)
 
 
-def excess_of(study: optuna.Study, trial: FrozenTrial, limit: dict[str, float] | None = None) -> float:
+def excess_of(study: optuna.Study, trial: FrozenTrial, limit: Limit | None = None) -> float:
     """How far a trial is beyond the study's limit, or this one: see `metrics.limits`; infinite if not known."""
-    limit = limit or study.user_attrs["limit"]
-    found = excess(limit, study.user_attrs.get("dense"), trial.user_attrs.get("nlls"), trial.user_attrs.get("kls"))
+    limit, dense = limit or study.user_attrs["limit"], study.user_attrs.get("dense")
+    found = excess(limit, dense, *(trial.user_attrs.get(name) for name in ("nlls", "kls", "accuracies")))
     return math.inf if found is None else found
 
 

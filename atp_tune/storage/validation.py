@@ -83,6 +83,7 @@ TRIAL = _kinds(
         "batches": Batches,
         "cut_off": CutOff,
         "parameters": dict[Words, float],
+        "accuracies": dict[Words, Annotated[list[Amount], Field(min_length=2, max_length=2)]],
     }
 )
 STUDY = _kinds(
@@ -100,7 +101,7 @@ STUDY = _kinds(
         "draws": dict[Number, dict[Number, Nlls]],
         "batches": Batches,
         "screens": Words,
-        "limit": Annotated[dict[Words, Positive], Field(min_length=1, max_length=1)],
+        "limit": Annotated[dict[Words, Positive | dict[Words, Share]], Field(min_length=1, max_length=1)],
         "fingerprint": dict[Words, Words | int | float | bool | list[Words] | list[float]],
     }
 )

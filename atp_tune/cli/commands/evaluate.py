@@ -67,15 +67,15 @@ def evaluate(
     with quiet():
         if read and storage is not None:
             study_of(path, read, storage)  # a mistake is reported before anything runs
-        from atp_tune.zeroshot import comparison
+        from atp_tune import zeroshot
 
-        asked = comparison.TaskOptions(names, limit, num_fewshot, batch, device or "auto")
+        asked = zeroshot.TaskOptions(names, limit, num_fewshot, batch, device or "auto")
         with redirect_stdout(StringIO()) if json else nullcontext(), Display() as display:
             watch = ignore_events if json else display
             if read:
-                found = comparison.evaluate(read, path.parent / read.folder, asked, watch, allowed)
+                found = zeroshot.evaluate(read, path.parent / read.folder, asked, watch, allowed)
             else:
-                found = comparison.evaluate_folder(model or Path(), asked, watch, allowed)
+                found = zeroshot.evaluate_folder(model or Path(), asked, watch, allowed)
         places = attach(path, read, "zero_shot", found, storage) if read else []
     _show(found, json)
     if read and not json:

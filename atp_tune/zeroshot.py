@@ -5,12 +5,10 @@ else in host memory, and each block's are copied to the device when it computes.
 device are copied one by one too.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean, stdev
 from time import perf_counter
 from typing import Any
 
@@ -32,11 +30,12 @@ from atp_tune.inputs import KINDS
 from atp_tune.inputs.windows import load_tokenizer
 from atp_tune.plan import make_plan
 from atp_tune.scores import SCORES
+from atp_tune.scores.accuracy import difference, mean
 from atp_tune.search.context import ContextConfig, TrialContext
 from atp_tune.search.kept_blocks import prune_whole
 from atp_tune.sparse.applying import plan_of
 from atp_tune.sparse.provenance import ABOUT
-from atp_tune.spec.config import SHARES, Compared, Config, Measure, TaskScores, ZeroShot, read_config
+from atp_tune.spec.config import SHARES, Compared, Config, TaskScores, ZeroShot, read_config
 from atp_tune.spec.patterns import parse
 from atp_tune.spec.study import ModelConfig
 from atp_tune.storage.process_identity import versions
@@ -65,12 +64,12 @@ class Scorer:
         self._asked = asked
         self._watch = watch
         try:
-            from atp_tune.zeroshot import harness
+            from atp_tune.scores import tasks
         except ModuleNotFoundError as error:
             raise UserError(f"evaluate: {error}; install it with: pip install 'atp-tune[eval]'") from None
-        self._harness = harness
+        self._module = tasks
         watch(Message("reading the tasks"))
-        self._tasks = self._harness.find_tasks(asked.tasks, watch)
+        self._tasks = tasks.find_tasks(asked.tasks, watch)
         self._results: dict[Compared, dict[str, Any]] = {}
         self._seconds: dict[Compared, float] = {}
 
@@ -79,7 +78,7 @@ class Scorer:
         asked, began = self._asked, perf_counter()
         tokenizer = load_tokenizer(folder.path, folder.trusted)
         with replay.whole(weights_of) as model, oom_as_user_error(name):
-            self._results[name] = self._harness.score(
+            self._results[name] = self._module.score(
                 model, tokenizer, self._tasks, asked.limit, asked.num_fewshot, asked.batch, self._watch
             )
         self._seconds[name] = round(perf_counter() - began, 1)
@@ -179,19 +178,3 @@ def compared(name: str, results: Mapping[Compared, Any]) -> TaskScores:
         scores={model: result.scores for model, result in results.items()},
         best_minus_uniform=difference(*paired) if len(paired) == 2 else None,
     )
-
-
-def difference(values: list[float], base: list[float]) -> Measure | None:
-    """Mean difference by items with its standard error; None without scores of at least two items."""
-    if len(values) != len(base) or len(values) < 2:
-        return None
-    differences = [value - other for value, other in zip(values, base, strict=True)]
-    return Measure(value=fmean(differences), stderr=stdev(differences) / math.sqrt(len(differences)))
-
-
-def mean(measures: list[Measure]) -> Measure:
-    """Unweighted mean over tasks; its standard error is over items, not over the choice of tasks."""
-    errors = [measure.stderr for measure in measures]
-    known = [error for error in errors if error is not None]
-    stderr = math.hypot(*known) / len(errors) if len(known) == len(errors) else None
-    return Measure(value=fmean(measure.value for measure in measures), stderr=stderr)

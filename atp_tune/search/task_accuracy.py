@@ -1,0 +1,75 @@
+"""Accuracy of a trial's model on tasks of lm-eval, for a study with `limit.min_accuracy`.
+
+A trial's pruned linears are kept while its perplexity is measured, then the model is run as a whole on the tasks. The
+accuracy of a group of tasks is the mean over its tasks.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from atp_tune.checkpoints.devices import oom_as_user_error
+from atp_tune.errors import UserError
+from atp_tune.events import Message
+from atp_tune.inputs.windows import load_tokenizer
+from atp_tune.scores.accuracy import mean
+from atp_tune.scores.evaluation import Block
+from atp_tune.search.context import TrialContext
+from atp_tune.search.kept_blocks import KeptBlocks
+from atp_tune.spec.config import SHARES, Measure
+
+SEQUENCES = 8  # in a batch
+
+
+class TaskAccuracy:
+    """Measures the accuracy of one model after another."""
+
+    def __init__(self, context: TrialContext, least: Mapping[str, float], items: int | None) -> None:
+        """`least`: the tasks, by name or path; `items`: of each task, at most.
+
+        UserError, before anything is measured, if lm-eval is not installed, a task is unknown, its data is not there,
+        or it has no accuracy.
+        """
+        try:
+            from atp_tune.scores import tasks
+        except ModuleNotFoundError as error:
+            raise UserError(f"limit.min_accuracy: {error}; install it with: pip install 'atp-tune[eval]'") from None
+        self._context, self._items, self._module = context, items, tasks
+        self._kept: KeptBlocks | None = None
+        context.watch(Message("reading the tasks of limit.min_accuracy"))
+        try:
+            self._tasks = {name: tasks.find_tasks((name,), context.watch) for name in least}
+        except UserError as error:
+            raise UserError(str(error).replace("--tasks", "limit.min_accuracy", 1)) from None
+        for name, found in self._tasks.items():
+            if found.missing:
+                reasons = "; ".join(f"{task}: {reason}" for task, reason in found.missing.items())
+                raise UserError(f"limit.min_accuracy {name}: cannot be measured whole: {reasons}")
+
+    def follow(self, blocks: Iterable[Block]) -> Iterator[Block]:
+        """Yields the blocks of a pruned model after keeping their linears."""
+        self._kept = KeptBlocks(self._context.checkpoint, "limit.min_accuracy", "evaluate --model DIR")
+        return self._kept.follow(blocks)
+
+    def measure(self) -> dict[str, list[float]]:
+        """The accuracy of the model whose blocks passed by last, and its standard error, by task."""
+        assert self._kept is not None
+        context, kept = self._context, self._kept.settle()
+        tokenizer = load_tokenizer(context.folder.path, context.folder.trusted)
+        with context.replay.whole(kept.weights) as model, oom_as_user_error("limit.min_accuracy"):
+            found = {
+                name: self._module.score(model, tokenizer, tasks, self._items, None, SEQUENCES, context.watch)
+                for name, tasks in self._tasks.items()
+            }
+        self._kept = None
+        return {name: _accuracy(name, results) for name, results in found.items()}
+
+
+def _accuracy(name: str, results: Mapping[str, Any]) -> list[float]:
+    measures: list[Measure] = []
+    for result in results.values():
+        metric = next((share for share in SHARES if share in result.scores), None)
+        if metric is None:
+            raise UserError(f"limit.min_accuracy {name}: has no accuracy, only {', '.join(result.scores)}")
+        measures.append(result.scores[metric])
+    found = mean(measures)
+    return [found.value, found.stderr or 0.0]

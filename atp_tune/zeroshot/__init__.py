@@ -1,1 +1,0 @@
-"""Accuracy on the tasks of lm-eval, dense against sparse."""
