@@ -44,12 +44,12 @@ def renamed(watch: EventHandler) -> EventHandler:
 
 def over_interval(surrogate: Surrogate, space: Space, count: int) -> list[Params]:
     """The points that a study over an interval of sparsities queues: at each level, the best and uniform."""
-    points = [surrogate.best_at(level).params for level in space.levels(count)]
-    return [
-        one
-        for point in points
-        for one in (point, *(u for u in space.uniform(point["sparsity"]) if u["pruner"] == point["pruner"]))
-    ]
+    points: list[Params] = []
+    for level in space.levels(count):
+        best = surrogate.best_at(level).params
+        uniform = next(point for point in space.uniform(level) if point["pruner"] == best["pruner"])
+        points += [best] if uniform == best else [best, uniform]
+    return points
 
 
 def begins_with(points: list[Params], space: Space, total: int) -> list[Params]:
