@@ -161,7 +161,7 @@ class StudyRequest:
 
 def _limit_in_name(key: str, value: float) -> str:
     """A limit in the name of a study: max-increase-5, in percent, or max-kl-0.1."""
-    return f"{key}-{100 * value if key == 'max_increase' else value:g}"
+    return f"{key.replace('_', '-')}-{100 * value if key == 'max_increase' else value:g}"
 
 
 def _shown(value: Any) -> str:

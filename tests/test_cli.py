@@ -413,6 +413,18 @@ def test_prune_with_a_study(done: Path, command: CommandLine, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+def test_prune_with_a_study_over_an_interval(place: Path, command: CommandLine) -> None:
+    """One sparsity leaves the limit out, which needs an interval."""
+    toml = (place / "tiny.toml").read_text().replace("sparsity = 0.6", "sparsity = [0.3, 0.8]")
+    (place / "tiny.toml").write_text(f"{toml}\n[limit]\nmax_increase = 0.1\n")
+    words = ("prune", "--study", place / "tiny.toml", "--beta", "0.02")
+    assert "searches from 30% to 80%; give one" in command(*words).error
+    answer = command(*words, "--sparsity", "0.5")
+    assert (answer.code, answer.err) == (0, "")
+    assert "wanda atp β=0.02000, sparsity 0.5: perplexity " in answer.out
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -562,6 +574,8 @@ STUDY = ["--study", "tiny.toml"]
         (None, ["prune", *STUDY, "--allocation", "alp"], "allocation.names[0]: must be one of uniform, atp, "),
         (None, ["prune", *STUDY, "--pruner", "magic"], "must be one of magnitude, wanda, sparsegpt, dsnot, alps"),
         (None, ["prune", *STUDY, "--sparsity", "70"], "sparsity: must be less than 1, got 70"),
+        (None, ["prune", *STUDY, "--set", "sparsity=[0.3, 0.8]"],
+         "--sparsity: tiny.toml searches from 30% to 80%; give one, such as --sparsity 0.6"),
         (None, ["prune", *STUDY, "--out", "model"], "--out model: is there already"),
         (None, ["prune", *STUDY, "--model", "nosuch"], 'model.source: "nosuch" is no folder'),
         (None, ["prune", "--model", "nosuch"], 'model.source: "nosuch" is no folder'),

@@ -36,7 +36,7 @@ def parse_limit(key: str, text: str) -> float:
     except ValueError:
         raise ValueError(f"must be a number{', such as 5% or 0.05' * is_share}, got {text}") from None
     if not LOWEST[key] < value < math.inf:
-        raise ValueError(f"must be greater than {LOWEST[key]:g}, got {text}")
+        raise ValueError(f"must be a finite number greater than {LOWEST[key]:g}, got {text}")
     if is_share and value >= 1 and "%" not in text:
         raise ValueError(f"{text} is {100 * value:g}%; write {value:g}% or {value / 100:g}, or {100 * value:g}%")
     return value

