@@ -221,7 +221,7 @@ def test_a_front_is_searched_and_resumed(here: Path, command: CommandLine) -> No
     assert (answer.code, answer.err) == (0, "")
     assert "[6/6]" in answer.out and "nothing to do" not in answer.out
     study = stored(here, name, here / "studies" / f"{name}.db")
-    assert {trial.params["sparsity"] for trial in study.trials} == {0.3, 0.55, 0.8}
+    assert {trial.params["sparsity"] for trial in study.trials} >= {0.3, 0.55, 0.8}
     again = command(*words)
     assert again.out.splitlines()[0] == "complete: 6 of 6 trials; nothing to do (--trials N adds more)"
     more = command(*words, "--trials", "7")

@@ -60,7 +60,8 @@ def only_limit(given: Mapping[str, str | None]) -> dict[str, float] | None:
     """
     texts = {key: text for key, text in given.items() if text is not None}
     if len(texts) > 1:
-        raise UserError(f"{option(list(texts)[1])}: there is one limit, and {option(next(iter(texts)))} is given too")
+        first, second, *_ = map(option, texts)
+        raise UserError(f"{second}: there is one limit, and {first} is given too; leave one out")
     for key, text in texts.items():
         try:
             return {key: parse_limit(key, text)}
