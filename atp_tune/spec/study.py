@@ -253,7 +253,7 @@ class Study(SettingsTable):
         "held-out", description="paper: β is chosen on the text it is tested on"
     )
     sparsity: Target | tuple[Target, Target] = Field(
-        description="target S, the share of zeros over all linears of all blocks; an interval [low, high] is searched"
+        description="target S, the share of zeros over all linears; [low, high] is searched"
     )
     limit: LimitConfig | None = Field(
         None, description='the sparsest plan within this limit is the best; "none": no limit'
