@@ -20,13 +20,19 @@ C4_WINDOWS = 256  # of a part of C4 that would be measured whole; the papers mea
 
 @dataclass(frozen=True)
 class Preset:
-    """Sizes of a study: windows of each text (None: all of it), at most `seqlen` tokens each, draws and trials."""
+    """Sizes of a study: windows of each text (None: all of it), at most `seqlen` tokens each, draws and trials.
+
+    Over an interval of sparsities: `screened` points on a part of the validation text, of which `confirmed` sparsities
+    are measured in full.
+    """
 
     trials: int
     seqlen: int
     calibration: int
     validation: int | None
     test: int | None
+    screened: int
+    confirmed: int = 8
     draws: int = 3
 
     @property
@@ -36,10 +42,12 @@ class Preset:
 
 
 PRESETS = {
-    "quick": Preset(trials=12, seqlen=512, calibration=16, validation=16, test=24),
-    "balanced": Preset(trials=20, seqlen=2048, calibration=64, validation=64, test=None),
-    "thorough": Preset(trials=40, seqlen=2048, calibration=128, validation=None, test=None),
+    "quick": Preset(trials=12, seqlen=512, calibration=16, validation=16, test=24, screened=24),
+    "balanced": Preset(trials=20, seqlen=2048, calibration=64, validation=64, test=None, screened=36),
+    "thorough": Preset(trials=40, seqlen=2048, calibration=128, validation=None, test=None, screened=48, confirmed=10),
 }
+STRIDE = 4  # every so many-th validation window is screened
+LIMITED_TRIALS = 12  # of a search for the sparsest plan within a limit, at most: it ends when it has found the plan
 _C4: dict[str, dict[str, Any]] = {
     "calibration": {"source": "c4", "split": "train", "sampling": "random"},
     "validation": {"source": "c4", "split": "validation", "part": (0.0, 0.5)},
@@ -91,6 +99,23 @@ def texts_from_one(source: str, preset: Preset, folder: "ModelFolder", base: Pat
         if role == "calibration":
             found[role]["draws"] = draws
     return found
+
+
+def search_over_interval(preset: Preset, windows: int | None, limit: Mapping[str, float] | None) -> dict[str, Any]:
+    """The table `search` of a study over an interval of sparsities, with or without a limit.
+
+    `windows`: of the validation text, None if their number is not known. UserError if there is one only: at least two
+    are screened, for an error.
+    """
+    if windows == 1:
+        raise UserError("texts.validation: has one window, and an interval of sparsities needs two; give a longer text")
+    stride = STRIDE if windows is None else min(STRIDE, windows // 2)
+    return {
+        "objective": ["kl"] if limit and "max_kl" in limit else ["perplexity"],
+        "sampler": "tpe",
+        "screen": {"trials": preset.screened, "confirm": preset.confirmed, "stride": stride},
+        **({"trials": LIMITED_TRIALS} if limit else {}),
+    }
 
 
 def context_length(folder: "ModelFolder") -> int | None:

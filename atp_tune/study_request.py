@@ -10,9 +10,19 @@ from pydantic import ValidationError
 
 from atp_tune.allocations import ALLOCATIONS
 from atp_tune.errors import UserError, did_you_mean
-from atp_tune.presets import HUB_TEXTS, PACKAGED, PRESETS, Preset, texts_from_hub, texts_from_one
+from atp_tune.plan import percent
+from atp_tune.presets import (
+    HUB_TEXTS,
+    PACKAGED,
+    PRESETS,
+    Preset,
+    search_over_interval,
+    texts_from_hub,
+    texts_from_one,
+)
 from atp_tune.pruners import PRUNERS
 from atp_tune.spec.study import ModelConfig, Study
+from atp_tune.spec.typed import Interval, in_percent
 
 if TYPE_CHECKING:
     from atp_tune.checkpoints.models import ModelFolder, Notify
@@ -24,20 +34,19 @@ TEXTS = ("c4", "wikitext2", "packaged")
 class StudyRequest:
     """A model, the share of zeros S in (0, 1), and what else was asked for; None stands for a default.
 
-    `texts`: one of `TEXTS` or the path of a file. UserError at the start for a wish that nothing can meet.
+    S and `limit` are those of `spec.typed.goal`: a limit comes with an interval of S. `texts`: one of `TEXTS` or the
+    path of a file. UserError at the start for a wish that nothing can meet.
     """
 
     source: str
-    sparsity: float
+    sparsity: float | Interval
     preset: str | None = None
     pruners: tuple[str, ...] = ()
     allocations: tuple[str, ...] = ()
     texts: str | None = None
+    limit: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.sparsity < 1:
-            way = f"; {self.sparsity:g} % is {self.sparsity / 100:g}" if 1 < self.sparsity < 100 else ""
-            raise UserError(f"--sparsity: must be between 0 and 1, got {self.sparsity:g}{way}")
         for option, names, known in (
             ("--pruner", self.pruners, [*PRUNERS]),
             ("--allocation", self.allocations, [*ALLOCATIONS]),
@@ -58,12 +67,13 @@ class StudyRequest:
 
     @property
     def name(self) -> str:
-        """The name of the study: of the model, the sparsity in percent, and each wish."""
+        """The name of the study: of the model, the sparsity or its interval in percent, and each wish."""
         model = self.source.removeprefix("pypi:").partition("==")[0]
         path = Path(model)
         stem = path.stem if path.suffix == ".gguf" else path.absolute().name
         text = self.texts and Path(self.texts).stem
-        parts = [stem, f"{100 * self.sparsity:g}", self.preset, *self.pruners, *self.allocations, text]
+        limit = [_limit_in_name(key, value) for key, value in (self.limit or {}).items()]
+        parts = [stem, in_percent(self.sparsity), *limit, self.preset, *self.pruners, *self.allocations, text]
         return re.sub(r"[^a-z0-9._]+", "-", "-".join(part for part in parts if part).lower()).strip("-.")
 
     def check_same(self, study: Study, path: Path) -> None:
@@ -72,6 +82,7 @@ class StudyRequest:
         for key, stored, asked in (
             ("model.source", study.model.source, self.model_source),
             ("sparsity", study.sparsity, self.sparsity),
+            ("limit", study.limit and study.limit.given, self.limit and dict(self.limit)),
             ("prune.pruners", study.prune.pruners, self.pruners or study.prune.pruners),
             ("allocation.names", study.allocation.names, self.allocations or study.allocation.names),
             ("texts.validation.source", texts, texts and self._text_source()),
@@ -104,18 +115,24 @@ class StudyRequest:
         folder = resolve(model, Path(), notify)
         preset = self.preset or ("balanced" if find_device(device or "auto").type == "cuda" else "quick")
         settings = {
-            "description": f"{name}: {self.source} at {self.sparsity:.0%}",
+            "description": f"{name}: {self.source} at {percent(self.sparsity)}",
             "sparsity": self.sparsity,
+            "limit": self.limit and dict(self.limit),
             "model": model.model_dump(exclude_unset=True),
             "prune": {"pruners": list(self.pruners or ("wanda",))},
             "allocation": {"names": list(self.allocations or ("atp",))},
-            "texts": self._texts(PRESETS[preset], folder, notify),
-            "search": {"trials": PRESETS[preset].trials, "sampler": "gp"},
+            "texts": (texts := self._texts(PRESETS[preset], folder, notify)),
+            "search": self._search(PRESETS[preset], texts),
         }
         try:
             return Study.model_validate(settings)
         except ValidationError as error:
             raise UserError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+
+    def _search(self, preset: Preset, texts: Mapping[str, Any]) -> dict[str, Any]:
+        if not isinstance(self.sparsity, tuple):
+            return {"trials": preset.trials, "sampler": "gp"}
+        return search_over_interval(preset, texts["validation"].get("nsamples"), self.limit)
 
     def _texts(self, preset: Preset, folder: "ModelFolder", notify: "Notify") -> dict[str, Any]:
         from atp_tune.inputs.hub import is_hub_in_reach
@@ -142,5 +159,14 @@ class StudyRequest:
         return Path(str(self.texts)).expanduser().absolute()
 
 
+def _limit_in_name(key: str, value: float) -> str:
+    """A limit in the name of a study: max-increase-5, in percent, or max-kl-0.1."""
+    return f"{key.replace('_', '-')}-{100 * value if key == 'max_increase' else value:g}"
+
+
 def _shown(value: Any) -> str:
-    return ", ".join(value) if isinstance(value, tuple) else str(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key} = {one}" for key, one in value.items())
+    if isinstance(value, tuple):
+        return ("..".join if isinstance(value[0], float) else ", ".join)(map(str, value))
+    return "none" if value is None else str(value)

@@ -71,7 +71,9 @@ def test_a_run_can_be_watched_and_is_not_done_twice(place: Path, command: Comman
     output, imported = spied("--study", study, *settings(*LONG, "search.trials=9"))
     assert imported == {"optuna"}
     assert (place / "tiny.db").read_bytes() == before
-    assert output.splitlines()[0] == "tiny: 60% sparsity"
+    assert output.splitlines()[:2] == [
+        "complete: 9 of 9 trials; nothing to do (--trials N adds more)", "tiny: 60% sparsity",
+    ]  # fmt: skip
     assert re.search(r"\nbest: trial \d, wanda \+ ", output)
 
 
@@ -413,6 +415,18 @@ def test_prune_with_a_study(done: Path, command: CommandLine, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+def test_prune_with_a_study_over_an_interval(place: Path, command: CommandLine) -> None:
+    """One sparsity leaves the limit out, which needs an interval."""
+    toml = (place / "tiny.toml").read_text().replace("sparsity = 0.6", "sparsity = [0.3, 0.8]")
+    (place / "tiny.toml").write_text(f"{toml}\n[limit]\nmax_increase = 0.1\n")
+    words = ("prune", "--study", place / "tiny.toml", "--beta", "0.02")
+    assert "searches from 30% to 80%; give one" in command(*words).error
+    answer = command(*words, "--sparsity", "0.5")
+    assert (answer.code, answer.err) == (0, "")
+    assert "wanda atp β=0.02000, sparsity 0.5: perplexity " in answer.out
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -562,6 +576,8 @@ STUDY = ["--study", "tiny.toml"]
         (None, ["prune", *STUDY, "--allocation", "alp"], "allocation.names[0]: must be one of uniform, atp, "),
         (None, ["prune", *STUDY, "--pruner", "magic"], "must be one of magnitude, wanda, sparsegpt, dsnot, alps"),
         (None, ["prune", *STUDY, "--sparsity", "70"], "sparsity: must be less than 1, got 70"),
+        (None, ["prune", *STUDY, "--set", "sparsity=[0.3, 0.8]"],
+         "--sparsity: tiny.toml searches from 30% to 80%; give one, such as --sparsity 0.6"),
         (None, ["prune", *STUDY, "--out", "model"], "--out model: is there already"),
         (None, ["prune", *STUDY, "--model", "nosuch"], 'model.source: "nosuch" is no folder'),
         (None, ["prune", "--model", "nosuch"], 'model.source: "nosuch" is no folder'),

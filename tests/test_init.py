@@ -13,9 +13,10 @@ from processes import popen
 from tinystudy import HANGS, TUNE, Answer, CommandLine, hear
 
 from atp_tune.checkpoints import models
+from atp_tune.spec.study import ScreenConfig
 from atp_tune.spec.studyfile import load
 
-DEFAULTS = [""] * 10
+DEFAULTS = [""] * 11
 STUDY = "smollm2-135m"
 
 
@@ -51,30 +52,34 @@ WRONG = [  # which question, the answer, and what is said of it
     (0, "./nosuch", "./nosuch: no such file or folder"),
     (0, "~nosuchuser/x", 'model: "~nosuchuser/x": '),
     (0, "pypi:wheel", 'model.source: must pin a wheel as pypi:NAME==VERSION, got "pypi:wheel"'),
-    (1, "1.5", "sparsity: must be less than 1, got 1.5"),
-    (1, "much", "must be a number, got much"),
-    (1, "nan", "sparsity: must be "),
-    (2, "wandda", "did you mean wanda?"),
-    (2, ",", "prune.pruners: must hold at least 1 value"),
-    (2, "wanda,wanda", 'prune.pruners: holds "wanda" 2 times'),
-    (3, "apt", "did you mean atp?"),
-    (4, "c4", "must be papers, file:PATH, hub:ORG/NAME or package:MODULE:ATTRIBUTE"),
-    (4, f"file:{__file__},file:{__file__}", "must be one text, or three"),
+    (1, "1.5", "must be between 0 and 1, got 1.5"),
+    (1, "much", "must be a share of zeros, such as 0.6 or 60%, or an interval, such as 0.3..0.8, got much"),
+    (1, "nan", "must be between 0 and 1, got nan"),
+    (1, "0.8..0.3", "0.8..0.3 must run from the lower sparsity to the higher"),
+    (2, "accuracy 5", "must be an increase of perplexity, such as 5%, or: perplexity 20, or: kl 0.1"),
+    (2, "much", "must be a number, such as 5% or 0.05, got much"),
+    (2, "perplexity 0.5", "must be a finite number greater than 1, got 0.5"),
+    (3, "wandda", "did you mean wanda?"),
+    (3, ",", "prune.pruners: must hold at least 1 value"),
+    (3, "wanda,wanda", 'prune.pruners: holds "wanda" 2 times'),
+    (4, "apt", "did you mean atp?"),
+    (5, "c4", "must be papers, file:PATH, hub:ORG/NAME or package:MODULE:ATTRIBUTE"),
+    (5, f"file:{__file__},file:{__file__}", "must be one text, or three"),
     (
-        4,
+        5,
         f"file:{__file__}," * 2 + f"file:{__file__}",
         "texts.validation: reads the same documents as texts.calibration",
     ),
-    (4, "package:x/y.txt", "is one document, which cannot be shared out; give three"),
-    (4, "file:nosuch.txt", "nosuch.txt: no such file"),
-    (5, "0", "texts.calibration.nsamples: must be at least 1, got 0"),
-    (5, "8.5", "must be a whole number, got 8.5"),
-    (6, "1", "texts.calibration.seqlen: must be at least 2, got 1"),
-    (7, "loss", "must be one of perplexity, kl"),
-    (8, "0", "search.trials: must be at least 1, got 0"),
-    (9, "a/b", "must be a name of letters, digits, dots, - and _, without .toml"),
-    (9, "smol", "there is a study smol already"),
-    (9, "x\udcff", "is not UTF-8 text"),
+    (5, "package:x/y.txt", "is one document, which cannot be shared out; give three"),
+    (5, "file:nosuch.txt", "nosuch.txt: no such file"),
+    (6, "0", "texts.calibration.nsamples: must be at least 1, got 0"),
+    (6, "8.5", "must be a whole number, got 8.5"),
+    (7, "1", "texts.calibration.seqlen: must be at least 2, got 1"),
+    (8, "loss", "must be one of perplexity, kl"),
+    (9, "0", "search.trials: must be at least 1, got 0"),
+    (10, "a/b", "must be a name of letters, digits, dots, - and _, without .toml"),
+    (10, "smol", "there is a study smol already"),
+    (10, "x\udcff", "is not UTF-8 text"),
 ]
 
 
@@ -89,6 +94,40 @@ def test_a_wrong_answer_is_asked_again(question: int, wrong: str, said: str, ini
     assert explained[1].startswith("  ") and said in explained[1]
     assert asked[question].splitlines()[-1] == explained[2]
     assert load(STUDY).study.sparsity == 0.6
+
+
+def test_an_interval(init) -> None:  # type: ignore[no-untyped-def]
+    """Its last question is how many sparsities are measured in full."""
+    answer = init("", "30%..80%", *[""] * 7, "5", "")
+    assert (answer.code, answer.err) == (0, "")
+    study = load(STUDY).study
+    assert (study.sparsity, study.limit, study.search.trials, study.search.sampler) == ((0.3, 0.8), None, None, "tpe")
+    assert study.search.screen == ScreenConfig(trials=24, confirm=5, stride=4)
+    assert "trials of the search" not in answer.out
+
+
+@pytest.mark.parametrize(
+    ("typed", "limit", "objective"),
+    [
+        ("5%", {"max_increase": 0.05}, "perplexity"),
+        ("perplexity 20", {"max_perplexity": 20}, "perplexity"),
+        ("kl 0.1", {"max_kl": 0.1}, "kl"),
+    ],
+)
+def test_a_limit(typed: str, limit: dict[str, float], objective: str, init) -> None:  # type: ignore[no-untyped-def]
+    """The objective is the limit's, and is not asked for; one sparsity becomes the whole interval."""
+    answer = init("", "", typed, *[""] * 7)
+    assert (answer.code, answer.err) == (0, "")
+    study = load(STUDY).study
+    assert study.limit is not None and study.limit.given == limit
+    assert (study.sparsity, study.search.trials, study.search.objective) == ((0.1, 0.9), 12, (objective,))
+    assert "objective – " not in answer.out
+
+
+def test_an_objective_that_an_interval_does_not_have(init) -> None:  # type: ignore[no-untyped-def]
+    answer = init("", "0.3..0.8", *[""] * 6, "perplexity,kl", "", "", "")
+    assert answer.code == 0
+    assert "search.screen: compares by one value; leave it out, or give search.objective one name" in answer.out
 
 
 def test_a_wheel_has_a_hash(init) -> None:  # type: ignore[no-untyped-def]
@@ -108,7 +147,7 @@ def test_a_wheel_is_asked_for_its_hash(init, monkeypatch: pytest.MonkeyPatch) ->
     [("hub:org/name", {"split": "validation"}), ("package:pydoc_data.topics:topics", {"part": (0.3, 0.65)})],
 )
 def test_one_text_is_shared_out(text: str, validation: dict[str, object], init) -> None:  # type: ignore[no-untyped-def]
-    assert init(*DEFAULTS[:4], text, *DEFAULTS[5:]).code == 0
+    assert init(*DEFAULTS[:5], text, *DEFAULTS[6:]).code == 0
     found = load(STUDY).study.texts
     assert found.validation.model_dump(exclude_defaults=True) == {
         "source": text, "nsamples": 16, "seqlen": 256, **validation,
@@ -135,9 +174,9 @@ def test_another_place(init, folder: Path) -> None:  # type: ignore[no-untyped-d
     assert init(options=("--out", "x.txt")).error.startswith("Invalid value for --out: must end in .toml")
 
 
-@pytest.mark.parametrize("answered", [0, 1, 9])
+@pytest.mark.parametrize("answered", [0, 1, 10])
 def test_answers_that_end(answered: int, init, folder: Path) -> None:  # type: ignore[no-untyped-def]
-    what = ("model", "sparsity", *(None,) * 7, "name")[answered]
+    what = ("model", "sparsity", *(None,) * 8, "name")[answered]
     answer = init(*DEFAULTS[:answered])
     assert answer.error.startswith(
         f"init: there is no answer for {what}, and nothing was written; run it in a terminal"

@@ -5,15 +5,18 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tinystudy import Answer, CommandLine, stored
+from tinystudy import Answer, CommandLine, script, stored
 
 from atp_tune.checkpoints.models import resolve
 from atp_tune.cli.model_group import MODEL
 from atp_tune.errors import UserError
 from atp_tune.inputs.documents import documents
-from atp_tune.presets import HUB_TEXTS, PRESETS, texts_from_hub, texts_from_one
+from atp_tune.presets import HUB_TEXTS, PRESETS, search_over_interval, texts_from_hub, texts_from_one
+from atp_tune.spec.config import read_config
 from atp_tune.spec.study import ModelConfig, Study, Text
 from atp_tune.spec.studyfile import load
+from atp_tune.spec.typed import goal, parse_limit, parse_sparsity
+from atp_tune.storage.progress import best_trial, counted, excess_of
 from atp_tune.study_request import StudyRequest
 
 QUICK = ("--preset", "quick", "--trials", "2", "--set", "texts.calibration.draws=1")
@@ -93,6 +96,31 @@ def error(answer: Answer, folder: Path) -> str:
         (("Tiny_Llama", "--sparsity", "1.5"), "--sparsity: must be between 0 and 1, got 1.5; 1.5 % is 0.015"),
         (("Tiny_Llama", "--sparsity", "60"), "--sparsity: must be between 0 and 1, got 60; 60 % is 0.6"),
         (("Tiny_Llama", "--sparsity", "nan"), "--sparsity: must be between 0 and 1, got nan"),
+        (("Tiny_Llama", "--sparsity", "150%"), "--sparsity: must be between 0 and 1, got 150%"),
+        (("Tiny_Llama", "--sparsity", "abc"), "--sparsity: must be a share of zeros, such as 0.6 or 60%, or an inter"),
+        (("Tiny_Llama", "--sparsity", "0.3-0.8"), "or an interval, such as 0.3..0.8, got 0.3-0.8"),
+        (("Tiny_Llama", "--sparsity", "0.3.."), "or an interval, such as 0.3..0.8, got 0.3.."),
+        (("Tiny_Llama", "--sparsity", "0.3....8"), "or an interval, such as 0.3..0.8, got 0.3....8"),
+        (("Tiny_Llama", "--sparsity", "0.3..1"), "--sparsity: must be between 0 and 1, got 1"),
+        (("Tiny_Llama", "--sparsity", "30..80"), "--sparsity: must be between 0 and 1, got 30; 30 % is 0.3"),
+        (("Tiny_Llama", "--sparsity", "0.8..0.3"), "--sparsity: 0.8..0.3 must run from the lower sparsity to the high"),
+        (("Tiny_Llama", "--sparsity", "50%..0.5"), "--sparsity: 50%..0.5 must run from the lower sparsity to the hi"),
+        (("Tiny_Llama", "--sparsity", "0.3..0.801"), "--sparsity: the ends of 0.3..0.801 must be multiples of 0.005"),
+        (("Tiny_Llama", "--max-increase", "much"), "--max-increase: must be a number, such as 5% or 0.05, got much"),
+        (("Tiny_Llama", "--max-increase", "0%"), "--max-increase: must be a finite number greater than 0, got 0%"),
+        (("Tiny_Llama", "--max-increase", "nan"), "--max-increase: must be a finite number greater than 0, got nan"),
+        (("Tiny_Llama", "--max-increase", "5"), "--max-increase: 5 is 500%; write 5% or 0.05, or 500%"),
+        (("Tiny_Llama", "--max-perplexity", "1"), "--max-perplexity: must be a finite number greater than 1, got 1"),
+        (("Tiny_Llama", "--max-perplexity", "5%"), "--max-perplexity: must be a number, got 5%"),
+        (("Tiny_Llama", "--max-kl", "inf"), "--max-kl: must be a finite number greater than 0, got inf"),
+        (("Tiny_Llama", "--max-kl=-1",), "--max-kl: must be a finite number greater than 0, got -1"),
+        (("Tiny_Llama", "--max-kl", "1", "--max-increase", "5%"), "--max-kl: there is one limit, and --max-increase"),
+        (("Tiny_Llama", "--max-kl", "1", "--sparsity", "60%"),
+         "--sparsity: 60% is one sparsity, and --max-kl finds the highest; leave --sparsity out, or give an interval"),
+        (("Tiny_Llama", "--sparsity", "0.3..0.8", "--texts", "own.txt", "--preset", "quick",
+          "--set", "search.screen.stride=16"), "search.screen.stride: leaves one of 16 windows; must be less than"),
+        (("Tiny_Llama", "--max-kl", "1", "--texts", "own.txt", "--preset", "quick",
+          "--set", "search.objective=perplexity"), 'limit: max_kl goes with search.objective = "kl"'),
         (("Tiny_Llama", "--pruner", "wand"), "did you mean wanda?"),
         (("Tiny_Llama", "--allocation", "atps"), "did you mean atp?"),
         (("Tiny_Llama", "--texts", "wikitext"), "nor a file; did you mean wikitext2?"),
@@ -106,7 +134,7 @@ def error(answer: Answer, folder: Path) -> str:
         (("--sparsity", "0.5"), "Missing argument 'MODEL'"),
         (("Tiny_Llama", "--preset", "quik"), "'quick', 'balanced', 'thorough'"),
     ],
-)
+)  # fmt: skip
 def test_wrong_uses(
     words: tuple[str, ...], reason: str, here: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,9 +152,124 @@ def test_another_study_of_the_same_name(here: Path, command: CommandLine) -> Non
         (StudyRequest("Tiny_Llama", 0.5, pruners=("alps",)), "prune.pruners is wanda there, and alps"),
         (StudyRequest("Tiny_Llama", 0.5, texts="c4"), "texts.validation.source is file:"),
         (StudyRequest("other/Tiny_Llama", 0.5), "model.source is /"),
+        (StudyRequest("Tiny_Llama", (0.3, 0.8)), "sparsity is 0.5 there, and 0.3..0.8 is asked for"),
     ):
         with pytest.raises(UserError, match=key):
             other.check_same(study, Path("a.toml"))
+
+
+def test_another_interval_or_limit_of_the_same_name(here: Path) -> None:
+    request = StudyRequest("Tiny_Llama", (0.3, 0.8), "quick", texts="own.txt", limit={"max_kl": 0.1})
+    study = request.study("a", "cpu", {}, lambda _: None)
+    request.check_same(study, Path("a.toml"))
+    for other, key in (
+        (StudyRequest("Tiny_Llama", (0.3, 0.7), limit={"max_kl": 0.1}), "sparsity is 0.3..0.8 there, and 0.3..0.7 is"),
+        (
+            StudyRequest("Tiny_Llama", (0.3, 0.8), limit={"max_kl": 0.2}),
+            "limit is max_kl = 0.1 there, and max_kl = 0.2",
+        ),
+        (StudyRequest("Tiny_Llama", (0.3, 0.8)), "limit is max_kl = 0.1 there, and none is asked for"),
+    ):
+        with pytest.raises(UserError, match=key):
+            other.check_same(study, Path("a.toml"))
+
+
+@pytest.mark.parametrize(
+    ("preset", "limit", "expected"),
+    [
+        ("quick", None, ("perplexity", 24, 8, None)),
+        ("balanced", {"max_perplexity": 20}, ("perplexity", 36, 8, 12)),
+        ("thorough", {"max_kl": 0.1}, ("kl", 48, 10, 12)),
+    ],
+)
+def test_the_search_over_an_interval(
+    preset: str, limit: dict[str, float] | None, expected: tuple[object, ...], here: Path
+) -> None:
+    request = StudyRequest("Tiny_Llama", (0.1, 0.9), preset, texts="own.txt", limit=limit)
+    study = request.study("a", "cpu", {}, lambda _: None)
+    search, screen = study.search, study.search.screen
+    assert screen is not None
+    assert (*search.objective, screen.trials, screen.confirm, search.trials) == expected
+    assert (search.sampler, screen.stride, study.sparsity) == ("tpe", 4, (0.1, 0.9))
+    assert (study.limit.given if study.limit else None) == limit
+    assert study.texts.calibration.draws == 3
+
+
+@pytest.mark.parametrize(("windows", "stride"), [(None, 4), (16, 4), (8, 4), (7, 3), (3, 1), (2, 1)])
+def test_a_short_text_is_screened_on_two_windows_at_least(windows: int | None, stride: int) -> None:
+    found = search_over_interval(PRESETS["quick"], windows, None)
+    assert found["screen"]["stride"] == stride
+    assert windows is None or len(range(0, windows, stride)) >= 2
+    with pytest.raises(UserError, match="validation: has one window, and an interval of sparsities needs two"):
+        search_over_interval(PRESETS["quick"], 1, None)
+
+
+@pytest.mark.slow
+def test_a_front_is_searched_and_resumed(here: Path, command: CommandLine) -> None:
+    words = ("Tiny_Llama", "--sparsity", "30%..80%", "--texts", "own.txt", "--preset", "quick", "--set",
+             "search.screen={trials=6, confirm=3, stride=4}", "--set", "texts.calibration.draws=1")  # fmt: skip
+    foretold = command(*words, "--dry-run")
+    assert (foretold.code, foretold.err) == (0, "")
+    assert "6 trials after 6 trials of screening" in foretold.out
+    assert "sparsity = [0.3, 0.8]" in foretold.out and "\ntrials = 12" not in foretold.out
+    assert not (here / "studies").exists()
+    stopped = script(*words, "--timeout", "0", cwd=here)
+    assert stopped.code == 0, stopped.err
+    name = "tiny_llama-30..80-quick-own"
+    assert f"study: studies/{name}.toml" in stopped.out
+    answer = command(*words)
+    assert (answer.code, answer.err) == (0, "")
+    assert "[6/6]" in answer.out and "nothing to do" not in answer.out
+    study = stored(here, name, here / "studies" / f"{name}.db")
+    assert {trial.params["sparsity"] for trial in study.trials} >= {0.3, 0.55, 0.8}
+    again = command(*words)
+    assert again.out.splitlines()[0] == "complete: 6 of 6 trials; nothing to do (--trials N adds more)"
+    more = command(*words, "--trials", "7")
+    assert "[7/7]" in more.out
+    assert command("status", "--study", name).code == 0
+    other = command("Tiny_Llama", "--sparsity", "0.4..0.8", "--texts", "own.txt", "--name", name)
+    assert "sparsity is 0.3..0.8 there, and 0.4..0.8 is asked for" in other.error
+
+
+LIMITED = ("--texts", "own.txt", "--preset", "quick", "--set", "search.screen={trials=8, confirm=3, stride=4}", "--set",
+           "texts.calibration.draws=1")  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_sparsest_plan_within_a_limit(here: Path, command: CommandLine) -> None:
+    words = ("Tiny_Llama", "--max-increase", "5%", *LIMITED)
+    assert "at most 12 trials after 8 trials of screening" in command(*words, "--dry-run").out
+    answer = command(*words)
+    assert (answer.code, answer.err) == (0, "")
+    name = "tiny_llama-10..90-max-increase-5-quick-own"
+    study = stored(here, name, here / "studies" / f"{name}.db")
+    best = best_trial(study)
+    assert best is not None and excess_of(study, best) <= 0
+    assert study.user_attrs["limit"] == {"max_increase": 0.05}
+    beyond = [trial for trial in study.trials if trial.params["sparsity"] > best.params["sparsity"]]
+    assert all(excess_of(study, trial) > 0 for trial in beyond)
+    found = read_config(here / "studies" / f"{name}.best.json")
+    assert found.trial == best.number and found.perplexity.test is not None
+    again = command(*words)
+    done = counted(study)
+    assert again.out.splitlines()[0].startswith(f"complete: {done} of {done} trials; nothing to do")
+    assert ("terminated_early" in study.user_attrs) == ("adds more" not in again.out)
+
+
+@pytest.mark.slow
+def test_a_limit_that_nothing_meets(here: Path, command: CommandLine) -> None:
+    """The nearest trial is the best; the study can be resumed and looked at."""
+    words = ("Tiny_Llama", "--max-perplexity", "1.5", *LIMITED)
+    answer = command(*words)
+    assert (answer.code, answer.err) == (0, "")
+    name = "tiny_llama-10..90-max-perplexity-1.5-quick-own"
+    study = stored(here, name, here / "studies" / f"{name}.db")
+    best, excesses = best_trial(study), [excess_of(study, trial) for trial in study.trials]
+    assert best is not None and excess_of(study, best) == min(excesses) > 0
+    assert f"best: trial {best.number}," in answer.out
+    assert read_config(here / "studies" / f"{name}.best.json").trial == best.number
+    assert "nothing to do" in command(*words).out
+    assert command("status", "--study", name).code == 0
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -171,6 +314,34 @@ def test_names(source: str, name: str) -> None:
 def test_a_name_says_what_was_asked_for() -> None:
     request = StudyRequest("org/Model", 0.55, "quick", ("wanda", "alps"), ("atp",), "c4")
     assert request.name == "model-55-quick-wanda-alps-atp-c4"
+    assert StudyRequest("org/Model", (0.3, 0.805)).name == "model-30..80.5"
+    for limit, said in (({"max_increase": 0.07}, "increase-7"), ({"max_kl": 0.1}, "kl-0.1")):
+        assert StudyRequest("org/Model", (0.1, 0.9), limit=limit).name == f"model-10..90-max-{said}"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0.6", 0.6),
+        ("60%", 0.6),
+        ("7%", 0.07),
+        ("0.3..0.8", (0.3, 0.8)),
+        ("30%..80%", (0.3, 0.8)),
+        (" 7 % .. .5", (0.07, 0.5)),
+    ],
+)
+def test_sparsities_as_people_type_them(text: str, expected: float | tuple[float, float]) -> None:
+    assert parse_sparsity(text) == expected
+
+
+def test_limits_as_people_type_them() -> None:
+    for key, text, value in (
+        ("max_increase", "5%", 0.05), ("max_increase", "0.05", 0.05), ("max_increase", "150%", 1.5),
+        ("max_perplexity", "20", 20.0), ("max_kl", "1e-1", 0.1),
+    ):  # fmt: skip
+        assert parse_limit(key, text) == value
+        assert goal(None, {key: value}, 0.6) == (0.1, 0.9)
+    assert goal(None, None, 0.6) == 0.6
 
 
 def test_options_may_come_first(here: Path, command: CommandLine) -> None:
@@ -184,7 +355,9 @@ def test_help_of_a_model(command: CommandLine) -> None:
     for words in ((MODEL, "--help"), ("org/model", "--help")):
         answer = command(*words)
         assert "tune.py MODEL [OPTIONS]" in answer.out
-        assert "--sparsity" in answer.out
+        for option in ("--sparsity", "--max-increase", "--max-perplexity", "--max-kl"):
+            assert option in answer.out
+        assert "--max-increase 5%" in answer.out and "--sparsity 30%..80%" in answer.out
 
 
 def test_paragraphs_are_the_documents_of_one_file(tmp_path: Path) -> None:

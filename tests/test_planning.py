@@ -9,9 +9,10 @@ from tinystudy import TOKENS, WIDTH, CommandLine, run, settings, stored, study_f
 from atp_tune.cost import memory, planning, probe
 from atp_tune.cost.planning import foresee
 from atp_tune.events import ignore_events
+from atp_tune.results.trials import is_uniform
 from atp_tune.search import trial_loop
 from atp_tune.storage import opening
-from atp_tune.storage.progress import counted
+from atp_tune.storage.progress import counted, front_of
 
 
 def test_a_study_is_foretold(place: Path) -> None:
@@ -120,6 +121,48 @@ def test_a_screening_is_foretold(place: Path, command: CommandLine) -> None:
     run(place, *words, timeout=0)
     run(place, *words)
     assert foresee(study_file(place, *words), "tiny", ignore_events).whole.seconds_left == 0
+
+
+OVER = ("sparsity=[0.3, 0.8]", "search.sampler=tpe", "search.screen={trials=6, confirm=3, stride=3}",
+        "texts.calibration.nsamples=4", "texts.calibration.draws=3")  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("more", "trials", "most"),
+    [
+        ([], 6, 6),  # all trials may be on the front, or be uniform beside it
+        (["limit.max_increase=0.05", "search.trials=9"], 9, 2),
+        (["limit.max_kl=0.05", "search.trials=9", "search.objective=kl"], 9, 2),
+    ],
+)
+def test_a_study_over_an_interval_is_foretold(place: Path, more: list[str], trials: int, most: int) -> None:
+    """It measures at most so many trials on the test text, and with other draws the best and its uniform."""
+    toml = (place / "tiny.toml").read_text().replace("trials = 3\n", "")
+    (place / "tiny.toml").write_text(toml)
+    found = foresee(study_file(place, *OVER, *more), "tiny", ignore_events)
+    assert (found.whole.trials, found.whole.screened) == (trials, 6)
+    assert found.whole.early_termination == bool(more)
+    screened, calibration, text = (6 + 1) * 6 * TOKENS + 2 * 128, 2 * 128, 512
+    tested, drawn = text + most * (calibration + text), 2 * 2 * (calibration + text)
+    assert found.whole.tokens == trials * (calibration + text) + text + 128 + tested + drawn + screened
+    study = run(place, *OVER, *more)
+    assert counted(study) <= trials
+    measured = set(study.user_attrs["test_nlls"]) - {"dense"}
+    assert 1 <= len(measured) <= most
+    assert 1 <= len(study.user_attrs["draws"]) <= 2
+    if not more:
+        assert all(str(trial.number) in measured for trial in front_of(study) if not is_uniform(trial))
+    left = foresee(study_file(place, *OVER, *more), "tiny", ignore_events).whole
+    assert (left.seconds_left, left.trials) == (0, counted(study))
+
+
+def test_the_trials_of_an_interval_are_known_without_the_model(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toml = (place / "tiny.toml").read_text().replace("trials = 3\n", "")
+    (place / "tiny.toml").write_text(toml)
+    monkeypatch.setattr(planning, "problems", lambda *_: ("too large",))
+    found = foresee(study_file(place, *OVER), "tiny", ignore_events)
+    assert (found.whole.trials, found.whole.seconds) == (6, None)
 
 
 @pytest.mark.slow

@@ -104,6 +104,12 @@ REPLACED = [  # what stands in GOOD, what stands there instead, the message
     ("sparsity = 0.6", "sparsity = 0", "sparsity: must be greater than 0, got 0"),
     ("sparsity = 0.6", 'sparsity = "much"', 'sparsity: must be a number, got "much"'),
     ("sparsity = 0.6", "sparsity = {a = 1}", "sparsity: must be a number, got a table"),
+    ("sparsity = 0.6", "sparsity = [0.3, 1.2]", "sparsity[1]: must be less than 1, got 1.2"),
+    (
+        "sparsity = 0.6",
+        "sparsity = [0.8, 0.3]",
+        "sparsity: the interval [0.8, 0.3] must run from the lower to the higher",
+    ),
     ("sparsity = 0.6", "", "sparsity: is needed"),
     ("sparsity = 0.6", "sparsty = 0.6", "sparsty: unknown key; did you mean sparsity? (and 1 more mistake)"),
     (
@@ -114,7 +120,7 @@ REPLACED = [  # what stands in GOOD, what stands there instead, the message
     (
         "sparsity = 0.6",
         'sparsity = 2\n"a\\nb" = 5',
-        r'"a\nb": unknown key; known here are description, protocol, sparsity, model, prune, allocation, '
+        r'"a\nb": unknown key; known here are description, protocol, sparsity, limit, model, prune, allocation, '
         "texts, search, continuations, storage, device (and 1 more mistake)",
     ),
     ("pruners =", "pruner =", "prune.pruner: unknown key; did you mean prune.pruners?"),

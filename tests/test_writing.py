@@ -29,7 +29,7 @@ EXPECTED = """\
 #
 # of two lines\\nin one
 
-sparsity = 0.6                              # target S, the share of zeros over all linears of all blocks
+sparsity = 0.6                              # target S, the share of zeros over all linears; [low, high] is searched
 
 # The dense checkpoint: its source, number format and place in memory
 [model]

@@ -17,11 +17,13 @@ from rich.text import TextType
 from atp_tune.cli.terminal import console
 from atp_tune.errors import UserError, is_text, printable
 from atp_tune.paths import written
-from atp_tune.presets import HUB_TEXTS, PARTS
+from atp_tune.plan import percent
+from atp_tune.presets import HUB_TEXTS, PARTS, PRESETS, search_over_interval
 from atp_tune.spec.facts import is_local
 from atp_tune.spec.finding import HERE, known
 from atp_tune.spec.mistakes import invalid
 from atp_tune.spec.study import Study
+from atp_tune.spec.typed import WHOLE, parse_limit, parse_sparsity
 
 Settings = dict[str, Any]
 _SIZES = {"calibration": {"nsamples": 128, "seqlen": 2048}, "validation": {"seqlen": 2048}, "test": {"seqlen": 2048}}
@@ -145,6 +147,35 @@ def _put_model(settings: Settings, text: str) -> None:
         settings["model"]["sha256"] = "0" * 64  # it is asked for next
 
 
+def _put_sparsity(settings: Settings, text: str) -> None:
+    found = parse_sparsity(text)
+    settings["sparsity"] = list(found) if isinstance(found, tuple) else found
+    if isinstance(found, tuple):
+        settings["search"] = search_over_interval(PRESETS["quick"], None, None)
+
+
+def _put_limit(settings: Settings, text: str) -> None:
+    if not text:
+        return
+    kind, _, value = text.rpartition(" ")
+    keys = {"": "max_increase", **{key.removeprefix("max_"): key for key in ("max_perplexity", "max_kl")}}
+    if kind.strip() not in keys:
+        raise ValueError("must be an increase of perplexity, such as 5%, or: perplexity 20, or: kl 0.1")
+    key = keys[kind.strip()]
+    settings["limit"] = {key: parse_limit(key, value)}
+    if not _is_interval(settings):
+        settings["sparsity"] = list(WHOLE)
+    settings["search"] = search_over_interval(PRESETS["quick"], None, settings["limit"])
+
+
+def _is_interval(settings: Settings) -> bool:
+    return isinstance(settings["sparsity"], list)
+
+
+def _is_front(settings: Settings) -> bool:
+    return _is_interval(settings) and "limit" not in settings
+
+
 def _put_sha256(settings: Settings, text: str) -> None:
     if not text:
         from atp_tune.checkpoints.models import pin_wheel
@@ -205,6 +236,10 @@ def _put(table: str, key: str, read: Callable[[str], Any]) -> Callable[[Settings
     return put
 
 
+def _put_points(settings: Settings, text: str) -> None:
+    settings["search"]["screen"]["confirm"] = _number(text, int)
+
+
 def _put_windows(settings: Settings, text: str) -> None:
     settings["texts"]["calibration"]["nsamples"] = _number(text, int)
 
@@ -222,9 +257,16 @@ QUESTIONS = (
     ),
     Question(
         "sparsity",
-        "share of zeros over all linears, between 0 and 1",
+        "share of zeros over all linears, such as 0.6 or 60%, or an interval to search in, such as 30%..80%",
         lambda now: str(now["sparsity"]),
-        lambda now, text: now.update(sparsity=_number(text, float)),
+        _put_sparsity,
+    ),
+    Question(
+        "limit",
+        "or how much worse may it get? 5% (more perplexity than the dense model), perplexity 20 or kl 0.1 finds the "
+        f"sparsest plan, in {percent(WHOLE)} if no interval is given; Enter: no limit",
+        lambda _: "",
+        _put_limit,
     ),
     Question("pruners", "one or several of magnitude, wanda, sparsegpt, dsnot, alps", lambda _: "wanda",
              _put("prune", "pruners", _names)),
@@ -235,7 +277,10 @@ QUESTIONS = (
     Question("calibration windows", "number of windows on which pruners measure",
              lambda now: str(now["texts"]["calibration"]["nsamples"]), _put_windows),
     Question("window length", "tokens per window", lambda now: str(now["texts"]["test"]["seqlen"]), _put_length),
-    Question("objective", "perplexity, kl, or both", lambda _: "perplexity", _put("search", "objective", _names)),
+    Question("objective", "perplexity, kl, or both", lambda _: "perplexity", _put("search", "objective", _names),
+             lambda now: "limit" not in now),
     Question("trials", "number of trials of the search", lambda now: str(now["search"]["trials"]),
-             _put("search", "trials", lambda text: _number(text, int))),
+             _put("search", "trials", lambda text: _number(text, int)), lambda now: not _is_front(now)),
+    Question("points", "number of sparsities in the interval to measure in full, each beside uniform",
+             lambda now: str(now["search"]["screen"]["confirm"]), _put_points, _is_front),
 )  # fmt: skip

@@ -141,12 +141,29 @@ def _run(
 
 def _driven(run: "StudyRun", pool: "WorkerPool | None", display: "Display") -> "optuna.Study | None":
     from atp_tune.cli.worker_pool import WorkerJob
-    from atp_tune.search.runner import finished_study, load_existing, tune
+    from atp_tune.search.runner import drive, finished_study, load_existing
 
-    if pool is None:
-        return tune(run)
     study = finished_study(run)
-    if study is None:
-        pool(WorkerJob(run.file, run.name, None if run.timeout is None else time() + run.timeout, run.mix), display)
-        study = finished_study(run) or load_existing(run)
-    return study
+    if study is not None:
+        run.note(_nothing_to_do(study, run.file))
+        return study
+    if pool is None:
+        return drive(run)
+    pool(WorkerJob(run.file, run.name, None if run.timeout is None else time() + run.timeout, run.mix), display)
+    return finished_study(run) or load_existing(run)
+
+
+def _nothing_to_do(study: "optuna.Study", file: "StudyFile") -> str:
+    """What is said of a study that was complete before the command, with a way to go on if there is one."""
+    from atp_tune.allocations import Budget
+    from atp_tune.search.samplers import total_trials
+    from atp_tune.search.space import make_space
+    from atp_tune.storage import progress
+
+    done = progress.counted(study)
+    said = f"complete: {done} of {study.user_attrs.get('total', done)} trials; nothing to do"
+    has_found = file.study.limit is not None and "terminated_early" in study.user_attrs
+    search = file.study.search.model_copy(update={"trials": done + 1})
+    space = make_space(file.study, Budget(file.study.highest, tuple(study.user_attrs["sizes"])))
+    is_open = not has_found and total_trials(search, space) > done
+    return f"{said} (--trials N adds more)" if is_open else said

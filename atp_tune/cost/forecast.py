@@ -115,8 +115,8 @@ class TrialCost(FrozenModel):
 class StudyCost(FrozenModel):
     """The whole study: total (null if unknown), done and screening trials, and tokens and seconds of everything.
 
-    That is trials, loading, dense model, screening, test text, and draws of the calibration text. Early termination can
-    only lower it.
+    That is trials, loading, dense model, screening, test text, and draws of the calibration text. Early termination,
+    which is also the end of a search for the sparsest plan within a limit, can only lower it.
     """
 
     trials: int | None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import optuna
 import psutil
 
+from atp_tune.allocations import Budget
 from atp_tune.checkpoints.headers import ModelSizes, read_sizes
 from atp_tune.checkpoints.offload import Free, Offload, choose
 from atp_tune.cost import forecast
@@ -202,16 +203,31 @@ def _whole(known: Known, context: "TrialContext | None", rates: ProbeRates | Non
     study, trials = known.study, known.study.search.trials
     if context is not None:
         trials = total_trials(study.search, make_space(study, context.budget(study.highest)))
+    elif study.interval is not None:  # the total depends on no size of the model
+        trials = total_trials(study.search, make_space(study, Budget(study.highest, known.sizes.blocks)))
     done, trials = (0, None) if trials is None else _progress(known.main, trials)
-    allocations = len(set(study.allocation.names) - {"uniform"})
-    plans = max(1, allocations + min(allocations, len(study.prune.pruners)))
-    rows = 0 if study.texts.test is None else plans
+    plans = _compared(study)
+    # Over an interval all trials may be on the front or be the uniform ones beside it; with a limit only the best is.
+    is_front = study.interval is not None and study.limit is None
+    rows = 0 if study.texts.test is None else (trials or 0) if is_front else plans
     once = known.kinds * known.tokens.calibration
     blocks = len(known.sizes.blocks)
     found = forecast.whole(rates, trials, done, known.costs, known.tokens, blocks, once, rows, _drawn(known, plans))
-    found = found.model_copy(update={"early_termination": study.search.early_termination})
+    ends_early = study.search.early_termination or study.limit is not None
+    found = found.model_copy(update={"early_termination": ends_early})
     screening = _screening(known)
     return forecast.screened(found, screening, rates, known.costs, blocks) if screening else found
+
+
+def _compared(study: Study) -> int:
+    """Number of plans that all draws of the calibration text prune: at most the best of each allocation and uniform.
+
+    Over an interval of sparsities, where allocations do not compare, the best and its uniform.
+    """
+    if study.interval is not None:
+        return 2
+    allocations = len(set(study.allocation.names) - {"uniform"})
+    return max(1, allocations + min(allocations, len(study.prune.pruners)))
 
 
 def _drawn(known: Known, plans: int) -> DrawsCost:

@@ -76,7 +76,12 @@ def tune(run: StudyRun) -> optuna.Study:
 
     A complete study is returned without loading torch or the model. UserError for bad input.
     """
-    return finished_study(run) or _drive(replace(run, watch=run.trace.heard_by(run.watch)))
+    return finished_study(run) or drive(run)
+
+
+def drive(run: StudyRun) -> optuna.Study:
+    """`tune` of a study that is not complete."""
+    return _drive(replace(run, watch=run.trace.heard_by(run.watch)))
 
 
 def finished_study(run: StudyRun) -> optuna.Study | None:

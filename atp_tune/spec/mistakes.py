@@ -21,6 +21,7 @@ PATTERNS = {
     "device": "must be auto, cpu, mps, cuda or cuda:N",
 }
 _NUMBER, _WHOLE, _TEXT = "must be a number", "must be a whole number", "must be a string in quotes"
+_OF_NUMBERS = ("greater_than", "less_than", "finite_number", "float_type", "float_parsing")
 _RULES = {  # error type of pydantic → message, with the fields of the error's context
     "missing": "is needed",
     "greater_than": "must be greater than {gt:g}",
@@ -98,6 +99,8 @@ def _worded(place: KeyPath, found: list[ErrorDetails]) -> tuple[KeyPath, str]:
         return place, f"{dotted(place)}: {text}"
     absent = first["type"] == "missing" and isinstance(place[-1], str)
     got = "" if absent else f", got {_shown(first['input'])}"
+    if first["type"] in _OF_NUMBERS:  # a number where a list may stand too: the number is what is wrong
+        found = [details for details in found if details["type"] != "tuple_type"]
     rules = [_rule(place, details) for details in found]
     either = " or ".join([rules[0], *(rule.removeprefix("must ") for rule in rules[1:])])
     names = [name for details in found for name in _literals(details)]

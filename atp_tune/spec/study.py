@@ -261,9 +261,11 @@ class Study(SettingsTable):
         "held-out", description="paper: β is chosen on the text it is tested on"
     )
     sparsity: Target | tuple[Target, Target] = Field(
-        description="target S, the share of zeros over all linears of all blocks; an interval [low, high] is searched"
+        description="target S, the share of zeros over all linears; [low, high] is searched"
     )
-    limit: LimitConfig | None = Field(None, description="the sparsest plan within this limit is the best")
+    limit: LimitConfig | None = Field(
+        None, description='the sparsest plan within this limit is the best; "none": no limit'
+    )
     model: ModelConfig
     prune: PruneConfig = PruneConfig()
     allocation: AllocationConfig = AllocationConfig()
@@ -272,6 +274,11 @@ class Study(SettingsTable):
     continuations: ContinuationsConfig = ContinuationsConfig()
     storage: str | None = Field(None, description="Optuna storage URL; default: NAME.db beside the study file")
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
+
+    @field_validator("limit", mode="before", json_schema_input_type=LimitConfig | Literal["none"] | None)
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return None if value == "none" else value
 
     @field_validator(
         "allocation", mode="before", json_schema_input_type=AllocationConfig | AllocationName | AllocationNames

