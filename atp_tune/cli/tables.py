@@ -31,7 +31,7 @@ from atp_tune.results.formatting import (
     points_row,
     remark_of,
 )
-from atp_tune.results.outcome import limit_of, outcome_of
+from atp_tune.results.outcome import draws_said, limit_of, outcome_of
 from atp_tune.results.status import Status
 from atp_tune.results.summary import Summary
 from atp_tune.results.trials import is_uniform, score_of
@@ -116,7 +116,7 @@ def _notes(summary: Summary) -> list[str]:
     """The legend of the table."""
     same = "same pruner and sparsity, same windows" if summary.interval else "same pruner, same windows"
     paired = f"against uniform: {same}, error of the difference"
-    notes = [f"±: {errors_of(summary)}; {paired}", draws_note(summary)]
+    notes = [f"±: {errors_of(summary)}; {paired}", "" if summary.interval else draws_note(summary)]
     if summary.limit:
         notes.append(f"limit: {limit_of(summary.limit)}, validation text, at the upper end of the standard error")
     return [note for note in notes if note]
@@ -133,10 +133,8 @@ def _show_best(summary: Summary, best: FrozenTrial) -> None:
         name, measure = f"{percent(best.params['sparsity'])} {method_of(best)}", "KL" if summary.by_kl else "perplexity"
         other = "`export` takes another with --sparsity 0.5, --max-increase 10% or --trial N"
         console.print(f"best: trial {best.number}, {name}, the lowest {measure}; {other}")
-    over = draws_of(summary, best)
-    if any(over):
-        against = f", {over[1]} against uniform" if over[1] else ""
-        console.print(f"its test perplexity over {drawn(summary)} draws: {over[0]}{against}")
+    if over := draws_said(summary):
+        console.print(over)
 
 
 def _ratios(found: Speed) -> str:

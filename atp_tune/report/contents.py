@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from atp_tune.figures.history import spent
 from atp_tune.metrics.perplexity import may_be_chance
 from atp_tune.results.formatting import beginning_of, drawn, draws_note, draws_of, errors_of, mixture_of
-from atp_tune.results.outcome import outcome_of
+from atp_tune.results.outcome import draws_said, outcome_of
 from atp_tune.results.summary import Summary, summarise
 from atp_tune.results.trials import is_uniform
 from atp_tune.spec.studyfile import settings
@@ -116,7 +116,7 @@ class Contents:
     @property
     def errors(self) -> str:
         """What ± means, and the numbers over draws, if there are any."""
-        draws = draws_note(self.summary)
+        draws = draws_said(self.summary) if self.summary.interval else draws_note(self.summary)
         return f"± is the {errors_of(self.summary)}" + (f"; {draws}" if draws else "") + "."
 
     @property

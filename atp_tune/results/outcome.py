@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from atp_tune.metrics.perplexity import may_be_chance
 from atp_tune.plan import percent
-from atp_tune.results.formatting import method_of
+from atp_tune.results.formatting import drawn, draws_of, method_of
 from atp_tune.results.front import Point, Versus
 from atp_tune.results.pairing import Role
 from atp_tune.results.summary import Summary
@@ -28,6 +28,15 @@ def outcome_of(summary: Summary) -> str:
     if best is None:
         return ""
     return _within(summary, best, summary.limit) if summary.limit else _front(summary)
+
+
+def draws_said(summary: Summary) -> str:
+    """The best plan over draws of the calibration text, over an interval of sparsities; "" without draws."""
+    value, against = draws_of(summary, summary.best_trial)
+    if not value or not summary.interval:
+        return ""
+    beside = f", {against} against uniform" if against else ""
+    return f"the best over {drawn(summary)} draws of the calibration text: {value}{beside} (mean ± standard deviation)"
 
 
 def _within(summary: Summary, best: Point, limit: Mapping[str, float]) -> str:

@@ -1,0 +1,106 @@
+"""Sparsities and limits as people type them: 0.6, 60%, 0.3..0.8, 30%..80%; 5% or 0.05 more perplexity."""
+
+import math
+from collections.abc import Mapping
+
+from atp_tune.errors import UserError
+from atp_tune.spec.study import STEP
+
+Interval = tuple[float, float]
+
+# Where only a limit is given: below 10 % hardly anything is saved, and well before 90 % pruning without training has
+# broken a language model, so that the limit decides and not the interval.
+WHOLE: Interval = (0.1, 0.9)
+AMONG = f"such as {WHOLE[0]:g}..{WHOLE[1]:g}"
+LOWEST = {"max_increase": 0.0, "max_perplexity": 1.0, "max_kl": 0.0}  # a limit must be greater
+
+
+def parse_sparsity(text: str) -> float | Interval:
+    """A sparsity, or an interval of sparsities with ends that are multiples of `STEP`; ValueError for anything else."""
+    if ".." not in text:
+        return _between(text, text)
+    first, _, last = text.partition("..")
+    low, high = _between(first, text), _between(last, text)
+    if not low < high:
+        raise ValueError(f"{text} must run from the lower sparsity to the higher")
+    if any(abs(end / STEP - round(end / STEP)) > 1e-6 for end in (low, high)):
+        raise ValueError(f"the ends of {text} must be multiples of {STEP}")
+    return low, high
+
+
+def parse_limit(key: str, text: str) -> float:
+    """The value of a key of `LimitConfig`; ValueError for anything else."""
+    is_share = key == "max_increase"
+    try:
+        value = share(text) if is_share else float(text)
+    except ValueError:
+        raise ValueError(f"must be a number{', such as 5% or 0.05' * is_share}, got {text}") from None
+    if not LOWEST[key] < value < math.inf:
+        raise ValueError(f"must be a finite number greater than {LOWEST[key]:g}, got {text}")
+    if is_share and value >= 1 and "%" not in text:
+        raise ValueError(f"{text} is {100 * value:g}%; write {value:g}% or {value / 100:g}, or {100 * value:g}%")
+    return value
+
+
+def share(text: str) -> float:
+    """A share, from a number or a number of percent; ValueError if it is neither."""
+    number = text.strip()
+    return round(float(number[:-1]) / 100, 12) if number.endswith("%") else float(number)
+
+
+def in_percent(sparsity: float | Interval) -> str:
+    """A sparsity or an interval as it stands in names of studies: 60, 30..80."""
+    return "..".join(f"{100 * end:g}" for end in (sparsity if isinstance(sparsity, tuple) else (sparsity,)))
+
+
+def only_limit(given: Mapping[str, str | None]) -> dict[str, float] | None:
+    """The limit that one of these options sets, by key of `LimitConfig`; None if none is given.
+
+    UserError for two of them, and for a wrong value.
+    """
+    texts = {key: text for key, text in given.items() if text is not None}
+    if len(texts) > 1:
+        first, second, *_ = map(option, texts)
+        raise UserError(f"{second}: there is one limit, and {first} is given too; leave one out")
+    for key, text in texts.items():
+        try:
+            return {key: parse_limit(key, text)}
+        except ValueError as error:
+            raise UserError(f"{option(key)}: {error}") from None
+    return None
+
+
+def goal(sparsity: str | None, limit: Mapping[str, float] | None, default: float) -> float | Interval:
+    """The sparsity, or the interval to search in, that `--sparsity` and a limit ask for; UserError for wrong ones."""
+    if sparsity is None:
+        return WHOLE if limit else default
+    try:
+        found = parse_sparsity(sparsity)
+    except ValueError as error:
+        raise UserError(f"--sparsity: {error}") from None
+    if limit and not isinstance(found, tuple):
+        name = option(next(iter(limit)))
+        raise UserError(
+            f"--sparsity: {sparsity} is one sparsity, and {name} finds the highest; leave --sparsity out, or give an "
+            f"interval {AMONG}"
+        )
+    return found
+
+
+def option(key: str) -> str:
+    """The option that sets a key of `LimitConfig`."""
+    return f"--{key.replace('_', '-')}"
+
+
+def _between(text: str, whole: str) -> float:
+    """A share between 0 and 1; `whole`: all that was typed."""
+    try:
+        value = share(text)
+    except ValueError:
+        raise ValueError(
+            f"must be a share of zeros, such as 0.6 or 60%, or an interval, such as 0.3..0.8, got {whole}"
+        ) from None
+    if not 0 < value < 1:
+        way = f"; {value:g} % is {value / 100:g}" if 1 < value < 100 and "%" not in text else ""
+        raise ValueError(f"must be between 0 and 1, got {text}{way}")
+    return value
