@@ -552,5 +552,5 @@ def test_a_real_front(place: Path, command: CommandLine) -> None:
     answer = command("export", "--study", place / "tiny.toml", "--sparsity", "0.8")
     config = read_config(Path(answer.out.strip()))
     assert config.sparsity.target == 0.8
-    assert abs(config.sparsity.realised - 0.8) < 0.01
+    assert abs(config.sparsity.realised - 0.8) < 0.03  # rows of 32 weights
     assert file.best_of("tiny").exists()
