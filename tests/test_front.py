@@ -1,199 +1,556 @@
-"""Studies over an interval of sparsities, run for real: a front, the sparsest plan within a limit, and a resume."""
+"""Studies over an interval of sparsities: their points, and what the screen, `export`, figures and reports say."""
 
+import json
+import math
+import os
+import pty
+import random
 import shutil
+from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
+import optuna
 import pytest
-from test_runner import reopen, states
-from test_zeroshot import make_tasks
-from tinystudy import run, study_file
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.trial import FrozenTrial, create_trial
+from synthetic import VERSIONS, storage_in
+from tinystudy import TUNE, CommandLine, quiet, run, study_file
 
+from atp_tune import figures, report
+from atp_tune.dashboard.notes import study_note, trial_note
 from atp_tune.errors import UserError
+from atp_tune.figures.history import draw_history
+from atp_tune.metrics.kl import relative
 from atp_tune.metrics.perplexity import change
-from atp_tune.results.summary import summarise
-from atp_tune.results.trials import is_uniform, parameters_of, uniform_of
+from atp_tune.report import html, latex, machine, markdown
+from atp_tune.report.contents import gather
+from atp_tune.results.best_config import best_config
+from atp_tune.results.front import nearest, points_of, sparsest_within
+from atp_tune.results.outcome import outcome_of
+from atp_tune.results.status import status_of
+from atp_tune.results.summary import summarise, unreported
 from atp_tune.spec.config import read_config
-from atp_tune.spec.study import STEP
-from atp_tune.storage.progress import best_trial, excess_of, front_of, sparsity_of
+from atp_tune.spec.studyfile import load, settings
+from atp_tune.storage import progress
 
-INTERVAL = "sparsity=[0.3,0.8]"
-SCREEN = ("search.sampler=tpe", "search.screen.trials=8", "search.screen.stride=3", "search.screen.confirm=3")
-SEARCH = """\
-sampler = "tpe"
-
-[search.screen]
-trials = 8
-stride = 3
-confirm = 3
-"""
-LIMIT = (INTERVAL, *SCREEN, "search.trials=12")
-
-
-def make_front(place: Path) -> None:
-    """Makes the study file one of a front, without `search.trials`."""
-    file = place / "tiny.toml"
-    text = file.read_text().replace("sparsity = 0.6\n", "sparsity = [0.3, 0.8]\n")
-    file.write_text(text.replace('trials = 3\nsampler = "random"\n', SEARCH))
+NOW = datetime(2026, 1, 2, 3, 4, 5)
+STUDIES = TUNE.parent / "studies"
+WINDOWS, BLOCKS = 16, 4
+DISTRIBUTIONS: dict[str, BaseDistribution] = {
+    "pruner": CategoricalDistribution(("wanda",)),
+    "allocation": CategoricalDistribution(("atp",)),
+    "sparsity": FloatDistribution(0.2, 0.7, step=0.005),
+    "beta": FloatDistribution(0.0, 1.0),
+}
+DENSE = 20.0
+LEVELS = {  # sparsity → perplexity of ATP, of uniform
+    0.2: (21.0, 20.5),
+    0.3: (21.5, 22.0),
+    0.5: (26.0, 30.0),
+    0.7: (60.0, 90.0),
+}
 
 
-@pytest.fixture(scope="module")
-def ran(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a finished front, to be read only."""
-    place = tmp_path_factory.mktemp("front") / "tiny"
-    shutil.copytree(tiny_place, place)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ATP_TUNE_CACHE", str(place.parent / "cache"))
-        make_front(place)
-        run(place)
-    return place
+@pytest.fixture(autouse=True)
+def without_warnings() -> Iterator[None]:
+    with quiet():
+        yield
 
 
-@pytest.mark.slow
-def test_each_point_of_a_front_has_uniform_beside_it(ran: Path) -> None:
-    study = reopen(ran)
-    assert [name.name for name in study.directions] == ["MINIMIZE"] * 2
-    assert {*states(study)} == {"COMPLETE"}
-    assert 3 <= len(study.trials) <= 6  # one trial where the best point is uniform
-    assert sorted({sparsity_of(trial) or 0 for trial in study.trials}) == [0.3, 0.55, 0.8]
-    assert study.user_attrs["total"] == len(study.trials)
-    for trial in study.trials:
-        uniform = uniform_of(study, trial)
-        assert uniform is not None
-        assert sparsity_of(uniform) == sparsity_of(trial)
-        assert trial.values[1] == pytest.approx(1 - trial.params["sparsity"])
-        assert trial.user_attrs["realised"] == pytest.approx(trial.params["sparsity"], abs=0.02)
-        assert is_uniform(trial) == (parameters_of(trial) == {"beta": 0.0})
-    assert {trial.number for trial in study.trials} - {trial.number for trial in study.trials if is_uniform(trial)}
+def nlls_at(level: float, seed: str) -> list[float]:
+    """Windows that are hard are so for all plans."""
+    text, own = random.Random(0), random.Random(seed)
+    return [math.log(level) + text.gauss(0, 0.2) + own.gauss(0, 0.01) for _ in range(WINDOWS)]
 
 
-@pytest.mark.slow
-def test_the_screening_pruned_with_dense_statistics_and_part_of_the_windows(ran: Path) -> None:
-    screened = reopen(ran, "tiny.screen")
-    assert states(screened) == ["COMPLETE"] * 8
-    assert [len(trial.user_attrs["nlls"]) for trial in screened.trials] == [6] * 8
-    assert len({trial.params["sparsity"] for trial in screened.trials}) > 3
+def trial_at(sparsity: float, share: float, level: float, kl: bool = False, **more: Any) -> FrozenTrial:
+    nlls, beta = nlls_at(level, f"{sparsity} {share}"), 0.1 * share
+    kls = [abs(nll - math.log(DENSE)) for nll in nlls]
+    value = sum(kls) / WINDOWS if kl else math.exp(sum(nlls) / WINDOWS)
+    known = {
+        "sparsities": [sparsity + beta * (k - 1.5) for k in range(BLOCKS)],
+        "errors": [0.1 + 0.02 * k for k in range(BLOCKS)],
+        "parameters": {"beta": beta},
+        "nlls": nlls,
+        "stderr": 1.0,
+        "realised": sparsity,
+        "seconds": {"prune": 1.0, "evaluate": 2.0},
+        "device": "cpu (2 threads)",
+        "versions": VERSIONS,
+        **({"kls": kls} if kl else {}),
+    }
+    params = {"pruner": "wanda", "allocation": "atp", "sparsity": sparsity, "beta": share}
+    return create_trial(
+        values=[value, round(1 - sparsity, 6)], params=params, distributions=DISTRIBUTIONS, user_attrs={**known, **more}
+    )
 
 
-@pytest.mark.slow
-def test_every_point_of_the_front_is_measured_on_the_test_text(ran: Path) -> None:
-    study = reopen(ran)
-    summary = summarise(study)
-    assert summary.complete
-    assert summary.sparsity == (0.3, 0.8)
-    shown = {trial.number for trial in front_of(study)}
-    wanted = shown | {uniform.number for trial in front_of(study) if (uniform := uniform_of(study, trial))}
-    assert wanted <= summary.reports.keys()
-    config = read_config(ran / "tiny.best.json")
-    best = best_trial(study)
-    assert best is not None
-    assert (config.trial, config.sparsity.target) == (best.number, best.params["sparsity"])
-    assert config.allocation.parameters == parameters_of(best)
+def made_front(place: Path | None = None, limit: dict[str, float] | None = None, kl: bool = False) -> optuna.Study:
+    """Trials 0, 2, … of ATP and 1, 3, … of uniform at four sparsities; in a database beside a study file, or memory."""
+    study = optuna.create_study(
+        study_name="made",
+        directions=["minimize", "minimize"],
+        storage=None if place is None else storage_in(place / "made.db"),
+    )
+    overrides = [f"limit.{key}={value}" for key, value in (limit or {}).items()]
+    overrides += ["search.trials=12"] * bool(limit) + ['search.objective="kl"'] * kl
+    path = STUDIES / "smol-front.toml"
+    if place is not None:
+        path = Path(shutil.copy(path, place / "made.toml"))
+    facts = {"model.content": "ab" * 32, "model.dtype": "float32", "sparsity": [0.2, 0.7]}
+    study.set_user_attr("fingerprint", {**facts, **({"search.objective": ["kl"]} if kl else {})})
+    study.set_user_attr("sizes", [1000] * BLOCKS)
+    study.set_user_attr("total", 8)
+    study.set_user_attr("made_from", settings(load(str(path), overrides)))
+    study.set_user_attr("dense", nlls_at(DENSE, "dense"))
+    if limit:
+        study.set_user_attr("limit", limit)
+    for sparsity, levels in LEVELS.items():
+        study.add_trials([trial_at(sparsity, 0.5 * (not k), level, kl) for k, level in enumerate(levels)])
+    return study
 
 
-@pytest.mark.slow
-def test_a_front_goes_on_as_if_it_had_not_stopped(ran: Path, tiny_place: Path, tmp_path: Path) -> None:
-    place = Path(shutil.copytree(tiny_place, tmp_path / "tiny"))
-    make_front(place)
-    run(place, timeout=0)  # not even the screening is done
-    run(place, "search.trials=2")
-    expected = reopen(ran).trials
-    whole = run(place, f"search.trials={len(expected)}")
-    assert [trial.params for trial in whole.trials] == [trial.params for trial in expected]
-    assert [trial.values for trial in whole.trials] == [trial.values for trial in expected]
+def with_test_text(study: optuna.Study, *numbers: int) -> optuna.Study:
+    """The dense model and these trials measured on the test text too."""
+    levels = [level for pair in LEVELS.values() for level in pair]
+    rows = {str(number): nlls_at(levels[number] - 3, f"test {number}") for number in numbers}
+    study.set_user_attr("test_nlls", {"dense": nlls_at(DENSE - 3, "test dense"), **rows})
+    return study
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("limit", [0.1, 0.5])
-def test_the_sparsest_plan_within_an_increase(tiny_place: Path, tmp_path: Path, limit: float) -> None:
-    place = Path(shutil.copytree(tiny_place, tmp_path / "tiny"))
-    study = run(place, *LIMIT, f"limit.max_increase={limit}")
-    best = best_trial(study)
-    assert best is not None
+# The points
+
+
+def test_the_front_beside_dense_and_uniform() -> None:
+    study = with_test_text(made_front(), 1, 2, 3, 4)
+    points = points_of(study)
+    assert [point.trial.number for point in points] == [1, 2, 4, 6]  # at 20 % uniform is better
+    assert [point.sparsity for point in points] == list(LEVELS)
+    assert [point.uniform.number if point.uniform else None for point in points] == [1, 3, 5, 7]
+    assert [point.is_best for point in points] == [True, False, False, False]
+    assert [point.excess for point in points] == [None] * 4
+    first, second, third, _ = points
+    tests, trials = study.user_attrs["test_nlls"], study.trials
+    assert first.against is None
+    assert second.against is not None
+    assert (second.against.text, second.against.change) == ("test", change(tests["3"], tests["2"]))
+    assert second.against.perplexity["validation"] == change(trials[3].user_attrs["nlls"], trials[2].user_attrs["nlls"])
+    assert second.dense.change == change(tests["dense"], tests["2"])
+    assert third.against is not None
+    assert (third.against.text, third.dense.text) == ("validation", "test")  # uniform is not on the test text
+
+
+def test_points_of_a_study_of_kl() -> None:
+    study = made_front(kl=True)
+    third = next(point for point in points_of(study) if point.sparsity == 0.5)
+    kls = [study.trials[number].user_attrs["kls"] for number in (5, 4)]
+    assert third.against is not None
+    assert third.against.kl_change == relative(*kls)
+    assert third.dense.kl == {}
+    assert summarise(study).by_kl
+
+
+def test_other_studies_have_no_points(done: Path) -> None:
+    from test_summary import stored
+
+    study = stored(done)
+    assert points_of(study) == []
+    assert outcome_of(summarise(study)) == ""
+    with pytest.raises(UserError, match=r"^study tiny: measures plans only at 0.5; choose one of its trials"):
+        nearest(study, 0.5)
+    with pytest.raises(UserError, match=r"^study tiny: measures plans only at 0.5; "):
+        sparsest_within(study, {"max_increase": 0.1})
+
+
+def test_a_uniform_point_of_the_front_gets_its_final_numbers() -> None:
+    study = made_front()
+    study.add_trial(trial_at(0.4, 0.5, 25.0))
+    study.add_trial(trial_at(0.4, 0.0, 24.0))
+    assert unreported(study) == ["dense", "1", "3", "2", "9", "5", "4", "7", "6"]
+
+
+def test_a_limit_makes_every_plan_a_point() -> None:
+    study = made_front(limit={"max_increase": 0.35})
+    points = points_of(study)
+    assert [point.trial.number for point in points] == [1, 0, 3, 2, 5, 4, 7, 6]
+    assert [point.trial.number for point in points if point.is_best] == [4]
+    assert [point.trial.number for point in points if (point.excess or 0) <= 0] == [1, 0, 3, 2, 4]
+
+
+@pytest.mark.parametrize(("wanted", "number"), [(0.5, 4), (0.45, 4), (0.4, 2), (0.25, 1), (0.7, 6), (0.2, 1)])
+def test_the_nearest_of_the_front(wanted: float, number: int) -> None:
+    assert nearest(made_front(), wanted).number == number  # of two as near the lower one
+
+
+@pytest.mark.parametrize(
+    ("limit", "number"), [({"max_increase": 0.1}, 2), ({"max_perplexity": 31.0}, 5), ({"max_increase": 0.001}, 1)]
+)
+def test_the_sparsest_within_a_limit_by_hand(limit: dict[str, float], number: int) -> None:
+    study = made_front()
+    found, excess = sparsest_within(study, limit)
+    inside = [t for t in study.trials if progress.excess_of(study, t, limit) <= 0]
+    highest = max((t.params["sparsity"] for t in inside), default=None)
+    assert (excess <= 0) == bool(inside)
+    if inside:
+        assert found.params["sparsity"] == highest
+        assert found.values[0] == min(t.values[0] for t in inside if t.params["sparsity"] == highest)
+    else:
+        assert found.number == number
+
+
+# Words
+
+
+def test_the_outcome_of_a_front() -> None:
+    said = outcome_of(summarise(made_front()))
+    assert said.startswith("Pareto front: 4 points, from 20% (perplexity 19.79) to 70% (perplexity ")
+    assert said.endswith("; 3 of them beat uniform at the same sparsity by more than chance")
+
+
+def test_the_outcome_of_a_limit() -> None:
+    study = made_front(limit={"max_increase": 0.35})
+    best = study.trials[4]
     found = change(study.user_attrs["dense"], best.user_attrs["nlls"])
-    assert found.value + found.stderr <= limit
-    sparsity = best.params["sparsity"]
-    beyond = [trial for trial in study.trials if trial.params["sparsity"] > sparsity + STEP / 2]
-    assert all(excess_of(study, trial) > 0 for trial in beyond)
-    assert uniform_of(study, best) is not None
-    if "terminated_early" in study.user_attrs and sparsity < 0.8:  # the next step was measured
-        assert min(trial.params["sparsity"] for trial in beyond) == pytest.approx(sparsity + STEP)
-    assert {*summarise(study).reports} == {best.number, uniform_of(study, best).number}  # type: ignore[union-attr]
-    again = run(place, *LIMIT, f"limit.max_increase={limit}")
-    assert len(again.trials) == len(study.trials)
+    limit = "within the limit of 35% more perplexity than dense"
+    said = f"best: trial 4, 50% wanda + atp (β = 0.05000): {found} on the validation text, {limit}"
+    assert outcome_of(summarise(study)) == said
+    with_test_text(study, 4, 5)
+    tests = study.user_attrs["test_nlls"]
+    assert outcome_of(summarise(study)) == f"{said}; on the test text {change(tests['dense'], tests['4'])}"
 
 
-@pytest.mark.slow
-def test_a_limit_that_nothing_meets_gives_the_nearest(tiny_place: Path, tmp_path: Path) -> None:
-    place = Path(shutil.copytree(tiny_place, tmp_path / "tiny"))
-    study = run(place, "sparsity=[0.7,0.8]", *SCREEN, "search.trials=8", "limit.max_increase=0.001")
-    best = best_trial(study)
-    assert best is not None
-    assert excess_of(study, best) > 0
-    assert excess_of(study, best) == min(excess_of(study, trial) for trial in study.trials)
-    assert read_config(place / "tiny.best.json").trial == best.number
+def test_a_limit_that_nothing_meets() -> None:
+    said = outcome_of(summarise(made_front(limit={"max_perplexity": 15.0})))
+    assert said.startswith(
+        "no trial is within the limit of perplexity 15: the nearest is trial 1, 20% wanda + uniform: 19.79 ±"
+    )
+    nearest_one = "the nearest is trial 1, 20% wanda + uniform: "
+    said = outcome_of(summarise(made_front(limit={"max_kl": 0.001}, kl=True)))
+    assert said.startswith(f"no trial is within the limit of KL 0.001: {nearest_one}0.")
 
 
-@pytest.mark.slow
-def test_a_limit_of_kl(tiny_place: Path, tmp_path: Path) -> None:
-    place = Path(shutil.copytree(tiny_place, tmp_path / "tiny"))
-    study = run(place, *LIMIT, "search.objective=kl", "limit.max_kl=0.3")
-    best = best_trial(study)
-    assert best is not None
-    assert best.values[0] <= 0.3
-    assert best.values[1] == pytest.approx(1 - best.params["sparsity"])
+# The screen
 
 
-@pytest.mark.slow
-def test_a_limit_of_accuracy(tiny_place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
+def test_the_summary_of_a_front(tmp_path: Path, command: CommandLine) -> None:
+    with_test_text(made_front(tmp_path), *range(8))
+    said = command("status", "--study", tmp_path / "made.toml").out
+    assert "made: 20% to 70% sparsity\n" in said
+    head = next(line for line in said.splitlines() if line.startswith("| sparsity"))
+    columns = ["sparsity", "method", "trial", "validation perplexity", "test perplexity", "against dense"]
+    assert [cell.strip() for cell in head.strip("|").split("|")] == [*columns, "against uniform"]
+    rows = [line for line in said.splitlines() if line.startswith("| ") and "%" in line]
+    assert [row.split("|")[1].strip() for row in rows] == ["0%", "20%", "30%", "50%", "70%"]
+    assert [" ←" in row for row in rows] == [False, True, False, False, False]
+    assert "best: trial 1, 20% wanda + uniform, the lowest perplexity; `export` takes another with --sparsity" in said
+    assert " 50% wanda atp β=0.05000 " in said  # of all trials
+    assert "spread" not in said
+    assert "no trial is better than uniform" not in said
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    tasks = make_tasks(tmp_path / "tasks", 20)
-    place = Path(shutil.copytree(tiny_place, tmp_path / "tiny"))
-    least = f'limit.min_accuracy={{"{tasks}/far.yaml" = 0.2, "{tasks}/near.yaml" = 0.1}}'
-    study = run(place, *LIMIT[:-1], "search.trials=5", least, "limit.items=10")
-    assert states(study) == ["COMPLETE"] * len(study.trials)
-    for trial in study.trials:
-        found = trial.user_attrs["accuracies"]
-        assert {*found} == {f"{tasks}/far.yaml", f"{tasks}/near.yaml"}
-        assert all(0 <= value <= 1 and stderr >= 0 for value, stderr in found.values())
-    assert "accuracies" not in reopen(place, "tiny.screen").trials[0].user_attrs
+
+def test_the_summary_of_a_limit(tmp_path: Path, command: CommandLine) -> None:
+    made_front(tmp_path, {"max_increase": 0.35})
+    said = command("status", "--study", tmp_path / "made.toml").out
+    rows = {line.split("|")[3].strip(): line for line in said.splitlines() if line.startswith("| ") and "%" in line}
+    assert list(rows) == ["", "1", "0", "3", "2", "5", "4 ←", "7", "6"]
+    assert [row.split("|")[-2].strip() for row in rows.values()] == [
+        "",
+        *["within"] * 4,
+        "beyond",
+        "within",
+        *["beyond"] * 2,
+    ]
+    assert "best: trial 4, 50% wanda + atp (β = 0.05000): +3" in said
+    assert "limit: 35% more perplexity than dense, validation text, at the upper end of the standard error" in said
 
 
-@pytest.mark.slow
+def test_the_commands_that_come_next(tmp_path: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_test_text(made_front(tmp_path), *range(8))
+    toml = tmp_path / "made.toml"
+    assert "tune.py chat" not in command("status", "--study", toml).out  # no configuration is written yet
+    assert command("export", "--study", toml).code == 0
+    monkeypatch.chdir(tmp_path)
+    assert command("status", "--study", toml).out.splitlines()[-4:] == [
+        "best configuration: made.best.json",
+        "sparse checkpoint:  python tune.py apply --config made.best.json --out made-sparse",
+        "another point:      python tune.py export --study made.toml --sparsity 0.45",
+        "talk with it:       python tune.py chat made-sparse",
+    ]
+
+
+def test_the_commands_after_a_study_at_one_sparsity(done: Path, command: CommandLine) -> None:
+    said = command("status", "--study", done / "tiny.toml").out.splitlines()
+    assert said[-2] == f"page with figures:  python tune.py report --study {done / 'tiny.toml'}"
+    assert said[-1] == "talk with it:       python tune.py chat tiny-sparse"
+
+
+def test_the_progress_line_names_the_sparsity(tmp_path: Path, command: CommandLine) -> None:
+    from atp_tune.cli.tables import progress_line
+
+    status = status_of(summarise(made_front(limit={"max_increase": 0.35})), NOW)
+    assert progress_line(status).startswith("[8/8] best 25.")
+    assert " at 50% (trial 4)" in progress_line(status)
+
+
+# Export
+
+
 @pytest.mark.parametrize(
-    ("least", "words"),
+    ("options", "number", "said"),
     [
-        ('{"no_such_task" = 0.2}', "limit.min_accuracy no_such_task: lm-eval has no such task"),
-        ('{"/nowhere/x.yaml" = 0.2}', "limit.min_accuracy /nowhere/x.yaml: there is no such folder"),
+        (["--sparsity", "0.5"], 4, "trial 4, 50% wanda + atp (β = 0.05000): on the front\n"),
+        (["--sparsity", "45%"], 4, "trial 4, 50% wanda + atp (β = 0.05000): the nearest to 45% on the front\n"),
+        (
+            ["--max-increase", "10%"],
+            2,
+            "trial 2, 30% wanda + atp (β = 0.05000): the sparsest within 10% more ",
+        ),
+        (
+            ["--max-perplexity", "15"],
+            1,
+            "trial 1, 20% wanda + uniform: the nearest: no trial is within perplexity 15\n",
+        ),
+        (["--trial", "6"], 6, ""),
     ],
 )
-def test_a_task_that_is_not_there_is_named(tiny_place: Path, tmp_path: Path, least: str, words: str) -> None:
-    place = Path(shutil.copytree(tiny_place, tmp_path / "tiny"))
-    with pytest.raises(UserError, match=words):
-        run(place, *LIMIT, f"limit.min_accuracy={least}")
+def test_a_point_is_exported(options: list[str], number: int, said: str, tmp_path: Path, command: CommandLine) -> None:
+    with_test_text(made_front(tmp_path), *range(8))
+    answer = command("export", "--study", tmp_path / "made.toml", *options)
+    file = tmp_path / f"made.trial-{number}.json"
+    assert (answer.code, answer.out) == (0, f"{file}\n")
+    assert answer.err.startswith(said)
+    assert answer.err.count("\n") == bool(said)
+    config = read_config(file)
+    assert (config.trial, config.sparsity.target) == (number, list(LEVELS)[number // 2])
+    assert config.baselines.uniform.validation is not None
+
+
+def test_without_a_terminal_the_default_is_exported(tmp_path: Path, command: CommandLine) -> None:
+    made_front(tmp_path)
+    assert command("export", "--study", tmp_path / "made.toml").out == f"{tmp_path / 'made.best.json'}\n"
+    assert read_config(tmp_path / "made.best.json").trial == 1
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("options", "error"),
     [
-        (["limit.max_increase=0.1"], "limit: needs an interval of sparsities"),
-        ([INTERVAL, "limit={}"], "limit.max_increase: give one of max_increase, max_perplexity, max_kl, min_accuracy"),
-        ([INTERVAL, "limit.items=3"], "limit.max_increase: give one of"),
-        ([INTERVAL, "limit.max_increase=0.1", "limit.max_kl=0.1"], "give one of"),
-        ([INTERVAL, "limit.max_increase=-0.1"], "limit.max_increase: must be greater than 0"),
-        ([INTERVAL, "limit.max_kl=0.1"], "limit: max_kl goes with search.objective"),
-        ([INTERVAL, "search.objective=kl", "limit.max_increase=0.1"], "limit: max_kl goes with search.objective"),
-        (["sparsity=[0.8,0.3]"], "sparsity: the interval"),
-        (["sparsity=[0.3,0.801]"], "must be multiples of 0.005"),
-        (["sparsity=[0.3,1.5]"], r"sparsity\[1\]: must be less than 1"),
-        ([INTERVAL, "search.sampler=grid"], "search.sampler: must be"),
-        ([INTERVAL, "search.stopper=wilcoxon"], "search.stopper: must be left out"),
-        ([INTERVAL, 'search.objective=["kl", "perplexity"]'], "search.objective: must be one name"),
-        ([INTERVAL, "allocation.beta=[0.0,0.1]"], 'allocation.beta: must be "auto" or "both"'),
-        ([INTERVAL, "prune.pattern=2:4"], "prune.pattern: must not fix the sparsity"),
+        (["--sparsity", "0.9"], "--sparsity: 0.9 is outside the study's interval, 20% to 70%"),
+        (["--sparsity", "x"], "--sparsity: must be a share of zeros, such as 0.6 or 60%, or an interval, "),
+        (
+            ["--sparsity", "0.3..0.4"],
+            "--sparsity: 0.3..0.4 is an interval; give the one sparsity that the plan is",
+        ),
+        (["--max-increase", "-1"], "--max-increase: must be a finite number greater than 0, got -1"),
+        (["--max-perplexity", "x"], "--max-perplexity: must be a number, got x"),
+        (["--max-kl", "0.1"], "study made: no trial has a finite KL divergence; its search.objective has none"),
+        (["--trial", "3", "--sparsity", "0.5"], "--sparsity: names one trial, and --trial another; leave one out"),
+        (
+            ["--max-kl", "1", "--max-increase", "1%"],
+            "--max-kl: names one trial, and --max-increase another",
+        ),
+        (["--trial", "99"], "study made: trial 99 is not measured in full; `status` lists all"),
     ],
 )
-def test_what_does_not_go_with_an_interval_is_refused(tiny_place: Path, words: list[str], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        study_file(tiny_place, *words)
+def test_points_that_are_refused(options: list[str], error: str, tmp_path: Path, command: CommandLine) -> None:
+    made_front(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    said = command("export", "--study", tmp_path / "made.toml", *options).error
+    assert said.removeprefix("Invalid value for ").startswith(error)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_study_at_one_sparsity_has_no_point_to_choose(done: Path, command: CommandLine) -> None:
+    for options in (["--sparsity", "0.5"], ["--max-increase", "10%"]):
+        answer = command("export", "--study", done / "tiny.toml", *options)
+        assert answer.error == "study tiny: measures plans only at 0.5; choose one of its trials with --trial N"
+    config = command("export", "--config", done / "tiny.best.json", "--sparsity", "0.5")
+    assert config.error.startswith("Invalid value for --sparsity: only with --study")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("typed", "name"), [("\n", "made.best.json"), ("9\n3\n", "made.trial-4.json")])
+def test_a_terminal_is_asked(typed: str, name: str, tmp_path: Path) -> None:
+    from processes import popen
+    from tinystudy import HANGS
+
+    made_front(tmp_path)
+    ours, theirs = pty.openpty()
+    command = [os.sys.executable, str(TUNE), "export", "--study", str(tmp_path / "made.toml")]  # type: ignore[attr-defined]
+    process = popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "COLUMNS": "200"})
+    os.close(theirs)
+    os.write(ours, typed.encode())
+    said = b""
+    try:
+        while chunk := os.read(ours, 4096):
+            said += chunk
+    except OSError:  # the other end is closed
+        pass
+    os.close(ours)
+    assert process.wait(HANGS) == 0, said
+    assert "| point | sparsity" in said.decode()
+    assert ("must be a number from 1 to 4" in said.decode()) == (typed[0] == "9")
+    assert [file.name for file in tmp_path.glob("*.json")] == [name]
+
+
+# A uniform best is uniform
+
+
+def test_a_uniform_best_is_called_so(tmp_path: Path) -> None:
+    study = with_test_text(made_front(tmp_path), *range(8))
+    config = best_config(load(str(tmp_path / "made.toml"), []), study, tmp_path / "best.json")
+    assert (config.allocation.name, config.allocation.beta, config.allocation.parameters) == ("uniform", None, {})
+    assert config.sparsity.target == 0.2
+    from atp_tune.sparse.card import Dense, model_card
+
+    card = str(model_card(config, Dense(tmp_path, None)))
+    assert "β" not in card
+    assert "**this model** (wanda, uniform)" in card
+
+
+# Figures
+
+
+def test_figures_of_a_front() -> None:
+    summary = summarise(made_front())
+    drawn = figures.draw(summary)
+    assert list(drawn) == ["points", "sparsity", "error", "seconds"]
+    assert draw_history(summary) is None
+    uniform, front, ring = drawn["points"].data
+    assert [uniform.name, front.name, ring.name] == ["uniform", "Pareto front", "best (trial 1)"]
+    assert list(uniform.x) == list(front.x) == [20, 30, 50, 70]
+    assert list(front.y) == pytest.approx([summary.trials[n].values[0] for n in (1, 2, 4, 6)], rel=1e-4)
+    assert all(error > 0 for error in front.error_y.array)
+    assert [shape.name for shape in drawn["points"].layout.shapes] == [f"dense {summary.dense.validation.value:.2f}"]
+    assert drawn["points"].layout.yaxis.type == "log"
+    names = ["20% (trial 1)", "30% (trial 2)", "50% (trial 4)", "70% (trial 6)"]
+    assert [trace.name for trace in drawn["sparsity"].data] == [trace.name for trace in drawn["error"].data] == names
+
+
+@pytest.mark.parametrize(
+    ("limit", "kl", "name", "value"),
+    [
+        ({"max_increase": 0.35}, False, "limit 26.00", 1.35),
+        ({"max_perplexity": 31.0}, False, "limit 31.00", None),
+        ({"max_kl": 0.4}, True, "limit 0.4000", None),
+    ],
+)
+def test_figures_of_a_limit(limit: dict[str, float], kl: bool, name: str, value: float | None) -> None:
+    summary = summarise(made_front(limit=limit, kl=kl))
+    drawn = figures.draw(summary)
+    assert [trace.name for trace in drawn["points"].data][:2] == ["uniform", "searched"]
+    line = drawn["points"].layout.shapes[-1]
+    assert line.name.startswith(name)
+    assert line.y0 == (value * summary.dense.validation.value if value else next(iter(limit.values())))
+    assert ("KL" in drawn["points"].layout.yaxis.title.text) == kl
+    assert {trace.name.split(" (")[0] for trace in drawn["sparsity"].data} <= {"best", "uniform"}
+
+
+def test_no_figure_of_points_for_other_studies(done: Path) -> None:
+    from test_summary import stored
+
+    assert "points" not in figures.draw(summarise(stored(done)))
+
+
+# Reports, notes and JSON
+
+
+@pytest.mark.parametrize("limit", [None, {"max_increase": 0.35}, {"max_kl": 0.4}])
+def test_reports_show_the_points(limit: dict[str, float] | None) -> None:
+    study = with_test_text(made_front(limit=limit, kl=limit == {"max_kl": 0.4}), *range(8))
+    contents = gather(study, NOW)
+    assert contents.importance == {}
+    best = contents.summary.best_trial
+    assert best is not None
+    assert contents.sparsity == f"{best.params['sparsity']:g} of 0.2 to 0.7"
+    text = markdown.make([contents]).decode()
+    assert (
+        "| sparsity | method | trial | validation perplexity | test perplexity | against dense | against uniform |"
+        in text
+    )
+    assert "## Pareto front" not in text
+    assert "## Allocations" not in text
+    assert f"**{best.number}**" in text
+    page = html.make([contents]).decode()
+    assert '<figure class="points">' in page
+    assert "searched from 0.2 to 0.7" in page
+    assert "too few trials" not in page
+    table = latex.make([contents, contents]).decode()
+    assert "sparsity " + contents.sparsity in table
+    assert table.count(r"50\% atp ($\beta=0.0500$)") == 2
+    assert report.gather(optuna_empty(), NOW).sparsity == "0.2 to 0.7"
+
+
+def optuna_empty() -> optuna.Study:
+    """A study over an interval that has just begun."""
+    study = optuna.create_study(study_name="new", directions=["minimize", "minimize"])
+    study.set_user_attr("fingerprint", {"sparsity": [0.2, 0.7]})
+    return study
+
+
+def test_a_study_that_has_just_begun() -> None:
+    contents = gather(optuna_empty(), NOW)
+    assert contents.summary.points == []
+    for make in (markdown.make, html.make, latex.make, machine.make):
+        assert make([contents])
+    assert figures.draw(contents.summary) == {}
+    assert study_note(contents.summary, "sqlite:///x.db")
+    assert outcome_of(contents.summary) == ""
+
+
+def test_the_json_of_the_points() -> None:
+    study = with_test_text(made_front(limit={"max_increase": 0.35}), *range(8))
+    summary = summarise(study)
+    (read,) = json.loads(machine.make([gather(study, NOW)]))["studies"]
+    said = json.loads(status_of(summary, NOW).model_dump_json())
+    assert read["sparsity"] == {"target": 0.5, "realised": 0.5, "interval": [0.2, 0.7]}
+    assert said["sparsity"] == [0.2, 0.7]
+    assert read["limit"] == said["limit"] == {"max_increase": 0.35}
+    for points in (read["points"], said["points"]):
+        assert [point["trial"] for point in points] == [point.trial.number for point in summary.points]
+        assert [point["best"] for point in points].index(True) == 5
+        assert points[5]["against_uniform"]["on"] == "test"
+        assert points[5]["uniform"] == 5
+        assert (points[0]["uniform"], points[0]["against_uniform"]) == (1, None)
+    assert said["best"]["sparsity"] == 0.5
+    assert [trial["sparsity"] for trial in said["trials"]] == [trial["sparsity"] for trial in read["trials"]]
+    assert read["trials"][4]["sparsity"] == 0.5
+    documented = machine.__doc__ or ""
+    assert all(key in documented for key in read["points"][0])
+
+
+def test_the_note_of_the_dashboard() -> None:
+    summary = summarise(with_test_text(made_front(limit={"max_increase": 0.35}), *range(8)))
+    note = study_note(summary, "sqlite:///x.db")
+    assert "at 20% to 70% sparsity" in note
+    assert "The best is the sparsest plan within 35% more perplexity than dense." in note
+    assert "**Best: trial 4, 50% wanda + atp" in note
+    assert "against uniform" in trial_note(summary.trials[4], summary)
+    ratio = summary.trials[6].values[0] / summary.trials[7].values[0] - 1
+    assert f"{ratio:+.1%} against uniform" in trial_note(summary.trials[6], summary)  # at 70 %
+
+
+# A real study
+
+
+@pytest.mark.slow
+def test_a_real_front(place: Path, command: CommandLine) -> None:
+    keys = ("sparsity=[0.3,0.8]", "search.sampler=tpe", "search.screen.trials=6", "search.screen.confirm=3")
+    study = run(place, *keys, "search.screen.stride=3", "search.trials=6", "texts.calibration.draws=2")
+    summary, file = summarise(study), study_file(place)
+    assert summary.complete
+    assert [point.sparsity for point in summary.points] == sorted(point.sparsity for point in summary.points)
+    assert all(point.scores.test for point in summary.points)
+    assert all(point.against is None or point.against.text == "test" for point in summary.points)
+    assert summary.best_trial is not None
+    assert set(summary.over_draws) >= {summary.best_trial.number}
+    said = command("status", "--study", place / "tiny.toml").out
+    assert "tiny: 30% to 80% sparsity" in said
+    assert "the best over 2 draws of the calibration text: " in said
+    assert said.count("python tune.py ") == 3
+    answer = command("export", "--study", place / "tiny.toml", "--sparsity", "0.8")
+    config = read_config(Path(answer.out.strip()))
+    assert config.sparsity.target == 0.8
+    assert abs(config.sparsity.realised - 0.8) < 0.03  # rows of 32 weights
+    assert file.best_of("tiny").exists()

@@ -253,7 +253,8 @@ def test_the_keys_of_the_json(found: optuna.Study) -> None:
     (study,) = read["studies"]
     assert list(study) == [
         "name", "description", "sparsity", "state", "dense", "uniform", "best", "best_trial", "change", "ranks",
-        "objective", "front", "kl", "zero_shot", "speed", "continuations", "draws", "windows", "importance", "trials",
+        "objective", "front", "limit", "points",
+        "kl", "zero_shot", "speed", "continuations", "draws", "windows", "importance", "trials",
         "seconds", "devices", "study_file", "fingerprint", "versions",
     ]  # fmt: skip
     assert study["state"] == {"done": 4, "total": 16, "running": 0, "failed": 1}
@@ -263,7 +264,8 @@ def test_the_keys_of_the_json(found: optuna.Study) -> None:
     assert study["change"]["value"] < 0
     assert [rank["allocation"] for rank in study["ranks"]] == ["atp", "uniform"]
     assert list(study["trials"][0]) == [
-        "number", "state", "plan", "pruner", "allocation", "parameters", "perplexity", "realised", "sparsities",
+        "number", "state", "plan", "sparsity", "pruner", "allocation", "parameters", "perplexity", "realised",
+        "sparsities",
         "linear_sparsities", "errors", "seconds", "device", "dtype", "remark", "kl",
     ]  # fmt: skip
     assert study["trials"][1]["parameters"] == {"beta": 0.006}

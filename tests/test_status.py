@@ -127,16 +127,16 @@ def test_the_keys_that_are_promised(study: optuna.Study) -> None:
     assert list(says) == [
         "format", "study", "sparsity", "done", "total", "complete", "seconds_left", "running", "dense", "uniform",
         "best", "ranks", "trials", "screening", "objective", "front",
-        "bos", "uniform_draws", "windows",
+        "bos", "uniform_draws", "windows", "limit", "points",
     ]  # fmt: skip
     assert list(says["best"]) == [
         "trial", "pruner", "allocation", "parameters", "validation", "test", "change", "kl", "kl_change",
-        "draws",
+        "draws", "sparsity",
     ]  # fmt: skip
     assert (says["objective"], says["front"], says["best"]["kl"]) == (["perplexity"], [], None)
     assert list(says["trials"][0]) == [
         "number", "state", "params", "plan", "value", "stderr", "test", "realised", "seconds", "remark", "kl",
-        "cut_off",
+        "cut_off", "sparsity",
     ]  # fmt: skip
 
 

@@ -1,14 +1,13 @@
 """Tables of a study for the terminal: trials, progress, summary. Needs neither torch nor a model."""
 
-import shlex
 import statistics
-from pathlib import Path
 
 from optuna.trial import FrozenTrial
 from rich.table import Table
 
+from atp_tune.cli.next_commands import show_next
 from atp_tune.cli.terminal import console, markdown, table
-from atp_tune.errors import UserError, printable
+from atp_tune.errors import printable
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.speed import PHASES, Measured, Phase, Speed
 from atp_tune.plan import percent
@@ -18,6 +17,7 @@ from atp_tune.results.formatting import (
     cells,
     changed,
     continuations_note,
+    dense_row,
     drawn,
     draws_note,
     draws_of,
@@ -27,14 +27,18 @@ from atp_tune.results.formatting import (
     method_of,
     mixture_of,
     plan_of,
+    points_head,
+    points_row,
     remark_of,
 )
+from atp_tune.results.outcome import draws_said, limit_of, outcome_of
 from atp_tune.results.status import Status
 from atp_tune.results.summary import Summary
 from atp_tune.results.trials import is_uniform, score_of
-from atp_tune.spec.config import Scores, read_config
+from atp_tune.spec.config import Scores
 from atp_tune.spec.studyfile import StudyFile
 
+MARK = " ←"  # at the best of several points
 WIDE_ENOUGH = 100  # columns for three texts side by side
 
 
@@ -42,15 +46,12 @@ def show_summary(summary: Summary, file: StudyFile) -> None:
     """Prints dense, uniform and the best of each allocation as a Markdown table, then the next commands."""
     sparsity = summary.sparsity or file.study.sparsity
     console.print(f"{printable(summary.name)}: {percent(sparsity)} sparsity\n")
-    console.print(_results(summary))
-    paired = "against uniform: same pruner, same windows, error of the difference"
-    notes = [f"±: {errors_of(summary)}; {paired}", draws_note(summary)]
-    console.print("\n" + "\n".join(filter(None, notes)), style="dim")
+    console.print(_points(summary) if summary.interval else _results(summary))
+    console.print("\n" + "\n".join(_notes(summary)), style="dim")
     best = summary.best_trial
     if best is not None:
-        lowest = ", the lowest perplexity of the front; `export --trial N` takes another" if summary.front else ""
-        console.print(f"best: trial {best.number}, {method_of(best)}{lowest}")
-    if summary.front:
+        _show_best(summary, best)
+    if summary.front and not summary.interval:
         console.print(f"\nPareto front\n\n{_front(summary)}\n")
     _show_rest(summary)
     if (scores := summary.zero_shot) is not None and scores.mean:
@@ -64,7 +65,7 @@ def show_summary(summary: Summary, file: StudyFile) -> None:
     if summary.continuations:
         show_continuations(summary.continuations)
     if best is not None:
-        _show_next(summary, file)
+        show_next(summary, file)
 
 
 def show_continuations(found: Continuations) -> None:
@@ -105,6 +106,37 @@ def _results(summary: Summary) -> str:
     return markdown(head, rows)
 
 
+def _points(summary: Summary) -> str:
+    """Dense, and the points of a study over an interval of sparsities, with an arrow at the best."""
+    rows = [points_row(summary, point, MARK) for point in summary.points]
+    return markdown(points_head(summary), [dense_row(summary), *rows])
+
+
+def _notes(summary: Summary) -> list[str]:
+    """The legend of the table."""
+    same = "same pruner and sparsity, same windows" if summary.interval else "same pruner, same windows"
+    paired = f"against uniform: {same}, error of the difference"
+    notes = [f"±: {errors_of(summary)}; {paired}", "" if summary.interval else draws_note(summary)]
+    if summary.limit:
+        notes.append(f"limit: {limit_of(summary.limit)}, validation text, at the upper end of the standard error")
+    return [note for note in notes if note]
+
+
+def _show_best(summary: Summary, best: FrozenTrial) -> None:
+    """The best trial in words; of several that are equally good, how to choose another."""
+    if not summary.interval:
+        lowest = ", the lowest perplexity of the front; `export --trial N` takes another" if summary.front else ""
+        console.print(f"best: trial {best.number}, {method_of(best)}{lowest}")
+        return
+    console.print(outcome_of(summary))
+    if not summary.limit:
+        name, measure = f"{percent(best.params['sparsity'])} {method_of(best)}", "KL" if summary.by_kl else "perplexity"
+        other = "`export` takes another with --sparsity 0.5, --max-increase 10% or --trial N"
+        console.print(f"best: trial {best.number}, {name}, the lowest {measure}; {other}")
+    if over := draws_said(summary):
+        console.print(over)
+
+
 def _ratios(found: Speed) -> str:
     """Speed of the sparse model over the dense one in each engine, in one line."""
 
@@ -129,7 +161,7 @@ def _zeros(trial: FrozenTrial) -> str:
 
 def _show_rest(summary: Summary) -> None:
     others = any(trial.values is not None and not is_uniform(trial) for trial in summary.trials)
-    if summary.best_trial is not None and is_uniform(summary.best_trial) and others:
+    if not summary.interval and summary.best_trial is not None and is_uniform(summary.best_trial) and others:
         console.print("no trial is better than uniform")
     screening = summary.screening
     if screening is not None and not summary.trials:
@@ -143,32 +175,11 @@ def _show_rest(summary: Summary) -> None:
         console.print("not all final numbers are measured yet: the same command resumes the study")
 
 
-def _show_next(summary: Summary, file: StudyFile) -> None:
-    """Prints the file of the best configuration, if it holds the best trial, and the `apply` command for it."""
-    best, here = file.best_of(summary.name), Path.cwd()
-    try:
-        is_there = best.exists() and summary.best_trial and read_config(best).trial == summary.best_trial.number
-    except UserError:
-        return
-    if summary.best.test is not None and is_there:
-        config = printable(str(best.relative_to(here) if best.is_relative_to(here) else best))
-        console.print(f"best configuration: {config}")
-        out = _free(f"{printable(summary.name).replace('/', '_')}-sparse")
-        command = shlex.join(["python", "tune.py", "apply", "--config", config, "--out", out])
-        console.print(f"sparse checkpoint:  {command}")
-
-
-def _free(name: str) -> str:
-    """A name that no file has here: the name itself, or followed by -2, -3 and so on."""
-    names = (name, *(f"{name}-{number}" for number in range(2, 1000)))
-    return next((free for free in names if not Path(free).exists()), name)
-
-
 def show_status(summary: Summary, file: StudyFile) -> None:
     """Prints all trials of a study, then its summary."""
     console.print(trials_table(summary, summary.trials))
     values = [score.value for trial in summary.trials if (score := score_of(trial)) is not None]
-    if len(values) > 1:
+    if len(values) > 1 and not summary.interval:
         console.print(f"spread: {min(values):.2f} to {max(values):.2f}, median {statistics.median(values):.2f}")
     show_summary(summary, file)
 
@@ -199,8 +210,9 @@ def progress_line(status: Status) -> str:
     best, score = "no best yet", status.best and status.best.validation
     if status.best and score:
         kl = status.best.kl and status.best.kl.validation
-        value = f"KL {kl.value:.4f}" if kl and status.objective == ("kl",) else f"{score.value:.2f}"
-        best = f"best {value} (trial {status.best.trial})"
+        value = f"KL {kl.value:.4f}" if kl and status.objective[0] == "kl" else f"{score.value:.2f}"
+        at = "" if status.best.sparsity is None else f" at {percent(status.best.sparsity)}"
+        best = f"best {value}{at} (trial {status.best.trial})"
     running = [
         f"trial {one.trial} " + ("was lost with its process" if one.lost else f"runs for {duration(one.seconds)}")
         for one in status.running

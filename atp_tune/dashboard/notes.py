@@ -8,7 +8,8 @@ from optuna.trial import FrozenTrial, TrialState
 from atp_tune.errors import printable
 from atp_tune.metrics.perplexity import may_be_chance
 from atp_tune.plan import percent
-from atp_tune.report.markdown import escaped, fenced
+from atp_tune.report.markdown import escaped, fenced, table
+from atp_tune.report.tables import points
 from atp_tune.results.formatting import (
     beginning_of,
     cells,
@@ -21,8 +22,9 @@ from atp_tune.results.formatting import (
     plan_of,
     remark_of,
 )
+from atp_tune.results.outcome import limit_of, outcome_of
 from atp_tune.results.summary import Summary
-from atp_tune.results.trials import is_uniform, score_of
+from atp_tune.results.trials import is_uniform, score_of, uniform_among
 from atp_tune.spec.config import Divergences, Scores
 from atp_tune.spec.former import present_facts
 from atp_tune.storage.artifacts import MADE_ANEW
@@ -65,19 +67,22 @@ def _what(summary: Summary) -> str:
     spec = file.study
     names = ", ".join(spec.allocation.names)
     pruners = ", ".join(spec.prune.pruners)
-    objectives = {"kl": "KL divergence from the dense model (nats per token)"}
+    objectives = {"kl": "KL divergence from the dense model (nats per token)", "density": "density (1 - sparsity)"}
     objective = " and ".join(objectives.get(objective, objective) for objective in summary.objectives)
+    limit = f" The best is the sparsest plan within {limit_of(summary.limit)}." if summary.limit else ""
     lines = [
         f"## {escaped(summary.name)}: {_code(spec.model.source)} at {percent(spec.sparsity)} sparsity",
         escaped(spec.description),
         f"The study searches for the sparsities of {len(summary.sizes)} blocks ({names}; {pruners}; "
         f"pattern {escaped(spec.prune.pattern)}). The objective is {objective} on the validation text; lower is "
-        "better.",
+        f"better.{limit}",
     ]
     return "\n\n".join(line for line in lines if line)
 
 
 def _scores(summary: Summary) -> str:
+    if summary.interval:
+        return table(points(summary))
     rows = [("dense", summary.dense, "–")]
     for rank in summary.ranks:
         best = "**best** " if rank.trial == summary.best_trial else ""
@@ -113,7 +118,10 @@ def _gain(summary: Summary) -> str:
     if summary.best_trial is None:
         return "No trial has a value yet."
     errors = f"± is the {errors_of(summary)}; that of a change is paired by windows."
-    rank, by_kl = summary.ranks[0], summary.objectives == ("kl",)
+    if summary.interval:
+        said = escaped(outcome_of(summary))
+        return f"**{said[:1].upper()}{said[1:]}.** {errors}"
+    rank, by_kl = summary.ranks[0], summary.by_kl
     against = rank.kl_against if by_kl else rank.against
     if is_uniform(summary.best_trial) or against is None:
         return f"No trial is better than uniform so far. {errors}"
@@ -182,7 +190,8 @@ def _why(trial: FrozenTrial, summary: Summary) -> str:
 
 def _measured(trial: FrozenTrial, summary: Summary) -> str:
     score, kl = score_of(trial), summary.kl(trial).validation
-    uniform = None if is_uniform(trial) else summary.uniform.validation
+    beside = uniform_among(summary.trials, trial) if summary.interval else summary.uniform_trial
+    uniform = score_of(beside) if beside is not None and not is_uniform(trial) else None
     against = f", {score.value / uniform.value - 1:+.1%} against uniform" if score and uniform else ""
     parts = [f"Perplexity on the validation text {score}{against}."] if score else []
     return " ".join([*parts, *([f"KL divergence from the dense model {kl}."] if kl else [])])

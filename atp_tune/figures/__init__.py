@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 from atp_tune.figures.blocks import draw_error, draw_sparsity
 from atp_tune.figures.history import draw_front, draw_seconds
 from atp_tune.figures.perplexity import draw_perplexity
+from atp_tune.figures.points import draw_points
 from atp_tune.results.summary import Summary
 
 __all__ = ["FIGURES", "draw"]
@@ -15,6 +16,7 @@ __all__ = ["FIGURES", "draw"]
 FIGURES = {
     "perplexity": draw_perplexity,
     "front": draw_front,
+    "points": draw_points,
     "sparsity": draw_sparsity,
     "error": draw_error,
     "seconds": draw_seconds,

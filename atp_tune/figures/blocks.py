@@ -5,15 +5,28 @@ from math import isfinite
 import plotly.graph_objects as go
 from optuna.trial import FrozenTrial
 
-from atp_tune.figures.style import BEST, INK, SECOND, UNIFORM, WORST, level, log_axis, new_figure, rounded
+from atp_tune.figures.style import (
+    BEST,
+    CYCLE,
+    DASHES,
+    INK,
+    SECOND,
+    UNIFORM,
+    WORST,
+    level,
+    log_axis,
+    new_figure,
+    rounded,
+)
 from atp_tune.figures.trials import best_of, role, second_of, told, uniform_of, worst_of
+from atp_tune.plan import percent
 from atp_tune.results.summary import Summary
 
 
 def draw_sparsity(summary: Summary) -> go.Figure | None:
     """Sparsity against block, in steps; None while no trial has one."""
     best, uniform, second = best_of(summary), uniform_of(summary), second_of(summary)
-    shown = [
+    shown = _along(summary) or [
         ("best", best, BEST, "solid"),
         ("second best", second, SECOND, "dot"),
         ("uniform", None if uniform == best else uniform, UNIFORM, "solid"),
@@ -24,13 +37,14 @@ def draw_sparsity(summary: Summary) -> go.Figure | None:
             continue
         figure.add_scatter(
             y=rounded(trial.user_attrs["sparsities"], 4), name=role(name, trial), mode="lines",
-            line={"color": colour, "width": 2.5 if name == "best" else 1.75, "dash": dash, "shape": "hvh"},
+            line={"color": colour, "width": 2.5 if trial == best else 1.75, "dash": dash, "shape": "hvh"},
             hovertemplate=f"block %{{x}}: %{{y:.4f}}<br>{told(trial)}<extra></extra>",
         )  # fmt: skip
     if not figure.data:
         return None
-    if uniform is None and summary.made_from is not None:  # uniform would be the target in every block
-        target = summary.made_from.study.highest
+    made = None if summary.interval else summary.made_from
+    if uniform is None and made is not None:  # uniform would be the target in every block
+        target = made.study.highest
         level(figure, target, f"target {target:g}", INK, "dot")
     values = [value for trace in figure.data for value in trace.y]
     margin = max(0.02, 0.05 * (max(values) - min(values)))
@@ -44,7 +58,7 @@ def draw_sparsity(summary: Summary) -> go.Figure | None:
 def draw_error(summary: Summary) -> go.Figure | None:
     """Relative error after each block on a log axis; None while no trial has one."""
     best, uniform, worst = best_of(summary), uniform_of(summary), worst_of(summary)
-    shown = [
+    shown = _along(summary) or [
         ("best", best, BEST, "solid"),
         ("uniform", None if uniform == best else uniform, UNIFORM, "solid"),
         ("worst", None if worst == uniform else worst, WORST, "dot"),
@@ -54,7 +68,7 @@ def draw_error(summary: Summary) -> go.Figure | None:
         if trial is not None and any(_errors(trial)):
             figure.add_scatter(
                 y=_errors(trial), name=role(name, trial), mode="lines+markers", marker={"size": 5},
-                line={"color": colour, "width": 2.5 if name == "best" else 1.75, "dash": dash},
+                line={"color": colour, "width": 2.5 if trial == best else 1.75, "dash": dash},
                 hovertemplate=f"block %{{x}}: %{{y:.4f}}<br>{told(trial)}<extra></extra>",
             )  # fmt: skip
     values = [error for trace in figure.data for error in trace.y if error is not None]
@@ -63,6 +77,16 @@ def draw_error(summary: Summary) -> go.Figure | None:
     figure.update_yaxes(log_axis(min(values), max(values)))
     blocks = max(len(trace.y) for trace in figure.data)
     return figure.update_layout(legend_traceorder="normal", xaxis_range=[-0.5, blocks - 0.5])
+
+
+def _along(summary: Summary) -> list[tuple[str, FrozenTrial | None, str, str]]:
+    """Names and looks of the plans of a front, one for each sparsity; [] for other studies."""
+    if summary.limit or not summary.points:
+        return []
+    return [
+        (percent(point.sparsity), point.trial, CYCLE[k % len(CYCLE)], DASHES[k // len(CYCLE) % len(DASHES)])
+        for k, point in enumerate(summary.points)
+    ]
 
 
 def _errors(trial: FrozenTrial) -> list[float | None]:

@@ -26,9 +26,9 @@ MEANINGS = {"calibrate": "calibrate (statistics)", "prune": "prune", "evaluate":
 
 
 def draw_history(summary: Summary) -> go.Figure | None:
-    """The objective against the number of the trial; None while no trial is measured."""
+    """The objective against the trial's number; None while none is measured, or over an interval of sparsities."""
     done = sorted(finite(summary.trials), key=lambda trial: trial.number)
-    if not done:
+    if not done or summary.interval:  # values at different sparsities do not compare
         return None
     seen = range_of(done, None)
     figure = new_figure("How the search went", "trial", f"{measure_of(summary)}, validation text")
@@ -78,9 +78,9 @@ def spent(trial: FrozenTrial) -> dict[str, float]:
 
 
 def draw_front(summary: Summary) -> go.Figure | None:
-    """KL against perplexity on the validation text; None with one objective or without a measured trial."""
+    """KL against perplexity on the validation text; None with one of them or without a measured trial."""
     front = finite(list(summary.front))
-    if not front:
+    if not front or summary.interval:
         return None
     figure = new_figure("Perplexity and KL divergence", "", "KL divergence, validation text")
     figure.update_xaxes(axis("perplexity, validation text"))

@@ -5,13 +5,12 @@ from html import escape
 
 import plotly.graph_objects as go
 
-from atp_tune.figures.style import CYCLE, error_bars, log_axis, new_figure, range_of, rounded
+from atp_tune.figures.style import CYCLE, DASHES, error_bars, log_axis, new_figure, range_of, rounded
 from atp_tune.figures.trials import best_of, finite, told, value_of
 from atp_tune.results.summary import Summary
 
 LONGEST = 40  # letters of a name in a legend
-DASHES = ("solid", "dash", "dot", "dashdot")  # after all colours: the same with another dash or symbol
-MARKS = ("circle", "diamond", "square", "triangle-down")
+MARKS = ("circle", "diamond", "square", "triangle-down")  # after all colours
 
 
 def label(name: str) -> str:
@@ -36,7 +35,7 @@ def sparsities(summaries: Sequence[Summary]) -> go.Figure | None:
 def perplexities(summaries: Sequence[Summary]) -> go.Figure | None:
     """Perplexity against β of studies of one model and text; None if fewer than two have trials with β."""
     by_perplexity = [finite(summary.trials) if "perplexity" in summary.objectives else [] for summary in summaries]
-    found = [[t for t in trials if "beta" in t.params] for trials in by_perplexity]
+    found = [[t for t in trials if "beta" in t.params and "sparsity" not in t.params] for trials in by_perplexity]
     drawn = [(k, summary, found[k]) for k, summary in enumerate(summaries) if found[k]]
     if len(drawn) < 2:
         return None

@@ -45,9 +45,9 @@ class Panels:
 
 
 def draw_perplexity(summary: Summary) -> go.Figure | None:
-    """The objective on the validation text against β; None while no trial is measured."""
+    """The objective on the validation text against β; None while none is measured, or over an interval of targets."""
     done = finite(summary.trials)
-    if not done:
+    if not done or summary.interval:  # the bounds of β depend on the sparsity
         return None
     measure = measure_of(summary)
     dense = summary.dense.validation.value if summary.dense.validation and measure == "perplexity" else None

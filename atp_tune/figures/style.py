@@ -22,6 +22,7 @@ INK, BLUE, ORANGE, GREEN, PURPLE, GOLD, PINK = (
 GRID, LINE = "rgba(128,136,148,0.22)", "rgba(128,136,148,0.55)"
 BEST, UNIFORM, SECOND, WORST, DENSE = BLUE, ORANGE, GREEN, PURPLE, INK
 CYCLE = (BLUE, GREEN, GOLD, PURPLE, PINK, ORANGE, INK)
+DASHES = ("solid", "dash", "dot", "dashdot")  # after all colours: the same with another dash
 PRUNERS = {"wanda": BLUE, "sparsegpt": GREEN, "magnitude": GOLD, "dsnot": PURPLE, "alps": PINK}
 SYMBOLS = {"atp": "circle", "curve": "diamond", "uniform": "square"}
 SMALL = 11  # px, of text within a figure

@@ -7,7 +7,7 @@ from optuna.trial import FrozenTrial
 
 from atp_tune.results.formatting import plan_of
 from atp_tune.results.summary import Summary
-from atp_tune.results.trials import is_uniform, kl_of, score_of
+from atp_tune.results.trials import is_uniform, kl_of, score_of, uniform_among
 from atp_tune.storage.progress import ranked, values_of
 
 
@@ -23,17 +23,17 @@ def value_of(trial: FrozenTrial) -> float:
 
 def measure_of(summary: Summary) -> str:
     """The name of that value."""
-    return "KL divergence" if summary.objectives == ("kl",) else "perplexity"
+    return "KL divergence" if summary.by_kl else "perplexity"
 
 
 def written(value: float, summary: Summary) -> str:
     """That value as text: 4 digits for KL, 2 for perplexity."""
-    return f"{value:.4f}" if summary.objectives == ("kl",) else f"{value:.2f}"
+    return f"{value:.4f}" if summary.by_kl else f"{value:.2f}"
 
 
 def uniform_value(summary: Summary) -> float | None:
     """That value of uniform."""
-    if summary.objectives == ("kl",):
+    if summary.by_kl:
         uniform = uniform_of(summary)
         return value_of(uniform) if uniform else None
     return summary.uniform.validation.value if summary.uniform.validation else None
@@ -41,19 +41,26 @@ def uniform_value(summary: Summary) -> float | None:
 
 def best_of(summary: Summary) -> FrozenTrial | None:
     """The best trial."""
-    return next(iter(finite(summary.trials)), None)
+    shown = finite(summary.trials)
+    if summary.interval and summary.best_trial is not None:
+        return next((trial for trial in shown if trial.number == summary.best_trial.number), None)
+    return next(iter(shown), None)
 
 
 def uniform_of(summary: Summary) -> FrozenTrial | None:
-    """The first uniform trial of the best trial's pruner, as the summary has it."""
+    """The first uniform trial of the best trial's pruner (and sparsity), as the summary has it."""
     best = best_of(summary)
+    if summary.interval:
+        return uniform_among(finite(summary.trials), best) if best else None
     pruner = best.params.get("pruner") if best else None
     found = (t for t in finite(summary.trials) if is_uniform(t) and t.params.get("pruner") == pruner)
     return min(found, key=lambda trial: trial.number, default=None)
 
 
 def second_of(summary: Summary) -> FrozenTrial | None:
-    """The best trial that is not uniform and has other sparsities than the best."""
+    """The best trial that is not uniform and has other sparsities than the best; None over an interval of targets."""
+    if summary.interval:
+        return None
     best = best_of(summary)
     shares = best.user_attrs.get("sparsities") if best else None
     others = (t for t in finite(summary.trials) if t != best and not is_uniform(t))
@@ -61,8 +68,8 @@ def second_of(summary: Summary) -> FrozenTrial | None:
 
 
 def worst_of(summary: Summary) -> FrozenTrial | None:
-    """The trial with the highest value, if there are several."""
-    done = finite(summary.trials)
+    """The trial with the highest value, if there are several; None over an interval of targets."""
+    done = [] if summary.interval else finite(summary.trials)
     return done[-1] if len(done) > 1 else None
 
 

@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from atp_tune.figures.history import spent
 from atp_tune.metrics.perplexity import may_be_chance
 from atp_tune.results.formatting import beginning_of, drawn, draws_note, draws_of, errors_of, mixture_of
+from atp_tune.results.outcome import draws_said, outcome_of
 from atp_tune.results.summary import Summary, summarise
 from atp_tune.results.trials import is_uniform
 from atp_tune.spec.studyfile import settings
@@ -43,6 +44,15 @@ class Contents:
         if isinstance(self.summary.sparsity, tuple):
             return None
         return made.study.highest if made else self.facts.get("sparsity")
+
+    @property
+    def sparsity(self) -> str:
+        """The target sparsity as text, with the interval in which the study searches for it; "" if not known."""
+        target, interval = self.target, self.summary.interval
+        if interval is None:
+            return "" if target is None else f"{target:g}"
+        of = f"{interval[0]:g} to {interval[1]:g}"
+        return of if target is None else f"{target:g} of {of}"
 
     @property
     def realised(self) -> float | None:
@@ -106,7 +116,7 @@ class Contents:
     @property
     def errors(self) -> str:
         """What ± means, and the numbers over draws, if there are any."""
-        draws = draws_note(self.summary)
+        draws = draws_said(self.summary) if self.summary.interval else draws_note(self.summary)
         return f"± is the {errors_of(self.summary)}" + (f"; {draws}" if draws else "") + "."
 
     @property
@@ -115,9 +125,12 @@ class Contents:
         summary = self.summary
         if summary.best_trial is None:
             return "No trial has been measured yet."
+        if summary.interval:
+            said = outcome_of(summary)
+            return f"{said[:1].upper()}{said[1:]}."
         if is_uniform(summary.best_trial):
             return "No trial is better than uniform."
-        by_kl = summary.objectives == ("kl",)
+        by_kl = summary.by_kl
         rank = summary.ranks[0] if summary.ranks else None
         paired = (rank.kl_against if by_kl else rank.against) if rank else None
         if paired is None:
@@ -137,7 +150,8 @@ def gather(study: optuna.Study, made: datetime) -> Contents:
     """The contents of a report on the present state of a study."""
     study = StudySnapshot(study)
     summary = summarise(study)
-    return Contents(summary, dict(study.user_attrs.get("fingerprint", {})), _importance(study, summary.trials), made)
+    shares = {} if summary.interval else _importance(study, summary.trials)  # the sparsity would have nearly all
+    return Contents(summary, dict(study.user_attrs.get("fingerprint", {})), shares, made)
 
 
 def _importance(study: optuna.Study, trials: list[FrozenTrial]) -> dict[str, float]:

@@ -2,10 +2,15 @@
 
 from collections.abc import Sequence
 
+from optuna.trial import FrozenTrial
+
 from atp_tune.metrics.kl import Divergence
 from atp_tune.metrics.perplexity import Change, Perplexity
+from atp_tune.plan import percent
 from atp_tune.report.contents import Contents
 from atp_tune.results.formatting import errors_of
+from atp_tune.results.front import Point
+from atp_tune.results.summary import Summary
 from atp_tune.results.trials import allocation_of, is_uniform, parameters_of
 from atp_tune.spec.config import Divergences, Scores
 
@@ -42,12 +47,14 @@ Pruner & Allocation & Validation text & Test text & Against uniform{more} \\\\
 
 
 def _rows(contents: Contents, titled: bool, has_kl: bool) -> list[str]:
-    summary, sparsity = contents.summary, contents.target
+    summary, sparsity = contents.summary, contents.sparsity
     rows = []
     if titled:
-        at = f", sparsity {sparsity:g}" if sparsity is not None else ""
+        at = f", sparsity {sparsity}" if sparsity else ""
         rows.append(f"\\multicolumn{{{7 if has_kl else 5}}}{{l}}{{{escaped(summary.name + at)}}} \\\\")
     rows.append(_row("", "dense", summary.dense, None, ["0", "0"] if has_kl else []))
+    if summary.interval:
+        return [*rows, *(_point(summary, point, has_kl) for point in summary.points)]
     best = summary.best_trial
     if best is not None:
         pruner = escaped(str(best.params.get("pruner", "")))
@@ -55,11 +62,21 @@ def _rows(contents: Contents, titled: bool, has_kl: bool) -> list[str]:
         rows.append(_row(pruner, "uniform", summary.uniform, None, kls))
     for rank in summary.ranks:
         if not is_uniform(rank.trial):
-            beta = parameters_of(rank.trial).get("beta")
-            name = escaped(allocation_of(rank.trial)) + (f" ($\\beta={beta:.4f}$)" if beta is not None else "")
-            pruner = escaped(str(rank.trial.params.get("pruner", "")))
-            rows.append(_row(pruner, name, rank.scores, rank.against, _kls(summary.kl(rank.trial), has_kl)))
+            rows.append(_plan_row(rank.trial, "", rank.scores, rank.against, _kls(summary.kl(rank.trial), has_kl)))
     return rows
+
+
+def _point(summary: Summary, point: Point, has_kl: bool) -> str:
+    """The row of a point of a study over an interval of sparsities."""
+    against = point.against.change if point.against else None
+    kls = _kls(summary.kl(point.trial), has_kl)
+    return _plan_row(point.trial, f"{percent(point.sparsity)} ", point.scores, against, kls)
+
+
+def _plan_row(trial: FrozenTrial, before: str, scores: Scores, against: Change | None, kls: list[str]) -> str:
+    beta = None if is_uniform(trial) else parameters_of(trial).get("beta")
+    name = escaped(before + allocation_of(trial)) + (f" ($\\beta={beta:.4f}$)" if beta is not None else "")
+    return _row(escaped(str(trial.params.get("pruner", ""))), name, scores, against, kls)
 
 
 def _row(pruner: str, name: str, scores: Scores, against: Change | None, kls: list[str]) -> str:

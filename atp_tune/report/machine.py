@@ -3,13 +3,18 @@
     format, made            `atp_tune.report/2`; local time, ISO 8601
     studies[]
       name, description     of the study
-      sparsity              target and realised (share of zeros, null if unknown)
+      sparsity              target and realised of the best (share of zeros, null if unknown); interval: the lowest and
+                            highest target, null in a study at one sparsity
       state                 done, total, running, failed: numbers of trials
       dense, uniform, best  validation and test: {value, stderr} of a perplexity, or null
       best_trial            its number, or null
       change                {value, stderr, on}: the best against uniform, relative and paired by windows; or null
       ranks[]               the best of each allocation: trial, pruner, allocation, validation, test, change
       objective, front      what is minimised; of two, the numbers of the trials on the Pareto front
+      limit                 of the quality of the best, as in the study file; or null
+      points[]              over an interval of sparsities, the plans to choose from: trial, sparsity, method,
+                            validation, test, against_dense, against_uniform, uniform (number of the uniform trial at
+                            the same sparsity), kl, kl_against_uniform, excess (over the limit; at most 0: within), best
       kl                    uniform and best: validation and test: {value, stderr} of a KL divergence; null where
                             the study does not minimise it. ranks[] have `kl` and `kl_change`, trials[] have `kl`
       zero_shot             what `evaluate` measured of the best trial, as in its configuration; or null
@@ -19,7 +24,8 @@
                             changes from uniform's, with mean and sd; or null. ranks[] have `draws` of their own
       windows               their numbers in the validation and the test text
       importance            parameter → share of 1; empty with too few trials
-      trials[]              number, state, plan, pruner, allocation, parameters, perplexity, realised, sparsities,
+      trials[]              number, state, plan, sparsity (its target, where that is searched), pruner, allocation,
+                            parameters, perplexity, realised, sparsities,
                             linear_sparsities, errors, seconds (phase → s), device, dtype, remark
       seconds, devices      of all trials
       study_file            name and settings, as the study was made; or null
@@ -39,9 +45,11 @@ from pydantic import BaseModel
 from atp_tune.metrics.perplexity import Change
 from atp_tune.report.contents import Contents
 from atp_tune.results.formatting import plan_of, remark_of
+from atp_tune.results.status_points import point_of
 from atp_tune.results.summary import Rank, Summary
 from atp_tune.results.trials import allocation_of, parameters_of, score_of
 from atp_tune.spec.studyfile import settings
+from atp_tune.storage.progress import sparsity_of
 
 FORMAT = "atp_tune.report/2"
 
@@ -63,7 +71,7 @@ def _study(contents: Contents) -> dict[str, Any]:
     return {
         "name": summary.name,
         "description": contents.description,
-        "sparsity": {"target": contents.target, "realised": contents.realised},
+        "sparsity": {"target": contents.target, "realised": contents.realised, "interval": summary.interval},
         "state": {
             "done": summary.done,
             "total": summary.total,
@@ -76,6 +84,8 @@ def _study(contents: Contents) -> dict[str, Any]:
         "ranks": [_rank(rank, summary) for rank in summary.ranks],
         "objective": list(summary.objectives),
         "front": [trial.number for trial in summary.front],
+        "limit": dict(summary.limit) if summary.limit else None,
+        "points": [point_of(summary, point).model_dump() for point in summary.points],
         "kl": {name: summary.kl(trial).model_dump() for name, trial in both.items()}
         if "kl" in summary.objectives
         else None,
@@ -122,6 +132,7 @@ def _trial(trial: FrozenTrial, summary: Summary) -> dict[str, Any]:
         "number": trial.number,
         "state": trial.state.name.lower(),
         "plan": plan_of(trial),
+        "sparsity": sparsity_of(trial),
         "pruner": trial.params.get("pruner"),
         "allocation": trial.params.get("allocation"),
         "parameters": parameters_of(trial),

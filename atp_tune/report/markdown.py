@@ -38,12 +38,12 @@ def _study(contents: Contents) -> list[str]:
     parts.append(f"{contents.state}; as of {contents.made:%Y-%m-%d %H:%M}. {_sparsity(contents)}".strip())
     parts += [
         *map(escaped, contents.notes),
-        table(tables.headline(summary)),
+        table(tables.points(summary) if summary.interval else tables.headline(summary)),
         contents.errors + (_KL if "kl" in summary.objectives else ""),
     ]
-    if summary.front:
+    if summary.front and not summary.interval:
         parts += ["## Pareto front", table(tables.front(summary))]
-    if len(summary.ranks) > 1:
+    if len(summary.ranks) > 1 and not summary.interval:
         parts += ["## Allocations", table(tables.ranks(summary))]
     if summary.zero_shot:
         made = tables.zero_shot(summary.zero_shot)
@@ -63,10 +63,10 @@ def _study(contents: Contents) -> list[str]:
 
 
 def _sparsity(contents: Contents) -> str:
-    if contents.target is None:
+    if not contents.sparsity:
         return ""
     counted = f", {contents.realised:.4f} counted" if contents.realised is not None else ""
-    return f"Sparsity {contents.target:g}{counted}."
+    return f"Sparsity {contents.sparsity}{counted}."
 
 
 def table(made: ReportTable) -> str:

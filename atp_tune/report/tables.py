@@ -18,11 +18,14 @@ from atp_tune.results.formatting import (
     NOTHING,
     cells,
     changed,
+    dense_row,
     drawn,
     draws_of,
     duration,
     in_one_line,
     plan_of,
+    points_head,
+    points_row,
     remark_of,
 )
 from atp_tune.results.summary import Summary
@@ -66,6 +69,14 @@ def front(summary: Summary) -> ReportTable:
         for trial in summary.front
     ]
     return ReportTable(("trial", "plan", "perplexity", "KL"), rows, (1,), best=0 if rows else None)
+
+
+def points(summary: Summary) -> ReportTable:
+    """Dense, and the points of a study over an interval of sparsities."""
+    rows = [tuple(dense_row(summary)), *(tuple(points_row(summary, point)) for point in summary.points)]
+    best = next((k for k, point in enumerate(summary.points, 1) if point.is_best), None)
+    head = tuple(points_head(summary))
+    return ReportTable(head, rows, (1, len(head) - 1) if summary.limit else (1,), best)
 
 
 def ranks(summary: Summary) -> ReportTable:
@@ -223,7 +234,7 @@ def _study_row(contents: Contents, on: str) -> tuple[str, ...]:
     paired = summary.ranks[0].against if summary.ranks and not is_uniform(summary.ranks[0].trial) else None
     return (
         summary.name,
-        NOTHING if contents.target is None else f"{contents.target:g}",
+        contents.sparsity or NOTHING,
         *(str(score or NOTHING) for score in (dense, uniform, best)),
         f"{paired} ({summary.ranks[0].on})" if paired else NOTHING,
         f"{summary.done}" + (f"/{summary.total}" if summary.total else ""),

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from atp_tune.errors import UserError
 from atp_tune.results.annotations import with_attached
 from atp_tune.results.summary import summarise
-from atp_tune.results.trials import parameters_of, scores_of, uniform_of
+from atp_tune.results.trials import is_uniform, parameters_of, scores_of, uniform_of
 from atp_tune.spec.config import (
     AllocationRef,
     Baselines,
@@ -65,9 +65,7 @@ def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) 
         ),
         pruner=best.params["pruner"],
         prune=spec.prune,
-        allocation=AllocationRef(
-            name=best.params["allocation"], beta=parameters_of(best).get("beta"), parameters=parameters_of(best)
-        ),
+        allocation=_allocation(best),
         block_sparsities=tuple(attrs["sparsities"]),
         linear_sparsities=linears,
         blocks=study.user_attrs.get("blocks"),
@@ -84,3 +82,10 @@ def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) 
         seed=spec.search.seed,
         versions=attrs["versions"],
     ).seen_from(file.folder, out.parent)
+
+
+def _allocation(trial: FrozenTrial) -> AllocationRef:
+    if is_uniform(trial):  # with β = 0, as every allocation has such a point
+        return AllocationRef(name="uniform", beta=None)
+    parameters = parameters_of(trial)
+    return AllocationRef(name=trial.params["allocation"], beta=parameters.get("beta"), parameters=parameters)

@@ -8,18 +8,22 @@ from optuna.trial import FrozenTrial, TrialState
 from atp_tune.errors import printable
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.perplexity import Change, error_over, reach_of
-from atp_tune.plan import shown
+from atp_tune.plan import percent, shown
+from atp_tune.results.front import Point, Versus
 from atp_tune.results.summary import Summary
 from atp_tune.results.trials import allocation_of, is_uniform, parameters_of
 from atp_tune.spec.config import Divergences, Scores
 from atp_tune.storage.lost_trials import CutOff, cut_offs_of, given_up
+from atp_tune.storage.progress import sparsity_of
 
 NOTHING = "–"  # an empty cell of a table
 
 
 def plan_of(trial: FrozenTrial) -> str:
-    """A trial's plan, `wanda atp β=0.00569`, as far as it is drawn yet."""
-    pruner = str(trial.params.get("pruner", ""))
+    """A trial's plan, `wanda atp β=0.00569`, as far as it is drawn yet; first its sparsity, where that is searched."""
+    pruner, sparsity = str(trial.params.get("pruner", "")), sparsity_of(trial)
+    if sparsity is not None:
+        pruner = f"{percent(sparsity)} {pruner}"
     if "allocation" not in trial.params:
         return pruner
     if is_uniform(trial):
@@ -93,6 +97,35 @@ def cells(scores: Scores | Divergences) -> tuple[str, str]:
 def changed(against: Change | None, on: str) -> str:
     """A row's change from uniform, marked if on the validation text."""
     return NOTHING if against is None else f"{against}" + (" (validation)" if on == "validation" else "")
+
+
+def compared(versus: Versus | None, kl: bool = False) -> str:
+    """A row's change from dense or uniform, of perplexity or KL."""
+    found = versus and (versus.kl_change if kl else versus.change)
+    return changed(found, versus.text) if versus and found else NOTHING
+
+
+def points_head(summary: Summary) -> list[str]:
+    """The columns of the table of points, over an interval of sparsities; `points_row` has their cells."""
+    kls = ["validation KL", "test KL", "KL against uniform"] if "kl" in summary.objectives else []
+    limit = ["limit"] if summary.limit else []
+    columns = ["validation perplexity", "test perplexity", "against dense", "against uniform"]
+    return ["sparsity", "method", "trial", *columns, *kls, *limit]
+
+
+def points_row(summary: Summary, point: Point, mark: str = "") -> list[str]:
+    """The cells of a point; `mark` follows the trial's number of the best."""
+    kls = [*cells(summary.kl(point.trial)), compared(point.against, kl=True)] if "kl" in summary.objectives else []
+    limit = [] if point.excess is None else ["within" if point.excess <= 0 else "beyond"]
+    number = f"{point.trial.number}{mark if point.is_best else ''}"
+    changes = compared(point.dense), compared(point.against)
+    return [percent(point.sparsity), method_of(point.trial), number, *cells(point.scores), *changes, *kls, *limit]
+
+
+def dense_row(summary: Summary) -> list[str]:
+    """The cells of the dense model in the table of points."""
+    kls = ["0", "0", NOTHING] if "kl" in summary.objectives else []
+    return ["0%", "dense", "", *cells(summary.dense), NOTHING, NOTHING, *kls, *([""] if summary.limit else [])]
 
 
 def drawn(summary: Summary) -> int:

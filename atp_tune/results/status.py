@@ -4,19 +4,19 @@ The format is published (`atp_tune.status/2`): keys are added under the same num
 that is unknown or not finite is null. Perplexities are on the validation text unless named `test`.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Literal
+from typing import Literal
 
 from optuna.trial import FrozenTrial
-from pydantic import Field, PlainSerializer
+from pydantic import Field
 
 from atp_tune.frozen import FrozenModel
 from atp_tune.metrics.draws import OverDraws
 from atp_tune.results.formatting import plan_of, remark_of
+from atp_tune.results.status_points import Against, Number, PointStatus, against_of, point_of
 from atp_tune.results.summary import Rank, ScreeningProgress, Summary
 from atp_tune.results.trials import allocation_of, parameters_of, score_of
 from atp_tune.spec.config import Divergences, Score, Scores, dumps
@@ -24,11 +24,10 @@ from atp_tune.spec.studyfile import StudyFile
 from atp_tune.storage.fingerprint import PERPLEXITY
 from atp_tune.storage.lost_trials import cut_offs_of
 from atp_tune.storage.process_identity import is_dead
-from atp_tune.storage.progress import counts
+from atp_tune.storage.progress import counts, sparsity_of
 
 FORMAT: Literal["atp_tune.status/2"] = "atp_tune.status/2"
 
-Number = Annotated[float | None, PlainSerializer(lambda x: x if x is not None and math.isfinite(x) else None)]
 State = Literal["not started", "unfinished", "complete", "unknown", "invalid"]
 
 
@@ -42,19 +41,11 @@ class Running(FrozenModel):
     lost: bool
 
 
-class Against(FrozenModel):
-    """Relative change from uniform with the same pruner, paired by windows of one text."""
-
-    value: Number
-    stderr: Number
-    on: Literal["validation", "test"]
-
-
 class Best(FrozenModel):
     """The best trial of one allocation.
 
     `kl`, `kl_change`: its KL from the dense model. `draws`: its test perplexity and change over draws of the
-    calibration text.
+    calibration text. `sparsity`: its target, where the study searches for it.
     """
 
     trial: int
@@ -67,13 +58,15 @@ class Best(FrozenModel):
     kl: Divergences | None = None
     kl_change: Against | None = None
     draws: OverDraws | None = None
+    sparsity: float | None = None
 
 
 class TrialStatus(FrozenModel):
     """One trial, with Optuna's state and `params`; `plan`: the params as a short text.
 
     `value`, `stderr`: perplexity on the validation text. `realised`: the counted share of zeros. `kl`: null if not
-    minimised. `cut_off`: how often this trial and those that it repeats were lost with their process.
+    minimised. `cut_off`: how often this trial and those that it repeats were lost with their process. `sparsity`: its
+    target, where the study searches for it.
     """
 
     number: int
@@ -88,6 +81,7 @@ class TrialStatus(FrozenModel):
     remark: str | None
     kl: Divergences | None = None
     cut_off: int = 0
+    sparsity: float | None = None
 
 
 class Status(FrozenModel):
@@ -95,7 +89,8 @@ class Status(FrozenModel):
 
     `uniform_draws`: uniform over draws of the calibration text. `windows`: number of windows by text, over which errors
     are computed. `objective`: `perplexity`, `kl` or both. `front`: with both, the numbers of the Pareto front's trials,
-    the lowest perplexity (`best`) first. `bos`: windows begin with BOS.
+    the lowest perplexity (`best`) first. `bos`: windows begin with BOS. `sparsity`: a number, or the interval in which
+    the study searches; then `points` are the plans to choose from, and `limit` bounds the quality of the best.
     """
 
     format: Literal["atp_tune.status/2"] = FORMAT
@@ -117,6 +112,8 @@ class Status(FrozenModel):
     bos: bool = False
     uniform_draws: OverDraws | None = None
     windows: dict[str, int] = Field({})
+    limit: dict[str, float] | None = None
+    points: tuple[PointStatus, ...] = ()
 
     def without_clock(self) -> "Status":
         """The status without times, to compare for changes."""
@@ -167,6 +164,8 @@ def status_of(summary: Summary, now: datetime) -> Status:
         bos=summary.bos,
         uniform_draws=summary.over_draws.get(summary.uniform_trial.number) if summary.uniform_trial else None,
         windows=dict(summary.windows),
+        limit=None if summary.limit is None else dict(summary.limit),
+        points=tuple(point_of(summary, point) for point in summary.points),
     )
 
 
@@ -204,10 +203,7 @@ def _running(trial: FrozenTrial, now: datetime) -> Running:
 
 
 def _best(rank: Rank, summary: Summary) -> Best:
-    against, kl_against = (
-        change and Against(value=change.value, stderr=change.stderr, on=rank.on)
-        for change in (rank.against, rank.kl_against)
-    )
+    against, kl_against = (against_of(change, rank.on) for change in (rank.against, rank.kl_against))
     return Best(
         trial=rank.trial.number,
         pruner=rank.trial.params.get("pruner", ""),
@@ -219,6 +215,7 @@ def _best(rank: Rank, summary: Summary) -> Best:
         kl=summary.kls.get(rank.trial.number),
         kl_change=kl_against,
         draws=summary.over_draws.get(rank.trial.number),
+        sparsity=sparsity_of(rank.trial),
     )
 
 
@@ -237,6 +234,7 @@ def _trial(summary: Summary, trial: FrozenTrial) -> TrialStatus:
         remark=remark_of(trial, summary) or None,
         kl=summary.kls.get(trial.number),
         cut_off=len(cut_offs_of(trial)),
+        sparsity=sparsity_of(trial),
     )
 
 

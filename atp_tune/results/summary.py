@@ -1,22 +1,31 @@
 """The summary of a study, read from its storage alone, finished or running."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 from pydantic import ValidationError
 
 from atp_tune.frozen import FrozenModel
 from atp_tune.metrics.bos import BosEffect
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.draws import OverDraws, over_draws
-from atp_tune.metrics.kl import divergence, relative
-from atp_tune.metrics.perplexity import Change, Perplexity, change, perplexity
+from atp_tune.metrics.perplexity import Change, Perplexity, perplexity
 from atp_tune.metrics.speed import Speed
 from atp_tune.results.annotations import attached
-from atp_tune.results.trials import best_of_each, is_uniform, kl_of, scores_of, stored, uniform_of
+from atp_tune.results.front import Point, points_of
+from atp_tune.results.pairing import Role, change_on, common_text, kl_change_on
+from atp_tune.results.trials import (
+    best_of_each,
+    divergences_of,
+    is_uniform,
+    scores_of,
+    stored,
+    uniform_of,
+    uniforms_of,
+)
 from atp_tune.spec.config import Divergences, Scores, ZeroShot
 from atp_tune.spec.studyfile import StudyFile, from_settings
 from atp_tune.storage import fingerprint, opening, progress
@@ -37,7 +46,7 @@ class Rank:
     trial: FrozenTrial
     scores: Scores
     against: Change | None
-    on: Literal["validation", "test"]
+    on: Role
     kl_against: Change | None = None
 
 
@@ -63,6 +72,8 @@ class Summary:
     windows       number of windows by text
     kls           KL by trial, if minimised
     front         with two objectives, the trials of the Pareto front
+    points        over an interval of sparsities, the trials to choose from; see `results.front`
+    limit         of quality, if the study finds the sparsest plan within it
     zero_shot, speed  measurements of the best trial by `evaluate` and `speedup`
     continuations     of prompts, by dense, uniform and the best trial
     bos           windows begin with BOS; `bos_effect`: its measured effect on the dense model
@@ -84,7 +95,6 @@ class Summary:
     reports: dict[int, Perplexity]
     complete: bool
     gp_posterior: dict[str, Any] | None = None
-
     unlike: Mapping[int, str] = field(default_factory=dict)
     screening: ScreeningProgress | None = None
     objectives: tuple[str, ...] = fingerprint.PERPLEXITY
@@ -98,9 +108,21 @@ class Summary:
     bos_effect: BosEffect | None = None
     over_draws: Mapping[int, OverDraws] = field(default_factory=dict)
     windows: Mapping[str, int] = field(default_factory=dict)
+    points: Sequence[Point] = ()
+    limit: Mapping[str, float] | None = None
 
     @property
-    def text(self) -> Literal["validation", "test"]:
+    def interval(self) -> tuple[float, float] | None:
+        """The interval of sparsities in which the study searches; None at one sparsity."""
+        return self.sparsity if isinstance(self.sparsity, tuple) else None
+
+    @property
+    def by_kl(self) -> bool:
+        """Whether KL is the only measure that is minimised, beside the density."""
+        return self.objectives[0] == "kl"
+
+    @property
+    def text(self) -> Role:
         """The text on which to compare dense, uniform and best: test once all of them have it."""
         scores = [self.dense, *(part for part in (self.uniform, self.best) if part.validation or part.test)]
         return "test" if all(part.test for part in scores) else "validation"
@@ -130,14 +152,14 @@ def summarise(study: optuna.Study) -> Summary:
         ranks=[_rank(study, trial) for trial in best_of_each(study)],
         made_from=made_from(study.user_attrs.get("made_from")),
         sizes=tuple(study.user_attrs.get("sizes", ())),
-        uniforms=_uniforms(study),
+        uniforms=uniforms_of(study),
         reports={int(name): perplexity(nlls) for name, nlls in reports.items() if name != "dense" and nlls},
         complete=_is_complete(study),
         gp_posterior=study.user_attrs.get("gp_posterior"),
         unlike=_unlike(study),
         screening=_screening(study),
         objectives=fingerprint.objectives_of(study.user_attrs.get("fingerprint", {})),
-        kls=_kls(study),
+        kls=divergences_of(study),
         front=progress.front_of(study),
         uniform_trial=uniform,
         zero_shot=ZeroShot.model_validate(found["zero_shot"]) if "zero_shot" in found else None,
@@ -147,6 +169,8 @@ def summarise(study: optuna.Study) -> Summary:
         bos_effect=BosEffect.model_validate(study.user_attrs["bos"]) if "bos" in study.user_attrs else None,
         over_draws=_over_draws(study),
         windows=_windows(study),
+        points=points_of(study),
+        limit=study.user_attrs.get("limit"),
     )
 
 
@@ -158,16 +182,6 @@ def _windows(study: optuna.Study) -> dict[str, int]:
         "test": next(iter(study.user_attrs.get("test_nlls", {}).values()), None),
     }
     return {role: len(found) for role, found in nlls.items() if found}
-
-
-def _kls(study: optuna.Study) -> dict[int, Divergences]:
-    reports = study.user_attrs.get("test_kls", {})
-    found = {trial.number: (kl_of(trial), reports.get(str(trial.number))) for trial in study.get_trials(deepcopy=False)}
-    return {
-        number: Divergences(validation=search, test=divergence(report) if report else None)
-        for number, (search, report) in found.items()
-        if search
-    }
 
 
 def _screening(study: optuna.Study) -> ScreeningProgress | None:
@@ -278,24 +292,10 @@ def _over_draws(study: optuna.Study) -> dict[int, OverDraws]:
     return result
 
 
-def _uniforms(study: optuna.Study) -> list[FrozenTrial]:
-    """The uniform trial of each pruner, in the order of trials."""
-    found: dict[str, FrozenTrial] = {}
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-        if is_uniform(trial):
-            found.setdefault(trial.params.get("pruner", ""), trial)
-    return list(found.values())
-
-
 def _rank(study: optuna.Study, trial: FrozenTrial) -> Rank:
-    tables = {"nlls": study.user_attrs.get("test_nlls", {}), "kls": study.user_attrs.get("test_kls", {})}
-    uniform = None if is_uniform(trial) else uniform_of(study, trial)
-    pair = [uniform, trial] if uniform else []
-    is_tested = pair and all(tables["nlls"].get(str(one.number)) for one in pair)
-    on: Literal["validation", "test"] = "test" if is_tested else "validation"
-
-    def paired(key: str, change_of: Callable[[list[float], list[float]], Change | None]) -> Change | None:
-        found: list[Any] = [tables[key].get(str(one.number)) if is_tested else one.user_attrs.get(key) for one in pair]
-        return change_of(*found) if found and all(found) and len(found[0]) == len(found[1]) else None
-
-    return Rank(trial, scores_of(trial, tables["nlls"]), paired("nlls", change), on, paired("kls", relative))
+    scores, uniform = scores_of(trial, study.user_attrs.get("test_nlls", {})), uniform_of(study, trial)
+    if uniform is None or is_uniform(trial):
+        return Rank(trial, scores, None, "validation")
+    text = common_text(study, uniform, trial)
+    changes = change_on(study, text, uniform, trial), kl_change_on(study, text, uniform, trial)
+    return Rank(trial, scores, changes[0], text, changes[1])

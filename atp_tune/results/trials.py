@@ -1,5 +1,6 @@
 """A stored trial's allocation and scores, and the uniform trial to compare it with."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import optuna
@@ -7,7 +8,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.metrics.kl import Divergence, divergence
 from atp_tune.metrics.perplexity import Perplexity, perplexity
-from atp_tune.spec.config import Scores
+from atp_tune.spec.config import Divergences, Scores
 from atp_tune.storage import progress
 
 NO_PARAMETERS = ("pruner", "allocation", "sparsity")  # of an allocation, among a trial's parameters
@@ -55,6 +56,17 @@ def kl_of(trial: FrozenTrial) -> Divergence | None:
     return Divergence(value=value, stderr=divergence(trial.user_attrs["kls"]).stderr)
 
 
+def divergences_of(study: optuna.Study) -> dict[int, Divergences]:
+    """The KL of each trial that has one, on both texts."""
+    reports = study.user_attrs.get("test_kls", {})
+    found = {trial.number: (kl_of(trial), reports.get(str(trial.number))) for trial in study.get_trials(deepcopy=False)}
+    return {
+        number: Divergences(validation=search, test=divergence(report) if report else None)
+        for number, (search, report) in found.items()
+        if search
+    }
+
+
 def is_by_kl(trial: FrozenTrial) -> bool:
     """Whether a trial's only value, or its only one beside the density, is its KL."""
     return len(progress.values_of(trial)) - ("sparsity" in trial.params) == 1 and "kls" in trial.user_attrs
@@ -62,11 +74,22 @@ def is_by_kl(trial: FrozenTrial) -> bool:
 
 def uniform_of(study: optuna.Study, best: FrozenTrial | None) -> FrozenTrial | None:
     """The uniform trial with the best trial's pruner and sparsity."""
-    if best is None:
-        return None
-    kind = _kind(best)
-    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return None if best is None else uniform_among(study.get_trials(deepcopy=False), best)
+
+
+def uniform_among(trials: Iterable[FrozenTrial], best: FrozenTrial) -> FrozenTrial | None:
+    """The first measured one of these trials that is uniform and has a trial's pruner and sparsity."""
+    kind, done = _kind(best), (trial for trial in trials if trial.state == TrialState.COMPLETE)
     return next((trial for trial in done if _kind(trial) == kind and is_uniform(trial)), None)
+
+
+def uniforms_of(study: optuna.Study) -> list[FrozenTrial]:
+    """The uniform trial of each pruner, in the order of trials."""
+    found: dict[str, FrozenTrial] = {}
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+        if is_uniform(trial):
+            found.setdefault(trial.params.get("pruner", ""), trial)
+    return list(found.values())
 
 
 def _kind(trial: FrozenTrial) -> tuple[Any, ...]:

@@ -65,7 +65,7 @@ def model_card(config: Config, dense: Dense) -> ModelCard:
         base_model_relation=None if dense.revision is None else RELATION,
         library_name="transformers",
         pipeline_tag="image-text-to-text" if dense.reads_images else "text-generation",
-        tags=["atp-tune", "sparse", "pruned", config.pruner, config.allocation.name],
+        tags=["atp-tune", "sparse", "pruned", config.pruner, _allocation(config).split()[0]],
         model_name=name,
         eval_results=list(_results(config)) or None,
         **kept,
@@ -100,7 +100,7 @@ def _values(config: Config, dense: Dense) -> dict[str, Any]:
         "realised": f"{config.sparsity.realised:.1%}",
         "pruner": config.pruner,
         "allocation": _allocation(config),
-        "uniform": config.linear_sparsities is None and len(set(config.block_sparsities)) == 1,
+        "uniform": _is_uniform(config),
         "scores": list(_scores(config)),
         "test": escaped(words(text)),
         "bos": config.bos,
@@ -219,7 +219,13 @@ def words(text: Text) -> str:
     return f"{source}{split}{part}, {text.nsamples or 'all'} windows of {text.seqlen} tokens"
 
 
+def _is_uniform(config: Config) -> bool:
+    return config.linear_sparsities is None and len(set(config.block_sparsities)) == 1
+
+
 def _allocation(config: Config) -> str:
+    if _is_uniform(config):
+        return "uniform"
     return f"{config.allocation.name} {shown(config.allocation.parameters)}".strip()
 
 

@@ -34,15 +34,17 @@ def best_trial(study: optuna.Study) -> FrozenTrial | None:
     return best_of(study, study.get_trials(deepcopy=False))
 
 
-def best_of(study: optuna.Study, trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
+def best_of(
+    study: optuna.Study, trials: Iterable[FrozenTrial], limit: dict[str, float] | None = None
+) -> FrozenTrial | None:
     """The best of these trials: with the lowest first value, or with a limit the sparsest one within it.
 
-    Where no trial is within the limit, the one with the smallest excess.
+    `limit`: instead of the study's. Where no trial is within the limit, the one with the smallest excess.
     """
-    done = ranked(trials)
-    if "limit" not in study.user_attrs:
+    done, limit = ranked(trials), limit or study.user_attrs.get("limit")
+    if limit is None:
         return next(iter(done), None)
-    found = {trial.number: excess_of(study, trial) for trial in done}
+    found = {trial.number: excess_of(study, trial, limit) for trial in done}
     inside = [trial for trial in done if found[trial.number] <= 0]
     if inside:
         return max(inside, key=lambda trial: (sparsity_of(trial) or 0.0, -values_of(trial)[0], -trial.number))

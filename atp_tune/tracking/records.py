@@ -8,7 +8,7 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from atp_tune.results.summary import Summary
-from atp_tune.results.trials import kl_of, score_of
+from atp_tune.results.trials import kl_of, parameters_of, score_of
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,9 @@ def records(study: optuna.Study, summary: Summary) -> Iterator[TrialRecord]:
                 }
             tops = {f"best/{key}": value for key, value in best.items()}
             trials = {f"trial/{key}": value for key, value in found.items()}
-            parameters = {f"parameters/{key}": float(value) for key, value in trial.params.items() if _is_number(value)}
-            names = [str(value) for value in trial.params.values() if not _is_number(value)]
+            drawn = {**trial.params, **parameters_of(trial)}  # over an interval of sparsities, not shares of the bounds
+            parameters = {f"parameters/{key}": float(value) for key, value in drawn.items() if _is_number(value)}
+            names = [str(value) for value in drawn.values() if not _is_number(value)]
             seconds = trial.duration.total_seconds() if trial.duration else 0.0
             numbers = {**trials, **tops, **parameters, **baselines, "trial/seconds": seconds}
             yield TrialRecord(trial.number, " ".join(names), trial.state.name.lower(), numbers)

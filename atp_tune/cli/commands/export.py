@@ -1,12 +1,14 @@
 """`tune.py export`: writes the best configuration, in one of several formats."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from atp_tune.cli import completion
+from atp_tune.cli.choosing import Choice, chosen_trial
 from atp_tune.cli.options import STUDY, Overrides, Storage, StudyLabel, load_study, stored_study
 
 if TYPE_CHECKING:
@@ -45,6 +47,21 @@ def export(
             autocompletion=completion.trials,
         ),
     ] = None,
+    sparsity: Annotated[
+        str | None,
+        typer.Option(metavar="SHARE", help="The point of a front that is nearest to this sparsity, as 0.5 or 50%."),
+    ] = None,
+    max_increase: Annotated[
+        str | None,
+        typer.Option(metavar="SHARE", help="The sparsest plan with at most so much more perplexity than dense: 10%."),
+    ] = None,
+    max_perplexity: Annotated[
+        str | None, typer.Option(metavar="NUMBER", help="The sparsest plan with at most this validation perplexity.")
+    ] = None,
+    max_kl: Annotated[
+        str | None,
+        typer.Option("--max-kl", metavar="NUMBER", help="The sparsest plan with at most this KL, in nats per token."),
+    ] = None,
     storage: Storage = None,
     study_name: StudyLabel = None,
     set_: Overrides = None,
@@ -55,11 +72,16 @@ def export(
     by block, or by linear where they differ within a block.
 
     A study of two objectives has no single best trial: `export` takes the trial of the Pareto front with the lowest
-    perplexity, or the one that `--trial` names.
+    perplexity, or the one that `--trial` names. A study over an interval of sparsities is asked for a point: by
+    `--sparsity`, by a limit (at the upper end of the standard error), by `--trial`, or in a terminal from a table.
 
     Example: `python tune.py export --study smol --out best.json`
 
     Example: `python tune.py export --study smol --trial 3 --out third.json`
+
+    Example: `python tune.py export --study smol-front --sparsity 0.5`
+
+    Example: `python tune.py export --study smol-front --max-increase 10%`
 
     Example: `python tune.py export --config best.json --format llm-compressor`
     """
@@ -70,8 +92,10 @@ def export(
     if (study is None) == (config is None):
         raise typer.BadParameter("give either --study NAME or --config FILE", param_hint="--study")
     kind = kind_of("json" if json and format_ is None else format_, out)
-    if config is not None and trial is not None:
-        raise typer.BadParameter("only with --study", param_hint="--trial")
+    choice = Choice(trial, sparsity, max_increase, max_perplexity, max_kl)
+    choice.check()
+    if config is not None and choice.options:
+        raise typer.BadParameter("only with --study", param_hint=choice.options[0])
     if json and kind != "json":
         raise typer.BadParameter(f"prints the configuration; leave out --format {kind}", param_hint="--json")
     ending = FORMATS[kind].ending
@@ -81,23 +105,24 @@ def export(
         found = found.seen_from(config.parent / found.folder, target.parent)
     else:
         file = load_study(str(study), storage, None, set_)
-        name = study_name or file.name
-        usual = file.best_of(name) if trial is None else file.beside(f"{name}.trial-{trial}.json")
+        stored, name = stored_study(file, study_name), study_name or file.name
+        may_ask = sys.stdin.isatty() and sys.stdout.isatty() and not json
+        number = chosen_trial(stored, choice, may_ask)
+        usual = file.best_of(name) if number is None else file.beside(f"{name}.trial-{number}.json")
         target = out or (PRINTED if json else usual.with_suffix(ending))
-        found = _of_study(file, study_name, bool(set_), target, trial)
+        found = _of_study(file, stored, bool(set_), target, number)
     if target is not PRINTED:
         write(found, kind, target)
     print(found.to_json() if json else f"{printable(str(target))}\n", end="")
 
 
-def _of_study(file: "StudyFile", name: str | None, overridden: bool, target: Path, trial: int | None) -> "Config":
+def _of_study(file: "StudyFile", stored: Any, overridden: bool, target: Path, trial: int | None) -> "Config":
     """The configuration of a study's best trial, or of `trial`; `overridden`: `--set` changed the study's settings."""
     from atp_tune.results.best_config import best_config
     from atp_tune.results.summary import made_from
     from atp_tune.spec.facts import facts
     from atp_tune.storage.fingerprint import check_facts
 
-    stored = stored_study(file, name)
     made = None if overridden else made_from(stored.user_attrs.get("made_from"))
     if made is None:
         check_facts(stored, facts(file.study, file.folder), partly=True)

@@ -1,0 +1,127 @@
+"""Which trial of a study `export` writes: the one that its options name, or that the user chooses from a table."""
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import typer
+
+from atp_tune.cli.terminal import console, markdown
+from atp_tune.errors import UserError, printable
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.trial import FrozenTrial
+
+    from atp_tune.results.summary import Summary
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The options that name a trial, as they were typed; at most one is given."""
+
+    trial: int | None
+    sparsity: str | None
+    max_increase: str | None
+    max_perplexity: str | None
+    max_kl: str | None
+
+    def check(self) -> None:
+        """BadParameter if two are given."""
+        given = self.options
+        if len(given) > 1:
+            raise typer.BadParameter(f"names one trial, and {given[0]} another; leave one out", param_hint=given[1])
+
+    @property
+    def options(self) -> list[str]:
+        """The options that are given."""
+        return [f"--{name.replace('_', '-')}" for name, value in vars(self).items() if value is not None]
+
+
+def chosen_trial(stored: "optuna.Study", choice: Choice, may_ask: bool) -> int | None:
+    """The number of the chosen trial; None for the best. What was chosen is said in one line on stderr.
+
+    `may_ask`: without a choice, a study over an interval of sparsities asks. UserError for a choice that it has not.
+    """
+    from atp_tune.spec.typed import only_limit
+    from atp_tune.storage.validation import StudySnapshot
+
+    study = StudySnapshot(stored)
+    limits = {key: getattr(choice, key) for key in ("max_increase", "max_perplexity", "max_kl")}
+    limit = only_limit(limits)
+    if choice.trial is not None:
+        return choice.trial
+    if choice.sparsity is not None:
+        return _at(study, choice.sparsity)
+    if limit is not None:
+        return _within(study, limit)
+    return _asked(study) if may_ask else None
+
+
+def _at(study: "optuna.Study", text: str) -> int:
+    """The trial of the front that is nearest to a sparsity."""
+    from atp_tune.plan import percent
+    from atp_tune.results.front import nearest
+    from atp_tune.spec.typed import parse_sparsity
+    from atp_tune.storage.progress import interval_of
+
+    try:
+        wanted = parse_sparsity(text)
+    except ValueError as error:
+        raise UserError(f"--sparsity: {error}") from None
+    if isinstance(wanted, tuple):
+        raise UserError(f"--sparsity: {text} is an interval; give the one sparsity that the plan is to have")
+    interval = interval_of(study)
+    if interval is not None and not interval[0] <= wanted <= interval[1]:
+        raise UserError(f"--sparsity: {text} is outside the study's interval, {percent(interval)}")
+    found = nearest(study, wanted)
+    is_there = abs(found.params["sparsity"] - wanted) < 1e-9
+    _say(found, "on the front" if is_there else f"the nearest to {percent(wanted)} on the front")
+    return found.number
+
+
+def _within(study: "optuna.Study", limit: dict[str, float]) -> int:
+    """The sparsest trial within a limit, or the nearest to it."""
+    from atp_tune.results.front import sparsest_within
+    from atp_tune.results.outcome import limit_of
+
+    found, excess = sparsest_within(study, limit)
+    words = limit_of(limit)
+    _say(found, f"the sparsest within {words}" if excess <= 0 else f"the nearest: no trial is within {words}")
+    return found.number
+
+
+def _say(trial: "FrozenTrial", why: str) -> None:
+    from atp_tune.plan import percent
+    from atp_tune.results.formatting import method_of
+
+    said = f"trial {trial.number}, {percent(trial.params['sparsity'])} {method_of(trial)}: {why}"
+    print(printable(said), file=sys.stderr)
+
+
+def _asked(study: "optuna.Study") -> int | None:
+    """The trial that the user chooses from the numbered points; None for the best, or where there is no choice."""
+    from atp_tune.cli.interview import ask
+    from atp_tune.results.summary import summarise
+
+    summary = summarise(study)
+    if len(summary.points) < 2 or summary.best_trial is None:
+        return None
+    _show(summary)
+    usual = next((k for k, point in enumerate(summary.points, 1) if point.is_best), 1)
+    numbers = {str(k): point.trial.number for k, point in enumerate(summary.points, 1)}
+
+    def check(answer: str) -> int:
+        if answer not in numbers:
+            raise ValueError(f"must be a number from 1 to {len(numbers)}")
+        return numbers[answer]
+
+    number: int = ask("point", f"1 to {len(numbers)}", str(usual), check)
+    return None if number == summary.best_trial.number else number
+
+
+def _show(summary: "Summary") -> None:
+    from atp_tune.results.formatting import dense_row, points_head, points_row
+
+    rows = [[str(k), *points_row(summary, point, " ←")] for k, point in enumerate(summary.points, 1)]
+    console.print(markdown(["point", *points_head(summary)], [["", *dense_row(summary)], *rows]))

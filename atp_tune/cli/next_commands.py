@@ -1,0 +1,60 @@
+"""The last words of a run: the file of the best configuration, and the commands that come next."""
+
+import shlex
+from pathlib import Path
+
+from atp_tune.cli.terminal import console
+from atp_tune.errors import UserError, printable
+from atp_tune.results.summary import Summary
+from atp_tune.spec.config import read_config
+from atp_tune.spec.finding import known
+from atp_tune.spec.studyfile import StudyFile
+from atp_tune.storage.database import without_password
+
+
+def show_next(summary: Summary, file: StudyFile) -> None:
+    """Prints the file of the best configuration, if it holds the best trial, and the commands that come next."""
+    best = file.best_of(summary.name)
+    try:
+        is_there = best.exists() and summary.best_trial and read_config(best).trial == summary.best_trial.number
+    except UserError:
+        return
+    if summary.best.test is None or not is_there:
+        return
+    config, out = _from_here(best), _free(f"{printable(summary.name).replace('/', '_')}-sparse")
+    study = ["--study", *study_words(summary, file)]
+    if summary.interval and not summary.limit:
+        middle = f"{sum(summary.interval) / 2:.3g}"
+        second = ("another point", ["export", *study, "--sparsity", middle])
+    else:
+        second = ("page with figures", ["report", *study])
+    rows = [
+        ("sparse checkpoint", ["apply", "--config", config, "--out", out]),
+        second,
+        ("talk with it", ["chat", out]),
+    ]
+    console.print(f"best configuration: {config}")
+    for what, words in rows:
+        console.print(f"{what + ':':<19} {shlex.join(['python', 'tune.py', *words])}")
+
+
+def study_words(summary: Summary, file: StudyFile) -> list[str]:
+    """The words after `--study` that name a stored study from here."""
+    is_known = file.path.absolute() in [path.absolute() for path in known()]
+    words = [file.name if is_known else _from_here(file.path)]
+    if summary.name != file.name:
+        words += ["--study-name", printable(summary.name)]
+    elsewhere = [override.partition("=")[2] for override in file.overrides if override.startswith("storage=")]
+    return words + [word for url in elsewhere[-1:] for word in ("--storage", without_password(url))]
+
+
+def _from_here(path: Path) -> str:
+    """A path relative to the current folder, if it is inside."""
+    here = Path.cwd()
+    return printable(str(path.relative_to(here) if path.is_relative_to(here) else path))
+
+
+def _free(name: str) -> str:
+    """A name that no file has here: the name itself, or followed by -2, -3 and so on."""
+    names = (name, *(f"{name}-{number}" for number in range(2, 1000)))
+    return next((free for free in names if not Path(free).exists()), name)

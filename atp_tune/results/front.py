@@ -1,0 +1,130 @@
+"""The points of a study over an interval of sparsities, each beside dense and uniform at the same sparsity.
+
+Without a limit they are the Pareto front of sparsity and perplexity (or KL); with one, all plans that were measured in
+full, each within the limit or beyond it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import inf
+
+import optuna
+from optuna.trial import FrozenTrial
+
+from atp_tune.errors import UserError
+from atp_tune.metrics.perplexity import Change
+from atp_tune.results.pairing import Role, change_on, common_text, kl_change_on
+from atp_tune.results.trials import is_uniform, scores_of, uniform_of
+from atp_tune.spec.config import Scores
+from atp_tune.storage import progress
+
+
+@dataclass(frozen=True)
+class Versus:
+    """Changes of perplexity, and of KL if it is minimised, by text; `text`: the one on which to compare."""
+
+    text: Role
+    perplexity: Mapping[Role, Change]
+    kl: Mapping[Role, Change]
+
+    @property
+    def change(self) -> Change | None:
+        """The change of perplexity on that text."""
+        return self.perplexity.get(self.text)
+
+    @property
+    def kl_change(self) -> Change | None:
+        """The change of KL on that text."""
+        return self.kl.get(self.text)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A trial at its target sparsity.
+
+    uniform      the uniform trial with its pruner and sparsity, with its scores; the trial itself if it is uniform
+    dense        changes against dense
+    against      changes against uniform; None where the trial is uniform itself or uniform is not measured
+    excess       over the study's limit, see `metrics.limits`; None without a limit
+    is_best      it is the study's best trial
+    """
+
+    trial: FrozenTrial
+    sparsity: float
+    scores: Scores
+    uniform: FrozenTrial | None
+    uniform_scores: Scores
+    dense: Versus
+    against: Versus | None
+    excess: float | None
+    is_best: bool
+
+
+def points_of(study: optuna.Study) -> list[Point]:
+    """The points by sparsity, the lowest first; [] for a study at one sparsity."""
+    if progress.interval_of(study) is None:
+        return []
+    best = progress.best_trial(study)
+    found = progress.measured(study) if "limit" in study.user_attrs else progress.front_of(study)
+    shown = [trial for trial in found if progress.sparsity_of(trial) is not None and "repeats" not in trial.user_attrs]
+    shown.sort(key=lambda trial: (trial.params["sparsity"], not is_uniform(trial), trial.number))
+    return [_point(study, trial, best is not None and trial.number == best.number) for trial in shown]
+
+
+def _point(study: optuna.Study, trial: FrozenTrial, is_best: bool) -> Point:
+    uniform, reports = uniform_of(study, trial), study.user_attrs.get("test_nlls", {})
+    return Point(
+        trial=trial,
+        sparsity=float(trial.params["sparsity"]),
+        scores=scores_of(trial, reports),
+        uniform=uniform,
+        uniform_scores=scores_of(uniform, reports),
+        dense=_versus(study, None, trial),
+        against=None if uniform is None or is_uniform(trial) else _versus(study, uniform, trial),
+        excess=progress.excess_of(study, trial) if "limit" in study.user_attrs else None,
+        is_best=is_best,
+    )
+
+
+def _versus(study: optuna.Study, before: FrozenTrial | None, after: FrozenTrial) -> Versus:
+    texts: tuple[Role, Role] = ("validation", "test")
+    changes = {text: change_on(study, text, before, after) for text in texts}
+    kls = {text: kl_change_on(study, text, before, after) for text in texts} if before is not None else {}
+    return Versus(
+        text=common_text(study, before, after),
+        perplexity={text: found for text, found in changes.items() if found is not None},
+        kl={text: found for text, found in kls.items() if found is not None},
+    )
+
+
+def nearest(study: optuna.Study, sparsity: float) -> FrozenTrial:
+    """The trial of the Pareto front with the nearest sparsity, the lower of two; UserError without one."""
+    front = [trial for trial in progress.front_of(_ranged(study)) if progress.sparsity_of(trial) is not None]
+    if not front:
+        raise UserError(f"study {study.study_name}: no trial has a value yet")
+    return min(front, key=lambda trial: (round(abs(trial.params["sparsity"] - sparsity), 6), trial.params["sparsity"]))
+
+
+def sparsest_within(study: optuna.Study, limit: dict[str, float]) -> tuple[FrozenTrial, float]:
+    """The sparsest trial within a limit, or the nearest if none is, and its excess.
+
+    UserError if no trial has the numbers that the limit needs.
+    """
+    found = progress.best_of(_ranged(study), study.get_trials(deepcopy=False), limit)
+    if found is None:
+        raise UserError(f"study {study.study_name}: no trial has a value yet")
+    excess = progress.excess_of(study, found, limit)
+    if excess == inf:
+        key = next(iter(limit))
+        lacking = "KL divergence; its search.objective has none" if key == "max_kl" else "perplexity beside dense"
+        raise UserError(f"study {study.study_name}: no trial has a finite {lacking}")
+    return found, excess
+
+
+def _ranged(study: optuna.Study) -> optuna.Study:
+    """The study itself; UserError if it is at one sparsity."""
+    if progress.interval_of(study) is None:
+        only = study.user_attrs.get("fingerprint", {}).get("sparsity")
+        at = f"only at {only:.4g}" if isinstance(only, float) else "at one sparsity"
+        raise UserError(f"study {study.study_name}: measures plans {at}; choose one of its trials with --trial N")
+    return study

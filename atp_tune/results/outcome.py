@@ -1,0 +1,85 @@
+"""The outcome of a study over an interval of sparsities in sentences, the same on the screen, in notes and reports."""
+
+from collections.abc import Mapping
+
+from atp_tune.metrics.perplexity import may_be_chance
+from atp_tune.plan import percent
+from atp_tune.results.formatting import drawn, draws_of, method_of
+from atp_tune.results.front import Point, Versus
+from atp_tune.results.pairing import Role
+from atp_tune.results.summary import Summary
+
+
+def limit_of(limit: Mapping[str, float]) -> str:
+    """A limit in words: `20% more perplexity than dense`, `perplexity 25`, `KL 0.1`."""
+    key, value = next(iter(limit.items()))
+    if key == "max_increase":
+        return f"{percent(value)} more perplexity than dense"
+    name = key.removeprefix("max_").removeprefix("min_").replace("_", " ")
+    return f"{'KL' if name == 'kl' else name} {value:g}"
+
+
+def outcome_of(summary: Summary) -> str:
+    """The best point with its distance from dense and the limit, or without a limit the ends of the front.
+
+    "" for a study at one sparsity, or without a measured trial.
+    """
+    best = next((point for point in summary.points if point.is_best), None)
+    if best is None:
+        return ""
+    return _within(summary, best, summary.limit) if summary.limit else _front(summary)
+
+
+def draws_said(summary: Summary) -> str:
+    """The best plan over draws of the calibration text, over an interval of sparsities; "" without draws."""
+    value, against = draws_of(summary, summary.best_trial)
+    if not value or not summary.interval:
+        return ""
+    beside = f", {against} against uniform" if against else ""
+    return f"the best over {drawn(summary)} draws of the calibration text: {value}{beside} (mean ± standard deviation)"
+
+
+def _within(summary: Summary, best: Point, limit: Mapping[str, float]) -> str:
+    key, words = next(iter(limit)), limit_of(limit)
+    name = f"trial {best.trial.number}, {percent(best.sparsity)} {method_of(best.trial)}"
+    search, test = _measured(summary, best, key, "validation"), _measured(summary, best, key, "test")
+    on_test = f"; on the test text {test}" if test else ""
+    on_search = f": {search} on the validation text" if search else ""
+    if best.excess is not None and best.excess <= 0:
+        return f"best: {name}{on_search}, within the limit of {words}{on_test}"
+    return f"no trial is within the limit of {words}: the nearest is {name}{on_search}{on_test}"
+
+
+def _measured(summary: Summary, point: Point, key: str, text: Role) -> str:
+    """What the limit bounds, on a text; "" if it is not measured."""
+    found = {
+        "max_increase": point.dense.perplexity.get(text),
+        "max_perplexity": getattr(point.scores, text),
+        "max_kl": getattr(summary.kl(point.trial), text),
+    }.get(key)
+    return str(found or "")
+
+
+def _front(summary: Summary) -> str:
+    outer = summary.points[0], summary.points[-1]
+    ends = [f"{percent(point.sparsity)} ({_value(summary, point)})" for point in outer]
+    if len(summary.points) == 1:
+        return f"Pareto front: one point, {ends[0]}"
+    better = sum(_is_better(summary, point.against) for point in summary.points if point.against is not None)
+    gained = f"{better} of them beat uniform at the same sparsity by more than chance"
+    return f"Pareto front: {len(summary.points)} points, from {ends[0]} to {ends[1]}; {gained}"
+
+
+def _is_better(summary: Summary, against: Versus) -> bool:
+    change = against.kl_change if summary.by_kl else against.change
+    windows = summary.windows.get(against.text, 0)
+    return change is not None and change.value < 0 and not may_be_chance(change, windows)
+
+
+def _value(summary: Summary, point: Point) -> str:
+    """The measure that the study minimises, on the validation text."""
+    if summary.by_kl:
+        kl = summary.kl(point.trial).validation
+        return f"KL {kl.value:.4f}" if kl else "KL not known"
+    score = point.scores.validation
+    return f"perplexity {score.value:.2f}" if score else "perplexity not known"

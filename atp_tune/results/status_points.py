@@ -1,0 +1,68 @@
+"""The points of a study over an interval of sparsities, in the JSON documents of `status` and `report`."""
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import PlainSerializer
+
+from atp_tune.frozen import FrozenModel
+from atp_tune.metrics.perplexity import Change
+from atp_tune.results.formatting import method_of
+from atp_tune.results.front import Point
+from atp_tune.results.pairing import Role
+from atp_tune.results.summary import Summary
+from atp_tune.spec.config import Divergences, Score
+
+Number = Annotated[float | None, PlainSerializer(lambda x: x if x is not None and math.isfinite(x) else None)]
+
+
+class Against(FrozenModel):
+    """Relative change from uniform with the same pruner (or from dense), paired by windows of one text."""
+
+    value: Number
+    stderr: Number
+    on: Literal["validation", "test"]
+
+
+class PointStatus(FrozenModel):
+    """A point of a study over an interval of sparsities.
+
+    `uniform`: number of the uniform trial at the same sparsity. `excess`: over the limit; at most 0 within it.
+    """
+
+    trial: int
+    sparsity: float
+    method: str
+    validation: Score
+    test: Score
+    against_dense: Against | None
+    against_uniform: Against | None
+    uniform: int | None
+    kl: Divergences | None
+    kl_against_uniform: Against | None
+    excess: Number
+    best: bool
+
+
+def point_of(summary: Summary, point: Point) -> PointStatus:
+    """The numbers of a point."""
+    uniform = point.against
+    return PointStatus(
+        trial=point.trial.number,
+        sparsity=point.sparsity,
+        method=method_of(point.trial),
+        validation=point.scores.validation,
+        test=point.scores.test,
+        against_dense=against_of(point.dense.change, point.dense.text),
+        against_uniform=uniform and against_of(uniform.change, uniform.text),
+        uniform=point.uniform.number if point.uniform else None,
+        kl=summary.kls.get(point.trial.number),
+        kl_against_uniform=uniform and against_of(uniform.kl_change, uniform.text),
+        excess=point.excess,
+        best=point.is_best,
+    )
+
+
+def against_of(change: Change | None, text: Role) -> Against | None:
+    """A change, with the text on which it is measured."""
+    return Against(value=change.value, stderr=change.stderr, on=text) if change else None

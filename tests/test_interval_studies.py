@@ -1,0 +1,199 @@
+"""Studies over an interval of sparsities, run for real: a front, the sparsest plan within a limit, and a resume."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from test_runner import reopen, states
+from test_zeroshot import make_tasks
+from tinystudy import run, study_file
+
+from atp_tune.errors import UserError
+from atp_tune.metrics.perplexity import change
+from atp_tune.results.summary import summarise
+from atp_tune.results.trials import is_uniform, parameters_of, uniform_of
+from atp_tune.spec.config import read_config
+from atp_tune.spec.study import STEP
+from atp_tune.storage.progress import best_trial, excess_of, front_of, sparsity_of
+
+INTERVAL = "sparsity=[0.3,0.8]"
+SCREEN = ("search.sampler=tpe", "search.screen.trials=8", "search.screen.stride=3", "search.screen.confirm=3")
+SEARCH = """\
+sampler = "tpe"
+
+[search.screen]
+trials = 8
+stride = 3
+confirm = 3
+"""
+LIMIT = (INTERVAL, *SCREEN, "search.trials=12")
+
+
+def make_front(place: Path) -> None:
+    """Makes the study file one of a front, without `search.trials`."""
+    file = place / "tiny.toml"
+    text = file.read_text().replace("sparsity = 0.6\n", "sparsity = [0.3, 0.8]\n")
+    file.write_text(text.replace('trials = 3\nsampler = "random"\n', SEARCH))
+
+
+@pytest.fixture(scope="module")
+def ran(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished front, to be read only."""
+    place = tmp_path_factory.mktemp("front") / "tiny"
+    shutil.copytree(tiny_place, place)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATP_TUNE_CACHE", str(place.parent / "cache"))
+        make_front(place)
+        run(place)
+    return place
+
+
+@pytest.mark.slow
+def test_each_point_of_a_front_has_uniform_beside_it(ran: Path) -> None:
+    study = reopen(ran)
+    assert [name.name for name in study.directions] == ["MINIMIZE"] * 2
+    assert {*states(study)} == {"COMPLETE"}
+    assert 3 <= len(study.trials) <= 6  # one trial where the best point is uniform
+    assert sorted({sparsity_of(trial) or 0 for trial in study.trials}) == [0.3, 0.55, 0.8]
+    assert study.user_attrs["total"] == len(study.trials)
+    for trial in study.trials:
+        uniform = uniform_of(study, trial)
+        assert uniform is not None
+        assert sparsity_of(uniform) == sparsity_of(trial)
+        assert trial.values[1] == pytest.approx(1 - trial.params["sparsity"])
+        assert trial.user_attrs["realised"] == pytest.approx(trial.params["sparsity"], abs=0.02)
+        assert is_uniform(trial) == (parameters_of(trial) == {"beta": 0.0})
+    assert {trial.number for trial in study.trials} - {trial.number for trial in study.trials if is_uniform(trial)}
+
+
+@pytest.mark.slow
+def test_the_screening_pruned_with_dense_statistics_and_part_of_the_windows(ran: Path) -> None:
+    screened = reopen(ran, "tiny.screen")
+    assert states(screened) == ["COMPLETE"] * 8
+    assert [len(trial.user_attrs["nlls"]) for trial in screened.trials] == [6] * 8
+    assert len({trial.params["sparsity"] for trial in screened.trials}) > 3
+
+
+@pytest.mark.slow
+def test_every_point_of_the_front_is_measured_on_the_test_text(ran: Path) -> None:
+    study = reopen(ran)
+    summary = summarise(study)
+    assert summary.complete
+    assert summary.sparsity == (0.3, 0.8)
+    shown = {trial.number for trial in front_of(study)}
+    wanted = shown | {uniform.number for trial in front_of(study) if (uniform := uniform_of(study, trial))}
+    assert wanted <= summary.reports.keys()
+    config = read_config(ran / "tiny.best.json")
+    best = best_trial(study)
+    assert best is not None
+    assert (config.trial, config.sparsity.target) == (best.number, best.params["sparsity"])
+    assert config.allocation.parameters == parameters_of(best)
+
+
+@pytest.mark.slow
+def test_a_front_goes_on_as_if_it_had_not_stopped(ran: Path, tiny_place: Path, tmp_path: Path) -> None:
+    place = Path(shutil.copytree(tiny_place, tmp_path / "tiny"))
+    make_front(place)
+    run(place, timeout=0)  # not even the screening is done
+    run(place, "search.trials=2")
+    expected = reopen(ran).trials
+    whole = run(place, f"search.trials={len(expected)}")
+    assert [trial.params for trial in whole.trials] == [trial.params for trial in expected]
+    assert [trial.values for trial in whole.trials] == [trial.values for trial in expected]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [0.1, 0.5])
+def test_the_sparsest_plan_within_an_increase(tiny_place: Path, tmp_path: Path, limit: float) -> None:
+    place = Path(shutil.copytree(tiny_place, tmp_path / "tiny"))
+    study = run(place, *LIMIT, f"limit.max_increase={limit}")
+    best = best_trial(study)
+    assert best is not None
+    found = change(study.user_attrs["dense"], best.user_attrs["nlls"])
+    assert found.value + found.stderr <= limit
+    sparsity = best.params["sparsity"]
+    beyond = [trial for trial in study.trials if trial.params["sparsity"] > sparsity + STEP / 2]
+    assert all(excess_of(study, trial) > 0 for trial in beyond)
+    assert uniform_of(study, best) is not None
+    if "terminated_early" in study.user_attrs and sparsity < 0.8:  # the next step was measured
+        assert min(trial.params["sparsity"] for trial in beyond) == pytest.approx(sparsity + STEP)
+    assert {*summarise(study).reports} == {best.number, uniform_of(study, best).number}  # type: ignore[union-attr]
+    again = run(place, *LIMIT, f"limit.max_increase={limit}")
+    assert len(again.trials) == len(study.trials)
+
+
+@pytest.mark.slow
+def test_a_limit_that_nothing_meets_gives_the_nearest(tiny_place: Path, tmp_path: Path) -> None:
+    place = Path(shutil.copytree(tiny_place, tmp_path / "tiny"))
+    study = run(place, "sparsity=[0.7,0.8]", *SCREEN, "search.trials=8", "limit.max_increase=0.001")
+    best = best_trial(study)
+    assert best is not None
+    assert excess_of(study, best) > 0
+    assert excess_of(study, best) == min(excess_of(study, trial) for trial in study.trials)
+    assert read_config(place / "tiny.best.json").trial == best.number
+
+
+@pytest.mark.slow
+def test_a_limit_of_kl(tiny_place: Path, tmp_path: Path) -> None:
+    place = Path(shutil.copytree(tiny_place, tmp_path / "tiny"))
+    study = run(place, *LIMIT, "search.objective=kl", "limit.max_kl=0.3")
+    best = best_trial(study)
+    assert best is not None
+    assert best.values[0] <= 0.3
+    assert best.values[1] == pytest.approx(1 - best.params["sparsity"])
+
+
+@pytest.mark.slow
+def test_a_limit_of_accuracy(tiny_place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    tasks = make_tasks(tmp_path / "tasks", 20)
+    place = Path(shutil.copytree(tiny_place, tmp_path / "tiny"))
+    least = f'limit.min_accuracy={{"{tasks}/far.yaml" = 0.2, "{tasks}/near.yaml" = 0.1}}'
+    study = run(place, *LIMIT[:-1], "search.trials=5", least, "limit.items=10")
+    assert states(study) == ["COMPLETE"] * len(study.trials)
+    for trial in study.trials:
+        found = trial.user_attrs["accuracies"]
+        assert {*found} == {f"{tasks}/far.yaml", f"{tasks}/near.yaml"}
+        assert all(0 <= value <= 1 and stderr >= 0 for value, stderr in found.values())
+    assert "accuracies" not in reopen(place, "tiny.screen").trials[0].user_attrs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("least", "words"),
+    [
+        ('{"no_such_task" = 0.2}', "limit.min_accuracy no_such_task: lm-eval has no such task"),
+        ('{"/nowhere/x.yaml" = 0.2}', "limit.min_accuracy /nowhere/x.yaml: there is no such folder"),
+    ],
+)
+def test_a_task_that_is_not_there_is_named(tiny_place: Path, tmp_path: Path, least: str, words: str) -> None:
+    place = Path(shutil.copytree(tiny_place, tmp_path / "tiny"))
+    with pytest.raises(UserError, match=words):
+        run(place, *LIMIT, f"limit.min_accuracy={least}")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["limit.max_increase=0.1"], "limit: needs an interval of sparsities"),
+        ([INTERVAL, "limit={}"], "limit.max_increase: give one of max_increase, max_perplexity, max_kl, min_accuracy"),
+        ([INTERVAL, "limit.items=3"], "limit.max_increase: give one of"),
+        ([INTERVAL, "limit.max_increase=0.1", "limit.max_kl=0.1"], "give one of"),
+        ([INTERVAL, "limit.max_increase=-0.1"], "limit.max_increase: must be greater than 0"),
+        ([INTERVAL, "limit.max_kl=0.1"], "limit: max_kl goes with search.objective"),
+        ([INTERVAL, "search.objective=kl", "limit.max_increase=0.1"], "limit: max_kl goes with search.objective"),
+        (["sparsity=[0.8,0.3]"], "sparsity: the interval"),
+        (["sparsity=[0.3,0.801]"], "must be multiples of 0.005"),
+        (["sparsity=[0.3,1.5]"], r"sparsity\[1\]: must be less than 1"),
+        ([INTERVAL, "search.sampler=grid"], "search.sampler: must be"),
+        ([INTERVAL, "search.stopper=wilcoxon"], "search.stopper: must be left out"),
+        ([INTERVAL, 'search.objective=["kl", "perplexity"]'], "search.objective: must be one name"),
+        ([INTERVAL, "allocation.beta=[0.0,0.1]"], 'allocation.beta: must be "auto" or "both"'),
+        ([INTERVAL, "prune.pattern=2:4"], "prune.pattern: must not fix the sparsity"),
+    ],
+)
+def test_what_does_not_go_with_an_interval_is_refused(tiny_place: Path, words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        study_file(tiny_place, *words)
