@@ -22,7 +22,7 @@ from atp_tune.allocations import Budget
 from atp_tune.search.samplers import make_sampler
 from atp_tune.search.space import Space
 from atp_tune.search.termination import should_terminate
-from atp_tune.spec.study import SearchConfig
+from atp_tune.spec.search import SearchConfig
 from atp_tune.storage.progress import measured
 
 WINDOWS, STEPS, TOTAL = 16, 40, 24

@@ -13,7 +13,7 @@ from processes import popen
 from tinystudy import HANGS, TUNE, Answer, CommandLine, hear
 
 from atp_tune.checkpoints import models
-from atp_tune.spec.study import ScreenConfig
+from atp_tune.spec.search import ScreenConfig
 from atp_tune.spec.studyfile import load
 
 DEFAULTS = [""] * 11

@@ -13,7 +13,7 @@ from atp_tune.metrics.perplexity import change
 from atp_tune.results.summary import summarise
 from atp_tune.results.trials import is_uniform, parameters_of, uniform_of
 from atp_tune.spec.config import read_config
-from atp_tune.spec.study import STEP
+from atp_tune.spec.search import STEP
 from atp_tune.storage.progress import best_trial, excess_of, front_of, sparsity_of
 
 INTERVAL = "sparsity=[0.3,0.8]"

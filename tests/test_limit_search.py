@@ -11,7 +11,7 @@ from test_sparsity_interval import DENSE, loss, screened, space_over
 from atp_tune.search.limit_search import LimitSampler, LimitSearch
 from atp_tune.search.space import Space
 from atp_tune.search.surrogate import Surrogate
-from atp_tune.spec.study import STEP
+from atp_tune.spec.search import STEP
 from atp_tune.storage.progress import best_trial, excess_of
 
 LIMITS = [{"max_increase": 0.2}, {"max_increase": 2.0}, {"max_perplexity": 30.0}]

@@ -32,7 +32,7 @@ from atp_tune.search.samplers import (
     whose_turn,
 )
 from atp_tune.search.space import Space
-from atp_tune.spec.study import SearchConfig
+from atp_tune.spec.search import SearchConfig
 from atp_tune.storage.lost_trials import queue_again
 
 BOTH = {"pruners": ["wanda", "magnitude"]}

@@ -19,7 +19,7 @@ from atp_tune.search import context, dense_model, runner, trial_loop
 from atp_tune.search.proposals import levelled
 from atp_tune.search.screening import APART, confirmed, is_near, screening_file
 from atp_tune.spec.config import read_config
-from atp_tune.spec.study import ScreenConfig
+from atp_tune.spec.search import ScreenConfig
 from atp_tune.storage.fingerprint import is_screening
 from atp_tune.storage.progress import counted, measured
 

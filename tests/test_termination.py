@@ -20,7 +20,7 @@ from atp_tune.search.proposals import kinds_of
 from atp_tune.search.samplers import make_sampler
 from atp_tune.search.space import Space
 from atp_tune.search.termination import GAIN, GAP, LEAST, RUN, has_gap, regret_of, should_terminate
-from atp_tune.spec.study import SearchConfig
+from atp_tune.spec.search import SearchConfig
 from atp_tune.storage.progress import counted, total_of
 
 GP = ("search.sampler=gp", "search.early_termination=true", "search.trials=40")

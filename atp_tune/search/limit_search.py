@@ -24,7 +24,7 @@ from atp_tune.search.proposals import kinds_of
 from atp_tune.search.samplers import wait_for_earlier
 from atp_tune.search.space import Params, Space
 from atp_tune.search.surrogate import Surrogate
-from atp_tune.spec.study import STEP
+from atp_tune.spec.search import STEP
 from atp_tune.storage import progress
 
 NEAR = STEP / 2  # two sparsities nearer than this are the same

@@ -18,7 +18,7 @@ from optuna.samplers import GPSampler
 from optuna.trial import FrozenTrial
 
 from atp_tune.search.space import Params, Space
-from atp_tune.spec.study import STEP
+from atp_tune.spec.search import STEP
 from atp_tune.storage.progress import values_of
 
 LEAST = 1e-6  # nats per token: a smaller KL is raised to this before its log is taken

@@ -22,7 +22,7 @@ from atp_tune.search.space import make_space
 from atp_tune.search.strategy import Screened, make_strategy
 from atp_tune.search.trial_loop import recover_lost, run_trials
 from atp_tune.spec.facts import facts
-from atp_tune.spec.study import ScreenConfig
+from atp_tune.spec.search import ScreenConfig
 from atp_tune.spec.studyfile import TRIALS, StudyFile, settings
 from atp_tune.storage import fingerprint, opening, progress
 from atp_tune.storage.database import reason_of

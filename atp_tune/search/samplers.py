@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.search.proposals import around_best, branch_study, gp_posterior, kinds_of, levelled, nudge_from_known
 from atp_tune.search.space import Params, Space
-from atp_tune.spec.study import SearchConfig
+from atp_tune.spec.search import SearchConfig
 from atp_tune.storage.lost_trials import place_of
 from atp_tune.storage.progress import counts, running, values_of
 

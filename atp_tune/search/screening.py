@@ -16,7 +16,7 @@ from atp_tune.search import proposals
 from atp_tune.search.proposals import kinds_of
 from atp_tune.search.space import Params, Space
 from atp_tune.search.surrogate import Surrogate
-from atp_tune.spec.study import ScreenConfig
+from atp_tune.spec.search import ScreenConfig
 from atp_tune.spec.studyfile import StudyFile, overridden
 from atp_tune.storage.fingerprint import CHANGED
 

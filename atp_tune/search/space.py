@@ -17,7 +17,8 @@ from atp_tune.allocations import ALLOCATIONS, Budget
 from atp_tune.errors import UserError
 from atp_tune.plan import Plan, make_plan
 from atp_tune.spec.patterns import Pattern, parse
-from atp_tune.spec.study import STEP, Study
+from atp_tune.spec.search import STEP
+from atp_tune.spec.study import Study
 
 Params = dict[str, Any]  # names and values as Optuna stores them
 Interval = tuple[float, float]

@@ -32,7 +32,8 @@ from atp_tune.metrics.speed import Speed
 from atp_tune.spec.former import present_config
 from atp_tune.spec.manifest import Manifest
 from atp_tune.spec.prune import PruneConfig, PrunerName
-from atp_tune.spec.study import AllocationName, ModelConfig, Share, Text
+from atp_tune.spec.search import Share
+from atp_tune.spec.study import AllocationName, ModelConfig, Text
 
 FORMAT: Literal["atp_tune.config/2"] = "atp_tune.config/2"
 

@@ -6,7 +6,8 @@ from typing import Any, TypeAlias
 
 from atp_tune.spec.former import LATER, stored_value
 from atp_tune.spec.prune import PruneConfig
-from atp_tune.spec.study import ScreenConfig, Study, Text
+from atp_tune.spec.search import ScreenConfig
+from atp_tune.spec.study import Study, Text
 
 Fact: TypeAlias = str | int | float | bool | list[str] | list[float]
 

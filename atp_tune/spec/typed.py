@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 
 from atp_tune.errors import UserError
-from atp_tune.spec.study import STEP
+from atp_tune.spec.search import STEP
 
 Interval = tuple[float, float]
 

@@ -15,7 +15,8 @@ from optuna.trial import FrozenTrial
 from atp_tune.errors import UserError
 from atp_tune.spec.facts import BOS
 from atp_tune.spec.former import LACKING, present_key, present_value
-from atp_tune.spec.study import DENSITY, Study
+from atp_tune.spec.search import DENSITY
+from atp_tune.spec.study import Study
 from atp_tune.storage.progress import measured
 from atp_tune.storage.validation import ValidatedStudy
 

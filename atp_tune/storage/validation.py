@@ -20,7 +20,7 @@ from atp_tune.errors import UserError
 from atp_tune.metrics.bos import BosEffect
 from atp_tune.spec.config import Batch, Found
 from atp_tune.spec.former import present_attributes
-from atp_tune.spec.study import Share
+from atp_tune.spec.search import Share
 
 GONE = "does not exist"  # in Optuna's KeyError for a missing study
 FOREIGN = "it was not written by atp_tune"
