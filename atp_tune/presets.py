@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atp_tune.errors import UserError
+from atp_tune.metrics.limits import Limit
 from atp_tune.spec.study import Text
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def texts_from_one(source: str, preset: Preset, folder: "ModelFolder", base: Pat
     return found
 
 
-def search_over_interval(preset: Preset, windows: int | None, limit: Mapping[str, float] | None) -> dict[str, Any]:
+def search_over_interval(preset: Preset, windows: int | None, limit: Limit | None) -> dict[str, Any]:
     """The table `search` of a study over an interval of sparsities, with or without a limit.
 
     `windows`: of the validation text, None if their number is not known. UserError if there is one only: at least two

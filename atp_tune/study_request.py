@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from atp_tune.allocations import ALLOCATIONS
 from atp_tune.errors import UserError, did_you_mean
+from atp_tune.metrics.limits import Limit
 from atp_tune.plan import percent
 from atp_tune.presets import (
     HUB_TEXTS,
@@ -44,7 +45,7 @@ class StudyRequest:
     pruners: tuple[str, ...] = ()
     allocations: tuple[str, ...] = ()
     texts: str | None = None
-    limit: Mapping[str, float] | None = None
+    limit: Limit | None = None
 
     def __post_init__(self) -> None:
         for option, names, known in (
@@ -159,8 +160,10 @@ class StudyRequest:
         return Path(str(self.texts)).expanduser().absolute()
 
 
-def _limit_in_name(key: str, value: float) -> str:
-    """A limit in the name of a study: max-increase-5, in percent, or max-kl-0.1."""
+def _limit_in_name(key: str, value: float | Mapping[str, float]) -> str:
+    """A limit in the name of a study: max-increase-5, in percent, max-kl-0.1, or min-accuracy-piqa-0.6."""
+    if isinstance(value, Mapping):
+        return "-".join(["min-accuracy", *(f"{Path(task).stem}-{least:g}" for task, least in value.items())])
     return f"{key.replace('_', '-')}-{100 * value if key == 'max_increase' else value:g}"
 
 

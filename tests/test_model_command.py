@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from test_zeroshot import make_tasks
 from tinystudy import Answer, CommandLine, script, stored
 
 from atp_tune.checkpoints.models import resolve
@@ -113,6 +114,10 @@ def error(answer: Answer, folder: Path) -> str:
         (("Tiny_Llama", "--max-perplexity", "1"), "--max-perplexity: must be a finite number greater than 1, got 1"),
         (("Tiny_Llama", "--max-perplexity", "5%"), "--max-perplexity: must be a number, got 5%"),
         (("Tiny_Llama", "--max-kl", "inf"), "--max-kl: must be a finite number greater than 0, got inf"),
+        (("Tiny_Llama", "--min-accuracy", "piqa"), "--min-accuracy: must be TASK=SHARE, such as piqa=0.6 or piqa=60%"),
+        (("Tiny_Llama", "--min-accuracy", "piqa=6"), "--min-accuracy: must be TASK=SHARE"),
+        (("Tiny_Llama", "--min-accuracy", "a=.5", "--min-accuracy", "a=.6"), "--min-accuracy: a is given twice"),
+        (("Tiny_Llama", "--min-accuracy", "a=.5", "--max-kl", "1"), "--min-accuracy: there is one limit, and --max-kl"),
         (("Tiny_Llama", "--max-kl=-1",), "--max-kl: must be a finite number greater than 0, got -1"),
         (("Tiny_Llama", "--max-kl", "1", "--max-increase", "5%"), "--max-kl: there is one limit, and --max-increase"),
         (("Tiny_Llama", "--max-kl", "1", "--sparsity", "60%"),
@@ -266,10 +271,29 @@ def test_a_limit_that_nothing_meets(here: Path, command: CommandLine) -> None:
     study = stored(here, name, here / "studies" / f"{name}.db")
     best, excesses = best_trial(study), [excess_of(study, trial) for trial in study.trials]
     assert best is not None and excess_of(study, best) == min(excesses) > 0
-    assert f"best: trial {best.number}," in answer.out
+    assert f"no trial is within the limit of perplexity 1.5: the nearest is trial {best.number}," in answer.out
     assert read_config(here / "studies" / f"{name}.best.json").trial == best.number
     assert "nothing to do" in command(*words).out
     assert command("status", "--study", name).code == 0
+
+
+@pytest.mark.slow
+def test_a_limit_of_accuracy(here: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(here / "datasets"))
+    make_tasks(here / "tasks", 20)
+    words = ("Tiny_Llama", "--min-accuracy", "tasks/far.yaml=10%", "--set", "limit.items=8", "--trials", "3", *LIMITED)
+    answer = command(*words)
+    assert (answer.code, answer.err) == (0, "")
+    name = "tiny_llama-10..90-min-accuracy-far-0.1-quick-own"
+    study = stored(here, name, here / "studies" / f"{name}.db")
+    best = best_trial(study)
+    assert best is not None
+    [(value, stderr)] = best.user_attrs["accuracies"].values()
+    assert (excess_of(study, best) <= 0) == (value - stderr >= 0.1)
+    assert f"{here}/tasks/far.yaml {value:.1%} ± {stderr:.1%}" in answer.out
+    assert f"accuracy 10% on {here}/tasks/far.yaml" in answer.out
 
 
 @pytest.mark.parametrize("preset", PRESETS)

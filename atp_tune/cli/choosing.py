@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
 
+    from atp_tune.metrics.limits import Limit
     from atp_tune.results.summary import Summary
 
 
@@ -80,7 +81,7 @@ def _at(study: "optuna.Study", text: str) -> int:
     return found.number
 
 
-def _within(study: "optuna.Study", limit: dict[str, float]) -> int:
+def _within(study: "optuna.Study", limit: "Limit") -> int:
     """The sparsest trial within a limit, or the nearest to it."""
     from atp_tune.results.front import sparsest_within
     from atp_tune.results.outcome import limit_of

@@ -1,6 +1,6 @@
 """The figure of a study over an interval of sparsities: sparsity against perplexity, or KL."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
@@ -75,8 +75,9 @@ def _add_levels(figure: go.Figure, summary: Summary) -> list[float]:
     """Lines at the dense model and the limit, as far as the axis has them; their values."""
     dense = summary.dense.validation.value if summary.dense.validation and not summary.by_kl else None
     key, value = next(iter(summary.limit.items())) if summary.limit else ("", 0.0)
-    limits = {"max_increase": (1 + value) * dense if dense else None, "max_kl": value if summary.by_kl else None}
-    limit = None if summary.by_kl and key != "max_kl" else {**limits, "max_perplexity": value}.get(key)
+    limit = None
+    if not isinstance(value, Mapping) and summary.by_kl == (key == "max_kl"):
+        limit = value if key != "max_increase" else (1 + value) * dense if dense else None
     if dense is not None:
         level(figure, dense, f"dense {written(dense, summary)}", DENSE, "dot")
     if limit is not None:

@@ -12,6 +12,7 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from atp_tune.errors import UserError
+from atp_tune.metrics.limits import Limit
 from atp_tune.metrics.perplexity import Change
 from atp_tune.results.pairing import Role, change_on, common_text, kl_change_on
 from atp_tune.results.trials import is_uniform, scores_of, uniform_of
@@ -105,7 +106,7 @@ def nearest(study: optuna.Study, sparsity: float) -> FrozenTrial:
     return min(front, key=lambda trial: (round(abs(trial.params["sparsity"] - sparsity), 6), trial.params["sparsity"]))
 
 
-def sparsest_within(study: optuna.Study, limit: dict[str, float]) -> tuple[FrozenTrial, float]:
+def sparsest_within(study: optuna.Study, limit: Limit) -> tuple[FrozenTrial, float]:
     """The sparsest trial within a limit, or the nearest if none is, and its excess.
 
     UserError if no trial has the numbers that the limit needs.

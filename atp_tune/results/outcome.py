@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from atp_tune.metrics.limits import Limit
 from atp_tune.metrics.perplexity import may_be_chance
 from atp_tune.plan import percent
 from atp_tune.results.formatting import drawn, draws_of, method_of
@@ -10,9 +11,11 @@ from atp_tune.results.pairing import Role
 from atp_tune.results.summary import Summary
 
 
-def limit_of(limit: Mapping[str, float]) -> str:
-    """A limit in words: `20% more perplexity than dense`, `perplexity 25`, `KL 0.1`."""
+def limit_of(limit: Limit) -> str:
+    """A limit in words: `20% more perplexity than dense`, `perplexity 25`, `KL 0.1`, `accuracy 60% on piqa`."""
     key, value = next(iter(limit.items()))
+    if isinstance(value, Mapping):
+        return "accuracy " + " and ".join(f"{percent(least)} on {task}" for task, least in value.items())
     if key == "max_increase":
         return f"{percent(value)} more perplexity than dense"
     name = key.removeprefix("max_").removeprefix("min_").replace("_", " ")
@@ -39,12 +42,12 @@ def draws_said(summary: Summary) -> str:
     return f"the best over {drawn(summary)} draws of the calibration text: {value}{beside} (mean ± standard deviation)"
 
 
-def _within(summary: Summary, best: Point, limit: Mapping[str, float]) -> str:
+def _within(summary: Summary, best: Point, limit: Limit) -> str:
     key, words = next(iter(limit)), limit_of(limit)
     name = f"trial {best.trial.number}, {percent(best.sparsity)} {method_of(best.trial)}"
     search, test = _measured(summary, best, key, "validation"), _measured(summary, best, key, "test")
     on_test = f"; on the test text {test}" if test else ""
-    on_search = f": {search} on the validation text" if search else ""
+    on_search = f": {search}" + " on the validation text" * (key != "min_accuracy") if search else ""
     if best.excess is not None and best.excess <= 0:
         return f"best: {name}{on_search}, within the limit of {words}{on_test}"
     return f"no trial is within the limit of {words}: the nearest is {name}{on_search}{on_test}"
@@ -52,6 +55,9 @@ def _within(summary: Summary, best: Point, limit: Mapping[str, float]) -> str:
 
 def _measured(summary: Summary, point: Point, key: str, text: Role) -> str:
     """What the limit bounds, on a text; "" if it is not measured."""
+    if key == "min_accuracy" and text == "validation":
+        accuracies = point.trial.user_attrs.get("accuracies", {})
+        return ", ".join(f"{task} {value:.1%} ± {stderr:.1%}" for task, (value, stderr) in accuracies.items())
     found = {
         "max_increase": point.dense.perplexity.get(text),
         "max_perplexity": getattr(point.scores, text),

@@ -112,7 +112,7 @@ class Status(FrozenModel):
     bos: bool = False
     uniform_draws: OverDraws | None = None
     windows: dict[str, int] = Field({})
-    limit: dict[str, float] | None = None
+    limit: dict[str, float | dict[str, float]] | None = None
     points: tuple[PointStatus, ...] = ()
 
     def without_clock(self) -> "Status":

