@@ -74,10 +74,10 @@ def _add(figure: go.Figure, marks: list[Mark], name: str, colour: str, symbol: s
 def _add_levels(figure: go.Figure, summary: Summary) -> list[float]:
     """Lines at the dense model and the limit, as far as the axis has them; their values."""
     dense = summary.dense.validation.value if summary.dense.validation and not summary.by_kl else None
-    key, value = next(iter(summary.limit.items())) if summary.limit else ("", 0.0)
     limit = None
-    if not isinstance(value, Mapping) and summary.by_kl == (key == "max_kl"):
-        limit = value if key != "max_increase" else (1 + value) * dense if dense else None
+    for key, value in (summary.limit or {}).items():
+        if not isinstance(value, Mapping) and summary.by_kl == (key == "max_kl"):
+            limit = value if key != "max_increase" else (1 + value) * dense if dense else None
     if dense is not None:
         level(figure, dense, f"dense {written(dense, summary)}", DENSE, "dot")
     if limit is not None:
