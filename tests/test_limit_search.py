@@ -25,9 +25,9 @@ def shifted(sparsity: float, share: float) -> float:
 
 
 def searched(
-    space: Space, limit: dict[str, float], surrogate: Surrogate, most: int = 30, jump: float = 0.0
+    space: Space, limit: dict[str, float], surrogate: Surrogate, most: int = 30, jump: float = 0.0, cost: float = 0.0
 ) -> optuna.Study:
-    """A study driven until its search is idle; `jump`: what is added to the loss above 40 %."""
+    """A study driven until its search is idle; to the loss, `jump` is added above 40 %, and `cost` times the share."""
     search = LimitSearch(space, surrogate, limit, DENSE)
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=LimitSampler(search))
     study.set_user_attr("limit", limit)
@@ -36,7 +36,7 @@ def searched(
     def objective(trial: optuna.Trial) -> tuple[float, float]:
         plan = space.suggest(trial)
         assert plan.target is not None
-        mean = shifted(plan.target, trial.params["beta"]) + jump * (plan.target > 0.4)
+        mean = shifted(plan.target, trial.params["beta"]) + jump * (plan.target > 0.4) + cost * trial.params["beta"]
         trial.set_user_attr("nlls", [mean - 0.1, mean + 0.1])
         return math.exp(mean), 1 - plan.target
 
@@ -100,6 +100,16 @@ def test_a_model_that_is_wrong_ends_too() -> None:
     assert excess_of(study, best) <= 0
     assert best.params["sparsity"] <= 0.4
     assert len(study.trials) < 20
+
+
+def test_where_uniform_is_better_than_the_model_says_it_leads() -> None:
+    space = space_over()
+    study = searched(space, {"max_increase": 1.0}, Surrogate(space, screened(space), 0, DENSE), cost=1.0)
+    best = best_trial(study)
+    assert best is not None
+    inside = [level for level in space.levels(101) if shifted(level, 0) <= 2.8 + math.log(2.0)]
+    assert best.params == {**best.params, "beta": 0.0, "sparsity": max(inside)}
+    assert len(study.trials) < 16
 
 
 def test_the_last_trial_is_uniform_at_the_best_sparsity() -> None:

@@ -3,8 +3,9 @@
 The screening's model (`search.surrogate`) predicts at each sparsity S the best parameters and their excess over the
 limit, g(S). The trials are measured in full, so their excess differs from g by a shift, which changes slowly with S.
 The next trial is at the highest S with g(S) + shift ≤ 0, inside the bracket: above the sparsest trial within the limit,
-and below the first one beyond it. Without a model, and for accuracies, the bracket is halved. The search has ended when
-the bracket has no sparsity left, and uniform is measured at the best trial's sparsity.
+and below the first one beyond it. Without a model, and for accuracies, the bracket is halved. When the bracket has no
+sparsity left, uniform is measured at the best trial's sparsity. If it is better there, the model was wrong, and the
+search goes on with uniform alone; else it has ended.
 """
 
 import math
@@ -65,9 +66,9 @@ class LimitSearch:
         uniform = self._missing_uniform(study)
         if uniform is not None and (is_last or not free):
             return uniform
-        if not free:
-            return self._surrogate.best_at(self._levels()[0]).params
-        return self._surrogate.best_at(self._chosen(study, free)).params
+        sparsity = self._chosen(study, free) if free else self._levels()[0]
+        leader = self._leader(study)
+        return self.space.at(leader, sparsity) if leader else self._surrogate.best_at(sparsity).params
 
     def _levels(self) -> list[float]:
         assert self.space.sparsities is not None
@@ -75,18 +76,31 @@ class LimitSearch:
         return self.space.levels(1 + round((high - low) / STEP))
 
     def _bracket(self, study: Study) -> Bracket:
-        found = self._measured(study)
-        inside = [sparsity for sparsity, excess in found.items() if excess <= 0]
+        inside = [sparsity for sparsity, excess in self._measured(study).items() if excess <= 0]
         low = max(inside, default=None)
+        found = self._measured(study, only_uniform=self._leader(study) is not None)
         beyond = [sparsity for sparsity, excess in found.items() if excess > 0 and (low is None or sparsity > low)]
         return Bracket(low, min(beyond, default=None))
 
-    def _measured(self, study: Study) -> dict[float, float]:
+    def _leader(self, study: Study) -> Params | None:
+        """The uniform point that beats the model's at the highest sparsity where both are measured, if it does."""
+        excesses = {trial.number: progress.excess_of(study, trial) for trial in progress.measured(study)}
+        pairs = [
+            (trial, uniform)
+            for trial in progress.measured(study)
+            if not is_uniform(trial) and (uniform := uniform_of(study, trial)) is not None
+        ]
+        trial, uniform = max(pairs, key=lambda pair: pair[0].params["sparsity"], default=(None, None))
+        if trial is None or uniform is None or excesses[uniform.number] >= excesses[trial.number]:
+            return None
+        return dict(uniform.params)
+
+    def _measured(self, study: Study, only_uniform: bool = False) -> dict[float, float]:
         """The lowest excess at each measured sparsity; a plan that failed is beyond any limit."""
         found: dict[float, float] = {}
         for trial in study.get_trials(deepcopy=False):
             sparsity = progress.sparsity_of(trial)
-            if sparsity is not None and progress.counts(trial):
+            if sparsity is not None and progress.counts(trial) and (is_uniform(trial) or not only_uniform):
                 excess = progress.excess_of(study, trial)
                 found[sparsity] = min(excess, found.get(sparsity, math.inf))
         return found
