@@ -123,6 +123,26 @@ def test_the_sparsest_plan_within_an_increase(tiny_place: Path, tmp_path: Path, 
 
 
 @pytest.mark.slow
+def test_another_limit_goes_on_from_what_is_measured(ran: Path, tmp_path: Path) -> None:
+    place = Path(shutil.copytree(ran, tmp_path / "tiny"))
+    before = reopen(place)
+    count, by_sparsity = len(before.trials), {sparsity_of(trial): trial for trial in front_of(before)}
+    found = [change(before.user_attrs["dense"], trial.user_attrs["nlls"]) for trial in by_sparsity.values()]
+    low, middle, high = sorted(one.value + one.stderr for one in found)
+    study = run(place, f"limit.max_increase={(middle + high) / 2}", "search.trials=20")
+    best, more = best_trial(study), len(study.trials)
+    assert best is not None
+    assert excess_of(study, best) <= 0
+    assert count < more < 20
+    study = run(place, f"limit.max_increase={(low + middle) / 2}", "search.trials=20")
+    stricter = best_trial(study)
+    assert stricter is not None
+    assert stricter.params["sparsity"] < best.params["sparsity"]
+    assert read_config(place / "tiny.best.json").trial == stricter.number
+    assert summarise(run(place, "search.trials=20")).limit is None
+
+
+@pytest.mark.slow
 def test_a_limit_that_nothing_meets_gives_the_nearest(tiny_place: Path, tmp_path: Path) -> None:
     place = Path(shutil.copytree(tiny_place, tmp_path / "tiny"))
     study = run(place, "sparsity=[0.7,0.8]", *SCREEN, "search.trials=8", "limit.max_increase=0.001")

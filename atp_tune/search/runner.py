@@ -145,13 +145,21 @@ def _with_stored_total(run: StudyRun, study: optuna.Study) -> StudyRun:
 
 
 def is_complete(study: optuna.Study, file: StudyFile) -> bool:
-    """Whether the total is reached, no trial runs, and the best trials have their final numbers."""
+    """Whether the total is reached, no trial runs, and the best trials have their final numbers.
+
+    Not with another limit than the study's: then another trial may be the best.
+    """
     sizes, best = study.user_attrs.get("sizes"), progress.best_trial(study)
-    if sizes is None or progress.running(study):
+    if sizes is None or progress.running(study) or _has_other_limit(study, file):
         return False
     total = total_trials(file.study.search, make_space(file.study, Budget(file.study.highest, tuple(sizes))))
     done = progress.counted(study) >= progress.total_of(study, total, file.goes_on)
     return done and (best is None or not (unreported(study) or undrawn(study, file.study.texts.calibration.draws)))
+
+
+def _has_other_limit(study: optuna.Study, file: StudyFile) -> bool:
+    limit = file.study.limit.given if file.study.limit else None
+    return not is_screening(study) and study.user_attrs.get("limit") != limit
 
 
 def _device(run: StudyRun) -> str:
@@ -240,15 +248,15 @@ def open_context(run: StudyRun, study: optuna.Study | None = None) -> "TrialCont
 
 
 def _describe(run: StudyRun, study: optuna.Study, context: "TrialContext", total: int, batches: dict[str, int]) -> None:
-    total = progress.total_of(study, total, run.file.goes_on)
-    model = context.checkpoint
+    spec, model, is_new_limit = run.file.study, context.checkpoint, _has_other_limit(study, run.file)
+    total = progress.total_of(study, total, run.file.goes_on or is_new_limit)
     attributes = {
         "sizes": list(model.sizes), "blocks": model.blocks_name, "linears": model.linear_names,
         "total": total, "made_from": settings(run.file),
         **({} if "batches" in study.user_attrs else {"batches": batches}),
         **({"screens": run.screens} if run.screens else {}),
-        **({"limit": run.file.study.limit.given} if run.file.study.limit and not run.screens else {}),
-        "model.source": run.file.study.model.source,
+        **({"limit": spec.limit.given if spec.limit else None} if is_new_limit and not run.screens else {}),
+        "model.source": spec.model.source,
         **facts_of({"total": total, "fingerprint": study.user_attrs["fingerprint"]}),
     }  # fmt: skip
     if context.bos_effect is not None:
