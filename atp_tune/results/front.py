@@ -66,7 +66,7 @@ def points_of(study: optuna.Study) -> list[Point]:
     if progress.interval_of(study) is None:
         return []
     best = progress.best_trial(study)
-    found = progress.measured(study) if "limit" in study.user_attrs else progress.front_of(study)
+    found = progress.measured(study) if study.user_attrs.get("limit") else progress.front_of(study)
     shown = [trial for trial in found if progress.sparsity_of(trial) is not None and "repeats" not in trial.user_attrs]
     shown.sort(key=lambda trial: (trial.params["sparsity"], not is_uniform(trial), trial.number))
     return [_point(study, trial, best is not None and trial.number == best.number) for trial in shown]
@@ -82,7 +82,7 @@ def _point(study: optuna.Study, trial: FrozenTrial, is_best: bool) -> Point:
         uniform_scores=scores_of(uniform, reports),
         dense=_versus(study, None, trial),
         against=None if uniform is None or is_uniform(trial) else _versus(study, uniform, trial),
-        excess=progress.excess_of(study, trial) if "limit" in study.user_attrs else None,
+        excess=progress.excess_of(study, trial) if study.user_attrs.get("limit") else None,
         is_best=is_best,
     )
 

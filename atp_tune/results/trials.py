@@ -104,7 +104,7 @@ def best_of_each(study: optuna.Study) -> list[FrozenTrial]:
     """
     if progress.interval_of(study) is not None:
         leading = progress.best_trial(study)
-        return progress.front_of(study) if "limit" not in study.user_attrs else [leading] if leading else []
+        return progress.front_of(study) if not study.user_attrs.get("limit") else [leading] if leading else []
     best: dict[str, FrozenTrial] = {}
     for trial in progress.measured(study):
         best.setdefault(allocation_of(trial), trial)
