@@ -21,7 +21,8 @@ from atp_tune.search import trial_loop
 from atp_tune.storage.attributes import PREFIX, joined
 from atp_tune.storage.database import Database
 
-COLUMNS = {"± stderr", "zeros %", "time (s)", "peak GB", "device", "dtype", "host"}
+# No more than six: a trial's page shows six lines, and the last by name is ± stderr.
+COLUMNS = {"± stderr", "zeros %", "time (s)", "peak GB", "device", "host"}
 
 
 @pytest.fixture
@@ -63,6 +64,14 @@ def test_the_plain_dashboard_shows_note_figures_and_files(plain: str, done: Path
     assert all(len(attr["value"]) < 60 for attr in study["user_attrs"])
     assert {attr["key"] for attr in study["user_attrs"]} > {"model.source", "sparsity", "trials"}
     assert {artifact["filename"] for artifact in study["artifacts"]} == {"best.json"}
+
+
+def test_the_note_names_a_study_file_outside_of_studies(done: Path) -> None:
+    """Its name alone would find another file of that name, or none."""
+    owner: Any = stored(done)
+    note, file = get_note(owner), owner.user_attrs["made_from"]["path"]
+    assert f"python tune.py --study {file}    # resume" in note
+    assert "python tune.py --study tiny.toml --storage grpc://HOST:13000 " in note
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import math
 import os
 import pty
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from datetime import datetime
@@ -524,6 +525,9 @@ def test_the_note_of_the_dashboard() -> None:
     summary = summarise(with_test_text(made_front(limit={"max_increase": 0.35}), *range(8)))
     note = study_note(summary, "sqlite:///x.db")
     assert "at 20% to 70% sparsity" in note
+    assert re.search(r"^\| 0% \| &emsp;dense \| &emsp; \| &emsp;[\d.]+ ± ", note, re.M)
+    assert "\n| --: | :-- |" in note
+    assert "python tune.py --study smol-front " in note
     assert "The best is the sparsest plan within 35% more perplexity than dense." in note
     assert "**Best: trial 4, 50% wanda + atp" in note
     assert "against uniform" in trial_note(summary.trials[4], summary)

@@ -104,7 +104,7 @@ def test_the_note_of_a_study(dashboard: Dashboard, done: Path) -> None:
     assert "tiny.toml`" in body
     assert f"Database: `sqlite:///{done / 'tiny.db'}`" in body
     assert "python tune.py apply --config best.json --out DIR" in body
-    assert re.search(r"python tune.py --study tiny --storage grpc://127.0.0.1:\d+ ", body)
+    assert re.search(r"python tune.py --study tiny.toml --storage grpc://127.0.0.1:\d+ ", body)
 
 
 def open_db(place: Path) -> optuna.storages.BaseStorage:

@@ -82,7 +82,7 @@ def _what(summary: Summary) -> str:
 
 def _scores(summary: Summary) -> str:
     if summary.interval:
-        return table(points(summary))
+        return table(points(summary), GAP)
     rows = [("dense", summary.dense, "–")]
     for rank in summary.ranks:
         best = "**best** " if rank.trial == summary.best_trial else ""
@@ -152,7 +152,7 @@ def _commands(summary: Summary, join: str) -> str:
         return ""
     lines = [
         f"{command_of(summary)}    # resume, on this machine",
-        f"{command_of(summary, '--storage', join)}    # join, from another machine",
+        f"{command_of(summary, '--storage', join, here=False)}    # join, from another machine",
         "python tune.py apply --config best.json --out DIR    # the sparse checkpoint",
     ]
     return fenced("", "\n".join(map(printable, lines)))

@@ -69,9 +69,10 @@ def _sparsity(contents: Contents) -> str:
     return f"Sparsity {contents.sparsity}{counted}."
 
 
-def table(made: ReportTable) -> str:
-    """A Markdown table with numbers aligned to the right."""
+def table(made: ReportTable, gap: str = "") -> str:
+    """A Markdown table with numbers aligned to the right; `gap`: written before each cell but a row's first."""
     rules = [":--" if column in made.words else "--:" for column in range(len(made.head))]
     rows = [[f"**{cell}**" if cell and index == made.best else cell for cell in map(escaped, row)]
             for index, row in enumerate(made.rows)]  # fmt: skip
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (map(escaped, made.head), rules, *rows))
+    head, *body = (f"| {f' | {gap}'.join(cells)} |" for cells in (map(escaped, made.head), *rows))
+    return "\n".join((head, f"| {' | '.join(rules)} |", *body))

@@ -13,6 +13,7 @@ from atp_tune.results.front import Point, Versus
 from atp_tune.results.summary import Summary
 from atp_tune.results.trials import allocation_of, is_uniform, parameters_of
 from atp_tune.spec.config import Divergences, Scores
+from atp_tune.spec.finding import known
 from atp_tune.storage.lost_trials import CutOff, cut_offs_of, given_up
 from atp_tune.storage.progress import sparsity_of
 
@@ -177,11 +178,16 @@ def _before(trial: FrozenTrial) -> str:
     return f"cut off {times} time{'s' * (times > 1)} before" if times else ""
 
 
-def command_of(summary: Summary, *more: str) -> str:
-    """The command that resumes a study with its last options; the summary must have `made_from`."""
+def command_of(summary: Summary, *more: str, here: bool = True) -> str:
+    """The command that resumes a study with its last options; the summary must have `made_from`.
+
+    A study file that its name does not find is named by its path `here`, and elsewhere by its file name.
+    """
     file = summary.made_from
     assert file is not None
-    words = ["--study", file.name, *(["--study-name", summary.name] if summary.name != file.name else [])]
+    is_known = file.path.absolute() in [path.absolute() for path in known()]
+    study = file.name if is_known else str(file.path) if here else file.path.name
+    words = ["--study", study, *(["--study-name", summary.name] if summary.name != file.name else [])]
     for override in file.overrides:
         key, _, value = override.partition("=")
         words += ["--trials", value] if key == "search.trials" else ["--set", override]
