@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 from tinystudy import CommandLine, settings, stored
 
-from atp_tune.spec.config import read_config
+from atp_tune.spec.config import AllocationRef, read_config
 
 pytestmark = pytest.mark.slow
 ARCHIVE = Path(__file__).parent / "former" / "version-0.1.tar.xz"
@@ -38,7 +38,8 @@ def test_a_database_half_done_goes_on(former: Path, command: CommandLine) -> Non
 
 def test_a_complete_study_is_shown_and_exported(former: Path, command: CommandLine) -> None:
     config = former / "done.best.json"
-    written = read_config(config)
+    uniform = AllocationRef(name="uniform", beta=None)  # version 0.1 called it atp with β = 0
+    written = read_config(config).model_copy(update={"allocation": uniform})
     for words in (
         ["--study", former / "done.toml", HERE, *settings(*KEYS)],
         ["status", "--study", former / "done.toml"],
