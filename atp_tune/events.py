@@ -35,8 +35,8 @@ class Step:
 class TrialEnded:
     """A trial ended with its values (perplexity `value`, and `kl` if minimised), or None and the reason.
 
-    `best` and `best_kl`: the study's best, the second only if the study minimises KL alone. `what`: `trial`, or
-    `screening` for a trial of a screening.
+    `best` and `best_kl`: the study's best, the second only if the study minimises KL alone; `best_sparsity`: its
+    sparsity, where the study searches for it. `what`: `trial`, or `screening` for a trial of a screening.
     """
 
     number: int
@@ -48,6 +48,7 @@ class TrialEnded:
     what: str = "trial"
     kl: float | None = None
     best_kl: float | None = None
+    best_sparsity: float | None = None
 
 
 Event = Message | TrialStarted | Step | TrialEnded

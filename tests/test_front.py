@@ -207,7 +207,8 @@ def test_the_sparsest_within_a_limit_by_hand(limit: dict[str, float], number: in
 def test_the_outcome_of_a_front() -> None:
     said = outcome_of(summarise(made_front()))
     assert said.startswith("Pareto front: 4 points, from 20% (perplexity 19.79) to 70% (perplexity ")
-    assert said.endswith("; 3 of them beat uniform at the same sparsity by more than chance")
+    gained, left = "3 of them beat uniform at the same sparsity by more than chance", "4 of 8 sparsities are measured"
+    assert said.endswith(f"; {gained}; {left}, --trials 16 measures all")
 
 
 def test_the_outcome_of_a_limit() -> None:
@@ -245,7 +246,7 @@ def test_the_summary_of_a_front(tmp_path: Path, command: CommandLine) -> None:
     rows = [line for line in said.splitlines() if line.startswith("| ") and "%" in line]
     assert [row.split("|")[1].strip() for row in rows] == ["0%", "20%", "30%", "50%", "70%"]
     assert [" ←" in row for row in rows] == [False, True, False, False, False]
-    assert "best: trial 1, 20% wanda + uniform, the lowest perplexity; `export` takes another with --sparsity" in said
+    assert "best: trial 1, 20% wanda + uniform, the lowest perplexity; `export` takes another with --sparsity, " in said
     assert " 50% wanda atp β=0.05000 " in said  # of all trials
     assert "spread" not in said
     assert "no trial is better than uniform" not in said
@@ -276,7 +277,7 @@ def test_the_commands_that_come_next(tmp_path: Path, command: CommandLine, monke
     assert command("status", "--study", toml).out.splitlines()[-4:] == [
         "best configuration: made.best.json",
         "sparse checkpoint:  python tune.py apply --config made.best.json --out made-sparse",
-        "another point:      python tune.py export --study made.toml --sparsity 0.45",
+        "another point:      python tune.py export --study made.toml --sparsity 0.5",
         "talk with it:       python tune.py chat made-sparse",
     ]
 
@@ -311,7 +312,7 @@ def test_the_progress_line_names_the_sparsity(tmp_path: Path, command: CommandLi
         (
             ["--max-perplexity", "15"],
             1,
-            "trial 1, 20% wanda + uniform: the nearest: no trial is within perplexity 15\n",
+            "trial 1, 20% wanda + uniform: the nearest: no trial is within perplexity 15 on the validation text\n",
         ),
         (["--trial", "6"], 6, ""),
     ],
@@ -466,9 +467,9 @@ def test_reports_show_the_points(limit: dict[str, float] | None) -> None:
     assert best is not None
     assert contents.sparsity == f"{best.params['sparsity']:g} of 0.2 to 0.7"
     text = markdown.make([contents]).decode()
+    dense = "against dense, validation" if limit else "against dense"
     assert (
-        "| sparsity | method | trial | validation perplexity | test perplexity | against dense | against uniform |"
-        in text
+        f"| sparsity | method | trial | validation perplexity | test perplexity | {dense} | against uniform |" in text
     )
     assert "## Pareto front" not in text
     assert "## Allocations" not in text

@@ -87,7 +87,7 @@ def _within(study: "optuna.Study", limit: "Limit") -> int:
     from atp_tune.results.outcome import limit_of
 
     found, excess = sparsest_within(study, limit)
-    words = limit_of(limit)
+    words = f"{limit_of(limit)} on the validation text"
     _say(found, f"the sparsest within {words}" if excess <= 0 else f"the nearest: no trial is within {words}")
     return found.number
 

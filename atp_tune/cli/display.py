@@ -8,6 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from atp_tune.cli.terminal import console
 from atp_tune.errors import printable
 from atp_tune.events import Event, EventHandler, Message, Step, TrialEnded, TrialStarted
+from atp_tune.plan import percent
 
 
 class Display:
@@ -64,6 +65,7 @@ class Display:
         value = ", ".join(values) or f"failed: {event.reason}"
         best = f"best {event.best:.2f}" if event.best is not None else "no best yet"
         best = f"best KL {event.best_kl:.4f}" if event.best_kl is not None else best
+        best += "" if event.best_sparsity is None else f" at {percent(event.best_sparsity)}"
         left = (monotonic() - self._first) / self._ended * (event.total - event.done)
         rest = f" of {event.what}s left"  # the test text is measured after them
         eta = f", {duration(left)}{rest}" if event.done < event.total and not console.is_terminal else ""

@@ -23,9 +23,9 @@ def show_next(summary: Summary, file: StudyFile) -> None:
         return
     config, out = _from_here(best), _free(f"{printable(summary.name).replace('/', '_')}-sparse")
     study = ["--study", *study_words(summary, file)]
-    if summary.interval and not summary.limit:
-        middle = f"{sum(summary.interval) / 2:.3g}"
-        second = ("another point", ["export", *study, "--sparsity", middle])
+    if summary.points and not summary.limit:
+        middle = summary.points[len(summary.points) // 2].sparsity
+        second = ("another point", ["export", *study, "--sparsity", f"{middle:.4g}"])
     else:
         second = ("page with figures", ["report", *study])
     rows = [

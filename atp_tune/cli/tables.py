@@ -131,7 +131,7 @@ def _show_best(summary: Summary, best: FrozenTrial) -> None:
     console.print(outcome_of(summary))
     if not summary.limit:
         name, measure = f"{percent(best.params['sparsity'])} {method_of(best)}", "KL" if summary.by_kl else "perplexity"
-        other = "`export` takes another with --sparsity 0.5, --max-increase 10% or --trial N"
+        other = "`export` takes another with --sparsity, --max-increase or --trial"
         console.print(f"best: trial {best.number}, {name}, the lowest {measure}; {other}")
     if over := draws_said(summary):
         console.print(over)

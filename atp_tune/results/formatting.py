@@ -110,7 +110,8 @@ def points_head(summary: Summary) -> list[str]:
     """The columns of the table of points, over an interval of sparsities; `points_row` has their cells."""
     kls = ["validation KL", "test KL", "KL against uniform"] if "kl" in summary.objectives else []
     limit = ["limit"] if summary.limit else []
-    columns = ["validation perplexity", "test perplexity", "against dense", "against uniform"]
+    dense = "against dense, validation" if summary.limit else "against dense"
+    columns = ["validation perplexity", "test perplexity", dense, "against uniform"]
     return ["sparsity", "method", "trial", *columns, *kls, *limit]
 
 
@@ -120,6 +121,8 @@ def points_row(summary: Summary, point: Point, mark: str = "") -> list[str]:
     limit = [] if point.excess is None else ["within" if point.excess <= 0 else "beyond"]
     number = f"{point.trial.number}{mark if point.is_best else ''}"
     changes = compared(point.dense), compared(point.against)
+    if summary.limit:  # it holds on the validation text
+        changes = str(point.dense.perplexity.get("validation", NOTHING)), changes[1]
     return [percent(point.sparsity), method_of(point.trial), number, *cells(point.scores), *changes, *kls, *limit]
 
 

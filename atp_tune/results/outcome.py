@@ -9,6 +9,7 @@ from atp_tune.results.formatting import drawn, draws_of, method_of
 from atp_tune.results.front import Point, Versus
 from atp_tune.results.pairing import Role
 from atp_tune.results.summary import Summary
+from atp_tune.spec.search import STEP
 
 
 def limit_of(limit: Limit) -> str:
@@ -73,7 +74,21 @@ def _front(summary: Summary) -> str:
         return f"Pareto front: one point, {ends[0]}"
     better = sum(_is_better(summary, point.against) for point in summary.points if point.against is not None)
     gained = f"{better} of them beat uniform at the same sparsity by more than chance"
-    return f"Pareto front: {len(summary.points)} points, from {ends[0]} to {ends[1]}; {gained}"
+    front = f"Pareto front: {len(summary.points)} points, from {ends[0]} to {ends[1]}; {gained}"
+    return f"{front}{_missing(summary)}"
+
+
+def _missing(summary: Summary) -> str:
+    """What is said where the total leaves out sparsities that the screening was to confirm."""
+    screen = summary.made_from.study.search.screen if summary.made_from else None
+    measured = {trial.params["sparsity"] for trial in summary.trials if trial.values and "sparsity" in trial.params}
+    if screen is None or summary.interval is None or summary.total is None or summary.done < summary.total:
+        return ""
+    low, high = summary.interval
+    wanted = min(screen.confirm, 1 + round((high - low) / STEP))
+    if len(measured) >= wanted:
+        return ""
+    return f"; {len(measured)} of {wanted} sparsities are measured, --trials {2 * wanted} measures all"
 
 
 def _is_better(summary: Summary, against: Versus) -> bool:

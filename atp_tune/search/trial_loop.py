@@ -143,6 +143,7 @@ def _ended(trial: FrozenTrial, reason: str | None, best: FrozenTrial | None, don
     return TrialEnded(
         trial.number, value, reason, best_value.value if best_value else None, done, total,
         kl=kl, best_kl=best_kl.value if best and best_kl and is_by_kl(best) else None,
+        best_sparsity=progress.sparsity_of(best) if best else None,
     )  # fmt: skip
 
 
