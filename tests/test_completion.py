@@ -81,7 +81,7 @@ def test_the_installed_command(programs: Path, done: Path) -> None:
     assert trials
     for line, expected in (
         ("--study smol", [name for name in names if name.startswith("smol")]),
-        ("--study=smol-f", ["smol-fast"]),
+        ("--study=smol-fa", ["smol-fast"]),
         ("status --study paper-s", ["paper-smol"]),
         ("sta", ["status"]),
         (
@@ -123,7 +123,7 @@ def test_it_is_installed_for_the_next_shell(programs: Path, tmp_path: Path) -> N
     done = bash("atp-tune --install-completion", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert f"bash completion installed in {home}/.bash_completions/atp-tune.sh" in done.stdout
-    tabbed = bash(f"source ~/.bashrc\n{TAB}", "atp-tune", "--study", "smol-f", cwd=tmp_path)
+    tabbed = bash(f"source ~/.bashrc\n{TAB}", "atp-tune", "--study", "smol-fa", cwd=tmp_path)
     assert (tabbed.stdout, tabbed.stderr) == ("smol-fast\n", "")
 
 

@@ -221,7 +221,7 @@ def test_ctrl_c_in_a_terminal(folder: Path) -> None:
 @pytest.mark.slow
 def test_what_it_writes_runs(init, command: CommandLine, place: Path, folder: Path) -> None:  # type: ignore[no-untyped-def]
     texts = ", ".join(f"file:{os.path.relpath(place / role)}.txt" for role in ("calibration", "validation", "test"))
-    answers = (os.path.relpath(place / "model"), "0.5", "wanda", "atp", texts, "8", "32", "", "3", "mine")
+    answers = (os.path.relpath(place / "model"), "0.5", "", "wanda", "atp", texts, "8", "32", "", "3", "mine")
     assert init(*answers).code == 0
     options = ("--set", "device=cpu", "--set", "model.dtype=float32")
     answer = command("--study", "mine", *options)

@@ -224,11 +224,12 @@ def test_a_front_is_searched_and_resumed(here: Path, command: CommandLine) -> No
     assert f"study: studies/{name}.toml" in stopped.out
     answer = command(*words)
     assert (answer.code, answer.err) == (0, "")
-    assert "[6/6]" in answer.out and "nothing to do" not in answer.out
     study = stored(here, name, here / "studies" / f"{name}.db")
+    done = counted(study)  # fewer than 6 where the best point at a sparsity is uniform
+    assert f"[{done}/6]" in answer.out and "nothing to do" not in answer.out
     assert {trial.params["sparsity"] for trial in study.trials} >= {0.3, 0.55, 0.8}
     again = command(*words)
-    assert again.out.splitlines()[0] == "complete: 6 of 6 trials; nothing to do (--trials N adds more)"
+    assert again.out.splitlines()[0] == f"complete: {done} of {done} trials; nothing to do (--trials N adds more)"
     more = command(*words, "--trials", "7")
     assert "[7/7]" in more.out
     assert command("status", "--study", name).code == 0

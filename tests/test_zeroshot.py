@@ -401,7 +401,7 @@ def test_smollm2_dense_against_pruned(tmp_path: Path, monkeypatch: pytest.Monkey
     short = ["model.dtype=float32", "texts.calibration.draws=1", *windows]
     answer = finish(start("--study", tmp_path / "smol.toml", "--trials", "2", *settings(*short)), 3 * HANGS)
     assert answer.code == 0, answer.err
-    make_tasks(tmp_path / "tasks", 60)
+    make_tasks(tmp_path / "tasks", 40)
     config = tmp_path / "smol.best.json"
     words = ("--config", config, "--tasks", f"{tmp_path}/tasks/far.yaml", "--batch", "16")
     answer = finish(start("evaluate", *words), 3 * HANGS)
