@@ -114,7 +114,7 @@ def test_the_model_finds_the_best_share_at_every_sparsity(seed: int) -> None:
     for level in space.levels(11):
         found = surrogate.best_at(level)
         assert found.params["sparsity"] == level
-        assert found.loss == pytest.approx(loss(level, found.params["beta"]) - 2.8, abs=0.1)
+        assert found.increase == pytest.approx(loss(level, found.params["beta"]) - 2.8, abs=0.1)
         regrets.append(loss(level, found.params["beta"]) - min(loss(level, share / 100) for share in range(101)))
     assert sum(regrets) / len(regrets) < 0.01
     assert regrets[0] < 0.005  # uniform is the best there, and nothing better is made up
@@ -123,7 +123,7 @@ def test_the_model_finds_the_best_share_at_every_sparsity(seed: int) -> None:
 def test_without_trials_it_is_uniform() -> None:
     space = space_over()
     found = Surrogate(space, [], 0).best_at(0.4)
-    assert (found.loss, found.params) == (None, space.uniform(0.4)[0])
+    assert (found.increase, found.params) == (None, space.uniform(0.4)[0])
 
 
 def test_the_front_is_confirmed_beside_uniform_at_the_same_sparsities() -> None:

@@ -247,7 +247,7 @@ def undrawn(study: optuna.Study, draws: int) -> list[tuple[int, str]]:
     """The missing measurements over draws of the calibration text, as (draw, trial); draw 0 is the study's own."""
     if draws == 1 or is_screening(study):
         return []
-    names, found = _over_draws_of(study), study.user_attrs.get("draws", {})
+    names, found = _redrawn(study), study.user_attrs.get("draws", {})
     return [(draw, name) for draw in range(1, draws) for name in names if str(draw) not in found.get(name, {})]
 
 
@@ -266,7 +266,7 @@ def _compared(study: optuna.Study) -> list[str]:
     return list(dict.fromkeys(str(trial.number) for trial in trials))
 
 
-def _over_draws_of(study: optuna.Study) -> list[str]:
+def _redrawn(study: optuna.Study) -> list[str]:
     """Numbers of the trials that other draws prune too: over an interval of sparsities, the best and its uniform."""
     if progress.interval_of(study) is None:
         return _compared(study)
@@ -276,8 +276,7 @@ def _over_draws_of(study: optuna.Study) -> list[str]:
 
 def _over_draws(study: optuna.Study) -> dict[int, OverDraws]:
     """The reported trials over the draws of the calibration text with which all of them are measured."""
-    reports, draws = study.user_attrs.get("test_nlls", {}), study.user_attrs.get("draws", {})
-    names = _over_draws_of(study)
+    reports, draws, names = study.user_attrs.get("test_nlls", {}), study.user_attrs.get("draws", {}), _redrawn(study)
     measured = {name: {"0": reports[name], **draws.get(name, {})} for name in names if name in reports}
     if not measured or len(measured) < len(names):
         return {}

@@ -146,19 +146,19 @@ class LimitSearch:
     def _predicted(self, sparsity: float) -> float | None:
         """The excess that the screening's model predicts for the best point at a sparsity."""
         if sparsity not in self._cache:
-            found = self._surrogate.best_at(sparsity).loss
+            found = self._surrogate.best_at(sparsity).increase
             self._cache[sparsity] = None if found is None else self._excess(found)
         return self._cache[sparsity]
 
-    def _excess(self, loss: float) -> float | None:
+    def _excess(self, increase: float) -> float | None:
         key, value = next(iter(self.limit.items()))
         if isinstance(value, Mapping):
             return None
         if key == "max_kl":
-            return loss - value
+            return increase - value
         if key == "max_increase":
-            return loss - math.log1p(value)
-        return loss - math.log(value / perplexity(self._dense).value) if self._dense else None
+            return increase - math.log1p(value)
+        return increase - math.log(value / perplexity(self._dense).value) if self._dense else None
 
     def _missing_uniform(self, study: Study) -> Params | None:
         """The uniform point at the best trial's sparsity, unless it is measured, has failed, or is being measured."""

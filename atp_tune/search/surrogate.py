@@ -1,10 +1,11 @@
 """A model of the screened trials over sparsity and parameters: the best parameters at each sparsity.
 
-A Gaussian process is fitted to the log of each point's loss over the dense model: ln(PPL / PPL of dense), or the KL, in
-nats per token. That loss is 0.02 at 20 % and 2 at 70 %, so that in perplexities, or their logs, what parameters change
-at low sparsities would be noise. At one sparsity, the best of `CANDIDATES` random points is the one with the lowest
-mean plus standard deviation of the posterior: where nothing is gained that is a point near measured ones, and not any
-point of a flat stretch that no trial reached. docs/log.md compares it with the nearest trials of the Pareto front.
+A Gaussian process is fitted to the log of each point's increase of NLL over the dense model, ln(PPL / PPL of dense), or
+of its KL, in nats per token. That is 0.02 at 20 % and 2 at 70 %, so that in perplexities, or their logs, what
+parameters change at low sparsities would be noise. At one sparsity, the best of `CANDIDATES` random points is the one
+with the lowest mean plus standard deviation of the posterior: where nothing is gained that is a point near measured
+ones, and not any point of a flat stretch that no trial reached. docs/log.md compares it with the nearest trials of the
+Pareto front.
 """
 
 import math
@@ -25,15 +26,15 @@ from atp_tune.search.space import Params, Space
 
 CANDIDATES = 512
 LEAST = 3  # points that a process is fitted to
-SMALLEST, MOST = 0.005, 50.0  # nats per token: smaller losses are noise, larger ones are all the same
+SMALLEST, MOST = 0.005, 50.0  # nats per token: smaller increases are noise, larger ones are all the same
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """A point, and its loss over the dense model in nats per token; None where no model was fitted."""
+    """A point, and its increase of NLL or its KL, in nats per token; None where no model was fitted."""
 
     params: Params
-    loss: float | None
+    increase: float | None
 
 
 class Surrogate:
@@ -46,14 +47,14 @@ class Surrogate:
         self, space: Space, trials: Sequence[FrozenTrial], seed: int, dense: Sequence[float] | None = None
     ) -> None:
         self._space = space
-        losses = [_with_loss(trial, dense) for trial in trials if trial.values]
-        self._branches = {name: Branch(space, name, losses, seed) for name in space.intervals}
+        points = [_with_increase(trial, dense) for trial in trials if trial.values]
+        self._branches = {name: Branch(space, name, points, seed) for name in space.intervals}
 
     def best_at(self, sparsity: float) -> Predicted:
         """The best point at a sparsity; the first pruner's uniform point where no model is fitted."""
         found = [found for branch in self._branches.values() if (found := branch.best_at(sparsity))]
         default = Predicted(self._space.uniform(sparsity)[0], None)
-        return min(found, key=lambda one: one.loss or 0.0, default=default)
+        return min(found, key=lambda one: one.increase or 0.0, default=default)
 
 
 class Branch:
@@ -90,8 +91,8 @@ class Branch:
         return [self._space.at(point, sparsity) for point in (*known, *self._points, *drawn)]
 
 
-def _with_loss(trial: FrozenTrial, dense: Sequence[float] | None) -> FrozenTrial:
-    """The trial with its loss over the dense model as its value."""
+def _with_increase(trial: FrozenTrial, dense: Sequence[float] | None) -> FrozenTrial:
+    """The trial with its increase of NLL over the dense model, or its KL, as its value."""
     value = trial.values[0]
     if dense is not None:
         value = min(math.log(value / perplexity(dense).value), MOST) if value > 0 else MOST
