@@ -127,7 +127,7 @@ def gp_posterior(sampler: GPSampler, study: Study, kinds: Distributions, pruners
 
     `study` is the one that the GP was fitted to: its values are logs. `before` counts those values.
     """
-    from atp_tune.compat import SearchSpace, fitted
+    from atp_tune.compat import fitted
 
     gp = fitted(sampler)
     values = [trial.value for trial in study.trials if trial.value is not None]
@@ -135,13 +135,21 @@ def gp_posterior(sampler: GPSampler, study: Study, kinds: Distributions, pruners
     curves = {}
     for pruner in pruners:
         points = [_at(beta, pruner, kinds) for beta in _grid(kinds["beta"])]
-        inputs = gp._X_train.new_tensor(SearchSpace(kinds).get_normalized_params(points))
-        means, variances = (tensor.detach().numpy() for tensor in gp.posterior(inputs))
-        middle, width = mean - spread * means, 2 * spread * variances**0.5  # the GP maximises: its values are negated
+        means, deviations = posterior_at(gp, points, kinds)
+        middle, width = mean + spread * means, 2 * spread * deviations
         lines = {"mean": middle, "low": middle - width, "high": middle + width}
         betas = [round(point.params["beta"], 8) for point in points]
         curves[pruner] = {"beta": betas} | {name: [round(math.exp(v), 3) for v in line] for name, line in lines.items()}
     return {"before": len(values), "curves": curves}
+
+
+def posterior_at(gp: Any, points: list[FrozenTrial], kinds: Distributions) -> tuple[Any, Any]:
+    """Mean and standard deviation of a fitted GP's posterior at points, as arrays, for standardised values."""
+    from atp_tune.compat import SearchSpace
+
+    inputs = gp._X_train.new_tensor(SearchSpace(kinds).get_normalized_params(points))
+    means, variances = (tensor.detach().numpy() for tensor in gp.posterior(inputs))
+    return -means, variances**0.5  # the GP maximises: its values are negated
 
 
 def _grid(kind: BaseDistribution) -> list[float]:

@@ -152,19 +152,18 @@ class Space:
         return [{"beta": round(k * step, 10)} for k in range(1, count + 1)]
 
     def _starts(self, allocation: str) -> list[dict[str, float]]:
-        intervals, budget = self.intervals[allocation], self.budget
+        bounds, budget = self.intervals[allocation], self.budget
         if self.sparsities is not None:
             assert self.bounds_at is not None
             budget = replace(budget, target=sum(self.sparsities) / 2)
             bounds = self.bounds_at(allocation, budget)
-            return [
-                {name: _share(min(high, max(low, start[name])), low, high) for name, (low, high) in bounds.items()}
-                for start in ALLOCATIONS[allocation].initial_points(budget)
-            ]
-        return [
-            {name: min(high, max(low, start[name])) for name, (low, high) in intervals.items()}
+        starts = [
+            {name: min(high, max(low, start[name])) for name, (low, high) in bounds.items()}
             for start in ALLOCATIONS[allocation].initial_points(budget)
         ]
+        if self.sparsities is None:
+            return starts
+        return [{name: _share(value, *bounds[name]) for name, value in start.items()} for start in starts]
 
     def _repeats(self, point: Params, other: Params) -> bool:
         """Whether `point` is the same as `other`, which an allocation that `point` belongs to may contain."""

@@ -1,7 +1,7 @@
 """How a study proposes its trials: its sampler, the points that it queues first, and the goal that may end it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import optuna
@@ -22,7 +22,7 @@ class Screened:
     """A screening's trials, the best first, and the window NLLs of its dense model; empty until it is complete."""
 
     trials: Sequence[FrozenTrial] = ()
-    dense: Sequence[float] = field(default=())
+    dense: Sequence[float] = ()
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from optuna.samplers import GPSampler
 from optuna.trial import FrozenTrial
 
 from atp_tune.metrics.perplexity import perplexity
-from atp_tune.search.proposals import Distributions, branch_study, kinds_of
+from atp_tune.search.proposals import Distributions, branch_study, kinds_of, posterior_at
 from atp_tune.search.space import Params, Space
 
 CANDIDATES = 512
@@ -77,10 +77,15 @@ class Branch:
         if self._process is None:
             return None
         points = self._candidates(sparsity)
-        means, deviations = _posterior(self._process, points, self._kinds)
-        best = min(range(len(points)), key=lambda index: means[index] + deviations[index])
+        open_ones = _open(self._kinds)
+        trials = [
+            optuna.create_trial(value=0.0, params={name: point[name] for name in open_ones}, distributions=open_ones)
+            for point in points
+        ]
+        means, deviations = posterior_at(self._process, trials, open_ones)
+        best = int((means + deviations).argmin())
         params = {"allocation": self._name, **points[best]}
-        return Predicted(params, math.exp(self._mean + self._spread * means[best]))
+        return Predicted(params, math.exp(self._mean + self._spread * float(means[best])))
 
     def _candidates(self, sparsity: float) -> list[Params]:
         """Points at a sparsity: uniform where the allocation contains it, those measured elsewhere, random ones."""
@@ -107,25 +112,15 @@ def _drawn(kind: Any, generator: random.Random) -> Any:
 
 
 def _fitted(shadow: optuna.Study, kinds: Distributions, seed: int) -> Any:
-    """Optuna's Gaussian process, fitted to a study of the logs; None where all its distributions are single."""
+    """Optuna's Gaussian process, fitted to a study of the logs."""
     from atp_tune.compat import fitted
 
-    open_ones = {name: kind for name, kind in kinds.items() if not kind.single()}
     sampler = GPSampler(seed=seed, n_startup_trials=LEAST)
     shadow.ask()  # stands in for a trial
-    sampler.sample_relative(shadow, shadow.trials[-1], open_ones)
+    sampler.sample_relative(shadow, shadow.trials[-1], _open(kinds))
     return fitted(sampler)
 
 
-def _posterior(process: Any, points: Sequence[Params], kinds: Distributions) -> tuple[list[float], list[float]]:
-    """The posterior's mean and standard deviation at points, for standardised values."""
-    from atp_tune.compat import SearchSpace
-
-    open_ones = {name: kind for name, kind in kinds.items() if not kind.single()}
-    trials = [
-        optuna.create_trial(value=0.0, params={name: point[name] for name in open_ones}, distributions=open_ones)
-        for point in points
-    ]
-    inputs = process._X_train.new_tensor(SearchSpace(open_ones).get_normalized_params(trials))
-    means, variances = (tensor.detach().numpy() for tensor in process.posterior(inputs))
-    return [-float(mean) for mean in means], [float(variance) ** 0.5 for variance in variances]  # it maximises
+def _open(kinds: Distributions) -> Distributions:
+    """The distributions with more than one value, which a process is fitted over."""
+    return {name: kind for name, kind in kinds.items() if not kind.single()}
