@@ -1,8 +1,42 @@
-"""atp_tune finds how to share out sparsity over the blocks of a language model, and prunes it."""
+"""atp_tune finds how to share out sparsity over the blocks of a language model, and prunes it.
 
+    result = atp_tune.tune("HuggingFaceTB/SmolLM2-135M", sparsity=0.6)   # search: an Optuna study
+    model = result.apply()                                               # the pruned model in memory
+    model = atp_tune.prune(model, tokenizer, sparsity=0.6, texts=texts)  # prune once, without a search
+
+Names are imported on first use, so that `import atp_tune` is fast.
+"""
+
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from atp_tune.api.pruning import perplexity, prune
+    from atp_tune.api.result import Result, load_study
+    from atp_tune.api.tuning import tune
+    from atp_tune.errors import UserError
+    from atp_tune.spec.study import Study
+
+__all__ = ["Result", "Study", "UserError", "load_study", "perplexity", "prune", "tune"]
+
+_PLACES = {
+    "Result": "api.result", "Study": "spec.study", "UserError": "errors", "load_study": "api.result",
+    "perplexity": "api.pruning", "prune": "api.pruning", "tune": "api.tuning",
+}  # fmt: skip
 
 try:
     __version__ = version("atp-tune")
 except PackageNotFoundError:  # run from a checkout that was not installed
     __version__ = "0.0.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'atp_tune' has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(f"atp_tune.{_PLACES[name]}"), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -64,6 +64,7 @@ HUB_TEXTS: Mapping[str, Mapping[str, dict[str, Any]]] = {
     "wikitext2": _WIKITEXT2,
 }
 PACKAGED = "package:pydoc_data.topics:topics"  # in every Python: a part of its manual
+WHOLE = (0.0, 1.0)
 PARTS = {"calibration": (0.0, 0.3), "validation": (0.3, 0.65), "test": (0.65, 1.0)}
 
 
@@ -78,8 +79,10 @@ def texts_from_hub(choice: str, preset: Preset, folder: "ModelFolder") -> dict[s
     return {role: {key: value for key, value in text.items() if value is not None} for role, text in found.items()}
 
 
-def texts_from_one(source: str, preset: Preset, folder: "ModelFolder", base: Path) -> dict[str, dict[str, Any]]:
-    """The texts of a study, by role, as disjoint parts of one local text, with as many windows as there are.
+def texts_from(
+    sources: Mapping[str, tuple[str, tuple[float, float]]], preset: Preset, folder: "ModelFolder", base: Path
+) -> dict[str, dict[str, Any]]:
+    """The texts of a study, from a local source and a part of it for each role, with as many windows as there are.
 
     UserError if a part is shorter than one window.
     """
@@ -87,14 +90,15 @@ def texts_from_one(source: str, preset: Preset, folder: "ModelFolder", base: Pat
 
     sizes, seqlen = preset.windows, min(preset.seqlen, context_length(folder) or preset.seqlen)
     found: dict[str, dict[str, Any]] = {}
-    for role, part in PARTS.items():
+    for role, (source, part) in sources.items():
         text = Text(source=source, part=part, seqlen=seqlen)
         draws = preset.draws if role == "calibration" else 1
         most = (sizes[role] or 1_000_000 // draws) * draws
         try:
             there = len(first_windows(text, folder.path, base, most, trusted=folder.trusted))
         except UserError as error:
-            raise UserError(f"the part of {source} for {role}: {error}, or give a longer text") from None
+            what = f"the part of {source} for {role}" if part != WHOLE else f"the text for {role}"
+            raise UserError(f"{what}: {error}, or give a longer text") from None
         draws = min(draws, there)
         found[role] = {"source": source, "part": part, "nsamples": there // draws, "seqlen": seqlen}
         if role == "calibration":

@@ -15,14 +15,16 @@ from atp_tune.plan import percent
 from atp_tune.presets import (
     HUB_TEXTS,
     PACKAGED,
+    PARTS,
     PRESETS,
+    WHOLE,
     Preset,
     search_over_interval,
+    texts_from,
     texts_from_hub,
-    texts_from_one,
 )
 from atp_tune.pruners import PRUNERS
-from atp_tune.spec.study import ModelConfig, Study
+from atp_tune.spec.study import MEMORY, ModelConfig, Study
 from atp_tune.spec.typed import Interval, in_percent
 
 if TYPE_CHECKING:
@@ -35,8 +37,9 @@ TEXTS = ("c4", "wikitext2", "packaged")
 class StudyRequest:
     """A model, the share of zeros S in (0, 1), and what else was asked for; None stands for a default.
 
-    S and `limit` are those of `spec.typed.goal`: a limit comes with an interval of S. `texts`: one of `TEXTS` or the
-    path of a file. UserError at the start for a wish that nothing can meet.
+    S and `limit` are those of `spec.typed.goal`: a limit comes with an interval of S. `texts`: one of `TEXTS`, the path
+    of a file, or a text in memory; or one of these for each role. UserError at the start for a wish that nothing can
+    meet.
     """
 
     source: str
@@ -44,7 +47,7 @@ class StudyRequest:
     preset: str | None = None
     pruners: tuple[str, ...] = ()
     allocations: tuple[str, ...] = ()
-    texts: str | None = None
+    texts: str | Mapping[str, str] | None = None
     limit: Limit | None = None
 
     def __post_init__(self) -> None:
@@ -56,15 +59,8 @@ class StudyRequest:
             for name in names:
                 if name not in known:
                     raise UserError(f"{option}: {name} is none of {', '.join(known)}{did_you_mean(name, known)}")
-        if self.texts not in (None, *TEXTS) and not self._text_file().is_file():
-            raise UserError(
-                f"--texts: {self.texts} is neither {', '.join(TEXTS)} nor a file{did_you_mean(self.texts, TEXTS)}"
-            )
-        if self.texts not in (None, *TEXTS):
-            from atp_tune.inputs.local import READERS
-
-            if self._text_file().suffix not in READERS:
-                raise UserError(f"--texts: {self.texts} is none of {', '.join('*' + suffix for suffix in READERS)}")
+        for texts in [self.texts] if isinstance(self.texts, str) else (self.texts or {}).values():
+            _check_text(texts)
 
     @property
     def name(self) -> str:
@@ -72,25 +68,26 @@ class StudyRequest:
         model = self.source.removeprefix("pypi:").partition("==")[0]
         path = Path(model)
         stem = path.stem if path.suffix == ".gguf" else path.absolute().name
-        text = self.texts and Path(self.texts).stem
+        text = Path(self.texts).stem if isinstance(self.texts, str) else None
         limit = [_limit_in_name(key, value) for key, value in (self.limit or {}).items()]
         parts = [stem, in_percent(self.sparsity), *limit, self.preset, *self.pruners, *self.allocations, text]
         return re.sub(r"[^a-z0-9._]+", "-", "-".join(part for part in parts if part).lower()).strip("-.")
 
     def check_same(self, study: Study, path: Path) -> None:
         """UserError if a study file of this name is the study of something else."""
-        texts = None if self.texts is None else study.texts.validation.source
-        for key, stored, asked in (
+        asked = self.texts["validation"] if isinstance(self.texts, Mapping) else self.texts
+        texts = None if asked is None else study.texts.validation.source
+        for key, stored, wanted in (
             ("model.source", study.model.source, self.model_source),
             ("sparsity", study.sparsity, self.sparsity),
             ("limit", study.limit and study.limit.given, self.limit and dict(self.limit)),
             ("prune.pruners", study.prune.pruners, self.pruners or study.prune.pruners),
             ("allocation.names", study.allocation.names, self.allocations or study.allocation.names),
-            ("texts.validation.source", texts, texts and self._text_source()),
+            ("texts.validation.source", texts, asked and source_of(asked)),
         ):
-            if stored != asked:
+            if stored != wanted:
                 raise UserError(
-                    f"{path}: {key} is {_shown(stored)} there, and {_shown(asked)} is asked for; give the new study "
+                    f"{path}: {key} is {_shown(stored)} there, and {_shown(wanted)} is asked for; give the new study "
                     "another name with --name NAME, or remove the file"
                 )
 
@@ -138,7 +135,7 @@ class StudyRequest:
     def _texts(self, preset: Preset, folder: "ModelFolder", notify: "Notify") -> dict[str, Any]:
         from atp_tune.inputs.hub import is_hub_in_reach
 
-        choice = self.texts
+        choice: str | Mapping[str, str] | None = self.texts
         if choice is None:
             choice = "papers" if is_hub_in_reach() else "packaged"
             notify(
@@ -146,18 +143,32 @@ class StudyRequest:
                 if choice == "papers"
                 else "texts: parts of the Python manual, since the hub is out of reach (--texts FILE takes your own)"
             )
+        if isinstance(choice, Mapping):
+            return texts_from({role: (source_of(text), WHOLE) for role, text in choice.items()}, preset, folder, Path())
         if choice in HUB_TEXTS:
             return texts_from_hub(choice, preset, folder)
-        return texts_from_one(PACKAGED if choice == "packaged" else self._text_source(), preset, folder, Path())
+        source = source_of(choice)
+        return texts_from({role: (source, part) for role, part in PARTS.items()}, preset, folder, Path())
 
-    def _text_source(self) -> str:
-        """The source of the validation text that was asked for."""
-        if self.texts in TEXTS:
-            return PACKAGED if self.texts == "packaged" else str(self.texts)
-        return f"file:{self._text_file()}"
 
-    def _text_file(self) -> Path:
-        return Path(str(self.texts)).expanduser().absolute()
+def source_of(text: str) -> str:
+    """The source, in a study file, of a text that was asked for; wikitext2 and c4 have more than one part."""
+    if text in TEXTS:
+        return PACKAGED if text == "packaged" else text
+    return text if text.startswith(MEMORY) else f"file:{Path(text).expanduser().absolute()}"
+
+
+def _check_text(text: str) -> None:
+    """UserError unless a text is one of `TEXTS`, a file of a known kind, or in memory."""
+    if text in TEXTS or text.startswith(MEMORY):
+        return
+    file = Path(text).expanduser().absolute()
+    if not file.is_file():
+        raise UserError(f"--texts: {text} is neither {', '.join(TEXTS)} nor a file{did_you_mean(text, TEXTS)}")
+    from atp_tune.inputs.local import READERS
+
+    if file.suffix not in READERS:
+        raise UserError(f"--texts: {text} is none of {', '.join('*' + suffix for suffix in READERS)}")
 
 
 def _limit_in_name(key: str, value: float | Mapping[str, float]) -> str:

@@ -17,6 +17,8 @@ LONGEST = 50  # lines of a function's body
 # The packages and modules of atp_tune, each above all that it may import. The only place where the order is written.
 LAYERS = [
     "errors",
+    "libraries",
+    "interrupts",
     "frozen",
     "registry",
     "paths",
@@ -51,6 +53,7 @@ LAYERS = [
     "serving",
     "merging",
     "environment",
+    "api",
     "cli",
     "__main__",
 ]

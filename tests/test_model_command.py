@@ -12,7 +12,7 @@ from atp_tune.checkpoints.models import resolve
 from atp_tune.cli.model_group import MODEL
 from atp_tune.errors import UserError
 from atp_tune.inputs.documents import documents
-from atp_tune.presets import HUB_TEXTS, PRESETS, search_over_interval, texts_from_hub, texts_from_one
+from atp_tune.presets import HUB_TEXTS, PARTS, PRESETS, search_over_interval, texts_from, texts_from_hub
 from atp_tune.spec.config import read_config
 from atp_tune.spec.study import ModelConfig, Study, Text
 from atp_tune.spec.studyfile import load
@@ -312,7 +312,7 @@ def test_a_text_gives_what_it_has(tiny_place: Path) -> None:
     """A preset asks for more windows than a short text has: three draws of a third, and no error."""
     folder = resolve(ModelConfig(source=str(tiny_place / "model")), Path())
     source = f"file:{tiny_place / 'calibration.txt'}"
-    texts = texts_from_one(source, PRESETS["thorough"], folder, Path())
+    texts = texts_from({role: (source, part) for role, part in PARTS.items()}, PRESETS["thorough"], folder, Path())
     windows = {role: text["nsamples"] * text.get("draws", 1) for role, text in texts.items()}
     assert all(1 <= count < PRESETS["thorough"].calibration for count in windows.values())
     assert texts["calibration"]["draws"] == 3

@@ -115,6 +115,13 @@ class Checkpoint(Released):
             self._restore()
         release_memory()
 
+    def take_model(self) -> nn.Module:
+        """The model that `load` loaded, for the caller to keep, on one device; the checkpoint is empty after that."""
+        model = self.model if self.offload == "none" else self.model.to("cpu")
+        self._stream = None
+        self.model, self.blocks, self._modes, self._places = nn.Module(), nn.ModuleList(), [], []
+        return model
+
     def _restore(self) -> None:
         for module, training in self._modes:
             module.training = training

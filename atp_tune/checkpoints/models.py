@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from huggingface_hub import errors, snapshot_download
 
@@ -24,6 +24,11 @@ from atp_tune.checkpoints.headers import check_claims
 from atp_tune.errors import UserError
 from atp_tune.paths import is_special, written
 from atp_tune.spec import study
+
+if TYPE_CHECKING:
+    import torch
+
+    from atp_tune.checkpoints.checkpoint import Checkpoint
 
 Notify = Callable[[str], None]  # takes one line about a slow step
 
@@ -59,6 +64,14 @@ class ModelFolder:
                 "Put them back and run the same command again, or start another study with --study-name NAME"
             )
 
+    def checkpoint(self, config: study.ModelConfig, device: "torch.device") -> "Checkpoint":
+        """Loads the folder in the dtype and to the places that the config asks for; UserError if that fails."""
+        from atp_tune.checkpoints.checkpoint import Checkpoint
+        from atp_tune.checkpoints.devices import find_dtype
+
+        offload = None if config.offload == "auto" else config.offload
+        return Checkpoint.load(self.path, find_dtype(config.dtype, device), device, self.trusted, offload)
+
     def _stamps(self) -> dict[str, tuple[int, int, int]]:
         files = [file for file in self.path.glob("*") if file.suffix == ".safetensors" or file.name == "config.json"]
         found = {file.name: file.stat() for file in files if file.exists()}
@@ -74,6 +87,10 @@ def resolve(model: study.ModelConfig, base: Path, notify: Notify = silent) -> Mo
 
     `notify` gets one line for each slow step. Errors: UserError that names the key and a remedy.
     """
+    if model.source.startswith(study.MEMORY):
+        from atp_tune.checkpoints.lending import find
+
+        return find(model.source)
     found = _resolved(model, base, notify)
     check_claims(found.path)
     return found

@@ -7,18 +7,17 @@ from typing import TYPE_CHECKING
 import typer
 
 from atp_tune.cli.terminal import console, markdown
-from atp_tune.errors import UserError, printable
+from atp_tune.errors import printable
 
 if TYPE_CHECKING:
     import optuna
-    from optuna.trial import FrozenTrial
 
-    from atp_tune.metrics.limits import Limit
+    from atp_tune.results.choosing import Choice
     from atp_tune.results.summary import Summary
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChoiceOptions:
     """The options that name a trial, as they were typed; at most one is given."""
 
     trial: int | None
@@ -39,11 +38,12 @@ class Choice:
         return [f"--{name.replace('_', '-')}" for name, value in vars(self).items() if value is not None]
 
 
-def chosen_trial(stored: "optuna.Study", choice: Choice, may_ask: bool) -> int | None:
+def chosen_trial(stored: "optuna.Study", choice: ChoiceOptions, may_ask: bool) -> int | None:
     """The number of the chosen trial; None for the best. What was chosen is said in one line on stderr.
 
     `may_ask`: without a choice, a study over an interval of sparsities asks. UserError for a choice that it has not.
     """
+    from atp_tune.results.choosing import at_sparsity, within
     from atp_tune.spec.typed import only_limit
     from atp_tune.storage.validation import StudySnapshot
 
@@ -53,51 +53,16 @@ def chosen_trial(stored: "optuna.Study", choice: Choice, may_ask: bool) -> int |
     if choice.trial is not None:
         return choice.trial
     if choice.sparsity is not None:
-        return _at(study, choice.sparsity)
+        return _said(at_sparsity(study, choice.sparsity))
     if limit is not None:
-        return _within(study, limit)
+        return _said(within(study, limit))
     return _asked(study) if may_ask else None
 
 
-def _at(study: "optuna.Study", text: str) -> int:
-    """The trial of the front that is nearest to a sparsity."""
-    from atp_tune.plan import percent
-    from atp_tune.results.front import nearest
-    from atp_tune.spec.typed import parse_sparsity
-    from atp_tune.storage.progress import interval_of
-
-    try:
-        wanted = parse_sparsity(text)
-    except ValueError as error:
-        raise UserError(f"--sparsity: {error}") from None
-    if isinstance(wanted, tuple):
-        raise UserError(f"--sparsity: {text} is an interval; give the one sparsity that the plan is to have")
-    interval = interval_of(study)
-    if interval is not None and not interval[0] <= wanted <= interval[1]:
-        raise UserError(f"--sparsity: {text} is outside the study's interval, {percent(interval)}")
-    found = nearest(study, wanted)
-    is_there = abs(found.params["sparsity"] - wanted) < 1e-9
-    _say(found, "on the front" if is_there else f"the nearest to {percent(wanted)} on the front")
-    return found.number
-
-
-def _within(study: "optuna.Study", limit: "Limit") -> int:
-    """The sparsest trial within a limit, or the nearest to it."""
-    from atp_tune.results.front import sparsest_within
-    from atp_tune.results.outcome import limit_of
-
-    found, excess = sparsest_within(study, limit)
-    words = f"{limit_of(limit)} on the validation text"
-    _say(found, f"the sparsest within {words}" if excess <= 0 else f"the nearest: no trial is within {words}")
-    return found.number
-
-
-def _say(trial: "FrozenTrial", why: str) -> None:
-    from atp_tune.plan import percent
-    from atp_tune.results.formatting import method_of
-
-    said = f"trial {trial.number}, {percent(trial.params['sparsity'])} {method_of(trial)}: {why}"
-    print(printable(said), file=sys.stderr)
+def _said(choice: "Choice") -> int:
+    """The number of the chosen trial, said in one line on stderr."""
+    print(printable(str(choice)), file=sys.stderr)
+    return choice.trial.number
 
 
 def _asked(study: "optuna.Study") -> int | None:

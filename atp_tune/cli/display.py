@@ -8,7 +8,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from atp_tune.cli.terminal import console
 from atp_tune.errors import printable
 from atp_tune.events import Event, EventHandler, Message, Step, TrialEnded, TrialStarted
-from atp_tune.plan import percent
 
 
 class Display:
@@ -55,22 +54,16 @@ class Display:
 
     def end(self, event: TrialEnded, plan: str, seconds: float) -> None:
         """Prints the result of a trial, and advances the bar of the trials."""
-        from atp_tune.results.formatting import duration
+        from atp_tune.results.formatting import best_so_far, duration, trial_line
 
         if event.what != self._what:
             self._what, self._first, self._ended = event.what, monotonic() - seconds, 0
         self._ended += 1
-        values = [] if event.value is None else [f"perplexity {event.value:.2f}"]
-        values += [] if event.kl is None else [f"KL {event.kl:.4f}"]
-        value = ", ".join(values) or f"failed: {event.reason}"
-        best = f"best {event.best:.2f}" if event.best is not None else "no best yet"
-        best = f"best KL {event.best_kl:.4f}" if event.best_kl is not None else best
-        best += "" if event.best_sparsity is None else f" at {percent(event.best_sparsity)}"
         left = (monotonic() - self._first) / self._ended * (event.total - event.done)
         rest = f" of {event.what}s left"  # the test text is measured after them
         eta = f", {duration(left)}{rest}" if event.done < event.total and not console.is_terminal else ""
-        title = f"[{event.done}/{event.total}] {event.what} {event.number}: {plan}"
-        console.print(f"{title}: {value} in {seconds:.0f} s ({best}{eta})", markup=False)
+        console.print(trial_line(event, plan, seconds, eta), markup=False)
+        best = best_so_far(event)
         self.bars.update(
             self._trials, description=f"{event.what}s ({best})", completed=event.done, total=event.total, visible=True
         )

@@ -1,6 +1,5 @@
 """Options of several commands, and functions that find the study that they name."""
 
-import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -133,15 +132,6 @@ def checked_prompts(prompts: list[str] | None) -> tuple[str, ...]:
 
 def stored_study(file: "StudyFile", study_name: str | None) -> Any:
     """The Optuna study of a study file; UserError if it has no trials yet."""
-    from atp_tune.errors import UserError
-    from atp_tune.spec.finding import known
-    from atp_tune.storage.opening import find_study, open_storage
+    from atp_tune.results import stored
 
-    db = open_storage(file.storage_url, create=False)
-    study = find_study(db, study_name or file.name) if db else None
-    if study is None:
-        by_name = file.path.absolute() in [path.absolute() for path in known()]
-        other = ["--study-name", study_name] if study_name else []
-        command = shlex.join(["python", "tune.py", "--study", file.name if by_name else str(file.path), *other])
-        raise UserError(f"study {study_name or file.name}: has no trials yet; run: {command}")
-    return study
+    return stored.stored_study(file, study_name)

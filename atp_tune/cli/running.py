@@ -117,10 +117,10 @@ def _run(
 
     Ctrl-C and SIGTERM stop the study; the trial that was running is queued again.
     """
+    from atp_tune.api.tuning import run_study
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import interruptible, quiet
     from atp_tune.cli.tables import show_summary
-    from atp_tune.results.summary import summarise
     from atp_tune.search.runner import StudyRun, load_existing
     from atp_tune.tracking.following import Follower
 
@@ -129,41 +129,20 @@ def _run(
         with Follower(trackers, partial(load_existing, run), file.beside, display) as follower:
             display.listeners.append(follower)
             try:
-                study = _driven(run, pool, display)
+                result = run_study(run, partial(_in_pool, pool, display) if pool else None)
             except KeyboardInterrupt:
                 display.close()
                 place = file.database or "the storage"
                 console.print(f"stopped: finished trials are in {place}; the same command resumes the study")
                 sys.exit(130)
-    if study is not None:
-        show_summary(summarise(study), file)
+    if result is not None:
+        show_summary(result.summary, file)
 
 
-def _driven(run: "StudyRun", pool: "WorkerPool | None", display: "Display") -> "optuna.Study | None":
+def _in_pool(pool: "WorkerPool", display: "Display", run: "StudyRun") -> "optuna.Study | None":
+    """Runs a study in a pool of workers."""
     from atp_tune.cli.worker_pool import WorkerJob
-    from atp_tune.search.runner import drive, finished_study, load_existing
+    from atp_tune.search.runner import finished_study, load_existing
 
-    study = finished_study(run)
-    if study is not None:
-        run.note(_nothing_to_do(study, run.file))
-        return study
-    if pool is None:
-        return drive(run)
     pool(WorkerJob(run.file, run.name, None if run.timeout is None else time() + run.timeout, run.mix), display)
     return finished_study(run) or load_existing(run)
-
-
-def _nothing_to_do(study: "optuna.Study", file: "StudyFile") -> str:
-    """What is said of a study that was complete before the command, with a way to go on if there is one."""
-    from atp_tune.allocations import Budget
-    from atp_tune.search.samplers import total_trials
-    from atp_tune.search.space import make_space
-    from atp_tune.storage import progress
-
-    done = progress.counted(study)
-    said = f"complete: {done} of {study.user_attrs.get('total', done)} trials; nothing to do"
-    has_found = file.study.limit is not None and "terminated_early" in study.user_attrs
-    search = file.study.search.model_copy(update={"trials": done + 1})
-    space = make_space(file.study, Budget(file.study.highest, tuple(study.user_attrs["sizes"])))
-    is_open = not has_found and total_trials(search, space) > done
-    return f"{said} (--trials N adds more)" if is_open else said

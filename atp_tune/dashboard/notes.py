@@ -27,6 +27,7 @@ from atp_tune.results.summary import Summary
 from atp_tune.results.trials import is_uniform, score_of, uniform_among
 from atp_tune.spec.config import Divergences, Scores
 from atp_tune.spec.former import present_facts
+from atp_tune.spec.study import short_source
 from atp_tune.storage.artifacts import MADE_ANEW
 from atp_tune.storage.lost_trials import is_lost
 
@@ -71,7 +72,7 @@ def _what(summary: Summary) -> str:
     objective = " and ".join(objectives.get(objective, objective) for objective in summary.objectives)
     limit = f" The best is the sparsest plan within {limit_of(summary.limit)}." if summary.limit else ""
     lines = [
-        f"## {escaped(summary.name)}: {_code(spec.model.source)} at {percent(spec.sparsity)} sparsity",
+        f"## {escaped(summary.name)}: {_code(short_source(spec.model.source))} at {percent(spec.sparsity)} sparsity",
         escaped(spec.description),
         f"The study searches for the sparsities of {len(summary.sizes)} blocks ({names}; {pruners}; "
         f"pattern {escaped(spec.prune.pattern)}). The objective is {objective} on the validation text; lower is "

@@ -42,6 +42,7 @@ SOURCES = Registry[TextSource](
         "hub": "atp_tune.inputs.hub:HUB",
         "file": "atp_tune.inputs.local:FILE",
         "package": "atp_tune.inputs.local:PACKAGE",
+        "memory": "atp_tune.inputs.memory:LENT",
     },
 )
 

@@ -6,6 +6,7 @@ import shlex
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.errors import printable
+from atp_tune.events import TrialEnded
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.perplexity import Change, error_over, reach_of
 from atp_tune.plan import percent, shown
@@ -38,6 +39,22 @@ def method_of(trial: FrozenTrial) -> str:
     parameters = "" if allocation == "uniform" else shown(parameters_of(trial))
     listed = ", ".join(part.replace("=", " = ") for part in parameters.split())
     return f"{trial.params.get('pruner', '')} + {allocation}" + (f" ({listed})" if listed else "")
+
+
+def trial_line(event: TrialEnded, plan: str, seconds: float, left: str = "") -> str:
+    """The line of a trial that ended: its values or the reason, its time, and the best so far; `left`: time to go."""
+    values = [] if event.value is None else [f"perplexity {event.value:.2f}"]
+    values += [] if event.kl is None else [f"KL {event.kl:.4f}"]
+    value = ", ".join(values) or f"failed: {event.reason}"
+    title = f"[{event.done}/{event.total}] {event.what} {event.number}: {plan}"
+    return f"{title}: {value} in {seconds:.0f} s ({best_so_far(event)}{left})"
+
+
+def best_so_far(event: TrialEnded) -> str:
+    """The best value when a trial ended: `best 60.33`, with its sparsity where that is searched."""
+    best = f"best {event.best:.2f}" if event.best is not None else "no best yet"
+    best = f"best KL {event.best_kl:.4f}" if event.best_kl is not None else best
+    return best + ("" if event.best_sparsity is None else f" at {percent(event.best_sparsity)}")
 
 
 def duration(seconds: float) -> str:

@@ -18,7 +18,7 @@ from atp_tune.blocks.prune_pass import Pass, PrunedBlock, embed
 from atp_tune.blocks.replay import Replay
 from atp_tune.blocks.verification import verified
 from atp_tune.checkpoints.checkpoint import Checkpoint, Released
-from atp_tune.checkpoints.devices import find_device, find_dtype, reuse_freed_memory
+from atp_tune.checkpoints.devices import find_device, reuse_freed_memory
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.events import EventHandler, Message, Step, ignore_events
 from atp_tune.inputs import KINDS, Batch, Items
@@ -276,8 +276,7 @@ class TrialContext(Released):
 
 
 def _load_checkpoint(model: ModelConfig, folder: ModelFolder, device: torch.device, watch: EventHandler) -> Checkpoint:
-    dtype, offload = find_dtype(model.dtype, device), None if model.offload == "auto" else model.offload
-    checkpoint = Checkpoint.load(folder.path, dtype, device, folder.trusted, offload)
+    checkpoint = folder.checkpoint(model, device)
     if checkpoint.offload != "none":
         place = "in host memory" if checkpoint.offload == "cpu" else "on disk"
         watch(Message(f"blocks are kept {place} and copied to the device one by one"))

@@ -1,6 +1,7 @@
 """Running a study: created or resumed, driven to its total, and completed with the numbers on the test text."""
 
 import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from time import monotonic
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import optuna
 from optuna.exceptions import StorageInternalError
+from optuna.trial import FrozenTrial
 
 from atp_tune.allocations import Budget
 from atp_tune.dashboard.notes import facts_of
@@ -33,6 +35,8 @@ from atp_tune.storage.trace import Trace
 if TYPE_CHECKING:
     from atp_tune.search.context import TrialContext
 
+Callback = Callable[[optuna.Study, FrozenTrial], object]
+
 NOTE = "dashboard:note_ver"  # the attribute of a study that has a note
 LONGEST = 200  # bytes of a study's name: files are named after it
 
@@ -44,6 +48,7 @@ class StudyRun:
     `context`: already open, with this model and these texts. `reports`: at the total, measure the test text. `writes`:
     write the best configuration. Of several workers one reports, and their parent process writes. `mix`: accept another
     device or number format than the study began with. `screens`: the name of the study that this one screens for.
+    `callbacks`: called after each trial, as by `optuna.Study.optimize`; not for a screening.
     """
 
     file: StudyFile
@@ -55,6 +60,7 @@ class StudyRun:
     writes: bool = True
     mix: bool = False
     screens: str | None = None
+    callbacks: Sequence[Callback] = ()
     trace: Trace = field(default_factory=Trace)
 
     def note(self, text: str) -> None:
@@ -222,7 +228,7 @@ def _screen(run: StudyRun, screen: ScreenConfig, context: "TrialContext") -> tup
     """
     began, file = monotonic(), screening_file(run.file, screen)
     inner = replace(
-        run, file=file, name=run.name + SUFFIX, watch=renamed(run.watch), reports=False, writes=False,
+        run, file=file, name=run.name + SUFFIX, watch=renamed(run.watch), reports=False, writes=False, callbacks=(),
         context=context.screening(screen.stride), screens=run.name,
     )  # fmt: skip
     study = load_existing(inner)

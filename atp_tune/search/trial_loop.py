@@ -17,6 +17,7 @@ from atp_tune.search.termination import GAIN, should_terminate
 from atp_tune.storage import lost_trials, progress
 from atp_tune.storage.process_identity import GRACE
 from atp_tune.storage.trace import Trace
+from atp_tune.storage.validation import ValidatedStudy
 
 if TYPE_CHECKING:
     from atp_tune.search.context import TrialContext
@@ -97,6 +98,8 @@ def _optimise(
     publish: "Publisher",
     goal: "Goal | None",
 ) -> None:
+    callbacks = Callbacks(run)
+
     def ended(study: optuna.Study, trial: FrozenTrial) -> None:
         trials = recover_lost(run, study)  # read once: reading a long study costs time at each short trial
         best, done = progress.best_of(study, trials), sum(map(progress.counts, trials))
@@ -104,6 +107,7 @@ def _optimise(
         if trial.values is not None or reason:
             run.watch(_ended(trial, reason, best, done, total))
         publish.after_trial(study, best)
+        callbacks(study, trial, done, total)
         if run.file.study.search.early_termination and done < total and should_terminate(study, objective.space):
             progress.terminate_early(study, total)
             run.note(
@@ -134,6 +138,8 @@ def _optimise(
         if not attempt.is_lost(study):
             raise
         run.note(f"trial {attempt.number} sent no heartbeat for {GRACE} s: it is run again")
+    if callbacks.error is not None:
+        raise callbacks.error
 
 
 def _ended(trial: FrozenTrial, reason: str | None, best: FrozenTrial | None, done: int, total: int) -> TrialEnded:
@@ -145,6 +151,32 @@ def _ended(trial: FrozenTrial, reason: str | None, best: FrozenTrial | None, don
         kl=kl, best_kl=best_kl.value if best and best_kl and is_by_kl(best) else None,
         best_sparsity=progress.sparsity_of(best) if best else None,
     )  # fmt: skip
+
+
+class Callbacks:
+    """Calls the run's callbacks after a trial; the first `error` of one ends the loop, and is raised after it.
+
+    Raised at once, an error of theirs could be taken for one of Optuna's.
+    """
+
+    def __init__(self, run: "StudyRun") -> None:
+        self._run = run
+        self.error: Exception | None = None
+
+    def __call__(self, study: optuna.Study, trial: FrozenTrial, done: int, total: int) -> None:
+        """Calls each; if one stops the study, the trials so far are its total."""
+        assert isinstance(study, ValidatedStudy)
+        study.is_stopped = False
+        try:
+            for callback in self._run.callbacks:
+                callback(study, trial)
+        except Exception as error:
+            self.error = error
+            optuna.Study.stop(study)
+            return
+        if study.is_stopped and done < total:
+            progress.terminate_early(study, total)
+            self._run.note(f"ended after {done} of {total}: a callback stopped the study")
 
 
 class Publisher:

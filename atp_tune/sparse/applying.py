@@ -68,7 +68,7 @@ def prune_once(
     setup = ContextConfig(study.model, study.prune, texts, file.folder, study.device, bos=_bos(file))
     with TrialContext.open(setup, watch) as context:
         setup = replace(setup, bos=context.bos)
-        plan = _only_plan(file, context, parameters)
+        plan = only_plan(file, context, parameters)
         if out is None:
             watch(TrialStarted("pruning", plan))
             pruned = ((block.index, block.weights) for block in context.prune(plan))
@@ -85,7 +85,7 @@ def _bos(file: StudyFile) -> bool | None:
     return fingerprint.bos_of(file.study, opening.find_study(db, file.name) if db else None)
 
 
-def _only_plan(file: StudyFile, context: TrialContext, parameters: dict[str, float]) -> Plan:
+def only_plan(file: StudyFile, context: TrialContext, parameters: dict[str, float]) -> Plan:
     """The plan of the first allocation that has these parameters; other parameters get their defaults."""
     names = file.study.allocation.names
     space = make_space(file.study, context.budget(file.study.highest))

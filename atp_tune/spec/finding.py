@@ -10,6 +10,7 @@ from atp_tune.paths import is_special
 HERE = Path("studies")
 PACKAGE = Path(__file__).parents[1]
 EMBEDDED = PACKAGE / "studies"
+BARE = Path(__file__).parent / "prune.toml"  # the study file of `prune` without a study
 
 
 def find(name: str) -> Path:

@@ -20,6 +20,7 @@ AllocationName = Annotated[str, OneOf(ALLOCATIONS)]
 AllocationNames = Annotated[tuple[AllocationName, ...], Field(min_length=1)]
 Place = Literal["auto", "none", "cpu", "disk"]
 Target = Annotated[float, Field(gt=0, lt=1)]
+MEMORY = "memory:"  # before the SHA-256 of a model or a text that lies in the memory of a Python process
 
 
 class ModelConfig(SettingsTable):
@@ -281,3 +282,8 @@ class Study(SettingsTable):
     def test_text(self) -> Text:
         """The text of the final numbers."""
         return self.texts.test or self.texts.validation
+
+
+def short_source(source: str) -> str:
+    """The source of a model or a text for people: of one in memory, the first digits of its content."""
+    return source[: len(MEMORY) + 12] if source.startswith(MEMORY) else source

@@ -68,7 +68,7 @@ def _is_written(name: str, value: Any, field: FieldInfo) -> bool:
 
 def _key(key: str, value: Any, comment: str | None) -> Iterator[str]:
     """One key, with its comment beside it, or above it where the line would be too long."""
-    line = f"{key} = {_value(value)}"
+    line = f"{key} = {toml_value(value)}"
     beside = f"{line:<{MARGIN - 1}} # {comment}" if comment else line
     if comment and len(beside) > WIDTH:
         yield from (f"# {part}" for part in textwrap.wrap(comment, WIDTH - 2))
@@ -77,11 +77,11 @@ def _key(key: str, value: Any, comment: str | None) -> Iterator[str]:
         yield beside
 
 
-def _value(value: Any) -> str:
+def toml_value(value: Any) -> str:
     """A value in TOML; a mapping becomes an inline table."""
     if not isinstance(value, dict):
         return dumps(value, None)
-    return "{ " + ", ".join(f"{dumps(key, None)} = {_value(one)}" for key, one in value.items()) + " }"
+    return "{ " + ", ".join(f"{dumps(key, None)} = {toml_value(one)}" for key, one in value.items()) + " }"
 
 
 def _title(table: BaseModel, field: FieldInfo) -> str:

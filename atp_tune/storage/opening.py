@@ -15,6 +15,7 @@ from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, SQLAlch
 
 from atp_tune.errors import UserError, is_text
 from atp_tune.paths import is_special
+from atp_tune.storage import in_memory
 from atp_tune.storage.database import (
     Database,
     RetryingDatabase,
@@ -45,6 +46,8 @@ def open_storage(address: str, create: bool) -> BaseStorage | None:
         from atp_tune.storage.remote import connect
 
         return connect(address)
+    if address.startswith(in_memory.MEMORY):
+        return in_memory.find(address)
     return open_database(address, create, RetryingDatabase)
 
 

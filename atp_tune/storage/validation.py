@@ -144,12 +144,19 @@ def _united(one: Any, other: Mapping[str, Any]) -> Any:
 
 
 class ValidatedStudy(optuna.Study):
-    """An Optuna study whose attributes and trials are validated."""
+    """An Optuna study whose attributes and trials are validated; `is_stopped`: a callback called its `stop`."""
+
+    is_stopped = False
 
     def __init__(self, study_name: str, storage: optuna.storages.BaseStorage) -> None:
         self._checked: dict[int, tuple[FrozenTrial, FrozenTrial]] = {}
         with readable(study_name, is_new=True):
             super().__init__(study_name, storage)
+
+    def stop(self) -> None:
+        """Ends `optimize` after the running trial."""
+        self.is_stopped = True
+        super().stop()
 
     @property
     def user_attrs(self) -> dict[str, Any]:

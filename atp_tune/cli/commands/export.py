@@ -1,19 +1,14 @@
 """`tune.py export`: writes the best configuration, in one of several formats."""
 
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from atp_tune.cli import completion
-from atp_tune.cli.choosing import Choice, chosen_trial
+from atp_tune.cli.choosing import ChoiceOptions, chosen_trial
 from atp_tune.cli.options import STUDY, Overrides, Storage, StudyLabel, load_study, stored_study
-
-if TYPE_CHECKING:
-    from atp_tune.spec.config import Config
-    from atp_tune.spec.studyfile import StudyFile
 
 PRINTED = Path("stdout")  # so that relative paths of a printed configuration start at the current folder
 
@@ -87,12 +82,14 @@ def export(
     """
     from atp_tune.errors import printable
     from atp_tune.exporting import FORMATS, kind_of, write
+    from atp_tune.results.best_config import best_config
+    from atp_tune.results.stored import file_as_run
     from atp_tune.spec.config import read_config
 
     if (study is None) == (config is None):
         raise typer.BadParameter("give either --study NAME or --config FILE", param_hint="--study")
     kind = kind_of("json" if json and format_ is None else format_, out)
-    choice = Choice(trial, sparsity, max_increase, max_perplexity, max_kl)
+    choice = ChoiceOptions(trial, sparsity, max_increase, max_perplexity, max_kl)
     choice.check()
     if config is not None and choice.options:
         raise typer.BadParameter("only with --study", param_hint=choice.options[0])
@@ -110,20 +107,7 @@ def export(
         number = chosen_trial(stored, choice, may_ask)
         usual = file.best_of(name) if number is None else file.beside(f"{name}.trial-{number}.json")
         target = out or (PRINTED if json else usual.with_suffix(ending))
-        found = _of_study(file, stored, bool(set_), target, number)
+        found = best_config(file_as_run(stored, file, bool(set_)), stored, target, number)
     if target is not PRINTED:
         write(found, kind, target)
     print(found.to_json() if json else f"{printable(str(target))}\n", end="")
-
-
-def _of_study(file: "StudyFile", stored: Any, overridden: bool, target: Path, trial: int | None) -> "Config":
-    """The configuration of a study's best trial, or of `trial`; `overridden`: `--set` changed the study's settings."""
-    from atp_tune.results.best_config import best_config
-    from atp_tune.results.summary import made_from
-    from atp_tune.spec.facts import facts
-    from atp_tune.storage.fingerprint import check_facts
-
-    made = None if overridden else made_from(stored.user_attrs.get("made_from"))
-    if made is None:
-        check_facts(stored, facts(file.study, file.folder), partly=True)
-    return best_config(replace(made, path=file.path) if made else file, stored, target, trial)

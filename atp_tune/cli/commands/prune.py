@@ -10,8 +10,7 @@ from atp_tune.cli import completion
 from atp_tune.cli.options import Device, Overrides, load_study
 from atp_tune.cli.terminal import console
 from atp_tune.plan import percent
-
-BARE = Path(__file__).parents[2] / "spec" / "prune.toml"  # the study file that `prune` reads without --study
+from atp_tune.spec.finding import BARE
 
 
 def prune(

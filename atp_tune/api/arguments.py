@@ -1,0 +1,128 @@
+"""From the arguments of `tune` and `prune` to a study file, as the command line makes one from its options."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from atp_tune.api.lender import Sources
+from atp_tune.errors import UserError
+from atp_tune.metrics.limits import Limit
+from atp_tune.spec import finding
+from atp_tune.spec.mistakes import invalid
+from atp_tune.spec.study import Study
+from atp_tune.spec.studyfile import StudyFile, absolute_storage, load, override
+from atp_tune.spec.typed import goal, only_limit
+from atp_tune.spec.writing import toml_value
+
+SPARSITY = 0.6  # where neither a sparsity nor a limit is given
+Target = float | str | tuple[float, float]
+Settings = Mapping[str, Any]
+
+
+OPTION = re.compile(r"(?<![\w-])--([a-z]+(?:-[a-z]+)*)")
+
+
+@contextmanager
+def as_arguments() -> Iterator[None]:
+    """Calls options of the command line in errors as the arguments of Python that they are here."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        if "tune.py" in text:  # a whole command
+            raise
+        text = re.sub(r"--set (\S+)=(\S+)", r'settings={"\1": \2}', text)
+        raise UserError(OPTION.sub(lambda found: found[1].replace("-", "_"), text)) from None
+
+
+def overrides(settings: Settings) -> list[str]:
+    """Settings as overrides of a study file, `key=value`; UserError for a value that TOML has not."""
+    found = []
+    for key, value in settings.items():
+        try:
+            found.append(f"{key}={toml_value(value)}")
+        except (TypeError, ValueError):
+            raise UserError(f"settings: {key}: {value!r} is no value of a study file") from None
+    return found
+
+
+def study_file(study: str | Path | Study, storage: str | None, settings: Settings) -> StudyFile:
+    """The file of a study by name or path, or of a `Study` itself, with another storage and other settings."""
+    place = {} if storage is None else {"storage": absolute_storage(storage, Path())}
+    if not isinstance(study, Study):
+        return load(str(study), overrides({**settings, **place}))
+    file = StudyFile("study", Path("study.toml"), study)
+    return changed(file, {**settings, **place})
+
+
+def changed(file: StudyFile, settings: Settings) -> StudyFile:
+    """A copy of a study file that need not exist, with other settings; UserError for wrong ones."""
+    data = file.study.model_dump(mode="json", exclude_unset=True)
+    texts = overrides(settings)
+    keys = [(text, override(data, text, file.path)) for text in texts]
+    try:
+        study = Study.model_validate(data)
+    except ValidationError as error:
+        raise invalid(file.path, error, keys) from None
+    kept = tuple(text for text in texts if not text.startswith(("storage=", "device=")))
+    return replace(file, study=study, overrides=(*file.overrides, *kept))
+
+
+def is_study(value: Any) -> bool:
+    """Whether an argument names a study, or is one: a `Study`, a .toml file, or the name of a known study."""
+    if isinstance(value, Study):
+        return True
+    if not isinstance(value, str | Path) or Path(value).is_dir():
+        return False
+    return Path(value).suffix == ".toml" or str(value) in [path.stem for path in finding.known()]
+
+
+def target(sparsity: Target | None, limits: Mapping[str, Any]) -> tuple[float | tuple[float, float], Limit | None]:
+    """The sparsity or interval to search, and the limit; UserError for wrong ones."""
+    with as_arguments():
+        limit = only_limit({key: _typed(value) for key, value in limits.items()})
+        return goal(None if sparsity is None else _sparsity(sparsity), limit, SPARSITY), limit
+
+
+def _sparsity(value: Target) -> str:
+    return "..".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+
+
+def _typed(value: Any) -> str | list[str] | None:
+    """The value of a limit as it is typed on the command line."""
+    if isinstance(value, Mapping):
+        return [f"{task}={least}" for task, least in value.items()]
+    return None if value is None else str(value)
+
+
+def requested(
+    model: Any,
+    sources: Sources,
+    *,
+    sparsity: float | tuple[float, float],
+    limit: Limit | None,
+    preset: str | None,
+    pruners: Sequence[str],
+    allocations: Sequence[str],
+    name: str | None,
+    device: str | None,
+    allowed: Mapping[str, bool],
+    notify: Any,
+) -> StudyFile:
+    """The study of a model, as `tune.py MODEL` makes it; `sources`: of what is lent."""
+    from atp_tune.study_request import StudyRequest
+
+    source = sources.model or str(model)
+    with as_arguments():
+        request = StudyRequest(source, sparsity, preset, tuple(pruners), tuple(allocations), sources.texts, limit)
+        label = name or (StudyRequest(type(model).__name__, sparsity).name if sources.model else request.name)
+        study = request.study(label, sources.device or device, allowed, notify)
+    where = sources.device or device
+    return StudyFile(
+        label, Path(f"{label}.toml"), study if where is None else study.model_copy(update={"device": where})
+    )

@@ -1,0 +1,217 @@
+"""What a study found, from Python: `Result`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from html import escape
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from atp_tune.api import rows
+from atp_tune.api.arguments import Settings, as_arguments, study_file
+from atp_tune.api.lender import Lender
+from atp_tune.errors import UserError
+from atp_tune.results.best_config import best_config
+from atp_tune.results.choosing import at_sparsity, within
+from atp_tune.results.formatting import method_of
+from atp_tune.results.stored import file_as_run, stored_study
+from atp_tune.results.summary import Summary, made_from, summarise
+from atp_tune.spec.config import Config
+from atp_tune.spec.studyfile import StudyFile
+from atp_tune.spec.typed import only_limit
+from atp_tune.storage import opening
+
+if TYPE_CHECKING:
+    import optuna
+    import plotly.graph_objects as go
+    from transformers import PreTrainedModel
+
+    from atp_tune.metrics.perplexity import Perplexity
+
+HERE = Path("best.json")  # a configuration that is not written is as if it lay in the current folder
+
+
+class Result:
+    """A study and what it found; of a study that still runs, what it found so far.
+
+    Methods that prune take the best trial, or another: `trial`, its number; over an interval of sparsities also
+    `sparsity`, for the nearest point of the front, or `max_increase`, for the sparsest plan within it.
+    """
+
+    def __init__(self, study: "optuna.Study", file: StudyFile, lender: Lender | None = None) -> None:
+        self.study = study
+        self._file = file
+        self._lender = lender or Lender()
+
+    @property
+    def name(self) -> str:
+        """The name of the study in its storage."""
+        return self.study.study_name
+
+    @property
+    def summary(self) -> Summary:
+        """All numbers of the study, read anew."""
+        return summarise(self.study)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all trials are measured, and the best ones on the test text."""
+        return self.summary.complete
+
+    @property
+    def best(self) -> Config:
+        """The configuration of the best trial; UserError if no trial has a value yet."""
+        return self.config()
+
+    @property
+    def trials(self) -> Any:
+        """All trials, one row each: a `pandas.DataFrame` where pandas is installed, else a list of dicts."""
+        return rows.frame(rows.trials(self.summary))
+
+    @property
+    def front(self) -> Any:
+        """The points of a study over an interval of sparsities, the least sparse first, in the form of `trials`.
+
+        Empty for a study at one sparsity.
+        """
+        return rows.frame(rows.points(self.summary))
+
+    def config(
+        self, *, trial: int | None = None, sparsity: float | None = None, max_increase: float | str | None = None
+    ) -> Config:
+        """The configuration of a trial, which `tune.py apply --config` reads once it is written."""
+        given = [
+            name
+            for name, value in (("trial", trial), ("sparsity", sparsity), ("max_increase", max_increase))
+            if value is not None
+        ]
+        if len(given) > 1:
+            raise UserError(f"{given[1]}: names one trial, and {given[0]} another; leave one out")
+        with as_arguments():
+            if sparsity is not None:
+                trial = at_sparsity(self.study, str(sparsity)).trial.number
+            elif limit := only_limit({"max_increase": None if max_increase is None else str(max_increase)}):
+                trial = within(self.study, limit).trial.number
+            return best_config(file_as_run(self.study, self._file), self.study, HERE, trial)
+
+    def plot(self, figure: str | None = None) -> "go.Figure":
+        """A Plotly figure: "perplexity", "points", "front", "sparsity", "error" or "seconds".
+
+        By default the points of a front, else perplexity against β or by trial. UserError for a figure that the study
+        has no data for.
+        """
+        from atp_tune.figures import draw
+
+        drawn = draw(self.summary)
+        name = figure or ("points" if self.summary.interval else "perplexity")
+        if name not in drawn:
+            has = ", ".join(drawn) or "none yet"
+            raise UserError(f'plot: the study has no figure "{name}"; it has {has}')
+        return drawn[name]
+
+    def apply(self, *, device: str | None = None, **choice: Any) -> "PreTrainedModel":
+        """The model, pruned, in memory; a model of the caller is copied and stays dense.
+
+        UserError if the model is not the study's any more.
+        """
+        from atp_tune.api.pruning import pruned
+
+        config = self.config(**choice)
+        where = device or self._file.study.device
+        return pruned(config, Path(config.folder), where, self._lender, self._allowed)
+
+    def save(self, folder: str | Path, *, device: str | None = None, **choice: Any) -> "Perplexity":
+        """Writes the pruned model as a Hugging Face folder with a model card; returns its test perplexity.
+
+        The perplexity is measured on the folder as it is on the disk. UserError if the folder exists.
+        """
+        from atp_tune.api.pruning import save
+
+        config, out = self.config(**choice), Path(folder).expanduser()
+        where = device or self._file.study.device
+        return save(config, Path(config.folder), out, where, self._lender, self._allowed)
+
+    def push(self, repository: str, *, private: bool = False, device: str | None = None, **choice: Any) -> str:
+        """Uploads the pruned model with its card to the Hugging Face hub, ORG/NAME, and returns its address.
+
+        UserError without a login, or if the hub refuses.
+        """
+        from atp_tune.sparse.pushing import check_permission, upload
+
+        check_permission(repository, private)
+        with TemporaryDirectory(prefix="atp_tune.") as place:
+            self.save(Path(place) / "model", device=device, **choice)
+            return upload(Path(place) / "model", repository, private)
+
+    @property
+    def _allowed(self) -> Mapping[str, bool]:
+        model = self._file.study.model
+        return {"allow_pickle": model.allow_pickle, "trust_remote_code": model.trust_remote_code}
+
+    def __repr__(self) -> str:
+        summary = self.summary
+        done = f"{summary.done} of {summary.total} trials"
+        if summary.best_trial is None:
+            return f"<Result {self.name}: {done}>"
+        texts = ("validation", summary.best.validation), ("test", summary.best.test)
+        scores = ", ".join(f"{text} perplexity {score}" for text, score in texts if score)
+        return f"<Result {self.name}: {done}, best {method_of(summary.best_trial)}, {scores}>"
+
+    def _repr_html_(self) -> str:
+        """The table of results, for notebooks."""
+        from atp_tune.report.tables import headline, points
+
+        summary = self.summary
+        table = points(summary) if summary.interval else headline(summary)
+
+        def row(cells: Sequence[str], tag: str) -> str:
+            return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+        body = "".join(row(cells, "td") for cells in table.rows)
+        return f"<table><caption>{escape(self.name)}</caption>{row(table.head, 'th')}{body}</table>"
+
+
+def load_study(
+    study: str | Path,
+    *,
+    storage: str | None = None,
+    study_name: str | None = None,
+    settings: Settings | None = None,
+    model: Any = None,
+    tokenizer: Any = None,
+    texts: Any = None,
+) -> Result:
+    """The stored study of a study file, by name or path, finished or running.
+
+    Args:
+        study: Name of a study in ./studies or the package, or the path of a .toml file. With `storage` also the name
+            of a study that has no file.
+        storage: Optuna storage URL; by default the study's own.
+        study_name: Name in the storage; by default the study file's.
+        settings: Keys of the study file that the study was run with, as `--set` sets them.
+        model: The study's model, if it lay in memory.
+        tokenizer: Its tokenizer.
+        texts: The study's texts, if they lay in memory.
+
+    Raises:
+        UserError: If there is no such study, or it has no trials yet.
+    """
+    lender = Lender.of(model, tokenizer, texts)
+    try:
+        file = study_file(study, storage, settings or {})
+    except UserError:
+        found = _stored(str(study), storage, study_name)
+        if found is None:
+            raise
+        return Result(*found, lender)
+    return Result(stored_study(file, study_name), file, lender)
+
+
+def _stored(study: str, storage: str | None, name: str | None) -> "tuple[optuna.Study, StudyFile] | None":
+    """A study without a file, and the settings that it was made from."""
+    db = opening.open_storage(storage, create=False) if storage else None
+    found = opening.find_study(db, name or study) if db else None
+    made = made_from(found.user_attrs.get("made_from")) if found else None
+    if found is None or made is None:
+        return None
+    return found, replace(made, study=made.study.model_copy(update={"storage": storage}))

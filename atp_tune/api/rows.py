@@ -1,0 +1,68 @@
+"""Rows of trials and of a front's points, for notebooks: flat, one value in a cell."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from atp_tune.results.status import status_of
+from atp_tune.results.summary import Summary
+
+Row = dict[str, Any]
+
+
+def trials(summary: Summary) -> list[Row]:
+    """A row for each trial: number, state, plan, sparsity, perplexities with errors, seconds and parameters."""
+    status = status_of(summary, datetime.now())
+    has_kl = "kl" in status.objective
+    return [
+        {
+            "trial": trial.number,
+            "state": trial.state.lower(),
+            "plan": trial.plan,
+            "sparsity": trial.realised,
+            "perplexity": trial.value,
+            "stderr": trial.stderr,
+            "test_perplexity": trial.test and trial.test.value,
+            "test_stderr": trial.test and trial.test.stderr,
+            **({"kl": trial.kl and trial.kl.validation and trial.kl.validation.value} if has_kl else {}),
+            "seconds": trial.seconds,
+            **trial.params,
+            "remark": trial.remark,
+        }
+        for trial in status.trials
+    ]
+
+
+def points(summary: Summary) -> list[Row]:
+    """A row for each point: sparsity, method, perplexities, and changes against dense and uniform with their errors."""
+    return [
+        {
+            "trial": point.trial,
+            "sparsity": point.sparsity,
+            "method": point.method,
+            "perplexity": point.validation and point.validation.value,
+            "stderr": point.validation and point.validation.stderr,
+            "test_perplexity": point.test and point.test.value,
+            "test_stderr": point.test and point.test.stderr,
+            **{
+                f"{name}{ending}": against and getattr(against, key)
+                for name, against in (
+                    ("against_dense", point.against_dense),
+                    ("against_uniform", point.against_uniform),
+                )
+                for ending, key in (("", "value"), ("_stderr", "stderr"))
+            },
+            "excess": point.excess,
+            "best": point.best,
+        }
+        for point in status_of(summary, datetime.now()).points
+    ]
+
+
+def frame(rows: Sequence[Row]) -> Any:
+    """The rows as a `pandas.DataFrame`, or as they are without pandas."""
+    try:
+        from pandas import DataFrame
+    except ImportError:
+        return list(rows)
+    return DataFrame(list(rows))

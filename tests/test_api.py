@@ -1,0 +1,494 @@
+"""The Python interface: the same trials and the same bits as the command line, and a model that is left as it was."""
+
+import logging
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import optuna
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from tinystudy import CommandLine, make_model, make_tokenizer, run, study_file
+from torch import nn
+from torch.nn.utils import prune as torch_prune
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import atp_tune
+from atp_tune import UserError
+from atp_tune.pruners.wanda import Wanda
+from atp_tune.spec.config import read_config
+
+ROLES = ("calibration", "validation", "test")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def trained(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    return make_model(tokenizer)
+
+
+@pytest.fixture
+def model(trained: LlamaForCausalLM) -> LlamaForCausalLM:
+    made = LlamaForCausalLM(trained.config)
+    made.load_state_dict(trained.state_dict())
+    return made.eval()
+
+
+@pytest.fixture(scope="module")
+def texts(tiny_place: Path) -> dict[str, list[str]]:
+    return {role: [(tiny_place / f"{role}.txt").read_text(encoding="utf-8")] for role in ROLES}
+
+
+SETTINGS = {
+    "texts.calibration.nsamples": 8, "texts.calibration.seqlen": 32, "texts.calibration.draws": 1,
+    "texts.validation.nsamples": 16, "texts.validation.seqlen": 32,
+    "texts.test.nsamples": 16, "texts.test.seqlen": 32,
+    "continuations.tokens": 0, "search.sampler": "random",
+}  # fmt: skip
+
+
+def tuned(model: Any, tokenizer: Any, texts: Any, **more: Any) -> atp_tune.Result:
+    settings = {**SETTINGS, **more.pop("settings", {})}
+    asked = {"sparsity": 0.6, "trials": 3, "progress": False} | more
+    return atp_tune.tune(model, tokenizer, texts=texts, settings=settings, **asked)
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def are_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def said(call: Callable[[], object]) -> str:
+    with pytest.raises(UserError) as caught:
+        call()
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+# The same as the command line
+
+
+@pytest.mark.parametrize(("pruner", "way"), [("wanda", "block"), ("sparsegpt", "block"), ("wanda", "sequential")])
+def test_the_masks_are_those_of_the_command_line(
+    place: Path, model: Any, tokenizer: Any, texts: dict[str, list[str]], command: CommandLine, pruner: str, way: str
+) -> None:
+    out = place / "out"
+    answer = command(
+        "prune", "--study", place / "tiny.toml", "--pruner", pruner, "--beta", "0.05", "--out", out,
+        "--set", f"prune.statistics={way}",
+    )  # fmt: skip
+    assert answer.code == 0, answer.err
+    before = weights(model)
+    pruned = atp_tune.prune(
+        model, tokenizer, sparsity=0.6, pruner=pruner, allocation=("atp", {"beta": 0.05}),
+        texts=texts["calibration"], nsamples=8, seqlen=32, settings={"prune.statistics": way},
+    )  # fmt: skip
+    there = AutoModelForCausalLM.from_pretrained(out)
+    assert are_equal(weights(pruned), weights(there))
+    assert are_equal(weights(model), before) and not are_equal(weights(pruned), before)
+    loaded = atp_tune.prune(
+        place / "model", sparsity=0.6, pruner=pruner, allocation=("atp", {"beta": 0.05}), device="cpu",
+        texts=place / "calibration.txt", nsamples=8, seqlen=32, settings={"prune.statistics": way},
+    )  # fmt: skip
+    assert are_equal(weights(loaded), weights(there))
+    assert all(parameter.requires_grad for parameter in loaded.parameters()) and not loaded.training
+
+
+def test_the_trials_are_those_of_the_study_file(
+    place: Path, model: Any, tokenizer: Any, texts: dict[str, list[str]]
+) -> None:
+    """Values, window by window, and the final numbers; an argument more or less in the file changes nothing."""
+    study = run(place)
+    result = tuned(model, tokenizer, texts)
+    assert result.is_complete
+    for here, there in zip(result.study.trials, study.trials, strict=True):
+        assert here.params == there.params
+        assert here.user_attrs["nlls"] == there.user_attrs["nlls"]
+    assert result.study.user_attrs["test_nlls"] == study.user_attrs["test_nlls"]
+    assert result.best.block_sparsities == read_config(place / "tiny.best.json").block_sparsities
+
+
+@pytest.mark.slow
+def test_a_study_by_its_file(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = atp_tune.tune(place / "tiny.toml", progress=False)
+    assert result.is_complete and len(result.trials) == 3
+    assert (place / "tiny.best.json").exists()
+    again = atp_tune.tune(str(place / "tiny.toml"), progress=False)
+    assert len(again.study.trials) == 3
+    more = atp_tune.tune(place / "tiny.toml", settings={"search.trials": 4}, progress=False)
+    assert len(more.study.trials) == 4
+    assert capsys.readouterr().out == ""
+    loaded = atp_tune.load_study(place / "tiny.toml")
+    assert repr(loaded) == repr(more)
+    assert are_equal(weights(loaded.apply()), weights(more.apply()))
+
+
+def test_a_study_object_needs_no_file(place: Path) -> None:
+    data = study_file(place).study.model_dump(exclude_unset=True, mode="json")
+    data["model"]["source"] = str(place / "model")
+    for role in ROLES:
+        data["texts"][role]["source"] = f"file:{place / role}.txt"
+    before = sorted(place.rglob("*"))
+    result = atp_tune.tune(atp_tune.Study.model_validate(data), progress=False)
+    assert result.is_complete and sorted(place.rglob("*")) == before
+
+
+# The caller's model
+
+
+class Hook:
+    """Counts calls, as a user's own forward hook."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, *_: Any) -> None:
+        self.calls += 1
+
+
+def state(model: nn.Module) -> list[Any]:
+    """All that a call must leave as it was."""
+    hooks = [(dict(module._forward_hooks), dict(module._forward_pre_hooks)) for module in model.modules()]
+    modes = [module.training for module in model.modules()]
+    tensors = [(name, t.dtype, t.device, t.data_ptr(), t.requires_grad) for name, t in model.named_parameters()]
+    return [hooks, modes, tensors, model.config.to_dict()]
+
+
+def prepared(model: Any) -> Hook:
+    """In training mode but for one block, with a hook, and with some parameters frozen."""
+    hook = Hook()
+    model.train()
+    model.model.layers[1].eval()
+    model.model.layers[0].register_forward_hook(hook)
+    model.model.embed_tokens.requires_grad_(False)
+    return hook
+
+
+def test_the_model_is_left_as_it_was(model: Any, tokenizer: Any, texts: dict[str, list[str]]) -> None:
+    prepared(model)
+    before, own = weights(model), state(model)
+    result = tuned(model, tokenizer, texts)
+    pruned = result.apply()
+    assert state(model) == own and are_equal(weights(model), before)
+    assert [module.training for module in pruned.modules()] == own[1]
+    assert [p.requires_grad for p in pruned.parameters()] == [p.requires_grad for p in model.parameters()]
+    assert pruned.model.layers[0]._forward_hooks
+    zeros = sum(int((tensor == 0).sum()) for name, tensor in weights(pruned).items() if "layers" in name)
+    assert zeros / (4 * 7680) == pytest.approx(result.best.sparsity.realised, abs=1e-9)
+
+
+def test_the_model_is_left_as_it_was_after_an_error(
+    model: Any, tokenizer: Any, texts: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared(model)
+    before, own = weights(model), state(model)
+    seen: list[object] = []
+
+    def breaks(*arguments: Any) -> torch.Tensor:
+        seen.append(arguments)
+        if len(seen) > 9:  # in the second block
+            raise RuntimeError("a pruner that breaks")
+        return torch.zeros_like(arguments[1])
+
+    monkeypatch.setattr(Wanda, "prune", breaks)
+    with pytest.raises(RuntimeError, match="a pruner that breaks"):
+        atp_tune.prune(model, tokenizer, sparsity=0.5, texts=texts["calibration"], nsamples=4, seqlen=32, in_place=True)
+    assert len(seen) == 10
+    assert state(model) == own and are_equal(weights(model), before)
+
+
+def test_in_place_writes_into_the_parameters(model: Any, tokenizer: Any, texts: dict[str, list[str]]) -> None:
+    own = state(model)
+    copied = atp_tune.prune(model, tokenizer, sparsity=0.5, texts=texts["calibration"], nsamples=4, seqlen=32)
+    same = atp_tune.prune(
+        model, tokenizer, sparsity=0.5, texts=texts["calibration"], nsamples=4, seqlen=32, in_place=True
+    )
+    assert same is model and state(model) == own
+    assert are_equal(weights(model), weights(copied))
+
+
+def test_a_model_that_changed_is_refused(model: Any, tokenizer: Any, texts: dict[str, list[str]]) -> None:
+    result = tuned(model, tokenizer, texts, trials=1)
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[0, 0] += 1
+    assert said(result.apply) == (
+        "model: its weights or its config have changed since the study measured it; give it as it was"
+    )
+
+
+def test_a_model_that_changes_while_it_is_measured(model: Any, tokenizer: Any, texts: dict[str, list[str]]) -> None:
+    def train(*_: object) -> None:
+        with torch.no_grad():
+            model.model.layers[2].mlp.up_proj.weight.mul_(1.01)
+
+    assert "were changed while they were in use" in said(lambda: tuned(model, tokenizer, texts, callbacks=[train]))
+
+
+def test_models_that_are_not_treated(model: Any, tokenizer: Any, texts: dict[str, list[str]]) -> None:
+    def refused(given: Any) -> str:
+        return said(lambda: atp_tune.prune(given, tokenizer, sparsity=0.5, texts=texts["test"]))
+
+    assert refused(nn.Linear(2, 2)) == (
+        "model: Linear is no PreTrainedModel; give a transformers model, its hub id or its folder"
+    )
+    assert "model._orig_mod" in refused(torch.compile(model, backend="eager"))
+    assert "model.module" in refused(nn.DataParallel(model))
+    model.is_quantized = True
+    assert "is quantized" in refused(model)
+    model.is_quantized = False
+    nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp.up_proj)
+    assert "parametrized weights" in refused(model)
+    with torch.device("meta"):
+        assert "meta device" in refused(LlamaForCausalLM(model.config))
+    pruned = LlamaForCausalLM(model.config)
+    torch_prune.l1_unstructured(pruned.model.layers[0].mlp.up_proj, "weight", 0.5)
+    assert "prune.remove" in refused(pruned)
+
+
+# Results
+
+
+@pytest.fixture(scope="module")
+def found(
+    tiny_place: Path, tokenizer: PreTrainedTokenizerFast, trained: LlamaForCausalLM, texts: dict[str, list[str]]
+) -> atp_tune.Result:
+    return tuned(trained, tokenizer, texts)
+
+
+def test_trials_are_rows(found: atp_tune.Result) -> None:
+    table = found.trials
+    assert isinstance(table, pd.DataFrame)
+    assert list(table.trial) == [0, 1, 2] and set(table.state) == {"complete"}
+    assert list(table.perplexity) == [trial.value for trial in found.study.trials]
+    assert found.front.empty
+
+
+def test_trials_without_pandas(found: atp_tune.Result, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    table = found.trials
+    assert isinstance(table, list) and table[0]["plan"] == "wanda uniform"
+
+
+def test_figures(found: atp_tune.Result) -> None:
+    assert isinstance(found.plot(), go.Figure) and isinstance(found.plot("sparsity"), go.Figure)
+    assert said(lambda: found.plot("beauty")).startswith('plot: the study has no figure "beauty"; it has perplexity')
+
+
+def test_what_people_see_of_a_result(found: atp_tune.Result) -> None:
+    assert re.fullmatch(
+        r"<Result llamaforcausallm-60: 3 of 3 trials, best wanda \+ \w+.*, validation perplexity .* ± .*, "
+        r"test perplexity .* ± .*>",
+        repr(found),
+    )
+    shown = found._repr_html_()
+    assert shown.startswith("<table>") and "uniform, wanda" in shown
+
+
+def test_a_trial_that_is_chosen(found: atp_tune.Result) -> None:
+    assert found.config(trial=0).allocation.name == "uniform"
+    assert said(lambda: found.config(trial=9)).endswith("trial 9 is not measured in full; `status` lists all")
+    assert "measures plans only at 0.6" in said(lambda: found.config(sparsity=0.5))
+    assert said(lambda: found.config(trial=0, sparsity=0.5)) == (
+        "sparsity: names one trial, and trial another; leave one out"
+    )
+
+
+def test_a_saved_folder(found: atp_tune.Result, tmp_path: Path) -> None:
+    measured = found.save(tmp_path / "new" / "sparse")
+    assert measured.value == pytest.approx(found.best.perplexity.test.value, rel=1e-6)  # type: ignore[union-attr]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["sparse"]
+    there = AutoModelForCausalLM.from_pretrained(tmp_path / "new" / "sparse")
+    assert are_equal(weights(there), weights(found.apply()))
+    assert "memory:" in (tmp_path / "new" / "sparse" / "README.md").read_text(encoding="utf-8")
+    assert str(tmp_path) not in (tmp_path / "new" / "sparse" / "atp_tune.json").read_text(encoding="utf-8")
+    assert said(lambda: found.save(tmp_path / "new" / "sparse")).endswith(
+        "is there already; choose another folder or remove it"
+    )
+
+
+def test_a_front(model: Any, tokenizer: Any, texts: dict[str, list[str]]) -> None:
+    screen = {"search.screen": {"trials": 6, "confirm": 3, "stride": 4}}
+    result = tuned(model, tokenizer, texts, sparsity=(0.2, 0.7), trials=None, settings=screen)
+    front = result.front
+    assert list(front.sparsity) == sorted(front.sparsity) and len(front) >= 2
+    assert isinstance(result.plot(), go.Figure)
+    nearest = result.config(sparsity=0.69)
+    assert nearest.sparsity.target == max(front.sparsity)
+    pruned = result.apply(sparsity=0.69)
+    zeros = sum(int((tensor == 0).sum()) for name, tensor in weights(pruned).items() if "layers" in name)
+    assert zeros / (4 * 7680) == pytest.approx(nearest.sparsity.realised, abs=1e-9)
+    assert "outside the study's interval" in said(lambda: result.config(sparsity=0.9))
+
+
+def test_perplexity(model: Any, tokenizer: Any, texts: dict[str, list[str]], found: atp_tune.Result) -> None:
+    measured = atp_tune.perplexity(model, tokenizer, texts["test"], nsamples=16, seqlen=32, bos=False)
+    dense = found.summary.dense.test
+    assert dense is not None and measured.value == dense.value
+    worse = atp_tune.perplexity(found.apply(), tokenizer, texts["test"], nsamples=16, seqlen=32, bos=False)
+    assert worse.value == pytest.approx(found.best.perplexity.test.value, rel=1e-6)  # type: ignore[union-attr]
+
+
+# Storage
+
+
+@pytest.mark.slow
+def test_a_storage_is_resumed(model: Any, tokenizer: Any, texts: dict[str, list[str]], tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'mine.db'}"
+    seen: list[int] = []
+
+    def interrupt(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        seen.append(trial.number)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tuned(model, tokenizer, texts, storage=url, study_name="mine", callbacks=[interrupt])
+    result = tuned(model, tokenizer, texts, storage=url, study_name="mine", callbacks=[interrupt])
+    assert seen == [0, 1, 2] and result.is_complete
+    loaded = atp_tune.load_study("mine", storage=url, model=model, tokenizer=tokenizer, texts=texts)
+    assert repr(loaded) == repr(result)
+    assert are_equal(weights(loaded.apply()), weights(result.apply()))
+    gone = atp_tune.load_study("mine", storage=url)
+    assert "lay in the memory of a Python process" in said(gone.apply)
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1
+    assert "model.source is" in said(lambda: tuned(model, tokenizer, texts, storage=url, study_name="mine"))
+
+
+def test_callbacks_can_stop_a_study(model: Any, tokenizer: Any, texts: dict[str, list[str]]) -> None:
+    result = tuned(model, tokenizer, texts, callbacks=[lambda study, trial: study.stop() if trial.number else None])
+    assert len(result.study.trials) == 2 and result.is_complete
+
+
+@pytest.mark.parametrize("error", [ValueError("of mine"), AssertionError("of mine"), UserError("of mine")])
+def test_an_error_of_a_callback_is_raised(
+    model: Any, tokenizer: Any, texts: dict[str, list[str]], error: Exception
+) -> None:
+    def breaks(*_: object) -> None:
+        raise error
+
+    with pytest.raises(type(error), match="of mine"):
+        tuned(model, tokenizer, texts, callbacks=[breaks])
+
+
+# Arguments
+
+
+def test_wrong_arguments(model: Any, tokenizer: Any, texts: dict[str, list[str]], place: Path) -> None:
+    def wrong(**more: Any) -> str:
+        return said(lambda: tuned(model, more.pop("by", tokenizer), more.pop("on", texts), **more))
+
+    assert wrong(sparsity=1.5).startswith("sparsity: must be between 0 and 1, got 1.5")
+    assert wrong(sparsity=(0.8, 0.3)) == "sparsity: 0.8..0.3 must run from the lower sparsity to the higher"
+    assert wrong(max_increase="5%").startswith("sparsity: 0.6 is one sparsity, and max_increase finds the highest")
+    assert wrong(pruner="wand").startswith("pruner: wand is none of magnitude, wanda")
+    assert wrong(preset="fast").startswith("preset: fast is none of quick")
+    assert wrong(settings={"search.trails": 3}).startswith("llamaforcausallm-60.toml with --set search.trails=3")
+    assert wrong(settings={"search.seed": object()}).startswith("settings: search.seed: <object object")
+    assert wrong(settings={"model.dtype": "float16"}).startswith("model.dtype: the model in memory is float32")
+    assert wrong(by=None).startswith("tokenizer: is needed beside a model in memory")
+    assert wrong(by="tokenizer").startswith("tokenizer: is a str")
+    assert wrong(on=[1, 2]) == "texts: is a list; give a list of str, or a datasets.Dataset of them"
+    assert wrong(on=[]) == "texts: hold no text"
+    assert wrong(on={"train": ["a"]}).startswith("texts: give calibration (or train), validation and test")
+    assert wrong(on=["a short text"]).startswith("the part of")
+    assert said(lambda: atp_tune.tune(place / "model", tokenizer)).startswith("tokenizer: goes with a model in memory")
+    assert said(lambda: atp_tune.tune(place / "tiny.toml", sparsity=0.5)).startswith("sparsity: a study says it itself")
+    assert said(lambda: atp_tune.tune("no/such-model-here", texts="packaged", progress=False)).startswith(
+        "model.source"
+    )
+    assert said(lambda: atp_tune.load_study("smoll")).startswith("smoll: no such study")
+    assert said(lambda: atp_tune.prune(place / "model", sparsity=0.5, in_place=True)).startswith(
+        "in_place: there is no"
+    )
+
+
+def test_datasets_are_texts(model: Any, tokenizer: Any, texts: dict[str, list[str]]) -> None:
+    def value(given: Any) -> float:
+        return atp_tune.perplexity(model, tokenizer, given, nsamples=8, seqlen=32, bos=False).value
+
+    rows = texts["test"][0].split("\n\n")
+    table = Dataset.from_dict({"text": rows, "title": rows})
+    assert value(table) == value(rows) == value(table["title"])
+    named = table.rename_column("text", "body")
+    assert said(lambda: value(named)) == (
+        'texts: the dataset has no column "text", but body, title; give one, as in dataset["body"]'
+    )
+    assert "is streamed" in said(lambda: value(table.to_iterable_dataset()))
+    split = DatasetDict(
+        train=Dataset.from_dict({"text": texts["calibration"]}),
+        validation=Dataset.from_dict({"text": texts["validation"]}),
+        test=Dataset.from_dict({"text": texts["test"]}),
+    )
+    one, other = tuned(model, tokenizer, split, trials=1), tuned(model, tokenizer, texts, trials=1)
+    assert one.study.trials[0].user_attrs["nlls"] == other.study.trials[0].user_attrs["nlls"]
+
+
+# What is said
+
+
+def test_progress_is_logged(
+    model: Any, tokenizer: Any, texts: dict[str, list[str]], caplog: pytest.LogCaptureFixture, capsys: Any
+) -> None:
+    with caplog.at_level(logging.INFO, "atp_tune"):
+        tuned(model, tokenizer, texts)
+    lines = [record.getMessage() for record in caplog.records if record.name == "atp_tune"]
+    assert lines[0] == "loading the model and the texts" and lines[-1].startswith("[3/3] trial 2: wanda atp β=")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.slow
+def test_progress_without_a_terminal_is_lines_on_stderr(place: Path) -> None:
+    script = "import atp_tune; atp_tune.tune('tiny.toml')"
+    done = subprocess.run([sys.executable, "-c", script], cwd=place, capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+    assert [line.split(":")[0] for line in done.stderr.splitlines()] == [
+        "loading the model and the texts", "[1/3] trial 0", "[2/3] trial 1", "[3/3] trial 2",
+    ]  # fmt: skip
+
+
+def test_optuna_is_as_verbose_as_before(model: Any, tokenizer: Any, texts: dict[str, list[str]]) -> None:
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.DEBUG)
+    try:
+        tuned(model, tokenizer, texts, trials=1)
+        assert optuna.logging.get_verbosity() == optuna.logging.DEBUG
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
+def test_it_runs_in_a_thread(model: Any, tokenizer: Any, texts: dict[str, list[str]]) -> None:
+    found: list[atp_tune.Result] = []
+    thread = Thread(target=lambda: found.append(tuned(model, tokenizer, texts, trials=1)))
+    thread.start()
+    thread.join()
+    assert found[0].is_complete
+
+
+@pytest.mark.slow
+def test_importing_it_imports_nothing_heavy() -> None:
+    script = (
+        "import sys, atp_tune\n"
+        "heavy = {'torch', 'transformers', 'optuna', 'pydantic', 'numpy', 'plotly', 'typer', 'datasets'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "assert set(atp_tune.__all__) <= set(dir(atp_tune))\n"
+        "try:\n    atp_tune.nonsense\n"
+        "except AttributeError as error:\n    assert 'nonsense' in str(error)\n"
+        "assert all(getattr(atp_tune, name) for name in atp_tune.__all__)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
