@@ -19,6 +19,7 @@ from tinystudy import CommandLine, make_model, make_tokenizer, run, study_file
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as hf_logging
 
 import atp_tune
 from atp_tune import UserError
@@ -295,6 +296,9 @@ def test_what_people_see_of_a_result(found: atp_tune.Result) -> None:
         r"test perplexity .* ± .*>",
         repr(found),
     )
+    assert re.fullmatch(
+        r"[\d.]+% zeros by wanda \w+.*, validation perplexity .* ± .*, test perplexity .* ± .*", str(found.best)
+    )
     shown = found._repr_html_()
     assert shown.startswith("<table>") and "uniform, wanda" in shown
 
@@ -470,6 +474,12 @@ def test_optuna_is_as_verbose_as_before(model: Any, tokenizer: Any, texts: dict[
         assert optuna.logging.get_verbosity() == optuna.logging.DEBUG
     finally:
         optuna.logging.set_verbosity(before)
+
+
+def test_bars_of_transformers_are_as_before(model: Any, tokenizer: Any, found: atp_tune.Result, tmp_path: Path) -> None:
+    hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+    found.save(tmp_path / "sparse")
+    assert hf_logging.is_progress_bar_enabled()  # type: ignore[no-untyped-call]
 
 
 def test_it_runs_in_a_thread(model: Any, tokenizer: Any, texts: dict[str, list[str]]) -> None:

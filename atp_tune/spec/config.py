@@ -260,6 +260,14 @@ class Config(FrozenModel):
         """The configuration for a file in the folder `place`, with relative paths that start at `base`."""
         return self.model_copy(update={"folder": os.path.relpath(os.path.realpath(base), os.path.realpath(place))})
 
+    def __str__(self) -> str:
+        """The plan and its perplexities in a line."""
+        parameters = " ".join(f"{name}={value:.4g}" for name, value in self.allocation.parameters.items())
+        plan = f"{self.pruner} {self.allocation.name} {parameters}".rstrip()
+        texts = ("validation", self.perplexity.validation), ("test", self.perplexity.test)
+        scores = [f"{text} perplexity {score}" for text, score in texts if score]
+        return ", ".join([f"{self.sparsity.realised:.2%} zeros by {plan}", *scores])
+
     def to_json(self) -> str:
         """The text of the file, indented by two spaces."""
         return dumps(self.model_dump(mode="json"), 2) + "\n"
