@@ -2,11 +2,7 @@
 
 import ast
 import importlib
-import importlib.util
-import os
 import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -183,26 +179,3 @@ def test_links_out_of_the_folder_lead_to_pages_of_the_site(theme: Any) -> None:
     assert links.rewritten(text, "chat.md") == inside
     assert links.rewritten("[a](docs/bos.md)", "index.md") == "[a](bos.md)"
     assert links.linked([("chat.md", text)]) == {"atp_tune/spec/study.py"}
-
-
-@pytest.fixture(scope="session")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, built as by hand; on a person's machine without mkdocs the tests are skipped."""
-    if importlib.util.find_spec("mkdocs") is None and "CI" not in os.environ:
-        pytest.skip("needs mkdocs: pip install -e '.[docs]'")
-    place = tmp_path_factory.mktemp("site")
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        [REPO / "scripts/site", place], env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    return place
-
-
-@pytest.mark.slow
-def test_the_site_needs_no_other_host(site: Path) -> None:
-    pages = list(site.rglob("*.html"))
-    assert len(pages) > 40
-    for page in pages:
-        text = page.read_text(encoding="utf-8")
-        assert not re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=\"?(?:https?:)?//", text), page

@@ -10,22 +10,26 @@ REPO = Path(__file__).parents[2]
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 ORIGINS = {page: file for file, page in PAGES.items()}
 LINK = re.compile(r"(\]\()([^)\s#:]+)(#[^)\s]*)?(\))")
+UNIT = re.compile(r"(?<=[\d%]) (?=±)|(?<=\d) (?=%)|(?<=±) (?=\d)")  # a number and its error or unit stay in one line
 CODE = re.compile(r"^(?:```.*?^```|(?: {4}|\t).*?$)", re.S | re.M)
 
 
 def rewritten(markdown: str, page: str) -> str:
-    """The text of a page of the site, with links from its own place in the site."""
+    """The text of a page of the site: links from its own place in the site, and no break before ± and %."""
 
     def link(found: re.Match[str]) -> str:
         before, path, anchor, after = found.groups()
         there = _page_of(_in_repository(page, path))
         return f"{before}{posixpath.relpath(there, posixpath.dirname(page) or '.')}{anchor or ''}{after}"
 
+    def typeset(text: str) -> str:
+        return UNIT.sub("\u00a0", LINK.sub(link, text))
+
     parts, end = [], 0
     for code in CODE.finditer(markdown):
-        parts += [LINK.sub(link, markdown[end : code.start()]), code[0]]
+        parts += [typeset(markdown[end : code.start()]), code[0]]
         end = code.end()
-    return "".join([*parts, LINK.sub(link, markdown[end:])])
+    return "".join([*parts, typeset(markdown[end:])])
 
 
 def linked(pages: Iterable[tuple[str, str]]) -> set[str]:
