@@ -55,11 +55,10 @@ def _home(readme: str) -> str:
 
 
 def _python() -> str:
-    """A page of the public names of atp_tune, where they are defined."""
+    """A page of the public names of atp_tune, where they are defined: functions, then classes."""
     parts = [f"# Python\n\n{(atp_tune.__doc__ or '').strip()}\n"]
-    for name in getattr(atp_tune, "__all__", ()):
-        value = getattr(atp_tune, name)
-        if hasattr(value, "__qualname__"):
-            place = f"{value.__module__}.{value.__qualname__}"
-            parts.append(f"::: {place}\n    options:\n      heading: {name}\n      toc_label: {name}\n")
+    public = {name: getattr(atp_tune, name) for name in getattr(atp_tune, "__all__", ())}
+    for name in sorted(public, key=lambda name: isinstance(public[name], type)):
+        place = f"{public[name].__module__}.{public[name].__qualname__}"
+        parts.append(f"::: {place}\n    options:\n      heading: atp_tune.{name}\n      toc_label: {name}\n")
     return "\n".join(parts)
