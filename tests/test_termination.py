@@ -192,8 +192,8 @@ def test_without_parameters_there_is_nothing_to_settle(place: Path) -> None:
 
 def test_the_bound_is_said_where_it_is_asked_for() -> None:
     described = SearchConfig.model_fields["early_termination"].description or ""
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    (row,) = (line for line in readme.splitlines() if line.startswith("| `search.early_termination"))
+    guide = (Path(__file__).parents[1] / "docs/guides/faster.md").read_text()
+    (row,) = (line for line in guide.splitlines() if line.startswith("| `search.early_termination"))
     assert f"less than {GAIN:.0%}" in described.replace(" %", "%") and f"less than {GAIN:.0%}" in row.replace(" %", "%")
 
 

@@ -154,7 +154,7 @@ class ContinuationsConfig(SettingsTable):
 class Study(SettingsTable):
     """A study file."""
 
-    description: str = ""
+    description: str = Field("", description="of the study, for people")
     protocol: Literal["held-out", "paper"] = Field(
         "held-out", description="paper: β is chosen on the text it is tested on"
     )

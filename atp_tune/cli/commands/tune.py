@@ -63,7 +63,7 @@ def run(
     ends; the same command resumes a study that was stopped.
 
     `--study smol-fast` is the same search, faster: it sets `search.screen`, `search.stopper` and `prune.statistics`,
-    which the README explains. `plan` estimates the cost of a study.
+    which docs/guides/faster.md explains. `plan` estimates the cost of a study.
 
     `python tune.py status --study smol` shows the trials. `python tune.py apply --config studies/smol.best.json
     --out DIR` writes the sparse checkpoint.

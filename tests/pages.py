@@ -1,0 +1,86 @@
+"""The Markdown pages of this repository: their links, blocks of code, and the commands in them."""
+
+import re
+import shlex
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from textwrap import dedent
+
+REPO = Path(__file__).parents[1]
+PAGES = [
+    path for path in (*REPO.glob("*.md"), *sorted((REPO / "docs").rglob("*.md"))) if path.name != "results.notes.md"
+]
+FENCE = re.compile(r"^(```+)(\w*)[^\n]*\n(.*?)^\1$", re.S | re.M)
+INDENTED = re.compile(r"(?:(?<=\n\n)|\A)(?: {4}.*\n+)+", re.M)
+LINK = re.compile(r"(?<!\\)\]\(([^)\s]+)\)")
+COMMAND = re.compile(r"(?:python tune\.py|atp-tune) (?P<words>[^`\n]*)")
+WORD = re.compile(r"[^\w\- ]")
+OUTPUT = re.compile(r"^ *(?:\||│|error:|study:)")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of code of a page: its language, "" if it is indented, its text, and where it is."""
+
+    page: str
+    line: int
+    language: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(REPO))
+
+
+def blocks(path: Path) -> list[Block]:
+    """The blocks of a page, in their order."""
+    text = path.read_text(encoding="utf-8")
+    found = [(match.start(), match[2], match[3]) for match in FENCE.finditer(text)]
+    plain = FENCE.sub(lambda match: re.sub(r"[^\n]", "-", match[0]), text)
+    found += [(match.start(), "", match[0].rstrip() + "\n") for match in INDENTED.finditer(plain)]
+    return [
+        Block(named(path), text[:start].count("\n") + 1, language, code if language else dedent(code))
+        for start, language, code in sorted(found)
+    ]
+
+
+def prose(path: Path) -> str:
+    """A page without its blocks."""
+    text = FENCE.sub("", path.read_text(encoding="utf-8"))
+    return INDENTED.sub("\n", text)
+
+
+def commands(path: Path, inline: bool = True) -> list[list[str]]:
+    """The arguments of each `python tune.py …` and `atp-tune …` of a page, in blocks, and in sentences if `inline`."""
+    texts = [line for block in blocks(path) if block.language in ("", "sh") for line in _lines(block.text)]
+    texts += [code for code in re.findall(r"`([^`]+)`", prose(path).replace("\n", " ")) if inline]
+    found = [
+        match["words"]
+        for text in texts
+        for match in COMMAND.finditer(text.replace("python tune.py", "\npython tune.py"))
+    ]
+    return [_words(words) for words in found if "…" not in words]
+
+
+def _lines(text: str) -> list[str]:
+    joined = re.sub(r"\s*\\\n\s*", " ", text)
+    return [line for line in joined.splitlines() if not OUTPUT.match(line)]
+
+
+def _words(line: str) -> list[str]:
+    """The words of a command, up to a comment, the end of the command, or the quotation mark that it stands in."""
+    line = re.split(r"\s#\s", line)[0]
+    lexer = shlex.shlex(line.rstrip('"') if line.count('"') % 2 else line, posix=True, punctuation_chars="|;&>()")
+    lexer.whitespace_split, lexer.commenters = True, ""
+    return list(takewhile(lambda word: not set(word) <= set("|;&>()"), lexer))
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and Python-Markdown make them."""
+    text = FENCE.sub("", path.read_text(encoding="utf-8"))
+    titles = re.findall(r"^#+ (.*)$", text, re.M)
+    return {WORD.sub("", title.lower()).strip().replace(" ", "-") for title in titles}
