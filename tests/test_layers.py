@@ -17,6 +17,7 @@ LONGEST = 50  # lines of a function's body
 # The packages and modules of atp_tune, each above all that it may import. The only place where the order is written.
 LAYERS = [
     "errors",
+    "extras",
     "frozen",
     "registry",
     "paths",

@@ -1,0 +1,16 @@
+"""A console of rich that shows what strangers wrote."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from atp_tune.errors import printable
+
+
+class Terminal(Console):
+    """A console that escapes control characters in names of studies and files."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """As rich's, of text whose lines are made printable first."""
+        return super().render_str("\n".join(map(printable, text.split("\n"))), **options)
