@@ -1,8 +1,10 @@
-"""The packages that only some commands need, by the extra of pyproject.toml that installs them, and what to type.
+"""How this package is installed: what a person types to run it, and to install what is missing.
 
-Reads no package, so that it also works where none is installed.
+Some packages are needed by some commands only, and are extras of pyproject.toml. This module imports no package, so
+that it works where none is installed.
 """
 
+import re
 import shlex
 import sys
 import sysconfig
@@ -28,6 +30,13 @@ EXTRAS = {  # of pyproject.toml: for each module its package
     "wandb": {"wandb": "wandb"},
 }
 CHECKOUT = Path(__file__).parents[1]
+IS_CHECKOUT = (CHECKOUT / "tune.py").is_file()
+SCRIPT = re.compile(r"python tune\.py\b|(?<=`)tune\.py\b")
+
+
+def as_typed(text: str) -> str:
+    """A text that names `python tune.py`, with `atp-tune` in its place where there is no checkout."""
+    return text if IS_CHECKOUT else SCRIPT.sub("atp-tune", text)
 
 
 def install(extra: str) -> str:
@@ -69,11 +78,10 @@ def remedy(module: str) -> str:
 
 def _install_all() -> str:
     """The command that installs this package with all that it needs, for this Python."""
-    is_checkout = (CHECKOUT / "pyproject.toml").is_file()
-    what = f"-e {shlex.quote(str(CHECKOUT))}" if is_checkout else "atp-tune"
+    what = f"-e {shlex.quote(str(CHECKOUT))}" if IS_CHECKOUT else "atp-tune"
     python = shlex.quote(sys.executable)
     managed = Path(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")  # by the system: pip refuses to install there
     if sys.prefix == sys.base_prefix and managed.is_file():
-        run = ", then .venv/bin/python tune.py" if is_checkout else ""
+        run = ", then .venv/bin/python tune.py" if IS_CHECKOUT else ""
         return f"{python} -m venv .venv && .venv/bin/pip install {what}{run}"
     return f"{python} -m pip install {what}"

@@ -5,7 +5,7 @@ import sys
 from typing import NoReturn
 
 from atp_tune.errors import TrialError, UserError, printable
-from atp_tune.extras import remedy
+from atp_tune.extras import as_typed, remedy
 
 SPINS = "10000"  # spins of libgomp before a waiting thread sleeps, instead of millions; no slower on idle cores
 
@@ -32,5 +32,5 @@ def main() -> None:
 
 
 def _end(message: str) -> NoReturn:
-    print(f"error: {printable(message)}", file=sys.stderr)
+    print(f"error: {as_typed(printable(message))}", file=sys.stderr)
     sys.exit(2)

@@ -33,26 +33,28 @@ from atp_tune.cli.commands import (
 from atp_tune.cli.model_group import MODEL, ModelCommand, ModelGroup
 from atp_tune.cli.options import UsageError
 from atp_tune.errors import UserError
+from atp_tune.extras import as_typed
 
 app = typer.Typer(
     cls=ModelGroup, rich_markup_mode=None, pretty_exceptions_enable=False,
     subcommand_metavar="[MODEL | COMMAND] [ARGS]...",
 )  # fmt: skip
-app.callback(invoke_without_command=True)(tune.run)
-app.command(MODEL, cls=ModelCommand)(model.model)
+app.callback(invoke_without_command=True, help=as_typed(str(tune.run.__doc__)))(tune.run)
+app.command(MODEL, cls=ModelCommand, help=as_typed(str(model.model.__doc__)))(model.model)
 for command in (  # in the order of `--help`
     init.init, status.status, plan.plan, serve.serve, merge.merge, export.export, report.report, apply.apply, push.push,
     evaluate.evaluate, generate.generate, chat.chat, prune.prune, finetune.finetune, speedup.speedup, studies.studies,
     schema.schema, env.env,
 ):  # fmt: skip
-    app.command()(command)
+    app.command(help=as_typed(str(command.__doc__)))(command)
 
 
 def run(words: list[str]) -> Any:
     """Runs the command line, and returns its exit code; UserError for wrong options."""
     completion.rejoin(os.environ)
+    name = Path(sys.argv[0]).name
     try:
-        return app(words, prog_name=Path(sys.argv[0]).name, standalone_mode=False)
+        return app(words, prog_name="python -m atp_tune" if name == "__main__.py" else name, standalone_mode=False)
     except UsageError as error:
         raise UserError(_usage(error)) from None
 
