@@ -19,28 +19,16 @@ import psutil
 
 from atp_tune import __version__
 from atp_tune.cache import cache_root
+from atp_tune.extras import EXTRAS
 from atp_tune.frozen import FrozenModel
 from atp_tune.spec.manifest import INSTRUCTIONS
 
 Found = TypeVar("Found")
 
 PACKAGES = (  # whose versions are often a cause
-    "torch", "transformers", "optuna", "tokenizers", "numpy", "accelerate", "datasets", "gguf", "huggingface-hub",
+    "torch", "transformers", "optuna", "tokenizers", "numpy", "accelerate", "gguf", "huggingface-hub",
     "pydantic", "safetensors", "scipy", "sqlalchemy", "triton", "typer",
 )  # fmt: skip
-EXTRAS = {  # of pyproject.toml
-    "postgres": ("psycopg",),
-    "png": ("kaleido",),
-    "eval": ("lm-eval",),
-    "fuzz": ("atheris",),
-    "ray": ("ray",),
-    "finetune": ("peft",),
-    "quantized": ("compressed-tensors",),
-    "speed": ("zstandard", "onnx"),
-    "tensorboard": ("tensorboard",),
-    "mlflow": ("mlflow-skinny",),
-    "wandb": ("wandb",),
-}
 VARIABLES = (
     "ATP_TUNE_CACHE", "ATP_TUNE_DEVICE_MEMORY", "CUDA_VISIBLE_DEVICES", "HF_DATASETS_CACHE", "HF_HOME", "HF_HUB_CACHE",
     "HF_HUB_OFFLINE", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "PYTORCH_CUDA_ALLOC_CONF",
@@ -139,7 +127,7 @@ def environment() -> MachineReport:
         executable=_shown(Path(sys.executable)),
         system=_system(),
         versions=_versions(PACKAGES),
-        extras={name: _versions(packages) for name, packages in EXTRAS.items()},
+        extras={name: _versions(tuple(packages.values())) for name, packages in EXTRAS.items()},
         cpu=tried("CPU", _processor),
         memory=tried("memory", _memory),
         gpus=tried("GPUs", _accelerators),

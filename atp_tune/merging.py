@@ -19,19 +19,18 @@ from datetime import datetime
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import optuna
 from optuna.storages import BaseStorage
-from optuna.trial import FrozenTrial, Trial
+from optuna.trial import FrozenTrial
 
 from atp_tune.errors import UserError
 from atp_tune.results.annotations import KINDS
 from atp_tune.spec.studyfile import absolute_storage
 from atp_tune.storage import artifacts, fingerprint, opening, progress
 from atp_tune.storage.database import RetryingDatabase, without_password
-from atp_tune.storage.validation import TABLES, UNREADABLE, readable
+from atp_tune.storage.validation import TABLES, readable
 
 Numbers: TypeAlias = Mapping[int, int]  # number of a trial in a storage → its new number
 
@@ -255,35 +254,21 @@ def _kept_attrs(source: Source) -> dict[str, Any]:
 def _write_notes(
     study: optuna.Study, sources: Sequence[Source], numbers: Sequence[Numbers], ids: Sequence[int]
 ) -> None:
-    from optuna_dashboard import save_note  # takes seconds to import
-
     from atp_tune.dashboard.notes import own_words
+    from atp_tune.dashboard.parts import note_in, note_parts
 
     notes: dict[int | None, dict[str, None]] = {}
     for source, own in zip(sources, numbers, strict=True):
-        notes.setdefault(None, {})[_note_of(source.study)] = None
+        notes.setdefault(None, {})[note_in(source.attrs)] = None
         for trial in source.trials:
-            body = _note_of(_owner(source.study, trial._trial_id))
-            notes.setdefault(own[trial.number], {})[body] = None
+            notes.setdefault(own[trial.number], {})[note_in(source.attrs, trial._trial_id)] = None
     for number, bodies in notes.items():
         written = [body for body in bodies if body]
         words = written if len(written) == 1 else list(dict.fromkeys(map(own_words, written)))
         if any(words):
-            save_note(study if number is None else _owner(study, ids[number]), "\n\n".join(words))
-
-
-def _note_of(owner: optuna.Study | Trial) -> str:
-    from optuna_dashboard import get_note
-
-    try:
-        return str(get_note(owner))
-    except UNREADABLE:  # not written by the dashboard
-        return ""
-
-
-def _owner(study: optuna.Study, trial_id: int) -> Trial:
-    """A stand-in for a trial in the dashboard's functions for notes."""
-    return cast(Trial, SimpleNamespace(storage=study._storage, study=study, _trial_id=trial_id))
+            made = note_parts("\n\n".join(words), 1, None if number is None else ids[number])
+            for key, value in made.items():
+                study._storage.set_study_system_attr(study._study_id, key, value)
 
 
 def _copy_artifacts(source: Source, folder: Path) -> None:

@@ -26,6 +26,7 @@ from atp_tune.checkpoints.devices import (
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message, TrialStarted
+from atp_tune.extras import require
 from atp_tune.inputs import KINDS
 from atp_tune.inputs.windows import load_tokenizer
 from atp_tune.plan import make_plan
@@ -63,10 +64,9 @@ class Scorer:
         """UserError if lm-eval is not installed, and for tasks that are unknown or cannot be loaded."""
         self._asked = asked
         self._watch = watch
-        try:
-            from atp_tune.scores import tasks
-        except ModuleNotFoundError as error:
-            raise UserError(f"evaluate: {error}; install it with: pip install 'atp-tune[eval]'") from None
+        require("eval", "evaluate")
+        from atp_tune.scores import tasks
+
         self._module = tasks
         watch(Message("reading the tasks"))
         self._tasks = tasks.find_tasks(asked.tasks, watch)

@@ -17,7 +17,7 @@ from test_config import config
 from tinystudy import CommandLine, run, settings, stored
 
 from atp_tune.cli import tables
-from atp_tune.cli.terminal import Terminal
+from atp_tune.cli.console import Terminal
 from atp_tune.events import Event, Message
 from atp_tune.generation import prompts as generation_prompts
 from atp_tune.metrics.continuations import NAMES, PROMPTS, Continuations

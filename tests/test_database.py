@@ -158,7 +158,7 @@ def test_a_missing_driver(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Without("psycopg"), *sys.meta_path])
     said = refusal("postgresql+psycopg://me:secret@127.0.0.1:1/x")
-    assert "; install it with: pip install 'psycopg[binary]', and write postgresql+psycopg://" in said
+    assert "; run: pip install 'atp-tune[postgres]', and write postgresql+psycopg://" in said
     assert "secret" not in said
 
 

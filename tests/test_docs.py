@@ -13,7 +13,7 @@ import typer.main
 from pages import LINK, PAGES, REPO, Block, anchors, blocks, commands, named, prose
 
 import atp_tune
-from atp_tune.cli import app
+from atp_tune.cli.application import app
 from atp_tune.spec.finding import known
 from atp_tune.spec.schema import choices
 from atp_tune.spec.study import Study

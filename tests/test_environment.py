@@ -16,7 +16,8 @@ from packaging.requirements import Requirement
 from tinystudy import HANGS, TUNE, CommandLine
 
 from atp_tune import environment
-from atp_tune.environment import EXTRAS, PACKAGES, VARIABLES, MachineReport
+from atp_tune.environment import PACKAGES, VARIABLES, MachineReport
+from atp_tune.extras import EXTRAS
 
 PROJECT = tomllib.loads((TUNE.parent / "pyproject.toml").read_text())["project"]
 
@@ -75,7 +76,7 @@ def test_the_extras_are_those_of_the_project() -> None:
         name: {Requirement(text).name for text in texts} for name, texts in PROJECT["optional-dependencies"].items()
     }
     del extras["dev"]
-    assert {name: set(packages) for name, packages in EXTRAS.items()} == extras
+    assert {name: set(modules.values()) for name, modules in EXTRAS.items()} == extras
 
 
 def test_a_package_that_is_not_installed() -> None:

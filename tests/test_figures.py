@@ -1,4 +1,5 @@
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tinystudy import quiet
 
 from atp_tune import figures
 from atp_tune.errors import UserError
+from atp_tune.extras import EXTRAS
 from atp_tune.figures import overlay, sheet
 from atp_tune.figures.history import draw_history
 from atp_tune.figures.perplexity import add_gp_posterior
@@ -358,16 +360,18 @@ def test_the_view_takes_in_the_dense_model_where_it_is_near() -> None:
 
 
 def test_a_picture_needs_kaleido(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sheet, "find_spec", lambda _: None)
-    with pytest.raises(UserError, match=r"^a picture needs kaleido: pip install 'atp-tune\[png\]' and a Chrome"):
+    monkeypatch.setitem(sys.modules, "kaleido", None)
+    with pytest.raises(UserError) as caught:
         sheet.png([go.Figure()])
+    said = "a picture: kaleido is not installed; run: pip install 'atp-tune[png]' and a Chrome or Chromium"
+    assert str(caught.value) == said
 
 
 def test_a_browser_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     async def fails(figures: object, kind: str) -> bytes:
         raise RuntimeError("no browser.\nlong story")
 
-    monkeypatch.setattr(sheet, "find_spec", lambda _: object())
+    monkeypatch.setitem(EXTRAS, "png", {"plotly": "plotly"})  # is here, where kaleido need not be
     monkeypatch.setattr(sheet, "_draw", fails)
     with pytest.raises(UserError) as caught:
         sheet.svg([go.Figure()])

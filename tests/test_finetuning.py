@@ -1,10 +1,10 @@
 """`finetune`, as a user types it: on a folder that `apply` has written from the tiny study."""
 
-import importlib.util
 import json
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -317,10 +317,8 @@ def test_a_model_that_is_no_folder(place: Path, command: CommandLine) -> None:
 
 
 def test_without_peft_it_says_what_to_install(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        finetuning, "find_spec", lambda name: None if name == "peft" else importlib.util.find_spec(name)
-    )
-    assert refused(place) == "finetune: needs peft; install it with: pip install 'atp-tune[finetune]'"
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert refused(place) == "finetune: peft is not installed; run: pip install 'atp-tune[finetune]'"
 
 
 @pytest.mark.parametrize(

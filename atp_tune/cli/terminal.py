@@ -1,34 +1,41 @@
 """The console that all commands print to, and its two kinds of tables: for the terminal and in Markdown."""
 
 from collections.abc import Iterable
+from functools import cache
 from io import StringIO
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from atp_tune.errors import printable
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 WRAPPED = ("remark", "what", "plan", "dense", "uniform", "best")  # columns that may take several lines
 LEAST = len("φ=-0.0123456")  # columns of a plan, so that no parameter is broken
 WIDE = 1000  # columns: no line of a Markdown table is broken
 
 
-class Terminal(Console):
-    """A console that escapes control characters in names of studies and files."""
+class Later:
+    """The console, which is made when it is first used: `--help` and Tab need no rich, whose import takes longest."""
 
-    def render_str(self, text: str, **options: Any) -> Text:
-        """As rich's, of text whose lines are made printable first."""
-        return super().render_str("\n".join(map(printable, text.split("\n"))), **options)
-
-
-console = Terminal(soft_wrap=True, markup=False, highlight=False, emoji=False)  # paths and reasons may hold brackets
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_console(), name)
 
 
-def table(*columns: str) -> Table:
+@cache
+def _console() -> "Console":
+    from atp_tune.cli.console import Terminal
+
+    return Terminal(soft_wrap=True, markup=False, highlight=False, emoji=False)  # paths and reasons may hold brackets
+
+
+console = cast("Console", Later())
+
+
+def table(*columns: str) -> "Table":
     """An empty table for the terminal."""
+    from rich import box
+    from rich.table import Table
+
     found = Table(box=box.SIMPLE, collapse_padding=True, pad_edge=False)
     for column in columns:
         least = LEAST if column == "plan" else None
@@ -38,6 +45,10 @@ def table(*columns: str) -> Table:
 
 def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A Markdown table; no row is wrapped, however narrow the terminal is."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
     made = Table(box=box.MARKDOWN, header_style="")
     for column in head:
         made.add_column(column, no_wrap=True)

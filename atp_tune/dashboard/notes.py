@@ -6,6 +6,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.errors import printable
+from atp_tune.extras import as_typed
 from atp_tune.metrics.perplexity import may_be_chance
 from atp_tune.plan import percent
 from atp_tune.report.markdown import escaped, fenced, table
@@ -154,7 +155,7 @@ def _commands(summary: Summary, join: str) -> str:
     lines = [
         f"{command_of(summary)}    # resume, on this machine",
         f"{command_of(summary, '--storage', join, here=False)}    # join, from another machine",
-        "python tune.py apply --config best.json --out DIR    # the sparse checkpoint",
+        as_typed("python tune.py apply --config best.json --out DIR    # the sparse checkpoint"),
     ]
     return fenced("", "\n".join(map(printable, lines)))
 

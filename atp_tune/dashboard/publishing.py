@@ -6,25 +6,20 @@ A run does this when it has found a better trial, and at its end. `serve` makes 
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
-import optuna
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.study import Study
-from optuna.trial import Trial
-from optuna_dashboard import get_note, save_note, save_plotly_graph_object
 
 from atp_tune.cache import write_atomically
 from atp_tune.dashboard.notes import study_note, with_own_words
+from atp_tune.dashboard.parts import figure_parts, note_in, note_parts, note_version
 from atp_tune.figures import draw
 from atp_tune.results.best_config import best_config
 from atp_tune.results.summary import Summary, summarise
 from atp_tune.storage import artifacts
 from atp_tune.storage.database import Database, without_password
 from atp_tune.storage.validation import StudySnapshot, readable
-
-DASHBOARD = "dashboard:"  # prefix of the dashboard's attributes
 
 
 def publish(study: Study, address: str, folder: Path | None) -> None:
@@ -40,7 +35,7 @@ def publish(study: Study, address: str, folder: Path | None) -> None:
     study = StudySnapshot(study)
     stored, summary = db.get_study_system_attrs(study._study_id), summarise(study)
     note = study_note(summary, without_password(address), files=() if folder is None else (artifacts.CONFIG,))
-    made = figures_of(summary) | note_of(study, note, stored)
+    made = figures_of(summary) | note_of(note, stored)
     db.set_study_system_attrs(study._study_id, without_rests(made, stored))
     if folder is not None and (config := config_of(study, summary)) is not None:
         make_folder(folder)
@@ -55,38 +50,19 @@ def make_folder(folder: Path) -> None:
 
 def figures_of(summary: Summary) -> dict[str, Any]:
     """The figures of a study, as system attributes in the dashboard's format."""
-    shadow = optuna.create_study()
+    made: dict[str, Any] = {}
     for name, figure in draw(summary).items():
-        save_plotly_graph_object(shadow, figure, graph_object_id=name)
-    return dict(shadow._storage.get_study_system_attrs(shadow._study_id))
+        made |= figure_parts(name, figure.to_json())
+    return made
 
 
-def note_of(
-    owner: Study | Trial, text: str, stored: Mapping[str, Any], infix: str = "", step: int = 1
-) -> dict[str, Any]:
+def note_of(text: str, stored: Mapping[str, Any], trial: int | None = None, step: int = 1) -> dict[str, Any]:
     """The note of a study or trial with people's own text below, as system attributes.
 
-    Its version is `step` above the stored one. `infix`: "" for a study, `ID:` for a trial. A stored note that no
-    dashboard writes is ignored.
+    `trial`: the trial's id in the storage, None for the study's note. Its version is `step` above the stored one. A
+    stored note that no dashboard writes is ignored.
     """
-    version = f"{DASHBOARD}{infix}note_ver"
-    number = stored.get(version)
-    written = _written(owner) if number is not None else ""
-    shadow = optuna.create_study()
-    target = shadow if isinstance(owner, Study) else SimpleNamespace(
-        storage=shadow._storage, study=shadow, _trial_id=owner._trial_id
-    )  # fmt: skip
-    save_note(cast(Trial, target), with_own_words(text, written))
-    made = shadow._storage.get_study_system_attrs(shadow._study_id)
-    return {**made, version: (number if isinstance(number, int) else 0) + step}
-
-
-def _written(owner: Study | Trial) -> str:
-    """The stored note; "" if a part is missing or of the wrong type."""
-    try:
-        return str(get_note(owner))
-    except (KeyError, TypeError, ValueError):
-        return ""
+    return note_parts(with_own_words(text, note_in(stored, trial)), note_version(stored, trial) + step, trial)
 
 
 def without_rests(made: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,18 +3,18 @@
 import asyncio
 from base64 import b64encode
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import plotly.graph_objects as go
 
 from atp_tune.errors import UserError
+from atp_tune.extras import install, require
 
 WIDTH, HEIGHT = 640, 440  # px of a figure
 COLUMNS = 2
 SCALE = 2  # px of a PNG per px of the layout
 PAGE, TEXT = "#ffffff", "#24292f"
-NEEDS = "pip install 'atp-tune[png]' and a Chrome or Chromium, found in PATH or named by BROWSER_PATH"
+NEEDS = f"{install('png')} and a Chrome or Chromium, found in PATH or named by BROWSER_PATH"
 
 
 def png(figures: Sequence[go.Figure]) -> bytes:
@@ -28,8 +28,7 @@ def svg(figures: Sequence[go.Figure]) -> str:
 
 
 def _drawn(figures: Sequence[go.Figure], kind: str) -> bytes:
-    if find_spec("kaleido") is None:
-        raise UserError(f"a picture needs kaleido: {NEEDS}")
+    require("png", "a picture", otherwise=" and a Chrome or Chromium")
     try:
         return asyncio.run(_draw(figures, kind))
     except Exception as error:  # kaleido and its browser driver have no common class of errors

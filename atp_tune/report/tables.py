@@ -10,6 +10,7 @@ from optuna.trial import FrozenTrial
 
 from atp_tune.allocations.budget import SYMBOLS
 from atp_tune.errors import printable
+from atp_tune.extras import as_typed
 from atp_tune.figures.history import spent
 from atp_tune.metrics.continuations import NAMES, Continuations
 from atp_tune.metrics.speed import PHASES, Speed, spread
@@ -195,12 +196,13 @@ def commands(summary: Summary) -> list[tuple[str, str]]:
     stored = summary.made_from is not None
     study = shlex.quote(f"{plain_name(summary.name)}.toml" if stored else printable(summary.name))
     config, folder = (shlex.quote(plain_name(summary.name) + end) for end in (".best.json", "-sparse"))
-    return [
+    rows = [
         ("run or resume", f"python tune.py --study {study}"),
         ("show the trials", f"python tune.py status --study {study}"),
         ("best configuration", f"python tune.py export --study {study} --out {config}"),
         ("sparse checkpoint", f"python tune.py apply --config {config} --out {folder}"),
     ]
+    return [(purpose, as_typed(command)) for purpose, command in rows]
 
 
 def plain_name(name: str) -> str:

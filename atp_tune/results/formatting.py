@@ -7,6 +7,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.errors import printable
 from atp_tune.events import TrialEnded
+from atp_tune.extras import as_typed
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.perplexity import Change, error_over, reach_of
 from atp_tune.plan import percent, shown
@@ -211,4 +212,4 @@ def command_of(summary: Summary, *more: str, here: bool = True) -> str:
     for override in file.overrides:
         key, _, value = override.partition("=")
         words += ["--trials", value] if key == "search.trials" else ["--set", override]
-    return shlex.join(["python", "tune.py", *words, *more])
+    return as_typed(shlex.join(["python", "tune.py", *words, *more]))

@@ -10,6 +10,7 @@ from typing import Any
 from atp_tune.checkpoints.devices import oom_as_user_error
 from atp_tune.errors import UserError
 from atp_tune.events import Message
+from atp_tune.extras import require
 from atp_tune.inputs.windows import load_tokenizer
 from atp_tune.scores.accuracy import mean
 from atp_tune.scores.evaluation import Block
@@ -29,10 +30,9 @@ class TaskAccuracy:
         UserError, before anything is measured, if lm-eval is not installed, a task is unknown, its data is not there,
         or it has no accuracy.
         """
-        try:
-            from atp_tune.scores import tasks
-        except ModuleNotFoundError as error:
-            raise UserError(f"limit.min_accuracy: {error}; install it with: pip install 'atp-tune[eval]'") from None
+        require("eval", "limit.min_accuracy")
+        from atp_tune.scores import tasks
+
         self._context, self._items, self._module = context, items, tasks
         self._kept: KeptBlocks | None = None
         context.watch(Message("reading the tasks of limit.min_accuracy"))

@@ -6,7 +6,6 @@ cost a trial no time, and do not depend on the machine that ran it.
 
 from collections.abc import Callable, Container, Iterator, Mapping
 from threading import Lock
-from types import SimpleNamespace
 from typing import Any, cast
 
 from optuna.storages import BaseStorage
@@ -15,7 +14,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.compat import FrozenStudy
 from atp_tune.dashboard.notes import columns, facts_of, study_note, trial_note
-from atp_tune.dashboard.publishing import DASHBOARD, figures_of, note_of, without_rests
+from atp_tune.dashboard.parts import PREFIX
+from atp_tune.dashboard.publishing import figures_of, note_of, without_rests
 from atp_tune.results.summary import Summary, final_numbers, summarise
 from atp_tune.storage.database import Database, without_password
 from atp_tune.storage.opening import open_database
@@ -81,7 +81,7 @@ class Later(Mapping[str, Any]):
         self._all: Attributes | None = None
 
     def __getitem__(self, key: str) -> Any:
-        return self._made()[key] if key.startswith(DASHBOARD) else self._stored[key]
+        return self._made()[key] if key.startswith(PREFIX) else self._stored[key]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._made())
@@ -118,14 +118,13 @@ class Additions:
 
     def _make(self, study: Study, stored: Attributes) -> Attributes:
         summary = summarise(study)
-        return without_rests(figures_of(summary) | self._notes(study, summary, stored), stored)
+        return without_rests(figures_of(summary) | self._notes(summary, stored), stored)
 
-    def _notes(self, study: Study, summary: Summary, stored: Attributes) -> dict[str, Any]:
+    def _notes(self, summary: Summary, stored: Attributes) -> dict[str, Any]:
         text = study_note(summary, self._address, self._join)
-        notes = note_of(study, text, stored, step=self._changes)
+        notes = note_of(text, stored, step=self._changes)
         for trial in summary.trials:
-            owner: Any = SimpleNamespace(storage=study._storage, study=study, _trial_id=trial._trial_id)
-            notes |= note_of(owner, trial_note(trial, summary), stored, f"{trial._trial_id}:", self._changes)
+            notes |= note_of(trial_note(trial, summary), stored, trial._trial_id, self._changes)
         return notes
 
 
@@ -133,5 +132,5 @@ def _state(study: Study, stored: Attributes) -> object:
     """A value that changes when notes or figures must be remade."""
     trials = [(trial.state, len(trial.user_attrs)) for trial in study.get_trials(deepcopy=False)]
     attrs = study.user_attrs
-    own = {key: value for key, value in stored.items() if key.startswith(DASHBOARD)}
+    own = {key: value for key, value in stored.items() if key.startswith(PREFIX)}
     return trials, attrs.get("total"), final_numbers(study), attrs.get("gp_posterior"), own

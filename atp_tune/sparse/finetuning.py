@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from time import monotonic
@@ -20,6 +19,7 @@ from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.checkpoints.trust import small_files
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message, Step, TrialStarted
+from atp_tune.extras import require
 from atp_tune.inputs.windows import Windows, first_windows, recut, token_windows
 from atp_tune.metrics.perplexity import Perplexity, change, perplexity
 from atp_tune.results.formatting import duration
@@ -67,8 +67,7 @@ def finetune(
     if they did when it was pruned.
     UserError if `out` exists, or if the training text shares documents with the validation or test text.
     """
-    if find_spec("peft") is None:
-        raise UserError("finetune: needs peft; install it with: pip install 'atp-tune[finetune]'")
+    require("finetune", "finetune")
     check_free(out)
     if not model.is_dir():
         raise UserError(f"--model {model}: is no folder; write one with: python tune.py apply --config FILE --out DIR")

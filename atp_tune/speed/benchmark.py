@@ -12,6 +12,7 @@ from atp_tune.checkpoints.classes import model_config
 from atp_tune.checkpoints.devices import find_device, oom_as_user_error
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Step, TrialStarted
+from atp_tune.extras import require
 from atp_tune.metrics.speed import Sizes, Speed
 from atp_tune.pruners.selection import nonzeros
 from atp_tune.speed import deepsparse_engine
@@ -78,10 +79,9 @@ def zeros_by_kind(checkpoint: Checkpoint) -> dict[str, float]:
 
 def sizes(dense: Path, sparse: Path, watch: EventHandler) -> Sizes:
     """Bytes of the weight files of two folders, plain and with zstd; UserError if zstandard is not installed."""
-    try:
-        from zstandard import ZstdCompressor
-    except ModuleNotFoundError:
-        raise UserError("speedup: zstandard is not installed; run: pip install 'atp-tune[speed]'") from None
+    require("speed", "speedup", "zstandard")
+    from zstandard import ZstdCompressor
+
     files = [(folder, file) for folder in (dense, sparse) for file in sorted(folder.glob("*.safetensors"))]
     total = sum(file.stat().st_size for _, file in files)
     done, plain, packed = 0, Counter[Path](), Counter[Path]()

@@ -11,7 +11,6 @@ DeepSparse's own cache crashes otherwise.
 
 import warnings
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from atp_tune.errors import UserError
+from atp_tune.extras import require
 from atp_tune.metrics.speed import PHASES, Phase
 from atp_tune.speed.throughput import Workload
 
@@ -102,8 +102,7 @@ def check_family(config: Any, positions: int) -> None:
 
 def check_onnx() -> None:
     """UserError if onnx is not installed."""
-    if find_spec("onnx") is None:
-        raise UserError("--engine deepsparse: onnx is not installed; run: pip install 'atp-tune[speed]'")
+    require("speed", "--engine deepsparse", "onnx")
 
 
 def capacity(task: Workload) -> int:

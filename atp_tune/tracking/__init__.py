@@ -6,11 +6,10 @@ goes on in the same run and no trial is written twice.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
-from atp_tune.errors import UserError
+from atp_tune.extras import require
 from atp_tune.registry import Registry
 from atp_tune.tracking.records import TrialRecord
 
@@ -58,5 +57,4 @@ TRACKERS: Registry[type[Tracker]] = Registry(
 def check_installed(names: Sequence[str]) -> None:
     """UserError if the package of a tracker is missing."""
     for name in names:
-        if find_spec(name) is None:
-            raise UserError(f"--track {name}: needs {name}; install it with: pip install 'atp-tune[{name}]'")
+        require(name, f"--track {name}")

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from atp_tune.cli.commands.push import upload
 from atp_tune.cli.options import AllowPickle, Device, Private, TrustRemoteCode, UsageError
@@ -106,6 +105,8 @@ def _verify(folder: Path) -> None:
     if not found.differences:
         console.print("versions and CPU instructions are the same here")
         return
+    from rich.markup import escape
+
     rows = [[printable(escape(cell)) for cell in astuple(row)] for row in found.differences]
     console.print("what differs here, if the checkpoint is made again or computed with:")
     console.print(markdown(("", "there", "here", "effect"), rows))

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from atp_tune.cli.terminal import console
+from atp_tune.extras import as_typed
 
 
 def init(
@@ -37,7 +38,8 @@ def init(
         sys.exit(130)
     path = HERE / f"{name}.toml" if out is None else out
     _refuse(path)
-    write_study(path, study, [shlex.join(["python", "tune.py", "--study", name]), "", "Written by `tune.py init`."])
+    head = (shlex.join(["python", "tune.py", "--study", name]), "", "Written by `tune.py init`.")
+    write_study(path, study, [*map(as_typed, head)])
     console.print(f"study file: {path}")
     console.print(f"its cost:   {shlex.join(['python', 'tune.py', 'plan', '--study', name])}")
     console.print(f"run it:     {shlex.join(['python', 'tune.py', '--study', name])}")

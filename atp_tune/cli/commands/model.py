@@ -35,6 +35,7 @@ from atp_tune.cli.options import (
 from atp_tune.cli.running import RunOptions, start
 from atp_tune.cli.terminal import console
 from atp_tune.errors import UserError
+from atp_tune.extras import as_typed
 
 if TYPE_CHECKING:
     from atp_tune.spec.study import Study
@@ -179,7 +180,8 @@ def model(
     made = _overridden(made, path, options)
     options = replace(options, trials=None, set_=None, prompt=None)  # the file says them
     words = [word for word in sys.argv[1:] if word != "--dry-run"]
-    head = [f"python tune.py --study {path.stem}", "", f"Made by: python tune.py {shlex.join(words)}"]
+    lines = (f"python tune.py --study {path.stem}", "", f"Made by: python tune.py {shlex.join(words)}")
+    head = [*map(as_typed, lines)]
     if dry_run:
         _forecast(path, made, head, options)
         return
