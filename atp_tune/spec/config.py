@@ -20,20 +20,23 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import InitErrorDetails, PydanticKnownError
 
+from atp_tune.allocations import ALLOCATIONS
 from atp_tune.cache import write_out
 from atp_tune.errors import UserError
-from atp_tune.frozen import FrozenModel
+from atp_tune.frozen import STORED, FrozenModel
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.draws import OverDraws
 from atp_tune.metrics.kl import Divergence
 from atp_tune.metrics.perplexity import Estimate, Perplexity
 from atp_tune.metrics.speed import Speed
+from atp_tune.pruners import PRUNERS
 from atp_tune.spec.former import present_config
-from atp_tune.spec.manifest import Manifest
-from atp_tune.spec.prune import PruneConfig, PrunerName
-from atp_tune.spec.search import Share
-from atp_tune.spec.study import AllocationName, ModelConfig, Text
+from atp_tune.spec.manifest import SHA256, Manifest
+from atp_tune.spec.prune import PruneConfig
+from atp_tune.spec.search import NEXT_TOKEN, SCORES, Share
+from atp_tune.spec.study import ModelConfig, Text
 
 FORMAT: Literal["atp_tune.config/2"] = "atp_tune.config/2"
 
@@ -82,6 +85,11 @@ KL = Annotated[Divergence | None, AfterValidator(_at_least_zero), PlainSerialize
 Batch = Annotated[int, Field(ge=1, le=2**20)]
 
 
+def of_model(allowed: Mapping[str, bool]) -> dict[str, bool]:
+    """The permissions that are keys of a model; the other one, `trust_plugins`, is not."""
+    return {key: given for key, given in allowed.items() if key in ModelConfig.model_fields}
+
+
 class ModelRef(FrozenModel):
     """The dense checkpoint, and the SHA-256 of its content (`fingerprint`)."""
 
@@ -100,15 +108,23 @@ class ModelRef(FrozenModel):
         """The model as in a study file, with `allowed` keys that a configuration cannot set; ValueError if invalid."""
         keys = {"source": self.id, "revision": self.revision, "sha256": self.sha256, "dtype": self.dtype}
         try:
-            return ModelConfig.model_validate({**keys, **(allowed or {})})
+            return ModelConfig.model_validate({**keys, **of_model(allowed or {})})
         except ValidationError as error:
             raise ValueError(error.errors()[0]["msg"]) from None
+
+
+class PluginRef(FrozenModel):
+    """A plug-in: its kind, its place (FILE.py:NAME or package.module:NAME), and the SHA-256 of its file."""
+
+    kind: Literal["pruner", "allocation", "score", "source of texts", "sampler"]
+    place: Annotated[str, AfterValidator(_a_path)]
+    sha256: SHA256
 
 
 class AllocationRef(FrozenModel):
     """The allocation and its parameters; `beta` is null for allocations without β."""
 
-    name: AllocationName
+    name: str
     beta: FiniteFloat | None
     parameters: dict[str, FiniteFloat] = Field({})
 
@@ -212,7 +228,7 @@ class Config(FrozenModel):
     study: str
     trial: int | None = Field(description="null for a single plan without a search")
     model: ModelRef
-    pruner: PrunerName
+    pruner: str
     prune: PruneConfig = Field(description="settings of the pruners and the source of their statistics")
     allocation: AllocationRef
     block_sparsities: tuple[Share, ...] = Field(min_length=1)
@@ -233,6 +249,10 @@ class Config(FrozenModel):
     )
     draws: BothDraws | None = Field(None, description="if the calibration text was drawn more than once")
     texts: EvaluationTexts
+    score: str = Field(NEXT_TOKEN, description="how windows are scored")
+    plugins: dict[str, PluginRef] = Field(
+        {}, description="the study's plug-ins, by short name; relative files start at `folder`"
+    )
     bos: bool = Field(False, description="whether all windows begin with BOS; false in files without the key")
     seed: int
     versions: dict[str, str]
@@ -248,6 +268,22 @@ class Config(FrozenModel):
     @classmethod
     def _present(cls, value: Any) -> Any:
         return present_config(value)
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        """Checks that pruner, allocation and score are built in, or plug-ins that the configuration describes."""
+        for place, name, known in (
+            (("pruner",), self.pruner, PRUNERS),
+            (("allocation", "name"), self.allocation.name, ALLOCATIONS),
+            (("score",), self.score, SCORES),
+        ):
+            plugin = self.plugins.get(name)
+            if not known.is_built_in(name) and (plugin is None or plugin.kind != known.kind):
+                *others, last = map(repr, known)
+                wrong = PydanticKnownError("literal_error", {"expected": " or ".join([", ".join(others), last])})
+                details = InitErrorDetails(type=wrong.type, loc=place, input=name, ctx=wrong.context or {})
+                raise ValidationError.from_exception_data("Config", [details])
+        return self
 
     @model_validator(mode="after")
     def _named(self) -> Self:
@@ -272,7 +308,7 @@ class Config(FrozenModel):
 def read_config(path: Path) -> Config:
     """Reads a configuration; UserError if it is missing or invalid."""
     try:
-        return Config.model_validate(_parse(path))
+        return Config.model_validate(_parse(path), context=STORED)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "file"

@@ -11,7 +11,10 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from atp_tune.errors import UserError, did_you_mean, without_secrets
+from atp_tune.pruners import PRUNERS
 from atp_tune.spec.former import present_key
+from atp_tune.spec.plugged import settings_of
+from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.study import Study
 
 KeyPath: TypeAlias = tuple[str | int, ...]
@@ -84,6 +87,9 @@ def _place(loc: KeyPath) -> KeyPath:
 
 def table_of(parent: type[BaseModel], key: str) -> type[BaseModel] | None:
     """The model of the table under `key`; None if the key is unknown or holds a plain value."""
+    if issubclass(parent, PruneConfig) and settings_of(key):
+        plugged: type[BaseModel] = PRUNERS[key]  # type: ignore[assignment]
+        return plugged
     annotation = parent.model_fields[key].annotation if key in parent.model_fields else None
     kinds = (annotation, *get_args(annotation))
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
@@ -137,10 +143,13 @@ def _unknown(place: KeyPath) -> str:
 
 def keys_of(table: type[BaseModel] = Study, prefix: str = "") -> Iterator[str]:
     """All dotted keys that a study file may hold, including tables."""
-    for key in table.model_fields:
+    plugged = [name for name in PRUNERS.held() if settings_of(name)] if issubclass(table, PruneConfig) else []
+    for key in [*table.model_fields, *plugged]:
         yield prefix + key
         inner = table_of(table, key)
-        if inner:
+        if key in plugged:
+            yield from (f"{prefix}{key}.{own}" for own in settings_of(key))
+        elif inner:
             yield from keys_of(inner, f"{prefix}{key}.")
 
 
