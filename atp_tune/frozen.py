@@ -45,12 +45,12 @@ class SettingsTable(FrozenModel, allow_inf_nan=False):
 class OneOf:
     """Makes a string accept only these names, with the error message that pydantic has for a `Literal`.
 
-    The JSON schema lists the names that there are when it is made. Other strings are accepted that match `pattern`, a
+    The JSON schema lists the names that there are when it is made. Other strings are accepted that match `other`, a
     regular expression, and any name where the validation has the context `STORED`.
     """
 
     names: Collection[str]
-    pattern: str | None = None
+    other: str | None = None
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """Checks the name before the type."""
@@ -59,7 +59,7 @@ class OneOf:
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         """Adds the names to the type."""
         named = {**handler(schema), "enum": list(self.names)}
-        return named if self.pattern is None else {"anyOf": [named, {**handler(schema), "pattern": self.pattern}]}
+        return named if self.other is None else {"anyOf": [named, {**handler(schema), "pattern": self.other}]}
 
     def _check(self, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, str) and (value in self.names or self._is_other(value, info.context)):
@@ -68,7 +68,7 @@ class OneOf:
         raise PydanticKnownError("literal_error", {"expected": f"{', '.join(others)} or {last}"})
 
     def _is_other(self, value: str, context: Any) -> bool:
-        if self.pattern is not None and re.fullmatch(self.pattern, value, re.ASCII):
+        if self.other is not None and re.fullmatch(self.other, value, re.ASCII):
             return True
         return context == STORED and _STORED_NAME.fullmatch(value) is not None
 

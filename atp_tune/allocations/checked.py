@@ -51,7 +51,14 @@ class CheckedAllocation:
             return points
 
     def sparsities(self, budget: Budget, **values: float) -> Sparsities:
-        """The plug-in's sparsities, clipped to [0, 1] where they are outside it by rounding."""
+        """The plug-in's sparsities, clipped to [0, 1] where they are outside it by rounding.
+
+        ValueError outside the bounds, as of every allocation.
+        """
+        names = self.bounds(budget)
+        if values.keys() != names.keys():
+            raise self._wrong("sparsities", f"needs the parameters {', '.join(names) or 'none'}")
+        budget.check(names, **values)
         with guarded(self._origin, f"sparsities{values or ''}"):
             found = list(self._plugin.sparsities(budget, **values))
             by_linear = any(isinstance(row, tuple | list) for row in found)

@@ -33,11 +33,14 @@ def with_tables(model: type[Model]) -> type[Model]:
     return create_model(model.__name__, __base__=model, __module__=model.__module__, __doc__=model.__doc__, **tables)
 
 
+_WITHOUT_TABLES: list[JsonValue] = [{"required": [name]} for name in PRUNERS.data if name not in SETTINGS]
+
+
 @with_tables
 class PruneConfig(SettingsTable):
     """How weights are chosen: the pruners to compare, the source of their statistics, and the pattern of zeros."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", json_schema_extra={"not": {"anyOf": _WITHOUT_TABLES}})
     __pydantic_extra__: dict[str, dict[str, JsonValue]]  # tables of plug-ins, by short name
 
     pruners: tuple[PrunerName, ...] = Field(
