@@ -18,8 +18,8 @@ from atp_tune.search.kept_blocks import prune_whole
 from atp_tune.sparse.applying import check_model, plan_of
 from atp_tune.sparse.continuations import open_config
 from atp_tune.sparse.provenance import ABOUT
-from atp_tune.spec.config import Config, of_model, read_config
-from atp_tune.spec.study import ModelConfig
+from atp_tune.spec.config import Config, read_config
+from atp_tune.spec.study import ModelConfig, of_model
 
 COPIED = ("chat", "chat DIR")  # what needs a pruned copy, and what needs none
 

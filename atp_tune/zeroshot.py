@@ -35,9 +35,9 @@ from atp_tune.search.context import ContextConfig, TrialContext
 from atp_tune.search.kept_blocks import prune_whole
 from atp_tune.sparse.applying import plan_of
 from atp_tune.sparse.provenance import ABOUT
-from atp_tune.spec.config import SHARES, Compared, Config, TaskScores, ZeroShot, of_model, read_config
+from atp_tune.spec.config import SHARES, Compared, Config, TaskScores, ZeroShot, read_config
 from atp_tune.spec.patterns import parse
-from atp_tune.spec.study import ModelConfig
+from atp_tune.spec.study import ModelConfig, of_model
 from atp_tune.storage.process_identity import versions
 
 SCORED = ("evaluate", "evaluate --model DIR")  # what needs a pruned copy, and what needs none

@@ -71,13 +71,10 @@ class ContextConfig:
     def of_config(
         cls, config: Config, texts: dict[str, Text], base: Path, device: str, allowed: Mapping[str, bool]
     ) -> "ContextConfig":
-        """The settings for a configuration's plan, after its plug-ins have been run; `allowed` as for `apply`.
-
-        UserError for a plug-in that may not run, is missing or has changed.
-        """
+        """The settings for a configuration's plan, with its plug-ins; `allowed` as for `apply`, UserError likewise."""
         plug_in_config(config, texts, base, allowed.get("trust_plugins", False))
-        model, bos = config.model.model(allowed), config.bos
-        return cls(model, config.prune, texts, base, device, batches=config.batches, bos=bos, score=config.score)
+        model, batches, bos = config.model.model(allowed), config.batches, config.bos
+        return cls(model, config.prune, texts, base, device, batches=batches, bos=bos, score=config.score)
 
 
 class TrialContext(Released):

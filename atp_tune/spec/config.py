@@ -20,9 +20,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from pydantic_core import InitErrorDetails, PydanticKnownError
 
-from atp_tune.allocations import ALLOCATIONS
 from atp_tune.cache import write_out
 from atp_tune.errors import UserError
 from atp_tune.frozen import STORED, FrozenModel
@@ -31,12 +29,12 @@ from atp_tune.metrics.draws import OverDraws
 from atp_tune.metrics.kl import Divergence
 from atp_tune.metrics.perplexity import Estimate, Perplexity
 from atp_tune.metrics.speed import Speed
-from atp_tune.pruners import PRUNERS
 from atp_tune.spec.former import present_config
-from atp_tune.spec.manifest import SHA256, Manifest
+from atp_tune.spec.manifest import Manifest
+from atp_tune.spec.plugged import PluginRef, check_known
 from atp_tune.spec.prune import PruneConfig
-from atp_tune.spec.search import NEXT_TOKEN, SCORES, Share
-from atp_tune.spec.study import ModelConfig, Text
+from atp_tune.spec.search import NEXT_TOKEN, Share
+from atp_tune.spec.study import ModelConfig, Text, of_model
 
 FORMAT: Literal["atp_tune.config/2"] = "atp_tune.config/2"
 
@@ -85,11 +83,6 @@ KL = Annotated[Divergence | None, AfterValidator(_at_least_zero), PlainSerialize
 Batch = Annotated[int, Field(ge=1, le=2**20)]
 
 
-def of_model(allowed: Mapping[str, bool]) -> dict[str, bool]:
-    """The permissions that are keys of a model; the other one, `trust_plugins`, is not."""
-    return {key: given for key, given in allowed.items() if key in ModelConfig.model_fields}
-
-
 class ModelRef(FrozenModel):
     """The dense checkpoint, and the SHA-256 of its content (`fingerprint`)."""
 
@@ -111,14 +104,6 @@ class ModelRef(FrozenModel):
             return ModelConfig.model_validate({**keys, **of_model(allowed or {})})
         except ValidationError as error:
             raise ValueError(error.errors()[0]["msg"]) from None
-
-
-class PluginRef(FrozenModel):
-    """A plug-in: its kind, its place (FILE.py:NAME or package.module:NAME), and the SHA-256 of its file."""
-
-    kind: Literal["pruner", "allocation", "score", "source of texts", "sampler"]
-    place: Annotated[str, AfterValidator(_a_path)]
-    sha256: SHA256
 
 
 class AllocationRef(FrozenModel):
@@ -250,9 +235,7 @@ class Config(FrozenModel):
     draws: BothDraws | None = Field(None, description="if the calibration text was drawn more than once")
     texts: EvaluationTexts
     score: str = Field(NEXT_TOKEN, description="how windows are scored")
-    plugins: dict[str, PluginRef] = Field(
-        {}, description="the study's plug-ins, by short name; relative files start at `folder`"
-    )
+    plugins: dict[str, PluginRef] = Field({}, description="by short name; relative files start at `folder`")
     bos: bool = Field(False, description="whether all windows begin with BOS; false in files without the key")
     seed: int
     versions: dict[str, str]
@@ -270,24 +253,9 @@ class Config(FrozenModel):
         return present_config(value)
 
     @model_validator(mode="after")
-    def _known(self) -> Self:
-        """Checks that pruner, allocation and score are built in, or plug-ins that the configuration describes."""
-        for place, name, known in (
-            (("pruner",), self.pruner, PRUNERS),
-            (("allocation", "name"), self.allocation.name, ALLOCATIONS),
-            (("score",), self.score, SCORES),
-        ):
-            plugin = self.plugins.get(name)
-            if not known.is_built_in(name) and (plugin is None or plugin.kind != known.kind):
-                *others, last = map(repr, known)
-                wrong = PydanticKnownError("literal_error", {"expected": " or ".join([", ".join(others), last])})
-                details = InitErrorDetails(type=wrong.type, loc=place, input=name, ctx=wrong.context or {})
-                raise ValidationError.from_exception_data("Config", [details])
-        return self
-
-    @model_validator(mode="after")
     def _named(self) -> Self:
-        """Checks that each linear sparsity has a name, if there are names."""
+        """Checks that each linear sparsity has a name, if there are names, and that the names of methods are known."""
+        check_known(self.pruner, self.allocation.name, self.score, self.plugins)
         if self.linears and [len(row) for row in self.linears] != [len(row) for row in self.linear_sparsities or ()]:
             raise ValueError("linears: not one name for each of linear_sparsities")
         return self

@@ -8,17 +8,18 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, JsonValue, ValidationError
+from pydantic import AfterValidator, BaseModel, JsonValue, ValidationError
 from pydantic_core import InitErrorDetails
 
 from atp_tune.allocations import ALLOCATIONS
 from atp_tune.errors import UserError
-from atp_tune.frozen import relocated
+from atp_tune.frozen import FrozenModel, relocated
 from atp_tune.plugins import ASK, content_of, file_of, is_place, load, registry, short_name
 from atp_tune.pruners import PRUNERS
 from atp_tune.registry import Origin, Registry
+from atp_tune.spec.manifest import SHA256
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.search import SAMPLERS, SCORES
 from atp_tune.spec.study import Study, Text
@@ -29,6 +30,12 @@ if TYPE_CHECKING:
 SOURCE = "source of texts"
 BUILT_IN_SOURCES = ("c4", "wikitext2", "hub", "file", "package")  # without numpy, which their registry's module needs
 TEXT = re.compile(r"(?P<place>(?:.+\.py|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+):[A-Za-z_][\w-]*)(?::(?P<rest>.*))?", re.DOTALL)
+
+
+def _a_path(place: str) -> str:
+    if "\0" in place or not is_place(place):
+        raise ValueError("must be FILE.py:NAME or package.module:NAME")
+    return place
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,29 @@ class Named:
     def short(self) -> str:
         """The short name."""
         return short_name(self.written)
+
+
+class PluginRef(FrozenModel):
+    """A plug-in: its kind, its place (FILE.py:NAME or package.module:NAME), and the SHA-256 of its file."""
+
+    kind: Literal["pruner", "allocation", "score", "source of texts", "sampler"]
+    place: Annotated[str, AfterValidator(_a_path)]
+    sha256: SHA256
+
+
+def check_known(pruner: str, allocation: str, score: str, plugins: Mapping[str, PluginRef]) -> None:
+    """ValidationError unless a configuration's pruner, allocation and score are built in or among its plug-ins."""
+    for place, name, known in (
+        (("pruner",), pruner, PRUNERS),
+        (("allocation", "name"), allocation, ALLOCATIONS),
+        (("score",), score, SCORES),
+    ):
+        plugin = plugins.get(name)
+        if not known.is_built_in(name) and (plugin is None or plugin.kind != known.kind):
+            *others, last = map(repr, known)
+            expected = f"{', '.join(others)} or {last}" if others else last
+            wrong = InitErrorDetails(type="literal_error", loc=place, input=name, ctx={"expected": expected})
+            raise ValidationError.from_exception_data("Config", [wrong])
 
 
 def parts_of(source: str) -> tuple[str, str]:

