@@ -121,11 +121,20 @@ class Space:
         own = params["allocation"]
         if own == allocation:
             return params
+        own = "uniform" if self._is_uniform(params) else own
         if own not in contents_of(allocation):
             return None
         moved = {name: params.get(name, 0.0) for name in self.intervals[allocation]}
+        if not all(low <= moved[name] <= high for name, (low, high) in self.intervals[allocation].items()):
+            return None
         kept: Params = {name: params[name] for name in ("pruner", "sparsity") if name in params}
         return {**kept, "allocation": allocation, **moved}
+
+    def _is_uniform(self, params: Params) -> bool:
+        """Whether all parameters of a point are 0, where that is uniform."""
+        allocation = params["allocation"]
+        own = self.intervals.get(allocation, ())
+        return contains_uniform(allocation) and not any(params.get(name, 0.0) for name in own)
 
     def grid(self, step: float) -> list[Params]:
         """The points of a grid, without uniform: β = step, 2·step, … up to the bound."""

@@ -98,7 +98,9 @@ def table_of(parent: type[BaseModel], key: str) -> type[BaseModel] | None:
 def _worded(place: KeyPath, found: list[ErrorDetails]) -> tuple[KeyPath, str]:
     first = found[0]
     if first["type"] == "extra_forbidden":
-        return place, f"{dotted(place)}: unknown key; {_unknown(place)}"
+        is_table = place[:-1] == ("prune",) and isinstance(first["input"], dict)
+        other = "; a plug-in's table needs its name in prune.pruners" * is_table
+        return place, f"{dotted(place)}: unknown key; {_unknown(place)}{other}"
     if first["type"] == "value_error":  # validators of this package raise `key: text`, relative to their table
         key, _, text = str(first["ctx"]["error"]).partition(": ")
         place = (*place, *key.split("."))
