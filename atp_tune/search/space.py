@@ -133,8 +133,9 @@ class Space:
     def _is_uniform(self, params: Params) -> bool:
         """Whether all parameters of a point are 0, where that is uniform."""
         allocation = params["allocation"]
-        own = self.intervals.get(allocation, ())
-        return contains_uniform(allocation) and not any(params.get(name, 0.0) for name in own)
+        if allocation not in self.intervals or not contains_uniform(allocation):
+            return False
+        return not any(params.get(name, 0.0) for name in self.intervals[allocation])
 
     def grid(self, step: float) -> list[Params]:
         """The points of a grid, without uniform: β = step, 2·step, … up to the bound."""
