@@ -183,12 +183,13 @@ def model(
     made = _overridden(made, path, options)
     options = replace(options, trials=None, set_=None, prompt=None)  # the file says them
     words = [word for word in sys.argv[1:] if word != "--dry-run"]
-    head = [f"python tune.py --study {path.stem}", "", f"Made by: python tune.py {shlex.join(words)}"]
+    trusts = " --trust-plugins" * trust_plugins
+    head = [f"python tune.py --study {path.stem}{trusts}", "", f"Made by: python tune.py {shlex.join(words)}"]
     if dry_run:
         _forecast(path, made, head, options)
         return
     write_study(path, made, head)
-    console.print(f"study: {path}; the same command, or --study {path.stem}, resumes it")
+    console.print(f"study: {path}; the same command, or --study {path.stem}{trusts}, resumes it")
     try:
         start(str(path), options)
     except UserError:
