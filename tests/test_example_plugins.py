@@ -20,7 +20,7 @@ from atp_tune.pruners import make_pruner
 from atp_tune.pruners.statistics import Hessian, InputNorms
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "plugins"
-SHAPES = [(1, 1), (1, 23), (19, 1), (31, 17), (5, 130)]  # [out, in], hardly ever a multiple of anything
+SHAPES = [(1, 1), (1, 23), (19, 1), (11, 17), (3, 130)]  # [out, in], hardly ever a multiple of anything
 SPARSITIES = [0.0, 0.1, 0.29, 0.5, 0.999, 1.0]
 IDS = random_ids(5)  # the calibration windows of a tiny bench
 
@@ -93,8 +93,7 @@ def check_lowest(scores: list[float], weight: Tensor, pruned: Tensor, sparsity: 
     count = int(len(scores) * sparsity + 1e-9)
     gone = [j for j in range(len(scores)) if pruned[j] == 0 and weight[j] != 0]
     kept = [j for j in range(len(scores)) if pruned[j] != 0]
-    assert len(kept) == min(len(scores) - count, int((weight != 0).sum())) or weight.eq(0).any()
-    assert len(kept) <= len(scores) - count
+    assert len(kept) == (len(scores) - count if weight.any() else 0)
     assert max((scores[j] for j in gone), default=0) <= min((scores[j] for j in kept), default=math.inf) * (1 + 1e-5)
 
 
@@ -108,9 +107,9 @@ def test_ria_prunes_the_leftmost_of_equal_scores() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_ria_keeps_the_dtype(dtype: torch.dtype) -> None:
     example("ria", "pruner")
-    weight, x = problem((31, 17))
+    weight, x = problem((11, 17))
     pruned = make_pruner("ria").prune(weight.to(dtype), 0.5, heard(InputNorms, x))
-    assert pruned.dtype == dtype and int((pruned[:-1] == 0).sum()) == 30 * 8
+    assert pruned.dtype == dtype and int((pruned[:-1] == 0).sum()) == 10 * 8
 
 
 # DLP and LSA
