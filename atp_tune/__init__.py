@@ -16,13 +16,18 @@ if TYPE_CHECKING:
     from atp_tune.api.result import Result, load_study
     from atp_tune.api.tuning import tune
     from atp_tune.errors import UserError
+    from atp_tune.plugins import allocation, pruner, sampler, score, text_source
     from atp_tune.spec.study import Study
 
-__all__ = ["Result", "Study", "UserError", "load_study", "perplexity", "prune", "tune"]
+__all__ = [
+    "Result", "Study", "UserError", "allocation", "load_study", "perplexity", "prune", "pruner", "sampler", "score",
+    "text_source", "tune",
+]  # fmt: skip
 
 _PLACES = {
     "Result": "api.result", "Study": "spec.study", "UserError": "errors", "load_study": "api.result",
     "perplexity": "api.pruning", "prune": "api.pruning", "tune": "api.tuning",
+    **dict.fromkeys(("allocation", "pruner", "sampler", "score", "text_source"), "plugins"),
 }  # fmt: skip
 
 try:

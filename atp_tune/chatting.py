@@ -19,7 +19,7 @@ from atp_tune.sparse.applying import check_model, plan_of
 from atp_tune.sparse.continuations import open_config
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import Config, read_config
-from atp_tune.spec.study import ModelConfig
+from atp_tune.spec.study import ModelConfig, of_model
 
 COPIED = ("chat", "chat DIR")  # what needs a pruned copy, and what needs none
 
@@ -64,7 +64,7 @@ class ChatModels(Released):
     @cached_property
     def _sparse(self) -> Speaker:
         source = {"source": str(self._place.absolute()), "dtype": self._about.model.dtype if self._about else "auto"}
-        model = ModelConfig.model_validate({**source, **self._allowed})
+        model = ModelConfig.model_validate({**source, **of_model(self._allowed)})
         return self._load(model, resolve(model, Path(), self._note))
 
     @cached_property

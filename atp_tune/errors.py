@@ -44,5 +44,9 @@ class UserError(Exception):
         super().__init__(printable(without_secrets(text)))
 
 
+class PluginError(UserError):
+    """A plug-in does what none of its kind may do; the line names it and its file. It ends a run."""
+
+
 class TrialError(Exception):
     """A trial without a usable value; it is stored as failed with this reason, and the study continues."""

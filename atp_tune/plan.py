@@ -1,5 +1,6 @@
 """The plan of a trial: pruner, allocation and sparsities, enough for `apply` to prune again."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from atp_tune.allocations import ALLOCATIONS, Budget, LinearSparsities
@@ -25,7 +26,7 @@ class Plan:
     @property
     def is_uniform(self) -> bool:
         """Whether all linears have the same sparsity, except for the pattern's rounding."""
-        if self.allocation == "uniform" or (self.parameters and not any(self.parameters.values())):
+        if self.allocation == "uniform" or is_zero(self.allocation, self.parameters.values()):
             return True
         return self.linear_sparsities is None and len(set(self.sparsities)) == 1
 
@@ -38,6 +39,12 @@ class Plan:
         if self.is_uniform:
             return f"{level}{self.pruner} uniform"
         return f"{level}{self.pruner} {self.allocation} {shown(self.parameters)}".rstrip()
+
+
+def is_zero(allocation: str, values: Iterable[float]) -> bool:
+    """Whether a built-in allocation is uniform because its parameters are 0; of a plug-in, its sparsities decide."""
+    found = list(values)
+    return bool(found) and not any(found) and ALLOCATIONS.is_built_in(allocation)
 
 
 def percent(sparsity: float | tuple[float, float]) -> str:

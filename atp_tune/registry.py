@@ -1,21 +1,28 @@
 """Registries of objects that a study file names, imported on first use.
 
 The place of an object is written as in Python's entry points, "package.module:attribute", or "package.module" for a
-whole module. Other packages register objects in the same way:
+whole module. Registering imports nothing, so a study file can be read without the libraries that a pruner needs.
 
-    PRUNERS["mine"] = "my_package.pruner:MyPruner"
-
-Registering imports nothing, so a study file can be read without the libraries that a pruner needs.
+A plug-in is an object from outside the package. A registry knows it by a decorator (`add`), by an entry point of an
+installed package, or for the study that names its place (`hold`); `atp_tune.plugins` has decorators and places. Each
+has an `Origin`, which error messages name, and goes through the registry's `finish`, which checks what it is and does.
 """
 
+import hashlib
+import sys
 from collections import UserDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
-from typing import Any, TypeVar, cast
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
 
-from atp_tune.errors import did_you_mean
+from atp_tune.errors import UserError, did_you_mean
 
 T = TypeVar("T")
+Via = Literal["decorator", "entry point", "file", "module"]
 
 
 class UnknownNameError(KeyError):
@@ -25,30 +32,168 @@ class UnknownNameError(KeyError):
         return str(self.args[0])
 
 
-class Registry(UserDict[str, T]):
-    """Objects of one kind by name, in the order of registration; `rows` hold objects or their places.
+@dataclass(frozen=True)
+class Origin:
+    """Where a plug-in comes from; `str` is how error messages call it.
 
-    Error messages call an object by its `kind`. Entry points of other packages are not read yet.
+    `place`: FILE.py:NAME or package.module:NAME, as written; `file`: its source, None if it has none; `sha256`: of the
+    content of that file; `package`: of an entry point.
+    """
+
+    kind: str
+    name: str
+    via: Via
+    place: str
+    file: Path | None
+    sha256: str
+    package: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name} ({self.place if self.file is None else self.file})"
+
+
+class Registry(UserDict[str, T]):
+    """Objects of one kind by name, in the order of registration; `rows` hold built-in objects or their places.
+
+    Error messages call an object by its `kind`. `group`: of the entry points. `finish`: the place of a function that
+    takes a plug-in and its `Origin` and returns the object to use; UserError if it is none of this kind.
     """
 
     data: dict[str, Any]
 
-    def __init__(self, kind: str, rows: Mapping[str, str | T]) -> None:
+    def __init__(self, kind: str, rows: Mapping[str, str | T], group: str = "", finish: str = "") -> None:
         super().__init__()
-        self._kind = kind
+        self.kind = kind
         self.data = dict(rows)
+        self._group = group
+        self._finish = finish
+        self._added: dict[str, tuple[Any, Origin]] = {}  # by decorators
+        self._held: dict[str, tuple[Any, Origin]] = {}  # named by the present study; no names of other studies
+        self._loaded: dict[EntryPoint, tuple[Any, Origin]] = {}
 
     def __getitem__(self, name: str) -> T:
         """The object of that name, imported if necessary; UnknownNameError if the name is not registered."""
-        if name not in self.data:
-            known = ", ".join(self.data)
-            raise UnknownNameError(f'no {self._kind} "{name}"; known are {known}{did_you_mean(name, list(self.data))}')
-        found = self.data[name]
-        if isinstance(found, str):
-            module, _, attribute = found.partition(":")
-            found = import_module(module)
-            found = self.data[name] = getattr(found, attribute) if attribute else found
-        return cast(T, found)
+        if name in self.data:
+            found = self.data[name] = resolved(self.data[name])
+            return cast(T, found)
+        plugin = self._plugin(name)
+        if plugin is None:
+            names = list(self)
+            known = ", ".join(names)
+            raise UnknownNameError(f'no {self.kind} "{name}"; known are {known}{did_you_mean(name, names)}')
+        return cast(T, plugin[0])
 
     def __setitem__(self, name: str, row: str | T) -> None:
         self.data[name] = row
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.data or name in self._added or name in self.entry_points()
+
+    def __iter__(self) -> Iterator[str]:
+        """Built-in names, then those of decorators and entry points; not those that only a study names."""
+        return iter(dict.fromkeys([*self.data, *self._added, *self.entry_points()]))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def is_built_in(self, name: str) -> bool:
+        """Whether the name belongs to the package."""
+        return name in self.data
+
+    def origin(self, name: str) -> Origin | None:
+        """Where a plug-in comes from, imported if necessary; None for a built-in object and for an unknown name."""
+        plugin = None if name in self.data else self._plugin(name)
+        return plugin and plugin[1]
+
+    def is_added_by(self, name: str, file: Path) -> bool:
+        """Whether a decorator in this file has registered the name."""
+        known = self._added.get(name)
+        return known is not None and known[1].file is not None and known[1].file.resolve() == file
+
+    def held(self) -> dict[str, Origin]:
+        """The plug-ins whose code has been run, by name."""
+        loaded = [*self._added.values(), *self._loaded.values(), *self._held.values()]
+        return {origin.name: origin for _, origin in loaded}
+
+    def entry_points(self) -> Mapping[str, EntryPoint]:
+        """Entry points by name; UserError if two have one name, or one has a name of the package."""
+        found = points_of(self._group, tuple(sys.path)) if self._group else {}
+        for name, points in found.items():
+            if len(points) > 1 or name in self.data:
+                other = "is built in" if name in self.data else f"is one of {_package(points[1])} too"
+                raise UserError(f"{self.kind} {name}, of {_package(points[0])}: {other}; uninstall one of the packages")
+        return {name: points[0] for name, points in found.items()}
+
+    def add(self, found: Any, origin: Origin) -> None:
+        """Registers a plug-in for all studies of the process; UserError if another object has its name.
+
+        An object of the same place may be registered again, as when a cell of a notebook runs twice.
+        """
+        known = self._added.get(origin.name)
+        if known is not None and known[1].place != origin.place:
+            raise UserError(f"{origin}: {known[1].place} has that name too; choose another name")
+        if origin.name in self.data or origin.name in self.entry_points():
+            raise UserError(f"{origin}: {self._clash(origin.name)}; choose another name")
+        self._added[origin.name] = self._finished(found, origin), origin
+
+    def hold(self, found: Any, origin: Origin) -> None:
+        """Registers a plug-in that the present study names by its place, instead of that of an earlier study.
+
+        UserError if the name is taken.
+        """
+        if origin.name in self:
+            raise UserError(f"{origin}: {self._clash(origin.name)}; rename the object after the colon")
+        self._held[origin.name] = self._finished(found, origin), origin
+
+    def _clash(self, name: str) -> str:
+        if name in self.data:
+            return f"there is a built-in {self.kind} {name}"
+        return f"there is another {self.kind} {name}, of {self.origin(name)}"
+
+    def _finished(self, found: Any, origin: Origin) -> Any:
+        return resolved(self._finish)(found, origin) if self._finish else found
+
+    def _plugin(self, name: str) -> tuple[Any, Origin] | None:
+        known = self._added.get(name) or self._held.get(name)
+        point = None if known else self.entry_points().get(name)
+        if point is None:
+            return known
+        if point not in self._loaded:
+            found, origin = self._imported(point)
+            self._loaded[point] = self._finished(found, origin), origin
+        return self._loaded[point]
+
+    def _imported(self, point: EntryPoint) -> tuple[Any, Origin]:
+        package = _package(point)
+        try:
+            found = point.load()
+            source = sys.modules[point.module].__file__
+            content = Path(str(source)).read_bytes()
+        except Exception as error:  # anything that its code may raise
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"{self.kind} {point.name}, of {package}: {point.value}: {reason}") from None
+        digest = hashlib.sha256(content).hexdigest()
+        return found, Origin(self.kind, point.name, "entry point", point.value, Path(str(source)), digest, package)
+
+
+def resolved(row: Any) -> Any:
+    """An object, imported if its place is given."""
+    if not isinstance(row, str):
+        return row
+    module, _, attribute = row.partition(":")
+    found = import_module(module)
+    return getattr(found, attribute) if attribute else found
+
+
+@cache
+def points_of(group: str, path: tuple[str, ...]) -> dict[str, list[EntryPoint]]:
+    """The entry points of a group by name; `path`: where Python looks for packages, which may change."""
+    found: dict[str, list[EntryPoint]] = {}
+    for point in entry_points(group=group):
+        if point not in found.setdefault(point.name, []):
+            found[point.name].append(point)
+    return found
+
+
+def _package(point: EntryPoint) -> str:
+    return f"the package {point.dist.name}" if point.dist else "an installed package"

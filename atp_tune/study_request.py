@@ -13,6 +13,7 @@ from atp_tune.errors import UserError, did_you_mean
 from atp_tune.extras import require
 from atp_tune.metrics.limits import Limit
 from atp_tune.plan import percent
+from atp_tune.plugins import is_place, short_name
 from atp_tune.presets import (
     HUB_TEXTS,
     PACKAGED,
@@ -58,7 +59,7 @@ class StudyRequest:
             ("--preset", () if self.preset is None else (self.preset,), [*PRESETS]),
         ):
             for name in names:
-                if name not in known:
+                if not is_place(name) and name not in known:
                     raise UserError(f"{option}: {name} is none of {', '.join(known)}{did_you_mean(name, known)}")
         for texts in [self.texts] if isinstance(self.texts, str) else (self.texts or {}).values():
             _check_text(texts)
@@ -71,7 +72,14 @@ class StudyRequest:
         stem = path.stem if path.suffix == ".gguf" else path.absolute().name
         text = Path(self.texts).stem if isinstance(self.texts, str) else None
         limit = [_limit_in_name(key, value) for key, value in (self.limit or {}).items()]
-        parts = [stem, in_percent(self.sparsity), *limit, self.preset, *self.pruners, *self.allocations, text]
+        parts = [
+            stem,
+            in_percent(self.sparsity),
+            *limit,
+            self.preset,
+            *map(short_name, [*self.pruners, *self.allocations]),
+            text,
+        ]
         return re.sub(r"[^a-z0-9._]+", "-", "-".join(part for part in parts if part).lower()).strip("-.")
 
     def check_same(self, study: Study, path: Path) -> None:

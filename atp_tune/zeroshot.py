@@ -38,7 +38,7 @@ from atp_tune.sparse.applying import plan_of
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import SHARES, Compared, Config, TaskScores, ZeroShot, read_config
 from atp_tune.spec.patterns import parse
-from atp_tune.spec.study import ModelConfig
+from atp_tune.spec.study import ModelConfig, of_model
 from atp_tune.storage.process_identity import versions
 
 SCORED = ("evaluate", "evaluate --model DIR")  # what needs a pruned copy, and what needs none
@@ -119,8 +119,7 @@ def evaluate(
     """
     scorer = Scorer(asked, watch)
     texts = {"calibration": config.calibration}
-    model = config.model.model(allowed)
-    setup = ContextConfig(model, config.prune, texts, base, asked.device, batches=config.batches, bos=config.bos)
+    setup = ContextConfig.of_config(config, texts, base, asked.device, allowed)
     with TrialContext.open(setup, watch) as context:
         return _compared(scorer, config, context)
 
@@ -148,7 +147,9 @@ def evaluate_folder(folder: Path, asked: TaskOptions, watch: EventHandler, allow
     scorer = Scorer(asked, watch)
     origin = folder / ABOUT
     dtype = _dtype(origin)
-    found = resolve(ModelConfig.model_validate({"source": str(folder.absolute()), "dtype": dtype, **allowed}), Path())
+    found = resolve(
+        ModelConfig.model_validate({"source": str(folder.absolute()), "dtype": dtype, **of_model(allowed)}), Path()
+    )
     device = find_device(asked.device)
     with Checkpoint.load(found.path, find_dtype(dtype, device), device, found.trusted) as checkpoint:
         watch(TrialStarted(str(folder), None))

@@ -369,6 +369,11 @@ def text_of(source: str, **values: Any) -> Change:
     return best(calibration__source=source, **values)
 
 
+def plugged(place: str) -> Change:
+    """The pruner is a plug-in."""
+    return best(pruner="evil", plugins={"evil": {"kind": "pruner", "place": place, "sha256": "0" * 64}})
+
+
 CONFIGURATION = [
     Input("invalid JSON", replaced("tiny.best.json", "{")),
     Input("invalid UTF-8", replaced("tiny.best.json", b'{"study": "\xff"}')),
@@ -414,6 +419,10 @@ CONFIGURATION = [
     Input("invalid perplexities", best(perplexity={"validation": {"value": -1, "stderr": 0}, "test": None})),
     Input("scores of the wrong type", best(speed=[5], zero_shot={"tasks": 1})),
     Input("markup in versions", best(versions={MARKUP: MARKUP}), "treated as text"),
+    Input("a pruner in a file", both(replaced("evil.py", MINE), plugged("evil.py:evil")), "code not run"),
+    Input("a pruner of a module", plugged("this:evil"), "code not run"),
+    Input("a pruner whose place is no place", plugged("os.system('x')")),
+    Input("a pruner that is a pipe", both(fifo("evil.py"), plugged("evil.py:evil")), "code not run"),
 ]  # fmt: skip
 
 
@@ -471,6 +480,16 @@ STUDY = [
     Input("a text name of 5000 letters", calibration(f"file:{'x' * 5000}.txt")),
     Input("a text that is the environment", calibration("package:os:environ")),
     Input("another program's database", stored),
+    Input("a pruner in a file", both(
+        replaced("evil.py", MINE), toml('"magnitude"]', '"evil.py:Evil"]')), "code not run"),
+    Input("an allocation in a file", both(
+        replaced("evil.py", MINE), toml("[allocation]", '[allocation]\nnames = "evil.py:Evil"')), "code not run"),
+    Input("a sampler of a module", toml('sampler = "random"', 'sampler = "this:fly"'), "code not run"),
+    Input("a text that is code", both(replaced("evil.py", MINE), calibration("evil.py:evil")), "code not run"),
+    Input("a plug-in that is a pipe", both(fifo("evil.py"), toml('"magnitude"]', '"evil.py:Evil"]')), "code not run"),
+    Input("a table of a plug-in with markup", both(
+        toml('"magnitude"]', '"evil.py:Evil"]'), toml("[prune]", f"[prune]\nevil = {{ {json.dumps(MARKUP)} = 1 }}")),
+        "code not run"),
 ]  # fmt: skip
 
 

@@ -106,6 +106,7 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
                         "--config {study}/tiny.best.json --tokens 4 --runs 1 --device cpu"),
         "sparse folder": "--model {study}/sparse --tokens 4 --runs 1 --device cpu"}),
     "studies": ("", dict.fromkeys(("study file", "database"), "")),
+    "plugins": ("", {"study file": "--study {study}/tiny.toml"}),
     **dict.fromkeys(("init", "schema", "env"), ("", {})),  # they open no file that another may have made
 }  # fmt: skip
 FAST = {("export", "configuration")}

@@ -24,6 +24,7 @@ LAYERS = [
     "registry",
     "paths",
     "cache",
+    "plugins",
     "compat",
     "metrics",
     "allocations",
@@ -54,6 +55,7 @@ LAYERS = [
     "serving",
     "merging",
     "environment",
+    "catalogue",
     "api",
     "cli",
     "__main__",
@@ -212,7 +214,7 @@ def test_the_tensor_core_knows_no_study(kind: str) -> None:
         assert "pydantic" not in libs or name == "atp_tune.pruners.settings", name
         assert kind != "allocations" or "torch" not in libs, name
         own = {module for module in ANYWHERE[name] if module.startswith("atp_tune")}
-        below = {"atp_tune.errors", "atp_tune.frozen", "atp_tune.registry"}
+        below = {"atp_tune.errors", "atp_tune.frozen", "atp_tune.registry", "atp_tune.plugins"}
         assert {module for module in own if not module.startswith(f"atp_tune.{kind}")} <= below, name
 
 

@@ -239,7 +239,7 @@ def test_a_folder_never_hides_a_hub_dataset(tmp_path: Path, monkeypatch: pytest.
     )
 
 
-KNOWN = "c4, wikitext2, hub:ORG/NAME, file:PATH, package:MODULE:ATTRIBUTE or package:MODULE/FILE.txt"
+KNOWN = "c4, wikitext2, hub:ORG/NAME, file:PATH, package:MODULE:ATTRIBUTE, package:MODULE/FILE.txt or a plug-in"
 
 
 @pytest.mark.usefixtures("package")

@@ -6,6 +6,12 @@ An allocation is a module with three functions, registered in `ALLOCATIONS`:
     initial_points(budget)          the first points of a search: the authors' defaults
     sparsities(budget, **values)    one sparsity in [0, 1] per block, or per linear of each block; the weighted mean is
                                     the target
+
+A plug-in may be an object or a class; without `bounds` it has no parameters, without `initial_points` it begins in the
+middle. It may also say
+
+    contains = ("uniform", …)       the allocations that it equals where its other parameters are 0
+    measures_inputs = True          it needs the statistics of the dense model's inputs
 """
 
 from collections.abc import Callable
@@ -43,4 +49,16 @@ ALLOCATIONS = Registry[Allocation](
         "erk": "atp_tune.allocations.er",
         "global": "atp_tune.allocations.global_",
     },
+    "atp_tune.allocations",
+    "atp_tune.allocations.checked:finished",
 )
+
+
+def contents_of(name: str) -> tuple[str, ...]:
+    """The allocations that this one contains: it equals them where its other parameters are 0; itself the last."""
+    return (*getattr(ALLOCATIONS[name], "contains", ()), name)
+
+
+def contains_uniform(name: str) -> bool:
+    """Whether an allocation is uniform where all its parameters are 0."""
+    return "uniform" in contents_of(name)

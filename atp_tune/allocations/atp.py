@@ -15,6 +15,8 @@ ICML 2025, section 3.3. The paper searches 0 < β on a grid of 0.002.
 
 from atp_tune.allocations.budget import Budget
 
+contains = ("uniform",)
+
 
 def bounds(budget: Budget) -> dict[str, tuple[float, float]]:
     """The admissible interval of `beta`; (0, 0) for a single block."""

@@ -1,13 +1,14 @@
 """The sparsity budget that an allocation shares out, and what allocations have in common."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 ROUNDING = 1e-9  # tolerance when a parameter is compared with its bounds
 # Names of parameters in papers and error messages.
 SYMBOLS = {"beta": "β", "gamma": "γ", "split": "δ", "ends": "φ", "value": "ν", "lam": "λ", "epsilon": "ε"}
 
+Measured = TypeVar("Measured")
 Score = Literal["magnitude", "wanda"]
 LinearSparsities = tuple[tuple[float, ...], ...]  # one per linear of each block
 Sparsities = tuple[float, ...] | LinearSparsities  # one per block if its linears do not differ
@@ -41,6 +42,13 @@ class DenseMetricsProtocol(Protocol):
 
     def global_sparsities(self, target: float, score: Score) -> LinearSparsities:
         """For each linear of each block, the share of its scores that are among the lowest `target` of the model."""
+
+    def of_blocks(self, key: str, measure: Callable[[list[Any]], Measured], kind: Any = None) -> tuple[Measured, ...]:
+        """Any other measurement: `measure` of each block, made once for each `key`.
+
+        `measure` gets a list of the block's linears, each a pair of its weight [out, in] and its `kind` of statistics,
+        such as `InputNorms` or `Hessian`; None where there are none: without `kind`, and for an expert without tokens.
+        """
 
 
 @dataclass(frozen=True)

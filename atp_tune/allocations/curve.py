@@ -20,6 +20,7 @@ from itertools import chain
 from atp_tune.allocations import atp
 from atp_tune.allocations.budget import ROUNDING, Budget, Shape, Sparsities
 
+contains = ("uniform", "atp")
 HALVINGS = 60  # bisection steps for the shift, enough for the precision of a float
 
 

@@ -15,6 +15,7 @@ linear.
 from atp_tune.allocations.budget import Budget, LinearSparsities, no_bounds, only_point
 
 bounds, initial_points = no_bounds, only_point
+measures_inputs = True
 
 
 def sparsities(budget: Budget) -> LinearSparsities:

@@ -19,6 +19,7 @@ import math
 
 from atp_tune.allocations.budget import Budget, spread
 
+measures_inputs = True
 THRESHOLDS = (3.0, 10.0)
 WIDTHS = (0.02, 0.2)
 

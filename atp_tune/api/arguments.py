@@ -14,6 +14,7 @@ from atp_tune.errors import UserError
 from atp_tune.metrics.limits import Limit
 from atp_tune.spec import finding
 from atp_tune.spec.mistakes import invalid
+from atp_tune.spec.plugged import plug_in
 from atp_tune.spec.study import Study
 from atp_tune.spec.studyfile import StudyFile, absolute_storage, load, override
 from atp_tune.spec.typed import goal, only_limit
@@ -36,6 +37,7 @@ def as_arguments() -> Iterator[None]:
         text = str(error)
         if "tune.py" in text:  # a whole command
             raise
+        text = text.replace("--trust-plugins", "trust_plugins=True")
         text = re.sub(r"--set (\S+)=(\S+)", r'settings={"\1": \2}', text)
         raise UserError(OPTION.sub(lambda found: found[1].replace("-", "_"), text)) from None
 
@@ -51,26 +53,34 @@ def overrides(settings: Settings) -> list[str]:
     return found
 
 
-def study_file(study: str | Path | Study, storage: str | None, settings: Settings) -> StudyFile:
-    """The file of a study by name or path, or of a `Study` itself, with another storage and other settings."""
+def study_file(
+    study: str | Path | Study, storage: str | None, settings: Settings, plugins: bool | None = None
+) -> StudyFile:
+    """The file of a study by name or path, or of a `Study` itself, with another storage and other settings.
+
+    `plugins`: None where no code of plug-ins is needed, else whether it may run.
+    """
     place = {} if storage is None else {"storage": absolute_storage(storage, Path())}
     if not isinstance(study, Study):
-        return load(str(study), overrides({**settings, **place}))
+        return load(str(study), overrides({**settings, **place}), plugins)
     file = StudyFile("study", Path("study.toml"), study)
-    return changed(file, {**settings, **place})
+    return changed(file, {**settings, **place}, bool(plugins))
 
 
-def changed(file: StudyFile, settings: Settings) -> StudyFile:
-    """A copy of a study file that need not exist, with other settings; UserError for wrong ones."""
+def changed(file: StudyFile, settings: Settings, plugins: bool) -> StudyFile:
+    """A copy of a study file that need not exist, with other settings; UserError for wrong ones.
+
+    The code of its plug-ins runs, that of places in files and modules only if `plugins`.
+    """
     data = file.study.model_dump(mode="json", exclude_unset=True)
     texts = overrides(settings)
     keys = [(text, override(data, text, file.path)) for text in texts]
     try:
-        study = Study.model_validate(data)
+        study = plug_in(Study.model_validate(data), file.folder, plugins)
     except ValidationError as error:
         raise invalid(file.path, error, keys) from None
     kept = tuple(text for text in texts if not text.startswith(("storage=", "device=")))
-    return replace(file, study=study, overrides=(*file.overrides, *kept))
+    return replace(file, study=study, overrides=(*file.overrides, *kept), trusts_plugins=plugins)
 
 
 def is_study(value: Any) -> bool:

@@ -114,7 +114,7 @@ class Result:
 
         UserError if the model is not the study's any more.
         """
-        from atp_tune.api.pruning import pruned
+        from atp_tune.api.models import pruned
 
         config = self.config(**choice)
         where = device or self._file.study.device
@@ -125,7 +125,7 @@ class Result:
 
         The perplexity is measured on the folder as it is on the disk. UserError if the folder exists.
         """
-        from atp_tune.api.pruning import save
+        from atp_tune.api.models import save
 
         config, out = self.config(**choice), Path(folder).expanduser()
         where = device or self._file.study.device
@@ -146,7 +146,8 @@ class Result:
     @property
     def _allowed(self) -> Mapping[str, bool]:
         model = self._file.study.model
-        return {"allow_pickle": model.allow_pickle, "trust_remote_code": model.trust_remote_code}
+        permissions = {"allow_pickle": model.allow_pickle, "trust_remote_code": model.trust_remote_code}
+        return {**permissions, "trust_plugins": self._file.trusts_plugins}
 
     def __repr__(self) -> str:
         summary = self.summary
@@ -180,6 +181,7 @@ def load_study(
     model: Any = None,
     tokenizer: Any = None,
     texts: Any = None,
+    trust_plugins: bool = False,
 ) -> Result:
     """The stored study of a study file, by name or path, finished or running.
 
@@ -192,6 +194,7 @@ def load_study(
         model: The study's model, if it lay in memory.
         tokenizer: Its tokenizer.
         texts: The study's texts, if they lay in memory.
+        trust_plugins: Run the code of the study's plug-ins, to prune again.
 
     Raises:
         UserError: If there is no such study, or it has no trials yet.
@@ -203,8 +206,10 @@ def load_study(
         found = _stored(str(study), storage, study_name)
         if found is None:
             raise
-        return Result(*found, lender)
-    return Result(stored_study(file, study_name), file, lender)
+        study_there, file = found
+    else:
+        study_there = stored_study(file, study_name)
+    return Result(study_there, replace(file, trusts_plugins=trust_plugins), lender)
 
 
 def _stored(study: str, storage: str | None, name: str | None) -> "tuple[optuna.Study, StudyFile] | None":

@@ -56,6 +56,7 @@ def tune(
     allow_device_change: bool = False,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
+    trust_plugins: bool = False,
 ) -> Result:
     """Searches for the best sparse version of a model, or runs a study, and returns what it found.
 
@@ -89,6 +90,8 @@ def tune(
         allow_device_change: Resume a study that began on another device or in another dtype.
         allow_pickle: Read .bin weights, which are pickles and may run code.
         trust_remote_code: Run the Python code that the model's folder holds.
+        trust_plugins: Run the Python code of plug-ins that are named as "FILE.py:NAME" or "MODULE:NAME". One that a
+            decorator has registered is named by its name alone, and needs no permission.
 
     Raises:
         UserError: If an argument, the model or a text is wrong; one line says what and what to do.
@@ -104,7 +107,7 @@ def tune(
         _refuse({"tokenizer": tokenizer, **own, "texts": texts})
         if device is not None:
             more["device"] = device
-        file = arguments.study_file(model, storage, more)  # type: ignore[arg-type]
+        file = arguments.study_file(model, storage, more, trust_plugins)  # type: ignore[arg-type]
         return run(file, study_name, Lender())
     target, limit = arguments.target(sparsity, limits)
     lender = Lender.of(model if is_model(model) else None, tokenizer, texts)
@@ -119,7 +122,7 @@ def tune(
         )  # fmt: skip
     if storage is not None:
         more["storage"] = storage
-    return run(arguments.changed(file, more), study_name, lender)
+    return run(arguments.changed(file, more, trust_plugins), study_name, lender)
 
 
 def _refuse(given: Mapping[str, Any]) -> None:

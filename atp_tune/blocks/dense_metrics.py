@@ -6,6 +6,7 @@ W weight [out, in] of a linear; X its inputs [tokens, in] over the calibration t
     outliers    share of a block's scores above `threshold` times their mean, which is float64
     exponents   α of a power law λ^-α fitted to the tail of the eigenvalues λ of WᵀW
     global      share of a linear's scores among the lowest of the model
+    of_blocks   what a plug-in computes from the weights and the statistics of each block
 
 Blocks are used one at a time and nothing of their size is kept, so no more memory is needed than for pruning.
 """
@@ -31,17 +32,19 @@ CHUNK = 256  # candidates that are compared at a time
 HALF = 16  # bits of a float32 that one sweep over the scores resolves
 
 T = TypeVar("T")
-Norms = Callable[[], Sequence[Mapping[str, Statistics]]]
+StatisticsOf = Callable[[type[Statistics]], Sequence[Mapping[str, Statistics]]]
 Cache = dict[tuple[object, ...], Any]
 Sweep = Callable[[], Iterator[list[Tensor]]]
 
 
 class DenseMetrics:
-    """Measurements of a dense checkpoint; `norms` measures its inputs, `cache` keeps all results."""
+    """Measurements of a dense checkpoint; `statistics` measures its inputs, `cache` keeps all results."""
 
-    def __init__(self, checkpoint: Checkpoint, norms: Norms, cache: Cache, step: Callable[[int], None]) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, statistics: StatisticsOf, cache: Cache, step: Callable[[int], None]
+    ) -> None:
         self._checkpoint = checkpoint
-        self._norms = norms
+        self._statistics = statistics
         self._cache = cache
         self._step = step
         self._device = torch.device("cpu") if checkpoint.device.type == "mps" else checkpoint.device  # float64
@@ -68,6 +71,25 @@ class DenseMetrics:
 
         return self._once(("global", target, score), measure)
 
+    def of_blocks(
+        self, key: str, measure: Callable[[list[Any]], T], kind: type[Statistics] | None = None
+    ) -> tuple[T, ...]:
+        """`measure` of the linears of each block: pairs of a copy of the weight [out, in] and its statistics."""
+
+        def measured() -> tuple[T, ...]:
+            found = None if kind is None else self._statistics(kind)
+            return tuple(measure(self._pairs(index, found)) for index in range(len(self._checkpoint.linears)))
+
+        return self._once(("blocks", key, kind), measured)
+
+    def _pairs(
+        self, index: int, found: Sequence[Mapping[str, Statistics]] | None
+    ) -> list[tuple[Tensor, Statistics | None]]:
+        weights, known = self._checkpoint.weights(index), found[index] if found else {}
+        linears = self._checkpoint.linears[index]
+        self._step(index + 1)
+        return [(linear.matrix(weights[linear.key]).clone(), known.get(linear.name)) for linear in linears]
+
     @torch.inference_mode()
     def _once(self, key: tuple[object, ...], measure: Callable[[], T]) -> T:
         if key not in self._cache:
@@ -84,7 +106,7 @@ class DenseMetrics:
 
     def _scores(self, score: Score) -> Iterator[list[Tensor]]:
         """Scores [out, in] of each linear of a block, block by block."""
-        norms = self._norms() if score == "wanda" else None
+        norms = self._statistics(InputNorms) if score == "wanda" else None
         for index, block in self._blocks():
             known = norms[index] if norms else {}
             yield [self._score(weight, known.get(linear.name)) for linear, weight in block]

@@ -20,6 +20,7 @@ from atp_tune.cli.commands import (
     merge,
     model,
     plan,
+    plugins,
     prune,
     push,
     report,
@@ -44,7 +45,7 @@ app.command(MODEL, cls=ModelCommand, help=as_typed(str(model.model.__doc__)))(mo
 for command in (  # in the order of `--help`
     init.init, status.status, plan.plan, serve.serve, merge.merge, export.export, report.report, apply.apply, push.push,
     evaluate.evaluate, generate.generate, chat.chat, prune.prune, finetune.finetune, speedup.speedup, studies.studies,
-    schema.schema, env.env,
+    plugins.plugins, schema.schema, env.env,
 ):  # fmt: skip
     app.command(help=as_typed(str(command.__doc__)))(command)
 

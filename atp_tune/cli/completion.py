@@ -59,7 +59,7 @@ def overrides(ctx: typer.Context, incomplete: str) -> Iterable[str]:
 
 @silent
 def pruners(ctx: typer.Context, incomplete: str) -> Iterable[str]:
-    """Names of pruners."""
+    """Names of pruners; the place of a plug-in is left to the shell."""
     from atp_tune.pruners import PRUNERS
 
     return PRUNERS

@@ -14,11 +14,13 @@ from rich.prompt import InvalidResponse, PromptBase
 from rich.text import Text as Words
 from rich.text import TextType
 
+from atp_tune.allocations import ALLOCATIONS
 from atp_tune.cli.terminal import console
 from atp_tune.errors import UserError, is_text, printable
 from atp_tune.paths import written
 from atp_tune.plan import percent
 from atp_tune.presets import HUB_TEXTS, PARTS, PRESETS, search_over_interval
+from atp_tune.pruners import PRUNERS
 from atp_tune.spec.facts import is_local
 from atp_tune.spec.finding import HERE, known
 from atp_tune.spec.mistakes import invalid
@@ -268,9 +270,9 @@ QUESTIONS = (
         lambda _: "",
         _put_limit,
     ),
-    Question("pruners", "one or several of magnitude, wanda, sparsegpt, dsnot, alps", lambda _: "wanda",
+    Question("pruners", f"one or several of {', '.join(PRUNERS)}, or FILE.py:NAME", lambda _: "wanda",
              _put("prune", "pruners", _names)),
-    Question("allocations", "one or several of uniform, atp, curve, owl, alphapruning, er, erk, global",
+    Question("allocations", f"one or several of {', '.join(ALLOCATIONS)}, or FILE.py:NAME",
              lambda _: "atp", _put("allocation", "names", _names)),
     Question("texts", "papers (C4, WikiText-2), hub:ORG/NAME, package:MODULE:NAME, file:PATH, or three with commas",
              lambda _: "papers", _put_texts),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from atp_tune.cli.terminal import console
 from atp_tune.errors import UserError, printable
+from atp_tune.plugins import ASK
 from atp_tune.results.summary import Summary
 from atp_tune.spec.config import read_config
 from atp_tune.spec.finding import known
@@ -16,10 +17,11 @@ def show_next(summary: Summary, file: StudyFile) -> None:
     """Prints the file of the best configuration, if it holds the best trial, and the commands that come next."""
     best = file.best_of(summary.name)
     try:
-        is_there = best.exists() and summary.best_trial and read_config(best).trial == summary.best_trial.number
+        made = read_config(best) if best.exists() else None
     except UserError:
         return
-    if summary.best.test is None or not is_there:
+    is_there = made is not None and summary.best_trial and made.trial == summary.best_trial.number
+    if made is None or summary.best.test is None or not is_there:
         return
     config, out = _from_here(best), _free(f"{printable(summary.name).replace('/', '_')}-sparse")
     study = ["--study", *study_words(summary, file)]
@@ -29,7 +31,7 @@ def show_next(summary: Summary, file: StudyFile) -> None:
     else:
         second = ("page with figures", ["report", *study])
     rows = [
-        ("sparse checkpoint", ["apply", "--config", config, "--out", out]),
+        ("sparse checkpoint", ["apply", "--config", config, "--out", out, *[ASK] * (made.pruner in made.plugins)]),
         second,
         ("talk with it", ["chat", out]),
     ]

@@ -44,6 +44,14 @@ AllowPickle = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", metavar="", help="Run the Python code that the model's folder holds.")
 ]
+TrustPlugins = Annotated[
+    bool,
+    typer.Option(
+        "--trust-plugins",
+        metavar="",
+        help="Run the Python code of plug-ins that are named as FILE.py:NAME or MODULE:NAME.",
+    ),
+]
 Private = Annotated[
     bool, typer.Option("--private", metavar="", help="Make the repository private, if it does not exist yet.")
 ]
@@ -110,14 +118,29 @@ Track = Annotated[
 ]
 
 
-def load_study(study: str, storage: str | None, device: str | None, set_: list[str] | None) -> "StudyFile":
-    """A study file by name or path, with options as overrides; UserError for what is wrong in it."""
+def load_study(
+    study: str,
+    storage: str | None,
+    device: str | None,
+    set_: list[str] | None,
+    plugins: bool | None = None,
+    folder: Path | None = None,
+) -> "StudyFile":
+    """A study file by name or path, with options as overrides; UserError for what is wrong in it.
+
+    `plugins`: None where no code of plug-ins is needed, else whether it may run; `folder`: where their places start.
+    """
     from atp_tune.spec.studyfile import absolute_storage, load
 
     place = absolute_storage(storage, Path()) if storage else None
     options: dict[str, Any] = {"storage": place, "device": device}
     named = [f"{key}={value}" for key, value in options.items() if value is not None]
-    return load(study, [*(set_ or []), *named])
+    return load(study, [*(set_ or []), *named], plugins, folder)
+
+
+def permissions(allow_pickle: bool, trust_remote_code: bool, trust_plugins: bool) -> dict[str, bool]:
+    """What a configuration, which may be a stranger's, cannot allow."""
+    return {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code, "trust_plugins": trust_plugins}
 
 
 def checked_prompts(prompts: list[str] | None) -> tuple[str, ...]:

@@ -42,6 +42,7 @@ class RunOptions:
     prompt: list[str] | None
     dry_run: bool
     track: Sequence[TrackerName] | None
+    trust_plugins: bool
 
     @classmethod
     def of(cls, context: typer.Context) -> "RunOptions":
@@ -56,7 +57,7 @@ class RunOptions:
             set_.append(f"search.trials={self.trials}")
         if self.prompt:
             set_.append(f"continuations.prompts={json.dumps(checked_prompts(self.prompt), ensure_ascii=False)}")
-        return load_study(study, self.storage, device or self.device, set_)
+        return load_study(study, self.storage, device or self.device, set_, self.trust_plugins)
 
 
 def start(study: str, options: RunOptions) -> None:

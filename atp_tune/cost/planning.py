@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import optuna
 import psutil
 
-from atp_tune.allocations import Budget
+from atp_tune.allocations import ALLOCATIONS, Budget
 from atp_tune.checkpoints.headers import ModelSizes, read_sizes
 from atp_tune.checkpoints.offload import Free, Offload, choose
 from atp_tune.cost import forecast
@@ -25,8 +25,6 @@ from atp_tune.storage.fingerprint import SUFFIX
 if TYPE_CHECKING:
     from atp_tune.checkpoints.models import ModelFolder
     from atp_tune.search.context import ContextConfig, TrialContext
-
-MEASURED = ("owl", "global")  # allocations that need the input norms of the dense model
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def foresee(file: StudyFile, name: str, watch: EventHandler) -> Forecast:
 
             context.watch(Message("probing: one batch of each text in three blocks"))
             spec = file.study
-            rates = probe(context, spec.prune.pruners, spec.highest, load, "kl" in spec.search.objective)
+            rates = probe(context, spec.prune.short_names, spec.highest, load, "kl" in spec.search.objective)
     format_ = str(dtype).removeprefix("torch.")
     return _forecast(known, name, device_name(device), format_, context, rates)
 
@@ -117,7 +115,7 @@ def _known(
     free = Free(free_memory(device), host_memory(), bounded)
     costs = {
         name: forecast.passes(study.prune.statistics, PRUNERS[name].measures is not None, tokens, tokens.validation)
-        for name in study.prune.pruners
+        for name in study.prune.short_names
     }
     return Known(
         study, _stored(file, name), _stored(file, name + SUFFIX), read_sizes(folder.path), tokens, windows, width,
@@ -130,14 +128,15 @@ def _kinds(study: Study) -> int:
     """Number of kinds of statistics that are measured once on the dense model."""
     if study.prune.statistics == "dense":
         return dense_kinds(study)
-    return int(any(name in MEASURED for name in study.allocation.names))
+    names = study.allocation.short_names
+    return int(any(getattr(ALLOCATIONS[name], "measures_inputs", False) for name in names))
 
 
 def dense_kinds(study: Study) -> int:
     """Number of kinds of statistics that the pruners of a study need."""
     from atp_tune.pruners import PRUNERS
 
-    return len({PRUNERS[name].measures for name in study.prune.pruners} - {None})
+    return len({PRUNERS[name].measures for name in study.prune.short_names} - {None})
 
 
 def _stored(file: StudyFile, name: str) -> optuna.Study | None:
@@ -195,7 +194,7 @@ def _rank_bytes(study: Study, context: "TrialContext") -> int:
 
     if study.prune.statistics != "dense" and study.search.screen is None:
         return 0
-    pruners = [make_pruner(name, study.prune.settings(name)) for name in study.prune.pruners]
+    pruners = [make_pruner(name, study.prune.settings(name)) for name in study.prune.short_names]
     return RANK_BYTES * sum(context.checkpoint.sizes) if any(can_rank(x, context.checkpoint) for x in pruners) else 0
 
 
@@ -226,8 +225,8 @@ def _compared(study: Study) -> int:
     """
     if study.interval is not None:
         return 2
-    allocations = len(set(study.allocation.names) - {"uniform"})
-    return max(1, allocations + min(allocations, len(study.prune.pruners)))
+    allocations = len(set(study.allocation.short_names) - {"uniform"})
+    return max(1, allocations + min(allocations, len(study.prune.short_names)))
 
 
 def _drawn(known: Known, plans: int) -> DrawsCost:

@@ -67,8 +67,8 @@ def _what(summary: Summary) -> str:
     if file is None:
         return f"## {escaped(summary.name)}"
     spec = file.study
-    names = ", ".join(spec.allocation.names)
-    pruners = ", ".join(spec.prune.pruners)
+    names = ", ".join(spec.allocation.short_names)
+    pruners = ", ".join(spec.prune.short_names)
     objectives = {"kl": "KL divergence from the dense model (nats per token)", "density": "density (1 - sparsity)"}
     objective = " and ".join(objectives.get(objective, objective) for objective in summary.objectives)
     limit = f" The best is the sparsest plan within {limit_of(summary.limit)}." if summary.limit else ""

@@ -4,6 +4,7 @@ The perplexity axis leaves out trials far above the median; labels name them ins
 """
 
 import statistics
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import log10
@@ -23,6 +24,7 @@ GRID, LINE = "rgba(128,136,148,0.22)", "rgba(128,136,148,0.55)"
 BEST, UNIFORM, SECOND, WORST, DENSE = BLUE, ORANGE, GREEN, PURPLE, INK
 CYCLE = (BLUE, GREEN, GOLD, PURPLE, PINK, ORANGE, INK)
 DASHES = ("solid", "dash", "dot", "dashdot")  # after all colours: the same with another dash
+PLUGINS = ("#0f8fa8", "#7a8f1f", "#8a6d5a")  # with the same contrast, and unlike those of the pruners that come along
 PRUNERS = {"wanda": BLUE, "sparsegpt": GREEN, "magnitude": GOLD, "dsnot": PURPLE, "alps": PINK}
 SYMBOLS = {"atp": "circle", "curve": "diamond", "uniform": "square"}
 SMALL = 11  # px, of text within a figure
@@ -76,8 +78,8 @@ def level(figure: go.Figure, y: float, name: str, colour: str, dash: str = "dash
 
 
 def colour_of(pruner: str) -> str:
-    """The colour of a pruner, the same in all figures."""
-    return PRUNERS.get(pruner, INK)
+    """The colour of a pruner, the same in all figures; of a plug-in, one of three by its name."""
+    return PRUNERS.get(pruner) or PLUGINS[zlib.crc32(pruner.encode()) % len(PLUGINS)]
 
 
 def error_bars(trials: Iterable[FrozenTrial], colour: str) -> dict[str, Any]:

@@ -14,14 +14,16 @@ import numpy as np
 
 from atp_tune.errors import UserError
 from atp_tune.inputs.hub import HubDataset
+from atp_tune.plugins import short_name
 from atp_tune.registry import Registry
+from atp_tune.spec.plugged import parts_of
 from atp_tune.spec.study import Text
 
-KNOWN = "c4, wikitext2, hub:ORG/NAME, file:PATH, package:MODULE:ATTRIBUTE or package:MODULE/FILE.txt"
+KNOWN = "c4, wikitext2, hub:ORG/NAME, file:PATH, package:MODULE:ATTRIBUTE, package:MODULE/FILE.txt or a plug-in"
 
 
 class TextSource(Protocol):
-    """A kind of source; its name is the part of `source` before the colon."""
+    """A kind of source; its name is the part of `source` before the colon, or the place of a plug-in."""
 
     @property
     def form(self) -> str:
@@ -44,6 +46,8 @@ SOURCES = Registry[TextSource](
         "package": "atp_tune.inputs.local:PACKAGE",
         "memory": "atp_tune.inputs.memory:LENT",
     },
+    "atp_tune.text_sources",
+    "atp_tune.inputs.plugged_source:finished",
 )
 
 
@@ -75,12 +79,16 @@ def hub_arguments(text: Text) -> dict[str, Any]:
 
 def find_source(text: Text) -> TextSource:
     """The source in `SOURCES` that reads a text; UserError if there is none or the form is wrong."""
-    name, colon, rest = text.source.partition(":")
-    source = SOURCES.get(name)
+    name, rest = parts_of(text.source)
+    source = SOURCES.get(short_name(name))
     flags = re.ASCII | re.DOTALL
-    if source is None or bool(colon) != bool(source.form) or not re.fullmatch(source.form, rest, flags):
+    if source is None or not (SOURCES.origin(short_name(name)) or _has_form(source, text.source, rest, flags)):
         raise UserError(f'source: "{text.source}" is none of {KNOWN}')
     return source
+
+
+def _has_form(source: TextSource, written: str, rest: str, flags: int) -> bool:
+    return (":" in written) == bool(source.form) and re.fullmatch(source.form, rest, flags) is not None
 
 
 def _paragraphs(document: str) -> list[str]:

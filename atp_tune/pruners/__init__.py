@@ -1,10 +1,11 @@
 """Pruners choose the weights of one linear to zero, from a sparsity and statistics of the linear's inputs.
 
-A pruner is a class registered in `PRUNERS`. Its settings, if any, are its parent class, registered in `SETTINGS`. It
-takes and returns tensors, and knows no model, study or trial. Importing this package loads no torch.
+A pruner is a class registered in `PRUNERS`. Its settings, if any, are its parent class, registered in `SETTINGS`; those
+of a plug-in are its own fields. It takes and returns tensors, and knows no model, study or trial. Importing this
+package loads no torch.
 """
 
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from atp_tune.frozen import SettingsTable
 from atp_tune.registry import Registry
@@ -37,10 +38,13 @@ class Statistics(Protocol):
 class Pruner(Protocol):
     """The interface of a pruner; its fields are its settings.
 
-    All pruners have the field `group`: if it is M, ⌊M·s⌋ weights of each M consecutive inputs of a row are zeroed.
+    All pruners have the field `group`: if it is M, ⌊M·s⌋ weights of each M consecutive inputs of a row are zeroed. A
+    plug-in may lack it, and `prepare`; then it makes no patterns.
     """
 
-    measures: ClassVar[type[Statistics] | None]
+    @property
+    def measures(self) -> type[Statistics] | None:
+        """The kind of statistics that it needs."""
 
     def prepare(self, statistics: Statistics) -> None:
         """Computes what depends on the statistics only, before they are saved."""
@@ -58,6 +62,8 @@ PRUNERS = Registry[type[Pruner]](
         "dsnot": "atp_tune.pruners.dsnot:DSnoT",
         "alps": "atp_tune.pruners.alps:ALPS",
     },
+    "atp_tune.pruners",
+    "atp_tune.pruners.settings:finished",
 )
 SETTINGS = Registry[type[SettingsTable]](
     "pruner with settings",
@@ -71,5 +77,13 @@ SETTINGS = Registry[type[SettingsTable]](
 
 
 def make_pruner(name: str, settings: dict[str, Any] | None = None) -> Pruner:
-    """Makes a pruner by name with its settings; KeyError if the name is not registered."""
-    return PRUNERS[name](**(settings or {}))
+    """Makes a pruner by name with its settings; KeyError if the name is not registered.
+
+    A plug-in is checked each time that it prunes. UserError if it knows no groups and the pattern has some.
+    """
+    kind, origin, given = PRUNERS[name], PRUNERS.origin(name), settings or {}
+    if origin is None:
+        return kind(**given)
+    from atp_tune.pruners.checked import CheckedPruner
+
+    return CheckedPruner.of(kind, origin, given)

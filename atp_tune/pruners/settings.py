@@ -1,10 +1,12 @@
 """Settings of pruners, the keys of their tables in a study file. Loads no torch; pruners inherit from them."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
+from atp_tune.errors import UserError
 from atp_tune.frozen import SettingsTable
+from atp_tune.registry import Origin
 
 
 class WandaSettings(SettingsTable):
@@ -39,3 +41,22 @@ class ALPSSettings(SettingsTable):
     rho: float = Field(0.1, gt=0, description="initial penalty of ADMM")
     iterations: int = Field(300, ge=1, description="maximum number of ADMM iterations")
     steps: int = Field(10, ge=0, description="steps of conjugate gradients on the final mask")
+
+
+def finished(found: Any, origin: Origin) -> type[SettingsTable]:
+    """The class of a pruner that is a plug-in; UserError if it is none, or if its settings have no defaults."""
+    if not isinstance(found, type) or not issubclass(found, SettingsTable):
+        raise UserError(f"{origin}: is no pruner: must be a class that inherits from atp_tune.frozen.SettingsTable")
+    if not callable(getattr(found, "prune", None)):
+        raise UserError(f"{origin}: is no pruner: has no method prune(self, weight, sparsity, statistics)")
+    measures = getattr(found, "measures", origin)
+    if measures is origin:
+        raise UserError(f"{origin}: has no class variable measures: None, or a class of statistics such as InputNorms")
+    if measures is not None and not all(
+        hasattr(measures, name) for name in ("add", "tensors", "restored", "bytes_for")
+    ):
+        raise UserError(f"{origin}: measures must be None or a class of statistics, such as InputNorms")
+    needed = [name for name, field in found.model_fields.items() if field.is_required()]
+    if needed:
+        raise UserError(f"{origin}: its setting {needed[0]} needs a default")
+    return found

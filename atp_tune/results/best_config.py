@@ -7,6 +7,7 @@ from optuna.trial import FrozenTrial
 from pydantic import ValidationError
 
 from atp_tune.errors import UserError
+from atp_tune.plugins import short_name
 from atp_tune.results.annotations import with_attached
 from atp_tune.results.summary import summarise
 from atp_tune.results.trials import is_uniform, parameters_of, scores_of, uniform_of
@@ -78,6 +79,8 @@ def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) 
         batches=fingerprint.batches_in(best, facts),
         draws=draws,
         texts=EvaluationTexts(validation=spec.texts.validation, test=spec.test_text),
+        score=short_name(spec.search.score),
+        plugins=study.user_attrs.get("plugins", {}),
         bos=summary.bos,
         seed=spec.search.seed,
         versions=attrs["versions"],

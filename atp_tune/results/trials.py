@@ -8,6 +8,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.metrics.kl import Divergence, divergence
 from atp_tune.metrics.perplexity import Perplexity, perplexity
+from atp_tune.plan import is_zero
 from atp_tune.spec.config import Divergences, Scores
 from atp_tune.storage import progress
 
@@ -16,8 +17,9 @@ NO_PARAMETERS = ("pruner", "allocation", "sparsity")  # of an allocation, among 
 
 def is_uniform(trial: FrozenTrial) -> bool:
     """Whether all linears have the same sparsity, except for the pattern's rounding."""
-    attrs, numbers = trial.user_attrs, [value for name, value in trial.params.items() if name not in NO_PARAMETERS]
-    if trial.params.get("allocation") == "uniform" or (numbers and not any(numbers)):
+    attrs, allocation = trial.user_attrs, str(trial.params.get("allocation", "atp"))
+    numbers = [value for name, value in trial.params.items() if name not in NO_PARAMETERS]
+    if allocation == "uniform" or is_zero(allocation, numbers):
         return True
     return "linear_sparsities" not in attrs and len(set(attrs.get("sparsities", ()))) == 1
 

@@ -1,7 +1,7 @@
 """Scores of a model: how well it predicts the next token. Another score, such as for images, can be added.
 
 A search sees only lists of numbers, one per item (a window or an image). A new score is a file with an object of type
-`Score` and a row of `SCORES`.
+`Score` and a row of `SCORES`, or a plug-in.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,9 @@ from atp_tune.blocks.replay import Replay
 from atp_tune.blocks.verification import Head
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.inputs import Batch
-from atp_tune.registry import Registry
+from atp_tune.spec.search import SCORES
+
+__all__ = ["SCORES", "Score", "WindowScores", "joined"]
 
 
 class WindowScores(NamedTuple):
@@ -34,9 +36,6 @@ class Score(Head, Protocol):
 
         `dense`: the final hidden states of the dense model, for KL.
         """
-
-
-SCORES = Registry[Score]("score", {"next-token": "atp_tune.scores.next_token:NEXT_TOKEN"})
 
 
 def joined(parts: Sequence[WindowScores]) -> WindowScores:

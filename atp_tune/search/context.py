@@ -24,13 +24,16 @@ from atp_tune.events import EventHandler, Message, Step, ignore_events
 from atp_tune.inputs import KINDS, Batch, Items
 from atp_tune.metrics.bos import BosEffect
 from atp_tune.plan import Plan
+from atp_tune.plugins import short_name
 from atp_tune.pruners import make_pruner
 from atp_tune.scores import SCORES, WindowScores, joined
 from atp_tune.scores.bos import compare_bos
 from atp_tune.scores.evaluation import Block, head_scores
 from atp_tune.search.dense_model import DenseMeasurements, dense_blocks
 from atp_tune.search.scoring import RoleScorer
+from atp_tune.spec.config import Config
 from atp_tune.spec.facts import BOS
+from atp_tune.spec.plugged import plug_in_config
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.study import ModelConfig, Study, Text
 
@@ -61,7 +64,17 @@ class ContextConfig:
         texts = {"calibration": study.texts.calibration, "validation": study.texts.validation}
         if study.texts.test is not None:
             texts["test"] = study.texts.test
-        return cls(study.model, study.prune, texts, base, study.device, draws=study.texts.calibration.draws, bos=bos)
+        draws, score = study.texts.calibration.draws, short_name(study.search.score)
+        return cls(study.model, study.prune, texts, base, study.device, draws=draws, bos=bos, score=score)
+
+    @classmethod
+    def of_config(
+        cls, config: Config, texts: dict[str, Text], base: Path, device: str, allowed: Mapping[str, bool]
+    ) -> "ContextConfig":
+        """The settings for a configuration's plan, with its plug-ins; `allowed` as for `apply`, UserError likewise."""
+        plug_in_config(config, texts, base, allowed.get("trust_plugins", False))
+        model, batches, bos = config.model.model(allowed), config.batches, config.bos
+        return cls(model, config.prune, texts, base, device, batches=batches, bos=bos, score=config.score)
 
 
 class TrialContext(Released):

@@ -1,7 +1,7 @@
 """Measurements of the dense model on the calibration text, made once for all trials of a process."""
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
@@ -15,12 +15,26 @@ from atp_tune.cache import cache_dir, sha256_of_json
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.events import EventHandler, Message, Step
 from atp_tune.inputs import Batch, Items
-from atp_tune.pruners import Pruner, Statistics, make_pruner
+from atp_tune.plugins import code_of
+from atp_tune.pruners import Pruner, Statistics
 from atp_tune.pruners.statistics import Hessian
 from atp_tune.scores.evaluation import Block
 from atp_tune.storage.process_identity import versions
 
 CURVE_TOKENS = 4096  # of the calibration text, for the error curve
+
+
+class Measuring:
+    """Stands for a pruner that needs a kind of statistics as they are."""
+
+    def __init__(self, measures: type[Statistics]) -> None:
+        self.measures = measures
+
+    def __repr__(self) -> str:
+        return "unprepared"
+
+    def prepare(self, statistics: Statistics) -> None:
+        """Does nothing."""
 
 
 class DenseMeasurements:
@@ -49,8 +63,11 @@ class DenseMeasurements:
 
     def evidence(self) -> DenseMetrics:
         """The metrics that allocations need; each is measured once for all budgets."""
-        checkpoint, norms = self._replay.checkpoint, partial(self.statistics, make_pruner("wanda"))
-        return DenseMetrics(checkpoint, norms, self._metrics, self._step)
+
+        def statistics(kind: type[Statistics]) -> Sequence[BlockStatistics]:
+            return self.statistics(Measuring(kind))
+
+        return DenseMetrics(self._replay.checkpoint, statistics, self._metrics, self._step)
 
     @cached_property
     def curve_windows(self) -> int:
@@ -67,7 +84,7 @@ class DenseMeasurements:
             states.append(hidden.cpu().clone())
         return states
 
-    def statistics(self, pruner: Pruner) -> Sequence[BlockStatistics]:
+    def statistics(self, pruner: Pruner | Measuring) -> Sequence[BlockStatistics]:
         """Statistics of every linear's inputs in the dense model, measured once for each kind and cached on disk."""
         kind = pruner.measures
         assert kind is not None
@@ -85,15 +102,19 @@ class DenseMeasurements:
             self._ranked[key] = Ranked(found, checkpoint)
         return self._ranked.get(key, found)
 
-    def key_of(self, pruner: Pruner, kind: type[Statistics]) -> str:
+    def key_of(self, pruner: Pruner | Measuring, kind: type[Statistics]) -> str:
         """SHA-256 of everything that determines a pruner's statistics."""
         checkpoint = self._replay.checkpoint
         model = {"model.content": self._model, "model.dtype": str(checkpoint.dtype).removeprefix("torch.")}
-        prepared, batch = kind is Hessian and repr(pruner), min(self._batch.windows, len(self._items))
+        is_own = kind.__module__.startswith("atp_tune.")
+        prepared = (kind is Hessian or not is_own) and f"{pruner!r}{'' if is_own else code_of(kind)}"
+        batch = min(self._batch.windows, len(self._items))
         device = checkpoint.device.type
         return sha256_of_json([model, self._items.content, kind.__name__, prepared, device, batch, versions()])
 
-    def _read_or_measure(self, folder: Path, pruner: Pruner, kind: type[Statistics]) -> Sequence[BlockStatistics]:
+    def _read_or_measure(
+        self, folder: Path, pruner: Pruner | Measuring, kind: type[Statistics]
+    ) -> Sequence[BlockStatistics]:
         checkpoint = self._replay.checkpoint
         if not folder.is_dir():
             needed = sum(kind.bytes_for(x.in_features) for linears in checkpoint.linears for x in linears)
@@ -106,7 +127,7 @@ class DenseMeasurements:
                 return list(self._measured(pruner, kind))
         return CachedStatistics(folder, kind, len(checkpoint.blocks), checkpoint.device)
 
-    def _measured(self, pruner: Pruner, kind: type[Statistics]) -> Iterator[BlockStatistics]:
+    def _measured(self, pruner: Pruner | Measuring, kind: type[Statistics]) -> Iterator[BlockStatistics]:
         hidden = embed(self._replay, self._batch, self._calibration)
         for index, weights in dense_blocks(self._replay.checkpoint):
             found = measure_and_advance(self._replay, self._batch, index, weights, hidden, kind)

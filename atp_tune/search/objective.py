@@ -25,7 +25,7 @@ from atp_tune.blocks.prune_pass import PrunedBlock
 from atp_tune.blocks.timing import Timer
 from atp_tune.checkpoints.devices import device_name, is_out_of_memory, peak_memory, reset_peak_memory
 from atp_tune.dashboard.notes import measured_columns
-from atp_tune.errors import TrialError, UserError
+from atp_tune.errors import PluginError, TrialError, UserError
 from atp_tune.events import EventHandler, Message, TrialStarted
 from atp_tune.metrics.kl import Divergence, divergence
 from atp_tune.metrics.perplexity import Perplexity, perplexity
@@ -114,6 +114,9 @@ def reasons(trial: Trial) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         trial.set_user_attr("lost", INTERRUPTED)
+        raise
+    except PluginError as error:
+        trial.set_user_attr("failure", str(error))
         raise
     except (UserError, OptunaError):
         raise

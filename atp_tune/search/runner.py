@@ -24,6 +24,7 @@ from atp_tune.search.space import make_space
 from atp_tune.search.strategy import Screened, make_strategy
 from atp_tune.search.trial_loop import recover_lost, run_trials
 from atp_tune.spec.facts import facts
+from atp_tune.spec.plugged import records
 from atp_tune.spec.search import ScreenConfig
 from atp_tune.spec.studyfile import TRIALS, StudyFile, settings
 from atp_tune.storage import fingerprint, opening, progress
@@ -256,6 +257,7 @@ def open_context(run: StudyRun, study: optuna.Study | None = None) -> "TrialCont
 def _describe(run: StudyRun, study: optuna.Study, context: "TrialContext", total: int, batches: dict[str, int]) -> None:
     spec, model, is_new_limit = run.file.study, context.checkpoint, _has_other_limit(study, run.file)
     total = progress.total_of(study, total, run.file.goes_on or is_new_limit)
+    plugged = records(spec, run.file.folder)
     attributes = {
         "sizes": list(model.sizes), "blocks": model.blocks_name, "linears": model.linear_names,
         "total": total, "made_from": settings(run.file),
@@ -263,6 +265,7 @@ def _describe(run: StudyRun, study: optuna.Study, context: "TrialContext", total
         **({"screens": run.screens} if run.screens else {}),
         **({"limit": spec.limit.given if spec.limit else None} if is_new_limit and not run.screens else {}),
         "model.source": spec.model.source,
+        **({"plugins": plugged} if plugged else {}),
         **facts_of({"total": total, "fingerprint": study.user_attrs["fingerprint"]}),
     }  # fmt: skip
     if context.bos_effect is not None:

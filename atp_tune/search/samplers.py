@@ -16,9 +16,10 @@ from optuna.pruners import BasePruner, NopPruner, WilcoxonPruner
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
+from atp_tune.plugins import short_name
 from atp_tune.search.proposals import around_best, branch_study, gp_posterior, kinds_of, levelled, nudge_from_known
 from atp_tune.search.space import Params, Space
-from atp_tune.spec.search import SearchConfig
+from atp_tune.spec.search import SAMPLERS, SearchConfig
 from atp_tune.storage.lost_trials import place_of
 from atp_tune.storage.progress import counts, running, values_of
 
@@ -33,20 +34,19 @@ def make_sampler(search: SearchConfig, space: Space, screened: Sequence[FrozenTr
     Its proposals depend on the study's seed, the trial's place and the stored trials, not on the process: an
     interrupted study resumes as if it had not been interrupted, and workers draw different points.
     """
-    match search.sampler:
-        case "gp":
-            return BranchSampler(_gp, space, search.seed, screened)
-        case "tpe":
-            return BranchSampler(_tpe, space, search.seed, screened)
-        case "grid" | "random":  # all points of a grid are among the first trials
-            return SeededSampler(search.seed)
+    make = SAMPLERS[short_name(search.sampler)]
+    if make is SeededSampler:  # all points of a grid are among the first trials
+        return SeededSampler(search.seed)
+    return BranchSampler(make, space, search.seed, screened)
 
 
-def _gp(seed: int) -> GPSampler:
+def gp(seed: int) -> GPSampler:
+    """A GP; its first points come from the study."""
     return GPSampler(seed=seed, n_startup_trials=STARTS)
 
 
-def _tpe(seed: int) -> TPESampler:
+def tpe(seed: int) -> TPESampler:
+    """A TPE for several workers."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         return TPESampler(seed=seed, n_startup_trials=STARTS, multivariate=True, constant_liar=True)
@@ -58,7 +58,7 @@ def seed_of(seed: int, study: Study, trial: FrozenTrial, name: str = "") -> int:
 
 
 class SeededSampler(BaseSampler):
-    """Random proposals, seeded with the study's seed, the trial's place and the parameter's name."""
+    """Random proposals, seeded with the study's seed, the trial's place and the parameter's name; for grids too."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed

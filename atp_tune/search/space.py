@@ -8,12 +8,12 @@ Where the sparsity S is a parameter too, the bounds of the others depend on it. 
 Points with the same shares are alike at all S: u = 0 is uniform, and the best u of ATP changes slowly with S.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
-from atp_tune.allocations import ALLOCATIONS, Budget
+from atp_tune.allocations import ALLOCATIONS, Budget, contains_uniform, contents_of
 from atp_tune.errors import UserError
 from atp_tune.plan import Plan, make_plan
 from atp_tune.spec.patterns import Pattern, parse
@@ -22,8 +22,6 @@ from atp_tune.spec.study import Study
 
 Params = dict[str, Any]  # names and values as Optuna stores them
 Interval = tuple[float, float]
-
-NEUTRAL = ("uniform", "atp", "curve")  # uniform if all their parameters are 0; each contains the ones before
 
 
 class Suggests(Protocol):
@@ -78,7 +76,7 @@ class Space:
 
     def uniform(self, sparsity: float | None = None) -> list[Params]:
         """The uniform point of each pruner, which every study measures; `sparsity`: where it is a parameter."""
-        allocation = next(name for name in NEUTRAL if name in self.intervals)
+        allocation = min(baselines(self.intervals), key=lambda name: len(contents_of(name)))
         zeros = dict.fromkeys(self.intervals[allocation], 0.0)
         points = [{"pruner": pruner, "allocation": allocation, **zeros} for pruner in self.pruners]
         return points if self.sparsities is None else [self.at(point, sparsity) for point in points]
@@ -114,7 +112,7 @@ class Space:
 
     def defaults(self, allocation: str) -> dict[str, float]:
         """An allocation's default parameters: all 0 if that is uniform, else the authors'."""
-        if allocation in NEUTRAL:
+        if allocation in baselines(self.intervals):
             return dict.fromkeys(self.intervals[allocation], 0.0)
         return self._starts(allocation)[0]
 
@@ -123,11 +121,21 @@ class Space:
         own = params["allocation"]
         if own == allocation:
             return params
-        if own not in NEUTRAL or allocation not in NEUTRAL[NEUTRAL.index(own) :]:
+        own = "uniform" if self._is_uniform(params) else own
+        if own not in contents_of(allocation):
             return None
         moved = {name: params.get(name, 0.0) for name in self.intervals[allocation]}
+        if not all(low <= moved[name] <= high for name, (low, high) in self.intervals[allocation].items()):
+            return None
         kept: Params = {name: params[name] for name in ("pruner", "sparsity") if name in params}
         return {**kept, "allocation": allocation, **moved}
+
+    def _is_uniform(self, params: Params) -> bool:
+        """Whether all parameters of a point are 0, where that is uniform."""
+        allocation = params["allocation"]
+        if allocation not in self.intervals or not contains_uniform(allocation):
+            return False
+        return not any(params.get(name, 0.0) for name in self.intervals[allocation])
 
     def grid(self, step: float) -> list[Params]:
         """The points of a grid, without uniform: β = step, 2·step, … up to the bound."""
@@ -175,15 +183,20 @@ def make_space(study: Study, budget: Budget) -> Space:
 
     Uniform, the baseline, is always in it.
     """
-    names = study.allocation.names
-    if not set(names) & set(NEUTRAL):
+    names = study.allocation.short_names
+    if not baselines(names):
         names = ("uniform", *names)
-    pruners, pattern = study.prune.pruners, parse(study.prune.pattern)
+    pruners, pattern = study.prune.short_names, parse(study.prune.pattern)
     bounds = {str(name): _intervals(study, name, budget) for name in names}
     if study.interval is None:
         return Space(budget, pruners, bounds, pattern)
     shares = {name: {key: _shares(*ends) for key, ends in own.items()} for name, own in bounds.items()}
     return Space(budget, pruners, shares, pattern, study.interval, partial(_intervals, study))
+
+
+def baselines(names: Iterable[str]) -> list[str]:
+    """The built-in ones among these allocations that are uniform where all parameters are 0."""
+    return [name for name in names if ALLOCATIONS.is_built_in(name) and contains_uniform(name)]
 
 
 def _shares(low: float, high: float) -> Interval:

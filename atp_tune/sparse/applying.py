@@ -13,6 +13,7 @@ from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, TrialStarted
 from atp_tune.metrics.perplexity import Perplexity, perplexity
 from atp_tune.plan import Plan
+from atp_tune.plugins import short_name
 from atp_tune.search.context import ContextConfig, TrialContext
 from atp_tune.search.space import make_space
 from atp_tune.sparse.card import Dense, describe
@@ -28,6 +29,7 @@ from atp_tune.spec.config import (
     Sparsity,
     read_config,
 )
+from atp_tune.spec.plugged import records
 from atp_tune.spec.studyfile import StudyFile
 from atp_tune.storage import fingerprint, opening
 from atp_tune.storage.process_identity import versions
@@ -38,7 +40,8 @@ def apply(
 ) -> Perplexity:
     """Prunes to a configuration, writes the folder `out`, and returns the folder's perplexity on the test text.
 
-    `allowed`: keys of `study.ModelConfig` that a configuration, which may be a stranger's, cannot set.
+    `allowed`: keys of `study.ModelConfig` that a configuration, which may be a stranger's, cannot set, and
+    `trust_plugins`, by which the code of its plug-ins may run.
     UserError if `out` exists, or if the model is not the configuration's.
     """
     setup, dense = write_applied(config, base, out, device, watch, allowed)
@@ -50,9 +53,8 @@ def write_applied(
 ) -> tuple[ContextConfig, Dense]:
     """`apply` without the measurement; returns its setup and the dense model."""
     check_free(out)
-    model = config.model.model(allowed)
     texts = {"calibration": config.calibration, "test": config.texts.test}
-    setup = ContextConfig(model, config.prune, texts, base, device, batches=config.batches, bos=config.bos)
+    setup = ContextConfig.of_config(config, texts, base, device, allowed or {})
     with TrialContext.open(setup, watch) as context:
         return setup, write_sparse(context, plan_of(config, context), out, config.seen_from(base, out))
 
@@ -65,7 +67,8 @@ def prune_once(
         check_free(out)
     study = file.study
     texts = {"calibration": study.texts.calibration, "test": study.test_text}
-    setup = ContextConfig(study.model, study.prune, texts, file.folder, study.device, bos=_bos(file))
+    score = short_name(study.search.score)
+    setup = ContextConfig(study.model, study.prune, texts, file.folder, study.device, bos=_bos(file), score=score)
     with TrialContext.open(setup, watch) as context:
         setup = replace(setup, bos=context.bos)
         plan = only_plan(file, context, parameters)
@@ -87,7 +90,7 @@ def _bos(file: StudyFile) -> bool | None:
 
 def only_plan(file: StudyFile, context: TrialContext, parameters: dict[str, float]) -> Plan:
     """The plan of the first allocation that has these parameters; other parameters get their defaults."""
-    names = file.study.allocation.names
+    names = file.study.allocation.short_names
     space = make_space(file.study, context.budget(file.study.highest))
     fitting = [name for name in names if parameters.keys() <= space.intervals[name].keys()]
     if not fitting:
@@ -96,7 +99,7 @@ def only_plan(file: StudyFile, context: TrialContext, parameters: dict[str, floa
         raise UserError(f"{_option(unknown)}: the allocation {names[0]} has no {unknown}; its parameters: {known}")
     point = {**space.defaults(fitting[0]), **parameters}
     try:
-        return space.plan({"pruner": file.study.prune.pruners[0], "allocation": fitting[0], **point})
+        return space.plan({"pruner": file.study.prune.short_names[0], "allocation": fitting[0], **point})
     except ValueError as error:
         wrong = next(iter(parameters), "beta")
         raise UserError(f"{_option(wrong)}: {error}") from None
@@ -151,6 +154,8 @@ def _config(file: StudyFile, context: TrialContext, plan: Plan) -> Config:
         calibration=study.texts.calibration.text,
         batches=context.batches,
         texts=EvaluationTexts(validation=study.texts.validation, test=study.test_text),
+        score=short_name(study.search.score),
+        plugins=records(study, file.folder),
         bos=context.bos,
         seed=study.search.seed,
         versions=versions(),

@@ -21,8 +21,7 @@ def open_config(
     config: Config, base: Path, device: str, watch: EventHandler, allowed: Mapping[str, bool]
 ) -> TrialContext:
     """The context that prunes to a configuration, to be closed; paths start at `base`, `allowed` as for `apply`."""
-    model, texts = config.model.model(allowed), {"calibration": config.calibration}
-    setup = ContextConfig(model, config.prune, texts, base, device, batches=config.batches, bos=config.bos)
+    setup = ContextConfig.of_config(config, {"calibration": config.calibration}, base, device, allowed)
     return TrialContext.open(setup, watch)
 
 

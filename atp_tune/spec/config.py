@@ -23,7 +23,7 @@ from pydantic import (
 
 from atp_tune.cache import write_out
 from atp_tune.errors import UserError
-from atp_tune.frozen import FrozenModel
+from atp_tune.frozen import STORED, FrozenModel
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.draws import OverDraws
 from atp_tune.metrics.kl import Divergence
@@ -31,9 +31,10 @@ from atp_tune.metrics.perplexity import Estimate, Perplexity
 from atp_tune.metrics.speed import Speed
 from atp_tune.spec.former import present_config
 from atp_tune.spec.manifest import Manifest
-from atp_tune.spec.prune import PruneConfig, PrunerName
-from atp_tune.spec.search import Share
-from atp_tune.spec.study import AllocationName, ModelConfig, Text
+from atp_tune.spec.plugged import PluginRef, check_known
+from atp_tune.spec.prune import PruneConfig
+from atp_tune.spec.search import NEXT_TOKEN, Share
+from atp_tune.spec.study import ModelConfig, Text, of_model
 
 FORMAT: Literal["atp_tune.config/2"] = "atp_tune.config/2"
 
@@ -100,7 +101,7 @@ class ModelRef(FrozenModel):
         """The model as in a study file, with `allowed` keys that a configuration cannot set; ValueError if invalid."""
         keys = {"source": self.id, "revision": self.revision, "sha256": self.sha256, "dtype": self.dtype}
         try:
-            return ModelConfig.model_validate({**keys, **(allowed or {})})
+            return ModelConfig.model_validate({**keys, **of_model(allowed or {})})
         except ValidationError as error:
             raise ValueError(error.errors()[0]["msg"]) from None
 
@@ -108,7 +109,7 @@ class ModelRef(FrozenModel):
 class AllocationRef(FrozenModel):
     """The allocation and its parameters; `beta` is null for allocations without β."""
 
-    name: AllocationName
+    name: str
     beta: FiniteFloat | None
     parameters: dict[str, FiniteFloat] = Field({})
 
@@ -212,7 +213,7 @@ class Config(FrozenModel):
     study: str
     trial: int | None = Field(description="null for a single plan without a search")
     model: ModelRef
-    pruner: PrunerName
+    pruner: str
     prune: PruneConfig = Field(description="settings of the pruners and the source of their statistics")
     allocation: AllocationRef
     block_sparsities: tuple[Share, ...] = Field(min_length=1)
@@ -233,6 +234,8 @@ class Config(FrozenModel):
     )
     draws: BothDraws | None = Field(None, description="if the calibration text was drawn more than once")
     texts: EvaluationTexts
+    score: str = Field(NEXT_TOKEN, description="how windows are scored")
+    plugins: dict[str, PluginRef] = Field({}, description="by short name; relative files start at `folder`")
     bos: bool = Field(False, description="whether all windows begin with BOS; false in files without the key")
     seed: int
     versions: dict[str, str]
@@ -251,7 +254,8 @@ class Config(FrozenModel):
 
     @model_validator(mode="after")
     def _named(self) -> Self:
-        """Checks that each linear sparsity has a name, if there are names."""
+        """Checks that each linear sparsity has a name, if there are names, and that the names of methods are known."""
+        check_known(self.pruner, self.allocation.name, self.score, self.plugins)
         if self.linears and [len(row) for row in self.linears] != [len(row) for row in self.linear_sparsities or ()]:
             raise ValueError("linears: not one name for each of linear_sparsities")
         return self
@@ -280,7 +284,7 @@ class Config(FrozenModel):
 def read_config(path: Path) -> Config:
     """Reads a configuration; UserError if it is missing or invalid."""
     try:
-        return Config.model_validate(_parse(path))
+        return Config.model_validate(_parse(path), context=STORED)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "file"

@@ -4,9 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from atp_tune.plugins import is_place, short_name
 from atp_tune.spec.former import LATER, stored_value
+from atp_tune.spec.plugged import contents, parts_of
 from atp_tune.spec.prune import PruneConfig
-from atp_tune.spec.search import ScreenConfig
+from atp_tune.spec.search import NEXT_TOKEN, ScreenConfig
 from atp_tune.spec.study import Study, Text
 
 Fact: TypeAlias = str | int | float | bool | list[str] | list[float]
@@ -23,8 +25,9 @@ NOT_FACTS = (
 def facts(study: Study, folder: Path = Path()) -> dict[str, Fact]:
     """The settings that determine the value of a trial: studies with equal facts can share trials.
 
-    Keys without a value are left out, and so are local sources, whose content hash is recorded elsewhere. Relative
-    sources start at `folder`.
+    Keys without a value are left out, and so are local sources, whose content hash is recorded elsewhere. Plug-ins are
+    called by their short names, and `plugins.NAME.content` is the SHA-256 of their file. Relative sources and files
+    start at `folder`.
     """
     flat = dict(_flat(study.model_dump(mode="json")))
     hidden = {key for key, value in flat.items() if value is None or key.startswith(NOT_FACTS)}
@@ -35,10 +38,23 @@ def facts(study: Study, folder: Path = Path()) -> dict[str, Fact]:
         hidden.add("model.source")
     texts = [(role, text) for role, text in study.texts if isinstance(text, Text)]
     hidden |= {f"texts.{role}.source" for role, text in texts if is_local_text(text.source)}
+    flat |= _short(study) | {f"plugins.{name}.content": digest for name, digest in contents(study, folder).items()}
     flat[BOS] = study.bos
     if study.bos is None:
         hidden.add(BOS)
     return {key: stored_value(key, value) for key, value in flat.items() if key not in hidden}
+
+
+def _short(study: Study) -> dict[str, Any]:
+    """The names of plug-ins, without their places, which differ between machines."""
+    texts = [(role, parts_of(text.source)) for role, text in study.texts if isinstance(text, Text)]
+    return {
+        "prune.pruners": list(study.prune.short_names),
+        "allocation.names": list(study.allocation.short_names),
+        "search.sampler": short_name(study.search.sampler),
+        "search.score": short_name(study.search.score),
+        **{f"texts.{role}.source": f"{short_name(name)}:{rest}" for role, (name, rest) in texts if is_place(name)},
+    }
 
 
 def is_local(source: str, folder: Path = Path()) -> bool:
@@ -69,5 +85,6 @@ DEFAULTS = {
     **dict(_flat(ScreenConfig(trials=1).model_dump(mode="json"), "search.screen.")),
     "model.trust_remote_code": False,
     "search.objective": ["perplexity"],
+    "search.score": NEXT_TOKEN,
     **{f"texts.{role}.stride": 1 for role in ("calibration", "validation", "test")},
 }

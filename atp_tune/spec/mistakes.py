@@ -11,7 +11,10 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from atp_tune.errors import UserError, did_you_mean, without_secrets
+from atp_tune.pruners import PRUNERS
 from atp_tune.spec.former import present_key
+from atp_tune.spec.plugged import settings_of
+from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.study import Study
 
 KeyPath: TypeAlias = tuple[str | int, ...]
@@ -84,6 +87,9 @@ def _place(loc: KeyPath) -> KeyPath:
 
 def table_of(parent: type[BaseModel], key: str) -> type[BaseModel] | None:
     """The model of the table under `key`; None if the key is unknown or holds a plain value."""
+    if issubclass(parent, PruneConfig) and settings_of(key):
+        plugged: type[BaseModel] = PRUNERS[key]  # type: ignore[assignment]
+        return plugged
     annotation = parent.model_fields[key].annotation if key in parent.model_fields else None
     kinds = (annotation, *get_args(annotation))
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
@@ -92,7 +98,9 @@ def table_of(parent: type[BaseModel], key: str) -> type[BaseModel] | None:
 def _worded(place: KeyPath, found: list[ErrorDetails]) -> tuple[KeyPath, str]:
     first = found[0]
     if first["type"] == "extra_forbidden":
-        return place, f"{dotted(place)}: unknown key; {_unknown(place)}"
+        is_table = place[:-1] == ("prune",) and isinstance(first["input"], dict)
+        other = "; a plug-in's table needs its name in prune.pruners" * is_table
+        return place, f"{dotted(place)}: unknown key; {_unknown(place)}{other}"
     if first["type"] == "value_error":  # validators of this package raise `key: text`, relative to their table
         key, _, text = str(first["ctx"]["error"]).partition(": ")
         place = (*place, *key.split("."))
@@ -137,10 +145,13 @@ def _unknown(place: KeyPath) -> str:
 
 def keys_of(table: type[BaseModel] = Study, prefix: str = "") -> Iterator[str]:
     """All dotted keys that a study file may hold, including tables."""
-    for key in table.model_fields:
+    plugged = [name for name in PRUNERS.held() if settings_of(name)] if issubclass(table, PruneConfig) else []
+    for key in [*table.model_fields, *plugged]:
         yield prefix + key
         inner = table_of(table, key)
-        if inner:
+        if key in plugged:
+            yield from (f"{prefix}{key}.{own}" for own in settings_of(key))
+        elif inner:
             yield from keys_of(inner, f"{prefix}{key}.")
 
 

@@ -1,14 +1,29 @@
-"""The table `[prune]` of a study: pruners, their settings, and the pattern of zeros."""
+"""The table `[prune]` of a study: pruners, their settings, and the pattern of zeros.
 
+The table of a pruner that is a plug-in is kept as it is written: `spec.plugged` checks it once the code may run.
+"""
+
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import Field, create_model, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    ValidationInfo,
+    create_model,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails
 
-from atp_tune.frozen import OneOf, SettingsTable, check_once
+from atp_tune.frozen import STORED, OneOf, SettingsTable, check_once, relocated
+from atp_tune.plugins import IN_SCHEMA, short_name
 from atp_tune.pruners import PRUNERS, SETTINGS
+from atp_tune.registry import Registry
 from atp_tune.spec.patterns import parse
 
-PrunerName = Annotated[str, OneOf(PRUNERS)]
+PrunerName = Annotated[str, OneOf(PRUNERS, IN_SCHEMA)]
 Model = TypeVar("Model", bound=SettingsTable)
 
 
@@ -18,9 +33,15 @@ def with_tables(model: type[Model]) -> type[Model]:
     return create_model(model.__name__, __base__=model, __module__=model.__module__, __doc__=model.__doc__, **tables)
 
 
+_WITHOUT_TABLES: list[JsonValue] = [{"required": [name]} for name in PRUNERS.data if name not in SETTINGS]
+
+
 @with_tables
 class PruneConfig(SettingsTable):
     """How weights are chosen: the pruners to compare, the source of their statistics, and the pattern of zeros."""
+
+    model_config = ConfigDict(extra="allow", json_schema_extra={"not": {"anyOf": _WITHOUT_TABLES}})
+    __pydantic_extra__: dict[str, dict[str, JsonValue]]  # tables of plug-ins, by short name
 
     pruners: tuple[PrunerName, ...] = Field(
         ("wanda",), min_length=1, description="Optuna chooses, if there are several"
@@ -32,9 +53,27 @@ class PruneConfig(SettingsTable):
     sparsegpt: Any = None  # keeps its place in the order of keys; `with_tables` sets the type
     pattern: str = Field("unstructured", description="unstructured, N:M (N zeros in every M inputs) or mixed:M")
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _known(cls, data: Any, inner: Callable[[Any], Self], info: ValidationInfo) -> Self:
+        """Refuses keys that are neither of this table nor tables of plug-ins, beside what else is wrong."""
+        if not isinstance(data, dict) or info.context == STORED:
+            return inner(data)
+        names = data.get("pruners", ())
+        named = {short_name(name) for name in names if isinstance(name, str)} if isinstance(names, list | tuple) else ()
+        unknown = [key for key in data if key not in cls.model_fields and not _has_table(key, named)]
+        wrong = [InitErrorDetails(type="extra_forbidden", loc=(key,), input=data[key]) for key in unknown]
+        try:
+            found = inner({key: value for key, value in data.items() if key not in unknown})
+        except ValidationError as error:
+            raise ValidationError.from_exception_data(cls.__name__, [*wrong, *relocated(error)]) from None
+        if wrong:
+            raise ValidationError.from_exception_data(cls.__name__, wrong)
+        return found
+
     @model_validator(mode="after")
     def _patterned(self) -> Self:
-        check_once(self.pruners, "pruners")
+        check_names(self.pruners, "pruners", PRUNERS)
         try:
             parse(self.pattern)
         except ValueError as error:
@@ -43,5 +82,33 @@ class PruneConfig(SettingsTable):
 
     def settings(self, pruner: str) -> dict[str, Any]:
         """Arguments of a pruner: the keys of its table, if it has one, and the pattern's group."""
-        table = getattr(self, pruner).model_dump() if pruner in SETTINGS else {}
+        table = getattr(self, pruner).model_dump() if pruner in SETTINGS else self.tables.get(pruner, {})
         return {**table, "group": parse(self.pattern).group}
+
+    @property
+    def short_names(self) -> tuple[str, ...]:
+        """The short names of the pruners."""
+        return tuple(map(short_name, self.pruners))
+
+    @property
+    def tables(self) -> dict[str, dict[str, JsonValue]]:
+        """The tables of plug-ins, as they are written, by short name."""
+        return self.__pydantic_extra__ or {}
+
+
+def _has_table(name: Any, named: Any) -> bool:
+    """Whether a name is that of a plug-in, which may have a table."""
+    return isinstance(name, str) and not PRUNERS.is_built_in(name) and (name in named or name in PRUNERS)
+
+
+def check_names(names: tuple[str, ...], key: str, registry: Registry[Any]) -> None:
+    """ValueError if a name occurs twice under `key`, two plug-ins have one, or one has that of a built-in object."""
+    check_once(names, key)
+    known: dict[str, str] = {}
+    for name in names:
+        short = short_name(name)
+        if short != name and registry.is_built_in(short):
+            raise ValueError(f"{key}: {name} has the name of the built-in {registry.kind} {short}; rename the plug-in")
+        if short in known:
+            raise ValueError(f"{key}: {known[short]} and {name} are both called {short}; rename one of the plug-ins")
+        known[short] = name

@@ -4,14 +4,36 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from atp_tune.frozen import SettingsTable
+from atp_tune.frozen import OneOf, SettingsTable
 from atp_tune.metrics.limits import Limit
+from atp_tune.plugins import IN_SCHEMA
+from atp_tune.registry import Registry
+from atp_tune.spec.prune import check_names
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Objective = Literal["perplexity", "kl"]
 Objectives = Annotated[tuple[Objective, ...], Field(min_length=1)]
 DENSITY = "density"  # 1 - S, which a study over an interval of sparsities minimises beside its objective
 STEP = 0.005  # of the sparsities in an interval
+# Functions from a seed to the Optuna sampler that proposes an allocation's parameters.
+SAMPLERS = Registry[Any](
+    "sampler",
+    {
+        "gp": "atp_tune.search.samplers:gp",
+        "tpe": "atp_tune.search.samplers:tpe",
+        "grid": "atp_tune.search.samplers:SeededSampler",
+        "random": "atp_tune.search.samplers:SeededSampler",
+    },
+    "atp_tune.samplers",
+    "atp_tune.search.plugged_sampler:finished",
+)
+NEXT_TOKEN = "next-token"  # the score of language models
+SCORES = Registry[Any](  # objects of type `scores.Score`
+    "score",
+    {NEXT_TOKEN: "atp_tune.scores.next_token:NEXT_TOKEN"},
+    "atp_tune.scores",
+    "atp_tune.scores.checked:finished",
+)
 
 
 class ScreenConfig(SettingsTable):
@@ -34,7 +56,10 @@ class SearchConfig(SettingsTable):
     objective: Objectives = Field(
         ("perplexity",), description="values to minimise; kl: divergence from the dense predictions"
     )
-    sampler: Literal["gp", "tpe", "grid", "random"] = Field("gp", description="gp, tpe, grid or random")
+    sampler: Annotated[str, OneOf(SAMPLERS, IN_SCHEMA)] = Field("gp", description="gp, tpe, grid or random")
+    score: Annotated[str, OneOf(SCORES, IN_SCHEMA)] = Field(
+        NEXT_TOKEN, description="of a window: next-token, its mean NLL per predicted token, or a plug-in"
+    )
     seed: int = Field(0, ge=0, description="seed of the sampler")
     step: float = Field(0.002, gt=0, description="distance between the β of a grid")
     stopper: Literal["none", "wilcoxon"] = Field("none", description="stops trials that are unlikely to be the best")
@@ -62,6 +87,8 @@ class SearchConfig(SettingsTable):
 
     @model_validator(mode="after")
     def _counted(self) -> Self:
+        check_names((self.sampler,), "sampler", SAMPLERS)
+        check_names((self.score,), "score", SCORES)
         if self.trials is None and self.sampler != "grid" and self.screen is None:
             raise ValueError(f"trials: is needed with the sampler {self.sampler} where no points are screened")
         if self.screen and self.sampler != "grid" and self.screen.confirm > self.screen.trials:

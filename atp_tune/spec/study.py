@@ -5,18 +5,20 @@ progression, per block. S is one number, or an interval in which the study searc
 """
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, StrictBool, field_validator, model_validator
 
 from atp_tune.allocations import ALLOCATIONS
-from atp_tune.frozen import OneOf, SettingsTable, check_once
+from atp_tune.frozen import OneOf, SettingsTable
+from atp_tune.plugins import IN_SCHEMA, short_name
 from atp_tune.spec.former import FormerPlace, present_place
 from atp_tune.spec.patterns import parse
-from atp_tune.spec.prune import PruneConfig
+from atp_tune.spec.prune import PruneConfig, check_names
 from atp_tune.spec.search import DENSITY, STEP, LimitConfig, SearchConfig, Share
 
-AllocationName = Annotated[str, OneOf(ALLOCATIONS)]
+AllocationName = Annotated[str, OneOf(ALLOCATIONS, IN_SCHEMA)]
 AllocationNames = Annotated[tuple[AllocationName, ...], Field(min_length=1)]
 Place = Literal["auto", "none", "cpu", "disk"]
 Target = Annotated[float, Field(gt=0, lt=1)]
@@ -49,6 +51,11 @@ class ModelConfig(SettingsTable):
         return self
 
 
+def of_model(allowed: Mapping[str, bool]) -> dict[str, bool]:
+    """The permissions that are keys of a model; another one, `trust_plugins`, is not."""
+    return {key: given for key, given in allowed.items() if key in ModelConfig.model_fields}
+
+
 class AllocationConfig(SettingsTable):
     """How the target is shared out over blocks, and the interval of β in the search."""
 
@@ -65,7 +72,7 @@ class AllocationConfig(SettingsTable):
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
-        check_once(self.names, "names")
+        check_names(self.names, "names", ALLOCATIONS)
         if isinstance(self.beta, str):
             return self
         if self.beta[0] > self.beta[1]:
@@ -74,12 +81,17 @@ class AllocationConfig(SettingsTable):
             raise ValueError(f"beta: [{self.beta[0]}, {self.beta[1]}] must hold 0, the uniform allocation")
         return self
 
+    @property
+    def short_names(self) -> tuple[str, ...]:
+        """The short names of the allocations."""
+        return tuple(map(short_name, self.names))
+
 
 class Text(SettingsTable):
     """One text and how its windows are drawn."""
 
     source: str = Field(
-        min_length=1, description="c4, wikitext2, hub:ORG/NAME, file:PATH or package:MODULE[:ATTRIBUTE]"
+        min_length=1, description="c4, wikitext2, hub:ORG/NAME, file:PATH, package:MODULE[:ATTRIBUTE] or a plug-in"
     )
     config: str | None = Field(None, description="configuration of a hub dataset")
     split: str | None = Field(None, description="split of a hub dataset")

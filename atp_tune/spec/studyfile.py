@@ -14,11 +14,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from atp_tune.errors import UserError, is_text
+from atp_tune.errors import PluginError, UserError, is_text
+from atp_tune.frozen import STORED
 from atp_tune.paths import is_special
 from atp_tune.spec import finding
 from atp_tune.spec.former import present_key, present_keys, present_override
 from atp_tune.spec.mistakes import KeyPath, dotted, invalid
+from atp_tune.spec.plugged import plug_in
 from atp_tune.spec.study import Study
 
 PLACES = ("storage=", "device=")  # overrides that change where a study is stored or runs, not its results
@@ -29,12 +31,16 @@ _SQLITE_FILE = re.compile(r"(?P<scheme>sqlite(\+\w+)?:///)(?P<path>(?!:memory:|f
 
 @dataclass(frozen=True)
 class StudyFile:
-    """A study, its name, its file, and its overrides except those of storage and device."""
+    """A study, its name, its file, and its overrides except those of storage and device.
+
+    `trusts_plugins`: the code of plug-ins that it names by their place may run, in this process and in workers.
+    """
 
     name: str
     path: Path
     study: Study
     overrides: tuple[str, ...] = ()
+    trusts_plugins: bool = False
 
     @property
     def sets_trials(self) -> bool:
@@ -155,17 +161,29 @@ def _toml_value(text: str) -> object:
     return table["v"] if len(table) == 1 else text
 
 
-def load(name: str, overrides: Sequence[str] = ()) -> StudyFile:
-    """Reads a study by name or path and applies `key.path=value` overrides; UserError for every mistake."""
+def load(
+    name: str, overrides: Sequence[str] = (), plugins: bool | None = None, folder: Path | None = None
+) -> StudyFile:
+    """Reads a study by name or path and applies `key.path=value` overrides; UserError for every mistake.
+
+    `plugins`: None runs no code of plug-ins, which commands that only read results do not need. Else it says whether
+    those may run that the study names by their place, in `folder` (default: the file's own).
+    """
     path = finding.find(name)
     data = read(path)
     changed = [(text, override(data, text, path)) for text in overrides]
     try:
         study = Study.model_validate(data)
+        if plugins is not None:
+            study = plug_in(study, path.parent if folder is None else folder, plugins)
     except ValidationError as error:
         raise invalid(path, error, changed) from None
+    except PluginError:
+        raise
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     own = tuple(text for text in map(present_override, overrides) if not text.startswith(PLACES))
-    return StudyFile(path.stem, path, study, own)
+    return StudyFile(path.stem, path, study, own, bool(plugins))
 
 
 def overridden(file: StudyFile, changes: Mapping[str, str | int]) -> StudyFile:
@@ -193,5 +211,5 @@ def from_settings(stored: dict[str, Any]) -> StudyFile:
     overrides = stored.get("overrides", [])
     if not isinstance(overrides, list) or not all(isinstance(text, str) for text in overrides):
         raise ValueError("no overrides")
-    study = Study.model_validate(present_keys(dict(stored["settings"])))
+    study = Study.model_validate(present_keys(dict(stored["settings"])), context=STORED)
     return StudyFile(name, Path(path), study, tuple(map(present_override, overrides)))

@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from atp_tune.cache import write_out
 from atp_tune.errors import printable
 from atp_tune.spec.config import dumps
+from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.study import Study
 
 SCHEMA = "study.schema.json"  # beside the studies that come along
@@ -60,6 +61,9 @@ def _lines(table: BaseModel, prefix: str = "") -> Iterator[str]:
         if lines and lines[0]:  # it has keys of its own
             yield from ("", f"# {_title(value, fields[key])}", f"[{prefix}{key}]")
         yield from lines
+    for name, settings in table.tables.items() if isinstance(table, PruneConfig) else ():
+        yield from ("", "# Settings of a plug-in", f"[{prefix}{name}]")
+        yield from (line for key, value in settings.items() for line in _key(key, value, None))
 
 
 def _is_written(name: str, value: Any, field: FieldInfo) -> bool:

@@ -58,7 +58,8 @@ def find_pair(
         check_files(sparse)
         check_claims(sparse)
     else:
-        sparse = cache_dir("sparse") / sha256_of_json(config.model_dump(mode="json", include=set(DECIDES)))
+        decides = {*DECIDES, *(["plugins"] if config.plugins else [])}
+        sparse = cache_dir("sparse") / sha256_of_json(config.model_dump(mode="json", include=decides))
         if not sparse.is_dir():
             write_applied(config, base, sparse, device, watch, allowed)
     return Pair(dense.path, sparse, config.prune.pattern, dense.trusted)

@@ -20,6 +20,7 @@ from atp_tune.errors import UserError
 from atp_tune.metrics.bos import BosEffect
 from atp_tune.spec.config import Batch, Found
 from atp_tune.spec.former import present_attributes
+from atp_tune.spec.plugged import PluginRef
 from atp_tune.spec.search import Share
 
 GONE = "does not exist"  # in Optuna's KeyError for a missing study
@@ -40,6 +41,12 @@ def _nll(value: float) -> float:
 
 def _effect(found: dict[str, Any]) -> dict[str, Any]:
     _written(BosEffect.model_validate(found).token)  # ValidationError is a ValueError
+    return found
+
+
+def _plugged(found: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+    for row in found.values():
+        PluginRef.model_validate(row)
     return found
 
 
@@ -101,6 +108,7 @@ STUDY = _kinds(
         "draws": dict[Number, dict[Number, Nlls]],
         "batches": Batches,
         "screens": Words,
+        "plugins": Annotated[dict[Words, dict[Words, Words]], AfterValidator(_plugged)],
         "limit": Annotated[dict[Words, Positive | dict[Words, Share]], Field(min_length=1, max_length=1)],
         "fingerprint": dict[Words, Words | int | float | bool | list[Words] | list[float]],
     }

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from atp_tune.cli.commands.push import upload
-from atp_tune.cli.options import AllowPickle, Device, Private, TrustRemoteCode, UsageError
+from atp_tune.cli.options import AllowPickle, Device, Private, TrustPlugins, TrustRemoteCode, UsageError, permissions
 from atp_tune.cli.terminal import console, markdown
 from atp_tune.errors import printable
 
@@ -39,6 +39,7 @@ def apply(
     device: Device = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
+    trust_plugins: TrustPlugins = False,
 ) -> None:
     """Prune the dense checkpoint to a configuration, save it as a Hugging Face folder, and measure its perplexity.
 
@@ -72,7 +73,7 @@ def apply(
             console.print(f"sparse checkpoint: {out} was written before, from this configuration")
             upload(out, push, private)
             return
-    allowed = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    allowed = permissions(allow_pickle, trust_remote_code, trust_plugins)
     _write(found, config.parent / found.folder, out, device or "auto", allowed)
     if push is not None:
         upload(out, push, private)

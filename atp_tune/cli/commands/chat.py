@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from atp_tune.cli.options import AllowPickle, Device, TrustRemoteCode
+from atp_tune.cli.options import AllowPickle, Device, TrustPlugins, TrustRemoteCode, permissions
 from atp_tune.cli.terminal import console
 
 
@@ -25,6 +25,7 @@ def chat(
     device: Device = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
+    trust_plugins: TrustPlugins = False,
 ) -> None:
     """Talk with a sparse model in the terminal: `/dense` and `/both` show what the dense model answers.
 
@@ -37,7 +38,7 @@ def chat(
     """
     from atp_tune.cli.runtime import quiet
 
-    allowed = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    allowed = permissions(allow_pickle, trust_remote_code, trust_plugins)
     try:
         with quiet():
             _chat(model, (max_new_tokens, temperature), system, device or "auto", allowed)

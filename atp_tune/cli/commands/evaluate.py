@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atp_tune.cli.options import AllowPickle, Device, Json, TrustRemoteCode
+from atp_tune.cli.options import AllowPickle, Device, Json, TrustPlugins, TrustRemoteCode, permissions
 from atp_tune.cli.terminal import console, markdown
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def evaluate(
     json: Json = False,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
+    trust_plugins: TrustPlugins = False,
 ) -> None:
     """Score models on tasks of lm-eval (`pip install 'atp-tune[eval]'`): zero-shot accuracy with its standard error.
 
@@ -56,7 +57,7 @@ def evaluate(
     if model is not None and storage is not None:
         raise typer.BadParameter("only with --config", param_hint="--storage")
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
-    allowed = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    allowed = permissions(allow_pickle, trust_remote_code, trust_plugins)
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import quiet
     from atp_tune.events import ignore_events

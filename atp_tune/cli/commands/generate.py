@@ -15,9 +15,11 @@ from atp_tune.cli.options import (
     Prompts,
     Storage,
     StudyLabel,
+    TrustPlugins,
     TrustRemoteCode,
     checked_prompts,
     load_study,
+    permissions,
     stored_study,
 )
 from atp_tune.cli.terminal import console
@@ -43,6 +45,7 @@ def generate(
     json: Json = False,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
+    trust_plugins: TrustPlugins = False,
 ) -> None:
     """Continue prompts by the dense model, by uniform and by the best configuration, pruned in memory.
 
@@ -57,7 +60,7 @@ def generate(
     if study is None and (study_name is not None or set_):
         raise typer.BadParameter("only with --study", param_hint="--study-name" if study_name else "--set")
     prompts = checked_prompts(prompt)
-    allowed = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    allowed = permissions(allow_pickle, trust_remote_code, trust_plugins)
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import quiet
     from atp_tune.cli.tables import show_continuations
@@ -74,7 +77,7 @@ def generate(
             file = load_study(study or "", storage, None, set_)
             path, read = _best_of(file, study_name)
             storage, prompts = file.storage_url, (*file.study.continuations.prompts, *prompts)
-            allowed = {key: given or getattr(file.study.model, key) for key, given in allowed.items()}
+            allowed = {key: given or getattr(file.study.model, key, False) for key, given in allowed.items()}
         if storage is not None:
             study_of(path, read, storage)  # a mistake is reported before anything runs
         from atp_tune.sparse.continuations import continuations

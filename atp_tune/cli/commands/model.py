@@ -27,6 +27,7 @@ from atp_tune.cli.options import (
     Timeout,
     Track,
     Trials,
+    TrustPlugins,
     TrustRemoteCode,
     Workers,
     load_study,
@@ -102,7 +103,7 @@ def model(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="magnitude, wanda, sparsegpt, dsnot or alps; several are compared.",
+            help="magnitude, wanda, sparsegpt, dsnot, alps or a plug-in (`plugins` lists all); several are compared.",
             autocompletion=completion.pruners,
         ),
     ] = None,
@@ -110,7 +111,7 @@ def model(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="atp, uniform, curve, owl, alphapruning, er, erk or global; several are compared.",
+            help="atp, uniform, curve, owl, alphapruning, er, erk, global or a plug-in; several are compared.",
             autocompletion=completion.allocations,
         ),
     ] = None,
@@ -138,6 +139,7 @@ def model(
     track: Track = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
+    trust_plugins: TrustPlugins = False,
     prompt: Prompts = None,
     set_: Overrides = None,
 ) -> None:
@@ -156,6 +158,7 @@ def model(
     Example: `python tune.py meta-llama/Llama-2-7b-hf --preset thorough --pruner wanda --pruner sparsegpt --dry-run`
     """
     from atp_tune.spec.finding import HERE, known
+    from atp_tune.spec.plugged import rooted
     from atp_tune.spec.typed import goal, only_limit
     from atp_tune.spec.writing import write_study
     from atp_tune.study_request import StudyRequest
@@ -169,7 +172,8 @@ def model(
         }
     )  # fmt: skip
     target = goal(sparsity, limit, SPARSITY)
-    wishes = StudyRequest(source, target, preset, tuple(pruner or ()), tuple(allocation or ()), texts, limit)
+    pruners, allocations = (tuple(rooted(names or (), Path())) for names in (pruner, allocation))
+    wishes = StudyRequest(source, target, preset, pruners, allocations, texts, limit)
     path = HERE / f"{name or wishes.name}.toml"
     options = RunOptions.of(context)
     if path.exists():
@@ -180,13 +184,14 @@ def model(
     made = _overridden(made, path, options)
     options = replace(options, trials=None, set_=None, prompt=None)  # the file says them
     words = [word for word in sys.argv[1:] if word != "--dry-run"]
-    lines = (f"python tune.py --study {path.stem}", "", f"Made by: python tune.py {shlex.join(words)}")
+    trusts = " --trust-plugins" * trust_plugins
+    lines = (f"python tune.py --study {path.stem}{trusts}", "", f"Made by: python tune.py {shlex.join(words)}")
     head = [*map(as_typed, lines)]
     if dry_run:
         _forecast(path, made, head, options)
         return
     write_study(path, made, head)
-    console.print(f"study: {path}; the same command, or --study {path.stem}, resumes it")
+    console.print(f"study: {path}; the same command, or --study {path.stem}{trusts}, resumes it")
     try:
         start(str(path), options)
     except UserError:

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from atp_tune.cli.options import Device, Json, Overrides, Storage, StudyLabel, StudyName, load_study
+from atp_tune.cli.options import Device, Json, Overrides, Storage, StudyLabel, StudyName, TrustPlugins, load_study
 from atp_tune.cli.terminal import console, gib, table, trials
 from atp_tune.errors import printable
 
@@ -18,6 +18,7 @@ def plan(
     storage: Storage = None,
     study_name: StudyLabel = None,
     device: Device = None,
+    trust_plugins: TrustPlugins = False,
     set_: Overrides = None,
 ) -> None:
     """Estimate what a study will cost before it runs: tokens, seconds, memory, and what does not fit.
@@ -27,7 +28,7 @@ def plan(
 
     Example: `python tune.py plan --study smol`
     """
-    show_plan(load_study(study, storage, device, set_), study_name, json)
+    show_plan(load_study(study, storage, device, set_, trust_plugins), study_name, json)
 
 
 def show_plan(file: "StudyFile", study_name: str | None, json: bool = False) -> None:

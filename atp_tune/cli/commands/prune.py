@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from atp_tune.cli import completion
-from atp_tune.cli.options import Device, Overrides, load_study
+from atp_tune.cli.options import Device, Overrides, TrustPlugins, load_study
 from atp_tune.cli.terminal import console
 from atp_tune.plan import percent
 from atp_tune.spec.finding import BARE
@@ -18,7 +18,7 @@ def prune(
     pruner: Annotated[
         str | None,
         typer.Option(
-            help="magnitude, wanda, sparsegpt, dsnot or alps; default: the study's first, or wanda.",
+            help="magnitude, wanda, sparsegpt, dsnot, alps or a plug-in; default: the study's first, or wanda.",
             autocompletion=completion.pruners,
         ),
     ] = None,
@@ -28,7 +28,7 @@ def prune(
     allocation: Annotated[
         str | None,
         typer.Option(
-            help="uniform, atp, curve, owl, alphapruning, er, erk or global; default: atp.",
+            help="uniform, atp, curve, owl, alphapruning, er, erk, global or a plug-in; default: atp.",
             autocompletion=completion.allocations,
         ),
     ] = None,
@@ -48,6 +48,7 @@ def prune(
         ),
     ] = None,
     device: Device = None,
+    trust_plugins: TrustPlugins = False,
     set_: Overrides = None,
 ) -> None:
     """Prune once, without a search, and print the perplexity on the test text.
@@ -68,14 +69,15 @@ def prune(
         raise typer.BadParameter(f"{allocation} without any is uniform; for example --beta 0.004", param_hint="--beta")
     if model is not None and Path(model).expanduser().exists():
         model = str(Path(model).expanduser().absolute())
-    names = allocation and [allocation]
-    options = {
-        "model.source": model, "prune.pruners": pruner and [pruner], "allocation.names": names, "sparsity": sparsity,
-    }  # fmt: skip
+    from atp_tune.spec.plugged import rooted
+
+    pruners, names = (list(rooted([name], Path())) if name else None for name in (pruner, allocation))
+    options = {"model.source": model, "prune.pruners": pruners, "allocation.names": names, "sparsity": sparsity}
     named = [f"{key}={value}" for key, value in options.items() if value is not None]
     if sparsity is not None:
         named.append("limit=none")  # which only a search over sparsities has
-    file = load_study(study or str(BARE), None, device, [*named, *(set_ or [])])
+    base = Path() if study is None else None
+    file = load_study(study or str(BARE), None, device, [*named, *(set_ or [])], trust_plugins, base)
     if file.study.interval is not None:
         searched = f"{study or 'the study'} searches from {percent(file.study.interval)}"
         raise typer.BadParameter(f"{searched}; give one, such as --sparsity 0.6", param_hint="--sparsity")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atp_tune.cli.options import AllowPickle, Device, Storage, TrustRemoteCode
+from atp_tune.cli.options import AllowPickle, Device, Storage, TrustPlugins, TrustRemoteCode, permissions
 from atp_tune.cli.terminal import console, markdown
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def speedup(
     storage: Storage = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
+    trust_plugins: TrustPlugins = False,
 ) -> None:
     """Measure file size and tokens per second of a sparse model against the dense one, on this machine.
 
@@ -68,7 +69,7 @@ def speedup(
             return
     if (config is None) == (model is None):
         raise typer.BadParameter("give either --config FILE or --model DIR", param_hint="--config")
-    allowed = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    allowed = permissions(allow_pickle, trust_remote_code, trust_plugins)
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import quiet
     from atp_tune.spec.config import read_config

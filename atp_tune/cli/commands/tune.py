@@ -21,6 +21,7 @@ from atp_tune.cli.options import (
     Timeout,
     Track,
     Trials,
+    TrustPlugins,
     Workers,
 )
 from atp_tune.cli.running import RunOptions, start
@@ -46,6 +47,7 @@ def run(
     engine: Engine = PoolEngine.process,
     ray_address: RayAddress = None,
     track: Track = None,
+    trust_plugins: TrustPlugins = False,
     set_: Overrides = None,
     prompt: Prompts = None,
     dry_run: DryRun = False,

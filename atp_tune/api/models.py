@@ -1,0 +1,128 @@
+"""Models of plans and configurations, in memory and in folders."""
+
+import copy
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from atp_tune.api.arguments import as_arguments
+from atp_tune.api.lender import Lender
+from atp_tune.api.progress import shown
+from atp_tune.checkpoints.classes import reads_images
+from atp_tune.checkpoints.models import ModelFolder, resolve
+from atp_tune.errors import UserError
+from atp_tune.events import EventHandler, TrialStarted
+from atp_tune.interrupts import interruptible
+from atp_tune.libraries import silenced
+from atp_tune.metrics.perplexity import Perplexity
+from atp_tune.plan import Plan
+from atp_tune.search.context import ContextConfig, TrialContext
+from atp_tune.sparse.applying import apply, plan_of
+from atp_tune.sparse.card import Dense, describe
+from atp_tune.sparse.provenance import ABOUT
+from atp_tune.spec.config import Config, read_config
+from atp_tune.spec.study import ModelConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def pruned(config: Config, base: Path, device: str, lender: Lender, allowed: Mapping[str, bool]) -> "PreTrainedModel":
+    """The model of a configuration in memory; relative paths start at `base`."""
+    with lender.lend() as sources, working(False) as watch:
+        check_same(config, sources.model)
+        texts = {"calibration": config.calibration}
+        setup = ContextConfig.of_config(config, texts, base, sources.device or device, allowed)
+        with TrialContext.open(setup, watch) as context:
+            weights = weights_of(context, plan_of(config, context))
+            loaded = None if lender.model is not None else context.checkpoint.take_model()
+    return copied(lender.model, weights) if loaded is None else replaced(loaded, weights)
+
+
+def save(config: Config, base: Path, out: Path, device: str, lender: Lender, allowed: Mapping[str, bool]) -> Perplexity:
+    """Writes the sparse checkpoint of a configuration, and returns its perplexity on the test text.
+
+    A model in memory is first written, dense, to a temporary folder beside `out`.
+    """
+    with lender.lend() as sources, working(False) as watch:
+        check_same(config, sources.model)
+        if lender.model is None:
+            return apply(config, base, out, device, watch, allowed)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as place:
+            dense = _saved(lender, Path(place))
+            of_folder = config.model_copy(update={"model": config.model.model_copy(
+                update={"id": place, "fingerprint": dense.content}
+            )})  # fmt: skip
+            measured = apply(of_folder, base, out, sources.device or device, watch, allowed)
+            about = read_config(out / ABOUT).model_copy(update={"model": config.model})
+            describe(out, about, Dense(dense.path, None, reads_images(dense.path)))
+            return measured
+
+
+def check_same(config: Config, lent: str | None) -> None:
+    """UserError if another model is lent than the configuration's, by the content of its weights."""
+    if lent is not None and config.model.id != lent:
+        raise UserError("model: its weights or its config have changed since the study measured it; give it as it was")
+
+
+def _saved(lender: Lender, folder: Path) -> ModelFolder:
+    """The model of a lender as a folder; UserError if transformers reads it back with other weights."""
+    lender.model.save_pretrained(folder)
+    lender.tokenizer.save_pretrained(folder)
+    return resolve(ModelConfig(source=str(folder)), Path())
+
+
+@contextmanager
+def working(progress: bool) -> Iterator[EventHandler]:
+    """Shows progress, silences libraries, and lets Ctrl-C interrupt; errors name arguments of Python."""
+    with as_arguments(), shown(progress) as watch, silenced(), interruptible(signal.SIGINT):
+        yield watch
+
+
+def weights_of(context: TrialContext, plan: Plan) -> dict[str, Tensor]:
+    """The pruned weights by parameter of the model, in host memory."""
+    context.watch(TrialStarted("pruning", plan))
+    checkpoint, found = context.checkpoint, {}
+    for block in context.prune(plan):
+        for linear in checkpoint.linears[block.index]:
+            found[checkpoint.key(block.index, linear)] = block.weights[linear.key].cpu()
+    context.folder.check_unchanged()
+    return found
+
+
+@torch.no_grad()
+def written(model: Any, weights: Mapping[str, Tensor]) -> "PreTrainedModel":
+    """The model itself, with pruned weights written into its parameters."""
+    for name, weight in weights.items():
+        model.get_parameter(name).copy_(weight)
+    found: PreTrainedModel = model
+    return found
+
+
+@torch.no_grad()
+def copied(model: Any, weights: Mapping[str, Tensor]) -> "PreTrainedModel":
+    """A copy of the model; the dense weights that are replaced are never copied."""
+    known: dict[int, Any] = {}
+    for name, weight in weights.items():
+        parameter = model.get_parameter(name)
+        own = torch.empty_like(parameter).copy_(weight)
+        known[id(parameter)] = nn.Parameter(own, requires_grad=parameter.requires_grad)
+    found: PreTrainedModel = copy.deepcopy(model, known)
+    return found
+
+
+@torch.no_grad()
+def replaced(model: Any, weights: Mapping[str, Tensor]) -> "PreTrainedModel":
+    """The model, which was loaded for this call, with other tensors: the loaded ones may be mapped files."""
+    for name, weight in weights.items():
+        parameter = model.get_parameter(name)
+        parameter.data = torch.empty_like(weight, device=parameter.device).copy_(weight)
+    found: PreTrainedModel = model.requires_grad_(True)
+    return found

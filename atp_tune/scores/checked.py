@@ -1,0 +1,64 @@
+"""A score that is a plug-in, checked each time: one finite number, or NaN, for each item."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from atp_tune.blocks.replay import Replay
+from atp_tune.blocks.verification import ProbeRun
+from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.errors import PluginError, UserError
+from atp_tune.inputs import Batch
+from atp_tune.plugins import guarded
+from atp_tune.registry import Origin
+from atp_tune.scores import WindowScores
+
+METHODS = ("probes", "check_head", "head_cost", "items")
+
+
+class CheckedScore:
+    """The `Score` around a plug-in; PluginError, which names the plug-in and its file, for a wrong result.
+
+    `Difference`, by which `check_head` says that it does not fit the model, is no error of the plug-in.
+    """
+
+    def __init__(self, plugin: Any, origin: Origin) -> None:
+        self._plugin = plugin
+        self._origin = origin
+        self.__doc__ = getattr(plugin, "__doc__", None)
+
+    def probes(self, checkpoint: Checkpoint) -> Any:
+        """The plug-in's probes."""
+        with guarded(self._origin, "probes"):
+            return self._plugin.probes(checkpoint)
+
+    def check_head(self, replay: Replay, runs: Sequence[ProbeRun], logits: Tensor, is_routed: bool) -> None:
+        """The plug-in's check."""
+        self._plugin.check_head(replay, runs, logits, is_routed)
+
+    def head_cost(self, checkpoint: Checkpoint, positions: int) -> tuple[int, int]:
+        """The plug-in's cost of the head."""
+        with guarded(self._origin, "head_cost"):
+            at_a_time, size = self._plugin.head_cost(checkpoint, positions)
+            return int(at_a_time), int(size)
+
+    def items(self, replay: Replay, batch: Batch, hidden: Tensor, dense: Tensor | None) -> WindowScores:
+        """The plug-in's scores."""
+        with guarded(self._origin, "items"):
+            nlls, kls = self._plugin.items(replay, batch, hidden, dense)
+            found = WindowScores([float(nll) for nll in nlls], [float(kl) for kl in kls])
+        wanted = (len(hidden), 0 if dense is None else len(hidden))
+        if (len(found.nlls), len(found.kls)) != wanted:
+            many = f"{len(found.nlls)} NLLs and {len(found.kls)} KLs"
+            raise PluginError(f"{self._origin}: items returned {many}, where there must be {wanted[0]} and {wanted[1]}")
+        return found
+
+
+def finished(found: Any, origin: Origin) -> CheckedScore:
+    """The score of a plug-in: an object, or a class, of which one is made; UserError if it is none."""
+    missing = [name for name in METHODS if not callable(getattr(found, name, None))]
+    if missing:
+        raise UserError(f"{origin}: is no score: has no method {missing[0]}; inherit from NextToken, or see Score")
+    with guarded(origin, "it could not be made"):
+        return CheckedScore(found() if isinstance(found, type) else found, origin)

@@ -1,0 +1,256 @@
+"""The plug-ins that a study or a configuration names: permission, their settings, and the hashes of their files.
+
+Reading a study runs no code of a plug-in. `plug_in` and `plug_in_config` run it, for commands that prune.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, JsonValue, ValidationError
+from pydantic_core import InitErrorDetails
+
+from atp_tune.allocations import ALLOCATIONS
+from atp_tune.errors import UserError
+from atp_tune.frozen import FrozenModel, relocated
+from atp_tune.plugins import ASK, content_of, file_of, is_place, load, registry, short_name
+from atp_tune.pruners import PRUNERS
+from atp_tune.registry import Origin, Registry
+from atp_tune.spec.manifest import SHA256
+from atp_tune.spec.prune import PruneConfig
+from atp_tune.spec.search import SAMPLERS, SCORES
+from atp_tune.spec.study import Study, Text
+
+if TYPE_CHECKING:
+    from atp_tune.spec.config import Config
+
+SOURCE = "source of texts"
+BUILT_IN_SOURCES = (
+    "c4",
+    "wikitext2",
+    "hub",
+    "file",
+    "package",
+    "memory",
+)  # without numpy, which their registry's module needs
+TEXT = re.compile(r"(?P<place>(?:.+\.py|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+):[A-Za-z_][\w-]*)(?::(?P<rest>.*))?", re.DOTALL)
+
+
+def _a_path(place: str) -> str:
+    if "\0" in place or not is_place(place):
+        raise ValueError("must be FILE.py:NAME or package.module:NAME")
+    return place
+
+
+@dataclass(frozen=True)
+class Named:
+    """A name in a study that may be a plug-in's: its kind, the key that holds it, and the name as it is written."""
+
+    kind: str
+    key: str
+    written: str
+
+    @property
+    def short(self) -> str:
+        """The short name."""
+        return short_name(self.written)
+
+
+class PluginRef(FrozenModel):
+    """A plug-in: its kind, its place (FILE.py:NAME or package.module:NAME), and the SHA-256 of its file."""
+
+    kind: Literal["pruner", "allocation", "score", "source of texts", "sampler"]
+    place: Annotated[str, AfterValidator(_a_path)]
+    sha256: SHA256
+
+
+def check_known(pruner: str, allocation: str, score: str, plugins: Mapping[str, PluginRef]) -> None:
+    """ValidationError unless a configuration's pruner, allocation and score are built in or among its plug-ins."""
+    for place, name, known in (
+        (("pruner",), pruner, PRUNERS),
+        (("allocation", "name"), allocation, ALLOCATIONS),
+        (("score",), score, SCORES),
+    ):
+        plugin = plugins.get(name)
+        if not known.is_built_in(name) and (plugin is None or plugin.kind != known.kind):
+            *others, last = map(repr, known)
+            expected = f"{', '.join(others)} or {last}" if others else last
+            wrong = InitErrorDetails(type="literal_error", loc=place, input=name, ctx={"expected": expected})
+            raise ValidationError.from_exception_data("Config", [wrong])
+
+
+def parts_of(source: str) -> tuple[str, str]:
+    """The name of a source of texts, which may be a place, and what follows it."""
+    found = TEXT.fullmatch(source)
+    if found and source.partition(":")[0] not in BUILT_IN_SOURCES:
+        return found["place"], found["rest"] or ""
+    name, _, rest = source.partition(":")
+    return name, rest
+
+
+def named_in(study: Study) -> list[Named]:
+    """The plug-ins of a study: places, and names that are not built in."""
+    search, rows = study.search, list[tuple[Registry[Any] | None, Named]]()
+    rows += [(PRUNERS, Named("pruner", "prune.pruners", name)) for name in study.prune.pruners]
+    rows += [(ALLOCATIONS, Named("allocation", "allocation.names", name)) for name in study.allocation.names]
+    rows += [(SAMPLERS, Named("sampler", "search.sampler", search.sampler))]
+    rows += [(SCORES, Named("score", "search.score", search.score))]
+    texts = {f"texts.{role}.source": text for role, text in study.texts if isinstance(text, Text)}
+    rows += [(None, Named(SOURCE, key, parts_of(text.source)[0])) for key, text in texts.items()]
+    return [named for known, named in rows if _is_plugged(named, known)]
+
+
+def _is_plugged(named: Named, known: Registry[Any] | None) -> bool:
+    """Whether a name is a plug-in's; a source of texts of an unknown name is a mistake, which reading it reports."""
+    if known is not None or is_place(named.written):
+        return is_place(named.written) or not (known and known.is_built_in(named.short))
+    return named.short not in BUILT_IN_SOURCES and named.short in registry(SOURCE)
+
+
+def contents(study: Study, folder: Path) -> dict[str, str]:
+    """The SHA-256 of the content of each plug-in's file, by short name, as far as known; places start at `folder`."""
+    found = {}
+    for named in named_in(study):
+        known = registry(named.kind).held().get(named.short)
+        if is_place(named.written):
+            file = file_of(named.written, folder, named.key)
+            if file is not None and (known is None or known.file is None or known.file.resolve() != file.resolve()):
+                known = None
+                if digest := content_of(named.written, folder, named.key):
+                    found[named.short] = digest
+        if known is not None:
+            found[named.short] = known.sha256
+    return found
+
+
+def origins(study: Study) -> dict[str, Origin]:
+    """The origins of a study's plug-ins, whose code has been run, by short name."""
+    found = {named.short: registry(named.kind).origin(named.short) for named in named_in(study)}
+    return {name: origin for name, origin in found.items() if origin is not None}
+
+
+def records(study: Study, folder: Path) -> dict[str, dict[str, str]]:
+    """Kind, place and SHA-256 of a study's plug-ins, whose code has been run, by short name.
+
+    The place is that of the study file or of the entry point; a decorator's is its file, relative to `folder`.
+    """
+    written = {named.short: named.written for named in named_in(study)}
+    rows = {}
+    for name, origin in origins(study).items():
+        place = written[name] if is_place(written[name]) else origin.place
+        if origin.via == "decorator" and origin.file is not None and place == origin.place:
+            place = f"{os.path.relpath(os.path.realpath(origin.file), os.path.realpath(folder))}:{name}"
+        rows[name] = {"kind": origin.kind, "place": place, "sha256": origin.sha256}
+    return rows
+
+
+def plug_in(study: Study, folder: Path, trusted: bool) -> Study:
+    """Runs the code of a study's plug-ins, checks the tables of pruners, and leaves out settings that are defaults.
+
+    `trusted`: code that the study names by its place may run. UserError without that, for a plug-in that is missing or
+    wrong, and if two have one name; ValidationError, as of the study, for wrong settings.
+    """
+    found = named_in(study)
+    _check_names(found)
+    for named in found:
+        bring(named, folder, trusted)
+    for kind in ("pruner", "allocation", "sampler", "score"):
+        registry(kind).entry_points()  # UserError for one that has the name of a built-in object
+    if not study.prune.tables:
+        return study
+    return study.model_copy(update={"prune": _with_settings(study.prune)})
+
+
+def _check_names(found: Sequence[Named]) -> None:
+    """UserError if two plug-ins of different kinds or texts have one name: facts are named after it."""
+    known: dict[str, Named] = {}
+    for named in found:
+        other = known.setdefault(named.short, named)
+        if (other.kind, other.written) != (named.kind, named.written):
+            raise UserError(
+                f"{named.key}: {other.written}, in {other.key}, and {named.written} are both called {named.short}; "
+                "rename one of the plug-ins"
+            )
+
+
+def bring(named: Named, folder: Path, trusted: bool) -> Origin:
+    """Runs the code of one plug-in; its origin. UserError without permission, or if it is not there."""
+    known = registry(named.kind)
+    if not is_place(named.written):
+        origin = known.origin(named.short)
+        if origin is None:
+            raise UserError(
+                f"{named.key}: no {named.kind} {named.short} is known in this process; install its package, or name it "
+                "as FILE.py:NAME"
+            )
+        return origin
+    if not trusted:
+        raise UserError(
+            f"{named.key}: {named.written} is Python code, which is not run; read it, then allow it with {ASK}"
+        )
+    load(named.kind, named.written, folder, named.key)
+    origin = known.origin(named.short)
+    assert origin is not None
+    return origin
+
+
+def _with_settings(prune: PruneConfig) -> PruneConfig:
+    wrong: list[InitErrorDetails] = []
+    tables: dict[str, dict[str, JsonValue]] = {}
+    for name, table in prune.tables.items():
+        kind: type[BaseModel] = PRUNERS[name]  # type: ignore[assignment]
+        if "group" in table:  # the pattern sets it
+            wrong.append(InitErrorDetails(type="extra_forbidden", loc=("prune", name, "group"), input=table["group"]))
+            continue
+        try:
+            made = kind.model_validate(table)
+        except ValidationError as error:
+            wrong += relocated(error, "prune", name)
+        else:
+            if set_ := made.model_dump(mode="json", exclude_defaults=True):
+                tables[name] = set_
+    if wrong:
+        raise ValidationError.from_exception_data("Study", wrong)
+    copied = prune.model_copy()
+    object.__setattr__(copied, "__pydantic_extra__", tables)
+    object.__setattr__(copied, "__pydantic_fields_set__", {*prune.model_fields_set} - {*prune.tables} | {*tables})
+    return copied
+
+
+def plug_in_config(config: "Config", texts: Mapping[str, Text], base: Path, trusted: bool) -> None:
+    """Runs the code of the plug-ins that a configuration's weights and scores need: its pruner, its score, these texts.
+
+    An allocation's is not needed, since the configuration holds the sparsities. `base`: the folder that relative paths
+    start at. UserError without permission, and for a plug-in that is missing, or has changed since.
+    """
+    needed = {"pruner": config.pruner, "score": config.score}
+    needed |= {f"{role}.source": short_name(parts_of(text.source)[0]) for role, text in texts.items()}
+    for key, name in needed.items():
+        if (ref := config.plugins.get(name)) is None:
+            continue
+        known = registry(ref.kind)
+        named = Named(ref.kind, key, name if name in known else ref.place)
+        origin = bring(named, base, trusted)
+        if origin.sha256 != ref.sha256:
+            raise UserError(
+                f"plugins.{name}.sha256: {origin.file or origin.place} is {origin.sha256[:12]}… here, the "
+                f"configuration was found with {ref.sha256[:12]}…; give it the plug-in of the study"
+            )
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """The fields of a plug-in pruner that are keys of its table; empty for another name, or before its code has run."""
+    if PRUNERS.is_built_in(name) or name not in PRUNERS.held():
+        return {}
+    fields: dict[str, Any] = PRUNERS[name].model_fields  # type: ignore[attr-defined]
+    return {key: field for key, field in fields.items() if key != "group"}
+
+
+def rooted(names: Sequence[str], folder: Path) -> Iterator[str]:
+    """Names from a command line, with places whose files start at `folder` made absolute."""
+    for name in names:
+        file = file_of(name, folder, "plug-in") if is_place(name) else None
+        yield name if file is None else f"{file.absolute()}:{name.rpartition(':')[2]}"

@@ -1,0 +1,825 @@
+"""Plug-ins: how they are named and found, who may run them, what they may not do, and what is recorded of them."""
+
+import hashlib
+import json
+import math
+import re
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jsonschema
+import optuna
+import pytest
+import torch
+from plugging import forgotten
+from tinystudy import CommandLine, settings
+from torch import Tensor
+
+from atp_tune import plugins
+from atp_tune.allocations import ALLOCATIONS, Budget, Shape
+from atp_tune.allocations.checked import CheckedAllocation, finished
+from atp_tune.errors import PluginError, TrialError, UserError
+from atp_tune.figures.style import PRUNERS as COLOURS
+from atp_tune.figures.style import colour_of
+from atp_tune.frozen import STORED, SettingsTable
+from atp_tune.inputs.documents import documents
+from atp_tune.plan import Plan
+from atp_tune.pruners import PRUNERS, SETTINGS, make_pruner
+from atp_tune.pruners.statistics import InputNorms
+from atp_tune.registry import Origin, points_of
+from atp_tune.scores import SCORES
+from atp_tune.search.samplers import make_sampler
+from atp_tune.search.space import make_space
+from atp_tune.spec.config import Config, read_config
+from atp_tune.spec.facts import facts
+from atp_tune.spec.plugged import named_in, parts_of, plug_in, plug_in_config, records
+from atp_tune.spec.prune import PruneConfig
+from atp_tune.spec.schema import study_schema
+from atp_tune.spec.search import SAMPLERS
+from atp_tune.spec.study import Study, Text
+from atp_tune.spec.studyfile import from_settings, load
+from atp_tune.spec.studyfile import settings as settings_of
+from atp_tune.spec.writing import study_text
+from atp_tune.study_request import StudyRequest
+
+GUIDE = Path(__file__).parents[1] / "docs" / "plugins.md"
+GOLDEN = Path(__file__).parent / "golden" / "config.json"
+STUDY = """
+sparsity = 0.6
+[model]
+source = "org/model"
+[texts]
+calibration = {{ source = "c4" }}
+validation = {{ source = "wikitext2", split = "validation" }}
+test = {{ source = "wikitext2", split = "test" }}
+[search]
+trials = 5
+{search}
+[prune]
+{prune}
+[allocation]
+{allocation}
+"""
+PRUNER = '''\
+from typing import ClassVar
+from pydantic import Field
+from atp_tune.frozen import SettingsTable
+from atp_tune.plugins import pruner
+from atp_tune.pruners.selection import lowest_in_matrix, zeroed
+
+
+@pruner("mine")
+class Mine(SettingsTable):
+    """Zeroes what is small. It has a setting."""
+
+    strength: float = Field(2.0, gt=0, description="how strong")
+    group: int | None = None
+    measures: ClassVar = None
+
+    def prune(self, weight, sparsity, statistics):
+        return zeroed(weight, lowest_in_matrix(weight.float().abs() ** self.strength, sparsity, self.group))
+'''
+MARKED = "from pathlib import Path\nPath({marker!r}).touch()\n" + PRUNER
+ALLOCATION = '''\
+class Flat:
+    """Half of the blocks a little more."""
+
+    def bounds(self, budget):
+        return {"tilt": (0.0, 0.1)}
+
+    def sparsities(self, budget, tilt):
+        return [budget.target] * len(budget.sizes)
+'''
+SHAPE = Shape(3, 4, attention=False)
+BUDGET = Budget(0.5, (24, 24), ((SHAPE, SHAPE),) * 2)
+
+
+@pytest.fixture(autouse=True)
+def clean() -> Iterator[None]:
+    with forgotten():
+        yield
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a study file, beside a pruner and an allocation."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "mine.py").write_text(PRUNER)
+    (tmp_path / "own" / "flat.py").write_text(ALLOCATION)
+
+    def written(prune: str = 'pruners = ["wanda", "own/mine.py:Mine"]', allocation: str = "", search: str = "") -> Path:
+        path = tmp_path / "s.toml"
+        path.write_text(STUDY.format(prune=prune, allocation=allocation, search=search))
+        return path
+
+    return written
+
+
+def message(call: Callable[[], Any]) -> str:
+    with pytest.raises(UserError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# Names
+
+
+def test_a_place_and_its_short_name() -> None:
+    assert plugins.short_name("a/b.c/ria.py:RIA") == plugins.short_name("pkg.mod:Ria") == "ria"
+    assert plugins.short_name("wanda") == "wanda"
+    for no_place in ("wanda", "ria.py", "ria.py:", ":RIA", "a b:RIA", "ria.py:R I", "c4"):
+        assert not plugins.is_place(no_place)
+    assert parts_of("poems.py:poems:1,2:3") == ("poems.py:poems", "1,2:3")
+    assert parts_of("pkg.mod:poems") == ("pkg.mod:poems", "")
+    assert parts_of("file:a.py:b") == ("file", "a.py:b")
+    assert parts_of("package:a.b:c") == ("package", "a.b:c")
+    assert parts_of("c4") == ("c4", "")
+
+
+def test_reading_a_study_runs_no_plug_in(write: Callable[..., Path], tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    path = write('pruners = ["wanda", "own/mine.py:Mine"]\nmine = { strength = 3 }', 'names = ["own/flat.py:Flat"]')
+    (tmp_path / "own" / "mine.py").write_text(MARKED.format(marker=str(marker)))
+    file = load(str(path))
+    assert file.study.prune.short_names == ("wanda", "mine")
+    assert file.study.prune.settings("mine") == {"strength": 3, "group": None}
+    assert file.study.allocation.short_names == ("flat",)
+    assert facts(file.study, file.folder)["prune.pruners"] == ["wanda", "mine"]
+    assert from_settings(settings_of(file)).study == file.study
+    assert tomllib.loads(study_text(file.study, ()))["prune"]["mine"] == {"strength": 3}
+    assert Study.model_validate(tomllib.loads(study_text(file.study, ()))) == file.study
+    assert not marker.exists()
+    assert message(lambda: load(str(path), plugins=False)) == (
+        f"{path}: prune.pruners: own/mine.py:Mine is Python code, which is not run; read it, then allow it with "
+        "--trust-plugins"
+    )
+    assert not marker.exists()
+    assert load(str(path), plugins=True).trusts_plugins
+    assert marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "names", "said"),
+    [
+        ("prune", ["x.py:Wanda"],
+         "prune.pruners: x.py:Wanda has the name of the built-in pruner wanda; rename the plug-in"),
+        ("prune", ["x.py:Mine", "y.py:mine"],
+         "prune.pruners: x.py:Mine and y.py:mine are both called mine; rename one of the plug-ins"),
+        ("prune", ["x.py:Mine", "x.py:Mine"], 'prune.pruners: holds "x.py:Mine" 2 times'),
+        ("prune", ["mine"], "prune.pruners[0]: must be one of magnitude, wanda, sparsegpt, dsnot, alps, got \"mine\""),
+        ("allocation", ["x.py:OWL"],
+         "allocation.names: x.py:OWL has the name of the built-in allocation owl; rename the plug-in"),
+    ],
+)  # fmt: skip
+def test_names_that_are_refused(key: str, names: list[str], said: str, write: Callable[..., Path]) -> None:
+    path = write(**{key: f"{'pruners' if key == 'prune' else 'names'} = {json.dumps(names)}"})
+    assert message(lambda: load(str(path))) == f"{path}: {said}"
+
+
+def test_two_kinds_cannot_share_a_name(write: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "own" / "flat.py").write_text(ALLOCATION.replace("Flat", "Mine"))
+    path = write(allocation='names = ["own/flat.py:Mine"]')
+    assert message(lambda: load(str(path), plugins=True)) == (
+        f"{path}: allocation.names: own/mine.py:Mine, in prune.pruners, and own/flat.py:Mine are both called mine; "
+        "rename one of the plug-ins"
+    )
+
+
+def test_the_schema_knows_places_and_tables(write: Callable[..., Path]) -> None:
+    def errors(path: Path) -> list[str]:
+        found = jsonschema.Draft7Validator(study_schema()).iter_errors(tomllib.loads(path.read_text()))
+        return [error.json_path for error in found]
+
+    good = 'pruners = ["wanda", "own/mine.py:Mine"]\nmine = { strength = 3 }'
+    assert errors(write(good, 'names = "a.b:C"', 'sampler = "s.py:make"')) == []
+    assert errors(write('pruners = ["mine"]')) == ["$.prune.pruners[0]"]
+    assert errors(write("pruner = []")) == ["$.prune.pruner"]
+    assert errors(write("magnitude = {}")) == ["$.prune"]
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("prune.mine.strength=0", "prune.mine.strength: must be greater than 0, got 0"),
+        ("prune.mine.strength=true", "prune.mine.strength: must be a number, got true"),
+        ("prune.mine.strenght=1", "prune.mine.strenght: unknown key; did you mean prune.mine.strength?"),
+        ("prune.mine.group=4", "prune.mine.group: unknown key; known here are strength"),
+        ("prune.mine=3", "prune.mine: is not valid, got 3"),
+        ("prune.other.strength=1", "prune.other: unknown key; known here are pruners, "),
+        ("prune.magnitude.x=1", "prune.magnitude: unknown key; known here are pruners, "),
+        ("prune.mine.wanda=1", "prune.mine.wanda: unknown key; did you mean prune.wanda?"),
+    ],
+)
+def test_settings_are_checked_like_all_keys(override: str, said: str, write: Callable[..., Path]) -> None:
+    path = write()
+    assert message(lambda: load(str(path), [override], plugins=True)).startswith(
+        f"{path} with --set {override}: {said}"
+    )
+
+
+def test_settings_at_their_defaults_are_no_facts(write: Callable[..., Path]) -> None:
+    plain, spelt, other = (
+        load(str(write()), overrides, plugins=True)
+        for overrides in ([], ["prune.mine.strength=2.0"], ["prune.mine.strength=3"])
+    )
+    assert spelt.study.prune.tables == plain.study.prune.tables == {}
+    assert facts(spelt.study, spelt.folder) == facts(plain.study, plain.folder)
+    changed = {**facts(plain.study, plain.folder), "prune.mine.strength": 3.0}
+    assert facts(other.study, other.folder) == changed
+    assert "strength=3.0" in repr(make_pruner("mine", other.study.prune.settings("mine")))
+
+
+# Facts
+
+
+def test_the_content_is_a_fact_and_the_folder_is_not(write: Callable[..., Path], tmp_path: Path) -> None:
+    file = load(str(write()), plugins=True)
+    here = facts(file.study, file.folder)
+    assert here["plugins.mine.content"] == hashlib.sha256(PRUNER.encode()).hexdigest()
+    (tmp_path / "own").rename(tmp_path / "moved")
+    moved = load(str(write_moved(tmp_path)), plugins=True)
+    assert facts(moved.study, moved.folder) == here
+    with (tmp_path / "moved" / "mine.py").open("a") as stream:
+        stream.write("# changed\n")
+    unread = load(str(tmp_path / "s.toml"))
+    assert facts(unread.study, unread.folder)["plugins.mine.content"] == here["plugins.mine.content"]  # what has run
+    again = load(str(tmp_path / "s.toml"), plugins=True)
+    assert facts(again.study, again.folder)["plugins.mine.content"] != here["plugins.mine.content"]
+    assert records(again.study, again.folder)["mine"]["place"] == "moved/mine.py:Mine"
+
+
+def write_moved(folder: Path) -> Path:
+    path = folder / "s.toml"
+    path.write_text(path.read_text().replace("own/mine.py", "moved/mine.py"))
+    return path
+
+
+def test_a_plug_in_that_is_away_is_unknown_to_facts(write: Callable[..., Path], tmp_path: Path) -> None:
+    file = load(str(write()))
+    assert "plugins.mine.content" in facts(file.study, file.folder)
+    (tmp_path / "own" / "mine.py").unlink()
+    assert "plugins.mine.content" not in facts(file.study, file.folder)
+
+
+# Files that cannot be run
+
+
+@pytest.mark.parametrize(
+    ("code", "place", "said"),
+    [
+        ("x = (", "x.py:Mine", "line 1: SyntaxError: '(' was never closed"),
+        ("import torch\nimport no_such_module", "x.py:Mine", "line 2: ModuleNotFoundError: No module named"),
+        ("1 / 0", "x.py:Mine", "line 1: ZeroDivisionError: division by zero"),
+        (PRUNER, "x.py:Mien", "has no pruner Mien; did you mean mine?"),
+        ("y = 1", "x.py:Mine", "has no pruner Mine"),
+        ("mine = 3", "x.py:mine", "is no pruner: must be a class that inherits from atp_tune.frozen.SettingsTable"),
+        (PRUNER.replace("def prune", "def other"), "x.py:Mine", "is no pruner: has no method prune"),
+        (PRUNER.replace("    measures: ClassVar = None\n", ""), "x.py:Mine", "has no class variable measures"),
+        (
+            PRUNER.replace("ClassVar = None", "ClassVar = 3"),
+            "x.py:Mine",
+            "measures must be None or a class of statistics",
+        ),
+        (PRUNER.replace("Field(2.0, ", "Field("), "x.py:Mine", "its setting strength needs a default"),
+    ],
+)
+def test_a_file_that_is_no_pruner(code: str, place: str, said: str, write: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "x.py").write_text(code)
+    found = message(lambda: load(str(write(f'pruners = ["{place}"]')), plugins=True))
+    assert said in found and "x.py" in found
+
+
+@pytest.mark.parametrize(
+    "place", ["no.py:Mine", "own:Mine", "own.no_such:Mine", "~nobody/x.py:Mine", "own/mine.py/x.py:Mine"]
+)
+def test_a_file_that_is_not_there(place: str, write: Callable[..., Path]) -> None:
+    found = message(lambda: load(str(write(f'pruners = ["{place}"]')), plugins=True))
+    assert place.partition(":")[0].split("/")[0] in found
+
+
+def test_an_installed_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[..., Path]) -> None:
+    (tmp_path / "own_pack").mkdir()
+    (tmp_path / "own_pack" / "__init__.py").touch()
+    (tmp_path / "own_pack" / "rule.py").write_text(PRUNER)
+    monkeypatch.syspath_prepend(tmp_path)
+    path = write('pruners = ["own_pack.rule:Mine"]')
+    assert "is Python code, which is not run" in message(lambda: load(str(path), plugins=False))
+    file = load(str(path), plugins=True)
+    assert facts(file.study)["plugins.mine.content"] == hashlib.sha256(PRUNER.encode()).hexdigest()
+    assert load(str(path), plugins=True).study == file.study
+
+
+# Decorators
+
+
+class Zero(SettingsTable):
+    """Zeroes the first inputs of each row."""
+
+    measures: ClassVar = None
+
+    def prune(self, weight: Tensor, sparsity: float, statistics: Any) -> Tensor:
+        weight[:, : int(weight.shape[1] * sparsity)] = 0
+        return weight
+
+
+def test_a_decorator_registers_for_the_process(write: Callable[..., Path]) -> None:
+    assert plugins.pruner("zero")(Zero) is Zero
+    assert plugins.pruner("zero")(Zero) is Zero  # as a cell of a notebook that runs twice
+    assert PRUNERS["zero"] is Zero and "zero" in PRUNERS and list(PRUNERS)[-1] == "zero"
+    origin = PRUNERS.origin("zero")
+    assert origin is not None and origin.file == Path(__file__) and origin.via == "decorator"
+    file = load(str(write('pruners = ["zero"]')), plugins=False)  # it needs no permission
+    digest = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    assert facts(file.study)["plugins.zero.content"] == digest
+    assert PruneConfig(pruners=("zero",)).short_names == ("zero",)
+    assert records(file.study, Path(__file__).parent)["zero"] == {
+        "kind": "pruner", "place": "test_plugins.py:zero", "sha256": digest,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("decorate", "said"),
+    [
+        (lambda: plugins.pruner("wanda")(Zero), "there is a built-in pruner wanda; choose another name"),
+        (lambda: plugins.pruner("Zero"), 'the pruner "Zero": its name must be of lower-case letters'),
+        (lambda: plugins.allocation("zero")(Zero), "is no allocation: has no method sparsities"),
+        (lambda: plugins.sampler("zero")(Zero()), "is no sampler: must be a function from a seed"),
+        (lambda: plugins.text_source("zero")(Zero), "is no source of texts: must be a function"),
+        (lambda: plugins.score("zero")(Zero), "is no score: has no method probes"),
+    ],
+)
+def test_what_decorators_refuse(decorate: Callable[[], Any], said: str) -> None:
+    assert said in message(decorate)
+
+
+def test_two_decorated_objects_of_one_name() -> None:
+    plugins.pruner("zero")(Zero)
+    other = type("Other", (Zero,), {"__module__": __name__, "__qualname__": "Other"})
+    with pytest.raises(UserError):  # its source is found nowhere, or its name is taken
+        plugins.pruner("zero")(other)
+    assert PRUNERS["zero"] is Zero
+
+
+def test_a_name_of_a_decorator_is_unknown_elsewhere(write: Callable[..., Path]) -> None:
+    """In a worker, or to the command line: what is stored is read all the same."""
+    plugins.pruner("zero")(Zero)
+    file = load(str(write('pruners = ["zero"]')), plugins=False)
+    kept = settings_of(file)
+    with forgotten():
+        PRUNERS._added.clear()
+        assert from_settings(kept).study.prune.short_names == ("zero",)
+        assert message(lambda: plug_in(file.study, file.folder, True)) == (
+            "prune.pruners: no pruner zero is known in this process; install its package, or name it as FILE.py:NAME"
+        )
+
+
+# Entry points
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Installs a package with entry points, `group` → lines."""
+    monkeypatch.syspath_prepend(tmp_path / "site")
+
+    def install(name: str, code: str, **groups: str) -> None:
+        site = tmp_path / "site"
+        info = site / f"own_{name}-1.0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: own-{name}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(
+            "".join(f"[atp_tune.{group}]\n{lines}\n" for group, lines in groups.items())
+        )
+        (site / f"own_{name}.py").write_text(code)
+        points_of.cache_clear()
+
+    return install
+
+
+def test_an_entry_point(package: Callable[..., None], write: Callable[..., Path], command: CommandLine) -> None:
+    package(
+        "pack",
+        PRUNER.replace("@pruner", "#") + ALLOCATION,
+        pruners="packed = own_pack:Mine",
+        allocations="even = own_pack:Flat",
+    )
+    assert "packed" in PRUNERS and "own_pack" not in sys.modules
+    path = write('pruners = ["packed"]\npacked = { strength = 3 }', 'names = ["even"]')
+    assert load(str(path)).study.prune.short_names == ("packed",) and "own_pack" not in sys.modules
+    file = load(str(path), plugins=False)  # it needs no permission: the package was installed
+    assert PRUNERS["packed"].__name__ == "Mine"
+    assert {"plugins.packed.content", "plugins.even.content"} <= facts(file.study).keys()
+    assert records(file.study, file.folder)["even"]["place"] == "own_pack:Flat"
+    listed = json.loads(command("plugins", "--json").out)
+    found = {(row["kind"], row["name"]): row for row in listed}
+    row = found["pruner", "packed"]
+    assert (row["origin"], row["about"]) == ("entry point of own-pack", "Zeroes what is small")
+    assert row["settings"] == [{"name": "strength", "type": "number > 0", "default": 2.0, "description": "how strong"}]
+    assert found["allocation", "even"]["parameters"] == {"tilt": [0.0, 0.1]}
+    assert {name for kind, name in found if kind == "pruner"} == {*PRUNERS}
+
+
+def test_entry_points_that_clash(package: Callable[..., None], write: Callable[..., Path]) -> None:
+    package("pack", PRUNER, pruners="wanda = own_pack:Mine")
+    said = "pruner wanda, of the package own-pack: is built in; uninstall one of the packages"
+    assert said in message(lambda: load(str(write()), plugins=True))
+    assert load(str(write('pruners = ["wanda"]'))).study.prune.pruners == ("wanda",)
+
+
+def test_two_packages_of_one_name(package: Callable[..., None]) -> None:
+    package("one", PRUNER, pruners="packed = own_one:Mine")
+    package("two", PRUNER, pruners="packed = own_two:Mine")
+    said = message(lambda: PRUNERS["packed"])
+    assert "is one of the package own-" in said and said.endswith("uninstall one of the packages")
+
+
+def test_an_entry_point_that_cannot_be_imported(package: Callable[..., None]) -> None:
+    package("pack", "1 / 0", pruners="packed = own_pack:Mine")
+    assert message(lambda: PRUNERS["packed"]) == (
+        "pruner packed, of the package own-pack: own_pack:Mine: ZeroDivisionError: division by zero"
+    )
+
+
+# What a pruner may not do
+
+
+WEIGHT = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+
+
+def pruner(body: str, tmp_path: Path, group: int | None = None) -> Any:
+    """A pruner with this body of `prune`."""
+    code = PRUNER[: PRUNER.index("        return zeroed")] + f"        {body}\n"
+    (tmp_path / "bad.py").write_text(f"import torch\n{code}")
+    plugins.load("pruner", "bad.py:Mine", tmp_path, "prune.pruners")
+    return make_pruner("mine", {"group": group})
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("return weight[:, :3]", "prune returned a weight of shape (6, 3) for one of (6, 8)"),
+        ("return weight.double() * 0", "prune returned a weight of dtype torch.float64 for one of torch.float32"),
+        ("return weight * float('nan')", "prune returned a weight with NaN or infinity"),
+        ("return None", "prune returned NoneType, not a tensor"),
+        ("return weight", "prune left 0 zeros of 48 weights at sparsity 0.5, where there must be 24"),
+        ("return weight * 0", "prune left 48 zeros of 48 weights at sparsity 0.5, where there must be 24"),
+        ("return weight @ weight", "prune at sparsity 0.5: line 18: RuntimeError: mat1 and mat2 shapes cannot be"),
+        ("raise KeyError('x')", "prune at sparsity 0.5: line 18: KeyError: 'x'"),
+    ],
+)
+def test_a_pruner_that_breaks_the_rules(body: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(PluginError) as caught:
+        pruner(body, tmp_path).prune(WEIGHT, 0.5, None)
+    assert str(caught.value).startswith(f"pruner mine ({tmp_path}/bad.py): {said}")
+
+
+def test_a_pruner_cannot_change_the_dense_weight(tmp_path: Path) -> None:
+    kept = WEIGHT.clone()
+    pruner("weight[:, :4] = 0; return weight", tmp_path).prune(kept, 0.5, None)
+    assert torch.equal(kept, WEIGHT)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.29, 0.3, 0.5, 0.999, 1.0])
+@pytest.mark.parametrize("count", [math.floor, math.ceil])
+def test_a_pruner_may_round_either_way(count: Callable[[float], int], sparsity: float, tmp_path: Path) -> None:
+    found = pruner(f"weight[:, :{count(8 * sparsity)}] = 0; return weight", tmp_path).prune(WEIGHT, sparsity, None)
+    assert int((found == 0).sum()) == 6 * count(8 * sparsity)
+
+
+def test_zeros_that_the_weight_has_are_no_mistake(tmp_path: Path) -> None:
+    dense = WEIGHT * (torch.arange(8) != 7)
+    found = pruner("weight[:, :4] = 0; return weight", tmp_path).prune(dense, 0.5, None)
+    assert int((found == 0).sum()) == 30
+
+
+def test_groups(tmp_path: Path) -> None:
+    half = pruner("weight[:, ::2] = 0; return weight", tmp_path, group=4)
+    assert int((half.prune(WEIGHT, 0.5, None) == 0).sum()) == 24
+    left = pruner("weight[:, :4] = 0; return weight", tmp_path, group=4)
+    assert "left 0 zeros in a group of 4 at sparsity 0.5, where there must be 2" in message(
+        lambda: left.prune(WEIGHT, 0.5, None)
+    )
+    more = pruner("weight[:, :7] = 0; return weight", tmp_path, group=4)
+    assert "left 42 zeros at sparsity 0.5, where there must be 24 at most" in message(
+        lambda: more.prune(WEIGHT, 0.5, None)
+    )
+    plugins.pruner("zero")(Zero)
+    assert "makes no patterns, having no field group" in message(lambda: make_pruner("zero", {"group": 4}))
+    assert int((make_pruner("zero", {"group": None}).prune(WEIGHT, 0.5, None) == 0).sum()) == 24
+
+
+def test_what_a_pruner_says_itself_passes(tmp_path: Path) -> None:
+    made = pruner("from atp_tune.errors import TrialError; raise TrialError('no')", tmp_path)
+    with pytest.raises(TrialError, match=r"^no$"):
+        made.prune(WEIGHT, 0.5, None)
+    with pytest.raises(MemoryError):
+        pruner("raise MemoryError", tmp_path).prune(WEIGHT, 0.5, None)
+
+
+# What an allocation may not do
+
+
+def flat(**methods: Any) -> CheckedAllocation:
+    own = {"sparsities": lambda self, budget, **values: [budget.target] * 2} | methods
+    origin = Origin("allocation", "flat", "file", "flat.py:Flat", Path("/x/flat.py"), "0" * 64)
+    return finished(type("Flat", (), own), origin)
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ([0.5], "returned 1 values, where there must be 2, one per block"),
+        ([0.5, 0.5, 0.5], "returned 3 values, where there must be 2, one per block"),
+        ([[0.5], [0.5]], "returned 2 values, where there must be one row per block, of one value per linear"),
+        ([[0.5, 0.5], 0.5], "line"),
+        ([0.4, 1.2], "returned 1.2, which is no sparsity in [0, 1]"),
+        ([-0.1, 1.1], "returned -0.1, which is no sparsity in [0, 1]"),
+        ([math.nan, 0.5], "returned nan, which is no sparsity in [0, 1]"),
+        (["a", 0.5], "returned 'a', which is no sparsity in [0, 1]"),
+        ([0.4, 0.5], "returned a mean of 0.45 by size, the target is 0.5"),
+        (None, "TypeError: 'NoneType' object is not iterable"),
+    ],
+)
+def test_an_allocation_that_breaks_the_rules(found: Any, said: str) -> None:
+    with pytest.raises(PluginError) as caught:
+        flat(sparsities=lambda self, budget: found).sparsities(BUDGET)
+    assert str(caught.value).startswith("allocation flat (/x/flat.py): sparsities")
+    assert said in str(caught.value) or said == "line"
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def method(self: Any, budget: Budget, **values: float) -> Any:
+        raise error
+
+    return method
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ({"a": (1.0, 0.0)}, "bounds gave a the interval (1.0, 0.0)"),
+        ({"a": (0.0, math.inf)}, "bounds gave a the interval (0.0, inf)"),
+        ({"a": 3}, "bounds: TypeError"),
+        ({"pruner": (0, 1)}, "bounds names a parameter 'pruner'; choose another name"),
+        ({"a b": (0, 1)}, "bounds names a parameter 'a b'; choose another name"),
+        ({"beta": (0, 1)}, "bounds names a parameter beta, which is the progression of atp; choose another name"),
+        ([("a", 0, 1)], "bounds returned"),
+    ],
+)
+def test_bounds_that_are_refused(found: Any, said: str) -> None:
+    assert message(lambda: flat(bounds=lambda self, budget: found).bounds(BUDGET)).startswith(
+        f"allocation flat (/x/flat.py): {said}"
+    )
+
+
+def test_an_allocation_that_raises() -> None:
+    for method in ("bounds", "initial_points", "sparsities"):
+        broken = flat(**{method: raising(RuntimeError("no"))})
+        assert message(lambda broken=broken, method=method: getattr(broken, method)(BUDGET)) == (
+            f"allocation flat (/x/flat.py): {method}: RuntimeError: no"
+        )
+    with pytest.raises(TrialError):
+        flat(sparsities=raising(TrialError("no tail"))).sparsities(BUDGET)
+    for points in ([], [{"b": 1}], [{"a": math.nan}]):
+        made = flat(bounds=lambda self, budget: {"a": (0, 1)}, initial_points=lambda self, budget, p=points: p)
+        assert "initial_points" in message(lambda made=made: made.initial_points(BUDGET))
+
+
+def test_an_allocation_that_says_little() -> None:
+    assert flat().bounds(BUDGET) == {} and flat().initial_points(BUDGET) == [{}]
+    assert flat().sparsities(BUDGET) == (0.5, 0.5)
+    tilted = flat(bounds=lambda self, budget: {"a": (0, 1)})
+    assert tilted.initial_points(BUDGET) == [{"a": 0.5}]
+    with pytest.raises(ValueError, match="a = 2 is outside"):
+        tilted.sparsities(BUDGET, a=2.0)
+    by_linear = flat(sparsities=lambda self, budget: [(1.0 + 1e-12, 0.0), [0.5, 0.5]])
+    assert by_linear.sparsities(BUDGET) == ((1.0, 0.0), (0.5, 0.5))
+
+
+def test_the_search_space_of_plug_ins(write: Callable[..., Path]) -> None:
+    path = write(allocation='names = ["own/flat.py:Flat"]')
+    space = make_space(load(str(path), plugins=True).study, BUDGET)
+    assert space.pruners == ("wanda", "mine")
+    assert space.intervals == {"uniform": {}, "flat": {"tilt": (0.0, 0.1)}}
+    assert space.starts()[0] == {"pruner": "wanda", "allocation": "flat", "tilt": 0.05}
+    assert space.within(space.uniform()[0], "flat") is None  # it does not say that it contains uniform
+    (path.parent / "own" / "flat.py").write_text(f"{ALLOCATION}\n    contains = ('uniform',)\n")
+    both = make_space(load(str(path), ['allocation=["atp", "own/flat.py:Flat"]'], plugins=True).study, BUDGET)
+    assert both.uniform()[1] == {"pruner": "mine", "allocation": "atp", "beta": 0.0}
+    assert both.within(both.uniform()[1], "flat") == {"pruner": "mine", "allocation": "flat", "tilt": 0.0}
+    assert both.within({**both.uniform()[1], "beta": 0.1}, "flat") is None
+    assert space.plan({"pruner": "mine", "allocation": "flat", "tilt": 0.0}).is_uniform
+    assert not Plan("mine", "flat", (0.4, 0.6), {"tilt": 0.0}).is_uniform
+
+
+# Samplers, texts and scores
+
+
+def test_a_sampler(tmp_path: Path) -> None:
+    (tmp_path / "s.py").write_text(
+        "import optuna\n\n\ndef make(seed):\n    return optuna.samplers.RandomSampler(seed=seed)\n\n\n"
+        "def none(seed):\n    return seed\n\n\nclass Far(optuna.samplers.RandomSampler):\n"
+        "    def sample_independent(self, study, trial, name, kind):\n        return 7.0\n"
+    )
+    study = optuna.create_study()
+    kind = optuna.distributions.FloatDistribution(0, 1)
+    for name in ("make", "none", "far"):
+        plugins.load("sampler", f"s.py:{'Far' if name == 'far' else name}", tmp_path, "search.sampler")
+    draws = [SAMPLERS["make"](seed).sample_independent(study, study.ask(), "x", kind) for seed in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2]
+    assert "made int, not an Optuna sampler" in message(lambda: SAMPLERS["none"](1))
+    assert "proposed x = 7.0, which is outside FloatDistribution" in message(
+        lambda: SAMPLERS["far"](1).sample_independent(study, study.ask(), "x", kind)
+    )
+
+
+def test_a_source_of_texts(tmp_path: Path) -> None:
+    (tmp_path / "t.py").write_text(
+        "def poems(rest, folder):\n    return (folder / rest).read_text().split('|')\n\n\n"
+        "def wrong(rest, folder):\n    return 'one text'\n"
+    )
+    (tmp_path / "a.txt").write_text("one|two")
+    for name in ("poems", "wrong"):
+        plugins.load("source of texts", f"t.py:{name}", tmp_path, "texts.test.source")
+    assert documents(Text(source="t.py:poems:a.txt"), tmp_path) == ["one", "two"]
+    assert documents(Text(source="t.py:poems:a.txt", part=(0.5, 1.0)), tmp_path) == ["two"]
+    assert "it could not be read: line 2: FileNotFoundError" in message(
+        lambda: documents(Text(source="t.py:poems:b.txt"), tmp_path)
+    )
+    assert "returned something else than a list of str" in message(
+        lambda: documents(Text(source="t.py:wrong"), tmp_path)
+    )
+    assert 'source: "t.py:other" is none of' in message(lambda: documents(Text(source="t.py:other"), tmp_path))
+
+
+def test_a_score(tmp_path: Path) -> None:
+    (tmp_path / "s.py").write_text(
+        "from atp_tune.scores import WindowScores\nfrom atp_tune.scores.next_token import NextToken\n\n\n"
+        "class Short(NextToken):\n    def items(self, replay, batch, hidden, dense):\n"
+        "        return WindowScores([1.0], [])\n"
+    )
+    plugins.load("score", "s.py:Short", tmp_path, "search.score")
+    said = "items returned 1 NLLs and 0 KLs, where there must be 2 and 0"
+    assert said in message(lambda: SCORES["short"].items(None, None, torch.ones(2, 3, 4), None))
+    assert SCORES["short"].items(None, None, torch.ones(1, 3, 4), None).nlls == [1.0]
+
+
+def test_all_kinds_in_one_study(write: Callable[..., Path], tmp_path: Path) -> None:
+    for name in ("s", "t"):
+        (tmp_path / f"{name}.py").write_text("def one(*given):\n    return given\n\n\ntwo = one\n")
+    path = write(search='sampler = "s.py:one"')
+    file = load(str(path), ['texts.test.source="t.py:two:x"'], plugins=True)
+    assert [(named.kind, named.short) for named in named_in(file.study)] == [
+        ("pruner", "mine"), ("sampler", "one"), ("source of texts", "two"),
+    ]  # fmt: skip
+    found = facts(file.study, file.folder)
+    assert (found["search.sampler"], found["texts.test.source"]) == ("one", "two:x")
+    assert "search.score" not in found
+    space = make_space(file.study, BUDGET)
+    assert make_sampler(file.study.search, space)._make is SAMPLERS["one"]  # type: ignore[attr-defined]
+
+
+# Configurations
+
+
+def configured(**changes: Any) -> dict[str, Any]:
+    ref = {"kind": "pruner", "place": "own/mine.py:Mine", "sha256": hashlib.sha256(PRUNER.encode()).hexdigest()}
+    content: dict[str, Any] = json.loads(GOLDEN.read_text())
+    return {**content, "pruner": "mine", "plugins": {"mine": ref}, **changes}
+
+
+def test_a_configuration_names_its_plug_ins(write: Callable[..., Path], tmp_path: Path) -> None:
+    write()
+    (tmp_path / "best.json").write_text(json.dumps(configured()))
+    read = read_config(tmp_path / "best.json")
+    assert Config.model_validate_json(read.to_json(), context=STORED) == read
+    assert "is not run" in message(lambda: plug_in_config(read, {}, tmp_path, False))
+    plug_in_config(read, {}, tmp_path, True)
+    assert make_pruner(read.pruner, read.prune.settings(read.pruner)).group is None
+    with (tmp_path / "own" / "mine.py").open("a") as stream:
+        stream.write("# changed\n")
+    assert message(lambda: plug_in_config(read, {}, tmp_path, True)).startswith(
+        f"plugins.mine.sha256: {tmp_path}/own/mine.py is "
+    )
+    (tmp_path / "own" / "mine.py").unlink()
+    assert "there is no file" in message(lambda: plug_in_config(read, {}, tmp_path, True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"plugins": {}}, "pruner: Input should be 'magnitude', "),
+        (
+            {"pruner": "wanda", "allocation": {"name": "mine", "beta": None}},
+            "allocation.name: Input should be 'uniform', ",
+        ),
+        ({"pruner": "wanda", "score": "other"}, "score: Input should be 'next-token'"),
+        (
+            {"plugins": {"mine": {"kind": "pruner", "place": "x", "sha256": "0" * 64}}},
+            "plugins.mine.place: Value error, must",
+        ),
+        ({"plugins": {"mine": {"kind": "pruner", "place": "x.py:Y", "sha256": "0"}}}, "plugins.mine.sha256: "),
+    ],
+)
+def test_a_configuration_of_what_it_does_not_describe(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    (tmp_path / "best.json").write_text(json.dumps(configured(**changes)))
+    assert message(lambda: read_config(tmp_path / "best.json")).startswith(f"{tmp_path}/best.json: {said}")
+
+
+# The guide
+
+
+def blocks(language: str) -> list[str]:
+    text = GUIDE.read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_code_of_the_guide_runs(tmp_path: Path, package: Callable[..., None]) -> None:
+    (tmp_path / "own.py").write_text("\n".join(blocks("python")))
+    (tmp_path / "calibration.txt").write_text("one\ntwo\n")
+    keys, points = map(tomllib.loads, blocks("toml"))
+    study = tomllib.loads(STUDY.format(prune="", allocation="", search=""))
+    study |= {key: keys[key] for key in ("prune", "allocation")}
+    study["texts"]["calibration"] = keys["texts"]["calibration"]
+    found = plug_in(Study.model_validate(study), tmp_path, trusted=True)
+    assert found.prune.settings("soft") == {"power": 0.4, "group": None}
+    assert documents(found.texts.calibration, tmp_path) == ["one", "two"]
+    statistics = InputNorms(8, torch.device("cpu"))
+    statistics.add(torch.ones(3, 8))
+    assert int((make_pruner("soft", found.prune.settings("soft")).prune(WEIGHT, 0.5, statistics) == 0).sum()) == 24
+    steps = ALLOCATIONS["steps"]
+    assert steps.sparsities(BUDGET, height=0.2) == pytest.approx((0.4, 0.6))
+    for group in points["project"]["entry-points"]:
+        assert group in {known._group for known in map(plugins.registry, plugins.REGISTRIES)}
+    named = re.findall(r"`(atp_tune\.\w+)`", GUIDE.read_text(encoding="utf-8").partition("The groups are")[2])[:5]
+    assert sorted(named) == sorted(known._group for known in map(plugins.registry, plugins.REGISTRIES))
+
+
+# Elsewhere
+
+
+def test_lists_of_names_come_from_the_registry(command: CommandLine) -> None:
+    for words in (("prune", "--help"), (".", "--help")):
+        said = command(*words).out.replace("\n", " ")
+        assert all(name in said for name in (*PRUNERS, *ALLOCATIONS))
+
+
+def test_the_colours_of_plug_ins_are_their_own() -> None:
+    assert colour_of("ria") == colour_of("ria")
+    assert not {colour_of(name) for name in ("ria", "mine", "x", "y", "z")} & set(COLOURS.values())
+
+
+def test_a_request_without_a_study_file(tmp_path: Path) -> None:
+    wishes = StudyRequest("org/model", 0.6, "quick", (f"{tmp_path}/ria.py:RIA",), ("pack.rule:Flat",))
+    assert wishes.name == "model-60-quick-ria-flat"
+    with pytest.raises(UserError, match="--pruner: ria is none"):
+        StudyRequest("org/model", 0.6, pruners=("ria",))
+
+
+def test_the_command_lists_files_with_permission(
+    write: Callable[..., Path], command: CommandLine, tmp_path: Path
+) -> None:
+    path, file = write(), tmp_path / "own" / "mine.py"
+    assert command("plugins", file).error == (
+        f"{file}: is Python code, which is not run; read it, then allow it with --trust-plugins"
+    )
+    assert command("plugins", "--set", "a=b").error.startswith("Invalid value for --set: only with --study")
+    for words in ((file,), ("--study", path)):
+        said = command("plugins", *words, "--trust-plugins").out
+        assert f"  mine       Zeroes what is small ({file})" in said
+        assert "    strength = 2.0, number > 0: how strong" in said
+
+
+def test_the_help_of_every_setting(command: CommandLine) -> None:
+    said = command("plugins").out
+    assert all(f"    {key} = " in said for table in SETTINGS.values() for key in table.model_fields)
+    assert "lam in [0.02, 0.2]" in said
+
+
+# A study of plug-ins that break the rules
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (['prune.pruners="bad.py:Mine"'], "pruner mine (PLACE/bad.py): prune left 0 zeros of"),
+        (['allocation="bad.py:Off"'], "allocation off (PLACE/bad.py): sparsities returned a mean of 0.5 by size"),
+        (['allocation="bad.py:Raises"'], "allocation raises (PLACE/bad.py): bounds: line 26: ZeroDivisionError"),
+    ],
+)
+@pytest.mark.slow
+def test_a_run_ends_with_one_line(keys: list[str], said: str, place: Path, command: CommandLine) -> None:
+    code = PRUNER[: PRUNER.index("        return zeroed")] + "        return weight\n"
+    code += "\n\nclass Off:\n    def sparsities(self, budget):\n        return [0.5] * 4\n"
+    code += "\n\nclass Raises(Off):\n    def bounds(self, budget):\n        return 1 / 0\n"
+    (place / "bad.py").write_text(code)
+    keys = [key.replace('prune.pruners="bad.py:Mine"', 'prune.pruners=["bad.py:Mine"]') for key in keys]
+    answer = command("--study", place / "tiny.toml", *settings(*keys), "--trust-plugins")
+    assert answer.code == 2 and answer.err.splitlines()[-1].startswith(f"error: {said.replace('PLACE', str(place))}")
+    assert not (place / "tiny.best.json").exists()
