@@ -6,7 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel, Field, JsonValue
 
-from atp_tune.allocations import Budget, Shape
+from atp_tune.allocations import Allocation, Budget, Shape
+from atp_tune.errors import UserError
 from atp_tune.frozen import FrozenModel
 from atp_tune.plugins import REGISTRIES, registry
 from atp_tune.pruners import SETTINGS
@@ -66,8 +67,16 @@ def _entry(known: Registry[Any], name: str) -> Entry:
         origin=_source(origin),
         about=first_sentence(each),
         settings=tuple(_settings(name)) if known.kind == "pruner" else (),
-        parameters=each.bounds(EXAMPLE) if known.kind == "allocation" else {},
+        parameters=_parameters(each) if known.kind == "allocation" else {},
     )
+
+
+def _parameters(allocation: Allocation) -> dict[str, tuple[float, float]]:
+    """The bounds at the example; none of an allocation that cannot say them without a model."""
+    try:
+        return allocation.bounds(EXAMPLE)
+    except UserError:
+        return {}
 
 
 def _source(origin: Origin | None) -> str:

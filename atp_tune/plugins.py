@@ -104,16 +104,29 @@ def registry(kind: str) -> Registry[Any]:
 
 
 def _origin_of(kind: str, name: str, found: Any) -> Origin:
-    """The origin of an object that a decorator registers; of a notebook's, the content is its own source."""
+    """The origin of an object that a decorator registers; a notebook has no file, so there its own code is hashed."""
     code = found if inspect.isclass(found) or inspect.isroutine(found) else type(found)
     place = f"{code.__module__}:{code.__qualname__}"
     try:
         file = Path(str(inspect.getsourcefile(code)))
         if file.is_file():
             return Origin(kind, name, "decorator", place, file.absolute(), digest(file.read_bytes()))
-        return Origin(kind, name, "decorator", place, None, digest(inspect.getsource(code).encode()))
-    except (OSError, TypeError):
-        raise UserError(f"the {kind} {name}: its source cannot be read; put it into a file") from None
+    except (OSError, TypeError):  # a class of a notebook
+        pass
+    return Origin(kind, name, "decorator", place, None, digest("\n".join(_code_of(code)).encode()))
+
+
+def _code_of(each: Any) -> Iterator[str]:
+    """What an object without a file does, as text: the compiled code of its functions, and its settings."""
+    if inspect.isclass(each):
+        yield repr(getattr(each, "model_fields", ""))
+        for name, own in sorted(vars(each).items()):
+            yield from (f"{name} {part}" for part in _code_of(getattr(own, "__func__", own)))
+    code = each if inspect.iscode(each) else getattr(each, "__code__", None)
+    if code is not None:
+        yield f"{code.co_code.hex()} {code.co_names}"
+        for constant in code.co_consts:
+            yield from _code_of(constant) if inspect.iscode(constant) else (repr(constant),)
 
 
 def digest(content: bytes) -> str:

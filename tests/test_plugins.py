@@ -359,11 +359,27 @@ def test_what_decorators_refuse(decorate: Callable[[], Any], said: str) -> None:
     assert said in message(decorate)
 
 
+def in_a_notebook(code: str) -> str:
+    """The hash of the code of a cell, which has no file."""
+    exec(compile(code, "<cell>", "exec"), {"__name__": "own_notebook"})
+    origin = PRUNERS.origin("mine")
+    assert origin is not None and origin.file is None and str(origin) == "pruner mine (own_notebook:Mine)"
+    return origin.sha256
+
+
+def test_a_cell_of_a_notebook() -> None:
+    first = in_a_notebook(PRUNER)
+    assert in_a_notebook(f"# {PRUNER}".replace("# from", "#\nfrom", 1)) == first
+    assert in_a_notebook(PRUNER.replace("Field(2.0", "Field(2.5")) != first
+    assert in_a_notebook(PRUNER.replace("sparsity, self", "sparsity / 2, self")) != first
+
+
 def test_two_decorated_objects_of_one_name() -> None:
     plugins.pruner("zero")(Zero)
     other = type("Other", (Zero,), {"__module__": __name__, "__qualname__": "Other"})
-    with pytest.raises(UserError):  # its source is found nowhere, or its name is taken
-        plugins.pruner("zero")(other)
+    assert message(lambda: plugins.pruner("zero")(other)) == (
+        f"pruner zero ({__file__}): {__name__}:Zero has that name too; choose another name"
+    )
     assert PRUNERS["zero"] is Zero
 
 
@@ -766,7 +782,7 @@ def test_the_code_of_the_guide_runs(tmp_path: Path, package: Callable[..., None]
 
 def test_lists_of_names_come_from_the_registry(command: CommandLine) -> None:
     for words in (("prune", "--help"), (".", "--help")):
-        said = command(*words).out.replace("\n", " ")
+        said = command(*words).out
         assert all(name in said for name in (*PRUNERS, *ALLOCATIONS))
 
 
