@@ -444,7 +444,7 @@ def test_ctrl_c_on_a_terminal_leaves_what_was_seen(done: Path) -> None:
         if not sent and seen.count(b"[6/50]") == 2:
             process.send_signal(signal.SIGINT)
             sent = True
-    assert process.wait(HANGS) == 130
+    assert process.wait(HANGS) == 130, seen[-3000:]
     assert b"Traceback" not in seen
     assert b"[6/50] best " in seen.partition(b"\x1b[?1049l")[2]
 

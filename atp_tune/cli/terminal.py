@@ -20,6 +20,15 @@ class Later:
     def __getattr__(self, name: str) -> Any:
         return getattr(_console(), name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(_console(), name, value)
+
+    def __enter__(self) -> Any:  # as rich's bars and live views do
+        return _console().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        _console().__exit__(*error)
+
 
 @cache
 def _console() -> "Console":

@@ -1,10 +1,11 @@
 """A sampler that is a plug-in: a function from a seed to an Optuna sampler, whose proposals are checked."""
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 from optuna import Study
-from optuna.distributions import BaseDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial
 
@@ -44,13 +45,17 @@ class CheckedSampler(BaseSampler):
         return self._checked(param_name, found, param_distribution)
 
     def _checked(self, name: str, value: Any, kind: BaseDistribution) -> Any:
-        try:
-            is_inside = kind._contains(kind.to_internal_repr(value))
-        except (ValueError, TypeError):
-            is_inside = False
-        if not is_inside:
+        if not _is_inside(value, kind):
             raise PluginError(f"{self._origin}: proposed {name} = {value!r}, which is outside {kind}")
         return value
+
+
+def _is_inside(value: Any, kind: BaseDistribution) -> bool:
+    """Whether a value is one that Optuna may store for this distribution."""
+    if isinstance(kind, CategoricalDistribution):
+        return value in kind.choices
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    return is_number and isinstance(kind, FloatDistribution | IntDistribution) and kind.low <= value <= kind.high
 
 
 def finished(found: Any, origin: Origin) -> Make:
