@@ -1,6 +1,6 @@
 """The examples run: each script on a tiny model, the notebook as a whole."""
 
-import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +12,24 @@ SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
 pytestmark = pytest.mark.slow
 
 
-def example(name: str, place: Path, *arguments: str) -> str:
-    """What an example prints; it is run as a person does, in a folder of its own."""
-    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(EXAMPLES / name), str(place / "model"), *arguments]
-    done = subprocess.run(command, cwd=place, env=variables, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout
+class Example:
+    """Runs an example in this process, in a folder of its own, without the seconds of its imports."""
+
+    def __init__(self, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._place, self._monkeypatch, self._capsys = place, monkeypatch, capsys
+        monkeypatch.chdir(place)
+
+    def __call__(self, name: str, *arguments: str) -> str:
+        """What it prints."""
+        self._monkeypatch.setattr(sys, "argv", [name, str(self._place / "model"), *arguments])
+        self._capsys.readouterr()
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return self._capsys.readouterr().out
+
+
+@pytest.fixture
+def example(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Example:
+    return Example(place, monkeypatch, capsys)
 
 
 def test_there_are_five() -> None:
@@ -29,32 +39,36 @@ def test_there_are_five() -> None:
 
 
 def test_tune_a_model(place: Path) -> None:
-    said = example("tune_a_model.py", place, str(place / "out"))
+    """As a person runs it, in a process of its own."""
+    command = [sys.executable, str(EXAMPLES / "tune_a_model.py"), str(place / "model"), str(place / "out")]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout
     assert "<Result model-60-packaged: 12 of 12 trials" in said or "<Result model-60: 12 of 12 trials" in said
     assert f"{place / 'out'}: perplexity" in said
     assert (place / "out" / "model.safetensors").exists()
 
 
-def test_how_sparse_can_it_be(place: Path) -> None:
-    assert "of the weights can go: perplexity" in example("how_sparse_can_it_be.py", place)
+def test_how_sparse_can_it_be(example: Example) -> None:
+    assert "of the weights can go: perplexity" in example("how_sparse_can_it_be.py")
 
 
-def test_prune_in_memory(place: Path) -> None:
-    lines = example("prune_in_memory.py", place).splitlines()
+def test_prune_in_memory(example: Example) -> None:
+    lines = example("prune_in_memory.py").splitlines()
     assert [line.partition(":")[0] for line in lines] == ["uniform", "('atp', {'beta'"]
     assert all(", dense " in line for line in lines)
 
 
-def test_compare_pruners(place: Path) -> None:
-    said = example("compare_pruners.py", place)
+def test_compare_pruners(example: Example) -> None:
+    said = example("compare_pruners.py")
     assert "'allocation': 'curve'" in said and "against uniform" in said
 
 
-def test_resume_and_watch(place: Path) -> None:
+def test_resume_and_watch(place: Path, example: Example) -> None:
     """The second run finds the study complete: the callback stopped it, or all trials are there."""
-    first = example("resume_and_watch.py", place, str(place / "w.db"))
+    first = example("resume_and_watch.py", str(place / "w.db"))
     assert (place / "w.db").exists()
-    assert example("resume_and_watch.py", place, str(place / "w.db")) == first
+    assert example("resume_and_watch.py", str(place / "w.db")) == first
 
 
 def test_the_notebook(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
