@@ -28,7 +28,6 @@ EXTRAS = {  # of pyproject.toml: for each module its package
     "tensorboard": {"tensorboard": "tensorboard"},
     "mlflow": {"mlflow": "mlflow-skinny"},
     "wandb": {"wandb": "wandb"},
-    "docs": {"mkdocs": "mkdocs", "material": "mkdocs-material", "mkdocstrings": "mkdocstrings"},
 }
 CHECKOUT = Path(__file__).parents[1]
 IS_CHECKOUT = (CHECKOUT / "tune.py").is_file()
