@@ -5,42 +5,48 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-QUIET = {
-    "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error",
-}  # fmt: skip
+QUIET = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}  # read when they are imported
 
 
 @contextmanager
 def silenced() -> Iterator[None]:
-    """Silences them within; Optuna's verbosity, transformers' bars and filters of warnings are restored at the end.
-
-    The environment variables stay set, unless the user has set them: libraries read them once.
-    """
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
+    """Silences them within; what is said, shown and warned of is as before at the end."""
     import optuna
 
+    before = _of_transformers()
+    variables = {name: value for name, value in QUIET.items() if name not in os.environ}
+    os.environ.update(variables)
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    had_bars = _shows_bars()
-    _show_bars(False)
+    _set(("ERROR", False))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         optuna.logging.set_verbosity(verbosity)
-        _show_bars(had_bars)
+        for name in variables:
+            os.environ.pop(name, None)
+        _set(before)
 
 
-def _shows_bars() -> bool:
-    """Whether transformers shows bars of its own, as it does until it is told not to."""
+def _of_transformers() -> tuple[Any, bool]:
+    """The verbosity of transformers, and whether it shows bars; its defaults before it is imported."""
     module = sys.modules.get("transformers.utils.logging")
-    return module is None or bool(module.is_progress_bar_enabled())
+    if module is None:
+        return os.environ.get("TRANSFORMERS_VERBOSITY", "warning").upper(), True
+    return module.get_verbosity(), bool(module.is_progress_bar_enabled())
 
 
-def _show_bars(shows: bool) -> None:
-    """Switches the bars of transformers, if it is imported."""
-    if module := sys.modules.get("transformers.utils.logging"):
-        (module.enable_progress_bar if shows else module.disable_progress_bar)()
+def _set(what: tuple[Any, bool]) -> None:
+    """Sets both, if transformers is imported; a verbosity is a number or the name of one."""
+    module: Any = sys.modules.get("transformers.utils.logging")
+    if module is None:
+        return
+    verbosity, shows_bars = what
+    module.set_verbosity(getattr(module, verbosity, module.WARNING) if isinstance(verbosity, str) else verbosity)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a variable that switches off the bars of downloads
+        (module.enable_progress_bar if shows_bars else module.disable_progress_bar)()

@@ -1,6 +1,7 @@
 """The Python interface: the same trials and the same bits as the command line, and a model that is left as it was."""
 
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -476,10 +477,14 @@ def test_optuna_is_as_verbose_as_before(model: Any, tokenizer: Any, texts: dict[
         optuna.logging.set_verbosity(before)
 
 
-def test_bars_of_transformers_are_as_before(model: Any, tokenizer: Any, found: atp_tune.Result, tmp_path: Path) -> None:
+def test_bars_and_verbosity_of_libraries_are_as_before(
+    model: Any, tokenizer: Any, found: atp_tune.Result, tmp_path: Path
+) -> None:
     hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+    before = hf_logging.get_verbosity(), dict(os.environ)
     found.save(tmp_path / "sparse")
     assert hf_logging.is_progress_bar_enabled()  # type: ignore[no-untyped-call]
+    assert (hf_logging.get_verbosity(), dict(os.environ)) == before
 
 
 def test_it_runs_in_a_thread(model: Any, tokenizer: Any, texts: dict[str, list[str]]) -> None:

@@ -1,6 +1,7 @@
 """Contexts that commands run in: `quiet` silences libraries, `interruptible` handles Ctrl-C and SIGTERM."""
 
 import logging
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ def quiet(tell: Callable[[str], None] | None = None) -> Iterator[None]:
 
     Log messages of this package go to `tell`, by default the console.
     """
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     own, words = logging.getLogger("atp_tune"), Words(tell or console.print)
     own.addHandler(words)
     try:
