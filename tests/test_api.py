@@ -140,11 +140,13 @@ def test_a_study_by_its_file(place: Path, capsys: pytest.CaptureFixture[str]) ->
     assert are_equal(weights(loaded.apply()), weights(more.apply()))
 
 
-def test_a_study_object_needs_no_file(place: Path) -> None:
+def test_a_study_object_needs_no_file(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = study_file(place).study.model_dump(exclude_unset=True, mode="json")
     data["model"]["source"] = str(place / "model")
     for role in ROLES:
         data["texts"][role]["source"] = f"file:{place / role}.txt"
+    monkeypatch.chdir(place)
+    (place / "study.toml").touch()  # which is not its file
     before = sorted(place.rglob("*"))
     result = atp_tune.tune(atp_tune.Study.model_validate(data), progress=False)
     assert result.is_complete and sorted(place.rglob("*")) == before

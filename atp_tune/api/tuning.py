@@ -108,7 +108,7 @@ def tune(
         if device is not None:
             more["device"] = device
         file = arguments.study_file(model, storage, more, trust_plugins)  # type: ignore[arg-type]
-        return run(file, study_name, Lender())
+        return run(file, study_name, Lender(), keeps=not isinstance(model, Study))
     target, limit = arguments.target(sparsity, limits)
     lender = Lender.of(model if is_model(model) else None, tokenizer, texts)
     if tokenizer is not None and lender.model is None:
@@ -122,7 +122,7 @@ def tune(
         )  # fmt: skip
     if storage is not None:
         more["storage"] = storage
-    return run(arguments.changed(file, more, trust_plugins), study_name, lender)
+    return run(arguments.changed(file, more, trust_plugins), study_name, lender, keeps=False)
 
 
 def _refuse(given: Mapping[str, Any]) -> None:
@@ -137,13 +137,15 @@ def _run(
     name: str | None,
     lender: Lender,
     *,
+    keeps: bool,
     timeout: float | None,
     callbacks: Sequence[Callback],
     is_shown: bool,
     mix: bool,
 ) -> Result:
+    """Runs a study; without a storage of its own it is kept beside its file if it `keeps` one, else in memory."""
     held = None
-    if file.study.storage is None and not file.path.exists():
+    if file.study.storage is None and not keeps:
         address, held = in_memory.new_storage()
         file = replace(file, study=file.study.model_copy(update={"storage": address}))
     with arguments.as_arguments(), shown(is_shown) as watch, silenced(), interruptible(signal.SIGINT), lender.lend():
