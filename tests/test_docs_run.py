@@ -12,8 +12,6 @@ import pytest
 from pages import REPO, blocks, commands, named
 from tinystudy import CommandLine, settings
 
-import atp_tune
-
 pytestmark = pytest.mark.slow
 PAGES = [REPO / "README.md", *sorted((REPO / "docs/tutorials").glob("*.md"))]
 STUDIES = ("smol", "smol-fast")
@@ -72,13 +70,14 @@ def test_the_commands_of_a_page_run(page: Path, here: Path, command: CommandLine
         assert (answer.code, answer.err) == (0, ""), words
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if "```python" in page.read_text("utf-8")], ids=named)
+WITH_PYTHON = [page for page in (*PAGES, REPO / "docs/guides/python.md") if "```python" in page.read_text("utf-8")]
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=named)
 def test_the_python_of_a_page_runs(
     page: Path, here: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = "\n".join(block.text for block in blocks(page) if block.language == "python")
-    if "atp_tune." in code and not hasattr(atp_tune, "__all__"):
-        pytest.skip("the Python interface is not in this version")
     monkeypatch.setattr(plotly.io.renderers, "default", "json")  # no browser opens
     if '"smol-sparse"' in code and "atp_tune." not in code:
         assert command("--study", "smol").code == 0

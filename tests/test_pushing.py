@@ -11,6 +11,7 @@ from huggingface_hub import constants, snapshot_download
 from localhub import Uploads, serve
 from tinystudy import CommandLine, finish, free_port, start, wait_until
 
+import atp_tune
 from atp_tune.cache import sha256_of
 from atp_tune.sparse import pushing
 
@@ -252,3 +253,14 @@ def test_another_folder_is_not_taken_for_this_one(sparse: Path, site: Site, comm
     answer = command("apply", "--config", done / "other.json", "--out", sparse, "--push", "alice/tiny")
     assert "is there already; choose another folder or remove it" in answer.error
     assert site.uploads.commits == []
+
+
+def test_from_python(done: Path, site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    """`Result.push` prunes again, and uploads what `apply` writes."""
+    result = atp_tune.load_study(done / "tiny.toml")
+    assert result.push("lab/ours").endswith("lab/ours")
+    there = contents(site.folder("lab/ours"))
+    assert {"README.md", "atp_tune.json", "config.json", "model.safetensors", "tokenizer.json"} <= there.keys()
+    result.save(done / "sparse")
+    assert there["model.safetensors"] == (done / "sparse" / "model.safetensors").read_bytes()
+    assert capsys.readouterr().out == ""
