@@ -10,6 +10,8 @@ from typing import Any
 from atp_tune.events import Event, EventHandler, Message, Step, TrialEnded, TrialStarted
 from atp_tune.results.formatting import best_so_far, trial_line
 
+PAUSE = 0.3  # seconds between changes of a bar's text: a notebook without widgets keeps each of them
+
 logger = logging.getLogger("atp_tune")
 
 
@@ -53,6 +55,7 @@ class Lines:
         self._bar = bar
         self._title = self._plan = ""
         self._began = self._first = monotonic()
+        self._shown = 0.0
         self._said: set[str] = set()
 
     def __call__(self, event: Event) -> None:
@@ -72,8 +75,10 @@ class Lines:
                 self._advance(event)
 
     def _describe(self, text: str) -> None:
-        if self._bar is not None:
+        now = monotonic()
+        if self._bar is not None and now - self._shown > PAUSE:
             self._bar.set_description_str(text, refresh=True)
+            self._shown = now
 
     def _advance(self, event: TrialEnded) -> None:
         if self._bar is not None:
