@@ -240,7 +240,7 @@ def test_one_study_of_all_three_against_atp(place: Path, command: CommandLine, t
     assert {key for key in facts if key.startswith("plugins.")} == {
         f"plugins.{n}.content" for n in ("ria", "dlp", "lsa")
     }
-    assert "| ria + dlp (alpha = " in answer.out
+    assert " + dlp (alpha = " in answer.out and " + lsa (strength = " in answer.out
     check_without_the_files(place, command, tmp_path, words)
 
 
