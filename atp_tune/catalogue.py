@@ -55,6 +55,7 @@ def entries(named: Sequence[tuple[str, str]] = ()) -> list[Entry]:
     found = []
     for kind in REGISTRIES:
         names = dict.fromkeys([*registry(kind), *(name for of, name in named if of == kind)])
+        names.pop("memory", None)  # of the Python interface, which people cannot name
         found += [_entry(registry(kind), name) for name in names]
     return found
 

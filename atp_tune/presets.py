@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from atp_tune.errors import UserError
 from atp_tune.metrics.limits import Limit
-from atp_tune.spec.study import Text
+from atp_tune.spec.study import Text, short_source
 
 if TYPE_CHECKING:
     from atp_tune.checkpoints.models import ModelFolder
@@ -97,8 +97,8 @@ def texts_from(
         try:
             there = len(first_windows(text, folder.path, base, most, trusted=folder.trusted))
         except UserError as error:
-            what = f"the part of {source} for {role}" if part != WHOLE else f"the text for {role}"
-            raise UserError(f"{what}: {error}, or give a longer text") from None
+            what = f"the part of {short_source(source)} for {role}" if part != WHOLE else f"the text for {role}"
+            raise UserError(f"{what}: {error}{', or' if ';' in str(error) else ';'} give a longer text") from None
         draws = min(draws, there)
         found[role] = {"source": source, "part": part, "nsamples": there // draws, "seqlen": seqlen}
         if role == "calibration":

@@ -321,7 +321,8 @@ def test_a_saved_folder(found: atp_tune.Result, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["sparse"]
     there = AutoModelForCausalLM.from_pretrained(tmp_path / "new" / "sparse")
     assert are_equal(weights(there), weights(found.apply()))
-    assert "memory:" in (tmp_path / "new" / "sparse" / "README.md").read_text(encoding="utf-8")
+    card = (tmp_path / "new" / "sparse" / "README.md").read_text(encoding="utf-8")
+    assert "lay in the memory of a Python process" in card and "atp-tune apply" not in card
     assert str(tmp_path) not in (tmp_path / "new" / "sparse" / "atp_tune.json").read_text(encoding="utf-8")
     assert said(lambda: found.save(tmp_path / "new" / "sparse")).endswith(
         "is there already; choose another folder or remove it"
@@ -405,7 +406,7 @@ def test_wrong_arguments(model: Any, tokenizer: Any, texts: dict[str, list[str]]
     assert wrong(max_increase="5%").startswith("sparsity: 0.6 is one sparsity, and max_increase finds the highest")
     assert wrong(pruner="wand").startswith("pruner: wand is none of magnitude, wanda")
     assert wrong(preset="fast").startswith("preset: fast is none of quick")
-    assert wrong(settings={"search.trails": 3}).startswith("llamaforcausallm-60.toml with --set search.trails=3")
+    assert wrong(settings={"search.trails": 3}).startswith("search.trails: unknown key; did you mean search.trials?")
     assert wrong(settings={"search.seed": object()}).startswith("settings: search.seed: <object object")
     assert wrong(settings={"model.dtype": "float16"}).startswith("model.dtype: the model in memory is float32")
     assert wrong(by=None).startswith("tokenizer: is needed beside a model in memory")
@@ -419,6 +420,17 @@ def test_wrong_arguments(model: Any, tokenizer: Any, texts: dict[str, list[str]]
     assert said(lambda: atp_tune.tune("no/such-model-here", texts="packaged", progress=False)).startswith(
         "model.source"
     )
+    assert wrong(on="a text, and no list").endswith("give documents as a list, as in [text]")
+
+    def pruned(**more: Any) -> str:
+        return said(lambda: atp_tune.prune(model, tokenizer, **{"sparsity": 0.5, "texts": texts["test"], **more}))
+
+    assert pruned(allocation="atp").startswith("allocation: atp without parameters is uniform; give some")
+    assert pruned(sparsity=50).startswith("sparsity: must be between 0 and 1, got 50; 50 % is 0.5")
+    assert pruned(sparsity="30%..50%").startswith("sparsity: 30%..50% is an interval")
+    assert pruned(pruner="wandaa").startswith("prune.pruners[0]: must be one of")
+    assert pruned(texts=["a short text"]).startswith("texts: seqlen: memory:")
+    assert pruned(allocation=("atp", {"alpha": 1})).startswith("parameter alpha: the allocation atp has no alpha")
     assert said(lambda: atp_tune.load_study("smoll")).startswith("smoll: no such study")
     assert said(lambda: atp_tune.prune(place / "model", sparsity=0.5, in_place=True)).startswith(
         "in_place: there is no"

@@ -18,6 +18,7 @@ LONGEST = 50  # lines of a function's body
 LAYERS = [
     "errors",
     "extras",
+    "threads",
     "libraries",
     "interrupts",
     "frozen",

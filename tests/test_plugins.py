@@ -838,3 +838,25 @@ def test_a_run_ends_with_one_line(keys: list[str], said: str, place: Path, comma
     answer = command("--study", place / "tiny.toml", *settings(*keys), "--trust-plugins")
     assert answer.code == 2 and answer.err.splitlines()[-1].startswith(f"error: {said.replace('PLACE', str(place))}")
     assert not (place / "tiny.best.json").exists()
+
+
+@pytest.mark.slow
+def test_a_mended_file_goes_on_as_long_as_nothing_is_measured(place: Path, command: CommandLine) -> None:
+    """The loop in which a plug-in is written: its first trial fails, the file is mended, the same command again."""
+    head = (
+        "from typing import ClassVar\nfrom atp_tune.frozen import SettingsTable\nfrom atp_tune.plugins import pruner\n"
+        "@pruner('mended')\nclass Mended(SettingsTable):\n    measures: ClassVar = None\n"
+        "    def prune(self, weight, sparsity, _):\n"
+    )
+    wrong, right = (
+        "        return weight[:1]\n",
+        "        weight[:, : int(sparsity * weight.shape[1])] = 0\n        return weight\n",
+    )
+    words = ("--study", place / "tiny.toml", "--set", 'prune.pruners=["own.py:mended"]', "--trust-plugins")
+    (place / "own.py").write_text(head + wrong)
+    assert "returned a weight of shape" in command(*words).error
+    (place / "own.py").write_text(head + right)
+    assert command(*words).code == 0
+    with (place / "own.py").open("a") as stream:
+        stream.write("# changed\n")
+    assert "plugins.mended.content is " in command(*words).error

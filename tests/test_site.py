@@ -14,6 +14,7 @@ import pytest
 from pages import REPO
 from playwright.sync_api import Browser, expect
 from test_browser import browser  # noqa: F401
+from tinystudy import HANGS
 
 pytestmark = pytest.mark.slow
 PHONE, SCREEN = {"width": 400, "height": 800}, {"width": 1400, "height": 1000}
@@ -69,7 +70,10 @@ def test_every_page_fits_a_phone_and_asks_no_other_host(site: Path, address: str
 def test_the_search_finds_a_key(address: str, browser: Browser) -> None:  # noqa: F811
     page = browser.new_page(viewport=SCREEN)
     page.goto(address + "index.html")
+    page.set_default_timeout(1000 * HANGS)  # the index of all words is made in the browser
     page.get_by_label("Search").first.fill("nsamples")
     page.locator("a", has_text="texts.validation.nsamples").first.click()
-    expect(page).to_have_url(f"{address}reference/settings.html?h=nsamples#texts.validation.nsamples")
+    expect(page).to_have_url(
+        f"{address}reference/settings.html?h=nsamples#texts.validation.nsamples", timeout=1000 * HANGS
+    )
     page.close()

@@ -59,7 +59,7 @@ class CheckedAllocation:
         if values.keys() != names.keys():
             raise self._wrong("sparsities", f"needs the parameters {', '.join(names) or 'none'}")
         budget.check(names, **values)
-        with guarded(self._origin, f"sparsities{values or ''}"):
+        with guarded(self._origin, f"sparsities{_at(values)}"):
             found = list(self._plugin.sparsities(budget, **values))
             by_linear = any(isinstance(row, tuple | list) for row in found)
             rows = [list(row) for row in found] if by_linear else [[one] for one in found]
@@ -101,3 +101,8 @@ def finished(found: Any, origin: Origin) -> CheckedAllocation:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _at(values: dict[str, float]) -> str:
+    """The point at which a plug-in was called, for its errors."""
+    return " at " + ", ".join(f"{name}={value:g}" for name, value in values.items()) if values else ""

@@ -17,7 +17,7 @@ from atp_tune.spec.mistakes import invalid
 from atp_tune.spec.plugged import plug_in
 from atp_tune.spec.study import Study
 from atp_tune.spec.studyfile import StudyFile, absolute_storage, load, override
-from atp_tune.spec.typed import goal, only_limit
+from atp_tune.spec.typed import goal, only_limit, parse_sparsity
 from atp_tune.spec.writing import toml_value
 
 SPARSITY = 0.6  # where neither a sparsity nor a limit is given
@@ -38,7 +38,7 @@ def as_arguments() -> Iterator[None]:
         if "tune.py" in text:  # a whole command
             raise
         text = text.replace("--trust-plugins", "trust_plugins=True")
-        text = re.sub(r"--set (\S+)=(\S+)", r'settings={"\1": \2}', text)
+        text = re.sub(r"--set (\S+)=(\S+?)(?=[:.;,]?(?:\s|$))", r'settings={"\1": \2}', text)
         raise UserError(OPTION.sub(lambda found: found[1].replace("-", "_"), text)) from None
 
 
@@ -78,9 +78,25 @@ def changed(file: StudyFile, settings: Settings, plugins: bool) -> StudyFile:
     try:
         study = plug_in(Study.model_validate(data), file.folder, plugins)
     except ValidationError as error:
-        raise invalid(file.path, error, keys) from None
+        raise UserError(_without_file(str(invalid(file.path, error, keys)))) from None
     kept = tuple(text for text in texts if not text.startswith(("storage=", "device=")))
     return replace(file, study=study, overrides=(*file.overrides, *kept), trusts_plugins=plugins)
+
+
+def _without_file(text: str) -> str:
+    """An error of a study file that does not exist, without its name: the key comes first."""
+    return re.sub(r"^\S+\.toml(?: with --set .+?)?: (?=[\w.\[\]]+: )", "", text)
+
+
+def one_sparsity(value: float | str) -> float:
+    """A share of zeros, from a number or a text such as 50%; UserError for anything else, and for an interval."""
+    try:
+        found = parse_sparsity(str(value))
+    except ValueError as error:
+        raise UserError(f"sparsity: {error}") from None
+    if isinstance(found, tuple):
+        raise UserError(f"sparsity: {value} is an interval, in which `tune` searches; give one sparsity")
+    return found
 
 
 def is_study(value: Any) -> bool:

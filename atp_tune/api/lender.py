@@ -63,6 +63,8 @@ def texts_of(texts: Any) -> str | Mapping[str, str | list[str]] | list[str] | No
     from atp_tune.inputs.memory import documents_of
 
     def one(value: Any, what: str) -> str | list[str]:
+        if isinstance(value, str) and any(space in value.strip() for space in "\n ") and not Path(value).is_file():
+            raise UserError(f"{what}: is neither a file nor a name of texts; give documents as a list, as in [text]")
         return str(value) if isinstance(value, str | Path) else documents_of(value, what)
 
     if texts is None or not isinstance(texts, Mapping):

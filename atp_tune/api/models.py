@@ -1,6 +1,7 @@
 """Models of plans and configurations, in memory and in folders."""
 
 import copy
+import re
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -82,8 +83,17 @@ def _saved(lender: Lender, folder: Path) -> ModelFolder:
 @contextmanager
 def working(progress: bool) -> Iterator[EventHandler]:
     """Shows progress, silences libraries, and lets Ctrl-C interrupt; errors name arguments of Python."""
-    with as_arguments(), shown(progress) as watch, silenced(), interruptible(signal.SIGINT):
+    with as_arguments(), _of_one_text(), shown(progress) as watch, silenced(), interruptible(signal.SIGINT):
         yield watch
+
+
+@contextmanager
+def _of_one_text() -> Iterator[None]:
+    """Calls the one text of a call `texts` in errors, which a study calls its calibration text."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(re.sub(r"^texts\.calibration(\.\w+)?: (source: )?", r"texts\1: ", str(error))) from None
 
 
 def weights_of(context: TrialContext, plan: Plan) -> dict[str, Tensor]:

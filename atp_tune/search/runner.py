@@ -101,7 +101,9 @@ def finished_study(run: StudyRun) -> optuna.Study | None:
     study = load_existing(run)
     if study is None or fingerprint.is_new(study):
         return None
-    fingerprint.check_facts(study, facts(run.file.study, run.file.folder), partly=True, any_dtype=run.mix)
+    own = facts(run.file.study, run.file.folder)
+    fingerprint.take_plugins(study, own)
+    fingerprint.check_facts(study, own, partly=True, any_dtype=run.mix)
     run = _with_stored_total(run, study)
     if not is_complete(study, run.file):
         if not run.mix:

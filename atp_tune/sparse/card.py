@@ -21,7 +21,7 @@ from atp_tune.report.tables import measure, speed
 from atp_tune.results.formatting import continuations_note, in_one_line
 from atp_tune.sparse.provenance import ABOUT, CARD
 from atp_tune.spec.config import Compared, Config
-from atp_tune.spec.study import Text, short_source
+from atp_tune.spec.study import MEMORY, Text, short_source
 
 PROCESSOR = ("processor_config.json", "preprocessor_config.json")  # of models that read images and texts
 HEAD = re.compile(r"\A\s*---\n.*?\n---\n", re.DOTALL)  # the metadata at the head of a card
@@ -117,6 +117,7 @@ def _values(config: Config, dense: Dense) -> dict[str, Any]:
         "reads_images": dense.reads_images,
         "reader": "AutoProcessor" if any((dense.folder / name).is_file() for name in PROCESSOR) else "AutoTokenizer",
         "chart": fenced("text", "\n".join(bars)),
+        "in_memory": config.model.id.startswith(MEMORY),
         "facts": {key: escaped(value) for key, value in _facts(config, dense).items()},
     }
 

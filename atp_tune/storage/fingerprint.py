@@ -22,6 +22,7 @@ from atp_tune.storage.validation import ValidatedStudy
 
 DTYPE = "model.dtype"
 OBJECTIVE = "search.objective"
+PLUGINS = "plugins."  # before the name of a plug-in and `.content`, its hash
 PERPLEXITY = ("perplexity",)  # the objective of studies from before the key
 SUFFIX = ".screen"  # of a screening's name, after its main study's
 # Keys in which a screening differs from its main study.
@@ -72,6 +73,16 @@ def objectives_of(facts: Facts) -> tuple[str, ...]:
 def is_new(study: optuna.Study) -> bool:
     """Whether a study has neither facts nor trials: a process is creating it, or died while creating it."""
     return "fingerprint" not in study.user_attrs and not study.get_trials(deepcopy=False)
+
+
+def take_plugins(study: optuna.Study, facts: Facts) -> None:
+    """Takes over the hashes of changed plug-ins as long as no trial is measured: none of its values depends on them."""
+    stored = study.user_attrs.get("fingerprint", {})
+    changed = {
+        key: facts[key] for key in facts if key.startswith(PLUGINS) and key in stored and stored[key] != facts[key]
+    }
+    if changed and not measured(study):
+        study.set_user_attr("fingerprint", {**stored, **changed})
 
 
 def check_facts(study: optuna.Study, facts: Facts, partly: bool = False, any_dtype: bool = False) -> None:
