@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import monotonic
@@ -22,11 +23,12 @@ def shown(progress: bool) -> Iterator[EventHandler]:
     The lines are log messages of level INFO of the logger `atp_tune`. With `progress`, where stderr is neither a
     terminal nor a notebook and the logger has no handler, they go to stderr.
     """
-    from tqdm.auto import tqdm
-
     if not progress:
         yield Lines(None)
         return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # in a notebook without widgets, that it has none
+        from tqdm.auto import tqdm
     is_shown = sys.stderr.isatty() or _is_notebook()
     bar = tqdm(total=None, disable=not is_shown, unit="trial", dynamic_ncols=True)
     own = None if is_shown or logger.hasHandlers() else logging.StreamHandler()
