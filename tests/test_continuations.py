@@ -22,6 +22,7 @@ from atp_tune.events import Event, Message
 from atp_tune.generation import prompts as generation_prompts
 from atp_tune.metrics.continuations import NAMES, PROMPTS, Continuations
 from atp_tune.results.annotations import attached
+from atp_tune.results.formatting import in_one_line
 from atp_tune.results.summary import summarise
 from atp_tune.search import continuations, scoring
 from atp_tune.spec.config import read_config
@@ -181,7 +182,7 @@ def test_generate_with_a_configuration(done: Path, command: CommandLine) -> None
     assert found
     assert (found.tokens, found.prompts) == (6, (*PROMPTS, "The import"))
     assert attached(stored(done), best.trial)["continuations"] == found.model_dump(mode="json")
-    assert f"\nThe import …\n  dense    {found.dense[3]}\n" in answer.out
+    assert f"\nThe import …\n  dense    {in_one_line(found.dense[3])}\n" in answer.out
     assert answer.out.endswith(f"stored in {done / 'tiny.best.json'} and on study tiny\n")
 
 
