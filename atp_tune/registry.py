@@ -83,6 +83,13 @@ class Registry(UserDict[str, T]):
             raise UnknownNameError(f'no {self.kind} "{name}"; known are {known}{did_you_mean(name, names)}')
         return cast(T, plugin[0])
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """The object of that name, also one that only a study names; `default` if there is none."""
+        try:
+            return self[name]
+        except UnknownNameError:
+            return default
+
     def __setitem__(self, name: str, row: str | T) -> None:
         self.data[name] = row
 

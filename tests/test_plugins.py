@@ -485,7 +485,7 @@ def pruner(body: str, tmp_path: Path, group: int | None = None) -> Any:
         ("return None", "prune returned NoneType, not a tensor"),
         ("return weight", "prune left 0 zeros of 48 weights at sparsity 0.5, where there must be 24"),
         ("return weight * 0", "prune left 48 zeros of 48 weights at sparsity 0.5, where there must be 24"),
-        ("return weight @ weight", "prune at sparsity 0.5: line 18: RuntimeError: mat1 and mat2 shapes cannot be"),
+        ("return weight @ weight", "prune at sparsity 0.5: line 18: RuntimeError: "),
         ("raise KeyError('x')", "prune at sparsity 0.5: line 18: KeyError: 'x'"),
     ],
 )
