@@ -80,7 +80,7 @@ def hub_arguments(text: Text) -> dict[str, Any]:
 def find_source(text: Text) -> TextSource:
     """The source in `SOURCES` that reads a text; UserError if there is none or the form is wrong."""
     name, rest = parts_of(text.source)
-    source = SOURCES.get(short_name(name))
+    source: TextSource | None = SOURCES.get(short_name(name))
     flags = re.ASCII | re.DOTALL
     if source is None or not (SOURCES.origin(short_name(name)) or _has_form(source, text.source, rest, flags)):
         raise UserError(f'source: "{text.source}" is none of {KNOWN}')
