@@ -62,7 +62,7 @@ class StudyRequest:
                 if not is_place(name) and name not in known:
                     raise UserError(f"{option}: {name} is none of {', '.join(known)}{did_you_mean(name, known)}")
         for texts in [self.texts] if isinstance(self.texts, str) else (self.texts or {}).values():
-            _check_text(texts)
+            check_text(texts)
 
     @property
     def name(self) -> str:
@@ -169,7 +169,7 @@ def source_of(text: str) -> str:
     return text if text.startswith(MEMORY) else f"file:{Path(text).expanduser().absolute()}"
 
 
-def _check_text(text: str) -> None:
+def check_text(text: str) -> None:
     """UserError unless a text is one of `TEXTS`, a file of a known kind, or in memory."""
     if text in TEXTS or text.startswith(MEMORY):
         return

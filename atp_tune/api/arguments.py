@@ -16,11 +16,10 @@ from atp_tune.spec import finding
 from atp_tune.spec.mistakes import invalid
 from atp_tune.spec.plugged import plug_in
 from atp_tune.spec.study import Study
-from atp_tune.spec.studyfile import StudyFile, absolute_storage, load, override
-from atp_tune.spec.typed import goal, only_limit, parse_sparsity
+from atp_tune.spec.studyfile import PLACES, StudyFile, absolute_storage, load, override
+from atp_tune.spec.typed import goal, only_limit
 from atp_tune.spec.writing import toml_value
 
-SPARSITY = 0.6  # where neither a sparsity nor a limit is given
 Target = float | str | tuple[float, float]
 Settings = Mapping[str, Any]
 
@@ -79,24 +78,13 @@ def changed(file: StudyFile, settings: Settings, plugins: bool) -> StudyFile:
         study = plug_in(Study.model_validate(data), file.folder, plugins)
     except ValidationError as error:
         raise UserError(_without_file(str(invalid(file.path, error, keys)))) from None
-    kept = tuple(text for text in texts if not text.startswith(("storage=", "device=")))
+    kept = tuple(text for text in texts if not text.startswith(PLACES))
     return replace(file, study=study, overrides=(*file.overrides, *kept), trusts_plugins=plugins)
 
 
 def _without_file(text: str) -> str:
     """An error of a study file that does not exist, without its name: the key comes first."""
     return re.sub(r"^\S+\.toml(?: with --set .+?)?: (?=[\w.\[\]]+: )", "", text)
-
-
-def one_sparsity(value: float | str) -> float:
-    """A share of zeros, from a number or a text such as 50%; UserError for anything else, and for an interval."""
-    try:
-        found = parse_sparsity(str(value))
-    except ValueError as error:
-        raise UserError(f"sparsity: {error}") from None
-    if isinstance(found, tuple):
-        raise UserError(f"sparsity: {value} is an interval, in which `tune` searches; give one sparsity")
-    return found
 
 
 def is_study(value: Any) -> bool:
@@ -110,9 +98,8 @@ def is_study(value: Any) -> bool:
 
 def target(sparsity: Target | None, limits: Mapping[str, Any]) -> tuple[float | tuple[float, float], Limit | None]:
     """The sparsity or interval to search, and the limit; UserError for wrong ones."""
-    with as_arguments():
-        limit = only_limit({key: _typed(value) for key, value in limits.items()})
-        return goal(None if sparsity is None else _sparsity(sparsity), limit, SPARSITY), limit
+    limit = only_limit({key: _typed(value) for key, value in limits.items()})
+    return goal(None if sparsity is None else _sparsity(sparsity), limit), limit
 
 
 def _sparsity(value: Target) -> str:
@@ -143,12 +130,10 @@ def requested(
     """The study of a model, as `tune.py MODEL` makes it; `sources`: of what is lent."""
     from atp_tune.study_request import StudyRequest
 
-    source = sources.model or str(model)
-    with as_arguments():
-        request = StudyRequest(source, sparsity, preset, tuple(pruners), tuple(allocations), sources.texts, limit)
-        label = name or (StudyRequest(type(model).__name__, sparsity).name if sources.model else request.name)
-        study = request.study(label, sources.device or device, allowed, notify)
-    where = sources.device or device
+    source, where = sources.model or str(model), sources.device or device
+    request = StudyRequest(source, sparsity, preset, tuple(pruners), tuple(allocations), sources.texts, limit)
+    label = name or (StudyRequest(type(model).__name__, sparsity).name if sources.model else request.name)
+    study = request.study(label, where, allowed, notify)
     return StudyFile(
         label, Path(f"{label}.toml"), study if where is None else study.model_copy(update={"device": where})
     )

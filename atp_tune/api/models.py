@@ -2,7 +2,6 @@
 
 import copy
 import re
-import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,15 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from atp_tune.api.arguments import as_arguments
 from atp_tune.api.lender import Lender
-from atp_tune.api.progress import shown
+from atp_tune.api.progress import working
 from atp_tune.checkpoints.classes import reads_images
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError
-from atp_tune.events import EventHandler, TrialStarted
-from atp_tune.interrupts import interruptible
-from atp_tune.libraries import silenced
+from atp_tune.events import TrialStarted
 from atp_tune.metrics.perplexity import Perplexity
 from atp_tune.plan import Plan
 from atp_tune.search.context import ContextConfig, TrialContext
@@ -36,7 +32,7 @@ if TYPE_CHECKING:
 
 def pruned(config: Config, base: Path, device: str, lender: Lender, allowed: Mapping[str, bool]) -> "PreTrainedModel":
     """The model of a configuration in memory; relative paths start at `base`."""
-    with lender.lend() as sources, working(False) as watch:
+    with lender.lend() as sources, working(False) as watch, of_one_text():
         check_same(config, sources.model)
         texts = {"calibration": config.calibration}
         setup = ContextConfig.of_config(config, texts, base, sources.device or device, allowed)
@@ -51,7 +47,7 @@ def save(config: Config, base: Path, out: Path, device: str, lender: Lender, all
 
     A model in memory is first written, dense, to a temporary folder beside `out`.
     """
-    with lender.lend() as sources, working(False) as watch:
+    with lender.lend() as sources, working(False) as watch, of_one_text():
         check_same(config, sources.model)
         if lender.model is None:
             return apply(config, base, out, device, watch, allowed)
@@ -81,14 +77,7 @@ def _saved(lender: Lender, folder: Path) -> ModelFolder:
 
 
 @contextmanager
-def working(progress: bool) -> Iterator[EventHandler]:
-    """Shows progress, silences libraries, and lets Ctrl-C interrupt; errors name arguments of Python."""
-    with as_arguments(), _of_one_text(), shown(progress) as watch, silenced(), interruptible(signal.SIGINT):
-        yield watch
-
-
-@contextmanager
-def _of_one_text() -> Iterator[None]:
+def of_one_text() -> Iterator[None]:
     """Calls the one text of a call `texts` in errors, which a study calls its calibration text."""
     try:
         yield

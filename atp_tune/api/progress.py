@@ -1,6 +1,7 @@
 """Progress of a call from Python: a bar in a terminal or a notebook, lines in a log."""
 
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -8,12 +9,22 @@ from contextlib import contextmanager
 from time import monotonic
 from typing import Any
 
+from atp_tune.api.arguments import as_arguments
 from atp_tune.events import Event, EventHandler, Message, Step, TrialEnded, TrialStarted
+from atp_tune.interrupts import interruptible
+from atp_tune.libraries import silenced
 from atp_tune.results.formatting import best_so_far, trial_line
 
 PAUSE = 0.3  # seconds between changes of a bar's text: a notebook without widgets keeps each of them
 
 logger = logging.getLogger("atp_tune")
+
+
+@contextmanager
+def working(progress: bool) -> Iterator[EventHandler]:
+    """Shows progress, silences libraries, and lets Ctrl-C interrupt; errors name arguments of Python."""
+    with as_arguments(), shown(progress) as watch, silenced(), interruptible(signal.SIGINT):
+        yield watch
 
 
 @contextmanager

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from atp_tune.api import arguments
 from atp_tune.api.arguments import Settings
 from atp_tune.api.lender import Lender, is_model
-from atp_tune.api.models import copied, replaced, weights_of, working, written
+from atp_tune.api.models import copied, of_one_text, replaced, weights_of, written
+from atp_tune.api.progress import working
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message, TrialStarted
@@ -21,7 +22,8 @@ from atp_tune.spec.finding import BARE
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.study import ModelConfig, Text
 from atp_tune.spec.studyfile import StudyFile, load
-from atp_tune.study_request import TEXTS, source_of
+from atp_tune.spec.typed import one_sparsity
+from atp_tune.study_request import check_text, source_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -82,11 +84,11 @@ def prune(
     lender = Lender.of(model if is_model(model) else None, tokenizer, texts)
     if in_place and lender.model is None:
         raise UserError("in_place: there is no model in memory; what is loaded is returned")
-    given = {
-        "sparsity": arguments.one_sparsity(sparsity), "prune.pruners": [pruner], "allocation.names": [name],
-        **{key: True for key, is_allowed in allowed.items() if is_allowed}, **(settings or {}),
-    }  # fmt: skip
-    with lender.lend() as sources, working(progress) as watch:
+    with lender.lend() as sources, working(progress) as watch, of_one_text():
+        given = {
+            "sparsity": one_sparsity(str(sparsity)), "prune.pruners": [pruner], "allocation.names": [name],
+            **{key: True for key, is_allowed in allowed.items() if is_allowed}, **(settings or {}),
+        }  # fmt: skip
         file = arguments.changed(_bare(sources.model or str(model), sources.device or device), given, trust_plugins)
         folder = _resolved(file.study.model, watch)
         text = _text(sources.texts, folder, nsamples, seqlen, file.study.texts.calibration)
@@ -131,7 +133,7 @@ def perplexity(
         UserError: If an argument, the model or the text is wrong.
     """
     lender = Lender.of(model if is_model(model) else None, tokenizer, texts)
-    with lender.lend() as sources, working(progress) as watch:
+    with lender.lend() as sources, working(progress) as watch, of_one_text():
         file = _bare(sources.model or str(model), sources.device or device)
         allowed = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
         named = file.study.model.model_copy(update={key: True for key, given in allowed.items() if given})
@@ -182,8 +184,7 @@ def _text(
             usual = Text.model_validate({**HUB_TEXTS["c4"]["validation"], "seqlen": seqlen, "nsamples": nsamples})
         asked = nsamples if is_exact and nsamples else usual.nsamples
         return usual.model_copy(update={"seqlen": seqlen, "nsamples": asked})
-    if texts not in TEXTS and not texts.startswith("memory:") and not Path(texts).expanduser().is_file():
-        raise UserError(f"texts: {texts} is neither {', '.join(TEXTS)} nor a file")
+    check_text(texts)
     text, most = Text(source=source_of(texts), seqlen=seqlen), nsamples or NSAMPLES
     try:
         there = len(first_windows(text, folder.path, Path(), most, trusted=folder.trusted))

@@ -1,6 +1,5 @@
 """Runs studies: of a model, as `tune.py MODEL` does, or of a study file, as `tune.py --study NAME` does."""
 
-import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,12 +10,10 @@ from atp_tune.allocations import Budget
 from atp_tune.api import arguments
 from atp_tune.api.arguments import Settings, Target
 from atp_tune.api.lender import Lender, is_model, names
-from atp_tune.api.progress import shown
+from atp_tune.api.progress import working
 from atp_tune.api.result import Result
 from atp_tune.errors import UserError
-from atp_tune.events import Message
-from atp_tune.interrupts import interruptible
-from atp_tune.libraries import silenced
+from atp_tune.events import EventHandler, Message
 from atp_tune.search.runner import Callback, StudyRun, drive, finished_study
 from atp_tune.search.samplers import total_trials
 from atp_tune.search.space import make_space
@@ -101,28 +98,30 @@ def tune(
         "max_increase": max_increase, "max_perplexity": max_perplexity, "max_kl": max_kl, "min_accuracy": min_accuracy,
     }  # fmt: skip
     more = dict(settings or {}) | ({} if trials is None else {"search.trials": trials})
-    run = partial(_run, timeout=timeout, callbacks=callbacks, is_shown=progress, mix=allow_device_change)
+    run = partial(_run, name=study_name, timeout=timeout, callbacks=callbacks, mix=allow_device_change)
     if arguments.is_study(model):
         own = {"sparsity": sparsity, **limits, "preset": preset, "pruner": pruner, "allocation": allocation}
         _refuse({"tokenizer": tokenizer, **own, "texts": texts})
         if device is not None:
             more["device"] = device
         file = arguments.study_file(model, storage, more, trust_plugins)  # type: ignore[arg-type]
-        return run(file, study_name, Lender(), keeps=not isinstance(model, Study))
-    target, limit = arguments.target(sparsity, limits)
+        with working(progress) as watch:
+            return run(file, Lender(), watch, keeps=not isinstance(model, Study))
     lender = Lender.of(model if is_model(model) else None, tokenizer, texts)
     if tokenizer is not None and lender.model is None:
         raise UserError(f"tokenizer: goes with a model in memory; {model} has its own, leave it out")
-    with lender.lend() as sources, shown(progress) as watch, silenced():
-        file = arguments.requested(
-            model, sources, sparsity=target, limit=limit, preset=preset, pruners=names(pruner),
-            allocations=names(allocation), name=study_name, device=device,
-            allowed={"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code},
-            notify=lambda text: watch(Message(text)),
-        )  # fmt: skip
     if storage is not None:
         more["storage"] = storage
-    return run(arguments.changed(file, more, trust_plugins), study_name, lender, keeps=False)
+    with working(progress) as watch:
+        target, limit = arguments.target(sparsity, limits)
+        with lender.lend() as sources:
+            file = arguments.requested(
+                model, sources, sparsity=target, limit=limit, preset=preset, pruners=names(pruner),
+                allocations=names(allocation), name=study_name, device=device,
+                allowed={"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code},
+                notify=lambda text: watch(Message(text)),
+            )  # fmt: skip
+            return run(arguments.changed(file, more, trust_plugins), lender, watch, keeps=False)
 
 
 def _refuse(given: Mapping[str, Any]) -> None:
@@ -134,13 +133,13 @@ def _refuse(given: Mapping[str, Any]) -> None:
 
 def _run(
     file: StudyFile,
-    name: str | None,
     lender: Lender,
+    watch: EventHandler,
     *,
     keeps: bool,
+    name: str | None,
     timeout: float | None,
     callbacks: Sequence[Callback],
-    is_shown: bool,
     mix: bool,
 ) -> Result:
     """Runs a study; without a storage of its own it is kept beside its file if it `keeps` one, else in memory."""
@@ -148,11 +147,8 @@ def _run(
     if file.study.storage is None and not keeps:
         address, held = in_memory.new_storage()
         file = replace(file, study=file.study.model_copy(update={"storage": address}))
-    with arguments.as_arguments(), shown(is_shown) as watch, silenced(), interruptible(signal.SIGINT), lender.lend():
-        run = StudyRun(
-            file, name or file.name, timeout, watch, writes=held is None, mix=mix, callbacks=tuple(callbacks)
-        )
-        found = run_study(run, lender=lender)
+    run = StudyRun(file, name or file.name, timeout, watch, writes=held is None, mix=mix, callbacks=tuple(callbacks))
+    found = run_study(run, lender=lender)
     assert found is not None
     return found
 

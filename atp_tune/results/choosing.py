@@ -11,7 +11,7 @@ from atp_tune.plan import percent
 from atp_tune.results.formatting import method_of
 from atp_tune.results.front import nearest, sparsest_within
 from atp_tune.results.outcome import limit_of
-from atp_tune.spec.typed import parse_sparsity
+from atp_tune.spec.typed import one_sparsity
 from atp_tune.storage.progress import interval_of
 
 
@@ -30,12 +30,7 @@ class Choice:
 
 def at_sparsity(study: optuna.Study, text: str) -> Choice:
     """The trial of the front that is nearest to a sparsity, 0.5 or 50%; UserError for one that the study has not."""
-    try:
-        wanted = parse_sparsity(text)
-    except ValueError as error:
-        raise UserError(f"--sparsity: {error}") from None
-    if isinstance(wanted, tuple):
-        raise UserError(f"--sparsity: {text} is an interval; give the one sparsity that the plan is to have")
+    wanted = one_sparsity(text)
     interval = interval_of(study)
     if interval is not None and not interval[0] <= wanted <= interval[1]:
         raise UserError(f"--sparsity: {text} is outside the study's interval, {percent(interval)}")

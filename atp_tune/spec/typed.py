@@ -14,6 +14,7 @@ Interval = tuple[float, float]
 # broken a language model, so that the limit decides and not the interval.
 WHOLE: Interval = (0.1, 0.9)
 AMONG = f"such as {WHOLE[0]:g}..{WHOLE[1]:g}"
+SPARSITY = 0.6  # where neither a sparsity nor a limit is given
 LOWEST = {"max_increase": 0.0, "max_perplexity": 1.0, "max_kl": 0.0}  # a limit must be greater
 
 
@@ -28,6 +29,17 @@ def parse_sparsity(text: str) -> float | Interval:
     if any(abs(end / STEP - round(end / STEP)) > 1e-6 for end in (low, high)):
         raise ValueError(f"the ends of {text} must be multiples of {STEP}")
     return low, high
+
+
+def one_sparsity(text: str) -> float:
+    """The sparsity that `--sparsity` names; UserError for anything else, and for an interval."""
+    try:
+        found = parse_sparsity(text)
+    except ValueError as error:
+        raise UserError(f"--sparsity: {error}") from None
+    if isinstance(found, tuple):
+        raise UserError(f"--sparsity: {text} is an interval; give the one sparsity that the plan is to have")
+    return found
 
 
 def parse_limit(key: str, text: str) -> float:
@@ -94,7 +106,7 @@ def parse_accuracies(texts: list[str]) -> dict[str, float]:
     return found
 
 
-def goal(sparsity: str | None, limit: Limit | None, default: float) -> float | Interval:
+def goal(sparsity: str | None, limit: Limit | None, default: float = SPARSITY) -> float | Interval:
     """The sparsity, or the interval to search in, that `--sparsity` and a limit ask for; UserError for wrong ones."""
     if sparsity is None:
         return WHOLE if limit else default

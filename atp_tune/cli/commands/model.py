@@ -43,9 +43,6 @@ if TYPE_CHECKING:
     from atp_tune.study_request import StudyRequest
 
 
-SPARSITY = 0.6  # where neither a sparsity nor a limit is given
-
-
 class Size(StrEnum):
     """How much a study measures; `atp_tune.presets` has the numbers."""
 
@@ -171,7 +168,7 @@ def model(
             "min_accuracy": min_accuracy,
         }
     )  # fmt: skip
-    target = goal(sparsity, limit, SPARSITY)
+    target = goal(sparsity, limit)
     pruners, allocations = (tuple(rooted(names or (), Path())) for names in (pruner, allocation))
     wishes = StudyRequest(source, target, preset, pruners, allocations, texts, limit)
     path = HERE / f"{name or wishes.name}.toml"
