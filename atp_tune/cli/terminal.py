@@ -14,7 +14,7 @@ LEAST = len("φ=-0.0123456")  # columns of a plan, so that no parameter is broke
 WIDE = 1000  # columns: no line of a Markdown table is broken
 
 
-class Later:
+class LazyConsole:
     """The console, which is made when it is first used: `--help` and Tab need no rich, whose import takes longest."""
 
     def __getattr__(self, name: str) -> Any:
@@ -37,7 +37,7 @@ def _console() -> "Console":
     return Terminal(soft_wrap=True, markup=False, highlight=False, emoji=False)  # paths and reasons may hold brackets
 
 
-console = cast("Console", Later())
+console = cast("Console", LazyConsole())
 
 
 def table(*columns: str) -> "Table":

@@ -26,7 +26,7 @@ from atp_tune.results.formatting import duration
 from atp_tune.search.context import ContextConfig
 from atp_tune.sparse.applying import folder_nlls
 from atp_tune.sparse.card import amend, words
-from atp_tune.sparse.provenance import FINETUNED, Finetuned, Origin, Settings, Zeros, manifest_of, origin
+from atp_tune.sparse.provenance import FINETUNED, Finetuned, PrunedWith, Settings, Zeros, manifest_of, origin
 from atp_tune.sparse.shards import Shards, check_free, sparse_folder
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.study import ModelConfig, Text
@@ -84,7 +84,7 @@ def finetune(
         return _run(FinetuningJob(setup, folder, out, text, windows, settings, dense, watch))
 
 
-def choose(text: Text | None, test: Text | None, made: Origin | None) -> tuple[Text, Text]:
+def choose(text: Text | None, test: Text | None, made: PrunedWith | None) -> tuple[Text, Text]:
     """The text to train on and the test text; UserError if there is none, or if they share documents."""
     if made:
         text, test = text or made.calibration, test or made.test

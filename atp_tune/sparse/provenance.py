@@ -23,7 +23,7 @@ DESCRIPTIONS = (ABOUT, FINETUNED, CARD)  # files that commands and people change
 
 
 @dataclass(frozen=True)
-class Origin:
+class PrunedWith:
     """The texts that a checkpoint was pruned with, and its number format."""
 
     calibration: Text
@@ -34,7 +34,7 @@ class Origin:
     bos: bool  # windows begin with BOS
 
 
-def origin(folder: Path) -> Origin | None:
+def origin(folder: Path) -> PrunedWith | None:
     """What the `atp_tune.json` of a folder says; None if it has none, UserError if it is no configuration."""
     file = folder / ABOUT
     if not file.is_file():
@@ -42,7 +42,7 @@ def origin(folder: Path) -> Origin | None:
     made = read_config(file)
     base, texts, dense = folder / made.folder, made.texts, made.baselines.dense.test
     calibration, validation, test = (rooted(text, base) for text in (made.calibration, texts.validation, texts.test))
-    return Origin(calibration, validation, test, made.model.dtype, dense, made.bos)
+    return PrunedWith(calibration, validation, test, made.model.dtype, dense, made.bos)
 
 
 def manifest_of(folder: Path, device: str) -> Manifest:
