@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from atp_tune.api.configuration import Configuration, load_config
     from atp_tune.api.pruning import perplexity, prune
     from atp_tune.api.result import Result, load_study
     from atp_tune.api.tuning import tune
@@ -20,12 +21,13 @@ if TYPE_CHECKING:
     from atp_tune.spec.study import Study
 
 __all__ = [
-    "Result", "Study", "UserError", "allocation", "load_study", "perplexity", "prune", "pruner", "sampler", "score",
+    "Configuration", "Result", "Study", "UserError", "allocation", "load_config", "load_study", "perplexity", "prune", "pruner", "sampler", "score",
     "text_source", "tune",
 ]  # fmt: skip
 
 _PLACES = {
     "Result": "api.result", "Study": "spec.study", "UserError": "errors", "load_study": "api.result",
+    "Configuration": "api.configuration", "load_config": "api.configuration",
     "perplexity": "api.pruning", "prune": "api.pruning", "tune": "api.tuning",
     **dict.fromkeys(("allocation", "pruner", "sampler", "score", "text_source"), "plugins"),
 }  # fmt: skip

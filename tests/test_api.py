@@ -1,5 +1,6 @@
 """The Python interface: the same trials and the same bits as the command line, and a model that is left as it was."""
 
+import json
 import logging
 import os
 import re
@@ -25,6 +26,7 @@ from transformers.utils import logging as hf_logging
 import atp_tune
 from atp_tune import UserError
 from atp_tune.pruners.wanda import Wanda
+from atp_tune.results.status import to_json
 from atp_tune.spec.config import read_config
 
 ROLES = ("calibration", "validation", "test")
@@ -307,10 +309,10 @@ def test_what_people_see_of_a_result(found: atp_tune.Result) -> None:
 
 
 def test_a_trial_that_is_chosen(found: atp_tune.Result) -> None:
-    assert found.config(trial=0).allocation.name == "uniform"
-    assert said(lambda: found.config(trial=9)).endswith("trial 9 is not measured in full; `status` lists all")
-    assert "measures plans only at 0.6" in said(lambda: found.config(sparsity=0.5))
-    assert said(lambda: found.config(trial=0, sparsity=0.5)) == (
+    assert found.configuration(trial=0).config.allocation.name == "uniform"
+    assert said(lambda: found.configuration(trial=9)).endswith("trial 9 is not measured in full; `status` lists all")
+    assert "measures plans only at 0.6" in said(lambda: found.configuration(sparsity=0.5))
+    assert said(lambda: found.configuration(trial=0, sparsity=0.5)) == (
         "sparsity: names one trial, and trial another; leave one out"
     )
 
@@ -329,18 +331,48 @@ def test_a_saved_folder(found: atp_tune.Result, tmp_path: Path) -> None:
     )
 
 
+def test_a_configuration_needs_no_study(done: Path, tmp_path: Path, command: CommandLine) -> None:
+    config = done / "tiny.best.json"
+    found = atp_tune.load_config(config, device="cpu")
+    assert found.config == read_config(config)
+    answer = command("apply", "--config", config, "--out", tmp_path / "theirs", "--device", "cpu")
+    assert (answer.code, answer.err) == (0, "")
+    assert found.save(tmp_path / "ours") == read_config(tmp_path / "theirs" / "atp_tune.json").perplexity.test
+    there = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
+    assert are_equal(weights(there), weights(found.apply()))
+    ours = found.generate(["t1 t2"], tokens=4)
+    theirs = command("generate", "--config", config, "--tokens", "4", "--prompt", "t1 t2", "--device", "cpu", "--json")
+    assert json.loads(theirs.out)["prompts"][-1] == json.loads(to_json(ours))["prompts"][-1]
+    assert said(lambda: atp_tune.load_config(tmp_path / "none.json")).startswith(f"{tmp_path}/none.json")
+
+
+def test_a_configuration_of_a_model_in_memory(
+    found: atp_tune.Result, model: Any, tokenizer: Any, texts: dict[str, list[str]], tmp_path: Path
+) -> None:
+    best = found.configuration()
+    again = best.generate(["t1 t2"], tokens=4)
+    path = tmp_path / "best.json"
+    best.write(path)
+    loaded = atp_tune.load_config(path, model=model, tokenizer=tokenizer, texts=texts)
+    assert loaded.generate(["t1 t2"], tokens=4).prompts == again.prompts
+    assert are_equal(weights(loaded.apply()), weights(best.apply()))
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    assert "have changed since the study measured it" in said(lambda: loaded.generate(["t1"]))
+
+
 def test_a_front(model: Any, tokenizer: Any, texts: dict[str, list[str]]) -> None:
     screen = {"search.screen": {"trials": 6, "confirm": 3, "stride": 4}}
     result = tuned(model, tokenizer, texts, sparsity=(0.2, 0.7), trials=None, settings=screen)
     front = result.front
     assert list(front.sparsity) == sorted(front.sparsity) and len(front) >= 2
     assert isinstance(result.plot(), go.Figure)
-    nearest = result.config(sparsity=0.69)
+    nearest = result.configuration(sparsity=0.69).config
     assert nearest.sparsity.target == max(front.sparsity)
     pruned = result.apply(sparsity=0.69)
     zeros = sum(int((tensor == 0).sum()) for name, tensor in weights(pruned).items() if "layers" in name)
     assert zeros / (4 * 7680) == pytest.approx(nearest.sparsity.realised, abs=1e-9)
-    assert "outside the study's interval" in said(lambda: result.config(sparsity=0.9))
+    assert "outside the study's interval" in said(lambda: result.configuration(sparsity=0.9))
 
 
 def test_perplexity(model: Any, tokenizer: Any, texts: dict[str, list[str]], found: atp_tune.Result) -> None:

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from atp_tune.api.lender import Lender
-from atp_tune.api.progress import working
 from atp_tune.checkpoints.classes import reads_images
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError
-from atp_tune.events import TrialStarted
+from atp_tune.events import EventHandler, TrialStarted
 from atp_tune.metrics.perplexity import Perplexity
 from atp_tune.plan import Plan
 from atp_tune.search.context import ContextConfig, TrialContext
@@ -30,37 +29,56 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def pruned(config: Config, base: Path, device: str, lender: Lender, allowed: Mapping[str, bool]) -> "PreTrainedModel":
+def pruned(
+    config: Config, base: Path, device: str, lender: Lender, allowed: Mapping[str, bool], watch: EventHandler
+) -> "PreTrainedModel":
     """The model of a configuration in memory; relative paths start at `base`."""
-    with lender.lend() as sources, working(False) as watch, of_one_text():
-        check_same(config, sources.model)
-        texts = {"calibration": config.calibration}
-        setup = ContextConfig.of_config(config, texts, base, sources.device or device, allowed)
+    texts = {"calibration": config.calibration}
+    with lent_as(config, lender, device) as where:
+        setup = ContextConfig.of_config(config, texts, base, where, allowed)
         with TrialContext.open(setup, watch) as context:
             weights = weights_of(context, plan_of(config, context))
             loaded = None if lender.model is not None else context.checkpoint.take_model()
     return copied(lender.model, weights) if loaded is None else replaced(loaded, weights)
 
 
-def save(config: Config, base: Path, out: Path, device: str, lender: Lender, allowed: Mapping[str, bool]) -> Perplexity:
+def save(
+    config: Config,
+    base: Path,
+    out: Path,
+    device: str,
+    lender: Lender,
+    allowed: Mapping[str, bool],
+    watch: EventHandler,
+) -> Perplexity:
     """Writes the sparse checkpoint of a configuration, and returns its perplexity on the test text.
 
     A model in memory is first written, dense, to a temporary folder beside `out`.
     """
-    with lender.lend() as sources, working(False) as watch, of_one_text():
-        check_same(config, sources.model)
+    with lent_as(config, lender, device) as where:
         if lender.model is None:
-            return apply(config, base, out, device, watch, allowed)
+            return apply(config, base, out, where, watch, allowed)
         out.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as place:
             dense = _saved(lender, Path(place))
             of_folder = config.model_copy(update={"model": config.model.model_copy(
                 update={"id": place, "fingerprint": dense.content}
             )})  # fmt: skip
-            measured = apply(of_folder, base, out, sources.device or device, watch, allowed)
+            measured = apply(of_folder, base, out, where, watch, allowed)
             about = read_config(out / ABOUT).model_copy(update={"model": config.model})
             describe(out, about, Dense(dense.path, None, reads_images(dense.path)))
             return measured
+
+
+@contextmanager
+def lent_as(config: Config, lender: Lender, device: str) -> Iterator[str]:
+    """Lends the model of a configuration, and yields the device to work on: a model's in memory, else `device`.
+
+    UserError if what is lent is not the configuration's model.
+    """
+    with lender.lend() as sources:
+        check_same(config, sources.model)
+        yield sources.device or device
 
 
 def check_same(config: Config, lent: str | None) -> None:

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from html import escape
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from atp_tune.api import rows
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
     from transformers import PreTrainedModel
 
+    from atp_tune.api.configuration import Configuration
     from atp_tune.metrics.perplexity import Perplexity
 
 HERE = Path("best.json")  # a configuration that is not written is as if it lay in the current folder
@@ -61,7 +61,7 @@ class Result:
     @property
     def best(self) -> Config:
         """The configuration of the best trial; UserError if no trial has a value yet."""
-        return self.config()
+        return self._config()
 
     @property
     def trials(self) -> Any:
@@ -75,24 +75,6 @@ class Result:
         Empty for a study at one sparsity.
         """
         return rows.frame(rows.points(self.summary))
-
-    def config(
-        self, *, trial: int | None = None, sparsity: float | None = None, max_increase: float | str | None = None
-    ) -> Config:
-        """The configuration of a trial, which `tune.py apply --config` reads once it is written."""
-        given = [
-            name
-            for name, value in (("trial", trial), ("sparsity", sparsity), ("max_increase", max_increase))
-            if value is not None
-        ]
-        if len(given) > 1:
-            raise UserError(f"{given[1]}: names one trial, and {given[0]} another; leave one out")
-        with as_arguments():
-            if sparsity is not None:
-                trial = at_sparsity(self.study, str(sparsity)).trial.number
-            elif limit := only_limit({"max_increase": None if max_increase is None else str(max_increase)}):
-                trial = within(self.study, limit).trial.number
-            return best_config(file_as_run(self.study, self._file), self.study, HERE, trial)
 
     def plot(self, figure: str | None = None) -> "go.Figure":
         """A Plotly figure: "perplexity", "points", "front", "sparsity", "error" or "seconds".
@@ -109,39 +91,52 @@ class Result:
             raise UserError(f'plot: the study has no figure "{name}"; it has {has}')
         return drawn[name]
 
+    def configuration(self, *, device: str | None = None, **choice: Any) -> "Configuration":
+        """The configuration of a trial with the methods that make its model: `apply`, `save`, `push` and more."""
+        from atp_tune.api.configuration import Configuration
+
+        config = self._config(**choice)
+        where = device or self._file.study.device
+        return Configuration(config, Path(config.folder), where, self._allowed, self._lender)
+
     def apply(self, *, device: str | None = None, **choice: Any) -> "PreTrainedModel":
         """The model, pruned, in memory; a model of the caller is copied and stays dense.
 
         UserError if the model is not the study's any more.
         """
-        from atp_tune.api.models import pruned
-
-        config = self.config(**choice)
-        where = device or self._file.study.device
-        return pruned(config, Path(config.folder), where, self._lender, self._allowed)
+        return self.configuration(device=device, **choice).apply()
 
     def save(self, folder: str | Path, *, device: str | None = None, **choice: Any) -> "Perplexity":
         """Writes the pruned model as a Hugging Face folder with a model card; returns its test perplexity.
 
         The perplexity is measured on the folder as it is on the disk. UserError if the folder exists.
         """
-        from atp_tune.api.models import save
-
-        config, out = self.config(**choice), Path(folder).expanduser()
-        where = device or self._file.study.device
-        return save(config, Path(config.folder), out, where, self._lender, self._allowed)
+        return self.configuration(device=device, **choice).save(folder)
 
     def push(self, repository: str, *, private: bool = False, device: str | None = None, **choice: Any) -> str:
         """Uploads the pruned model with its card to the Hugging Face hub, ORG/NAME, and returns its address.
 
         UserError without a login, or if the hub refuses.
         """
-        from atp_tune.sparse.pushing import check_permission, upload
+        return self.configuration(device=device, **choice).push(repository, private=private)
 
-        check_permission(repository, private)
-        with TemporaryDirectory(prefix="atp_tune.") as place:
-            self.save(Path(place) / "model", device=device, **choice)
-            return upload(Path(place) / "model", repository, private)
+    def _config(
+        self, *, trial: int | None = None, sparsity: float | None = None, max_increase: float | str | None = None
+    ) -> Config:
+        """The configuration of a trial; UserError for two choices, and for one that is not there."""
+        given = [
+            name
+            for name, value in (("trial", trial), ("sparsity", sparsity), ("max_increase", max_increase))
+            if value is not None
+        ]
+        if len(given) > 1:
+            raise UserError(f"{given[1]}: names one trial, and {given[0]} another; leave one out")
+        with as_arguments():
+            if sparsity is not None:
+                trial = at_sparsity(self.study, str(sparsity)).trial.number
+            elif limit := only_limit({"max_increase": None if max_increase is None else str(max_increase)}):
+                trial = within(self.study, limit).trial.number
+            return best_config(file_as_run(self.study, self._file), self.study, HERE, trial)
 
     @property
     def _allowed(self) -> Mapping[str, bool]:

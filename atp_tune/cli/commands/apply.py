@@ -80,15 +80,15 @@ def apply(
 
 
 def _write(found: "Config", base: Path, out: Path, device: str, allowed: dict[str, bool]) -> None:
+    from atp_tune.api.configuration import Configuration
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import quiet
-    from atp_tune.sparse.applying import apply as write
     from atp_tune.sparse.provenance import ABOUT
     from atp_tune.sparse.verifying import compared
     from atp_tune.spec.config import read_config
 
     with quiet(), Display() as display:
-        measured = write(found, base, out, device, display, allowed)
+        measured = Configuration(found, base, device, allowed, watch=display).save(out)
     show(measured, found.perplexity.test, out)
     if said := compared(found, read_config(out / ABOUT).manifest):
         console.print(said)

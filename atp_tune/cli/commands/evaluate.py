@@ -69,13 +69,16 @@ def evaluate(
         if read and storage is not None:
             study_of(path, read, storage)  # a mistake is reported before anything runs
         from atp_tune import zeroshot
+        from atp_tune.api.configuration import Configuration
 
-        asked = zeroshot.TaskOptions(names, limit, num_fewshot, batch, device or "auto")
+        where = device or "auto"
         with redirect_stdout(StringIO()) if json else nullcontext(), Display() as display:
             watch = ignore_events if json else display
             if read:
-                found = zeroshot.evaluate(read, path.parent / read.folder, asked, watch, allowed)
+                made = Configuration(read, path.parent / read.folder, where, allowed, watch=watch)
+                found = made.evaluate(names, limit=limit, num_fewshot=num_fewshot, batch=batch)
             else:
+                asked = zeroshot.TaskOptions(names, limit, num_fewshot, batch, where)
                 found = zeroshot.evaluate_folder(model or Path(), asked, watch, allowed)
         places = attach(path, read, "zero_shot", found, storage) if read else []
     _show(found, json)

@@ -80,11 +80,12 @@ def generate(
             allowed = {key: given or getattr(file.study.model, key, False) for key, given in allowed.items()}
         if storage is not None:
             study_of(path, read, storage)  # a mistake is reported before anything runs
-        from atp_tune.sparse.continuations import continuations
+        from atp_tune.api.configuration import Configuration
 
         with redirect_stdout(StringIO()) if json else nullcontext(), Display() as display:
             watch, base = ignore_events if json else display, path.parent / read.folder
-            found = continuations(read, base, (*PROMPTS, *prompts), tokens, device or "auto", watch, allowed)
+            made = Configuration(read, base, device or "auto", allowed, watch=watch)
+            found = made.generate((*PROMPTS, *prompts), tokens=tokens)
         places = attach(path, read, "continuations", found, storage)
     if json:
         console.print(to_json(found))

@@ -1,0 +1,151 @@
+"""One way to prune one model, from Python: what a run, `export` and `Result.config` leave in a JSON file."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from atp_tune.api import models
+from atp_tune.api.lender import Lender
+from atp_tune.api.progress import working
+from atp_tune.events import EventHandler
+from atp_tune.metrics.perplexity import Perplexity
+from atp_tune.spec.config import Config, ZeroShot, read_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from atp_tune.metrics.continuations import Continuations
+
+
+class Configuration:
+    """A model, how it is pruned, and what was measured: `config` holds the numbers, the methods make the model.
+
+    Each method raises UserError if the model is not the one that the configuration was found for.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        base: Path,
+        device: str = "auto",
+        allowed: Mapping[str, bool] | None = None,
+        lender: Lender | None = None,
+        watch: EventHandler | None = None,
+    ) -> None:
+        """Paths of the configuration start at `base`, `allowed` is what a file cannot permit itself.
+
+        `watch`: takes the events, for callers with a display of their own; else calls are quiet, and errors name
+        arguments of Python.
+        """
+        self.config = config
+        self._base = base
+        self._device = device
+        self._allowed = allowed or {}
+        self._lender = lender or Lender()
+        self._watch = watch
+
+    def write(self, path: str | Path) -> None:
+        """Writes the JSON file, which `load_config` and `tune.py apply` read; its paths start at its own folder."""
+        out = Path(path).expanduser()
+        self.config.seen_from(self._base, out.parent).write(out)
+
+    def apply(self) -> "PreTrainedModel":
+        """The pruned model in memory; a model of the caller is copied and stays dense."""
+        with self._working() as watch:
+            return models.pruned(self.config, self._base, self._device, self._lender, self._allowed, watch)
+
+    def save(self, folder: str | Path) -> Perplexity:
+        """Writes the pruned model as a Hugging Face folder with a model card; returns its perplexity on the test text.
+
+        The perplexity is measured on the folder as it is on the disk. UserError if the folder exists.
+        """
+        out = Path(folder).expanduser()
+        with self._working() as watch:
+            return models.save(self.config, self._base, out, self._device, self._lender, self._allowed, watch)
+
+    def push(self, repository: str, *, private: bool = False) -> str:
+        """Uploads the pruned model with its card to the Hugging Face hub, ORG/NAME, and returns its address.
+
+        UserError without a login, or if the hub refuses.
+        """
+        from atp_tune.sparse.pushing import check_permission, upload
+
+        check_permission(repository, private)
+        with TemporaryDirectory(prefix="atp_tune.") as place:
+            self.save(Path(place) / "model")
+            return upload(Path(place) / "model", repository, private)
+
+    def generate(self, prompts: Sequence[str], *, tokens: int = 48) -> "Continuations":
+        """What the dense model, uniform with the same pruner, and this configuration make of prompts, greedily.
+
+        Each continuation has `tokens` tokens at most.
+        """
+        from atp_tune.sparse.continuations import continuations
+
+        with self._working() as watch, models.lent_as(self.config, self._lender, self._device) as device:
+            return continuations(self.config, self._base, prompts, tokens, device, watch, self._allowed)
+
+    def evaluate(
+        self,
+        tasks: str | Sequence[str] = "zero-shot",
+        *,
+        limit: int | None = None,
+        num_fewshot: int | None = None,
+        batch: int = 8,
+    ) -> ZeroShot:
+        """Scores the dense model, uniform with the same pruner, and this configuration on tasks of lm-eval.
+
+        Args:
+            tasks: Tasks or groups by name, folders or .yaml files; "zero-shot" is the seven of the papers.
+            limit: Use only the first so many items of each task.
+            num_fewshot: Examples before each item; by default none.
+            batch: Sequences that are scored at once.
+        """
+        from atp_tune import zeroshot
+
+        names = (tasks,) if isinstance(tasks, str) else tuple(tasks)
+        with self._working() as watch, models.lent_as(self.config, self._lender, self._device) as device:
+            asked = zeroshot.TaskOptions(names, limit, num_fewshot, batch, device)
+            return zeroshot.evaluate(self.config, self._base, asked, watch, self._allowed)
+
+    @contextmanager
+    def _working(self) -> Iterator[EventHandler]:
+        if self._watch is not None:
+            yield self._watch
+            return
+        with working(False) as watch:
+            yield watch
+
+
+def load_config(
+    path: str | Path,
+    *,
+    model: "PreTrainedModel | None" = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    texts: object = None,
+    device: str = "auto",
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    trust_plugins: bool = False,
+) -> Configuration:
+    """A configuration that a run, `export` or `apply` has written, such as `studies/smol.best.json`.
+
+    Args:
+        path: The JSON file.
+        model: The configuration's model, if it lay in memory.
+        tokenizer: Its tokenizer.
+        texts: The texts of its study, if they lay in memory.
+        device: "auto", "cpu", "mps", "cuda" or "cuda:N"; a model in memory is pruned where it lies.
+        allow_pickle: Read .bin weights, which are pickles and may run code.
+        trust_remote_code: Run the Python code that the model's folder holds.
+        trust_plugins: Run the Python code of the configuration's plug-ins.
+
+    Raises:
+        UserError: If the file is missing or is no configuration.
+    """
+    place = Path(path).expanduser()
+    config = read_config(place)
+    allowed = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code, "trust_plugins": trust_plugins}
+    return Configuration(config, place.parent / config.folder, device, allowed, Lender.of(model, tokenizer, texts))
