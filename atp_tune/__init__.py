@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from atp_tune.spec.study import Study
 
 __all__ = [
-    "Configuration", "Result", "Study", "UserError", "allocation", "load_config", "load_study", "perplexity", "prune", "pruner", "sampler", "score",
-    "text_source", "tune",
+    "Configuration", "Result", "Study", "UserError", "allocation", "load_config", "load_study", "perplexity", "prune",
+    "pruner", "sampler", "score", "text_source", "tune",
 ]  # fmt: skip
 
 _PLACES = {
-    "Result": "api.result", "Study": "spec.study", "UserError": "errors", "load_study": "api.result",
-    "Configuration": "api.configuration", "load_config": "api.configuration",
+    "Configuration": "api.configuration", "Result": "api.result", "Study": "spec.study", "UserError": "errors",
+    "load_config": "api.configuration", "load_study": "api.result",
     "perplexity": "api.pruning", "prune": "api.pruning", "tune": "api.tuning",
     **dict.fromkeys(("allocation", "pruner", "sampler", "score", "text_source"), "plugins"),
 }  # fmt: skip
