@@ -13,7 +13,7 @@ import torch
 from byhand import ByHand
 from safetensors.torch import load_file, save_file
 from test_applying import block_of, same_bytes, tensors
-from tinystudy import HANGS, TOKENS, CommandLine, finish, script, start
+from tinystudy import HANGS, TOKENS, CommandLine, finish, script, settings, start
 
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Message, ignore_events
@@ -375,6 +375,21 @@ def test_paths_start_where_the_configuration_was(place: Path, monkeypatch: pytes
     assert found is not None
     assert found.calibration.source == f"file:{place / 'calibration.txt'}"
     assert rooted(Text(source="c4"), place).source == "c4"
+
+
+@pytest.mark.slow
+def test_a_text_of_a_plug_in(place: Path, command: CommandLine) -> None:
+    (place / "own.py").write_text("def own(name, folder):\n    return [(folder / name).read_text()]\n")
+    source = settings('texts.calibration.source="own.py:own:calibration.txt"')
+    words = ("--study", place / "tiny.toml", "--beta", "0.02", "--out", place / "made", *source, "--trust-plugins")
+    assert command("prune", *words).code == 0
+    again = ("finetune", "--model", place / "made", "--out", place / "out", *SHORT)
+    assert command(*again).error == (
+        "text.source: own.py:own is Python code, which is not run; read it, then allow it with --trust-plugins"
+    )
+    answer = command(*again, "--trust-plugins")
+    assert (answer.code, answer.err) == (0, "")
+    check_kept(place / "made", place / "out")
 
 
 # --- the real model

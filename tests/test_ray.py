@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -32,6 +33,7 @@ from tinystudy import (
 
 from atp_tune.storage.lost_trials import INTERRUPTED, SURPLUS, history_of
 
+ROOT = Path(__file__).parents[1]
 STORE = 80_000_000  # bytes of a node's object store; Ray wants at least 75 MB
 
 
@@ -82,9 +84,12 @@ def begin(place: Path, cluster: Any, *more: str) -> Process:
 def test_two_nodes_share_a_study(place: Path, cluster: Any) -> None:
     add_node(cluster)
     add_node(cluster)
-    answer = finish(begin(place, cluster, "--workers", "2"))
+    shutil.copy(ROOT / "examples/plugins/ria.py", place)
+    plugin = (*settings('prune.pruners=["ria.py:RIA"]'), "--trust-plugins")  # its code goes to the nodes by its place
+    answer = finish(begin(place, cluster, "--workers", "2", *plugin))
     assert (answer.code, answer.err) == (0, "")
     check_whole(place)
+    assert {trial.params["pruner"] for trial in measured(place)} == {"ria"}
     assert len({trial.user_attrs["pid"] for trial in measured(place)}) == 2
     assert answer.out.count("loading the model and the texts") == 1
     assert f"[{TOTAL}/{TOTAL}]" in answer.out

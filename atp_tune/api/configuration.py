@@ -34,17 +34,12 @@ class Configuration:
         lender: Lender | None = None,
         watch: EventHandler | None = None,
     ) -> None:
-        """Paths of the configuration start at `base`, `allowed` is what a file cannot permit itself.
-
-        `watch`: takes the events, for callers with a display of their own; else calls are quiet, and errors name
-        arguments of Python.
-        """
         self.config = config
-        self._base = base
+        self._base = base  # where relative paths of the configuration start
         self._device = device
-        self._allowed = allowed or {}
+        self._allowed = allowed or {}  # what a file cannot permit itself
         self._lender = lender or Lender()
-        self._watch = watch
+        self._watch = watch  # of a caller with a display; without one calls are quiet, and errors name arguments
 
     def write(self, path: str | Path) -> None:
         """Writes the JSON file, which `load_config` and `tune.py apply` read; its paths start at its own folder."""

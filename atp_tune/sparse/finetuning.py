@@ -28,6 +28,7 @@ from atp_tune.sparse.applying import folder_nlls
 from atp_tune.sparse.card import amend, words
 from atp_tune.sparse.provenance import FINETUNED, Finetuned, PrunedWith, Settings, Zeros, manifest_of, origin
 from atp_tune.sparse.shards import Shards, check_free, sparse_folder
+from atp_tune.spec.plugged import plug_in_texts
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.study import ModelConfig, Text
 from atp_tune.storage.process_identity import versions
@@ -59,12 +60,19 @@ class FinetuningJob:
 
 
 def finetune(
-    model: Path, out: Path, text: Text | None, test: Text | None, settings: Settings, device: str, watch: EventHandler
+    model: Path,
+    out: Path,
+    text: Text | None,
+    test: Text | None,
+    settings: Settings,
+    device: str,
+    watch: EventHandler,
+    trusts_plugins: bool = False,
 ) -> Finetuned:
     """Fine-tunes the folder `model` into the folder `out`, and measures both on the test text.
 
     `text` and `test` default to the calibration and test text that the folder was pruned with. Windows begin with BOS
-    if they did when it was pruned.
+    if they did when it was pruned. `trusts_plugins`: the code of sources of texts that it was pruned with may run.
     UserError if `out` exists, or if the training text shares documents with the validation or test text.
     """
     require("finetune", "finetune")
@@ -72,14 +80,19 @@ def finetune(
     if not model.is_dir():
         raise UserError(f"--model {model}: is no folder; write one with: python tune.py apply --config FILE --out DIR")
     made = origin(model)
+    if made:
+        own = {"text": made.calibration} if text is None else {}
+        own |= {"test_text": made.test} if test is None else {}
+        plug_in_texts(made.config, own, made.base, trusts_plugins)
     text, test = choose(text, test, made)
     named = ModelConfig(source=str(model.absolute()), dtype=made.dtype if made else "auto")
     folder = resolve(named, Path(), lambda line: watch(Message(line)))
     small_files(folder.path, WEIGHTS)  # refuses links before anything runs
     bos = made is not None and made.bos
-    windows = read_windows(text, test, folder.path, settings, bos)
+    base = made.base if made else Path()
+    windows = read_windows(text, test, folder.path, settings, bos, base)
     dense = made.dense if made and made.test == test else None
-    setup = ContextConfig(named, PruneConfig(), {"test": test}, Path(), device, bos=bos)
+    setup = ContextConfig(named, PruneConfig(), {"test": test}, base, device, bos=bos)
     with oom_as_user_error("finetune"):
         return _run(FinetuningJob(setup, folder, out, text, windows, settings, dense, watch))
 
@@ -105,13 +118,16 @@ def choose(text: Text | None, test: Text | None, made: PrunedWith | None) -> tup
     return text, test
 
 
-def read_windows(text: Text, test: Text, folder: Path, settings: Settings, bos: bool = False) -> Windows:
-    """The windows to train on, as many as the steps need; UserError if the test text has one of them too."""
+def read_windows(text: Text, test: Text, folder: Path, settings: Settings, bos: bool, base: Path) -> Windows:
+    """The windows to train on, as many as the steps need; UserError if the test text has one of them too.
+
+    `base`: where plug-ins read from; the files of other texts are absolute.
+    """
     with _naming("--text"):
         whole = text.model_copy(update={"seqlen": settings.seqlen})
-        found = first_windows(whole, folder, Path(), settings.steps * settings.batch, bos=bos)
+        found = first_windows(whole, folder, base, settings.steps * settings.batch, bos=bos)
     with _naming("--test-text"):
-        measured = token_windows(test, folder, Path(), bos=bos)
+        measured = token_windows(test, folder, base, bos=bos)
     tokens = min(settings.seqlen, test.seqlen) - bos
     known = {row.tobytes() for row in recut(measured, tokens).ids}
     if shared := sum(row.tobytes() in known for row in recut(found, tokens).ids):

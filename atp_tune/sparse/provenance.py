@@ -12,7 +12,7 @@ from atp_tune.errors import UserError
 from atp_tune.frozen import FrozenModel
 from atp_tune.metrics.perplexity import Change, Perplexity
 from atp_tune.paths import written
-from atp_tune.spec.config import read_config
+from atp_tune.spec.config import Config, read_config
 from atp_tune.spec.former import present_keys
 from atp_tune.spec.manifest import Manifest, environment, sha256_by_name
 from atp_tune.spec.study import Text
@@ -24,8 +24,10 @@ DESCRIPTIONS = (ABOUT, FINETUNED, CARD)  # files that commands and people change
 
 @dataclass(frozen=True)
 class PrunedWith:
-    """The texts that a checkpoint was pruned with, and its number format."""
+    """The configuration of a checkpoint, whose paths start at `base`, and its texts, with absolute paths."""
 
+    config: Config
+    base: Path
     calibration: Text
     validation: Text
     test: Text
@@ -42,7 +44,7 @@ def origin(folder: Path) -> PrunedWith | None:
     made = read_config(file)
     base, texts, dense = folder / made.folder, made.texts, made.baselines.dense.test
     calibration, validation, test = (rooted(text, base) for text in (made.calibration, texts.validation, texts.test))
-    return PrunedWith(calibration, validation, test, made.model.dtype, dense, made.bos)
+    return PrunedWith(made, base, calibration, validation, test, made.model.dtype, dense, made.bos)
 
 
 def manifest_of(folder: Path, device: str) -> Manifest:

@@ -226,8 +226,17 @@ def plug_in_config(config: "Config", texts: Mapping[str, Text], base: Path, trus
     An allocation's is not needed, since the configuration holds the sparsities. `base`: the folder that relative paths
     start at. UserError without permission, and for a plug-in that is missing, or has changed since.
     """
-    needed = {"pruner": config.pruner, "score": config.score}
-    needed |= {f"{role}.source": short_name(parts_of(text.source)[0]) for role, text in texts.items()}
+    _bring_recorded(config, {"pruner": config.pruner, "score": config.score}, base, trusted)
+    plug_in_texts(config, texts, base, trusted)
+
+
+def plug_in_texts(config: "Config", texts: Mapping[str, Text], base: Path, trusted: bool) -> None:
+    """Runs the code of the sources of a configuration's texts, as `plug_in_config` does."""
+    names = {f"{role}.source": short_name(parts_of(text.source)[0]) for role, text in texts.items()}
+    _bring_recorded(config, names, base, trusted)
+
+
+def _bring_recorded(config: "Config", needed: Mapping[str, str], base: Path, trusted: bool) -> None:
     for key, name in needed.items():
         if (ref := config.plugins.get(name)) is None:
             continue

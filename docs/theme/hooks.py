@@ -20,6 +20,13 @@ BUTTONS = """
 { .buttons }
 
 """
+RETURNED = {  # what public functions and methods return, by the module that defines it
+    "Config": "atp_tune.spec.config",
+    "Summary": "atp_tune.results.summary",
+    "Perplexity": "atp_tune.metrics.perplexity",
+    "Continuations": "atp_tune.metrics.continuations",
+    "ZeroShot": "atp_tune.spec.config",
+}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -55,10 +62,13 @@ def _home(readme: str) -> str:
 
 
 def _python() -> str:
-    """A page of the public names of atp_tune, where they are defined: functions, then classes."""
+    """A page of the public names of atp_tune, where they are defined: functions, classes, then what calls return."""
     parts = [f"# Python\n\n{(atp_tune.__doc__ or '').strip()}\n"]
     public = {name: getattr(atp_tune, name) for name in getattr(atp_tune, "__all__", ())}
     for name in sorted(public, key=lambda name: isinstance(public[name], type)):
         place = f"{public[name].__module__}.{public[name].__qualname__}"
         parts.append(f"::: {place}\n    options:\n      heading: atp_tune.{name}\n      toc_label: {name}\n")
+    parts.append("## What calls return\n")
+    for name, place in RETURNED.items():
+        parts.append(f"::: {place}.{name}\n    options:\n      heading: {name}\n      toc_label: {name}\n")
     return "\n".join(parts)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atp_tune.cli.options import Device
+from atp_tune.cli.options import Device, TrustPlugins
 from atp_tune.cli.terminal import console, gib, markdown
 from atp_tune.errors import printable
 
@@ -42,6 +42,7 @@ def finetune(
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate, reached after the warm-up.")] = 1e-4,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the adapters and of the order of the windows.")] = 0,
     device: Device = None,
+    trust_plugins: TrustPlugins = False,
 ) -> None:
     """Fine-tune a sparse checkpoint with LoRA, keep every zero, and measure perplexity before and after.
 
@@ -68,7 +69,7 @@ def finetune(
 
     with quiet(), interruptible(), Display() as display:
         try:
-            done = tune(model, out, named or None, measured or None, settings, device or "auto", display)
+            done = tune(model, out, named or None, measured or None, settings, device or "auto", display, trust_plugins)
         except KeyboardInterrupt:
             display.close()
             console.print(f"stopped: the same command resumes from {out}.part, if a step was saved there")

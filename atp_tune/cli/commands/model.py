@@ -175,7 +175,7 @@ def model(
     options = RunOptions.of(context)
     if path.exists():
         wishes.check_same(load_study(str(path), None, None, None).study, path)
-        start(str(path), options)
+        _start(path, options)
         return
     made = _make(wishes, path.stem, device, {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code})
     made = _overridden(made, path, options)
@@ -190,10 +190,18 @@ def model(
     write_study(path, made, head)
     console.print(f"study: {path}; the same command, or --study {path.stem}{trusts}, resumes it")
     try:
-        start(str(path), options)
+        _start(path, options)
     except UserError:
         _remove_unused(path, storage)
         raise
+
+
+def _start(path: Path, options: RunOptions) -> None:
+    """Runs the study; errors name another study as this command does."""
+    try:
+        start(str(path), options)
+    except UserError as error:
+        raise UserError(str(error).replace("--study-name NAME", "--name NAME")) from None
 
 
 def _make(wishes: "StudyRequest", name: str, device: str | None, allowed: dict[str, bool]) -> "Study":
