@@ -240,6 +240,8 @@ def test_one_study_of_all_three_against_atp(place: Path, command: CommandLine, t
     assert {key for key in facts if key.startswith("plugins.")} == {
         f"plugins.{n}.content" for n in ("ria", "dlp", "lsa")
     }
+    next_ = next(line for line in answer.out.splitlines() if line.startswith("sparse checkpoint: "))
+    assert next_.endswith(" --trust-plugins")
     assert " + dlp (alpha = " in answer.out and " + lsa (strength = " in answer.out
     check_without_the_files(place, command, tmp_path, words)
 
@@ -252,6 +254,8 @@ def check_without_the_files(place: Path, command: CommandLine, tmp_path: Path, w
     (place / "plugins").rename(place / "away")
     for results in (("status",), ("report", "--format", "md"), ("export", "--trial", str(number))):
         assert command(results[0], "--study", place / "tiny.toml", *results[1:]).code == 0
+    report = (place / "tiny.report.md").read_text(encoding="utf-8")
+    assert report.count(" --trust-plugins") == 2  # to resume, and to prune
     best, sparse = place / f"tiny.trial-{number}.json", tmp_path / "sparse"
     apply = ("apply", "--config", best, "--out", sparse)
     assert command(*apply, "--trust-plugins").error == (

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from atp_tune.cli.terminal import console
 from atp_tune.errors import UserError, printable
-from atp_tune.plugins import ASK
 from atp_tune.results.summary import Summary
 from atp_tune.spec.config import read_config
 from atp_tune.spec.finding import known
+from atp_tune.spec.plugged import permission
 from atp_tune.spec.studyfile import StudyFile
 from atp_tune.storage.database import without_password
 
@@ -31,7 +31,7 @@ def show_next(summary: Summary, file: StudyFile) -> None:
     else:
         second = ("page with figures", ["report", *study])
     rows = [
-        ("sparse checkpoint", ["apply", "--config", config, "--out", out, *[ASK] * (made.pruner in made.plugins)]),
+        ("sparse checkpoint", ["apply", "--config", config, "--out", out, *permission(file.study)]),
         second,
         ("talk with it", ["chat", out]),
     ]

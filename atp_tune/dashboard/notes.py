@@ -28,6 +28,7 @@ from atp_tune.results.summary import Summary
 from atp_tune.results.trials import is_uniform, score_of, uniform_among
 from atp_tune.spec.config import Divergences, Scores
 from atp_tune.spec.former import present_facts
+from atp_tune.spec.plugged import permission
 from atp_tune.spec.study import short_source
 from atp_tune.storage.artifacts import MADE_ANEW
 from atp_tune.storage.lost_trials import is_lost
@@ -152,10 +153,11 @@ def _state(summary: Summary) -> str:
 def _commands(summary: Summary, join: str) -> str:
     if summary.made_from is None:
         return ""
+    words = ("--config", "best.json", "--out", "DIR", *permission(summary.made_from.study))
     lines = [
         f"{command_of(summary)}    # resume, on this machine",
         f"{command_of(summary, '--storage', join, here=False)}    # join, from another machine",
-        as_typed("python tune.py apply --config best.json --out DIR    # the sparse checkpoint"),
+        as_typed(f"python tune.py apply {' '.join(words)}    # the sparse checkpoint"),
     ]
     return fenced("", "\n".join(map(printable, lines)))
 

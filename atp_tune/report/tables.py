@@ -33,6 +33,7 @@ from atp_tune.results.summary import Summary
 from atp_tune.results.trials import allocation_of, is_uniform, score_of
 from atp_tune.spec.config import SHARES, Measure, TaskScores, ZeroShot
 from atp_tune.spec.former import present_value
+from atp_tune.spec.plugged import permission
 
 
 @dataclass(frozen=True)
@@ -196,11 +197,12 @@ def commands(summary: Summary) -> list[tuple[str, str]]:
     stored = summary.made_from is not None
     study = shlex.quote(f"{plain_name(summary.name)}.toml" if stored else printable(summary.name))
     config, folder = (shlex.quote(plain_name(summary.name) + end) for end in (".best.json", "-sparse"))
+    trusts = "".join(f" {word}" for word in permission(summary.made_from.study)) if summary.made_from else ""
     rows = [
-        ("run or resume", f"python tune.py --study {study}"),
+        ("run or resume", f"python tune.py --study {study}{trusts}"),
         ("show the trials", f"python tune.py status --study {study}"),
         ("best configuration", f"python tune.py export --study {study} --out {config}"),
-        ("sparse checkpoint", f"python tune.py apply --config {config} --out {folder}"),
+        ("sparse checkpoint", f"python tune.py apply --config {config} --out {folder}{trusts}"),
     ]
     return [(purpose, as_typed(command)) for purpose, command in rows]
 

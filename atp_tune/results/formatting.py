@@ -16,6 +16,7 @@ from atp_tune.results.summary import Summary
 from atp_tune.results.trials import allocation_of, is_uniform, parameters_of
 from atp_tune.spec.config import Divergences, Scores
 from atp_tune.spec.finding import known
+from atp_tune.spec.plugged import permission
 from atp_tune.storage.lost_trials import CutOff, cut_offs_of, given_up
 from atp_tune.storage.progress import sparsity_of
 
@@ -212,4 +213,4 @@ def command_of(summary: Summary, *more: str, here: bool = True) -> str:
     for override in file.overrides:
         key, _, value = override.partition("=")
         words += ["--trials", value] if key == "search.trials" else ["--set", override]
-    return as_typed(shlex.join(["python", "tune.py", *words, *more]))
+    return as_typed(shlex.join(["python", "tune.py", *words, *permission(file.study), *more]))

@@ -103,6 +103,11 @@ def named_in(study: Study) -> list[Named]:
     return [named for known, named in rows if _is_plugged(named, known)]
 
 
+def permission(study: Study) -> list[str]:
+    """The option by which the plug-ins of a study run, if it names one by its place."""
+    return [ASK] if any(is_place(named.written) for named in named_in(study)) else []
+
+
 def _is_plugged(named: Named, known: Registry[Any] | None) -> bool:
     """Whether a name is a plug-in's; a source of texts of an unknown name is a mistake, which reading it reports."""
     if known is not None or is_place(named.written):
