@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 from localhub import serve
+from plugging import forgotten
 from processes import scope
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ os.environ.pop("COLUMNS", None)  # xdist sets it, and what the tests set themsel
 
 @pytest.fixture(autouse=True)
 def ended() -> Iterator[None]:
-    """Processes of a test end with it, so that one that fails is one failure."""
-    with scope():
+    """Processes and plug-ins of a test end with it, so that one that fails is one failure."""
+    with scope(), forgotten():
         yield
 
 

@@ -6,7 +6,7 @@ import math
 import re
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +14,6 @@ import jsonschema
 import optuna
 import pytest
 import torch
-from plugging import forgotten
 from tinystudy import CommandLine, settings
 from torch import Tensor
 
@@ -95,12 +94,6 @@ class Flat:
 '''
 SHAPE = Shape(3, 4, attention=False)
 BUDGET = Budget(0.5, (24, 24), ((SHAPE, SHAPE),) * 2)
-
-
-@pytest.fixture(autouse=True)
-def clean() -> Iterator[None]:
-    with forgotten():
-        yield
 
 
 @pytest.fixture
