@@ -5,7 +5,7 @@ import random
 import pytest
 
 from atp_tune.allocations import Budget, Shape, atp, curve
-from atp_tune.allocations.curve import level
+from atp_tune.allocations.budget import level
 
 NAMES = ["beta", "gamma", "ends", "split", "value"]
 ZERO = dict.fromkeys(NAMES, 0.0)

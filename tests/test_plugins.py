@@ -14,6 +14,7 @@ import jsonschema
 import optuna
 import pytest
 import torch
+from plugging import forgotten
 from tinystudy import CommandLine, settings
 from torch import Tensor
 

@@ -47,6 +47,7 @@ ALLOCATIONS = Registry[Allocation](
         "alphapruning": "atp_tune.allocations.alphapruning",
         "er": "atp_tune.allocations.er",
         "erk": "atp_tune.allocations.er",
+        "prices": "atp_tune.allocations.prices",
         "global": "atp_tune.allocations.global_",
     },
     "atp_tune.allocations",

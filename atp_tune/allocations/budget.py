@@ -6,7 +6,9 @@ from typing import Any, Literal, Protocol, TypeVar
 
 ROUNDING = 1e-9  # tolerance when a parameter is compared with its bounds
 # Names of parameters in papers and error messages.
-SYMBOLS = {"beta": "β", "gamma": "γ", "split": "δ", "ends": "φ", "value": "ν", "lam": "λ", "epsilon": "ε"}
+SYMBOLS = {"beta": "β", "gamma": "γ", "split": "δ", "ends": "φ", "value": "ν", "lam": "λ", "epsilon": "ε", "kappa": "κ"}
+
+HALVINGS = 60  # bisection steps for a shift, enough for the precision of a float
 
 Measured = TypeVar("Measured")
 Score = Literal["magnitude", "wanda"]
@@ -42,6 +44,9 @@ class DenseMetricsProtocol(Protocol):
 
     def global_sparsities(self, target: float, score: Score) -> LinearSparsities:
         """For each linear of each block, the share of its scores that are among the lowest `target` of the model."""
+
+    def priced_sparsities(self, target: float, score: Score) -> LinearSparsities:
+        """For each linear of each block, its sparsity after the descent by prices from uniform at this target."""
 
     def of_blocks(self, key: str, measure: Callable[[list[Any]], Measured], kind: Any = None) -> tuple[Measured, ...]:
         """Any other measurement: `measure` of each block, made once for each `key`.
@@ -126,3 +131,26 @@ def proportional(weights: Sequence[float], sizes: Sequence[int], mean: float) ->
             break
         full |= exceeding
     return tuple(1.0 if i in full else min(1.0, max(0.0, scale * weight)) for i, weight in enumerate(weights))
+
+
+def level(
+    wanted: Sequence[float], sizes: Sequence[int], target: float, low: float = 0.0, high: float = 1.0
+) -> tuple[float, ...]:
+    """Shifts values by one number and clips them to [low, high], such that their mean weighted by size is the target.
+
+    The mean of `wanted` must be the target; values that lie within the limits stay as they are.
+    """
+
+    def clip(value: float) -> float:
+        return min(high, max(low, value))
+
+    if all(low - ROUNDING <= value <= high + ROUNDING for value in wanted):
+        return tuple(map(clip, wanted))
+    least, most = low - max(wanted), high - min(wanted)
+    for _ in range(HALVINGS):
+        shift = (least + most) / 2
+        if sum(clip(value + shift) * size for value, size in zip(wanted, sizes, strict=True)) < target * sum(sizes):
+            least = shift
+        else:
+            most = shift
+    return tuple(clip(value + most) for value in wanted)

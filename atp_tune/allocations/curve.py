@@ -18,10 +18,9 @@ at 60 % a denser first block and denser value projections gain more than β does
 from itertools import chain
 
 from atp_tune.allocations import atp
-from atp_tune.allocations.budget import ROUNDING, Budget, Shape, Sparsities
+from atp_tune.allocations.budget import Budget, Shape, Sparsities, level
 
 contains = ("uniform", "atp")
-HALVINGS = 60  # bisection steps for the shift, enough for the precision of a float
 
 
 def bounds(budget: Budget) -> dict[str, tuple[float, float]]:
@@ -72,21 +71,3 @@ def _blocks(budget: Budget, beta: float, gamma: float, ends: float) -> list[floa
     bend[-1] += ends / 2
     mean = budget.mean(tuple(bend))
     return [budget.target + beta * (i - budget.centre) + (b - mean) for i, b in enumerate(bend)]
-
-
-def level(wanted: list[float], sizes: tuple[int, ...] | list[int], target: float) -> tuple[float, ...]:
-    """Shifts all values by one number and clips them to [0, 1], such that their mean weighted by size is the target."""
-    if all(-ROUNDING <= s <= 1 + ROUNDING for s in wanted):
-        return tuple(map(_clip, wanted))
-    low, high = -max(wanted), 1 - min(wanted)
-    for _ in range(HALVINGS):
-        shift = (low + high) / 2
-        if sum(_clip(s + shift) * size for s, size in zip(wanted, sizes, strict=True)) < target * sum(sizes):
-            low = shift
-        else:
-            high = shift
-    return tuple(_clip(s + high) for s in wanted)
-
-
-def _clip(sparsity: float) -> float:
-    return min(1.0, max(0.0, sparsity))

@@ -6,6 +6,7 @@ W weight [out, in] of a linear; X its inputs [tokens, in] over the calibration t
     outliers    share of a block's scores above `threshold` times their mean, which is float64
     exponents   α of a power law λ^-α fitted to the tail of the eigenvalues λ of WᵀW
     global      share of a linear's scores among the lowest of the model
+    priced      the end of the descent of `allocations.prices`, whose gradients `blocks.pricing` measures
     of_blocks   what a plug-in computes from the weights and the statistics of each block
 
 Blocks are used one at a time and nothing of their size is kept, so no more memory is needed than for pruning.
@@ -34,6 +35,7 @@ HALF = 16  # bits of a float32 that one sweep over the scores resolves
 T = TypeVar("T")
 StatisticsOf = Callable[[type[Statistics]], Sequence[Mapping[str, Statistics]]]
 Cache = dict[tuple[object, ...], Any]
+Priced = Callable[[float, Score], LinearSparsities]
 Sweep = Callable[[], Iterator[list[Tensor]]]
 
 
@@ -41,12 +43,18 @@ class DenseMetrics:
     """Measurements of a dense checkpoint; `statistics` measures its inputs, `cache` keeps all results."""
 
     def __init__(
-        self, checkpoint: Checkpoint, statistics: StatisticsOf, cache: Cache, step: Callable[[int], None]
+        self,
+        checkpoint: Checkpoint,
+        statistics: StatisticsOf,
+        cache: Cache,
+        step: Callable[[int], None],
+        priced: Priced | None = None,
     ) -> None:
         self._checkpoint = checkpoint
         self._statistics = statistics
         self._cache = cache
         self._step = step
+        self._priced = priced
         self._device = torch.device("cpu") if checkpoint.device.type == "mps" else checkpoint.device  # float64
 
     def outlier_ratios(self, threshold: float) -> tuple[float, ...]:
@@ -70,6 +78,13 @@ class DenseMetrics:
             return tuple(tuple(map(share, *pair)) for pair in zip(counts, sizes, strict=True))
 
         return self._once(("global", target, score), measure)
+
+    def priced_sparsities(self, target: float, score: Score) -> LinearSparsities:
+        """For each linear of each block, its sparsity after the descent by prices; ValueError without a text."""
+        if self._priced is None:
+            raise ValueError("prices: need a calibration text")
+        priced = self._priced
+        return self._once(("priced", target, score), lambda: priced(target, score))
 
     def of_blocks(
         self, key: str, measure: Callable[[list[Any]], T], kind: type[Statistics] | None = None

@@ -209,13 +209,23 @@ def _whole(known: Known, context: "TrialContext | None", rates: ProbeRates | Non
     # Over an interval all trials may be on the front or be the uniform ones beside it; with a limit only the best is.
     is_front = study.interval is not None and study.limit is None
     rows = 0 if study.texts.test is None else (trials or 0) if is_front else plans
-    once = known.kinds * known.tokens.calibration
+    once = known.kinds * known.tokens.calibration + _descents(known)
     blocks = len(known.sizes.blocks)
     found = forecast.whole(rates, trials, done, known.costs, known.tokens, blocks, once, rows, _drawn(known, plans))
     ends_early = study.search.early_termination or study.limit is not None
     found = found.model_copy(update={"early_termination": ends_early})
     screening = _screening(known)
     return forecast.screened(found, screening, rates, known.costs, blocks) if screening else found
+
+
+def _descents(known: Known) -> int:
+    """Tokens of the descents by prices, counted as forward passes; one for each score that pruners rank by."""
+    from atp_tune.search.priced import forward_passes
+
+    if "prices" not in known.study.allocation.short_names:
+        return 0
+    scores = {"magnitude" if name == "magnitude" else "wanda" for name in known.study.prune.short_names}
+    return len(scores) * forward_passes(known.tokens.calibration // known.windows)
 
 
 def _compared(study: Study) -> int:

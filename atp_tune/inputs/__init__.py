@@ -55,6 +55,9 @@ class InputKind(Protocol[T]):
     def draws(self, text: Text, count: int, folder: ModelFolder, base: Path, bos: bool) -> list[T]:
         """Items of `count` draws of a calibration text, without the first draw. UserError if the text is too short."""
 
+    def many(self, text: Text, positions: int, folder: ModelFolder, base: Path, bos: bool) -> T:
+        """As many items of a calibration text as hold `positions` positions, fewer if the text is shorter."""
+
     def check_disjoint(self, items: Mapping[str, T]) -> None:
         """UserError if two roles share an item."""
 

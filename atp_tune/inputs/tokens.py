@@ -14,7 +14,7 @@ from atp_tune.checkpoints.devices import is_out_of_memory
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError
 from atp_tune.inputs import InputKind
-from atp_tune.inputs.windows import Windows, check_disjoint, stretches, token_windows
+from atp_tune.inputs.windows import Windows, check_disjoint, first_windows, stretches, token_windows
 from atp_tune.spec.facts import BOS
 from atp_tune.spec.study import Text
 
@@ -44,6 +44,14 @@ class TokenWindows:
                 f'{reason}, or draws, or set sampling = "random"'
             ) from None
         return [stretch.thinned(text.stride) for stretch in stretches(found, count)[1:]]
+
+    def many(self, text: Text, positions: int, folder: ModelFolder, base: Path, bos: bool) -> Windows:
+        """Windows of a calibration text with `positions` tokens: the first that are drawn, or of the text."""
+        count = max(1, positions // text.seqlen)
+        if text.sampling == "random":
+            more = text.model_copy(update={"nsamples": count, "stride": 1})
+            return read_text("calibration", more, folder, base, bos)
+        return first_windows(text, folder.path, base, count, folder.trusted, bos)
 
     def check_disjoint(self, items: Mapping[str, Windows]) -> None:
         """UserError if two texts share a window."""

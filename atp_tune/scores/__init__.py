@@ -37,6 +37,9 @@ class Score(Head, Protocol):
         `dense`: the final hidden states of the dense model, for KL.
         """
 
+    def gradient(self, replay: Replay, batch: Batch, hidden: Tensor) -> Tensor:
+        """Gradient of each item's NLL by its final hidden states [items, positions, width], for prices."""
+
 
 def joined(parts: Sequence[WindowScores]) -> WindowScores:
     """Concatenates scores."""

@@ -54,6 +54,16 @@ class CheckedScore:
             raise PluginError(f"{self._origin}: items returned {many}, where there must be {wanted[0]} and {wanted[1]}")
         return found
 
+    def gradient(self, replay: Replay, batch: Batch, hidden: Tensor) -> Tensor:
+        """The plug-in's gradient; PluginError if it has none."""
+        if not hasattr(self._plugin, "gradient"):
+            raise PluginError(f"{self._origin}: has no method gradient, which the allocation prices needs")
+        with guarded(self._origin, "gradient"):
+            found: Tensor = self._plugin.gradient(replay, batch, hidden)
+        if not isinstance(found, Tensor) or found.shape != hidden.shape:
+            raise PluginError(f"{self._origin}: gradient returned something else than a tensor {list(hidden.shape)}")
+        return found
+
 
 def finished(found: Any, origin: Origin) -> CheckedScore:
     """The score of a plug-in: an object, or a class, of which one is made; UserError if it is none."""

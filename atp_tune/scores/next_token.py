@@ -67,6 +67,19 @@ class NextToken:
                 kls += token_kls(others, logits).view(len(batch), -1).sum(1)
         return WindowScores((nlls / predicted).tolist(), [] if dense is None else (kls / predicted).tolist())
 
+    def gradient(self, replay: Replay, batch: Tensor, hidden: Tensor) -> Tensor:
+        """Gradient of each window's NLL by its final hidden states [windows, tokens, width], slice by slice."""
+        found, predicted = torch.zeros_like(hidden), batch.shape[1] - 1
+        for start in range(0, predicted, POSITIONS):
+            here = slice(start, min(start + POSITIONS, predicted))
+            part = hidden[:, here].detach().requires_grad_()
+            targets = batch[:, here.start + 1 : here.stop + 1].flatten()
+            with torch.enable_grad():
+                logits = replay.logits(batch[:, here], part).flatten(0, 1).float()
+                loss = functional.cross_entropy(logits, targets, reduction="sum") / predicted
+            found[:, here] = torch.autograd.grad(loss, part)[0]
+        return found
+
 
 NEXT_TOKEN: Score = NextToken()
 

@@ -3,16 +3,17 @@
 Windows are evaluated in the same batches with and without a stopper, so trials have the same values to the last bit.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from atp_tune.allocations import Budget
+from atp_tune.allocations import Budget, LinearSparsities
+from atp_tune.allocations.budget import Score
 from atp_tune.blocks.batching import AutoBatch, block_bytes
 from atp_tune.blocks.prune_pass import Pass, PrunedBlock, embed
 from atp_tune.blocks.replay import Replay
@@ -26,10 +27,13 @@ from atp_tune.metrics.bos import BosEffect
 from atp_tune.plan import Plan
 from atp_tune.plugins import short_name
 from atp_tune.pruners import make_pruner
+from atp_tune.pruners.statistics import InputNorms
+from atp_tune.pruners.wanda import Wanda
 from atp_tune.scores import SCORES, WindowScores, joined
 from atp_tune.scores.bos import compare_bos
 from atp_tune.scores.evaluation import Block, head_scores
 from atp_tune.search.dense_model import DenseMeasurements, dense_blocks
+from atp_tune.search.priced import POOL, Descent
 from atp_tune.search.scoring import RoleScorer
 from atp_tune.spec.config import Config
 from atp_tune.spec.facts import BOS
@@ -110,6 +114,7 @@ class TrialContext(Released):
         self._roles = {role: self._scorer(items[role], batch) for role, batch in batches.items()}
         self._has_error_curve = True  # `prune` measures the error of the hidden states
         self._draws: list[Items] = []  # of the calibration text, without the first
+        self._pool: Callable[[], Items] = lambda: windows["calibration"]  # what steps by prices draw from
 
     @classmethod
     def open(cls, setup: ContextConfig, watch: EventHandler = ignore_events) -> "TrialContext":
@@ -124,6 +129,8 @@ class TrialContext(Released):
         inputs.check_fit(checkpoint, windows, context.replay.embed)
         context = context._with_bos_if_better(setup) if setup.bos is None else context
         context.begin(setup.batches)
+        if "calibration" in setup.texts:
+            context._pool = partial(inputs.many, setup.texts["calibration"], POOL, folder, setup.base, context.bos)
         if setup.draws > 1:
             text = setup.texts["calibration"]
             context._draws = inputs.draws(text, setup.draws, folder, setup.base, context.bos)
@@ -228,8 +235,18 @@ class TrialContext(Released):
 
     def budget(self, target: float) -> Budget:
         """The budget of this checkpoint at a target sparsity; its dense metrics are measured when needed."""
-        evidence = self.measured.evidence()
+        evidence = self.measured.evidence(self._priced)
         return Budget(target, self.checkpoint.sizes, self.checkpoint.shapes, evidence)
+
+    def _priced(self, target: float, score: Score) -> LinearSparsities:
+        """Sparsities by prices, measured on windows that no other text shares."""
+        pool, wanda = self._pool(), Wanda()
+        self.inputs.check_disjoint({**self.windows, "calibration": pool})
+        statistics = self.measured.fast_statistics(wanda)
+        descent = Descent(
+            self.checkpoint, self.inputs, self.score, pool, lambda index: statistics[index], self.heads, self.watch
+        )
+        return descent.sparsities(target, score, self.measured.key_of(wanda, InputNorms))
 
     def contents(self) -> dict[str, str | bool]:
         """The facts of a value that are not in the study file: SHA-256 of model and windows, dtype, and BOS."""

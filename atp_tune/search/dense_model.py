@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from atp_tune.blocks.batching import AutoBatch
-from atp_tune.blocks.dense_metrics import Cache, DenseMetrics
+from atp_tune.blocks.dense_metrics import Cache, DenseMetrics, Priced
 from atp_tune.blocks.dense_statistics import CachedStatistics, Ranked, can_rank, is_room, save_all
 from atp_tune.blocks.prune_pass import BlockStatistics, advance, embed, measure_and_advance
 from atp_tune.blocks.replay import Replay
@@ -61,13 +61,16 @@ class DenseMeasurements:
         vars(self).pop("states", None)
         self._calibration = None
 
-    def evidence(self) -> DenseMetrics:
-        """The metrics that allocations need; each is measured once for all budgets."""
+    def evidence(self, priced: Priced | None = None) -> DenseMetrics:
+        """The metrics that allocations need; each is measured once for all budgets.
+
+        `priced`: sparsities by prices at a target and a score.
+        """
 
         def statistics(kind: type[Statistics]) -> Sequence[BlockStatistics]:
             return self.statistics(Measuring(kind))
 
-        return DenseMetrics(self._replay.checkpoint, statistics, self._metrics, self._step)
+        return DenseMetrics(self._replay.checkpoint, statistics, self._metrics, self._step, priced)
 
     @cached_property
     def curve_windows(self) -> int:

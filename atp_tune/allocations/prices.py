@@ -1,0 +1,98 @@
+"""Prices: sparsities that descend along the loss of the pruned model; linears whose weights cost little get sparser.
+
+    s_l = S + κ (s*_l - S)                                                        l a linear of a block
+
+S target, κ (`kappa`) the distance from uniform: 0 is uniform, 1 the end s* of the descent. Values that leave [0, 1] are
+clipped and all are shifted by one number, such that the mean weighted by size is S.
+
+The price p_l of a linear is the loss in nats that one further pruned weight costs (`blocks/pricing.py`). The descent
+begins at uniform and takes T = 20 steps, each on other windows of the calibration text:
+
+    v_l ← 0.7 v_l + 0.3 p_l
+    u_l = (v_l - v̄) / sqrt(mean (v - v̄)²), clipped to ±3                          means weighted by size
+    s_l ← level(s_l - η_t u_l, S) in [0.02, 0.98], η_t = 0.03 (1 - t/T) + 0.003
+
+No window of the validation or test text is used. A step costs as much as four forward passes.
+
+Reason: formulas of a few numbers (`atp`, `curve`, `owl`) lack most of what a model wants, which differs from linear to
+linear; a gradient at the *pruned* model tells it for all of them at once. Taylor expansions at the dense model are
+biased at the distance of pruning. For pruners that change the kept weights the descent, whose masks are Wanda's, goes
+too far; κ = 0.6 is the second point of a search.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import chain
+
+from atp_tune.allocations.budget import Budget, LinearSparsities, Shape, level
+
+contains = ("uniform",)
+measures_inputs = True
+one_target = True  # each sparsity needs a descent of its own
+FARTHEST = 1.5  # highest κ
+STEPS = 20
+KEPT = 0.7  # share of the former prices in their moving mean
+LARGEST = 3.0  # of a price, in standard deviations
+FIRST, LAST = 0.03, 0.003  # distances of the steps
+LIMITS = 0.02, 0.98  # of a sparsity during the descent
+
+Prices = Sequence[Sequence[float]]  # one per linear of each block
+
+
+def bounds(budget: Budget) -> dict[str, tuple[float, float]]:
+    """The interval of `kappa`."""
+    return {"kappa": (0.0, FARTHEST)}
+
+
+def initial_points(budget: Budget) -> list[dict[str, float]]:
+    """The end of the descent, and a point on the way to it."""
+    return [{"kappa": 1.0}, {"kappa": 0.6}]
+
+
+def sparsities(budget: Budget, kappa: float) -> LinearSparsities | tuple[float, ...]:
+    """One sparsity per linear, or per block if κ = 0; ValueError outside the bounds."""
+    budget.check(bounds(budget), kappa=kappa)
+    if kappa == 0:
+        return (budget.target,) * len(budget.sizes)
+    found = budget.require_dense_metrics("prices").priced_sparsities(budget.target, budget.score)
+    wanted = [budget.target + kappa * (s - budget.target) for s in chain.from_iterable(found)]
+    return _rows(level(wanted, _sizes(budget.linears), budget.target), budget.linears)
+
+
+def descend(
+    linears: Sequence[Sequence[Shape]], target: float, prices_at: Callable[[int, LinearSparsities], Prices]
+) -> LinearSparsities:
+    """The end of the descent from uniform; `prices_at(step, sparsities)` measures prices, in nats per weight."""
+    sizes = _sizes(linears)
+    low, high = min(LIMITS[0], target), max(LIMITS[1], target)
+    found, smooth = [target] * len(sizes), [0.0] * len(sizes)
+    for step in range(STEPS):
+        prices = chain.from_iterable(prices_at(step, _rows(found, linears)))
+        smooth = [KEPT * v + (1 - KEPT) * p for v, p in zip(smooth, prices, strict=True)]
+        distance = FIRST * (1 - step / STEPS) + LAST
+        wanted = [s - distance * u for s, u in zip(found, _standardised(smooth, sizes), strict=True)]
+        excess = _mean(wanted, sizes) - target
+        found = list(level([s - excess for s in wanted], sizes, target, low, high))
+    return _rows(found, linears)
+
+
+def _standardised(values: Sequence[float], sizes: Sequence[int]) -> list[float]:
+    """Values minus their mean, in standard deviations, at most `LARGEST`; all 0 if they are equal."""
+    mean = _mean(values, sizes)
+    deviation = math.sqrt(_mean([(value - mean) ** 2 for value in values], sizes))
+    if deviation == 0:
+        return [0.0] * len(values)
+    return [min(LARGEST, max(-LARGEST, (value - mean) / deviation)) for value in values]
+
+
+def _mean(values: Sequence[float], sizes: Sequence[int]) -> float:
+    return math.fsum(value * size for value, size in zip(values, sizes, strict=True)) / sum(sizes)
+
+
+def _sizes(linears: Sequence[Sequence[Shape]]) -> list[int]:
+    return [shape.size for shape in chain.from_iterable(linears)]
+
+
+def _rows(values: Sequence[float], linears: Sequence[Sequence[Shape]]) -> LinearSparsities:
+    flat = iter(values)
+    return tuple(tuple(next(flat) for _ in row) for row in linears)

@@ -1,0 +1,117 @@
+"""Sparsities by prices: the descent of `allocations.prices` on the calibration text, once per target and score.
+
+The result is kept in the cache by everything that determines it, so that later runs and other studies need no descent.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from atp_tune.allocations import LinearSparsities
+from atp_tune.allocations.budget import Score as RankedBy
+from atp_tune.allocations.prices import FIRST, KEPT, LARGEST, LAST, LIMITS, STEPS, Prices, descend
+from atp_tune.blocks.batching import AutoBatch, block_bytes
+from atp_tune.blocks.pricing import ACTIVATIONS, BAND, Pricing
+from atp_tune.blocks.prune_pass import BlockStatistics
+from atp_tune.cache import cache_dir, sha256_of_json, write_atomically
+from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.checkpoints.linears import Linear
+from atp_tune.events import EventHandler, Message, Step
+from atp_tune.inputs import InputKind, Items
+from atp_tune.pruners.selection import ranks
+from atp_tune.pruners.wanda import Ranks, Wanda
+from atp_tune.scores import Score
+from atp_tune.storage.process_identity import versions
+
+POOL = 32768  # tokens of the calibration text that the windows of all steps are drawn from
+TOKENS, WINDOWS = 2048, 4  # of a step: so many tokens, but at least so many windows
+PASSES = 4  # forward passes that a gradient costs: one to keep the states, one again in each block, two backward
+CONSTANTS = (STEPS, KEPT, LARGEST, FIRST, LAST, LIMITS, BAND, POOL, TOKENS, WINDOWS)
+
+
+class Descent:
+    """Descends by prices for one checkpoint and calibration text.
+
+    `pool`: the items that steps draw from; `statistics`: of a block's inputs in the dense model, as norms or ranks.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        inputs: InputKind[Items],
+        score: Score,
+        pool: Items,
+        statistics: Callable[[int], BlockStatistics],
+        heads: AutoBatch,
+        watch: EventHandler,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._inputs = inputs
+        self._score = score
+        self._pool = pool
+        self._statistics = statistics
+        self._watch = watch
+        needed = ACTIVATIONS * block_bytes(checkpoint)
+        self._batch = AutoBatch(checkpoint.device, pool.positions, needed, lambda text: watch(Message(text)))
+        self._heads = heads
+
+    def sparsities(self, target: float, score: RankedBy, measured: str) -> LinearSparsities:
+        """One sparsity per linear of each block, from the cache if possible.
+
+        `measured`: SHA-256 of all that determines the statistics, such as model and calibration windows.
+        """
+        file = cache_dir("prices") / f"{self._key(target, score, measured)}.json"
+        if file.is_file():
+            return tuple(tuple(row) for row in json.loads(file.read_text(encoding="utf-8")))
+        found = self._descend(target, score)
+        self._keep(file, found)
+        return found
+
+    def _descend(self, target: float, score: RankedBy) -> LinearSparsities:
+        places = self._by_wanda if score == "wanda" else by_magnitude
+        pricing = Pricing(self._checkpoint, self._inputs, self._score.gradient, places, self._batch, self._heads)
+        items = self._pool.batch(self._checkpoint.device)
+        many = min(len(items), windows_of_step(self._pool.positions))
+        draw = torch.Generator().manual_seed(0)
+
+        def prices_at(step: int, sparsities: LinearSparsities) -> Prices:
+            self._watch(Step("prices", step + 1, STEPS))
+            chosen = torch.randperm(len(items), generator=draw)[:many].to(self._checkpoint.device)
+            return pricing.prices(sparsities, items[chosen])
+
+        return descend(self._checkpoint.shapes, target, prices_at)
+
+    def _by_wanda(self, index: int, linear: Linear, weight: Tensor) -> Tensor:
+        known = self._statistics(index).get(linear.name)
+        if isinstance(known, Ranks):
+            return known.places
+        return by_magnitude(index, linear, weight) if known is None else ranks(Wanda.scores(weight, known))
+
+    def _key(self, target: float, score: RankedBy, measured: str) -> str:
+        batches = self._batch.windows, self._heads.windows
+        facts = [measured, self._pool.content, type(self._score).__name__, target, score, *batches]
+        return sha256_of_json([*facts, list(CONSTANTS), versions()])
+
+    def _keep(self, file: Path, found: LinearSparsities) -> None:
+        try:
+            write_atomically(file, json.dumps(found).encode())
+        except OSError as error:
+            self._watch(Message(f"cache folder {file.parent}: {error}; prices are kept in memory"))
+
+
+def windows_of_step(positions: int) -> int:
+    """Number of items of a step, of so many positions each."""
+    return max(WINDOWS, TOKENS // positions)
+
+
+def forward_passes(positions: int) -> int:
+    """Tokens of a descent, each counted as often as a forward pass would have to be made for its cost."""
+    return PASSES * STEPS * windows_of_step(positions) * positions
+
+
+def by_magnitude(index: int, linear: Linear, weight: Tensor) -> Tensor:
+    """Places [out, in] of the magnitudes of a weight in its rows."""
+    return ranks(weight.abs().float())

@@ -1,0 +1,306 @@
+"""Prices against gradients of the whole model, and the descent by them against its formula in loops."""
+
+import copy
+import json
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import CPU, FAMILIES, MIXTURES, bench_of, few, random_ids, tiny
+from naive_allocations import scores
+from test_curve import budgets
+from tinystudy import CommandLine, settings, stored
+from torch import Tensor
+from torch.nn import functional
+
+from atp_tune.allocations import Budget, LinearSparsities, Shape, prices
+from atp_tune.blocks.batching import AutoBatch
+from atp_tune.blocks.pricing import BAND, Pricing
+from atp_tune.checkpoints.linears import Linear
+from atp_tune.pruners.selection import ranks
+from atp_tune.pruners.wanda import Wanda
+from atp_tune.search.context import TrialContext
+from atp_tune.search.priced import by_magnitude
+from atp_tune.spec.config import read_config
+
+FAST = ("llama", "gpt2")
+
+
+def pricing_of(context: TrialContext, windows: int = 4, by_wanda: bool = True) -> Pricing:
+    """Prices at the context's own calibration windows, a few windows at a time."""
+    with torch.inference_mode():
+        statistics = context.measured.statistics(Wanda())
+
+    def wanda(index: int, linear: Linear, weight: Tensor) -> Tensor:
+        return ranks(Wanda.scores(weight, statistics[index][linear.name]))
+
+    batch = AutoBatch(CPU, 1, 1, lambda text: None)
+    batch.windows = windows
+    places = wanda if by_wanda else by_magnitude
+    return Pricing(context.checkpoint, context.inputs, context.score.gradient, places, batch, context.heads)
+
+
+def uneven(context: TrialContext) -> LinearSparsities:
+    """A sparsity for each linear, all different."""
+    draw = random.Random(0)
+    return tuple(tuple(draw.uniform(0.1, 0.9) for _ in row) for row in context.checkpoint.linears)
+
+
+def places_in_rows(rows: Sequence[Sequence[float]]) -> Tensor:
+    """The place of each score in its row, the leftmost of equal scores first."""
+    found = []
+    for row in rows:
+        order = sorted(range(len(row)), key=lambda j: (row[j], j))
+        found.append([order.index(j) for j in range(len(row))])
+    return torch.tensor(found)
+
+
+def naive_prices(
+    model: Any, context: TrialContext, sparsities: LinearSparsities, ids: Tensor, by_wanda: bool
+) -> list[list[float]]:
+    """By the gradient of a whole pruned copy of the model."""
+    checkpoint = context.checkpoint
+    all_scores = scores(model, checkpoint, context.items("calibration"), "wanda" if by_wanda else "magnitude")
+    pruned, places = copy.deepcopy(model).requires_grad_(True), {}
+    for i, linears in enumerate(checkpoint.linears):
+        for k, linear in enumerate(linears):
+            weight = linear.matrix(pruned.get_parameter(checkpoint.key(i, linear)).data)
+            flat, (rows, columns) = all_scores[i][k], weight.shape
+            places[i, k] = places_in_rows([flat[r * columns : (r + 1) * columns] for r in range(rows)])
+            weight[places[i, k] < int(columns * sparsities[i][k])] = 0
+    logits = pruned(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+    functional.cross_entropy(logits, ids[:, 1:].flatten()).backward()
+    found = []
+    for i, linears in enumerate(checkpoint.linears):
+        found.append([])
+        for k, linear in enumerate(linears):
+            name = checkpoint.key(i, linear)
+            gradient = linear.matrix(pruned.get_parameter(name).grad)
+            weight = linear.matrix(model.get_parameter(name).data)
+            columns, costs = weight.shape[1], []
+            for row in range(weight.shape[0]):
+                for j in range(columns):
+                    distance = int(places[i, k][row, j]) - int(columns * sparsities[i][k])
+                    if abs(distance) < max(1, int(BAND * columns)):
+                        costs.append(float(gradient[row, j]) * float(weight[row, j]))
+            found[-1].append(-math.fsum(costs) / len(costs))
+    return found
+
+
+def close(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> bool:
+    size = max(abs(price) for row in theirs for price in row)
+    return all(
+        one == pytest.approx(other, rel=1e-3, abs=1e-4 * size)
+        for row, others in zip(ours, theirs, strict=True)
+        for one, other in zip(row, others, strict=True)
+    )
+
+
+@pytest.mark.parametrize("family", few(FAMILIES, FAST))
+@pytest.mark.parametrize("by_wanda", [True, False], ids=["wanda", "magnitude"])
+def test_prices_are_gradients_of_the_whole_pruned_model(family: str, by_wanda: bool) -> None:
+    model = tiny(family)
+    context, ids = bench_of(model), random_ids(6, seed=5)
+    sparsities = uneven(context)
+    ours = pricing_of(context, by_wanda=by_wanda).prices(sparsities, ids)
+    assert close(ours, naive_prices(model, context, sparsities, ids, by_wanda))
+
+
+@pytest.mark.parametrize("family", few(MIXTURES, ("mixtral",)))
+def test_prices_of_experts(family: str) -> None:
+    """By the gradient of the parameters that hold all experts of a block; one without tokens costs nothing."""
+    model = tiny(family)
+    context, ids = bench_of(model), random_ids(6, seed=5)
+    checkpoint, sparsities = context.checkpoint, uneven(context)
+    ours = pricing_of(context, by_wanda=False).prices(sparsities, ids)
+    pruned = copy.deepcopy(model).requires_grad_(True)
+    for i, linears in enumerate(checkpoint.linears):
+        for linear, s in zip(linears, sparsities[i], strict=True):
+            weight = linear.matrix(pruned.get_parameter(checkpoint.key(i, linear)).data)
+            weight[ranks(weight.abs()) < int(weight.shape[1] * s)] = 0
+    logits = pruned(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+    functional.cross_entropy(logits, ids[:, 1:].flatten()).backward()
+    theirs = []
+    for i, linears in enumerate(checkpoint.linears):
+        theirs.append([])
+        for linear, s in zip(linears, sparsities[i], strict=True):
+            name = checkpoint.key(i, linear)
+            weight = linear.matrix(model.get_parameter(name).data)
+            grad = pruned.get_parameter(name).grad
+            gradient = torch.zeros_like(weight) if grad is None else linear.matrix(grad)
+            columns = weight.shape[1]
+            band = (ranks(weight.abs()).int() - int(columns * s)).abs() < max(1, int(BAND * columns))
+            theirs[-1].append(-float((gradient * weight)[band].mean()))
+    assert close(ours, theirs)
+
+
+def test_a_streamed_model_has_the_same_prices() -> None:
+    found = []
+    for offload in ("none", "cpu"):
+        context = bench_of(tiny("llama"), offload=offload)
+        found.append(pricing_of(context).prices(uneven(context), random_ids(6, seed=5)))
+    assert found[0] == found[1]
+
+
+def test_the_batch_size_changes_nothing_but_rounding() -> None:
+    context, ids = bench_of(tiny("llama")), random_ids(6, seed=5)
+    one, other = (pricing_of(context, windows).prices(uneven(context), ids) for windows in (1, 8))
+    assert close(one, other) and one == pricing_of(context, 1).prices(uneven(context), ids)
+
+
+def test_out_of_memory_is_retried_with_half_the_windows() -> None:
+    context, ids = bench_of(tiny("llama")), random_ids(8, seed=5)
+    pricing, failures = pricing_of(context, 8), [1, 1]
+    expected, run = pricing_of(context, 8).prices(uneven(context), ids), pricing._replay.run
+
+    def short(index: int, weights: Any, hidden: Tensor) -> Tensor:
+        if len(hidden) > 4 and torch.is_grad_enabled() and failures:
+            failures.pop()
+            raise torch.OutOfMemoryError
+        return run(index, weights, hidden)
+
+    pricing._replay.run = short  # type: ignore[method-assign]
+    assert close(pricing.prices(uneven(context), ids), expected)
+    assert pricing._batch.windows == 4
+
+
+def test_nothing_of_the_model_changes() -> None:
+    model = tiny("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    context = bench_of(model)
+    pricing_of(context).prices(uneven(context), random_ids(6))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# The descent
+
+
+def naive_descent(linears: Sequence[Sequence[Shape]], target: float, prices_of: Any) -> list[float]:
+    """The formula of the docstring, step by step; the level is found by halving."""
+    sizes = [shape.rows * shape.columns for row in linears for shape in row]
+    total = sum(sizes)
+    s, v = [target] * len(sizes), [0.0] * len(sizes)
+    for t in range(20):
+        p = prices_of(t, s)
+        v = [0.7 * old + 0.3 * new for old, new in zip(v, p, strict=True)]
+        mean = math.fsum(n * x for n, x in zip(sizes, v, strict=True)) / total
+        rms = math.sqrt(math.fsum(n * (x - mean) ** 2 for n, x in zip(sizes, v, strict=True)) / total)
+        u = [max(-3, min(3, (x - mean) / rms)) if rms else 0.0 for x in v]
+        wanted = [a - (0.03 * (1 - t / 20) + 0.003) * b for a, b in zip(s, u, strict=True)]
+        low, high = -2.0, 2.0
+        for _ in range(100):
+            shift = (low + high) / 2
+            s = [min(0.98, max(0.02, x + shift)) for x in wanted]
+            if math.fsum(n * x for n, x in zip(sizes, s, strict=True)) < target * total:
+                low = shift
+            else:
+                high = shift
+    return s
+
+
+@pytest.mark.parametrize("budget", budgets()[:20], ids=str)
+def test_the_descent_follows_its_formula(budget: Budget) -> None:
+    draw = random.Random(1)
+    count = sum(map(len, budget.linears))
+    drawn = [[draw.gauss(0, 1) * (1 + 9 * (k % 7 == 0)) for k in range(count)] for _ in range(prices.STEPS)]
+    seen: list[LinearSparsities] = []
+
+    def prices_at(step: int, sparsities: LinearSparsities) -> list[list[float]]:
+        seen.append(sparsities)
+        flat = iter(drawn[step])
+        return [[next(flat) for _ in row] for row in budget.linears]
+
+    found = prices.descend(budget.linears, budget.target, prices_at)
+    assert len(seen) == prices.STEPS and {s for row in seen[0] for s in row} == {budget.target}
+    naive = naive_descent(budget.linears, budget.target, lambda step, _: drawn[step])
+    assert [s for row in found for s in row] == pytest.approx(naive, abs=1e-9)
+    for row in (*seen, found):
+        assert budget.mean(budget.block_means(row)) == pytest.approx(budget.target, abs=1e-12)
+
+
+def test_equal_prices_are_uniform_and_a_dear_linear_stays_denser() -> None:
+    [budget] = budgets()[1:2]
+    equal = prices.descend(budget.linears, budget.target, lambda *_: [[2.0] * len(row) for row in budget.linears])
+    assert {s for row in equal for s in row} == {budget.target}
+    dear = [[float(i == k == 0) for k in range(len(row))] for i, row in enumerate(budget.linears)]
+    found = prices.descend(budget.linears, budget.target, lambda *_: dear)
+    rest = [s for row in found for s in row][1:]
+    assert found[0][0] < budget.target < min(rest)
+
+
+@pytest.mark.parametrize("target", [0.0, 0.005, 0.995, 1.0])
+def test_targets_at_the_ends(target: float) -> None:
+    budget = Budget(target, budgets()[1].sizes, budgets()[1].linears)
+    drawn = [[float(i + k) for k in range(len(row))] for i, row in enumerate(budget.linears)]
+    found = prices.descend(budget.linears, target, lambda *_: drawn)
+    assert budget.mean(budget.block_means(found)) == pytest.approx(target, abs=1e-9)
+    assert all(0 <= s <= 1 for row in found for s in row)
+
+
+class Known:
+    """Dense metrics with a given end of the descent."""
+
+    def __init__(self, found: LinearSparsities) -> None:
+        self._found = found
+
+    def priced_sparsities(self, target: float, score: str) -> LinearSparsities:
+        return self._found
+
+
+def test_kappa_is_the_distance_from_uniform() -> None:
+    linears = ((Shape(4, 4, True), Shape(8, 4, False)),)
+    end = ((0.2, 0.8),)
+    budget = Budget(0.6, (48,), linears, Known(end))  # type: ignore[arg-type]
+    assert prices.sparsities(budget, 0.0) == (0.6,)
+    assert prices.sparsities(budget, 1.0)[0] == pytest.approx((0.2, 0.8))  # type: ignore[comparison-overlap]
+    assert prices.sparsities(budget, 0.5)[0] == pytest.approx((0.4, 0.7))  # type: ignore[comparison-overlap]
+    far = prices.sparsities(budget, 1.5)
+    assert far[0] == pytest.approx((0.0, 0.9))  # type: ignore[comparison-overlap]
+    with pytest.raises(ValueError, match=r"κ = 1\.6 is outside"):
+        prices.sparsities(budget, 1.6)
+    with pytest.raises(ValueError, match="needs a model"):
+        prices.sparsities(Budget(0.6, (48,), linears), 1.0)
+
+
+# A study
+
+
+STUDY = settings('allocation=["prices"]', "search.trials=4")
+
+
+def test_a_study_descends_once(place: Path, command: CommandLine, cache: Path) -> None:
+    answer = command("--study", place / "tiny.toml", *STUDY)
+    assert (answer.code, answer.err) == (0, "")
+    study = stored(place)
+    kappas = [trial.params.get("kappa") for trial in study.trials]
+    assert kappas[:3] == [0.0, 1.0, 0.6] and len(kappas) == 4
+    [file] = (cache / "prices").glob("*.json")
+    found = json.loads(file.read_text())
+    assert found == [list(row) for row in study.trials[1].user_attrs["linear_sparsities"]]
+    assert "prices (κ = " in answer.out
+    written = file.stat().st_mtime_ns
+    again = command("--study", place / "tiny.toml", "--study-name", "again", *STUDY)
+    assert again.code == 0 and file.stat().st_mtime_ns == written
+    assert [t.values for t in stored(place, "again").trials] == [t.values for t in study.trials]
+    best = read_config(place / "tiny.best.json")
+    assert best.allocation.name in ("prices", "uniform")
+    once = command("prune", "--study", place / "tiny.toml", "--allocation", "prices", "--parameter", "κ=1")
+    assert once.code == 0 and "prices" in once.out
+
+
+def test_an_interval_of_sparsities_is_refused(place: Path, command: CommandLine) -> None:
+    said = command("--study", place / "tiny.toml", *settings('allocation=["prices"]', "sparsity=[0.3, 0.6]")).error
+    assert said.startswith("allocation.names: prices needs minutes for each sparsity")
+
+
+def test_a_plan_counts_the_descent(place: Path, command: CommandLine) -> None:
+    found = [
+        json.loads(command("plan", "--study", place / "tiny.toml", *settings(f"allocation=[{names}]"), "--json").out)
+        for names in ('"owl"', '"owl", "prices"')
+    ]
+    assert found[1]["whole"]["tokens"] - found[0]["whole"]["tokens"] > 4 * prices.STEPS * 2048
