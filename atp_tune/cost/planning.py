@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from atp_tune.checkpoints.models import ModelFolder
     from atp_tune.search.context import ContextConfig, TrialContext
 
+FLOAT32 = 4  # bytes
+
 
 @dataclass(frozen=True)
 class Known:
@@ -153,7 +155,7 @@ def _forecast(
     known: Known, name: str, device: str, dtype: str, context: "TrialContext | None", rates: ProbeRates | None
 ) -> Forecast:
     offload = context.checkpoint.offload if context else known.offload()
-    work = rates.work if rates else 0
+    work = max(rates.work if rates else 0, _descent_bytes(known))
     if known.study.search.stopper != "none" and offload == "none":  # all pruned blocks stay between groups of windows
         work += known.held(0).blocks
     if context is not None:
@@ -220,12 +222,25 @@ def _whole(known: Known, context: "TrialContext | None", rates: ProbeRates | Non
 
 def _descents(known: Known) -> int:
     """Tokens of the descents by prices, counted as forward passes; one for each score that pruners rank by."""
-    from atp_tune.search.priced import forward_passes
+    from atp_tune.allocations.prices import STEPS
+    from atp_tune.search.priced import PASSES, windows_of_step
 
     if "prices" not in known.study.allocation.short_names:
         return 0
     scores = {"magnitude" if name == "magnitude" else "wanda" for name in known.study.prune.short_names}
-    return len(scores) * forward_passes(known.tokens.calibration // known.windows)
+    length = known.tokens.calibration // known.windows
+    return len(scores) * STEPS * PASSES * windows_of_step(length) * length
+
+
+def _descent_bytes(known: Known) -> int:
+    """Bytes of a step by prices: the states that enter all blocks, and a block's weights with their gradients."""
+    from atp_tune.search.priced import windows_of_step
+
+    if "prices" not in known.study.allocation.short_names:
+        return 0
+    length, sizes = known.tokens.calibration // known.windows, known.sizes.blocks
+    states = (len(sizes) + 1) * windows_of_step(length) * length * known.width * known.itemsize
+    return states + max(sizes) * (2 * known.itemsize + FLOAT32)
 
 
 def _compared(study: Study) -> int:

@@ -107,11 +107,6 @@ def windows_of_step(positions: int) -> int:
     return max(WINDOWS, TOKENS // positions)
 
 
-def forward_passes(positions: int) -> int:
-    """Tokens of a descent, each counted as often as a forward pass would have to be made for its cost."""
-    return PASSES * STEPS * windows_of_step(positions) * positions
-
-
 def by_magnitude(index: int, linear: Linear, weight: Tensor) -> Tensor:
     """Places [out, in] of the magnitudes of a weight in its rows."""
     return ranks(weight.abs().float())
