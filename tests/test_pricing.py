@@ -290,7 +290,8 @@ def test_a_study_descends_once(place: Path, command: CommandLine, cache: Path) -
     best = read_config(place / "tiny.best.json")
     assert best.allocation.name in ("prices", "uniform")
     once = command("prune", "--study", place / "tiny.toml", "--allocation", "prices", "--parameter", "κ=1")
-    assert once.code == 0 and "prices" in once.out
+    assert once.code == 0 and "prices κ=1" in once.out
+    assert command("prune", "--study", place / "tiny.toml", "--allocation", "prices").out == once.out  # its default
 
 
 def test_an_interval_of_sparsities_is_refused(place: Path, command: CommandLine) -> None:

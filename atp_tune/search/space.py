@@ -111,8 +111,8 @@ class Space:
         return [point for point in points if not any(self._repeats(point, other) for other in known)]
 
     def defaults(self, allocation: str) -> dict[str, float]:
-        """An allocation's default parameters: all 0 if that is uniform, else the authors'."""
-        if allocation in baselines(self.intervals):
+        """An allocation's default parameters: all 0 for a progression, which needs a β, else the authors'."""
+        if "beta" in self.intervals[allocation]:
             return dict.fromkeys(self.intervals[allocation], 0.0)
         return self._starts(allocation)[0]
 
