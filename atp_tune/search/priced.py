@@ -19,7 +19,7 @@ from atp_tune.blocks.prune_pass import BlockStatistics
 from atp_tune.cache import cache_dir, sha256_of_json, write_atomically
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.linears import Linear
-from atp_tune.events import EventHandler, Message, Step
+from atp_tune.events import EventHandler, Message, Step, TrialStarted
 from atp_tune.inputs import InputKind, Items
 from atp_tune.pruners.selection import ranks
 from atp_tune.pruners.wanda import Ranks, Wanda
@@ -76,9 +76,10 @@ class Descent:
         items = self._pool.batch(self._checkpoint.device)
         many = min(len(items), windows_of_step(self._pool.positions))
         draw = torch.Generator().manual_seed(0)
+        self._watch(TrialStarted("prices", None))
 
         def prices_at(step: int, sparsities: LinearSparsities) -> Prices:
-            self._watch(Step("prices", step + 1, STEPS))
+            self._watch(Step("step", step + 1, STEPS))
             chosen = torch.randperm(len(items), generator=draw)[:many].to(self._checkpoint.device)
             return pricing.prices(sparsities, items[chosen])
 
