@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from atp_tune.allocations import ALLOCATIONS, Budget, LinearSparsities, Shape, alphapruning, atp, er, owl, uniform
-from atp_tune.allocations.budget import proportional
+from atp_tune.allocations.budget import level, proportional
 from atp_tune.spec.study import AllocationConfig
 
 CASES = 200
@@ -39,7 +39,7 @@ def admissible(budget: Budget, beta: float) -> bool:
 
 def test_the_table_is_what_a_study_may_name() -> None:
     names = tuple(ALLOCATIONS)
-    assert names[:8] == ("uniform", "atp", "curve", "owl", "alphapruning", "er", "erk", "global")
+    assert names[:9] == ("uniform", "atp", "curve", "owl", "alphapruning", "er", "erk", "prices", "global")
     assert AllocationConfig(names=names).names == names
     with pytest.raises(ValidationError, match=r"Input should be 'uniform', .* or 'global'"):
         AllocationConfig(names=("none",))
@@ -153,6 +153,7 @@ class Given:
     ratios: tuple[float, ...] = ()
     exponents: tuple[tuple[float, ...], ...] = ()
     shares: LinearSparsities = ()
+    priced: LinearSparsities = ()
 
     def outlier_ratios(self, threshold: float) -> tuple[float, ...]:
         return tuple(ratio / threshold for ratio in self.ratios)
@@ -162,6 +163,18 @@ class Given:
 
     def global_sparsities(self, target: float, score: str) -> LinearSparsities:
         return self.shares
+
+    def priced_sparsities(self, target: float, score: str) -> LinearSparsities:
+        return self.priced
+
+
+def anywhere(linears: tuple[tuple[Shape, ...], ...], target: float, generator: random.Random) -> LinearSparsities:
+    """Sparsities of linears whose mean by size is the target."""
+    sizes = [shape.size for block in linears for shape in block]
+    drawn = [generator.gauss(target, 0.3) for _ in sizes]
+    excess = math.fsum(s * size for s, size in zip(drawn, sizes, strict=True)) / sum(sizes) - target
+    flat = iter(level([s - excess for s in drawn], sizes, target))
+    return tuple(tuple(next(flat) for _ in block) for block in linears)
 
 
 def measured_budgets() -> list[Budget]:
@@ -175,11 +188,12 @@ def measured_budgets() -> list[Budget]:
             )
             for _ in range(generator.randint(1, 30))
         )
+        target = generator.choice([generator.random(), generator.random() ** 9, 1 - generator.random() ** 9, 0.0, 1.0])
         metrics = Given(
             tuple(generator.expovariate(50) for _ in linears),
             tuple(tuple(1 + generator.expovariate(0.3) for _ in block) for block in linears),
+            priced=anywhere(linears, target, random.Random(5)),
         )
-        target = generator.choice([generator.random(), generator.random() ** 9, 1 - generator.random() ** 9, 0.0, 1.0])
         return Budget(target, tuple(sum(s.size for s in block) for block in linears), linears, metrics)
 
     return [budget() for _ in range(CASES)]
@@ -235,7 +249,7 @@ def test_outside_an_interval(name: str) -> None:
                     ALLOCATIONS[name].sparsities(budget, **inside | {parameter: value})
 
 
-@pytest.mark.parametrize("name", ["owl", "alphapruning", "global"])
+@pytest.mark.parametrize("name", ["owl", "alphapruning", "prices", "global"])
 def test_what_is_measured_needs_a_model(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}: needs a model to measure"):
         ALLOCATIONS[name].sparsities(Budget(0.5, (3, 4)))

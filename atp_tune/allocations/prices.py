@@ -49,7 +49,7 @@ def initial_points(budget: Budget) -> list[dict[str, float]]:
     return [{"kappa": 1.0}, {"kappa": 0.6}]
 
 
-def sparsities(budget: Budget, kappa: float) -> LinearSparsities | tuple[float, ...]:
+def sparsities(budget: Budget, kappa: float = 1.0) -> LinearSparsities | tuple[float, ...]:
     """One sparsity per linear, or per block if κ = 0; ValueError outside the bounds."""
     budget.check(bounds(budget), kappa=kappa)
     if kappa == 0:
