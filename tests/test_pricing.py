@@ -138,6 +138,14 @@ def test_prices_of_experts(family: str) -> None:
     assert close(ours, theirs)
 
 
+@pytest.mark.parametrize("sparsity", [0.0, 1.0])
+def test_nothing_and_everything_pruned(sparsity: float) -> None:
+    context = bench_of(tiny("llama"))
+    everywhere = tuple((sparsity,) * len(row) for row in context.checkpoint.linears)
+    found = pricing_of(context).prices(everywhere, random_ids(4))
+    assert all(math.isfinite(price) for row in found for price in row)
+
+
 def test_a_streamed_model_has_the_same_prices() -> None:
     found = []
     for offload in ("none", "cpu"):

@@ -116,7 +116,7 @@ class Pricing:
         distance = self._places(index, linear, weight).int() - zeros
         costs = torch.where(distance.abs() < reach, gradient * weight.float(), 0)
         inside = min(zeros + reach, columns) - max(zeros - reach + 1, 0)  # places of a row in the band
-        return -costs.sum() / (inside * weight.shape[0])
+        return -costs.sum() / max(1, inside * weight.shape[0])  # none is inside where all weights of few are zero
 
     def _pruned(self, index: int, sparsities: Sequence[float]) -> dict[str, Tensor]:
         """The tensors of a block, its linears with zeros, none of them of the inference mode."""
