@@ -3,12 +3,36 @@
 from pathlib import Path
 
 from optuna.trial import FrozenTrial, TrialState
-from tinystudy import stored
+from tinystudy import settings, stored
 
 # Together they take as long as a start of Python with all libraries: every worker comes to its turn, however fast a
-# core is.
+# core is, unless others want it; where two must, they meet.
 TOTAL = 12
+MEETING = '''
+import os
+from pathlib import Path
+from time import sleep
+
+from atp_tune.pruners.wanda import Wanda
+
+
+class Meeting(Wanda):
+    """Wanda, in a process that waits in its first trial until another one is in its first, too."""
+
+    def prune(self, weight, sparsity, statistics):
+        here = Path(__file__).parent
+        (here / f"pruning-{os.getpid()}").touch()
+        while len(list(here.glob("pruning-*"))) < 2:
+            sleep(0.05)
+        return super().prune(weight, sparsity, statistics)
+'''
 LONG = ("texts.calibration.source=file:long.txt", "texts.calibration.nsamples=2000", "texts.validation.nsamples=250")
+
+
+def meeting(place: Path) -> list[str]:
+    """Options of a study whose pruner is a plug-in, by which at least two processes have a trial each."""
+    (place / "meeting.py").write_text(MEETING)
+    return [*settings('prune.pruners=["meeting.py:Meeting"]'), "--trust-plugins"]
 
 
 def trials(place: Path) -> list[FrozenTrial]:

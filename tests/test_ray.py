@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -14,7 +13,7 @@ from time import sleep
 from typing import Any
 
 import pytest
-from crews import LONG, TOTAL, check_whole, measured, trials
+from crews import LONG, TOTAL, check_whole, measured, meeting, trials
 from optuna.trial import TrialState
 from processes import popen
 from test_network import HERE, THERE, Namespace, namespace, serving  # noqa: F401
@@ -33,7 +32,6 @@ from tinystudy import (
 
 from atp_tune.storage.lost_trials import INTERRUPTED, SURPLUS, history_of
 
-ROOT = Path(__file__).parents[1]
 STORE = 80_000_000  # bytes of a node's object store; Ray wants at least 75 MB
 
 
@@ -84,12 +82,10 @@ def begin(place: Path, cluster: Any, *more: str) -> Process:
 def test_two_nodes_share_a_study(place: Path, cluster: Any) -> None:
     add_node(cluster)
     add_node(cluster)
-    shutil.copy(ROOT / "examples/plugins/ria.py", place)
-    plugin = (*settings('prune.pruners=["ria.py:RIA"]'), "--trust-plugins")  # its code goes to the nodes by its place
-    answer = finish(begin(place, cluster, "--workers", "2", *plugin))
+    answer = finish(begin(place, cluster, "--workers", "2", *meeting(place)))  # its code goes by its place
     assert (answer.code, answer.err) == (0, "")
     check_whole(place)
-    assert {trial.params["pruner"] for trial in measured(place)} == {"ria"}
+    assert {trial.params["pruner"] for trial in measured(place)} == {"meeting"}
     assert len({trial.user_attrs["pid"] for trial in measured(place)}) == 2
     assert answer.out.count("loading the model and the texts") == 1
     assert f"[{TOTAL}/{TOTAL}]" in answer.out
@@ -224,7 +220,7 @@ def test_two_hosts(place: Path, namespace: Namespace) -> None:  # noqa: F811
         nodes.enter_context(ray_start(f"--address={cluster}", f"--node-ip-address={THERE}", *node, before=there))
         wait_for_nodes(cluster, 2)
         words = ["--study", place / "tiny.toml", *settings(*LONG, f"search.trials={TOTAL}"), "--engine", "ray"]
-        words += ["--ray-address", cluster, "--workers", "2"]
+        words += ["--ray-address", cluster, "--workers", "2", *meeting(place)]
         answer = finish(start(*words))
         assert "a file of one machine, and the cluster has several; start `python tune.py serve" in answer.error
         port = free_port()
