@@ -26,6 +26,7 @@ import torch
 from scipy.sparse import csr_array
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from atp_tune.api.pruning import prune_study
 from atp_tune.cache import cache_dir, folder_atomically
 from atp_tune.checkpoints.devices import cpu_name
 from atp_tune.cli.commands.speedup import rates_table, summary_of
@@ -33,7 +34,6 @@ from atp_tune.cli.display import Display
 from atp_tune.cli.runtime import quiet
 from atp_tune.events import EventHandler
 from atp_tune.metrics.speed import Speed
-from atp_tune.sparse.applying import prune_once
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import read_config
 from atp_tune.spec.studyfile import load
@@ -90,7 +90,7 @@ def smol(percent: int, watch: EventHandler) -> Pair:
     """SmolLM2-135M by Wanda with the same sparsity everywhere."""
     out = cache_dir("sparse") / f"smol-{percent}"
     if not out.is_dir():
-        prune_once(load("smol", [f"sparsity={percent / 100}"]), {"beta": 0.0}, out, watch)
+        prune_study(load("smol", [f"sparsity={percent / 100}"]), {"beta": 0.0}, out, watch)
     config = read_config(out / ABOUT)
     return find_pair(config, out / config.folder, out, "cpu", watch, {})
 

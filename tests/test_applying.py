@@ -20,13 +20,14 @@ from tinystudy import BLOCKS, quiet, settings, study_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from atp_tune.api.pruning import prune_study
 from atp_tune.checkpoints import streaming
 from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Event, TrialStarted, ignore_events
 from atp_tune.metrics.perplexity import Perplexity
 from atp_tune.plan import Plan
 from atp_tune.search.context import ContextConfig, TrialContext
-from atp_tune.sparse.applying import apply, plan_of, prune_once, write_sparse
+from atp_tune.sparse.applying import apply, plan_of, write_sparse
 from atp_tune.spec.config import Config, read_config
 
 
@@ -139,7 +140,7 @@ def test_a_checkpoint_in_shards_stays_in_shards(done: Path, config: Config, tmp_
     shards = sorted(file.name for file in source.glob("*.safetensors"))
     assert len(shards) > 2
     file = study_file(done, "prune.pruners=['wanda']", "model.dtype=bfloat16")
-    plan, _ = prune_once(file, {"beta": 0.04}, tmp_path / "out", ignore_events)
+    plan, _ = prune_study(file, {"beta": 0.04}, tmp_path / "out", ignore_events)
     assert sorted(file.name for file in (tmp_path / "out").glob("*.safetensors")) == shards
     check_zeros(tmp_path / "out", source, "wanda", plan.sparsities)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
@@ -270,7 +271,7 @@ def test_prune_once_equals_the_trial(done: Path, config: Config) -> None:
     assert config.allocation.beta is not None
     assert config.perplexity.test
     file = study_file(done, f"prune.pruners=['{config.pruner}']")
-    plan, measured = prune_once(file, {"beta": config.allocation.beta}, None, ignore_events)
+    plan, measured = prune_study(file, {"beta": config.allocation.beta}, None, ignore_events)
     assert plan.sparsities == config.block_sparsities
     assert (plan.pruner, plan.allocation) == (config.pruner, "atp")
     assert measured.value == pytest.approx(config.perplexity.test.value, rel=1e-6)
@@ -281,16 +282,16 @@ def test_prune_once_equals_the_trial(done: Path, config: Config) -> None:
 def test_prune_once_writes_what_it_measures(done: Path, tmp_path: Path) -> None:
     events: list[Event] = []
     file = study_file(done)
-    plan, measured = prune_once(file, {"beta": 0.05}, tmp_path / "out", events.append)
+    plan, measured = prune_study(file, {"beta": 0.05}, tmp_path / "out", events.append)
     check_zeros(tmp_path / "out", done / "model", "wanda", plan.sparsities)
-    assert measured.value == pytest.approx(prune_once(file, {"beta": 0.05}, None, ignore_events)[1].value, rel=1e-6)
+    assert measured.value == pytest.approx(prune_study(file, {"beta": 0.05}, None, ignore_events)[1].value, rel=1e-6)
     titles = [event.title for event in events if isinstance(event, TrialStarted)]
     assert titles == [f"writing {tmp_path / 'out'}", f"checking {tmp_path / 'out'}"]
 
 
 @pytest.mark.slow
 def test_what_was_pruned_once_is_made_again_from_its_folder(done: Path, tmp_path: Path) -> None:
-    _, measured = prune_once(study_file(done), {"beta": 0.05}, tmp_path / "one", ignore_events)
+    _, measured = prune_study(study_file(done), {"beta": 0.05}, tmp_path / "one", ignore_events)
     about = read_config(tmp_path / "one" / "atp_tune.json")
     assert (about.trial, about.perplexity.test) == (None, measured)
     again = apply(about, tmp_path / "one" / about.folder, tmp_path / "two", "cpu", ignore_events)
@@ -301,24 +302,24 @@ def test_what_was_pruned_once_is_made_again_from_its_folder(done: Path, tmp_path
 
 def test_prune_once_of_a_uniform_allocation(done: Path) -> None:
     file = study_file(done, "allocation.names=['uniform']", "sparsity=0.25")
-    plan, _ = prune_once(file, {}, None, ignore_events)
+    plan, _ = prune_study(file, {}, None, ignore_events)
     assert plan.sparsities == (0.25,) * BLOCKS
 
 
 def test_prune_once_takes_the_allocation_that_has_a_beta(done: Path) -> None:
-    plan, _ = prune_once(study_file(done, "allocation.names=['uniform', 'atp']"), {"beta": 0.1}, None, ignore_events)
+    plan, _ = prune_study(study_file(done, "allocation.names=['uniform', 'atp']"), {"beta": 0.1}, None, ignore_events)
     assert (plan.allocation, plan.parameters) == ("atp", {"beta": 0.1})
 
 
 def test_prune_once_refuses_a_beta_that_is_not_admissible(done: Path) -> None:
-    said = message(lambda: prune_once(study_file(done), {"beta": 0.4}, None, ignore_events))
+    said = message(lambda: prune_study(study_file(done), {"beta": 0.4}, None, ignore_events))
     assert said == "--beta: β = 0.4 is outside the admissible interval [-0.333333, 0.333333]"
 
 
 def test_prune_once_does_not_overwrite(done: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.write_text("mine")
-    said = message(lambda: prune_once(study_file(done), {"beta": 0.0}, out, ignore_events))
+    said = message(lambda: prune_study(study_file(done), {"beta": 0.0}, out, ignore_events))
     assert said == f"--out {out}: is there already; choose another folder or remove it"
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from atp_tune.api.pruning import prune_study
 from atp_tune.blocks.batching import block_bytes
 from atp_tune.blocks.input_hooks import AllInputsSeen, InputCollector, stop_when_all_seen
 from atp_tune.blocks.prune_pass import unmeasured
@@ -27,7 +28,6 @@ from atp_tune.events import ignore_events
 from atp_tune.plan import Plan
 from atp_tune.pruners import PRUNERS, Statistics, make_pruner
 from atp_tune.pruners.statistics import InputNorms
-from atp_tune.sparse.applying import prune_once
 from atp_tune.spec.prune import PruneConfig
 
 # --- in which order they are added up
@@ -263,8 +263,8 @@ def test_a_study_of_a_mixture(mixed: Path) -> None:
 @pytest.mark.parametrize("pruner", few(["wanda", "sparsegpt"], ["wanda"]))
 def test_a_sparse_folder_of_a_mixture(pruner: str, mixed: Path, tmp_path: Path) -> None:
     file, out = study_file(mixed, f"prune.pruners=['{pruner}']", "sparsity=0.5"), tmp_path / "out"
-    plan, written = prune_once(file, {"beta": 0.1}, out, ignore_events)
-    _, measured = prune_once(file, {"beta": 0.1}, None, ignore_events)
+    plan, written = prune_study(file, {"beta": 0.1}, out, ignore_events)
+    _, measured = prune_study(file, {"beta": 0.1}, None, ignore_events)
     assert written.value == pytest.approx(measured.value, rel=1e-6)
     before, after = tensors(mixed / "model"), tensors(out)
     assert before.keys() == after.keys()

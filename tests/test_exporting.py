@@ -22,12 +22,12 @@ from test_config import config
 from tinystudy import BLOCKS, CommandLine, quiet, stored, study_file
 from torch import Tensor
 
+from atp_tune.api.pruning import prune_study
 from atp_tune.errors import UserError
 from atp_tune.events import ignore_events
 from atp_tune.exporting import FORMATS, as_csv, as_recipe, as_yaml, kind_of
 from atp_tune.inputs.windows import token_windows
 from atp_tune.pruners.settings import SparseGPTSettings, WandaSettings
-from atp_tune.sparse.applying import prune_once
 from atp_tune.spec.config import Config, read_config
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.storage.progress import measured
@@ -238,7 +238,7 @@ def test_the_example_of_the_docs(allocation: str, done: Path, tmp_path: Path, co
     """Its rows lose what magnitude pruning by hand takes from each row."""
     file = study_file(done, f"allocation.names=['{allocation}']", "prune.pruners=['magnitude']")
     with quiet():
-        plan, _ = prune_once(file, {"beta": 0.05} if allocation == "atp" else {}, tmp_path / "sparse", ignore_events)
+        plan, _ = prune_study(file, {"beta": 0.05} if allocation == "atp" else {}, tmp_path / "sparse", ignore_events)
     about = tmp_path / "sparse" / "atp_tune.json"
     assert command("export", "--config", about, "--out", tmp_path / "best.csv").code == 0
     code = example().replace("smol.best.csv", str(tmp_path / "best.csv")).replace("DENSE", str(done / "model"))
@@ -291,7 +291,7 @@ def test_llm_compressor_prunes_as_apply_does(
     for way, (parameters, overrides, arguments) in WAYS.items():
         file, out = study_file(done, "prune.pruners=['wanda']", *overrides), tmp_path / way
         with quiet():
-            prune_once(file, parameters, out, ignore_events)
+            prune_study(file, parameters, out, ignore_events)
         assert command("export", "--config", out / "atp_tune.json", "--format", "llm-compressor").code == 0
         made = out / "atp_tune.recipe.yaml"
         assert all(f"{key}={value}".replace("'", '"') in made.read_text() for key, value in arguments.items())

@@ -23,11 +23,11 @@ from transformers import (
     Qwen3Config,
 )
 
+from atp_tune.api.pruning import prune_study
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Step, ignore_events
 from atp_tune.metrics.speed import Measured, Phase, Rates, Side, Sizes, Speed
-from atp_tune.sparse.applying import prune_once
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import read_config
 from atp_tune.speed import deepsparse_engine, graphs, torch_engine
@@ -209,7 +209,7 @@ def test_the_sparse_model_against_the_best_dense_one_in_torch() -> None:
 def test_torch_computes_each_side_with_its_own_weights(done: Path, tmp_path: Path) -> None:
     """And a run of decode leaves the prompt's keys and values as they were."""
     sparse = tmp_path / "sparse"
-    prune_once(study_file(done), {"beta": 0.0}, sparse, ignore_events)
+    prune_study(study_file(done), {"beta": 0.0}, sparse, ignore_events)
     task, cpu = Workload(tokens=6, steps=3, runs=1), torch.device("cpu")
     with torch_engine.opened(Pair(done / "model", sparse), task, cpu, torch.float32) as engine:
         assert isinstance(engine, torch_engine.Eager)
@@ -248,7 +248,7 @@ def test_other_linears_are_not_compressed() -> None:
 def two_four(place: Path, tmp_path: Path) -> Path:
     """A sparse folder in the pattern 2:4."""
     overrides = ("prune.pattern='2:4'", "sparsity=0.5", "allocation='uniform'")
-    prune_once(study_file(place, *overrides), {}, tmp_path / "two_four", ignore_events)
+    prune_study(study_file(place, *overrides), {}, tmp_path / "two_four", ignore_events)
     return tmp_path / "two_four"
 
 

@@ -1,6 +1,8 @@
 """Prunes and measures models once, without a search: `prune` and `perplexity`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +17,18 @@ from atp_tune.events import EventHandler, Message, TrialStarted
 from atp_tune.inputs.windows import first_windows
 from atp_tune.metrics.perplexity import Perplexity
 from atp_tune.metrics.perplexity import perplexity as perplexity_of
+from atp_tune.plan import Plan
+from atp_tune.plugins import short_name
 from atp_tune.presets import HUB_TEXTS, context_length
 from atp_tune.search.context import ContextConfig, TrialContext
-from atp_tune.sparse.applying import only_plan
+from atp_tune.sparse.applying import config_of, measured_folder, only_plan, write_sparse
+from atp_tune.sparse.shards import check_free
 from atp_tune.spec.finding import BARE
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.study import ModelConfig, Text
 from atp_tune.spec.studyfile import StudyFile, load
 from atp_tune.spec.typed import one_sparsity
+from atp_tune.storage import fingerprint, opening
 from atp_tune.study_request import check_text, source_of
 
 if TYPE_CHECKING:
@@ -92,13 +98,57 @@ def prune(
         file = arguments.changed(_bare(sources.model or str(model), sources.device or device), given, trust_plugins)
         folder = _resolved(file.study.model, watch)
         text = _text(sources.texts, folder, nsamples, seqlen, file.study.texts.calibration)
-        with _opened(file.study.model, file.study.prune, text, file.study.device, file.study.bos, watch) as context:
-            plan = only_plan(file, context, dict(parameters))
+        setup = _setup(file, {"calibration": text}, file.study.bos)
+        with _planned(file, setup, parameters, watch) as (context, plan):
             weights = weights_of(context, plan)
             loaded = None if lender.model is not None else context.checkpoint.take_model()
     if loaded is not None:
         return replaced(loaded, weights)
     return written(lender.model, weights) if in_place else copied(lender.model, weights)
+
+
+def prune_study(
+    file: StudyFile, parameters: Mapping[str, float], out: Path | None, watch: EventHandler
+) -> tuple[Plan, Perplexity]:
+    """Prunes to one plan of a study without a search, as `tune.py prune`, and measures it on the test text.
+
+    The plan has the study's first pruner and the first of its allocations that has these parameters. With `out` it is
+    written there, and measured as it lies on the disk. UserError if `out` exists, or for parameters that do not fit.
+    """
+    if out is not None:
+        check_free(out)
+    texts = {"calibration": file.study.texts.calibration, "test": file.study.test_text}
+    setup = _setup(file, texts, _stored_bos(file))
+    with _planned(file, setup, parameters, watch) as (context, plan):
+        setup = replace(setup, bos=context.bos)
+        if out is None:
+            watch(TrialStarted("pruning", plan))
+            pruned = ((block.index, block.weights) for block in context.prune(plan))
+            return plan, perplexity_of(context.all_nlls(pruned, "test"))
+        dense = write_sparse(context, plan, out, config_of(file, context, plan).seen_from(file.folder, out))
+    return plan, measured_folder(setup, out, dense, watch)
+
+
+def _setup(file: StudyFile, texts: dict[str, Text], bos: bool | None) -> ContextConfig:
+    study, score = file.study, short_name(file.study.search.score)
+    return ContextConfig(study.model, study.prune, texts, file.folder, study.device, bos=bos, score=score)
+
+
+def _stored_bos(file: StudyFile) -> bool | None:
+    """Whether windows begin with BOS: as the study file sets it, or as its stored study decided."""
+    if file.study.bos is not None or file.database is None or not file.path.exists():
+        return file.study.bos
+    db = opening.open_storage(file.storage_url, create=False)
+    return fingerprint.bos_of(file.study, opening.find_study(db, file.name) if db else None)
+
+
+@contextmanager
+def _planned(
+    file: StudyFile, setup: ContextConfig, parameters: Mapping[str, float], watch: EventHandler
+) -> Iterator[tuple[TrialContext, Plan]]:
+    """The context of a study, and its one plan with these parameters."""
+    with TrialContext.open(setup, watch) as context:
+        yield context, only_plan(file, context, dict(parameters))
 
 
 def perplexity(

@@ -31,7 +31,6 @@ from atp_tune.spec.config import (
 )
 from atp_tune.spec.plugged import records
 from atp_tune.spec.studyfile import StudyFile
-from atp_tune.storage import fingerprint, opening
 from atp_tune.storage.process_identity import versions
 
 
@@ -45,7 +44,7 @@ def apply(
     UserError if `out` exists, or if the model is not the configuration's.
     """
     setup, dense = write_applied(config, base, out, device, watch, allowed)
-    return _measured(setup, out, dense, watch)
+    return measured_folder(setup, out, dense, watch)
 
 
 def write_applied(
@@ -57,35 +56,6 @@ def write_applied(
     setup = ContextConfig.of_config(config, texts, base, device, allowed or {})
     with TrialContext.open(setup, watch) as context:
         return setup, write_sparse(context, plan_of(config, context), out, config.seen_from(base, out))
-
-
-def prune_once(
-    file: StudyFile, parameters: dict[str, float], out: Path | None, watch: EventHandler
-) -> tuple[Plan, Perplexity]:
-    """Prunes to one plan without a search, writes it to `out` if that is given, and measures on the test text."""
-    if out is not None:
-        check_free(out)
-    study = file.study
-    texts = {"calibration": study.texts.calibration, "test": study.test_text}
-    score = short_name(study.search.score)
-    setup = ContextConfig(study.model, study.prune, texts, file.folder, study.device, bos=_bos(file), score=score)
-    with TrialContext.open(setup, watch) as context:
-        setup = replace(setup, bos=context.bos)
-        plan = only_plan(file, context, parameters)
-        if out is None:
-            watch(TrialStarted("pruning", plan))
-            pruned = ((block.index, block.weights) for block in context.prune(plan))
-            return plan, perplexity(context.all_nlls(pruned, "test"))
-        dense = write_sparse(context, plan, out, _config(file, context, plan).seen_from(file.folder, out))
-    return plan, _measured(setup, out, dense, watch)
-
-
-def _bos(file: StudyFile) -> bool | None:
-    """Whether windows begin with BOS: as the study file sets it, or as its stored study decided."""
-    if file.study.bos is not None or file.database is None or not file.path.exists():
-        return file.study.bos
-    db = opening.open_storage(file.storage_url, create=False)
-    return fingerprint.bos_of(file.study, opening.find_study(db, file.name) if db else None)
 
 
 def only_plan(file: StudyFile, context: TrialContext, parameters: dict[str, float]) -> Plan:
@@ -131,7 +101,7 @@ def check_model(config: Config, folder: ModelFolder) -> None:
         )
 
 
-def _config(file: StudyFile, context: TrialContext, plan: Plan) -> Config:
+def config_of(file: StudyFile, context: TrialContext, plan: Plan) -> Config:
     """The configuration of a plan, without measurements."""
     study, nothing = file.study, Scores(validation=None, test=None)
     return Config(
@@ -198,7 +168,7 @@ def _pruned(context: TrialContext, plan: Plan, zeros: list[int]) -> Iterator[tup
                 yield part, was, saved[part]
 
 
-def _measured(setup: ContextConfig, out: Path, dense: Dense, watch: EventHandler) -> Perplexity:
+def measured_folder(setup: ContextConfig, out: Path, dense: Dense, watch: EventHandler) -> Perplexity:
     """Measures a written folder, and stores the perplexity in its configuration and card."""
     measured = perplexity(folder_nlls(setup, out, watch, f"checking {out}"))
     config = read_config(out / ABOUT)

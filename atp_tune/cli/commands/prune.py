@@ -83,12 +83,12 @@ def prune(
         raise typer.BadParameter(f"{searched}; give one, such as --sparsity 0.6", param_hint="--sparsity")
     if study is None:  # relative paths start at the current folder
         file = replace(file, path=Path("prune.toml"))
+    from atp_tune.api.pruning import prune_study
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import quiet
-    from atp_tune.sparse.applying import prune_once
 
     with quiet(), Display() as display:
-        plan, measured = prune_once(file, values, out, display)
+        plan, measured = prune_study(file, values, out, display)
     console.print(f"{plan}, sparsity {file.study.sparsity:g}: perplexity {measured} on the test text")
     if out is not None:
         console.print(f"sparse checkpoint: {out}")
