@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from atp_tune.allocations import ALLOCATIONS, Budget, LinearSparsities
-from atp_tune.allocations.budget import SYMBOLS
+from atp_tune.allocations.budget import SYMBOLS, Score
 from atp_tune.spec.patterns import Pattern
 
 
@@ -62,12 +62,17 @@ def shown(parameters: dict[str, float]) -> str:
     )
 
 
+def ranked_by(pruner: str) -> Score:
+    """The score by which allocations rank weights for a pruner."""
+    return "magnitude" if pruner == "magnitude" else "wanda"
+
+
 def make_plan(
     pruner: str, allocation: str, budget: Budget, parameters: dict[str, float], pattern: Pattern | None = None
 ) -> Plan:
     """The plan of one allocation at given parameters, rounded to the pattern; ValueError if inadmissible."""
     pattern = pattern or Pattern()
-    budget = replace(budget, score="magnitude" if pruner == "magnitude" else "wanda")
+    budget = replace(budget, score=ranked_by(pruner))
     shared = ALLOCATIONS[allocation].sparsities(budget, **parameters)
     blocks = tuple(s for s in shared if not isinstance(s, tuple))
     if blocks:

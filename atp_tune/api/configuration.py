@@ -1,7 +1,7 @@
-"""One way to prune one model, from Python: what a run, `export` and `Result.config` leave in a JSON file."""
+"""One way to prune one model, from Python: what a run and `export` leave in a JSON file."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -105,13 +105,8 @@ class Configuration:
             asked = zeroshot.TaskOptions(names, limit, num_fewshot, batch, device)
             return zeroshot.evaluate(self.config, self._base, asked, watch, self._allowed)
 
-    @contextmanager
-    def _working(self) -> Iterator[EventHandler]:
-        if self._watch is not None:
-            yield self._watch
-            return
-        with working(False) as watch:
-            yield watch
+    def _working(self) -> AbstractContextManager[EventHandler]:
+        return working(False) if self._watch is None else nullcontext(self._watch)
 
 
 def load_config(

@@ -48,7 +48,7 @@ class DenseMetrics:
         statistics: StatisticsOf,
         cache: Cache,
         step: Callable[[int], None],
-        priced: Priced | None = None,
+        priced: Priced,
     ) -> None:
         self._checkpoint = checkpoint
         self._statistics = statistics
@@ -80,11 +80,8 @@ class DenseMetrics:
         return self._once(("global", target, score), measure)
 
     def priced_sparsities(self, target: float, score: Score) -> LinearSparsities:
-        """For each linear of each block, its sparsity after the descent by prices; ValueError without a text."""
-        if self._priced is None:
-            raise ValueError("prices: need a calibration text")
-        priced = self._priced
-        return self._once(("priced", target, score), lambda: priced(target, score))
+        """For each linear of each block, its sparsity after the descent by prices."""
+        return self._once(("priced", target, score), lambda: self._priced(target, score))
 
     def of_blocks(
         self, key: str, measure: Callable[[list[Any]], T], kind: type[Statistics] | None = None

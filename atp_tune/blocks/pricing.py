@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from atp_tune.blocks.batching import AutoBatch
+from atp_tune.blocks.prune_pass import advance, embed
 from atp_tune.blocks.replay import Replay
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.linears import Linear
@@ -70,13 +71,11 @@ class Pricing:
 
     def _forward(self, sparsities: Sequence[Sequence[float]], items: Batch) -> list[Tensor]:
         """Hidden states [items, positions, width] that enter each block of the pruned model, then the final ones."""
-        states = [torch.cat(self._batch.over(len(items), lambda rows: self._replay.embed(items[rows])))]
+        states = [embed(self._replay, self._batch, items)]
         for index, row in enumerate(sparsities):
-            states.append(self._after(index, self._pruned(index, row), states[-1]))
+            states.append(states[-1].clone())
+            advance(self._replay, self._batch, index, self._pruned(index, row), states[-1])
         return states
-
-    def _after(self, index: int, weights: dict[str, Tensor], hidden: Tensor) -> Tensor:
-        return torch.cat(self._batch.over(len(hidden), lambda rows: self._replay.run(index, weights, hidden[rows])))
 
     def _of_head(self, items: Batch, hidden: Tensor) -> Tensor:
         """Gradient of the mean loss by the final hidden states."""

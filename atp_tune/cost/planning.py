@@ -15,6 +15,7 @@ from atp_tune.cost import forecast
 from atp_tune.cost.forecast import DrawsCost, Forecast, Passes, ProbeRates, ScreeningCost, StudyCost, TrialCost, Weights
 from atp_tune.cost.memory import Bytes, Tokens, bytes_of, peaks, problems
 from atp_tune.events import EventHandler, Message
+from atp_tune.plan import ranked_by
 from atp_tune.search.samplers import total_trials
 from atp_tune.search.space import make_space
 from atp_tune.spec.study import Study
@@ -220,26 +221,28 @@ def _whole(known: Known, context: "TrialContext | None", rates: ProbeRates | Non
     return forecast.screened(found, screening, rates, known.costs, blocks) if screening else found
 
 
+def _step_tokens(known: Known) -> int:
+    """Tokens of a step by prices; 0 without that allocation."""
+    from atp_tune.search.priced import windows_of_step
+
+    length = known.tokens.calibration // known.windows
+    return windows_of_step(length) * length if "prices" in known.study.allocation.short_names else 0
+
+
 def _descents(known: Known) -> int:
     """Tokens of the descents by prices, counted as forward passes; one for each score that pruners rank by."""
     from atp_tune.allocations.prices import STEPS
-    from atp_tune.search.priced import PASSES, windows_of_step
+    from atp_tune.search.priced import PASSES
 
-    if "prices" not in known.study.allocation.short_names:
-        return 0
-    scores = {"magnitude" if name == "magnitude" else "wanda" for name in known.study.prune.short_names}
-    length = known.tokens.calibration // known.windows
-    return len(scores) * STEPS * PASSES * windows_of_step(length) * length
+    return len({ranked_by(name) for name in known.study.prune.short_names}) * STEPS * PASSES * _step_tokens(known)
 
 
 def _descent_bytes(known: Known) -> int:
     """Bytes of a step by prices: the states that enter all blocks, and a block's weights with their gradients."""
-    from atp_tune.search.priced import windows_of_step
-
-    if "prices" not in known.study.allocation.short_names:
+    if not (tokens := _step_tokens(known)):
         return 0
-    length, sizes = known.tokens.calibration // known.windows, known.sizes.blocks
-    states = (len(sizes) + 1) * windows_of_step(length) * length * known.width * known.itemsize
+    sizes = known.sizes.blocks
+    states = (len(sizes) + 1) * tokens * known.width * known.itemsize
     return states + max(sizes) * (2 * known.itemsize + FLOAT32)
 
 

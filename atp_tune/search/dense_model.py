@@ -61,7 +61,7 @@ class DenseMeasurements:
         vars(self).pop("states", None)
         self._calibration = None
 
-    def evidence(self, priced: Priced | None = None) -> DenseMetrics:
+    def evidence(self, priced: Priced) -> DenseMetrics:
         """The metrics that allocations need; each is measured once for all budgets.
 
         `priced`: sparsities by prices at a target and a score.
