@@ -93,7 +93,14 @@ class Descent:
 
     def _key(self, target: float, score: RankedBy, measured: str) -> str:
         batches = self._batch.windows, self._heads.windows
-        facts = [measured, self._pool.content, type(self._score).__name__, target, score, *batches]
+        facts = [
+            measured,
+            self._pool.content,
+            getattr(self._score, "content", type(self._score).__name__),
+            target,
+            score,
+            *batches,
+        ]
         return sha256_of_json([*facts, list(CONSTANTS), versions()])
 
     def _keep(self, file: Path, found: LinearSparsities) -> None:
