@@ -15,6 +15,7 @@ import optuna
 import psycopg
 import pytest
 from crews import LONG as LASTING
+from crews import meeting
 from optuna.storages import get_storage
 from optuna.trial import TrialState
 from pgserver import URL_PASSWORD, PostgreSQL
@@ -386,7 +387,7 @@ def test_eight_workers_on_an_empty_database(kind: str, postgres: PostgreSQL, tmp
 @pytest.mark.slow
 def test_two_workers_share_a_total_in_postgresql(place: Path, postgres: PostgreSQL) -> None:
     address = postgres.new()
-    words = ("--study", place / "tiny.toml", "--storage", address, *settings(*LONG, "search.trials=8"))
+    words = ("--study", place / "tiny.toml", "--storage", address, *settings(*LONG, "search.trials=8"), *meeting(place))
     answers = [finish(worker) for worker in [start(*words), start(*words)]]
     assert [answer.code for answer in answers] == [0, 0], answers
     study = stored(address)

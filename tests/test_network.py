@@ -16,6 +16,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+from crews import meeting
 from optuna.trial import TrialState
 from preloaded import enter
 from processes import popen
@@ -143,6 +144,7 @@ def test_two_workers_share_a_study(place: Path, namespace: Namespace) -> None:
     with serving(place, HERE, free_port(), port):
         address = f"grpc://{HERE}:{port}"
         words = ["--study", str(place / "tiny.toml"), "--storage", address, *settings(*LONG, "search.trials=10")]
+        words += meeting(place)
         namespace.wait_for(port)
         workers = [namespace.worker(*words), start(*words)]
         answers = [finish(worker) for worker in workers]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from crews import LONG, TOTAL, check_whole, measured, trials
+from crews import LONG, TOTAL, check_whole, measured, meeting, trials
 from optuna.trial import TrialState
 from tinystudy import HANGS, CommandLine, Process, finish, run, settings, start, wait_for, wait_until
 
@@ -20,16 +20,16 @@ def workers_of(process: Process) -> list[psutil.Process]:
 
 @pytest.mark.slow
 def test_three_workers_share_a_study(place: Path) -> None:
-    answer = finish(begin(place, "--workers", "3"))
+    answer = finish(begin(place, "--workers", "3", *meeting(place)))
     assert answer.code == 0, answer.err
     check_whole(place)
     assert len({trial.user_attrs["pid"] for trial in measured(place)}) > 1
     assert answer.out.count("loading the model and the texts") == 1
-    assert answer.out.count("| wanda + uniform ") == 1
+    assert answer.out.count("| meeting + uniform ") == 1
     assert f"[{TOTAL}/{TOTAL}]" in answer.out
-    values = {str(trial.params): trial.value for trial in measured(place)}
+    values = {trial.params["beta"]: trial.value for trial in measured(place)}
     alone = run(place, *LONG, f"search.trials={TOTAL}", name="alone")
-    assert {str(trial.params): trial.value for trial in alone.trials} == pytest.approx(values, rel=1e-5)
+    assert {trial.params["beta"]: trial.value for trial in alone.trials} == pytest.approx(values, rel=1e-5)
 
 
 @pytest.mark.slow
