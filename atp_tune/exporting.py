@@ -68,6 +68,7 @@ def as_yaml(config: Config) -> str:
         "pruner": config.pruner,
         "pattern": config.prune.pattern,
         "settings": config.prune.settings(config.pruner),
+        **({"refine": config.prune.refine} if config.prune.refine else {}),
         "sparsity": config.sparsity.model_dump(),
     }
     return yaml.safe_dump({**head, "modules": list(rows(config))}, sort_keys=False, allow_unicode=True)
@@ -101,6 +102,8 @@ def as_recipe(config: Config) -> str:
     """The recipe; UserError if llm-compressor lacks the pruner or a setting."""
     if config.pruner not in MODIFIERS:
         raise _not_to_be_said("pruner", config.pruner, f"has a modifier for {' and '.join(MODIFIERS)} alone")
+    if config.prune.refine:
+        raise _not_to_be_said("prune.refine", str(config.prune.refine), "has no refinement of kept weights")
     name, settings = MODIFIERS[config.pruner](config)
     group = parse(config.prune.pattern).group
     groups = _by_number(config, group) if group else [_by_sparsity(config)]

@@ -29,7 +29,7 @@ if "TMPDIR" not in os.environ and (memory := Path("/dev/shm")).is_dir() and shut
 # Files whose slow tests take minutes, each in one process: the longest first, or one is left over at the end.
 LONGEST = (
     "faults", "hostile_inputs", "zeroshot", "kills", "workers", "ray", "slurm", "finetuning", "database", "smollm2",
-    "examples", "network", "every_family",
+    "docs_run", "applying", "termination", "examples", "network", "every_family",
 )  # fmt: skip
 settings.register_profile("repeatable", max_examples=25, derandomize=True, database=None, deadline=None)
 settings.load_profile("repeatable")

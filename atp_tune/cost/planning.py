@@ -103,7 +103,6 @@ def _known(
     from atp_tune.checkpoints.classes import model_config
     from atp_tune.checkpoints.devices import device_limit, free_memory, host_memory
     from atp_tune.inputs.windows import token_windows
-    from atp_tune.pruners import PRUNERS
     from atp_tune.search.dense_model import CURVE_TOKENS
 
     study, texts = file.study, setup.texts.items()
@@ -117,7 +116,9 @@ def _known(
     bounded = device.type != "cpu" or device_limit() is not None
     free = Free(free_memory(device), host_memory(), bounded)
     costs = {
-        name: forecast.passes(study.prune.statistics, PRUNERS[name].measures is not None, tokens, tokens.validation)
+        name: forecast.passes(
+            study.prune.statistics, study.prune.pruner(name).measures is not None, tokens, tokens.validation
+        )
         for name in study.prune.short_names
     }
     return Known(
@@ -137,9 +138,7 @@ def _kinds(study: Study) -> int:
 
 def dense_kinds(study: Study) -> int:
     """Number of kinds of statistics that the pruners of a study need."""
-    from atp_tune.pruners import PRUNERS
-
-    return len({PRUNERS[name].measures for name in study.prune.short_names} - {None})
+    return len({study.prune.pruner(name).measures for name in study.prune.short_names} - {None})
 
 
 def _stored(file: StudyFile, name: str) -> optuna.Study | None:
@@ -193,11 +192,10 @@ def _trials(known: Known, rates: ProbeRates | None) -> Iterator[TrialCost]:
 def _rank_bytes(study: Study, context: "TrialContext") -> int:
     """Bytes of the ranks, which pruning with the dense model's statistics keeps."""
     from atp_tune.blocks.dense_statistics import RANK_BYTES, can_rank
-    from atp_tune.pruners import make_pruner
 
     if study.prune.statistics != "dense" and study.search.screen is None:
         return 0
-    pruners = [make_pruner(name, study.prune.settings(name)) for name in study.prune.short_names]
+    pruners = [study.prune.pruner(name) for name in study.prune.short_names]
     return RANK_BYTES * sum(context.checkpoint.sizes) if any(can_rank(x, context.checkpoint) for x in pruners) else 0
 
 

@@ -17,7 +17,6 @@ from atp_tune.blocks.timing import wait_for
 from atp_tune.checkpoints.devices import peak_memory, reset_peak_memory
 from atp_tune.cost.forecast import ProbeRates, PrunerRate
 from atp_tune.plan import Plan
-from atp_tune.pruners import PRUNERS, make_pruner
 from atp_tune.search.context import TrialContext
 
 T = TypeVar("T")
@@ -75,7 +74,7 @@ def probe(
     tokens = {role: batch.shape[0] * batch.shape[1] for role, batch in batches.items()}
     run = {role: clock.typical(f"run {role}") / tokens[role] for role in batches}
     each = {name: clock.typical(f"calibrate {name}") / tokens["calibration"] for name in pruners}
-    measures = {name for name in pruners if PRUNERS[name].measures is not None}
+    measures = {name for name in pruners if context.prune_settings.pruner(name).measures is not None}
     dense = max((each[name] for name in measures), default=2 * run["calibration"])
     if context.prune_settings.statistics == "dense":
         each = dict.fromkeys(pruners, run["calibration"])
@@ -106,7 +105,7 @@ def _probe_block(
 
 def _pruned(context: TrialContext, index: int, hidden: Tensor, name: str, sparsity: float) -> dict[str, float]:
     """Seconds by phase of one block in a trial; statistics "dense" are timed as "block"."""
-    pruner = make_pruner(name, context.prune_settings.settings(name))
+    pruner = context.prune_settings.pruner(name)
     in_one_pass = context.prune_settings.statistics == "sequential"
     plan = Plan(name, "uniform", (sparsity,) * len(context.checkpoint.blocks))
     work = Pass(context.replay, context.batch("calibration"), pruner, None, None, in_one_pass)

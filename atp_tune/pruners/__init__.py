@@ -76,12 +76,22 @@ SETTINGS = Registry[type[SettingsTable]](
 )
 
 
-def make_pruner(name: str, settings: dict[str, Any] | None = None) -> Pruner:
+def make_pruner(name: str, settings: dict[str, Any] | None = None, refine: int = 0) -> Pruner:
     """Makes a pruner by name with its settings; KeyError if the name is not registered.
 
-    A plug-in is checked each time that it prunes. UserError if it knows no groups and the pattern has some.
+    `refine`: steps of conjugate gradients on the weights that it keeps. A plug-in is checked each time that it prunes.
+    UserError if it knows no groups and the pattern has some.
     """
-    kind, origin, given = PRUNERS[name], PRUNERS.origin(name), settings or {}
+    pruner = _made(name, settings or {})
+    if not refine:
+        return pruner
+    from atp_tune.pruners.refinement import Refined
+
+    return Refined(pruner, refine)
+
+
+def _made(name: str, given: dict[str, Any]) -> Pruner:
+    kind, origin = PRUNERS[name], PRUNERS.origin(name)
     if origin is None:
         return kind(**given)
     from atp_tune.pruners.checked import CheckedPruner

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from atp_tune.pruners import Statistics
+from atp_tune.pruners.refinement import refine
 from atp_tune.pruners.selection import lowest_in_matrix, zeroed
 from atp_tune.pruners.settings import ALPSSettings
 from atp_tune.pruners.statistics import Hessian, Scaled
@@ -56,7 +57,7 @@ class ALPS(ALPSSettings):
             return zeroed(weight, mask)
         B = self._admm(W, scaled, sparsity)
         mask = self._smallest(B, sparsity)
-        B = _refine(zeroed(B, mask), mask, W, scaled.matrix, self.steps)
+        B = refine(zeroed(B, mask), mask, W, scaled.matrix, self.steps)
         return (B / scaled.scales).to(weight.dtype)
 
     def _smallest(self, B: Tensor, sparsity: float) -> Tensor:
@@ -95,21 +96,3 @@ def _growth(changed: float, begun: bool) -> float:
     if changed > 0.005:
         return 1.2
     return 1.1 if begun else 0.2
-
-
-def _refine(B: Tensor, mask: Tensor, W: Tensor, H: Tensor, steps: int) -> Tensor:
-    """Solves (B - W) H = 0 with B [out, in] zero in the mask by conjugate gradients, with step sizes per row."""
-    residual = ((W - B) @ H).masked_fill_(mask, 0)
-    direction, squares = residual, residual.square().sum(1, keepdim=True)
-    for _ in range(steps):
-        curved = direction @ H
-        step = _ratio(squares, (direction * curved).sum(1, keepdim=True))
-        B = B + step * direction
-        residual = (residual - step * curved).masked_fill_(mask, 0)
-        before, squares = squares, residual.square().sum(1, keepdim=True)
-        direction = residual + _ratio(squares, before) * direction
-    return B
-
-
-def _ratio(above: Tensor, below: Tensor) -> Tensor:
-    return torch.where(below > 0, above / below, 0)

@@ -4,7 +4,9 @@ X inputs [tokens, in] of a linear over all calibration tokens. Linears with the 
 and value) share one object, and what is derived from X is computed once.
 """
 
-from typing import NamedTuple, Self
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -104,17 +106,24 @@ class InputMoments:
         return self._deviations / max(1, self._tokens)
 
 
-class Scaled(NamedTuple):
-    """H̃_jk = H_jk / (d_j d_k) with d_j = √H_jj and so a diagonal of 1, and H̃ = Q diag(λ) Qᵀ; in float32."""
+@dataclass(frozen=True)
+class Scaled:
+    """H̃_jk = H_jk / (d_j d_k) with d_j = √H_jj and so a diagonal of 1; in float32."""
 
     scales: Tensor  # d [in]
     matrix: Tensor  # H̃ [in, in]
-    values: Tensor  # λ [in]
-    vectors: Tensor  # Q [in, in]
+
+    @cached_property
+    def spectrum(self) -> tuple[Tensor, Tensor]:
+        """λ [in] and Q [in, in] with H̃ = Q diag(λ) Qᵀ, computed in float64."""
+        wide = self.matrix.cpu() if self.matrix.device.type == "mps" else self.matrix  # MPS has no float64
+        values, vectors = (part.to(self.matrix) for part in torch.linalg.eigh(wide.double()))
+        return values.clamp_(min=0), vectors
 
     def inverse(self, rho: float) -> Tensor:
         """(H̃ + ρI)⁻¹ [in, in]."""
-        return (self.vectors / (self.values + rho)) @ self.vectors.T
+        values, vectors = self.spectrum
+        return (vectors / (values + rho)) @ vectors.T
 
 
 class Hessian:
@@ -188,7 +197,7 @@ class Hessian:
         return self._factors[damping]
 
     def scaled(self, damping: float) -> Scaled:
-        """H + damping · mean(diag H) · I, scaled, with its spectrum; computed once per damping.
+        """H + damping · mean(diag H) · I, scaled; computed once per damping.
 
         Inputs that were always zero have only the damping on the diagonal. TrialError if H is not finite.
         """
@@ -205,10 +214,7 @@ def _scaled(hessian: Tensor, damping: float) -> Scaled:
     hessian.diagonal().add_(damping * hessian.diagonal().mean())
     scales = hessian.diagonal().sqrt()
     scales = torch.where(scales > 0, scales, 1)
-    matrix = hessian / scales / scales[:, None]
-    wide = matrix.cpu() if matrix.device.type == "mps" else matrix  # MPS has no float64
-    values, vectors = (part.float().to(matrix.device) for part in torch.linalg.eigh(wide.double()))
-    return Scaled(scales, matrix, values.clamp_(min=0), vectors)
+    return Scaled(scales, hessian / scales / scales[:, None])
 
 
 def _factor(hessian: Tensor, damping: float) -> Tensor:

@@ -26,7 +26,6 @@ from atp_tune.inputs import KINDS, Batch, Items
 from atp_tune.metrics.bos import BosEffect
 from atp_tune.plan import Plan
 from atp_tune.plugins import short_name
-from atp_tune.pruners import make_pruner
 from atp_tune.pruners.statistics import InputNorms
 from atp_tune.pruners.wanda import Wanda
 from atp_tune.scores import SCORES, WindowScores, joined
@@ -257,7 +256,7 @@ class TrialContext(Released):
     @torch.inference_mode()
     def prune(self, plan: Plan) -> Iterator[PrunedBlock]:
         """Prunes the blocks in order by the plan; the dense checkpoint is not changed."""
-        pruner, batch = make_pruner(plan.pruner, self.prune_settings.settings(plan.pruner)), self.batch("calibration")
+        pruner, batch = self.prune_settings.pruner(plan.pruner), self.batch("calibration")
         way = self.prune_settings.statistics
         dense = self.measured.fast_statistics(pruner) if pruner.measures and way == "dense" else None
         states = self.measured.states if self._has_error_curve else None

@@ -19,7 +19,7 @@ from pydantic_core import InitErrorDetails
 
 from atp_tune.frozen import STORED, OneOf, SettingsTable, check_once, relocated
 from atp_tune.plugins import IN_SCHEMA, short_name
-from atp_tune.pruners import PRUNERS, SETTINGS
+from atp_tune.pruners import PRUNERS, SETTINGS, Pruner, make_pruner
 from atp_tune.registry import Registry
 from atp_tune.spec.patterns import parse
 
@@ -52,6 +52,9 @@ class PruneConfig(SettingsTable):
     )
     sparsegpt: Any = None  # keeps its place in the order of keys; `with_tables` sets the type
     pattern: str = Field("unstructured", description="unstructured, N:M (N zeros in every M inputs) or mixed:M")
+    refine: int = Field(
+        0, ge=0, description="steps of conjugate gradients that update the kept weights, after any pruner; 0: none"
+    )
 
     @model_validator(mode="wrap")
     @classmethod
@@ -84,6 +87,10 @@ class PruneConfig(SettingsTable):
         """Arguments of a pruner: the keys of its table, if it has one, and the pattern's group."""
         table = getattr(self, pruner).model_dump() if pruner in SETTINGS else self.tables.get(pruner, {})
         return {**table, "group": parse(self.pattern).group}
+
+    def pruner(self, name: str) -> Pruner:
+        """Makes a pruner of the study; UserError if it is a plug-in without groups and the pattern has some."""
+        return make_pruner(name, self.settings(name), self.refine)
 
     @property
     def short_names(self) -> tuple[str, ...]:

@@ -1,0 +1,131 @@
+"""Refinement: updates the weights that a pruner keeps, on its mask, so that the layer-wise error shrinks.
+
+    min_B  tr (B - W) H (B - W)ᵀ    such that B_ij = 0 wherever the pruner's result is 0
+
+W weight [out, in], H = XᵀX (up to a factor) with `DAMPING` · mean(diag H) added to its diagonal. Conjugate gradients
+take a few steps from the pruner's own result, for all rows at once, with the preconditioner diag H: in the scaled
+coordinates W̃_ij = W_ij d_j and H̃_jk = H_jk / (d_j d_k) with d_j = √H_jj they need none.
+
+Source: Meng et al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models", NeurIPS
+2024, algorithm 2, which starts at the end of ADMM, and its table 1, which starts at the mask of magnitudes.
+"""
+
+from functools import cache
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from atp_tune.pruners import Pruner, Statistics
+from atp_tune.pruners.selection import zeroed
+from atp_tune.pruners.statistics import Hessian
+
+DAMPING = 0.01  # added to the diagonal of the Hessian, as a share of its mean
+
+
+class Refined:
+    """A `Pruner` whose kept weights are refined; its masks are those of the pruner alone, to the last bit."""
+
+    def __init__(self, pruner: Pruner, steps: int) -> None:
+        """`steps`: of conjugate gradients, at least 1."""
+        self._pruner = pruner
+        self._steps = steps
+        self.group: int | None = getattr(pruner, "group", None)
+        self.measures = with_hessian(pruner.measures)
+
+    def __repr__(self) -> str:
+        """Names what statistics may depend on, for the cache."""
+        return repr(self._pruner)
+
+    def prepare(self, statistics: Statistics) -> None:
+        """Prepares the pruner's own statistics."""
+        own, _ = _parts(statistics)
+        if own is not None and hasattr(self._pruner, "prepare"):
+            self._pruner.prepare(own)
+
+    def prune(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:
+        """A pruned copy of weight [out, in] at a sparsity in [0, 1]; statistics are of the kind `measures`."""
+        assert statistics is not None
+        own, hessian = _parts(statistics)
+        pruned = self._pruner.prune(weight, sparsity, own)
+        mask = pruned == 0
+        if mask.all() or not mask.any():
+            return pruned
+        scaled = hessian.scaled(DAMPING)
+        B = refine(pruned.float() * scaled.scales, mask, weight.float() * scaled.scales, scaled.matrix, self._steps)
+        return zeroed((B / scaled.scales).to(weight.dtype), mask)
+
+
+class WithHessian:
+    """A pruner's own kind of statistics, if it has one, with the `Hessian` of the same inputs beside it."""
+
+    kind: ClassVar[type[Statistics] | None]
+
+    def __init__(self, inputs: int, device: torch.device) -> None:
+        self.own = None if self.kind is None else self.kind(inputs, device)
+        self.hessian = Hessian(inputs, device)
+
+    def add(self, x: Tensor) -> None:
+        """Adds inputs [..., in] of any float dtype."""
+        if self.own is not None:
+            self.own.add(x)
+        self.hessian.add(x)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of both, by name."""
+        own = {} if self.own is None else self.own.tensors()
+        both = {"own": own, "hessian": self.hessian.tensors()}
+        return {f"{part}.{name}": tensor for part, tensors in both.items() for name, tensor in tensors.items()}
+
+    @classmethod
+    def restored(cls, tensors: dict[str, Tensor]) -> Self:
+        """Restores statistics from `tensors`."""
+        parts: dict[str, dict[str, Tensor]] = {"own": {}, "hessian": {}}
+        for name, tensor in tensors.items():
+            part, _, key = name.partition(".")
+            parts[part][key] = tensor
+        found = cls.__new__(cls)
+        found.own = None if cls.kind is None else cls.kind.restored(parts["own"])
+        found.hessian = Hessian.restored(parts["hessian"])
+        return found
+
+    @classmethod
+    def bytes_for(cls, inputs: int) -> int:
+        """Upper bound on the bytes of `tensors`."""
+        return (0 if cls.kind is None else cls.kind.bytes_for(inputs)) + Hessian.bytes_for(inputs)
+
+
+@cache
+def with_hessian(kind: type[Statistics] | None) -> type[Statistics]:
+    """The kind of statistics with a `Hessian` beside it; `Hessian` itself is enough."""
+    if kind is Hessian:
+        return Hessian
+    name = "Hessian alone" if kind is None else f"{kind.__name__} with Hessian"
+    module = Hessian.__module__ if kind is None else kind.__module__  # whose code determines the tensors
+    return type(name, (WithHessian,), {"kind": kind, "__module__": module})
+
+
+def _parts(statistics: Statistics) -> tuple[Statistics | None, Hessian]:
+    """A pruner's own statistics, and the Hessian."""
+    if isinstance(statistics, WithHessian):
+        return statistics.own, statistics.hessian
+    assert isinstance(statistics, Hessian)
+    return statistics, statistics
+
+
+def refine(B: Tensor, mask: Tensor, W: Tensor, H: Tensor, steps: int) -> Tensor:
+    """Solves (B - W) H = 0 with B [out, in] zero in the mask by conjugate gradients, with step sizes per row."""
+    residual = ((W - B) @ H).masked_fill_(mask, 0)
+    direction, squares = residual, residual.square().sum(1, keepdim=True)
+    for _ in range(steps):
+        curved = direction @ H
+        step = _ratio(squares, (direction * curved).sum(1, keepdim=True))
+        B = B + step * direction
+        residual = (residual - step * curved).masked_fill_(mask, 0)
+        before, squares = squares, residual.square().sum(1, keepdim=True)
+        direction = residual + _ratio(squares, before) * direction
+    return B
+
+
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    return torch.where(below > 0, above / below, 0)

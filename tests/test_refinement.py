@@ -1,0 +1,218 @@
+"""Refinement by conjugate gradients on the mask of any pruner: `prune.refine`."""
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import naive
+import pytest
+import torch
+from families import CPU, MIXTURES, bench_of, few, same_bits, tiny
+from hypothesis import given
+from hypothesis import strategies as st
+from test_prune_pass import atp_plan, naive_pass
+from test_pruners import Problem, dtypes, problem, problems, pruned_by, sparsities, tied_problems
+from tinystudy import CommandLine, run, settings, study_file
+from torch import Tensor
+
+from atp_tune.errors import TrialError
+from atp_tune.plan import Plan
+from atp_tune.pruners import PRUNERS, make_pruner
+from atp_tune.pruners.refinement import DAMPING, Refined, with_hessian
+from atp_tune.pruners.statistics import Hessian, InputMoments, InputNorms
+from atp_tune.spec.config import read_config
+from atp_tune.spec.prune import PruneConfig
+
+CASES = list(product(PRUNERS, (None, 8)))
+
+
+def both(name: str, group: int | None, steps: int, case: Problem, sparsity: float) -> tuple[Tensor, Tensor]:
+    """The pruned weight of a pruner alone, and refined."""
+    given_ = {"group": group}
+    return (
+        pruned_by(make_pruner(name, given_), *case, sparsity),
+        pruned_by(make_pruner(name, given_, steps), *case, sparsity),
+    )
+
+
+def damped(x: Tensor) -> Tensor:
+    """XᵀX [in, in] with the damping, in float64; dead inputs have 1 on the diagonal where nothing is damped."""
+    H = x.double().T @ x.double()
+    H += DAMPING * H.diagonal().mean() * torch.eye(len(H), dtype=torch.float64)
+    H.diagonal()[H.diagonal() == 0] = 1
+    return H
+
+
+def error(weight: Tensor, pruned: Tensor, H: Tensor) -> Tensor:
+    """Error of each row [out]."""
+    difference = pruned.double() - weight.double()
+    return ((difference @ H) * difference).sum(1)
+
+
+@pytest.mark.parametrize(("name", "group"), CASES)
+@given(problems() | tied_problems, dtypes, sparsities)
+def test_masks_stay_and_no_row_gets_worse(
+    name: str, group: int | None, case: Problem, dtype: torch.dtype, sparsity: float
+) -> None:
+    case = case[0].to(dtype), case[1]
+    alone, refined = both(name, group, 3, case, sparsity)
+    assert refined.dtype == dtype
+    assert torch.equal(refined == 0, alone == 0)
+    H = damped(case[1])
+    before, after = error(case[0], alone, H), error(case[0], refined, H)
+    rounding = error(refined, (1 + torch.finfo(dtype).eps) * refined.double(), H)  # of its entries to the dtype
+    assert (after <= 1.01 * before + 2 * (rounding * after).sqrt() + rounding + 1e-6 * before.mean()).all()
+
+
+@given(problems(), sparsities, st.integers(1, 6))
+def test_it_is_conjugate_gradients_row_by_row(case: Problem, sparsity: float, steps: int) -> None:
+    weight, x = case
+    alone, refined = both("wanda", None, steps, case, sparsity)
+    gone, H = alone == 0, damped(x)
+    scales = H.diagonal().sqrt()
+    scaled = H / torch.outer(scales, scales)
+    rows = [
+        naive.gradients(b.double() * scales, ~m, w.double() * scales, scaled, steps) / scales
+        for b, m, w in zip(alone, gone, weight, strict=True)
+    ]
+    if not gone.any():
+        rows = list(weight.double())
+    torch.testing.assert_close(refined.double(), torch.stack(rows), rtol=1e-3, atol=1e-3)
+
+
+def test_many_steps_are_least_squares_on_the_mask() -> None:
+    weight, x = problem((7, 24))
+    alone, refined = both("wanda", None, 200, (weight, x), 0.6)
+    H = damped(x)
+    for row, (b, w) in enumerate(zip(alone, weight.double(), strict=True)):
+        kept = b != 0
+        exact = torch.linalg.solve(H[kept][:, kept], H[kept] @ w)
+        torch.testing.assert_close(refined[row, kept].double(), exact, rtol=1e-3, atol=1e-4)
+    assert error(weight, refined, H).sum() < 0.9 * error(weight, alone, H).sum()
+
+
+def test_without_live_inputs_nothing_changes() -> None:
+    weight, x = problem((6, 21))
+    alone, refined = both("magnitude", None, 5, (weight, 0 * x), 0.5)
+    torch.testing.assert_close(alone, refined)
+
+
+def test_what_is_not_finite_is_refused() -> None:
+    weight, x = problem((6, 21))
+    x[3, 4] = torch.inf
+    with pytest.raises(TrialError, match="Hessian not finite"):
+        both("magnitude", None, 1, (weight, x), 0.5)
+
+
+@pytest.mark.parametrize("kind", [None, InputNorms, InputMoments, Hessian])
+def test_statistics_are_the_pruner_s_own_with_a_hessian(kind: Any) -> None:
+    found = with_hessian(kind)
+    assert found is with_hessian(kind)
+    x = problem((1, 30))[1]
+    statistics = found(30, CPU)
+    for part in x.split(11):
+        statistics.add(part)
+    tensors = statistics.tensors()
+    assert sum(tensor.nbytes for tensor in tensors.values()) <= found.bytes_for(30)
+    name = next(name for name in PRUNERS if PRUNERS[name].measures is kind)
+    pruner, weight = make_pruner(name, {}, 4), problem((9, 30))[0]
+    assert pruner.measures is found
+    again = found.restored({name: tensor.clone() for name, tensor in tensors.items()})
+    assert same_bits(pruner.prune(weight, 0.5, statistics), pruner.prune(weight, 0.5, again))
+
+
+@pytest.mark.parametrize("way", ["block", "sequential", "dense"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", *few(MIXTURES, ("gpt_oss",))])
+def test_it_is_its_naive_pass(family: str, way: Any) -> None:
+    def prune(weight: Tensor, x: Tensor, sparsity: float) -> Tensor:
+        return pruned_by(make_pruner("wanda", {}, 3), weight, x, sparsity)
+
+    model = tiny(family)
+    work = bench_of(model, PruneConfig(refine=3, statistics=way))
+    plan = Plan("wanda", "atp", (0.4, 0.6, 0.5, 0.5)[: len(work.checkpoint.blocks)])
+    found = {block.index: block for block in work.prune(plan)}
+    if way == "sequential":
+        assert all(0 < block.error < 2 for block in found.values())
+        return
+    expected = naive_pass(model, work, plan, prune, dense=way == "dense")[0].state_dict()
+    for index, block in found.items():
+        for linear in work.checkpoint.linears[index]:
+            wanted = linear.matrix(expected[work.checkpoint.key(index, linear)])
+            pruned = linear.matrix(block.weights[linear.key])
+            assert torch.equal(pruned == 0, wanted == 0)
+            torch.testing.assert_close(pruned, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_the_output_of_each_block_is_nearer_to_the_dense_model_s() -> None:
+    model = tiny("llama")
+    errors = []
+    for steps in (0, 10):
+        work = bench_of(model, PruneConfig(refine=steps))
+        errors.append([block.error for block in work.prune(atp_plan(work, "wanda"))])
+    assert all(refined < 0.95 * alone for alone, refined in zip(*errors, strict=True))
+
+
+def test_statistics_of_the_dense_model_come_back_from_the_cache() -> None:
+    """Each kind in its own place: those of Wanda alone, and of two pruners that are refined."""
+    model, found = tiny("llama"), []
+    for _ in range(2):
+        for steps, name in ((0, "wanda"), (5, "wanda"), (5, "sparsegpt"), (5, "magnitude")):
+            work = bench_of(model, PruneConfig(statistics="dense", refine=steps))
+            plan = atp_plan(work, name)
+            found.append([block.weights for _ in range(2) for block in work.prune(plan)])
+    for one, other in zip(found[:4], found[4:], strict=True):
+        assert all(same_bits(block[name], other[k][name]) for k, block in enumerate(one) for name in block)
+
+
+# --- by the commands
+
+
+REFINED = ("prune.refine=5",)
+
+
+def test_a_study_its_best_and_the_folder(place: Path, command: CommandLine) -> None:
+    study = run(place, *REFINED)
+    assert study.best_value < run(place, name="alone").best_value
+    assert read_config(place / "tiny.best.json").prune.refine == 5
+    words = ("--config", place / "tiny.best.json", "--out", place / "sparse", "--device", "cpu")
+    answer = command("apply", *words)
+    assert answer.code == 0, answer.err
+    assert answer.out.endswith("(+0.000%)\n")
+    assert "refine = 5" in (place / "sparse" / "README.md").read_text()
+
+
+def test_a_study_goes_on_with_the_same_steps_only(place: Path, command: CommandLine) -> None:
+    run(place)
+    answer = command("--study", place / "tiny.toml", *settings(*REFINED))
+    assert answer.code == 2
+    assert "prune.refine" in answer.error
+
+
+def test_it_is_no_fact_of_a_study_without_it(place: Path) -> None:
+    """So that studies that are older than the key go on."""
+    assert not [key for key in run(place).user_attrs["fingerprint"] if "refine" in key]
+    assert run(place, *REFINED, name="refined").user_attrs["fingerprint"]["prune.refine"] == 5
+
+
+def test_bad_steps_are_one_line(place: Path, command: CommandLine) -> None:
+    answer = command("--study", place / "tiny.toml", "--set", "prune.refine=-1")
+    assert answer.code == 2
+    assert "prune.refine: must be at least 0, got -1" in answer.error
+
+
+def test_a_recipe_cannot_say_it(place: Path, command: CommandLine) -> None:
+    run(place, *REFINED)
+    answer = command("export", "--config", place / "tiny.best.json", "--format", "llm-compressor", "--out", place / "x")
+    assert answer.code == 2
+    assert "prune.refine = 5: llm-compressor has no refinement" in answer.error
+    answer = command("export", "--config", place / "tiny.best.json", "--format", "yaml", "--out", place / "x.yaml")
+    assert answer.code == 0
+    assert "refine: 5" in (place / "x.yaml").read_text()
+
+
+def test_a_plan_counts_the_hessians(place: Path) -> None:
+    """A pruner without statistics measures some when it is refined."""
+    spec = study_file(place, "prune.pruners=['magnitude']", *REFINED).study
+    assert spec.prune.pruner("magnitude").measures is with_hessian(None)
+    assert isinstance(spec.prune.pruner("magnitude"), Refined)
+    assert study_file(place, "prune.pruners=['magnitude']").study.prune.pruner("magnitude").measures is None
