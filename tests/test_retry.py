@@ -1,12 +1,15 @@
 """Calls that are made again since their answer was lost, over SQLite, PostgreSQL and a server."""
 
 import inspect
+import os
 import pickle
+import signal
 import sqlite3
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import pytest
@@ -15,8 +18,10 @@ from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 from sqlalchemy.exc import OperationalError
+from tinystudy import HANGS
 
 from atp_tune.errors import UserError
+from atp_tune.interrupts import interruptible
 from atp_tune.serving.servers import ServedDatabase, proxy
 from atp_tune.storage import retry
 from atp_tune.storage.database import CALLS
@@ -124,3 +129,28 @@ def test_every_transaction_of_optuna_s_is_made_again() -> None:
     own = {name: inspect.getsource(made) for name, made in vars(RDBStorage).items() if inspect.isfunction(made)}
     transactions = {name for name, source in own.items() if "with _create_scoped_session(" in source}
     assert transactions - set(CALLS) == {"set_trial_state_values", "record_heartbeat", "delete_study"}
+
+
+def test_an_interruption_waits_for_the_answer_of_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raised within a request, it would leave a channel behind whose next request may never be answered."""
+    done, store = list[str](), RDBStorage.set_trial_user_attr
+
+    def interrupted(self: RDBStorage, trial_id: int, **given: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        sleep(0.2)  # the main thread has taken the signal, if it does so while it waits
+        store(self, trial_id, **given)
+        done.append("stored")
+
+    served = open_database(f"sqlite:///{tmp_path}/study.db", True, ServedDatabase)
+    assert served
+    with proxy(get_storage(served), "127.0.0.1", 0) as port, closing(connect(f"grpc://127.0.0.1:{port}")) as remote:
+        trial = remote.create_new_trial(remote.create_new_study([StudyDirection.MINIMIZE], "s"))
+        monkeypatch.setattr(RDBStorage, "set_trial_user_attr", interrupted)
+        with interruptible(signal.SIGINT), pytest.raises(KeyboardInterrupt):
+            remote.set_trial_user_attr(trial, "a", 1)
+            done.append("answered")
+            sleep(HANGS)
+        monkeypatch.undo()
+        remote.set_trial_user_attr(trial, "b", 2)
+        assert remote.get_trial(trial).user_attrs == {"a": 1, "b": 2}
+    assert done == ["stored", "answered"]

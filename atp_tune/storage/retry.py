@@ -7,12 +7,13 @@ import logging
 from collections.abc import Callable, Sequence
 from itertools import chain, repeat
 from threading import Lock, local
-from time import monotonic, sleep
+from time import monotonic
 from typing import Any, TypeVar
 
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.errors import UserError
+from atp_tune.interrupts import pause
 
 RETRY_SECONDS = 3600  # seconds of an outage after which a worker gives up
 RETRY_PAUSES = (0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between attempts; the last one repeats
@@ -53,7 +54,7 @@ class Retrying:
         self._answered()
         return answer
 
-    def _wait(self, reason: str, pause: float) -> None:
+    def _wait(self, reason: str, seconds: float) -> None:
         with self._lock:
             if self._since is None:
                 self._since = monotonic()
@@ -63,7 +64,7 @@ class Retrying:
                 f"{self._name} {reason}, for {RETRY_SECONDS / 60:.0f} minutes now. All earlier results are stored; "
                 "the same command resumes the study"
             )
-        sleep(pause)
+        pause(seconds)
 
     def _answered(self) -> None:
         with self._lock:
