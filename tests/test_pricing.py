@@ -188,34 +188,46 @@ def test_nothing_of_the_model_changes() -> None:
 # The descent
 
 
-def naive_descent(linears: Sequence[Sequence[Shape]], target: float, prices_of: Any) -> list[float]:
-    """The formula of the docstring, step by step; the level is found by halving."""
+def naive_descent(linears: Sequence[Sequence[Shape]], targets: Sequence[float], drawn: Any) -> list[list[float]]:
+    """The formula of the docstring, step by step; the level is found by halving. Sparsities at each target."""
     sizes = [shape.rows * shape.columns for row in linears for shape in row]
-    total = sum(sizes)
-    s, v = [target] * len(sizes), [0.0] * len(sizes)
-    for t in range(20):
-        p = prices_of(t, s)
+    total, given, ends = sum(sizes), iter(drawn), []
+    s, v = [targets[0]] * len(sizes), [0.0] * len(sizes)
+
+    def levelled(wanted: list[float], target: float) -> list[float]:
+        low, high = -2.0, 2.0
+        for _ in range(100):
+            shift = (low + high) / 2
+            found = [min(0.98, max(0.02, x + shift)) for x in wanted]
+            if math.fsum(n * x for n, x in zip(sizes, found, strict=True)) < target * total:
+                low = shift
+            else:
+                high = shift
+        return found
+
+    steps = [(targets[0], t) for t in range(20)] + [(target, t) for target in targets[1:] for t in range(12, 20)]
+    for target, t in steps:
+        if t == 12 and target != targets[0]:
+            s = levelled(s, target)
+        p = next(given)
         v = [0.7 * old + 0.3 * new for old, new in zip(v, p, strict=True)]
         mean = math.fsum(n * x for n, x in zip(sizes, v, strict=True)) / total
         rms = math.sqrt(math.fsum(n * (x - mean) ** 2 for n, x in zip(sizes, v, strict=True)) / total)
         u = [max(-3, min(3, (x - mean) / rms)) if rms else 0.0 for x in v]
-        wanted = [a - (0.03 * (1 - t / 20) + 0.003) * b for a, b in zip(s, u, strict=True)]
-        low, high = -2.0, 2.0
-        for _ in range(100):
-            shift = (low + high) / 2
-            s = [min(0.98, max(0.02, x + shift)) for x in wanted]
-            if math.fsum(n * x for n, x in zip(sizes, s, strict=True)) < target * total:
-                low = shift
-            else:
-                high = shift
-    return s
+        s = levelled([a - (0.03 * (1 - t / 20) + 0.003) * b for a, b in zip(s, u, strict=True)], target)
+        if t == 19:
+            ends.append(s)
+    return ends
 
 
-@pytest.mark.parametrize("budget", budgets()[:20], ids=str)
-def test_the_descent_follows_its_formula(budget: Budget) -> None:
+@pytest.mark.parametrize("further", [(), (0.08,), (0.1, 0.15)], ids=["one target", "two", "three"])
+@pytest.mark.parametrize("budget", budgets()[:20], ids=lambda budget: f"{budget.target:.3f}")
+def test_the_descent_follows_its_formula(budget: Budget, further: tuple[float, ...]) -> None:
     draw = random.Random(1)
     count = sum(map(len, budget.linears))
-    drawn = [[draw.gauss(0, 1) * (1 + 9 * (k % 7 == 0)) for k in range(count)] for _ in range(prices.STEPS)]
+    targets = [budget.target, *(budget.target + more for more in further if budget.target + more < 0.97)]
+    steps = prices.steps_along(targets)
+    drawn = [[draw.gauss(0, 1) * (1 + 9 * (k % 7 == 0)) for k in range(count)] for _ in range(steps)]
     seen: list[LinearSparsities] = []
 
     def prices_at(step: int, sparsities: LinearSparsities) -> list[list[float]]:
@@ -223,20 +235,20 @@ def test_the_descent_follows_its_formula(budget: Budget) -> None:
         flat = iter(drawn[step])
         return [[next(flat) for _ in row] for row in budget.linears]
 
-    found = prices.descend(budget.linears, budget.target, prices_at)
-    assert len(seen) == prices.STEPS and {s for row in seen[0] for s in row} == {budget.target}
-    naive = naive_descent(budget.linears, budget.target, lambda step, _: drawn[step])
-    assert [s for row in found for s in row] == pytest.approx(naive, abs=1e-9)
-    for row in (*seen, found):
-        assert budget.mean(budget.block_means(row)) == pytest.approx(budget.target, abs=1e-12)
+    ends = prices.descend(budget.linears, targets, prices_at)
+    assert len(seen) == steps and {s for row in seen[0] for s in row} == {budget.target}
+    for end, naive in zip(ends, naive_descent(budget.linears, targets, drawn), strict=True):
+        assert [s for row in end for s in row] == pytest.approx(naive, abs=1e-9)
+    for row, target in [*((row, targets[0]) for row in seen[:20]), *zip(ends, targets, strict=True)]:
+        assert budget.mean(budget.block_means(row)) == pytest.approx(target, abs=1e-12)
 
 
 def test_equal_prices_are_uniform_and_a_dear_linear_stays_denser() -> None:
     [budget] = budgets()[1:2]
-    equal = prices.descend(budget.linears, budget.target, lambda *_: [[2.0] * len(row) for row in budget.linears])
+    [equal] = prices.descend(budget.linears, [budget.target], lambda *_: [[2.0] * len(row) for row in budget.linears])
     assert {s for row in equal for s in row} == {budget.target}
     dear = [[float(i == k == 0) for k in range(len(row))] for i, row in enumerate(budget.linears)]
-    found = prices.descend(budget.linears, budget.target, lambda *_: dear)
+    [found] = prices.descend(budget.linears, [budget.target], lambda *_: dear)
     rest = [s for row in found for s in row][1:]
     assert found[0][0] < budget.target < min(rest)
 
@@ -245,9 +257,32 @@ def test_equal_prices_are_uniform_and_a_dear_linear_stays_denser() -> None:
 def test_targets_at_the_ends(target: float) -> None:
     budget = Budget(target, budgets()[1].sizes, budgets()[1].linears)
     drawn = [[float(i + k) for k in range(len(row))] for i, row in enumerate(budget.linears)]
-    found = prices.descend(budget.linears, target, lambda *_: drawn)
+    [found] = prices.descend(budget.linears, [target], lambda *_: drawn)
     assert budget.mean(budget.block_means(found)) == pytest.approx(target, abs=1e-9)
     assert all(0 <= s <= 1 for row in found for s in row)
+
+
+@pytest.mark.parametrize(
+    ("interval", "expected"),
+    [
+        ((0.2, 0.7), (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)),
+        ((0.3, 0.55), (0.3, 0.3 + 0.25 / 3, 0.3 + 0.5 / 3, 0.55)),
+        ((0.5, 0.52), (0.5, 0.52)),
+    ],
+)
+def test_a_path_has_equal_distances_of_at_most_a_tenth(
+    interval: tuple[float, float], expected: tuple[float, ...]
+) -> None:
+    assert prices.path(*interval) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"), [(0.3, 0.1), (0.35, 0.2), (0.4, 0.3), (0.41, 0.34), (0.5, 0.7), (0.5 + 1e-12, 0.7)]
+)
+def test_between_the_targets_of_a_path_it_is_linear(target: float, expected: float) -> None:
+    ends = [((0.1, 1.0),), ((0.3, 0.5),), ((0.7, 0.0),)]
+    assert prices.between((0.3, 0.4, 0.5), ends, target)[0][0] == pytest.approx(expected)
+    assert prices.between((0.4,), ends[:1], 0.4) == ends[0]
 
 
 class Known:
@@ -288,7 +323,7 @@ def test_a_study_descends_once(place: Path, command: CommandLine, cache: Path) -
     kappas = [trial.params.get("kappa") for trial in study.trials]
     assert kappas[:3] == [0.0, 1.0, 0.6] and len(kappas) == 4
     [file] = (cache / "prices").glob("*.json")
-    found = json.loads(file.read_text())
+    [found] = json.loads(file.read_text())
     rows = study.trials[1].user_attrs["linear_sparsities"]
     assert [row == pytest.approx(other) for row, other in zip(found, rows, strict=True)] == [True] * len(rows)
     assert "prices (κ = " in answer.out
@@ -303,9 +338,22 @@ def test_a_study_descends_once(place: Path, command: CommandLine, cache: Path) -
     assert command("prune", "--study", place / "tiny.toml", "--allocation", "prices").out == once.out  # its default
 
 
-def test_an_interval_of_sparsities_is_refused(place: Path, command: CommandLine) -> None:
-    said = command("--study", place / "tiny.toml", *settings('allocation=["prices"]', "sparsity=[0.3, 0.6]")).error
-    assert said.startswith("allocation.names: prices needs minutes for each sparsity")
+def test_an_interval_has_one_descent(place: Path, command: CommandLine, cache: Path) -> None:
+    wishes = settings('allocation=["prices"]', "sparsity=[0.3, 0.45]", "search.trials=6")
+    answer = command("--study", place / "tiny.toml", *wishes)
+    assert (answer.code, answer.err) == (0, "")
+    [file] = (cache / "prices").glob("*.json")
+    ends = json.loads(file.read_text())
+    assert len(ends) == 3
+    trials = [trial for trial in stored(place).trials if trial.params.get("kappa")]
+    assert len({trial.params["sparsity"] for trial in trials}) > 1
+    for trial in trials:
+        target, kappa = trial.params["sparsity"], prices.FARTHEST * trial.params["kappa"]
+        end = prices.between(prices.path(0.3, 0.45), ends, target)
+        kept = [s for row in trial.user_attrs["linear_sparsities"] for s in row]
+        wanted = [target + kappa * (s - target) for row in end for s in row]
+        if min(wanted) >= 0 and max(wanted) <= 1:
+            assert kept == pytest.approx(wanted)
 
 
 def test_a_plan_counts_the_descent(place: Path, command: CommandLine) -> None:

@@ -12,7 +12,6 @@ middle. It may also say
 
     contains = ("uniform", …)       the allocations that it equals where its other parameters are 0
     measures_inputs = True          it needs the statistics of the dense model's inputs
-    one_target = True               it is searched at one sparsity, since each needs minutes of measurements
 """
 
 from collections.abc import Callable

@@ -27,7 +27,6 @@ class CheckedAllocation:
         self._origin = origin
         self.__doc__ = getattr(plugin, "__doc__", None)
         self.measures_inputs = bool(getattr(plugin, "measures_inputs", False))
-        self.one_target = bool(getattr(plugin, "one_target", False))
         self.contains = tuple(getattr(plugin, "contains", ()))
 
     def bounds(self, budget: Budget) -> Bounds:

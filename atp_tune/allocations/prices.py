@@ -14,6 +14,10 @@ begins at uniform and takes T = 20 steps, each on other windows of the calibrati
 
 No window of the validation or test text is used. A step costs as much as four forward passes.
 
+Over an interval of targets the descent goes on along a path: S_0 is the lowest target, S_1 … S_m follow at equal
+distances of at most 0.1, the last is the highest. From each end at S_k-1 it begins at S_k with all s_l shifted by
+S_k - S_k-1 and v kept, and takes the last 8 of the T steps. Between two targets of the path s* is linear.
+
 Reason: formulas of a few numbers (`atp`, `curve`, `owl`) lack most of what a model wants, which differs from linear to
 linear; a gradient at the *pruned* model tells it for all of them at once. Taylor expansions at the dense model are
 biased at the distance of pruning. For pruners that change the kept weights the descent, whose masks are Wanda's, goes
@@ -21,16 +25,18 @@ too far; κ = 0.6 is the second point of a search.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from itertools import chain
 
-from atp_tune.allocations.budget import Budget, LinearSparsities, Shape, level
+from atp_tune.allocations.budget import ROUNDING, Budget, LinearSparsities, Shape, level
 
 contains = ("uniform",)
 measures_inputs = True
-one_target = True  # each sparsity needs a descent of its own
 FARTHEST = 1.5  # highest κ
 STEPS = 20
+FURTHER = 8  # steps at each target of a path but the first
+APART = 0.1  # highest distance of two targets of a path
 KEPT = 0.7  # share of the former prices in their moving mean
 LARGEST = 3.0  # of a price, in standard deviations
 FIRST, LAST = 0.03, 0.003  # distances of the steps
@@ -59,21 +65,58 @@ def sparsities(budget: Budget, kappa: float = 1.0) -> LinearSparsities | tuple[f
     return _rows(level(wanted, _sizes(budget.linears), budget.target), budget.linears)
 
 
+def path(low: float, high: float) -> tuple[float, ...]:
+    """The targets of the path over an interval, ascending."""
+    parts = max(1, math.ceil((high - low) / APART - ROUNDING))
+    return tuple(low + (high - low) * k / parts for k in range(parts + 1))
+
+
+def steps_along(targets: Sequence[float]) -> int:
+    """Number of steps of a descent along these targets."""
+    return STEPS + FURTHER * (len(targets) - 1)
+
+
 def descend(
-    linears: Sequence[Sequence[Shape]], target: float, prices_at: Callable[[int, LinearSparsities], Prices]
-) -> LinearSparsities:
-    """The end of the descent from uniform; `prices_at(step, sparsities)` measures prices, in nats per weight."""
-    sizes = _sizes(linears)
-    low, high = min(LIMITS[0], target), max(LIMITS[1], target)
-    found, smooth = [target] * len(sizes), [0.0] * len(sizes)
-    for step in range(STEPS):
-        prices = chain.from_iterable(prices_at(step, _rows(found, linears)))
-        smooth = [KEPT * v + (1 - KEPT) * p for v, p in zip(smooth, prices, strict=True)]
-        distance = FIRST * (1 - step / STEPS) + LAST
-        wanted = [s - distance * u for s, u in zip(found, _standardised(smooth, sizes), strict=True)]
-        excess = _mean(wanted, sizes) - target
-        found = list(level([s - excess for s in wanted], sizes, target, low, high))
-    return _rows(found, linears)
+    linears: Sequence[Sequence[Shape]],
+    targets: Sequence[float],
+    prices_at: Callable[[int, LinearSparsities], Prices],
+) -> tuple[LinearSparsities, ...]:
+    """The end of the descent at each of these ascending targets, the first of which begins at uniform.
+
+    `prices_at(step, sparsities)` measures prices, in nats per weight.
+    """
+    sizes, done = _sizes(linears), 0
+    found, smooth = [targets[0]] * len(sizes), [0.0] * len(sizes)
+    ends: list[LinearSparsities] = []
+    for target in targets:
+        low, high = min(LIMITS[0], target), max(LIMITS[1], target)
+        found = _levelled(found, sizes, target, low, high) if ends else found
+        for step in range(STEPS - FURTHER if ends else 0, STEPS):
+            prices = chain.from_iterable(prices_at(done, _rows(found, linears)))
+            smooth = [KEPT * v + (1 - KEPT) * p for v, p in zip(smooth, prices, strict=True)]
+            distance = FIRST * (1 - step / STEPS) + LAST
+            wanted = [s - distance * u for s, u in zip(found, _standardised(smooth, sizes), strict=True)]
+            found = _levelled(wanted, sizes, target, low, high)
+            done += 1
+        ends.append(_rows(found, linears))
+    return tuple(ends)
+
+
+def between(targets: Sequence[float], ends: Sequence[LinearSparsities], target: float) -> LinearSparsities:
+    """The end of the descent at a target within a path, linear between the two ends beside it."""
+    after = min(max(1, bisect_left(targets, target)), len(targets) - 1)
+    if after == 0 or target >= targets[after]:
+        return ends[after]
+    before = after - 1
+    share = max(0.0, (target - targets[before]) / (targets[after] - targets[before]))
+    rows = zip(ends[before], ends[after], strict=True)
+    return tuple(tuple(a + share * (b - a) for a, b in zip(*row, strict=True)) for row in rows)
+
+
+def _levelled(values: Sequence[float], sizes: Sequence[int], target: float, low: float, high: float) -> list[float]:
+    """Values shifted such that their mean is the target, within limits."""
+    excess = _mean(values, sizes) - target
+    return list(level([value - excess for value in values], sizes, target, low, high))
 
 
 def _standardised(values: Sequence[float], sizes: Sequence[int]) -> list[float]:

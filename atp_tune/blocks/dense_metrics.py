@@ -21,6 +21,7 @@ from torch import Tensor
 
 from atp_tune.allocations import LinearSparsities
 from atp_tune.allocations.budget import Score
+from atp_tune.allocations.prices import between
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.linears import Linear
 from atp_tune.errors import TrialError
@@ -35,12 +36,15 @@ HALF = 16  # bits of a float32 that one sweep over the scores resolves
 T = TypeVar("T")
 StatisticsOf = Callable[[type[Statistics]], Sequence[Mapping[str, Statistics]]]
 Cache = dict[tuple[object, ...], Any]
-Priced = Callable[[float, Score], LinearSparsities]
+Priced = Callable[[Sequence[float], Score], Sequence[LinearSparsities]]  # by ascending targets, the end at each
 Sweep = Callable[[], Iterator[list[Tensor]]]
 
 
 class DenseMetrics:
-    """Measurements of a dense checkpoint; `statistics` measures its inputs, `cache` keeps all results."""
+    """Measurements of a dense checkpoint; `statistics` measures its inputs, `cache` keeps all results.
+
+    `priced` makes descents by prices; `path`: the targets of the one descent for all budgets, else each has its own.
+    """
 
     def __init__(
         self,
@@ -49,12 +53,14 @@ class DenseMetrics:
         cache: Cache,
         step: Callable[[int], None],
         priced: Priced,
+        path: Sequence[float] = (),
     ) -> None:
         self._checkpoint = checkpoint
         self._statistics = statistics
         self._cache = cache
         self._step = step
         self._priced = priced
+        self._path = tuple(path)
         self._device = torch.device("cpu") if checkpoint.device.type == "mps" else checkpoint.device  # float64
 
     def outlier_ratios(self, threshold: float) -> tuple[float, ...]:
@@ -81,7 +87,9 @@ class DenseMetrics:
 
     def priced_sparsities(self, target: float, score: Score) -> LinearSparsities:
         """For each linear of each block, its sparsity after the descent by prices."""
-        return self._once(("priced", target, score), lambda: self._priced(target, score))
+        targets = self._path or (target,)
+        ends = self._once(("priced", targets, score), lambda: self._priced(targets, score))
+        return between(targets, ends, target)
 
     def of_blocks(
         self, key: str, measure: Callable[[list[Any]], T], kind: type[Statistics] | None = None

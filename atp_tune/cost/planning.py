@@ -229,10 +229,11 @@ def _step_tokens(known: Known) -> int:
 
 def _descents(known: Known) -> int:
     """Tokens of the descents by prices, counted as forward passes; one for each score that pruners rank by."""
-    from atp_tune.allocations.prices import STEPS
+    from atp_tune.allocations.prices import path, steps_along
     from atp_tune.search.priced import PASSES
 
-    return len({ranked_by(name) for name in known.study.prune.short_names}) * STEPS * PASSES * _step_tokens(known)
+    steps = steps_along(path(*known.study.interval) if known.study.interval else (known.study.highest,))
+    return len({ranked_by(name) for name in known.study.prune.short_names}) * steps * PASSES * _step_tokens(known)
 
 
 def _descent_bytes(known: Known) -> int:

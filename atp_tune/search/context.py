@@ -3,7 +3,7 @@
 Windows are evaluated in the same batches with and without a stopper, so trials have the same values to the last bit.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from atp_tune.allocations import Budget, LinearSparsities
 from atp_tune.allocations.budget import Score
+from atp_tune.allocations.prices import path
 from atp_tune.blocks.batching import AutoBatch, block_bytes
 from atp_tune.blocks.prune_pass import Pass, PrunedBlock, embed
 from atp_tune.blocks.replay import Replay
@@ -39,6 +40,7 @@ from atp_tune.spec.facts import BOS
 from atp_tune.spec.plugged import plug_in_config
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.study import ModelConfig, Study, Text
+from atp_tune.spec.typed import Interval
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class ContextConfig:
 
     `batches`: sizes for `TrialContext.begin`. `draws`: of the calibration text. `bos`: windows begin with BOS; None if
     the dense model's perplexity on the calibration text decides. `inputs`, `score`: a row of `inputs.KINDS` and of
-    `scores.SCORES`.
+    `scores.SCORES`. `sparsities`: the interval of a study that searches one.
     """
 
     model: ModelConfig
@@ -60,6 +62,7 @@ class ContextConfig:
     bos: bool | None = False
     inputs: str = "tokens"
     score: str = "next-token"
+    sparsities: Interval | None = None
 
     @classmethod
     def of_study(cls, study: Study, base: Path, bos: bool | None) -> "ContextConfig":
@@ -68,7 +71,8 @@ class ContextConfig:
         if study.texts.test is not None:
             texts["test"] = study.texts.test
         draws, score = study.texts.calibration.draws, short_name(study.search.score)
-        return cls(study.model, study.prune, texts, base, study.device, draws=draws, bos=bos, score=score)
+        model, interval = study.model, study.interval
+        return cls(model, study.prune, texts, base, study.device, {}, draws, bos, score=score, sparsities=interval)
 
     @classmethod
     def of_config(
@@ -113,6 +117,7 @@ class TrialContext(Released):
         self._roles = {role: self._scorer(items[role], batch) for role, batch in batches.items()}
         self._has_error_curve = True  # `prune` measures the error of the hidden states
         self._draws: list[Items] = []  # of the calibration text, without the first
+        self._path: tuple[float, ...] = ()  # targets of a descent by prices over an interval of sparsities
         self._pool: Callable[[], Items] = lambda: windows["calibration"]  # what steps by prices draw from
 
     @classmethod
@@ -130,6 +135,8 @@ class TrialContext(Released):
         context.begin(setup.batches)
         if "calibration" in setup.texts:
             context._pool = partial(inputs.many, setup.texts["calibration"], POOL, folder, setup.base, context.bos)
+        if setup.sparsities is not None:
+            context._path = path(*setup.sparsities)
         if setup.draws > 1:
             text = setup.texts["calibration"]
             context._draws = inputs.draws(text, setup.draws, folder, setup.base, context.bos)
@@ -234,18 +241,18 @@ class TrialContext(Released):
 
     def budget(self, target: float) -> Budget:
         """The budget of this checkpoint at a target sparsity; its dense metrics are measured when needed."""
-        evidence = self.measured.evidence(self._priced)
+        evidence = self.measured.evidence(self._priced, self._path)
         return Budget(target, self.checkpoint.sizes, self.checkpoint.shapes, evidence)
 
-    def _priced(self, target: float, score: Score) -> LinearSparsities:
-        """Sparsities by prices, measured on windows that no other text shares."""
+    def _priced(self, targets: Sequence[float], score: Score) -> tuple[LinearSparsities, ...]:
+        """Ends of descents by prices, measured on windows that no other text shares."""
         pool, wanda = self._pool(), Wanda()
         self.inputs.check_disjoint({**self.windows, "calibration": pool})
         statistics = self.measured.fast_statistics(wanda)
         descent = Descent(
             self.checkpoint, self.inputs, self.score, pool, lambda index: statistics[index], self.heads, self.watch
         )
-        return descent.sparsities(target, score, self.measured.key_of(wanda, InputNorms))
+        return descent.ends(targets, score, self.measured.key_of(wanda, InputNorms))
 
     def contents(self) -> dict[str, str | bool]:
         """The facts of a value that are not in the study file: SHA-256 of model and windows, dtype, and BOS."""

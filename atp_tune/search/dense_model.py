@@ -62,16 +62,16 @@ class DenseMeasurements:
         vars(self).pop("states", None)
         self._calibration = None
 
-    def evidence(self, priced: Priced) -> DenseMetrics:
+    def evidence(self, priced: Priced, path: Sequence[float]) -> DenseMetrics:
         """The metrics that allocations need; each is measured once for all budgets.
 
-        `priced`: sparsities by prices at a target and a score.
+        `priced`, `path`: descents by prices, and the targets of the one for all budgets, see `DenseMetrics`.
         """
 
         def statistics(kind: type[Statistics]) -> Sequence[BlockStatistics]:
             return self.statistics(Measuring(kind))
 
-        return DenseMetrics(self._replay.checkpoint, statistics, self._metrics, self._step, priced)
+        return DenseMetrics(self._replay.checkpoint, statistics, self._metrics, self._step, priced, path)
 
     @cached_property
     def curve_windows(self) -> int:

@@ -1,10 +1,10 @@
-"""Sparsities by prices: the descent of `allocations.prices` on the calibration text, once per target and score.
+"""Sparsities by prices: the descent of `allocations.prices` on the calibration text, once per path and score.
 
 The result is kept in the cache by everything that determines it, so that later runs and other studies need no descent.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,18 @@ from torch import Tensor
 
 from atp_tune.allocations import LinearSparsities
 from atp_tune.allocations.budget import Score as RankedBy
-from atp_tune.allocations.prices import FIRST, KEPT, LARGEST, LAST, LIMITS, STEPS, Prices, descend
+from atp_tune.allocations.prices import (
+    FIRST,
+    FURTHER,
+    KEPT,
+    LARGEST,
+    LAST,
+    LIMITS,
+    STEPS,
+    Prices,
+    descend,
+    steps_along,
+)
 from atp_tune.blocks.batching import AutoBatch, block_bytes
 from atp_tune.blocks.pricing import ACTIVATIONS, BAND, Pricing
 from atp_tune.blocks.prune_pass import BlockStatistics
@@ -29,7 +40,9 @@ from atp_tune.storage.process_identity import versions
 POOL = 32768  # tokens of the calibration text that the windows of all steps are drawn from
 TOKENS, WINDOWS = 2048, 4  # of a step: so many tokens, but at least so many windows
 PASSES = 4  # forward passes that a gradient costs: one to keep the states, one again in each block, two backward
-CONSTANTS = (STEPS, KEPT, LARGEST, FIRST, LAST, LIMITS, BAND, POOL, TOKENS, WINDOWS)
+CONSTANTS = (STEPS, FURTHER, KEPT, LARGEST, FIRST, LAST, LIMITS, BAND, POOL, TOKENS, WINDOWS)
+
+Ends = tuple[LinearSparsities, ...]
 
 
 class Descent:
@@ -58,19 +71,20 @@ class Descent:
         self._batch = AutoBatch(checkpoint.device, pool.positions, needed, lambda text: watch(Message(text)))
         self._heads = heads
 
-    def sparsities(self, target: float, score: RankedBy, measured: str) -> LinearSparsities:
-        """One sparsity per linear of each block, from the cache if possible.
+    def ends(self, targets: Sequence[float], score: RankedBy, measured: str) -> Ends:
+        """The end of the descent at each of these ascending targets, from the cache if possible.
 
         `measured`: SHA-256 of all that determines the statistics, such as model and calibration windows.
         """
-        file = cache_dir("prices") / f"{self._key(target, score, measured)}.json"
+        file = cache_dir("prices") / f"{self._key(targets, score, measured)}.json"
         if file.is_file():
-            return tuple(tuple(row) for row in json.loads(file.read_text(encoding="utf-8")))
-        found = self._descend(target, score)
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            return tuple(tuple(tuple(row) for row in end) for end in stored)
+        found = self._descend(targets, score)
         self._keep(file, found)
         return found
 
-    def _descend(self, target: float, score: RankedBy) -> LinearSparsities:
+    def _descend(self, targets: Sequence[float], score: RankedBy) -> Ends:
         places = self._by_wanda if score == "wanda" else by_magnitude
         pricing = Pricing(self._checkpoint, self._inputs, self._score.gradient, places, self._batch, self._heads)
         items = self._pool.batch(self._checkpoint.device)
@@ -79,11 +93,11 @@ class Descent:
         self._watch(TrialStarted("prices", None))
 
         def prices_at(step: int, sparsities: LinearSparsities) -> Prices:
-            self._watch(Step("step", step + 1, STEPS))
+            self._watch(Step("step", step + 1, steps_along(targets)))
             chosen = torch.randperm(len(items), generator=draw)[:many].to(self._checkpoint.device)
             return pricing.prices(sparsities, items[chosen])
 
-        return descend(self._checkpoint.shapes, target, prices_at)
+        return descend(self._checkpoint.shapes, targets, prices_at)
 
     def _by_wanda(self, index: int, linear: Linear, weight: Tensor) -> Tensor:
         known = self._statistics(index).get(linear.name)
@@ -91,19 +105,19 @@ class Descent:
             return known.places
         return by_magnitude(index, linear, weight) if known is None else ranks(Wanda.scores(weight, known))
 
-    def _key(self, target: float, score: RankedBy, measured: str) -> str:
+    def _key(self, targets: Sequence[float], score: RankedBy, measured: str) -> str:
         batches = self._batch.windows, self._heads.windows
         facts = [
             measured,
             self._pool.content,
             getattr(self._score, "content", type(self._score).__name__),
-            target,
+            list(targets),
             score,
             *batches,
         ]
         return sha256_of_json([*facts, list(CONSTANTS), versions()])
 
-    def _keep(self, file: Path, found: LinearSparsities) -> None:
+    def _keep(self, file: Path, found: Ends) -> None:
         try:
             write_atomically(file, json.dumps(found).encode())
         except OSError as error:

@@ -190,11 +190,6 @@ def make_space(study: Study, budget: Budget) -> Space:
     bounds = {str(name): _intervals(study, name, budget) for name in names}
     if study.interval is None:
         return Space(budget, pruners, bounds, pattern)
-    if single := [name for name in names if getattr(ALLOCATIONS[name], "one_target", False)]:
-        raise UserError(
-            f"allocation.names: {single[0]} needs minutes for each sparsity, so it is searched at one; give one, such "
-            "as sparsity = 0.6, or leave it out"
-        )
     shares = {name: {key: _shares(*ends) for key, ends in own.items()} for name, own in bounds.items()}
     return Space(budget, pruners, shares, pattern, study.interval, partial(_intervals, study))
 
