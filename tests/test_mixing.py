@@ -12,7 +12,7 @@ from test_serving import served
 from tinystudy import CommandLine, run
 
 from atp_tune.errors import UserError
-from atp_tune.results.formatting import mixture_of, remark_of
+from atp_tune.results.formatting import remark_of, study_remarks
 from atp_tune.results.summary import summarise
 from atp_tune.spec.config import read_config
 from atp_tune.storage import fingerprint, opening, progress
@@ -122,5 +122,5 @@ def test_trials_of_before_have_no_remark(began: Path) -> None:
     study = opening.find_study(open_db(began), "tiny")
     assert study is not None
     summary = summarise(study)
-    assert mixture_of(summary) == ""
+    assert study_remarks(summary) == []
     assert [remark_of(trial, summary) for trial in summary.trials] == ["", ""]

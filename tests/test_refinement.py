@@ -12,14 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_prune_pass import atp_plan, naive_pass
 from test_pruners import Problem, dtypes, problem, problems, pruned_by, sparsities, tied_problems
-from tinystudy import CommandLine, run, settings, study_file
+from tinystudy import CommandLine, run, settings, stored, study_file
 from torch import Tensor
 
+from atp_tune.dashboard.notes import study_note
 from atp_tune.errors import TrialError
 from atp_tune.plan import Plan
 from atp_tune.pruners import PRUNERS, make_pruner
 from atp_tune.pruners.refinement import DAMPING, Refined, with_hessian
 from atp_tune.pruners.statistics import Hessian, InputMoments, InputNorms
+from atp_tune.results.summary import summarise
 from atp_tune.spec.config import read_config
 from atp_tune.spec.prune import PruneConfig
 
@@ -179,6 +181,14 @@ def test_a_study_its_best_and_the_folder(place: Path, command: CommandLine) -> N
     assert answer.code == 0, answer.err
     assert answer.out.endswith("(+0.000%)\n")
     assert "refine = 5" in (place / "sparse" / "README.md").read_text()
+
+
+def test_results_say_that_they_are_refined(place: Path, command: CommandLine) -> None:
+    said = "Pruned weights are refined by 5 steps of conjugate gradients, those of uniform too."
+    assert said in command("--study", place / "tiny.toml", *settings(*REFINED)).out
+    assert command("report", "--study", place / "tiny.toml", "--format", "md").code == 0
+    assert said in (place / "tiny.report.md").read_text()
+    assert said in study_note(summarise(stored(place)), "sqlite:///x.db")
 
 
 def test_a_study_goes_on_with_the_same_steps_only(place: Path, command: CommandLine) -> None:

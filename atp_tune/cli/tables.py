@@ -13,7 +13,6 @@ from atp_tune.metrics.speed import PHASES, Measured, Phase, Speed
 from atp_tune.plan import percent
 from atp_tune.results.formatting import (
     NOTHING,
-    beginning_of,
     cells,
     changed,
     continuations_note,
@@ -25,11 +24,11 @@ from atp_tune.results.formatting import (
     errors_of,
     in_one_line,
     method_of,
-    mixture_of,
     plan_of,
     points_head,
     points_row,
     remark_of,
+    study_remarks,
 )
 from atp_tune.results.outcome import draws_said, limit_of, outcome_of
 from atp_tune.results.status import Status
@@ -59,9 +58,8 @@ def show_summary(summary: Summary, file: StudyFile) -> None:
         console.print(f"zero-shot accuracy: {means} (mean of {len(scores.tasks)} tasks; the report has them)")
     if summary.speed is not None and summary.speed.engines:
         console.print(f"tokens per second, sparse / dense: {_ratios(summary.speed)} (the report has the range)")
-    for remark in (beginning_of(summary), mixture_of(summary)):
-        if remark:
-            console.print(remark)
+    for remark in study_remarks(summary):
+        console.print(remark)
     if summary.continuations:
         show_continuations(summary.continuations)
     if best is not None:

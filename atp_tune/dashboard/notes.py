@@ -12,16 +12,15 @@ from atp_tune.plan import percent
 from atp_tune.report.markdown import escaped, fenced, table
 from atp_tune.report.tables import points
 from atp_tune.results.formatting import (
-    beginning_of,
     cells,
     command_of,
     drawn,
     draws_of,
     errors_of,
     method_of,
-    mixture_of,
     plan_of,
     remark_of,
+    study_remarks,
 )
 from atp_tune.results.outcome import limit_of, outcome_of
 from atp_tune.results.summary import Summary
@@ -57,7 +56,7 @@ def study_note(
 
     `address` is the storage's URL, `join` its URL for other machines; `files`: the study's artifacts.
     """
-    remarks = map(escaped, (beginning_of(summary), mixture_of(summary)))
+    remarks = map(escaped, study_remarks(summary))
     results = (_what(summary), _scores(summary), _gain(summary), _state(summary))
     parts = [*results, *remarks, _files(summary, address, files), _commands(summary, join)]
     return "\n\n".join(part for part in parts if part)

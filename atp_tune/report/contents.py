@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.figures.history import spent
 from atp_tune.metrics.perplexity import may_be_chance
-from atp_tune.results.formatting import beginning_of, drawn, draws_note, draws_of, errors_of, mixture_of
+from atp_tune.results.formatting import drawn, draws_note, draws_of, errors_of, study_remarks
 from atp_tune.results.outcome import draws_said, outcome_of
 from atp_tune.results.summary import Summary, summarise
 from atp_tune.results.trials import is_uniform
@@ -78,8 +78,8 @@ class Contents:
 
     @property
     def notes(self) -> list[str]:
-        """Sentences on windows that begin with BOS, and on trials on other devices or in other number formats."""
-        return [note for note in (beginning_of(self.summary), mixture_of(self.summary)) if note]
+        """Sentences on what is unusual in the study."""
+        return study_remarks(self.summary)
 
     @property
     def versions(self) -> dict[str, str]:

@@ -163,7 +163,12 @@ def draws_note(summary: Summary) -> str:
     return f"{drawn(summary)} draws: {how}" if drawn(summary) else ""
 
 
-def mixture_of(summary: Summary) -> str:
+def study_remarks(summary: Summary) -> list[str]:
+    """Sentences on what is unusual in a study: BOS, refined weights, and trials on several devices."""
+    return [remark for remark in (_beginning(summary), _refinement(summary), _mixture(summary)) if remark]
+
+
+def _mixture(summary: Summary) -> str:
     """One sentence for a study with trials on several devices, in several dtypes or batch sizes; else ""."""
     if not summary.unlike:
         return ""
@@ -175,11 +180,18 @@ def mixture_of(summary: Summary) -> str:
     )
 
 
-def beginning_of(summary: Summary) -> str:
+def _beginning(summary: Summary) -> str:
     """One sentence for a study whose windows begin with BOS; else ""."""
     if not summary.bos:
         return ""
     return f"BOS: {summary.bos_effect or 'every window begins with it, as the study file asks'}."
+
+
+def _refinement(summary: Summary) -> str:
+    """One sentence for a study whose pruners are refined; else ""."""
+    steps = summary.made_from.study.prune.refine if summary.made_from else 0
+    times = f"{steps} step{'s' * (steps > 1)}"
+    return f"Pruned weights are refined by {times} of conjugate gradients, those of uniform too." if steps else ""
 
 
 def _reason(trial: FrozenTrial) -> str:
