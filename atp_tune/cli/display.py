@@ -21,7 +21,7 @@ class Display:
         self._trials = self.bars.add_task("trials", total=None, visible=False)
         self._first = monotonic()
         self._ended = 0
-        self._what = "trial"
+        self._what = ""
         self._notes: set[str] = set()
         self._only: Line | None = None
         self.listeners: list[EventHandler] = []  # are told of each trial that ends, of any worker
@@ -52,6 +52,10 @@ class Display:
             console.print(text)
         self._notes.add(text)
 
+    def put_off(self, seconds: float) -> None:
+        """Takes time that no trial took, such as a descent by prices, out of the time of trials."""
+        self._first += seconds
+
     def end(self, event: TrialEnded, plan: str, seconds: float) -> None:
         """Prints the result of a trial, and advances the bar of the trials."""
         from atp_tune.results.formatting import best_so_far, duration, trial_line
@@ -80,13 +84,17 @@ class Line:
         self._bar = display.bars.add_task("", total=None, visible=False)
         self._title = self._plan = ""
         self._began = monotonic()
+        self._is_trial = True
 
     def __call__(self, event: Event) -> None:
         """Shows one event."""
         match event:
             case Message(text):
                 self._display.note(text)
-            case TrialStarted(title, plan):
+            case TrialStarted(title, plan, number):
+                if not self._is_trial:
+                    self._display.put_off(monotonic() - self._began)
+                self._is_trial = number is not None
                 self._start(title, str(plan) if plan else "")
             case Step(phase, done, total):
                 title = printable(f"{self._name}{self._title}: {phase}")
