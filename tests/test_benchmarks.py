@@ -116,3 +116,13 @@ def test_random_llama_has_zeros_anywhere(monkeypatch: pytest.MonkeyPatch) -> Non
     weight, other = (model.model.layers[0].mlp.up_proj.weight for model in (dense, sparse))
     assert float((other == 0).float().mean()) == pytest.approx(0.7, abs=0.03)
     assert bool((weight[other != 0] == other[other != 0]).all())
+
+
+def test_refinement(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--study", str(place / "tiny.toml"), "--pruners", "wanda", "magnitude", "--steps", "4"]
+    monkeypatch.setattr(sys, "argv", ["refinement.py", *words])
+    benchmark("refinement").main()
+    found = rows(capsys.readouterr().out)[1:]
+    expected = [["dense", ""], ["wanda", "0"], ["wanda", "4"], ["magnitude", "0"], ["magnitude", "4"]]
+    assert [row[1:3] for row in found] == expected
+    assert all(row[4].startswith("-") and row[6] for row in (found[2], found[4]))
