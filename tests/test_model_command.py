@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from families import tiny
 from test_zeroshot import make_tasks
 from tinystudy import Answer, CommandLine, script, stored
 
@@ -53,6 +54,19 @@ def test_a_model_is_tuned_and_resumed(here: Path, command: CommandLine) -> None:
     assert "[3/3]" in more.out
     assert len(stored(here, name, here / "studies" / f"{name}.db").trials) == 3
     assert command("status", "--study", name).code == 0
+
+
+def test_kept_weights_are_refined_but_for_experts(here: Path) -> None:
+    tiny("mixtral").save_pretrained(here / "Mixture")
+    for file in (here / "Tiny_Llama").glob("token*"):
+        shutil.copy(file, here / "Mixture")
+    found, said = [], list[str]()
+    for source in ("Tiny_Llama", "Mixture"):
+        found.append(StudyRequest(source, 0.5, texts="own.txt").study("x", "cpu", {}, said.append).prune.refine)
+    assert found == [5, 0]
+    assert [line for line in said if "refine" in line] == [
+        "the model has experts, so kept weights are not refined (--set prune.refine=5 refines them)"
+    ]
 
 
 @pytest.mark.slow

@@ -50,6 +50,11 @@ def read_sizes(folder: Path) -> ModelSizes:
     return ModelSizes(sum(counts.values()), tuple(blocks[index] for index in sorted(blocks)), stored)
 
 
+def has_experts(folder: Path) -> bool:
+    """Whether a model in a folder has mixtures of experts, by the names of its tensors."""
+    return any(".experts." in name for file in folder.glob("*.safetensors") for name in read_header(file))
+
+
 def check_claims(folder: Path) -> None:
     """UserError if a config has more blocks than there are tensors, or a dimension larger than all values together.
 
