@@ -89,6 +89,9 @@ def test_overlap_of_parts(one: tuple[float, float], other: tuple[float, float], 
     first, second = Text(source="c4", part=one), Text(source="c4", part=other)
     assert first.overlaps(second) is second.overlaps(first) is overlap
     assert not first.overlaps(Text(source="c4", part=other, split="validation"))
+    shuffled = [text.model_copy(update={"shuffle": True}) for text in (first, second)]
+    assert shuffled[0].overlaps(shuffled[1]) is overlap
+    assert shuffled[0].overlaps(second) is second.overlaps(shuffled[0]) is True
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,22 @@ def test_a_part_holds_the_documents_that_start_in_it(seed: int, tmp_path: Path) 
     assert together == rows
 
 
+def test_shuffled_parts_share_no_document_and_lie_everywhere(tmp_path: Path) -> None:
+    rows = [f"{n} " + "x" * random.Random(n).randint(1, 90) for n in range(300)]
+    jsonl(tmp_path / "a.jsonl", *({"text": row} for row in rows))
+    total, parts = sum(map(len, rows)), []
+    for part in pairwise((0.0, 0.3, 0.65, 1.0)):
+        found = documents(Text(source="file:a.jsonl", part=part, shuffle=True), tmp_path)
+        places = [rows.index(row) for row in found]
+        assert places == sorted(places)
+        assert sum(map(len, found)) / total == pytest.approx(part[1] - part[0], abs=0.01)
+        assert 120 < sum(places) / len(places) < 180  # the middle of all is 149.5
+        parts += found
+    assert sorted(parts) == sorted(rows)
+    again = documents(Text(source="file:a.jsonl", part=(0.65, 1.0), shuffle=True), tmp_path)
+    assert list(again) == list(found)
+
+
 def test_an_identity_follows_the_content(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "b.txt").write_text("one")

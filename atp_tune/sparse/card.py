@@ -216,7 +216,7 @@ def words(text: Text) -> str:
     """A text in a few words: source, split, part and windows; without folders."""
     kind, _, rest = text.source.partition(":")
     source = f"{kind}:{Path(rest).name}" if kind == "file" else short_source(text.source)
-    part = "" if text.part == (0, 1) else f", part {text.part[0]:g} to {text.part[1]:g}"
+    part = "" if text.part == (0, 1) else f", part {text.part[0]:g} to {text.part[1]:g}{' shuffled' * text.shuffle}"
     split = f" {text.split}" if text.split else ""
     return f"{source}{split}{part}, {text.nsamples or 'all'} windows of {text.seqlen} tokens"
 

@@ -87,4 +87,5 @@ DEFAULTS = {
     "search.objective": ["perplexity"],
     "search.score": NEXT_TOKEN,
     **{f"texts.{role}.stride": 1 for role in ("calibration", "validation", "test")},
+    **{f"texts.{role}.shuffle": False for role in ("calibration", "validation", "test")},
 }

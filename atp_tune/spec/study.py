@@ -98,6 +98,9 @@ class Text(SettingsTable):
     column: str = Field("text", description="column of the text (hub, .jsonl, .parquet)")
     revision: str | None = Field(None, description="branch, tag or commit of a hub dataset")
     part: tuple[Share, Share] = Field((0.0, 1.0), description="interval of the text, as shares of its whole documents")
+    shuffle: bool = Field(
+        False, description="shuffle the documents before the part is cut, so that all parts are of one kind"
+    )
     sampling: Literal["consecutive", "random"] = Field(
         "consecutive",
         description="consecutive: documents are joined and cut without overlap; random: windows from random documents",
@@ -120,8 +123,11 @@ class Text(SettingsTable):
     def overlaps(self, other: "Text") -> bool:
         """Whether both texts share documents of the same source."""
         keys = ("source", "config", "split", "column", "revision")
-        same = all(getattr(self, key) == getattr(other, key) for key in keys)
-        return same and self.part[0] < other.part[1] and other.part[0] < self.part[1]
+        if any(getattr(self, key) != getattr(other, key) for key in keys):
+            return False
+        if self.shuffle != other.shuffle:  # a shuffled part has documents of everywhere
+            return True
+        return self.part[0] < other.part[1] and other.part[0] < self.part[1]
 
 
 class Calibration(Text):
