@@ -13,6 +13,7 @@ from atp_tune.plan import Plan
 from atp_tune.search import context, scoring
 from atp_tune.search.context import TrialContext
 from atp_tune.search.scoring import can_keep
+from atp_tune.spec import prune
 from atp_tune.spec.prune import PruneConfig
 
 UNIFORM = Plan("wanda", "uniform", (0.5,) * 4)
@@ -66,14 +67,14 @@ def test_pruning_and_evaluating_go_hand_in_hand() -> None:
 
 def test_settings_reach_sparsegpt(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
-    original = context.make_pruner
-    monkeypatch.setattr(context, "make_pruner", lambda *args: made.append(args) or original(*args))
+    original = prune.make_pruner
+    monkeypatch.setattr(prune, "make_pruner", lambda *args: made.append(args) or original(*args))
     work = bench_of(tiny("llama"), PruneConfig.model_validate({"sparsegpt": {"damping": 0.5, "columns": 7}}))
     for pruner in ("sparsegpt", "wanda"):
         list(work.prune(Plan(pruner, "uniform", (0.5,) * 4)))
     assert made == [
-        ("sparsegpt", {"damping": 0.5, "columns": 7, "group": None}),
-        ("wanda", {"compare": "row", "group": None}),
+        ("sparsegpt", {"damping": 0.5, "columns": 7, "group": None}, 0),
+        ("wanda", {"compare": "row", "group": None}, 0),
     ]
 
 
