@@ -103,7 +103,11 @@ def as_recipe(config: Config) -> str:
     if config.pruner not in MODIFIERS:
         raise _not_to_be_said("pruner", config.pruner, f"has a modifier for {' and '.join(MODIFIERS)} alone")
     if config.prune.refine:
-        raise _not_to_be_said("prune.refine", str(config.prune.refine), "has no refinement of kept weights")
+        raise _not_to_be_said(
+            "prune.refine",
+            str(config.prune.refine),
+            "has no refinement of kept weights; a study with prune.refine = 0 has none either",
+        )
     name, settings = MODIFIERS[config.pruner](config)
     group = parse(config.prune.pattern).group
     groups = _by_number(config, group) if group else [_by_sparsity(config)]

@@ -127,7 +127,7 @@ class StudyRequest:
             "sparsity": self.sparsity,
             "limit": self.limit and dict(self.limit),
             "model": model.model_dump(exclude_unset=True),
-            "prune": {"pruners": list(self.pruners or ("wanda",)), "refine": _refinement(folder, notify)},
+            "prune": {"pruners": list(self.pruners or ("wanda",)), "refine": self._refinement(folder, notify)},
             "allocation": {"names": list(self.allocations or ("atp",))},
             "texts": (texts := self._texts(PRESETS[preset], folder, notify)),
             "search": self._search(PRESETS[preset], texts),
@@ -136,6 +136,21 @@ class StudyRequest:
             return Study.model_validate(settings)
         except ValidationError as error:
             raise UserError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+
+    def _refinement(self, folder: "ModelFolder", notify: "Notify") -> int:
+        """Steps of refinement; 0 where it costs too much for a default.
+
+        Over an interval each plan of the screening would read a Hessian of every linear from the disk; each expert
+        needs one of its own, of the few tokens that it gets.
+        """
+        from atp_tune.checkpoints.headers import has_experts
+
+        if isinstance(self.sparsity, tuple):
+            return 0
+        if not has_experts(folder.path):
+            return REFINE
+        notify(f"the model has experts, so kept weights are not refined (--set prune.refine={REFINE} refines them)")
+        return 0
 
     def _search(self, preset: Preset, texts: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(self.sparsity, tuple):
@@ -161,16 +176,6 @@ class StudyRequest:
             return texts_from_hub(choice, preset, folder)
         source = source_of(choice)
         return texts_from({role: (source, part) for role, part in PARTS.items()}, preset, folder, Path())
-
-
-def _refinement(folder: "ModelFolder", notify: "Notify") -> int:
-    """Steps of refinement; none for experts, each of which needs a Hessian of its own, of the few tokens it gets."""
-    from atp_tune.checkpoints.headers import has_experts
-
-    if not has_experts(folder.path):
-        return REFINE
-    notify(f"the model has experts, so kept weights are not refined (--set prune.refine={REFINE} refines them)")
-    return 0
 
 
 def source_of(text: str) -> str:

@@ -3,7 +3,7 @@
 import pytest
 
 from atp_tune.cli import display
-from atp_tune.cli.display import Display
+from atp_tune.cli.display import Display, Line
 from atp_tune.events import TrialEnded, TrialStarted
 
 
@@ -27,3 +27,25 @@ def test_time_that_no_trial_took_is_not_forecast(
     said = capsys.readouterr().out
     assert "in 10 s (best 20.00, 30 s of trials left)" in said
     assert "in 10 s (best 18.00, 20 s of trials left)" in said
+
+
+def test_workers_share_what_is_left(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each descends by itself, at the same time."""
+    now = 0.0
+    monkeypatch.setattr(display, "monotonic", lambda: now)
+    show = Display()
+    one, other = Line(show, "worker 0: "), Line(show, "worker 1: ")
+    for line in (one, other):
+        line(TrialStarted("prices", None))
+    now = 300.0
+    for number, line in enumerate((one, other)):
+        line(TrialStarted(f"trial {number}", None, number))
+    now = 310.0
+    one(TrialEnded(0, 20.0, None, 20.0, 1, 7))
+    other(TrialEnded(1, 18.0, None, 18.0, 2, 7))
+    assert "(best 18.00, 25 s of trials left)" in capsys.readouterr().out
+    other.hide()
+    one(TrialStarted("trial 2", None, 2))
+    now = 320.0
+    one(TrialEnded(2, 19.0, None, 18.0, 3, 7))
+    assert "(best 18.00, 40 s of trials left)" in capsys.readouterr().out

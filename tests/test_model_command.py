@@ -63,7 +63,10 @@ def test_kept_weights_are_refined_but_for_experts(here: Path) -> None:
     found, said = [], list[str]()
     for source in ("Tiny_Llama", "Mixture"):
         found.append(StudyRequest(source, 0.5, texts="own.txt").study("x", "cpu", {}, said.append).prune.refine)
-    assert found == [5, 0]
+    found.append(
+        StudyRequest("Tiny_Llama", (0.3, 0.5), texts="own.txt").study("x", "cpu", {}, said.append).prune.refine
+    )
+    assert found == [5, 0, 0]  # over an interval each plan of the screening would read all Hessians
     assert [line for line in said if "refine" in line] == [
         "the model has experts, so kept weights are not refined (--set prune.refine=5 refines them)"
     ]

@@ -115,7 +115,7 @@ def test_shuffled_parts_share_no_document_and_lie_everywhere(tmp_path: Path) -> 
     for part in pairwise((0.0, 0.3, 0.65, 1.0)):
         found = documents(Text(source="file:a.jsonl", part=part, shuffle=True), tmp_path)
         places = [rows.index(row) for row in found]
-        assert places == sorted(places)
+        assert 100 < sum(places[:40]) / 40 < 200  # as far as the first windows reach
         assert sum(map(len, found)) / total == pytest.approx(part[1] - part[0], abs=0.01)
         assert 120 < sum(places) / len(places) < 180  # the middle of all is 149.5
         parts += found

@@ -73,7 +73,6 @@ def items_of(file: Path) -> list[dict[str, Any]]:
 
 
 @torch.inference_mode()
-@torch.inference_mode()
 def naive_accuracy(folder: Path, file: Path) -> float:
     """Share of items whose own continuation has the highest sum of log-likelihoods, computed one by one."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -51,8 +51,15 @@ def read_sizes(folder: Path) -> ModelSizes:
 
 
 def has_experts(folder: Path) -> bool:
-    """Whether a model in a folder has mixtures of experts, by the names of its tensors."""
-    return any(".experts." in name for file in folder.glob("*.safetensors") for name in read_header(file))
+    """Whether a model has mixtures of experts, by the numbers of experts in its config."""
+    return _counts_experts(read_table(folder / "config.json"))
+
+
+def _counts_experts(table: dict[str, Any]) -> bool:
+    counts = (value for key, value in table.items() if "expert" in key and type(value) is int)
+    return any(count > 1 for count in counts) or any(
+        _counts_experts(value) for value in table.values() if isinstance(value, dict)
+    )
 
 
 def check_claims(folder: Path) -> None:

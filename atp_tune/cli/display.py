@@ -1,5 +1,6 @@
 """Progress of a run: on a terminal a bar for the trials and one for each worker, elsewhere plain lines."""
 
+from statistics import fmean
 from time import monotonic
 from types import TracebackType
 
@@ -19,8 +20,8 @@ class Display:
             TextColumn("ETA"), TimeRemainingColumn(), console=console, transient=True,
         )  # fmt: skip
         self._trials = self.bars.add_task("trials", total=None, visible=False)
-        self._first = monotonic()
-        self._ended = 0
+        self._took: list[float] = []  # seconds of each trial that ended
+        self._running: set[Line] = set()  # of processes whose trials have ended, and that go on
         self._what = ""
         self._notes: set[str] = set()
         self._only: Line | None = None
@@ -52,18 +53,19 @@ class Display:
             console.print(text)
         self._notes.add(text)
 
-    def put_off(self, seconds: float) -> None:
-        """Takes time that no trial took, such as a descent by prices, out of the time of trials."""
-        self._first += seconds
+    def leave(self, line: "Line") -> None:
+        """Counts the process of a line no more among those that share the trials that are left."""
+        self._running.discard(line)
 
-    def end(self, event: TrialEnded, plan: str, seconds: float) -> None:
+    def end(self, event: TrialEnded, plan: str, seconds: float, line: "Line") -> None:
         """Prints the result of a trial, and advances the bar of the trials."""
         from atp_tune.results.formatting import best_so_far, duration, trial_line
 
         if event.what != self._what:
-            self._what, self._first, self._ended = event.what, monotonic() - seconds, 0
-        self._ended += 1
-        left = (monotonic() - self._first) / self._ended * (event.total - event.done)
+            self._what, self._took = event.what, []
+        self._took.append(seconds)
+        self._running.add(line)
+        left = fmean(self._took) * (event.total - event.done) / len(self._running)
         rest = f" of {event.what}s left"  # the test text is measured after them
         eta = f", {duration(left)}{rest}" if event.done < event.total and not console.is_terminal else ""
         console.print(trial_line(event, plan, seconds, eta), markup=False)
@@ -84,26 +86,23 @@ class Line:
         self._bar = display.bars.add_task("", total=None, visible=False)
         self._title = self._plan = ""
         self._began = monotonic()
-        self._is_trial = True
 
     def __call__(self, event: Event) -> None:
         """Shows one event."""
         match event:
             case Message(text):
                 self._display.note(text)
-            case TrialStarted(title, plan, number):
-                if not self._is_trial:
-                    self._display.put_off(monotonic() - self._began)
-                self._is_trial = number is not None
+            case TrialStarted(title, plan):
                 self._start(title, str(plan) if plan else "")
             case Step(phase, done, total):
                 title = printable(f"{self._name}{self._title}: {phase}")
                 self._display.bars.update(self._bar, description=title, completed=done, total=total, visible=True)
             case TrialEnded():
-                self._display.end(event, self._plan, monotonic() - self._began)
+                self._display.end(event, self._plan, monotonic() - self._began, self)
 
     def hide(self) -> None:
         """Removes the bar of a process that has ended."""
+        self._display.leave(self)
         self._display.bars.update(self._bar, visible=False)
 
     def _start(self, title: str, plan: str) -> None:

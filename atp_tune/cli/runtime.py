@@ -4,13 +4,14 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from atp_tune import interrupts
 from atp_tune.cli.terminal import console
 from atp_tune.libraries import silenced
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
+SHOW_CURSOR = b"\x1b[?25h"
 
 
 @contextmanager
@@ -53,7 +54,8 @@ def interruptible(*stops: signal.Signals) -> Iterator[None]:
         for stop in stops:
             signal.signal(stop, signal.SIG_DFL if stop == signal.SIGINT else signal.SIG_IGN)
         if console.is_terminal:
-            console.show_cursor()
+            with suppress(OSError, ValueError):  # not by `console`, which may be writing just now
+                os.write(console.file.fileno(), SHOW_CURSOR)
 
     with interrupts.interruptible(*stops, once=once):
         yield

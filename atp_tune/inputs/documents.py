@@ -1,8 +1,8 @@
 """Texts as sequences of documents: c4, wikitext2, hub:ORG/NAME, file:PATH, package:MODULE:ATTRIBUTE.
 
 A part (a, b) of a text holds the documents that start in [a, b), as a share of all characters, so that disjoint parts
-share no document. With `shuffle` documents are shuffled by their SHA-256 before shares are counted; a part holds its
-own in the order of the text. Of a text with one document, such as a .txt file, it holds the paragraphs that start
+share no document. With `shuffle` documents come in the order of their SHA-256, so that the first windows of a part are
+of all kinds too. Of a text with one document, such as a .txt file, it holds the paragraphs that start
 there: what lies between blank lines, or the lines if no line is blank.
 """
 
@@ -97,16 +97,15 @@ def _paragraphs(document: str) -> list[str]:
 
 
 def _cut(found: Sequence[str], text: Text) -> Sequence[str]:
-    order = np.arange(len(found))
     if text.shuffle:
-        order = np.argsort([digest(each.encode(errors="replace")) for each in found], kind="stable")
-    lengths = np.fromiter(map(len, found), np.int64, len(found))[order]
+        found = sorted(found, key=lambda document: digest(document.encode(errors="replace")))
+    lengths = np.fromiter(map(len, found), np.int64, len(found))
     total = int(lengths.sum())
     shares = (np.cumsum(lengths) - lengths) / max(total, 1)
-    first, last = map(int, np.searchsorted(shares, text.part))
+    first, last = np.searchsorted(shares, text.part)
     if first == last and total:
         start, end = text.part
         raise UserError(
             f"part: none of the {len(found)} documents of {short_source(text.source)} starts in [{start}, {end})"
         )
-    return [found[index] for index in sorted(order[first:last].tolist())] if text.shuffle else found[first:last]
+    return found[int(first) : int(last)]

@@ -148,7 +148,7 @@ def _key(text: Text, folder: Path, base: Path, trusted: bool, bos: bool) -> str:
     return sha256_of_json(
         {
             "format": _FORMAT,
-            "text": text.model_dump(exclude={"draws"}),
+            "text": text.model_dump(exclude={"draws"} if text.shuffle else {"draws", "shuffle"}),
             "content": source_content(text, base),
             "tokenizer": files,
             "libraries": [version("transformers"), version("tokenizers")],

@@ -124,6 +124,7 @@ class DenseMeasurements:
         if not folder.is_dir():
             needed = sum(kind.bytes_for(x.in_features) for linears in checkpoint.linears for x in linears)
             if not is_room(folder.parent, needed):
+                self._watch(Message(f"cache folder {folder.parent}: no room; dense statistics are kept in memory"))
                 return list(self._measured(pruner, kind))
             try:
                 save_all(folder, self._measured(pruner, kind))

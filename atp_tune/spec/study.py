@@ -99,7 +99,7 @@ class Text(SettingsTable):
     revision: str | None = Field(None, description="branch, tag or commit of a hub dataset")
     part: tuple[Share, Share] = Field((0.0, 1.0), description="interval of the text, as shares of its whole documents")
     shuffle: bool = Field(
-        False, description="shuffle the documents before the part is cut, so that all parts are of one kind"
+        False, description="shuffle the documents before the part is cut, in all three texts: parts are of one kind"
     )
     sampling: Literal["consecutive", "random"] = Field(
         "consecutive",
