@@ -2,8 +2,8 @@
 
 A part (a, b) of a text holds the documents that start in [a, b), as a share of all characters, so that disjoint parts
 share no document. With `shuffle` documents come in the order of their SHA-256, so that the first windows of a part are
-of all kinds too. Of a text with one document, such as a .txt file, it holds the paragraphs that start
-there: what lies between blank lines, or the lines if no line is blank.
+of all kinds too. Of a text with one document, such as a .txt file, it holds the paragraphs that start there: what lies
+between blank lines, or the lines if no line is blank.
 """
 
 import re

@@ -40,7 +40,7 @@ class Refined:
     def prepare(self, statistics: Statistics) -> None:
         """Prepares the pruner's own statistics."""
         own, _ = _parts(statistics)
-        if own is not None and hasattr(self._pruner, "prepare"):
+        if own is not None:
             self._pruner.prepare(own)
 
     def prune(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:

@@ -17,7 +17,6 @@ from atp_tune.events import EventHandler, Message, Step
 from atp_tune.inputs import Batch, Items
 from atp_tune.plugins import code_of
 from atp_tune.pruners import Pruner, Statistics
-from atp_tune.pruners.refinement import WithHessian
 from atp_tune.pruners.statistics import Hessian
 from atp_tune.scores.evaluation import Block
 from atp_tune.storage.process_identity import versions
@@ -111,8 +110,7 @@ class DenseMeasurements:
         checkpoint = self._replay.checkpoint
         model = {"model.content": self._model, "model.dtype": str(checkpoint.dtype).removeprefix("torch.")}
         is_own = kind.__module__.startswith("atp_tune.")
-        has_factors = issubclass(kind, Hessian | WithHessian)
-        prepared = (has_factors or not is_own) and f"{pruner!r}{'' if is_own else code_of(kind)}"
+        prepared = (kind is Hessian or not is_own) and f"{pruner!r}{'' if is_own else code_of(kind)}"
         batch = min(self._batch.windows, len(self._items))
         device = checkpoint.device.type
         return sha256_of_json([model, self._items.content, kind.__name__, prepared, device, batch, versions()])

@@ -86,6 +86,9 @@ DEFAULTS = {
     "model.trust_remote_code": False,
     "search.objective": ["perplexity"],
     "search.score": NEXT_TOKEN,
-    **{f"texts.{role}.stride": 1 for role in ("calibration", "validation", "test")},
-    **{f"texts.{role}.shuffle": False for role in ("calibration", "validation", "test")},
+    **{
+        f"texts.{role}.{key}": Text.model_fields[key].default
+        for role in ("calibration", "validation", "test")
+        for key in ("stride", "shuffle")
+    },
 }
