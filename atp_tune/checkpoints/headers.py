@@ -90,6 +90,11 @@ def read_header(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         text = stream.read(min(length, LONGEST))
+    return parse_header(text, file)
+
+
+def parse_header(text: bytes, file: Path) -> dict[str, Any]:
+    """Dtype, shape and offsets of each tensor by the header of a file; UserError if it is none."""
     try:
         header = json.loads(text)
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}

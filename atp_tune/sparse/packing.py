@@ -1,0 +1,267 @@
+"""Packs the folder of a sparse checkpoint: smaller on disk and in memory, and loaded by transformers.
+
+A tensor with a share of `LEAST` zeros is packed: as a linear, which stays packed in memory, or, such as the matrix of
+an expert, in the file alone. All other tensors stay equal byte for byte. One shard at a time is in memory.
+`checkpoints.unpacking` is the inverse. Layout: docs/formats.md.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from atp_tune.cache import sha256_of
+from atp_tune.checkpoints.classes import auto_class, model_config
+from atp_tune.checkpoints.convert import one_line, quiet
+from atp_tune.checkpoints.headers import read_header
+from atp_tune.checkpoints.quantized import check_full
+from atp_tune.checkpoints.trust import check_code, find_weights, read_table
+from atp_tune.checkpoints.unpacking import Original, dtypes, is_packed, sha256_of_tensor
+from atp_tune.errors import UserError
+from atp_tune.events import EventHandler, Step, TrialStarted, ignore_events
+from atp_tune.metrics.perplexity import Perplexity, perplexity
+from atp_tune.packed import modeling_atp_sparse
+from atp_tune.packed.layout import Kind, pack, zeros_of
+from atp_tune.packed.modeling_atp_sparse import (
+    BITMASK,
+    MODEL_TYPE,
+    SCALES,
+    VALUES,
+    VERSION,
+    PackedConfig,
+    PackedModel,
+    is_packable,
+    unpack,
+)
+from atp_tune.search.context import ContextConfig
+from atp_tune.sparse.applying import folder_nlls
+from atp_tune.sparse.provenance import ABOUT as PROVENANCE
+from atp_tune.sparse.provenance import CARD, DESCRIPTIONS, FINETUNED, origin
+from atp_tune.sparse.shards import check_free, sparse_folder
+from atp_tune.spec.manifest import sha256_by_name
+from atp_tune.spec.prune import PruneConfig
+from atp_tune.spec.study import ModelConfig
+
+LEAST = 0.45  # share of zeros from which a packed matrix is smaller, and no slower
+CODE = Path(modeling_atp_sparse.__file__)
+CONFIG, INDEX, PACKED_INDEX = "config.json", "model.safetensors.index.json", "model.safetensors.index.packed.json"
+SAID = """## Packed
+
+The sparse matrices keep their nonzero weights{rounded} and one bit for each weight, {share:.2f} of their dense bytes.
+
+```python
+import atp_tune  # pip install atp-tune; without it: trust_remote_code=True below
+from transformers import {auto}
+model = {auto}.from_pretrained("DIR")
+```
+
+`python tune.py unpack DIR --out DIR2` writes the checkpoint with zeros again, for other programs.
+"""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Numbers of tensors packed as linears, and in the file alone; their bytes, and those of all weights, before and
+    after; the perplexity on the test text before and after rounding, if values were rounded.
+    """
+
+    linears: int
+    stored: int
+    dense_bytes: int
+    packed_bytes: int
+    before: int
+    after: int
+    rounding: tuple[Perplexity, Perplexity] | None = None
+
+
+def pack_folder(
+    source: Path,
+    out: Path,
+    kind: Kind = "same",
+    group_size: int | None = None,
+    device: str = "auto",
+    watch: EventHandler = ignore_events,
+) -> Packed:
+    """Writes the packed folder of the sparse checkpoint `source` into the new folder `out`.
+
+    kind: number format of the nonzero values; group_size: columns that share a scale of int8. Where values are rounded,
+    the perplexity on the test text is measured before and after, on `device`, if the folder says with which text.
+    Errors: UserError if `source` cannot be packed exactly, if nothing in it is sparse, or if `out` cannot be written.
+    """
+    check_free(out)
+    work = _Packing(source, kind, group_size)
+    watch(TrialStarted(f"packing {out}", None))
+    with sparse_folder(source, out) as folder:
+        for number, shard in enumerate(work.shards, 1):
+            work.pack_shard(shard, folder / work.packed_name(shard))
+            watch(Step("packing", number, len(work.shards)))
+        if not work.linears and not work.stored:
+            raise UserError(f"{source}: no matrix of it has {LEAST:.0%} zeros or more; `apply` writes a sparse one")
+        work.describe(folder)
+        rounding = None if kind == "same" else _rounding(source, folder, device, watch)
+        if rounding and (folder / CARD).is_file():
+            with (folder / CARD).open("a", encoding="utf-8") as card:
+                card.write(f"\nPerplexity on the test text: {rounding[0]} before rounding, {rounding[1]} after.\n")
+        return work.packed(folder, rounding)
+
+
+def _rounding(source: Path, folder: Path, device: str, watch: EventHandler) -> tuple[Perplexity, Perplexity] | None:
+    """Perplexity on the test text before and after rounding; None if `source` does not say which text that is."""
+    if (made := origin(source)) is None:
+        return None
+    model = ModelConfig(source=str(source.absolute()), dtype=made.dtype)
+    setup = ContextConfig(model, PruneConfig(), {"test": made.test}, made.base, device, bos=made.bos)
+    before = perplexity(folder_nlls(setup, source, watch, f"checking {source}"))
+    return before, perplexity(folder_nlls(setup, folder, watch, "checking the rounded weights"))
+
+
+class _Packing:
+    def __init__(self, source: Path, kind: Kind, group_size: int | None) -> None:
+        if not (source / CONFIG).is_file():
+            raise UserError(f"{source}: holds no {CONFIG}; is it the folder of a sparse checkpoint?")
+        if is_packed(source):
+            raise UserError(f"{source}: is packed already")
+        check_full(source)
+        check_code(source, trusted=False)
+        self.source, self.kind, self.group_size = source, kind, group_size
+        self.shards = [file.name for file in find_weights(source, allow_pickle=False)]
+        self.linears: dict[str, dict[str, Any]] = {}
+        self.stored: dict[str, dict[str, Any]] = {}
+        self.original = Original(version=VERSION)
+        self._places: dict[str, str] = {}  # packed shard of each tensor
+        self._bytes = (0, 0)  # of the packed tensors before and after
+        self._model = _empty_model(source)
+        self._packable = _packable(self._model)
+
+    def packed_name(self, shard: str) -> str:
+        """The name of a packed shard, by which transformers finds it as a variant of the weights."""
+        if len(self.shards) == 1:
+            return "model.packed.safetensors"
+        return f"model.packed-{self.shards.index(shard) + 1:05}-of-{len(self.shards):05}.safetensors"
+
+    def pack_shard(self, shard: str, out: Path) -> None:
+        """Packs one file of the weights."""
+        file = self.source / shard
+        with file.open("rb") as stream:
+            self.original.headers[shard] = stream.read(int.from_bytes(stream.read(8), "little")).decode()
+        tensors: dict[str, Tensor] = {}
+        with safe_open(file, framework="pt") as opened:
+            for name, entry in read_header(file).items():
+                dense = opened.get_tensor(name)
+                found = self._pack(name, dense, entry["dtype"])
+                tensors.update(found or {name: dense})
+        save_file(tensors, out, metadata={"format": "pt"})
+        self._places.update(dict.fromkeys(tensors, out.name))
+        self.original.sha256[shard] = sha256_of(file) if self.kind == "same" else None
+
+    def _pack(self, name: str, dense: Tensor, dtype: str) -> dict[str, Tensor] | None:
+        """The tensors in the place of a sparse one; None for one that stays."""
+        if dtype not in dtypes() or dense.dim() < 2 or zeros_of(dense) < LEAST:
+            return None
+        prefix = f"{self._model.base_model_prefix}."
+        known = (other for other in (name, name.removeprefix(prefix), prefix + name) if other in self._packable)
+        linear = next(known, None)
+        about: dict[str, Any] = {"shape": [*dense.shape]}
+        if linear is None:
+            self.stored[name] = about
+        else:
+            about["transposed"] = isinstance(self._packable[linear], Conv1D)
+            self.linears[linear] = about
+            if linear != name:
+                self.original.names[name] = linear
+        parts = pack(dense.T.contiguous() if about.get("transposed") else dense, self.kind, self.group_size)
+        about["nonzeros"] = len(parts[VALUES])
+        self.original.tensors[name] = sha256_of_tensor(self._unpacked(parts, about).to(dense.dtype))
+        before, after = self._bytes
+        self._bytes = before + dense.nbytes, after + sum(part.nbytes for part in parts.values())
+        return {f"{linear or name}{end}": part for end, part in parts.items()}
+
+    def _unpacked(self, parts: dict[str, Tensor], about: dict[str, Any]) -> Tensor:
+        shape = about["shape"][::-1] if about.get("transposed") else about["shape"]
+        dense = unpack(parts[VALUES], parts[BITMASK], shape[-1], parts.get(SCALES))
+        return dense.T if about.get("transposed") else dense
+
+    def describe(self, folder: Path) -> None:
+        """Writes config, code, index and card, and what `unpack` needs."""
+        config = read_table(self.source / CONFIG)
+        auto = auto_class(self.source).__name__
+        table = {
+            "version": VERSION, "model_type": config["model_type"], "class": auto, "values": self.kind,
+            "group_size": self.group_size, "linears": self.linears, "stored": self.stored,
+        }  # fmt: skip
+        classes = [f"Packed{name}" for name in config.get("architectures") or ()]
+        places = {"AutoConfig": f"{CODE.stem}.{PackedConfig.__name__}", auto: f"{CODE.stem}.{PackedModel.__name__}"}
+        config |= {"model_type": MODEL_TYPE, "architectures": classes, "auto_map": places, MODEL_TYPE: table}
+        if self.kind == "bf16":
+            config["dtype"] = "bfloat16"
+            config.pop("torch_dtype", None)
+        self._change(folder, CONFIG, json.dumps(config, indent=2) + "\n")
+        shutil.copyfile(CODE, folder / CODE.name)
+        self.original.added.append(CODE.name)
+        if len(self.shards) > 1:
+            index = {"metadata": {}, "weight_map": dict(sorted(self._places.items()))}
+            (folder / PACKED_INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            self.original.added.append(PACKED_INDEX)
+        if (folder / INDEX).is_file():
+            self.original.files[INDEX] = (folder / INDEX).read_text(encoding="utf-8")
+            (folder / INDEX).unlink()
+        if (folder / CARD).is_file():
+            text = (folder / CARD).read_text(encoding="utf-8")
+            self._change(folder, CARD, f"{text.rstrip()}\n\n{self._said(auto)}")
+        records = [folder / name for name in (PROVENANCE, FINETUNED) if (folder / name).is_file()]
+        self.original.files.update({file.name: file.read_text(encoding="utf-8") for file in records})
+        self.original.write(folder)
+        for file in records:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            if isinstance(record.get("manifest"), dict):
+                record["manifest"]["files"] = sha256_by_name(folder, DESCRIPTIONS)
+                file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    def packed(self, out: Path, rounding: tuple[Perplexity, Perplexity] | None) -> Packed:
+        """What was packed."""
+        before, after = (sum(map(_size, one.glob("*.safetensors"))) for one in (self.source, out))
+        return Packed(len(self.linears), len(self.stored), *self._bytes, before, after, rounding)
+
+    def _change(self, folder: Path, name: str, text: str) -> None:
+        """Writes a small file anew, and keeps what it was."""
+        self.original.files[name] = (folder / name).read_text(encoding="utf-8")
+        (folder / name).write_text(text, encoding="utf-8")
+
+    def _said(self, auto: str) -> str:
+        dense, packed = self._bytes
+        rounded = {"same": "", "bf16": ", rounded to bfloat16,", "int8": ", rounded to int8,"}[self.kind]
+        return SAID.format(share=packed / dense, rounded=rounded, auto=auto)
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size
+
+
+def _empty_model(source: Path) -> nn.Module:
+    """The model of a folder without its weights."""
+    try:
+        with quiet("transformers"), torch.device("meta"):
+            model: nn.Module = auto_class(source).from_config(model_config(source, trusted=False))
+            return model
+    except UserError:
+        raise
+    except Exception as error:  # models raise many types
+        raise UserError(f"model {source}: transformers cannot make its model: {one_line(error)}") from error
+
+
+def _packable(model: Any) -> dict[str, nn.Module]:
+    """The linears that can stay packed in memory, by the names of their weights; none whose weight has two names."""
+    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    head = model.get_output_embeddings()
+    return {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if is_packable(module) and module is not head and f"{name}.weight" not in tied
+    }

@@ -1,0 +1,419 @@
+"""Packed folders: the bits of the format, packing and unpacking, every way to load one, and damaged folders."""
+
+import filecmp
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from families import ALL, MULTIMODAL, TOKENS, VOCABULARY
+from safetensors.torch import load_file, save_file
+from tinystudy import CommandLine
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    LlamaForCausalLM,
+    logging,
+)
+
+from atp_tune.checkpoints.models import resolve
+from atp_tune.checkpoints.unpacking import ABOUT, unpack_folder
+from atp_tune.errors import UserError
+from atp_tune.packed.layout import pack, zeros_of
+from atp_tune.packed.modeling_atp_sparse import BITMASK, SCALES, VALUES, SparseLinear, unpack
+from atp_tune.packed.registering import register
+from atp_tune.sparse.packing import pack_folder
+from atp_tune.spec.study import ModelConfig
+
+REPO = Path(__file__).parents[1]
+REPRESENTATIVES = ("llama-tied", "gpt2", "gpt_neox", "falcon", "mixtral", "llava")  # of ways in which weights are kept
+KNOWN = {**{name: name for name in ALL}, **{name: name for name in MULTIMODAL}}
+Make = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    register()
+    monkeypatch.setattr(transformers.utils.logging, "_tqdm_active", False)
+    logging.set_verbosity_error()
+
+
+def sparse_model(name: str, share: float = 0.6) -> Any:
+    """A tiny random model of a family whose matrices, but for embeddings and head, have a share of zeros."""
+    torch.manual_seed(0)
+    if name in ALL:
+        kind, settings = ALL[name]
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
+    else:
+        text, tower, rest = MULTIMODAL[name]
+        config = AutoConfig.for_model(name, text_config=text, vision_config=tower, **rest)
+        model = AutoModelForImageTextToText.from_config(config)
+    decoder = model.get_decoder() or model
+    with torch.no_grad():
+        for key, parameter in decoder.named_parameters():
+            if parameter.dim() > 1 and "embed" not in key and not key.startswith(("wte", "wpe", "word")):
+                parameter[torch.rand_like(parameter) < share] = 0
+                parameter.view(-1)[0] = -0.0
+    return model.eval()
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """Writes the sparse folder of a family in several shards and the packed one; returns the latter."""
+
+    def made(name: str = "llama-tied", dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+        sparse_model(name).to(dtype).save_pretrained(tmp_path / "sparse", max_shard_size="40KB")
+        pack_folder(tmp_path / "sparse", tmp_path / "packed", **options)
+        return tmp_path / "packed"
+
+    return made
+
+
+def auto(name: str) -> Any:
+    return AutoModelForCausalLM if name in ALL else AutoModelForImageTextToText
+
+
+def logits(model: Any) -> Tensor:
+    ids = torch.randint(2, VOCABULARY - 7, (2, TOKENS), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        found: Tensor = model(input_ids=ids).logits
+    return found
+
+
+def same_files(one: Path, other: Path) -> bool:
+    names, others = ({file.name for file in folder.iterdir()} for folder in (one, other))
+    _, wrong, errors = filecmp.cmpfiles(one, other, names, shallow=False)
+    return names == others and not wrong and not errors
+
+
+# the format
+
+
+@pytest.mark.parametrize("columns", [1, 7, 8, 9, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_packing_equals_packbits(columns: int, dtype: torch.dtype) -> None:
+    dense = torch.randn(5, columns, generator=torch.Generator().manual_seed(columns)).to(dtype)
+    dense[dense < 0.3] = 0
+    dense[1], dense[2, 0] = 0, -0.0
+    found = pack(dense, "same")
+    kept = (dense != 0).numpy()
+    kept[2, 0] = True
+    assert np.array_equal(found[BITMASK].numpy(), np.packbits(kept, axis=-1, bitorder="little"))
+    assert found[VALUES].tolist() == [
+        float(w) for row, bits in zip(dense, kept, strict=True) for w in row[torch.tensor(bits)]
+    ]
+    again = unpack(found[VALUES], found[BITMASK], columns)
+    integers = {2: torch.int16, 4: torch.int32}[dense.element_size()]
+    assert torch.equal(again.view(integers), dense.view(integers))
+    assert zeros_of(dense) == pytest.approx(1 - kept.mean())
+
+
+@pytest.mark.parametrize("group_size", [None, 4, 5])
+def test_int8_is_the_nearest_code_of_each_group(group_size: int | None) -> None:
+    dense = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    dense[dense.abs() < 0.5] = 0
+    dense[1] = 0
+    found = pack(dense, "int8", group_size)
+    groups = 2 if group_size == 4 else 1  # 5 does not divide 8: one for the row
+    assert found[SCALES].shape == (3, groups)
+    again = unpack(found[VALUES], found[BITMASK], 8, found[SCALES])
+    for row in range(3):
+        for column in range(8):
+            group = dense[row].view(groups, -1)[column * groups // 8]
+            step = float(group.abs().max()) / 127
+            code = round(float(dense[row, column]) / step) if step else 0
+            assert float(again[row, column]) == pytest.approx(code * step, rel=1e-6)
+
+
+def test_bits_that_disagree_with_the_values_are_refused() -> None:
+    found = pack(torch.eye(4, 9), "same")
+    with pytest.raises(ValueError, match="4 bits of 9 columns for 3 values"):
+        unpack(found[VALUES][:3], found[BITMASK], 9)
+    found[BITMASK][0, 1] |= 128  # behind the last column
+    with pytest.raises(ValueError, match="5 bits"):
+        unpack(torch.ones(5), found[BITMASK], 9)
+
+
+def test_the_reader_in_the_documentation(make: Make, tmp_path: Path) -> None:
+    text = (REPO / "docs/formats.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(import json\n.*?)```", text, re.DOTALL)
+    for options in ({}, {"kind": "int8", "group_size": 8}):
+        shutil.rmtree(tmp_path / "packed", ignore_errors=True)
+        folder = make("gpt2", **options)
+        unpack_folder(folder, tmp_path / f"again{len(options)}")
+        found: dict[str, Any] = {"sys": None}
+        exec(code.replace("sys.argv[1]", repr(str(folder))), found)
+        expected = {
+            k: v for f in (tmp_path / f"again{len(options)}").glob("*.safetensors") for k, v in load_file(f).items()
+        }
+        assert found["tensors"].keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert np.array_equal(found["tensors"][name], tensor.numpy()), name
+
+
+# every family
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in REPRESENTATIVES else pytest.mark.slow) for name in KNOWN]
+)
+def test_a_family_is_packed_loaded_saved_and_unpacked(name: str, make: Make, tmp_path: Path) -> None:
+    packed = make(name)
+    sparse, load = tmp_path / "sparse", auto(name).from_pretrained
+    expected = logits(load(sparse))
+    model = load(packed)
+    assert torch.equal(logits(model), expected)
+    table = json.loads((packed / "config.json").read_text())["atp_sparse"]
+    kept = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    assert len(kept) == len(table["linears"]) and len(kept) + len(table["stored"]) >= 12
+    assert type(model).__mro__[1] is type(load(sparse)) and model.config.model_type == load(sparse).config.model_type
+    dense = load(packed, dequantize=True)
+    assert type(dense) is type(load(sparse)) and torch.equal(logits(dense), expected)
+    model.save_pretrained(tmp_path / "saved", max_shard_size="30KB")
+    assert torch.equal(logits(load(tmp_path / "saved")), expected)
+    unpack_folder(packed, tmp_path / "unpacked")
+    assert same_files(sparse, tmp_path / "unpacked")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_number_formats(dtype: torch.dtype, make: Make, tmp_path: Path) -> None:
+    packed = make(dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(packed)
+    assert model.dtype == dtype
+    assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")))
+    assert torch.equal(
+        logits(AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32)),
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "sparse", dtype=torch.float32)),
+    )
+
+
+@pytest.mark.parametrize("options", [{"kind": "bf16"}, {"kind": "int8"}, {"kind": "int8", "group_size": 8}])
+def test_rounded_values(options: dict[str, Any], make: Make, tmp_path: Path) -> None:
+    packed = make(**options)
+    unpack_folder(packed, tmp_path / "unpacked")
+    model = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32)
+    rounded = AutoModelForCausalLM.from_pretrained(tmp_path / "unpacked")
+    assert rounded.dtype == torch.float32
+    assert torch.equal(logits(model), logits(rounded))
+    assert not torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")))
+    linear = next(module for module in model.modules() if isinstance(module, SparseLinear))
+    assert linear.weight_values.dtype == (torch.int8 if options["kind"] == "int8" else torch.float32)
+    assert AutoModelForCausalLM.from_pretrained(packed).dtype == (
+        torch.bfloat16 if options["kind"] == "bf16" else torch.float32
+    )
+    low = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.bfloat16)
+    scales = [module.weight_scales for module in low.modules() if isinstance(module, SparseLinear)]
+    assert all(one is None or one.dtype == torch.float32 for one in scales)
+
+
+def test_a_share_below_the_least_is_left_dense(tmp_path: Path) -> None:
+    sparse_model("llama", 0.2).save_pretrained(tmp_path / "sparse")
+    with pytest.raises(UserError, match="no matrix of it has 45% zeros"):
+        pack_folder(tmp_path / "sparse", tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
+
+
+# ways to load it
+
+
+@pytest.mark.parametrize("other", [LlamaForCausalLM, AutoModel, AutoModelForImageTextToText])
+def test_other_classes_refuse_it(other: Any, make: Make) -> None:
+    with pytest.raises(
+        (OSError, ValueError), match=r"no file named model\.safetensors|Unrecognized configuration class"
+    ):
+        other.from_pretrained(make())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("lines", "trusted", "error"),
+    [
+        ("import atp_tune; import transformers", None, None),
+        ("import transformers.models.auto.modeling_auto; import atp_tune", None, None),
+        ("import sys; sys.modules['atp_tune'] = None", True, None),
+        ("import sys; sys.modules['atp_tune'] = None", None, "trust_remote_code"),
+        ("import sys; sys.modules['atp_tune'] = None", False, "trust_remote_code"),
+        ("import atp_tune", True, None),
+        ("import atp_tune", False, None),
+    ],
+)
+def test_with_and_without_atp_tune(
+    lines: str, trusted: bool | None, error: str | None, make: Make, tmp_path: Path
+) -> None:
+    packed, out = make(), tmp_path / "logits.safetensors"
+    code = f"""
+{lines}
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoConfig
+model = AutoModelForCausalLM.from_pretrained({str(packed)!r}, trust_remote_code={trusted})
+ids = torch.randint(2, {VOCABULARY - 7}, (2, {TOKENS}), generator=torch.Generator().manual_seed(1))
+torch.set_num_threads(1)
+save_file({{"logits": model(input_ids=ids).logits.detach()}}, {str(out)!r})
+model.generate(ids, max_new_tokens=2, do_sample=False)
+model.save_pretrained({str(tmp_path / "saved")!r})
+AutoModelForCausalLM.from_pretrained({str(tmp_path / "saved")!r}, trust_remote_code={trusted})
+import sys
+assert not {{"optuna", "datasets"}} & set(sys.modules)
+"""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    if error is not None:
+        assert done.returncode == 1 and error in done.stderr and not out.exists()
+        return
+    assert done.returncode == 0, done.stderr
+    expected = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "sparse"))
+    assert torch.equal(load_file(out)["logits"], expected)
+
+
+def test_a_device_map(make: Make, tmp_path: Path) -> None:
+    packed = make()
+    model = AutoModelForCausalLM.from_pretrained(packed, device_map={"": "cpu"})
+    assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")))
+
+
+# folders that are damaged, or a stranger's
+
+
+def edited(folder: Path, change: Callable[[dict[str, Any]], None], name: str = "config.json") -> None:
+    table = json.loads((folder / name).read_text())
+    change(table)
+    (folder / name).write_text(json.dumps(table))
+
+
+def first(table: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = next(iter(table["atp_sparse"]["linears"].values()))
+    return found
+
+
+def changed_tensor(folder: Path, end: str, change: Callable[[Tensor], Tensor | None]) -> None:
+    file = next(file for file in sorted(folder.glob("*.safetensors")) if any(k.endswith(end) for k in load_file(file)))
+    tensors = load_file(file)
+    name = next(key for key in sorted(tensors) if key.endswith(end))
+    if (new := change(tensors.pop(name))) is not None:
+        tensors[name] = new
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def flipped(mask: Tensor) -> Tensor:
+    mask[0, 0] ^= 1
+    return mask
+
+
+WRONG: list[tuple[str, Callable[[Path], None], str]] = [
+    ("version", lambda f: edited(f, lambda t: t["atp_sparse"].update(version=2)), "version 1"),
+    ("no table", lambda f: edited(f, lambda t: t.pop("atp_sparse")), "version 1"),
+    ("another count", lambda f: edited(f, lambda t: first(t).update(nonzeros=5)), "its files have no"),
+    ("another shape", lambda f: edited(f, lambda t: first(t).update(shape=[8, 8])), r"no linear of shape \[8, 8\]"),
+    (
+        "another name",
+        lambda f: edited(f, lambda t: t["atp_sparse"]["linears"].update({"x.weight": first(t)})),
+        "no linear x",
+    ),
+    ("bits", lambda f: changed_tensor(f, BITMASK, flipped), "bits of"),
+    ("missing values", lambda f: changed_tensor(f, VALUES, lambda _: None), "its files have no"),
+    ("cut values", lambda f: changed_tensor(f, VALUES, lambda t: t[:-1].clone()), "its files have no"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), [row[1:] for row in WRONG], ids=[row[0] for row in WRONG])
+def test_a_damaged_folder_is_not_loaded(change: Callable[[Path], None], said: str, make: Make) -> None:
+    folder = make()
+    change(folder)
+    with pytest.raises(ValueError, match=said):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_cut_file_is_not_loaded(make: Make) -> None:
+    file = sorted((folder := make()).glob("*.safetensors"))[-1]
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(Exception, match=r"[Ii]ncomplete|[Ii]nvalid|buffer"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+DAMAGED: list[tuple[str, Callable[[Path], None], str]] = [
+    ("a value", lambda f: changed_tensor(f, VALUES, lambda t: t + 1), "is not what was packed"),
+    ("bits", lambda f: changed_tensor(f, BITMASK, flipped), "bits of"),
+    ("another tensor", lambda f: changed_tensor(f, "norm.weight", lambda t: t + 1), "is not what was packed"),
+    ("missing", lambda f: changed_tensor(f, VALUES, lambda _: None), "has no tensor"),
+    ("no record", lambda f: (f / ABOUT).unlink(), "is no JSON object"),
+    ("outside", lambda f: edited(f, lambda t: t["files"].update({"../x": ""}), ABOUT), "is not what `pack` writes"),
+    (
+        "a header",
+        lambda f: edited(f, lambda t: t["headers"].update({next(iter(t["headers"])): "{"}), ABOUT),
+        "safetensors",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), [row[1:] for row in DAMAGED], ids=[row[0] for row in DAMAGED])
+def test_a_damaged_folder_is_not_unpacked(
+    change: Callable[[Path], None], said: str, make: Make, tmp_path: Path
+) -> None:
+    folder = make()
+    change(folder)
+    with pytest.raises(UserError, match=said) as error:
+        unpack_folder(folder, tmp_path / "unpacked")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "unpacked").exists() and not (tmp_path.parent / "x").exists()
+
+
+def test_what_cannot_be_packed_is_refused(make: Make, tmp_path: Path) -> None:
+    packed = make()
+    cases = [(packed, "is packed already"), (tmp_path, "holds no config.json")]
+    for source, said in cases:
+        with pytest.raises(UserError, match=said):
+            pack_folder(source, tmp_path / "out")
+    with pytest.raises(UserError, match="is no packed folder"):
+        unpack_folder(tmp_path / "sparse", tmp_path / "out")
+    with pytest.raises(UserError, match="is there already"):
+        pack_folder(tmp_path / "sparse", packed)
+    assert not (tmp_path / "out").exists()
+
+
+# in the rest of the program
+
+
+def test_other_commands_take_a_packed_folder(make: Make, tmp_path: Path) -> None:
+    packed = make()
+    said: list[str] = []
+    sparse, found = (
+        resolve(ModelConfig(source=str(folder)), tmp_path, said.append) for folder in (tmp_path / "sparse", packed)
+    )
+    assert found.content == sparse.content and found.path != sparse.path
+    assert same_files(sparse.path, found.path)
+    assert said == [f"unpacking {packed}, once"]
+
+
+def test_the_commands(done: Path, command: CommandLine) -> None:
+    assert command("apply", "--config", done / "tiny.best.json", "--out", done / "sparse").code == 0
+    answer = command("pack", done / "sparse", "--out", done / "packed")
+    assert answer.code == 0 and "linears" in answer.out and "load it: import atp_tune" in answer.out
+    assert command("apply", "--verify", done / "packed").code == 0
+    assert "## Packed" in (done / "packed" / "README.md").read_text()
+    assert command("unpack", done / "packed", "--out", done / "again").code == 0
+    assert same_files(done / "sparse", done / "again")
+    answer = command("pack", done / "sparse", "--out", done / "rounded", "--values", "int8")
+    assert re.search(r"perplexity on the test text: \S+ ± \S+ before rounding, \S+ ± \S+ after", answer.out)
+    assert "before rounding" in (done / "rounded" / "README.md").read_text()
+    answer = command("pack", done / "sparse", "--out", done / "x", "--group-size", "64")
+    assert answer.code == 2 and "only with --values int8" in answer.err
