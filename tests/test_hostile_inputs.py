@@ -96,6 +96,7 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
         **dict.fromkeys(("configuration", "model folder", "texts"),
                         "{study}/tiny.best.json --max-new-tokens 2 --device cpu"),
         "sparse folder": "{study}/sparse --max-new-tokens 2 --device cpu"}),
+    **dict.fromkeys(("pack", "unpack"), (OUT, {"sparse folder": "{study}/sparse --out out"})),
     "push": ("", {"sparse folder": "{study}/sparse alice/tiny"}),
     "prune": (OUT, dict.fromkeys(
         ("study file", "model folder", "texts"), "--study {study}/tiny.toml --beta 0.01 --out out")),

@@ -34,6 +34,7 @@ LAYERS = [
     "plan",
     "events",
     "storage",
+    "packed",
     "checkpoints",
     "inputs",
     "presets",

@@ -379,7 +379,7 @@ def test_a_damaged_folder_is_not_unpacked(
 
 def test_what_cannot_be_packed_is_refused(make: Make, tmp_path: Path) -> None:
     packed = make()
-    cases = [(packed, "is packed already"), (tmp_path, "holds no config.json")]
+    cases = [(packed, "is packed already"), (tmp_path, "holds no config.json"), (tmp_path / "x", "is no folder")]
     for source, said in cases:
         with pytest.raises(UserError, match=said):
             pack_folder(source, tmp_path / "out")

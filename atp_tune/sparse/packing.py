@@ -21,8 +21,8 @@ from atp_tune.cache import sha256_of
 from atp_tune.checkpoints.classes import auto_class, model_config
 from atp_tune.checkpoints.convert import one_line, quiet
 from atp_tune.checkpoints.headers import read_header
-from atp_tune.checkpoints.quantized import check_full
-from atp_tune.checkpoints.trust import check_code, find_weights, read_table
+from atp_tune.checkpoints.models import resolve
+from atp_tune.checkpoints.trust import find_weights, read_table
 from atp_tune.checkpoints.unpacking import Original, dtypes, is_packed, sha256_of_tensor
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Step, TrialStarted, ignore_events
@@ -43,7 +43,7 @@ from atp_tune.packed.modeling_atp_sparse import (
 from atp_tune.search.context import ContextConfig
 from atp_tune.sparse.applying import folder_nlls
 from atp_tune.sparse.provenance import ABOUT as PROVENANCE
-from atp_tune.sparse.provenance import CARD, DESCRIPTIONS, FINETUNED, origin
+from atp_tune.sparse.provenance import CARD, DESCRIPTIONS, FINETUNED, origin, stored_manifest
 from atp_tune.sparse.shards import check_free, sparse_folder
 from atp_tune.spec.manifest import sha256_by_name
 from atp_tune.spec.prune import PruneConfig
@@ -124,14 +124,14 @@ def _rounding(source: Path, folder: Path, device: str, watch: EventHandler) -> t
 
 class _Packing:
     def __init__(self, source: Path, kind: Kind, group_size: int | None) -> None:
-        if not (source / CONFIG).is_file():
-            raise UserError(f"{source}: holds no {CONFIG}; is it the folder of a sparse checkpoint?")
-        if is_packed(source):
+        if source.is_dir() and is_packed(source):
             raise UserError(f"{source}: is packed already")
-        check_full(source)
-        check_code(source, trusted=False)
-        self.source, self.kind, self.group_size = source, kind, group_size
-        self.shards = [file.name for file in find_weights(source, allow_pickle=False)]
+        self.source = resolve(ModelConfig(source=str(source.absolute())), Path()).path
+        self.records = [name for name in (PROVENANCE, FINETUNED) if (self.source / name).is_file()]
+        if self.records:
+            stored_manifest(self.source)  # UserError if they are not what atp_tune writes
+        self.kind, self.group_size = kind, group_size
+        self.shards = [file.name for file in find_weights(self.source, allow_pickle=False)]
         self.linears: dict[str, dict[str, Any]] = {}
         self.stored: dict[str, dict[str, Any]] = {}
         self.original = Original(version=VERSION)
@@ -149,11 +149,12 @@ class _Packing:
     def pack_shard(self, shard: str, out: Path) -> None:
         """Packs one file of the weights."""
         file = self.source / shard
+        entries = read_header(file)  # UserError if it is none
         with file.open("rb") as stream:
             self.original.headers[shard] = stream.read(int.from_bytes(stream.read(8), "little")).decode()
         tensors: dict[str, Tensor] = {}
         with safe_open(file, framework="pt") as opened:
-            for name, entry in read_header(file).items():
+            for name, entry in entries.items():
                 dense = opened.get_tensor(name)
                 found = self._pack(name, dense, entry["dtype"])
                 tensors.update(found or {name: dense})
@@ -215,7 +216,7 @@ class _Packing:
         if (folder / CARD).is_file():
             text = (folder / CARD).read_text(encoding="utf-8")
             self._change(folder, CARD, f"{text.rstrip()}\n\n{self._said(auto)}")
-        records = [folder / name for name in (PROVENANCE, FINETUNED) if (folder / name).is_file()]
+        records = [folder / name for name in self.records]
         self.original.files.update({file.name: file.read_text(encoding="utf-8") for file in records})
         self.original.write(folder)
         for file in records:
