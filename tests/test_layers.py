@@ -30,6 +30,7 @@ LAYERS = [
     "metrics",
     "allocations",
     "pruners",
+    "packed",
     "spec",
     "plan",
     "events",

@@ -1,0 +1,765 @@
+/* Products with packed weights: a bitmask says where a weight [R, C] is not zero, and those values stand one after the
+   other. Python loads this file as a shared library (kernel.py) and calls the functions whose names begin with atp_.
+
+   All loops have one form. The columns of a row go in blocks of 64, one word of the mask each, and a block in steps of
+   LANES columns. `expand` makes a vector of weights from the next values and the bits of a step, with zeros between;
+   each vector is multiplied by the x of every token. ROWS rows go together, so that the sums of one need not wait for
+   each other. The loops are macros over an instruction set (ISA) and a type of the values (TYPE); an instruction set is
+   the functions and constants ISA_... below.
+
+   A step reads a whole vector of values, however many of them it takes. So a block's values are read where they are
+   only if 64 values from its first on are inside the array; else what is left is copied (`bounded`). Nothing outside
+   the arrays is ever read, even if the offsets are wrong.
+
+   Each sum is made by one thread in an order that depends on the columns only: bits do not depend on the number of
+   threads, nor on how many tokens go together. */
+
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef EMULATED_AVX512 /* tests run the AVX-512 loops on other CPUs: a header with its intrinsics */
+#include EMULATED_AVX512
+#elif defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+enum { BLOCK = 64, MOST_TOKENS = 8, GROUP = 32 }; /* columns; tokens; columns that divide every group of scales */
+enum type { BF16, HALF, FLOAT, INT8, GROUPED_INT8, DENSE_BF16, DENSE_FLOAT, TYPES };
+enum isa { PORTABLE, AVX2, AVX512, AVX512_BF16, NEON, ISAS };
+enum error { FINE, WRONG_ARGUMENT, NO_MEMORY };
+
+/* The same as kernel.py's Structure. For a dense weight, `bitmask` and `offsets` are not read. */
+struct matrix {
+  const uint8_t *values;
+  const uint8_t *bitmask;
+  const int64_t *offsets; /* [R], the place of each row's first value */
+  const uint8_t *scales;  /* float32 [R, groups], of int8 values */
+  const uint8_t *bias;    /* [R] of `bias_type`, or NULL */
+  void *parallel;         /* GOMP_parallel of torch's OpenMP runtime, or NULL */
+  int64_t rows, columns, count, groups; /* `count` of the values */
+  int32_t type, bias_type, isa, alone;  /* `alone`: multiplications up to which one thread works */
+};
+
+/* What the threads of a call share. */
+struct job {
+  const struct matrix *matrix;
+  const void *x;  /* [tokens, width], float32 or, for dot products of bfloat16, bfloat16; zeros from C on */
+  int64_t width;  /* columns, a multiple of BLOCK */
+  int64_t tokens; /* that y has; the loop has as many, or more */
+  uint8_t *y;     /* [tokens, R], or of an unpacked weight [last - first, C] */
+  int32_t y_type;
+  void (*loop)(const struct job *, int64_t, int64_t);
+  int64_t first, last, chunk; /* rows */
+  _Atomic int64_t next;
+};
+
+/* --- numbers */
+
+INLINE float float_of_bits(uint64_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+INLINE uint32_t bits_of_float(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+INLINE uint16_t load16(const uint8_t *at) {
+  uint16_t bits;
+  memcpy(&bits, at, sizeof bits);
+  return bits;
+}
+
+INLINE float load_float(const uint8_t *at) {
+  float value;
+  memcpy(&value, at, sizeof value);
+  return value;
+}
+
+INLINE float load_bf16(const uint8_t *at) { return float_of_bits((uint32_t)load16(at) << 16); }
+
+INLINE float load_half(const uint8_t *at) {
+  uint32_t bits = load16(at), sign = (bits & 0x8000) << 16, rest = bits & 0x7fff;
+  if (rest >= 0x7c00) return float_of_bits(sign | 0x7f800000 | (rest & 0x3ff) << 13);
+  if (rest < 0x400) return float_of_bits(sign | bits_of_float((float)rest * 0x1p-24f));
+  return float_of_bits(sign | (rest + (112 << 10)) << 13);
+}
+
+INLINE uint16_t bf16_of(float value) { /* the nearest, of two the even one; NaN stays NaN */
+  uint32_t bits = bits_of_float(value), up = bits + 0x7fff + (bits >> 16 & 1);
+  return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : up >> 16);
+}
+
+INLINE uint16_t half_of(float value) {
+  uint32_t bits = bits_of_float(value), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
+  if (rest > 0x7f800000) return (uint16_t)(sign | 0x7e00 | (rest >> 13 & 0x1ff));
+  if (rest >= 0x477ff000) return (uint16_t)(sign | 0x7c00); /* rounds to 65536 or more: infinite */
+  if (rest < 0x38800000) /* below 2^-14: units of 2^-24, which the addition rounds to */
+    return (uint16_t)(sign | (bits_of_float(float_of_bits(rest) + 0.5f) - bits_of_float(0.5f)));
+  rest += 0xfff + (rest >> 13 & 1);
+  return (uint16_t)(sign | ((rest >> 13) - (112 << 10)));
+}
+
+INLINE float load_number(const uint8_t *at, int32_t type, int64_t index) {
+  if (type == BF16) return load_bf16(at + 2 * index);
+  if (type == HALF) return load_half(at + 2 * index);
+  return load_float(at + 4 * index);
+}
+
+INLINE void store_number(float value, uint8_t *at, int32_t type, int64_t index) {
+  uint16_t narrow = type == BF16 ? bf16_of(value) : half_of(value);
+  if (type == FLOAT)
+    memcpy(at + 4 * index, &value, 4);
+  else
+    memcpy(at + 2 * index, &narrow, 2);
+}
+
+INLINE int64_t size_of(int32_t type) { return type == FLOAT ? 4 : 2; }
+
+INLINE uint64_t load_mask(const uint8_t *at, int64_t bytes) { /* bit k is column k; no byte after `bytes` is read */
+  uint64_t mask = 0;
+  if (bytes >= 8) {
+    for (int k = 0; k < 8; k++) mask |= (uint64_t)at[k] << 8 * k;
+  } else {
+    for (int k = 0; k < bytes; k++) mask |= (uint64_t)at[k] << 8 * k;
+  }
+  return mask;
+}
+
+INLINE uint64_t rotated_left(uint64_t mask, int by) { return mask << (by & 63) | mask >> (-by & 63); }
+
+/* The values from `at` on, up to `limit`, then zeros: BLOCK of them. */
+static __attribute__((noinline)) const uint8_t *bounded(const uint8_t *values, uint64_t at, uint64_t limit,
+                                                        uint64_t size, uint8_t *buffer) {
+  uint64_t left = at < limit ? limit - at : 0;
+  if (left > BLOCK) left = BLOCK;
+  memset(buffer + left * size, 0, (BLOCK - left) * size);
+  if (left > 0) memcpy(buffer, values + at * size, left * size);
+  return buffer;
+}
+
+/* --- tables by the 8 bits of a step: where in the values the one of each column is. A step's bits are kept times 32,
+   the length of an entry. In byte shuffles 0x80 makes a zero. */
+
+static struct {
+  _Alignas(32) uint8_t bf16[256 * 32]; /* to the high half of 32 bits: a float32 */
+  uint8_t int8[256 * 32];              /* to the highest byte of 32 bits: value * 2^24 */
+  uint8_t half[256 * 32];              /* 16 bytes of each entry */
+  uint8_t bytes[256 * 32];             /* of float32, for NEON */
+  uint8_t floats[256 * 32];            /* of float32, for AVX2: int32, negative makes a zero */
+  uint8_t counts[256];
+} tables;
+
+/* Fills the tables; returns bit 1 << isa for each instruction set that was compiled. Call it once, before all else. */
+int32_t atp_setup(void) {
+  for (int bits = 0; bits < 256; bits++) {
+    int32_t rank = 0;
+    for (int column = 0; column < 8; column++) {
+      int is = bits >> column & 1, at = 32 * bits + 4 * column;
+      for (int byte = 0; byte < 4; byte++) {
+        tables.bf16[at + byte] = (uint8_t)(is && byte >= 2 ? 2 * rank + byte - 2 : 0x80);
+        tables.int8[at + byte] = (uint8_t)(is && byte == 3 ? rank : 0x80);
+        tables.bytes[at + byte] = (uint8_t)(is ? 4 * rank + byte : 0x80);
+      }
+      for (int byte = 0; byte < 2; byte++)
+        tables.half[32 * bits + 2 * column + byte] = (uint8_t)(is ? 2 * rank + byte : 0x80);
+      memcpy(tables.floats + at, is ? &rank : &(int32_t){-1}, sizeof rank);
+      rank += is;
+    }
+    tables.counts[bits] = (uint8_t)rank;
+  }
+  int32_t compiled = 1 << PORTABLE;
+#if defined(__x86_64__)
+  compiled |= 1 << AVX2 | 1 << AVX512 | 1 << AVX512_BF16;
+#elif defined(__aarch64__)
+  compiled |= 1 << NEON;
+#endif
+  return compiled;
+}
+
+/* --- types of values: bytes of each; whether scales are one per row (1) or per group (2); whether zeros are stored */
+
+enum { SIZE_bf16 = 2, SIZE_half = 2, SIZE_float = 4, SIZE_int8 = 1, SIZE_grouped = 1 };
+enum { SCALED_bf16 = 0, SCALED_half = 0, SCALED_float = 0, SCALED_int8 = 1, SCALED_grouped = 2 };
+enum { DENSE_bf16 = 0, DENSE_half = 0, DENSE_float = 0, DENSE_int8 = 0, DENSE_grouped = 0 };
+enum { SIZE_dense16 = 2, SCALED_dense16 = 0, DENSE_dense16 = 1 };
+enum { SIZE_dense32 = 4, SCALED_dense32 = 0, DENSE_dense32 = 1 };
+
+/* --- the loops. Each array has a length known to the compiler, and stands in registers once they are unrolled. */
+
+#define PRODUCT(ISA, TYPE, ROWS, TOKENS)                                                                              \
+  ISA##_TARGET static void ISA##_##TYPE##_##TOKENS(const struct job *job, int64_t first, int64_t last) {              \
+    const struct matrix *matrix = job->matrix;                                                                        \
+    const int64_t columns = matrix->columns, stride = (columns + 7) / 8;                                              \
+    const int64_t group_width = SCALED_##TYPE == 2 ? columns / matrix->groups : 0;                                    \
+    for (int64_t start = first; start < last; start += ROWS) {                                                        \
+      ISA##_sums sums[ROWS][TOKENS];                                                                                  \
+      uint64_t at[ROWS], limit[ROWS], mask[ROWS];                                                                     \
+      int64_t row[ROWS], left = 0, group = -1;                                                                        \
+      uint8_t buffer[ROWS][BLOCK * SIZE_##TYPE];                                                                      \
+      const uint8_t *from[ROWS], *bits_from[ROWS];                                                                    \
+      int near_end = 0; /* whether a row of all C values would end less than a block before the limit */              \
+      ISA##_UNROLL for (int i = 0; i < ROWS; i++) {                                                                   \
+        row[i] = start + i < last ? start + i : last - 1; /* the last again, so that there are ROWS */                \
+        at[i] = DENSE_##TYPE ? (uint64_t)(row[i] * columns) : (uint64_t)matrix->offsets[row[i]];                      \
+        limit[i] = DENSE_##TYPE ? at[i] + (uint64_t)columns : (uint64_t)matrix->count;                                \
+        near_end |= at[i] > limit[i] || limit[i] - at[i] < (uint64_t)(DENSE_##TYPE ? job->width : columns + BLOCK);   \
+        from[i] = near_end ? buffer[i] : matrix->values + at[i] * SIZE_##TYPE;                                        \
+        bits_from[i] = DENSE_##TYPE ? NULL : matrix->bitmask + row[i] * stride;                                       \
+        ISA##_UNROLL for (int t = 0; t < TOKENS; t++) sums[i][t] = ISA##_zero();                                      \
+      }                                                                                                               \
+      const ISA##_input *x = (const ISA##_input *)job->x;                                                             \
+      for (int64_t column = 0; column < columns; column += BLOCK) {                                                   \
+        if (DENSE_##TYPE) {                                                                                           \
+          for (int i = 0; i < ROWS; i++) mask[i] = 0;                                                                 \
+        } else if (columns - column > BLOCK - 8) {                                                                    \
+          ISA##_UNROLL for (int i = 0; i < ROWS; i++) mask[i] = load_mask(bits_from[i] + column / 8, 8);              \
+        } else {                                                                                                      \
+          for (int i = 0; i < ROWS; i++) mask[i] = load_mask(bits_from[i] + column / 8, stride - column / 8);         \
+        }                                                                                                             \
+        if (near_end) {                                                                                               \
+          for (int i = 0; i < ROWS; i++) {                                                                            \
+            from[i] = bounded(matrix->values, at[i], limit[i], SIZE_##TYPE, buffer[i]);                               \
+            at[i] += (uint64_t)(DENSE_##TYPE ? BLOCK : __builtin_popcountll(mask[i]));                                \
+          }                                                                                                           \
+        }                                                                                                             \
+        ISA##_UNROLL for (int i = 0; i < ROWS; i++) mask[i] = rotated_left(mask[i], ISA##_SHIFT);                     \
+        ISA##_STEPS for (int step = 0; step < BLOCK; step += ISA##_LANES, x += ISA##_LANES) {                         \
+          ISA##_weights weights[ROWS];                                                                                \
+          if (SCALED_##TYPE == 2 && step % GROUP == 0) {                                                              \
+            if (left <= 0) group = group + 1 < matrix->groups ? group + 1 : group, left = group_width;                \
+            left -= GROUP;                                                                                            \
+          }                                                                                                           \
+          ISA##_UNROLL for (int i = 0; i < ROWS; i++) {                                                               \
+            uint64_t bits = mask[i] & ISA##_BITS;                                                                     \
+            mask[i] = rotated_left(mask[i], BLOCK - ISA##_LANES);                                                     \
+            weights[i] = ISA##_expand_##TYPE(from[i], bits);                                                          \
+            from[i] += SIZE_##TYPE * (DENSE_##TYPE ? ISA##_LANES : ISA##_count(bits));                                \
+            if (SCALED_##TYPE == 2)                                                                                   \
+              weights[i] = ISA##_times(                                                                               \
+                  weights[i],                                                                                         \
+                  ISA##_UNIT * load_float(matrix->scales + 4 * (row[i] * matrix->groups + group)));                   \
+          }                                                                                                           \
+          ISA##_UNROLL for (int t = 0; t < TOKENS; t++) {                                                             \
+            ISA##_weights inputs = ISA##_load(x + t * job->width);                                                    \
+            ISA##_UNROLL for (int i = 0; i < ROWS; i++) sums[i][t] = ISA##_add(sums[i][t], weights[i], inputs);       \
+          }                                                                                                           \
+        }                                                                                                             \
+      }                                                                                                               \
+      ISA##_UNROLL for (int i = 0; i < ROWS; i++) {                                                                   \
+        float scale = SCALED_##TYPE == 1 ? ISA##_UNIT * load_float(matrix->scales + 4 * row[i]) : 1;                  \
+        float bias = matrix->bias ? load_number(matrix->bias, matrix->bias_type, row[i]) : 0;                         \
+        ISA##_UNROLL for (int t = 0; t < TOKENS; t++)                                                                 \
+          if (t < job->tokens) /* fewer than the loop has */                                                          \
+            store_number(ISA##_total(sums[i][t]) * scale + bias, job->y, job->y_type, t * matrix->rows + row[i]);     \
+      }                                                                                                               \
+    }                                                                                                                 \
+  }
+
+#define UNPACK(ISA, TYPE)                                                                                             \
+  ISA##_TARGET static void ISA##_unpack_##TYPE(const struct job *job, int64_t first, int64_t last) {                  \
+    const struct matrix *matrix = job->matrix;                                                                        \
+    const int64_t columns = matrix->columns, stride = (columns + 7) / 8, size = size_of(job->y_type);                 \
+    const int64_t group_width = SCALED_##TYPE ? columns / matrix->groups : 1;                                         \
+    const uint64_t limit = (uint64_t)matrix->count;                                                                   \
+    for (int64_t row = first; row < last; row++) {                                                                    \
+      uint64_t at = (uint64_t)matrix->offsets[row];                                                                   \
+      for (int64_t column = 0; column < columns; column += BLOCK) {                                                   \
+        uint64_t mask = load_mask(matrix->bitmask + row * stride + column / 8, stride - column / 8);                  \
+        uint8_t buffer[BLOCK * SIZE_##TYPE];                                                                          \
+        _Alignas(64) float weights[BLOCK];                                                                            \
+        const uint8_t *from = at < limit && limit - at >= BLOCK                                                       \
+                                  ? matrix->values + at * SIZE_##TYPE                                                 \
+                                  : bounded(matrix->values, at, limit, SIZE_##TYPE, buffer);                          \
+        at += (uint64_t)__builtin_popcountll(mask);                                                                   \
+        ISA##_STEPS for (int step = 0; step < BLOCK; step += ISA##_LANES) {                                           \
+          uint64_t bits = rotated_left(mask, ISA##_SHIFT + BLOCK - step) & ISA##_BITS;                                \
+          ISA##_weights expanded = ISA##_expand_##TYPE(from, bits);                                                   \
+          from += SIZE_##TYPE * ISA##_count(bits);                                                                    \
+          if (SCALED_##TYPE) {                                                                                        \
+            int64_t group = (column + step) / group_width;                                                            \
+            if (group >= matrix->groups) group = matrix->groups - 1; /* after the last column */                      \
+            expanded = ISA##_times(                                                                                   \
+                expanded, ISA##_UNIT * load_float(matrix->scales + 4 * (row * matrix->groups + group)));              \
+          }                                                                                                           \
+          ISA##_store(weights + step, expanded);                                                                      \
+        }                                                                                                             \
+        int64_t place = (row - job->first) * columns + column;                                                        \
+        int64_t length = columns - column < BLOCK ? columns - column : BLOCK;                                         \
+        if (job->y_type == FLOAT) {                                                                                   \
+          memcpy(job->y + place * size, weights, (size_t)(length * size));                                            \
+        } else {                                                                                                      \
+          uint16_t narrow[BLOCK];                                                                                     \
+          if (job->y_type == BF16)                                                                                    \
+            for (int k = 0; k < BLOCK; k++) narrow[k] = bf16_of(weights[k]);                                          \
+          else                                                                                                        \
+            ISA##_narrow(weights, narrow);                                                                            \
+          memcpy(job->y + place * size, narrow, (size_t)(length * size));                                             \
+        }                                                                                                             \
+      }                                                                                                               \
+    }                                                                                                                 \
+  }
+
+#define PRODUCTS(ISA, TYPE)                                                                                           \
+  PRODUCT(ISA, TYPE, 4, 1) PRODUCT(ISA, TYPE, 4, 2) PRODUCT(ISA, TYPE, 2, 4) PRODUCT(ISA, TYPE, 1, 8)
+#define LOOPS(ISA)                                                                                                    \
+  PRODUCTS(ISA, bf16) PRODUCTS(ISA, half) PRODUCTS(ISA, float) PRODUCTS(ISA, int8) PRODUCTS(ISA, grouped)             \
+  PRODUCTS(ISA, dense16) PRODUCTS(ISA, dense32)                                                                       \
+  UNPACK(ISA, bf16) UNPACK(ISA, half) UNPACK(ISA, float) UNPACK(ISA, int8)                                            \
+  ISA##_TARGET static void ISA##_widen(const uint8_t *in, int32_t type, int64_t count, float *out) {                  \
+    int64_t k = 0;                                                                                                    \
+    if (type == HALF) k = ISA##_widen_halves(in, count, out);                                                         \
+    if (type == BF16)                                                                                                 \
+      for (; k < count; k++) out[k] = load_bf16(in + 2 * k);                                                          \
+    else                                                                                                              \
+      for (; k < count; k++) out[k] = load_number(in, type, k);                                                       \
+  }
+
+/* --- portable: vectors of 8 floats, which a compiler may put into its registers */
+
+typedef struct {
+  float lane[8];
+} portable_weights;
+typedef portable_weights portable_sums;
+typedef float portable_input;
+enum { portable_LANES = 8, portable_BITS = 0xff, portable_SHIFT = 0 };
+#define portable_TARGET
+#define portable_UNIT 1.0f
+#define portable_STEPS
+#define portable_UNROLL
+
+#define PORTABLE_EXPAND(TYPE, LOAD)                                                                                   \
+  INLINE portable_weights portable_expand_##TYPE(const uint8_t *from, uint64_t bits) {                                \
+    portable_weights out;                                                                                             \
+    for (int k = 0; k < 8; k++) {                                                                                     \
+      int is = DENSE_##TYPE ? 1 : bits >> k & 1;                                                                      \
+      out.lane[k] = is ? LOAD(from) : 0;                                                                              \
+      from += is * SIZE_##TYPE;                                                                                       \
+    }                                                                                                                 \
+    return out;                                                                                                       \
+  }
+#define LOAD_INT8(at) ((float)(int8_t) * (at))
+PORTABLE_EXPAND(bf16, load_bf16)
+PORTABLE_EXPAND(half, load_half)
+PORTABLE_EXPAND(float, load_float)
+PORTABLE_EXPAND(int8, LOAD_INT8)
+PORTABLE_EXPAND(grouped, LOAD_INT8)
+PORTABLE_EXPAND(dense16, load_bf16)
+PORTABLE_EXPAND(dense32, load_float)
+
+INLINE uint64_t portable_count(uint64_t bits) { return (uint32_t)__builtin_popcountll(bits); }
+INLINE portable_sums portable_zero(void) { return (portable_sums){{0}}; }
+INLINE portable_weights portable_load(const float *at) {
+  portable_weights out;
+  memcpy(out.lane, at, sizeof out.lane);
+  return out;
+}
+INLINE void portable_store(float *at, portable_weights in) { memcpy(at, in.lane, sizeof in.lane); }
+INLINE portable_weights portable_times(portable_weights in, float factor) {
+  for (int k = 0; k < 8; k++) in.lane[k] *= factor;
+  return in;
+}
+INLINE portable_sums portable_add(portable_sums sums, portable_weights weights, portable_weights inputs) {
+  for (int k = 0; k < 8; k++) sums.lane[k] += weights.lane[k] * inputs.lane[k];
+  return sums;
+}
+INLINE float portable_total(portable_sums sums) {
+  const float *s = sums.lane;
+  return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+}
+INLINE void portable_narrow(const float *in, uint16_t *out) {
+  for (int k = 0; k < BLOCK; k++) out[k] = half_of(in[k]);
+}
+INLINE int64_t portable_widen_halves(const uint8_t *in, int64_t count, float *out) {
+  (void)in, (void)count, (void)out;
+  return 0;
+}
+LOOPS(portable)
+
+#if defined(__x86_64__)
+
+/* --- AVX2: one byte shuffle expands, zeroes and, but for float16, widens */
+
+#ifdef EMULATED_AVX512
+#define avx2_TARGET
+#else
+#define avx2_TARGET __attribute__((target("avx2,fma,f16c,popcnt,bmi,bmi2")))
+#endif
+#define AVX2_INLINE avx2_TARGET INLINE
+typedef __m256 avx2_weights, avx2_sums;
+typedef float avx2_input;
+enum { avx2_LANES = 8, avx2_BITS = 0xff << 5, avx2_SHIFT = 5 };
+#define avx2_UNIT 0x1p-24f
+#define avx2_STEPS
+#define avx2_UNROLL UNROLL
+
+AVX2_INLINE __m256 avx2_expand_bf16(const uint8_t *from, uint64_t bits) {
+  __m256i values = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)from));
+  return _mm256_castsi256_ps(_mm256_shuffle_epi8(values, *(const __m256i *)(tables.bf16 + bits)));
+}
+AVX2_INLINE __m256 avx2_expand_half(const uint8_t *from, uint64_t bits) {
+  __m128i values = _mm_loadu_si128((const __m128i *)from);
+  return _mm256_cvtph_ps(_mm_shuffle_epi8(values, *(const __m128i *)(tables.half + bits)));
+}
+AVX2_INLINE __m256 avx2_expand_float(const uint8_t *from, uint64_t bits) {
+  __m256i places = *(const __m256i *)(tables.floats + bits);
+  __m256 values = _mm256_permutevar8x32_ps(_mm256_loadu_ps((const float *)from), places);
+  return _mm256_blendv_ps(values, _mm256_setzero_ps(), _mm256_castsi256_ps(places));
+}
+AVX2_INLINE __m256 avx2_expand_int8(const uint8_t *from, uint64_t bits) {
+  int64_t values;
+  memcpy(&values, from, sizeof values);
+  return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(_mm256_set1_epi64x(values), *(const __m256i *)(tables.int8 + bits)));
+}
+AVX2_INLINE __m256 avx2_expand_grouped(const uint8_t *from, uint64_t bits) { return avx2_expand_int8(from, bits); }
+AVX2_INLINE __m256 avx2_expand_dense16(const uint8_t *from, uint64_t bits) {
+  (void)bits;
+  __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+AVX2_INLINE __m256 avx2_expand_dense32(const uint8_t *from, uint64_t bits) {
+  (void)bits;
+  return _mm256_loadu_ps((const float *)from);
+}
+AVX2_INLINE uint64_t avx2_count(uint64_t bits) { return (uint32_t)__builtin_popcountll(bits); }
+AVX2_INLINE __m256 avx2_zero(void) { return _mm256_setzero_ps(); }
+AVX2_INLINE __m256 avx2_load(const float *at) { return _mm256_load_ps(at); }
+AVX2_INLINE void avx2_store(float *at, __m256 in) { _mm256_store_ps(at, in); }
+AVX2_INLINE __m256 avx2_times(__m256 in, float factor) { return _mm256_mul_ps(in, _mm256_set1_ps(factor)); }
+AVX2_INLINE __m256 avx2_add(__m256 sums, __m256 weights, __m256 inputs) {
+  return _mm256_fmadd_ps(weights, inputs, sums);
+}
+AVX2_INLINE float avx2_total(__m256 sums) {
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
+  __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+AVX2_INLINE void avx2_narrow(const float *in, uint16_t *out) {
+  for (int k = 0; k < BLOCK; k += 8)
+    _mm_storeu_si128((__m128i *)(out + k), _mm256_cvtps_ph(_mm256_load_ps(in + k), _MM_FROUND_TO_NEAREST_INT));
+}
+AVX2_INLINE int64_t avx2_widen_halves(const uint8_t *in, int64_t count, float *out) {
+  int64_t k = 0;
+  for (; k + 8 <= count; k += 8)
+    _mm256_storeu_ps(out + k, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(in + 2 * k))));
+  return k;
+}
+LOOPS(avx2)
+
+/* --- AVX-512: its expand instructions, 16 columns of float32 at a time */
+
+#ifdef EMULATED_AVX512
+#define avx512_TARGET
+#define bf16dot_TARGET
+#else
+#define AVX512_FEATURES "avx2,fma,f16c,popcnt,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl"
+#define avx512_TARGET __attribute__((target(AVX512_FEATURES)))
+#define bf16dot_TARGET __attribute__((target(AVX512_FEATURES ",avx512vbmi2,avx512bf16")))
+#endif
+#define AVX512_INLINE avx512_TARGET INLINE
+typedef __m512 avx512_weights, avx512_sums;
+typedef float avx512_input;
+enum { avx512_LANES = 16, avx512_BITS = 0xffff, avx512_SHIFT = 0 };
+#define avx512_UNIT 1.0f
+#define avx512_STEPS
+#define avx512_UNROLL UNROLL
+
+AVX512_INLINE __m512 avx512_dense16_at(const uint8_t *from) {
+  __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+AVX512_INLINE __m512 avx512_expand_bf16(const uint8_t *from, uint64_t bits) {
+  return _mm512_maskz_expand_ps((__mmask16)bits, avx512_dense16_at(from));
+}
+AVX512_INLINE __m512 avx512_expand_half(const uint8_t *from, uint64_t bits) {
+  __m512 values = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
+  return _mm512_maskz_expand_ps((__mmask16)bits, values);
+}
+AVX512_INLINE __m512 avx512_expand_float(const uint8_t *from, uint64_t bits) {
+  return _mm512_maskz_expand_ps((__mmask16)bits, _mm512_loadu_ps(from));
+}
+AVX512_INLINE __m512 avx512_expand_int8(const uint8_t *from, uint64_t bits) {
+  __m512i values = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from));
+  return _mm512_maskz_expand_ps((__mmask16)bits, _mm512_cvtepi32_ps(values));
+}
+AVX512_INLINE __m512 avx512_expand_grouped(const uint8_t *from, uint64_t bits) {
+  return avx512_expand_int8(from, bits);
+}
+AVX512_INLINE __m512 avx512_expand_dense16(const uint8_t *from, uint64_t bits) {
+  (void)bits;
+  return avx512_dense16_at(from);
+}
+AVX512_INLINE __m512 avx512_expand_dense32(const uint8_t *from, uint64_t bits) {
+  (void)bits;
+  return _mm512_loadu_ps(from);
+}
+AVX512_INLINE uint64_t avx512_count(uint64_t bits) { return (uint32_t)__builtin_popcountll(bits); }
+AVX512_INLINE __m512 avx512_zero(void) { return _mm512_setzero_ps(); }
+AVX512_INLINE __m512 avx512_load(const float *at) { return _mm512_loadu_ps(at); }
+AVX512_INLINE void avx512_store(float *at, __m512 in) { _mm512_storeu_ps(at, in); }
+AVX512_INLINE __m512 avx512_times(__m512 in, float factor) { return _mm512_mul_ps(in, _mm512_set1_ps(factor)); }
+AVX512_INLINE __m512 avx512_add(__m512 sums, __m512 weights, __m512 inputs) {
+  return _mm512_fmadd_ps(weights, inputs, sums);
+}
+AVX512_INLINE float avx512_total(__m512 sums) {
+  __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(sums), 1));
+  return avx2_total(_mm256_add_ps(_mm512_castps512_ps256(sums), high));
+}
+AVX512_INLINE void avx512_narrow(const float *in, uint16_t *out) { avx2_narrow(in, out); }
+AVX512_INLINE int64_t avx512_widen_halves(const uint8_t *in, int64_t count, float *out) {
+  return avx2_widen_halves(in, count, out);
+}
+LOOPS(avx512)
+
+/* --- AVX-512 with VBMI2 and BF16: 32 columns at a time where weights and x are bfloat16. The products are exact, the
+   sums float32; numbers below 2^-126 count as zero. */
+
+typedef __m512i bf16dot_weights;
+typedef __m512 bf16dot_sums;
+typedef uint16_t bf16dot_input;
+#define BF16DOT_INLINE bf16dot_TARGET INLINE
+enum { bf16dot_LANES = 32, bf16dot_SHIFT = 0 };
+#define bf16dot_BITS 0xffffffffu
+#define bf16dot_UNIT 1.0f
+#define bf16dot_STEPS UNROLL
+#define bf16dot_UNROLL UNROLL
+
+BF16DOT_INLINE __m512i bf16dot_expand_bf16(const uint8_t *from, uint64_t bits) {
+  return _mm512_maskz_expand_epi16((__mmask32)bits, _mm512_loadu_si512(from));
+}
+BF16DOT_INLINE __m512i bf16dot_expand_dense16(const uint8_t *from, uint64_t bits) {
+  (void)bits;
+  return _mm512_loadu_si512(from);
+}
+BF16DOT_INLINE uint64_t bf16dot_count(uint64_t bits) { return (uint32_t)__builtin_popcountll(bits); }
+BF16DOT_INLINE __m512 bf16dot_zero(void) { return _mm512_setzero_ps(); }
+BF16DOT_INLINE __m512i bf16dot_load(const uint16_t *at) { return _mm512_loadu_si512(at); }
+BF16DOT_INLINE __m512i bf16dot_times(__m512i in, float factor) { /* no type with scales is here */
+  (void)factor;
+  return in;
+}
+BF16DOT_INLINE __m512 bf16dot_add(__m512 sums, __m512i weights, __m512i inputs) {
+  return _mm512_dpbf16_ps(sums, (__m512bh)weights, (__m512bh)inputs);
+}
+BF16DOT_INLINE float bf16dot_total(__m512 sums) {
+  __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(sums), 1));
+  return avx2_total(_mm256_add_ps(_mm512_castps512_ps256(sums), high));
+}
+PRODUCTS(bf16dot, bf16)
+PRODUCTS(bf16dot, dense16)
+
+#elif defined(__aarch64__)
+
+/* --- NEON: the same shuffles as AVX2, two vectors of 4 floats at a time */
+
+#define neon_TARGET
+typedef float32x4x2_t neon_weights, neon_sums;
+typedef float neon_input;
+enum { neon_LANES = 8, neon_BITS = 0xff << 5, neon_SHIFT = 5 };
+#define neon_UNIT 1.0f
+#define neon_STEPS
+#define neon_UNROLL UNROLL
+
+INLINE neon_weights neon_pair(float32x4_t low, float32x4_t high) { return (neon_weights){{low, high}}; }
+INLINE neon_weights neon_expand_bf16(const uint8_t *from, uint64_t bits) {
+  uint8x16_t values = vld1q_u8(from);
+  uint8x16_t low = vqtbl1q_u8(values, vld1q_u8(tables.bf16 + bits));
+  uint8x16_t high = vqtbl1q_u8(values, vld1q_u8(tables.bf16 + bits + 16));
+  return neon_pair(vreinterpretq_f32_u8(low), vreinterpretq_f32_u8(high));
+}
+INLINE neon_weights neon_of_halves(uint8x16_t in) {
+  float16x8_t halves = vreinterpretq_f16_u8(in);
+  return neon_pair(vcvt_f32_f16(vget_low_f16(halves)), vcvt_f32_f16(vget_high_f16(halves)));
+}
+INLINE neon_weights neon_expand_half(const uint8_t *from, uint64_t bits) {
+  return neon_of_halves(vqtbl1q_u8(vld1q_u8(from), vld1q_u8(tables.half + bits)));
+}
+INLINE neon_weights neon_expand_float(const uint8_t *from, uint64_t bits) {
+  uint8x16x2_t values = {{vld1q_u8(from), vld1q_u8(from + 16)}};
+  uint8x16_t low = vqtbl2q_u8(values, vld1q_u8(tables.bytes + bits));
+  uint8x16_t high = vqtbl2q_u8(values, vld1q_u8(tables.bytes + bits + 16));
+  return neon_pair(vreinterpretq_f32_u8(low), vreinterpretq_f32_u8(high));
+}
+INLINE neon_weights neon_expand_int8(const uint8_t *from, uint64_t bits) {
+  uint8x8_t eight = vld1_u8(from);
+  uint8x16_t values = vcombine_u8(eight, eight);
+  int32x4_t low = vreinterpretq_s32_u8(vqtbl1q_u8(values, vld1q_u8(tables.int8 + bits)));
+  int32x4_t high = vreinterpretq_s32_u8(vqtbl1q_u8(values, vld1q_u8(tables.int8 + bits + 16)));
+  return neon_pair(vcvtq_n_f32_s32(low, 24), vcvtq_n_f32_s32(high, 24)); /* times 2^-24 */
+}
+INLINE neon_weights neon_expand_grouped(const uint8_t *from, uint64_t bits) { return neon_expand_int8(from, bits); }
+INLINE neon_weights neon_expand_dense16(const uint8_t *from, uint64_t bits) {
+  (void)bits;
+  uint16x8_t values = vreinterpretq_u16_u8(vld1q_u8(from));
+  uint32x4_t low = vshll_n_u16(vget_low_u16(values), 16), high = vshll_n_u16(vget_high_u16(values), 16);
+  return neon_pair(vreinterpretq_f32_u32(low), vreinterpretq_f32_u32(high));
+}
+INLINE neon_weights neon_expand_dense32(const uint8_t *from, uint64_t bits) {
+  (void)bits;
+  return neon_pair(vreinterpretq_f32_u8(vld1q_u8(from)), vreinterpretq_f32_u8(vld1q_u8(from + 16)));
+}
+INLINE uint64_t neon_count(uint64_t bits) { return tables.counts[bits >> 5]; }
+INLINE neon_sums neon_zero(void) { return neon_pair(vdupq_n_f32(0), vdupq_n_f32(0)); }
+INLINE neon_weights neon_load(const float *at) { return neon_pair(vld1q_f32(at), vld1q_f32(at + 4)); }
+INLINE void neon_store(float *at, neon_weights in) {
+  vst1q_f32(at, in.val[0]);
+  vst1q_f32(at + 4, in.val[1]);
+}
+INLINE neon_weights neon_times(neon_weights in, float factor) {
+  return neon_pair(vmulq_n_f32(in.val[0], factor), vmulq_n_f32(in.val[1], factor));
+}
+INLINE neon_sums neon_add(neon_sums sums, neon_weights weights, neon_weights inputs) {
+  return neon_pair(vfmaq_f32(sums.val[0], weights.val[0], inputs.val[0]),
+                   vfmaq_f32(sums.val[1], weights.val[1], inputs.val[1]));
+}
+INLINE float neon_total(neon_sums sums) { return vaddvq_f32(vaddq_f32(sums.val[0], sums.val[1])); }
+INLINE void neon_narrow(const float *in, uint16_t *out) {
+  for (int k = 0; k < BLOCK; k += 4) vst1_u16(out + k, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(in + k))));
+}
+INLINE int64_t neon_widen_halves(const uint8_t *in, int64_t count, float *out) {
+  int64_t k = 0;
+  for (; k + 8 <= count; k += 8) neon_store(out + k, neon_of_halves(vld1q_u8(in + 2 * k)));
+  return k;
+}
+LOOPS(neon)
+
+#endif
+
+/* --- calls */
+
+typedef void (*loop)(const struct job *, int64_t, int64_t);
+#define FOR_TOKENS(ISA, TYPE) {ISA##_##TYPE##_1, ISA##_##TYPE##_2, ISA##_##TYPE##_4, ISA##_##TYPE##_8}
+#define FOR_TYPES(ISA)                                                                                                \
+  {                                                                                                                   \
+    [BF16] = FOR_TOKENS(ISA, bf16), [HALF] = FOR_TOKENS(ISA, half), [FLOAT] = FOR_TOKENS(ISA, float),                 \
+    [INT8] = FOR_TOKENS(ISA, int8), [GROUPED_INT8] = FOR_TOKENS(ISA, grouped),                                        \
+    [DENSE_BF16] = FOR_TOKENS(ISA, dense16), [DENSE_FLOAT] = FOR_TOKENS(ISA, dense32)                                 \
+  }
+#define UNPACKING(ISA)                                                                                                \
+  {                                                                                                                   \
+    [BF16] = ISA##_unpack_bf16, [HALF] = ISA##_unpack_half, [FLOAT] = ISA##_unpack_float,                             \
+    [INT8] = ISA##_unpack_int8, [GROUPED_INT8] = ISA##_unpack_int8                                                    \
+  }
+
+static const struct {
+  loop product[TYPES][4], unpack[TYPES];
+  void (*widen)(const uint8_t *, int32_t, int64_t, float *);
+} variants[ISAS] = {
+    [PORTABLE] = {FOR_TYPES(portable), UNPACKING(portable), portable_widen},
+#if defined(__x86_64__)
+    [AVX2] = {FOR_TYPES(avx2), UNPACKING(avx2), avx2_widen},
+    [AVX512] = {FOR_TYPES(avx512), UNPACKING(avx512), avx512_widen},
+    [AVX512_BF16] = {FOR_TYPES(avx512), UNPACKING(avx512), avx512_widen},
+#elif defined(__aarch64__)
+    [NEON] = {FOR_TYPES(neon), UNPACKING(neon), neon_widen},
+#endif
+};
+
+#if defined(__x86_64__)
+static const loop dots[2][4] = {FOR_TOKENS(bf16dot, bf16), FOR_TOKENS(bf16dot, dense16)};
+#endif
+
+static void work(void *data) { /* takes chunks of rows until there are none */
+  struct job *job = data;
+  for (;;) {
+    int64_t first = atomic_fetch_add(&job->next, job->chunk);
+    if (first >= job->last) return;
+    job->loop(job, first, job->last - first < job->chunk ? job->last : first + job->chunk);
+  }
+}
+
+static void run(struct job *job, int64_t work_to_do, int32_t threads) {
+  enum { ROWS = 4, SHARES = 4 }; /* that go together; chunks per thread, so that a slow thread takes fewer */
+  const struct matrix *matrix = job->matrix;
+  int64_t rows = job->last - job->first;
+  if (threads <= 1 || matrix->parallel == NULL || rows <= ROWS || work_to_do <= matrix->alone) {
+    job->loop(job, job->first, job->last);
+    return;
+  }
+  job->chunk = (rows / (SHARES * (int64_t)threads) + ROWS) / ROWS * ROWS;
+  atomic_init(&job->next, job->first);
+  void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
+  memcpy(&parallel, &matrix->parallel, sizeof parallel);
+  parallel(work, job, (unsigned)threads, 0);
+}
+
+static int wrong(const struct matrix *matrix) {
+  return matrix->isa < 0 || matrix->isa >= ISAS || variants[matrix->isa].widen == NULL || matrix->type < 0 ||
+         matrix->type >= TYPES || matrix->rows < 0 || matrix->columns < 0 || matrix->count < 0 || matrix->groups < 1;
+}
+
+/* y [tokens, R] = x [tokens, C] times the weight's transpose, plus the bias; up to 8 tokens. `type` of x and y: BF16,
+   HALF or FLOAT. */
+int32_t atp_product(const struct matrix *matrix, const uint8_t *x, int32_t type, int32_t tokens, uint8_t *y,
+                    int32_t threads) {
+  if (wrong(matrix) || type < BF16 || type > FLOAT || tokens < 0 || tokens > MOST_TOKENS) return WRONG_ARGUMENT;
+  if (tokens == 0 || matrix->rows == 0) return FINE;
+  int64_t columns = matrix->columns, width = (columns + BLOCK - 1) / BLOCK * BLOCK, work_to_do = matrix->rows * columns;
+  int which = tokens > 4 ? 3 : tokens > 2 ? 2 : tokens - 1, padded = 1 << which;
+  loop chosen = variants[matrix->isa].product[matrix->type][which];
+  int dot = 0;
+#if defined(__x86_64__)
+  dot = matrix->isa == AVX512_BF16 && type == BF16 && (matrix->type == BF16 || matrix->type == DENSE_BF16);
+  if (dot) chosen = dots[matrix->type == DENSE_BF16][which];
+#endif
+  size_t size = dot ? 2 : 4, line = (size_t)width * size;
+  uint8_t *memory = malloc(line * (size_t)padded + 64);
+  if (memory == NULL) return NO_MEMORY;
+  uint8_t *inputs = memory + (64 - (uintptr_t)memory % 64) % 64;
+  for (int t = 0; t < padded; t++) {
+    uint8_t *to = inputs + (size_t)t * line;
+    size_t filled = t < tokens ? (size_t)columns * size : 0;
+    const uint8_t *from = x + (int64_t)(t < tokens ? t : 0) * columns * size_of(type);
+    if (filled > 0 && dot)
+      memcpy(to, from, filled);
+    else if (filled > 0)
+      variants[matrix->isa].widen(from, type, columns, (float *)(void *)to);
+    memset(to + filled, 0, line - filled);
+  }
+  struct job job = {.matrix = matrix, .x = inputs, .width = width, .tokens = tokens, .y = y, .y_type = type,
+                    .loop = chosen, .first = 0, .last = matrix->rows};
+  run(&job, work_to_do * padded, threads);
+  free(memory);
+  return FINE;
+}
+
+/* Rows `first` to `last` of the weight with its zeros, [last - first, C] of `type`: BF16, HALF or FLOAT. */
+int32_t atp_unpack(const struct matrix *matrix, int64_t first, int64_t last, uint8_t *out, int32_t type,
+                   int32_t threads) {
+  if (wrong(matrix) || type < BF16 || type > FLOAT || first < 0 || last > matrix->rows || first > last)
+    return WRONG_ARGUMENT;
+  loop chosen = variants[matrix->isa].unpack[matrix->type];
+  if (chosen == NULL) return WRONG_ARGUMENT;
+  struct job job = {.matrix = matrix, .y = out, .y_type = type, .loop = chosen, .first = first, .last = last};
+  run(&job, (last - first) * matrix->columns, threads);
+  return FINE;
+}
+
+/* Fills offsets [R + 1] with the sums of the bits of the rows before; the first row with a bit after its last column,
+   or -1. */
+int64_t atp_offsets(const uint8_t *bitmask, int64_t rows, int64_t columns, int64_t *offsets) {
+  int64_t stride = (columns + 7) / 8, sum = 0;
+  int after = (int)(columns % 8);
+  for (int64_t row = 0; row < rows; row++) {
+    const uint8_t *at = bitmask + row * stride;
+    offsets[row] = sum;
+    for (int64_t byte = 0; byte < stride; byte += 8) sum += __builtin_popcountll(load_mask(at + byte, stride - byte));
+    if (after && at[stride - 1] >> after) return row;
+  }
+  offsets[rows] = sum;
+  return -1;
+}

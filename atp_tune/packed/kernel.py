@@ -1,0 +1,247 @@
+"""Products with a packed weight on the CPU.
+
+A packed weight [R, C] is
+
+`values` [count]            the nonzero weights, row by row: bfloat16, float16, float32 or int8
+`bitmask` [R, ceil(C / 8)]  uint8; bit k % 8 of byte k // 8 says whether column k is among them; bits after C are 0
+`scales` [R, G]             float32, of int8 values: a weight is value * scale of its group; each of the G groups has
+                            C / G columns, a multiple of 32 unless G = 1
+`offsets` [R + 1]           int64, never stored: where each row's values start, and at the end their count
+
+All sums are in float32. The same input gives the same bits at every run, with any number of threads, and whatever
+tokens are beside it. Without the library, or with ATP_TUNE_ISA=torch, torch's own operations compute the same, slowly.
+"""
+
+import ctypes
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from atp_tune.packed.library import ALONE, VARIANTS, Weight, kernel_name, library, parallel, succeed
+
+__all__ = ["BATCH", "DenseMatrix", "PackedMatrix", "kernel_name", "row_offsets"]
+
+BATCH = 8  # tokens that one product may have
+FLOATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # the numbers are those of kernel.c
+INT8, GROUPED_INT8, DENSE = 3, 4, {torch.bfloat16: 5, torch.float32: 6}
+
+
+class PackedMatrix:
+    """A packed weight [R, C], checked once, and the product with it.
+
+    Raises ValueError if the tensors are no packed weight: another type, shape or device, or a bitmask that does not
+    fit the values.
+    """
+
+    def __init__(
+        self,
+        values: Tensor,
+        bitmask: Tensor,
+        columns: int,
+        scales: Tensor | None = None,
+        bias: Tensor | None = None,
+        variant: str | None = None,
+    ) -> None:
+        """`bias` [R] of a float type; `variant` is for tests: another than `kernel_name()`."""
+        _check(values, bitmask, columns, scales, bias)
+        self.offsets = row_offsets(bitmask, columns)
+        if int(self.offsets[-1]) != len(values):
+            raise ValueError(f"packed weight: {len(values)} values, but the bitmask has {int(self.offsets[-1])} bits")
+        self.shape = (len(bitmask), columns)
+        self.values, self.bitmask, self.scales, self.bias = values, bitmask, scales, bias
+        name = variant or kernel_name()
+        self._library = None if name is None else library()
+        if name is not None:
+            self._weight = Weight(*_fields(values, bitmask, self.offsets, columns, scales, bias, VARIANTS[name]))
+            self._at = ctypes.addressof(self._weight)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The product y [M, R] of x [M, C] and the weight's transpose, plus the bias; at most BATCH tokens.
+
+        x is bfloat16, float16 or float32, and so is y.
+        """
+        kind, shape = FLOATS.get(x.dtype), x.shape
+        if kind is None or len(shape) != 2 or shape[1] != self.shape[1] or shape[0] > BATCH or not x.is_cpu:
+            needed = f"[up to {BATCH}, {self.shape[1]}] of a float type on the CPU"
+            raise ValueError(f"packed weight: x is {_words(x)}; needed: {needed}")
+        if self._library is not None:
+            return _product(self._library, self._at, x, kind, self.shape[0])
+        bias = None if self.bias is None else self.bias.float()
+        return functional.linear(x.float(), self._plain_rows(0, self.shape[0]).float(), bias).to(x.dtype)
+
+    def rows(self, first: int, last: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Rows `first` to `last` with their zeros, [last - first, C], of the values' type.
+
+        int8 values times their scales are float32; `dtype` asks for another float type.
+        """
+        dtype = dtype or (torch.float32 if self.values.dtype == torch.int8 else self.values.dtype)
+        if not 0 <= first <= last <= self.shape[0] or dtype not in FLOATS:
+            raise ValueError(f"packed weight: has {self.shape[0]} rows of a float type, not {first} to {last}, {dtype}")
+        if self._library is None:
+            return self._plain_rows(first, last).to(dtype)
+        out = torch.empty(last - first, self.shape[1], dtype=dtype)
+        threads = torch.get_num_threads()
+        succeed(self._library.atp_unpack(self._at, first, last, out.data_ptr(), FLOATS[dtype], threads))
+        return out
+
+    def _plain_rows(self, first: int, last: int) -> Tensor:
+        """The rows by torch; float32 if they have scales."""
+        start, stop = int(self.offsets[first]), int(self.offsets[last])
+        bits = _bits(self.bitmask[first:last])[:, : self.shape[1]].bool()
+        out = self.values.new_zeros(bits.shape).masked_scatter_(bits, self.values[start:stop])
+        if self.scales is None:
+            return out
+        return out * self.scales[first:last].repeat_interleave(self.shape[1] // self.scales.shape[1], dim=1)
+
+
+class DenseMatrix:
+    """The same loops over a weight [R, C] of bfloat16 or float32 that is not packed: what benchmarks compare with."""
+
+    def __init__(self, weight: Tensor) -> None:
+        loaded, name = library(), kernel_name()
+        if loaded is None or name is None or weight.dtype not in DENSE or not _in_order(weight):
+            raise ValueError(f"dense weight: is {_words(weight)}, the kernel {name}")
+        self.weight, self._library = weight, loaded
+        rows, columns = weight.shape
+        places, numbers = (weight.data_ptr(), None, None, None, None, parallel()), (rows, columns, weight.numel(), 1)
+        self._fields = Weight(*places, *numbers, DENSE[weight.dtype], 0, VARIANTS[name], ALONE)
+        self._at = ctypes.addressof(self._fields)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The product y [M, R] of x [M, C], up to BATCH tokens of a float type; nothing is checked."""
+        return _product(self._library, self._at, x, FLOATS[x.dtype], len(self.weight))
+
+
+def row_offsets(bitmask: Tensor, columns: int) -> Tensor:
+    """Where each row's values start, and at the end how many there are: int64 [R + 1].
+
+    Raises ValueError if a bit after the last column is set.
+    """
+    _check_bitmask(bitmask, columns)
+    offsets = torch.zeros(len(bitmask) + 1, dtype=torch.int64)
+    loaded = library() if kernel_name() is not None else None
+    if loaded is not None:
+        row = int(loaded.atp_offsets(bitmask.data_ptr(), len(bitmask), columns, offsets.data_ptr()))
+    else:
+        bits = _bits(bitmask)
+        offsets[1:] = bits.sum(dim=1, dtype=torch.int64).cumsum(dim=0)
+        after = bits[:, columns:].any(dim=1).nonzero()
+        row = int(after[0]) if len(after) else -1
+    if row >= 0:
+        raise ValueError(f"packed weight: row {row} of the bitmask has a bit after its {columns} columns")
+    return offsets
+
+
+def linear(
+    x: Tensor, values: Tensor, bitmask: Tensor, offsets: Tensor, scales: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """The operator atp_sparse::linear: x [..., C] to [..., R]; `offsets` as from `row_offsets`.
+
+    More than BATCH tokens are multiplied by the unpacked weight, in the type of x.
+    """
+    columns, rows = x.shape[-1], len(bitmask)
+    flat, name, loaded = x.reshape(-1, columns), kernel_name(), library()
+    if name is None or loaded is None or len(flat) > BATCH:
+        matrix = PackedMatrix(values, bitmask, columns, scales, bias)
+        if len(flat) <= BATCH:
+            return matrix.product(flat).view(*x.shape[:-1], rows)
+        return functional.linear(x, matrix.rows(0, rows, x.dtype), None if bias is None else bias.to(x.dtype))
+    _check(values, bitmask, columns, scales, bias)
+    if offsets.dtype != torch.int64 or offsets.shape != (rows + 1,) or not _in_order(offsets) or x.dtype not in FLOATS:
+        raise ValueError(f"packed weight: offsets are {_words(offsets)}, x {_words(x)}; needed: [{rows + 1}] int64")
+    weight = _weight(*_fields(values, bitmask, offsets, columns, scales, bias, VARIANTS[name]))
+    return _product(loaded, ctypes.addressof(weight), flat, FLOATS[x.dtype], rows).view(*x.shape[:-1], rows)
+
+
+def _fake_linear(
+    x: Tensor, values: Tensor, bitmask: Tensor, offsets: Tensor, scales: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """The shape and type of the result."""
+    return x.new_empty((*x.shape[:-1], bitmask.shape[0]))
+
+
+def _product(loaded: ctypes.CDLL, weight: int, x: Tensor, kind: int, rows: int) -> Tensor:
+    """The product [M, R] of x, whose shape fits, by the weight at an address."""
+    x = x.contiguous()
+    y = x.new_empty((x.shape[0], rows))
+    succeed(loaded.atp_product(weight, x.data_ptr(), kind, x.shape[0], y.data_ptr(), torch.get_num_threads()))
+    return y
+
+
+def _fields(
+    values: Tensor,
+    bitmask: Tensor,
+    offsets: Tensor,
+    columns: int,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    variant: int,
+) -> tuple[int | None, ...]:
+    """What a `Weight` has."""
+    groups = 1 if scales is None else scales.shape[1]
+    return (
+        values.data_ptr(), bitmask.data_ptr(), offsets.data_ptr(),
+        None if scales is None else scales.data_ptr(), None if bias is None else bias.data_ptr(), parallel(),
+        len(bitmask), columns, len(values), groups,
+        FLOATS.get(values.dtype, INT8 if groups == 1 else GROUPED_INT8),
+        0 if bias is None else FLOATS[bias.dtype], variant, ALONE,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=8192)
+def _weight(*fields: int | None) -> Weight:
+    """By addresses and sizes, which are all that it holds."""
+    return Weight(*fields)
+
+
+def _check(values: Tensor, bitmask: Tensor, columns: int, scales: Tensor | None, bias: Tensor | None) -> None:
+    """ValueError unless the parts of a packed weight have the right types and shapes."""
+    _check_bitmask(bitmask, columns)
+    rows = len(bitmask)
+    if values.dim() != 1 or values.dtype not in (*FLOATS, torch.int8) or not _in_order(values):
+        raise ValueError(f"packed weight: values are {_words(values)}; needed: [count] of a float type or int8")
+    if (values.dtype == torch.int8) != (scales is not None):
+        raise ValueError("packed weight: int8 values need scales, others have none")
+    if scales is not None:
+        groups = scales.shape[1] if scales.dim() == 2 else 0
+        fits = groups == 1 or (groups > 1 and columns % groups == 0 and columns // groups % 32 == 0)
+        if not fits or len(scales) != rows or scales.dtype != torch.float32 or not _in_order(scales):
+            needed = f"[{rows}, groups of a multiple of 32 columns] float32"
+            raise ValueError(f"packed weight: scales are {_words(scales)}; needed: {needed}")
+    if bias is not None and (bias.shape != (rows,) or bias.dtype not in FLOATS or not _in_order(bias)):
+        raise ValueError(f"packed weight: bias is {_words(bias)}; needed: [{rows}] of a float type")
+
+
+def _check_bitmask(bitmask: Tensor, columns: int) -> None:
+    """ValueError unless it is one for so many columns."""
+    length = (columns + 7) // 8
+    fits = bitmask.dim() == 2 and columns >= 1 and bitmask.shape[1] == length
+    if not fits or bitmask.dtype != torch.uint8 or not _in_order(bitmask):
+        needed = f"[rows, {length}] uint8 for {columns} columns"
+        raise ValueError(f"packed weight: bitmask is {_words(bitmask)}; needed: {needed}")
+
+
+def _in_order(tensor: Tensor) -> bool:
+    """Whether its elements stand one after the other in host memory."""
+    return tensor.is_cpu and tensor.is_contiguous()
+
+
+def _words(tensor: Tensor) -> str:
+    """Shape, type and place, for messages."""
+    order = "" if tensor.is_contiguous() else ", not contiguous"
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device.type}{order}"
+
+
+def _bits(bitmask: Tensor) -> Tensor:
+    """Each bit as a uint8, [R, 8 * bytes]."""
+    return (bitmask[..., None] >> torch.arange(8, dtype=torch.uint8) & 1).flatten(1)
+
+
+_OPERATORS = torch.library.Library("atp_sparse", "DEF")  # type: ignore[no-untyped-call]
+_OPERATORS.define(  # type: ignore[no-untyped-call]
+    "linear(Tensor x, Tensor values, Tensor bitmask, Tensor offsets, Tensor? scales, Tensor? bias) -> Tensor"
+)
+_OPERATORS.impl("linear", linear, "CPU")  # type: ignore[no-untyped-call]
+torch.library.register_fake("atp_sparse::linear", _fake_linear, lib=_OPERATORS)

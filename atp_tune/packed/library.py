@@ -1,0 +1,124 @@
+"""The library that kernel.c is compiled to, the variants in it, and what is passed to them.
+
+It holds a variant of all loops for each instruction set; ATP_TUNE_ISA names another than the fastest. It has no threads
+of its own: it runs in those of torch's OpenMP runtime, whose GOMP_parallel it gets the address of.
+"""
+
+import ctypes
+import os
+import platform
+import sys
+from functools import cache
+from pathlib import Path
+
+import torch
+
+LIBRARY = Path(__file__).with_name("_kernel.so")
+TORCH = "torch"  # ATP_TUNE_ISA: no variant
+ALONE = 1 << 16  # multiplications up to which one thread is as fast as several
+
+# The numbers are those of kernel.c; flags as in /proc/cpuinfo.
+VARIANTS = {"portable": 0, "avx2": 1, "avx512": 2, "avx512-bf16": 3, "neon": 4}
+_FASTEST_FIRST = ("avx512-bf16", "avx512", "avx2", "neon", "portable")
+_AVX2 = frozenset(("avx2", "fma", "f16c", "popcnt", "bmi1", "bmi2"))
+_AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+_NEEDS = {"avx2": _AVX2, "avx512": _AVX512, "avx512-bf16": _AVX512 | {"avx512_vbmi2", "avx512_bf16"}}
+_NO_MEMORY = 2
+
+
+class Weight(ctypes.Structure):
+    """`struct matrix` of kernel.c: addresses and sizes, and which variant is to read them."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("values", "bitmask", "offsets", "scales", "bias", "parallel")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "count", "groups")),
+        *((name, ctypes.c_int32) for name in ("type", "bias_type", "isa", "alone")),
+    )
+
+
+def kernel_name() -> str | None:
+    """The variant in use: "avx512-bf16", "avx512", "avx2", "neon", "portable"; None without the library.
+
+    Raises ValueError if ATP_TUNE_ISA names none that can run here.
+    """
+    return _chosen(os.environ.get("ATP_TUNE_ISA", ""))
+
+
+@cache
+def variants() -> tuple[str, ...]:
+    """The variants that the library has and this CPU can run, the fastest first."""
+    if library() is None:
+        return ()
+    flags = _flags()
+    return tuple(
+        name for name in _FASTEST_FIRST if _compiled() >> VARIANTS[name] & 1 and _NEEDS.get(name, frozenset()) <= flags
+    )
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The library beside this file, or None: it was not compiled, or for another machine."""
+    try:
+        loaded = ctypes.CDLL(str(LIBRARY))
+    except OSError:
+        return None
+    pointer, number, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    loaded.atp_product.argtypes = (pointer, pointer, small, small, pointer, small)
+    loaded.atp_unpack.argtypes = (pointer, number, number, pointer, small, small)
+    loaded.atp_offsets.argtypes = (pointer, number, number, pointer)
+    loaded.atp_offsets.restype = number
+    loaded.atp_setup()
+    return loaded
+
+
+@cache
+def parallel() -> int | None:
+    """The address of GOMP_parallel in the OpenMP runtime that torch uses; None if it has none, as on macOS."""
+    if sys.platform != "linux":
+        return None
+    try:
+        # A symbol is looked for in the library and in those that it was linked to.
+        function = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    return ctypes.cast(function, ctypes.c_void_p).value
+
+
+def succeed(error: int) -> None:
+    """Raises what the number that the library returned means; 0 is fine."""
+    if error == _NO_MEMORY:
+        raise MemoryError("packed weight: no memory for the product")
+    if error:
+        raise ValueError("packed weight: wrong argument")
+
+
+@cache
+def _chosen(asked: str) -> str | None:
+    """The variant that is asked for, or the fastest."""
+    possible = variants()
+    if asked == TORCH:
+        return None
+    if asked and asked not in possible:
+        raise ValueError(f"ATP_TUNE_ISA={asked}: possible here: {', '.join((*possible, TORCH))}")
+    return asked or next(iter(possible), None)
+
+
+@cache
+def _compiled() -> int:
+    """Bit n for each variant n in the library."""
+    loaded = library()
+    return 0 if loaded is None else int(loaded.atp_setup())
+
+
+def _flags() -> frozenset[str]:
+    """What the CPU can do, in the words of /proc/cpuinfo; elsewhere than on Linux as torch sees it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        if line.startswith("flags"):
+            return frozenset(line.partition(":")[2].split())
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return frozenset()
+    return {"AVX2": _AVX2, "AVX512": _AVX512}.get(torch.backends.cpu.get_cpu_capability(), frozenset())
