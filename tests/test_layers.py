@@ -35,7 +35,6 @@ LAYERS = [
     "plan",
     "events",
     "storage",
-    "packed",
     "checkpoints",
     "inputs",
     "presets",

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from families import ALL, MULTIMODAL, TOKENS, VOCABULARY
 from safetensors.torch import load_file, save_file
 from tinystudy import CommandLine
 from torch import Tensor
+from torch.testing import assert_close
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -120,18 +122,18 @@ def test_packing_equals_packbits(columns: int, dtype: torch.dtype) -> None:
     assert zeros_of(dense) == pytest.approx(1 - kept.mean())
 
 
-@pytest.mark.parametrize("group_size", [None, 4, 5])
+@pytest.mark.parametrize("group_size", [None, 32, 96])
 def test_int8_is_the_nearest_code_of_each_group(group_size: int | None) -> None:
-    dense = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    dense = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
     dense[dense.abs() < 0.5] = 0
     dense[1] = 0
     found = pack(dense, "int8", group_size)
-    groups = 2 if group_size == 4 else 1  # 5 does not divide 8: one for the row
+    groups = 2 if group_size == 32 else 1  # 96 does not divide 64: one for the row
     assert found[SCALES].shape == (3, groups)
-    again = unpack(found[VALUES], found[BITMASK], 8, found[SCALES])
+    again = unpack(found[VALUES], found[BITMASK], 64, found[SCALES])
     for row in range(3):
-        for column in range(8):
-            group = dense[row].view(groups, -1)[column * groups // 8]
+        for column in range(64):
+            group = dense[row].view(groups, -1)[column * groups // 64]
             step = float(group.abs().max()) / 127
             code = round(float(dense[row, column]) / step) if step else 0
             assert float(again[row, column]) == pytest.approx(code * step, rel=1e-6)
@@ -139,17 +141,17 @@ def test_int8_is_the_nearest_code_of_each_group(group_size: int | None) -> None:
 
 def test_bits_that_disagree_with_the_values_are_refused() -> None:
     found = pack(torch.eye(4, 9), "same")
-    with pytest.raises(ValueError, match="4 bits of 9 columns for 3 values"):
+    with pytest.raises(ValueError, match="3 values of 9 columns, but the bitmask has 4 bits"):
         unpack(found[VALUES][:3], found[BITMASK], 9)
     found[BITMASK][0, 1] |= 128  # behind the last column
-    with pytest.raises(ValueError, match="5 bits"):
+    with pytest.raises(ValueError, match="has 5 bits"):
         unpack(torch.ones(5), found[BITMASK], 9)
 
 
 def test_the_reader_in_the_documentation(make: Make, tmp_path: Path) -> None:
     text = (REPO / "docs/formats.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(import json\n.*?)```", text, re.DOTALL)
-    for options in ({}, {"kind": "int8", "group_size": 8}):
+    for options in ({}, {"kind": "int8", "group_size": 32}):
         shutil.rmtree(tmp_path / "packed", ignore_errors=True)
         folder = make("gpt2", **options)
         unpack_folder(folder, tmp_path / f"again{len(options)}")
@@ -199,7 +201,7 @@ def test_other_number_formats(dtype: torch.dtype, make: Make, tmp_path: Path) ->
     )
 
 
-@pytest.mark.parametrize("options", [{"kind": "bf16"}, {"kind": "int8"}, {"kind": "int8", "group_size": 8}])
+@pytest.mark.parametrize("options", [{"kind": "bf16"}, {"kind": "int8"}, {"kind": "int8", "group_size": 32}])
 def test_rounded_values(options: dict[str, Any], make: Make, tmp_path: Path) -> None:
     packed = make(**options)
     unpack_folder(packed, tmp_path / "unpacked")
@@ -291,6 +293,48 @@ def test_a_device_map(make: Make, tmp_path: Path) -> None:
     assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")))
 
 
+def test_tokens_one_by_one_are_the_dense_ones(make: Make, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(make())
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
+    ids = torch.randint(2, VOCABULARY - 7, (1, TOKENS), generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        one, other = (each(ids[:, :3]).logits for each in (model, dense))
+    assert_close(one, other, rtol=1e-5, atol=1e-6)
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(ids, **settings), dense.generate(ids, **settings))
+
+
+def test_without_the_kernel_torch_multiplies(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATP_TUNE_ISA", "torch")
+    model = AutoModelForCausalLM.from_pretrained(make())
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, dense(ids).logits)
+
+
+def test_a_copy_has_weights_of_its_own(make: Make) -> None:
+    model = AutoModelForCausalLM.from_pretrained(make())
+    ids = torch.tensor([[5, 6, 7]])
+    expected = model(ids).logits
+    copy = deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(VALUES):
+                parameter.zero_()
+    assert torch.equal(copy(ids).logits, expected)
+    assert not torch.equal(model(ids).logits, expected)
+
+
+def test_compiled_as_one_graph(make: Make) -> None:
+    model = AutoModelForCausalLM.from_pretrained(make())
+    linear = next(module for module in model.modules() if isinstance(module, SparseLinear))
+    x = torch.randn(1, 3, linear.in_features)
+    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
+    with torch.inference_mode():
+        assert torch.equal(compiled(x), linear(x))
+
+
 # folders that are damaged, or a stranger's
 
 
@@ -329,7 +373,7 @@ WRONG: list[tuple[str, Callable[[Path], None], str]] = [
         lambda f: edited(f, lambda t: t["atp_sparse"]["linears"].update({"x.weight": first(t)})),
         "no linear x",
     ),
-    ("bits", lambda f: changed_tensor(f, BITMASK, flipped), "bits of"),
+    ("bits", lambda f: changed_tensor(f, BITMASK, flipped), "but the bitmask has"),
     ("missing values", lambda f: changed_tensor(f, VALUES, lambda _: None), "its files have no"),
     ("cut values", lambda f: changed_tensor(f, VALUES, lambda t: t[:-1].clone()), "its files have no"),
 ]
@@ -352,7 +396,7 @@ def test_a_cut_file_is_not_loaded(make: Make) -> None:
 
 DAMAGED: list[tuple[str, Callable[[Path], None], str]] = [
     ("a value", lambda f: changed_tensor(f, VALUES, lambda t: t + 1), "is not what was packed"),
-    ("bits", lambda f: changed_tensor(f, BITMASK, flipped), "bits of"),
+    ("bits", lambda f: changed_tensor(f, BITMASK, flipped), "but the bitmask has"),
     ("another tensor", lambda f: changed_tensor(f, "norm.weight", lambda t: t + 1), "is not what was packed"),
     ("missing", lambda f: changed_tensor(f, VALUES, lambda _: None), "has no tensor"),
     ("no record", lambda f: (f / ABOUT).unlink(), "is no JSON object"),

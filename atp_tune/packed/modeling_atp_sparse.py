@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -22,12 +22,17 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 try:
     from atp_tune.packed import kernel
 except ImportError:  # a folder is loaded where atp_tune is not installed
     kernel = None  # type: ignore[assignment]
+
+logger = logging.get_logger(__name__)
+SLOW = "packed weights: atp_tune's kernel is not here, so that torch multiplies, slowly; pip install atp-tune has it"
+GROUP = 32  # columns that every group of scales has a multiple of
 
 MODEL_TYPE = "atp_sparse"  # of the config, and the name of its table
 VERSION = 1  # of the format
@@ -47,7 +52,9 @@ def unpack(values: Tensor, bitmask: Tensor, columns: int, scales: Tensor | None 
     bits = (bitmask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=bitmask.device)) & 1
     kept = bits.flatten(-2).bool()
     if int(kept.sum()) != len(values) or bool(kept[..., columns:].any()):
-        raise ValueError(f"packed weight: {int(kept.sum())} bits of {columns} columns for {len(values)} values")
+        raise ValueError(
+            f"packed weight: {len(values)} values of {columns} columns, but the bitmask has {int(kept.sum())} bits"
+        )
     kept = kept[..., :columns]
     if scales is None:
         return torch.zeros(kept.shape, dtype=values.dtype, device=values.device).masked_scatter_(kept, values)
@@ -75,6 +82,7 @@ class SparseLinear(nn.Module):
         self.weight_bitmask = frozen(self.out_features, -(-self.in_features // 8), dtype=torch.uint8)
         self.weight_scales = None if groups is None else frozen(self.out_features, groups, dtype=torch.float32)
         self.bias = None if linear.bias is None else frozen(self.out_features)
+        self._matrix: Any = None  # of the kernel, made of these tensors when it is first needed
 
     @property
     def weight(self) -> Tensor:
@@ -83,15 +91,40 @@ class SparseLinear(nn.Module):
         return dense.T if self.transposed else dense
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiplies x [..., in] to y [..., out]."""
-        return nn.functional.linear(x, self._dense().to(x.dtype), self.bias)
+        """Multiplies x [..., in] to y [..., out]: few tokens by the kernel, many by the unpacked weight."""
+        if torch.compiler.is_compiling() and self._matrix is not None:
+            parts = (self.weight_values, self.weight_bitmask, self._matrix.offsets, self.weight_scales, self.bias)
+            return cast("Tensor", torch.ops.atp_sparse.linear(x, *parts))
+        if (matrix := self._of_kernel(x.device)) is None:
+            return nn.functional.linear(x, self._dense().to(x.dtype), self.bias)
+        tokens = x.reshape(-1, self.in_features)
+        if len(tokens) <= kernel.BATCH:
+            return cast("Tensor", matrix.product(tokens)).view(*x.shape[:-1], self.out_features)
+        return nn.functional.linear(x, matrix.rows(0, self.out_features, x.dtype), self.bias)
 
     def check(self) -> None:
         """ValueError if bits and values disagree."""
-        self._dense()
+        if self._of_kernel(self.weight_values.device) is None:
+            self._dense()
+
+    def _of_kernel(self, device: torch.device) -> Any:
+        """The weight for the kernel; None where it does not run."""
+        if device.type != "cpu":
+            return None
+        if kernel is None or kernel.kernel_name() is None:
+            logger.warning_once(SLOW)
+            return None
+        held = self._matrix
+        if held is None or held.values.data_ptr() != self.weight_values.data_ptr():  # new, loaded or moved
+            parts = (self.weight_values, self.weight_bitmask, self.in_features, self.weight_scales, self.bias)
+            held = self._matrix = kernel.PackedMatrix(*parts)
+        return held
 
     def _dense(self) -> Tensor:
         return unpack(self.weight_values, self.weight_bitmask, self.in_features, self.weight_scales)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_matrix": None}  # addresses, which a copy does not share
 
     def extra_repr(self) -> str:
         """As of `nn.Linear`, with the share of zeros."""
@@ -105,8 +138,13 @@ def is_packable(module: Any) -> bool:
 
 
 def groups_of(columns: int, size: int | None) -> int:
-    """Scales of a row of int8 values: one for each `size` columns, or one for all."""
-    return columns // size if size and columns % size == 0 else 1
+    """Scales of a row of int8 values: one for each `size` columns, where they divide them, or one for all.
+
+    Errors: ValueError for a size that is no multiple of `GROUP`.
+    """
+    if size is not None and (size < GROUP or size % GROUP):
+        raise ValueError(f"a group of scales has a multiple of {GROUP} columns, not {size}")
+    return columns // size if size is not None and columns % size == 0 else 1
 
 
 class PackedConfig(PretrainedConfig):  # type: ignore[no-untyped-call]

@@ -12,6 +12,7 @@ from atp_tune.cli.terminal import console
 if TYPE_CHECKING:
     from atp_tune.sparse.packing import Packed
 
+GROUP = 32  # as in packed.modeling_atp_sparse, which imports torch
 Out = Annotated[Path, typer.Option(metavar="DIR", help="The new folder.")]
 
 
@@ -30,7 +31,8 @@ def pack(
         ValueFormat, typer.Option(help="Number format of the nonzero weights; same: as in DIR, and exact.")
     ] = ValueFormat.same,
     group_size: Annotated[
-        int | None, typer.Option(min=8, metavar="COLUMNS", help="Columns that share a scale of int8; default: a row.")
+        int | None,
+        typer.Option(metavar="N", help="Columns that share a scale of int8 (a multiple of 32); default: all."),
     ] = None,
     device: Device = None,
 ) -> None:
@@ -47,6 +49,8 @@ def pack(
     """
     if group_size is not None and values != ValueFormat.int8:
         raise typer.BadParameter("only with --values int8", param_hint="--group-size")
+    if group_size is not None and (group_size < GROUP or group_size % GROUP):
+        raise typer.BadParameter(f"must be a multiple of {GROUP}", param_hint="--group-size")
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import quiet
     from atp_tune.sparse.packing import pack_folder
