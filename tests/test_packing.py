@@ -456,6 +456,10 @@ def test_the_commands(done: Path, command: CommandLine) -> None:
     assert "## Packed" in (done / "packed" / "README.md").read_text()
     assert command("unpack", done / "packed", "--out", done / "again").code == 0
     assert same_files(done / "sparse", done / "again")
+    assert command("apply", "--config", done / "tiny.best.json", "--out", done / "direct", "--packed").code == 0
+    for file in (done / "packed").glob("*.safetensors"):
+        assert file.read_bytes() == (done / "direct" / file.name).read_bytes()
+    assert not [path for path in done.iterdir() if path.name.startswith(".")]
     answer = command("pack", done / "sparse", "--out", done / "rounded", "--values", "int8")
     assert re.search(r"perplexity on the test text: \S+ ± \S+ before rounding, \S+ ± \S+ after", answer.out)
     assert "before rounding" in (done / "rounded" / "README.md").read_text()

@@ -51,12 +51,27 @@ class Configuration:
         with self._working() as watch:
             return models.pruned(self.config, self._base, self._device, self._lender, self._allowed, watch)
 
-    def save(self, folder: str | Path) -> Perplexity:
+    def save(self, folder: str | Path, *, packed: bool = False) -> Perplexity:
         """Writes the pruned model as a Hugging Face folder with a model card; returns its perplexity on the test text.
 
-        The perplexity is measured on the folder as it is on the disk. UserError if the folder exists.
+        The perplexity is measured on the folder as it is on the disk. `packed`: without zeros, smaller, and loaded by
+        transformers where atp_tune is imported. UserError if the folder exists.
         """
         out = Path(folder).expanduser()
+        if not packed:
+            return self._save(out)
+        from atp_tune.sparse.packing import pack_folder
+        from atp_tune.sparse.shards import check_free
+
+        check_free(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as sparse:
+            measured = self._save(Path(sparse))
+            with self._working() as watch:
+                pack_folder(Path(sparse), out, watch=watch)
+        return measured
+
+    def _save(self, out: Path) -> Perplexity:
         with self._working() as watch:
             return models.save(self.config, self._base, out, self._device, self._lender, self._allowed, watch)
 

@@ -25,6 +25,9 @@ def apply(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder for the sparse checkpoint; new or empty.")
     ] = None,
+    packed: Annotated[
+        bool, typer.Option("--packed", metavar="", help="Write the folder without its zeros, as `pack` does.")
+    ] = False,
     verify: Annotated[
         Path | None,
         typer.Option(
@@ -43,6 +46,8 @@ def apply(
 ) -> None:
     """Prune the dense checkpoint to a configuration, save it as a Hugging Face folder, and measure its perplexity.
 
+    `--packed` makes the folder smaller, and faster on a CPU: docs/speedup.md.
+
     `--push` checks login and permission before it prunes. If the upload is cut off, the same command resumes it.
 
     `--verify DIR` compares all files with their SHA-256 in `atp_tune.json` (exit code 2 if one differs), and lists what
@@ -55,8 +60,8 @@ def apply(
     from atp_tune.spec.config import read_config
 
     if verify is not None:
-        if (config, out, push) != (None, None, None):
-            raise typer.BadParameter("goes without --config, --out and --push", param_hint="--verify")
+        if (config, out, push) != (None, None, None) or packed:
+            raise typer.BadParameter("goes without --config, --out, --packed and --push", param_hint="--verify")
         _verify(verify)
         return
     if config is None or out is None:
@@ -74,12 +79,12 @@ def apply(
             upload(out, push, private)
             return
     allowed = permissions(allow_pickle, trust_remote_code, trust_plugins)
-    _write(found, config.parent / found.folder, out, device or "auto", allowed)
+    _write(found, config.parent / found.folder, out, device or "auto", allowed, packed)
     if push is not None:
         upload(out, push, private)
 
 
-def _write(found: "Config", base: Path, out: Path, device: str, allowed: dict[str, bool]) -> None:
+def _write(found: "Config", base: Path, out: Path, device: str, allowed: dict[str, bool], packed: bool) -> None:
     from atp_tune.api.configuration import Configuration
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import quiet
@@ -88,7 +93,7 @@ def _write(found: "Config", base: Path, out: Path, device: str, allowed: dict[st
     from atp_tune.spec.config import read_config
 
     with quiet(), Display() as display:
-        measured = Configuration(found, base, device, allowed, watch=display).save(out)
+        measured = Configuration(found, base, device, allowed, watch=display).save(out, packed=packed)
     show(measured, found.perplexity.test, out)
     if said := compared(found, read_config(out / ABOUT).manifest):
         console.print(said)
