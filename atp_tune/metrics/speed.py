@@ -15,12 +15,13 @@ Values = tuple[PositiveFloat, ...]
 
 
 class Sizes(FrozenModel, allow_inf_nan=False):
-    """Bytes of all weight files, plain and compressed with zstd."""
+    """Bytes of all weight files, plain and compressed with zstd; of the sparse ones packed, if that was counted."""
 
     dense: NonNegativeInt
     sparse: NonNegativeInt
     dense_zstd: NonNegativeInt
     sparse_zstd: NonNegativeInt
+    packed: NonNegativeInt | None = None
 
 
 class Rates(FrozenModel, allow_inf_nan=False):
@@ -36,7 +37,7 @@ class Rates(FrozenModel, allow_inf_nan=False):
 
 
 class Measured(FrozenModel, allow_inf_nan=False):
-    """Rates of one engine; `logits`: the largest difference from the logits of transformers."""
+    """Rates of one engine; `logits`: the largest difference from the logits of transformers, over the largest logit."""
 
     engine: str
     version: str

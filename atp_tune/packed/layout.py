@@ -4,29 +4,29 @@ Source: the layout is that of `sparse-bitmask` in compressed-tensors 0.13 and ea
 follow from the bits.
 """
 
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
-from atp_tune.packed.modeling_atp_sparse import BITMASK, SCALES, VALUES, groups_of
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from atp_tune.packed.modeling_atp_sparse import BITMASK, SCALES, VALUES, SparseLinear, groups_of
 
 Kind = Literal["same", "bf16", "int8"]  # number format of the values
 LARGEST = 127  # code of int8
+LEAST = 0.45  # share of zeros from which a packed matrix is smaller, and no slower
 
 
-def zeros_of(dense: "Tensor") -> float:
+def zeros_of(dense: Tensor) -> float:
     """The share of zeros; -0.0 is none, so that unpacking restores each bit."""
     return 1 - float(_kept(dense).float().mean()) if dense.numel() else 0.0
 
 
-def pack(dense: "Tensor", kind: Kind, group_size: int | None = None) -> dict[str, "Tensor"]:
+def pack(dense: Tensor, kind: Kind, group_size: int | None = None) -> dict[str, Tensor]:
     """The tensors of a packed one [..., columns], by the ends of their names.
 
     `group_size`: columns that share a scale of int8 codes, where it divides the columns; None: all of a row.
     """
-    import torch
-
     kept, (*rows, columns) = _kept(dense), dense.shape
     bits = torch.nn.functional.pad(kept, (0, -columns % 8)).view(*rows, -1, 8)
     powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
@@ -39,8 +39,27 @@ def pack(dense: "Tensor", kind: Kind, group_size: int | None = None) -> dict[str
     return {VALUES: codes[kept].to(torch.int8), SCALES: scales, **packed}
 
 
-def _kept(dense: "Tensor") -> "Tensor":
-    import torch
+def packed_bytes(dense: Tensor) -> int:
+    """Bytes of a tensor [..., columns] in a packed folder; its own if it has too few zeros."""
+    zeros = zeros_of(dense) if dense.dim() > 1 and dense.is_floating_point() else 0.0
+    if zeros < LEAST:
+        return dense.nbytes
+    rows, columns = dense.numel() // dense.shape[-1], dense.shape[-1]
+    return int(_kept(dense).sum()) * dense.element_size() + rows * -(-columns // 8)
 
+
+def packed_linear(linear: Any, kind: Kind = "same", group_size: int | None = None) -> SparseLinear:
+    """A packed linear with the weight and bias of an `nn.Linear` or a `Conv1D`."""
+    dense = linear.weight.detach()
+    parts = pack(dense.T.contiguous() if isinstance(linear, Conv1D) else dense, kind, group_size)
+    groups = parts[SCALES].shape[-1] if SCALES in parts else None
+    made = SparseLinear(linear, len(parts[VALUES]), groups)
+    for end, part in parts.items():
+        setattr(made, f"weight{end}", nn.Parameter(part, requires_grad=False))
+    made.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+    return made
+
+
+def _kept(dense: Tensor) -> Tensor:
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return dense.contiguous().view(kinds[dense.element_size()]) != 0

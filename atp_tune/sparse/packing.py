@@ -28,7 +28,7 @@ from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Step, TrialStarted, ignore_events
 from atp_tune.metrics.perplexity import Perplexity, perplexity
 from atp_tune.packed import modeling_atp_sparse
-from atp_tune.packed.layout import Kind, pack, zeros_of
+from atp_tune.packed.layout import LEAST, Kind, pack, zeros_of
 from atp_tune.packed.modeling_atp_sparse import (
     BITMASK,
     MODEL_TYPE,
@@ -49,7 +49,6 @@ from atp_tune.spec.manifest import sha256_by_name
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.study import ModelConfig
 
-LEAST = 0.45  # share of zeros from which a packed matrix is smaller, and no slower
 CODE = Path(modeling_atp_sparse.__file__)
 CONFIG, INDEX, PACKED_INDEX = "config.json", "model.safetensors.index.json", "model.safetensors.index.packed.json"
 SAID = """## Packed

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.classes import model_config
@@ -14,10 +15,12 @@ from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Step, TrialStarted
 from atp_tune.extras import require
 from atp_tune.metrics.speed import Sizes, Speed
+from atp_tune.packed.layout import packed_bytes
 from atp_tune.pruners.selection import nonzeros
 from atp_tune.speed import deepsparse_engine
 from atp_tune.speed.graphs import check_onnx
 from atp_tune.speed.model_pair import Pair
+from atp_tune.speed.packed_engine import PACKED, check_packed, is_available, opened_packed
 from atp_tune.speed.throughput import Opening, Workload, measured
 from atp_tune.speed.torch_engine import SEMI_STRUCTURED, check_semi_structured, dtypes, opened, opened_semi_structured
 
@@ -26,8 +29,14 @@ LEVEL = 3  # of zstd, its default
 ENGINES: dict[str, Callable[[Pair, Workload, torch.device, EventHandler], list[Opening]]] = {
     "torch": lambda pair, task, device, _: [opened(pair, task, device, dtype) for dtype in dtypes(device)],
     "deepsparse": lambda pair, task, _, watch: [deepsparse_engine.opened(pair, task, watch)],
+    PACKED: lambda pair, task, device, _: opened_packed(pair, task, device),
     SEMI_STRUCTURED: lambda pair, task, device, _: [opened_semi_structured(pair, task, device)],
 }
+
+
+def default_engine(device: str) -> str:
+    """The engine that is measured if none is named: `packed` where its kernel runs, else torch alone."""
+    return PACKED if is_available(find_device(device)) else "torch"
 
 
 def check(engine: str, pattern: str, device: str) -> None:
@@ -35,6 +44,8 @@ def check(engine: str, pattern: str, device: str) -> None:
     if engine == "deepsparse":
         check_onnx()
         deepsparse_engine.python_of()
+    if engine == PACKED:
+        check_packed(find_device(device))
     if engine == SEMI_STRUCTURED:
         check_semi_structured(pattern, find_device(device))
 
@@ -94,4 +105,13 @@ def sizes(dense: Path, sparse: Path, watch: EventHandler) -> Sizes:
                 done += len(chunk)
                 watch(Step("compress", done, total))
         packed[folder] += len(compressor.flush())
-    return Sizes(dense=plain[dense], sparse=plain[sparse], dense_zstd=packed[dense], sparse_zstd=packed[sparse])
+    return Sizes(
+        dense=plain[dense], sparse=plain[sparse], dense_zstd=packed[dense], sparse_zstd=packed[sparse],
+        packed=sum(_packed_bytes(file) for folder, file in files if folder == sparse),
+    )  # fmt: skip
+
+
+def _packed_bytes(file: Path) -> int:
+    """Bytes that a weight file would have in a packed folder, but for its header."""
+    with safe_open(file, framework="pt") as tensors:
+        return sum(packed_bytes(tensors.get_tensor(name)) for name in tensors.keys())  # noqa: SIM118  (no mapping)

@@ -10,12 +10,14 @@ from atp_tune.cache import cache_dir, sha256_of_json
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.headers import check_claims
 from atp_tune.checkpoints.models import check_files, resolve
+from atp_tune.checkpoints.unpacking import is_packed
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message
 from atp_tune.metrics.speed import Side
 from atp_tune.sparse.applying import check_model, write_applied
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import Config
+from atp_tune.spec.study import ModelConfig
 
 DECIDES = ("model", "pruner", "prune", "allocation", "block_sparsities", "linear_sparsities", "calibration")
 
@@ -54,7 +56,9 @@ def find_pair(
     """
     dense = resolve(config.model.model(allowed), base, lambda text: watch(Message(text)))
     check_model(config, dense)
-    if sparse is not None:
+    if sparse is not None and is_packed(sparse):
+        sparse = resolve(ModelConfig(source=str(sparse.absolute())), base, lambda text: watch(Message(text))).path
+    elif sparse is not None:
         check_files(sparse)
         check_claims(sparse)
     else:

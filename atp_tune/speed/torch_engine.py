@@ -7,6 +7,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -24,6 +25,7 @@ from atp_tune.speed.model_pair import Pair
 from atp_tune.speed.throughput import About, SpeedEngine, Workload
 
 SEMI_STRUCTURED = "semi-structured"
+FEW = 4  # tokens by which a changed model is compared: as few as in decoding
 CAPABILITY = (8, 0)  # of the first GPUs with sparse tensor cores
 Change = Callable[[Checkpoint], None]
 
@@ -84,11 +86,21 @@ def opened(
         torch.get_num_threads() if cpu else None,
     )  # fmt: skip
     with pair.load("dense", dtype, device) as dense, pair.load("sparse", dtype, device) as sparse:
-        if change is not None:
-            change(sparse)
         ids = random_ids(dense, task).to(device)
+        if change is not None:
+            about = replace(about, logits=_difference(sparse, change, ids[:, :FEW]))
         with closing(Eager(about, {"dense": dense.model, "sparse": sparse.model}, ids, task)) as engine:
             yield engine
+
+
+@torch.inference_mode()
+def _difference(checkpoint: Checkpoint, change: Change, ids: Tensor) -> float:
+    """Modifies a model; the largest difference of its logits by it, over the largest logit."""
+    model: Any = checkpoint.model
+    before = model(input_ids=ids, use_cache=False).logits.float()
+    change(checkpoint)
+    after = model(input_ids=ids, use_cache=False).logits.float()
+    return float((after - before).abs().max() / before.abs().max())
 
 
 def random_ids(checkpoint: Checkpoint, task: Workload) -> Tensor:

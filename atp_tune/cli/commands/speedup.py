@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
 PLAIN = (
     "Zeros in a dense file make nothing smaller or faster by themselves: the file keeps its bytes, and torch "
-    "multiplies by each 0."
+    "multiplies by each 0. `tune.py pack DIR --out DIR2` writes the folder without them."
 )
 
 
 class EngineName(StrEnum):
     """The engine that computes the models."""
 
+    packed = "packed"
     torch = "torch"
     deepsparse = "deepsparse"
     semi_structured = "semi-structured"
@@ -34,12 +35,13 @@ def speedup(
     ] = None,
     model: Annotated[Path | None, typer.Option(metavar="DIR", help="Sparse checkpoint, as `apply` writes it.")] = None,
     engine: Annotated[
-        EngineName,
+        EngineName | None,
         typer.Option(
             metavar="ENGINE",
-            help="torch, deepsparse (on a CPU) or semi-structured (2:4 on an NVIDIA GPU); torch is always measured.",
+            help="packed (on a CPU, the default there), torch, deepsparse (on a CPU) or semi-structured (2:4 on an "
+            "NVIDIA GPU); torch is always measured.",
         ),
-    ] = EngineName.torch,
+    ] = None,
     setup: Annotated[
         bool, typer.Option("--setup", metavar="", help="First install DeepSparse, in an environment of its own.")
     ] = False,
@@ -76,15 +78,16 @@ def speedup(
 
     with quiet(), Display() as display:
         from atp_tune.results.annotations import attach
-        from atp_tune.speed.benchmark import check, measure
+        from atp_tune.speed.benchmark import check, default_engine, measure
         from atp_tune.speed.model_pair import about, find_pair
         from atp_tune.speed.throughput import Workload
 
         path, place = about(model) if model is not None else config or Path(), device or "auto"
         read = read_config(path)
-        check(engine.value, read.prune.pattern, place)
+        named = default_engine(place) if engine is None else engine.value
+        check(named, read.prune.pattern, place)
         pair = find_pair(read, path.parent / read.folder, model, place, display, allowed)
-        found = measure(pair, engine.value, Workload(tokens=tokens, runs=runs), place, display)
+        found = measure(pair, named, Workload(tokens=tokens, runs=runs), place, display)
         places = attach(path, read, "speed", found, storage)
     _show(found)
     console.print(f"stored in {', '.join(places)}")
@@ -104,7 +107,9 @@ def _set_up() -> None:
 def _show(found: "Speed") -> None:
     """Prints bytes, zeros and tokens per second as Markdown tables."""
     sizes = found.sizes
-    files = (("uncompressed", sizes.dense, sizes.sparse), ("compressed with zstd", sizes.dense_zstd, sizes.sparse_zstd))
+    files = [("uncompressed", sizes.dense, sizes.sparse), ("compressed with zstd", sizes.dense_zstd, sizes.sparse_zstd)]
+    if sizes.packed is not None:
+        files.append(("packed", sizes.dense, sizes.packed))
     for table in (
         markdown(
             ("weight files", "dense", "with zeros", "smaller"),

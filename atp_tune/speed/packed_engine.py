@@ -1,0 +1,67 @@
+"""The engine `packed`: the sparse model without its zeros, by the kernel of `packed`, as transformers loads it."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.checkpoints.devices import find_dtype
+from atp_tune.errors import UserError
+from atp_tune.packed.kernel import kernel_name
+from atp_tune.packed.layout import LEAST, Kind, packed_linear, zeros_of
+from atp_tune.packed.modeling_atp_sparse import is_packable
+from atp_tune.speed.model_pair import Pair
+from atp_tune.speed.throughput import Opening, Workload
+from atp_tune.speed.torch_engine import opened
+
+PACKED = "packed"
+
+
+def is_available(device: torch.device) -> bool:
+    """Whether the kernel runs on a device."""
+    return device.type == "cpu" and kernel_name() is not None
+
+
+def check_packed(device: torch.device) -> None:
+    """UserError if the kernel does not run here."""
+    if device.type != "cpu":
+        raise UserError(f"--engine {PACKED}: runs on a CPU, not on {device.type}; give --device cpu")
+    if kernel_name() is None:
+        raise UserError(
+            f"--engine {PACKED}: the kernel is not here; install with a C compiler (cc) or the wheel ziglang, "
+            "or give --engine torch"
+        )
+
+
+def opened_packed(pair: Pair, task: Workload, device: torch.device) -> list[Opening]:
+    """Opens both models in bfloat16 and float32 with the weights as they are, then with int8 weights."""
+    check_packed(device)
+    fast = find_dtype("auto", device)
+    forms: list[tuple[torch.dtype, Kind]] = [(torch.float32, "same"), (torch.bfloat16, "same"), (fast, "int8")]
+    return [
+        opened(pair, task, device, dtype, PACKED if kind == "same" else f"{PACKED} {kind}", partial(packed, kind=kind))
+        for dtype, kind in forms
+    ]
+
+
+def packed(checkpoint: Checkpoint, kind: Kind = "same") -> None:
+    """Replaces the sparse linears of a model by packed ones; UserError if there is none."""
+    count = 0
+    for block, name, linear in _sparse(checkpoint):
+        parent, _, last = name.rpartition(".")
+        setattr(block.get_submodule(parent), last, packed_linear(linear, kind))
+        count += 1
+    if not count:
+        raise UserError(f"--engine {PACKED}: no linear of the model has {LEAST:.0%} zeros")
+
+
+def _sparse(checkpoint: Checkpoint) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Block, name and module of each linear that packing is for."""
+    for block, linears in zip(checkpoint.blocks, checkpoint.linears, strict=True):
+        for linear in linears:
+            module: Any = None if linear.expert is not None else block.get_submodule(linear.name)
+            if is_packable(module) and zeros_of(module.weight.detach()) >= LEAST:
+                yield block, linear.name, module
