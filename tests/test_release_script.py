@@ -32,7 +32,7 @@ def copy(tmp_path: Path) -> Path:
     place = tmp_path / "copy"
     for name in ("atp_tune", "studies"):
         shutil.copytree(REPO / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore", "scripts/release"):
+    for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE", ".gitignore", "scripts/release"):
         (place / name).parent.mkdir(exist_ok=True)
         shutil.copy(REPO / name, place / name)
     project, _, _ = (place / "pyproject.toml").read_text(encoding="utf-8").partition("[tool.pytest.ini_options]")
@@ -78,7 +78,7 @@ def test_a_release(copy: Path) -> None:
     assert "checked" in done.stdout and "PASSED" in done.stdout and "1 passed" in done.stdout
     assert done.stdout.endswith(
         "v0.2.0 is tagged here; to publish it:\n  git push origin HEAD v0.2.0\n"
-        "  python -m twine upload dist/atp_tune-0.2.0.tar.gz dist/atp_tune-0.2.0-py3-none-any.whl\n"
+        "  python -m twine upload dist/atp_tune-0.2.0.tar.gz 'dist/atp_tune-0.2.0-py3-none-*.whl'\n"
     )
     assert git(copy, "describe", "--exact-match").strip() == "v0.2.0"
     assert git(copy, "log", "-1", "--format=%s").strip() == "Release 0.2.0"

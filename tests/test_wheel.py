@@ -23,6 +23,7 @@ from atp_tune.extras import EXTRAS
 
 REPO = Path(__file__).parents[1]
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+KERNEL = "atp_tune/packed/_kernel.so"  # in the tree if it was compiled there; in a wheel if there was a compiler
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 pytestmark = pytest.mark.slow
@@ -76,12 +77,14 @@ def test_everything_is_inside(wheel: Path, dist: Path) -> None:
     files = {str(path.relative_to(REPO)) for path in package}
     studies = {f"atp_tune/studies/{path.name}" for path in (REPO / "studies").glob("*.toml")}
     inside = {name for name in ZipFile(wheel).namelist() if name.startswith("atp_tune/")}
-    assert files | studies | {"atp_tune/studies/study.schema.json"} == inside
+    assert files | studies | {"atp_tune/studies/study.schema.json"} | {KERNEL} == inside | {KERNEL}
+    assert (KERNEL in inside) == (not wheel.name.endswith("-py3-none-any.whl"))
     assert {"atp_tune/py.typed", "atp_tune/report/page.css", "atp_tune/report/page.js"} < inside
     (sdist,) = dist.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "tune.py", "CHANGELOG.md", "LICENSE", "studies/smol.toml", "tests/test_wheel.py"} < names
+    assert {"hatch_build.py", "atp_tune/packed/kernel.c"} < names and KERNEL not in names
 
 
 def test_the_first_words(run: Run, tmp_path: Path) -> None:
