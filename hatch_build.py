@@ -22,7 +22,8 @@ from packaging.tags import platform_tags
 
 SOURCE, LIBRARY = "atp_tune/packed/kernel.c", "atp_tune/packed/_kernel.so"
 # GCC would gather scalars of several rows into vectors, which takes twice the time.
-OPTIONS = ("-std=c11", "-O3", "-fno-tree-slp-vectorize", "-ffp-contract=off", "-fPIC", "-shared")
+OPTIONS = ("-std=c11", "-O3", "-fno-tree-slp-vectorize", "-ffp-contract=off", "-fPIC", "-shared", "-g0")
+STRIPPED = ("-s",) if sys.platform == "linux" else ()
 ZIG = "ziglang>=0.13"
 OLDEST_GLIBC = (2, 17)
 
@@ -75,7 +76,7 @@ def compiler() -> list[str]:
 
 def compiled(source: Path, library: Path) -> bool:
     """Whether the library could be made; if not, a line says why."""
-    command = [*compiler(), *OPTIONS, "-o", str(library), str(source)]
+    command = [*compiler(), *OPTIONS, *STRIPPED, "-o", str(library), str(source)]
     if command[0] == OPTIONS[0]:
         error = "no C compiler: set CC, or pip install ziglang"
     else:

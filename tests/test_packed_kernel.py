@@ -1,0 +1,447 @@
+"""The kernel for packed weights: each variant that this CPU has, against sums in float64.
+
+The slow tests compile it once more: with sanitizers, with emulated AVX-512, and for aarch64.
+"""
+
+import ctypes
+import mmap
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from families import few
+from torch import Tensor
+
+from atp_tune.packed import kernel, library
+from atp_tune.packed.kernel import BATCH, DenseMatrix, PackedMatrix, kernel_name, row_offsets
+
+FLOATS = [torch.bfloat16, torch.float16, torch.float32]
+SHAPES = [(1, 1), (3, 7), (5, 31), (1, 33), (5, 64), (3, 576), (5, 1000), (150, 1000)]
+VARIANTS = [*library.variants(), "torch"]
+HERE = Path(__file__).parent
+SOURCE = Path(kernel.__file__).with_name("kernel.c")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled() -> None:
+    """The library is beside its source after an editable install."""
+    if library.library() is None and "CI" not in os.environ:
+        pytest.skip("not compiled; run: python hatch_build.py")
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    name = str(request.param)
+    monkeypatch.setenv("ATP_TUNE_ISA", name)
+    return name
+
+
+def pack(weight: Tensor, scales: Tensor | None = None, bias: Tensor | None = None) -> PackedMatrix:
+    kept = weight != 0
+    bitmask = torch.from_numpy(np.packbits(kept.numpy(), axis=-1, bitorder="little"))
+    return PackedMatrix(weight[kept], bitmask, weight.shape[1], scales, bias)
+
+
+def sparse(shape: tuple[int, int], dtype: torch.dtype, density: float = 0.3, seed: int = 0) -> Tensor:
+    """A weight whose second row is empty, and whose third is full."""
+    generator = torch.Generator().manual_seed(seed + shape[0] + 1000 * shape[1])
+    weight = torch.randn(shape, generator=generator)
+    kept = torch.rand(shape, generator=generator) < density
+    kept[1:2], kept[2:3] = False, True
+    if dtype == torch.int8:
+        weight = (weight * 40).round().clamp(-127, 127)
+    weight = torch.where(weight.to(dtype) == 0, 1, weight)
+    return torch.where(kept, weight, 0).to(dtype)
+
+
+def close(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Within the rounding of C sums, of the product with a scale, and of the result: to x's type, or below it."""
+    x, exact = x.double(), weight.double()
+    expected, sizes = x @ exact.T, x.abs() @ exact.abs().T
+    if bias is not None:
+        expected, sizes = expected + bias.double(), sizes + bias.double().abs()
+    unit = torch.finfo(y.dtype)
+    bound = (weight.shape[1] + 4) * 2.0**-24 * sizes + unit.eps * expected.abs() + unit.smallest_normal * unit.eps
+    assert y.shape == expected.shape and bool(((y.double() - expected).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("inputs", FLOATS)
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.int8])
+@pytest.mark.parametrize("shape", few(SHAPES, SHAPES[:-1]))
+def test_products(shape: tuple[int, int], dtype: torch.dtype, inputs: torch.dtype, variant: str) -> None:
+    weight = sparse(shape, dtype)
+    scales = torch.rand(shape[0], 1) / 100 if dtype == torch.int8 else None
+    bias = torch.randn(shape[0]).to(inputs)
+    matrix, biased = pack(weight, scales), pack(weight, scales, bias)
+    full = weight if scales is None else weight.double() * scales.double()
+    for tokens in range(BATCH + 1):
+        x = torch.randn(tokens, shape[1]).to(inputs)
+        y = matrix.product(x)
+        assert y.dtype == inputs
+        close(y, x, full)
+        close(biased.product(x), x, full, bias)
+
+
+@pytest.mark.parametrize("columns, groups", [(64, 2), (96, 3), (192, 2), (1024, 8), (1056, 11)])
+def test_scales_of_groups(columns: int, groups: int, variant: str) -> None:
+    weight, scales = sparse((6, columns), torch.int8), torch.rand(6, groups) / 100
+    matrix, full = pack(weight, scales), weight * scales.repeat_interleave(columns // groups, dim=1)
+    for tokens in (1, 2, 3, 8):
+        x = torch.randn(tokens, columns)
+        close(matrix.product(x), x, full)
+    assert torch.equal(matrix.rows(1, 5), full[1:5])
+    assert torch.equal(matrix.rows(0, 6, torch.bfloat16), full.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows(shape: tuple[int, int], dtype: torch.dtype, variant: str) -> None:
+    weight = sparse(shape, dtype)
+    matrix = pack(weight)
+    for first, last in ((0, shape[0]), (shape[0] // 2, shape[0]), (1, 1)):
+        assert torch.equal(matrix.rows(first, last), weight[first:last])
+    for other in FLOATS:
+        assert torch.equal(matrix.rows(0, shape[0], other), weight.to(other))
+
+
+def test_every_float16_becomes_the_nearest(variant: str) -> None:
+    """From and to all finite numbers of 16 bits, and the float32 half-way between."""
+    for dtype in (torch.float16, torch.bfloat16):
+        numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+        numbers = numbers[numbers.isfinite() & (numbers != 0)]
+        assert torch.equal(pack(numbers[None]).rows(0, 1), numbers[None])
+        wide = numbers.float()
+        between = torch.cat([wide, wide * (1 + 2.0**-9), wide * (1 + 2.0**-12), wide * (1 - 2.0**-12), wide * 1.5])
+        between = between[(between != 0) & between.isfinite()][None]
+        assert torch.equal(pack(between).rows(0, 1, dtype), between.to(dtype))
+
+
+@pytest.mark.parametrize("density", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_all_or_nothing(dtype: torch.dtype, density: float, variant: str) -> None:
+    weight, x = sparse((9, 130), dtype, density), torch.randn(2, 130)
+    weight[1:3] = weight[0]
+    close(pack(weight).product(x), x, weight)
+    assert torch.equal(pack(weight).rows(0, 9), weight)
+    empty = PackedMatrix(torch.zeros(0, dtype=dtype), torch.zeros(0, 17, dtype=torch.uint8), 130)
+    assert empty.product(x).shape == (2, 0) and empty.rows(0, 0).shape == (0, 130)
+
+
+def test_infinite_inputs_reach_every_row(variant: str) -> None:
+    """As in a dense product, where zero times infinity is no number."""
+    x = torch.zeros(1, 70)
+    x[0, 3] = torch.inf
+    weight = torch.zeros(5, 70)
+    weight[4, 3] = 2
+    y = pack(weight).product(x)[0]
+    assert bool(y[:4].isnan().all()) and y[4] == torch.inf
+
+
+PAGE = mmap.PAGESIZE
+
+
+@pytest.fixture
+def guarded() -> Iterator["Guarded"]:
+    pages = Guarded()
+    yield pages
+    pages.close()
+
+
+class Guarded:
+    """Tensors that end where a page ends, behind which nothing may be read."""
+
+    def __init__(self) -> None:
+        self.libc, self.maps = ctypes.CDLL(None, use_errno=True), list[tuple[mmap.mmap, int]]()
+
+    def place(self, tensor: Tensor, offset: int = 0) -> Tensor:
+        """A copy, `offset` bytes before the end."""
+        data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+        length = (len(data) + offset + PAGE - 1) // PAGE * PAGE
+        pages = mmap.mmap(-1, length + PAGE)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+        assert self.libc.mprotect(ctypes.c_void_p(start + length), PAGE, 0) == 0
+        self.maps.append((pages, start + length))
+        pages[length - len(data) - offset : length - offset] = data
+        raw = torch.frombuffer(pages, dtype=torch.uint8, count=len(data), offset=length - len(data) - offset)
+        return raw.view(tensor.dtype).view(tensor.shape) if offset % tensor.element_size() == 0 else raw
+
+    def close(self) -> None:
+        """Makes them readable again; they are freed with the last tensor."""
+        for _, end in self.maps:
+            self.libc.mprotect(ctypes.c_void_p(end), PAGE, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs mprotect")
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.int8])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 31), (3, 100), (6, 576)])
+def test_nothing_is_read_behind_the_end(
+    shape: tuple[int, int], dtype: torch.dtype, variant: str, guarded: Guarded
+) -> None:
+    for density in (0.0, 0.02, 0.3):
+        weight = sparse(shape, dtype, density)
+        scales = torch.rand(shape[0], 1) if dtype == torch.int8 else None
+        plain = pack(weight, scales)
+        values, bitmask = (guarded.place(t) if t.numel() else t for t in (plain.values, plain.bitmask))
+        at_the_end = PackedMatrix(values, bitmask, shape[1], None if scales is None else guarded.place(scales))
+        for inputs in FLOATS:
+            x = guarded.place(torch.randn(3, shape[1]).to(inputs))
+            y, expected = at_the_end.product(x), plain.product(x.clone())
+            torch.testing.assert_close(y, expected, rtol=0, atol=1e-2 if variant == "torch" else 0)
+        assert torch.equal(at_the_end.rows(0, shape[0]), plain.rows(0, shape[0]))
+
+
+def test_any_alignment(variant: str) -> None:
+    """Tensors as a file has them: at any byte."""
+    weight, x = sparse((7, 333), torch.bfloat16), torch.randn(2, 333).bfloat16()
+    plain = pack(weight)
+
+    def moved(tensor: Tensor, by: int) -> Tensor:
+        raw = np.zeros(tensor.nbytes + by, dtype=np.uint8)
+        raw[by:] = tensor.contiguous().view(torch.uint8).numpy().ravel()
+        return torch.frombuffer(raw, dtype=tensor.dtype, offset=by).view(tensor.shape)
+
+    for by in (1, 2, 3):
+        matrix = PackedMatrix(moved(plain.values, by), moved(plain.bitmask, by), 333, None, moved(x[0, :7], by))
+        close(matrix.product(moved(x, by)), x, weight, x[0, :7])
+        assert torch.equal(matrix.rows(0, 7), weight)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_same_bits(variant: str, threads: None) -> None:
+    """At every run, with any number of threads, and with other tokens beside."""
+    if variant == "torch":
+        pytest.skip("torch's own order")
+    for dtype in (torch.bfloat16, torch.float32):
+        matrix, x = pack(sparse((130, 640), dtype)), torch.randn(BATCH, 640).bfloat16()
+        torch.set_num_threads(1)
+        expected, rows = matrix.product(x), matrix.rows(0, 130)
+        for number in (2, 3, 1, 2):
+            torch.set_num_threads(number)
+            assert torch.equal(matrix.product(x), expected) and torch.equal(matrix.rows(0, 130), rows)
+            for tokens in range(1, BATCH):
+                assert torch.equal(matrix.product(x[:tokens]), expected[:tokens])
+
+
+def test_the_threads_are_torchs() -> None:
+    if sys.platform != "linux":
+        pytest.skip("macOS has no GOMP_parallel")
+    assert library.parallel() is not None
+
+
+def test_the_dense_kernel(variant: str) -> None:
+    if variant == "torch":
+        with pytest.raises(ValueError, match="the kernel None"):
+            DenseMatrix(torch.zeros(1, 1))
+        return
+    for dtype in (torch.bfloat16, torch.float32):
+        for shape in SHAPES[:-1]:
+            weight = torch.randn(shape).to(dtype)
+            weight[0, 0] = torch.inf if shape[0] > 4 else 1  # of another row, no number of this one
+            for inputs in FLOATS:
+                x = torch.randn(3, shape[1]).to(inputs)
+                close(DenseMatrix(weight).product(x)[:, 1:], x, weight[1:])
+
+
+def test_offsets(variant: str) -> None:
+    weight = sparse((9, 77), torch.float32)
+    bitmask = pack(weight).bitmask
+    expected = [0, *(weight != 0).sum(dim=1).cumsum(dim=0).tolist()]
+    assert row_offsets(bitmask, 77).tolist() == expected
+    bitmask[5, -1] |= 1 << 5
+    with pytest.raises(ValueError, match="^packed weight: row 5 of the bitmask has a bit after its 77 columns$"):
+        row_offsets(bitmask, 77)
+
+
+def operator(matrix: PackedMatrix, x: Tensor) -> Tensor:
+    parts = (matrix.values, matrix.bitmask, matrix.offsets, matrix.scales, matrix.bias)
+    result: Tensor = torch.ops.atp_sparse.linear(x, *parts)
+    return result
+
+
+def test_the_operator(variant: str) -> None:
+    weight, bias = sparse((6, 96), torch.int8), torch.randn(6).bfloat16()
+    scales = torch.rand(6, 3) / 100
+    matrix, full = pack(weight, scales, bias), weight * scales.repeat_interleave(32, dim=1)
+    for shape in ((1, 96), (96,), (2, 3, 96), (5, 40, 96), (0, 96)):
+        x = torch.randn(shape)
+        y = operator(matrix, x)
+        assert y.shape == (*shape[:-1], 6)
+        close(y.view(-1, 6), x.view(-1, 96), full, bias)
+    half = torch.randn(3, 96).bfloat16()
+    assert torch.equal(operator(matrix, half), matrix.product(half))
+
+
+@pytest.mark.slow
+def test_the_operator_compiled() -> None:
+    weight = sparse((6, 96), torch.bfloat16)
+    matrix = pack(weight)
+    compiled = torch.compile(lambda x: operator(matrix, x) * 2, fullgraph=True, backend="aot_eager")
+    for shape in ((1, 96), (2, 4, 96), (3, 96)):
+        x = torch.randn(shape).bfloat16()
+        assert torch.equal(compiled(x), operator(matrix, x) * 2)
+    torch.library.opcheck(
+        torch.ops.atp_sparse.linear.default,
+        (torch.randn(2, 96), matrix.values, matrix.bitmask, matrix.offsets, None, None),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def test_offsets_that_are_wrong_read_nothing_else(variant: str) -> None:
+    """The operator does not count the bits; what is outside the values counts as zero."""
+    weight, x = sparse((8, 640), torch.bfloat16), torch.randn(1, 640)
+    matrix = pack(weight)
+    for wrong in (-1, -(2**62), 10**6, 2**62, 2**63 - 1):
+        offsets = torch.full((9,), wrong, dtype=torch.int64)
+        assert torch.ops.atp_sparse.linear(x, matrix.values, matrix.bitmask, offsets, None, None).shape == (1, 8)
+
+
+def test_what_is_refused() -> None:
+    weight = sparse((4, 64), torch.float32)
+    matrix, scales = pack(weight), torch.ones(4, 2)
+    values, bitmask = matrix.values, matrix.bitmask
+    small = values.to(torch.int8)
+    cases = {
+        "97 values, but the bitmask has 98 bits": (values[1:], bitmask, 64),
+        "values are [98] float64": (values.double(), bitmask, 64),
+        "values are [49] float32 on cpu, not contiguous": (values[::2], bitmask, 64),
+        "bitmask is [4, 8] uint8 on cpu; needed: [rows, 9] uint8 for 65": (values, bitmask, 65),
+        "bitmask is [4, 8] int8": (values, bitmask.view(torch.int8), 64),
+        "bitmask is [4, 8] uint8 on meta": (values, bitmask.to("meta"), 64),
+        "int8 values need scales": (small, bitmask, 64),
+        "others have none": (values, bitmask, 64, scales),
+        "scales are [4, 4] float32": (small, bitmask, 64, torch.ones(4, 4)),
+        "scales are [4, 2] float64": (small, bitmask, 64, scales.double()),
+        "bias is [3] float32": (values, bitmask, 64, None, torch.ones(3)),
+    }
+    for words, arguments in cases.items():
+        with pytest.raises(ValueError, match="^packed weight: ") as caught:
+            PackedMatrix(*arguments)
+        assert words in str(caught.value) and "\n" not in str(caught.value)
+    for x in (torch.ones(9, 64), torch.ones(1, 63), torch.ones(64), torch.ones(1, 64).double()):
+        with pytest.raises(ValueError, match=r"^packed weight: x is .*; needed: \[up to 8, 64\] of a float type"):
+            matrix.product(x)
+    for first, last in ((-1, 2), (3, 2), (0, 5)):
+        with pytest.raises(ValueError, match="has 4 rows"):
+            matrix.rows(first, last)
+    with pytest.raises(ValueError, match=r"needed: \[5\] int64"):
+        torch.ops.atp_sparse.linear(torch.ones(1, 64), values, bitmask, matrix.offsets[:4], None, None)
+
+
+def test_the_variant_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in library.variants():
+        monkeypatch.setenv("ATP_TUNE_ISA", name)
+        assert kernel_name() == name
+    monkeypatch.setenv("ATP_TUNE_ISA", "torch")
+    assert kernel_name() is None
+    monkeypatch.setenv("ATP_TUNE_ISA", "sse9")
+    with pytest.raises(ValueError, match=r"^ATP_TUNE_ISA=sse9: possible here: .*portable, torch$"):
+        kernel_name()
+    monkeypatch.delenv("ATP_TUNE_ISA")
+    assert kernel_name() == library.variants()[0]
+
+
+WITHOUT = """
+import sys
+from pathlib import Path
+from atp_tune.packed import library
+library.LIBRARY = Path(sys.argv[1])
+from atp_tune.packed.kernel import kernel_name
+assert kernel_name() is None and library.variants() == ()
+import torch
+from test_packed_kernel import close, pack, sparse
+weight, x = sparse((5, 100), torch.bfloat16), torch.randn(2, 100)
+close(pack(weight).product(x), x, weight)
+print("done")
+"""
+
+
+def python(code: str, *words: object, **variables: str) -> "subprocess.CompletedProcess[str]":
+    path = os.pathsep.join((str(HERE), os.environ.get("PYTHONPATH", str(HERE.parent))))
+    environment = {**os.environ, "PYTHONPATH": path, **variables}
+    command = [sys.executable, "-c", code, *map(str, words)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+
+
+@pytest.mark.slow
+def test_without_the_library(tmp_path: Path) -> None:
+    for file in (tmp_path / "none.so", tmp_path / "damaged.so"):
+        (tmp_path / "damaged.so").write_bytes(b"no library")
+        assert python(WITHOUT, file).stdout == "done\n"
+
+
+# Random packed weights at the ends of their arrays, on the variants named; the reference is the portable one.
+OTHERS = """
+import sys
+from pathlib import Path
+import torch
+from atp_tune.packed import library
+library.LIBRARY = Path(sys.argv[1])
+library._flags = lambda: frozenset().union(*library._NEEDS.values())
+from test_packed_kernel import FLOATS, Guarded, close, pack, sparse
+from atp_tune.packed.kernel import PackedMatrix
+guarded = Guarded()
+for variant in sys.argv[2:]:
+    assert variant in library.variants(), library.variants()
+    for shape in ((1, 1), (3, 7), (5, 31), (6, 64), (3, 100), (9, 576), (150, 1000)):
+        for dtype in (*FLOATS, torch.int8):
+            for density in (0.0, 0.05, 0.3, 1.0):
+                weight = sparse(shape, dtype, density)
+                groups = 2 if shape[1] % 64 == 0 and density == 0.3 else 1
+                scales = torch.rand(shape[0], groups) if dtype == torch.int8 else None
+                full = weight
+                if scales is not None:
+                    full = weight * scales.repeat_interleave(shape[1] // groups, dim=1)
+                plain = pack(weight, scales)
+                values, bitmask = (guarded.place(t) if t.numel() else t for t in (plain.values, plain.bitmask))
+                matrix = PackedMatrix(values, bitmask, shape[1], scales, None, variant)
+                assert torch.equal(matrix.rows(0, shape[0]), full)
+                for inputs in FLOATS:
+                    for tokens in (1, 2, 3, 8):
+                        x = guarded.place(torch.randn(tokens, shape[1]).to(inputs))
+                        close(matrix.product(x), x, full)
+print("done")
+"""
+
+
+def build(library: Path, *options: str) -> None:
+    command = ["cc", "-std=c11", "-fPIC", "-shared", *options, "-o", str(library), str(SOURCE)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_with_sanitizers(tmp_path: Path) -> None:
+    if shutil.which("cc") is None and "CI" not in os.environ:
+        pytest.skip("needs a C compiler")
+    build(tmp_path / "checked.so", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    asan = subprocess.run(["cc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout
+    names = [name for name in library.variants() if name in ("portable", "avx2", "neon")]
+    variables = {"LD_PRELOAD": asan.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
+    done = python(OTHERS, tmp_path / "checked.so", *names, **variables)
+    assert done.stdout == "done\n", done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs SIMDe")
+def test_avx512_emulated(tmp_path: Path) -> None:
+    """Each instruction by SIMDe, a library of headers; the rounding of the bfloat16 dot product is its own."""
+    if "avx2" not in library.variants():
+        pytest.skip("needs AVX2")
+    if not Path("/usr/include/simde").is_dir() and "CI" not in os.environ:
+        pytest.skip("needs libsimde-dev")
+    header = HERE / "emulated_avx512.h"
+    options = ("-O1", "-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-mbmi", "-mbmi2", "-fno-strict-aliasing")
+    build(tmp_path / "emulated.so", *options, f'-DEMULATED_AVX512="{header}"')
+    done = python(OTHERS, tmp_path / "emulated.so", "avx512", "avx512-bf16")
+    assert done.stdout == "done\n", done.stderr[-3000:]
