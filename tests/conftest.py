@@ -26,10 +26,12 @@ ROOM = 8 << 30  # bytes of memory that temporary files may take
 if "TMPDIR" not in os.environ and (memory := Path("/dev/shm")).is_dir() and shutil.disk_usage(memory).free > ROOM:
     os.environ["TMPDIR"] = str(memory)  # else most of a tiny study's time is SQLite waiting for the disk
     tempfile.tempdir = None  # pytest has asked already
-# Files whose slow tests take minutes, each in one process: the longest first, or one is left over at the end.
+# Files whose slow tests take longest, each in one process: these first, or one is left over at the end. What computes
+# and what waits for others alternate, so that there is always something to compute.
 LONGEST = (
-    "faults", "hostile_inputs", "zeroshot", "kills", "workers", "ray", "slurm", "finetuning", "database", "smollm2",
-    "docs_run", "applying", "termination", "examples", "network", "every_family",
+    "hostile_inputs", "ray", "smollm2", "workers", "faults", "slurm", "runner", "applying", "kills", "docs_run",
+    "network", "termination", "database", "examples", "interval_studies", "site", "model_command", "api", "cli",
+    "zeroshot", "finetuning", "example_plugins", "every_family",
 )  # fmt: skip
 settings.register_profile("repeatable", max_examples=25, derandomize=True, database=None, deadline=None)
 settings.load_profile("repeatable")
