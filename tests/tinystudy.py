@@ -17,6 +17,7 @@ import alembic.script
 import optuna
 import pytest
 import torch
+import typer.main
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from forking import Forked
@@ -90,6 +91,7 @@ class Migrations(ScriptDirectory):
 
 
 alembic.script.ScriptDirectory = Migrations  # type: ignore[misc]
+typer.main.get_command = cache(typer.main.get_command)  # else each command in this process has all options read again
 
 
 @event.listens_for(Engine, "connect")
