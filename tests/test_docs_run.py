@@ -7,7 +7,9 @@ import io
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import plotly.io
 import pytest
@@ -15,6 +17,7 @@ from pages import PAGES, REPO, blocks, commands, named
 from tinystudy import CommandLine, settings
 
 from atp_tune.cli import main
+from atp_tune.presets import PRESETS
 
 pytestmark = pytest.mark.slow
 README = REPO / "README.md"
@@ -57,6 +60,7 @@ SHORTER = {  # options that make a command as short as the tiny model
     "--workers": ["--workers", "2"],
     "--trials": ["--trials", "5"],
 }
+SMALL = replace(PRESETS["quick"], trials=4, seqlen=64, calibration=4, validation=4, test=4, screened=4, confirmed=2)
 POINT = ["--trials", "2"]
 INTERVAL = settings("search.screen.trials=4", "search.screen.confirm=2", "search.screen.stride=1")
 
@@ -161,6 +165,8 @@ WITH_PYTHON = [
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=named)
 def test_the_python_of_a_page_runs(page: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     enter(finished, tmp_path, monkeypatch)
+    monkeypatch.setitem(PRESETS, "quick", SMALL)
+    monkeypatch.setattr("pydoc_data.topics.topics", {key: text[:1500] for key, text in topics.items()})
     code = "\n".join(block.text for block in blocks(page) if block.language == "python")
     monkeypatch.setattr(plotly.io.renderers, "default", "json")  # no browser opens
     if 'save("smol-sparse")' in code:

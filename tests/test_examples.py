@@ -1,15 +1,22 @@
 """The examples run: each script on a tiny model, the notebook as a whole."""
 
+import os
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
+
+from atp_tune.presets import PRESETS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
 pytestmark = pytest.mark.slow
+# Windows, and points that are screened; the texts are short too. `test_tune_a_model` takes what a user takes.
+FEW = replace(PRESETS["quick"], seqlen=64, calibration=4, validation=8, test=8, screened=6, confirmed=3)
 
 
 class Example:
@@ -18,6 +25,8 @@ class Example:
     def __init__(self, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self._place, self._monkeypatch, self._capsys = place, monkeypatch, capsys
         monkeypatch.chdir(place)
+        monkeypatch.setitem(PRESETS, "quick", FEW)
+        monkeypatch.setattr("pydoc_data.topics.topics", {key: text[:1500] for key, text in topics.items()})
 
     def __call__(self, name: str, *arguments: str) -> str:
         """What it prints."""
@@ -41,7 +50,8 @@ def test_there_are_five() -> None:
 def test_tune_a_model(place: Path) -> None:
     """As a person runs it, in a process of its own."""
     command = [sys.executable, str(EXAMPLES / "tune_a_model.py"), str(place / "model"), str(place / "out")]
-    done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
+    variables = {**os.environ, "OMP_NUM_THREADS": "1"}  # other tests use the other cores
+    done = subprocess.run(command, cwd=place, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     said = done.stdout
     assert "<Result model-60-packaged: 12 of 12 trials" in said or "<Result model-60: 12 of 12 trials" in said
