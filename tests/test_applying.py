@@ -356,9 +356,9 @@ def anonymous(process: int) -> int:
 def test_a_large_folder_is_written_in_the_memory_of_a_few_blocks(offload: str, place: Path, tmp_path: Path) -> None:
     """Written and measured again: the model is not in memory, it lies in mapped files."""
     block, out = large(place), tmp_path / "sparse"
-    few = ["texts.calibration.nsamples=2", "texts.test.nsamples=2", "model.dtype=bfloat16"]
+    few = [f"texts.{role}.{key}" for role in ("calibration", "test") for key in ("nsamples=2", "seqlen=8")]
     words = ["prune", "--study", place / "tiny.toml", "--beta", "0.01", "--out", out]
-    words += settings(f"model.offload={offload}", *few)
+    words += settings(f"model.offload={offload}", "model.dtype=bfloat16", *few)
     heard, held = tmp_path / "heard", {"writing": [0], "checking": [0]}
     with heard.open("wb") as file:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
