@@ -92,7 +92,7 @@ def compiled(source: Path, library: Path) -> bool:
 
 
 def platform_of(library: Path) -> str:
-    """The platform in a wheel's tag: by the newest symbols of glibc that the library needs; elsewhere this machine's."""
+    """The platform in a wheel's tag: by the newest symbols of glibc in the library; elsewhere this machine's."""
     needed = [(int(major), int(minor)) for major, minor in re.findall(rb"GLIBC_(\d+)\.(\d+)", library.read_bytes())]
     if sys.platform != "linux" or not needed:
         return next(platform_tags())

@@ -1,7 +1,8 @@
 """Products with packed weights against dense ones: `python benchmarks/packed_kernel.py`, two minutes.
 
 Each way goes through as many matrices of a shape as fill 96 MB, so that weights come from memory, as they do in a
-model. The ways take turns; the numbers are medians. Ratios are times of torch's own dense product, bfloat16 or float32,
+model. The ways take turns; the numbers are medians: of the processor's time with one thread, which other jobs on the
+machine lengthen less, else of time on the wall. Ratios are times of torch's own dense product, bfloat16 or float32,
 over the packed one's; "dense" is the packed kernel's loop over a dense weight, tuned alike.
 """
 
@@ -60,13 +61,14 @@ def microseconds(
     turns = [(cycle(products), inputs[dtype], list[float]()) for _, dtype, products in all_ways]
     for products, x, _ in turns:
         next(products)(x)
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         for products, x, taken in turns:
             product = next(products)
-            start = time.perf_counter()
+            start = clock()
             product(x)
-            taken.append(time.perf_counter() - start)
+            taken.append(clock() - start)
     return [1e6 * statistics.median(taken) for _, _, taken in turns]
 
 

@@ -1,4 +1,4 @@
-/* Runs without Python or torch, in an emulator of another CPU: NEON's loops against the portable ones. Prints "done". */
+/* For an emulator of another CPU: NEON's loops against the portable ones. Prints "done". */
 
 #include <stdio.h>
 
@@ -21,8 +21,8 @@ static void fill(uint8_t *at, int32_t type, int64_t count) {
       store_number(number(), at, type, k);
 }
 
-static int failed(const char *what, int type, int64_t columns, int density) {
-  printf("%s: type %d, %d columns, density %d\n", what, type, (int)columns, density);
+static int failed(const char *what) {
+  puts(what);
   return 1;
 }
 
@@ -34,7 +34,7 @@ static int compared(int type, int64_t rows, int64_t columns, int density, int sh
   for (int64_t row = 0; row < rows; row++)
     for (int64_t column = 0; column < columns; column++)
       if ((int)(drawn() % 100) < density) bitmask[row * stride + column / 8] |= (uint8_t)(1 << column % 8);
-  if (atp_offsets(bitmask, rows, columns, offsets) != -1) return failed("offsets", type, columns, density);
+  if (atp_offsets(bitmask, rows, columns, offsets) != -1) return failed("offsets");
   count = offsets[rows];
   uint8_t *values = malloc((size_t)(count * size + shift + 1)), *scales = malloc((size_t)(rows * groups * 4));
   uint8_t *bias = malloc((size_t)rows * 2), *x = malloc((size_t)(MOST_TOKENS * columns) * 4 + 1);
@@ -52,15 +52,15 @@ static int compared(int type, int64_t rows, int64_t columns, int density, int sh
         matrix.isa = which ? NEON : PORTABLE;
         y[which] = malloc((size_t)(tokens * rows) * 4);
         dense[which] = malloc((size_t)(rows * columns) * 4);
-        if (atp_product(&matrix, x + shift, kind, tokens, y[which], 1) != FINE) return failed("error", type, columns, density);
-        if (atp_unpack(&matrix, 0, rows, dense[which], kind, 1) != FINE) return failed("error", type, columns, density);
+        if (atp_product(&matrix, x + shift, kind, tokens, y[which], 1) != FINE) return failed("error");
+        if (atp_unpack(&matrix, 0, rows, dense[which], kind, 1) != FINE) return failed("error");
       }
-      if (memcmp(dense[0], dense[1], (size_t)(rows * columns * size_of(kind))) != 0) return failed("unpack", type, columns, density);
+      if (memcmp(dense[0], dense[1], (size_t)(rows * columns * size_of(kind))) != 0) return failed("unpack");
       for (int64_t k = 0; k < tokens * rows; k++) {
         float one = load_number(y[0], kind, k), other = load_number(y[1], kind, k), apart = one - other;
         float size_of_sum = (one < 0 ? -one : one) + (float)columns * (type >= INT8 ? 1000 : 16);
         float bound = size_of_sum * (kind == FLOAT ? 0x1p-21f : kind == HALF ? 0x1p-10f : 0x1p-7f);
-        if (!((apart < 0 ? -apart : apart) <= bound) && one != other) return failed("product", type, columns, density);
+        if (!((apart < 0 ? -apart : apart) <= bound) && one != other) return failed("product");
       }
       for (int which = 0; which < 2; which++) free(y[which]), free(dense[which]);
     }
@@ -71,7 +71,7 @@ static int compared(int type, int64_t rows, int64_t columns, int density, int sh
 
 int main(void) {
   static const int64_t columns[] = {1, 7, 31, 33, 64, 128, 576, 1000};
-  if (!(atp_setup() >> NEON & 1)) return failed("no NEON", 0, 0, 0);
+  if (!(atp_setup() >> NEON & 1)) return failed("no NEON");
   for (int type = BF16; type <= GROUPED_INT8; type++)
     for (size_t k = 0; k < sizeof columns / sizeof *columns; k++)
       for (int density = 0; density <= 100; density += 25) {

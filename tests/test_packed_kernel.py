@@ -260,7 +260,7 @@ def test_offsets(variant: str) -> None:
     expected = [0, *(weight != 0).sum(dim=1).cumsum(dim=0).tolist()]
     assert row_offsets(bitmask, 77).tolist() == expected
     bitmask[5, -1] |= 1 << 5
-    with pytest.raises(ValueError, match="^packed weight: row 5 of the bitmask has a bit after its 77 columns$"):
+    with pytest.raises(ValueError, match=r"^packed weight: row 5 of the bitmask has a bit after its 77 columns$"):
         row_offsets(bitmask, 77)
 
 
@@ -326,7 +326,7 @@ def test_what_is_refused() -> None:
         "bias is [3] float32": (values, bitmask, 64, None, torch.ones(3)),
     }
     for words, arguments in cases.items():
-        with pytest.raises(ValueError, match="^packed weight: ") as caught:
+        with pytest.raises(ValueError, match=r"^packed weight: ") as caught:
             PackedMatrix(*arguments)
         assert words in str(caught.value) and "\n" not in str(caught.value)
     for x in (torch.ones(9, 64), torch.ones(1, 63), torch.ones(64), torch.ones(1, 64).double()):
@@ -445,3 +445,15 @@ def test_avx512_emulated(tmp_path: Path) -> None:
     build(tmp_path / "emulated.so", *options, f'-DEMULATED_AVX512="{header}"')
     done = python(OTHERS, tmp_path / "emulated.so", "avx512", "avx512-bf16")
     assert done.stdout == "done\n", done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs qemu-user")
+def test_neon_emulated(tmp_path: Path) -> None:
+    """Against the portable loops, by a program in C."""
+    compiler, emulator = shutil.which("aarch64-linux-gnu-gcc"), shutil.which("qemu-aarch64")
+    if (compiler is None or emulator is None) and "CI" not in os.environ:
+        pytest.skip("needs gcc-aarch64-linux-gnu and qemu-user")
+    program, options = tmp_path / "program", ("-std=c11", "-O2", "-static", "-Wall", "-Wextra", "-Werror")
+    subprocess.run([str(compiler), *options, "-o", program, HERE / "packed_on_neon.c"], check=True)
+    assert subprocess.run([str(emulator), program], check=True, capture_output=True, text=True).stdout == "done\n"

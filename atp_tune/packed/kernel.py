@@ -13,7 +13,6 @@ tokens are beside it. Without the library, or with ATP_TUNE_ISA=torch, torch's o
 """
 
 import ctypes
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -26,6 +25,10 @@ __all__ = ["BATCH", "DenseMatrix", "PackedMatrix", "kernel_name", "row_offsets"]
 BATCH = 8  # tokens that one product may have
 FLOATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # the numbers are those of kernel.c
 INT8, GROUPED_INT8, DENSE = 3, 4, {torch.bfloat16: 5, torch.float32: 6}
+
+# The operator's: what it was called with, by addresses and sizes, which are all that a `Weight` holds.
+_WEIGHTS: dict[object, Weight] = {}
+MOST_WEIGHTS = 8192
 
 
 class PackedMatrix:
@@ -148,10 +151,23 @@ def linear(
         if len(flat) <= BATCH:
             return matrix.product(flat).view(*x.shape[:-1], rows)
         return functional.linear(x, matrix.rows(0, rows, x.dtype), None if bias is None else bias.to(x.dtype))
-    _check(values, bitmask, columns, scales, bias)
-    if offsets.dtype != torch.int64 or offsets.shape != (rows + 1,) or not _in_order(offsets) or x.dtype not in FLOATS:
-        raise ValueError(f"packed weight: offsets are {_words(offsets)}, x {_words(x)}; needed: [{rows + 1}] int64")
-    weight = _weight(*_fields(values, bitmask, offsets, columns, scales, bias, VARIANTS[name]))
+    known = (
+        name, columns, values.data_ptr(), values.dtype, values.shape, bitmask.data_ptr(), bitmask.shape,
+        offsets.data_ptr(), offsets.shape,
+        None if scales is None else (scales.data_ptr(), scales.shape),
+        None if bias is None else (bias.data_ptr(), bias.dtype, bias.shape),
+    )  # fmt: skip
+    weight = _WEIGHTS.get(known)
+    if weight is None:
+        _check(values, bitmask, columns, scales, bias)
+        if offsets.dtype != torch.int64 or offsets.shape != (rows + 1,) or not _in_order(offsets):
+            raise ValueError(f"packed weight: offsets are {_words(offsets)}; needed: [{rows + 1}] int64")
+        if len(_WEIGHTS) >= MOST_WEIGHTS:
+            _WEIGHTS.clear()
+        weight = Weight(*_fields(values, bitmask, offsets, columns, scales, bias, VARIANTS[name]))
+        _WEIGHTS[known] = weight
+    if x.dtype not in FLOATS:
+        raise ValueError(f"packed weight: x is {_words(x)}; needed: a float type")
     return _product(loaded, ctypes.addressof(weight), flat, FLOATS[x.dtype], rows).view(*x.shape[:-1], rows)
 
 
@@ -188,12 +204,6 @@ def _fields(
         FLOATS.get(values.dtype, INT8 if groups == 1 else GROUPED_INT8),
         0 if bias is None else FLOATS[bias.dtype], variant, ALONE,
     )  # fmt: skip
-
-
-@lru_cache(maxsize=8192)
-def _weight(*fields: int | None) -> Weight:
-    """By addresses and sizes, which are all that it holds."""
-    return Weight(*fields)
 
 
 def _check(values: Tensor, bitmask: Tensor, columns: int, scales: Tensor | None, bias: Tensor | None) -> None:

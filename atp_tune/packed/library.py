@@ -15,7 +15,7 @@ import torch
 
 LIBRARY = Path(__file__).with_name("_kernel.so")
 TORCH = "torch"  # ATP_TUNE_ISA: no variant
-ALONE = 1 << 16  # multiplications up to which one thread is as fast as several
+ALONE = 1 << 18  # multiplications of a product that one thread makes, in 30 µs: others would have to be woken
 
 # The numbers are those of kernel.c; flags as in /proc/cpuinfo.
 VARIANTS = {"portable": 0, "avx2": 1, "avx512": 2, "avx512-bf16": 3, "neon": 4}
