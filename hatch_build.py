@@ -76,13 +76,16 @@ def compiler() -> list[str]:
 
 def compiled(source: Path, library: Path) -> bool:
     """Whether the library could be made; if not, a line says why."""
-    command = [*compiler(), *OPTIONS, *STRIPPED, "-o", str(library), str(source)]
+    made = library.with_suffix(f".{os.getpid()}")  # whole at once: another installation may run beside this one
+    command = [*compiler(), *OPTIONS, *STRIPPED, "-o", str(made), str(source)]
     if command[0] == OPTIONS[0]:
         error = "no C compiler: set CC, or pip install ziglang"
     else:
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             error = f"{done.stderr.strip() or done.returncode}" if done.returncode else ""
+            if not error:
+                made.replace(library)
         except OSError as caught:
             error = str(caught)
     if error:

@@ -407,10 +407,9 @@ for variant in sys.argv[2:]:
                 values, bitmask = (guarded.place(t) if t.numel() else t for t in (plain.values, plain.bitmask))
                 matrix = PackedMatrix(values, bitmask, shape[1], scales, None, variant)
                 assert torch.equal(matrix.rows(0, shape[0]), full)
-                for inputs in FLOATS:
-                    for tokens in (1, 2, 3, 8):
-                        x = guarded.place(torch.randn(tokens, shape[1]).to(inputs))
-                        close(matrix.product(x), x, full)
+                for inputs, tokens in zip(FLOATS, (1, 3, 8), strict=True):
+                    x = guarded.place(torch.randn(tokens, shape[1]).to(inputs))
+                    close(matrix.product(x), x, full)
 print("done")
 """
 
