@@ -1,8 +1,12 @@
-"""The real 135M Llama: parity on its first blocks, and the way from study to sparse checkpoint through the commands."""
+"""The real 135M Llama: parity on its first blocks, and the way from a study to a sparse checkpoint, to its answers and
+to its fine-tuning, through the commands.
+"""
 
 import json
+import math
 from pathlib import Path
 from time import process_time
+from typing import Any
 
 import naive
 import optuna
@@ -10,7 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from synthetic import storage_in
-from tinystudy import HANGS, finish, start
+from test_applying import block_of
+from test_zeroshot import make_tasks, naive_accuracy
+from tinystudy import HANGS, finish, settings, start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atp_tune.blocks import timing
@@ -23,15 +29,20 @@ from atp_tune.pruners.sparsegpt import SparseGPT
 from atp_tune.pruners.statistics import Hessian
 from atp_tune.search.context import ContextConfig, TrialContext
 from atp_tune.search.objective import Record
+from atp_tune.sparse.provenance import FINETUNED, Finetuned
+from atp_tune.spec.config import read_config
 from atp_tune.spec.studyfile import load
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 # In float32 also where bfloat16 is fast: the references compute in it.
 SHORT = [
-    "model.dtype=float32", "texts.calibration.nsamples=8", "texts.validation.nsamples=2", "texts.test.nsamples=2",
-    "texts.calibration.draws=1",
+    "model.dtype=float32", "texts.calibration.nsamples=4", "texts.validation.nsamples=2", "continuations.tokens=4",
+    "texts.test.nsamples=2", "texts.calibration.draws=1",
 ]  # fmt: skip
+MEASURED = '{source = "package:pydoc_data.topics:topics", part = [0.65, 1.0], nsamples = 6, tokens = 128}'
+STRIDE = 4  # rows of a linear are looked at: each is pruned by itself
+ITEMS = 24  # of a task, with four continuations each
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -47,12 +58,40 @@ def cache(smol_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return smol_cache
 
 
-@pytest.fixture
-def context() -> TrialContext:
+@pytest.fixture(scope="module")
+def context(smol_cache: Path) -> TrialContext:
     file = load("smol", SHORT)
     spec = file.study
     texts = {"calibration": spec.texts.calibration, "validation": spec.texts.validation}
-    return TrialContext.open(ContextConfig(spec.model, spec.prune, texts, file.folder, "cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATP_TUNE_CACHE", str(smol_cache))
+        return TrialContext.open(ContextConfig(spec.model, spec.prune, texts, file.folder, "cpu"))
+
+
+def run(*arguments: str | Path) -> str:
+    answer = finish(start(*arguments), 3 * HANGS)  # the real model, on a machine however slow
+    assert (answer.code, answer.err) == (0, ""), answer
+    return answer.out
+
+
+@pytest.fixture(scope="module")
+def tuned(smol_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder with a short study that has run, and what the command printed."""
+    place = tmp_path_factory.mktemp("smol")
+    (place / "smol.toml").write_text((ROOT / "studies" / "smol.toml").read_text())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATP_TUNE_CACHE", str(smol_cache))
+        return place, run("--study", place / "smol.toml", "--trials", "2", *settings(*SHORT))
+
+
+@pytest.fixture(scope="module")
+def sparse(tuned: tuple[Path, str], smol_cache: Path) -> Path:
+    """The folder that `apply` makes of its best; to be read only."""
+    place = tuned[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATP_TUNE_CACHE", str(smol_cache))
+        run("apply", "--config", place / "smol.best.json", "--out", place / "sparse")
+    return place / "sparse"
 
 
 def names_of(block: int) -> dict[str, str]:
@@ -64,19 +103,26 @@ def names_of(block: int) -> dict[str, str]:
     }
 
 
+def first_blocks(context: TrialContext, count: int) -> Any:
+    """The model up to a block, whose inputs do not depend on those that follow."""
+    model = AutoModelForCausalLM.from_pretrained(context.folder.path, dtype=torch.float32)
+    model.model.layers = model.model.layers[:count]
+    return model
+
+
 def test_wanda_masks_of_the_first_blocks_equal_a_double_loop(context: TrialContext) -> None:
     plan = make_plan("wanda", "atp", context.budget(0.6), {"beta": 0.008})
-    model = AutoModelForCausalLM.from_pretrained(context.folder.path, dtype=torch.float32)
+    model = first_blocks(context, 2)
     ids = torch.from_numpy(context.windows["calibration"].ids)
     for block in context.prune(plan):
         if block.index == 2:
             break
         inputs = naive.inputs_of(model, list(names_of(block.index).values()), ids)
         for name, full in names_of(block.index).items():
-            dense = model.get_submodule(full).weight
-            mask = naive.wanda_mask(dense.detach(), inputs[full], plan.sparsities[block.index])
-            assert torch.equal(mask, block.weights[f"{name}.weight"] == 0), full
-            dense.data.masked_fill_(mask, 0)
+            dense, pruned = model.get_submodule(full).weight.data, block.weights[f"{name}.weight"]
+            mask = naive.wanda_mask(dense[::STRIDE], inputs[full], plan.sparsities[block.index])
+            assert torch.equal(mask, pruned[::STRIDE] == 0), full
+            dense.masked_fill_(pruned == 0, 0)  # block 1 has the inputs that come out of block 0
 
 
 def sparsegpt_by_us(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -89,7 +135,7 @@ def test_sparsegpt_of_the_first_block_equals_brain_surgery(
     context: TrialContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the last mask bit in float64; in float32 near-ties turn over (10 of 110,592 weights were seen)."""
-    model = AutoModelForCausalLM.from_pretrained(context.folder.path, dtype=torch.float32)
+    model = first_blocks(context, 1)
     full = names_of(0)["self_attn.k_proj"]
     x = naive.inputs_of(model, [full], torch.from_numpy(context.windows["calibration"].ids))[full]
     dense = model.get_submodule(full).weight.detach()
@@ -126,7 +172,7 @@ def test_the_grid_of_the_paper_equals_a_loop_of_prune(tmp_path: Path) -> None:
     """Each β of a paper-protocol study, against a command of its own that loads and prunes once."""
     path = tmp_path / "paper-smol.toml"
     path.write_text((ROOT / "studies" / "paper-smol.toml").read_text())
-    overrides = [word for key in (*SHORT[:3], "search.step=0.027") for word in ("--set", key)]
+    overrides = [word for key in (*SHORT[:4], "search.step=0.027") for word in ("--set", key)]
     run("--study", str(path), *overrides)
     trials = optuna.load_study(study_name="paper-smol", storage=storage_in(tmp_path / "paper-smol.db")).trials
     assert sorted(trial.params["beta"] for trial in trials) == [0.0, 0.027]
@@ -135,23 +181,12 @@ def test_the_grid_of_the_paper_equals_a_loop_of_prune(tmp_path: Path) -> None:
         assert f"perplexity {trial.value:.2f} ± {trial.user_attrs['stderr']:.2f} on the test text" in printed
 
 
-def run(*arguments: str) -> str:
-    answer = finish(start(*arguments), 3 * HANGS)  # the real model, on a machine however slow
-    assert answer.code == 0, answer
-    return answer.out
-
-
-def test_from_study_to_sparse_checkpoint(tmp_path: Path) -> None:
-    study = tmp_path / "smol.toml"
-    study.write_text((ROOT / "studies" / "smol.toml").read_text())
-    overrides = [word for key in SHORT for word in ("--set", key)]
-    printed = run("--study", str(study), "--trials", "3", *overrides)
-    assert "[3/3]" in printed and "| wanda + uniform " in printed
-    best = json.loads((tmp_path / "smol.best.json").read_text())
-    out = tmp_path / "sparse"
-    run("apply", "--config", str(tmp_path / "smol.best.json"), "--out", str(out))
-    assert_zeros(out, best["block_sparsities"])
-    assert_perplexity(out, best)
+def test_from_study_to_sparse_checkpoint(tuned: tuple[Path, str], sparse: Path) -> None:
+    place, printed = tuned
+    assert "[2/2]" in printed and "| wanda + uniform " in printed
+    best = json.loads((place / "smol.best.json").read_text())
+    assert_zeros(sparse, best["block_sparsities"])
+    assert_perplexity(sparse, best)
 
 
 def assert_zeros(out: Path, sparsities: list[float]) -> None:
@@ -180,3 +215,35 @@ def assert_perplexity(out: Path, best: dict) -> None:  # type: ignore[type-arg]
     measured = perplexity(naive.nlls_of(model, windows)).value
     promised = best["perplexity"]["test"]["value"]
     assert abs(measured / promised - 1) < 0.001
+
+
+def test_dense_answers_better_than_pruned(tuned: tuple[Path, str], context: TrialContext, tmp_path: Path) -> None:
+    """A task that the dense model solves better than uniform, which is here the configuration too: scored once."""
+    config = tmp_path / "uniform.json"
+    run("export", "--study", tuned[0] / "smol.toml", "--trial", "0", "--out", config)
+    make_tasks(tmp_path / "tasks", ITEMS)
+    run("evaluate", "--config", config, "--tasks", f"{tmp_path}/tasks/far.yaml", "--batch", "16")
+    found = read_config(config).zero_shot
+    assert found
+    dense, uniform = found.mean["dense"], found.mean["uniform"]
+    assert dense.stderr
+    assert uniform.stderr
+    assert found.mean["best"] == uniform
+    assert dense.value - uniform.value > math.hypot(dense.stderr, uniform.stderr)
+    assert uniform.value > 0.25  # better than chance: there is something left to tell apart
+    assert dense.value == pytest.approx(naive_accuracy(context.folder.path, tmp_path / "tasks" / "far.test.jsonl"))
+
+
+def test_fine_tuning_makes_it_better(sparse: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ("--steps", "10", "--batch", "2", "--tokens", "64", "--learning-rate", "0.001")
+    run("finetune", "--model", sparse, "--out", out, "--test-text", MEASURED, *options)
+    done = Finetuned.model_validate_json((out / FINETUNED).read_text())
+    assert sum(done.losses[-5:]) < sum(done.losses[:5])
+    assert done.change.value + 2 * done.change.stderr < -0.05
+    assert done.zeros.before == done.zeros.after
+    before, after = (load_file(folder / "model.safetensors") for folder in (sparse, out))
+    assert before.keys() == after.keys()
+    for name, was in before.items():
+        if block_of(name) is not None:
+            assert torch.equal(was == 0, after[name] == 0)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tinystudy import HANGS, TOKENS, CommandLine, finish, settings, start, stored
+from tinystudy import TOKENS, CommandLine, stored
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atp_tune import zeroshot
@@ -278,9 +278,11 @@ def test_no_room_for_a_pruned_copy(
 
 @pytest.fixture
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", NOWHERE)
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", NOWHERE)
 
 
 @pytest.mark.slow
@@ -328,10 +330,29 @@ def test_data_comes_from_the_hub(
     assert any("org/here" in path for path in hub[1])
 
 
+@pytest.fixture(scope="module")
+def index() -> Any:
+    """Of all tasks that lm-eval has, which takes seconds to read; to be read only."""
+    from atp_tune.scores import tasks
+
+    with tasks.quiet(*tasks.LIBRARIES):
+        return tasks.TaskManager(include_path=[], include_defaults=True)
+
+
+@pytest.fixture
+def known_index(index: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from atp_tune.scores import tasks
+
+    def known(*, include_path: list[Path], include_defaults: bool) -> Any:
+        assert (include_path, include_defaults) == ([], True)
+        return index
+
+    monkeypatch.setattr(tasks, "TaskManager", known)
+
+
 @pytest.mark.slow
-def test_the_seven_without_a_hub() -> None:
-    environment = {"HF_ENDPOINT": NOWHERE, "HF_HOME": "/nowhere"}
-    answer = finish(start("evaluate", "--model", ROOT / "tests", "--tasks", "zero-shot", environment=environment))
+def test_the_seven_without_a_hub(command: CommandLine, no_hub: None, known_index: None) -> None:
+    answer = command("evaluate", "--model", ROOT / "tests", "--tasks", "zero-shot")
     assert answer.error.startswith(
         "--tasks: the hub is out of reach, and the cache has no data for boolq, piqa, hellaswag, winogrande, arc_easy, "
         "arc_challenge, openbookqa; "
@@ -342,7 +363,7 @@ def test_the_seven_without_a_hub() -> None:
 
 
 @pytest.mark.slow
-def test_an_unknown_name_is_told_with_close_ones(done: Path, command: CommandLine) -> None:
+def test_an_unknown_name_is_told_with_close_ones(done: Path, command: CommandLine, known_index: None) -> None:
     answer = command("evaluate", "--model", done / "model", "--tasks", "helaswag")
     assert answer.error.startswith("--tasks helaswag: lm-eval has no such task or group; did you mean hellaswag or ")
 
@@ -375,7 +396,7 @@ def test_lm_eval_is_an_extra(done: Path, command: CommandLine, monkeypatch: pyte
     assert answer.error == "evaluate: lm-eval is not installed; run: pip install 'atp-tune[eval]'"
 
 
-# --- the tasks, and the real model
+# --- the tasks; tests/test_smollm2.py has the real model
 
 
 def test_offline_tasks_are_the_same_each_time_and_fair(made: Path, tmp_path: Path) -> None:
@@ -387,28 +408,3 @@ def test_offline_tasks_are_the_same_each_time_and_fair(made: Path, tmp_path: Pat
         assert all(len(set(item["choices"])) == 4 for item in items)
         assert {item["answer"] for item in items} == {0, 1, 2, 3}
         assert not {item["context"] for item in items_of(made / f"{name}.train.jsonl")} & {x["context"] for x in items}
-
-
-@pytest.mark.slow
-def test_smollm2_dense_against_pruned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the commands: a short study at 60 %, and a task that the dense model solves better than the pruned one."""
-    monkeypatch.delenv("ATP_TUNE_CACHE")
-    shutil.copyfile(ROOT / "studies" / "smol.toml", tmp_path / "smol.toml")
-    windows = (f"texts.{role}.nsamples={count}" for role, count in (("calibration", 4), ("validation", 2), ("test", 2)))
-    short = ["model.dtype=float32", "texts.calibration.draws=1", *windows]
-    answer = finish(start("--study", tmp_path / "smol.toml", "--trials", "2", *settings(*short)), 3 * HANGS)
-    assert answer.code == 0, answer.err
-    make_tasks(tmp_path / "tasks", 40)
-    config = tmp_path / "smol.best.json"
-    words = ("--config", config, "--tasks", f"{tmp_path}/tasks/far.yaml", "--batch", "16")
-    answer = finish(start("evaluate", *words), 3 * HANGS)
-    assert answer.code == 0, answer.err
-    found = read_config(config).zero_shot
-    assert found
-    dense, uniform = found.mean["dense"], found.mean["uniform"]
-    assert dense.stderr
-    assert uniform.stderr
-    assert dense.value - uniform.value > math.hypot(dense.stderr, uniform.stderr)
-    assert uniform.value > 0.25  # better than chance: there is something left to tell apart
-    folder = Path("~/.cache/atp_tune/models/wheel").expanduser() / str(read_config(config).model.sha256)
-    assert dense.value == pytest.approx(naive_accuracy(folder, tmp_path / "tasks" / "far.test.jsonl"))
