@@ -211,13 +211,12 @@ def test_rounded_values(options: dict[str, Any], make: Make, tmp_path: Path) -> 
     assert torch.equal(logits(model), logits(rounded))
     assert not torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")))
     linear = next(module for module in model.modules() if isinstance(module, SparseLinear))
-    assert linear.weight_values.dtype == (torch.int8 if options["kind"] == "int8" else torch.float32)
-    assert AutoModelForCausalLM.from_pretrained(packed).dtype == (
-        torch.bfloat16 if options["kind"] == "bf16" else torch.float32
-    )
+    assert linear.weight_values.dtype == (torch.int8 if options["kind"] == "int8" else torch.bfloat16)
     low = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.bfloat16)
-    scales = [module.weight_scales for module in low.modules() if isinstance(module, SparseLinear)]
-    assert all(one is None or one.dtype == torch.float32 for one in scales)
+    assert low.dtype == torch.bfloat16
+    kept = [module for module in low.modules() if isinstance(module, SparseLinear)]
+    assert {module.weight_values.dtype for module in kept} == {linear.weight_values.dtype}
+    assert all(module.weight_scales is None or module.weight_scales.dtype == torch.float32 for module in kept)
 
 
 def test_a_share_below_the_least_is_left_dense(tmp_path: Path) -> None:

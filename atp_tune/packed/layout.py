@@ -52,8 +52,7 @@ def packed_linear(linear: Any, kind: Kind = "same", group_size: int | None = Non
     """A packed linear with the weight and bias of an `nn.Linear` or a `Conv1D`."""
     dense = linear.weight.detach()
     parts = pack(dense.T.contiguous() if isinstance(linear, Conv1D) else dense, kind, group_size)
-    groups = parts[SCALES].shape[-1] if SCALES in parts else None
-    made = SparseLinear(linear, len(parts[VALUES]), groups)
+    made = SparseLinear(linear, len(parts[VALUES]), parts[VALUES].dtype)
     for end, part in parts.items():
         setattr(made, f"weight{end}", nn.Parameter(part, requires_grad=False))
     made.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)

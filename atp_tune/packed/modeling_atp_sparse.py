@@ -30,8 +30,10 @@ try:
 except ImportError:  # a folder is loaded where atp_tune is not installed
     kernel = None  # type: ignore[assignment]
 
+DTYPES = {"bf16": torch.bfloat16, "int8": torch.int8}  # of values that are rounded, whatever the model's own is
 logger = logging.get_logger(__name__)
 SLOW = "packed weights: atp_tune's kernel is not here, so that torch multiplies, slowly; pip install atp-tune has it"
+TILE = 4 << 20  # bytes of unpacked rows: 3.4 ms for a weight of 46 MB, of which the allocation alone takes 30 if whole
 GROUP = 32  # columns that every group of scales has a multiple of
 
 MODEL_TYPE = "atp_sparse"  # of the config, and the name of its table
@@ -66,10 +68,10 @@ def unpack(values: Tensor, bitmask: Tensor, columns: int, scales: Tensor | None 
 class SparseLinear(nn.Module):
     """y = x Wᵀ + b with a packed W [out, in]; stands in the place of an `nn.Linear` or a `Conv1D` of the family.
 
-    `groups`: scales of a row of int8 values; None for values in the dtype of the linear.
+    values: their dtype, by default that of the linear; groups: number of scales of a row of int8 values.
     """
 
-    def __init__(self, linear: Any, nonzeros: int, groups: int | None) -> None:
+    def __init__(self, linear: Any, nonzeros: int, values: torch.dtype | None = None, groups: int = 1) -> None:
         super().__init__()
         self.transposed = isinstance(linear, Conv1D)
         shape, dtype = linear.weight.shape, linear.weight.dtype
@@ -78,9 +80,10 @@ class SparseLinear(nn.Module):
         def frozen(*shape: int, dtype: torch.dtype = dtype) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
 
-        self.weight_values = frozen(nonzeros, dtype=dtype if groups is None else torch.int8)
+        self.weight_values = frozen(nonzeros, dtype=values or dtype)
         self.weight_bitmask = frozen(self.out_features, -(-self.in_features // 8), dtype=torch.uint8)
-        self.weight_scales = None if groups is None else frozen(self.out_features, groups, dtype=torch.float32)
+        scaled = values == torch.int8
+        self.weight_scales = frozen(self.out_features, groups, dtype=torch.float32) if scaled else None
         self.bias = None if linear.bias is None else frozen(self.out_features)
         self._matrix: Any = None  # of the kernel, made of these tensors when it is first needed
 
@@ -100,7 +103,17 @@ class SparseLinear(nn.Module):
         tokens = x.reshape(-1, self.in_features)
         if len(tokens) <= kernel.BATCH:
             return cast("Tensor", matrix.product(tokens)).view(*x.shape[:-1], self.out_features)
-        return nn.functional.linear(x, matrix.rows(0, self.out_features, x.dtype), self.bias)
+        return self._by_tiles(x, matrix)
+
+    def _by_tiles(self, x: Tensor, matrix: Any) -> Tensor:
+        """Unpacks some rows at a time, which are multiplied while the cache holds them."""
+        y = x.new_empty(*x.shape[:-1], self.out_features)
+        step = max(1, TILE // (self.in_features * x.element_size()))
+        for first in range(0, self.out_features, step):
+            last = min(first + step, self.out_features)
+            bias = None if self.bias is None else self.bias[first:last]
+            y[..., first:last] = nn.functional.linear(x, matrix.rows(first, last, x.dtype), bias)
+        return y
 
     def check(self) -> None:
         """ValueError if bits and values disagree."""
@@ -235,6 +248,11 @@ def packed_model(config_class: Any, family: Any) -> Any:
         _check(model, found)
         return (model, found) if wanted else model
 
+    def get_dtype_plan(self: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        plan: dict[str, torch.dtype] = super(made, self)._get_dtype_plan(dtype)
+        kind = DTYPES.get(getattr(self.config, MODEL_TYPE)["values"])
+        return plan | ({} if kind is None else {"weight_values": kind, "weight_scales": torch.float32})
+
     def save_pretrained(self: Any, folder: Any, *args: Any, **options: Any) -> None:
         super(made, self).save_pretrained(folder, *args, **{**options, "variant": VARIANT})
         shutil.copyfile(__file__, Path(folder) / Path(__file__).name)
@@ -245,7 +263,7 @@ def packed_model(config_class: Any, family: Any) -> Any:
         "save_pretrained": save_pretrained,
         "config_class": config_class,
         "__module__": __name__,
-        "_keep_in_fp32_modules_strict": {*(family._keep_in_fp32_modules_strict or ()), "weight_scales"},
+        "_get_dtype_plan": get_dtype_plan,
     }
     made: Any = type(f"Packed{family.__name__}", (family,), methods)
     for known in (family.__name__, config_class.model_type):  # what transformers would look up for the family
@@ -273,8 +291,8 @@ def _replace_linears(model: Any, table: dict[str, Any]) -> None:
         if not is_packable(linear) or [*linear.weight.shape] != about["shape"]:
             raise ValueError(f"packed folder: {name} is no linear of shape {about['shape']} in its model")
         columns = about["shape"][0 if isinstance(linear, Conv1D) else 1]
-        groups = groups_of(columns, table["group_size"]) if table["values"] == "int8" else None
-        setattr(place, last, SparseLinear(linear, about["nonzeros"], groups))
+        groups = groups_of(columns, table["group_size"])
+        setattr(place, last, SparseLinear(linear, about["nonzeros"], DTYPES.get(table["values"]), groups))
 
 
 def _check(model: nn.Module, found: dict[str, Any]) -> None:

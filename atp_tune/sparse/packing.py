@@ -199,9 +199,6 @@ class _Packing:
         classes = [f"Packed{name}" for name in config.get("architectures") or ()]
         places = {"AutoConfig": f"{CODE.stem}.{PackedConfig.__name__}", auto: f"{CODE.stem}.{PackedModel.__name__}"}
         config |= {"model_type": MODEL_TYPE, "architectures": classes, "auto_map": places, MODEL_TYPE: table}
-        if self.kind == "bf16":
-            config["dtype"] = "bfloat16"
-            config.pop("torch_dtype", None)
         self._change(folder, CONFIG, json.dumps(config, indent=2) + "\n")
         shutil.copyfile(CODE, folder / CODE.name)
         self.original.added.append(CODE.name)

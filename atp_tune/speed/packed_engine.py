@@ -37,14 +37,12 @@ def check_packed(device: torch.device) -> None:
 
 
 def opened_packed(pair: Pair, task: Workload, device: torch.device) -> list[Opening]:
-    """Opens both models in bfloat16 and float32 with the weights as they are, then with int8 weights."""
+    """Opens both models in the fast number format of the CPU: with the weights as they are, then rounded."""
     check_packed(device)
-    fast = find_dtype("auto", device)
-    forms: list[tuple[torch.dtype, Kind]] = [(torch.float32, "same"), (torch.bfloat16, "same"), (fast, "int8")]
-    return [
-        opened(pair, task, device, dtype, PACKED if kind == "same" else f"{PACKED} {kind}", partial(packed, kind=kind))
-        for dtype, kind in forms
-    ]
+    dtype = find_dtype("auto", device)
+    kinds: list[Kind] = ["same", "bf16", "int8"] if dtype == torch.float32 else ["same", "int8"]
+    names = {kind: PACKED if kind == "same" else f"{PACKED} {kind}" for kind in kinds}
+    return [opened(pair, task, device, dtype, names[kind], partial(packed, kind=kind)) for kind in kinds]
 
 
 def packed(checkpoint: Checkpoint, kind: Kind = "same") -> None:
