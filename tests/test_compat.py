@@ -171,6 +171,7 @@ ATTRIBUTES = {
 METHODS = {
     ("peft", "LoraConfig", "_register_custom_module"): ("self", "mapping"),
     ("lm_eval.models.huggingface", "HFLM", "_model_call"): ("self", "inps"),
+    ("transformers.modeling_utils", "PreTrainedModel", "_get_dtype_plan"): ("self", "dtype"),
 }
 OTHERS = {
     "_eng_net",  # of DeepSparse, which is installed nowhere here; its last release is from 2024

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
@@ -40,7 +41,10 @@ MODEL_TYPE = "atp_sparse"  # of the config, and the name of its table
 VERSION = 1  # of the format
 VARIANT = "packed"
 WEIGHTS, INDEX = "model.packed.safetensors", "model.safetensors.index.packed.json"
-AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText")
+AUTO_CLASSES = {
+    "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+    "AutoModelForImageTextToText": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+}
 VALUES, BITMASK, SCALES = "_values", "_bitmask", "_scales"  # ends of the names of the tensors of a packed one
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -208,8 +212,8 @@ def packed_config(family: Any, auto_class: str) -> Any:
 
     methods = {"to_dict": to_dict, "of_family": of_family, "__module__": __name__}
     made: Any = type(f"Packed{family.__name__}", (family,), methods)
-    auto = getattr(transformers, auto_class)
-    auto.register(made, packed_model(made, auto._model_mapping[family]), exist_ok=True)
+    model = packed_model(made, AUTO_CLASSES[auto_class][family])
+    getattr(transformers, auto_class).register(made, model, exist_ok=True)
     return made
 
 
@@ -228,23 +232,9 @@ def packed_model(config_class: Any, family: Any) -> Any:
 
         Errors: ValueError if a weight is not in the files, or if bits and values of one disagree.
         """
-        hub = {key: options[key] for key in _HUB if key in options}
-        config = PackedConfig.from_pretrained(path, **hub) if config is None else config
-        table = getattr(config, MODEL_TYPE)
         wanted = options.pop("output_loading_info", False)
-        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `_check` says it in one line
-        if dequantize or table["stored"]:
-            load = family.from_pretrained if dequantize else super(made, cls).from_pretrained
-            state = dict(_unpacked(_weight_files(path, hub), table, dequantize))
-            setattr(config, MODEL_TYPE, {**table, "stored": {}})  # so it is in memory, and is saved
-            options = {key: value for key, value in options.items() if key not in (*hub, "variant")}
-            with suppress(OSError):  # the folder has none
-                options.setdefault("generation_config", GenerationConfig.from_pretrained(path, **hub))
-            options |= {"config": config.of_family() if dequantize else config, "state_dict": state}
-            model, found = load(None, *args, **options)
-        else:
-            options |= {"config": config, "variant": VARIANT}
-            model, found = super(made, cls).from_pretrained(path, *args, **options)
+        load = family.from_pretrained if dequantize else super(made, cls).from_pretrained
+        model, found = _load(load, path, args, config, dequantize, options)
         _check(model, found)
         return (model, found) if wanted else model
 
@@ -271,6 +261,25 @@ def packed_model(config_class: Any, family: Any) -> Any:
             register_checkpoint_conversion_mapping(made.__name__, renamed, overwrite=True)
             break
     return made
+
+
+def _load(load: Any, path: Any, args: Any, config: Any, dequantize: bool, options: dict[str, Any]) -> Any:
+    """A model and what transformers says of its weights; tensors that stay no packed linears are unpacked in memory.
+
+    load: `from_pretrained` of the packed class, or with `dequantize` of the family's.
+    """
+    hub = {key: options[key] for key in _HUB if key in options}
+    config = PackedConfig.from_pretrained(path, **hub) if config is None else config
+    table = getattr(config, MODEL_TYPE)
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `_check` says it in one line
+    if not dequantize and not table["stored"]:
+        return load(path, *args, **{**options, "config": config, "variant": VARIANT})
+    state = dict(_unpacked(_weight_files(path, hub), table, dequantize))
+    setattr(config, MODEL_TYPE, {**table, "stored": {}})  # so it is in memory, and is saved
+    given = {key: value for key, value in options.items() if key not in (*hub, "variant")}
+    with suppress(OSError):  # the folder has none
+        given.setdefault("generation_config", GenerationConfig.from_pretrained(path, **hub))
+    return load(None, *args, **{**given, "config": config.of_family() if dequantize else config, "state_dict": state})
 
 
 def _renamed(known: str) -> Any:
