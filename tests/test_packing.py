@@ -325,6 +325,37 @@ def test_a_copy_has_weights_of_its_own(make: Make) -> None:
     assert not torch.equal(model(ids).logits, expected)
 
 
+def test_weights_that_are_loaded_into_it(make: Make, tmp_path: Path) -> None:
+    """The kernel keeps where the values of each row start, which other bits change."""
+    model = AutoModelForCausalLM.from_pretrained(make())
+    linear = next(module for module in model.modules() if isinstance(module, SparseLinear))
+    x = torch.randn(2, linear.in_features)
+    linear(x)
+    state = {name: tensor.clone() for name, tensor in linear.state_dict().items()}
+    state["weight_bitmask"] = state["weight_bitmask"].flip(0)
+    linear.load_state_dict(state)
+    assert_close(linear(x), x @ linear.weight.T, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"kind": "int8"}])
+def test_a_model_is_cast(options: dict[str, Any], make: Make) -> None:
+    """And the kernel, which knew the weights by their addresses, takes the new ones."""
+    ids = torch.tensor([[5, 6, 7]])
+    folder = make(**options)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    scales = [module.weight_scales for module in model.modules() if isinstance(module, SparseLinear)]
+    kept = [None if one is None else one.clone() for one in scales]
+    with torch.inference_mode():
+        model(ids)
+        for dtype in (torch.bfloat16, torch.float32):
+            model.to(dtype)
+            plain = AutoModelForCausalLM.from_pretrained(folder, dequantize=True).to(torch.bfloat16).to(dtype)
+            close = {"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 or options else {"rtol": 1e-5, "atol": 1e-6}
+            assert_close(model(ids).logits, plain(ids).logits, **close)
+    after = [module.weight_scales for module in model.modules() if isinstance(module, SparseLinear)]
+    assert all(one is None or torch.equal(one, other) for one, other in zip(kept, after, strict=True))
+
+
 def test_compiled_as_one_graph(make: Make) -> None:
     model = AutoModelForCausalLM.from_pretrained(make())
     linear = next(module for module in model.modules() if isinstance(module, SparseLinear))

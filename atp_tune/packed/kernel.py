@@ -20,8 +20,9 @@ from torch.nn import functional
 
 from atp_tune.packed.library import ALONE, VARIANTS, Weight, kernel_name, library, parallel, succeed
 
-__all__ = ["BATCH", "DenseMatrix", "PackedMatrix", "kernel_name", "row_offsets"]
+__all__ = ["BATCH", "DenseMatrix", "PackedMatrix", "check_interface", "kernel_name", "row_offsets"]
 
+INTERFACE = 1  # of what modeling_atp_sparse.py calls; a copy of it lies in each packed folder
 BATCH = 8  # tokens that one product may have
 FLOATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # the numbers are those of kernel.c
 INT8, GROUPED_INT8, DENSE = 3, 4, {torch.bfloat16: 5, torch.float32: 6}
@@ -29,6 +30,12 @@ INT8, GROUPED_INT8, DENSE = 3, 4, {torch.bfloat16: 5, torch.float32: 6}
 # The operator's: what it was called with, by addresses and sizes, which are all that a `Weight` holds.
 _WEIGHTS: dict[object, Weight] = {}
 MOST_WEIGHTS = 8192
+
+
+def check_interface(version: int) -> None:
+    """ImportError unless the file of a packed folder, perhaps of another version of atp_tune, fits this one."""
+    if version != INTERFACE:
+        raise ImportError(f"the file of the packed folder wants interface {version} of the kernel, this is {INTERFACE}")
 
 
 class PackedMatrix:

@@ -28,7 +28,9 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 try:
     from atp_tune.packed import kernel
-except ImportError:  # a folder is loaded where atp_tune is not installed
+
+    kernel.check_interface(1)
+except ImportError:  # a folder is loaded where atp_tune, or a version that fits this file, is not installed
     kernel = None  # type: ignore[assignment]
 
 DTYPES = {"bf16": torch.bfloat16, "int8": torch.int8}  # of values that are rounded, whatever the model's own is
@@ -90,6 +92,8 @@ class SparseLinear(nn.Module):
         self.weight_scales = frozen(self.out_features, groups, dtype=torch.float32) if scaled else None
         self.bias = None if linear.bias is None else frozen(self.out_features)
         self._matrix: Any = None  # of the kernel, made of these tensors when it is first needed
+        self._places: list[int | None] = []  # where they lay then
+        self.register_load_state_dict_post_hook(_forget_matrix)
 
     @property
     def weight(self) -> Tensor:
@@ -131,14 +135,24 @@ class SparseLinear(nn.Module):
         if kernel is None or kernel.kernel_name() is None:
             logger.warning_once(SLOW)
             return None
-        held = self._matrix
-        if held is None or held.values.data_ptr() != self.weight_values.data_ptr():  # new, loaded or moved
-            parts = (self.weight_values, self.weight_bitmask, self.in_features, self.weight_scales, self.bias)
-            held = self._matrix = kernel.PackedMatrix(*parts)
-        return held
+        parts: list[Any] = [self.weight_values, self.weight_bitmask, self.weight_scales, self.bias]
+        places = [None if part is None else part.data_ptr() for part in parts]
+        if self._matrix is None or places != self._places:  # new, or moved: a cast gives a parameter other memory
+            values, bitmask, scales, bias = (None if part is None else part.detach() for part in parts)
+            self._matrix = kernel.PackedMatrix(values, bitmask, self.in_features, scales, bias)  # which keeps them
+            self._places = places
+        return self._matrix
 
     def _dense(self) -> Tensor:
         return unpack(self.weight_values, self.weight_bitmask, self.in_features, self.weight_scales)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As of each module, but scales stay float32 when the model is cast."""
+        scales = None if self.weight_scales is None else self.weight_scales.detach()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if scales is not None and self.weight_scales is not None:
+            self.weight_scales.data = scales.to(self.weight_scales.device)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_matrix": None}  # addresses, which a copy does not share
@@ -147,6 +161,11 @@ class SparseLinear(nn.Module):
         """As of `nn.Linear`, with the share of zeros."""
         zeros = 1 - len(self.weight_values) / (self.in_features * self.out_features)
         return f"in_features={self.in_features}, out_features={self.out_features}, zeros={zeros:.1%}"
+
+
+def _forget_matrix(linear: SparseLinear, _: Any) -> None:
+    """Where values start in each row follows from bits that have been read anew."""
+    linear._matrix = None
 
 
 def is_packable(module: Any) -> bool:
