@@ -93,7 +93,7 @@ class SparseLinear(nn.Module):
         self.bias = None if linear.bias is None else frozen(self.out_features)
         self._matrix: Any = None  # of the kernel, made of these tensors when it is first needed
         self._places: list[int | None] = []  # where they lay then
-        self.register_load_state_dict_post_hook(_forget_matrix)
+        self.register_load_state_dict_post_hook(_forget_matrix)  # type: ignore[no-untyped-call]
 
     @property
     def weight(self) -> Tensor:
@@ -138,7 +138,8 @@ class SparseLinear(nn.Module):
         parts: list[Any] = [self.weight_values, self.weight_bitmask, self.weight_scales, self.bias]
         places = [None if part is None else part.data_ptr() for part in parts]
         if self._matrix is None or places != self._places:  # new, or moved: a cast gives a parameter other memory
-            values, bitmask, scales, bias = (None if part is None else part.detach() for part in parts)
+            held: list[Any] = [None if part is None else part.detach() for part in parts]
+            values, bitmask, scales, bias = held
             self._matrix = kernel.PackedMatrix(values, bitmask, self.in_features, scales, bias)  # which keeps them
             self._places = places
         return self._matrix
