@@ -77,8 +77,12 @@ def opened(
     dtype: torch.dtype,
     name: str = "torch",
     change: Change | None = None,
+    limit: float | None = None,
 ) -> Iterator[SpeedEngine]:
-    """Opens both models on the device; `change` modifies the sparse one."""
+    """Opens both models on the device; `change` modifies the sparse one.
+
+    `limit`: largest difference of its logits that the change may make, over the largest logit; UserError above it.
+    """
     hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it warns of each argument that it renames
     cpu = device.type == "cpu"
     about = About(
@@ -88,19 +92,27 @@ def opened(
     with pair.load("dense", dtype, device) as dense, pair.load("sparse", dtype, device) as sparse:
         ids = random_ids(dense, task).to(device)
         if change is not None:
-            about = replace(about, logits=_difference(sparse, change, ids[:, :FEW]))
+            about = replace(about, logits=_difference(sparse, change, ids[:, :FEW], limit))
         with closing(Eager(about, {"dense": dense.model, "sparse": sparse.model}, ids, task)) as engine:
             yield engine
 
 
 @torch.inference_mode()
-def _difference(checkpoint: Checkpoint, change: Change, ids: Tensor) -> float:
-    """Modifies a model; the largest difference of its logits by it, over the largest logit."""
+def _difference(checkpoint: Checkpoint, change: Change, ids: Tensor, limit: float | None) -> float | None:
+    """Modifies a model; the largest difference of its logits by it, over the largest logit; None for infinite logits.
+
+    UserError above the limit.
+    """
     model: Any = checkpoint.model
     before = model(input_ids=ids, use_cache=False).logits.float()
     change(checkpoint)
     after = model(input_ids=ids, use_cache=False).logits.float()
-    return float((after - before).abs().max() / before.abs().max())
+    if not before.isfinite().all():
+        return None
+    found = float((after - before).abs().max() / before.abs().max())
+    if limit is not None and not found <= limit:
+        raise UserError(f"speedup: the logits differ by {found:.1g} of the largest from transformers'; report it")
+    return found
 
 
 def random_ids(checkpoint: Checkpoint, task: Workload) -> Tensor:
