@@ -1,12 +1,13 @@
-"""What zeros are worth in DeepSparse and in torch: the tables of docs/speedup.md, on an idle machine.
+"""What zeros are worth in packed folders, DeepSparse and torch: the tables of docs/speedup.md, on an idle machine.
 
+    python benchmarks/speedup.py                         packed; goes on where it was stopped; 10 minutes on 2 cores
     python tune.py speedup --engine deepsparse --setup   once
-    python benchmarks/speedup.py                         goes on where it was stopped; a quarter of an hour on 2 cores
+    python benchmarks/speedup.py --engine deepsparse --tokens 512 --runs 7   a quarter of an hour
     OMP_NUM_THREADS=1 python benchmarks/speedup.py       the same on one core, as lines of their own
     python benchmarks/speedup.py --show                  measures nothing, writes the tables of the runs that are there
     python benchmarks/speedup.py --csr                   CSR matrices of torch and scipy against dense ones; a minute
 
-SmolLM2-135M, Wanda, uniform, at 50, 60 and 70 %, and a random Llama 2048 wide whose zeros stand anywhere. Each line of
+SmolLM2-135M, Wanda, uniform, at 50 to 80 %, and a random Llama 2048 wide whose zeros stand anywhere. Each line of
 docs/speedup/runs.jsonl is a model on a CPU: what `tune.py speedup` would keep, all runs in it. The tables are written
 between the marks in docs/speedup.md.
 """
@@ -59,9 +60,9 @@ def main() -> None:
         return
     with quiet(), Display() as display:
         task = Workload(options.tokens, 32, options.runs)
-        for name, make in () if options.show else lines():
+        for name, make in () if options.show else lines(options.engine):
             if (name, cpu_name()) not in known():
-                keep(name, measure(make(display), "deepsparse", task, "cpu", display))
+                keep(name, measure(make(display), options.engine, task, "cpu", display))
     page = PAGE.read_text(encoding="utf-8")
     inside = re.compile(f"(?<={re.escape(MARKS[0])}).*(?={re.escape(MARKS[1])})", re.DOTALL)
     PAGE.write_text(inside.sub(lambda _: f"\n\n{tables()}\n\n", page), encoding="utf-8")
@@ -73,17 +74,19 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--show", action="store_true")
     parser.add_argument("--csr", action="store_true")
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--engine", choices=("packed", "deepsparse"), default="packed")
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--runs", type=int, default=5)
     return parser.parse_args()
 
 
-def lines() -> Iterator[tuple[str, Callable[[EventHandler], Pair]]]:
+def lines(engine: str) -> Iterator[tuple[str, Callable[[EventHandler], Pair]]]:
     """Name of each model, and what makes it."""
-    threads = torch.get_num_threads()
-    for percent in (50, 60, 70):
-        yield f"SmolLM2-135M, {percent} %, threads: {threads}", partial(smol, percent)
-    yield f"random Llama, 4 blocks of width 2048, 70 %, threads: {threads}", partial(wide, 70)
+    after = f"threads: {torch.get_num_threads()}" + (", packed" if engine == "packed" else "")
+    for percent in (50, 60, 70, *([80] if engine == "packed" else [])):
+        yield f"SmolLM2-135M, {percent} %, {after}", partial(smol, percent)
+    for percent in (50, 70) if engine == "packed" else (70,):
+        yield f"random Llama, 4 blocks of width 2048, {percent} %, {after}", partial(wide, percent)
 
 
 def smol(percent: int, watch: EventHandler) -> Pair:
