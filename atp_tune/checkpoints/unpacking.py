@@ -10,7 +10,7 @@ import shutil
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-ABOUT = "atp_sparse.json"
+ABOUT, CODE, PACKED_INDEX = "atp_sparse.json", "modeling_atp_sparse.py", "model.safetensors.index.packed.json"
 MODEL_TYPE = "atp_sparse"  # as in packed.modeling_atp_sparse, which imports torch
 
 
@@ -33,8 +33,8 @@ class Original:
     """What `ABOUT` keeps of the folder that was packed.
 
     headers: of each shard as it stands in the file; sha256: of each shard, None if its values were rounded; tensors:
-    SHA-256 of each packed tensor, unpacked; names: of tensors that got another one; files: texts of small files that
-    packing changed; added: names of small files that it added.
+    SHA-256 of each packed tensor, unpacked, and of all of rounded shards; names: of tensors that got another one;
+    files: texts of small files that packing changed; added: names of small files that it added.
     """
 
     version: int
@@ -57,7 +57,8 @@ class Original:
             found = cls(**table)
             kinds = {"headers": str, "sha256": str | None, "tensors": str, "names": str, "files": str}
             right = all(isinstance(value, kind) for key, kind in kinds.items() for value in table[key].values())
-            plain = [PurePath(name).name == name for name in (*found.headers, *found.files, *found.added)]
+            names = (*found.headers, *found.files, *found.added)
+            plain = [PurePath(name).name == name and name not in (".", "..") for name in names]
             right = right and found.version == 1 and all(plain) and found.headers.keys() == found.sha256.keys()
         except (TypeError, KeyError, AttributeError):
             right = False
@@ -75,21 +76,26 @@ def is_packed(folder: Path) -> bool:
 def unpack_folder(source: Path, out: Path) -> None:
     """Writes the checkpoint that `source` was packed from into the new folder `out`.
 
-    Errors: UserError if `source` is no packed folder, if a part of it is damaged, or if `out` cannot be written.
+    A folder that `save_pretrained` wrote has no `ABOUT`: its shards get names and headers anew. Errors: UserError if
+    `source` is no packed folder, if a part of it is damaged, or if `out` cannot be written.
     """
     if not is_packed(source):
         raise UserError(f"{source}: is no packed folder, by its config.json; `tune.py pack` writes one")
-    original = Original.read(source)
+    original = Original.read(source) if (source / ABOUT).is_file() else None
+    added = [ABOUT, *(original.added if original else (CODE, PACKED_INDEX))]
     try:
         with folder_atomically(out) as folder, ExitStack() as stack:
             for file in small_files(source, WEIGHTS):
-                if file.name not in (ABOUT, *original.added):
+                if file.name not in added:
                     shutil.copyfile(file, folder / file.name)
-            for name, text in original.files.items():
-                (folder / name).write_text(text, encoding="utf-8")
             tensors = _Tensors(source, stack)
-            for shard in original.headers:
-                _write_shard(folder / shard, shard, original, tensors)
+            if original is None:
+                tensors.save(folder)
+            else:
+                for name, text in original.files.items():
+                    (folder / name).write_bytes(as_bytes(text))
+                for shard in original.headers:
+                    _write_shard(folder / shard, shard, original, tensors)
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{source}: cannot be unpacked: {error}") from None
 
@@ -98,27 +104,71 @@ class _Tensors:
     """The tensors of a packed folder, unpacked."""
 
     def __init__(self, source: Path, stack: ExitStack) -> None:
-        self._table = read_table(source / "config.json").get(MODEL_TYPE, {})
-        files = sorted(source.glob("model.packed*.safetensors"))
-        opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
-        self._place: dict[str, Any] = {name: tensors for tensors in opened for name in tensors.keys()}  # noqa: SIM118
+        from atp_tune.packed.modeling_atp_sparse import checked_table
 
-    def read(self, name: str, dtype: str) -> "Tensor":
-        """A tensor [...] in a dtype by its name in safetensors; ValueError if it is not there, or damaged."""
-        from atp_tune.packed.modeling_atp_sparse import BITMASK, SCALES, VALUES, unpack
+        self._config = read_table(source / "config.json")
+        self._table = checked_table(self._config)
+        self._packed = {**self._table["stored"], **self._table["linears"]}
+        files = sorted(source.glob("model.packed*.safetensors"))
+        self._files = {file.name: stack.enter_context(safe_open(file, framework="pt")) for file in files}
+        self._place = {name: tensors for tensors in self._files.values() for name in tensors.keys()}  # noqa: SIM118
+
+    def read(self, name: str, dtype: str | None = None) -> "Tensor":
+        """A tensor [...] by its name, as a dtype of safetensors; ValueError if it is not there, or damaged."""
+        from atp_tune.packed.modeling_atp_sparse import BITMASK, SCALES, VALUES, unpack_as
 
         if (stored := self._get(name)) is not None:
             return stored
-        about = {**self._table["stored"], **self._table["linears"]}.get(name)
+        about = self._packed.get(name)
         values, bitmask, scales = (self._get(f"{name}{end}") for end in (VALUES, BITMASK, SCALES))
         if about is None or values is None or bitmask is None:
             raise ValueError(f"it has no tensor {name}")
-        shape = about["shape"][::-1] if about.get("transposed") else about["shape"]
-        dense = unpack(values, bitmask, shape[-1], scales).to(dtypes()[dtype])
-        return dense.T.contiguous() if about.get("transposed") else dense
+        dense = unpack_as(about, values, bitmask, scales)
+        if dtype is not None and dtype not in dtypes():
+            raise ValueError(f"{name} cannot be {dtype}")
+        return dense if dtype is None else dense.to(dtypes()[dtype])
 
     def _get(self, name: str) -> "Tensor | None":
         return self._place[name].get_tensor(name) if name in self._place else None
+
+    def save(self, folder: Path) -> None:
+        """Writes config and weights of a folder that does not say how they stood before it was packed."""
+        import torch
+        from safetensors.torch import save_file
+
+        from atp_tune.packed.modeling_atp_sparse import BITMASK, MODEL_TYPE, SCALES, VALUES
+
+        kept = {key: value for key, value in self._config.items() if key not in (MODEL_TYPE, "auto_map")}
+        classes = [str(name).removeprefix("Packed") for name in self._config.get("architectures") or ()]
+        kept |= {"model_type": self._table["family"], "architectures": classes}
+        (folder / "config.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+        dtype = getattr(torch, str(kept.get("dtype")), None)
+        parts = {f"{name}{end}" for name in self._packed for end in (VALUES, BITMASK, SCALES)}
+        ends = {f"{name}{VALUES}": name for name in self._packed}
+        places: dict[str, str] = {}
+        for number, opened in enumerate(self._files.values(), 1):
+            shard = "model.safetensors"
+            if len(self._files) > 1:
+                shard = f"model-{number:05}-of-{len(self._files):05}.safetensors"
+            names = [ends.get(name, name) for name in opened.keys() if name in ends or name not in parts]  # noqa: SIM118
+            found = {name: self.read(name) for name in names}
+            if isinstance(dtype, torch.dtype):  # of what was rounded too
+                found = {name: one.to(dtype) if name in self._packed else one for name, one in found.items()}
+            save_file(found, folder / shard, metadata={"format": "pt"})
+            places.update(dict.fromkeys(found, shard))
+        if len(self._files) > 1:
+            index = {"metadata": {}, "weight_map": dict(sorted(places.items()))}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def as_text(file: Path) -> str:
+    """The text of a file, by which `as_bytes` gives the same bytes again, whatever they are."""
+    return file.read_bytes().decode("utf-8", "surrogateescape")
+
+
+def as_bytes(text: str) -> bytes:
+    """The bytes of a text that `as_text` read."""
+    return text.encode("utf-8", "surrogateescape")
 
 
 def dtypes() -> dict[str, "torch.dtype"]:

@@ -30,12 +30,14 @@ try:
     from atp_tune.packed import kernel
 
     kernel.check_interface(1)
-except ImportError:  # a folder is loaded where atp_tune, or a version that fits this file, is not installed
-    kernel = None  # type: ignore[assignment]
+except ImportError as error:  # a folder is loaded where atp_tune, or a version that fits this file, is not installed
+    kernel, MISSING = None, str(error)  # type: ignore[assignment]
+else:
+    MISSING = "it was not compiled here"
 
 DTYPES = {"bf16": torch.bfloat16, "int8": torch.int8}  # of values that are rounded, whatever the model's own is
 logger = logging.get_logger(__name__)
-SLOW = "packed weights: atp_tune's kernel is not here, so that torch multiplies, slowly; pip install atp-tune has it"
+SLOW = f"packed weights: torch multiplies, slowly, without the kernel of atp-tune ({MISSING})"
 TILE = 4 << 20  # bytes of unpacked rows: 3.4 ms for a weight of 46 MB, of which the allocation alone takes 30 if whole
 GROUP = 32  # columns that every group of scales has a multiple of
 
@@ -55,8 +57,10 @@ def unpack(values: Tensor, bitmask: Tensor, columns: int, scales: Tensor | None 
     """The dense tensor [..., columns] of a packed one.
 
     values [nonzeros], row by row; bitmask uint8 [..., ⌈columns/8⌉], the lowest bit first; scales [..., groups] of int8
-    values, each for columns/groups columns. Errors: ValueError if bits and values disagree.
+    values, each for columns/groups columns. Errors: ValueError if they disagree.
     """
+    if bitmask.dtype != torch.uint8 or bitmask.dim() < 2 or bitmask.shape[-1] != -(-columns // 8) or values.dim() != 1:
+        raise ValueError(f"packed weight: a bitmask {list(bitmask.shape)} {bitmask.dtype} is not of {columns} columns")
     bits = (bitmask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=bitmask.device)) & 1
     kept = bits.flatten(-2).bool()
     if int(kept.sum()) != len(values) or bool(kept[..., columns:].any()):
@@ -66,9 +70,40 @@ def unpack(values: Tensor, bitmask: Tensor, columns: int, scales: Tensor | None 
     kept = kept[..., :columns]
     if scales is None:
         return torch.zeros(kept.shape, dtype=values.dtype, device=values.device).masked_scatter_(kept, values)
+    if scales.shape[:-1] != kept.shape[:-1] or not scales.shape[-1] or columns % scales.shape[-1]:
+        raise ValueError(f"packed weight: scales {list(scales.shape)} are not of {list(kept.shape)} weights")
     codes = torch.zeros(kept.shape, dtype=scales.dtype, device=values.device)
     codes.masked_scatter_(kept, values.to(scales.dtype))
     return (codes.view(*scales.shape, -1) * scales.unsqueeze(-1)).view(kept.shape)
+
+
+def unpack_as(about: dict[str, Any], values: Tensor, bitmask: Tensor, scales: Tensor | None = None) -> Tensor:
+    """The dense tensor by its entry in the table of a config; a `Conv1D`'s is packed transposed."""
+    turned = about.get("transposed", False)
+    dense = unpack(values, bitmask, about["shape"][0 if turned else -1], scales)
+    if [*dense.shape] != (about["shape"][::-1] if turned else about["shape"]):
+        raise ValueError(f"packed weight: has the shape {list(dense.shape)}, not {about['shape']}")
+    return dense.T.contiguous() if turned else dense
+
+
+def checked_table(config: dict[str, Any]) -> dict[str, Any]:
+    """The table of packed tensors in a `config.json`; ValueError if it is not what this version writes."""
+    table = config.get(MODEL_TYPE)
+    if not isinstance(table, dict) or table.get("version") != VERSION:
+        raise ValueError(f"packed folder: its config has no table {MODEL_TYPE} of version {VERSION}")
+    entries = [table.get(key) for key in ("linears", "stored")]
+    right = table.get("class") in AUTO_CLASSES and table.get("family") in CONFIG_MAPPING
+    right = right and table.get("values") in ("same", *DTYPES) and type(table.get("group_size")) in (int, type(None))
+    if not right or not all(isinstance(part, dict) and all(map(_is_entry, part.values())) for part in entries):
+        raise ValueError(f"packed folder: the table {MODEL_TYPE} in its config is damaged")
+    return table
+
+
+def _is_entry(about: Any) -> bool:
+    """Whether shape and number of nonzeros of a packed tensor are numbers."""
+    shape = about.get("shape") if isinstance(about, dict) else None
+    sides = isinstance(shape, list) and len(shape) > 1 and all(type(side) is int and side > 0 for side in shape)
+    return sides and type(about.get("nonzeros")) is int and about["nonzeros"] >= 0
 
 
 class SparseLinear(nn.Module):
@@ -93,7 +128,8 @@ class SparseLinear(nn.Module):
         self.bias = None if linear.bias is None else frozen(self.out_features)
         self._matrix: Any = None  # of the kernel, made of these tensors when it is first needed
         self._places: list[int | None] = []  # where they lay then
-        self.register_load_state_dict_post_hook(_forget_matrix)  # type: ignore[no-untyped-call]
+        self._offsets: Tensor | None = None  # of the rows in the values
+        self.register_load_state_dict_post_hook(_look_again)  # type: ignore[no-untyped-call]
 
     @property
     def weight(self) -> Tensor:
@@ -103,13 +139,14 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiplies x [..., in] to y [..., out]: few tokens by the kernel, many by the unpacked weight."""
-        if torch.compiler.is_compiling() and self._matrix is not None:
-            parts = (self.weight_values, self.weight_bitmask, self._matrix.offsets, self.weight_scales, self.bias)
+        learns = torch.is_grad_enabled() and x.requires_grad  # what is before it: the weight itself is frozen
+        if torch.compiler.is_compiling() and self._offsets is not None and not learns:
+            parts = (self.weight_values, self.weight_bitmask, self._offsets, self.weight_scales, self.bias)
             return cast("Tensor", torch.ops.atp_sparse.linear(x, *parts))
-        if (matrix := self._of_kernel(x.device)) is None:
+        if (matrix := self._of_kernel(x)) is None:
             return nn.functional.linear(x, self._dense().to(x.dtype), self.bias)
         tokens = x.reshape(-1, self.in_features)
-        if len(tokens) <= kernel.BATCH:
+        if len(tokens) <= kernel.BATCH and not learns:
             return cast("Tensor", matrix.product(tokens)).view(*x.shape[:-1], self.out_features)
         return self._by_tiles(x, matrix)
 
@@ -125,23 +162,28 @@ class SparseLinear(nn.Module):
 
     def check(self) -> None:
         """ValueError if bits and values disagree."""
-        if self._of_kernel(self.weight_values.device) is None:
+        if self._of_kernel(self.weight_values) is None:
             self._dense()
 
-    def _of_kernel(self, device: torch.device) -> Any:
+    def _of_kernel(self, x: Tensor) -> Any:
         """The weight for the kernel; None where it does not run."""
-        if device.type != "cpu":
+        if x.device.type != "cpu":
             return None
         if kernel is None or kernel.kernel_name() is None:
             logger.warning_once(SLOW)
             return None
+        if torch.float64 in (x.dtype, self.weight_values.dtype):
+            return None
         parts: list[Any] = [self.weight_values, self.weight_bitmask, self.weight_scales, self.bias]
         places = [None if part is None else part.data_ptr() for part in parts]
-        if self._matrix is None or places != self._places:  # new, or moved: a cast gives a parameter other memory
+        places.append(0 if self.weight_bitmask.is_inference() else self.weight_bitmask._version)  # where rows start
+        if self._matrix is None or places != self._places:  # new, moved or changed
             held: list[Any] = [None if part is None else part.detach() for part in parts]
             values, bitmask, scales, bias = held
-            self._matrix = kernel.PackedMatrix(values, bitmask, self.in_features, scales, bias)  # which keeps them
-            self._places = places
+            matrix = kernel.PackedMatrix(values, bitmask, self.in_features, scales, bias)  # which keeps them
+            if hasattr(self, "_hf_hook"):  # accelerate fetches the weights for each use, and frees them
+                return matrix
+            self._matrix, self._places, self._offsets = matrix, places, matrix.offsets
         return self._matrix
 
     def _dense(self) -> Tensor:
@@ -150,8 +192,9 @@ class SparseLinear(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """As of each module, but scales stay float32 when the model is cast."""
         scales = None if self.weight_scales is None else self.weight_scales.detach()
+        self._matrix = self._offsets = None  # keeps the former tensors
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if scales is not None and self.weight_scales is not None:
+        if scales is not None and self.weight_scales is not None and self.weight_scales.dtype != torch.float32:
             self.weight_scales.data = scales.to(self.weight_scales.device)
         return self
 
@@ -164,9 +207,11 @@ class SparseLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, zeros={zeros:.1%}"
 
 
-def _forget_matrix(linear: SparseLinear, _: Any) -> None:
+def _look_again(linear: SparseLinear, _: Any) -> None:
     """Where values start in each row follows from bits that have been read anew."""
-    linear._matrix = None
+    linear._matrix = linear._offsets = None
+    if not linear.weight_values.is_meta:
+        linear.check()
 
 
 def is_packable(module: Any) -> bool:
@@ -192,12 +237,10 @@ class PackedConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """A config of the family's class with the table of packed tensors; ValueError for another format."""
-        table = config_dict.get(MODEL_TYPE)
-        if not isinstance(table, dict) or table.get("version") != VERSION or table.get("class") not in AUTO_CLASSES:
-            raise ValueError(f"packed folder: its config has no table {MODEL_TYPE} of version {VERSION}")
-        kind: Any = CONFIG_MAPPING[table["model_type"]]
+        table = checked_table(config_dict)
+        kind: Any = CONFIG_MAPPING[table["family"]]
         family = packed_config(kind, table["class"])
-        return family.from_dict({**config_dict, "model_type": table["model_type"]}, **kwargs)
+        return family.from_dict({**config_dict, "model_type": table["family"]}, **kwargs)
 
 
 class PackedModel:
@@ -264,8 +307,9 @@ def packed_model(config_class: Any, family: Any) -> Any:
         return plan | ({} if kind is None else {"weight_values": kind, "weight_scales": torch.float32})
 
     def save_pretrained(self: Any, folder: Any, *args: Any, **options: Any) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(__file__, Path(folder) / Path(__file__).name)  # first: `push_to_hub` uploads what is there
         super(made, self).save_pretrained(folder, *args, **{**options, "variant": VARIANT})
-        shutil.copyfile(__file__, Path(folder) / Path(__file__).name)
 
     methods = {
         "__init__": init,
@@ -363,11 +407,8 @@ def _unpacked(files: list[str], table: dict[str, Any], linears: bool) -> Iterato
             values, bitmask, scales = (place[part].get_tensor(part) if part in place else None for part in names)
             if values is None or bitmask is None:
                 raise ValueError(f"packed folder: {name} is not in its files")
-            shape = about["shape"][::-1] if about.get("transposed") else about["shape"]
-            dense = unpack(values, bitmask, shape[-1], scales)
-            yield name, dense.T.contiguous() if about.get("transposed") else dense
+            yield name, unpack_as(about, values, bitmask, scales)
 
 
-def register() -> None:
-    """Tells transformers of the model type: `import atp_tune` does it; a folder's own copy needs it not."""
+if __name__.startswith("atp_tune."):  # the copy in a folder is named by the folder's config
     AutoConfig.register(MODEL_TYPE, PackedConfig, exist_ok=True)

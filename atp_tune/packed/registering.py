@@ -1,27 +1,23 @@
 """Tells transformers of packed checkpoints as soon as both it and atp_tune are imported, in either order."""
 
 import sys
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
+REGISTERS = "atp_tune.packed.modeling_atp_sparse"  # at the end of its import
 WAITED = "transformers.models.auto.modeling_auto"  # imported before any model can be loaded
 
 
 def register() -> None:
     """Registers the model type now if transformers is there, else when it comes; nothing is imported for it."""
     if WAITED in sys.modules:
-        _registered()
+        import_module(REGISTERS)
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
-
-
-def _registered() -> None:
-    from atp_tune.packed.modeling_atp_sparse import register
-
-    register()
 
 
 class _Finder(MetaPathFinder):
@@ -47,4 +43,4 @@ class _Loader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        _registered()
+        import_module(REGISTERS)  # nothing more to do where this import is what brought transformers

@@ -9,6 +9,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -23,7 +24,16 @@ from atp_tune.checkpoints.convert import one_line, quiet
 from atp_tune.checkpoints.headers import read_header
 from atp_tune.checkpoints.models import resolve
 from atp_tune.checkpoints.trust import find_weights, read_table
-from atp_tune.checkpoints.unpacking import Original, dtypes, is_packed, sha256_of_tensor
+from atp_tune.checkpoints.unpacking import (
+    PACKED_INDEX,
+    Original,
+    as_bytes,
+    as_text,
+    dtypes,
+    is_packed,
+    sha256_of_tensor,
+    unpack_folder,
+)
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Step, TrialStarted, ignore_events
 from atp_tune.metrics.perplexity import Perplexity, perplexity
@@ -38,7 +48,7 @@ from atp_tune.packed.modeling_atp_sparse import (
     PackedConfig,
     PackedModel,
     is_packable,
-    unpack,
+    unpack_as,
 )
 from atp_tune.search.context import ContextConfig
 from atp_tune.sparse.applying import folder_nlls
@@ -50,7 +60,7 @@ from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.study import ModelConfig
 
 CODE = Path(modeling_atp_sparse.__file__)
-CONFIG, INDEX, PACKED_INDEX = "config.json", "model.safetensors.index.json", "model.safetensors.index.packed.json"
+CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 SAID = """## Packed
 
 The sparse matrices keep their nonzero weights{rounded} and one bit for each weight, {share:.2f} of their dense bytes.
@@ -118,7 +128,9 @@ def _rounding(source: Path, folder: Path, device: str, watch: EventHandler) -> t
     model = ModelConfig(source=str(source.absolute()), dtype=made.dtype)
     setup = ContextConfig(model, PruneConfig(), {"test": made.test}, made.base, device, bos=made.bos)
     before = perplexity(folder_nlls(setup, source, watch, f"checking {source}"))
-    return before, perplexity(folder_nlls(setup, folder, watch, "checking the rounded weights"))
+    with TemporaryDirectory(dir=folder.parent, prefix=".rounded.") as place:
+        unpack_folder(folder, Path(place) / "rounded")
+        return before, perplexity(folder_nlls(setup, Path(place) / "rounded", watch, "checking the rounded weights"))
 
 
 class _Packing:
@@ -157,6 +169,8 @@ class _Packing:
                 dense = opened.get_tensor(name)
                 found = self._pack(name, dense, entry["dtype"])
                 tensors.update(found or {name: dense})
+                if found is None and self.kind != "same":
+                    self.original.tensors[name] = sha256_of_tensor(dense)
         save_file(tensors, out, metadata={"format": "pt"})
         self._places.update(dict.fromkeys(tensors, out.name))
         self.original.sha256[shard] = sha256_of(file) if self.kind == "same" else None
@@ -178,22 +192,18 @@ class _Packing:
                 self.original.names[name] = linear
         parts = pack(dense.T.contiguous() if about.get("transposed") else dense, self.kind, self.group_size)
         about["nonzeros"] = len(parts[VALUES])
-        self.original.tensors[name] = sha256_of_tensor(self._unpacked(parts, about).to(dense.dtype))
+        again = unpack_as(about, parts[VALUES], parts[BITMASK], parts.get(SCALES))
+        self.original.tensors[name] = sha256_of_tensor(again.to(dense.dtype))
         before, after = self._bytes
         self._bytes = before + dense.nbytes, after + sum(part.nbytes for part in parts.values())
         return {f"{linear or name}{end}": part for end, part in parts.items()}
-
-    def _unpacked(self, parts: dict[str, Tensor], about: dict[str, Any]) -> Tensor:
-        shape = about["shape"][::-1] if about.get("transposed") else about["shape"]
-        dense = unpack(parts[VALUES], parts[BITMASK], shape[-1], parts.get(SCALES))
-        return dense.T if about.get("transposed") else dense
 
     def describe(self, folder: Path) -> None:
         """Writes config, code, index and card, and what `unpack` needs."""
         config = read_table(self.source / CONFIG)
         auto = auto_class(self.source).__name__
         table = {
-            "version": VERSION, "model_type": config["model_type"], "class": auto, "values": self.kind,
+            "version": VERSION, "family": config["model_type"], "class": auto, "values": self.kind,
             "group_size": self.group_size, "linears": self.linears, "stored": self.stored,
         }  # fmt: skip
         classes = [f"Packed{name}" for name in config.get("architectures") or ()]
@@ -207,13 +217,13 @@ class _Packing:
             (folder / PACKED_INDEX).write_text(json.dumps(index, indent=2) + "\n")
             self.original.added.append(PACKED_INDEX)
         if (folder / INDEX).is_file():
-            self.original.files[INDEX] = (folder / INDEX).read_text(encoding="utf-8")
+            self.original.files[INDEX] = as_text(folder / INDEX)
             (folder / INDEX).unlink()
         if (folder / CARD).is_file():
-            text = (folder / CARD).read_text(encoding="utf-8")
+            text = as_text(folder / CARD)
             self._change(folder, CARD, f"{text.rstrip()}\n\n{self._said(auto)}")
         records = [folder / name for name in self.records]
-        self.original.files.update({file.name: file.read_text(encoding="utf-8") for file in records})
+        self.original.files.update({file.name: as_text(file) for file in records})
         self.original.write(folder)
         for file in records:
             record = json.loads(file.read_text(encoding="utf-8"))
@@ -228,8 +238,8 @@ class _Packing:
 
     def _change(self, folder: Path, name: str, text: str) -> None:
         """Writes a small file anew, and keeps what it was."""
-        self.original.files[name] = (folder / name).read_text(encoding="utf-8")
-        (folder / name).write_text(text, encoding="utf-8")
+        self.original.files[name] = as_text(folder / name)
+        (folder / name).write_bytes(as_bytes(text))
 
     def _said(self, auto: str) -> str:
         dense, packed = self._bytes
