@@ -106,12 +106,15 @@ class Result:
         """
         return self.configuration(device=device, **choice).apply()
 
-    def save(self, folder: str | Path, *, device: str | None = None, **choice: Any) -> "Perplexity":
+    def save(
+        self, folder: str | Path, *, packed: bool = False, device: str | None = None, **choice: Any
+    ) -> "Perplexity":
         """Writes the pruned model as a Hugging Face folder with a model card; returns its test perplexity.
 
-        The perplexity is measured on the folder as it is on the disk. UserError if the folder exists.
+        The perplexity is measured on the folder as it is on the disk. `packed`: without zeros, smaller, and loaded by
+        transformers where atp_tune is imported. UserError if the folder exists.
         """
-        return self.configuration(device=device, **choice).save(folder)
+        return self.configuration(device=device, **choice).save(folder, packed=packed)
 
     def push(self, repository: str, *, private: bool = False, device: str | None = None, **choice: Any) -> str:
         """Uploads the pruned model with its card to the Hugging Face hub, ORG/NAME, and returns its address.
