@@ -115,7 +115,7 @@ def random_llama(sparsity: float) -> LlamaForCausalLM:
     model = LlamaForCausalLM(LlamaConfig(**WIDE))
     for name, weight in model.model.layers.named_parameters():
         if name.endswith("proj.weight"):
-            weight.mul_(torch.rand_like(weight) >= sparsity)
+            weight.masked_fill_(torch.rand_like(weight) < sparsity, 0)  # no product, which makes zeros negative
     return model
 
 
