@@ -10,7 +10,7 @@ import shutil
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -111,39 +111,35 @@ class _Tensors:
         self._packed = {**self._table["stored"], **self._table["linears"]}
         files = sorted(source.glob("model.packed*.safetensors"))
         self._files = {file.name: stack.enter_context(safe_open(file, framework="pt")) for file in files}
-        self._place = {name: tensors for tensors in self._files.values() for name in tensors.keys()}  # noqa: SIM118
+        self._place: dict[str, Any] = {name: tensors for tensors in self._files.values() for name in tensors.keys()}  # noqa: SIM118
 
     def read(self, name: str, dtype: str | None = None) -> "Tensor":
         """A tensor [...] by its name, as a dtype of safetensors; ValueError if it is not there, or damaged."""
-        from atp_tune.packed.modeling_atp_sparse import BITMASK, SCALES, VALUES, unpack_as
+        from atp_tune.packed.modeling_atp_sparse import read_packed
 
-        if (stored := self._get(name)) is not None:
+        if name in self._place:
+            stored: Tensor = self._place[name].get_tensor(name)
             return stored
-        about = self._packed.get(name)
-        values, bitmask, scales = (self._get(f"{name}{end}") for end in (VALUES, BITMASK, SCALES))
-        if about is None or values is None or bitmask is None:
+        if name not in self._packed:
             raise ValueError(f"it has no tensor {name}")
-        dense = unpack_as(about, values, bitmask, scales)
+        dense = read_packed(self._place, name, self._packed[name])
         if dtype is not None and dtype not in dtypes():
             raise ValueError(f"{name} cannot be {dtype}")
         return dense if dtype is None else dense.to(dtypes()[dtype])
-
-    def _get(self, name: str) -> "Tensor | None":
-        return self._place[name].get_tensor(name) if name in self._place else None
 
     def save(self, folder: Path) -> None:
         """Writes config and weights of a folder that does not say how they stood before it was packed."""
         import torch
         from safetensors.torch import save_file
 
-        from atp_tune.packed.modeling_atp_sparse import BITMASK, MODEL_TYPE, SCALES, VALUES
+        from atp_tune.packed.modeling_atp_sparse import PARTS, VALUES
 
         kept = {key: value for key, value in self._config.items() if key not in (MODEL_TYPE, "auto_map")}
         classes = [str(name).removeprefix("Packed") for name in self._config.get("architectures") or ()]
         kept |= {"model_type": self._table["family"], "architectures": classes}
         (folder / "config.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
         dtype = getattr(torch, str(kept.get("dtype")), None)
-        parts = {f"{name}{end}" for name in self._packed for end in (VALUES, BITMASK, SCALES)}
+        parts = {f"{name}{end}" for name in self._packed for end in PARTS}
         ends = {f"{name}{VALUES}": name for name in self._packed}
         places: dict[str, str] = {}
         for number, opened in enumerate(self._files.values(), 1):

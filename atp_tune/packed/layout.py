@@ -48,10 +48,10 @@ def packed_bytes(dense: Tensor) -> int:
     return int(_kept(dense).sum()) * dense.element_size() + rows * -(-columns // 8)
 
 
-def packed_linear(linear: Any, kind: Kind = "same", group_size: int | None = None) -> SparseLinear:
+def packed_linear(linear: Any, kind: Kind = "same") -> SparseLinear:
     """A packed linear with the weight and bias of an `nn.Linear` or a `Conv1D`."""
     dense = linear.weight.detach()
-    parts = pack(dense.T.contiguous() if isinstance(linear, Conv1D) else dense, kind, group_size)
+    parts = pack(dense.T.contiguous() if isinstance(linear, Conv1D) else dense, kind)
     made = SparseLinear(linear, len(parts[VALUES]), parts[VALUES].dtype)
     for end, part in parts.items():
         setattr(made, f"weight{end}", nn.Parameter(part, requires_grad=False))

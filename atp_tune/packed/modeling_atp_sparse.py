@@ -49,7 +49,7 @@ AUTO_CLASSES = {
     "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
     "AutoModelForImageTextToText": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 }
-VALUES, BITMASK, SCALES = "_values", "_bitmask", "_scales"  # ends of the names of the tensors of a packed one
+PARTS = VALUES, BITMASK, SCALES = "_values", "_bitmask", "_scales"  # ends of the names of the tensors of a packed one
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -84,6 +84,15 @@ def unpack_as(about: dict[str, Any], values: Tensor, bitmask: Tensor, scales: Te
     if [*dense.shape] != (about["shape"][::-1] if turned else about["shape"]):
         raise ValueError(f"packed weight: has the shape {list(dense.shape)}, not {about['shape']}")
     return dense.T.contiguous() if turned else dense
+
+
+def read_packed(place: dict[str, Any], name: str, about: dict[str, Any]) -> Tensor:
+    """A packed tensor of opened files, dense; `place`: the file of each tensor. ValueError if a part is missing."""
+    parts = [f"{name}{end}" for end in PARTS]
+    values, bitmask, scales = (place[part].get_tensor(part) if part in place else None for part in parts)
+    if values is None or bitmask is None:
+        raise ValueError(f"packed folder: it has no tensor {name}")
+    return unpack_as(about, values, bitmask, scales)
 
 
 def checked_table(config: dict[str, Any]) -> dict[str, Any]:
@@ -399,15 +408,10 @@ def _unpacked(files: list[str], table: dict[str, Any], linears: bool) -> Iterato
     with ExitStack() as stack:
         opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
         place = {name: tensors for tensors in opened for name in tensors.keys()}  # noqa: SIM118  (no mapping)
-        parts = {f"{name}{end}" for name in packed for end in (VALUES, BITMASK, SCALES)}
-        for name in place.keys() - parts:
+        for name in place.keys() - {f"{name}{end}" for name in packed for end in PARTS}:
             yield name, place[name].get_tensor(name)
         for name, about in packed.items():
-            names = [f"{name}{end}" for end in (VALUES, BITMASK, SCALES)]
-            values, bitmask, scales = (place[part].get_tensor(part) if part in place else None for part in names)
-            if values is None or bitmask is None:
-                raise ValueError(f"packed folder: {name} is not in its files")
-            yield name, unpack_as(about, values, bitmask, scales)
+            yield name, read_packed(place, name, about)
 
 
 if __name__.startswith("atp_tune."):  # the copy in a folder is named by the folder's config

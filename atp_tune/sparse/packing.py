@@ -107,7 +107,7 @@ def pack_folder(
     check_free(out)
     work = _Packing(source, kind, group_size)
     watch(TrialStarted(f"packing {out}", None))
-    with sparse_folder(source, out) as folder:
+    with sparse_folder(work.source, out) as folder:
         for number, shard in enumerate(work.shards, 1):
             work.pack_shard(shard, folder / work.packed_name(shard))
             watch(Step("packing", number, len(work.shards)))
@@ -148,7 +148,7 @@ class _Packing:
         self.original = Original(version=VERSION)
         self._places: dict[str, str] = {}  # packed shard of each tensor
         self._bytes = (0, 0)  # of the packed tensors before and after
-        self._model = _empty_model(source)
+        self._model = _empty_model(self.source)
         self._packable = _packable(self._model)
 
     def packed_name(self, shard: str) -> str:
