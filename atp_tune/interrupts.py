@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM: they raise KeyboardInterrupt, but never within a call of the storage."""
 
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Timer, current_thread, main_thread
@@ -17,6 +18,8 @@ def interruptible(*stops: signal.Signals, once: Callable[[], None] = lambda: Non
     An exception within a transaction of SQLAlchemy would leave the database locked and Optuna's threads waiting; within
     a request of gRPC, a channel whose next request may never be answered. After the first signal `once` may install
     other handlers; those of before are back at the end. Does nothing in a thread that gets no signals.
+
+    Where Python swallows the exception, as in a generator that is deleted, the signal is sent again.
     """
     if current_thread() is not main_thread():
         yield
@@ -24,28 +27,54 @@ def interruptible(*stops: signal.Signals, once: Callable[[], None] = lambda: Non
 
     def first(signum: int, frame: FrameType | None) -> None:
         if in_call(frame):
-            Timer(SOON, signal.pthread_kill, (main_thread().ident, signum)).start()  # a real one also ends a sleep
+            send_again(signum)
             return
         once()
-        raise KeyboardInterrupt
+        raise Interruption(signum)
 
-    before = {stop: signal.signal(stop, first) for stop in stops}
+    def swallowed(what: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(what.exc_value, Interruption):
+            others(what)
+            return
+        for stop in stops:
+            signal.signal(stop, first)
+        send_again(what.exc_value.signum)
+
+    before, others = {stop: signal.signal(stop, first) for stop in stops}, sys.unraisablehook
+    sys.unraisablehook = swallowed
     try:
         yield
     finally:
+        sys.unraisablehook = others
         for stop, handler in before.items():
             signal.signal(stop, handler)
+
+
+class Interruption(KeyboardInterrupt):
+    """The exception of a signal, with the signal's number."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__()
+        self.signum = signum
+
+
+def send_again(signum: int) -> None:
+    """Sends a signal to the main thread in a moment; a real one also ends a sleep."""
+    Timer(SOON, signal.pthread_kill, (main_thread().ident, signum)).start()
 
 
 def in_call(frame: FrameType | None) -> bool:
     """Whether the stack is within a call of the storage, other than a `pause`.
 
-    True in callbacks of weak references too, where Python swallows exceptions.
+    True also in callbacks of weak references and in finalisers, which an exception would leave half done, and in which
+    Python swallows it.
     """
     while frame is not None:
         if frame.f_code is pause.__code__:
             return False
         module = frame.f_globals.get("__name__", "")
+        if frame.f_code.co_name == "__del__":
+            return True
         if module.startswith(("sqlalchemy.", "optuna.storages.", "optuna.study._tell", "weakref")):
             return True
         frame = frame.f_back

@@ -5,6 +5,7 @@ import os
 import pickle
 import signal
 import sqlite3
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -154,3 +155,38 @@ def test_an_interruption_waits_for_the_answer_of_a_server(tmp_path: Path, monkey
         remote.set_trial_user_attr(trial, "b", 2)
         assert remote.get_trial(trial).user_attrs == {"a": 1, "b": 2}
     assert done == ["stored", "answered"]
+
+
+class Finalised:
+    """Is interrupted while it is deleted."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+def deleted() -> Iterator[None]:
+    """Is interrupted while it is deleted, without a name that says so."""
+    try:
+        yield
+    finally:
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("kind", ["finaliser", "generator"])
+def test_an_interruption_that_python_swallows_comes_again(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    hook, handler = sys.unraisablehook, signal.getsignal(signal.SIGINT)
+    once: list[str] = []
+
+    def first() -> None:
+        once.append("told")
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the command line does: a second Ctrl-C ends the process
+
+    with interruptible(signal.SIGINT, once=first), pytest.raises(KeyboardInterrupt):
+        if kind == "finaliser":
+            Finalised()
+        else:
+            next(deleted())
+        sleep(HANGS)
+    assert once == (["told"] if kind == "finaliser" else ["told"] * 2)
+    assert (sys.unraisablehook, signal.getsignal(signal.SIGINT)) == (hook, handler)
+    assert capsys.readouterr().err == ""

@@ -212,14 +212,15 @@ class Answer:
         return line.removeprefix("error: ")
 
 
-def hear(process: Process, words: str, seconds: float = HANGS) -> str:
-    """What a process prints until these words come; `finish` gives the rest."""
-    assert process.stdout is not None
+def hear(process: Process, words: str, seconds: float = HANGS, err: bool = False) -> str:
+    """What a process prints until these words come, to stderr if `err`; `finish` gives the rest."""
+    stream = process.stderr if err else process.stdout
+    assert stream is not None
     heard, over = "", monotonic() + seconds
     while words not in heard:
         assert monotonic() < over, heard
-        if select.select([process.stdout], [], [], 1)[0]:
-            said = os.read(process.stdout.fileno(), 1 << 16).decode()
+        if select.select([stream], [], [], 1)[0]:
+            said = os.read(stream.fileno(), 1 << 16).decode()
             assert said, f"ended: {heard}"
             heard += said
     return heard
