@@ -22,7 +22,7 @@ from atp_tune.storage.attributes import PREFIX, joined
 from atp_tune.storage.database import Database
 
 # No more than six: a trial's page shows six lines, and the last by name is ± stderr.
-COLUMNS = {"± stderr", "zeros %", "time (s)", "peak GB", "device", "host"}
+COLUMNS = {"packed MB", "± stderr", "zeros %", "time (s)", "peak GB", "device", "host"}
 
 
 @pytest.fixture

@@ -106,7 +106,7 @@ def test_without_a_probe_tokens_are_known_and_seconds_not() -> None:
     assert whole(RATES, None, 0, costs, TOKENS, 4, once=0, rows=0).seconds is None
 
 
-SIZES = ModelSizes(total=1000, blocks=(100, 300, 200, 300), bytes=4000)
+SIZES = ModelSizes(total=1000, blocks=(100, 300, 200, 300), bytes=4000, itemsize=4)
 
 
 def held(**changes: int) -> Bytes:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from test_runner import reopen, states
 from test_zeroshot import make_tasks
-from tinystudy import run, study_file
+from tinystudy import CommandLine, run, study_file
 
 from atp_tune.errors import UserError
 from atp_tune.metrics.perplexity import change
@@ -65,6 +65,33 @@ def test_each_point_of_a_front_has_uniform_beside_it(ran: Path) -> None:
         assert trial.user_attrs["realised"] == pytest.approx(trial.params["sparsity"], abs=0.02)
         assert is_uniform(trial) == (parameters_of(trial) == {"beta": 0.0})
     assert {trial.number for trial in study.trials} - {trial.number for trial in study.trials if is_uniform(trial)}
+
+
+@pytest.mark.slow
+def test_bytes_and_speed_of_each_point(ran: Path, tmp_path: Path, command: CommandLine, cache: Path) -> None:
+    place = tmp_path / "tiny"
+    shutil.copytree(ran, place)
+    dense, points = summarise(reopen(place)).dense_bytes, summarise(reopen(place)).points
+    sizes = [point.packed_bytes or 0 for point in points]
+    assert sizes == sorted(sizes, reverse=True)
+    assert dense is not None
+    assert dense == sizes[0] > sizes[-1]  # at 30 % nothing is packed
+    words = ("speedup", "--study", place / "tiny.toml", "--tokens", 8, "--runs", 1, "--device", "cpu")
+    answer = command(*words)
+    assert answer.code == 0, answer.err
+    found = summarise(reopen(place))
+    assert found.speed is not None
+    names = [[row.engine for row in point.speed.engines] for point in found.points if point.speed]
+    assert names[0] == ["torch"]
+    assert names[-1] == ["torch", *["packed", "packed bf16", "packed int8"][: len(names[-1]) - 1]]
+    assert len(names[-1]) > 2
+    head, _, dense_row, *rows = [line.split("|") for line in answer.out.splitlines() if line.startswith("|")]
+    column = [cell.strip() for cell in head].index("tokens/s")
+    assert all(float(row[column]) > 0 for row in [dense_row, *rows[: len(points)]])
+    assert dense_row[column - 1].strip() == f"{dense / 1e6:.1f} MB"
+    assert "decoded one at a time, by the fastest engine" in answer.out
+    assert not list((cache / "sparse").iterdir())
+    assert "trial" not in command(*words).err  # each is stored
 
 
 @pytest.mark.slow

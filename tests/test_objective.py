@@ -105,7 +105,7 @@ def test_attributes_are_stored_as_soon_as_they_are_known(
 def test_a_model_whose_numbers_are_none_fails(context: TrialContext, space: Space, study: optuna.Study) -> None:
     class Broken:
         checkpoint, dtype, windows, begin = context.checkpoint, context.dtype, context.windows, context.begin
-        batch, batches = context.batch, context.batches
+        batch, batches, stored_bytes = context.batch, context.batches, context.stored_bytes
 
         def prune(self, plan: Any) -> Any:
             return context.prune(plan)

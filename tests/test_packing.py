@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from families import ALL, MULTIMODAL, TOKENS, VOCABULARY
+from families import ALL, CPU, MULTIMODAL, TOKENS, VOCABULARY, bench_of
 from safetensors.torch import load_file, save_file
 from tinystudy import CommandLine
 from torch import Tensor
@@ -37,6 +37,8 @@ from atp_tune.errors import UserError
 from atp_tune.packed.layout import pack, zeros_of
 from atp_tune.packed.modeling_atp_sparse import BITMASK, SCALES, VALUES, SparseLinear, unpack
 from atp_tune.packed.registering import register
+from atp_tune.plan import Plan
+from atp_tune.search.objective import Record
 from atp_tune.sparse.packing import pack_folder
 from atp_tune.spec.study import ModelConfig
 
@@ -96,6 +98,12 @@ def logits(model: Any) -> Tensor:
     with torch.inference_mode():
         found: Tensor = model(input_ids=ids).logits
     return found
+
+
+def bytes_of(folder: Path) -> int:
+    """Bytes of all tensors of a folder."""
+    files = [load_file(file) for file in folder.glob("*.safetensors")]
+    return sum(tensor.nbytes for tensors in files for tensor in tensors.values())
 
 
 def same_files(one: Path, other: Path) -> bool:
@@ -228,6 +236,29 @@ def test_a_share_below_the_least_is_left_dense(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no matrix of it has 45% zeros"):
         pack_folder(tmp_path / "sparse", tmp_path / "packed")
     assert not (tmp_path / "packed").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "mixtral", "gpt_oss"])
+def test_a_trial_foretells_the_bytes_of_its_packed_folder(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Counted from its zeros and the headers of the dense files; the first block has too few zeros to be packed."""
+    model = sparse_model(name, 0.0).to(dtype)
+    for key, parameter in model.named_parameters():
+        parameter.data += 0.1 * ("bias" in key)  # those of gpt_oss's experts are matrices, of zeros when they are new
+    model.save_pretrained(tmp_path / "dense", max_shard_size="40KB")
+    context = bench_of(model.float(), folder=tmp_path / "dense")
+    record = Record(CPU, "float32", context.stored_bytes)
+    sparsities = (0.3, *([0.6] * (len(context.checkpoint.blocks) - 1)))
+    for index, weights in record.follow(
+        context.prune(Plan("wanda", "uniform", sparsities)), context.checkpoint.linears
+    ):
+        for key, tensor in weights.items():
+            context.checkpoint.blocks[index].get_parameter(key).data = tensor
+    model.to(dtype).save_pretrained(tmp_path / "sparse", max_shard_size="40KB")
+    pack_folder(tmp_path / "sparse", tmp_path / "packed")
+    dense, packed = (bytes_of(tmp_path / folder) for folder in ("dense", "packed"))
+    assert context.stored_bytes == (dense, dtype.itemsize)
+    assert record.close()["packed_bytes"] == packed < dense
 
 
 # ways to load it

@@ -92,6 +92,7 @@ def test_attributes_of_a_trial(done: Path) -> None:
         assert set(attrs) - {"start"} == {
             "host", "pid", "process_started", "booted", "sparsities", "realised", "errors", "nlls", "seconds",
             "peak_bytes", "device", "dtype", "versions", "stderr", "batch_windows", "batches",
+            "packed_bytes", "packed MB",
             "zeros %", "± stderr", "time (s)", "peak GB",
         }  # fmt: skip
         assert (attrs["host"], attrs["pid"]) == (os.uname().nodename, os.getpid())
@@ -114,6 +115,7 @@ def test_attributes_of_the_study(done: Path) -> None:
     attrs = reopen(done).user_attrs
     assert set(attrs) == {
         "fingerprint", "sizes", "blocks", "linears", "total", "made_from", "dense", "test_nlls", "batches",
+        "dense_bytes",
         "model.source", "model.dtype", "protocol", "sparsity", "trials",
     }  # fmt: skip
     assert attrs["sizes"] == [7680] * BLOCKS  # q, o: 32²; k, v: 16 · 32; three of 48 · 32

@@ -327,11 +327,15 @@ def test_a_folder_that_apply_wrote(done: Path, command: CommandLine, tmp_path: P
     check_stored(read_config(out / ABOUT).speed)
 
 
-def test_what_is_given_must_be_one_of_two(done: Path, command: CommandLine) -> None:
-    for options in ([], ["--config", done / "tiny.best.json", "--model", done / "model"]):
+def test_what_is_given_must_be_one_of_three(done: Path, command: CommandLine) -> None:
+    for options in (
+        [],
+        ["--config", done / "tiny.best.json", "--model", done / "model"],
+        ["--config", done / "tiny.best.json", "--study", "smol"],
+    ):
         answer = command("speedup", *options)
         assert answer.code == 2
-        assert "give either --config FILE or --model DIR" in answer.err
+        assert "give one of --config FILE, --model DIR and --study NAME" in answer.err
     answer = command("speedup", "--setup")
     assert answer.code == 2
     assert "only with --engine deepsparse" in answer.err

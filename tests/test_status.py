@@ -21,7 +21,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 from processes import popen
 from rich.console import Console
-from tinystudy import HANGS, LONG, TUNE, CommandLine, finish, run, settings, start, stored, study_file
+from tinystudy import HANGS, LONG, TUNE, CommandLine, finish, hear, run, settings, start, stored, study_file
 
 from atp_tune.cli import live_status, tables
 from atp_tune.cli.runtime import quiet
@@ -128,6 +128,7 @@ def test_the_keys_that_are_promised(study: optuna.Study) -> None:
         "format", "study", "sparsity", "done", "total", "complete", "seconds_left", "running", "dense", "uniform",
         "best", "ranks", "trials", "screening", "objective", "front",
         "bos", "uniform_draws", "windows", "limit", "points",
+        "dense_bytes", "dense_tokens_per_second",
     ]  # fmt: skip
     assert list(says["best"]) == [
         "trial", "pruner", "allocation", "parameters", "validation", "test", "change", "kl", "kl_change",
@@ -136,7 +137,7 @@ def test_the_keys_that_are_promised(study: optuna.Study) -> None:
     assert (says["objective"], says["front"], says["best"]["kl"]) == (["perplexity"], [], None)
     assert list(says["trials"][0]) == [
         "number", "state", "params", "plan", "value", "stderr", "test", "realised", "seconds", "remark", "kl",
-        "cut_off", "sparsity",
+        "cut_off", "sparsity", "packed_bytes",
     ]  # fmt: skip
 
 
@@ -293,15 +294,16 @@ def test_a_study_that_is_not_there(arguments: list[str], place: Path, command: C
 
 
 @pytest.mark.slow
-def test_a_watch_ends_with_the_study(place: Path, command: CommandLine) -> None:
+def test_a_watch_ends_with_the_study(place: Path) -> None:
     """It waits for the study, tells what changes, and gives the summary; beside it one that writes JSON lines."""
     options = ("status", "--study", place / "tiny.toml", "--watch", "--every", "0.1")
-    lines = start(*options, "--json")
+    waiting = "study tiny: has no trials yet; waiting for it\n"
+    watch, lines = start(*options), start(*options, "--json")
+    assert (hear(watch, "\n"), hear(lines, "\n", err=True)) == (waiting, waiting)
     runs = start("--study", place / "tiny.toml", *settings(*LONG, "search.trials=6"))
-    watched = command(*options)
+    watched = finish(watch)
     assert (watched.code, watched.err) == (0, "")
-    assert watched.out.startswith("study tiny: has no trials yet; waiting for it\n")
-    assert watched.out.count("waiting for it") == 1
+    assert "waiting for it" not in watched.out
     told = re.findall(r"^\[(\d)/6\] (?:no best yet|best \d+\.\d\d \(trial \d\)), ", watched.out, re.M)
     assert told == sorted(told)
     assert len(set(told)) > 1
@@ -310,7 +312,7 @@ def test_a_watch_ends_with_the_study(place: Path, command: CommandLine) -> None:
     assert watched.out.count("spread: ") == 1
     assert finish(runs).code == 0
     answer = finish(lines)
-    assert (answer.code, answer.err) == (0, "study tiny: has no trials yet; waiting for it\n")
+    assert (answer.code, answer.err) == (0, "")
     documents = [json.loads(line) for line in answer.out.splitlines()]
     assert len(documents) > 2
     assert [each["complete"] for each in documents] == [False] * (len(documents) - 1) + [True]

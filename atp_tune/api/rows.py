@@ -53,6 +53,8 @@ def points(summary: Summary) -> list[Row]:
                 for ending, key in (("", "value"), ("_stderr", "stderr"))
             },
             "excess": point.excess,
+            "packed_bytes": point.packed_bytes,
+            "tokens_per_second": point.tokens_per_second,
             "best": point.best,
         }
         for point in status_of(summary, datetime.now()).points

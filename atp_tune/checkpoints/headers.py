@@ -20,11 +20,15 @@ NUMBERED = re.compile(r"(?P<list>.*?)\.(?P<index>\d+)\.")
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Number of values in all tensors (`total`) and in each block, and bytes of all tensors in the files."""
+    """Number of values in all tensors (`total`) and in each block; bytes of all tensors in the files, and of a value.
+
+    `itemsize`: of the number format that most values of the blocks have.
+    """
 
     total: int
     blocks: tuple[int, ...]
     bytes: int
+    itemsize: int
 
     @property
     def shell(self) -> int:
@@ -38,6 +42,7 @@ def read_sizes(folder: Path) -> ModelSizes:
         name: entry for file in sorted(folder.glob("*.safetensors")) for name, entry in read_header(file).items()
     }
     counts = {name: prod(entry["shape"]) for name, entry in tensors.items()}
+    stored = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in tensors.items()}
     lists: dict[str, Counter[int]] = {}
     for name, count in counts.items():
         if found := NUMBERED.match(name):
@@ -46,8 +51,13 @@ def read_sizes(folder: Path) -> ModelSizes:
         raise UserError(f"model {folder}: its files name no blocks; only transformer models can be pruned")
     spoken = {name: sizes for name, sizes in lists.items() if not any(tower in name for tower in TOWERS)} or lists
     blocks = max(spoken.values(), key=lambda sizes: sizes.total())
-    stored = sum(end - start for start, end in (entry["data_offsets"] for entry in tensors.values()))
-    return ModelSizes(sum(counts.values()), tuple(blocks[index] for index in sorted(blocks)), stored)
+    formats = Counter[int]()
+    for name, count in counts.items():
+        formats[stored[name] // max(1, count)] += count * bool(NUMBERED.match(name))
+    (itemsize, _), *_ = formats.most_common()
+    return ModelSizes(
+        sum(counts.values()), tuple(blocks[index] for index in sorted(blocks)), sum(stored.values()), itemsize
+    )
 
 
 def has_experts(folder: Path) -> bool:

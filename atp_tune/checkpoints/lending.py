@@ -45,6 +45,10 @@ class LentModel(ModelFolder):
             )
         return Checkpoint(self.model, device, "none")
 
+    def stored_bytes(self) -> tuple[int, int]:
+        """Bytes of all parameters, and of a value."""
+        return sum(parameter.nbytes for parameter in self.model.parameters()), int(self.model.dtype.itemsize)
+
     def _stamps(self) -> dict[str, tuple[int, int, int]]:
         return {name: (tensor.data_ptr(), tensor.nbytes, _version(tensor)) for name, tensor in _tensors(self.model)}
 

@@ -20,7 +20,7 @@ from huggingface_hub import errors, snapshot_download
 
 from atp_tune.cache import cache_dir, keep, sha256_of, sha256_of_json
 from atp_tune.checkpoints import convert, quantized, trust
-from atp_tune.checkpoints.headers import check_claims
+from atp_tune.checkpoints.headers import check_claims, read_sizes
 from atp_tune.checkpoints.unpacking import is_packed, unpack_folder
 from atp_tune.errors import UserError
 from atp_tune.paths import is_special, written
@@ -72,6 +72,11 @@ class ModelFolder:
 
         offload = None if config.offload == "auto" else config.offload
         return Checkpoint.load(self.path, find_dtype(config.dtype, device), device, self.trusted, offload)
+
+    def stored_bytes(self) -> tuple[int, int]:
+        """Bytes of all weights in the files, and of a value of the blocks."""
+        sizes = read_sizes(self.path)
+        return sizes.bytes, sizes.itemsize
 
     def _stamps(self) -> dict[str, tuple[int, int, int]]:
         files = [file for file in self.path.glob("*") if file.suffix == ".safetensors" or file.name == "config.json"]

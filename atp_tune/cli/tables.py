@@ -28,6 +28,7 @@ from atp_tune.results.formatting import (
     points_head,
     points_row,
     remark_of,
+    sizes_note,
     study_remarks,
 )
 from atp_tune.results.outcome import draws_said, limit_of, outcome_of
@@ -114,7 +115,7 @@ def _notes(summary: Summary) -> list[str]:
     """The legend of the table."""
     same = "same pruner and sparsity, same windows" if summary.interval else "same pruner, same windows"
     paired = f"against uniform: {same}, error of the difference"
-    notes = [f"±: {errors_of(summary)}; {paired}", "" if summary.interval else draws_note(summary)]
+    notes = [f"±: {errors_of(summary)}; {paired}", sizes_note(summary) if summary.interval else draws_note(summary)]
     if summary.limit:
         notes.append(f"limit: {limit_of(summary.limit)}, validation text, at the upper end of the standard error")
     return [note for note in notes if note]

@@ -235,6 +235,8 @@ def measured_columns(attrs: Attributes) -> dict[str, Any]:
         found["± stderr"] = round(attrs["stderr"], 2)
     if "realised" in attrs:
         found["zeros %"] = round(100 * attrs["realised"], 2)
+    if "packed_bytes" in attrs:
+        found["packed MB"] = round(attrs["packed_bytes"] / 1e6, 1)
     if "seconds" in attrs:
         found["time (s)"] = round(sum(attrs["seconds"].values()), 1)
     if attrs.get("peak_bytes"):

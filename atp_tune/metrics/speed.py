@@ -76,6 +76,11 @@ class Speed(FrozenModel, allow_inf_nan=False):
         """Median tokens per second of the dense model in torch, in its fastest number format."""
         return max(median(row.rates(phase).dense) for row in self.engines if row.engine == "torch")
 
+    @property
+    def fastest(self) -> float | None:
+        """Median tokens per second of the sparse model in its fastest engine, while it decodes one at a time."""
+        return max((median(row.decode.sparse) for row in self.engines), default=None)
+
     def over_torch(self, row: Measured, phase: Phase) -> float:
         """Median speed of an engine's sparse model over `torch_dense`."""
         return median(row.rates(phase).sparse) / self.torch_dense(phase)

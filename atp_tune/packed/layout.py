@@ -19,7 +19,7 @@ LEAST = 0.45  # share of zeros from which a packed matrix is smaller, and no slo
 
 def zeros_of(dense: Tensor) -> float:
     """The share of zeros; -0.0 is none, so that unpacking restores each bit."""
-    return 1 - float(_kept(dense).float().mean()) if dense.numel() else 0.0
+    return (dense.numel() - int(_kept(dense).sum())) / dense.numel() if dense.numel() else 0.0
 
 
 def pack(dense: Tensor, kind: Kind, group_size: int | None = None) -> dict[str, Tensor]:
@@ -41,11 +41,18 @@ def pack(dense: Tensor, kind: Kind, group_size: int | None = None) -> dict[str, 
 
 def packed_bytes(dense: Tensor) -> int:
     """Bytes of a tensor [..., columns] in a packed folder; its own if it has too few zeros."""
-    zeros = zeros_of(dense) if dense.dim() > 1 and dense.is_floating_point() else 0.0
-    if zeros < LEAST:
+    if dense.dim() < 2 or not dense.is_floating_point() or not dense.numel():
         return dense.nbytes
-    rows, columns = dense.numel() // dense.shape[-1], dense.shape[-1]
-    return int(_kept(dense).sum()) * dense.element_size() + rows * -(-columns // 8)
+    rows, zeros = dense.numel() // dense.shape[-1], dense.numel() - int(_kept(dense).sum())
+    return matrix_bytes(rows, dense.shape[-1], zeros, dense.element_size())
+
+
+def matrix_bytes(rows: int, columns: int, zeros: int, itemsize: int) -> int:
+    """Bytes of a matrix in a packed folder, its values in their own number format of `itemsize` bytes."""
+    size = rows * columns
+    if zeros / size < LEAST:
+        return size * itemsize
+    return (size - zeros) * itemsize + rows * -(-columns // 8)
 
 
 def packed_linear(linear: Any, kind: Kind = "same") -> SparseLinear:

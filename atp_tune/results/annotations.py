@@ -124,6 +124,12 @@ def attached(study: optuna.Study, trial: int | None) -> dict[Key, Any]:
     return found
 
 
+def speed_of(study: optuna.Study, trial: int) -> Speed | None:
+    """The speed of a trial's model, if `speedup` measured it."""
+    found = attached(study, trial).get("speed")
+    return None if found is None else Speed.model_validate(found)
+
+
 def _in_file(config: Config, out: Path) -> dict[Key, Any]:
     try:
         there = read_config(out) if out.is_file() else None

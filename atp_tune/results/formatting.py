@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from statistics import median
 
 from optuna.trial import FrozenTrial, TrialState
 
@@ -21,6 +22,7 @@ from atp_tune.storage.lost_trials import CutOff, cut_offs_of, given_up
 from atp_tune.storage.progress import sparsity_of
 
 NOTHING = "–"  # an empty cell of a table
+SPEED_COLUMN = "tokens/s"
 
 
 def plan_of(trial: FrozenTrial) -> str:
@@ -129,9 +131,10 @@ def points_head(summary: Summary) -> list[str]:
     """The columns of the table of points, over an interval of sparsities; `points_row` has their cells."""
     kls = ["validation KL", "test KL", "KL against uniform"] if "kl" in summary.objectives else []
     limit = ["limit"] if summary.limit else []
+    sizes = ["packed"] * _has_bytes(summary) + [SPEED_COLUMN] * (dense_speed(summary) is not None)
     dense = "against dense, validation" if summary.limit else "against dense"
     columns = ["validation perplexity", "test perplexity", dense, "against uniform"]
-    return ["sparsity", "method", "trial", *columns, *kls, *limit]
+    return ["sparsity", "method", "trial", *columns, *kls, *sizes, *limit]
 
 
 def points_row(summary: Summary, point: Point, mark: str = "") -> list[str]:
@@ -142,13 +145,50 @@ def points_row(summary: Summary, point: Point, mark: str = "") -> list[str]:
     changes = compared(point.dense), compared(point.against)
     if summary.limit:  # it holds on the validation text
         changes = str(point.dense.perplexity.get("validation", NOTHING)), changes[1]
-    return [percent(point.sparsity), method_of(point.trial), number, *cells(point.scores), *changes, *kls, *limit]
+    scores = [*cells(point.scores), *changes, *kls]
+    return [percent(point.sparsity), method_of(point.trial), number, *scores, *_sizes(summary, point), *limit]
 
 
 def dense_row(summary: Summary) -> list[str]:
     """The cells of the dense model in the table of points."""
     kls = ["0", "0", NOTHING] if "kl" in summary.objectives else []
-    return ["0%", "dense", "", *cells(summary.dense), NOTHING, NOTHING, *kls, *([""] if summary.limit else [])]
+    scores = [*cells(summary.dense), NOTHING, NOTHING, *kls]
+    return ["0%", "dense", "", *scores, *_sizes(summary), *([""] if summary.limit else [])]
+
+
+def _sizes(summary: Summary, point: Point | None = None) -> list[str]:
+    """Bytes and tokens per second of a point or of the dense model, for the columns of `points_head`."""
+    found, dense = [], dense_speed(summary)
+    if _has_bytes(summary):
+        size = point.packed_bytes if point else summary.dense_bytes
+        found.append(NOTHING if size is None else megabytes(size))
+    if dense is not None:
+        rate = dense if point is None else point.speed and point.speed.fastest
+        found.append(NOTHING if rate is None else f"{rate:.1f}")
+    return found
+
+
+def _has_bytes(summary: Summary) -> bool:
+    return any(point.packed_bytes is not None for point in summary.points)
+
+
+def dense_speed(summary: Summary) -> float | None:
+    """Tokens per second of the dense model in torch, the median over the measured points; None if none is measured."""
+    speeds = [point.speed for point in summary.points if point.speed]
+    found = [speed.torch_dense("decode") for speed in speeds if any(row.engine == "torch" for row in speed.engines)]
+    return median(found) if found else None
+
+
+def megabytes(size: int) -> str:
+    """A number of bytes: `297.0 MB`, from 10 GB on `13.5 GB`."""
+    return f"{size / 1e6:.1f} MB" if size < 10e9 else f"{size / 1e9:.1f} GB"
+
+
+def sizes_note(summary: Summary) -> str:
+    """The legend of those columns; "" without them."""
+    packed = "packed: bytes of the weights as `pack` writes them" if _has_bytes(summary) else ""
+    rates = f"{SPEED_COLUMN}: decoded one at a time, by the fastest engine that `speedup` measured"
+    return "; ".join(note for note in (packed, rates if dense_speed(summary) is not None else "") if note)
 
 
 def drawn(summary: Summary) -> int:

@@ -14,6 +14,8 @@ from optuna.trial import FrozenTrial
 from atp_tune.errors import UserError
 from atp_tune.metrics.limits import Limit
 from atp_tune.metrics.perplexity import Change
+from atp_tune.metrics.speed import Speed
+from atp_tune.results.annotations import speed_of
 from atp_tune.results.pairing import Role, change_on, common_text, kl_change_on
 from atp_tune.results.trials import is_uniform, scores_of, uniform_of
 from atp_tune.spec.config import Scores
@@ -48,6 +50,8 @@ class Point:
     against      changes against uniform; None where the trial is uniform itself or uniform is not measured
     excess       over the study's limit, see `metrics.limits`; None without a limit
     is_best      it is the study's best trial
+    packed_bytes  of all weights in a packed folder; None for trials of earlier versions
+    speed        what `speedup` measured; None without
     """
 
     trial: FrozenTrial
@@ -59,6 +63,8 @@ class Point:
     against: Versus | None
     excess: float | None
     is_best: bool
+    packed_bytes: int | None = None
+    speed: Speed | None = None
 
 
 def points_of(study: optuna.Study) -> list[Point]:
@@ -84,6 +90,8 @@ def _point(study: optuna.Study, trial: FrozenTrial, is_best: bool) -> Point:
         against=None if uniform is None or is_uniform(trial) else _versus(study, uniform, trial),
         excess=progress.excess_of(study, trial) if study.user_attrs.get("limit") else None,
         is_best=is_best,
+        packed_bytes=trial.user_attrs.get("packed_bytes"),
+        speed=speed_of(study, trial.number),
     )
 
 

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from atp_tune.frozen import FrozenModel
 from atp_tune.metrics.draws import OverDraws
-from atp_tune.results.formatting import plan_of, remark_of
+from atp_tune.results.formatting import dense_speed, plan_of, remark_of
 from atp_tune.results.status_points import Against, Number, PointStatus, against_of, point_of
 from atp_tune.results.summary import Rank, ScreeningProgress, Summary
 from atp_tune.results.trials import allocation_of, parameters_of, score_of
@@ -66,7 +66,7 @@ class TrialStatus(FrozenModel):
 
     `value`, `stderr`: perplexity on the validation text. `realised`: the counted share of zeros. `kl`: null if not
     minimised. `cut_off`: how often this trial and those that it repeats were lost with their process. `sparsity`: its
-    target, where the study searches for it.
+    target, where the study searches for it. `packed_bytes`: of all weights in a packed folder.
     """
 
     number: int
@@ -82,6 +82,7 @@ class TrialStatus(FrozenModel):
     kl: Divergences | None = None
     cut_off: int = 0
     sparsity: float | None = None
+    packed_bytes: int | None = None
 
 
 class Status(FrozenModel):
@@ -91,6 +92,8 @@ class Status(FrozenModel):
     are computed. `objective`: `perplexity`, `kl` or both. `front`: with both, the numbers of the Pareto front's trials,
     the lowest perplexity (`best`) first. `bos`: windows begin with BOS. `sparsity`: a number, or the interval in which
     the study searches; then `points` are the plans to choose from, and `limit` bounds the quality of the best.
+    `dense_bytes`: of all weights in the dense model's files. `dense_tokens_per_second`: decoded one at a time by torch,
+    where `speedup` measured points.
     """
 
     format: Literal["atp_tune.status/2"] = FORMAT
@@ -114,6 +117,8 @@ class Status(FrozenModel):
     windows: dict[str, int] = Field({})
     limit: dict[str, float | dict[str, float]] | None = None
     points: tuple[PointStatus, ...] = ()
+    dense_bytes: int | None = None
+    dense_tokens_per_second: float | None = None
 
     def without_clock(self) -> "Status":
         """The status without times, to compare for changes."""
@@ -166,6 +171,8 @@ def status_of(summary: Summary, now: datetime) -> Status:
         windows=dict(summary.windows),
         limit=None if summary.limit is None else dict(summary.limit),
         points=tuple(point_of(summary, point) for point in summary.points),
+        dense_bytes=summary.dense_bytes,
+        dense_tokens_per_second=dense_speed(summary),
     )
 
 
@@ -235,6 +242,7 @@ def _trial(summary: Summary, trial: FrozenTrial) -> TrialStatus:
         kl=summary.kls.get(trial.number),
         cut_off=len(cut_offs_of(trial)),
         sparsity=sparsity_of(trial),
+        packed_bytes=trial.user_attrs.get("packed_bytes"),
     )
 
 

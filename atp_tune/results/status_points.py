@@ -28,6 +28,8 @@ class PointStatus(FrozenModel):
     """A point of a study over an interval of sparsities.
 
     `uniform`: number of the uniform trial at the same sparsity. `excess`: over the limit; at most 0 within it.
+    `packed_bytes`: of all weights in a packed folder. `tokens_per_second`: decoded one at a time by the fastest engine
+    that `speedup` measured.
     """
 
     trial: int
@@ -42,6 +44,8 @@ class PointStatus(FrozenModel):
     kl_against_uniform: Against | None
     excess: Number
     best: bool
+    packed_bytes: int | None = None
+    tokens_per_second: float | None = None
 
 
 def point_of(summary: Summary, point: Point) -> PointStatus:
@@ -60,6 +64,8 @@ def point_of(summary: Summary, point: Point) -> PointStatus:
         kl_against_uniform=uniform and against_of(uniform.kl_change, uniform.text),
         excess=point.excess,
         best=point.is_best,
+        packed_bytes=point.packed_bytes,
+        tokens_per_second=point.speed and point.speed.fastest,
     )
 
 

@@ -15,7 +15,7 @@ from atp_tune.metrics.draws import OverDraws, over_draws
 from atp_tune.metrics.limits import Limit
 from atp_tune.metrics.perplexity import Change, Perplexity, perplexity
 from atp_tune.metrics.speed import Speed
-from atp_tune.results.annotations import attached
+from atp_tune.results.annotations import attached, speed_of
 from atp_tune.results.front import Point, points_of
 from atp_tune.results.pairing import Role, change_on, common_text, kl_change_on
 from atp_tune.results.trials import (
@@ -71,6 +71,7 @@ class Summary:
     unlike        trial → device, dtype or batch sizes unlike the study's first trial, as text
     over_draws    test perplexity over draws of the calibration text by trial
     windows       number of windows by text
+    dense_bytes   of all weights of the dense model in its files; None in studies of earlier versions
     kls           KL by trial, if minimised
     front         with two objectives, the trials of the Pareto front
     points        over an interval of sparsities, the trials to choose from; see `results.front`
@@ -110,6 +111,7 @@ class Summary:
     over_draws: Mapping[int, OverDraws] = field(default_factory=dict)
     windows: Mapping[str, int] = field(default_factory=dict)
     points: Sequence[Point] = ()
+    dense_bytes: int | None = None
     limit: Limit | None = None
 
     @property
@@ -164,13 +166,14 @@ def summarise(study: optuna.Study) -> Summary:
         front=progress.front_of(study),
         uniform_trial=uniform,
         zero_shot=ZeroShot.model_validate(found["zero_shot"]) if "zero_shot" in found else None,
-        speed=Speed.model_validate(found["speed"]) if "speed" in found else None,
+        speed=speed_of(study, best.number) if best else None,
         continuations=Continuations.model_validate(found["continuations"]) if "continuations" in found else None,
         bos=fingerprint.has_bos(study),
         bos_effect=BosEffect.model_validate(study.user_attrs["bos"]) if "bos" in study.user_attrs else None,
         over_draws=_over_draws(study),
         windows=_windows(study),
         points=points_of(study),
+        dense_bytes=study.user_attrs.get("dense_bytes"),
         limit=study.user_attrs.get("limit"),
     )
 

@@ -239,6 +239,11 @@ class TrialContext(Released):
         items, batch = self.windows["calibration"], self.batch("calibration")
         return DenseMeasurements(self.replay, items, self.items("calibration"), batch, self.folder.content, self.watch)
 
+    @cached_property
+    def stored_bytes(self) -> tuple[int, int]:
+        """Bytes of all weights in the dense model's files, and of a value of the blocks."""
+        return self.folder.stored_bytes()
+
     def budget(self, target: float) -> Budget:
         """The budget of this checkpoint at a target sparsity; its dense metrics are measured when needed."""
         evidence = self.measured.evidence(self._priced, self._path)

@@ -24,11 +24,13 @@ from optuna.trial import FrozenTrial, TrialState
 from atp_tune.blocks.prune_pass import PrunedBlock
 from atp_tune.blocks.timing import Timer
 from atp_tune.checkpoints.devices import device_name, is_out_of_memory, peak_memory, reset_peak_memory
+from atp_tune.checkpoints.linears import Linear
 from atp_tune.dashboard.notes import measured_columns
 from atp_tune.errors import PluginError, TrialError, UserError
 from atp_tune.events import EventHandler, Message, TrialStarted
 from atp_tune.metrics.kl import Divergence, divergence
 from atp_tune.metrics.perplexity import Perplexity, perplexity
+from atp_tune.packed.layout import matrix_bytes
 from atp_tune.plan import Plan
 from atp_tune.scores import WindowScores
 from atp_tune.scores.evaluation import Block
@@ -67,8 +69,8 @@ class Objective:
     def _measure(self, trial: Trial, plan: Plan) -> tuple[float, ...]:
         context, batches = self.context, batches_of(trial.study)
         context.begin(batches)
-        record = Record(context.checkpoint.device, context.dtype)
-        pruned = record.follow(context.prune(plan), context.checkpoint.sizes)
+        record = Record(context.checkpoint.device, context.dtype, context.stored_bytes)
+        pruned = record.follow(context.prune(plan), context.checkpoint.linears)
         pruned = self.tasks.follow(pruned) if self.tasks else pruned
         # Uniform is never stopped: the others are compared with it.
         may_stop = self.stops and not plan.is_uniform and best_trial(trial.study) is not None
@@ -133,7 +135,8 @@ def reasons(trial: Trial) -> Iterator[None]:
 class Record:
     """Gathers a trial's user attributes while its plan is pruned and evaluated."""
 
-    def __init__(self, device: Any, dtype: str) -> None:
+    def __init__(self, device: Any, dtype: str, stored_bytes: tuple[int, int]) -> None:
+        """`stored_bytes`: of all weights in the dense model's files, and of a value of the blocks."""
         self.nlls: list[float] = []
         self.kls: list[float] = []
         self.errors: list[float] = []
@@ -141,22 +144,29 @@ class Record:
         self.peak_bytes: dict[str, int] = {}
         self.experts_without_tokens: list[str] = []
         self._zeros = self._weights = 0
+        self._packed, self._itemsize = stored_bytes
         self._device = device
         self._dtype = dtype
         self._timer = Timer(device)
         reset_peak_memory(device)
 
-    def follow(self, pruned: Iterator[PrunedBlock], sizes: tuple[int, ...]) -> Iterator[Block]:
+    def follow(self, pruned: Iterator[PrunedBlock], linears: Sequence[Sequence[Linear]]) -> Iterator[Block]:
         """Yields the weights of each pruned block after recording its zeros, error and seconds."""
         for block in pruned:
             self.errors += [] if block.error is None else [round(block.error, 6)]
             self.experts_without_tokens += [f"{block.index}.{name}" for name in block.experts_without_tokens]
-            self._zeros += sum(block.zeros.values())
-            self._weights += sizes[block.index]
+            for linear in linears[block.index]:
+                self._count(linear, block.zeros[linear.name])
             for phase, seconds in block.seconds.items():
                 self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
             self.peak_bytes["prune"] = peak_memory(self._device)
             yield block.index, block.weights
+
+    def _count(self, linear: Linear, zeros: int) -> None:
+        packed = matrix_bytes(linear.out_features, linear.in_features, zeros, self._itemsize)
+        self._packed += packed - linear.size * self._itemsize
+        self._zeros += zeros
+        self._weights += linear.size
 
     def add(self, scores: WindowScores) -> None:
         """Records the scores of further windows."""
@@ -180,6 +190,7 @@ class Record:
         self.peak_bytes["evaluate"] = peak_memory(self._device)
         return {
             "realised": self._zeros / self._weights,
+            "packed_bytes": self._packed,
             "errors": self.errors,
             "nlls": self.nlls,
             "seconds": {phase: round(seconds, 3) for phase, seconds in self.seconds.items()},

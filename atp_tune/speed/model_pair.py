@@ -1,6 +1,8 @@
 """The two models to compare: a sparse checkpoint and its dense model."""
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,8 +64,26 @@ def find_pair(
         check_files(sparse)
         check_claims(sparse)
     else:
-        decides = {*DECIDES, *(["plugins"] if config.plugins else [])}
-        sparse = cache_dir("sparse") / sha256_of_json(config.model_dump(mode="json", include=decides))
+        sparse = _cached(config)
         if not sparse.is_dir():
             write_applied(config, base, sparse, device, watch, allowed)
     return Pair(dense.path, sparse, config.prune.pattern, dense.trusted)
+
+
+@contextmanager
+def passing_pair(
+    config: Config, base: Path, device: str, watch: EventHandler, allowed: Mapping[str, bool]
+) -> Iterator[Pair]:
+    """The pair of a configuration; what this writes into the cache is removed at the end."""
+    was_there = _cached(config).is_dir()
+    try:
+        yield find_pair(config, base, None, device, watch, allowed)
+    finally:
+        if not was_there:
+            shutil.rmtree(_cached(config), ignore_errors=True)
+
+
+def _cached(config: Config) -> Path:
+    """The folder in the cache of a configuration's sparse model."""
+    decides = {*DECIDES, *(["plugins"] if config.plugins else [])}
+    return cache_dir("sparse") / sha256_of_json(config.model_dump(mode="json", include=decides))

@@ -78,6 +78,7 @@ TRIAL = _kinds(
         **dict.fromkeys(("process_started", "booted"), Amount),
         "stderr": Annotated[float, Field(ge=0)],
         "realised": Share,
+        "packed_bytes": Count,
         "errors": list[float],
         "nlls": Nlls,
         "kls": Kls,
@@ -96,6 +97,7 @@ TRIAL = _kinds(
 STUDY = _kinds(
     {
         "sizes": Annotated[list[Size], Field(min_length=1)],
+        "dense_bytes": Count,
         "blocks": Words,
         "linears": list[list[Words]],
         "total": Total,

@@ -65,8 +65,8 @@ def plan(context: TrialContext, pruner: str = "wanda") -> Plan:
 
 def trial(context: TrialContext, pruner: str = "wanda") -> Record:
     """A trial as the objective runs it; its record is not closed yet."""
-    record = Record(context.checkpoint.device, context.dtype)
-    pruned = record.follow(context.prune(plan(context, pruner)), context.checkpoint.sizes)
+    record = Record(context.checkpoint.device, context.dtype, (0, 4))
+    pruned = record.follow(context.prune(plan(context, pruner)), context.checkpoint.linears)
     record.nlls = context.all_nlls(pruned, "validation")
     return record
 

@@ -8,8 +8,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atp_tune.cli.options import AllowPickle, Device, Storage, TrustPlugins, TrustRemoteCode, permissions
+from atp_tune.cli import completion
+from atp_tune.cli.options import (
+    AllowPickle,
+    Device,
+    Storage,
+    StudyLabel,
+    TrustPlugins,
+    TrustRemoteCode,
+    load_study,
+    permissions,
+    stored_study,
+)
 from atp_tune.cli.terminal import console, markdown
+from atp_tune.plan import percent
 
 if TYPE_CHECKING:
     from atp_tune.metrics.speed import Speed
@@ -34,6 +46,14 @@ def speedup(
         Path | None, typer.Option(metavar="FILE", help="Configuration; the sparse model is written to the cache.")
     ] = None,
     model: Annotated[Path | None, typer.Option(metavar="DIR", help="Sparse checkpoint, as `apply` writes it.")] = None,
+    study: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="All points of a front, or the best of a study at one sparsity; points with a speed are skipped.",
+            autocompletion=completion.study_names,
+        ),
+    ] = None,
     engine: Annotated[
         EngineName | None,
         typer.Option(
@@ -49,6 +69,7 @@ def speedup(
     tokens: Annotated[int, typer.Option(min=4, help="Length of the prompt in tokens.")] = 128,
     device: Device = None,
     storage: Storage = None,
+    study_name: StudyLabel = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
     trust_plugins: TrustPlugins = False,
@@ -59,19 +80,27 @@ def speedup(
     model needs an engine that skips zeros. The numbers are stored in the configuration and in its study.
     docs/speedup.md says what to expect.
 
+    With `--study` each point of a front is pruned, measured and removed again; the front's table then has a column of
+    tokens per second.
+
     Example: `python tune.py speedup --config studies/smol.best.json`
 
     Example: `python tune.py speedup --config studies/smol.best.json --engine deepsparse --setup`
+
+    Example: `python tune.py speedup --study smol-front`
     """
     if setup:
         if engine != EngineName.deepsparse:
             raise typer.BadParameter("only with --engine deepsparse", param_hint="--setup")
         _set_up()
-        if config is None and model is None:
+        if config is None and model is None and study is None:
             return
-    if (config is None) == (model is None):
-        raise typer.BadParameter("give either --config FILE or --model DIR", param_hint="--config")
+    if sum(given is not None for given in (config, model, study)) != 1:
+        raise typer.BadParameter("give one of --config FILE, --model DIR and --study NAME", param_hint="--config")
     allowed = permissions(allow_pickle, trust_remote_code, trust_plugins)
+    if study is not None:
+        _measure_points(study, study_name, engine, (tokens, runs), device, storage, allowed)
+        return
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import quiet
     from atp_tune.spec.config import read_config
@@ -91,6 +120,52 @@ def speedup(
         places = attach(path, read, "speed", found, storage)
     _show(found)
     console.print(f"stored in {', '.join(places)}")
+
+
+def _measure_points(
+    study: str,
+    study_name: str | None,
+    engine: EngineName | None,
+    length: tuple[int, int],
+    device: str | None,
+    storage: str | None,
+    allowed: dict[str, bool],
+) -> None:
+    """Measures the points of a study that have no speed yet, stores each at once, and prints the study's summary."""
+    from atp_tune.cli.display import Display
+    from atp_tune.cli.runtime import quiet
+    from atp_tune.cli.tables import show_summary
+    from atp_tune.events import Message
+    from atp_tune.results.best_config import best_config
+    from atp_tune.results.stored import file_as_run
+    from atp_tune.results.summary import summarise
+
+    file = load_study(study, storage, None, None)
+    stored, name, place = stored_study(file, study_name), study_name or file.name, device or "auto"
+    file, found = file_as_run(stored, file), summarise(stored)
+    trials = [point.trial for point in found.points if point.speed is None]
+    if not found.interval:
+        trials = [found.best_trial] if found.best_trial else []
+    with quiet(), Display() as display:
+        from atp_tune.results.annotations import attach
+        from atp_tune.speed.benchmark import check, default_engine, measure
+        from atp_tune.speed.model_pair import passing_pair
+        from atp_tune.speed.throughput import Workload
+
+        named = default_engine(place) if engine is None else engine.value
+        check(named, file.study.prune.pattern, place)
+        path = file.best_of(name)
+        for count, trial in enumerate(trials, 1):
+            config = best_config(file, stored, path, trial.number)
+            display(
+                Message(f"{count} of {len(trials)}: trial {trial.number}, {percent(config.sparsity.target)} sparsity")
+            )
+            dense = trial.user_attrs.get("packed_bytes") == found.dense_bytes is not None  # no matrix to be packed
+            with passing_pair(config, path.parent / config.folder, place, display, allowed) as pair:
+                task = Workload(tokens=length[0], runs=length[1])
+                measured = measure(pair, "torch" if dense and named == "packed" else named, task, place, display)
+            attach(path, config, "speed", measured, file.storage_url)
+    show_summary(summarise(stored), file)
 
 
 def _set_up() -> None:
