@@ -118,7 +118,8 @@ def test_columns_are_numbers_and_short(dashboard: Dashboard) -> None:
     study = dashboard.study("tiny")
     columns = {attr["key"]: attr["sortable"] for attr in study["union_user_attrs"]}
     assert columns == {
-        "± stderr": True, "zeros %": True, "time (s)": True, "peak GB": True, "device": False, "dtype": False,
+        "± stderr": True, "zeros %": True,
+        "packed MB": True, "time (s)": True, "peak GB": True, "device": False, "dtype": False,
         "host": False,
     }  # fmt: skip
     assert all(len(attr["value"]) < 60 for trial in study["trials"] for attr in trial["user_attrs"])
