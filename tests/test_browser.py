@@ -101,9 +101,9 @@ def test_each_figure_is_drawn(page: Page, dashboard: Dashboard) -> None:
 def test_the_table_of_trials_has_columns_for_people(page: Page, dashboard: Dashboard) -> None:
     page.goto(address(dashboard, "/smartSelection"))
     header = page.locator("thead th", has_text="UserAttribute")
-    expect(header).to_have_count(7)
+    expect(header).to_have_count(8)
     own = [words.splitlines()[0].removeprefix("UserAttribute ") for words in header.all_inner_texts()]
-    assert own == ["± stderr", "zeros %", "time (s)", "peak GB", "device", "dtype", "host"]
+    assert own == ["± stderr", "zeros %", "packed MB", "time (s)", "peak GB", "device", "dtype", "host"]
 
 
 def test_the_artifacts_download(page: Page, dashboard: Dashboard, done: Path) -> None:
