@@ -26,6 +26,32 @@ static int failed(const char *what) {
   return 1;
 }
 
+static int apart(const uint8_t *one, const uint8_t *other, int32_t kind, int type, int64_t columns, int64_t count) {
+  for (int64_t k = 0; k < count; k++) {
+    float left = load_number(one, kind, k), right = load_number(other, kind, k), between = left - right;
+    float size_of_sum = (left < 0 ? -left : left) + (float)columns * (type >= INT8 ? 1000 : 16);
+    float bound = size_of_sum * (kind == FLOAT ? 0x1p-21f : kind == HALF ? 0x1p-10f : 0x1p-7f);
+    if (!((between < 0 ? -between : between) <= bound) && left != right) return 1;
+  }
+  return 0;
+}
+
+/* Many tokens, against the portable loops for eight at a time. */
+static int compared_many(struct matrix *matrix, const uint8_t *x, int32_t kind, int64_t tokens) {
+  int64_t size = size_of(kind), rows = matrix->rows, columns = matrix->columns;
+  uint8_t *expected = malloc((size_t)(tokens * rows * size)), *found = malloc((size_t)(tokens * rows * size));
+  matrix->isa = PORTABLE;
+  for (int64_t first = 0; first < tokens; first += MOST_TOKENS) {
+    int32_t some = (int32_t)(tokens - first < MOST_TOKENS ? tokens - first : MOST_TOKENS);
+    atp_product(matrix, x + first * columns * size, kind, some, expected + first * rows * size, 1);
+  }
+  matrix->isa = NEON;
+  if (atp_product_of_many(matrix, x, kind, tokens, found, 1) != FINE) return failed("error of many");
+  int wrong = apart(expected, found, kind, matrix->type, columns, tokens * rows);
+  free(expected), free(found);
+  return wrong ? failed("product of many") : 0;
+}
+
 static int compared(int type, int64_t rows, int64_t columns, int density, int shift) {
   int64_t stride = (columns + 7) / 8, count, groups = type == GROUPED_INT8 ? 2 : 1;
   int64_t size = type >= INT8 ? 1 : size_of(type);
@@ -37,7 +63,7 @@ static int compared(int type, int64_t rows, int64_t columns, int density, int sh
   if (atp_offsets(bitmask, rows, columns, offsets) != -1) return failed("offsets");
   count = offsets[rows];
   uint8_t *values = malloc((size_t)(count * size + shift + 1)), *scales = malloc((size_t)(rows * groups * 4));
-  uint8_t *bias = malloc((size_t)rows * 2), *x = malloc((size_t)(MOST_TOKENS * columns) * 4 + 1);
+  uint8_t *bias = malloc((size_t)rows * 2), *x = malloc((size_t)(400 * columns) * 4 + 1);
   fill(values + shift, type, count);
   fill(scales, FLOAT, rows * groups);
   fill(bias, BF16, rows);
@@ -46,7 +72,7 @@ static int compared(int type, int64_t rows, int64_t columns, int density, int sh
                           .type = type, .bias_type = BF16};
   for (int32_t kind = BF16; kind <= FLOAT; kind++) {
     uint8_t *dense[2], *y[2];
-    fill(x + shift, kind, MOST_TOKENS * columns);
+    fill(x + shift, kind, 400 * columns);
     for (int tokens = 1; tokens <= MOST_TOKENS; tokens++) {
       for (int which = 0; which < 2; which++) {
         matrix.isa = which ? NEON : PORTABLE;
@@ -56,14 +82,11 @@ static int compared(int type, int64_t rows, int64_t columns, int density, int sh
         if (atp_unpack(&matrix, 0, rows, dense[which], kind, 1) != FINE) return failed("error");
       }
       if (memcmp(dense[0], dense[1], (size_t)(rows * columns * size_of(kind))) != 0) return failed("unpack");
-      for (int64_t k = 0; k < tokens * rows; k++) {
-        float one = load_number(y[0], kind, k), other = load_number(y[1], kind, k), apart = one - other;
-        float size_of_sum = (one < 0 ? -one : one) + (float)columns * (type >= INT8 ? 1000 : 16);
-        float bound = size_of_sum * (kind == FLOAT ? 0x1p-21f : kind == HALF ? 0x1p-10f : 0x1p-7f);
-        if (!((apart < 0 ? -apart : apart) <= bound) && one != other) return failed("product");
-      }
+      if (apart(y[0], y[1], kind, type, columns, tokens * rows)) return failed("product");
       for (int which = 0; which < 2; which++) free(y[which]), free(dense[which]);
     }
+    for (int64_t tokens = 9; tokens <= (columns <= 64 ? 400 : 70); tokens = tokens * 3 - 7)
+      if (compared_many(&matrix, x + shift, kind, tokens)) return 1;
   }
   free(bitmask), free(offsets), free(values), free(scales), free(bias), free(x);
   return 0;

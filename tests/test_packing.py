@@ -93,9 +93,11 @@ def auto(name: str) -> Any:
     return AutoModelForCausalLM if name in ALL else AutoModelForImageTextToText
 
 
-def logits(model: Any) -> Tensor:
+def logits(model: Any, variant: str = "torch") -> Tensor:
+    """By torch's products with the unpacked weights, so that bits can be compared; `variant`: of the kernel, or ""."""
     ids = torch.randint(2, VOCABULARY - 7, (2, TOKENS), generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        patch.setenv("ATP_TUNE_ISA", variant)
         found: Tensor = model(input_ids=ids).logits
     return found
 
@@ -189,6 +191,7 @@ def test_a_family_is_packed_loaded_saved_and_unpacked(name: str, make: Make, tmp
     expected = logits(load(sparse))
     model = load(packed)
     assert torch.equal(logits(model), expected)
+    assert_close(logits(model, ""), expected, rtol=1e-4, atol=1e-5)
     table = json.loads((packed / "config.json").read_text())["atp_sparse"]
     kept = [module for module in model.modules() if isinstance(module, SparseLinear)]
     assert len(kept) == len(table["linears"]) and len(kept) + len(table["stored"]) >= 12
@@ -221,6 +224,7 @@ def test_rounded_values(options: dict[str, Any], make: Make, tmp_path: Path) -> 
     rounded = AutoModelForCausalLM.from_pretrained(tmp_path / "unpacked")
     assert rounded.dtype == torch.float32
     assert torch.equal(logits(model), logits(rounded))
+    assert_close(logits(model, ""), logits(rounded), rtol=1e-4, atol=1e-5)
     assert not torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")))
     linear = next(module for module in model.modules() if isinstance(module, SparseLinear))
     assert linear.weight_values.dtype == (torch.int8 if options["kind"] == "int8" else torch.bfloat16)

@@ -35,9 +35,11 @@
 #define INLINE static inline __attribute__((always_inline))
 
 enum { BLOCK = 64, MOST_TOKENS = 8, GROUP = 32 }; /* columns; tokens; columns that divide every group of scales */
+/* Of products of many tokens, see there. STRIDE is no power of 2: the cache would have few places for its columns. */
+enum { PART = 64, TOGETHER = 64, MANY = 384, STRIDE = MANY + 16 };
 enum type { BF16, HALF, FLOAT, INT8, GROUPED_INT8, DENSE_BF16, DENSE_FLOAT, TYPES };
 enum isa { PORTABLE, AVX2, AVX512, AVX512_BF16, NEON, ISAS };
-enum error { FINE, WRONG_ARGUMENT, NO_MEMORY };
+enum error { FINE, WRONG_ARGUMENT, NO_MEMORY, NOT_FINITE };
 
 /* The same as kernel.py's Structure. For a dense weight, `bitmask` and `offsets` are not read. */
 struct matrix {
@@ -62,6 +64,8 @@ struct job {
   void (*loop)(const struct job *, int64_t, int64_t);
   int64_t first, last, chunk; /* rows */
   _Atomic int64_t next;
+  float *panels;     /* of x, for many tokens */
+  _Atomic int not_finite; /* whether an x is infinite or no number */
 };
 
 /* --- numbers */
@@ -140,6 +144,22 @@ INLINE uint64_t load_mask(const uint8_t *at, int64_t bytes) { /* bit k is column
   return mask;
 }
 
+INLINE uint32_t load_mask32(const uint8_t *at, int64_t bytes) {
+  uint32_t mask = 0;
+  if (bytes >= 4) {
+    for (int k = 0; k < 4; k++) mask |= (uint32_t)at[k] << 8 * k;
+  } else {
+    for (int k = 0; k < bytes; k++) mask |= (uint32_t)at[k] << 8 * k;
+  }
+  return mask;
+}
+
+/* The vectors that a tile takes for so many tokens, which may be more than it has: as `add_part` can hold. */
+INLINE int64_t vectors_of(int64_t tokens, int64_t lanes, int64_t wide) {
+  int64_t vectors = tokens < wide ? (tokens + lanes - 1) / lanes : wide / lanes;
+  return vectors > 8 ? 12 : vectors > 4 ? 8 : vectors > 2 ? 4 : 2;
+}
+
 INLINE uint64_t rotated_left(uint64_t mask, int by) { return mask << (by & 63) | mask >> (-by & 63); }
 
 /* The values from `at` on, up to `limit`, then zeros: BLOCK of them. */
@@ -161,6 +181,7 @@ static struct {
   uint8_t half[256 * 32];              /* 16 bytes of each entry */
   uint8_t bytes[256 * 32];             /* of float32, for NEON */
   uint8_t floats[256 * 32];            /* of float32, for AVX2: int32, negative makes a zero */
+  uint16_t ranks[256][8];              /* the columns of the bits, one after the other */
   uint8_t counts[256];
 } tables;
 
@@ -178,6 +199,7 @@ int32_t atp_setup(void) {
       for (int byte = 0; byte < 2; byte++)
         tables.half[32 * bits + 2 * column + byte] = (uint8_t)(is ? 2 * rank + byte : 0x80);
       memcpy(tables.floats + at, is ? &rank : &(int32_t){-1}, sizeof rank);
+      if (is) tables.ranks[bits][rank] = (uint16_t)column;
       rank += is;
     }
     tables.counts[bits] = (uint8_t)rank;
@@ -314,6 +336,168 @@ enum { SIZE_dense32 = 4, SCALED_dense32 = 0, DENSE_dense32 = 1 };
     }                                                                                                                 \
   }
 
+/* --- products of many tokens. Up to MANY tokens are transposed to tiles of WIDE tokens, [columns, tokens], so that each
+   nonzero weight is multiplied by vectors of tokens, and a zero costs nothing. TOGETHER rows go through PART columns at
+   a time, whose x of one tile fit into the first cache: `read` writes their weights one after the other, each with the
+   place of its column in the tile; `add_part` holds the sums of a row and a tile in registers. Each sum is made in the
+   order of the columns. */
+
+#define READ_PART(ISA, TYPE)                                                                                          \
+  ISA##_TARGET INLINE int32_t ISA##_read_##TYPE(const struct matrix *matrix, int64_t row, int64_t column, uint64_t *at,\
+                                                float *weights, uint16_t *places) {                                   \
+    const int64_t stride = (matrix->columns + 7) / 8, group_width = matrix->columns / matrix->groups;                 \
+    const uint64_t limit = (uint64_t)matrix->count;                                                                   \
+    int32_t count = 0;                                                                                                \
+    for (int64_t step = 0; step < PART && column + step < matrix->columns; step += GROUP) {                           \
+      const int64_t byte = (column + step) / 8;                                                                       \
+      const uint32_t mask = load_mask32(matrix->bitmask + row * stride + byte, stride - byte);                        \
+      uint8_t buffer[BLOCK * SIZE_##TYPE];                                                                            \
+      const uint8_t *from = *at < limit && limit - *at >= BLOCK                                                       \
+                                ? matrix->values + *at * SIZE_##TYPE                                                  \
+                                : bounded(matrix->values, *at, limit, SIZE_##TYPE, buffer);                           \
+      float scale = 1;                                                                                                \
+      if (SCALED_##TYPE == 2) {                                                                                       \
+        int64_t group = (column + step) / group_width;                                                                \
+        scale = ISA##_UNIT * load_float(matrix->scales + 4 * (row * matrix->groups + group));                         \
+      }                                                                                                               \
+      for (int k = 0; k < GROUP; k += ISA##_LANES) {                                                                  \
+        ISA##_weights values = ISA##_##TYPE##_at(from + k * SIZE_##TYPE);                                             \
+        ISA##_store_anywhere(weights + count + k, SCALED_##TYPE == 2 ? ISA##_times(values, scale) : values);          \
+      }                                                                                                               \
+      for (int k = 0; k < 4; k++) {                                                                                   \
+        uint8_t bits = (uint8_t)(mask >> 8 * k);                                                                      \
+        ISA##_place(places + count, tables.ranks[bits], (int)step + 8 * k, ISA##_WIDE);                               \
+        count += tables.counts[bits];                                                                                 \
+      }                                                                                                               \
+      *at += (uint64_t)__builtin_popcount(mask);                                                                      \
+    }                                                                                                                 \
+    for (int32_t k = 0; k < count * SIZE_##TYPE; k += 64) /* no prefetcher follows so many rows */                    \
+      __builtin_prefetch((const void *)((uintptr_t)matrix->values + (*at + PART) * SIZE_##TYPE + (uintptr_t)k));      \
+    return count;                                                                                                     \
+  }
+
+#define ADD_PART(ISA, TILE)                                                                                           \
+  ISA##_TARGET INLINE void ISA##_add_part_##TILE(float *sums, const float *x, const float *weights,                   \
+                                                 const uint16_t *places, int32_t count) {                             \
+    ISA##_sums in[TILE];                                                                                              \
+    UNROLL for (int v = 0; v < TILE; v++) in[v] = ISA##_load(sums + v * ISA##_LANES);                                 \
+    for (int32_t k = 0; k < count; k++) {                                                                             \
+      const float *from = x + places[k];                                                                              \
+      ISA##_weights weight = ISA##_same(weights[k]);                                                                  \
+      UNROLL for (int v = 0; v < TILE; v++) in[v] = ISA##_add(in[v], weight, ISA##_load(from + v * ISA##_LANES));     \
+    }                                                                                                                 \
+    UNROLL for (int v = 0; v < TILE; v++) ISA##_store(sums + v * ISA##_LANES, in[v]);                                 \
+  }
+
+#define MANY_TOKENS(ISA, TYPE)                                                                                        \
+  READ_PART(ISA, TYPE)                                                                                                \
+  ISA##_TARGET static void ISA##_many_##TYPE(const struct job *job, int64_t first, int64_t last) {                    \
+    const struct matrix *matrix = job->matrix;                                                                        \
+    const int64_t columns = matrix->columns, tiles = (job->tokens + ISA##_WIDE - 1) / ISA##_WIDE;                     \
+    _Alignas(64) float sums[TOGETHER][STRIDE];                                                                        \
+    _Alignas(64) float weights[TOGETHER * PART + GROUP];                                                              \
+    uint16_t places[TOGETHER * PART + GROUP];                                                                         \
+    int32_t starts[TOGETHER + 1] = {0};                                                                               \
+    uint64_t at[TOGETHER];                                                                                            \
+    for (int64_t start = first; start < last; start += TOGETHER) {                                                    \
+      const int64_t rows = last - start < TOGETHER ? last - start : TOGETHER;                                         \
+      for (int64_t i = 0; i < rows; i++) {                                                                            \
+        at[i] = (uint64_t)matrix->offsets[start + i];                                                                 \
+        memset(sums[i], 0, sizeof sums[i]);                                                                           \
+      }                                                                                                               \
+      for (int64_t column = 0; column < columns; column += PART) {                                                    \
+        for (int64_t i = 0; i < rows; i++)                                                                            \
+          starts[i + 1] = starts[i] + ISA##_read_##TYPE(matrix, start + i, column, at + i, weights + starts[i],       \
+                                                        places + starts[i]);                                          \
+        for (int64_t tile = 0; tile < tiles; tile++) {                                                                \
+          const float *x = job->panels + (tile * columns + column) * ISA##_WIDE;                                      \
+          const int64_t vectors = vectors_of(job->tokens - tile * ISA##_WIDE, ISA##_LANES, ISA##_WIDE);               \
+          for (int64_t i = 0; i < rows; i++) {                                                                        \
+            float *to = sums[i] + tile * ISA##_WIDE;                                                                  \
+            const float *of = weights + starts[i];                                                                    \
+            const uint16_t *from = places + starts[i];                                                                \
+            const int32_t count = starts[i + 1] - starts[i];                                                          \
+            if (vectors == 12)                                                                                        \
+              ISA##_add_part_12(to, x, of, from, count);                                                              \
+            else if (vectors == 8)                                                                                    \
+              ISA##_add_part_8(to, x, of, from, count);                                                               \
+            else if (vectors == 4)                                                                                    \
+              ISA##_add_part_4(to, x, of, from, count);                                                               \
+            else                                                                                                      \
+              ISA##_add_part_2(to, x, of, from, count);                                                               \
+          }                                                                                                           \
+        }                                                                                                             \
+      }                                                                                                               \
+      ISA##_finish(job, start, rows, sums);                                                                           \
+    }                                                                                                                 \
+  }
+
+/* Sums to y: rows become columns. */
+#define FINISH(ISA)                                                                                                   \
+  ISA##_TARGET static void ISA##_finish(const struct job *job, int64_t start, int64_t rows, float (*sums)[STRIDE]) {  \
+    const struct matrix *matrix = job->matrix;                                                                        \
+    const int64_t size = size_of(job->y_type);                                                                        \
+    const float unit = matrix->type == INT8 ? ISA##_UNIT : 1;                                                         \
+    float scales[TOGETHER], biases[TOGETHER];                                                                         \
+    for (int64_t i = 0; i < TOGETHER; i++) {                                                                          \
+      const int64_t row = start + (i < rows ? i : rows - 1);                                                          \
+      scales[i] = matrix->type == INT8 ? unit * load_float(matrix->scales + 4 * row) : 1;                             \
+      biases[i] = matrix->bias ? load_number(matrix->bias, matrix->bias_type, row) : 0;                               \
+    }                                                                                                                 \
+    for (int64_t first = 0; first < job->tokens; first += 8) {                                                        \
+      _Alignas(64) float lines[8][TOGETHER];                                                                          \
+      for (int64_t i = 0; i < rows; i += 8) ISA##_transpose(sums[i] + first, STRIDE, lines[0] + i, TOGETHER);         \
+      for (int64_t t = 0; t < 8 && first + t < job->tokens; t++) {                                                    \
+        uint8_t *to = job->y + ((first + t) * matrix->rows + start) * size;                                           \
+        uint16_t narrow[TOGETHER];                                                                                    \
+        for (int i = 0; i < TOGETHER; i++) lines[t][i] = lines[t][i] * scales[i] + biases[i];                         \
+        if (job->y_type == HALF)                                                                                      \
+          ISA##_narrow(lines[t], narrow);                                                                             \
+        else if (job->y_type == BF16)                                                                                 \
+          for (int i = 0; i < TOGETHER; i++) narrow[i] = bf16_of(lines[t][i]);                                        \
+        memcpy(to, job->y_type == FLOAT ? (void *)lines[t] : (void *)narrow, (size_t)(rows * size));                  \
+      }                                                                                                               \
+    }                                                                                                                 \
+  }
+
+/* Columns `first` to `last` of x [tokens, C] to the tiles. */
+#define TILES(ISA)                                                                                                    \
+  ISA##_TARGET static void ISA##_tiles(const struct job *job, int64_t first, int64_t last) {                          \
+    enum { WIDE = ISA##_WIDE };                                                                                       \
+    const int64_t whole = job->tokens / WIDE * WIDE, rest = job->tokens - whole;                                      \
+    const int64_t filled = whole + (rest > 0 ? vectors_of(rest, ISA##_LANES, WIDE) * ISA##_LANES : 0);                \
+    const int64_t columns = job->matrix->columns, size = size_of(job->y_type);                                        \
+    uint32_t largest = 0;                                                                                             \
+    for (int64_t column = first; column < last; column += BLOCK) {                                                    \
+      const int64_t length = last - column < BLOCK ? last - column : BLOCK;                                           \
+      _Alignas(64) float lines[8][BLOCK] = {{0}};                                                                     \
+      for (int64_t start = 0; start < filled; start += 8) {                                                           \
+        for (int64_t t = 0; t < 8; t++) {                                                                             \
+          const uint8_t *from = (const uint8_t *)job->x + ((start + t) * columns + column) * size;                    \
+          if (start + t < job->tokens)                                                                                \
+            ISA##_widen(from, job->y_type, length, lines[t]);                                                         \
+          else                                                                                                        \
+            memset(lines[t], 0, sizeof lines[t]);                                                                     \
+          for (int k = 0; k < BLOCK; k++) {                                                                           \
+            const uint32_t bits = bits_of_float(lines[t][k]) & 0x7fffffff;                                            \
+            largest = bits > largest ? bits : largest;                                                                \
+          }                                                                                                           \
+        }                                                                                                             \
+        float *to = job->panels + (start / WIDE * columns + column) * WIDE + start % WIDE;                            \
+        int64_t k = 0;                                                                                                \
+        for (; k + 8 <= length; k += 8) ISA##_transpose(lines[0] + k, BLOCK, to + k * WIDE, WIDE);                    \
+        for (; k < length; k++)                                                                                       \
+          for (int t = 0; t < 8; t++) to[k * WIDE + t] = lines[t][k];                                                 \
+      }                                                                                                               \
+    }                                                                                                                 \
+    if (largest >= 0x7f800000) atomic_store(&((struct job *)(uintptr_t)job)->not_finite, 1);                          \
+  }
+
+#define MANIES(ISA)                                                                                                   \
+  ADD_PART(ISA, 2) ADD_PART(ISA, 4) ADD_PART(ISA, 8) ADD_PART(ISA, 12) TILES(ISA) FINISH(ISA)                         \
+  MANY_TOKENS(ISA, bf16) MANY_TOKENS(ISA, half) MANY_TOKENS(ISA, float) MANY_TOKENS(ISA, int8)                        \
+  MANY_TOKENS(ISA, grouped)
+
 #define PRODUCTS(ISA, TYPE)                                                                                           \
   PRODUCT(ISA, TYPE, 4, 1) PRODUCT(ISA, TYPE, 4, 2) PRODUCT(ISA, TYPE, 2, 4) PRODUCT(ISA, TYPE, 1, 8)
 #define LOOPS(ISA)                                                                                                    \
@@ -402,7 +586,7 @@ LOOPS(portable)
 #define AVX2_INLINE avx2_TARGET INLINE
 typedef __m256 avx2_weights, avx2_sums;
 typedef float avx2_input;
-enum { avx2_LANES = 8, avx2_BITS = 0xff << 5, avx2_SHIFT = 5 };
+enum { avx2_LANES = 8, avx2_WIDE = 12 * 8, avx2_BITS = 0xff << 5, avx2_SHIFT = 5 };
 #define avx2_UNIT 0x1p-24f
 #define avx2_STEPS
 #define avx2_UNROLL UNROLL
@@ -458,7 +642,37 @@ AVX2_INLINE int64_t avx2_widen_halves(const uint8_t *in, int64_t count, float *o
     _mm256_storeu_ps(out + k, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(in + 2 * k))));
   return k;
 }
+AVX2_INLINE __m256 avx2_same(float weight) { return _mm256_set1_ps(weight); }
+AVX2_INLINE void avx2_store_anywhere(float *at, __m256 in) { _mm256_storeu_ps(at, in); }
+AVX2_INLINE void avx2_transpose(const float *from, int64_t stride, float *to, int64_t to_stride) { /* 8 × 8 */
+  __m256 rows[8], pairs[8], fours[8];
+  UNROLL for (int k = 0; k < 8; k++) rows[k] = _mm256_loadu_ps(from + k * stride);
+  UNROLL for (int k = 0; k < 8; k += 2) {
+    pairs[k] = _mm256_unpacklo_ps(rows[k], rows[k + 1]);
+    pairs[k + 1] = _mm256_unpackhi_ps(rows[k], rows[k + 1]);
+  }
+  UNROLL for (int k = 0; k < 8; k += 4) {
+    fours[k] = _mm256_shuffle_ps(pairs[k], pairs[k + 2], 0x44);
+    fours[k + 1] = _mm256_shuffle_ps(pairs[k], pairs[k + 2], 0xee);
+    fours[k + 2] = _mm256_shuffle_ps(pairs[k + 1], pairs[k + 3], 0x44);
+    fours[k + 3] = _mm256_shuffle_ps(pairs[k + 1], pairs[k + 3], 0xee);
+  }
+  UNROLL for (int k = 0; k < 4; k++) {
+    _mm256_storeu_ps(to + k * to_stride, _mm256_permute2f128_ps(fours[k], fours[k + 4], 0x20));
+    _mm256_storeu_ps(to + (k + 4) * to_stride, _mm256_permute2f128_ps(fours[k], fours[k + 4], 0x31));
+  }
+}
+AVX2_INLINE void avx2_place(uint16_t *to, const uint16_t *ranks, int first, int wide) { /* (first + rank) * wide */
+  __m128i columns = _mm_add_epi16(_mm_loadu_si128((const __m128i *)ranks), _mm_set1_epi16((short)first));
+  _mm_storeu_si128((__m128i *)to, _mm_mullo_epi16(columns, _mm_set1_epi16((short)wide)));
+}
 LOOPS(avx2)
+#define avx2_bf16_at(from) avx2_expand_dense16(from, avx2_BITS)
+#define avx2_half_at(from) avx2_expand_half(from, avx2_BITS)
+#define avx2_float_at(from) avx2_expand_dense32(from, avx2_BITS)
+#define avx2_int8_at(from) avx2_expand_int8(from, avx2_BITS)
+#define avx2_grouped_at avx2_int8_at
+MANIES(avx2)
 
 /* --- AVX-512: its expand instructions, 16 columns of float32 at a time */
 
@@ -473,7 +687,7 @@ LOOPS(avx2)
 #define AVX512_INLINE avx512_TARGET INLINE
 typedef __m512 avx512_weights, avx512_sums;
 typedef float avx512_input;
-enum { avx512_LANES = 16, avx512_BITS = 0xffff, avx512_SHIFT = 0 };
+enum { avx512_LANES = 16, avx512_WIDE = 8 * 16, avx512_BITS = 0xffff, avx512_SHIFT = 0 };
 #define avx512_UNIT 1.0f
 #define avx512_STEPS
 #define avx512_UNROLL UNROLL
@@ -523,7 +737,21 @@ AVX512_INLINE void avx512_narrow(const float *in, uint16_t *out) { avx2_narrow(i
 AVX512_INLINE int64_t avx512_widen_halves(const uint8_t *in, int64_t count, float *out) {
   return avx2_widen_halves(in, count, out);
 }
+AVX512_INLINE __m512 avx512_same(float weight) { return _mm512_set1_ps(weight); }
+AVX512_INLINE void avx512_store_anywhere(float *at, __m512 in) { _mm512_storeu_ps(at, in); }
+AVX512_INLINE void avx512_transpose(const float *from, int64_t stride, float *to, int64_t to_stride) {
+  avx2_transpose(from, stride, to, to_stride);
+}
+AVX512_INLINE void avx512_place(uint16_t *to, const uint16_t *ranks, int first, int wide) {
+  avx2_place(to, ranks, first, wide);
+}
 LOOPS(avx512)
+#define avx512_bf16_at(from) avx512_expand_dense16(from, avx512_BITS)
+#define avx512_half_at(from) avx512_expand_half(from, avx512_BITS)
+#define avx512_float_at(from) avx512_expand_dense32(from, avx512_BITS)
+#define avx512_int8_at(from) avx512_expand_int8(from, avx512_BITS)
+#define avx512_grouped_at avx512_int8_at
+MANIES(avx512)
 
 /* --- AVX-512 with VBMI2 and BF16: 32 columns at a time where weights and x are bfloat16. The products are exact, the
    sums float32; numbers below 2^-126 count as zero. */
@@ -569,7 +797,7 @@ PRODUCTS(bf16dot, dense16)
 #define neon_TARGET
 typedef float32x4x2_t neon_weights, neon_sums;
 typedef float neon_input;
-enum { neon_LANES = 8, neon_BITS = 0xff << 5, neon_SHIFT = 5 };
+enum { neon_LANES = 8, neon_WIDE = 8 * 8, neon_BITS = 0xff << 5, neon_SHIFT = 5 };
 #define neon_UNIT 1.0f
 #define neon_STEPS
 #define neon_UNROLL UNROLL
@@ -635,7 +863,32 @@ INLINE int64_t neon_widen_halves(const uint8_t *in, int64_t count, float *out) {
   for (; k + 8 <= count; k += 8) neon_store(out + k, neon_of_halves(vld1q_u8(in + 2 * k)));
   return k;
 }
+INLINE neon_weights neon_same(float weight) { return neon_pair(vdupq_n_f32(weight), vdupq_n_f32(weight)); }
+INLINE void neon_store_anywhere(float *at, neon_weights in) { neon_store(at, in); }
+INLINE void neon_transpose(const float *from, int64_t stride, float *to, int64_t to_stride) { /* 8 × 8, 4 × 4 each */
+  for (int row = 0; row < 8; row += 4) {
+    for (int column = 0; column < 8; column += 4) {
+      const float *at = from + row * stride + column;
+      float *out = to + column * to_stride + row;
+      float32x4x2_t low = vtrnq_f32(vld1q_f32(at), vld1q_f32(at + stride));
+      float32x4x2_t high = vtrnq_f32(vld1q_f32(at + 2 * stride), vld1q_f32(at + 3 * stride));
+      for (int k = 0; k < 2; k++) {
+        vst1q_f32(out + k * to_stride, vcombine_f32(vget_low_f32(low.val[k]), vget_low_f32(high.val[k])));
+        vst1q_f32(out + (k + 2) * to_stride, vcombine_f32(vget_high_f32(low.val[k]), vget_high_f32(high.val[k])));
+      }
+    }
+  }
+}
+INLINE void neon_place(uint16_t *to, const uint16_t *ranks, int first, int wide) {
+  vst1q_u16(to, vmulq_n_u16(vaddq_u16(vld1q_u16(ranks), vdupq_n_u16((uint16_t)first)), (uint16_t)wide));
+}
 LOOPS(neon)
+#define neon_bf16_at(from) neon_expand_dense16(from, neon_BITS)
+#define neon_half_at(from) neon_expand_half(from, neon_BITS)
+#define neon_float_at(from) neon_expand_dense32(from, neon_BITS)
+#define neon_int8_at(from) neon_expand_int8(from, neon_BITS)
+#define neon_grouped_at neon_int8_at
+MANIES(neon)
 
 #endif
 
@@ -655,17 +908,27 @@ typedef void (*loop)(const struct job *, int64_t, int64_t);
     [INT8] = ISA##_unpack_int8, [GROUPED_INT8] = ISA##_unpack_int8                                                    \
   }
 
+#define FOR_MANY(ISA)                                                                                                 \
+  {                                                                                                                   \
+    [BF16] = ISA##_many_bf16, [HALF] = ISA##_many_half, [FLOAT] = ISA##_many_float, [INT8] = ISA##_many_int8,         \
+    [GROUPED_INT8] = ISA##_many_grouped                                                                               \
+  }
+
 static const struct {
   loop product[TYPES][4], unpack[TYPES];
   void (*widen)(const uint8_t *, int32_t, int64_t, float *);
+  loop many[TYPES], tiles;
+  int64_t wide; /* tokens of a tile */
 } variants[ISAS] = {
-    [PORTABLE] = {FOR_TYPES(portable), UNPACKING(portable), portable_widen},
+    [PORTABLE] = {FOR_TYPES(portable), UNPACKING(portable), portable_widen, {0}, NULL, 0},
 #if defined(__x86_64__)
-    [AVX2] = {FOR_TYPES(avx2), UNPACKING(avx2), avx2_widen},
-    [AVX512] = {FOR_TYPES(avx512), UNPACKING(avx512), avx512_widen},
-    [AVX512_BF16] = {FOR_TYPES(avx512), UNPACKING(avx512), avx512_widen},
+    [AVX2] = {FOR_TYPES(avx2), UNPACKING(avx2), avx2_widen, FOR_MANY(avx2), avx2_tiles, avx2_WIDE},
+    [AVX512] = {FOR_TYPES(avx512), UNPACKING(avx512), avx512_widen, FOR_MANY(avx512), avx512_tiles,
+                avx512_WIDE},
+    [AVX512_BF16] = {FOR_TYPES(avx512), UNPACKING(avx512), avx512_widen, FOR_MANY(avx512), avx512_tiles,
+                     avx512_WIDE},
 #elif defined(__aarch64__)
-    [NEON] = {FOR_TYPES(neon), UNPACKING(neon), neon_widen},
+    [NEON] = {FOR_TYPES(neon), UNPACKING(neon), neon_widen, FOR_MANY(neon), neon_tiles, neon_WIDE},
 #endif
 };
 
@@ -682,15 +945,17 @@ static void work(void *data) { /* takes chunks of rows until there are none */
   }
 }
 
-static void run(struct job *job, int64_t work_to_do, int32_t threads) {
-  enum { ROWS = 4, SHARES = 4 }; /* that go together; chunks per thread, so that a slow thread takes fewer */
+/* Runs the job's loop over all rows: in chunks of a multiple of `unit` rows, at most `most`. */
+static void run(struct job *job, int64_t unit, int64_t most, int64_t work_to_do, int32_t threads) {
+  enum { SHARES = 4 }; /* chunks per thread, so that a slow thread takes fewer */
   const struct matrix *matrix = job->matrix;
   int64_t rows = job->last - job->first;
-  if (threads <= 1 || matrix->parallel == NULL || rows <= ROWS || work_to_do <= matrix->alone) {
+  if (threads <= 1 || matrix->parallel == NULL || rows <= unit || work_to_do <= matrix->alone) {
     job->loop(job, job->first, job->last);
     return;
   }
-  job->chunk = (rows / (SHARES * (int64_t)threads) + ROWS) / ROWS * ROWS;
+  job->chunk = (rows / (SHARES * (int64_t)threads) + unit) / unit * unit;
+  if (job->chunk > most) job->chunk = most;
   atomic_init(&job->next, job->first);
   void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
   memcpy(&parallel, &matrix->parallel, sizeof parallel);
@@ -732,9 +997,37 @@ int32_t atp_product(const struct matrix *matrix, const uint8_t *x, int32_t type,
   }
   struct job job = {.matrix = matrix, .x = inputs, .width = width, .tokens = tokens, .y = y, .y_type = type,
                     .loop = chosen, .first = 0, .last = matrix->rows};
-  run(&job, work_to_do * padded, threads);
+  run(&job, 4, INT64_MAX, work_to_do * padded, threads);
   free(memory);
   return FINE;
+}
+
+/* The same for any number of tokens. NOT_FINITE, with y undefined, if an x is infinite or no number, since zeros of the
+   weight are left out; WRONG_ARGUMENT if the instruction set has no such loop. */
+int32_t atp_product_of_many(const struct matrix *matrix, const uint8_t *x, int32_t type, int64_t tokens, uint8_t *y,
+                            int32_t threads) {
+  if (wrong(matrix) || type < BF16 || type > FLOAT || tokens < 0 || variants[matrix->isa].many[matrix->type] == NULL)
+    return WRONG_ARGUMENT;
+  if (tokens == 0 || matrix->rows == 0) return FINE;
+  const int64_t columns = matrix->columns, wide = variants[matrix->isa].wide, size = size_of(type);
+  const int64_t groups = (tokens + MANY - 1) / MANY, most = ((tokens + groups - 1) / groups + wide - 1) / wide * wide;
+  uint8_t *memory = malloc((size_t)(columns * most) * sizeof(float) + 64);
+  if (memory == NULL) return NO_MEMORY;
+  int32_t error = FINE;
+  for (int64_t start = 0; start < tokens && error == FINE; start += most) {
+    struct job job = {.matrix = matrix, .x = x + start * columns * size, .y = y + start * matrix->rows * size,
+                      .y_type = type, .tokens = tokens - start < most ? tokens - start : most,
+                      .panels = (float *)(void *)(memory + (64 - (uintptr_t)memory % 64) % 64)};
+    job.loop = variants[matrix->isa].tiles, job.first = 0, job.last = columns;
+    run(&job, BLOCK, INT64_MAX, columns * job.tokens, threads);
+    job.loop = variants[matrix->isa].many[matrix->type], job.last = matrix->rows;
+    if (atomic_load(&job.not_finite))
+      error = NOT_FINITE;
+    else
+      run(&job, 8, TOGETHER, matrix->rows * columns * job.tokens, threads);
+  }
+  free(memory);
+  return error;
 }
 
 /* Rows `first` to `last` of the weight with its zeros, [last - first, C] of `type`: BF16, HALF or FLOAT. */
@@ -745,7 +1038,7 @@ int32_t atp_unpack(const struct matrix *matrix, int64_t first, int64_t last, uin
   loop chosen = variants[matrix->isa].unpack[matrix->type];
   if (chosen == NULL) return WRONG_ARGUMENT;
   struct job job = {.matrix = matrix, .y = out, .y_type = type, .loop = chosen, .first = first, .last = last};
-  run(&job, (last - first) * matrix->columns, threads);
+  run(&job, 4, INT64_MAX, (last - first) * matrix->columns, threads);
   return FINE;
 }
 

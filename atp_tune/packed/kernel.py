@@ -9,7 +9,8 @@ A packed weight [R, C] is
 `offsets` [R + 1]           int64, never stored: where each row's values start, and at the end their count
 
 All sums are in float32. The same input gives the same bits at every run, with any number of threads, and whatever
-tokens are beside it. Without the library, or with ATP_TUNE_ISA=torch, torch's own operations compute the same, slowly.
+tokens are beside it, up to BATCH in all, or more. Without the library, or with ATP_TUNE_ISA=torch, torch's own
+operations compute the same, slowly.
 """
 
 import ctypes
@@ -22,9 +23,10 @@ from atp_tune.packed.library import ALONE, VARIANTS, Weight, kernel_name, librar
 
 __all__ = ["BATCH", "DenseMatrix", "PackedMatrix", "check_interface", "kernel_name", "row_offsets"]
 
-INTERFACE = 1  # of what modeling_atp_sparse.py calls; a copy of it lies in each packed folder
-BATCH = 8  # tokens that one product may have
+INTERFACE = 2  # of what modeling_atp_sparse.py calls; a copy of it lies in each packed folder, perhaps an older one
+BATCH = 8  # tokens up to which each weight is expanded to a vector
 FLOATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # the numbers are those of kernel.c
+FOR_MANY = ("avx512-bf16", "avx512", "avx2", "neon")  # variants with a loop for more tokens
 INT8, GROUPED_INT8, DENSE = 3, 4, {torch.bfloat16: 5, torch.float32: 6}
 
 # The operator's: what it was called with, by addresses and sizes, which are all that a `Weight` holds.
@@ -34,7 +36,7 @@ MOST_WEIGHTS = 8192
 
 def check_interface(version: int) -> None:
     """ImportError unless the file of a packed folder, perhaps of another version of atp_tune, fits this one."""
-    if version != INTERFACE:
+    if not 1 <= version <= INTERFACE:
         raise ImportError(f"the file of the packed folder wants interface {version} of the kernel, this is {INTERFACE}")
 
 
@@ -61,21 +63,24 @@ class PackedMatrix:
             raise ValueError(f"packed weight: {len(values)} values, but the bitmask has {int(self.offsets[-1])} bits")
         self.shape = (len(bitmask), columns)
         self.values, self.bitmask, self.scales, self.bias = values, bitmask, scales, bias
-        name = variant or kernel_name()
+        self._name = name = variant or kernel_name()
         self._library = None if name is None else library()
         if name is not None:
             self._weight = Weight(*_fields(values, bitmask, self.offsets, columns, scales, bias, VARIANTS[name]))
             self._at = ctypes.addressof(self._weight)
 
-    def product(self, x: Tensor) -> Tensor:
-        """The product y [M, R] of x [M, C] and the weight's transpose, plus the bias; at most BATCH tokens.
+    def product(self, x: Tensor) -> Tensor | None:
+        """The product y [M, R] of x [M, C] and the weight's transpose, plus the bias.
 
-        x is bfloat16, float16 or float32, and so is y.
+        x is bfloat16, float16 or float32, and so is y. None if the product with the unpacked weight (`rows`) is faster,
+        or gives what this would not: of more than BATCH tokens, where no variant has a loop, or an x is not finite.
         """
         kind, shape = FLOATS.get(x.dtype), x.shape
-        if kind is None or len(shape) != 2 or shape[1] != self.shape[1] or shape[0] > BATCH or not x.is_cpu:
-            needed = f"[up to {BATCH}, {self.shape[1]}] of a float type on the CPU"
+        if kind is None or len(shape) != 2 or shape[1] != self.shape[1] or not x.is_cpu:
+            needed = f"[tokens, {self.shape[1]}] of a float type on the CPU"
             raise ValueError(f"packed weight: x is {_words(x)}; needed: {needed}")
+        if shape[0] > BATCH and not is_for_many(self._name, x.dtype):
+            return None
         if self._library is not None:
             return _product(self._library, self._at, x, kind, self.shape[0])
         bias = None if self.bias is None else self.bias.float()
@@ -121,7 +126,9 @@ class DenseMatrix:
 
     def product(self, x: Tensor) -> Tensor:
         """The product y [M, R] of x [M, C], up to BATCH tokens of a float type; nothing is checked."""
-        return _product(self._library, self._at, x, FLOATS[x.dtype], len(self.weight))
+        y = _product(self._library, self._at, x, FLOATS[x.dtype], len(self.weight))
+        assert y is not None
+        return y
 
 
 def row_offsets(bitmask: Tensor, columns: int) -> Tensor:
@@ -149,15 +156,12 @@ def linear(
 ) -> Tensor:
     """The operator atp_sparse::linear: x [..., C] to [..., R]; `offsets` as from `row_offsets`.
 
-    More than BATCH tokens are multiplied by the unpacked weight, in the type of x.
+    Where `PackedMatrix.product` has none, x is multiplied by the unpacked weight, in its own type.
     """
     columns, rows = x.shape[-1], len(bitmask)
     flat, name, loaded = x.reshape(-1, columns), kernel_name(), library()
-    if name is None or loaded is None or len(flat) > BATCH:
-        matrix = PackedMatrix(values, bitmask, columns, scales, bias)
-        if len(flat) <= BATCH:
-            return matrix.product(flat).view(*x.shape[:-1], rows)
-        return functional.linear(x, matrix.rows(0, rows, x.dtype), None if bias is None else bias.to(x.dtype))
+    if name is None or loaded is None or (len(flat) > BATCH and not is_for_many(name, x.dtype)):
+        return _slow_linear(x, PackedMatrix(values, bitmask, columns, scales, bias))
     known = (
         name, columns, values.data_ptr(), values.dtype, values.shape, bitmask.data_ptr(), bitmask.shape,
         offsets.data_ptr(), offsets.shape,
@@ -175,7 +179,29 @@ def linear(
         _WEIGHTS[known] = weight
     if x.dtype not in FLOATS:
         raise ValueError(f"packed weight: x is {_words(x)}; needed: a float type")
-    return _product(loaded, ctypes.addressof(weight), flat, FLOATS[x.dtype], rows).view(*x.shape[:-1], rows)
+    y = _product(loaded, ctypes.addressof(weight), flat, FLOATS[x.dtype], rows)
+    return (
+        _slow_linear(x, PackedMatrix(values, bitmask, columns, scales, bias))
+        if y is None
+        else (y.view(*x.shape[:-1], rows))
+    )
+
+
+def is_for_many(name: str | None, dtype: torch.dtype) -> bool:
+    """Whether a variant multiplies more than BATCH tokens of a type itself; CPUs with products of bfloat16 leave those
+    to torch.
+    """
+    return name in FOR_MANY and not (name == "avx512-bf16" and dtype == torch.bfloat16)
+
+
+def _slow_linear(x: Tensor, matrix: PackedMatrix) -> Tensor:
+    """As `linear`; many tokens by the unpacked weight."""
+    rows, bias = matrix.shape[0], matrix.bias
+    flat = x.reshape(-1, x.shape[-1])
+    y = matrix.product(flat) if len(flat) <= BATCH else None
+    if y is not None:
+        return y.view(*x.shape[:-1], rows)
+    return functional.linear(x, matrix.rows(0, rows, x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def _fake_linear(
@@ -185,12 +211,13 @@ def _fake_linear(
     return x.new_empty((*x.shape[:-1], bitmask.shape[0]))
 
 
-def _product(loaded: ctypes.CDLL, weight: int, x: Tensor, kind: int, rows: int) -> Tensor:
-    """The product [M, R] of x, whose shape fits, by the weight at an address."""
+def _product(loaded: ctypes.CDLL, weight: int, x: Tensor, kind: int, rows: int) -> Tensor | None:
+    """The product [M, R] of x, whose shape fits, by the weight at an address; None if many tokens are not finite."""
     x = x.contiguous()
     y = x.new_empty((x.shape[0], rows))
-    succeed(loaded.atp_product(weight, x.data_ptr(), kind, x.shape[0], y.data_ptr(), torch.get_num_threads()))
-    return y
+    call = loaded.atp_product if x.shape[0] <= BATCH else loaded.atp_product_of_many
+    done = succeed(call(weight, x.data_ptr(), kind, x.shape[0], y.data_ptr(), torch.get_num_threads()))
+    return y if done else None
 
 
 def _fields(

@@ -23,7 +23,7 @@ _FASTEST_FIRST = ("avx512-bf16", "avx512", "avx2", "neon", "portable")
 _AVX2 = frozenset(("avx2", "fma", "f16c", "popcnt", "bmi1", "bmi2"))
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 _NEEDS = {"avx2": _AVX2, "avx512": _AVX512, "avx512-bf16": _AVX512 | {"avx512_vbmi2", "avx512_bf16"}}
-_NO_MEMORY = 2
+_NO_MEMORY, _NOT_FINITE = 2, 3
 
 
 class Weight(ctypes.Structure):
@@ -64,6 +64,7 @@ def library() -> ctypes.CDLL | None:
         return None
     pointer, number, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     loaded.atp_product.argtypes = (pointer, pointer, small, small, pointer, small)
+    loaded.atp_product_of_many.argtypes = (pointer, pointer, small, number, pointer, small)
     loaded.atp_unpack.argtypes = (pointer, number, number, pointer, small, small)
     loaded.atp_offsets.argtypes = (pointer, number, number, pointer)
     loaded.atp_offsets.restype = number
@@ -84,12 +85,15 @@ def parallel() -> int | None:
     return ctypes.cast(function, ctypes.c_void_p).value
 
 
-def succeed(error: int) -> None:
-    """Raises what the number that the library returned means; 0 is fine."""
+def succeed(error: int) -> bool:
+    """Whether the number that the library returned is 0; False if an input is not finite, raises what else it means."""
+    if error == _NOT_FINITE:
+        return False
     if error == _NO_MEMORY:
         raise MemoryError("packed weight: no memory for the product")
     if error:
         raise ValueError("packed weight: wrong argument")
+    return True
 
 
 @cache

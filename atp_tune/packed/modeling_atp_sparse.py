@@ -29,7 +29,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 try:
     from atp_tune.packed import kernel
 
-    kernel.check_interface(1)
+    kernel.check_interface(2)
 except ImportError as error:  # a folder is loaded where atp_tune, or a version that fits this file, is not installed
     kernel, MISSING = None, str(error)  # type: ignore[assignment]
 else:
@@ -147,17 +147,15 @@ class SparseLinear(nn.Module):
         return dense.T if self.transposed else dense
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiplies x [..., in] to y [..., out]: few tokens by the kernel, many by the unpacked weight."""
+        """Multiplies x [..., in] to y [..., out], by the kernel or, where it has no product, by the unpacked weight."""
         learns = torch.is_grad_enabled() and x.requires_grad  # what is before it: the weight itself is frozen
         if torch.compiler.is_compiling() and self._offsets is not None and not learns:
             parts = (self.weight_values, self.weight_bitmask, self._offsets, self.weight_scales, self.bias)
             return cast("Tensor", torch.ops.atp_sparse.linear(x, *parts))
         if (matrix := self._of_kernel(x)) is None:
             return nn.functional.linear(x, self._dense().to(x.dtype), self.bias)
-        tokens = x.reshape(-1, self.in_features)
-        if len(tokens) <= kernel.BATCH and not learns:
-            return cast("Tensor", matrix.product(tokens)).view(*x.shape[:-1], self.out_features)
-        return self._by_tiles(x, matrix)
+        y = None if learns else cast("Tensor | None", matrix.product(x.reshape(-1, self.in_features)))
+        return self._by_tiles(x, matrix) if y is None else y.view(*x.shape[:-1], self.out_features)
 
     def _by_tiles(self, x: Tensor, matrix: Any) -> Tensor:
         """Unpacks some rows at a time, which are multiplied while the cache holds them."""
