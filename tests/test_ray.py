@@ -228,7 +228,7 @@ def test_two_hosts(place: Path, namespace: Namespace) -> None:  # noqa: F811
             answer = finish(start(*words, "--storage", f"grpc://{HERE}:{port}"))
         assert (answer.code, answer.err) == (0, "")
         check_whole(place)
-        assert len({trial.user_attrs["pid"] for trial in measured(place)}) == 2
+        assert len({trial.user_attrs["pid"] for trial in measured(place)}) == 2, answer.out  # which says who died
 
 
 @contextmanager
