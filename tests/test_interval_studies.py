@@ -89,7 +89,7 @@ def test_bytes_and_speed_of_each_point(ran: Path, tmp_path: Path, command: Comma
     column = [cell.strip() for cell in head].index("tokens/s")
     assert all(float(row[column]) > 0 for row in [dense_row, *rows[: len(points)]])
     assert dense_row[column - 1].strip() == f"{dense / 1e6:.1f} MB"
-    assert "decoded one at a time, by the fastest engine" in answer.out
+    assert "decoded one at a time, weights not rounded, by the fastest engine" in answer.out
     assert not list((cache / "sparse").iterdir())
     assert "trial" not in command(*words).err  # each is stored
 

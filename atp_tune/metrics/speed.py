@@ -11,6 +11,7 @@ Side = Literal["dense", "sparse"]
 Phase = Literal["prefill", "decode"]
 SIDES: tuple[Side, ...] = ("dense", "sparse")
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
+ROUNDING = "packed "  # begins the names of engines that round the weights: packed bf16, packed int8
 Values = tuple[PositiveFloat, ...]
 
 
@@ -78,8 +79,12 @@ class Speed(FrozenModel, allow_inf_nan=False):
 
     @property
     def fastest(self) -> float | None:
-        """Median tokens per second of the sparse model in its fastest engine, while it decodes one at a time."""
-        return max((median(row.decode.sparse) for row in self.engines), default=None)
+        """Median tokens per second of the sparse model while it decodes one at a time, in its fastest engine.
+
+        Engines that round its weights are left out: it would be another model.
+        """
+        exact = (row for row in self.engines if not row.engine.startswith(ROUNDING))
+        return max((median(row.decode.sparse) for row in exact), default=None)
 
     def over_torch(self, row: Measured, phase: Phase) -> float:
         """Median speed of an engine's sparse model over `torch_dense`."""

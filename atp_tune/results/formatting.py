@@ -187,7 +187,7 @@ def megabytes(size: int) -> str:
 def sizes_note(summary: Summary) -> str:
     """The legend of those columns; "" without them."""
     packed = "packed: bytes of the weights as `pack` writes them" if _has_bytes(summary) else ""
-    rates = f"{SPEED_COLUMN}: decoded one at a time, by the fastest engine that `speedup` measured"
+    rates = f"{SPEED_COLUMN}: decoded one at a time, weights not rounded, by the fastest engine that `speedup` measured"
     return "; ".join(note for note in (packed, rates if dense_speed(summary) is not None else "") if note)
 
 
