@@ -28,8 +28,8 @@ class PointStatus(FrozenModel):
     """A point of a study over an interval of sparsities.
 
     `uniform`: number of the uniform trial at the same sparsity. `excess`: over the limit; at most 0 within it.
-    `packed_bytes`: of all weights in a packed folder. `tokens_per_second`: decoded one at a time, weights not rounded, by
-    the fastest engine that `speedup` measured.
+    `packed_bytes`: of all weights in a packed folder. `tokens_per_second`: decoded one at a time, weights not rounded,
+    by the fastest engine that `speedup` measured.
     """
 
     trial: int
