@@ -150,10 +150,11 @@ class TerminalView(StatusView):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is KeyboardInterrupt:  # another one would leave the terminal without its screen and cursor
+        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        if interrupted:  # another one would leave the terminal without its screen and cursor
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._live.stop()
-        if kind is KeyboardInterrupt and self._last is not None:
+        if interrupted and self._last is not None:
             console.print(fitting(self._last, datetime.now()))
 
     def wait(self, text: str) -> None:
