@@ -434,8 +434,9 @@ def python(code: str, *words: object, **variables: str) -> "subprocess.Completed
 
 @pytest.mark.slow
 def test_without_the_library(tmp_path: Path) -> None:
-    for file in (tmp_path / "none.so", tmp_path / "damaged.so"):
-        (tmp_path / "damaged.so").write_bytes(b"no library")
+    (tmp_path / "damaged.so").write_bytes(b"no library")
+    (tmp_path / "former.so").symlink_to(Path(torch.__file__).parent / "lib" / "libc10.so")  # has none of its functions
+    for file in (tmp_path / "none.so", tmp_path / "damaged.so", tmp_path / "former.so"):
         assert python(WITHOUT, file).stdout == "done\n"
 
 

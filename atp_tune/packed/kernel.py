@@ -180,11 +180,9 @@ def linear(
     if x.dtype not in FLOATS:
         raise ValueError(f"packed weight: x is {_words(x)}; needed: a float type")
     y = _product(loaded, ctypes.addressof(weight), flat, FLOATS[x.dtype], rows)
-    return (
-        _slow_linear(x, PackedMatrix(values, bitmask, columns, scales, bias))
-        if y is None
-        else (y.view(*x.shape[:-1], rows))
-    )
+    if y is None:
+        return _slow_linear(x, PackedMatrix(values, bitmask, columns, scales, bias))
+    return y.view(*x.shape[:-1], rows)
 
 
 def is_for_many(name: str | None, dtype: torch.dtype) -> bool:

@@ -57,14 +57,15 @@ def variants() -> tuple[str, ...]:
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The library beside this file, or None: it was not compiled, or for another machine."""
+    """The library beside this file, or None: it was not compiled, or for another machine, or from an earlier source."""
     try:
         loaded = ctypes.CDLL(str(LIBRARY))
-    except OSError:
+        product_of_many = loaded.atp_product_of_many
+    except (OSError, AttributeError):
         return None
     pointer, number, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     loaded.atp_product.argtypes = (pointer, pointer, small, small, pointer, small)
-    loaded.atp_product_of_many.argtypes = (pointer, pointer, small, number, pointer, small)
+    product_of_many.argtypes = (pointer, pointer, small, number, pointer, small)
     loaded.atp_unpack.argtypes = (pointer, number, number, pointer, small, small)
     loaded.atp_offsets.argtypes = (pointer, number, number, pointer)
     loaded.atp_offsets.restype = number
