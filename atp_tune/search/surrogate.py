@@ -3,9 +3,9 @@
 A Gaussian process is fitted to the log of each point's increase of NLL over the dense model, ln(PPL / PPL of dense), or
 of its KL, in nats per token. That is 0.02 at 20 % and 2 at 70 %, so that in perplexities, or their logs, what
 parameters change at low sparsities would be noise. At one sparsity, the best of `CANDIDATES` random points is the one
-with the lowest mean plus standard deviation of the posterior: where nothing is gained that is a point near measured
-ones, and not any point of a flat stretch that no trial reached. docs/log.md compares it with the nearest trials of the
-Pareto front.
+with the lowest mean plus `CAUTION` standard deviations of the posterior: where nothing is gained that is a point near
+measured ones, and not any point of a flat stretch that no trial reached; among so many points some are always thought
+too well of. docs/log.md compares it with one deviation, and with the nearest trials of the Pareto front.
 """
 
 import math
@@ -25,16 +25,21 @@ from atp_tune.search.proposals import Distributions, branch_study, kinds_of, pos
 from atp_tune.search.space import Params, Space
 
 CANDIDATES = 512
+CAUTION = 2.0
 LEAST = 3  # points that a process is fitted to
 SMALLEST, MOST = 0.005, 50.0  # nats per token: smaller increases are noise, larger ones are all the same
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """A point, and its increase of NLL or its KL, in nats per token; None where no model was fitted."""
+    """A point, and its increase of NLL or its KL, in nats per token; None where no model was fitted.
+
+    `bound`: that with `CAUTION` standard deviations, by which points are compared.
+    """
 
     params: Params
     increase: float | None
+    bound: float = math.inf
 
 
 class Surrogate:
@@ -54,7 +59,7 @@ class Surrogate:
         """The best point at a sparsity; the first pruner's uniform point where no model is fitted."""
         found = [found for branch in self._branches.values() if (found := branch.best_at(sparsity))]
         default = Predicted(self._space.uniform(sparsity)[0], None)
-        return min(found, key=lambda one: one.increase or 0.0, default=default)
+        return min(found, key=lambda one: one.bound, default=default)
 
 
 class Branch:
@@ -83,9 +88,11 @@ class Branch:
             for point in points
         ]
         means, deviations = posterior_at(self._process, trials, open_ones)
-        best = int((means + deviations).argmin())
+        bounds = means + CAUTION * deviations
+        best = int(bounds.argmin())
         params = {"allocation": self._name, **points[best]}
-        return Predicted(params, math.exp(self._mean + self._spread * float(means[best])))
+        increase, bound = (math.exp(self._mean + self._spread * float(at[best])) for at in (means, bounds))
+        return Predicted(params, increase, bound)
 
     def _candidates(self, sparsity: float) -> list[Params]:
         """Points at a sparsity: uniform where the allocation contains it, those measured elsewhere, random ones."""
