@@ -437,11 +437,10 @@ enum { SIZE_dense32 = 4, SCALED_dense32 = 0, DENSE_dense32 = 1 };
   ISA##_TARGET static void ISA##_finish(const struct job *job, int64_t start, int64_t rows, float (*sums)[STRIDE]) {  \
     const struct matrix *matrix = job->matrix;                                                                        \
     const int64_t size = size_of(job->y_type);                                                                        \
-    const float unit = matrix->type == INT8 ? ISA##_UNIT : 1;                                                         \
     float scales[TOGETHER], biases[TOGETHER];                                                                         \
     for (int64_t i = 0; i < TOGETHER; i++) {                                                                          \
       const int64_t row = start + (i < rows ? i : rows - 1);                                                          \
-      scales[i] = matrix->type == INT8 ? unit * load_float(matrix->scales + 4 * row) : 1;                             \
+      scales[i] = matrix->type == INT8 ? ISA##_UNIT * load_float(matrix->scales + 4 * row) : 1;                       \
       biases[i] = matrix->bias ? load_number(matrix->bias, matrix->bias_type, row) : 0;                               \
     }                                                                                                                 \
     for (int64_t first = 0; first < job->tokens; first += 8) {                                                        \

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atp_tune.cli import completion
 from atp_tune.cli.options import (
+    STUDY,
     AllowPickle,
     Device,
     Storage,
@@ -46,14 +46,7 @@ def speedup(
         Path | None, typer.Option(metavar="FILE", help="Configuration; the sparse model is written to the cache.")
     ] = None,
     model: Annotated[Path | None, typer.Option(metavar="DIR", help="Sparse checkpoint, as `apply` writes it.")] = None,
-    study: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="All points of a front, or the best of a study at one sparsity; points with a speed are skipped.",
-            autocompletion=completion.study_names,
-        ),
-    ] = None,
+    study: Annotated[str | None, STUDY] = None,
     engine: Annotated[
         EngineName | None,
         typer.Option(
@@ -80,8 +73,8 @@ def speedup(
     model needs an engine that skips zeros. The numbers are stored in the configuration and in its study.
     docs/speedup.md says what to expect.
 
-    With `--study` each point of a front is pruned, measured and removed again; the front's table then has a column of
-    tokens per second.
+    With `--study` each point of a front that has no speed yet, or the best of a study at one sparsity, is pruned,
+    measured and removed again; the front's table then has a column of tokens per second.
 
     Example: `python tune.py speedup --config studies/smol.best.json`
 
