@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from atp_tune.blocks.timing import wait_for
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import device_name, find_device
-from atp_tune.checkpoints.models import ModelFolder
+from atp_tune.checkpoints.lending import LentModel
 from atp_tune.checkpoints.offload import Offload
 from atp_tune.checkpoints.streaming import copy_to
 from atp_tune.inputs.windows import Windows
@@ -140,12 +140,13 @@ def open_context(
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    checkpoint = Checkpoint(make_model(shape, distinct, device), device, offload, ahead)
+    model = make_model(shape, distinct, device)
+    checkpoint = Checkpoint(model, device, offload, ahead)
     for block in checkpoint.blocks:  # memory that is shared once more by parameters that are not
         put(block, {name: nn.Parameter(p.data, requires_grad=False) for name, p in block.named_parameters()})
     ids = torch.randint(shape.vocabulary, (2, shape.windows, shape.tokens), generator=torch.Generator().manual_seed(0))
     texts = {role: Windows(part.numpy(), role) for role, part in zip(("calibration", "validation"), ids, strict=True)}
-    folder = ModelFolder(Path(tempfile.gettempdir()) / "nothing", "random", shape.name)
+    folder = LentModel(Path(tempfile.gettempdir()) / "nothing", "random", shape.name, model=model)
     context = TrialContext(folder, checkpoint, texts, PruneConfig(), lambda event: None)
     next(iter(context.prune(uniform(context))))
     return context
@@ -174,8 +175,8 @@ class Trial:
 
 def trial(context: TrialContext) -> Trial:
     """One trial of Wanda."""
-    record = Record(context.checkpoint.device, context.dtype)
-    blocks = record.follow(context.prune(uniform(context)), context.checkpoint.sizes)
+    record = Record(context)
+    blocks = record.follow(context.prune(uniform(context)))
     record.nlls = context.all_nlls(blocks, "validation")
     found = record.close()
     return Trial(found["seconds"], max(found["peak_bytes"].values()))

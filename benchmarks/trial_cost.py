@@ -96,9 +96,9 @@ def _random(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 @torch.inference_mode()
 def trial(context: TrialContext, pruner: str) -> dict[str, float]:
     """Seconds of one trial by phase."""
-    record = Record(context.checkpoint.device, context.dtype)
+    record = Record(context)
     plan = make_plan(pruner, "atp", context.budget(0.6), {"beta": BETA})
-    context.all_nlls(record.follow(context.prune(plan), context.checkpoint.sizes), "validation")
+    context.all_nlls(record.follow(context.prune(plan)), "validation")
     seconds: dict[str, float] = record.close()["seconds"]
     return seconds
 

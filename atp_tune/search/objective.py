@@ -69,8 +69,8 @@ class Objective:
     def _measure(self, trial: Trial, plan: Plan) -> tuple[float, ...]:
         context, batches = self.context, batches_of(trial.study)
         context.begin(batches)
-        record = Record(context.checkpoint.device, context.dtype, context.stored_bytes)
-        pruned = record.follow(context.prune(plan), context.checkpoint.linears)
+        record = Record(context)
+        pruned = record.follow(context.prune(plan))
         pruned = self.tasks.follow(pruned) if self.tasks else pruned
         # Uniform is never stopped: the others are compared with it.
         may_stop = self.stops and not plan.is_uniform and best_trial(trial.study) is not None
@@ -135,8 +135,7 @@ def reasons(trial: Trial) -> Iterator[None]:
 class Record:
     """Gathers a trial's user attributes while its plan is pruned and evaluated."""
 
-    def __init__(self, device: Any, dtype: str, stored_bytes: tuple[int, int]) -> None:
-        """`stored_bytes`: of all weights in the dense model's files, and of a value of the blocks."""
+    def __init__(self, context: TrialContext) -> None:
         self.nlls: list[float] = []
         self.kls: list[float] = []
         self.errors: list[float] = []
@@ -144,18 +143,19 @@ class Record:
         self.peak_bytes: dict[str, int] = {}
         self.experts_without_tokens: list[str] = []
         self._zeros = self._weights = 0
-        self._packed, self._itemsize = stored_bytes
-        self._device = device
-        self._dtype = dtype
-        self._timer = Timer(device)
-        reset_peak_memory(device)
+        self._packed, self._itemsize = context.stored_bytes
+        self._linears = context.checkpoint.linears
+        self._device = context.checkpoint.device
+        self._dtype = context.dtype
+        self._timer = Timer(self._device)
+        reset_peak_memory(self._device)
 
-    def follow(self, pruned: Iterator[PrunedBlock], linears: Sequence[Sequence[Linear]]) -> Iterator[Block]:
+    def follow(self, pruned: Iterator[PrunedBlock]) -> Iterator[Block]:
         """Yields the weights of each pruned block after recording its zeros, error and seconds."""
         for block in pruned:
             self.errors += [] if block.error is None else [round(block.error, 6)]
             self.experts_without_tokens += [f"{block.index}.{name}" for name in block.experts_without_tokens]
-            for linear in linears[block.index]:
+            for linear in self._linears[block.index]:
                 self._count(linear, block.zeros[linear.name])
             for phase, seconds in block.seconds.items():
                 self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
