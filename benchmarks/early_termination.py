@@ -67,7 +67,8 @@ def made_up(shape: str, seed: int, jitter: float) -> Curve:
     def nlls(beta: float) -> np.ndarray:
         u = beta / high
         own = levels + slopes[0] * math.sin(3 * u) + slopes[1] * math.cos(4 * u) + slopes[2] * u
-        return own + SHAPES[shape](u) + np.array([np.interp(u, knots, row) for row in jumps])
+        found: np.ndarray = own + SHAPES[shape](u) + np.array([np.interp(u, knots, row) for row in jumps])
+        return found
 
     return Curve(nlls, high, min(float(nlls(high * k / 400).mean()) for k in range(401)))
 

@@ -196,7 +196,7 @@ def find_floor(context: TrialContext, shape: Shape) -> Floor:
     weights = checkpoint.weights(0)
     each = {key: multiply(tensor, batch) * tokens / batch for key, tensor in weights.items() if tensor.dim() == 2}
     rows = min(batch, 2048)
-    head = multiply(checkpoint.model.get_output_embeddings().weight, rows) * tokens / rows
+    head = multiply(checkpoint.model.get_parameter("lm_head.weight"), rows) * tokens / rows
     once = sum(each.values())
     listen = once - each["mlp.down_proj.weight"]
     copies = copy_seconds(list(weights.values()), checkpoint.device)

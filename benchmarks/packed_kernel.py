@@ -10,6 +10,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import cycle
 
 import numpy as np
@@ -43,7 +44,7 @@ def ways(shape: tuple[int, int], sparsity: float) -> Iterator[tuple[str, torch.d
 
     for dtype, size in ((torch.bfloat16, 2), (torch.float32, 4)):
         dense = [weight.to(dtype).clone() for _ in copies(size)]
-        yield "torch", dtype, [lambda x, w=w: functional.linear(x, w) for w in dense]
+        yield "torch", dtype, [partial(functional.linear, weight=w) for w in dense]
         yield "dense", dtype, [DenseMatrix(w).product for w in dense]
     density = 1 - sparsity
     for dtype, size, inputs in (

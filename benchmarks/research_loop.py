@@ -7,6 +7,7 @@ Written from the description of Wanda's and ATP's procedure, for a Llama; `searc
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ def gather(block: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> d
     """Mean squares of each linear's inputs, window by window, in float32."""
     squares = {name: torch.zeros(linear.in_features) for name, linear in linears(block)}
 
-    def hook(name: str):
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
         def add(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
             squares[name] += torch.norm(args[0].reshape(-1, args[0].shape[-1]).T.float(), p=2, dim=1) ** 2
 
@@ -86,6 +87,7 @@ def evaluate(model: nn.Module, window: Tensor) -> float:
 def prepare(work: Path, changes: list[str]) -> None:
     """Writes where the model of smol lies, its number format and its windows, some keys of the study changed."""
     from atp_tune.inputs.documents import documents
+    from atp_tune.inputs.windows import Windows
     from atp_tune.search.context import ContextConfig, TrialContext
     from atp_tune.spec.studyfile import load
 
@@ -95,6 +97,7 @@ def prepare(work: Path, changes: list[str]) -> None:
     (work / "model").write_text(str(context.folder.path))
     (work / "dtype").write_text(context.dtype)
     for role, drawn in context.windows.items():
+        assert isinstance(drawn, Windows)
         np.save(work / f"{role}.npy", drawn.ids)
         (work / f"{role}.txt").write_text("\n\n".join(documents(texts[role], file.folder)))
 

@@ -136,8 +136,8 @@ def ours(name: str, sparsity: float, work: Path, scale: int) -> Row:
     trials, tokens = _work(study, label, storage, scale)
     beta = best.params["beta"]
     as_paper = _report(beta, sparsity, work)
-    times = ((moment - began).total_seconds() for moment in (known, choice))
-    return Row(name, *times, seconds, tokens, beta, trials, report, as_paper)
+    to_beta, to_choice = ((moment - began).total_seconds() for moment in (known, choice))
+    return Row(name, to_beta, to_choice, seconds, tokens, beta, trials, report, as_paper)
 
 
 def _stored(name: str, address: str) -> optuna.Study:

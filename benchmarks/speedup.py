@@ -15,7 +15,7 @@ between the marks in docs/speedup.md.
 import argparse
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from functools import partial
 from operator import matmul
@@ -112,7 +112,7 @@ def wide(percent: int, watch: EventHandler) -> Pair:
 def random_llama(sparsity: float) -> LlamaForCausalLM:
     """The same numbers each time, but for those that are zero."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**WIDE))
+    model = LlamaForCausalLM(LlamaConfig.from_dict(WIDE))
     for name, weight in model.model.layers.named_parameters():
         if name.endswith("proj.weight"):
             weight.masked_fill_(torch.rand_like(weight) < sparsity, 0)  # no product, which makes zeros negative
@@ -158,7 +158,7 @@ def csr() -> Iterator[str]:
             yield f"| {zeros:.0%} | {tokens} | {dense:.2f} | {' | '.join(cells)} |"
 
 
-def milliseconds(ways: list[Callable[[], object]], rounds: int = 15) -> list[float]:
+def milliseconds(ways: Sequence[Callable[[], object]], rounds: int = 15) -> list[float]:
     """Median of each way; they take turns, and the first round is not counted."""
     taken: list[list[float]] = [[] for _ in ways]
     for _ in range(rounds + 1):

@@ -144,12 +144,17 @@ def proportion(context: TrialContext, calibration: int, search: int) -> None:
     print(f"| {1024 * calibration:,} | {1024 * search:,} | {block:.2f} | {sequential:.2f} | {shown} |", flush=True)
 
 
+def windows_of(context: TrialContext) -> dict[str, Windows]:
+    """The texts of a language model."""
+    return {role: windows for role, windows in context.windows.items() if isinstance(windows, Windows)}
+
+
 def resized(context: TrialContext, tokens: dict[str, int], blocks: int) -> TrialContext:
     """A random model of the same shape with fewer blocks, and texts of another length."""
     config = AutoConfig.from_pretrained(context.folder.path, num_hidden_layers=blocks)
-    model = AutoModelForCausalLM.from_config(config).to(context.checkpoint.dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=context.checkpoint.dtype)  # type: ignore[no-untyped-call]
     texts = {}
-    for role, windows in context.windows.items():
+    for role, windows in windows_of(context).items():
         count = tokens[role] // windows.ids.shape[1]
         texts[role] = Windows(np.resize(windows.ids, (count, windows.ids.shape[1])), role)
     return TrialContext(
@@ -175,7 +180,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     if asked.growth:
         for tokens, blocks in ((0.5, 30), (1, 30), (2, 30), (4, 30), (1, 6), (1, 12)):
-            sizes = {role: int(windows.ids.size * tokens) for role, windows in context.windows.items()}
+            sizes = {role: int(windows.ids.size * tokens) for role, windows in windows_of(context).items()}
             compare(resized(context, sizes, blocks), "wanda", "block", f"{tokens:g}× tokens, {blocks} blocks")
         return
     for pruner, way in (

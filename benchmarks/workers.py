@@ -21,6 +21,7 @@ from atp_tune.errors import TrialError
 from atp_tune.search.trial_loop import Attempt
 from atp_tune.storage import database, fingerprint, lost_trials, opening, progress
 from atp_tune.storage.process_identity import identity
+from atp_tune.storage.trace import Trace
 
 WORK = "work"  # the word by which this file calls itself
 
@@ -30,12 +31,12 @@ def work(address: str, name: str, total: int) -> None:
     study = open_study(address, name)
     study.sampler = optuna.samplers.RandomSampler()
 
-    def objective(trial: optuna.Trial) -> float:
+    def objective(trial: optuna.Trial) -> tuple[float]:
         database.set_attributes(trial, identity())
         beta = trial.suggest_float("beta", 0, 1)
         database.set_attributes(trial, {"sparsities": [beta] * 32})
         database.set_attributes(trial, dict.fromkeys(("errors", "nlls", "seconds"), [beta] * 32))
-        return beta
+        return (beta,)
 
     def ended(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
         lost_trials.recover(study)
@@ -44,7 +45,7 @@ def work(address: str, name: str, total: int) -> None:
             study.stop()
 
     while (left := total - progress.counted(study)) > 0:
-        study.optimize(Attempt(objective, total), n_trials=left, catch=(TrialError,), callbacks=[ended])
+        study.optimize(Attempt(objective, total, Trace()), n_trials=left, catch=(TrialError,), callbacks=[ended])
         lost_trials.recover(study)
 
 
@@ -67,10 +68,16 @@ def measure(address: str, trials: int, workers: int) -> str:
     done = [trial for trial in found if progress.counts(trial)]
     exact = "exact" if [trial.number for trial in found] == list(range(len(found))) and len(done) == total else "WRONG"
     errors = sum(bool(text) for text in said) + sum(process.returncode != 0 for process in started)
-    span = max(trial.datetime_complete for trial in done) - min(trial.datetime_start for trial in done)
-    rate = len(done) / span.total_seconds()
+    starts, ends = zip(*map(moments, done), strict=True)
+    rate = len(done) / (max(ends) - min(starts))
     surplus = len(found) - len(done)
     return f"| {workers} | {len(done)} of {total}, {exact} | {surplus} | {errors} | {rate:.1f} | {seconds:.0f} s |"
+
+
+def moments(trial: optuna.trial.FrozenTrial) -> tuple[float, float]:
+    """When an ended trial began and ended, in seconds."""
+    assert trial.datetime_start and trial.datetime_complete
+    return trial.datetime_start.timestamp(), trial.datetime_complete.timestamp()
 
 
 def main() -> None:
