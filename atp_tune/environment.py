@@ -216,6 +216,7 @@ def _triton() -> str:
     """Whether SparseGPT's kernel compiles and runs on the first GPU."""
     import torch
 
+    from atp_tune import launching
     from atp_tune.pruners import columns
 
     if find_spec("triton") is None:
@@ -223,11 +224,11 @@ def _triton() -> str:
     if not torch.cuda.is_available():
         return "has no GPU to run on"
     reasons = Reasons()
-    columns.log.addHandler(reasons)
+    launching.log.addHandler(reasons)
     try:
         columns.on_gpu(torch.device("cuda", 0))
     finally:
-        columns.log.removeHandler(reasons)
+        launching.log.removeHandler(reasons)
     return "; ".join(reasons.texts) or "works"
 
 

@@ -197,6 +197,13 @@ def random_ids(windows: int, tokens: int = TOKENS, seed: int = 0) -> Tensor:
     return torch.randint(VOCABULARY, (windows, tokens), generator=torch.Generator().manual_seed(seed))
 
 
+class NoFolder(ModelFolder):
+    """Stands for the folder of a model that was never saved."""
+
+    def stored_bytes(self) -> tuple[int, int]:
+        return 0, 4
+
+
 def bench_of(
     model: nn.Module,
     prune: PruneConfig | None = None,
@@ -213,7 +220,9 @@ def bench_of(
         for seed, (role, count) in enumerate(windows.items())
     }
     checkpoint = checkpoint_of(model, offload, device)
-    return TrialContext(ModelFolder(folder, "content", "tiny"), checkpoint, texts, prune or PruneConfig(), watch)
+    place = (folder, "content", "tiny")
+    source = NoFolder(*place) if folder == Path() else ModelFolder(*place)
+    return TrialContext(source, checkpoint, texts, prune or PruneConfig(), watch)
 
 
 def copy_of(model: Any) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import torch
 from families import few
 from torch import Tensor
 
+from atp_tune import launching
 from atp_tune.pruners import columns
 from atp_tune.pruners.columns import plain, strips, sweep
 
@@ -183,6 +184,6 @@ def test_memory_that_ran_out_is_no_reason_to_do_without(launched: None, monkeypa
 
 
 def test_without_triton(launched: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(columns, "find_spec", lambda name: None)
+    monkeypatch.setattr(launching, "find_spec", lambda name: None)
     assert columns.on_gpu(CPU) is plain
     assert not caplog.records

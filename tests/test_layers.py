@@ -19,6 +19,7 @@ LAYERS = [
     "errors",
     "extras",
     "threads",
+    "launching",
     "libraries",
     "interrupts",
     "frozen",
@@ -216,7 +217,7 @@ def test_the_tensor_core_knows_no_study(kind: str) -> None:
         assert "pydantic" not in libs or name == "atp_tune.pruners.settings", name
         assert kind != "allocations" or "torch" not in libs, name
         own = {module for module in ANYWHERE[name] if module.startswith("atp_tune")}
-        below = {"atp_tune.errors", "atp_tune.frozen", "atp_tune.registry", "atp_tune.plugins"}
+        below = {f"atp_tune.{name}" for name in ("errors", "frozen", "launching", "registry", "plugins")}
         assert {module for module in own if not module.startswith(f"atp_tune.{kind}")} <= below, name
 
 

@@ -376,7 +376,7 @@ def test_what_is_refused() -> None:
         "values are [49] float32 on cpu, not contiguous": (values[::2], bitmask, 64),
         "bitmask is [4, 8] uint8 on cpu; needed: [rows, 9] uint8 for 65": (values, bitmask, 65),
         "bitmask is [4, 8] int8": (values, bitmask.view(torch.int8), 64),
-        "bitmask is [4, 8] uint8 on meta": (values, bitmask.to("meta"), 64),
+        "lies on cpu and meta; needed: cpu": (values, bitmask.to("meta"), 64),
         "int8 values need scales": (small, bitmask, 64),
         "others have none": (values, bitmask, 64, scales),
         "scales are [4, 4] float32": (small, bitmask, 64, torch.ones(4, 4)),

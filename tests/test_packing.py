@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from families import ALL, CPU, MULTIMODAL, TOKENS, VOCABULARY, bench_of
+from families import ALL, MULTIMODAL, TOKENS, VOCABULARY, bench_of
 from safetensors.torch import load_file, save_file
 from tinystudy import CommandLine
 from torch import Tensor
@@ -251,11 +251,9 @@ def test_a_trial_foretells_the_bytes_of_its_packed_folder(name: str, dtype: torc
         parameter.data += 0.1 * ("bias" in key)  # those of gpt_oss's experts are matrices, of zeros when they are new
     model.save_pretrained(tmp_path / "dense", max_shard_size="40KB")
     context = bench_of(model.float(), folder=tmp_path / "dense")
-    record = Record(CPU, "float32", context.stored_bytes)
+    record = Record(context)
     sparsities = (0.3, *([0.6] * (len(context.checkpoint.blocks) - 1)))
-    for index, weights in record.follow(
-        context.prune(Plan("wanda", "uniform", sparsities)), context.checkpoint.linears
-    ):
+    for index, weights in record.follow(context.prune(Plan("wanda", "uniform", sparsities))):
         for key, tensor in weights.items():
             context.checkpoint.blocks[index].get_parameter(key).data = tensor
     model.to(dtype).save_pretrained(tmp_path / "sparse", max_shard_size="40KB")

@@ -161,8 +161,8 @@ def test_plan_foretells_a_trial(context: TrialContext, monkeypatch: pytest.Monke
     found = foresee(load("smol", [*SHORT, "device=cpu"]), "smol", ignore_events)
     plan = make_plan("wanda", "atp", context.budget(0.6), {"beta": 0.004})
     list(context.prune(plan))  # what is measured once is not a trial's
-    record = Record(context.checkpoint.device, context.dtype, context.stored_bytes)
-    blocks = record.follow(context.prune(plan), context.checkpoint.linears)
+    record = Record(context)
+    blocks = record.follow(context.prune(plan))
     record.nlls = context.all_nlls(blocks, "validation")
     assert found.trial[0].seconds is not None
     assert 0.5 < found.trial[0].seconds.total / sum(record.close()["seconds"].values()) < 2

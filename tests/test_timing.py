@@ -76,8 +76,8 @@ def test_a_cpu_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(library, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
     wait_for(CPU)
     context = bench_of(tiny("llama"))
-    record = Record(CPU, "float32", (0, 4))
-    pruned = record.follow(context.prune(Plan("wanda", "uniform", (0.5,) * 4)), context.checkpoint.linears)
+    record = Record(context)
+    pruned = record.follow(context.prune(Plan("wanda", "uniform", (0.5,) * 4)))
     record.nlls = context.all_nlls(pruned, "validation")
     assert set(record.close()["seconds"]) == {"calibrate", "prune", "evaluate"}
 

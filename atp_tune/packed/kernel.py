@@ -1,4 +1,4 @@
-"""Products with a packed weight on the CPU.
+"""Products with a packed weight on the CPU; `gpu` has those on a GPU.
 
 A packed weight [R, C] is
 
@@ -21,9 +21,9 @@ from torch.nn import functional
 
 from atp_tune.packed.library import ALONE, VARIANTS, Weight, kernel_name, library, parallel, succeed
 
-__all__ = ["BATCH", "DenseMatrix", "PackedMatrix", "check_interface", "kernel_name", "row_offsets"]
+__all__ = ["BATCH", "DenseMatrix", "PackedMatrix", "check_interface", "check_parts", "kernel_name", "row_offsets"]
 
-INTERFACE = 2  # of what modeling_atp_sparse.py calls; a copy of it lies in each packed folder, perhaps an older one
+INTERFACE = 3  # of what modeling_atp_sparse.py calls; a copy of it lies in each packed folder, perhaps an older one
 BATCH = 8  # tokens up to which each weight is expanded to a vector
 FLOATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # the numbers are those of kernel.c
 FOR_MANY = ("avx512-bf16", "avx512", "avx2", "neon")  # variants with a loop for more tokens
@@ -57,10 +57,8 @@ class PackedMatrix:
         variant: str | None = None,
     ) -> None:
         """`bias` [R] of a float type; `variant` is for tests: another than `kernel_name()`."""
-        _check(values, bitmask, columns, scales, bias)
-        self.offsets = row_offsets(bitmask, columns)
-        if int(self.offsets[-1]) != len(values):
-            raise ValueError(f"packed weight: {len(values)} values, but the bitmask has {int(self.offsets[-1])} bits")
+        check_parts(values, bitmask, columns, scales, bias)
+        self.offsets = row_offsets(bitmask, columns, len(values))
         self.shape = (len(bitmask), columns)
         self.values, self.bitmask, self.scales, self.bias = values, bitmask, scales, bias
         self._name = name = variant or kernel_name()
@@ -116,7 +114,7 @@ class DenseMatrix:
 
     def __init__(self, weight: Tensor) -> None:
         loaded, name = library(), kernel_name()
-        if loaded is None or name is None or weight.dtype not in DENSE or not _in_order(weight):
+        if loaded is None or name is None or weight.dtype not in DENSE or not (weight.is_cpu and _in_order(weight)):
             raise ValueError(f"dense weight: is {_words(weight)}, the kernel {name}")
         self.weight, self._library = weight, loaded
         rows, columns = weight.shape
@@ -131,23 +129,24 @@ class DenseMatrix:
         return y
 
 
-def row_offsets(bitmask: Tensor, columns: int) -> Tensor:
-    """Where each row's values start, and at the end how many there are: int64 [R + 1].
+def row_offsets(bitmask: Tensor, columns: int, count: int | None = None) -> Tensor:
+    """Where each row's values start, and at the end how many there are: int64 [R + 1], on the bitmask's device.
 
-    Raises ValueError if a bit after the last column is set.
+    Raises ValueError if a bit after the last column is set, or if there are not `count` of them.
     """
     _check_bitmask(bitmask, columns)
-    offsets = torch.zeros(len(bitmask) + 1, dtype=torch.int64)
-    loaded = library() if kernel_name() is not None else None
+    offsets = torch.zeros(len(bitmask) + 1, dtype=torch.int64, device=bitmask.device)
+    loaded = library() if bitmask.is_cpu and kernel_name() is not None else None
     if loaded is not None:
         row = int(loaded.atp_offsets(bitmask.data_ptr(), len(bitmask), columns, offsets.data_ptr()))
     else:
-        bits = _bits(bitmask)
-        offsets[1:] = bits.sum(dim=1, dtype=torch.int64).cumsum(dim=0)
-        after = bits[:, columns:].any(dim=1).nonzero()
+        offsets[1:] = _ones(bitmask).sum(dim=1, dtype=torch.int64).cumsum(dim=0)
+        after = (bitmask[:, -1].int() >> (columns - 1) % 8 + 1).nonzero()
         row = int(after[0]) if len(after) else -1
     if row >= 0:
         raise ValueError(f"packed weight: row {row} of the bitmask has a bit after its {columns} columns")
+    if count is not None and int(offsets[-1]) != count:
+        raise ValueError(f"packed weight: {count} values, but the bitmask has {int(offsets[-1])} bits")
     return offsets
 
 
@@ -170,9 +169,7 @@ def linear(
     )  # fmt: skip
     weight = _WEIGHTS.get(known)
     if weight is None:
-        _check(values, bitmask, columns, scales, bias)
-        if offsets.dtype != torch.int64 or offsets.shape != (rows + 1,) or not _in_order(offsets):
-            raise ValueError(f"packed weight: offsets are {_words(offsets)}; needed: [{rows + 1}] int64")
+        check_parts(values, bitmask, columns, scales, bias, offsets)
         if len(_WEIGHTS) >= MOST_WEIGHTS:
             _WEIGHTS.clear()
         weight = Weight(*_fields(values, bitmask, offsets, columns, scales, bias, VARIANTS[name]))
@@ -238,10 +235,24 @@ def _fields(
     )  # fmt: skip
 
 
-def _check(values: Tensor, bitmask: Tensor, columns: int, scales: Tensor | None, bias: Tensor | None) -> None:
-    """ValueError unless the parts of a packed weight have the right types and shapes."""
+def check_parts(
+    values: Tensor,
+    bitmask: Tensor,
+    columns: int,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    offsets: Tensor | None = None,
+    device: str = "cpu",
+) -> None:
+    """ValueError unless the parts of a packed weight have the right types and shapes, and lie on a kind of device."""
+    parts = (values, bitmask, scales, bias, offsets)
+    if any(part is not None and part.device.type != device for part in parts):
+        places = " and ".join(sorted({part.device.type for part in parts if part is not None}))
+        raise ValueError(f"packed weight: lies on {places}; needed: {device}")
     _check_bitmask(bitmask, columns)
     rows = len(bitmask)
+    if offsets is not None and (offsets.dtype != torch.int64 or offsets.shape != (rows + 1,) or not _in_order(offsets)):
+        raise ValueError(f"packed weight: offsets are {_words(offsets)}; needed: [{rows + 1}] int64")
     if values.dim() != 1 or values.dtype not in (*FLOATS, torch.int8) or not _in_order(values):
         raise ValueError(f"packed weight: values are {_words(values)}; needed: [count] of a float type or int8")
     if (values.dtype == torch.int8) != (scales is not None):
@@ -266,8 +277,8 @@ def _check_bitmask(bitmask: Tensor, columns: int) -> None:
 
 
 def _in_order(tensor: Tensor) -> bool:
-    """Whether its elements stand one after the other in host memory."""
-    return tensor.is_cpu and tensor.is_contiguous()
+    """Whether its elements stand one after the other."""
+    return tensor.is_contiguous()
 
 
 def _words(tensor: Tensor) -> str:
@@ -276,14 +287,21 @@ def _words(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device.type}{order}"
 
 
+def _ones(bitmask: Tensor) -> Tensor:
+    """How many bits of each byte are set, by sums of bits, pairs and fours beside each other."""
+    pairs = bitmask - (bitmask >> 1 & 0x55)
+    fours = (pairs & 0x33) + (pairs >> 2 & 0x33)
+    return fours + (fours >> 4) & 0x0F
+
+
 def _bits(bitmask: Tensor) -> Tensor:
     """Each bit as a uint8, [R, 8 * bytes]."""
     return (bitmask[..., None] >> torch.arange(8, dtype=torch.uint8) & 1).flatten(1)
 
 
-_OPERATORS = torch.library.Library("atp_sparse", "DEF")  # type: ignore[no-untyped-call]
-_OPERATORS.define(  # type: ignore[no-untyped-call]
+OPERATORS = torch.library.Library("atp_sparse", "DEF")  # type: ignore[no-untyped-call]
+OPERATORS.define(  # type: ignore[no-untyped-call]
     "linear(Tensor x, Tensor values, Tensor bitmask, Tensor offsets, Tensor? scales, Tensor? bias) -> Tensor"
 )
-_OPERATORS.impl("linear", linear, "CPU")  # type: ignore[no-untyped-call]
-torch.library.register_fake("atp_sparse::linear", _fake_linear, lib=_OPERATORS)
+OPERATORS.impl("linear", linear, "CPU")  # type: ignore[no-untyped-call]
+torch.library.register_fake("atp_sparse::linear", _fake_linear, lib=OPERATORS)

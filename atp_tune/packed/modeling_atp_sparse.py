@@ -27,9 +27,9 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 try:
-    from atp_tune.packed import kernel
+    from atp_tune.packed import gpu, kernel
 
-    kernel.check_interface(2)
+    kernel.check_interface(3)
 except ImportError as error:  # a folder is loaded where atp_tune, or a version that fits this file, is not installed
     kernel, MISSING = None, str(error)  # type: ignore[assignment]
 else:
@@ -158,9 +158,9 @@ class SparseLinear(nn.Module):
         return self._by_tiles(x, matrix) if y is None else y.view(*x.shape[:-1], self.out_features)
 
     def _by_tiles(self, x: Tensor, matrix: Any) -> Tensor:
-        """Unpacks some rows at a time, which are multiplied while the cache holds them."""
+        """Unpacks some rows at a time, which are multiplied while a CPU's cache holds them."""
         y = x.new_empty(*x.shape[:-1], self.out_features)
-        step = max(1, TILE // (self.in_features * x.element_size()))
+        step = max(1, TILE // (self.in_features * x.element_size())) if x.is_cpu else self.out_features
         for first in range(0, self.out_features, step):
             last = min(first + step, self.out_features)
             bias = None if self.bias is None else self.bias[first:last]
@@ -174,10 +174,13 @@ class SparseLinear(nn.Module):
 
     def _of_kernel(self, x: Tensor) -> Any:
         """The weight for the kernel; None where it does not run."""
-        if x.device.type != "cpu":
+        device = x.device
+        if device.type not in ("cpu", "cuda"):
             return None
-        if kernel is None or kernel.kernel_name() is None:
+        if kernel is None or (device.type == "cpu" and kernel.kernel_name() is None):
             logger.warning_once(SLOW)
+            return None
+        if device.type == "cuda" and not gpu.has_kernel(device):
             return None
         if torch.float64 in (x.dtype, self.weight_values.dtype):
             return None
@@ -187,7 +190,8 @@ class SparseLinear(nn.Module):
         if self._matrix is None or places != self._places:  # new, moved or changed
             held: list[Any] = [None if part is None else part.detach() for part in parts]
             values, bitmask, scales, bias = held
-            matrix = kernel.PackedMatrix(values, bitmask, self.in_features, scales, bias)  # which keeps them
+            kind = kernel.PackedMatrix if device.type == "cpu" else gpu.GpuMatrix
+            matrix = kind(values, bitmask, self.in_features, scales, bias)  # which keeps them
             if hasattr(self, "_hf_hook"):  # accelerate fetches the weights for each use, and frees them
                 return matrix
             self._matrix, self._places, self._offsets = matrix, places, matrix.offsets

@@ -12,25 +12,22 @@ The result is each column W_j when the loop reaches it. There are three implemen
             a vector per column of the strip. E_j replaces W_j in the matrix, so that the sum and its first term are a
             single call, with factors -U_kj and 1. It uses numpy, whose calls have less overhead than torch's.
 `triton`    on a GPU (`columns_triton`): one kernel for the block; each program handles a tile of rows of the weight.
-            Triton needs a C compiler at the first launch, which many images lack. So each process launches it once on
-            zeros; if that fails, it logs a warning and uses `plain`.
+            Each process launches it once on zeros; if that fails, it logs a warning and uses `plain`.
 """
 
-import logging
 from collections.abc import Callable
 from functools import cache
-from importlib.util import find_spec
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from atp_tune.launching import launches
+
 STRIP = 16  # columns
 ALONE = 9216  # matrix elements up to which OpenBLAS multiplies by a vector in one thread, which is faster
 
 Sweep = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-log = logging.getLogger(__name__)
 
 
 def sweep(W: Tensor, U: Tensor, G: Tensor) -> Tensor:
@@ -68,16 +65,14 @@ def strips(W: Tensor, U: Tensor, G: Tensor) -> Tensor:
 @cache
 def on_gpu(device: torch.device) -> Sweep:
     """The Triton kernel if it compiles and runs on the device, else `plain`, with a warning in the log."""
-    if find_spec("triton") is None:
-        return plain
-    try:
+
+    def launch() -> None:
         from atp_tune.pruners.columns_triton import tiles
 
         tiles(*torch.zeros(3, 128, 128, device=device))
-    except Exception as error:  # from Triton, its import, a compiler, ptxas or the driver
-        if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
-            raise
-        reason = next(iter(str(error).splitlines()), "")
-        log.warning(f"SparseGPT without its Triton kernel, column by column: {type(error).__name__}: {reason}")
+
+    if not launches(launch, "SparseGPT without its Triton kernel, column by column"):
         return plain
+    from atp_tune.pruners.columns_triton import tiles
+
     return tiles

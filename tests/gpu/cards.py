@@ -8,11 +8,11 @@ from pathlib import Path
 
 import psutil
 import torch
+from families import NoFolder
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.checkpoints.offload import Offload
 from atp_tune.checkpoints.streaming import Tensors
 from atp_tune.inputs.windows import Windows
@@ -52,10 +52,9 @@ def bench_on(
     tokens = 512 if device.type == "cuda" else 32
     ids = torch.randint(VOCABULARY, (2, windows, tokens), generator=torch.Generator().manual_seed(0))
     texts = {role: Windows(part.numpy(), role) for role, part in zip(("calibration", "validation"), ids, strict=True)}
-    checkpoint = Checkpoint(llama(device, dtype), device, offload)
-    return TrialContext(
-        ModelFolder(Path(), "random", "llama"), checkpoint, texts, prune or PruneConfig(), lambda event: None
-    )
+    model = llama(device, dtype)
+    folder = NoFolder(Path(), "random", "llama")
+    return TrialContext(folder, Checkpoint(model, device, offload), texts, prune or PruneConfig(), lambda event: None)
 
 
 def plan(context: TrialContext, pruner: str = "wanda") -> Plan:
@@ -65,8 +64,8 @@ def plan(context: TrialContext, pruner: str = "wanda") -> Plan:
 
 def trial(context: TrialContext, pruner: str = "wanda") -> Record:
     """A trial as the objective runs it; its record is not closed yet."""
-    record = Record(context.checkpoint.device, context.dtype, (0, 4))
-    pruned = record.follow(context.prune(plan(context, pruner)), context.checkpoint.linears)
+    record = Record(context)
+    pruned = record.follow(context.prune(plan(context, pruner)))
     record.nlls = context.all_nlls(pruned, "validation")
     return record
 

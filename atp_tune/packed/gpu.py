@@ -1,0 +1,91 @@
+"""Products with a packed weight on a GPU; `kernel` says what a packed weight is, `kernel_triton` has the loops."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from atp_tune.launching import launches
+from atp_tune.packed import kernel
+
+FLOATS = (torch.bfloat16, torch.float16)  # of x
+MOST_VALUES = 1 << 32  # places are numbers of 32 bits
+
+
+class GpuMatrix:
+    """A packed weight [R, C] on a GPU that has the kernel, checked once, and the product with it.
+
+    Raises ValueError as `kernel.PackedMatrix` does, whose methods it has.
+    """
+
+    def __init__(
+        self, values: Tensor, bitmask: Tensor, columns: int, scales: Tensor | None = None, bias: Tensor | None = None
+    ) -> None:
+        """`bias` [R] of a float type; all lie on one device."""
+        kernel.check_parts(values, bitmask, columns, scales, bias, device=bitmask.device.type)
+        self.offsets = kernel.row_offsets(bitmask, columns, len(values))
+        self.shape = (len(bitmask), columns)
+        self.values, self.bitmask, self.scales, self.bias = values, bitmask, scales, bias
+
+    def product(self, x: Tensor) -> Tensor | None:
+        """The product y [M, R] of x [M, C] and the weight's transpose, plus the bias.
+
+        None of more than 16 tokens, of x of another type than bfloat16 and float16, and of 2³² values.
+        """
+        return _product(x, self.values, self.bitmask, self.offsets, self.scales, self.bias)
+
+    def rows(self, first: int, last: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Rows `first` to `last` with their zeros, [last - first, C]; as of `kernel.PackedMatrix`."""
+        from atp_tune.packed import kernel_triton
+
+        dtype = dtype or (torch.float32 if self.scales is not None else self.values.dtype)
+        scales = None if self.scales is None else self.scales[first:last]
+        parts = (self.values, self.bitmask[first:last], self.offsets[first : last + 1], scales)
+        return kernel_triton.unpacked(*parts, self.shape[1], dtype)
+
+
+@cache
+def has_kernel(device: torch.device) -> bool:
+    """Whether the kernels compile and run on a device; they are launched once, and a warning says why they do not."""
+
+    def launch() -> None:
+        bits = torch.full((1, 1), 255, dtype=torch.uint8, device=device)
+        x = torch.ones(2, 8, dtype=torch.bfloat16, device=device)
+        matrix = GpuMatrix(x[0], bits, 8)
+        for tokens in (1, 2):
+            y = matrix.product(x[:tokens])
+            if y is None or bool((y != 8).any()):
+                raise RuntimeError("it computes something else")
+        matrix.rows(0, 1)
+
+    return launches(launch, "packed weights without their Triton kernel, unpacked for each product")
+
+
+def _product(
+    x: Tensor, values: Tensor, bitmask: Tensor, offsets: Tensor, scales: Tensor | None, bias: Tensor | None
+) -> Tensor | None:
+    from atp_tune.packed import kernel_triton
+
+    if not 1 <= len(x) <= kernel_triton.BATCH or x.dtype not in FLOATS or len(values) >= MOST_VALUES:
+        return None
+    return kernel_triton.product(x, values, bitmask, offsets, scales, bias)
+
+
+def linear(
+    x: Tensor, values: Tensor, bitmask: Tensor, offsets: Tensor, scales: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """The operator atp_sparse::linear on a GPU: x [..., C] to [..., R]; `offsets` as from `kernel.row_offsets`."""
+    from atp_tune.packed import kernel_triton
+
+    columns = x.shape[-1]
+    kernel.check_parts(values, bitmask, columns, scales, bias, offsets, device=x.device.type)
+    flat = x.reshape(-1, columns)
+    y = _product(flat, values, bitmask, offsets, scales, bias)
+    if y is None:
+        weight = kernel_triton.unpacked(values, bitmask, offsets, scales, columns, x.dtype)
+        y = functional.linear(flat, weight, None if bias is None else bias.to(x.dtype))
+    return y.view(*x.shape[:-1], len(bitmask))
+
+
+kernel.OPERATORS.impl("linear", linear, "CUDA")  # type: ignore[no-untyped-call]

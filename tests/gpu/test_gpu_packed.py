@@ -1,0 +1,78 @@
+"""Packed models on a GPU by their Triton kernels; on a CPU those stand in the place of the CPU's, interpreted."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import VOCABULARY
+from test_packed_gpu import SHAPES, check_codes, check_floats
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from atp_tune.packed import gpu, kernel
+from atp_tune.sparse.packing import pack_folder
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def runs(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Where the kernels run."""
+    pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            pytest.skip("a CPU needs TRITON_INTERPRET=1")
+        monkeypatch.setattr(kernel, "PackedMatrix", gpu.GpuMatrix)
+    return device
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (4096, 4096), (1000, 11008)])
+def test_the_kernels(shape: tuple[int, int], runs: torch.device) -> None:
+    if runs.type == "cpu" and shape[0] * shape[1] > 50000:
+        pytest.skip("the interpreter is slow")
+    check_floats(shape, 0.3, torch.bfloat16, runs)
+    if shape[1] % 64 == 0:
+        check_codes(shape, 2, runs)
+
+
+def test_the_kernels_are_what_a_gpu_takes(runs: torch.device) -> None:
+    assert gpu.has_kernel(runs)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """A tiny Llama with zeros in bfloat16, and the same packed."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=1, **sizes)).bfloat16()
+    with torch.no_grad():
+        for name, weight in model.model.layers.named_parameters():
+            if name.endswith("proj.weight"):
+                weight[torch.rand_like(weight) < 0.7] = 0
+    model.save_pretrained(tmp_path / "dense")
+    pack_folder(tmp_path / "dense", tmp_path / "packed")
+    return tmp_path / "dense", tmp_path / "packed"
+
+
+def test_a_packed_model(folders: tuple[Path, Path], runs: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of 1, 5 and 40 tokens, each of them by the kernels, and generation, against the unpacked weights."""
+    used, product = [], gpu.GpuMatrix.product
+    monkeypatch.setattr(gpu.GpuMatrix, "product", lambda self, x: used.append(len(x)) or product(self, x))
+    dense, packed = (AutoModelForCausalLM.from_pretrained(folder).to(runs).eval() for folder in folders)
+    with torch.inference_mode():
+        for tokens in (1, 5, 40):
+            ids = torch.randint(VOCABULARY, (1, tokens), device=runs)
+            assert_close(packed(ids).logits, dense(ids).logits, rtol=0.05, atol=0.05)
+        assert {1, 5, 40} <= set(used)
+        assert packed.generate(ids, max_new_tokens=1, do_sample=False).shape == (1, 41)
+
+
+def test_the_operator(card: torch.device, folders: tuple[Path, Path]) -> None:
+    """Compiled as one graph, which captures the kernels."""
+    packed: Any = AutoModelForCausalLM.from_pretrained(folders[1]).to(card).eval()
+    linear, x = packed.model.layers[0].mlp.up_proj, torch.randn(1, 3, 64, device=card).bfloat16()
+    with torch.inference_mode():
+        expected = linear(x)
+        assert_close(torch.compile(linear, fullgraph=True)(x), expected)

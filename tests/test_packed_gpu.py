@@ -1,0 +1,183 @@
+"""The Triton kernels of packed weights: compiled for GPUs that need not be here, and run in Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from numpy import packbits
+from torch import Tensor
+
+from atp_tune import launching
+from atp_tune.packed import gpu
+from atp_tune.packed.gpu import GpuMatrix
+
+CPU = torch.device("cpu")
+SHAPES = [(1, 1), (3, 7), (33, 70), (9, 300), (70, 576)]
+
+
+def sparse(shape: tuple[int, int], share: float, dtype: torch.dtype) -> Tensor:
+    return (torch.randn(shape) * (torch.rand(shape) < share)).to(dtype)
+
+
+def packed(weight: Tensor, scales: Tensor | None = None, bias: Tensor | None = None) -> GpuMatrix:
+    """Packed by numpy; `weight`: with `scales` the codes."""
+    kept = weight.cpu() != 0
+    bitmask = torch.from_numpy(packbits(kept.numpy(), axis=-1, bitorder="little")).to(weight.device)
+    return GpuMatrix(weight[kept.to(weight.device)], bitmask, weight.shape[1], scales, bias)
+
+
+def check_floats(shape: tuple[int, int], share: float, dtype: torch.dtype, device: torch.device = CPU) -> None:
+    """Rows to the last bit, and products of 1 to 16 tokens within the rounding of their type."""
+    weight, bias = sparse(shape, share, dtype).to(device), torch.randn(shape[0]).to(device)
+    matrix = packed(weight, bias=bias)
+    assert matrix.rows(0, shape[0]).equal(weight)
+    assert matrix.rows(shape[0] // 2, shape[0], torch.float32).equal(weight[shape[0] // 2 :].float())
+    for tokens in (1, 2, 16):
+        x = torch.randn(tokens, shape[1]).to(device, dtype)
+        check(matrix.product(x), x, weight, bias)
+
+
+def check_codes(shape: tuple[int, int], groups: int, device: torch.device = CPU) -> None:
+    codes = torch.randint(-127, 128, shape) * (torch.rand(shape) < 0.4)
+    scales = torch.rand(shape[0], groups)
+    weight = (codes * scales.repeat_interleave(shape[1] // groups, dim=1)).to(device)
+    matrix = packed(codes.to(device, torch.int8), scales.to(device))
+    assert matrix.rows(0, shape[0]).equal(weight)
+    for tokens in (1, 3):
+        x = torch.randn(tokens, shape[1]).to(device, torch.bfloat16)
+        check(matrix.product(x), x, weight)
+
+
+def check(y: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """An error of at most two roundings of its type: that of weights that had scales, and that of the sum."""
+    assert y is not None
+    assert y.dtype == x.dtype
+    expected = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    size = torch.nn.functional.linear(
+        x.double().abs(), weight.double().abs(), None if bias is None else bias.double().abs()
+    )
+    assert bool(((y.double() - expected).abs() <= 2 * torch.finfo(x.dtype).eps * size).all())
+
+
+INTERPRETED = """
+import torch
+from test_packed_gpu import SHAPES, check_codes, check_floats, check_rest
+from atp_tune.packed.gpu import has_kernel
+assert has_kernel(torch.device("cpu"))
+torch.manual_seed(0)
+for shape in SHAPES:
+    check_floats(shape, 0.3, torch.bfloat16)
+for dtype in (torch.bfloat16, torch.float16):
+    for share in (0, 0.5, 1):
+        check_floats((5, 40), share, dtype)
+for shape, groups in (((5, 7), 1), ((33, 64), 2), ((5, 192), 3)):
+    check_codes(shape, groups)
+check_rest()
+print("done")
+"""
+
+
+def check_rest() -> None:
+    """Inputs that are not finite, those that have no product, and the operator."""
+    weight = sparse((6, 64), 0.3, torch.bfloat16)
+    matrix = packed(weight)
+    x = torch.ones(1, 64, dtype=torch.bfloat16)
+    x[0, 3] = torch.inf
+    y = matrix.product(x)
+    assert y is not None
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, weight), equal_nan=True)
+    assert [matrix.product(other) for other in (x.float(), x[:0], x.expand(17, 64))] == [None] * 3
+    x = torch.randn(2, 3, 64).bfloat16()
+    for tokens in (x, x.repeat(4, 1, 1)):
+        y = gpu.linear(tokens, matrix.values, matrix.bitmask, matrix.offsets, None, None)
+        assert y.shape == (*tokens.shape[:-1], 6)
+        torch.testing.assert_close(y.float(), torch.nn.functional.linear(tokens, weight).float(), rtol=0.02, atol=0.05)
+
+
+@pytest.mark.slow
+def test_the_kernels_in_tritons_interpreter() -> None:
+    """In a process of its own: Triton reads the variable when a kernel is defined."""
+    pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+    path = os.pathsep.join((str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")))
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    command = [sys.executable, "-c", INTERPRETED]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=300)
+    assert done.stdout == "done\n", done.stderr
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("tokens", "values", "group"), [(1, "*bf16", 0), (16, "*bf16", 0), (16, "*i8", 4)])
+def test_the_product_compiles(
+    tokens: int, values: str, group: int, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import triton.language as tl
+
+    from atp_tune.packed.kernel_triton import _multiply
+
+    tensors: dict[str, str] = {
+        "x_at": "*bf16", "values_at": values, "bitmask_at": "*u8", "offsets_at": "*i64", "scales_at": "*fp32",
+        "bias_at": "*bf16", "y_at": "*bf16", **dict.fromkeys(("tokens", "rows", "columns", "length"), "i32"),
+    }  # fmt: skip
+    constants: dict[str, Any] = {
+        "GROUP": group, "TOKENS": tokens, "ROWS": 32, "BYTES": 32, "KIND": tl.bfloat16
+    }  # fmt: skip
+    if not group:
+        constants["scales_at"] = None
+    compiles(_multiply, tensors, constants, capability, tmp_path, monkeypatch)
+
+
+def test_the_unpacking_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+    from atp_tune.packed.kernel_triton import _unpack
+
+    tensors = {"values_at": "*bf16", "bitmask_at": "*u8", "offsets_at": "*i64", "out_at": "*bf16"}
+    numbers = dict.fromkeys(("rows", "columns", "length"), "i32")
+    constants = {"scales_at": None, "GROUP": 0, "ROWS": 4, "BYTES": 32}
+    compiles(_unpack, {**tensors, **numbers}, constants, 90, tmp_path, monkeypatch)
+
+
+def compiles(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int, cache: Path, patch: Any
+) -> None:
+    """To machine code: the interpreter runs what the compiler refuses."""
+    triton = pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    patch.setenv("TRITON_CACHE_DIR", str(cache))
+    source = ASTSource(kernel, {**types, **dict.fromkeys(constants, "constexpr")}, constants)
+    assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
+
+
+def test_what_is_refused() -> None:
+    weight = sparse((4, 64), 0.5, torch.bfloat16)
+    matrix = packed(weight)
+    with pytest.raises(ValueError, match="values, but the bitmask has"):
+        GpuMatrix(matrix.values[1:], matrix.bitmask, 64)
+    with pytest.raises(ValueError, match="lies on cpu and meta; needed: cpu"):
+        GpuMatrix(matrix.values.to("meta"), matrix.bitmask, 64)
+    with pytest.raises(ValueError, match="has a bit after its 57 columns"):
+        GpuMatrix(torch.ones(8), torch.full((1, 8), 128, dtype=torch.uint8), 57)
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu.has_kernel.cache_clear()
+    monkeypatch.setattr(launching, "find_spec", lambda name: None)
+    assert not gpu.has_kernel(CPU)
+    gpu.has_kernel.cache_clear()
+
+
+def test_a_kernel_that_computes_something_else_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+    gpu.has_kernel.cache_clear()
+    monkeypatch.setattr(gpu, "_product", lambda x, *_: x.new_zeros(len(x), 1))
+    assert not gpu.has_kernel(CPU)
+    gpu.has_kernel.cache_clear()
+    (record,) = caplog.records
+    assert record.getMessage().endswith("unpacked for each product: RuntimeError: it computes something else")
