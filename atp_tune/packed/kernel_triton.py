@@ -72,26 +72,27 @@ def _on(tensor: Tensor) -> torch.cuda.device | nullcontext[None]:
 @triton.jit  # type: ignore[untyped-decorator]
 def _multiply(
     x_at: tl.tensor, values_at: tl.tensor, bitmask_at: tl.tensor, offsets_at: tl.tensor, scales_at: tl.tensor,
-    bias_at: tl.tensor, y_at: tl.tensor, tokens: int, rows: int, columns: int, length: int,
-    GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr, KIND: tl.constexpr,
+    bias_at: tl.tensor, y_at: tl.tensor, tokens: int, rows: int,
+    COLUMNS: tl.constexpr, LENGTH: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr,
+    ROWS: tl.constexpr, BYTES: tl.constexpr, KIND: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.arange(0, TOKENS)
     inside = row < rows
     first = tl.load(offsets_at + row, mask=inside, other=0).to(tl.uint32)
     sums = tl.zeros((ROWS, BYTES if TOKENS == 1 else TOKENS), tl.float32)
-    for step in range(0, length, BYTES):
+    for step in range(0, LENGTH, BYTES):
         byte = step + tl.arange(0, BYTES)
-        bits, start, low, high, first = _bits(values_at, bitmask_at, row, inside, byte, length, first)
+        bits, start, low, high, first = _bits(values_at, bitmask_at, row, inside, byte, LENGTH, first)
         for bit in tl.static_range(8):
-            weight = _weights(start, bits, bit, low if bit < 4 else high, scales_at, row, inside, byte, length, GROUP)
+            weight = _weights(start, bits, bit, low if bit < 4 else high, scales_at, row, inside, byte, LENGTH, GROUP)
             column = 8 * byte + bit
             if TOKENS == 1:
-                x = tl.load(x_at + column, mask=column < columns, other=0.0)
+                x = tl.load(x_at + column, mask=column < COLUMNS, other=0.0)
                 sums += weight * x.to(tl.float32)[None, :]
             else:
-                fits = (column < columns)[:, None] & (token < tokens)[None, :]
-                x = tl.load(x_at + token[None, :] * columns + column[:, None], mask=fits, other=0.0)
+                fits = (column < COLUMNS)[:, None] & (token < tokens)[None, :]
+                x = tl.load(x_at + token[None, :] * COLUMNS + column[:, None], mask=fits, other=0.0)
                 sums = tl.dot(weight.to(x.dtype).to(KIND), x.to(KIND), sums)
     if TOKENS == 1:
         sums = tl.sum(sums, axis=1)[:, None]
@@ -104,36 +105,36 @@ def _multiply(
 @triton.jit  # type: ignore[untyped-decorator]
 def _unpack(
     values_at: tl.tensor, bitmask_at: tl.tensor, offsets_at: tl.tensor, scales_at: tl.tensor, out_at: tl.tensor,
-    rows: int, columns: int, length: int,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr,
+    rows: int, COLUMNS: tl.constexpr, LENGTH: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    BYTES: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     first = tl.load(offsets_at + row, mask=inside, other=0).to(tl.uint32)
-    for step in range(0, length, BYTES):
+    for step in range(0, LENGTH, BYTES):
         byte = step + tl.arange(0, BYTES)
-        bits, start, low, high, first = _bits(values_at, bitmask_at, row, inside, byte, length, first)
+        bits, start, low, high, first = _bits(values_at, bitmask_at, row, inside, byte, LENGTH, first)
         for bit in tl.static_range(8):
-            weight = _weights(start, bits, bit, low if bit < 4 else high, scales_at, row, inside, byte, length, GROUP)
+            weight = _weights(start, bits, bit, low if bit < 4 else high, scales_at, row, inside, byte, LENGTH, GROUP)
             column = 8 * byte + bit
-            at = row.to(tl.int64)[:, None] * columns + column[None, :]
+            at = row.to(tl.int64)[:, None] * COLUMNS + column[None, :]
             tl.store(
-                out_at + at, weight.to(out_at.dtype.element_ty), mask=inside[:, None] & (column < columns)[None, :]
+                out_at + at, weight.to(out_at.dtype.element_ty), mask=inside[:, None] & (column < COLUMNS)[None, :]
             )
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _bits(
-    values_at: tl.tensor, bitmask_at: tl.tensor, row: tl.tensor, inside: tl.tensor, byte: tl.tensor, length: int,
-    first: tl.tensor,
+    values_at: tl.tensor, bitmask_at: tl.tensor, row: tl.tensor, inside: tl.tensor, byte: tl.tensor,
+    LENGTH: tl.constexpr, first: tl.tensor,
 ) -> tuple[tl.tensor, ...]:  # fmt: skip
     """Of bytes [ROWS, BYTES] of the bitmask: the bytes, where the values of each start, how many values each bit of a
     half has before it in its byte, and where the values after all of them start, [ROWS].
 
     A factor puts the four bits of a half into the four bytes of a word; another adds to each byte those below it.
     """
-    at = row.to(tl.int64)[:, None] * length + byte[None, :]
-    bits = tl.load(bitmask_at + at, mask=inside[:, None] & (byte < length)[None, :], other=0).to(tl.uint32)
+    at = row.to(tl.int64)[:, None] * LENGTH + byte[None, :]
+    bits = tl.load(bitmask_at + at, mask=inside[:, None] & (byte < LENGTH)[None, :], other=0).to(tl.uint32)
     low = ((bits & 0xF) * 0x204081) & 0x1010101
     high = ((bits >> 4) * 0x204081) & 0x1010101
     up_to_low = low * 0x1010101
@@ -146,14 +147,14 @@ def _bits(
 @triton.jit  # type: ignore[untyped-decorator]
 def _weights(
     start: tl.tensor, bits: tl.tensor, bit: tl.constexpr, before: tl.tensor, scales_at: tl.tensor,
-    row: tl.tensor, inside: tl.tensor, byte: tl.tensor, length: int, GROUP: tl.constexpr,
+    row: tl.tensor, inside: tl.tensor, byte: tl.tensor, LENGTH: tl.constexpr, GROUP: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """The weights [ROWS, BYTES] of one bit of each byte, float32."""
     place = start + ((before >> (8 * (bit % 4))) & 0xFF)
     weight = tl.load(place, mask=(bits & (1 << bit)) != 0, other=0).to(tl.float32)
     if GROUP:
-        group = row[:, None] * (length // GROUP) + byte[None, :] // GROUP
-        weight *= tl.load(scales_at + group, mask=inside[:, None] & (byte < length)[None, :], other=0.0)
+        group = row[:, None] * (LENGTH // GROUP) + byte[None, :] // GROUP
+        weight *= tl.load(scales_at + group, mask=inside[:, None] & (byte < LENGTH)[None, :], other=0.0)
     return weight
 
 
