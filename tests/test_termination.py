@@ -11,10 +11,11 @@ from optuna.trial import FrozenTrial, TrialState
 from test_benchmarks import benchmark
 from test_runner import reopen, states
 from test_samplers import fake_perplexity, search_of, space_of
-from tinystudy import run
+from tinystudy import CommandLine, run
 
 from atp_tune.errors import UserError
 from atp_tune.events import Message
+from atp_tune.results.summary import summarise
 from atp_tune.search import runner, termination, trial_loop
 from atp_tune.search.proposals import kinds_of
 from atp_tune.search.samplers import make_sampler
@@ -202,7 +203,9 @@ def settle_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_a_study_that_settles_ends_and_is_complete(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_study_that_settles_ends_and_is_complete(
+    place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     events: list[Any] = []
     settle_after(6, monkeypatch)
     study = run(place, *GP, watch=events.append)
@@ -210,6 +213,9 @@ def test_a_study_that_settles_ends_and_is_complete(place: Path, monkeypatch: pyt
     assert (study.user_attrs["terminated_early"], study.user_attrs["total"]) == ([40, 6], 6)
     assert Message("terminated early after 6 of 40: a better point is expected to gain less than 2%") in events
     assert (place / "tiny.best.json").is_file()
+    answer = command("status", "--study", str(place / "tiny.toml"))
+    assert "ended early: 6 of 40 trials, more were not expected to help" in answer.out
+    assert summarise(study).requested == 40
     with monkeypatch.context() as patch:
         patch.setattr(runner, "open_context", None)
         assert states(run(place, *GP)) == ["COMPLETE"] * 6  # the same command finds it complete

@@ -93,7 +93,7 @@ class Status(FrozenModel):
     the lowest perplexity (`best`) first. `bos`: windows begin with BOS. `sparsity`: a number, or the interval in which
     the study searches; then `points` are the plans to choose from, and `limit` bounds the quality of the best.
     `dense_bytes`: of all weights in the dense model's files. `dense_tokens_per_second`: decoded one at a time by torch,
-    where `speedup` measured points.
+    where `speedup` measured points. `requested`: trials that were asked for, if the study ended after fewer.
     """
 
     format: Literal["atp_tune.status/2"] = FORMAT
@@ -119,6 +119,7 @@ class Status(FrozenModel):
     points: tuple[PointStatus, ...] = ()
     dense_bytes: int | None = None
     dense_tokens_per_second: float | None = None
+    requested: int | None = None
 
     def without_clock(self) -> "Status":
         """The status without times, to compare for changes."""
@@ -173,6 +174,7 @@ def status_of(summary: Summary, now: datetime) -> Status:
         points=tuple(point_of(summary, point) for point in summary.points),
         dense_bytes=summary.dense_bytes,
         dense_tokens_per_second=dense_speed(summary),
+        requested=summary.requested,
     )
 
 

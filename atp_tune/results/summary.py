@@ -64,6 +64,7 @@ class Summary:
     """A study's numbers: dense, uniform and best, each on the validation and test text.
 
     made_from     its study file with all overrides; None from an early version
+    requested     trials that were asked for, if the study ended after fewer
     sizes         weights per block
     uniform       the uniform trial with the best trial's pruner; `uniforms`: of each pruner
     reports       perplexity on the test text by trial
@@ -96,6 +97,7 @@ class Summary:
     uniforms: list[FrozenTrial]
     reports: dict[int, Perplexity]
     complete: bool
+    requested: int | None = None
     gp_posterior: dict[str, Any] | None = None
     unlike: Mapping[int, str] = field(default_factory=dict)
     screening: ScreeningProgress | None = None
@@ -158,6 +160,7 @@ def summarise(study: optuna.Study) -> Summary:
         uniforms=uniforms_of(study),
         reports={int(name): perplexity(nlls) for name, nlls in reports.items() if name != "dense" and nlls},
         complete=_is_complete(study),
+        requested=progress.requested(study),
         gp_posterior=study.user_attrs.get("gp_posterior"),
         unlike=_unlike(study),
         screening=_screening(study),

@@ -108,6 +108,12 @@ def total_of(study: optuna.Study, total: int, goes_on: bool = False) -> int:
     return int(have) if total <= limit and not goes_on else total
 
 
+def requested(study: optuna.Study) -> int | None:
+    """Trials that were asked for, if the study ended after fewer; None if it did not."""
+    asked, have = study.user_attrs.get("terminated_early", (0, 0))
+    return int(asked) if asked and study.user_attrs.get("total") == have else None
+
+
 def is_repetition(trials: Sequence[FrozenTrial], number: int) -> bool:
     """Whether a first trial of the study has been measured, or is being measured, by an earlier trial.
 
