@@ -309,11 +309,6 @@ def test_the_progress_line_names_the_sparsity(tmp_path: Path, command: CommandLi
             2,
             "trial 2, 30% wanda + atp (β = 0.05000): the sparsest within 10% more ",
         ),
-        (
-            ["--max-perplexity", "15"],
-            1,
-            "trial 1, 20% wanda + uniform: the nearest: no trial is within perplexity 15 on the validation text\n",
-        ),
         (["--trial", "6"], 6, ""),
     ],
 )
@@ -343,6 +338,11 @@ def test_without_a_terminal_the_default_is_exported(tmp_path: Path, command: Com
         (
             ["--sparsity", "0.3..0.4"],
             "--sparsity: 0.3..0.4 is an interval; give the one sparsity that the plan is",
+        ),
+        (
+            ["--max-perplexity", "15"],
+            "study made: no trial is within perplexity 15 on the validation text; the nearest is trial 1, 20% wanda + "
+            "uniform: it is exported by its number",
         ),
         (["--max-increase", "-1"], "--max-increase: must be a finite number greater than 0, got -1"),
         (["--max-perplexity", "x"], "--max-perplexity: must be a number, got x"),

@@ -40,7 +40,10 @@ def at_sparsity(study: optuna.Study, text: str) -> Choice:
 
 
 def within(study: optuna.Study, limit: Limit) -> Choice:
-    """The sparsest trial within a limit, or the nearest to it; UserError if the study lacks the numbers."""
+    """The sparsest trial within a limit; UserError if none is, or if the study lacks the numbers."""
     found, excess = sparsest_within(study, limit)
     words = f"{limit_of(limit)} on the validation text"
-    return Choice(found, f"the sparsest within {words}" if excess <= 0 else f"the nearest: no trial is within {words}")
+    if excess > 0:
+        nearest_one = Choice(found, "it is exported by its number")
+        raise UserError(f"study {study.study_name}: no trial is within {words}; the nearest is {nearest_one}")
+    return Choice(found, f"the sparsest within {words}")
