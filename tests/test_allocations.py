@@ -255,6 +255,7 @@ def test_what_is_measured_needs_a_model(name: str) -> None:
         ALLOCATIONS[name].sparsities(Budget(0.5, (3, 4)))
 
 
+@pytest.mark.slow
 def test_owl_is_the_formula() -> None:
     generator = random.Random(4)
     for budget in measured_budgets():
@@ -287,6 +288,7 @@ def test_blocks_that_do_not_differ_get_the_target(name: str) -> None:
     assert ALLOCATIONS[name].sparsities(budget) == (0.6, 0.6, 0.6)
 
 
+@pytest.mark.slow
 def test_alphapruning_is_the_map_with_a_cap() -> None:
     generator, capped = random.Random(5), 0
     for budget in measured_budgets():
@@ -308,6 +310,7 @@ def test_alphapruning_of_a_few_blocks() -> None:
     assert alphapruning.sparsities(replace(budget, target=0.9)) == pytest.approx((0.7, 1.0, 1.0), abs=1e-12)
 
 
+@pytest.mark.slow
 def test_erdos_renyi_by_bisection() -> None:
     dense = 0
     for budget in measured_budgets():

@@ -87,6 +87,7 @@ def said(call: Callable[[], object]) -> str:
 # The same as the command line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pruner", "way"), [("wanda", "block"), ("sparsegpt", "block"), ("wanda", "sequential")])
 def test_the_masks_are_those_of_the_command_line(
     place: Path, model: Any, tokenizer: Any, texts: dict[str, list[str]], command: CommandLine, pruner: str, way: str
@@ -113,6 +114,7 @@ def test_the_masks_are_those_of_the_command_line(
     assert all(parameter.requires_grad for parameter in loaded.parameters()) and not loaded.training
 
 
+@pytest.mark.slow
 def test_the_trials_are_those_of_the_study_file(
     place: Path, model: Any, tokenizer: Any, texts: dict[str, list[str]]
 ) -> None:
@@ -185,6 +187,7 @@ def prepared(model: Any) -> Hook:
     return hook
 
 
+@pytest.mark.slow
 def test_the_model_is_left_as_it_was(model: Any, tokenizer: Any, texts: dict[str, list[str]]) -> None:
     prepared(model)
     before, own = weights(model), state(model)
@@ -317,6 +320,7 @@ def test_a_trial_that_is_chosen(found: atp_tune.Result) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_saved_folder(found: atp_tune.Result, tmp_path: Path) -> None:
     measured = found.save(tmp_path / "new" / "sparse")
     assert measured.value == pytest.approx(found.best.perplexity.test.value, rel=1e-6)  # type: ignore[union-attr]
@@ -331,6 +335,7 @@ def test_a_saved_folder(found: atp_tune.Result, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_configuration_needs_no_study(done: Path, tmp_path: Path, command: CommandLine) -> None:
     config = done / "tiny.best.json"
     found = atp_tune.load_config(config, device="cpu")
@@ -346,6 +351,7 @@ def test_a_configuration_needs_no_study(done: Path, tmp_path: Path, command: Com
     assert said(lambda: atp_tune.load_config(tmp_path / "none.json")).startswith(f"{tmp_path}/none.json")
 
 
+@pytest.mark.slow
 def test_a_configuration_of_a_model_in_memory(
     found: atp_tune.Result, model: Any, tokenizer: Any, texts: dict[str, list[str]], tmp_path: Path
 ) -> None:
@@ -361,6 +367,7 @@ def test_a_configuration_of_a_model_in_memory(
     assert "have changed since the study measured it" in said(lambda: loaded.generate(["t1"]))
 
 
+@pytest.mark.slow
 def test_a_front(model: Any, tokenizer: Any, texts: dict[str, list[str]]) -> None:
     screen = {"search.screen": {"trials": 6, "confirm": 3, "stride": 4}}
     result = tuned(model, tokenizer, texts, sparsity=(0.2, 0.7), trials=None, settings=screen)
@@ -410,6 +417,7 @@ def test_a_storage_is_resumed(model: Any, tokenizer: Any, texts: dict[str, list[
     assert "model.source is" in said(lambda: tuned(model, tokenizer, texts, storage=url, study_name="mine"))
 
 
+@pytest.mark.slow
 def test_callbacks_can_stop_a_study(model: Any, tokenizer: Any, texts: dict[str, list[str]]) -> None:
     result = tuned(model, tokenizer, texts, callbacks=[lambda study, trial: study.stop() if trial.number else None])
     assert len(result.study.trials) == 2 and result.is_complete
@@ -429,6 +437,7 @@ def test_an_error_of_a_callback_is_raised(
 # Arguments
 
 
+@pytest.mark.slow
 def test_wrong_arguments(model: Any, tokenizer: Any, texts: dict[str, list[str]], place: Path) -> None:
     def wrong(**more: Any) -> str:
         return said(lambda: tuned(model, more.pop("by", tokenizer), more.pop("on", texts), **more))
@@ -469,6 +478,7 @@ def test_wrong_arguments(model: Any, tokenizer: Any, texts: dict[str, list[str]]
     )
 
 
+@pytest.mark.slow
 def test_datasets_are_texts(model: Any, tokenizer: Any, texts: dict[str, list[str]]) -> None:
     def value(given: Any) -> float:
         return atp_tune.perplexity(model, tokenizer, given, nsamples=8, seqlen=32, bos=False).value
@@ -493,6 +503,7 @@ def test_datasets_are_texts(model: Any, tokenizer: Any, texts: dict[str, list[st
 # What is said
 
 
+@pytest.mark.slow
 def test_progress_is_logged(
     model: Any, tokenizer: Any, texts: dict[str, list[str]], caplog: pytest.LogCaptureFixture, capsys: Any
 ) -> None:
@@ -523,6 +534,7 @@ def test_optuna_is_as_verbose_as_before(model: Any, tokenizer: Any, texts: dict[
         optuna.logging.set_verbosity(before)
 
 
+@pytest.mark.slow
 def test_bars_and_verbosity_of_libraries_are_as_before(
     model: Any, tokenizer: Any, found: atp_tune.Result, tmp_path: Path
 ) -> None:

@@ -94,6 +94,7 @@ def check_zeros(folder: Path, source: Path, pruner: str, sparsities: tuple[float
 # --- apply
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pruner", few(["wanda", "magnitude", "sparsegpt", "dsnot", "alps"], ["wanda"]))
 def test_a_sparse_checkpoint_is_what_the_configuration_says(
     pruner: str, done: Path, config: Config, tmp_path: Path
@@ -156,6 +157,7 @@ def test_only_the_file_and_the_model_are_needed(done: Path, tmp_path: Path) -> N
     assert applied(config, done, tmp_path / "out").value == pytest.approx(config.perplexity.test.value, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_same_again_is_the_same(done: Path, config: Config, tmp_path: Path) -> None:
     applied(config, done, tmp_path / "one")
     applied(config, done, tmp_path / "two")

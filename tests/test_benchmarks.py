@@ -118,6 +118,7 @@ def test_random_llama_has_zeros_anywhere(monkeypatch: pytest.MonkeyPatch) -> Non
     assert bool((weight[other != 0] == other[other != 0]).all())
 
 
+@pytest.mark.slow
 def test_refinement(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["--study", str(place / "tiny.toml"), "--pruners", "wanda", "magnitude", "--steps", "4"]
     monkeypatch.setattr(sys, "argv", ["refinement.py", *words])

@@ -142,6 +142,7 @@ def test_the_version(command: CommandLine) -> None:
 # --- a run
 
 
+@pytest.mark.slow
 def test_trials_is_the_total(place: Path, command: CommandLine) -> None:
     assert command("--study", place / "tiny.toml", "--trials", "2").code == 0
     assert command("--study", place / "tiny.toml", "--trials", "3").code == 0
@@ -249,6 +250,7 @@ def test_ctrl_c_does_not_break_a_transaction(tmp_path: Path) -> None:
     assert done == ["statement", "transaction"]
 
 
+@pytest.mark.slow
 def test_failures_are_told(place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     from atp_tune.pruners.statistics import Hessian
 
@@ -403,6 +405,7 @@ def test_apply_of_an_early_export(done: Path, command: CommandLine, tmp_path: Pa
     assert "(the configuration has none yet)" in answer.out
 
 
+@pytest.mark.slow
 def test_prune_with_a_study(done: Path, command: CommandLine, tmp_path: Path) -> None:
     answer = command("prune", "--study", done / "tiny.toml", "--beta", "0.05", "--out", tmp_path / "out")
     assert answer.code == 0

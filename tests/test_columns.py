@@ -95,6 +95,7 @@ def test_the_kernel_in_tritons_interpreter() -> None:
     assert done.stdout == "done\n", done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("columns", few([128, 100, 256], [100]))
 def test_the_kernel_compiles(columns: int, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,6 +81,7 @@ def test_small_parameters_give_the_equation() -> None:
             assert own == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_any_admissible_parameters_keep_the_mean_and_stay_shares() -> None:
     generator = random.Random(2)
     for budget in budgets():

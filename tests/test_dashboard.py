@@ -88,6 +88,7 @@ def test_a_later_run_replaces_the_note_and_keeps_own_words(done: Path) -> None:
     assert len(files) == len(list((done / "tiny.artifacts").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_a_run_publishes_a_new_best(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """During the run too, if the last time is long ago; each time one transaction."""
     monkeypatch.setattr(trial_loop, "PUBLISH", 0)
@@ -104,6 +105,7 @@ def test_a_run_publishes_a_new_best(place: Path, monkeypatch: pytest.MonkeyPatch
     assert len(versions) > 1
 
 
+@pytest.mark.slow
 def test_what_cannot_be_written_is_said_and_ends_no_run(place: Path) -> None:
     (place / "elsewhere").mkdir()
     (place / "tiny.artifacts").symlink_to(place / "elsewhere")

@@ -89,6 +89,7 @@ def test_a_sparse_folder_is_tuned_and_keeps_its_zeros(place: Path, command: Comm
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_folder_says_what_was_done(place: Path) -> None:
     done = run(place)
     written = json.loads((place / "out" / FINETUNED).read_text())

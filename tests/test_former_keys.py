@@ -198,6 +198,7 @@ def close(db: optuna.storages.RDBStorage) -> None:
     db.engine.dispose()
 
 
+@pytest.mark.slow
 def test_a_merged_study_has_present_names(folder: Path) -> None:
     made = {**facts(load("new.toml").study), "model.content": "a", "model.dtype": "float32"}
     for name, texts in (("a.db", "texts.validation"), ("b.db", "texts.search")):

@@ -324,6 +324,7 @@ def test_a_point_is_exported(options: list[str], number: int, said: str, tmp_pat
     assert config.baselines.uniform.validation is not None
 
 
+@pytest.mark.slow
 def test_without_a_terminal_the_default_is_exported(tmp_path: Path, command: CommandLine) -> None:
     made_front(tmp_path)
     assert command("export", "--study", tmp_path / "made.toml").out == f"{tmp_path / 'made.best.json'}\n"

@@ -93,6 +93,7 @@ def test_a_pruned_model_says_what_its_weights_say(family: str) -> None:
     assert found == [greedy(model, Letters()(prompt).input_ids, ends) for prompt in PROMPTS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offload", ["cpu", "disk"])
 def test_streamed_blocks_say_the_same(offload: Any, tmp_path: Any) -> None:
     expected = said(replay_of(tiny("llama")))
@@ -230,6 +231,7 @@ def test_an_answer_ends_where_a_person_stops_it() -> None:
     assert answer(who, "the import statement")[0].text == by_hand(who, "the import statement", 20)
 
 
+@pytest.mark.slow
 def test_an_answer_ends_with_the_model_s_positions() -> None:
     who = speaker()
     text = "the import statement " * 12
@@ -242,6 +244,7 @@ def test_an_answer_ends_with_the_model_s_positions() -> None:
         answer(who, text * 3)
 
 
+@pytest.mark.slow
 def test_a_temperature_draws() -> None:
     who = speaker()
     texts = set()

@@ -54,6 +54,7 @@ def sparsest(space: Space, limit: dict[str, float]) -> float:
     return max(level for level in levels if min(shifted(level, share / 200) for share in range(201)) <= worst)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", LIMITS, ids=str)
 def test_it_finds_the_sparsest_plan_within_the_limit(limit: dict[str, float]) -> None:
     space = space_over()
@@ -77,6 +78,7 @@ def test_without_a_model_it_halves_the_bracket() -> None:
     assert len(study.trials) <= 9  # 101 levels are 7 halvings
 
 
+@pytest.mark.slow
 def test_a_limit_that_nothing_meets_ends_at_the_nearest() -> None:
     space = space_over()
     study = searched(space, {"max_perplexity": 5.0}, Surrogate(space, screened(space), 0, DENSE))
@@ -86,12 +88,14 @@ def test_a_limit_that_nothing_meets_ends_at_the_nearest() -> None:
     assert len(study.trials) < 12
 
 
+@pytest.mark.slow
 def test_a_limit_that_all_meet_ends_at_the_sparsest() -> None:
     space = space_over()
     study = searched(space, {"max_perplexity": 1e6}, Surrogate(space, screened(space), 0, DENSE))
     assert [trial.params["sparsity"] for trial in study.trials] == [0.7, 0.7]  # the best, and uniform
 
 
+@pytest.mark.slow
 def test_a_model_that_is_wrong_ends_too() -> None:
     space = space_over()
     study = searched(space, {"max_increase": 0.2}, Surrogate(space, screened(space), 0, DENSE), jump=3.0)
@@ -102,6 +106,7 @@ def test_a_model_that_is_wrong_ends_too() -> None:
     assert len(study.trials) < 20
 
 
+@pytest.mark.slow
 def test_where_uniform_is_better_than_the_model_says_it_leads() -> None:
     space = space_over()
     study = searched(space, {"max_increase": 1.0}, Surrogate(space, screened(space), 0, DENSE), cost=1.0)
@@ -112,6 +117,7 @@ def test_where_uniform_is_better_than_the_model_says_it_leads() -> None:
     assert len(study.trials) < 16
 
 
+@pytest.mark.slow
 def test_the_last_trial_is_uniform_at_the_best_sparsity() -> None:
     space = space_over()
     search = LimitSearch(space, Surrogate(space, screened(space), 0, DENSE), {"max_increase": 2.0}, DENSE)
@@ -130,6 +136,7 @@ def test_the_last_trial_is_uniform_at_the_best_sparsity() -> None:
     assert last.params == {**first.params, "beta": 0.0}
 
 
+@pytest.mark.slow
 def test_two_workers_measure_different_sparsities() -> None:
     space = space_over()
     search = LimitSearch(space, Surrogate(space, screened(space), 0, DENSE), {"max_increase": 0.2}, DENSE)
@@ -141,6 +148,7 @@ def test_two_workers_measure_different_sparsities() -> None:
     assert not search.is_idle(study)
 
 
+@pytest.mark.slow
 def test_a_plan_that_fails_is_beyond_the_limit() -> None:
     space = space_over()
     search = LimitSearch(space, Surrogate(space, screened(space), 0, DENSE), {"max_increase": 0.2}, DENSE)

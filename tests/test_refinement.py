@@ -157,6 +157,7 @@ def test_the_output_of_each_block_is_nearer_to_the_dense_model_s() -> None:
     assert all(refined < 0.95 * alone for alone, refined in zip(*errors, strict=True))
 
 
+@pytest.mark.slow
 def test_statistics_of_the_dense_model_come_back_from_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each kind in its own place: those of Wanda alone, and of three pruners that are refined."""
     model, found = tiny("llama"), []
@@ -177,6 +178,7 @@ def test_statistics_of_the_dense_model_come_back_from_the_cache(monkeypatch: pyt
 REFINED = ("prune.refine=5",)
 
 
+@pytest.mark.slow
 def test_a_study_its_best_and_the_folder(place: Path, command: CommandLine) -> None:
     study = run(place, *REFINED)
     assert study.best_value < run(place, name="alone").best_value
@@ -188,6 +190,7 @@ def test_a_study_its_best_and_the_folder(place: Path, command: CommandLine) -> N
     assert "refine = 5" in (place / "sparse" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_results_say_that_they_are_refined(place: Path, command: CommandLine) -> None:
     said = "Pruned weights are refined by 5 steps of conjugate gradients, those of uniform too."
     assert said in command("--study", place / "tiny.toml", *settings(*REFINED)).out
@@ -196,6 +199,7 @@ def test_results_say_that_they_are_refined(place: Path, command: CommandLine) ->
     assert said in study_note(summarise(stored(place)), "sqlite:///x.db")
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_with_the_same_steps_only(place: Path, command: CommandLine) -> None:
     run(place)
     answer = command("--study", place / "tiny.toml", *settings(*REFINED))
@@ -203,6 +207,7 @@ def test_a_study_goes_on_with_the_same_steps_only(place: Path, command: CommandL
     assert "prune.refine" in answer.error
 
 
+@pytest.mark.slow
 def test_it_is_no_fact_of_a_study_without_it(place: Path) -> None:
     """So that studies that are older than the key go on."""
     assert not [key for key in run(place).user_attrs["fingerprint"] if "refine" in key]
@@ -215,6 +220,7 @@ def test_bad_steps_are_one_line(place: Path, command: CommandLine) -> None:
     assert "prune.refine: must be at least 0, got -1" in answer.error
 
 
+@pytest.mark.slow
 def test_a_recipe_cannot_say_it(place: Path, command: CommandLine) -> None:
     run(place, *REFINED)
     answer = command("export", "--config", place / "tiny.best.json", "--format", "llm-compressor", "--out", place / "x")

@@ -142,6 +142,7 @@ def test_a_trial_for_which_memory_ran_out_leaves_no_tensors(place: Path, monkeyp
     assert held and not alive[-1]
 
 
+@pytest.mark.slow
 def test_a_trial_leaves_the_allocators_cache_to_the_next(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it gives back the next one takes again, and each time the device waits."""
     emptied: list[int] = []
@@ -151,6 +152,7 @@ def test_a_trial_leaves_the_allocators_cache_to_the_next(place: Path, monkeypatc
     assert len(emptied) == 1  # at the end
 
 
+@pytest.mark.slow
 def test_a_checkpoint_may_be_released_twice(tmp_path: Path) -> None:
     tiny("llama").save_pretrained(tmp_path)
     with Checkpoint.load(tmp_path, torch.float32, CPU) as checkpoint:

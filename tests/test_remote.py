@@ -74,6 +74,7 @@ def test_an_address_that_is_none(address: str) -> None:
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_nobody_answers(place: Path, command: CommandLine) -> None:
     answer = command("--study", place / "tiny.toml", "--storage", "grpc://127.0.0.1:1")
     assert answer.error == (

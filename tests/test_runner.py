@@ -226,6 +226,7 @@ def test_time_that_is_up_starts_no_further_trial(place: Path, monkeypatch: pytes
     assert states(run(place, "search.trials=50", timeout=0.4)) == ["COMPLETE", "WAITING"]
 
 
+@pytest.mark.slow
 def test_reports_that_are_missing_are_measured(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process died after its last trial: the trials are there, the final numbers are not."""
     with closing(sqlite3.connect(done / "tiny.db")) as connection, connection:
@@ -281,6 +282,7 @@ def test_of_two_that_end_a_study_one_measures_the_report_text(
     assert (place / "tiny.best.json").exists()
 
 
+@pytest.mark.slow
 def test_events_tell_of_every_trial(place: Path) -> None:
     events: list[Event] = []
     study = run(place, watch=events.append)

@@ -75,6 +75,7 @@ def test_a_sampler_by_name(name: str, kind: type[BaseSampler]) -> None:
     assert type(make_sampler(search_of(sampler=name), space_of())) is kind
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["gp", "tpe", "random"])
 @pytest.mark.parametrize("prune", [{}, BOTH])
 def test_proposals_are_in_the_space_and_the_same_for_a_seed(sampler: str, prune: dict[str, Any]) -> None:

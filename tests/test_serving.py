@@ -141,6 +141,7 @@ def shown_in(db: optuna.storages.BaseStorage) -> dict[str, Any]:
     return {key: value for key, value in stored.items() if key.startswith("dashboard:")}
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_and_the_database_is_left_alone(dashboard: Dashboard, done: Path) -> None:
     db = open_db(done)
     before = shown_in(db)

@@ -106,6 +106,7 @@ def screened(space: Space, trials: int = 24, seed: int = 0) -> list[optuna.trial
     return study.trials
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_the_model_finds_the_best_share_at_every_sparsity(seed: int) -> None:
     space = space_over()
@@ -126,6 +127,7 @@ def test_without_trials_it_is_uniform() -> None:
     assert (found.increase, found.params) == (None, space.uniform(0.4)[0])
 
 
+@pytest.mark.slow
 def test_the_front_is_confirmed_beside_uniform_at_the_same_sparsities() -> None:
     space = space_over(prune={"pruners": ["wanda", "magnitude"]})
     points = over_interval(Surrogate(space, screened(space), 0, DENSE), space, 4)

@@ -437,6 +437,7 @@ def read(descriptor: int) -> Iterator[bytes]:
         os.close(descriptor)
 
 
+@pytest.mark.slow
 def test_ctrl_c_on_a_terminal_leaves_what_was_seen(done: Path) -> None:
     stored(done).set_user_attr("total", 50)
     process, ours = on_terminal("status", "--study", done / "tiny.toml", "--watch", "--every", "0.1")

@@ -288,6 +288,7 @@ def junk(rng: random.Random) -> str:
     return "\n".join(lines)
 
 
+@pytest.mark.slow
 def test_junk_is_always_one_line() -> None:
     rng = random.Random(0)
     refused = 0

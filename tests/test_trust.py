@@ -69,6 +69,7 @@ def test_code_is_not_run(with_code: Path, marker: Path, command: CommandLine) ->
     assert not marker.exists()
 
 
+@pytest.mark.slow
 def test_code_is_run_where_the_study_says_so(
     with_code: Path, marker: Path, command: CommandLine, tmp_path: Path
 ) -> None:

@@ -120,6 +120,7 @@ def test_a_configuration_and_the_folder_made_from_it(
         assert accuracies(found, model) == pytest.approx(naive)
 
 
+@pytest.mark.slow
 def test_scores_are_stored_and_shown(done: Path, tasks: Path, command: CommandLine) -> None:
     config = done / "tiny.best.json"
     answer = command("evaluate", "--config", config, "--tasks", f"{tasks}/far.yaml, {tasks}/near.yaml", "--limit", "2")
