@@ -39,7 +39,8 @@ from atp_tune.packed.modeling_atp_sparse import BITMASK, SCALES, VALUES, SparseL
 from atp_tune.packed.registering import register
 from atp_tune.plan import Plan
 from atp_tune.search.objective import Record
-from atp_tune.sparse.packing import pack_folder
+from atp_tune.sparse.card import ALONE, DENSE_FILES
+from atp_tune.sparse.packing import NEEDED, NOT_STORED, pack_folder
 from atp_tune.spec.study import ModelConfig
 
 REPO = Path(__file__).parents[1]
@@ -639,7 +640,10 @@ def test_the_commands(done: Path, command: CommandLine) -> None:
     answer = command("pack", done / "sparse", "--out", done / "packed")
     assert answer.code == 0 and "linears" in answer.out and "load it: import atp_tune" in answer.out
     assert command("apply", "--verify", done / "packed").code == 0
-    assert "## Packed" in (done / "packed" / "README.md").read_text()
+    card, packed_card = ((done / name / "README.md").read_text() for name in ("sparse", "packed"))
+    assert DENSE_FILES in card and ALONE in card
+    assert "## Packed" in packed_card and NOT_STORED in packed_card and NEEDED in packed_card
+    assert DENSE_FILES not in packed_card and ALONE not in packed_card
     assert command("unpack", done / "packed", "--out", done / "again").code == 0
     assert same_files(done / "sparse", done / "again")
     assert command("apply", "--config", done / "tiny.best.json", "--out", done / "direct", "--packed").code == 0

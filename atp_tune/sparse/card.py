@@ -33,6 +33,11 @@ THIS = "**this model**"
 MODELS: dict[Compared, str] = {"dense": "dense", "uniform": "uniform", "best": THIS}  # names in zero-shot scores
 EQUAL = "Every tensor that was not pruned is equal to the dense model's byte for byte."
 EQUAL_BEFORE = "Every tensor that was neither pruned nor fine-tuned is equal to the dense model's byte for byte."
+DENSE_FILES = """\
+**The zeros are stored in dense files. By themselves they make nothing smaller and nothing faster**: this folder is as
+large as the dense model's and runs at the same speed. `tune.py pack` makes a folder without them, which is smaller, and
+faster on a CPU."""
+ALONE = "No other library is needed."
 WIDTH = 40  # characters of a bar of sparsity 1
 
 
@@ -114,6 +119,8 @@ def _values(config: Config, dense: Dense) -> dict[str, Any]:
         "how": continuations_note(config.continuations) if config.continuations else "",
         "updated": config.pruner in UPDATES,
         "equal": EQUAL,
+        "dense_files": DENSE_FILES,
+        "alone": ALONE,
         "reads_images": dense.reads_images,
         "reader": "AutoProcessor" if any((dense.folder / name).is_file() for name in PROCESSOR) else "AutoTokenizer",
         "chart": fenced("text", "\n".join(bars)),

@@ -52,6 +52,7 @@ from atp_tune.packed.modeling_atp_sparse import (
 )
 from atp_tune.search.context import ContextConfig
 from atp_tune.sparse.applying import folder_nlls
+from atp_tune.sparse.card import ALONE, DENSE_FILES
 from atp_tune.sparse.provenance import ABOUT as PROVENANCE
 from atp_tune.sparse.provenance import CARD, DESCRIPTIONS, FINETUNED, origin, stored_manifest
 from atp_tune.sparse.shards import check_free, sparse_folder
@@ -61,6 +62,10 @@ from atp_tune.spec.study import ModelConfig
 
 CODE = Path(modeling_atp_sparse.__file__)
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
+NOT_STORED = (
+    "**The zeros are not stored**: this folder is smaller than the dense model's. Below, *Packed* says how to load it."
+)
+NEEDED = "It needs `import atp_tune` before it, or `trust_remote_code=True` in the call."
 SAID = """## Packed
 
 The sparse matrices keep their nonzero weights{rounded} and one bit for each weight, {share:.2f} of their dense bytes.
@@ -221,6 +226,7 @@ class _Packing:
             (folder / INDEX).unlink()
         if (folder / CARD).is_file():
             text = as_text(folder / CARD)
+            text = text.replace(DENSE_FILES, NOT_STORED).replace(ALONE, NEEDED)
             self._change(folder, CARD, f"{text.rstrip()}\n\n{self._said(auto)}")
         records = [folder / name for name in self.records]
         self.original.files.update({file.name: as_text(file) for file in records})
