@@ -4,6 +4,7 @@
     python tune.py speedup --engine deepsparse --setup   once
     python benchmarks/speedup.py --engine deepsparse --tokens 512 --runs 7   a quarter of an hour
     OMP_NUM_THREADS=1 python benchmarks/speedup.py       the same on one core, as lines of their own
+    python benchmarks/speedup.py --batch 4               four texts at once, as lines of their own
     python benchmarks/speedup.py --show                  measures nothing, writes the tables of the runs that are there
     python benchmarks/speedup.py --csr                   CSR matrices of torch and scipy against dense ones; a minute
 
@@ -59,8 +60,8 @@ def main() -> None:
         print("\n".join(csr()))
         return
     with quiet(), Display() as display:
-        task = Workload(options.tokens, 32, options.runs)
-        for name, make in () if options.show else lines(options.engine):
+        task = Workload(options.tokens, 32, options.runs, options.batch)
+        for name, make in () if options.show else lines(options.engine, options.batch):
             if (name, cpu_name()) not in known():
                 keep(name, measure(make(display), options.engine, task, "cpu", display))
     page = PAGE.read_text(encoding="utf-8")
@@ -77,12 +78,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--engine", choices=("packed", "deepsparse"), default="packed")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=1)
     return parser.parse_args()
 
 
-def lines(engine: str) -> Iterator[tuple[str, Callable[[EventHandler], Pair]]]:
+def lines(engine: str, batch: int) -> Iterator[tuple[str, Callable[[EventHandler], Pair]]]:
     """Name of each model, and what makes it."""
     after = f"threads: {torch.get_num_threads()}" + (", packed" if engine == "packed" else "")
+    after += f", batch {batch}" if batch > 1 else ""
     for percent in (50, 60, 70, *([80] if engine == "packed" else [])):
         yield f"SmolLM2-135M, {percent} %, {after}", partial(smol, percent)
     for percent in (50, 70) if engine == "packed" else (70,):

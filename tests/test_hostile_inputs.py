@@ -104,11 +104,10 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
     "finetune": (OUT, dict.fromkeys(
         ("sparse folder", "texts"), "--model {study}/sparse --out out --steps 1 --batch 1 --tokens 32 --device cpu")),
     "speedup": (rf"{BEST}|{DATABASE}|{STUDY}/sparse/atp_tune\.json", {
-        **dict.fromkeys(("configuration", "database"),
-                        "--config {study}/tiny.best.json --tokens 4 --runs 1 --device cpu"),
-        **dict.fromkeys(("model folder", "texts"),  # other engines read them no differently
+        "database": "--config {study}/tiny.best.json --tokens 4 --runs 1 --device cpu",
+        **dict.fromkeys(("configuration", "model folder", "texts"),  # other engines read them no differently
                         "--config {study}/tiny.best.json --tokens 4 --runs 1 --device cpu --engine torch"),
-        "sparse folder": "--model {study}/sparse --tokens 4 --runs 1 --device cpu"}),
+        "sparse folder": "--model {study}/sparse --tokens 4 --runs 1 --device cpu --engine torch"}),
     "studies": ("", dict.fromkeys(("study file", "database"), "")),
     "plugins": ("", {"study file": "--study {study}/tiny.toml"}),
     **dict.fromkeys(("init", "schema", "env"), ("", {})),  # they open no file that another may have made

@@ -186,12 +186,13 @@ def test_dense_and_sparse_take_turns_and_the_first_round_is_not_counted() -> Non
     def opening() -> Iterator[Counting]:
         yield engine
 
-    found = measured(opening(), "counting", Workload(tokens=100, steps=10, runs=2), ignore_events)
+    found = measured(opening(), "counting", Workload(tokens=50, steps=5, runs=2, batch=2), ignore_events)
     once = [("dense", "prefill"), ("sparse", "prefill"), ("dense", "decode"), ("sparse", "decode")]
     assert engine.asked == 3 * once
     assert found.prefill == Rates(dense=(100 / 5, 100 / 9), sparse=(100 / 6, 100 / 10))
     assert found.decode.dense == (10 / 7, 10 / 11)
     assert found.prefill.ratios == pytest.approx((5 / 6, 9 / 10))
+    assert (found.batch, found.name) == (2, "counting, float32, batch 2")
 
 
 def test_the_sparse_model_against_the_best_dense_one_in_torch() -> None:
@@ -210,7 +211,7 @@ def test_torch_computes_each_side_with_its_own_weights(done: Path, tmp_path: Pat
     """And a run of decode leaves the prompt's keys and values as they were."""
     sparse = tmp_path / "sparse"
     prune_study(study_file(done), {"beta": 0.0}, sparse, ignore_events)
-    task, cpu = Workload(tokens=6, steps=3, runs=1), torch.device("cpu")
+    task, cpu = Workload(tokens=6, steps=3, runs=1, batch=2), torch.device("cpu")
     with torch_engine.opened(Pair(done / "model", sparse), task, cpu, torch.float32) as engine:
         assert isinstance(engine, torch_engine.Eager)
         before = {side: cache.get_seq_length() for side, cache in engine._prompts.items()}
@@ -325,6 +326,12 @@ def test_a_folder_that_apply_wrote(done: Path, command: CommandLine, tmp_path: P
     answer = command("speedup", "--model", out, "--tokens", 8, "--runs", 2, "--device", "cpu")
     assert answer.code == 0, answer.err
     check_stored(read_config(out / ABOUT).speed)
+    answer = command("speedup", "--model", out, "--tokens", 8, "--runs", 2, "--device", "cpu", "--batch", 3)
+    assert answer.code == 0, answer.err
+    assert "| torch, float32, batch 3 " in answer.out and "prefill: 3 prompts at once, each of 8 tokens" in answer.out
+    speed = read_config(out / ABOUT).speed
+    assert speed is not None
+    assert {row.batch for row in speed.engines} == {3} and speed.fastest is None
 
 
 def test_what_is_given_must_be_one_of_three(done: Path, command: CommandLine) -> None:
@@ -336,9 +343,14 @@ def test_what_is_given_must_be_one_of_three(done: Path, command: CommandLine) ->
         answer = command("speedup", *options)
         assert answer.code == 2
         assert "give one of --config FILE, --model DIR and --study NAME" in answer.err
-    answer = command("speedup", "--setup")
-    assert answer.code == 2
-    assert "only with --engine deepsparse" in answer.err
+    for options, error in (
+        (["--setup"], "only with --engine deepsparse"),
+        (["--study", "smol", "--batch", "4"], "--batch: not with --study, whose points are compared at one"),
+        (["--model", done, "--engine", "deepsparse", "--batch", "4"], "--batch: not with --engine deepsparse"),
+    ):
+        answer = command("speedup", *options)
+        assert answer.code == 2
+        assert error in answer.err
 
 
 def test_a_folder_that_does_not_say_what_it_is(done: Path, command: CommandLine) -> None:

@@ -47,6 +47,7 @@ class Measured(FrozenModel, allow_inf_nan=False):
     cores: PositiveInt | None
     tokens: PositiveInt = Field(description="of the prompt")
     steps: PositiveInt = Field(description="tokens decoded after the prompt in a run, one at a time")
+    batch: PositiveInt = Field(1, description="texts that are read and decoded at once; rates are of all together")
     logits: float | None
     prefill: Rates
     decode: Rates
@@ -57,8 +58,8 @@ class Measured(FrozenModel, allow_inf_nan=False):
 
     @property
     def name(self) -> str:
-        """Engine and number format, the name of a row in tables."""
-        return f"{self.engine}, {self.dtype}"
+        """Engine, number format and batch, the name of a row in tables."""
+        return f"{self.engine}, {self.dtype}" + (f", batch {self.batch}" if self.batch > 1 else "")
 
     @property
     def where(self) -> str:
@@ -81,9 +82,9 @@ class Speed(FrozenModel, allow_inf_nan=False):
     def fastest(self) -> float | None:
         """Median tokens per second of the sparse model while it decodes one at a time, in its fastest engine.
 
-        Engines that round its weights are left out: it would be another model.
+        Engines that round its weights are left out: it would be another model. None for several texts at once.
         """
-        exact = (row for row in self.engines if not row.engine.startswith(ROUNDING))
+        exact = (row for row in self.engines if row.batch == 1 and not row.engine.startswith(ROUNDING))
         return max((median(row.decode.sparse) for row in exact), default=None)
 
     def over_torch(self, row: Measured, phase: Phase) -> float:

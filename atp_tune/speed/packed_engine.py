@@ -1,4 +1,4 @@
-"""The engine `packed`: the sparse model without its zeros, by the kernel of `packed`, as transformers loads it."""
+"""The engine `packed`: the sparse model without its zeros, by the kernels of `packed`, as transformers loads it."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -10,6 +10,7 @@ from torch import nn
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import find_dtype
 from atp_tune.errors import UserError
+from atp_tune.packed.gpu import has_kernel
 from atp_tune.packed.kernel import kernel_name
 from atp_tune.packed.layout import LEAST, Kind, packed_linear, zeros_of
 from atp_tune.packed.modeling_atp_sparse import is_packable
@@ -22,15 +23,17 @@ EXACT = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}  # diff
 
 
 def is_available(device: torch.device) -> bool:
-    """Whether the kernel runs on a device."""
+    """Whether it is to be measured where no engine is named: its kernel runs, and is known to be faster."""
     return device.type == "cpu" and kernel_name() is not None
 
 
 def check_packed(device: torch.device) -> None:
     """UserError if the kernel does not run here."""
-    if device.type != "cpu":
+    if device.type not in ("cpu", "cuda"):
         raise UserError(f"--engine {PACKED}: runs on a CPU, not on {device.type}; give --device cpu")
-    if kernel_name() is None:
+    if device.type == "cuda" and not has_kernel(device):
+        raise UserError(f"--engine {PACKED}: its Triton kernel does not run here; give --device cpu or --engine torch")
+    if device.type == "cpu" and kernel_name() is None:
         raise UserError(
             f"--engine {PACKED}: the kernel is not here; install with a C compiler (cc) or the wheel ziglang, "
             "or give --engine torch"
@@ -38,7 +41,7 @@ def check_packed(device: torch.device) -> None:
 
 
 def opened_packed(pair: Pair, task: Workload, device: torch.device) -> list[Opening]:
-    """Opens both models in the fast number format of the CPU: with the weights as they are, then rounded."""
+    """Opens both models in the fast number format of the device: with the weights as they are, then rounded."""
     check_packed(device)
     dtype = find_dtype("auto", device)
     kinds: list[Kind] = ["same", "bf16", "int8"] if dtype == torch.float32 else ["same", "int8"]

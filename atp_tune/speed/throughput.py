@@ -11,11 +11,12 @@ from atp_tune.metrics.speed import PHASES, SIDES, Measured, Phase, Rates, Side
 
 @dataclass(frozen=True)
 class Workload:
-    """The measurement: a prompt of `tokens`, then `steps` tokens one at a time; repeated `runs` times."""
+    """Measured `runs` times: `batch` prompts of `tokens` at once, then `steps` tokens of each, one at a time."""
 
     tokens: int = 128
     steps: int = 32
     runs: int = 5
+    batch: int = 1
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,10 @@ def measured(opening: Opening, name: str, task: Workload, watch: EventHandler) -
             for phase, side in product(PHASES, SIDES):  # dense, sparse, dense, sparse
                 seconds = engine.seconds(side, phase)
                 if run:
-                    found[phase, side].append((task.tokens if phase == "prefill" else task.steps) / seconds)
+                    found[phase, side].append(
+                        task.batch * (task.tokens if phase == "prefill" else task.steps) / seconds
+                    )
             watch(Step("runs", run + 1, task.runs + 1))
     prefill, decode = (Rates(**{side: tuple(found[phase, side]) for side in SIDES}) for phase in PHASES)
-    return Measured(**vars(about), tokens=task.tokens, steps=task.steps, prefill=prefill, decode=decode)
+    length = {"tokens": task.tokens, "steps": task.steps, "batch": task.batch}
+    return Measured(**vars(about), **length, prefill=prefill, decode=decode)

@@ -34,7 +34,7 @@ class Eager:
     """Both models in memory, with the cached keys and values of the prompt."""
 
     def __init__(self, about: About, models: Mapping[Side, Any], ids: Tensor, task: Workload) -> None:
-        """`ids` [1, tokens + steps] on the device of the models."""
+        """`ids` [batch, tokens + steps] on the device of the models."""
         self.about = about
         self._models, self._ids, self._task = models, ids, task
         with torch.inference_mode():
@@ -92,7 +92,7 @@ def opened(
     with pair.load("dense", dtype, device) as dense, pair.load("sparse", dtype, device) as sparse:
         ids = random_ids(dense, task).to(device)
         if change is not None:
-            about = replace(about, logits=_difference(sparse, change, ids[:, :FEW], limit))
+            about = replace(about, logits=_difference(sparse, change, ids[:1, :FEW], limit))
         with closing(Eager(about, {"dense": dense.model, "sparse": sparse.model}, ids, task)) as engine:
             yield engine
 
@@ -116,9 +116,9 @@ def _difference(checkpoint: Checkpoint, change: Change, ids: Tensor, limit: floa
 
 
 def random_ids(checkpoint: Checkpoint, task: Workload) -> Tensor:
-    """Token ids [1, tokens + steps], the same for all engines."""
+    """Token ids [batch, tokens + steps], the same for all engines."""
     words = int(checkpoint.config.get_text_config().vocab_size)
-    return torch.randint(words, (1, task.tokens + task.steps), generator=torch.Generator().manual_seed(0))
+    return torch.randint(words, (task.batch, task.tokens + task.steps), generator=torch.Generator().manual_seed(0))
 
 
 def opened_semi_structured(pair: Pair, task: Workload, device: torch.device) -> AbstractContextManager[SpeedEngine]:

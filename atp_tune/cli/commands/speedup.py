@@ -51,7 +51,7 @@ def speedup(
         EngineName | None,
         typer.Option(
             metavar="ENGINE",
-            help="packed (on a CPU, the default there), torch, deepsparse (on a CPU) or semi-structured (2:4 on an "
+            help="packed (the default on a CPU), torch, deepsparse (on a CPU) or semi-structured (2:4 on an "
             "NVIDIA GPU); torch is always measured.",
         ),
     ] = None,
@@ -60,6 +60,7 @@ def speedup(
     ] = False,
     runs: Annotated[int, typer.Option(min=1, help="Measurements of each model; dense and sparse take turns.")] = 5,
     tokens: Annotated[int, typer.Option(min=4, help="Length of the prompt in tokens.")] = 128,
+    batch: Annotated[int, typer.Option(min=1, help="Texts at once; rates are of all together.")] = 1,
     device: Device = None,
     storage: Storage = None,
     study_name: StudyLabel = None,
@@ -90,6 +91,9 @@ def speedup(
             return
     if sum(given is not None for given in (config, model, study)) != 1:
         raise typer.BadParameter("give one of --config FILE, --model DIR and --study NAME", param_hint="--config")
+    if batch > 1 and (study is not None or engine == EngineName.deepsparse):
+        other = "--study, whose points are compared at one" if study is not None else "--engine deepsparse"
+        raise typer.BadParameter(f"not with {other}", param_hint="--batch")
     allowed = permissions(allow_pickle, trust_remote_code, trust_plugins)
     if study is not None:
         _measure_points(study, study_name, engine, (tokens, runs), device, storage, allowed)
@@ -109,7 +113,7 @@ def speedup(
         named = default_engine(place) if engine is None else engine.value
         check(named, read.prune.pattern, place)
         pair = find_pair(read, path.parent / read.folder, model, place, display, allowed)
-        found = measure(pair, named, Workload(tokens=tokens, runs=runs), place, display)
+        found = measure(pair, named, Workload(tokens=tokens, runs=runs, batch=batch), place, display)
         places = attach(path, read, "speed", found, storage)
     _show(found)
     console.print(f"stored in {', '.join(places)}")
@@ -195,9 +199,10 @@ def _show(found: "Speed") -> None:
 def summary_of(found: "Speed") -> Iterator[str]:
     """What was measured: a line for all engines, and a line for each."""
     row = found.engines[0]
+    texts = "a prompt" if row.batch == 1 else f"{row.batch} prompts at once, each"
     yield (
         f"tokens per second, median (lowest to highest) of {len(row.decode.dense)} runs in which dense and sparse took "
-        f"turns; prefill: a prompt of {row.tokens} tokens; decode: the {row.steps} tokens after it, one at a time"
+        f"turns; prefill: {texts} of {row.tokens} tokens; decode: the {row.steps} tokens after it, one at a time"
     )
     for row in found.engines:
         exact = "" if row.logits is None else f"; logits are transformers' within {row.logits:.0e} of the largest"
