@@ -32,7 +32,6 @@ Numbers = tuple[float, float]  # seconds, megabytes
 def load(folder: Path) -> Numbers:
     """Loads a model and reads a token."""
     import torch
-    import transformers.models.llama.modeling_llama
     from psutil import Process
     from transformers import AutoModelForCausalLM
 

@@ -19,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 BATCH = 16  # tokens at most
-FLOATS = (torch.bfloat16, torch.float16)
 
 
 def product(
