@@ -1,27 +1,54 @@
 """The models of a chat: a sparse one, and the dense one that it was pruned from, loaded when it is first asked."""
 
 from collections.abc import Mapping
-from functools import cached_property
+from contextlib import nullcontext
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.utils import logging as hf_logging
 
 from atp_tune.blocks.replay import Replay
 from atp_tune.checkpoints.checkpoint import Checkpoint, Released
-from atp_tune.checkpoints.devices import find_device, find_dtype
+from atp_tune.checkpoints.convert import one_line
+from atp_tune.checkpoints.devices import find_device, find_dtype, is_out_of_memory
 from atp_tune.checkpoints.models import ModelFolder, resolve
+from atp_tune.checkpoints.trust import read_table
+from atp_tune.checkpoints.unpacking import is_packed
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message, TrialStarted
 from atp_tune.generation.conversation import Speaker
+from atp_tune.generation.prompts import WeightsOf
 from atp_tune.inputs import KINDS
 from atp_tune.inputs.windows import load_tokenizer
 from atp_tune.metrics.speed import Side
+from atp_tune.packed.modeling_atp_sparse import checked_table
 from atp_tune.search.kept_blocks import prune_whole
 from atp_tune.sparse.applying import check_model, plan_of
 from atp_tune.sparse.continuations import open_config
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import Config, read_config
 from atp_tune.spec.study import ModelConfig, of_model
+from atp_tune.speed.packed_engine import is_available
 
+CONFIG = "config.json"
 COPIED = ("chat", "chat DIR")  # what needs a pruned copy, and what needs none
+
+
+def load_packed(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The model of a packed folder, whose linears stay packed; UserError if transformers cannot load it."""
+    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        kind: Any = getattr(transformers, checked_table(read_table(folder / CONFIG))["class"])
+        model: nn.Module = kind.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    except Exception as error:  # parsers of unknown files raise many types
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"model {folder}: transformers cannot load it: {one_line(error)}") from error
+    return model.eval()
 
 
 class ChatModels(Released):
@@ -58,14 +85,24 @@ class ChatModels(Released):
         self._watch(TrialStarted("pruning", plan))
         sparse, folder = prune_whole(context, plan, *COPIED), context.folder
         tokenizer = load_tokenizer(folder.path, folder.trusted)
-        weights = {"sparse": sparse, "dense": context.checkpoint.weights}
-        return {side: Speaker(context.replay, weights[side], tokenizer, config.bos) for side in ("sparse", "dense")}
+        weights: dict[Side, WeightsOf] = {"sparse": sparse, "dense": context.checkpoint.weights}
+        device, whole = context.checkpoint.device, context.replay.whole
+        return {side: Speaker(partial(whole, own), device, tokenizer, config.bos) for side, own in weights.items()}
 
     @cached_property
     def _sparse(self) -> Speaker:
         source = {"source": str(self._place.absolute()), "dtype": self._about.model.dtype if self._about else "auto"}
         model = ModelConfig.model_validate({**source, **of_model(self._allowed)})
+        if is_packed(self._place) and is_available(find_device(self._device)):
+            return self._load_packed(model)
         return self._load(model, resolve(model, Path(), self._note))
+
+    def _load_packed(self, model: ModelConfig) -> Speaker:
+        """The model of a packed folder as it is: its kernel is faster than the unpacked weights."""
+        device = find_device(self._device)
+        self._note(f"loading {model.source}")
+        loaded = load_packed(self._place, find_dtype(model.dtype, device)).to(device)
+        return Speaker(partial(nullcontext, loaded), device, load_tokenizer(self._place, trusted=False), self._bos)
 
     @cached_property
     def _dense(self) -> Speaker:
@@ -89,7 +126,11 @@ class ChatModels(Released):
         self._open.append(checkpoint)
         tokenizer = load_tokenizer(folder.path, folder.trusted)
         replay = Replay(checkpoint, KINDS["tokens"])
-        return Speaker(replay, checkpoint.weights, tokenizer, bool(self._about and self._about.bos))
+        return Speaker(partial(replay.whole, checkpoint.weights), device, tokenizer, self._bos)
+
+    @property
+    def _bos(self) -> bool:
+        return bool(self._about and self._about.bos)
 
     def _note(self, text: str) -> None:
         self._watch(Message(text))

@@ -19,6 +19,8 @@ from processes import popen
 from tinystudy import HANGS, TUNE, Answer, CommandLine, make_tokenizer
 from transformers import AutoModelForCausalLM
 
+from atp_tune.packed.kernel import PackedMatrix
+
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}me:{% endif %}"
 )
@@ -147,6 +149,24 @@ def test_a_configuration_answers_as_its_folder(sparse: Path, done: Path, piped: 
     assert answer == piped(LINE, sparse, "--max-new-tokens", "9")
     assert answer.out != greedy(done / "model", LINE, 9) + "\n"
     assert sorted(done.rglob("*")) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ["", "torch"])
+def test_a_packed_folder_answers_as_the_dense_one_by_its_kernel(
+    isa: str, sparse: Path, tmp_path: Path, command: CommandLine, piped: Callable[..., Answer],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Without a kernel it is unpacked, which is faster than multiplying by packed weights with torch."""
+    packed, used = tmp_path / "packed", list[int]()
+    assert command("pack", sparse, "--out", packed).code == 0
+    product = PackedMatrix.product
+    monkeypatch.setattr(PackedMatrix, "product", lambda self, x: used.append(len(x)) or product(self, x))
+    monkeypatch.setenv("ATP_TUNE_ISA", isa)
+    answer = piped(LINE, packed, "--max-new-tokens", "8", "--device", "cpu")
+    assert answer.code == 0, answer.err
+    assert answer.out.strip() == greedy(sparse, LINE, 8).strip()
+    assert bool(used) == (not isa)
 
 
 @pytest.mark.slow

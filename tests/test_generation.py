@@ -4,6 +4,7 @@ import os
 import random
 import signal
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -157,7 +158,8 @@ def test_what_cannot_generate_is_refused() -> None:
 def speaker(template: str | None = None) -> Speaker:
     tokenizer = make_tokenizer()
     replay = replay_of(make_model(tokenizer, steps=5))
-    return Speaker(replay, replay.checkpoint.weights, Chatty(tokenizer, template), bos=False)
+    whole = partial(replay.whole, replay.checkpoint.weights)
+    return Speaker(whole, replay.checkpoint.device, Chatty(tokenizer, template), bos=False)
 
 
 class Chatty:

@@ -1,17 +1,18 @@
 """A model that answers messages, piece by piece: by its tokenizer's chat template, else as plain continuation."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import TextStreamer
 
-from atp_tune.blocks.replay import Replay
 from atp_tune.checkpoints.convert import one_line
 from atp_tune.errors import UserError
 from atp_tune.generation.decoding import end_tokens, generate, longest
-from atp_tune.generation.prompts import WeightsOf, encode
+from atp_tune.generation.prompts import encode
 
 ChatMessage = dict[Literal["role", "content"], str]
 
@@ -46,10 +47,10 @@ class Pieces(TextStreamer):
 
 @dataclass(frozen=True)
 class Speaker:
-    """A model with the weights of its blocks and its tokenizer; `bos`: plain texts begin with BOS."""
+    """A model and its tokenizer; `opened`: a context in which the model is whole; `bos`: plain texts begin with BOS."""
 
-    replay: Replay
-    weights_of: WeightsOf
+    opened: Callable[[], AbstractContextManager[nn.Module]]
+    device: torch.device
     tokenizer: Any
     bos: bool
 
@@ -70,12 +71,12 @@ class Speaker:
         UserError if the template cannot write the messages, or if the model has no position left for an answer.
         """
         ids = self._encode(messages)
-        with self.replay.whole(self.weights_of) as model:
+        with self.opened() as model:
             most = longest(model)
             if most is not None and len(ids) >= most:
                 raise UserError(f"the text has {len(ids)} tokens, the model takes {most}; /reset begins a new one")
             tokens = options.tokens if most is None else min(options.tokens, most - len(ids))
-            prompt = torch.tensor([ids], device=self.replay.checkpoint.device)
+            prompt = torch.tensor([ids], device=self.device)
             (new,) = generate(
                 model, self.tokenizer, prompt, tokens, options.temperature,
                 on_token=lambda done: is_stopped(), streamer=Pieces(self.tokenizer, say),
