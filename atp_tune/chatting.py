@@ -102,7 +102,7 @@ class ChatModels(Released):
         device = find_device(self._device)
         self._note(f"loading {model.source}")
         loaded = load_packed(self._place, find_dtype(model.dtype, device)).to(device)
-        return Speaker(partial(nullcontext, loaded), device, load_tokenizer(self._place, trusted=False), self._bos)
+        return Speaker(lambda: nullcontext(loaded), device, load_tokenizer(self._place, trusted=False), self._bos)
 
     @cached_property
     def _dense(self) -> Speaker:

@@ -189,8 +189,8 @@ def answer(
 
 
 def by_hand(who: Speaker, text: str, count: int) -> str:
-    model = who.replay.checkpoint.model
-    tokens = greedy(model, who.tokenizer(text).input_ids, [], count)
+    with who.opened() as model:
+        tokens = greedy(model, who.tokenizer(text).input_ids, [], count)
     return str(who.tokenizer.decode(tokens, skip_special_tokens=True))
 
 
