@@ -238,7 +238,8 @@ def test_an_answer_ends_with_the_model_s_positions() -> None:
     who = speaker()
     text = "the import statement " * 12
     ids = len(who.tokenizer(text).input_ids)
-    most = who.replay.checkpoint.config.max_position_embeddings
+    with who.opened() as model:
+        most = model.config.max_position_embeddings
     assert ids < most < ids + 200
     found, _ = answer(who, text, tokens=200)
     assert found.text == by_hand(who, text, most - ids)
