@@ -4,20 +4,11 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
-
-import torch
-import transformers
-from torch import nn
-from transformers.utils import logging as hf_logging
 
 from atp_tune.blocks.replay import Replay
 from atp_tune.checkpoints.checkpoint import Checkpoint, Released
-from atp_tune.checkpoints.convert import one_line
-from atp_tune.checkpoints.devices import find_device, find_dtype, is_out_of_memory
+from atp_tune.checkpoints.devices import find_device, find_dtype
 from atp_tune.checkpoints.models import ModelFolder, resolve
-from atp_tune.checkpoints.trust import read_table
-from atp_tune.checkpoints.unpacking import is_packed
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message, TrialStarted
 from atp_tune.generation.conversation import Speaker
@@ -25,30 +16,15 @@ from atp_tune.generation.prompts import WeightsOf
 from atp_tune.inputs import KINDS
 from atp_tune.inputs.windows import load_tokenizer
 from atp_tune.metrics.speed import Side
-from atp_tune.packed.modeling_atp_sparse import checked_table
 from atp_tune.search.kept_blocks import prune_whole
 from atp_tune.sparse.applying import check_model, plan_of
 from atp_tune.sparse.continuations import open_config
+from atp_tune.sparse.packed_folders import load_packed, stays_packed
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import Config, read_config
 from atp_tune.spec.study import ModelConfig, of_model
-from atp_tune.speed.packed_engine import is_available
 
-CONFIG = "config.json"
 COPIED = ("chat", "chat DIR")  # what needs a pruned copy, and what needs none
-
-
-def load_packed(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """The model of a packed folder, whose linears stay packed; UserError if transformers cannot load it."""
-    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        kind: Any = getattr(transformers, checked_table(read_table(folder / CONFIG))["class"])
-        model: nn.Module = kind.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    except Exception as error:  # parsers of unknown files raise many types
-        if is_out_of_memory(error):
-            raise
-        raise UserError(f"model {folder}: transformers cannot load it: {one_line(error)}") from error
-    return model.eval()
 
 
 class ChatModels(Released):
@@ -93,7 +69,7 @@ class ChatModels(Released):
     def _sparse(self) -> Speaker:
         source = {"source": str(self._place.absolute()), "dtype": self._about.model.dtype if self._about else "auto"}
         model = ModelConfig.model_validate({**source, **of_model(self._allowed)})
-        if is_packed(self._place) and is_available(find_device(self._device)):
+        if stays_packed(self._place, find_device(self._device)):
             return self._load_packed(model)
         return self._load(model, resolve(model, Path(), self._note))
 

@@ -5,16 +5,17 @@ else in host memory, and each block's are copied to the device when it computes.
 device are copied one by one too.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import nn
 
-from atp_tune.blocks.replay import Replay
 from atp_tune.blocks.verification import verified
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import (
@@ -35,6 +36,7 @@ from atp_tune.scores.accuracy import difference, mean
 from atp_tune.search.context import ContextConfig, TrialContext
 from atp_tune.search.kept_blocks import prune_whole
 from atp_tune.sparse.applying import plan_of
+from atp_tune.sparse.packed_folders import load_packed, stays_packed
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import SHARES, Compared, Config, TaskScores, ZeroShot, read_config
 from atp_tune.spec.patterns import parse
@@ -43,7 +45,7 @@ from atp_tune.storage.process_identity import versions
 
 SCORED = ("evaluate", "evaluate --model DIR")  # what needs a pruned copy, and what needs none
 
-Weights = dict[str, Tensor]
+Whole = AbstractContextManager[nn.Module]  # a model that runs as a whole while it is open
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,11 @@ class Scorer:
         self._results: dict[Compared, dict[str, Any]] = {}
         self._seconds: dict[Compared, float] = {}
 
-    def score(self, name: Compared, replay: Replay, folder: ModelFolder, weights_of: Callable[[int], Weights]) -> None:
-        """Scores a model, and keeps the results under `name`."""
+    def score(self, name: Compared, opened: Whole, folder: ModelFolder) -> None:
+        """Scores a model, and keeps the results under `name`; the tokenizer lies in `folder`."""
         asked, began = self._asked, perf_counter()
         tokenizer = load_tokenizer(folder.path, folder.trusted)
-        with replay.whole(weights_of) as model, oom_as_user_error(name):
+        with opened as model, oom_as_user_error(name):
             self._results[name] = self._module.score(
                 model, tokenizer, self._tasks, asked.limit, asked.num_fewshot, asked.batch, self._watch
             )
@@ -87,8 +89,8 @@ class Scorer:
         """Copies the scores of an equal model."""
         self._results[name], self._seconds[name] = self._results[other], 0.0
 
-    def zero_shot(self, checkpoint: Checkpoint) -> ZeroShot:
-        """All scores so far, with their differences."""
+    def zero_shot(self, dtype: torch.dtype, device: torch.device) -> ZeroShot:
+        """All scores so far, with their differences; number format and device of the models."""
         tasks = tuple(
             compared(name, {model: results[name] for model, results in self._results.items()})
             for name in self._tasks.rows
@@ -103,8 +105,8 @@ class Scorer:
             mean_best_minus_uniform=mean([one for one in paired if one]) if shares and all(paired) else None,
             missing=self._tasks.missing,
             limit=self._asked.limit,
-            dtype=str(checkpoint.dtype).removeprefix("torch."),
-            device=device_name(checkpoint.device),
+            dtype=str(dtype).removeprefix("torch."),
+            device=device_name(device),
             seconds=self._seconds,
             versions={**versions(), "lm_eval": version("lm_eval")},
         )
@@ -127,17 +129,18 @@ def evaluate(
 def _compared(scorer: Scorer, config: Config, context: TrialContext) -> ZeroShot:
     best = plan_of(config, context)
     uniform = make_plan(best.pruner, "uniform", context.budget(config.sparsity.target), {}, parse(config.prune.pattern))
+    whole, folder = context.replay.whole, context.folder
     context.watch(TrialStarted("dense", None))
-    scorer.score("dense", context.replay, context.folder, context.checkpoint.weights)
+    scorer.score("dense", whole(context.checkpoint.weights), folder)
     context.watch(TrialStarted("uniform", uniform))
-    scorer.score("uniform", context.replay, context.folder, prune_whole(context, uniform, *SCORED))
+    scorer.score("uniform", whole(prune_whole(context, uniform, *SCORED)), folder)
     if (best.sparsities, best.linear_sparsities) == (uniform.sparsities, uniform.linear_sparsities):
         scorer.repeat("best", "uniform")
     else:
         context.watch(TrialStarted("best", best))
         context.begin(config.batches)
-        scorer.score("best", context.replay, context.folder, prune_whole(context, best, *SCORED))
-    return scorer.zero_shot(context.checkpoint)
+        scorer.score("best", whole(prune_whole(context, best, *SCORED)), folder)
+    return scorer.zero_shot(context.checkpoint.dtype, context.checkpoint.device)
 
 
 def evaluate_folder(folder: Path, asked: TaskOptions, watch: EventHandler, allowed: Mapping[str, bool]) -> ZeroShot:
@@ -145,16 +148,19 @@ def evaluate_folder(folder: Path, asked: TaskOptions, watch: EventHandler, allow
     if not folder.is_dir():
         raise UserError(f"--model {folder}: there is no such folder")
     scorer = Scorer(asked, watch)
-    origin = folder / ABOUT
+    origin, device, source = folder / ABOUT, find_device(asked.device), str(folder.absolute())
     dtype = _dtype(origin)
-    found = resolve(
-        ModelConfig.model_validate({"source": str(folder.absolute()), "dtype": dtype, **of_model(allowed)}), Path()
-    )
-    device = find_device(asked.device)
+    if stays_packed(folder, device):
+        watch(TrialStarted(str(folder), None))
+        packed = load_packed(folder, find_dtype(dtype, device))
+        scorer.score("model", nullcontext(packed), ModelFolder(folder, "", source))
+        return scorer.zero_shot(find_dtype(dtype, device), device)
+    found = resolve(ModelConfig.model_validate({"source": source, "dtype": dtype, **of_model(allowed)}), Path())
     with Checkpoint.load(found.path, find_dtype(dtype, device), device, found.trusted) as checkpoint:
         watch(TrialStarted(str(folder), None))
-        scorer.score("model", verified(checkpoint, KINDS["tokens"], SCORES["next-token"]), found, checkpoint.weights)
-        return scorer.zero_shot(checkpoint)
+        replay = verified(checkpoint, KINDS["tokens"], SCORES["next-token"])
+        scorer.score("model", replay.whole(checkpoint.weights), found)
+        return scorer.zero_shot(checkpoint.dtype, device)
 
 
 def _dtype(origin: Path) -> str:

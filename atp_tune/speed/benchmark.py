@@ -17,10 +17,11 @@ from atp_tune.extras import require
 from atp_tune.metrics.speed import Sizes, Speed
 from atp_tune.packed.layout import packed_bytes
 from atp_tune.pruners.selection import nonzeros
+from atp_tune.sparse.packed_folders import is_fast
 from atp_tune.speed import deepsparse_engine
 from atp_tune.speed.graphs import check_onnx
 from atp_tune.speed.model_pair import Pair
-from atp_tune.speed.packed_engine import PACKED, check_packed, is_available, opened_packed
+from atp_tune.speed.packed_engine import PACKED, check_packed, opened_packed
 from atp_tune.speed.throughput import Opening, Workload, measured
 from atp_tune.speed.torch_engine import SEMI_STRUCTURED, check_semi_structured, dtypes, opened, opened_semi_structured
 
@@ -36,7 +37,7 @@ ENGINES: dict[str, Callable[[Pair, Workload, torch.device, EventHandler], list[O
 
 def default_engine(device: str) -> str:
     """The engine that is measured if none is named: `packed` where its kernel runs, else torch alone."""
-    return PACKED if is_available(find_device(device)) else "torch"
+    return PACKED if is_fast(find_device(device)) else "torch"
 
 
 def check(engine: str, pattern: str, device: str) -> None:

@@ -22,11 +22,6 @@ PACKED = "packed"
 EXACT = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}  # differences that the order of sums makes
 
 
-def is_available(device: torch.device) -> bool:
-    """Whether it is to be measured where no engine is named: its kernel runs, and is known to be faster."""
-    return device.type == "cpu" and kernel_name() is not None
-
-
 def check_packed(device: torch.device) -> None:
     """UserError if the kernel does not run here."""
     if device.type not in ("cpu", "cuda"):
