@@ -3,6 +3,7 @@
 import filecmp
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from families import ALL, MULTIMODAL, TOKENS, VOCABULARY, bench_of
+from families import ALL, MULTIMODAL, TOKENS, VOCABULARY, bench_of, few
 from safetensors.torch import load_file, save_file
 from tinystudy import CommandLine
 from torch import Tensor
@@ -431,6 +432,36 @@ def test_a_copy_has_weights_of_its_own(make: Make) -> None:
                 parameter.zero_()
     assert torch.equal(copy(ids).logits, expected)
     assert not torch.equal(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("name", few(REPRESENTATIVES, ("llama-tied",)))
+def test_it_is_pickled(name: str, make: Make) -> None:
+    auto = AutoModelForImageTextToText if name in MULTIMODAL else AutoModelForCausalLM
+    found = auto.from_pretrained(make(name))
+    again = pickle.loads(pickle.dumps(found))
+    assert type(again) is type(found) and type(again.config) is type(found.config)
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(again(ids).logits, found(ids).logits)
+
+
+UNPICKLE = """
+import pickle, sys
+import torch
+torch.set_num_threads(1)
+model = pickle.load(open(sys.argv[1], "rb"))
+with torch.inference_mode():
+    torch.save(model(torch.tensor([[5, 6, 7]])).logits, sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_has_imported_nothing_unpickles_it(make: Make, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(make())
+    (tmp_path / "pickled").write_bytes(pickle.dumps(model))
+    files = [str(tmp_path / name) for name in ("pickled", "logits")]
+    subprocess.run([sys.executable, "-c", UNPICKLE, *files], check=True)
+    with torch.inference_mode():
+        assert torch.equal(torch.load(files[1]), model(torch.tensor([[5, 6, 7]])).logits)
 
 
 def test_weights_that_are_loaded_into_it(make: Make, tmp_path: Path) -> None:

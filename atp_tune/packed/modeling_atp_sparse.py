@@ -284,15 +284,25 @@ def packed_config(family: Any, auto_class: str) -> Any:
         saved = super(made, self).to_dict()
         return family.from_dict({key: value for key, value in saved.items() if key not in (MODEL_TYPE, "auto_map")})
 
-    methods = {"to_dict": to_dict, "of_family": of_family, "__module__": __name__}
+    def reduce(self: Any) -> tuple[Any, ...]:
+        return _blank, (family, auto_class, False), self.__dict__
+
+    methods = {"to_dict": to_dict, "of_family": of_family, "__reduce__": reduce, "__module__": __name__}
     made: Any = type(f"Packed{family.__name__}", (family,), methods)
-    model = packed_model(made, AUTO_CLASSES[auto_class][family])
+    model = packed_model(made, AUTO_CLASSES[auto_class][family], auto_class)
     getattr(transformers, auto_class).register(made, model, exist_ok=True)
     return made
 
 
+def _blank(family: Any, auto_class: str, is_model: bool) -> Any:
+    """An object without state, which pickle fills: a config, or a model; their classes have no names of their own."""
+    config = packed_config(family, auto_class)
+    kind = packed_model(config, AUTO_CLASSES[auto_class][family], auto_class) if is_model else config
+    return kind.__new__(kind)
+
+
 @cache
-def packed_model(config_class: Any, family: Any) -> Any:
+def packed_model(config_class: Any, family: Any, auto_class: str) -> Any:
     """A subclass of a family's model class, with packed linears."""
 
     def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -322,7 +332,11 @@ def packed_model(config_class: Any, family: Any) -> Any:
         shutil.copyfile(__file__, Path(folder) / Path(__file__).name)  # first: `push_to_hub` uploads what is there
         super(made, self).save_pretrained(folder, *args, **{**options, "variant": VARIANT})
 
+    def reduce(self: Any) -> tuple[Any, ...]:
+        return _blank, (config_class.__base__, auto_class, True), self.__dict__
+
     methods = {
+        "__reduce__": reduce,
         "__init__": init,
         "from_pretrained": classmethod(from_pretrained),
         "save_pretrained": save_pretrained,
