@@ -50,6 +50,17 @@ def test_a_study_that_may_settle_is_foretold_at_most(place: Path, command: Comma
 
 
 @pytest.mark.slow
+def test_tasks_of_a_limit_are_said_to_be_left_out(place: Path, command: CommandLine) -> None:
+    options = settings(*OVER, "search.trials=9", "limit.min_accuracy={far=0.6}")
+    line = next(
+        line
+        for line in command("plan", "--study", place / "tiny.toml", *options).out.splitlines()
+        if "9 trials" in line
+    )
+    assert line.endswith(", without the tasks of limit.min_accuracy")
+
+
+@pytest.mark.slow
 def test_trials_that_are_done_count(done: Path) -> None:
     found = foresee(study_file(done), "tiny", ignore_events)
     assert (found.whole.trials, found.whole.done, found.whole.seconds_left) == (6, 6, 0.0)

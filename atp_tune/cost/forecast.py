@@ -116,13 +116,15 @@ class StudyCost(FrozenModel):
     """The whole study: total (null if unknown), done and screening trials, and tokens and seconds of everything.
 
     That is trials, loading, dense model, screening, test text, and draws of the calibration text. Early termination,
-    which is also the end of a search for the sparsest plan within a limit, can only lower it.
+    which is also the end of a search for the sparsest plan within a limit, can only lower it. `without_tasks`: each
+    trial also answers the tasks of `limit.min_accuracy`, which are not in it.
     """
 
     trials: int | None
     done: int
     screened: int = 0
     early_termination: bool = False
+    without_tasks: bool = False
     tokens: int | None
     seconds: float | None
     seconds_left: float | None

@@ -214,7 +214,8 @@ def _whole(known: Known, context: "TrialContext | None", rates: ProbeRates | Non
     blocks = len(known.sizes.blocks)
     found = forecast.whole(rates, trials, done, known.costs, known.tokens, blocks, once, rows, _drawn(known, plans))
     ends_early = study.search.early_termination or study.limit is not None
-    found = found.model_copy(update={"early_termination": ends_early})
+    has_tasks = study.limit is not None and study.limit.min_accuracy is not None
+    found = found.model_copy(update={"early_termination": ends_early, "without_tasks": has_tasks})
     screening = _screening(known)
     return forecast.screened(found, screening, rates, known.costs, blocks) if screening else found
 

@@ -80,7 +80,8 @@ def _study_cost(whole: "StudyCost") -> str:
     done = f"{whole.done} of " if whole.done else ""
     screened = f" after {trials(whole.screened)} of screening" if whole.screened else ""
     most = "at most " if whole.early_termination and whole.done < whole.trials else ""
-    return f"{most}{done}{trials(whole.trials)}{screened}{tokens}{time}{left}"
+    without = ", without the tasks of limit.min_accuracy" if whole.without_tasks else ""
+    return f"{most}{done}{trials(whole.trials)}{screened}{tokens}{time}{left}{without}"
 
 
 def _memory(memory: "Memory") -> str:
