@@ -1,7 +1,6 @@
 """The models of a chat: a sparse one, and the dense one that it was pruned from, loaded when it is first asked."""
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from atp_tune.metrics.speed import Side
 from atp_tune.search.kept_blocks import prune_whole
 from atp_tune.sparse.applying import check_model, plan_of
 from atp_tune.sparse.continuations import open_config
-from atp_tune.sparse.packed_folders import load_packed, stays_packed
+from atp_tune.sparse.packed_models import pack_if_faster
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import Config, read_config
 from atp_tune.spec.study import ModelConfig, of_model
@@ -69,16 +68,7 @@ class ChatModels(Released):
     def _sparse(self) -> Speaker:
         source = {"source": str(self._place.absolute()), "dtype": self._about.model.dtype if self._about else "auto"}
         model = ModelConfig.model_validate({**source, **of_model(self._allowed)})
-        if stays_packed(self._place, find_device(self._device)):
-            return self._load_packed(model)
         return self._load(model, resolve(model, Path(), self._note))
-
-    def _load_packed(self, model: ModelConfig) -> Speaker:
-        """The model of a packed folder as it is: its kernel is faster than the unpacked weights."""
-        device = find_device(self._device)
-        self._note(f"loading {model.source}")
-        loaded = load_packed(self._place, find_dtype(model.dtype, device)).to(device)
-        return Speaker(lambda: nullcontext(loaded), device, load_tokenizer(self._place, trusted=False), self._bos)
 
     @cached_property
     def _dense(self) -> Speaker:
@@ -101,6 +91,7 @@ class ChatModels(Released):
         checkpoint = Checkpoint.load(folder.path, find_dtype(model.dtype, device), device, folder.trusted)
         self._open.append(checkpoint)
         tokenizer = load_tokenizer(folder.path, folder.trusted)
+        pack_if_faster(checkpoint)
         replay = Replay(checkpoint, KINDS["tokens"])
         return Speaker(partial(replay.whole, checkpoint.weights), device, tokenizer, self._bos)
 

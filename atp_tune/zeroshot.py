@@ -5,17 +5,16 @@ else in host memory, and each block's are copied to the device when it computes.
 device are copied one by one too.
 """
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor
 
+from atp_tune.blocks.replay import Replay
 from atp_tune.blocks.verification import verified
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import (
@@ -36,7 +35,6 @@ from atp_tune.scores.accuracy import difference, mean
 from atp_tune.search.context import ContextConfig, TrialContext
 from atp_tune.search.kept_blocks import prune_whole
 from atp_tune.sparse.applying import plan_of
-from atp_tune.sparse.packed_folders import load_packed, stays_packed
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import SHARES, Compared, Config, TaskScores, ZeroShot, read_config
 from atp_tune.spec.patterns import parse
@@ -45,7 +43,7 @@ from atp_tune.storage.process_identity import versions
 
 SCORED = ("evaluate", "evaluate --model DIR")  # what needs a pruned copy, and what needs none
 
-Whole = AbstractContextManager[nn.Module]  # a model that runs as a whole while it is open
+Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -75,11 +73,11 @@ class Scorer:
         self._results: dict[Compared, dict[str, Any]] = {}
         self._seconds: dict[Compared, float] = {}
 
-    def score(self, name: Compared, opened: Whole, folder: ModelFolder) -> None:
-        """Scores a model, and keeps the results under `name`; the tokenizer lies in `folder`."""
+    def score(self, name: Compared, replay: Replay, folder: ModelFolder, weights_of: Callable[[int], Weights]) -> None:
+        """Scores a model, and keeps the results under `name`."""
         asked, began = self._asked, perf_counter()
         tokenizer = load_tokenizer(folder.path, folder.trusted)
-        with opened as model, oom_as_user_error(name):
+        with replay.whole(weights_of) as model, oom_as_user_error(name):
             self._results[name] = self._module.score(
                 model, tokenizer, self._tasks, asked.limit, asked.num_fewshot, asked.batch, self._watch
             )
@@ -89,8 +87,8 @@ class Scorer:
         """Copies the scores of an equal model."""
         self._results[name], self._seconds[name] = self._results[other], 0.0
 
-    def zero_shot(self, dtype: torch.dtype, device: torch.device) -> ZeroShot:
-        """All scores so far, with their differences; number format and device of the models."""
+    def zero_shot(self, checkpoint: Checkpoint) -> ZeroShot:
+        """All scores so far, with their differences."""
         tasks = tuple(
             compared(name, {model: results[name] for model, results in self._results.items()})
             for name in self._tasks.rows
@@ -105,8 +103,8 @@ class Scorer:
             mean_best_minus_uniform=mean([one for one in paired if one]) if shares and all(paired) else None,
             missing=self._tasks.missing,
             limit=self._asked.limit,
-            dtype=str(dtype).removeprefix("torch."),
-            device=device_name(device),
+            dtype=str(checkpoint.dtype).removeprefix("torch."),
+            device=device_name(checkpoint.device),
             seconds=self._seconds,
             versions={**versions(), "lm_eval": version("lm_eval")},
         )
@@ -129,18 +127,17 @@ def evaluate(
 def _compared(scorer: Scorer, config: Config, context: TrialContext) -> ZeroShot:
     best = plan_of(config, context)
     uniform = make_plan(best.pruner, "uniform", context.budget(config.sparsity.target), {}, parse(config.prune.pattern))
-    whole, folder = context.replay.whole, context.folder
     context.watch(TrialStarted("dense", None))
-    scorer.score("dense", whole(context.checkpoint.weights), folder)
+    scorer.score("dense", context.replay, context.folder, context.checkpoint.weights)
     context.watch(TrialStarted("uniform", uniform))
-    scorer.score("uniform", whole(prune_whole(context, uniform, *SCORED)), folder)
+    scorer.score("uniform", context.replay, context.folder, prune_whole(context, uniform, *SCORED))
     if (best.sparsities, best.linear_sparsities) == (uniform.sparsities, uniform.linear_sparsities):
         scorer.repeat("best", "uniform")
     else:
         context.watch(TrialStarted("best", best))
         context.begin(config.batches)
-        scorer.score("best", whole(prune_whole(context, best, *SCORED)), folder)
-    return scorer.zero_shot(context.checkpoint.dtype, context.checkpoint.device)
+        scorer.score("best", context.replay, context.folder, prune_whole(context, best, *SCORED))
+    return scorer.zero_shot(context.checkpoint)
 
 
 def evaluate_folder(folder: Path, asked: TaskOptions, watch: EventHandler, allowed: Mapping[str, bool]) -> ZeroShot:
@@ -148,19 +145,16 @@ def evaluate_folder(folder: Path, asked: TaskOptions, watch: EventHandler, allow
     if not folder.is_dir():
         raise UserError(f"--model {folder}: there is no such folder")
     scorer = Scorer(asked, watch)
-    origin, device, source = folder / ABOUT, find_device(asked.device), str(folder.absolute())
+    origin = folder / ABOUT
     dtype = _dtype(origin)
-    if stays_packed(folder, device):
-        watch(TrialStarted(str(folder), None))
-        packed = load_packed(folder, find_dtype(dtype, device))
-        scorer.score("model", nullcontext(packed), ModelFolder(folder, "", source))
-        return scorer.zero_shot(find_dtype(dtype, device), device)
-    found = resolve(ModelConfig.model_validate({"source": source, "dtype": dtype, **of_model(allowed)}), Path())
+    found = resolve(
+        ModelConfig.model_validate({"source": str(folder.absolute()), "dtype": dtype, **of_model(allowed)}), Path()
+    )
+    device = find_device(asked.device)
     with Checkpoint.load(found.path, find_dtype(dtype, device), device, found.trusted) as checkpoint:
         watch(TrialStarted(str(folder), None))
-        replay = verified(checkpoint, KINDS["tokens"], SCORES["next-token"])
-        scorer.score("model", replay.whole(checkpoint.weights), found)
-        return scorer.zero_shot(checkpoint.dtype, device)
+        scorer.score("model", verified(checkpoint, KINDS["tokens"], SCORES["next-token"]), found, checkpoint.weights)
+        return scorer.zero_shot(checkpoint)
 
 
 def _dtype(origin: Path) -> str:

@@ -28,10 +28,10 @@ READ = 256 << 20  # bytes of all copies of a matrix; an H100 caches 50 MB
 Way = Callable[[], object]
 
 
-def copies(weight: Tensor, device: torch.device, least: int) -> list[GpuMatrix]:
+def copies(weight: Tensor, least: int) -> list[GpuMatrix]:
     """A packed weight, as often as it takes to make up so many bytes."""
     parts = pack(weight, "same")
-    values, bitmask = parts[VALUES].to(device), parts[BITMASK].to(device)
+    values, bitmask = parts[VALUES], parts[BITMASK]
     count = max(1, least // (values.nbytes + bitmask.nbytes))
     return [GpuMatrix(values.clone(), bitmask.clone(), weight.shape[1]) for _ in range(count)]
 
@@ -55,9 +55,9 @@ def microseconds(ways: list[Way], device: torch.device) -> float:
 def show(shape: tuple[int, int], tokens: tuple[int, ...], least: int, device: torch.device) -> None:
     """A row for each number of tokens: dense, and packed at each sparsity; in brackets how many times as fast."""
     torch.manual_seed(0)
-    weight = torch.randn(shape, dtype=torch.bfloat16)
-    dense = [weight.to(device) for _ in range(max(1, least // weight.nbytes))]
-    packed = [copies(weight * (torch.rand(shape) >= sparsity), device, least) for sparsity in SPARSITIES]
+    weight, chance = torch.randn(shape, dtype=torch.bfloat16, device=device), torch.rand(shape, device=device)
+    dense = [weight.clone() for _ in range(max(1, least // weight.nbytes))]
+    packed = [copies(weight.masked_fill(chance < sparsity, 0), least) for sparsity in SPARSITIES]
     for count in tokens:
         x = torch.randn(count, shape[1], dtype=torch.bfloat16, device=device)
         whole = microseconds([partial(functional.linear, x, each) for each in dense], device)

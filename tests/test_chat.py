@@ -153,20 +153,22 @@ def test_a_configuration_answers_as_its_folder(sparse: Path, done: Path, piped: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", ["", "torch"])
-def test_a_packed_folder_answers_as_the_dense_one_by_its_kernel(
+def test_sparse_weights_are_packed_in_memory_where_the_kernel_runs(
     isa: str, sparse: Path, tmp_path: Path, command: CommandLine, piped: Callable[..., Answer],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Without a kernel it is unpacked, which is faster than multiplying by packed weights with torch."""
+    """Of a folder that `apply` wrote, and of a packed one."""
     packed, used = tmp_path / "packed", list[int]()
     assert command("pack", sparse, "--out", packed).code == 0
     product = PackedMatrix.product
     monkeypatch.setattr(PackedMatrix, "product", lambda self, x: used.append(len(x)) or product(self, x))
     monkeypatch.setenv("ATP_TUNE_ISA", isa)
-    answer = piped(LINE, packed, "--max-new-tokens", "8", "--device", "cpu")
-    assert answer.code == 0, answer.err
-    assert answer.out.strip() == greedy(sparse, LINE, 8).strip()
-    assert bool(used) == (not isa)
+    for folder in (sparse, packed):
+        used.clear()
+        answer = piped(LINE, folder, "--max-new-tokens", "8", "--device", "cpu")
+        assert answer.code == 0, answer.err
+        assert answer.out.strip() == greedy(sparse, LINE, 8).strip()
+        assert bool(used) == (not isa)
 
 
 @pytest.mark.slow

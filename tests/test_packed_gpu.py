@@ -10,6 +10,7 @@ import pytest
 import torch
 from numpy import packbits
 from torch import Tensor
+from torch.nn import functional
 
 from atp_tune import launching
 from atp_tune.packed import gpu
@@ -30,37 +31,40 @@ def packed(weight: Tensor, scales: Tensor | None = None, bias: Tensor | None = N
     return GpuMatrix(weight[kept.to(weight.device)], bitmask, weight.shape[1], scales, bias)
 
 
+def signs(*shape: int) -> Tensor:
+    """Ones and minus ones, whose sums are exact in each float type here."""
+    return torch.randint(2, shape) * 2.0 - 1
+
+
 def check_floats(shape: tuple[int, int], share: float, dtype: torch.dtype, device: torch.device = CPU) -> None:
-    """Rows to the last bit, and products of 1 to 16 tokens within the rounding of their type."""
-    weight, bias = sparse(shape, share, dtype).to(device), torch.randn(shape[0]).to(device)
-    matrix = packed(weight, bias=bias)
+    """Rows of any numbers, and products of 1 to 16 tokens with numbers whose sums are exact: to the last bit."""
+    weight = sparse(shape, share, dtype).to(device)
+    matrix = packed(weight)
     assert matrix.rows(0, shape[0]).equal(weight)
     assert matrix.rows(shape[0] // 2, shape[0], torch.float32).equal(weight[shape[0] // 2 :].float())
-    for tokens in (1, 2, 16):
-        x = torch.randn(tokens, shape[1]).to(device, dtype)
-        check(matrix.product(x), x, weight, bias)
+    weight = (signs(*shape) * (torch.rand(shape) < share)).to(device, dtype)
+    for bias in (None, signs(shape[0]).to(device)):
+        matrix = packed(weight, bias=bias)
+        for tokens in (1, 2, 16):
+            x = signs(tokens, shape[1]).to(device, dtype)
+            y = matrix.product(x)
+            assert y is not None and y.dtype == dtype
+            assert y.double().equal(
+                functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+            )
 
 
 def check_codes(shape: tuple[int, int], groups: int, device: torch.device = CPU) -> None:
-    codes = torch.randint(-127, 128, shape) * (torch.rand(shape) < 0.4)
-    scales = torch.rand(shape[0], groups)
+    """Scales are powers of 2, so that these sums are exact too."""
+    codes = torch.randint(-3, 4, shape) * (torch.rand(shape) < 0.4)
+    scales = 2.0 ** torch.randint(-1, 2, (shape[0], groups))
     weight = (codes * scales.repeat_interleave(shape[1] // groups, dim=1)).to(device)
     matrix = packed(codes.to(device, torch.int8), scales.to(device))
     assert matrix.rows(0, shape[0]).equal(weight)
     for tokens in (1, 3):
-        x = torch.randn(tokens, shape[1]).to(device, torch.bfloat16)
-        check(matrix.product(x), x, weight)
-
-
-def check(y: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-    """An error of at most two roundings of its type: that of weights that had scales, and that of the sum."""
-    assert y is not None
-    assert y.dtype == x.dtype
-    expected = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    size = torch.nn.functional.linear(
-        x.double().abs(), weight.double().abs(), None if bias is None else bias.double().abs()
-    )
-    assert bool(((y.double() - expected).abs() <= 2 * torch.finfo(x.dtype).eps * size).all())
+        x = signs(tokens, shape[1]).to(device, torch.float16)
+        y = matrix.product(x)
+        assert y is not None and y.double().equal(functional.linear(x.double(), weight.double()))
 
 
 INTERPRETED = """
@@ -89,13 +93,13 @@ def check_rest() -> None:
     x[0, 3] = torch.inf
     y = matrix.product(x)
     assert y is not None
-    torch.testing.assert_close(y, torch.nn.functional.linear(x, weight), equal_nan=True)
+    torch.testing.assert_close(y, functional.linear(x, weight), equal_nan=True)
     assert [matrix.product(other) for other in (x.float(), x[:0], x.expand(17, 64))] == [None] * 3
     x = torch.randn(2, 3, 64).bfloat16()
     for tokens in (x, x.repeat(4, 1, 1)):
         y = gpu.linear(tokens, matrix.values, matrix.bitmask, matrix.offsets, None, None)
         assert y.shape == (*tokens.shape[:-1], 6)
-        torch.testing.assert_close(y.float(), torch.nn.functional.linear(tokens, weight).float(), rtol=0.02, atol=0.05)
+        torch.testing.assert_close(y.float(), functional.linear(tokens, weight).float(), rtol=0.02, atol=0.05)
 
 
 @pytest.mark.slow
@@ -111,23 +115,35 @@ def test_the_kernels_in_tritons_interpreter() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(("tokens", "values", "group"), [(1, "*bf16", 0), (16, "*bf16", 0), (16, "*i8", 4)])
+@pytest.mark.parametrize(
+    ("tokens", "x", "values", "group"),
+    [
+        (1, "bf16", "bf16", 0),
+        (16, "bf16", "bf16", 0),
+        (16, "bf16", "i8", 4),
+        (1, "fp16", "i8", 24),
+        (16, "fp16", "fp32", 0),
+    ],
+)
 def test_the_product_compiles(
-    tokens: int, values: str, group: int, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tokens: int, x: str, values: str, group: int, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import triton.language as tl
 
     from atp_tune.packed.kernel_triton import _multiply
 
     tensors: dict[str, str] = {
-        "x_at": "*bf16", "values_at": values, "bitmask_at": "*u8", "offsets_at": "*i64", "scales_at": "*fp32",
-        "bias_at": "*bf16", "y_at": "*bf16", "tokens": "i32", "rows": "i32",
+        "x_at": f"*{x}", "values_at": f"*{values}", "bitmask_at": "*u8", "offsets_at": "*i64", "scales_at": "*fp32",
+        "bias_at": "*bf16", "y_at": f"*{x}", "tokens": "i32", "rows": "i32",
     }  # fmt: skip
     constants: dict[str, Any] = {
-        "COLUMNS": 192, "LENGTH": 24, "GROUP": group, "TOKENS": tokens, "ROWS": 32, "BYTES": 32, "KIND": tl.bfloat16
+        "COLUMNS": 192, "LENGTH": 24, "GROUP": group, "TOKENS": tokens,
+        "ROWS": 8 if tokens == 1 else 32, "BYTES": 32, "KIND": tl.bfloat16 if x == "bf16" else tl.float16,
     }  # fmt: skip
     if not group:
         constants["scales_at"] = None
+    if values == "fp32":
+        constants["bias_at"] = None
     compiles(_multiply, tensors, constants, capability, tmp_path, monkeypatch)
 
 
@@ -154,7 +170,7 @@ def compiles(
     assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
 
 
-def test_what_is_refused() -> None:
+def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = sparse((4, 64), 0.5, torch.bfloat16)
     matrix = packed(weight)
     with pytest.raises(ValueError, match="values, but the bitmask has"):
@@ -163,6 +179,14 @@ def test_what_is_refused() -> None:
         GpuMatrix(matrix.values.to("meta"), matrix.bitmask, 64)
     with pytest.raises(ValueError, match="has a bit after its 57 columns"):
         GpuMatrix(torch.ones(8), torch.full((1, 8), 128, dtype=torch.uint8), 57)
+    with pytest.raises(ValueError, match=r"x is \[1, 32\] on cpu; needed: \[tokens, 64\]"):
+        matrix.product(torch.ones(1, 32, dtype=torch.bfloat16))
+    for first, last in ((0, 9), (3, 2), (-1, 2)):
+        with pytest.raises(ValueError, match=f"has 4 rows, not {first} to {last}"):
+            matrix.rows(first, last)
+    monkeypatch.setattr(gpu, "MOST_VALUES", len(matrix.values))
+    with pytest.raises(ValueError, match="a GPU's kernel takes fewer than"):
+        packed(weight)
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +201,8 @@ def test_a_kernel_that_computes_something_else_is_not_used(
 ) -> None:
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
     gpu.has_kernel.cache_clear()
-    monkeypatch.setattr(gpu, "_product", lambda x, *_: x.new_zeros(len(x), 1))
+    monkeypatch.setattr(gpu, "_product", lambda x, *_: x.new_zeros(len(x), 2))
+    monkeypatch.setattr(GpuMatrix, "rows", lambda matrix, *_: matrix.values.new_zeros(2, 128))
     assert not gpu.has_kernel(CPU)
     gpu.has_kernel.cache_clear()
     (record,) = caplog.records

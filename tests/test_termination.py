@@ -214,7 +214,7 @@ def test_a_study_that_settles_ends_and_is_complete(
     assert Message("terminated early after 6 of 40: a better point is expected to gain less than 2%") in events
     assert (place / "tiny.best.json").is_file()
     answer = command("status", "--study", str(place / "tiny.toml"))
-    assert "ended early: 6 of 40 trials, more were not expected to help" in answer.out
+    assert "ended early, after 6 of 40 trials" in answer.out
     assert summarise(study).requested == 40
     with monkeypatch.context() as patch:
         patch.setattr(runner, "open_context", None)

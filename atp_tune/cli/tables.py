@@ -167,7 +167,7 @@ def _show_rest(summary: Summary) -> None:
         done = f"{screening.done} of {screening.total} trials are done"
         console.print(f"screening: {done}; they are the study {printable(screening.study)}")
     if summary.requested is not None:
-        console.print(f"ended early: {summary.total} of {summary.requested} trials, more were not expected to help")
+        console.print(f"ended early, after {summary.total} of {summary.requested} trials")
     if summary.total is not None and summary.done < summary.total:
         console.print(f"{summary.done} of {summary.total} trials are done")
     elif not summary.complete and summary.best_trial is not None and summary.best.test is None:

@@ -82,9 +82,9 @@ class Speed(FrozenModel, allow_inf_nan=False):
     def fastest(self) -> float | None:
         """Median tokens per second of the sparse model while it decodes one at a time, in its fastest engine.
 
-        Engines that round its weights are left out: it would be another model. None for several texts at once.
+        Engines that round its weights are left out: it would be another model.
         """
-        exact = (row for row in self.engines if row.batch == 1 and not row.engine.startswith(ROUNDING))
+        exact = (row for row in self.engines if not row.engine.startswith(ROUNDING))
         return max((median(row.decode.sparse) for row in exact), default=None)
 
     def over_torch(self, row: Measured, phase: Phase) -> float:

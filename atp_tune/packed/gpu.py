@@ -24,6 +24,8 @@ class GpuMatrix:
     ) -> None:
         """`bias` [R] of a float type; all lie on one device."""
         kernel.check_parts(values, bitmask, columns, scales, bias, device=bitmask.device.type)
+        if len(values) >= MOST_VALUES:
+            raise ValueError(f"packed weight: has {len(values)} values, a GPU's kernel takes fewer than {MOST_VALUES}")
         self.offsets = kernel.row_offsets(bitmask, columns, len(values))
         self.shape = (len(bitmask), columns)
         self.values, self.bitmask, self.scales, self.bias = values, bitmask, scales, bias
@@ -31,14 +33,18 @@ class GpuMatrix:
     def product(self, x: Tensor) -> Tensor | None:
         """The product y [M, R] of x [M, C] and the weight's transpose, plus the bias.
 
-        None of more than 16 tokens, of x of another type than bfloat16 and float16, and of 2³² values.
+        None of more than 16 tokens, and of x of another type than bfloat16 and float16.
         """
+        if x.dim() != 2 or x.shape[1] != self.shape[1] or x.device != self.bitmask.device:
+            raise ValueError(f"packed weight: x is {list(x.shape)} on {x.device}; needed: [tokens, {self.shape[1]}]")
         return _product(x, self.values, self.bitmask, self.offsets, self.scales, self.bias)
 
     def rows(self, first: int, last: int, dtype: torch.dtype | None = None) -> Tensor:
         """Rows `first` to `last` with their zeros, [last - first, C]; as of `kernel.PackedMatrix`."""
         from atp_tune.packed import kernel_triton
 
+        if not 0 <= first <= last <= self.shape[0]:
+            raise ValueError(f"packed weight: has {self.shape[0]} rows, not {first} to {last}")
         dtype = dtype or (torch.float32 if self.scales is not None else self.values.dtype)
         scales = None if self.scales is None else self.scales[first:last]
         parts = (self.values, self.bitmask[first:last], self.offsets[first : last + 1], scales)
@@ -50,14 +56,13 @@ def has_kernel(device: torch.device) -> bool:
     """Whether the kernels compile and run on a device; they are launched once, and a warning says why they do not."""
 
     def launch() -> None:
-        bits = torch.full((1, 1), 255, dtype=torch.uint8, device=device)
-        x = torch.ones(2, 8, dtype=torch.bfloat16, device=device)
-        matrix = GpuMatrix(x[0], bits, 8)
-        for tokens in (1, 2):
-            y = matrix.product(x[:tokens])
-            if y is None or bool((y != 8).any()):
-                raise RuntimeError("it computes something else")
-        matrix.rows(0, 1)
+        bits = torch.full((2, 16), 0b01010101, dtype=torch.uint8, device=device)  # a value, a zero, a value …
+        x = torch.ones(2, 128, dtype=torch.bfloat16, device=device)
+        matrix = GpuMatrix(x.flatten()[:128], bits, 128)
+        products = [matrix.product(x[:tokens]) for tokens in (1, 2)]
+        rows = matrix.rows(0, 2)
+        if any(y is None or bool((y != 64).any()) for y in products) or not rows.equal(1 - rows.roll(1, dims=1)):
+            raise RuntimeError("it computes something else")
 
     return launches(launch, "packed weights without their Triton kernel, unpacked for each product")
 
@@ -67,7 +72,7 @@ def _product(
 ) -> Tensor | None:
     from atp_tune.packed import kernel_triton
 
-    if not 1 <= len(x) <= kernel_triton.BATCH or x.dtype not in FLOATS or len(values) >= MOST_VALUES:
+    if not 1 <= len(x) <= kernel_triton.BATCH or x.dtype not in FLOATS:
         return None
     return kernel_triton.product(x, values, bitmask, offsets, scales, bias)
 
@@ -80,6 +85,8 @@ def linear(
 
     columns = x.shape[-1]
     kernel.check_parts(values, bitmask, columns, scales, bias, offsets, device=x.device.type)
+    if len(values) >= MOST_VALUES:
+        raise ValueError(f"packed weight: has {len(values)} values, a GPU's kernel takes fewer than {MOST_VALUES}")
     flat = x.reshape(-1, columns)
     y = _product(flat, values, bitmask, offsets, scales, bias)
     if y is None:

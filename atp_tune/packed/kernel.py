@@ -114,7 +114,12 @@ class DenseMatrix:
 
     def __init__(self, weight: Tensor) -> None:
         loaded, name = library(), kernel_name()
-        if loaded is None or name is None or weight.dtype not in DENSE or not (weight.is_cpu and _in_order(weight)):
+        if (
+            loaded is None
+            or name is None
+            or weight.dtype not in DENSE
+            or not (weight.is_cpu and weight.is_contiguous())
+        ):
             raise ValueError(f"dense weight: is {_words(weight)}, the kernel {name}")
         self.weight, self._library = weight, loaded
         rows, columns = weight.shape
@@ -251,19 +256,21 @@ def check_parts(
         raise ValueError(f"packed weight: lies on {places}; needed: {device}")
     _check_bitmask(bitmask, columns)
     rows = len(bitmask)
-    if offsets is not None and (offsets.dtype != torch.int64 or offsets.shape != (rows + 1,) or not _in_order(offsets)):
+    if offsets is not None and (
+        offsets.dtype != torch.int64 or offsets.shape != (rows + 1,) or not offsets.is_contiguous()
+    ):
         raise ValueError(f"packed weight: offsets are {_words(offsets)}; needed: [{rows + 1}] int64")
-    if values.dim() != 1 or values.dtype not in (*FLOATS, torch.int8) or not _in_order(values):
+    if values.dim() != 1 or values.dtype not in (*FLOATS, torch.int8) or not values.is_contiguous():
         raise ValueError(f"packed weight: values are {_words(values)}; needed: [count] of a float type or int8")
     if (values.dtype == torch.int8) != (scales is not None):
         raise ValueError("packed weight: int8 values need scales, others have none")
     if scales is not None:
         groups = scales.shape[1] if scales.dim() == 2 else 0
         fits = groups == 1 or (groups > 1 and columns % groups == 0 and columns // groups % 32 == 0)
-        if not fits or len(scales) != rows or scales.dtype != torch.float32 or not _in_order(scales):
+        if not fits or len(scales) != rows or scales.dtype != torch.float32 or not scales.is_contiguous():
             needed = f"[{rows}, groups of a multiple of 32 columns] float32"
             raise ValueError(f"packed weight: scales are {_words(scales)}; needed: {needed}")
-    if bias is not None and (bias.shape != (rows,) or bias.dtype not in FLOATS or not _in_order(bias)):
+    if bias is not None and (bias.shape != (rows,) or bias.dtype not in FLOATS or not bias.is_contiguous()):
         raise ValueError(f"packed weight: bias is {_words(bias)}; needed: [{rows}] of a float type")
 
 
@@ -271,14 +278,9 @@ def _check_bitmask(bitmask: Tensor, columns: int) -> None:
     """ValueError unless it is one for so many columns."""
     length = (columns + 7) // 8
     fits = bitmask.dim() == 2 and columns >= 1 and bitmask.shape[1] == length
-    if not fits or bitmask.dtype != torch.uint8 or not _in_order(bitmask):
+    if not fits or bitmask.dtype != torch.uint8 or not bitmask.is_contiguous():
         needed = f"[rows, {length}] uint8 for {columns} columns"
         raise ValueError(f"packed weight: bitmask is {_words(bitmask)}; needed: {needed}")
-
-
-def _in_order(tensor: Tensor) -> bool:
-    """Whether its elements stand one after the other."""
-    return tensor.is_contiguous()
 
 
 def _words(tensor: Tensor) -> str:

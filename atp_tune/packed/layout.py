@@ -29,7 +29,7 @@ def pack(dense: Tensor, kind: Kind, group_size: int | None = None) -> dict[str, 
     """
     kept, (*rows, columns) = _kept(dense), dense.shape
     bits = torch.nn.functional.pad(kept, (0, -columns % 8)).view(*rows, -1, 8)
-    powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+    powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=dense.device)
     packed = {BITMASK: (bits * powers).sum(-1, dtype=torch.uint8)}
     if kind != "int8":
         return {VALUES: dense[kept].to(torch.bfloat16 if kind == "bf16" else dense.dtype), **packed}

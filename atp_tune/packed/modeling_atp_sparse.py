@@ -192,7 +192,9 @@ class SparseLinear(nn.Module):
             values, bitmask, scales, bias = held
             kind = kernel.PackedMatrix if device.type == "cpu" else gpu.GpuMatrix
             matrix = kind(values, bitmask, self.in_features, scales, bias)  # which keeps them
-            if hasattr(self, "_hf_hook"):  # accelerate fetches the weights for each use, and frees them
+            if hasattr(self, "_hf_hook") and getattr(
+                self._hf_hook, "offload", True
+            ):  # fetched for each use, then freed
                 return matrix
             self._matrix, self._places, self._offsets = matrix, places, matrix.offsets
         return self._matrix
@@ -207,6 +209,8 @@ class SparseLinear(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if scales is not None and self.weight_scales is not None and self.weight_scales.dtype != torch.float32:
             self.weight_scales.data = scales.to(self.weight_scales.device)
+        if not self.weight_values.is_meta:
+            self._of_kernel(self.weight_values)  # a graph that is compiled next needs its offsets
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -284,10 +288,10 @@ def packed_config(family: Any, auto_class: str) -> Any:
         saved = super(made, self).to_dict()
         return family.from_dict({key: value for key, value in saved.items() if key not in (MODEL_TYPE, "auto_map")})
 
-    def reduce(self: Any) -> tuple[Any, ...]:
-        return _blank, (family, auto_class, False), self.__dict__
+    def reduce(self: Any, protocol: Any) -> Any:
+        return _reduced(self, made, (family, auto_class, False), protocol)
 
-    methods = {"to_dict": to_dict, "of_family": of_family, "__reduce__": reduce, "__module__": __name__}
+    methods = {"to_dict": to_dict, "of_family": of_family, "__reduce_ex__": reduce, "__module__": __name__}
     made: Any = type(f"Packed{family.__name__}", (family,), methods)
     model = packed_model(made, AUTO_CLASSES[auto_class][family], auto_class)
     getattr(transformers, auto_class).register(made, model, exist_ok=True)
@@ -299,6 +303,14 @@ def _blank(family: Any, auto_class: str, is_model: bool) -> Any:
     config = packed_config(family, auto_class)
     kind = packed_model(config, AUTO_CLASSES[auto_class][family], auto_class) if is_model else config
     return kind.__new__(kind)
+
+
+def _reduced(found: Any, made: Any, words: tuple[Any, str, bool], protocol: Any) -> Any:
+    """What pickle and `copy` make an object of a class `made` from; one of a subclass as usual."""
+    if type(found) is not made:
+        return super(made, found).__reduce_ex__(protocol)
+    state = getattr(found, "__getstate__", lambda: found.__dict__)()
+    return _blank, words, state
 
 
 @cache
@@ -332,11 +344,11 @@ def packed_model(config_class: Any, family: Any, auto_class: str) -> Any:
         shutil.copyfile(__file__, Path(folder) / Path(__file__).name)  # first: `push_to_hub` uploads what is there
         super(made, self).save_pretrained(folder, *args, **{**options, "variant": VARIANT})
 
-    def reduce(self: Any) -> tuple[Any, ...]:
-        return _blank, (config_class.__base__, auto_class, True), self.__dict__
+    def reduce(self: Any, protocol: Any) -> Any:
+        return _reduced(self, made, (config_class.__base__, auto_class, True), protocol)
 
     methods = {
-        "__reduce__": reduce,
+        "__reduce_ex__": reduce,
         "__init__": init,
         "from_pretrained": classmethod(from_pretrained),
         "save_pretrained": save_pretrained,

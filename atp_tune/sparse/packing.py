@@ -227,6 +227,9 @@ class _Packing:
         if (folder / CARD).is_file():
             text = as_text(folder / CARD)
             text = text.replace(DENSE_FILES, NOT_STORED).replace(ALONE, NEEDED)
+            text = text.replace(
+                "apply --config atp_tune.json --out DIR", "apply --config atp_tune.json --out DIR --packed"
+            )
             self._change(folder, CARD, f"{text.rstrip()}\n\n{self._said(auto)}")
         records = [folder / name for name in self.records]
         self.original.files.update({file.name: as_text(file) for file in records})

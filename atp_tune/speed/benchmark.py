@@ -17,7 +17,7 @@ from atp_tune.extras import require
 from atp_tune.metrics.speed import Sizes, Speed
 from atp_tune.packed.layout import packed_bytes
 from atp_tune.pruners.selection import nonzeros
-from atp_tune.sparse.packed_folders import is_fast
+from atp_tune.sparse.packed_models import is_fast
 from atp_tune.speed import deepsparse_engine
 from atp_tune.speed.graphs import check_onnx
 from atp_tune.speed.model_pair import Pair

@@ -1,19 +1,16 @@
 """The engine `packed`: the sparse model without its zeros, by the kernels of `packed`, as transformers loads it."""
 
-from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
-from torch import nn
 
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import find_dtype
 from atp_tune.errors import UserError
 from atp_tune.packed.gpu import has_kernel
 from atp_tune.packed.kernel import kernel_name
-from atp_tune.packed.layout import LEAST, Kind, packed_linear, zeros_of
-from atp_tune.packed.modeling_atp_sparse import is_packable
+from atp_tune.packed.layout import LEAST, Kind
+from atp_tune.sparse.packed_models import pack_linears
 from atp_tune.speed.model_pair import Pair
 from atp_tune.speed.throughput import Opening, Workload
 from atp_tune.speed.torch_engine import opened
@@ -49,19 +46,5 @@ def opened_packed(pair: Pair, task: Workload, device: torch.device) -> list[Open
 
 def packed(checkpoint: Checkpoint, kind: Kind = "same") -> None:
     """Replaces the sparse linears of a model by packed ones; UserError if there is none."""
-    count = 0
-    for block, name, linear in _sparse(checkpoint):
-        parent, _, last = name.rpartition(".")
-        setattr(block.get_submodule(parent), last, packed_linear(linear, kind))
-        count += 1
-    if not count:
+    if not pack_linears(checkpoint, kind):
         raise UserError(f"--engine {PACKED}: no linear of the model has {LEAST:.0%} zeros")
-
-
-def _sparse(checkpoint: Checkpoint) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """Block, name and module of each linear that packing is for."""
-    for block, linears in zip(checkpoint.blocks, checkpoint.linears, strict=True):
-        for linear in linears:
-            module: Any = None if linear.expert is not None else block.get_submodule(linear.name)
-            if is_packable(module) and zeros_of(module.weight.detach()) >= LEAST:
-                yield block, linear.name, module

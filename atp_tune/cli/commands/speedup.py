@@ -60,7 +60,9 @@ def speedup(
     ] = False,
     runs: Annotated[int, typer.Option(min=1, help="Measurements of each model; dense and sparse take turns.")] = 5,
     tokens: Annotated[int, typer.Option(min=4, help="Length of the prompt in tokens.")] = 128,
-    batch: Annotated[int, typer.Option(min=1, help="Texts at once; rates are of all together.")] = 1,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Texts at once; rates are of all together, and are not stored.")
+    ] = 1,
     device: Device = None,
     storage: Storage = None,
     study_name: StudyLabel = None,
@@ -114,9 +116,9 @@ def speedup(
         check(named, read.prune.pattern, place)
         pair = find_pair(read, path.parent / read.folder, model, place, display, allowed)
         found = measure(pair, named, Workload(tokens=tokens, runs=runs, batch=batch), place, display)
-        places = attach(path, read, "speed", found, storage)
+        places = attach(path, read, "speed", found, storage) if batch == 1 else []
     _show(found)
-    console.print(f"stored in {', '.join(places)}")
+    console.print(f"stored in {', '.join(places)}" if places else "not stored: only rates of one text at a time are")
 
 
 def _measure_points(

@@ -1,0 +1,41 @@
+"""Sparse models whose linears are packed in memory: a kernel multiplies by them faster than by zeros."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.packed.kernel import kernel_name
+from atp_tune.packed.layout import LEAST, Kind, packed_linear, zeros_of
+from atp_tune.packed.modeling_atp_sparse import is_packable
+
+
+def is_fast(device: torch.device) -> bool:
+    """Whether packed weights are known to be faster than dense ones on a device."""
+    return device.type == "cpu" and kernel_name() is not None
+
+
+def pack_if_faster(checkpoint: Checkpoint) -> None:
+    """Packs the sparse linears of a checkpoint whose weights lie on a device where that is faster."""
+    if is_fast(checkpoint.device) and checkpoint.offload == "none":
+        pack_linears(checkpoint)
+
+
+def pack_linears(checkpoint: Checkpoint, kind: Kind = "same") -> int:
+    """Replaces the sparse linears of a model by packed ones; their number."""
+    found = list(_sparse(checkpoint))
+    for block, name, linear in found:
+        parent, _, last = name.rpartition(".")
+        setattr(block.get_submodule(parent), last, packed_linear(linear, kind))
+    return len(found)
+
+
+def _sparse(checkpoint: Checkpoint) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Block, name and module of each linear that packing is for."""
+    for block, linears in zip(checkpoint.blocks, checkpoint.linears, strict=True):
+        for linear in linears:
+            module: Any = None if linear.expert is not None else block.get_submodule(linear.name)
+            if is_packable(module) and zeros_of(module.weight.detach()) >= LEAST:
+                yield block, linear.name, module
