@@ -41,7 +41,7 @@ from atp_tune.packed.registering import register
 from atp_tune.plan import Plan
 from atp_tune.search.objective import Record
 from atp_tune.sparse.card import ALONE, DENSE_FILES
-from atp_tune.sparse.packing import NEEDED, NOT_STORED, pack_folder
+from atp_tune.sparse.packing import AGAIN, NEEDED, NOT_STORED, pack_folder
 from atp_tune.spec.study import ModelConfig
 
 REPO = Path(__file__).parents[1]
@@ -675,6 +675,7 @@ def test_the_commands(done: Path, command: CommandLine) -> None:
     assert DENSE_FILES in card and ALONE in card
     assert "## Packed" in packed_card and NOT_STORED in packed_card and NEEDED in packed_card
     assert DENSE_FILES not in packed_card and ALONE not in packed_card
+    assert f"{AGAIN}\n" in card and f"{AGAIN} --packed\n" in packed_card
     assert command("unpack", done / "packed", "--out", done / "again").code == 0
     assert same_files(done / "sparse", done / "again")
     assert command("apply", "--config", done / "tiny.best.json", "--out", done / "direct", "--packed").code == 0

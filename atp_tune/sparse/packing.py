@@ -65,6 +65,7 @@ CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 NOT_STORED = (
     "**The zeros are not stored**: this folder is smaller than the dense model's. Below, *Packed* says how to load it."
 )
+AGAIN = "apply --config atp_tune.json --out DIR"
 NEEDED = "It needs `import atp_tune` before it, or `trust_remote_code=True` in the call."
 SAID = """## Packed
 
@@ -227,9 +228,8 @@ class _Packing:
         if (folder / CARD).is_file():
             text = as_text(folder / CARD)
             text = text.replace(DENSE_FILES, NOT_STORED).replace(ALONE, NEEDED)
-            text = text.replace(
-                "apply --config atp_tune.json --out DIR", "apply --config atp_tune.json --out DIR --packed"
-            )
+            if self.kind == "same":
+                text = text.replace(AGAIN, f"{AGAIN} --packed")
             self._change(folder, CARD, f"{text.rstrip()}\n\n{self._said(auto)}")
         records = [folder / name for name in self.records]
         self.original.files.update({file.name: as_text(file) for file in records})
