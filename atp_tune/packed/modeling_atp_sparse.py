@@ -205,12 +205,14 @@ class SparseLinear(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """As of each module, but scales stay float32 when the model is cast."""
         scales = None if self.weight_scales is None else self.weight_scales.detach()
+        was_used = self._offsets is not None
         self._matrix = self._offsets = None  # keeps the former tensors
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if scales is not None and self.weight_scales is not None and self.weight_scales.dtype != torch.float32:
             self.weight_scales.data = scales.to(self.weight_scales.device)
-        if not self.weight_values.is_meta:
-            self._of_kernel(self.weight_values)  # a graph that is compiled next needs its offsets
+        if was_used and not self.weight_values.is_meta:
+            with suppress(ValueError):  # as after `to_empty`; who uses it is told
+                self._of_kernel(self.weight_values)  # a graph that is compiled next needs its offsets
         return self
 
     def __getstate__(self) -> dict[str, Any]:
