@@ -117,7 +117,8 @@ def _notes(summary: Summary) -> list[str]:
     paired = f"against uniform: {same}, error of the difference"
     notes = [f"±: {errors_of(summary)}; {paired}", sizes_note(summary) if summary.interval else draws_note(summary)]
     if summary.limit:
-        notes.append(f"limit: {limit_of(summary.limit)}, validation text, at the upper end of the standard error")
+        where = "at the lower end" if "min_accuracy" in summary.limit else "validation text, at the upper end"
+        notes.append(f"limit: {limit_of(summary.limit)}, {where} of the standard error")
     return [note for note in notes if note]
 
 
