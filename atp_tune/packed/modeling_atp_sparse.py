@@ -192,9 +192,10 @@ class SparseLinear(nn.Module):
             values, bitmask, scales, bias = held
             kind = kernel.PackedMatrix if device.type == "cpu" else gpu.GpuMatrix
             matrix = kind(values, bitmask, self.in_features, scales, bias)  # which keeps them
-            if hasattr(self, "_hf_hook") and getattr(
-                self._hf_hook, "offload", True
-            ):  # fetched for each use, then freed
+            hook = getattr(
+                self, "_hf_hook", None
+            )  # of accelerate, which may fetch the weights for each use, and free them
+            if hook is not None and getattr(hook, "offload", True):
                 return matrix
             self._matrix, self._places, self._offsets = matrix, places, matrix.offsets
         return self._matrix
