@@ -68,7 +68,7 @@ class ChatModels(Released):
     def _sparse(self) -> Speaker:
         source = {"source": str(self._place.absolute()), "dtype": self._about.model.dtype if self._about else "auto"}
         model = ModelConfig.model_validate({**source, **of_model(self._allowed)})
-        return self._load(model, resolve(model, Path(), self._note))
+        return self._load(model, resolve(model, Path(), self._note), has_zeros=True)
 
     @cached_property
     def _dense(self) -> Speaker:
@@ -85,13 +85,14 @@ class ChatModels(Released):
         file = self._place / ABOUT
         return read_config(file) if file.is_file() else None
 
-    def _load(self, model: ModelConfig, folder: ModelFolder) -> Speaker:
+    def _load(self, model: ModelConfig, folder: ModelFolder, has_zeros: bool = False) -> Speaker:
         device = find_device(self._device)
         self._note(f"loading {model.source}")
         checkpoint = Checkpoint.load(folder.path, find_dtype(model.dtype, device), device, folder.trusted)
         self._open.append(checkpoint)
         tokenizer = load_tokenizer(folder.path, folder.trusted)
-        pack_if_faster(checkpoint)
+        if has_zeros:
+            pack_if_faster(checkpoint)
         replay = Replay(checkpoint, KINDS["tokens"])
         return Speaker(partial(replay.whole, checkpoint.weights), device, tokenizer, self._bos)
 

@@ -1,8 +1,5 @@
 """The inner loop of SparseGPT in its three ways."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -11,6 +8,7 @@ import pytest
 import torch
 from families import few
 from torch import Tensor
+from tritons import WHY, compiles, interpreted
 
 from atp_tune import launching
 from atp_tune.pruners import columns
@@ -86,38 +84,25 @@ print("done")
 
 @pytest.mark.slow
 def test_the_kernel_in_tritons_interpreter() -> None:
-    """In a process of its own: Triton reads the variable when the kernel is defined."""
-    pytest.importorskip("triton", reason="Triton has wheels for Linux only")
-    path = os.pathsep.join((str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")))
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-c", INTERPRETED]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=300)
-    assert done.stdout == "done\n", done.stderr
+    interpreted(INTERPRETED)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("columns", few([128, 100, 256], [100]))
 def test_the_kernel_compiles(columns: int, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To machine code of a GPU that need not be here: the interpreter runs what the compiler refuses."""
-    triton = pytest.importorskip("triton", reason="Triton has wheels for Linux only")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+    triton = pytest.importorskip("triton", reason=WHY)
     from atp_tune.pruners.columns_triton import _sweep
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     tensors = dict.fromkeys(("w_at", "u_at", "g_at"), "*fp32")
     constants = {"COLUMNS": columns, "PADDED": triton.next_power_of_2(columns), "ROWS": 32}
-    source = ASTSource(_sweep, {**tensors, "out": "i32", **dict.fromkeys(constants, "constexpr")}, constants)
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-    assert made.asm["cubin"]
+    compiles(_sweep, {**tensors, "out": "i32"}, constants, capability, tmp_path, monkeypatch)
 
 
 @pytest.fixture
 def launched() -> Iterator[None]:
     """No kernel was launched yet in this process."""
-    pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+    pytest.importorskip("triton", reason=WHY)
     columns.on_gpu.cache_clear()
     yield
     columns.on_gpu.cache_clear()

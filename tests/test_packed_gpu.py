@@ -1,8 +1,5 @@
 """The Triton kernels of packed weights: compiled for GPUs that need not be here, and run in Triton's interpreter."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +8,7 @@ import torch
 from numpy import packbits
 from torch import Tensor
 from torch.nn import functional
+from tritons import WHY, compiles, interpreted
 
 from atp_tune import launching
 from atp_tune.packed import gpu
@@ -104,13 +102,7 @@ def check_rest() -> None:
 
 @pytest.mark.slow
 def test_the_kernels_in_tritons_interpreter() -> None:
-    """In a process of its own: Triton reads the variable when a kernel is defined."""
-    pytest.importorskip("triton", reason="Triton has wheels for Linux only")
-    path = os.pathsep.join((str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")))
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-c", INTERPRETED]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=300)
-    assert done.stdout == "done\n", done.stderr
+    interpreted(INTERPRETED)
 
 
 @pytest.mark.slow
@@ -128,6 +120,7 @@ def test_the_kernels_in_tritons_interpreter() -> None:
 def test_the_product_compiles(
     tokens: int, x: str, values: str, group: int, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("triton", reason=WHY)
     import triton.language as tl
 
     from atp_tune.packed.kernel_triton import _multiply
@@ -149,25 +142,12 @@ def test_the_product_compiles(
 
 @pytest.mark.slow
 def test_the_unpacking_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+    pytest.importorskip("triton", reason=WHY)
     from atp_tune.packed.kernel_triton import _unpack
 
     tensors = {"values_at": "*bf16", "bitmask_at": "*u8", "offsets_at": "*i64", "out_at": "*bf16"}
     constants = {"scales_at": None, "COLUMNS": 70, "LENGTH": 9, "GROUP": 0, "ROWS": 4, "BYTES": 32}
     compiles(_unpack, {**tensors, "rows": "i32"}, constants, 90, tmp_path, monkeypatch)
-
-
-def compiles(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int, cache: Path, patch: Any
-) -> None:
-    """To machine code: the interpreter runs what the compiler refuses."""
-    triton = pytest.importorskip("triton", reason="Triton has wheels for Linux only")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    patch.setenv("TRITON_CACHE_DIR", str(cache))
-    source = ASTSource(kernel, {**types, **dict.fromkeys(constants, "constexpr")}, constants)
-    assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
 
 
 def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +179,7 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_kernel_that_computes_something_else_is_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+    pytest.importorskip("triton", reason=WHY)
     gpu.has_kernel.cache_clear()
     monkeypatch.setattr(gpu, "_product", lambda x, *_: x.new_zeros(len(x), 2))
     monkeypatch.setattr(GpuMatrix, "rows", lambda matrix, *_: matrix.values.new_zeros(2, 128))

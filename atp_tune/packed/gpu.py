@@ -23,9 +23,7 @@ class GpuMatrix:
         self, values: Tensor, bitmask: Tensor, columns: int, scales: Tensor | None = None, bias: Tensor | None = None
     ) -> None:
         """`bias` [R] of a float type; all lie on one device."""
-        kernel.check_parts(values, bitmask, columns, scales, bias, device=bitmask.device.type)
-        if len(values) >= MOST_VALUES:
-            raise ValueError(f"packed weight: has {len(values)} values, a GPU's kernel takes fewer than {MOST_VALUES}")
+        _check(bitmask.device, values, bitmask, columns, scales, bias)
         self.offsets = kernel.row_offsets(bitmask, columns, len(values))
         self.shape = (len(bitmask), columns)
         self.values, self.bitmask, self.scales, self.bias = values, bitmask, scales, bias
@@ -67,6 +65,20 @@ def has_kernel(device: torch.device) -> bool:
     return launches(launch, "packed weights without their Triton kernel, unpacked for each product")
 
 
+def _check(
+    device: torch.device,
+    values: Tensor,
+    bitmask: Tensor,
+    columns: int,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    offsets: Tensor | None = None,
+) -> None:
+    kernel.check_parts(values, bitmask, columns, scales, bias, offsets, device=device.type)
+    if len(values) >= MOST_VALUES:
+        raise ValueError(f"packed weight: has {len(values)} values, a GPU's kernel takes fewer than {MOST_VALUES}")
+
+
 def _product(
     x: Tensor, values: Tensor, bitmask: Tensor, offsets: Tensor, scales: Tensor | None, bias: Tensor | None
 ) -> Tensor | None:
@@ -84,9 +96,7 @@ def linear(
     from atp_tune.packed import kernel_triton
 
     columns = x.shape[-1]
-    kernel.check_parts(values, bitmask, columns, scales, bias, offsets, device=x.device.type)
-    if len(values) >= MOST_VALUES:
-        raise ValueError(f"packed weight: has {len(values)} values, a GPU's kernel takes fewer than {MOST_VALUES}")
+    _check(x.device, values, bitmask, columns, scales, bias, offsets)
     flat = x.reshape(-1, columns)
     y = _product(flat, values, bitmask, offsets, scales, bias)
     if y is None:
