@@ -139,6 +139,23 @@ def tiny_done(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with the 135M model of `studies/smol.toml`, which is downloaded and converted once for all processes."""
+    from filelock import FileLock
+
+    from atp_tune.checkpoints.models import resolve
+    from atp_tune.spec.studyfile import load
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smollm2"
+    file = load("smol", ())
+    with FileLock(f"{folder}.lock"), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATP_TUNE_CACHE", str(folder))
+        resolve(file.study.model, file.folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def long() -> "optuna.Study":
     """A made-up study of 500 trials, in memory: SQLite takes seconds to store them; to be read only."""
     from synthetic import long_study

