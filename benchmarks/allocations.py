@@ -1,10 +1,11 @@
-"""Every allocation with every pruner at three targets, each with the same number of trials: writes docs/results.md.
+"""Allocations compared, each in a study of its own with the same number of trials: writes docs/results.md.
 
-    python benchmarks/allocations.py
+    python benchmarks/allocations.py                    SmolLM2-135M, three pruners, three targets
+    python benchmarks/allocations.py --study FILE --title NAME --out docs/results-NAME.md     another model or text
 
-Each line of the result is one study on the model and the texts of `smol`, all in one database, so that the command
-goes on where it was stopped, and ends at once when all is there. About 600 trials: an hour on 2 cores that multiply
-bfloat16 fast, four hours on others.
+Each line of the result is one study with the settings of `smol`, or another, all in one database below `build`, so
+that the command goes on where it was stopped, and ends at once when all is there. With all pruners and targets about
+600 trials of SmolLM2: an hour on 2 cores that multiply bfloat16 fast, four hours on others.
 """
 
 import argparse
@@ -20,9 +21,12 @@ from atp_tune.cli.runtime import quiet
 from atp_tune.events import Event, TrialEnded
 from atp_tune.metrics.perplexity import change, perplexity
 from atp_tune.plan import shown
+from atp_tune.results.formatting import draws_of
+from atp_tune.results.summary import summarise
 from atp_tune.results.trials import best_of_each, is_uniform, parameters_of
 from atp_tune.search.context import TrialContext
 from atp_tune.search.runner import StudyRun, is_complete, open_context, tune
+from atp_tune.spec.plugged import plug_in
 from atp_tune.spec.studyfile import StudyFile, load
 from atp_tune.storage import opening
 
@@ -31,14 +35,17 @@ Line = tuple[float, str, str]  # target, pruner, allocation
 
 TARGETS = (0.5, 0.6, 0.7)
 PRUNERS = ("wanda", "sparsegpt", "magnitude")
-ALLOCATIONS = ("uniform", "atp", "curve", "owl", "alphapruning", "er", "global")
+PLUGGED = {name: f"{ROOT / 'examples' / 'plugins' / name}.py:{name.upper()}" for name in ("dlp", "lsa")}
+ALLOCATIONS = ("uniform", "atp", "curve", "owl", "alphapruning", *PLUGGED, "er", "global", "prices")
 COLUMNS = (
     "allocation",
     "best parameters",
     "validation",
     "test",
     "test, against uniform",
+    "over draws, against uniform",
     "against atp",
+    "prices against it",
     "trials",
     "s",
 )
@@ -46,26 +53,37 @@ COLUMNS = (
 
 def main() -> None:
     """Runs what is missing and writes the tables, anew after every line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--targets", type=float, nargs="+", default=TARGETS)
-    parser.add_argument("--pruners", nargs="+", default=PRUNERS)
-    parser.add_argument("--trials", type=int, default=16)
-    parser.add_argument("--database", type=Path, default=ROOT / "build" / "allocations.db")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results.md")
-    parser.add_argument("--write-only", action="store_true", help="run nothing: write what the database has")
-    options = parser.parse_args()
+    options = read_options()
     with quiet():
-        files = {line: study_file(options, line) for line in itertools.product(TARGETS, PRUNERS, ALLOCATIONS)}
+        lines = itertools.product(options.targets, options.pruners, options.allocations)
+        files = {line: study_file(options, line) for line in lines}
         found = {line: study for line, file in files.items() if (study := complete(file, line))}
         context = open_context(StudyRun(next(iter(files.values())), "", None, told))
         for line, file in files.items():
-            if line in found or options.write_only or line[0] not in options.targets or line[1] not in options.pruners:
+            if line in found or options.write_only:
                 continue
             print(name_of(line), flush=True)
             found[line] = tune(StudyRun(file, name_of(line), None, told, context))
             options.out.write_text(page(options, context, found), encoding="utf-8")
         options.out.write_text(page(options, context, found), encoding="utf-8")
     print(options.out)
+
+
+def read_options() -> argparse.Namespace:
+    """What was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", default="smol", help="the study with the model and the texts")
+    parser.add_argument("--title", default="SmolLM2-135M-Instruct", help="the model's name in the page")
+    parser.add_argument("--targets", type=float, nargs="+", default=TARGETS)
+    parser.add_argument("--pruners", nargs="+", default=PRUNERS)
+    parser.add_argument("--allocations", nargs="+", default=ALLOCATIONS, choices=ALLOCATIONS)
+    parser.add_argument("--trials", type=int, default=16)
+    parser.add_argument("--database", type=Path, help="default: build/OUT.db")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results.md")
+    parser.add_argument("--write-only", action="store_true", help="run nothing: write what the database has")
+    options = parser.parse_args()
+    options.database = options.database or ROOT / "build" / f"{options.out.stem}.db"
+    return options
 
 
 def name_of(line: Line) -> str:
@@ -86,11 +104,14 @@ def study_file(options: argparse.Namespace, line: Line) -> StudyFile:
     overrides = {
         "sparsity": target,
         "prune.pruners": f"['{pruner}']",
-        "allocation": f"'{name}'",
+        "allocation": f"'{PLUGGED.get(name, name)}'",
         "search.trials": options.trials,
         "storage": f"sqlite:///{options.database.absolute()}",
+        "continuations.tokens": 0,
     }
-    return load("smol", [f"{key}={value}" for key, value in overrides.items()])
+    file = load(options.study, [f"{key}={value}" for key, value in overrides.items()])
+    plug_in(file.study, file.folder, trusted=True)
+    return file
 
 
 def told(event: Event) -> None:
@@ -101,23 +122,25 @@ def told(event: Event) -> None:
 
 
 def page(options: argparse.Namespace, context: TrialContext, found: dict[Line, optuna.Study]) -> str:
-    """The whole of docs/results.md."""
+    """The whole page."""
     attrs = next(iter(found.values())).user_attrs
     validation, test = (perplexity(nlls) for nlls in (attrs["dense"], attrs["test_nlls"]["dense"]))
+    notes = options.out.with_suffix(".notes.md")
     parts = [
         "# Allocations compared\n",
-        "`python benchmarks/allocations.py` writes this page. It prunes SmolLM2-135M-Instruct in "
+        f"`python benchmarks/allocations.py` writes this page. It prunes {options.title} in "
         f"{str(context.checkpoint.dtype).removeprefix('torch.')} with torch {torch.__version__.partition('+')[0]} on "
-        f"a CPU ({platform.machine()}), with the texts of `studies/smol.toml`. Each line is a study of at most "
+        f"a CPU ({platform.machine()}), with the texts of `{options.study}`. Each line is a study of at most "
         f"{options.trials} trials, including uniform; allocations without parameters need one trial. Perplexity of "
         f"the dense model: {validation} on the validation text, {test} on the test text.\n",
         "Perplexities are given ± their standard error over windows. Changes are measured on the test text, which no "
-        "study used to choose its best trial. They are paired by windows, so their error is that of the difference. "
-        "For linears, `erk` is the same as `er`. Seconds are the time of all trials, on a machine that was not idle.\n",
-        (ROOT / "docs" / "results.notes.md").read_text(encoding="utf-8"),
+        "study used to choose its best trial. They are paired by windows, so their error is that of the difference; "
+        "over draws of the calibration text it is the standard deviation. For linears, `erk` is the same as `er`. "
+        "Seconds are the time of all trials, on a machine that was not idle.\n",
+        *([notes.read_text(encoding="utf-8")] if notes.exists() else []),
     ]
-    for target, pruner in itertools.product(TARGETS, PRUNERS):
-        lines = {name: found[target, pruner, name] for name in ALLOCATIONS if (target, pruner, name) in found}
+    for target, pruner in itertools.product(options.targets, options.pruners):
+        lines = {name: found[target, pruner, name] for name in options.allocations if (target, pruner, name) in found}
         if not lines:
             parts += [f"## {target:.0%}, {pruner}\n", "Not run yet: the command at the top goes on.\n"]
             continue
@@ -137,23 +160,29 @@ def row(name: str, study: optuna.Study, studies: dict[str, optuna.Study]) -> lis
     best = best_of(name, study)
     if best is None:
         return [name, "no trial has a value", *[""] * (len(COLUMNS) - 2)]
-    report = report_of(study, best)
-    against = [""] * 2
-    for k, other in enumerate(("uniform", "atp")):
-        rival = best_of(other, studies[other]) if other in studies and other != name else None
-        if rival is not None:
-            against[k] = str(change(report_of(studies[other], rival), report))
-    score = f"{best.value:.2f} ± {best.user_attrs['stderr']:.2f}"
-    seconds = sum(sum(trial.user_attrs.get("seconds", {}).values()) for trial in study.trials)
+    own, seconds = (
+        report_of(study, best),
+        sum(sum(trial.user_attrs.get("seconds", {}).values()) for trial in study.trials),
+    )
+    from_uniform, from_atp, from_prices = (report_of_best(other, studies) for other in ("uniform", "atp", "prices"))
     return [
         name,
         shown(parameters_of(best)),
-        score,
-        str(perplexity(report)),
-        *against,
+        f"{best.value:.2f} ± {best.user_attrs['stderr']:.2f}",
+        str(perplexity(own)),
+        str(change(from_uniform, own)) if from_uniform and name != "uniform" else "",
+        draws_of(summarise(study), best)[1],
+        str(change(from_atp, own)) if from_atp and name != "atp" else "",
+        str(change(own, from_prices)) if from_prices and name != "prices" else "",
         str(len(study.trials)),
         f"{seconds:.0f}",
     ]
+
+
+def report_of_best(name: str, studies: dict[str, optuna.Study]) -> list[float] | None:
+    """Window NLLs of a line's best trial on the test text; None without such a line."""
+    best = best_of(name, studies[name]) if name in studies else None
+    return report_of(studies[name], best) if best is not None else None
 
 
 def best_of(name: str, study: optuna.Study) -> FrozenTrial | None:

@@ -13,6 +13,7 @@ from families import (
     TOKENS,
     bench_of,
     checkpoint_of,
+    few,
     multimodal,
     random_ids,
     replay_of,
@@ -65,7 +66,7 @@ def test_replay_is_the_model_to_the_last_bit(family: str) -> None:
         assert torch.equal(replay.logits(ids, hidden), model(input_ids=ids, use_cache=False).logits)
 
 
-@pytest.mark.parametrize("family", MULTIMODAL)
+@pytest.mark.parametrize("family", few(MULTIMODAL, list(MULTIMODAL)[:1]))
 def test_a_pruned_model_has_nlls_of_its_own_and_keeps_its_tower(family: str) -> None:
     model = multimodal(family)
     context = bench_of(model)

@@ -7,7 +7,7 @@ import naive_allocations as naive
 import numpy as np
 import pytest
 import torch
-from families import bench_of, copy_of, random_ids, tiny
+from families import bench_of, copy_of, few, random_ids, tiny
 
 from atp_tune.allocations import ALLOCATIONS, DenseMetricsProtocol
 from atp_tune.blocks import dense_metrics
@@ -140,7 +140,7 @@ def test_a_dead_linear_ends_the_trial() -> None:
 
 
 @pytest.mark.parametrize("score", ["magnitude", "wanda"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", few(FAMILIES, FAMILIES[:1]))
 def test_global_equals_a_sort_of_all_scores(family: str, score: Any) -> None:
     model = tiny(family)
     work = bench_of(model)
@@ -228,7 +228,7 @@ def test_nothing_is_measured_before_it_is_asked_for(monkeypatch: pytest.MonkeyPa
     ALLOCATIONS["er"].sparsities(budget)
 
 
-@pytest.mark.parametrize("allocation", ["owl", "alphapruning", "er", "erk", "global"])
+@pytest.mark.parametrize("allocation", few(["owl", "alphapruning", "er", "erk", "global"], ["owl"]))
 def test_a_bench_is_freed_with_its_last_name(allocation: str) -> None:
     """At once, not when the garbage collector comes by: its memory is wanted for what is loaded next."""
     gc.collect()

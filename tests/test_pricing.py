@@ -222,7 +222,7 @@ def naive_descent(linears: Sequence[Sequence[Shape]], targets: Sequence[float], 
 
 
 @pytest.mark.parametrize("further", [(), (0.08,), (0.1, 0.15)], ids=["one target", "two", "three"])
-@pytest.mark.parametrize("budget", few(budgets()[:20], budgets()[:5]), ids=lambda budget: f"{budget.target:.3f}")
+@pytest.mark.parametrize("budget", few(budgets()[:20], budgets()[:1]), ids=lambda budget: f"{budget.target:.3f}")
 def test_the_descent_follows_its_formula(budget: Budget, further: tuple[float, ...]) -> None:
     draw = random.Random(1)
     count = sum(map(len, budget.linears))

@@ -117,7 +117,7 @@ def test_magnitude_measures_nothing_here_either() -> None:
         assert all(same_bits(tensor, b.weights[name]) for name, tensor in a.weights.items())
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "bloom", *few(MIXTURES, ("deepseek_v3", "gpt_oss"))])
+@pytest.mark.parametrize("family", few(["llama", "mistral", "bloom", *MIXTURES], ("mistral", "gpt_oss")))
 @torch.inference_mode()
 def test_batches_do_not_matter_and_each_block_runs_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, found, original = Plan("wanda", "uniform", (0.5,) * 4), [], Replay.step

@@ -319,7 +319,8 @@ def test_a_watch_ends_with_the_study(place: Path) -> None:
     assert (documents[-1]["done"], documents[-1]["study"]) == (6, "tiny")
 
 
-@pytest.mark.parametrize("exists", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("exists", [True, False])
 def test_ctrl_c_ends_a_watch(exists: bool, place: Path) -> None:
     if exists:
         run(place, timeout=0)
