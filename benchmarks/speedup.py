@@ -5,6 +5,7 @@
     python benchmarks/speedup.py --engine deepsparse --tokens 512 --runs 7   a quarter of an hour
     OMP_NUM_THREADS=1 python benchmarks/speedup.py       the same on one core, as lines of their own
     python benchmarks/speedup.py --batch 4               four texts at once, as lines of their own
+    python benchmarks/speedup.py --large                 16 blocks of width 2048 and 4 of 4096 instead; 12 GB of memory
     python benchmarks/speedup.py --show                  measures nothing, writes the tables of the runs that are there
     python benchmarks/speedup.py --csr                   CSR matrices of torch and scipy against dense ones; a minute
 
@@ -16,7 +17,7 @@ between the marks in docs/speedup.md.
 import argparse
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
 from functools import partial
 from operator import matmul
@@ -50,6 +51,10 @@ WIDE = {
     "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 4, "num_attention_heads": 32,
     "num_key_value_heads": 8, "vocab_size": 4096, "max_position_embeddings": 2048,
 }  # fmt: skip
+LARGE = {
+    "16 blocks of width 2048": {**WIDE, "num_hidden_layers": 16},
+    "4 blocks of width 4096": {**WIDE, "hidden_size": 4096, "intermediate_size": 11008},
+}
 CSR = (5632, 2048)  # [out, in] of the linear that is multiplied by CSR
 
 
@@ -61,7 +66,7 @@ def main() -> None:
         return
     with quiet(), Display() as display:
         task = Workload(options.tokens, 32, options.runs, options.batch)
-        for name, make in () if options.show else lines(options.engine, options.batch):
+        for name, make in () if options.show else lines(options.engine, options.batch, options.large):
             if (name, cpu_name()) not in known():
                 keep(name, measure(make(display), options.engine, task, "cpu", display))
     page = PAGE.read_text(encoding="utf-8")
@@ -79,17 +84,22 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--large", action="store_true")
     return parser.parse_args()
 
 
-def lines(engine: str, batch: int) -> Iterator[tuple[str, Callable[[EventHandler], Pair]]]:
+def lines(engine: str, batch: int, large: bool) -> Iterator[tuple[str, Callable[[EventHandler], Pair]]]:
     """Name of each model, and what makes it."""
     after = f"threads: {torch.get_num_threads()}" + (", packed" if engine == "packed" else "")
     after += f", batch {batch}" if batch > 1 else ""
+    if large:
+        for name, shape in LARGE.items():
+            yield f"random Llama, {name}, 70 %, {after}", partial(wide, 70, shape)
+        return
     for percent in (50, 60, 70, *([80] if engine == "packed" else [])):
         yield f"SmolLM2-135M, {percent} %, {after}", partial(smol, percent)
     for percent in (50, 70) if engine == "packed" else (70,):
-        yield f"random Llama, 4 blocks of width 2048, {percent} %, {after}", partial(wide, percent)
+        yield f"random Llama, 4 blocks of width 2048, {percent} %, {after}", partial(wide, percent, WIDE)
 
 
 def smol(percent: int, watch: EventHandler) -> Pair:
@@ -101,21 +111,22 @@ def smol(percent: int, watch: EventHandler) -> Pair:
     return find_pair(config, out / config.folder, out, "cpu", watch, {})
 
 
-def wide(percent: int, watch: EventHandler) -> Pair:
+def wide(percent: int, shape: Mapping[str, int], watch: EventHandler) -> Pair:
     """A random Llama, and the same with zeros anywhere in its linears."""
-    folders = {share: cache_dir("sparse") / f"wide-{share}" for share in (0, percent)}
+    name = f"wide-{shape['hidden_size']}-{shape['num_hidden_layers']}"
+    folders = {share: cache_dir("sparse") / f"{name}-{share}" for share in (0, percent)}
     for share, folder in folders.items():
         if not folder.is_dir():
             with folder_atomically(folder) as made:
-                random_llama(share / 100).save_pretrained(made)
+                random_llama(share / 100, shape).save_pretrained(made)
     return Pair(folders[0], folders[percent])
 
 
 @torch.no_grad()
-def random_llama(sparsity: float) -> LlamaForCausalLM:
+def random_llama(sparsity: float, shape: Mapping[str, int] = WIDE) -> LlamaForCausalLM:
     """The same numbers each time, but for those that are zero."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig.from_dict(WIDE))
+    model = LlamaForCausalLM(LlamaConfig.from_dict(dict(shape)))
     for name, weight in model.model.layers.named_parameters():
         if name.endswith("proj.weight"):
             weight.masked_fill_(torch.rand_like(weight) < sparsity, 0)  # no product, which makes zeros negative

@@ -108,14 +108,30 @@ def test_speedup_shows_its_runs(
     assert head[-1] == "sparse / torch's best dense"
 
 
-def test_random_llama_has_zeros_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_llama_has_zeros_anywhere() -> None:
     speedup = benchmark("speedup")
-    small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
-    monkeypatch.setattr(speedup, "WIDE", {**speedup.WIDE, **small, "vocab_size": 32})
-    dense, sparse = speedup.random_llama(0.0), speedup.random_llama(0.7)
+    small = {**speedup.WIDE, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size": 32}
+    dense, sparse = (speedup.random_llama(share, small) for share in (0.0, 0.7))
     weight, other = (model.model.layers[0].mlp.up_proj.weight for model in (dense, sparse))
     assert float((other == 0).float().mean()) == pytest.approx(0.7, abs=0.03)
     assert bool((weight[other != 0] == other[other != 0]).all())
+
+
+@pytest.mark.slow
+def test_allocations(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line for each allocation, plug-ins too; the command again measures nothing."""
+    out = place / "results.md"
+    options = f"--study {place}/tiny.toml --title tiny --out {out} --database {place}/a.db --targets 0.5 --trials 2"
+    words = [*options.split(), "--pruners", "wanda", "--allocations", "uniform", "atp", "lsa", "prices"]
+    monkeypatch.setattr(sys, "argv", ["allocations.py", *words])
+    benchmark("allocations").main()
+    assert "0.5-wanda-lsa" in capsys.readouterr().out
+    head, _, *lines = rows(out.read_text())
+    cells = [dict(zip(head, line, strict=True)) for line in lines]
+    assert [line["allocation"] for line in cells] == ["uniform", "atp", "lsa", "prices"]
+    assert all("±" in line["test, against uniform"] and "±" in line["prices against it"] for line in cells[1:3])
+    benchmark("allocations").main()
+    assert capsys.readouterr().out == f"{out}\n"
 
 
 @pytest.mark.slow
