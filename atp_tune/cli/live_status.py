@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from datetime import datetime
 from time import sleep
@@ -72,7 +73,7 @@ def _read(study: Study) -> Summary:
         raise UserError(f"study {study.study_name}: cannot be read any more: {reason}") from None
 
 
-class StatusView:
+class StatusView(ABC):
     """Prints the states of a study, each only if it differs from the one before; a context manager."""
 
     def __init__(self) -> None:
@@ -81,7 +82,7 @@ class StatusView:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
+    def __exit__(  # noqa: B027 - a view of lines changes nothing of a terminal
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Restores nothing."""
@@ -91,9 +92,9 @@ class StatusView:
         if self.is_new(text):
             console.print(text)
 
+    @abstractmethod
     def show(self, summary: Summary) -> None:
         """Shows the present state of the study."""
-        raise NotImplementedError
 
     def is_new(self, what: Status | str) -> bool:
         """Whether this differs from what was printed last; times that only the clock changes do not count."""
