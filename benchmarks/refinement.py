@@ -1,7 +1,8 @@
-"""Perplexity with and without refined weights, for pruners, steps and sizes of the calibration text: a table.
+"""Perplexity with and without refinement, for pruners, rounds of swaps, steps and sizes of the calibration text.
 
     python benchmarks/refinement.py                                            SmolLM2-135M at 60 %, the texts of `smol`
     python benchmarks/refinement.py --set model.source=FILE.gguf               another model
+    python benchmarks/refinement.py --pruners wanda --swaps 0 20 --steps 0 5   with swaps in the masks, and without
     python benchmarks/refinement.py --nsamples 16 64 --allocation prices --parameter kappa=0.776
 
 Every row prunes once, at one allocation, and measures both texts. Changes are against the same pruner without
@@ -19,7 +20,7 @@ from atp_tune.plan import make_plan
 from atp_tune.search.context import ContextConfig, TrialContext
 from atp_tune.spec.studyfile import StudyFile, load
 
-HEAD = ("calibration tokens", "pruner", "steps", "validation", "change", "test", "change", "s to prune")
+HEAD = ("calibration tokens", "pruner", "swaps", "steps", "validation", "change", "test", "change", "s to prune")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--sparsity", type=float, default=0.6)
     parser.add_argument("--pruners", nargs="+", default=["wanda", "sparsegpt"])
+    parser.add_argument("--swaps", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, nargs="+", default=[3, 5, 10])
     parser.add_argument("--nsamples", type=int, nargs="+", default=[16])
     parser.add_argument("--allocation", default="uniform")
@@ -52,25 +54,24 @@ def main() -> None:
 
 
 def rows(file: StudyFile, options: argparse.Namespace, values: dict[str, float]) -> Iterator[tuple[str, ...]]:
-    """The rows of one size of the calibration text: the dense model, then each pruner with each number of steps."""
+    """The rows of one size of the calibration text: the dense model, then each pruner alone and in each way."""
     setup = ContextConfig.of_study(file.study, file.folder, None)
     with TrialContext.open(setup) as context:
         tokens = f"{context.items('calibration').numel():,}"
         dense = [str(perplexity(context.all_nlls(context.dense(), role))) for role in ("validation", "test")]
-        yield (tokens, "dense", "", dense[0], "", dense[1], "", "")
+        yield (tokens, "dense", "", "", dense[0], "", dense[1], "", "")
+        ways = [(swaps, steps) for swaps in options.swaps for steps in options.steps if swaps or steps]
         for pruner in options.pruners:
             alone = None
-            for steps in (0, *options.steps):
-                found = measured(context, pruner, steps, options, values)
+            for swaps, steps in ((0, 0), *ways):
+                context.prune_settings = context.prune_settings.model_copy(update={"swaps": swaps, "refine": steps})
+                found = measured(context, pruner, options, values)
                 alone = alone or found
-                yield (tokens, pruner, str(steps), *cells(alone, found), f"{found.seconds:.0f}")
+                yield (tokens, pruner, str(swaps), str(steps), *cells(alone, found), f"{found.seconds:.0f}")
 
 
-def measured(
-    context: TrialContext, pruner: str, steps: int, options: argparse.Namespace, values: dict[str, float]
-) -> Measured:
-    """Prunes once with so many steps of refinement, and measures both texts."""
-    context.prune_settings = context.prune_settings.model_copy(update={"refine": steps})
+def measured(context: TrialContext, pruner: str, options: argparse.Namespace, values: dict[str, float]) -> Measured:
+    """Prunes once, and measures both texts."""
     plan = make_plan(pruner, options.allocation, context.budget(options.sparsity), values)
     began = perf_counter()
     blocks = [(block.index, block.weights) for block in context.prune(plan)]

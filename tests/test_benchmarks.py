@@ -136,10 +136,24 @@ def test_allocations(place: Path, capsys: pytest.CaptureFixture[str], monkeypatc
 
 @pytest.mark.slow
 def test_refinement(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["--study", str(place / "tiny.toml"), "--pruners", "wanda", "magnitude", "--steps", "4"]
+    words = [
+        "--study",
+        str(place / "tiny.toml"),
+        "--pruners",
+        "wanda",
+        "magnitude",
+        "--swaps",
+        "0",
+        "9",
+        "--steps",
+        "4",
+    ]
     monkeypatch.setattr(sys, "argv", ["refinement.py", *words])
     benchmark("refinement").main()
     found = rows(capsys.readouterr().out)[1:]
-    expected = [["dense", ""], ["wanda", "0"], ["wanda", "4"], ["magnitude", "0"], ["magnitude", "4"]]
-    assert [row[1:3] for row in found] == expected
-    assert all(row[4].startswith("-") and row[6] for row in (found[2], found[4]))
+    ways = [["0", "0"], ["0", "4"], ["9", "4"]]
+    assert [row[1:4] for row in found] == [
+        ["dense", "", ""],
+        *([n, *way] for n in ("wanda", "magnitude") for way in ways),
+    ]
+    assert all(row[5].startswith("-") and row[7] for k, row in enumerate(found) if k not in (0, 1, 4))

@@ -76,18 +76,18 @@ SETTINGS = Registry[type[SettingsTable]](
 )
 
 
-def make_pruner(name: str, settings: dict[str, Any] | None = None, refine: int = 0) -> Pruner:
+def make_pruner(name: str, settings: dict[str, Any] | None = None, refine: int = 0, swaps: int = 0) -> Pruner:
     """Makes a pruner by name with its settings; KeyError if the name is not registered.
 
-    `refine`: steps of conjugate gradients on the weights that it keeps. A plug-in is checked each time that it prunes.
-    UserError if it knows no groups and the pattern has some.
+    `swaps`: rounds of swaps in its masks; `refine`: steps of conjugate gradients on the weights that it keeps. A
+    plug-in is checked each time that it prunes. UserError if it knows no groups and the pattern has some.
     """
     pruner = _made(name, settings or {})
-    if not refine:
+    if not refine and not swaps:
         return pruner
     from atp_tune.pruners.refinement import Refined
 
-    return Refined(pruner, refine)
+    return Refined(pruner, refine, swaps)
 
 
 def _made(name: str, given: dict[str, Any]) -> Pruner:

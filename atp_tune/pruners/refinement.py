@@ -1,10 +1,11 @@
-"""Refinement: updates the weights that a pruner keeps, on its mask, so that the layer-wise error shrinks.
+"""Refinement: makes the layer-wise error of a pruner's result smaller, by swaps in its mask and new kept weights.
 
-    min_B  tr (B - W) H (B - W)ᵀ    such that B_ij = 0 wherever the pruner's result is 0
+    min_B  tr (B - W) H (B - W)ᵀ    such that B_ij = 0 wherever the mask is
 
-W weight [out, in], H = XᵀX (up to a factor) with `DAMPING` · mean(diag H) added to its diagonal. Conjugate gradients
-take a few steps from the pruner's own result, for all rows at once, with the preconditioner diag H: in the scaled
-coordinates W̃_ij = W_ij d_j and H̃_jk = H_jk / (d_j d_k) with d_j = √H_jj they need none.
+The mask is the pruner's, after the rounds of `swaps`. W weight [out, in], H = XᵀX (up to a factor) with `DAMPING` ·
+mean(diag H) added to its diagonal. Conjugate gradients take a few steps from the pruner's own result, for all rows at
+once, with the preconditioner diag H: in the scaled coordinates W̃_ij = W_ij d_j and H̃_jk = H_jk / (d_j d_k) with
+d_j = √H_jj they need none.
 
 Source: Meng et al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models", NeurIPS
 2024, algorithm 2, which starts at the end of ADMM, and its table 1, which starts at the mask of magnitudes.
@@ -16,20 +17,25 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from atp_tune.errors import UserError
 from atp_tune.pruners import Pruner, Statistics
 from atp_tune.pruners.selection import zeroed
 from atp_tune.pruners.statistics import Hessian
+from atp_tune.pruners.swaps import swapped
 
 DAMPING = 0.01  # added to the diagonal of the Hessian, as a share of its mean
 
 
 class Refined:
-    """A `Pruner` whose kept weights are refined; its masks are those of the pruner alone, to the last bit."""
+    """A `Pruner` whose mask is improved by swaps, and whose kept weights are refined."""
 
-    def __init__(self, pruner: Pruner, steps: int) -> None:
-        """`steps`: of conjugate gradients, at least 1."""
+    def __init__(self, pruner: Pruner, steps: int, rounds: int = 0) -> None:
+        """`steps`: of conjugate gradients; without any, kept weights are the dense ones. `rounds`: of swaps; without
+        any, masks are those of the pruner alone, to the last bit.
+        """
         self._pruner = pruner
         self._steps = steps
+        self._rounds = rounds
         self.group: int | None = getattr(pruner, "group", None)
         self.measures = with_hessian(pruner.measures)
 
@@ -44,7 +50,10 @@ class Refined:
             self._pruner.prepare(own)
 
     def prune(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:
-        """A pruned copy of weight [out, in] at a sparsity in [0, 1]; statistics are of the kind `measures`."""
+        """A pruned copy of weight [out, in] at a sparsity in [0, 1]; statistics are of the kind `measures`.
+
+        UserError if there are swaps to make and the pruner changes weights that it keeps.
+        """
         assert statistics is not None
         own, hessian = _parts(statistics)
         pruned = self._pruner.prune(weight, sparsity, own)
@@ -52,7 +61,15 @@ class Refined:
         if mask.all() or not mask.any():
             return pruned
         scaled = hessian.scaled(DAMPING)
-        B = refine(pruned.float() * scaled.scales, mask, weight.float() * scaled.scales, scaled.matrix, self._steps)
+        W = weight.float() * scaled.scales
+        if self._rounds:
+            if not torch.equal(pruned, zeroed(weight, mask)):
+                raise UserError("prune.swaps: the pruner changes weights that it keeps; take wanda, or no swaps")
+            mask = swapped(mask, W, scaled.matrix, self._rounds, self.group)
+            pruned = zeroed(weight, mask)
+        if not self._steps:
+            return pruned
+        B = refine(pruned.float() * scaled.scales, mask, W, scaled.matrix, self._steps)
         return zeroed((B / scaled.scales).to(weight.dtype), mask)
 
 

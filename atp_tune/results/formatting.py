@@ -18,6 +18,7 @@ from atp_tune.results.trials import allocation_of, is_uniform, parameters_of
 from atp_tune.spec.config import Divergences, Scores
 from atp_tune.spec.finding import known
 from atp_tune.spec.plugged import permission
+from atp_tune.spec.prune import PruneConfig
 from atp_tune.storage.lost_trials import CutOff, cut_offs_of, given_up
 from atp_tune.storage.progress import sparsity_of
 
@@ -229,9 +230,10 @@ def _beginning(summary: Summary) -> str:
 
 def _refinement(summary: Summary) -> str:
     """One sentence for a study whose pruners are refined; else ""."""
-    steps = summary.made_from.study.prune.refine if summary.made_from else 0
-    times = f"{steps} step{'s' * (steps > 1)}"
-    return f"Pruned weights are refined by {times} of conjugate gradients, those of uniform too." if steps else ""
+    prune = summary.made_from.study.prune if summary.made_from else PruneConfig()
+    ways = ((prune.swaps, "round", "of swaps in their masks"), (prune.refine, "step", "of conjugate gradients"))
+    by = " and ".join(f"{count} {one}{'s' * (count > 1)} {what}" for count, one, what in ways if count)
+    return f"Pruned weights are refined by {by}, those of uniform too." if by else ""
 
 
 def _reason(trial: FrozenTrial) -> str:

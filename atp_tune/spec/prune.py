@@ -52,6 +52,11 @@ class PruneConfig(SettingsTable):
     )
     sparsegpt: Any = None  # keeps its place in the order of keys; `with_tables` sets the type
     pattern: str = Field("unstructured", description="unstructured, N:M (N zeros in every M inputs) or mixed:M")
+    swaps: int = Field(
+        0,
+        ge=0,
+        description="rounds of swaps of pruned and kept weights in each row, after a pruner that changes none; 0: none",
+    )
     refine: int = Field(
         0, ge=0, description="steps of conjugate gradients that update the kept weights, after any pruner; 0: none"
     )
@@ -90,7 +95,7 @@ class PruneConfig(SettingsTable):
 
     def pruner(self, name: str) -> Pruner:
         """Makes a pruner of the study; UserError if it is a plug-in without groups and the pattern has some."""
-        return make_pruner(name, self.settings(name), self.refine)
+        return make_pruner(name, self.settings(name), self.refine, self.swaps)
 
     @property
     def short_names(self) -> tuple[str, ...]:

@@ -1,0 +1,108 @@
+"""SparseSwaps: exchanges pruned and kept weights of a row while that makes its layer-wise error smaller.
+
+    L = (B - W) H (B - W)ᵀ = e H eᵀ        e = W where the mask is, else 0; for each row; weights do not change
+    restoring p:  -2 W_p c_p + W_p²        pruning u:  2 W_u c_u + W_u²        c = e H
+    both:  -2 W_p W_u H_pu more
+
+in coordinates in which diag H is 1. Each round takes the `CANDIDATES` pruned weights of a row that are best restored
+and as many kept ones that are best pruned, and pairs those that are each other's best; in a wide row, several times,
+among those that are left. With N:M each group has one pair. All pairs that lower L are exchanged at once. They bear on
+each other too: where L of a row did not fall, the row stays as it was, and exchanges half as many pairs from then on,
+the best ones, until there are none.
+
+Source: Zimmer et al., "SparseSwaps: Tractable LLM Pruning Mask Refinement at Scale", 2025, arXiv:2512.10922, which
+exchanges one pair at a time, the best of all.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+CANDIDATES = 32  # of each kind in a round: 64 end within 3 % of the same error
+WIDTH = 384  # columns for which pairs are looked for once in a round; measured on rows of 576 and 1,536
+CHUNK = 1 << 12  # rows that are worked on at once, with CANDIDATES² numbers each; with N:M fewer, M numbers a weight
+
+Pairs = tuple[Tensor, Tensor, Tensor]
+
+
+def swapped(mask: Tensor, W: Tensor, H: Tensor, rounds: int, group: int | None = None) -> Tensor:
+    """A mask [out, in] with as many entries in each row, or group, after at most so many rounds.
+
+    W [out, in] and H [in, in] are float32 and scaled such that diag H is 1 (0 for a dead input without damping).
+    """
+    size = max(1, CHUNK // (group or 1))
+    parts = (slice(first, first + size) for first in range(0, len(W), size))
+    return torch.cat([_swapped(mask[part], W[part], H, rounds, group) for part in parts])
+
+
+def _swapped(mask: Tensor, W: Tensor, H: Tensor, rounds: int, group: int | None) -> Tensor:
+    pairs = _pairs_in_rows if group is None else partial(_pairs_in_groups, group=group)
+    change, error = _error(mask, W, H)
+    allowed = torch.full((len(W), 1), W.shape[1], device=W.device)
+    for _ in range(rounds):
+        pruned, kept, gains = pairs(mask, W, H, change)
+        order = gains.argsort(1)
+        chosen = (gains.gather(1, order) < 0) & (torch.arange(gains.shape[1], device=W.device) < allowed)
+        allowed = torch.where(chosen.any(1, keepdim=True), allowed, 0)
+        if not chosen.any():
+            break
+        rows, places = chosen.nonzero(as_tuple=True)
+        places = order[rows, places]
+        other = mask.clone()
+        other[rows, pruned[rows, places]] = False
+        other[rows, kept[rows, places]] = True
+        new_change, new_error = _error(other, W, H)
+        better = new_error < error
+        mask, change = torch.where(better, other, mask), torch.where(better, new_change, change)
+        error = torch.where(better, new_error, error)
+        allowed = torch.where(better, allowed, chosen.sum(1, keepdim=True) // 2)
+    return mask
+
+
+def _error(mask: Tensor, W: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns c [out, in] and L [out, 1]."""
+    gone = torch.where(mask, W, 0)
+    change = gone @ H
+    return change, (gone * change).sum(1, keepdim=True)
+
+
+def _alone(mask: Tensor, W: Tensor, H: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
+    """What restoring each pruned weight adds to L, and pruning each kept one; infinite for others.
+
+    A weight that is 0 is not restored: it would be a zero of the result all the same.
+    """
+    square, cross = W * W * H.diagonal(), 2 * W * change
+    return torch.where(mask & (W != 0), square - cross, torch.inf), torch.where(mask, torch.inf, square + cross)
+
+
+def _pairs_in_rows(mask: Tensor, W: Tensor, H: Tensor, change: Tensor) -> Pairs:
+    """Columns of a pruned and of a kept weight, and what exchanging them adds to L, each [out, pairs]."""
+    count = min(CANDIDATES, W.shape[1])
+    (restored, p), (pruned, u) = (values.topk(count, largest=False) for values in _alone(mask, W, H, change))
+    between = W.gather(1, p)[:, :, None] * W.gather(1, u)[:, None] * H[p[:, :, None], u[:, None]]
+    both = restored[:, :, None] + pruned[:, None] - 2 * between
+    partner, gains = torch.zeros_like(p), torch.full_like(restored, torch.inf)
+    places = torch.arange(count, device=W.device)
+    for _ in range(max(1, W.shape[1] // WIDTH)):
+        lowest, best = both.min(2)
+        mutual = (both.argmin(1).gather(1, best) == places) & (lowest < 0)
+        partner, gains = torch.where(mutual, best, partner), torch.where(mutual, lowest, gains)
+        taken = torch.zeros_like(both[:, 0], dtype=torch.int8).scatter_add_(1, best, mutual.to(torch.int8)) > 0
+        both.masked_fill_(mutual[:, :, None] | taken[:, None], torch.inf)
+    return p, u.gather(1, partner), gains
+
+
+def _pairs_in_groups(mask: Tensor, W: Tensor, H: Tensor, change: Tensor, group: int) -> Pairs:
+    """The same with one pair in each group of so many columns; the last group may be smaller."""
+    rows, short = len(W), -W.shape[1] % group
+    first = torch.arange(0, W.shape[1], group, device=W.device)
+    columns = (first[:, None] + torch.arange(group, device=W.device)).clamp(max=W.shape[1] - 1)
+    within = H[columns[:, :, None], columns[:, None]]
+    values = functional.pad(W, (0, short)).view(rows, -1, group)
+    filled = (functional.pad(one, (0, short), value=torch.inf) for one in _alone(mask, W, H, change))
+    restored, pruned = (one.view(rows, -1, group) for one in filled)
+    both = restored[..., None] + pruned[..., None, :] - 2 * values[..., None] * values[..., None, :] * within
+    gains, best = both.flatten(2).min(2)
+    return first + best // group, first + best % group, gains
