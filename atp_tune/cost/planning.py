@@ -225,15 +225,22 @@ def _step_tokens(known: Known) -> int:
     from atp_tune.search.priced import windows_of_step
 
     length = known.tokens.calibration // known.windows
-    return windows_of_step(length) * length if "prices" in known.study.allocation.short_names else 0
+    return windows_of_step(length, _path(known)) * length if "prices" in known.study.allocation.short_names else 0
+
+
+def _path(known: Known) -> tuple[float, ...]:
+    """The targets of a descent by prices."""
+    from atp_tune.allocations.prices import path
+
+    return path(*known.study.interval) if known.study.interval else (known.study.highest,)
 
 
 def _descents(known: Known) -> int:
     """Tokens of the descents by prices, counted as forward passes; one for each score that pruners rank by."""
-    from atp_tune.allocations.prices import path, steps_along
+    from atp_tune.allocations.prices import steps_along
     from atp_tune.search.priced import PASSES
 
-    steps = steps_along(path(*known.study.interval) if known.study.interval else (known.study.highest,))
+    steps = steps_along(_path(known))
     return len({ranked_by(name) for name in known.study.prune.short_names}) * steps * PASSES * _step_tokens(known)
 
 

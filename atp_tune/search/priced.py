@@ -38,9 +38,9 @@ from atp_tune.scores import Score
 from atp_tune.storage.process_identity import versions
 
 POOL = 32768  # tokens of the calibration text that the windows of all steps are drawn from
-TOKENS, WINDOWS = 2048, 4  # of a step: so many tokens, but at least so many windows
+TOKENS, ALONG, WINDOWS = 2048, 1024, 4  # of a step: so many tokens, along a path fewer, but at least so many windows
 PASSES = 4  # forward passes that a gradient costs: one to keep the states, one again in each block, two backward
-CONSTANTS = (STEPS, FURTHER, KEPT, LARGEST, FIRST, LAST, LIMITS, BAND, POOL, TOKENS, WINDOWS)
+CONSTANTS = (STEPS, FURTHER, KEPT, LARGEST, FIRST, LAST, LIMITS, BAND, POOL, TOKENS, ALONG, WINDOWS)
 
 Ends = tuple[LinearSparsities, ...]
 
@@ -88,7 +88,7 @@ class Descent:
         places = self._by_wanda if score == "wanda" else by_magnitude
         pricing = Pricing(self._checkpoint, self._inputs, self._score.gradient, places, self._batch, self._heads)
         items = self._pool.batch(self._checkpoint.device)
-        many = min(len(items), windows_of_step(self._pool.positions))
+        many = min(len(items), windows_of_step(self._pool.positions, targets))
         draw = torch.Generator().manual_seed(0)
         self._watch(TrialStarted("prices", None))
 
@@ -124,9 +124,9 @@ class Descent:
             self._watch(Message(f"cache folder {file.parent}: {error}; prices are kept in memory"))
 
 
-def windows_of_step(positions: int) -> int:
+def windows_of_step(positions: int, targets: Sequence[float]) -> int:
     """Number of items of a step, of so many positions each."""
-    return max(WINDOWS, TOKENS // positions)
+    return max(WINDOWS, (TOKENS if len(targets) == 1 else ALONG) // positions)
 
 
 def by_magnitude(index: int, linear: Linear, weight: Tensor) -> Tensor:
