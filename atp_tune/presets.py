@@ -47,9 +47,7 @@ PRESETS = {
     "balanced": Preset(trials=20, seqlen=2048, calibration=64, validation=64, test=None, screened=36),
     "thorough": Preset(trials=40, seqlen=2048, calibration=128, validation=None, test=None, screened=48, confirmed=10),
 }
-SWAPS = 20  # rounds of swaps in masks, and after them
 REFINE = 5  # steps of conjugate gradients on the kept weights, see docs/refinement.md
-SWAPPED = {"wanda", "magnitude", "dsnot"}  # pruners that change no weight that they keep
 STRIDE = 4  # every so many-th validation window is screened
 LIMITED_TRIALS = 12  # of a search for the sparsest plan within a limit, at most: it ends when it has found the plan
 _C4: dict[str, dict[str, Any]] = {

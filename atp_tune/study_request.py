@@ -20,8 +20,6 @@ from atp_tune.presets import (
     PARTS,
     PRESETS,
     REFINE,
-    SWAPPED,
-    SWAPS,
     WHOLE,
     Preset,
     search_over_interval,
@@ -129,7 +127,7 @@ class StudyRequest:
             "sparsity": self.sparsity,
             "limit": self.limit and dict(self.limit),
             "model": model.model_dump(exclude_unset=True),
-            "prune": self._prune(folder, notify),
+            "prune": {"pruners": list(self.pruners or ("wanda",)), "refine": self._refinement(folder, notify)},
             "allocation": {"names": list(self.allocations or ("atp",))},
             "texts": (texts := self._texts(PRESETS[preset], folder, notify)),
             "search": self._search(PRESETS[preset], texts),
@@ -139,21 +137,20 @@ class StudyRequest:
         except ValidationError as error:
             raise UserError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
 
-    def _prune(self, folder: "ModelFolder", notify: "Notify") -> dict[str, Any]:
-        """The pruners, and how they are refined: not at all where it costs too much for a default.
+    def _refinement(self, folder: "ModelFolder", notify: "Notify") -> int:
+        """Steps of refinement; 0 where it costs too much for a default.
 
         Over an interval each plan of the screening would read a Hessian of every linear from the disk; each expert
         needs one of its own, of the few tokens that it gets.
         """
         from atp_tune.checkpoints.headers import has_experts
 
-        pruners = list(self.pruners or ("wanda",))
         if isinstance(self.sparsity, tuple):
-            return {"pruners": pruners}
-        if has_experts(folder.path):
-            notify(f"the model has experts, so pruned weights are not refined (--set prune.refine={REFINE} does it)")
-            return {"pruners": pruners}
-        return {"pruners": pruners, "swaps": SWAPS if set(pruners) <= SWAPPED else 0, "refine": REFINE}
+            return 0
+        if not has_experts(folder.path):
+            return REFINE
+        notify(f"the model has experts, so kept weights are not refined (--set prune.refine={REFINE} refines them)")
+        return 0
 
     def _search(self, preset: Preset, texts: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(self.sparsity, tuple):

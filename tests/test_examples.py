@@ -87,7 +87,7 @@ FEWER = {
     '.nsamples": 4': '.nsamples": 2',
     '.nsamples": 6': '.nsamples": 2',
     "256": "64",
-    '"continuations.tokens": 0': '"continuations.tokens": 0, "prune.swaps": 0, "prune.refine": 0',
+    '"continuations.tokens": 0': '"continuations.tokens": 0, "prune.refine": 0',
 }
 
 

@@ -101,7 +101,7 @@ def model(
         typer.Option(
             metavar="NAME",
             help="magnitude, wanda, sparsegpt, dsnot, alps or a plug-in (`plugins` lists all); several are compared. "
-            "Masks and kept weights are refined; `--set prune.swaps=0 --set prune.refine=0` leaves both as they are.",
+            "The weights that they keep are refined; `--set prune.refine=0` leaves them as they are.",
             autocompletion=completion.pruners,
         ),
     ] = None,
