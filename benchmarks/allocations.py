@@ -31,6 +31,7 @@ from atp_tune.spec.studyfile import StudyFile, load
 from atp_tune.storage import opening
 
 ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "results.md"
 Line = tuple[float, str, str]  # target, pruner, allocation
 
 TARGETS = (0.5, 0.6, 0.7)
@@ -55,12 +56,13 @@ def main() -> None:
     """Runs what is missing and writes the tables, anew after every line."""
     options = read_options()
     with quiet():
-        lines = itertools.product(options.targets, options.pruners, options.allocations)
-        files = {line: study_file(options, line) for line in lines}
+        asked = [*itertools.product(options.targets, options.pruners, options.allocations)]
+        everything = itertools.product(TARGETS, PRUNERS, ALLOCATIONS)
+        files = {line: study_file(options, line) for line in dict.fromkeys((*everything, *asked))}
         found = {line: study for line, file in files.items() if (study := complete(file, line))}
         context = open_context(StudyRun(next(iter(files.values())), "", None, told))
         for line, file in files.items():
-            if line in found or options.write_only:
+            if line in found or line not in asked or options.write_only:
                 continue
             print(name_of(line), flush=True)
             found[line] = tune(StudyRun(file, name_of(line), None, told, context))
@@ -75,14 +77,15 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--study", default="smol", help="the study with the model and the texts")
     parser.add_argument("--title", default="SmolLM2-135M-Instruct", help="the model's name in the page")
     parser.add_argument("--targets", type=float, nargs="+", default=TARGETS)
-    parser.add_argument("--pruners", nargs="+", default=PRUNERS)
+    parser.add_argument("--pruners", nargs="+", default=PRUNERS, choices=PRUNERS)
     parser.add_argument("--allocations", nargs="+", default=ALLOCATIONS, choices=ALLOCATIONS)
     parser.add_argument("--trials", type=int, default=16)
-    parser.add_argument("--database", type=Path, help="default: build/OUT.db")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results.md")
+    parser.add_argument("--database", type=Path, help="default: build/allocations.db, of another page build/OUT.db")
+    parser.add_argument("--out", type=Path, default=PAGE)
     parser.add_argument("--write-only", action="store_true", help="run nothing: write what the database has")
     options = parser.parse_args()
-    options.database = options.database or ROOT / "build" / f"{options.out.stem}.db"
+    name = "allocations" if options.out == PAGE else options.out.stem
+    options.database = options.database or ROOT / "build" / f"{name}.db"
     return options
 
 
@@ -99,7 +102,7 @@ def complete(file: StudyFile, line: Line) -> optuna.Study | None:
 
 
 def study_file(options: argparse.Namespace, line: Line) -> StudyFile:
-    """The study of one line: `smol` with another target, pruner and allocation."""
+    """The study of one line: `smol`, or the one asked for, with another target, pruner and allocation."""
     target, pruner, name = line
     overrides = {
         "sparsity": target,
@@ -125,12 +128,13 @@ def page(options: argparse.Namespace, context: TrialContext, found: dict[Line, o
     """The whole page."""
     attrs = next(iter(found.values())).user_attrs
     validation, test = (perplexity(nlls) for nlls in (attrs["dense"], attrs["test_nlls"]["dense"]))
-    notes = options.out.with_suffix(".notes.md")
+    notes, study = options.out.with_suffix(".notes.md"), Path(options.study).name
+    of_study = "" if study == "smol" else f" --study {study}"
     parts = [
         "# Allocations compared\n",
-        f"`python benchmarks/allocations.py` writes this page. It prunes {options.title} in "
+        f"`python benchmarks/allocations.py{of_study}` writes this page. It prunes {options.title} in "
         f"{str(context.checkpoint.dtype).removeprefix('torch.')} with torch {torch.__version__.partition('+')[0]} on "
-        f"a CPU ({platform.machine()}), with the texts of `{options.study}`. Each line is a study of at most "
+        f"a CPU ({platform.machine()}), with the texts of `{study}`. Each line is a study of at most "
         f"{options.trials} trials, including uniform; allocations without parameters need one trial. Perplexity of "
         f"the dense model: {validation} on the validation text, {test} on the test text.\n",
         "Perplexities are given ± their standard error over windows. Changes are measured on the test text, which no "
@@ -139,11 +143,8 @@ def page(options: argparse.Namespace, context: TrialContext, found: dict[Line, o
         "Seconds are the time of all trials, on a machine that was not idle.\n",
         *([notes.read_text(encoding="utf-8")] if notes.exists() else []),
     ]
-    for target, pruner in itertools.product(options.targets, options.pruners):
-        lines = {name: found[target, pruner, name] for name in options.allocations if (target, pruner, name) in found}
-        if not lines:
-            parts += [f"## {target:.0%}, {pruner}\n", "Not run yet: the command at the top goes on.\n"]
-            continue
+    for target, pruner in sorted({line[:2] for line in found}, key=lambda pair: (pair[0], PRUNERS.index(pair[1]))):
+        lines = {name: found[target, pruner, name] for name in ALLOCATIONS if (target, pruner, name) in found}
         parts += [f"## {target:.0%}, {pruner}\n", table(lines)]
     return "\n".join(parts)
 

@@ -18,6 +18,7 @@ from atp_tune.cli.runtime import quiet
 from atp_tune.metrics.perplexity import change, perplexity
 from atp_tune.plan import make_plan
 from atp_tune.search.context import ContextConfig, TrialContext
+from atp_tune.spec.prune import UPDATING
 from atp_tune.spec.studyfile import StudyFile, load
 
 HEAD = ("calibration tokens", "pruner", "swaps", "steps", "validation", "change", "test", "change", "s to prune")
@@ -60,8 +61,9 @@ def rows(file: StudyFile, options: argparse.Namespace, values: dict[str, float])
         tokens = f"{context.items('calibration').numel():,}"
         dense = [str(perplexity(context.all_nlls(context.dense(), role))) for role in ("validation", "test")]
         yield (tokens, "dense", "", "", dense[0], "", dense[1], "", "")
-        ways = [(swaps, steps) for swaps in options.swaps for steps in options.steps if swaps or steps]
         for pruner in options.pruners:
+            rounds = [0] if pruner in UPDATING else options.swaps
+            ways = [(swaps, steps) for swaps in rounds for steps in options.steps if swaps or steps]
             alone = None
             for swaps, steps in ((0, 0), *ways):
                 context.prune_settings = context.prune_settings.model_copy(update={"swaps": swaps, "refine": steps})

@@ -415,7 +415,7 @@ for variant in sys.argv[2:]:
                 matrix = PackedMatrix(values, bitmask, shape[1], scales, None, variant)
                 assert torch.equal(matrix.rows(0, shape[0]), full)
                 many = (50, 130, 400) if density == 0.3 else ()
-                for inputs, tokens in zip((*FLOATS, *FLOATS, torch.float32), (1, 3, 8, 11, *many)):
+                for inputs, tokens in zip((*FLOATS, *FLOATS, torch.float32), (1, 3, 8, 11, *many)):  # as many as tokens
                     x = guarded.place(torch.randn(tokens, shape[1]).to(inputs))
                     y = matrix.product(x)
                     if y is None:

@@ -368,3 +368,9 @@ def test_a_plan_counts_the_descent(place: Path, command: CommandLine) -> None:
         for names in ('"owl"', '"owl", "prices"')
     ]
     assert found[1]["whole"]["tokens"] - found[0]["whole"]["tokens"] > 4 * prices.STEPS * 2048
+
+
+def test_steps_along_a_path_take_half_as_many_windows() -> None:
+    path = (0.2, 0.3, 0.4)
+    assert [priced.windows_of_step(length, (0.5,)) for length in (128, 512, 2048)] == [16, 4, 4]
+    assert [priced.windows_of_step(length, path) for length in (128, 512, 2048)] == [8, 2, 2]

@@ -71,7 +71,8 @@ def test_no_row_gets_worse_and_none_has_more_zeros(
         whole = mask.shape[1] // group * group
         counts = (one[:, :whole].reshape(-1, group).sum(1) for one in (mask, alone == 0))
         assert torch.equal(*counts)
-    before, after = (error(case[0], one, damped(case[1])) for one in (alone, improved))
+    live = (case[1] != 0).any(0)
+    before, after = (error(case[0][:, live], one[:, live], damped(case[1])[live][:, live]) for one in (alone, improved))
     assert (after <= before * 1.0001 + 1e-6 * before.mean()).all()
 
 
@@ -119,7 +120,7 @@ def test_parts_of_the_rows_are_worked_on_alike(monkeypatch: pytest.MonkeyPatch) 
     W, H = (one.float() for one in scaled(case))
     mask = both("wanda", None, case, 0.6)[0] == 0
     whole = swapped(mask, W, H, 20)
-    monkeypatch.setattr(swaps, "CHUNK", 7)
+    monkeypatch.setattr(swaps, "NUMBERS", 7 * 64)
     assert float((swapped(mask, W, H, 20) != whole).float().mean()) < 0.01  # sums of other sizes round otherwise
 
 
@@ -133,8 +134,27 @@ def test_a_wide_row_exchanges_several_pairs_in_a_round() -> None:
 def test_a_pruner_that_changes_weights_is_refused(name: str, place: Path, command: CommandLine) -> None:
     with pytest.raises(UserError, match="changes weights that it keeps"):
         both(name, None, problem((6, 21)), 0.5)
-    answer = command("--study", place / "tiny.toml", *settings(f"prune.pruners=['{name}']", "prune.swaps=3"))
-    assert answer.error.startswith("prune.swaps: ") and "take wanda, or no swaps" in answer.error
+    for words in ((), ("prune", "--beta", "0")):
+        given_ = settings(f"prune.pruners=['wanda', '{name}']", "prune.swaps=3")
+        answer = command(*words, "--study", place / "tiny.toml", *given_)
+        said = f"prune.swaps: {name} changes weights that it keeps; take wanda, magnitude or dsnot, or 0"
+        assert said in answer.error
+    assert not (place / "tiny.db").exists()
+
+
+def test_a_weight_on_a_dead_input_stays_pruned() -> None:
+    """Only the damping would make it count."""
+    weight, x = problem((9, 40))
+    x[:, ::4] = 0
+    alone, improved = both("wanda", None, (weight, x), 0.5)
+    assert bool((alone[:, ::4] == 0).all()) and bool((improved[:, ::4] == 0).all())
+    assert not torch.equal(alone, improved)
+
+
+def test_weights_that_are_not_finite_are_not_taken_for_changed_ones() -> None:
+    weight, x = problem((6, 21))
+    weight[2, 3] = torch.nan
+    assert torch.equal(both("wanda", None, (weight, x), 0.5)[1].isnan(), weight.isnan())
 
 
 def test_without_live_inputs_nothing_changes() -> None:

@@ -63,9 +63,10 @@ class Refined:
         scaled = hessian.scaled(DAMPING)
         W = weight.float() * scaled.scales
         if self._rounds:
-            if not torch.equal(pruned, zeroed(weight, mask)):
+            if not torch.equal(pruned, zeroed(weight, mask)) and weight.isfinite().all():
                 raise UserError("prune.swaps: the pruner changes weights that it keeps; take wanda, or no swaps")
-            mask = swapped(mask, W, scaled.matrix, self._rounds, self.group)
+            live = W.masked_fill(hessian.dead(), 0)  # damping alone would make a weight on a dead input count
+            mask = swapped(mask, live, scaled.matrix, self._rounds, self.group)
             pruned = zeroed(weight, mask)
         if not self._steps:
             return pruned

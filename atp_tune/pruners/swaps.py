@@ -22,7 +22,7 @@ from torch.nn import functional
 
 CANDIDATES = 8  # of each kind in a round, at least: 32 end within 1 % of the same error, and take twice the time
 WIDTH = 384  # columns for which pairs are looked for once in a round; measured on rows of 576 and 1,536
-CHUNK = 1 << 12  # rows that are worked on at once, with N:M fewer: M numbers a weight
+NUMBERS = 1 << 22  # in a tensor of the rows that are worked on at once: one a weight, or with N:M M
 
 Pairs = tuple[Tensor, Tensor, Tensor]
 
@@ -32,7 +32,7 @@ def swapped(mask: Tensor, W: Tensor, H: Tensor, rounds: int, group: int | None =
 
     W [out, in] and H [in, in] are float32 and scaled such that diag H is 1 (0 for a dead input without damping).
     """
-    size = max(1, CHUNK // (group or 1))
+    size = max(1, NUMBERS // (W.shape[1] * (group or 1)))
     parts = (slice(first, first + size) for first in range(0, len(W), size))
     return torch.cat([_swapped(mask[part], W[part], H, rounds, group) for part in parts])
 
@@ -91,7 +91,7 @@ def _pairs_in_rows(mask: Tensor, W: Tensor, H: Tensor, change: Tensor) -> Pairs:
         lowest, best = both.min(2)
         mutual = (both.min(1).indices.gather(1, best) == places) & (lowest < 0)
         partner, gains = torch.where(mutual, best, partner), torch.where(mutual, lowest, gains)
-        taken = torch.zeros_like(mutual, dtype=torch.int8).scatter_add_(1, best, mutual.to(torch.int8)) > 0
+        taken = torch.zeros_like(mutual, dtype=torch.int32).scatter_add_(1, best, mutual.int()) > 0
         both.masked_fill_(mutual[:, :, None] | taken[:, None], torch.inf)
     return p, u.gather(1, partner), gains
 

@@ -38,7 +38,8 @@ from atp_tune.scores import Score
 from atp_tune.storage.process_identity import versions
 
 POOL = 32768  # tokens of the calibration text that the windows of all steps are drawn from
-TOKENS, ALONG, WINDOWS = 2048, 1024, 4  # of a step: so many tokens, along a path fewer, but at least so many windows
+TOKENS, WINDOWS = 2048, 4  # of a step: so many tokens, but at least so many windows
+ALONG = 2  # times as few of both along a path of several targets, whose steps are more
 PASSES = 4  # forward passes that a gradient costs: one to keep the states, one again in each block, two backward
 CONSTANTS = (STEPS, FURTHER, KEPT, LARGEST, FIRST, LAST, LIMITS, BAND, POOL, TOKENS, ALONG, WINDOWS)
 
@@ -126,7 +127,8 @@ class Descent:
 
 def windows_of_step(positions: int, targets: Sequence[float]) -> int:
     """Number of items of a step, of so many positions each."""
-    return max(WINDOWS, (TOKENS if len(targets) == 1 else ALONG) // positions)
+    share = ALONG if len(targets) > 1 else 1
+    return max(WINDOWS // share, TOKENS // share // positions)
 
 
 def by_magnitude(index: int, linear: Linear, weight: Tensor) -> Tensor:

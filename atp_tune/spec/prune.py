@@ -23,6 +23,7 @@ from atp_tune.pruners import PRUNERS, SETTINGS, Pruner, make_pruner
 from atp_tune.registry import Registry
 from atp_tune.spec.patterns import parse
 
+UPDATING = ("sparsegpt", "alps")  # pruners that change weights that they keep
 PrunerName = Annotated[str, OneOf(PRUNERS, IN_SCHEMA)]
 Model = TypeVar("Model", bound=SettingsTable)
 
@@ -55,7 +56,7 @@ class PruneConfig(SettingsTable):
     swaps: int = Field(
         0,
         ge=0,
-        description="rounds of swaps of pruned and kept weights in each row, after a pruner that changes none; 0: none",
+        description="rounds of swaps in masks, after a pruner that changes no weight that it keeps; 0: none",
     )
     refine: int = Field(
         0, ge=0, description="steps of conjugate gradients that update the kept weights, after any pruner; 0: none"
@@ -82,6 +83,8 @@ class PruneConfig(SettingsTable):
     @model_validator(mode="after")
     def _patterned(self) -> Self:
         check_names(self.pruners, "pruners", PRUNERS)
+        if self.swaps and (wrong := [name for name in self.pruners if name in UPDATING]):
+            raise ValueError(f"swaps: {wrong[0]} changes weights that it keeps; take wanda, magnitude or dsnot, or 0")
         try:
             parse(self.pattern)
         except ValueError as error:
