@@ -23,8 +23,8 @@ from atp_tune.blocks.pricing import BAND, Pricing
 from atp_tune.checkpoints.linears import Linear
 from atp_tune.pruners.selection import ranks
 from atp_tune.pruners.wanda import Wanda
-from atp_tune.search.context import TrialContext
 from atp_tune.search import priced
+from atp_tune.search.context import TrialContext
 from atp_tune.search.priced import by_magnitude
 from atp_tune.spec.config import read_config
 
