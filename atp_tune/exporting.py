@@ -68,7 +68,7 @@ def as_yaml(config: Config) -> str:
         "pruner": config.pruner,
         "pattern": config.prune.pattern,
         "settings": config.prune.settings(config.pruner),
-        **{key: count for key in ("swaps", "refine") if (count := getattr(config.prune, key))},
+        **config.prune.refinement,
         "sparsity": config.sparsity.model_dump(),
     }
     return yaml.safe_dump({**head, "modules": list(rows(config))}, sort_keys=False, allow_unicode=True)
@@ -102,10 +102,10 @@ def as_recipe(config: Config) -> str:
     """The recipe; UserError if llm-compressor lacks the pruner or a setting."""
     if config.pruner not in MODIFIERS:
         raise _not_to_be_said("pruner", config.pruner, f"has a modifier for {' and '.join(MODIFIERS)} alone")
-    for key, what in (("swaps", "swaps in masks"), ("refine", "refinement of kept weights")):
-        if count := getattr(config.prune, key):
-            lack = f"has no {what}; a study with prune.{key} = 0 has none either"
-            raise _not_to_be_said(f"prune.{key}", str(count), lack)
+    for key, count in config.prune.refinement.items():
+        what = {"swaps": "swaps in masks", "refine": "refinement of kept weights"}[key]
+        lack = f"has no {what}; a study with prune.{key} = 0 has none either"
+        raise _not_to_be_said(f"prune.{key}", str(count), lack)
     name, settings = MODIFIERS[config.pruner](config)
     group = parse(config.prune.pattern).group
     groups = _by_number(config, group) if group else [_by_sparsity(config)]

@@ -161,10 +161,8 @@ def row(name: str, study: optuna.Study, studies: dict[str, optuna.Study]) -> lis
     best = best_of(name, study)
     if best is None:
         return [name, "no trial has a value", *[""] * (len(COLUMNS) - 2)]
-    own, seconds = (
-        report_of(study, best),
-        sum(sum(trial.user_attrs.get("seconds", {}).values()) for trial in study.trials),
-    )
+    own = report_of(study, best)
+    seconds = sum(sum(trial.user_attrs.get("seconds", {}).values()) for trial in study.trials)
     from_uniform, from_atp, from_prices = (report_of_best(other, studies) for other in ("uniform", "atp", "prices"))
     return [
         name,

@@ -136,18 +136,7 @@ def test_allocations(place: Path, capsys: pytest.CaptureFixture[str], monkeypatc
 
 @pytest.mark.slow
 def test_refinement(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    words = [
-        "--study",
-        str(place / "tiny.toml"),
-        "--pruners",
-        "wanda",
-        "magnitude",
-        "--swaps",
-        "0",
-        "9",
-        "--steps",
-        "4",
-    ]
+    words = f"--study {place}/tiny.toml --pruners wanda magnitude --swaps 0 9 --steps 4".split()
     monkeypatch.setattr(sys, "argv", ["refinement.py", *words])
     benchmark("refinement").main()
     found = rows(capsys.readouterr().out)[1:]

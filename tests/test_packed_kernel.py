@@ -414,8 +414,9 @@ for variant in sys.argv[2:]:
                 values, bitmask = (guarded.place(t) if t.numel() else t for t in (plain.values, plain.bitmask))
                 matrix = PackedMatrix(values, bitmask, shape[1], scales, None, variant)
                 assert torch.equal(matrix.rows(0, shape[0]), full)
-                many = (50, 130, 400) if density == 0.3 else ()
-                for inputs, tokens in zip((*FLOATS, *FLOATS, torch.float32), (1, 3, 8, 11, *many)):  # as many as tokens
+                several = (1, 3, 8, 11, *((50, 130, 400) if density == 0.3 else ()))
+                types = (*FLOATS, *FLOATS, torch.float32)[: len(several)]
+                for inputs, tokens in zip(types, several, strict=True):
                     x = guarded.place(torch.randn(tokens, shape[1]).to(inputs))
                     y = matrix.product(x)
                     if y is None:

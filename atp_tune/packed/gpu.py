@@ -23,7 +23,8 @@ class GpuMatrix:
         self, values: Tensor, bitmask: Tensor, columns: int, scales: Tensor | None = None, bias: Tensor | None = None
     ) -> None:
         """`bias` [R] of a float type; all lie on one device."""
-        _check(bitmask.device, values, bitmask, columns, scales, bias)
+        kernel.check_parts(values, bitmask, columns, scales, bias, device=bitmask.device.type)
+        _check_count(values)
         self.offsets = kernel.row_offsets(bitmask, columns, len(values))
         self.shape = (len(bitmask), columns)
         self.values, self.bitmask, self.scales, self.bias = values, bitmask, scales, bias
@@ -65,16 +66,7 @@ def has_kernel(device: torch.device) -> bool:
     return launches(launch, "packed weights without their Triton kernel, unpacked for each product")
 
 
-def _check(
-    device: torch.device,
-    values: Tensor,
-    bitmask: Tensor,
-    columns: int,
-    scales: Tensor | None,
-    bias: Tensor | None,
-    offsets: Tensor | None = None,
-) -> None:
-    kernel.check_parts(values, bitmask, columns, scales, bias, offsets, device=device.type)
+def _check_count(values: Tensor) -> None:
     if len(values) >= MOST_VALUES:
         raise ValueError(f"packed weight: has {len(values)} values, a GPU's kernel takes fewer than {MOST_VALUES}")
 
@@ -96,7 +88,8 @@ def linear(
     from atp_tune.packed import kernel_triton
 
     columns = x.shape[-1]
-    _check(x.device, values, bitmask, columns, scales, bias, offsets)
+    kernel.check_parts(values, bitmask, columns, scales, bias, offsets, device=x.device.type)
+    _check_count(values)
     flat = x.reshape(-1, columns)
     y = _product(flat, values, bitmask, offsets, scales, bias)
     if y is None:

@@ -38,7 +38,7 @@ def swapped(mask: Tensor, W: Tensor, H: Tensor, rounds: int, group: int | None =
 
 
 def _swapped(mask: Tensor, W: Tensor, H: Tensor, rounds: int, group: int | None) -> Tensor:
-    pairs = _pairs_in_rows if group is None else partial(_pairs_in_groups, group=group)
+    pairs = _pairs_in_rows if group is None else partial(_pairs_in_groups, within=_within_groups(H, group))
     change, error = _error(mask, W, H)
     allowed = torch.full((len(W), 1), W.shape[1], device=W.device)
     for _ in range(rounds):
@@ -96,12 +96,17 @@ def _pairs_in_rows(mask: Tensor, W: Tensor, H: Tensor, change: Tensor) -> Pairs:
     return p, u.gather(1, partner), gains
 
 
-def _pairs_in_groups(mask: Tensor, W: Tensor, H: Tensor, change: Tensor, group: int) -> Pairs:
-    """The same with one pair in each group of so many columns; the last group may be smaller."""
+def _within_groups(H: Tensor, group: int) -> Tensor:
+    """The part of H within each group of so many columns [groups, group, group]; the last group may be smaller."""
+    columns = torch.arange(len(H) + -len(H) % group, device=H.device).clamp(max=len(H) - 1).view(-1, group)
+    return H[columns[:, :, None], columns[:, None]]
+
+
+def _pairs_in_groups(mask: Tensor, W: Tensor, H: Tensor, change: Tensor, within: Tensor) -> Pairs:
+    """The same with one pair in each group."""
+    group = within.shape[2]
     rows, short = len(W), -W.shape[1] % group
     first = torch.arange(0, W.shape[1], group, device=W.device)
-    columns = (first[:, None] + torch.arange(group, device=W.device)).clamp(max=W.shape[1] - 1)
-    within = H[columns[:, :, None], columns[:, None]]
     values = functional.pad(W, (0, short)).view(rows, -1, group)
     filled = (functional.pad(one, (0, short), value=torch.inf) for one in _alone(mask, W, H, change))
     restored, pruned = (one.view(rows, -1, group) for one in filled)

@@ -240,7 +240,7 @@ def _allocation(config: Config) -> str:
 
 def _facts(config: Config, dense: Dense) -> dict[str, str]:
     settings = {key: value for key, value in config.prune.settings(config.pruner).items() if value is not None}
-    settings |= {key: count for key in ("swaps", "refine") if (count := getattr(config.prune, key))}
+    settings |= config.prune.refinement
     listed = "".join(f", {key} = {value}" for key, value in settings.items())
     commit = f"commit {dense.revision}" if dense.revision else f"content {config.model.fingerprint[:12]}…"
     searched = {} if config.trial is None else {"validation text": words(config.texts.validation)}

@@ -101,6 +101,11 @@ class PruneConfig(SettingsTable):
         return make_pruner(name, self.settings(name), self.refine, self.swaps)
 
     @property
+    def refinement(self) -> dict[str, int]:
+        """Rounds of `swaps` and steps of `refine`, those that are not 0."""
+        return {key: count for key, count in (("swaps", self.swaps), ("refine", self.refine)) if count}
+
+    @property
     def short_names(self) -> tuple[str, ...]:
         """The short names of the pruners."""
         return tuple(map(short_name, self.pruners))
