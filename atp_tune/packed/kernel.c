@@ -7,9 +7,12 @@
    each other. The loops are macros over an instruction set (ISA) and a type of the values (TYPE); an instruction set is
    the functions and constants ISA_... below.
 
-   A step reads a whole vector of values, however many of them it takes. So a block's values are read where they are
-   only if 64 values from its first on are inside the array; else what is left is copied (`bounded`). Nothing outside
-   the arrays is ever read, even if the offsets are wrong.
+   A step reads a whole vector of values, however many of them it takes. So a row is read where it is only if it would
+   end inside the array with all its columns and a block more; the last ones are read in a copy with zeros after it
+   (`write_tail`, or `bounded` for a block). Nothing outside the arrays is ever read, even if the offsets are wrong.
+
+   Processors do not foresee that the ROWS rows after these follow: rows are short. So each step asks for what the same
+   step of a later row will read, AHEAD bytes after the last of these rows; the rows together ask for each byte once.
 
    Each sum is made by one thread in an order that depends on the columns only: bits do not depend on the number of
    threads, nor on how many tokens go together. */
@@ -35,10 +38,11 @@
 #define INLINE static inline __attribute__((always_inline))
 
 enum { BLOCK = 64, MOST_TOKENS = 8, GROUP = 32 }; /* columns; tokens; columns that divide every group of scales */
+enum { AHEAD = 2048 }; /* bytes; see PRODUCT */
 /* Of products of many tokens, see there. STRIDE is no power of 2: the cache would have few places for its columns. */
 enum { PART = 64, TOGETHER = 64, MANY = 384, STRIDE = MANY + 16 };
 enum type { BF16, HALF, FLOAT, INT8, GROUPED_INT8, DENSE_BF16, DENSE_FLOAT, TYPES };
-enum isa { PORTABLE, AVX2, AVX512, AVX512_BF16, NEON, ISAS };
+enum isa { PORTABLE, AVX2, AVX512, AVX512_BF16, NEON, AVX512_VBMI2, ISAS };
 enum error { FINE, WRONG_ARGUMENT, NO_MEMORY, NOT_FINITE };
 
 /* The same as kernel.py's Structure. For a dense weight, `bitmask` and `offsets` are not read. */
@@ -64,6 +68,8 @@ struct job {
   void (*loop)(const struct job *, int64_t, int64_t);
   int64_t first, last, chunk; /* rows */
   _Atomic int64_t next;
+  const uint8_t *tail; /* the values from number `tail_at` on, then zeros: see `write_tail` */
+  uint64_t tail_at;
   float *panels;     /* of x, for many tokens */
   _Atomic int not_finite; /* whether an x is infinite or no number */
 };
@@ -137,7 +143,11 @@ INLINE int64_t size_of(int32_t type) { return type == FLOAT ? 4 : 2; }
 INLINE uint64_t load_mask(const uint8_t *at, int64_t bytes) { /* bit k is column k; no byte after `bytes` is read */
   uint64_t mask = 0;
   if (bytes >= 8) {
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+    memcpy(&mask, at, sizeof mask);
+#else
     for (int k = 0; k < 8; k++) mask |= (uint64_t)at[k] << 8 * k;
+#endif
   } else {
     for (int k = 0; k < bytes; k++) mask |= (uint64_t)at[k] << 8 * k;
   }
@@ -170,6 +180,13 @@ static __attribute__((noinline)) const uint8_t *bounded(const uint8_t *values, u
   memset(buffer + left * size, 0, (BLOCK - left) * size);
   if (left > 0) memcpy(buffer, values + at * size, left * size);
   return buffer;
+}
+
+/* Where the values of a row that begin with number `at` are read: in the array, or in the tail. */
+INLINE const uint8_t *values_of(const struct job *job, int64_t at, int64_t size) {
+  const uint64_t place = (uint64_t)at, count = (uint64_t)job->matrix->count;
+  if (place < job->tail_at) return job->matrix->values + at * size;
+  return job->tail + (int64_t)((place < count ? place : count) - job->tail_at) * size;
 }
 
 /* --- tables by the 8 bits of a step: where in the values the one of each column is. A step's bits are kept times 32,
@@ -206,7 +223,7 @@ int32_t atp_setup(void) {
   }
   int32_t compiled = 1 << PORTABLE;
 #if defined(__x86_64__)
-  compiled |= 1 << AVX2 | 1 << AVX512 | 1 << AVX512_BF16;
+  compiled |= 1 << AVX2 | 1 << AVX512 | 1 << AVX512_BF16 | 1 << AVX512_VBMI2;
 #elif defined(__aarch64__)
   compiled |= 1 << NEON;
 #endif
@@ -230,46 +247,38 @@ enum { SIZE_dense32 = 4, SCALED_dense32 = 0, DENSE_dense32 = 1 };
     const int64_t group_width = SCALED_##TYPE == 2 ? columns / matrix->groups : 0;                                    \
     for (int64_t start = first; start < last; start += ROWS) {                                                        \
       ISA##_sums sums[ROWS][TOKENS];                                                                                  \
-      uint64_t at[ROWS], limit[ROWS], mask[ROWS];                                                                     \
       int64_t row[ROWS], left = 0, group = -1;                                                                        \
-      uint8_t buffer[ROWS][BLOCK * SIZE_##TYPE];                                                                      \
       const uint8_t *from[ROWS], *bits_from[ROWS];                                                                    \
-      int near_end = 0; /* whether a row of all C values would end less than a block before the limit */              \
       ISA##_UNROLL for (int i = 0; i < ROWS; i++) {                                                                   \
         row[i] = start + i < last ? start + i : last - 1; /* the last again, so that there are ROWS */                \
-        at[i] = DENSE_##TYPE ? (uint64_t)(row[i] * columns) : (uint64_t)matrix->offsets[row[i]];                      \
-        limit[i] = DENSE_##TYPE ? at[i] + (uint64_t)columns : (uint64_t)matrix->count;                                \
-        near_end |= at[i] > limit[i] || limit[i] - at[i] < (uint64_t)(DENSE_##TYPE ? job->width : columns + BLOCK);   \
-        from[i] = near_end ? buffer[i] : matrix->values + at[i] * SIZE_##TYPE;                                        \
+        from[i] = values_of(job, DENSE_##TYPE ? row[i] * columns : matrix->offsets[row[i]], SIZE_##TYPE);             \
         bits_from[i] = DENSE_##TYPE ? NULL : matrix->bitmask + row[i] * stride;                                       \
         ISA##_UNROLL for (int t = 0; t < TOKENS; t++) sums[i][t] = ISA##_zero();                                      \
       }                                                                                                               \
+      const int64_t ahead = from[ROWS - 1] - from[0] + AHEAD;                                                         \
       const ISA##_input *x = (const ISA##_input *)job->x;                                                             \
       for (int64_t column = 0; column < columns; column += BLOCK) {                                                   \
+        uint64_t mask[ROWS];                                                                                          \
         if (DENSE_##TYPE) {                                                                                           \
           for (int i = 0; i < ROWS; i++) mask[i] = 0;                                                                 \
         } else if (columns - column > BLOCK - 8) {                                                                    \
           ISA##_UNROLL for (int i = 0; i < ROWS; i++) mask[i] = load_mask(bits_from[i] + column / 8, 8);              \
+          __builtin_prefetch(bits_from[0] + ROWS * (stride + column / 8));                                            \
         } else {                                                                                                      \
           for (int i = 0; i < ROWS; i++) mask[i] = load_mask(bits_from[i] + column / 8, stride - column / 8);         \
-        }                                                                                                             \
-        if (near_end) {                                                                                               \
-          for (int i = 0; i < ROWS; i++) {                                                                            \
-            from[i] = bounded(matrix->values, at[i], limit[i], SIZE_##TYPE, buffer[i]);                               \
-            at[i] += (uint64_t)(DENSE_##TYPE ? BLOCK : __builtin_popcountll(mask[i]));                                \
-          }                                                                                                           \
         }                                                                                                             \
         ISA##_UNROLL for (int i = 0; i < ROWS; i++) mask[i] = rotated_left(mask[i], ISA##_SHIFT);                     \
         ISA##_STEPS for (int step = 0; step < BLOCK; step += ISA##_LANES, x += ISA##_LANES) {                         \
           ISA##_weights weights[ROWS];                                                                                \
           if (SCALED_##TYPE == 2 && step % GROUP == 0) {                                                              \
             if (left <= 0) group = group + 1 < matrix->groups ? group + 1 : group, left = group_width;                \
-            left -= GROUP;                                                                                            \
+            left -= (int)ISA##_LANES > (int)GROUP ? (int)ISA##_LANES : (int)GROUP;                                    \
           }                                                                                                           \
           ISA##_UNROLL for (int i = 0; i < ROWS; i++) {                                                               \
             uint64_t bits = mask[i] & ISA##_BITS;                                                                     \
             mask[i] = rotated_left(mask[i], BLOCK - ISA##_LANES);                                                     \
             weights[i] = ISA##_expand_##TYPE(from[i], bits);                                                          \
+            if (step % (64 / SIZE_##TYPE) == 0) __builtin_prefetch(from[i] + ahead);                                  \
             from[i] += SIZE_##TYPE * (DENSE_##TYPE ? ISA##_LANES : ISA##_count(bits));                                \
             if (SCALED_##TYPE == 2)                                                                                   \
               weights[i] = ISA##_times(                                                                               \
@@ -277,7 +286,7 @@ enum { SIZE_dense32 = 4, SCALED_dense32 = 0, DENSE_dense32 = 1 };
                   ISA##_UNIT * load_float(matrix->scales + 4 * (row[i] * matrix->groups + group)));                   \
           }                                                                                                           \
           ISA##_UNROLL for (int t = 0; t < TOKENS; t++) {                                                             \
-            ISA##_weights inputs = ISA##_load(x + t * job->width);                                                    \
+            ISA##_weights inputs = ISA##_inputs(x + t * job->width);                                                  \
             ISA##_UNROLL for (int i = 0; i < ROWS; i++) sums[i][t] = ISA##_add(sums[i][t], weights[i], inputs);       \
           }                                                                                                           \
         }                                                                                                             \
@@ -336,7 +345,7 @@ enum { SIZE_dense32 = 4, SCALED_dense32 = 0, DENSE_dense32 = 1 };
     }                                                                                                                 \
   }
 
-/* --- products of many tokens. Up to MANY tokens are transposed to tiles of WIDE tokens, [columns, tokens], so that each
+/* --- products of many tokens. Up to MANY tokens are transposed to tiles of WIDE tokens, [columns, tokens]: each
    nonzero weight is multiplied by vectors of tokens, and a zero costs nothing. TOGETHER rows go through PART columns at
    a time, whose x of one tile fit into the first cache: `read` writes their weights one after the other, each with the
    place of its column in the tile; `add_part` holds the sums of a row and a tile in registers. Each sum is made in the
@@ -498,7 +507,8 @@ enum { SIZE_dense32 = 4, SCALED_dense32 = 0, DENSE_dense32 = 1 };
   MANY_TOKENS(ISA, grouped)
 
 #define PRODUCTS(ISA, TYPE)                                                                                           \
-  PRODUCT(ISA, TYPE, 4, 1) PRODUCT(ISA, TYPE, 4, 2) PRODUCT(ISA, TYPE, 2, 4) PRODUCT(ISA, TYPE, 1, 8)
+  PRODUCT(ISA, TYPE, 4, 1)                                                                                            \
+  PRODUCT(ISA, TYPE, 4, 2) PRODUCT(ISA, TYPE, ISA##_ROWS_OF_4, 4) PRODUCT(ISA, TYPE, ISA##_ROWS_OF_8, 8)
 #define LOOPS(ISA)                                                                                                    \
   PRODUCTS(ISA, bf16) PRODUCTS(ISA, half) PRODUCTS(ISA, float) PRODUCTS(ISA, int8) PRODUCTS(ISA, grouped)             \
   PRODUCTS(ISA, dense16) PRODUCTS(ISA, dense32)                                                                       \
@@ -519,7 +529,7 @@ typedef struct {
 } portable_weights;
 typedef portable_weights portable_sums;
 typedef float portable_input;
-enum { portable_LANES = 8, portable_BITS = 0xff, portable_SHIFT = 0 };
+enum { portable_LANES = 8, portable_BITS = 0xff, portable_SHIFT = 0, portable_ROWS_OF_4 = 2, portable_ROWS_OF_8 = 1 };
 #define portable_TARGET
 #define portable_UNIT 1.0f
 #define portable_STEPS
@@ -571,6 +581,7 @@ INLINE int64_t portable_widen_halves(const uint8_t *in, int64_t count, float *ou
   (void)in, (void)count, (void)out;
   return 0;
 }
+#define portable_inputs portable_load
 LOOPS(portable)
 
 #if defined(__x86_64__)
@@ -586,6 +597,7 @@ LOOPS(portable)
 typedef __m256 avx2_weights, avx2_sums;
 typedef float avx2_input;
 enum { avx2_LANES = 8, avx2_WIDE = 12 * 8, avx2_BITS = 0xff << 5, avx2_SHIFT = 5 };
+enum { avx2_ROWS_OF_4 = 2, avx2_ROWS_OF_8 = 1 };
 #define avx2_UNIT 0x1p-24f
 #define avx2_STEPS
 #define avx2_UNROLL UNROLL
@@ -665,6 +677,7 @@ AVX2_INLINE void avx2_place(uint16_t *to, const uint16_t *ranks, int first, int 
   __m128i columns = _mm_add_epi16(_mm_loadu_si128((const __m128i *)ranks), _mm_set1_epi16((short)first));
   _mm_storeu_si128((__m128i *)to, _mm_mullo_epi16(columns, _mm_set1_epi16((short)wide)));
 }
+#define avx2_inputs avx2_load
 LOOPS(avx2)
 #define avx2_bf16_at(from) avx2_expand_dense16(from, avx2_BITS)
 #define avx2_half_at(from) avx2_expand_half(from, avx2_BITS)
@@ -678,15 +691,22 @@ MANIES(avx2)
 #ifdef EMULATED_AVX512
 #define avx512_TARGET
 #define bf16dot_TARGET
+#define words_TARGET
+#define bytes_TARGET
+#define KEEP_IN_REGISTER(in) (void)(in)
 #else
+#define KEEP_IN_REGISTER(in) __asm__("" : "+v"(in))
 #define AVX512_FEATURES "avx2,fma,f16c,popcnt,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl"
 #define avx512_TARGET __attribute__((target(AVX512_FEATURES)))
 #define bf16dot_TARGET __attribute__((target(AVX512_FEATURES ",avx512vbmi2,avx512bf16")))
+#define words_TARGET __attribute__((target(AVX512_FEATURES ",avx512vbmi2")))
+#define bytes_TARGET words_TARGET
 #endif
 #define AVX512_INLINE avx512_TARGET INLINE
 typedef __m512 avx512_weights, avx512_sums;
 typedef float avx512_input;
 enum { avx512_LANES = 16, avx512_WIDE = 8 * 16, avx512_BITS = 0xffff, avx512_SHIFT = 0 };
+enum { avx512_ROWS_OF_4 = 4, avx512_ROWS_OF_8 = 2, avx512_FEW = 32 };
 #define avx512_UNIT 1.0f
 #define avx512_STEPS
 #define avx512_UNROLL UNROLL
@@ -723,6 +743,11 @@ AVX512_INLINE __m512 avx512_expand_dense32(const uint8_t *from, uint64_t bits) {
 AVX512_INLINE uint64_t avx512_count(uint64_t bits) { return (uint32_t)__builtin_popcountll(bits); }
 AVX512_INLINE __m512 avx512_zero(void) { return _mm512_setzero_ps(); }
 AVX512_INLINE __m512 avx512_load(const float *at) { return _mm512_loadu_ps(at); }
+AVX512_INLINE __m512 avx512_inputs(const float *at) { /* in a register: not read again by the product of each row */
+  __m512 in = _mm512_loadu_ps(at);
+  KEEP_IN_REGISTER(in);
+  return in;
+}
 AVX512_INLINE void avx512_store(float *at, __m512 in) { _mm512_storeu_ps(at, in); }
 AVX512_INLINE __m512 avx512_times(__m512 in, float factor) { return _mm512_mul_ps(in, _mm512_set1_ps(factor)); }
 AVX512_INLINE __m512 avx512_add(__m512 sums, __m512 weights, __m512 inputs) {
@@ -759,7 +784,7 @@ typedef __m512i bf16dot_weights;
 typedef __m512 bf16dot_sums;
 typedef uint16_t bf16dot_input;
 #define BF16DOT_INLINE bf16dot_TARGET INLINE
-enum { bf16dot_LANES = 32, bf16dot_SHIFT = 0 };
+enum { bf16dot_LANES = 32, bf16dot_SHIFT = 0, bf16dot_ROWS_OF_4 = 4, bf16dot_ROWS_OF_8 = 2 };
 #define bf16dot_BITS 0xffffffffu
 #define bf16dot_UNIT 1.0f
 #define bf16dot_STEPS UNROLL
@@ -774,7 +799,11 @@ BF16DOT_INLINE __m512i bf16dot_expand_dense16(const uint8_t *from, uint64_t bits
 }
 BF16DOT_INLINE uint64_t bf16dot_count(uint64_t bits) { return (uint32_t)__builtin_popcountll(bits); }
 BF16DOT_INLINE __m512 bf16dot_zero(void) { return _mm512_setzero_ps(); }
-BF16DOT_INLINE __m512i bf16dot_load(const uint16_t *at) { return _mm512_loadu_si512(at); }
+BF16DOT_INLINE __m512i bf16dot_inputs(const uint16_t *at) {
+  __m512i in = _mm512_loadu_si512(at);
+  KEEP_IN_REGISTER(in);
+  return in;
+}
 BF16DOT_INLINE __m512i bf16dot_times(__m512i in, float factor) { /* no type with scales is here */
   (void)factor;
   return in;
@@ -789,6 +818,114 @@ BF16DOT_INLINE float bf16dot_total(__m512 sums) {
 PRODUCTS(bf16dot, bf16)
 PRODUCTS(bf16dot, dense16)
 
+/* --- AVX-512 with VBMI2: 32 columns of bfloat16 at a time, split to the float32 of the even and of the odd ones. */
+
+typedef struct {
+  __m512 part[2];
+} words_weights;
+typedef __m512 words_sums;
+typedef float words_input;
+#define WORDS_INLINE words_TARGET INLINE
+enum { words_LANES = 32, words_SHIFT = 0, words_ROWS_OF_4 = 4, words_ROWS_OF_8 = 2 };
+#define words_BITS 0xffffffffu
+#define words_UNIT 1.0f
+#define words_STEPS UNROLL
+#define words_UNROLL UNROLL
+
+WORDS_INLINE words_weights words_split(__m512i in) {
+  return (words_weights){{_mm512_castsi512_ps(_mm512_slli_epi32(in, 16)),
+                          _mm512_castsi512_ps(_mm512_and_si512(in, _mm512_set1_epi32((int)0xffff0000)))}};
+}
+WORDS_INLINE words_weights words_expand_bf16(const uint8_t *from, uint64_t bits) {
+  return words_split(_mm512_maskz_expand_epi16((__mmask32)bits, _mm512_loadu_si512(from)));
+}
+WORDS_INLINE words_weights words_expand_dense16(const uint8_t *from, uint64_t bits) {
+  (void)bits;
+  return words_split(_mm512_loadu_si512(from));
+}
+WORDS_INLINE uint64_t words_count(uint64_t bits) { return (uint32_t)__builtin_popcountll(bits); }
+WORDS_INLINE __m512 words_zero(void) { return _mm512_setzero_ps(); }
+WORDS_INLINE words_weights words_inputs(const float *at) {
+  return (words_weights){{avx512_inputs(at), avx512_inputs(at + 16)}};
+}
+WORDS_INLINE words_weights words_times(words_weights in, float factor) { /* no type with scales is here */
+  (void)factor;
+  return in;
+}
+WORDS_INLINE __m512 words_add(__m512 sums, words_weights weights, words_weights inputs) {
+  UNROLL for (int k = 0; k < 2; k++) sums = _mm512_fmadd_ps(weights.part[k], inputs.part[k], sums);
+  return sums;
+}
+WORDS_INLINE float words_total(__m512 sums) { return avx512_total(sums); }
+PRODUCTS(words, bf16)
+PRODUCTS(words, dense16)
+
+/* The same for 64 columns of int8, split to four: value * 2^24. */
+typedef struct {
+  __m512 part[4];
+} bytes_weights;
+typedef __m512 bytes_sums;
+typedef float bytes_input;
+enum { bytes_LANES = 64, bytes_SHIFT = 0, bytes_ROWS_OF_4 = 2, bytes_ROWS_OF_8 = 2 };
+#define bytes_BITS UINT64_MAX
+#define bytes_UNIT 0x1p-24f
+#define bytes_STEPS
+#define bytes_UNROLL UNROLL
+
+WORDS_INLINE bytes_weights bytes_expand_int8(const uint8_t *from, uint64_t bits) {
+  const __m512i in = _mm512_maskz_expand_epi8((__mmask64)bits, _mm512_loadu_si512(from));
+  const __m512i highest = _mm512_set1_epi32((int)0xff000000);
+  return (bytes_weights){{_mm512_cvtepi32_ps(_mm512_slli_epi32(in, 24)),
+                          _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_slli_epi32(in, 16), highest)),
+                          _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_slli_epi32(in, 8), highest)),
+                          _mm512_cvtepi32_ps(_mm512_and_si512(in, highest))}};
+}
+WORDS_INLINE bytes_weights bytes_expand_grouped(const uint8_t *from, uint64_t bits) {
+  return bytes_expand_int8(from, bits);
+}
+WORDS_INLINE uint64_t bytes_count(uint64_t bits) { return (uint32_t)__builtin_popcountll(bits); }
+WORDS_INLINE __m512 bytes_zero(void) { return _mm512_setzero_ps(); }
+WORDS_INLINE bytes_weights bytes_inputs(const float *at) {
+  return (bytes_weights){{avx512_inputs(at), avx512_inputs(at + 16), avx512_inputs(at + 32), avx512_inputs(at + 48)}};
+}
+WORDS_INLINE bytes_weights bytes_times(bytes_weights in, float factor) {
+  UNROLL for (int k = 0; k < 4; k++) in.part[k] = _mm512_mul_ps(in.part[k], _mm512_set1_ps(factor));
+  return in;
+}
+WORDS_INLINE __m512 bytes_add(__m512 sums, bytes_weights weights, bytes_weights inputs) {
+  UNROLL for (int k = 0; k < 4; k++) sums = _mm512_fmadd_ps(weights.part[k], inputs.part[k], sums);
+  return sums;
+}
+WORDS_INLINE float bytes_total(__m512 sums) { return avx512_total(sums); }
+PRODUCTS(bytes, int8)
+PRODUCTS(bytes, grouped)
+
+/* Sorts each BLOCK of a line: first its even columns of each half, then the odd ones. */
+words_TARGET static void words_sort(float *line, int64_t width) {
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  for (float *at = line; at < line + width; at += 32) {
+    __m512 low = _mm512_load_ps(at), high = _mm512_load_ps(at + 16);
+    _mm512_store_ps(at, _mm512_permutex2var_ps(low, even, high));
+    _mm512_store_ps(at + 16, _mm512_permutex2var_ps(low, odd, high));
+  }
+}
+
+/* Sorts each BLOCK of a line: its columns 0, 4, 8 …, then 1, 5, 9 …, 2 … and 3 … */
+words_TARGET static void bytes_sort(float *line, int64_t width) {
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  words_sort(line, width);
+  for (float *at = line; at < line + width; at += 64) {
+    __m512 evens = _mm512_load_ps(at), odds = _mm512_load_ps(at + 16);
+    __m512 more_evens = _mm512_load_ps(at + 32), more_odds = _mm512_load_ps(at + 48);
+    _mm512_store_ps(at, _mm512_permutex2var_ps(evens, even, more_evens));
+    _mm512_store_ps(at + 16, _mm512_permutex2var_ps(odds, even, more_odds));
+    _mm512_store_ps(at + 32, _mm512_permutex2var_ps(evens, odd, more_evens));
+    _mm512_store_ps(at + 48, _mm512_permutex2var_ps(odds, odd, more_odds));
+  }
+}
+
 #elif defined(__aarch64__)
 
 /* --- NEON: the same shuffles as AVX2, two vectors of 4 floats at a time */
@@ -797,6 +934,7 @@ PRODUCTS(bf16dot, dense16)
 typedef float32x4x2_t neon_weights, neon_sums;
 typedef float neon_input;
 enum { neon_LANES = 8, neon_WIDE = 8 * 8, neon_BITS = 0xff << 5, neon_SHIFT = 5 };
+enum { neon_ROWS_OF_4 = 2, neon_ROWS_OF_8 = 1 };
 #define neon_UNIT 1.0f
 #define neon_STEPS
 #define neon_UNROLL UNROLL
@@ -881,6 +1019,7 @@ INLINE void neon_transpose(const float *from, int64_t stride, float *to, int64_t
 INLINE void neon_place(uint16_t *to, const uint16_t *ranks, int first, int wide) {
   vst1q_u16(to, vmulq_n_u16(vaddq_u16(vld1q_u16(ranks), vdupq_n_u16((uint16_t)first)), (uint16_t)wide));
 }
+#define neon_inputs neon_load
 LOOPS(neon)
 #define neon_bf16_at(from) neon_expand_dense16(from, neon_BITS)
 #define neon_half_at(from) neon_expand_half(from, neon_BITS)
@@ -893,6 +1032,8 @@ MANIES(neon)
 
 /* --- calls */
 
+static const uint8_t SIZES[TYPES] = {[BF16] = 2, [HALF] = 2, [FLOAT] = 4, [INT8] = 1, [GROUPED_INT8] = 1,
+                                     [DENSE_BF16] = 2, [DENSE_FLOAT] = 4};
 typedef void (*loop)(const struct job *, int64_t, int64_t);
 #define FOR_TOKENS(ISA, TYPE) {ISA##_##TYPE##_1, ISA##_##TYPE##_2, ISA##_##TYPE##_4, ISA##_##TYPE##_8}
 #define FOR_TYPES(ISA)                                                                                                \
@@ -918,14 +1059,23 @@ static const struct {
   void (*widen)(const uint8_t *, int32_t, int64_t, float *);
   loop many[TYPES], tiles;
   int64_t wide; /* tokens of a tile */
+  int64_t few;  /* tokens up to which the loop of up to MOST_TOKENS, as often as needed, is faster */
+  void (*sort[TYPES])(float *, int64_t); /* columns of x, or NULL: they stay as they are */
 } variants[ISAS] = {
     [PORTABLE] = {FOR_TYPES(portable), UNPACKING(portable), portable_widen, {0}, NULL, 0},
 #if defined(__x86_64__)
     [AVX2] = {FOR_TYPES(avx2), UNPACKING(avx2), avx2_widen, FOR_MANY(avx2), avx2_tiles, avx2_WIDE},
     [AVX512] = {FOR_TYPES(avx512), UNPACKING(avx512), avx512_widen, FOR_MANY(avx512), avx512_tiles,
-                avx512_WIDE},
+                avx512_WIDE, avx512_FEW},
     [AVX512_BF16] = {FOR_TYPES(avx512), UNPACKING(avx512), avx512_widen, FOR_MANY(avx512), avx512_tiles,
-                     avx512_WIDE},
+                     avx512_WIDE, avx512_FEW},
+    [AVX512_VBMI2] = {{[BF16] = FOR_TOKENS(words, bf16), [HALF] = FOR_TOKENS(avx512, half),
+                       [FLOAT] = FOR_TOKENS(avx512, float), [INT8] = FOR_TOKENS(bytes, int8),
+                       [GROUPED_INT8] = FOR_TOKENS(bytes, grouped), [DENSE_BF16] = FOR_TOKENS(words, dense16),
+                       [DENSE_FLOAT] = FOR_TOKENS(avx512, dense32)},
+                      UNPACKING(avx512), avx512_widen, FOR_MANY(avx512), avx512_tiles, avx512_WIDE, avx512_FEW,
+                      {[BF16] = words_sort, [INT8] = bytes_sort, [GROUPED_INT8] = bytes_sort,
+                       [DENSE_BF16] = words_sort}},
 #elif defined(__aarch64__)
     [NEON] = {FOR_TYPES(neon), UNPACKING(neon), neon_widen, FOR_MANY(neon), neon_tiles, neon_WIDE},
 #endif
@@ -966,6 +1116,20 @@ static int wrong(const struct matrix *matrix) {
          matrix->type >= TYPES || matrix->rows < 0 || matrix->columns < 0 || matrix->count < 0 || matrix->groups < 1;
 }
 
+static size_t tail_size(const struct matrix *matrix) {
+  return 2 * (size_t)(matrix->columns + BLOCK) * SIZES[matrix->type];
+}
+
+/* The tail: as many values as a row reads at most, then as many zeros. A row that begins in it ends in it. */
+static void write_tail(struct job *job, uint8_t *tail) {
+  const struct matrix *matrix = job->matrix;
+  const int64_t most = matrix->columns + BLOCK, length = matrix->count < most ? matrix->count : most;
+  const size_t size = SIZES[matrix->type], filled = (size_t)length * size;
+  job->tail = tail, job->tail_at = (uint64_t)(matrix->count - length);
+  if (filled > 0) memcpy(tail, matrix->values + job->tail_at * size, filled);
+  memset(tail + filled, 0, tail_size(matrix) - filled);
+}
+
 /* y [tokens, R] = x [tokens, C] times the weight's transpose, plus the bias; up to 8 tokens. `type` of x and y: BF16,
    HALF or FLOAT. */
 int32_t atp_product(const struct matrix *matrix, const uint8_t *x, int32_t type, int32_t tokens, uint8_t *y,
@@ -974,14 +1138,15 @@ int32_t atp_product(const struct matrix *matrix, const uint8_t *x, int32_t type,
   if (tokens == 0 || matrix->rows == 0) return FINE;
   int64_t columns = matrix->columns, width = (columns + BLOCK - 1) / BLOCK * BLOCK, work_to_do = matrix->rows * columns;
   int which = tokens > 4 ? 3 : tokens > 2 ? 2 : tokens - 1, padded = 1 << which;
-  loop chosen = variants[matrix->isa].product[matrix->type][which];
-  int dot = 0;
+  int32_t isa = matrix->isa, dot = 0;
+  if (isa == AVX512_VBMI2 && matrix->type == GROUPED_INT8 && columns / matrix->groups % BLOCK) isa = AVX512;
+  loop chosen = variants[isa].product[matrix->type][which];
 #if defined(__x86_64__)
   dot = matrix->isa == AVX512_BF16 && type == BF16 && (matrix->type == BF16 || matrix->type == DENSE_BF16);
   if (dot) chosen = dots[matrix->type == DENSE_BF16][which];
 #endif
-  size_t size = dot ? 2 : 4, line = (size_t)width * size;
-  uint8_t *memory = malloc(line * (size_t)padded + 64);
+  const size_t size = dot ? 2 : 4, line = (size_t)width * size, of_inputs = line * (size_t)padded;
+  uint8_t *memory = malloc(of_inputs + 64 + tail_size(matrix));
   if (memory == NULL) return NO_MEMORY;
   uint8_t *inputs = memory + (64 - (uintptr_t)memory % 64) % 64;
   for (int t = 0; t < padded; t++) {
@@ -991,11 +1156,13 @@ int32_t atp_product(const struct matrix *matrix, const uint8_t *x, int32_t type,
     if (filled > 0 && dot)
       memcpy(to, from, filled);
     else if (filled > 0)
-      variants[matrix->isa].widen(from, type, columns, (float *)(void *)to);
+      variants[isa].widen(from, type, columns, (float *)(void *)to);
     memset(to + filled, 0, line - filled);
+    if (variants[isa].sort[matrix->type]) variants[isa].sort[matrix->type]((float *)(void *)to, width);
   }
   struct job job = {.matrix = matrix, .x = inputs, .width = width, .tokens = tokens, .y = y, .y_type = type,
                     .loop = chosen, .first = 0, .last = matrix->rows};
+  write_tail(&job, inputs + of_inputs);
   run(&job, 4, INT64_MAX, work_to_do * padded, threads);
   free(memory);
   return FINE;
@@ -1009,6 +1176,15 @@ int32_t atp_product_of_many(const struct matrix *matrix, const uint8_t *x, int32
     return WRONG_ARGUMENT;
   if (tokens == 0 || matrix->rows == 0) return FINE;
   const int64_t columns = matrix->columns, wide = variants[matrix->isa].wide, size = size_of(type);
+  if (tokens <= variants[matrix->isa].few) {
+    for (int64_t start = 0; start < tokens; start += MOST_TOKENS) {
+      const int64_t together = tokens - start < MOST_TOKENS ? tokens - start : MOST_TOKENS;
+      const int32_t error = atp_product(matrix, x + start * columns * size, type, (int32_t)together,
+                                        y + start * matrix->rows * size, threads);
+      if (error != FINE) return error;
+    }
+    return FINE;
+  }
   const int64_t groups = (tokens + MANY - 1) / MANY, most = ((tokens + groups - 1) / groups + wide - 1) / wide * wide;
   uint8_t *memory = malloc((size_t)(columns * most) * sizeof(float) + 64);
   if (memory == NULL) return NO_MEMORY;

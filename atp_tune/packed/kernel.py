@@ -9,8 +9,8 @@ A packed weight [R, C] is
 `offsets` [R + 1]           int64, never stored: where each row's values start, and at the end their count
 
 All sums are in float32. The same input gives the same bits at every run, with any number of threads, and whatever
-tokens are beside it, up to BATCH in all, or more. Without the library, or with ATP_TUNE_ISA=torch, torch's own
-operations compute the same, slowly.
+tokens are beside it, up to BATCH in all (of a variant in FEW: up to its number), or more. Without the library, or with
+ATP_TUNE_ISA=torch, torch's own operations compute the same, slowly.
 """
 
 import ctypes
@@ -19,14 +19,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from atp_tune.packed.library import ALONE, VARIANTS, Weight, kernel_name, library, parallel, succeed
+from atp_tune.packed.library import (
+    ALONE,
+    VARIANTS,
+    Weight,
+    kernel_name,
+    library,
+    parallel,
+    succeed,
+    torch_multiplies_bfloat16,
+)
 
 __all__ = ["BATCH", "DenseMatrix", "PackedMatrix", "check_interface", "check_parts", "kernel_name", "row_offsets"]
 
 INTERFACE = 3  # of what modeling_atp_sparse.py calls; a copy of it lies in each packed folder, perhaps an older one
 BATCH = 8  # tokens up to which each weight is expanded to a vector
 FLOATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # the numbers are those of kernel.c
-FOR_MANY = ("avx512-bf16", "avx512", "avx2", "neon")  # variants with a loop for more tokens
+FEW = {"avx512-vbmi2": 32, "avx512-bf16": 32, "avx512": 32}  # tokens up to which they go BATCH by BATCH
+FOR_MANY = (*FEW, "avx2", "neon")  # variants with a loop for more tokens
 INT8, GROUPED_INT8, DENSE = 3, 4, {torch.bfloat16: 5, torch.float32: 6}
 
 # The operator's: what it was called with, by addresses and sizes, which are all that a `Weight` holds.
@@ -77,7 +87,7 @@ class PackedMatrix:
         if kind is None or len(shape) != 2 or shape[1] != self.shape[1] or not x.is_cpu:
             needed = f"[tokens, {self.shape[1]}] of a float type on the CPU"
             raise ValueError(f"packed weight: x is {_words(x)}; needed: {needed}")
-        if shape[0] > BATCH and not is_for_many(self._name, x.dtype):
+        if not multiplies(self._name, x.dtype, shape[0]):
             return None
         if self._library is not None:
             return _product(self._library, self._at, x, kind, self.shape[0])
@@ -110,7 +120,7 @@ class PackedMatrix:
 
 
 class DenseMatrix:
-    """The same loops over a weight [R, C] of bfloat16 or float32 that is not packed: what benchmarks compare with."""
+    """The same loops over a finite weight [R, C] of bfloat16 or float32 that is not packed, for benchmarks."""
 
     def __init__(self, weight: Tensor) -> None:
         loaded, name = library(), kernel_name()
@@ -164,7 +174,7 @@ def linear(
     """
     columns, rows = x.shape[-1], len(bitmask)
     flat, name, loaded = x.reshape(-1, columns), kernel_name(), library()
-    if name is None or loaded is None or (len(flat) > BATCH and not is_for_many(name, x.dtype)):
+    if name is None or loaded is None or not multiplies(name, x.dtype, len(flat)):
         return _slow_linear(x, PackedMatrix(values, bitmask, columns, scales, bias))
     known = (
         name, columns, values.data_ptr(), values.dtype, values.shape, bitmask.data_ptr(), bitmask.shape,
@@ -187,11 +197,12 @@ def linear(
     return y.view(*x.shape[:-1], rows)
 
 
-def is_for_many(name: str | None, dtype: torch.dtype) -> bool:
-    """Whether a variant multiplies more than BATCH tokens of a type itself; CPUs with products of bfloat16 leave those
-    to torch.
-    """
-    return name in FOR_MANY and not (name == "avx512-bf16" and dtype == torch.bfloat16)
+def multiplies(name: str | None, dtype: torch.dtype, tokens: int) -> bool:
+    """Whether a variant multiplies so many tokens of a type; more than a few bfloat16 ones only where torch is slow."""
+    if tokens <= BATCH:
+        return True
+    slower = dtype == torch.bfloat16 and torch_multiplies_bfloat16()
+    return name in FOR_MANY and (tokens <= FEW.get(name, 0) or not slower)
 
 
 def _slow_linear(x: Tensor, matrix: PackedMatrix) -> Tensor:
