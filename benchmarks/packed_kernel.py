@@ -1,9 +1,9 @@
 """Products with packed weights against dense ones: `python benchmarks/packed_kernel.py`, two minutes.
 
-Each way goes through as many matrices of a shape as fill 96 MB, so that weights come from memory, as they do in a
-model. The ways take turns; the numbers are medians: of the processor's time with one thread, which other jobs on the
-machine lengthen less, else of time on the wall. Ratios are times of torch's own dense product, bfloat16 or float32,
-over the packed one's; "dense" is the packed kernel's loop over a dense weight, tuned alike.
+Each way goes through as many matrices of a shape as fill 768 MB, more than the last cache, so that weights come from
+memory, as they do in a model. The ways take turns; the numbers are medians: of the processor's time with one thread,
+which other jobs on the machine lengthen less, else of time on the wall. Ratios are times of torch's own dense product,
+bfloat16 or float32, over the packed one's; "dense" is the packed kernel's loop over a dense weight, tuned alike.
 """
 
 import argparse
@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from atp_tune.packed.kernel import DenseMatrix, PackedMatrix, kernel_name
+from atp_tune.packed import dense
+from atp_tune.packed.kernel import PackedMatrix, kernel_name
 
 SHAPES = [(2048, 5632), (5632, 2048), (576, 1536)]  # [out, in]
-BYTES = 96 << 20
+BYTES = 768 << 20
 Way = Callable[[Tensor], object]
 
 
@@ -43,9 +44,9 @@ def ways(shape: tuple[int, int], sparsity: float) -> Iterator[tuple[str, torch.d
         return range(max(2, int(BYTES / (size * weight.numel()))))
 
     for dtype, size in ((torch.bfloat16, 2), (torch.float32, 4)):
-        dense = [weight.to(dtype).clone() for _ in copies(size)]
-        yield "torch", dtype, [partial(functional.linear, weight=w) for w in dense]
-        yield "dense", dtype, [DenseMatrix(w).product for w in dense]
+        weights = [weight.to(dtype).clone() for _ in copies(size)]
+        yield "torch", dtype, [partial(functional.linear, weight=w) for w in weights]
+        yield "dense", dtype, [partial(dense.linear, weight=w) for w in weights]
     density = 1 - sparsity
     for dtype, size, inputs in (
         (torch.bfloat16, 2, torch.bfloat16), (torch.float32, 4, torch.float32), (torch.int8, 1, torch.bfloat16)

@@ -96,6 +96,10 @@ def lines(engine: str, batch: int, large: bool) -> Iterator[tuple[str, Callable[
         for name, shape in LARGE.items():
             yield f"random Llama, {name}, 70 %, {after}", partial(wide, 70, shape)
         return
+    if batch > 1:
+        yield f"SmolLM2-135M, 70 %, {after}", partial(smol, 70)
+        yield f"random Llama, 4 blocks of width 2048, 70 %, {after}", partial(wide, 70, WIDE)
+        return
     for percent in (50, 60, 70, *([80] if engine == "packed" else [])):
         yield f"SmolLM2-135M, {percent} %, {after}", partial(smol, percent)
     for percent in (50, 70) if engine == "packed" else (70,):

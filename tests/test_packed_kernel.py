@@ -18,8 +18,8 @@ from families import few
 from packedweights import FLOATS, Guarded, close, pack, sparse
 from torch import Tensor
 
-from atp_tune.packed import kernel, library
-from atp_tune.packed.kernel import BATCH, FEW, DenseMatrix, PackedMatrix, kernel_name, multiplies, row_offsets
+from atp_tune.packed import dense, kernel, library
+from atp_tune.packed.kernel import BATCH, FEW, PackedMatrix, kernel_name, multiplies, row_offsets
 
 TYPES = (*FLOATS, torch.int8)
 SHAPES = [(1, 1), (3, 7), (5, 31), (1, 33), (5, 64), (3, 576), (5, 1000), (150, 1000)]
@@ -271,17 +271,36 @@ def test_the_threads_are_torchs() -> None:
     assert library.parallel() is not None
 
 
-def test_the_dense_kernel(variant: str) -> None:
-    if variant == "torch":
-        with pytest.raises(ValueError, match="the kernel None"):
-            DenseMatrix(torch.zeros(1, 1))
-        return
-    for dtype in (torch.bfloat16, torch.float32):
-        for shape in SHAPES[:-1]:
-            weight = torch.randn(shape).to(dtype)
-            for inputs in FLOATS:
-                x = torch.randn(3, shape[1]).to(inputs)
-                close(DenseMatrix(weight).product(x), x, weight)
+def test_dense_weights(variant: str) -> None:
+    for dtype, shape in product((torch.bfloat16, torch.float32), ((1, 64), (5, 192), (130, 640), (1000, 576))):
+        weight, bias = torch.randn(shape).to(dtype), torch.randn(shape[0]).to(dtype)
+        for tokens in (1, 2, 3, 4, 7, 8):
+            x = torch.randn(1, tokens, shape[1]).to(dtype)
+            y, other = dense.linear(x, weight), dense.linear(x, weight, bias)
+            if variant == "torch":
+                assert y is None and other is None
+                continue
+            assert y is not None and other is not None and y.shape == (1, tokens, shape[0]) and y.dtype == dtype
+            close(y[0], x[0], weight)
+            close(other[0], x[0], weight, bias)
+
+
+def test_dense_weights_that_are_left_to_torch() -> None:
+    weight, x = torch.randn(6, 128), torch.randn(4, 128)
+    assert dense.linear(x, weight) is not None
+    for other, values in (
+        (weight.half(), x.half()),
+        (weight, x.bfloat16()),
+        (weight.double(), x.double()),
+        (weight[:, :100], x[:, :100]),
+        (torch.randn(6, 100), x[:, :100]),
+        (weight.to("meta"), x.to("meta")),
+        (weight, torch.randn(9, 128)),
+        (weight, torch.randn(0, 128)),
+        (weight, torch.randn(4, 64)),
+    ):
+        assert dense.linear(values, other) is None
+    assert dense.linear(x, weight, torch.randn(6).half()) is None
 
 
 def test_offsets(variant: str) -> None:

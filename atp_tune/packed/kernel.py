@@ -30,14 +30,14 @@ from atp_tune.packed.library import (
     torch_multiplies_bfloat16,
 )
 
-__all__ = ["BATCH", "DenseMatrix", "PackedMatrix", "check_interface", "check_parts", "kernel_name", "row_offsets"]
+__all__ = ["BATCH", "PackedMatrix", "check_interface", "check_parts", "kernel_name", "product", "row_offsets"]
 
-INTERFACE = 3  # of what modeling_atp_sparse.py calls; a copy of it lies in each packed folder, perhaps an older one
+INTERFACE = 4  # of what modeling_atp_sparse.py calls; a copy of it lies in each packed folder, perhaps an older one
 BATCH = 8  # tokens up to which each weight is expanded to a vector
 FLOATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # the numbers are those of kernel.c
 FEW = {"avx512-vbmi2": 32, "avx512-bf16": 32, "avx512": 32}  # tokens up to which they go BATCH by BATCH
 FOR_MANY = (*FEW, "avx2", "neon")  # variants with a loop for more tokens
-INT8, GROUPED_INT8, DENSE = 3, 4, {torch.bfloat16: 5, torch.float32: 6}
+INT8, GROUPED_INT8 = 3, 4
 
 # The operator's: what it was called with, by addresses and sizes, which are all that a `Weight` holds.
 _WEIGHTS: dict[object, Weight] = {}
@@ -90,7 +90,7 @@ class PackedMatrix:
         if not multiplies(self._name, x.dtype, shape[0]):
             return None
         if self._library is not None:
-            return _product(self._library, self._at, x, kind, self.shape[0])
+            return product(self._library, self._at, x, kind, self.shape[0])
         bias = None if self.bias is None else self.bias.float()
         return functional.linear(x.float(), self._plain_rows(0, self.shape[0]).float(), bias).to(x.dtype)
 
@@ -117,31 +117,6 @@ class PackedMatrix:
         if self.scales is None:
             return out
         return out * self.scales[first:last].repeat_interleave(self.shape[1] // self.scales.shape[1], dim=1)
-
-
-class DenseMatrix:
-    """The same loops over a finite weight [R, C] of bfloat16 or float32 that is not packed, for benchmarks."""
-
-    def __init__(self, weight: Tensor) -> None:
-        loaded, name = library(), kernel_name()
-        if (
-            loaded is None
-            or name is None
-            or weight.dtype not in DENSE
-            or not (weight.is_cpu and weight.is_contiguous())
-        ):
-            raise ValueError(f"dense weight: is {_words(weight)}, the kernel {name}")
-        self.weight, self._library = weight, loaded
-        rows, columns = weight.shape
-        places, numbers = (weight.data_ptr(), None, None, None, None, parallel()), (rows, columns, weight.numel(), 1)
-        self._fields = Weight(*places, *numbers, DENSE[weight.dtype], 0, VARIANTS[name], ALONE)
-        self._at = ctypes.addressof(self._fields)
-
-    def product(self, x: Tensor) -> Tensor:
-        """The product y [M, R] of x [M, C], up to BATCH tokens of a float type; nothing is checked."""
-        y = _product(self._library, self._at, x, FLOATS[x.dtype], len(self.weight))
-        assert y is not None
-        return y
 
 
 def row_offsets(bitmask: Tensor, columns: int, count: int | None = None) -> Tensor:
@@ -191,7 +166,7 @@ def linear(
         _WEIGHTS[known] = weight
     if x.dtype not in FLOATS:
         raise ValueError(f"packed weight: x is {_words(x)}; needed: a float type")
-    y = _product(loaded, ctypes.addressof(weight), flat, FLOATS[x.dtype], rows)
+    y = product(loaded, ctypes.addressof(weight), flat, FLOATS[x.dtype], rows)
     if y is None:
         return _slow_linear(x, PackedMatrix(values, bitmask, columns, scales, bias))
     return y.view(*x.shape[:-1], rows)
@@ -222,7 +197,7 @@ def _fake_linear(
     return x.new_empty((*x.shape[:-1], bitmask.shape[0]))
 
 
-def _product(loaded: ctypes.CDLL, weight: int, x: Tensor, kind: int, rows: int) -> Tensor | None:
+def product(loaded: ctypes.CDLL, weight: int, x: Tensor, kind: int, rows: int) -> Tensor | None:
     """The product [M, R] of x, whose shape fits, by the weight at an address; None if many tokens are not finite."""
     x = x.contiguous()
     y = x.new_empty((x.shape[0], rows))

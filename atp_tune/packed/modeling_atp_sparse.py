@@ -27,9 +27,9 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 try:
-    from atp_tune.packed import gpu, kernel
+    from atp_tune.packed import dense, gpu, kernel
 
-    kernel.check_interface(3)
+    kernel.check_interface(4)
 except ImportError as error:  # a folder is loaded where atp_tune, or a version that fits this file, is not installed
     kernel, MISSING = None, str(error)  # type: ignore[assignment]
 else:
@@ -50,6 +50,7 @@ AUTO_CLASSES = {
     "AutoModelForImageTextToText": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 }
 PARTS = VALUES, BITMASK, SCALES = "_values", "_bitmask", "_scales"  # ends of the names of the tensors of a packed one
+_OWN = ("weight_values", "weight_bitmask", "weight_scales", "bias")  # parameters of a packed linear
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -133,10 +134,11 @@ class SparseLinear(nn.Module):
         self.weight_values = frozen(nonzeros, dtype=values or dtype)
         self.weight_bitmask = frozen(self.out_features, -(-self.in_features // 8), dtype=torch.uint8)
         scaled = values == torch.int8
-        self.weight_scales = frozen(self.out_features, groups, dtype=torch.float32) if scaled else None
-        self.bias = None if linear.bias is None else frozen(self.out_features)
+        scales = frozen(self.out_features, groups, dtype=torch.float32) if scaled else None
+        self.register_parameter("weight_scales", scales)
+        self.register_parameter("bias", None if linear.bias is None else frozen(self.out_features))
         self._matrix: Any = None  # of the kernel, made of these tensors when it is first needed
-        self._places: list[int | None] = []  # where they lay then
+        self._places: tuple[int | None, ...] = ()  # where they lay then
         self._offsets: Tensor | None = None  # of the rows in the values
         self.register_load_state_dict_post_hook(_look_again)  # type: ignore[no-untyped-call]
 
@@ -174,27 +176,25 @@ class SparseLinear(nn.Module):
 
     def _of_kernel(self, x: Tensor) -> Any:
         """The weight for the kernel; None where it does not run."""
-        device = x.device
-        if device.type not in ("cpu", "cuda"):
+        own = self._parameters  # attributes take a microsecond each
+        parts = values, bitmask, scales, bias = [own[name] for name in _OWN]
+        if torch.float64 in (x.dtype, values.dtype):
             return None
-        if kernel is None or (device.type == "cpu" and kernel.kernel_name() is None):
-            logger.warning_once(SLOW)
-            return None
-        if device.type == "cuda" and not gpu.has_kernel(device):
-            return None
-        if torch.float64 in (x.dtype, self.weight_values.dtype):
-            return None
-        parts: list[Any] = [self.weight_values, self.weight_bitmask, self.weight_scales, self.bias]
-        places = [None if part is None else part.data_ptr() for part in parts]
-        places.append(0 if self.weight_bitmask.is_inference() else self.weight_bitmask._version)  # where rows start
+        places = (
+            values.data_ptr(), bitmask.data_ptr(),
+            None if scales is None else scales.data_ptr(), None if bias is None else bias.data_ptr(),
+            0 if bitmask.is_inference() else bitmask._version,  # where rows start
+        )  # fmt: skip
         if self._matrix is None or places != self._places:  # new, moved or changed
+            device = values.device
+            if not _has_kernel(device):
+                return None
             held: list[Any] = [None if part is None else part.detach() for part in parts]
             values, bitmask, scales, bias = held
             kind = kernel.PackedMatrix if device.type == "cpu" else gpu.GpuMatrix
             matrix = kind(values, bitmask, self.in_features, scales, bias)  # which keeps them
-            hook = getattr(
-                self, "_hf_hook", None
-            )  # of accelerate, which may fetch the weights for each use, and free them
+            # accelerate may fetch the weights for each use, and free them
+            hook = getattr(self, "_hf_hook", None)
             if hook is not None and getattr(hook, "offload", True):
                 return matrix
             self._matrix, self._places, self._offsets = matrix, places, matrix.offsets
@@ -223,6 +223,38 @@ class SparseLinear(nn.Module):
         """As of `nn.Linear`, with the share of zeros."""
         zeros = 1 - len(self.weight_values) / (self.in_features * self.out_features)
         return f"in_features={self.in_features}, out_features={self.out_features}, zeros={zeros:.1%}"
+
+
+class DenseLinear(nn.Linear):
+    """An `nn.Linear` of a packed model, such as its head: few tokens by the loops of atp_tune's kernel if it has any.
+
+    Those read a weight faster than torch's. Instances are made of an `nn.Linear` by another `__class__`.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiplies x [..., in] to y [..., out]."""
+        learns = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        if kernel is None or learns or torch.compiler.is_compiling():
+            return super().forward(x)
+        y = dense.linear(x, self.weight, self.bias)
+        return super().forward(x) if y is None else y
+
+
+def speed_dense_linears(model: nn.Module) -> None:
+    """Makes a `DenseLinear` of each `nn.Linear`, in place."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = DenseLinear
+
+
+def _has_kernel(device: torch.device) -> bool:
+    """Whether a kernel multiplies on this device; a line says once if it is missing."""
+    if device.type not in ("cpu", "cuda"):
+        return False
+    if kernel is None or (device.type == "cpu" and kernel.kernel_name() is None):
+        logger.warning_once(SLOW)
+        return False
+    return device.type == "cpu" or gpu.has_kernel(device)
 
 
 def _look_again(linear: SparseLinear, _: Any) -> None:
@@ -323,6 +355,7 @@ def packed_model(config_class: Any, family: Any, auto_class: str) -> Any:
     def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         super(made, self).__init__(config, *args, **kwargs)
         _replace_linears(self, getattr(config, MODEL_TYPE))
+        speed_dense_linears(self)
 
     def from_pretrained(
         cls: Any, path: Any, /, *args: Any, config: Any = None, dequantize: bool = False, **options: Any

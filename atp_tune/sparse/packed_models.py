@@ -9,7 +9,7 @@ from torch import nn
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.packed.kernel import kernel_name
 from atp_tune.packed.layout import LEAST, Kind, packed_linear, zeros_of
-from atp_tune.packed.modeling_atp_sparse import is_packable
+from atp_tune.packed.modeling_atp_sparse import is_packable, speed_dense_linears
 
 
 def is_fast(device: torch.device) -> bool:
@@ -24,11 +24,12 @@ def pack_if_faster(checkpoint: Checkpoint) -> None:
 
 
 def pack_linears(checkpoint: Checkpoint, kind: Kind = "same") -> int:
-    """Replaces the sparse linears of a model by packed ones; their number."""
+    """Replaces the sparse linears of a model by packed ones, and speeds the others; the number of packed ones."""
     found = list(_sparse(checkpoint))
     for block, name, linear in found:
         parent, _, last = name.rpartition(".")
         setattr(block.get_submodule(parent), last, packed_linear(linear, kind))
+    speed_dense_linears(checkpoint.model)
     return len(found)
 
 
