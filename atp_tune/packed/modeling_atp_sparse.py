@@ -122,6 +122,9 @@ class SparseLinear(nn.Module):
     values: their dtype, by default that of the linear; groups: number of scales of a row of int8 values.
     """
 
+    weight_scales: nn.Parameter | None
+    bias: nn.Parameter | None
+
     def __init__(self, linear: Any, nonzeros: int, values: torch.dtype | None = None, groups: int = 1) -> None:
         super().__init__()
         self.transposed = isinstance(linear, Conv1D)
