@@ -179,7 +179,7 @@ class SparseLinear(nn.Module):
 
     def _of_kernel(self, x: Tensor) -> Any:
         """The weight for the kernel; None where it does not run."""
-        own = self._parameters  # attributes take a microsecond each
+        own: dict[str, Any] = self._parameters  # attributes take a microsecond each
         parts = values, bitmask, scales, bias = [own[name] for name in _OWN]
         if torch.float64 in (x.dtype, values.dtype):
             return None
