@@ -18,7 +18,7 @@ from families import few
 from packedweights import FLOATS, Guarded, close, pack, sparse
 from torch import Tensor
 
-from atp_tune.packed import dense, kernel, library
+from atp_tune.packed import kernel, kernel_dense, library
 from atp_tune.packed.kernel import BATCH, FEW, PackedMatrix, kernel_name, multiplies, row_offsets
 
 TYPES = (*FLOATS, torch.int8)
@@ -210,8 +210,9 @@ def test_the_same_bits(variant: str, threads: None) -> None:
     """At every run, with any number of threads, and with other tokens beside."""
     if variant == "torch":
         pytest.skip("torch's own order")
-    for dtype in (torch.bfloat16, torch.float32):
-        matrix, x = pack(sparse((130, 640), dtype)), torch.randn(BATCH, 640).bfloat16()
+    for dtype in (torch.bfloat16, torch.float32, torch.int8):
+        scales = torch.rand(130, 5) if dtype == torch.int8 else None
+        matrix, x = pack(sparse((130, 640), dtype), scales), torch.randn(BATCH, 640).bfloat16()
         torch.set_num_threads(1)
         expected, rows = matrix.product(x), matrix.rows(0, 130)
         for number in (2, 3, 1, 2):
@@ -271,13 +272,13 @@ def test_the_threads_are_torchs() -> None:
     assert library.parallel() is not None
 
 
-def test_dense_weights(variant: str) -> None:
+def test_dense_weights(variant: str, guarded: Guarded) -> None:
     for dtype, shape in product((torch.bfloat16, torch.float32), ((1, 64), (5, 192), (130, 640), (1000, 576))):
-        weight, bias = torch.randn(shape).to(dtype), torch.randn(shape[0]).to(dtype)
+        weight, bias = guarded.place(torch.randn(shape).to(dtype)), torch.randn(shape[0]).to(dtype)
         for tokens in (1, 2, 3, 4, 7, 8):
             x = torch.randn(1, tokens, shape[1]).to(dtype)
-            y, other = dense.linear(x, weight), dense.linear(x, weight, bias)
-            if variant == "torch":
+            y, other = kernel_dense.linear(x, weight), kernel_dense.linear(x, weight, bias)
+            if variant not in kernel_dense.FASTER:
                 assert y is None and other is None
                 continue
             assert y is not None and other is not None and y.shape == (1, tokens, shape[0]) and y.dtype == dtype
@@ -286,21 +287,29 @@ def test_dense_weights(variant: str) -> None:
 
 
 def test_dense_weights_that_are_left_to_torch() -> None:
+    if kernel_name() not in kernel_dense.FASTER:
+        pytest.skip("needs a variant for dense weights")
     weight, x = torch.randn(6, 128), torch.randn(4, 128)
-    assert dense.linear(x, weight) is not None
+    assert kernel_dense.linear(x, weight) is not None
     for other, values in (
         (weight.half(), x.half()),
         (weight, x.bfloat16()),
         (weight.double(), x.double()),
-        (weight[:, :100], x[:, :100]),
+        (weight[:, :64], x[:, :64]),
         (torch.randn(6, 100), x[:, :100]),
         (weight.to("meta"), x.to("meta")),
         (weight, torch.randn(9, 128)),
         (weight, torch.randn(0, 128)),
         (weight, torch.randn(4, 64)),
+        (weight.as_subclass(Elsewhere), x),
+        (weight, x.as_subclass(Elsewhere)),
     ):
-        assert dense.linear(values, other) is None
-    assert dense.linear(x, weight, torch.randn(6).half()) is None
+        assert kernel_dense.linear(values, other) is None
+    assert kernel_dense.linear(x, weight, torch.randn(6).half()) is None
+
+
+class Elsewhere(Tensor):
+    """A tensor whose numbers might lie elsewhere, as of a quantized weight."""
 
 
 def test_offsets(variant: str) -> None:
@@ -354,6 +363,26 @@ def test_offsets_that_are_wrong_read_nothing_else(variant: str) -> None:
     for wrong in (-1, -(2**62), 10**6, 2**62, 2**63 - 1):
         offsets = torch.full((9,), wrong, dtype=torch.int64)
         assert torch.ops.atp_sparse.linear(x, matrix.values, matrix.bitmask, offsets, None, None).shape == (1, 8)
+
+
+@pytest.mark.parametrize("columns", [30, 64, 100])
+def test_offsets_near_the_end_of_the_values(columns: int, variant: str, guarded: Guarded) -> None:
+    """Rows with all their bits, which begin before and after the place from which a copy is read."""
+    count = 900
+    for dtype in FLOATS:
+        values = guarded.place(torch.randn(count).to(dtype))
+        border = count - columns - 64
+        starts = [0, border - 1, border, border + 1, count - columns, count - 65, count - 1, count, -1, 2**62]
+        bits = np.packbits(np.ones((len(starts), columns), dtype=bool), axis=-1, bitorder="little")
+        offsets = torch.tensor([*starts, count])
+        row_of = [values[start : start + columns] if 0 <= start < count else values[:0] for start in starts]
+        weight = torch.stack([torch.cat([row, row.new_zeros(columns - len(row))]) for row in row_of])
+        for tokens in (1, 4, 8):
+            x = torch.randn(tokens, columns)
+            if variant == "torch":
+                continue  # its own operations look at the bits, not at offsets
+            y = torch.ops.atp_sparse.linear(x, values, guarded.place(torch.from_numpy(bits)), offsets, None, None)
+            close(y, x, weight)
 
 
 def test_what_is_refused() -> None:
@@ -443,11 +472,12 @@ from atp_tune.packed import library
 library.LIBRARY = Path(sys.argv[1])
 library._flags = lambda: frozenset().union(*library._NEEDS.values())
 from packedweights import FLOATS, Guarded, close, pack, sparse
+from atp_tune.packed import kernel_dense
 from atp_tune.packed.kernel import PackedMatrix, multiplies
 guarded = Guarded()
 for variant in sys.argv[2:]:
     assert variant in library.variants(), library.variants()
-    for shape in ((1, 1), (3, 7), (5, 31), (6, 64), (3, 100), (9, 576), (150, 1000)):
+    for shape in ((1, 1), (3, 7), (5, 31), (6, 64), (3, 100), (5, 384), (9, 576), (150, 1000)):
         for dtype in (*FLOATS, torch.int8):
             for density in (0.0, 0.05, 0.3, 1.0):
                 weight = sparse(shape, dtype, density)
@@ -469,6 +499,15 @@ for variant in sys.argv[2:]:
                         assert not multiplies(variant, inputs, tokens)
                     else:
                         close(y, x, full)
+    for dtype in (torch.bfloat16, torch.float32):
+        weight = guarded.place(torch.randn(7, 192).to(dtype))
+        for tokens in (1, 2, 4, 8):
+            x = guarded.place(torch.randn(tokens, 192).to(dtype))
+            library._chosen = lambda asked: variant
+            y = kernel_dense.linear(x, weight)
+            assert (y is None) == (variant not in kernel_dense.FASTER)
+            if y is not None:
+                close(y, x, weight)
 print("done")
 """
 

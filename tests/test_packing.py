@@ -36,7 +36,15 @@ from atp_tune.checkpoints.models import resolve
 from atp_tune.checkpoints.unpacking import ABOUT, unpack_folder
 from atp_tune.errors import UserError
 from atp_tune.packed.layout import pack, zeros_of
-from atp_tune.packed.modeling_atp_sparse import BITMASK, SCALES, VALUES, SparseLinear, unpack
+from atp_tune.packed.modeling_atp_sparse import (
+    BITMASK,
+    SCALES,
+    VALUES,
+    DenseLinear,
+    SparseLinear,
+    speed_dense_linears,
+    unpack,
+)
 from atp_tune.packed.registering import register
 from atp_tune.plan import Plan
 from atp_tune.search.objective import Record
@@ -379,6 +387,29 @@ def test_gradients_reach_what_is_before_a_packed_linear(tokens: int, make: Make,
         model(ids, labels=ids).loss.backward()
     norms = [model.model.layers[0].input_layernorm.weight.grad for model in (found, wanted)]
     assert_close(*norms, rtol=1e-4, atol=1e-7)
+
+
+def test_dense_linears_of_a_packed_model() -> None:
+    """By the kernel only where torch would record nothing and cast nothing."""
+    plain = torch.nn.Linear(128, 6)
+    linear, x = deepcopy(plain), torch.randn(2, 128)
+    speed_dense_linears(linear)
+    assert type(linear) is DenseLinear
+    for training in ((True, True), (True, False), (False, True)):
+        for module in (linear, plain):
+            module.weight.requires_grad, module.bias.requires_grad = training
+            module.zero_grad()
+            module(x).square().sum().backward()
+        for found, wanted in zip(linear.parameters(), plain.parameters(), strict=True):
+            assert (found.grad is None) == (wanted.grad is None)
+            if found.grad is not None:
+                assert_close(found.grad, wanted.grad)
+    inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
+    for module, own in zip((linear.requires_grad_(False), plain.requires_grad_(False)), inputs, strict=True):
+        module(own).square().sum().backward()
+    assert_close(inputs[0].grad, inputs[1].grad)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(linear(x), plain(x)) and linear(x).dtype == torch.bfloat16
 
 
 def test_bits_that_are_changed_in_place(make: Make) -> None:

@@ -60,7 +60,8 @@ struct matrix {
 /* What the threads of a call share. */
 struct job {
   const struct matrix *matrix;
-  const void *x;  /* [tokens, width], float32 or, for dot products of bfloat16, bfloat16; zeros from C on */
+  const void *x;  /* [tokens, width], float32 or, for dot products of bfloat16, bfloat16; zeros from C on;
+                    its columns as `sort` of the variant puts them */
   int64_t width;  /* columns, a multiple of BLOCK */
   int64_t tokens; /* that y has; the loop has as many, or more */
   uint8_t *y;     /* [tokens, R], or of an unpacked weight [last - first, C] */
@@ -1054,6 +1055,17 @@ typedef void (*loop)(const struct job *, int64_t, int64_t);
     [GROUPED_INT8] = ISA##_many_grouped                                                                               \
   }
 
+#define WITH_VBMI2                                                                                                    \
+  {                                                                                                                   \
+    {[BF16] = FOR_TOKENS(words, bf16), [HALF] = FOR_TOKENS(avx512, half), [FLOAT] = FOR_TOKENS(avx512, float),        \
+     [INT8] = FOR_TOKENS(bytes, int8), [GROUPED_INT8] = FOR_TOKENS(bytes, grouped),                                   \
+     [DENSE_BF16] = FOR_TOKENS(words, dense16), [DENSE_FLOAT] = FOR_TOKENS(avx512, dense32)},                         \
+        UNPACKING(avx512), avx512_widen, FOR_MANY(avx512), avx512_tiles, avx512_WIDE, avx512_FEW,                     \
+    {                                                                                                                 \
+      [BF16] = words_sort, [INT8] = bytes_sort, [GROUPED_INT8] = bytes_sort, [DENSE_BF16] = words_sort                \
+    }                                                                                                                 \
+  }
+
 static const struct {
   loop product[TYPES][4], unpack[TYPES];
   void (*widen)(const uint8_t *, int32_t, int64_t, float *);
@@ -1067,15 +1079,8 @@ static const struct {
     [AVX2] = {FOR_TYPES(avx2), UNPACKING(avx2), avx2_widen, FOR_MANY(avx2), avx2_tiles, avx2_WIDE},
     [AVX512] = {FOR_TYPES(avx512), UNPACKING(avx512), avx512_widen, FOR_MANY(avx512), avx512_tiles,
                 avx512_WIDE, avx512_FEW},
-    [AVX512_BF16] = {FOR_TYPES(avx512), UNPACKING(avx512), avx512_widen, FOR_MANY(avx512), avx512_tiles,
-                     avx512_WIDE, avx512_FEW},
-    [AVX512_VBMI2] = {{[BF16] = FOR_TOKENS(words, bf16), [HALF] = FOR_TOKENS(avx512, half),
-                       [FLOAT] = FOR_TOKENS(avx512, float), [INT8] = FOR_TOKENS(bytes, int8),
-                       [GROUPED_INT8] = FOR_TOKENS(bytes, grouped), [DENSE_BF16] = FOR_TOKENS(words, dense16),
-                       [DENSE_FLOAT] = FOR_TOKENS(avx512, dense32)},
-                      UNPACKING(avx512), avx512_widen, FOR_MANY(avx512), avx512_tiles, avx512_WIDE, avx512_FEW,
-                      {[BF16] = words_sort, [INT8] = bytes_sort, [GROUPED_INT8] = bytes_sort,
-                       [DENSE_BF16] = words_sort}},
+    [AVX512_BF16] = WITH_VBMI2, /* but for `dots` */
+    [AVX512_VBMI2] = WITH_VBMI2,
 #elif defined(__aarch64__)
     [NEON] = {FOR_TYPES(neon), UNPACKING(neon), neon_widen, FOR_MANY(neon), neon_tiles, neon_WIDE},
 #endif
@@ -1135,11 +1140,13 @@ static void write_tail(struct job *job, uint8_t *tail) {
 int32_t atp_product(const struct matrix *matrix, const uint8_t *x, int32_t type, int32_t tokens, uint8_t *y,
                     int32_t threads) {
   if (wrong(matrix) || type < BF16 || type > FLOAT || tokens < 0 || tokens > MOST_TOKENS) return WRONG_ARGUMENT;
+  if (matrix->type >= DENSE_BF16 && matrix->columns % BLOCK) return WRONG_ARGUMENT; /* rows have no zeros after them */
   if (tokens == 0 || matrix->rows == 0) return FINE;
   int64_t columns = matrix->columns, width = (columns + BLOCK - 1) / BLOCK * BLOCK, work_to_do = matrix->rows * columns;
   int which = tokens > 4 ? 3 : tokens > 2 ? 2 : tokens - 1, padded = 1 << which;
   int32_t isa = matrix->isa, dot = 0;
-  if (isa == AVX512_VBMI2 && matrix->type == GROUPED_INT8 && columns / matrix->groups % BLOCK) isa = AVX512;
+  const int vbmi2 = isa == AVX512_VBMI2 || isa == AVX512_BF16;
+  if (vbmi2 && matrix->type == GROUPED_INT8 && columns / matrix->groups % BLOCK) isa = AVX512;
   loop chosen = variants[isa].product[matrix->type][which];
 #if defined(__x86_64__)
   dot = matrix->isa == AVX512_BF16 && type == BF16 && (matrix->type == BF16 || matrix->type == DENSE_BF16);
@@ -1158,7 +1165,7 @@ int32_t atp_product(const struct matrix *matrix, const uint8_t *x, int32_t type,
     else if (filled > 0)
       variants[isa].widen(from, type, columns, (float *)(void *)to);
     memset(to + filled, 0, line - filled);
-    if (variants[isa].sort[matrix->type]) variants[isa].sort[matrix->type]((float *)(void *)to, width);
+    if (!dot && variants[isa].sort[matrix->type]) variants[isa].sort[matrix->type]((float *)(void *)to, width);
   }
   struct job job = {.matrix = matrix, .x = inputs, .width = width, .tokens = tokens, .y = y, .y_type = type,
                     .loop = chosen, .first = 0, .last = matrix->rows};
@@ -1168,8 +1175,8 @@ int32_t atp_product(const struct matrix *matrix, const uint8_t *x, int32_t type,
   return FINE;
 }
 
-/* The same for any number of tokens. NOT_FINITE, with y undefined, if an x is infinite or no number, since zeros of the
-   weight are left out; WRONG_ARGUMENT if the instruction set has no such loop. */
+/* The same for any number of tokens. Of more than `few`: NOT_FINITE, with y undefined, if an x is infinite or no number,
+   since zeros of the weight are left out. WRONG_ARGUMENT if the instruction set has no such loop. */
 int32_t atp_product_of_many(const struct matrix *matrix, const uint8_t *x, int32_t type, int64_t tokens, uint8_t *y,
                             int32_t threads) {
   if (wrong(matrix) || type < BF16 || type > FLOAT || tokens < 0 || variants[matrix->isa].many[matrix->type] == NULL)

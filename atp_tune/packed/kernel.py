@@ -81,7 +81,7 @@ class PackedMatrix:
         """The product y [M, R] of x [M, C] and the weight's transpose, plus the bias.
 
         x is bfloat16, float16 or float32, and so is y. None if the product with the unpacked weight (`rows`) is faster,
-        or gives what this would not: of more than BATCH tokens, where no variant has a loop, or an x is not finite.
+        or gives what this would not: of more than BATCH tokens, where the variant has no loop or one is not finite.
         """
         kind, shape = FLOATS.get(x.dtype), x.shape
         if kind is None or len(shape) != 2 or shape[1] != self.shape[1] or not x.is_cpu:

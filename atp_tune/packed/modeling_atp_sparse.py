@@ -27,9 +27,10 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 try:
-    from atp_tune.packed import dense, gpu, kernel
+    from atp_tune.packed import kernel
 
     kernel.check_interface(4)
+    from atp_tune.packed import gpu, kernel_dense
 except ImportError as error:  # a folder is loaded where atp_tune, or a version that fits this file, is not installed
     kernel, MISSING = None, str(error)  # type: ignore[assignment]
 else:
@@ -180,7 +181,7 @@ class SparseLinear(nn.Module):
     def _of_kernel(self, x: Tensor) -> Any:
         """The weight for the kernel; None where it does not run."""
         own: dict[str, Any] = self._parameters  # attributes take a microsecond each
-        parts = values, bitmask, scales, bias = [own[name] for name in _OWN]
+        parts = values, bitmask, scales, bias = [own[name] if name in own else getattr(self, name) for name in _OWN]
         if torch.float64 in (x.dtype, values.dtype):
             return None
         places = (
@@ -236,10 +237,11 @@ class DenseLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiplies x [..., in] to y [..., out]."""
-        learns = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        if kernel is None or learns or torch.compiler.is_compiling():
+        learning = (part is not None and part.requires_grad for part in (x, self.weight, self.bias))
+        recorded = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
+        if kernel is None or recorded or (torch.is_grad_enabled() and any(learning)):
             return super().forward(x)
-        y = dense.linear(x, self.weight, self.bias)
+        y = kernel_dense.linear(x, self.weight, self.bias)
         return super().forward(x) if y is None else y
 
 

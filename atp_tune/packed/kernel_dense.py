@@ -6,30 +6,32 @@ Up to BATCH tokens read each weight once, so that bytes are time, and these loop
 import ctypes
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from atp_tune.packed.kernel import BATCH, FLOATS, product
 from atp_tune.packed.library import ALONE, VARIANTS, Weight, kernel_name, library, parallel
 
 DENSE = {torch.bfloat16: 5, torch.float32: 6}  # the numbers are those of kernel.c
+FASTER = ("avx512-vbmi2", "avx512-bf16", "avx512", "avx2")  # variants that were measured to be so
+PLAIN = (Tensor, nn.Parameter)
 BLOCK = 64  # columns that it reads at once; a row of another length would be multiplied with what follows it
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """The product y [..., R] of x [..., C] and the transpose of a weight [R, C], plus the bias, all of one type.
 
-    Sums are in float32; the same input gives the same bits. None where the loops are not for it: without the library,
-    for more than BATCH tokens, on another device, of another type than bfloat16 or float32, or if C is no multiple of
-    BLOCK.
+    Sums are in float32; the same input gives the same bits. None where the loops are not for it: by another variant
+    than those in FASTER, for more than BATCH tokens, on another device, of another type than bfloat16 or float32, for
+    subclasses of tensors, whose numbers may lie elsewhere, or if C is no multiple of BLOCK.
     """
-    rows, columns = weight.shape
-    flat = x.reshape(-1, columns) if x.shape[-1] == columns else None
-    if flat is None or not 1 <= len(flat) <= BATCH or not (x.is_cpu and weight.is_cpu) or columns % BLOCK:
+    if type(x) is not Tensor or type(weight) not in PLAIN or type(bias) not in (*PLAIN, type(None)):
         return None
-    if x.dtype != weight.dtype or x.dtype not in DENSE or not weight.is_contiguous():
+    (rows, columns), tensors = weight.shape, (x, weight) if bias is None else (x, weight, bias)
+    fits = all(tensor.is_cpu and tensor.dtype == x.dtype for tensor in tensors) and x.dtype in DENSE
+    if not fits or x.shape[-1] != columns or columns % BLOCK or not all(part.is_contiguous() for part in tensors[1:]):
         return None
-    name, loaded = kernel_name(), library()
-    if name is None or loaded is None or (bias is not None and not (bias.dtype == x.dtype and bias.is_contiguous())):
+    flat, name, loaded = x.reshape(-1, columns), kernel_name(), library()
+    if not 1 <= len(flat) <= BATCH or name not in FASTER or loaded is None:
         return None
     places = (weight.data_ptr(), None, None, None, None if bias is None else bias.data_ptr(), parallel())
     kinds = (DENSE[x.dtype], FLOATS[x.dtype], VARIANTS[name], ALONE)
