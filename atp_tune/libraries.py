@@ -1,5 +1,6 @@
 """Silences the logs, bars and warnings of the libraries that do the work; their exceptions still reach the caller."""
 
+import logging
 import os
 import sys
 import warnings
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}  # read when they are imported
+LOGGERS = ("bitsandbytes",)  # PEFT imports it; on a CPU with AVX-512 BF16 it then asks for a package, with a warning
 
 
 @contextmanager
@@ -20,6 +22,9 @@ def silenced() -> Iterator[None]:
     os.environ.update(variables)
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    levels = {logger: logger.level for logger in map(logging.getLogger, LOGGERS)}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
     _set(("ERROR", False))
     try:
         with warnings.catch_warnings():
@@ -27,6 +32,8 @@ def silenced() -> Iterator[None]:
             yield
     finally:
         optuna.logging.set_verbosity(verbosity)
+        for logger, level in levels.items():
+            logger.setLevel(level)
         for name in variables:
             os.environ.pop(name, None)
         _set(before)

@@ -256,7 +256,7 @@ enum { SIZE_dense32 = 4, SCALED_dense32 = 0, DENSE_dense32 = 1 };
         bits_from[i] = DENSE_##TYPE ? NULL : matrix->bitmask + row[i] * stride;                                       \
         ISA##_UNROLL for (int t = 0; t < TOKENS; t++) sums[i][t] = ISA##_zero();                                      \
       }                                                                                                               \
-      const int64_t ahead = from[ROWS - 1] - from[0] + AHEAD;                                                         \
+      const uintptr_t ahead = (uintptr_t)from[ROWS - 1] - (uintptr_t)from[0] + AHEAD;                                 \
       const ISA##_input *x = (const ISA##_input *)job->x;                                                             \
       for (int64_t column = 0; column < columns; column += BLOCK) {                                                   \
         uint64_t mask[ROWS];                                                                                          \
@@ -279,7 +279,7 @@ enum { SIZE_dense32 = 4, SCALED_dense32 = 0, DENSE_dense32 = 1 };
             uint64_t bits = mask[i] & ISA##_BITS;                                                                     \
             mask[i] = rotated_left(mask[i], BLOCK - ISA##_LANES);                                                     \
             weights[i] = ISA##_expand_##TYPE(from[i], bits);                                                          \
-            if (step % (64 / SIZE_##TYPE) == 0) __builtin_prefetch(from[i] + ahead);                                  \
+            if (step % (64 / SIZE_##TYPE) == 0) __builtin_prefetch((const void *)((uintptr_t)from[i] + ahead));       \
             from[i] += SIZE_##TYPE * (DENSE_##TYPE ? ISA##_LANES : ISA##_count(bits));                                \
             if (SCALED_##TYPE == 2)                                                                                   \
               weights[i] = ISA##_times(                                                                               \
@@ -1175,8 +1175,8 @@ int32_t atp_product(const struct matrix *matrix, const uint8_t *x, int32_t type,
   return FINE;
 }
 
-/* The same for any number of tokens. Of more than `few`: NOT_FINITE, with y undefined, if an x is infinite or no number,
-   since zeros of the weight are left out. WRONG_ARGUMENT if the instruction set has no such loop. */
+/* The same for any number of tokens. Of more than `few`: NOT_FINITE, with y undefined, if an x is infinite or no
+   number, since zeros of the weight are left out. WRONG_ARGUMENT if the instruction set has no such loop. */
 int32_t atp_product_of_many(const struct matrix *matrix, const uint8_t *x, int32_t type, int64_t tokens, uint8_t *y,
                             int32_t threads) {
   if (wrong(matrix) || type < BF16 || type > FLOAT || tokens < 0 || variants[matrix->isa].many[matrix->type] == NULL)
