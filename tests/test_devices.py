@@ -58,16 +58,20 @@ def test_a_dtype_by_name(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "dtype"),
+    ("vendor", "flags", "dtype"),
     [
-        ("fpu avx2 avx512f", torch.float32),
-        ("fpu avx512_bf16", torch.bfloat16),
-        ("amx_bf16 fpu", torch.bfloat16),
-        ("fpu not_avx512_bf16_at_all", torch.float32),
+        ("AuthenticAMD", "fpu avx2 avx512f", torch.float32),
+        ("AuthenticAMD", "fpu avx512_bf16", torch.bfloat16),
+        ("GenuineIntel", "fpu avx512_bf16", torch.float32),
+        ("GenuineIntel", "amx_bf16 fpu", torch.bfloat16),
+        ("AuthenticAMD", "fpu not_avx512_bf16_at_all", torch.float32),
     ],
 )
-def test_auto_is_bf16_where_the_cpu_has_it(flags: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "read_text", lambda self: f"processor\t: 0\nflags\t\t: {flags}\nflags\t: other")
+def test_auto_is_bf16_where_the_cpu_has_it(
+    vendor: str, flags: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: {flags}\nflags\t: other"
+    monkeypatch.setattr(Path, "read_text", lambda self: text)
     assert find_dtype("auto", CPU) == dtype
 
 
