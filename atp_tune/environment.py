@@ -161,7 +161,7 @@ def _system() -> str:
 def _processor() -> Processor:
     import torch
 
-    from atp_tune.checkpoints.devices import cpu_flags, cpu_name
+    from atp_tune.cpu import cpu_flags, cpu_name
 
     flags = cpu_flags()
     return Processor(

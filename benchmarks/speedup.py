@@ -31,10 +31,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from atp_tune.api.pruning import prune_study
 from atp_tune.cache import cache_dir, folder_atomically
-from atp_tune.checkpoints.devices import cpu_name
 from atp_tune.cli.commands.speedup import rates_table, summary_of
 from atp_tune.cli.display import Display
 from atp_tune.cli.runtime import quiet
+from atp_tune.cpu import cpu_name
 from atp_tune.events import EventHandler
 from atp_tune.metrics.speed import Speed
 from atp_tune.sparse.provenance import ABOUT
@@ -96,13 +96,10 @@ def lines(engine: str, batch: int, large: bool) -> Iterator[tuple[str, Callable[
         for name, shape in LARGE.items():
             yield f"random Llama, {name}, 70 %, {after}", partial(wide, 70, shape)
         return
-    if batch > 1:
-        yield f"SmolLM2-135M, 70 %, {after}", partial(smol, 70)
-        yield f"random Llama, 4 blocks of width 2048, 70 %, {after}", partial(wide, 70, WIDE)
-        return
-    for percent in (50, 60, 70, *([80] if engine == "packed" else [])):
+    several = batch == 1  # sparsities
+    for percent in (50, 60, 70, *([80] if engine == "packed" else [])) if several else (70,):
         yield f"SmolLM2-135M, {percent} %, {after}", partial(smol, percent)
-    for percent in (50, 70) if engine == "packed" else (70,):
+    for percent in (50, 70) if several and engine == "packed" else (70,):
         yield f"random Llama, 4 blocks of width 2048, {percent} %, {after}", partial(wide, percent, WIDE)
 
 

@@ -16,32 +16,19 @@ static inline simde__m512i emulated_cvtepi8_epi32(__m128i in) {
   return out;
 }
 
-static inline simde__m512 emulated_maskz_expand_ps(uint16_t mask, simde__m512 in) {
-  float from[16], to[16];
-  simde__m512 out;
-  memcpy(from, &in, sizeof from);
-  for (int k = 0, next = 0; k < 16; k++) to[k] = mask >> k & 1 ? from[next++] : 0;
-  memcpy(&out, to, sizeof out);
-  return out;
-}
-
-static inline simde__m512i emulated_maskz_expand_epi16(uint32_t mask, simde__m512i in) {
-  uint16_t from[32], to[32];
-  simde__m512i out;
-  memcpy(from, &in, sizeof from);
-  for (int k = 0, next = 0; k < 32; k++) to[k] = mask >> k & 1 ? from[next++] : 0;
-  memcpy(&out, to, sizeof out);
-  return out;
-}
-
-static inline simde__m512i emulated_maskz_expand_epi8(uint64_t mask, simde__m512i in) {
-  uint8_t from[64], to[64];
-  simde__m512i out;
-  memcpy(from, &in, sizeof from);
-  for (int k = 0, next = 0; k < 64; k++) to[k] = mask >> k & 1 ? from[next++] : 0;
-  memcpy(&out, to, sizeof out);
-  return out;
-}
+#define EMULATED_EXPAND(NAME, VECTOR, NUMBER, MASK)                                    \
+  static inline VECTOR emulated_maskz_expand_##NAME(MASK mask, VECTOR in) {            \
+    enum { LANES = 64 / sizeof(NUMBER) };                                              \
+    NUMBER from[LANES], to[LANES];                                                     \
+    VECTOR out;                                                                        \
+    memcpy(from, &in, sizeof from);                                                    \
+    for (int k = 0, next = 0; k < LANES; k++) to[k] = mask >> k & 1 ? from[next++] : 0; \
+    memcpy(&out, to, sizeof out);                                                      \
+    return out;                                                                        \
+  }
+EMULATED_EXPAND(ps, simde__m512, float, uint16_t)
+EMULATED_EXPAND(epi16, simde__m512i, uint16_t, uint32_t)
+EMULATED_EXPAND(epi8, simde__m512i, uint8_t, uint64_t)
 
 #define _mm512_cvtepi8_epi32 emulated_cvtepi8_epi32
 #define _mm512_maskz_expand_ps emulated_maskz_expand_ps

@@ -71,7 +71,7 @@ def test_auto_is_bf16_where_the_cpu_has_it(
     vendor: str, flags: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: {flags}\nflags\t: other"
-    monkeypatch.setattr(Path, "read_text", lambda self: text)
+    monkeypatch.setattr(Path, "read_text", lambda self, **_: text)
     assert find_dtype("auto", CPU) == dtype
 
 
@@ -88,7 +88,7 @@ def test_auto_is_float32_elsewhere() -> None:
 
 
 def test_no_cpuinfo(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(path: Path) -> str:
+    def missing(path: Path, **_: str) -> str:
         raise FileNotFoundError(path)
 
     monkeypatch.setattr(Path, "read_text", missing)

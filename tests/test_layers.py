@@ -22,6 +22,7 @@ LAYERS = [
     "threads",
     "launching",
     "libraries",
+    "cpu",
     "interrupts",
     "frozen",
     "registry",

@@ -18,6 +18,7 @@ from families import few
 from packedweights import FLOATS, Guarded, close, pack, sparse
 from torch import Tensor
 
+from atp_tune import cpu
 from atp_tune.packed import kernel, kernel_dense, library
 from atp_tune.packed.kernel import BATCH, FEW, PackedMatrix, kernel_name, multiplies, row_offsets
 
@@ -259,9 +260,9 @@ def test_the_variant_of_a_cpu(
     if library.library() is None or sys.platform != "linux" or "avx2" not in library.variants():
         pytest.skip("needs the library for x86")
     fields = {"vendor_id": vendor, "flags": f"{' '.join(library._AVX512)} {flags}"}
-    monkeypatch.setattr(library, "_cpuinfo", fields.get)
+    monkeypatch.setattr(cpu, "_cpuinfo", fields.get)
     assert library.variants.__wrapped__()[0] == name
-    monkeypatch.setattr(kernel, "torch_multiplies_bfloat16", library.torch_multiplies_bfloat16.__wrapped__)
+    monkeypatch.setattr(kernel, "torch_multiplies_bf16_fast", cpu.multiplies_bf16_fast)
     assert multiplies(name, torch.bfloat16, 100) is not by_torch
     assert multiplies(name, torch.bfloat16, BATCH + 1) and multiplies(name, torch.float32, 100)
 
@@ -499,11 +500,11 @@ for variant in sys.argv[2:]:
                         assert not multiplies(variant, inputs, tokens)
                     else:
                         close(y, x, full)
+    library._chosen = lambda asked: variant
     for dtype in (torch.bfloat16, torch.float32):
         weight = guarded.place(torch.randn(7, 192).to(dtype))
         for tokens in (1, 2, 4, 8):
             x = guarded.place(torch.randn(tokens, 192).to(dtype))
-            library._chosen = lambda asked: variant
             y = kernel_dense.linear(x, weight)
             assert (y is None) == (variant not in kernel_dense.FASTER)
             if y is not None:

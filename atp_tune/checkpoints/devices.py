@@ -3,7 +3,6 @@
 import ctypes
 import gc
 import os
-import platform
 import re
 import resource
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from atp_tune import cpu
 from atp_tune.errors import UserError
 
 GIB = 1024**3
@@ -70,34 +70,10 @@ def find_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def multiplies_bf16_fast(device: torch.device) -> bool:
-    """Whether bf16 matrices multiply at least about twice as fast as float32 matrices.
-
-    By AMX, or AVX-512 BF16 of an AMD CPU; an Intel CPU without AMX multiplies them half as fast (docs/log.md).
-    """
+    """Whether bf16 matrices multiply at least about twice as fast as float32 matrices."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
-    if device.type == "cpu":
-        flags = cpu_flags()
-        return "amx_bf16" in flags or ("avx512_bf16" in flags and _cpuinfo("vendor_id") == "AuthenticAMD")
-    return False
-
-
-def cpu_flags() -> set[str]:
-    """Flags of the CPU in Linux, such as avx2 and avx512f; empty if unknown."""
-    return set(_cpuinfo("flags").split())
-
-
-def cpu_name() -> str:
-    """The model name of the CPU."""
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
-
-
-def _cpuinfo(key: str) -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), "")
+    return device.type == "cpu" and cpu.multiplies_bf16_fast()
 
 
 def device_name(device: torch.device) -> str:

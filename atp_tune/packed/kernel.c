@@ -798,8 +798,9 @@ BF16DOT_INLINE __m512i bf16dot_expand_dense16(const uint8_t *from, uint64_t bits
   (void)bits;
   return _mm512_loadu_si512(from);
 }
-BF16DOT_INLINE uint64_t bf16dot_count(uint64_t bits) { return (uint32_t)__builtin_popcountll(bits); }
-BF16DOT_INLINE __m512 bf16dot_zero(void) { return _mm512_setzero_ps(); }
+#define bf16dot_count avx512_count
+#define bf16dot_zero avx512_zero
+#define bf16dot_total avx512_total
 BF16DOT_INLINE __m512i bf16dot_inputs(const uint16_t *at) {
   __m512i in = _mm512_loadu_si512(at);
   KEEP_IN_REGISTER(in);
@@ -811,10 +812,6 @@ BF16DOT_INLINE __m512i bf16dot_times(__m512i in, float factor) { /* no type with
 }
 BF16DOT_INLINE __m512 bf16dot_add(__m512 sums, __m512i weights, __m512i inputs) {
   return _mm512_dpbf16_ps(sums, (__m512bh)weights, (__m512bh)inputs);
-}
-BF16DOT_INLINE float bf16dot_total(__m512 sums) {
-  __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(sums), 1));
-  return avx2_total(_mm256_add_ps(_mm512_castps512_ps256(sums), high));
 }
 PRODUCTS(bf16dot, bf16)
 PRODUCTS(bf16dot, dense16)
@@ -844,8 +841,9 @@ WORDS_INLINE words_weights words_expand_dense16(const uint8_t *from, uint64_t bi
   (void)bits;
   return words_split(_mm512_loadu_si512(from));
 }
-WORDS_INLINE uint64_t words_count(uint64_t bits) { return (uint32_t)__builtin_popcountll(bits); }
-WORDS_INLINE __m512 words_zero(void) { return _mm512_setzero_ps(); }
+#define words_count avx512_count
+#define words_zero avx512_zero
+#define words_total avx512_total
 WORDS_INLINE words_weights words_inputs(const float *at) {
   return (words_weights){{avx512_inputs(at), avx512_inputs(at + 16)}};
 }
@@ -857,7 +855,6 @@ WORDS_INLINE __m512 words_add(__m512 sums, words_weights weights, words_weights 
   UNROLL for (int k = 0; k < 2; k++) sums = _mm512_fmadd_ps(weights.part[k], inputs.part[k], sums);
   return sums;
 }
-WORDS_INLINE float words_total(__m512 sums) { return avx512_total(sums); }
 PRODUCTS(words, bf16)
 PRODUCTS(words, dense16)
 
@@ -881,11 +878,10 @@ WORDS_INLINE bytes_weights bytes_expand_int8(const uint8_t *from, uint64_t bits)
                           _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_slli_epi32(in, 8), highest)),
                           _mm512_cvtepi32_ps(_mm512_and_si512(in, highest))}};
 }
-WORDS_INLINE bytes_weights bytes_expand_grouped(const uint8_t *from, uint64_t bits) {
-  return bytes_expand_int8(from, bits);
-}
-WORDS_INLINE uint64_t bytes_count(uint64_t bits) { return (uint32_t)__builtin_popcountll(bits); }
-WORDS_INLINE __m512 bytes_zero(void) { return _mm512_setzero_ps(); }
+#define bytes_expand_grouped bytes_expand_int8
+#define bytes_count avx512_count
+#define bytes_zero avx512_zero
+#define bytes_total avx512_total
 WORDS_INLINE bytes_weights bytes_inputs(const float *at) {
   return (bytes_weights){{avx512_inputs(at), avx512_inputs(at + 16), avx512_inputs(at + 32), avx512_inputs(at + 48)}};
 }
@@ -897,33 +893,28 @@ WORDS_INLINE __m512 bytes_add(__m512 sums, bytes_weights weights, bytes_weights 
   UNROLL for (int k = 0; k < 4; k++) sums = _mm512_fmadd_ps(weights.part[k], inputs.part[k], sums);
   return sums;
 }
-WORDS_INLINE float bytes_total(__m512 sums) { return avx512_total(sums); }
 PRODUCTS(bytes, int8)
 PRODUCTS(bytes, grouped)
 
-/* Sorts each BLOCK of a line: first its even columns of each half, then the odd ones. */
-words_TARGET static void words_sort(float *line, int64_t width) {
+WORDS_INLINE void words_separate(__m512 low, __m512 high, float *evens, float *odds) { /* the numbers of two vectors */
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
-  for (float *at = line; at < line + width; at += 32) {
-    __m512 low = _mm512_load_ps(at), high = _mm512_load_ps(at + 16);
-    _mm512_store_ps(at, _mm512_permutex2var_ps(low, even, high));
-    _mm512_store_ps(at + 16, _mm512_permutex2var_ps(low, odd, high));
-  }
+  _mm512_store_ps(evens, _mm512_permutex2var_ps(low, even, high));
+  _mm512_store_ps(odds, _mm512_permutex2var_ps(low, _mm512_add_epi32(even, _mm512_set1_epi32(1)), high));
+}
+
+/* Sorts each 32 columns of a line: the even ones, then the odd ones. */
+words_TARGET static void words_sort(float *line, int64_t width) {
+  for (float *at = line; at < line + width; at += 32)
+    words_separate(_mm512_load_ps(at), _mm512_load_ps(at + 16), at, at + 16);
 }
 
 /* Sorts each BLOCK of a line: its columns 0, 4, 8 …, then 1, 5, 9 …, 2 … and 3 … */
 words_TARGET static void bytes_sort(float *line, int64_t width) {
-  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
   words_sort(line, width);
-  for (float *at = line; at < line + width; at += 64) {
-    __m512 evens = _mm512_load_ps(at), odds = _mm512_load_ps(at + 16);
-    __m512 more_evens = _mm512_load_ps(at + 32), more_odds = _mm512_load_ps(at + 48);
-    _mm512_store_ps(at, _mm512_permutex2var_ps(evens, even, more_evens));
-    _mm512_store_ps(at + 16, _mm512_permutex2var_ps(odds, even, more_odds));
-    _mm512_store_ps(at + 32, _mm512_permutex2var_ps(evens, odd, more_evens));
-    _mm512_store_ps(at + 48, _mm512_permutex2var_ps(odds, odd, more_odds));
+  for (float *at = line; at < line + width; at += BLOCK) {
+    const __m512 odds = _mm512_load_ps(at + 16), more_odds = _mm512_load_ps(at + 48);
+    words_separate(_mm512_load_ps(at), _mm512_load_ps(at + 32), at, at + 32);
+    words_separate(odds, more_odds, at + 16, at + 48);
   }
 }
 

@@ -14,28 +14,22 @@ ATP_TUNE_ISA=torch, torch's own operations compute the same, slowly.
 """
 
 import ctypes
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from atp_tune.packed.library import (
-    ALONE,
-    VARIANTS,
-    Weight,
-    kernel_name,
-    library,
-    parallel,
-    succeed,
-    torch_multiplies_bfloat16,
-)
+from atp_tune import cpu
+from atp_tune.packed.library import ALONE, VARIANTS, Weight, kernel_name, library, parallel, succeed
 
 __all__ = ["BATCH", "PackedMatrix", "check_interface", "check_parts", "kernel_name", "product", "row_offsets"]
 
 INTERFACE = 4  # of what modeling_atp_sparse.py calls; a copy of it lies in each packed folder, perhaps an older one
 BATCH = 8  # tokens up to which each weight is expanded to a vector
 FLOATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # the numbers are those of kernel.c
-FEW = {"avx512-vbmi2": 32, "avx512-bf16": 32, "avx512": 32}  # tokens up to which they go BATCH by BATCH
+# Tokens up to which they go BATCH by BATCH, as in kernel.c.
+FEW = dict.fromkeys(("avx512-vbmi2", "avx512-bf16", "avx512"), 32)
 FOR_MANY = (*FEW, "avx2", "neon")  # variants with a loop for more tokens
 INT8, GROUPED_INT8 = 3, 4
 
@@ -176,8 +170,14 @@ def multiplies(name: str | None, dtype: torch.dtype, tokens: int) -> bool:
     """Whether a variant multiplies so many tokens of a type; more than a few bfloat16 ones only where torch is slow."""
     if tokens <= BATCH:
         return True
-    slower = dtype == torch.bfloat16 and torch_multiplies_bfloat16()
+    slower = dtype == torch.bfloat16 and torch_multiplies_bf16_fast()
     return name in FOR_MANY and (tokens <= FEW.get(name, 0) or not slower)
+
+
+@cache
+def torch_multiplies_bf16_fast() -> bool:
+    """As of `cpu`, looked up once."""
+    return cpu.multiplies_bf16_fast()
 
 
 def _slow_linear(x: Tensor, matrix: PackedMatrix) -> Tensor:

@@ -13,14 +13,17 @@ from pathlib import Path
 
 import torch
 
+from atp_tune import cpu
+
 LIBRARY = Path(__file__).with_name("_kernel.so")
 TORCH = "torch"  # ATP_TUNE_ISA: no variant
 ALONE = 1 << 18  # multiplications of a product that one thread makes, in 30 µs: others would have to be woken
 
 # The numbers are those of kernel.c; flags as in /proc/cpuinfo.
 VARIANTS = {"portable": 0, "avx2": 1, "avx512": 2, "avx512-bf16": 3, "neon": 4, "avx512-vbmi2": 5}
-_FASTEST_FIRST = ("avx512-vbmi2", "avx512-bf16", "avx512", "avx2", "neon", "portable")
-_FASTEST_ON_AMD = ("avx512-bf16", *_FASTEST_FIRST)  # dot products of bfloat16 take Intel's CPUs twice as long
+_OTHERS = ("avx512", "avx2", "neon", "portable")
+_FASTEST_FIRST = ("avx512-vbmi2", "avx512-bf16", *_OTHERS)  # dot products of bfloat16 take Intel's CPUs twice as long
+_FASTEST_ON_AMD = ("avx512-bf16", "avx512-vbmi2", *_OTHERS)
 _AVX2 = frozenset(("avx2", "fma", "f16c", "popcnt", "bmi1", "bmi2"))
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 _VBMI2 = _AVX512 | {"avx512_vbmi2"}
@@ -51,21 +54,8 @@ def variants() -> tuple[str, ...]:
     """The variants that the library has and this CPU can run, the fastest first."""
     if library() is None:
         return ()
-    flags, order = _flags(), _FASTEST_ON_AMD if _is_amd() else _FASTEST_FIRST
-    return tuple(
-        name
-        for name in dict.fromkeys(order)
-        if _compiled() >> VARIANTS[name] & 1 and _NEEDS.get(name, frozenset()) <= flags
-    )
-
-
-@cache
-def torch_multiplies_bfloat16() -> bool:
-    """Whether torch multiplies many tokens in bfloat16 much faster than in float32: by AMX, or AVX-512 of an AMD CPU.
-
-    Without AMX, Intel's CPUs make half as many products of bfloat16 in a second as of float32.
-    """
-    return "amx_bf16" in _flags() or ("avx512_bf16" in _flags() and _is_amd())
+    flags, order = _flags(), _FASTEST_ON_AMD if cpu.is_amd() else _FASTEST_FIRST
+    return tuple(name for name in order if _compiled() >> VARIANTS[name] & 1 and _NEEDS.get(name, frozenset()) <= flags)
 
 
 @cache
@@ -128,24 +118,10 @@ def _compiled() -> int:
     return 0 if loaded is None else int(loaded.atp_setup())
 
 
-def _is_amd() -> bool:
-    """Whether /proc/cpuinfo says so."""
-    return _cpuinfo("vendor_id") == "AuthenticAMD"
-
-
-def _cpuinfo(field: str) -> str:
-    """A field of the first CPU in /proc/cpuinfo; empty if it has none, and elsewhere than on Linux."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
-
-
 def _flags() -> frozenset[str]:
     """What the CPU can do, in the words of /proc/cpuinfo; elsewhere than on Linux as torch sees it."""
-    if flags := _cpuinfo("flags"):
-        return frozenset(flags.split())
+    if flags := cpu.cpu_flags():
+        return flags
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return frozenset()
     return {"AVX2": _AVX2, "AVX512": _AVX512}.get(torch.backends.cpu.get_cpu_capability(), frozenset())

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from atp_tune.cache import cache_dir, folder_atomically
 from atp_tune.checkpoints.classes import model_config
-from atp_tune.checkpoints.devices import cpu_flags, cpu_name
+from atp_tune.cpu import cpu_flags, cpu_name
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message, Step
 from atp_tune.metrics.speed import PHASES, SIDES, Phase, Side

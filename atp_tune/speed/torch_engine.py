@@ -18,7 +18,8 @@ from transformers.utils import logging as hf_logging
 
 from atp_tune.blocks.timing import wait_for
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.devices import cpu_name, device_name, find_dtype
+from atp_tune.checkpoints.devices import device_name, find_dtype
+from atp_tune.cpu import cpu_name
 from atp_tune.errors import UserError
 from atp_tune.metrics.speed import Phase, Side
 from atp_tune.speed.model_pair import Pair
