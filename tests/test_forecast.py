@@ -77,7 +77,7 @@ def test_the_whole_is_the_sum_of_its_parts() -> None:
 
 def test_what_is_measured_once_on_the_dense_model() -> None:
     costs = {"wanda": passes("dense", True, TOKENS, 300)}
-    one, other = (whole(RATES, 10, 0, costs, TOKENS, 4, once=once, rows=0) for once in (0, 1000))
+    one, other = (whole(RATES, 10, 0, costs, TOKENS, 4, once=once, rows=None) for once in (0, 1000))
     assert (one.seconds or 0) + 4 * 1000 * 0.004 == pytest.approx(other.seconds)
     assert (one.tokens or 0) + 2000 == other.tokens
 
@@ -101,9 +101,9 @@ def test_a_screening_comes_on_top() -> None:
 
 def test_without_a_probe_tokens_are_known_and_seconds_not() -> None:
     costs = {"wanda": passes("block", True, TOKENS, 300)}
-    found = whole(None, 10, 0, costs, TOKENS, 4, once=0, rows=0)
+    found = whole(None, 10, 0, costs, TOKENS, 4, once=0, rows=None)
     assert (found.tokens, found.seconds, found.seconds_left) == (23400, None, None)
-    assert whole(RATES, None, 0, costs, TOKENS, 4, once=0, rows=0).seconds is None
+    assert whole(RATES, None, 0, costs, TOKENS, 4, once=0, rows=None).seconds is None
 
 
 SIZES = ModelSizes(total=1000, blocks=(100, 300, 200, 300), bytes=4000, itemsize=4)

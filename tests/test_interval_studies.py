@@ -10,11 +10,15 @@ from test_zeroshot import make_tasks
 from tinystudy import CommandLine, run, study_file
 
 from atp_tune.errors import UserError
+from atp_tune.events import Event, TrialStarted
 from atp_tune.metrics.perplexity import change
 from atp_tune.results.summary import summarise
 from atp_tune.results.trials import is_uniform, parameters_of, uniform_of
+from atp_tune.search.runner import StudyRun, open_context, tune
+from atp_tune.search.space import make_space
 from atp_tune.spec.config import read_config
 from atp_tune.spec.search import STEP
+from atp_tune.storage.fingerprint import batches_of
 from atp_tune.storage.progress import best_trial, excess_of, front_of, sparsity_of
 
 INTERVAL = "sparsity=[0.3,0.8]"
@@ -118,6 +122,33 @@ def test_every_point_of_the_front_is_measured_on_the_test_text(ran: Path) -> Non
     is_uniform = config.allocation.name == "uniform"  # as ATP with beta = 0 is
     assert is_uniform == (parameters_of(best).get("beta") == 0)
     assert config.allocation.parameters == ({} if is_uniform else parameters_of(best))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["perplexity", "kl"])
+def test_the_test_text_beside_a_trial_has_the_bits_of_the_test_text_alone(
+    tiny_place: Path, tmp_path: Path, objective: str
+) -> None:
+    place = Path(shutil.copytree(tiny_place, tmp_path / "tiny"))
+    make_front(place)
+    events: list[Event] = []
+    asked = (f"search.objective={objective}", "texts.calibration.nsamples=5")
+    file = study_file(place, *asked)
+    study = tune(StudyRun(file, "tiny", None, events.append))
+    titles = [event.title for event in events if isinstance(event, TrialStarted)]
+    assert [title for title in titles if title.startswith("test text")] == ["test text: dense model"]
+    found = {name: dict(study.user_attrs.get(name, {})) for name in ("test_nlls", "test_kls")}
+    numbers = {str(trial.number) for trial in study.trials}
+    assert found["test_nlls"].keys() == {"dense", *numbers}
+    assert found["test_kls"].keys() == (numbers if objective == "kl" else set())
+    with open_context(StudyRun(file, "tiny", None, events.append), study) as context:
+        context.begin(batches_of(study))
+        space = make_space(file.study, context.budget(file.study.highest))
+        for trial in study.trials:
+            blocks = ((block.index, block.weights) for block in context.prune(space.plan(trial.params)))
+            scores = context.all_scores(blocks, "test", kl=objective == "kl")
+            assert scores.nlls == found["test_nlls"][str(trial.number)]
+            assert scores.kls == found["test_kls"].get(str(trial.number), [])
 
 
 @pytest.mark.slow

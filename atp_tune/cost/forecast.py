@@ -199,19 +199,19 @@ def whole(
     tokens: Tokens,
     blocks: int,
     once: int,
-    rows: int,
+    rows: int | None,
     drawn: DrawsCost = DrawsCost(0, "test", 0),
 ) -> StudyCost:
     """The cost of a study without its screening, with as many trials of each pruner and none stopped early.
 
-    `once`: calibration tokens of all dense statistics. `rows`: plans measured on the test text besides dense; 0 without
-    a test text.
+    `once`: calibration tokens of all dense statistics. `rows`: plans pruned again for the test text; None without a test
+    text.
     """
     if trials is None:
         return StudyCost(trials=None, done=done, tokens=None, seconds=None, seconds_left=None)
     sent = _mean([cost.total for cost in costs.values()])
     calibrated = _mean([cost.total - cost.evaluate for cost in costs.values()])
-    reported = rows * (calibrated + tokens.test) + (tokens.test if rows else 0)
+    reported = 0 if rows is None else rows * (calibrated + tokens.test) + tokens.test
     redrawn = drawn.plans * (calibrated + drawn.evaluated(tokens)) + 2 * drawn.once
     through = round(trials * sent + tokens.validation + tokens.curve + 2 * once + reported + redrawn)
     if rates is None:
@@ -220,7 +220,7 @@ def whole(
     before = rates.load + blocks * (tokens.curve * rates.run["calibration"] + once * rates.dense)
     dense = dense_seconds(rates, tokens.validation, blocks, "validation")
     after = 0.0
-    if rows:
+    if rows is not None:
         each_report = _plan_seconds(rates, costs, tokens.test, blocks, "test")
         after = dense_seconds(rates, tokens.test, blocks, "test") + rows * each_report
     after += drawn.seconds(rates, costs, tokens, blocks)

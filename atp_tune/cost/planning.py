@@ -117,7 +117,10 @@ def _known(
     free = Free(free_memory(device), host_memory(), bounded)
     costs = {
         name: forecast.passes(
-            study.prune.statistics, study.prune.pruner(name).measures is not None, tokens, tokens.validation
+            study.prune.statistics,
+            study.prune.pruner(name).measures is not None,
+            tokens,
+            tokens.validation + (report if study.compares_all else 0),
         )
         for name in study.prune.short_names
     }
@@ -207,9 +210,7 @@ def _whole(known: Known, context: "TrialContext | None", rates: ProbeRates | Non
         trials = total_trials(study.search, make_space(study, Budget(study.highest, known.sizes.blocks)))
     done, trials = (0, None) if trials is None else _progress(known.main, trials)
     plans = _compared(study)
-    # Over an interval all trials may be on the front or be the uniform ones beside it; with a limit only the best is.
-    is_front = study.interval is not None and study.limit is None
-    rows = 0 if study.texts.test is None else (trials or 0) if is_front else plans
+    rows = None if study.texts.test is None else _pruned_again(study, trials or 0)
     once = known.kinds * known.tokens.calibration + _descents(known)
     blocks = len(known.sizes.blocks)
     found = forecast.whole(rates, trials, done, known.costs, known.tokens, blocks, once, rows, _drawn(known, plans))
@@ -251,6 +252,16 @@ def _descent_bytes(known: Known) -> int:
     sizes = known.sizes.blocks
     states = (len(sizes) + 1) * tokens * known.width * known.itemsize
     return states + max(sizes) * (2 * known.itemsize + FLOAT32)
+
+
+def _pruned_again(study: Study, trials: int) -> int:
+    """Number of plans that are pruned again for the test text.
+
+    Over an interval without a limit all trials may be on the front, or be the uniform ones beside it.
+    """
+    if study.compares_all:
+        return 0
+    return trials if study.interval is not None and study.limit is None else _compared(study)
 
 
 def _compared(study: Study) -> int:

@@ -39,10 +39,17 @@ def group_scores(
 def final_states(replay: Replay, batch: AutoBatch, blocks: Iterable[Block], groups: Sequence[Batch]) -> list[Tensor]:
     """Hidden states [items, positions, width] after the last block, of each group."""
     states = [embed(replay, batch, group) for group in groups]
+    for _ in passing(replay, batch, blocks, states):
+        pass
+    return states
+
+
+def passing(replay: Replay, batch: AutoBatch, blocks: Iterable[Block], states: Sequence[Tensor]) -> Iterator[Block]:
+    """Yields the blocks after hidden states [items, positions, width] of several groups have gone through them."""
     for index, weights in blocks:
         for hidden in states:
             advance(replay, batch, index, weights, hidden)
-    return states
+        yield index, weights
 
 
 def head_scores(

@@ -34,7 +34,7 @@ from atp_tune.scores.bos import compare_bos
 from atp_tune.scores.evaluation import Block, head_scores
 from atp_tune.search.dense_model import DenseMeasurements, dense_blocks
 from atp_tune.search.priced import POOL, Descent
-from atp_tune.search.scoring import RoleScorer
+from atp_tune.search.scoring import Alongside, RoleScorer
 from atp_tune.spec.config import Config
 from atp_tune.spec.facts import BOS
 from atp_tune.spec.plugged import plug_in_config
@@ -291,6 +291,10 @@ class TrialContext(Released):
         for scores in self._roles[role].scores(blocks, one_by_one, kl):
             self.folder.check_unchanged()
             yield scores
+
+    def alongside(self, role: str, kl: bool = False) -> Alongside:
+        """What scores a model on one text while its blocks pass by for another."""
+        return self._roles[role].alongside(kl)
 
     def all_scores(self, blocks: Iterable[Block], role: str, kl: bool = False) -> WindowScores:
         """Scores of a model, given as blocks, on all windows of one text."""

@@ -1,6 +1,7 @@
 """The final scores of a study: dense, uniform and best on the test text, also over draws of the calibration text.
 
-The models that are pruned for it also continue prompts.
+The models that are pruned for it also continue prompts. Trials of a front have their test scores already: the
+objective measures them while it has the pruned blocks, since all of them are compared.
 """
 
 import os
@@ -47,10 +48,7 @@ def report(run: "StudyRun", study: optuna.Study, context: "TrialContext", space:
     try:
         texts = _Texts(run, study, context, is_missing)
         for name in unreported(study):
-            nlls, kls = _measure(run, study, context, space, name, texts)
-            if kls:  # before the NLLs, which mark a trial as reported
-                study.set_user_attr(f"test_kls:{name}", kls)
-            study.set_user_attr(f"test_nlls:{name}", nlls)
+            store_test_scores(study, name, *_measure(run, study, context, space, name, texts))
         texts.complete(space)
         for draw, name in undrawn(study, draws):
             study.set_user_attr(f"draws:{name}:{draw}", _measure(run, study, context, space, name, texts, draw)[0])
@@ -58,6 +56,13 @@ def report(run: "StudyRun", study: optuna.Study, context: "TrialContext", space:
         if is_missing:
             study._storage.set_study_system_attr(study._study_id, REPORTER, None)
     write_best(run, study)
+
+
+def store_test_scores(study: optuna.Study, name: str, nlls: list[float], kls: list[float]) -> None:
+    """Stores the window NLLs and KLs of a trial, or of `dense`, on the test text."""
+    if kls:  # before the NLLs, which mark a trial as reported
+        study.set_user_attr(f"test_kls:{name}", kls)
+    study.set_user_attr(f"test_nlls:{name}", nlls)
 
 
 def _wait_for_reporter(run: "StudyRun", study: optuna.Study, draws: int) -> None:

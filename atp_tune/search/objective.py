@@ -35,6 +35,7 @@ from atp_tune.plan import Plan
 from atp_tune.scores import WindowScores
 from atp_tune.scores.evaluation import Block
 from atp_tune.search.context import TrialContext
+from atp_tune.search.final_scores import store_test_scores
 from atp_tune.search.scoring import GROUPS
 from atp_tune.search.space import Space
 from atp_tune.search.task_accuracy import TaskAccuracy
@@ -55,6 +56,7 @@ class Objective:
     watch: EventHandler
     objectives: tuple[str, ...] = PERPLEXITY
     tasks: TaskAccuracy | None = None  # the study has a limit of accuracy
+    tests: bool = False  # while its blocks are there, each trial is measured on the test text too
 
     def __call__(self, trial: Trial) -> tuple[float, ...]:
         """Measures one trial and stores each attribute as soon as it is known."""
@@ -72,6 +74,8 @@ class Objective:
         record = Record(context)
         pruned = record.follow(context.prune(plan))
         pruned = self.tasks.follow(pruned) if self.tasks else pruned
+        test = context.alongside("test", "kl" in self.objectives) if self.tests else None
+        pruned = test.follow(pruned) if test else pruned
         # Uniform is never stopped: the others are compared with it.
         may_stop = self.stops and not plan.is_uniform and best_trial(trial.study) is not None
         for scores in context.scores(pruned, "validation", may_stop, "kl" in self.objectives):
@@ -82,6 +86,8 @@ class Objective:
         results = record.results(self.objectives)
         if self.tasks:
             set_attributes(trial, {"accuracies": self.tasks.measure()})
+        if test:
+            store_test_scores(trial.study, str(trial.number), *test.scores())
         self._store(trial, record, stderr=results[0].stderr)
         if context.batches != batches and best_trial(trial.study) is None:
             # The first trial ran out of memory and took smaller batches: later trials begin with those.

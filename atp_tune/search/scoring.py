@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from atp_tune.blocks.batching import AutoBatch
+from atp_tune.blocks.prune_pass import embed
 from atp_tune.blocks.replay import Replay
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import free_memory
 from atp_tune.events import EventHandler, Step
 from atp_tune.inputs import Batch
-from atp_tune.scores import Score, WindowScores
-from atp_tune.scores.evaluation import Block, final_states, group_scores
+from atp_tune.scores import Score, WindowScores, joined
+from atp_tune.scores.evaluation import Block, final_states, group_scores, head_scores, passing
 from atp_tune.search.dense_model import dense_blocks
 
 GROUPS = 8  # groups of validation windows; a stopper may end a trial between two groups
@@ -48,6 +49,12 @@ class RoleScorer:
         for index, part in enumerate(parts):
             yield from self._group_scores(kept, [part], dense[index : index + 1])
 
+    def alongside(self, kl: bool) -> "Alongside":
+        """What scores a model on the items while its blocks pass by for another role; `kl` as in `scores`."""
+        parts = self.parts()
+        dense = self._dense_final_states(parts) if kl else []
+        return Alongside(self._replay, self._score, self.batch, self._heads, parts, dense)
+
     def parts(self) -> list[Batch]:
         """The items in parts whose lengths differ by at most one, none smaller than a batch."""
         size, more = divmod(len(self.items), count := min(GROUPS, -(-len(self.items) // self.batch.windows)))
@@ -76,6 +83,42 @@ class RoleScorer:
         for index, weights in blocks:
             yield index, weights
             self._watch(Step("evaluate", index + 1, len(self._replay.checkpoint.blocks)))
+
+
+class Alongside:
+    """Scores of one model whose blocks pass by once, equal to those of `RoleScorer.scores` to the last bit."""
+
+    def __init__(
+        self,
+        replay: Replay,
+        score: Score,
+        batch: AutoBatch,
+        heads: AutoBatch,
+        parts: Sequence[Batch],
+        dense: Sequence[Tensor],
+    ) -> None:
+        self._replay = replay
+        self._score = score
+        self._batch = batch
+        self._heads = heads
+        self._parts = parts
+        self._dense = dense
+        self._states: list[Tensor] = []
+
+    @torch.inference_mode()
+    def follow(self, blocks: Iterable[Block]) -> Iterator[Block]:
+        """Yields the blocks after the items have gone through them."""
+        self._states = [embed(self._replay, self._batch, part) for part in self._parts]
+        yield from passing(self._replay, self._batch, blocks, self._states)
+
+    @torch.inference_mode()
+    def scores(self) -> WindowScores:
+        """The scores on all items, after the last block."""
+        found = []
+        for index, part in enumerate(self._parts):
+            dense = self._dense[index] if self._dense else None
+            found.append(head_scores(self._replay, self._score, self._heads, part, self._states[index], dense))
+        return joined(found)
 
 
 def can_keep(checkpoint: Checkpoint) -> bool:

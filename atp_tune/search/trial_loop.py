@@ -46,7 +46,13 @@ def run_trials(
 
     search = run.file.study.search
     objective = Objective(
-        context, space, search.stopper != "none", run.watch, search.objective, _task_accuracy(run, context)
+        context,
+        space,
+        search.stopper != "none",
+        run.watch,
+        search.objective,
+        _task_accuracy(run, context),
+        run.file.study.compares_all and not run.screens,
     )
     publish = Publisher(run)
     end = None if run.timeout is None else monotonic() + run.timeout

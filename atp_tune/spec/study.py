@@ -285,6 +285,12 @@ class Study(SettingsTable):
         return self.sparsity[1] if isinstance(self.sparsity, tuple) else self.sparsity
 
     @property
+    def compares_all(self) -> bool:
+        """Whether every trial is a point of a front, or uniform beside one, so that the test text is read for each."""
+        is_front = self.interval is not None and self.limit is None and self.search.trials is None
+        return is_front and self.search.screen is not None and self.texts.test is not None
+
+    @property
     def objectives(self) -> tuple[str, ...]:
         """What the study minimises, in the order of a trial's values."""
         return (*self.search.objective, DENSITY) if self.interval else self.search.objective
