@@ -3,6 +3,7 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from atp_tune.allocations import Budget
 from atp_tune.errors import UserError
@@ -206,3 +207,27 @@ def test_a_space_holds_the_pattern_of_its_study() -> None:
     space = space_for(study_of(prune={"pattern": "mixed:4"}), SIZES)
     values = {"pruner": "wanda", "allocation": "atp", "beta": 0.1}
     assert space.plan(values).sparsities == space.suggest(Fixed(values)).sparsities == (0.5, 0.5, 0.5, 0.75, 0.75)
+
+
+@pytest.mark.parametrize("more", [0.0, 0.004, 0.02])
+def test_a_measured_trial_that_has_another_plan_now(more: float) -> None:
+    space = space_for(study_of(), SIZES)
+    params = {"pruner": "wanda", "allocation": "atp", "beta": 0.01}
+    plan = space.plan(params)
+    sparsities = [plan.sparsities[0] + more, *plan.sparsities[1:]]
+    trial = optuna.trial.create_trial(
+        state=optuna.trial.TrialState.COMPLETE,
+        value=1.0,
+        params=params,
+        distributions={
+            "pruner": CategoricalDistribution(["wanda"]),
+            "allocation": CategoricalDistribution(["atp"]),
+            "beta": FloatDistribution(0, 1),
+        },
+        user_attrs={"sparsities": sparsities},
+    )
+    if more <= 0.01:
+        assert space.plan_of(trial) == plan
+        return
+    with pytest.raises(UserError, match=r"^trial -1: atp gives other sparsities for its parameters than when it was"):
+        space.plan_of(trial)

@@ -15,8 +15,9 @@ begins at uniform and takes T = 20 steps, each on other windows of the calibrati
 No window of the validation or test text is used. A step costs as much as four forward passes.
 
 Over an interval of targets the descent goes on along a path: S_0 is the lowest target, S_1 … S_m follow at equal
-distances of at most 0.1, the last is the highest. From each end at S_k-1 it begins at S_k with all s_l shifted by
-S_k - S_k-1 and v kept, and takes the last 8 of the T steps. Between two targets of the path s* is linear.
+distances of at most 0.1, the last is the highest. It takes the last 10 of the T steps at S_0. From each end at S_k-1
+it begins at S_k with all s_l shifted by S_k - S_k-1 and v kept, and takes the last 6 of the T steps. Between two
+targets of the path s* is linear.
 
 Reason: formulas of a few numbers (`atp`, `curve`, `owl`) lack most of what a model wants, which differs from linear to
 linear; a gradient at the *pruned* model tells it for all of them at once. Taylor expansions at the dense model are
@@ -35,7 +36,8 @@ contains = ("uniform",)
 measures_inputs = True
 FARTHEST = 1.5  # highest κ
 STEPS = 20
-FURTHER = 8  # steps at each target of a path but the first
+AT_LOWEST = 10  # steps at the lowest target of a path, where few zeros hardly need an allocation
+FURTHER = 6  # steps at each further target of a path
 APART = 0.1  # highest distance of two targets of a path
 KEPT = 0.7  # share of the former prices in their moving mean
 LARGEST = 3.0  # of a price, in standard deviations
@@ -73,7 +75,14 @@ def path(low: float, high: float) -> tuple[float, ...]:
 
 def steps_along(targets: Sequence[float]) -> int:
     """Number of steps of a descent along these targets."""
-    return STEPS + FURTHER * (len(targets) - 1)
+    return sum(_steps(targets, place) for place in range(len(targets)))
+
+
+def _steps(targets: Sequence[float], place: int) -> int:
+    """Number of steps at one of these targets."""
+    if len(targets) == 1:
+        return STEPS
+    return FURTHER if place else AT_LOWEST
 
 
 def descend(
@@ -88,10 +97,10 @@ def descend(
     sizes, done = _sizes(linears), 0
     found, smooth = [targets[0]] * len(sizes), [0.0] * len(sizes)
     ends: list[LinearSparsities] = []
-    for target in targets:
+    for place, target in enumerate(targets):
         low, high = min(LIMITS[0], target), max(LIMITS[1], target)
         found = _levelled(found, sizes, target, low, high) if ends else found
-        for step in range(STEPS - FURTHER if ends else 0, STEPS):
+        for step in range(STEPS - _steps(targets, place), STEPS):
             prices = chain.from_iterable(prices_at(done, _rows(found, linears)))
             smooth = [KEPT * v + (1 - KEPT) * p for v, p in zip(smooth, prices, strict=True)]
             distance = FIRST * (1 - step / STEPS) + LAST

@@ -204,8 +204,8 @@ def whole(
 ) -> StudyCost:
     """The cost of a study without its screening, with as many trials of each pruner and none stopped early.
 
-    `once`: calibration tokens of all dense statistics. `rows`: plans pruned again for the test text; None without a test
-    text.
+    `once`: calibration tokens of all dense statistics. `rows`: plans pruned again for the test text; None if there is
+    no such text.
     """
     if trials is None:
         return StudyCost(trials=None, done=done, tokens=None, seconds=None, seconds_left=None)

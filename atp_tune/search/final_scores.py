@@ -116,7 +116,7 @@ class _Texts:
         """Continues the prompts by models that were measured before, then stores all texts."""
         for row, name in self._names.items():
             if name in self.work.wanted:
-                plan = None if row == "dense" else space.plan(self._study.trials[int(row)].params)
+                plan = None if row == "dense" else space.plan_of(self._study.trials[int(row)])
                 self._run.watch(TrialStarted(f"continuations: {name}", plan))
                 for _ in self.work.follow(name, _blocks(self._study, self._context, self._context, row, plan)):
                     pass
@@ -147,7 +147,7 @@ def _measure(
         if trial is None:
             return study.user_attrs["dense"], []
         return trial.user_attrs["nlls"], trial.user_attrs.get("kls", [])
-    plan = None if trial is None else space.plan(trial.params)
+    plan = None if trial is None else space.plan_of(trial)
     title = f"draw {draw + 1} of {spec.calibration.draws}:" if draw else "test text:"
     title += f" trial {name}" if trial else " dense model"
     run.watch(TrialStarted(title, plan))

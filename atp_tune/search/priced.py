@@ -13,6 +13,7 @@ from torch import Tensor
 from atp_tune.allocations import LinearSparsities
 from atp_tune.allocations.budget import Score as RankedBy
 from atp_tune.allocations.prices import (
+    AT_LOWEST,
     FIRST,
     FURTHER,
     KEPT,
@@ -39,9 +40,9 @@ from atp_tune.storage.process_identity import versions
 
 POOL = 32768  # tokens of the calibration text that the windows of all steps are drawn from
 TOKENS, WINDOWS = 2048, 4  # of a step: so many tokens, but at least so many windows
-ALONG = 2  # times as few of both along a path of several targets, whose steps are more
+ALONG = 2  # times as few of both along a path of several targets, whose steps are twice as many
 PASSES = 4  # forward passes that a gradient costs: one to keep the states, one again in each block, two backward
-CONSTANTS = (STEPS, FURTHER, KEPT, LARGEST, FIRST, LAST, LIMITS, BAND, POOL, TOKENS, ALONG, WINDOWS)
+CONSTANTS = (STEPS, AT_LOWEST, FURTHER, KEPT, LARGEST, FIRST, LAST, LIMITS, BAND, POOL, TOKENS, ALONG, WINDOWS)
 
 Ends = tuple[LinearSparsities, ...]
 

@@ -20,6 +20,7 @@ from atp_tune.spec.patterns import Pattern, parse
 from atp_tune.spec.search import STEP
 from atp_tune.spec.study import Study
 
+SAME = 0.01  # largest difference of a sparsity between two machines that measure the dense model
 Params = dict[str, Any]  # names and values as Optuna stores them
 Interval = tuple[float, float]
 
@@ -32,6 +33,22 @@ class Suggests(Protocol):
 
     def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None) -> float:
         """A value in [low, high], a multiple of `step` above `low`."""
+
+
+class Measured(Protocol):
+    """What a measured trial has."""
+
+    @property
+    def number(self) -> int:
+        """Its number in the study."""
+
+    @property
+    def params(self) -> Params:
+        """Its parameters."""
+
+    @property
+    def user_attrs(self) -> dict[str, Any]:
+        """Its attributes."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +90,22 @@ class Space:
             values = {name: _value(share, *bounds[name]) for name, share in values.items()}
         plan = make_plan(params["pruner"], allocation, budget, values, self.pattern)
         return plan if self.sparsities is None else replace(plan, target=budget.target)
+
+    def plan_of(self, trial: Measured) -> Plan:
+        """The plan of a measured trial; UserError if its parameters give another one now than when it was measured.
+
+        Another version may allocate otherwise. The last digits may differ between machines.
+        """
+        plan, stored = self.plan(trial.params), trial.user_attrs
+        pairs = [(plan.sparsities, stored.get("sparsities", plan.sparsities))]
+        rows = stored.get("linear_sparsities")
+        pairs += zip(plan.linear_sparsities, rows, strict=True) if plan.linear_sparsities and rows else []
+        if any(abs(own - other) > SAME for pair in pairs for own, other in zip(*pair, strict=True)):
+            raise UserError(
+                f"trial {trial.number}: {plan.allocation} gives other sparsities for its parameters than when it was "
+                "measured, by another version of atp_tune; begin the study again with --study-name NAME"
+            )
+        return plan
 
     def uniform(self, sparsity: float | None = None) -> list[Params]:
         """The uniform point of each pruner, which every study measures; `sparsity`: where it is a parameter."""
