@@ -210,10 +210,10 @@ def naive_descent(linears: Sequence[Sequence[Shape]], targets: Sequence[float], 
     if len(targets) == 1:
         steps = [(targets[0], t) for t in range(20)]
     else:
-        further = [(target, t) for target in targets[1:] for t in range(14, 20)]
-        steps = [*((targets[0], t) for t in range(10, 20)), *further]
+        further = [(target, t) for target in targets[1:] for t in range(12, 20)]
+        steps = [*((targets[0], t) for t in range(16, 20)), *further]
     for target, t in steps:
-        if t == 14 and target != targets[0]:
+        if t == 12 and target != targets[0]:
             s = levelled(s, target)
         p = next(given)
         v = [0.7 * old + 0.3 * new for old, new in zip(v, p, strict=True)]
@@ -245,7 +245,7 @@ def test_the_descent_follows_its_formula(budget: Budget, further: tuple[float, .
     assert len(seen) == steps and {s for row in seen[0] for s in row} == {budget.target}
     for end, naive in zip(ends, naive_descent(budget.linears, targets, drawn), strict=True):
         assert [s for row in end for s in row] == pytest.approx(naive, abs=1e-9)
-    lowest = seen[: 20 if len(targets) == 1 else 10]
+    lowest = seen[: 20 if len(targets) == 1 else 4]
     for row, target in [*((row, targets[0]) for row in lowest), *zip(ends, targets, strict=True)]:
         assert budget.mean(budget.block_means(row)) == pytest.approx(target, abs=1e-12)
 

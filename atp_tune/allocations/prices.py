@@ -15,8 +15,8 @@ begins at uniform and takes T = 20 steps, each on other windows of the calibrati
 No window of the validation or test text is used. A step costs as much as four forward passes.
 
 Over an interval of targets the descent goes on along a path: S_0 is the lowest target, S_1 … S_m follow at equal
-distances of at most 0.1, the last is the highest. It takes the last 10 of the T steps at S_0. From each end at S_k-1
-it begins at S_k with all s_l shifted by S_k - S_k-1 and v kept, and takes the last 6 of the T steps. Between two
+distances of at most 0.1, the last is the highest. It takes the last 4 of the T steps at S_0. From each end at S_k-1
+it begins at S_k with all s_l shifted by S_k - S_k-1 and v kept, and takes the last 8 of the T steps. Between two
 targets of the path s* is linear.
 
 Reason: formulas of a few numbers (`atp`, `curve`, `owl`) lack most of what a model wants, which differs from linear to
@@ -36,8 +36,8 @@ contains = ("uniform",)
 measures_inputs = True
 FARTHEST = 1.5  # highest κ
 STEPS = 20
-AT_LOWEST = 10  # steps at the lowest target of a path, where few zeros hardly need an allocation
-FURTHER = 6  # steps at each further target of a path
+AT_LOWEST = 4  # steps at the lowest target of a path, where few zeros hardly need an allocation
+FURTHER = 8  # steps at each further target of a path
 APART = 0.1  # highest distance of two targets of a path
 KEPT = 0.7  # share of the former prices in their moving mean
 LARGEST = 3.0  # of a price, in standard deviations
