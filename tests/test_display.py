@@ -4,7 +4,7 @@ import pytest
 
 from atp_tune.cli import display
 from atp_tune.cli.display import Display, Line
-from atp_tune.events import TrialEnded, TrialStarted
+from atp_tune.events import Step, TrialEnded, TrialStarted
 
 
 def test_time_that_no_trial_took_is_not_forecast(
@@ -49,3 +49,29 @@ def test_workers_share_what_is_left(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     now = 320.0
     one(TrialEnded(2, 19.0, None, 18.0, 3, 7))
     assert "(best 18.00, 40 s of trials left)" in capsys.readouterr().out
+
+
+def test_a_long_phase_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """At most a line a minute; two phases that take turns are both followed."""
+    now = 0.0
+    monkeypatch.setattr(display, "monotonic", lambda: now)
+    show = Display()
+    show(TrialStarted("prices", None))
+    for step in range(1, 45):
+        now += 7.0
+        show(Step("step", step, 44))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == ["prices", "prices: step 9 of 44, 4 min left", "prices: step 18 of 44, 3 min left"]
+    assert len(lines) == 1 + 44 * 7 // 63
+    show(TrialStarted("trial 0", None, 0))
+    for step in range(1, 11):
+        for phase in ("prune", "evaluate"):
+            now += 4.0
+            show(Step(phase, step, 10))
+    assert capsys.readouterr().out.splitlines() == ["trial 0: prune 8 of 10, 16 s left"]
+    show(TrialStarted("trial 1", None, 1))
+    for step in (2, 3, 4, 1, 2, 3, 4):  # it ends, and begins again
+        now += 30.0
+        show(Step("evaluate", step, 4))
+    said = ["trial 1: evaluate 3 of 4, 30 s left", "trial 1: evaluate 2 of 4, 60 s left"]
+    assert capsys.readouterr().out.splitlines() == said

@@ -11,6 +11,9 @@ from atp_tune.errors import printable
 from atp_tune.events import Event, EventHandler, Message, Step, TrialEnded, TrialStarted
 
 
+PERIOD = 60  # seconds after which a plain line says how far a phase is
+
+
 class Display:
     """Shows the progress of a run; a context manager, and the event handler of a run in one process."""
 
@@ -86,6 +89,8 @@ class Line:
         self._bar = display.bars.add_task("", total=None, visible=False)
         self._title = self._plan = ""
         self._began = monotonic()
+        self._phases: dict[str, tuple[int, float]] = {}  # first step of each, and when it ended
+        self._said = self._began  # when a line was printed last
 
     def __call__(self, event: Event) -> None:
         """Shows one event."""
@@ -97,6 +102,8 @@ class Line:
             case Step(phase, done, total):
                 title = printable(f"{self._name}{self._title}: {phase}")
                 self._display.bars.update(self._bar, description=title, completed=done, total=total, visible=True)
+                if not console.is_terminal:
+                    self._say(title, phase, done, total)
             case TrialEnded():
                 self._display.end(event, self._plan, monotonic() - self._began, self)
 
@@ -107,6 +114,20 @@ class Line:
 
     def _start(self, title: str, plan: str) -> None:
         self._title, self._plan, self._began = title, plan, monotonic()
+        self._phases, self._said = {}, self._began
         self._display.bars.reset(self._bar, description=printable(f"{self._name}{title}"), visible=True)
         if not console.is_terminal and not title.startswith(("trial", "screening")):
             console.print(f"{title} {plan}".rstrip())
+
+    def _say(self, title: str, phase: str, done: int, total: int) -> None:
+        """Prints how far a phase is, once in a `PERIOD`; phases may take turns."""
+        from atp_tune.results.formatting import duration
+
+        now = monotonic()
+        first, began = self._phases.setdefault(phase, (done, now))
+        if done < first:  # it begins again
+            self._phases[phase] = done, now
+        elif first < done < total and now - self._said >= PERIOD:
+            left = (now - began) / (done - first) * (total - done)
+            console.print(f"{title} {done} of {total}, {duration(left)} left", markup=False)
+            self._said = now
