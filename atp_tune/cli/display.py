@@ -10,7 +10,6 @@ from atp_tune.cli.terminal import console
 from atp_tune.errors import printable
 from atp_tune.events import Event, EventHandler, Message, Step, TrialEnded, TrialStarted
 
-
 PERIOD = 60  # seconds after which a plain line says how far a phase is
 
 
