@@ -69,19 +69,27 @@ class Scorer:
 
         self._module = tasks
         watch(Message("reading the tasks"))
-        self._tasks = tasks.find_tasks(asked.tasks, watch)
+        self._tasks = tasks.find_tasks(asked.tasks, watch, images=True)
         self._results: dict[Compared, dict[str, Any]] = {}
         self._seconds: dict[Compared, float] = {}
 
     def score(self, name: Compared, replay: Replay, folder: ModelFolder, weights_of: Callable[[int], Weights]) -> None:
         """Scores a model, and keeps the results under `name`."""
         asked, began = self._asked, perf_counter()
-        tokenizer = load_tokenizer(folder.path, folder.trusted)
+        tokenizer = self.tokenizer(folder)
         with replay.whole(weights_of) as model, oom_as_user_error(name):
             self._results[name] = self._module.score(
                 model, tokenizer, self._tasks, asked.limit, asked.num_fewshot, asked.batch, self._watch
             )
         self._seconds[name] = round(perf_counter() - began, 1)
+
+    def tokenizer(self, folder: ModelFolder) -> Any:
+        """The tokenizer of a folder, or its processor if a task asks about images; UserError if it has none."""
+        if not self._tasks.about_images:
+            return load_tokenizer(folder.path, folder.trusted)
+        from atp_tune.scores.image_tasks import load_processor
+
+        return load_processor(folder.path, folder.trusted, self._tasks.about_images)
 
     def repeat(self, name: Compared, other: Compared) -> None:
         """Copies the scores of an equal model."""
@@ -150,6 +158,7 @@ def evaluate_folder(folder: Path, asked: TaskOptions, watch: EventHandler, allow
     found = resolve(
         ModelConfig.model_validate({"source": str(folder.absolute()), "dtype": dtype, **of_model(allowed)}), Path()
     )
+    scorer.tokenizer(found)  # what is missing is said before the weights are loaded
     device = find_device(asked.device)
     with Checkpoint.load(found.path, find_dtype(dtype, device), device, found.trusted) as checkpoint:
         watch(TrialStarted(str(folder), None))

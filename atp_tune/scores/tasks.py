@@ -48,6 +48,7 @@ class Tasks:
     rows: tuple[str, ...]
     missing: dict[str, str]
     manager: TaskManager
+    about_images: str = ""  # the first task that asks about images
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,10 @@ class TaskResult:
     each: dict[str, list[float]]
 
 
-def find_tasks(asked: Sequence[str], watch: EventHandler) -> Tasks:
+def find_tasks(asked: Sequence[str], watch: EventHandler, images: bool = False) -> Tasks:
     """Loads tasks with their data; leaves out, with a message, those that cannot run.
 
-    UserError for unknown names, and if no task is left.
+    `images`: they may ask about images. UserError for unknown names, and if no task is left.
     """
     if not asked:
         raise UserError("--tasks: names no task")
@@ -75,13 +76,13 @@ def find_tasks(asked: Sequence[str], watch: EventHandler) -> Tasks:
         manager = TaskManager(include_path=[path for path in paths if path.is_dir()], include_defaults=bool(named))
         _check_names(wanted, manager.all_tasks)
         wanted += [spec for path in paths for spec in (_inside(path, manager) if path.is_dir() else [str(path)])]
-        loaded, missing = _load(manager, wanted)
+        loaded, missing = _load(manager, wanted, images)
     if not loaded:
         raise UserError(_none_left(missing))
     for name, reason in missing.items():
         watch(Message(f"{name}: left out, {reason}"))
     rows = dict.fromkeys(row for task in loaded for row in _rows(task))
-    return Tasks(loaded, tuple(rows), missing, manager)
+    return Tasks(loaded, tuple(rows), missing, manager, next(filter(None, map(_about_images, loaded)), ""))
 
 
 def _is_path(name: str) -> bool:
@@ -118,14 +119,14 @@ def _inside(folder: Path, manager: TaskManager) -> list[str]:
     return found
 
 
-def _load(manager: TaskManager, names: Sequence[str]) -> tuple[list[Any], dict[str, str]]:
+def _load(manager: TaskManager, names: Sequence[str], images: bool) -> tuple[list[Any], dict[str, str]]:
     loaded: list[Any] = []
     missing: dict[str, str] = {}
     with _hub_or_cache():
         for name in names:
             try:
                 found = manager.load([name])
-                _check_text_alone(found["tasks"])
+                _check_inputs(found["tasks"], images)
             except Exception as error:  # whatever readers, network and a task's own code raise
                 missing[name] = OUT_OF_REACH if isinstance(error, ConnectionError) else one_line(error)
                 continue
@@ -133,12 +134,22 @@ def _load(manager: TaskManager, names: Sequence[str]) -> tuple[list[Any], dict[s
     return loaded, missing
 
 
-def _check_text_alone(tasks: Mapping[str, Any]) -> None:
+def _check_inputs(tasks: Mapping[str, Any], images: bool) -> None:
     for task in tasks.values():
         if getattr(task, "UNSAFE_CODE", False):
             raise ValueError("it runs code that the model writes")
-        if getattr(task, "MULTIMODAL", False):
-            raise ValueError("it needs inputs other than text")
+        if not getattr(task, "MULTIMODAL", False):
+            continue
+        if not images or task.config.doc_to_audio:
+            raise ValueError("it needs inputs other than text" + " and images" * images)
+        if task.OUTPUT_TYPE != "generate_until":
+            raise ValueError(f"it is of type {task.OUTPUT_TYPE}, and lm-eval asks about images by generate_until alone")
+
+
+def _about_images(task: Any) -> str:
+    """The name of a task, or of the first of a group, that asks about images; "" without one."""
+    inner = task.get_all_tasks() if isinstance(task, Group) else [task]
+    return next((str(one.task_name) for one in inner if getattr(one, "MULTIMODAL", False)), "")
 
 
 def _none_left(missing: Mapping[str, str]) -> str:
@@ -181,18 +192,28 @@ def score(
 ) -> dict[str, TaskResult]:
     """Scores a transformers model in memory on each task, in batches of `batch` sequences.
 
-    Log-likelihoods are float32 sums of the logits' log-softmax, whatever the model's number format.
+    `tokenizer`: the model's processor, if a task asks about images. Log-likelihoods are float32 sums of the logits'
+    log-softmax, whatever the model's number format.
     """
     with quiet(*LIBRARIES):
-        lm = _Checked(
+        lm = _kind(tasks)(
             pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch, softmax_dtype=torch.float32,
-            prefix_token_id=_prefix(model, tokenizer),
+            prefix_token_id=_prefix(model, getattr(tokenizer, "tokenizer", tokenizer)),
         )  # fmt: skip
         AnswerCounter(watch).listen(lm)
         found = evaluate(
             lm, _ready(tasks, num_fewshot), limit=limit, bootstrap_iters=BOOTSTRAPS, fewshot_as_multiturn=True
         )
     return {row: _result(found, row) for row in tasks.rows}
+
+
+def _kind(tasks: Tasks) -> Any:
+    """The class of lm-eval's model for these tasks."""
+    if not tasks.about_images:
+        return _Checked
+    from atp_tune.scores.image_tasks import ImageModel
+
+    return ImageModel
 
 
 def _ready(tasks: Tasks, num_fewshot: int | None) -> dict[str, Any]:
