@@ -65,20 +65,21 @@ class Scorer:
         self._asked = asked
         self._watch = watch
         require("eval", "evaluate")
-        from atp_tune.scores import tasks
+        from atp_tune.scores.tasks import find_tasks
 
-        self._module = tasks
         watch(Message("reading the tasks"))
-        self._tasks = tasks.find_tasks(asked.tasks, watch, images=True)
+        self._tasks = find_tasks(asked.tasks, watch, images=True)
         self._results: dict[Compared, dict[str, Any]] = {}
         self._seconds: dict[Compared, float] = {}
 
     def score(self, name: Compared, replay: Replay, folder: ModelFolder, weights_of: Callable[[int], Weights]) -> None:
         """Scores a model, and keeps the results under `name`."""
+        from atp_tune.scores.task_scores import score
+
         asked, began = self._asked, perf_counter()
         tokenizer = self.tokenizer(folder)
         with replay.whole(weights_of) as model, oom_as_user_error(name):
-            self._results[name] = self._module.score(
+            self._results[name] = score(
                 model, tokenizer, self._tasks, asked.limit, asked.num_fewshot, asked.batch, self._watch
             )
         self._seconds[name] = round(perf_counter() - began, 1)

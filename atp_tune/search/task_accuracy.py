@@ -31,13 +31,13 @@ class TaskAccuracy:
         or it has no accuracy.
         """
         require("eval", "limit.min_accuracy")
-        from atp_tune.scores import tasks
+        from atp_tune.scores.tasks import find_tasks
 
-        self._context, self._items, self._module = context, items, tasks
+        self._context, self._items = context, items
         self._kept: KeptBlocks | None = None
         context.watch(Message("reading the tasks of limit.min_accuracy"))
         try:
-            self._tasks = {name: tasks.find_tasks((name,), context.watch) for name in least}
+            self._tasks = {name: find_tasks((name,), context.watch) for name in least}
         except UserError as error:
             raise UserError(str(error).replace("--tasks", "limit.min_accuracy", 1)) from None
         for name, found in self._tasks.items():
@@ -52,12 +52,14 @@ class TaskAccuracy:
 
     def measure(self) -> dict[str, list[float]]:
         """The accuracy of the model whose blocks passed by last, and its standard error, by task."""
+        from atp_tune.scores.task_scores import score
+
         assert self._kept is not None
         context, kept = self._context, self._kept.settle()
         tokenizer = load_tokenizer(context.folder.path, context.folder.trusted)
         with context.replay.whole(kept.weights) as model, oom_as_user_error("limit.min_accuracy"):
             found = {
-                name: self._module.score(model, tokenizer, tasks, self._items, None, SEQUENCES, context.watch)
+                name: score(model, tokenizer, tasks, self._items, None, SEQUENCES, context.watch)
                 for name, tasks in self._tasks.items()
             }
         self._kept = None
