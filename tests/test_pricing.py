@@ -4,7 +4,10 @@ import copy
 import json
 import math
 import random
+import threading
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -374,6 +377,30 @@ def test_a_plan_counts_the_descent(place: Path, command: CommandLine) -> None:
         for names in ('"owl"', '"owl", "prices"')
     ]
     assert found[1]["whole"]["tokens"] - found[0]["whole"]["tokens"] > 4 * prices.STEPS * 2048
+
+
+def test_of_several_workers_one_descends(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others wait for its end, and say so."""
+    begun, said, made = threading.Event(), list[str](), list[int]()
+
+    def descend(self: priced.Descent, targets: Sequence[float], score: str) -> priced.Ends:
+        made.append(1)
+        begun.set()
+        while not said:
+            time.sleep(0.001)
+        return (((0.25, 0.75),),)
+
+    monkeypatch.setattr(priced.Descent, "_descend", descend)
+    monkeypatch.setattr(priced.Descent, "_key", lambda *_: "ab" * 32)
+    workers = [priced.Descent.__new__(priced.Descent) for _ in range(2)]
+    for worker in workers:
+        worker._watch = lambda event: said.append(event.text)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(workers[0].ends, [0.5], "wanda", "")
+        assert begun.wait(60)
+        second = pool.submit(workers[1].ends, [0.5], "wanda", "")
+        assert first.result() == second.result() == (((0.25, 0.75),),)
+    assert (made, said) == ([1], ["waiting for the descent by prices of another process"])
 
 
 def test_steps_along_a_path_take_half_as_many_windows() -> None:

@@ -28,7 +28,7 @@ from atp_tune.allocations.prices import (
 from atp_tune.blocks.batching import AutoBatch, block_bytes
 from atp_tune.blocks.pricing import ACTIVATIONS, BAND, Pricing
 from atp_tune.blocks.prune_pass import BlockStatistics
-from atp_tune.cache import cache_dir, sha256_of_json, write_atomically
+from atp_tune.cache import cache_dir, made_once, sha256_of_json, write_atomically
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.linears import Linear
 from atp_tune.events import EventHandler, Message, Step, TrialStarted
@@ -79,11 +79,12 @@ class Descent:
         `measured`: SHA-256 of all that determines the statistics, such as model and calibration windows.
         """
         file = cache_dir("prices") / f"{self._key(targets, score, measured)}.json"
-        if file.is_file():
-            stored = json.loads(file.read_text(encoding="utf-8"))
-            return tuple(tuple(tuple(row) for row in end) for end in stored)
-        found = self._descend(targets, score)
-        self._keep(file, found)
+        with made_once(file, lambda: self._watch(Message("waiting for the descent by prices of another process"))):
+            if file.is_file():
+                stored = json.loads(file.read_text(encoding="utf-8"))
+                return tuple(tuple(tuple(row) for row in end) for end in stored)
+            found = self._descend(targets, score)
+            self._keep(file, found)
         return found
 
     def _descend(self, targets: Sequence[float], score: RankedBy) -> Ends:
