@@ -145,6 +145,7 @@ class Record:
         self._zeros = self._weights = 0
         self._packed, self._itemsize = context.stored_bytes
         self._linears = context.checkpoint.linears
+        self._of_channels = context.pattern.channels
         self._device = context.checkpoint.device
         self._dtype = context.dtype
         self._timer = Timer(self._device)
@@ -163,7 +164,9 @@ class Record:
             yield block.index, block.weights
 
     def _count(self, linear: Linear, zeros: int) -> None:
-        packed = matrix_bytes(linear.out_features, linear.in_features, zeros, self._itemsize)
+        packed = (linear.size - zeros) * self._itemsize  # of the folder that `apply --slim` writes
+        if not self._of_channels:
+            packed = matrix_bytes(linear.out_features, linear.in_features, zeros, self._itemsize)
         self._packed += packed - linear.size * self._itemsize
         self._zeros += zeros
         self._weights += linear.size

@@ -20,10 +20,12 @@ from pydantic_core import InitErrorDetails
 from atp_tune.frozen import STORED, OneOf, SettingsTable, check_once, relocated
 from atp_tune.plugins import IN_SCHEMA, short_name
 from atp_tune.pruners import PRUNERS, SETTINGS, Pruner, make_pruner
+from atp_tune.pruners.settings import ChannelSettings
 from atp_tune.registry import Registry
 from atp_tune.spec.patterns import parse
 
 UPDATING = ("sparsegpt", "alps")  # pruners that change weights that they keep
+OF_CHANNELS = ("wanda", "magnitude")  # pruners that score channels
 PrunerName = Annotated[str, OneOf(PRUNERS, IN_SCHEMA)]
 Model = TypeVar("Model", bound=SettingsTable)
 
@@ -52,7 +54,9 @@ class PruneConfig(SettingsTable):
         description="source: inputs with earlier blocks pruned, with all earlier linears pruned, or of the dense model",
     )
     sparsegpt: Any = None  # keeps its place in the order of keys; `with_tables` sets the type
-    pattern: str = Field("unstructured", description="unstructured, N:M (N zeros in every M inputs) or mixed:M")
+    pattern: str = Field(
+        "unstructured", description="unstructured, N:M (N zeros in every M inputs), mixed:M or channels (whole ones)"
+    )
     swaps: int = Field(
         0,
         ge=0,
@@ -61,6 +65,7 @@ class PruneConfig(SettingsTable):
     refine: int = Field(
         0, ge=0, description="steps of conjugate gradients that update the kept weights, after any pruner; 0: none"
     )
+    channels: ChannelSettings = Field(ChannelSettings(), description='settings of pattern = "channels"')
 
     @model_validator(mode="wrap")
     @classmethod
@@ -89,7 +94,26 @@ class PruneConfig(SettingsTable):
             parse(self.pattern)
         except ValueError as error:
             raise ValueError(f"pattern: {error}") from None
+        self._check_channels()
         return self
+
+    def _check_channels(self) -> None:
+        """ValueError for a setting that does not go with whole channels, or for one that goes with them alone."""
+        if not parse(self.pattern).channels:
+            if self.channels != ChannelSettings():
+                raise ValueError(f'channels: belongs to pattern = "channels", and the pattern is {self.pattern}')
+            return
+        other = [name for name in self.pruners if name not in OF_CHANNELS]
+        compare: str = self.settings("wanda")["compare"]
+        for key, is_given, reason in (
+            ("pruners", other, f"{(*other, '')[0]} scores no channels; take {' or '.join(OF_CHANNELS)}"),
+            ("statistics", self.statistics != "block", f'must be "block", not "{self.statistics}"'),
+            ("swaps", self.swaps, "exchanges single weights; leave it out"),
+            ("refine", self.refine, "updates single weights; leave it out for prune.channels.refit"),
+            ("wanda.compare", compare != "row", f"{compare} compares single weights; leave it out"),
+        ):
+            if is_given:
+                raise ValueError(f'{key}: {reason} where pattern = "channels"')
 
     def settings(self, pruner: str) -> dict[str, Any]:
         """Arguments of a pruner: the keys of its table, if it has one, and the pattern's group."""
