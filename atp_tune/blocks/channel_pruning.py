@@ -84,6 +84,7 @@ class ChannelPruner:
         measured: Statistics | None,
     ) -> None:
         count = int(gone.sum())
+        found.channels[each.reader] = gone
         for name, rows in each.writers:
             matrix = found.copied(linears[name])
             matrix[gone.repeat_interleave(rows)] = 0
@@ -103,6 +104,7 @@ class PrunedChannels:
 
     weights: dict[str, Tensor]
     gone: dict[str, int]
+    channels: dict[str, Tensor] = field(default_factory=dict)  # masks of those that are gone, by their reader
     experts_without_tokens: list[str] = field(default_factory=list)
 
     def copied(self, linear: Linear) -> Tensor:

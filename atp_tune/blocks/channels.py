@@ -28,8 +28,8 @@ from atp_tune.checkpoints.linears import Linear
 from atp_tune.errors import UserError
 from atp_tune.pruners.settings import ChannelSettings
 
-ITEMS, POSITIONS = 2, 12  # of the batch
-HALVES = 3  # random halves of the channels, each with its complement
+ITEMS, POSITIONS = 2, 6  # of the batch
+HALVES = 2  # random halves of the channels, each with its complement
 UNSUITED = 'prune.pattern: "channels" cannot prune {kind}: {reason}'
 
 
@@ -41,7 +41,8 @@ def find_channels(replay: Replay, settings: ChannelSettings) -> tuple[BlockChann
     for index in range(len(replay.checkpoint.blocks)):
         weights = replay.checkpoint.weights(index)
         probe = _Probe(replay, index, weights, hidden)
-        found.append(probe.channels(settings))
+        before = found[-1] if found else None
+        found.append(before if before and probe.has(before) else probe.channels(settings))
         hidden = probe.output
     return tuple(found)
 
@@ -71,6 +72,11 @@ class _Probe:
     def output(self) -> Tensor:
         """The dense block's output."""
         return self._plain.after
+
+    def has(self, known: BlockChannels) -> bool:
+        """Whether the block has the same linears and channels as another."""
+        same = known.linears == tuple((name, linear.size) for name, linear in self._linears.items())
+        return same and all(self._is_verified(one) for one in known.sets)
 
     def channels(self, settings: ChannelSettings) -> BlockChannels:
         """The block's channels; UserError if it has no MLP channels, or no heads where heads are asked for."""
@@ -111,33 +117,32 @@ class _Probe:
         whole = gcd(inputs, *rows.values())
         parts = (n for n in range(whole, 1, -1) if whole % n == 0 and inputs // n > highest)
         count = next((n for n in parts if self._is_split(reader, rows, n, [0])), None)
-        if count is None or not self._is_verified(reader, rows, count) or self._leaks(reader, writers):
+        if count is None:
             return None
         columns = inputs // count
         each = tuple((name, size // count) for name, size in rows.items())
         weights = sum(size * self._linears[name].in_features for name, size in each)
         weights += columns * self._linears[reader].out_features
-        return ChannelSet(count, each, reader, columns, weights)
+        found = ChannelSet(count, each, reader, columns, weights)
+        return found if self._is_verified(found) else None
 
-    def _is_verified(self, reader: str, rows: dict[str, int], count: int) -> bool:
-        """Whether random halves of the channels change their own columns alone."""
+    def _is_verified(self, found: ChannelSet) -> bool:
+        """Whether random halves of the channels change their own columns alone, and nothing else on the way."""
+        rows = {name: size * found.count for name, size in found.writers}
         for _ in range(HALVES):
-            order = torch.randperm(count, generator=self._random)
-            for half in (order[: count // 2], order[count // 2 :]):
-                if not self._is_split(reader, rows, count, half.tolist()):
+            order = torch.randperm(found.count, generator=self._random)
+            for half in (order[: found.count // 2], order[found.count // 2 :]):
+                if not self._is_split(found.reader, rows, found.count, half.tolist()):
                     return False
-        return True
+        return not self._leaks(found.reader, list(rows))
 
     def _is_split(self, reader: str, rows: dict[str, int], count: int, channels: Sequence[int]) -> bool:
-        """Whether these channels of each writer change the columns of the same channels of the reader alone."""
+        """Whether these channels of the writers change the columns of the same channels of the reader alone."""
         inside = torch.zeros(count, dtype=torch.bool)
         inside[list(channels)] = True
-        for name, size in rows.items():
-            places = inside.repeat_interleave(size // count).nonzero()[:, 0]
-            columns = self._columns(reader, {name: places})
-            if not len(columns) or not inside[columns * count // self._linears[reader].in_features].all():
-                return False
-        return True
+        places = {name: inside.repeat_interleave(size // count).nonzero()[:, 0] for name, size in rows.items()}
+        columns = self._columns(reader, places)
+        return len(columns) > 0 and bool(inside[columns * count // self._linears[reader].in_features].all())
 
     def _leaks(self, reader: str, writers: list[str]) -> bool:
         """Whether anything but the reader depends on the writers."""

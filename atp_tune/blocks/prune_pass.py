@@ -13,7 +13,7 @@ step 1 is omitted, and step 3 runs only the windows of the error curve, if any.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -44,6 +44,7 @@ class PrunedBlock:
     error: float | None  # ‖H - H_dense‖ / ‖H_dense‖ after the block, over the windows of the error curve
     seconds: dict[str, float]
     experts_without_tokens: tuple[str, ...] = ()  # pruned by magnitude
+    channels: Mapping[str, Tensor] = field(default_factory=dict)  # masks of those that are gone, by their reader
 
 
 @dataclass
@@ -88,7 +89,8 @@ class Pass:
         error = None if self.dense_states is None else relative_error(hidden, self.dense_states[index])
         zeros = pruned.zeros()
         timer.lap("calibrate")
-        return PrunedBlock(index, pruned.weights, zeros, error, timer.seconds, tuple(pruned.experts_without_tokens))
+        lacking, gone = tuple(pruned.experts_without_tokens), getattr(pruned, "channels", {})
+        return PrunedBlock(index, pruned.weights, zeros, error, timer.seconds, lacking, gone)
 
     def _measure_and_prune(
         self, index: int, weights: dict[str, Tensor], hidden: Tensor, sparsities: tuple[float, ...], timer: Timer
