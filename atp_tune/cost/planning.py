@@ -116,9 +116,7 @@ def _known(
     bounded = device.type != "cpu" or device_limit() is not None
     free = Free(free_memory(device), host_memory(), bounded)
     costs = {
-        name: forecast.passes(
-            study.prune.statistics, study.prune.pruner(name).measures is not None, tokens, tokens.validation
-        )
+        name: forecast.passes(study.prune.statistics, study.prune.measures(name), tokens, tokens.validation)
         for name in study.prune.short_names
     }
     return Known(

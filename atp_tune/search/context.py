@@ -268,6 +268,12 @@ class TrialContext(Released):
         """Where zeros may stand."""
         return parse(self.prune_settings.pattern)
 
+    def channel_pruner(self, pruner: str) -> ChannelPruner | None:
+        """What removes whole channels with a pruner's scores; None for other patterns."""
+        if not self.pattern.channels:
+            return None
+        return ChannelPruner(self.channels, self.prune_settings.channels, pruner == "magnitude")
+
     @cached_property
     def channels(self) -> tuple[BlockChannels, ...]:
         """The channels of each block that may go; UserError if a block has none."""
@@ -298,8 +304,7 @@ class TrialContext(Released):
         states = self.measured.states if self._has_error_curve else None
         work = Pass(self.replay, batch, pruner, states, dense, in_one_pass=way == "sequential")
         calibration = self.items("calibration")
-        if self.pattern.channels:
-            work.channels = ChannelPruner(self.channels, self.prune_settings.channels, plan.pruner == "magnitude")
+        work.channels = self.channel_pruner(plan.pruner)
         measures = (work.channels or pruner).measures
         measured = len(calibration) if dense is None and measures else 0
         windows = max(measured, self.measured.curve_windows if self._has_error_curve else 0)

@@ -168,6 +168,7 @@ def write_sparse(context: TrialContext, plan: Plan, out: Path, config: Config, o
             "blocks": checkpoint.blocks_name,
             "linears": checkpoint.linear_names if config.linear_sparsities else None,
             "batches": {**config.batches, "calibration": context.batches["calibration"]},
+            "slim": False,
             "manifest": manifest_of(folder, device_name(checkpoint.device)),
         }
         describe(folder, config.model_copy(update=known), dense)

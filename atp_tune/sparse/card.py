@@ -12,7 +12,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from atp_tune.cache import write_out
 from atp_tune.checkpoints.convert import quiet
-from atp_tune.checkpoints.headers import read_sizes
 from atp_tune.checkpoints.trust import SLIM, read_table
 from atp_tune.errors import UserError
 from atp_tune.inputs.documents import hub_arguments
@@ -86,7 +85,7 @@ def model_card(config: Config, dense: Dense, folder: Path | None = None) -> Mode
         **kept,
     )
     values = (
-        _values(config, dense) | _slim(config, dense, folder) | {"name": escaped(name), "license": kept.get("license")}
+        _values(config, dense) | _of_channels(config, folder) | {"name": escaped(name), "license": kept.get("license")}
     )
     card: ModelCard = ModelCard.from_template(data, template_path=str(TEMPLATE), **values)
     return card
@@ -141,17 +140,15 @@ def _values(config: Config, dense: Dense) -> dict[str, Any]:
     }
 
 
-def _slim(config: Config, dense: Dense, folder: Path | None) -> dict[str, Any]:
+def _of_channels(config: Config, folder: Path | None) -> dict[str, Any]:
     """The values that differ where whole channels are pruned, and where the folder is without them."""
     if not parse(config.prune.pattern).channels:
         return {}
     found: dict[str, Any] = {"channels": True, "updated": config.prune.channels.refit}
-    if folder is None or not (folder / "config.json").is_file():
-        return found
-    if read_sizes(folder).bytes == read_sizes(dense.folder).bytes:
+    if not config.slim:
         return found | {"dense_files": MASKED_FILES}
-    own = read_table(folder / "config.json").get("model_type") == SLIM
-    return found | {"dense_files": SLIM_FILES, "slim": True, "alone": OWN_CODE if own else ALONE}
+    needs_code = folder is not None and read_table(folder / "config.json").get("model_type") == SLIM
+    return found | {"dense_files": SLIM_FILES, "slim": True, "alone": OWN_CODE if needs_code else ALONE}
 
 
 def _draws(config: Config) -> str:

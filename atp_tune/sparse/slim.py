@@ -94,7 +94,7 @@ def write_slim(context: TrialContext, plan: Plan, out: Path, config: Config) -> 
             _check(context, masked, folder)
             about = read_config(masked / ABOUT)
             manifest = manifest_of(folder, device_name(context.checkpoint.device))
-            describe(folder, about.model_copy(update={"manifest": manifest}), dense)
+            describe(folder, about.model_copy(update={"manifest": manifest, "slim": True}), dense)
     return dense
 
 

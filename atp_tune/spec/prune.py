@@ -124,6 +124,12 @@ class PruneConfig(SettingsTable):
         """Makes a pruner of the study; UserError if it is a plug-in without groups and the pattern has some."""
         return make_pruner(name, self.settings(name), self.refine, self.swaps)
 
+    def measures(self, name: str) -> bool:
+        """Whether a pruner needs statistics of inputs; in whole channels, the refit does."""
+        if parse(self.pattern).channels and self.channels.refit:
+            return True
+        return self.pruner(name).measures is not None
+
     @property
     def refinement(self) -> dict[str, int]:
         """Rounds of `swaps` and steps of `refine`, those that are not 0."""

@@ -112,7 +112,7 @@ def speedup(
 
         path, place = about(model) if model is not None else config or Path(), device or "auto"
         read = read_config(path)
-        named = default_engine(place) if engine is None else engine.value
+        named = default_engine(place, read.prune.pattern) if engine is None else engine.value
         check(named, read.prune.pattern, place)
         pair = find_pair(read, path.parent / read.folder, model, place, display, allowed)
         found = measure(pair, named, Workload(tokens=tokens, runs=runs, batch=batch), place, display)
@@ -151,8 +151,9 @@ def _measure_points(
         from atp_tune.speed.model_pair import passing_pair
         from atp_tune.speed.throughput import Workload
 
-        named = default_engine(place) if engine is None else engine.value
-        check(named, file.study.prune.pattern, place)
+        pattern = file.study.prune.pattern
+        named = default_engine(place, pattern) if engine is None else engine.value
+        check(named, pattern, place)
         path = file.best_of(name)
         for count, trial in enumerate(trials, 1):
             config = best_config(file, stored, path, trial.number)
@@ -195,7 +196,8 @@ def _show(found: "Speed") -> None:
         console.print(table, "\n", sep="")
     for line in summary_of(found):
         console.print(line, style="dim")
-    console.print(PLAIN)
+    if any(found.zeros.values()):
+        console.print(PLAIN)
 
 
 def summary_of(found: "Speed") -> Iterator[str]:
