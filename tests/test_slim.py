@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import bench_of, few, random_ids, tiny
+from families import CPU, bench_of, few, random_ids, tiny
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
@@ -180,9 +180,17 @@ def test_atp_tune_reads_a_slim_folder_as_any_model(make: Make) -> None:
     masked, folder = make("llama")
     found = resolve(ModelConfig(source=str(folder)), Path())
     assert not found.trusted
-    with quiet(), Checkpoint.load(found.path, torch.float32, torch.device("cpu")) as checkpoint:
+    with quiet(), Checkpoint.load(found.path, torch.float32, CPU) as checkpoint:
         assert len({tuple(x.in_features for x in row) for row in checkpoint.linears}) > 1  # widths of each block's own
         torch.testing.assert_close(logits(checkpoint.model).double(), logits(load(masked)), rtol=1e-3, atol=1e-4)
+
+
+def test_code_in_a_slim_folder_is_not_run(make: Make) -> None:
+    """What runs is the module of the package."""
+    _, folder = make("llama")
+    (folder / "modeling_atp_slim.py").write_text("raise SystemExit")
+    with quiet(), Checkpoint.load(resolve(ModelConfig(source=str(folder)), Path()).path, torch.float32, CPU) as found:
+        assert type(found.model).__name__ == "SlimLlamaForCausalLM"
 
 
 def test_the_config_says_the_family(make: Make) -> None:

@@ -102,14 +102,14 @@ class _Cuts:
     """What is cut of each linear, gathered while the blocks are pruned."""
 
     def __init__(self, context: TrialContext) -> None:
-        self._checkpoint = context.checkpoint
+        self.checkpoint = context.checkpoint
         self.blocks = context.channels
         self.linears: dict[str, Cut] = {}  # by name in the model
         self.counts: list[list[tuple[ChannelSet, int]]] = []  # channels that stay in each set of each block
 
     def add(self, index: int, gone: Mapping[str, Tensor]) -> None:
         """Takes the channels that are gone, by the linear that reads them."""
-        by_name = {linear.name: linear for linear in self._checkpoint.linears[index]}
+        by_name = {linear.name: linear for linear in self.checkpoint.linears[index]}
         self.counts.append([])
         for each in self.blocks[index].sets:
             mask = gone.get(each.reader)
@@ -128,12 +128,12 @@ class _Cuts:
     def tensors(self, folder: Path) -> dict[str, Cut]:
         """Cuts by the names of tensors in a folder's files; of biases only rows are cut."""
         there = {name for file in folder.glob("*.safetensors") for name in read_header(file)}
-        prefix = f"{self._checkpoint.model.base_model_prefix}."
+        prefix = f"{self.checkpoint.model.base_model_prefix}."
         found: dict[str, Cut] = {}
         for name, cut in self.linears.items():
-            module: Any = self._checkpoint.model.get_submodule(name)
+            module: Any = self.checkpoint.model.get_submodule(name)
             for end in ("weight", *(["bias"] if module.bias is not None else [])):
-                saved = self._checkpoint.as_saved(f"{name}.{end}", getattr(module, end).to("meta"))
+                saved = self.checkpoint.as_saved(f"{name}.{end}", getattr(module, end).to("meta"))
                 key = next(iter(saved)) if len(saved) == 1 else ""
                 known = [other for other in (key, key.removeprefix(prefix), prefix + key) if other in there]
                 if not known:
@@ -146,7 +146,7 @@ class _Cuts:
         return self.counts[0] if all(counts == self.counts[0] for counts in self.counts) else None
 
     def _name(self, index: int, linear: str) -> str:
-        return f"{self._checkpoint.blocks_name}.{index}.{linear}"
+        return f"{self.checkpoint.blocks_name}.{index}.{linear}"
 
 
 def _write_weights(source: Path, out: Path, cuts: dict[str, Cut]) -> None:
@@ -220,7 +220,7 @@ def _makes(config: dict[str, Any], cuts: _Cuts) -> bool:
     with TemporaryDirectory() as place:
         (Path(place) / CONFIG).write_text(json.dumps(config), encoding="utf-8")
         try:
-            made, dense = _empty_model(Path(place)), cuts._checkpoint.model
+            made, dense = _empty_model(Path(place)), cuts.checkpoint.model
         except Exception:  # models raise many types for numbers that do not fit
             return False
     wanted = {name: parameter.shape for name, parameter in dense.named_parameters()}
@@ -272,9 +272,14 @@ def _logits(context: TrialContext, folder: Path) -> tuple[Tensor, Tensor | None]
         raise UserError(f"--slim: this model cannot run with fewer channels: {one_line(error)}") from error
 
 
-def _cached(model: Any, batch: Tensor) -> Tensor:
-    """Logits for token ids [items, positions], half of them first, the others after their cached keys and values."""
+def _cached(model: Any, batch: Tensor) -> Tensor | None:
+    """Logits for token ids [items, positions], half of them first, the others after their cached keys and values.
+
+    None for a model that keeps none.
+    """
     half = batch.shape[1] // 2
     first = model(batch[:, :half], use_cache=True)
+    if getattr(first, "past_key_values", None) is None:
+        return None
     second = model(batch[:, half:], past_key_values=first.past_key_values, use_cache=True)
     return torch.cat([first.logits, second.logits], 1).cpu()

@@ -183,11 +183,12 @@ def _show(found: "Speed") -> None:
     """Prints bytes, zeros and tokens per second as Markdown tables."""
     sizes = found.sizes
     files = [("uncompressed", sizes.dense, sizes.sparse), ("compressed with zstd", sizes.dense_zstd, sizes.sparse_zstd)]
-    if sizes.packed is not None:
+    has_zeros = any(found.zeros.values())
+    if sizes.packed is not None and has_zeros:
         files.append(("packed", sizes.dense, sizes.packed))
     for table in (
         markdown(
-            ("weight files", "dense", "with zeros", "smaller"),
+            ("weight files", "dense", "with zeros" if has_zeros else "slim", "smaller"),
             ((name, _megabytes(dense), _megabytes(sparse), f"{dense / sparse:.2f}×") for name, dense, sparse in files),
         ),
         markdown(("linear", "zeros"), ((kind, f"{share:.2%}") for kind, share in found.zeros.items())),
@@ -196,7 +197,7 @@ def _show(found: "Speed") -> None:
         console.print(table, "\n", sep="")
     for line in summary_of(found):
         console.print(line, style="dim")
-    if any(found.zeros.values()):
+    if has_zeros:
         console.print(PLAIN)
 
 
