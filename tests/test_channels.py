@@ -64,6 +64,17 @@ def test_channels_are_found_by_running_the_block(family: str) -> None:
     assert all(block.heads is None for block in find_channels(work.replay, ChannelSettings()))
 
 
+def test_channels_of_a_model_that_was_pruned_are_found_again() -> None:
+    """As of a masked folder: rows of zeros, the first among them."""
+    model = tiny("llama").requires_grad_(False)
+    for block in model.model.layers:
+        block.mlp.up_proj.weight[:9] = block.mlp.gate_proj.weight[:9] = 0
+        block.mlp.down_proj.weight[:, :9] = 0
+        block.self_attn.q_proj.weight[:12] = block.self_attn.k_proj.weight[:6] = block.self_attn.v_proj.weight[:6] = 0
+    for found in find_channels(bench_of(model).replay, ChannelSettings(heads=True)):
+        assert [(one.writers, one.reader, one.count) for one in found.sets] == FOUND["llama"]
+
+
 @pytest.mark.parametrize("family", few(NO_HEADS, ("gpt2",)))
 def test_heads_that_cannot_go_alone_stay(family: str) -> None:
     work = bench_of(tiny(family))

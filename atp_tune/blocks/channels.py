@@ -110,10 +110,10 @@ class _Probe:
         rows = {name: self._plain.outputs[name].shape[-1] for name in writers}
         if any(size != self._linears[name].out_features for name, size in rows.items()):
             return None
-        first = [self._columns(reader, {name: slice(0, 1)}) for name in writers]
-        if any(not len(columns) for columns in first):
+        first = self._columns(reader, dict.fromkeys(writers, slice(0, 1)))
+        if not len(first):
             return None
-        highest = max(int(columns.max()) for columns in first)
+        highest = int(first.max())
         whole = gcd(inputs, *rows.values())
         parts = (n for n in range(whole, 1, -1) if whole % n == 0 and inputs // n > highest)
         count = next((n for n in parts if self._is_split(reader, rows, n, [0])), None)
