@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 MODEL_TYPE = "atp_slim"  # of the config, and the name of its table
 VERSION = 1  # of the format
 AUTO_CLASS = "AutoModelForCausalLM"
+STD = 0.02  # of random weights
 
 
 def checked_table(config: dict[str, Any]) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def _is_shape(shape: Any) -> bool:
 
 
 def narrow(model: nn.Module, linears: dict[str, list[int]]) -> None:
-    """Gives linears of a model new weights [out, in] of these shapes, in place; their values are not set.
+    """Gives linears of a model new, random weights [out, in] of these shapes, in place.
 
     ValueError for a linear that the model does not have.
     """
@@ -59,8 +60,9 @@ def narrow(model: nn.Module, linears: dict[str, list[int]]) -> None:
         if rows > old.shape[1 if transposed else 0] or columns > old.shape[0 if transposed else 1]:
             raise ValueError(f"slim folder: {name} is wider than in its family's model")
         linear.weight = nn.Parameter(old.new_empty((columns, rows) if transposed else (rows, columns)))
+        nn.init.normal_(linear.weight, std=STD)  # as of a new model; those of files are loaded after it
         if bias is not None:
-            linear.bias = nn.Parameter(bias.new_empty(rows))
+            linear.bias = nn.Parameter(bias.new_zeros(rows))
         if transposed:
             linear.nx, linear.nf = columns, rows
         else:
@@ -126,10 +128,7 @@ def slim_model(config_class: Any, family: Any) -> Any:
 
     def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         super(made, self).__init__(config, *args, **kwargs)
-        linears = getattr(config, MODEL_TYPE)["linears"]
-        narrow(self, linears)
-        for name in linears:
-            self._init_weights(self.get_submodule(name))  # as of a new model; those of files are loaded after it
+        narrow(self, getattr(config, MODEL_TYPE)["linears"])
 
     def from_pretrained(cls: Any, path: Any, /, *args: Any, **options: Any) -> Any:
         """The model; ValueError if a weight is not in the files in the shape that the config says."""

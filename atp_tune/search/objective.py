@@ -145,7 +145,6 @@ class Record:
         self._zeros = self._weights = 0
         self._packed, self._itemsize = context.stored_bytes
         self._linears = context.checkpoint.linears
-        self._of_channels = context.pattern.channels
         self._device = context.checkpoint.device
         self._dtype = context.dtype
         self._timer = Timer(self._device)
@@ -157,15 +156,15 @@ class Record:
             self.errors += [] if block.error is None else [round(block.error, 6)]
             self.experts_without_tokens += [f"{block.index}.{name}" for name in block.experts_without_tokens]
             for linear in self._linears[block.index]:
-                self._count(linear, block.zeros[linear.name])
+                self._count(linear, block.zeros[linear.name], bool(block.channels))
             for phase, seconds in block.seconds.items():
                 self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
             self.peak_bytes["prune"] = peak_memory(self._device)
             yield block.index, block.weights
 
-    def _count(self, linear: Linear, zeros: int) -> None:
-        packed = (linear.size - zeros) * self._itemsize  # of the folder that `apply --slim` writes
-        if not self._of_channels:
+    def _count(self, linear: Linear, zeros: int, is_cut: bool) -> None:
+        packed = (linear.size - zeros) * self._itemsize  # as `apply --slim` writes it
+        if not is_cut:
             packed = matrix_bytes(linear.out_features, linear.in_features, zeros, self._itemsize)
         self._packed += packed - linear.size * self._itemsize
         self._zeros += zeros

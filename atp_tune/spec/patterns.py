@@ -59,5 +59,5 @@ def parse(text: str) -> Pattern:
         zeros, group = None if match[1] == "mixed" else int(match[1]), int(match[2])
         if group > (zeros or 1):
             return Pattern(group, zeros)
-    known = "unstructured, N:M with N < M as in 2:4, or mixed:M as in mixed:8, or channels"
-    raise ValueError(f'must be {known}, got "{text}"')
+    known = "unstructured, N:M with N < M as in 2:4, or mixed:M as in mixed:8"
+    raise ValueError(f'must be {known}, got "{text}"; "channels" removes whole channels')

@@ -54,9 +54,7 @@ class PruneConfig(SettingsTable):
         description="source: inputs with earlier blocks pruned, with all earlier linears pruned, or of the dense model",
     )
     sparsegpt: Any = None  # keeps its place in the order of keys; `with_tables` sets the type
-    pattern: str = Field(
-        "unstructured", description="unstructured, N:M (N zeros in every M inputs), mixed:M or channels (whole ones)"
-    )
+    pattern: str = Field("unstructured", description="unstructured, N:M (N zeros in every M inputs) or mixed:M")
     swaps: int = Field(
         0,
         ge=0,
@@ -65,7 +63,7 @@ class PruneConfig(SettingsTable):
     refine: int = Field(
         0, ge=0, description="steps of conjugate gradients that update the kept weights, after any pruner; 0: none"
     )
-    channels: ChannelSettings = Field(ChannelSettings(), description='settings of pattern = "channels"')
+    channels: ChannelSettings = Field(ChannelSettings(), description='of pattern = "channels": whole channels go')
 
     @model_validator(mode="wrap")
     @classmethod
