@@ -124,6 +124,20 @@ def test_equal_widths_that_no_config_says_make_a_slim_folder(make: Make) -> None
     torch.testing.assert_close(logits(load(folder)), logits(load(masked)), rtol=1e-10, atol=1e-12)
 
 
+def test_a_slim_model_can_lose_further_channels(make: Make, tmp_path: Path) -> None:
+    _, folder = make("llama", heads=False)
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        work = bench_of(model, PruneConfig(pattern="channels", channels=ChannelSettings(round_to=1)), folder=folder)
+        plan = make_plan("wanda", "uniform", work.budget(0.1), {}, parse("channels"))
+        config = config_of(work.prune_settings, plan)
+        write_sparse(work, plan, tmp_path / "masked2", config)
+        write_slim(work, plan, tmp_path / "slim2", config)
+    before, after = (load(tmp_path / name) for name in ("slim", "slim2"))
+    assert sum(p.numel() for p in after.parameters()) < sum(p.numel() for p in before.parameters())
+    torch.testing.assert_close(logits(after), logits(load(tmp_path / "masked2")), rtol=1e-10, atol=1e-12)
+
+
 # no silent failure
 
 

@@ -4,7 +4,7 @@
 
 Blocks of equal widths make an ordinary folder of the family, if a few numbers in its config say all of them; else the
 folder has a model type and a modelling file of its own (`packed.modeling_atp_slim`). A slim model that does not compute
-what the masked one computes, with and without cached keys and values, is not written. One tensor is cut at a time.
+what the masked one computes, with and without cached keys and values, is not written. One shard at a time is in memory.
 """
 
 import json
@@ -80,7 +80,6 @@ def write_slim(context: TrialContext, plan: Plan, out: Path, config: Config) -> 
     check_pattern(config)
     if reads_images(context.folder.path):
         raise UserError("--slim: a model that also reads images cannot be slim yet; `apply` without --slim writes it")
-
     check_free(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     cuts = _Cuts(context)
@@ -173,17 +172,25 @@ def _write_config(folder: Path, cuts: _Cuts) -> None:
     wanted = {name: cut.shape for name, cut in cuts.linears.items()}
     plain = _plain_config(folder, config, cuts) if wanted else config
     if plain is None:
-        if "auto_map" in config:
-            raise UserError("--slim: a model with code of its own cannot be slim; `apply` without --slim writes it")
-        table = {"version": VERSION, "family": config["model_type"], "linears": wanted}
-        classes = [f"Slim{name}" for name in config.get("architectures") or ()]
-        plain = config | {"model_type": MODEL_TYPE, "architectures": classes, "auto_map": places(), MODEL_TYPE: table}
+        plain = config | _slim_keys(config, wanted)
         shutil.copyfile(CODE, folder / CODE.name)
     (folder / CONFIG).write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
     if (folder / INDEX).is_file():  # its total size is another now
         index = read_table(folder / INDEX)
         index["metadata"] = {}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _slim_keys(config: dict[str, Any], linears: dict[str, list[int]]) -> dict[str, Any]:
+    """The keys by which the config of a slim folder differs from the model's, which may be slim already."""
+    if config["model_type"] == MODEL_TYPE:
+        table = config[MODEL_TYPE]
+        return {MODEL_TYPE: table | {"linears": table["linears"] | linears}}
+    if "auto_map" in config:
+        raise UserError("--slim: a model with code of its own cannot be slim; `apply` without --slim writes it")
+    table = {"version": VERSION, "family": config["model_type"], "linears": linears}
+    classes = [f"Slim{name}" for name in config.get("architectures") or ()]
+    return {"model_type": MODEL_TYPE, "architectures": classes, "auto_map": places(), MODEL_TYPE: table}
 
 
 def _plain_config(folder: Path, config: dict[str, Any], cuts: _Cuts) -> dict[str, Any] | None:
