@@ -100,6 +100,8 @@ def _names(config: Config, key: Literal["blocks", "linears"]) -> Any:
 
 def as_recipe(config: Config) -> str:
     """The recipe; UserError if llm-compressor lacks the pruner or a setting."""
+    if parse(config.prune.pattern).channels:
+        raise _not_to_be_said("prune.pattern", config.prune.pattern, "zeroes single weights, no whole channels")
     if config.pruner not in MODIFIERS:
         raise _not_to_be_said("pruner", config.pruner, f"has a modifier for {' and '.join(MODIFIERS)} alone")
     for key, count in config.prune.refinement.items():

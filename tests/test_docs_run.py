@@ -80,6 +80,9 @@ def reader(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (place / f"studies/{name}.toml").write_text(tiny, encoding="utf-8")
     front = tiny.replace("sparsity = 0.6", "sparsity = [0.3, 0.6]").replace("trials = 3\n", "") + SCREEN
     (place / "studies/smol-front.toml").write_text(front, encoding="utf-8")
+    pattern = '[prune]\npattern = "channels"\n\n[texts.calibration]'
+    channels = tiny.replace("sparsity = 0.6", "sparsity = 0.25").replace("[texts.calibration]", pattern, 1)
+    (place / "studies/smol-channels.toml").write_text(channels, encoding="utf-8")
     return place
 
 

@@ -127,8 +127,8 @@ REPLACED = [  # what stands in GOOD, what stands there instead, the message
     (
         "pruners =",
         "qqq =",
-        "prune.qqq: unknown key; known here are pruners, statistics, sparsegpt, pattern, swaps, refine, wanda, dsnot, "
-        "alps",
+        "prune.qqq: unknown key; known here are pruners, statistics, sparsegpt, pattern, swaps, refine, channels, "
+        "wanda, dsnot, alps",
     ),
     (
         '["wanda"]',

@@ -23,7 +23,7 @@ def bounds(budget: Budget) -> dict[str, tuple[float, float]]:
     below, above = budget.centre, len(budget.sizes) - 1 - budget.centre
     if below <= 0 or above <= 0:
         return {"beta": (0.0, 0.0)}
-    zeros, kept = budget.target, 1 - budget.target
+    zeros, kept = budget.target, budget.highest - budget.target
     return {"beta": (-min(zeros / above, kept / below), min(zeros / below, kept / above))}
 
 

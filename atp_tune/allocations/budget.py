@@ -2,7 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from atp_tune.allocations.channels import BlockChannels
 
 ROUNDING = 1e-9  # tolerance when a parameter is compared with its bounds
 # Names of parameters in papers and error messages.
@@ -60,7 +63,8 @@ class DenseMetricsProtocol(Protocol):
 class Budget:
     """Target S (share of zeros over all linears, in [0, 1]) and the number of prunable weights of each block.
 
-    `linears` are the shapes of the linears of each block, `score` is the score that the pruner ranks weights by.
+    `linears` are the shapes of the linears of each block, `score` is the score that the pruner ranks weights by,
+    `channels` are those of each block where whole channels go.
     """
 
     target: float
@@ -68,6 +72,12 @@ class Budget:
     linears: tuple[tuple[Shape, ...], ...] = ()
     dense_metrics: DenseMetricsProtocol | None = field(default=None, compare=False)
     score: Score = "wanda"
+    channels: tuple["BlockChannels", ...] = ()
+
+    @property
+    def highest(self) -> float:
+        """The highest sparsity that every block can have."""
+        return min((block.highest for block in self.channels), default=1.0)
 
     @property
     def centre(self) -> float:

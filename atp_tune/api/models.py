@@ -19,7 +19,7 @@ from atp_tune.events import EventHandler, TrialStarted
 from atp_tune.metrics.perplexity import Perplexity
 from atp_tune.plan import Plan
 from atp_tune.search.context import ContextConfig, TrialContext
-from atp_tune.sparse.applying import apply, plan_of
+from atp_tune.sparse.applying import Write, apply, plan_of
 from atp_tune.sparse.card import Dense, describe
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import Config, read_config
@@ -50,21 +50,22 @@ def save(
     lender: Lender,
     allowed: Mapping[str, bool],
     watch: EventHandler,
+    write: Write | None = None,
 ) -> Perplexity:
     """Writes the sparse checkpoint of a configuration, and returns its perplexity on the test text.
 
-    A model in memory is first written, dense, to a temporary folder beside `out`.
+    A model in memory is first written, dense, to a temporary folder beside `out`. `write`: as of `apply`.
     """
     with lent_as(config, lender, device) as where:
         if lender.model is None:
-            return apply(config, base, out, where, watch, allowed)
+            return apply(config, base, out, where, watch, allowed, write)
         out.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as place:
             dense = _saved(lender, Path(place))
             of_folder = config.model_copy(update={"model": config.model.model_copy(
                 update={"id": place, "fingerprint": dense.content}
             )})  # fmt: skip
-            measured = apply(of_folder, base, out, where, watch, allowed)
+            measured = apply(of_folder, base, out, where, watch, allowed, write)
             about = read_config(out / ABOUT).model_copy(update={"model": config.model})
             describe(out, about, Dense(dense.path, None, reads_images(dense.path)))
             return measured

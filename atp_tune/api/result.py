@@ -107,14 +107,15 @@ class Result:
         return self.configuration(device=device, **choice).apply()
 
     def save(
-        self, folder: str | Path, *, packed: bool = False, device: str | None = None, **choice: Any
+        self, folder: str | Path, *, packed: bool = False, slim: bool = False, device: str | None = None, **choice: Any
     ) -> "Perplexity":
         """Writes the pruned model as a Hugging Face folder with a model card; returns its test perplexity.
 
         The perplexity is measured on the folder as it is on the disk. `packed`: without zeros, smaller, and loaded by
-        transformers where atp_tune is imported. UserError if the folder exists.
+        transformers where atp_tune is imported. `slim`: without the channels that `pattern = "channels"` prunes.
+        UserError if the folder exists.
         """
-        return self.configuration(device=device, **choice).save(folder, packed=packed)
+        return self.configuration(device=device, **choice).save(folder, packed=packed, slim=slim)
 
     def push(self, repository: str, *, private: bool = False, device: str | None = None, **choice: Any) -> str:
         """Uploads the pruned model with its card to the Hugging Face hub, ORG/NAME, and returns its address.

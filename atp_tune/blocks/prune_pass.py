@@ -13,13 +13,14 @@ step 1 is omitted, and step 3 runs only the windows of the error curve, if any.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from atp_tune.blocks.batching import AutoBatch
+from atp_tune.blocks.channel_pruning import ChannelPruner, PrunedChannels
 from atp_tune.blocks.input_hooks import AllInputsSeen, InputCollector, stop_when_all_seen
 from atp_tune.blocks.replay import Replay
 from atp_tune.blocks.sequential import prune_sequentially
@@ -43,6 +44,7 @@ class PrunedBlock:
     error: float | None  # ‖H - H_dense‖ / ‖H_dense‖ after the block, over the windows of the error curve
     seconds: dict[str, float]
     experts_without_tokens: tuple[str, ...] = ()  # pruned by magnitude
+    channels: Mapping[str, Tensor] = field(default_factory=dict)  # masks of those that are gone, by their reader
 
 
 @dataclass
@@ -59,6 +61,7 @@ class Pass:
     dense_states: Sequence[Tensor] | None
     dense_statistics: Sequence[BlockStatistics] | None = None
     in_one_pass: bool = False
+    channels: ChannelPruner | None = None  # whole channels go, in the place of single weights
 
     def run(self, plan: Plan, hidden: Tensor) -> Iterator[PrunedBlock]:
         """Prunes block after block; overwrites `hidden` [windows, tokens, width] with the states after each block.
@@ -74,7 +77,11 @@ class Pass:
         timer = Timer(self.replay.checkpoint.device)
         weights = self.replay.checkpoint.weights(index)
         sparsities = plan.of(index, len(linears))
-        if self.in_one_pass and self.pruner.measures is not None:
+        pruned: Pruning | PrunedChannels
+        if self.channels is not None:
+            pruned = self._prune_channels(index, weights, hidden, sparsities, timer)
+            advance(self.replay, self.batch, index, pruned.weights, hidden)
+        elif self.in_one_pass and self.pruner.measures is not None:
             pruned = self._prune_sequentially(index, weights, hidden, sparsities, timer)
         else:
             pruned = self._measure_and_prune(index, weights, hidden, sparsities, timer)
@@ -82,7 +89,8 @@ class Pass:
         error = None if self.dense_states is None else relative_error(hidden, self.dense_states[index])
         zeros = pruned.zeros()
         timer.lap("calibrate")
-        return PrunedBlock(index, pruned.weights, zeros, error, timer.seconds, tuple(pruned.experts_without_tokens))
+        lacking, gone = tuple(pruned.experts_without_tokens), getattr(pruned, "channels", {})
+        return PrunedBlock(index, pruned.weights, zeros, error, timer.seconds, lacking, gone)
 
     def _measure_and_prune(
         self, index: int, weights: dict[str, Tensor], hidden: Tensor, sparsities: tuple[float, ...], timer: Timer
@@ -95,6 +103,18 @@ class Pass:
             pruning.prune(linear, statistics.get(linear.name))
         timer.lap("prune")
         return pruning
+
+    def _prune_channels(
+        self, index: int, weights: dict[str, Tensor], hidden: Tensor, shares: tuple[float, ...], timer: Timer
+    ) -> PrunedChannels:
+        assert self.channels is not None
+        linears, kind = self.replay.checkpoint.linears[index], self.channels.measures
+        readers = self.channels.readers(index, linears)
+        found = {} if kind is None else measure(self.replay, self.batch, index, weights, hidden, kind, readers)
+        timer.lap("calibrate")
+        pruned = self.channels.prune(index, linears, weights, shares, found)
+        timer.lap("prune")
+        return pruned
 
     def _statistics(self, index: int, weights: dict[str, Tensor], hidden: Tensor) -> BlockStatistics:
         if self.dense_statistics is not None:
@@ -201,12 +221,16 @@ def measure(
     weights: dict[str, Tensor],
     hidden: Tensor,
     kind: type[Statistics],
+    only: list[Linear] | None = None,
 ) -> BlockStatistics:
-    """Statistics of the inputs of each linear of block `index`, by name, over all windows of `hidden`."""
+    """Statistics of the inputs of each linear of block `index`, by name, over all windows of `hidden`.
+
+    `only`: these linears, in the place of all.
+    """
     block = replay.checkpoint.blocks[index]
 
     def step(windows: int) -> BlockStatistics:
-        linears = replay.checkpoint.linears[index]
+        linears = replay.checkpoint.linears[index] if only is None else only
         collector = InputCollector(linears, kind, stop_when_all_seen(linears))
         with collector.attached(block):
             for rows in torch.split(hidden, windows):

@@ -12,6 +12,7 @@ from atp_tune.errors import UserError
 PICKLES = "pytorch_model*.bin"
 CODE = "*.py"  # code that `model.trust_remote_code` runs
 _CONFIGS = ("config.json", "tokenizer_config.json")
+SLIM = "atp_slim"  # as in packed.modeling_atp_slim, which imports torch: atp_tune's own code, not the folder's, runs
 _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation")
 ASK_PICKLE = "model.allow_pickle = true (--set model.allow_pickle=true; apply: --allow-pickle)"
 ASK_CODE = "model.trust_remote_code = true (--set model.trust_remote_code=true; apply: --trust-remote-code)"
@@ -70,7 +71,8 @@ def _needs_code(config: dict[str, Any]) -> bool:
     from transformers import CONFIG_MAPPING
 
     kernels = any("/" in str(config.get(key)) for key in _KERNELS)
-    return kernels or (bool(list(_classes(config))) and str(config.get("model_type")) not in CONFIG_MAPPING)
+    known = config.get("model_type") == SLIM or str(config.get("model_type")) in CONFIG_MAPPING
+    return kernels or (bool(list(_classes(config))) and not known)
 
 
 def _classes(config: dict[str, Any]) -> list[str]:

@@ -23,7 +23,8 @@ def show_next(summary: Summary, file: StudyFile) -> None:
     is_there = made is not None and summary.best_trial and made.trial == summary.best_trial.number
     if made is None or summary.best.test is None or not is_there:
         return
-    config, out = _from_here(best), _free(f"{printable(summary.name).replace('/', '_')}-sparse")
+    form = "slim" if summary.of_channels else "sparse"
+    config, out = _from_here(best), _free(f"{printable(summary.name).replace('/', '_')}-{form}")
     study = ["--study", *study_words(summary, file)]
     if summary.points and not summary.limit:
         middle = summary.points[len(summary.points) // 2].sparsity
@@ -31,7 +32,10 @@ def show_next(summary: Summary, file: StudyFile) -> None:
     else:
         second = ("page with figures", ["report", *study])
     rows = [
-        ("sparse checkpoint", ["apply", "--config", config, "--out", out, *permission(file.study)]),
+        (
+            f"{form} checkpoint",
+            ["apply", "--config", config, "--out", out, *["--slim"] * summary.of_channels, *permission(file.study)],
+        ),
         second,
         ("talk with it", ["chat", out]),
     ]

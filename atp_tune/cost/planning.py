@@ -118,7 +118,7 @@ def _known(
     costs = {
         name: forecast.passes(
             study.prune.statistics,
-            study.prune.pruner(name).measures is not None,
+            study.prune.measures(name),
             tokens,
             tokens.validation + (report if study.compares_all else 0),
         )

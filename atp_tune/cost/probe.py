@@ -16,7 +16,7 @@ from atp_tune.blocks.prune_pass import Pass, advance
 from atp_tune.blocks.timing import wait_for
 from atp_tune.checkpoints.devices import peak_memory, reset_peak_memory
 from atp_tune.cost.forecast import ProbeRates, PrunerRate
-from atp_tune.plan import Plan
+from atp_tune.plan import Plan, make_plan
 from atp_tune.search.context import TrialContext
 
 T = TypeVar("T")
@@ -74,7 +74,7 @@ def probe(
     tokens = {role: batch.shape[0] * batch.shape[1] for role, batch in batches.items()}
     run = {role: clock.typical(f"run {role}") / tokens[role] for role in batches}
     each = {name: clock.typical(f"calibrate {name}") / tokens["calibration"] for name in pruners}
-    measures = {name for name in pruners if context.prune_settings.pruner(name).measures is not None}
+    measures = {name for name in pruners if context.prune_settings.measures(name)}
     dense = max((each[name] for name in measures), default=2 * run["calibration"])
     if context.prune_settings.statistics == "dense":
         each = dict.fromkeys(pruners, run["calibration"])
@@ -108,7 +108,10 @@ def _pruned(context: TrialContext, index: int, hidden: Tensor, name: str, sparsi
     pruner = context.prune_settings.pruner(name)
     in_one_pass = context.prune_settings.statistics == "sequential"
     plan = Plan(name, "uniform", (sparsity,) * len(context.checkpoint.blocks))
-    work = Pass(context.replay, context.batch("calibration"), pruner, None, None, in_one_pass)
+    of_channels = context.channel_pruner(name)
+    if of_channels is not None:
+        plan = make_plan(name, "uniform", context.budget(sparsity), {}, context.pattern)
+    work = Pass(context.replay, context.batch("calibration"), pruner, None, None, in_one_pass, of_channels)
     return work.step(plan, index, hidden).seconds
 
 

@@ -43,6 +43,18 @@ class ALPSSettings(SettingsTable):
     steps: int = Field(10, ge=0, description="steps of conjugate gradients on the final mask")
 
 
+class ChannelSettings(SettingsTable):
+    """Settings of `pattern = "channels"`, structured pruning."""
+
+    heads: bool = Field(False, description="also remove groups of query heads with their key/value head")
+    score: Literal["fluctuation", "norm"] = Field(
+        "norm", description="by variance (FLAP) or norm (Wanda) of what a channel carries; magnitude measures neither"
+    )
+    refit: bool = Field(True, description="fit the columns that stay to the outputs before, by least squares")
+    damping: float = Field(0.01, gt=0, description="ridge of the refit, as a share of the Hessian's mean diagonal")
+    round_to: int = Field(8, ge=1, description="MLP channels that stay are a multiple of this")
+
+
 def finished(found: Any, origin: Origin) -> type[SettingsTable]:
     """The class of a pruner that is a plug-in; UserError if it is none, or if its settings have no defaults."""
     if not isinstance(found, type) or not issubclass(found, SettingsTable):

@@ -132,7 +132,7 @@ def points_head(summary: Summary) -> list[str]:
     """The columns of the table of points, over an interval of sparsities; `points_row` has their cells."""
     kls = ["validation KL", "test KL", "KL against uniform"] if "kl" in summary.objectives else []
     limit = ["limit"] if summary.limit else []
-    sizes = ["packed"] * _has_bytes(summary) + [SPEED_COLUMN] * (dense_speed(summary) is not None)
+    sizes = [_bytes_column(summary)] * _has_bytes(summary) + [SPEED_COLUMN] * (dense_speed(summary) is not None)
     dense = "against dense, validation" if summary.limit else "against dense"
     columns = ["validation perplexity", "test perplexity", dense, "against uniform"]
     return ["sparsity", "method", "trial", *columns, *kls, *sizes, *limit]
@@ -169,6 +169,10 @@ def _sizes(summary: Summary, point: Point | None = None) -> list[str]:
     return found
 
 
+def _bytes_column(summary: Summary) -> str:
+    return "slim" if summary.of_channels else "packed"
+
+
 def _has_bytes(summary: Summary) -> bool:
     return any(point.packed_bytes is not None for point in summary.points)
 
@@ -187,7 +191,9 @@ def megabytes(size: int) -> str:
 
 def sizes_note(summary: Summary) -> str:
     """The legend of those columns; "" without them."""
-    packed = "packed: bytes of the weights as `pack` writes them" if _has_bytes(summary) else ""
+    column = _bytes_column(summary)
+    writer = {"packed": "pack", "slim": "apply --slim"}[column]
+    packed = f"{column}: bytes of the weights as `{writer}` writes them" if _has_bytes(summary) else ""
     rates = f"{SPEED_COLUMN}: decoded one at a time, weights not rounded, by the fastest engine that `speedup` measured"
     return "; ".join(note for note in (packed, rates if dense_speed(summary) is not None else "") if note)
 

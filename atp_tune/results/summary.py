@@ -79,6 +79,7 @@ class Summary:
     limit         of quality, if the study finds the sparsest plan within it
     zero_shot, speed  measurements of the best trial by `evaluate` and `speedup`
     continuations     of prompts, by dense, uniform and the best trial
+    of_channels   whole channels are pruned
     bos           windows begin with BOS; `bos_effect`: its measured effect on the dense model
     """
 
@@ -115,6 +116,7 @@ class Summary:
     points: Sequence[Point] = ()
     dense_bytes: int | None = None
     limit: Limit | None = None
+    of_channels: bool = False
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -178,6 +180,7 @@ def summarise(study: optuna.Study) -> Summary:
         points=points_of(study),
         dense_bytes=study.user_attrs.get("dense_bytes"),
         limit=study.user_attrs.get("limit"),
+        of_channels=study.user_attrs.get("fingerprint", {}).get("prune.pattern") == "channels",
     )
 
 

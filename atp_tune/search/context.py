@@ -14,14 +14,18 @@ from torch import Tensor
 
 from atp_tune.allocations import Budget, LinearSparsities
 from atp_tune.allocations.budget import Score
+from atp_tune.allocations.channels import BlockChannels
 from atp_tune.allocations.prices import path
 from atp_tune.blocks.batching import AutoBatch, block_bytes
+from atp_tune.blocks.channel_pruning import ChannelPruner
+from atp_tune.blocks.channels import find_channels
 from atp_tune.blocks.prune_pass import Pass, PrunedBlock, embed
 from atp_tune.blocks.replay import Replay
 from atp_tune.blocks.verification import verified
 from atp_tune.checkpoints.checkpoint import Checkpoint, Released
 from atp_tune.checkpoints.devices import find_device, reuse_freed_memory
 from atp_tune.checkpoints.models import ModelFolder, resolve
+from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message, Step, ignore_events
 from atp_tune.inputs import KINDS, Batch, Items
 from atp_tune.metrics.bos import BosEffect
@@ -37,6 +41,7 @@ from atp_tune.search.priced import POOL, Descent
 from atp_tune.search.scoring import Alongside, RoleScorer
 from atp_tune.spec.config import Config
 from atp_tune.spec.facts import BOS
+from atp_tune.spec.patterns import Pattern, parse
 from atp_tune.spec.plugged import plug_in_config
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.study import ModelConfig, Study, Text
@@ -247,7 +252,32 @@ class TrialContext(Released):
     def budget(self, target: float) -> Budget:
         """The budget of this checkpoint at a target sparsity; its dense metrics are measured when needed."""
         evidence = self.measured.evidence(self._priced, self._path)
-        return Budget(target, self.checkpoint.sizes, self.checkpoint.shapes, evidence)
+        if not self.pattern.channels:
+            return Budget(target, self.checkpoint.sizes, self.checkpoint.shapes, evidence)
+        budget = Budget(target, self.checkpoint.sizes, (), evidence, channels=self.channels)
+        if target > budget.highest:
+            more = "" if self.prune_settings.channels.heads else ", or set prune.channels.heads = true"
+            raise UserError(
+                f"sparsity: {target:g} is more than the {budget.highest:.4g} that channels of this model can make; "
+                f"lower it{more}"
+            )
+        return budget
+
+    @property
+    def pattern(self) -> Pattern:
+        """Where zeros may stand."""
+        return parse(self.prune_settings.pattern)
+
+    def channel_pruner(self, pruner: str) -> ChannelPruner | None:
+        """What removes whole channels with a pruner's scores; None for other patterns."""
+        if not self.pattern.channels:
+            return None
+        return ChannelPruner(self.channels, self.prune_settings.channels, pruner == "magnitude")
+
+    @cached_property
+    def channels(self) -> tuple[BlockChannels, ...]:
+        """The channels of each block that may go; UserError if a block has none."""
+        return find_channels(self.replay, self.prune_settings.channels)
 
     def _priced(self, targets: Sequence[float], score: Score) -> tuple[LinearSparsities, ...]:
         """Ends of descents by prices, measured on windows that no other text shares."""
@@ -274,7 +304,9 @@ class TrialContext(Released):
         states = self.measured.states if self._has_error_curve else None
         work = Pass(self.replay, batch, pruner, states, dense, in_one_pass=way == "sequential")
         calibration = self.items("calibration")
-        measured = len(calibration) if dense is None and pruner.measures else 0
+        work.channels = self.channel_pruner(plan.pruner)
+        measures = (work.channels or pruner).measures
+        measured = len(calibration) if dense is None and measures else 0
         windows = max(measured, self.measured.curve_windows if self._has_error_curve else 0)
         for block in work.run(plan, embed(self.replay, batch, calibration[:windows])):
             self.watch(Step("prune", block.index + 1, len(self.checkpoint.blocks)))

@@ -162,14 +162,16 @@ class Record:
             self.errors += [] if block.error is None else [round(block.error, 6)]
             self.experts_without_tokens += [f"{block.index}.{name}" for name in block.experts_without_tokens]
             for linear in self._linears[block.index]:
-                self._count(linear, block.zeros[linear.name])
+                self._count(linear, block.zeros[linear.name], bool(block.channels))
             for phase, seconds in block.seconds.items():
                 self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
             self.peak_bytes["prune"] = peak_memory(self._device)
             yield block.index, block.weights
 
-    def _count(self, linear: Linear, zeros: int) -> None:
-        packed = matrix_bytes(linear.out_features, linear.in_features, zeros, self._itemsize)
+    def _count(self, linear: Linear, zeros: int, is_cut: bool) -> None:
+        packed = (linear.size - zeros) * self._itemsize  # as `apply --slim` writes it
+        if not is_cut:
+            packed = matrix_bytes(linear.out_features, linear.in_features, zeros, self._itemsize)
         self._packed += packed - linear.size * self._itemsize
         self._zeros += zeros
         self._weights += linear.size

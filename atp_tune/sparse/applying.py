@@ -1,6 +1,6 @@
 """Writes the sparse checkpoint of a configuration or a plan, and measures its perplexity from the folder."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,29 +33,46 @@ from atp_tune.spec.plugged import records
 from atp_tune.spec.studyfile import StudyFile
 from atp_tune.storage.process_identity import versions
 
+OnGone = Callable[[int, Mapping[str, Tensor]], None]  # index of a block, and its channels that are gone, by reader
+Write = Callable[[TrialContext, Plan, Path, Config], Dense]
+
 
 def apply(
-    config: Config, base: Path, out: Path, device: str, watch: EventHandler, allowed: Mapping[str, bool] | None = None
+    config: Config,
+    base: Path,
+    out: Path,
+    device: str,
+    watch: EventHandler,
+    allowed: Mapping[str, bool] | None = None,
+    write: Write | None = None,
 ) -> Perplexity:
     """Prunes to a configuration, writes the folder `out`, and returns the folder's perplexity on the test text.
 
+    `write`: what writes the folder, `write_sparse` by default.
     `allowed`: keys of `study.ModelConfig` that a configuration, which may be a stranger's, cannot set, and
     `trust_plugins`, by which the code of its plug-ins may run.
     UserError if `out` exists, or if the model is not the configuration's.
     """
-    setup, dense = write_applied(config, base, out, device, watch, allowed)
+    setup, dense = write_applied(config, base, out, device, watch, allowed, write)
     return measured_folder(setup, out, dense, watch)
 
 
 def write_applied(
-    config: Config, base: Path, out: Path, device: str, watch: EventHandler, allowed: Mapping[str, bool] | None = None
+    config: Config,
+    base: Path,
+    out: Path,
+    device: str,
+    watch: EventHandler,
+    allowed: Mapping[str, bool] | None = None,
+    write: Write | None = None,
 ) -> tuple[ContextConfig, Dense]:
     """`apply` without the measurement; returns its setup and the dense model."""
     check_free(out)
     texts = {"calibration": config.calibration, "test": config.texts.test}
     setup = ContextConfig.of_config(config, texts, base, device, allowed or {})
     with TrialContext.open(setup, watch) as context:
-        return setup, write_sparse(context, plan_of(config, context), out, config.seen_from(base, out))
+        made = (write or write_sparse)(context, plan_of(config, context), out, config.seen_from(base, out))
+        return setup, made
 
 
 def only_plan(file: StudyFile, context: TrialContext, parameters: dict[str, float]) -> Plan:
@@ -132,8 +149,11 @@ def config_of(file: StudyFile, context: TrialContext, plan: Plan) -> Config:
     )  # fmt: skip
 
 
-def write_sparse(context: TrialContext, plan: Plan, out: Path, config: Config) -> Dense:
-    """Prunes and writes the sparse checkpoint, with its configuration and the counted share of zeros."""
+def write_sparse(context: TrialContext, plan: Plan, out: Path, config: Config, on_gone: OnGone | None = None) -> Dense:
+    """Prunes and writes the sparse checkpoint, with its configuration and the counted share of zeros.
+
+    `on_gone` gets the channels of each block that are gone, by the linear that reads them.
+    """
     checkpoint, zeros = context.checkpoint, list[int]()
     shards = Shards(context.folder.path, str(checkpoint.model.base_model_prefix))
     keys = {checkpoint.key(i, linear) for i, linears in enumerate(checkpoint.linears) for linear in linears}
@@ -141,24 +161,29 @@ def write_sparse(context: TrialContext, plan: Plan, out: Path, config: Config) -
     context.watch(TrialStarted(f"writing {out}", plan))
     dense = Dense(context.folder.path, context.folder.revision, reads_images(context.folder.path))
     with sparse_folder(context.folder.path, out) as folder:
-        shards.write(folder, names, _pruned(context, plan, zeros))
+        shards.write(folder, names, _pruned(context, plan, zeros, on_gone))
         context.folder.check_unchanged()
         known = {
             "sparsity": Sparsity(target=config.sparsity.target, realised=sum(zeros) / sum(checkpoint.sizes)),
             "blocks": checkpoint.blocks_name,
             "linears": checkpoint.linear_names if config.linear_sparsities else None,
             "batches": {**config.batches, "calibration": context.batches["calibration"]},
+            "slim": False,
             "manifest": manifest_of(folder, device_name(checkpoint.device)),
         }
         describe(folder, config.model_copy(update=known), dense)
     return dense
 
 
-def _pruned(context: TrialContext, plan: Plan, zeros: list[int]) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _pruned(
+    context: TrialContext, plan: Plan, zeros: list[int], on_gone: OnGone | None
+) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Name on disk, dense and pruned weight of each linear, in the order of the pass; appends counts of zeros."""
     checkpoint = context.checkpoint
     for block in context.prune(plan):
         zeros.append(sum(block.zeros.values()))
+        if on_gone is not None:
+            on_gone(block.index, block.channels)
         linears = {linear.key: linear for linear in checkpoint.linears[block.index]}
         for key, linear in linears.items():
             name = checkpoint.key(block.index, linear)

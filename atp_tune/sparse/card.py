@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from atp_tune.cache import write_out
 from atp_tune.checkpoints.convert import quiet
+from atp_tune.checkpoints.trust import SLIM, read_table
 from atp_tune.errors import UserError
 from atp_tune.inputs.documents import hub_arguments
 from atp_tune.metrics.perplexity import error_over
@@ -21,6 +22,7 @@ from atp_tune.report.tables import measure, speed
 from atp_tune.results.formatting import continuations_note, in_one_line
 from atp_tune.sparse.provenance import ABOUT, CARD
 from atp_tune.spec.config import Compared, Config
+from atp_tune.spec.patterns import parse
 from atp_tune.spec.study import MEMORY, Text, short_source
 
 PROCESSOR = ("processor_config.json", "preprocessor_config.json")  # of models that read images and texts
@@ -38,6 +40,13 @@ DENSE_FILES = """\
 large as the dense model's and runs at the same speed. `tune.py pack` makes a folder without them, which is smaller, and
 faster on a CPU."""
 ALONE = "No other library is needed."
+MASKED_FILES = """\
+**The pruned channels are stored as zeros. By themselves they make nothing smaller and nothing faster**: this folder is
+as large as the dense model's and runs at the same speed. `apply --slim` makes the same folder without them."""
+SLIM_FILES = """\
+**The pruned channels are not stored**: the matrices are dense and narrower, so this folder is smaller than the dense
+model's, and faster on every device, without a kernel of its own."""
+OWN_CODE = "It needs `import atp_tune` before it, or `trust_remote_code=True` in the call."
 WIDTH = 40  # characters of a bar of sparsity 1
 
 
@@ -56,11 +65,11 @@ class Dense:
 def describe(folder: Path, config: Config, dense: Dense) -> None:
     """Writes both files into a folder, over older ones; UserError if they cannot be written."""
     write_out(folder / ABOUT, config.to_json().encode())
-    write_out(folder / CARD, str(model_card(config, dense)).encode())
+    write_out(folder / CARD, str(model_card(config, dense, folder)).encode())
 
 
-def model_card(config: Config, dense: Dense) -> ModelCard:
-    """The card of the model that `apply` makes of a configuration."""
+def model_card(config: Config, dense: Dense, folder: Path | None = None) -> ModelCard:
+    """The card of the model that `apply` makes of a configuration; `folder`: where it lies."""
     name = f"{_base(config)} at {config.sparsity.realised:.1%} sparsity"
     own = _card(dense.folder / CARD)
     found: dict[str, Any] = own.data.to_dict() if own else {}
@@ -75,7 +84,9 @@ def model_card(config: Config, dense: Dense) -> ModelCard:
         eval_results=list(_results(config)) or None,
         **kept,
     )
-    values = _values(config, dense) | {"name": escaped(name), "license": kept.get("license")}
+    values = (
+        _values(config, dense) | _of_channels(config, folder) | {"name": escaped(name), "license": kept.get("license")}
+    )
     card: ModelCard = ModelCard.from_template(data, template_path=str(TEMPLATE), **values)
     return card
 
@@ -127,6 +138,17 @@ def _values(config: Config, dense: Dense) -> dict[str, Any]:
         "in_memory": config.model.id.startswith(MEMORY),
         "facts": {key: escaped(value) for key, value in _facts(config, dense).items()},
     }
+
+
+def _of_channels(config: Config, folder: Path | None) -> dict[str, Any]:
+    """The values that differ where whole channels are pruned, and where the folder is without them."""
+    if not parse(config.prune.pattern).channels:
+        return {}
+    found: dict[str, Any] = {"channels": True, "updated": config.prune.channels.refit}
+    if not config.slim:
+        return found | {"dense_files": MASKED_FILES}
+    needs_code = folder is not None and read_table(folder / "config.json").get("model_type") == SLIM
+    return found | {"dense_files": SLIM_FILES, "slim": True, "alone": OWN_CODE if needs_code else ALONE}
 
 
 def _draws(config: Config) -> str:

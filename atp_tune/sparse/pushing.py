@@ -43,11 +43,15 @@ def _is_written(file: Path, folder: Path) -> bool:
     return file.suffix in WEIGHTS and promised is not None and file.is_file() and digest(file) == promised
 
 
-def is_made_from(folder: Path, config: Config) -> bool:
-    """Whether a folder is the sparse checkpoint of a configuration: a whole one, since `apply` writes no part of it."""
+def is_made_from(folder: Path, config: Config, slim: bool = False) -> bool:
+    """Whether a folder is the sparse checkpoint of a configuration: a whole one, since `apply` writes no part of it.
+
+    `slim`: whether it is to be without the pruned channels.
+    """
     if not (folder / ABOUT).is_file() or (folder / FINETUNED).exists():
         return False
-    return _weights_of(read_config(folder / ABOUT)) == _weights_of(config)
+    found = read_config(folder / ABOUT)
+    return found.slim == slim and _weights_of(found) == _weights_of(config)
 
 
 def _weights_of(config: Config) -> list[object]:

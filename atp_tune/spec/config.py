@@ -245,6 +245,7 @@ class Config(FrozenModel):
     zero_shot: ZeroShot | None = Field(None, description="results of the command `evaluate`")
     speed: Speed | None = Field(None, description="results of the command `speedup`")
     continuations: Continuations | None = Field(None, description="of prompts, by a study or the command `generate`")
+    slim: bool = Field(False, description="of a folder: whether the pruned channels are cut off, not zero")
     manifest: Manifest | None = Field(None, description="of a sparse folder: hashes of its files, and its environment")
 
     @model_validator(mode="before")

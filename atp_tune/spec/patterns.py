@@ -3,21 +3,24 @@
 unstructured    anywhere
 N:M             N zeros in every M consecutive inputs of a row: one sparsity, N/M
 mixed:M         each block has its own N (Table 13 of ATP, ICML 2025): multiples of 1/M
+channels        whole MLP channels and heads, see `allocations.channels`
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+CHANNELS = "channels"
 SLACK = 1e-9  # a smaller remainder is a rounding error of M·s
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """M inputs in a group (None: no groups) and N zeros in each group (None: any number)."""
+    """M inputs in a group (None: no groups) and N zeros in each group (None: any number), or whole channels."""
 
     group: int | None = None
     zeros: int | None = None
+    channels: bool = False
 
     @property
     def sparsity(self) -> float | None:
@@ -49,9 +52,12 @@ def parse(text: str) -> Pattern:
     """Parses the name of a pattern; ValueError if it is invalid."""
     if text == "unstructured":
         return Pattern()
+    if text == CHANNELS:
+        return Pattern(channels=True)
     match = re.fullmatch(r"(mixed|[1-9]\d{0,3}):([1-9]\d{0,3})", text)
     if match:
         zeros, group = None if match[1] == "mixed" else int(match[1]), int(match[2])
         if group > (zeros or 1):
             return Pattern(group, zeros)
-    raise ValueError(f'must be unstructured, N:M with N < M as in 2:4, or mixed:M as in mixed:8, got "{text}"')
+    known = "unstructured, N:M with N < M as in 2:4, or mixed:M as in mixed:8"
+    raise ValueError(f'must be {known}, got "{text}"; "channels" removes whole channels')

@@ -20,10 +20,12 @@ from pydantic_core import InitErrorDetails
 from atp_tune.frozen import STORED, OneOf, SettingsTable, check_once, relocated
 from atp_tune.plugins import IN_SCHEMA, short_name
 from atp_tune.pruners import PRUNERS, SETTINGS, Pruner, make_pruner
+from atp_tune.pruners.settings import ChannelSettings
 from atp_tune.registry import Registry
 from atp_tune.spec.patterns import parse
 
 UPDATING = ("sparsegpt", "alps")  # pruners that change weights that they keep
+OF_CHANNELS = ("wanda", "magnitude")  # pruners that score channels
 PrunerName = Annotated[str, OneOf(PRUNERS, IN_SCHEMA)]
 Model = TypeVar("Model", bound=SettingsTable)
 
@@ -61,6 +63,7 @@ class PruneConfig(SettingsTable):
     refine: int = Field(
         0, ge=0, description="steps of conjugate gradients that update the kept weights, after any pruner; 0: none"
     )
+    channels: ChannelSettings = Field(ChannelSettings(), description='of pattern = "channels": whole channels go')
 
     @model_validator(mode="wrap")
     @classmethod
@@ -89,7 +92,26 @@ class PruneConfig(SettingsTable):
             parse(self.pattern)
         except ValueError as error:
             raise ValueError(f"pattern: {error}") from None
+        self._check_channels()
         return self
+
+    def _check_channels(self) -> None:
+        """ValueError for a setting that does not go with whole channels, or for one that goes with them alone."""
+        if not parse(self.pattern).channels:
+            if self.channels != ChannelSettings():
+                raise ValueError(f'channels: belongs to pattern = "channels", and the pattern is {self.pattern}')
+            return
+        other = [name for name in self.pruners if name not in OF_CHANNELS]
+        compare: str = self.settings("wanda")["compare"]
+        for key, is_given, reason in (
+            ("pruners", other, f"{(*other, '')[0]} scores no channels; take {' or '.join(OF_CHANNELS)}"),
+            ("statistics", self.statistics != "block", f'must be "block", not "{self.statistics}"'),
+            ("swaps", self.swaps, "exchanges single weights; leave it out"),
+            ("refine", self.refine, "updates single weights; leave it out for prune.channels.refit"),
+            ("wanda.compare", compare != "row", f"{compare} compares single weights; leave it out"),
+        ):
+            if is_given:
+                raise ValueError(f'{key}: {reason} where pattern = "channels"')
 
     def settings(self, pruner: str) -> dict[str, Any]:
         """Arguments of a pruner: the keys of its table, if it has one, and the pattern's group."""
@@ -99,6 +121,12 @@ class PruneConfig(SettingsTable):
     def pruner(self, name: str) -> Pruner:
         """Makes a pruner of the study; UserError if it is a plug-in without groups and the pattern has some."""
         return make_pruner(name, self.settings(name), self.refine, self.swaps)
+
+    def measures(self, name: str) -> bool:
+        """Whether a pruner needs statistics of inputs; in whole channels, the refit does."""
+        if parse(self.pattern).channels and self.channels.refit:
+            return True
+        return self.pruner(name).measures is not None
 
     @property
     def refinement(self) -> dict[str, int]:

@@ -22,6 +22,7 @@ AllocationName = Annotated[str, OneOf(ALLOCATIONS, IN_SCHEMA)]
 AllocationNames = Annotated[tuple[AllocationName, ...], Field(min_length=1)]
 Place = Literal["auto", "none", "cpu", "disk"]
 Target = Annotated[float, Field(gt=0, lt=1)]
+PER_LINEAR = ("prices", "er", "erk", "global")  # allocations that differ within blocks
 MEMORY = "memory:"  # before the SHA-256 of a model or a text that lies in the memory of a Python process
 
 
@@ -272,6 +273,21 @@ class Study(SettingsTable):
                 f"prune.pattern: {self.prune.pattern} makes {only} zeros in every block; set sparsity = {only} and "
                 f'allocation = "uniform" (prune: --allocation uniform), or pattern = "mixed:{max(8, pattern.group)}"'
             )
+        return self
+
+    @model_validator(mode="after")
+    def _of_channels(self) -> Self:
+        if not parse(self.prune.pattern).channels:
+            return self
+        by_linears = [name for name in self.allocation.names if name in PER_LINEAR]
+        own = f"{(*by_linears, '')[0]} gives each linear a sparsity of its own; take atp or another that does not,"
+        for key, is_given, reason in (
+            ("allocation.names", by_linears, own),
+            ("search.screen", self.search.screen is not None, "ranks single weights; leave it out"),
+            ("search.sampler", self.search.sampler == "grid", 'must be "gp", "tpe" or "random"'),
+        ):
+            if is_given:
+                raise ValueError(f'{key}: {reason} where prune.pattern = "channels"')
         return self
 
     @property

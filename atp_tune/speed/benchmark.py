@@ -18,6 +18,7 @@ from atp_tune.metrics.speed import Sizes, Speed
 from atp_tune.packed.layout import packed_bytes
 from atp_tune.pruners.selection import nonzeros
 from atp_tune.sparse.packed_models import is_fast
+from atp_tune.spec.patterns import parse
 from atp_tune.speed import deepsparse_engine
 from atp_tune.speed.graphs import check_onnx
 from atp_tune.speed.model_pair import Pair
@@ -35,13 +36,18 @@ ENGINES: dict[str, Callable[[Pair, Workload, torch.device, EventHandler], list[O
 }
 
 
-def default_engine(device: str) -> str:
-    """The engine that is measured if none is named: `packed` where its kernel runs, else torch alone."""
-    return PACKED if is_fast(find_device(device)) else "torch"
+def default_engine(device: str, pattern: str) -> str:
+    """The engine that is measured if none is named: `packed` where its kernel runs, else torch alone.
+
+    Slim models are dense, so that torch measures them.
+    """
+    return PACKED if is_fast(find_device(device)) and not parse(pattern).channels else "torch"
 
 
 def check(engine: str, pattern: str, device: str) -> None:
     """UserError if an engine cannot run here or not with this pattern; called before a model is pruned."""
+    if engine != "torch" and parse(pattern).channels:
+        raise UserError(f"--engine {engine}: runs models with zeros, and this one has fewer channels; take torch")
     if engine == "deepsparse":
         check_onnx()
         deepsparse_engine.python_of()

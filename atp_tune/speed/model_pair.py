@@ -18,7 +18,9 @@ from atp_tune.events import EventHandler, Message
 from atp_tune.metrics.speed import Side
 from atp_tune.sparse.applying import check_model, write_applied
 from atp_tune.sparse.provenance import ABOUT
+from atp_tune.sparse.slim import write_slim
 from atp_tune.spec.config import Config
+from atp_tune.spec.patterns import parse
 from atp_tune.spec.study import ModelConfig
 
 DECIDES = ("model", "pruner", "prune", "allocation", "block_sparsities", "linear_sparsities", "calibration")
@@ -53,7 +55,8 @@ def find_pair(
 ) -> Pair:
     """The dense model of a configuration, whose paths start at `base`, and its sparse model.
 
-    If `sparse` is None, the sparse model is pruned into the cache, as `apply` does, unless it is there.
+    If `sparse` is None, the sparse model is pruned into the cache, as `apply` does, unless it is there; one of pruned
+    channels is slim.
     UserError if the dense model is not the configuration's.
     """
     dense = resolve(config.model.model(allowed), base, lambda text: watch(Message(text)))
@@ -66,7 +69,8 @@ def find_pair(
     else:
         sparse = _cached(config)
         if not sparse.is_dir():
-            write_applied(config, base, sparse, device, watch, allowed)
+            write = write_slim if parse(config.prune.pattern).channels else None
+            write_applied(config, base, sparse, device, watch, allowed, write)
     return Pair(dense.path, sparse, config.prune.pattern, dense.trusted)
 
 

@@ -28,6 +28,12 @@ def apply(
     packed: Annotated[
         bool, typer.Option("--packed", metavar="", help="Write the folder without its zeros, as `pack` does.")
     ] = False,
+    slim: Annotated[
+        bool,
+        typer.Option(
+            "--slim", metavar="", help='Write the folder without the channels that `pattern = "channels"` prunes.'
+        ),
+    ] = False,
     verify: Annotated[
         Path | None,
         typer.Option(
@@ -46,7 +52,8 @@ def apply(
 ) -> None:
     """Prune the dense checkpoint to a configuration, save it as a Hugging Face folder, and measure its perplexity.
 
-    `--packed` makes the folder smaller, and faster on a CPU: docs/speedup.md.
+    `--packed` makes the folder smaller, and faster on a CPU: docs/speedup.md. `--slim` makes that of pruned channels
+    smaller and faster everywhere: docs/channels.md.
 
     `--push` checks login and permission before it prunes. If the upload is cut off, the same command resumes it.
 
@@ -60,12 +67,14 @@ def apply(
     from atp_tune.spec.config import read_config
 
     if verify is not None:
-        if (config, out, push) != (None, None, None) or packed:
-            raise typer.BadParameter("goes without --config, --out, --packed and --push", param_hint="--verify")
+        if (config, out, push) != (None, None, None) or packed or slim:
+            raise typer.BadParameter("goes without --config, --out, --packed, --slim and --push", param_hint="--verify")
         _verify(verify)
         return
     if config is None or out is None:
         raise UsageError(f"Missing option '--{'config' if config is None else 'out'}'.")
+    if slim and packed:
+        raise typer.BadParameter("a slim model has no zeros to pack; give one of both", param_hint="--slim")
     if private and push is None:
         raise typer.BadParameter("only with --push ORG/NAME", param_hint="--private")
     found = read_config(config)
@@ -73,18 +82,20 @@ def apply(
         from atp_tune.sparse.pushing import check_folder, check_permission, is_made_from
 
         check_permission(push, private)
-        if is_made_from(out, found):
+        if is_made_from(out, found, slim):
             check_folder(out)
             console.print(f"sparse checkpoint: {out} was written before, from this configuration")
             upload(out, push, private)
             return
     allowed = permissions(allow_pickle, trust_remote_code, trust_plugins)
-    _write(found, config.parent / found.folder, out, device or "auto", allowed, packed)
+    _write(found, config.parent / found.folder, out, device or "auto", allowed, packed, slim)
     if push is not None:
         upload(out, push, private)
 
 
-def _write(found: "Config", base: Path, out: Path, device: str, allowed: dict[str, bool], packed: bool) -> None:
+def _write(
+    found: "Config", base: Path, out: Path, device: str, allowed: dict[str, bool], packed: bool, slim: bool
+) -> None:
     from atp_tune.api.configuration import Configuration
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import quiet
@@ -93,7 +104,7 @@ def _write(found: "Config", base: Path, out: Path, device: str, allowed: dict[st
     from atp_tune.spec.config import read_config
 
     with quiet(), Display() as display:
-        measured = Configuration(found, base, device, allowed, watch=display).save(out, packed=packed)
+        measured = Configuration(found, base, device, allowed, watch=display).save(out, packed=packed, slim=slim)
     show(measured, found.perplexity.test, out)
     if said := compared(found, read_config(out / ABOUT).manifest):
         console.print(said)

@@ -112,7 +112,7 @@ def speedup(
 
         path, place = about(model) if model is not None else config or Path(), device or "auto"
         read = read_config(path)
-        named = default_engine(place) if engine is None else engine.value
+        named = default_engine(place, read.prune.pattern) if engine is None else engine.value
         check(named, read.prune.pattern, place)
         pair = find_pair(read, path.parent / read.folder, model, place, display, allowed)
         found = measure(pair, named, Workload(tokens=tokens, runs=runs, batch=batch), place, display)
@@ -151,8 +151,9 @@ def _measure_points(
         from atp_tune.speed.model_pair import passing_pair
         from atp_tune.speed.throughput import Workload
 
-        named = default_engine(place) if engine is None else engine.value
-        check(named, file.study.prune.pattern, place)
+        pattern = file.study.prune.pattern
+        named = default_engine(place, pattern) if engine is None else engine.value
+        check(named, pattern, place)
         path = file.best_of(name)
         for count, trial in enumerate(trials, 1):
             config = best_config(file, stored, path, trial.number)
@@ -182,11 +183,12 @@ def _show(found: "Speed") -> None:
     """Prints bytes, zeros and tokens per second as Markdown tables."""
     sizes = found.sizes
     files = [("uncompressed", sizes.dense, sizes.sparse), ("compressed with zstd", sizes.dense_zstd, sizes.sparse_zstd)]
-    if sizes.packed is not None:
+    has_zeros = any(found.zeros.values())
+    if sizes.packed is not None and has_zeros:
         files.append(("packed", sizes.dense, sizes.packed))
     for table in (
         markdown(
-            ("weight files", "dense", "with zeros", "smaller"),
+            ("weight files", "dense", "with zeros" if has_zeros else "slim", "smaller"),
             ((name, _megabytes(dense), _megabytes(sparse), f"{dense / sparse:.2f}×") for name, dense, sparse in files),
         ),
         markdown(("linear", "zeros"), ((kind, f"{share:.2%}") for kind, share in found.zeros.items())),
@@ -195,7 +197,8 @@ def _show(found: "Speed") -> None:
         console.print(table, "\n", sep="")
     for line in summary_of(found):
         console.print(line, style="dim")
-    console.print(PLAIN)
+    if has_zeros:
+        console.print(PLAIN)
 
 
 def summary_of(found: "Speed") -> Iterator[str]:

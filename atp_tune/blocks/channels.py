@@ -1,0 +1,209 @@
+"""Finds the channels of a block by running it: which rows of which linears feed which columns of another, and no more.
+
+A block runs on a small batch again and again, with noise added to some outputs of some linears. What changes of the
+other linears' inputs, bit for bit, is what depends on them:
+
+    reader      of a linear: the first linear whose input changes with its outputs
+    channels    the most parts, equal in size, such that the first rows of each writer change the reader's first part
+                alone; verified with random halves of all channels
+    nothing     else may depend on the writers: with the reader's output held fast, the block's output stays as it is
+
+No names are needed, so all families are served alike. Channels of one column that each writer has one row of are those
+of an MLP; others are heads: in grouped attention a part of q, k, v and o that belongs to one key/value head.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from math import gcd
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from atp_tune.allocations.channels import BlockChannels, ChannelSet
+from atp_tune.blocks.replay import Replay
+from atp_tune.checkpoints.linears import Linear
+from atp_tune.errors import UserError
+from atp_tune.pruners.settings import ChannelSettings
+
+ITEMS, POSITIONS = 2, 6  # of the batch
+HALVES = 2  # random halves of the channels, each with its complement
+UNSUITED = 'prune.pattern: "channels" cannot prune {kind}: {reason}'
+
+
+@torch.inference_mode()
+def find_channels(replay: Replay, settings: ChannelSettings) -> tuple[BlockChannels, ...]:
+    """The channels of each block; UserError in one line if a block has none that can go."""
+    _, batch, _ = replay.inputs.examples(replay.checkpoint, ITEMS, POSITIONS)
+    hidden, found = replay.embed(batch).clone(), list[BlockChannels]()
+    for index in range(len(replay.checkpoint.blocks)):
+        weights = replay.checkpoint.weights(index)
+        probe = _Probe(replay, index, weights, hidden)
+        before = found[-1] if found else None
+        found.append(before if before and probe.has(before) else probe.channels(settings))
+        hidden = probe.output
+    return tuple(found)
+
+
+@dataclass
+class _Run:
+    """Inputs of each linear in the order of their calls, and the block's output."""
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    after: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+class _Probe:
+    """One block, run with noise in some outputs of its linears."""
+
+    def __init__(self, replay: Replay, index: int, weights: dict[str, Tensor], hidden: Tensor) -> None:
+        self._replay, self._index, self._weights, self._hidden = replay, index, weights, hidden
+        self._block = replay.checkpoint.blocks[index]
+        self._linears = {linear.name: linear for linear in replay.checkpoint.linears[index]}
+        if expert := next((x for x in self._linears.values() if x.expert is not None), None):
+            self._refuse(f"{expert.module} holds experts, whose channels are not removed yet")
+        self._random = torch.Generator().manual_seed(index)
+        self._plain = self._run({})
+
+    @property
+    def output(self) -> Tensor:
+        """The dense block's output."""
+        return self._plain.after
+
+    def has(self, known: BlockChannels) -> bool:
+        """Whether the block has the same linears and channels as another."""
+        same = known.linears == tuple((name, linear.size) for name, linear in self._linears.items())
+        return same and all(self._is_verified(one) for one in known.sets)
+
+    def channels(self, settings: ChannelSettings) -> BlockChannels:
+        """The block's channels; UserError if it has no MLP channels, or no heads where heads are asked for."""
+        sets = [found for reader, writers in self._pairs().items() if (found := self._set(reader, writers))]
+        if shared := _shared(sets):
+            self._refuse(f"{shared} both reads and writes channels")
+        mlps = [one for one in sets if one.columns == 1 and all(rows == 1 for _, rows in one.writers)]
+        heads = [one for one in sets if one not in mlps and one.columns > 1]
+        if len(mlps) != 1:
+            self._refuse(f"it has {len(mlps) or 'no'} MLPs whose inner channels can go one by one, and needs one")
+        if settings.heads and len(heads) != 1:
+            self._refuse("its attention has no heads that can go one by one; set prune.channels.heads = false")
+        sizes = tuple((name, linear.size) for name, linear in self._linears.items())
+        return BlockChannels(mlps[0], heads[0] if settings.heads else None, sizes, settings.round_to)
+
+    def _refuse(self, reason: str) -> NoReturn:
+        raise UserError(UNSUITED.format(kind=f"block {self._index} ({type(self._block).__name__})", reason=reason))
+
+    def _pairs(self) -> dict[str, list[str]]:
+        """The writers of each reader."""
+        found: dict[str, list[str]] = {}
+        for name in self._plain.outputs:
+            changed = self._changed(self._run({name: self._noise(name, slice(None))}))
+            if reader := next((other for other in changed if other != name), None):
+                found.setdefault(reader, []).append(name)
+        return found
+
+    def _set(self, reader: str, writers: list[str]) -> ChannelSet | None:
+        """The channels between writers and reader; None if they have fewer than two."""
+        inputs = self._linears[reader].in_features
+        rows = {name: self._plain.outputs[name].shape[-1] for name in writers}
+        if any(size != self._linears[name].out_features for name, size in rows.items()):
+            return None
+        first = self._columns(reader, dict.fromkeys(writers, slice(0, 1)))
+        if not len(first):
+            return None
+        highest = int(first.max())
+        whole = gcd(inputs, *rows.values())
+        parts = (n for n in range(whole, 1, -1) if whole % n == 0 and inputs // n > highest)
+        count = next((n for n in parts if self._is_split(reader, rows, n, [0])), None)
+        if count is None:
+            return None
+        columns = inputs // count
+        each = tuple((name, size // count) for name, size in rows.items())
+        weights = sum(size * self._linears[name].in_features for name, size in each)
+        weights += columns * self._linears[reader].out_features
+        found = ChannelSet(count, each, reader, columns, weights)
+        return found if self._is_verified(found) else None
+
+    def _is_verified(self, found: ChannelSet) -> bool:
+        """Whether random halves of the channels change their own columns alone, and nothing else on the way."""
+        rows = {name: size * found.count for name, size in found.writers}
+        for _ in range(HALVES):
+            order = torch.randperm(found.count, generator=self._random)
+            for half in (order[: found.count // 2], order[found.count // 2 :]):
+                if not self._is_split(found.reader, rows, found.count, half.tolist()):
+                    return False
+        return not self._leaks(found.reader, list(rows))
+
+    def _is_split(self, reader: str, rows: dict[str, int], count: int, channels: Sequence[int]) -> bool:
+        """Whether these channels of the writers change the columns of the same channels of the reader alone."""
+        inside = torch.zeros(count, dtype=torch.bool)
+        inside[list(channels)] = True
+        places = {name: inside.repeat_interleave(size // count).nonzero()[:, 0] for name, size in rows.items()}
+        columns = self._columns(reader, places)
+        return len(columns) > 0 and bool(inside[columns * count // self._linears[reader].in_features].all())
+
+    def _leaks(self, reader: str, writers: list[str]) -> bool:
+        """Whether anything but the reader depends on the writers."""
+        fixed = self._plain.outputs[reader]
+        changes: dict[str, Callable[[Tensor], Tensor]] = {name: self._noise(name, slice(None)) for name in writers}
+        found = self._run({**changes, reader: lambda output: fixed.clone()})
+        others = [name for name in self._changed(found) if name != reader and name not in writers]
+        return bool(others) or not torch.equal(found.after, self._plain.after)
+
+    def _columns(self, reader: str, places: dict[str, Any]) -> Tensor:
+        """The columns of a reader's input that change with noise at places of some outputs."""
+        found = self._run({name: self._noise(name, at) for name, at in places.items()})
+        differs = found.inputs[reader] != self._plain.inputs[reader]
+        return differs.reshape(-1, differs.shape[-1]).any(0).nonzero()[:, 0].cpu()
+
+    def _changed(self, found: _Run) -> list[str]:
+        """The linears with other inputs than in the plain run, in the order of their calls."""
+        return [name for name, x in found.inputs.items() if not torch.equal(x, self._plain.inputs[name])]
+
+    def _noise(self, name: str, at: Any) -> Callable[[Tensor], Tensor]:
+        output = self._plain.outputs[name]
+        noise = torch.randn(output.shape, generator=self._random).to(output) * (output.float().std().to(output) + 1)
+
+        def added(given: Tensor) -> Tensor:
+            changed = given.clone()
+            changed[..., at] += noise[..., at]
+            return changed
+
+        return added
+
+    def _run(self, changes: dict[str, Callable[[Tensor], Tensor]]) -> _Run:
+        """Runs the block, with some linears' outputs changed."""
+        found = _Run()
+        with _watched(self._block, self._linears.values(), found, changes):
+            found.after = self._replay.run(self._index, self._weights, self._hidden)
+        return found
+
+
+@contextmanager
+def _watched(
+    block: nn.Module, linears: Any, found: _Run, changes: dict[str, Callable[[Tensor], Tensor]]
+) -> Iterator[None]:
+    """Records inputs and outputs of linears, and changes the outputs of some."""
+
+    def hook(linear: Linear, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        found.inputs[linear.name] = args[0].clone()
+        found.outputs[linear.name] = output.clone()  # some models add to it in place
+        return changes[linear.name](output) if linear.name in changes else output
+
+    with ExitStack() as stack:
+        for linear in linears:
+            handle = block.get_submodule(linear.name).register_forward_hook(partial(hook, linear))
+            stack.callback(handle.remove)
+        yield
+
+
+def _shared(sets: Sequence[ChannelSet]) -> str | None:
+    """A linear that occurs in two sets of channels."""
+    seen: set[str] = set()
+    for name in (name for one in sets for name in one.linears):
+        if name in seen:
+            return name
+        seen.add(name)
+    return None

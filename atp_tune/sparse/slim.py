@@ -1,0 +1,292 @@
+"""Writes a slim folder: a checkpoint whose channels are gone, not zero, so that it is smaller and faster everywhere.
+
+    masked folder  →  rows of writers and columns of readers cut  →  checked against the masked model  →  slim folder
+
+Blocks of equal widths make an ordinary folder of the family, if a few numbers in its config say all of them; else the
+folder has a model type and a modelling file of its own (`packed.modeling_atp_slim`). A slim model that does not compute
+what the masked one computes, with and without cached keys and values, is not written. One shard at a time is in memory.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from atp_tune.allocations.channels import ChannelSet
+from atp_tune.blocks.replay import Replay
+from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.checkpoints.classes import auto_class, model_config, reads_images
+from atp_tune.checkpoints.convert import one_line, quiet
+from atp_tune.checkpoints.devices import device_name
+from atp_tune.checkpoints.headers import read_header
+from atp_tune.checkpoints.trust import read_table
+from atp_tune.errors import UserError
+from atp_tune.events import TrialStarted
+from atp_tune.packed import modeling_atp_slim
+from atp_tune.packed.modeling_atp_slim import MODEL_TYPE, VERSION, places
+from atp_tune.plan import Plan
+from atp_tune.search.context import TrialContext
+from atp_tune.sparse.applying import write_sparse
+from atp_tune.sparse.card import Dense, describe
+from atp_tune.sparse.provenance import ABOUT, manifest_of
+from atp_tune.sparse.shards import check_free, sparse_folder
+from atp_tune.spec.config import Config, read_config
+from atp_tune.spec.patterns import parse
+
+CODE = Path(modeling_atp_slim.__file__)
+CONFIG, INDEX = "config.json", "model.safetensors.index.json"
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-3}  # relative difference of logits, by dtype
+LOOSE = 0.05  # of others
+POSITIONS = 12  # of the batch that masked and slim model compute
+
+
+@dataclass
+class Cut:
+    """What stays of a linear: indices of its rows and columns, None: all; `shape` [out, in] after the cut."""
+
+    rows: Tensor | None
+    columns: Tensor | None
+    transposed: bool
+    shape: list[int] = field(default_factory=list)
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """The weight, as stored, after the cut."""
+        matrix = weight.T if self.transposed else weight
+        for dim, kept in ((0, self.rows), (1, self.columns)):
+            matrix = matrix if kept is None else matrix.index_select(dim, kept)
+        return (matrix.T if self.transposed else matrix).contiguous()
+
+
+def check_pattern(config: Config) -> None:
+    """UserError if a configuration prunes no channels; called before a model is loaded."""
+    if not parse(config.prune.pattern).channels:
+        raise UserError(
+            f'--slim: only whole channels can be cut, and prune.pattern is "{config.prune.pattern}"; '
+            "`--packed` makes a folder without single zeros"
+        )
+
+
+def write_slim(context: TrialContext, plan: Plan, out: Path, config: Config) -> Dense:
+    """Prunes and writes the slim folder `out`, with its configuration. UserError, and no folder, if it is not exact."""
+    check_pattern(config)
+    if reads_images(context.folder.path):
+        raise UserError("--slim: a model that also reads images cannot be slim yet; `apply` without --slim writes it")
+    check_free(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    cuts = _Cuts(context)
+    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as place:
+        masked = Path(place) / "masked"
+        dense = write_sparse(context, plan, masked, config, cuts.add)
+        context.watch(TrialStarted(f"cutting {out}", None))
+        with sparse_folder(masked, out) as folder:
+            _write_weights(masked, folder, cuts.tensors(masked))
+            _write_config(folder, cuts)
+            _check(context, masked, folder)
+            about = read_config(masked / ABOUT)
+            manifest = manifest_of(folder, device_name(context.checkpoint.device))
+            describe(folder, about.model_copy(update={"manifest": manifest, "slim": True}), dense)
+    return dense
+
+
+class _Cuts:
+    """What is cut of each linear, gathered while the blocks are pruned."""
+
+    def __init__(self, context: TrialContext) -> None:
+        self.checkpoint = context.checkpoint
+        self.blocks = context.channels
+        self.linears: dict[str, Cut] = {}  # by name in the model
+        self.counts: list[list[tuple[ChannelSet, int]]] = []  # channels that stay in each set of each block
+
+    def add(self, index: int, gone: Mapping[str, Tensor]) -> None:
+        """Takes the channels that are gone, by the linear that reads them."""
+        by_name = {linear.name: linear for linear in self.checkpoint.linears[index]}
+        self.counts.append([])
+        for each in self.blocks[index].sets:
+            mask = gone.get(each.reader)
+            kept = torch.ones(each.count, dtype=torch.bool) if mask is None else ~mask.cpu()
+            self.counts[-1].append((each, int(kept.sum())))
+            if mask is None:
+                continue
+            for name, rows in each.writers:
+                places = kept.repeat_interleave(rows).nonzero()[:, 0]
+                shape = [len(places), by_name[name].in_features]
+                self.linears[self._name(index, name)] = Cut(places, None, by_name[name].transposed, shape)
+            columns = kept.repeat_interleave(each.columns).nonzero()[:, 0]
+            shape = [by_name[each.reader].out_features, len(columns)]
+            self.linears[self._name(index, each.reader)] = Cut(None, columns, by_name[each.reader].transposed, shape)
+
+    def tensors(self, folder: Path) -> dict[str, Cut]:
+        """Cuts by the names of tensors in a folder's files; of biases only rows are cut."""
+        there = {name for file in folder.glob("*.safetensors") for name in read_header(file)}
+        prefix = f"{self.checkpoint.model.base_model_prefix}."
+        found: dict[str, Cut] = {}
+        for name, cut in self.linears.items():
+            module: Any = self.checkpoint.model.get_submodule(name)
+            for end in ("weight", *(["bias"] if module.bias is not None else [])):
+                saved = self.checkpoint.as_saved(f"{name}.{end}", getattr(module, end).to("meta"))
+                key = next(iter(saved)) if len(saved) == 1 else ""
+                known = [other for other in (key, key.removeprefix(prefix), prefix + key) if other in there]
+                if not known:
+                    raise UserError(f"--slim: {name} is stored in another form than it runs in; `apply` writes it")
+                found[known[0]] = cut
+        return found
+
+    def equal(self) -> list[tuple[ChannelSet, int]] | None:
+        """The channels that stay in each set, if all blocks have the same; else None."""
+        return self.counts[0] if all(counts == self.counts[0] for counts in self.counts) else None
+
+    def _name(self, index: int, linear: str) -> str:
+        return f"{self.checkpoint.blocks_name}.{index}.{linear}"
+
+
+def _write_weights(source: Path, out: Path, cuts: dict[str, Cut]) -> None:
+    """Writes each shard of `source` with its linears cut."""
+    for file in sorted(source.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata()
+            tensors = {name: _cut(opened.get_tensor(name), cuts.get(name)) for name in opened.keys()}  # noqa: SIM118
+        save_file(tensors, out / file.name, metadata=metadata or {"format": "pt"})
+        (out / file.name).chmod(0o644)
+
+
+def _cut(tensor: Tensor, cut: Cut | None) -> Tensor:
+    if cut is None:
+        return tensor
+    if tensor.dim() == 1:
+        return tensor if cut.rows is None else tensor.index_select(0, cut.rows)
+    return cut.weight(tensor)
+
+
+def _write_config(folder: Path, cuts: _Cuts) -> None:
+    """Writes the config of an ordinary folder if one says all widths, else that of a slim one, and its code."""
+    config = read_table(folder / CONFIG)
+    wanted = {name: cut.shape for name, cut in cuts.linears.items()}
+    plain = _plain_config(folder, config, cuts) if wanted else config
+    if plain is None:
+        plain = config | _slim_keys(config, wanted)
+        shutil.copyfile(CODE, folder / CODE.name)
+    (folder / CONFIG).write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+    if (folder / INDEX).is_file():  # its total size is another now
+        index = read_table(folder / INDEX)
+        index["metadata"] = {}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _slim_keys(config: dict[str, Any], linears: dict[str, list[int]]) -> dict[str, Any]:
+    """The keys by which the config of a slim folder differs from the model's, which may be slim already."""
+    if config["model_type"] == MODEL_TYPE:
+        table = config[MODEL_TYPE]
+        return {MODEL_TYPE: table | {"linears": table["linears"] | linears}}
+    if "auto_map" in config:
+        raise UserError("--slim: a model with code of its own cannot be slim; `apply` without --slim writes it")
+    table = {"version": VERSION, "family": config["model_type"], "linears": linears}
+    classes = [f"Slim{name}" for name in config.get("architectures") or ()]
+    return {"model_type": MODEL_TYPE, "architectures": classes, "auto_map": places(), MODEL_TYPE: table}
+
+
+def _plain_config(folder: Path, config: dict[str, Any], cuts: _Cuts) -> dict[str, Any] | None:
+    """The config of the family with the widths of equal blocks; None if no numbers in it make such a model.
+
+    A number that is the count of MLP channels may be their new one; numbers of heads scale with key/value heads.
+    """
+    if (counts := cuts.equal()) is None or MODEL_TYPE in config:
+        return None
+    choices: list[list[dict[str, int]]] = []
+    for each, kept in counts:
+        if kept == each.count:
+            continue
+        if each.columns == 1:
+            choices.append([{key: kept} for key, value in config.items() if _is(value, each.count)])
+        else:
+            keys = [key for key, value in config.items() if "head" in key and "dim" not in key and type(value) is int]
+            scaled = {key: config[key] * kept // each.count for key in keys if config[key] % each.count == 0}
+            size = getattr(model_config(folder, trusted=False), "head_dim", None)
+            choices.append([scaled | ({} if size is None else {"head_dim": size})])
+    for changes in product(*choices):
+        changed = config | {key: value for change in changes for key, value in change.items()}
+        if changed != config and _makes(changed, cuts):
+            return changed
+    return None
+
+
+def _is(value: Any, number: int) -> bool:
+    return type(value) is int and value == number
+
+
+def _makes(config: dict[str, Any], cuts: _Cuts) -> bool:
+    """Whether a config of the family makes a model of the shapes that the cuts leave."""
+    with TemporaryDirectory() as place:
+        (Path(place) / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+        try:
+            made, dense = _empty_model(Path(place)), cuts.checkpoint.model
+        except Exception:  # models raise many types for numbers that do not fit
+            return False
+    wanted = {name: parameter.shape for name, parameter in dense.named_parameters()}
+    for name, cut in cuts.linears.items():
+        wanted[f"{name}.weight"] = torch.Size(cut.shape[::-1] if cut.transposed else cut.shape)
+        if f"{name}.bias" in wanted:
+            wanted[f"{name}.bias"] = torch.Size(cut.shape[:1])
+    return wanted == {name: parameter.shape for name, parameter in made.named_parameters()}
+
+
+def _empty_model(folder: Path) -> nn.Module:
+    with quiet("transformers"), torch.device("meta"):
+        model: nn.Module = auto_class(folder).from_config(model_config(folder, trusted=False))
+    return model
+
+
+@torch.inference_mode()
+def _check(context: TrialContext, masked: Path, slim: Path) -> None:
+    """UserError if the slim model's logits differ from those of the masked one, or from its own with a cache."""
+    checkpoint = context.checkpoint
+    found = [_logits(context, folder) for folder in (masked, slim)]
+    expected, logits = (whole for whole, _ in found)
+    tolerance = TOLERANCES.get(checkpoint.dtype, LOOSE)
+    for what, one in (("without", logits), *(("with", cached) for _, cached in found[1:] if cached is not None)):
+        difference = float((one.double() - expected.double()).norm() / expected.double().norm())
+        if not difference <= tolerance:
+            raise UserError(
+                f"--slim: {type(checkpoint.model).__name__} computes other logits once its channels are cut "
+                f"({what} cached keys: {difference:.2g} apart); `apply` without --slim writes it"
+            )
+
+
+def _logits(context: TrialContext, folder: Path) -> tuple[Tensor, Tensor | None]:
+    """Logits of a folder's model for a small batch, and those computed with cached keys; None where blocks stream."""
+    dtype, device = context.checkpoint.dtype, context.checkpoint.device
+    try:
+        with quiet("transformers"), Checkpoint.load(folder, dtype, device) as checkpoint:
+            replay = Replay(checkpoint, context.inputs)
+            _, batch, _ = context.inputs.examples(checkpoint, 1, POSITIONS)
+            if checkpoint.offload != "none":
+                hidden = replay.embed(batch)
+                for index in range(len(checkpoint.blocks)):
+                    hidden = replay.run(index, checkpoint.weights(index), hidden)
+                return replay.logits(batch, hidden).cpu(), None
+            return replay.forward(batch).logits.cpu(), _cached(checkpoint.model, batch)
+    except UserError:
+        raise
+    except Exception as error:  # models raise many types for shapes that do not fit
+        raise UserError(f"--slim: this model cannot run with fewer channels: {one_line(error)}") from error
+
+
+def _cached(model: Any, batch: Tensor) -> Tensor | None:
+    """Logits for token ids [items, positions], half of them first, the others after their cached keys and values.
+
+    None for a model that keeps none.
+    """
+    half = batch.shape[1] // 2
+    first = model(batch[:, :half], use_cache=True)
+    if getattr(first, "past_key_values", None) is None:
+        return None
+    second = model(batch[:, half:], past_key_values=first.past_key_values, use_cache=True)
+    return torch.cat([first.logits, second.logits], 1).cpu()
