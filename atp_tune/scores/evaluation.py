@@ -40,8 +40,8 @@ def final_states(replay: Replay, batch: AutoBatch, blocks: Iterable[Block], grou
     """Hidden states [items, positions, width] after the last block, of each group."""
     states = [embed(replay, batch, group) for group in groups]
     for index, weights in blocks:
-        for hidden in states:
-            advance(replay, batch, index, weights, hidden)
+        for group, hidden in enumerate(states):
+            states[group] = advance(replay, batch, index, weights, hidden)
     return states
 
 
