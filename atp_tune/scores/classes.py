@@ -58,7 +58,8 @@ class Classes:
         states = hidden.detach().requires_grad_()
         with torch.enable_grad():
             logits = replay.logits(batch, states).float()
-            loss = functional.cross_entropy(logits, batch.classes, reduction="sum")
+            classes = batch.classes.clone()  # one made in inference mode cannot be kept for the backward pass
+            loss = functional.cross_entropy(logits, classes, reduction="sum")
         return torch.autograd.grad(loss, states)[0]
 
 

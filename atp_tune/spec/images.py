@@ -2,7 +2,7 @@
 
 from typing import Annotated, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from atp_tune.frozen import SettingsTable
 from atp_tune.spec.search import Share
@@ -43,16 +43,10 @@ class ImageSet(SettingsTable):
     stride: int = Field(1, ge=1, description="use every stride-th image only, from the first")
     seed: int = Field(0, ge=0, description="of the draw of nsamples images from the part")
 
-    @field_validator("source")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        kind, colon, rest = value.partition(":")
-        if kind not in KINDS or not colon or not rest:
-            raise ValueError(f'"{value}" is none of {FORMS}')
-        return value
-
     @model_validator(mode="after")
     def _fetchable(self) -> Self:
+        if self.kind not in KINDS or not self.place:
+            raise ValueError(f'source: "{self.source}" is none of {FORMS}')
         if self.part[0] >= self.part[1]:
             raise ValueError(f"part: [{self.part[0]}, {self.part[1]}] holds nothing")
         if self.kind in ARCHIVES:

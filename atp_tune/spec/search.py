@@ -74,6 +74,18 @@ class SearchConfig(SettingsTable):
     )
     screen: ScreenConfig | None = Field(None, description='a cheaper search for first points; "none": no such search')
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_steps(cls, data: Any) -> Any:
+        """Explains why accuracy, which is measured too, is no objective."""
+        asked = data.get("objective") if isinstance(data, dict) else None
+        if asked == "accuracy" or (isinstance(asked, list | tuple) and "accuracy" in asked):
+            raise ValueError(
+                "objective: accuracy is measured and shown for every trial, but it moves in steps of one image; search "
+                'by "cross-entropy"'
+            )
+        return data
+
     @field_validator("screen", mode="before", json_schema_input_type=ScreenConfig | Literal["none"])
     @classmethod
     def _none(cls, value: Any) -> Any:
