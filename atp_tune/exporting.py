@@ -34,6 +34,7 @@ from atp_tune.cache import write_out
 from atp_tune.errors import UserError
 from atp_tune.spec.config import Config
 from atp_tune.spec.patterns import parse
+from atp_tune.spec.study import Text
 
 ARGUMENTS = {
     "block": 'pipeline="sequential"',
@@ -164,6 +165,10 @@ def _modules(config: Config) -> dict[str, float]:
 
 def _head(config: Config) -> str:
     text = config.calibration
+    if not isinstance(text, Text):
+        raise UserError(
+            "--format llm-compressor: calibrates on texts, and this is an image classifier; take yaml or csv"
+        )
     return HEAD.format(
         pruner=config.pruner, sparsity=config.sparsity.target, allocation=config.allocation.name,
         study="a plan" if config.trial is None else f"trial {config.trial}",

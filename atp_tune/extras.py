@@ -16,6 +16,7 @@ from atp_tune.errors import UserError
 EXTRAS = {  # of pyproject.toml: for each module its package
     "hub": {"datasets": "datasets"},
     "parquet": {"pyarrow": "pyarrow"},
+    "images": {"PIL": "pillow", "onnx": "onnx"},
     "serve": {"optuna_dashboard": "optuna-dashboard", "grpc": "grpcio", "google.protobuf": "protobuf"},
     "postgres": {"psycopg": "psycopg"},
     "png": {"kaleido": "kaleido"},

@@ -86,7 +86,7 @@ class StudyRequest:
     def check_same(self, study: Study, path: Path) -> None:
         """UserError if a study file of this name is the study of something else."""
         asked = self.texts["validation"] if isinstance(self.texts, Mapping) else self.texts
-        texts = None if asked is None else study.texts.validation.source
+        texts = None if asked is None else study.data.validation.source
         for key, stored, wanted in (
             ("model.source", study.model.source, self.model_source),
             ("sparsity", study.sparsity, self.sparsity),
@@ -113,6 +113,7 @@ class StudyRequest:
         `name`: of the study; `device`: as in a study file; `allowed`: keys of `ModelConfig` that let code of the model
         run; `notify` gets a line for each slow step and each choice.
         """
+        from atp_tune.checkpoints.classes import check_language
         from atp_tune.checkpoints.devices import find_device
         from atp_tune.checkpoints.models import pin_wheel, resolve
 
@@ -121,6 +122,7 @@ class StudyRequest:
             source=self.model_source, **pinned, **{key: True for key, given in allowed.items() if given}
         )
         folder = resolve(model, Path(), notify)
+        check_language(folder.path, f"{self.source}: needs a study file with the tables [images.*]")
         preset = self.preset or ("balanced" if find_device(device or "auto").type == "cuda" else "quick")
         settings = {
             "description": f"{name}: {self.source} at {percent(self.sparsity)}",

@@ -17,6 +17,7 @@ from torch import Tensor
 from atp_tune.blocks.replay import Replay
 from atp_tune.blocks.verification import verified
 from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.checkpoints.classes import check_language
 from atp_tune.checkpoints.devices import (
     device_name,
     find_device,
@@ -153,6 +154,7 @@ def evaluate_folder(folder: Path, asked: TaskOptions, watch: EventHandler, allow
     """Scores the model in a folder, in the number format of its `atp_tune.json`, if it has one."""
     if not folder.is_dir():
         raise UserError(f"--model {folder}: there is no such folder")
+    check_language(folder, f"--model {folder}")
     scorer = Scorer(asked, watch)
     origin = folder / ABOUT
     dtype = _dtype(origin)

@@ -89,17 +89,20 @@ def prepare(work: Path, changes: list[str]) -> None:
     from atp_tune.inputs.documents import documents
     from atp_tune.inputs.windows import Windows
     from atp_tune.search.context import ContextConfig, TrialContext
+    from atp_tune.spec.study import Data, Text
     from atp_tune.spec.studyfile import load
 
     study = (file := load("smol", changes)).study
-    texts = {"calibration": study.texts.calibration, "validation": study.texts.validation, "test": study.test_text}
+    data = study.data
+    texts: dict[str, Data] = {"calibration": data.calibration, "validation": data.validation, "test": study.test_text}
     context = TrialContext.open(ContextConfig(study.model, study.prune, texts, file.folder, "cpu"))
     (work / "model").write_text(str(context.folder.path))
     (work / "dtype").write_text(context.dtype)
     for role, drawn in context.windows.items():
-        assert isinstance(drawn, Windows)
+        text = texts[role]
+        assert isinstance(drawn, Windows) and isinstance(text, Text)
         np.save(work / f"{role}.npy", drawn.ids)
-        (work / f"{role}.txt").write_text("\n\n".join(documents(texts[role], file.folder)))
+        (work / f"{role}.txt").write_text("\n\n".join(documents(text, file.folder)))
 
 
 def main() -> None:

@@ -76,6 +76,7 @@ class Row:
 def texts(scale: int) -> dict[str, int]:
     """The settings of smol's texts, so many times as long."""
     found = load("smol").study.texts
+    assert found is not None
     return {
         f"texts.{role}.nsamples": scale * (getattr(found, role).nsamples or 0) for role in ("calibration", "validation")
     }
@@ -173,6 +174,7 @@ def _work(study: optuna.Study, label: str, storage: str, scale: int) -> tuple[st
 
 def _tokens(scale: int) -> tuple[int, int]:
     found = load("smol").study.texts
+    assert found is not None
     calibration, search = (scale * (text.nsamples or 0) * text.seqlen for text in (found.calibration, found.validation))
     return calibration, search
 

@@ -124,7 +124,7 @@ def compare(context: TrialContext, pruner: str, statistics_: str, title: str) ->
 def smol() -> TrialContext:
     """The context of the study smol."""
     file = load("smol")
-    texts = {"calibration": file.study.texts.calibration, "validation": file.study.texts.validation}
+    texts = {"calibration": file.study.data.calibration, "validation": file.study.data.validation}
     return TrialContext.open(ContextConfig(file.study.model, file.study.prune, texts, file.folder, "cpu"))
 
 

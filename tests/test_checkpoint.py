@@ -12,8 +12,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from atp_tune.checkpoints import checkpoint as module
+from atp_tune.checkpoints.blocks import find_blocks
 from atp_tune.checkpoints.buffers import Mapped, mapped_files
-from atp_tune.checkpoints.checkpoint import Checkpoint, find_blocks
+from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.linears import find_linears
 from atp_tune.checkpoints.offload import Offload
 from atp_tune.errors import UserError
@@ -155,7 +156,7 @@ def test_the_list_with_the_most_parameters_is_taken() -> None:
     model = nn.Module()
     model.few = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)])
     model.many = nn.ModuleList([nn.Linear(9, 9)])
-    assert find_blocks(model) == ("many", model.many)
+    assert (find_blocks(model).name, find_blocks(model).modules) == ("many", model.many)
 
 
 def test_kin_of_linear_count_and_are_found_in_order() -> None:

@@ -54,6 +54,7 @@ LAYERS = [
     "sparse",
     "speed",
     "zeroshot",
+    "classification",
     "chatting",
     "exporting",
     "tracking",

@@ -60,6 +60,12 @@ def random_images(count: int, seed: int) -> Images:
 class Pixels:
     """The part of an `InputKind` that a context which is given its items asks for."""
 
+    called = "an image"
+    has_steps = False
+
+    def of(self, items: Mapping[str, Images]) -> "Pixels":
+        return self
+
     def facts(self, items: Mapping[str, Images]) -> dict[str, bool]:
         return {}
 
@@ -97,7 +103,7 @@ PIXELS, CLASSIFIED = Pixels(), Classes()
 @pytest.fixture
 def context(monkeypatch: pytest.MonkeyPatch) -> TrialContext:
     monkeypatch.setitem(inputs.KINDS, "pixels", f"{__name__}:PIXELS")
-    monkeypatch.setitem(scores.SCORES, "classes", f"{__name__}:CLASSIFIED")
+    monkeypatch.setitem(scores.SCORES, "hues", f"{__name__}:CLASSIFIED")
     torch.manual_seed(0)
     model = ViTForImageClassification(
         ViTConfig(
@@ -107,7 +113,7 @@ def context(monkeypatch: pytest.MonkeyPatch) -> TrialContext:
     )  # fmt: skip
     items = {"calibration": random_images(6, 1), "validation": random_images(7, 2)}
     folder, checkpoint = ModelFolder(Path(), "content", "vit"), Checkpoint(model, CPU)
-    return TrialContext(folder, checkpoint, items, PruneConfig(), ignore_events, inputs="pixels", score="classes")
+    return TrialContext(folder, checkpoint, items, PruneConfig(), ignore_events, inputs="pixels", score="hues")
 
 
 def test_a_context_prunes_and_scores_what_it_knows_nothing_of(context: TrialContext) -> None:
@@ -128,8 +134,8 @@ def test_its_dense_model_is_measured_for_allocations(context: TrialContext) -> N
     assert context.contents() == {
         "model.content": "content",
         "model.dtype": "float32",
-        "texts.calibration.content": "images",
-        "texts.validation.content": "images",
+        "images.calibration.content": "images",
+        "images.validation.content": "images",
     }
     assert len(context.screening(2).windows["validation"]) == 4
     assert not context.bos

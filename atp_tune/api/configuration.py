@@ -13,6 +13,7 @@ from atp_tune.errors import UserError
 from atp_tune.events import EventHandler
 from atp_tune.metrics.perplexity import Perplexity
 from atp_tune.spec.config import Config, ZeroShot, read_config
+from atp_tune.spec.images import CLASSES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -123,11 +124,13 @@ class Configuration:
             num_fewshot: Examples before each item; by default none.
             batch: Sequences that are scored at once.
         """
-        from atp_tune import zeroshot
+        from atp_tune import classification, zeroshot
 
         names = (tasks,) if isinstance(tasks, str) else tuple(tasks)
         with self._working() as watch, models.lent_as(self.config, self._lender, self._device) as device:
             asked = zeroshot.TaskOptions(names, limit, num_fewshot, batch, device)
+            if self.config.score == CLASSES:
+                return classification.evaluate_config(self.config, self._base, asked, watch, self._allowed)
             return zeroshot.evaluate(self.config, self._base, asked, watch, self._allowed)
 
     def _working(self) -> AbstractContextManager[EventHandler]:

@@ -18,14 +18,13 @@ from atp_tune.inputs.windows import first_windows
 from atp_tune.metrics.perplexity import Perplexity
 from atp_tune.metrics.perplexity import perplexity as perplexity_of
 from atp_tune.plan import Plan
-from atp_tune.plugins import short_name
 from atp_tune.presets import HUB_TEXTS, context_length
-from atp_tune.search.context import ContextConfig, TrialContext
+from atp_tune.search.context import ContextConfig, TrialContext, inputs_of
 from atp_tune.sparse.applying import config_of, measured_folder, only_plan, write_sparse
 from atp_tune.sparse.shards import check_free
 from atp_tune.spec.finding import BARE
 from atp_tune.spec.prune import PruneConfig
-from atp_tune.spec.study import ModelConfig, Text
+from atp_tune.spec.study import Data, ModelConfig, Text
 from atp_tune.spec.studyfile import StudyFile, load
 from atp_tune.spec.typed import one_sparsity
 from atp_tune.storage import fingerprint, opening
@@ -97,7 +96,9 @@ def prune(
         }  # fmt: skip
         file = arguments.changed(_bare(sources.model or str(model), sources.device or device), given, trust_plugins)
         folder = _resolved(file.study.model, watch)
-        text = _text(sources.texts, folder, nsamples, seqlen, file.study.texts.calibration)
+        usual = file.study.texts
+        assert usual is not None
+        text = _text(sources.texts, folder, nsamples, seqlen, usual.calibration)
         setup = _setup(file, {"calibration": text}, file.study.bos)
         with _planned(file, setup, parameters, watch) as (context, plan):
             weights = weights_of(context, plan)
@@ -117,7 +118,7 @@ def prune_study(
     """
     if out is not None:
         check_free(out)
-    texts = {"calibration": file.study.texts.calibration, "test": file.study.test_text}
+    texts: dict[str, Data] = {"calibration": file.study.data.calibration, "test": file.study.test_text}
     setup = _setup(file, texts, _stored_bos(file))
     with _planned(file, setup, parameters, watch) as (context, plan):
         setup = replace(setup, bos=context.bos)
@@ -129,9 +130,10 @@ def prune_study(
     return plan, measured_folder(setup, out, dense, watch)
 
 
-def _setup(file: StudyFile, texts: dict[str, Text], bos: bool | None) -> ContextConfig:
-    study, score = file.study, short_name(file.study.search.score)
-    return ContextConfig(study.model, study.prune, texts, file.folder, study.device, bos=bos, score=score)
+def _setup(file: StudyFile, texts: dict[str, Data], bos: bool | None) -> ContextConfig:
+    study, score = file.study, file.study.score
+    place, kind = file.folder, inputs_of(score)
+    return ContextConfig(study.model, study.prune, texts, place, study.device, bos=bos, inputs=kind, score=score)
 
 
 def _stored_bos(file: StudyFile) -> bool | None:

@@ -73,8 +73,8 @@ class Pricing:
         """Hidden states [items, positions, width] that enter each block of the pruned model, then the final ones."""
         states = [embed(self._replay, self._batch, items)]
         for index, row in enumerate(sparsities):
-            states.append(states[-1].clone())
-            advance(self._replay, self._batch, index, self._pruned(index, row), states[-1])
+            entering, weights = states[-1].clone(), self._pruned(index, row)
+            states.append(advance(self._replay, self._batch, index, weights, entering))
         return states
 
     def _of_head(self, items: Batch, hidden: Tensor) -> Tensor:

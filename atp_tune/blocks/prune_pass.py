@@ -52,7 +52,7 @@ class Pass:
     """The pass over the blocks for one pruner.
 
     `dense_states` [L]: hidden states [few, tokens, width] after each block of the dense model, for the error curve;
-    `in_one_pass`: statistics "sequential".
+    `in_one_pass`: statistics "sequential"; `after`: the hidden states after the last step.
     """
 
     replay: Replay
@@ -62,14 +62,18 @@ class Pass:
     dense_statistics: Sequence[BlockStatistics] | None = None
     in_one_pass: bool = False
     channels: ChannelPruner | None = None  # whole channels go, in the place of single weights
+    after: Tensor = field(init=False)
 
     def run(self, plan: Plan, hidden: Tensor) -> Iterator[PrunedBlock]:
         """Prunes block after block; overwrites `hidden` [windows, tokens, width] with the states after each block.
 
-        `hidden` has no windows if neither the pruner nor an error curve needs them.
+        `hidden` has no windows if neither the pruner nor an error curve needs them. Where a block changes the shape of
+        the states, they are a new tensor.
         """
         for index in range(len(self.replay.checkpoint.linears)):
-            yield self.step(plan, index, hidden)
+            block = self.step(plan, index, hidden)
+            hidden = self.after
+            yield block
 
     def step(self, plan: Plan, index: int, hidden: Tensor) -> PrunedBlock:
         """Prunes block `index`, and runs the hidden states through it."""
@@ -85,8 +89,8 @@ class Pass:
             pruned = self._prune_sequentially(index, weights, hidden, sparsities, timer)
         else:
             pruned = self._measure_and_prune(index, weights, hidden, sparsities, timer)
-            advance(self.replay, self.batch, index, pruned.weights, hidden)
-        error = None if self.dense_states is None else relative_error(hidden, self.dense_states[index])
+            self.after = advance(self.replay, self.batch, index, pruned.weights, hidden)
+        error = None if self.dense_states is None else relative_error(self.after, self.dense_states[index])
         zeros = pruned.zeros()
         timer.lap("calibrate")
         lacking, gone = tuple(pruned.experts_without_tokens), getattr(pruned, "channels", {})
@@ -143,7 +147,7 @@ class Pass:
             after = self.replay.within(
                 index, pruning.weights, lambda: prune_sequentially(block, linears, kind, runs, prune)
             )
-            torch.cat(after, out=hidden)
+            self.after = joined([self.replay.cross(index, rows) for rows in after], hidden)
             return pruning
 
         return self.batch.run(step)
@@ -199,13 +203,27 @@ def embed(replay: Replay, batch: AutoBatch, items: Batch) -> Tensor:
     return hidden
 
 
-def advance(replay: Replay, batch: AutoBatch, index: int, weights: dict[str, Tensor], hidden: Tensor) -> None:
-    """Overwrites hidden states [windows, tokens, width] with those after block `index`, batch by batch."""
+def advance(replay: Replay, batch: AutoBatch, index: int, weights: dict[str, Tensor], hidden: Tensor) -> Tensor:
+    """Overwrites hidden states [windows, tokens, width] with those after block `index`, batch by batch; returns them.
+
+    Where the block changes their shape, they are a new tensor.
+    """
+    after = hidden
 
     def step(rows: slice) -> None:
-        hidden[rows] = replay.run(index, weights, hidden[rows])
+        nonlocal after
+        found = replay.run(index, weights, hidden[rows])
+        if not rows.start and found.shape[1:] != hidden.shape[1:]:
+            after = found.new_empty(len(hidden), *found.shape[1:])
+        after[rows] = found
 
     batch.over(len(hidden), step)
+    return after
+
+
+def joined(parts: list[Tensor], hidden: Tensor) -> Tensor:
+    """The states after a block of all batches, in the place of `hidden` unless their shape is another."""
+    return torch.cat(parts, out=hidden) if parts[0].shape[1:] == hidden.shape[1:] else torch.cat(parts)
 
 
 def unmeasured(pruner: Pruner) -> Pruner:
@@ -248,16 +266,15 @@ def measure_and_advance(
     weights: dict[str, Tensor],
     hidden: Tensor,
     kind: type[Statistics],
-) -> BlockStatistics:
+) -> tuple[BlockStatistics, Tensor]:
     """`measure` and `advance` in one pass for a dense block; overwrites hidden [windows, tokens, width]."""
     block, linears = replay.checkpoint.blocks[index], replay.checkpoint.linears[index]
 
-    def step(windows: int) -> BlockStatistics:
+    def step(windows: int) -> tuple[BlockStatistics, Tensor]:
         collector = InputCollector(linears, kind, lambda found: None)
         with collector.attached(block):
             after = [replay.run(index, weights, rows) for rows in torch.split(hidden, windows)]
-        torch.cat(after, out=hidden)
-        return collector.result()
+        return collector.result(), joined(after, hidden)
 
     return batch.run(step)
 

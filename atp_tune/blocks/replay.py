@@ -5,7 +5,8 @@ and returns the hidden states unchanged. So embeddings, masks, rotary tables, fi
 model's own code, for any family. A block is then replayed by `functional_call` with any weights, dense or pruned.
 
 Hidden states are [items, positions, width]; for texts [windows, tokens, width]. The kind of input (`inputs`) calls the
-model, for texts with token ids [windows, tokens].
+model, for texts with token ids [windows, tokens]. In image classifiers with stages, hidden states change their shape,
+and there are steps between blocks, such as downsampling: those are run by a bypassed model too (`cross`).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -50,15 +51,40 @@ class Replay:
         self.checkpoint = checkpoint
         self.inputs = inputs
         self._calls: dict[tuple[int, int], list[Call]] = {}
-        self._rest = self._outputs_beside_hidden()
+        self._steps: set[int] = set()  # blocks after which the model computes something before the next block
+        self._rest = self._outputs_of_all() if inputs.has_steps else self._outputs_beside_hidden()
 
     def embed(self, batch: Batch) -> Tensor:
         """Hidden states [items, positions, width] that enter block 0."""
         return self._enter(batch)[0]
 
     def run(self, index: int, weights: dict[str, Tensor], hidden: Tensor) -> Tensor:
-        """Hidden states after block `index` with the given weights."""
+        """Hidden states after block `index` with the given weights, as they enter the next block."""
+        return self.cross(index, self.alone(index, weights, hidden))
+
+    def alone(self, index: int, weights: dict[str, Tensor], hidden: Tensor) -> Tensor:
+        """Hidden states that leave block `index` with the given weights."""
         return self.within(index, weights, lambda: self.step(index, hidden))
+
+    def cross(self, index: int, hidden: Tensor) -> Tensor:
+        """Hidden states that enter the block after `index`, from those that leave it, by the model's own code.
+
+        In language models they are the same. In stages of image classifiers lies a step between them.
+        """
+        if index not in self._steps:
+            return hidden
+        found: list[Tensor] = []
+
+        def stand_in(i: int, *args: Any, **kwargs: Any) -> Any:
+            if i == index + 1:
+                found.append(split(args, kwargs)[0])
+                raise Reached
+            return self._wrap(i, hidden if i == index else split(args, kwargs)[0])
+
+        blank, *_ = self.inputs.examples(self.checkpoint, len(hidden), 1)
+        with bypassed(self.checkpoint.blocks, stand_in), suppress(Reached):
+            self.forward(blank)
+        return found[0]
 
     def within(self, index: int, weights: dict[str, Tensor], body: Callable[[], T]) -> T:
         """Result of `body()`, run while block `index` has the given weights."""
@@ -79,7 +105,8 @@ class Replay:
 
     def step(self, index: int, hidden: Tensor) -> Tensor:
         """Hidden states after block `index` with its current weights."""
-        call = self._calls_for(hidden.shape[0], hidden.shape[1])[index]
+        positions = 1 if self.inputs.has_steps else hidden.shape[1]
+        call = self._calls_for(hidden.shape[0], positions)[index]
         args, kwargs = call.with_hidden(hidden)
         return hidden_of(self.checkpoint.blocks[index](*args, **kwargs))
 
@@ -88,7 +115,7 @@ class Replay:
         last = len(self.checkpoint.blocks) - 1
 
         def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
-            return self._wrap(hidden if index == last else split(args, kwargs)[0])
+            return self._wrap(index, hidden if index == last else split(args, kwargs)[0])
 
         with bypassed(self.checkpoint.blocks, stand_in):
             logits: Tensor = self.forward(batch).logits
@@ -98,19 +125,23 @@ class Replay:
         """The output of the model for a batch."""
         return self.inputs.forward(self.checkpoint.model, batch)
 
-    def _wrap(self, hidden: Tensor) -> Any:
+    def _wrap(self, index: int, hidden: Tensor) -> Any:
         """The output of a block in the form that the model expects."""
-        return hidden if self._rest is None else (hidden, *self._rest)
+        rest = self._rest[index]
+        return hidden if rest is None else (hidden, *rest)
 
     def _enter(self, batch: Batch) -> tuple[Tensor, list[Call]]:
         """Hidden states that enter block 0, and the call of each block, for a batch."""
         recorded: list[tuple[Tensor, Call]] = []
 
         def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
-            recorded.append(split(args, kwargs))
+            found = split(args, kwargs)
+            if self.inputs.has_steps and recorded and found[0] is not recorded[-1][0]:
+                self._steps.add(index - 1)
+            recorded.append(found)
             if len(recorded) == len(self.checkpoint.blocks):
                 raise Reached  # the rest of the model is not needed
-            return self._wrap(recorded[-1][0])
+            return self._wrap(index, recorded[-1][0])
 
         with bypassed(self.checkpoint.blocks, stand_in), suppress(Reached):
             self.forward(batch)
@@ -130,14 +161,31 @@ class Replay:
             _, one, other = self.inputs.examples(self.checkpoint, items, positions)
             self._calls[shape] = self._enter(one)[1]
             if len(self._calls) == 1 and not _same(self._calls[shape], self._enter(other)[1]):
-                kind = type(self.checkpoint.model).__name__
-                raise UserError(f"model {kind}: passes its blocks values that depend on the tokens; not supported yet")
+                kind, what = type(self.checkpoint.model).__name__, "images" if self.inputs.has_steps else "tokens"
+                raise UserError(f"model {kind}: passes its blocks values that depend on the {what}; not supported yet")
             if len(self._calls) > SHAPES:
                 del self._calls[next(iter(self._calls))]
         return self._calls[shape]
 
-    def _outputs_beside_hidden(self) -> tuple[Any, ...] | None:
-        """The outputs of block 0 after the hidden states, from one run; None if it returns a tensor."""
+    def _outputs_of_all(self) -> list[tuple[Any, ...] | None]:
+        """The outputs of each block after the hidden states, from one run of the model."""
+        found: dict[int, Any] = {}
+        own = [block.forward for block in self.checkpoint.blocks]
+
+        def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
+            output = self.within(index, self.checkpoint.weights(index), partial(own[index], *args, **kwargs))
+            found[index] = tuple(output[1:]) if isinstance(output, tuple | list) else None
+            return output
+
+        blank, *_ = self.inputs.examples(self.checkpoint, 1, 1)
+        with bypassed(self.checkpoint.blocks, stand_in):
+            self.forward(blank)
+        if len(found) < len(own):
+            self._refuse_skipped(len(found))
+        return [found[index] for index in range(len(own))]
+
+    def _outputs_beside_hidden(self) -> list[tuple[Any, ...] | None]:
+        """The outputs after the hidden states of block 0, from one run, for all blocks; None if it returns a tensor."""
         arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
@@ -150,11 +198,13 @@ class Replay:
         if not arguments:
             self._refuse_skipped(0)
         output: Any = torch.func.functional_call(self.checkpoint.blocks[0], self.checkpoint.weights(0), *arguments[0])
-        return tuple(output[1:]) if isinstance(output, tuple | list) else None
+        rest = tuple(output[1:]) if isinstance(output, tuple | list) else None
+        return [rest] * len(self.checkpoint.blocks)
 
     def _refuse_skipped(self, ran: int) -> NoReturn:
         kind, blocks = type(self.checkpoint.model).__name__, len(self.checkpoint.blocks)
-        raise UserError(f"model {kind}: runs {ran} of {blocks} blocks on a text, so it cannot be measured on one")
+        what = self.inputs.called
+        raise UserError(f"model {kind}: runs {ran} of {blocks} blocks on {what}, so it cannot be measured on one")
 
 
 class _Within(nn.Module):

@@ -45,7 +45,7 @@ class Head(Protocol):
     """The part of a score that checks the logits of a model."""
 
     def probes(self, checkpoint: Checkpoint) -> Sequence[Batch]:
-        """Small batches; the first is also run by the model as a whole."""
+        """Small batches, the first is also run by the model as a whole; none: an example of the kind of input."""
 
     def check_head(self, replay: Replay, runs: Sequence[ProbeRun], logits: Tensor, is_routed: bool) -> None:
         """Raises Difference if the model does not suit the score.
@@ -70,7 +70,8 @@ def verified(checkpoint: Checkpoint, inputs: InputKind[Any], head: Head) -> Repl
     except Exception as error:  # models that need more inputs than a text raise many types
         if is_out_of_memory(error):
             raise
-        raise UserError(f"model {kind}: cannot be run block by block on a text alone: {one_line(error)}") from error
+        on = inputs.called
+        raise UserError(f"model {kind}: cannot be run block by block on {on} alone: {one_line(error)}") from error
     return replay
 
 
@@ -85,13 +86,14 @@ def _check_own_weights(checkpoint: Checkpoint) -> None:
 
 
 def _compare(replay: Replay, head: Head) -> None:
-    probes = head.probes(replay.checkpoint)
+    probes = head.probes(replay.checkpoint) or replay.inputs.examples(replay.checkpoint, 2, 1)[1:2]
     walk = _BlockComparison(replay, probes)
     rows = walk.hidden[0].shape[:2].numel()
     with _CallRecorder(replay.checkpoint, rows) as calls, bypassed(replay.checkpoint.blocks, walk.step):
         logits = replay.forward(probes[0]).logits
     if calls.missing:
-        raise Difference(f"does not call {min(calls.missing)} on a text, so the inputs of its weights are not known")
+        on = replay.inputs.called
+        raise Difference(f"does not call {min(calls.missing)} on {on}, so the inputs of its weights are not known")
     head.check_head(replay, list(map(ProbeRun, probes, walk.hidden)), logits, calls.is_routed)
 
 
@@ -111,10 +113,10 @@ class _BlockComparison:
         weights = self._replay.checkpoint.weights(index)
         output = self._replay.within(index, weights, partial(self._own[index], *args, **kwargs))
         with _as_before(self._replay.checkpoint.blocks[index], self._own[index]):
-            replayed, *others = (self._replay.run(index, weights, hidden) for hidden in (given, *self.hidden[1:]))
-        self.hidden = [hidden_of(output), *others]
-        if not is_equal(replayed, self.hidden[0]):
+            replayed, *others = (self._replay.alone(index, weights, hidden) for hidden in (given, *self.hidden[1:]))
+        if not is_equal(replayed, hidden_of(output)):
             raise Difference(f"block {index} returns other numbers when it is run alone")
+        self.hidden = [self._replay.cross(index, hidden) for hidden in (hidden_of(output), *others)]
         self._done += 1
         return output
 
@@ -123,7 +125,8 @@ class _BlockComparison:
             raise Difference(f"runs its blocks several times, block {index} after block {self._done - 1}")
         if index > self._done:
             raise Difference(f"runs its blocks in another order than they stand in, block {index} first")
-        if not isinstance(given, Tensor) or given.dim() != 3:
+        has_steps = self._replay.inputs.has_steps
+        if not isinstance(given, Tensor) or given.dim() < 3 or (given.dim() > 3 and not has_steps):
             raise Difference(f"gives block {index} hidden states that are not [windows, tokens, width]")
         if not is_equal(given, self.hidden[0]):
             source = f"leave block {index - 1}" if index else "enter it where the blocks are bypassed"

@@ -18,8 +18,9 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as hf_logging
 
 from atp_tune.allocations import Shape
+from atp_tune.checkpoints.blocks import find_blocks
 from atp_tune.checkpoints.buffers import mapped_files, move_into, on_disk, pinned, plain
-from atp_tune.checkpoints.classes import auto_class, language_model
+from atp_tune.checkpoints.classes import auto_class, is_image_classifier
 from atp_tune.checkpoints.convert import one_line
 from atp_tune.checkpoints.devices import (
     device_limit,
@@ -69,8 +70,9 @@ class Checkpoint(Released):
         if self._gives_router_logits:
             self.config.output_router_logits = False  # used for training only, and bypassed blocks have none
         self.device = device
-        self.blocks_name, self.blocks = find_blocks(model)
-        self.linears = [find_linears(block) for block in self.blocks]
+        found, has_others = find_blocks(model), is_image_classifier(model)
+        self.blocks_name, self.block_names, self.blocks = found.name, found.names, found.modules
+        self.linears = [find_linears(block, has_others) for block in self.blocks]
         self.offload = offload or self._choose()
         self._stream = self._place(ahead)
 
@@ -170,7 +172,7 @@ class Checkpoint(Released):
 
     def key(self, index: int, linear: Linear) -> str:
         """Name in the model of the tensor that holds the weight of a linear."""
-        return f"{self.blocks_name}.{index}.{linear.key}"
+        return f"{self.block_names[index]}.{linear.key}"
 
     def as_saved(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """The tensors, by name, that a saved folder holds for a parameter; for example one for each expert."""
@@ -219,16 +221,3 @@ def tensors_of(block: nn.Module) -> Tensors:
 def bytes_of(tensors: Iterable[Tensor]) -> int:
     """Total bytes of tensors."""
     return sum(tensor.nbytes for tensor in tensors)
-
-
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the blocks: the `nn.ModuleList` with the most parameters; UserError if there is none.
-
-    In a model that also reads images, only its language model is searched.
-    """
-    inside = set(language_model(model).modules())
-    named = ((name, module) for name, module in model.named_modules() if module in inside)
-    lists = [(name, module) for name, module in named if isinstance(module, nn.ModuleList) and len(module)]
-    if not lists:
-        raise UserError(f"model {type(model).__name__}: has no list of blocks; only transformer models can be pruned")
-    return max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))

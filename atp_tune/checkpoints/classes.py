@@ -1,5 +1,7 @@
 """The class of transformers that loads a folder, and the part of the model that is pruned.
 
+A folder holds a language model, a model that also reads images, or an image classifier.
+
 A model that also reads images is a language model with towers. Only the language model is pruned, measured on texts.
 The class that a folder was saved from tells which kind of model it holds, since one model type may have both.
 """
@@ -8,7 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForImageTextToText,
+)
 from transformers.models.auto import modeling_auto
 
 from atp_tune.checkpoints.convert import one_line
@@ -17,7 +24,9 @@ from atp_tune.errors import UserError
 
 
 def auto_class(folder: Path) -> Any:
-    """The auto class that loads a folder: of language models, or of models that also read images."""
+    """The auto class that loads a folder: of language models, of models that also read images, of classifiers."""
+    if classifies_images(folder):
+        return AutoModelForImageClassification
     return AutoModelForImageTextToText if reads_images(folder) else AutoModelForCausalLM
 
 
@@ -48,6 +57,31 @@ def reads_images(folder: Path) -> bool:
     if name is None or "auto_map" in config:
         return False
     return kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.get("architectures") == [name]
+
+
+def _classifiers() -> set[str]:
+    """Names of the classes of transformers that classify images."""
+    found = modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()
+    return {name for names in found for name in ([names] if isinstance(names, str) else names)}
+
+
+def is_image_classifier(model: nn.Module) -> bool:
+    """Whether a model is an image classifier of transformers."""
+    return any(kind.__name__ in _classifiers() for kind in type(model).__mro__)
+
+
+def classifies_images(folder: Path) -> bool:
+    """Whether a folder was saved from an image classifier of transformers."""
+    file = folder / "config.json"
+    config = read_table(file) if file.is_file() else {}
+    names = config.get("architectures")
+    return isinstance(names, list) and len(names) == 1 and names[0] in _classifiers() and "auto_map" not in config
+
+
+def check_language(folder: Path, what: str) -> None:
+    """UserError, which begins with `what`, if a folder holds an image classifier."""
+    if classifies_images(folder):
+        raise UserError(f"{what}: the model in {folder} is an image classifier, which has no text; see docs/images.md")
 
 
 def language_model(model: nn.Module) -> nn.Module:

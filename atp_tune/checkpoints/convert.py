@@ -18,7 +18,7 @@ from atp_tune.checkpoints.quantized import BESIDE, BY_TENSOR, check_plain, check
 from atp_tune.checkpoints.trust import ASK_CODE, small_files
 from atp_tune.errors import UserError
 
-_ORIGIN = "origin.json"
+ORIGIN = "origin.json"
 _OF_ACTIVATIONS = re.compile(r"\.(input|output|activation|[qkv])_(global_)?(scale|zero_point)$")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
 
@@ -31,9 +31,9 @@ def gguf_to_folder(file: Path, target: Path) -> None:
     # In a folder of its own, since transformers would prefer a tokenizer.json beside the file.
     with tempfile.TemporaryDirectory(prefix="atp_tune.") as alone:
         (Path(alone) / file.name).symlink_to(file.resolve())
-        with _written(file, target) as folder:
+        with written_folder(file, target) as folder:
             _save_gguf(Path(alone).resolve(), file.name, folder)
-            (folder / _ORIGIN).write_text(json.dumps({"file": file.name, "sha256": sha256_of(file)}))
+            (folder / ORIGIN).write_text(json.dumps({"file": file.name, "sha256": sha256_of(file)}))
 
 
 def bin_to_folder(source: Path, target: Path, trusted: bool) -> None:
@@ -43,7 +43,7 @@ def bin_to_folder(source: Path, target: Path, trusted: bool) -> None:
     cannot read the folder.
     """
     options = {"use_safetensors": False, "weights_only": True, "trust_remote_code": trusted}
-    with _written(source, target) as folder:
+    with written_folder(source, target) as folder:
         _complete_model(source, dtype="auto", **options).save_pretrained(folder)
         _copy_small(source, folder)
 
@@ -55,7 +55,7 @@ def quantized_to_folder(source: Path, target: Path, method: str, trusted: bool) 
     """
     from atp_tune.checkpoints.dequantize import dequantize_folder
 
-    with _written(source, target) as folder:
+    with written_folder(source, target) as folder:
         if method in BY_TENSOR:
             dequantize_folder(source, folder)
         else:
@@ -65,7 +65,7 @@ def quantized_to_folder(source: Path, target: Path, method: str, trusted: bool) 
 
 def gguf_content(folder: Path) -> str:
     """SHA-256 of the GGUF file that a folder was converted from."""
-    return str(json.loads((folder / _ORIGIN).read_text())["sha256"])
+    return str(json.loads((folder / ORIGIN).read_text())["sha256"])
 
 
 @contextmanager
@@ -92,7 +92,7 @@ def one_line(error: Exception, limit: int = 200) -> str:
 
 
 @contextmanager
-def _written(source: Path, target: Path) -> Iterator[Path]:
+def written_folder(source: Path, target: Path) -> Iterator[Path]:
     """Yields the folder that becomes `target`; turns errors of transformers into a UserError about `source`."""
     import transformers.utils.logging  # noqa: F401  (its log handler keeps the real stderr)
 

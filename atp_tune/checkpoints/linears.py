@@ -67,11 +67,24 @@ def is_state_space(name: str) -> bool:
     return name.rpartition(".")[2] == "dt_proj"
 
 
-def find_linears(block: nn.Module) -> list[Linear]:
+def is_position_bias(name: str) -> bool:
+    """Whether a linear makes a bias of attention from positions, not from images, as SwinV2's."""
+    return "position_bias" in name
+
+
+def find_linears(block: nn.Module, of_images: bool = False) -> list[Linear]:
     """The prunable linears of a block, in the order of its modules.
 
-    Errors: UserError if there is none, or for a weight of an unknown kind.
+    `of_images`: of an image classifier, whose other matrices, which are convolutions and biases by position, stay
+    dense. Errors: UserError if there is none, or in a language model for a weight of an unknown kind.
     """
+    if of_images:
+        linears = ((name, part) for name, part in block.named_modules() if isinstance(part, nn.Linear))
+        return [
+            Linear(name, part.out_features, part.in_features, False)
+            for name, part in linears
+            if not is_position_bias(name)
+        ]
     experts = {name: _expert_linears(name, module) for name, module in block.named_modules() if holds_experts(module)}
     gates, found = find_gates(block), []
     for name, module in block.named_modules():

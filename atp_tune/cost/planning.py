@@ -90,6 +90,7 @@ def foresee(file: StudyFile, name: str, watch: EventHandler) -> Forecast:
             load = perf_counter() - began
             from atp_tune.cost.probe import probe
 
+            known = _with_blocks(known, context)
             context.watch(Message("probing: one batch of each text in three blocks"))
             spec = file.study
             rates = probe(context, spec.prune.short_names, spec.highest, load, "kl" in spec.search.objective)
@@ -102,17 +103,16 @@ def _known(
 ) -> Known:
     from atp_tune.checkpoints.classes import model_config
     from atp_tune.checkpoints.devices import device_limit, free_memory, host_memory
-    from atp_tune.inputs.windows import token_windows
+    from atp_tune.inputs import KINDS
     from atp_tune.search.dense_model import CURVE_TOKENS
 
-    study, texts = file.study, setup.texts.items()
-    bos, trusted = bool(setup.bos), folder.trusted
-    ids = {role: token_windows(text, folder.path, setup.base, trusted=trusted, bos=bos).ids for role, text in texts}
-    windows, length = ids["calibration"].shape
+    study = file.study
+    items = KINDS[setup.inputs].read(setup.texts, folder, setup.base, bool(setup.bos))
+    size = {role: len(each) * each.positions for role, each in items.items()}
+    windows, length = len(items["calibration"]), items["calibration"].positions
     curve = min(windows, max(1, CURVE_TOKENS // length)) * length
-    report = ids["test"].size if "test" in ids else 0
-    tokens = Tokens(ids["calibration"].size, ids["validation"].size, report, curve)
-    width = int(model_config(folder.path, folder.trusted).get_text_config().hidden_size)
+    tokens = Tokens(size["calibration"], size["validation"], size.get("test", 0), curve)
+    width = _width(model_config(folder.path, folder.trusted))
     bounded = device.type != "cpu" or device_limit() is not None
     free = Free(free_memory(device), host_memory(), bounded)
     costs = {
@@ -120,15 +120,30 @@ def _known(
             study.prune.statistics,
             study.prune.measures(name),
             tokens,
-            tokens.validation + (report if study.compares_all else 0),
+            tokens.validation + (tokens.test if study.compares_all else 0),
         )
         for name in study.prune.short_names
     }
     return Known(
         study, _stored(file, name), _stored(file, name + SUFFIX), read_sizes(folder.path), tokens, windows, width,
         itemsize, free, device.type == "cuda", costs, _kinds(study),
-        psutil.Process().memory_info().rss, len(ids["validation"]),
+        psutil.Process().memory_info().rss, len(items["validation"]),
     )  # fmt: skip
+
+
+def _width(config: Any) -> int:
+    """Width of the hidden states; of a model with stages the largest."""
+    found = getattr(config, "vision_config", config.get_text_config())
+    widths = getattr(found, "hidden_sizes", None) or [getattr(found, "hidden_size", None) or found.embed_dim]
+    return int(max(widths))
+
+
+def _with_blocks(known: Known, context: "TrialContext") -> Known:
+    """The sizes of the model's own blocks: names of tensors do not tell those of stages."""
+    if len(known.sizes.blocks) == len(context.checkpoint.blocks):
+        return known
+    blocks = tuple(sum(part.numel() for part in block.parameters()) for block in context.checkpoint.blocks)
+    return replace(known, sizes=replace(known.sizes, blocks=blocks))
 
 
 def _kinds(study: Study) -> int:
@@ -210,7 +225,7 @@ def _whole(known: Known, context: "TrialContext | None", rates: ProbeRates | Non
         trials = total_trials(study.search, make_space(study, Budget(study.highest, known.sizes.blocks)))
     done, trials = (0, None) if trials is None else _progress(known.main, trials)
     plans = _compared(study)
-    rows = None if study.texts.test is None else _pruned_again(study, trials or 0)
+    rows = None if study.data.test is None else _pruned_again(study, trials or 0)
     once = known.kinds * known.tokens.calibration + _descents(known)
     blocks = len(known.sizes.blocks)
     found = forecast.whole(rates, trials, done, known.costs, known.tokens, blocks, once, rows, _drawn(known, plans))
@@ -278,9 +293,9 @@ def _compared(study: Study) -> int:
 def _drawn(known: Known, plans: int) -> DrawsCost:
     """The cost of the draws of the calibration text after the first."""
     study = known.study
-    more = study.texts.calibration.draws - 1
+    more = study.data.calibration.draws - 1
     once = dense_kinds(study) * known.tokens.calibration if study.prune.statistics == "dense" else 0
-    return DrawsCost(more * plans, "validation" if study.texts.test is None else "test", more * once)
+    return DrawsCost(more * plans, "validation" if study.data.test is None else "test", more * once)
 
 
 def _screening(known: Known) -> ScreeningCost | None:

@@ -62,16 +62,17 @@ def probe(
     `load`: seconds of opening the context; `kl`: the study minimises KL. Assumes that all blocks cost the same.
     """
     clock, last = Clock(context.checkpoint.device), len(context.checkpoint.blocks) - 1
-    batches = {role: _batch(context, role) for role in context.windows}
+    probed = list(dict.fromkeys((0, last // 2, last)))
+    batches = {role: _entering(context, role, probed) for role in context.windows}
     with peak(context.checkpoint.device) as taken:
         _probe_block(context, clock, 0, batches, pruners, sparsity)  # warm-up
         clock.forget()
         began = perf_counter()
-        for index in 2 * list(dict.fromkeys((0, last // 2, last))):
+        for index in 2 * probed:
             if index == 0 or perf_counter() - began < PROBE_SECONDS:
                 _probe_block(context, clock, index, batches, pruners, sparsity)
         ends = _probe_ends(context, kl)
-    tokens = {role: batch.shape[0] * batch.shape[1] for role, batch in batches.items()}
+    tokens = {role: len(states[0]) * context.windows[role].positions for role, states in batches.items()}
     run = {role: clock.typical(f"run {role}") / tokens[role] for role in batches}
     each = {name: clock.typical(f"calibrate {name}") / tokens["calibration"] for name in pruners}
     measures = {name for name in pruners if context.prune_settings.measures(name)}
@@ -82,24 +83,35 @@ def probe(
     return ProbeRates(load, run, dense, ends, clock.typical("fetch"), found, taken[0])
 
 
-def _batch(context: TrialContext, role: str) -> Tensor:
-    """Hidden states [windows, tokens, width] of one batch of a text."""
-    return context.replay.embed(context.items(role)[: context.batch(role).windows]).clone()
+def _entering(context: TrialContext, role: str, probed: list[int]) -> dict[int, Tensor]:
+    """Hidden states [windows, tokens, width] of one batch of a text for each probed block.
+
+    Those of block 0 will do for all, unless blocks change their shape.
+    """
+    hidden = context.replay.embed(context.items(role)[: context.batch(role).windows]).clone()
+    if not context.inputs.has_steps:
+        return dict.fromkeys(probed, hidden)
+    found = {}
+    for index in range(probed[-1] + 1):
+        if index in probed:
+            found[index] = hidden
+        hidden = context.replay.run(index, context.checkpoint.weights(index), hidden)
+    return found
 
 
 def _probe_block(
     context: TrialContext,
     clock: Clock,
     index: int,
-    batches: dict[str, Tensor],
+    batches: dict[str, dict[int, Tensor]],
     pruners: tuple[str, ...],
     sparsity: float,
 ) -> None:
     weights = clock.time("fetch", partial(context.checkpoint.weights, index))
     for name in pruners:
-        clock.add(_pruned(context, index, batches["calibration"].clone(), name, sparsity), name)
-    for role, hidden in batches.items():
-        moved = hidden.clone()
+        clock.add(_pruned(context, index, batches["calibration"][index].clone(), name, sparsity), name)
+    for role, states in batches.items():
+        moved = states[index].clone()
         clock.time(f"run {role}", partial(advance, context.replay, context.batch(role), index, weights, moved))
 
 
@@ -118,13 +130,14 @@ def _pruned(context: TrialContext, index: int, hidden: Tensor, name: str, sparsi
 def _probe_ends(context: TrialContext, kl: bool) -> float:
     """Seconds per token of embedding and head, on validation windows, else on test windows."""
     heads, clock = context.heads, Clock(context.checkpoint.device)
-    ids: Tensor = context.items("validation" if "validation" in context.windows else "test")[: heads.windows]
+    role = "validation" if "validation" in context.windows else "test"
+    items = context.items(role)[: heads.windows]
     for turn in range(4):
         if turn == 1:
             clock.forget()  # the first turn is a warm-up
-        hidden = clock.time("embed", partial(context.replay.embed, ids))
-        clock.time("head", partial(context.head_scores, ids, hidden, hidden if kl else None))
-    return (clock.typical("embed") + clock.typical("head")) / ids.numel()
+        hidden = clock.time("embed", partial(context.replay.embed, items))
+        clock.time("head", partial(context.head_scores, items, hidden, hidden if kl else None))
+    return (clock.typical("embed") + clock.typical("head")) / (len(items) * context.windows[role].positions)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Inputs of a model: windows of token ids, cut from texts. Another kind, such as images, can be added.
+"""Inputs of a model: windows of token ids, cut from texts, or images with their classes. Another kind can be added.
 
 All code that runs a model (`blocks`, `search`) uses the two protocols below. A new kind of input is a file with an
 object of type `InputKind` and a row of `KINDS`.
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.registry import Registry
-from atp_tune.spec.study import Text
 
 if TYPE_CHECKING:
     import torch
@@ -47,15 +46,25 @@ T = TypeVar("T", bound=Items)
 
 
 class InputKind(Protocol[T]):
-    """A kind of input: reads items, and calls a model with them."""
+    """A kind of input: reads items, and calls a model with them.
 
-    def read(self, texts: Mapping[str, Text], folder: ModelFolder, base: Path, bos: bool) -> Mapping[str, T]:
+    `called`: an item, for messages. `has_steps`: models may compute between blocks, and blocks may change the shape of
+    the hidden states.
+    """
+
+    called: str
+    has_steps: bool
+
+    def of(self, items: Mapping[str, T]) -> "InputKind[T]":
+        """The kind for items of this shape, such as images of one size."""
+
+    def read(self, texts: Mapping[str, Any], folder: ModelFolder, base: Path, bos: bool) -> Mapping[str, T]:
         """The items of each role; relative paths start at `base`. UserError for bad input or shared items."""
 
-    def draws(self, text: Text, count: int, folder: ModelFolder, base: Path, bos: bool) -> list[T]:
+    def draws(self, text: Any, count: int, folder: ModelFolder, base: Path, bos: bool) -> list[T]:
         """Items of `count` draws of a calibration text, without the first draw. UserError if the text is too short."""
 
-    def many(self, text: Text, positions: int, folder: ModelFolder, base: Path, bos: bool) -> T:
+    def many(self, text: Any, positions: int, folder: ModelFolder, base: Path, bos: bool) -> T:
         """As many items of a calibration text as hold `positions` positions, fewer if the text is shorter."""
 
     def check_disjoint(self, items: Mapping[str, T]) -> None:
@@ -74,4 +83,7 @@ class InputKind(Protocol[T]):
         """Three example batches of one shape: a blank one, and two with different contents."""
 
 
-KINDS = Registry[InputKind[Any]]("kind of input", {"tokens": "atp_tune.inputs.tokens:TOKEN_WINDOWS"})
+KINDS = Registry[InputKind[Any]](
+    "kind of input",
+    {"tokens": "atp_tune.inputs.tokens:TOKEN_WINDOWS", "images": "atp_tune.inputs.images:LABELLED_IMAGES"},
+)

@@ -71,7 +71,7 @@ class HubDataset:
             with quiet("datasets", "huggingface_hub"):
                 rows = datasets.load_dataset(**arguments)
         except Exception as error:  # network and readers raise many types
-            raise _hub_error(arguments["path"], error) from error
+            raise hub_error(arguments["path"], error) from error
         check_column(text, rows.column_names)
         if getattr(rows.features[text.column], "dtype", "") not in ("string", "large_string"):
             raise UserError(f'column: "{text.column}" of {text.source} holds no text')
@@ -92,7 +92,8 @@ def check_column(text: Text, names: Sequence[str], where: str = "") -> None:
         raise UserError(f'column: {where or text.source} has no "{text.column}"; it has {", ".join(names)}')
 
 
-def _hub_error(path: str, error: Exception) -> UserError:
+def hub_error(path: str, error: Exception) -> UserError:
+    """The UserError for a dataset that the hub does not give."""
     import datasets
 
     url = f"https://huggingface.co/datasets/{path}"

@@ -22,6 +22,13 @@ from atp_tune.spec.study import Text
 class TokenWindows:
     """The `InputKind` of causal language models; its items are `Windows`."""
 
+    called = "a text"
+    has_steps = False
+
+    def of(self, items: Mapping[str, Windows]) -> "TokenWindows":
+        """The kind itself, whatever the length of the windows."""
+        return self
+
     def read(self, texts: Mapping[str, Text], folder: ModelFolder, base: Path, bos: bool) -> dict[str, Windows]:
         """The windows of each text; UserError for bad input, or if two texts share a window."""
         found = {role: read_text(role, text, folder, base, bos) for role, text in texts.items()}

@@ -16,6 +16,7 @@ from atp_tune.metrics.continuations import NAMES, Continuations
 from atp_tune.metrics.speed import PHASES, Speed, spread
 from atp_tune.report.contents import Contents
 from atp_tune.results.formatting import (
+    ACCURACY,
     NOTHING,
     cells,
     changed,
@@ -23,6 +24,7 @@ from atp_tune.results.formatting import (
     drawn,
     draws_of,
     duration,
+    hit_cells,
     in_one_line,
     plan_of,
     points_head,
@@ -52,16 +54,23 @@ def headline(summary: Summary) -> ReportTable:
 
     def more(trial: FrozenTrial | None) -> tuple[str, ...]:
         over = (draws_of(summary, trial)[0] or NOTHING,) if draws else ()
-        return (*over, *(cells(summary.kl(trial)) if has_kl else ()))
+        return (*over, *(cells(summary.kl(trial)) if has_kl else ()), *hits(trial))
 
-    rows = [("dense", *cells(summary.dense), *((NOTHING,) if draws else ()), *(("0", "0") if has_kl else ()))]
+    def hits(trial: FrozenTrial | None) -> tuple[str, ...]:
+        return hit_cells(summary, trial)[:2] if summary.hits else ()
+
+    own = (*((NOTHING,) if draws else ()), *(("0", "0") if has_kl else ()), *hits(None))
+    rows = [("dense", *cells(summary.dense), *own)]
     if best is not None:
         uniform = f"uniform, {best.params.get('pruner', '')}"
         rows.append((uniform, *cells(summary.uniform), *more(summary.uniform_trial)))
         rows.append((f"best, {plan_of(best)} (trial {best.number})", *cells(summary.best), *more(best)))
     over = (f"test text, {draws} draws",) if draws else ()
     kls = ("KL, validation text", "KL, test text") if has_kl else ()
-    return ReportTable(("perplexity", "validation text", "test text", *over, *kls), rows, best=2 if best else None)
+    accuracy = ACCURACY[:2] if summary.hits else ()
+    data = "images" if summary.hits else "text"
+    head = ("perplexity", f"validation {data}", f"test {data}", *over, *kls, *accuracy)
+    return ReportTable(head, rows, best=2 if best else None)
 
 
 def front(summary: Summary) -> ReportTable:
@@ -88,11 +97,14 @@ def ranks(summary: Summary) -> ReportTable:
         name = f"{rank.trial.params.get('pruner', '')} {allocation_of(rank.trial)}"
         over = tuple(cell or NOTHING for cell in draws_of(summary, rank.trial)) if draws else ()
         kls = (*cells(summary.kl(rank.trial)), changed(rank.kl_against, rank.on)) if has_kl else ()
-        rows.append((name, str(rank.trial.number), *cells(rank.scores), changed(rank.against, rank.on), *over, *kls))
+        hits = hit_cells(summary, rank.trial) if summary.hits else ()
+        change = changed(rank.against, rank.on)
+        rows.append((name, str(rank.trial.number), *cells(rank.scores), change, *over, *kls, *hits))
     head = ("best of", "trial", "validation text", "test text", "against uniform")
     over = (f"test text, {draws} draws", f"against uniform, {draws} draws") if draws else ()
     more = ("KL, validation text", "KL, test text", "KL against uniform") if has_kl else ()
-    return ReportTable((*head, *over, *more), rows, best=0 if rows else None)
+    accuracy = ACCURACY if summary.hits else ()
+    return ReportTable((*head, *over, *more, *accuracy), rows, best=0 if rows else None)
 
 
 def importance(contents: Contents) -> ReportTable:
@@ -120,7 +132,8 @@ def zero_shot_note(found: ZeroShot) -> str:
     limit = "" if found.limit is None else f", at most the first {found.limit} items of each task"
     missing = f"; left out: {', '.join(found.missing)}" if found.missing else ""
     paired = "; best − uniform: item by item" if "best" in found.seconds else ""
-    where = f"lm-eval {found.versions.get('lm_eval', '')}, {found.dtype}, {found.device}"
+    by = f"lm-eval {found.versions['lm_eval']}, " if "lm_eval" in found.versions else ""
+    where = f"{by}{found.dtype}, {found.device}"
     return f"±: standard error over items{paired}; {where}{limit}{missing}"
 
 

@@ -7,7 +7,7 @@ from optuna.trial import FrozenTrial
 from pydantic import ValidationError
 
 from atp_tune.errors import UserError
-from atp_tune.plugins import short_name
+from atp_tune.results.accuracies import accuracies_of
 from atp_tune.results.annotations import with_attached
 from atp_tune.results.summary import summarise
 from atp_tune.results.trials import is_uniform, parameters_of, scores_of, uniform_of
@@ -61,6 +61,7 @@ def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) 
             id=spec.model.source,
             revision=spec.model.revision,
             sha256=spec.model.sha256,
+            probe=spec.model.probe,
             fingerprint=facts["model.content"],
             dtype=attrs.get("dtype") or facts[fingerprint.DTYPE],
         ),
@@ -75,11 +76,12 @@ def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) 
         perplexity=scores_of(best, reports),
         baselines=Baselines(dense=summary.dense, uniform=scores_of(uniform, reports)),
         kl=kl,
-        calibration=spec.texts.calibration.text,
+        accuracy=accuracies_of(summary, best),
+        calibration=spec.data.calibration.text,
         batches=fingerprint.batches_in(best, facts),
         draws=draws,
-        texts=EvaluationTexts(validation=spec.texts.validation, test=spec.test_text),
-        score=short_name(spec.search.score),
+        texts=EvaluationTexts(validation=spec.data.validation, test=spec.test_text),
+        score=spec.score,
         plugins=study.user_attrs.get("plugins", {}),
         bos=summary.bos,
         seed=spec.search.seed,

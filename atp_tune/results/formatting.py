@@ -100,10 +100,12 @@ def errors_of(summary: Summary) -> str:
     """The meaning of ±: the standard error, its number of windows, and the factor of a 95 % interval."""
     known = {role: count for role, count in summary.windows.items() if count > 1}
     if len(set(known.values())) < 2:
-        return error_over(next(iter(known.values()), None))
+        said = error_over(next(iter(known.values()), None))
+        return said.replace("windows", "images") if summary.hits else said
     counts = " and ".join(f"{count} {role}" for role, count in known.items())
     factors = " and ".join(f"{reach_of(count):.2f}" for count in known.values())
-    return f"standard error over {counts} windows (× {factors} for 95 %)"
+    items = "images" if summary.hits else "windows"
+    return f"standard error over {counts} {items} (× {factors} for 95 %)"
 
 
 def draws_of(summary: Summary, trial: FrozenTrial | None) -> tuple[str, str]:
@@ -115,6 +117,17 @@ def draws_of(summary: Summary, trial: FrozenTrial | None) -> tuple[str, str]:
 def cells(scores: Scores | Divergences) -> tuple[str, str]:
     """A row's scores on the validation and test text."""
     return str(scores.validation or NOTHING), str(scores.test or NOTHING)
+
+
+ACCURACY = ("validation accuracy", "test accuracy", "accuracy against uniform")
+
+
+def hit_cells(summary: Summary, trial: FrozenTrial | None) -> tuple[str, str, str]:
+    """Accuracies of a trial (None: of dense) on validation and test images, and against uniform; for `ACCURACY`."""
+    found = summary.hits.trial(trial)
+    against = summary.hits.gains.get(str(trial.number)) if trial else None
+    shown = NOTHING if against is None else f"{against[0]}{' (validation)' * (against[1] == 'validation')}"
+    return str(found.validation or NOTHING), str(found.test or NOTHING), shown
 
 
 def changed(against: Change | None, on: str) -> str:
@@ -212,7 +225,8 @@ def draws_note(summary: Summary) -> str:
 
 def study_remarks(summary: Summary) -> list[str]:
     """Sentences on what is unusual in a study: BOS, refined weights, and trials on several devices."""
-    return [remark for remark in (_beginning(summary), _refinement(summary), _mixture(summary)) if remark]
+    found = (summary.sign, _beginning(summary), _refinement(summary), _mixture(summary))
+    return [remark for remark in found if remark]
 
 
 def _mixture(summary: Summary) -> str:

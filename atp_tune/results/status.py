@@ -14,12 +14,14 @@ from optuna.trial import FrozenTrial
 from pydantic import Field
 
 from atp_tune.frozen import FrozenModel
+from atp_tune.metrics.accuracy import Accuracies
 from atp_tune.metrics.draws import OverDraws
+from atp_tune.results.accuracies import accuracies_of
 from atp_tune.results.formatting import dense_speed, plan_of, remark_of
 from atp_tune.results.status_points import Against, Number, PointStatus, against_of, point_of
 from atp_tune.results.summary import Rank, ScreeningProgress, Summary
 from atp_tune.results.trials import allocation_of, parameters_of, score_of
-from atp_tune.spec.config import Divergences, Score, Scores, dumps
+from atp_tune.spec.config import Divergences, ModelAccuracies, Score, Scores, dumps
 from atp_tune.spec.studyfile import StudyFile
 from atp_tune.storage.fingerprint import PERPLEXITY
 from atp_tune.storage.lost_trials import cut_offs_of
@@ -66,7 +68,8 @@ class TrialStatus(FrozenModel):
 
     `value`, `stderr`: perplexity on the validation text. `realised`: the counted share of zeros. `kl`: null if not
     minimised. `cut_off`: how often this trial and those that it repeats were lost with their process. `sparsity`: its
-    target, where the study searches for it. `packed_bytes`: of all weights in a packed folder.
+    target, where the study searches for it. `packed_bytes`: of all weights in a packed folder. `accuracy`: of an image
+    classifier, as in `Status`.
     """
 
     number: int
@@ -83,6 +86,7 @@ class TrialStatus(FrozenModel):
     cut_off: int = 0
     sparsity: float | None = None
     packed_bytes: int | None = None
+    accuracy: Accuracies | None = None
 
 
 class Status(FrozenModel):
@@ -94,6 +98,7 @@ class Status(FrozenModel):
     the study searches; then `points` are the plans to choose from, and `limit` bounds the quality of the best.
     `dense_bytes`: of all weights in the dense model's files. `dense_tokens_per_second`: decoded one at a time by torch,
     where `speedup` measured points. `requested`: trials that were asked for, if the study ended after fewer.
+    `accuracy`, `sign`: of an image classifier, the shares of right answers, and which sign of β is better.
     """
 
     format: Literal["atp_tune.status/2"] = FORMAT
@@ -120,6 +125,8 @@ class Status(FrozenModel):
     dense_bytes: int | None = None
     dense_tokens_per_second: float | None = None
     requested: int | None = None
+    accuracy: ModelAccuracies | None = None
+    sign: str | None = None
 
     def without_clock(self) -> "Status":
         """The status without times, to compare for changes."""
@@ -175,6 +182,8 @@ def status_of(summary: Summary, now: datetime) -> Status:
         dense_bytes=summary.dense_bytes,
         dense_tokens_per_second=dense_speed(summary),
         requested=summary.requested,
+        accuracy=accuracies_of(summary),
+        sign=summary.sign or None,
     )
 
 
@@ -245,6 +254,7 @@ def _trial(summary: Summary, trial: FrozenTrial) -> TrialStatus:
         cut_off=len(cut_offs_of(trial)),
         sparsity=sparsity_of(trial),
         packed_bytes=trial.user_attrs.get("packed_bytes"),
+        accuracy=summary.hits.trial(trial) if summary.hits else None,
     )
 
 

@@ -15,6 +15,7 @@ from atp_tune.metrics.draws import OverDraws, over_draws
 from atp_tune.metrics.limits import Limit
 from atp_tune.metrics.perplexity import Change, Perplexity, perplexity
 from atp_tune.metrics.speed import Speed
+from atp_tune.results.accuracies import Hits, hits_of, sign_of_beta
 from atp_tune.results.annotations import attached, speed_of
 from atp_tune.results.front import Point, points_of
 from atp_tune.results.pairing import Role, change_on, common_text, kl_change_on
@@ -80,6 +81,7 @@ class Summary:
     zero_shot, speed  measurements of the best trial by `evaluate` and `speedup`
     continuations     of prompts, by dense, uniform and the best trial
     of_channels   whole channels are pruned
+    hits          of an image classifier, accuracies by trial; `sign`: which sign of β is better, in a sentence
     bos           windows begin with BOS; `bos_effect`: its measured effect on the dense model
     """
 
@@ -117,6 +119,8 @@ class Summary:
     dense_bytes: int | None = None
     limit: Limit | None = None
     of_channels: bool = False
+    hits: Hits = field(default_factory=Hits)
+    sign: str = ""
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -181,6 +185,8 @@ def summarise(study: optuna.Study) -> Summary:
         dense_bytes=study.user_attrs.get("dense_bytes"),
         limit=study.user_attrs.get("limit"),
         of_channels=study.user_attrs.get("fingerprint", {}).get("prune.pattern") == "channels",
+        hits=(hits := hits_of(study)),
+        sign=sign_of_beta(study) if hits else "",
     )
 
 
@@ -239,7 +245,7 @@ def _is_complete(study: optuna.Study) -> bool:
 def _draws_of(study: optuna.Study) -> int:
     """`texts.calibration.draws` of the study's last run."""
     made = made_from(study.user_attrs.get("made_from"))
-    return made.study.texts.calibration.draws if made else 1
+    return made.study.data.calibration.draws if made else 1
 
 
 def unreported(study: optuna.Study) -> list[str]:

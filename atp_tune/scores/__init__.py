@@ -19,10 +19,14 @@ __all__ = ["SCORES", "Score", "WindowScores", "joined"]
 
 
 class WindowScores(NamedTuple):
-    """NLL and KL of each window (or other item), in nats per token; `kls` is empty without a dense model."""
+    """NLL and KL of each window (or other item), in nats per token; `kls` is empty without a dense model.
+
+    `ranks`: of an image's right class, 0 for the first; empty for texts.
+    """
 
     nlls: list[float]
     kls: list[float]
+    ranks: list[int] = []  # noqa: RUF012 - never changed
 
 
 class Score(Head, Protocol):
@@ -43,4 +47,5 @@ class Score(Head, Protocol):
 
 def joined(parts: Sequence[WindowScores]) -> WindowScores:
     """Concatenates scores."""
-    return WindowScores([nll for part in parts for nll in part.nlls], [kl for part in parts for kl in part.kls])
+    nlls, kls, ranks = ([one for part in parts for one in part[kind]] for kind in range(3))
+    return WindowScores(nlls, kls, ranks)  # type: ignore[arg-type]

@@ -47,7 +47,7 @@ class CheckedScore:
     def items(self, replay: Replay, batch: Batch, hidden: Tensor, dense: Tensor | None) -> WindowScores:
         """The plug-in's scores."""
         with guarded(self._origin, "items"):
-            nlls, kls = self._plugin.items(replay, batch, hidden, dense)
+            nlls, kls, *_ = self._plugin.items(replay, batch, hidden, dense)
             found = WindowScores([float(nll) for nll in nlls], [float(kl) for kl in kls])
         wanted = (len(hidden), 0 if dense is None else len(hidden))
         if (len(found.nlls), len(found.kls)) != wanted:

@@ -44,11 +44,14 @@ def final_states(replay: Replay, batch: AutoBatch, blocks: Iterable[Block], grou
     return states
 
 
-def passing(replay: Replay, batch: AutoBatch, blocks: Iterable[Block], states: Sequence[Tensor]) -> Iterator[Block]:
-    """Yields the blocks after hidden states [items, positions, width] of several groups have gone through them."""
+def passing(replay: Replay, batch: AutoBatch, blocks: Iterable[Block], states: list[Tensor]) -> Iterator[Block]:
+    """Yields the blocks after hidden states [items, positions, width] of several groups have gone through them.
+
+    `states` then holds those after the block.
+    """
     for index, weights in blocks:
-        for hidden in states:
-            advance(replay, batch, index, weights, hidden)
+        for group, hidden in enumerate(states):
+            states[group] = advance(replay, batch, index, weights, hidden)
         yield index, weights
 
 

@@ -30,7 +30,6 @@ from atp_tune.events import EventHandler, Message, Step, ignore_events
 from atp_tune.inputs import KINDS, Batch, Items
 from atp_tune.metrics.bos import BosEffect
 from atp_tune.plan import Plan
-from atp_tune.plugins import short_name
 from atp_tune.pruners.statistics import InputNorms
 from atp_tune.pruners.wanda import Wanda
 from atp_tune.scores import SCORES, WindowScores, joined
@@ -41,10 +40,11 @@ from atp_tune.search.priced import POOL, Descent
 from atp_tune.search.scoring import Alongside, RoleScorer
 from atp_tune.spec.config import Config
 from atp_tune.spec.facts import BOS
+from atp_tune.spec.images import CLASSES, IMAGES
 from atp_tune.spec.patterns import Pattern, parse
 from atp_tune.spec.plugged import plug_in_config
 from atp_tune.spec.prune import PruneConfig
-from atp_tune.spec.study import ModelConfig, Study, Text
+from atp_tune.spec.study import Data, ModelConfig, Study, Text
 from atp_tune.spec.typed import Interval
 
 
@@ -59,7 +59,7 @@ class ContextConfig:
 
     model: ModelConfig
     prune: PruneConfig
-    texts: dict[str, Text]
+    texts: dict[str, Data]
     base: Path
     device: str
     batches: Mapping[str, int] = field(default_factory=dict)
@@ -72,21 +72,27 @@ class ContextConfig:
     @classmethod
     def of_study(cls, study: Study, base: Path, bos: bool | None) -> "ContextConfig":
         """The settings for a study's trials."""
-        texts = {"calibration": study.texts.calibration, "validation": study.texts.validation}
-        if study.texts.test is not None:
-            texts["test"] = study.texts.test
-        draws, score = study.texts.calibration.draws, short_name(study.search.score)
-        model, interval = study.model, study.interval
-        return cls(model, study.prune, texts, base, study.device, {}, draws, bos, score=score, sparsities=interval)
+        data, model, interval = study.data, study.model, study.interval
+        texts: dict[str, Data] = {"calibration": data.calibration, "validation": data.validation}
+        if data.test is not None:
+            texts["test"] = data.test
+        kind, draws, score = inputs_of(study.score), data.calibration.draws, study.score
+        return cls(model, study.prune, texts, base, study.device, {}, draws, bos, kind, score, interval)
 
     @classmethod
     def of_config(
-        cls, config: Config, texts: dict[str, Text], base: Path, device: str, allowed: Mapping[str, bool]
+        cls, config: Config, texts: dict[str, Data], base: Path, device: str, allowed: Mapping[str, bool]
     ) -> "ContextConfig":
         """The settings for a configuration's plan, with its plug-ins; `allowed` as for `apply`, UserError likewise."""
         plug_in_config(config, texts, base, allowed.get("trust_plugins", False))
         model, batches, bos = config.model.model(allowed), config.batches, config.bos
-        return cls(model, config.prune, texts, base, device, batches=batches, bos=bos, score=config.score)
+        kind, score = inputs_of(config.score), config.score
+        return cls(model, config.prune, texts, base, device, batches=batches, bos=bos, inputs=kind, score=score)
+
+
+def inputs_of(score: str) -> str:
+    """The kind of input that a score is of: a row of `inputs.KINDS`."""
+    return IMAGES if score == CLASSES else "tokens"
 
 
 class TrialContext(Released):
@@ -113,7 +119,7 @@ class TrialContext(Released):
         self.prune_settings = prune
         self.bos_effect: BosEffect | None = None  # None if not measured
         self.watch = watch
-        self.inputs, self.score = KINDS[inputs], SCORES[score]
+        self.inputs, self.score = KINDS[inputs].of(windows), SCORES[score]
         self.replay = replay or verified(checkpoint, self.inputs, self.score)
         items: dict[str, Batch] = {role: each.batch(checkpoint.device) for role, each in windows.items()}
         positions = {role: each.positions for role, each in windows.items()}
@@ -159,6 +165,7 @@ class TrialContext(Released):
     def _with_bos_if_better(self, setup: ContextConfig) -> "TrialContext":
         """The context with or without BOS, whichever gives the dense model the lower perplexity."""
         text, batch = setup.texts["calibration"], self.batch("calibration")
+        assert isinstance(text, Text)
         effect = compare_bos(self.replay, batch, self.heads, self.dense(), self.folder, text, setup.base)
         self.bos_effect = effect
         if effect is not None:
@@ -291,7 +298,8 @@ class TrialContext(Released):
 
     def contents(self) -> dict[str, str | bool]:
         """The facts of a value that are not in the study file: SHA-256 of model and windows, dtype, and BOS."""
-        texts = {f"texts.{role}.content": items.content for role, items in self.windows.items()}
+        table = "texts" if self.inputs.called == "a text" else "images"
+        texts = {f"{table}.{role}.content": items.content for role, items in self.windows.items()}
         facts = self.inputs.facts(self.windows)
         return {"model.content": self.folder.content, "model.dtype": self.dtype, **facts, **texts}
 

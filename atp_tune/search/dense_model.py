@@ -83,7 +83,7 @@ class DenseMeasurements:
         hidden = embed(self._replay, self._batch, self._calibration[: self.curve_windows])
         states = []
         for index, weights in dense_blocks(self._replay.checkpoint):
-            advance(self._replay, self._batch, index, weights, hidden)
+            hidden = advance(self._replay, self._batch, index, weights, hidden)
             states.append(hidden.cpu().clone())
         return states
 
@@ -134,7 +134,7 @@ class DenseMeasurements:
     def _measured(self, pruner: Pruner | Measuring, kind: type[Statistics]) -> Iterator[BlockStatistics]:
         hidden = embed(self._replay, self._batch, self._calibration)
         for index, weights in dense_blocks(self._replay.checkpoint):
-            found = measure_and_advance(self._replay, self._batch, index, weights, hidden, kind)
+            found, hidden = measure_and_advance(self._replay, self._batch, index, weights, hidden, kind)
             for statistics in set(found.values()):
                 pruner.prepare(statistics)
             yield found

@@ -40,7 +40,7 @@ def report(run: "StudyRun", study: optuna.Study, context: "TrialContext", space:
     If `texts.calibration.draws` > 1, the trials are pruned with the other draws too. Each measurement is stored at
     once, in an attribute of its own: two hosts may report at the same moment.
     """
-    draws = run.file.study.texts.calibration.draws
+    draws = run.file.study.data.calibration.draws
     _wait_for_reporter(run, study, draws)
     is_missing = bool(unreported(study) or undrawn(study, draws))
     if is_missing:
@@ -58,10 +58,11 @@ def report(run: "StudyRun", study: optuna.Study, context: "TrialContext", space:
     write_best(run, study)
 
 
-def store_test_scores(study: optuna.Study, name: str, nlls: list[float], kls: list[float]) -> None:
-    """Stores the window NLLs and KLs of a trial, or of `dense`, on the test text."""
-    if kls:  # before the NLLs, which mark a trial as reported
-        study.set_user_attr(f"test_kls:{name}", kls)
+def store_test_scores(study: optuna.Study, name: str, nlls: list[float], kls: list[float], ranks: list[int]) -> None:
+    """Stores the NLLs, KLs and ranks of a trial, or of `dense`, on the test items."""
+    for key, found in (("test_kls", kls), ("test_ranks", ranks)):
+        if found:  # before the NLLs, which mark a trial as reported
+            study.set_user_attr(f"{key}:{name}", found)
     study.set_user_attr(f"test_nlls:{name}", nlls)
 
 
@@ -134,19 +135,20 @@ class _Texts:
 
 def _measure(
     run: "StudyRun", study: optuna.Study, context: "TrialContext", space: Space, name: str, texts: _Texts, draw: int = 0
-) -> "WindowScores | tuple[list[float], list[float]]":
-    """Window NLLs of a trial, or of `dense`, on the test text (else the validation text), and KLs if minimised.
+) -> "WindowScores":
+    """Scores of a trial, or of `dense`, on the test text (else the validation text), with KLs if minimised.
 
     `draw`: the draw of the calibration text that prunes; without KLs where it is not the trial's own, 0. The batch
     sizes are those of the trial's measurement, which affect its mask.
     """
     from atp_tune.checkpoints.devices import oom_as_user_error
+    from atp_tune.scores import WindowScores
 
-    spec, trial = run.file.study.texts, None if name == "dense" else study.trials[int(name)]
+    spec, trial = run.file.study.data, None if name == "dense" else study.trials[int(name)]
     if spec.test is None and not draw:
         if trial is None:
-            return study.user_attrs["dense"], []
-        return trial.user_attrs["nlls"], trial.user_attrs.get("kls", [])
+            return WindowScores(study.user_attrs["dense"], [], study.user_attrs.get("dense_ranks", []))
+        return WindowScores(trial.user_attrs["nlls"], *(trial.user_attrs.get(key, []) for key in ("kls", "ranks")))
     plan = None if trial is None else space.plan_of(trial)
     title = f"draw {draw + 1} of {spec.calibration.draws}:" if draw else "test text:"
     title += f" trial {name}" if trial else " dense model"

@@ -144,6 +144,7 @@ class Record:
     def __init__(self, context: TrialContext) -> None:
         self.nlls: list[float] = []
         self.kls: list[float] = []
+        self.ranks: list[int] = []
         self.errors: list[float] = []
         self.seconds: dict[str, float] = {}
         self.peak_bytes: dict[str, int] = {}
@@ -180,6 +181,7 @@ class Record:
         """Records the scores of further windows."""
         self.nlls += scores.nlls
         self.kls += scores.kls
+        self.ranks += scores.ranks
 
     def results(self, objectives: Sequence[str]) -> list[Perplexity | Divergence]:
         """The trial's result in each objective; TrialError if one is not finite."""
@@ -207,6 +209,7 @@ class Record:
             "dtype": self._dtype,
             "versions": versions(),
             **({"kls": self.kls} if self.kls else {}),
+            **({"ranks": self.ranks} if self.ranks else {}),
             **({"experts_without_tokens": self.experts_without_tokens} if self.experts_without_tokens else {}),
         }
 

@@ -163,7 +163,7 @@ def is_complete(study: optuna.Study, file: StudyFile) -> bool:
         return False
     total = total_trials(file.study.search, make_space(file.study, Budget(file.study.highest, tuple(sizes))))
     done = progress.counted(study) >= progress.total_of(study, total, file.goes_on)
-    return done and (best is None or not (unreported(study) or undrawn(study, file.study.texts.calibration.draws)))
+    return done and (best is None or not (unreported(study) or undrawn(study, file.study.data.calibration.draws)))
 
 
 def _has_other_limit(study: optuna.Study, file: StudyFile) -> bool:
@@ -297,10 +297,12 @@ def _measure_dense(run: StudyRun, study: optuna.Study, context: "TrialContext") 
     run.watch(TrialStarted("dense model", None))
     context.begin(fingerprint.batches_of(study))
     with oom_as_user_error("dense model"):
-        nlls = context.all_nlls(context.dense(), "validation")
+        nlls, _, ranks = context.all_scores(context.dense(), "validation")
     if not math.isfinite(perplexity(nlls).value):
         raise UserError(
             f"model.source: the perplexity of the dense model {run.file.study.model.source} is not finite: its weights "
             "hold NaN, or overflow in this number format; give another model, or set model.dtype, and --study-name NAME"
         )
+    if ranks:  # before the NLLs, which mark the dense model as measured
+        study.set_user_attr("dense_ranks", ranks)
     study.set_user_attr("dense", nlls)

@@ -55,7 +55,8 @@ class Measured(Protocol):
 class Space:
     """A search space; `intervals`: allocation → parameter → interval, of shares if `sparsities` is given.
 
-    `sparsities`: the interval of the sparsity, if it is a parameter; then the budget has its highest.
+    `sparsities`: the interval of the sparsity, if it is a parameter; then the budget has its highest. `both_signs`:
+    the initial points of an allocation with β are repeated with the other sign.
     """
 
     budget: Budget
@@ -64,6 +65,7 @@ class Space:
     pattern: Pattern = field(default_factory=Pattern)
     sparsities: Interval | None = None
     bounds_at: Callable[[str, Budget], dict[str, Interval]] | None = None
+    both_signs: bool = False
 
     def is_open(self, allocation: str) -> bool:
         """Whether an allocation has a parameter to search."""
@@ -198,10 +200,10 @@ class Space:
             assert self.bounds_at is not None
             budget = replace(budget, target=sum(self.sparsities) / 2)
             bounds = self.bounds_at(allocation, budget)
-        starts = [
-            {name: min(high, max(low, start[name])) for name, (low, high) in bounds.items()}
-            for start in ALLOCATIONS[allocation].initial_points(budget)
-        ]
+        points = ALLOCATIONS[allocation].initial_points(budget)
+        if self.both_signs and "beta" in bounds:
+            points = [*points, *({**point, "beta": -point["beta"]} for point in points)]
+        starts = [{name: min(high, max(low, start[name])) for name, (low, high) in bounds.items()} for start in points]
         if self.sparsities is None:
             return starts
         return [{name: _share(value, *bounds[name]) for name, value in start.items()} for start in starts]
@@ -221,10 +223,11 @@ def make_space(study: Study, budget: Budget) -> Space:
         names = ("uniform", *names)
     pruners, pattern = study.prune.short_names, parse(study.prune.pattern)
     bounds = {str(name): _intervals(study, name, budget) for name in names}
+    both = study.images is not None and study.beta == "both"
     if study.interval is None:
-        return Space(budget, pruners, bounds, pattern)
+        return Space(budget, pruners, bounds, pattern, both_signs=both)
     shares = {name: {key: _shares(*ends) for key, ends in own.items()} for name, own in bounds.items()}
-    return Space(budget, pruners, shares, pattern, study.interval, partial(_intervals, study))
+    return Space(budget, pruners, shares, pattern, study.interval, partial(_intervals, study), both)
 
 
 def baselines(names: Iterable[str]) -> list[str]:
@@ -254,7 +257,7 @@ def _share(value: float, low: float, high: float) -> float:
 def _intervals(study: Study, allocation: str, budget: Budget) -> dict[str, Interval]:
     bounds = ALLOCATIONS[allocation].bounds(budget)
     if "beta" in bounds:
-        bounds["beta"] = _beta_interval(study.allocation.beta, bounds["beta"], budget)
+        bounds["beta"] = _beta_interval(study.beta, bounds["beta"], budget)
     return bounds
 
 

@@ -13,7 +13,6 @@ from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, TrialStarted
 from atp_tune.metrics.perplexity import Perplexity, perplexity
 from atp_tune.plan import Plan
-from atp_tune.plugins import short_name
 from atp_tune.search.context import ContextConfig, TrialContext
 from atp_tune.search.space import make_space
 from atp_tune.sparse.card import Dense, describe
@@ -126,7 +125,7 @@ def config_of(file: StudyFile, context: TrialContext, plan: Plan) -> Config:
         trial=None,
         model=ModelRef(
             id=study.model.source, revision=study.model.revision, sha256=study.model.sha256,
-            fingerprint=context.folder.content, dtype=context.dtype,
+            fingerprint=context.folder.content, dtype=context.dtype, probe=study.model.probe,
         ),
         pruner=plan.pruner,
         prune=study.prune,
@@ -138,10 +137,10 @@ def config_of(file: StudyFile, context: TrialContext, plan: Plan) -> Config:
         sparsity=Sparsity(target=study.sparsity, realised=study.sparsity),
         perplexity=nothing,
         baselines=Baselines(dense=nothing, uniform=nothing),
-        calibration=study.texts.calibration.text,
+        calibration=study.data.calibration.text,
         batches=context.batches,
-        texts=EvaluationTexts(validation=study.texts.validation, test=study.test_text),
-        score=short_name(study.search.score),
+        texts=EvaluationTexts(validation=study.data.validation, test=study.test_text),
+        score=study.score,
         plugins=records(study, file.folder),
         bos=context.bos,
         seed=study.search.seed,
@@ -204,7 +203,9 @@ def measured_folder(setup: ContextConfig, out: Path, dense: Dense, watch: EventH
 
 def folder_nlls(setup: ContextConfig, folder: Path, watch: EventHandler, title: str) -> list[float]:
     """Window NLLs on the test text of a folder, loaded like any model."""
-    model = setup.model.model_copy(update={"source": str(folder.absolute()), "sha256": None, "revision": None})
+    model = setup.model.model_copy(
+        update={"source": str(folder.absolute()), "sha256": None, "revision": None, "probe": None}
+    )
     with TrialContext.open(replace(setup, model=model), watch) as context:
         watch(TrialStarted(title, None))
         return context.all_nlls(context.dense(), "test")

@@ -22,8 +22,10 @@ from atp_tune.report.tables import measure, speed
 from atp_tune.results.formatting import continuations_note, in_one_line
 from atp_tune.sparse.provenance import ABOUT, CARD
 from atp_tune.spec.config import Compared, Config
+from atp_tune.spec.facts import is_local_text
+from atp_tune.spec.images import ImageSet
 from atp_tune.spec.patterns import parse
-from atp_tune.spec.study import MEMORY, Text, short_source
+from atp_tune.spec.study import MEMORY, Data, short_source
 
 PROCESSOR = ("processor_config.json", "preprocessor_config.json")  # of models that read images and texts
 HEAD = re.compile(r"\A\s*---\n.*?\n---\n", re.DOTALL)  # the metadata at the head of a card
@@ -39,6 +41,9 @@ DENSE_FILES = """\
 **The zeros are stored in dense files. By themselves they make nothing smaller and nothing faster**: this folder is as
 large as the dense model's and runs at the same speed. `tune.py pack` makes a folder without them, which is smaller, and
 faster on a CPU."""
+CLASSIFIER_FILES = """\
+**The zeros are stored in dense files. By themselves they make nothing smaller and nothing faster**: this folder is as
+large as the dense model's and runs at the same speed."""
 ALONE = "No other library is needed."
 MASKED_FILES = """\
 **The pruned channels are stored as zeros. By themselves they make nothing smaller and nothing faster**: this folder is
@@ -78,7 +83,7 @@ def model_card(config: Config, dense: Dense, folder: Path | None = None) -> Mode
         base_model=None if dense.revision is None else config.model.id,
         base_model_relation=None if dense.revision is None else RELATION,
         library_name="transformers",
-        pipeline_tag="image-text-to-text" if dense.reads_images else "text-generation",
+        pipeline_tag=_task(config, dense),
         tags=["atp-tune", "sparse", "pruned", config.pruner, _allocation(config).split()[0]],
         model_name=name,
         eval_results=list(_results(config)) or None,
@@ -89,6 +94,13 @@ def model_card(config: Config, dense: Dense, folder: Path | None = None) -> Mode
     )
     card: ModelCard = ModelCard.from_template(data, template_path=str(TEMPLATE), **values)
     return card
+
+
+def _task(config: Config, dense: Dense) -> str:
+    """The task of the model, as the hub calls it."""
+    if isinstance(config.texts.test, ImageSet):
+        return "image-classification"
+    return "image-text-to-text" if dense.reads_images else "text-generation"
 
 
 def amend(folder: Path, heading: str, said: str) -> None:
@@ -120,7 +132,7 @@ def _values(config: Config, dense: Dense) -> dict[str, Any]:
         "scores": list(_scores(config)),
         "test": escaped(words(text)),
         "bos": config.bos,
-        "errors": error_over(text.nsamples and -(-text.nsamples // text.stride)),
+        "errors": _errors(text),
         "draws": _draws(config),
         "same_text": text == config.texts.validation,
         "models": list(MODELS.values()),
@@ -130,7 +142,8 @@ def _values(config: Config, dense: Dense) -> dict[str, Any]:
         "how": continuations_note(config.continuations) if config.continuations else "",
         "updated": config.pruner in UPDATES,
         "equal": EQUAL,
-        "dense_files": DENSE_FILES,
+        "dense_files": CLASSIFIER_FILES if isinstance(text, ImageSet) else DENSE_FILES,
+        "classifies": isinstance(text, ImageSet),
         "alone": ALONE,
         "reads_images": dense.reads_images,
         "reader": "AutoProcessor" if any((dense.folder / name).is_file() for name in PROCESSOR) else "AutoTokenizer",
@@ -149,6 +162,11 @@ def _of_channels(config: Config, folder: Path | None) -> dict[str, Any]:
         return found | {"dense_files": MASKED_FILES}
     needs_code = folder is not None and read_table(folder / "config.json").get("model_type") == SLIM
     return found | {"dense_files": SLIM_FILES, "slim": True, "alone": OWN_CODE if needs_code else ALONE}
+
+
+def _errors(text: Data) -> str:
+    said = error_over(text.nsamples and -(-text.nsamples // text.stride))
+    return said.replace("windows", "images") if isinstance(text, ImageSet) else said
 
 
 def _draws(config: Config) -> str:
@@ -187,9 +205,10 @@ def _scores(config: Config) -> Iterator[dict[str, str]]:
         (f"{config.pruner}, uniform", config.baselines.uniform.test),
         (f"{THIS} ({config.pruner}, {escaped(_allocation(config))})", config.perplexity.test),
     )
-    for name, score in rows:
+    for index, (name, score) in enumerate(rows):
         if score is not None:
-            yield {"name": name, "score": str(score)}
+            hits = config.accuracy and getattr(config.accuracy, ("dense", "uniform", "best")[index])
+            yield {"name": name, "score": str(score), "accuracy": str((hits and hits.test) or "–")}
 
 
 def _tasks(config: Config) -> Iterator[dict[str, Any]]:
@@ -215,9 +234,9 @@ def _results(config: Config) -> Iterator[EvalResult]:
     score, text = config.perplexity.test, config.texts.test
     if score is not None and isfinite(score.value):
         yield EvalResult(
-            task_type="text-generation",
+            task_type="image-classification" if isinstance(text, ImageSet) else "text-generation",
             metric_type="perplexity",
-            metric_name=f"perplexity, {text.seqlen} tokens a window{', the first BOS' if config.bos else ''}",
+            metric_name=_metric(config, text),
             metric_value=round(score.value, 4),
             **_dataset(text),
         )
@@ -230,7 +249,15 @@ def _results(config: Config) -> Iterator[EvalResult]:
             )  # fmt: skip
 
 
-def _dataset(text: Text) -> dict[str, Any]:
+def _metric(config: Config, text: Data) -> str:
+    if isinstance(text, ImageSet):
+        return "perplexity over classes, the exponential of the mean cross-entropy"
+    return f"perplexity, {text.seqlen} tokens a window{', the first BOS' if config.bos else ''}"
+
+
+def _dataset(text: Data) -> dict[str, Any]:
+    if isinstance(text, ImageSet):
+        return {"dataset_type": "images", "dataset_name": words(text)}
     try:
         found = hub_arguments(text)
     except (KeyError, UserError):  # a file or a module: no data set of the hub
@@ -241,9 +268,14 @@ def _dataset(text: Text) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def words(text: Text) -> str:
-    """A text in a few words: source, split, part and windows; without folders."""
+def words(text: Data) -> str:
+    """A text, or images, in a few words: source, split, part and windows; without folders."""
     kind, _, rest = text.source.partition(":")
+    if isinstance(text, ImageSet):
+        part = "" if text.part == (0, 1) else f", part {text.part[0]:g} to {text.part[1]:g} shuffled"
+        name = f"{kind}:{Path(rest).name}" if is_local_text(text.source) else text.source
+        inside = f" {Path(text.file).name}" if text.file else f" {text.split}" if text.split else ""
+        return f"{name}{inside}{part}, {text.nsamples or 'all'} images"
     source = f"{kind}:{Path(rest).name}" if kind == "file" else short_source(text.source)
     part = "" if text.part == (0, 1) else f", part {text.part[0]:g} to {text.part[1]:g}{' shuffled' * text.shuffle}"
     split = f" {text.split}" if text.split else ""

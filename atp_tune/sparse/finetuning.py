@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.checkpoints.classes import check_language
 from atp_tune.checkpoints.convert import WEIGHTS
 from atp_tune.checkpoints.devices import device_name, find_device, oom_as_user_error, peak_memory, reset_peak_memory
 from atp_tune.checkpoints.models import ModelFolder, resolve
@@ -30,7 +31,7 @@ from atp_tune.sparse.provenance import FINETUNED, Finetuned, PrunedWith, Setting
 from atp_tune.sparse.shards import Shards, check_free, sparse_folder
 from atp_tune.spec.plugged import plug_in_texts
 from atp_tune.spec.prune import PruneConfig
-from atp_tune.spec.study import ModelConfig, Text
+from atp_tune.spec.study import Data, ModelConfig, Text
 from atp_tune.storage.process_identity import versions
 
 if TYPE_CHECKING:
@@ -79,9 +80,10 @@ def finetune(
     check_free(out)
     if not model.is_dir():
         raise UserError(f"--model {model}: is no folder; write one with: python tune.py apply --config FILE --out DIR")
+    check_language(model, "finetune: trains language models")
     made = origin(model)
     if made:
-        own = {"text": made.calibration} if text is None else {}
+        own: dict[str, Data] = {"text": made.calibration} if text is None else {}
         own |= {"test_text": made.test} if test is None else {}
         plug_in_texts(made.config, own, made.base, trusts_plugins)
     text, test = choose(text, test, made)
@@ -100,6 +102,7 @@ def finetune(
 def choose(text: Text | None, test: Text | None, made: PrunedWith | None) -> tuple[Text, Text]:
     """The text to train on and the test text; UserError if there is none, or if they share documents."""
     if made:
+        assert isinstance(made.calibration, Text) and isinstance(made.test, Text)
         text, test = text or made.calibration, test or made.test
     if text is None:
         raise UserError(
@@ -109,9 +112,11 @@ def choose(text: Text | None, test: Text | None, made: PrunedWith | None) -> tup
         start, end = text.part
         cut = end - HELD_OUT * (end - start)
         text, test = (text.model_copy(update={"part": part}) for part in ((start, cut), (cut, end)))
-    kept = {"test": test} | ({"validation": made.validation, "study's test": made.test} if made else {})
+    kept: dict[str, Data] = {"test": test}
+    if made:
+        kept |= {"validation": made.validation, "study's test": made.test}
     for role, other in kept.items():
-        if text.overlaps(other):
+        if isinstance(other, Text) and text.overlaps(other):
             raise UserError(
                 f"--text: {text.source} shares documents with the {role} text; give another source, split or part"
             )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from atp_tune.cache import sha256_of
-from atp_tune.checkpoints.classes import auto_class, model_config
+from atp_tune.checkpoints.classes import auto_class, check_language, model_config
 from atp_tune.checkpoints.convert import one_line, quiet
 from atp_tune.checkpoints.headers import read_header
 from atp_tune.checkpoints.models import resolve
@@ -144,6 +144,7 @@ class _Packing:
         if source.is_dir() and is_packed(source):
             raise UserError(f"{source}: is packed already")
         self.source = resolve(ModelConfig(source=str(source.absolute())), Path()).path
+        check_language(self.source, "pack: writes language models")
         self.records = [name for name in (PROVENANCE, FINETUNED) if (self.source / name).is_file()]
         if self.records:
             stored_manifest(self.source)  # UserError if they are not what atp_tune writes

@@ -4,7 +4,7 @@ import os
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import ValidationError
 
@@ -13,9 +13,10 @@ from atp_tune.frozen import FrozenModel
 from atp_tune.metrics.perplexity import Change, Perplexity
 from atp_tune.paths import written
 from atp_tune.spec.config import Config, read_config
+from atp_tune.spec.facts import is_local_text
 from atp_tune.spec.former import present_keys
 from atp_tune.spec.manifest import Manifest, environment, sha256_by_name
-from atp_tune.spec.study import Text
+from atp_tune.spec.study import Data, Text
 
 ABOUT, FINETUNED = "atp_tune.json", "atp_tune.finetune.json"
 CARD = "README.md"
@@ -28,9 +29,9 @@ class PrunedWith:
 
     config: Config
     base: Path
-    calibration: Text
-    validation: Text
-    test: Text
+    calibration: Data
+    validation: Data
+    test: Data
     dtype: Literal["float32", "bfloat16", "float16"]
     dense: Perplexity | None  # of the dense model on the test text
     bos: bool  # windows begin with BOS
@@ -52,12 +53,17 @@ def manifest_of(folder: Path, device: str) -> Manifest:
     return Manifest(files=sha256_by_name(folder, DESCRIPTIONS), environment=environment(device))
 
 
-def rooted(text: Text, base: Path) -> Text:
-    """The text with the absolute path of its file."""
-    if not text.source.startswith("file:"):
+T = TypeVar("T", bound=Data)
+
+
+def rooted(text: T, base: Path) -> T:
+    """The text, or the images, with the absolute path of their file or folder."""
+    if not is_local_text(text.source):
         return text
-    path = os.path.realpath(written(text.source.removeprefix("file:"), base, "source"))  # no error for a loop of links
-    return text.model_copy(update={"source": f"file:{path}"})
+    kind, _, place = text.source.partition(":")
+    path = os.path.realpath(written(place, base, "source"))  # no error for a loop of links
+    moved: T = text.model_copy(update={"source": f"{kind}:{path}"})  # type: ignore[assignment]
+    return moved
 
 
 def read_text(option: str, value: str, seqlen: int) -> Text:

@@ -24,17 +24,19 @@ from pydantic import (
 from atp_tune.cache import write_out
 from atp_tune.errors import UserError
 from atp_tune.frozen import STORED, FrozenModel
+from atp_tune.metrics.accuracy import Accuracies
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.draws import OverDraws
 from atp_tune.metrics.kl import Divergence
 from atp_tune.metrics.perplexity import Estimate, Perplexity
 from atp_tune.metrics.speed import Speed
 from atp_tune.spec.former import present_config
+from atp_tune.spec.images import Probe
 from atp_tune.spec.manifest import Manifest
 from atp_tune.spec.plugged import PluginRef, check_known
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.search import NEXT_TOKEN, Share
-from atp_tune.spec.study import ModelConfig, Text, of_model
+from atp_tune.spec.study import Data, ModelConfig, of_model
 
 FORMAT: Literal["atp_tune.config/2"] = "atp_tune.config/2"
 
@@ -91,6 +93,7 @@ class ModelRef(FrozenModel):
     sha256: str | None = None
     fingerprint: str
     dtype: Literal["float32", "bfloat16", "float16"]
+    probe: Probe | None = Field(None, description="the classifier that was fitted to a model without one")
 
     @model_validator(mode="after")
     def _loadable(self) -> Self:
@@ -99,7 +102,8 @@ class ModelRef(FrozenModel):
 
     def model(self, allowed: Mapping[str, bool] | None = None) -> ModelConfig:
         """The model as in a study file, with `allowed` keys that a configuration cannot set; ValueError if invalid."""
-        keys = {"source": self.id, "revision": self.revision, "sha256": self.sha256, "dtype": self.dtype}
+        keys: dict[str, Any] = {"source": self.id, "revision": self.revision, "sha256": self.sha256}
+        keys |= {"dtype": self.dtype, "probe": self.probe}
         try:
             return ModelConfig.model_validate({**keys, **of_model(allowed or {})})
         except ValidationError as error:
@@ -142,6 +146,14 @@ class BothDivergences(FrozenModel):
     uniform: Divergences | None
 
 
+class ModelAccuracies(FrozenModel):
+    """Accuracies of the dense model, of the uniform allocation with the same pruner, and of the best plan."""
+
+    dense: Accuracies
+    uniform: Accuracies
+    best: Accuracies
+
+
 class BothDraws(FrozenModel):
     """Test scores of the best plan over draws of the calibration text, and of uniform with the same pruner."""
 
@@ -159,8 +171,8 @@ class Baselines(FrozenModel):
 class EvaluationTexts(FrozenModel):
     """The validation and test texts; they are the same with the paper's protocol."""
 
-    validation: Text
-    test: Text
+    validation: Data
+    test: Data
 
 
 Compared = Literal["dense", "uniform", "best", "model"]  # "model": a single model folder
@@ -228,7 +240,8 @@ class Config(FrozenModel):
     perplexity: Scores
     baselines: Baselines
     kl: BothDivergences | None = Field(None, description="if KL is an objective of the study")
-    calibration: Text
+    accuracy: ModelAccuracies | None = Field(None, description="of an image classifier")
+    calibration: Data
     batches: dict[str, Batch] = Field(
         {}, description="windows per batch, by role of the text; they affect near-ties in the masks"
     )

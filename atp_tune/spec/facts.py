@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 from atp_tune.plugins import is_place, short_name
 from atp_tune.spec.former import LATER, stored_value
+from atp_tune.spec.images import LOCAL, ImageSet
 from atp_tune.spec.plugged import contents, parts_of
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.search import NEXT_TOKEN, ScreenConfig
@@ -18,7 +19,7 @@ BOS = "texts.bos"  # stored as true or false, also if the study says "auto"
 NOT_FACTS = (
     "description", "storage", "device", "search.trials", "search.early_termination", "search.screen.trials",
     "model.allow_pickle", "model.offload", "texts.calibration.draws",
-    "continuations", "limit",
+    "continuations", "limit", "images.calibration.draws",
 )  # fmt: skip
 
 
@@ -36,23 +37,26 @@ def facts(study: Study, folder: Path = Path()) -> dict[str, Fact]:
         hidden.add("model.dtype")
     if is_local(study.model.source, folder):
         hidden.add("model.source")
-    texts = [(role, text) for role, text in study.texts if isinstance(text, Text)]
-    hidden |= {f"texts.{role}.source" for role, text in texts if is_local_text(text.source)}
+    table = "texts" if study.images is None else "images"
+    texts = [(role, text) for role, text in study.data if isinstance(text, Text | ImageSet)]
+    hidden |= {f"{table}.{role}.source" for role, text in texts if is_local_text(text.source)}
+    if study.model.probe is not None and is_local_text(study.model.probe.source):
+        hidden.add("model.probe.source")
     flat |= _short(study) | {f"plugins.{name}.content": digest for name, digest in contents(study, folder).items()}
     flat[BOS] = study.bos
-    if study.bos is None:
+    if study.bos is None or study.images is not None:
         hidden.add(BOS)
     return {key: stored_value(key, value) for key, value in flat.items() if key not in hidden}
 
 
 def _short(study: Study) -> dict[str, Any]:
     """The names of plug-ins, without their places, which differ between machines."""
-    texts = [(role, parts_of(text.source)) for role, text in study.texts if isinstance(text, Text)]
+    texts = [(role, parts_of(text.source)) for role, text in study.data if isinstance(text, Text)]
     return {
         "prune.pruners": list(study.prune.short_names),
         "allocation.names": list(study.allocation.short_names),
         "search.sampler": short_name(study.search.sampler),
-        "search.score": short_name(study.search.score),
+        "search.score": study.score,
         **{f"texts.{role}.source": f"{short_name(name)}:{rest}" for role, (name, rest) in texts if is_place(name)},
     }
 
@@ -68,8 +72,8 @@ def is_local(source: str, folder: Path = Path()) -> bool:
 
 
 def is_local_text(source: str) -> bool:
-    """Whether the source of a text is a local file."""
-    return source.startswith("file:")
+    """Whether the source of a text or of images is a local file or folder."""
+    return source.startswith(("file:", *LOCAL))
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -19,8 +19,10 @@ from atp_tune.spec.study import Study
 
 KeyPath: TypeAlias = tuple[str | int, ...]
 
+_HASH = "must be 64 hexadecimal digits in lower case"
 PATTERNS = {
-    "model.sha256": "must be 64 hexadecimal digits in lower case",
+    **{f"{table}.sha256": _HASH for table in ("model", "model.probe")},
+    **{f"images.{role}.sha256": _HASH for role in ("calibration", "validation", "test")},
     "device": "must be auto, cpu, mps, cuda or cuda:N",
 }
 _NUMBER, _WHOLE, _TEXT = "must be a number", "must be a whole number", "must be a string in quotes"

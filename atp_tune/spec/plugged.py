@@ -22,7 +22,7 @@ from atp_tune.registry import Origin, Registry
 from atp_tune.spec.manifest import SHA256
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.search import SAMPLERS, SCORES
-from atp_tune.spec.study import Study, Text
+from atp_tune.spec.study import Data, Study, Text
 
 if TYPE_CHECKING:
     from atp_tune.spec.config import Config
@@ -98,7 +98,7 @@ def named_in(study: Study) -> list[Named]:
     rows += [(ALLOCATIONS, Named("allocation", "allocation.names", name)) for name in study.allocation.names]
     rows += [(SAMPLERS, Named("sampler", "search.sampler", search.sampler))]
     rows += [(SCORES, Named("score", "search.score", search.score))]
-    texts = {f"texts.{role}.source": text for role, text in study.texts if isinstance(text, Text)}
+    texts = {f"texts.{role}.source": text for role, text in study.data if isinstance(text, Text)}
     rows += [(None, Named(SOURCE, key, parts_of(text.source)[0])) for key, text in texts.items()]
     return [named for known, named in rows if _is_plugged(named, known)]
 
@@ -225,7 +225,7 @@ def _with_settings(prune: PruneConfig) -> PruneConfig:
     return copied
 
 
-def plug_in_config(config: "Config", texts: Mapping[str, Text], base: Path, trusted: bool) -> None:
+def plug_in_config(config: "Config", texts: Mapping[str, Data], base: Path, trusted: bool) -> None:
     """Runs the code of the plug-ins that a configuration's weights and scores need: its pruner, its score, these texts.
 
     An allocation's is not needed, since the configuration holds the sparsities. `base`: the folder that relative paths
@@ -235,7 +235,7 @@ def plug_in_config(config: "Config", texts: Mapping[str, Text], base: Path, trus
     plug_in_texts(config, texts, base, trusted)
 
 
-def plug_in_texts(config: "Config", texts: Mapping[str, Text], base: Path, trusted: bool) -> None:
+def plug_in_texts(config: "Config", texts: Mapping[str, Data], base: Path, trusted: bool) -> None:
     """Runs the code of the sources of a configuration's texts, as `plug_in_config` does."""
     names = {f"{role}.source": short_name(parts_of(text.source)[0]) for role, text in texts.items()}
     _bring_recorded(config, names, base, trusted)

@@ -12,7 +12,10 @@ from atp_tune.spec.prune import check_names
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Objective = Literal["perplexity", "kl"]
-Objectives = Annotated[tuple[Objective, ...], Field(min_length=1)]
+MIN = Field(min_length=1)
+Objectives = Annotated[tuple[Objective, ...], MIN]
+CROSS_ENTROPY = "cross-entropy"  # of images: another name of the perplexity, which is its exponential
+Named = Literal["perplexity", "kl", "cross-entropy"]
 DENSITY = "density"  # 1 - S, which a study over an interval of sparsities minimises beside its objective
 STEP = 0.005  # of the sparsities in an interval
 # Functions from a seed to the Optuna sampler that proposes an allocation's parameters.
@@ -30,7 +33,7 @@ SAMPLERS = Registry[Any](
 NEXT_TOKEN = "next-token"  # the score of language models
 SCORES = Registry[Any](  # objects of type `scores.Score`
     "score",
-    {NEXT_TOKEN: "atp_tune.scores.next_token:NEXT_TOKEN"},
+    {NEXT_TOKEN: "atp_tune.scores.next_token:NEXT_TOKEN", "classes": "atp_tune.scores.classes:CLASSES"},
     "atp_tune.scores",
     "atp_tune.scores.checked:finished",
 )
@@ -54,7 +57,9 @@ class SearchConfig(SettingsTable):
         None, ge=1, description="total number over all runs; optional for a grid and for a study that screens"
     )
     objective: Objectives = Field(
-        ("perplexity",), description="values to minimise; kl: divergence from the dense predictions"
+        ("perplexity",),
+        description="values to minimise; cross-entropy of images is shown as its exponential, the perplexity over "
+        "classes; kl: divergence from the dense predictions",
     )
     sampler: Annotated[str, OneOf(SAMPLERS, IN_SCHEMA)] = Field("gp", description="gp, tpe, grid or random")
     score: Annotated[str, OneOf(SCORES, IN_SCHEMA)] = Field(
@@ -69,15 +74,29 @@ class SearchConfig(SettingsTable):
     )
     screen: ScreenConfig | None = Field(None, description='a cheaper search for first points; "none": no such search')
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_steps(cls, data: Any) -> Any:
+        """Explains why accuracy, which is measured too, is no objective."""
+        asked = data.get("objective") if isinstance(data, dict) else None
+        if asked == "accuracy" or (isinstance(asked, list | tuple) and "accuracy" in asked):
+            raise ValueError(
+                "objective: accuracy is measured and shown for every trial, but it moves in steps of one image; search "
+                'by "cross-entropy"'
+            )
+        return data
+
     @field_validator("screen", mode="before", json_schema_input_type=ScreenConfig | Literal["none"])
     @classmethod
     def _none(cls, value: Any) -> Any:
         return None if value == "none" else value
 
-    @field_validator("objective", mode="before", json_schema_input_type=Objective | Objectives)
+    @field_validator("objective", mode="before", json_schema_input_type=Named | Annotated[tuple[Named, ...], MIN])
     @classmethod
     def _listed(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
+        listed = (value,) if isinstance(value, str) else value
+        is_list = isinstance(listed, list | tuple)
+        return tuple("perplexity" if name == CROSS_ENTROPY else name for name in listed) if is_list else listed
 
     @field_validator("objective")
     @classmethod

@@ -8,12 +8,14 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, StrictBool, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, StrictBool, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticKnownError
 
 from atp_tune.allocations import ALLOCATIONS
 from atp_tune.frozen import OneOf, SettingsTable
 from atp_tune.plugins import IN_SCHEMA, short_name
 from atp_tune.spec.former import FormerPlace, present_place
+from atp_tune.spec.images import CLASSES, ImageSet, ImageSets, Probe
 from atp_tune.spec.patterns import parse
 from atp_tune.spec.prune import PruneConfig, check_names
 from atp_tune.spec.search import DENSITY, STEP, LimitConfig, SearchConfig, Share
@@ -41,6 +43,7 @@ class ModelConfig(SettingsTable):
     )
     allow_pickle: bool = Field(False, description="also read .bin weights (pickles), with torch's weights_only")
     trust_remote_code: bool = Field(False, description="run the Python code in the model's folder")
+    probe: Probe | None = Field(None, description="of a model of images without a classifier: fit a linear one")
 
     @model_validator(mode="after")
     def _pinned(self) -> Self:
@@ -163,6 +166,9 @@ class Texts(SettingsTable):
     )
 
 
+Data = Text | ImageSet  # of one role
+
+
 class ContinuationsConfig(SettingsTable):
     """Prompts that dense, uniform and best continue at the end of a study, for people to read."""
 
@@ -173,6 +179,7 @@ class ContinuationsConfig(SettingsTable):
 class Study(SettingsTable):
     """A study file."""
 
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["texts"]}, {"required": ["images"]}]})
     description: str = Field("", description="of the study, for people")
     protocol: Literal["held-out", "paper"] = Field(
         "held-out", description="paper: β is chosen on the text it is tested on"
@@ -186,7 +193,8 @@ class Study(SettingsTable):
     model: ModelConfig
     prune: PruneConfig = PruneConfig()
     allocation: AllocationConfig = AllocationConfig()
-    texts: Texts
+    images: ImageSets | None = Field(None, description="of an image classifier, in the place of texts")
+    texts: Texts | None = Field(None, validate_default=True)
     search: SearchConfig
     continuations: ContinuationsConfig = ContinuationsConfig()
     storage: str | None = Field(None, description="Optuna storage URL; default: NAME.db beside the study file")
@@ -205,28 +213,67 @@ class Study(SettingsTable):
         """Expands `allocation = "atp"` and `allocation = ["atp", "owl"]` to the table."""
         return {"names": value} if isinstance(value, str | list | tuple) else value
 
+    @field_validator("texts", mode="before")
+    @classmethod
+    def _needed(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None and info.data.get("images", info) is None:
+            raise PydanticKnownError("missing")
+        return value
+
+    @model_validator(mode="after")
+    def _of_images(self) -> Self:
+        """Refuses settings that do not go with an image classifier, or with a language model."""
+        if self.images is None:
+            if self.model.probe is not None:
+                raise ValueError("model.probe: is for models of images, and this study has texts; leave it out")
+            if short_name(self.search.score) == CLASSES:
+                raise ValueError("search.score: classes is the score of images, and this study has texts; leave it out")
+            return self
+        for key, is_given, reason in (
+            ("texts", self.texts is not None, "a study has either texts or images; leave one of them out"),
+            ("search.score", "score" in self.search.model_fields_set, "images have one score, classes; leave it out"),
+            ("continuations", self.continuations.prompts != (), "a classifier continues no prompts; leave it out"),
+            (
+                "limit.min_accuracy", self.limit is not None and self.limit.min_accuracy is not None,
+                "is measured on tasks of texts; take max_increase, of the perplexity over classes",
+            ),
+        ):  # fmt: skip
+            if is_given:
+                raise ValueError(f"{key}: {reason}")
+        return self
+
     @model_validator(mode="after")
     def _roles(self) -> Self:
-        calibration, search, report = self.texts.calibration, self.texts.validation, self.texts.test
+        calibration, search, report = self.data.calibration, self.data.validation, self.data.test
+        data = "texts" if self.images is None else "images"
         if self.protocol == "paper":
             if report is not None:
-                raise ValueError('texts.test: protocol = "paper" reports on the validation text; leave it out')
-            if self.texts.bos is True:
+                raise ValueError(f'{data}.test: protocol = "paper" reports on the validation {data[:-1]}; leave it out')
+            if self.texts is not None and self.texts.bos is True:
                 raise ValueError('texts.bos: protocol = "paper" measures as the papers do, without BOS; leave it out')
             return self
         if report is None:
-            raise ValueError('texts.test: is needed (or ask for protocol = "paper", which tunes on the test text)')
+            raise ValueError(f'{data}.test: is needed (or ask for protocol = "paper", which tunes on the test text)')
         for role, text, other in (
             ("validation", search, calibration),
             ("test", report, calibration),
             ("test", report, search),
         ):
-            if text.overlaps(other):
+            if text.overlaps(other):  # type: ignore[arg-type]
                 name = "calibration" if other is calibration else "validation"
+                what = "documents" if self.images is None else "images"
                 raise ValueError(
-                    f"texts.{role}: reads the same documents as texts.{name}; give it another split or part"
+                    f"{data}.{role}: reads the same {what} as {data}.{name}; give it another split or part"
                 )
+        if self.model.probe is not None:
+            self._check_probe(self.model.probe)
         return self
+
+    def _check_probe(self, probe: Probe) -> None:
+        for role in ("validation", "test"):
+            images = getattr(self.images, role)
+            if images is not None and images.overlaps(probe):
+                raise ValueError(f"images.{role}: reads the same images as model.probe; give it another split or part")
 
     @model_validator(mode="after")
     def _ranged(self) -> Self:
@@ -257,7 +304,7 @@ class Study(SettingsTable):
 
     @model_validator(mode="after")
     def _screened(self) -> Self:
-        windows, screen = self.texts.validation.nsamples, self.search.screen
+        windows, screen = self.data.validation.nsamples, self.search.screen
         if screen and windows and screen.stride >= windows:
             raise ValueError(f"search.screen.stride: leaves one of {windows} windows; must be less than that")
         return self
@@ -304,7 +351,7 @@ class Study(SettingsTable):
     def compares_all(self) -> bool:
         """Whether every trial is a point of a front, or uniform beside one, so that the test text is read for each."""
         is_front = self.interval is not None and self.limit is None and self.search.trials is None
-        return is_front and self.search.screen is not None and self.texts.test is not None
+        return is_front and self.search.screen is not None and self.data.test is not None
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -312,16 +359,33 @@ class Study(SettingsTable):
         return (*self.search.objective, DENSITY) if self.interval else self.search.objective
 
     @property
+    def data(self) -> Texts | ImageSets:
+        """The texts, or the images of an image classifier."""
+        found = self.texts or self.images
+        assert found is not None
+        return found
+
+    @property
+    def score(self) -> str:
+        """Short name of the score."""
+        return short_name(self.search.score) if self.images is None else CLASSES
+
+    @property
+    def beta(self) -> Literal["auto", "both"] | tuple[float, float]:
+        """The interval of β that is asked for; of image classifiers both signs, since either may be better."""
+        return "both" if self.images is not None and self.allocation.beta == "auto" else self.allocation.beta
+
+    @property
     def bos(self) -> bool | None:
         """Whether windows begin with BOS; None if a measurement decides."""
-        if self.protocol == "paper":
+        if self.protocol == "paper" or self.texts is None:
             return False
         return None if self.texts.bos == "auto" else self.texts.bos
 
     @property
-    def test_text(self) -> Text:
-        """The text of the final numbers."""
-        return self.texts.test or self.texts.validation
+    def test_text(self) -> Data:
+        """The text, or the images, of the final numbers."""
+        return self.data.test or self.data.validation
 
 
 def short_source(source: str) -> str:

@@ -10,6 +10,7 @@ import torch
 
 from atp_tune.cache import cache_dir, sha256_of_json
 from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.checkpoints.classes import check_language
 from atp_tune.checkpoints.headers import check_claims
 from atp_tune.checkpoints.models import check_files, resolve
 from atp_tune.checkpoints.unpacking import is_packed
@@ -60,6 +61,7 @@ def find_pair(
     UserError if the dense model is not the configuration's.
     """
     dense = resolve(config.model.model(allowed), base, lambda text: watch(Message(text)))
+    check_language(dense.path, "speedup: measures language models")
     check_model(config, dense)
     if sparse is not None and is_packed(sparse):
         sparse = resolve(ModelConfig(source=str(sparse.absolute())), base, lambda text: watch(Message(text))).path

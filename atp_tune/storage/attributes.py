@@ -30,14 +30,14 @@ OF_TRIAL = frozenset(
     {
         "batch_windows", "pid", "process_started", "booted", "stderr", "realised", "errors", "nlls", "kls",
         "sparsities", "linear_sparsities", "seconds", "peak_bytes", "start", "versions", "experts_without_tokens",
-        "batches", "cut_off", "parameters", "accuracies", "dtype", "packed_bytes",
+        "batches", "cut_off", "parameters", "accuracies", "dtype", "packed_bytes", "ranks",
     }
 )  # fmt: skip
 OF_STUDY = frozenset(  # also with a row's name after a colon, as in test_nlls:12
     {
         "sizes", "blocks", "linears", "terminated_early", "dense", "test_nlls", "test_kls", "draws", "zero_shot",
         "speed", "continuations", "total", "bos", "batches", "screens", "fingerprint", "made_from", "gp_posterior",
-        "limit", "dense_bytes",
+        "limit", "dense_bytes", "dense_ranks", "test_ranks",
     }
 )  # fmt: skip
 

@@ -58,12 +58,13 @@ Positive = Annotated[float, Field(gt=0, lt=1e15)]
 Total = Annotated[int, Field(ge=0, lt=10**9)]
 Nlls = Annotated[list[Annotated[float, AfterValidator(_nll)]], Field(min_length=1)]
 Kls = Annotated[list[Amount], Field(min_length=1)]
+Ranks = Annotated[list[Annotated[int, Field(ge=0, lt=10**6)]], Field(min_length=1)]
 Shares = Annotated[list[Share], Field(min_length=1)]
 Role = Annotated[str, Field(pattern=r"^(dense|[0-9]{1,9})$")]
 Number = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Batches = dict[Words, Batch]
 CutOff = dict[Words, Words | bool]
-TABLES = ("test_nlls", "test_kls", "draws")  # tables by trial, each row an attribute: see `folded`
+TABLES = ("test_nlls", "test_kls", "test_ranks", "draws")  # tables by trial, each row an attribute: see `folded`
 
 
 def _kinds(kinds: dict[str, Any]) -> dict[str, TypeAdapter[Any]]:
@@ -82,6 +83,7 @@ TRIAL = _kinds(
         "errors": list[float],
         "nlls": Nlls,
         "kls": Kls,
+        "ranks": Ranks,
         "sparsities": Shares,
         "linear_sparsities": Annotated[list[Shares], Field(min_length=1)],
         "seconds": dict[Words, Amount],
@@ -106,6 +108,8 @@ STUDY = _kinds(
         "test_nlls": dict[Role, Nlls],
         **dict.fromkeys(("zero_shot", "speed", "continuations"), dict[Role, Found]),
         "test_kls": dict[Role, Kls],
+        "dense_ranks": Ranks,
+        "test_ranks": dict[Role, Ranks],
         "bos": Annotated[dict[Words, Any], AfterValidator(_effect)],
         "draws": dict[Number, dict[Number, Nlls]],
         "batches": Batches,

@@ -48,7 +48,8 @@ def evaluate(
 
     The scores are stored in the configuration and in its study; the report shows them. As with lm-eval itself, code in
     a folder of tasks runs. `zero-shot` is boolq, piqa, hellaswag, winogrande, arc_easy, arc_challenge and openbookqa,
-    with data from the hub; `scripts/offline-tasks DIR` makes tasks that need no network.
+    with data from the hub; `scripts/offline-tasks DIR` makes tasks that need no network. An image classifier is scored
+    on its test images: top-1 and top-5 accuracy.
 
     Example: `python tune.py evaluate --config studies/smol.best.json --tasks boolq,piqa --limit 100`
     """
@@ -68,8 +69,9 @@ def evaluate(
     with quiet():
         if read and storage is not None:
             study_of(path, read, storage)  # a mistake is reported before anything runs
-        from atp_tune import zeroshot
+        from atp_tune import classification, zeroshot
         from atp_tune.api.configuration import Configuration
+        from atp_tune.checkpoints.classes import classifies_images
 
         where = device or "auto"
         with redirect_stdout(StringIO()) if json else nullcontext(), Display() as display:
@@ -78,8 +80,9 @@ def evaluate(
                 made = Configuration(read, path.parent / read.folder, where, allowed, watch=watch)
                 found = made.evaluate(names, limit=limit, num_fewshot=num_fewshot, batch=batch)
             else:
-                asked = zeroshot.TaskOptions(names, limit, num_fewshot, batch, where)
-                found = zeroshot.evaluate_folder(model or Path(), asked, watch, allowed)
+                folder, asked = model or Path(), zeroshot.TaskOptions(names, limit, num_fewshot, batch, where)
+                scored = classification if classifies_images(folder) else zeroshot
+                found = scored.evaluate_folder(folder, asked, watch, allowed)
         places = attach(path, read, "zero_shot", found, storage) if read else []
     _show(found, json)
     if read and not json:

@@ -1,0 +1,185 @@
+"""Labelled images as a kind of input: a model is called with pixels [images, channels, height, width]."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.checkpoints.classes import classifies_images, model_config
+from atp_tune.checkpoints.models import ModelFolder
+from atp_tune.errors import UserError
+from atp_tune.inputs import InputKind
+from atp_tune.inputs.pictures import Pictures, pictures
+from atp_tune.inputs.pixels import Processor, class_indices
+from atp_tune.spec.images import ImageSet
+
+PATCH = 4  # pixels between positions in the first blocks of models with stages
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Pixels float32 [images, channels, height, width] and classes int64 [images]; also a batch of them on a device.
+
+    `content`: SHA-256 of pixels, classes and shape; `positions`: hidden states of an image in the first block, for the
+    sizes of batches.
+    """
+
+    pixels: Tensor
+    classes: Tensor
+    content: str
+    positions: int
+
+    @classmethod
+    def of(cls, pixels: Tensor, classes: Tensor, positions: int) -> "Images":
+        """Makes images, with their SHA-256."""
+        found = hashlib.sha256(f"{tuple(pixels.shape)}".encode())
+        found.update(pixels.numpy().astype("<f4", copy=False).tobytes())
+        found.update(classes.numpy().astype("<i8", copy=False).tobytes())
+        return cls(pixels, classes, found.hexdigest(), positions)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, rows: slice) -> "Images":
+        return replace(self, pixels=self.pixels[rows], classes=self.classes[rows])
+
+    def batch(self, device: torch.device) -> "Images":
+        """The images on a device."""
+        return replace(self, pixels=self.pixels.to(device), classes=self.classes.to(device))
+
+    def thinned(self, stride: int) -> "Images":
+        """Every stride-th image, from the first."""
+        return Images.of(self.pixels[::stride].contiguous(), self.classes[::stride].contiguous(), self.positions)
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """The `InputKind` of image classifiers; its items are `Images`. `shape`: channels, height, width of an image."""
+
+    shape: tuple[int, ...] = ()
+    called = "an image"
+    has_steps = True
+
+    def of(self, items: Mapping[str, Images]) -> "LabelledImages":
+        """The kind for images of the size of these; UserError if they differ in size."""
+        shapes = {role: tuple(images.pixels.shape[1:]) for role, images in items.items()}
+        (first, shape), *others = shapes.items()
+        for role, other in others:
+            if other != shape:
+                raise UserError(f"images.{role}: images are {_size(other)}, those of images.{first} {_size(shape)}")
+        return replace(self, shape=shape)
+
+    def read(self, texts: Mapping[str, ImageSet], folder: ModelFolder, base: Path, bos: bool) -> dict[str, Images]:
+        """The images of each role; UserError for bad input, or if two roles share an image."""
+        check_classifier(folder)
+        found = {role: read_images(role, wanted, folder, base) for role, wanted in texts.items()}
+        self.check_disjoint(found)
+        return found
+
+    def draws(self, text: ImageSet, count: int, folder: ModelFolder, base: Path, bos: bool) -> list[Images]:
+        """Images of all draws of the calibration images but the first, with the next seeds."""
+        others = [text.model_copy(update={"seed": text.seed + index}) for index in range(1, count)]
+        return [read_images("calibration", other, folder, base) for other in others]
+
+    def many(self, text: ImageSet, positions: int, folder: ModelFolder, base: Path, bos: bool) -> Images:
+        """As many calibration images as hold `positions` hidden states: the first that are drawn."""
+        one = read_images("calibration", text.model_copy(update={"nsamples": 1, "stride": 1}), folder, base)
+        more = text.model_copy(update={"nsamples": max(1, positions // one.positions), "stride": 1})
+        return read_images("calibration", more, folder, base, at_most=True)
+
+    def check_disjoint(self, items: Mapping[str, Images]) -> None:
+        """UserError if two roles share an image, pixel by pixel."""
+        seen: dict[bytes, str] = {}
+        for role, images in items.items():
+            rows = [hashlib.sha256(pixels.numpy().tobytes()).digest() for pixels in images.pixels]
+            for index, row in enumerate(rows):
+                if row in seen:
+                    raise UserError(
+                        f"images.{role}: image {index} is also in images.{seen[row]}; give them other images or parts"
+                    )
+            seen |= dict.fromkeys(rows, role)
+
+    def check_fit(self, checkpoint: Checkpoint, items: Mapping[str, Images], embed: Callable[[Images], Tensor]) -> None:
+        """Nothing: that the model takes images of this size is seen when its replay is verified."""
+
+    def facts(self, items: Mapping[str, Images]) -> dict[str, bool]:
+        """No facts besides the content."""
+        return {}
+
+    def forward(self, model: nn.Module, batch: Images) -> Any:
+        """The output of the model for images, in its dtype."""
+        dtype: torch.dtype = model.dtype  # type: ignore[assignment]
+        return model(pixel_values=batch.pixels.to(dtype))
+
+    def examples(self, checkpoint: Checkpoint, items: int, positions: int) -> tuple[Images, Images, Images]:
+        """Images of the right shape: black ones, noise, and the same noise upside down."""
+        draw = torch.Generator().manual_seed(0)
+        noise = torch.randn(items, *self.shape, generator=draw).to(checkpoint.device)
+        classes = torch.zeros(items, dtype=torch.int64, device=checkpoint.device)
+        blank, one, other = (
+            Images(pixels, classes, "", 1) for pixels in (torch.zeros_like(noise), noise, noise.flip(2))
+        )
+        return blank, one, other
+
+
+LABELLED_IMAGES: InputKind[Images] = LabelledImages()
+
+
+def check_classifier(folder: ModelFolder) -> None:
+    """UserError if a folder holds no image classifier that transformers loads."""
+    if classifies_images(folder.path):
+        return
+    names = ", ".join(getattr(model_config(folder.path, folder.trusted), "architectures", None) or ["no class"])
+    raise UserError(
+        f"model.source: {folder.id} is no image classifier of transformers (its config.json names {names}); give one, "
+        "or fit a classifier to a model of images by a table [model.probe] with training images"
+    )
+
+
+def read_images(role: str, wanted: ImageSet, folder: ModelFolder, base: Path, at_most: bool = False) -> Images:
+    """The images of one role, as the model's processor makes them; UserError that names the key."""
+    try:
+        found = chosen(pictures(wanted, base), wanted, at_most)
+        classes = class_indices(found, wanted, model_config(folder.path, folder.trusted))
+        pixels = Processor.of(folder.path).pixels(found)
+    except UserError as error:
+        raise UserError(f"images.{role}.{error}") from None
+    return Images.of(pixels, torch.tensor(classes, dtype=torch.int64), _positions(folder, pixels))
+
+
+def chosen(found: Pictures, wanted: ImageSet, at_most: bool = False) -> Pictures:
+    """The images of a role, of all that its source holds: a part of the shuffled ones, and a draw from it.
+
+    `at_most`: fewer than `nsamples`, if the part has fewer.
+    """
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
+    start, end = (int(share * len(found)) for share in wanted.part)
+    part = order[start:end]
+    count = len(part) if wanted.nsamples is None else wanted.nsamples
+    if at_most:
+        count = min(count, len(part))
+    if not 0 < count <= len(part):
+        raise UserError(
+            f"nsamples: the part [{wanted.part[0]:g}, {wanted.part[1]:g}] of {wanted.source} has {len(part)} images, "
+            f"{max(count, 1)} are asked for; lower it, or widen the part"
+        )
+    if wanted.nsamples is not None:
+        part = part[torch.randperm(len(part), generator=torch.Generator().manual_seed(wanted.seed))[:count]]
+    return found.select(part[:: wanted.stride].tolist())
+
+
+def _positions(folder: ModelFolder, pixels: Tensor) -> int:
+    """Hidden states of an image in the first block, by the size of the model's patches, if its config says it."""
+    config = model_config(folder.path, folder.trusted)
+    patch = getattr(getattr(config, "vision_config", config), "patch_size", PATCH)
+    side = patch if isinstance(patch, int) and 0 < patch <= min(pixels.shape[2:]) else PATCH
+    return int(pixels.shape[2] // side * (pixels.shape[3] // side)) + 1
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))

@@ -1,0 +1,113 @@
+"""Accuracies of the models of a study of an image classifier, and which sign of β is better."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import optuna
+from optuna.trial import FrozenTrial
+
+from atp_tune.metrics.accuracy import Accuracies, Gain, accuracy, gain
+from atp_tune.metrics.perplexity import may_be_chance
+from atp_tune.results.pairing import Role, change_on
+from atp_tune.results.trials import is_uniform, score_of, uniform_among, uniform_of
+from atp_tune.spec.config import ModelAccuracies
+from atp_tune.storage import progress
+
+if TYPE_CHECKING:
+    from atp_tune.results.summary import Summary
+
+DENSE = "dense"
+TOP = 5
+CHOICES = 10  # fewer classes make no use of a top-5 accuracy
+
+
+@dataclass(frozen=True)
+class Hits:
+    """Accuracies by trial, or `dense`; `gains`: of trials against uniform with their pruner, on the text `on`."""
+
+    of: dict[str, Accuracies] = field(default_factory=dict)
+    gains: dict[str, tuple[Gain, Role]] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.of)
+
+    def trial(self, trial: FrozenTrial | None) -> Accuracies:
+        """The accuracies of a trial, as far as they are known; of dense for None."""
+        return self.of.get(DENSE if trial is None else str(trial.number), Accuracies())
+
+
+def hits_of(study: optuna.Study) -> Hits:
+    """The accuracies of a study; none of a language model."""
+    test = study.user_attrs.get("test_ranks", {})
+    validation = {DENSE: study.user_attrs.get("dense_ranks")}
+    trials = [trial for trial in study.get_trials(deepcopy=False) if trial.user_attrs.get("ranks")]
+    whole = [trial for trial in trials if "stopped_after" not in trial.user_attrs]
+    validation |= {str(trial.number): trial.user_attrs["ranks"] for trial in whole}
+    of = {name: _accuracies(validation.get(name), test.get(name)) for name in {**validation, **test}}
+    gains = {}
+    for trial in whole:
+        uniform = None if is_uniform(trial) else uniform_of(study, trial)
+        if uniform is not None and (found := _gain(test, validation, str(uniform.number), str(trial.number))):
+            gains[str(trial.number)] = found
+    return Hits({name: found for name, found in of.items() if found != Accuracies()}, gains)
+
+
+def _accuracies(validation: Sequence[int] | None, test: Sequence[int] | None) -> Accuracies:
+    return Accuracies(
+        validation=accuracy(validation) if validation else None,
+        test=accuracy(test) if test else None,
+        test_top5=accuracy(test, TOP) if test else None,
+    )
+
+
+def _gain(
+    test: dict[str, list[int]], validation: dict[str, list[int] | None], before: str, after: str
+) -> tuple[Gain, Role] | None:
+    pairs: tuple[tuple[Sequence[int] | None, Sequence[int] | None, Role], ...] = (
+        (test.get(before), test.get(after), "test"),
+        (validation.get(before), validation.get(after), "validation"),
+    )
+    for old, new, role in pairs:
+        if old and new and len(old) == len(new):
+            return gain(old, new), role
+    return None
+
+
+def sign_of_beta(study: optuna.Study) -> str:
+    """Which sign of β is better on the validation data, in a sentence; "" unless both were measured.
+
+    Over an interval of sparsities trials at different sparsities do not compare.
+    """
+    done = [trial for trial in progress.measured(study) if "beta" in trial.params and not is_uniform(trial)]
+    best = {sign: next((x for x in done if (x.params["beta"] > 0) == sign), None) for sign in (True, False)}
+    plus, minus = best[True], best[False]
+    if progress.interval_of(study) is not None or plus is None or minus is None:
+        return ""
+    better, other = (plus, minus) if done.index(plus) < done.index(minus) else (minus, plus)
+    word = (
+        "positive, which keeps early blocks denser," if better is plus else "negative, which keeps late blocks denser,"
+    )
+    change = change_on(study, "validation", other, better)
+    values = (f"β = {trial.params['beta']:.4g} has {score_of(trial)}" for trial in (better, other))
+    chance = ""
+    if change is not None and may_be_chance(change, len(better.user_attrs.get("nlls", ()))):
+        chance = ", a difference that may be chance"
+    uniform = uniform_of(study, better)
+    beside = f", uniform {score_of(uniform)}" if uniform is not None else ""
+    return (
+        f"Sign of β: {word} is better: {next(values)}, the best of the other sign, {next(values)}{beside} "
+        f"(perplexity, validation){chance}."
+    )
+
+
+def accuracies_of(summary: "Summary", trial: FrozenTrial | None = None) -> ModelAccuracies | None:
+    """Accuracies of dense, uniform and a trial, by default the best; None of a language model."""
+    best = trial or summary.best_trial
+    if not summary.hits:
+        return None
+    uniform = uniform_among(summary.trials, best) if best else None
+    beside = summary.hits.trial(uniform) if uniform else Accuracies()
+    return ModelAccuracies(
+        dense=summary.hits.trial(None), uniform=beside, best=summary.hits.trial(best) if best else Accuracies()
+    )

@@ -1,0 +1,340 @@
+"""Studies of image classifiers, run for real: a small ViT trained in this test, on images in MNIST's format."""
+
+import gzip
+import json
+import re
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_images import write_folder
+from test_runner import reopen
+from tinystudy import CommandLine, run
+from torch.nn import functional
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    Dinov2Config,
+    Dinov2Model,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+)
+
+from atp_tune.allocations import ALLOCATIONS
+from atp_tune.errors import UserError
+from atp_tune.metrics.accuracy import accuracy, gain
+from atp_tune.metrics.perplexity import perplexity
+from atp_tune.pruners import PRUNERS
+from atp_tune.results.summary import summarise
+from atp_tune.results.trials import is_uniform
+from atp_tune.spec.config import read_config
+from atp_tune.spec.studyfile import load
+
+pytestmark = pytest.mark.slow
+SIDE, CLASSES = 16, 4
+STUDY = """\
+description = "a small ViT"
+sparsity = 0.6
+device = "cpu"
+
+[model]
+source = "model"
+dtype = "float32"
+
+[images.calibration]
+source = "idx:train-images-idx3-ubyte.gz"
+part = [0.0, 0.5]
+nsamples = 24
+
+[images.validation]
+source = "idx:train-images-idx3-ubyte.gz"
+part = [0.5, 1.0]
+nsamples = 60
+
+[images.test]
+source = "idx:t10k-images-idx3-ubyte.gz"
+
+[search]
+trials = 6
+sampler = "random"
+"""
+
+
+def make_images(place: Path, role: str, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Noise over a plain ground, columns, rows or a chessboard, the classes; writes both files of MNIST's format."""
+    draw = np.random.default_rng(seed)
+    classes = draw.integers(0, CLASSES, count).astype(np.uint8)
+    images = draw.integers(0, 150, (count, SIDE, SIDE)).astype(np.uint8)
+    rows, columns = np.indices((SIDE, SIDE)) % 2
+    grounds = np.stack([np.full_like(rows, 1), columns * 2, rows * 2, (rows ^ columns) * 2]) * 40
+    images += grounds[classes].astype(np.uint8)
+    for name, array, magic in (("images-idx3", images, 0x803), ("labels-idx1", classes, 0x801)):
+        head = struct.pack(f">I{array.ndim}I", magic, *array.shape)
+        (place / f"{role}-{name}-ubyte.gz").write_bytes(gzip.compress(head + array.tobytes()))
+    return images, classes
+
+
+def make_place(place: Path) -> Path:
+    """A folder with a trained classifier, its images, and the study tiny.toml."""
+    images, classes = make_images(place, "train", 400, 1)
+    make_images(place, "t10k", 80, 2)
+    processor = ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}, image_mean=[0.3] * 3, image_std=[0.2] * 3)
+    pixels = torch.cat([processor(np.stack([each] * 3, 2), return_tensors="pt")["pixel_values"] for each in images])
+    torch.manual_seed(0)
+    model = ViTForImageClassification(
+        ViTConfig(
+            hidden_size=24, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2, image_size=SIDE,
+            patch_size=4, num_labels=CLASSES,
+        )
+    )  # fmt: skip
+    optimizer, targets = torch.optim.Adam(model.parameters(), 2e-3), torch.tensor(classes.astype(np.int64))
+    for _ in range(60):
+        batch = torch.randint(len(pixels), (32,))
+        loss = functional.cross_entropy(model(pixel_values=pixels[batch]).logits, targets[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.save_pretrained(place / "model")
+    processor.save_pretrained(place / "model")
+    (place / "tiny.toml").write_text(STUDY)
+    return place
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """To be read only."""
+    torch.set_num_threads(1)
+    return make_place(tmp_path_factory.mktemp("vit"))
+
+
+@pytest.fixture
+def place(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "vit"))
+
+
+def own_scores(folder: Path, place: Path) -> tuple[list[float], list[int]]:
+    """Cross-entropies and hits of all test images, by transformers alone."""
+    model, processor = (
+        kind.from_pretrained(folder, **more)
+        for kind, more in ((AutoModelForImageClassification, {}), (AutoImageProcessor, {"backend": "pil"}))
+    )
+    raw = gzip.decompress((place / "t10k-images-idx3-ubyte.gz").read_bytes())
+    images = np.frombuffer(raw, np.uint8, offset=16).reshape(-1, SIDE, SIDE)
+    labels = gzip.decompress((place / "t10k-labels-idx1-ubyte.gz").read_bytes())
+    classes = torch.tensor(list(labels[8:]))
+    pixels = torch.cat([processor(np.stack([each] * 3, 2), return_tensors="pt")["pixel_values"] for each in images])
+    with torch.inference_mode():
+        logits = model(pixel_values=pixels).logits
+    return functional.cross_entropy(logits, classes, reduction="none").tolist(), (
+        logits.argmax(1) == classes
+    ).int().tolist()
+
+
+def test_one_command_finds_a_plan(place: Path) -> None:
+    study = run(place)
+    summary = summarise(study)
+    assert {bool(trial.params.get("beta", 0) < 0) for trial in summary.trials} == {True, False}
+    nlls, hits = own_scores(place / "model", place)
+    dense = summary.dense.test
+    assert dense is not None and dense.value == pytest.approx(perplexity(nlls).value, rel=1e-4)
+    own = summary.hits.trial(None)
+    assert own.test is not None and own.test.value == pytest.approx(sum(hits) / len(hits))
+    for rank in summary.ranks:
+        ranks = study.user_attrs["test_ranks"][str(rank.trial.number)]
+        assert summary.hits.trial(rank.trial).test == accuracy(ranks)
+        assert len(ranks) == 80 and len(rank.trial.user_attrs["ranks"]) == 60
+        if not is_uniform(rank.trial):
+            uniform = study.user_attrs["test_ranks"][str(summary.uniforms[0].number)]
+            assert summary.hits.gains[str(rank.trial.number)] == (gain(uniform, ranks), "test")
+    assert summary.sign.startswith("Sign of β: ")
+    config = read_config(place / "tiny.best.json")
+    assert config.score == "classes" and config.accuracy is not None and config.accuracy.dense == own
+    assert reopen(place).user_attrs["fingerprint"]["images.validation.nsamples"] == 60
+
+
+@pytest.fixture
+def tune(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> CommandLine:
+    return CommandLine(capsys, monkeypatch)
+
+
+def test_the_commands_of_a_study(place: Path, tune: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each works on an image classifier, or ends in one line."""
+    monkeypatch.chdir(place)
+    ran = tune("--study", "tiny.toml")
+    assert ran.code == 0, ran
+    assert "test accuracy" in ran.out and "perplexity: over classes" in ran.out and "Sign of β" in ran.out
+    assert "images" in ran.out and " windows" not in ran.out
+    status = json.loads(tune("status", "--study", "tiny.toml", "--json").out)
+    assert status["accuracy"]["dense"]["test"]["value"] > 0.7 and status["sign"]
+    applied = tune("apply", "--config", "tiny.best.json", "--out", "sparse")
+    assert applied.code == 0 and "(+0.000%)" in applied.out, applied
+    config = read_config(place / "sparse" / "atp_tune.json")
+    nlls, _ = own_scores(place / "sparse", place)
+    assert config.perplexity.test is not None
+    assert config.perplexity.test.value == pytest.approx(perplexity(nlls).value, rel=1e-4)
+    card = (place / "sparse" / "README.md").read_text()
+    assert "AutoModelForImageClassification" in card and "| accuracy |" in card and "tokenizer" not in card
+    evaluated = tune("evaluate", "--config", "tiny.best.json")
+    assert evaluated.code == 0 and "test images, top-1" in evaluated.out and "test images, top-5" in evaluated.out
+    alone = tune("evaluate", "--model", "sparse", "--limit", "10")
+    assert alone.code == 0 and "| 10 " in alone.out
+    assert tune("report", "--study", "tiny.toml", "--out", "r.html").code == 0
+    assert "validation accuracy" in (place / "r.html").read_text()
+    assert tune("export", "--study", "tiny.toml", "--format", "csv", "--out", "x.csv").code == 0
+    for arguments, said in (
+        (("pack", "sparse", "--out", "packed"), "pack: writes language models: the model in .*sparse is an image"),
+        (("finetune", "--model", "sparse", "--out", "tuned"), "finetune: trains language models: .* is an image"),
+        (("speedup", "--config", "tiny.best.json"), "speedup: measures language models: .* is an image classifier"),
+        (("generate", "--config", "tiny.best.json", "--prompt", "x"), "the tokenizer: .* is an image classifier"),
+        (("export", "--study", "tiny.toml", "--format", "llm-compressor"), "calibrates on texts"),
+        (("evaluate", "--config", "tiny.best.json", "--tasks", "piqa"), "--tasks: are of texts"),
+        (("model", "--sparsity", "0.5"), r"model: needs a study file with the tables \[images"),
+    ):
+        refused(tune(*arguments), said)
+    assert not (place / "packed").exists() and not (place / "tuned").exists()
+
+
+def refused(answer: Any, said: str) -> None:
+    lines = [line for line in answer.err.splitlines() if line.startswith("error:")]
+    assert answer.code == 2 and len(lines) == 1 and re.search(said, lines[0]), answer
+    assert "Traceback" not in answer.err
+
+
+@pytest.mark.parametrize("kind", ["vit", "convnext"])
+def test_every_pruner_and_allocation(place: Path, kind: str) -> None:
+    if kind == "convnext":
+        torch.manual_seed(0)
+        config = ConvNextConfig(
+            depths=[1, 2, 1], hidden_sizes=[8, 16, 24], num_stages=3, patch_size=2, num_labels=CLASSES
+        )
+        shutil.rmtree(place / "model")
+        ConvNextForImageClassification(config).save_pretrained(place / "model")
+        ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}).save_pretrained(place / "model")
+    small = ("images.calibration.nsamples=8", "images.validation.nsamples=10", "images.test.nsamples=10")
+    for key, names, trials in (("prune.pruners", [*PRUNERS], 8), ("allocation.names", [*ALLOCATIONS], 14)):
+        (place / "tiny.db").unlink(missing_ok=True)
+        found = run(place, f"{key}={json.dumps(names)}", *small, f"search.trials={trials}")
+        assert {
+            trial.params[key.split(".")[1].rstrip("s").replace("name", "allocation")] for trial in found.trials
+        } == {*names}
+        failures = {trial.user_attrs.get("failure") for trial in found.trials if trial.state.name == "FAIL"}
+        assert all("tail" in str(failure) for failure in failures), failures
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("search.objective=['cross-entropy', 'kl']",),
+        ("search.objective=kl", "prune.statistics=dense"),
+        ("prune.pattern='2:4'", "sparsity=0.5", "allocation=uniform", "search.trials=1"),
+        ("prune.refine=2", "prune.swaps=2"),
+        ("search.stopper=wilcoxon", "images.validation.stride=2"),
+        ("sparsity=[0.3, 0.6]", "search.sampler=tpe", "search.screen={trials = 6, confirm = 2}", "search.trials=8"),
+        ("sparsity=[0.3, 0.6]", "limit.max_increase=0.5", "search.sampler=tpe", "search.trials=8"),
+        ("images.calibration.draws=2", "prune.statistics=sequential"),
+        ("protocol=paper", "images.test=none"),
+    ],
+    ids=lambda settings: settings[0],
+)
+def test_other_ways_to_search(place: Path, settings: tuple[str, ...]) -> None:
+    if settings[-1] == "images.test=none":
+        text = (
+            (place / "tiny.toml").read_text().replace('[images.test]\nsource = "idx:t10k-images-idx3-ubyte.gz"\n', "")
+        )
+        (place / "tiny.toml").write_text(text)
+        settings = settings[:-1]
+    summary = summarise(run(place, *settings))
+    assert summary.complete and summary.best_trial is not None
+    best = summary.hits.trial(summary.best_trial)
+    assert best.validation is not None and 0.2 < best.validation.value <= 1
+
+
+def test_a_study_resumes_and_knows_its_images(place: Path) -> None:
+    run(place, "search.trials=2")
+    study = run(place, "search.trials=5")
+    assert len(study.trials) == 5
+    make_images(place, "train", 400, 3)
+    with pytest.raises(UserError, match=r"images\.(calibration|validation)\.content is .*, was"):
+        run(place, "search.trials=7")
+
+
+def test_a_probe_is_fitted_once(place: Path) -> None:
+    """A model without a classifier gets one; without the table it is refused."""
+    torch.manual_seed(0)
+    shutil.rmtree(place / "model")
+    Dinov2Model(
+        Dinov2Config(
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=SIDE, patch_size=4, mlp_ratio=2
+        )
+    ).save_pretrained(place / "model")
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(place / "model")
+    with pytest.raises(UserError, match=r"model is no image classifier .*names Dinov2Model.*\[model.probe\]"):
+        run(place)
+    probe = (
+        '[model.probe]\nsource = "idx:train-images-idx3-ubyte.gz"\npart = [0.0, 0.5]\nsize = 16\n\n[images.calibration]'
+    )
+    (place / "tiny.toml").write_text(STUDY.replace("[images.calibration]", probe))
+    notes: list[str] = []
+    study = run(place, "search.trials=2", watch=lambda event: notes.append(getattr(event, "text", "")))
+    assert sum("fitting a classifier of 4 classes to 200 images" in note for note in notes) == 1
+    dense = summarise(study).hits.trial(None).test
+    assert dense is not None and dense.value > 0.5  # a random backbone: 0.25 is chance
+    notes.clear()
+    run(place, "search.trials=3", watch=lambda event: notes.append(getattr(event, "text", "")))
+    assert not any("fitting" in note for note in notes)
+    config = read_config(place / "tiny.best.json")
+    assert config.model.probe is not None and config.model.probe.size == 16
+
+
+def test_a_folder_of_photographs(place: Path, tmp_path: Path) -> None:
+    write_folder(place)
+    names = {0: "cat", 1: "dog"}
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4,
+        id2label=names, label2id={name: index for index, name in names.items()},
+    )  # fmt: skip
+    shutil.rmtree(place / "model")
+    ViTForImageClassification(config).save_pretrained(place / "model")
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(place / "model")
+    parts = {"calibration": (0, 0.25), "validation": (0.25, 0.6), "test": (0.6, 1)}
+    tables = "".join(
+        f'[images.{role}]\nsource = "folder:photos"\npart = [{a}, {b}]\n' for role, (a, b) in parts.items()
+    )
+    (place / "tiny.toml").write_text(
+        f"{STUDY.partition('[images')[0]}{tables}[search]\ntrials = 2\nsampler = 'random'\n"
+    )
+    assert summarise(run(place)).complete
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("[images.test]", "[texts.test]", "texts.calibration: is needed"),
+        ("nsamples = 24", "nsamples = 24\nseqlen = 8", "images.calibration.seqlen: unknown key"),
+        ('"idx:t10k-images-idx3-ubyte.gz"', '"file:x.txt"', 'images.test.source: "file:x.txt" is none of folder:PATH'),
+        ('"idx:t10k-images-idx3-ubyte.gz"', '"deb:x==1"', "images.test.sha256: is needed with a deb: source"),
+        ('"idx:t10k-images-idx3-ubyte.gz"', '"hub:a/b"', "images.test.split: a hub: source needs one"),
+        (
+            '"idx:t10k-images-idx3-ubyte.gz"',
+            '"idx:train-images-idx3-ubyte.gz"',
+            "reads the same images as images.calib",
+        ),
+        ("trials = 6", "trials = 6\nscore = 'next-token'", "search.score: images have one score"),
+        ("[search]", "[continuations]\nprompts = ['x']\n[search]", "continuations: a classifier continues no"),
+        ("[search]", "[texts]\nbos = true\n[search]", "texts.calibration: is needed"),
+        ("trials = 6", "trials = 6\nobjective = 'accuracy'", "search.objective: accuracy is measured and shown"),
+    ],
+)
+def test_study_files_that_are_refused(place: Path, old: str, new: str, said: str) -> None:
+    (place / "tiny.toml").write_text(STUDY.replace(old, new))
+    with pytest.raises(UserError, match=said) as raised:
+        load(str(place / "tiny.toml"))
+    assert "\n" not in str(raised.value)

@@ -1,0 +1,361 @@
+"""Image classifiers: replay to the last bit, pruning against naive loops, scores, and what their sources may hold."""
+
+import gzip
+import io
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from families import CPU, few
+from image_families import CLASSES, FAMILIES, context_of, images, make
+from PIL import Image
+from torch.nn import functional
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+from atp_tune.blocks.verification import verified
+from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.checkpoints.models import ModelFolder
+from atp_tune.errors import UserError
+from atp_tune.inputs.images import LABELLED_IMAGES, LabelledImages, chosen
+from atp_tune.inputs.pictures import pictures
+from atp_tune.inputs.pixels import Processor, class_indices
+from atp_tune.inputs.probe import fitted
+from atp_tune.metrics.accuracy import accuracy, gain
+from atp_tune.plan import Plan
+from atp_tune.scores.classes import CLASSES as SCORE
+from atp_tune.scores.classes import ranks_of
+from atp_tune.spec.images import ImageSet
+
+STAGED = ("convnext", "swin", "swinv2", "hiera", "levit", "pvt", "pvtv2", "segformer", "focalnet")
+
+
+@pytest.mark.parametrize("family", few(list(FAMILIES), ["vit", "convnext", "swin", "hiera"]))
+def test_scores_are_those_of_the_model_itself(family: str) -> None:
+    """The logits from the blocks, one by one and in batches, are equal to the last bit to the model's own."""
+    work, batch = context_of(family), images(family, 7, 2)
+    with torch.inference_mode():
+        own = work.checkpoint.model(pixel_values=batch.pixels).logits
+        hidden = work.replay.embed(batch)
+        for index in range(len(work.checkpoint.blocks)):
+            hidden = work.replay.run(index, work.checkpoint.weights(index), hidden)
+        assert torch.equal(work.replay.logits(batch, hidden), own)
+    assert len(work.checkpoint.blocks) == (FAMILIES[family][3] or len(work.checkpoint.blocks))
+    found = work.all_scores(work.dense(), "validation", kl=True)
+    assert found.nlls == pytest.approx(
+        functional.cross_entropy(own, batch.classes, reduction="none").tolist(), rel=1e-4
+    )
+    assert found.kls == pytest.approx([0.0] * 7, abs=1e-6)
+    assert found.ranks == [int((row > row[k]).sum()) for row, k in zip(own, batch.classes, strict=True)]
+
+
+@pytest.mark.parametrize("statistics", ["block", "sequential", "dense"])
+@pytest.mark.parametrize("family", few(["vit", *STAGED], ["vit", "convnext"]))
+def test_wanda_is_a_naive_loop(family: str, statistics: str) -> None:
+    """Each linear is pruned by the norms of its inputs in the model as it is pruned so far, run as a whole."""
+    work = context_of(family, statistics=statistics)
+    linears, names = work.checkpoint.linears, work.checkpoint.block_names
+    plan = Plan("wanda", "uniform", tuple(0.3 + 0.1 * (index % 4) for index in range(len(linears))))
+    found = {
+        f"{names[block.index]}.{linear.name}": block.weights[linear.key].clone()
+        for block in work.prune(plan)
+        for linear in linears[block.index]
+    }
+    model, dense, calibration = make(family), make(family), images(family, 6, 1)
+    for index, block in enumerate(linears):
+        norms = _norms(dense if statistics == "dense" else model, names[index], calibration)
+        for linear in sorted(block, key=lambda linear: list(norms).index(linear.name)):
+            name = f"{names[index]}.{linear.name}"
+            if statistics == "sequential":
+                norms = _norms(model, names[index], calibration)
+            weight = model.get_submodule(name).weight
+            score = weight.abs() * norms[linear.name]
+            for row in range(len(weight)):
+                gone = torch.sort(score[row], stable=True)[1][: int(score.shape[1] * plan.sparsities[index])]
+                weight.data[row, gone] = 0
+            assert (found[name] == weight).float().mean() > 0.99, name  # a near-tie may fall otherwise in other batches
+            weight.data.copy_(found[name])
+
+
+def _norms(model: Any, block: str, batch: Any) -> dict[str, torch.Tensor]:
+    """‖X_j‖ of the inputs of each linear of a block, in one run of the whole model."""
+    found: dict[str, torch.Tensor] = {}
+    handles = []
+    for name, module in model.get_submodule(block).named_modules():
+        if isinstance(module, torch.nn.Linear):
+
+            def hook(_: Any, args: Any, name: str = name) -> None:
+                found[name] = args[0].reshape(-1, args[0].shape[-1]).float().square().sum(0).sqrt()
+
+            handles.append(module.register_forward_pre_hook(hook))
+    with torch.inference_mode():
+        model(pixel_values=batch.pixels)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("family", few(["vit", "convnext", "swin", "hiera"], ["swin"]))
+def test_a_pruned_model_scores_as_it_does_as_a_whole(family: str) -> None:
+    work, batch = context_of(family), images(family, 7, 2)
+    plan = Plan("sparsegpt", "uniform", (0.5,) * len(work.checkpoint.blocks))
+    pruned = [(block.index, dict(block.weights)) for block in work.prune(plan)]
+    found = work.all_scores(pruned, "validation").nlls
+    model = make(family)
+    with torch.inference_mode():
+        for index, weights in pruned:
+            for name, tensor in weights.items():
+                if name in dict(model.get_submodule(work.checkpoint.block_names[index]).named_parameters()):
+                    model.get_submodule(work.checkpoint.block_names[index]).get_parameter(name).copy_(tensor)
+        own = functional.cross_entropy(model(pixel_values=batch.pixels).logits, batch.classes, reduction="none")
+    assert found == pytest.approx(own.tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", few(["vit", "convnext", "swin", "hiera"], ["convnext"]))
+def test_the_gradient_of_prices_goes_through_steps_between_blocks(family: str) -> None:
+    """The prices' first gradient, of the states that enter block 0, is that of the model as a whole."""
+    work, batch = context_of(family), images(family, 3, 4)
+    with torch.inference_mode(False), torch.enable_grad():
+        start = work.replay.embed(batch).clone().requires_grad_()
+        hidden = start
+        for index in range(len(work.checkpoint.blocks)):
+            hidden = work.replay.run(index, work.checkpoint.weights(index), hidden)
+        loss = functional.cross_entropy(work.replay.logits(batch, hidden), batch.classes, reduction="sum")
+        whole = torch.autograd.grad(loss, start)[0]
+    assert whole.abs().max() > 0
+    last = SCORE.gradient(work.replay, batch, hidden)
+    with torch.enable_grad():
+        leaf = hidden.detach().clone().requires_grad_()
+        own = functional.cross_entropy(work.replay.logits(batch, leaf), batch.classes, reduction="sum")
+    assert torch.allclose(last, torch.autograd.grad(own, leaf)[0], atol=1e-6)
+
+
+def test_a_model_of_convolutions_is_refused_in_one_line() -> None:
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3
+    )
+    with pytest.raises(UserError, match="ResNetStage has no linear; models of convolutions alone") as raised:
+        Checkpoint(transformers.ResNetForImageClassification(config), CPU)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_model_whose_blocks_pass_more_than_hidden_states_is_refused() -> None:
+    """A model that is not exact block by block is found out by the program's own check."""
+    model = make("vit")
+    layer = model.vit.layers[1]  # type: ignore[union-attr]
+    own, seen = layer.forward, []
+
+    def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(None)
+        return own(hidden, *args, **kwargs) * (1 + 0.01 * len(seen))
+
+    layer.forward = forward
+    kind = LABELLED_IMAGES.of({"validation": images("vit", 2, 0)})
+    with pytest.raises(UserError, match="block 1 returns other numbers when it is run alone"):
+        verified(Checkpoint(model, CPU), kind, SCORE)
+
+
+def test_ranks_and_accuracies_are_those_of_loops() -> None:
+    logits = torch.tensor([[1.0, 3, 2], [2, 2, 2], [5, 1, 1], [0, 7, 7]])
+    classes = torch.tensor([2, 1, 0, 2])
+    ranks = ranks_of(logits, classes).tolist()
+    assert ranks == [1, 1, 0, 1]
+    assert [rank == 0 for rank in ranks] == (logits.argmax(1) == classes).tolist()
+    assert accuracy(ranks).value == 0.25 and accuracy(ranks, 2).value == 1
+    assert accuracy(ranks).stderr == pytest.approx(np.std([0, 0, 1, 0], ddof=1) / 2)
+    found = gain([0, 0, 1, 3], [0, 1, 0, 0])
+    assert found.value == pytest.approx(0.25) and found.stderr == pytest.approx(np.std([0, -1, 1, 1], ddof=1) / 2)
+    assert accuracy([0]).stderr == 0
+
+
+def test_the_probe_is_the_minimum() -> None:
+    draw = torch.Generator().manual_seed(0)
+    features = torch.randn(60, 7, generator=draw, dtype=torch.float64) * torch.arange(1, 8) + 3
+    classes = (features[:, 0] > 3).long() + (features[:, 1] > 4).long()
+    weight, bias = fitted(features, classes, 3, 0.01)
+    spread = features.std(0)
+
+    def loss(weight: torch.Tensor, bias: torch.Tensor) -> float:
+        entropy = functional.cross_entropy(features @ weight.T + bias, classes)
+        return float(entropy + 0.01 * (weight * spread).square().sum())
+
+    least = loss(weight, bias)
+    for _ in range(20):
+        step = torch.randn(weight.shape, generator=draw, dtype=torch.float64) * 1e-3
+        assert loss(weight + step, bias) > least and loss(weight, bias + step[:, 0]) > least
+
+
+# Sources
+
+
+def write_idx(folder: Path, count: int = 12, side: int = 8, role: str = "train", seed: int = 0) -> Path:
+    """Random images and labels in MNIST's format."""
+    draw = np.random.default_rng(seed)
+    x, y = draw.integers(0, 256, (count, side, side), np.uint8), (np.arange(count) % CLASSES).astype(np.uint8)
+    for name, array, magic in ((f"{role}-images-idx3-ubyte", x, 0x803), (f"{role}-labels-idx1-ubyte", y, 0x801)):
+        head = struct.pack(f">I{array.ndim}I", magic, *array.shape)
+        (folder / f"{name}.gz").write_bytes(gzip.compress(head + array.tobytes()))
+    return folder / f"{role}-images-idx3-ubyte.gz"
+
+
+def test_an_idx_file_is_read_as_it_was_written(tmp_path: Path) -> None:
+    file = write_idx(tmp_path)
+    found = pictures(ImageSet(source=f"idx:{file}"), tmp_path)
+    assert found.labels == [k % CLASSES for k in range(12)]
+    own = np.random.default_rng(0).integers(0, 256, (12, 8, 8), np.uint8)
+    assert np.array_equal(np.asarray(found.picture(3))[:, :, 0], own[3])
+    plain = tmp_path / "plain-images-idx3-ubyte"
+    plain.write_bytes(gzip.decompress(file.read_bytes()))
+    (tmp_path / "plain-labels-idx1-ubyte").write_bytes(
+        gzip.decompress((tmp_path / "train-labels-idx1-ubyte.gz").read_bytes())
+    )
+    assert pictures(ImageSet(source="idx:plain-images-idx3-ubyte"), tmp_path).labels == found.labels
+
+
+def png(colour: tuple[int, int, int] = (200, 10, 10), size: tuple[int, int] = (9, 7)) -> bytes:
+    """An encoded picture of one colour."""
+    stream = io.BytesIO()
+    Image.new("RGB", size, colour).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write_folder(place: Path) -> Path:
+    """A folder of two classes with pictures of different colours."""
+    for index, name in enumerate(("cat", "Dog")):
+        for number in range(4):
+            file = place / "photos" / name / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(png((60 * number, 90 * index, 7)))
+    return place / "photos"
+
+
+def test_a_folder_of_classes_is_read_by_names(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    found = pictures(ImageSet(source="folder:photos"), tmp_path)
+    assert len(found) == 8 and found.labels == ["Dog"] * 4 + ["cat"] * 4
+    config = ViTConfig(id2label={0: "dog, domestic dog", 1: "Cat"}, label2id={"dog, domestic dog": 0, "Cat": 1})
+    assert class_indices(found, ImageSet(source="folder:photos"), config) == [0] * 4 + [1] * 4
+    assert class_indices(found, ImageSet(source="folder:photos"), ViTConfig(num_labels=2)) == [0] * 4 + [1] * 4
+
+
+def test_parts_are_disjoint_and_draws_differ(tmp_path: Path) -> None:
+    found = pictures(ImageSet(source=f"idx:{write_idx(tmp_path, 40)}"), tmp_path)
+    source = {"source": "idx:x-images"}
+    names = [
+        {chosen(found, ImageSet(**source, part=part)).name(k) for k in range(size)}
+        for part, size in (((0, 0.35), 14), ((0.35, 1), 26))
+    ]
+    assert not names[0] & names[1] and len(names[0] | names[1]) == 40
+    few_, more = (chosen(found, ImageSet(**source, nsamples=n, seed=1)) for n in (5, 9))
+    assert [few_.name(k) for k in range(5)] == [more.name(k) for k in range(5)]  # a longer draw begins alike
+    other = chosen(found, ImageSet(**source, nsamples=5, seed=2))
+    assert {few_.name(k) for k in range(5)} != {other.name(k) for k in range(5)}
+    assert len(chosen(found, ImageSet(**source, stride=3))) == 14
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
+    folder = tmp_path_factory.mktemp("vit")
+    names = {index: f"kind {index}" for index in range(CLASSES)}
+    config = ViTConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4,
+        id2label=names, label2id={name: index for index, name in names.items()},
+    )  # fmt: skip
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(folder)
+    return ModelFolder(folder, "content", "vit")
+
+
+def read(classifier: ModelFolder, base: Path, **more: Any) -> Any:
+    return LabelledImages().read({"validation": ImageSet(**more)}, classifier, base, False)["validation"]
+
+
+def test_pixels_are_those_of_the_processor(classifier: ModelFolder, tmp_path: Path) -> None:
+    found = read(classifier, tmp_path, source=f"idx:{write_idx(tmp_path)}")
+    processor = Processor.of(classifier.path).own
+    all_ = pictures(ImageSet(source="idx:train-images-idx3-ubyte.gz"), tmp_path)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0)).tolist()
+    own = [processor(all_.picture(k), return_tensors="pt")["pixel_values"][0] for k in order]
+    assert torch.equal(found.pixels, torch.stack([torch.as_tensor(each) for each in own]).float())
+    assert found.classes.tolist() == [k % CLASSES for k in order]
+    assert found.positions == 5
+    assert found.thinned(5).classes.tolist() == found.classes[::5].tolist()
+
+
+BAD: list[tuple[str, dict[str, Any], str]] = [
+    ("no folder", {"source": "folder:nowhere"}, "source: there is no folder .*nowhere"),
+    ("no pictures", {"source": "folder:empty"}, "holds no pictures in folders of classes"),
+    ("a file that is no picture", {"source": "folder:broken"}, r"kind 1/0.png is no picture that can be read: unknown"),
+    ("a cut picture", {"source": "folder:cut"}, r"kind 1/0.png is no picture that can be read: OSError"),
+    ("a stray file", {"source": "folder:stray"}, r"notes.txt is no picture .*remove it"),
+    (
+        "an unknown class",
+        {"source": "folder:photos"},
+        r"\d.png has the class '(Dog|cat)', the model's 5 classes are kind 0",
+    ),
+    ("no idx file", {"source": "idx:no-images"}, "there is no file .*no-images"),
+    ("a cut idx file", {"source": "idx:cut-images-idx3-ubyte"}, "is no idx file of images .*or not all of one"),
+    ("a damaged gzip file", {"source": "idx:gz-images-idx3-ubyte.gz"}, "is a damaged gzip file"),
+    ("other labels", {"source": "idx:lone-images-idx3-ubyte"}, "has 12 images, lone-labels-idx1-ubyte has 7 labels"),
+    ("a number that no class has", {"source": "idx:high-images-idx3-ubyte"}, r"image \d+ of .* has the class 9"),
+    ("too many", {"source": "idx:train-images-idx3-ubyte.gz", "nsamples": 99}, "has 12 images, 99 are asked for"),
+    ("an empty part", {"source": "idx:train-images-idx3-ubyte.gz", "part": (0, 0.01)}, "has 0 images, 1 are asked"),
+    ("no parquet file", {"source": "parquet:cut-images-idx3-ubyte"}, "is no parquet file"),
+    (
+        "another column",
+        {"source": "parquet:x.parquet", "column": "img"},
+        'column: .* has no "img"; it has image, label',
+    ),
+    ("no package", {"source": "package:no_such_module/x"}, "there is no module no_such_module"),
+]
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    """A folder of sources that are wrong in some way, and of some that are not."""
+    import pyarrow
+    import pyarrow.parquet
+
+    raw = gzip.decompress(write_idx(tmp_path).read_bytes())
+    labels = gzip.decompress((tmp_path / "train-labels-idx1-ubyte.gz").read_bytes())
+    write_folder(tmp_path)
+    for name, content in (("broken", b"nothing"), ("cut", png()[:45])):
+        (tmp_path / name / "kind 1").mkdir(parents=True)
+        (tmp_path / name / "kind 1" / "0.png").write_bytes(content)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "stray" / "cat").mkdir(parents=True)
+    (tmp_path / "stray" / "cat" / "notes.txt").write_text("x")
+    (tmp_path / "cut-images-idx3-ubyte").write_bytes(raw[:-1])
+    (tmp_path / "gz-images-idx3-ubyte.gz").write_bytes(gzip.compress(raw)[:-20])
+    for name in ("lone", "high"):
+        (tmp_path / f"{name}-images-idx3-ubyte").write_bytes(raw)
+    (tmp_path / "lone-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 0x801, 7) + bytes(7))
+    (tmp_path / "high-labels-idx1-ubyte").write_bytes(labels[:8] + bytes([9] * 12))
+    table = pyarrow.table({"image": [{"bytes": png(), "path": None}] * 2, "label": [0, 1]})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("settings", "expected"), [row[1:] for row in BAD], ids=[row[0] for row in BAD])
+def test_bad_images_are_refused_in_one_line_with_their_place(
+    classifier: ModelFolder, sources: Path, settings: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(UserError, match=rf"^images\.validation\..*{expected}") as raised:
+        read(classifier, sources, **settings)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_parquet_file_is_read(classifier: ModelFolder, sources: Path) -> None:
+    found = read(classifier, sources, source="parquet:x.parquet", nsamples=1)
+    assert found.pixels.shape == (1, 3, 8, 8)
+
+
+def test_roles_share_no_image(classifier: ModelFolder, tmp_path: Path) -> None:
+    source = f"idx:{write_idx(tmp_path)}"
+    with pytest.raises(UserError, match=r"images\.test: image \d+ is also in images\.validation; give them other"):
+        LabelledImages().read(
+            {role: ImageSet(source=source) for role in ("validation", "test")}, classifier, tmp_path, False
+        )
