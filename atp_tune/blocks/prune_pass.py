@@ -84,7 +84,7 @@ class Pass:
         pruned: Pruning | PrunedChannels
         if self.channels is not None:
             pruned = self._prune_channels(index, weights, hidden, sparsities, timer)
-            advance(self.replay, self.batch, index, pruned.weights, hidden)
+            self.after = advance(self.replay, self.batch, index, pruned.weights, hidden)
         elif self.in_one_pass and self.pruner.measures is not None:
             pruned = self._prune_sequentially(index, weights, hidden, sparsities, timer)
         else:
