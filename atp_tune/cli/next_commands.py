@@ -37,7 +37,7 @@ def show_next(summary: Summary, file: StudyFile) -> None:
             ["apply", "--config", config, "--out", out, *["--slim"] * summary.of_channels, *permission(file.study)],
         ),
         second,
-        ("talk with it", ["chat", out]),
+        ("top-1 and top-5", ["evaluate", "--config", config]) if summary.hits else ("talk with it", ["chat", out]),
     ]
     console.print(f"best configuration: {config}")
     for what, words in rows:

@@ -71,12 +71,13 @@ def _what(summary: Summary) -> str:
     pruners = ", ".join(spec.prune.short_names)
     objectives = {"kl": "KL divergence from the dense model (nats per token)", "density": "density (1 - sparsity)"}
     objective = " and ".join(objectives.get(objective, objective) for objective in summary.objectives)
+    data = "text" if spec.images is None else "images"
     limit = f" The best is the sparsest plan within {limit_of(summary.limit)}." if summary.limit else ""
     lines = [
         f"## {escaped(summary.name)}: {_code(short_source(spec.model.source))} at {percent(spec.sparsity)} sparsity",
         escaped(spec.description),
         f"The study searches for the sparsities of {len(summary.sizes)} blocks ({names}; {pruners}; "
-        f"pattern {escaped(spec.prune.pattern)}). The objective is {objective} on the validation text; lower is "
+        f"pattern {escaped(spec.prune.pattern)}). The objective is {objective} on the validation {data}; lower is "
         f"better.{limit}",
     ]
     return "\n\n".join(line for line in lines if line)
@@ -247,5 +248,6 @@ def measured_columns(attrs: Attributes) -> dict[str, Any]:
 def facts_of(attrs: Attributes) -> dict[str, Any]:
     """A study's attributes for the dashboard: its main settings, and no long lists."""
     known = present_facts(dict(attrs.get("fingerprint", {})))
-    names = ("model.source", "model.dtype", "sparsity", "protocol", "texts.validation.source", "texts.test.source")
+    sources = [f"{table}.{role}.source" for table in ("texts", "images") for role in ("validation", "test")]
+    names = ("model.source", "model.dtype", "sparsity", "protocol", *sources)
     return {**{name: known[name] for name in names if name in known}, "trials": attrs.get("total", "not known yet")}

@@ -30,13 +30,15 @@ IMAGES_MAGIC, LABELS_MAGIC = 0x803, 0x801  # first four bytes of idx files of im
 class Pictures:
     """Labelled pictures: their labels, names by which messages call them, and how each is read.
 
-    A label is the name of a class, or a number. `classes`: the names of all classes, if there are names.
+    A label is a name or a number. `classes`: the names of all classes, if labels are names; `names`: those of the
+    numbers 0, 1, …, if the source has them.
     """
 
     labels: Sequence[str | int]
     name: Callable[[int], str]
     read: Callable[[int], Any]  # bytes of a file, or an array [height, width] of uint8
     classes: frozenset[str] = frozenset()
+    names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -197,9 +199,6 @@ def _hub(wanted: ImageSet) -> Pictures:
     for key, name in (("column", wanted.column), ("label", wanted.label)):
         _check_column(key, name, rows.column_names, wanted.source)
     feature, labels = rows.features[wanted.label], list(rows[wanted.label])
-    names = getattr(feature, "names", None)
-    if names:
-        labels = [names[label] if isinstance(label, int) and 0 <= label < len(names) else label for label in labels]
     encoded = rows.cast_column(wanted.column, datasets.Image(decode=False))
 
     def read(index: int) -> bytes:
@@ -208,7 +207,8 @@ def _hub(wanted: ImageSet) -> Pictures:
         assert isinstance(content, bytes)
         return content
 
-    return _rows(labels, wanted.source, read, wanted)
+    names = tuple(getattr(feature, "names", None) or ())
+    return replace(_rows(labels, wanted.source, read, wanted), names=names)
 
 
 def _rows(labels: list[Any], where: str, read: Callable[[int], bytes], wanted: ImageSet) -> Pictures:

@@ -5,6 +5,7 @@ machines.
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,46 +83,48 @@ class Processor:
 
 
 def class_indices(found: Pictures, wanted: ImageSet, config: Any) -> list[int]:
-    """The model's class of each picture: by name where the source has names, else by number.
+    """The model's class of each picture: by name where both have names, else by number.
 
-    The names of `wanted.labels` are those of the source's numbers. UserError for a label that the model lacks.
+    A name may belong to several of the model's classes, as `crane` in ImageNet: then the number decides, if the source
+    numbers its classes as the model does. UserError for a label that the model lacks.
     """
     names = {index: str(name) for index, name in config.id2label.items()}
     is_named = not all(name.startswith(UNNAMED) for name in names.values())
+    numbered = (wanted.labels or found.names) if is_named else ()
     known = _by_name(names) if is_named else _by_order(found, len(names)) if found.classes else {}
     result = []
-    for index, given in enumerate(found.labels):
-        label = _named(given, found.name(index), wanted) if is_named else given
-        own = label if isinstance(label, int) and label in names else known.get(_plain(str(label)))
+    for index, label in enumerate(found.labels):
+        if isinstance(label, int) and numbered and not 0 <= label < len(numbered):
+            raise UserError(f"labels: {found.name(index)} has class {label}, and there are {len(numbered)} names")
+        own = _class_of(label, numbered, names, known)
         if own is None:
-            some = ", ".join(list(names.values())[:3])
+            shown = numbered[label] if isinstance(label, int) and numbered else label
             raise UserError(
-                f"source: {found.name(index)} has the class {label!r}, the model's {len(names)} classes are {some}, …"
-                f"{did_you_mean(str(label), list(names.values()))}"
+                f"source: {found.name(index)} has the class {shown!r}, the model's {len(names)} classes are "
+                f"{', '.join(list(names.values())[:3])}, …{did_you_mean(str(shown), list(names.values()))}"
             )
         result.append(own)
     return result
 
 
-def _named(label: str | int, picture: str, wanted: ImageSet) -> str | int:
-    """The name of a numbered label, if the study file names the numbers."""
-    if isinstance(label, str) or wanted.labels is None:
-        return label
-    if not 0 <= label < len(wanted.labels):
-        raise UserError(f"labels: {picture} has class {label}, and there are {len(wanted.labels)} names")
-    return wanted.labels[label]
+def _class_of(label: str | int, numbered: Sequence[str], names: dict[int, str], known: dict[str, int]) -> int | None:
+    """The model's class of a label; None if it has none, or several."""
+    if isinstance(label, str):
+        return known.get(_plain(label))
+    if not numbered or _plain(names.get(label, "")) == _plain(numbered[label]):
+        return label if label in names else None
+    return known.get(_plain(numbered[label]))
 
 
 def _by_name(names: dict[int, str]) -> dict[str, int]:
-    """Class by name, without regard to case; of ImageNet's lists of synonyms each, unless two classes share it."""
-    found: dict[str, int] = {}
-    shared = set()
-    for index, name in names.items():
-        for synonym in {_plain(name), *map(_plain, name.split(","))}:
-            if found.setdefault(synonym, index) != index:
-                shared.add(synonym)
-    whole = {_plain(name): index for index, name in names.items()}
-    return {name: index for name, index in found.items() if name not in shared} | whole
+    """Class by name, without regard to case; of ImageNet's lists of synonyms each. Not names of several classes."""
+    whole, synonyms = Counter(map(_plain, names.values())), Counter[str]()
+    for name in names.values():
+        synonyms.update({_plain(part) for part in name.split(",")})
+    found = {
+        _plain(part): index for index, name in names.items() for part in name.split(",") if synonyms[_plain(part)] == 1
+    }
+    return found | {_plain(name): index for index, name in names.items() if whole[_plain(name)] == 1}
 
 
 def _by_order(found: Pictures, count: int) -> dict[str, int]:
@@ -146,7 +149,7 @@ def labels_of(found: Pictures, wanted: ImageSet) -> tuple[str, ...]:
     """The names of all classes of a source, in the order of their numbers, for a classifier to be fitted."""
     if wanted.labels is not None:
         return wanted.labels
-    if found.classes:
-        return tuple(sorted(found.classes))
+    if found.names or found.classes:
+        return found.names or tuple(sorted(found.classes))
     numbers: Sequence[Any] = found.labels
     return tuple(map(str, range(max(numbers) + 1)))

@@ -20,7 +20,8 @@ from atp_tune.results.formatting import continuations_note
 
 TITLE = 32  # px of a figure's title, which the page shows instead
 HERE = Path(__file__).parent
-SAME = ("model.content", "texts.validation.content")  # facts that must be equal for perplexities to compare
+# Facts that must be equal for perplexities to compare.
+SAME = ("model.content", "texts.validation.content", "images.validation.content")
 
 
 def make(studies: Sequence[Contents]) -> bytes:
