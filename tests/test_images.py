@@ -31,11 +31,12 @@ from atp_tune.inputs.pictures import Pictures, pictures
 from atp_tune.inputs.pixels import Processor, class_indices
 from atp_tune.inputs.probe import fitted
 from atp_tune.metrics.accuracy import accuracy, gain
-from atp_tune.plan import Plan
+from atp_tune.plan import Plan, make_plan
 from atp_tune.scores.classes import CLASSES as SCORE
 from atp_tune.scores.classes import ranks_of
 from atp_tune.spec.facts import facts
 from atp_tune.spec.images import ImageSet
+from atp_tune.spec.patterns import parse
 from atp_tune.spec.studyfile import load
 
 STAGED = ("convnext", "swin", "swinv2", "hiera", "levit", "pvt", "pvtv2", "segformer", "focalnet")
@@ -139,6 +140,34 @@ def test_the_gradient_of_prices_goes_through_steps_between_blocks(family: str) -
         leaf = hidden.detach().clone().requires_grad_()
         own = functional.cross_entropy(work.replay.logits(batch, leaf), batch.classes, reduction="sum")
     assert torch.allclose(last, torch.autograd.grad(own, leaf)[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("family", few(["vit", "dinov2", "swin", "convnext", "pvt"], ["vit", "convnext"]))
+def test_whole_channels_of_a_classifier_go(family: str) -> None:
+    """With as many zeros as the plan says; the scores are those of the model with these weights as a whole."""
+    work, batch = context_of(family, pattern="channels", channels={"round_to": 1}), images(family, 7, 2)
+    plan = make_plan("wanda", "uniform", work.budget(0.2), {}, parse("channels"))
+    pruned = [(block.index, dict(block.weights), block.channels) for block in work.prune(plan)]
+    model, total = make(family), 0
+    with torch.inference_mode():
+        for index, weights, channels in pruned:
+            assert channels
+            for linear in work.checkpoint.linears[index]:
+                matrix = weights[linear.key]
+                if linear.name in channels:
+                    assert not matrix[:, channels[linear.name]].any()
+                total += int((matrix == 0).sum())
+                model.get_submodule(work.checkpoint.block_names[index]).get_submodule(linear.name).weight.copy_(matrix)
+        own = functional.cross_entropy(model(pixel_values=batch.pixels).logits, batch.classes, reduction="none")
+    assert total / sum(work.checkpoint.sizes) == pytest.approx(0.2, abs=0.01)
+    found = work.all_scores([(index, weights) for index, weights, _ in pruned], "validation").nlls
+    assert found == pytest.approx(own.tolist(), rel=1e-4)
+
+
+def test_channels_that_a_norm_joins_are_refused() -> None:
+    work = context_of("convnextv2", pattern="channels")
+    with pytest.raises(UserError, match=r"cannot prune block 0 \(ConvNextV2Layer\): it has no MLPs whose inner channels"):
+        work.budget(0.2)
 
 
 def test_a_model_of_convolutions_is_refused_in_one_line() -> None:

@@ -23,7 +23,8 @@ def show_next(summary: Summary, file: StudyFile) -> None:
     is_there = made is not None and summary.best_trial and made.trial == summary.best_trial.number
     if made is None or summary.best.test is None or not is_there:
         return
-    form = "slim" if summary.of_channels else "sparse"
+    is_slim = summary.of_channels and not summary.hits  # an image classifier cannot be slim yet
+    form = "slim" if is_slim else "sparse"
     config, out = _from_here(best), _free(f"{printable(summary.name).replace('/', '_')}-{form}")
     study = ["--study", *study_words(summary, file)]
     if summary.points and not summary.limit:
@@ -34,7 +35,7 @@ def show_next(summary: Summary, file: StudyFile) -> None:
     rows = [
         (
             f"{form} checkpoint",
-            ["apply", "--config", config, "--out", out, *["--slim"] * summary.of_channels, *permission(file.study)],
+            ["apply", "--config", config, "--out", out, *["--slim"] * is_slim, *permission(file.study)],
         ),
         second,
         ("top-1 and top-5", ["evaluate", "--config", config]) if summary.hits else ("talk with it", ["chat", out]),

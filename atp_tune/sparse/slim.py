@@ -40,6 +40,7 @@ from atp_tune.sparse.card import Dense, describe
 from atp_tune.sparse.provenance import ABOUT, manifest_of
 from atp_tune.sparse.shards import check_free, sparse_folder
 from atp_tune.spec.config import Config, read_config
+from atp_tune.spec.images import CLASSES
 from atp_tune.spec.patterns import parse
 
 CODE = Path(modeling_atp_slim.__file__)
@@ -67,7 +68,9 @@ class Cut:
 
 
 def check_pattern(config: Config) -> None:
-    """UserError if a configuration prunes no channels; called before a model is loaded."""
+    """UserError if a configuration prunes no channels, or those of a classifier; called before a model is loaded."""
+    if config.score == CLASSES:
+        raise UserError("--slim: an image classifier cannot be slim yet; `apply` without --slim writes it")
     if not parse(config.prune.pattern).channels:
         raise UserError(
             f'--slim: only whole channels can be cut, and prune.pattern is "{config.prune.pattern}"; '
