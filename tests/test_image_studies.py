@@ -22,6 +22,8 @@ from transformers import (
     ConvNextForImageClassification,
     Dinov2Config,
     Dinov2Model,
+    SwinConfig,
+    SwinForImageClassification,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
@@ -254,6 +256,21 @@ def test_other_ways_to_search(place: Path, settings: tuple[str, ...]) -> None:
     assert summary.complete and summary.best_trial is not None
     best = summary.hits.trial(summary.best_trial)
     assert best.validation is not None and 0.2 < best.validation.value <= 1
+
+
+@pytest.mark.parametrize("kind", ["vit", "swin"])
+def test_the_cost_is_forecast(place: Path, kind: str, tune: CommandLine) -> None:
+    if kind == "swin":
+        config = SwinConfig(
+            image_size=SIDE, patch_size=2, embed_dim=16, depths=[1, 2], num_heads=[1, 2], window_size=4,
+            num_labels=CLASSES,
+        )  # fmt: skip
+        shutil.rmtree(place / "model")
+        SwinForImageClassification(config).save_pretrained(place / "model")
+        ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}).save_pretrained(place / "model")
+    answer = tune("--study", place / "tiny.toml", "--dry-run")
+    assert answer.code == 0, answer
+    assert f"in {4 if kind == 'vit' else 3} blocks of up to" in answer.out and "tokens through the model" in answer.out
 
 
 def test_a_study_resumes_and_knows_its_images(place: Path) -> None:

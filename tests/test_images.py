@@ -166,7 +166,7 @@ def test_whole_channels_of_a_classifier_go(family: str) -> None:
 
 def test_channels_that_a_norm_joins_are_refused() -> None:
     work = context_of("convnextv2", pattern="channels")
-    with pytest.raises(UserError, match=r"cannot prune block 0 \(ConvNextV2Layer\): it has no MLPs whose inner channels"):
+    with pytest.raises(UserError, match=r"cannot prune block 0 \(ConvNextV2Layer\): it has no MLPs whose inner"):
         work.budget(0.2)
 
 

@@ -16,6 +16,7 @@ from atp_tune.blocks.prune_pass import Pass, advance
 from atp_tune.blocks.timing import wait_for
 from atp_tune.checkpoints.devices import peak_memory, reset_peak_memory
 from atp_tune.cost.forecast import ProbeRates, PrunerRate
+from atp_tune.inputs import Batch
 from atp_tune.plan import Plan, make_plan
 from atp_tune.search.context import TrialContext
 
@@ -115,6 +116,14 @@ def _probe_block(
         clock.time(f"run {role}", partial(advance, context.replay, context.batch(role), index, weights, moved))
 
 
+def _final(context: TrialContext, items: Batch) -> Tensor:
+    """Hidden states of the dense model after its last block."""
+    hidden = context.replay.embed(items)
+    for index in range(len(context.checkpoint.blocks)):
+        hidden = context.replay.run(index, context.checkpoint.weights(index), hidden)
+    return hidden
+
+
 def _pruned(context: TrialContext, index: int, hidden: Tensor, name: str, sparsity: float) -> dict[str, float]:
     """Seconds by phase of one block in a trial; statistics "dense" are timed as "block"."""
     pruner = context.prune_settings.pruner(name)
@@ -132,10 +141,12 @@ def _probe_ends(context: TrialContext, kl: bool) -> float:
     heads, clock = context.heads, Clock(context.checkpoint.device)
     role = "validation" if "validation" in context.windows else "test"
     items = context.items(role)[: heads.windows]
+    final = _final(context, items) if context.inputs.has_steps else None
     for turn in range(4):
         if turn == 1:
             clock.forget()  # the first turn is a warm-up
         hidden = clock.time("embed", partial(context.replay.embed, items))
+        hidden = hidden if final is None else final  # the head takes states of the last block's shape
         clock.time("head", partial(context.head_scores, items, hidden, hidden if kl else None))
     return (clock.typical("embed") + clock.typical("head")) / (len(items) * context.windows[role].positions)
 
