@@ -23,6 +23,7 @@ import psutil
 from atp_tune.errors import UserError
 from atp_tune.paths import is_special
 
+POLL = 1  # seconds between looks at what another process makes
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -114,20 +115,23 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def made_once(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
+def made_once(path: Path, waiting: Callable[[Path], None]) -> Iterator[None]:
     """Runs the body in one process at a time for `path`, so that the others find what the first one writes.
 
-    `waiting` is called if another process is at it. Without a lock where the file system has none.
+    `waiting` is called, with the lock's file, if another process is at it. Without a lock where there can be none.
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    place = path.with_name(f".{path.name}.lock")
+    lock, is_said = FileLock(place), False
     with suppress(OSError, NotImplementedError):
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            waiting()
-            lock.acquire()
+        while not (lock.is_locked or path.exists()):
+            try:
+                lock.acquire(timeout=POLL if is_said else 0)
+            except Timeout:
+                if not is_said:
+                    waiting(place)
+                is_said = True
     try:
         yield
     finally:

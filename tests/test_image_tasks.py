@@ -211,6 +211,15 @@ def test_a_processor_that_drops_images(
     assert answer.err == said
 
 
+def test_questions_about_text_beside_those_about_images(place: Path, tmp_path: Path, command: CommandLine) -> None:
+    tasks = make_task(place, tmp_path / "tasks")
+    words = (tasks / "colours.yaml").read_text().replace("doc_to_image: [image]\n", "")
+    (tasks / "words.yaml").write_text(words.replace("task: colours", "task: words"))
+    answer = command("evaluate", "--model", place / "model", "--tasks", f"{tasks}/")
+    assert answer.code == 2
+    assert answer.err == "error: --tasks: words asks about text and colours about images; name them in two commands\n"
+
+
 def test_a_model_of_text_alone(place: Path, tiny_place: Path, tmp_path: Path, command: CommandLine) -> None:
     tasks = make_task(place, tmp_path / "tasks")
     answer = command("evaluate", "--model", tiny_place / "model", "--tasks", f"{tasks}/")

@@ -400,7 +400,9 @@ def test_of_several_workers_one_descends(cache: Path, monkeypatch: pytest.Monkey
         assert begun.wait(60)
         second = pool.submit(workers[1].ends, [0.5], "wanda", "")
         assert first.result() == second.result() == (((0.25, 0.75),),)
-    assert (made, said) == ([1], ["waiting for the descent by prices of another process"])
+    lock = cache / "prices" / f".{'ab' * 32}.json.lock"
+    waited = "waiting for the descent by prices of another process; if none is running, remove"
+    assert (made, said) == ([1], [f"{waited} {lock}"])
 
 
 def test_steps_along_a_path_take_half_as_many_windows() -> None:

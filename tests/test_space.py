@@ -1,11 +1,12 @@
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-from atp_tune.allocations import Budget
+from atp_tune.allocations import Budget, Shape
 from atp_tune.errors import UserError
 from atp_tune.search.space import Space, make_space
 from atp_tune.spec.study import Study
@@ -19,8 +20,9 @@ def study_of(**changes: Any) -> Study:
     return Study.model_validate(base | changes)
 
 
-def space_for(study: Study, sizes: tuple[int, ...]) -> Space:
-    return make_space(study, Budget(study.sparsity, sizes))
+def space_for(study: Study, sizes: tuple[int, ...], linears: int = 1) -> Space:
+    shapes = tuple((Shape(1, size // linears, False),) * linears for size in sizes)
+    return make_space(study, Budget(study.sparsity, sizes, shapes))
 
 
 class Fixed:
@@ -209,25 +211,43 @@ def test_a_space_holds_the_pattern_of_its_study() -> None:
     assert space.plan(values).sparsities == space.suggest(Fixed(values)).sparsities == (0.5, 0.5, 0.5, 0.75, 0.75)
 
 
-@pytest.mark.parametrize("more", [0.0, 0.004, 0.02])
-def test_a_measured_trial_that_has_another_plan_now(more: float) -> None:
-    space = space_for(study_of(), SIZES)
-    params = {"pruner": "wanda", "allocation": "atp", "beta": 0.01}
-    plan = space.plan(params)
-    sparsities = [plan.sparsities[0] + more, *plan.sparsities[1:]]
-    trial = optuna.trial.create_trial(
+def trial_of(**stored: Any) -> optuna.trial.FrozenTrial:
+    return optuna.trial.create_trial(
         state=optuna.trial.TrialState.COMPLETE,
         value=1.0,
-        params=params,
+        params={"pruner": "wanda", "allocation": "atp", "beta": 0.01},
         distributions={
             "pruner": CategoricalDistribution(["wanda"]),
             "allocation": CategoricalDistribution(["atp"]),
             "beta": FloatDistribution(0, 1),
         },
-        user_attrs={"sparsities": sparsities},
+        user_attrs=stored,
     )
-    if more <= 0.01:
-        assert space.plan_of(trial) == plan
-        return
-    with pytest.raises(UserError, match=r"^trial -1: atp gives other sparsities for its parameters than when it was"):
-        space.plan_of(trial)
+
+
+def test_a_measured_trial_keeps_its_plan() -> None:
+    """Whatever its parameters give now."""
+    space = space_for(study_of(), SIZES)
+    plan = space.plan(trial_of().params)
+    assert space.plan_of(trial_of()) == space.plan_of(trial_of(sparsities=list(plan.sparsities))) == plan
+    other = [0.5, 0.7, 0.6, 0.6, 0.6]
+    assert space.plan_of(trial_of(sparsities=other)) == replace(plan, sparsities=tuple(other))
+    space = space_for(study_of(), SIZES, linears=2)
+    rows = [[s, 1 - s] for s in other]
+    found = space.plan_of(trial_of(sparsities=other, linear_sparsities=rows))
+    assert found.linear_sparsities == tuple(map(tuple, rows))
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"sparsities": [0.6] * 4},
+        {"sparsities": [0.6] * 4 + [1.2]},
+        {"sparsities": [0.6] * 5, "linear_sparsities": [[0.6]] * 5},
+        {"sparsities": [0.6] * 5, "linear_sparsities": [[0.6, -1.0]] * 5},
+    ],
+    ids=["fewer blocks", "above 1", "fewer linears", "below 0"],
+)
+def test_a_trial_of_another_model_is_refused(stored: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"^trial -1: its stored sparsities are not those of this model"):
+        space_for(study_of(), SIZES, linears=2).plan_of(trial_of(**stored))

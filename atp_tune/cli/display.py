@@ -124,7 +124,7 @@ class Line:
 
         now = monotonic()
         first, began = self._phases.setdefault(phase, (done, now))
-        if done < first:  # it begins again
+        if done <= first:  # it begins, perhaps again
             self._phases[phase] = done, now
         elif first < done < total and now - self._said >= PERIOD:
             left = (now - began) / (done - first) * (total - done)

@@ -59,6 +59,9 @@ class Known:
     def held(self, work: int) -> Bytes:
         """The parts of the peak memory."""
         found = bytes_of(self.sizes, self.itemsize, self.width, self.tokens, work, self.process)
+        if self.study.compares_all:  # both go through the blocks together
+            both = (self.tokens.validation + self.tokens.test) * self.width * self.itemsize
+            found = replace(found, validation=both)
         if "kl" not in self.study.search.objective:
             return found
         finals = (self.tokens.validation + self.tokens.test) * self.width * self.itemsize

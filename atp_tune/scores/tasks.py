@@ -56,6 +56,7 @@ def find_tasks(asked: Sequence[str], watch: EventHandler, images: bool = False) 
         loaded, missing = _load(manager, wanted, images)
     if not loaded:
         raise UserError(_none_left(missing))
+    _check_apart(loaded)
     for name, reason in missing.items():
         watch(Message(f"{name}: left out, {reason}"))
     rows = dict.fromkeys(row for task in loaded for row in _rows(task))
@@ -121,6 +122,18 @@ def _check_inputs(tasks: Mapping[str, Any], images: bool) -> None:
             raise ValueError("it needs inputs other than text" + " and images" * images)
         if task.OUTPUT_TYPE != "generate_until":
             raise ValueError(f"it is of type {task.OUTPUT_TYPE}, and lm-eval asks about images by generate_until alone")
+
+
+def _check_apart(loaded: Sequence[Any]) -> None:
+    """UserError for tasks that lm-eval would join, of which some ask about images and others about text."""
+    inner = [one for task in loaded for one in (task.get_all_tasks() if isinstance(task, Group) else [task])]
+    written = [one for one in inner if one.OUTPUT_TYPE == "generate_until"]
+    text, image = (
+        next((one.task_name for one in written if bool(getattr(one, "MULTIMODAL", False)) == wanted), None)
+        for wanted in (False, True)
+    )
+    if text and image:
+        raise UserError(f"--tasks: {text} asks about text and {image} about images; name them in two commands")
 
 
 def _about_images(task: Any) -> str:

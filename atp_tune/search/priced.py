@@ -79,13 +79,17 @@ class Descent:
         `measured`: SHA-256 of all that determines the statistics, such as model and calibration windows.
         """
         file = cache_dir("prices") / f"{self._key(targets, score, measured)}.json"
-        with made_once(file, lambda: self._watch(Message("waiting for the descent by prices of another process"))):
+        with made_once(file, self._wait):
             if file.is_file():
                 stored = json.loads(file.read_text(encoding="utf-8"))
                 return tuple(tuple(tuple(row) for row in end) for end in stored)
             found = self._descend(targets, score)
             self._keep(file, found)
         return found
+
+    def _wait(self, lock: Path) -> None:
+        said = "waiting for the descent by prices of another process"
+        self._watch(Message(f"{said}; if none is running, remove {lock}"))
 
     def _descend(self, targets: Sequence[float], score: RankedBy) -> Ends:
         places = self._by_wanda if score == "wanda" else by_magnitude

@@ -20,7 +20,6 @@ from atp_tune.spec.patterns import Pattern, parse
 from atp_tune.spec.search import STEP
 from atp_tune.spec.study import Study
 
-SAME = 0.01  # largest difference of a sparsity between two machines that measure the dense model
 Params = dict[str, Any]  # names and values as Optuna stores them
 Interval = tuple[float, float]
 
@@ -94,20 +93,23 @@ class Space:
         return plan if self.sparsities is None else replace(plan, target=budget.target)
 
     def plan_of(self, trial: Measured) -> Plan:
-        """The plan of a measured trial; UserError if its parameters give another one now than when it was measured.
+        """The plan by which a trial was measured, as it stored it: another version or machine may allocate otherwise.
 
-        Another version may allocate otherwise. The last digits may differ between machines.
+        UserError if what is stored does not fit the model.
         """
-        plan, stored = self.plan(trial.params), trial.user_attrs
-        pairs = [(plan.sparsities, stored.get("sparsities", plan.sparsities))]
-        rows = stored.get("linear_sparsities")
-        pairs += zip(plan.linear_sparsities, rows, strict=True) if plan.linear_sparsities and rows else []
-        if any(abs(own - other) > SAME for pair in pairs for own, other in zip(*pair, strict=True)):
-            raise UserError(
-                f"trial {trial.number}: {plan.allocation} gives other sparsities for its parameters than when it was "
-                "measured, by another version of atp_tune; begin the study again with --study-name NAME"
-            )
-        return plan
+        params, stored = trial.params, trial.user_attrs
+        if "sparsities" not in stored:
+            return self.plan(params)
+        blocks, rows = tuple(stored["sparsities"]), stored.get("linear_sparsities")
+        linears = None if rows is None else tuple(map(tuple, rows))
+        wanted = [len(shapes) for shapes in self.budget.linears]
+        fits = len(blocks) == len(self.budget.sizes) and (linears is None or list(map(len, linears)) == wanted)
+        if not fits or not all(0 <= s <= 1 for s in (*blocks, *(s for row in linears or () for s in row))):
+            raise UserError(f"trial {trial.number}: its stored sparsities are not those of this model")
+        own = {name: float(params[name]) for name in self.intervals[params["allocation"]]}
+        target = None if self.sparsities is None else round(params["sparsity"], 6)
+        parameters = own if target is None else dict(stored.get("parameters", own))
+        return Plan(params["pruner"], params["allocation"], blocks, parameters, linears, target)
 
     def uniform(self, sparsity: float | None = None) -> list[Params]:
         """The uniform point of each pruner, which every study measures; `sparsity`: where it is a parameter."""
