@@ -387,7 +387,7 @@ def test_settings_of_channels_need_the_pattern() -> None:
 
 
 def test_torch_pruning_removes_the_same_channels() -> None:
-    """By magnitude, over each group of rows and columns that it finds by tracing the graph of a whole MLP."""
+    """By magnitude, over the groups that it finds by tracing the graph of an MLP; with: pip install torch-pruning."""
     tp = pytest.importorskip("torch_pruning")
     model = tiny("llama")
     work = bench_of(model, settings(pruners=("magnitude",), refit=False))

@@ -32,6 +32,9 @@ PLAIN = (
 )
 
 
+STRAY = 0.01  # largest share of zeros of a dense or slim model
+
+
 class EngineName(StrEnum):
     """The engine that computes the models."""
 
@@ -183,7 +186,7 @@ def _show(found: "Speed") -> None:
     """Prints bytes, zeros and tokens per second as Markdown tables."""
     sizes = found.sizes
     files = [("uncompressed", sizes.dense, sizes.sparse), ("compressed with zstd", sizes.dense_zstd, sizes.sparse_zstd)]
-    has_zeros = any(found.zeros.values())
+    has_zeros = max(found.zeros.values(), default=0.0) > STRAY
     if sizes.packed is not None and has_zeros:
         files.append(("packed", sizes.dense, sizes.packed))
     for table in (
