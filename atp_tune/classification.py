@@ -31,13 +31,13 @@ def evaluate_config(
 ) -> ZeroShot:
     """Accuracies of dense, uniform with the same pruner, and best on the configuration's test images."""
     check_options(asked)
-    texts: dict[str, Data] = {"calibration": config.calibration, "test": _limited(config.texts.test, asked.limit)}
+    texts: dict[str, Data] = {"calibration": config.calibration, "test": config.texts.test}
     setup = ContextConfig.of_config(config, texts, base, asked.device, allowed)
     with TrialContext.open(setup, watch) as context:
         best = plan_of(config, context)
         target, pattern = config.sparsity.target, parse(config.prune.pattern)
         uniform = make_plan(best.pruner, "uniform", context.budget(target), {}, pattern)
-        scorer = _Scorer(context)
+        scorer = _Scorer(context, asked.limit)
         scorer.score("dense", None)
         scorer.score("uniform", uniform)
         context.begin(config.batches)
@@ -55,10 +55,10 @@ def evaluate_folder(folder: Path, asked: TaskOptions, watch: EventHandler, allow
             "`apply` has written"
         )
     model = ModelConfig.model_validate({"source": str(folder.absolute()), "dtype": made.dtype, **of_model(allowed)})
-    texts = {"test": _limited(made.test, asked.limit)}
+    texts: dict[str, Data] = {"test": made.test}
     setup = ContextConfig(model, PruneConfig(), texts, made.base, asked.device, inputs="images", score=CLASSES)
     with TrialContext.open(setup, watch) as context:
-        scorer = _Scorer(context)
+        scorer = _Scorer(context, asked.limit)
         scorer.score("model", None)
         return scorer.result(asked)
 
@@ -71,18 +71,12 @@ def check_options(asked: TaskOptions) -> None:
         raise UserError("--num-fewshot: goes with tasks of texts; leave it out")
 
 
-def _limited(images: Data, limit: int | None) -> Data:
-    if limit is None:
-        return images
-    most = limit if images.nsamples is None else min(limit, images.nsamples)
-    return images.model_copy(update={"nsamples": most})
-
-
 class _Scorer:
     """Measures models on the test images, and keeps the ranks of the right classes."""
 
-    def __init__(self, context: TrialContext) -> None:
-        self._context = context
+    def __init__(self, context: TrialContext, limit: int | None) -> None:
+        """`limit`: the first so many images, at most."""
+        self._context = context if limit is None else context.limited("test", limit)
         self._ranks: dict[Compared, list[int]] = {}
         self._seconds: dict[Compared, float] = {}
 

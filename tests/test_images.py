@@ -2,9 +2,11 @@
 
 import gzip
 import io
+import json
 import shutil
 import struct
 import tarfile
+import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.checkpoints.onnx_backbone import RENAMED, onnx_to_folder
 from atp_tune.errors import UserError
 from atp_tune.inputs import archives
-from atp_tune.inputs.images import LABELLED_IMAGES, LabelledImages, chosen
+from atp_tune.inputs.images import LABELLED_IMAGES, LabelledImages, chosen, digests
 from atp_tune.inputs.pictures import Pictures, pictures
 from atp_tune.inputs.pixels import Processor, class_indices
 from atp_tune.inputs.probe import fitted
@@ -230,6 +232,7 @@ def test_the_probe_is_the_minimum() -> None:
 
 def write_idx(folder: Path, count: int = 12, side: int = 8, role: str = "train", seed: int = 0) -> Path:
     """Random images and labels in MNIST's format."""
+    folder.mkdir(exist_ok=True)
     draw = np.random.default_rng(seed)
     x, y = draw.integers(0, 256, (count, side, side), np.uint8), (np.arange(count) % CLASSES).astype(np.uint8)
     for name, array, magic in ((f"{role}-images-idx3-ubyte", x, 0x803), (f"{role}-labels-idx1-ubyte", y, 0x801)):
@@ -330,7 +333,7 @@ def read(classifier: ModelFolder, base: Path, **more: Any) -> Any:
 
 def test_pixels_are_those_of_the_processor(classifier: ModelFolder, tmp_path: Path) -> None:
     found = read(classifier, tmp_path, source=f"idx:{write_idx(tmp_path)}")
-    processor = Processor.of(classifier.path).own
+    processor = Processor.of(classifier.path, False).own
     all_ = pictures(ImageSet(source="idx:train-images-idx3-ubyte.gz"), tmp_path)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0)).tolist()
     own = [processor(all_.picture(k), return_tensors="pt")["pixel_values"][0] for k in order]
@@ -410,10 +413,93 @@ def test_a_parquet_file_is_read(classifier: ModelFolder, sources: Path) -> None:
 
 def test_roles_share_no_image(classifier: ModelFolder, tmp_path: Path) -> None:
     source = f"idx:{write_idx(tmp_path)}"
-    with pytest.raises(UserError, match=r"images\.test: image \d+ is also in images\.validation; give them other"):
+    with pytest.raises(UserError, match=r"images\.test: image \d+ is also in images\.validation, as are \d+ oth"):
         LabelledImages().read(
             {role: ImageSet(source=source) for role in ("validation", "test")}, classifier, tmp_path, False
         )
+
+
+def test_an_image_that_a_source_has_twice_is_in_one_role(classifier: ModelFolder, tmp_path: Path) -> None:
+    one = write_idx(tmp_path / "one", 300, seed=1)
+    other = write_idx(tmp_path / "other", 200, seed=2)
+    magic = other.read_bytes()[:2]
+    data = bytearray(gzip.decompress(other.read_bytes()))
+    data[16 : 16 + 64] = gzip.decompress(one.read_bytes())[16 : 16 + 64]
+    other.write_bytes(gzip.compress(bytes(data)))
+    assert magic == b"\x1f\x8b"
+    roles = {"validation": ImageSet(source=f"idx:{one}"), "test": ImageSet(source=f"idx:{other}")}
+    found = LabelledImages().read(roles, classifier, tmp_path, False)
+    assert [len(found[role]) for role in roles] == [300, 199]
+    assert not set(digests(found["validation"])) & set(digests(found["test"]))
+
+
+def test_draws_that_would_be_the_same_images_are_refused(classifier: ModelFolder, tmp_path: Path) -> None:
+    wanted = ImageSet(source=f"idx:{write_idx(tmp_path, 40)}", nsamples=15)
+    assert len(LabelledImages().draws(wanted, 2, classifier, tmp_path, False)) == 1
+    with pytest.raises(UserError, match=r"^images.calibration.draws: 3 draws take 45 images, and the part has 40"):
+        LabelledImages().draws(wanted, 3, classifier, tmp_path, False)
+
+
+def test_a_packed_file_is_read_as_far_as_its_head_says(tmp_path: Path) -> None:
+    file = tmp_path / "train-images-idx3-ubyte.gz"
+    head = struct.pack(">4I", 0x803, 2, 4, 4)
+    file.write_bytes(gzip.compress(head + bytes(1 << 24)))
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"is no idx file of images \(MNIST's format\), or not all of one"):
+        pictures(ImageSet(source=f"idx:{file}"), tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_pixels_of_more_than_eight_bits_are_refused(mode: str) -> None:
+    """Converted, nearly all would be white."""
+    stream = io.BytesIO()
+    Image.fromarray(np.full((4, 4), 3000, {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode])).save(
+        stream, "TIFF"
+    )
+    deep = Pictures([0], lambda index: "scan.tif", lambda index: stream.getvalue())
+    with pytest.raises(UserError, match=r"^source: scan.tif is no picture that can be read: .*mode (I|F).* convert it"):
+        deep.picture(0)
+
+
+def test_a_photo_is_turned_as_its_camera_was() -> None:
+    photo, stream, exif = Image.new("RGB", (6, 2)), io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    photo.save(stream, "JPEG", exif=exif)
+    assert Pictures([0], lambda index: "photo", lambda index: stream.getvalue()).picture(0).size == (2, 6)
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        ([f"LABEL_{k}" for k in range(12)], list(range(12))),
+        ([str(k) for k in range(12)], list(range(12))),
+        ([f"kind {chr(97 + k)}" for k in range(12)], list(range(12))),
+        ([str(k) for k in range(1, 13)], "source: its classes are numbers to 12, the model's 0 to 11"),
+        ([*"abcdefghijk", "A"], "source: two classes have one name but for case and spaces; rename one"),
+        ([*"abcdef"], "source: has 6 classes, and the model has 12 without names; give config.json an id2label"),
+    ],
+)
+def test_classes_of_a_model_without_names(labels: list[str], classes: Any) -> None:
+    config = ViTConfig(num_labels=12)
+    found = Pictures(labels, lambda index: f"row {index}", lambda index: None, classes=frozenset(labels))
+    if isinstance(classes, list):
+        assert class_indices(found, ImageSet(source="folder:x"), config) == classes
+        return
+    with pytest.raises(UserError, match=f"^{classes}$"):
+        class_indices(found, ImageSet(source="folder:x"), config)
+
+
+def test_a_processor_s_own_code_is_not_run(classifier: ModelFolder, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(classifier.path, tmp_path / "evil"))
+    file = folder / "preprocessor_config.json"
+    names = {"image_processor_type": "Evil", "auto_map": {"AutoImageProcessor": "evil.Evil"}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | names))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    with pytest.raises(UserError, match=r"^source: the image processor of the model in .* cannot be loaded: "):
+        Processor.of(folder, False)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.slow
@@ -431,7 +517,9 @@ def test_a_dataset_of_the_hub_is_read_by_the_names_of_its_classes(
     found = read(classifier, tmp_path, source="hub:org/photos", split="train", label="kind")
     order = torch.randperm(5, generator=torch.Generator().manual_seed(0)).tolist()
     assert found.classes.tolist() == [CLASSES - 1 - k for k in order]
-    own = Processor.of(classifier.path).own(Image.open(io.BytesIO(png((40 * order[0], 9, 9)))), return_tensors="pt")
+    own = Processor.of(classifier.path, False).own(
+        Image.open(io.BytesIO(png((40 * order[0], 9, 9)))), return_tensors="pt"
+    )
     assert torch.equal(found.pixels[0], torch.as_tensor(own["pixel_values"])[0].float())
     with pytest.raises(UserError, match=r'label: hub:org/photos has no "label"; it has image, kind'):
         read(classifier, tmp_path, source="hub:org/photos", split="train")
@@ -470,7 +558,7 @@ def test_a_package_is_checked_and_unpacked_once(
                 archive.writestr(name, data)
     fetched = []
 
-    def fetch(pinned: str, folder: Path) -> Path:
+    def fetch(pinned: str, folder: Path, *_: str) -> Path:
         fetched.append(pinned)
         return Path(shutil.copy(made, folder))
 
@@ -491,7 +579,7 @@ def test_a_package_with_a_path_out_of_its_folder_is_refused(
 ) -> None:
     made = tmp_path / "x_1_all.deb"
     made.write_bytes(debian(tmp_path, {"../../../evil": b"x"}))
-    monkeypatch.setattr(archives, "_from_debian", lambda pinned, folder: Path(shutil.copy(made, folder)))
+    monkeypatch.setattr(archives, "_from_debian", lambda pinned, folder, *_: Path(shutil.copy(made, folder)))
     with pytest.raises(UserError, match=r"source: x_1_all.deb cannot be unpacked: OutsideDestinationError"):
         read(classifier, tmp_path, source="deb:x==1", sha256=sha256_of(made), file="x")
     assert not list(tmp_path.glob("**/evil"))

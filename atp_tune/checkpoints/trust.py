@@ -11,7 +11,7 @@ from atp_tune.errors import UserError
 
 PICKLES = "pytorch_model*.bin"
 CODE = "*.py"  # code that `model.trust_remote_code` runs
-_CONFIGS = ("config.json", "tokenizer_config.json")
+_CONFIGS = ("config.json", "tokenizer_config.json", "preprocessor_config.json")
 SLIM = "atp_slim"  # as in packed.modeling_atp_slim, which imports torch: atp_tune's own code, not the folder's, runs
 _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation")
 ASK_PICKLE = "model.allow_pickle = true (--set model.allow_pickle=true; apply: --allow-pickle)"

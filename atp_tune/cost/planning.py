@@ -18,6 +18,7 @@ from atp_tune.events import EventHandler, Message
 from atp_tune.plan import ranked_by
 from atp_tune.search.samplers import total_trials
 from atp_tune.search.space import make_space
+from atp_tune.spec.images import IMAGES
 from atp_tune.spec.study import Study
 from atp_tune.spec.studyfile import StudyFile
 from atp_tune.storage import fingerprint, opening, progress
@@ -115,7 +116,7 @@ def _known(
     windows, length = len(items["calibration"]), items["calibration"].positions
     curve = min(windows, max(1, CURVE_TOKENS // length)) * length
     tokens = Tokens(size["calibration"], size["validation"], size.get("test", 0), curve)
-    width = _width(model_config(folder.path, folder.trusted))
+    width = _width(model_config(folder.path, folder.trusted), setup.inputs == IMAGES)
     bounded = device.type != "cpu" or device_limit() is not None
     free = Free(free_memory(device), host_memory(), bounded)
     costs = {
@@ -134,11 +135,12 @@ def _known(
     )  # fmt: skip
 
 
-def _width(config: Any) -> int:
-    """Width of the hidden states; of a model with stages the largest."""
-    found = getattr(config, "vision_config", config.get_text_config())
-    widths = getattr(found, "hidden_sizes", None) or [getattr(found, "hidden_size", None) or found.embed_dim]
-    return int(max(widths))
+def _width(config: Any, of_images: bool) -> int:
+    """Width of the hidden states of the part that is pruned; of a model with stages the largest."""
+    found = getattr(config, "vision_config", config) if of_images else config.get_text_config()
+    names = ("hidden_sizes", "hidden_size", "embed_dim")
+    widths = next((value for name in names if (value := getattr(found, name, None))), 0)
+    return max(widths) if isinstance(widths, list | tuple) else int(widths)
 
 
 def _with_blocks(known: Known, context: "TrialContext") -> Known:

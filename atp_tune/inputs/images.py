@@ -1,7 +1,7 @@
 """Labelled images as a kind of input: a model is called with pixels [images, channels, height, width]."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from atp_tune.inputs.pictures import Pictures, pictures
 from atp_tune.inputs.pixels import Processor, class_indices
 from atp_tune.spec.images import ImageSet
 
+DOUBLES = 0.01  # share of a role's images that an earlier role may have too; they are left out
 PATCH = 4  # pixels between positions in the first blocks of models with stages
 
 
@@ -38,7 +39,7 @@ class Images:
     def of(cls, pixels: Tensor, classes: Tensor, positions: int) -> "Images":
         """Makes images, with their SHA-256."""
         found = hashlib.sha256(f"{tuple(pixels.shape)}".encode())
-        found.update(pixels.numpy().astype("<f4", copy=False).tobytes())
+        found.update(pixels.contiguous().numpy().astype("<f4", copy=False).reshape(-1).data)
         found.update(classes.numpy().astype("<i8", copy=False).tobytes())
         return cls(pixels, classes, found.hexdigest(), positions)
 
@@ -51,6 +52,12 @@ class Images:
     def batch(self, device: torch.device) -> "Images":
         """The images on a device."""
         return replace(self, pixels=self.pixels.to(device), classes=self.classes.to(device))
+
+    def without(self, rows: Sequence[int]) -> "Images":
+        """All images but these."""
+        kept = torch.ones(len(self), dtype=torch.bool)
+        kept[list(rows)] = False
+        return Images.of(self.pixels[kept], self.classes[kept], self.positions)
 
     def thinned(self, stride: int) -> "Images":
         """Every stride-th image, from the first."""
@@ -79,10 +86,22 @@ class LabelledImages:
         check_classifier(folder)
         found = {role: read_images(role, wanted, folder, base) for role, wanted in texts.items()}
         self.check_disjoint(found)
+        seen: set[bytes] = set()
+        for role, images in found.items():
+            rows = digests(images)
+            if doubles := [index for index, row in enumerate(rows) if row in seen]:
+                found[role] = images.without(doubles)
+            seen |= set(rows)
         return found
 
     def draws(self, text: ImageSet, count: int, folder: ModelFolder, base: Path, bos: bool) -> list[Images]:
         """Images of all draws of the calibration images but the first, with the next seeds."""
+        whole = len(pictures(text, base))
+        part, wanted = int(text.part[1] * whole) - int(text.part[0] * whole), count * (text.nsamples or whole)
+        if wanted > part:
+            raise UserError(
+                f"images.calibration.draws: {count} draws take {wanted} images, and the part has {part}; lower one"
+            )
         others = [text.model_copy(update={"seed": text.seed + index}) for index in range(1, count)]
         return [read_images("calibration", other, folder, base) for other in others]
 
@@ -93,15 +112,16 @@ class LabelledImages:
         return read_images("calibration", more, folder, base, at_most=True)
 
     def check_disjoint(self, items: Mapping[str, Images]) -> None:
-        """UserError if two roles share an image, pixel by pixel."""
+        """UserError if two roles share more than a few images, pixel by pixel: sources have some images twice."""
         seen: dict[bytes, str] = {}
         for role, images in items.items():
-            rows = [hashlib.sha256(pixels.numpy().tobytes()).digest() for pixels in images.pixels]
-            for index, row in enumerate(rows):
-                if row in seen:
-                    raise UserError(
-                        f"images.{role}: image {index} is also in images.{seen[row]}; give them other images or parts"
-                    )
+            rows = digests(images)
+            doubles = [index for index, row in enumerate(rows) if row in seen]
+            if len(doubles) > DOUBLES * len(rows):
+                raise UserError(
+                    f"images.{role}: image {doubles[0]} is also in images.{seen[rows[doubles[0]]]}, as are "
+                    f"{len(doubles) - 1} others; give them other images or parts"
+                )
             seen |= dict.fromkeys(rows, role)
 
     def check_fit(self, checkpoint: Checkpoint, items: Mapping[str, Images], embed: Callable[[Images], Tensor]) -> None:
@@ -130,6 +150,11 @@ class LabelledImages:
 LABELLED_IMAGES: InputKind[Images] = LabelledImages()
 
 
+def digests(images: Images) -> list[bytes]:
+    """SHA-256 of the pixels of each image."""
+    return [hashlib.sha256(pixels.contiguous().numpy().reshape(-1).data).digest() for pixels in images.pixels]
+
+
 def check_classifier(folder: ModelFolder) -> None:
     """UserError if a folder holds no image classifier that transformers loads."""
     if classifies_images(folder.path):
@@ -146,7 +171,7 @@ def read_images(role: str, wanted: ImageSet, folder: ModelFolder, base: Path, at
     try:
         found = chosen(pictures(wanted, base), wanted, at_most)
         classes = class_indices(found, wanted, model_config(folder.path, folder.trusted))
-        pixels = Processor.of(folder.path).pixels(found)
+        pixels = Processor.of(folder.path, folder.trusted).pixels(found)
     except UserError as error:
         raise UserError(f"images.{role}.{error}") from None
     return Images.of(pixels, torch.tensor(classes, dtype=torch.int64), _positions(folder, pixels))

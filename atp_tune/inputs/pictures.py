@@ -22,7 +22,9 @@ from atp_tune.paths import is_special, written
 from atp_tune.spec.images import ARCHIVES, ImageSet
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
+LARGEST_IDX = 1 << 33  # bytes of an idx file
 LARGEST = 1 << 28  # pixels of a picture; a file of a few bytes may claim more
+DEEP = ("I", "F")  # modes of Pillow whose pixels have more than 8 bits; their conversion to RGB would clip
 IMAGES_MAGIC, LABELS_MAGIC = 0x803, 0x801  # first four bytes of idx files of images and of labels
 
 
@@ -55,7 +57,7 @@ class Pictures:
 
     def picture(self, index: int) -> Any:
         """A Pillow image in RGB; UserError if it cannot be decoded."""
-        from PIL import Image
+        from PIL import Image, ImageOps
 
         found = self.read(index)
         if isinstance(found, np.ndarray):
@@ -64,7 +66,9 @@ class Pictures:
             with Image.open(io.BytesIO(found)) as opened:
                 if opened.width * opened.height > LARGEST:
                     raise ValueError(f"has {opened.width}×{opened.height} pixels")
-                return opened.convert("RGB")
+                if opened.mode.startswith(DEEP):
+                    raise ValueError(f"its pixels are of mode {opened.mode}, of more than 8 bits; convert it")
+                return ImageOps.exif_transpose(opened).convert("RGB")
         except Exception as error:  # decoders raise many types
             raise UserError(f"source: {self.name(index)} is no picture that can be read: {_why(error)}") from error
 
@@ -146,17 +150,22 @@ def _array(path: Path, magic: int, dimensions: int) -> np.ndarray:
     """The array of an idx file, packed by gzip or not."""
     if is_special(path) or not path.is_file():
         raise UserError(f"source: there is no file {path}")
-    content = _bytes(path)
-    try:
-        data = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"source: {path} is a damaged gzip file: {one_line(error)}") from None
     start = 4 + 4 * dimensions
-    shape = tuple(int(size) for size in np.frombuffer(data[4:start], ">u4")) if len(data) >= start else ()
-    if int.from_bytes(data[:4], "big") != magic or len(data) != start + int(np.prod(shape, dtype=object)):
+    try:
+        with path.open("rb") as stream:
+            is_packed = stream.read(2) == b"\x1f\x8b"
+        with gzip.open(path) if is_packed else path.open("rb") as stream:
+            head = stream.read(start)  # a packed file may hold anything: no more is read than the head says
+            shape = tuple(int(size) for size in np.frombuffer(head[4:], ">u4")) if len(head) == start else ()
+            count = int(np.prod(shape, dtype=object)) if shape else 0
+            data = stream.read(count + 1) if 0 < count <= LARGEST_IDX else b""
+    except (OSError, EOFError, zlib.error) as error:
+        what = "is a damaged gzip file" if not isinstance(error, PermissionError) else "cannot be read"
+        raise UserError(f"source: {path} {what}: {one_line(error)}") from None
+    if int.from_bytes(head[:4], "big") != magic or not data or len(data) != count:
         what = "images" if dimensions == 3 else "labels"
         raise UserError(f"source: {path} is no idx file of {what} (MNIST's format), or not all of one")
-    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+    return np.frombuffer(data, np.uint8).reshape(shape)
 
 
 def _parquet(path: Path, wanted: ImageSet) -> Pictures:
@@ -203,8 +212,11 @@ def _hub(wanted: ImageSet) -> Pictures:
 
     def read(index: int) -> bytes:
         found = encoded[index][wanted.column]
-        content = found.get("bytes") or Path(found["path"]).read_bytes()
-        assert isinstance(content, bytes)
+        content = found.get("bytes") if isinstance(found, dict) else None
+        if content is None and isinstance(found, dict) and found.get("path"):
+            content = _bytes(Path(found["path"]))  # of an archive that datasets unpacked
+        if not isinstance(content, bytes):
+            raise UserError(f"column: row {index} of {wanted.source} holds no encoded image in {wanted.column}")
         return content
 
     names = tuple(getattr(feature, "names", None) or ())

@@ -20,7 +20,6 @@ from atp_tune.extras import require
 from atp_tune.inputs.pictures import Pictures
 from atp_tune.spec.images import ImageSet
 
-AT_A_TIME = 64  # pictures that are processed together
 UNNAMED = "LABEL_"  # before the number of a class without a name
 
 
@@ -32,10 +31,11 @@ class Processor:
     folder: Path
 
     @classmethod
-    def of(cls, folder: Path, size: int | None = None) -> "Processor":
+    def of(cls, folder: Path, trusted: bool, size: int | None = None) -> "Processor":
         """Loads it; UserError if the folder has none that transformers can run with Pillow.
 
-        `size`: height and width of its images, instead of its own resizing and cropping.
+        `trusted`: code in the folder may run. `size`: height and width of its images, instead of its own
+        resizing and cropping.
         """
         require("images", "source")
         from transformers import AutoImageProcessor
@@ -43,7 +43,7 @@ class Processor:
 
         try:
             own: Any = AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
-                str(folder), local_files_only=True, backend="pil"
+                str(folder), local_files_only=True, trust_remote_code=trusted, backend="pil"
             )
         except Exception as error:  # processors raise many types
             raise UserError(
@@ -60,18 +60,17 @@ class Processor:
 
     def pixels(self, found: Pictures) -> Tensor:
         """Pixels float32 [images, channels, height, width]; UserError for a picture that cannot be read."""
-        parts, shape = [], None
-        for start in range(0, len(found), AT_A_TIME):
-            for index in range(start, min(start + AT_A_TIME, len(found))):
-                part = self._one(found, index)
-                if part.shape != (shape or part.shape):
-                    raise UserError(
-                        f"source: {found.name(index)} is {_size(part)} after the model's processor, others are "
-                        f"{_size(shape)}; a preprocessor_config.json with one size is needed"
-                    )
-                shape = part.shape
-                parts.append(part)
-        return torch.stack(parts)
+        whole = torch.empty(0)
+        for index in range(len(found)):
+            part = self._one(found, index)
+            whole = whole if index else part.new_empty(len(found), *part.shape)  # once: it may be most of the memory
+            if part.shape != whole.shape[1:]:
+                raise UserError(
+                    f"source: {found.name(index)} is {_size(part)} after the model's processor, others are "
+                    f"{_size(whole[0])}; a preprocessor_config.json with one size is needed"
+                )
+            whole[index] = part
+        return whole
 
     def _one(self, found: Pictures, index: int) -> Tensor:
         picture = found.picture(index)
@@ -91,7 +90,7 @@ def class_indices(found: Pictures, wanted: ImageSet, config: Any) -> list[int]:
     names = {index: str(name) for index, name in config.id2label.items()}
     is_named = not all(name.startswith(UNNAMED) for name in names.values())
     numbered = (wanted.labels or found.names) if is_named else ()
-    known = _by_name(names) if is_named else _by_order(found, len(names)) if found.classes else {}
+    known = _by_name(names) if is_named else _unnamed(found, names) if found.classes else {}
     result = []
     for index, label in enumerate(found.labels):
         if isinstance(label, int) and numbered and not 0 <= label < len(numbered):
@@ -127,14 +126,24 @@ def _by_name(names: dict[int, str]) -> dict[str, int]:
     return found | {_plain(name): index for index, name in names.items() if whole[_plain(name)] == 1}
 
 
-def _by_order(found: Pictures, count: int) -> dict[str, int]:
-    """Class by the alphabetical order of the source's names, for a model whose classes have no names."""
-    names = sorted(found.classes)
-    if len(names) != count:
+def _unnamed(found: Pictures, names: dict[int, str]) -> dict[str, int]:
+    """Class by name for a model whose classes have no names: LABEL_0, by number, else in alphabetical order."""
+    classes, own = sorted(found.classes), {_plain(name): index for index, name in names.items()}
+    if all(_plain(name) in own for name in classes):
+        return own
+    if all(name.isdecimal() for name in classes):
+        if all(int(name) in names for name in classes):
+            return {_plain(name): int(name) for name in classes}
+        raise UserError(f"source: its classes are numbers to {max(map(int, classes))}, the model's 0 to {max(names)}")
+    if len(classes) != len(names):
         raise UserError(
-            f"source: has {len(names)} classes, and the model has {count} without names; give config.json an id2label"
+            f"source: has {len(classes)} classes, and the model has {len(names)} without names; give config.json an "
+            "id2label"
         )
-    return {_plain(name): index for index, name in enumerate(names)}
+    found_by_name = {_plain(name): index for index, name in enumerate(classes)}
+    if len(found_by_name) != len(classes):
+        raise UserError("source: two classes have one name but for case and spaces; rename one")
+    return found_by_name
 
 
 def _plain(name: str) -> str:

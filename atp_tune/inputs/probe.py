@@ -5,11 +5,15 @@ class token beside the mean patch; y its class; z = (x - μ) / σ with mean and 
 
     minimise  mean over images of -ln softmax(A z + b)_y  +  l2 · Σ A²        (L-BFGS, float64; convex)
 
-The classifier is W = A / σ, b - W μ. All other weights stay as they are. The result is a folder in the cache, named by
-everything that it was made from.
+The classifier is W = A / σ, b - W μ. All other weights stay as they are. The result is a folder in the cache. A study
+knows it by what it was made from (model, images, penalty, names), so that it goes on on another machine, whose
+classifier differs in the last digits.
 """
 
+import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from atp_tune.cache import cache_dir, folder_atomically, sha256_of_json
+from atp_tune.cache import cache_dir, folder_atomically, keep, sha256_of_json
 from atp_tune.checkpoints.classes import classifies_images
 from atp_tune.checkpoints.convert import one_line, quiet
 from atp_tune.checkpoints.models import ModelFolder
@@ -25,7 +29,7 @@ from atp_tune.errors import UserError
 from atp_tune.inputs.images import Images, chosen
 from atp_tune.inputs.pictures import Pictures, pictures
 from atp_tune.inputs.pixels import Processor, labels_of
-from atp_tune.spec.images import Probe
+from atp_tune.spec.images import ARCHIVES, Probe
 from atp_tune.storage.process_identity import versions
 
 _FORMAT = 1  # to be increased when the same settings give another classifier
@@ -37,22 +41,44 @@ def with_probe(folder: ModelFolder, probe: Probe, base: Path, notify: Callable[[
     """The model with a classifier fitted to the images of `probe`, cached; UserError for bad input."""
     if classifies_images(folder.path):
         raise UserError(f"model.probe: {folder.id} has a classifier already; leave the table out")
+    known = _known(folder, probe)
+    if known is not None and known.is_file():
+        target, content = json.loads(known.read_text())
+        if Path(target).is_dir():
+            return replace(folder, path=Path(target), content=content)
     try:
         found = chosen(pictures(probe, base), probe)
         names = labels_of(found, probe)
-        processor = Processor.of(folder.path, probe.size)
+        processor = Processor.of(folder.path, folder.trusted, probe.size)
         pixels = processor.pixels(found)
     except UserError as error:
         raise UserError(f"model.probe.{error}") from None
     images = Images.of(pixels, torch.tensor(_numbers(found, names), dtype=torch.int64), 1)
-    made_from = [_FORMAT, folder.content, probe.l2, images.content, list(names), processor.settings, versions()]
-    target = cache_dir("models/probe") / sha256_of_json(made_from)
+    made_from = [_FORMAT, folder.content, probe.l2, images.content, list(names)]
+    target = cache_dir("models/probe") / sha256_of_json([*made_from, processor.settings, versions()])
     if not target.is_dir():
         notify(f"fitting a classifier of {len(names)} classes to {len(images)} images, once")
         with folder_atomically(target) as place:
             _fit(folder, images, names, probe.l2, place)
             processor.own.save_pretrained(place)
-    return ModelFolder.of_classifier(target, folder.id)
+            for file in folder.path.iterdir():
+                if file.name.startswith(("README", "LICENSE")) and file.is_file():
+                    shutil.copyfile(file, place / file.name)
+    content = sha256_of_json(made_from)  # not of the weights, whose last digits differ between machines
+    if known is not None:
+        keep(known, json.dumps([str(target), content]).encode())
+    return replace(folder, path=target, content=content)
+
+
+def _known(folder: ModelFolder, probe: Probe) -> Path | None:
+    """The file of the cache that names the classifier of a probe whose images are pinned by their SHA-256.
+
+    So its thousands of images are not decoded each time a model is loaded.
+    """
+    if probe.kind not in ARCHIVES:
+        return None
+    key = sha256_of_json([_FORMAT, folder.content, probe.model_dump(mode="json"), versions()])
+    return cache_dir("models/probe") / f"{key}.json"
 
 
 def _numbers(found: Pictures, names: tuple[str, ...]) -> list[int]:

@@ -9,8 +9,8 @@ from optuna.trial import FrozenTrial
 
 from atp_tune.metrics.accuracy import Accuracies, Gain, accuracy, gain
 from atp_tune.metrics.perplexity import may_be_chance
-from atp_tune.results.pairing import Role, change_on
-from atp_tune.results.trials import is_uniform, score_of, uniform_among, uniform_of
+from atp_tune.results.pairing import Role, change_on, kl_change_on
+from atp_tune.results.trials import is_by_kl, is_uniform, kl_of, score_of, uniform_among, uniform_of
 from atp_tune.spec.config import ModelAccuracies
 from atp_tune.storage import progress
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 DENSE = "dense"
 TOP = 5
-CHOICES = 10  # fewer classes make no use of a top-5 accuracy
+METHOD = ("pruner", "allocation")  # parameters of a trial
 
 
 @dataclass(frozen=True)
@@ -77,28 +77,33 @@ def _gain(
 def sign_of_beta(study: optuna.Study) -> str:
     """Which sign of β is better on the validation data, in a sentence; "" unless both were measured.
 
-    Over an interval of sparsities trials at different sparsities do not compare.
+    Trials are compared by the study's objective, within the pruner and the allocation of the best of them. Over an
+    interval of sparsities trials at different sparsities do not compare.
     """
-    done = [trial for trial in progress.measured(study) if "beta" in trial.params and not is_uniform(trial)]
-    best = {sign: next((x for x in done if (x.params["beta"] > 0) == sign), None) for sign in (True, False)}
-    plus, minus = best[True], best[False]
-    if progress.interval_of(study) is not None or plus is None or minus is None:
+    done = [trial for trial in progress.measured(study) if trial.params.get("beta") and not is_uniform(trial)]
+    if progress.interval_of(study) is not None or not done:
         return ""
-    better, other = (plus, minus) if done.index(plus) < done.index(minus) else (minus, plus)
-    word = (
-        "positive, which keeps early blocks denser," if better is plus else "negative, which keeps late blocks denser,"
-    )
-    change = change_on(study, "validation", other, better)
-    values = (f"β = {trial.params['beta']:.4g} has {score_of(trial)}" for trial in (better, other))
-    chance = ""
-    if change is not None and may_be_chance(change, len(better.user_attrs.get("nlls", ()))):
-        chance = ", a difference that may be chance"
+    better = done[0]
+    same = [trial for trial in done if all(trial.params.get(key) == better.params.get(key) for key in METHOD)]
+    is_positive = better.params["beta"] > 0
+    other = next((trial for trial in same if (trial.params["beta"] > 0) != is_positive), None)
+    if other is None:
+        return ""
+    word = "positive, which keeps early blocks denser," if is_positive else "negative, which keeps late blocks denser,"
+    by_kl = is_by_kl(better)
+    change = (kl_change_on if by_kl else change_on)(study, "validation", other, better)
+    is_chance = change is not None and may_be_chance(change, len(better.user_attrs.get("nlls", ())))
+    said = [f"β = {trial.params['beta']:.4g} has {_value(trial, by_kl)}" for trial in (better, other)]
     uniform = uniform_of(study, better)
-    beside = f", uniform {score_of(uniform)}" if uniform is not None else ""
+    beside = f", uniform {_value(uniform, by_kl)}" if uniform is not None else ""
     return (
-        f"Sign of β: {word} is better: {next(values)}, the best of the other sign, {next(values)}{beside} "
-        f"(perplexity, validation){chance}."
+        f"Sign of β: {word} is better: {said[0]}, the best of the other sign, {said[1]}{beside} "
+        f"({'KL' if by_kl else 'perplexity'}, validation){', a difference that may be chance' * is_chance}."
     )
+
+
+def _value(trial: FrozenTrial, by_kl: bool) -> str:
+    return str(kl_of(trial) if by_kl else score_of(trial))
 
 
 def accuracies_of(summary: "Summary", trial: FrozenTrial | None = None) -> ModelAccuracies | None:

@@ -8,6 +8,7 @@ from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -199,6 +200,11 @@ class TrialContext(Released):
     def drawn(self, index: int) -> "TrialContext":
         """The context with another draw of the calibration text (0: its own), without dense measurements."""
         return self._with("calibration", self._draws[index - 1])
+
+    def limited(self, role: str, most: int) -> "TrialContext":
+        """The context with the first items of one role, at most so many."""
+        items: Any = self.windows[role]
+        return self._with(role, items[:most])
 
     def _with(self, role: str, items: Items) -> "TrialContext":
         """A copy with other items of one role, without dense measurements and error curve."""

@@ -1,5 +1,6 @@
 """The tables `[images.*]` of a study of an image classifier, and `[model.probe]`, a linear classifier to be fitted."""
 
+import posixpath
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
@@ -77,8 +78,10 @@ class ImageSet(SettingsTable):
 
     def overlaps(self, other: "ImageSet") -> bool:
         """Whether both sets have images of the same part of one source."""
-        keys = ("source", "file", "config", "split", "revision")
+        keys = ("kind", "file", "config", "split", "revision")
         if any(getattr(self, key) != getattr(other, key) for key in keys):
+            return False
+        if posixpath.normpath(self.place) != posixpath.normpath(other.place):
             return False
         return self.part[0] < other.part[1] and other.part[0] < self.part[1]
 

@@ -245,6 +245,8 @@ class Study(SettingsTable):
     @model_validator(mode="after")
     def _roles(self) -> Self:
         calibration, search, report = self.data.calibration, self.data.validation, self.data.test
+        if self.model.probe is not None:
+            self._check_probe(self.model.probe)
         data = "texts" if self.images is None else "images"
         if self.protocol == "paper":
             if report is not None:
@@ -265,8 +267,6 @@ class Study(SettingsTable):
                 raise ValueError(
                     f"{data}.{role}: reads the same {what} as {data}.{name}; give it another split or part"
                 )
-        if self.model.probe is not None:
-            self._check_probe(self.model.probe)
         return self
 
     def _check_probe(self, probe: Probe) -> None:
