@@ -213,7 +213,8 @@ def drawn(summary: Summary) -> int:
 
 def draws_note(summary: Summary) -> str:
     """The legend of numbers over draws; "" without draws."""
-    how = "test text, calibrated with other windows each time, mean ± standard deviation"
+    test, items = ("test images", "images") if summary.hits else ("test text", "windows")
+    how = f"{test}, calibrated with other {items} each time, mean ± standard deviation"
     return f"{drawn(summary)} draws: {how}" if drawn(summary) else ""
 
 
