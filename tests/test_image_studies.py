@@ -346,6 +346,11 @@ def test_a_folder_of_photographs(place: Path, tmp_path: Path) -> None:
         ),
         ("trials = 6", "trials = 6\nscore = 'next-token'", "search.score: images have one score"),
         ("[search]", "[continuations]\nprompts = ['x']\n[search]", "continuations: a classifier continues no"),
+        (
+            "[images.calibration]",
+            '[model.probe]\nsource = "idx:train-images-idx3-ubyte.gz"\n\n[images.calibration]',
+            "images.validation: reads the same images as model.probe",
+        ),
         ("[search]", "[texts]\nbos = true\n[search]", "texts.calibration: is needed"),
         ("trials = 6", "trials = 6\nobjective = 'accuracy'", "search.objective: accuracy is measured and shown"),
     ],

@@ -628,3 +628,19 @@ def test_the_shipped_studies_are_read(name: str) -> None:
     assert study.images is not None and study.images.calibration.draws == 3
     assert not any(key.startswith(("texts.", "search.score")) for key in facts(study) if key != "search.score")
     assert facts(load("smol").study).keys() == {key for key in facts(load("smol").study) if "images" not in key}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("search.score=classes", "search.score: classes is the score of images, and this study has texts"),
+        ("model.probe={source = 'idx:x'}", "model.probe: is for models of images, and this study has texts"),
+        (
+            "images={calibration = {source = 'idx:x'}, validation = {source = 'idx:y'}}",
+            "texts: a study has either texts",
+        ),
+    ],
+)
+def test_a_study_of_texts_takes_nothing_of_images(change: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        load("smol", [change])

@@ -51,6 +51,7 @@ class Replay:
         self.checkpoint = checkpoint
         self.inputs = inputs
         self._calls: dict[tuple[int, int], list[Call]] = {}
+        self._blank: dict[int, Batch] = {}  # a batch of the last size that crossed a step
         self._steps: set[int] = set()  # blocks after which the model computes something before the next block
         self._rest = self._outputs_of_all() if inputs.has_steps else self._outputs_beside_hidden()
 
@@ -81,9 +82,10 @@ class Replay:
                 raise Reached
             return self._wrap(i, hidden if i == index else split(args, kwargs)[0])
 
-        blank, *_ = self.inputs.examples(self.checkpoint, len(hidden), 1)
+        if len(hidden) not in self._blank:
+            self._blank = {len(hidden): self.inputs.examples(self.checkpoint, len(hidden), 1)[0]}
         with bypassed(self.checkpoint.blocks, stand_in), suppress(Reached):
-            self.forward(blank)
+            self.forward(self._blank[len(hidden)])
         return found[0]
 
     def within(self, index: int, weights: dict[str, Tensor], body: Callable[[], T]) -> T:

@@ -62,11 +62,16 @@ def _section(contents: Contents, index: int) -> dict[str, Any]:
     summary = contents.summary
     drawn = figures.draw(summary)
     went = draw_history(summary)
+    made = _drawn({**drawn, **({"history": went} if went else {})})
+    if summary.hits:  # axes name the validation text
+        made = {
+            name: (title, data.replace("validation text", "validation images")) for name, (title, data) in made.items()
+        }
     return {
         "id": f"study-{index + 1}",
         "contents": contents,
         "summary": summary,
-        "figures": _drawn({**drawn, **({"history": went} if went else {})}),
+        "figures": made,
         "headline": tables.points(summary) if summary.interval else tables.headline(summary),
         "front": tables.front(summary) if summary.front and not summary.interval else None,
         "ranks": tables.ranks(summary) if len(summary.ranks) > 1 and not summary.interval else None,

@@ -100,7 +100,8 @@ def ranks(summary: Summary) -> ReportTable:
         hits = hit_cells(summary, rank.trial) if summary.hits else ()
         change = changed(rank.against, rank.on)
         rows.append((name, str(rank.trial.number), *cells(rank.scores), change, *over, *kls, *hits))
-    head = ("best of", "trial", "validation text", "test text", "against uniform")
+    data = "images" if summary.hits else "text"
+    head = ("best of", "trial", f"validation {data}", f"test {data}", "against uniform")
     over = (f"test text, {draws} draws", f"against uniform, {draws} draws") if draws else ()
     more = ("KL, validation text", "KL, test text", "KL against uniform") if has_kl else ()
     accuracy = ACCURACY if summary.hits else ()

@@ -187,7 +187,7 @@ def _bytes_column(summary: Summary) -> str:
 
 
 def _has_bytes(summary: Summary) -> bool:
-    return any(point.packed_bytes is not None for point in summary.points)
+    return not summary.hits and any(point.packed_bytes is not None for point in summary.points)  # classifiers: no pack
 
 
 def dense_speed(summary: Summary) -> float | None:
@@ -219,7 +219,8 @@ def drawn(summary: Summary) -> int:
 
 def draws_note(summary: Summary) -> str:
     """The legend of numbers over draws; "" without draws."""
-    how = "test text, calibrated with other windows each time, mean ± standard deviation"
+    test, items = ("test images", "images") if summary.hits else ("test text", "windows")
+    how = f"{test}, calibrated with other {items} each time, mean ± standard deviation"
     return f"{drawn(summary)} draws: {how}" if drawn(summary) else ""
 
 

@@ -15,7 +15,7 @@ from atp_tune.allocations import ALLOCATIONS
 from atp_tune.frozen import OneOf, SettingsTable
 from atp_tune.plugins import IN_SCHEMA, short_name
 from atp_tune.spec.former import FormerPlace, present_place
-from atp_tune.spec.images import CLASSES, ImageSet, ImageSets, Probe
+from atp_tune.spec.images import CLASSES, ImageSet, ImageSets, Probe, check_study
 from atp_tune.spec.patterns import parse
 from atp_tune.spec.prune import PruneConfig, check_names
 from atp_tune.spec.search import DENSITY, STEP, LimitConfig, SearchConfig, Share
@@ -222,31 +222,12 @@ class Study(SettingsTable):
 
     @model_validator(mode="after")
     def _of_images(self) -> Self:
-        """Refuses settings that do not go with an image classifier, or with a language model."""
-        if self.images is None:
-            if self.model.probe is not None:
-                raise ValueError("model.probe: is for models of images, and this study has texts; leave it out")
-            if short_name(self.search.score) == CLASSES:
-                raise ValueError("search.score: classes is the score of images, and this study has texts; leave it out")
-            return self
-        for key, is_given, reason in (
-            ("texts", self.texts is not None, "a study has either texts or images; leave one of them out"),
-            ("search.score", "score" in self.search.model_fields_set, "images have one score, classes; leave it out"),
-            ("continuations", self.continuations.prompts != (), "a classifier continues no prompts; leave it out"),
-            (
-                "limit.min_accuracy", self.limit is not None and self.limit.min_accuracy is not None,
-                "is measured on tasks of texts; take max_increase, of the perplexity over classes",
-            ),
-        ):  # fmt: skip
-            if is_given:
-                raise ValueError(f"{key}: {reason}")
+        check_study(self)
         return self
 
     @model_validator(mode="after")
     def _roles(self) -> Self:
         calibration, search, report = self.data.calibration, self.data.validation, self.data.test
-        if self.model.probe is not None:
-            self._check_probe(self.model.probe)
         data = "texts" if self.images is None else "images"
         if self.protocol == "paper":
             if report is not None:
@@ -268,12 +249,6 @@ class Study(SettingsTable):
                     f"{data}.{role}: reads the same {what} as {data}.{name}; give it another split or part"
                 )
         return self
-
-    def _check_probe(self, probe: Probe) -> None:
-        for role in ("validation", "test"):
-            images = getattr(self.images, role)
-            if images is not None and images.overlaps(probe):
-                raise ValueError(f"images.{role}: reads the same images as model.probe; give it another split or part")
 
     @model_validator(mode="after")
     def _ranged(self) -> Self:
