@@ -82,7 +82,7 @@ def foresee(file: StudyFile, name: str, watch: EventHandler) -> Forecast:
     setup = ContextConfig.of_study(file.study, file.folder, bool(fingerprint.bos_of(file.study, _stored(file, name))))
     device = find_device(setup.device)
     dtype = find_dtype(setup.model.dtype, device)
-    watch(Message("loading the model and the texts"))
+    watch(Message(f"loading the model and the {file.study.items}"))
     folder = resolve(setup.model, setup.base, lambda text: watch(Message(text)))
     known = _known(file, name, setup, folder, device, dtype.itemsize)
     context, rates = None, None

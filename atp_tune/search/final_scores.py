@@ -150,7 +150,8 @@ def _measure(
             return WindowScores(study.user_attrs["dense"], [], study.user_attrs.get("dense_ranks", []))
         return WindowScores(trial.user_attrs["nlls"], *(trial.user_attrs.get(key, []) for key in ("kls", "ranks")))
     plan = None if trial is None else space.plan_of(trial)
-    title = f"draw {draw + 1} of {spec.calibration.draws}:" if draw else "test text:"
+    test = "test text:" if run.file.study.images is None else "test images:"
+    title = f"draw {draw + 1} of {spec.calibration.draws}:" if draw else test
     title += f" trial {name}" if trial else " dense model"
     run.watch(TrialStarted(title, plan))
     drawn = context.drawn(draw) if draw else context

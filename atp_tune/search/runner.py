@@ -249,8 +249,8 @@ def open_context(run: StudyRun, study: optuna.Study | None = None) -> "TrialCont
     from atp_tune.checkpoints.devices import oom_as_user_error
     from atp_tune.search.context import ContextConfig, TrialContext
 
-    run.note("loading the model and the texts")
     spec = run.file.study
+    run.note(f"loading the model and the {spec.items}")
     setup = ContextConfig.of_study(spec, run.file.folder, fingerprint.bos_of(spec, study))
     with oom_as_user_error("loading"):
         return TrialContext.open(setup, run.watch)

@@ -323,6 +323,11 @@ class Study(SettingsTable):
         return self.sparsity[1] if isinstance(self.sparsity, tuple) else self.sparsity
 
     @property
+    def items(self) -> str:
+        """What the model reads, for people."""
+        return "texts" if self.images is None else "images"
+
+    @property
     def compares_all(self) -> bool:
         """Whether every trial is a point of a front, or uniform beside one, so that the test text is read for each."""
         is_front = self.interval is not None and self.limit is None and self.search.trials is None
