@@ -34,7 +34,7 @@ from atp_tune.cache import write_out
 from atp_tune.errors import UserError
 from atp_tune.spec.config import Config
 from atp_tune.spec.patterns import parse
-from atp_tune.spec.study import Text
+from atp_tune.spec.texts import Text
 
 ARGUMENTS = {
     "block": 'pipeline="sequential"',

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from atp_tune.errors import UserError
 from atp_tune.metrics.limits import Limit
-from atp_tune.spec.study import Text, short_source
+from atp_tune.spec.texts import Text, short_source
 
 if TYPE_CHECKING:
     from atp_tune.checkpoints.models import ModelFolder

@@ -27,7 +27,8 @@ from atp_tune.presets import (
     texts_from_hub,
 )
 from atp_tune.pruners import PRUNERS
-from atp_tune.spec.study import MEMORY, ModelConfig, Study
+from atp_tune.spec.study import ModelConfig, Study
+from atp_tune.spec.texts import MEMORY
 from atp_tune.spec.typed import Interval, in_percent
 
 if TYPE_CHECKING:

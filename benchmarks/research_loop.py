@@ -89,8 +89,9 @@ def prepare(work: Path, changes: list[str]) -> None:
     from atp_tune.inputs.documents import documents
     from atp_tune.inputs.windows import Windows
     from atp_tune.search.context import ContextConfig, TrialContext
-    from atp_tune.spec.study import Data, Text
+    from atp_tune.spec.study import Data
     from atp_tune.spec.studyfile import load
+    from atp_tune.spec.texts import Text
 
     study = (file := load("smol", changes)).study
     data = study.data

@@ -24,7 +24,7 @@ from atp_tune.spec.config import (
     read_config,
 )
 from atp_tune.spec.prune import PruneConfig
-from atp_tune.spec.study import Text
+from atp_tune.spec.texts import Text
 
 GOLDEN = Path(__file__).parent / "golden" / "config.json"
 FORMER = Path(__file__).parent / "former" / "config-0.1.json"

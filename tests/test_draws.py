@@ -25,7 +25,7 @@ from atp_tune.results.summary import summarise, undrawn
 from atp_tune.scores import WindowScores
 from atp_tune.search.context import ContextConfig, TrialContext
 from atp_tune.spec.config import read_config
-from atp_tune.spec.study import Calibration
+from atp_tune.spec.texts import Calibration
 
 THREE = "texts.calibration.draws=3"
 

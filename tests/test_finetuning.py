@@ -24,7 +24,7 @@ from atp_tune.sparse.finetuning import finetune
 from atp_tune.sparse.provenance import ABOUT, FINETUNED, Finetuned, Settings, origin, read_text, rooted
 from atp_tune.sparse.training import order
 from atp_tune.spec.config import read_config
-from atp_tune.spec.study import Text
+from atp_tune.spec.texts import Text
 
 SHORT = ("--steps", "6", "--batch", "4", "--tokens", str(TOKENS), "--learning-rate", "0.01")
 SETTINGS = Settings(steps=6, rank=4, alpha=8, learning_rate=0.01, seqlen=TOKENS, batch=4, seed=0)

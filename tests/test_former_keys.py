@@ -25,8 +25,9 @@ from atp_tune.spec.former import (
     present_value,
     stored_value,
 )
-from atp_tune.spec.study import Study, Text
+from atp_tune.spec.study import Study
 from atp_tune.spec.studyfile import from_settings, load, settings
+from atp_tune.spec.texts import Text
 from atp_tune.storage.fingerprint import CHANGED, check_facts, create_study, is_screening
 from atp_tune.storage.validation import checked_trial
 

@@ -15,8 +15,9 @@ from atp_tune.errors import UserError
 from atp_tune.inputs.documents import documents
 from atp_tune.presets import HUB_TEXTS, PARTS, PRESETS, search_over_interval, texts_from, texts_from_hub
 from atp_tune.spec.config import read_config
-from atp_tune.spec.study import ModelConfig, Study, Text
+from atp_tune.spec.study import ModelConfig, Study
 from atp_tune.spec.studyfile import load
+from atp_tune.spec.texts import Text
 from atp_tune.spec.typed import goal, parse_limit, parse_sparsity
 from atp_tune.storage.progress import best_trial, counted, excess_of
 from atp_tune.study_request import StudyRequest

@@ -39,9 +39,10 @@ from atp_tune.spec.plugged import named_in, parts_of, plug_in, plug_in_config, r
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.schema import study_schema
 from atp_tune.spec.search import SAMPLERS
-from atp_tune.spec.study import Study, Text
+from atp_tune.spec.study import Study
 from atp_tune.spec.studyfile import from_settings, load
 from atp_tune.spec.studyfile import settings as settings_of
+from atp_tune.spec.texts import Text
 from atp_tune.spec.writing import study_text
 from atp_tune.study_request import StudyRequest
 

@@ -13,7 +13,7 @@ import pytest
 from atp_tune.errors import UserError
 from atp_tune.inputs.documents import documents, hub_arguments, source_content
 from atp_tune.inputs.hub import Column
-from atp_tune.spec.study import Text
+from atp_tune.spec.texts import Text
 
 
 def message(text: Text, base: Path) -> str:

@@ -17,7 +17,7 @@ from atp_tune.cache import sha256_of, sha256_of_json
 from atp_tune.errors import UserError
 from atp_tune.inputs.documents import source_content
 from atp_tune.inputs.windows import Windows, check_disjoint, first_windows, recut, token_windows
-from atp_tune.spec.study import Text
+from atp_tune.spec.texts import Text
 
 TOPICS = [pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics)]
 TOPICS_SOURCE = "package:pydoc_data.topics:topics"
@@ -202,8 +202,8 @@ def test_a_second_call_imports_no_transformers(folder: Path, cache: Path, tmp_pa
     source = write(tmp_path / "a.jsonl", *TOPICS[:3])
     token_windows(Text(source=source, seqlen=32), folder, tmp_path)
     script = (
-        "import sys; from pathlib import Path; from atp_tune.spec import study; from atp_tune.inputs import windows\n"
-        f"text = study.Text(source={source!r}, seqlen=32)\n"
+        "import sys; from pathlib import Path; from atp_tune.spec import texts; from atp_tune.inputs import windows\n"
+        f"text = texts.Text(source={source!r}, seqlen=32)\n"
         f"windows.token_windows(text, Path({str(folder)!r}), Path({str(tmp_path)!r}))\n"
         "print([name for name in ('torch', 'transformers', 'datasets', 'optuna') if name in sys.modules])"
     )

@@ -24,8 +24,9 @@ from atp_tune.sparse.applying import config_of, measured_folder, only_plan, writ
 from atp_tune.sparse.shards import check_free
 from atp_tune.spec.finding import BARE
 from atp_tune.spec.prune import PruneConfig
-from atp_tune.spec.study import Data, ModelConfig, Text
+from atp_tune.spec.study import Data, ModelConfig
 from atp_tune.spec.studyfile import StudyFile, load
+from atp_tune.spec.texts import Text
 from atp_tune.spec.typed import one_sparsity
 from atp_tune.storage import fingerprint, opening
 from atp_tune.study_request import check_text, source_of

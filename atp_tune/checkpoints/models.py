@@ -26,6 +26,7 @@ from atp_tune.checkpoints.unpacking import is_packed, unpack_folder
 from atp_tune.errors import UserError
 from atp_tune.paths import is_special, written
 from atp_tune.spec import study
+from atp_tune.spec.texts import MEMORY
 
 if TYPE_CHECKING:
     import torch
@@ -95,7 +96,7 @@ def resolve(model: study.ModelConfig, base: Path, notify: Notify = silent) -> Mo
 
     `notify` gets one line for each slow step. Errors: UserError that names the key and a remedy.
     """
-    if model.source.startswith(study.MEMORY):
+    if model.source.startswith(MEMORY):
         from atp_tune.checkpoints.lending import find
 
         return find(model.source)

@@ -28,7 +28,7 @@ from atp_tune.results.trials import is_uniform, score_of, uniform_among
 from atp_tune.spec.config import Divergences, Scores
 from atp_tune.spec.former import present_facts
 from atp_tune.spec.plugged import permission
-from atp_tune.spec.study import short_source
+from atp_tune.spec.texts import short_source
 from atp_tune.storage.artifacts import MADE_ANEW
 from atp_tune.storage.lost_trials import is_lost
 

@@ -18,7 +18,7 @@ from atp_tune.inputs.hub import HubDataset
 from atp_tune.plugins import digest, short_name
 from atp_tune.registry import Registry
 from atp_tune.spec.plugged import parts_of
-from atp_tune.spec.study import Text, short_source
+from atp_tune.spec.texts import Text, short_source
 
 KNOWN = "c4, wikitext2, hub:ORG/NAME, file:PATH, package:MODULE:ATTRIBUTE, package:MODULE/FILE.txt or a plug-in"
 

@@ -12,7 +12,7 @@ from atp_tune.errors import UserError, is_text
 from atp_tune.extras import require
 from atp_tune.inputs.hub import check_column
 from atp_tune.paths import written
-from atp_tune.spec.study import Text
+from atp_tune.spec.texts import Text
 
 
 class LocalFile:

@@ -8,7 +8,7 @@ from typing import Any
 from atp_tune.cache import sha256_of_json
 from atp_tune.errors import UserError, is_text
 from atp_tune.inputs.local import check_no_hub_keys
-from atp_tune.spec.study import MEMORY, Text
+from atp_tune.spec.texts import MEMORY, Text
 
 COLUMN = "text"
 

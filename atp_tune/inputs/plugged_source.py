@@ -9,7 +9,7 @@ from atp_tune.errors import PluginError, UserError, is_text
 from atp_tune.plugins import guarded
 from atp_tune.registry import Origin
 from atp_tune.spec.plugged import parts_of
-from atp_tune.spec.study import Text
+from atp_tune.spec.texts import Text
 
 
 class PluginSource:

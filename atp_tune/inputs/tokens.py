@@ -16,7 +16,7 @@ from atp_tune.errors import UserError
 from atp_tune.inputs import InputKind
 from atp_tune.inputs.windows import Windows, check_disjoint, first_windows, stretches, token_windows
 from atp_tune.spec.facts import BOS
-from atp_tune.spec.study import Text
+from atp_tune.spec.texts import Text
 
 
 class TokenWindows:

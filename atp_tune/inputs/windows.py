@@ -28,7 +28,7 @@ from atp_tune.checkpoints.models import Notify, silent
 from atp_tune.checkpoints.trust import CODE
 from atp_tune.errors import UserError
 from atp_tune.inputs.documents import documents, source_content
-from atp_tune.spec.study import Text, short_source
+from atp_tune.spec.texts import Text, short_source
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ from atp_tune.inputs.windows import Windows, bos_of, first_windows, load_tokeniz
 from atp_tune.metrics.bos import TOKENS, WINDOWS, BosEffect
 from atp_tune.scores.evaluation import Block, final_states, head_scores
 from atp_tune.scores.next_token import NEXT_TOKEN
-from atp_tune.spec.study import Text
+from atp_tune.spec.texts import Text
 
 
 @torch.inference_mode()

@@ -45,7 +45,8 @@ from atp_tune.spec.images import CLASSES, IMAGES
 from atp_tune.spec.patterns import Pattern, parse
 from atp_tune.spec.plugged import plug_in_config
 from atp_tune.spec.prune import PruneConfig
-from atp_tune.spec.study import Data, ModelConfig, Study, Text
+from atp_tune.spec.study import Data, ModelConfig, Study
+from atp_tune.spec.texts import Text
 from atp_tune.spec.typed import Interval
 
 

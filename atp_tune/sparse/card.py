@@ -25,7 +25,8 @@ from atp_tune.spec.config import Compared, Config
 from atp_tune.spec.facts import is_local_text
 from atp_tune.spec.images import ImageSet
 from atp_tune.spec.patterns import parse
-from atp_tune.spec.study import MEMORY, Data, short_source
+from atp_tune.spec.study import Data
+from atp_tune.spec.texts import MEMORY, short_source
 
 PROCESSOR = ("processor_config.json", "preprocessor_config.json")  # of models that read images and texts
 HEAD = re.compile(r"\A\s*---\n.*?\n---\n", re.DOTALL)  # the metadata at the head of a card

@@ -31,7 +31,8 @@ from atp_tune.sparse.provenance import FINETUNED, Finetuned, PrunedWith, Setting
 from atp_tune.sparse.shards import Shards, check_free, sparse_folder
 from atp_tune.spec.plugged import plug_in_texts
 from atp_tune.spec.prune import PruneConfig
-from atp_tune.spec.study import Data, ModelConfig, Text
+from atp_tune.spec.study import Data, ModelConfig
+from atp_tune.spec.texts import Text
 from atp_tune.storage.process_identity import versions
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from atp_tune.spec.config import Config, read_config
 from atp_tune.spec.facts import is_local_text
 from atp_tune.spec.former import present_keys
 from atp_tune.spec.manifest import Manifest, environment, sha256_by_name
-from atp_tune.spec.study import Data, Text
+from atp_tune.spec.study import Data
+from atp_tune.spec.texts import Text
 
 ABOUT, FINETUNED = "atp_tune.json", "atp_tune.finetune.json"
 CARD = "README.md"

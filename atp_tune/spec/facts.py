@@ -10,7 +10,8 @@ from atp_tune.spec.images import LOCAL, ImageSet
 from atp_tune.spec.plugged import contents, parts_of
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.search import NEXT_TOKEN, ScreenConfig
-from atp_tune.spec.study import Study, Text
+from atp_tune.spec.study import Study
+from atp_tune.spec.texts import Text
 
 Fact: TypeAlias = str | int | float | bool | list[str] | list[float]
 

@@ -22,7 +22,8 @@ from atp_tune.registry import Origin, Registry
 from atp_tune.spec.manifest import SHA256
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.search import SAMPLERS, SCORES
-from atp_tune.spec.study import Data, Study, Text
+from atp_tune.spec.study import Data, Study
+from atp_tune.spec.texts import Text
 
 if TYPE_CHECKING:
     from atp_tune.spec.config import Config
