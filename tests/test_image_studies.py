@@ -31,6 +31,7 @@ from transformers import (
 
 from atp_tune.allocations import ALLOCATIONS
 from atp_tune.errors import UserError
+from atp_tune.inputs import probe as probes
 from atp_tune.metrics.accuracy import accuracy, gain
 from atp_tune.metrics.perplexity import perplexity
 from atp_tune.pruners import PRUNERS
@@ -282,8 +283,8 @@ def test_a_study_resumes_and_knows_its_images(place: Path) -> None:
         run(place, "search.trials=7")
 
 
-def test_a_probe_is_fitted_once(place: Path) -> None:
-    """A model without a classifier gets one; without the table it is refused."""
+def test_a_probe_is_fitted_once(place: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model without a classifier gets one; without the table it is refused. On another machine the study goes on."""
     torch.manual_seed(0)
     shutil.rmtree(place / "model")
     Dinov2Model(
@@ -306,6 +307,10 @@ def test_a_probe_is_fitted_once(place: Path) -> None:
     notes.clear()
     run(place, "search.trials=3", watch=lambda event: notes.append(getattr(event, "text", "")))
     assert not any("fitting" in note for note in notes)
+    shutil.rmtree(cache / "models" / "probe")
+    own = probes.fitted
+    monkeypatch.setattr(probes, "fitted", lambda *asked: tuple(found * (1 + 1e-6) for found in own(*asked)))
+    assert len(run(place, "search.trials=4").trials) == 4
     config = read_config(place / "tiny.best.json")
     assert config.model.probe is not None and config.model.probe.size == 16
 
