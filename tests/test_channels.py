@@ -347,6 +347,17 @@ def test_more_than_the_mlp_has_is_refused() -> None:
         work.budget(0.7)
 
 
+def test_the_setting_that_bounds_the_sparsity_is_named() -> None:
+    model = tiny("llama")
+    for step, heads, said in (
+        (64, False, "of 40 channels of an MLP a multiple of 64 must stay, so that the sparsity is 0 at most, not 0.2;"),
+        (40, True, "of 40 channels of an MLP a multiple of 40 must stay, so that the sparsity is 0 at most, not 0.2;"),
+        (30, False, r"of 40 channels of an MLP a multiple of 30 must stay, so that the sparsity is 0.\d+ at most"),
+    ):
+        with pytest.raises(UserError, match=f"^prune.channels.round_to: {said}.* lower it$"):
+            bench_of(model, settings(round_to=step, heads=heads)).budget(0.2)
+
+
 def test_the_bound_of_beta_keeps_every_block_within_what_channels_can_make() -> None:
     work = bench_of(tiny("llama"), settings())
     budget = work.budget(0.4)
