@@ -29,7 +29,7 @@ from atp_tune.sparse import slim
 from atp_tune.sparse.applying import plan_of, write_sparse
 from atp_tune.sparse.own_code import OURS
 from atp_tune.sparse.packing import pack_folder, write_to_pack
-from atp_tune.sparse.slim import write_slim
+from atp_tune.sparse.slim import check_pattern, write_slim
 from atp_tune.spec.config import Config, read_config
 from atp_tune.spec.patterns import parse
 from atp_tune.spec.prune import PruneConfig
@@ -106,7 +106,7 @@ def logits(model: Any) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("family", few(FAMILIES, ("llama", "gpt2", "gpt_neox")))
+@pytest.mark.parametrize("family", few(FAMILIES, ("llama",)))
 def test_a_slim_model_is_the_masked_one(family: str, make: Make, tmp_path: Path) -> None:
     masked, folder = (load(place) for place in make(family))
     before, after = (sum(p.numel() for p in model.parameters()) for model in (masked, folder))
@@ -326,7 +326,7 @@ def said_by(events: list[Event]) -> list[str]:
     return [event.text for event in events if isinstance(event, Message)]
 
 
-@pytest.mark.parametrize("fits", [True, False])
+@pytest.mark.parametrize("fits", few([True, False], [True]))
 def test_a_small_difference_is_not_hidden_by_bfloat16(
     fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -387,11 +387,10 @@ def test_a_family_whose_code_counts_its_heads_is_refused(tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
-def test_other_patterns_are_refused(tmp_path: Path) -> None:
-    work, plan, config = prepared("llama", tmp_path, 0.02, 0.3)
-    config = config.model_copy(update={"prune": PruneConfig(pattern="2:4")})
+def test_other_patterns_are_refused() -> None:
+    config = read_config(GOLDEN).model_copy(update={"prune": PruneConfig(pattern="2:4")})
     with pytest.raises(UserError, match=r'^--slim: only whole channels can be cut, and prune.pattern is "2:4"'):
-        write_slim(work, plan, tmp_path / "out", config)
+        check_pattern(config)
 
 
 # by the command line
