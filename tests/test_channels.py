@@ -352,9 +352,7 @@ def test_more_than_the_mlp_has_is_refused() -> None:
     ("step", "heads", "highest"), [(64, False, "0"), (10, False, "0"), (10, True, "0"), (7, False, r"0\.1714")]
 )
 def test_the_setting_that_bounds_the_sparsity_is_named(step: int, heads: bool, highest: str) -> None:
-    said = (
-        f"of 10 channels of an MLP a multiple of {step} must stay, so that the sparsity is {highest} at most, not 0.2;"
-    )
+    said = f"of 10 channels of an MLP a multiple of {step} must stay, so that the sparsity is {highest} at most"
     with pytest.raises(UserError, match=f"^prune.channels.round_to: {said}, not 0.2; lower it$"):
         raise too_sparse(0.2, [block(step, heads)] * 3, ChannelSettings(round_to=step, heads=heads))
 
