@@ -3,7 +3,8 @@ r"""Export formats of a configuration: JSON for this program, llm-compressor's r
 They need only the configuration, neither torch nor the model. A format is a function and a row of `FORMATS`.
 
 yaml, csv  the sparsities as a table. block: index from 0; module: name in the model of the block, or of the linear if
-sparsities differ within blocks; sparsity: share of zeros, of each row or of the matrix, depending on the pruner.
+sparsities differ within blocks; sparsity: share of zeros, of each row or of the matrix, depending on the pruner. Where
+whole channels go it is the share of the channels, rows or columns, and the table says so: `shares_of`.
 
 llm-compressor (0.14)  a recipe whose `oneshot` then prunes as `apply` does.
 
@@ -55,9 +56,10 @@ NAME = re.compile(r"\w+(\.\w+)*(\[\d+\])?")
 def as_csv(config: Config) -> str:
     """The table as CSV with a header."""
     text = io.StringIO()
-    lines = csv.DictWriter(text, ["block", "module", "sparsity"], lineterminator="\n")
+    more = _shares(config)
+    lines = csv.DictWriter(text, ["block", "module", "sparsity", *more], lineterminator="\n")
     lines.writeheader()
-    lines.writerows(rows(config))
+    lines.writerows(row | more for row in rows(config))
     return text.getvalue()
 
 
@@ -68,11 +70,17 @@ def as_yaml(config: Config) -> str:
         "model": config.model.id,
         "pruner": config.pruner,
         "pattern": config.prune.pattern,
-        "settings": config.prune.settings(config.pruner),
+        "settings": config.prune.told(config.pruner),
         **config.prune.refinement,
         "sparsity": config.sparsity.model_dump(),
+        **_shares(config),
     }
     return yaml.safe_dump({**head, "modules": list(rows(config))}, sort_keys=False, allow_unicode=True)
+
+
+def _shares(config: Config) -> dict[str, str]:
+    """What the sparsities are shares of, if not of single weights."""
+    return {"shares_of": "whole channels"} if parse(config.prune.pattern).channels else {}
 
 
 def rows(config: Config) -> Iterator[dict[str, Any]]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from atp_tune.allocations import ALLOCATIONS, Budget, LinearSparsities
 from atp_tune.allocations.budget import SYMBOLS, Score
-from atp_tune.allocations.channels import rounded
+from atp_tune.allocations.channels import means, rounded
 from atp_tune.errors import UserError
 from atp_tune.spec.patterns import Pattern
 
@@ -79,7 +79,7 @@ def make_plan(
     blocks = tuple(s for s in shared if not isinstance(s, tuple))
     if pattern.channels:
         linears = rounded(_one_per_block(allocation, blocks, budget), budget.channels, budget.target)
-        return Plan(pruner, allocation, _means(linears, budget), parameters, linears)
+        return Plan(pruner, allocation, means(linears, budget.channels), parameters, linears)
     if blocks:
         return Plan(pruner, allocation, pattern.round(blocks, budget.sizes), parameters)
     linears = _rounded(tuple(s for s in shared if isinstance(s, tuple)), budget, pattern)
@@ -93,14 +93,6 @@ def _one_per_block(allocation: str, blocks: tuple[float, ...], budget: Budget) -
             "them at once; take uniform, atp, curve, owl or alphapruning"
         )
     return blocks
-
-
-def _means(linears: LinearSparsities, budget: Budget) -> tuple[float, ...]:
-    """The sparsity of each block, from the shares of its linears that go."""
-    return tuple(
-        sum(share * size for share, (_, size) in zip(row, block.linears, strict=True)) / block.size
-        for row, block in zip(linears, budget.channels, strict=True)
-    )
 
 
 def _rounded(linears: LinearSparsities, budget: Budget, pattern: Pattern) -> LinearSparsities:

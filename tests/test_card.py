@@ -16,7 +16,7 @@ from tinystudy import BLOCKS, CommandLine
 
 from atp_tune.metrics.speed import Measured, Rates, Sizes, Speed
 from atp_tune.sparse.card import Dense, model_card
-from atp_tune.spec.config import Baselines, Config, EvaluationTexts, read_config
+from atp_tune.spec.config import AllocationRef, Baselines, Config, EvaluationTexts, read_config
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.texts import Text
 
@@ -112,6 +112,37 @@ def test_folders_of_the_machine_are_not_told(tmp_path: Path) -> None:
     assert "secret" not in str(made)
     assert "texts/" not in str(made)
     assert "llama-x at 60.0% sparsity" in body(made)
+
+
+# --- whole channels
+
+
+def channels(**changes: Any) -> Config:
+    shares = {"block_sparsities": (0.25, 0.26, 0.25), "linear_sparsities": ((0.3, 0.2), (0.3, 0.21), (0.3, 0.2))}
+    prune = PruneConfig(pattern="channels", pruners=("wanda", "magnitude"))
+    return config(**{**shares, "pruner": "wanda", "prune": prune, "linears": None, **changes})
+
+
+def test_settings_of_channels_are_told() -> None:
+    told = "heads = False, {}refit = True, damping = 0.01, round\\_to = 8"
+    facts = dict(rows(card(channels()), "## How it was made"))
+    assert facts["pruner"] == "wanda, " + told.format("score = norm, ")
+    facts = dict(rows(card(channels(pruner="magnitude")), "## How it was made"))
+    assert facts["pruner"] == "magnitude, " + told.format("")
+
+
+def test_uniform_channels_are_called_uniform() -> None:
+    made = card(channels(allocation=AllocationRef(name="uniform", beta=None)))
+    assert "Every block has the same share of zeros, but for rounding." in body(made)
+    assert "its own share" not in body(made)
+    assert made.data.tags[-1] == "uniform"
+    assert "its own share" in body(card(channels()))
+
+
+def test_a_slim_folder_claims_what_was_measured() -> None:
+    said = " ".join(body(card(channels(slim=True))).split())
+    assert "usually faster, without a kernel of its own. Measured once, on a CPU in float32: SmolLM2-135M" in said
+    assert "every device" not in said
 
 
 # --- the page

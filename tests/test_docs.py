@@ -129,6 +129,14 @@ def test_python_compiles_and_its_names_exist(block: Block) -> None:
             assert node.attr in atp_tune.__all__
 
 
+def test_no_placeholder_is_left() -> None:
+    """Figures that were to be filled in."""
+    text = {suffix: [*REPO.glob(f"docs/**/*{suffix}"), *REPO.glob(f"studies/*{suffix}")] for suffix in (".md", ".toml")}
+    assert text[".md"] and text[".toml"]
+    for path in [README, *text[".md"], *text[".toml"]]:
+        assert "@@" not in path.read_text(encoding="utf-8"), path
+
+
 def test_extras_exist() -> None:
     for path in PAGES:
         for extras in re.findall(r"(?:'\.|atp-tune)\[([\w,]+)\]", path.read_text(encoding="utf-8")):

@@ -27,7 +27,7 @@ from atp_tune.errors import UserError
 from atp_tune.events import ignore_events
 from atp_tune.exporting import FORMATS, as_csv, as_recipe, as_yaml, kind_of
 from atp_tune.inputs.windows import token_windows
-from atp_tune.pruners.settings import SparseGPTSettings, WandaSettings
+from atp_tune.pruners.settings import ChannelSettings, SparseGPTSettings, WandaSettings
 from atp_tune.spec.config import Config, read_config
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.storage.progress import measured
@@ -60,6 +60,18 @@ def recipe(**changes: Any) -> Any:
 )  # fmt: skip
 def test_which_format_is_meant(given: str | None, out: str | None, kind: str) -> None:
     assert kind_of(given, Path(out) if out else None) == kind
+
+
+def test_tables_say_that_shares_are_of_whole_channels() -> None:
+    prune = PruneConfig(pattern="channels", pruners=("wanda",), channels=ChannelSettings(heads=True, round_to=4))
+    made = config(pruner="wanda", prune=prune, **BY_LINEAR)
+    table = yaml.safe_load(as_yaml(made))
+    assert table["shares_of"] == "whole channels"
+    assert table["settings"] == prune.channels.model_dump()
+    lines = list(csv.DictReader(as_csv(made).splitlines()))
+    assert {line["shares_of"] for line in lines} == {"whole channels"}
+    assert [float(line["sparsity"]) for line in lines] == [0.5, 0.6, 0.55, 0.65, 0.7]
+    assert "shares_of" not in as_csv(config()) + as_yaml(config())
 
 
 @pytest.mark.slow

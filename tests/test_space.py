@@ -7,6 +7,7 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from atp_tune.allocations import Budget, Shape
+from atp_tune.allocations.channels import BlockChannels, ChannelSet
 from atp_tune.errors import UserError
 from atp_tune.search.space import Space, make_space
 from atp_tune.spec.study import Study
@@ -251,3 +252,17 @@ def test_a_measured_trial_keeps_its_plan() -> None:
 def test_a_trial_of_another_model_is_refused(stored: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"^trial -1: its stored sparsities are not those of this model"):
         space_for(study_of(), SIZES, linears=2).plan_of(trial_of(**stored))
+
+
+def test_a_measured_trial_of_channels_keeps_its_plan() -> None:
+    linears = (("up", 40), ("down", 40), ("o", 20))
+    block = BlockChannels(ChannelSet(10, (("up", 1),), "down", 1, 8), None, linears)
+    study = study_of(prune={"pattern": "channels"}, sparsity=0.3)
+    space = make_space(study, Budget(0.3, SIZES, channels=(block,) * 5))
+    plan = space.plan(trial_of().params)
+    assert plan.linear_sparsities is not None
+    rows = [list(row) for row in plan.linear_sparsities]
+    assert space.plan_of(trial_of(sparsities=list(plan.sparsities), linear_sparsities=rows)) == plan
+    for wrong in (None, rows[1:], [[*row[:2], 0.1] for row in rows], [row[:2] for row in rows]):
+        with pytest.raises(UserError, match=r"^trial -1: its stored sparsities are not those of this model"):
+            space.plan_of(trial_of(sparsities=list(plan.sparsities), linear_sparsities=wrong))

@@ -59,7 +59,7 @@ class Configuration:
 
         The perplexity is measured on the folder as it is on the disk. `packed`: without zeros, smaller, and loaded by
         transformers where atp_tune is imported. `slim`: without the channels that `pattern = "channels"` prunes,
-        smaller and faster everywhere. UserError if the folder exists.
+        smaller and usually faster. UserError if the folder exists.
         """
         out = Path(folder).expanduser()
         if slim:
@@ -71,13 +71,13 @@ class Configuration:
             return self._save(out, write_slim)
         if not packed:
             return self._save(out)
-        from atp_tune.sparse.packing import pack_folder
+        from atp_tune.sparse.packing import pack_folder, write_to_pack
         from atp_tune.sparse.shards import check_free
 
         check_free(out)
         out.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as sparse:
-            measured = self._save(Path(sparse))
+            measured = self._save(Path(sparse), write_to_pack)
             with self._working() as watch:
                 pack_folder(Path(sparse), out, watch=watch)
         return measured

@@ -5,14 +5,15 @@ reader while the block runs dense, behind blocks that are pruned already. The re
 its outputs before (`pruners.channels`). Biases stay; nothing reads what they add to a channel that is gone.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from atp_tune.allocations.channels import BlockChannels, ChannelSet
 from atp_tune.checkpoints.linears import Linear
+from atp_tune.errors import UserError
 from atp_tune.pruners import Statistics
 from atp_tune.pruners.channels import (
     HessianAndMoments,
@@ -23,6 +24,21 @@ from atp_tune.pruners.channels import (
 )
 from atp_tune.pruners.settings import ChannelSettings
 from atp_tune.pruners.statistics import InputMoments
+
+
+def too_sparse(target: float, blocks: Sequence[BlockChannels], settings: ChannelSettings) -> UserError:
+    """The error for a sparsity that channels of these blocks cannot make: names the setting that bounds it."""
+    highest, single = (min(b.highest for b in found) for found in (blocks, [replace(b, round_to=1) for b in blocks]))
+    step, width = settings.round_to, min(block.mlp.count for block in blocks)
+    if step >= width or target <= single:
+        return UserError(
+            f"prune.channels.round_to: of {width} channels of an MLP a multiple of {step} must stay, so that the "
+            f"sparsity is {highest:.4g} at most, not {target:g}; lower it"
+        )
+    more = "" if settings.heads else ", or set prune.channels.heads = true"
+    return UserError(
+        f"sparsity: {target:g} is more than the {highest:.4g} that channels of this model can make; lower it{more}"
+    )
 
 
 @dataclass(frozen=True)

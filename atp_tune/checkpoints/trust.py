@@ -18,6 +18,12 @@ ASK_PICKLE = "model.allow_pickle = true (--set model.allow_pickle=true; apply: -
 ASK_CODE = "model.trust_remote_code = true (--set model.trust_remote_code=true; apply: --trust-remote-code)"
 
 
+def is_slim(folder: Path) -> bool:
+    """Whether a folder holds a slim model, which has fewer channels than its family's models."""
+    file = folder / "config.json"
+    return file.is_file() and read_table(file).get("model_type") == SLIM
+
+
 def find_weights(folder: Path, allow_pickle: bool) -> list[Path]:
     """The weight files of a folder: safetensors, or pickles if there are no others and they are allowed."""
     _check_shards(folder)

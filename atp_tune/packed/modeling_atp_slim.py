@@ -31,8 +31,10 @@ def checked_table(config: dict[str, Any]) -> dict[str, Any]:
     table = config.get(MODEL_TYPE)
     if not isinstance(table, dict) or table.get("version") != VERSION:
         raise ValueError(f"slim folder: its config has no table {MODEL_TYPE} of version {VERSION}")
-    if table.get("family") not in CONFIG_MAPPING:
-        raise ValueError(f"slim folder: transformers {transformers.__version__} has no models {table.get('family')}")
+    family = table.get("family")
+    kind: Any = CONFIG_MAPPING[family] if isinstance(family, str) and family in CONFIG_MAPPING else None
+    if kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"slim folder: transformers {transformers.__version__} has no models {family}")
     linears = table.get("linears")
     if not isinstance(linears, dict) or not all(map(_is_shape, linears.values())):
         raise ValueError(f"slim folder: the table {MODEL_TYPE} in its config is damaged")

@@ -18,7 +18,7 @@ from atp_tune.allocations.budget import Score
 from atp_tune.allocations.channels import BlockChannels
 from atp_tune.allocations.prices import path
 from atp_tune.blocks.batching import AutoBatch, block_bytes
-from atp_tune.blocks.channel_pruning import ChannelPruner
+from atp_tune.blocks.channel_pruning import ChannelPruner, too_sparse
 from atp_tune.blocks.channels import find_channels
 from atp_tune.blocks.prune_pass import Pass, PrunedBlock, embed
 from atp_tune.blocks.replay import Replay
@@ -26,7 +26,6 @@ from atp_tune.blocks.verification import verified
 from atp_tune.checkpoints.checkpoint import Checkpoint, Released
 from atp_tune.checkpoints.devices import find_device, reuse_freed_memory
 from atp_tune.checkpoints.models import ModelFolder, resolve
-from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message, Step, ignore_events
 from atp_tune.inputs import KINDS, Batch, Items
 from atp_tune.metrics.bos import BosEffect
@@ -270,11 +269,7 @@ class TrialContext(Released):
             return Budget(target, self.checkpoint.sizes, self.checkpoint.shapes, evidence)
         budget = Budget(target, self.checkpoint.sizes, (), evidence, channels=self.channels)
         if target > budget.highest:
-            more = "" if self.prune_settings.channels.heads else ", or set prune.channels.heads = true"
-            raise UserError(
-                f"sparsity: {target:g} is more than the {budget.highest:.4g} that channels of this model can make; "
-                f"lower it{more}"
-            )
+            raise too_sparse(target, self.channels, self.prune_settings.channels)
         return budget
 
     @property

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
-from atp_tune.allocations import ALLOCATIONS, Budget, contains_uniform, contents_of
+from atp_tune.allocations import ALLOCATIONS, Budget, LinearSparsities, contains_uniform, contents_of
+from atp_tune.allocations.channels import is_whole
 from atp_tune.errors import UserError
 from atp_tune.plan import Plan, make_plan
 from atp_tune.spec.patterns import Pattern, parse
@@ -102,14 +103,22 @@ class Space:
             return self.plan(params)
         blocks, rows = tuple(stored["sparsities"]), stored.get("linear_sparsities")
         linears = None if rows is None else tuple(map(tuple, rows))
-        wanted = [len(shapes) for shapes in self.budget.linears]
-        fits = len(blocks) == len(self.budget.sizes) and (linears is None or list(map(len, linears)) == wanted)
-        if not fits or not all(0 <= s <= 1 for s in (*blocks, *(s for row in linears or () for s in row))):
+        if not self._fits(blocks, linears):
             raise UserError(f"trial {trial.number}: its stored sparsities are not those of this model")
         own = {name: float(params[name]) for name in self.intervals[params["allocation"]]}
         target = None if self.sparsities is None else round(params["sparsity"], 6)
         parameters = own if target is None else dict(stored.get("parameters", own))
         return Plan(params["pruner"], params["allocation"], blocks, parameters, linears, target)
+
+    def _fits(self, blocks: tuple[float, ...], rows: LinearSparsities | None) -> bool:
+        """Whether stored sparsities of blocks, and of their linears, are those that this model can have."""
+        channels, numbers = self.budget.channels, (*blocks, *(s for row in rows or () for s in row))
+        wanted = [len(block.linears) for block in channels] or [len(shapes) for shapes in self.budget.linears]
+        if len(blocks) != len(self.budget.sizes) or not all(0 <= s <= 1 for s in numbers):
+            return False
+        if rows is None or list(map(len, rows)) != wanted:
+            return rows is None and not self.pattern.channels
+        return not self.pattern.channels or is_whole(rows, channels)
 
     def uniform(self, sparsity: float | None = None) -> list[Params]:
         """The uniform point of each pruner, which every study measures; `sparsity`: where it is a parameter."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from atp_tune.allocations.channels import check_whole, means
 from atp_tune.checkpoints.classes import reads_images
 from atp_tune.checkpoints.devices import device_name
 from atp_tune.checkpoints.models import ModelFolder
@@ -28,12 +29,14 @@ from atp_tune.spec.config import (
     Sparsity,
     read_config,
 )
+from atp_tune.spec.patterns import parse
 from atp_tune.spec.plugged import records
 from atp_tune.spec.studyfile import StudyFile
 from atp_tune.storage.process_identity import versions
 
 OnGone = Callable[[int, Mapping[str, Tensor]], None]  # index of a block, and its channels that are gone, by reader
 Write = Callable[[TrialContext, Plan, Path, Config], Dense]
+SAID = 1e-6  # difference of sparsities that rounding may make
 
 
 def apply(
@@ -104,8 +107,24 @@ def plan_of(config: Config, context: TrialContext) -> Plan:
     found = config.linear_sparsities
     if found is not None and [len(row) for row in found] != [len(row) for row in context.checkpoint.linears]:
         raise UserError("linear_sparsities: not one value for each linear of the model's blocks")
+    if parse(config.prune.pattern).channels:
+        _check_channels(config, context)
     name, values = config.allocation.name, config.allocation.parameters
     return Plan(config.pruner, name, config.block_sparsities, values, found)
+
+
+def _check_channels(config: Config, context: TrialContext) -> None:
+    """UserError if the shares of a configuration are no whole channels, or not those of its blocks."""
+    rows, again = config.linear_sparsities, "take the file that a study or `export` wrote"
+    if rows is None:
+        raise UserError(f'linear_sparsities: is needed where prune.pattern = "channels"; {again}')
+    try:
+        check_whole(rows, context.channels)
+    except ValueError as error:
+        raise UserError(f"linear_sparsities: {error}; {again}") from None
+    for index, (own, said) in enumerate(zip(means(rows, context.channels), config.block_sparsities, strict=True)):
+        if abs(own - said) > SAID:
+            raise UserError(f"block_sparsities: block {index}: {said:g}, by linear_sparsities {own:g}; {again}")
 
 
 def check_model(config: Config, folder: ModelFolder) -> None:

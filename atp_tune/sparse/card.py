@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from atp_tune.cache import write_out
 from atp_tune.checkpoints.convert import quiet
-from atp_tune.checkpoints.trust import SLIM, read_table
+from atp_tune.checkpoints.trust import is_slim
 from atp_tune.errors import UserError
 from atp_tune.inputs.documents import hub_arguments
 from atp_tune.metrics.perplexity import error_over
@@ -51,7 +51,8 @@ MASKED_FILES = """\
 as large as the dense model's and runs at the same speed. `apply --slim` makes the same folder without them."""
 SLIM_FILES = """\
 **The pruned channels are not stored**: the matrices are dense and narrower, so this folder is smaller than the dense
-model's, and faster on every device, without a kernel of its own."""
+model's, and usually faster, without a kernel of its own. Measured once, on a CPU in float32: SmolLM2-135M without a
+quarter of the weights of its blocks read a prompt 1.3 and decoded 1.2 times as fast."""
 OWN_CODE = "It needs `import atp_tune` before it, or `trust_remote_code=True` in the call."
 WIDTH = 40  # characters of a bar of sparsity 1
 
@@ -90,9 +91,9 @@ def model_card(config: Config, dense: Dense, folder: Path | None = None) -> Mode
         eval_results=list(_results(config)) or None,
         **kept,
     )
-    values = (
-        _values(config, dense) | _of_channels(config, folder) | {"name": escaped(name), "license": kept.get("license")}
-    )
+    alone = OWN_CODE if folder is not None and is_slim(folder) else ALONE
+    own_values = {"name": escaped(name), "license": kept.get("license"), "alone": alone}
+    values = _values(config, dense) | _of_channels(config) | own_values
     card: ModelCard = ModelCard.from_template(data, template_path=str(TEMPLATE), **values)
     return card
 
@@ -130,6 +131,7 @@ def _values(config: Config, dense: Dense) -> dict[str, Any]:
         "pruner": config.pruner,
         "allocation": _allocation(config),
         "uniform": _is_uniform(config),
+        "rounded": len(set(config.block_sparsities)) > 1,
         "scores": list(_scores(config)),
         "test": escaped(words(text)),
         "bos": config.bos,
@@ -145,7 +147,6 @@ def _values(config: Config, dense: Dense) -> dict[str, Any]:
         "equal": EQUAL,
         "dense_files": CLASSIFIER_FILES if isinstance(text, ImageSet) else DENSE_FILES,
         "classifies": isinstance(text, ImageSet),
-        "alone": ALONE,
         "reads_images": dense.reads_images,
         "reader": "AutoProcessor" if any((dense.folder / name).is_file() for name in PROCESSOR) else "AutoTokenizer",
         "chart": fenced("text", "\n".join(bars)),
@@ -154,15 +155,12 @@ def _values(config: Config, dense: Dense) -> dict[str, Any]:
     }
 
 
-def _of_channels(config: Config, folder: Path | None) -> dict[str, Any]:
-    """The values that differ where whole channels are pruned, and where the folder is without them."""
+def _of_channels(config: Config) -> dict[str, Any]:
+    """The values that differ where whole channels are pruned, and where they are cut off."""
     if not parse(config.prune.pattern).channels:
         return {}
     found: dict[str, Any] = {"channels": True, "updated": config.prune.channels.refit}
-    if not config.slim:
-        return found | {"dense_files": MASKED_FILES}
-    needs_code = folder is not None and read_table(folder / "config.json").get("model_type") == SLIM
-    return found | {"dense_files": SLIM_FILES, "slim": True, "alone": OWN_CODE if needs_code else ALONE}
+    return found | ({"dense_files": SLIM_FILES, "slim": True} if config.slim else {"dense_files": MASKED_FILES})
 
 
 def _errors(text: Data) -> str:
@@ -284,6 +282,8 @@ def words(text: Data) -> str:
 
 
 def _is_uniform(config: Config) -> bool:
+    if config.allocation.name == "uniform":
+        return True  # also of whole channels, which round
     return config.linear_sparsities is None and len(set(config.block_sparsities)) == 1
 
 
@@ -294,7 +294,7 @@ def _allocation(config: Config) -> str:
 
 
 def _facts(config: Config, dense: Dense) -> dict[str, str]:
-    settings = {key: value for key, value in config.prune.settings(config.pruner).items() if value is not None}
+    settings = {key: value for key, value in config.prune.told(config.pruner).items() if value is not None}
     settings |= config.prune.refinement
     listed = "".join(f", {key} = {value}" for key, value in settings.items())
     commit = f"commit {dense.revision}" if dense.revision else f"content {config.model.fingerprint[:12]}…"

@@ -23,7 +23,7 @@ from atp_tune.checkpoints.classes import auto_class, check_language, model_confi
 from atp_tune.checkpoints.convert import one_line, quiet
 from atp_tune.checkpoints.headers import read_header
 from atp_tune.checkpoints.models import resolve
-from atp_tune.checkpoints.trust import find_weights, read_table
+from atp_tune.checkpoints.trust import find_weights, is_slim, read_table
 from atp_tune.checkpoints.unpacking import (
     PACKED_INDEX,
     Original,
@@ -50,12 +50,14 @@ from atp_tune.packed.modeling_atp_sparse import (
     is_packable,
     unpack_as,
 )
-from atp_tune.search.context import ContextConfig
-from atp_tune.sparse.applying import folder_nlls
-from atp_tune.sparse.card import ALONE, DENSE_FILES
+from atp_tune.plan import Plan
+from atp_tune.search.context import ContextConfig, TrialContext
+from atp_tune.sparse.applying import folder_nlls, write_sparse
+from atp_tune.sparse.card import ALONE, DENSE_FILES, Dense
 from atp_tune.sparse.provenance import ABOUT as PROVENANCE
 from atp_tune.sparse.provenance import CARD, DESCRIPTIONS, FINETUNED, origin, stored_manifest
 from atp_tune.sparse.shards import check_free, sparse_folder
+from atp_tune.spec.config import Config
 from atp_tune.spec.manifest import sha256_by_name
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.study import ModelConfig
@@ -127,6 +129,18 @@ def pack_folder(
         return work.packed(folder, rounding)
 
 
+def check_packable(folder: Path, named: object) -> None:
+    """UserError if a folder, which errors call `named`, holds a slim model: no reader knows a packed one."""
+    if is_slim(folder):
+        raise UserError(f"{named}: is a slim model, which has lost channels and cannot be packed; use it as it is")
+
+
+def write_to_pack(context: TrialContext, plan: Plan, out: Path, config: Config) -> Dense:
+    """`write_sparse` for a folder that is packed next; UserError, before anything is pruned, if it cannot be."""
+    check_packable(context.folder.path, f"--packed: {config.model.id}")
+    return write_sparse(context, plan, out, config)
+
+
 def _rounding(source: Path, folder: Path, device: str, watch: EventHandler) -> tuple[Perplexity, Perplexity] | None:
     """Perplexity on the test text before and after rounding; None if `source` does not say which text that is."""
     if (made := origin(source)) is None:
@@ -143,6 +157,7 @@ class _Packing:
     def __init__(self, source: Path, kind: Kind, group_size: int | None) -> None:
         if source.is_dir() and is_packed(source):
             raise UserError(f"{source}: is packed already")
+        check_packable(source, source)
         self.source = resolve(ModelConfig(source=str(source.absolute())), Path()).path
         check_language(self.source, "pack: writes language models")
         self.records = [name for name in (PROVENANCE, FINETUNED) if (self.source / name).is_file()]

@@ -16,8 +16,9 @@ from torch import Tensor
 from atp_tune.cache import folder_atomically
 from atp_tune.checkpoints.convert import WEIGHTS
 from atp_tune.checkpoints.headers import places
-from atp_tune.checkpoints.trust import small_files
+from atp_tune.checkpoints.trust import is_slim, small_files
 from atp_tune.errors import UserError
+from atp_tune.sparse.own_code import bring_own_code
 
 
 class Shards:
@@ -69,11 +70,16 @@ def check_free(out: Path) -> None:
 
 @contextmanager
 def sparse_folder(source: Path, out: Path) -> Iterator[Path]:
-    """Yields a temporary folder with all files of the source but its weights; it becomes `out` at the end."""
+    """Yields a temporary folder with all files of the source but its weights; it becomes `out` at the end.
+
+    Of a slim source no code is copied: the folder gets that of this package.
+    """
     try:
         with folder_atomically(out) as folder:
             for file in small_files(source, WEIGHTS):
                 shutil.copyfile(file, folder / file.name)
+            if is_slim(source):
+                bring_own_code(folder)
             yield folder
     except (OSError, SafetensorError) as error:
         raise UserError(f"--out {out}: cannot be written: {error}") from None

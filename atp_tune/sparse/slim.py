@@ -1,4 +1,5 @@
-"""Writes a slim folder: a checkpoint whose channels are gone, not zero, so that it is smaller and faster everywhere.
+"""Writes a slim folder: a checkpoint whose channels are gone, not zero, so that it is smaller and
+usually faster.
 
     masked folder  →  rows of writers and columns of readers cut  →  checked against the masked model  →  slim folder
 
@@ -8,7 +9,6 @@ what the masked one computes, with and without cached keys and values, is not wr
 """
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import product
@@ -22,32 +22,28 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from atp_tune.allocations.channels import ChannelSet
-from atp_tune.blocks.replay import Replay
-from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.classes import auto_class, model_config, reads_images
-from atp_tune.checkpoints.convert import one_line, quiet
+from atp_tune.checkpoints.convert import quiet
 from atp_tune.checkpoints.devices import device_name
 from atp_tune.checkpoints.headers import read_header
-from atp_tune.checkpoints.trust import read_table
+from atp_tune.checkpoints.trust import CODE, is_slim, read_table
 from atp_tune.errors import UserError
 from atp_tune.events import TrialStarted
-from atp_tune.packed import modeling_atp_slim
-from atp_tune.packed.modeling_atp_slim import MODEL_TYPE, VERSION, places
+from atp_tune.packed.modeling_atp_slim import MODEL_TYPE, VERSION
 from atp_tune.plan import Plan
 from atp_tune.search.context import TrialContext
 from atp_tune.sparse.applying import write_sparse
 from atp_tune.sparse.card import Dense, describe
+from atp_tune.sparse.own_code import CONFIG, bring_own_code
 from atp_tune.sparse.provenance import ABOUT, manifest_of
 from atp_tune.sparse.shards import check_free, sparse_folder
+from atp_tune.sparse.slim_check import check_equal
 from atp_tune.spec.config import Config, read_config
 from atp_tune.spec.images import CLASSES
 from atp_tune.spec.patterns import parse
 
-CODE = Path(modeling_atp_slim.__file__)
-CONFIG, INDEX = "config.json", "model.safetensors.index.json"
-TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-3}  # relative difference of logits, by dtype
-LOOSE = 0.05  # of others
-POSITIONS = 12  # of the batch that masked and slim model compute
+INDEX = "model.safetensors.index.json"
+OWN_CODE = "--slim: a model with code of its own cannot be slim; `apply` without --slim writes it"
 
 
 @dataclass
@@ -92,8 +88,8 @@ def write_slim(context: TrialContext, plan: Plan, out: Path, config: Config) -> 
         context.watch(TrialStarted(f"cutting {out}", None))
         with sparse_folder(masked, out) as folder:
             _write_weights(masked, folder, cuts.tensors(masked))
-            _write_config(folder, cuts)
-            _check(context, masked, folder)
+            _write_config(folder, cuts, context.folder.trusted)
+            check_equal(context, masked, folder)
             about = read_config(masked / ABOUT)
             manifest = manifest_of(folder, device_name(context.checkpoint.device))
             describe(folder, about.model_copy(update={"manifest": manifest, "slim": True}), dense)
@@ -169,15 +165,21 @@ def _cut(tensor: Tensor, cut: Cut | None) -> Tensor:
     return cut.weight(tensor)
 
 
-def _write_config(folder: Path, cuts: _Cuts) -> None:
-    """Writes the config of an ordinary folder if one says all widths, else that of a slim one, and its code."""
+def _write_config(folder: Path, cuts: _Cuts, trusted: bool) -> None:
+    """Writes the config of an ordinary folder if one says all widths, else that of a slim one, and its code.
+
+    `trusted`: code in the folder may run, so that the model or its tokenizer may need it.
+    """
     config = read_table(folder / CONFIG)
     wanted = {name: cut.shape for name, cut in cuts.linears.items()}
     plain = _plain_config(folder, config, cuts) if wanted else config
     if plain is None:
+        if trusted and not is_slim(folder) and any(folder.glob(CODE)):
+            raise UserError(OWN_CODE)
         plain = config | _slim_keys(config, wanted)
-        shutil.copyfile(CODE, folder / CODE.name)
     (folder / CONFIG).write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+    if is_slim(folder):
+        bring_own_code(folder)
     if (folder / INDEX).is_file():  # its total size is another now
         index = read_table(folder / INDEX)
         index["metadata"] = {}
@@ -190,10 +192,10 @@ def _slim_keys(config: dict[str, Any], linears: dict[str, list[int]]) -> dict[st
         table = config[MODEL_TYPE]
         return {MODEL_TYPE: table | {"linears": table["linears"] | linears}}
     if "auto_map" in config:
-        raise UserError("--slim: a model with code of its own cannot be slim; `apply` without --slim writes it")
+        raise UserError(OWN_CODE)
     table = {"version": VERSION, "family": config["model_type"], "linears": linears}
     classes = [f"Slim{name}" for name in config.get("architectures") or ()]
-    return {"model_type": MODEL_TYPE, "architectures": classes, "auto_map": places(), MODEL_TYPE: table}
+    return {"model_type": MODEL_TYPE, "architectures": classes, MODEL_TYPE: table}
 
 
 def _plain_config(folder: Path, config: dict[str, Any], cuts: _Cuts) -> dict[str, Any] | None:
@@ -245,51 +247,3 @@ def _empty_model(folder: Path) -> nn.Module:
     with quiet("transformers"), torch.device("meta"):
         model: nn.Module = auto_class(folder).from_config(model_config(folder, trusted=False))
     return model
-
-
-@torch.inference_mode()
-def _check(context: TrialContext, masked: Path, slim: Path) -> None:
-    """UserError if the slim model's logits differ from those of the masked one, or from its own with a cache."""
-    checkpoint = context.checkpoint
-    found = [_logits(context, folder) for folder in (masked, slim)]
-    expected, logits = (whole for whole, _ in found)
-    tolerance = TOLERANCES.get(checkpoint.dtype, LOOSE)
-    for what, one in (("without", logits), *(("with", cached) for _, cached in found[1:] if cached is not None)):
-        difference = float((one.double() - expected.double()).norm() / expected.double().norm())
-        if not difference <= tolerance:
-            raise UserError(
-                f"--slim: {type(checkpoint.model).__name__} computes other logits once its channels are cut "
-                f"({what} cached keys: {difference:.2g} apart); `apply` without --slim writes it"
-            )
-
-
-def _logits(context: TrialContext, folder: Path) -> tuple[Tensor, Tensor | None]:
-    """Logits of a folder's model for a small batch, and those computed with cached keys; None where blocks stream."""
-    dtype, device = context.checkpoint.dtype, context.checkpoint.device
-    try:
-        with quiet("transformers"), Checkpoint.load(folder, dtype, device) as checkpoint:
-            replay = Replay(checkpoint, context.inputs)
-            _, batch, _ = context.inputs.examples(checkpoint, 1, POSITIONS)
-            if checkpoint.offload != "none":
-                hidden = replay.embed(batch)
-                for index in range(len(checkpoint.blocks)):
-                    hidden = replay.run(index, checkpoint.weights(index), hidden)
-                return replay.logits(batch, hidden).cpu(), None
-            return replay.forward(batch).logits.cpu(), _cached(checkpoint.model, batch)
-    except UserError:
-        raise
-    except Exception as error:  # models raise many types for shapes that do not fit
-        raise UserError(f"--slim: this model cannot run with fewer channels: {one_line(error)}") from error
-
-
-def _cached(model: Any, batch: Tensor) -> Tensor | None:
-    """Logits for token ids [items, positions], half of them first, the others after their cached keys and values.
-
-    None for a model that keeps none.
-    """
-    half = batch.shape[1] // 2
-    first = model(batch[:, :half], use_cache=True)
-    if getattr(first, "past_key_values", None) is None:
-        return None
-    second = model(batch[:, half:], past_key_values=first.past_key_values, use_cache=True)
-    return torch.cat([first.logits, second.logits], 1).cpu()

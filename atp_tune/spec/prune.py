@@ -118,6 +118,15 @@ class PruneConfig(SettingsTable):
         table = getattr(self, pruner).model_dump() if pruner in SETTINGS else self.tables.get(pruner, {})
         return {**table, "group": parse(self.pattern).group}
 
+    def told(self, pruner: str) -> dict[str, Any]:
+        """The settings that determine what a pruner removes, for people and other programs.
+
+        Of whole channels those of `channels`; magnitude measures no `score`.
+        """
+        if not parse(self.pattern).channels:
+            return self.settings(pruner)
+        return self.channels.model_dump(exclude={"score"} if pruner == "magnitude" else None)
+
     def pruner(self, name: str) -> Pruner:
         """Makes a pruner of the study; UserError if it is a plug-in without groups and the pattern has some."""
         return make_pruner(name, self.settings(name), self.refine, self.swaps)

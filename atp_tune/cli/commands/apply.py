@@ -53,7 +53,7 @@ def apply(
     """Prune the dense checkpoint to a configuration, save it as a Hugging Face folder, and measure its perplexity.
 
     `--packed` makes the folder smaller, and faster on a CPU: docs/speedup.md. `--slim` makes that of pruned channels
-    smaller and faster everywhere: docs/channels.md.
+    smaller and usually faster: docs/channels.md.
 
     `--push` checks login and permission before it prunes. If the upload is cut off, the same command resumes it.
 
