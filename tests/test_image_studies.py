@@ -283,7 +283,9 @@ def test_a_study_resumes_and_knows_its_images(place: Path) -> None:
         run(place, "search.trials=7")
 
 
-def test_a_probe_is_fitted_once(place: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_is_fitted_once(
+    place: Path, cache: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A model without a classifier gets one; without the table it is refused. On another machine the study goes on."""
     torch.manual_seed(0)
     shutil.rmtree(place / "model")
@@ -313,6 +315,10 @@ def test_a_probe_is_fitted_once(place: Path, cache: Path, monkeypatch: pytest.Mo
     assert len(run(place, "search.trials=4").trials) == 4
     config = read_config(place / "tiny.best.json")
     assert config.model.probe is not None and config.model.probe.size == 16
+    assert command("apply", "--config", place / "tiny.best.json", "--out", place / "sparse").code == 0
+    card = " ".join((place / "sparse" / "README.md").read_text().split())
+    assert "Its classifier, one linear, was fitted by atp_tune before pruning, by logistic regression on" in card
+    assert "train-images-idx3-ubyte.gz" in card
 
 
 def test_a_folder_of_photographs(place: Path, tmp_path: Path) -> None:

@@ -148,6 +148,7 @@ def _values(config: Config, dense: Dense) -> dict[str, Any]:
         "dense_files": CLASSIFIER_FILES if isinstance(text, ImageSet) else DENSE_FILES,
         "classifies": isinstance(text, ImageSet),
         "reads_images": dense.reads_images,
+        "probe": escaped(words(config.model.probe)) if config.model.probe else "",
         "reader": "AutoProcessor" if any((dense.folder / name).is_file() for name in PROCESSOR) else "AutoTokenizer",
         "chart": fenced("text", "\n".join(bars)),
         "in_memory": config.model.id.startswith(MEMORY),
