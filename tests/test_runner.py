@@ -673,10 +673,10 @@ def test_an_error_that_nobody_expected_is_not_hidden(place: Path, monkeypatch: p
 
 @pytest.mark.slow
 def test_a_dense_model_that_cannot_be_measured_is_said(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def too_small(context: TrialContext, blocks: Any, role: str) -> list[float]:
+    def too_small(context: TrialContext, blocks: Any, role: str) -> None:
         raise TrialError("out of memory with one window at a time")
 
-    monkeypatch.setattr(TrialContext, "all_nlls", too_small)
+    monkeypatch.setattr(TrialContext, "all_scores", too_small)
     with pytest.raises(TrialError, match="out of memory"):
         run(place)
 

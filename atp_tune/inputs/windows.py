@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from atp_tune.cache import cache_dir, keep, sha256_of, sha256_of_json
-from atp_tune.checkpoints.classes import check_language
 from atp_tune.checkpoints.convert import one_line
 from atp_tune.checkpoints.models import Notify, silent
 from atp_tune.checkpoints.trust import CODE
@@ -161,6 +160,8 @@ def _key(text: Text, folder: Path, base: Path, trusted: bool, bos: bool) -> str:
 def load_tokenizer(folder: Path, trusted: bool) -> Any:
     """Loads the tokenizer of a folder; UserError if that fails. `trusted`: code in the folder may run."""
     from transformers import AutoTokenizer
+
+    from atp_tune.checkpoints.classes import check_language
 
     check_language(folder, "the tokenizer")
     try:
