@@ -30,7 +30,7 @@ from atp_tune.errors import UserError
 from atp_tune.inputs import archives
 from atp_tune.inputs.images import LABELLED_IMAGES, LabelledImages, chosen, digests
 from atp_tune.inputs.pictures import Pictures, pictures
-from atp_tune.inputs.pixels import Processor, class_indices
+from atp_tune.inputs.pixels import ImageProcessor, class_indices
 from atp_tune.inputs.probe import fitted
 from atp_tune.metrics.accuracy import accuracy, gain
 from atp_tune.plan import Plan, make_plan
@@ -333,7 +333,7 @@ def read(classifier: ModelFolder, base: Path, **more: Any) -> Any:
 
 def test_pixels_are_those_of_the_processor(classifier: ModelFolder, tmp_path: Path) -> None:
     found = read(classifier, tmp_path, source=f"idx:{write_idx(tmp_path)}")
-    processor = Processor.of(classifier.path, False).own
+    processor = ImageProcessor.of(classifier.path, False).own
     all_ = pictures(ImageSet(source="idx:train-images-idx3-ubyte.gz"), tmp_path)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0)).tolist()
     own = [processor(all_.picture(k), return_tensors="pt")["pixel_values"][0] for k in order]
@@ -498,7 +498,7 @@ def test_a_processor_s_own_code_is_not_run(classifier: ModelFolder, tmp_path: Pa
     file.write_text(json.dumps(json.loads(file.read_text()) | names))
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
     with pytest.raises(UserError, match=r"^source: the image processor of the model in .* cannot be loaded: "):
-        Processor.of(folder, False)
+        ImageProcessor.of(folder, False)
     assert not (tmp_path / "ran").exists()
 
 
@@ -517,7 +517,7 @@ def test_a_dataset_of_the_hub_is_read_by_the_names_of_its_classes(
     found = read(classifier, tmp_path, source="hub:org/photos", split="train", label="kind")
     order = torch.randperm(5, generator=torch.Generator().manual_seed(0)).tolist()
     assert found.classes.tolist() == [CLASSES - 1 - k for k in order]
-    own = Processor.of(classifier.path, False).own(
+    own = ImageProcessor.of(classifier.path, False).own(
         Image.open(io.BytesIO(png((40 * order[0], 9, 9)))), return_tensors="pt"
     )
     assert torch.equal(found.pixels[0], torch.as_tensor(own["pixel_values"])[0].float())

@@ -15,7 +15,7 @@ from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError
 from atp_tune.inputs import InputKind
 from atp_tune.inputs.pictures import Pictures, pictures
-from atp_tune.inputs.pixels import Processor, class_indices
+from atp_tune.inputs.pixels import ImageProcessor, class_indices
 from atp_tune.spec.images import ImageSet
 
 DOUBLES = 0.01  # share of a role's images that an earlier role may have too; they are left out
@@ -85,14 +85,8 @@ class LabelledImages:
         """The images of each role; UserError for bad input, or if two roles share an image."""
         check_classifier(folder)
         found = {role: read_images(role, wanted, folder, base) for role, wanted in texts.items()}
-        self.check_disjoint(found)
-        seen: set[bytes] = set()
-        for role, images in found.items():
-            rows = digests(images)
-            if doubles := [index for index, row in enumerate(rows) if row in seen]:
-                found[role] = images.without(doubles)
-            seen |= set(rows)
-        return found
+        doubles = doubles_of(found)
+        return {role: images.without(doubles[role]) if doubles[role] else images for role, images in found.items()}
 
     def draws(self, text: ImageSet, count: int, folder: ModelFolder, base: Path, bos: bool) -> list[Images]:
         """Images of all draws of the calibration images but the first, with the next seeds."""
@@ -113,16 +107,7 @@ class LabelledImages:
 
     def check_disjoint(self, items: Mapping[str, Images]) -> None:
         """UserError if two roles share more than a few images, pixel by pixel: sources have some images twice."""
-        seen: dict[bytes, str] = {}
-        for role, images in items.items():
-            rows = digests(images)
-            doubles = [index for index, row in enumerate(rows) if row in seen]
-            if len(doubles) > DOUBLES * len(rows):
-                raise UserError(
-                    f"images.{role}: image {doubles[0]} is also in images.{seen[rows[doubles[0]]]}, as are "
-                    f"{len(doubles) - 1} others; give them other images or parts"
-                )
-            seen |= dict.fromkeys(rows, role)
+        doubles_of(items)
 
     def check_fit(self, checkpoint: Checkpoint, items: Mapping[str, Images], embed: Callable[[Images], Tensor]) -> None:
         """Nothing: that the model takes images of this size is seen when its replay is verified."""
@@ -150,6 +135,22 @@ class LabelledImages:
 LABELLED_IMAGES: InputKind[Images] = LabelledImages()
 
 
+def doubles_of(items: Mapping[str, Images]) -> dict[str, list[int]]:
+    """By role, the images that an earlier role has too; UserError if they are more than a few."""
+    seen: dict[bytes, str] = {}
+    found: dict[str, list[int]] = {}
+    for role, images in items.items():
+        rows = digests(images)
+        found[role] = doubles = [index for index, row in enumerate(rows) if row in seen]
+        if len(doubles) > DOUBLES * len(rows):
+            raise UserError(
+                f"images.{role}: image {doubles[0]} is also in images.{seen[rows[doubles[0]]]}, as are "
+                f"{len(doubles) - 1} others; give them other images or parts"
+            )
+        seen |= dict.fromkeys(rows, role)
+    return found
+
+
 def digests(images: Images) -> list[bytes]:
     """SHA-256 of the pixels of each image."""
     return [hashlib.sha256(pixels.contiguous().numpy().reshape(-1).data).digest() for pixels in images.pixels]
@@ -171,7 +172,7 @@ def read_images(role: str, wanted: ImageSet, folder: ModelFolder, base: Path, at
     try:
         found = chosen(pictures(wanted, base), wanted, at_most)
         classes = class_indices(found, wanted, model_config(folder.path, folder.trusted))
-        pixels = Processor.of(folder.path, folder.trusted).pixels(found)
+        pixels = ImageProcessor.of(folder.path, folder.trusted).pixels(found)
     except UserError as error:
         raise UserError(f"images.{role}.{error}") from None
     return Images.of(pixels, torch.tensor(classes, dtype=torch.int64), _positions(folder, pixels))

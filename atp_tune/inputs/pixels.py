@@ -24,14 +24,14 @@ UNNAMED = "LABEL_"  # before the number of a class without a name
 
 
 @dataclass(frozen=True)
-class Processor:
+class ImageProcessor:
     """The image processor of a folder."""
 
     own: Any
     folder: Path
 
     @classmethod
-    def of(cls, folder: Path, trusted: bool, size: int | None = None) -> "Processor":
+    def of(cls, folder: Path, trusted: bool, size: int | None = None) -> "ImageProcessor":
         """Loads it; UserError if the folder has none that transformers can run with Pillow.
 
         `trusted`: code in the folder may run. `size`: height and width of its images, instead of its own

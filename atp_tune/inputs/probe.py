@@ -28,7 +28,7 @@ from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError
 from atp_tune.inputs.images import Images, chosen
 from atp_tune.inputs.pictures import Pictures, pictures
-from atp_tune.inputs.pixels import Processor, labels_of
+from atp_tune.inputs.pixels import ImageProcessor, labels_of
 from atp_tune.spec.images import ARCHIVES, Probe
 from atp_tune.storage.process_identity import versions
 
@@ -49,7 +49,7 @@ def with_probe(folder: ModelFolder, probe: Probe, base: Path, notify: Callable[[
     try:
         found = chosen(pictures(probe, base), probe)
         names = labels_of(found, probe)
-        processor = Processor.of(folder.path, folder.trusted, probe.size)
+        processor = ImageProcessor.of(folder.path, folder.trusted, probe.size)
         pixels = processor.pixels(found)
     except UserError as error:
         raise UserError(f"model.probe.{error}") from None

@@ -31,7 +31,18 @@ def group_scores(
     `batch` sets the batch size in blocks, `heads` that in the head. `dense`: final hidden states of the dense model for
     each group, for KL.
     """
-    states = final_states(replay, batch, blocks, groups)
+    yield from final_scores(replay, score, heads, groups, final_states(replay, batch, blocks, groups), dense)
+
+
+def final_scores(
+    replay: Replay,
+    score: Score,
+    heads: AutoBatch,
+    groups: Sequence[Batch],
+    states: Sequence[Tensor],
+    dense: Sequence[Tensor],
+) -> Iterator[WindowScores]:
+    """Scores of each group of items from its final hidden states; `dense` as in `group_scores`."""
     for index, (group, hidden) in enumerate(zip(groups, states, strict=True)):
         yield head_scores(replay, score, heads, group, hidden, dense[index] if dense else None)
 

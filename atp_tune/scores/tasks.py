@@ -124,10 +124,14 @@ def _check_inputs(tasks: Mapping[str, Any], images: bool) -> None:
             raise ValueError(f"it is of type {task.OUTPUT_TYPE}, and lm-eval asks about images by generate_until alone")
 
 
+def _members(task: Any) -> list[Any]:
+    """The tasks of a group, or the task itself."""
+    return list(task.get_all_tasks()) if isinstance(task, Group) else [task]
+
+
 def _check_apart(loaded: Sequence[Any]) -> None:
     """UserError for tasks that lm-eval would join, of which some ask about images and others about text."""
-    inner = [one for task in loaded for one in (task.get_all_tasks() if isinstance(task, Group) else [task])]
-    written = [one for one in inner if one.OUTPUT_TYPE == "generate_until"]
+    written = [one for task in loaded for one in _members(task) if one.OUTPUT_TYPE == "generate_until"]
     text, image = (
         next((one.task_name for one in written if bool(getattr(one, "MULTIMODAL", False)) == wanted), None)
         for wanted in (False, True)
@@ -138,8 +142,7 @@ def _check_apart(loaded: Sequence[Any]) -> None:
 
 def _about_images(task: Any) -> str:
     """The name of a task, or of the first of a group, that asks about images; "" without one."""
-    inner = task.get_all_tasks() if isinstance(task, Group) else [task]
-    return next((str(one.task_name) for one in inner if getattr(one, "MULTIMODAL", False)), "")
+    return next((str(one.task_name) for one in _members(task) if getattr(one, "MULTIMODAL", False)), "")
 
 
 def _none_left(missing: Mapping[str, str]) -> str:

@@ -14,7 +14,7 @@ from atp_tune.checkpoints.devices import free_memory
 from atp_tune.events import EventHandler, Step
 from atp_tune.inputs import Batch
 from atp_tune.scores import Score, WindowScores, joined
-from atp_tune.scores.evaluation import Block, final_states, group_scores, head_scores, passing
+from atp_tune.scores.evaluation import Block, final_scores, final_states, group_scores, passing
 from atp_tune.search.dense_model import dense_blocks
 
 GROUPS = 8  # groups of validation windows; a stopper may end a trial between two groups
@@ -114,11 +114,8 @@ class Alongside:
     @torch.inference_mode()
     def scores(self) -> WindowScores:
         """The scores on all items, after the last block."""
-        found = []
-        for index, part in enumerate(self._parts):
-            dense = self._dense[index] if self._dense else None
-            found.append(head_scores(self._replay, self._score, self._heads, part, self._states[index], dense))
-        return joined(found)
+        found = final_scores(self._replay, self._score, self._heads, self._parts, self._states, self._dense)
+        return joined(list(found))
 
 
 def can_keep(checkpoint: Checkpoint) -> bool:

@@ -35,7 +35,7 @@ class Suggests(Protocol):
         """A value in [low, high], a multiple of `step` above `low`."""
 
 
-class Measured(Protocol):
+class MeasuredTrial(Protocol):
     """What a measured trial has."""
 
     @property
@@ -93,7 +93,7 @@ class Space:
         plan = make_plan(params["pruner"], allocation, budget, values, self.pattern)
         return plan if self.sparsities is None else replace(plan, target=budget.target)
 
-    def plan_of(self, trial: Measured) -> Plan:
+    def plan_of(self, trial: MeasuredTrial) -> Plan:
         """The plan by which a trial was measured, as it stored it: another version or machine may allocate otherwise.
 
         UserError if what is stored does not fit the model.
