@@ -17,7 +17,7 @@ import plotly.graph_objects as go
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from tinystudy import CommandLine, make_model, make_tokenizer, run, study_file
+from tinystudy import CommandLine, make_tokenizer, run, study_file
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -38,8 +38,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="module")
-def trained(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    return make_model(tokenizer)
+def trained(tiny_place: Path) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(tiny_place / "model")
 
 
 @pytest.fixture

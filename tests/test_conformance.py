@@ -13,7 +13,7 @@ from atp_tune.storage.database import RetryingDatabase
 from atp_tune.storage.opening import Kind, open_database
 from atp_tune.storage.remote import connect
 
-pytestmark = pytest.mark.usefixtures("quiet_optuna")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quiet_optuna")]
 
 
 def opened(address: str, kind: type[Kind]) -> Kind:
@@ -53,7 +53,6 @@ class TestSQLite(StorageTestCase):
         yield from emptied(get_storage(sqlite))
 
 
-@pytest.mark.slow
 class TestServer(StorageTestCase):
     @pytest.fixture
     def storage(self, server: str) -> Iterator[BaseStorage]:
@@ -61,7 +60,6 @@ class TestServer(StorageTestCase):
             yield from emptied(storage)
 
 
-@pytest.mark.slow
 class TestPostgreSQL(StorageTestCase):
     @pytest.fixture
     def storage(self, postgresql: RetryingDatabase) -> Iterator[BaseStorage]:

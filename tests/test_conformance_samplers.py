@@ -13,7 +13,7 @@ from test_samplers import search_of, space_of
 
 from atp_tune.search.samplers import make_sampler
 
-pytestmark = pytest.mark.usefixtures("quiet_optuna")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quiet_optuna")]
 
 
 def maker(name: str) -> Callable[[], BaseSampler]:
@@ -32,7 +32,6 @@ class TestGP(BasicSamplerTestCase, RelativeSamplerTestCase, MultiObjectiveSample
         return maker("gp")
 
 
-@pytest.mark.slow
 class TestTPE(BasicSamplerTestCase, RelativeSamplerTestCase, MultiObjectiveSamplerTestCase):
     @pytest.fixture
     def sampler(self) -> Callable[[], BaseSampler]:

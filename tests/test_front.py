@@ -299,6 +299,7 @@ def test_the_progress_line_names_the_sparsity(tmp_path: Path, command: CommandLi
 # Export
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "number", "said"),
     [
@@ -331,6 +332,7 @@ def test_without_a_terminal_the_default_is_exported(tmp_path: Path, command: Com
     assert read_config(tmp_path / "made.best.json").trial == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "error"),
     [

@@ -83,6 +83,7 @@ def test_a_trial_s_value_is_its_kl_by_hand(made: Path) -> None:
     assert study.user_attrs["test_kls"].keys() == study.user_attrs["test_nlls"].keys() - {"dense"}
 
 
+@pytest.mark.slow
 def test_the_best_is_by_kl_and_compared_with_uniform_by_windows(made: Path) -> None:
     study = stored(made, "kl")
     summary = summarise(study)
@@ -97,6 +98,7 @@ def test_the_best_is_by_kl_and_compared_with_uniform_by_windows(made: Path) -> N
     assert 0 < rank.kl_against.stderr < 0.2
 
 
+@pytest.mark.slow
 def test_the_configuration_holds_both(made: Path) -> None:
     config = read_config(made / "kl.best.json")
     summary = summarise(stored(made, "kl"))
@@ -177,6 +179,7 @@ def naive_front(trials: list[FrozenTrial]) -> set[int]:
     return front
 
 
+@pytest.mark.slow
 def test_two_values_make_a_study_of_two_objectives(made: Path) -> None:
     study = stored(made, "both")
     assert [direction.name for direction in study.directions] == ["MINIMIZE"] * 2
@@ -187,6 +190,7 @@ def test_two_values_make_a_study_of_two_objectives(made: Path) -> None:
         assert trial.values == [math.exp(fmean(nlls)), fmean(kls)]
 
 
+@pytest.mark.slow
 def test_the_front_is_that_of_a_double_loop(made: Path) -> None:
     study = stored(made, "both")
     summary = summarise(study)
@@ -210,6 +214,7 @@ def test_the_front_of_any_values(seed: int) -> None:
     assert progress.front_of(optuna.create_study()) == []
 
 
+@pytest.mark.slow
 def test_both_studies_tell_the_same_of_a_plan(made: Path) -> None:
     one, both = stored(made, "kl").trials[0], stored(made, "both").trials[0]
     assert one.params == both.params
@@ -442,6 +447,7 @@ def test_each_once_in_one_order(place: Path) -> None:
     assert study_file(place, 'search.objective=["kl"]').study == study_file(place, KL).study
 
 
+@pytest.mark.slow
 def test_a_study_of_another_objective_is_refused_by_name(made: Path, place: Path, command: CommandLine) -> None:
     shutil.copy(made / "tiny.db", place / "tiny.db")
     study = ("--study", place / "tiny.toml", "--study-name")

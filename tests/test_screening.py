@@ -61,6 +61,7 @@ def screened_place(ran: Run, windows: None, tmp_path: Path) -> Path:
     return Path(shutil.copytree(ran.place, tmp_path / "screened"))
 
 
+@pytest.mark.slow
 def test_a_study_is_screened_before_it_begins(ran: Run) -> None:
     place, events, study = ran.place, ran.events, reopen(ran.place)
     screened = reopen(place, "tiny.screen")

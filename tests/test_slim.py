@@ -106,6 +106,7 @@ def logits(model: Any) -> Tensor:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", few(FAMILIES, ("llama",)))
 def test_a_slim_model_is_the_masked_one(family: str, make: Make, tmp_path: Path) -> None:
     masked, folder = (load(place) for place in make(family))
