@@ -5,7 +5,7 @@
     python benchmarks/speedup.py --engine deepsparse --tokens 512 --runs 7   a quarter of an hour
     OMP_NUM_THREADS=1 python benchmarks/speedup.py       the same on one core, as lines of their own
     python benchmarks/speedup.py --batch 4               four texts at once, as lines of their own
-    python benchmarks/speedup.py --large                 16 blocks of width 2048 and 4 of 4096 instead; 12 GB of memory
+    python benchmarks/speedup.py --large                 16 blocks of width 2048, 4 of 4096; 12 GB of memory, 40 of disk
     python benchmarks/speedup.py --show                  measures nothing, writes the tables of the runs that are there
     python benchmarks/speedup.py --csr                   CSR matrices of torch and scipy against dense ones; a minute
 
@@ -20,6 +20,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
 from functools import partial
+from itertools import product
 from operator import matmul
 from pathlib import Path
 from statistics import median
@@ -93,13 +94,13 @@ def lines(engine: str, batch: int, large: bool) -> Iterator[tuple[str, Callable[
     after = f"threads: {torch.get_num_threads()}" + (", packed" if engine == "packed" else "")
     after += f", batch {batch}" if batch > 1 else ""
     if large:
-        for name, shape in LARGE.items():
-            yield f"random Llama, {name}, 70 %, {after}", partial(wide, 70, shape)
+        for percent, (name, shape) in product((70, 80, 60, 50) if batch == 1 else (70,), LARGE.items()):
+            yield f"random Llama, {name}, {percent} %, {after}", partial(wide, percent, shape)
         return
     several = batch == 1  # sparsities
     for percent in (50, 60, 70, *([80] if engine == "packed" else [])) if several else (70,):
         yield f"SmolLM2-135M, {percent} %, {after}", partial(smol, percent)
-    for percent in (50, 70) if several and engine == "packed" else (70,):
+    for percent in (50, 60, 70, 80) if several and engine == "packed" else (70,):
         yield f"random Llama, 4 blocks of width 2048, {percent} %, {after}", partial(wide, percent, WIDE)
 
 
