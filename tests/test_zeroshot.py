@@ -121,6 +121,36 @@ def test_a_configuration_and_the_folder_made_from_it(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # of lm-eval's own modules
+def test_lm_eval_reads_a_packed_folder_as_the_sparse_one(
+    done: Path, tasks: Path, tmp_path: Path, command: CommandLine
+) -> None:
+    sparse, packed = tmp_path / "sparse", tmp_path / "packed"
+    assert command("apply", "--config", done / "tiny.best.json", "--out", sparse).code == 0
+    assert command("pack", sparse, "--out", packed).code == 0
+    assert json.loads((packed / "config.json").read_text())["model_type"] == "atp_sparse"
+
+    def scores(folder: Path) -> dict[str, Any]:
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
+
+        found = simple_evaluate(
+            "hf", {"pretrained": str(folder), "dtype": "float32", "prefix_token_id": 0}, device="cpu",
+            tasks=["offline_far", "offline_near"], task_manager=TaskManager(include_path=str(tasks)), bootstrap_iters=0,
+        )  # fmt: skip
+        assert found
+        return {
+            name: [float(answer[0]) for sample in samples for answer in sample["filtered_resps"]]
+            for name, samples in found["samples"].items()
+        }
+
+    before, after = scores(sparse), scores(packed)
+    assert {name: len(values) for name, values in after.items()} == {"offline_far": 80, "offline_near": 80}
+    for name, values in before.items():
+        assert after[name] == pytest.approx(values, rel=1e-5)
+
+
+@pytest.mark.slow
 def test_scores_are_stored_and_shown(done: Path, tasks: Path, command: CommandLine) -> None:
     config = done / "tiny.best.json"
     answer = command("evaluate", "--config", config, "--tasks", f"{tasks}/far.yaml, {tasks}/near.yaml", "--limit", "2")
