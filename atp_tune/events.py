@@ -53,7 +53,12 @@ class TrialEnded:
 
 Event = Message | TrialStarted | Step | TrialEnded
 EventHandler = Callable[[Event], None]
+Notify = Callable[[str], None]  # takes one line about a slow step
 
 
 def ignore_events(event: Event) -> None:
     """The handler for callers that need no events."""
+
+
+def silent(message: str) -> None:
+    """Ignores the message."""

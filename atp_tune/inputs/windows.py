@@ -23,9 +23,9 @@ import numpy as np
 
 from atp_tune.cache import cache_dir, keep, sha256_of, sha256_of_json
 from atp_tune.checkpoints.convert import one_line
-from atp_tune.checkpoints.models import Notify, silent
 from atp_tune.checkpoints.trust import CODE
 from atp_tune.errors import UserError
+from atp_tune.events import Notify, silent
 from atp_tune.inputs.documents import documents, source_content
 from atp_tune.spec.texts import Text, short_source
 
