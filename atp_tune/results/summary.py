@@ -80,7 +80,7 @@ class Summary:
     limit         of quality, if the study finds the sparsest plan within it
     zero_shot, speed  measurements of the best trial by `evaluate` and `speedup`
     continuations     of prompts, by dense, uniform and the best trial
-    of_channels   whole channels are pruned
+    of_channels   whole channels are pruned; `bits`: weights are rounded, to so many in the mean
     hits          of an image classifier, accuracies by trial; `sign`: which sign of β is better, in a sentence
     bos           windows begin with BOS; `bos_effect`: its measured effect on the dense model
     """
@@ -119,6 +119,7 @@ class Summary:
     dense_bytes: int | None = None
     limit: Limit | None = None
     of_channels: bool = False
+    bits: float | None = None
     hits: Hits = field(default_factory=Hits)
     sign: str = ""
 
@@ -185,6 +186,7 @@ def summarise(study: optuna.Study) -> Summary:
         dense_bytes=study.user_attrs.get("dense_bytes"),
         limit=study.user_attrs.get("limit"),
         of_channels=study.user_attrs.get("fingerprint", {}).get("prune.pattern") == "channels",
+        bits=study.user_attrs.get("fingerprint", {}).get("bits"),
         hits=(hits := hits_of(study)),
         sign=sign_of_beta(study) if hits else "",
     )

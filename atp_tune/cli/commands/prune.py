@@ -89,7 +89,9 @@ def prune(
 
     with quiet(), Display() as display:
         plan, measured = prune_study(file, values, out, display)
-    console.print(f"{plan}, sparsity {file.study.sparsity:g}: perplexity {measured} on the test text")
+    study_ = file.study
+    amount = f"sparsity {study_.sparsity:g}" if study_.sparsity is not None else f"{study_.bits:g} bits"
+    console.print(f"{plan}, {amount}: perplexity {measured} on the test text")
     if out is not None:
         console.print(f"sparse checkpoint: {out}")
 

@@ -1,0 +1,108 @@
+"""The table `[quantize]` of a study with `bits`: how weights are rounded, and the bits that a block may have."""
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from atp_tune.allocations.bits import share_of, stored_bits
+from atp_tune.frozen import FrozenModel, SettingsTable, check_once
+from atp_tune.quantizers import make_quantizer
+
+if TYPE_CHECKING:
+    from atp_tune.quantizers.quantizing import Quantizing
+    from atp_tune.spec.study import Study
+
+QuantizerName = Literal["rtn", "gptq"]
+Width = Annotated[int, Field(ge=2, le=8)]
+WIDTHS = (2, 3, 4, 5, 6, 8)
+PER_LINEAR = ("prices", "er", "erk", "global")  # allocations that differ within blocks
+
+
+class QuantizeConfig(SettingsTable):
+    """How weights are rounded to fewer bits: the quantizers to compare, the groups that share a scale, the bits."""
+
+    quantizers: tuple[QuantizerName, ...] = Field(
+        ("gptq",), min_length=1, description="rtn: round to nearest, gptq; Optuna chooses, if there are several"
+    )
+    group_size: int = Field(128, ge=-1, description="consecutive inputs of a row that share a scale; -1: the whole row")
+    symmetric: bool = Field(False, description="values from -max to max, without a zero point")
+    damping: float = Field(
+        0.01, gt=0, description="of gptq, added to the diagonal of the Hessian, as a share of its mean"
+    )
+    widths: tuple[Width, ...] = Field(WIDTHS, min_length=1, description="the bits that a block may have")
+
+    @field_validator("widths")
+    @classmethod
+    def _ascending(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if list(value) != sorted(set(value)):
+            raise ValueError("widths: must ascend, each once")
+        return value
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        check_once(self.quantizers, "quantizers")
+        if self.group_size == 0:
+            raise ValueError("group_size: must be at least 1, or -1 for the whole row, got 0")
+        return self
+
+    @property
+    def short_names(self) -> tuple[str, ...]:
+        """The names of the quantizers."""
+        return self.quantizers
+
+    def told(self, quantizer: str) -> dict[str, Any]:
+        """The settings that determine what a quantizer does; rtn has no `damping`."""
+        return self.model_dump(include={"group_size", "symmetric", *(["damping"] if quantizer == "gptq" else [])})
+
+    def stored_bits(self, rows: int, columns: int, bits: int) -> int:
+        """Bits of a quantized matrix with the scales and zero points of its groups."""
+        return stored_bits(rows, columns, bits, self.group_size, self.symmetric)
+
+    def pruner(self, name: str) -> "Quantizing":
+        """The quantizer as the pass over the blocks uses it."""
+        from atp_tune.quantizers.quantizing import Quantizing
+
+        return Quantizing(make_quantizer(name, self.group_size, self.symmetric, self.damping))
+
+    def measures(self, name: str) -> bool:
+        """Whether a quantizer needs statistics of inputs."""
+        return self.pruner(name).measures is not None
+
+
+class Bits(FrozenModel):
+    """Bits per weight over all linears of all blocks, weighted by size: the target, what blocks have (`nominal`), and
+    with the scales and zero points of groups (`effective`, counted).
+    """
+
+    target: float = Field(ge=2, le=8)
+    nominal: float = Field(ge=2, le=8)
+    effective: float | None = Field(None, ge=2, le=64)
+
+
+def check_bits(study: "Study") -> None:
+    """ValueError for settings that do not go with `bits`, or with their absence."""
+    bits, quantize = study.bits, study.quantize
+    if bits is None:
+        if quantize != QuantizeConfig():
+            raise ValueError("quantize: belongs to a study with bits, and this one has a sparsity; leave it out")
+        return
+    others = sorted({*study.prune.model_fields_set, *study.prune.tables} - {"statistics"})
+    low, high = quantize.widths[0], quantize.widths[-1]
+    if not low <= bits <= high:
+        raise ValueError(f"bits: must be from {low} to {high}, as quantize.widths allows, got {bits:g}")
+    by_linears = [name for name in study.allocation.names if name in PER_LINEAR]
+    own = f"{(*by_linears, '')[0]} gives each linear a sparsity of its own; take atp or another that does not,"
+    for key, is_given, reason in (
+        ("sparsity", study.sparsity is not None, "leave it out"),
+        (f"prune.{(*others, '')[0]}", others, "is of zeros; leave it out, of prune only statistics stay"),
+        ("limit", study.limit is not None, "needs an interval of sparsities; leave it out"),
+        ("allocation.names", by_linears, own),
+    ):
+        if is_given:
+            raise ValueError(f"{key}: {reason} where bits are given")
+
+
+def level_of(study: "Study") -> float:
+    """The share between most and fewest bits, which allocations share out."""
+    assert study.bits is not None
+    return share_of(study.bits, study.quantize.widths)
