@@ -137,7 +137,7 @@ def test_the_keys_that_are_promised(study: optuna.Study) -> None:
     assert (says["objective"], says["front"], says["best"]["kl"]) == (["perplexity"], [], None)
     assert list(says["trials"][0]) == [
         "number", "state", "params", "plan", "value", "stderr", "test", "realised", "seconds", "remark", "kl",
-        "cut_off", "sparsity", "packed_bytes", "accuracy", "bits", "effective_bits",
+        "cut_off", "sparsity", "packed_bytes", "accuracy", "bits", "effective_bits", "quantized_bytes",
     ]  # fmt: skip
 
 

@@ -240,11 +240,12 @@ def measured_columns(attrs: Attributes) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if "stderr" in attrs:
         found["± stderr"] = round(attrs["stderr"], 2)
-    if "effective_bits" in attrs:
+    if "effective_bits" in attrs and "quantized_bytes" in attrs:
         found["bits with scales"] = round(attrs["effective_bits"], 2)
+        found["quantized MB"] = round(attrs["quantized_bytes"] / 1e6, 1)
     elif "realised" in attrs:
         found["zeros %"] = round(100 * attrs["realised"], 2)
-    if "packed_bytes" in attrs:
+    if "packed_bytes" in attrs and "effective_bits" not in attrs:
         found["packed MB"] = round(attrs["packed_bytes"] / 1e6, 1)
     if "seconds" in attrs:
         found["time (s)"] = round(sum(attrs["seconds"].values()), 1)

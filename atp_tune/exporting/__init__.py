@@ -204,7 +204,8 @@ def kind_of(given: str | None, out: Path | None) -> str:
     """The format: by its name, else by the ending of `out`, else json; UserError if it is unknown."""
     if given is None:
         name = out.name.lower() if out else ""
-        found = next((kind for kind, known in FORMATS.items() if name.endswith(known.ending)), None)
+        fitting = [kind for kind, known in FORMATS.items() if name.endswith(known.ending)]
+        found = max(fitting, key=lambda kind: len(FORMATS[kind].ending), default=None)
         if found is None and Path(name).suffix:
             endings = ", ".join(known.ending for known in FORMATS.values())
             raise UserError(f"--out {out}: must end in one of {endings}, or give --format")

@@ -29,8 +29,9 @@
       importance            parameter → share of 1; empty with too few trials
       trials[]              number, state, plan, sparsity (its target, where that is searched), pruner, allocation,
                             parameters, perplexity, realised, sparsities,
-                            linear_sparsities; of a study with `bits`: bits (of each block) and effective_bits
-                            (a weight, with scales); errors, seconds (phase → s), device, dtype, remark
+                            linear_sparsities, errors, seconds (phase → s), device, dtype, remark; of a study
+                            with `bits` also bits (of each block), effective_bits (a weight, with scales) and
+                            quantized_bytes (of all weights)
       seconds, devices      of all trials
       study_file            name and settings, as the study was made; or null
       fingerprint, versions facts that the values depend on, and versions of libraries
@@ -133,7 +134,7 @@ def _dumped(found: BaseModel | None) -> dict[str, Any] | None:
 def _trial(trial: FrozenTrial, summary: Summary) -> dict[str, Any]:
     attrs = trial.user_attrs
     kept = ("realised", "sparsities", "linear_sparsities", "errors", "seconds", "device", "dtype")
-    rounded = ("bits", "effective_bits") if summary.bits is not None else ()
+    rounded = ("bits", "effective_bits", "quantized_bytes") if summary.bits is not None else ()
     return {
         "number": trial.number,
         "state": trial.state.name.lower(),

@@ -69,8 +69,8 @@ class TrialStatus(FrozenModel):
     `value`, `stderr`: perplexity on the validation text. `realised`: the counted share of zeros. `kl`: null if not
     minimised. `cut_off`: how often this trial and those that it repeats were lost with their process. `sparsity`: its
     target, where the study searches for it. `packed_bytes`: of all weights in a packed folder. `accuracy`: of an image
-    classifier, as in `Status`. `bits`: of each block, and `effective_bits` a weight with scales, where weights are
-    rounded.
+    classifier, as in `Status`. Where weights are rounded, `bits`: of each block, `effective_bits`: a weight with
+    scales, `quantized_bytes`: of all weights so stored.
     """
 
     number: int
@@ -90,6 +90,7 @@ class TrialStatus(FrozenModel):
     accuracy: Accuracies | None = None
     bits: tuple[int, ...] | None = None
     effective_bits: float | None = None
+    quantized_bytes: int | None = None
 
 
 class Status(FrozenModel):
@@ -263,6 +264,7 @@ def _trial(summary: Summary, trial: FrozenTrial) -> TrialStatus:
         accuracy=summary.hits.trial(trial) if summary.hits else None,
         bits=attrs.get("bits"),
         effective_bits=attrs.get("effective_bits"),
+        quantized_bytes=attrs.get("quantized_bytes"),
     )
 
 

@@ -174,15 +174,21 @@ class Record:
     def _count(self, linear: Linear, block: PrunedBlock) -> None:
         zeros = block.zeros[linear.name]
         packed = (linear.size - zeros) * self._itemsize  # as `apply --slim` writes it
-        if block.bits is not None and (quantize := self._context.quantize) is not None:
-            stored = quantize.stored_bits(linear.out_features, linear.in_features, block.bits)
-            self._stored_bits += stored
-            packed = -(-stored // 8)
-        elif not block.channels:
+        if not block.channels:
             packed = matrix_bytes(linear.out_features, linear.in_features, zeros, self._itemsize)
+        if block.bits is not None and (quantize := self._context.quantize) is not None:
+            self._stored_bits += quantize.stored_bits(linear.out_features, linear.in_features, block.bits)
         self._packed += packed - linear.size * self._itemsize
         self._zeros += zeros
         self._weights += linear.size
+
+    def _quantized(self) -> dict[str, Any]:
+        """Bits per weight with scales, and bytes of all weights of the model so stored; none without rounding."""
+        if not self._stored_bits:
+            return {}
+        others = self._context.stored_bytes[0] - self._weights * self._itemsize
+        effective = self._stored_bits / self._weights
+        return {"effective_bits": effective, "quantized_bytes": others + -(-self._stored_bits // 8)}
 
     def add(self, scores: WindowScores) -> None:
         """Records the scores of further windows."""
@@ -215,7 +221,7 @@ class Record:
             "device": device_name(self._device),
             "dtype": self._dtype,
             "versions": versions(),
-            **({"effective_bits": self._stored_bits / self._weights} if self._stored_bits else {}),
+            **self._quantized(),
             **({"kls": self.kls} if self.kls else {}),
             **({"ranks": self.ranks} if self.ranks else {}),
             **({"experts_without_tokens": self.experts_without_tokens} if self.experts_without_tokens else {}),

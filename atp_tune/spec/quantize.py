@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from atp_tune.allocations.bits import share_of, stored_bits
 from atp_tune.frozen import FrozenModel, SettingsTable, check_once
@@ -31,16 +31,11 @@ class QuantizeConfig(SettingsTable):
     )
     widths: tuple[Width, ...] = Field(WIDTHS, min_length=1, description="the bits that a block may have")
 
-    @field_validator("widths")
-    @classmethod
-    def _ascending(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if list(value) != sorted(set(value)):
-            raise ValueError("widths: must ascend, each once")
-        return value
-
     @model_validator(mode="after")
     def _known(self) -> Self:
         check_once(self.quantizers, "quantizers")
+        if list(self.widths) != sorted(set(self.widths)):
+            raise ValueError("widths: must ascend, each once")
         if self.group_size == 0:
             raise ValueError("group_size: must be at least 1, or -1 for the whole row, got 0")
         return self

@@ -80,6 +80,7 @@ TRIAL = _kinds(
         "stderr": Annotated[float, Field(ge=0)],
         "realised": Share,
         "packed_bytes": Count,
+        "quantized_bytes": Count,
         "errors": list[float],
         "nlls": Nlls,
         "kls": Kls,
