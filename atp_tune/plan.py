@@ -37,7 +37,13 @@ class Plan:
         """Whether all linears have the same sparsity, except for the pattern's rounding."""
         if self.allocation == "uniform" or is_zero(self.allocation, self.parameters.values()):
             return True
-        return self.linear_sparsities is None and len(set(self.bits or self.sparsities)) == 1
+        levels = self.bits if self.bits is not None and not self.prunes else self.sparsities
+        return self.linear_sparsities is None and len(set(levels)) == 1
+
+    @property
+    def prunes(self) -> bool:
+        """Whether it zeros weights."""
+        return self.linear_sparsities is not None or any(self.sparsities)
 
     def of(self, index: int, linears: int) -> tuple[float, ...]:
         """The sparsity of each linear of block `index`."""
@@ -80,7 +86,11 @@ def make_plan(
     pruner: str, allocation: str, budget: Budget, parameters: dict[str, float], pattern: Pattern | None = None
 ) -> Plan:
     """The plan of one allocation at given parameters, rounded to the pattern; ValueError if inadmissible."""
-    pattern = pattern or Pattern()
+    plan = _made(pruner, allocation, budget, parameters, pattern or Pattern())
+    return plan if budget.bits is None else replace(plan, bits=(budget.bits,) * len(budget.sizes))
+
+
+def _made(pruner: str, allocation: str, budget: Budget, parameters: dict[str, float], pattern: Pattern) -> Plan:
     budget = replace(budget, score=ranked_by(pruner))
     shared = ALLOCATIONS[allocation].sparsities(budget, **parameters)
     blocks = tuple(s for s in shared if not isinstance(s, tuple))

@@ -12,6 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from test_config import config
 from tinystudy import CommandLine, stored, study_file
 
@@ -190,12 +191,39 @@ def test_apply_writes_what_the_trial_measured(bits_done: Path, command: CommandL
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("allocation", ["uniform", "curve", "owl", "alphapruning"])
-def test_other_allocations_share_out_bits(bits_done: Path, command: CommandLine, allocation: str) -> None:
-    words = ["--study", bits_done / "tiny.toml", "--study-name", allocation, "--trials", "4"]
-    assert command(*words, "--set", f"allocation.names=['{allocation}']", "--set", "allocation.beta=auto").code == 0
-    for trial in measured(stored(bits_done, allocation, bits_done / "tiny.db")):
-        assert sum(trial.user_attrs["bits"]) <= 14
+def test_other_allocations_share_out_bits(bits_done: Path, command: CommandLine) -> None:
+    names = "allocation.names=['uniform', 'curve', 'owl', 'alphapruning']"
+    words = ["--study", bits_done / "tiny.toml", "--study-name", "others", "--trials", "9", "--set", names]
+    assert command(*words, "--set", "quantize.quantizers=['rtn']").code == 0
+    trials = measured(stored(bits_done, "others", bits_done / "tiny.db"))
+    assert {trial.params["allocation"] for trial in trials} >= {"curve", "owl", "alphapruning"}
+    assert all(sum(trial.user_attrs["bits"]) <= 14 for trial in trials)
+
+
+@pytest.mark.slow
+def test_zeros_survive_rounding(place: Path, command: CommandLine) -> None:
+    """Of a study with a sparsity and bits: the pruner's zeros, then at most 2^b values in each group."""
+    lines = "sparsity = 0.5\nbits = 3\nquantize = {group_size = 16}\nallocation = ['atp', 'prices']"
+    (place / "tiny.toml").write_text((place / "tiny.toml").read_text().replace("sparsity = 0.6", lines))
+    assert "tiny: 50% sparsity at 3 bits" in command("--study", place / "tiny.toml").out
+    best = read_config(place / "tiny.best.json")
+    assert (best.pruner, best.block_bits, best.by_bits) == ("wanda", (3,) * 4, False)
+    assert best.bits is not None
+    assert best.bits.effective is not None
+    assert abs(best.bits.effective - (1 + 3 * (1 - best.sparsity.realised) + 19 / 16)) < 0.1  # or without its mask
+    out = place / "out"
+    assert "(+0.000%)" in command("apply", "--config", place / "tiny.best.json", "--out", out).out
+    assert "Kept weights are rounded to 3 bits by gptq" in (out / "README.md").read_text()
+    found = load_file(out / "model.safetensors")
+    for name in (key for key in found if key.endswith("_proj.weight")):
+        groups = found[name].reshape(-1, 16)
+        assert max(len(group.unique()) for group in groups) <= 8
+    assert sum(trial.user_attrs["realised"] for trial in measured(stored(place))) / len(measured(stored(place))) > 0.49
+    assert command("pack", out, "--out", place / "packed").code == 0
+    for kind in ("llm-compressor", "gptqmodel"):
+        refused = command("export", "--config", place / "tiny.best.json", "--format", kind)
+        assert (refused.code, "says zeros or bits" in refused.err) == (2, True)
+    assert command("--study", place / "tiny.toml", "--set", "bits=4").code == 2  # another study
 
 
 @pytest.mark.slow
@@ -204,8 +232,8 @@ def test_other_statistics_and_screening(bits_done: Path, command: CommandLine, w
     words = ["--study", bits_done / "tiny.toml", "--study-name", way, "--set", f"prune.statistics={way}"]
     screen = ["--set", "search.screen={trials = 4}"] if way == "dense" else []
     assert command(*words, *screen).code == 0
-    for config_ in (bits_done / f"{way}.best.json",):
-        assert "(+0.000%)" in command("apply", "--config", config_, "--out", bits_done / way).out
+    made = command("apply", "--config", bits_done / f"{way}.best.json", "--out", bits_done / way)
+    assert "(+0.000%)" in made.out
 
 
 # what is refused
@@ -213,7 +241,9 @@ def test_other_statistics_and_screening(bits_done: Path, command: CommandLine, w
 BELONGS = "leave it out where bits are given"
 ZEROS = "is of zeros; leave it out, of prune only statistics stay where bits are given"
 REFUSED = [
-    ("sparsity = 0.5\nbits = 3.5", "sparsity: leave it out where bits are given"),
+    ("sparsity = 0.5\nbits = 3.5", "bits: must be one of 2, 3, 4, 5, 6, 8 where a sparsity and bits are given"),
+    ("sparsity = 0.5\nbits = 4\nquantize = {quantizers = ['rtn', 'gptq']}", "quantize.quantizers: must be one name"),
+    ("sparsity = 0.5\nbits = 4\nprune = {pattern = 'channels'}", "prune.pattern: must be of single weights where"),
     ("", "sparsity: is needed"),
     ("bits = 1.5", "bits: must be at least 2, got 1.5"),
     ("bits = 9", "bits: must be at most 8, got 9"),
@@ -272,7 +302,8 @@ ROUNDED: dict[str, Any] = {
         ({"block_bits": (4, 3, 9)}, "less than or equal to 8"),
         ({"block_bits": (4, 3, 1)}, "greater than or equal to 2"),
         ({"block_sparsities": (0.0, 0.5, 0.0)}, "block_sparsities: must be 0 where weights are rounded"),
-        ({"pruner": "wanda"}, "Input should be 'rtn' or 'gptq'"),
+        ({"pruner": "wanda"}, "block_bits: must be equal where weights are pruned too"),
+        ({"pruner": "awq"}, "Input should be 'magnitude', 'wanda'"),
         ({"quantize": None, "block_bits": None, "bits": None}, "Input should be 'magnitude', 'wanda'"),
     ],
 )

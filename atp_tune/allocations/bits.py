@@ -60,7 +60,11 @@ def mean_of(bits: Sequence[int], sizes: Sequence[int]) -> float:
     return sum(b * size for b, size in zip(bits, sizes, strict=True)) / sum(sizes)
 
 
-def stored_bits(rows: int, columns: int, bits: int, group_size: int, symmetric: bool) -> int:
-    """Bits of a quantized matrix with the scales and zero points of its groups; a group size of -1 is a whole row."""
+def stored_bits(rows: int, columns: int, bits: int, group_size: int, symmetric: bool, zeros: int = 0) -> int:
+    """Bits of a quantized matrix with the scales and zero points of its groups; a group size of -1 is a whole row.
+
+    With `zeros` as values or as a mask of one bit a weight and the values of the others, whichever is less.
+    """
     groups = 1 if group_size == -1 else ceil(columns / group_size)
-    return rows * (columns * bits + groups * (SCALE + (0 if symmetric else bits)))
+    size = rows * columns
+    return min(size * bits, size + (size - zeros) * bits) + rows * groups * (SCALE + (0 if symmetric else bits))

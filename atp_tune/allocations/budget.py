@@ -65,7 +65,8 @@ class Budget:
 
     `linears` are the shapes of the linears of each block, `score` is the score that the pruner ranks weights by,
     `channels` are those of each block where whole channels go; `widths` the bits that a block may have where weights
-    are rounded: the target is then a share between the most and the fewest, see `allocations.bits`.
+    are rounded: the target is then a share between the most and the fewest, see `allocations.bits`. `bits` are those
+    of every block, where weights are pruned and then rounded.
     """
 
     target: float
@@ -75,6 +76,7 @@ class Budget:
     score: Score = "wanda"
     channels: tuple["BlockChannels", ...] = ()
     widths: tuple[int, ...] = ()
+    bits: int | None = None
 
     @property
     def highest(self) -> float:

@@ -70,7 +70,7 @@ def _what(summary: Summary) -> str:
     names = ", ".join(spec.allocation.short_names)
     methods = ", ".join(spec.methods.short_names)
     settings = f"pattern {escaped(spec.prune.pattern)}"
-    if spec.bits is not None:
+    if spec.by_bits:
         settings = ", ".join(f"{key} {value}" for key, value in spec.quantize.told("rtn").items())
     objectives = {"kl": "KL divergence from the dense model (nats per token)", "density": "density (1 - sparsity)"}
     objective = " and ".join(objectives.get(objective, objective) for objective in summary.objectives)
@@ -79,7 +79,7 @@ def _what(summary: Summary) -> str:
     lines = [
         f"## {escaped(summary.name)}: {_code(short_source(spec.model.source))} at {wanted(spec)}",
         escaped(spec.description),
-        f"The study searches for the {'sparsities' if spec.bits is None else 'bits'} of {len(summary.sizes)} blocks "
+        f"The study searches for the {'bits' if spec.by_bits else 'sparsities'} of {len(summary.sizes)} blocks "
         f"({names}; {methods}; {settings}). The objective is {objective} on the validation {data}; lower is "
         f"better.{limit}",
     ]
@@ -243,7 +243,7 @@ def measured_columns(attrs: Attributes) -> dict[str, Any]:
     if "effective_bits" in attrs and "quantized_bytes" in attrs:
         found["bits with scales"] = round(attrs["effective_bits"], 2)
         found["quantized MB"] = round(attrs["quantized_bytes"] / 1e6, 1)
-    elif "realised" in attrs:
+    if "realised" in attrs and "bits" not in attrs:
         found["zeros %"] = round(100 * attrs["realised"], 2)
     if "packed_bytes" in attrs and "effective_bits" not in attrs:
         found["packed MB"] = round(attrs["packed_bytes"] / 1e6, 1)

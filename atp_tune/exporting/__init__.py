@@ -59,7 +59,7 @@ def as_csv(config: Config) -> str:
     """The table as CSV with a header."""
     text = io.StringIO()
     more = _shares(config)
-    amount = "sparsity" if config.bits is None else "bits"
+    amount = "bits" if config.by_bits else "sparsity"
     lines = csv.DictWriter(text, ["block", "module", amount, *more], lineterminator="\n")
     lines.writeheader()
     lines.writerows(row | more for row in rows(config))
@@ -68,7 +68,7 @@ def as_csv(config: Config) -> str:
 
 def as_yaml(config: Config) -> str:
     """The table as a list, with model, pruner, its settings and the target."""
-    if config.bits is not None and config.quantize is not None:
+    if config.by_bits and config.bits is not None and config.quantize is not None:
         head: dict[str, Any] = {
             "study": config.study,
             "model": config.model.id,
@@ -97,7 +97,8 @@ def _shares(config: Config) -> dict[str, str]:
 
 def as_recipe(config: Config) -> str:
     """The recipe; UserError if llm-compressor lacks the pruner or a setting."""
-    if config.bits is not None:
+    bits.refuse_both(config, "llm-compressor")
+    if config.by_bits:
         stage = {"quantization_stage": {"bits_modifiers": bits.modifier(config)}}
         return f"{_head(config)}{yaml.safe_dump(stage, sort_keys=False, width=100)}"
     if parse(config.prune.pattern).channels:

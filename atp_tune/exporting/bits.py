@@ -142,8 +142,17 @@ def _blocks(config: Config) -> Mapping[int, list[int]]:
     return dict(sorted(found.items()))
 
 
+def refuse_both(config: Config, kind: str) -> None:
+    """UserError for a configuration that prunes and rounds, which no recipe of one stage says."""
+    if config.bits is not None and not config.by_bits:
+        raise UserError(
+            f"--format {kind}: says zeros or bits, and this configuration has both; `apply` writes the folder"
+        )
+
+
 def _asked(config: Config, kind: str) -> QuantizeConfig:
     """The settings of rounding; UserError for a configuration that prunes."""
+    refuse_both(config, kind)
     if config.quantize is None:
         raise UserError(
             f"--format {kind}: is of rounded weights, and this configuration has zeros; take llm-compressor"

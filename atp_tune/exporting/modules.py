@@ -24,7 +24,11 @@ def rows(config: Config) -> Iterator[dict[str, Any]]:
             name = f"{names(config, 'blocks')}.{index}" + (f".{linear}" if linears else "")
             if not NAME.fullmatch(name):
                 raise UserError(f"linears: {name} is not the name of a module")
-            amount = {"sparsity": share} if config.block_bits is None else {"bits": config.block_bits[index]}
+            amount = (
+                {"sparsity": share}
+                if not config.by_bits or config.block_bits is None
+                else {"bits": config.block_bits[index]}
+            )
             yield {"block": index, "module": name, **amount}
 
 

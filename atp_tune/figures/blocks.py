@@ -49,7 +49,7 @@ def draw_sparsity(summary: Summary) -> go.Figure | None:
         return None
     made = None if summary.interval else summary.made_from
     if uniform is None and made is not None:  # uniform would be the target in every block
-        target = made.study.bits or made.study.highest
+        target = made.study.bits if made.study.by_bits and made.study.bits else made.study.highest
         level(figure, target, f"target {target:g}", INK, "dot")
     values = [value for trace in figure.data for value in trace.y]
     margin = max(0.02, 0.05 * (max(values) - min(values)))

@@ -15,17 +15,16 @@ DENSE_BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
 
 def wanted(study: Study) -> str:
     """What a study asks for: `60% sparsity`, `3.5 bits`."""
-    if study.bits is not None:
+    if study.sparsity is None:
         return f"{study.bits:g} bits"
-    assert study.sparsity is not None
-    return f"{percent(study.sparsity)} sparsity"
+    return f"{percent(study.sparsity)} sparsity" + ("" if study.bits is None else f" at {study.bits:g} bits")
 
 
 def asked(summary: Summary, study: Study) -> str:
     """The same of a stored study, or of its study file where it is not stored yet."""
     if summary.bits is not None:
         return f"{summary.bits:g} bits"
-    return f"{percent(summary.sparsity)} sparsity" if summary.sparsity else wanted(study)
+    return f"{percent(summary.sparsity)} sparsity" if summary.sparsity and study.bits is None else wanted(study)
 
 
 def column(summary: Summary) -> str:

@@ -100,7 +100,7 @@ def _in_storage(address: str, config: Config) -> optuna.Study | None:
     study = opening.find_study(db, config.study) if db else None
     if study is None or study.user_attrs.get("fingerprint", {}).get("model.content") != config.model.fingerprint:
         return None
-    wanted = (config.trial, config.pruner, config.block_bits or config.block_sparsities)
+    wanted = (config.trial, config.pruner, config.block_bits if config.by_bits else config.block_sparsities)
     kept = (
         (trial.number, trial.params.get("pruner"), tuple(levels_of(trial) or ()))
         for trial in study.get_trials(deepcopy=False)

@@ -73,7 +73,7 @@ def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) 
         pruner=best.params["pruner"],
         prune=spec.prune,
         allocation=_allocation(best),
-        block_sparsities=tuple(attrs["sparsities"]) if spec.bits is None else (0.0,) * len(attrs["bits"]),
+        block_sparsities=(0.0,) * len(attrs["bits"]) if spec.by_bits else tuple(attrs["sparsities"]),
         linear_sparsities=linears,
         blocks=study.user_attrs.get("blocks"),
         linears=study.user_attrs.get("linears") if linears else None,
@@ -99,8 +99,9 @@ def _of_bits(spec: Study, attrs: Mapping[str, Any], sizes: Sequence[int]) -> dic
     """The keys of a trial that rounded weights; none for others."""
     if spec.bits is None:
         return {}
-    found = Bits(target=spec.bits, nominal=mean_of(attrs["bits"], sizes), effective=attrs["effective_bits"])
-    return {"quantize": spec.quantize, "block_bits": tuple(attrs["bits"]), "bits": found}
+    bits = (spec.fixed_bits,) * len(sizes) if spec.fixed_bits else tuple(attrs["bits"])
+    found = Bits(target=spec.bits, nominal=mean_of(bits, sizes), effective=attrs["effective_bits"])
+    return {"quantize": spec.quantize, "block_bits": bits, "bits": found}
 
 
 def _allocation(trial: FrozenTrial) -> AllocationRef:

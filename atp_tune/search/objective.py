@@ -177,7 +177,8 @@ class Record:
         if not block.channels:
             packed = matrix_bytes(linear.out_features, linear.in_features, zeros, self._itemsize)
         if block.bits is not None and (quantize := self._context.quantize) is not None:
-            self._stored_bits += quantize.stored_bits(linear.out_features, linear.in_features, block.bits)
+            gone = 0 if self._context.bits is None else zeros
+            self._stored_bits += quantize.stored_bits(linear.out_features, linear.in_features, block.bits, gone)
         self._packed += packed - linear.size * self._itemsize
         self._zeros += zeros
         self._weights += linear.size
@@ -230,7 +231,7 @@ class Record:
 
 def planned(plan: Plan) -> dict[str, object]:
     """A plan's bits, or its sparsities per block and, where they differ within a block, per linear, as attributes."""
-    if plan.bits is not None:
+    if plan.bits is not None and not plan.prunes:
         return {"bits": list(plan.bits)}
     linears = {"linear_sparsities": list(map(list, plan.linear_sparsities))} if plan.linear_sparsities else {}
     return {"sparsities": list(plan.sparsities), **linears}

@@ -110,7 +110,8 @@ class Space:
         own = {name: float(params[name]) for name in self.intervals[params["allocation"]]}
         target = None if self.sparsities is None else round(params["sparsity"], 6)
         parameters = own if target is None else dict(stored.get("parameters", own))
-        return Plan(params["pruner"], params["allocation"], blocks, parameters, linears, target)
+        plan = Plan(params["pruner"], params["allocation"], blocks, parameters, linears, target)
+        return plan if self.budget.bits is None else replace(plan, bits=(self.budget.bits,) * len(blocks))
 
     def _rounded_plan(self, trial: MeasuredTrial) -> Plan:
         """The plan of a trial that rounds weights, with the bits that it stored."""
@@ -243,7 +244,7 @@ def make_space(study: Study, budget: Budget) -> Space:
         names = ("uniform", *names)
     pruners, pattern = study.methods.short_names, parse(study.prune.pattern)
     bounds = {str(name): _intervals(study, name, budget) for name in names}
-    both = (study.images is not None or study.bits is not None) and study.beta == "both"
+    both = (study.images is not None or study.by_bits) and study.beta == "both"
     if study.interval is None:
         return Space(budget, pruners, bounds, pattern, both_signs=both)
     shares = {name: {key: _shares(*ends) for key, ends in own.items()} for name, own in bounds.items()}

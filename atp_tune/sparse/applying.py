@@ -179,7 +179,8 @@ def _of_bits(study: Study, context: TrialContext, plan: Plan) -> dict[str, Any]:
     checkpoint, total = context.checkpoint, 0
     for bits, linears in zip(plan.bits, checkpoint.linears, strict=True):
         total += sum(study.quantize.stored_bits(x.out_features, x.in_features, bits) for x in linears)
-    nominal, effective = mean_of(plan.bits, checkpoint.sizes), total / sum(checkpoint.sizes)
+    nominal = mean_of(plan.bits, checkpoint.sizes)
+    effective = total / sum(checkpoint.sizes) if study.by_bits else None  # else the zeros are not counted yet
     found = Bits(target=study.bits, nominal=nominal, effective=effective)
     return {"quantize": study.quantize, "block_bits": plan.bits, "bits": found}
 

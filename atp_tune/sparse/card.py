@@ -78,7 +78,9 @@ def describe(folder: Path, config: Config, dense: Dense) -> None:
 
 def model_card(config: Config, dense: Dense, folder: Path | None = None) -> ModelCard:
     """The card of the model that `apply` makes of a configuration; `folder`: where it lies."""
-    amount = f"{config.sparsity.realised:.1%} sparsity" if config.bits is None else f"{config.bits.nominal:.2f} bits"
+    amount = f"{config.sparsity.realised:.1%} sparsity"
+    if config.bits is not None:
+        amount = f"{config.bits.nominal:.2f} bits" if config.by_bits else f"{amount} and {config.bits.nominal:g} bits"
     name = f"{_base(config)} at {amount}"
     own = _card(dense.folder / CARD)
     found: dict[str, Any] = own.data.to_dict() if own else {}
@@ -101,7 +103,8 @@ def model_card(config: Config, dense: Dense, folder: Path | None = None) -> Mode
 
 
 def _kinds(config: Config) -> list[str]:
-    return ["sparse", "pruned"] if config.bits is None else ["quantized"]
+    pruned = [] if config.by_bits else ["sparse", "pruned"]
+    return [*pruned, *([] if config.bits is None else ["quantized"])]
 
 
 def _task(config: Config, dense: Dense) -> str:
@@ -291,7 +294,8 @@ def words(text: Data) -> str:
 def _is_uniform(config: Config) -> bool:
     if config.allocation.name == "uniform":
         return True  # also of whole channels, which round
-    return config.linear_sparsities is None and len(set(config.block_bits or config.block_sparsities)) == 1
+    levels = config.block_bits if config.by_bits and config.block_bits else config.block_sparsities
+    return config.linear_sparsities is None and len(set(levels)) == 1
 
 
 def _allocation(config: Config) -> str:
@@ -308,7 +312,8 @@ def _facts(config: Config, dense: Dense) -> dict[str, str]:
     searched = {} if config.trial is None else {"validation text": words(config.texts.validation)}
     return {
         "dense model": f"{_source(config, dense)}, {commit}",
-        **(card_bits.facts(config) or {"pruner": f"{config.pruner}{listed}", "pattern of zeros": config.prune.pattern}),
+        **({} if config.by_bits else {"pruner": f"{config.pruner}{listed}", "pattern of zeros": config.prune.pattern}),
+        **card_bits.facts(config),
         "statistics": f"{config.prune.statistics}, in {config.model.dtype}",
         "allocation": _allocation(config),
         "calibration text": words(config.calibration),

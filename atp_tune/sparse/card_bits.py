@@ -14,6 +14,8 @@ def values(config: Config) -> dict[str, Any]:
     """The values of the template that differ; none where weights are not rounded."""
     if config.bits is None or config.block_bits is None:
         return {}
+    if not config.by_bits:
+        return {"also": f"Kept weights are rounded to {config.block_bits[0]} bits by {_quantizer(config)}, as floats."}
     effective = "" if config.bits.effective is None else f", {config.bits.effective:.2f} with the scales of groups"
     bars = "\n".join(f"block {k:>3}  {b}  {'█' * (4 * b)}" for k, b in enumerate(config.block_bits))
     return {
@@ -30,5 +32,9 @@ def facts(config: Config) -> dict[str, str]:
     """The rows of the table of settings."""
     if config.quantize is None or config.bits is None:
         return {}
-    settings = "".join(f", {key} = {value}" for key, value in config.quantize.told(config.pruner).items())
-    return {"quantizer": f"{config.pruner}{settings}", "bits asked for": f"{config.bits.target:g} a weight"}
+    settings = "".join(f", {key} = {value}" for key, value in config.quantize.told(_quantizer(config)).items())
+    return {"quantizer": f"{_quantizer(config)}{settings}", "bits asked for": f"{config.bits.target:g} a weight"}
+
+
+def _quantizer(config: Config) -> str:
+    return config.quantize.quantizers[0] if config.quantize and not config.by_bits else config.pruner

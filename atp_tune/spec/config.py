@@ -31,6 +31,7 @@ from atp_tune.metrics.draws import OverDraws
 from atp_tune.metrics.kl import Divergence
 from atp_tune.metrics.perplexity import Estimate, Perplexity
 from atp_tune.metrics.speed import Speed
+from atp_tune.quantizers import QUANTIZERS
 from atp_tune.spec.former import present_config
 from atp_tune.spec.images import Probe
 from atp_tune.spec.manifest import Manifest
@@ -240,7 +241,7 @@ class Config(FrozenModel):
     )
     sparsity: Sparsity
     quantize: QuantizeConfig | None = Field(
-        None, description="where weights are rounded: settings of the quantizer, which `pruner` names"
+        None, description="where weights are rounded: settings of the quantizer; `pruner` names it, else `quantizers`"
     )
     block_bits: tuple[Width, ...] | None = Field(None, description="bits of each block, where weights are rounded")
     bits: Bits | None = Field(None, description="bits per weight, where weights are rounded")
@@ -276,21 +277,33 @@ class Config(FrozenModel):
     @model_validator(mode="after")
     def _named(self) -> Self:
         """Checks that each linear sparsity has a name, if there are names, and that the names of methods are known."""
-        check_known(self.pruner, self.allocation.name, self.score, self.plugins, self.quantize is not None)
+        check_known(self.pruner, self.allocation.name, self.score, self.plugins, self.by_bits)
         if len({self.quantize is None, self.block_bits is None, self.bits is None}) > 1:
             raise ValueError("quantize: is needed with block_bits and bits, and they with it")
         if self.block_bits is not None and len(self.block_bits) != len(self.block_sparsities):
             raise ValueError("block_bits: not one number for each block")
-        if self.block_bits is not None and any((*self.block_sparsities, *(self.linear_sparsities or ()))):
-            raise ValueError("block_sparsities: must be 0 where weights are rounded")
+        if self.by_bits and any((*self.block_sparsities, *(self.linear_sparsities or ()))):
+            raise ValueError("block_sparsities: must be 0 where weights are rounded alone")
+        if not self.by_bits and len(set(self.block_bits or ())) > 1:
+            raise ValueError("block_bits: must be equal where weights are pruned too")
         if self.linears and [len(row) for row in self.linears] != [len(row) for row in self.linear_sparsities or ()]:
             raise ValueError("linears: not one name for each of linear_sparsities")
         return self
 
     @property
+    def by_bits(self) -> bool:
+        """Whether weights are rounded and nothing is pruned: the pruner is a quantizer."""
+        return self.quantize is not None and QUANTIZERS.is_built_in(self.pruner)
+
+    @property
+    def fixed_bits(self) -> int | None:
+        """The bits of every block, where weights are pruned too."""
+        return None if self.by_bits or self.block_bits is None else self.block_bits[0]
+
+    @property
     def target(self) -> float:
         """What the allocation shared out: the target sparsity, or a share between most and fewest bits."""
-        if self.bits is not None and self.quantize is not None:
+        if self.by_bits and self.bits is not None and self.quantize is not None:
             return share_of(self.bits.target, self.quantize.widths)
         return self.sparsity.target
 
@@ -304,7 +317,7 @@ class Config(FrozenModel):
         plan = f"{self.pruner} {self.allocation.name} {parameters}".rstrip()
         texts = ("validation", self.perplexity.validation), ("test", self.perplexity.test)
         scores = [f"{text} perplexity {score}" for text, score in texts if score]
-        if self.bits is not None:
+        if self.by_bits and self.bits is not None:
             return ", ".join([f"{self.bits.nominal:.2f} bits by {plan}", *scores])
         return ", ".join([f"{self.sparsity.realised:.2%} zeros by {plan}", *scores])
 

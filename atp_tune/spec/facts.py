@@ -35,7 +35,7 @@ def facts(study: Study, folder: Path = Path()) -> dict[str, Fact]:
     hidden = {key for key, value in flat.items() if value is None or key.startswith(NOT_FACTS)}
     if study.bits is None:
         hidden |= {key for key in flat if key.startswith("quantize.")}
-    else:
+    elif study.by_bits:
         hidden |= {"prune.pruners", *(key for key in flat if key.startswith("prune.sparsegpt."))}
     hidden |= {key for key, value in flat.items() if key.startswith(LATER) and value == DEFAULTS[key]}
     if study.model.dtype == "auto":

@@ -18,7 +18,7 @@ from atp_tune.spec.former import FormerPlace, present_place
 from atp_tune.spec.images import CLASSES, ImageSet, ImageSets, Probe, check_study
 from atp_tune.spec.patterns import parse
 from atp_tune.spec.prune import PruneConfig, check_names
-from atp_tune.spec.quantize import PER_LINEAR, QuantizeConfig, check_bits, level_of
+from atp_tune.spec.quantize import PER_LINEAR, Methods, QuantizeConfig, check_bits, level_of, methods_of
 from atp_tune.spec.search import DENSITY, STEP, LimitConfig, SearchConfig
 from atp_tune.spec.texts import Text, Texts
 
@@ -269,9 +269,19 @@ class Study(SettingsTable):
         return self.sparsity[1] if isinstance(self.sparsity, tuple) else self.sparsity
 
     @property
-    def methods(self) -> PruneConfig | QuantizeConfig:
-        """The table of what is done to weights: `prune`, or `quantize` with `bits`."""
-        return self.prune if self.bits is None else self.quantize
+    def by_bits(self) -> bool:
+        """Whether bits are shared out, and nothing is pruned."""
+        return self.sparsity is None
+
+    @property
+    def methods(self) -> Methods:
+        """What is done to weights."""
+        return methods_of(self.prune, None if self.bits is None else self.quantize, not self.by_bits)
+
+    @property
+    def fixed_bits(self) -> int | None:
+        """The bits of every block, where weights are pruned too."""
+        return None if self.bits is None or self.by_bits else int(self.bits)
 
     @property
     def items(self) -> str:
@@ -304,7 +314,7 @@ class Study(SettingsTable):
     @property
     def beta(self) -> Literal["auto", "both"] | tuple[float, float]:
         """The interval of β that is asked for; of image classifiers and bits both signs: either may be better."""
-        is_open = self.images is not None or self.bits is not None
+        is_open = self.images is not None or self.by_bits
         return "both" if is_open and self.allocation.beta == "auto" else self.allocation.beta
 
     @property

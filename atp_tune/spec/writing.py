@@ -46,7 +46,7 @@ def write_study(path: Path, study: Study, head: Sequence[str]) -> None:
 
 def study_text(study: Study, head: Sequence[str]) -> str:
     """The text of a study file, with the lines `head` as its first comment."""
-    shown = SHOWN if study.bits is None else {key for key in SHOWN if not key.startswith("prune.")}
+    shown = SHOWN if not study.by_bits else {key for key in SHOWN if not key.startswith("prune.")}
     comment = [f"# {printable(line)}".rstrip() for line in head]
     return "\n".join([*comment, *([""] if comment else []), *_lines(study, "", shown)]) + "\n"
 

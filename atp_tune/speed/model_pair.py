@@ -63,7 +63,7 @@ def find_pair(
     channels is slim.
     UserError if the dense model is not the configuration's.
     """
-    if config.bits is not None:
+    if config.by_bits:
         raise UserError(
             "speedup: weights are rounded, but lie in the folder as floats, as large and as fast as the dense model's; "
             "`export` writes recipes for engines that store bits"

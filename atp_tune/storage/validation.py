@@ -87,7 +87,7 @@ TRIAL = _kinds(
         "ranks": Ranks,
         "sparsities": Shares,
         "bits": Annotated[list[Annotated[int, Field(ge=2, le=8)]], Field(min_length=1)],
-        "effective_bits": Annotated[float, Field(ge=2, le=64)],
+        "effective_bits": Annotated[float, Field(ge=0, le=64)],
         "linear_sparsities": Annotated[list[Shares], Field(min_length=1)],
         "seconds": dict[Words, Amount],
         "peak_bytes": dict[Words, Count],

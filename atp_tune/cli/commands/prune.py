@@ -89,8 +89,8 @@ def prune(
 
     with quiet(), Display() as display:
         plan, measured = prune_study(file, values, out, display)
-    study_ = file.study
-    amount = f"sparsity {study_.sparsity:g}" if study_.sparsity is not None else f"{study_.bits:g} bits"
+    amounts = (("sparsity {:g}", file.study.sparsity), ("{:g} bits", file.study.bits))
+    amount = ", ".join(words.format(value) for words, value in amounts if value is not None)
     console.print(f"{plan}, {amount}: perplexity {measured} on the test text")
     if out is not None:
         console.print(f"sparse checkpoint: {out}")
