@@ -340,6 +340,12 @@ def test_tables_say_bits() -> None:
     assert found["modules"][1] == {"block": 1, "module": "model.layers.1", "bits": 3}
 
 
+def test_tables_of_zeros_and_bits_say_both() -> None:
+    both = config(**{**ROUNDED, "block_bits": (4, 4, 4), "block_sparsities": (0.5, 0.6, 0.7), "pruner": "wanda"})
+    assert as_csv(both).splitlines()[:2] == ["block,module,sparsity,bits", "0,model.layers.0,0.5,4"]
+    assert yaml.safe_load(as_yaml(both))["bits"] == 4
+
+
 def test_recipes_have_a_group_for_each_number_of_bits() -> None:
     (stage,) = yaml.safe_load(made("llm-compressor")).values()
     modifier = stage["bits_modifiers"]["GPTQModifier"]

@@ -90,8 +90,10 @@ def as_yaml(config: Config) -> str:
     return yaml.safe_dump({**head, "modules": list(rows(config))}, sort_keys=False, allow_unicode=True)
 
 
-def _shares(config: Config) -> dict[str, str]:
-    """What the sparsities are shares of, if not of single weights."""
+def _shares(config: Config) -> dict[str, str | int]:
+    """What the sparsities are shares of, if not of single weights; the bits of kept weights, if they are rounded."""
+    if config.fixed_bits is not None:
+        return {"bits": config.fixed_bits}
     return {"shares_of": "whole channels"} if parse(config.prune.pattern).channels else {}
 
 

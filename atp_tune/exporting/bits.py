@@ -22,6 +22,7 @@ from atp_tune.spec.texts import Text
 
 K_QUANTS = {2: "q2_k", 3: "q3_k", 4: "q4_k", 5: "q5_k", 6: "q6_k", 8: "q8_0"}
 OF_GPTQMODEL = (2, 3, 4, 8)
+OF_LANGUAGE = ("gptqmodel", "llama.cpp")
 TORCHAO = '''\
 """Rounds a model by torchao as {study} says: {bits:g} bits a weight in the mean, found by atp_tune."""
 
@@ -112,17 +113,14 @@ def as_torchao(config: Config) -> str:
 
 
 def as_llama_cpp(config: Config) -> str:
-    """Lines for `llama-quantize --tensor-type-file`; UserError for models that it does not read."""
+    """Lines for `llama-quantize --tensor-type-file`; UserError for what it does not read."""
     _asked(config, "llama.cpp")
-    if not isinstance(config.texts.test, Text):
-        raise UserError("--format llama.cpp: reads language models, and this is an image classifier; take yaml or csv")
+    if wrong := next((bits for bits in _blocks(config) if bits not in K_QUANTS), None):
+        raise _cannot("llama.cpp", "block_bits", str(wrong), f"has k-quants of {', '.join(map(str, K_QUANTS))} bits")
     lines = (
         rf"blk\.({'|'.join(map(str, blocks))})\.(attn|ffn)_.*={K_QUANTS[bits]}"
         for bits, blocks in _blocks(config).items()
-        if bits in K_QUANTS
     )
-    if wrong := next((bits for bits in _blocks(config) if bits not in K_QUANTS), None):
-        raise _cannot("llama.cpp", "block_bits", str(wrong), f"has k-quants of {', '.join(map(str, K_QUANTS))} bits")
     return "\n".join(lines) + "\n"
 
 
@@ -153,6 +151,8 @@ def refuse_both(config: Config, kind: str) -> None:
 def _asked(config: Config, kind: str) -> QuantizeConfig:
     """The settings of rounding; UserError for a configuration that prunes."""
     refuse_both(config, kind)
+    if kind in OF_LANGUAGE and not isinstance(config.texts.test, Text):
+        raise UserError(f"--format {kind}: reads language models, and this is an image classifier; take yaml or csv")
     if config.quantize is None:
         raise UserError(
             f"--format {kind}: is of rounded weights, and this configuration has zeros; take llm-compressor"
