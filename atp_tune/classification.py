@@ -35,7 +35,7 @@ def evaluate_config(
     setup = ContextConfig.of_config(config, texts, base, asked.device, allowed)
     with TrialContext.open(setup, watch) as context:
         best = plan_of(config, context)
-        target, pattern = config.sparsity.target, parse(config.prune.pattern)
+        target, pattern = config.target, parse(config.prune.pattern)
         uniform = make_plan(best.pruner, "uniform", context.budget(target), {}, pattern)
         scorer = _Scorer(context, asked.limit)
         scorer.score("dense", None)

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from atp_tune.allocations import ALLOCATIONS, Budget, LinearSparsities
+from atp_tune.allocations import bits as of_bits
 from atp_tune.allocations.budget import SYMBOLS, Score
 from atp_tune.allocations.channels import means, rounded
 from atp_tune.errors import UserError
@@ -15,7 +16,7 @@ class Plan:
     """A pruner and one sparsity per block (share of zeros), with the allocation and parameters that they come from.
 
     `linear_sparsities`: one per linear of each block, if they differ within blocks. `target`: the sparsity, where the
-    study searches for it.
+    study searches for it. `bits`: one number per block, where weights are rounded (by `pruner`, then a quantizer).
     """
 
     pruner: str
@@ -24,13 +25,25 @@ class Plan:
     parameters: dict[str, float] = field(default_factory=dict)
     linear_sparsities: LinearSparsities | None = None
     target: float | None = None
+    bits: tuple[int, ...] | None = None
+
+    @property
+    def levels(self) -> tuple[object, ...]:
+        """What it does to each block, whatever it comes from."""
+        return self.sparsities, self.linear_sparsities, self.bits
 
     @property
     def is_uniform(self) -> bool:
         """Whether all linears have the same sparsity, except for the pattern's rounding."""
         if self.allocation == "uniform" or is_zero(self.allocation, self.parameters.values()):
             return True
-        return self.linear_sparsities is None and len(set(self.sparsities)) == 1
+        levels = self.bits if self.bits is not None and not self.prunes else self.sparsities
+        return self.linear_sparsities is None and len(set(levels)) == 1
+
+    @property
+    def prunes(self) -> bool:
+        """Whether it zeros weights."""
+        return self.linear_sparsities is not None or any(self.sparsities)
 
     def of(self, index: int, linears: int) -> tuple[float, ...]:
         """The sparsity of each linear of block `index`."""
@@ -73,13 +86,21 @@ def make_plan(
     pruner: str, allocation: str, budget: Budget, parameters: dict[str, float], pattern: Pattern | None = None
 ) -> Plan:
     """The plan of one allocation at given parameters, rounded to the pattern; ValueError if inadmissible."""
-    pattern = pattern or Pattern()
+    plan = _made(pruner, allocation, budget, parameters, pattern or Pattern())
+    return plan if budget.bits is None else replace(plan, bits=(budget.bits,) * len(budget.sizes))
+
+
+def _made(pruner: str, allocation: str, budget: Budget, parameters: dict[str, float], pattern: Pattern) -> Plan:
     budget = replace(budget, score=ranked_by(pruner))
     shared = ALLOCATIONS[allocation].sparsities(budget, **parameters)
     blocks = tuple(s for s in shared if not isinstance(s, tuple))
     if pattern.channels:
         linears = rounded(_one_per_block(allocation, blocks, budget), budget.channels, budget.target)
         return Plan(pruner, allocation, means(linears, budget.channels), parameters, linears)
+    if budget.widths:
+        wanted = [of_bits.bits_of(s, budget.widths) for s in _one_per_block(allocation, blocks, budget)]
+        bits = of_bits.rounded(wanted, budget.sizes, budget.widths)
+        return Plan(pruner, allocation, (0.0,) * len(bits), parameters, bits=bits)
     if blocks:
         return Plan(pruner, allocation, pattern.round(blocks, budget.sizes), parameters)
     linears = _rounded(tuple(s for s in shared if isinstance(s, tuple)), budget, pattern)
@@ -89,8 +110,9 @@ def make_plan(
 def _one_per_block(allocation: str, blocks: tuple[float, ...], budget: Budget) -> tuple[float, ...]:
     if len(blocks) != len(budget.sizes):
         raise UserError(
-            f"allocation: {allocation} gives the linears of a block different sparsities, and channels go from all of "
-            "them at once; take uniform, atp, curve, owl or alphapruning"
+            f"allocation: {allocation} gives the linears of a block different sparsities, and "
+            + ("all of them have the same bits" if budget.widths else "channels go from all of them at once")
+            + "; take uniform, atp, curve, owl or alphapruning"
         )
     return blocks
 

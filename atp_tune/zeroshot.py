@@ -136,12 +136,12 @@ def evaluate(
 
 def _compared(scorer: Scorer, config: Config, context: TrialContext) -> ZeroShot:
     best = plan_of(config, context)
-    uniform = make_plan(best.pruner, "uniform", context.budget(config.sparsity.target), {}, parse(config.prune.pattern))
+    uniform = make_plan(best.pruner, "uniform", context.budget(config.target), {}, parse(config.prune.pattern))
     context.watch(TrialStarted("dense", None))
     scorer.score("dense", context.replay, context.folder, context.checkpoint.weights)
     context.watch(TrialStarted("uniform", uniform))
     scorer.score("uniform", context.replay, context.folder, prune_whole(context, uniform, *SCORED))
-    if (best.sparsities, best.linear_sparsities) == (uniform.sparsities, uniform.linear_sparsities):
+    if best.levels == uniform.levels:
         scorer.repeat("best", "uniform")
     else:
         context.watch(TrialStarted("best", best))

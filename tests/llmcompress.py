@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from compressed_tensors.quantization.lifecycle.forward import forward_quantize  # type: ignore[import-not-found]
 from llmcompressor import oneshot  # type: ignore[import-not-found]
 from llmcompressor.core import reset_session  # type: ignore[import-not-found]
 from safetensors.torch import save_file
@@ -23,4 +24,9 @@ for job in json.loads(Path(jobs).read_text()):
     options = {"num_calibration_samples": len(rows), **job["arguments"]}
     pruned = oneshot(model=model, recipe=job["recipe"], dataset=data, **options)
     weights = {name: tensor.contiguous() for name, tensor in pruned.named_parameters()}
+    for name, module in pruned.named_modules():  # what is to be rounded is a float until it is saved
+        if hasattr(module, "quantization_scheme") and getattr(module, "weight", None) is not None:
+            weights[f"{name}.weight"] = forward_quantize(
+                module, module.weight, "weight", module.quantization_scheme.weights
+            ).contiguous()
     save_file(weights, job["out"])

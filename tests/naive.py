@@ -297,3 +297,60 @@ def nlls_of(model: Any, ids: Tensor) -> list[float]:
     """The model's own loss, window by window."""
     with torch.inference_mode():
         return [float(model(input_ids=row[None], labels=row[None], use_cache=False).loss) for row in ids]
+
+
+def grid(group: list[float], bits: int, symmetric: bool) -> tuple[np.float32, float]:
+    """Scale, in float32, and zero point of one group."""
+    low, high = min(0.0, *group), max(0.0, *group)
+    if symmetric:
+        high = max(high, -low)
+        low = -high
+    scale = np.float32(np.float32(high) - np.float32(low)) / np.float32(2**bits - 1)
+    if scale == 0:
+        return np.float32(1), float(2 ** (bits - 1)) if symmetric else 0.0
+    return scale, float(2 ** (bits - 1)) if symmetric else float(np.rint(np.float32(-low) / scale))
+
+
+def nearest(weight: float, scale: np.float32, zero: float, bits: int) -> float:
+    """The value of the grid that is nearest to a weight, in float32."""
+    q = min(2.0**bits - 1, max(0.0, float(np.rint(np.float32(weight) / scale)) + zero))
+    return float(np.float32(q - zero) * scale)
+
+
+def grids_of(weight: Tensor, bits: int, size: int, symmetric: bool) -> list[list[tuple[np.float32, float]]]:
+    """Scale and zero point for each weight [out, in]; a size of -1 is the whole row."""
+    size = weight.shape[1] if size == -1 else size
+    return [
+        [grid(row[j - j % size : j - j % size + size], bits, symmetric) for j in range(len(row))]
+        for row in weight.float().tolist()
+    ]
+
+
+def rtn(weight: Tensor, bits: int, size: int, symmetric: bool) -> Tensor:
+    """Each weight [out, in] as the nearest value of its group."""
+    grids = grids_of(weight, bits, size, symmetric)
+    rows = weight.float().tolist()
+    found = [[nearest(w, *g, bits) for w, g in zip(*pair, strict=True)] for pair in zip(rows, grids, strict=True)]
+    return torch.tensor(found).reshape(weight.shape).to(weight.dtype)
+
+
+def gptq(
+    weight: Tensor, x: Tensor, bits: int, size: int, symmetric: bool, damping: float, zeros: Tensor | None = None
+) -> Tensor:
+    """Optimal brain quantization in the order of columns, with the inverse of what remains of the Hessian made afresh.
+
+    In float64, but for the grids.
+    """
+    W, H = weight.double().clone(), hessian(x)
+    grids = grids_of(weight, bits, size, symmetric)
+    W[:, (x == 0).all(0)] = 0
+    H += damping * H.diagonal().mean() * torch.eye(len(H), dtype=torch.float64)
+    for j in range(len(H)):
+        inverse = torch.linalg.inv(H[j:, j:])
+        values = [nearest(w, *row[j], bits) for w, row in zip(W[:, j].tolist(), grids, strict=True)]
+        rounded = torch.tensor(values, dtype=torch.float64)
+        if zeros is not None:
+            rounded[zeros[:, j]] = 0
+        W[:, j + 1 :] -= torch.outer((W[:, j] - rounded) / inverse[0, 0], inverse[0, 1:])
+        W[:, j] = rounded
+    return W

@@ -108,6 +108,8 @@ def test_study_files_are_read(block: Block) -> None:
     table = tomllib.loads(block.text)
     if "images" in table:
         del study["texts"]
+    if "bits" in table and "sparsity" not in table:
+        del study["sparsity"], study["prune"]
     for key, value in table.items():
         if key == "texts":
             study[key] |= value

@@ -84,6 +84,8 @@ def reader(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pattern = '[prune]\npattern = "channels"\n\n[texts.calibration]'
     channels = tiny.replace("sparsity = 0.6", "sparsity = 0.25").replace("[texts.calibration]", pattern, 1)
     (place / "studies/smol-channels.toml").write_text(channels, encoding="utf-8")
+    rounded = tiny.replace("sparsity = 0.6", "bits = 3.5") + "\n[quantize]\ngroup_size = 16\n"
+    (place / "studies/smol-bits.toml").write_text(rounded, encoding="utf-8")
     return place
 
 

@@ -56,6 +56,7 @@ def recipe(**changes: Any) -> Any:
     [
         (None, None, "json"), (None, "best", "json"), (None, "a.csv", "csv"), (None, "a.YAML", "yaml"),
         (None, "a.recipe.yaml", "llm-compressor"), ("csv", "a.json", "csv"), ("json", "a.yaml", "json"),
+        (None, "a.gptqmodel.json", "gptqmodel"), (None, "a.torchao.py", "torchao"),
     ],
 )  # fmt: skip
 def test_which_format_is_meant(given: str | None, out: str | None, kind: str) -> None:
@@ -332,3 +333,33 @@ def check_same(way: str, ours: Tensor, theirs: Tensor) -> None:
     else:
         columns = [(part == 0).sum() for part in theirs.split(16, 1)]
         assert columns == [(part == 0).sum() + 1 for part in ours.split(16, 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_llm_compressor_rounds_as_apply_does(
+    place: Path, tmp_path: Path, command: CommandLine, llmcompressor: Path, symmetric: bool
+) -> None:
+    """The same bits, of RTN and GPTQ."""
+    rounds = f"[quantize]\ngroup_size = 16\nsymmetric = {str(symmetric).lower()}\n"
+    toml = (place / "tiny.toml").read_text().replace("sparsity = 0.6", "bits = 3.5")
+    (place / "tiny.toml").write_text(f"{toml}\n{rounds}")
+    jobs, windows = [], tmp_path / "windows.npy"
+    for name, beta in (("rtn", 0.1), ("gptq", -0.1)):
+        file, out = study_file(place, f"quantize.quantizers=['{name}']"), tmp_path / name
+        with quiet():
+            prune_study(file, {"beta": beta}, out, ignore_events)
+        assert command("export", "--config", out / "atp_tune.json", "--format", "llm-compressor").code == 0
+        recipe, theirs = str(out / "atp_tune.recipe.yaml"), str(tmp_path / f"{name}.theirs")
+        jobs.append({"recipe": recipe, "out": theirs, "arguments": {"pipeline": "sequential"}})
+        np.save(windows, token_windows(file.study.texts.calibration, place / "model", place).ids)
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    words = [Path(__file__).with_name("llmcompress.py"), place / "model", windows, tmp_path / "jobs.json"]
+    ran = subprocess.run([llmcompressor, *words], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    for name in ("rtn", "gptq"):
+        ours, theirs_ = load_file(tmp_path / name / "model.safetensors"), load_file(tmp_path / f"{name}.theirs")
+        rounded = [key for key in ours if key.endswith("_proj.weight")]
+        assert len(rounded) == 7 * BLOCKS
+        for key in rounded:
+            assert torch.equal(ours[key], theirs_[key]), (name, key)

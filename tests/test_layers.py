@@ -33,6 +33,7 @@ LAYERS = [
     "metrics",
     "allocations",
     "pruners",
+    "quantizers",
     "packed",
     "spec",
     "plan",

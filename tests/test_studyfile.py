@@ -120,8 +120,8 @@ REPLACED = [  # what stands in GOOD, what stands there instead, the message
     (
         "sparsity = 0.6",
         'sparsity = 2\n"a\\nb" = 5',
-        r'"a\nb": unknown key; known here are description, protocol, sparsity, limit, model, prune, allocation, '
-        "images, texts, search, continuations, storage, device (and 1 more mistake)",
+        r'"a\nb": unknown key; known here are description, protocol, bits, sparsity, limit, model, prune, quantize, '
+        "allocation, images, texts, search, continuations, storage, device (and 1 more mistake)",
     ),
     ("pruners =", "pruner =", "prune.pruner: unknown key; did you mean prune.pruners?"),
     (

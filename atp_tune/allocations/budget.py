@@ -64,7 +64,9 @@ class Budget:
     """Target S (share of zeros over all linears, in [0, 1]) and the number of prunable weights of each block.
 
     `linears` are the shapes of the linears of each block, `score` is the score that the pruner ranks weights by,
-    `channels` are those of each block where whole channels go.
+    `channels` are those of each block where whole channels go; `widths` the bits that a block may have where weights
+    are rounded: the target is then a share between the most and the fewest, see `allocations.bits`. `bits` are those
+    of every block, where weights are pruned and then rounded.
     """
 
     target: float
@@ -73,6 +75,8 @@ class Budget:
     dense_metrics: DenseMetricsProtocol | None = field(default=None, compare=False)
     score: Score = "wanda"
     channels: tuple["BlockChannels", ...] = ()
+    widths: tuple[int, ...] = ()
+    bits: int | None = None
 
     @property
     def highest(self) -> float:

@@ -71,6 +71,8 @@ class Configuration:
             return self._save(out, write_slim)
         if not packed:
             return self._save(out)
+        if self.config.by_bits:
+            raise UserError("packed: leaves zeros out, and these weights are rounded; leave it out")
         from atp_tune.sparse.packing import pack_folder, write_to_pack
         from atp_tune.sparse.shards import check_free
 

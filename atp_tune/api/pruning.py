@@ -134,7 +134,8 @@ def prune_study(
 def _setup(file: StudyFile, texts: dict[str, Data], bos: bool | None) -> ContextConfig:
     study, score = file.study, file.study.score
     place, kind = file.folder, inputs_of(score)
-    return ContextConfig(study.model, study.prune, texts, place, study.device, bos=bos, inputs=kind, score=score)
+    made = ContextConfig(study.model, study.prune, texts, place, study.device, bos=bos, inputs=kind, score=score)
+    return made if study.bits is None else replace(made, quantize=study.quantize, bits=study.fixed_bits)
 
 
 def _stored_bos(file: StudyFile) -> bool | None:

@@ -19,7 +19,7 @@ def trials(summary: Summary) -> list[Row]:
             "trial": trial.number,
             "state": trial.state.lower(),
             "plan": trial.plan,
-            "sparsity": trial.realised,
+            **({"sparsity": trial.realised} if trial.bits is None else {"bits": trial.effective_bits}),
             "perplexity": trial.value,
             "stderr": trial.stderr,
             "test_perplexity": trial.test and trial.test.value,

@@ -30,6 +30,7 @@ from atp_tune.inputs import Batch
 from atp_tune.plan import Plan
 from atp_tune.pruners import Pruner, Statistics, make_pruner
 from atp_tune.pruners.selection import nonzeros
+from atp_tune.quantizers.quantizing import Quantizing
 
 BlockStatistics = Mapping[str, Statistics]
 
@@ -45,6 +46,7 @@ class PrunedBlock:
     seconds: dict[str, float]
     experts_without_tokens: tuple[str, ...] = ()  # pruned by magnitude
     channels: Mapping[str, Tensor] = field(default_factory=dict)  # masks of those that are gone, by their reader
+    bits: int | None = None  # of each weight, where they are rounded
 
 
 @dataclass
@@ -80,29 +82,37 @@ class Pass:
         linears = self.replay.checkpoint.linears[index]
         timer = Timer(self.replay.checkpoint.device)
         weights = self.replay.checkpoint.weights(index)
-        sparsities = plan.of(index, len(linears))
         pruned: Pruning | PrunedChannels
         if self.channels is not None:
-            pruned = self._prune_channels(index, weights, hidden, sparsities, timer)
+            pruned = self._prune_channels(index, weights, hidden, plan.of(index, len(linears)), timer)
             self.after = advance(self.replay, self.batch, index, pruned.weights, hidden)
         elif self.in_one_pass and self.pruner.measures is not None:
-            pruned = self._prune_sequentially(index, weights, hidden, sparsities, timer)
+            pruned = self._prune_sequentially(index, weights, hidden, plan, timer)
         else:
-            pruned = self._measure_and_prune(index, weights, hidden, sparsities, timer)
+            pruned = self._measure_and_prune(index, weights, hidden, plan, timer)
             self.after = advance(self.replay, self.batch, index, pruned.weights, hidden)
         error = None if self.dense_states is None else relative_error(self.after, self.dense_states[index])
         zeros = pruned.zeros()
         timer.lap("calibrate")
         lacking, gone = tuple(pruned.experts_without_tokens), getattr(pruned, "channels", {})
-        return PrunedBlock(index, pruned.weights, zeros, error, timer.seconds, lacking, gone)
+        bits = None if plan.bits is None else plan.bits[index]
+        return PrunedBlock(index, pruned.weights, zeros, error, timer.seconds, lacking, gone, bits)
+
+    def _pruning(self, plan: Plan, index: int, weights: dict[str, Tensor]) -> "Pruning":
+        """The pruning of block `index`, before its first linear."""
+        linears, pruner = self.replay.checkpoint.linears[index], self.pruner
+        if plan.bits is not None:
+            assert isinstance(pruner, Quantizing)
+            pruner = pruner.at(plan.bits[index])
+        return Pruning(linears, weights, pruner, plan.of(index, len(linears)))
 
     def _measure_and_prune(
-        self, index: int, weights: dict[str, Tensor], hidden: Tensor, sparsities: tuple[float, ...], timer: Timer
+        self, index: int, weights: dict[str, Tensor], hidden: Tensor, plan: Plan, timer: Timer
     ) -> "Pruning":
         linears = self.replay.checkpoint.linears[index]
         statistics = self._statistics(index, weights, hidden)
         timer.lap("calibrate")
-        pruning = Pruning(linears, weights, self.pruner, sparsities)
+        pruning = self._pruning(plan, index, weights)
         for linear in linears:
             pruning.prune(linear, statistics.get(linear.name))
         timer.lap("prune")
@@ -128,7 +138,7 @@ class Pass:
         return measure(self.replay, self.batch, index, weights, hidden, self.pruner.measures)
 
     def _prune_sequentially(
-        self, index: int, weights: dict[str, Tensor], hidden: Tensor, sparsities: tuple[float, ...], timer: Timer
+        self, index: int, weights: dict[str, Tensor], hidden: Tensor, plan: Plan, timer: Timer
     ) -> "Pruning":
         """Measures, prunes and runs the block in one pass over the hidden states."""
         kind, block = self.pruner.measures, self.replay.checkpoint.blocks[index]
@@ -136,7 +146,7 @@ class Pass:
         assert kind is not None
 
         def step(windows: int) -> Pruning:
-            pruning = Pruning(linears, weights, self.pruner, sparsities)
+            pruning = self._pruning(plan, index, weights)
 
             def prune(linear: Linear, statistics: Statistics | None) -> None:
                 timer.lap("calibrate")
@@ -227,7 +237,9 @@ def joined(parts: list[Tensor], hidden: Tensor) -> Tensor:
 
 
 def unmeasured(pruner: Pruner) -> Pruner:
-    """The pruner for a linear without inputs: magnitude, with the same group."""
+    """The pruner for a linear without inputs: magnitude, with the same group; RTN, where weights are rounded."""
+    if isinstance(pruner, Quantizing):
+        return pruner.unmeasured(None if pruner.pruner is None else unmeasured(pruner.pruner))
     group = getattr(pruner, "group", None)
     return make_pruner("magnitude", None if group is None else {"group": group})
 

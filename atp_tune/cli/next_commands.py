@@ -24,7 +24,7 @@ def show_next(summary: Summary, file: StudyFile) -> None:
     if made is None or summary.best.test is None or not is_there:
         return
     is_slim = summary.of_channels and not summary.hits  # an image classifier cannot be slim yet
-    form = "slim" if is_slim else "sparse"
+    form = "slim" if is_slim else "sparse" if summary.bits is None else "rounded"
     config, out = _from_here(best), _free(f"{printable(summary.name).replace('/', '_')}-{form}")
     study = ["--study", *study_words(summary, file)]
     if summary.points and not summary.limit:

@@ -11,6 +11,7 @@ from atp_tune.errors import printable
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.speed import PHASES, Measured, Phase, Speed
 from atp_tune.plan import percent
+from atp_tune.results.amounts import amount_of, asked, column, dense_amount
 from atp_tune.results.formatting import (
     ACCURACY,
     NOTHING,
@@ -46,8 +47,7 @@ WIDE_ENOUGH = 100  # columns for three texts side by side
 
 def show_summary(summary: Summary, file: StudyFile) -> None:
     """Prints dense, uniform and the best of each allocation as a Markdown table, then the next commands."""
-    sparsity = summary.sparsity or file.study.sparsity
-    console.print(f"{printable(summary.name)}: {percent(sparsity)} sparsity\n")
+    console.print(f"{printable(summary.name)}: {asked(summary, file.study)}\n")
     console.print(_points(summary) if summary.interval else _results(summary))
     console.print("\n" + "\n".join(_notes(summary)), style="dim")
     best = summary.best_trial
@@ -87,7 +87,7 @@ def show_continuations(found: Continuations) -> None:
 def _results(summary: Summary) -> str:
     """Dense, uniform of each pruner, and the best of each other allocation."""
     has_kl, draws = "kl" in summary.objectives, drawn(summary)
-    head = ["method", "sparsity", "validation perplexity", "test perplexity", "against uniform"]
+    head = ["method", column(summary), "validation perplexity", "test perplexity", "against uniform"]
     head += [f"perplexity, {draws} draws", f"against uniform, {draws} draws"] if draws else []
     head += ["validation KL", "test KL", "KL against uniform"] if has_kl else []
     head += ACCURACY if summary.hits else ()
@@ -96,9 +96,9 @@ def _results(summary: Summary) -> str:
         over = [cell or NOTHING for cell in draws_of(summary, trial)] if draws else []
         kls = [*cells(summary.kl(trial)), kl_change] if has_kl else []
         hits = hit_cells(summary, trial) if summary.hits else ()
-        return [method_of(trial), _zeros(trial) or NOTHING, *cells(scores), change, *over, *kls, *hits]
+        return [method_of(trial), amount_of(trial, summary) or NOTHING, *cells(scores), change, *over, *kls, *hits]
 
-    rows = [["dense", "0%", *cells(summary.dense), NOTHING, *[NOTHING, NOTHING][: 2 * bool(draws)]]]
+    rows = [["dense", dense_amount(summary), *cells(summary.dense), NOTHING, *[NOTHING, NOTHING][: 2 * bool(draws)]]]
     rows[0] += ["0", "0", NOTHING] if has_kl else []
     rows[0] += hit_cells(summary, None) if summary.hits else ()
     for trial in summary.uniforms:
@@ -119,7 +119,8 @@ def _points(summary: Summary) -> str:
 def _notes(summary: Summary) -> list[str]:
     """The legend of the table."""
     items = "images" if summary.hits else "windows"
-    same = f"same pruner{' and sparsity' * bool(summary.interval)}, same {items}"
+    what = "pruner" if summary.bits is None else "quantizer"
+    same = f"same {what}{' and sparsity' * bool(summary.interval)}, same {items}"
     paired = f"against uniform: {same}, error of the difference"
     notes = [f"±: {errors_of(summary)}; {paired}", sizes_note(summary) if summary.interval else draws_note(summary)]
     if summary.hits:
@@ -163,10 +164,6 @@ def _front(summary: Summary) -> str:
     return markdown(("trial", "method", "validation perplexity", "validation KL"), rows)
 
 
-def _zeros(trial: FrozenTrial) -> str:
-    return f"{trial.user_attrs['realised']:.2%}" if "realised" in trial.user_attrs else ""
-
-
 def _show_rest(summary: Summary) -> None:
     others = any(trial.values is not None and not is_uniform(trial) for trial in summary.trials)
     if not summary.interval and summary.best_trial is not None and is_uniform(summary.best_trial) and others:
@@ -198,7 +195,7 @@ def trials_table(summary: Summary, trials: list[FrozenTrial]) -> Table:
     """Some of a study's trials, one a row."""
     has_kl, has_hits = "kl" in summary.objectives, bool(summary.hits)
     measures = ["perplexity", *["KL"] * has_kl, *["accuracy"] * has_hits]
-    rows = table("trial", "state", "plan", *measures, "zeros", "s", "remark")
+    rows = table("trial", "state", "plan", *measures, "zeros" if summary.bits is None else "bits", "s", "remark")
     for trial in trials:
         attrs, score, kl = trial.user_attrs, score_of(trial), summary.kl(trial).validation
         is_best = summary.best_trial is not None and trial.number == summary.best_trial.number
@@ -209,7 +206,7 @@ def trials_table(summary: Summary, trials: list[FrozenTrial]) -> Table:
             "" if score is None else f"{score.value:.2f}" + (f" ± {score.stderr:.2f}" if "stderr" in attrs else ""),
             *([f"{kl.value:.4f}" if kl else ""] if has_kl else []),
             *([str(summary.hits.trial(trial).validation or "")] if has_hits else []),
-            _zeros(trial),
+            amount_of(trial, summary),
             f"{sum(attrs['seconds'].values()):.0f}" if "seconds" in attrs else "",
             "; ".join(filter(None, ("best" if is_best else "", remark_of(trial, summary)))),
         )

@@ -97,7 +97,7 @@ def foresee(file: StudyFile, name: str, watch: EventHandler) -> Forecast:
             known = _with_blocks(known, context)
             context.watch(Message("probing: one batch of each text in three blocks"))
             spec = file.study
-            rates = probe(context, spec.prune.short_names, spec.highest, load, "kl" in spec.search.objective)
+            rates = probe(context, spec.methods.short_names, spec.highest, load, "kl" in spec.search.objective)
     format_ = str(dtype).removeprefix("torch.")
     return _forecast(known, name, device_name(device), format_, context, rates)
 
@@ -122,11 +122,11 @@ def _known(
     costs = {
         name: forecast.passes(
             study.prune.statistics,
-            study.prune.measures(name),
+            study.methods.measures(name),
             tokens,
             tokens.validation + (tokens.test if study.compares_all else 0),
         )
-        for name in study.prune.short_names
+        for name in study.methods.short_names
     }
     return Known(
         study, _stored(file, name), _stored(file, name + SUFFIX), read_sizes(folder.path), tokens, windows, width,
@@ -161,7 +161,7 @@ def _kinds(study: Study) -> int:
 
 def dense_kinds(study: Study) -> int:
     """Number of kinds of statistics that the pruners of a study need."""
-    return len({study.prune.pruner(name).measures for name in study.prune.short_names} - {None})
+    return len({study.methods.pruner(name).measures for name in study.methods.short_names} - {None})
 
 
 def _stored(file: StudyFile, name: str) -> optuna.Study | None:
@@ -218,7 +218,7 @@ def _rank_bytes(study: Study, context: "TrialContext") -> int:
 
     if study.prune.statistics != "dense" and study.search.screen is None:
         return 0
-    pruners = [study.prune.pruner(name) for name in study.prune.short_names]
+    pruners = [study.methods.pruner(name) for name in study.methods.short_names]
     return RANK_BYTES * sum(context.checkpoint.sizes) if any(can_rank(x, context.checkpoint) for x in pruners) else 0
 
 
@@ -262,7 +262,7 @@ def _descents(known: Known) -> int:
     from atp_tune.search.priced import PASSES
 
     steps = steps_along(_path(known))
-    return len({ranked_by(name) for name in known.study.prune.short_names}) * steps * PASSES * _step_tokens(known)
+    return len({ranked_by(name) for name in known.study.methods.short_names}) * steps * PASSES * _step_tokens(known)
 
 
 def _descent_bytes(known: Known) -> int:
@@ -292,7 +292,7 @@ def _compared(study: Study) -> int:
     if study.interval is not None:
         return 2
     allocations = len(set(study.allocation.short_names) - {"uniform"})
-    return max(1, allocations + min(allocations, len(study.prune.short_names)))
+    return max(1, allocations + min(allocations, len(study.methods.short_names)))
 
 
 def _drawn(known: Known, plans: int) -> DrawsCost:

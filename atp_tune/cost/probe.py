@@ -76,7 +76,7 @@ def probe(
     tokens = {role: len(states[0]) * context.windows[role].positions for role, states in batches.items()}
     run = {role: clock.typical(f"run {role}") / tokens[role] for role in batches}
     each = {name: clock.typical(f"calibrate {name}") / tokens["calibration"] for name in pruners}
-    measures = {name for name in pruners if context.prune_settings.measures(name)}
+    measures = {name for name in pruners if context.methods.measures(name)}
     dense = max((each[name] for name in measures), default=2 * run["calibration"])
     if context.prune_settings.statistics == "dense":
         each = dict.fromkeys(pruners, run["calibration"])
@@ -126,11 +126,11 @@ def _final(context: TrialContext, items: Batch) -> Tensor:
 
 def _pruned(context: TrialContext, index: int, hidden: Tensor, name: str, sparsity: float) -> dict[str, float]:
     """Seconds by phase of one block in a trial; statistics "dense" are timed as "block"."""
-    pruner = context.prune_settings.pruner(name)
+    pruner = context.methods.pruner(name)
     in_one_pass = context.prune_settings.statistics == "sequential"
     plan = Plan(name, "uniform", (sparsity,) * len(context.checkpoint.blocks))
     of_channels = context.channel_pruner(name)
-    if of_channels is not None:
+    if of_channels is not None or context.quantize is not None:
         plan = make_plan(name, "uniform", context.budget(sparsity), {}, context.pattern)
     work = Pass(context.replay, context.batch("calibration"), pruner, None, None, in_one_pass, of_channels)
     return work.step(plan, index, hidden).seconds

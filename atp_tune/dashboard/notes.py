@@ -8,9 +8,9 @@ from optuna.trial import FrozenTrial, TrialState
 from atp_tune.errors import printable
 from atp_tune.extras import as_typed
 from atp_tune.metrics.perplexity import may_be_chance
-from atp_tune.plan import percent
 from atp_tune.report.markdown import escaped, fenced, table
 from atp_tune.report.tables import points
+from atp_tune.results.amounts import wanted
 from atp_tune.results.formatting import (
     cells,
     command_of,
@@ -68,16 +68,19 @@ def _what(summary: Summary) -> str:
         return f"## {escaped(summary.name)}"
     spec = file.study
     names = ", ".join(spec.allocation.short_names)
-    pruners = ", ".join(spec.prune.short_names)
+    methods = ", ".join(spec.methods.short_names)
+    settings = f"pattern {escaped(spec.prune.pattern)}"
+    if spec.by_bits:
+        settings = ", ".join(f"{key} {value}" for key, value in spec.quantize.told("rtn").items())
     objectives = {"kl": "KL divergence from the dense model (nats per token)", "density": "density (1 - sparsity)"}
     objective = " and ".join(objectives.get(objective, objective) for objective in summary.objectives)
     data = "text" if spec.images is None else "images"
     limit = f" The best is the sparsest plan within {limit_of(summary.limit)}." if summary.limit else ""
     lines = [
-        f"## {escaped(summary.name)}: {_code(short_source(spec.model.source))} at {percent(spec.sparsity)} sparsity",
+        f"## {escaped(summary.name)}: {_code(short_source(spec.model.source))} at {wanted(spec)}",
         escaped(spec.description),
-        f"The study searches for the sparsities of {len(summary.sizes)} blocks ({names}; {pruners}; "
-        f"pattern {escaped(spec.prune.pattern)}). The objective is {objective} on the validation {data}; lower is "
+        f"The study searches for the {'bits' if spec.by_bits else 'sparsities'} of {len(summary.sizes)} blocks "
+        f"({names}; {methods}; {settings}). The objective is {objective} on the validation {data}; lower is "
         f"better.{limit}",
     ]
     return "\n\n".join(line for line in lines if line)
@@ -202,6 +205,9 @@ def _measured(trial: FrozenTrial, summary: Summary) -> str:
 
 
 def _sparsities(attrs: Attributes) -> str:
+    if bits := attrs.get("bits"):
+        effective = f" With scales: {attrs['effective_bits']:.2f} a weight." if "effective_bits" in attrs else ""
+        return f"Bits by block: {' '.join(map(str, bits))}.{effective}"
     plan = attrs.get("sparsities")
     if not plan:
         return ""
@@ -234,9 +240,12 @@ def measured_columns(attrs: Attributes) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if "stderr" in attrs:
         found["± stderr"] = round(attrs["stderr"], 2)
-    if "realised" in attrs:
+    if "effective_bits" in attrs and "quantized_bytes" in attrs:
+        found["bits with scales"] = round(attrs["effective_bits"], 2)
+        found["quantized MB"] = round(attrs["quantized_bytes"] / 1e6, 1)
+    if "realised" in attrs and "bits" not in attrs:
         found["zeros %"] = round(100 * attrs["realised"], 2)
-    if "packed_bytes" in attrs:
+    if "packed_bytes" in attrs and "effective_bits" not in attrs:
         found["packed MB"] = round(attrs["packed_bytes"] / 1e6, 1)
     if "seconds" in attrs:
         found["time (s)"] = round(sum(attrs["seconds"].values()), 1)
@@ -249,5 +258,5 @@ def facts_of(attrs: Attributes) -> dict[str, Any]:
     """A study's attributes for the dashboard: its main settings, and no long lists."""
     known = present_facts(dict(attrs.get("fingerprint", {})))
     sources = [f"{table}.{role}.source" for table in ("texts", "images") for role in ("validation", "test")]
-    names = ("model.source", "model.dtype", "sparsity", "protocol", *sources)
+    names = ("model.source", "model.dtype", "sparsity", "bits", "protocol", *sources)
     return {**{name: known[name] for name in names if name in known}, "trials": attrs.get("total", "not known yet")}

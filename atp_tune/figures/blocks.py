@@ -21,22 +21,27 @@ from atp_tune.figures.style import (
 from atp_tune.figures.trials import best_of, role, second_of, told, uniform_of, worst_of
 from atp_tune.plan import percent
 from atp_tune.results.summary import Summary
+from atp_tune.results.trials import levels_of
+
+SPARSITY = "Sparsity of each block", "block", "sparsity (share of zeros)"
+BITS = "Bits of each block", "block", "bits per weight, without scales"
 
 
 def draw_sparsity(summary: Summary) -> go.Figure | None:
-    """Sparsity against block, in steps; None while no trial has one."""
+    """Sparsity, or bits, against block, in steps; None while no trial has one."""
     best, uniform, second = best_of(summary), uniform_of(summary), second_of(summary)
     shown = _along(summary) or [
         ("best", best, BEST, "solid"),
         ("second best", second, SECOND, "dot"),
         ("uniform", None if uniform == best else uniform, UNIFORM, "solid"),
     ]
-    figure = new_figure("Sparsity of each block", "block", "sparsity (share of zeros)")
+    figure = new_figure(*(SPARSITY if summary.bits is None else BITS))
     for name, trial, colour, dash in shown:
-        if trial is None or not trial.user_attrs.get("sparsities"):
+        levels = levels_of(trial)
+        if trial is None or not levels:
             continue
         figure.add_scatter(
-            y=rounded(trial.user_attrs["sparsities"], 4), name=role(name, trial), mode="lines",
+            y=rounded(levels, 4), name=role(name, trial), mode="lines",
             line={"color": colour, "width": 2.5 if trial == best else 1.75, "dash": dash, "shape": "hvh"},
             hovertemplate=f"block %{{x}}: %{{y:.4f}}<br>{told(trial)}<extra></extra>",
         )  # fmt: skip
@@ -44,14 +49,14 @@ def draw_sparsity(summary: Summary) -> go.Figure | None:
         return None
     made = None if summary.interval else summary.made_from
     if uniform is None and made is not None:  # uniform would be the target in every block
-        target = made.study.highest
+        target = made.study.bits if made.study.by_bits and made.study.bits else made.study.highest
         level(figure, target, f"target {target:g}", INK, "dot")
     values = [value for trace in figure.data for value in trace.y]
     margin = max(0.02, 0.05 * (max(values) - min(values)))
     blocks = max(len(trace.y) for trace in figure.data)
     return figure.update_layout(
         legend_traceorder="normal", xaxis_range=[-0.5, blocks - 0.5],
-        yaxis_range=[max(0, min(values) - margin), min(1, max(values) + margin)],
+        yaxis_range=[max(0, min(values) - margin), min(1 if summary.bits is None else 9, max(values) + margin)],
     )  # fmt: skip
 
 

@@ -77,10 +77,10 @@ def split(trials: list[FrozenTrial]) -> Panels:
 
 def bounds_of(summary: Summary) -> tuple[float, float] | None:
     """The admissible interval of β, if the study stores what it depends on."""
-    target = summary.made_from.study.sparsity if summary.made_from else None
-    if not isinstance(target, float) or not summary.sizes:
+    study = summary.made_from.study if summary.made_from else None
+    if study is None or study.interval is not None or not summary.sizes:
         return None
-    found = atp.bounds(Budget(target, summary.sizes))["beta"]
+    found = atp.bounds(Budget(study.highest, summary.sizes))["beta"]
     return found if found[1] > 0 else None
 
 

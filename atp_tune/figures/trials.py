@@ -7,7 +7,7 @@ from optuna.trial import FrozenTrial
 
 from atp_tune.results.formatting import plan_of
 from atp_tune.results.summary import Summary
-from atp_tune.results.trials import is_uniform, kl_of, score_of, uniform_among
+from atp_tune.results.trials import is_uniform, kl_of, levels_of, score_of, uniform_among
 from atp_tune.storage.progress import ranked, values_of
 
 
@@ -62,9 +62,9 @@ def second_of(summary: Summary) -> FrozenTrial | None:
     if summary.interval:
         return None
     best = best_of(summary)
-    shares = best.user_attrs.get("sparsities") if best else None
+    levels = levels_of(best)
     others = (t for t in finite(summary.trials) if t != best and not is_uniform(t))
-    return next((t for t in others if t.user_attrs.get("sparsities") not in (None, shares)), None)
+    return next((t for t in others if levels_of(t) not in (None, levels)), None)
 
 
 def worst_of(summary: Summary) -> FrozenTrial | None:

@@ -45,7 +45,7 @@ class Refined:
 
     def prepare(self, statistics: Statistics) -> None:
         """Prepares the pruner's own statistics."""
-        own, _ = _parts(statistics)
+        own, _ = parts_of(statistics)
         if own is not None:
             self._pruner.prepare(own)
 
@@ -55,7 +55,7 @@ class Refined:
         UserError if there are swaps to make and the pruner changes weights that it keeps.
         """
         assert statistics is not None
-        own, hessian = _parts(statistics)
+        own, hessian = parts_of(statistics)
         pruned = self._pruner.prune(weight, sparsity, own)
         mask = pruned == 0
         if mask.all() or not mask.any():
@@ -123,7 +123,7 @@ def with_hessian(kind: type[Statistics] | None) -> type[Statistics]:
     return type(name, (WithHessian,), {"kind": kind, "__module__": module})
 
 
-def _parts(statistics: Statistics) -> tuple[Statistics | None, Hessian]:
+def parts_of(statistics: Statistics) -> tuple[Statistics | None, Hessian]:
     """A pruner's own statistics, and the Hessian."""
     if isinstance(statistics, WithHessian):
         return statistics.own, statistics.hessian

@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.figures.history import spent
 from atp_tune.metrics.perplexity import may_be_chance
+from atp_tune.results.amounts import amount_of
 from atp_tune.results.formatting import drawn, draws_note, draws_of, errors_of, study_remarks
 from atp_tune.results.outcome import draws_said, outcome_of
 from atp_tune.results.summary import Summary, summarise
@@ -37,7 +38,9 @@ class Contents:
 
     @property
     def target(self) -> float | None:
-        """The target sparsity, of the best trial where the study searches for it."""
+        """The target sparsity, of the best trial where the study searches for it; None with `bits`."""
+        if self.summary.bits is not None:
+            return None
         made, best = self.summary.made_from, self.summary.best_trial
         if best is not None and "sparsity" in best.params:
             return float(best.params["sparsity"])
@@ -47,7 +50,9 @@ class Contents:
 
     @property
     def sparsity(self) -> str:
-        """The target sparsity as text, with the interval in which the study searches for it; "" if not known."""
+        """The target as text: sparsity, with the interval in which the study searches, or bits; "" if not known."""
+        if self.summary.bits is not None:
+            return f"{self.summary.bits:g} bits"
         target, interval = self.target, self.summary.interval
         if interval is None:
             return "" if target is None else f"{target:g}"
@@ -59,6 +64,13 @@ class Contents:
         """The share of zeros counted in the best trial."""
         best = self.summary.best_trial
         return best.user_attrs.get("realised") if best else None
+
+    @property
+    def bits_counted(self) -> str:
+        """The bits of the best trial: `, 3.50 (3.85 with scales) in the best`; "" without any."""
+        best = self.summary.best_trial
+        found = amount_of(best, self.summary) if best and self.summary.bits is not None else ""
+        return f", {found} in the best" if found else ""
 
     @property
     def description(self) -> str:

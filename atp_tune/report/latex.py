@@ -50,7 +50,8 @@ def _rows(contents: Contents, titled: bool, has_kl: bool) -> list[str]:
     summary, sparsity = contents.summary, contents.sparsity
     rows = []
     if titled:
-        at = f", sparsity {sparsity}" if sparsity else ""
+        what = "" if summary.bits is not None else "sparsity "
+        at = f", {what}{sparsity}" if sparsity else ""
         rows.append(f"\\multicolumn{{{7 if has_kl else 5}}}{{l}}{{{escaped(summary.name + at)}}} \\\\")
     rows.append(_row("", "dense", summary.dense, None, ["0", "0"] if has_kl else []))
     if summary.interval:

@@ -5,6 +5,7 @@
       name, description     of the study
       sparsity              target and realised of the best (share of zeros, null if unknown); interval: the lowest and
                             highest target, null in a study at one sparsity
+      bits                  target in bits per weight, of a study that has it in the place of a sparsity
       state                 done, total, running, failed: numbers of trials
       dense, uniform, best  validation and test: {value, stderr} of a perplexity, or null
       best_trial            its number, or null
@@ -28,7 +29,9 @@
       importance            parameter → share of 1; empty with too few trials
       trials[]              number, state, plan, sparsity (its target, where that is searched), pruner, allocation,
                             parameters, perplexity, realised, sparsities,
-                            linear_sparsities, errors, seconds (phase → s), device, dtype, remark
+                            linear_sparsities, errors, seconds (phase → s), device, dtype, remark; of a study
+                            with `bits` also bits (of each block), effective_bits (a weight, with scales) and
+                            quantized_bytes (of all weights)
       seconds, devices      of all trials
       study_file            name and settings, as the study was made; or null
       fingerprint, versions facts that the values depend on, and versions of libraries
@@ -74,6 +77,7 @@ def _study(contents: Contents) -> dict[str, Any]:
         "name": summary.name,
         "description": contents.description,
         "sparsity": {"target": contents.target, "realised": contents.realised, "interval": summary.interval},
+        **({} if summary.bits is None else {"bits": summary.bits}),
         "state": {
             "done": summary.done,
             "total": summary.total,
@@ -130,6 +134,7 @@ def _dumped(found: BaseModel | None) -> dict[str, Any] | None:
 def _trial(trial: FrozenTrial, summary: Summary) -> dict[str, Any]:
     attrs = trial.user_attrs
     kept = ("realised", "sparsities", "linear_sparsities", "errors", "seconds", "device", "dtype")
+    rounded = ("bits", "effective_bits", "quantized_bytes") if summary.bits is not None else ()
     return {
         "number": trial.number,
         "state": trial.state.name.lower(),
@@ -139,7 +144,7 @@ def _trial(trial: FrozenTrial, summary: Summary) -> dict[str, Any]:
         "allocation": trial.params.get("allocation"),
         "parameters": parameters_of(trial),
         "perplexity": _dumped(score_of(trial)),
-        **{key: attrs.get(key) for key in kept},
+        **{key: attrs.get(key) for key in (*kept, *rounded)},
         "remark": remark_of(trial, summary),
         "kl": _dumped(summary.kls.get(trial.number)),
     }

@@ -65,6 +65,8 @@ def _study(contents: Contents) -> list[str]:
 def _sparsity(contents: Contents) -> str:
     if not contents.sparsity:
         return ""
+    if contents.summary.bits is not None:
+        return f"{contents.sparsity} per weight{contents.bits_counted}."
     counted = f", {contents.realised:.4f} counted" if contents.realised is not None else ""
     return f"Sparsity {contents.sparsity}{counted}."
 

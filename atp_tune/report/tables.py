@@ -15,6 +15,8 @@ from atp_tune.figures.history import spent
 from atp_tune.metrics.continuations import NAMES, Continuations
 from atp_tune.metrics.speed import PHASES, Speed, spread
 from atp_tune.report.contents import Contents
+from atp_tune.results import amounts
+from atp_tune.results.amounts import amount_of
 from atp_tune.results.formatting import (
     ACCURACY,
     NOTHING,
@@ -187,7 +189,8 @@ def trials(summary: Summary) -> ReportTable:
     numbers = [trial.number for trial in summary.trials]
     best = numbers.index(summary.best_trial.number) if summary.best_trial else None
     kl = ("KL",) if has_kl else ()
-    head = ("trial", "plan", "perplexity", "±", *kl, "zeros", "time (s)", "state", "remark")
+    amount = "zeros" if summary.bits is None else "bits"
+    head = ("trial", "plan", "perplexity", "±", *kl, amount, "time (s)", "state", "remark")
     return ReportTable(head, rows, (1, len(head) - 2, len(head) - 1), best)
 
 
@@ -195,7 +198,8 @@ def comparison(studies: Sequence[Contents]) -> ReportTable:
     """One row per study, all on one text: test if all are measured on it, else validation."""
     on = "test" if all(contents.summary.text == "test" for contents in studies) else "validation"
     columns = (f"dense, {on} text", "uniform", "best", "against uniform")
-    head = ("study", "sparsity", *columns, "trials", "time", "device")
+    kinds = dict.fromkeys(amounts.column(contents.summary) for contents in studies)
+    head = ("study", " or ".join(kinds), *columns, "trials", "time", "device")
     return ReportTable(head, [_study_row(contents, on) for contents in studies], (0, 8))
 
 
@@ -239,11 +243,17 @@ def _row(trial: FrozenTrial, summary: Summary, has_kl: bool) -> tuple[str, ...]:
         f"{score.value:.2f}" if score else "",
         f"{score.stderr:.2f}" if score and "stderr" in attrs else "",
         *((str(summary.kl(trial).validation or ""),) if has_kl else ()),
-        f"{attrs['realised']:.4f}" if "realised" in attrs else "",
+        _amount(trial, summary),
         f"{sum(spent(trial).values()):.1f}" if spent(trial) else "",
         trial.state.name.lower(),
         remark_of(trial, summary),
     )
+
+
+def _amount(trial: FrozenTrial, summary: Summary) -> str:
+    if summary.bits is not None:
+        return amount_of(trial, summary)
+    return f"{trial.user_attrs['realised']:.4f}" if "realised" in trial.user_attrs else ""
 
 
 def _study_row(contents: Contents, on: str) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from atp_tune.cache import write_atomically
 from atp_tune.errors import UserError
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.speed import Speed
+from atp_tune.results.trials import levels_of
 from atp_tune.spec.config import Config, ZeroShot, read_config
 from atp_tune.spec.finding import holds
 from atp_tune.spec.studyfile import absolute_storage
@@ -65,7 +66,7 @@ def _with(config: Config, found: Mapping[Key, Any]) -> Config:
 
 def is_same(one: Config, other: Config) -> bool:
     """Whether two configurations are of one trial of one study."""
-    parts = ("study", "trial", "pruner", "block_sparsities", "linear_sparsities")
+    parts = ("study", "trial", "pruner", "block_sparsities", "linear_sparsities", "block_bits")
     return one.model.fingerprint == other.model.fingerprint and all(
         getattr(one, part) == getattr(other, part) for part in parts
     )
@@ -99,9 +100,9 @@ def _in_storage(address: str, config: Config) -> optuna.Study | None:
     study = opening.find_study(db, config.study) if db else None
     if study is None or study.user_attrs.get("fingerprint", {}).get("model.content") != config.model.fingerprint:
         return None
-    wanted = (config.trial, config.pruner, config.block_sparsities)
+    wanted = (config.trial, config.pruner, config.block_bits if config.by_bits else config.block_sparsities)
     kept = (
-        (trial.number, trial.params.get("pruner"), tuple(trial.user_attrs.get("sparsities", ())))
+        (trial.number, trial.params.get("pruner"), tuple(levels_of(trial) or ()))
         for trial in study.get_trials(deepcopy=False)
     )
     return study if any(one == wanted for one in kept) else None

@@ -1,11 +1,14 @@
 """The configuration of a study's best trial, from which `apply` makes a checkpoint."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial
 from pydantic import ValidationError
 
+from atp_tune.allocations.bits import mean_of
 from atp_tune.errors import UserError
 from atp_tune.results.accuracies import accuracies_of
 from atp_tune.results.annotations import with_attached
@@ -21,6 +24,8 @@ from atp_tune.spec.config import (
     ModelRef,
     Sparsity,
 )
+from atp_tune.spec.quantize import Bits
+from atp_tune.spec.study import Study
 from atp_tune.spec.studyfile import StudyFile
 from atp_tune.storage import fingerprint, progress
 from atp_tune.storage.validation import StudySnapshot
@@ -68,11 +73,12 @@ def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) 
         pruner=best.params["pruner"],
         prune=spec.prune,
         allocation=_allocation(best),
-        block_sparsities=tuple(attrs["sparsities"]),
+        block_sparsities=(0.0,) * len(attrs["bits"]) if spec.by_bits else tuple(attrs["sparsities"]),
         linear_sparsities=linears,
         blocks=study.user_attrs.get("blocks"),
         linears=study.user_attrs.get("linears") if linears else None,
-        sparsity=Sparsity(target=best.params.get("sparsity", spec.sparsity), realised=attrs["realised"]),
+        sparsity=Sparsity(target=best.params.get("sparsity", spec.sparsity or 0.0), realised=attrs["realised"]),
+        **_of_bits(spec, attrs, summary.sizes),
         perplexity=scores_of(best, reports),
         baselines=Baselines(dense=summary.dense, uniform=scores_of(uniform, reports)),
         kl=kl,
@@ -87,6 +93,15 @@ def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) 
         seed=spec.search.seed,
         versions=attrs["versions"],
     ).seen_from(file.folder, out.parent)
+
+
+def _of_bits(spec: Study, attrs: Mapping[str, Any], sizes: Sequence[int]) -> dict[str, Any]:
+    """The keys of a trial that rounded weights; none for others."""
+    if spec.bits is None:
+        return {}
+    bits = (spec.fixed_bits,) * len(sizes) if spec.fixed_bits else tuple(attrs["bits"])
+    found = Bits(target=spec.bits, nominal=mean_of(bits, sizes), effective=attrs["effective_bits"])
+    return {"quantize": spec.quantize, "block_bits": bits, "bits": found}
 
 
 def _allocation(trial: FrozenTrial) -> AllocationRef:

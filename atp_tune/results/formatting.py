@@ -226,7 +226,7 @@ def draws_note(summary: Summary) -> str:
 
 def study_remarks(summary: Summary) -> list[str]:
     """Sentences on what is unusual in a study: BOS, refined weights, and trials on several devices."""
-    found = (summary.sign, _beginning(summary), _refinement(summary), _mixture(summary))
+    found = (summary.sign, _beginning(summary), _refinement(summary), summary.rounded, _mixture(summary))
     return [remark for remark in found if remark]
 
 

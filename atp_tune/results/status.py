@@ -69,7 +69,8 @@ class TrialStatus(FrozenModel):
     `value`, `stderr`: perplexity on the validation text. `realised`: the counted share of zeros. `kl`: null if not
     minimised. `cut_off`: how often this trial and those that it repeats were lost with their process. `sparsity`: its
     target, where the study searches for it. `packed_bytes`: of all weights in a packed folder. `accuracy`: of an image
-    classifier, as in `Status`.
+    classifier, as in `Status`. Where weights are rounded, `bits`: of each block, `effective_bits`: a weight with
+    scales, `quantized_bytes`: of all weights so stored.
     """
 
     number: int
@@ -87,6 +88,9 @@ class TrialStatus(FrozenModel):
     sparsity: float | None = None
     packed_bytes: int | None = None
     accuracy: Accuracies | None = None
+    bits: tuple[int, ...] | None = None
+    effective_bits: float | None = None
+    quantized_bytes: int | None = None
 
 
 class Status(FrozenModel):
@@ -98,7 +102,8 @@ class Status(FrozenModel):
     the study searches; then `points` are the plans to choose from, and `limit` bounds the quality of the best.
     `dense_bytes`: of all weights in the dense model's files. `dense_tokens_per_second`: decoded one at a time by torch,
     where `speedup` measured points. `requested`: trials that were asked for, if the study ended after fewer.
-    `accuracy`, `sign`: of an image classifier, the shares of right answers, and which sign of β is better.
+    `accuracy`, `sign`: of an image classifier, the shares of right answers, and which sign of β is better. `bits`:
+    target in bits per weight, in the place of a sparsity.
     """
 
     format: Literal["atp_tune.status/2"] = FORMAT
@@ -127,6 +132,7 @@ class Status(FrozenModel):
     requested: int | None = None
     accuracy: ModelAccuracies | None = None
     sign: str | None = None
+    bits: float | None = None
 
     def without_clock(self) -> "Status":
         """The status without times, to compare for changes."""
@@ -184,6 +190,7 @@ def status_of(summary: Summary, now: datetime) -> Status:
         requested=summary.requested,
         accuracy=accuracies_of(summary),
         sign=summary.sign or None,
+        bits=summary.bits,
     )
 
 
@@ -255,6 +262,9 @@ def _trial(summary: Summary, trial: FrozenTrial) -> TrialStatus:
         sparsity=sparsity_of(trial),
         packed_bytes=trial.user_attrs.get("packed_bytes"),
         accuracy=summary.hits.trial(trial) if summary.hits else None,
+        bits=attrs.get("bits"),
+        effective_bits=attrs.get("effective_bits"),
+        quantized_bytes=attrs.get("quantized_bytes"),
     )
 
 

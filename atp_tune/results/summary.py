@@ -81,6 +81,8 @@ class Summary:
     zero_shot, speed  measurements of the best trial by `evaluate` and `speedup`
     continuations     of prompts, by dense, uniform and the best trial
     of_channels   whole channels are pruned
+    bits          weights are rounded and none is pruned, to so many bits in the mean; `rounded`: a sentence, if weights
+                  are rounded after pruning
     hits          of an image classifier, accuracies by trial; `sign`: which sign of β is better, in a sentence
     bos           windows begin with BOS; `bos_effect`: its measured effect on the dense model
     """
@@ -119,6 +121,8 @@ class Summary:
     dense_bytes: int | None = None
     limit: Limit | None = None
     of_channels: bool = False
+    bits: float | None = None
+    rounded: str = ""
     hits: Hits = field(default_factory=Hits)
     sign: str = ""
 
@@ -150,6 +154,7 @@ def summarise(study: optuna.Study) -> Summary:
     reports = study.user_attrs.get("test_nlls", {})
     uniform = uniform_of(study, best)
     found = attached(study, best.number) if best else {}
+    facts = study.user_attrs.get("fingerprint", {})
     return Summary(
         name=study.study_name,
         sparsity=progress.interval_of(study) or study.user_attrs.get("fingerprint", {}).get("sparsity"),
@@ -185,9 +190,16 @@ def summarise(study: optuna.Study) -> Summary:
         dense_bytes=study.user_attrs.get("dense_bytes"),
         limit=study.user_attrs.get("limit"),
         of_channels=study.user_attrs.get("fingerprint", {}).get("prune.pattern") == "channels",
+        bits=None if "sparsity" in facts else facts.get("bits"),
+        rounded="" if "sparsity" not in facts or "bits" not in facts else _rounded(facts),
         hits=(hits := hits_of(study)),
         sign=sign_of_beta(study) if hits else "",
     )
+
+
+def _rounded(facts: Mapping[str, Any]) -> str:
+    quantizer = next(iter(facts.get("quantize.quantizers", ())), "a quantizer")
+    return f"Kept weights are rounded to {facts['bits']:g} bits by {quantizer}, those of uniform too; zeros stay zero."
 
 
 def _windows(study: optuna.Study) -> dict[str, int]:

@@ -5,7 +5,7 @@ Windows are evaluated in the same batches with and without a stopper, so trials 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from atp_tune.spec.images import CLASSES, IMAGES
 from atp_tune.spec.patterns import Pattern, parse
 from atp_tune.spec.plugged import plug_in_config
 from atp_tune.spec.prune import PruneConfig
+from atp_tune.spec.quantize import Methods, QuantizeConfig, methods_of
 from atp_tune.spec.study import Data, ModelConfig, Study
 from atp_tune.spec.texts import Text
 from atp_tune.spec.typed import Interval
@@ -55,7 +56,8 @@ class ContextConfig:
 
     `batches`: sizes for `TrialContext.begin`. `draws`: of the calibration text. `bos`: windows begin with BOS; None if
     the dense model's perplexity on the calibration text decides. `inputs`, `score`: a row of `inputs.KINDS` and of
-    `scores.SCORES`. `sparsities`: the interval of a study that searches one.
+    `scores.SCORES`. `sparsities`: the interval of a study that searches one. `quantize`: weights are rounded,
+    after pruning to `bits` in every block.
     """
 
     model: ModelConfig
@@ -69,6 +71,8 @@ class ContextConfig:
     inputs: str = "tokens"
     score: str = "next-token"
     sparsities: Interval | None = None
+    quantize: QuantizeConfig | None = None
+    bits: int | None = None
 
     @classmethod
     def of_study(cls, study: Study, base: Path, bos: bool | None) -> "ContextConfig":
@@ -78,7 +82,8 @@ class ContextConfig:
         if data.test is not None:
             texts["test"] = data.test
         kind, draws, score = inputs_of(study.score), data.calibration.draws, study.score
-        return cls(model, study.prune, texts, base, study.device, {}, draws, bos, kind, score, interval)
+        made = cls(model, study.prune, texts, base, study.device, {}, draws, bos, kind, score, interval)
+        return made if study.bits is None else replace(made, quantize=study.quantize, bits=study.fixed_bits)
 
     @classmethod
     def of_config(
@@ -88,7 +93,8 @@ class ContextConfig:
         plug_in_config(config, texts, base, allowed.get("trust_plugins", False))
         model, batches, bos = config.model.model(allowed), config.batches, config.bos
         kind, score = inputs_of(config.score), config.score
-        return cls(model, config.prune, texts, base, device, batches=batches, bos=bos, inputs=kind, score=score)
+        made = cls(model, config.prune, texts, base, device, batches=batches, bos=bos, inputs=kind, score=score)
+        return replace(made, quantize=config.quantize, bits=config.fixed_bits)
 
 
 def inputs_of(score: str) -> str:
@@ -118,6 +124,8 @@ class TrialContext(Released):
         self.checkpoint = checkpoint
         self.windows = windows
         self.prune_settings = prune
+        self.quantize: QuantizeConfig | None = None  # weights are rounded,
+        self.bits: int | None = None  # after pruning, to so many bits
         self.bos_effect: BosEffect | None = None  # None if not measured
         self.watch = watch
         self.inputs, self.score = KINDS[inputs].of(windows), SCORES[score]
@@ -145,6 +153,7 @@ class TrialContext(Released):
         inputs.check_fit(checkpoint, windows, context.replay.embed)
         context = context._with_bos_if_better(setup) if setup.bos is None else context
         context.begin(setup.batches)
+        context.quantize, context.bits = setup.quantize, setup.bits
         if "calibration" in setup.texts:
             context._pool = partial(inputs.many, setup.texts["calibration"], POOL, folder, setup.base, context.bos)
         if setup.sparsities is not None:
@@ -265,8 +274,10 @@ class TrialContext(Released):
     def budget(self, target: float) -> Budget:
         """The budget of this checkpoint at a target sparsity; its dense metrics are measured when needed."""
         evidence = self.measured.evidence(self._priced, self._path)
+        if self.quantize is not None and self.bits is None:
+            return Budget(target, self.checkpoint.sizes, (), evidence, widths=self.quantize.widths)
         if not self.pattern.channels:
-            return Budget(target, self.checkpoint.sizes, self.checkpoint.shapes, evidence)
+            return Budget(target, self.checkpoint.sizes, self.checkpoint.shapes, evidence, bits=self.bits)
         budget = Budget(target, self.checkpoint.sizes, (), evidence, channels=self.channels)
         if target > budget.highest:
             raise too_sparse(target, self.channels, self.prune_settings.channels)
@@ -276,6 +287,11 @@ class TrialContext(Released):
     def pattern(self) -> Pattern:
         """Where zeros may stand."""
         return parse(self.prune_settings.pattern)
+
+    @property
+    def methods(self) -> Methods:
+        """What is done to weights."""
+        return methods_of(self.prune_settings, self.quantize, self.bits is not None)
 
     def channel_pruner(self, pruner: str) -> ChannelPruner | None:
         """What removes whole channels with a pruner's scores; None for other patterns."""
@@ -308,7 +324,7 @@ class TrialContext(Released):
     @torch.inference_mode()
     def prune(self, plan: Plan) -> Iterator[PrunedBlock]:
         """Prunes the blocks in order by the plan; the dense checkpoint is not changed."""
-        pruner, batch = self.prune_settings.pruner(plan.pruner), self.batch("calibration")
+        pruner, batch = self.methods.pruner(plan.pruner), self.batch("calibration")
         way = self.prune_settings.statistics
         dense = self.measured.fast_statistics(pruner) if pruner.measures and way == "dense" else None
         states = self.measured.states if self._has_error_curve else None

@@ -142,6 +142,7 @@ class Record:
     """Gathers a trial's user attributes while its plan is pruned and evaluated."""
 
     def __init__(self, context: TrialContext) -> None:
+        self._context = context
         self.nlls: list[float] = []
         self.kls: list[float] = []
         self.ranks: list[int] = []
@@ -151,6 +152,7 @@ class Record:
         self.experts_without_tokens: list[str] = []
         self._zeros = self._weights = 0
         self._packed, self._itemsize = context.stored_bytes
+        self._stored_bits = 0  # of linears that are rounded
         self._linears = context.checkpoint.linears
         self._device = context.checkpoint.device
         self._dtype = context.dtype
@@ -163,19 +165,31 @@ class Record:
             self.errors += [] if block.error is None else [round(block.error, 6)]
             self.experts_without_tokens += [f"{block.index}.{name}" for name in block.experts_without_tokens]
             for linear in self._linears[block.index]:
-                self._count(linear, block.zeros[linear.name], bool(block.channels))
+                self._count(linear, block)
             for phase, seconds in block.seconds.items():
                 self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
             self.peak_bytes["prune"] = peak_memory(self._device)
             yield block.index, block.weights
 
-    def _count(self, linear: Linear, zeros: int, is_cut: bool) -> None:
+    def _count(self, linear: Linear, block: PrunedBlock) -> None:
+        zeros = block.zeros[linear.name]
         packed = (linear.size - zeros) * self._itemsize  # as `apply --slim` writes it
-        if not is_cut:
+        if not block.channels:
             packed = matrix_bytes(linear.out_features, linear.in_features, zeros, self._itemsize)
+        if block.bits is not None and (quantize := self._context.quantize) is not None:
+            gone = 0 if self._context.bits is None else zeros
+            self._stored_bits += quantize.stored_bits(linear.out_features, linear.in_features, block.bits, gone)
         self._packed += packed - linear.size * self._itemsize
         self._zeros += zeros
         self._weights += linear.size
+
+    def _quantized(self) -> dict[str, Any]:
+        """Bits per weight with scales, and bytes of all weights of the model so stored; none without rounding."""
+        if not self._stored_bits:
+            return {}
+        others = self._context.stored_bytes[0] - self._weights * self._itemsize
+        effective = self._stored_bits / self._weights
+        return {"effective_bits": effective, "quantized_bytes": others + -(-self._stored_bits // 8)}
 
     def add(self, scores: WindowScores) -> None:
         """Records the scores of further windows."""
@@ -208,6 +222,7 @@ class Record:
             "device": device_name(self._device),
             "dtype": self._dtype,
             "versions": versions(),
+            **self._quantized(),
             **({"kls": self.kls} if self.kls else {}),
             **({"ranks": self.ranks} if self.ranks else {}),
             **({"experts_without_tokens": self.experts_without_tokens} if self.experts_without_tokens else {}),
@@ -215,7 +230,9 @@ class Record:
 
 
 def planned(plan: Plan) -> dict[str, object]:
-    """A plan's sparsities as user attributes: per block, and per linear where they differ within a block."""
+    """A plan's bits, or its sparsities per block and, where they differ within a block, per linear, as attributes."""
+    if plan.bits is not None and not plan.prunes:
+        return {"bits": list(plan.bits)}
     linears = {"linear_sparsities": list(map(list, plan.linear_sparsities))} if plan.linear_sparsities else {}
     return {"sparsities": list(plan.sparsities), **linears}
 
@@ -231,7 +248,8 @@ def find_measured(trial: Trial, plan: Plan) -> FrozenTrial | None:
 
 def is_trial_of(trial: FrozenTrial, plan: Plan) -> bool:
     """Whether a trial has this plan: a pattern may round several points of the space to one plan."""
-    own = {key: trial.user_attrs[key] for key in ("sparsities", "linear_sparsities") if key in trial.user_attrs}
+    kinds = ("sparsities", "linear_sparsities", "bits")
+    own = {key: trial.user_attrs[key] for key in kinds if key in trial.user_attrs}
     return trial.params.get("pruner") == plan.pruner and own == planned(plan)
 
 

@@ -99,6 +99,8 @@ class Space:
         UserError if what is stored does not fit the model.
         """
         params, stored = trial.params, trial.user_attrs
+        if self.budget.widths:
+            return self._rounded_plan(trial)
         if "sparsities" not in stored:
             return self.plan(params)
         blocks, rows = tuple(stored["sparsities"]), stored.get("linear_sparsities")
@@ -108,7 +110,15 @@ class Space:
         own = {name: float(params[name]) for name in self.intervals[params["allocation"]]}
         target = None if self.sparsities is None else round(params["sparsity"], 6)
         parameters = own if target is None else dict(stored.get("parameters", own))
-        return Plan(params["pruner"], params["allocation"], blocks, parameters, linears, target)
+        plan = Plan(params["pruner"], params["allocation"], blocks, parameters, linears, target)
+        return plan if self.budget.bits is None else replace(plan, bits=(self.budget.bits,) * len(blocks))
+
+    def _rounded_plan(self, trial: MeasuredTrial) -> Plan:
+        """The plan of a trial that rounds weights, with the bits that it stored."""
+        plan, bits = self.plan(trial.params), trial.user_attrs.get("bits")
+        if bits is not None and (len(bits) != len(self.budget.sizes) or not set(bits) <= set(self.budget.widths)):
+            raise UserError(f"trial {trial.number}: its stored bits are not those of this model")
+        return plan if bits is None else replace(plan, bits=tuple(bits))
 
     def _fits(self, blocks: tuple[float, ...], rows: LinearSparsities | None) -> bool:
         """Whether stored sparsities of blocks, and of their linears, are those that this model can have."""
@@ -232,9 +242,9 @@ def make_space(study: Study, budget: Budget) -> Space:
     names = study.allocation.short_names
     if not baselines(names):
         names = ("uniform", *names)
-    pruners, pattern = study.prune.short_names, parse(study.prune.pattern)
+    pruners, pattern = study.methods.short_names, parse(study.prune.pattern)
     bounds = {str(name): _intervals(study, name, budget) for name in names}
-    both = study.images is not None and study.beta == "both"
+    both = (study.images is not None or study.by_bits) and study.beta == "both"
     if study.interval is None:
         return Space(budget, pruners, bounds, pattern, both_signs=both)
     shares = {name: {key: _shares(*ends) for key, ends in own.items()} for name, own in bounds.items()}
@@ -281,6 +291,7 @@ def _beta_interval(asked: Any, bounds: Interval, budget: Budget) -> Interval:
     if low < bounds[0] or high > bounds[1]:
         raise UserError(
             f"allocation.beta: [{low:g}, {high:g}] leaves the admissible interval [{bounds[0]:.6g}, {bounds[1]:.6g}] "
-            f'of {len(budget.sizes)} blocks at sparsity {budget.target:g}; narrow it, or write beta = "auto"'
+            f"of {len(budget.sizes)} blocks at {'a share of' if budget.widths else 'sparsity'} {budget.target:g}; "
+            'narrow it, or write beta = "auto"'
         )
     return low, high

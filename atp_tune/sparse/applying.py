@@ -3,9 +3,11 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from atp_tune.allocations.bits import mean_of
 from atp_tune.allocations.channels import check_whole, means
 from atp_tune.checkpoints.classes import reads_images
 from atp_tune.checkpoints.devices import device_name
@@ -31,6 +33,8 @@ from atp_tune.spec.config import (
 )
 from atp_tune.spec.patterns import parse
 from atp_tune.spec.plugged import records
+from atp_tune.spec.quantize import Bits
+from atp_tune.spec.study import Study
 from atp_tune.spec.studyfile import StudyFile
 from atp_tune.storage.process_identity import versions
 
@@ -88,7 +92,7 @@ def only_plan(file: StudyFile, context: TrialContext, parameters: dict[str, floa
         raise UserError(f"{_option(unknown)}: the allocation {names[0]} has no {unknown}; its parameters: {known}")
     point = {**space.defaults(fitting[0]), **parameters}
     try:
-        return space.plan({"pruner": file.study.prune.short_names[0], "allocation": fitting[0], **point})
+        return space.plan({"pruner": file.study.methods.short_names[0], "allocation": fitting[0], **point})
     except ValueError as error:
         wrong = next(iter(parameters), "beta")
         raise UserError(f"{_option(wrong)}: {error}") from None
@@ -110,7 +114,7 @@ def plan_of(config: Config, context: TrialContext) -> Plan:
     if parse(config.prune.pattern).channels:
         _check_channels(config, context)
     name, values = config.allocation.name, config.allocation.parameters
-    return Plan(config.pruner, name, config.block_sparsities, values, found)
+    return Plan(config.pruner, name, config.block_sparsities, values, found, bits=config.block_bits)
 
 
 def _check_channels(config: Config, context: TrialContext) -> None:
@@ -153,7 +157,8 @@ def config_of(file: StudyFile, context: TrialContext, plan: Plan) -> Config:
         ),
         block_sparsities=plan.sparsities,
         linear_sparsities=plan.linear_sparsities,
-        sparsity=Sparsity(target=study.sparsity, realised=study.sparsity),
+        sparsity=Sparsity(target=study.sparsity or 0.0, realised=study.sparsity or 0.0),
+        **_of_bits(study, context, plan),
         perplexity=nothing,
         baselines=Baselines(dense=nothing, uniform=nothing),
         calibration=study.data.calibration.text,
@@ -165,6 +170,19 @@ def config_of(file: StudyFile, context: TrialContext, plan: Plan) -> Config:
         seed=study.search.seed,
         versions=versions(),
     )  # fmt: skip
+
+
+def _of_bits(study: Study, context: TrialContext, plan: Plan) -> dict[str, Any]:
+    """The keys of a plan that rounds weights; none for others."""
+    if study.bits is None or plan.bits is None:
+        return {}
+    checkpoint, total = context.checkpoint, 0
+    for bits, linears in zip(plan.bits, checkpoint.linears, strict=True):
+        total += sum(study.quantize.stored_bits(x.out_features, x.in_features, bits) for x in linears)
+    nominal = mean_of(plan.bits, checkpoint.sizes)
+    effective = total / sum(checkpoint.sizes) if study.by_bits else None  # else the zeros are not counted yet
+    found = Bits(target=study.bits, nominal=nominal, effective=effective)
+    return {"quantize": study.quantize, "block_bits": plan.bits, "bits": found}
 
 
 def write_sparse(context: TrialContext, plan: Plan, out: Path, config: Config, on_gone: OnGone | None = None) -> Dense:

@@ -20,6 +20,7 @@ from atp_tune.plan import shown
 from atp_tune.report.markdown import escaped, fenced
 from atp_tune.report.tables import measure, speed
 from atp_tune.results.formatting import continuations_note, in_one_line
+from atp_tune.sparse import card_bits
 from atp_tune.sparse.provenance import ABOUT, CARD
 from atp_tune.spec.config import Compared, Config
 from atp_tune.spec.facts import is_local_text
@@ -77,7 +78,10 @@ def describe(folder: Path, config: Config, dense: Dense) -> None:
 
 def model_card(config: Config, dense: Dense, folder: Path | None = None) -> ModelCard:
     """The card of the model that `apply` makes of a configuration; `folder`: where it lies."""
-    name = f"{_base(config)} at {config.sparsity.realised:.1%} sparsity"
+    amount = f"{config.sparsity.realised:.1%} sparsity"
+    if config.bits is not None:
+        amount = f"{config.bits.nominal:.2f} bits" if config.by_bits else f"{amount} and {config.bits.nominal:g} bits"
+    name = f"{_base(config)} at {amount}"
     own = _card(dense.folder / CARD)
     found: dict[str, Any] = own.data.to_dict() if own else {}
     kept: dict[str, Any] = {key: found[key] for key in LICENCE if isinstance(found.get(key), str | list)}
@@ -86,16 +90,21 @@ def model_card(config: Config, dense: Dense, folder: Path | None = None) -> Mode
         base_model_relation=None if dense.revision is None else RELATION,
         library_name="transformers",
         pipeline_tag=_task(config, dense),
-        tags=["atp-tune", "sparse", "pruned", config.pruner, _allocation(config).split()[0]],
+        tags=["atp-tune", *_kinds(config), config.pruner, _allocation(config).split()[0]],
         model_name=name,
         eval_results=list(_results(config)) or None,
         **kept,
     )
     alone = OWN_CODE if folder is not None and is_slim(folder) else ALONE
     own_values = {"name": escaped(name), "license": kept.get("license"), "alone": alone}
-    values = _values(config, dense) | _of_channels(config) | own_values
+    values = _values(config, dense) | _of_channels(config) | card_bits.values(config) | own_values
     card: ModelCard = ModelCard.from_template(data, template_path=str(TEMPLATE), **values)
     return card
+
+
+def _kinds(config: Config) -> list[str]:
+    pruned = [] if config.by_bits else ["sparse", "pruned"]
+    return [*pruned, *([] if config.bits is None else ["quantized"])]
 
 
 def _task(config: Config, dense: Dense) -> str:
@@ -285,7 +294,8 @@ def words(text: Data) -> str:
 def _is_uniform(config: Config) -> bool:
     if config.allocation.name == "uniform":
         return True  # also of whole channels, which round
-    return config.linear_sparsities is None and len(set(config.block_sparsities)) == 1
+    levels = config.block_bits if config.by_bits and config.block_bits else config.block_sparsities
+    return config.linear_sparsities is None and len(set(levels)) == 1
 
 
 def _allocation(config: Config) -> str:
@@ -302,8 +312,8 @@ def _facts(config: Config, dense: Dense) -> dict[str, str]:
     searched = {} if config.trial is None else {"validation text": words(config.texts.validation)}
     return {
         "dense model": f"{_source(config, dense)}, {commit}",
-        "pruner": f"{config.pruner}{listed}",
-        "pattern of zeros": config.prune.pattern,
+        **({} if config.by_bits else {"pruner": f"{config.pruner}{listed}", "pattern of zeros": config.prune.pattern}),
+        **card_bits.facts(config),
         "statistics": f"{config.prune.statistics}, in {config.model.dtype}",
         "allocation": _allocation(config),
         "calibration text": words(config.calibration),

@@ -41,13 +41,13 @@ def continuations(
     with open_config(config, base, device, watch, allowed) as context, oom_as_user_error("generate"):
         best = plan_of(config, context)
         pattern = parse(config.prune.pattern)
-        uniform = make_plan(best.pruner, "uniform", context.budget(config.sparsity.target), {}, pattern)
+        uniform = make_plan(best.pruner, "uniform", context.budget(config.target), {}, pattern)
         work = Continuing(context, prompts, tokens)
         watch(TrialStarted("dense model", None))
         work.say("dense", context.checkpoint.weights)
         watch(TrialStarted("uniform", uniform))
         work.say("uniform", prune_whole(context, uniform, *COPIED))
-        if (best.sparsities, best.linear_sparsities) == (uniform.sparsities, uniform.linear_sparsities):
+        if best.levels == uniform.levels:
             work.repeat("best", "uniform")
         else:
             watch(TrialStarted("best", best))

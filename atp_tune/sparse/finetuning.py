@@ -87,6 +87,8 @@ def finetune(
         own: dict[str, Data] = {"text": made.calibration} if text is None else {}
         own |= {"test_text": made.test} if test is None else {}
         plug_in_texts(made.config, own, made.base, trusts_plugins)
+    if made and made.config.bits is not None:
+        raise UserError(f"--model {model}: its weights are rounded, and training would undo that; train it before")
     text, test = choose(text, test, made)
     named = ModelConfig(source=str(model.absolute()), dtype=made.dtype if made else "auto")
     folder = resolve(named, Path(), lambda line: watch(Message(line)))

@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from atp_tune.allocations.bits import share_of
 from atp_tune.cache import write_out
 from atp_tune.errors import UserError
 from atp_tune.frozen import STORED, FrozenModel
@@ -30,11 +31,13 @@ from atp_tune.metrics.draws import OverDraws
 from atp_tune.metrics.kl import Divergence
 from atp_tune.metrics.perplexity import Estimate, Perplexity
 from atp_tune.metrics.speed import Speed
+from atp_tune.quantizers import QUANTIZERS
 from atp_tune.spec.former import present_config
 from atp_tune.spec.images import Probe
 from atp_tune.spec.manifest import Manifest
 from atp_tune.spec.plugged import PluginRef, check_known
 from atp_tune.spec.prune import PruneConfig
+from atp_tune.spec.quantize import Bits, QuantizeConfig, Width
 from atp_tune.spec.search import NEXT_TOKEN, Share
 from atp_tune.spec.study import Data, ModelConfig, of_model
 
@@ -237,6 +240,11 @@ class Config(FrozenModel):
         None, description="names within their block of the linears in `linear_sparsities`"
     )
     sparsity: Sparsity
+    quantize: QuantizeConfig | None = Field(
+        None, description="where weights are rounded: settings of the quantizer; `pruner` names it, else `quantizers`"
+    )
+    block_bits: tuple[Width, ...] | None = Field(None, description="bits of each block, where weights are rounded")
+    bits: Bits | None = Field(None, description="bits per weight, where weights are rounded")
     perplexity: Scores
     baselines: Baselines
     kl: BothDivergences | None = Field(None, description="if KL is an objective of the study")
@@ -269,10 +277,35 @@ class Config(FrozenModel):
     @model_validator(mode="after")
     def _named(self) -> Self:
         """Checks that each linear sparsity has a name, if there are names, and that the names of methods are known."""
-        check_known(self.pruner, self.allocation.name, self.score, self.plugins)
+        check_known(self.pruner, self.allocation.name, self.score, self.plugins, self.by_bits)
+        if len({self.quantize is None, self.block_bits is None, self.bits is None}) > 1:
+            raise ValueError("quantize: is needed with block_bits and bits, and they with it")
+        if self.block_bits is not None and len(self.block_bits) != len(self.block_sparsities):
+            raise ValueError("block_bits: not one number for each block")
+        if self.by_bits and any((*self.block_sparsities, *(self.linear_sparsities or ()))):
+            raise ValueError("block_sparsities: must be 0 where weights are rounded alone")
+        if not self.by_bits and len(set(self.block_bits or ())) > 1:
+            raise ValueError("block_bits: must be equal where weights are pruned too")
         if self.linears and [len(row) for row in self.linears] != [len(row) for row in self.linear_sparsities or ()]:
             raise ValueError("linears: not one name for each of linear_sparsities")
         return self
+
+    @property
+    def by_bits(self) -> bool:
+        """Whether weights are rounded and nothing is pruned: the pruner is a quantizer."""
+        return self.quantize is not None and QUANTIZERS.is_built_in(self.pruner)
+
+    @property
+    def fixed_bits(self) -> int | None:
+        """The bits of every block, where weights are pruned too."""
+        return None if self.by_bits or self.block_bits is None else self.block_bits[0]
+
+    @property
+    def target(self) -> float:
+        """What the allocation shared out: the target sparsity, or a share between most and fewest bits."""
+        if self.by_bits and self.bits is not None and self.quantize is not None:
+            return share_of(self.bits.target, self.quantize.widths)
+        return self.sparsity.target
 
     def seen_from(self, base: Path, place: Path) -> Self:
         """The configuration for a file in the folder `place`, with relative paths that start at `base`."""
@@ -284,6 +317,8 @@ class Config(FrozenModel):
         plan = f"{self.pruner} {self.allocation.name} {parameters}".rstrip()
         texts = ("validation", self.perplexity.validation), ("test", self.perplexity.test)
         scores = [f"{text} perplexity {score}" for text, score in texts if score]
+        if self.by_bits and self.bits is not None:
+            return ", ".join([f"{self.bits.nominal:.2f} bits by {plan}", *scores])
         return ", ".join([f"{self.sparsity.realised:.2%} zeros by {plan}", *scores])
 
     def to_json(self) -> str:

@@ -33,6 +33,10 @@ def facts(study: Study, folder: Path = Path()) -> dict[str, Fact]:
     """
     flat = dict(_flat(study.model_dump(mode="json")))
     hidden = {key for key, value in flat.items() if value is None or key.startswith(NOT_FACTS)}
+    if study.bits is None:
+        hidden |= {key for key in flat if key.startswith("quantize.")}
+    elif study.by_bits:
+        hidden |= {"prune.pruners", *(key for key in flat if key.startswith("prune.sparsegpt."))}
     hidden |= {key for key, value in flat.items() if key.startswith(LATER) and value == DEFAULTS[key]}
     if study.model.dtype == "auto":
         hidden.add("model.dtype")

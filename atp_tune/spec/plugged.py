@@ -18,6 +18,7 @@ from atp_tune.errors import UserError
 from atp_tune.frozen import FrozenModel, relocated
 from atp_tune.plugins import ASK, content_of, file_of, is_place, load, registry, short_name
 from atp_tune.pruners import PRUNERS
+from atp_tune.quantizers import QUANTIZERS
 from atp_tune.registry import Origin, Registry
 from atp_tune.spec.manifest import SHA256
 from atp_tune.spec.prune import PruneConfig
@@ -68,10 +69,15 @@ class PluginRef(FrozenModel):
     sha256: SHA256
 
 
-def check_known(pruner: str, allocation: str, score: str, plugins: Mapping[str, PluginRef]) -> None:
-    """ValidationError unless a configuration's pruner, allocation and score are built in or among its plug-ins."""
+def check_known(
+    pruner: str, allocation: str, score: str, plugins: Mapping[str, PluginRef], rounds: bool = False
+) -> None:
+    """ValidationError unless a configuration's pruner, allocation and score are built in or among its plug-ins.
+
+    `rounds`: weights are rounded, so that the pruner is a quantizer.
+    """
     for place, name, known in (
-        (("pruner",), pruner, PRUNERS),
+        (("pruner",), pruner, QUANTIZERS if rounds else PRUNERS),
         (("allocation", "name"), allocation, ALLOCATIONS),
         (("score",), score, SCORES),
     ):

@@ -18,6 +18,7 @@ from atp_tune.spec.former import FormerPlace, present_place
 from atp_tune.spec.images import CLASSES, ImageSet, ImageSets, Probe, check_study
 from atp_tune.spec.patterns import parse
 from atp_tune.spec.prune import PruneConfig, check_names
+from atp_tune.spec.quantize import PER_LINEAR, Methods, QuantizeConfig, check_bits, level_of, methods_of
 from atp_tune.spec.search import DENSITY, STEP, LimitConfig, SearchConfig
 from atp_tune.spec.texts import Text, Texts
 
@@ -25,7 +26,6 @@ AllocationName = Annotated[str, OneOf(ALLOCATIONS, IN_SCHEMA)]
 AllocationNames = Annotated[tuple[AllocationName, ...], Field(min_length=1)]
 Place = Literal["auto", "none", "cpu", "disk"]
 Target = Annotated[float, Field(gt=0, lt=1)]
-PER_LINEAR = ("prices", "er", "erk", "global")  # allocations that differ within blocks
 
 
 class ModelConfig(SettingsTable):
@@ -104,19 +104,30 @@ class ContinuationsConfig(SettingsTable):
 class Study(SettingsTable):
     """A study file."""
 
-    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["texts"]}, {"required": ["images"]}]})
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [{"required": ["texts"]}, {"required": ["images"]}],
+            "anyOf": [{"required": ["sparsity"]}, {"required": ["bits"]}],
+        }
+    )
     description: str = Field("", description="of the study, for people")
     protocol: Literal["held-out", "paper"] = Field(
         "held-out", description="paper: β is chosen on the text it is tested on"
     )
-    sparsity: Target | tuple[Target, Target] = Field(
-        description="target S, the share of zeros over all linears; [low, high] is searched"
+    bits: float | None = Field(
+        None, ge=2, le=8, description="in the place of sparsity: bits per weight over all linears, without scales"
+    )
+    sparsity: Target | tuple[Target, Target] | None = Field(
+        None,
+        validate_default=True,
+        description="target S, the share of zeros over all linears; [low, high] is searched",
     )
     limit: LimitConfig | None = Field(
         None, description='the sparsest plan within this limit is the best; "none": no limit'
     )
     model: ModelConfig
     prune: PruneConfig = PruneConfig()
+    quantize: QuantizeConfig = QuantizeConfig()
     allocation: AllocationConfig = AllocationConfig()
     images: ImageSets | None = Field(None, description="of an image classifier, in the place of texts")
     texts: Texts | None = Field(None, validate_default=True)
@@ -138,6 +149,13 @@ class Study(SettingsTable):
         """Expands `allocation = "atp"` and `allocation = ["atp", "owl"]` to the table."""
         return {"names": value} if isinstance(value, str | list | tuple) else value
 
+    @field_validator("sparsity", mode="before")
+    @classmethod
+    def _asked(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None and info.data.get("bits", info) is None:
+            raise PydanticKnownError("missing")
+        return value
+
     @field_validator("texts", mode="before")
     @classmethod
     def _needed(cls, value: Any, info: ValidationInfo) -> Any:
@@ -146,8 +164,9 @@ class Study(SettingsTable):
         return value
 
     @model_validator(mode="after")
-    def _of_images(self) -> Self:
+    def _of_kind(self) -> Self:
         check_study(self)
+        check_bits(self)
         return self
 
     @model_validator(mode="after")
@@ -212,7 +231,7 @@ class Study(SettingsTable):
     @model_validator(mode="after")
     def _regular(self) -> Self:
         pattern = parse(self.prune.pattern)
-        if pattern.group is None or pattern.sparsity is None or isinstance(self.sparsity, tuple):
+        if pattern.group is None or pattern.sparsity is None or not isinstance(self.sparsity, float):
             return self
         if not math.isclose(self.sparsity, pattern.sparsity, abs_tol=1e-6) or self.allocation.names != ("uniform",):
             only = f"{pattern.sparsity:.6g}"
@@ -244,8 +263,25 @@ class Study(SettingsTable):
 
     @property
     def highest(self) -> float:
-        """The highest S."""
+        """The highest S, or with `bits` the share between most and fewest, which allocations share out."""
+        if self.sparsity is None:
+            return level_of(self)
         return self.sparsity[1] if isinstance(self.sparsity, tuple) else self.sparsity
+
+    @property
+    def by_bits(self) -> bool:
+        """Whether bits are shared out, and nothing is pruned."""
+        return self.sparsity is None
+
+    @property
+    def methods(self) -> Methods:
+        """What is done to weights."""
+        return methods_of(self.prune, None if self.bits is None else self.quantize, not self.by_bits)
+
+    @property
+    def fixed_bits(self) -> int | None:
+        """The bits of every block, where weights are pruned too."""
+        return None if self.bits is None or self.by_bits else int(self.bits)
 
     @property
     def items(self) -> str:
@@ -277,8 +313,9 @@ class Study(SettingsTable):
 
     @property
     def beta(self) -> Literal["auto", "both"] | tuple[float, float]:
-        """The interval of β that is asked for; of image classifiers both signs, since either may be better."""
-        return "both" if self.images is not None and self.allocation.beta == "auto" else self.allocation.beta
+        """The interval of β that is asked for; of image classifiers and bits both signs: either may be better."""
+        is_open = self.images is not None or self.by_bits
+        return "both" if is_open and self.allocation.beta == "auto" else self.allocation.beta
 
     @property
     def bos(self) -> bool | None:

@@ -7,6 +7,7 @@ tables.
 import textwrap
 import tomllib
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -45,19 +46,20 @@ def write_study(path: Path, study: Study, head: Sequence[str]) -> None:
 
 def study_text(study: Study, head: Sequence[str]) -> str:
     """The text of a study file, with the lines `head` as its first comment."""
+    shown = SHOWN if not study.by_bits else {key for key in SHOWN if not key.startswith("prune.")}
     comment = [f"# {printable(line)}".rstrip() for line in head]
-    return "\n".join([*comment, *([""] if comment else []), *_lines(study)]) + "\n"
+    return "\n".join([*comment, *([""] if comment else []), *_lines(study, "", shown)]) + "\n"
 
 
-def _lines(table: BaseModel, prefix: str = "") -> Iterator[str]:
+def _lines(table: BaseModel, prefix: str, shown: AbstractSet[str]) -> Iterator[str]:
     """The lines of a table: its keys, then the tables in it, each below its title."""
     values, fields = table.model_dump(mode="json"), type(table).model_fields
     inner = {key: value for key, value in table if isinstance(value, BaseModel)}
     for key, field in fields.items():
-        if key not in inner and _is_written(prefix + key, getattr(table, key), field):
+        if key not in inner and _is_written(prefix + key in shown, getattr(table, key), field):
             yield from _key(key, values[key], field.description)
     for key, value in inner.items():
-        lines = list(_lines(value, f"{prefix}{key}."))
+        lines = list(_lines(value, f"{prefix}{key}.", shown))
         if lines and lines[0]:  # it has keys of its own
             yield from ("", f"# {_title(value, fields[key])}", f"[{prefix}{key}]")
         yield from lines
@@ -66,8 +68,8 @@ def _lines(table: BaseModel, prefix: str = "") -> Iterator[str]:
         yield from (line for key, value in settings.items() for line in _key(key, value, None))
 
 
-def _is_written(name: str, value: Any, field: FieldInfo) -> bool:
-    return value is not None and (name in SHOWN or field.is_required() or value != field.get_default())
+def _is_written(is_shown: bool, value: Any, field: FieldInfo) -> bool:
+    return value is not None and (is_shown or field.is_required() or value != field.get_default())
 
 
 def _key(key: str, value: Any, comment: str | None) -> Iterator[str]:

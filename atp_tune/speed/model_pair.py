@@ -24,7 +24,10 @@ from atp_tune.spec.config import Config
 from atp_tune.spec.patterns import parse
 from atp_tune.spec.study import ModelConfig
 
-DECIDES = ("model", "pruner", "prune", "allocation", "block_sparsities", "linear_sparsities", "calibration")
+DECIDES = (
+    "model", "pruner", "prune", "allocation", "block_sparsities", "linear_sparsities", "calibration", "quantize",
+    "block_bits",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,11 @@ def find_pair(
     channels is slim.
     UserError if the dense model is not the configuration's.
     """
+    if config.by_bits:
+        raise UserError(
+            "speedup: weights are rounded, but lie in the folder as floats, as large and as fast as the dense model's; "
+            "`export` writes recipes for engines that store bits"
+        )
     dense = resolve(config.model.model(allowed), base, lambda text: watch(Message(text)))
     check_language(dense.path, "speedup: measures language models")
     check_model(config, dense)

@@ -80,11 +80,14 @@ TRIAL = _kinds(
         "stderr": Annotated[float, Field(ge=0)],
         "realised": Share,
         "packed_bytes": Count,
+        "quantized_bytes": Count,
         "errors": list[float],
         "nlls": Nlls,
         "kls": Kls,
         "ranks": Ranks,
         "sparsities": Shares,
+        "bits": Annotated[list[Annotated[int, Field(ge=2, le=8)]], Field(min_length=1)],
+        "effective_bits": Annotated[float, Field(ge=0, le=64)],
         "linear_sparsities": Annotated[list[Shares], Field(min_length=1)],
         "seconds": dict[Words, Amount],
         "peak_bytes": dict[Words, Count],
@@ -128,7 +131,8 @@ SYSTEM = _kinds(
     }
 )
 Interval = Annotated[list[Share], Field(min_length=2, max_length=2)]
-FACTS = _kinds({"sparsity": Share | Interval, "model.content": Words, "model.dtype": Words})
+Bits = Annotated[float, Field(ge=2, le=8)]
+FACTS = _kinds({"sparsity": Share | Interval, "bits": Bits, "model.content": Words, "model.dtype": Words})
 WORDS, NUMBER = TypeAdapter(Words), TypeAdapter(float)
 
 

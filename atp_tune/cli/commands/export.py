@@ -23,7 +23,8 @@ def export(
         typer.Option(
             "--format",
             metavar="FORMAT",
-            help="json, llm-compressor, yaml or csv; default: `--out`'s ending, else json.",
+            help="json, llm-compressor, yaml or csv, and of rounded weights gptqmodel, torchao or llama.cpp; default: "
+            "`--out`'s ending, else json.",
         ),
     ] = None,
     out: Annotated[
@@ -64,7 +65,8 @@ def export(
     """Write the best configuration so far as a JSON file for `apply`, or in another format.
 
     `llm-compressor` writes a recipe for its `oneshot`. `yaml` and `csv` write a table of sparsities for your own code:
-    by block, or by linear where they differ within a block.
+    by block, or by linear where they differ within a block. Where a study rounds weights, `gptqmodel`, `torchao` and
+    `llama.cpp` write recipes too.
 
     A study of two objectives has no single best trial: `export` takes the trial of the Pareto front with the lowest
     perplexity, or the one that `--trial` names. A study over an interval of sparsities is asked for a point: by

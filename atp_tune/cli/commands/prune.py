@@ -89,7 +89,9 @@ def prune(
 
     with quiet(), Display() as display:
         plan, measured = prune_study(file, values, out, display)
-    console.print(f"{plan}, sparsity {file.study.sparsity:g}: perplexity {measured} on the test text")
+    amounts = (("sparsity {:g}", file.study.sparsity), ("{:g} bits", file.study.bits))
+    amount = ", ".join(words.format(value) for words, value in amounts if value is not None)
+    console.print(f"{plan}, {amount}: perplexity {measured} on the test text")
     if out is not None:
         console.print(f"sparse checkpoint: {out}")
 

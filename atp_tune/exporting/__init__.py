@@ -17,6 +17,8 @@ A comment at the head of the recipe gives the arguments of `oneshot`: `pipeline=
 behind pruned blocks (`statistics = "block"`), with `propagate_error=False` on the dense model ("dense"), with
 `sequential_targets=["Linear"]` behind pruned linears too ("sequential").
 
+gptqmodel, torchao, llama.cpp  recipes of a configuration that rounds weights, see `exporting.bits`.
+
 Wanda's masks are equal but for ties within the rounding of its scores. Its SparseGPT zeroes one weight more in each
 block of columns, as the authors' code does.
 """
@@ -24,15 +26,17 @@ block of columns, as the authors' code does.
 import csv
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
 from atp_tune.cache import write_out
 from atp_tune.errors import UserError
+from atp_tune.exporting import bits
+from atp_tune.exporting.modules import names, rows
 from atp_tune.spec.config import Config
 from atp_tune.spec.patterns import parse
 from atp_tune.spec.texts import Text
@@ -43,21 +47,20 @@ ARGUMENTS = {
     "sequential": 'pipeline="sequential", sequential_targets=["Linear"]',
 }
 HEAD = """\
-# {pruner} at {sparsity:.4g}, allocation {allocation}: {study}, found by atp_tune
+# {pruner} at {amount}, allocation {allocation}: {study}, found by atp_tune
 # from llmcompressor import oneshot
 # oneshot(model=MODEL, recipe=THIS_FILE, dataset=DATA, num_calibration_samples={windows}, max_seq_length={tokens},
 #         precision="{dtype}", {arguments})
 {bos}"""
 BOS = "# DATA must be tokenised already, each sample beginning with the BOS token: a recipe cannot ask for it\n"
-NAMELESS = "lacks the names of its {}, as files of earlier versions do; `apply` it, and export --config {}"
-NAME = re.compile(r"\w+(\.\w+)*(\[\d+\])?")
 
 
 def as_csv(config: Config) -> str:
     """The table as CSV with a header."""
     text = io.StringIO()
     more = _shares(config)
-    lines = csv.DictWriter(text, ["block", "module", "sparsity", *more], lineterminator="\n")
+    amount = "bits" if config.by_bits else "sparsity"
+    lines = csv.DictWriter(text, ["block", "module", amount, *more], lineterminator="\n")
     lines.writeheader()
     lines.writerows(row | more for row in rows(config))
     return text.getvalue()
@@ -65,6 +68,15 @@ def as_csv(config: Config) -> str:
 
 def as_yaml(config: Config) -> str:
     """The table as a list, with model, pruner, its settings and the target."""
+    if config.by_bits and config.bits is not None and config.quantize is not None:
+        head: dict[str, Any] = {
+            "study": config.study,
+            "model": config.model.id,
+            "quantizer": config.pruner,
+            "settings": config.quantize.told(config.pruner),
+            "bits": config.bits.model_dump(),
+        }
+        return yaml.safe_dump({**head, "modules": list(rows(config))}, sort_keys=False, allow_unicode=True)
     head = {
         "study": config.study,
         "model": config.model.id,
@@ -78,37 +90,19 @@ def as_yaml(config: Config) -> str:
     return yaml.safe_dump({**head, "modules": list(rows(config))}, sort_keys=False, allow_unicode=True)
 
 
-def _shares(config: Config) -> dict[str, str]:
-    """What the sparsities are shares of, if not of single weights."""
+def _shares(config: Config) -> dict[str, str | int]:
+    """What the sparsities are shares of, if not of single weights; the bits of kept weights, if they are rounded."""
+    if config.fixed_bits is not None:
+        return {"bits": config.fixed_bits}
     return {"shares_of": "whole channels"} if parse(config.prune.pattern).channels else {}
-
-
-def rows(config: Config) -> Iterator[dict[str, Any]]:
-    """Block, module and sparsity of each row of the table.
-
-    UserError if names are missing, or are not names of modules, which a spreadsheet might take for formulas.
-    """
-    for index, sparsity in enumerate(config.block_sparsities):
-        linears = config.linear_sparsities and zip(
-            _names(config, "linears")[index], config.linear_sparsities[index], strict=True
-        )
-        for linear, share in linears or [("", sparsity)]:
-            name = f"{_names(config, 'blocks')}.{index}" + (f".{linear}" if linears else "")
-            if not NAME.fullmatch(name):
-                raise UserError(f"linears: {name} is not the name of a module")
-            yield {"block": index, "module": name, "sparsity": share}
-
-
-def _names(config: Config, key: Literal["blocks", "linears"]) -> Any:
-    """The model's name of its list of blocks, or its names of the linears of each block."""
-    found = getattr(config, key)
-    if found is None:
-        raise UserError(f"{key}: the configuration {NAMELESS.format(key, 'DIR/atp_tune.json')}")
-    return found
 
 
 def as_recipe(config: Config) -> str:
     """The recipe; UserError if llm-compressor lacks the pruner or a setting."""
+    bits.refuse_both(config, "llm-compressor")
+    if config.by_bits:
+        stage = {"quantization_stage": {"bits_modifiers": bits.modifier(config)}}
+        return f"{_head(config)}{yaml.safe_dump(stage, sort_keys=False, width=100)}"
     if parse(config.prune.pattern).channels:
         raise _not_to_be_said("prune.pattern", config.prune.pattern, "zeroes single weights, no whole channels")
     if config.pruner not in MODIFIERS:
@@ -147,7 +141,7 @@ MODIFIERS: dict[str, Callable[[Config], tuple[str, dict[str, Any]]]] = {"wanda":
 def _by_sparsity(config: Config) -> dict[str, Any]:
     """One modifier: a sparsity for each block, or for each linear by name."""
     modules = _modules(config)
-    blocks = [rf"re:{re.escape(_names(config, 'blocks'))}\.\d+$"]
+    blocks = [rf"re:{re.escape(names(config, 'blocks'))}\.\d+$"]
     targets = blocks if config.linear_sparsities is None else list(modules)
     return {"sparsity": list(modules.values()), "mask_structure": "0:0", "targets": targets}
 
@@ -177,8 +171,9 @@ def _head(config: Config) -> str:
         raise UserError(
             "--format llm-compressor: calibrates on texts, and this is an image classifier; take yaml or csv"
         )
+    amount = f"{config.sparsity.target:.4g}" if config.bits is None else f"{config.bits.target:g} bits"
     return HEAD.format(
-        pruner=config.pruner, sparsity=config.sparsity.target, allocation=config.allocation.name,
+        pruner=config.pruner, amount=amount, allocation=config.allocation.name,
         study="a plan" if config.trial is None else f"trial {config.trial}",
         windows=text.nsamples or "ALL", tokens=text.seqlen, dtype=config.model.dtype,
         arguments=ARGUMENTS[config.prune.statistics], bos=BOS if config.bos else "",
@@ -200,6 +195,9 @@ class Format:
 FORMATS = {
     "json": Format(".json", Config.to_json),
     "llm-compressor": Format(".recipe.yaml", as_recipe),
+    "gptqmodel": Format(".gptqmodel.json", bits.as_gptqmodel),
+    "torchao": Format(".torchao.py", bits.as_torchao),
+    "llama.cpp": Format(".tensor-types.txt", bits.as_llama_cpp),
     "yaml": Format(".yaml", as_yaml),
     "csv": Format(".csv", as_csv),
 }
@@ -209,7 +207,8 @@ def kind_of(given: str | None, out: Path | None) -> str:
     """The format: by its name, else by the ending of `out`, else json; UserError if it is unknown."""
     if given is None:
         name = out.name.lower() if out else ""
-        found = next((kind for kind, known in FORMATS.items() if name.endswith(known.ending)), None)
+        fitting = [kind for kind, known in FORMATS.items() if name.endswith(known.ending)]
+        found = max(fitting, key=lambda kind: len(FORMATS[kind].ending), default=None)
         if found is None and Path(name).suffix:
             endings = ", ".join(known.ending for known in FORMATS.values())
             raise UserError(f"--out {out}: must end in one of {endings}, or give --format")

@@ -1,0 +1,70 @@
+"""Bits of blocks: what an allocation gives, rounded to the numbers of bits that a block may have.
+
+    b_i = b_max - s_i (b_max - b_min)        s_i the allocation's share of block i, in [0, 1]
+
+An allocation that shares out sparsity shares out bits by the same numbers: where it leaves a block denser, the block
+gets more bits. s = 0 are the most bits that a block may have, s = 1 the fewest.
+
+A matrix of b bits takes more than b bits a weight: each group has a scale of 16 bits and, unless it is symmetric, a
+zero point of b bits.
+"""
+
+from collections.abc import Sequence
+from math import ceil
+
+SCALE = 16  # bits of a group's scale
+SLACK = 1e-9  # a smaller remainder is a rounding error
+
+
+def share_of(bits: float, widths: Sequence[int]) -> float:
+    """The share s of a number of bits between the lowest and the highest of `widths`."""
+    low, high = min(widths), max(widths)
+    return (high - bits) / (high - low) if high > low else 0.0
+
+
+def bits_of(share: float, widths: Sequence[int]) -> float:
+    """The number of bits, not rounded, at a share s in [0, 1]."""
+    return max(widths) - share * (max(widths) - min(widths))
+
+
+def rounded(wanted: Sequence[float], sizes: Sequence[int], widths: Sequence[int]) -> tuple[int, ...]:
+    """Rounds bits, one number per block, to `widths`; the mean weighted by size is at most that of `wanted`.
+
+    By largest remainder: each is rounded down. Then each, the largest remainder first, is raised to the next width if
+    the mean stays within. Equal remainders are raised in an order that spreads them evenly over the blocks, so that a
+    uniform 3.5 alternates between 4 and 3 bits.
+    """
+    steps = sorted(widths)
+    below = [max((w for w in steps if w <= b + SLACK), default=steps[0]) for b in wanted]
+    above = [next((w for w in steps if w > low), low) for low in below]
+    missing = sum((b - low) * size for b, low, size in zip(wanted, below, sizes, strict=True))
+    rests = [(b - low) / ((high - low) or 1) for b, low, high in zip(wanted, below, above, strict=True)]
+    spread = {i: rank for rank, i in enumerate(evenly(len(below)))}
+    for i in sorted(range(len(below)), key=lambda i: (-round(rests[i], 9), spread[i])):
+        jump = (above[i] - below[i]) * sizes[i]
+        if rests[i] > SLACK and jump <= missing + SLACK * sum(sizes):
+            below[i] = above[i]
+            missing -= jump
+    return tuple(below)
+
+
+def evenly(count: int) -> list[int]:
+    """The numbers below `count`, so ordered that the first few, however many, are spread evenly (van der Corput)."""
+    digits = max(1, (count - 1).bit_length())
+    reversed_ = (int(f"{i:0{digits}b}"[::-1], 2) for i in range(2**digits))
+    return [i for i in reversed_ if i < count]
+
+
+def mean_of(bits: Sequence[int], sizes: Sequence[int]) -> float:
+    """The mean of one number of bits per block, weighted by size."""
+    return sum(b * size for b, size in zip(bits, sizes, strict=True)) / sum(sizes)
+
+
+def stored_bits(rows: int, columns: int, bits: int, group_size: int, symmetric: bool, zeros: int = 0) -> int:
+    """Bits of a quantized matrix with the scales and zero points of its groups; a group size of -1 is a whole row.
+
+    With `zeros` as values or as a mask of one bit a weight and the values of the others, whichever is less.
+    """
+    groups = 1 if group_size == -1 else ceil(columns / group_size)
+    size = rows * columns
+    return min(size * bits, size + (size - zeros) * bits) + rows * groups * (SCALE + (0 if symmetric else bits))

@@ -1,0 +1,164 @@
+"""Recipes of a configuration that rounds weights, for what stores the bits themselves.
+
+llm-compressor  one modifier, with a group of its configuration for each number of bits. GPTQ: `GPTQModifier` without
+                activation order, whose grids are those of the dense weights; RTN: `QuantizationModifier` with the
+                observer `memoryless_minmax`. Its weights are those of `apply`, but for rounding.
+gptqmodel       arguments of `QuantizeConfig`; `dynamic` has the bits of blocks that differ from the most frequent.
+torchao         a Python script with a `FqnToConfig`; it rounds to nearest, so that GPTQ's weights cannot be made.
+llama.cpp       a file for `llama-quantize --tensor-type-file`: the plan's bits as k-quants of its own, which have
+                other grids and more bits a weight: q2_k 2.6, q3_k 3.4, q4_k 4.5, q5_k 5.5, q6_k 6.6, q8_0 8.5.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from atp_tune.errors import UserError
+from atp_tune.exporting.modules import NAME, names
+from atp_tune.spec.config import Config
+from atp_tune.spec.quantize import QuantizeConfig
+from atp_tune.spec.texts import Text
+
+K_QUANTS = {2: "q2_k", 3: "q3_k", 4: "q4_k", 5: "q5_k", 6: "q6_k", 8: "q8_0"}
+OF_GPTQMODEL = (2, 3, 4, 8)
+OF_LANGUAGE = ("gptqmodel", "llama.cpp")
+TORCHAO = '''\
+"""Rounds a model by torchao as {study} says: {bits:g} bits a weight in the mean, found by atp_tune."""
+
+import torch
+from torchao.quantization import FqnToConfig, IntxWeightOnlyConfig, quantize_
+from torchao.quantization.granularity import PerAxis, PerGroup
+from torchao.quantization.quant_primitives import MappingType
+
+BLOCKS = {blocks}  # bits: blocks
+
+
+def config(model: torch.nn.Module) -> FqnToConfig:
+    """The configuration of each linear in the blocks."""
+    bits_of = {{block: bits for bits, blocks in BLOCKS.items() for block in blocks}}
+    found = {{}}
+    for name, module in model.named_modules():
+        place, _, rest = name.removeprefix({place!r}).partition(".")
+        if isinstance(module, torch.nn.Linear) and name.startswith({place!r}) and place.isdigit() and rest:
+            found[name] = IntxWeightOnlyConfig(
+                weight_dtype=getattr(torch, f"int{{bits_of[int(place)]}}"),
+                granularity={granularity},
+                mapping_type=MappingType.{mapping},
+            )
+    return FqnToConfig(found)
+
+
+def quantize(model: torch.nn.Module) -> None:
+    """Rounds the model in memory."""
+    quantize_(model, config(model), filter_fn=None)
+'''
+
+
+def modifier(config: Config) -> dict[str, Any]:
+    """llm-compressor's modifier by name, with its arguments."""
+    quantize, groups = _asked(config, "llm-compressor"), dict[str, Any]()
+    is_row = quantize.group_size == -1
+    for index, (bits, blocks) in enumerate(_blocks(config).items()):
+        weights: dict[str, Any] = {"num_bits": bits, "type": "int", "symmetric": quantize.symmetric}
+        weights |= {"strategy": "channel"} if is_row else {"strategy": "group", "group_size": quantize.group_size}
+        weights["observer"] = "memoryless_minmax"
+        places = "|".join(map(str, blocks))
+        target = rf"re:{re.escape(_place(config))}\.({places})\..*"
+        groups[f"group_{index}"] = {"targets": [target], "weights": weights}
+    if config.pruner == "rtn":
+        return {"QuantizationModifier": {"config_groups": groups}}
+    return {"GPTQModifier": {"config_groups": groups, "actorder": None, "dampening_frac": quantize.damping}}
+
+
+def as_gptqmodel(config: Config) -> str:
+    """The arguments of gptqmodel's `QuantizeConfig` as JSON; UserError for what it has not."""
+    quantize = _asked(config, "gptqmodel")
+    if config.pruner != "gptq":
+        raise _cannot("gptqmodel", "pruner", config.pruner, "quantizes by gptq alone")
+    by_bits = _blocks(config)
+    wrong = next((bits for bits in by_bits if bits not in OF_GPTQMODEL), None)
+    if wrong is not None:
+        kinds = ", ".join(map(str, OF_GPTQMODEL))
+        more = f"has {kinds} bits alone; a study with quantize.widths = [{kinds}] has no others"
+        raise _cannot("gptqmodel", "block_bits", str(wrong), more)
+    most = max(by_bits, key=lambda bits: len(by_bits[bits]))
+    prefix = re.escape(_place(config))
+    dynamic = {
+        rf"+:^{prefix}\.({'|'.join(map(str, blocks))})\..*": {"bits": bits}
+        for bits, blocks in by_bits.items()
+        if bits != most
+    }
+    made = {
+        "bits": most, "dynamic": dynamic, "group_size": quantize.group_size, "sym": quantize.symmetric,
+        "desc_act": False, "static_groups": True, "damp_percent": quantize.damping,
+        "true_sequential": config.prune.statistics == "sequential",
+    }  # fmt: skip
+    return json.dumps(made, indent=2) + "\n"
+
+
+def as_torchao(config: Config) -> str:
+    """A script that rounds a model by torchao; UserError for GPTQ's weights."""
+    quantize = _asked(config, "torchao")
+    if config.pruner != "rtn":
+        raise _cannot("torchao", "pruner", config.pruner, "rounds to nearest alone")
+    assert config.bits is not None
+    study = "a plan" if config.trial is None else f"trial {config.trial} of a study"
+    size = quantize.group_size
+    return TORCHAO.format(
+        study=study, bits=config.bits.target, blocks=_blocks(config), place=f"{_place(config)}.",
+        granularity="PerAxis(0)" if size == -1 else f"PerGroup({size})",
+        mapping="SYMMETRIC" if quantize.symmetric else "ASYMMETRIC",
+    )  # fmt: skip
+
+
+def as_llama_cpp(config: Config) -> str:
+    """Lines for `llama-quantize --tensor-type-file`; UserError for what it does not read."""
+    _asked(config, "llama.cpp")
+    if wrong := next((bits for bits in _blocks(config) if bits not in K_QUANTS), None):
+        raise _cannot("llama.cpp", "block_bits", str(wrong), f"has k-quants of {', '.join(map(str, K_QUANTS))} bits")
+    lines = (
+        rf"blk\.({'|'.join(map(str, blocks))})\.(attn|ffn)_.*={K_QUANTS[bits]}"
+        for bits, blocks in _blocks(config).items()
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _place(config: Config) -> str:
+    """The model's name of its list of blocks."""
+    found = str(names(config, "blocks"))
+    if not NAME.fullmatch(found):
+        raise UserError(f"blocks: {found} is not the name of a module")
+    return found
+
+
+def _blocks(config: Config) -> Mapping[int, list[int]]:
+    """The blocks that have each number of bits, the fewest first."""
+    found: dict[int, list[int]] = {}
+    for index, bits in enumerate(config.block_bits or ()):
+        found.setdefault(bits, []).append(index)
+    return dict(sorted(found.items()))
+
+
+def refuse_both(config: Config, kind: str) -> None:
+    """UserError for a configuration that prunes and rounds, which no recipe of one stage says."""
+    if config.bits is not None and not config.by_bits:
+        raise UserError(
+            f"--format {kind}: says zeros or bits, and this configuration has both; `apply` writes the folder"
+        )
+
+
+def _asked(config: Config, kind: str) -> QuantizeConfig:
+    """The settings of rounding; UserError for a configuration that prunes."""
+    refuse_both(config, kind)
+    if kind in OF_LANGUAGE and not isinstance(config.texts.test, Text):
+        raise UserError(f"--format {kind}: reads language models, and this is an image classifier; take yaml or csv")
+    if config.quantize is None:
+        raise UserError(
+            f"--format {kind}: is of rounded weights, and this configuration has zeros; take llm-compressor"
+        )
+    return config.quantize
+
+
+def _cannot(kind: str, key: str, value: str, reason: str) -> UserError:
+    return UserError(f"--format {kind}: {key} = {value}: {kind} {reason}; `apply` writes the folder")

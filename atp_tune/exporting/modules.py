@@ -1,0 +1,40 @@
+"""Names of the modules of a configuration, and a row for each with its block and sparsity, or bits."""
+
+import re
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from atp_tune.errors import UserError
+from atp_tune.spec.config import Config
+
+NAMELESS = "lacks the names of its {}, as files of earlier versions do; `apply` it, and export --config {}"
+NAME = re.compile(r"\w+(\.\w+)*(\[\d+\])?")
+
+
+def rows(config: Config) -> Iterator[dict[str, Any]]:
+    """Block, module and sparsity, or bits, of each row of the table.
+
+    UserError if names are missing, or are not names of modules, which a spreadsheet might take for formulas.
+    """
+    for index, sparsity in enumerate(config.block_sparsities):
+        linears = config.linear_sparsities and zip(
+            names(config, "linears")[index], config.linear_sparsities[index], strict=True
+        )
+        for linear, share in linears or [("", sparsity)]:
+            name = f"{names(config, 'blocks')}.{index}" + (f".{linear}" if linears else "")
+            if not NAME.fullmatch(name):
+                raise UserError(f"linears: {name} is not the name of a module")
+            amount = (
+                {"sparsity": share}
+                if not config.by_bits or config.block_bits is None
+                else {"bits": config.block_bits[index]}
+            )
+            yield {"block": index, "module": name, **amount}
+
+
+def names(config: Config, key: Literal["blocks", "linears"]) -> Any:
+    """The model's name of its list of blocks, or its names of the linears of each block."""
+    found = getattr(config, key)
+    if found is None:
+        raise UserError(f"{key}: the configuration {NAMELESS.format(key, 'DIR/atp_tune.json')}")
+    return found

@@ -1,0 +1,42 @@
+"""Quantizers round the weights of one linear to few values; what comes out are the values, as floats.
+
+A quantizer is a class registered in `QUANTIZERS`, made from `group_size`, `symmetric` and `damping`. It takes and
+returns tensors, and knows no model, study or trial. Importing this package loads no torch.
+"""
+
+from typing import TYPE_CHECKING, Protocol
+
+from atp_tune.pruners import Statistics
+from atp_tune.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Quantizer(Protocol):
+    """The interface of a quantizer."""
+
+    @property
+    def measures(self) -> type[Statistics] | None:
+        """The kind of statistics of a linear's inputs that it needs."""
+
+    def prepare(self, statistics: Statistics) -> None:
+        """Computes what depends on the statistics only, before they are saved."""
+
+    def quantize(
+        self, weight: "Tensor", bits: int, statistics: Statistics | None, zeros: "Tensor | None" = None
+    ) -> "Tensor":
+        """A copy of weight [out, in] with at most 2^bits values in each group, in the dtype of the weight.
+
+        `zeros`: mask [out, in] of weights that are 0 and stay 0.
+        """
+
+
+QUANTIZERS = Registry[type[Quantizer]](
+    "quantizer", {"rtn": "atp_tune.quantizers.rtn:RTN", "gptq": "atp_tune.quantizers.gptq:GPTQ"}
+)
+
+
+def make_quantizer(name: str, group_size: int, symmetric: bool, damping: float) -> Quantizer:
+    """Makes a quantizer by name; KeyError if the name is not registered."""
+    return QUANTIZERS[name](group_size, symmetric, damping)  # type: ignore[call-arg]

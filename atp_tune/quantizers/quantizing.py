@@ -1,0 +1,64 @@
+"""A quantizer as the pass over the blocks uses it, with the pruner before it, if there is one."""
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from atp_tune.pruners import Pruner, Statistics
+from atp_tune.pruners.refinement import parts_of, with_hessian
+from atp_tune.quantizers import Quantizer
+from atp_tune.quantizers.rtn import RTN
+
+
+@dataclass(frozen=True)
+class Quantizing:
+    """A `Pruner` that rounds weights to so many `bits`, after its own `pruner` has zeroed some: those stay zero."""
+
+    quantizer: Quantizer
+    pruner: Pruner | None = None
+    bits: int = 0
+    group: int | None = None
+
+    @property
+    def measures(self) -> type[Statistics] | None:
+        """The kind of statistics that both need."""
+        if self.pruner is None or self.quantizer.measures is None:
+            return self.quantizer.measures if self.pruner is None else self.pruner.measures
+        return with_hessian(self.pruner.measures)
+
+    def __repr__(self) -> str:
+        """Names what statistics may depend on, for the cache."""
+        return repr([self.quantizer, self.pruner])
+
+    def at(self, bits: int) -> "Quantizing":
+        """The same with so many bits."""
+        return replace(self, bits=bits)
+
+    def unmeasured(self, pruner: Pruner | None) -> "Quantizing":
+        """For a linear without inputs: RTN on the same groups, after this pruner."""
+        assert isinstance(self.quantizer, RTN)
+        return replace(self, quantizer=RTN(self.quantizer.group_size, self.quantizer.symmetric), pruner=pruner)
+
+    def prepare(self, statistics: Statistics) -> None:
+        """Prepares the statistics of both."""
+        own, hessian = self._parts(statistics)
+        if self.pruner is not None and own is not None:
+            self.pruner.prepare(own)
+        if hessian is not None:
+            self.quantizer.prepare(hessian)
+
+    def prune(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:
+        """A rounded copy of weight [out, in], pruned to a sparsity in [0, 1] before if there is a pruner."""
+        own, hessian = self._parts(statistics)
+        if self.pruner is None:
+            return self.quantizer.quantize(weight, self.bits, hessian)
+        sparse = self.pruner.prune(weight, sparsity, own)
+        return self.quantizer.quantize(sparse, self.bits, hessian, sparse == 0)
+
+    def _parts(self, statistics: Statistics | None) -> tuple[Statistics | None, Statistics | None]:
+        """The statistics of the pruner, and of the quantizer."""
+        if self.pruner is None or statistics is None:
+            return None, statistics
+        if self.quantizer.measures is None:
+            return statistics, None
+        return parts_of(statistics)

@@ -1,0 +1,56 @@
+"""How much a study compresses, in words: sparsity, or bits per weight where it rounds weights."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from optuna.trial import FrozenTrial
+
+from atp_tune.allocations.bits import mean_of
+from atp_tune.plan import percent
+from atp_tune.results.summary import Summary
+from atp_tune.spec.study import Study
+
+DENSE_BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
+
+
+def wanted(study: Study) -> str:
+    """What a study asks for: `60% sparsity`, `3.5 bits`."""
+    if study.sparsity is None:
+        return f"{study.bits:g} bits"
+    return f"{percent(study.sparsity)} sparsity" + ("" if study.bits is None else f" at {study.bits:g} bits")
+
+
+def asked(summary: Summary, study: Study) -> str:
+    """The same of a stored study, or of its study file where it is not stored yet."""
+    if summary.bits is not None:
+        return f"{summary.bits:g} bits"
+    return f"{percent(summary.sparsity)} sparsity" if summary.sparsity and study.bits is None else wanted(study)
+
+
+def column(summary: Summary) -> str:
+    """The head of the column of amounts."""
+    return "sparsity" if summary.bits is None else "bits"
+
+
+def amount_of(trial: FrozenTrial, summary: Summary) -> str:
+    """The share of zeros that a trial counted, or its bits per weight without and with scales; "" if not known."""
+    attrs = trial.user_attrs
+    if summary.bits is None:
+        return f"{attrs['realised']:.2%}" if "realised" in attrs else ""
+    return bits_said(attrs, summary) if "bits" in attrs else ""
+
+
+def bits_said(attrs: Mapping[str, Any], summary: Summary) -> str:
+    """Bits per weight of a trial with these attributes: `3.50 (3.85 with scales)`."""
+    bits, sizes = attrs["bits"], summary.sizes
+    nominal = mean_of(bits, sizes if len(sizes) == len(bits) else [1] * len(bits))
+    effective = f" ({attrs['effective_bits']:.2f} with scales)" if "effective_bits" in attrs else ""
+    return f"{nominal:.2f}{effective}"
+
+
+def dense_amount(summary: Summary) -> str:
+    """The amount of the dense model."""
+    if summary.bits is None:
+        return "0%"
+    best = summary.best_trial
+    return str(DENSE_BITS.get(best.user_attrs.get("dtype", "") if best else "", "–"))

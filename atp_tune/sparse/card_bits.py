@@ -1,0 +1,40 @@
+"""What the model card says where weights are rounded to fewer bits."""
+
+from typing import Any
+
+from atp_tune.report.markdown import fenced
+from atp_tune.spec.config import Config
+
+FILES = """\
+**The rounded weights are stored as floats**: this folder is as large as the dense model's and runs at the same speed.
+`tune.py export` writes recipes for engines that store the bits themselves."""
+
+
+def values(config: Config) -> dict[str, Any]:
+    """The values of the template that differ; none where weights are not rounded."""
+    if config.bits is None or config.block_bits is None:
+        return {}
+    if not config.by_bits:
+        return {"also": f"Kept weights are rounded to {config.block_bits[0]} bits by {_quantizer(config)}, as floats."}
+    effective = "" if config.bits.effective is None else f", {config.bits.effective:.2f} with the scales of groups"
+    bars = "\n".join(f"block {k:>3}  {b}  {'█' * (4 * b)}" for k, b in enumerate(config.block_bits))
+    return {
+        "bits": f"{config.bits.nominal:.2f} bits each{effective}",
+        "dense_files": FILES,
+        "equal": "Every tensor that was not rounded is equal to the dense model's byte for byte.",
+        "updated": config.pruner == "gptq",
+        "rounded": len(set(config.block_bits)) > 1,
+        "chart": fenced("text", bars),
+    }
+
+
+def facts(config: Config) -> dict[str, str]:
+    """The rows of the table of settings."""
+    if config.quantize is None or config.bits is None:
+        return {}
+    settings = "".join(f", {key} = {value}" for key, value in config.quantize.told(_quantizer(config)).items())
+    return {"quantizer": f"{_quantizer(config)}{settings}", "bits asked for": f"{config.bits.target:g} a weight"}
+
+
+def _quantizer(config: Config) -> str:
+    return config.quantize.quantizers[0] if config.quantize and not config.by_bits else config.pruner

@@ -1,0 +1,153 @@
+"""The table `[quantize]` of a study with `bits`: how weights are rounded, and the bits that a block may have."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from atp_tune.allocations.bits import share_of, stored_bits
+from atp_tune.frozen import FrozenModel, SettingsTable, check_once
+from atp_tune.pruners import Pruner
+from atp_tune.quantizers import make_quantizer
+from atp_tune.spec.patterns import parse
+from atp_tune.spec.prune import PruneConfig
+
+if TYPE_CHECKING:
+    from atp_tune.quantizers.quantizing import Quantizing
+    from atp_tune.spec.study import Study
+
+QuantizerName = Literal["rtn", "gptq"]
+Width = Annotated[int, Field(ge=2, le=8)]
+WIDTHS = (2, 3, 4, 5, 6, 8)
+PER_LINEAR = ("prices", "er", "erk", "global")  # allocations that differ within blocks
+
+
+class QuantizeConfig(SettingsTable):
+    """How weights are rounded to fewer bits: the quantizers to compare, the groups that share a scale, the bits."""
+
+    quantizers: tuple[QuantizerName, ...] = Field(
+        ("gptq",), min_length=1, description="rtn: round to nearest, gptq; Optuna chooses, if there are several"
+    )
+    group_size: int = Field(128, ge=-1, description="consecutive inputs of a row that share a scale; -1: the whole row")
+    symmetric: bool = Field(False, description="values from -max to max, without a zero point")
+    damping: float = Field(
+        0.01, gt=0, description="of gptq, added to the diagonal of the Hessian, as a share of its mean"
+    )
+    widths: tuple[Width, ...] = Field(WIDTHS, min_length=1, description="the bits that a block may have")
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        check_once(self.quantizers, "quantizers")
+        if list(self.widths) != sorted(set(self.widths)):
+            raise ValueError("widths: must ascend, each once")
+        if self.group_size == 0:
+            raise ValueError("group_size: must be at least 1, or -1 for the whole row, got 0")
+        return self
+
+    @property
+    def short_names(self) -> tuple[str, ...]:
+        """The names of the quantizers."""
+        return self.quantizers
+
+    def told(self, quantizer: str) -> dict[str, Any]:
+        """The settings that determine what a quantizer does; rtn has no `damping`."""
+        return self.model_dump(include={"group_size", "symmetric", *(["damping"] if quantizer == "gptq" else [])})
+
+    def stored_bits(self, rows: int, columns: int, bits: int, zeros: int = 0) -> int:
+        """Bits of a quantized matrix with scales and zero points; without its zeros, if that is less."""
+        return stored_bits(rows, columns, bits, self.group_size, self.symmetric, zeros)
+
+    def pruner(self, name: str, after: Pruner | None = None) -> "Quantizing":
+        """The quantizer as the pass over the blocks uses it, after a pruner if there is one."""
+        from atp_tune.quantizers.quantizing import Quantizing
+
+        return Quantizing(make_quantizer(name, self.group_size, self.symmetric, self.damping), after)
+
+    def measures(self, name: str) -> bool:
+        """Whether a quantizer needs statistics of inputs."""
+        return self.pruner(name).measures is not None
+
+
+@dataclass(frozen=True)
+class PruneAndQuantize:
+    """Pruners, each with the one quantizer after it, in the form of `PruneConfig` and `QuantizeConfig`."""
+
+    prune: PruneConfig
+    quantize: QuantizeConfig
+
+    @property
+    def short_names(self) -> tuple[str, ...]:
+        """The short names of the pruners."""
+        return self.prune.short_names
+
+    def pruner(self, name: str) -> Pruner:
+        """A pruner whose kept weights are rounded, and whose zeros stay."""
+        return self.quantize.pruner(self.quantize.quantizers[0], self.prune.pruner(name))
+
+    def measures(self, name: str) -> bool:
+        """Whether statistics of inputs are needed."""
+        return self.pruner(name).measures is not None
+
+
+Methods = PruneConfig | QuantizeConfig | PruneAndQuantize
+
+
+def methods_of(prune: PruneConfig, quantize: QuantizeConfig | None, prunes: bool) -> Methods:
+    """What is done to weights: pruning, rounding (with `quantize`), or first one, then the other."""
+    if quantize is None:
+        return prune
+    return PruneAndQuantize(prune, quantize) if prunes else quantize
+
+
+class Bits(FrozenModel):
+    """Bits per weight over all linears of all blocks, weighted by size: the target, what blocks have (`nominal`), and
+    with the scales and zero points of groups (`effective`, counted).
+    """
+
+    target: float = Field(ge=2, le=8)
+    nominal: float = Field(ge=2, le=8)
+    effective: float | None = Field(None, ge=0, le=64)
+
+
+def check_bits(study: "Study") -> None:
+    """ValueError for settings that do not go with `bits`, or with their absence."""
+    bits, quantize = study.bits, study.quantize
+    if bits is None:
+        if quantize != QuantizeConfig():
+            raise ValueError("quantize: belongs to a study with bits, and this one has a sparsity; leave it out")
+        return
+    others = sorted({*study.prune.model_fields_set, *study.prune.tables} - {"statistics"})
+    low, high = quantize.widths[0], quantize.widths[-1]
+    if not low <= bits <= high:
+        raise ValueError(f"bits: must be from {low} to {high}, as quantize.widths allows, got {bits:g}")
+    if study.sparsity is not None:
+        _check_both(study, bits)
+        return
+    by_linears = [name for name in study.allocation.names if name in PER_LINEAR]
+    own = f"{(*by_linears, '')[0]} gives each linear a sparsity of its own; take atp or another that does not,"
+    for key, is_given, reason in (
+        (f"prune.{(*others, '')[0]}", others, "is of zeros; leave it out, of prune only statistics stay"),
+        ("limit", study.limit is not None, "needs an interval of sparsities; leave it out"),
+        ("allocation.names", by_linears, own),
+    ):
+        if is_given:
+            raise ValueError(f"{key}: {reason} where bits are given")
+
+
+def _check_both(study: "Study", bits: float) -> None:
+    """ValueError for settings that do not go with pruning and rounding in one study."""
+    quantize = study.quantize
+    known = ", ".join(map(str, quantize.widths))
+    for key, is_given, reason in (
+        ("bits", bits not in quantize.widths, f"must be one of {known}"),
+        ("quantize.quantizers", len(quantize.quantizers) > 1, "must be one name"),
+        ("prune.pattern", parse(study.prune.pattern).channels, "must be of single weights"),
+    ):
+        if is_given:
+            raise ValueError(f"{key}: {reason} where a sparsity and bits are given")
+
+
+def level_of(study: "Study") -> float:
+    """The share between most and fewest bits, which allocations share out."""
+    assert study.bits is not None
+    return share_of(study.bits, study.quantize.widths)

@@ -1,0 +1,389 @@
+"""Studies with `bits`: rounding to widths, a study and its files end to end, what is refused."""
+
+import json
+import re
+import shutil
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from test_config import config
+from tinystudy import CommandLine, stored, study_file
+
+from atp_tune.allocations import Budget, bits
+from atp_tune.errors import UserError
+from atp_tune.exporting import FORMATS, as_csv, as_yaml
+from atp_tune.plan import make_plan
+from atp_tune.results.summary import summarise
+from atp_tune.spec.config import Config, read_config
+from atp_tune.spec.facts import facts
+from atp_tune.spec.quantize import WIDTHS, Bits, QuantizeConfig
+from atp_tune.spec.study import Study
+from atp_tune.storage.progress import measured
+
+BITS = "[quantize]\nquantizers = ['rtn', 'gptq']\ngroup_size = 16\n\n[allocation]\nbeta = 'both'\n"
+
+
+# rounding
+
+blocks = st.lists(st.tuples(st.floats(2, 8), st.integers(1, 1000)), min_size=1, max_size=12)
+
+
+@given(blocks, st.sampled_from([WIDTHS, (2, 8), (3, 4), (4,)]))
+def test_the_mean_stays_within_and_each_goes_one_step_at_most(found: Any, widths: tuple[int, ...]) -> None:
+    wanted = [min(widths[-1], max(widths[0], b)) for b, _ in found]
+    sizes = [size for _, size in found]
+    rounded = bits.rounded(wanted, sizes, widths)
+    assert set(rounded) <= set(widths)
+    total = sum(b * size for b, size in zip(wanted, sizes, strict=True))
+    missing = total - sum(b * size for b, size in zip(rounded, sizes, strict=True))
+    assert missing > -1e-6 * total
+    for b, was, size in zip(rounded, wanted, sizes, strict=True):
+        below, above = max(w for w in widths if w <= was + 1e-9), min(w for w in widths if w >= was - 1e-9)
+        assert b in (below, above)
+        if b < above:  # another step would be too much
+            assert (above - b) * size > missing - 1e-6 * total
+
+
+@given(st.lists(st.floats(2, 8), min_size=1, max_size=10))
+def test_of_equal_blocks_more_stays_more(wanted: list[float]) -> None:
+    rounded = bits.rounded(wanted, [5] * len(wanted), WIDTHS)
+    assert all(
+        b <= c for (a, b), (d, c) in product(zip(wanted, rounded, strict=True), repeat=2) if a < d - 1e-6 and d <= 6
+    )
+
+
+def test_uniform_alternates() -> None:
+    assert bits.rounded([3.5] * 6, [7] * 6, WIDTHS) == (4, 3, 4, 3, 4, 3)
+    assert bits.rounded([3.0] * 4, [7] * 4, WIDTHS) == (3,) * 4
+    assert sum(bits.rounded([3.25] * 8, [7] * 8, WIDTHS)) == 26
+    assert bits.rounded([7.0] * 4, [1] * 4, WIDTHS) == (8, 6, 8, 6)
+    for count in range(1, 40):
+        assert sorted(bits.evenly(count)) == list(range(count))
+
+
+def test_a_plan_has_bits_where_the_budget_has_widths() -> None:
+    budget = Budget(bits.share_of(3.5, WIDTHS), (10,) * 8, widths=WIDTHS)
+    late = make_plan("gptq", "atp", budget, {"beta": -0.03})
+    early = make_plan("gptq", "atp", budget, {"beta": 0.03})
+    assert late.bits is not None
+    assert late.bits == (early.bits or ())[::-1] == tuple(sorted(late.bits))
+    assert bits.mean_of(late.bits, budget.sizes) == 3.5
+    assert late.sparsities == (0.0,) * 8
+    assert make_plan("gptq", "uniform", budget, {}).is_uniform
+    assert not late.is_uniform
+    with pytest.raises(UserError, match="all of them have the same bits; take uniform, atp"):
+        make_plan("gptq", "er", Budget(0.5, (12,), (), widths=WIDTHS), {})
+
+
+@pytest.mark.parametrize(("group", "symmetric", "expected"), [(16, False, 3 + 3 * 19 / 40), (-1, True, 3 + 16 / 40)])
+def test_scales_and_zero_points_are_counted(group: int, symmetric: bool, expected: float) -> None:
+    assert bits.stored_bits(5, 40, 3, group, symmetric) == pytest.approx(200 * expected)
+
+
+# a study
+
+
+@pytest.fixture(scope="module")
+def ran(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished study; to be read only."""
+    from tinystudy import run
+
+    place = tmp_path_factory.mktemp("bits") / "tiny"
+    shutil.copytree(tiny_place, place)
+    toml = (place / "tiny.toml").read_text().replace("sparsity = 0.6", "bits = 3.5").replace("trials = 3", "trials = 6")
+    (place / "tiny.toml").write_text(toml + "\n" + BITS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATP_TUNE_CACHE", str(place.parent / "cache"))
+        run(place)
+    return place
+
+
+@pytest.fixture
+def bits_done(ran: Path, tmp_path: Path, windows: None) -> Path:
+    """A copy for one test."""
+    return Path(shutil.copytree(ran, tmp_path / "done"))
+
+
+@pytest.mark.slow
+def test_what_a_study_stores_and_shows(bits_done: Path, command: CommandLine) -> None:
+    study = stored(bits_done)
+    trials = measured(study)
+    assert {trial.params["pruner"] for trial in trials} == {"rtn", "gptq"}
+    betas = {trial.params.get("beta", 0.0) for trial in trials}
+    assert min(betas) < 0 < max(betas)
+    for trial in trials:
+        assert sum(trial.user_attrs["bits"]) == 14
+        assert trial.user_attrs["effective_bits"] == pytest.approx(3.5 + 19.5 / 16)
+        assert "sparsities" not in trial.user_attrs
+    dense = study.user_attrs["dense_bytes"]
+    linears = 4 * sum(study.user_attrs["sizes"])
+    assert trials[0].user_attrs["quantized_bytes"] == dense - linears + round(linears / 32 * (3.5 + 19.5 / 16))
+    shown = command("status", "--study", bits_done / "tiny.toml")
+    assert "tiny: 3.5 bits" in shown.out
+    assert "3.50 (4.72 with scales)" in shown.out
+    assert "sparsity" not in shown.out
+    said = json.loads(command("status", "--study", bits_done / "tiny.toml", "--json").out)
+    assert (said["bits"], said["sparsity"]) == (3.5, None)
+    for kind in ("md", "tex", "json", "html"):
+        assert command("report", "--study", bits_done / "tiny.toml", "--out", bits_done / f"r.{kind}").code == 0
+        assert kind == "tex" or "3.5" in (bits_done / f"r.{kind}").read_text()
+    assert "bits per weight, without scales" in (bits_done / "r.html").read_text()
+    assert "3.5 bits per weight, 3.50 (4.72 with scales) in the best" in (bits_done / "r.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_study_goes_on(bits_done: Path, command: CommandLine) -> None:
+    before = [trial.params for trial in stored(bits_done).get_trials()]
+    assert command("--study", bits_done / "tiny.toml", "--trials", "7").code == 0
+    after = stored(bits_done).get_trials()
+    assert [trial.params for trial in after[:-1]] == before
+    assert summarise(stored(bits_done)).complete
+    for key in ("bits=3", "quantize.group_size=8", "quantize.quantizers=['rtn']", "prune.statistics=dense"):
+        refused = command("--study", bits_done / "tiny.toml", "--set", key)
+        assert refused.code == 2
+        assert re.search(rf"study tiny: {key.partition('=')[0]} is .*, was ", refused.err)
+
+
+@pytest.mark.slow
+def test_apply_writes_what_the_trial_measured(bits_done: Path, command: CommandLine) -> None:
+    best = read_config(bits_done / "tiny.best.json")
+    assert best.block_bits is not None
+    assert best.quantize is not None
+    assert best.bits == Bits(target=3.5, nominal=3.5, effective=3.5 + 19.5 / 16)
+    assert best.block_sparsities == (0.0,) * 4
+    said = command("apply", "--config", bits_done / "tiny.best.json", "--out", bits_done / "out")
+    assert "(+0.000%)" in said.out
+    card = (bits_done / "out" / "README.md").read_text()
+    assert "rounded to 3.50 bits each, 4.72 with the scales of groups" in card
+    assert "quantized" in card
+    assert "zero" not in card.lower()
+    made = read_config(bits_done / "out" / "atp_tune.json")
+    assert (made.block_bits, made.quantize, made.bits) == (best.block_bits, best.quantize, best.bits)
+    assert command("apply", "--verify", bits_done / "out").code == 0
+    beta = f"--beta={best.allocation.beta or 0.01}"
+    words = ["prune", "--study", bits_done / "tiny.toml", beta, "--out", bits_done / "pruned"]
+    assert "3.5 bits: perplexity" in command(*words).out
+    for words, reason in (
+        (["apply", "--packed", "--config", bits_done / "tiny.best.json"], "these weights are rounded; leave it out"),
+        (["apply", "--slim", "--config", bits_done / "tiny.best.json"], "only whole channels can be cut"),
+        (
+            ["finetune", "--model", bits_done / "out", "--seqlen", "32"],
+            "its weights are rounded, and training would undo",
+        ),
+        (["speedup", "--model", bits_done / "out"], "weights are rounded, but lie in the folder as floats"),
+        (
+            ["prune", "--study", bits_done / "tiny.toml", "--pruner", "wanda", "--beta", "0.1"],
+            "is of zeros; leave it out",
+        ),
+    ):
+        more = ["--out", bits_done / "no"] if words[0] in ("apply", "finetune") else []
+        refused = command(*words, *more)
+        assert refused.code == 2, words
+        assert reason in refused.err
+        assert not (bits_done / "no").exists()
+
+
+@pytest.mark.slow
+def test_other_allocations_share_out_bits(bits_done: Path, command: CommandLine) -> None:
+    names = "allocation.names=['uniform', 'curve', 'owl', 'alphapruning']"
+    words = ["--study", bits_done / "tiny.toml", "--study-name", "others", "--trials", "9", "--set", names]
+    assert command(*words, "--set", "quantize.quantizers=['rtn']").code == 0
+    trials = measured(stored(bits_done, "others", bits_done / "tiny.db"))
+    assert {trial.params["allocation"] for trial in trials} >= {"curve", "owl", "alphapruning"}
+    assert all(sum(trial.user_attrs["bits"]) <= 14 for trial in trials)
+
+
+@pytest.mark.slow
+def test_zeros_survive_rounding(place: Path, command: CommandLine) -> None:
+    """Of a study with a sparsity and bits: the pruner's zeros, then at most 2^b values in each group."""
+    lines = "sparsity = 0.5\nbits = 3\nquantize = {group_size = 16}\nallocation = ['atp', 'prices']"
+    (place / "tiny.toml").write_text((place / "tiny.toml").read_text().replace("sparsity = 0.6", lines))
+    assert "tiny: 50% sparsity at 3 bits" in command("--study", place / "tiny.toml").out
+    best = read_config(place / "tiny.best.json")
+    assert (best.pruner, best.block_bits, best.by_bits) == ("wanda", (3,) * 4, False)
+    assert best.bits is not None
+    assert best.bits.effective is not None
+    assert abs(best.bits.effective - (1 + 3 * (1 - best.sparsity.realised) + 19 / 16)) < 0.1  # or without its mask
+    out = place / "out"
+    assert "(+0.000%)" in command("apply", "--config", place / "tiny.best.json", "--out", out).out
+    assert "Kept weights are rounded to 3 bits by gptq" in (out / "README.md").read_text()
+    found = load_file(out / "model.safetensors")
+    for name in (key for key in found if key.endswith("_proj.weight")):
+        groups = found[name].reshape(-1, 16)
+        assert max(len(group.unique()) for group in groups) <= 8
+    assert sum(trial.user_attrs["realised"] for trial in measured(stored(place))) / len(measured(stored(place))) > 0.49
+    assert command("pack", out, "--out", place / "packed").code == 0
+    for kind in ("llm-compressor", "gptqmodel"):
+        refused = command("export", "--config", place / "tiny.best.json", "--format", kind)
+        assert (refused.code, "says zeros or bits" in refused.err) == (2, True)
+    assert command("--study", place / "tiny.toml", "--set", "bits=4").code == 2  # another study
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["dense", "sequential"])
+def test_other_statistics_and_screening(bits_done: Path, command: CommandLine, way: str) -> None:
+    words = ["--study", bits_done / "tiny.toml", "--study-name", way, "--set", f"prune.statistics={way}"]
+    screen = ["--set", "search.screen={trials = 4}"] if way == "dense" else []
+    assert command(*words, *screen).code == 0
+    made = command("apply", "--config", bits_done / f"{way}.best.json", "--out", bits_done / way)
+    assert "(+0.000%)" in made.out
+
+
+# what is refused
+
+BELONGS = "leave it out where bits are given"
+ZEROS = "is of zeros; leave it out, of prune only statistics stay where bits are given"
+REFUSED = [
+    ("sparsity = 0.5\nbits = 3.5", "bits: must be one of 2, 3, 4, 5, 6, 8 where a sparsity and bits are given"),
+    ("sparsity = 0.5\nbits = 4\nquantize = {quantizers = ['rtn', 'gptq']}", "quantize.quantizers: must be one name"),
+    ("sparsity = 0.5\nbits = 4\nprune = {pattern = 'channels'}", "prune.pattern: must be of single weights where"),
+    ("", "sparsity: is needed"),
+    ("bits = 1.5", "bits: must be at least 2, got 1.5"),
+    ("bits = 9", "bits: must be at most 8, got 9"),
+    ("bits = [3, 4]", "bits: must be a number, got [3, 4]"),
+    ("bits = true", "bits: must be a number, got true"),
+    ("bits = 3.5\nlimit = {max_increase = 0.1}", f"limit: needs an interval of sparsities; {BELONGS}"),
+    ("bits = 3.5\nallocation = 'prices'", "allocation.names: prices gives each linear a sparsity of its own; take atp "
+     "or another that does not, where bits are given"),
+    ("bits = 3.5\nprune = {pruners = ['wanda']}", f"prune.pruners: {ZEROS}"),
+    ("bits = 3.5\nprune = {pattern = '2:4'}", f"prune.pattern: {ZEROS}"),
+    ("bits = 3.5\nquantize = {widths = [4, 8]}", "bits: must be from 4 to 8, as quantize.widths allows, got 3.5"),
+    ("bits = 3.5\nquantize = {widths = [4, 3]}", "quantize.widths: must ascend, each once"),
+    ("bits = 3.5\nquantize = {widths = [1, 4]}", "quantize.widths[0]: must be at least 2, got 1"),
+    ("bits = 3.5\nquantize = {group_size = 0}", "quantize.group_size: must be at least 1, or -1 for the whole row"),
+    ("bits = 3.5\nquantize = {quantizers = ['awq']}", "quantize.quantizers[0]: must be one of rtn, gptq"),
+    ("bits = 3.5\nquantize = {quantizers = ['rtn', 'rtn']}", 'quantize.quantizers: holds "rtn" 2 times'),
+    ("sparsity = 0.5\nquantize = {group_size = 64}", "quantize: belongs to a study with bits, and this one has a "
+     "sparsity; leave it out"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("lines", "reason"), REFUSED)
+def test_what_does_not_go_with_bits(lines: str, reason: str, place: Path, command: CommandLine) -> None:
+    toml = (place / "tiny.toml").read_text()
+    (place / "tiny.toml").write_text(toml.replace("sparsity = 0.6", lines))
+    refused = command("--study", place / "tiny.toml")
+    assert refused.code == 2
+    assert reason in refused.err
+    assert len(refused.err.strip().splitlines()) == 1
+    assert not (place / "tiny.db").exists()
+
+
+def test_studies_without_bits_have_the_facts_that_they_had(place: Path) -> None:
+    known = facts(study_file(place).study)
+    assert not [key for key in known if key.startswith(("bits", "quantize"))]
+    toml = {"bits": 3.0, **study_file(place).study.model_dump(mode="json", exclude_unset=True)}
+    toml.pop("sparsity")
+    found = facts(Study.model_validate(toml))
+    assert found["bits"] == 3
+    assert found["quantize.widths"] == list(WIDTHS)
+    assert not [key for key in found if key.startswith("prune.") and key != "prune.statistics"]
+
+
+ROUNDED: dict[str, Any] = {
+    "quantize": QuantizeConfig(group_size=32), "block_bits": (4, 3, 4), "bits": Bits(target=3.7, nominal=11 / 3),
+    "block_sparsities": (0.0,) * 3, "pruner": "gptq",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"block_bits": None}, "quantize: is needed with block_bits and bits"),
+        ({"quantize": None, "pruner": "wanda"}, "quantize: is needed with block_bits and bits"),
+        ({"block_bits": (4, 3)}, "block_bits: not one number for each block"),
+        ({"block_bits": (4, 3, 9)}, "less than or equal to 8"),
+        ({"block_bits": (4, 3, 1)}, "greater than or equal to 2"),
+        ({"block_sparsities": (0.0, 0.5, 0.0)}, "block_sparsities: must be 0 where weights are rounded"),
+        ({"pruner": "wanda"}, "block_bits: must be equal where weights are pruned too"),
+        ({"pruner": "awq"}, "Input should be 'magnitude', 'wanda'"),
+        ({"quantize": None, "block_bits": None, "bits": None}, "Input should be 'magnitude', 'wanda'"),
+    ],
+)
+def test_what_a_configuration_of_a_stranger_may_not_say(changes: Any, reason: str) -> None:
+    values = config(**ROUNDED).model_dump(mode="json")
+    values |= {key: value for key, value in changes.items() if value is None or key != "quantize"}
+    with pytest.raises(ValidationError, match=re.escape(reason)):
+        Config.model_validate(values)
+
+
+def test_attributes_of_a_stranger_are_left_out() -> None:
+    from atp_tune.storage.validation import TRIAL, checked
+
+    wrong: list[Any] = [[], [1], [9], [2.5], ["4"], 4, [[4]], [True]]
+    for value in wrong:
+        assert checked({"bits": value}, TRIAL) == {}, value
+    assert checked({"bits": [2, 8], "effective_bits": 4.5}, TRIAL) == {"bits": [2, 8], "effective_bits": 4.5}
+
+
+# exports
+
+
+def made(kind: str, **changes: Any) -> str:
+    return FORMATS[kind].make(config(**{**ROUNDED, **changes}))
+
+
+def test_tables_say_bits() -> None:
+    assert (
+        as_csv(config(**ROUNDED)) == "block,module,bits\n0,model.layers.0,4\n1,model.layers.1,3\n2,model.layers.2,4\n"
+    )
+    found = yaml.safe_load(as_yaml(config(**ROUNDED)))
+    assert found["quantizer"] == "gptq"
+    assert found["settings"] == {"group_size": 32, "symmetric": False, "damping": 0.01}
+    assert found["modules"][1] == {"block": 1, "module": "model.layers.1", "bits": 3}
+
+
+def test_tables_of_zeros_and_bits_say_both() -> None:
+    both = config(**{**ROUNDED, "block_bits": (4, 4, 4), "block_sparsities": (0.5, 0.6, 0.7), "pruner": "wanda"})
+    assert as_csv(both).splitlines()[:2] == ["block,module,sparsity,bits", "0,model.layers.0,0.5,4"]
+    assert yaml.safe_load(as_yaml(both))["bits"] == 4
+
+
+def test_recipes_have_a_group_for_each_number_of_bits() -> None:
+    (stage,) = yaml.safe_load(made("llm-compressor")).values()
+    modifier = stage["bits_modifiers"]["GPTQModifier"]
+    assert (modifier["actorder"], modifier["dampening_frac"]) == (None, 0.01)
+    by_bits = {group["weights"]["num_bits"]: group["targets"][0] for group in modifier["config_groups"].values()}
+    assert by_bits == {3: r"re:model\.layers\.(1)\..*", 4: r"re:model\.layers\.(0|2)\..*"}
+    (stage,) = yaml.safe_load(made("llm-compressor", pruner="rtn", quantize=QuantizeConfig(group_size=-1))).values()
+    (group, _) = stage["bits_modifiers"]["QuantizationModifier"]["config_groups"].values()
+    assert group["weights"]["strategy"] == "channel"
+    found = json.loads(made("gptqmodel"))
+    assert (found["bits"], found["group_size"], found["sym"]) == (4, 32, False)
+    assert found["dynamic"] == {r"+:^model\.layers\.(1)\..*": {"bits": 3}}
+    assert made("llama.cpp").splitlines() == [
+        r"blk\.(1)\.(attn|ffn)_.*=q3_k", r"blk\.(0|2)\.(attn|ffn)_.*=q4_k",
+    ]  # fmt: skip
+    script = made("torchao", pruner="rtn")
+    compile(script, "torchao.py", "exec")
+    assert "BLOCKS = {3: [1], 4: [0, 2]}" in script
+    assert "PerGroup(32)" in script
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "reason"),
+    [
+        ("gptqmodel", {"pruner": "rtn"}, "pruner = rtn: gptqmodel quantizes by gptq alone"),
+        ("gptqmodel", {"block_bits": (5, 3, 4)}, "block_bits = 5: gptqmodel has 2, 3, 4, 8 bits alone"),
+        ("torchao", {}, "pruner = gptq: torchao rounds to nearest alone"),
+        ("llama.cpp", {"block_bits": (7, 3, 4)}, "block_bits = 7: llama.cpp has k-quants of"),
+        *((kind, {"blocks": "a'b\n"}, "is not the name of a module") for kind in ("gptqmodel", "llm-compressor")),
+        ("torchao", {"blocks": "a'b\n", "pruner": "rtn"}, "is not the name of a module"),
+    ],
+)
+def test_what_recipes_cannot_say(kind: str, changes: Any, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        made(kind, **changes)
+
+
+@pytest.mark.parametrize("kind", ["gptqmodel", "torchao", "llama.cpp"])
+def test_recipes_of_bits_are_of_bits(kind: str) -> None:
+    with pytest.raises(UserError, match=f"--format {kind}: is of rounded weights, and this configuration has zeros"):
+        FORMATS[kind].make(config())

@@ -1,0 +1,179 @@
+"""RTN and GPTQ against loops; what is zero stays zero; the same blocks in the pass over the model."""
+
+from typing import Any
+
+import naive
+import pytest
+import torch
+from families import MIXTURES, bench_of, few, same_bits, tiny
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from test_pruners import Problem, dtypes, hessian_of, norms_of, problem, problems, small, tied_problems
+from torch import Tensor
+
+from atp_tune.blocks.prune_pass import unmeasured
+from atp_tune.plan import Plan, make_plan
+from atp_tune.pruners.wanda import Wanda
+from atp_tune.quantizers import QUANTIZERS, make_quantizer
+from atp_tune.quantizers.gptq import GPTQ, plain, strips
+from atp_tune.quantizers.grid import Grid, parts_of
+from atp_tune.quantizers.quantizing import Quantizing
+from atp_tune.quantizers.rtn import RTN
+from atp_tune.search.context import TrialContext
+from atp_tune.spec.quantize import QuantizeConfig
+
+widths = st.integers(2, 8)
+sizes = st.sampled_from([-1, 1, 3, 8, 128])
+DAMPING = 0.01
+
+
+@given(problems() | tied_problems, dtypes, widths, sizes, st.booleans())
+def test_rtn_is_its_loop(case: Problem, dtype: torch.dtype, bits: int, size: int, symmetric: bool) -> None:
+    weight = case[0].to(dtype)
+    rounded = RTN(size, symmetric).quantize(weight, bits, None)
+    assert rounded.dtype == dtype
+    assert torch.equal(rounded, naive.rtn(weight, bits, size, symmetric))
+    assert not rounded[weight == 0].any()
+
+
+@given(problems(small), widths, sizes, st.booleans(), st.booleans())
+def test_gptq_is_its_loop(case: Problem, bits: int, size: int, symmetric: bool, sparse: bool) -> None:
+    weight, x = case
+    zeros = weight < weight.median() if sparse else None
+    weight = weight if zeros is None else weight.masked_fill(zeros, 0)
+    expected = naive.gptq(weight, x, bits, size, symmetric, DAMPING, zeros)
+    noise = 1 + 1e-5 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    near = naive.gptq(weight * noise, x, bits, size, symmetric, DAMPING, zeros)
+    assume(torch.allclose(near, expected, atol=1e-3, rtol=1e-3))  # else a weight lies between two values
+    found = GPTQ(size, symmetric, DAMPING).quantize(weight, bits, hessian_of(x, 3), zeros)
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-4)
+    if zeros is not None:
+        assert not found[zeros].any()
+    assert not found[:, (x == 0).all(0)].any()
+
+
+@given(problems() | tied_problems, st.integers(2, 4), sizes, st.booleans())
+def test_gptq_has_the_values_of_rtn(case: Problem, bits: int, size: int, symmetric: bool) -> None:
+    """Each group has at most 2^b values, those of its dense grid."""
+    weight, x = case
+    found = GPTQ(size, symmetric, DAMPING).quantize(weight, bits, hessian_of(x))
+    for columns, width in parts_of(weight.shape[1], size):
+        groups = weight[:, columns].reshape(len(weight), -1, width)
+        grid = Grid.of(groups, bits, symmetric)
+        again = grid.nearest(found[:, columns].reshape(groups.shape))
+        torch.testing.assert_close(again.flatten(1), found[:, columns], atol=0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_many_bits_leave_weights_as_they_are(symmetric: bool) -> None:
+    weight, x = problem((9, 23))
+    for name in QUANTIZERS:
+        made = make_quantizer(name, 8, symmetric, DAMPING)
+        found = made.quantize(weight, 16, hessian_of(x))
+        assert float((found - weight).abs().max()) < float(weight.abs().max()) * 2.0**-15 * 4
+
+
+def test_constant_groups_and_groups_of_zeros() -> None:
+    weight = torch.tensor([[0.3] * 4 + [0.0] * 4 + [-0.7] * 2, [1e-30] * 4 + [-1e30] * 4 + [0.0] * 2])
+    for bits in (2, 3, 8):
+        torch.testing.assert_close(RTN(4, False).quantize(weight, bits, None), weight)
+        symmetric = RTN(4, True).quantize(weight, bits, None)
+        assert not symmetric[0, 4:8].any()
+        assert not symmetric[1, 8:].any()
+
+
+def test_gptq_gains_on_rtn() -> None:
+    """In the error of the outputs on correlated inputs."""
+    weight, x = problem((31, 40))
+    x[:, 20:] = x[:, :20] + 0.1 * x[:, 20:]
+    errors = [
+        ((each.quantize(weight, 3, hessian_of(x)) - weight) @ x.T).norm() for each in (RTN(8, False), GPTQ(8, False))
+    ]
+    assert errors[1] < 0.8 * errors[0]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_strips_are_the_plain_loop(masked: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    W = torch.randn(37, 11, generator=generator, dtype=torch.float64)
+    U = torch.randn(37, 37, generator=generator, dtype=torch.float64).triu() * 0.1 + torch.eye(37)
+    grid = Grid.of(W.T.float(), 8, False)
+    grids = [Grid(grid.scale[:, 0], grid.zero[:, 0], grid.top)] * 37
+    zeros = W > 1 if masked else None
+    expected = plain(W.clone(), U, grids, zeros)
+    found = strips(W.float(), U.float(), grids, zeros)
+    torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", list(QUANTIZERS))
+def test_after_a_pruner_zeros_stay(name: str) -> None:
+    weight, x = problem((17, 29))
+    both = Quantizing(make_quantizer(name, 8, False, DAMPING), Wanda(), bits=3)
+    assert both.measures is not None
+    statistics = both.measures(29, torch.device("cpu"))
+    statistics.add(x)
+    both.prepare(statistics)
+    found, mask = both.prune(weight, 0.5, statistics), naive.wanda_mask(weight, x, 0.5)
+    assert not found[mask].any()
+    sparse = Wanda().prune(weight, 0.5, norms_of(x))
+    alone = make_quantizer(name, 8, False, DAMPING).quantize(sparse, 3, hessian_of(x), mask)
+    assert same_bits(found, alone)
+
+
+def test_a_linear_without_inputs_is_rounded_to_nearest() -> None:
+    weight, _ = problem((5, 9))
+    rule = Quantizing(GPTQ(4, True), bits=3)
+    assert same_bits(unmeasured(rule).prune(weight, 0.0, None), RTN(4, True).quantize(weight, 3, None))
+    pruned = unmeasured(Quantizing(GPTQ(4, True), Wanda(), 3)).prune(weight, 0.5, None)
+    assert int((pruned == 0).sum()) >= int(weight.numel() * 0.5)
+
+
+# the pass over the blocks
+
+
+def bench(family: str, **keys: Any) -> TrialContext:
+    work = bench_of(tiny(family))
+    work.quantize = QuantizeConfig(group_size=12, **keys)
+    return work
+
+
+def plan_of(work: TrialContext, name: str, bits: float = 3.5) -> Plan:
+    assert work.quantize is not None
+    share = (8 - bits) / 6
+    return make_plan(name, "uniform", work.budget(share), {})
+
+
+@pytest.mark.parametrize("family", few(("llama", "gpt2", *MIXTURES), ("llama", "gpt2")))
+@pytest.mark.parametrize("name", list(QUANTIZERS))
+def test_blocks_are_rounded_in_order(family: str, name: str) -> None:
+    """Each behind those that are rounded already, each linear on its own."""
+    work = bench(family)
+    plan = plan_of(work, name)
+    assert plan.bits is not None
+    assert set(plan.bits) == {3, 4}
+    seen = []
+    for block in work.prune(plan):
+        dense = work.checkpoint.weights(block.index)
+        for linear in work.checkpoint.linears[block.index]:
+            was, now = linear.matrix(dense[linear.key]), linear.matrix(block.weights[linear.key])
+            if name == "rtn":
+                assert same_bits(now.contiguous(), naive.rtn(was, plan.bits[block.index], 12, False))
+            for row in now[:3]:
+                assert max(len(part.unique()) for part in row.split(12)) <= 2 ** plan.bits[block.index]
+        seen.append(block.bits)
+    assert tuple(seen) == plan.bits
+
+
+def test_the_pass_of_gptq_is_the_loop_in_the_first_block() -> None:
+    work = bench("llama")
+    block = next(iter(work.prune(plan_of(work, "gptq"))))
+    dense, model = work.checkpoint.weights(0), tiny("llama")
+    names = [f"{work.checkpoint.blocks_name}.0.{linear.name}" for linear in work.checkpoint.linears[0]]
+    from families import random_ids
+
+    inputs = naive.inputs_of(model, names, random_ids(5))
+    for linear, full in zip(work.checkpoint.linears[0], names, strict=True):
+        was, now = linear.matrix(dense[linear.key]), linear.matrix(block.weights[linear.key])
+        expected = naive.gptq(was, inputs[full], 4, 12, False, DAMPING)
+        wrong: Tensor = (now.double() - expected).abs() > 1e-4
+        assert float(wrong.double().mean()) < 0.01  # a weight between two values may go the other way
