@@ -56,6 +56,7 @@ LAYERS = [
     "zeroshot",
     "classification",
     "chatting",
+    "classifying",
     "exporting",
     "tracking",
     "serving",

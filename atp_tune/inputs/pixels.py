@@ -20,6 +20,7 @@ from atp_tune.extras import require
 from atp_tune.inputs.pictures import Pictures
 from atp_tune.spec.images import ImageSet
 
+LARGEST_SIDE = 8192  # pixels: a processor may ask for pictures that fill the memory
 UNNAMED = "LABEL_"  # before the number of a class without a name
 
 
@@ -49,6 +50,14 @@ class ImageProcessor:
             raise UserError(
                 f"source: the image processor of the model in {folder} cannot be loaded: {one_line(error)}"
             ) from error
+        for key in ("size", "crop_size"):
+            given = getattr(own, key, None) or {}
+            largest = max((side for side in dict(given).values() if isinstance(side, int | float)), default=0)
+            if largest > LARGEST_SIDE:
+                raise UserError(
+                    f"source: the image processor of the model in {folder} asks for a {key} of {largest:.6g}, and "
+                    f"{LARGEST_SIDE} is the largest; correct its preprocessor_config.json"
+                )
         if size is not None:
             own.size, own.do_resize, own.do_center_crop = SizeDict(height=size, width=size), True, False
         return cls(own, folder)
@@ -66,7 +75,7 @@ class ImageProcessor:
             whole = whole if index else part.new_empty(len(found), *part.shape)  # once: it may be most of the memory
             if part.shape != whole.shape[1:]:
                 raise UserError(
-                    f"source: {found.name(index)} is {_size(part)} after the model's processor, others are "
+                    f"{found.key}: {found.name(index)} is {_size(part)} after the model's processor, others are "
                     f"{_size(whole[0])}; a preprocessor_config.json with one size is needed"
                 )
             whole[index] = part
@@ -77,7 +86,7 @@ class ImageProcessor:
         try:
             pixels = self.own(picture, return_tensors="pt")["pixel_values"]
         except Exception as error:  # processors raise many types
-            raise UserError(f"source: the processor cannot read {found.name(index)}: {one_line(error)}") from error
+            raise UserError(f"{found.key}: the processor cannot read {found.name(index)}: {one_line(error)}") from error
         return torch.as_tensor(pixels, dtype=torch.float32)[0]
 
 
