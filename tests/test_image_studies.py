@@ -406,7 +406,6 @@ def test_a_folder_of_photographs(place: Path, tmp_path: Path) -> None:
             "images.validation: reads the same images as model.probe",
         ),
         ("[search]", "[texts]\nbos = true\n[search]", "texts.calibration: is needed"),
-        ("trials = 6", "trials = 6\nobjective = 'accuracy'", "search.objective: accuracy is measured and shown"),
     ],
 )
 def test_study_files_that_are_refused(place: Path, old: str, new: str, said: str) -> None:

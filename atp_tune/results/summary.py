@@ -29,6 +29,7 @@ from atp_tune.results.trials import (
     uniforms_of,
 )
 from atp_tune.spec.config import Divergences, Scores, ZeroShot
+from atp_tune.spec.search import ACCURACY
 from atp_tune.spec.studyfile import StudyFile, from_settings
 from atp_tune.storage import fingerprint, opening, progress
 from atp_tune.storage.fingerprint import SUFFIX, is_screening
@@ -131,6 +132,11 @@ class Summary:
     def by_kl(self) -> bool:
         """Whether KL is the only measure that is minimised, beside the density."""
         return self.objectives[0] == "kl"
+
+    @property
+    def by_accuracy(self) -> bool:
+        """Whether the top-1 error is minimised."""
+        return self.objectives[0] == ACCURACY
 
     @property
     def text(self) -> Role:

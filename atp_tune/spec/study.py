@@ -18,7 +18,7 @@ from atp_tune.spec.former import FormerPlace, present_place
 from atp_tune.spec.images import CLASSES, ImageSet, ImageSets, Probe, check_study
 from atp_tune.spec.patterns import parse
 from atp_tune.spec.prune import PruneConfig, check_names
-from atp_tune.spec.search import DENSITY, STEP, LimitConfig, SearchConfig
+from atp_tune.spec.search import ACCURACY, DENSITY, STEP, LimitConfig, SearchConfig
 from atp_tune.spec.texts import Text, Texts
 
 AllocationName = Annotated[str, OneOf(ALLOCATIONS, IN_SCHEMA)]
@@ -189,6 +189,7 @@ class Study(SettingsTable):
         search = self.search
         for key, is_given, reason in (
             ("search.objective", len(search.objective) > 1, "must be one name"),
+            ("search.objective", ACCURACY in search.objective, 'must be "cross-entropy" or "kl"'),
             ("search.sampler", search.sampler == "grid", 'must be "gp", "tpe" or "random"'),
             ("search.stopper", search.stopper != "none", "must be left out"),
             ("search.early_termination", search.early_termination, "must be left out"),

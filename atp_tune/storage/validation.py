@@ -84,6 +84,7 @@ TRIAL = _kinds(
         "nlls": Nlls,
         "kls": Kls,
         "ranks": Ranks,
+        "misses": Annotated[list[Annotated[int, Field(ge=0, le=1)]], Field(min_length=1)],
         "sparsities": Shares,
         "linear_sparsities": Annotated[list[Shares], Field(min_length=1)],
         "seconds": dict[Words, Amount],
