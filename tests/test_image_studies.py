@@ -1,5 +1,6 @@
 """Studies of image classifiers, run for real: a small ViT trained in this test, on images in MNIST's format."""
 
+import base64
 import gzip
 import io
 import json
@@ -204,7 +205,9 @@ def test_the_commands_of_a_study(place: Path, tune: CommandLine, monkeypatch: py
         [*own_probabilities(place / "sparse", place), *own_probabilities(place / "model", place)], rel=1e-4
     )
     assert tune("report", "--study", "tiny.toml", "--out", "r.html").code == 0
-    assert "validation accuracy" in (place / "r.html").read_text()
+    page = (place / "r.html").read_text()
+    assert "validation accuracy" in page
+    check_answers(page, place)
     assert tune("export", "--study", "tiny.toml", "--format", "csv", "--out", "x.csv").code == 0
     for arguments, said in (
         (("pack", "sparse", "--out", "packed"), "pack: writes language models: the model in .*sparse is an image"),
@@ -245,6 +248,28 @@ def own_probabilities(folder: Path, place: Path) -> list[float]:
     model, pixels = AutoModelForImageClassification.from_pretrained(folder), own_pixels(folder, place)[:3]
     with torch.inference_mode():
         return [value for row in model(pixel_values=pixels).logits.softmax(1).tolist() for value in row]
+
+
+def check_answers(page: str, place: Path) -> None:
+    """The report shows the first test images with their classes, and what each model sees in them."""
+    found = summarise(reopen(place)).answers
+    assert found is not None and len(found.pictures) == 10
+    pixels, labels = (
+        own_pixels(place / "model", place),
+        gzip.decompress((place / "t10k-labels-idx1-ubyte.gz").read_bytes())[8:],
+    )
+    order = torch.randperm(80, generator=torch.Generator().manual_seed(0)).tolist()[:10]
+    assert found.labels == tuple(f"LABEL_{labels[index]}" for index in order)
+    for folder, answers in (("model", found.dense), ("sparse", found.best)):
+        with torch.inference_mode():
+            own = AutoModelForImageClassification.from_pretrained(place / folder)(pixels[order]).logits.softmax(1)
+        assert [answer.name for answer in answers] == [f"LABEL_{index}" for index in own.argmax(1).tolist()]
+        assert [answer.probability for answer in answers] == pytest.approx(own.amax(1).tolist(), rel=1e-4)
+    for picture, index in zip(found.pictures, order, strict=True):
+        shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))).convert("L"))
+        assert np.array_equal(shown, images_of(place)[index])
+        assert f"data:image/png;base64,{picture}" in page
+    assert page.count("<figcaption>LABEL_") == 10
 
 
 def refused(answer: Any, said: str) -> None:

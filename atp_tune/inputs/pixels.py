@@ -81,6 +81,19 @@ class ImageProcessor:
             whole[index] = part
         return whole
 
+    def colours(self, pixels: Tensor) -> Any:
+        """The picture of pixels [channels, height, width]: an array [height, width, 3] of uint8, for people.
+
+        Without normalisation, as far as the processor says what its own is; else from the darkest to the brightest.
+        """
+        mean, deviation = (getattr(self.own, key, None) for key in ("image_mean", "image_std"))
+        if getattr(self.own, "do_normalize", False) and mean and deviation and len(mean) == len(pixels):
+            pixels = pixels * torch.tensor(deviation)[:, None, None] + torch.tensor(mean)[:, None, None]
+        else:
+            pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min()).clamp_min(1e-6)
+        shown = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
+        return shown.expand(-1, -1, 3).contiguous().numpy()
+
     def _one(self, found: Pictures, index: int) -> Tensor:
         picture = found.picture(index)
         try:

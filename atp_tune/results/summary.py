@@ -9,6 +9,7 @@ from optuna.trial import FrozenTrial
 from pydantic import ValidationError
 
 from atp_tune.frozen import FrozenModel
+from atp_tune.metrics.answers import Answers
 from atp_tune.metrics.bos import BosEffect
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.draws import OverDraws, over_draws
@@ -16,7 +17,7 @@ from atp_tune.metrics.limits import Limit
 from atp_tune.metrics.perplexity import Change, Perplexity, perplexity
 from atp_tune.metrics.speed import Speed
 from atp_tune.results.accuracies import Hits, hits_of, sign_of_beta
-from atp_tune.results.annotations import attached, speed_of
+from atp_tune.results.annotations import answers_of, attached, speed_of
 from atp_tune.results.front import Point, points_of
 from atp_tune.results.pairing import Role, change_on, common_text, kl_change_on
 from atp_tune.results.trials import (
@@ -83,6 +84,7 @@ class Summary:
     continuations     of prompts, by dense, uniform and the best trial
     of_channels   whole channels are pruned
     hits          of an image classifier, accuracies by trial; `sign`: which sign of β is better, in a sentence
+    answers       of an image classifier, what dense, uniform and best see in a few test images
     bos           windows begin with BOS; `bos_effect`: its measured effect on the dense model
     """
 
@@ -122,6 +124,7 @@ class Summary:
     of_channels: bool = False
     hits: Hits = field(default_factory=Hits)
     sign: str = ""
+    answers: Answers | None = None
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -193,6 +196,7 @@ def summarise(study: optuna.Study) -> Summary:
         of_channels=study.user_attrs.get("fingerprint", {}).get("prune.pattern") == "channels",
         hits=(hits := hits_of(study)),
         sign=sign_of_beta(study) if hits else "",
+        answers=answers_of(study, best) if best else None,
     )
 
 
