@@ -128,6 +128,13 @@ class Probe(ImageSet):
 def check_study(study: "Study") -> None:
     """ValueError for settings that do not go with an image classifier, or with a language model."""
     probe, images = study.model.probe, study.images
+    if study.protocol == "paper-images" and images is None:
+        raise ValueError("protocol: paper-images is of image classifiers, and this study has texts; take paper")
+    if study.protocol == "paper-images" and study.prune.statistics != "dense":
+        given = study.prune.statistics
+        raise ValueError(
+            f'prune.statistics: protocol = "paper-images" has "dense", not "{given}"; set it, or take paper'
+        )
     if images is None:
         if probe is not None:
             raise ValueError("model.probe: is for models of images, and this study has texts; leave it out")

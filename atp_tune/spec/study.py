@@ -106,8 +106,10 @@ class Study(SettingsTable):
 
     model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["texts"]}, {"required": ["images"]}]})
     description: str = Field("", description="of the study, for people")
-    protocol: Literal["held-out", "paper"] = Field(
-        "held-out", description="paper: β is chosen on the text it is tested on"
+    protocol: Literal["held-out", "paper", "paper-images"] = Field(
+        "held-out",
+        description="paper: β is chosen on the text it is tested on; paper-images: that of classifiers, pruned with "
+        "dense statistics",
     )
     sparsity: Target | tuple[Target, Target] = Field(
         description="target S, the share of zeros over all linears; [low, high] is searched"
@@ -154,9 +156,11 @@ class Study(SettingsTable):
     def _roles(self) -> Self:
         calibration, search, report = self.data.calibration, self.data.validation, self.data.test
         data = "texts" if self.images is None else "images"
-        if self.protocol == "paper":
+        if self.is_by_paper:
             if report is not None:
-                raise ValueError(f'{data}.test: protocol = "paper" reports on the validation {data[:-1]}; leave it out')
+                raise ValueError(
+                    f'{data}.test: protocol = "{self.protocol}" reports on the validation {data[:-1]}; leave it out'
+                )
             if self.texts is not None and self.texts.bos is True:
                 raise ValueError('texts.bos: protocol = "paper" measures as the papers do, without BOS; leave it out')
             return self
@@ -239,6 +243,11 @@ class Study(SettingsTable):
         return self
 
     @property
+    def is_by_paper(self) -> bool:
+        """Whether β is chosen on the items of the final numbers, as in the papers."""
+        return self.protocol != "held-out"
+
+    @property
     def interval(self) -> tuple[float, float] | None:
         """The interval of S; None for one number."""
         return self.sparsity if isinstance(self.sparsity, tuple) else None
@@ -284,7 +293,7 @@ class Study(SettingsTable):
     @property
     def bos(self) -> bool | None:
         """Whether windows begin with BOS; None if a measurement decides."""
-        if self.protocol == "paper" or self.texts is None:
+        if self.is_by_paper or self.texts is None:
             return False
         return None if self.texts.bos == "auto" else self.texts.bos
 
