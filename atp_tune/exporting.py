@@ -177,6 +177,8 @@ def _head(config: Config) -> str:
         raise UserError(
             "--format llm-compressor: calibrates on texts, and this is an image classifier; take yaml or csv"
         )
+    if text.images is not None:
+        raise UserError("--format llm-compressor: calibrates on texts, not on pairs with images; take yaml or csv")
     return HEAD.format(
         pruner=config.pruner, sparsity=config.sparsity.target, allocation=config.allocation.name,
         study="a plan" if config.trial is None else f"trial {config.trial}",

@@ -19,7 +19,7 @@ from atp_tune.spec.images import CLASSES, ImageSet, ImageSets, Probe, check_stud
 from atp_tune.spec.patterns import parse
 from atp_tune.spec.prune import PruneConfig, check_names
 from atp_tune.spec.search import ACCURACY, DENSITY, STEP, LimitConfig, SearchConfig
-from atp_tune.spec.texts import Text, Texts
+from atp_tune.spec.texts import Text, Texts, check_pairs
 
 AllocationName = Annotated[str, OneOf(ALLOCATIONS, IN_SCHEMA)]
 AllocationNames = Annotated[tuple[AllocationName, ...], Field(min_length=1)]
@@ -150,6 +150,8 @@ class Study(SettingsTable):
     @model_validator(mode="after")
     def _of_images(self) -> Self:
         check_study(self)
+        if self.texts is not None:
+            check_pairs(self.texts, "prices" in self.allocation.names)
         return self
 
     @model_validator(mode="after")
