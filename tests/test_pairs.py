@@ -2,6 +2,7 @@
 
 import copy
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,29 @@ def test_pairs_are_those_of_the_processor(models: dict[str, Path], tmp_path: Pat
     assert later.ids[0].tolist() == own(6)["input_ids"][0, :TOKENS].tolist()
     drawn = [read_pairs(wanted(file, sampling="random", seed=seed), folder, tmp_path) for seed in (0, 1)]
     assert drawn[0].content != drawn[1].content and len(drawn[0].thinned(2)) == 3
+
+
+def test_a_chat_template_puts_the_image_before_the_text(models: dict[str, Path], tmp_path: Path) -> None:
+    """As transformers does it itself; a BOS that the template writes is not written twice."""
+    place = tmp_path / "model"
+    shutil.copytree(models["idefics3"], place)
+    processor = transformers.AutoProcessor.from_pretrained(place, backend="pil")
+    processor.chat_template = (
+        "<bos>{% for m in messages %}{{ m.role }}:{% for c in m.content %}{% if c.type == 'image' %}<image>"
+        "{% else %}{{ c.text }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    processor.save_pretrained(place)
+    file = write_pairs(tmp_path / "p.parquet")
+    found = read_pairs(wanted(file), ModelFolder(place, "content", "idefics3"), tmp_path)
+    table = pyarrow.parquet.read_table(file).to_pydict()
+    image = Image.open(io.BytesIO(table["image"][0]["bytes"]))
+    content = [{"type": "image", "image": image}, {"type": "text", "text": table["caption"][0]}]
+    own = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert found.ids[0].tolist() == own["input_ids"][0, :TOKENS].tolist()
+    assert torch.equal(found.tensors["pixel_values"][0], own["pixel_values"][0])
+    assert found.ids[0].tolist().count(processor.tokenizer.bos_token_id) == 1
 
 
 def test_wanda_on_pairs_is_a_naive_loop(models: dict[str, Path], tmp_path: Path) -> None:

@@ -140,7 +140,10 @@ def _pair(processor: Any, found: Pictures, index: int, tokens: int) -> dict[str,
     picture, words = found.picture(index), str(found.labels[index])
     try:
         with quiet("transformers"):
-            made = dict(processor(text=_written(processor, words), images=[picture], return_tensors="pt"))
+            text = _written(processor, words)
+            bos = getattr(processor.tokenizer, "bos_token", None)
+            once = {"add_special_tokens": False} if bos and text.startswith(bos) else {}  # the template has written BOS
+            made = dict(processor(text=text, images=[picture], return_tensors="pt", **once))
     except Exception as error:  # processors raise many types
         raise UserError(f"images: the processor does not take {found.name(index)}: {one_line(error)}") from error
     made = {name: value for name, value in made.items() if isinstance(value, Tensor)}
